@@ -1,0 +1,183 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/*
+ * Shapes and numbers that the BPF programs and the Python controller share.
+ * colo_xdp/abi.py mirrors them; tests/unit/test_abi.py parses this file and
+ * fails when the two differ. Change COLO_ABI with every change of a shape.
+ */
+#ifndef COLO_COMMON_H
+#define COLO_COMMON_H
+
+#define COLO_ABI 1
+
+/* skb->mark of a frame that the controller has let go, or that the mirror put
+ * on the tap: it was decided elsewhere. Guests cannot set it (tun clears it). */
+#define COLO_MARK 0xC0105EEDu
+
+/*
+ * Peer link framing: one 802.1ad tag in front of the guest's own frame, so
+ * that GSO and partial checksums survive any L2 device. TCI = kind << 13 | epoch.
+ */
+#define COLO_TPID 0x88A8
+#define COLO_EPOCH_MASK 0x0FFFu
+#define COLO_KIND_SHIFT 13
+#define COLO_KIND_MIRROR 1u /* a client's frame, for the SVM */
+#define COLO_KIND_SVM 2u    /* the SVM's output, for comparison */
+
+/* What the data path does; config[CFG_MODE]. */
+enum colo_mode {
+	MODE_DROP = 0,       /* fenced: nothing leaves the guest, nothing reaches the SVM */
+	MODE_BYPASS = 1,     /* primary only: PVM alone, frames pass, nothing mirrored */
+	MODE_RUN = 2,        /* protected */
+	MODE_CHECKPOINT = 3, /* every frame goes to user space with its timestamp */
+	MODE_TAKEOVER = 4,   /* secondary only: the SVM speaks to the network */
+};
+
+/* Slots of the `config` array (u64 each: one slot is read and written whole). */
+enum colo_cfg {
+	CFG_ABI = 0,
+	CFG_MODE = 1,
+	CFG_EPOCH = 2,
+	CFG_TAP = 3,           /* ifindex of the guest's tap */
+	CFG_PEER = 4,          /* ifindex of the peer link */
+	CFG_CONTROLLER_NS = 5, /* CLOCK_MONOTONIC of the controller's last sign of life */
+	CFG_LOSS_NS = 6,       /* the controller is lost after so many ns */
+	CFG_LOSS_POLICY = 7,   /* enum colo_loss_policy */
+	CFG_MAX = 16,
+};
+
+enum colo_loss_policy {
+	LOSS_HOLD = 0,    /* no controller: the PVM's output is dropped and counted */
+	LOSS_RELEASE = 1, /* no controller: it passes uncompared and is counted */
+};
+
+/* Programs, as the first index of the counters. */
+enum colo_prog {
+	PROG_PVM_IN = 0,      /* tap P, toward the guest: mirror */
+	PROG_PVM_OUT = 1,     /* tap P, from the guest: capture */
+	PROG_SVM_ARRIVAL = 2, /* peer link at P: the SVM's output */
+	PROG_PVM_RELEASE = 3, /* release tap at P */
+	PROG_SVM_IN = 4,      /* peer link at S: mirrored frames */
+	PROG_SVM_OUT = 5,     /* tap S, from the guest */
+	PROG_SVM_DELIVER = 6, /* deliver tap at S: frames held over a checkpoint, for the SVM */
+	PROG_SVM_FORWARD = 7, /* forward tap at S: frames held over a checkpoint, for the peer */
+	PROG_SVM_NET = 8,     /* tap S, toward the guest: after failover the network's frames */
+	PROG_SVM_OUT_XDP = 9, /* tap S, from the guest, XDP: rewriting for plain taps */
+	PROG_MAX = 10,
+};
+
+/* Why a program did what it did: second index of the counters. */
+enum colo_reason {
+	R_PASSED = 0,                /* let through as it is (bypass, or not ours) */
+	R_MIRRORED = 1,              /* cloned to the peer link and passed */
+	R_MIRROR_FAILED = 2,         /* passed to the PVM, but the clone was lost */
+	R_CAPTURED = 3,              /* copied to the event ring */
+	R_RELEASED = 4,              /* decided elsewhere (COLO_MARK): let through */
+	R_REDIRECTED = 5,            /* sent on to the other device, untouched */
+	R_REWRITTEN = 6,             /* sent on with sequence, ack or timestamp numbers moved */
+	R_FENCED = 7,                /* dropped: MODE_DROP */
+	R_ISOLATED = 8,              /* dropped: not from the mirror, or the SVM has no way out */
+	R_RING_FULL = 9,             /* event lost, frame dropped */
+	R_TOO_LARGE = 10,            /* frame beyond the event size, dropped */
+	R_CONTROLLER_LOST_HELD = 11, /* dropped: no controller, on_controller_loss = hold */
+	R_CONTROLLER_LOST_PASSED = 12, /* passed uncompared: on_controller_loss = release */
+	R_FOREIGN = 13,              /* peer link: carries no tag of ours, left to the host */
+	R_BAD_FRAME = 14,            /* unparsable; handled as bytes, never translated */
+	R_FLOW_TABLE_FULL = 15,      /* no room to track: goes untranslated, costs a checkpoint */
+	R_HELPER_FAILED = 16,        /* a kernel helper refused: frame dropped */
+	R_NO_CONFIG = 17,            /* config slot missing: frame dropped */
+	R_MAX = 20,
+};
+
+enum colo_source {
+	SRC_PVM = 0,    /* the PVM's output */
+	SRC_SVM = 1,    /* the SVM's output (at P: from the peer link; at S: from the tap) */
+	SRC_CLIENT = 2, /* at S: a mirrored frame for the SVM */
+};
+
+#define EV_PARTIAL 1u /* checksum holds the pseudo header's sum only */
+#define EV_VLAN 2u    /* vlan_tci/vlan_proto were in the skb's metadata */
+
+/* Head of each event; the frame's bytes follow. Host byte order. */
+struct colo_event {
+	__u64 ts_ns; /* CLOCK_MONOTONIC */
+	__u32 len;   /* bytes of the frame that follow */
+	__u32 epoch; /* SVM frames at P: epoch of the tag; else config[CFG_EPOCH] */
+	__u16 gso_size;
+	__u16 vlan_tci;
+	__u16 vlan_proto; /* network byte order, as the kernel keeps it */
+	__u8 source;      /* enum colo_source */
+	__u8 flags;       /* EV_* */
+};
+
+struct colo_count {
+	__u64 packets;
+	__u64 bytes;
+};
+
+/* A tracked connection of the SVM, from the guest's point of view; network byte order.
+ * IPv4 addresses are v4-mapped (RFC 4291 2.5.5.2), so there is one key type. */
+struct colo_flow_key {
+	__be32 guest[4];
+	__be32 client[4];
+	__be16 guest_port;
+	__be16 client_port;
+	__be32 vlan; /* TCIs of up to two tags, outer << 16 | inner, VID bits only, host order */
+};
+
+#define FLOW_HAVE_ISN_P 1u /* the PVM's ISN is known */
+#define FLOW_HAVE_ISN_S 2u /* the SVM's ISN is known */
+#define FLOW_HAVE_TS_P 4u
+#define FLOW_HAVE_TS_S 8u
+#define FLOW_FIN_GUEST 16u  /* fin_guest is set */
+#define FLOW_FIN_CLIENT 32u /* fin_client is set */
+
+struct colo_flow {
+	__u64 seen_ns; /* CLOCK_MONOTONIC of the last segment */
+	__u32 epoch;   /* offsets count only while this is config[CFG_EPOCH] */
+	__u32 off;     /* ISN_S - ISN_P */
+	__u32 tsoff;   /* TSval_S - TSval_P */
+	__u32 isn_p;
+	__u32 isn_s;
+	__u32 ts_p;
+	__u32 ts_s;
+	__u32 fin_guest;  /* sequence number after the guest's FIN, the SVM's space */
+	__u32 fin_client; /* sequence number after the client's FIN */
+	__u8 state;       /* enum colo_tcp_state */
+	__u8 have;        /* FLOW_* */
+	__u16 pad;
+};
+
+/* RFC 9293 3.3.2, as seen from the guest. */
+enum colo_tcp_state {
+	TCP_CLOSED = 0,
+	TCP_LISTEN = 1,
+	TCP_SYN_SENT = 2,
+	TCP_SYN_RECEIVED = 3,
+	TCP_ESTABLISHED = 4,
+	TCP_FIN_WAIT_1 = 5,
+	TCP_FIN_WAIT_2 = 6,
+	TCP_CLOSE_WAIT = 7,
+	TCP_CLOSING = 8,
+	TCP_LAST_ACK = 9,
+	TCP_TIME_WAIT = 10,
+	TCP_STATES = 11,
+};
+
+/* What a segment means to the connection; column of the transition table. */
+enum colo_tcp_event {
+	EV_CLIENT_SYN = 0,
+	EV_CLIENT_SYNACK = 1,
+	EV_CLIENT_ACK = 2,     /* any other segment of the client that carries an ACK */
+	EV_CLIENT_FIN = 3,
+	EV_CLIENT_FIN_ACK = 4, /* FIN that also acks the guest's FIN */
+	EV_CLIENT_ACK_FIN = 5, /* acks the guest's FIN */
+	EV_CLIENT_RST = 6,
+	EV_GUEST_SYN = 7,
+	EV_GUEST_SYNACK = 8,
+	EV_GUEST_DATA = 9, /* anything without SYN, FIN, RST */
+	EV_GUEST_FIN = 10,
+	EV_GUEST_RST = 11,
+	EV_TCP_MAX = 12,
+};
+
+#endif

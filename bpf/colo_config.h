@@ -1,0 +1,35 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/*
+ * Every limit of the data path, overridable with -D by the loader, and what it costs.
+ */
+#ifndef COLO_CONFIG_H
+#define COLO_CONFIG_H
+
+#ifndef COLO_MAX_FLOWS
+#define COLO_MAX_FLOWS 65536 /* tracked connections at S; about 150 bytes each, preallocated */
+#endif
+
+#ifndef COLO_RING_PAGES
+#define COLO_RING_PAGES 8192 /* event ring, 4 KiB pages, power of two: 32 MiB; never swapped */
+#endif
+
+#ifndef COLO_MAX_CPUS
+#define COLO_MAX_CPUS 64 /* scratch frames of 64 KiB each; more CPUs than this: events fail, counted */
+#endif
+
+/* Largest frame that can be handed to user space: a 64 KiB GSO frame with its headers. */
+#define COLO_MAX_FRAME 65600
+
+#ifndef COLO_VLAN_DEPTH
+#define COLO_VLAN_DEPTH 2 /* tags in the frame's bytes that the parser steps over; a few ns each */
+#endif
+
+#ifndef COLO_IP6_EXT_DEPTH
+#define COLO_IP6_EXT_DEPTH 4 /* IPv6 extension headers stepped over; verifier states, not time */
+#endif
+
+#ifndef COLO_TCP_OPTIONS
+#define COLO_TCP_OPTIONS 12 /* TCP options looked at: 40 bytes hold no more useful ones; 5 ns each */
+#endif
+
+#endif

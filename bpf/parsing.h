@@ -1,0 +1,233 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/*
+ * From a frame to one `struct pkt`: the only place that steps through headers.
+ *
+ * parse_skb() and parse_xdp() share one body, so that both hooks decide alike.
+ * Headers are read in place: a load helper costs more than the whole parser. A
+ * GSO frame is mostly non-linear, but its headers nearly always are linear; if
+ * they are not, they are pulled and the frame is parsed again.
+ *
+ * Lengths come from the IP header (Ethernet padding is not payload) and each is
+ * checked against the frame. A frame that contradicts itself is unparsable: it
+ * is handled as bytes and never translated.
+ */
+#ifndef COLO_PARSING_H
+#define COLO_PARSING_H
+
+#define PARSE_BAD  -1
+#define PARSE_MORE -2 /* inside: the headers reach beyond the linear part */
+
+/* Enough for two tags, IPv4 and TCP with all options, and for 130 bytes of IPv6 extensions. */
+#define PARSE_PULL 256
+
+/* IANA protocol numbers; by our own names, since some uapi headers have them as enumerators
+ * in one file and as macros in another. */
+#define PROTO_HOPOPTS  0
+#define PROTO_TCP      6
+#define PROTO_UDP      17
+#define PROTO_ROUTING  43
+#define PROTO_FRAGMENT 44
+#define PROTO_DSTOPTS  60
+
+#define TCP_FIN 0x01
+#define TCP_SYN 0x02
+#define TCP_RST 0x04
+#define TCP_ACK 0x10
+
+struct pkt {
+	__be32 src[4]; /* source, as in the frame; IPv4 is v4-mapped. Set for all IP frames */
+	__be32 dst[4];
+	__u32 vlan;	   /* as colo_flow_key.vlan; a tag in the skb's metadata is the outer one */
+	__u32 l3_off;	   /* from the start of the frame, behind all tags */
+	__u32 l4_off;	   /* behind IP options and extension headers; 0: not IP */
+	__u32 csum_at;	   /* TCP or UDP checksum field; 0: none, fragment, or unparsable */
+	__u32 payload_len; /* TCP: bytes of payload, of the whole GSO frame */
+	__u32 seq;	   /* TCP, host order */
+	__u32 ack;	   /* TCP, host order; means something only with TCP_ACK */
+	__be16 sport;	   /* TCP */
+	__be16 dport;
+	__be16 ethertype; /* behind all tags */
+	__u8 l4_proto;	  /* PROTO_*, also of a fragment; 0: not IP (or PROTO_HOPOPTS) */
+	__u8 is_v6;
+	__u8 frag;  /* any fragment, first and atomic ones too: never translated */
+	__u8 is_tcp; /* whole TCP header is there: the TCP fields hold */
+	__u8 flags; /* TCP_*, the 14th byte of the TCP header */
+	__u8 doff;  /* TCP: bytes of the header, 20 to 60, all within the linear part */
+};
+
+/* `need` bytes are not all in the linear part: are they in the frame at all? */
+static __always_inline int parse_short(u64 need, u64 len)
+{
+	return need > len ? PARSE_BAD : PARSE_MORE;
+}
+
+/*
+ * data..end: the linear part; len: the whole frame. tags, vlan: what was found
+ * outside of the frame's bytes. Offsets are 64-bit scalars added to `data`
+ * afresh, which the verifier follows better than a moving pointer.
+ */
+static __always_inline int parse_frame(void *data, void *end, u64 len, u32 tags, u32 vlan,
+				       struct pkt *p)
+{
+	u64 off = 14, stop = 0, doff;
+	u8 proto = 0, *h = data, frag = 0;
+	__be16 ethertype;
+
+	if (data + 14 > end)
+		return parse_short(14, len);
+	ethertype = *(__be16 *)(h + 12);
+#pragma unroll
+	for (int i = 0; i < COLO_VLAN_DEPTH; i++) {
+		if (ethertype != bpf_htons(0x8100) && ethertype != bpf_htons(0x88A8))
+			break;
+		h = data + off;
+		off += 4;
+		if (++tags > 2)
+			return PARSE_BAD; /* colo_flow_key.vlan holds two */
+		if ((void *)h + 4 > end)
+			return parse_short(off, len);
+		vlan = vlan << 16 | (bpf_ntohs(*(__be16 *)h) & 0x0FFF);
+		ethertype = *(__be16 *)(h + 2);
+	}
+	if (ethertype == bpf_htons(0x8100) || ethertype == bpf_htons(0x88A8))
+		return PARSE_BAD;
+	p->vlan = vlan;
+	p->l3_off = off;
+	p->ethertype = ethertype;
+
+	h = data + off;
+	if (ethertype == bpf_htons(0x0800)) {
+		u64 ihl, total;
+
+		if ((void *)h + 20 > end)
+			return parse_short(off + 20, len);
+		ihl = (h[0] & 0x0F) * 4;
+		total = bpf_ntohs(*(__be16 *)(h + 2));
+		if (h[0] >> 4 != 4 || ihl < 20 || total < ihl)
+			return PARSE_BAD;
+		p->src[0] = p->src[1] = p->dst[0] = p->dst[1] = 0;
+		p->src[2] = p->dst[2] = bpf_htonl(0xFFFF);
+		p->src[3] = *(__be32 *)(h + 12);
+		p->dst[3] = *(__be32 *)(h + 16);
+		p->is_v6 = 0;
+		proto = h[9];
+		frag = (*(__be16 *)(h + 6) & bpf_htons(0x3FFF)) != 0;
+		stop = off + total;
+		off += ihl;
+	} else if (ethertype == bpf_htons(0x86DD)) {
+		if ((void *)h + 40 > end)
+			return parse_short(off + 40, len);
+		if (h[0] >> 4 != 6)
+			return PARSE_BAD;
+		__builtin_memcpy(p->src, h + 8, 16);
+		__builtin_memcpy(p->dst, h + 24, 16);
+		p->is_v6 = 1;
+		proto = h[6];
+		off += 40;
+		/* A jumbogram says 0 here and then has no room for TCP: unparsable. */
+		stop = off + bpf_ntohs(*(__be16 *)(h + 4));
+#pragma unroll
+		for (int i = 0; i < COLO_IP6_EXT_DEPTH; i++) {
+			if (proto != PROTO_HOPOPTS && proto != PROTO_ROUTING &&
+			    proto != PROTO_DSTOPTS)
+				break;
+			h = data + off;
+			if (off + 8 > stop)
+				return PARSE_BAD;
+			if ((void *)h + 8 > end)
+				return parse_short(off + 8, len);
+			proto = h[0];
+			off += ((u64)h[1] + 1) * 8;
+		}
+		if (proto == PROTO_HOPOPTS || proto == PROTO_ROUTING ||
+		    proto == PROTO_DSTOPTS)
+			return PARSE_BAD;
+		frag = proto == PROTO_FRAGMENT;
+		if (frag) {
+			h = data + off;
+			if (off + 8 > stop)
+				return PARSE_BAD;
+			if ((void *)h + 8 > end)
+				return parse_short(off + 8, len);
+			proto = h[0];
+			off += 8;
+		}
+	} else {
+		p->l4_off = 0;
+		p->l4_proto = 0;
+		return 0;
+	}
+	if (stop > len || off > stop)
+		return PARSE_BAD;
+	p->l4_off = off;
+	p->l4_proto = proto;
+	p->frag = frag;
+	if (frag)
+		return 0;
+	if (proto == PROTO_UDP) {
+		if (off + 8 > stop)
+			return PARSE_BAD;
+		p->csum_at = off + 6;
+	} else if (proto == PROTO_TCP) {
+		if (off + 20 > stop)
+			return PARSE_BAD;
+		h = data + off;
+		if ((void *)h + 20 > end)
+			return PARSE_MORE;
+		doff = (h[12] >> 4) * 4;
+		if (doff < 20 || off + doff > stop)
+			return PARSE_BAD;
+		if ((void *)h + doff > end)
+			return PARSE_MORE;
+		p->sport = *(__be16 *)h;
+		p->dport = *(__be16 *)(h + 2);
+		p->seq = bpf_ntohl(*(__be32 *)(h + 4));
+		p->ack = bpf_ntohl(*(__be32 *)(h + 8));
+		p->flags = h[13];
+		p->doff = doff;
+		p->payload_len = stop - off - doff;
+		p->csum_at = off + 16;
+		p->is_tcp = 1;
+	}
+	return 0;
+}
+
+/*
+ * Returns 0, also for what is not IP; PARSE_BAD for a frame that cannot be
+ * parsed. May pull, so pointers into the frame are stale afterwards.
+ */
+static __always_inline int parse_skb(struct __sk_buff *skb, struct pkt *p)
+{
+	u32 tags = 0, vlan = 0;
+	int err = PARSE_BAD;
+
+	p->csum_at = 0;
+	p->is_tcp = 0;
+	if (skb->vlan_present) {
+		tags = 1;
+		vlan = skb->vlan_tci & 0x0FFF;
+	}
+	/* A loop, so that the parser is in the program once. */
+#pragma clang loop unroll(disable)
+	for (int again = 0; again < 2; again++) {
+		err = parse_frame((void *)(long)skb->data, (void *)(long)skb->data_end, skb->len,
+				  tags, vlan, p);
+		if (err != PARSE_MORE || again)
+			break;
+		if (bpf_skb_pull_data(skb, skb->len < PARSE_PULL ? skb->len : PARSE_PULL))
+			break;
+	}
+	return err ? PARSE_BAD : 0;
+}
+
+/* XDP has no metadata for tags, and the frame is linear. */
+static __always_inline int parse_xdp(struct xdp_md *xdp, struct pkt *p)
+{
+	void *data = (void *)(long)xdp->data, *end = (void *)(long)xdp->data_end;
+
+	p->csum_at = 0;
+	p->is_tcp = 0;
+	return parse_frame(data, end, end - data, 0, 0, p) ? PARSE_BAD : 0;
+}
+
+#endif

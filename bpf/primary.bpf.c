@@ -1,0 +1,126 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/*
+ * The primary host's programs.
+ *
+ *   pvm_in       tc egress of tap P: a client's frame reaches the PVM, its clone the peer link
+ *   pvm_out      tc ingress of tap P: the PVM's output goes to user space and nowhere else
+ *   svm_arrival  tc ingress of the peer link: the SVM's output goes to user space
+ *   pvm_release  tc ingress of the release tap: what the controller let go enters the stack
+ *                as if it came from tap P
+ */
+#include <uapi/linux/bpf.h>
+#include <uapi/linux/if_ether.h>
+#include <uapi/linux/in.h>
+#include <uapi/linux/in6.h>
+#include <uapi/linux/pkt_cls.h>
+#include "colo_common.h"
+#include "colo_config.h"
+#include "colo_maps.h"
+#include "events.h"
+#include "parsing.h"
+
+static __always_inline int finish(u32 prog, u32 reason, u32 len, int verdict)
+{
+	count(prog, reason, len);
+	return verdict;
+}
+
+int pvm_in(struct __sk_buff *skb)
+{
+	u32 len = skb->len, reason = R_PASSED;
+	/* Epoch before mode: see svm_out(). A stale tag only costs a retransmission. */
+	u64 epoch = cfg(CFG_EPOCH), mode = cfg(CFG_MODE);
+	u32 peer = cfg(CFG_PEER);
+	u16 tci = COLO_KIND_MIRROR << COLO_KIND_SHIFT | (epoch & COLO_EPOCH_MASK);
+	int verdict = TC_ACT_OK;
+
+	if (mode == MODE_RUN || mode == MODE_CHECKPOINT) {
+		/*
+		 * The tag is put on before the clone and taken off after it, since a
+		 * clone cannot be changed once it is on its way. If taking it off
+		 * fails the PVM must not see the tag: drop, the client sends again.
+		 */
+		reason = R_MIRROR_FAILED;
+		if (bpf_skb_vlan_push(skb, bpf_htons(COLO_TPID), tci) == 0) {
+			if (bpf_clone_redirect(skb, peer, 0) == 0)
+				reason = R_MIRRORED;
+			if (bpf_skb_vlan_pop(skb)) {
+				reason = R_HELPER_FAILED;
+				verdict = TC_ACT_SHOT;
+			}
+		}
+	}
+	return finish(PROG_PVM_IN, reason, len, verdict);
+}
+
+/* No controller has been seen for CFG_LOSS_NS. */
+static __always_inline int controller_lost(void)
+{
+	u64 seen = cfg(CFG_CONTROLLER_NS), limit = cfg(CFG_LOSS_NS);
+
+	return limit && bpf_ktime_get_ns() - seen > limit;
+}
+
+int pvm_out(struct __sk_buff *skb)
+{
+	u64 mode = cfg(CFG_MODE), epoch = cfg(CFG_EPOCH);
+	u32 len = skb->len, reason = R_NO_CONFIG;
+	int verdict = TC_ACT_SHOT;
+
+	if (skb->mark == COLO_MARK) {
+		skb->mark = 0; /* the host's own rules see a frame like any other */
+		reason = R_RELEASED;
+		verdict = TC_ACT_OK;
+	} else if (mode == MODE_BYPASS) {
+		reason = R_PASSED;
+		verdict = TC_ACT_OK;
+	} else if (mode == MODE_DROP) {
+		reason = R_FENCED;
+	} else if (controller_lost()) {
+		if (cfg(CFG_LOSS_POLICY) == LOSS_RELEASE) {
+			reason = R_CONTROLLER_LOST_PASSED;
+			verdict = TC_ACT_OK;
+		} else {
+			reason = R_CONTROLLER_LOST_HELD;
+		}
+	} else {
+		struct pkt p = {};
+
+		parse_skb(skb, &p); /* only for the place of the checksum */
+		reason = capture(skb, SRC_PVM, epoch, p.csum_at);
+	}
+	return finish(PROG_PVM_OUT, reason, len, verdict);
+}
+
+int svm_arrival(struct __sk_buff *skb)
+{
+	u32 len = skb->len, tci = skb->vlan_tci, reason = R_FOREIGN;
+	u64 mode = cfg(CFG_MODE);
+	int verdict = TC_ACT_OK;
+
+	/* The kernel has moved the outer tag to the metadata before this hook runs. */
+	if (skb->vlan_present && skb->vlan_proto == bpf_htons(COLO_TPID)) {
+		verdict = TC_ACT_SHOT; /* I6: a tagged frame never reaches the host's stack */
+		if (tci >> COLO_KIND_SHIFT != COLO_KIND_SVM) {
+			reason = R_ISOLATED;
+		} else if (mode != MODE_RUN && mode != MODE_CHECKPOINT) {
+			reason = R_FENCED;
+		} else if (bpf_skb_vlan_pop(skb)) {
+			reason = R_HELPER_FAILED;
+		} else {
+			struct pkt p = {};
+
+			parse_skb(skb, &p);
+			reason = capture(skb, SRC_SVM, tci & COLO_EPOCH_MASK, p.csum_at);
+		}
+	}
+	return finish(PROG_SVM_ARRIVAL, reason, len, verdict);
+}
+
+int pvm_release(struct __sk_buff *skb)
+{
+	u32 tap = cfg(CFG_TAP), len = skb->len;
+
+	skb->mark = COLO_MARK;
+	return finish(PROG_PVM_RELEASE, R_REDIRECTED, len, bpf_redirect(tap, BPF_F_INGRESS));
+}

@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The numbers and shapes of bpf/colo_common.h, for Python.
+
+tests/unit/test_abi.py parses the header and fails when the two differ.
+"""
+
+from __future__ import annotations
+
+import struct
+from enum import IntEnum
+
+ABI = 1
+MARK = 0xC0105EED
+TPID = 0x88A8
+EPOCH_MASK = 0x0FFF
+KIND_SHIFT = 13
+KIND_MIRROR = 1
+KIND_SVM = 2
+
+EV_PARTIAL = 1
+EV_VLAN = 2
+
+
+class Mode(IntEnum):
+    """What the data path does (slot CFG_MODE)."""
+
+    DROP = 0
+    BYPASS = 1
+    RUN = 2
+    CHECKPOINT = 3
+    TAKEOVER = 4
+
+
+class Cfg(IntEnum):
+    """Slots of the `config` array, u64 each."""
+
+    ABI = 0
+    MODE = 1
+    EPOCH = 2
+    TAP = 3
+    PEER = 4
+    CONTROLLER_NS = 5
+    LOSS_NS = 6
+    LOSS_POLICY = 7
+    MAX = 16
+
+
+class LossPolicy(IntEnum):
+    """on_controller_loss."""
+
+    HOLD = 0
+    RELEASE = 1
+
+
+class Prog(IntEnum):
+    """Programs: first index of the counters."""
+
+    PVM_IN = 0
+    PVM_OUT = 1
+    SVM_ARRIVAL = 2
+    PVM_RELEASE = 3
+    SVM_IN = 4
+    SVM_OUT = 5
+    SVM_DELIVER = 6
+    SVM_FORWARD = 7
+    SVM_NET = 8
+    SVM_OUT_XDP = 9
+    MAX = 10
+
+
+class Reason(IntEnum):
+    """What became of a frame, and why: second index of the counters."""
+
+    PASSED = 0
+    MIRRORED = 1
+    MIRROR_FAILED = 2
+    CAPTURED = 3
+    RELEASED = 4
+    REDIRECTED = 5
+    REWRITTEN = 6
+    FENCED = 7
+    ISOLATED = 8
+    RING_FULL = 9
+    TOO_LARGE = 10
+    CONTROLLER_LOST_HELD = 11
+    CONTROLLER_LOST_PASSED = 12
+    FOREIGN = 13
+    BAD_FRAME = 14
+    FLOW_TABLE_FULL = 15
+    HELPER_FAILED = 16
+    NO_CONFIG = 17
+    MAX = 20
+
+
+class Source(IntEnum):
+    """Whose frame an event carries."""
+
+    PVM = 0
+    SVM = 1
+    CLIENT = 2
+
+
+PROGRAMS = {p.name.lower(): int(p) for p in Prog if p is not Prog.MAX}
+REASONS = {r.name.lower(): int(r) for r in Reason if r is not Reason.MAX}
+
+#: struct colo_event: ts_ns, len, epoch, gso_size, vlan_tci, vlan_proto, source, flags
+EVENT = struct.Struct("=QIIHHHBB")
+#: struct colo_count: packets, bytes
+COUNT = struct.Struct("=QQ")
+#: struct colo_flow_key: guest, client (network order), ports (network order), vlan (host order)
+FLOW_KEY = struct.Struct("=16s16s2s2sI")
+#: struct colo_flow
+FLOW = struct.Struct("=QIIIIIIIIIBBH")

@@ -1,0 +1,338 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Devices and hooks, over netlink: the only module that imports pyroute2.
+
+Everything that is put on a device carries our name, is replaced atomically by
+the next controller, and is written to a manifest, so that `detach` takes off
+exactly what was put on and nothing that belongs to somebody else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pyroute2 import IPRoute
+from pyroute2.netlink.exceptions import NetlinkError
+
+from . import _bpf
+from .loader import Program
+
+ETH_P_ALL = 0x0003
+INGRESS, EGRESS = 0xFFFFFFF2, 0xFFFFFFF3  # TC_H_CLSACT | TC_H_MIN_INGRESS/EGRESS
+PRIO = 1  # before any other filter: one that lets a frame pass first would be a leak
+LABEL = "colo-xdp"
+
+XDP_IF_NOEXIST, XDP_SKB, XDP_DRV, XDP_REPLACE = 1, 2, 4, 16
+XDP_MODES = {0: "none", 1: "drv", 2: "skb", 3: "hw", 4: "multi"}
+
+TUNSETIFF = 0x400454CA
+TUNSETOFFLOAD = 0x400454D0
+TUNSETVNETHDRSZ = 0x400454D8
+IFF_TAP, IFF_NO_PI, IFF_VNET_HDR = 0x0002, 0x1000, 0x4000
+
+
+class NoSuchDevice(RuntimeError):
+    """A network device named in the config does not exist in this namespace."""
+
+
+class AttachError(RuntimeError):
+    """A program cannot be put on a device; the text says what is in the way."""
+
+
+@dataclass(frozen=True, slots=True)
+class LinkInfo:
+    """What the kernel says about a device."""
+
+    name: str
+    index: int
+    kind: str
+    up: bool
+    carrier: bool
+    mtu: int
+    mac: str
+    master: int
+    vnet_hdr: bool
+    multi_queue: bool
+    xdp_prog_id: int
+    xdp_mode: str
+
+
+@contextlib.contextmanager
+def _netlink() -> Iterator[Any]:
+    with IPRoute() as ipr:
+        yield ipr
+
+
+def _info(msg: Any) -> LinkInfo:
+    linkinfo = msg.get_attr("IFLA_LINKINFO")
+    kind = (linkinfo.get_attr("IFLA_INFO_KIND") if linkinfo else None) or ""
+    data = linkinfo.get_attr("IFLA_INFO_DATA") if linkinfo else None
+    vnet = mq = False
+    if kind == "tun" and data is not None:
+        vnet = bool(data.get_attr("IFTUN_VNET_HDR") or data.get_attr("IFLA_TUN_VNET_HDR"))
+        mq = bool(data.get_attr("IFTUN_MULTI_QUEUE") or data.get_attr("IFLA_TUN_MULTI_QUEUE"))
+    xdp = msg.get_attr("IFLA_XDP")
+    mode = (xdp.get_attr("IFLA_XDP_ATTACHED") if xdp else 0) or 0
+    mode = int(mode) if not isinstance(mode, str) else 1
+    prog = (xdp.get_attr("IFLA_XDP_PROG_ID") if xdp else 0) or 0
+    return LinkInfo(
+        name=msg.get_attr("IFLA_IFNAME"),
+        index=msg["index"],
+        kind=kind,
+        up=bool(msg["flags"] & 1),
+        carrier=bool(msg.get_attr("IFLA_CARRIER")),
+        mtu=msg.get_attr("IFLA_MTU") or 0,
+        mac=msg.get_attr("IFLA_ADDRESS") or "",
+        master=msg.get_attr("IFLA_MASTER") or 0,
+        vnet_hdr=vnet,
+        multi_queue=mq,
+        xdp_prog_id=int(prog),
+        xdp_mode=XDP_MODES.get(mode, str(mode)),
+    )
+
+
+def link_info(name: str) -> LinkInfo:
+    """State of a device.
+
+    Raises NoSuchDevice when it does not exist in this network namespace.
+    """
+    with _netlink() as ipr:
+        try:
+            return _info(ipr.link("get", ifname=name)[0])
+        except NetlinkError as e:
+            if e.code in (errno.ENODEV, errno.ENOENT):
+                raise NoSuchDevice(f"network device {name} does not exist") from e
+            raise
+
+
+def set_up(name: str, up: bool = True) -> None:
+    """Bring a device up or down."""
+    index = link_info(name).index
+    with _netlink() as ipr:
+        ipr.link("set", index=index, state="up" if up else "down")
+
+
+def set_master(name: str, bridge: str | None) -> None:
+    """Put a device into a bridge, or take it out (None)."""
+    index = link_info(name).index
+    master = link_info(bridge).index if bridge else 0
+    with _netlink() as ipr:
+        ipr.link("set", index=index, master=master)
+
+
+def make_tap(name: str) -> int:
+    """A tap with vnet_hdr that lives as long as its descriptor (closed: gone); returns it.
+
+    Frames written to it carry a 10-byte struct virtio_net_hdr (little endian).
+    """
+    fd = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        flags = IFF_TAP | IFF_NO_PI | IFF_VNET_HDR
+        fcntl.ioctl(fd, TUNSETIFF, struct.pack("16sH22x", name.encode(), flags))
+        fcntl.ioctl(fd, TUNSETVNETHDRSZ, struct.pack("i", 10))
+        # The device is only ever written to. Without addresses the host sends nothing to it.
+        with contextlib.suppress(FileNotFoundError):
+            Path(f"/proc/sys/net/ipv6/conf/{name}/disable_ipv6").write_text("1")
+        set_up(name)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+class Manifest:
+    """What one controller has put on devices, kept on disk for the time after it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.data: dict[str, list[Any]] = {"clsact": [], "filters": [], "xdp": []}
+        if path.exists():
+            with contextlib.suppress(ValueError):
+                old = json.loads(path.read_text())
+                for k, v in self.data.items():
+                    v.extend(old.get(k, []))
+
+    def add(self, kind: str, item: Any) -> None:
+        if item not in self.data[kind]:
+            self.data[kind].append(item)
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            tmp = self.path.with_suffix(".tmp")
+            tmp.write_text(json.dumps(self.data))
+            tmp.replace(self.path)
+
+
+def _filters(ipr: Any, index: int, parent: int) -> list[tuple[int, int, str, str]]:
+    """(prio, handle, kind, name) of each filter at a hook."""
+    out = []
+    for m in ipr.get_filters(index=index, parent=parent):
+        opts = m.get_attr("TCA_OPTIONS")
+        name = opts.get_attr("TCA_BPF_NAME") if opts is not None and hasattr(opts, "get_attr") else ""
+        if not m["handle"]:
+            continue  # the head of a priority chain, not a filter
+        out.append((m["info"] >> 16, m["handle"], m.get_attr("TCA_KIND") or "", name or ""))
+    return out
+
+
+def label(pair: str, prog: str) -> str:
+    """Name of our filter: whose it is, and which program."""
+    return f"{LABEL}:{pair}:{prog}"
+
+
+def attach_tc(
+    dev: str, direction: str, prog: Program, pair: str, manifest: Manifest | None
+) -> None:
+    """Put a program on a device's clsact hook as the first filter; replaces our own atomically.
+
+    Without a manifest for devices that go with their descriptor.
+
+    Raises AttachError when somebody else's filter holds the first place.
+    """
+    index = link_info(dev).index
+    parent = INGRESS if direction == "ingress" else EGRESS
+    name_of = label(pair, prog.name)
+    with _netlink() as ipr:
+        try:
+            ipr.tc("add", "clsact", index)
+            if manifest:
+                manifest.add("clsact", dev)
+        except NetlinkError as e:
+            if e.code != errno.EEXIST:
+                raise AttachError(f"{dev}: clsact: {e}") from e
+        for prio, _handle, kind, name in _filters(ipr, index, parent):
+            if prio <= PRIO and not name.startswith(LABEL + ":"):
+                raise AttachError(
+                    f"{dev} {direction}: a filter of somebody else ({kind} {name!r}, priority "
+                    f"{prio}) comes first; give it a priority above {PRIO} or remove it"
+                )
+        if manifest:
+            manifest.add("filters", [dev, direction, name_of])
+        ipr.tc(
+            "replace-filter",
+            "bpf",
+            index,
+            handle=1,
+            prio=PRIO,
+            protocol=ETH_P_ALL,
+            fd=prog.fd,
+            name=name_of,
+            parent=parent,
+            classid=1,
+            direct_action=True,
+        )
+
+
+def attach_xdp(dev: str, prog: Program, manifest: Manifest, *, generic: bool = False) -> None:
+    """Put an XDP program on a device, in native mode unless `generic` is asked for.
+
+    Raises AttachError when a foreign program is there or the mode is refused.
+    """
+    info = link_info(dev)
+    attrs: list[tuple[str, int]] = [("IFLA_XDP_FD", prog.fd)]
+    flags = XDP_SKB if generic else XDP_DRV
+    old = -1
+    if info.xdp_prog_id:
+        there = _bpf.prog_info_by_id(info.xdp_prog_id)
+        if there.name != prog.name[:15]:
+            raise AttachError(
+                f"{dev}: XDP program {there.name!r} (id {there.id}, {info.xdp_mode}) is not ours: "
+                "take it off first, it is not replaced"
+            )
+        old = _bpf.prog_fd_by_id(info.xdp_prog_id)
+        attrs.append(("IFLA_XDP_EXPECTED_FD", old))
+        flags |= XDP_REPLACE
+    else:
+        flags |= XDP_IF_NOEXIST
+    attrs.append(("IFLA_XDP_FLAGS", flags))
+    try:
+        with _netlink() as ipr:
+            manifest.add("xdp", [dev, prog.name])
+            ipr.link("set", index=info.index, xdp={"attrs": attrs})
+    except NetlinkError as e:
+        mode = "generic" if generic else "native"
+        raise AttachError(f"{dev}: XDP in {mode} mode refused: {e}") from e
+    finally:
+        if old >= 0:
+            os.close(old)
+
+
+def detach_tc(dev: str, direction: str, name_of: str) -> bool:
+    """Take one of our filters off; False when it (or the device) is not there any more."""
+    try:
+        index = link_info(dev).index
+    except NoSuchDevice:
+        return False
+    parent = INGRESS if direction == "ingress" else EGRESS
+    with _netlink() as ipr:
+        for prio, handle, _kind, name in _filters(ipr, index, parent):
+            if name == name_of:
+                ipr.tc(
+                    "del-filter", "bpf", index, handle=handle, prio=prio,
+                    protocol=ETH_P_ALL, parent=parent,
+                )  # fmt: skip
+                return True
+    return False
+
+
+def detach_xdp(dev: str, name: str) -> bool:
+    """Take our XDP program off; one of another name stays."""
+    try:
+        info = link_info(dev)
+    except NoSuchDevice:
+        return False
+    if not info.xdp_prog_id or _bpf.prog_info_by_id(info.xdp_prog_id).name != name[:15]:
+        return False
+    fd = _bpf.prog_fd_by_id(info.xdp_prog_id)
+    flags = (XDP_SKB if info.xdp_mode == "skb" else XDP_DRV) | XDP_REPLACE
+    try:
+        with _netlink() as ipr:
+            ipr.link(
+                "set",
+                index=info.index,
+                xdp={
+                    "attrs": [
+                        ("IFLA_XDP_FD", -1),
+                        ("IFLA_XDP_EXPECTED_FD", fd),
+                        ("IFLA_XDP_FLAGS", flags),
+                    ]
+                },
+            )
+    finally:
+        os.close(fd)
+    return True
+
+
+def detach_all(manifest_path: Path) -> list[str]:
+    """Take off all that the manifest lists; returns what was removed, one line each.
+
+    A clsact qdisc goes only if we made it and nothing is left on it.
+    """
+    if not manifest_path.exists():
+        return []
+    manifest = Manifest(manifest_path)
+    gone = []
+    for dev, direction, name_of in manifest.data["filters"]:
+        if detach_tc(dev, direction, name_of):
+            gone.append(f"tc {direction} {dev} {name_of}")
+    for dev, name in manifest.data["xdp"]:
+        if detach_xdp(dev, name):
+            gone.append(f"xdp {dev} {name}")
+    for dev in manifest.data["clsact"]:
+        try:
+            index = link_info(dev).index
+        except NoSuchDevice:
+            continue
+        with _netlink() as ipr:
+            if not _filters(ipr, index, INGRESS) and not _filters(ipr, index, EGRESS):
+                with contextlib.suppress(NetlinkError):
+                    ipr.tc("del", "clsact", index)
+                    gone.append(f"clsact {dev}")
+    manifest_path.unlink()
+    return gone

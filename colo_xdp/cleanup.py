@@ -1,0 +1,28 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Takes everything of a pair off this host, and nothing else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from . import attach, loader
+from .datapath import manifest_path
+
+
+def cleanup(pair: str, bpffs: str, run_dir: str) -> list[str]:
+    """Detach programs, remove pins and the control socket; one line for each thing removed.
+
+    Idempotent. Must not be called while a controller of the pair runs.
+    """
+    gone: list[str] = []
+    for role in ("primary", "secondary"):
+        gone += attach.detach_all(manifest_path(run_dir, pair, role))
+        gone += loader.remove_pins(loader.pin_dir(bpffs, pair, role))
+        sock = Path(run_dir) / f"{pair}.{role}.sock"
+        if sock.is_socket():
+            sock.unlink()
+            gone.append(str(sock))
+    base = Path(bpffs) / "colo-xdp"
+    if base.is_dir() and not any(base.iterdir()):
+        base.rmdir()
+    return gone

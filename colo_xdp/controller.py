@@ -1,0 +1,391 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What the controllers of both hosts have in common: the loop around the decision.
+
+primary.py and secondary.py add what each side does at a checkpoint and at a
+failover. Nothing here blocks without a deadline; what the guests' packets need
+happens in `on_event`, called from the event ring.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections import deque
+from collections.abc import Coroutine
+from typing import Any
+
+from . import attach
+from .config import Config
+from .datapath import DataPath
+from .failover import Action, Decision, Facts, Role, State, decide
+from .peer import Peer
+from .qmp import QemuInfo, Qmp, QmpError, QmpEvent, refusal
+from .ring import Event
+
+log = logging.getLogger("colo_xdp")
+
+TICK_S = 0.01
+QMP_RETRY_S = 0.2
+DEATH_S = 2.0  # how long a lost QMP connection may wait for the tap's carrier to tell why
+RING_BATCH = 512
+
+
+class Controller:
+    """One host's controller."""
+
+    role: Role
+
+    def __init__(self, config: Config, datapath: DataPath) -> None:
+        self.config, self.dp = config, datapath
+        self.state = State.STARTING
+        self.reason = "starting"
+        self.since = time.time()
+        self.history: deque[dict[str, Any]] = deque(maxlen=64)
+        self.paused = False
+        self.operator = False
+        self.fence_result: bool | None = None
+        self.colo_exit = False
+        self.vm_gone = False
+        self.peer_vm_gone = False
+        self.peer_state = ""
+        self.peer_epoch = 0
+        self.checkpoint_overdue = False
+        self.qemu_info: QemuInfo | None = None
+        self.qemu_status = ""
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._busy: asyncio.Task[Any] | None = None  # the one action in progress
+        self._finished = asyncio.Event()
+        self._last_decision: tuple[Action, str] | None = None
+        self.failures: list[str] = []
+        p = config.peer
+        tls = (p.cert, p.key, p.peer_cert) if p.cert and p.key and p.peer_cert else None
+        self.peer = Peer(
+            pair=config.pair,
+            role=config.role,
+            local=p.local,
+            remote=p.remote,
+            tls=tls,
+            on_up=self._peer_up,
+            on_down=self._peer_down,
+            on_message=self._peer_message,
+        )
+        self.qmp = self._new_qmp()
+
+    # ---- to be filled by the two sides
+
+    def on_event(self, event: Event) -> None:
+        """A captured frame."""
+        raise NotImplementedError  # pragma: no cover
+
+    def on_qmp(self, event: QmpEvent) -> None:
+        """STOP, RESUME and the like."""
+
+    def on_message(self, msg: dict[str, Any]) -> None:
+        """A peer message that the base does not handle itself."""
+
+    def on_tick(self, now_ns: int) -> None:
+        """Every TICK_S."""
+
+    async def on_qemu(self) -> None:
+        """QMP is (again) connected."""
+
+    async def perform(self, action: Action, why: str) -> None:
+        """Carry out GO_SOLO, TAKE_OVER, STOP or REARM."""
+
+    def fill_status(self, status: dict[str, Any]) -> None:
+        """Add this side's numbers."""
+
+    # ---- state
+
+    def become(self, state: State, why: str) -> None:
+        """Change the state, and tell the story."""
+        if state is self.state and why == self.reason:
+            return
+        if state is not self.state:
+            self.since = time.time()
+            self.history.append({"at": self.since, "state": state.value, "reason": why})
+        self.state, self.reason = state, why
+        log.info("%s %s: %s: %s", self.config.pair, self.role.value, state.value, why)
+
+    def spawn(self, coro: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+        """A background task whose failure is logged and ends the controller."""
+        task = asyncio.ensure_future(coro)
+        self._tasks.add(task)
+        task.add_done_callback(self._task_done)
+        return task
+
+    def _task_done(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if task.cancelled() or task.exception() is None:
+            return
+        e = task.exception()
+        log.error("internal error: %r", e, exc_info=e)
+        self.failures.append(repr(e))
+        self._finished.set()
+
+    # ---- QEMU
+
+    def _new_qmp(self) -> Qmp:
+        name = "PVM" if self.config.role == "primary" else "SVM"
+        return Qmp(
+            self.config.qemu.qmp,
+            name,
+            self.config.qemu.qmp_timeout / 1000,
+            self._qmp_event,
+            self._qmp_closed,
+        )
+
+    def _qmp_event(self, event: QmpEvent) -> None:
+        log.debug("%s %s %s", self.qmp.name, event.name, event.data)
+        if event.name == "COLO_EXIT":
+            self.colo_exit = True
+        self.on_qmp(event)
+
+    def _qmp_closed(self, why: str) -> None:
+        log.warning("%s", why)
+        self.spawn(self._after_qmp_loss())
+
+    async def _after_qmp_loss(self) -> None:
+        """QMP is gone: dead QEMU (its tap has no carrier) or only a lost socket (connect again)."""
+        end = time.monotonic() + DEATH_S
+        while time.monotonic() < end:
+            if not await asyncio.to_thread(self.dp.tap_alive):
+                self.vm_gone = True
+                return
+            with contextlib.suppress(QmpError):
+                self.qmp = self._new_qmp()
+                self.qemu_info = await self.qmp.connect()
+                log.info("QMP is back")
+                await self.on_qemu()
+                return
+            await asyncio.sleep(TICK_S)
+        self.vm_gone = True  # neither QMP nor a word from the kernel: shut the path, then say so
+
+    async def _connect_qemu(self) -> None:
+        said = ""
+        while True:
+            try:
+                self.qemu_info = await self.qmp.connect()
+            except QmpError as e:
+                if str(e) != said:
+                    said = str(e)
+                    log.info("%s; waiting for it", e)
+                await asyncio.sleep(QMP_RETRY_S)
+                continue
+            why = refusal(self.qemu_info)
+            if why:
+                self.become(State.STOPPED, why)
+                return
+            await self.on_qemu()
+            return
+
+    # ---- peer
+
+    def _peer_up(self) -> None:
+        log.info("peer connected")
+        self._beat()
+        self.peer_connected()
+
+    def peer_connected(self) -> None:
+        """The channel is up."""
+
+    def _peer_down(self, why: str) -> None:
+        log.warning("peer connection lost: %s", why)
+
+    def _peer_message(self, msg: dict[str, Any]) -> None:
+        kind = msg["type"]
+        if kind == "beat":
+            self.peer_state, self.peer_epoch = msg["state"], msg["epoch"]
+            if msg["shut"] and not msg["vm"]:
+                self.peer_vm_gone = True
+            if msg["echo"]:
+                self.peer.rtt_ns = max(0, time.monotonic_ns() - msg["echo"])
+            self._peer_t = msg["t"]
+        elif kind == "gone":
+            self.peer_vm_gone = True
+        self.on_message(msg)
+        self._decide()
+
+    _peer_t = 0
+
+    def _beat(self) -> None:
+        self.peer.send(
+            "beat",
+            t=time.monotonic_ns(),
+            echo=self._peer_t,
+            state=self.state.value,
+            epoch=self.dp.epoch,
+            vm=not self.vm_gone,
+            shut=self.state is State.STOPPED,
+        )
+        self._peer_t = 0
+
+    # ---- the decision
+
+    def facts(self) -> Facts:
+        """What is known now."""
+        f = self.config.failover
+        return Facts(
+            role=self.role,
+            state=State.PAUSED if self.paused and self.state is State.PROTECTED else self.state,
+            own_vm_alive=not self.vm_gone,
+            peer_connected=self.peer.connected,
+            peer_silent_ms=self.peer.silent_ms(),
+            heartbeat_timeout_ms=self.config.peer.heartbeat_timeout,
+            peer_vm_gone=self.peer_vm_gone,
+            colo_exit=self.colo_exit,
+            automatic=f.automatic and not self.paused,
+            fence_configured=bool(f.fence),
+            fence_result=self.fence_result,
+            operator=self.operator,
+            checkpoint_overdue=self.checkpoint_overdue,
+        )
+
+    def _decide(self) -> None:
+        if self._busy is not None and not self._busy.done():
+            return
+        d: Decision = decide(self.facts())
+        if d.action is Action.NONE:
+            return
+        if d.action is Action.DEGRADE:
+            if self.state in (State.PROTECTED, State.DEGRADED, State.CHECKPOINTING):
+                self.become(State.DEGRADED, d.why)
+            return
+        log.info("decision: %s: %s", d.action.value, d.why)
+        self._busy = self.spawn(self._act(d))
+
+    async def _act(self, d: Decision) -> None:
+        if d.action is Action.FENCE:
+            self.become(State.DEGRADED, d.why)
+            self.fence_result = await self._fence()
+        else:
+            await self.perform(d.action, d.why)
+
+    async def _fence(self) -> bool:
+        """Run the fence command; only exit status 0 within its deadline is success."""
+        f = self.config.failover
+        try:
+            proc = await asyncio.create_subprocess_exec(*f.fence)
+        except OSError as e:
+            log.error("fence %s: %s", f.fence[0], e)
+            return False
+        try:
+            status = await asyncio.wait_for(proc.wait(), f.fence_timeout / 1000)
+        except TimeoutError:
+            proc.kill()
+            await proc.wait()
+            log.error("fence: no end after %d ms", f.fence_timeout)
+            return False
+        log.info("fence: exit status %d", status)
+        return status == 0
+
+    # ---- the loop
+
+    async def start(self) -> None:
+        """Open the channel, begin to look for QEMU, read the ring."""
+        await self.peer.start()
+        loop = asyncio.get_running_loop()
+        for fd in self.dp.reader.fds:
+            loop.add_reader(fd, self._drain)
+        self.spawn(self._connect_qemu())
+        self.spawn(self._ticker())
+
+    def _drain(self) -> None:
+        self.dp.drain(self.on_event, RING_BATCH)
+
+    async def _ticker(self) -> None:
+        interval = self.config.peer.heartbeat_interval / 1000
+        next_beat = 0.0
+        while not self._finished.is_set():
+            now = time.monotonic()
+            self.dp.beat()
+            if now >= next_beat:
+                next_beat = now + interval
+                self._beat()
+                self._decide()
+            # A wake-up can be missed only at the cost of one tick.
+            self._drain()
+            self.on_tick(time.monotonic_ns())
+            await asyncio.sleep(TICK_S)
+
+    async def stop(self, why: str) -> None:
+        """End this controller; the guests and the data path go on."""
+        self.peer.send("bye", why=why)
+        loop = asyncio.get_running_loop()
+        for fd in self.dp.reader.fds:
+            loop.remove_reader(fd)
+        for t in list(self._tasks):
+            t.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self.peer.close()
+        await self.qmp.close()
+
+    async def finished(self) -> None:
+        """Until an internal error ends the controller."""
+        await self._finished.wait()
+
+    # ---- commands of the control socket
+
+    async def command(self, name: str, args: dict[str, Any]) -> dict[str, Any]:
+        """Carry out a command of the CLI.
+
+        Raises ValueError for what is unknown or impossible now.
+        """
+        if name == "status":
+            return self.status()
+        if name == "mode":
+            return self._command_mode(args)
+        if name == "failover":
+            return await self._command_failover(args)
+        if name == "checkpoint":
+            return await self.command_checkpoint(args)
+        raise ValueError(f"unknown command {name!r}")
+
+    async def command_checkpoint(self, args: dict[str, Any]) -> dict[str, Any]:
+        raise ValueError("checkpoints are asked for on the primary host")
+
+    def _command_mode(self, args: dict[str, Any]) -> dict[str, Any]:
+        mode = args.get("mode")
+        if mode is not None:
+            if mode not in ("protected", "paused"):
+                raise ValueError(f"mode {mode!r}: protected or paused")
+            self.paused = mode == "paused"
+            log.info("mode set to %s by the operator", mode)
+        return {"mode": "paused" if self.paused else self.state.value}
+
+    def failover_steps(self) -> list[str]:
+        """What a failover would do now, step by step."""
+        raise NotImplementedError  # pragma: no cover
+
+    async def _command_failover(self, args: dict[str, Any]) -> dict[str, Any]:
+        steps = self.failover_steps()
+        if args.get("dry_run"):
+            return {"steps": steps, "done": False, "state": self.state.value}
+        if self.state in (State.SOLO, State.TAKEN_OVER):
+            return {"steps": [], "done": True, "state": self.state.value, "reason": self.reason}
+        if self.state in (State.STARTING, State.STOPPED):
+            raise ValueError(f"no failover from state {self.state.value}: {self.reason}")
+        self.operator, self.fence_result = True, None
+        deadline = time.monotonic() + 30 + self.config.failover.fence_timeout / 1000
+        while time.monotonic() < deadline:
+            self._decide()
+            if self.state in (State.SOLO, State.TAKEN_OVER, State.STOPPED):
+                break
+            if self.fence_result is False:
+                self.operator = False
+                raise ValueError("the fence command failed: the peer may be alive, nothing is opened")
+            await asyncio.sleep(TICK_S)
+        done = self.state in (State.SOLO, State.TAKEN_OVER)
+        return {"steps": steps, "done": done, "state": self.state.value, "reason": self.reason}
+
+    def status(self) -> dict[str, Any]:
+        """The documented status (status.py)."""
+        raise NotImplementedError  # pragma: no cover
+
+    def link_up(self, name: str) -> bool:
+        """Whether a device is up (for status)."""
+        with contextlib.suppress(attach.NoSuchDevice):
+            return attach.link_info(name).up
+        return False

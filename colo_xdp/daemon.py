@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""One controller process: wiring, signals, systemd, control socket, metrics.
+
+Stopping it leaves the data path as it is, pinned: the guests go on, and the
+next controller takes over. `colo-xdp cleanup` is what removes it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import logging
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from .attach import AttachError, NoSuchDevice
+from .config import Config
+from .control import ControlServer
+from .controller import Controller
+from .datapath import DataPath, DataPathError
+from .loader import LoadError
+from .metrics import start as start_metrics
+from .notify import Notifier
+from .peer import PeerError
+from .primary import Primary
+from .secondary import Secondary
+from .status import Status
+
+log = logging.getLogger("colo_xdp")
+
+STATUS_S = 1.0
+
+
+def setup_logging() -> None:
+    """Lines for people; priorities for the journal when it reads us."""
+    journal = bool(os.environ.get("JOURNAL_STREAM"))
+    fmt = "%(message)s" if journal else "%(asctime)s %(levelname)s %(name)s: %(message)s"
+
+    class Priority(logging.Formatter):
+        def format(self, record: logging.LogRecord) -> str:
+            text = super().format(record)
+            if not journal:
+                return text
+            level = {10: 7, 20: 6, 30: 4, 40: 3, 50: 2}.get(record.levelno, 6)
+            return f"<{level}>{text}"
+
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(Priority(fmt))
+    logging.basicConfig(level=os.environ.get("COLO_XDP_LOG", "INFO").upper(), handlers=[handler])
+    logging.getLogger("asyncio").setLevel(logging.WARNING)
+
+
+async def _serve(config: Config) -> int:
+    datapath = DataPath(config)
+    ctl: Controller = (Primary if config.role == "primary" else Secondary)(config, datapath)
+    notifier = Notifier()
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for sig in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(sig, stop.set)
+    run_dir = Path(config.datapath.run_dir)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    control = ControlServer(str(run_dir / f"{config.pair}.{config.role}.sock"), ctl.command)
+    await control.start()
+    metrics: Any = None
+    try:
+        # Read by the HTTP thread: built in the loop's thread, swapped as one reference.
+        snapshot: list[Status] = [Status.from_json(ctl.status())]
+
+        def fresh_status() -> Status:
+            future = asyncio.run_coroutine_threadsafe(_status(ctl), loop)
+            try:
+                snapshot[0] = future.result(timeout=1.0)
+            except TimeoutError:
+                future.cancel()
+            return snapshot[0]
+
+        if config.metrics.listen:
+            metrics = start_metrics(config.metrics.listen, fresh_status)
+        await ctl.start()
+        # Long-lived objects are not looked at again: no pause while packets wait.
+        gc.freeze()
+        notifier.send(READY="1", STATUS=ctl.reason)
+        watcher = asyncio.create_task(ctl.finished())
+        stopping = asyncio.create_task(stop.wait())
+        beat = 0.0
+        while not (stopping.done() or watcher.done()):
+            every = min(STATUS_S, notifier.watchdog_s or STATUS_S)
+            await asyncio.wait((stopping, watcher), timeout=every,
+                               return_when=asyncio.FIRST_COMPLETED)  # fmt: skip
+            now = time.monotonic()
+            if now - beat >= every:
+                beat = now
+                notifier.send(WATCHDOG="1", STATUS=f"{ctl.state.value}: {ctl.reason}")
+        notifier.send(STOPPING="1")
+        failed = watcher.done()
+        for t in (watcher, stopping):
+            t.cancel()
+        await ctl.stop("internal error" if failed else "stopped by a signal")
+        return 1 if failed else 0
+    finally:
+        if metrics is not None:
+            metrics.close()
+        with contextlib.suppress(OSError):
+            await control.close()
+        datapath.close()
+
+
+async def _status(ctl: Controller) -> Status:
+    return Status.from_json(ctl.status())
+
+
+def run(config: Config) -> int:
+    """Run until SIGTERM or SIGINT. Exit status: 0 stopped, 1 failed."""
+    setup_logging()
+    try:
+        return asyncio.run(_serve(config))
+    except (LoadError, DataPathError, AttachError, NoSuchDevice, PeerError, OSError) as e:
+        log.error("%s", e)
+        return 1

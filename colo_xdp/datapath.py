@@ -1,0 +1,244 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""One host's data path as an object: programs on their hooks, mode, epoch, counters, taps.
+
+Start-up adopts what a former controller left pinned, so that the guest's
+frames meet a program at every moment.
+"""
+
+from __future__ import annotations
+
+import logging
+import struct
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from . import abi, attach, loader
+from .abi import Cfg, Mode, Prog, Reason
+from .config import Config
+from .inject import Injector
+from .ring import Event, open_reader
+
+log = logging.getLogger("colo_xdp.datapath")
+
+_U32 = struct.Struct("=I")
+_U64 = struct.Struct("=Q")
+
+PRIMARY_HOOKS = (("pvm_in", "tap", "egress"), ("svm_arrival", "peer", "ingress"))
+SECONDARY_HOOKS = (("svm_net", "tap", "egress"), ("svm_in", "peer", "ingress"))
+
+
+class DataPathError(RuntimeError):
+    """The data path cannot be set up as configured; names the device or key."""
+
+
+def choose_hook(wanted: str, tap: attach.LinkInfo) -> str:
+    """`xdp` or `tc` for the SVM's output.
+
+    XDP sees neither GSO nor partial checksums, so it is only right on a tap without
+    vnet_hdr. Raises DataPathError when XDP is asked for where it would corrupt.
+    """
+    if wanted == "xdp" and tap.vnet_hdr:
+        raise DataPathError(
+            f"[network] hook = \"xdp\": tap {tap.name} has vnet_hdr, its frames carry offloads that "
+            "XDP cannot see (checksums would be corrupted); use \"tc\" or a tap with vnet_hdr=off"
+        )
+    if wanted == "auto":
+        return "tc" if tap.vnet_hdr else "xdp"
+    return wanted
+
+
+def manifest_path(run_dir: str, pair: str, role: str) -> Path:
+    """Where the list of what is attached is kept."""
+    return Path(run_dir) / f"{pair}.{role}.attached"
+
+
+class DataPath:
+    """Loaded, attached and pinned; `adopted` tells that a former controller's state goes on."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        net, dp = config.network, config.datapath
+        tap = self._device("tap", net.tap)
+        peer = self._device("peer_link", net.peer_link)
+        if tap.kind != "tun":
+            raise DataPathError(f"[network] tap: {net.tap} is not a tap device (kind {tap.kind!r})")
+        if config.role == "secondary" and tap.master and not self._was_taken_over():
+            raise DataPathError(
+                f"[network] tap: {net.tap} is in a bridge; on the secondary it must be in none "
+                "(the bridge would learn the guest's address there)"
+            )
+        self.hook = "tc" if config.role == "primary" else choose_hook(net.hook, tap)
+        self.objects = loader.load(
+            config.role,
+            config.pair,
+            dp.bpffs,
+            loader.Options(
+                flow_table=dp.flow_table,
+                ring_pages=dp.ring_pages,
+                events=dp.events,
+                rewrite_at_xdp=self.hook == "xdp",
+            ),
+        )
+        self._cfg = self.objects.map("config")
+        self._counters = self.objects.map("counters")
+        found = self._read(Cfg.ABI)
+        if found not in (0, abi.ABI):
+            raise DataPathError(
+                f"the pinned data path speaks ABI {found}, this release {abi.ABI}: "
+                "run `colo-xdp cleanup` once the guest may lose its connections"
+            )
+        self.adopted = found == abi.ABI
+        self.reader = open_reader(self.objects)
+        self.injectors: dict[str, Injector] = {}
+        if not self.adopted:
+            self._write(Cfg.MODE, Mode.BYPASS if config.role == "primary" else Mode.DROP)
+        self._write(Cfg.TAP, tap.index)
+        self._write(Cfg.PEER, peer.index)
+        policy = abi.LossPolicy[dp.on_controller_loss.upper()]
+        self._write(Cfg.LOSS_POLICY, policy)
+        self._write(Cfg.LOSS_NS, dp.controller_loss * 1_000_000)
+        self.beat()
+        if config.role == "secondary":
+            self._fill_transitions()
+        self._write(Cfg.ABI, abi.ABI)
+        self.manifest = attach.Manifest(manifest_path(dp.run_dir, config.pair, config.role))
+        self._attach()
+
+    def _was_taken_over(self) -> bool:
+        pinned = Path(loader.pin_dir(self.config.datapath.bpffs, self.config.pair, "secondary"))
+        return (pinned / "config").exists()
+
+    @staticmethod
+    def _device(key: str, name: str) -> attach.LinkInfo:
+        try:
+            return attach.link_info(name)
+        except attach.NoSuchDevice as e:
+            raise DataPathError(f"[network] {key}: {e}") from e
+
+    def _attach(self) -> None:
+        progs, pair, m = self.objects.programs, self.config.pair, self.manifest
+        dev = {"tap": self.config.network.tap, "peer": self.config.network.peer_link}
+
+        def hook(name: str, where: str, direction: str) -> None:
+            attach.attach_tc(dev.get(where, where), direction, progs[name], pair, m)
+
+        if self.config.role == "primary":
+            self._tap("release", f"cxr-{pair}", "pvm_release")
+            for h in PRIMARY_HOOKS:
+                hook(*h)
+            hook("pvm_out", "tap", "ingress")  # last: from here on output is in our hands
+        else:
+            hook("svm_out", "tap", "ingress")  # first: the SVM is shut in before anything opens
+            if self.hook == "xdp":
+                attach.attach_xdp(self.config.network.tap, progs["svm_out_xdp"], m)
+            self._tap("deliver", f"cxd-{pair}", "svm_deliver")
+            self._tap("forward", f"cxf-{pair}", "svm_forward")
+            for h in SECONDARY_HOOKS:
+                hook(*h)
+
+    def _tap(self, role: str, name: str, prog: str) -> None:
+        fd = attach.make_tap(name)
+        self.injectors[role] = Injector(fd)
+        attach.attach_tc(name, "ingress", self.objects.programs[prog], self.config.pair, None)
+
+    def _fill_transitions(self) -> None:
+        from .tcp_state import transition_words
+
+        table = self.objects.map("transitions")
+        for i, nxt in enumerate(transition_words()):
+            table.set(_U32.pack(i), _U32.pack(nxt))
+
+    def _read(self, slot: Cfg) -> int:
+        raw = self._cfg.get(_U32.pack(slot))
+        return _U64.unpack(raw)[0] if raw else 0
+
+    def _write(self, slot: Cfg, value: int) -> None:
+        self._cfg.set(_U32.pack(slot), _U64.pack(value))
+
+    @property
+    def mode(self) -> Mode:
+        return Mode(self._read(Cfg.MODE))
+
+    @mode.setter
+    def mode(self, mode: Mode) -> None:
+        self._write(Cfg.MODE, mode)
+
+    @property
+    def epoch(self) -> int:
+        return self._read(Cfg.EPOCH)
+
+    @epoch.setter
+    def epoch(self, epoch: int) -> None:
+        self._write(Cfg.EPOCH, epoch)
+
+    def beat(self) -> None:
+        """Tell the programs that the controller lives."""
+        self._write(Cfg.CONTROLLER_NS, time.monotonic_ns())
+
+    def drain(self, sink: Callable[[Event], None], limit: int = 1 << 30) -> int:
+        """Events that wait now, in order."""
+        return self.reader.drain(sink, limit)
+
+    def counters(self) -> dict[str, dict[str, tuple[int, int]]]:
+        """{program: {reason: (packets, bytes)}}, summed over CPUs; zeros included."""
+        cpus = loader._possible_cpus()
+        size = abi.COUNT.size * cpus
+        out: dict[str, dict[str, tuple[int, int]]] = {}
+        for prog in Prog:
+            if prog is Prog.MAX:
+                continue
+            row = out[prog.name.lower()] = {}
+            for reason in Reason:
+                if reason is Reason.MAX:
+                    continue
+                raw = self._counters.get(_U32.pack(prog * Reason.MAX + reason), size)
+                p = b = 0
+                for i in range(cpus if raw else 0):
+                    x, y = abi.COUNT.unpack_from(raw or b"", i * abi.COUNT.size)
+                    p, b = p + x, b + y
+                row[reason.name.lower()] = (p, b)
+        return out
+
+    def lost_events(self) -> int:
+        """Frames that did not fit into the event ring, or that it could not carry."""
+        cpus = loader._possible_cpus()
+        total = self.reader.lost
+        for prog in (Prog.PVM_OUT, Prog.SVM_ARRIVAL, Prog.SVM_IN, Prog.SVM_OUT):
+            for reason in (Reason.RING_FULL, Reason.TOO_LARGE):
+                key = _U32.pack(prog * Reason.MAX + reason)
+                raw = self._counters.get(key, abi.COUNT.size * cpus) or b""
+                for i in range(0, len(raw), abi.COUNT.size):
+                    total += abi.COUNT.unpack_from(raw, i)[0]
+        return total
+
+    def tap_alive(self) -> bool:
+        """Whether somebody (QEMU) holds the tap: its carrier."""
+        try:
+            return attach.link_info(self.config.network.tap).carrier
+        except attach.NoSuchDevice:
+            return False
+
+    def open_network(self) -> None:
+        """Secondary, at failover: the tap joins the bridge, if one is configured."""
+        if self.config.network.bridge:
+            attach.set_master(self.config.network.tap, self.config.network.bridge)
+
+    def step_out(self) -> None:
+        """Secondary, after a takeover: the programs on the guest's tap are not needed any more."""
+        tap, pair = self.config.network.tap, self.config.pair
+        attach.detach_tc(tap, "ingress", attach.label(pair, "svm_out"))
+        attach.detach_tc(tap, "egress", attach.label(pair, "svm_net"))
+        if self.hook == "xdp":
+            attach.detach_xdp(tap, "svm_out_xdp")
+
+    def close(self, *, detach: bool = False) -> None:
+        """Let go. What is attached and pinned stays, unless `detach`."""
+        for i in self.injectors.values():
+            i.close()
+        self.reader.close()
+        if detach:
+            attach.detach_all(self.manifest.path)
+        self.objects.close()
+        if detach:
+            loader.remove_pins(self.objects.pin_dir)

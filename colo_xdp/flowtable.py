@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The secondary's connection table as the controller sees it: counting and ageing."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+from . import abi, tcp_state
+from .loader import Map
+
+
+@dataclass(frozen=True, slots=True)
+class Flow:
+    """struct colo_flow; offsets in the 32-bit space of the header, times in ns."""
+
+    seen_ns: int
+    epoch: int
+    off: int
+    tsoff: int
+    isn_p: int
+    isn_s: int
+    ts_p: int
+    ts_s: int
+    fin_guest: int
+    fin_client: int
+    state: int
+    have: int
+
+
+def decode(raw: bytes) -> Flow:
+    """A flow from its map value."""
+    return Flow(*abi.FLOW.unpack(raw)[:-1])
+
+
+class FlowTable:
+    """Ageing by the timeouts of tcp_state; numbers for status and metrics."""
+
+    def __init__(self, table: Map) -> None:
+        self._map = table
+        self.limit = table.info.max_entries
+        self.tracked = 0
+        self.translated = 0
+        self.aged = 0
+
+    def sweep(self, epoch: int, taken_over: bool) -> None:
+        """Delete what is old or closed. Entries of former epochs have offset 0: nothing is lost."""
+        now = time.monotonic_ns()
+        tracked = translated = 0
+        for key, raw in self._map.items():
+            f = decode(raw)
+            stale = f.epoch != epoch
+            age = (now - f.seen_ns) / 1e9
+            if age > tcp_state.timeout(f.state) or (stale and age > 1):
+                self._map.delete(key)
+                self.aged += 1
+                continue
+            tracked += 1
+            if not stale and (f.off or f.tsoff):
+                translated += 1
+        self.tracked, self.translated = tracked, translated

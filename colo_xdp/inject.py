@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Puts frames back into the kernel through a tap that only we write to.
+
+The program on that tap's ingress decides where they enter the stack. Offload
+state travels in struct virtio_net_hdr (linux/virtio_net.h): a 64 KiB frame with
+a partial checksum leaves as it came.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections import Counter
+
+from .packet import Kind, parse
+
+_VNET = struct.Struct("<BBHHHH")
+_PLAIN = bytes(10)
+NEEDS_CSUM = 1
+GSO_TCPV4, GSO_UDP, GSO_TCPV6, GSO_UDP_L4, GSO_ECN = 1, 3, 4, 5, 0x80
+
+
+def vnet_header(frame: bytes, gso_size: int, partial: bool) -> bytes:
+    """struct virtio_net_hdr, 10 bytes, for a frame as it was captured.
+
+    Raises ValueError when the frame claims an offload on something other than
+    TCP or UDP: the kernel would compute a checksum at the wrong place.
+    """
+    if not partial and not gso_size:
+        return _PLAIN
+    p = parse(frame)
+    if p.kind not in (Kind.TCP, Kind.UDP):
+        raise ValueError(f"offload on a frame that is neither TCP nor UDP (protocol {p.proto})")
+    l4 = p.l4
+    tcp = p.proto == 6
+    gso_type = 0
+    header = 0
+    if gso_size:
+        if tcp:
+            gso_type = GSO_TCPV6 if frame[p.l3] >> 4 == 6 else GSO_TCPV4
+            if frame[l4 + 13] & 0x80:
+                gso_type |= GSO_ECN
+            header = l4 + (frame[l4 + 12] >> 4) * 4
+        else:
+            gso_type, header = GSO_UDP_L4, l4 + 8
+    return _VNET.pack(
+        NEEDS_CSUM if partial else 0, gso_type, header, gso_size, l4, 16 if tcp else 6
+    )
+
+
+class Injector:
+    """Writes frames to one tap; failures are counted by errno name, never raised."""
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+        self.sent = 0
+        self.failed: Counter[str] = Counter()
+
+    def send(self, frame: bytes, gso_size: int = 0, partial: bool = False) -> bool:
+        """One frame; False when the kernel did not take it (to a guest: loss on the wire)."""
+        try:
+            head = _PLAIN if not partial and not gso_size else vnet_header(frame, gso_size, partial)
+            os.write(self.fd, head + frame)
+        except ValueError:
+            self.failed["offload"] += 1
+            return False
+        except OSError as e:
+            self.failed[os.strerror(e.errno or 0)] += 1
+            return False
+        self.sent += 1
+        return True
+
+    def close(self) -> None:
+        """Close the descriptor: the tap goes with it."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1

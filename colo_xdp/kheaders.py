@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Finds kernel headers for bcc.
+
+bcc wants the build tree of the running kernel. Our programs use the user API
+headers only, so any recent tree serves. Order: the running kernel's own; the
+newest installed one. Debian splits a tree in two packages (-common and the
+flavour) and bcc looks into one directory only, so a merged view of links is
+made in a cache directory; nothing outside of it is touched.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+MODULES = Path("/lib/modules")
+SOURCES = Path("/usr/src")
+
+
+class NoHeaders(RuntimeError):
+    """No usable kernel headers; the text names the remedy."""
+
+
+@dataclass(frozen=True, slots=True)
+class Headers:
+    """A tree that bcc can use: `path` for BCC_KERNEL_SOURCE, None for bcc's own choice."""
+
+    path: str | None
+    origin: str
+
+
+def _version_key(name: str) -> list[int]:
+    return [int(x) for x in re.findall(r"\d+", name)]
+
+
+def _split_trees() -> list[tuple[Path, Path]]:
+    """(flavour, common) pairs of Debian's split packages, newest first."""
+    pairs = []
+    for flavour in SOURCES.glob("linux-headers-*"):
+        if not (flavour / "include/generated/autoconf.h").exists():
+            continue
+        m = re.match(r"(linux-headers-[\d.]+-\d+)-", flavour.name)
+        common = SOURCES / f"{m[1]}-common" if m else flavour
+        if (flavour / "include/linux/kconfig.h").exists():
+            pairs.append((flavour, flavour))
+        elif (common / "include/linux/kconfig.h").exists():
+            pairs.append((flavour, common))
+    return sorted(pairs, key=lambda p: _version_key(p[0].name), reverse=True)
+
+
+def _link(src: Path, dst: Path) -> None:
+    dst.parent.mkdir(parents=True, exist_ok=True)
+    if dst.is_symlink() and os.readlink(dst) == str(src):
+        return
+    tmp = dst.with_name(f".{dst.name}.{os.getpid()}")
+    tmp.unlink(missing_ok=True)
+    tmp.symlink_to(src)
+    tmp.replace(dst)
+
+
+def _merge(flavour: Path, common: Path, cache: Path) -> Path:
+    """A tree of links that shows both halves as one."""
+    out = cache / flavour.name
+    arch = {"x86_64": "x86", "aarch64": "arm64", "riscv64": "riscv"}.get(os.uname().machine, "x86")
+    for half in (common, flavour):
+        for sub in ("include", f"arch/{arch}/include"):
+            if (half / sub).is_dir():
+                for child in (half / sub).iterdir():
+                    _link(child, out / sub / child.name)
+    return out
+
+
+def find(cache: Path | None = None) -> Headers:
+    """The headers to compile with.
+
+    Raises NoHeaders with the package to install when there are none.
+    """
+    release = os.uname().release
+    if os.environ.get("BCC_KERNEL_SOURCE"):
+        return Headers(None, "BCC_KERNEL_SOURCE")
+    own = MODULES / release / "build"
+    if (own / "include/linux/kconfig.h").exists() or (
+        MODULES / release / "source/include/linux/kconfig.h"
+    ).exists():
+        return Headers(None, str(own))
+    if Path("/sys/kernel/kheaders.tar.xz").exists():
+        return Headers(None, "/sys/kernel/kheaders.tar.xz")
+    trees = _split_trees()
+    if not trees:
+        raise NoHeaders(
+            f"no kernel headers for {release}, and no others in {SOURCES}: "
+            f"install linux-headers-{release} (or linux-headers-amd64: any recent version serves)"
+        )
+    flavour, common = trees[0]
+    if flavour == common:
+        return Headers(str(flavour), str(flavour))
+    if cache is None:
+        cache = Path(os.environ.get("XDG_CACHE_HOME", "/var/cache")) / "colo-xdp/headers"
+    return Headers(str(_merge(flavour, common, cache)), f"{flavour} + {common}")

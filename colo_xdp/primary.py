@@ -1,0 +1,390 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The primary host: hold and compare the PVM's output, ask for checkpoints, go solo.
+
+Order of a checkpoint, always (DESIGN 4): hold everything here, have the
+secondary hold everything, trigger, wait for STOP and RESUME of both guests,
+release what the PVM sent before its STOP, go on under the next epoch.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from bisect import bisect_left
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+from . import abi
+from .abi import Mode
+from .compare import Engine, Limits, Policy, Record
+from .config import Config
+from .controller import Controller
+from .datapath import DataPath
+from .failover import Action, Role, State
+from .qmp import QmpError, QmpEvent
+from .reasons import Cause
+from .ring import Event
+from .status import WAIT_BUCKETS
+
+log = logging.getLogger("colo_xdp.primary")
+
+REARM_S = 0.5
+LOSS_CHECK_NS = 100_000_000
+
+
+class CheckpointFailed(RuntimeError):
+    """A checkpoint did not complete; what is held stays held."""
+
+
+@dataclass(slots=True)
+class Checkpoint:
+    """One checkpoint in progress. Times: CLOCK_MONOTONIC, ns."""
+
+    n: int
+    cause: str
+    began_ns: int
+    begun: bool = False
+    triggered: bool = False
+    stop_ns: int = 0
+    resume_ns: int = 0
+    done: bool = False
+    failed: str = ""
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+class Primary(Controller):
+    """Controller of the PVM's host."""
+
+    role = Role.PRIMARY
+
+    def __init__(self, config: Config, datapath: DataPath) -> None:
+        super().__init__(config, datapath)
+        c = config.compare
+        self.engine = Engine(
+            Limits(
+                compare_timeout_ns=c.compare_timeout * 1_000_000,
+                expired_scan_cycle_ns=c.expired_scan_cycle * 1_000_000,
+                max_queue_size=c.max_queue_size,
+                max_stream_bytes=c.max_stream_bytes,
+                max_flows=c.max_flows,
+            ),
+            Policy(arp=c.arp, ndp=c.ndp, other=c.other),
+            self._release,
+            request_checkpoint=self.request,
+            on_wait=self._on_wait,
+        )
+        self.engine.epoch = datapath.epoch
+        self._injector = datapath.injectors["release"]
+        self._want: tuple[str, str] | None = None
+        self._wake = asyncio.Event()
+        self._peer_ready = False
+        self._guard: asyncio.Task[Any] | None = None
+        self._ck: Checkpoint | None = None
+        self._lost = datapath.lost_events()
+        self._lost_checked = 0
+        self.by_cause: Counter[str] = Counter()
+        self.checkpoints_failed = 0
+        self.last_checkpoint: dict[str, Any] = {}
+        self._waits = [0] * (len(WAIT_BUCKETS) + 1)
+        self._wait_sum = 0.0
+        self._alone = False
+        if datapath.adopted and datapath.mode in (Mode.RUN, Mode.CHECKPOINT):
+            # A former controller held frames that are lost with it; only a checkpoint
+            # makes both sides equal again. Until then nothing is decided.
+            datapath.mode = Mode.CHECKPOINT
+            self.engine.begin_checkpoint()
+            self.reason = "a former controller's data path was taken over: a checkpoint is needed"
+        elif datapath.mode is Mode.DROP:
+            self.state = State.STOPPED
+            self.reason = "the data path was shut by a former controller"
+
+    # ---- frames
+
+    def on_event(self, event: Event) -> None:
+        rec = Record(event.frame, event.ts_ns, event.gso_size, event.partial)
+        if event.source == abi.Source.PVM:
+            if self._alone:
+                self._release(rec)
+            elif self.state is not State.STOPPED:
+                self.engine.from_pvm(rec, time.monotonic_ns())
+        elif not self._alone:
+            self.engine.from_svm(rec, event.epoch, time.monotonic_ns())
+
+    def _release(self, rec: Record) -> None:
+        self._injector.send(rec.frame, rec.gso_size, rec.partial)
+
+    def _on_wait(self, ns: int) -> None:
+        s = ns / 1e9
+        self._waits[bisect_left(WAIT_BUCKETS, s)] += 1
+        self._wait_sum += s
+
+    def on_tick(self, now_ns: int) -> None:
+        if self.state is State.PROTECTED:
+            self.engine.tick(now_ns)
+        if now_ns - self._lost_checked > LOSS_CHECK_NS:
+            self._lost_checked = now_ns
+            lost = self.dp.lost_events()
+            if lost > self._lost:
+                missing, self._lost = lost - self._lost, lost
+                self.request(Cause.EVENT_LOST, f"{missing} frames did not fit into the event ring")
+
+    # ---- checkpoints
+
+    def request(self, cause: Cause, detail: str) -> None:
+        """Ask for a checkpoint; a request while one is wanted or under way folds into it."""
+        if self.state is State.PROTECTED and self._want is None:
+            self._want = (cause.value, detail)
+            self._wake.set()
+
+    def on_qmp(self, event: QmpEvent) -> None:
+        ck = self._ck
+        if event.name == "STOP":
+            if ck is not None:
+                ck.stop_ns = event.ts_ns
+            elif self.state is State.PROTECTED:
+                self.request(Cause.OPERATOR, "QEMU stopped the PVM without being asked by us")
+        elif event.name == "RESUME" and ck is not None and ck.stop_ns:
+            ck.resume_ns = event.ts_ns
+        if ck is not None:
+            ck.changed.set()
+
+    def peer_connected(self) -> None:
+        self.checkpoint_overdue = False
+
+    def on_message(self, msg: dict[str, Any]) -> None:
+        kind, ck = msg["type"], self._ck
+        if kind == "ready":
+            self._peer_ready = True
+            self._wake.set()
+        elif kind == "beat":
+            if msg["state"] == State.TAKEN_OVER.value and self.state is not State.STOPPED:
+                self._stand_down("the secondary speaks for the guest")
+        elif kind == "taken":
+            self._stand_down(f"the secondary took over: {msg['why']}")
+        elif ck is not None and kind in ("begun", "done", "failed") and msg["n"] == ck.n:
+            if kind == "begun":
+                ck.begun = True
+            elif kind == "done":
+                ck.done = True
+            else:
+                ck.failed = msg["why"]
+            ck.changed.set()
+
+    def _stand_down(self, why: str) -> None:
+        """Never speak against a secondary that has taken over."""
+        self.dp.mode = Mode.DROP
+        if self._guard is not None:
+            self._guard.cancel()
+        self.become(State.STOPPED, why)
+
+    async def on_qemu(self) -> None:
+        if self._guard is None and self.state not in (State.STOPPED, State.SOLO):
+            self._guard = self.spawn(self._protect())
+
+    async def _protect(self) -> None:
+        """Enter COLO once, then serve checkpoints, one at a time."""
+        while self.state is not State.STOPPED:
+            if await self.qmp.migration_status() == "colo":
+                self._want = (Cause.CONTROLLER_RESTART.value, "this controller has just started")
+                break
+            if self.peer.connected and self._peer_ready:
+                try:
+                    await self._enter()
+                    break
+                except (CheckpointFailed, QmpError) as e:
+                    await self._enter_failed(str(e))
+            else:
+                self.become(self.state, "waiting for the secondary (controller, and QEMU -incoming)")
+            await self._sleep_or_wake(REARM_S)
+        while True:
+            if self._want is None or not self.peer.connected:
+                await self._sleep_or_wake(self._next_periodic())
+                if self._want is None and self._periodic_due():
+                    self._want = (Cause.PERIODIC.value, "period")
+            if self._want is None or not self.peer.connected:
+                continue
+            (cause, detail), self._want = self._want, None
+            try:
+                await self._checkpoint(cause, detail, initial=False)
+            except (CheckpointFailed, QmpError) as e:
+                self.checkpoints_failed += 1
+                self.checkpoint_overdue = True
+                self.become(State.DEGRADED, f"checkpoint ({cause}) did not complete: {e}")
+                self._decide()
+
+    def _next_periodic(self) -> float:
+        p = self.config.checkpoint.periodic / 1000
+        return min(p, REARM_S) if p else REARM_S
+
+    def _periodic_due(self) -> bool:
+        p = self.config.checkpoint.periodic / 1000
+        at = self.last_checkpoint.get("at", 0.0)
+        return bool(p) and self.state is State.PROTECTED and time.time() - at >= p
+
+    async def _sleep_or_wake(self, seconds: float) -> None:
+        self._wake.clear()
+        try:
+            await asyncio.wait_for(self._wake.wait(), seconds)
+        except TimeoutError:
+            return
+
+    async def _enter(self) -> None:
+        """Initial synchronisation: as a checkpoint, but the PVM's output goes on meanwhile.
+
+        Output is unprotected until the first STOP. What is captured before a QMP round
+        trip that brought no STOP was sent before it, so it may leave.
+        """
+        await self._checkpoint(Cause.INITIAL.value, "entering COLO", initial=True)
+        if await self.qmp.migration_status() != "colo":
+            raise CheckpointFailed(f"QEMU is in `{await self.qmp.migration_status()}`, not in COLO")
+
+    async def _enter_failed(self, why: str) -> None:
+        self._peer_ready = False
+        self.dp.mode = Mode.BYPASS
+        self._drain()
+        self.engine.release_all()
+        self.become(State.STARTING, f"COLO was not entered: {why}")
+        try:
+            if await self.qmp.status() == "paused":
+                await self.qmp.execute("cont")
+        except QmpError as e:
+            log.warning("%s", e)
+
+    async def _await(self, ck: Checkpoint, what: str, deadline: float) -> None:
+        """Until something about the checkpoint changes; raises CheckpointFailed at the deadline."""
+        ck.changed.clear()
+        left = deadline - time.monotonic()
+        if left <= 0:
+            raise CheckpointFailed(f"no {what} within its deadline")
+        try:
+            await asyncio.wait_for(ck.changed.wait(), min(left, 0.005 if ck.cause == "initial" else 0.1))
+        except TimeoutError:
+            pass
+        if ck.failed:
+            raise CheckpointFailed(f"the secondary: {ck.failed}")
+        if self.colo_exit:
+            raise CheckpointFailed("QEMU has lost the COLO channel (COLO_EXIT)")
+        if not self.peer.connected:
+            raise CheckpointFailed("the control channel to the secondary is down")
+        if self.vm_gone or not self.qmp.connected:
+            raise CheckpointFailed("QMP to the PVM is down")
+
+    async def _checkpoint(self, cause: str, detail: str, *, initial: bool) -> None:
+        n = max(self.dp.epoch, self.peer_epoch) + 1
+        began = time.monotonic_ns()
+        ck = self._ck = Checkpoint(n, cause, began)
+        c, q = self.config.checkpoint, self.config.qemu
+        deadline = time.monotonic() + (q.enter_timeout if initial else c.deadline) / 1000
+        try:
+            self.become(State.CHECKPOINTING, f"{cause}: {detail}")
+            self.engine.begin_checkpoint()
+            self.dp.mode = Mode.CHECKPOINT
+            self.peer.send("begin", n=n, cause=cause, initial=initial)
+            while not ck.begun:
+                await self._await(ck, "answer of the secondary's controller", deadline)
+            if initial:
+                await self.qmp.prepare(primary=True)
+                await self.qmp.migrate(self.config.qemu.migrate_uri)
+            else:
+                ck.stop_ns = 0
+                await self.qmp.trigger_checkpoint()
+            ck.triggered = True
+            while not (ck.resume_ns and ck.done):
+                if initial:
+                    await self._release_proven(ck)
+                    if await self.qmp.migration_status() == "failed":
+                        raise CheckpointFailed("the migration failed")
+                await self._await(ck, "STOP and RESUME of both guests", deadline)
+            self._drain()  # frames from before STOP may still be in the ring
+            self.engine.commit_checkpoint(ck.stop_ns, n, time.monotonic_ns())
+            self.dp.epoch = n
+            self.dp.mode = Mode.RUN
+        finally:
+            self._ck = None
+        self.by_cause[cause] += 1
+        self.last_checkpoint = {
+            "cause": cause,
+            "detail": detail,
+            "pause_ms": (ck.resume_ns - ck.stop_ns) / 1e6,
+            "total_ms": (time.monotonic_ns() - began) / 1e6,
+            "at": time.time(),
+        }
+        self.checkpoint_overdue = False
+        self.become(State.PROTECTED, f"both guests are equal as of epoch {n} ({cause})")
+
+    async def _release_proven(self, ck: Checkpoint) -> None:
+        """While synchronising: QMP answers in order, so no STOP before the answer means none yet."""
+        self._drain()
+        mark = time.monotonic_ns()
+        await self.qmp.status()
+        self.engine.release_until(ck.stop_ns or mark)
+
+    async def command_checkpoint(self, args: dict[str, Any]) -> dict[str, Any]:
+        if self.state not in (State.PROTECTED, State.CHECKPOINTING):
+            raise ValueError(f"no checkpoint from state {self.state.value}: {self.reason}")
+        before = self.dp.epoch
+        self._want = self._want or (Cause.OPERATOR.value, "asked by the operator")
+        self._wake.set()
+        deadline = time.monotonic() + self.config.checkpoint.deadline / 1000 + 1
+        while self.dp.epoch == before and self.state is not State.DEGRADED:
+            if time.monotonic() > deadline:
+                break
+            await asyncio.sleep(0.002)
+        if self.dp.epoch == before:
+            raise ValueError(f"the checkpoint did not complete: {self.reason}")
+        return {"epoch": self.dp.epoch, **self.last_checkpoint}
+
+    # ---- failover
+
+    async def perform(self, action: Action, why: str) -> None:
+        if action is Action.GO_SOLO:
+            await self._go_solo(why)
+        elif action is Action.STOP:
+            self.dp.mode = Mode.DROP
+            if self._guard is not None:
+                self._guard.cancel()
+            self.become(State.STOPPED, why)
+            self.peer.send("gone", why=why)
+        elif action is Action.ASK_SHUT:
+            self.become(State.DEGRADED, why)
+            self.peer.send("solo", why=why)
+            await asyncio.sleep(self.config.peer.heartbeat_interval / 1000)
+        elif action is Action.REARM:
+            self._want = self._want or (Cause.PEER_GAP.value, why)
+            self.become(State.CHECKPOINTING, why)
+            self._wake.set()
+
+    async def _go_solo(self, why: str) -> None:
+        if self._guard is not None:
+            self._guard.cancel()
+        self.peer.send("solo", why=why)
+        self._drain()
+        self._alone = True
+        released = self.engine.release_all()
+        self.dp.mode = Mode.BYPASS
+        self._drain()
+        try:
+            await self.qmp.lost_heartbeat()
+        except QmpError as e:
+            log.warning("%s (the PVM goes on all the same)", e)
+        self.become(State.SOLO, f"{why}; {released} held frames released")
+
+    def failover_steps(self) -> list[str]:
+        f = self.config.failover
+        steps = [f"fence the secondary: {' '.join(f.fence)}"] if f.fence else []
+        held = self.engine.held_packets
+        return [
+            *steps,
+            f"release the {held} held frames of the PVM",
+            "data path: bypass (the PVM's frames pass uncompared)",
+            f"QMP {self.config.qemu.qmp}: x-colo-lost-heartbeat",
+        ]
+
+    # ---- status
+
+    def status(self) -> dict[str, Any]:
+        from .report import primary_status
+
+        return primary_status(self)

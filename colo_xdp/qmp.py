@@ -1,0 +1,238 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Drives one QEMU over QMP: the only module that imports qemu.qmp.
+
+COLO needs no filter object and no patch: capabilities, `migrate`, and
+`x-checkpoint-delay` set once more to ask for a checkpoint (its setter raises
+the checkpoint event at once while in COLO state: migration/colo.c). STOP and
+RESUME mark a checkpoint; their timestamps, not the time they are read, are
+what packets are sorted by.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from qemu.qmp import QMPClient
+from qemu.qmp.error import QMPError
+from qemu.qmp.events import EventListener
+from qemu.qmp.protocol import Runstate
+from qemu.qmp.qmp_client import ExecuteError
+
+log = logging.getLogger("colo_xdp.qmp")
+
+#: x-checkpoint-delay: an hour, so that checkpoints happen on request only.
+IDLE_DELAY_MS = 3_600_000
+MAX_BANDWIDTH = 8 << 30
+
+
+class QmpError(RuntimeError):
+    """A QMP command failed, timed out or could not be sent; names the command and the QEMU."""
+
+
+@dataclass(frozen=True, slots=True)
+class QemuInfo:
+    """What a QEMU says of itself."""
+
+    version: tuple[int, int, int]
+    kvm: bool
+    status: str
+
+
+@dataclass(frozen=True, slots=True)
+class QmpEvent:
+    """An event; `ts_ns` is QEMU's own timestamp as CLOCK_MONOTONIC, `seen_ns` when we read it."""
+
+    name: str
+    data: dict[str, Any]
+    ts_ns: int
+    seen_ns: int
+
+
+def realtime_offset_ns() -> int:
+    """CLOCK_REALTIME - CLOCK_MONOTONIC now: the tightest of five readings."""
+    best, width = 0, 1 << 62
+    for _ in range(5):
+        a = time.monotonic_ns()
+        r = time.time_ns()
+        b = time.monotonic_ns()
+        if b - a < width:
+            best, width = r - (a + b) // 2, b - a
+    return best
+
+
+def refusal(info: QemuInfo) -> str | None:
+    """Why this QEMU cannot do COLO, or None."""
+    major, minor, micro = info.version
+    if (major, minor) == (10, 0) and micro < 13:
+        return (
+            f"QEMU {major}.{minor}.{micro} cannot enter COLO (it ends in `completed`): "
+            "use 7.2, 10.0.13 or newer"
+        )
+    if major < 7:
+        return f"QEMU {major}.{minor}.{micro} is older than any that was tried (7.2)"
+    return None
+
+
+class Qmp:
+    """A connection to one QEMU. Every command has a deadline."""
+
+    def __init__(
+        self,
+        path: str,
+        name: str,
+        timeout: float,
+        on_event: Callable[[QmpEvent], None],
+        on_close: Callable[[str], None],
+    ) -> None:
+        self.path, self.name, self.timeout = path, name, timeout
+        self._on_event, self._on_close = on_event, on_close
+        self._client: QMPClient | None = None
+        self._watch: asyncio.Task[None] | None = None
+
+    @property
+    def connected(self) -> bool:
+        return self._client is not None and self._client.runstate is Runstate.RUNNING
+
+    async def connect(self) -> QemuInfo:
+        """Connect and ask who it is.
+
+        Raises QmpError when nobody answers at the path within the deadline.
+        """
+        client = QMPClient(self.name)
+        client.logger.setLevel(logging.CRITICAL)  # it logs what we report ourselves
+        listener = EventListener(event_filter=self._dispatch)
+        client.register_listener(listener)
+        try:
+            await asyncio.wait_for(client.connect(self.path), self.timeout)
+        except (OSError, QMPError, TimeoutError) as e:
+            raise QmpError(f"{self.name}: no QMP at {self.path}: {e or type(e).__name__}") from e
+        self._client = client
+        self._watch = asyncio.create_task(self._watch_close(client))
+        return await self.info()
+
+    def _dispatch(self, msg: Any) -> bool:
+        """Called in the order of the wire, before any later reply is. Keeps nothing queued."""
+        now = time.monotonic_ns()
+        ts = msg["timestamp"]
+        real = ts["seconds"] * 1_000_000_000 + ts["microseconds"] * 1000
+        event = QmpEvent(msg["event"], msg.get("data") or {}, real - realtime_offset_ns(), now)
+        self._on_event(event)
+        return False
+
+    async def _watch_close(self, client: QMPClient) -> None:
+        while client.runstate is Runstate.RUNNING:
+            await client.runstate_changed()
+        reason = "closed"
+        try:
+            await client.disconnect()
+        except (EOFError, OSError, QMPError) as e:
+            reason = str(e) or type(e).__name__
+        if self._client is client:
+            self._client = None
+            self._on_close(f"{self.name}: QMP connection lost ({reason})")
+
+    async def execute(
+        self, command: str, args: dict[str, Any] | None = None, timeout: float | None = None
+    ) -> Any:
+        """One command.
+
+        Raises QmpError on QEMU's error, on the deadline, or when not connected.
+        """
+        client = self._client
+        if client is None:
+            raise QmpError(f"{self.name}: {command}: not connected")
+        try:
+            return await asyncio.wait_for(client.execute(command, args), timeout or self.timeout)
+        except ExecuteError as e:
+            raise QmpError(f"{self.name}: {command}: {e.error_class}: {e}") from e
+        except TimeoutError as e:
+            raise QmpError(f"{self.name}: {command}: no answer in time") from e
+        except (OSError, QMPError, EOFError) as e:
+            raise QmpError(f"{self.name}: {command}: {e or type(e).__name__}") from e
+
+    async def info(self) -> QemuInfo:
+        """Version, accelerator and run state."""
+        v = (await self.execute("query-version"))["qemu"]
+        kvm = (await self.execute("query-kvm"))["enabled"]
+        status = (await self.execute("query-status"))["status"]
+        return QemuInfo((v["major"], v["minor"], v["micro"]), kvm, status)
+
+    async def status(self) -> str:
+        """Run state (`running`, `colo`, `inmigrate`, ...)."""
+        return str((await self.execute("query-status"))["status"])
+
+    async def migration_status(self) -> str:
+        """State of the migration (`colo` while in COLO), empty when there was none."""
+        return str((await self.execute("query-migrate")).get("status", ""))
+
+    async def prepare(self, *, primary: bool) -> None:
+        """Capabilities and parameters that COLO needs, on either side."""
+        caps = ["x-colo", "events"]
+        known = {
+            c["capability"] for c in await self.execute("query-migrate-capabilities")
+        }
+        if "x-colo" not in known:
+            raise QmpError(f"{self.name}: this QEMU is built without COLO (no capability x-colo)")
+        info = await self.info()
+        if info.version >= (11, 0, 0):
+            caps.insert(0, "return-path")  # 11 refuses x-colo without it
+        await self.execute(
+            "migrate-set-capabilities",
+            {"capabilities": [{"capability": c, "state": True} for c in caps]},
+        )
+        if primary:
+            await self.execute(
+                "migrate-set-parameters",
+                {"x-checkpoint-delay": IDLE_DELAY_MS, "max-bandwidth": MAX_BANDWIDTH},
+            )
+            if not info.kvm and info.version < (11, 0, 0):
+                # QEMU before 11 under TCG misses writes to pages that are dirty-logged while
+                # translated code runs (FACTS: needs the guest stopped for the first copy).
+                await self.execute("stop")
+        else:
+            # Announcements belong to the controller: a RARP too early would move the switch.
+            await self.execute("migrate-set-parameters", {"announce-rounds": 0})
+
+    async def migrate(self, uri: str) -> None:
+        """Start the initial synchronisation; completion is the RESUME event."""
+        await self.execute("migrate", {"uri": uri})
+
+    async def trigger_checkpoint(self) -> None:
+        """Ask the PVM's QEMU for a checkpoint now."""
+        await self.execute("migrate-set-parameters", {"x-checkpoint-delay": IDLE_DELAY_MS})
+
+    async def lost_heartbeat(self) -> None:
+        """Tell QEMU that its COLO peer is gone: it goes on alone."""
+        await self.execute("x-colo-lost-heartbeat")
+
+    async def close(self) -> None:
+        """Disconnect without calling on_close."""
+        client, self._client = self._client, None
+        if client is not None:
+            try:
+                await asyncio.wait_for(client.disconnect(), 2)
+            except (EOFError, OSError, QMPError, TimeoutError) as e:
+                log.debug("%s: disconnect: %s", self.name, e)
+        if self._watch is not None:
+            self._watch.cancel()
+
+
+def probe(path: str, timeout: float) -> QemuInfo:
+    """Connect, ask, disconnect (for `doctor`).
+
+    Raises QmpError.
+    """
+
+    async def ask() -> QemuInfo:
+        q = Qmp(path, "qemu", timeout, lambda e: None, lambda why: None)
+        try:
+            return await q.connect()
+        finally:
+            await q.close()
+
+    return asyncio.run(ask())

@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Why a checkpoint was asked for. The names are the metric's `reason` label."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+
+class Cause(StrEnum):
+    """Cause of a checkpoint."""
+
+    PAYLOAD_DIFFERS = "payload_differs"
+    FIN_DIFFERS = "fin_differs"
+    RST_ONE_SIDED = "rst_one_sided"
+    SYN_OPTIONS_DIFFER = "syn_options_differ"
+    DATAGRAM_DIFFERS = "datagram_differs"
+    COMPARE_TIMEOUT = "compare_timeout"
+    SVM_AHEAD = "svm_ahead"
+    RETRANSMIT_UNVERIFIABLE = "retransmit_unverifiable"
+    QUEUE_FULL = "queue_full"
+    STREAM_FULL = "stream_full"
+    EVENT_LOST = "event_lost"
+    PEER_GAP = "peer_gap"
+    CONTROLLER_RESTART = "controller_restart"
+    OPERATOR = "operator"
+    PERIODIC = "periodic"
+    INITIAL = "initial"
+
+
+#: one line for people, per cause
+DESCRIPTIONS: dict[Cause, str] = {
+    Cause.PAYLOAD_DIFFERS: "the guests sent different bytes at the same place of a TCP stream",
+    Cause.FIN_DIFFERS: "the guests closed a TCP stream at different places",
+    Cause.RST_ONE_SIDED: "only one guest reset a TCP connection",
+    Cause.SYN_OPTIONS_DIFFER: "the guests offered different TCP options (MSS, wscale, SACK, ts)",
+    Cause.DATAGRAM_DIFFERS: "the guests sent different datagrams in the same flow",
+    Cause.COMPARE_TIMEOUT: "the primary guest's frame had no twin within compare_timeout",
+    Cause.SVM_AHEAD: "the secondary guest sent what the primary did not within compare_timeout",
+    Cause.RETRANSMIT_UNVERIFIABLE: "a retransmission was older than the history kept to verify it",
+    Cause.QUEUE_FULL: "max_queue_size frames were held, or the flow table was full",
+    Cause.STREAM_FULL: "the secondary guest was max_stream_bytes ahead in one connection",
+    Cause.EVENT_LOST: "the data path lost a captured frame (ring full)",
+    Cause.PEER_GAP: "frames of the secondary guest were lost on their way here",
+    Cause.CONTROLLER_RESTART: "the controller was restarted and knows nothing of what was held",
+    Cause.OPERATOR: "an operator asked",
+    Cause.PERIODIC: "the configured period was over",
+    Cause.INITIAL: "the first synchronisation of the pair",
+}

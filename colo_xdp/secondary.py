@@ -1,0 +1,312 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The secondary host: keep the SVM shut in, hold frames over a checkpoint, take over.
+
+In MODE_RUN the kernel does all: frames never come here. During a checkpoint both
+directions do. What the SVM sent before it resumed is void (the checkpoint has
+replaced the guest that sent it); what the clients sent waits until the new guest
+runs, since it has to meet the new guest's sequence numbers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Any
+
+from . import abi
+from .abi import Mode
+from .config import Config
+from .controller import TICK_S, Controller
+from .datapath import DataPath
+from .failover import Action, Role, State
+from .flowtable import FlowTable
+from .qmp import QmpError, QmpEvent
+from .ring import Event
+
+log = logging.getLogger("colo_xdp.secondary")
+
+SWEEP_S = 5.0
+TAKEOVER_S = 10.0
+ANNOUNCE_TIMES = (0.0, 0.05, 0.2, 0.45, 0.8)  # seconds after the takeover, as QEMU's own RARPs
+
+
+@dataclass(slots=True)
+class Hold:
+    """Frames that wait while a checkpoint runs. Times: CLOCK_MONOTONIC, ns."""
+
+    n: int
+    began: float
+    deadline: float
+    stop_ns: int = 0
+    client: deque[Event] = field(default_factory=deque)
+    svm: deque[Event] = field(default_factory=deque)
+
+
+class Secondary(Controller):
+    """Controller of the SVM's host."""
+
+    role = Role.SECONDARY
+
+    def __init__(self, config: Config, datapath: DataPath) -> None:
+        super().__init__(config, datapath)
+        self.flows = FlowTable(datapath.objects.map("flows"))
+        self._hold: Hold | None = None
+        self._limit = 16 * config.compare.max_queue_size
+        self._resume_ns = 0
+        self._ready_wanted = False
+        self._entered = False
+        self.overflow = 0  # held frames given up because too many were waiting
+        self.stale = 0  # SVM frames from before its RESUME: void
+        self.checkpoints = 0
+        self.last_pause_ms = 0.0
+        self.stepped_out = False
+        if datapath.adopted:
+            if datapath.mode is Mode.TAKEOVER:
+                self.state = State.TAKEN_OVER
+                self.reason = "taken over by a former controller"
+            elif datapath.mode in (Mode.RUN, Mode.CHECKPOINT):
+                self._entered = True
+                self.reason = "a former controller's data path was taken over"
+                if datapath.mode is Mode.CHECKPOINT:
+                    # It died with frames in hand. Holding goes on; the primary asks anew.
+                    self._begin_hold(datapath.epoch + 1)
+
+    # ---- frames
+
+    def on_event(self, event: Event) -> None:
+        h = self._hold
+        if event.source == abi.Source.CLIENT:
+            if h is None:
+                self._deliver(event)
+            else:
+                self._keep(h.client, event)
+        elif h is None:
+            self._forward(event)
+        else:
+            self._keep(h.svm, event)
+
+    def _keep(self, queue: deque[Event], event: Event) -> None:
+        if len(queue) >= self._limit:
+            queue.popleft()
+            self.overflow += 1
+        queue.append(event)
+
+    def _deliver(self, e: Event) -> None:
+        self.dp.injectors["deliver"].send(e.frame, e.gso_size, e.partial)
+
+    def _forward(self, e: Event) -> None:
+        if e.ts_ns < self._resume_ns or self.state is State.TAKEN_OVER:
+            self.stale += 1
+            return
+        self.dp.injectors["forward"].send(e.frame, e.gso_size, e.partial)
+
+    # ---- checkpoints
+
+    def _begin_hold(self, n: int) -> None:
+        now = time.monotonic()
+        limit = self.config.checkpoint.deadline / 1000 if self._entered else float("inf")
+        if self._hold is None:
+            self._hold = Hold(n, now, now + limit)
+        else:  # asked again after a failure: go on holding what is held
+            self._hold.n, self._hold.began, self._hold.deadline = n, now, now + limit
+        self.dp.mode = Mode.CHECKPOINT
+
+    def on_message(self, msg: dict[str, Any]) -> None:
+        kind = msg["type"]
+        if kind == "begin":
+            self._on_begin(msg["n"], msg["initial"])
+        elif kind == "solo" and self.state is not State.TAKEN_OVER:
+            # The primary speaks alone, or wants to: shut the SVM in, and say so.
+            self.dp.mode = Mode.DROP
+            self._hold = None
+            self.become(State.STOPPED, f"stood down for the primary: {msg['why']}")
+            self.peer.send("gone", why="the secondary has shut its data path")
+
+    def _on_begin(self, n: int, initial: bool) -> None:
+        why = ""
+        if n <= self.dp.epoch:
+            why = f"epoch {n} is over, this side is at {self.dp.epoch}"
+        elif self.state in (State.TAKEN_OVER, State.STOPPED):
+            why = f"this side is {self.state.value}: {self.reason}"
+        elif not self.qmp.connected:
+            why = "QMP to the SVM is down"
+        elif not initial and not self._entered:
+            why = "the SVM is not in COLO"
+        if why:
+            self.peer.send("failed", n=n, why=why)
+            return
+        self._begin_hold(n)
+        self.become(State.CHECKPOINTING, f"checkpoint to epoch {n}")
+        self.peer.send("begun", n=n)
+
+    def on_qmp(self, event: QmpEvent) -> None:
+        if event.name == "STOP" and self._entered:
+            if self._hold is None and self.state is State.PROTECTED:
+                # Nobody told us: somebody else asked QEMU for a checkpoint. Hold at once.
+                log.warning("STOP of the SVM without a checkpoint of ours")
+                self._begin_hold(self.dp.epoch + 1)
+            if self._hold is not None:
+                self._hold.stop_ns = event.ts_ns
+        elif event.name == "RESUME" and self._hold is not None and self.state is not State.TAKEN_OVER:
+            if self._busy is None or self._busy.done():  # not our own lost-heartbeat
+                self._finish(event)
+
+    def _finish(self, event: QmpEvent) -> None:
+        """The SVM runs the new state: what it sends from its RESUME on is of the next epoch."""
+        self._drain()
+        h = self._hold
+        assert h is not None
+        self._hold = None
+        self._resume_ns = event.ts_ns
+        self.dp.epoch = h.n  # offsets of the former epoch are void from here on
+        for e in h.client:
+            self._deliver(e)
+        for e in h.svm:
+            self._forward(e)
+        self.dp.mode = Mode.RUN
+        self._drain()
+        self._entered = True
+        self.checkpoints += 1
+        self.last_pause_ms = (event.ts_ns - h.stop_ns) / 1e6 if h.stop_ns else 0.0
+        self.peer.send("done", n=h.n, pause_us=int(self.last_pause_ms * 1000))
+        self.become(State.PROTECTED, f"the SVM runs epoch {h.n}")
+
+    def on_tick(self, now_ns: int) -> None:
+        h = self._hold
+        if h is not None and not h.stop_ns and time.monotonic() > h.deadline:
+            # Asked for, and the SVM never stopped: it is still the guest it was.
+            self._drain()
+            self._hold = None
+            for e in h.client:
+                self._deliver(e)
+            for e in h.svm:
+                self._forward(e)
+            self.dp.mode = Mode.RUN
+            self.peer.send("failed", n=h.n, why="the SVM did not stop within the deadline")
+            self.become(State.DEGRADED, f"checkpoint to epoch {h.n} was asked for and never came")
+
+    # ---- entering
+
+    def peer_connected(self) -> None:
+        if self._ready_wanted:
+            self.peer.send("ready", epoch=self.dp.epoch)
+
+    async def on_qemu(self) -> None:
+        if self.state in (State.TAKEN_OVER, State.STOPPED):
+            return
+        if not any(t.get_name() == "sweep" for t in self._tasks):
+            self.spawn(self._sweep()).set_name("sweep")
+        status = await self.qmp.status()
+        if status == "inmigrate":
+            await self.qmp.prepare(primary=False)
+            self._ready_wanted = True
+            self.become(State.STARTING, "the SVM waits for the primary's migration")
+            self.peer.send("ready", epoch=self.dp.epoch)
+        elif self._entered and await self.qmp.migration_status() == "colo":
+            if self._hold is None:
+                self.become(State.PROTECTED, "the SVM is in COLO, its offsets were kept")
+        elif self._hold is None and not self._entered:
+            self.become(
+                State.STARTING,
+                f"the SVM's QEMU is `{status}`; start it with -incoming and wait for the primary",
+            )
+
+    # ---- failover
+
+    async def perform(self, action: Action, why: str) -> None:
+        if action is Action.TAKE_OVER:
+            await self._take_over(why)
+        elif action is Action.STOP:
+            self.dp.mode = Mode.DROP
+            self.become(State.STOPPED, why)
+            self.peer.send("gone", why=why)
+
+    async def _take_over(self, why: str) -> None:
+        """The peer is certain to be silent. Idempotent: each step may have been done before."""
+        began = time.monotonic()
+        self._ready_wanted = False
+        try:
+            if await self.qmp.migration_status() in ("colo", "active"):
+                await self.qmp.lost_heartbeat()
+        except QmpError as e:
+            log.warning("%s", e)
+        end = time.monotonic() + TAKEOVER_S
+        status = ""
+        while time.monotonic() < end:
+            try:
+                status = await self.qmp.status()
+            except QmpError as e:
+                status = str(e)
+            if status == "running":
+                break
+            await asyncio.sleep(TICK_S / 5)
+        if status != "running":
+            self.failures.append(f"takeover: the SVM is `{status}`")
+            self.become(State.DEGRADED, f"takeover: the SVM does not run (`{status}`); trying on")
+            return
+        self._drain()
+        hold, self._hold = self._hold, None
+        self.dp.mode = Mode.TAKEOVER
+        self.become(State.TAKEN_OVER, why)
+        await asyncio.to_thread(self.dp.open_network)
+        self.peer.send("taken", why=why)
+        self.spawn(self._announce())
+        if hold is not None:  # the primary died inside a checkpoint: the SVM is the guest it was
+            for e in hold.client:
+                self._deliver(e)
+        self._drain()
+        log.info("takeover took %.1f ms", (time.monotonic() - began) * 1000)
+
+    async def _announce(self) -> None:
+        """Tell the switches where the guest's address is now: RARP, as QEMU does itself."""
+        mac = self.config.network.guest_mac or await self._mac_from_qemu()
+        if not mac:
+            log.warning("no guest_mac configured and QEMU does not tell: no announcement")
+            return
+        hw = bytes.fromhex(mac.replace(":", ""))
+        body = bytes.fromhex("0001080006040003") + hw + bytes(4) + hw + bytes(4)
+        frame = (b"\xff" * 6 + hw + b"\x80\x35" + body).ljust(60, b"\0")
+        start = time.monotonic()
+        for at in ANNOUNCE_TIMES:
+            await asyncio.sleep(max(0.0, start + at - time.monotonic()))
+            self.dp.injectors["forward"].send(frame)
+
+    async def _mac_from_qemu(self) -> str:
+        try:
+            filters = await self.qmp.execute("query-rx-filter")
+        except QmpError:
+            return ""
+        return str(filters[0].get("main-mac", "")) if filters else ""
+
+    def failover_steps(self) -> list[str]:
+        f, net = self.config.failover, self.config.network
+        steps = [f"fence the primary: {' '.join(f.fence)}"] if f.fence else []
+        return [
+            *steps,
+            f"QMP {self.config.qemu.qmp}: x-colo-lost-heartbeat",
+            f"QMP {self.config.qemu.qmp}: query-status until `running`",
+            "data path: takeover (sequence offsets of live connections are kept)",
+            f"{net.tap} joins {net.bridge}" if net.bridge else f"{net.tap} is routed by the host",
+            "announce the guest's address (RARP)",
+        ]
+
+    # ---- ageing
+
+    async def _sweep(self) -> None:
+        """Age tracked connections; after a failover, step out when the last rewritten one is gone."""
+        while True:
+            await asyncio.sleep(SWEEP_S)
+            epoch = self.dp.epoch
+            await asyncio.to_thread(self.flows.sweep, epoch, self.state is State.TAKEN_OVER)
+            if self.state is State.TAKEN_OVER and not self.flows.translated and not self.stepped_out:
+                await asyncio.to_thread(self.dp.step_out)
+                self.stepped_out = True
+                log.info("the last rewritten connection is gone: the rewriting programs are off")
+
+    def status(self) -> dict[str, Any]:
+        from .report import secondary_status
+
+        return secondary_status(self)

@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Messages between the two controllers: one JSON object per line, checked on arrival.
+
+Pure: bytes in, dicts out. peer.py carries them.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+VERSION = 1
+MAX_LINE = 65536
+
+#: type -> {field: type}. Every field is required; unknown ones are refused.
+MESSAGES: dict[str, dict[str, type]] = {
+    # first word of both sides
+    "hello": {"v": int, "pair": str, "role": str, "boot": str, "abi": int},
+    # heartbeat; `echo` is the peer's `t` sent back, for the round trip
+    "beat": {"t": int, "echo": int, "state": str, "epoch": int, "vm": bool, "shut": bool},
+    # S: QEMU waits for the migration and the data path is ready
+    "ready": {"epoch": int},
+    # P: a checkpoint to epoch n begins: hold everything
+    "begin": {"n": int, "cause": str, "initial": bool},
+    # S: held from here on
+    "begun": {"n": int},
+    # S: its guest runs again under epoch n
+    "done": {"n": int, "pause_us": int},
+    # either: the checkpoint did not happen
+    "failed": {"n": int, "why": str},
+    # either: my QEMU is dead and my data path is shut
+    "gone": {"why": str},
+    # P: it speaks alone from now on
+    "solo": {"why": str},
+    # S: it speaks for the guest from now on
+    "taken": {"why": str},
+    # the controller stops on purpose; the guests go on
+    "bye": {"why": str},
+}
+
+
+class WireError(ValueError):
+    """A message that is not ours; the text says what is wrong with it."""
+
+
+def encode(kind: str, **fields: Any) -> bytes:
+    """One line. Raises WireError on a message that the table does not know."""
+    check({"type": kind, **fields})
+    return json.dumps({"type": kind, **fields}, separators=(",", ":")).encode() + b"\n"
+
+
+def check(msg: dict[str, Any]) -> None:
+    """Raise WireError unless the message has exactly its fields, each of its type."""
+    kind = msg.get("type")
+    want = MESSAGES.get(kind) if isinstance(kind, str) else None
+    if want is None:
+        raise WireError(f"unknown message type {kind!r:.40}")
+    have = set(msg) - {"type"}
+    if have != set(want):
+        raise WireError(f"{kind}: fields {sorted(have)} where {sorted(want)} are needed")
+    for name, typ in want.items():
+        v = msg[name]
+        if type(v) is not typ:
+            raise WireError(f"{kind}.{name}: {type(v).__name__} where {typ.__name__} is needed")
+        if typ is int and not 0 <= v < 1 << 64:
+            raise WireError(f"{kind}.{name}: {v} out of range")
+        if typ is str and len(v) > 4096:
+            raise WireError(f"{kind}.{name}: {len(v)} characters")
+
+
+def decode(line: bytes) -> dict[str, Any]:
+    """A message from one line.
+
+    Raises WireError for anything that is not a known, complete message.
+    """
+    if len(line) > MAX_LINE:
+        raise WireError(f"line of {len(line)} bytes")
+    try:
+        msg = json.loads(line)
+    except (ValueError, RecursionError) as e:
+        raise WireError(f"not JSON: {e}") from e
+    if not isinstance(msg, dict):
+        raise WireError(f"{type(msg).__name__} where an object is needed")
+    check(msg)
+    return msg

@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Namespaces for one test: made by it, removed after it, also when it fails."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import fcntl
+import os
+import select
+import socket
+import struct
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+_libc = ctypes.CDLL(None, use_errno=True)
+CLONE_NEWNET = 0x40000000
+
+
+def sh(*cmd: str) -> str:
+    r = subprocess.run(cmd, capture_output=True, text=True, check=False)
+    if r.returncode:
+        raise RuntimeError(f"{' '.join(cmd)}: {r.stdout}{r.stderr}")
+    return r.stdout
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    why = "needs root for network namespaces" if os.geteuid() else ""
+    here = Path(__file__).parent
+    for item in items:
+        if here not in item.path.parents:
+            continue
+        item.add_marker(pytest.mark.netns)
+        if why and not os.environ.get("CI"):
+            item.add_marker(pytest.mark.skip(reason=why))
+
+
+@contextlib.contextmanager
+def inside(name: str) -> Iterator[None]:
+    """This thread works in the namespace."""
+    old = os.open("/proc/thread-self/ns/net", os.O_RDONLY)
+    new = os.open(f"/run/netns/{name}", os.O_RDONLY)
+    try:
+        if _libc.setns(new, CLONE_NEWNET):
+            raise OSError(ctypes.get_errno(), "setns")
+        yield
+    finally:
+        _libc.setns(old, CLONE_NEWNET)
+        os.close(old)
+        os.close(new)
+
+
+class Tap:
+    """Stands in for a guest: the far end of a tap, with a 10-byte virtio_net_hdr or without."""
+
+    def __init__(self, name: str, vnet: bool = True) -> None:
+        self.vnet = vnet
+        self.fd = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK)
+        flags = 0x0002 | 0x1000 | (0x4000 if vnet else 0)
+        fcntl.ioctl(self.fd, 0x400454CA, struct.pack("16sH22x", name.encode(), flags))
+        if vnet:
+            fcntl.ioctl(self.fd, 0x400454D8, struct.pack("i", 10))
+            fcntl.ioctl(self.fd, 0x400454D0, 1 | 2 | 4)  # TUN_F_CSUM, TSO4, TSO6
+
+    def send(self, frame: bytes, head: bytes = bytes(10)) -> None:
+        os.write(self.fd, (head if self.vnet else b"") + frame)
+
+    def recv(self, match: Callable[[bytes], bool], timeout: float = 2.0) -> bytes | None:
+        end = time.monotonic() + timeout
+        while (left := end - time.monotonic()) > 0:
+            if not select.select([self.fd], [], [], left)[0]:
+                return None
+            raw = os.read(self.fd, 70000)
+            frame = raw[10:] if self.vnet else raw
+            if match(frame):
+                return frame
+        return None
+
+    def close(self) -> None:
+        os.close(self.fd)
+
+
+class Sniffer:
+    """AF_PACKET on a device, offload state included (PACKET_VNET_HDR, PACKET_AUXDATA)."""
+
+    def __init__(self, ns: str, dev: str) -> None:
+        with inside(ns):
+            self.s = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(3))
+        self.s.setsockopt(263, 15, 1)  # PACKET_VNET_HDR
+        self.s.setsockopt(263, 8, 1)  # PACKET_AUXDATA: the VLAN tag is there
+        self.s.setsockopt(socket.SOL_SOCKET, 33, 8 << 20)
+        self.s.bind((dev, 0))
+
+    def frames(self, timeout: float) -> Iterator[tuple[bytes, bytes]]:
+        """(virtio_net_hdr, frame with its tag in place) until the time is up."""
+        end = time.monotonic() + timeout
+        while (left := end - time.monotonic()) > 0:
+            self.s.settimeout(left)
+            try:
+                raw, anc, _, addr = self.s.recvmsg(70000, 256)
+            except TimeoutError:
+                return
+            if addr[2] == socket.PACKET_OUTGOING:
+                continue
+            frame = raw[10:]
+            for level, kind, data in anc:
+                if level == 263 and kind == 8:
+                    status, _l, _s, _m, _n, tci, tpid = struct.unpack("IIIHHHH", data[:20])
+                    if status & 0x10:  # TP_STATUS_VLAN_VALID
+                        proto = tpid if status & 0x40 else 0x8100
+                        frame = frame[:12] + struct.pack("!HH", proto, tci) + frame[12:]
+            yield raw[:10], frame
+
+    def wait(
+        self, match: Callable[[bytes], bool], timeout: float = 2.0
+    ) -> tuple[bytes, bytes] | None:
+        for head, frame in self.frames(timeout):
+            if match(frame):
+                return head, frame
+        return None
+
+    def close(self) -> None:
+        self.s.close()
+
+
+class Net:
+    """Host namespace: bridge br0 with tap0 and the client's veth; peer0 leads to `other`."""
+
+    def __init__(self, tag: str, vnet: bool = True) -> None:
+        self.host, self.client, self.other = (f"{tag}{x}" for x in "hco")
+        self.close()
+        for ns in (self.host, self.client, self.other):
+            sh("ip", "netns", "add", ns)
+            with inside(ns):
+                for scope in ("all", "default"):
+                    Path(f"/proc/sys/net/ipv6/conf/{scope}/disable_ipv6").write_text("1")
+        for text in (
+            f"link add uplink type veth peer name c0 netns {self.client}",
+            f"link add peer0 type veth peer name peer0 netns {self.other}",
+            "link add br0 type bridge",
+            f"tuntap add tap0 mode tap {'vnet_hdr' if vnet else ''}",
+            "link set dev uplink master br0",
+            "link set dev tap0 master br0",
+            "link set peer0 mtu 1600",
+        ):
+            sh("ip", "-n", self.host, *text.split())
+        for dev in ("uplink", "peer0", "br0", "tap0"):
+            sh("ip", "-n", self.host, "link", "set", "dev", dev, "up")
+        sh("ip", "-n", self.client, "link", "set", "c0", "up")
+        sh("ip", "-n", self.other, "link", "set", "peer0", "mtu", "1600", "up")
+
+    def close(self) -> None:
+        for ns in (self.host, self.client, self.other):
+            with contextlib.suppress(RuntimeError):
+                sh("ip", "netns", "del", ns)
+
+
+@pytest.fixture
+def net() -> Iterator[Net]:
+    n = Net(f"cx{os.getpid() % 100000}")
+    try:
+        with inside(n.host):
+            yield n
+    finally:
+        n.close()

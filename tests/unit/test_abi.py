@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""bpf/colo_common.h and colo_xdp/abi.py say the same."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from colo_xdp import abi
+
+HEADER = (Path(__file__).parents[2] / "bpf/colo_common.h").read_text()
+SIZES = {"__u64": 8, "__u32": 4, "__be32": 4, "__u16": 2, "__be16": 2, "__u8": 1}
+
+
+def enum(name: str) -> dict[str, int]:
+    body = re.search(rf"enum {name} {{(.*?)}};", HEADER, re.S)
+    assert body, name
+    text = re.sub(r"/\*.*?\*/", "", body[1], flags=re.S)
+    return {m[1]: int(m[2], 0) for m in re.finditer(r"(\w+)\s*=\s*(\w+)", text)}
+
+
+def define(name: str) -> int:
+    m = re.search(rf"#define {name}\s+(\w+?)u?\b", HEADER)
+    assert m, name
+    return int(m[1].rstrip("u"), 0)
+
+
+def struct_size(name: str) -> int:
+    body = re.search(rf"struct {name} {{(.*?)\n}};", HEADER, re.S)
+    assert body, name
+    text = re.sub(r"/\*.*?\*/", "", body[1], flags=re.S)
+    total = 0
+    for typ, count in re.findall(r"(__\w+)\s+\w+(?:\[(\d+)\])?;", text):
+        total += SIZES[typ] * int(count or 1)
+    return total
+
+
+def test_enums() -> None:
+    pairs = (
+        ("colo_mode", abi.Mode, "MODE_"),
+        ("colo_cfg", abi.Cfg, "CFG_"),
+        ("colo_prog", abi.Prog, "PROG_"),
+        ("colo_reason", abi.Reason, "R_"),
+        ("colo_source", abi.Source, "SRC_"),
+        ("colo_loss_policy", abi.LossPolicy, "LOSS_"),
+    )
+    for c_name, py, prefix in pairs:
+        assert enum(c_name) == {prefix + m.name: int(m) for m in py}, c_name
+
+
+def test_numbers() -> None:
+    assert define("COLO_ABI") == abi.ABI
+    assert define("COLO_MARK") == abi.MARK
+    assert define("COLO_TPID") == abi.TPID
+    assert define("COLO_EPOCH_MASK") == abi.EPOCH_MASK
+    assert define("COLO_KIND_SHIFT") == abi.KIND_SHIFT
+    assert define("COLO_KIND_MIRROR") == abi.KIND_MIRROR
+    assert define("COLO_KIND_SVM") == abi.KIND_SVM
+    assert define("EV_PARTIAL") == abi.EV_PARTIAL
+    assert define("EV_VLAN") == abi.EV_VLAN
+
+
+def test_shapes() -> None:
+    assert struct_size("colo_event") == abi.EVENT.size
+    assert struct_size("colo_count") == abi.COUNT.size
+    assert struct_size("colo_flow_key") == abi.FLOW_KEY.size
+    assert struct_size("colo_flow") == abi.FLOW.size
+
+
+def test_kind_and_epoch_fit_the_tag() -> None:
+    assert abi.KIND_SVM << abi.KIND_SHIFT | abi.EPOCH_MASK < 1 << 16

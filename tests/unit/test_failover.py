@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The decision table: every row, and over all facts the rule behind the rows."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+
+import pytest
+
+from colo_xdp.failover import Action, Facts, Role, State, decide
+
+CALM = Facts(
+    role=Role.SECONDARY,
+    state=State.PROTECTED,
+    own_vm_alive=True,
+    peer_connected=True,
+    peer_silent_ms=5,
+    heartbeat_timeout_ms=1000,
+    peer_vm_gone=False,
+    colo_exit=False,
+    automatic=False,
+    fence_configured=False,
+    fence_result=None,
+    operator=False,
+)
+SILENT = {"peer_connected": False, "peer_silent_ms": 5000}
+DEAD = {**SILENT, "colo_exit": True}
+ARMED = {"automatic": True, "fence_configured": True}
+P = {"role": Role.PRIMARY}
+
+ROWS = [
+    ({}, Action.NONE, "both guests run"),
+    ({"own_vm_alive": False}, Action.STOP, "QEMU of this host is gone"),
+    ({"state": State.STARTING, **DEAD}, Action.NONE, "not protected yet"),
+    ({"peer_vm_gone": True}, Action.TAKE_OVER, "data path is shut"),
+    ({"peer_vm_gone": True, **P}, Action.GO_SOLO, "data path is shut"),
+    ({"peer_vm_gone": True, "state": State.CHECKPOINTING}, Action.TAKE_OVER, "shut"),
+    (SILENT, Action.DEGRADE, "slow or cut link"),
+    ({**SILENT, **ARMED}, Action.DEGRADE, "slow or cut link"),
+    (DEAD, Action.DEGRADE, "automatic failover is off"),
+    ({**DEAD, "automatic": True}, Action.DEGRADE, "automatic failover is off"),
+    ({**DEAD, **ARMED}, Action.FENCE, "fencing it"),
+    ({**DEAD, **ARMED, "fence_result": True}, Action.TAKE_OVER, "fence command has succeeded"),
+    ({**DEAD, **ARMED, "fence_result": False}, Action.DEGRADE, "may be alive"),
+    ({**DEAD, **ARMED, "fence_result": True, **P}, Action.GO_SOLO, "succeeded"),
+    ({**SILENT, **ARMED, **P, "checkpoint_overdue": True}, Action.FENCE, "fencing"),
+    ({**DEAD, **ARMED, "state": State.PAUSED}, Action.DEGRADE, "paused"),
+    ({"operator": True}, Action.TAKE_OVER, "operator"),
+    ({"operator": True, **P}, Action.GO_SOLO, "operator"),
+    ({"operator": True, "fence_configured": True}, Action.FENCE, "fencing"),
+    ({"operator": True, "fence_configured": True, "fence_result": False}, Action.DEGRADE, "failed"),
+    ({"operator": True, "fence_configured": True, "fence_result": True}, Action.TAKE_OVER, "oper"),
+    ({"state": State.DEGRADED, **P}, Action.REARM, "re-arms"),
+    ({"state": State.DEGRADED}, Action.NONE, ""),
+    ({"checkpoint_overdue": True, **P}, Action.ASK_SHUT, "stand down"),
+    ({"colo_exit": True, **P}, Action.ASK_SHUT, "stand down"),
+    ({"colo_exit": True}, Action.DEGRADE, "still answers"),
+    ({"state": State.SOLO, **DEAD, **P}, Action.NONE, "decided before"),
+    ({"state": State.TAKEN_OVER, "operator": True}, Action.NONE, "decided before"),
+    ({"state": State.STOPPED, "own_vm_alive": False}, Action.NONE, "decided before"),
+]
+
+
+@pytest.mark.parametrize(("change", "action", "words"), ROWS)
+def test_rows(change: dict[str, object], action: Action, words: str) -> None:
+    d = decide(replace(CALM, **change))  # type: ignore[arg-type]
+    assert d.action is action
+    assert words in d.why
+    assert d.why
+
+
+def test_nobody_speaks_alone_on_a_timer() -> None:
+    """Over all facts: TAKE_OVER and GO_SOLO need an attestation, a fence or a person."""
+    bools = (False, True)
+    for role, state, own, conn, silent, gone, colo, auto, fence, result, op, late in (
+        itertools.product(
+            Role, State, bools, bools, (5.0, 5000.0), bools, bools, bools, bools,
+            (None, False, True), bools, bools,
+        )  # fmt: skip
+    ):
+        f = Facts(role, state, own, conn, silent, 1000, gone, colo, auto, fence, result, op, late)
+        a = decide(f).action
+        if a in (Action.TAKE_OVER, Action.GO_SOLO):
+            assert own
+            assert gone or op or (fence and result is True), f
+            assert not (op and fence and result is not True and not gone), f
+            assert state not in (State.SOLO, State.TAKEN_OVER, State.STOPPED, State.STARTING)
+        if a is Action.FENCE:
+            assert fence and result is None and (op or auto)
+        if a in (Action.REARM, Action.ASK_SHUT):
+            assert role is Role.PRIMARY and conn

@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from colo_xdp import wire
+
+GOOD = {"begin": {"n": 3, "cause": "operator", "initial": False}, "done": {"n": 3, "pause_us": 9}}
+
+
+def test_round_trip() -> None:
+    for kind, fields in GOOD.items():
+        assert wire.decode(wire.encode(kind, **fields)) == {"type": kind, **fields}
+
+
+@pytest.mark.parametrize(
+    ("line", "word"),
+    [
+        (b"", "not JSON"),
+        (b"[]", "object"),
+        (b"{}", "unknown message type None"),
+        (b'{"type": 7}', "unknown message type 7"),
+        (b'{"type": "begin", "n": 1}', "fields"),
+        (b'{"type": "begun", "n": "1"}', "str where int"),
+        (b'{"type": "begun", "n": true}', "bool where int"),
+        (b'{"type": "begun", "n": -1}', "out of range"),
+        (b'{"type": "begun", "n": 1, "x": 1}', "fields"),
+        (b'{"type": "bye", "why": "' + b"x" * 5000 + b'"}', "5000 characters"),
+        (b"x" * (wire.MAX_LINE + 1), "line of"),
+        (b"[" * 60000, "not JSON"),
+        (b"\xff\xfe", "not JSON"),
+    ],
+)
+def test_refused_by_name(line: bytes, word: str) -> None:
+    with pytest.raises(wire.WireError, match=word):
+        wire.decode(line)
+
+
+@given(st.binary(max_size=300))
+def test_garbage_never_escapes(line: bytes) -> None:
+    try:
+        wire.decode(line)
+    except wire.WireError:
+        return
+
+
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.text(max_size=8),
+        lambda c: st.lists(c, max_size=3) | st.dictionaries(st.text(max_size=5), c, max_size=4),
+    ),
+    st.sampled_from(sorted(wire.MESSAGES)),
+)
+def test_wrong_shapes_never_escape(value: object, kind: str) -> None:
+    msg = {"type": kind, **{k: value for k in wire.MESSAGES[kind]}}
+    try:
+        got = wire.decode(json.dumps(msg).encode())
+    except wire.WireError:
+        return
+    assert got == msg
