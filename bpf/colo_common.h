@@ -124,18 +124,21 @@ struct colo_flow_key {
 	__be32 vlan; /* TCIs of up to two tags, outer << 16 | inner, VID bits only, host order */
 };
 
-#define FLOW_HAVE_ISN_P 1u /* the PVM's ISN is known */
+/* Bits of colo_flow.have: what the guest's segments have told. */
 #define FLOW_HAVE_ISN_S 2u /* the SVM's ISN is known */
-#define FLOW_HAVE_TS_P 4u
 #define FLOW_HAVE_TS_S 8u
-#define FLOW_FIN_GUEST 16u  /* fin_guest is set */
+#define FLOW_FIN_GUEST 16u /* fin_guest is set */
+/* Bits of colo_flow.have_client: what the client's segments have told. */
+#define FLOW_HAVE_ISN_P 1u /* the PVM's ISN is known */
+#define FLOW_HAVE_TS_P 4u
 #define FLOW_FIN_CLIENT 32u /* fin_client is set */
+#define FLOW_HAVE_ISN_C 64u /* the client's ISN is known */
 
 struct colo_flow {
-	__u64 seen_ns; /* CLOCK_MONOTONIC of the last segment */
+	__u64 seen_ns; /* CLOCK_MONOTONIC of the last segment, to the second */
 	__u32 epoch;   /* offsets count only while this is config[CFG_EPOCH] */
-	__u32 off;     /* ISN_S - ISN_P */
-	__u32 tsoff;   /* TSval_S - TSval_P */
+	__u32 off;     /* ISN_S - ISN_P; 0 until both are known */
+	__u32 tsoff;   /* TSval_S - TSval_P; 0 until both are known */
 	__u32 isn_p;
 	__u32 isn_s;
 	__u32 ts_p;
@@ -143,8 +146,11 @@ struct colo_flow {
 	__u32 fin_guest;  /* sequence number after the guest's FIN, the SVM's space */
 	__u32 fin_client; /* sequence number after the client's FIN */
 	__u8 state;       /* enum colo_tcp_state */
-	__u8 have;        /* FLOW_* */
-	__u16 pad;
+	__u8 have;        /* FLOW_*, written by the guest's side only; see bpf/flow.h */
+	__u8 have_client; /* FLOW_*, written by the client's side only */
+	__u8 pad;
+	__u32 isn_c; /* the client's ISN: tells a repeated SYN from another connection */
+	__u32 pad2;
 };
 
 /* RFC 9293 3.3.2, as seen from the guest. */

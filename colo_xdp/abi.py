@@ -109,5 +109,6 @@ EVENT = struct.Struct("=QIIHHHBB")
 COUNT = struct.Struct("=QQ")
 #: struct colo_flow_key: guest, client (network order), ports (network order), vlan (host order)
 FLOW_KEY = struct.Struct("=16s16s2s2sI")
-#: struct colo_flow
-FLOW = struct.Struct("=QIIIIIIIIIBBH")
+#: struct colo_flow: seen_ns, epoch, off, tsoff, isn_p, isn_s, ts_p, ts_s, fin_guest, fin_client,
+#: state, have, have_client, pad, isn_c, pad2
+FLOW = struct.Struct("=QIIIIIIIIIBBBBII")

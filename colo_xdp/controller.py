@@ -17,6 +17,7 @@ from collections.abc import Coroutine
 from typing import Any
 
 from . import attach
+from .abi import Mode
 from .config import Config
 from .datapath import DataPath
 from .failover import Action, Decision, Facts, Role, State, decide
@@ -145,7 +146,7 @@ class Controller:
 
     def _qmp_closed(self, why: str) -> None:
         log.warning("%s", why)
-        self.spawn(self._after_qmp_loss())
+        self.spawn(self._after_qmp_loss()).add_done_callback(lambda _t: self._decide())
 
     async def _after_qmp_loss(self) -> None:
         """QMP is gone: dead QEMU (its tap has no carrier) or only a lost socket (connect again)."""
@@ -198,7 +199,7 @@ class Controller:
         kind = msg["type"]
         if kind == "beat":
             self.peer_state, self.peer_epoch = msg["state"], msg["epoch"]
-            if msg["shut"] and not msg["vm"]:
+            if msg["shut"]:  # its data path drops everything: certain silence, alive or not
                 self.peer_vm_gone = True
             if msg["echo"]:
                 self.peer.rtt_ns = max(0, time.monotonic_ns() - msg["echo"])
@@ -218,7 +219,7 @@ class Controller:
             state=self.state.value,
             epoch=self.dp.epoch,
             vm=not self.vm_gone,
-            shut=self.state is State.STOPPED,
+            shut=self.state is State.STOPPED and self.dp.mode is Mode.DROP,
         )
         self._peer_t = 0
 

@@ -55,8 +55,7 @@ def setup_logging() -> None:
     logging.getLogger("asyncio").setLevel(logging.WARNING)
 
 
-async def _serve(config: Config) -> int:
-    datapath = DataPath(config)
+async def _serve(config: Config, datapath: DataPath) -> int:
     ctl: Controller = (Primary if config.role == "primary" else Secondary)(config, datapath)
     notifier = Notifier()
     stop = asyncio.Event()
@@ -108,7 +107,6 @@ async def _serve(config: Config) -> int:
             metrics.close()
         with contextlib.suppress(OSError):
             await control.close()
-        datapath.close()
 
 
 async def _status(ctl: Controller) -> Status:
@@ -118,8 +116,14 @@ async def _status(ctl: Controller) -> Status:
 def run(config: Config) -> int:
     """Run until SIGTERM or SIGINT. Exit status: 0 stopped, 1 failed."""
     setup_logging()
+    datapath: DataPath | None = None
     try:
-        return asyncio.run(_serve(config))
+        # Before the loop: pyroute2 runs one of its own and cannot work inside of ours.
+        datapath = DataPath(config)
+        return asyncio.run(_serve(config, datapath))
     except (LoadError, DataPathError, AttachError, NoSuchDevice, PeerError, OSError) as e:
         log.error("%s", e)
         return 1
+    finally:
+        if datapath is not None:
+            datapath.close()

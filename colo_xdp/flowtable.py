@@ -30,7 +30,7 @@ class Flow:
 
 def decode(raw: bytes) -> Flow:
     """A flow from its map value."""
-    return Flow(*abi.FLOW.unpack(raw)[:-1])
+    return Flow(*abi.FLOW.unpack(raw)[:12])
 
 
 class FlowTable:

@@ -21,6 +21,23 @@ MAX_EXTENSIONS = 8
 
 FIN, SYN, RST, PSH, ACK = 1, 2, 4, 8, 16
 
+#: what can be wrong with a frame: Packet.defect, meaning
+DEFECTS = {
+    "runt": "shorter than an Ethernet header",
+    "truncated_tag": "ends within an 802.1Q tag",
+    "too_many_tags": f"more than {MAX_TAGS} 802.1Q tags",
+    "truncated_ip": "ends within the IP header",
+    "bad_ip_version": "IP version and ethertype disagree",
+    "bad_ihl": "IPv4 header length below 20",
+    "bad_ip_length": "IP length below its header's or beyond the frame, or a jumbogram",
+    "truncated_extension": "ends within an IPv6 extension header",
+    "too_many_extensions": f"more than {MAX_EXTENSIONS} IPv6 extension headers",
+    "truncated_tcp": "ends within the TCP header",
+    "bad_data_offset": "TCP header length below 20 or beyond the packet",
+    "truncated_udp": "ends within the UDP header",
+    "truncated_icmp": "ends within the ICMP header",
+}
+
 
 class Kind(IntEnum):
     """How a frame is compared."""
@@ -266,8 +283,8 @@ def datagram_body(p: Packet) -> bytes:
         head = f[off : off + 2] + f[off + 4 : off + 8]  # without the checksum
         q = off + 8
         if p.proto == 1 and typ in _ERRORS4 and end >= q + 20:
-            ihl = (f[q] & 15) * 4
-            return head + f[q + 9 : q + 10] + f[q + 12 : q + 20] + f[q + ihl : min(q + ihl + 8, end)]
+            l4 = q + (f[q] & 15) * 4
+            return head + f[q + 9 : q + 10] + f[q + 12 : q + 20] + f[l4 : min(l4 + 8, end)]
         if p.proto == 58 and 1 <= typ <= 4 and end >= q + 40:
             return head + f[q + 6 : q + 7] + f[q + 8 : q + 40] + f[q + 40 : min(q + 48, end)]
         return head + f[q:end]

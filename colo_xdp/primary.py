@@ -31,11 +31,19 @@ from .status import WAIT_BUCKETS
 log = logging.getLogger("colo_xdp.primary")
 
 REARM_S = 0.5
+REFUSALS = 20  # tries before a secondary that keeps refusing counts as broken
 LOSS_CHECK_NS = 100_000_000
 
 
 class CheckpointFailed(RuntimeError):
-    """A checkpoint did not complete; what is held stays held."""
+    """A checkpoint did not complete; what is held stays held.
+
+    `refused`: the secondary's controller said no before QEMU was asked, so it can be tried again.
+    """
+
+    def __init__(self, why: str, *, refused: bool = False) -> None:
+        super().__init__(why)
+        self.refused = refused
 
 
 @dataclass(slots=True)
@@ -198,7 +206,8 @@ class Primary(Controller):
             else:
                 self.become(self.state, "waiting for the secondary (controller, and QEMU -incoming)")
             await self._sleep_or_wake(REARM_S)
-        while True:
+        refusals = 0
+        while self.state is not State.STOPPED:
             if self._want is None or not self.peer.connected:
                 await self._sleep_or_wake(self._next_periodic())
                 if self._want is None and self._periodic_due():
@@ -208,7 +217,14 @@ class Primary(Controller):
             (cause, detail), self._want = self._want, None
             try:
                 await self._checkpoint(cause, detail, initial=False)
+                refusals = 0
             except (CheckpointFailed, QmpError) as e:
+                if isinstance(e, CheckpointFailed) and e.refused and refusals < REFUSALS:
+                    refusals += 1
+                    log.info("checkpoint (%s) not begun: %s; again", cause, e)
+                    self._want = (cause, detail)
+                    await asyncio.sleep(self.config.peer.heartbeat_interval / 1000)
+                    continue
                 self.checkpoints_failed += 1
                 self.checkpoint_overdue = True
                 self.become(State.DEGRADED, f"checkpoint ({cause}) did not complete: {e}")
@@ -263,7 +279,7 @@ class Primary(Controller):
         except TimeoutError:
             pass
         if ck.failed:
-            raise CheckpointFailed(f"the secondary: {ck.failed}")
+            raise CheckpointFailed(f"the secondary: {ck.failed}", refused=not ck.triggered)
         if self.colo_exit:
             raise CheckpointFailed("QEMU has lost the COLO channel (COLO_EXIT)")
         if not self.peer.connected:
@@ -279,12 +295,16 @@ class Primary(Controller):
         deadline = time.monotonic() + (q.enter_timeout if initial else c.deadline) / 1000
         try:
             self.become(State.CHECKPOINTING, f"{cause}: {detail}")
-            self.engine.begin_checkpoint()
-            self.dp.mode = Mode.CHECKPOINT
+            if not initial:  # an unprotected PVM is not to be held up by a peer that is slow to answer
+                self.engine.begin_checkpoint()
+                self.dp.mode = Mode.CHECKPOINT
             self.peer.send("begin", n=n, cause=cause, initial=initial)
+            answer = min(deadline, time.monotonic() + c.deadline / 1000)
             while not ck.begun:
-                await self._await(ck, "answer of the secondary's controller", deadline)
+                await self._await(ck, "answer of the secondary's controller", answer)
             if initial:
+                self.engine.begin_checkpoint()
+                self.dp.mode = Mode.CHECKPOINT
                 await self.qmp.prepare(primary=True)
                 await self.qmp.migrate(self.config.qemu.migrate_uri)
             else:

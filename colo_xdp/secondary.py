@@ -63,6 +63,7 @@ class Secondary(Controller):
         self.checkpoints = 0
         self.last_pause_ms = 0.0
         self.stepped_out = False
+        self._taking_over = False
         if datapath.adopted:
             if datapath.mode is Mode.TAKEOVER:
                 self.state = State.TAKEN_OVER
@@ -143,6 +144,8 @@ class Secondary(Controller):
         self.peer.send("begun", n=n)
 
     def on_qmp(self, event: QmpEvent) -> None:
+        if self._taking_over:
+            return  # the STOP and RESUME of our own lost-heartbeat
         if event.name == "STOP" and self._entered:
             if self._hold is None and self.state is State.PROTECTED:
                 # Nobody told us: somebody else asked QEMU for a checkpoint. Hold at once.
@@ -150,9 +153,8 @@ class Secondary(Controller):
                 self._begin_hold(self.dp.epoch + 1)
             if self._hold is not None:
                 self._hold.stop_ns = event.ts_ns
-        elif event.name == "RESUME" and self._hold is not None and self.state is not State.TAKEN_OVER:
-            if self._busy is None or self._busy.done():  # not our own lost-heartbeat
-                self._finish(event)
+        elif event.name == "RESUME" and self._hold is not None:
+            self._finish(event)
 
     def _finish(self, event: QmpEvent) -> None:
         """The SVM runs the new state: what it sends from its RESUME on is of the next epoch."""
@@ -227,7 +229,7 @@ class Secondary(Controller):
     async def _take_over(self, why: str) -> None:
         """The peer is certain to be silent. Idempotent: each step may have been done before."""
         began = time.monotonic()
-        self._ready_wanted = False
+        self._ready_wanted, self._taking_over = False, True
         try:
             if await self.qmp.migration_status() in ("colo", "active"):
                 await self.qmp.lost_heartbeat()

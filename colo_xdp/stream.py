@@ -31,7 +31,6 @@ from .reasons import Cause
 _FLAGS = FIN | SYN | RST
 _CONTEXT = 32
 _MAX_RSTS = 16
-_HISTORY_STEP = 4096
 
 
 @dataclass(slots=True)
@@ -60,7 +59,6 @@ class Host(Protocol):
     pvm_packets: int
     pvm_bytes: int
     svm_packets: int
-    released: int
 
     def emit(self, rec: Record, now_ns: int) -> None: ...
     def ask(
@@ -80,6 +78,7 @@ class Flow(Protocol):
     when: int
     held: deque[Held]
 
+    def unhold(self) -> list[Held]: ...
     def new_epoch(self, epoch: int) -> None: ...
     def expire(self, now_ns: int) -> int: ...
     def quiet(self) -> bool: ...
@@ -146,7 +145,7 @@ class Stream:
         self.fin_done: int | None = None  # place of the FIN that was released
         self.rst_done: set[tuple[bool, int]] = set()
         self.hist = bytearray()
-        self.hist_cap = _HISTORY_STEP  # as far as accounted by the engine
+        self.hist_cap = 0  # as far as the engine has accounted for it
         # of the PVM, not yet released
         self.held: deque[Held] = deque()
         self._head_ok: int | None = None  # the head is verified up to here
@@ -244,6 +243,13 @@ class Stream:
             old.append(self.ssyn.at)
         return min(old) if old else 0
 
+    def unhold(self) -> list[Held]:
+        """Give up the frames that wait; the caller counts them."""
+        held = list(self.held)
+        self.held.clear()
+        self._head_ok = None
+        return held
+
     def _ask(
         self, cause: Cause, p: Packet | None = None, at: int | None = None, svm: bytes = b""
     ) -> None:
@@ -311,9 +317,9 @@ class Stream:
             if flags & SYN:
                 return self._ready_syn(p)
             if not self._ready_fin(p):
-                return self._reset_by_svm()
+                return self._reset_by_svm(p)
         elif p.off != p.end and not self._verified(p):
-            return self._reset_by_svm()
+            return self._reset_by_svm(p)
         return self._acked(p)
 
     def _acked(self, p: Packet) -> bool:
@@ -326,11 +332,11 @@ class Stream:
         a = self.sack
         return a is not None and (a - p.ack) & MASK < HALF
 
-    def _reset_by_svm(self) -> bool:
+    def _reset_by_svm(self, p: Packet) -> bool:
         # The head needs what a reset SVM will never produce. (If only an ack is missing,
         # the PVM's reset may be next: wait.)
-        if self.srst and self.held and not self.stuck:
-            self._ask(Cause.RST_ONE_SIDED, self.held[0][1])
+        if self.srst and not self.stuck:
+            self._ask(Cause.RST_ONE_SIDED, p)
         return False
 
     def _verified(self, p: Packet) -> bool:
@@ -344,9 +350,9 @@ class Stream:
             return True
         if self.ver is None:
             self._begin_at(s)
-        for fin in (self.sfin, self.fin_done):
-            if fin is not None and diff(e, fin) > 0 and diff(fin, s) >= 0:
-                return self._differ(Cause.FIN_DIFFERS, p, fin)
+        fin = self.fin_done if self.sfin is None else self.sfin
+        if fin is not None and diff(e, fin) > 0 and diff(fin, s) >= 0:
+            return self._differ(Cause.FIN_DIFFERS, p, fin)
         frame, hist, chunks = p.frame, self.hist, self.chunks
         ver = self.ver
         assert ver is not None
@@ -386,8 +392,7 @@ class Stream:
             else:
                 # The PVM left a hole (we dropped a frame): take over the SVM's bytes, which
                 # the PVM's retransmission will be compared with.
-                assert self.send is not None
-                if diff(self.send, v) <= 0:
+                if self.send is None or diff(self.send, v) <= 0:
                     break
                 self._take(v)
                 ver = v
@@ -428,12 +433,10 @@ class Stream:
             if self.sfin != f:
                 return self._differ(Cause.FIN_DIFFERS, p, f)
             return self.ver == f
-        assert self.send is not None
-        beyond = diff(self.send, f) > 0 or (self.ooo and self._ooo_end_beyond(f))
+        if self.send is None:
+            return False  # the SVM is one incarnation ahead
+        beyond = diff(self.send, f) > 0 or any(diff(g[0] + g[3] - g[2], f) > 0 for g in self.ooo)
         return self._differ(Cause.FIN_DIFFERS, p, f) if beyond else False
-
-    def _ooo_end_beyond(self, f: int) -> bool:
-        return any(diff(g[0] + g[3] - g[2], f) > 0 for g in self.ooo)
 
     def _ready_rst(self, p: Packet) -> bool:
         # Which bytes a RST carries (RFC 9293 3.10.7 allows text) is not part of the stream.
@@ -447,7 +450,7 @@ class Stream:
             return self._acked(p) and p.off == p.end  # sent again, its twin was seen
         syn = self.ssyn
         if syn is None or syn.twin:
-            return self._reset_by_svm()
+            return self._reset_by_svm(p)
         twin = syn.packet
         if (twin.flags ^ p.flags) & (SYN | ACK) or (p.flags & ACK and twin.ack != p.ack):
             return False
@@ -636,7 +639,7 @@ class Stream:
         if self.ooo:
             self._drain()
         if diff(self.send, self.ver or 0) > host.max_stream:
-            frame, off, end, _ = self.chunks.pop()
+            _, off, end, _ = self.chunks.pop()
             host.svm_packets -= 1
             self.send = (self.send - (end - off)) & MASK
             host.count("stream_full_dropped")
@@ -649,8 +652,7 @@ class Stream:
             return
         ref = self.send if self.send is not None else ooo[0][0] if ooo else p.seq
         if abs(diff(p.seq, ref)) > host.max_stream:
-            host.count("stream_full_dropped")
-            self._ask(Cause.STREAM_FULL)
+            host.count("svm_out_of_window")  # if it was needed, the PVM's frame will time out
             return
         host.count("svm_out_of_order")
         host.svm_packets += 1
@@ -705,6 +707,8 @@ class Stream:
             self.ssyn is None and self.isn == p.seq
         ):
             host.count("svm_retransmit")
+            if p.flags & ACK:
+                self.sack = later(self.sack, p.ack)
             return
         # a new incarnation on the SVM; what it said of the old one has no use any more
         self._drop_svm()

@@ -1,0 +1,127 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/*
+ * Moves a segment between the SVM's numbers and those that the client knows.
+ *
+ * To the SVM: ack (if the segment has one), all SACK edges, TSecr. From the
+ * SVM: sequence number, also of an RST, and TSval: after a failover the client
+ * must not see the guest's clock go back (PAWS, RFC 7323 5), and it has only
+ * seen the PVM's. The SVM's ack and TSecr are the client's own numbers.
+ *
+ * The frame is changed in place for both hooks. On tc that makes the kernel put
+ * a prologue in front of the program, which makes a cloned skb's headers
+ * private first; where there is no memory for that, it drops the frame.
+ */
+#ifndef COLO_REWRITE_H
+#define COLO_REWRITE_H
+
+#define SACK_EDGES 8 /* four blocks fill the 40 bytes of options */
+
+/* Adds `move` to the word `at` bytes into the TCP header; the new sum. */
+static __always_inline u64 move_word(void *data, void *end, const struct pkt *p, u64 at, u32 move,
+				     u64 sum)
+{
+	__be32 *w = word_at(data, end, p->l4_off + at), from, to;
+
+	if (!w)
+		return sum; /* cannot be: the parser saw the whole header */
+	from = *w;
+	to = bpf_htonl(bpf_ntohl(from) + move);
+	*w = to;
+	return csum_change(sum, from, to, at);
+}
+
+/*
+ * Tracks and translates. Returns R_REWRITTEN with the checksum's change in
+ * *diff; `same` if nothing had to move; or R_FLOW_TABLE_FULL, also unmoved.
+ */
+static __always_inline u32 rewrite(void *data, void *end, const struct pkt *p, int to_svm,
+				   u64 mode, u32 epoch, u32 same, u32 *diff)
+{
+	struct tcp_opts o = {};
+	struct tcp_ts ts = {};
+	struct shift s = {};
+	struct colo_flow *n;
+	u32 reason = same;
+	u64 sum = 0;
+
+	n = flow_find(p, to_svm, mode, epoch, &reason);
+	if (!n)
+		return reason;
+	if (p->doff > 20)
+		parse_tcp_options(data, end, p, &o);
+	if (o.ts) {
+		__be32 *val = word_at(data, end, p->l4_off + o.ts + 2);
+		__be32 *ecr = word_at(data, end, p->l4_off + o.ts + 6);
+
+		if (val && ecr) {
+			ts.there = 1;
+			ts.val = bpf_ntohl(*val);
+			ts.ecr = bpf_ntohl(*ecr);
+		}
+	}
+	flow_track(n, p, &ts, to_svm, mode, &s);
+	if (!s.off && !s.tsoff)
+		return reason;
+
+	if (!to_svm) {
+		/* RFC 9293 3.10.7.1: 0 here is the answer to a segment without an ack, not a number. */
+		if ((p->flags & (TCP_RST | TCP_ACK)) == (TCP_RST | TCP_ACK) && !p->seq)
+			return reason;
+		if (s.off)
+			sum = move_word(data, end, p, 4, -s.off, sum);
+		if (ts.there && s.tsoff)
+			sum = move_word(data, end, p, o.ts + 2, -s.tsoff, sum);
+	} else {
+		if ((p->flags & TCP_ACK) && s.off)
+			sum = move_word(data, end, p, 8, s.off, sum);
+		if ((p->flags & TCP_ACK) && ts.there && s.tsoff)
+			sum = move_word(data, end, p, o.ts + 6, s.tsoff, sum);
+		if (o.sack && s.off) {
+#pragma clang loop unroll(disable)
+			for (u64 i = 0; i < SACK_EDGES; i++) {
+				if (i >= 2 * o.sack_blocks)
+					break;
+				sum = move_word(data, end, p, o.sack + 2 + 4 * i, s.off, sum);
+			}
+		}
+	}
+	if (!sum)
+		return reason; /* no move adds 0: nothing was moved */
+	*diff = csum_fold32(sum);
+	return R_REWRITTEN;
+}
+
+/* On tc. The frame's pointers are stale afterwards. R_HELPER_FAILED: the frame must be dropped. */
+static __always_inline u32 rewrite_skb(struct __sk_buff *skb, const struct pkt *p, int to_svm,
+				       u64 mode, u32 epoch, u32 same)
+{
+	u32 diff = 0, reason;
+
+	reason = rewrite((void *)(long)skb->data, (void *)(long)skb->data_end, p, to_svm, mode,
+			 epoch, same, &diff);
+	if (reason == R_REWRITTEN && bpf_l4_csum_replace(skb, p->csum_at, 0, diff, 0))
+		reason = R_HELPER_FAILED;
+	return reason;
+}
+
+/* On XDP; only where frames carry full checksums. */
+static __always_inline u32 rewrite_xdp(struct xdp_md *xdp, const struct pkt *p, int to_svm,
+				       u64 mode, u32 epoch, u32 same)
+{
+	void *data = (void *)(long)xdp->data, *end = (void *)(long)xdp->data_end;
+	u64 at = p->csum_at;
+	u32 diff = 0, reason;
+	__sum16 *check;
+
+	reason = rewrite(data, end, p, to_svm, mode, epoch, same, &diff);
+	if (reason != R_REWRITTEN)
+		return reason;
+	VERIFIER_BOUND(at, 0x3FFF);
+	check = data + at;
+	if ((void *)check + 2 > end)
+		return R_HELPER_FAILED;
+	*check = csum_apply(*check, diff);
+	return reason;
+}
+
+#endif

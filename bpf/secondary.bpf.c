@@ -1,0 +1,227 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/*
+ * The secondary host's programs.
+ *
+ *   svm_in       tc ingress of the peer link: mirrored client frames, for the SVM
+ *   svm_deliver  tc ingress of the deliver tap: the same frames, held over a checkpoint
+ *   svm_out      tc ingress of tap S: the SVM's output, to the peer link or, taken over, the network
+ *   svm_forward  tc ingress of the forward tap: SVM output that was held over a checkpoint
+ *   svm_net      tc egress of tap S: what may reach the guest
+ *   svm_out_xdp  XDP of tap S: translation of the SVM's output on a tap with plain frames
+ *
+ * I6: until failover no frame of the SVM reaches the network. svm_out says
+ * TC_ACT_OK in MODE_TAKEOVER only.
+ */
+#include <uapi/linux/bpf.h>
+#include <uapi/linux/if_ether.h>
+#include <uapi/linux/in.h>
+#include <uapi/linux/pkt_cls.h>
+#include "colo_common.h"
+#include "colo_config.h"
+#include "colo_maps.h"
+#include "events.h"
+#include "parsing.h"
+#include "csum.h"
+#include "flow.h"
+#include "rewrite.h"
+
+#ifdef COLO_REWRITE_AT_XDP
+#define OUT_TRANSLATED 1 /* svm_out_xdp has done it before the skb was made */
+#else
+#define OUT_TRANSLATED 0
+#endif
+
+static __always_inline int finish(u32 prog, u32 reason, u32 len, int verdict)
+{
+	count(prog, reason, len);
+	return verdict;
+}
+
+/* Tracks and translates a frame, whatever it is; R_REDIRECTED if nothing moved. */
+static __always_inline u32 translate(struct __sk_buff *skb, int to_svm, u64 mode, u32 epoch)
+{
+	struct pkt p = {};
+
+	if (parse_skb(skb, &p))
+		return R_BAD_FRAME;
+	if (!p.is_tcp)
+		return R_REDIRECTED;
+	return rewrite_skb(skb, &p, to_svm, mode, epoch, R_REDIRECTED);
+}
+
+static __always_inline int to_tap(struct __sk_buff *skb)
+{
+	u32 tap = cfg(CFG_TAP);
+
+	skb->mark = COLO_MARK; /* svm_net lets it pass */
+	return bpf_redirect(tap, 0);
+}
+
+/* Takes a frame of the SVM to the primary, stamped with the epoch it belongs to. */
+static __always_inline u32 to_peer(struct __sk_buff *skb, u64 epoch, u32 reason, int *verdict)
+{
+	u16 tci = COLO_KIND_SVM << COLO_KIND_SHIFT | (epoch & COLO_EPOCH_MASK);
+	u32 peer = cfg(CFG_PEER);
+
+	if (reason == R_HELPER_FAILED || bpf_skb_vlan_push(skb, bpf_htons(COLO_TPID), tci))
+		return R_HELPER_FAILED;
+	*verdict = bpf_redirect(peer, 0);
+	return reason;
+}
+
+/* The kind of a frame on the peer link, -1 if it carries no tag of ours. */
+static __always_inline int peer_kind(struct __sk_buff *skb)
+{
+	__be16 tci;
+
+	/* The kernel has moved the outer tag to the metadata before this hook runs. */
+	if (skb->vlan_present) {
+		if (skb->vlan_proto != bpf_htons(COLO_TPID))
+			return -1;
+		return skb->vlan_tci >> COLO_KIND_SHIFT;
+	}
+	/* Only in test runs is it still among the bytes; never a reason to let a frame out. */
+	if (skb->protocol != bpf_htons(COLO_TPID) || bpf_skb_load_bytes(skb, 14, &tci, 2))
+		return -1;
+	return bpf_ntohs(tci) >> COLO_KIND_SHIFT;
+}
+
+int svm_in(struct __sk_buff *skb)
+{
+	u64 epoch = cfg(CFG_EPOCH), mode = cfg(CFG_MODE);
+	u32 len = skb->len, reason;
+	int kind = peer_kind(skb), verdict = TC_ACT_SHOT;
+
+	if (kind < 0) {
+		reason = R_FOREIGN;
+		verdict = TC_ACT_OK;
+	} else if (kind != COLO_KIND_MIRROR || mode == MODE_TAKEOVER) {
+		reason = R_ISOLATED;
+	} else if (mode != MODE_RUN && mode != MODE_CHECKPOINT) {
+		reason = R_FENCED;
+	} else if (bpf_skb_vlan_pop(skb)) {
+		reason = R_HELPER_FAILED;
+	} else if (mode == MODE_CHECKPOINT) {
+		struct pkt p = {};
+
+		parse_skb(skb, &p); /* only for the place of the checksum */
+		reason = capture(skb, SRC_CLIENT, epoch, p.csum_at);
+	} else {
+		reason = translate(skb, 1, mode, epoch);
+		if (reason != R_HELPER_FAILED)
+			verdict = to_tap(skb);
+	}
+	return finish(PROG_SVM_IN, reason, len, verdict);
+}
+
+int svm_deliver(struct __sk_buff *skb)
+{
+	u64 epoch = cfg(CFG_EPOCH), mode = cfg(CFG_MODE);
+	u32 len = skb->len, reason = R_FENCED;
+	int verdict = TC_ACT_SHOT;
+
+	if (mode == MODE_RUN || mode == MODE_CHECKPOINT || mode == MODE_TAKEOVER) {
+		reason = translate(skb, 1, mode, epoch);
+		if (reason != R_HELPER_FAILED)
+			verdict = to_tap(skb);
+	}
+	return finish(PROG_SVM_DELIVER, reason, len, verdict);
+}
+
+int svm_out(struct __sk_buff *skb)
+{
+	/*
+	 * Epoch before mode, always. The controller leaves MODE_RUN, lets the
+	 * checkpoint happen, advances the epoch and only then returns to MODE_RUN.
+	 * A frame that the guest sent before its STOP entered this program before
+	 * the epoch moved. If it were to read the mode first it could see the old
+	 * MODE_RUN, be interrupted for the whole checkpoint, and stamp itself with
+	 * the new epoch: old bytes that the primary would compare with new ones
+	 * (I7). This way round the stamp is at most too old; the primary drops and
+	 * counts that.
+	 * The processor may swap the two reads, but only by less than the
+	 * milliseconds between the two writes, and an interrupt orders them.
+	 */
+	u64 epoch = cfg(CFG_EPOCH);
+	u64 mode = cfg(CFG_MODE);
+	u32 len = skb->len, reason = R_FENCED;
+	int verdict = TC_ACT_SHOT;
+
+	if (mode == MODE_CHECKPOINT) {
+		struct pkt p = {};
+
+		parse_skb(skb, &p); /* only for the place of the checksum */
+		reason = capture(skb, SRC_SVM, epoch, p.csum_at);
+	} else if (mode == MODE_RUN || mode == MODE_TAKEOVER) {
+		int takeover = mode == MODE_TAKEOVER;
+
+		if (takeover && skb->mark == COLO_MARK)
+			reason = R_RELEASED; /* the controller's own, or translated by svm_forward */
+		else
+			reason = OUT_TRANSLATED ? R_REDIRECTED : translate(skb, 0, mode, epoch);
+		if (!takeover) {
+			reason = to_peer(skb, epoch, reason, &verdict);
+		} else if (reason != R_HELPER_FAILED) {
+			skb->mark = 0; /* the host's own rules see a frame like any other */
+			verdict = TC_ACT_OK;
+			if (reason == R_REDIRECTED)
+				reason = R_PASSED;
+		}
+	}
+	return finish(PROG_SVM_OUT, reason, len, verdict);
+}
+
+int svm_forward(struct __sk_buff *skb)
+{
+	u64 epoch = cfg(CFG_EPOCH), mode = cfg(CFG_MODE);
+	u32 len = skb->len, reason = R_FENCED, tap = cfg(CFG_TAP);
+	int verdict = TC_ACT_SHOT;
+
+	if (mode == MODE_RUN || mode == MODE_CHECKPOINT || mode == MODE_TAKEOVER) {
+		reason = translate(skb, 0, mode, epoch);
+		if (mode != MODE_TAKEOVER) {
+			reason = to_peer(skb, epoch, reason, &verdict);
+		} else if (reason != R_HELPER_FAILED) {
+			/* Held when the primary died; or an announcement, which is no TCP. */
+			skb->mark = COLO_MARK;
+			verdict = bpf_redirect(tap, BPF_F_INGRESS);
+		}
+	}
+	return finish(PROG_SVM_FORWARD, reason, len, verdict);
+}
+
+int svm_net(struct __sk_buff *skb)
+{
+	u64 epoch = cfg(CFG_EPOCH), mode = cfg(CFG_MODE);
+	u32 len = skb->len, reason = R_ISOLATED;
+	int verdict = TC_ACT_SHOT;
+
+	if (skb->mark == COLO_MARK) {
+		reason = R_RELEASED;
+		verdict = TC_ACT_OK;
+	} else if (mode == MODE_TAKEOVER) {
+		reason = translate(skb, 1, mode, epoch);
+		if (reason != R_HELPER_FAILED)
+			verdict = TC_ACT_OK;
+		if (reason == R_REDIRECTED)
+			reason = R_PASSED;
+	}
+	return finish(PROG_SVM_NET, reason, len, verdict);
+}
+
+int svm_out_xdp(struct xdp_md *xdp)
+{
+	u64 epoch = cfg(CFG_EPOCH), mode = cfg(CFG_MODE);
+	u32 len = xdp->data_end - xdp->data, reason = R_PASSED;
+
+	/* The verdict is svm_out's, which sees the same frame next. */
+	if (mode == MODE_RUN || mode == MODE_TAKEOVER) {
+		struct pkt p = {};
+
+		if (parse_xdp(xdp, &p))
+			reason = R_BAD_FRAME;
+		else if (p.is_tcp)
+			reason = rewrite_xdp(xdp, &p, 0, mode, epoch, R_PASSED);
+	}
+	return finish(PROG_SVM_OUT_XDP, reason, len, XDP_PASS);
+}
