@@ -16,18 +16,24 @@
 
 #define SACK_EDGES 8 /* four blocks fill the 40 bytes of options */
 
-/* Adds `move` to the word `at` bytes into the TCP header; the new sum. */
-static __always_inline u64 move_word(void *data, void *end, const struct pkt *p, u64 at, u32 move,
-				     u64 sum)
+struct change {
+	u64 sum;   /* what all moves add to the checksum's sum */
+	u32 moves; /* a move may well add 0, so they are counted */
+};
+
+/* Adds `by` to the word `at` bytes into the TCP header. */
+static __always_inline void move_word(void *data, void *end, const struct pkt *p, u64 at, u32 by,
+				      struct change *c)
 {
 	__be32 *w = word_at(data, end, p->l4_off + at), from, to;
 
 	if (!w)
-		return sum; /* cannot be: the parser saw the whole header */
+		return; /* cannot be: the parser saw the whole header */
 	from = *w;
-	to = bpf_htonl(bpf_ntohl(from) + move);
+	to = bpf_htonl(bpf_ntohl(from) + by);
 	*w = to;
-	return csum_change(sum, from, to, at);
+	c->sum = csum_change(c->sum, from, to, at);
+	c->moves++;
 }
 
 /*
@@ -42,7 +48,7 @@ static __always_inline u32 rewrite(void *data, void *end, const struct pkt *p, i
 	struct shift s = {};
 	struct colo_flow *n;
 	u32 reason = same;
-	u64 sum = 0;
+	struct change c = {};
 
 	n = flow_find(p, to_svm, mode, epoch, &reason);
 	if (!n)
@@ -68,26 +74,26 @@ static __always_inline u32 rewrite(void *data, void *end, const struct pkt *p, i
 		if ((p->flags & (TCP_RST | TCP_ACK)) == (TCP_RST | TCP_ACK) && !p->seq)
 			return reason;
 		if (s.off)
-			sum = move_word(data, end, p, 4, -s.off, sum);
+			move_word(data, end, p, 4, -s.off, &c);
 		if (ts.there && s.tsoff)
-			sum = move_word(data, end, p, o.ts + 2, -s.tsoff, sum);
+			move_word(data, end, p, o.ts + 2, -s.tsoff, &c);
 	} else {
 		if ((p->flags & TCP_ACK) && s.off)
-			sum = move_word(data, end, p, 8, s.off, sum);
+			move_word(data, end, p, 8, s.off, &c);
 		if ((p->flags & TCP_ACK) && ts.there && s.tsoff)
-			sum = move_word(data, end, p, o.ts + 6, s.tsoff, sum);
+			move_word(data, end, p, o.ts + 6, s.tsoff, &c);
 		if (o.sack && s.off) {
 #pragma clang loop unroll(disable)
 			for (u64 i = 0; i < SACK_EDGES; i++) {
 				if (i >= 2 * o.sack_blocks)
 					break;
-				sum = move_word(data, end, p, o.sack + 2 + 4 * i, s.off, sum);
+				move_word(data, end, p, o.sack + 2 + 4 * i, s.off, &c);
 			}
 		}
 	}
-	if (!sum)
-		return reason; /* no move adds 0: nothing was moved */
-	*diff = csum_fold32(sum);
+	if (!c.moves)
+		return reason;
+	*diff = csum_fold32(c.sum);
 	return R_REWRITTEN;
 }
 

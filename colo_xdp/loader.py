@@ -74,7 +74,7 @@ def import_bcc() -> Any:
 def source_dir() -> Path:
     """Where the C sources are: beside the package in a checkout, inside it in a wheel."""
     here = Path(__file__).resolve().parent
-    for d in (here.parent / "bpf", Path(str(resources.files("colo_xdp"))) / "_bpf"):
+    for d in (here.parent / "bpf", Path(str(resources.files("colo_xdp"))) / "_bpf_src"):
         if (d / "colo_common.h").exists():
             return d
     raise LoadError("the BPF sources (colo_common.h) are not installed beside the package")

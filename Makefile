@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+# `make demo` and `make test` do everything on a bare Debian 12, as root.
+
+PY := .venv/bin/python
+STAMP := build/.setup
+PACKAGES := python3-bpfcc python3-venv linux-headers-amd64 clang-format-14 gcc libc6-dev \
+	qemu-system-x86 iproute2 busybox-static cpio tcpdump ethtool iperf3 openssl procps make git
+TESTS ?= tests
+N ?=
+
+export DEBIAN_FRONTEND := noninteractive
+
+.PHONY: all setup demo test lint format clean
+
+all: test
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml Makefile
+	@mkdir -p build
+	@missing=$$(for p in $(PACKAGES); do dpkg-query -W -f '$${Status}\n' $$p 2>/dev/null | \
+		grep -q '^install ok installed' || echo $$p; done | tr '\n' ' '); \
+	if [ -n "$${missing% }" ]; then \
+		if [ "$$(id -u)" != 0 ]; then echo "as root: apt-get install $$missing"; exit 1; fi; \
+		apt-get update && apt-get install -y --no-install-recommends $$missing; \
+	fi
+	@[ -x $(PY) ] || /usr/bin/python3 -m venv --system-site-packages .venv
+	$(PY) -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	@touch $@
+
+demo: setup
+	.venv/bin/colo-xdp demo
+
+test: setup
+	$(PY) -m pytest $(TESTS)
+
+lint: setup
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	clang-format-14 --dry-run -Werror bpf/*.c bpf/*.h
+
+format: setup
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+	clang-format-14 -i bpf/*.c bpf/*.h
+
+clean:
+	rm -rf build .venv *.egg-info

@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Packet capture by tcpdump: the witness that does not ask our own counters."""
+
+from __future__ import annotations
+
+import struct
+import subprocess
+from pathlib import Path
+
+from .net import Processes, stop_process, wait_for
+
+GUEST_MAC = bytes.fromhex("525400123456")
+
+
+class Capture:
+    """Everything that crosses a device, from start() to stop()."""
+
+    def __init__(self, procs: Processes, ns: str, dev: str, path: Path, flt: str = "") -> None:
+        self.path = path
+        self._log = path.with_suffix(".log")
+        self._log.unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
+        cmd = ["tcpdump", "-i", dev, "-w", str(path), "-U", "--immediate-mode", "-B", "32768"]
+        cmd += ["--time-stamp-precision=nano", "-s", "128", *flt.split()]
+        self._p: subprocess.Popen[bytes] | None = procs.start(cmd, self._log, ns)
+        wait_for("listening tcpdump", lambda: b"listening on" in self._log.read_bytes(), 10)
+
+    def stop(self) -> list[tuple[float, bytes]]:
+        """(time, first 128 bytes) of each frame."""
+        stop_process(self._p)
+        self._p = None
+        raw = self.path.read_bytes()
+        out, at = [], 24
+        while at + 16 <= len(raw):
+            s, ns, have, _len = struct.unpack_from("<IIII", raw, at)
+            out.append((s + ns / 1e9, raw[at + 16 : at + 16 + have]))
+            at += 16 + have
+        return out
+
+
+def from_guest(frames: list[tuple[float, bytes]], before: float | None = None) -> int:
+    """How many frames carry the guest's source address (and are older than `before`)."""
+    return sum(f[6:12] == GUEST_MAC and (before is None or t < before) for t, f in frames)

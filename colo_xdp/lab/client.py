@@ -1,0 +1,224 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Clients of the lab guest. Each checks every byte that it is sent."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import re
+import socket
+import threading
+import time
+from dataclasses import dataclass, field
+
+from .guest import content
+from .net import GUEST_IP, GUEST_IP6, in_ns
+
+TIMEOUT_S = 30.0
+
+
+def wrong_bytes(got: bytes, want: bytes) -> int:
+    """Bytes that differ, missing and surplus ones included."""
+    if got == want:
+        return 0
+    n = min(len(got), len(want))
+    return sum(a != b for a, b in zip(got[:n], want[:n], strict=True)) + abs(len(got) - len(want))
+
+
+@dataclass(slots=True)
+class Fetch:
+    """One HTTP answer."""
+
+    ok: bool
+    body: bytes
+    seconds: float
+    error: str = ""
+
+
+def _connect(port: int, v6: bool = False, timeout: float = TIMEOUT_S) -> socket.socket:
+    return socket.create_connection((GUEST_IP6 if v6 else GUEST_IP, port), timeout)
+
+
+class Client:
+    """Workloads inside the client's namespace."""
+
+    def __init__(self, ns: str) -> None:
+        self.ns = ns
+
+    def http(self, path: str, *, v6: bool = False, timeout: float = TIMEOUT_S) -> Fetch:
+        """GET; complete only if the server closed after as much as it announced."""
+
+        def run() -> Fetch:
+            t = time.monotonic()
+            data = bytearray()
+            try:
+                with _connect(80, v6, timeout) as s:
+                    s.sendall(f"GET /{path} HTTP/1.0\r\nHost: guest\r\n\r\n".encode())
+                    while part := s.recv(1 << 17):
+                        data += part
+            except OSError as e:
+                return Fetch(False, bytes(data), time.monotonic() - t, str(e) or type(e).__name__)
+            head, _, body = bytes(data).partition(b"\r\n\r\n")
+            m = re.search(rb"Content-Length: (\d+)", head, re.I)
+            whole = m is None or int(m[1]) == len(body)
+            ok = b" 200 " in head[:16] and whole
+            return Fetch(ok, body, time.monotonic() - t, "" if ok else repr(head[:80]))
+
+        return in_ns(self.ns, run)
+
+    def download(self, name: str, *, v6: bool = False) -> tuple[int, int]:
+        """(bytes received, wrong bytes) of a file whose content is known."""
+        f = self.http(name, v6=v6)
+        want = content(name)
+        return len(f.body), wrong_bytes(f.body, want) if f.ok else max(1, wrong_bytes(f.body, want))
+
+    def uptime_page(self) -> tuple[bool, str]:
+        """Whether the page that no two guests agree on is one guest's page, and why not."""
+        f = self.http("cgi-bin/uptime")
+        if not f.ok:
+            return False, f.error
+        m = re.fullmatch(
+            rb"token (\w{24}) up ([\d.]+)\n(?:again \1 \2\n){8}end \1\n", f.body
+        )
+        return (True, "") if m else (False, repr(f.body[:400]))
+
+    def run(self, command: str) -> str:
+        """A shell command inside the guest, through its web server."""
+        quoted = "".join(c if c.isalnum() else f"%{ord(c):02x}" for c in command)
+        return self.http(f"cgi-bin/run?{quoted}").body.decode(errors="replace")
+
+    def upload(self, size: int, *, v6: bool = False, seed: int = 1) -> str:
+        """Send random bytes to the sink and compare its digest; "" if right, else what is wrong."""
+        data = random.Random(seed).randbytes(size)
+
+        def go() -> str:
+            try:
+                with _connect(9, v6) as s:
+                    s.sendall(data)
+                    s.shutdown(socket.SHUT_WR)
+                    answer = b""
+                    while part := s.recv(4096):
+                        answer += part
+            except OSError as e:
+                return str(e) or type(e).__name__
+            want = hashlib.md5(data).hexdigest()
+            got = answer.split(b" ")[0].decode()
+            return "" if got == want else f"digest {got!r}, sent {want}"
+
+        return in_ns(self.ns, go)
+
+    def udp_echo(self, count: int, *, v6: bool = False, size: int = 200) -> tuple[int, int]:
+        """(answered, wrong) of `count` datagrams, one at a time, 5 s for each."""
+
+        def go() -> tuple[int, int]:
+            answered = wrong = 0
+            family = socket.AF_INET6 if v6 else socket.AF_INET
+            with socket.socket(family, socket.SOCK_DGRAM) as s:
+                s.settimeout(5)
+                s.connect((GUEST_IP6 if v6 else GUEST_IP, 7))
+                for i in range(count):
+                    data = random.Random(i).randbytes(size)
+                    s.send(data)
+                    try:
+                        got = s.recv(65536)
+                    except TimeoutError:
+                        continue
+                    answered += 1
+                    wrong += wrong_bytes(got, data)
+            return answered, wrong
+
+        return in_ns(self.ns, go)
+
+
+@dataclass(slots=True)
+class EchoStats:
+    """What an echo stream has seen; times are unix seconds."""
+
+    sent: int = 0
+    received: int = 0
+    wrong: int = 0
+    dead: str = ""
+    answered_at: list[float] = field(default_factory=list)
+
+    def max_gap(self) -> float:
+        """Longest time between two answers, seconds."""
+        a = self.answered_at
+        return max((y - x for x, y in zip(a, a[1:], strict=False)), default=0.0)
+
+    def answered_after(self, at: float) -> int:
+        return sum(t > at for t in self.answered_at)
+
+
+class EchoStream:
+    """One long-lived TCP connection: a line every `period` seconds, each answer checked."""
+
+    def __init__(self, ns: str, *, v6: bool = False, period: float = 0.02) -> None:
+        self.stats = EchoStats()
+        self._period = period
+        self._stop = threading.Event()
+        self._socket = in_ns(ns, lambda: _connect(7, v6))
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        st, s, n = self.stats, self._socket, 0
+        try:
+            while not self._stop.wait(self._period):
+                n += 1
+                line = f"echo {n} {n * 2654435761 % 2**32:08x}\n".encode()
+                s.sendall(line)
+                st.sent += len(line)
+                got = b""
+                while len(got) < len(line):
+                    part = s.recv(len(line) - len(got))
+                    if not part:
+                        st.dead = "closed by the guest"
+                        return
+                    got += part
+                st.received += len(got)
+                st.wrong += wrong_bytes(got, line)
+                st.answered_at.append(time.time())
+        except OSError as e:
+            st.dead = str(e) or type(e).__name__
+
+    def stop(self) -> EchoStats:
+        """Stop and close; the statistics."""
+        self._stop.set()
+        self._thread.join(TIMEOUT_S)
+        self._socket.close()
+        return self.stats
+
+
+class LineStream:
+    """One long-lived connection on which the guest counts: "line N", nothing lost or repeated."""
+
+    def __init__(self, ns: str) -> None:
+        self.lines = 0
+        self.wrong = 0
+        self.dead = ""
+        self.times: list[float] = []
+        self._stop = threading.Event()
+        self._socket = in_ns(ns, lambda: _connect(1234))
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            with self._socket.makefile("rb") as f:
+                while not self._stop.is_set():
+                    line = f.readline()
+                    if not line:
+                        self.dead = "closed by the guest"
+                        return
+                    self.lines += 1
+                    self.times.append(time.time())
+                    self.wrong += line != f"line {self.lines}\n".encode()
+        except OSError as e:
+            if not self._stop.is_set():
+                self.dead = str(e) or type(e).__name__
+
+    def stop(self) -> None:
+        self._stop.set()
+        self._socket.shutdown(socket.SHUT_RDWR)
+        self._thread.join(TIMEOUT_S)
+        self._socket.close()

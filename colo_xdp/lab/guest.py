@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Builds the lab guest: Debian's cloud kernel and a busybox initramfs.
+
+The files that it serves are made here from a seed, so that a client can tell
+each right byte from each wrong one without asking a guest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+import re
+import shutil
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from .net import LabError, sh
+
+MODULES = (
+    "virtio_ring virtio virtio_pci_modern_dev virtio_pci_legacy_dev virtio_pci failover "
+    "net_failover virtio_net"
+).split()
+INDEX = b"<html>hello</html>\n"
+#: a page that cannot be the same on both guests; its lines must agree with each other
+UPTIME = """#!/bin/sh
+echo "Content-Type: text/plain"; echo
+t=$(head -c 12 /dev/urandom | md5sum | cut -c 1-24)
+read up rest < /proc/uptime
+echo "token $t up $up"
+for i in 1 2 3 4 5 6 7 8; do echo "again $t $up"; done
+echo "end $t"
+"""
+RUN = """#!/bin/sh
+echo "Content-Type: text/plain"; echo
+eval "$(httpd -d "$QUERY_STRING")" 2>&1
+"""
+
+
+def content(name: str) -> bytes:
+    """What the guest serves as /index.html, /f100k, /f1m and /big."""
+    if name == "index.html":
+        return INDEX
+    size = {"f100k": 100 << 10, "f1m": 1 << 20, "big": 8 << 20}[name]
+    return random.Random(f"colo {name}").randbytes(size)
+
+
+@dataclass(frozen=True, slots=True)
+class Guest:
+    """Kernel image and initramfs."""
+
+    kernel: Path
+    initrd: Path
+
+
+def _kernel_package() -> str:
+    """Name of the newest cloud kernel's package."""
+
+    def ask() -> str:
+        text = sh("apt-cache", "depends", f"linux-image-cloud-{_arch()}", check=False)
+        m = re.search(r"Depends: (linux-image-\S+-cloud-\S+)", text)
+        return m[1] if m else ""
+
+    name = ask()
+    if not name:
+        sh("apt-get", "update")
+        name = ask()
+    if not name:
+        raise LabError(f"apt knows no linux-image-cloud-{_arch()}: is this a Debian machine?")
+    return name
+
+
+def _cc() -> str:
+    return os.environ.get("CC", "cc")
+
+
+def _arch() -> str:
+    return sh("dpkg", "--print-architecture").strip()
+
+
+def _unpack_kernel(build: Path) -> Path:
+    package = _kernel_package()
+    root = build / package
+    if (root / "boot").is_dir() and list((root / "boot").glob("vmlinuz-*")):
+        return root
+    with tempfile.TemporaryDirectory(dir=build) as tmp:
+        r = subprocess.run(
+            ["apt-get", "download", package], cwd=tmp, capture_output=True, text=True, check=False
+        )
+        debs = list(Path(tmp).glob("*.deb"))
+        if r.returncode or not debs:
+            raise LabError(f"apt-get download {package}: {r.stdout}{r.stderr}".strip())
+        sh("dpkg-deb", "-x", str(debs[0]), str(root))
+    return root
+
+
+def _initrd(root: Path, out: Path) -> None:
+    busybox = shutil.which("busybox")
+    if not busybox:
+        raise LabError("busybox is missing: install busybox-static")
+    with tempfile.TemporaryDirectory() as tmp:
+        d = Path(tmp)
+        for sub in ("bin", "dev", "proc", "sys", "tmp", "modules", "www/cgi-bin"):
+            (d / sub).mkdir(parents=True)
+        shutil.copy(busybox, d / "bin/busybox")
+        source = Path(__file__).with_name("udpecho.c")
+        sh(_cc(), "-static", "-O2", "-o", str(d / "bin/udpecho"), str(source))
+        for m in MODULES:
+            found = list(root.glob(f"lib/modules/**/{m}.ko"))
+            if not found:
+                raise LabError(f"the kernel package has no module {m}")
+            shutil.copy(found[0], d / "modules")
+        for name in ("index.html", "f100k", "f1m", "big"):
+            (d / "www" / name).write_bytes(content(name))
+        scripts = (
+            ("init", Path(__file__).with_name("init.sh").read_text()),
+            ("www/cgi-bin/uptime", UPTIME),
+            ("www/cgi-bin/run", RUN),
+        )
+        for path, text in scripts:
+            (d / path).write_text(text)
+            (d / path).chmod(0o755)
+        names = "\n".join(str(p.relative_to(d)) for p in sorted(d.rglob("*"))).encode()
+        archive = subprocess.run(
+            ["cpio", "-o", "-H", "newc", "--quiet"],
+            input=names, cwd=d, capture_output=True, check=True,
+        ).stdout  # fmt: skip
+        packed = subprocess.run(["gzip", "-1"], input=archive, capture_output=True, check=True)
+        part = out.with_suffix(".part")
+        part.write_bytes(packed.stdout)
+        part.replace(out)
+
+
+def build(directory: Path) -> Guest:
+    """The guest's files, made anew only when something they are made from has changed.
+
+    Raises LabError naming the missing package or the failed step.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    kernel, initrd, stamp = (directory / n for n in ("vmlinuz", "initrd.gz", "stamp"))
+    here = Path(__file__)
+    h = hashlib.sha256(here.read_bytes())
+    for name in ("init.sh", "udpecho.c"):
+        h.update(here.with_name(name).read_bytes())
+    want = h.hexdigest()
+    if stamp.exists() and stamp.read_text() == want and kernel.exists() and initrd.exists():
+        return Guest(kernel, initrd)
+    root = _unpack_kernel(directory)
+    image = sorted((root / "boot").glob("vmlinuz-*"))[-1]
+    shutil.copy(image, kernel)
+    _initrd(root, initrd)
+    stamp.write_text(want)
+    return Guest(kernel, initrd)
+
+
+def build_shim(directory: Path) -> Path:
+    """The work-around for QEMU before 8 under TCG (bqlshim.c), compiled."""
+    source = Path(__file__).with_name("bqlshim.c")
+    out = directory / "bqlshim.so"
+    if not out.exists() or out.stat().st_mtime < source.stat().st_mtime:
+        sh(_cc(), "-Wall", "-shared", "-fPIC", "-O2", "-o", str(out), str(source), "-ldl", "-pthread")
+    return out

@@ -1,0 +1,28 @@
+#!/bin/busybox sh
+# SPDX-License-Identifier: GPL-2.0-or-later
+# The lab guest: every service that the demo and the tests talk to.
+/bin/busybox --install -s /bin
+mount -t proc proc /proc
+mount -t sysfs sys /sys
+mount -t devtmpfs dev /dev
+for m in virtio_ring virtio virtio_pci_modern_dev virtio_pci_legacy_dev virtio_pci failover net_failover virtio_net; do
+	insmod /modules/$m.ko || echo "no module $m"
+done
+echo 0 > /proc/sys/net/ipv6/conf/all/accept_dad
+echo 0 > /proc/sys/net/ipv6/conf/default/accept_dad
+ip link set lo up
+ip link set eth0 up
+ip addr add 10.9.0.2/24 dev eth0
+ip addr add fd09::2/64 dev eth0
+httpd -p 80 -h /www
+nc -ll -p 7 -e cat &                                            # echo
+nc -ll -p 9 -e md5sum &                                         # sink: the digest of what came
+nc -ll -p 19 -e cat /www/big &                                  # source
+nc -ll -p 1234 -e sh -c 'i=0; while :; do i=$((i+1)); echo "line $i"; usleep 50000; done' &
+udpecho &                                                       # UDP echo on 7
+# The secrets behind sequence numbers and timestamps are made at first use. Used before
+# the guest is copied, both copies have the same ones.
+nc -w 1 10.9.0.2 7 < /dev/null
+nc -w 1 fd09::2 7 < /dev/null
+echo GUEST-READY
+exec sh < /dev/console > /dev/console 2>&1

@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Three namespaces: a client with the switch, a primary host, a secondary host.
+
+    <p>c   lan (bridge, 10.9.0.1, fd09::1) ----- to-p, to-s
+    <p>p   uplink - br0 - tap0            peer0 10.99.0.1
+    <p>s   uplink - br0 (tap0 is outside)  peer0 10.99.0.2
+
+Processes enter by `nsenter --net`, never by `ip netns exec`, whose private mount
+namespace would hide the BPF file system.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TypeVar
+
+T = TypeVar("T")
+
+GUEST_IP, CLIENT_IP = "10.9.0.2", "10.9.0.1"
+GUEST_IP6, CLIENT_IP6 = "fd09::2", "fd09::1"
+PEER_P, PEER_S = "10.99.0.1", "10.99.0.2"
+CLONE_NEWNET = 0x40000000
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+class LabError(RuntimeError):
+    """The laboratory could not be built or did not get where it should in time."""
+
+
+def sh(*cmd: str, check: bool = True) -> str:
+    """Run a command; its output. Raises LabError with what it said."""
+    r = subprocess.run(cmd, capture_output=True, text=True, check=False, timeout=60)
+    if check and r.returncode:
+        raise LabError(f"{' '.join(cmd)}: {r.stdout}{r.stderr}".strip())
+    return r.stdout
+
+
+def wait_for(what: str, cond: Callable[[], T | None], timeout: float, poll: float = 0.02) -> T:
+    """The first true value of `cond`. Raises LabError at the deadline."""
+    end = time.monotonic() + timeout
+    while True:
+        v = cond()
+        if v:
+            return v
+        if time.monotonic() > end:
+            raise LabError(f"no {what} within {timeout:g} s")
+        time.sleep(poll)
+
+
+def in_ns(name: str, fn: Callable[[], T]) -> T:
+    """Run fn in a thread of its own that has joined the namespace."""
+
+    def body() -> T:
+        fd = os.open(f"/run/netns/{name}", os.O_RDONLY)
+        try:
+            if _libc.setns(fd, CLONE_NEWNET):
+                raise OSError(ctypes.get_errno(), f"setns {name}")
+        finally:
+            os.close(fd)
+        return fn()
+
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(body).result()
+
+
+def _start_time(pid: int) -> str:
+    """Field 22 of /proc/PID/stat: with it a pid names one process for ever."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[19]
+    except (OSError, IndexError):
+        return ""
+
+
+class Processes:
+    """What the lab has started, kept on disk so that the next run can end what a crash left."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.known: dict[int, str] = {}
+
+    def _save(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.write_text(json.dumps(self.known))
+
+    def start(
+        self,
+        cmd: list[str],
+        log: Path,
+        ns: str | None = None,
+        env: dict[str, str] | None = None,
+    ) -> subprocess.Popen[bytes]:
+        """Start in a namespace, output to a file."""
+        if ns:
+            cmd = ["nsenter", f"--net=/run/netns/{ns}", *cmd]
+        with log.open("ab") as out:
+            p = subprocess.Popen(
+                cmd,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=out,
+                env={**os.environ, **(env or {})},
+                start_new_session=True,
+            )
+        self.known[p.pid] = _start_time(p.pid)
+        self._save()
+        return p
+
+    def end_leftovers(self) -> None:
+        """Kill what a former run has left, by pid and start time."""
+        with contextlib.suppress(OSError, ValueError):
+            for pid, started in json.loads(self.path.read_text()).items():
+                if started and _start_time(int(pid)) == started:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(int(pid), signal.SIGKILL)
+        self.path.unlink(missing_ok=True)
+
+
+def stop_process(p: subprocess.Popen[bytes] | None, timeout: float = 5.0) -> None:
+    """Terminate, and kill at the deadline."""
+    if p is None or p.poll() is not None:
+        return
+    p.terminate()
+    try:
+        p.wait(timeout)
+    except subprocess.TimeoutExpired:
+        p.kill()
+        p.wait()
+
+
+class Topology:
+    """The namespaces of one lab; `tag` keeps labs apart."""
+
+    def __init__(self, tag: str, vnet_hdr: bool = True) -> None:
+        self.client, self.primary, self.secondary = (f"{tag}{x}" for x in "cps")
+        self.vnet_hdr = vnet_hdr
+
+    @property
+    def all(self) -> tuple[str, str, str]:
+        return self.client, self.primary, self.secondary
+
+    def down(self) -> None:
+        """Remove the namespaces, whoever made them."""
+        for ns in self.all:
+            if Path(f"/run/netns/{ns}").exists():
+                sh("ip", "netns", "del", ns, check=False)
+
+    def up(self) -> None:
+        """Build everything anew."""
+        self.down()
+        for ns in self.all:
+            sh("ip", "netns", "add", ns)
+            in_ns(ns, lambda ns=ns: self._sysctls(ns))  # type: ignore[misc]
+            self._ip(ns, "link set lo up")
+        c = self.client
+        self._ip(c, "link add lan type bridge")
+        self._ip(c, f"addr add {CLIENT_IP}/24 dev lan")
+        self._ip(c, f"addr add {CLIENT_IP6}/64 dev lan nodad")
+        self._ip(c, "link set lan up")
+        for ns, port in ((self.primary, "to-p"), (self.secondary, "to-s")):
+            self._ip(ns, f"link add uplink type veth peer name {port} netns {c}")
+            self._ip(c, f"link set dev {port} master lan up")
+            self._ip(ns, "link add br0 type bridge")
+            self._ip(ns, "link set br0 up")
+            self._ip(ns, "link set dev uplink master br0 up")
+            self._ip(ns, f"tuntap add dev tap0 mode tap {'vnet_hdr' if self.vnet_hdr else ''}")
+            self._ip(ns, "link set tap0 up")
+        self._ip(self.primary, "link set dev tap0 master br0")
+        self._ip(
+            self.primary,
+            f"link add peer0 mtu 1600 type veth peer name peer0 mtu 1600 netns {self.secondary}",
+        )
+        for ns, addr in ((self.primary, PEER_P), (self.secondary, PEER_S)):
+            self._ip(ns, f"addr add {addr}/30 dev peer0")
+            self._ip(ns, "link set peer0 up")
+
+    def _ip(self, ns: str, args: str) -> None:
+        sh("ip", "-n", ns, *args.split())
+
+    def _sysctls(self, ns: str) -> None:
+        # The hosts say nothing of their own on these links; the client wants IPv6.
+        off = "0" if ns == self.client else "1"
+        for scope in ("all", "default"):
+            base = Path(f"/proc/sys/net/ipv6/conf/{scope}")
+            (base / "disable_ipv6").write_text(off)
+            (base / "accept_ra").write_text("0")

@@ -1,0 +1,240 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A whole pair on one machine: namespaces, two QEMUs, two controllers from two TOML files."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from .. import cleanup, control
+from . import guest as guest_files
+from . import vm as vms
+from .capture import Capture
+from .client import Client
+from .net import PEER_P, PEER_S, LabError, Processes, Topology, sh, stop_process, wait_for
+
+PAIR = "lab"
+PROTECT_S = 60.0
+
+
+class Lab:
+    """Builds on `up`, removes on `down`, also what a crashed run left."""
+
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        tag: str = "cxl",
+        vnet_hdr: bool = True,
+        overrides: dict[str, dict[str, Any]] | None = None,
+        say: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        self.dir = directory.absolute()
+        self.build = self.dir / "guest"
+        self.work = self.dir / f"run-{tag}"
+        self.overrides = overrides or {}
+        self.say = say
+        self.net = Topology(tag, vnet_hdr)
+        self.procs = Processes(self.dir / f"{tag}.pids.json")
+        self.client = Client(self.net.client)
+        self.vm: dict[str, vms.Vm] = {}
+        self.controllers: dict[str, subprocess.Popen[bytes]] = {}
+        self.accel = ""
+        self._shim: Path | None = None
+        self._captures: list[Capture] = []
+
+    # ---- life
+
+    def __enter__(self) -> Lab:
+        try:
+            self.up()
+        except BaseException:
+            self.down()
+            raise
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.down()
+
+    def up(self) -> None:
+        """Namespaces, certificates, both guests; the PVM is booted. No controller yet."""
+        self.down()
+        self.work.mkdir(parents=True, exist_ok=True)
+        self.say("guest image")
+        self.guest = guest_files.build(self.build)
+        self.accel = vms.choose_accel(self.procs, self.build, self.guest)
+        self._shim = vms.shim_for(self.accel, self.build)
+        self.say("namespaces")
+        self.net.up()
+        self._certificates()
+        for role in ("primary", "secondary"):
+            self.config_path(role).write_text(self._config(role))
+        self.say(f"booting both guests (QEMU {self.qemu_version}, {self.accel})")
+        self.start_vm("primary")
+        self.start_vm("secondary")
+        self.vm["primary"].wait_boot()
+
+    def down(self) -> None:
+        """End every process of this lab and remove its namespaces and pins."""
+        for c in self._captures:
+            c.stop()
+        self._captures.clear()
+        for p in self.controllers.values():
+            stop_process(p)
+        self.controllers.clear()
+        for v in self.vm.values():
+            v.stop()
+        self.vm.clear()
+        self.procs.end_leftovers()
+        self.net.down()
+        # The devices are gone with their namespaces; the pins are not.
+        for role in ("primary", "secondary"):
+            (self.work / f"{PAIR}.{role}.attached").unlink(missing_ok=True)
+        cleanup.cleanup(PAIR, "/sys/fs/bpf", str(self.work))
+
+    @property
+    def qemu_version(self) -> str:
+        return ".".join(map(str, vms.qemu_version()))
+
+    def ns(self, role: str) -> str:
+        return self.net.primary if role == "primary" else self.net.secondary
+
+    # ---- guests
+
+    def start_vm(self, role: str) -> vms.Vm:
+        """Start a host's QEMU; the secondary's waits for the migration."""
+        v = vms.Vm(
+            self.procs,
+            role,
+            self.work,
+            self.guest,
+            self.accel,
+            ns=self.ns(role),
+            vnet_hdr=self.net.vnet_hdr,
+            incoming=self._migrate_uri if role == "secondary" else "",
+            shim=self._shim,
+        )
+        self.vm[role] = v
+        return v
+
+    @property
+    def _migrate_uri(self) -> str:
+        return f"unix:{self.work}/migrate.sock"
+
+    # ---- controllers
+
+    def config_path(self, role: str) -> Path:
+        return self.work / f"{role}.toml"
+
+    def _certificates(self) -> None:
+        for role in ("primary", "secondary"):
+            crt, key = self.work / f"{role}.crt", self.work / f"{role}.key"
+            if crt.exists() and key.exists():
+                continue
+            sh(
+                "openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt",
+                "ec_paramgen_curve:prime256v1", "-nodes", "-days", "3650",
+                "-subj", f"/CN=colo-xdp lab {role}", "-keyout", str(key), "-out", str(crt),
+            )  # fmt: skip
+
+    def _config(self, role: str) -> str:
+        other = "secondary" if role == "primary" else "primary"
+        local, remote = (PEER_P, PEER_S) if role == "primary" else (PEER_S, PEER_P)
+        port = 9847 if role == "primary" else 9848
+        sections: dict[str, dict[str, Any]] = {
+            "network": {"tap": "tap0", "peer_link": "peer0", "bridge": "br0"},
+            "qemu": {"qmp": str(self.work / f"{role}.qmp"), "migrate_uri": self._migrate_uri},
+            "peer": {
+                "local": f"{local}:9846",
+                "remote": f"{remote}:9846",
+                "cert": str(self.work / f"{role}.crt"),
+                "key": str(self.work / f"{role}.key"),
+                "peer_cert": str(self.work / f"{other}.crt"),
+            },
+            "datapath": {"run_dir": str(self.work)},
+            "metrics": {"listen": f"127.0.0.1:{port}"},
+        }
+        for section, keys in self.overrides.items():
+            sections.setdefault(section, {}).update(keys)
+        lines = [f'pair = "{PAIR}"', f'role = "{role}"']
+        for section, keys in sections.items():
+            lines.append(f"[{section}]")
+            lines += [f"{k} = {_toml(v)}" for k, v in keys.items()]
+        return "\n".join(lines) + "\n"
+
+    def start_controller(self, role: str) -> subprocess.Popen[bytes]:
+        """`colo-xdp run` in the host's namespace."""
+        cmd = [sys.executable, "-m", "colo_xdp.cli", "run", str(self.config_path(role))]
+        env = {"COLO_XDP_LOG": "INFO", "PYTHONUNBUFFERED": "1"}
+        p = self.procs.start(cmd, self.controller_log(role), self.ns(role), env)
+        self.controllers[role] = p
+        return p
+
+    def controller_log(self, role: str) -> Path:
+        return self.work / f"{role}.controller.log"
+
+    def ask(self, role: str, command: str, **args: Any) -> dict[str, Any]:
+        """A command over the control socket, as the CLI sends it."""
+        return control.request(str(self.work / f"{PAIR}.{role}.sock"), command, args)
+
+    def status(self, role: str) -> dict[str, Any]:
+        """The controller's status; raises LabError with its log when it has ended."""
+        p = self.controllers.get(role)
+        try:
+            return self.ask(role, "status")
+        except control.NotRunning as e:
+            if p is not None and p.poll() is not None:
+                log = self.controller_log(role).read_text()[-3000:]
+                raise LabError(f"the {role}'s controller has ended ({p.returncode}): {log}") from e
+            return {}
+
+    def wait_state(self, role: str, state: str, timeout: float = PROTECT_S) -> dict[str, Any]:
+        """Until a controller is in a state; its status. Raises LabError with what it says instead."""
+        last: dict[str, Any] = {}
+
+        def there() -> dict[str, Any] | None:
+            nonlocal last
+            last = self.status(role)
+            return last if last.get("state") == state else None
+
+        try:
+            return wait_for(f"state {state} of the {role}", there, timeout)
+        except LabError as e:
+            log = self.controller_log(role).read_text()[-2000:]
+            raise LabError(f"{e}: {last.get('state')}: {last.get('reason')}\n{log}") from e
+
+    def protect(self) -> float:
+        """Start both controllers and wait for protection; seconds it took."""
+        t = time.monotonic()
+        for role in ("secondary", "primary"):
+            self.start_controller(role)
+        for role in ("primary", "secondary"):
+            self.wait_state(role, "protected")
+        return time.monotonic() - t
+
+    def checkpoints(self) -> int:
+        """Checkpoints of the primary so far."""
+        return int(self.status("primary")["checkpoints"]["total"])
+
+    def capture(self, ns: str, dev: str, name: str, flt: str = "") -> Capture:
+        """A capture that ends with the lab."""
+        c = Capture(self.procs, ns, dev, self.work / f"{name}.pcap", flt)
+        self._captures.append(c)
+        return c
+
+    def stop_capture(self, c: Capture) -> list[tuple[float, bytes]]:
+        """End a capture; its frames."""
+        self._captures.remove(c)
+        return c.stop()
+
+
+def _toml(v: Any) -> str:
+    if isinstance(v, bool):
+        return str(v).lower()
+    if isinstance(v, list):
+        return "[" + ", ".join(_toml(x) for x in v) + "]"
+    return f'"{v}"' if isinstance(v, str) else str(v)

@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""QEMU guests of the lab: under KVM if a guest boots there, else TCG (with the shim before 8)."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+from .guest import Guest, build_shim
+from .net import LabError, Processes, sh, stop_process, wait_for
+
+MAC = "52:54:00:12:34:56"
+MEMORY_MIB = 128
+BOOT_S = 60.0
+KVM_PROBE_S = 10.0
+
+
+def qemu_version() -> tuple[int, int, int]:
+    """Version of the installed QEMU."""
+    m = re.search(r"version (\d+)\.(\d+)\.(\d+)", sh("qemu-system-x86_64", "--version"))
+    if not m:
+        raise LabError("qemu-system-x86_64 --version says nothing that looks like a version")
+    return int(m[1]), int(m[2]), int(m[3])
+
+
+class Vm:
+    """One QEMU. Two QMP sockets: `qmp` for the controller, `lab_qmp` for the lab."""
+
+    def __init__(
+        self,
+        procs: Processes,
+        name: str,
+        directory: Path,
+        guest: Guest,
+        accel: str,
+        *,
+        ns: str | None,
+        vnet_hdr: bool = True,
+        incoming: str = "",
+        shim: Path | None = None,
+    ) -> None:
+        self.name, self.dir = name, directory
+        self.qmp = directory / f"{name}.qmp"
+        self.lab_qmp = directory / f"{name}.lab.qmp"
+        self.console = directory / f"{name}.console"
+        self.log = directory / f"{name}.log"
+        for p in (self.qmp, self.lab_qmp, self.console):
+            p.unlink(missing_ok=True)
+        cmd = ["qemu-system-x86_64", "-accel", accel]
+        cmd += ["-cpu", "max" if accel == "tcg" else "host", "-m", str(MEMORY_MIB)]
+        cmd += ["-nodefaults", "-nographic", "-no-user-config"]
+        cmd += ["-kernel", str(guest.kernel), "-initrd", str(guest.initrd)]
+        cmd += ["-append", "console=ttyS0 quiet panic=1"]
+        cmd += ["-chardev", f"file,id=s0,path={self.console}", "-serial", "chardev:s0"]
+        cmd += ["-qmp", f"unix:{self.qmp},server=on,wait=off"]
+        cmd += ["-qmp", f"unix:{self.lab_qmp},server=on,wait=off"]
+        if ns:
+            hdr = "on" if vnet_hdr else "off"
+            cmd += ["-netdev", f"tap,id=n0,ifname=tap0,script=no,downscript=no,vnet_hdr={hdr}"]
+            cmd += ["-device", f"virtio-net-pci,netdev=n0,mac={MAC},romfile=,guest_announce=off"]
+        if incoming:
+            cmd += ["-incoming", incoming]
+        env = {"LD_PRELOAD": str(shim)} if shim else {}
+        self._p: subprocess.Popen[bytes] | None = procs.start(cmd, self.log, ns, env)
+        self.pid = self._p.pid
+
+    def booted(self) -> bool:
+        return self.console.exists() and b"GUEST-READY" in self.console.read_bytes()
+
+    def wait_boot(self, timeout: float = BOOT_S) -> None:
+        """Until the guest's services run."""
+
+        def ready() -> bool:
+            if self._p is None or self._p.poll() is not None:
+                raise LabError(f"{self.name}: QEMU ended: {self.log.read_text()[-2000:]}")
+            return self.booted()
+
+        wait_for(f"boot of {self.name}", ready, timeout)
+
+    @property
+    def alive(self) -> bool:
+        return self._p is not None and self._p.poll() is None
+
+    def kill9(self) -> float:
+        """As a power cut; returns when (unix time)."""
+        assert self._p is not None
+        at = time.time()
+        os.kill(self._p.pid, signal.SIGKILL)
+        self._p.wait()
+        return at
+
+    def signal(self, sig: int) -> None:
+        os.kill(self.pid, sig)
+
+    def stop(self) -> None:
+        stop_process(self._p)
+
+    def ask(self, command: str, **args: Any) -> Any:
+        """A QMP command over the lab's own socket, for looking at the guest only."""
+        with socket.socket(socket.AF_UNIX) as s:
+            s.settimeout(10)
+            s.connect(str(self.lab_qmp))
+            f = s.makefile("rwb")
+            f.readline()
+            for msg in ({"execute": "qmp_capabilities"}, {"execute": command, "arguments": args}):
+                f.write(json.dumps(msg).encode() + b"\n")
+                f.flush()
+                while True:
+                    answer = json.loads(f.readline())
+                    if "event" not in answer:
+                        break
+        if "error" in answer:
+            raise LabError(f"{self.name} {command}: {answer['error']}")
+        return answer["return"]
+
+
+def choose_accel(procs: Processes, directory: Path, guest: Guest) -> str:
+    """`kvm` if a guest boots under it here, else `tcg`; tried once, then remembered."""
+    note = directory / "accel"
+    if note.exists():
+        return note.read_text().strip()
+    accel = "tcg"
+    if os.access("/dev/kvm", os.R_OK | os.W_OK):
+        vm = Vm(procs, "probe", directory, guest, "kvm", ns=None)
+        try:
+            vm.wait_boot(KVM_PROBE_S)
+            accel = "kvm"
+        except LabError:
+            accel = "tcg"
+        finally:
+            vm.stop()
+    note.write_text(accel)
+    return accel
+
+
+def shim_for(accel: str, directory: Path) -> Path | None:
+    """The shim that this QEMU needs, if it does (TCG before 8, see bqlshim.c)."""
+    return build_shim(directory) if accel == "tcg" and qemu_version() < (8, 0, 0) else None

@@ -1,0 +1,413 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The rewriter in Python: what bpf/{parsing,csum,flow,rewrite}.h do, on bytes.
+
+It is the readable statement of the rules and the other half of the differential
+tests: for the same frames both give the same bytes, reasons and connection
+entries. Rules and their reasons are told at the head of bpf/flow.h. Nothing here
+is shared with the kernel's code but the transition table, on purpose.
+
+Numbers are translated by adding a difference modulo 2**32. Checksums follow RFC
+1624, equation 3 (HC' = ~(~HC + ~m + m')), all changes of a segment in one step.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass, field
+
+from .abi import FLOW_KEY, Mode, Reason
+from .tcp_state import Event, State, next_state
+
+FIN, SYN, RST, ACK = 0x01, 0x02, 0x04, 0x10
+_M32 = 0xFFFFFFFF
+
+VLAN_DEPTH = 2  # COLO_VLAN_DEPTH
+IP6_EXT_DEPTH = 4  # COLO_IP6_EXT_DEPTH
+TCP_OPTIONS = 12  # COLO_TCP_OPTIONS
+LEARN_WINDOW = 65535
+
+HAVE_ISN_P, HAVE_ISN_S, HAVE_TS_P, HAVE_TS_S = 1, 2, 4, 8
+FIN_GUEST, FIN_CLIENT, HAVE_ISN_C = 16, 32, 64
+
+
+class BadFrame(ValueError):
+    """The frame contradicts itself; the text says where."""
+
+
+@dataclass(slots=True)
+class Segment:
+    """What the kernel's `struct pkt` holds of a frame; see bpf/parsing.h."""
+
+    vlan: int = 0
+    src: bytes = b""
+    dst: bytes = b""
+    l4_off: int = 0
+    l4_proto: int = 0
+    frag: bool = False
+    is_tcp: bool = False
+    csum_at: int = 0
+    sport: bytes = b""
+    dport: bytes = b""
+    seq: int = 0
+    ack: int = 0
+    flags: int = 0
+    doff: int = 0
+    payload_len: int = 0
+
+
+def _u16(b: bytes, at: int) -> int:
+    return int.from_bytes(b[at : at + 2], "big")
+
+
+def _u32(b: bytes | bytearray, at: int) -> int:
+    return int.from_bytes(b[at : at + 4], "big")
+
+
+def _need(length: int, end: int, what: str) -> None:
+    if end > length:
+        raise BadFrame(f"{what} ends at {end}, behind {length}")
+
+
+def parse(frame: bytes, outer_tag: int | None = None) -> Segment:
+    """A frame's headers; raises BadFrame. `outer_tag`: VID of a tag that the kernel took off."""
+    n = len(frame)
+    p = Segment()
+    _need(n, 14, "Ethernet header")
+    tags = 0
+    if outer_tag is not None:
+        tags, p.vlan = 1, outer_tag & 0xFFF
+    proto, off = _u16(frame, 12), 14
+    for _ in range(VLAN_DEPTH):
+        if proto not in (0x8100, 0x88A8):
+            break
+        tags += 1
+        if tags > 2:
+            raise BadFrame("more than two VLAN tags")
+        _need(n, off + 4, "VLAN tag")
+        p.vlan = (p.vlan << 16 | _u16(frame, off) & 0xFFF) & _M32
+        proto, off = _u16(frame, off + 2), off + 4
+    if proto in (0x8100, 0x88A8):
+        raise BadFrame("more than two VLAN tags")
+    if proto == 0x0800:
+        off, stop = _ipv4(frame, off, p)
+    elif proto == 0x86DD:
+        off, stop = _ipv6(frame, off, p)
+    else:
+        return p
+    if stop > n or off > stop:
+        raise BadFrame(f"IP length: {off} to {stop} of {n}")
+    p.l4_off = off
+    if p.frag:
+        return p
+    if p.l4_proto == 17:
+        _need(stop, off + 8, "UDP header")
+        p.csum_at = off + 6
+    elif p.l4_proto == 6:
+        _need(stop, off + 20, "TCP header")
+        p.doff = (frame[off + 12] >> 4) * 4
+        if p.doff < 20:
+            raise BadFrame("TCP data offset below 5")
+        _need(stop, off + p.doff, "TCP options")
+        p.sport, p.dport = frame[off : off + 2], frame[off + 2 : off + 4]
+        p.seq, p.ack, p.flags = _u32(frame, off + 4), _u32(frame, off + 8), frame[off + 13]
+        p.payload_len = stop - off - p.doff
+        p.csum_at = off + 16
+        p.is_tcp = True
+    return p
+
+
+def _ipv4(frame: bytes, off: int, p: Segment) -> tuple[int, int]:
+    _need(len(frame), off + 20, "IPv4 header")
+    ihl, total = (frame[off] & 15) * 4, _u16(frame, off + 2)
+    if frame[off] >> 4 != 4 or ihl < 20 or total < ihl:
+        raise BadFrame("IPv4 version or lengths")
+    mapped = bytes(10) + b"\xff\xff"
+    p.src, p.dst = mapped + frame[off + 12 : off + 16], mapped + frame[off + 16 : off + 20]
+    p.l4_proto = frame[off + 9]
+    p.frag = bool(_u16(frame, off + 6) & 0x3FFF)
+    return off + ihl, off + total
+
+
+def _ipv6(frame: bytes, off: int, p: Segment) -> tuple[int, int]:
+    n = len(frame)
+    _need(n, off + 40, "IPv6 header")
+    if frame[off] >> 4 != 6:
+        raise BadFrame("IPv6 version")
+    p.src, p.dst = frame[off + 8 : off + 24], frame[off + 24 : off + 40]
+    proto, stop = frame[off + 6], off + 40 + _u16(frame, off + 4)
+    off += 40
+    extensions = (0, 43, 60)
+    for _ in range(IP6_EXT_DEPTH):
+        if proto not in extensions:
+            break
+        _need(min(n, stop), off + 8, "IPv6 extension header")
+        proto, off = frame[off], off + (frame[off + 1] + 1) * 8
+    if proto in extensions:
+        raise BadFrame("more IPv6 extension headers than are stepped over")
+    if proto == 44:
+        _need(min(n, stop), off + 8, "IPv6 fragment header")
+        p.frag, proto, off = True, frame[off], off + 8
+    p.l4_proto = proto
+    return off, stop
+
+
+@dataclass(slots=True)
+class Options:
+    """Offsets from the start of the TCP header; 0: not there."""
+
+    ts: int = 0
+    sack: int = 0
+    sack_blocks: int = 0
+
+
+def parse_options(header: bytes) -> Options:
+    """TCP options as Linux reads them: the last of a kind counts, a malformed one ends the list."""
+    o, i, doff = Options(), 20, len(header)
+    if doff == 32 and header[20:24] == b"\x01\x01\x08\x0a":
+        return Options(ts=22)
+    for _ in range(TCP_OPTIONS):
+        if i + 1 > doff or header[i] == 0:
+            break
+        if header[i] == 1:
+            i += 1
+            continue
+        if i + 2 > doff:
+            break
+        kind, size = header[i], header[i + 1]
+        if size < 2 or i + size > doff:
+            break
+        if kind == 8 and size == 10:
+            o.ts = i
+        if kind == 5 and size >= 10 and (size - 2) % 8 == 0:
+            o.sack, o.sack_blocks = i, (size - 2) // 8
+        i += size
+    return o
+
+
+def csum_change(total: int, old: int, new: int, at: int) -> int:
+    """Adds the change of a 32-bit word, `at` bytes into the checksummed range (RFC 1071 2(B))."""
+    # Sums are taken over the words as they lie in memory, here read big-endian.
+    if at & 1:
+        old, new = ((x << 8 | x >> 24) & _M32 for x in (old, new))
+    return total + (~old & _M32) + new
+
+
+def csum_apply(check: int, total: int) -> int:
+    """The checksum after changes that add `total`: RFC 1624 equation 3.
+
+    Zero has two forms in one's complement. As the kernel does, ~HC is taken
+    over 32 bits: the sum is then never 0, and the result never 0xFFFF.
+    """
+    while total >> 32:
+        total = (total & _M32) + (total >> 32)
+    s = total + (~check & _M32)
+    while s >> 16:
+        s = (s & 0xFFFF) + (s >> 16)
+    return ~s & 0xFFFF
+
+
+@dataclass(slots=True)
+class Flow:
+    """struct colo_flow without the time stamp."""
+
+    epoch: int = 0
+    off: int = 0
+    tsoff: int = 0
+    isn_p: int = 0
+    isn_s: int = 0
+    ts_p: int = 0
+    ts_s: int = 0
+    fin_guest: int = 0
+    fin_client: int = 0
+    state: int = State.CLOSED
+    have: int = 0
+    have_client: int = 0
+    isn_c: int = 0
+
+    def forget(self) -> None:
+        """Another connection begins on this key."""
+        self.have = self.have_client = 0
+        self.state = State.CLOSED
+
+
+@dataclass(slots=True)
+class Rewriter:
+    """Tracks and translates; `flows` is keyed by struct colo_flow_key as bytes."""
+
+    epoch: int = 0
+    mode: Mode = Mode.RUN
+    limit: int = 65536
+    flows: dict[bytes, Flow] = field(default_factory=dict)
+
+    def to_svm(self, frame: bytes, outer_tag: int | None = None) -> tuple[bytes, Reason]:
+        """A client's frame as the SVM must see it."""
+        return self._frame(frame, outer_tag, to_svm=True)
+
+    def from_svm(self, frame: bytes, outer_tag: int | None = None) -> tuple[bytes, Reason]:
+        """A frame of the SVM in the PVM's numbers."""
+        return self._frame(frame, outer_tag, to_svm=False)
+
+    def _frame(self, frame: bytes, outer_tag: int | None, *, to_svm: bool) -> tuple[bytes, Reason]:
+        try:
+            p = parse(frame, outer_tag)
+        except BadFrame:
+            return frame, Reason.BAD_FRAME
+        if not p.is_tcp:
+            return frame, Reason.REDIRECTED
+        n, reason = self._find(p, to_svm=to_svm)
+        if n is None:
+            return frame, reason
+        header = frame[p.l4_off : p.l4_off + p.doff]
+        o = parse_options(header)
+        ts = (_u32(header, o.ts + 2), _u32(header, o.ts + 6)) if o.ts else None
+        if to_svm:
+            self._learn_client(n, p, ts)
+        else:
+            self._learn_guest(n, p, ts)
+        n.off = n.tsoff = 0
+        if n.have & HAVE_ISN_S and n.have_client & HAVE_ISN_P:
+            n.off = (n.isn_s - n.isn_p) & _M32
+            if n.have & HAVE_TS_S and n.have_client & HAVE_TS_P:
+                n.tsoff = (n.ts_s - n.ts_p) & _M32
+        off, tsoff = n.off, n.tsoff
+        event = self._event(n, p, to_svm=to_svm)
+        if event is not None:
+            n.state = next_state(n.state, event)
+        moves = self._moves(p, o, off, tsoff, to_svm=to_svm)
+        if not moves:
+            return frame, reason
+        return self._apply(frame, p, moves), Reason.REWRITTEN
+
+    def _find(self, p: Segment, *, to_svm: bool) -> tuple[Flow | None, Reason]:
+        guest, client = (p.dst, p.src) if to_svm else (p.src, p.dst)
+        guest_port, client_port = (p.dport, p.sport) if to_svm else (p.sport, p.dport)
+        key = FLOW_KEY.pack(guest, client, guest_port, client_port, p.vlan)
+        n = self.flows.get(key)
+        if n is not None and n.epoch == self.epoch:
+            return n, Reason.REDIRECTED
+        flags = p.flags & (SYN | RST | ACK)
+        begins = flags == SYN or (not to_svm and flags == SYN | ACK)
+        if self.mode == Mode.TAKEOVER or not begins:
+            return None, Reason.REDIRECTED
+        if n is None:
+            if len(self.flows) >= self.limit:
+                return None, Reason.FLOW_TABLE_FULL
+            n = self.flows[key] = Flow(epoch=self.epoch)
+            return n, Reason.REDIRECTED
+        n.forget()
+        n.epoch = self.epoch
+        return n, Reason.REDIRECTED
+
+    def _learn_client(self, n: Flow, p: Segment, ts: tuple[int, int] | None) -> None:
+        flags = p.flags & (SYN | RST | ACK)
+        if flags == SYN:
+            if n.have & HAVE_ISN_S and n.have_client & HAVE_ISN_P:
+                return  # may be a stray duplicate: the guest's answer will tell
+            if n.have_client & HAVE_ISN_C and n.isn_c != p.seq:
+                n.forget()
+                if self.mode == Mode.TAKEOVER:
+                    return
+            n.isn_c = p.seq
+            n.have_client |= HAVE_ISN_C
+            return
+        if not flags & ACK or flags & RST or n.have_client & HAVE_ISN_P:
+            return
+        knows_c = bool(n.have_client & HAVE_ISN_C)
+        if flags & SYN:
+            learn = bool(n.have & HAVE_ISN_S) and (not knows_c or n.isn_c == p.seq)
+        else:
+            learn = knows_c and (p.seq - n.isn_c - 1) & _M32 <= LEARN_WINDOW
+        if not learn:
+            return
+        n.isn_p = (p.ack - 1) & _M32
+        n.have_client |= HAVE_ISN_P | HAVE_ISN_C
+        if flags & SYN:
+            n.isn_c = p.seq
+        if ts:
+            n.ts_p = ts[1]
+            n.have_client |= HAVE_TS_P
+
+    def _learn_guest(self, n: Flow, p: Segment, ts: tuple[int, int] | None) -> None:
+        if p.flags & (SYN | RST) != SYN:
+            return
+        known = bool(n.have & HAVE_ISN_S)
+        other = known and n.isn_s != p.seq
+        acked = (p.ack - 1) & _M32
+        if p.flags & ACK and n.have_client & HAVE_ISN_C:
+            fresh = n.isn_c != acked
+        else:
+            fresh = other
+        if fresh:
+            n.forget()
+            known = False
+            if self.mode == Mode.TAKEOVER:
+                return
+        if p.flags & ACK and not n.have_client & HAVE_ISN_C:
+            n.isn_c = acked
+            n.have_client |= HAVE_ISN_C
+        if ts and (not known or other or not n.have_client & HAVE_TS_P):
+            n.ts_s = ts[0]
+            n.have |= HAVE_TS_S
+        n.isn_s = p.seq
+        n.have |= HAVE_ISN_S
+
+    @staticmethod
+    def _event(n: Flow, p: Segment, *, to_svm: bool) -> Event | None:
+        end = (p.seq + p.payload_len + 1) & _M32
+        if not to_svm:
+            if p.flags & RST:
+                return Event.GUEST_RST
+            if p.flags & SYN:
+                return Event.GUEST_SYNACK if p.flags & ACK else Event.GUEST_SYN
+            if not p.flags & FIN:
+                return Event.GUEST_DATA
+            n.fin_guest = end
+            n.have |= FIN_GUEST
+            return Event.GUEST_FIN
+        if p.flags & RST:
+            return Event.CLIENT_RST
+        if p.flags & SYN:
+            return Event.CLIENT_SYNACK if p.flags & ACK else Event.CLIENT_SYN
+        beyond = (p.ack + n.off - n.fin_guest) & _M32
+        acks_fin = bool(n.have & FIN_GUEST and p.flags & ACK and beyond < 1 << 31)
+        if p.flags & FIN:
+            n.fin_client = end
+            n.have_client |= FIN_CLIENT
+            return Event.CLIENT_FIN_ACK if acks_fin else Event.CLIENT_FIN
+        if not p.flags & ACK:
+            return None
+        return Event.CLIENT_ACK_FIN if acks_fin else Event.CLIENT_ACK
+
+    @staticmethod
+    def _moves(p: Segment, o: Options, off: int, tsoff: int, *, to_svm: bool) -> dict[int, int]:
+        """{offset in the TCP header: what to add there}."""
+        moves: dict[int, int] = {}
+        if not to_svm:
+            if p.flags & (RST | ACK) == RST | ACK and p.seq == 0:
+                return moves  # RFC 9293 3.10.7.1: the answer to a segment without an ack
+            if off:
+                moves[4] = -off
+            if o.ts and tsoff:
+                moves[o.ts + 2] = -tsoff
+            return moves
+        if p.flags & ACK and off:
+            moves[8] = off
+        if p.flags & ACK and o.ts and tsoff:
+            moves[o.ts + 6] = tsoff
+        if o.sack and off:
+            for i in range(2 * o.sack_blocks):
+                moves[o.sack + 2 + 4 * i] = off
+        return moves
+
+    @staticmethod
+    def _apply(frame: bytes, p: Segment, moves: dict[int, int]) -> bytes:
+        out = bytearray(frame)
+        total = 0
+        for at, add in moves.items():
+            old = _u32(out, p.l4_off + at)
+            new = (old + add) & _M32
+            struct.pack_into("!I", out, p.l4_off + at, new)
+            total = csum_change(total, old, new, at)
+        check = csum_apply(_u16(frame, p.csum_at), total)
+        struct.pack_into("!H", out, p.csum_at, check)
+        return bytes(out)

@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Programs loaded once per session into a BPF file system of their own; run by BPF_PROG_TEST_RUN."""
+
+from __future__ import annotations
+
+import os
+import struct
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from colo_xdp import _bpf, abi, loader, rewrite
+from colo_xdp.tcp_state import transition_words
+
+TC_OK, TC_SHOT, TC_REDIRECT, XDP_PASS = 0, 2, 7, 2
+
+
+def _why_not() -> str:
+    if os.geteuid():
+        return "needs root to load BPF programs"
+    try:
+        loader.import_bcc()
+    except loader.LoadError as e:
+        return str(e)
+    return ""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    here = Path(__file__).parent
+    mine = [i for i in items if here in i.path.parents]
+    # In CI a missing privilege must be seen: the tests run and fail.
+    why = "" if not mine or os.environ.get("CI") else _why_not()
+    for item in mine:
+        item.add_marker(pytest.mark.bpf)
+        if why:
+            item.add_marker(pytest.mark.skip(reason=why))
+
+
+@dataclass(frozen=True)
+class Ran:
+    """One frame through one program."""
+
+    verdict: int
+    frame: bytes
+    reasons: dict[str, int]
+
+
+class Kernel:
+    """The secondary's programs and maps."""
+
+    def __init__(self, objects: loader.Objects) -> None:
+        self.objects = objects
+        self.config = objects.map("config")
+        self.flow_map = objects.map("flows")
+        self.counters = objects.map("counters")
+        self._cpus = loader._possible_cpus()
+        table = objects.map("transitions")
+        for i, word in enumerate(transition_words()):
+            table.set(struct.pack("=I", i), struct.pack("=I", word))
+        self.set(abi.Cfg.TAP, 1)
+        self.set(abi.Cfg.PEER, 1)
+        self.reset()
+
+    def set(self, slot: abi.Cfg, value: int) -> None:
+        self.config.set(struct.pack("=I", slot), struct.pack("=Q", value))
+
+    def reset(self, mode: abi.Mode = abi.Mode.RUN, epoch: int = 7) -> None:
+        self.set(abi.Cfg.MODE, mode)
+        self.set(abi.Cfg.EPOCH, epoch)
+        for key in list(self.flow_map.keys()):
+            self.flow_map.delete(key)
+
+    def counts(self, prog: abi.Prog) -> dict[str, int]:
+        out = {}
+        for reason in abi.Reason:
+            if reason is abi.Reason.MAX:
+                continue
+            key = struct.pack("=I", prog * abi.Reason.MAX + reason)
+            raw = self.counters.get(key, abi.COUNT.size * self._cpus) or b""
+            out[reason.name] = sum(p for p, _ in abi.COUNT.iter_unpack(raw))
+        return out
+
+    def bare(self, prog: str, frame: bytes, mark: int = 0) -> tuple[int, bytes]:
+        """Verdict and frame; the quick way."""
+        ctx = struct.pack("=III", 0, 0, mark) if mark else b""
+        r = _bpf.test_run(self.objects.programs[prog].fd, frame, ctx=ctx, data_out=4200)
+        return r.retval, r.data
+
+    def run(self, prog: str, frame: bytes, mark: int = 0) -> Ran:
+        which = abi.Prog[prog.upper()]
+        before = self.counts(which)
+        verdict, out = self.bare(prog, frame, mark)
+        after = self.counts(which)
+        return Ran(verdict, out, {k: n - before[k] for k, n in after.items() if n != before[k]})
+
+    def flow(self, key: bytes) -> rewrite.Flow | None:
+        raw = self.flow_map.get(key)
+        return decode_flow(raw) if raw else None
+
+    def ns(self, prog: str, frame: bytes, repeat: int = 100_000) -> int:
+        fd = self.objects.programs[prog].fd
+        return min(_bpf.test_run(fd, frame, repeat=repeat, data_out=0).ns for _ in range(5))
+
+
+def decode_flow(raw: bytes) -> rewrite.Flow:
+    (_, epoch, off, tsoff, isn_p, isn_s, ts_p, ts_s, fin_guest, fin_client, state, have, have_client)\
+        = abi.FLOW.unpack(raw)[:13]  # fmt: skip
+    isn_c = abi.FLOW.unpack(raw)[14]
+    return rewrite.Flow(
+        epoch, off, tsoff, isn_p, isn_s, ts_p, ts_s, fin_guest, fin_client, state, have,
+        have_client, isn_c,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def bpffs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    path = tmp_path_factory.mktemp("bpffs")
+    _bpf.mount_bpffs(str(path))
+    try:
+        yield path
+    finally:
+        subprocess.run(["umount", str(path)], check=True)
+
+
+def _kernel(bpffs: Path, name: str, **options: object) -> Iterator[Kernel]:
+    o = loader.Options(flow_table=1024, ring_pages=64, **options)  # type: ignore[arg-type]
+    objects = loader.load("secondary", name, str(bpffs), o)
+    try:
+        yield Kernel(objects)
+    finally:
+        objects.close()
+        loader.remove_pins(objects.pin_dir)
+
+
+@pytest.fixture(scope="session")
+def _tc_kernel(bpffs: Path) -> Iterator[Kernel]:
+    yield from _kernel(bpffs, "tc")
+
+
+@pytest.fixture(scope="session")
+def _xdp_kernel(bpffs: Path) -> Iterator[Kernel]:
+    yield from _kernel(bpffs, "xdp", rewrite_at_xdp=True)
+
+
+@pytest.fixture
+def tc(_tc_kernel: Kernel) -> Kernel:
+    """Translation at tc; mode RUN, epoch 7, no connection known."""
+    _tc_kernel.reset()
+    return _tc_kernel
+
+
+@pytest.fixture
+def xdp(_xdp_kernel: Kernel) -> Kernel:
+    """Translation of the SVM's output at XDP (compiled with COLO_REWRITE_AT_XDP)."""
+    _xdp_kernel.reset()
+    return _xdp_kernel
