@@ -174,7 +174,9 @@ def _filters(ipr: Any, index: int, parent: int) -> list[tuple[int, int, str, str
     out = []
     for m in ipr.get_filters(index=index, parent=parent):
         opts = m.get_attr("TCA_OPTIONS")
-        name = opts.get_attr("TCA_BPF_NAME") if opts is not None and hasattr(opts, "get_attr") else ""
+        name = (
+            opts.get_attr("TCA_BPF_NAME") if opts is not None and hasattr(opts, "get_attr") else ""
+        )
         if not m["handle"]:
             continue  # the head of a priority chain, not a filter
         out.append((m["info"] >> 16, m["handle"], m.get_attr("TCA_KIND") or "", name or ""))

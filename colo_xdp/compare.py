@@ -129,6 +129,7 @@ class Engine:
         self.timeout_ns = limits.compare_timeout_ns
         self.grace_ns = limits.datagram_grace_ns
         self.max_packets = limits.max_queue_size
+        self._max_flows = limits.max_flows
         self.max_stream = limits.max_stream_bytes
         self.max_history = limits.history_bytes
         self.pvm_packets = self.pvm_bytes = self.svm_packets = 0
@@ -304,7 +305,8 @@ class Engine:
         return n
 
     def _committed(self, rec: Record, p: Packet) -> None:
-        if p.kind is _TCP and (st := self._stream(p.key)) is not None:
+        # with a full table it leaves untracked: the next frame is as of an unknown connection
+        if p.kind is _TCP and (st := self._stream(p.key, must=False)) is not None:
             st.commit(p)
             self.emit(rec, self._now)
             if st.held:  # it may have been what the next one waited for
@@ -330,10 +332,12 @@ class Engine:
         self._release_queued(stop_ts_ns, "released_by_checkpoint")
         rest, self._queue = self._queue, deque()
         self.pvm_packets = self.pvm_bytes = 0
-        self.max_packets = self.limits.max_queue_size + len(rest)  # they were accepted before
+        # they were accepted before, so no limit may drop them now
+        self.max_packets = self.limits.max_queue_size + len(rest)
+        self._max_flows = self.limits.max_flows + len(rest)
         for rec, p, _ in rest:
             self._feed(rec, p)
-        self.max_packets = self.limits.max_queue_size
+        self.max_packets, self._max_flows = self.limits.max_queue_size, self.limits.max_flows
         kept, self._next = self._next, deque()
         for rec, tag in kept:
             self._n_svm -= 1
@@ -413,17 +417,17 @@ class Engine:
 
     # -- flows
 
-    def _stream(self, key: FlowKey) -> Stream | None:
+    def _stream(self, key: FlowKey, must: bool = True) -> Stream | None:
         st = self._tcp.get(key)
         if st is None:
-            return self._new_stream(key)
+            return self._new_stream(key, must)
         if st.epoch != self.epoch:
             st.new_epoch(self.epoch)
         st.last = self._now
         return st
 
-    def _new_stream(self, key: FlowKey) -> Stream | None:
-        if not self._room():
+    def _new_stream(self, key: FlowKey, must: bool = True) -> Stream | None:
+        if not self._room(must):
             return None
         st = self._tcp[key] = Stream(self, key, self.epoch)
         self._born(st)
@@ -446,11 +450,20 @@ class Engine:
         when = self._now + self.limits.flow_idle_ns // 5
         heappush(self._ages, (when, next(self._serial), flow))
 
-    def _room(self) -> bool:
-        """Make room for one flow: evict about the longest idle one where nothing waits."""
-        if self.flows < self.limits.max_flows:
-            return True
-        ages, busy, tries, found = self._ages, [], 64, False
+    def _room(self, must: bool = True) -> bool:
+        """Make room for one flow: evict about the longest idle ones where nothing waits.
+        If that fails and the flow `must` be known, its frame will be dropped: ask."""
+        while self.flows >= self._max_flows:
+            if not self._evict():
+                if must:
+                    self._counters["flow_table_full_dropped"] += 1
+                    self.ask(Cause.QUEUE_FULL, "flow table")
+                return False
+        return True
+
+    def _evict(self) -> bool:
+        ages, tries, found = self._ages, 64, False
+        busy: list[tuple[int, int, Flow]] = []
         while ages and not found:
             _, _, flow = heappop(ages)
             due = self._old_at(flow)
@@ -465,9 +478,6 @@ class Engine:
                 found = True
         for entry in busy:
             heappush(ages, entry)
-        if not found:
-            self._counters["flow_table_full_dropped"] += 1
-            self.ask(Cause.QUEUE_FULL, "flow table")
         return found
 
     def _remove(self, flow: Flow) -> None:

@@ -376,7 +376,9 @@ class Controller:
                 break
             if self.fence_result is False:
                 self.operator = False
-                raise ValueError("the fence command failed: the peer may be alive, nothing is opened")
+                raise ValueError(
+                    "the fence command failed: the peer may be alive, nothing is opened"
+                )
             await asyncio.sleep(TICK_S)
         done = self.state in (State.SOLO, State.TAKEN_OVER)
         return {"steps": steps, "done": done, "state": self.state.value, "reason": self.reason}

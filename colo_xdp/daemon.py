@@ -29,11 +29,11 @@ from .notify import Notifier
 from .peer import PeerError
 from .primary import Primary
 from .secondary import Secondary
-from .status import Status
 
 log = logging.getLogger("colo_xdp")
 
 STATUS_S = 1.0
+SCRAPE_S = 2.0
 
 
 def setup_logging() -> None:
@@ -68,16 +68,15 @@ async def _serve(config: Config, datapath: DataPath) -> int:
     await control.start()
     metrics: Any = None
     try:
-        # Read by the HTTP thread: built in the loop's thread, swapped as one reference.
-        snapshot: list[Status] = [Status.from_json(ctl.status())]
 
-        def fresh_status() -> Status:
-            future = asyncio.run_coroutine_threadsafe(_status(ctl), loop)
+        def fresh_status() -> dict[str, Any]:
+            """For the HTTP thread: the loop's thread builds it."""
+            future = asyncio.run_coroutine_threadsafe(ctl.command("status", {}), loop)
             try:
-                snapshot[0] = future.result(timeout=1.0)
+                return future.result(timeout=SCRAPE_S)
             except TimeoutError:
                 future.cancel()
-            return snapshot[0]
+                raise
 
         if config.metrics.listen:
             metrics = start_metrics(config.metrics.listen, fresh_status)
@@ -107,10 +106,6 @@ async def _serve(config: Config, datapath: DataPath) -> int:
             metrics.close()
         with contextlib.suppress(OSError):
             await control.close()
-
-
-async def _status(ctl: Controller) -> Status:
-    return Status.from_json(ctl.status())
 
 
 def run(config: Config) -> int:

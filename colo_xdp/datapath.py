@@ -40,8 +40,8 @@ def choose_hook(wanted: str, tap: attach.LinkInfo) -> str:
     """
     if wanted == "xdp" and tap.vnet_hdr:
         raise DataPathError(
-            f"[network] hook = \"xdp\": tap {tap.name} has vnet_hdr, its frames carry offloads that "
-            "XDP cannot see (checksums would be corrupted); use \"tc\" or a tap with vnet_hdr=off"
+            f'[network] hook = "xdp": tap {tap.name} has vnet_hdr, its frames carry offloads that '
+            'XDP cannot see (checksums would be corrupted); use "tc" or a tap with vnet_hdr=off'
         )
     if wanted == "auto":
         return "tc" if tap.vnet_hdr else "xdp"

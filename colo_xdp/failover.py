@@ -174,9 +174,7 @@ _ROWS: tuple[_Row, ...] = (
         "and the peer's controller still answers",
     ),
     (
-        lambda f: (
-            f.role is Role.PRIMARY and f.state is State.DEGRADED and f.peer_connected
-        ),
+        lambda f: f.role is Role.PRIMARY and f.state is State.DEGRADED and f.peer_connected,
         Action.REARM,
         "the peer is back and both guests still run in COLO: a checkpoint re-arms the pair",
     ),

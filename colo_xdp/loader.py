@@ -154,7 +154,7 @@ class Map:
     def delete(self, key: bytes) -> bool:
         """Remove; False when it was not there."""
         k = ct.create_string_buffer(key, len(key))
-        return import_bcc().libbcc.lib.bpf_delete_elem(self.fd, k) == 0
+        return bool(import_bcc().libbcc.lib.bpf_delete_elem(self.fd, k) == 0)
 
     def keys(self, limit: int | None = None) -> Iterator[bytes]:
         """All keys; the map may change meanwhile, so at most `limit` (default: its size)."""
@@ -219,9 +219,7 @@ class Objects:
                     funcs |= {n: self.bpf.load_func(n.encode(), bcc.BPF.XDP) for n in xdp}
         except Exception as e:  # bcc raises bare Exception
             text = "\n".join(said).strip()
-            raise LoadError(
-                f"{src} ({headers.origin}): {e}\n{text[-6000:]}".strip()
-            ) from e
+            raise LoadError(f"{src} ({headers.origin}): {e}\n{text[-6000:]}".strip()) from e
         finally:
             if headers.path:
                 del os.environ["BCC_KERNEL_SOURCE"]

@@ -48,7 +48,7 @@ def tls_context(server: bool, cert: str, key: str, peer_cert: str) -> ssl.SSLCon
 
 
 def split_address(text: str) -> tuple[str, int]:
-    """"ip:port" or "[ip6]:port"."""
+    """ "ip:port" or "[ip6]:port"."""
     host, _, port = text.rpartition(":")
     return host.strip("[]"), int(port)
 

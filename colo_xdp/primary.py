@@ -9,6 +9,7 @@ release what the PVM sent before its STOP, go on under the next epoch.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from bisect import bisect_left
@@ -204,7 +205,9 @@ class Primary(Controller):
                 except (CheckpointFailed, QmpError) as e:
                     await self._enter_failed(str(e))
             else:
-                self.become(self.state, "waiting for the secondary (controller, and QEMU -incoming)")
+                self.become(
+                    self.state, "waiting for the secondary (controller, and QEMU -incoming)"
+                )
             await self._sleep_or_wake(REARM_S)
         refusals = 0
         while self.state is not State.STOPPED:
@@ -274,10 +277,9 @@ class Primary(Controller):
         left = deadline - time.monotonic()
         if left <= 0:
             raise CheckpointFailed(f"no {what} within its deadline")
-        try:
-            await asyncio.wait_for(ck.changed.wait(), min(left, 0.005 if ck.cause == "initial" else 0.1))
-        except TimeoutError:
-            pass
+        poll = 0.005 if ck.cause == Cause.INITIAL.value else 0.1
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(ck.changed.wait(), min(left, poll))
         if ck.failed:
             raise CheckpointFailed(f"the secondary: {ck.failed}", refused=not ck.triggered)
         if self.colo_exit:
@@ -295,7 +297,9 @@ class Primary(Controller):
         deadline = time.monotonic() + (q.enter_timeout if initial else c.deadline) / 1000
         try:
             self.become(State.CHECKPOINTING, f"{cause}: {detail}")
-            if not initial:  # an unprotected PVM is not to be held up by a peer that is slow to answer
+            if (
+                not initial
+            ):  # an unprotected PVM is not to be held up by a peer that is slow to answer
                 self.engine.begin_checkpoint()
                 self.dp.mode = Mode.CHECKPOINT
             self.peer.send("begin", n=n, cause=cause, initial=initial)
@@ -335,7 +339,7 @@ class Primary(Controller):
         self.become(State.PROTECTED, f"both guests are equal as of epoch {n} ({cause})")
 
     async def _release_proven(self, ck: Checkpoint) -> None:
-        """While synchronising: QMP answers in order, so no STOP before the answer means none yet."""
+        """While synchronising: QMP answers in order, so no STOP before an answer means none yet."""
         self._drain()
         mark = time.monotonic_ns()
         await self.qmp.status()
@@ -348,7 +352,8 @@ class Primary(Controller):
         self._want = self._want or (Cause.OPERATOR.value, "asked by the operator")
         self._wake.set()
         deadline = time.monotonic() + self.config.checkpoint.deadline / 1000 + 1
-        while self.dp.epoch == before and self.state is not State.DEGRADED:
+        failed = self.checkpoints_failed
+        while self.dp.epoch == before and self.checkpoints_failed == failed:
             if time.monotonic() > deadline:
                 break
             await asyncio.sleep(0.002)

@@ -173,9 +173,7 @@ class Qmp:
     async def prepare(self, *, primary: bool) -> None:
         """Capabilities and parameters that COLO needs, on either side."""
         caps = ["x-colo", "events"]
-        known = {
-            c["capability"] for c in await self.execute("query-migrate-capabilities")
-        }
+        known = {c["capability"] for c in await self.execute("query-migrate-capabilities")}
         if "x-colo" not in known:
             raise QmpError(f"{self.name}: this QEMU is built without COLO (no capability x-colo)")
         info = await self.info()

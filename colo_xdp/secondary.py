@@ -257,8 +257,8 @@ class Secondary(Controller):
         self.peer.send("taken", why=why)
         self.spawn(self._announce())
         if hold is not None:  # the primary died inside a checkpoint: the SVM is the guest it was
-            for e in hold.client:
-                self._deliver(e)
+            for event in hold.client:
+                self._deliver(event)
         self._drain()
         log.info("takeover took %.1f ms", (time.monotonic() - began) * 1000)
 
@@ -298,12 +298,16 @@ class Secondary(Controller):
     # ---- ageing
 
     async def _sweep(self) -> None:
-        """Age tracked connections; after a failover, step out when the last rewritten one is gone."""
+        """Age tracked connections; taken over, step out when the last rewritten one is gone."""
         while True:
             await asyncio.sleep(SWEEP_S)
             epoch = self.dp.epoch
             await asyncio.to_thread(self.flows.sweep, epoch, self.state is State.TAKEN_OVER)
-            if self.state is State.TAKEN_OVER and not self.flows.translated and not self.stepped_out:
+            if (
+                self.state is State.TAKEN_OVER
+                and not self.flows.translated
+                and not self.stepped_out
+            ):
                 await asyncio.to_thread(self.dp.step_out)
                 self.stepped_out = True
                 log.info("the last rewritten connection is gone: the rewriting programs are off")

@@ -679,10 +679,12 @@ class Stream:
             self.send = (self.send + end - off + d) & MASK
 
     def _svm_fin(self, f: int, now_ns: int) -> None:
-        if f == self.fin_done or f == self.sfin:
+        ours = self.send is not None  # else the SVM is one incarnation ahead of the PVM
+        if f == self.sfin or (ours and f == self.fin_done):
             self.host.count("svm_retransmit")
             return
-        if self.fin_done is not None or (self.base is not None and diff(f, self.base) < 0):
+        early = self.base is not None and diff(f, self.base) < 0
+        if ours and (early or self.fin_done is not None):
             self.stuck = True
             self._ask(Cause.FIN_DIFFERS)
         self.sfin, self.sfin_at = f, now_ns

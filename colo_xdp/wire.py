@@ -62,9 +62,9 @@ def check(msg: dict[str, Any]) -> None:
         v = msg[name]
         if type(v) is not typ:
             raise WireError(f"{kind}.{name}: {type(v).__name__} where {typ.__name__} is needed")
-        if typ is int and not 0 <= v < 1 << 64:
+        if isinstance(v, int) and not 0 <= v < 1 << 64:
             raise WireError(f"{kind}.{name}: {v} out of range")
-        if typ is str and len(v) > 4096:
+        if isinstance(v, str) and len(v) > 4096:
             raise WireError(f"{kind}.{name}: {len(v)} characters")
 
 

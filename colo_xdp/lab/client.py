@@ -77,9 +77,7 @@ class Client:
         f = self.http("cgi-bin/uptime")
         if not f.ok:
             return False, f.error
-        m = re.fullmatch(
-            rb"token (\w{24}) up ([\d.]+)\n(?:again \1 \2\n){8}end \1\n", f.body
-        )
+        m = re.fullmatch(rb"token (\w{24}) up ([\d.]+)\n(?:again \1 \2\n){8}end \1\n", f.body)
         return (True, "") if m else (False, repr(f.body[:400]))
 
     def run(self, command: str) -> str:

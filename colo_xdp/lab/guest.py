@@ -20,9 +20,15 @@ from pathlib import Path
 from .net import LabError, sh
 
 MODULES = (
-    "virtio_ring virtio virtio_pci_modern_dev virtio_pci_legacy_dev virtio_pci failover "
-    "net_failover virtio_net"
-).split()
+    "virtio_ring",
+    "virtio",
+    "virtio_pci_modern_dev",
+    "virtio_pci_legacy_dev",
+    "virtio_pci",
+    "failover",
+    "net_failover",
+    "virtio_net",
+)
 INDEX = b"<html>hello</html>\n"
 #: a page that cannot be the same on both guests; its lines must agree with each other
 UPTIME = """#!/bin/sh
@@ -160,5 +166,16 @@ def build_shim(directory: Path) -> Path:
     source = Path(__file__).with_name("bqlshim.c")
     out = directory / "bqlshim.so"
     if not out.exists() or out.stat().st_mtime < source.stat().st_mtime:
-        sh(_cc(), "-Wall", "-shared", "-fPIC", "-O2", "-o", str(out), str(source), "-ldl", "-pthread")
+        sh(
+            _cc(),
+            "-Wall",
+            "-shared",
+            "-fPIC",
+            "-O2",
+            "-o",
+            str(out),
+            str(source),
+            "-ldl",
+            "-pthread",
+        )
     return out

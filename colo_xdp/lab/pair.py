@@ -193,7 +193,7 @@ class Lab:
             return {}
 
     def wait_state(self, role: str, state: str, timeout: float = PROTECT_S) -> dict[str, Any]:
-        """Until a controller is in a state; its status. Raises LabError with what it says instead."""
+        """Until a controller is in a state; its status. Raises LabError with what it says."""
         last: dict[str, Any] = {}
 
         def there() -> dict[str, Any] | None:

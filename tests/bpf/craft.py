@@ -102,9 +102,7 @@ def tcp_segment(
     options = pad(options)
     m = 0xFFFFFFFF
     doff = 5 + len(options) // 4
-    head = struct.pack(
-        "!HHIIBBHHH", sport, dport, seq & m, ack & m, doff << 4, flags, 4096, 0, 0
-    )
+    head = struct.pack("!HHIIBBHHH", sport, dport, seq & m, ack & m, doff << 4, flags, 4096, 0, 0)
     body = head + options + payload
     if partial:
         size = struct.pack("!IHH", len(body), 0, 6)

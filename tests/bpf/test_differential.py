@@ -171,11 +171,11 @@ def compare(kernel: Kernel, out_prog: str, seed: int, frames: int) -> Counter[st
     progs = {p: kernel.counts(abi.Prog[p.upper()]) for p in ("svm_deliver", out_prog)}
     reasons: dict[str, Counter[str]] = {p: Counter() for p in progs}
     for i in range(frames):
-        if rng.random() < 0.003:
+        if rng.random() < 0.002:
             model.epoch = (model.epoch + 1) & 0xFFF
             kernel.set(abi.Cfg.EPOCH, model.epoch)
-        if rng.random() < 0.002:
-            model.mode = rng.choice((Mode.RUN, Mode.RUN, Mode.TAKEOVER))
+        if rng.random() < (0.02 if model.mode == Mode.TAKEOVER else 0.004):
+            model.mode = Mode.RUN if model.mode == Mode.TAKEOVER else Mode.TAKEOVER
             kernel.set(abi.Cfg.MODE, model.mode)
         conn = rng.choice(conns)
         side, frame = conn.next()
@@ -221,6 +221,7 @@ def compare(kernel: Kernel, out_prog: str, seed: int, frames: int) -> Counter[st
         now = kernel.counts(abi.Prog[name.upper()])
         assert {k: v - before[k] for k, v in now.items() if v != before[k]} == reasons[name]
     assert {k: kernel.flow(k) for k in kernel.flow_map.keys()} == model.flows
+    print(seen)
     return seen
 
 

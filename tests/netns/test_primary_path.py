@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tests.netns.frames import CLIENT_MAC, GUEST_MAC, tcp, udp
 
 from colo_xdp import abi, attach, cleanup
 from colo_xdp.abi import Mode
@@ -20,6 +19,7 @@ from colo_xdp.datapath import DataPath
 from colo_xdp.inject import vnet_header
 from colo_xdp.ring import Event
 from tests.netns.conftest import Net, Sniffer, Tap, inside, sh
+from tests.netns.frames import CLIENT_MAC, GUEST_MAC, tcp, udp
 
 PAIR = "nst"
 

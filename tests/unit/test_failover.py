@@ -75,9 +75,19 @@ def test_nobody_speaks_alone_on_a_timer() -> None:
     bools = (False, True)
     for role, state, own, conn, silent, gone, colo, auto, fence, result, op, late in (
         itertools.product(
-            Role, State, bools, bools, (5.0, 5000.0), bools, bools, bools, bools,
-            (None, False, True), bools, bools,
-        )  # fmt: skip
+            Role,
+            State,
+            bools,
+            bools,
+            (5.0, 5000.0),
+            bools,
+            bools,
+            bools,
+            bools,
+            (None, False, True),
+            bools,
+            bools,
+        )
     ):
         f = Facts(role, state, own, conn, silent, 1000, gone, colo, auto, fence, result, op, late)
         a = decide(f).action

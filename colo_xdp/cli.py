@@ -1,0 +1,280 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The command line: the only module that imports typer.
+
+Heavy modules are imported by the command that needs them, so that `status` and
+`--help` answer at once and without bcc.
+
+Exit codes: 0 done, 1 failed, 2 wrong usage or config, 3 no controller running,
+4 running but not protected (`status`).
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from . import __version__
+
+OK, FAILED, USAGE, NOT_RUNNING, DEGRADED = 0, 1, 2, 3, 4
+RUN_DIR = "/run/colo-xdp"
+BPFFS = "/sys/fs/bpf"
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=True,
+    help="COLO proxy in eBPF: two lock-stepped virtual machines, one of which may die.",
+    epilog="Exit codes: 0 done, 1 failed, 2 usage or config, 3 not running, 4 not protected.",
+)
+config_app = typer.Typer(no_args_is_help=True, help="Look at a configuration file.")
+app.add_typer(config_app, name="config")
+
+ConfigArg = Annotated[Path, typer.Argument(help="The pair's TOML file on this host.")]
+Where = Annotated[
+    str | None,
+    typer.Argument(help="The TOML file, or the control socket; default: the only one running."),
+]
+RunDir = Annotated[str, typer.Option(help="Where control sockets are.", envvar="COLO_XDP_RUN_DIR")]
+
+
+class ModeName(StrEnum):
+    """What `mode` can be set to."""
+
+    protected = "protected"
+    paused = "paused"
+
+
+def _fail(text: str, code: int = FAILED) -> typer.Exit:
+    typer.echo(text, err=True)
+    return typer.Exit(code)
+
+
+def _load(path: Path) -> Any:
+    from .config import ConfigError, load
+
+    try:
+        return load(path)
+    except ConfigError as e:
+        raise _fail(str(e), USAGE) from e
+    except OSError as e:
+        raise _fail(f"{path}: {e.strerror}", USAGE) from e
+
+
+def _socket(where: str | None, run_dir: str) -> str:
+    """The control socket meant: named, of a config, or the only one there is."""
+    if where is None:
+        found = sorted(Path(run_dir).glob("*.sock")) if Path(run_dir).is_dir() else []
+        if not found:
+            raise _fail(f"no controller runs here (no control socket in {run_dir})", NOT_RUNNING)
+        if len(found) > 1:
+            names = "\n  ".join(map(str, found))
+            raise _fail(f"several controllers run here; name one:\n  {names}", USAGE)
+        return str(found[0])
+    path = Path(where)
+    if path.suffix == ".sock" or path.is_socket():
+        return where
+    config = _load(path)
+    return f"{config.datapath.run_dir}/{config.pair}.{config.role}.sock"
+
+
+def _ask(where: str | None, run_dir: str, command: str, **args: Any) -> dict[str, Any]:
+    from .control import ControlError, NotRunning, request
+
+    path = _socket(where, run_dir)
+    try:
+        return request(path, command, args)
+    except NotRunning as e:
+        raise _fail(str(e), NOT_RUNNING) from e
+    except ControlError as e:
+        raise _fail(str(e)) from e
+
+
+@app.command()
+def run(config: ConfigArg) -> None:
+    """Run the controller of one pair on this host, until SIGTERM.
+
+    Stopping it leaves the data path in place; the next one takes over.
+    """
+    c = _load(config)
+    from .daemon import run as daemon
+
+    raise typer.Exit(daemon(c))
+
+
+def _text(s: dict[str, Any]) -> str:
+    q, p, ck, held = s["qemu"], s["peer"], s["checkpoints"], s["held"]
+    age = time.time() - s["since"]
+
+    def no(x: dict[str, Any]) -> str:
+        return "" if x["connected"] else "NOT "
+
+    causes = ", ".join(f"{k} {v}" for k, v in ck["by_cause"].items() if v) or "none"
+    lines = [
+        f"{s['pair']} {s['role']}: {s['state']} for {age:.0f} s (epoch {s['epoch']}, {s['mode']})",
+        f"  why          {s['reason']}",
+        f"  QEMU         {no(q)}connected {q['version']} {q['accel']}".rstrip(),
+        f"  peer         {no(p)}connected {p['state']}".rstrip(),
+        f"  hook         {s['hook']}, events by {s['events']} buffer, {s['ring']['lost']} lost",
+        f"  held         {held['packets']} of {held['limit']} packets, {held['bytes']} bytes",
+        f"  checkpoints  {ck['total']} ({causes}), {ck['failed']} failed",
+    ]
+    if ck["last"]:
+        last = ck["last"]
+        lines.append(
+            f"  last         {last['cause']}: {last['detail']}; pause {last['pause_ms']:.1f} ms, "
+            f"{last['total_ms']:.1f} ms in all"
+        )
+    return "\n".join(lines)
+
+
+@app.command()
+def status(
+    where: Where = None,
+    as_json: Annotated[bool, typer.Option("--json", help="The documented JSON.")] = False,
+    watch: Annotated[bool, typer.Option(help="Show it again every second.")] = False,
+    run_dir: RunDir = RUN_DIR,
+) -> None:
+    """What the pair is doing, and why. Exit code 4 when it is not protected."""
+    while True:
+        s = _ask(where, run_dir, "status")
+        typer.echo(json.dumps(s, indent=2) if as_json else _text(s))
+        if not watch:
+            break
+        time.sleep(1)
+    if s["state"] not in ("protected", "checkpointing"):
+        raise typer.Exit(DEGRADED)
+
+
+@app.command()
+def checkpoint(where: Where = None, run_dir: RunDir = RUN_DIR) -> None:
+    """Make both guests equal now (on the primary host)."""
+    r = _ask(where, run_dir, "checkpoint")
+    typer.echo(f"epoch {r['epoch']}: pause {r['pause_ms']:.1f} ms, {r['total_ms']:.1f} ms in all")
+
+
+@app.command()
+def failover(
+    where: Where = None,
+    dry_run: Annotated[bool, typer.Option(help="Print the steps and do nothing.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    run_dir: RunDir = RUN_DIR,
+) -> None:
+    """Let this host's guest go on alone: the SVM takes over, or the PVM goes solo.
+
+    The other guest must be silent for certain: the configured fence command is run
+    first. Without one, you are the fence.
+    """
+    plan = _ask(where, run_dir, "failover", dry_run=True)
+    for i, step in enumerate(plan["steps"], 1):
+        typer.echo(f"{i}. {step}")
+    if dry_run:
+        return
+    if not yes and sys.stdin.isatty():
+        typer.confirm("Is the other host's guest certain to be silent?", abort=True)
+    r = _ask(where, run_dir, "failover")
+    typer.echo(f"{r['state']}: {r.get('reason', '')}")
+    if not r["done"]:
+        raise typer.Exit(FAILED)
+
+
+@app.command()
+def mode(
+    name: Annotated[ModeName | None, typer.Argument(help="Print it, or set it.")] = None,
+    where: Annotated[str | None, typer.Option("--config", help="As for status.")] = None,
+    run_dir: RunDir = RUN_DIR,
+) -> None:
+    """Maintenance: `paused` keeps comparing but decides no failover by itself."""
+    args = {"mode": name.value} if name else {}
+    typer.echo(_ask(where, run_dir, "mode", **args)["mode"])
+
+
+@app.command()
+def doctor(config: ConfigArg) -> None:
+    """Check this host before anything depends on it."""
+    from .doctor import examine
+
+    worst = 0
+    for check in examine(config):
+        mark = {0: "ok  ", 1: "warn", 2: "FAIL"}[check.level]
+        typer.echo(f"{mark}  {check.name}: {check.text}")
+        if check.remedy:
+            typer.echo(f"      -> {check.remedy}")
+        worst = max(worst, check.level)
+    raise typer.Exit(FAILED if worst == 2 else OK)
+
+
+@app.command()
+def demo(
+    report: Annotated[str, typer.Option(help="Where the JSON report goes.")] = (
+        "build/demo-report.json"
+    ),
+    keep: Annotated[bool, typer.Option(help="Leave everything running.")] = False,
+) -> None:
+    """Build a pair on this machine, kill its primary, and show a connection that lives."""
+    from .lab.demo import main as demo_main
+
+    raise typer.Exit(demo_main(report, keep))
+
+
+@app.command()
+def cleanup(
+    config: Annotated[Path | None, typer.Argument(help="The pair's TOML file.")] = None,
+    pair: Annotated[str | None, typer.Option(help="The pair's name, without a file.")] = None,
+    bpffs: Annotated[str, typer.Option(help="Where the pins are.")] = BPFFS,
+    run_dir: RunDir = RUN_DIR,
+) -> None:
+    """Take a pair's programs, pins and sockets off this host, and nothing else.
+
+    Frames then flow as if we had never been here, so do it when the pair is not needed.
+    """
+    from .cleanup import StillRunning
+    from .cleanup import cleanup as clean
+
+    if config is not None:
+        c = _load(config)
+        pair, bpffs, run_dir = c.pair, c.datapath.bpffs, c.datapath.run_dir
+    if pair is None:
+        raise _fail("name the pair: a config file, or --pair", USAGE)
+    try:
+        gone = clean(pair, bpffs, run_dir)
+    except StillRunning as e:
+        raise _fail(str(e)) from e
+    for line in gone:
+        typer.echo(f"removed {line}")
+    if not gone:
+        typer.echo("nothing to remove")
+
+
+@config_app.command("check")
+def config_check(config: ConfigArg) -> None:
+    """Say what is wrong with a file, all at once."""
+    c = _load(config)
+    typer.echo(f"{config}: pair {c.pair}, {c.role}: ok")
+
+
+@config_app.command("show")
+def config_show(config: ConfigArg) -> None:
+    """The configuration with all defaults."""
+    from .config import as_toml
+
+    typer.echo(as_toml(_load(config)))
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    typer.echo(__version__)
+
+
+def main() -> None:
+    """Entry point."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Preflight: what would stop a pair on this host, found before anything depends on it."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from .config import Config, ConfigError, load
+
+OK, WARN, FAIL = 0, 1, 2
+TAG_BYTES = 4
+MIN_KERNEL = (5, 4)
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One finding; `remedy` is what to do about it."""
+
+    name: str
+    level: int
+    text: str
+    remedy: str = ""
+
+
+def examine(path: Path) -> Iterator[Check]:
+    """All checks for one config file, in the order in which they matter."""
+    try:
+        config = load(path)
+    except (ConfigError, OSError) as e:
+        yield Check("config", FAIL, str(e), "see `colo-xdp config check`")
+        return
+    yield Check("config", OK, f"pair {config.pair}, {config.role}")
+    for check in CHECKS:
+        yield from check(config)
+
+
+def _machine(config: Config) -> Iterator[Check]:
+    if os.geteuid():
+        yield Check("root", FAIL, "not root", "run as root, or with the unit's capabilities")
+    else:
+        yield Check("root", OK, "yes")
+    release = platform.release()
+    version = tuple(int(x) for x in release.split("-")[0].split(".")[:2])
+    if version < MIN_KERNEL:
+        yield Check("kernel", FAIL, release, "5.4 at least; 5.8 for ring buffers")
+    else:
+        yield Check("kernel", OK, release)
+
+
+def _compiler(config: Config) -> Iterator[Check]:
+    from . import kheaders, loader
+
+    try:
+        bcc = loader.import_bcc()
+    except loader.LoadError as e:
+        yield Check("bcc", FAIL, str(e), "apt-get install python3-bpfcc")
+        return
+    yield Check("bcc", OK, f"{getattr(bcc, '__version__', '?')} ({bcc.__file__})")
+    try:
+        yield Check("kernel headers", OK, kheaders.find().origin)
+    except kheaders.NoHeaders as e:
+        yield Check("kernel headers", FAIL, str(e), "apt-get install linux-headers-$(uname -r)")
+        return
+    try:
+        loader.source_dir()
+    except loader.LoadError as e:
+        yield Check("BPF sources", FAIL, str(e))
+    if os.geteuid() == 0 and not loader.ring_supported():
+        yield Check("ring buffer", WARN, "not on this kernel: perf buffers will be used")
+
+
+def _bpffs(config: Config) -> Iterator[Check]:
+    from . import _bpf
+
+    where = config.datapath.bpffs
+    if _bpf.is_bpffs(where):
+        yield Check("bpffs", OK, where)
+    else:
+        yield Check("bpffs", WARN, f"{where} is not mounted", "`run` mounts it; or add it to fstab")
+
+
+def _devices(config: Config) -> Iterator[Check]:
+    from . import _bpf, attach
+    from .datapath import DataPathError, choose_hook
+
+    net = config.network
+    try:
+        tap = attach.link_info(net.tap)
+    except attach.NoSuchDevice as e:
+        yield Check("tap", FAIL, str(e), f"ip tuntap add dev {net.tap} mode tap vnet_hdr")
+        return
+    if tap.kind != "tun":
+        yield Check("tap", FAIL, f"{net.tap} is a {tap.kind or 'physical device'}, not a tap")
+        return
+    yield Check("tap", OK, f"{net.tap}, vnet_hdr {'on' if tap.vnet_hdr else 'off'}, mtu {tap.mtu}")
+    if config.role == "secondary":
+        if tap.master:
+            yield Check("isolation", FAIL, f"{net.tap} is in a bridge",
+                        f"ip link set {net.tap} nomaster: it joins at failover")  # fmt: skip
+        try:
+            yield Check("hook", OK, choose_hook(net.hook, tap))
+        except DataPathError as e:
+            yield Check("hook", FAIL, str(e))
+        if not net.bridge:
+            yield Check("bridge", WARN, "none: after a failover the host has to route the guest")
+    if tap.xdp_prog_id and not _ours(tap.xdp_prog_id):
+        name = _bpf.prog_info_by_id(tap.xdp_prog_id).name
+        yield Check("XDP", FAIL, f"{net.tap} has a program of somebody else ({name})", "remove it")
+    try:
+        peer = attach.link_info(net.peer_link)
+    except attach.NoSuchDevice as e:
+        yield Check("peer link", FAIL, str(e))
+        return
+    if not peer.up:
+        yield Check(
+            "peer link", FAIL, f"{net.peer_link} is down", f"ip link set {net.peer_link} up"
+        )
+    elif peer.mtu < tap.mtu + TAG_BYTES:
+        yield Check("peer link", WARN, f"mtu {peer.mtu}, the tap's is {tap.mtu}",
+                    f"at least {tap.mtu + TAG_BYTES}: frames carry a tag there")  # fmt: skip
+    else:
+        yield Check("peer link", OK, f"{net.peer_link}, mtu {peer.mtu}")
+
+
+def _ours(prog_id: int) -> bool:
+    from . import _bpf
+
+    return _bpf.prog_info_by_id(prog_id).name == "svm_out_xdp"[:15]
+
+
+def _qemu(config: Config) -> Iterator[Check]:
+    from .qmp import QmpError, probe, refusal
+
+    try:
+        info = probe(config.qemu.qmp, config.qemu.qmp_timeout / 1000)
+    except QmpError as e:
+        yield Check("QEMU", FAIL, str(e),
+                    f"-qmp unix:{config.qemu.qmp},server=on,wait=off (one client at a time: "
+                    "a running controller occupies it)")  # fmt: skip
+        return
+    version = ".".join(map(str, info.version))
+    why = refusal(info)
+    if why:
+        yield Check("QEMU", FAIL, why)
+        return
+    yield Check("QEMU", OK, f"{version}, {'KVM' if info.kvm else 'TCG'}, {info.status}")
+    if not info.kvm and info.version < (8, 0, 0):
+        yield Check("QEMU", WARN, "COLO under TCG hangs with this version at the first checkpoint",
+                    "use KVM, or for a trial the shim in colo_xdp/lab/bqlshim.c")  # fmt: skip
+
+
+def _failover(config: Config) -> Iterator[Check]:
+    f = config.failover
+    if f.automatic:
+        exe = f.fence[0]
+        found = os.access(exe, os.X_OK) if "/" in exe else _which(exe)
+        level = OK if found else FAIL
+        yield Check("fence", level, f"{' '.join(f.fence)}{'' if found else ' is not executable'}")
+    else:
+        yield Check("failover", WARN, "not automatic when the peer's host dies as a whole",
+                    "[failover] automatic = true with a fence command")  # fmt: skip
+    if not config.peer.cert:
+        yield Check(
+            "peer channel", WARN, "not encrypted, not authenticated", "[peer] cert, key, peer_cert"
+        )
+
+
+def _which(name: str) -> bool:
+    return any(os.access(f"{d}/{name}", os.X_OK) for d in os.environ.get("PATH", "").split(":"))
+
+
+CHECKS: tuple[Callable[[Config], Iterator[Check]], ...] = (
+    _machine,
+    _compiler,
+    _bpffs,
+    _devices,
+    _qemu,
+    _failover,
+)

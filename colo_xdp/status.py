@@ -1,0 +1,260 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The status document: what `colo-xdp status --json` prints and the metrics are made of. Pure.
+
+SCHEMA grows when a key changes its meaning or goes away; new keys do not change
+it, and readers must ignore keys they do not know.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from . import abi
+from .compare import COUNTERS
+from .failover import Role, State
+from .reasons import Cause
+
+SCHEMA = 1
+
+#: upper bounds of the histogram of waiting times, in seconds; one more bucket is above the last
+WAIT_BUCKETS: tuple[float, ...] = (
+    1e-5, 2.5e-5, 5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3,
+    1e-2, 2.5e-2, 5e-2, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0,
+)  # fmt: skip
+
+#: counters of the secondary's controller, in `engine`: name, meaning
+SECONDARY_COUNTERS: tuple[tuple[str, str], ...] = (
+    ("hold_overflow", "frames given up during a checkpoint as too many were waiting"),
+    ("svm_stale", "frames of the secondary guest from before its RESUME: void"),
+)
+
+
+class StatusError(ValueError):
+    """The document is not one; names the key."""
+
+
+_Check = Callable[[str, Any], None]
+
+
+def _fail(key: str, want: str, value: Any) -> StatusError:
+    shown = repr(value)
+    return StatusError(f"{key}: expected {want}, got {shown[:60]}")
+
+
+def _text(key: str, v: Any) -> None:
+    if not isinstance(v, str):
+        raise _fail(key, "a string", v)
+
+
+def _one_of(*names: str) -> _Check:
+    def check(key: str, v: Any) -> None:
+        if not isinstance(v, str) or v not in names:
+            raise _fail(key, "one of " + ", ".join(names), v)
+
+    return check
+
+
+def _count(key: str, v: Any) -> None:
+    if type(v) is not int or v < 0:
+        raise _fail(key, "a count", v)
+
+
+def _number(key: str, v: Any) -> None:
+    if type(v) not in (int, float) or not math.isfinite(v):
+        raise _fail(key, "a finite number", v)
+
+
+def _flag(key: str, v: Any) -> None:
+    if not isinstance(v, bool):
+        raise _fail(key, "true or false", v)
+
+
+def _hex(key: str, v: Any) -> None:
+    _text(key, v)
+    try:
+        bytes.fromhex(v)
+    except ValueError:
+        raise _fail(key, "bytes in hexadecimal", v) from None
+
+
+def _or_null(inner: _Check) -> _Check:
+    def check(key: str, v: Any) -> None:
+        if v is not None:
+            inner(key, v)
+
+    return check
+
+
+def _object(**keys: _Check) -> _Check:
+    """An object with at least these keys."""
+
+    def check(key: str, v: Any) -> None:
+        if not isinstance(v, dict):
+            raise _fail(key, "an object", v)
+        for k, inner in keys.items():
+            name = f"{key}.{k}" if key else k
+            if k not in v:
+                raise StatusError(f"{name}: missing")
+            inner(name, v[k])
+
+    return check
+
+
+def _map(inner: _Check) -> _Check:
+    """An object with any keys, all values alike."""
+
+    def check(key: str, v: Any) -> None:
+        if not isinstance(v, dict):
+            raise _fail(key, "an object", v)
+        for k, item in v.items():
+            _text(f"{key} (a key)", k)
+            inner(f"{key}.{k}", item)
+
+    return check
+
+
+def _list(inner: _Check, length: int | None = None) -> _Check:
+    def check(key: str, v: Any) -> None:
+        if not isinstance(v, list):
+            raise _fail(key, "a list", v)
+        if length is not None and len(v) != length:
+            raise StatusError(f"{key}: expected {length} entries, got {len(v)}")
+        for i, item in enumerate(v):
+            inner(f"{key}[{i}]", item)
+
+    return check
+
+
+def _schema(key: str, v: Any) -> None:
+    if type(v) is not int or v != SCHEMA:
+        raise _fail(key, f"{SCHEMA} (this release's schema)", v)
+
+
+_CHECKS: dict[str, _Check] = {
+    "schema": _schema,
+    "pair": _text,
+    "role": _one_of(*Role),
+    "state": _one_of(*State),
+    "reason": _text,
+    "since": _number,
+    "epoch": _count,
+    "mode": _one_of(*(m.name.lower() for m in abi.Mode)),
+    "hook": _one_of("xdp", "tc", ""),
+    "events": _one_of("ring", "perf", ""),
+    "paused": _flag,
+    "qemu": _object(connected=_flag, version=_text, accel=_text, gone=_flag),
+    "peer": _object(
+        connected=_flag, silent_ms=_or_null(_number), state=_text, rtt_us=_number, gone=_flag
+    ),
+    "programs": _map(_map(_list(_count, 2))),
+    "engine": _map(_count),
+    "held": _object(packets=_count, bytes=_count, limit=_count),
+    "wait": _object(buckets=_list(_count, len(WAIT_BUCKETS) + 1), sum=_number),
+    "flows": _object(tracked=_count, limit=_count, translated=_count, aged=_count),
+    "checkpoints": _object(
+        total=_count,
+        failed=_count,
+        by_cause=_map(_count),
+        last=_or_null(
+            _object(cause=_text, detail=_text, pause_ms=_number, total_ms=_number, at=_number)
+        ),
+    ),
+    "ring": _object(lost=_count, capacity_bytes=_count),
+    "inject": _object(sent=_count, failed=_count),
+    "history": _list(_object(at=_number, state=_one_of(*State), reason=_text)),
+    "divergences": _list(_object(cause=_text, flow=_text, offset=_count, pvm=_hex, svm=_hex)),
+    "failures": _list(_text),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Status:
+    """One controller's status.
+
+    since, history[].at, checkpoints.last.at: unix time, s; wait.sum: s; ring.capacity_bytes,
+    held.bytes: bytes. wait.buckets are not cumulative: one count per bound of WAIT_BUCKETS and
+    one for what is above. Counters begin at 0 with the controller, those of `programs` with the
+    data path. What only the other role has is zero.
+    """
+
+    schema: int
+    pair: str
+    role: str
+    state: str
+    reason: str  # one sentence
+    since: float
+    epoch: int
+    mode: str  # of the data path: abi.Mode, lower case
+    hook: str  # "xdp" or "tc"; "": not loaded
+    events: str  # "ring" or "perf"; "": not loaded
+    paused: bool
+    qemu: dict[str, Any]
+    peer: dict[str, Any]  # silent_ms: null when it has never spoken
+    programs: dict[str, dict[str, list[int]]]  # {program: {reason: [packets, bytes]}}
+    engine: dict[str, int]
+    held: dict[str, int]
+    wait: dict[str, Any]
+    flows: dict[str, int]
+    checkpoints: dict[str, Any]  # last: null before the first
+    ring: dict[str, int]
+    inject: dict[str, int]
+    history: list[dict[str, Any]]  # oldest first
+    divergences: list[dict[str, Any]]  # oldest first; pvm, svm: hexadecimal
+    failures: list[str]
+
+    def to_json(self) -> dict[str, Any]:
+        """The document; shares its parts with this object."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+    @classmethod
+    def from_json(cls, document: Mapping[str, Any]) -> Status:
+        """The status of a document; unknown keys are ignored.
+
+        Raises StatusError, naming the key, when it is malformed.
+        """
+        if not isinstance(document, Mapping):
+            raise _fail("document", "an object", document)
+        for key, check in _CHECKS.items():
+            if key not in document:
+                raise StatusError(f"{key}: missing")
+            check(key, document[key])
+        return cls(**{key: document[key] for key in _CHECKS})
+
+
+def empty(pair: str, role: str) -> Status:
+    """A status with every counter there is, at zero."""
+    names = COUNTERS if role == Role.PRIMARY else SECONDARY_COUNTERS
+    return Status(
+        schema=SCHEMA,
+        pair=pair,
+        role=role,
+        state=State.STARTING.value,
+        reason="starting",
+        since=0.0,
+        epoch=0,
+        mode=abi.Mode.DROP.name.lower(),
+        hook="",
+        events="",
+        paused=False,
+        qemu={"connected": False, "version": "", "accel": "", "gone": False},
+        peer={"connected": False, "silent_ms": None, "state": "", "rtt_us": 0.0, "gone": False},
+        programs={p: {r: [0, 0] for r in abi.REASONS} for p in abi.PROGRAMS},
+        engine={name: 0 for name, _ in names},
+        held={"packets": 0, "bytes": 0, "limit": 0},
+        wait={"buckets": [0] * (len(WAIT_BUCKETS) + 1), "sum": 0.0},
+        flows={"tracked": 0, "limit": 0, "translated": 0, "aged": 0},
+        checkpoints={
+            "total": 0,
+            "failed": 0,
+            "by_cause": {c.value: 0 for c in Cause},
+            "last": None,
+        },
+        ring={"lost": 0, "capacity_bytes": 0},
+        inject={"sent": 0, "failed": 0},
+        history=[],
+        divergences=[],
+        failures=[],
+    )

@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Real pairs: two QEMU guests, two controllers, a client. One lab at a time."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from colo_xdp.lab.pair import Lab
+
+NEEDED = ("qemu-system-x86_64", "busybox", "cpio", "tcpdump", "openssl", "nsenter", "ip", "cc")
+BUILD = Path(__file__).parents[2] / "build"
+
+
+def _missing() -> str:
+    if os.geteuid():
+        return "needs root"
+    absent = [c for c in NEEDED if not shutil.which(c)]
+    return f"not installed: {', '.join(absent)}" if absent else ""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    why = _missing()
+    here = Path(__file__).parent
+    for item in items:
+        if here in item.path.parents:
+            item.add_marker(pytest.mark.e2e)
+            if why and not os.environ.get("CI"):
+                item.add_marker(pytest.mark.skip(reason=why))
+
+
+LabMaker = Callable[..., Lab]
+
+
+@pytest.fixture
+def make_lab() -> Iterator[LabMaker]:
+    """Makes labs that are gone after the test, whatever happened."""
+    made: list[Lab] = []
+
+    def make(**options: Any) -> Lab:
+        lab = Lab(BUILD, tag="cxe2e", **options)
+        made.append(lab)
+        lab.up()
+        return lab
+
+    yield make
+    for lab in made:
+        lab.down()
+
+
+@pytest.fixture(scope="module")
+def pair() -> Iterator[Lab]:
+    """A protected pair for the tests of a module that leave it protected."""
+    lab = Lab(BUILD, tag="cxe2e")
+    try:
+        lab.up()
+        lab.protect()
+        yield lab
+    finally:
+        lab.down()

@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Deaths of every part of a pair, with a client's connections open."""
+
+from __future__ import annotations
+
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from colo_xdp.lab.capture import from_guest
+from colo_xdp.lab.client import EchoStream
+from colo_xdp.lab.net import wait_for
+from colo_xdp.lab.pair import Lab
+from tests.e2e.conftest import LabMaker
+
+
+def streams(lab: Lab) -> list[EchoStream]:
+    """Two connections, IPv4 and IPv6, made before the death."""
+    made = [EchoStream(lab.net.client), EchoStream(lab.net.client, v6=True)]
+    for s in made:
+        wait_for("echoes", lambda s=s: len(s.stats.answered_at) > 20, 10)  # type: ignore[misc]
+    return made
+
+
+def live_on(lab: Lab, made: list[EchoStream], since: float) -> None:
+    """The old connections go on without a wrong byte, and new ones are made."""
+    for s in made:
+        wait_for(
+            "echoes afterwards",
+            lambda s=s: s.stats.dead or s.stats.answered_after(since) > 30,  # type: ignore[misc]
+            20,
+        )
+        stats = s.stop()
+        assert (stats.dead, stats.wrong) == ("", 0)
+    for v6 in (False, True):
+        size, wrong = lab.client.download("f1m", v6=v6)
+        assert size > 0 and wrong == 0
+    assert lab.client.upload(100_000) == ""
+
+
+@pytest.mark.parametrize("vnet_hdr", [True, False], ids=["tc-offloads", "xdp-plain"])
+def test_primary_qemu_dies(make_lab: LabMaker, vnet_hdr: bool) -> None:
+    lab = make_lab(vnet_hdr=vnet_hdr)
+    leak = lab.capture(lab.net.secondary, "uplink", "leak")
+    lab.protect()
+    assert lab.status("secondary")["hook"] == ("tc" if vnet_hdr else "xdp")
+    for name in ("f100k", "big"):
+        assert lab.client.download(name)[1] == 0
+    made = streams(lab)
+    before = lab.status("secondary")["flows"]
+    at = lab.vm["primary"].kill9()
+    s = lab.wait_state("secondary", "taken-over", 15)
+    over = next(h["at"] for h in s["history"] if h["state"] == "taken-over")
+    assert over - at < 5
+    live_on(lab, made, over)
+    assert lab.status("primary")["state"] == "stopped"
+    assert lab.status("primary")["mode"] == "drop"
+    frames = lab.stop_capture(leak)
+    assert from_guest(frames, before=over) == 0
+    assert from_guest(frames) > 0
+    assert before["limit"] > 0
+
+
+def test_secondary_qemu_dies(make_lab: LabMaker) -> None:
+    lab = make_lab()
+    lab.protect()
+    made = streams(lab)
+    lab.vm["secondary"].kill9()
+    lab.wait_state("primary", "solo", 15)
+    live_on(lab, made, time.time())
+    assert lab.status("primary")["mode"] == "bypass"
+
+
+def fence(tmp_path: Path, status: int) -> tuple[Path, list[str]]:
+    """A fence command that leaves a note and ends with this exit status."""
+    note = tmp_path / "fenced"
+    script = tmp_path / "fence.sh"
+    script.write_text(f"#!/bin/sh\ndate >> {note}\nexit {status}\n")
+    script.chmod(0o755)
+    return note, [str(script)]
+
+
+def test_primary_host_dies_and_the_fence_works(make_lab: LabMaker, tmp_path: Path) -> None:
+    note, command = fence(tmp_path, 0)
+    lab = make_lab(overrides={"failover": {"automatic": True, "fence": command}})
+    lab.protect()
+    made = streams(lab)
+    lab.controllers["primary"].send_signal(signal.SIGKILL)
+    lab.vm["primary"].kill9()
+    lab.wait_state("secondary", "taken-over", 20)
+    assert note.exists(), "fenced before anything was opened"
+    live_on(lab, made, time.time())
+
+
+def test_no_fence_no_takeover_until_a_person_says_so(make_lab: LabMaker, tmp_path: Path) -> None:
+    note, command = fence(tmp_path, 1)
+    lab = make_lab(overrides={"failover": {"automatic": True, "fence": command}})
+    leak = lab.capture(lab.net.secondary, "uplink", "leak")
+    lab.protect()
+    made = streams(lab)
+    lab.controllers["primary"].send_signal(signal.SIGKILL)
+    lab.vm["primary"].kill9()
+    s = lab.wait_state("secondary", "degraded", 20)
+    wait_for("the failed fence", note.exists, 10)
+    wait_for("the reason", lambda: "fence command failed" in lab.status("secondary")["reason"], 10)
+    assert lab.status("secondary")["mode"] != "takeover", s["reason"]
+    assert from_guest(lab.stop_capture(leak)) == 0
+    steps = lab.ask("secondary", "failover", dry_run=True)["steps"]
+    assert any("x-colo-lost-heartbeat" in x for x in steps)
+    fence(tmp_path, 0)  # the operator repairs it, and asks
+    r = lab.ask("secondary", "failover")
+    assert r["done"] and r["state"] == "taken-over"
+    live_on(lab, made, time.time())
+
+
+def test_secondary_hangs(make_lab: LabMaker) -> None:
+    """A QEMU that does not answer costs the pair, not the service."""
+    lab = make_lab(overrides={"checkpoint": {"deadline": 2000}})
+    lab.protect()
+    made = streams(lab)
+    lab.vm["secondary"].signal(signal.SIGSTOP)
+    lab.wait_state("primary", "solo", 30)
+    lab.vm["secondary"].signal(signal.SIGCONT)
+    live_on(lab, made, time.time())
+    assert lab.status("secondary")["mode"] == "drop"
+
+
+def test_primary_dies_inside_a_checkpoint(make_lab: LabMaker) -> None:
+    lab = make_lab()
+    lab.protect()
+    made = streams(lab)
+    lab.vm["secondary"].signal(signal.SIGSTOP)  # so that the checkpoint cannot complete
+    lab.client.http("cgi-bin/uptime", timeout=0.5)
+    wait_for(
+        "a checkpoint", lambda: lab.status("primary")["state"] in ("checkpointing", "degraded"), 10
+    )
+    lab.vm["primary"].kill9()
+    lab.vm["secondary"].signal(signal.SIGCONT)
+    lab.wait_state("secondary", "taken-over", 20)
+    live_on(lab, made, time.time())

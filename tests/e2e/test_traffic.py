@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A protected pair at work: what clients do, byte by byte, and why checkpoints happen."""
+
+from __future__ import annotations
+
+import http.server
+import signal
+import subprocess
+import sys
+import threading
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+
+from colo_xdp.lab.capture import from_guest
+from colo_xdp.lab.client import EchoStream, LineStream
+from colo_xdp.lab.net import CLIENT_IP, in_ns, wait_for
+from colo_xdp.lab.pair import Lab
+
+
+def settled(lab: Lab) -> dict[str, Any]:
+    """Protected, and nothing held: the end of whatever was going on."""
+    wait_for(
+        "an idle pair",
+        lambda: (s := lab.status("primary"))["state"] == "protected" and not s["held"]["packets"],
+        20,
+    )
+    return lab.status("primary")
+
+
+def causes(lab: Lab) -> dict[str, int]:
+    return {k: v for k, v in lab.status("primary")["checkpoints"]["by_cause"].items() if v}
+
+
+@pytest.mark.parametrize("v6", [False, True], ids=["ipv4", "ipv6"])
+def test_downloads_need_no_checkpoint(pair: Lab, v6: bool) -> None:
+    before = pair.checkpoints()
+    for name in ["index.html"] * 10 + ["f100k"] * 5 + ["f1m"] * 2 + ["big"] * 2:
+        size, wrong = pair.client.download(name, v6=v6)
+        assert size > 0 and wrong == 0, name
+    assert pair.checkpoints() == before
+    assert settled(pair)["ring"]["lost"] == 0
+
+
+@pytest.mark.parametrize("v6", [False, True], ids=["ipv4", "ipv6"])
+def test_uploads_arrive_whole(pair: Lab, v6: bool) -> None:
+    before = pair.checkpoints()
+    for i, size in enumerate((1, 5000, 200_000, 4 << 20)):
+        assert pair.client.upload(size, v6=v6, seed=i) == ""
+    assert pair.checkpoints() - before <= 2, causes(pair)
+
+
+@pytest.mark.parametrize("v6", [False, True], ids=["ipv4", "ipv6"])
+def test_udp_is_compared(pair: Lab, v6: bool) -> None:
+    compared = pair.status("primary")["engine"]["released"]
+    answered, wrong = pair.client.udp_echo(50, v6=v6)
+    assert answered >= 49 and wrong == 0
+    big, wrong = pair.client.udp_echo(5, v6=v6, size=4000)  # fragments
+    assert big >= 4 and wrong == 0
+    assert pair.status("primary")["engine"]["released"] >= compared + 54
+
+
+def test_a_page_that_differs_costs_one_checkpoint_each(pair: Lab) -> None:
+    before = causes(pair).get("payload_differs", 0)
+    for _ in range(5):
+        good, why = pair.client.uptime_page()
+        assert good, why
+    assert causes(pair)["payload_differs"] - before == 5
+    found = pair.status("primary")["divergences"][-1]
+    assert found["cause"] == "payload_differs" and ":80 >" in found["flow"]
+    assert found["pvm"] != found["svm"]
+
+
+@contextmanager
+def client_server(ns: str) -> Iterator[int]:
+    """An HTTP server on the client's side, for connections that the guest opens."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            body = b"answer to " + self.path.encode() + b"\n" + bytes(range(256)) * 100
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, format: str, *args: Any) -> None:
+            pass
+
+    server = in_ns(ns, lambda: http.server.ThreadingHTTPServer((CLIENT_IP, 8000), Handler))
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield server.server_port
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join(5)
+
+
+def test_connections_that_the_guest_opens(pair: Lab) -> None:
+    with client_server(pair.net.client) as port:
+        for i in range(4):
+            text = pair.client.run(f"wget -q -T 10 -O - http://{CLIENT_IP}:{port}/{i} | md5sum")
+            import hashlib
+
+            want = b"answer to /%d\n" % i + bytes(range(256)) * 100
+            assert text.split()[:1] == [hashlib.md5(want).hexdigest()]
+    settled(pair)
+
+
+def test_checkpoints_on_request_do_not_disturb_streams(pair: Lab) -> None:
+    echo, lines = EchoStream(pair.net.client), LineStream(pair.net.client)
+    wait_for("lines", lambda: lines.lines > 10, 10)
+    for _ in range(15):
+        r = pair.ask("primary", "checkpoint")
+        assert r["cause"] in ("operator", "payload_differs", "compare_timeout")
+        assert r["pause_ms"] > 0
+    wait_for("more lines", lambda: lines.lines > 40, 10)
+    stats = echo.stop()
+    lines.stop()
+    assert (stats.dead, stats.wrong) == ("", 0) and stats.received > 0
+    assert (lines.dead, lines.wrong) == ("", 0)
+
+
+def test_nothing_of_the_svm_reaches_the_network(pair: Lab) -> None:
+    uplink = pair.capture(pair.net.secondary, "uplink", "leak")
+    bridge = pair.capture(pair.net.secondary, "br0", "leak-br")
+    client = pair.capture(pair.net.client, "to-p", "leak-c")
+    pair.client.download("f100k")
+    pair.client.uptime_page()
+    pair.ask("primary", "checkpoint")
+    assert from_guest(pair.stop_capture(client)) > 10, "the capture works"
+    assert from_guest(pair.stop_capture(uplink)) == 0
+    assert from_guest(pair.stop_capture(bridge)) == 0
+
+
+def test_status_and_metrics_tell_the_same(pair: Lab) -> None:
+    cmd = [sys.executable, "-m", "colo_xdp.cli", "status", str(pair.config_path("primary"))]
+    r = subprocess.run(cmd, capture_output=True, text=True, check=False)
+    assert r.returncode == 0 and "protected" in r.stdout
+
+    def scrape(path: str) -> str:
+        url = f"http://127.0.0.1:9847{path}"
+        return in_ns(
+            pair.net.primary, lambda: urllib.request.urlopen(url, timeout=5).read()
+        ).decode()
+
+    text = scrape("/metrics")
+    total = pair.checkpoints()
+    assert 'colo_xdp_state{pair="lab",role="primary",state="protected"} 1.0' in text
+    found = [x for x in text.splitlines() if x.startswith("colo_xdp_checkpoints_total")]
+    assert sum(float(x.split()[-1]) for x in found) == total
+    assert "protected" in scrape("/readyz")
+
+
+def stays_up(lab: Lab, role: str) -> None:
+    """kill -9 of a controller while a stream runs; the next one takes over."""
+    stream = EchoStream(lab.net.client, period=0.05)
+    wait_for("echoes", lambda: len(stream.stats.answered_at) > 10, 10)
+    lab.controllers[role].send_signal(signal.SIGKILL)
+    lab.controllers[role].wait(5)
+    lab.start_controller(role)
+    lab.wait_state("primary", "protected", 30)
+    lab.wait_state("secondary", "protected", 30)
+    n = len(stream.stats.answered_at)
+    wait_for("echoes afterwards", lambda: len(stream.stats.answered_at) > n + 20, 20)
+    stats = stream.stop()
+    assert (stats.dead, stats.wrong) == ("", 0)
+    assert pair_is_sound(lab)
+
+
+def pair_is_sound(lab: Lab) -> bool:
+    size, wrong = lab.client.download("f1m")
+    return size > 0 and wrong == 0
+
+
+def test_primary_controller_dies_and_comes_back(pair: Lab) -> None:
+    stays_up(pair, "primary")
+    assert causes(pair).get("controller_restart") == 1
+
+
+def test_secondary_controller_dies_and_comes_back(pair: Lab) -> None:
+    stays_up(pair, "secondary")
