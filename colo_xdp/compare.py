@@ -20,7 +20,8 @@ from .datagram import DatagramFlow
 from .flow import FlowKey
 from .packet import DEFECTS, Kind, Packet, parse
 from .reasons import DESCRIPTIONS, Cause
-from .stream import Flow, Held, Record, Stream
+from .record import Record
+from .stream import PART_NS, Flow, Held, Stream
 
 __all__ = ["COUNTERS", "Divergence", "Engine", "Limits", "Policy", "Record"]
 
@@ -32,6 +33,7 @@ COUNTERS: tuple[tuple[str, str], ...] = (
     ("released_by_checkpoint", "released because a complete checkpoint contains them"),
     ("released_late", "as above, but read after the checkpoint's commit"),
     ("released_solo", "released because the pair was lost"),
+    ("released_in_parts", "parts of a frame released before its rest was verified"),
     ("uncompared", "released uncompared by policy"),
     ("svm_uncompared_dropped", "of the secondary, not compared by policy"),
     ("svm_stale", "of the secondary, from another epoch"),
@@ -152,6 +154,7 @@ class Engine:
         self._timers: list[tuple[int, int, Flow]] = []  # every flow where anything waits
         self._ages: list[tuple[int, int, Flow]] = []  # every flow
         self._next_scan = 0
+        self._parts: dict[Stream, None] = {}  # a verified part of their head may leave
         self._history: OrderedDict[Stream, None] = OrderedDict()
         self._history_sum = 0
 
@@ -371,6 +374,7 @@ class Engine:
         self._timers.clear()
         self._ages.clear()
         self._history.clear()
+        self._parts.clear()
         self._history_sum = 0
         self._next.clear()
         self._next_lost = 0
@@ -379,6 +383,19 @@ class Engine:
         return len(queue)
 
     # -- time
+
+    def flush(self, now_ns: int) -> None:
+        """Release verified parts of frames that wait for their rest, in whole segments.
+
+        To be called when a batch of frames has been fed: most rests are in the same batch.
+        """
+        if not self._parts:
+            return
+        self._now = now_ns
+        parts, self._parts = self._parts, {}
+        for st in parts:
+            if st.epoch == self.epoch and st.release_part(now_ns, True):
+                self.arm(st, now_ns + PART_NS)
 
     def tick(self, now_ns: int) -> None:
         """Timeouts and ageing; cheap when nothing is due. To be called every 10 ms or so."""
@@ -515,6 +532,10 @@ class Engine:
         if not flow.when or when_ns < flow.when:
             flow.when = when_ns
             heappush(self._timers, (when_ns, next(self._serial), flow))
+
+    def part_verified(self, stream: Stream) -> None:
+        """The stream's head is verified in part: flush() looks at it."""
+        self._parts[stream] = None
 
     def charge_history(self, stream: Stream) -> None:
         """The stream's history has outgrown what it is accounted with: account, or trim."""

@@ -80,6 +80,9 @@ class Controller:
         """A captured frame."""
         raise NotImplementedError  # pragma: no cover
 
+    def on_batch(self) -> None:
+        """All frames that were waiting have been handed to on_event."""
+
     def on_qmp(self, event: QmpEvent) -> None:
         """STOP, RESUME and the like."""
 
@@ -109,6 +112,10 @@ class Controller:
             self.history.append({"at": self.since, "state": state.value, "reason": why})
         self.state, self.reason = state, why
         log.info("%s %s: %s: %s", self.config.pair, self.role.value, state.value, why)
+
+    def shown_state(self) -> State:
+        """The state for people and for the decision: `paused` is a view of `protected`."""
+        return State.PAUSED if self.paused and self.state is State.PROTECTED else self.state
 
     def spawn(self, coro: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
         """A background task whose failure is logged and ends the controller."""
@@ -230,7 +237,7 @@ class Controller:
         f = self.config.failover
         return Facts(
             role=self.role,
-            state=State.PAUSED if self.paused and self.state is State.PROTECTED else self.state,
+            state=self.shown_state(),
             own_vm_alive=not self.vm_gone,
             peer_connected=self.peer.connected,
             peer_silent_ms=self.peer.silent_ms(),
@@ -294,7 +301,8 @@ class Controller:
         self.spawn(self._ticker())
 
     def _drain(self) -> None:
-        self.dp.drain(self.on_event, RING_BATCH)
+        if self.dp.drain(self.on_event, RING_BATCH):
+            self.on_batch()
 
     async def _ticker(self) -> None:
         interval = self.config.peer.heartbeat_interval / 1000

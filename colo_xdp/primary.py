@@ -19,13 +19,14 @@ from typing import Any
 
 from . import abi
 from .abi import Mode
-from .compare import Engine, Limits, Policy, Record
+from .compare import Engine, Limits, Policy
 from .config import Config
 from .controller import Controller
 from .datapath import DataPath
 from .failover import Action, Role, State
 from .qmp import QmpError, QmpEvent
 from .reasons import Cause
+from .record import Record
 from .ring import Event
 from .status import WAIT_BUCKETS
 
@@ -96,8 +97,8 @@ class Primary(Controller):
         self.by_cause: Counter[str] = Counter()
         self.checkpoints_failed = 0
         self.last_checkpoint: dict[str, Any] = {}
-        self._waits = [0] * (len(WAIT_BUCKETS) + 1)
-        self._wait_sum = 0.0
+        self.waits = [0] * (len(WAIT_BUCKETS) + 1)
+        self.wait_sum = 0.0
         self._alone = False
         if datapath.adopted and datapath.mode in (Mode.RUN, Mode.CHECKPOINT):
             # A former controller held frames that are lost with it; only a checkpoint
@@ -121,13 +122,16 @@ class Primary(Controller):
         elif not self._alone:
             self.engine.from_svm(rec, event.epoch, time.monotonic_ns())
 
+    def on_batch(self) -> None:
+        self.engine.flush(time.monotonic_ns())
+
     def _release(self, rec: Record) -> None:
         self._injector.send(rec.frame, rec.gso_size, rec.partial)
 
     def _on_wait(self, ns: int) -> None:
         s = ns / 1e9
-        self._waits[bisect_left(WAIT_BUCKETS, s)] += 1
-        self._wait_sum += s
+        self.waits[bisect_left(WAIT_BUCKETS, s)] += 1
+        self.wait_sum += s
 
     def on_tick(self, now_ns: int) -> None:
         if self.state is State.PROTECTED:

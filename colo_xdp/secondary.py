@@ -54,7 +54,7 @@ class Secondary(Controller):
         super().__init__(config, datapath)
         self.flows = FlowTable(datapath.objects.map("flows"))
         self._hold: Hold | None = None
-        self._limit = 16 * config.compare.max_queue_size
+        self.hold_limit = 16 * config.compare.max_queue_size
         self._resume_ns = 0
         self._ready_wanted = False
         self._entered = False
@@ -89,8 +89,14 @@ class Secondary(Controller):
         else:
             self._keep(h.svm, event)
 
+    @property
+    def holding(self) -> int:
+        """Frames that wait for the end of a checkpoint."""
+        h = self._hold
+        return len(h.client) + len(h.svm) if h else 0
+
     def _keep(self, queue: deque[Event], event: Event) -> None:
-        if len(queue) >= self._limit:
+        if len(queue) >= self.hold_limit:
             queue.popleft()
             self.overflow += 1
         queue.append(event)

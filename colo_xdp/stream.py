@@ -27,20 +27,14 @@ from ._seq import HALF, MASK, diff, later
 from .flow import FlowKey, describe_tcp
 from .packet import ACK, FIN, RST, SYN, Packet, tcp_options
 from .reasons import Cause
+from .record import Record
+from .segment import split
 
 _FLAGS = FIN | SYN | RST
 _CONTEXT = 32
 _MAX_RSTS = 16
-
-
-@dataclass(slots=True)
-class Record:
-    """One frame as the data path handed it over."""
-
-    frame: bytes  # Ethernet, guest VLAN tag in place
-    ts_ns: int  # CLOCK_MONOTONIC of the capture
-    gso_size: int = 0
-    partial: bool = False  # checksum is CHECKSUM_PARTIAL (pseudo header only)
+#: how long a verified part of a frame that is smaller than a segment waits for the rest
+PART_NS = 5_000_000
 
 
 #: a frame that waits: record, parsed, CLOCK_MONOTONIC ns from which its timeout runs
@@ -67,6 +61,7 @@ class Host(Protocol):
     def count(self, name: str, n: int = 1) -> None: ...
     def arm(self, flow: Flow, when_ns: int) -> None: ...
     def charge_history(self, stream: Stream) -> None: ...
+    def part_verified(self, stream: Stream) -> None: ...
 
 
 class Flow(Protocol):
@@ -207,6 +202,7 @@ class Stream:
 
     def expire(self, now_ns: int) -> int:
         """Ask if the head or the SVM's surplus is too old; the next deadline, 0 for none."""
+        self.release_part(now_ns, False)
         t = self.host.timeout_ns
         head = self.held[0][2] if self.held else 0
         ahead = self._svm_since()
@@ -309,6 +305,32 @@ class Stream:
             self._settle(p)
             host.emit(rec, now_ns)
 
+    def release_part(self, now_ns: int, whole_segments: bool) -> bool:
+        """Let the verified part of a head that waits for its rest leave as a frame of its own.
+
+        The SVM may be waiting for the very acks that this part will bring (see segment.py).
+        Returns whether some verified part is still held.
+        """
+        v = self._head_ok
+        if not self.held or self.stuck or v is None:
+            return False
+        rec, p, at = self.held[0]
+        n = ready = (v - p.seq) & MASK
+        if p.flags & (SYN | RST) or not 0 < n < p.end - p.off or not self._acked(p):
+            return False
+        if whole_segments:
+            n -= n % (rec.gso_size or p.end - p.off)
+            if not n:
+                return True
+        (first, p1), (rest, p2) = split(rec, p, n)
+        self.host.pvm_bytes -= len(rec.frame) - len(rest.frame)
+        self.host.count("released_in_parts")
+        self._settle(p1)
+        self.host.emit(first, now_ns)
+        self.held[0] = (rest, p2, at)
+        self._head_ok = v
+        return n < ready
+
     def _ready(self, p: Packet) -> bool:
         flags = p.flags
         if flags & _FLAGS:
@@ -399,6 +421,8 @@ class Stream:
         self._head_ok = v
         if len(hist) > self.hist_cap:
             self.host.charge_history(self)
+        if v != e and v != s:
+            self.host.part_verified(self)
         return v == e
 
     def _begin_at(self, seq: int) -> None:

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from colo_xdp.compare import Engine, Limits, Policy, Record
@@ -32,16 +34,16 @@ class Pair:
             on_wait=self.waits.append,
         )
 
-    def p(self, pos: int, data: bytes = b"", flags: int = f.ACK, ack: int = 1, **kw: object) -> Pair:
+    def p(self, pos: int, data: bytes = b"", flags: int = f.ACK, ack: int = 1, **kw: Any) -> Pair:
         self.now += 1
-        rec = Record(f.tcp(self.base + pos, ack, data, flags, **kw), self.now)  # type: ignore[arg-type]
+        rec = Record(f.tcp(self.base + pos, ack, data, flags, **kw), self.now)
         self.sent.append(rec)
         self.e.from_pvm(rec, self.now)
         return self
 
-    def s(self, pos: int, data: bytes = b"", flags: int = f.ACK, ack: int = 1, **kw: object) -> Pair:
+    def s(self, pos: int, data: bytes = b"", flags: int = f.ACK, ack: int = 1, **kw: Any) -> Pair:
         self.now += 1
-        raw = f.tcp(self.base + pos, ack, data, flags, win=9, ident=77, **kw)  # type: ignore[arg-type]
+        raw = f.tcp(self.base + pos, ack, data, flags, win=9, ident=77, **kw)
         self.e.from_svm(Record(raw, self.now), self.e.epoch & 0xFFF, self.now)
         return self
 

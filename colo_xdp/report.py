@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Builds the status document (status.py) from a live controller."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from .failover import Role
+from .reasons import Cause
+from .status import empty
+
+if TYPE_CHECKING:
+    from .controller import Controller
+    from .primary import Primary
+    from .secondary import Secondary
+
+
+def _common(c: Controller) -> dict[str, Any]:
+    doc = empty(c.config.pair, c.role.value).to_json()
+    info = c.qemu_info
+    silent = c.peer.silent_ms()
+    injectors = c.dp.injectors.values()
+    doc.update(
+        state=c.shown_state().value,
+        reason=c.reason,
+        since=c.since,
+        epoch=c.dp.epoch,
+        mode=c.dp.mode.name.lower(),
+        hook=c.dp.hook,
+        events=c.dp.objects.events,
+        paused=c.paused,
+        qemu={
+            "connected": c.qmp.connected,
+            "version": ".".join(map(str, info.version)) if info else "",
+            "accel": ("kvm" if info.kvm else "tcg") if info else "",
+            "gone": c.vm_gone,
+        },
+        peer={
+            "connected": c.peer.connected,
+            "silent_ms": None if silent == float("inf") else silent,
+            "state": c.peer_state,
+            "rtt_us": c.peer.rtt_ns / 1000,
+            "gone": c.peer_vm_gone,
+        },
+        programs={
+            prog: {reason: list(v) for reason, v in row.items()}
+            for prog, row in c.dp.counters().items()
+        },
+        ring={"lost": c.dp.lost_events(), "capacity_bytes": c.dp.reader.capacity},
+        inject={
+            "sent": sum(i.sent for i in injectors),
+            "failed": sum(sum(i.failed.values()) for i in injectors),
+        },
+        history=list(c.history),
+        failures=c.failures[-16:],
+    )
+    return doc
+
+
+def primary_status(c: Primary) -> dict[str, Any]:
+    """The primary controller's document."""
+    doc = _common(c)
+    e = c.engine
+    doc["engine"] |= dict(e.counters)
+    doc["held"] = {
+        "packets": e.held_packets, "bytes": e.held_bytes, "limit": e.limits.max_queue_size,
+    }  # fmt: skip
+    doc["wait"] = {"buckets": list(c.waits), "sum": c.wait_sum}
+    doc["flows"] |= {"tracked": e.flows, "limit": e.limits.max_flows}
+    doc["checkpoints"] = {
+        "total": sum(c.by_cause.values()),
+        "failed": c.checkpoints_failed,
+        "by_cause": {cause.value: c.by_cause[cause.value] for cause in Cause},
+        "last": c.last_checkpoint or None,
+    }
+    doc["divergences"] = [
+        {
+            "cause": d.cause.value,
+            "flow": d.flow,
+            "offset": d.offset,
+            "pvm": d.pvm.hex(),
+            "svm": d.svm.hex(),
+        }
+        for d in e.last_divergences
+    ]
+    return doc
+
+
+def secondary_status(c: Secondary) -> dict[str, Any]:
+    """The secondary controller's document."""
+    assert c.role is Role.SECONDARY
+    doc = _common(c)
+    doc["engine"] |= {"svm_stale": c.stale, "hold_overflow": c.overflow}
+    doc["held"]["packets"] = c.holding
+    doc["held"]["limit"] = c.hold_limit
+    doc["flows"] = {
+        "tracked": c.flows.tracked,
+        "limit": c.flows.limit,
+        "translated": c.flows.translated,
+        "aged": c.flows.aged,
+    }
+    doc["checkpoints"]["total"] = c.checkpoints
+    return doc
