@@ -34,6 +34,8 @@ COUNTERS: tuple[tuple[str, str], ...] = (
     ("released_late", "as above, but read after the checkpoint's commit"),
     ("released_solo", "released because the pair was lost"),
     ("released_in_parts", "parts of a frame released before its rest was verified"),
+    ("window_shrunk", "released with a smaller window: the secondary offered less"),
+    ("window_updates", "bare ACKs made to tell a client of the secondary's grown window"),
     ("uncompared", "released uncompared by policy"),
     ("svm_uncompared_dropped", "of the secondary, not compared by policy"),
     ("svm_stale", "of the secondary, from another epoch"),

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Cuts one TCP frame in two, so that what is verified of it can leave.
+"""Makes frames that the PVM could have sent: parts of one, a smaller window, a window update.
 
-Needed for liveness: a PVM may put 64 KiB into one frame while the SVM may send no
+Parts are needed for liveness: a PVM may put 64 KiB into one frame while the SVM may send no
 more than its congestion window (or Nagle) allows before it sees an ack. The client
 acks only what it gets. If the frame left only as a whole, both would wait.
 """
@@ -12,7 +12,7 @@ import struct
 from dataclasses import replace
 
 from ._seq import MASK
-from .packet import FIN, Packet, parse
+from .packet import ACK, FIN, Packet, parse
 from .record import Record
 
 _PSH, _CWR = 0x08, 0x80
@@ -50,6 +50,36 @@ def _part(rec: Record, p: Packet, start: int, stop: int, *, first: bool) -> Reco
         struct.pack_into("!H", head, l4 + 16, 0xFFFF & ~_sum(pseudo + head[l4:] + body))
     gso = rec.gso_size if rec.gso_size and len(body) > rec.gso_size else 0
     return replace(rec, frame=bytes(head) + body, gso_size=gso)
+
+
+def window(p: Packet) -> int:
+    """The window field of a TCP frame, not scaled."""
+    return p.frame[p.l4 + 14] << 8 | p.frame[p.l4 + 15]
+
+
+def with_window(rec: Record, p: Packet, value: int) -> Record:
+    """The frame with another window field; the checksum follows by RFC 1624, eqn. 3."""
+    frame = bytearray(rec.frame)
+    at = p.l4 + 14
+    struct.pack_into("!H", frame, at, value)
+    if not rec.partial:  # a partial one covers the pseudo header only
+        (old,) = struct.unpack_from("!H", rec.frame, p.l4 + 16)
+        total = (0xFFFF & ~old) + (0xFFFF & ~window(p)) + value
+        total = (total & 0xFFFF) + (total >> 16)
+        total = (total & 0xFFFF) + (total >> 16)
+        struct.pack_into("!H", frame, p.l4 + 16, 0xFFFF & ~total)
+    return replace(rec, frame=bytes(frame))
+
+
+def bare_ack(rec: Record, p: Packet, seq: int, value: int) -> Record:
+    """A frame without payload that repeats this one's ack and options with another window."""
+    bare = _part(rec, p, 0, 0, first=True)
+    frame = bytearray(bare.frame)
+    struct.pack_into("!I", frame, p.l4 + 4, seq)
+    frame[p.l4 + 13] = ACK
+    struct.pack_into("!H", frame, p.l4 + 14, value)
+    whole = replace(bare, frame=bytes(frame), gso_size=0, partial=False)
+    return _part(whole, replace(p, seq=seq), 0, 0, first=True)
 
 
 def split(rec: Record, p: Packet, n: int) -> tuple[tuple[Record, Packet], tuple[Record, Packet]]:

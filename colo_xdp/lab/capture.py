@@ -15,13 +15,15 @@ GUEST_MAC = bytes.fromhex("525400123456")
 class Capture:
     """Everything that crosses a device, from start() to stop()."""
 
-    def __init__(self, procs: Processes, ns: str, dev: str, path: Path, flt: str = "") -> None:
+    def __init__(
+        self, procs: Processes, ns: str, dev: str, path: Path, direction: str = "inout"
+    ) -> None:
         self.path = path
         self._log = path.with_suffix(".log")
         self._log.unlink(missing_ok=True)
         path.unlink(missing_ok=True)
         cmd = ["tcpdump", "-i", dev, "-w", str(path), "-U", "--immediate-mode", "-B", "32768"]
-        cmd += ["--time-stamp-precision=nano", "-s", "128", *flt.split()]
+        cmd += ["--time-stamp-precision=nano", "-s", "128", "-Q", direction]
         self._p: subprocess.Popen[bytes] | None = procs.start(cmd, self._log, ns)
         wait_for("listening tcpdump", lambda: b"listening on" in self._log.read_bytes(), 10)
 

@@ -33,11 +33,25 @@ INDEX = b"<html>hello</html>\n"
 #: a page that cannot be the same on both guests; its lines must agree with each other
 UPTIME = """#!/bin/sh
 echo "Content-Type: text/plain"; echo
-t=$(head -c 12 /dev/urandom | md5sum | cut -c 1-24)
+# The kernel's clock in nanoseconds; its random numbers are the same ones on both guests for a
+# while after a checkpoint has copied their generator.
+t=$(cat /proc/timer_list /dev/null | grep -m 1 "^now at" | md5sum | cut -c 1-24)
 read up rest < /proc/uptime
 echo "token $t up $up"
 for i in 1 2 3 4 5 6 7 8; do echo "again $t $up"; done
 echo "end $t"
+"""
+#: a web server that says nothing of the time: two guests can agree on every byte
+SERVE = """#!/bin/sh
+read -r method path rest
+while read -r line; do [ ${#line} -le 1 ] && break; done
+f=/www$path
+if [ -f "$f" ]; then
+	printf 'HTTP/1.0 200 OK\\r\\nContent-Length: %s\\r\\n\\r\\n' "$(stat -c %s "$f")"
+	cat "$f"
+else
+	printf 'HTTP/1.0 404 Not Found\\r\\nContent-Length: 0\\r\\n\\r\\n'
+fi
 """
 RUN = """#!/bin/sh
 echo "Content-Type: text/plain"; echo
@@ -124,6 +138,7 @@ def _initrd(root: Path, out: Path) -> None:
             ("init", Path(__file__).with_name("init.sh").read_text()),
             ("www/cgi-bin/uptime", UPTIME),
             ("www/cgi-bin/run", RUN),
+            ("bin/serve", SERVE),
         )
         for path, text in scripts:
             (d / path).write_text(text)

@@ -14,7 +14,8 @@ ip link set lo up
 ip link set eth0 up
 ip addr add 10.9.0.2/24 dev eth0
 ip addr add fd09::2/64 dev eth0
-httpd -p 80 -h /www
+httpd -p 8080 -h /www                                           # with a clock in each answer
+nc -ll -p 80 -e /bin/serve &                                    # without: equal on both guests
 nc -ll -p 7 -e cat &                                            # echo
 nc -ll -p 9 -e md5sum &                                         # sink: the digest of what came
 nc -ll -p 19 -e cat /www/big &                                  # source

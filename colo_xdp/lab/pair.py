@@ -220,9 +220,9 @@ class Lab:
         """Checkpoints of the primary so far."""
         return int(self.status("primary")["checkpoints"]["total"])
 
-    def capture(self, ns: str, dev: str, name: str, flt: str = "") -> Capture:
-        """A capture that ends with the lab."""
-        c = Capture(self.procs, ns, dev, self.work / f"{name}.pcap", flt)
+    def capture(self, ns: str, dev: str, name: str, direction: str = "inout") -> Capture:
+        """A capture that ends with the lab; direction: in, out, inout as the device sees it."""
+        c = Capture(self.procs, ns, dev, self.work / f"{name}.pcap", direction)
         self._captures.append(c)
         return c
 

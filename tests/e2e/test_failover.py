@@ -43,7 +43,7 @@ def live_on(lab: Lab, made: list[EchoStream], since: float) -> None:
 @pytest.mark.parametrize("vnet_hdr", [True, False], ids=["tc-offloads", "xdp-plain"])
 def test_primary_qemu_dies(make_lab: LabMaker, vnet_hdr: bool) -> None:
     lab = make_lab(vnet_hdr=vnet_hdr)
-    leak = lab.capture(lab.net.secondary, "uplink", "leak")
+    leak = lab.capture(lab.net.secondary, "uplink", "leak", "out")
     lab.protect()
     assert lab.status("secondary")["hook"] == ("tc" if vnet_hdr else "xdp")
     for name in ("f100k", "big"):
@@ -97,7 +97,7 @@ def test_primary_host_dies_and_the_fence_works(make_lab: LabMaker, tmp_path: Pat
 def test_no_fence_no_takeover_until_a_person_says_so(make_lab: LabMaker, tmp_path: Path) -> None:
     note, command = fence(tmp_path, 1)
     lab = make_lab(overrides={"failover": {"automatic": True, "fence": command}})
-    leak = lab.capture(lab.net.secondary, "uplink", "leak")
+    leak = lab.capture(lab.net.secondary, "uplink", "leak", "out")
     lab.protect()
     made = streams(lab)
     lab.controllers["primary"].send_signal(signal.SIGKILL)
@@ -132,7 +132,7 @@ def test_primary_dies_inside_a_checkpoint(make_lab: LabMaker) -> None:
     lab.protect()
     made = streams(lab)
     lab.vm["secondary"].signal(signal.SIGSTOP)  # so that the checkpoint cannot complete
-    lab.client.http("cgi-bin/uptime", timeout=0.5)
+    lab.client.http("cgi-bin/uptime", timeout=0.5, port=8080)
     wait_for(
         "a checkpoint", lambda: lab.status("primary")["state"] in ("checkpointing", "degraded"), 10
     )

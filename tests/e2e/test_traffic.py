@@ -70,7 +70,7 @@ def test_a_page_that_differs_costs_one_checkpoint_each(pair: Lab) -> None:
         assert good, why
     assert causes(pair)["payload_differs"] - before == 5
     found = pair.status("primary")["divergences"][-1]
-    assert found["cause"] == "payload_differs" and ":80 >" in found["flow"]
+    assert found["cause"] == "payload_differs" and ":8080 >" in found["flow"]
     assert found["pvm"] != found["svm"]
 
 
@@ -126,15 +126,15 @@ def test_checkpoints_on_request_do_not_disturb_streams(pair: Lab) -> None:
 
 
 def test_nothing_of_the_svm_reaches_the_network(pair: Lab) -> None:
-    uplink = pair.capture(pair.net.secondary, "uplink", "leak")
-    bridge = pair.capture(pair.net.secondary, "br0", "leak-br")
-    client = pair.capture(pair.net.client, "to-p", "leak-c")
+    uplink = pair.capture(pair.net.secondary, "uplink", "leak", "out")
+    wire = pair.capture(pair.net.client, "to-s", "leak-wire", "in")
+    client = pair.capture(pair.net.client, "to-p", "leak-c", "in")
     pair.client.download("f100k")
     pair.client.uptime_page()
     pair.ask("primary", "checkpoint")
     assert from_guest(pair.stop_capture(client)) > 10, "the capture works"
     assert from_guest(pair.stop_capture(uplink)) == 0
-    assert from_guest(pair.stop_capture(bridge)) == 0
+    assert from_guest(pair.stop_capture(wire)) == 0
 
 
 def test_status_and_metrics_tell_the_same(pair: Lab) -> None:
