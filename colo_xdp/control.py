@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The control socket: one JSON object per line, a request and its answer.
 
-    {"command": "status", "args": {}}  ->  {"ok": true, "result": {...}}
-                                           {"ok": false, "error": "..."}
+{"command": "status", "args": {}}  ->  {"ok": true, "result": {...}}
+                                       {"ok": false, "error": "..."}
 """
 
 from __future__ import annotations

@@ -73,21 +73,32 @@ def test_rows(change: dict[str, object], action: Action, words: str) -> None:
 def test_nobody_speaks_alone_on_a_timer() -> None:
     """Over all facts: TAKE_OVER and GO_SOLO need an attestation, a fence or a person."""
     bools = (False, True)
-    for role, state, own, conn, silent, gone, colo, auto, fence, result, op, late in (
-        itertools.product(
-            Role,
-            State,
-            bools,
-            bools,
-            (5.0, 5000.0),
-            bools,
-            bools,
-            bools,
-            bools,
-            (None, False, True),
-            bools,
-            bools,
-        )
+    for (
+        role,
+        state,
+        own,
+        conn,
+        silent,
+        gone,
+        colo,
+        auto,
+        fence,
+        result,
+        op,
+        late,
+    ) in itertools.product(
+        Role,
+        State,
+        bools,
+        bools,
+        (5.0, 5000.0),
+        bools,
+        bools,
+        bools,
+        bools,
+        (None, False, True),
+        bools,
+        bools,
     ):
         f = Facts(role, state, own, conn, silent, 1000, gone, colo, auto, fence, result, op, late)
         a = decide(f).action

@@ -3,11 +3,14 @@
 
 from __future__ import annotations
 
+import struct
 from typing import Any
 
 import pytest
 
+from colo_xdp import segment
 from colo_xdp.compare import Engine, Limits, Policy, Record
+from colo_xdp.packet import parse
 from colo_xdp.reasons import Cause
 
 from . import frames as f
@@ -43,7 +46,7 @@ class Pair:
 
     def s(self, pos: int, data: bytes = b"", flags: int = f.ACK, ack: int = 1, **kw: Any) -> Pair:
         self.now += 1
-        raw = f.tcp(self.base + pos, ack, data, flags, win=9, ident=77, **kw)
+        raw = f.tcp(self.base + pos, ack, data, flags, ident=77, **{"win": 600, **kw})
         self.e.from_svm(Record(raw, self.now), self.e.epoch & 0xFFF, self.now)
         return self
 
@@ -292,3 +295,118 @@ def test_vlan_and_ipv6_are_compared() -> None:
     for kw in ({"v6": True}, {"tags": b"\x81\0\0\7"}):
         pair = Pair().p(0, b"abc", **kw).s(0, b"abX").is_now([])  # another flow
         pair.s(0, b"abX", **kw).is_now([], "payload_differs")
+
+
+class Windows:
+    """An opened connection with window scale 7; what leaves, as (ack, scaled window, payload)."""
+
+    def __init__(self, *, partial: bool = False) -> None:
+        self.now, self.partial = START, partial
+        self.left: list[tuple[int, int, bytes]] = []
+        self.e = Engine(
+            Limits(),
+            Policy(),
+            self._release,
+            request_checkpoint=lambda c, text: pytest.fail(f"{c} {text}"),
+            on_wait=lambda ns: None,
+        )
+        self.send(True, -1, flags=SYNACK, opts=f.SYN_OPTS)
+        self.send(False, -1, flags=SYNACK, opts=f.SYN_OPTS)
+        self.left.clear()
+
+    def _release(self, rec: Record) -> None:
+        p = parse(rec.frame)
+        assert not p.defect
+        if not rec.partial:
+            l4 = rec.frame[p.l4 : p.end]
+            pseudo = rec.frame[p.l3 + 12 : p.l3 + 20] + struct.pack("!HH", 6, len(l4))
+            assert checksum(pseudo + l4 + b"\0" * (len(l4) % 2)) == 0xFFFF
+        self.left.append((p.ack, segment.window(p) << 7, rec.frame[p.off : p.end]))
+
+    def send(self, pvm: bool, pos: int, data: bytes = b"", **kw: Any) -> None:
+        self.now += 1
+        frame = with_checksum(
+            f.tcp(1000 + pos, kw.pop("ack", 1), data, kw.pop("flags", f.ACK), **kw)
+        )
+        rec = Record(frame, self.now, 0, self.partial)
+        if pvm:
+            self.e.from_pvm(rec, self.now)
+        else:
+            self.e.from_svm(rec, self.e.epoch & 0xFFF, self.now)
+
+
+def checksum(data: bytes) -> int:
+    total = sum(struct.unpack(f"!{len(data) // 2}H", data))
+    while total >> 16:
+        total = (total & 0xFFFF) + (total >> 16)
+    return total
+
+
+def with_checksum(frame: bytes) -> bytes:
+    p = parse(frame)
+    raw = bytearray(frame)
+    raw[p.l4 + 16 : p.l4 + 18] = b"\0\0"
+    l4 = bytes(raw[p.l4 : p.end])
+    pseudo = frame[p.l3 + 12 : p.l3 + 20] + struct.pack("!HH", 6, len(l4))
+    total = checksum(pseudo + l4 + b"\0" * (len(l4) % 2))
+    struct.pack_into("!H", raw, p.l4 + 16, 0xFFFF & ~total)
+    return bytes(raw)
+
+
+def test_no_more_window_than_the_svm_offers() -> None:
+    w = Windows()
+    w.send(False, 0, ack=1001, win=10)
+    w.send(True, 0, ack=1001, win=100)
+    assert w.left == [(1001, 1280, b"")]
+    # The SVM's right edge counts, not its window: it had acked less when it said so.
+    w.send(False, 0, ack=3001, win=4)
+    w.send(True, 0, b"abc", ack=2001, win=100)
+    w.send(False, 0, b"abc", ack=3001, win=4)
+    assert w.left[1:] == [(2001, (3001 + 4 * 128 - 2001) >> 7 << 7, b"abc")]
+
+
+def test_the_edge_never_moves_back() -> None:
+    w = Windows()
+    w.send(False, 0, ack=1001, win=100)
+    w.send(False, 0, ack=2001, win=0)  # the application is slow: same edge or less
+    w.send(True, 0, ack=2001, win=100)
+    assert w.left == [(2001, (1001 + 12800 - 2001) >> 7 << 7, b"")]
+
+
+def test_the_client_is_told_when_the_svm_has_room_again() -> None:
+    w = Windows()
+    w.send(False, 0, ack=1001, win=0)
+    w.send(True, 0, ack=1001, win=100)
+    assert w.left == [(1001, 0, b"")]
+    w.send(False, 0, ack=1001, win=5)  # too little to be worth a frame
+    assert len(w.left) == 1
+    w.send(False, 0, ack=1001, win=40)
+    assert w.left[1:] == [(1001, 40 * 128, b"")]
+    w.send(False, 0, ack=1001, win=200)
+    assert w.left[2:] == [(1001, 100 * 128, b"")], "never more than the PVM has offered"
+    w.send(False, 0, ack=1001, win=400)
+    assert len(w.left) == 3
+
+
+def test_a_checkpoint_makes_the_pvms_promise_the_svms() -> None:
+    w = Windows()
+    w.send(False, 0, ack=1001, win=10)
+    w.send(True, 0, ack=1001, win=100)
+    w.e.begin_checkpoint()
+    w.e.commit_checkpoint(w.now, 1, w.now + 1)
+    w.now += 2
+    w.send(True, 0, b"new", ack=1001, win=100)
+    w.send(False, 0, b"new", ack=1001, win=1)
+    assert w.left[-1] == (1001, 12800, b"new")
+
+
+def test_a_partial_checksum_stays_the_pseudo_headers() -> None:
+    w = Windows(partial=True)
+    w.send(False, 0, ack=1001, win=10)
+    w.send(True, 0, ack=1001, win=100)
+    assert w.left == [(1001, 1280, b"")]
+
+
+def test_windows_pass_when_the_scale_is_unknown() -> None:
+    p = Pair()
+    p.p(0, b"abc", win=500).s(0, b"abc", win=1).is_now([0])
