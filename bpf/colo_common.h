@@ -17,17 +17,17 @@
  * Peer link framing: one 802.1ad tag in front of the guest's own frame, so
  * that GSO and partial checksums survive any L2 device. TCI = kind << 13 | epoch.
  */
-#define COLO_TPID 0x88A8
-#define COLO_EPOCH_MASK 0x0FFFu
-#define COLO_KIND_SHIFT 13
+#define COLO_TPID	 0x88A8
+#define COLO_EPOCH_MASK	 0x0FFFu
+#define COLO_KIND_SHIFT	 13
 #define COLO_KIND_MIRROR 1u /* a client's frame, for the SVM */
-#define COLO_KIND_SVM 2u    /* the SVM's output, for comparison */
+#define COLO_KIND_SVM	 2u /* the SVM's output, for comparison */
 
 /* What the data path does; config[CFG_MODE]. */
 enum colo_mode {
-	MODE_DROP = 0,       /* fenced: nothing leaves the guest, nothing reaches the SVM */
+	MODE_DROP = 0,	     /* fenced: nothing leaves the guest, nothing reaches the SVM */
 	MODE_BYPASS = 1,     /* primary only: PVM alone, frames pass, nothing mirrored */
-	MODE_RUN = 2,        /* protected */
+	MODE_RUN = 2,	     /* protected */
 	MODE_CHECKPOINT = 3, /* every frame goes to user space with its timestamp */
 	MODE_TAKEOVER = 4,   /* secondary only: the SVM speaks to the network */
 };
@@ -37,8 +37,8 @@ enum colo_cfg {
 	CFG_ABI = 0,
 	CFG_MODE = 1,
 	CFG_EPOCH = 2,
-	CFG_TAP = 3,           /* ifindex of the guest's tap */
-	CFG_PEER = 4,          /* ifindex of the peer link */
+	CFG_TAP = 3,	       /* ifindex of the guest's tap */
+	CFG_PEER = 4,	       /* ifindex of the peer link */
 	CFG_CONTROLLER_NS = 5, /* CLOCK_MONOTONIC of the controller's last sign of life */
 	CFG_LOSS_NS = 6,       /* the controller is lost after so many ns */
 	CFG_LOSS_POLICY = 7,   /* enum colo_loss_policy */
@@ -46,7 +46,7 @@ enum colo_cfg {
 };
 
 enum colo_loss_policy {
-	LOSS_HOLD = 0,    /* no controller: the PVM's output is dropped and counted */
+	LOSS_HOLD = 0,	  /* no controller: the PVM's output is dropped and counted */
 	LOSS_RELEASE = 1, /* no controller: it passes uncompared and is counted */
 };
 
@@ -67,35 +67,35 @@ enum colo_prog {
 
 /* Why a program did what it did: second index of the counters. */
 enum colo_reason {
-	R_PASSED = 0,                /* let through as it is (bypass, or not ours) */
-	R_MIRRORED = 1,              /* cloned to the peer link and passed */
-	R_MIRROR_FAILED = 2,         /* passed to the PVM, but the clone was lost */
-	R_CAPTURED = 3,              /* copied to the event ring */
-	R_RELEASED = 4,              /* decided elsewhere (COLO_MARK): let through */
-	R_REDIRECTED = 5,            /* sent on to the other device, untouched */
-	R_REWRITTEN = 6,             /* sent on with sequence, ack or timestamp numbers moved */
-	R_FENCED = 7,                /* dropped: MODE_DROP */
-	R_ISOLATED = 8,              /* dropped: not from the mirror, or the SVM has no way out */
-	R_RING_FULL = 9,             /* event lost, frame dropped */
-	R_TOO_LARGE = 10,            /* frame beyond the event size, dropped */
-	R_CONTROLLER_LOST_HELD = 11, /* dropped: no controller, on_controller_loss = hold */
+	R_PASSED = 0,		       /* let through as it is (bypass, or not ours) */
+	R_MIRRORED = 1,		       /* cloned to the peer link and passed */
+	R_MIRROR_FAILED = 2,	       /* passed to the PVM, but the clone was lost */
+	R_CAPTURED = 3,		       /* copied to the event ring */
+	R_RELEASED = 4,		       /* decided elsewhere (COLO_MARK): let through */
+	R_REDIRECTED = 5,	       /* sent on to the other device, untouched */
+	R_REWRITTEN = 6,	       /* sent on with sequence, ack or timestamp numbers moved */
+	R_FENCED = 7,		       /* dropped: MODE_DROP */
+	R_ISOLATED = 8,		       /* dropped: not from the mirror, or the SVM has no way out */
+	R_RING_FULL = 9,	       /* event lost, frame dropped */
+	R_TOO_LARGE = 10,	       /* frame beyond the event size, dropped */
+	R_CONTROLLER_LOST_HELD = 11,   /* dropped: no controller, on_controller_loss = hold */
 	R_CONTROLLER_LOST_PASSED = 12, /* passed uncompared: on_controller_loss = release */
-	R_FOREIGN = 13,              /* peer link: carries no tag of ours, left to the host */
-	R_BAD_FRAME = 14,            /* unparsable; handled as bytes, never translated */
-	R_FLOW_TABLE_FULL = 15,      /* no room to track: goes untranslated, costs a checkpoint */
-	R_HELPER_FAILED = 16,        /* a kernel helper refused: frame dropped */
-	R_NO_CONFIG = 17,            /* config slot missing: frame dropped */
+	R_FOREIGN = 13,		       /* peer link: carries no tag of ours, left to the host */
+	R_BAD_FRAME = 14,	       /* unparsable; handled as bytes, never translated */
+	R_FLOW_TABLE_FULL = 15,	       /* no room to track: goes untranslated, costs a checkpoint */
+	R_HELPER_FAILED = 16,	       /* a kernel helper refused: frame dropped */
+	R_NO_CONFIG = 17,	       /* config slot missing: frame dropped */
 	R_MAX = 20,
 };
 
 enum colo_source {
-	SRC_PVM = 0,    /* the PVM's output */
-	SRC_SVM = 1,    /* the SVM's output (at P: from the peer link; at S: from the tap) */
+	SRC_PVM = 0,	/* the PVM's output */
+	SRC_SVM = 1,	/* the SVM's output (at P: from the peer link; at S: from the tap) */
 	SRC_CLIENT = 2, /* at S: a mirrored frame for the SVM */
 };
 
 #define EV_PARTIAL 1u /* checksum holds the pseudo header's sum only */
-#define EV_VLAN 2u    /* vlan_tci/vlan_proto were in the skb's metadata */
+#define EV_VLAN	   2u /* vlan_tci/vlan_proto were in the skb's metadata */
 
 /* Head of each event; the frame's bytes follow. Host byte order. */
 struct colo_event {
@@ -105,8 +105,8 @@ struct colo_event {
 	__u16 gso_size;
 	__u16 vlan_tci;
 	__u16 vlan_proto; /* network byte order, as the kernel keeps it */
-	__u8 source;      /* enum colo_source */
-	__u8 flags;       /* EV_* */
+	__u8 source;	  /* enum colo_source */
+	__u8 flags;	  /* EV_* */
 };
 
 struct colo_count {
@@ -126,11 +126,11 @@ struct colo_flow_key {
 
 /* Bits of colo_flow.have: what the guest's segments have told. */
 #define FLOW_HAVE_ISN_S 2u /* the SVM's ISN is known */
-#define FLOW_HAVE_TS_S 8u
-#define FLOW_FIN_GUEST 16u /* fin_guest is set */
+#define FLOW_HAVE_TS_S	8u
+#define FLOW_FIN_GUEST	16u /* fin_guest is set */
 /* Bits of colo_flow.have_client: what the client's segments have told. */
 #define FLOW_HAVE_ISN_P 1u /* the PVM's ISN is known */
-#define FLOW_HAVE_TS_P 4u
+#define FLOW_HAVE_TS_P	4u
 #define FLOW_FIN_CLIENT 32u /* fin_client is set */
 #define FLOW_HAVE_ISN_C 64u /* the client's ISN is known */
 
@@ -145,8 +145,8 @@ struct colo_flow {
 	__u32 ts_s;
 	__u32 fin_guest;  /* sequence number after the guest's FIN, the SVM's space */
 	__u32 fin_client; /* sequence number after the client's FIN */
-	__u8 state;       /* enum colo_tcp_state */
-	__u8 have;        /* FLOW_*, written by the guest's side only; see bpf/flow.h */
+	__u8 state;	  /* enum colo_tcp_state */
+	__u8 have;	  /* FLOW_*, written by the guest's side only; see bpf/flow.h */
 	__u8 have_client; /* FLOW_*, written by the client's side only */
 	__u8 pad;
 	__u32 isn_c; /* the client's ISN: tells a repeated SYN from another connection */
@@ -173,7 +173,7 @@ enum colo_tcp_state {
 enum colo_tcp_event {
 	EV_CLIENT_SYN = 0,
 	EV_CLIENT_SYNACK = 1,
-	EV_CLIENT_ACK = 2,     /* any other segment of the client that carries an ACK */
+	EV_CLIENT_ACK = 2, /* any other segment of the client that carries an ACK */
 	EV_CLIENT_FIN = 3,
 	EV_CLIENT_FIN_ACK = 4, /* FIN that also acks the guest's FIN */
 	EV_CLIENT_ACK_FIN = 5, /* acks the guest's FIN */

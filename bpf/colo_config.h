@@ -14,7 +14,8 @@
 #endif
 
 #ifndef COLO_MAX_CPUS
-#define COLO_MAX_CPUS 64 /* scratch frames of 64 KiB each; more CPUs than this: events fail, counted */
+#define COLO_MAX_CPUS                                                                              \
+	64 /* scratch frames of 64 KiB each; more CPUs than this: events fail, counted */
 #endif
 
 /* Largest frame that can be handed to user space: a 64 KiB GSO frame with its headers. */
@@ -29,7 +30,8 @@
 #endif
 
 #ifndef COLO_TCP_OPTIONS
-#define COLO_TCP_OPTIONS 12 /* TCP options looked at: 40 bytes hold no more useful ones; 5 ns each */
+#define COLO_TCP_OPTIONS                                                                           \
+	12 /* TCP options looked at: 40 bytes hold no more useful ones; 5 ns each */
 #endif
 
 #endif

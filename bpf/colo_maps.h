@@ -13,7 +13,7 @@
 BPF_TABLE_PINNED("array", u32, u64, config, CFG_MAX, PIN_DIR "/config");
 
 /* key: prog * R_MAX + reason. Writer: the program. Reader: controller, at scrape. */
-BPF_TABLE_PINNED("percpu_array", u32, struct colo_count, counters, PROG_MAX * R_MAX,
+BPF_TABLE_PINNED("percpu_array", u32, struct colo_count, counters, PROG_MAX *R_MAX,
 		 PIN_DIR "/counters");
 
 static __always_inline u64 cfg(u32 slot)

@@ -38,7 +38,7 @@ static __always_inline u32 csum_fold32(u64 sum)
 /* What bpf_l4_csum_replace() makes of a full checksum, to the bit (csum_replace_by_diff). */
 static __always_inline __sum16 csum_apply(__sum16 check, u32 diff)
 {
-	u64 sum = (u64)diff + (u32)~(u32)check;
+	u64 sum = (u64)diff + (u32) ~(u32)check;
 
 	sum = csum_fold32(sum);
 	sum = (sum & 0xFFFF) + (sum >> 16);

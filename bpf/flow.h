@@ -69,7 +69,7 @@ BPF_TABLE_PINNED("hash", struct colo_flow_key, struct colo_flow, flows, COLO_MAX
 
 /* key: state * EV_TCP_MAX + event, value: next state. Writer: controller, once, from the table
  * in colo_xdp/tcp_state.py. */
-BPF_TABLE_PINNED("array", u32, u32, transitions, TCP_STATES * EV_TCP_MAX, PIN_DIR "/transitions");
+BPF_TABLE_PINNED("array", u32, u32, transitions, TCP_STATES *EV_TCP_MAX, PIN_DIR "/transitions");
 
 /* seen_ns is renewed only when older than this: the value's cache line is shared by two CPUs. */
 #define SEEN_STEP_NS 1000000000ULL
@@ -119,8 +119,7 @@ static __always_inline void flow_learn_client(struct colo_flow *n, const struct 
 		learn = (n->have & FLOW_HAVE_ISN_S) &&
 			(!(n->have_client & FLOW_HAVE_ISN_C) || n->isn_c == p->seq);
 	else
-		learn = (n->have_client & FLOW_HAVE_ISN_C) &&
-			p->seq - n->isn_c - 1 <= LEARN_WINDOW;
+		learn = (n->have_client & FLOW_HAVE_ISN_C) && p->seq - n->isn_c - 1 <= LEARN_WINDOW;
 	if (!learn)
 		return;
 	n->isn_p = p->ack - 1;

@@ -49,10 +49,10 @@ struct pkt {
 	__be16 ethertype; /* behind all tags */
 	__u8 l4_proto;	  /* PROTO_*, also of a fragment; 0: not IP (or PROTO_HOPOPTS) */
 	__u8 is_v6;
-	__u8 frag;  /* any fragment, first and atomic ones too: never translated */
+	__u8 frag;   /* any fragment, first and atomic ones too: never translated */
 	__u8 is_tcp; /* whole TCP header is there: the TCP fields hold */
-	__u8 flags; /* TCP_*, the 14th byte of the TCP header */
-	__u8 doff;  /* TCP: bytes of the header, 20 to 60, all within the linear part */
+	__u8 flags;  /* TCP_*, the 14th byte of the TCP header */
+	__u8 doff;   /* TCP: bytes of the header, 20 to 60, all within the linear part */
 };
 
 /* LLVM folds range tests away that the verifier needs; it cannot fold this. Changes no value. */
@@ -73,8 +73,8 @@ static __always_inline int parse_short(u64 need, u64 len)
  * verifier forget by which of some fifty paths (tags, extension headers) it was
  * reached; else it would walk all that follows once for each.
  */
-static __always_inline int parse_frame(void *data, void *end, u64 len, u32 tags, u32 vlan,
-				       u64 zero, struct pkt *p)
+static __always_inline int parse_frame(void *data, void *end, u64 len, u32 tags, u32 vlan, u64 zero,
+				       struct pkt *p)
 {
 	u64 off = 14, stop = 0, doff;
 	u8 proto = 0, *h = data, frag = 0;
@@ -146,8 +146,7 @@ static __always_inline int parse_frame(void *data, void *end, u64 len, u32 tags,
 			proto = h[0];
 			off += ((u64)h[1] + 1) * 8;
 		}
-		if (proto == PROTO_HOPOPTS || proto == PROTO_ROUTING ||
-		    proto == PROTO_DSTOPTS)
+		if (proto == PROTO_HOPOPTS || proto == PROTO_ROUTING || proto == PROTO_DSTOPTS)
 			return PARSE_BAD;
 		frag = proto == PROTO_FRAGMENT;
 		if (frag) {

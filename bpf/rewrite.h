@@ -40,8 +40,8 @@ static __always_inline void move_word(void *data, void *end, const struct pkt *p
  * Tracks and translates. Returns R_REWRITTEN with the checksum's change in
  * *diff; `same` if nothing had to move; or R_FLOW_TABLE_FULL, also unmoved.
  */
-static __always_inline u32 rewrite(void *data, void *end, const struct pkt *p, int to_svm,
-				   u64 mode, u32 epoch, u32 same, u32 *diff)
+static __always_inline u32 rewrite(void *data, void *end, const struct pkt *p, int to_svm, u64 mode,
+				   u32 epoch, u32 same, u32 *diff)
 {
 	struct tcp_opts o = {};
 	struct tcp_ts ts = {};

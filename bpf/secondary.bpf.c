@@ -156,7 +156,8 @@ int svm_out(struct __sk_buff *skb)
 		int takeover = mode == MODE_TAKEOVER;
 
 		if (takeover && skb->mark == COLO_MARK)
-			reason = R_RELEASED; /* the controller's own, or translated by svm_forward */
+			reason =
+				R_RELEASED; /* the controller's own, or translated by svm_forward */
 		else
 			reason = OUT_TRANSLATED ? R_REDIRECTED : translate(skb, 0, mode, epoch);
 		if (!takeover) {

@@ -53,6 +53,8 @@ class Controller:
         self.peer_state = ""
         self.peer_epoch = 0
         self.checkpoint_overdue = False
+        self.stood_down = False  # shut in because the primary asked
+        self.spoke_alone = False  # this host's guest has spoken without the other's twin
         self.qemu_info: QemuInfo | None = None
         self.qemu_status = ""
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -206,17 +208,26 @@ class Controller:
         kind = msg["type"]
         if kind == "beat":
             self.peer_state, self.peer_epoch = msg["state"], msg["epoch"]
-            if msg["shut"]:  # its data path drops everything: certain silence, alive or not
-                self.peer_vm_gone = True
+            if msg["shut"]:
+                self._peer_shut(msg["alone"])
             if msg["echo"]:
                 self.peer.rtt_ns = max(0, time.monotonic_ns() - msg["echo"])
             self._peer_t = msg["t"]
         elif kind == "gone":
-            self.peer_vm_gone = True
+            self._peer_shut(msg["alone"])
         self.on_message(msg)
         self._decide()
 
     _peer_t = 0
+
+    def _peer_shut(self, was_alone: bool) -> None:
+        """The peer's data path drops everything: certain silence, its guest alive or not."""
+        self.peer_vm_gone = True
+        if self.stood_down and not was_alone and not self.vm_gone:
+            # It asked us to stand down and then died itself, without having spoken alone: what
+            # this side had when it was asked is still all that any client knows.
+            self.stood_down = False
+            self.become(State.DEGRADED, "the peer is gone and has never spoken alone")
 
     def _beat(self) -> None:
         self.peer.send(
@@ -227,6 +238,7 @@ class Controller:
             epoch=self.dp.epoch,
             vm=not self.vm_gone,
             shut=self.state is State.STOPPED and self.dp.mode is Mode.DROP,
+            alone=self.spoke_alone,
         )
         self._peer_t = 0
 
@@ -239,6 +251,7 @@ class Controller:
             role=self.role,
             state=self.shown_state(),
             own_vm_alive=not self.vm_gone,
+            own_qmp=self.qmp.connected,
             peer_connected=self.peer.connected,
             peer_silent_ms=self.peer.silent_ms(),
             heartbeat_timeout_ms=self.config.peer.heartbeat_timeout,

@@ -13,7 +13,8 @@ from collections import deque
 from .flow import FlowKey, describe_datagram
 from .packet import Packet, datagram_body
 from .reasons import Cause
-from .stream import Held, Host, Record
+from .record import Record
+from .stream import Held, Host
 
 _CONTEXT = 32
 

@@ -57,6 +57,7 @@ class Facts:
     role: Role
     state: State
     own_vm_alive: bool
+    own_qmp: bool  # QMP answers: without it nobody knows whether this host's guest lives
     peer_connected: bool  # control channel up
     peer_silent_ms: float  # since the last word from the peer's controller
     heartbeat_timeout_ms: float
@@ -161,7 +162,10 @@ _ROWS: tuple[_Row, ...] = (
     ),
     (
         lambda f: (
-            f.role is Role.PRIMARY and f.peer_connected and (f.checkpoint_overdue or f.colo_exit)
+            f.role is Role.PRIMARY
+            and f.own_qmp
+            and f.peer_connected
+            and (f.checkpoint_overdue or f.colo_exit)
         ),
         Action.ASK_SHUT,
         "QEMU's COLO channel is lost or its checkpoint hangs while both controllers live: "

@@ -99,7 +99,6 @@ class Primary(Controller):
         self.last_checkpoint: dict[str, Any] = {}
         self.waits = [0] * (len(WAIT_BUCKETS) + 1)
         self.wait_sum = 0.0
-        self._alone = False
         if datapath.adopted and datapath.mode in (Mode.RUN, Mode.CHECKPOINT):
             # A former controller held frames that are lost with it; only a checkpoint
             # makes both sides equal again. Until then nothing is decided.
@@ -115,11 +114,11 @@ class Primary(Controller):
     def on_event(self, event: Event) -> None:
         rec = Record(event.frame, event.ts_ns, event.gso_size, event.partial)
         if event.source == abi.Source.PVM:
-            if self._alone:
+            if self.spoke_alone:
                 self._release(rec)
             elif self.state is not State.STOPPED:
                 self.engine.from_pvm(rec, time.monotonic_ns())
-        elif not self._alone:
+        elif not self.spoke_alone:
             self.engine.from_svm(rec, event.epoch, time.monotonic_ns())
 
     def on_batch(self) -> None:
@@ -375,7 +374,7 @@ class Primary(Controller):
             if self._guard is not None:
                 self._guard.cancel()
             self.become(State.STOPPED, why)
-            self.peer.send("gone", why=why)
+            self.peer.send("gone", why=why, alone=self.spoke_alone)
         elif action is Action.ASK_SHUT:
             self.become(State.DEGRADED, why)
             self.peer.send("solo", why=why)
@@ -390,7 +389,7 @@ class Primary(Controller):
             self._guard.cancel()
         self.peer.send("solo", why=why)
         self._drain()
-        self._alone = True
+        self.spoke_alone = True
         released = self.engine.release_all()
         self.dp.mode = Mode.BYPASS
         self._drain()

@@ -129,8 +129,9 @@ class Secondary(Controller):
             # The primary speaks alone, or wants to: shut the SVM in, and say so.
             self.dp.mode = Mode.DROP
             self._hold = None
+            self.stood_down = not self.vm_gone
             self.become(State.STOPPED, f"stood down for the primary: {msg['why']}")
-            self.peer.send("gone", why="the secondary has shut its data path")
+            self.peer.send("gone", why="the secondary has shut its data path", alone=False)
 
     def _on_begin(self, n: int, initial: bool) -> None:
         why = ""
@@ -230,7 +231,7 @@ class Secondary(Controller):
         elif action is Action.STOP:
             self.dp.mode = Mode.DROP
             self.become(State.STOPPED, why)
-            self.peer.send("gone", why=why)
+            self.peer.send("gone", why=why, alone=self.spoke_alone)
 
     async def _take_over(self, why: str) -> None:
         """The peer is certain to be silent. Idempotent: each step may have been done before."""
@@ -257,6 +258,7 @@ class Secondary(Controller):
             return
         self._drain()
         hold, self._hold = self._hold, None
+        self.spoke_alone = True
         self.dp.mode = Mode.TAKEOVER
         self.become(State.TAKEN_OVER, why)
         await asyncio.to_thread(self.dp.open_network)

@@ -17,7 +17,15 @@ MESSAGES: dict[str, dict[str, type]] = {
     # first word of both sides
     "hello": {"v": int, "pair": str, "role": str, "boot": str, "abi": int},
     # heartbeat; `echo` is the peer's `t` sent back, for the round trip
-    "beat": {"t": int, "echo": int, "state": str, "epoch": int, "vm": bool, "shut": bool},
+    "beat": {
+        "t": int,
+        "echo": int,
+        "state": str,
+        "epoch": int,
+        "vm": bool,
+        "shut": bool,
+        "alone": bool,
+    },
     # S: QEMU waits for the migration and the data path is ready
     "ready": {"epoch": int},
     # P: a checkpoint to epoch n begins: hold everything
@@ -28,9 +36,9 @@ MESSAGES: dict[str, dict[str, type]] = {
     "done": {"n": int, "pause_us": int},
     # either: the checkpoint did not happen
     "failed": {"n": int, "why": str},
-    # either: my QEMU is dead and my data path is shut
-    "gone": {"why": str},
-    # P: it speaks alone from now on
+    # either: my data path is shut; `alone`: my guest has spoken alone before
+    "gone": {"why": str, "alone": bool},
+    # P: shut your guest in, mine speaks alone from now on or wants to
     "solo": {"why": str},
     # S: it speaks for the guest from now on
     "taken": {"why": str},

@@ -208,7 +208,8 @@ class LineStream:
                 while not self._stop.is_set():
                     line = f.readline()
                     if not line:
-                        self.dead = "closed by the guest"
+                        if not self._stop.is_set():
+                            self.dead = "closed by the guest"
                         return
                     self.lines += 1
                     self.times.append(time.time())

@@ -122,7 +122,7 @@ def _initrd(root: Path, out: Path) -> None:
         raise LabError("busybox is missing: install busybox-static")
     with tempfile.TemporaryDirectory() as tmp:
         d = Path(tmp)
-        for sub in ("bin", "dev", "proc", "sys", "tmp", "modules", "www/cgi-bin"):
+        for sub in ("bin", "dev", "proc", "sys", "tmp", "modules", "www/cgi-bin", "etc"):
             (d / sub).mkdir(parents=True)
         shutil.copy(busybox, d / "bin/busybox")
         source = Path(__file__).with_name("udpecho.c")
@@ -132,6 +132,9 @@ def _initrd(root: Path, out: Path) -> None:
             if not found:
                 raise LabError(f"the kernel package has no module {m}")
             shutil.copy(found[0], d / "modules")
+        # Without these the resolver of a static busybox crashes, even for plain addresses.
+        (d / "etc/resolv.conf").write_text("nameserver 10.9.0.1\n")
+        (d / "etc/hosts").write_text("127.0.0.1 localhost\n")
         for name in ("index.html", "f100k", "f1m", "big"):
             (d / "www" / name).write_bytes(content(name))
         scripts = (

@@ -23,7 +23,7 @@ nc -ll -p 1234 -e sh -c 'i=0; while :; do i=$((i+1)); echo "line $i"; usleep 500
 udpecho &                                                       # UDP echo on 7
 # The secrets behind sequence numbers and timestamps are made at first use. Used before
 # the guest is copied, both copies have the same ones.
-nc -w 1 10.9.0.2 7 < /dev/null
-nc -w 1 fd09::2 7 < /dev/null
+wget -q -O /dev/null http://10.9.0.2/index.html
+wget -q -O /dev/null "http://[fd09::2]/index.html"
 echo GUEST-READY
 exec sh < /dev/console > /dev/console 2>&1

@@ -220,7 +220,7 @@ def compare(kernel: Kernel, out_prog: str, seed: int, frames: int) -> Counter[st
     for name, before in progs.items():
         now = kernel.counts(abi.Prog[name.upper()])
         assert {k: v - before[k] for k, v in now.items() if v != before[k]} == reasons[name]
-    assert {k: kernel.flow(k) for k in kernel.flow_map.keys()} == model.flows
+    assert {k: kernel.flow(k) for k in list(kernel.flow_map.keys())} == model.flows
     print(seen)
     return seen
 

@@ -14,6 +14,7 @@ CALM = Facts(
     role=Role.SECONDARY,
     state=State.PROTECTED,
     own_vm_alive=True,
+    own_qmp=True,
     peer_connected=True,
     peer_silent_ms=5,
     heartbeat_timeout_ms=1000,
@@ -55,6 +56,7 @@ ROWS = [
     ({"state": State.DEGRADED}, Action.NONE, ""),
     ({"checkpoint_overdue": True, **P}, Action.ASK_SHUT, "stand down"),
     ({"colo_exit": True, **P}, Action.ASK_SHUT, "stand down"),
+    ({"checkpoint_overdue": True, "own_qmp": False, **P}, Action.DEGRADE, "still answers"),
     ({"colo_exit": True}, Action.DEGRADE, "still answers"),
     ({"state": State.SOLO, **DEAD, **P}, Action.NONE, "decided before"),
     ({"state": State.TAKEN_OVER, "operator": True}, Action.NONE, "decided before"),
@@ -77,6 +79,7 @@ def test_nobody_speaks_alone_on_a_timer() -> None:
         role,
         state,
         own,
+        qmp,
         conn,
         silent,
         gone,
@@ -91,6 +94,7 @@ def test_nobody_speaks_alone_on_a_timer() -> None:
         State,
         bools,
         bools,
+        bools,
         (5.0, 5000.0),
         bools,
         bools,
@@ -100,7 +104,9 @@ def test_nobody_speaks_alone_on_a_timer() -> None:
         bools,
         bools,
     ):
-        f = Facts(role, state, own, conn, silent, 1000, gone, colo, auto, fence, result, op, late)
+        f = Facts(
+            role, state, own, qmp, conn, silent, 1000, gone, colo, auto, fence, result, op, late
+        )
         a = decide(f).action
         if a in (Action.TAKE_OVER, Action.GO_SOLO):
             assert own
@@ -111,3 +117,5 @@ def test_nobody_speaks_alone_on_a_timer() -> None:
             assert fence and result is None and (op or auto)
         if a in (Action.REARM, Action.ASK_SHUT):
             assert role is Role.PRIMARY and conn
+        if a is Action.ASK_SHUT:
+            assert qmp, "a host that does not know whether its guest lives asks nobody to be silent"

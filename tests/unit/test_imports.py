@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Pure core, thin edges: who may import what."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[2] / "colo_xdp"
+PURE = (
+    "_seq", "abi", "compare", "config", "datagram", "failover", "flow", "packet", "reasons",
+    "record", "rewrite", "segment", "status", "stream", "tcp_state", "wire",
+)  # fmt: skip
+EDGES = {
+    "bcc": "loader",
+    "pyroute2": "attach",
+    "qemu": "qmp",
+    "prometheus_client": "metrics",
+    "typer": "cli",
+}
+IMPURE_STDLIB = {"socket", "asyncio", "subprocess", "time", "threading", "os", "ctypes", "select"}
+
+
+def imports(path: Path) -> tuple[set[str], set[str]]:
+    """Top-level names of absolute imports, and names of modules of ours."""
+    absolute: set[str] = set()
+    ours: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            absolute |= {a.name.split(".")[0] for a in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            if node.level == 0:
+                absolute.add((node.module or "").split(".")[0])
+            elif node.module:
+                ours.add(node.module.split(".")[0])
+            else:
+                ours |= {a.name for a in node.names}
+    return absolute, ours
+
+
+@pytest.mark.parametrize("name", PURE)
+def test_pure_modules_import_the_standard_library_and_each_other(name: str) -> None:
+    absolute, ours = imports(PACKAGE / f"{name}.py")
+    assert absolute <= set(sys.stdlib_module_names)
+    assert not absolute & IMPURE_STDLIB
+    assert ours <= set(PURE), ours - set(PURE)
+
+
+@pytest.mark.parametrize(("library", "module"), EDGES.items())
+def test_each_library_has_one_importer(library: str, module: str) -> None:
+    found = {p.stem for p in PACKAGE.rglob("*.py") if library in imports(p)[0]}
+    assert found == {module}
+
+
+def test_the_product_does_not_import_the_lab() -> None:
+    for p in PACKAGE.glob("*.py"):
+        if p.stem != "cli":  # its demo command, lazily
+            assert "lab" not in imports(p)[1], p

@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Metrics from the status document, over real HTTP."""
+
+from __future__ import annotations
+
+import json
+import re
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from colo_xdp import abi, metrics
+from colo_xdp.failover import State
+from colo_xdp.reasons import Cause
+from colo_xdp.status import WAIT_BUCKETS, empty
+
+DEPLOY = Path(__file__).parents[2] / "deploy"
+
+
+class Source:
+    def __init__(self) -> None:
+        self.doc: dict[str, Any] = empty("web1", "primary").to_json()
+        self.broken = False
+
+    def __call__(self) -> dict[str, Any]:
+        if self.broken:
+            raise TimeoutError("the loop does not answer")
+        return self.doc
+
+
+@pytest.fixture
+def served() -> Iterator[tuple[Source, str]]:
+    source = Source()
+    server = metrics.start("127.0.0.1:0", source)
+    yield source, f"http://127.0.0.1:{server.port}"
+    server.close()
+
+
+def get(url: str) -> tuple[int, str]:
+    try:
+        with urllib.request.urlopen(url, timeout=5) as r:
+            return r.status, r.read().decode()
+    except urllib.error.HTTPError as e:
+        return e.code, e.read().decode()
+
+
+def value(text: str, line: str) -> float:
+    found = [x for x in text.splitlines() if x.startswith(line + " ")]
+    assert len(found) == 1, line
+    return float(found[0].split()[-1])
+
+
+def test_everything_is_there_from_the_first_scrape(served: tuple[Source, str]) -> None:
+    _, url = served
+    code, text = get(url + "/metrics")
+    assert code == 200
+    base = 'pair="web1",role="primary"'
+    for prog in abi.PROGRAMS:
+        for reason in abi.REASONS:
+            labels = f'pair="web1",program="{prog}",reason="{reason}",role="primary"'
+            assert value(text, f"colo_xdp_packets_total{{{labels}}}") == 0
+    for cause in Cause:
+        assert value(text, f'colo_xdp_checkpoints_total{{cause="{cause}",{base}}}') == 0
+        assert value(text, f'colo_xdp_mismatches_total{{cause="{cause}",{base}}}') == 0
+    for state in State:
+        want = float(state is State.STARTING)
+        assert value(text, f'colo_xdp_state{{{base},state="{state}"}}') == want
+    for name, (kind, _, _) in metrics.METRICS.items():
+        assert f"# TYPE colo_xdp_{name}" in text, (name, kind)
+
+
+def test_numbers_are_the_documents(served: tuple[Source, str]) -> None:
+    source, url = served
+    source.doc["held"] = {"packets": 3, "bytes": 4000, "limit": 1024}
+    source.doc["checkpoints"]["by_cause"]["operator"] = 7
+    source.doc["wait"]["buckets"][0] = 5
+    source.doc["wait"]["buckets"][-1] = 2
+    source.doc["wait"]["sum"] = 42.5
+    source.doc["peer"]["silent_ms"] = 250.0
+    text = get(url + "/metrics")[1]
+    base = 'pair="web1",role="primary"'
+    assert value(text, f"colo_xdp_held_packets{{{base}}}") == 3
+    assert value(text, f'colo_xdp_checkpoints_total{{cause="operator",{base}}}') == 7
+    first = f"{WAIT_BUCKETS[0]:g}"
+    assert value(text, f'colo_xdp_wait_seconds_bucket{{le="{first}",{base}}}') == 5
+    assert value(text, f'colo_xdp_wait_seconds_bucket{{le="+Inf",{base}}}') == 7
+    assert value(text, f"colo_xdp_wait_seconds_sum{{{base}}}") == 42.5
+    assert value(text, f"colo_xdp_peer_silent_seconds{{{base}}}") == 0.25
+
+
+def test_a_controller_that_does_not_answer_is_counted(served: tuple[Source, str]) -> None:
+    source, url = served
+    source.broken = True
+    code, text = get(url + "/metrics")
+    assert code == 200 and "colo_xdp_scrape_errors_total" in text
+    assert re.search(r"colo_xdp_scrape_errors_total\{.*\} 1.0", text)
+    assert get(url + "/readyz")[0] == 503
+
+
+@pytest.mark.parametrize(
+    ("role", "state", "ready", "primary", "secondary"),
+    [
+        ("primary", "protected", 200, 200, 503),
+        ("primary", "solo", 503, 200, 503),
+        ("primary", "stopped", 503, 503, 503),
+        ("secondary", "protected", 200, 503, 200),
+        ("secondary", "taken-over", 503, 200, 503),
+        ("secondary", "starting", 503, 503, 503),
+    ],
+)
+def test_health(
+    served: tuple[Source, str], role: str, state: str, ready: int, primary: int, secondary: int
+) -> None:
+    source, url = served
+    source.doc.update(role=role, state=state, reason="because")
+    assert get(url + "/healthz") == (200, f"{role} {state}: because\n")
+    got = tuple(get(url + p)[0] for p in ("/readyz", "/primary", "/secondary"))
+    assert got == (ready, primary, secondary)
+    assert json.loads(get(url + "/status.json")[1])["state"] == state
+    assert get(url + "/else")[0] == 404
+
+
+def test_dashboard_and_alerts_name_only_metrics_that_exist() -> None:
+    suffix = {"counter": ("_total",), "gauge": ("",), "histogram": ("_bucket", "_sum", "_count")}
+    known = {
+        f"colo_xdp_{n}{s}" for n, (kind, _, _) in metrics.METRICS.items() for s in suffix[kind]
+    }
+    for path in (DEPLOY / "grafana/colo-xdp.json", DEPLOY / "prometheus/alerts.yml"):
+        used = set(re.findall(r"colo_xdp_\w+", path.read_text()))
+        assert len(used) > 8
+        assert used <= known, used - known
