@@ -13,11 +13,8 @@ The rules are I1 (bytes), I2 (acks) and I3 (flags) of the design:
 A verified byte moves from `chunks` to `hist` at once, so that no byte is compared
 twice however the two guests cut their segments; retransmissions are then compared
 with `hist`. Held frames leave in the order they came.
-
-The client is promised no more window than both guests have offered (`edge`): what it
-sent beyond the SVM's window the SVM would drop, the PVM would ack, and nobody would
-send it again. So a frame leaves with the smaller window, and when the SVM's grows
-the client is told by a bare ACK. QEMU's net/colo-compare.c
+ Their windows
+are what `window.py` says. QEMU's net/colo-compare.c
 compares neither flags nor bytes below its position.
 """
 
@@ -33,15 +30,14 @@ from .flow import FlowKey, describe_tcp
 from .packet import ACK, FIN, RST, SYN, Packet, tcp_options
 from .reasons import Cause
 from .record import Record
-from .segment import bare_ack, split, window, with_window
+from .segment import split
+from .window import WindowGate
 
 _FLAGS = FIN | SYN | RST
 _CONTEXT = 32
 _MAX_RSTS = 16
 #: how long a verified part of a frame that is smaller than a segment waits for the rest
 PART_NS = 5_000_000
-#: the client is told of a window that has grown by so many bytes since the last frame it got
-_UPDATE = 4 * 1448
 
 
 #: a frame that waits: record, parsed, CLOCK_MONOTONIC ns from which its timeout runs
@@ -107,12 +103,10 @@ class Stream:
 
     __slots__ = (
         "_head_ok",
-        "advertised",
         "asked",
         "base",
         "chunks",
         "committed_ack",
-        "edge",
         "epoch",
         "fin_done",
         "held",
@@ -124,14 +118,11 @@ class Stream:
         "last",
         "ooo",
         "origin",
-        "p_edge",
         "rst_done",
         "sack",
         "send",
         "sfin",
         "sfin_at",
-        "shift",
-        "shrunk",
         "srst",
         "srst_at",
         "ssyn",
@@ -139,6 +130,7 @@ class Stream:
         "unverifiable",
         "ver",
         "when",
+        "windows",
     )
 
     def __init__(self, host: Host, key: FlowKey, epoch: int) -> None:
@@ -151,11 +143,7 @@ class Stream:
         self.committed_ack: int | None = None
         self.fin_done: int | None = None  # place of the FIN that was released
         self.rst_done: set[tuple[bool, int]] = set()
-        self.shift: int | None = None  # window scale of the guest; unknown: windows pass
-        self.p_edge: int | None = None  # right edge of the window that the PVM has offered
-        self.edge: int | None = None  # as far as the SVM honours it
-        self.advertised: int | None = None  # as the client has been told
-        self.shrunk: tuple[Record, Packet] | None = None  # the last frame, if its window was cut
+        self.windows = WindowGate()
         self.hist = bytearray()
         self.hist_cap = 0  # as far as the engine has accounted for it
         # of the PVM, not yet released
@@ -192,7 +180,7 @@ class Stream:
     def new_epoch(self, epoch: int) -> None:
         """Forget what the SVM of the old epoch said (I7). The engine resets its own counts."""
         self.epoch = epoch
-        self.edge = self.p_edge  # the SVM is a copy of a PVM that had offered this
+        self.windows.new_epoch()
         self.asked = self.stuck = False
         self.unverifiable = False
         self._head_ok = None
@@ -325,38 +313,10 @@ class Stream:
 
     def _emit(self, rec: Record, p: Packet, now_ns: int) -> None:
         """Release a frame, with no more window than the SVM honours."""
-        shift = self.shift
-        if shift is not None and p.flags & (ACK | SYN | RST) == ACK:
-            offered = (p.ack + (window(p) << shift)) & MASK
-            self.p_edge = later(self.p_edge, offered)
-            self.shrunk = None
-            edge = self.edge
-            if edge is not None and (over := diff(offered, edge)) > 0:
-                allowed = max(0, diff(edge, p.ack)) >> shift
-                if allowed < window(p):
-                    self.shrunk = (rec, p)
-                    rec = with_window(rec, p, allowed)
-                    offered = (offered - over) & MASK
-                    self.host.count("window_shrunk")
-            self.advertised = later(self.advertised, offered)
+        rec, cut = self.windows.limit(rec, p)
+        if cut:
+            self.host.count("window_shrunk")
         self.host.emit(rec, now_ns)
-
-    def _grow(self, now_ns: int) -> None:
-        """The SVM's window has grown: tell a client that was told less than the PVM offered."""
-        if self.shrunk is None or self.edge is None or self.advertised is None or self.held:
-            return
-        rec, p = self.shrunk
-        assert self.shift is not None
-        told = diff(self.advertised, p.ack)
-        if diff(self.edge, self.advertised) < (_UPDATE if told > _UPDATE else 1448):
-            return
-        value = min(window(p), diff(self.edge, p.ack) >> self.shift)
-        self.advertised = (p.ack + (value << self.shift)) & MASK
-        if value == window(p):
-            self.shrunk = None
-        seq = self.base if self.base is not None else p.seq
-        self.host.count("window_updates")
-        self.host.emit(bare_ack(rec, p, seq, value), now_ns)
 
     def release_part(self, now_ns: int, whole_segments: bool) -> bool:
         """Let the verified part of a head that waits for its rest leave as a frame of its own.
@@ -581,8 +541,7 @@ class Stream:
             assert self.ssyn is not None
             self.ssyn.twin = True
         self.isn = p.seq
-        self.shift = tcp_options(p).wscale or 0
-        self.p_edge = self.edge = self.advertised = self.shrunk = None
+        self.windows.open(p)
         self.origin = (p.seq + 1) & MASK
         self.committed_ack = self.fin_done = None
         self.rst_done.clear()
@@ -623,12 +582,7 @@ class Stream:
             return
         n = p.end - p.off
         e = (p.seq + n) & MASK
-        if self.shift is not None and flags & (ACK | SYN) == ACK:
-            offered = (p.ack + (window(p) << self.shift)) & MASK
-            self.p_edge = later(self.p_edge, offered)
-            self.edge = later(self.edge, offered)
-            self.advertised = later(self.advertised, offered)
-            self.shrunk = None
+        self.windows.commit(p)
         if flags & SYN:
             if self.isn != p.seq:
                 if self.ssyn is not None:
@@ -688,18 +642,16 @@ class Stream:
                 a = self.sack
                 if a is None or 0 < (p.ack - a) & MASK < HALF:
                     self.sack = p.ack
-                if self.shift is not None:
-                    edge = (p.ack + (window(p) << self.shift)) & MASK
-                    if self.edge is None or 0 < (edge - self.edge) & MASK < HALF:
-                        self.edge = edge
+                self.windows.svm(p)
             if p.off != p.end:
                 self._svm_data(p, now_ns)
             if flags & FIN:
                 self._svm_fin((p.seq + p.end - p.off) & MASK, now_ns)
         if self.held:
             self.pump(now_ns)
-        if self.shrunk is not None:
-            self._grow(now_ns)
+        if not self.held and (update := self.windows.update(self.base)) is not None:
+            self.host.count("window_updates")
+            self.host.emit(update, now_ns)
         if not self.when and (self.chunks or self.ooo or flags & _FLAGS):
             self.host.arm(self, now_ns + self.host.timeout_ns)
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 import struct
 import subprocess
 from pathlib import Path
@@ -19,6 +20,7 @@ class Capture:
         self, procs: Processes, ns: str, dev: str, path: Path, direction: str = "inout"
     ) -> None:
         self.path = path
+        self.dropped = 0  # after stop(): frames that tcpdump was too slow for; no witness then
         self._log = path.with_suffix(".log")
         self._log.unlink(missing_ok=True)
         path.unlink(missing_ok=True)
@@ -31,6 +33,8 @@ class Capture:
         """(time, first 128 bytes) of each frame."""
         stop_process(self._p)
         self._p = None
+        m = re.search(r"(\d+) packets? dropped by kernel", self._log.read_text())
+        self.dropped = int(m[1]) if m else 0
         raw = self.path.read_bytes()
         out, at = [], 24
         while at + 16 <= len(raw):

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import random
 import re
@@ -220,6 +221,7 @@ class LineStream:
 
     def stop(self) -> None:
         self._stop.set()
-        self._socket.shutdown(socket.SHUT_RDWR)
+        with contextlib.suppress(OSError):  # the guest's end may be gone
+            self._socket.shutdown(socket.SHUT_RDWR)
         self._thread.join(TIMEOUT_S)
         self._socket.close()

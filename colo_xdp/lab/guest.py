@@ -100,7 +100,7 @@ def _arch() -> str:
     return sh("dpkg", "--print-architecture").strip()
 
 
-def _unpack_kernel(build: Path) -> Path:
+def _unpack_kernel(build: Path, fresh: bool = False) -> Path:
     package = _kernel_package()
     root = build / package
     if (root / "boot").is_dir() and list((root / "boot").glob("vmlinuz-*")):
@@ -111,8 +111,14 @@ def _unpack_kernel(build: Path) -> Path:
         )
         debs = list(Path(tmp).glob("*.deb"))
         if r.returncode or not debs:
-            raise LabError(f"apt-get download {package}: {r.stdout}{r.stderr}".strip())
-        sh("dpkg-deb", "-x", str(debs[0]), str(root))
+            if fresh:
+                raise LabError(f"apt-get download {package}: {r.stdout}{r.stderr}".strip())
+            sh("apt-get", "update")  # an old list names versions that are no longer there
+            return _unpack_kernel(build, fresh=True)
+        part = Path(tmp) / "root"
+        sh("dpkg-deb", "-x", str(debs[0]), str(part))
+        shutil.rmtree(root, ignore_errors=True)
+        part.rename(root)  # whole, or not there
     return root
 
 

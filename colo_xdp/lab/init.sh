@@ -10,6 +10,7 @@ for m in virtio_ring virtio virtio_pci_modern_dev virtio_pci_legacy_dev virtio_p
 done
 echo 0 > /proc/sys/net/ipv6/conf/all/accept_dad
 echo 0 > /proc/sys/net/ipv6/conf/default/accept_dad
+echo 0 > /proc/sys/net/ipv6/conf/eth0/accept_dad                # made before the default was
 ip link set lo up
 ip link set eth0 up
 ip addr add 10.9.0.2/24 dev eth0
@@ -21,6 +22,11 @@ nc -ll -p 9 -e md5sum &                                         # sink: the dige
 nc -ll -p 19 -e cat /www/big &                                  # source
 nc -ll -p 1234 -e sh -c 'i=0; while :; do i=$((i+1)); echo "line $i"; usleep 50000; done' &
 udpecho &                                                       # UDP echo on 7
+# Ready is when each service listens, not when it was started.
+for p in 0007 0009 0013 0050 04D2 1F90; do
+	until grep -q ":$p [0-9A-F:]* 0A " /proc/net/tcp /proc/net/tcp6; do usleep 10000; done
+done
+until grep -q ":0007 " /proc/net/udp6; do usleep 10000; done
 # The secrets behind sequence numbers and timestamps are made at first use. Used before
 # the guest is copied, both copies have the same ones.
 wget -q -O /dev/null http://10.9.0.2/index.html

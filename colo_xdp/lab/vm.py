@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import platform
 import re
 import signal
 import socket
@@ -122,21 +124,25 @@ class Vm:
 
 
 def choose_accel(procs: Processes, directory: Path, guest: Guest) -> str:
-    """`kvm` if a guest boots under it here, else `tcg`; tried once, then remembered."""
+    """`kvm` if a guest boots under it here, else `tcg`; tried once per kernel and QEMU."""
+    if not os.access("/dev/kvm", os.R_OK | os.W_OK):
+        return "tcg"
     note = directory / "accel"
-    if note.exists():
-        return note.read_text().strip()
+    here = f"{platform.release()} {'.'.join(map(str, qemu_version()))}"
+    with contextlib.suppress(OSError, ValueError):
+        accel, where = note.read_text().split(" ", 1)
+        if where == here:
+            return accel
     accel = "tcg"
-    if os.access("/dev/kvm", os.R_OK | os.W_OK):
-        vm = Vm(procs, "probe", directory, guest, "kvm", ns=None)
-        try:
-            vm.wait_boot(KVM_PROBE_S)
-            accel = "kvm"
-        except LabError:
-            accel = "tcg"
-        finally:
-            vm.stop()
-    note.write_text(accel)
+    vm = Vm(procs, "probe", directory, guest, "kvm", ns=None)
+    try:
+        vm.wait_boot(KVM_PROBE_S)
+        accel = "kvm"
+    except LabError:
+        accel = "tcg"
+    finally:
+        vm.stop()
+    note.write_text(f"{accel} {here}")
     return accel
 
 

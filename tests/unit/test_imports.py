@@ -12,7 +12,7 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / "colo_xdp"
 PURE = (
     "_seq", "abi", "compare", "config", "datagram", "failover", "flow", "packet", "reasons",
-    "record", "rewrite", "segment", "status", "stream", "tcp_state", "wire",
+    "record", "rewrite", "segment", "window", "status", "stream", "tcp_state", "wire",
 )  # fmt: skip
 EDGES = {
     "bcc": "loader",

@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Keeps the client from being promised more window than both guests have offered.
+
+What a client sends beyond the SVM's window the SVM drops; the PVM takes and acks it, and
+then nobody sends it again. So a frame of the PVM leaves with the smaller window, and when
+the SVM's grows the client is told by a bare ACK (RFC 9293 3.8.6: a right edge never moves
+back). Edges are sequence numbers of the client's stream.
+"""
+
+from __future__ import annotations
+
+from ._seq import MASK, diff, later
+from .packet import ACK, RST, SYN, Packet, tcp_options
+from .record import Record
+from .segment import bare_ack, window, with_window
+
+#: the client is told of a window that has grown by so many bytes since the last frame it got
+_UPDATE = 4 * 1448
+
+
+class WindowGate:
+    """One connection's windows. Where the scale is unknown (no SYN was seen), all pass."""
+
+    __slots__ = ("_advertised", "_edge", "_offered", "_shift", "_shrunk")
+
+    def __init__(self) -> None:
+        self._shift: int | None = None
+        self._offered: int | None = None  # right edge that the PVM has offered
+        self._edge: int | None = None  # as far as the SVM honours it
+        self._advertised: int | None = None  # as the client has been told
+        self._shrunk: tuple[Record, Packet] | None = None  # the last frame, if it was cut
+
+    def open(self, syn: Packet) -> None:
+        """A new incarnation of the connection."""
+        self._shift = tcp_options(syn).wscale or 0
+        self._offered = self._edge = self._advertised = self._shrunk = None
+
+    def new_epoch(self) -> None:
+        """The SVM is a copy of a PVM that had offered this much."""
+        self._edge = self._offered
+
+    def commit(self, p: Packet) -> None:
+        """A frame that a checkpoint contains leaves as it is: the SVM will honour it."""
+        if self._shift is not None and p.flags & (ACK | SYN) == ACK:
+            edge = (p.ack + (window(p) << self._shift)) & MASK
+            self._offered = later(self._offered, edge)
+            self._edge = later(self._edge, edge)
+            self._advertised = later(self._advertised, edge)
+            self._shrunk = None
+
+    def svm(self, p: Packet) -> None:
+        """A frame of the SVM that carries an ACK."""
+        if self._shift is not None:
+            self._edge = later(self._edge, (p.ack + (window(p) << self._shift)) & MASK)
+
+    def limit(self, rec: Record, p: Packet) -> tuple[Record, bool]:
+        """A frame about to leave, and whether its window had to be cut."""
+        shift = self._shift
+        if shift is None or p.flags & (ACK | SYN | RST) != ACK:
+            return rec, False
+        offered = (p.ack + (window(p) << shift)) & MASK
+        self._offered = later(self._offered, offered)
+        self._shrunk = None
+        edge, cut = self._edge, False
+        if edge is not None and (over := diff(offered, edge)) > 0:
+            allowed = max(0, diff(edge, p.ack)) >> shift
+            if allowed < window(p):
+                self._shrunk = (rec, p)
+                rec, cut = with_window(rec, p, allowed), True
+                offered = (offered - over) & MASK
+        self._advertised = later(self._advertised, offered)
+        return rec, cut
+
+    def update(self, base: int | None) -> Record | None:
+        """A bare ACK at sequence number `base`, if the client should be told of more room."""
+        if self._shrunk is None or self._edge is None or self._advertised is None:
+            return None
+        rec, p = self._shrunk
+        assert self._shift is not None
+        told = diff(self._advertised, p.ack)
+        if diff(self._edge, self._advertised) < (_UPDATE if told > _UPDATE else 1448):
+            return None
+        value = min(window(p), diff(self._edge, p.ack) >> self._shift)
+        self._advertised = (p.ack + (value << self._shift)) & MASK
+        if value == window(p):
+            self._shrunk = None
+        return bare_ack(rec, p, p.seq if base is None else base, value)

@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The command line: exit codes, and that quick commands stay quick."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from colo_xdp.cli import DEGRADED, FAILED, NOT_RUNNING, USAGE, _text, app
+from colo_xdp.status import empty
+
+ROOT = Path(__file__).parents[2]
+EXAMPLE = str(ROOT / "deploy/examples/primary.toml")
+run = CliRunner().invoke
+
+
+def test_quick_commands_need_neither_bcc_nor_netlink() -> None:
+    code = (
+        "import sys; from typer.testing import CliRunner; from colo_xdp.cli import app\n"
+        "CliRunner().invoke(app, ['--help'])\n"
+        "CliRunner().invoke(app, ['status', '--run-dir', '/x'])\n"
+        "print([m for m in ('bcc', 'pyroute2', 'qemu', 'prometheus_client') if m in sys.modules])"
+    )
+    r = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert r.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("command", ["status", "checkpoint", "failover", "mode"])
+def test_nothing_runs(tmp_path: Path, command: str) -> None:
+    r = run(app, [command, "--run-dir", str(tmp_path)])
+    assert r.exit_code == NOT_RUNNING
+    assert "no controller runs here" in r.output
+
+
+def test_config_check_and_show(tmp_path: Path) -> None:
+    assert run(app, ["config", "check", EXAMPLE]).exit_code == 0
+    shown = run(app, ["config", "show", EXAMPLE])
+    again = tmp_path / "again.toml"
+    again.write_text(shown.output)
+    assert run(app, ["config", "check", str(again)]).exit_code == 0
+    assert run(app, ["config", "show", str(again)]).output == shown.output
+
+
+def test_all_mistakes_of_a_config_are_named(tmp_path: Path) -> None:
+    bad = tmp_path / "bad.toml"
+    text = Path(EXAMPLE).read_text()
+    bad.write_text(
+        text.replace("max_queue_size = 1024", 'max_queue_siz = 7\ncompare_timeuot = "x"')
+    )
+    r = run(app, ["run", str(bad)])
+    assert r.exit_code == USAGE
+    assert "max_queue_size" in r.output and "compare_timeout" in r.output and str(bad) in r.output
+    assert run(app, ["run", str(tmp_path / "none.toml")]).exit_code == USAGE
+
+
+def test_cleanup_needs_a_name_and_is_idempotent(tmp_path: Path) -> None:
+    assert run(app, ["cleanup"]).exit_code == USAGE
+    args = ["cleanup", "--pair", "nopair", "--bpffs", str(tmp_path), "--run-dir", str(tmp_path)]
+    r = run(app, args)
+    assert r.exit_code == 0 and "nothing to remove" in r.output
+
+
+def test_doctor_fails_on_a_host_without_the_devices() -> None:
+    r = run(app, ["doctor", EXAMPLE])
+    assert r.exit_code == FAILED
+    assert "tap-web1 does not exist" in r.output and "ip tuntap add" in r.output
+
+
+def test_status_text_tells_why() -> None:
+    doc = empty("web1", "secondary").to_json()
+    doc["reason"] = "waiting for the primary"
+    text = _text(doc)
+    assert "web1 secondary: starting" in text and "waiting for the primary" in text
+    assert "NOT connected" in text
+    assert DEGRADED == 4
