@@ -110,7 +110,7 @@ class Qmp:
         try:
             await asyncio.wait_for(client.connect(self.path), self.timeout)
         except (OSError, QMPError, TimeoutError) as e:
-            raise QmpError(f"{self.name}: no QMP at {self.path}: {e or type(e).__name__}") from e
+            raise QmpError(f"{self.name}: no QMP at {self.path}: {str(e) or type(e).__name__}") from e
         self._client = client
         self._watch = asyncio.create_task(self._watch_close(client))
         return await self.info()
@@ -153,7 +153,7 @@ class Qmp:
         except TimeoutError as e:
             raise QmpError(f"{self.name}: {command}: no answer in time") from e
         except (OSError, QMPError, EOFError) as e:
-            raise QmpError(f"{self.name}: {command}: {e or type(e).__name__}") from e
+            raise QmpError(f"{self.name}: {command}: {str(e) or type(e).__name__}") from e
 
     async def info(self) -> QemuInfo:
         """Version, accelerator and run state."""
