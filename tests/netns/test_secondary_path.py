@@ -1,0 +1,273 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The secondary host's programs on real devices: translation with offloads, isolation, takeover."""
+
+from __future__ import annotations
+
+import contextlib
+import select
+import socket
+import struct
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from colo_xdp import abi, attach, cleanup, loader
+from colo_xdp.abi import Mode
+from colo_xdp.config import Config, load
+from colo_xdp.datapath import DataPath, DataPathError
+from colo_xdp.inject import vnet_header
+from colo_xdp.packet import parse
+from colo_xdp.ring import Event
+from tests.netns.conftest import Net, Sniffer, Tap, inside, sh
+from tests.netns.frames import CLIENT_MAC, GUEST_MAC, csum, tcp
+
+PAIR = "nst2"
+ISN_P, ISN_S = 1_000_000, 4_294_960_000  # the SVM's numbers wrap soon
+OFFSET = (ISN_S - ISN_P) % 2**32
+TS_P, TS_S = 7_000, 9_500
+CLIENT_ISN = 5_000
+
+
+def config(tmp_path: Path, hook: str = "auto") -> Config:
+    path = tmp_path / "pair.toml"
+    path.write_text(
+        f"""
+        pair = "{PAIR}"
+        role = "secondary"
+        [network]
+        tap = "tap0"
+        peer_link = "peer0"
+        bridge = "br0"
+        hook = "{hook}"
+        [qemu]
+        qmp = "/nonexistent"
+        [peer]
+        local = "127.0.0.1:1"
+        remote = "127.0.0.1:2"
+        [datapath]
+        run_dir = "{tmp_path}"
+        ring_pages = 1024
+        [metrics]
+        listen = ""
+        """
+    )
+    return load(path)
+
+
+class Host:
+    """The secondary host with a guest behind its tap, and the primary's end of the peer link."""
+
+    def __init__(self, tag: str, tmp_path: Path, vnet: bool) -> None:
+        self.net = Net(tag, vnet)
+        sh("ip", "-n", self.net.host, "link", "set", "dev", "tap0", "nomaster")
+        self.vnet = vnet
+        with inside(self.net.host):
+            cleanup.cleanup(PAIR, "/sys/fs/bpf", str(tmp_path))
+            self.dp = DataPath(config(tmp_path))
+            self.guest = Tap("tap0", vnet)
+        self.peer = Sniffer(self.net.other, "peer0")
+        self.tmp = tmp_path
+
+    def close(self) -> None:
+        self.guest.close()
+        self.dp.close()
+        self.peer.close()
+        with inside(self.net.host):
+            cleanup.cleanup(PAIR, "/sys/fs/bpf", str(self.tmp))
+        self.net.close()
+
+    def mirrored(self, frame: bytes, epoch: int = 0) -> bytes:
+        """A client's frame arrives over the peer link; what the guest sees of it."""
+        tagged = frame[:12] + struct.pack("!HH", abi.TPID, 1 << 13 | epoch) + frame[12:]
+        with inside(self.net.other), socket.socket(socket.AF_PACKET, socket.SOCK_RAW) as s:
+            s.bind(("peer0", 0))
+            s.send(tagged)
+        seen = self.guest.recv(lambda f: f[6:12] == CLIENT_MAC)
+        assert seen is not None
+        return seen
+
+    def says(self, frame: bytes, gso: int = 0, partial: bool = False) -> tuple[bytes, bytes]:
+        """The guest sends; (virtio_net_hdr, frame) at the primary's end, the tag taken off."""
+        self.guest.send(frame, vnet_header(frame, gso, partial))
+        got = self.peer.wait(lambda f: GUEST_MAC in f[6:12])
+        assert got is not None
+        head, raw = got
+        tpid, tci = struct.unpack_from("!HH", raw, 12)
+        assert (tpid, tci >> 13, tci & 0xFFF) == (abi.TPID, abi.KIND_SVM, self.dp.epoch & 0xFFF)
+        return head, raw[:12] + raw[16:]
+
+    def handshake(self, v6: bool = False) -> None:
+        self.mirrored(tcp(seq=CLIENT_ISN, ack=0, flags=2, reverse=True, v6=v6, options=ts(1, 0)))
+        self.says(tcp(seq=ISN_S, ack=CLIENT_ISN + 1, flags=0x12, v6=v6, options=ts(TS_S, 1)))
+        answer = tcp(
+            seq=CLIENT_ISN + 1,
+            ack=ISN_P + 1,
+            flags=0x10,
+            reverse=True,
+            v6=v6,
+            options=ts(2, TS_P),
+        )
+        seen = self.mirrored(answer)
+        p = parse(seen)
+        assert p.ack == (ISN_S + 1) % 2**32
+        assert struct.unpack_from("!II", seen, p.l4 + 24)[1] == TS_S
+        assert right(seen)
+
+
+def ts(val: int, ecr: int) -> bytes:
+    return b"\1\1\x08\x0a" + struct.pack("!II", val, ecr)
+
+
+def right(frame: bytes, partial: bool = False) -> bool:
+    """Whether the TCP checksum is complete (or the pseudo header's sum)."""
+    p = parse(frame)
+    l4 = frame[p.l4 : p.end]
+    v6 = frame[p.l3] >> 4 == 6
+    addresses = frame[p.l3 + 8 : p.l3 + 40] if v6 else frame[p.l3 + 12 : p.l3 + 20]
+    pseudo = csum(addresses + struct.pack("!HH", 6, len(l4)))
+    if partial:
+        return struct.unpack_from("!H", l4, 16)[0] == pseudo
+    return csum(l4, pseudo) == 0xFFFF
+
+
+@pytest.fixture(params=[True, False], ids=["tc", "xdp"])
+def host(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Host]:
+    h = Host("cxs2", tmp_path, request.param)
+    try:
+        yield h
+    finally:
+        h.close()
+
+
+@pytest.mark.parametrize("v6", [False, True], ids=["ipv4", "ipv6"])
+def test_translation_keeps_checksums_and_offloads(host: Host, v6: bool) -> None:
+    assert host.dp.hook == ("tc" if host.vnet else "xdp")
+    host.dp.mode = Mode.RUN
+    host.handshake(v6)
+    mss = 1428 if v6 else 1448
+    cases = [(b"x" * 100, 0, False)]
+    if host.vnet:
+        cases += [(b"y" * mss, 0, True), (bytes(range(256)) * 230, mss, True)]
+    seq = ISN_S + 1
+    for body, gso, partial in cases:
+        frame = tcp(
+            body, seq=seq % 2**32, ack=CLIENT_ISN + 1, v6=v6, partial=partial,
+            options=ts(TS_S + 5, 2),
+        )  # fmt: skip
+        head, out = host.says(frame, gso, partial)
+        p = parse(out)
+        assert p.seq == (seq - OFFSET) % 2**32 and out[p.off : p.end] == body
+        assert struct.unpack_from("!II", out, p.l4 + 24) == (TS_P + 5, 2)
+        flags, _, _, size, _, _ = struct.unpack("<BBHHHH", head)
+        assert (size, flags & 1) == (gso, int(partial))
+        assert right(out, partial)
+        seq += len(body)
+    acked = tcp(seq=CLIENT_ISN + 1, ack=(seq - OFFSET) % 2**32, reverse=True, v6=v6,
+                options=ts(3, TS_P + 5))  # fmt: skip
+    seen = host.mirrored(acked)
+    assert parse(seen).ack == seq % 2**32 and right(seen)
+
+
+def test_nothing_of_the_svm_gets_out_and_nothing_else_gets_in(host: Host) -> None:
+    up = Sniffer(host.net.host, "tap0")
+    for mode in (Mode.DROP, Mode.RUN, Mode.CHECKPOINT):
+        host.dp.mode = mode
+        host.guest.send(tcp(b"out"))
+        with inside(host.net.host), socket.socket(socket.AF_PACKET, socket.SOCK_RAW) as s:
+            s.bind(("tap0", 0))
+            with contextlib.suppress(OSError):  # ENOBUFS: our program has dropped it
+                s.send(tcp(b"from the host itself", reverse=True))
+        assert host.guest.recv(lambda f: b"from the host" in f, timeout=0.1) is None
+    c = host.dp.counters()
+    assert c["svm_out"]["fenced"][0] >= 1 and c["svm_out"]["passed"][0] == 0
+    assert c["svm_net"]["isolated"][0] >= 3
+    bridge = sh("bridge", "-n", host.net.host, "fdb", "show", "br", "br0")
+    assert GUEST_MAC.hex(":") not in bridge
+    up.close()
+
+
+def test_a_checkpoint_holds_both_directions_and_voids_offsets(host: Host) -> None:
+    host.dp.mode = Mode.RUN
+    host.handshake()
+    host.dp.mode = Mode.CHECKPOINT
+    host.guest.send(tcp(b"held", seq=(ISN_S + 1) % 2**32))
+    tagged = tcp(b"client", seq=CLIENT_ISN + 1, ack=ISN_P + 1, reverse=True)
+    with inside(host.net.other), socket.socket(socket.AF_PACKET, socket.SOCK_RAW) as s:
+        s.bind(("peer0", 0))
+        s.send(tagged[:12] + struct.pack("!HH", abi.TPID, 1 << 13) + tagged[12:])
+    got: list[Event] = []
+    end = time.monotonic() + 2
+    while len(got) < 2 and time.monotonic() < end:
+        select.select(host.dp.reader.fds, [], [], 0.05)
+        host.dp.drain(got.append)
+    assert {e.source for e in got} == {abi.Source.SVM, abi.Source.CLIENT}
+    host.dp.epoch = 1
+    client = next(e for e in got if e.source == abi.Source.CLIENT)
+    host.dp.injectors["deliver"].send(client.frame, client.gso_size, client.partial)
+    seen = host.guest.recv(lambda f: b"client" in f)
+    assert seen is not None and parse(seen).ack == ISN_P + 1, "the SVM is the PVM's copy now"
+    svm = next(e for e in got if e.source == abi.Source.SVM)
+    host.dp.injectors["forward"].send(svm.frame, svm.gso_size, svm.partial)
+    out = host.peer.wait(lambda f: b"held" in f)
+    assert out is not None
+    assert struct.unpack_from("!HH", out[1], 12) == (abi.TPID, 2 << 13 | 1)
+    assert parse(out[1][:12] + out[1][16:]).seq == (ISN_S + 1) % 2**32
+
+
+def test_takeover_keeps_offsets_and_opens_the_network(host: Host) -> None:
+    host.dp.mode = Mode.RUN
+    host.handshake()
+    host.dp.mode = Mode.TAKEOVER
+    with inside(host.net.host):
+        host.dp.open_network()
+    client = Sniffer(host.net.client, "c0")
+    frame = tcp(b"alive", seq=(ISN_S + 1) % 2**32, ack=CLIENT_ISN + 1, options=ts(TS_S, 2))
+    host.guest.send(frame)
+    out = client.wait(lambda f: b"alive" in f)
+    assert out is not None and parse(out[1]).seq == ISN_P + 1 and right(out[1])
+    with inside(host.net.client), socket.socket(socket.AF_PACKET, socket.SOCK_RAW) as s:
+        s.bind(("c0", 0))
+        s.send(tcp(b"back", seq=CLIENT_ISN + 1, ack=ISN_P + 6, reverse=True, options=ts(4, TS_P)))
+    seen = host.guest.recv(lambda f: b"back" in f)
+    assert seen is not None and parse(seen).ack == (ISN_S + 6) % 2**32 and right(seen)
+    client.close()
+
+
+def test_refusals_name_the_device_and_the_reason(host: Host, tmp_path: Path) -> None:
+    host.dp.close()
+    host.guest.close()
+    with inside(host.net.host):
+        cleanup.cleanup(PAIR, "/sys/fs/bpf", str(tmp_path))
+        if host.vnet:
+            with pytest.raises(DataPathError, match=r"hook = \"xdp\": tap tap0 has vnet_hdr"):
+                DataPath(config(tmp_path, "xdp"))
+        else:
+            opts = loader.Options(rewrite_at_xdp=True)
+            other = loader.load("secondary", "else", "/sys/fs/bpf", opts)
+            prog = other.programs["svm_out_xdp"]
+            foreign = loader.Program("foreign", prog.fd, prog.id, prog.tag)
+            manifest = attach.Manifest(tmp_path / "else")
+            attach.attach_xdp("tap0", prog, manifest)
+            with pytest.raises(attach.AttachError, match="is not ours"):
+                attach.attach_xdp("tap0", foreign, manifest)
+            assert attach.link_info("tap0").xdp_prog_id == prog.id
+            assert attach.link_info("tap0").xdp_mode == "drv"
+            attach.detach_all(tmp_path / "else")
+            assert attach.link_info("tap0").xdp_prog_id == 0
+            other.close()
+            loader.remove_pins(loader.pin_dir("/sys/fs/bpf", "else", "secondary"))
+        attach.set_master("tap0", "br0")
+        with pytest.raises(DataPathError, match="tap0 is in a bridge"):
+            DataPath(config(tmp_path))
+        sh("ip", "-n", host.net.host, "link", "del", "tap0")
+        with pytest.raises(DataPathError, match="tap0 does not exist"):
+            DataPath(config(tmp_path))
+    host.guest = Tap("lo0", True)  # something to close
+    host.dp = _Closed()  # type: ignore[assignment]
+
+
+class _Closed:
+    def close(self) -> None:
+        pass
