@@ -162,7 +162,11 @@ class Controller:
         end = time.monotonic() + DEATH_S
         while time.monotonic() < end:
             if not await asyncio.to_thread(self.dp.tap_alive):
-                self.vm_gone = True
+                if self.state is State.STARTING:  # nothing depends on it yet: wait for the next one
+                    self.qmp = self._new_qmp()
+                    await self._connect_qemu()
+                else:
+                    self.vm_gone = True
                 return
             with contextlib.suppress(QmpError):
                 self.qmp = self._new_qmp()

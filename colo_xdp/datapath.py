@@ -68,6 +68,8 @@ class DataPath:
                 f"[network] tap: {net.tap} is in a bridge; on the secondary it must be in none "
                 "(the bridge would learn the guest's address there)"
             )
+        if config.role == "secondary" and net.bridge:
+            self._device("bridge", net.bridge)  # not first missed at 3 a.m.
         self.hook = "tc" if config.role == "primary" else choose_hook(net.hook, tap)
         self.objects = loader.load(
             config.role,

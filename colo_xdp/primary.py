@@ -198,10 +198,11 @@ class Primary(Controller):
     async def _protect(self) -> None:
         """Enter COLO once, then serve checkpoints, one at a time."""
         while self.state is not State.STOPPED:
-            if await self.qmp.migration_status() == "colo":
+            migration = await self._migration()
+            if migration == "colo":
                 self._want = (Cause.CONTROLLER_RESTART.value, "this controller has just started")
                 break
-            if self.peer.connected and self._peer_ready:
+            if migration is not None and self.peer.connected and self._peer_ready:
                 try:
                     await self._enter()
                     break
@@ -235,6 +236,13 @@ class Primary(Controller):
                 self.checkpoint_overdue = True
                 self.become(State.DEGRADED, f"checkpoint ({cause}) did not complete: {e}")
                 self._decide()
+
+    async def _migration(self) -> str | None:
+        """State of QEMU's migration; None while QMP does not answer."""
+        try:
+            return await self.qmp.migration_status()
+        except QmpError:
+            return None
 
     def _next_periodic(self) -> float:
         p = self.config.checkpoint.periodic / 1000

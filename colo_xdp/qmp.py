@@ -110,7 +110,9 @@ class Qmp:
         try:
             await asyncio.wait_for(client.connect(self.path), self.timeout)
         except (OSError, QMPError, TimeoutError) as e:
-            raise QmpError(f"{self.name}: no QMP at {self.path}: {str(e) or type(e).__name__}") from e
+            raise QmpError(
+                f"{self.name}: no QMP at {self.path}: {str(e) or type(e).__name__}"
+            ) from e
         self._client = client
         self._watch = asyncio.create_task(self._watch_close(client))
         return await self.info()

@@ -18,6 +18,7 @@ from typing import Any
 
 from . import abi
 from .abi import Mode
+from .attach import NoSuchDevice
 from .config import Config
 from .controller import TICK_S, Controller
 from .datapath import DataPath
@@ -199,6 +200,12 @@ class Secondary(Controller):
 
     # ---- entering
 
+    async def start(self) -> None:
+        await super().start()
+        if self.state is State.TAKEN_OVER:  # the former controller may have died half-way
+            await self._open_network()
+            self.spawn(self._announce())
+
     def peer_connected(self) -> None:
         if self._ready_wanted:
             self.peer.send("ready", epoch=self.dp.epoch)
@@ -261,14 +268,22 @@ class Secondary(Controller):
         self.spoke_alone = True
         self.dp.mode = Mode.TAKEOVER
         self.become(State.TAKEN_OVER, why)
-        await asyncio.to_thread(self.dp.open_network)
         self.peer.send("taken", why=why)
+        await self._open_network()
         self.spawn(self._announce())
         if hold is not None:  # the primary died inside a checkpoint: the SVM is the guest it was
             for event in hold.client:
                 self._deliver(event)
         self._drain()
         log.info("takeover took %.1f ms", (time.monotonic() - began) * 1000)
+
+    async def _open_network(self) -> None:
+        """The tap joins the bridge; what stands in the way is said, and tried again on restart."""
+        try:
+            await asyncio.to_thread(self.dp.open_network)
+        except (NoSuchDevice, OSError) as e:
+            log.error("the guest's tap cannot join the bridge: %s", e)
+            self.failures.append(f"open network: {e}")
 
     async def _announce(self) -> None:
         """Tell the switches where the guest's address is now: RARP, as QEMU does itself."""

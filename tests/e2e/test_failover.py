@@ -140,3 +140,18 @@ def test_primary_dies_inside_a_checkpoint(make_lab: LabMaker) -> None:
     lab.vm["secondary"].signal(signal.SIGCONT)
     lab.wait_state("secondary", "taken-over", 20)
     live_on(lab, made, time.time())
+
+
+def test_a_guest_that_restarts_before_protection_keeps_its_network(make_lab: LabMaker) -> None:
+    lab = make_lab()
+    lab.start_controller("primary")
+    lab.wait_state("primary", "starting", 20)
+    assert lab.client.download("f100k")[1] == 0
+    lab.vm["primary"].kill9()
+    lab.start_vm("primary").wait_boot()
+    assert lab.client.download("f100k")[1] == 0
+    lab.start_controller("secondary")
+    lab.wait_state("primary", "protected")
+    before = lab.checkpoints()
+    assert lab.client.download("big")[1] == 0
+    assert lab.checkpoints() == before
