@@ -1,0 +1,270 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The rewriter's rules by scenario: every case where QEMU's filter-rewriter is known to be wrong
+or weak must be right here. The kernel does the same; tests/bpf compares the two."""
+
+from __future__ import annotations
+
+import struct
+
+import pytest
+
+from colo_xdp.abi import Mode, Reason
+from colo_xdp.packet import parse
+from colo_xdp.rewrite import Rewriter
+from colo_xdp.tcp_state import State
+from tests.netns.frames import csum, tcp
+
+SYN, FIN, RST, ACK = 2, 1, 4, 16
+C, P, S = 5_000, 1_000, 77_000  # ISNs of the client, the PVM, the SVM
+M = 2**32
+
+
+def ts(val: int, ecr: int) -> bytes:
+    return b"\1\1\x08\x0a" + struct.pack("!II", val, ecr)
+
+
+class Link:
+    """A rewriter with short words; every frame that leaves it has a right checksum."""
+
+    def __init__(self, p: int = P, s: int = S, v6: bool = False) -> None:
+        self.r, self.p, self.s, self.v6 = Rewriter(), p, s, v6
+
+    def _out(self, frame: bytes) -> bytes:
+        q = parse(frame)
+        l4 = frame[q.l4 : q.end]
+        addresses = frame[q.l3 + 8 : q.l3 + 40] if self.v6 else frame[q.l3 + 12 : q.l3 + 20]
+        assert csum(l4, csum(addresses + struct.pack("!HH", 6, len(l4)))) == 0xFFFF
+        return frame
+
+    def c(self, flags: int, seq: int, ack: int = 0, body: bytes = b"", **kw: object) -> bytes:
+        frame = tcp(body, seq=seq % M, ack=ack % M, flags=flags, reverse=True, v6=self.v6, **kw)  # type: ignore[arg-type]
+        return self._out(self.r.to_svm(frame)[0])
+
+    def g(self, flags: int, seq: int, ack: int = 0, body: bytes = b"", **kw: object) -> bytes:
+        frame = tcp(body, seq=seq % M, ack=ack % M, flags=flags, v6=self.v6, **kw)  # type: ignore[arg-type]
+        return self._out(self.r.from_svm(frame)[0])
+
+    def passive(self) -> Link:
+        self.c(SYN, C, options=ts(10, 0))
+        self.g(SYN | ACK, self.s, C + 1, options=ts(900, 10))
+        self.c(ACK, C + 1, self.p + 1, options=ts(11, 400))
+        return self.translates()
+
+    def translates(self, by: int | None = None) -> Link:
+        off = (self.s - self.p if by is None else by) % M
+        assert ack(self.c(ACK, C + 1, self.p + 1)) == (self.p + 1 + off) % M
+        assert seq(self.g(ACK, self.p + 1 + off, C + 1)) == (self.p + 1) % M
+        return self
+
+    @property
+    def state(self) -> State:
+        (flow,) = self.r.flows.values()
+        return State(flow.state)
+
+
+def seq(frame: bytes) -> int:
+    return parse(frame).seq
+
+
+def ack(frame: bytes) -> int:
+    return parse(frame).ack
+
+
+def stamps(frame: bytes) -> tuple[int, int]:
+    a, b = struct.unpack_from("!II", frame, parse(frame).l4 + 24)
+    return a, b
+
+
+@pytest.mark.parametrize("v6", [False, True], ids=["ipv4", "ipv6"])
+@pytest.mark.parametrize(
+    ("p", "s"), [(P, S), (S, P), (P, 0), (P, M - 256), (M - 1, 5), (P, (P + M // 2) % M), (P, P)]
+)
+def test_any_offset(p: int, s: int, v6: bool) -> None:
+    Link(p, s, v6).passive()
+
+
+def test_timestamps_of_both_directions() -> None:
+    x = Link().passive()
+    assert stamps(x.c(ACK, C + 1, P + 1, options=ts(12, 450))) == (12, 950)
+    assert stamps(x.g(ACK, S + 1, C + 1, options=ts(960, 12))) == (460, 12)
+
+
+@pytest.mark.parametrize("pad", [b"\1\1", b"\1", b""], ids=["even", "odd", "none"])
+def test_sack_blocks_at_any_place(pad: bytes) -> None:
+    x = Link().passive()
+    blocks = (P + 100, P + 200, P + 300, P + 400)
+    options = pad + b"\5\x12" + struct.pack("!4I", *blocks)
+    options += b"\0" * (-len(options) % 4)
+    out = x.c(ACK, C + 1, P + 1, options=options)
+    got = struct.unpack_from("!4I", out, parse(out).l4 + 20 + len(pad) + 2)
+    assert got == tuple(b + S - P for b in blocks)
+
+
+def test_the_clients_ack_may_come_before_the_svms_syn_ack() -> None:
+    x = Link()
+    x.c(SYN, C)
+    assert ack(x.c(ACK, C + 1, P + 1)) == P + 1  # nothing known yet: untouched
+    x.g(SYN | ACK, S, C + 1)
+    x.translates()
+
+
+def test_first_ack_with_data() -> None:
+    x = Link()
+    x.c(SYN, C)
+    x.g(SYN | ACK, S, C + 1)
+    assert ack(x.c(ACK, C + 1, P + 1, b"hello")) == S + 1
+    x.translates()
+
+
+def test_syn_again_and_the_guest_begins_anew() -> None:
+    x = Link()
+    x.c(SYN, C)
+    x.g(SYN | ACK, S, C + 1)
+    x.c(SYN, C)
+    x.g(SYN | ACK, S + 11_000, C + 1)
+    x.c(ACK, C + 1, P + 1)
+    x.s = S + 11_000
+    x.translates()
+
+
+def test_syn_ack_again_after_established() -> None:
+    x = Link().passive()
+    x.g(SYN | ACK, S, C + 1)
+    x.translates()
+
+
+def test_a_stray_duplicate_syn_does_no_harm() -> None:
+    x = Link().passive()
+    x.c(SYN, C)
+    x.translates()
+    x.c(SYN, C + 999_999)  # not even another client ISN, until the guest takes it
+    x.translates()
+
+
+def test_the_ports_are_used_again() -> None:
+    x = Link().passive()
+    x.c(SYN, C + 999_999)
+    x.g(SYN | ACK, S + 5, C + 1_000_000)
+    assert ack(x.c(ACK, C + 1_000_000, 123_457)) == S + 6
+    assert seq(x.g(ACK, S + 6, C + 1_000_000)) == 123_457
+
+
+@pytest.mark.parametrize("flags", [RST, RST | ACK])
+def test_resets_are_translated_too(flags: int) -> None:
+    x = Link().passive()
+    assert seq(x.g(flags, S + 1, C + 1)) == P + 1
+
+
+def test_reset_in_the_handshake_is_left_alone() -> None:
+    x = Link()
+    x.c(SYN, C)
+    assert seq(x.g(RST | ACK, 0, C + 1)) == 0
+
+
+def test_the_guest_opens() -> None:
+    x = Link()
+    assert seq(x.g(SYN, S, options=ts(900, 0))) == S
+    out = x.c(SYN | ACK, C, P + 1, options=ts(10, 400))
+    assert ack(out) == S + 1 and stamps(out) == (10, 900)
+    assert seq(x.g(ACK, S + 1, C + 1)) == P + 1
+    x.translates()
+
+
+def test_midstream_is_left_alone() -> None:
+    x = Link()
+    assert ack(x.c(ACK, C + 1, P + 1)) == P + 1
+    assert seq(x.g(ACK, S + 1, C + 1)) == S + 1
+    assert not x.r.flows
+
+
+def test_a_checkpoint_voids_offsets_also_half_open_ones() -> None:
+    x = Link().passive()
+    x.r.epoch += 1
+    x.translates(by=0)
+    y = Link()
+    y.c(SYN, C)
+    y.g(SYN | ACK, S, C + 1)
+    y.r.epoch += 1  # the SVM is a copy of the PVM in SYN_RECEIVED now
+    assert ack(y.c(ACK, C + 1, P + 1)) == P + 1
+    assert seq(y.g(ACK, P + 1, C + 1)) == P + 1
+
+
+def test_a_handshake_around_a_checkpoint_is_learnt_under_the_new_epoch() -> None:
+    x = Link()
+    x.c(SYN, C)
+    x.r.epoch += 1
+    x.g(SYN | ACK, S, C + 1)
+    x.c(ACK, C + 1, P + 1)
+    x.translates()
+
+
+def test_takeover_keeps_old_offsets_and_learns_nothing_new() -> None:
+    x = Link().passive()
+    x.r.mode = Mode.TAKEOVER
+    x.translates()
+    fresh = Link()
+    fresh.r.mode = Mode.TAKEOVER
+    fresh.c(SYN, C)
+    fresh.g(SYN | ACK, S, C + 1)
+    assert ack(fresh.c(ACK, C + 1, S + 1)) == S + 1
+    x.c(SYN, C + 999_999)  # the same ports once more: the client will know the SVM's own ISN
+    x.g(SYN | ACK, S + 5, C + 1_000_000)
+    assert ack(x.c(ACK, C + 1_000_000, S + 6)) == S + 6
+
+
+def test_closed_by_the_client() -> None:
+    x = Link().passive()
+    assert x.state is State.ESTABLISHED
+    x.c(FIN | ACK, C + 1, P + 1)
+    assert x.state is State.CLOSE_WAIT
+    x.g(ACK, S + 1, C + 2)
+    x.g(FIN | ACK, S + 1, C + 2)
+    assert x.state is State.LAST_ACK
+    x.c(ACK, C + 2, P + 1)  # does not cover the FIN
+    assert x.state is State.LAST_ACK
+    x.c(ACK, C + 2, P + 2)
+    assert x.state is State.CLOSED
+
+
+def test_closed_by_the_guest() -> None:
+    x = Link().passive()
+    x.g(FIN | ACK, S + 1, C + 1, b"bye")
+    assert x.state is State.FIN_WAIT_1
+    x.c(ACK, C + 1, P + 4)
+    assert x.state is State.FIN_WAIT_1
+    x.c(ACK, C + 1, P + 5)
+    assert x.state is State.FIN_WAIT_2
+    x.c(FIN | ACK, C + 1, P + 5)
+    assert x.state is State.TIME_WAIT
+
+
+def test_closed_by_both_at_once() -> None:
+    x = Link().passive()
+    x.g(FIN | ACK, S + 1, C + 1)
+    x.c(FIN | ACK, C + 1, P + 1)
+    assert x.state is State.CLOSING
+    x.c(ACK, C + 2, P + 2)
+    assert x.state is State.TIME_WAIT
+
+
+def test_a_full_table_is_a_named_reason() -> None:
+    r = Rewriter(limit=1)
+    assert r.to_svm(tcp(flags=SYN, reverse=True))[1] is Reason.REDIRECTED
+    frame = tcp(flags=SYN, reverse=True, dport=41_000)
+    assert r.to_svm(frame) == (frame, Reason.FLOW_TABLE_FULL)
+
+
+@pytest.mark.parametrize("cut", [0, 13, 20, 33, 34, 50, 53])
+def test_cut_frames_are_bytes(cut: int) -> None:
+    frame = tcp(b"x" * 20)[:cut]
+    assert Rewriter().from_svm(frame) == (frame, Reason.BAD_FRAME)
+
+
+def test_a_bad_checksum_stays_bad() -> None:
+    x = Link().passive()
+    frame = bytearray(tcp(b"hello", seq=C + 1, ack=P + 1, reverse=True))
+    frame[-1] ^= 0x40
+    out = x.r.to_svm(bytes(frame))[0]
+    assert ack(out) == S + 1
+    l4 = out[34:]
+    assert csum(l4, csum(out[26:34] + struct.pack("!HH", 6, len(l4)))) != 0xFFFF
