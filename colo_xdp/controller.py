@@ -111,6 +111,8 @@ class Controller:
             return
         if state is not self.state:
             self.since = time.time()
+        flips = (State.PROTECTED, State.CHECKPOINTING)
+        if state is not self.state and not (state in flips and self.state in flips):
             self.history.append({"at": self.since, "state": state.value, "reason": why})
         self.state, self.reason = state, why
         log.info("%s %s: %s: %s", self.config.pair, self.role.value, state.value, why)

@@ -19,7 +19,7 @@ from . import flow
 MAX_TAGS = 4
 MAX_EXTENSIONS = 8
 
-FIN, SYN, RST, PSH, ACK = 1, 2, 4, 8, 16
+FIN, SYN, RST, PSH, ACK, URG = 1, 2, 4, 8, 16, 32
 
 #: what can be wrong with a frame: Packet.defect, meaning
 DEFECTS = {
@@ -49,7 +49,7 @@ class Kind(IntEnum):
     IP = 5  # another protocol over IP
     ETHER = 6  # another ethertype
     ARP = 7  # ARP and RARP
-    NDP = 8  # ICMPv6 neighbour and router discovery
+    NDP = 8  # ICMPv6 neighbour, router and multicast listener discovery
     OPAQUE = 9  # malformed, see `defect`
 
 
@@ -100,7 +100,8 @@ _TPIDS = frozenset((0x8100, 0x88A8, 0x9100))
 _HOP, _ROUTING, _FRAG, _AH, _DEST = 0, 43, 44, 51, 60
 _ERRORS4 = frozenset((3, 4, 5, 11, 12))
 _QUERIES4 = frozenset((0, 8, 13, 14, 15, 16, 17, 18))
-_NDP = range(133, 138)
+#: with multicast listener discovery (RFC 3810): the reports' delays are random
+_NDP = frozenset((*range(130, 138), 143))
 _K_TCP = Kind.TCP
 
 

@@ -146,7 +146,10 @@ class Primary(Controller):
 
     def request(self, cause: Cause, detail: str) -> None:
         """Ask for a checkpoint; a request while one is wanted or under way folds into it."""
-        if self.state is State.PROTECTED and self._want is None:
+        # Also while one is under way: its commit feeds frames that may differ again, and the
+        # engine asks once per epoch only.
+        may = (State.PROTECTED, State.CHECKPOINTING, State.DEGRADED)
+        if self.state in may and self._want is None:
             self._want = (cause.value, detail)
             self._wake.set()
 
@@ -155,6 +158,10 @@ class Primary(Controller):
         if event.name == "STOP":
             if ck is not None:
                 ck.stop_ns = event.ts_ns
+                if not ck.began_ns <= event.ts_ns <= event.seen_ns:
+                    # The clock was set meanwhile. Too early a STOP only costs a checkpoint more.
+                    log.warning("STOP has an impossible time stamp: the clock was set")
+                    ck.stop_ns = ck.began_ns
             elif self.state is State.PROTECTED:
                 self.request(Cause.OPERATOR, "QEMU stopped the PVM without being asked by us")
         elif event.name == "RESUME" and ck is not None and ck.stop_ns:
@@ -168,7 +175,7 @@ class Primary(Controller):
     def on_message(self, msg: dict[str, Any]) -> None:
         kind, ck = msg["type"], self._ck
         if kind == "ready":
-            self._peer_ready = True
+            self._peer_ready, self.peer_vm_gone = True, False  # another SVM than the one that died
             self._wake.set()
         elif kind == "beat":
             if msg["state"] == State.TAKEN_OVER.value and self.state is not State.STOPPED:
@@ -266,6 +273,7 @@ class Primary(Controller):
         Output is unprotected until the first STOP. What is captured before a QMP round
         trip that brought no STOP was sent before it, so it may leave.
         """
+        self.colo_exit = False
         await self._checkpoint(Cause.INITIAL.value, "entering COLO", initial=True)
         if await self.qmp.migration_status() != "colo":
             raise CheckpointFailed(f"QEMU is in `{await self.qmp.migration_status()}`, not in COLO")

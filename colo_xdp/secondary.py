@@ -39,7 +39,7 @@ class Hold:
     """Frames that wait while a checkpoint runs. Times: CLOCK_MONOTONIC, ns."""
 
     n: int
-    began: float
+    began_ns: int
     deadline: float
     stop_ns: int = 0
     client: deque[Event] = field(default_factory=deque)
@@ -117,9 +117,9 @@ class Secondary(Controller):
         now = time.monotonic()
         limit = self.config.checkpoint.deadline / 1000 if self._entered else float("inf")
         if self._hold is None:
-            self._hold = Hold(n, now, now + limit)
+            self._hold = Hold(n, time.monotonic_ns(), now + limit)
         else:  # asked again after a failure: go on holding what is held
-            self._hold.n, self._hold.began, self._hold.deadline = n, now, now + limit
+            self._hold.n, self._hold.deadline = n, now + limit
         self.dp.mode = Mode.CHECKPOINT
 
     def on_message(self, msg: dict[str, Any]) -> None:
@@ -147,6 +147,8 @@ class Secondary(Controller):
         if why:
             self.peer.send("failed", n=n, why=why)
             return
+        if initial:
+            self.colo_exit = self.peer_vm_gone = False  # signs of an earlier pair
         self._begin_hold(n)
         self.become(State.CHECKPOINTING, f"checkpoint to epoch {n}")
         self.peer.send("begun", n=n)
@@ -171,6 +173,10 @@ class Secondary(Controller):
         assert h is not None
         self._hold = None
         self._resume_ns = event.ts_ns
+        if not h.began_ns <= event.ts_ns <= event.seen_ns:
+            # The clock was set meanwhile. Too late a RESUME only drops what TCP sends again.
+            log.warning("RESUME has an impossible time stamp: the clock was set")
+            self._resume_ns = event.seen_ns
         self.dp.epoch = h.n  # offsets of the former epoch are void from here on
         for e in h.client:
             self._deliver(e)

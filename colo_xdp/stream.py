@@ -27,7 +27,7 @@ from typing import Protocol
 
 from ._seq import HALF, MASK, diff, later
 from .flow import FlowKey, describe_tcp
-from .packet import ACK, FIN, RST, SYN, Packet, tcp_options
+from .packet import ACK, FIN, RST, SYN, URG, Packet, tcp_options
 from .reasons import Cause
 from .record import Record
 from .segment import split
@@ -329,7 +329,8 @@ class Stream:
             return False
         rec, p, at = self.held[0]
         n = ready = (v - p.seq) & MASK
-        if p.flags & (SYN | RST) or not 0 < n < p.end - p.off or not self._acked(p):
+        # The urgent pointer counts from the frame's own sequence number (RFC 9293 3.8.5).
+        if p.flags & (SYN | RST | URG) or not 0 < n < p.end - p.off or not self._acked(p):
             return False
         if whole_segments:
             n -= n % (rec.gso_size or p.end - p.off)
@@ -651,6 +652,7 @@ class Stream:
             self.pump(now_ns)
         if not self.held and (update := self.windows.update(self.base)) is not None:
             self.host.count("window_updates")
+            update.ts_ns = now_ns  # made now: nothing has waited
             self.host.emit(update, now_ns)
         if not self.when and (self.chunks or self.ooo or flags & _FLAGS):
             self.host.arm(self, now_ns + self.host.timeout_ns)

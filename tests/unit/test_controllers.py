@@ -1,0 +1,240 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Both controllers without kernel and QEMU: what they make of messages and events."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from colo_xdp.abi import Mode, Source
+from colo_xdp.config import load
+from colo_xdp.failover import State
+from colo_xdp.primary import Checkpoint, Primary
+from colo_xdp.qmp import QmpEvent
+from colo_xdp.reasons import Cause
+from colo_xdp.ring import Event
+from colo_xdp.secondary import Secondary
+from tests.netns.frames import tcp
+
+EXAMPLES = Path(__file__).parents[2] / "deploy/examples"
+
+
+class FakeInjector:
+    def __init__(self) -> None:
+        self.frames: list[bytes] = []
+        self.sent, self.failed = 0, {}
+
+    def send(self, frame: bytes, gso_size: int = 0, partial: bool = False) -> bool:
+        self.frames.append(frame)
+        return True
+
+
+class FakeDataPath:
+    """Remembers what it is told."""
+
+    def __init__(self, mode: Mode, *, adopted: bool = False) -> None:
+        self.mode, self.adopted, self.epoch = mode, adopted, 7
+        self.injectors = {n: FakeInjector() for n in ("release", "deliver", "forward")}
+        self.objects = SimpleNamespace(
+            map=lambda name: SimpleNamespace(info=SimpleNamespace(max_entries=8), items=lambda: [])
+        )
+        self.waiting: list[Event] = []
+        self.opened = 0
+
+    def lost_events(self) -> int:
+        return 0
+
+    def drain(self, sink: Callable[[Event], None], limit: int = 0) -> int:
+        events, self.waiting = self.waiting, []
+        for e in events:
+            sink(e)
+        return len(events)
+
+    def open_network(self) -> None:
+        self.opened += 1
+
+
+class Sent(list[dict[str, Any]]):
+    def __call__(self, kind: str, **fields: Any) -> bool:
+        self.append({"type": kind, **fields})
+        return True
+
+    def kinds(self) -> list[str]:
+        return [m["type"] for m in self]
+
+
+def primary(mode: Mode = Mode.RUN, *, adopted: bool = False) -> tuple[Primary, FakeDataPath, Sent]:
+    dp = FakeDataPath(mode, adopted=adopted)
+    c = Primary(load(EXAMPLES / "primary.toml"), dp)  # type: ignore[arg-type]
+    sent = Sent()
+    c.peer.send = sent  # type: ignore[method-assign]
+    return c, dp, sent
+
+
+def secondary(
+    mode: Mode = Mode.RUN, *, adopted: bool = True
+) -> tuple[Secondary, FakeDataPath, Sent]:
+    dp = FakeDataPath(mode, adopted=adopted)
+    c = Secondary(load(EXAMPLES / "secondary.toml"), dp)  # type: ignore[arg-type]
+    sent = Sent()
+    c.peer.send = sent  # type: ignore[method-assign]
+    return c, dp, sent
+
+
+def in_loop(body: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    asyncio.run(asyncio.wait_for(body(), 10))
+
+
+def event(name: str, ts: int, seen: int) -> QmpEvent:
+    return QmpEvent(name, {}, ts, seen)
+
+
+@pytest.mark.parametrize(
+    ("state", "wanted"),
+    [
+        (State.PROTECTED, True),
+        (State.CHECKPOINTING, True),  # the engine asks once per epoch: a request must not be lost
+        (State.DEGRADED, True),
+        (State.STARTING, False),
+        (State.SOLO, False),
+        (State.STOPPED, False),
+    ],
+)
+def test_requests_are_kept_where_a_checkpoint_can_follow(state: State, wanted: bool) -> None:
+    c, _, _ = primary()
+    c.state = state
+    c.request(Cause.PAYLOAD_DIFFERS, "here")
+    assert (c._want is not None) == wanted
+
+
+def test_stop_with_an_impossible_time_releases_less_not_more() -> None:
+    c, _, _ = primary()
+    now = time.monotonic_ns()
+    c._ck = Checkpoint(8, "operator", now)
+    c.on_qmp(event("STOP", now + 10**9, now + 2000))
+    assert c._ck.stop_ns == now
+    c.on_qmp(event("STOP", now + 1000, now + 2000))
+    assert c._ck.stop_ns == now + 1000
+
+
+def test_an_adopted_data_path_decides_nothing_before_a_checkpoint() -> None:
+    c, dp, _ = primary(Mode.RUN, adopted=True)
+    assert dp.mode is Mode.CHECKPOINT
+    c.on_event(Event(Source.PVM, time.monotonic_ns(), 7, tcp(b"x"), 0, False))
+    c.on_event(Event(Source.SVM, time.monotonic_ns(), 7, tcp(b"x"), 0, False))
+    assert c.engine.held_packets == 1 and not dp.injectors["release"].frames
+
+
+def test_a_shut_data_path_stays_shut_for_the_next_controller() -> None:
+    c, dp, _ = primary(Mode.DROP, adopted=True)
+    assert c.state is State.STOPPED and dp.mode is Mode.DROP
+    c.on_event(Event(Source.PVM, 1, 7, tcp(b"x"), 0, False))
+    assert c.engine.held_packets == 0
+
+
+@pytest.mark.parametrize("kind", ["taken", "beat"])
+def test_a_primary_never_speaks_against_a_secondary_that_took_over(kind: str) -> None:
+    async def body() -> None:
+        c, dp, _ = primary()
+        c.state = State.PROTECTED
+        beat = {"t": 1, "echo": 0, "state": "taken-over", "epoch": 7, "vm": True,
+                "shut": False, "alone": True}  # fmt: skip
+        c._peer_message({"type": kind, **({"why": "x"} if kind == "taken" else beat)})
+        assert c.state is State.STOPPED and dp.mode is Mode.DROP
+
+    in_loop(body)
+
+
+def test_frames_of_a_checkpoint_go_where_their_time_says() -> None:
+    c, dp, sent = secondary()
+    c.state = State.PROTECTED
+    c.qmp = SimpleNamespace(connected=True)  # type: ignore[assignment]
+    c.on_message({"type": "begin", "n": 8, "cause": "operator", "initial": False})
+    assert sent.kinds() == ["begun"] and dp.mode is Mode.CHECKPOINT
+    t = time.monotonic_ns()
+    for at, source, body in (
+        (t + 10, Source.SVM, b"old guest"),
+        (t + 20, Source.CLIENT, b"client"),
+        (t + 40, Source.SVM, b"new guest"),
+    ):
+        c.on_event(Event(source, at, 7, tcp(body), 0, False))
+    c.on_qmp(event("STOP", t + 15, t + 60))
+    dp.waiting = [Event(Source.SVM, t + 50, 7, tcp(b"read late"), 0, False)]
+    c.on_qmp(event("RESUME", t + 30, t + 60))
+    assert dp.epoch == 8 and dp.mode is Mode.RUN and c.state is State.PROTECTED
+    assert [b"client" in f for f in dp.injectors["deliver"].frames] == [True]
+    forwarded = b"".join(dp.injectors["forward"].frames)
+    assert b"new guest" in forwarded and b"read late" in forwarded
+    assert b"old guest" not in forwarded and c.stale == 1
+    assert sent.kinds() == ["begun", "done"]
+
+
+def test_a_checkpoint_that_never_came_gives_everything_back() -> None:
+    c, dp, sent = secondary()
+    c.state = State.PROTECTED
+    c.qmp = SimpleNamespace(connected=True)  # type: ignore[assignment]
+    c.on_message({"type": "begin", "n": 8, "cause": "operator", "initial": False})
+    c.on_event(Event(Source.CLIENT, time.monotonic_ns(), 7, tcp(b"client"), 0, False))
+    assert c._hold is not None
+    c._hold.deadline = 0
+    c.on_tick(time.monotonic_ns())
+    assert dp.mode is Mode.RUN and dp.epoch == 7
+    assert len(dp.injectors["deliver"].frames) == 1
+    assert sent.kinds() == ["begun", "failed"]
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"epoch": 9}, "is over"),
+        ({"state": State.TAKEN_OVER}, "taken-over"),
+        ({"qmp": SimpleNamespace(connected=False)}, "QMP to the SVM is down"),
+        ({"_entered": False}, "not in COLO"),
+    ],
+)
+def test_a_checkpoint_is_refused_by_name(change: dict[str, Any], why: str) -> None:
+    c, dp, sent = secondary()
+    c.state = State.PROTECTED
+    c.qmp = SimpleNamespace(connected=True)  # type: ignore[assignment]
+    for k, v in change.items():
+        setattr(dp if k == "epoch" else c, k, v)
+    c.on_message({"type": "begin", "n": 8, "cause": "operator", "initial": False})
+    assert sent[0]["type"] == "failed" and why in sent[0]["why"]
+    assert dp.mode is Mode.RUN
+
+
+def test_standing_down_and_coming_back() -> None:
+    """Asked to be silent it is; it speaks again only if the primary died without having spoken."""
+
+    async def body(alone: bool) -> State:
+        c, dp, sent = secondary()
+        c.state = State.PROTECTED
+        done: list[str] = []
+
+        async def perform(action: Any, why: str) -> None:
+            done.append(action.value)
+
+        c.perform = perform  # type: ignore[method-assign]
+        c.qmp = SimpleNamespace(connected=True)  # type: ignore[assignment]
+        c._peer_message({"type": "solo", "why": "hang"})
+        assert c.state is State.STOPPED and dp.mode is Mode.DROP and sent.kinds() == ["gone"]
+        c._peer_message({"type": "gone", "why": "dead", "alone": alone})
+        await asyncio.sleep(0)
+        assert done == ([] if alone else ["take_over"])
+        return c.state
+
+    assert asyncio.run(body(True)) is State.STOPPED
+    assert asyncio.run(body(False)) is State.DEGRADED
+
+
+def test_signs_of_an_earlier_secondary_are_forgotten_with_the_next_one() -> None:
+    c, _, _ = primary(Mode.BYPASS)
+    c.peer_vm_gone = True
+    c.on_message({"type": "ready", "epoch": 0})
+    assert not c.peer_vm_gone
