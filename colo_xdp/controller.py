@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import logging
 import time
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Coroutine
 from typing import Any
@@ -33,7 +34,7 @@ DEATH_S = 2.0  # how long a lost QMP connection may wait for the tap's carrier t
 RING_BATCH = 512
 
 
-class Controller:
+class Controller(ABC):
     """One host's controller."""
 
     role: Role
@@ -78,9 +79,9 @@ class Controller:
 
     # ---- to be filled by the two sides
 
+    @abstractmethod
     def on_event(self, event: Event) -> None:
         """A captured frame."""
-        raise NotImplementedError  # pragma: no cover
 
     def on_batch(self) -> None:
         """All frames that were waiting have been handed to on_event."""
@@ -99,9 +100,6 @@ class Controller:
 
     async def perform(self, action: Action, why: str) -> None:
         """Carry out GO_SOLO, TAKE_OVER, STOP or REARM."""
-
-    def fill_status(self, status: dict[str, Any]) -> None:
-        """Add this side's numbers."""
 
     # ---- state
 
@@ -383,9 +381,9 @@ class Controller:
             log.info("mode set to %s by the operator", mode)
         return {"mode": "paused" if self.paused else self.state.value}
 
+    @abstractmethod
     def failover_steps(self) -> list[str]:
         """What a failover would do now, step by step."""
-        raise NotImplementedError  # pragma: no cover
 
     async def _command_failover(self, args: dict[str, Any]) -> dict[str, Any]:
         steps = self.failover_steps()
@@ -410,9 +408,9 @@ class Controller:
         done = self.state in (State.SOLO, State.TAKEN_OVER)
         return {"steps": steps, "done": done, "state": self.state.value, "reason": self.reason}
 
+    @abstractmethod
     def status(self) -> dict[str, Any]:
         """The documented status (status.py)."""
-        raise NotImplementedError  # pragma: no cover
 
     def link_up(self, name: str) -> bool:
         """Whether a device is up (for status)."""
