@@ -146,7 +146,7 @@ def status(
         if not watch:
             break
         time.sleep(1)
-    if s["state"] not in ("protected", "checkpointing"):
+    if s["state"] not in ("protected", "checkpointing", "paused"):
         raise typer.Exit(DEGRADED)
 
 

@@ -9,18 +9,20 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import gc
 import logging
 import os
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from .attach import AttachError, NoSuchDevice
 from .config import Config
-from .control import ControlServer
+from .control import ControlError, ControlServer
 from .controller import Controller
 from .datapath import DataPath, DataPathError
 from .loader import LoadError
@@ -108,17 +110,49 @@ async def _serve(config: Config, datapath: DataPath) -> int:
             await control.close()
 
 
+class AlreadyRuns(RuntimeError):
+    """Another controller of this pair and role holds the lock."""
+
+
+@contextlib.contextmanager
+def _only_one(config: Config) -> Iterator[None]:
+    """Before anything is touched: a second controller would take the first one's events away."""
+    path = Path(config.datapath.run_dir) / f"{config.pair}.{config.role}.lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as f:
+        try:
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as e:
+            raise AlreadyRuns(
+                f"another controller of {config.pair} ({config.role}) runs here: {path} is locked"
+            ) from e
+        yield
+
+
 def run(config: Config) -> int:
     """Run until SIGTERM or SIGINT. Exit status: 0 stopped, 1 failed."""
     setup_logging()
-    datapath: DataPath | None = None
     try:
-        # Before the loop: pyroute2 runs one of its own and cannot work inside of ours.
-        datapath = DataPath(config)
-        return asyncio.run(_serve(config, datapath))
-    except (LoadError, DataPathError, AttachError, NoSuchDevice, PeerError, OSError) as e:
+        with _only_one(config):
+            return _run(config)
+    except (
+        AlreadyRuns,
+        LoadError,
+        DataPathError,
+        AttachError,
+        NoSuchDevice,
+        PeerError,
+        ControlError,
+        OSError,
+    ) as e:
         log.error("%s", e)
         return 1
+
+
+def _run(config: Config) -> int:
+    # Before the loop: pyroute2 runs one of its own and cannot work inside of ours.
+    datapath = DataPath(config)
+    try:
+        return asyncio.run(_serve(config, datapath))
     finally:
-        if datapath is not None:
-            datapath.close()
+        datapath.close()

@@ -171,10 +171,10 @@ def health(path: str, s: Document) -> tuple[int, str] | None:
     """
     state, role = s["state"], s["role"]
     speaks = state == "taken-over" or (role == "primary" and state not in ("stopped",))
-    standby = role == "secondary" and state in ("protected", "checkpointing", "degraded")
+    standby = role == "secondary" and state in ("protected", "checkpointing", "paused", "degraded")
     answers = {
         "/healthz": True,
-        "/readyz": state in ("protected", "checkpointing"),
+        "/readyz": state in ("protected", "checkpointing", "paused"),
         "/primary": speaks,
         "/secondary": standby,
     }

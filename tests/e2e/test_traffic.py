@@ -158,6 +158,17 @@ def test_status_and_metrics_tell_the_same(pair: Lab) -> None:
     assert "protected" in scrape("/readyz")
 
 
+@pytest.mark.parametrize("role", ["primary", "secondary"])
+def test_a_second_controller_is_turned_away_and_harms_nothing(pair: Lab, role: str) -> None:
+    cmd = ["nsenter", f"--net=/run/netns/{pair.ns(role)}", sys.executable, "-m", "colo_xdp.cli"]
+    r = subprocess.run(
+        [*cmd, "run", str(pair.config_path(role))], capture_output=True, text=True, timeout=30
+    )
+    assert r.returncode == 1 and "another controller" in r.stderr
+    pair.ask("primary", "checkpoint")
+    assert pair_is_sound(pair)
+
+
 def stays_up(lab: Lab, role: str) -> None:
     """kill -9 of a controller while a stream runs; the next one takes over."""
     stream = EchoStream(lab.net.client, period=0.05)
