@@ -67,15 +67,15 @@ int pvm_out(struct __sk_buff *skb)
 	u32 len = skb->len, reason = R_NO_CONFIG;
 	int verdict = TC_ACT_SHOT;
 
-	if (skb->mark == COLO_MARK) {
+	if (mode == MODE_DROP) {
+		reason = R_FENCED; /* released ones too: the other guest may be speaking */
+	} else if (skb->mark == COLO_MARK) {
 		skb->mark = 0; /* the host's own rules see a frame like any other */
 		reason = R_RELEASED;
 		verdict = TC_ACT_OK;
 	} else if (mode == MODE_BYPASS) {
 		reason = R_PASSED;
 		verdict = TC_ACT_OK;
-	} else if (mode == MODE_DROP) {
-		reason = R_FENCED;
 	} else if (controller_lost()) {
 		if (cfg(CFG_LOSS_POLICY) == LOSS_RELEASE) {
 			reason = R_CONTROLLER_LOST_PASSED;

@@ -112,11 +112,13 @@ class Primary(Controller):
     # ---- frames
 
     def on_event(self, event: Event) -> None:
+        if self.state is State.STOPPED:
+            return
         rec = Record(event.frame, event.ts_ns, event.gso_size, event.partial)
         if event.source == abi.Source.PVM:
             if self.spoke_alone:
                 self._release(rec)
-            elif self.state is not State.STOPPED:
+            else:
                 self.engine.from_pvm(rec, time.monotonic_ns())
         elif not self.spoke_alone:
             self.engine.from_svm(rec, event.epoch, time.monotonic_ns())

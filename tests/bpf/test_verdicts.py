@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Every program in every mode: the verdict, the frame, and the one reason that is counted."""
+
+from __future__ import annotations
+
+import struct
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from colo_xdp import _bpf, abi, loader
+from colo_xdp.abi import Cfg, LossPolicy, Mode, Prog, Reason
+from tests.netns.frames import tcp
+
+from .conftest import TC_OK, TC_REDIRECT, TC_SHOT, XDP_PASS, Kernel
+
+GUEST, CLIENT = tcp(b"from the guest"), tcp(b"from a client", reverse=True)
+GARBAGE = b"\xff" * 12 + b"\x08\x00" + b"\x4f" + b"\0" * 45  # IPv4 whose header is beyond it
+
+
+def tagged(frame: bytes, kind: int, epoch: int = 7) -> bytes:
+    return frame[:12] + struct.pack("!HH", abi.TPID, kind << 13 | epoch) + frame[12:]
+
+
+MIRRORED, SVMS = tagged(CLIENT, abi.KIND_MIRROR), tagged(GUEST, abi.KIND_SVM)
+
+SECONDARY = [
+    # program, mode, mark, frame, verdict, reason, frame afterwards (None: not looked at)
+    ("svm_out", Mode.DROP, 0, GUEST, TC_SHOT, "FENCED", None),
+    ("svm_out", Mode.BYPASS, 0, GUEST, TC_SHOT, "FENCED", None),
+    ("svm_out", Mode.CHECKPOINT, 0, GUEST, TC_SHOT, "CAPTURED", None),
+    ("svm_out", Mode.TAKEOVER, 0, GUEST, TC_OK, "PASSED", GUEST),
+    ("svm_out", Mode.TAKEOVER, abi.MARK, GUEST, TC_OK, "RELEASED", GUEST),
+    ("svm_out", Mode.RUN, abi.MARK, GUEST, TC_REDIRECT, "REDIRECTED", None),
+    ("svm_out", Mode.RUN, 0, GUEST, TC_REDIRECT, "REDIRECTED", None),
+    ("svm_out", Mode.RUN, 0, GARBAGE, TC_REDIRECT, "BAD_FRAME", None),
+    ("svm_out", Mode.DROP, 0, GARBAGE, TC_SHOT, "FENCED", None),
+    ("svm_net", Mode.DROP, 0, CLIENT, TC_SHOT, "ISOLATED", None),
+    ("svm_net", Mode.RUN, 0, CLIENT, TC_SHOT, "ISOLATED", None),
+    ("svm_net", Mode.CHECKPOINT, 0, CLIENT, TC_SHOT, "ISOLATED", None),
+    ("svm_net", Mode.RUN, abi.MARK, CLIENT, TC_OK, "RELEASED", CLIENT),
+    ("svm_net", Mode.TAKEOVER, 0, CLIENT, TC_OK, "PASSED", CLIENT),
+    ("svm_net", Mode.TAKEOVER, 0, GARBAGE, TC_OK, "BAD_FRAME", GARBAGE),
+    ("svm_in", Mode.RUN, 0, CLIENT, TC_OK, "FOREIGN", CLIENT),
+    ("svm_in", Mode.DROP, 0, CLIENT, TC_OK, "FOREIGN", CLIENT),
+    ("svm_in", Mode.RUN, 0, SVMS, TC_SHOT, "ISOLATED", None),
+    ("svm_in", Mode.DROP, 0, MIRRORED, TC_SHOT, "FENCED", None),
+    ("svm_in", Mode.RUN, 0, MIRRORED, TC_REDIRECT, "REDIRECTED", CLIENT),
+    ("svm_in", Mode.CHECKPOINT, 0, MIRRORED, TC_SHOT, "CAPTURED", None),
+    ("svm_in", Mode.TAKEOVER, 0, MIRRORED, TC_SHOT, "ISOLATED", None),
+    ("svm_deliver", Mode.DROP, 0, CLIENT, TC_SHOT, "FENCED", None),
+    ("svm_deliver", Mode.RUN, 0, CLIENT, TC_REDIRECT, "REDIRECTED", CLIENT),
+    ("svm_deliver", Mode.CHECKPOINT, 0, CLIENT, TC_REDIRECT, "REDIRECTED", CLIENT),
+    ("svm_deliver", Mode.TAKEOVER, 0, CLIENT, TC_REDIRECT, "REDIRECTED", CLIENT),
+    ("svm_forward", Mode.DROP, 0, GUEST, TC_SHOT, "FENCED", None),
+    ("svm_forward", Mode.CHECKPOINT, 0, GUEST, TC_REDIRECT, "REDIRECTED", None),
+    ("svm_forward", Mode.TAKEOVER, 0, GUEST, TC_REDIRECT, "REDIRECTED", GUEST),
+]
+
+
+@pytest.mark.parametrize(("prog", "mode", "mark", "frame", "verdict", "reason", "after"), SECONDARY)
+def test_secondary(
+    tc: Kernel,
+    prog: str,
+    mode: Mode,
+    mark: int,
+    frame: bytes,
+    verdict: int,
+    reason: str,
+    after: bytes | None,
+) -> None:
+    tc.set(Cfg.MODE, mode)
+    ran = tc.run(prog, frame, mark)
+    assert (ran.verdict, ran.reasons) == (verdict, {reason: 1})
+    if after is not None:
+        assert ran.frame == after
+
+
+@pytest.mark.parametrize("mode", [m for m in Mode if m is not Mode.TAKEOVER])
+def test_the_svm_has_no_way_out_before_the_takeover(tc: Kernel, mode: Mode) -> None:
+    """I6, for frames of every kind and any mark."""
+    tc.set(Cfg.MODE, mode)
+    arp = b"\xff" * 6 + GUEST[6:12] + b"\x08\x06" + bytes(46)
+    for frame in (GUEST, GARBAGE, arp, SVMS, b"\0" * 14):
+        for mark in (0, 1, abi.MARK):
+            assert tc.bare("svm_out", frame, mark)[0] != TC_OK
+
+
+def test_xdp_passes_always_and_svm_out_decides(xdp: Kernel) -> None:
+    for mode in Mode:
+        xdp.set(Cfg.MODE, mode)
+        for frame in (GUEST, GARBAGE):
+            ran = xdp.run("svm_out_xdp", frame)
+            assert ran.verdict == XDP_PASS and ran.frame == frame
+            assert sum(ran.reasons.values()) == 1
+    xdp.set(Cfg.MODE, Mode.DROP)
+    assert xdp.run("svm_out", GUEST).verdict == TC_SHOT
+
+
+class Primary:
+    """The primary's programs and maps."""
+
+    def __init__(self, objects: loader.Objects) -> None:
+        self.objects = objects
+        self._config, self._counters = objects.map("config"), objects.map("counters")
+        self._cpus = loader._possible_cpus()
+
+    def set(self, slot: Cfg, value: int) -> None:
+        self._config.set(struct.pack("=I", slot), struct.pack("=Q", value))
+
+    def _counts(self, prog: Prog) -> dict[str, int]:
+        out = {}
+        for r in Reason:
+            if r is Reason.MAX:
+                continue
+            key = struct.pack("=I", prog * Reason.MAX + r)
+            raw = self._counters.get(key, abi.COUNT.size * self._cpus) or b""
+            out[r.name] = sum(p for p, _ in abi.COUNT.iter_unpack(raw))
+        return out
+
+    def run(self, prog: str, frame: bytes, mark: int = 0) -> tuple[int, dict[str, int], int]:
+        which = Prog[prog.upper()]
+        before = self._counts(which)
+        ctx = struct.pack("=III", 0, 0, mark).ljust(192, b"\0")
+        r = _bpf.test_run(self.objects.programs[prog].fd, frame, ctx=ctx, ctx_out=192)
+        after = self._counts(which)
+        reasons = {k: n - before[k] for k, n in after.items() if n != before[k]}
+        return r.retval, reasons, struct.unpack_from("=I", r.ctx, 8)[0]
+
+
+@pytest.fixture(scope="module")
+def primary(bpffs: Path) -> Iterator[Primary]:
+    objects = loader.load("primary", "verdicts", str(bpffs), loader.Options(ring_pages=64))
+    try:
+        p = Primary(objects)
+        p.set(Cfg.TAP, 1)
+        p.set(Cfg.PEER, 1)
+        yield p
+    finally:
+        objects.close()
+        loader.remove_pins(objects.pin_dir)
+
+
+PVM_OUT = [
+    (Mode.DROP, 0, TC_SHOT, "FENCED"),
+    (Mode.BYPASS, 0, TC_OK, "PASSED"),
+    (Mode.RUN, 0, TC_SHOT, "CAPTURED"),
+    (Mode.CHECKPOINT, 0, TC_SHOT, "CAPTURED"),
+    (Mode.TAKEOVER, 0, TC_SHOT, "CAPTURED"),
+    (Mode.RUN, abi.MARK, TC_OK, "RELEASED"),
+    (Mode.DROP, abi.MARK, TC_SHOT, "FENCED"),
+    (Mode.RUN, abi.MARK + 1, TC_SHOT, "CAPTURED"),
+]
+
+
+@pytest.mark.parametrize(("mode", "mark", "verdict", "reason"), PVM_OUT)
+def test_pvm_out(primary: Primary, mode: Mode, mark: int, verdict: int, reason: str) -> None:
+    primary.set(Cfg.MODE, mode)
+    primary.set(Cfg.LOSS_NS, 0)
+    for frame in (GUEST, GARBAGE):
+        got, reasons, mark_after = primary.run("pvm_out", frame, mark)
+        assert (got, reasons) == (verdict, {reason: 1})
+        if reason == "RELEASED":
+            assert mark_after == 0, "the host's own rules do not see our mark"
+
+
+@pytest.mark.parametrize(
+    ("policy", "verdict", "reason"),
+    [
+        (LossPolicy.HOLD, TC_SHOT, "CONTROLLER_LOST_HELD"),
+        (LossPolicy.RELEASE, TC_OK, "CONTROLLER_LOST_PASSED"),
+    ],
+)
+def test_pvm_out_without_a_controller(
+    primary: Primary, policy: LossPolicy, verdict: int, reason: str
+) -> None:
+    primary.set(Cfg.MODE, Mode.RUN)
+    primary.set(Cfg.LOSS_POLICY, policy)
+    primary.set(Cfg.LOSS_NS, 1_000_000_000)
+    primary.set(Cfg.CONTROLLER_NS, time.monotonic_ns())
+    assert primary.run("pvm_out", GUEST)[:2] == (TC_SHOT, {"CAPTURED": 1})
+    primary.set(Cfg.CONTROLLER_NS, time.monotonic_ns() - 2_000_000_000)
+    assert primary.run("pvm_out", GUEST)[:2] == (verdict, {reason: 1})
+    primary.set(Cfg.LOSS_NS, 0)
+
+
+@pytest.mark.parametrize("mode", [Mode.BYPASS, Mode.DROP])
+def test_pvm_in_passes_untouched_when_nothing_is_mirrored(primary: Primary, mode: Mode) -> None:
+    primary.set(Cfg.MODE, mode)
+    assert primary.run("pvm_in", CLIENT)[:2] == (TC_OK, {"PASSED": 1})
+
+
+def test_the_hosts_own_frames_on_the_peer_link_are_left_alone(primary: Primary) -> None:
+    primary.set(Cfg.MODE, Mode.RUN)
+    assert primary.run("svm_arrival", GUEST)[:2] == (TC_OK, {"FOREIGN": 1})
+
+
+def test_a_released_frame_is_marked_and_sent_to_the_tap(primary: Primary) -> None:
+    verdict, reasons, mark = primary.run("pvm_release", GUEST)
+    assert (verdict, reasons, mark) == (TC_REDIRECT, {"REDIRECTED": 1}, abi.MARK)
