@@ -47,6 +47,7 @@ class ModeName(StrEnum):
 
     protected = "protected"
     paused = "paused"
+    shadow = "shadow"
 
 
 def _fail(text: str, code: int = FAILED) -> typer.Exit:
@@ -146,7 +147,7 @@ def status(
         if not watch:
             break
         time.sleep(1)
-    if s["state"] not in ("protected", "checkpointing", "paused"):
+    if s["state"] not in ("protected", "checkpointing", "paused", "shadow"):
         raise typer.Exit(DEGRADED)
 
 
@@ -188,7 +189,7 @@ def mode(
     where: Annotated[str | None, typer.Option("--config", help="As for status.")] = None,
     run_dir: RunDir = RUN_DIR,
 ) -> None:
-    """Maintenance: `paused` keeps comparing but decides no failover by itself."""
+    """`paused` decides no failover by itself; `shadow` compares but holds nothing."""
     args = {"mode": name.value} if name else {}
     typer.echo(_ask(where, run_dir, "mode", **args)["mode"])
 

@@ -12,105 +12,39 @@ from __future__ import annotations
 
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from heapq import heappop, heappush
 from itertools import count
 
-from .datagram import DatagramFlow
-from .flow import FlowKey
-from .packet import DEFECTS, Kind, Packet, parse
-from .reasons import DESCRIPTIONS, Cause
-from .record import Record
-from .stream import PART_NS, Flow, Held, Stream
+from .comparer import Flow, Held
+from .counters import COUNTERS
+from .flow import datagram_name, tcp_port
+from .flows import Flows, RuleCount
+from .fragments import Fragments
+from .journal import Divergence
+from .limits import CHECKPOINT_QUEUE, Limits
+from .packet import Kind, Packet, parse
+from .policy import Policy, Verdict
+from .reasons import Cause
+from .record import NO_EVIDENCE, Evidence, Record
+from .stream import PART_NS, Stream
+from .uncompared import Passed, Watched
 
 __all__ = ["COUNTERS", "Divergence", "Engine", "Limits", "Policy", "Record"]
 
-#: every counter of Engine.counters: name, meaning
-COUNTERS: tuple[tuple[str, str], ...] = (
-    ("pvm_frames", "frames of the primary guest seen"),
-    ("svm_frames", "frames of the secondary guest seen"),
-    ("released", "frames of the primary guest released, for whatever reason"),
-    ("released_by_checkpoint", "released because a complete checkpoint contains them"),
-    ("released_late", "as above, but read after the checkpoint's commit"),
-    ("released_solo", "released because the pair was lost"),
-    ("released_in_parts", "parts of a frame released before its rest was verified"),
-    ("window_shrunk", "released with a smaller window: the secondary offered less"),
-    ("window_updates", "bare ACKs made to tell a client of the secondary's grown window"),
-    ("uncompared", "released uncompared by policy"),
-    ("svm_uncompared_dropped", "of the secondary, not compared by policy"),
-    ("svm_stale", "of the secondary, from another epoch"),
-    ("svm_superseded", "of the secondary, dropped as a checkpoint was under way"),
-    ("svm_buffered", "of the secondary, kept for the epoch that a checkpoint begins"),
-    ("svm_buffer_overflow", "as above, dropped as there were too many"),
-    ("svm_retransmit", "of the secondary, sent again and not needed"),
-    ("svm_out_of_order", "of the secondary, stashed until a hole is filled"),
-    ("svm_out_of_window", "of the secondary, dropped as far from the stream's place"),
-    ("svm_datagram_expired", "of the secondary, a datagram that the primary never sent"),
-    ("svm_queue_full_dropped", "of the secondary, dropped as max_queue_size were waiting"),
-    ("stream_full_dropped", "of the secondary, dropped as max_stream_bytes ahead"),
-    ("queue_full_dropped", "of the primary, dropped as max_queue_size were held"),
-    ("flow_table_full_dropped", "of either guest, dropped as no flow could be evicted"),
-    ("flows_evicted", "idle flows forgotten to make room"),
-    ("flows_aged", "idle flows forgotten by age"),
-    ("history_evicted", "connections whose history was given up for history_total"),
-    ("checkpoints", "checkpoints committed"),
-    ("checkpoints_aborted", "checkpoints aborted"),
-    ("checkpoint_requests", "checkpoints the engine asked for"),
-    ("opaque", "malformed frames of either guest, see the defects"),
-    *((f"defect_{d}", f"malformed: {text}") for d, text in DEFECTS.items()),
-    *((f"cause_{c}", text) for c, text in DESCRIPTIONS.items()),
-)
-
-_TCP = Kind.TCP
+_TCP, _FRAGMENT = Kind.TCP, Kind.FRAGMENT
 _TAG = 0xFFF
 #: epochs ahead of ours that may be the next one (a checkpoint that failed takes a number)
 _NEXT_EPOCHS = 16
-_CHECKPOINT_QUEUE = 16  # times max_queue_size
 _LONG_AGO = -1
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """Bounds of one engine (I10)."""
-
-    compare_timeout_ns: int = 3_000_000_000
-    expired_scan_cycle_ns: int = 1_000_000_000  # period of the ageing of flows
-    max_queue_size: int = 1024  # packets held, per side
-    max_stream_bytes: int = 4 << 20  # the SVM's bytes ahead, per connection
-    max_flows: int = 100_000
-    history_bytes: int = 65536  # released bytes kept per connection, plus a quarter of slack
-    history_total: int = 64 << 20
-    flow_idle_ns: int = 300_000_000_000  # a fifth of it for datagrams and closed connections
-    datagram_grace_ns: int = 10_000_000
-
-
-@dataclass(frozen=True, slots=True)
-class Policy:
-    """What is compared: 'compare', or 'pass' to release uncompared and count."""
-
-    arp: str = "pass"
-    ndp: str = "pass"
-    other: str = "compare"  # other protocols and ethertypes, malformed frames
-
-
-@dataclass(frozen=True, slots=True)
-class Divergence:
-    """One difference that was found. For a flow that is not TCP, and for causes that have no
-    place in a stream, `offset` counts from the datagram's body or is 0."""
-
-    ts_ns: int
-    cause: Cause
-    flow: str
-    offset: int  # of the first differing byte in the stream, modulo 2**32
-    pvm: bytes  # at most 32 bytes from there on
-    svm: bytes
 
 
 class Engine:
     """Holds the primary guest's frames until the rules let them go.
 
-    release(record) sends a frame. request_checkpoint(cause, text) is called once per
-    epoch. on_wait(ns) gets the time from capture to release of each frame.
+    release(record) sends a frame. request_checkpoint(divergence) is called once per
+    epoch. on_wait(ns) gets the time from capture to release of each frame; in shadow
+    mode the time that it would have waited. on_divergence gets every difference, also
+    those that ask for nothing (one is asked for already, the flow is only watched).
     """
 
     def __init__(
@@ -119,30 +53,31 @@ class Engine:
         policy: Policy,
         release: Callable[[Record], None],
         *,
-        request_checkpoint: Callable[[Cause, str], None],
+        request_checkpoint: Callable[[Divergence], None],
         on_wait: Callable[[int], None],
+        on_divergence: Callable[[Divergence], None] = lambda d: None,
     ) -> None:
         self.limits = limits
         self._release, self._request, self._on_wait = release, request_checkpoint, on_wait
-        passed = {Kind.ARP: policy.arp, Kind.NDP: policy.ndp}
-        passed |= dict.fromkeys((Kind.IP, Kind.ETHER, Kind.OPAQUE), policy.other)
-        self._pass = frozenset(k for k, v in passed.items() if v == "pass")
+        self._on_divergence = on_divergence
+        self._next_policy: Policy | None = None  # in force from the next epoch on
+        self.shadow = False  # hold nothing: every frame leaves at once and is compared behind
         self.epoch = 0
-        self.last_divergences: deque[Divergence] = deque(maxlen=64)
         # read by the comparers (stream.Host)
         self.timeout_ns = limits.compare_timeout_ns
         self.grace_ns = limits.datagram_grace_ns
         self.max_packets = limits.max_queue_size
-        self._max_flows = limits.max_flows
+        self.max_bytes = limits.max_held_bytes
         self.max_stream = limits.max_stream_bytes
         self.max_history = limits.history_bytes
         self.pvm_packets = self.pvm_bytes = self.svm_packets = 0
         # hot counters are plain attributes
         self._n_pvm = self._n_svm = self._n_released = 0
         self._counters: Counter[str] = Counter({name: 0 for name, _ in COUNTERS})
-        self._tcp: dict[FlowKey, Stream] = {}
-        self._datagram: dict[FlowKey, DatagramFlow] = {}
-        self._now = 0
+        self._flows = Flows(self, limits, policy)
+        self._tcp = self._flows.tcp
+        self._fragments = Fragments(self, self.policy.verdicts[-1])
+        self.now = 0
         self._asked = False
         self._checkpointing = False
         self._solo = False
@@ -150,11 +85,10 @@ class Engine:
         self._queue: deque[Held] = deque()  # of the PVM, undecided, while checkpointing
         self._next: deque[tuple[Record, int]] = deque()  # of the SVM of the next epoch
         self._next_lost = 0
-        # Two heaps with one live entry per flow, both lazy: an entry is a lower bound, the
-        # flow itself knows better. So a timeout costs nothing per frame and no scan.
+        # A heap with one live entry per flow, lazy: an entry is a lower bound, the flow itself
+        # knows better. So a timeout costs nothing per frame and no scan.
         self._serial = count()
         self._timers: list[tuple[int, int, Flow]] = []  # every flow where anything waits
-        self._ages: list[tuple[int, int, Flow]] = []  # every flow
         self._next_scan = 0
         self._parts: dict[Stream, None] = {}  # a verified part of their head may leave
         self._history: OrderedDict[Stream, None] = OrderedDict()
@@ -164,17 +98,22 @@ class Engine:
 
     def from_pvm(self, rec: Record, now_ns: int) -> None:
         """A frame of the primary guest, in the order of capture."""
-        self._now = now_ns
+        self.now = now_ns
         self._n_pvm += 1
+        if self.shadow and not self._solo:
+            self._counters["released_in_shadow"] += 1
+            self._n_released += 1
+            self._release(rec)
+            rec.sent = True
         p = parse(rec.frame)
         if p.kind is _TCP and not self._checkpointing and rec.ts_ns > self._stop_ts:
             st = self._tcp.get(p.key)
             if st is None:
-                if self._solo or (st := self._new_stream(p.key)) is None:
+                if self._solo or (st := self._flows.new(self._tcp, p)) is None:
                     self._homeless(rec)
                     return
             elif st.epoch != self.epoch:
-                st.new_epoch(self.epoch)
+                st = self._flows.renew(self._tcp, st, p)
             st.last = now_ns
             st.pvm(rec, p, now_ns)
             return
@@ -184,48 +123,48 @@ class Engine:
         elif rec.ts_ns <= self._stop_ts:
             self._counters["released_late"] += 1
             self._committed(rec, p)
-        elif p.kind in self._pass:
-            self._counters["uncompared"] += 1
-            self.emit(rec, now_ns)
         elif self._checkpointing:
-            self._enqueue(rec, p)
+            flow = None if p.kind is _FRAGMENT else self._flows.of(p, must=False)
+            if isinstance(flow, Passed) and not isinstance(flow, Watched):
+                flow.pvm(rec, p, now_ns)
+            else:
+                self._enqueue(rec, p)
         else:
             self._feed(rec, p)
 
     def _feed(self, rec: Record, p: Packet) -> None:
-        if p.kind is _TCP:
-            st = self._stream(p.key)
-            if st is None:
-                self._homeless(rec)
-            else:
-                st.pvm(rec, p, self._now)
-            return
-        flow = self._datagram_flow(p.key)
+        if p.kind is _FRAGMENT:
+            whole = self._fragments.pvm(rec, p, self.now)
+            if whole is None:
+                return
+            rec, p = whole, parse(whole.frame)
+        flow = self._flows.of(p)
         if flow is None:
             self._homeless(rec)
         else:
-            flow.pvm(rec, p, self._now)
+            flow.pvm(rec, p, self.now)
 
     def _homeless(self, rec: Record) -> None:
         """A frame with no flow: the pair is lost, or the table is full."""
         if self._solo:
             self._counters["released_solo"] += 1
-            self.emit(rec, self._now)
+            self.emit(rec, self.now)
         # else dropped and counted by _room(): like loss on the network
 
     def _enqueue(self, rec: Record, p: Packet) -> None:
-        if self.pvm_packets >= _CHECKPOINT_QUEUE * self.limits.max_queue_size:
+        full = self.pvm_packets >= CHECKPOINT_QUEUE * self.limits.max_queue_size
+        if full or self.pvm_bytes >= CHECKPOINT_QUEUE * self.limits.max_held_bytes:
             self._counters["queue_full_dropped"] += 1
             self.ask(Cause.QUEUE_FULL, "checkpoint")
             return
         self.pvm_packets += 1
         self.pvm_bytes += len(rec.frame)
-        self._queue.append((rec, p, self._now))
+        self._queue.append((rec, p, self.now))
 
     def from_svm(self, rec: Record, epoch12: int, now_ns: int) -> None:
         """A frame of the secondary guest, TCP numbers translated; epoch12 is its epoch
         modulo 4096. Never released."""
-        self._now = now_ns
+        self.now = now_ns
         self._n_svm += 1
         ahead = (epoch12 - self.epoch) & _TAG
         if ahead == 0 and not self._checkpointing and not self._solo:
@@ -233,14 +172,15 @@ class Engine:
             if p.kind is _TCP:
                 st = self._tcp.get(p.key)
                 if st is None:
-                    st = self._new_stream(p.key)
+                    st = self._flows.new(self._tcp, p)
                     if st is None:
                         return
                 elif st.epoch != self.epoch:
-                    st.new_epoch(self.epoch)
+                    st = self._flows.renew(self._tcp, st, p)
                 st.last = now_ns
                 st.svm(p, now_ns)
                 return
+            p.gso_size = rec.gso_size
             self._svm_datagram(p)
         elif ahead == 0:
             self._counters["svm_superseded"] += 1
@@ -256,12 +196,14 @@ class Engine:
 
     def _svm_datagram(self, p: Packet) -> None:
         self._count_opaque(p)
-        if p.kind in self._pass:
-            self._counters["svm_uncompared_dropped"] += 1
-            return
-        flow = self._datagram_flow(p.key)
+        if p.kind is _FRAGMENT:
+            whole = self._fragments.svm(p, self.now)
+            if whole is None:
+                return
+            p = whole
+        flow = self._flows.of(p)
         if flow is not None:
-            flow.svm_frame(p, self._now)
+            flow.svm(p, self.now)
 
     def _count_opaque(self, p: Packet) -> None:
         if p.defect:
@@ -289,6 +231,12 @@ class Engine:
         # whoever holds or stashes anything has a timer
         return iter({id(flow): flow for _, _, flow in self._timers}.values())
 
+    def set_policy(self, policy: Policy) -> None:
+        """New rules. They take force with the next checkpoint, which this asks for."""
+        self._next_policy = policy
+        self._flows.announce(policy)
+        self.ask(Cause.POLICY, "policy")
+
     def release_until(self, ts_ns: int) -> int:
         """While checkpointing: release the queued frames captured at ts_ns or before, which
         are proven to precede STOP. Returns how many."""
@@ -311,13 +259,15 @@ class Engine:
 
     def _committed(self, rec: Record, p: Packet) -> None:
         # with a full table it leaves untracked: the next frame is as of an unknown connection
-        if p.kind is _TCP and (st := self._stream(p.key, must=False)) is not None:
+        if p.kind is _TCP and (st := self._flows.of(p, must=False)) is not None:
             st.commit(p)
-            self.emit(rec, self._now)
+            self.emit(rec, self.now)
             if st.held:  # it may have been what the next one waited for
-                st.pump(self._now)
+                st.pump(self.now)
             return
-        self.emit(rec, self._now)
+        if p.kind is _FRAGMENT:
+            self._fragments.commit(p, self.now)
+        self.emit(rec, self.now)
 
     def commit_checkpoint(self, stop_ts_ns: int, epoch: int, now_ns: int) -> None:
         """The checkpoint is complete on the SVM, which runs on under `epoch`.
@@ -326,23 +276,31 @@ class Engine:
         are compared under the new epoch, with the SVM's frames kept for it. Everything
         that the SVM said before is forgotten (I7).
         """
-        self._now = now_ns
+        self.now = now_ns
         self._counters["checkpoints"] += 1
         self._collect()
         self.epoch, self._stop_ts = epoch, stop_ts_ns
         for flow in self._waiting():
             flow.new_epoch(epoch)
+        self._fragments.new_epoch(epoch)
         self.svm_packets = 0
         self._checkpointing = self._asked = self._solo = False
         self._release_queued(stop_ts_ns, "released_by_checkpoint")
+        self._fragments.begin()
+        if self._next_policy is not None:
+            self._flows.enforce(self._next_policy, epoch)
+            self._timers.clear()
+            self._next_policy = None
         rest, self._queue = self._queue, deque()
         self.pvm_packets = self.pvm_bytes = 0
         # they were accepted before, so no limit may drop them now
         self.max_packets = self.limits.max_queue_size + len(rest)
-        self._max_flows = self.limits.max_flows + len(rest)
+        self.max_bytes = 1 << 62
+        self._flows.limit = self.limits.max_flows + len(rest)
         for rec, p, _ in rest:
             self._feed(rec, p)
-        self.max_packets, self._max_flows = self.limits.max_queue_size, self.limits.max_flows
+        self.max_packets, self._flows.limit = self.limits.max_queue_size, self.limits.max_flows
+        self.max_bytes = self.limits.max_held_bytes
         kept, self._next = self._next, deque()
         for rec, tag in kept:
             self._n_svm -= 1
@@ -357,7 +315,7 @@ class Engine:
 
     def abort_checkpoint(self, now_ns: int) -> None:
         """The checkpoint failed: everything stays held until a commit or release_all."""
-        self._now = now_ns
+        self.now = now_ns
         self._counters["checkpoints_aborted"] += 1
         self._counters["svm_stale"] += len(self._next)
         self._next.clear()
@@ -371,17 +329,16 @@ class Engine:
         self._checkpointing, self._solo = False, True
         self.pvm_packets = self.pvm_bytes = self.svm_packets = 0
         self._counters["released_solo"] += len(queue)
-        self._tcp.clear()
-        self._datagram.clear()
+        self._flows.clear()
+        self._fragments = Fragments(self, self.policy.verdicts[-1])
         self._timers.clear()
-        self._ages.clear()
         self._history.clear()
         self._parts.clear()
         self._history_sum = 0
         self._next.clear()
         self._next_lost = 0
         for rec, _, _ in queue:
-            self.emit(rec, self._now)
+            self.emit(rec, self.now)
         return len(queue)
 
     # -- time
@@ -393,7 +350,7 @@ class Engine:
         """
         if not self._parts:
             return
-        self._now = now_ns
+        self.now = now_ns
         parts, self._parts = self._parts, {}
         for st in parts:
             if st.epoch == self.epoch and st.release_part(now_ns, True):
@@ -401,7 +358,7 @@ class Engine:
 
     def tick(self, now_ns: int) -> None:
         """Timeouts and ageing; cheap when nothing is due. To be called every 10 ms or so."""
-        self._now = now_ns
+        self.now = now_ns
         timers = self._timers
         if not self._checkpointing:
             while timers and timers[0][0] <= now_ns:
@@ -416,114 +373,53 @@ class Engine:
                     self.arm(flow, due)
         if now_ns >= self._next_scan:
             self._next_scan = now_ns + self.limits.expired_scan_cycle_ns
-            self._age(now_ns)
-
-    def _age(self, now_ns: int) -> None:
-        ages = self._ages
-        while ages and ages[0][0] <= now_ns:
-            _, _, flow = heappop(ages)
-            due = self._old_at(flow)
-            if due <= now_ns and flow.quiet():
-                self._remove(flow)
-                self._counters["flows_aged"] += 1
-            else:
-                soon = now_ns + self.limits.expired_scan_cycle_ns
-                heappush(ages, (max(due, soon), next(self._serial), flow))
-
-    def _old_at(self, flow: Flow) -> int:
-        idle = self.limits.flow_idle_ns
-        return flow.last + (idle // 5 if flow.closed() else idle)
-
-    # -- flows
-
-    def _stream(self, key: FlowKey, must: bool = True) -> Stream | None:
-        st = self._tcp.get(key)
-        if st is None:
-            return self._new_stream(key, must)
-        if st.epoch != self.epoch:
-            st.new_epoch(self.epoch)
-        st.last = self._now
-        return st
-
-    def _new_stream(self, key: FlowKey, must: bool = True) -> Stream | None:
-        if not self._room(must):
-            return None
-        st = self._tcp[key] = Stream(self, key, self.epoch)
-        self._born(st)
-        return st
-
-    def _datagram_flow(self, key: FlowKey) -> DatagramFlow | None:
-        flow = self._datagram.get(key)
-        if flow is None:
-            if not self._room():
-                return None
-            flow = self._datagram[key] = DatagramFlow(self, key, self.epoch)
-            self._born(flow)
-        elif flow.epoch != self.epoch:
-            flow.new_epoch(self.epoch)
-        flow.last = self._now
-        return flow
-
-    def _born(self, flow: Flow) -> None:
-        flow.last = self._now
-        when = self._now + self.limits.flow_idle_ns // 5
-        heappush(self._ages, (when, next(self._serial), flow))
-
-    def _room(self, must: bool = True) -> bool:
-        """Make room for one flow: evict about the longest idle ones where nothing waits.
-        If that fails and the flow `must` be known, its frame will be dropped: ask."""
-        while self.flows >= self._max_flows:
-            if not self._evict():
-                if must:
-                    self._counters["flow_table_full_dropped"] += 1
-                    self.ask(Cause.QUEUE_FULL, "flow table")
-                return False
-        return True
-
-    def _evict(self) -> bool:
-        ages, tries, found = self._ages, 64, False
-        busy: list[tuple[int, int, Flow]] = []
-        while ages and not found:
-            _, _, flow = heappop(ages)
-            due = self._old_at(flow)
-            if not flow.quiet():
-                busy.append((due, next(self._serial), flow))
-            elif tries and ages and due > ages[0][0]:
-                tries -= 1  # its entry was out of date: another one is idle for longer
-                heappush(ages, (due, next(self._serial), flow))
-            else:
-                self._remove(flow)
-                self._counters["flows_evicted"] += 1
-                found = True
-        for entry in busy:
-            heappush(ages, entry)
-        return found
-
-    def _remove(self, flow: Flow) -> None:
-        if isinstance(flow, Stream):
-            del self._tcp[flow.key]
-            self._drop_history(flow)
-        else:
-            del self._datagram[flow.key]
+            self._flows.age(now_ns)
 
     # -- for the comparers (stream.Host)
 
     def emit(self, rec: Record, now_ns: int) -> None:
-        """Release a frame."""
-        self._n_released += 1
-        self._release(rec)
+        """Release a frame, unless it has left already."""
         self._on_wait(now_ns - rec.ts_ns)
+        if rec.sent:
+            return
+        for part in rec.parts or (rec,):
+            self._n_released += 1
+            self._release(part)
 
-    def ask(
-        self, cause: Cause, flow: str, offset: int = 0, pvm: bytes = b"", svm: bytes = b""
-    ) -> None:
+    def uncompared(self, verdict: Verdict) -> None:
+        """A frame is about to leave that the policy does not hold."""
+        self._counters["uncompared"] += 1
+        self._flows.rules[verdict.rule].uncompared += 1
+
+    def ask(self, cause: Cause, flow: Flow | str, evidence: Evidence = NO_EVIDENCE) -> None:
         """Count a divergence; the first one of an epoch asks for a checkpoint."""
         self._counters[f"cause_{cause}"] += 1
-        self.last_divergences.append(Divergence(self._now, cause, flow, offset, pvm, svm))
+        d = self._divergence(cause, flow, evidence, True)
         if not self._asked and not self._checkpointing and not self._solo:
             self._asked = True
             self._counters["checkpoint_requests"] += 1
-            self._request(cause, f"{flow} at {offset}")
+            self._request(d)
+
+    def noticed(self, cause: Cause, flow: Flow, evidence: Evidence) -> None:
+        """A difference in a flow that is only watched."""
+        self._counters["differences_watched"] += 1
+        self._divergence(cause, flow, evidence, False)
+
+    def _divergence(
+        self, cause: Cause, flow: Flow | str, evidence: Evidence, asked: bool
+    ) -> Divergence:
+        text, proto, port, rule = str(flow), "", 0, ""
+        if not isinstance(flow, str):
+            text, rule = flow.text(), flow.verdict.rule
+            proto, port = (
+                ("tcp", tcp_port(flow.key))
+                if isinstance(flow, Stream)
+                else (datagram_name(flow.key) if flow.key else ("fragment", 0))
+            )
+            self._flows.rules[rule].differences += 1
+        d = Divergence(self.now, cause, text, proto, port, rule, evidence, asked)
+        self._on_divergence(d)
+        return d
 
     def count(self, name: str, n: int = 1) -> None:
         """Add to a counter of COUNTERS."""
@@ -553,9 +449,10 @@ class Engine:
         self._history.move_to_end(stream)
         while self._history_sum > self.limits.history_total and len(self._history) > 1:
             self._counters["history_evicted"] += 1
-            self._drop_history(next(iter(self._history)))
+            self.drop_history(next(iter(self._history)))
 
-    def _drop_history(self, stream: Stream) -> None:
+    def drop_history(self, stream: Stream) -> None:
+        """Give up what was kept of its past."""
         if stream.hist_cap:
             self._history_sum -= stream.hist_cap
             stream.hist_cap = 0
@@ -563,6 +460,16 @@ class Engine:
             del self._history[stream]
 
     # -- to be looked at
+
+    @property
+    def policy(self) -> Policy:
+        """The rules in force."""
+        return self._flows.policy
+
+    @property
+    def rules(self) -> dict[str, RuleCount]:
+        """What each rule has done."""
+        return self._flows.rules
 
     @property
     def counters(self) -> Counter[str]:
@@ -585,4 +492,4 @@ class Engine:
     @property
     def flows(self) -> int:
         """Flows known, TCP and others."""
-        return len(self._tcp) + len(self._datagram)
+        return len(self._flows)

@@ -9,19 +9,17 @@ reported together.
 from __future__ import annotations
 
 import difflib
-import ipaddress
 import json
-import re
 import tomllib
-from collections.abc import Callable, Mapping
-from dataclasses import MISSING, Field, dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import MISSING, Field, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-_Check = Callable[[Any], str | None]
+from . import checks
+from .policy import MAX_RULES, Policy, Rule
+
 _DAY_MS = 86_400_000
-_IFNAMSIZ = 16
-_SUN_PATH = 108
 
 
 class ConfigError(ValueError):
@@ -32,126 +30,6 @@ class ConfigError(ValueError):
         self.errors = list(errors)
 
 
-def _key(check: _Check, text: str, *, default: Any = MISSING, unit: str = "") -> Any:
-    """A key. `check` gives what is expected when a value is not that, else None."""
-    meta = {"check": check, "help": text, "unit": unit}
-    return field(default=default, metadata=meta)
-
-
-# ---- checks: None, or what is expected
-
-
-def _integer(low: int, high: int, unit: str) -> _Check:
-    want = f"expected a whole number of {unit} from {low} to {high}"
-
-    def check(v: Any) -> str | None:
-        return None if type(v) is int and low <= v <= high else want
-
-    return check
-
-
-def _power_of_two(low: int, high: int, unit: str) -> _Check:
-    want = f"expected a power of two from {low} to {high} ({unit})"
-
-    def check(v: Any) -> str | None:
-        return None if type(v) is int and low <= v <= high and not v & (v - 1) else want
-
-    return check
-
-
-def _boolean(v: Any) -> str | None:
-    return None if isinstance(v, bool) else "expected true or false"
-
-
-def _choice(*names: str) -> _Check:
-    want = "expected " + " or ".join(json.dumps(n) for n in names)
-
-    def check(v: Any) -> str | None:
-        return None if isinstance(v, str) and v in names else want
-
-    return check
-
-
-def _pattern(pattern: str, want: str) -> _Check:
-    exact = re.compile(pattern)
-
-    def check(v: Any) -> str | None:
-        return None if isinstance(v, str) and exact.fullmatch(v) else f"expected {want}"
-
-    return check
-
-
-def _or_empty(inner: _Check, meaning: str) -> _Check:
-    def check(v: Any) -> str | None:
-        if v == "" and isinstance(v, str):
-            return None
-        want = inner(v)
-        return None if want is None else f'{want}, or "" ({meaning})'
-
-    return check
-
-
-def _device(v: Any) -> str | None:
-    ok = isinstance(v, str) and re.fullmatch(r"[^\s/:\0]+", v) and v not in (".", "..")
-    if ok and len(v.encode()) < _IFNAMSIZ:
-        return None
-    return "expected the name of a network device (1 to 15 bytes)"
-
-
-def _path(v: Any) -> str | None:
-    return None if isinstance(v, str) and v and "\0" not in v else "expected a path"
-
-
-def _directory(v: Any) -> str | None:
-    ok = isinstance(v, str) and v.startswith("/") and "\0" not in v
-    return None if ok else "expected an absolute path of a directory"
-
-
-def _socket_path(v: Any) -> str | None:
-    ok = _path(v) is None and len(v.encode()) < _SUN_PATH
-    return None if ok else "expected the path of a unix socket (1 to 107 bytes)"
-
-
-def _mac(v: Any) -> str | None:
-    ok = isinstance(v, str) and re.fullmatch(r"[0-9a-fA-F]{2}(:[0-9a-fA-F]{2}){5}", v)
-    if ok and not int(v[:2], 16) & 1 and v != "00:00:00:00:00:00":
-        return None
-    return "expected a unicast MAC address such as 52:54:00:12:34:56"
-
-
-def _split(v: Any) -> tuple[ipaddress.IPv4Address | ipaddress.IPv6Address, int] | None:
-    """The parts of "ip:port" or "[v6]:port"; None when it is neither."""
-    m = (
-        re.fullmatch(r"(?:\[([^\[\]]+)\]|([^:\[\]]+)):([0-9]{1,5})", v)
-        if isinstance(v, str)
-        else None
-    )
-    if m is None:
-        return None
-    try:
-        ip = ipaddress.IPv6Address(m[1]) if m[1] else ipaddress.IPv4Address(m[2])
-    except ValueError:
-        return None
-    port = int(m[3])
-    return (ip, port) if 1 <= port <= 65535 else None
-
-
-def _loopback(*where: tuple[ipaddress.IPv4Address | ipaddress.IPv6Address, int] | None) -> bool:
-    """Whether all are loopback; what could not be read counts as such: it has its own error."""
-    return all(w is None or w[0].is_loopback for w in where)
-
-
-def _address(v: Any) -> str | None:
-    return None if _split(v) else 'expected "ip:port" or "[ipv6]:port", port from 1 to 65535'
-
-
-def _argv(v: Any) -> str | None:
-    ok = isinstance(v, list | tuple) and all(isinstance(s, str) and "\0" not in s for s in v)
-    if ok and (not v or v[0]):
-        return None
-    return "expected a list of strings: a program and its arguments"
-
-
 # ---- keys
 
 
@@ -159,20 +37,22 @@ def _argv(v: Any) -> str | None:
 class Network:
     """[network]: devices of this host."""
 
-    tap: str = _key(_device, "tap device of this host's guest")
-    peer_link: str = _key(_device, "device that leads to the other host, for guest frames only")
-    bridge: str = _key(
-        _or_empty(_device, "none"),
+    tap: str = checks.key(checks.device, "tap device of this host's guest")
+    peer_link: str = checks.key(
+        checks.device, "device that leads to the other host, for guest frames only"
+    )
+    bridge: str = checks.key(
+        checks.or_empty(checks.device, "none"),
         'bridge that the tap joins at a takeover; "": the host routes',
         default="",
     )
-    hook: str = _key(
-        _choice("auto", "xdp", "tc"),
+    hook: str = checks.key(
+        checks.choice("auto", "xdp", "tc"),
         "where the secondary guest's output is met; auto: xdp if the tap has no vnet_hdr, else tc",
         default="auto",
     )
-    guest_mac: str = _key(
-        _or_empty(_mac, "QEMU is asked"),
+    guest_mac: str = checks.key(
+        checks.or_empty(checks.mac, "QEMU is asked"),
         'the guest\'s MAC address, announced at a takeover; "": QEMU is asked',
         default="",
     )
@@ -182,10 +62,10 @@ class Network:
 class Qemu:
     """[qemu]: QMP and migration. Times in ms."""
 
-    qmp: str = _key(_socket_path, "unix socket of this host's QEMU (QMP)")
-    migrate_uri: str = _key(
-        _or_empty(
-            _pattern(
+    qmp: str = checks.key(checks.socket_path, "unix socket of this host's QEMU (QMP)")
+    migrate_uri: str = checks.key(
+        checks.or_empty(
+            checks.pattern(
                 r"(tcp|unix|rdma|fd|exec|vsock):.+", "a migration URI such as tcp:10.0.0.2:4444"
             ),
             "secondary",
@@ -193,11 +73,11 @@ class Qemu:
         "where the secondary's QEMU waits (-incoming); required on the primary",
         default="",
     )
-    qmp_timeout: int = _key(
-        _integer(1, _DAY_MS, "ms"), "deadline of one QMP command", default=5000, unit="ms"
+    qmp_timeout: int = checks.key(
+        checks.integer(1, _DAY_MS, "ms"), "deadline of one QMP command", default=5000, unit="ms"
     )
-    enter_timeout: int = _key(
-        _integer(1, _DAY_MS, "ms"),
+    enter_timeout: int = checks.key(
+        checks.integer(1, _DAY_MS, "ms"),
         "deadline of the first synchronisation (all of the guest's memory is copied)",
         default=120_000,
         unit="ms",
@@ -208,27 +88,35 @@ class Qemu:
 class Peer:
     """[peer]: the control channel. Times in ms."""
 
-    local: str = _key(_address, "this controller's address; the secondary listens on it")
-    remote: str = _key(_address, "the other controller's address; the primary connects to it")
-    cert: str = _key(
-        _or_empty(_path, "no TLS"),
+    local: str = checks.key(
+        checks.address, "this controller's address; the secondary listens on it"
+    )
+    remote: str = checks.key(
+        checks.address, "the other controller's address; the primary connects to it"
+    )
+    cert: str = checks.key(
+        checks.or_empty(checks.path, "no TLS"),
         "this host's certificate (PEM), with key and peer_cert",
         default="",
     )
-    key: str = _key(_or_empty(_path, "no TLS"), "private key of cert (PEM)", default="")
-    peer_cert: str = _key(
-        _or_empty(_path, "no TLS"),
+    key: str = checks.key(
+        checks.or_empty(checks.path, "no TLS"), "private key of cert (PEM)", default=""
+    )
+    peer_cert: str = checks.key(
+        checks.or_empty(checks.path, "no TLS"),
         "the other host's certificate, the only one accepted",
         default="",
     )
-    insecure: bool = _key(
-        _boolean, "allow a channel without TLS between two hosts (laboratory only)", default=False
+    insecure: bool = checks.key(
+        checks.boolean,
+        "allow a channel without TLS between two hosts (laboratory only)",
+        default=False,
     )
-    heartbeat_interval: int = _key(
-        _integer(10, 60_000, "ms"), "time between two heartbeats", default=100, unit="ms"
+    heartbeat_interval: int = checks.key(
+        checks.integer(10, 60_000, "ms"), "time between two heartbeats", default=100, unit="ms"
     )
-    heartbeat_timeout: int = _key(
-        _integer(30, 600_000, "ms"),
+    heartbeat_timeout: int = checks.key(
+        checks.integer(30, 600_000, "ms"),
         "silence after which the peer is suspected; at least 3 heartbeat_interval",
         default=1000,
         unit="ms",
@@ -239,43 +127,51 @@ class Peer:
 class Compare:
     """[compare]: the engine. Times in ms."""
 
-    compare_timeout: int = _key(
-        _integer(1, 600_000, "ms"),
+    compare_timeout: int = checks.key(
+        checks.integer(1, 600_000, "ms"),
         "how long a frame may wait for its twin before a checkpoint is asked for",
         default=3000,
         unit="ms",
     )
-    expired_scan_cycle: int = _key(
-        _integer(1, 600_000, "ms"), "period of the ageing of flows", default=1000, unit="ms"
+    expired_scan_cycle: int = checks.key(
+        checks.integer(1, 600_000, "ms"), "period of the ageing of flows", default=1000, unit="ms"
     )
-    max_queue_size: int = _key(
-        _integer(1, 1 << 20, "packets"),
+    max_queue_size: int = checks.key(
+        checks.integer(1, 1 << 20, "packets"),
         "frames held before a checkpoint is asked for, per guest",
         default=1024,
         unit="packets",
     )
-    max_stream_bytes: int = _key(
-        _integer(65536, 1 << 30, "bytes"),
+    max_stream_bytes: int = checks.key(
+        checks.integer(65536, 1 << 30, "bytes"),
         "how far the secondary guest may be ahead in one connection",
         default=4 << 20,
         unit="bytes",
     )
-    max_flows: int = _key(
-        _integer(16, 1 << 24, "flows"),
+    max_flows: int = checks.key(
+        checks.integer(16, 1 << 24, "flows"),
         "connections the engine keeps",
         default=100_000,
         unit="flows",
     )
-    arp: str = _key(
-        _choice("pass", "compare"), "ARP: released at once, or compared", default="pass"
+    max_held_bytes: int = checks.key(
+        checks.integer(1 << 20, 1 << 34, "bytes"),
+        "bytes of frames held before a checkpoint is asked for",
+        default=64 << 20,
+        unit="bytes",
     )
-    ndp: str = _key(
-        _choice("pass", "compare"),
-        "IPv6 neighbour discovery: released, or compared",
+    arp: str = checks.key(
+        checks.choice("pass", "compare"), "ARP: released at once, or compared", default="pass"
+    )
+    ndp: str = checks.key(
+        checks.choice("pass", "compare"),
+        "IPv6 neighbour discovery, MLD, IGMP: released, or compared",
         default="pass",
     )
-    other: str = _key(
-        _choice("pass", "compare"), "other protocols: released, or compared", default="compare"
+    other: str = checks.key(
+        checks.choice("pass", "compare"),
+        "other protocols: released, or compared",
+        default="compare",
     )
 
 
@@ -283,14 +179,14 @@ class Compare:
 class CheckpointKeys:
     """[checkpoint]. Times in ms."""
 
-    deadline: int = _key(
-        _integer(1, _DAY_MS, "ms"),
+    deadline: int = checks.key(
+        checks.integer(1, _DAY_MS, "ms"),
         "a checkpoint that takes longer has failed",
         default=10_000,
         unit="ms",
     )
-    periodic: int = _key(
-        _integer(0, _DAY_MS, "ms"),
+    periodic: int = checks.key(
+        checks.integer(0, _DAY_MS, "ms"),
         "a checkpoint at least this often; 0: never",
         default=0,
         unit="ms",
@@ -301,14 +197,16 @@ class CheckpointKeys:
 class FailoverKeys:
     """[failover]. Times in ms."""
 
-    automatic: bool = _key(_boolean, "fail over without a person; requires fence", default=False)
-    fence: tuple[str, ...] = _key(
-        _argv,
+    automatic: bool = checks.key(
+        checks.boolean, "fail over without a person; requires fence", default=False
+    )
+    fence: tuple[str, ...] = checks.key(
+        checks.argv,
         "command (argv, no shell) that makes the peer silent for certain; exit status 0 is success",
         default=(),
     )
-    fence_timeout: int = _key(
-        _integer(1, 3_600_000, "ms"),
+    fence_timeout: int = checks.key(
+        checks.integer(1, 3_600_000, "ms"),
         "a fence command that takes longer has failed",
         default=30_000,
         unit="ms",
@@ -319,36 +217,41 @@ class FailoverKeys:
 class DataPathKeys:
     """[datapath]: programs and maps. Times in ms."""
 
-    events: str = _key(
-        _choice("auto", "ring", "perf"),
+    events: str = checks.key(
+        checks.choice("auto", "ring", "perf"),
         "how frames reach the controller: BPF ring buffer or perf buffers",
         default="auto",
     )
-    ring_pages: int = _key(
-        _power_of_two(16, 262_144, "pages"), "size of the ring buffer", default=8192, unit="pages"
+    ring_pages: int = checks.key(
+        checks.power_of_two(16, 262_144, "pages"),
+        "size of the ring buffer",
+        default=8192,
+        unit="pages",
     )
-    flow_table: int = _key(
-        _integer(16, 1 << 22, "entries"),
+    flow_table: int = checks.key(
+        checks.integer(16, 1 << 22, "entries"),
         "connections the secondary's rewriter tracks",
         default=65_536,
         unit="entries",
     )
-    on_controller_loss: str = _key(
-        _choice("hold", "release"),
+    on_controller_loss: str = checks.key(
+        checks.choice("hold", "release"),
         "what the programs do with output while no controller lives",
         default="hold",
     )
-    controller_loss: int = _key(
-        _integer(50, 3_600_000, "ms"),
+    controller_loss: int = checks.key(
+        checks.integer(50, 3_600_000, "ms"),
         "silence of the controller after which the programs count it as lost",
         default=1000,
         unit="ms",
     )
-    bpffs: str = _key(
-        _directory, "bpf file system where programs and maps are pinned", default="/sys/fs/bpf"
+    bpffs: str = checks.key(
+        checks.directory,
+        "bpf file system where programs and maps are pinned",
+        default="/sys/fs/bpf",
     )
-    run_dir: str = _key(
-        _directory, "directory of the control socket and the list of what is attached",
+    run_dir: str = checks.key(
+        checks.directory, "directory of the control socket and the list of what is attached",
         default="/run/colo-xdp",
     )  # fmt: skip
 
@@ -357,22 +260,26 @@ class DataPathKeys:
 class Metrics:
     """[metrics]: the Prometheus endpoint."""
 
-    listen: str = _key(
-        _or_empty(_address, "off"), 'address of the endpoint; "": off', default="127.0.0.1:9847"
+    listen: str = checks.key(
+        checks.or_empty(checks.address, "off"),
+        'address of the endpoint; "": off',
+        default="127.0.0.1:9847",
     )
-    allow_remote: bool = _key(_boolean, "allow an address that is not loopback", default=False)
+    allow_remote: bool = checks.key(
+        checks.boolean, "allow an address that is not loopback", default=False
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
     """All of one file. Times in ms; what was not written has its default."""
 
-    pair: str = _key(
-        _pattern(r"[a-z0-9-]{1,10}", "1 to 10 of a-z, 0-9 and -"),
+    pair: str = checks.key(
+        checks.pattern(r"[a-z0-9-]{1,10}", "1 to 10 of a-z, 0-9 and -"),
         "name of the pair, the same on both hosts",
     )
-    role: Literal["primary", "secondary"] = _key(
-        _choice("primary", "secondary"), "which guest this host runs"
+    role: Literal["primary", "secondary"] = checks.key(
+        checks.choice("primary", "secondary"), "which guest this host runs"
     )
     network: Network
     qemu: Qemu
@@ -382,6 +289,19 @@ class Config:
     failover: FailoverKeys = field(default_factory=FailoverKeys)
     datapath: DataPathKeys = field(default_factory=DataPathKeys)
     metrics: Metrics = field(default_factory=Metrics)
+    rules: tuple[Rule, ...] = ()
+    path: str | None = None  # where it was read from
+
+    def differences(self, other: Config) -> list[str]:
+        """The keys that differ, but for the policy, which can change while running."""
+        mine, theirs = _flat(self), _flat(other)
+        free = {"compare.arp", "compare.ndp", "compare.other"}
+        return [k for k in mine if mine[k] != theirs[k] and k not in free]
+
+    def policy(self) -> Policy:
+        """What is compared: the file's rules, then the defaults of [compare]."""
+        c = self.compare
+        return Policy(self.rules, arp=c.arp, ndp=c.ndp, other=c.other)
 
 
 _SECTIONS: dict[str, type[Any]] = {
@@ -396,8 +316,11 @@ _SECTIONS: dict[str, type[Any]] = {
 }
 
 
-def _keys(cls: type[Any]) -> dict[str, Field[Any]]:
-    return {f.name: f for f in fields(cls) if "check" in f.metadata}
+def _flat(config: Config) -> dict[str, Any]:
+    out = {k: getattr(config, k) for k in checks.keys(Config)}
+    for name, cls in _SECTIONS.items():
+        out |= {f"{name}.{k}": getattr(getattr(config, name), k) for k in checks.keys(cls)}
+    return out
 
 
 # ---- reading
@@ -430,9 +353,9 @@ class _Reader:
 
     def table(self, section: str, cls: type[Any], data: Mapping[str, Any]) -> dict[str, Any]:
         """The right values of one table; missing keys get their default."""
-        known = _keys(cls)
+        known = checks.keys(cls)
         out: dict[str, Any] = {}
-        top = list(_SECTIONS) if cls is Config else []
+        top = [*_SECTIONS, "rule"] if cls is Config else []
         for key, value in data.items():
             if key in top:
                 continue
@@ -464,8 +387,10 @@ class _Reader:
 
 def _elsewhere(key: str) -> str:
     """A hint for a key that stands under the wrong heading."""
-    homes = [s for s, cls in _SECTIONS.items() if key in _keys(cls)]
-    if key in _keys(Config):
+    homes = [s for s, cls in _SECTIONS.items() if key in checks.keys(cls)]
+    if not homes and key in checks.keys(Rule):
+        return "; it belongs to a rule, under [[rule]]"
+    if key in checks.keys(Config):
         return "; it belongs to the top of the file"
     return f"; it belongs to [{homes[0]}]" if homes else ""
 
@@ -488,10 +413,36 @@ def parse(text: str, path: str = "<config>") -> Config:
             r.errors.append(f"{path}: {name} = {_show(body)}: expected a section [{name}]")
             continue
         sections[name] = r.table(name, cls, body)
+    rules = _rules(r, data.get("rule", []))
     _cross_checks(r, top, sections)
     if r.errors:
         raise ConfigError(r.errors)
-    return Config(**top, **{name: cls(**sections[name]) for name, cls in _SECTIONS.items()})
+    made = {name: cls(**sections[name]) for name, cls in _SECTIONS.items()}
+    return Config(**top, **made, rules=rules)
+
+
+def _rules(r: _Reader, data: Any) -> tuple[Rule, ...]:
+    """The [[rule]] tables, in order; the first one that fits a flow decides."""
+    if not isinstance(data, list) or not all(isinstance(d, dict) for d in data):
+        r.errors.append(f"{r.path}: rule = {_show(data)}: expected tables [[rule]]")
+        return ()
+    if len(data) > MAX_RULES:
+        r.errors.append(f"{r.path}: {len(data)} rules: expected at most {MAX_RULES}")
+    out: list[Rule] = []
+    for i, body in enumerate(data, 1):
+        before = len(r.errors)
+        values = r.table(f"rule {i}", Rule, body)
+        if len(r.errors) > before:
+            continue
+        if any(rule.name == values["name"] for rule in out):
+            r.error(f"rule {i}", "name", values["name"], "expected a name of its own")
+            continue
+        rule = Rule(**values)
+        why = rule.contradiction()
+        if why:
+            r.errors.append(f"{r.path}: [rule {i}] {rule.name}: {why}")
+        out.append(rule)
+    return tuple(out)
 
 
 def load(path: str | Path) -> Config:
@@ -504,7 +455,7 @@ def load(path: str | Path) -> Config:
     except (OSError, UnicodeDecodeError) as e:
         why = e.strerror if isinstance(e, OSError) and e.strerror else str(e)
         raise ConfigError([f"{path}: cannot be read: {why}"]) from e
-    return parse(text, str(path))
+    return replace(parse(text, str(path)), path=str(path))
 
 
 def _cross_checks(r: _Reader, top: dict[str, Any], s: dict[str, dict[str, Any]]) -> None:
@@ -522,7 +473,7 @@ def _cross_checks(r: _Reader, top: dict[str, Any], s: dict[str, dict[str, Any]])
     if failover.get("automatic") and failover.get("fence") == ():
         r.error("failover", "automatic", True, "requires a fence command ([failover] fence)")
     metrics = s.get("metrics", {})
-    where = _split(metrics.get("listen", ""))
+    where = checks.split(metrics.get("listen", ""))
     if where and not where[0].is_loopback and metrics.get("allow_remote") is False:
         r.error(
             "metrics", "listen", metrics["listen"],
@@ -531,7 +482,7 @@ def _cross_checks(r: _Reader, top: dict[str, Any], s: dict[str, dict[str, Any]])
 
 
 def _peer_checks(r: _Reader, peer: dict[str, Any]) -> None:
-    local, remote = _split(peer.get("local", "")), _split(peer.get("remote", ""))
+    local, remote = checks.split(peer.get("local", "")), checks.split(peer.get("remote", ""))
     if local and remote:
         if local == remote:
             r.error("peer", "remote", peer["remote"], "expected another address than local")
@@ -546,7 +497,7 @@ def _peer_checks(r: _Reader, peer: dict[str, Any]) -> None:
         if missing and len(missing) < len(tls):
             for k in missing:
                 r.error("peer", k, "", "expected all three of cert, key and peer_cert, or none")
-        elif missing and peer.get("insecure") is False and not _loopback(local, remote):
+        elif missing and peer.get("insecure") is False and not checks.loopback(local, remote):
             r.error(
                 "peer", "cert", "",
                 "cert, key and peer_cert are required between hosts (or insecure = true)",
@@ -575,11 +526,14 @@ def _toml(value: Any) -> str:
 
 def as_toml(config: Config) -> str:
     """The configuration as a file, every key written; `parse` gives the same Config back."""
-    lines = [f"{k} = {_toml(getattr(config, k))}" for k in _keys(Config)]
+    lines = [f"{k} = {_toml(getattr(config, k))}" for k in checks.keys(Config)]
     for name, cls in _SECTIONS.items():
         section = getattr(config, name)
         lines += ["", f"[{name}]"]
-        lines += [f"{k} = {_toml(getattr(section, k))}" for k in _keys(cls)]
+        lines += [f"{k} = {_toml(getattr(section, k))}" for k in checks.keys(cls)]
+    for rule in config.rules:
+        lines += ["", "[[rule]]"]
+        lines += [f"{k} = {_toml(getattr(rule, k))}" for k in checks.keys(Rule)]
     return "\n".join(lines) + "\n"
 
 
@@ -590,7 +544,8 @@ def _doc(f: Field[Any]) -> str:
     return f"{f.metadata['help']} (default {_toml(f.default)}{unit})"
 
 
+_TABLES: list[tuple[str, type[Any]]] = [*_SECTIONS.items(), ("rule", Rule)]
 #: "section.key" (top level: "key") -> one line of help with unit and default
-DOCS: dict[str, str] = {k: _doc(f) for k, f in _keys(Config).items()} | {
-    f"{name}.{k}": _doc(f) for name, cls in _SECTIONS.items() for k, f in _keys(cls).items()
+DOCS: dict[str, str] = {k: _doc(f) for k, f in checks.keys(Config).items()} | {
+    f"{name}.{k}": _doc(f) for name, cls in _TABLES for k, f in checks.keys(cls).items()
 }

@@ -19,7 +19,7 @@ from typing import Any
 
 from . import attach
 from .abi import Mode
-from .config import Config
+from .config import Config, ConfigError, load
 from .datapath import DataPath
 from .failover import Action, Decision, Facts, Role, State, decide
 from .peer import Peer
@@ -45,7 +45,7 @@ class Controller(ABC):
         self.reason = "starting"
         self.since = time.time()
         self.history: deque[dict[str, Any]] = deque(maxlen=64)
-        self.paused = False
+        self.paused = self.shadow = False
         self.operator = False
         self.fence_result: bool | None = None
         self.colo_exit = False
@@ -116,8 +116,10 @@ class Controller(ABC):
         log.info("%s %s: %s: %s", self.config.pair, self.role.value, state.value, why)
 
     def shown_state(self) -> State:
-        """The state for people and for the decision: `paused` is a view of `protected`."""
-        return State.PAUSED if self.paused and self.state is State.PROTECTED else self.state
+        """The state for people and for the decision: two are views of `protected`."""
+        if self.state is not State.PROTECTED:
+            return self.state
+        return State.PAUSED if self.paused else State.SHADOW if self.shadow else self.state
 
     def spawn(self, coro: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
         """A background task whose failure is logged and ends the controller."""
@@ -212,6 +214,8 @@ class Controller(ABC):
         kind = msg["type"]
         if kind == "beat":
             self.peer_state, self.peer_epoch = msg["state"], msg["epoch"]
+            if self.role is Role.SECONDARY:
+                self.shadow = msg["shadow"]
             if msg["shut"]:
                 self._peer_shut(msg["alone"])
             if msg["echo"]:
@@ -238,11 +242,12 @@ class Controller(ABC):
             "beat",
             t=time.monotonic_ns(),
             echo=self._peer_t,
-            state=self.state.value,
+            state=self.shown_state().value,
             epoch=self.dp.epoch,
             vm=not self.vm_gone,
             shut=self.state is State.STOPPED and self.dp.mode is Mode.DROP,
             alone=self.spoke_alone,
+            shadow=self.role is Role.PRIMARY and self.shadow,
         )
         self._peer_t = 0
 
@@ -266,6 +271,7 @@ class Controller(ABC):
             fence_result=self.fence_result,
             operator=self.operator,
             checkpoint_overdue=self.checkpoint_overdue,
+            shadow=self.shadow,
         )
 
     def _decide(self) -> None:
@@ -367,19 +373,55 @@ class Controller(ABC):
             return await self._command_failover(args)
         if name == "checkpoint":
             return await self.command_checkpoint(args)
+        if name == "reload":
+            return self.reload()
+        if name in ("explain", "capture"):
+            return self.tell(name, args)
         raise ValueError(f"unknown command {name!r}")
 
     async def command_checkpoint(self, args: dict[str, Any]) -> dict[str, Any]:
         raise ValueError("checkpoints are asked for on the primary host")
 
+    def reload(self) -> dict[str, Any]:
+        """Read the file again and take over what can change while running: the rules.
+
+        Raises ValueError: the file is wrong, or something else in it has changed.
+        """
+        if self.config.path is None:
+            raise ValueError("this configuration came from no file")
+        try:
+            new = load(self.config.path)
+        except ConfigError as e:
+            raise ValueError(str(e)) from e
+        changed = self.config.differences(new)
+        if changed:
+            raise ValueError(f"needs a restart of the controller: {', '.join(changed)} changed")
+        self.config = new
+        self.new_policy()
+        log.info("policy reloaded: %d rules", len(new.rules))
+        return {"rules": len(new.rules)}
+
+    def new_policy(self) -> None:
+        """The rules have changed."""
+
+    def tell(self, name: str, args: dict[str, Any]) -> dict[str, Any]:
+        """What only the primary knows."""
+        raise ValueError(f"{name}: ask the primary host, which compares")
+
+    def set_shadow(self, on: bool) -> None:
+        """Hold nothing, or hold again."""
+        if on:
+            raise ValueError("shadow mode is set on the primary host, which holds the frames")
+
     def _command_mode(self, args: dict[str, Any]) -> dict[str, Any]:
         mode = args.get("mode")
         if mode is not None:
-            if mode not in ("protected", "paused"):
-                raise ValueError(f"mode {mode!r}: protected or paused")
+            if mode not in ("protected", "paused", "shadow"):
+                raise ValueError(f"mode {mode!r}: protected, paused or shadow")
+            self.set_shadow(mode == "shadow")
             self.paused = mode == "paused"
             log.info("mode set to %s by the operator", mode)
-        return {"mode": "paused" if self.paused else self.state.value}
+        return {"mode": self.shown_state().value}
 
     @abstractmethod
     def failover_steps(self) -> list[str]:

@@ -4,32 +4,49 @@
 The PVM's datagrams leave in the order they came (QEMU's colo-compare takes the newest
 first). The twin of a datagram is any datagram of the SVM in this epoch with an equal
 body that was not yet used: the order on the SVM's side and on the peer link is free.
+A frame of several UDP datagrams (GSO) leaves when each of them has its twin. Fragments
+come here as the datagram that they make up (fragments.py).
 """
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 
+from .comparer import BEFORE, CONTEXT, Held, Host
 from .flow import FlowKey, describe_datagram
-from .packet import Packet, datagram_body
+from .packet import Kind, Packet, datagram_body
+from .policy import Verdict
 from .reasons import Cause
-from .record import Record
-from .stream import Held, Host
+from .record import Evidence, Record
 
-_CONTEXT = 32
+Bodies = tuple[bytes, ...]
+
+
+def bodies(p: Packet, gso_size: int = 0) -> Bodies:
+    """What is compared of a frame: one body, or one for each datagram of a UDP GSO frame."""
+    if p.kind is Kind.UDP and 0 < gso_size < p.end - p.off:
+        return tuple(p.frame[i : min(i + gso_size, p.end)] for i in range(p.off, p.end, gso_size))
+    return (datagram_body(p),)
 
 
 class DatagramFlow:
     """One flow, one direction: what the guest sends."""
 
-    __slots__ = ("asked", "bodies", "epoch", "held", "host", "key", "last", "svm", "when")
+    __slots__ = (
+        "_frames", "asked", "bodies", "copies", "direction", "epoch", "held", "host", "key",
+        "last", "verdict", "when",
+    )  # fmt: skip
 
-    def __init__(self, host: Host, key: FlowKey, epoch: int) -> None:
+    def __init__(
+        self, host: Host, key: FlowKey, epoch: int, verdict: Verdict, direction: str = ""
+    ) -> None:
         self.host, self.key, self.epoch = host, key, epoch
+        self.verdict, self.direction = verdict, direction
         self.last = self.when = 0
         self.held: deque[Held] = deque()
-        self.bodies: deque[bytes] = deque()  # of `held`
-        self.svm: dict[bytes, list[int]] = {}  # unused body -> arrival of each copy
+        self.bodies: deque[Bodies] = deque()  # of `held`
+        self.copies: dict[bytes, list[int]] = {}  # unused body of the SVM -> arrivals
+        self._frames: dict[bytes, bytes] = {}  # of the above, for the report
         self.asked = False
 
     def text(self) -> str:
@@ -38,7 +55,7 @@ class DatagramFlow:
 
     def quiet(self) -> bool:
         """Nothing of either side waits."""
-        return not self.held and not self.svm
+        return not self.held and not self.copies
 
     def closed(self) -> bool:
         """Datagram flows have no end; they age like closed connections."""
@@ -55,50 +72,69 @@ class DatagramFlow:
         """Forget what the SVM of the old epoch said (I7). The engine resets its own counts."""
         self.epoch = epoch
         self.asked = False
-        self.svm.clear()
+        self._forget_svm()
+
+    def _forget_svm(self) -> None:
+        self.copies.clear()
+        self._frames.clear()
+
+    def drop_svm(self) -> None:
+        """As above in the middle of an epoch, where the engine counts what is stashed."""
+        self.host.svm_packets -= sum(map(len, self.copies.values()))
+        self._forget_svm()
+
+    def commit(self, p: Packet) -> None:
+        """A checkpoint contains it: nothing is to be remembered."""
 
     def pvm(self, rec: Record, p: Packet, now_ns: int) -> None:
         """A frame of the PVM in the current epoch: release it or hold it."""
         host = self.host
-        body = datagram_body(p)
-        if not self.held and self._use(body):
+        all_of_it = bodies(p, rec.gso_size)
+        if not self.held and self._use(all_of_it):
             host.emit(rec, now_ns)
             return
-        if host.pvm_packets >= host.max_packets:
+        if host.pvm_packets >= host.max_packets or host.pvm_bytes >= host.max_bytes:
             host.count("queue_full_dropped")
-            host.ask(Cause.QUEUE_FULL, self.text())
+            host.ask(Cause.QUEUE_FULL, self)
             return
         host.pvm_packets += 1
         host.pvm_bytes += len(rec.frame)
         self.held.append((rec, p, now_ns))
-        self.bodies.append(body)
-        host.arm(self, now_ns + (host.grace_ns if self.svm else host.timeout_ns))
+        self.bodies.append(all_of_it)
+        host.arm(self, now_ns + (host.grace_ns if self.copies else host.timeout_ns))
 
-    def svm_frame(self, p: Packet, now_ns: int) -> None:
+    def svm(self, p: Packet, now_ns: int) -> None:
         """A frame of the SVM of the current epoch: only compared, never sent anywhere."""
         host = self.host
-        if host.svm_packets >= host.max_packets:
-            host.count("svm_queue_full_dropped")
-            host.ask(Cause.QUEUE_FULL, self.text())
-            return
-        host.svm_packets += 1
-        self.svm.setdefault(datagram_body(p), []).append(now_ns)
+        for body in bodies(p, p.gso_size):
+            if host.svm_packets >= host.max_packets:
+                host.count("svm_queue_full_dropped")
+                host.ask(Cause.QUEUE_FULL, self)
+                return
+            host.svm_packets += 1
+            self.copies.setdefault(body, []).append(now_ns)
+            self._frames[body] = p.frame
         if self.held:
-            self._pump(now_ns)
-        if self.svm:
+            self.pump(now_ns)
+        if self.copies:
             host.arm(self, now_ns + (host.grace_ns if self.held else host.timeout_ns))
 
-    def _use(self, body: bytes) -> bool:
-        copies = self.svm.get(body)
-        if copies is None:
+    def _use(self, wanted: Bodies) -> bool:
+        copies = self.copies
+        if len(wanted) == 1:
+            if wanted[0] not in copies:
+                return False
+        elif any(len(copies.get(body, ())) < n for body, n in Counter(wanted).items()):
             return False
-        self.host.svm_packets -= 1
-        del copies[0]
-        if not copies:
-            del self.svm[body]
+        self.host.svm_packets -= len(wanted)
+        for body in wanted:
+            del copies[body][0]
+            if not copies[body]:
+                del copies[body], self._frames[body]
         return True
 
-    def _pump(self, now_ns: int) -> None:
+    def pump(self, now_ns: int) -> None:
+        """Release from the head what has its twin."""
         host = self.host
         while self.held and self._use(self.bodies[0]):
             self.bodies.popleft()
@@ -112,7 +148,7 @@ class DatagramFlow:
         host = self.host
         self._drop_old(now_ns - host.timeout_ns)
         if not self.held:
-            return next(iter(self.svm.values()))[0] + host.timeout_ns if self.svm else 0
+            return next(iter(self.copies.values()))[0] + host.timeout_ns if self.copies else 0
         at = self.held[0][2]
         due, cause = at + host.timeout_ns, Cause.COMPARE_TIMEOUT
         other = self._unpaired()
@@ -122,34 +158,39 @@ class DatagramFlow:
             return due
         if not self.asked:
             self.asked = True
-            mine, theirs = self.bodies[0], other[0] if other else b""
-            both = range(min(len(mine), len(theirs)))
-            i = next((i for i in both if mine[i] != theirs[i]), len(both))
-            host.ask(cause, self.text(), i, mine[i : i + _CONTEXT], theirs[i : i + _CONTEXT])
+            host.ask(cause, self, self._evidence(other[0] if other else b""))
         return now_ns + host.timeout_ns  # stay in the engine's list of flows that wait
+
+    def _evidence(self, theirs: bytes) -> Evidence:
+        mine = next((b for b in self.bodies[0] if b not in self.copies), self.bodies[0][0])
+        both = range(min(len(mine), len(theirs)))
+        i = next((i for i in both if mine[i] != theirs[i]), len(both))
+        start = max(0, i - BEFORE)
+        return Evidence(
+            i, i - start, mine[start : i + CONTEXT], theirs[start : i + CONTEXT],
+            self.held[0][0], self._frames.get(theirs, b""),
+        )  # fmt: skip
 
     def _unpaired(self) -> tuple[bytes, int] | None:
         """The SVM's oldest body that none of the PVM's waiting frames has, and its arrival.
 
         Bodies that a frame behind the head has are only waiting for the head.
         """
-        waiting: dict[bytes, int] = {}
-        for body in self.bodies:
-            waiting[body] = waiting.get(body, 0) + 1
-        for body, copies in self.svm.items():
-            n = waiting.get(body, 0)
+        waiting = Counter(body for each in self.bodies for body in each)
+        for body, copies in self.copies.items():
+            n = waiting[body]
             if len(copies) > n:
                 return body, copies[n]
         return None
 
     def _drop_old(self, before_ns: int) -> None:
         # surplus of the SVM: nothing of it left this host, so it costs no checkpoint
-        for body in [b for b, c in self.svm.items() if c[0] <= before_ns]:
-            copies = self.svm[body]
+        for body in [b for b, c in self.copies.items() if c[0] <= before_ns]:
+            copies = self.copies[body]
             keep = [at for at in copies if at > before_ns]
             self.host.svm_packets -= len(copies) - len(keep)
             self.host.count("svm_datagram_expired", len(copies) - len(keep))
             if keep:
-                self.svm[body] = keep
+                self.copies[body] = keep
             else:
-                del self.svm[body]
+                del self.copies[body], self._frames[body]

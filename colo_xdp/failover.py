@@ -34,6 +34,7 @@ class State(StrEnum):
     SOLO = "solo"
     TAKEN_OVER = "taken-over"
     PAUSED = "paused"
+    SHADOW = "shadow"  # compared, but nothing is held
     STOPPED = "stopped"
 
 
@@ -68,6 +69,7 @@ class Facts:
     fence_result: bool | None  # None: not run yet
     operator: bool  # a person asked for failover
     checkpoint_overdue: bool = False
+    shadow: bool = False  # clients may have seen what the SVM has never said
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +113,17 @@ _ROWS: tuple[_Row, ...] = (
         lambda f: f.state is State.STARTING,
         Action.NONE,
         "the pair is not protected yet: there is nothing to fail over to",
+    ),
+    (
+        lambda f: (
+            f.shadow
+            and f.role is Role.SECONDARY
+            and not f.operator
+            and (f.peer_vm_gone or f.colo_exit or _suspect(f))
+        ),
+        Action.DEGRADE,
+        "the peer is lost, but the pair was in shadow mode: clients may know bytes that this guest "
+        "never sent, so a person decides",
     ),
     (
         lambda f: f.peer_vm_gone,

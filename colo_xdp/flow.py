@@ -72,3 +72,19 @@ def describe_datagram(key: FlowKey) -> str:
     if len(ident) == 14:  # destination MAC first, as in the frame
         return f"{name} {ident[8:].hex(':')} > {ident[2:8].hex(':')} type 0x{ident[:2].hex()}{vlan}"
     return f"{name} {ident.hex()}{vlan}"
+
+
+def tcp_port(key: FlowKey) -> int:
+    """The service's port of a TCP key: the lower one."""
+    n = 8 if len(key) < 36 else 32
+    return min(int.from_bytes(key[n : n + 2], "big"), int.from_bytes(key[n + 2 : n + 4], "big"))
+
+
+def datagram_name(key: FlowKey) -> tuple[str, int]:
+    """Protocol name and the service's port (0: has none) of any other key."""
+    name = _NAMES.get(key[0], "?") if key else "?"
+    if not key or key[0] != UDP:
+        return name, 0
+    n = 3 + (8 if key[1] == 4 else 32)
+    ports = key[n : n + 4]
+    return name, min(int.from_bytes(ports[:2], "big"), int.from_bytes(ports[2:], "big"))

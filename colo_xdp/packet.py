@@ -19,7 +19,7 @@ from . import flow
 MAX_TAGS = 4
 MAX_EXTENSIONS = 8
 
-FIN, SYN, RST, PSH, ACK, URG = 1, 2, 4, 8, 16, 32
+FIN, SYN, RST, PSH, ACK, URG, ECE, CWR = 1, 2, 4, 8, 16, 32, 64, 128
 
 #: what can be wrong with a frame: Packet.defect, meaning
 DEFECTS = {
@@ -49,7 +49,7 @@ class Kind(IntEnum):
     IP = 5  # another protocol over IP
     ETHER = 6  # another ethertype
     ARP = 7  # ARP and RARP
-    NDP = 8  # ICMPv6 neighbour, router and multicast listener discovery
+    NDP = 8  # ICMPv6 neighbour, router and multicast listener discovery, IGMP
     OPAQUE = 9  # malformed, see `defect`
 
 
@@ -73,6 +73,7 @@ class Packet:
     l4: int = 34
     proto: int = 6  # IP protocol; 0 if not IP
     defect: str = ""
+    gso_size: int = 0  # of the record; set for UDP of the SVM only
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,6 +236,9 @@ def _parse_l4(
             ident += frame[l4 + 4 : l4 + 6]
         key = flow.datagram_key(flow.ICMP, version, ident, tags)
         return Packet(Kind.ICMP, frame, key, l4, end, l3=l3, l4=l4, proto=proto)
+    if proto == 2 and version == 4 and end >= l4 + 8:  # IGMP: multicast listener discovery of IPv4
+        key = flow.datagram_key(flow.NDP, version, addrs + frame[l4 : l4 + 1], tags)
+        return Packet(Kind.NDP, frame, key, l4, end, l3=l3, l4=l4, proto=proto)
     key = flow.datagram_key(flow.IP, version, addrs + bytes((proto,)), tags)
     return Packet(Kind.IP, frame, key, l4, end, l3=l3, l4=l4, proto=proto)
 
@@ -279,7 +283,7 @@ def datagram_body(p: Packet) -> bytes:
     kind = p.kind
     if kind is Kind.FRAGMENT:
         return p.seq.to_bytes(2, "big") + f[off:end]
-    if kind is Kind.ICMP or kind is Kind.NDP:
+    if p.proto != 2 and (kind is Kind.ICMP or kind is Kind.NDP):
         typ = f[off]
         head = f[off : off + 2] + f[off + 4 : off + 8]  # without the checksum
         q = off + 8

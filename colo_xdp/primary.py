@@ -19,14 +19,16 @@ from typing import Any
 
 from . import abi
 from .abi import Mode
-from .compare import Engine, Limits, Policy
+from .compare import Engine, Limits
 from .config import Config
 from .controller import Controller
 from .datapath import DataPath
 from .failover import Action, Role, State
+from .journal import Divergence, Entry, Journal
 from .qmp import QmpError, QmpEvent
 from .reasons import Cause
 from .record import Record
+from .report import rules_json
 from .ring import Event
 from .status import WAIT_BUCKETS
 
@@ -64,6 +66,15 @@ class Checkpoint:
     changed: asyncio.Event = field(default_factory=asyncio.Event)
 
 
+@dataclass(frozen=True, slots=True)
+class Want:
+    """A checkpoint that is asked for; `why`: the divergence that did, if one did."""
+
+    cause: str
+    detail: str
+    why: Divergence | None = None
+
+
 class Primary(Controller):
     """Controller of the PVM's host."""
 
@@ -77,17 +88,23 @@ class Primary(Controller):
                 compare_timeout_ns=c.compare_timeout * 1_000_000,
                 expired_scan_cycle_ns=c.expired_scan_cycle * 1_000_000,
                 max_queue_size=c.max_queue_size,
+                max_held_bytes=c.max_held_bytes,
                 max_stream_bytes=c.max_stream_bytes,
                 max_flows=c.max_flows,
             ),
-            Policy(arp=c.arp, ndp=c.ndp, other=c.other),
+            config.policy(),
             self._release,
-            request_checkpoint=self.request,
+            request_checkpoint=lambda d: self.request(
+                d.cause, f"{d.flow} at {d.evidence.offset}", d
+            ),
             on_wait=self._on_wait,
+            on_divergence=lambda d: self.journal.divergence(d, time.time()),
         )
+        self.journal = Journal()
         self.engine.epoch = datapath.epoch
         self._injector = datapath.injectors["release"]
-        self._want: tuple[str, str] | None = None
+        self._want: Want | None = None
+        self._leave_shadow = False
         self._wake = asyncio.Event()
         self._peer_ready = False
         self._guard: asyncio.Task[Any] | None = None
@@ -146,13 +163,13 @@ class Primary(Controller):
 
     # ---- checkpoints
 
-    def request(self, cause: Cause, detail: str) -> None:
+    def request(self, cause: Cause, detail: str, why: Divergence | None = None) -> None:
         """Ask for a checkpoint; a request while one is wanted or under way folds into it."""
         # Also while one is under way: its commit feeds frames that may differ again, and the
         # engine asks once per epoch only.
         may = (State.PROTECTED, State.CHECKPOINTING, State.DEGRADED)
         if self.state in may and self._want is None:
-            self._want = (cause.value, detail)
+            self._want = Want(cause.value, detail, why)
             self._wake.set()
 
     def on_qmp(self, event: QmpEvent) -> None:
@@ -209,7 +226,7 @@ class Primary(Controller):
         while self.state is not State.STOPPED:
             migration = await self._migration()
             if migration == "colo":
-                self._want = (Cause.CONTROLLER_RESTART.value, "this controller has just started")
+                self._want = Want(Cause.CONTROLLER_RESTART.value, "this controller is new")
                 break
             if migration is not None and self.peer.connected and self._peer_ready:
                 try:
@@ -227,23 +244,23 @@ class Primary(Controller):
             if self._want is None or not self.peer.connected:
                 await self._sleep_or_wake(self._next_periodic())
                 if self._want is None and self._periodic_due():
-                    self._want = (Cause.PERIODIC.value, "period")
+                    self._want = Want(Cause.PERIODIC.value, "period")
             if self._want is None or not self.peer.connected:
                 continue
-            (cause, detail), self._want = self._want, None
+            want, self._want = self._want, None
             try:
-                await self._checkpoint(cause, detail, initial=False)
+                await self._checkpoint(want)
                 refusals = 0
             except (CheckpointFailed, QmpError) as e:
                 if isinstance(e, CheckpointFailed) and e.refused and refusals < REFUSALS:
                     refusals += 1
-                    log.info("checkpoint (%s) not begun: %s; again", cause, e)
-                    self._want = (cause, detail)
+                    log.info("checkpoint (%s) not begun: %s; again", want.cause, e)
+                    self._want = want
                     await asyncio.sleep(self.config.peer.heartbeat_interval / 1000)
                     continue
                 self.checkpoints_failed += 1
                 self.checkpoint_overdue = True
-                self.become(State.DEGRADED, f"checkpoint ({cause}) did not complete: {e}")
+                self.become(State.DEGRADED, f"checkpoint ({want.cause}) did not complete: {e}")
                 self._decide()
 
     async def _migration(self) -> str | None:
@@ -276,7 +293,7 @@ class Primary(Controller):
         trip that brought no STOP was sent before it, so it may leave.
         """
         self.colo_exit = False
-        await self._checkpoint(Cause.INITIAL.value, "entering COLO", initial=True)
+        await self._checkpoint(Want(Cause.INITIAL.value, "entering COLO"))
         if await self.qmp.migration_status() != "colo":
             raise CheckpointFailed(f"QEMU is in `{await self.qmp.migration_status()}`, not in COLO")
 
@@ -310,7 +327,9 @@ class Primary(Controller):
         if self.vm_gone or not self.qmp.connected:
             raise CheckpointFailed("QMP to the PVM is down")
 
-    async def _checkpoint(self, cause: str, detail: str, *, initial: bool) -> None:
+    async def _checkpoint(self, want: Want) -> None:
+        cause, detail = want.cause, want.detail
+        initial = cause == Cause.INITIAL
         n = max(self.dp.epoch, self.peer_epoch) + 1
         began = time.monotonic_ns()
         ck = self._ck = Checkpoint(n, cause, began)
@@ -343,11 +362,18 @@ class Primary(Controller):
                         raise CheckpointFailed("the migration failed")
                 await self._await(ck, "STOP and RESUME of both guests", deadline)
             self._drain()  # frames from before STOP may still be in the ring
+            held = (self.engine.held_packets, self.engine.held_bytes)
             self.engine.commit_checkpoint(ck.stop_ns, n, time.monotonic_ns())
             self.dp.epoch = n
             self.dp.mode = Mode.RUN
+        except (CheckpointFailed, QmpError) as e:
+            self._record(want, ck, (self.engine.held_packets, self.engine.held_bytes), str(e))
+            raise
         finally:
             self._ck = None
+        if self._leave_shadow:
+            self._leave_shadow = self.shadow = False
+        self._record(want, ck, held)
         self.by_cause[cause] += 1
         self.last_checkpoint = {
             "cause": cause,
@@ -358,6 +384,17 @@ class Primary(Controller):
         }
         self.checkpoint_overdue = False
         self.become(State.PROTECTED, f"both guests are equal as of epoch {n} ({cause})")
+
+    def _record(self, want: Want, ck: Checkpoint, held: tuple[int, int], failed: str = "") -> None:
+        d = want.why
+        self.journal.checkpoint(
+            Entry(
+                time.time(), want.cause, want.detail,
+                d.proto if d else "", d.port if d else 0, d.rule if d else "",
+                max(0, ck.resume_ns - ck.stop_ns) / 1e6, (time.monotonic_ns() - ck.began_ns) / 1e6,
+                *held, failed,
+            )
+        )  # fmt: skip
 
     async def _release_proven(self, ck: Checkpoint) -> None:
         """While synchronising: QMP answers in order, so no STOP before an answer means none yet."""
@@ -370,7 +407,7 @@ class Primary(Controller):
         if self.state not in (State.PROTECTED, State.CHECKPOINTING):
             raise ValueError(f"no checkpoint from state {self.state.value}: {self.reason}")
         before = self.dp.epoch
-        self._want = self._want or (Cause.OPERATOR.value, "asked by the operator")
+        self._want = self._want or Want(Cause.OPERATOR.value, "asked by the operator")
         self._wake.set()
         deadline = time.monotonic() + self.config.checkpoint.deadline / 1000 + 1
         failed = self.checkpoints_failed
@@ -398,7 +435,7 @@ class Primary(Controller):
             self.peer.send("solo", why=why)
             await asyncio.sleep(self.config.peer.heartbeat_interval / 1000)
         elif action is Action.REARM:
-            self._want = self._want or (Cause.PEER_GAP.value, why)
+            self._want = self._want or Want(Cause.PEER_GAP.value, why)
             self.become(State.CHECKPOINTING, why)
             self._wake.set()
 
@@ -427,6 +464,32 @@ class Primary(Controller):
             "data path: bypass (the PVM's frames pass uncompared)",
             f"QMP {self.config.qemu.qmp}: x-colo-lost-heartbeat",
         ]
+
+    # ---- policy and mode
+
+    def new_policy(self) -> None:
+        self.engine.set_policy(self.config.policy())
+
+    def set_shadow(self, on: bool) -> None:
+        """Shadow begins at once. It ends with a checkpoint: until then the SVM may not know what
+        clients know, though everything is held again from now on."""
+        if on == self.shadow and not self._leave_shadow:
+            return
+        self.engine.shadow = on
+        self._leave_shadow = not on
+        if on:
+            self.shadow = True
+        else:
+            self._want = self._want or Want(Cause.OPERATOR.value, "leaving shadow mode")
+            self._wake.set()
+
+    def tell(self, name: str, args: dict[str, Any]) -> dict[str, Any]:
+        if name == "explain":
+            return self.journal.to_json() | {"rules": rules_json(self.engine)}
+        after, limit = args.get("after", 0), args.get("limit", 8)
+        if type(after) is not int or type(limit) is not int or not 1 <= limit <= 64:
+            raise ValueError("capture: `after` is a number, `limit` one from 1 to 64")
+        return self.journal.frames_json(after, limit)
 
     # ---- status
 

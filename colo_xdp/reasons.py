@@ -22,6 +22,7 @@ class Cause(StrEnum):
     EVENT_LOST = "event_lost"
     PEER_GAP = "peer_gap"
     CONTROLLER_RESTART = "controller_restart"
+    POLICY = "policy"
     OPERATOR = "operator"
     PERIODIC = "periodic"
     INITIAL = "initial"
@@ -42,6 +43,7 @@ DESCRIPTIONS: dict[Cause, str] = {
     Cause.EVENT_LOST: "the data path lost a captured frame (ring full)",
     Cause.PEER_GAP: "frames of the secondary guest were lost on their way here",
     Cause.CONTROLLER_RESTART: "the controller was restarted and knows nothing of what was held",
+    Cause.POLICY: "the policy was changed: both guests have to be equal under the new rules",
     Cause.OPERATOR: "an operator asked",
     Cause.PERIODIC: "the configured period was over",
     Cause.INITIAL: "the first synchronisation of the pair",

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from .compare import Engine
 from .failover import Role
+from .journal import divergence_json
 from .reasons import Cause
 from .status import empty
 
@@ -73,17 +75,25 @@ def primary_status(c: Primary) -> dict[str, Any]:
         "by_cause": {cause.value: c.by_cause[cause.value] for cause in Cause},
         "last": c.last_checkpoint or None,
     }
-    doc["divergences"] = [
-        {
-            "cause": d.cause.value,
-            "flow": d.flow,
-            "offset": d.offset,
-            "pvm": d.pvm.hex(),
-            "svm": d.svm.hex(),
-        }
-        for d in e.last_divergences
-    ]
+    doc["divergences"] = [divergence_json(d) for _, _, d in c.journal.pairs]
+    doc["rules"] = rules_json(e)
     return doc
+
+
+def rules_json(e: Engine) -> list[dict[str, Any]]:
+    """The rules of the policy in their order, and what each has done; former ones last."""
+    now = {r.name: r.action for r in e.policy.order}
+    gone = {name: "" for name in e.rules if name not in now}
+    return [
+        {
+            "name": name,
+            "action": action,
+            "flows": e.rules[name].flows,
+            "uncompared": e.rules[name].uncompared,
+            "differences": e.rules[name].differences,
+        }
+        for name, action in (now | gone).items()
+    ]
 
 
 def secondary_status(c: Secondary) -> dict[str, Any]:

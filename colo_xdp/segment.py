@@ -49,7 +49,7 @@ def _part(rec: Record, p: Packet, start: int, stop: int, *, first: bool) -> Reco
         head[l4 + 16 : l4 + 18] = b"\0\0"
         struct.pack_into("!H", head, l4 + 16, 0xFFFF & ~_sum(pseudo + head[l4:] + body))
     gso = rec.gso_size if rec.gso_size and len(body) > rec.gso_size else 0
-    return replace(rec, frame=bytes(head) + body, gso_size=gso)
+    return replace(rec, frame=bytes(head) + body, gso_size=gso, parts=())
 
 
 def window(p: Packet) -> int:
@@ -68,7 +68,7 @@ def with_window(rec: Record, p: Packet, value: int) -> Record:
         total = (total & 0xFFFF) + (total >> 16)
         total = (total & 0xFFFF) + (total >> 16)
         struct.pack_into("!H", frame, p.l4 + 16, 0xFFFF & ~total)
-    return replace(rec, frame=bytes(frame))
+    return replace(rec, frame=bytes(frame), parts=())
 
 
 def bare_ack(rec: Record, p: Packet, seq: int, value: int) -> Record:

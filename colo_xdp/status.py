@@ -165,7 +165,23 @@ _CHECKS: dict[str, _Check] = {
     "ring": _object(lost=_count, capacity_bytes=_count),
     "inject": _object(sent=_count, failed=_count),
     "history": _list(_object(at=_number, state=_one_of(*State), reason=_text)),
-    "divergences": _list(_object(cause=_text, flow=_text, offset=_count, pvm=_hex, svm=_hex)),
+    "divergences": _list(
+        _object(
+            cause=_text,
+            flow=_text,
+            proto=_text,
+            port=_count,
+            rule=_text,
+            asked=_flag,
+            offset=_count,
+            at_index=_count,
+            pvm=_hex,
+            svm=_hex,
+        )
+    ),
+    "rules": _list(
+        _object(name=_text, action=_text, flows=_count, uncompared=_count, differences=_count)
+    ),
     "failures": _list(_text),
 }
 
@@ -203,6 +219,7 @@ class Status:
     inject: dict[str, int]
     history: list[dict[str, Any]]  # oldest first
     divergences: list[dict[str, Any]]  # oldest first; pvm, svm: hexadecimal
+    rules: list[dict[str, Any]]  # in their order; action "": a former one
     failures: list[str]
 
     def to_json(self) -> dict[str, Any]:
@@ -256,5 +273,6 @@ def empty(pair: str, role: str) -> Status:
         inject={"sent": 0, "failed": 0},
         history=[],
         divergences=[],
+        rules=[],
         failures=[],
     )

@@ -12,156 +12,30 @@ The rules are I1 (bytes), I2 (acks) and I3 (flags) of the design:
 
 A verified byte moves from `chunks` to `hist` at once, so that no byte is compared
 twice however the two guests cut their segments; retransmissions are then compared
-with `hist`. Held frames leave in the order they came.
- Their windows
-are what `window.py` says. QEMU's net/colo-compare.c
-compares neither flags nor bytes below its position.
+with `hist`. Held frames leave in the order they came, with the windows that window.py
+allows. QEMU's net/colo-compare.c compares neither flags nor bytes below its position.
+What the SVM says is taken in by twin.py.
 """
 
 from __future__ import annotations
 
-from bisect import insort
-from collections import deque
-from dataclasses import dataclass
-from typing import Protocol
-
 from ._seq import HALF, MASK, diff, later
-from .flow import FlowKey, describe_tcp
-from .packet import ACK, FIN, RST, SYN, URG, Packet, tcp_options
+from .comparer import BEFORE, CONTEXT
+from .flow import describe_tcp
+from .packet import ACK, CWR, ECE, FIN, RST, SYN, URG, Packet, tcp_options
 from .reasons import Cause
-from .record import Record
+from .record import NO_EVIDENCE, Evidence, Record
 from .segment import split
-from .window import WindowGate
+from .twin import FLAGS, MAX_RSTS, Twin, rst_id
 
-_FLAGS = FIN | SYN | RST
-_CONTEXT = 32
-_MAX_RSTS = 16
 #: how long a verified part of a frame that is smaller than a segment waits for the rest
 PART_NS = 5_000_000
 
 
-#: a frame that waits: record, parsed, CLOCK_MONOTONIC ns from which its timeout runs
-Held = tuple[Record, Packet, int]
-
-
-class Host(Protocol):
-    """What a comparer needs of the engine."""
-
-    epoch: int
-    timeout_ns: int
-    grace_ns: int
-    max_packets: int
-    max_stream: int
-    max_history: int
-    pvm_packets: int
-    pvm_bytes: int
-    svm_packets: int
-
-    def emit(self, rec: Record, now_ns: int) -> None: ...
-    def ask(
-        self, cause: Cause, flow: str, offset: int = 0, pvm: bytes = b"", svm: bytes = b""
-    ) -> None: ...
-    def count(self, name: str, n: int = 1) -> None: ...
-    def arm(self, flow: Flow, when_ns: int) -> None: ...
-    def charge_history(self, stream: Stream) -> None: ...
-    def part_verified(self, stream: Stream) -> None: ...
-
-
-class Flow(Protocol):
-    """What the engine needs of a comparer."""
-
-    key: FlowKey
-    epoch: int
-    last: int
-    when: int
-    held: deque[Held]
-
-    def unhold(self) -> list[Held]: ...
-    def new_epoch(self, epoch: int) -> None: ...
-    def expire(self, now_ns: int) -> int: ...
-    def quiet(self) -> bool: ...
-    def closed(self) -> bool: ...
-    def text(self) -> str: ...
-
-
-@dataclass(slots=True)
-class _Syn:
-    """The SVM's SYN of its newest incarnation. `seq` is its own ISN, never compared."""
-
-    packet: Packet
-    at: int
-    twin: bool = False  # the PVM's SYN has been released
-
-
-def _rst_id(p: Packet) -> tuple[bool, int]:
-    # A RST with ACK answers a segment without one and may have seq 0: its ack names it.
-    return (True, p.ack) if p.flags & ACK else (False, p.seq)
-
-
-class Stream:
+class Stream(Twin):
     """One connection, one direction: what the guest sends."""
 
-    __slots__ = (
-        "_head_ok",
-        "asked",
-        "base",
-        "chunks",
-        "committed_ack",
-        "epoch",
-        "fin_done",
-        "held",
-        "hist",
-        "hist_cap",
-        "host",
-        "isn",
-        "key",
-        "last",
-        "ooo",
-        "origin",
-        "rst_done",
-        "sack",
-        "send",
-        "sfin",
-        "sfin_at",
-        "srst",
-        "srst_at",
-        "ssyn",
-        "stuck",
-        "unverifiable",
-        "ver",
-        "when",
-        "windows",
-    )
-
-    def __init__(self, host: Host, key: FlowKey, epoch: int) -> None:
-        self.host, self.key, self.epoch = host, key, epoch
-        self.last = self.when = 0
-        # of the PVM, kept over checkpoints
-        self.base: int | None = None
-        self.isn: int | None = None  # of the SYN that was released
-        self.origin = 0  # number of the stream's first byte, for reports
-        self.committed_ack: int | None = None
-        self.fin_done: int | None = None  # place of the FIN that was released
-        self.rst_done: set[tuple[bool, int]] = set()
-        self.windows = WindowGate()
-        self.hist = bytearray()
-        self.hist_cap = 0  # as far as the engine has accounted for it
-        # of the PVM, not yet released
-        self.held: deque[Held] = deque()
-        self._head_ok: int | None = None  # the head is verified up to here
-        self.unverifiable = False
-        # of the SVM, forgotten at each checkpoint
-        self.ver: int | None = None
-        self.send: int | None = None
-        self.chunks: deque[tuple[bytes, int, int, int]] = deque()  # frame, off, end, arrival
-        self.ooo: list[tuple[int, bytes, int, int, int]] = []  # seq, then as above
-        self.sack: int | None = None  # highest ack
-        self.sfin: int | None = None
-        self.sfin_at = self.srst_at = 0
-        self.srst: list[tuple[bool, int]] = []  # resets with no twin yet
-        self.ssyn: _Syn | None = None
-        self.asked = False  # this flow has asked for a checkpoint in this epoch
-        self.stuck = False  # a difference is proven: nothing leaves before the checkpoint
+    __slots__ = ()
 
     # -- the engine's side
 
@@ -169,49 +43,12 @@ class Stream:
         """The flow's name for people."""
         return describe_tcp(self.key)
 
-    def quiet(self) -> bool:
-        """Nothing of either side waits."""
-        return not self.held and not self._svm_since()
-
-    def closed(self) -> bool:
-        """The guest has closed or reset it; what comes now are stragglers."""
-        return self.fin_done is not None or bool(self.rst_done)
-
-    def new_epoch(self, epoch: int) -> None:
-        """Forget what the SVM of the old epoch said (I7). The engine resets its own counts."""
-        self.epoch = epoch
-        self.windows.new_epoch()
-        self.asked = self.stuck = False
-        self.unverifiable = False
-        self._head_ok = None
-        self._forget_svm()
-        if self.base is None:
-            self.ver = self.send = None
-            self.hist.clear()
-        elif self.ver is not None:
-            # verified, but not released: the new SVM will produce it again
-            ahead = diff(self.ver, self.base)
-            if ahead > 0:
-                del self.hist[-ahead:]
-            self.ver = self.send = self.base
-
-    def _forget_svm(self) -> None:
-        self.chunks.clear()
-        self.ooo.clear()
-        self.sack = self.sfin = self.ssyn = None
-        self.srst.clear()
-
-    def _drop_svm(self) -> None:
-        # as above in the middle of an epoch, where the engine counts what is stashed
-        self.host.svm_packets -= len(self.chunks) + len(self.ooo)
-        self._forget_svm()
-
     def expire(self, now_ns: int) -> int:
         """Ask if the head or the SVM's surplus is too old; the next deadline, 0 for none."""
         self.release_part(now_ns, False)
         t = self.host.timeout_ns
         head = self.held[0][2] if self.held else 0
-        ahead = self._svm_since()
+        ahead = self.svm_since()
         if not head and not ahead:
             return 0
         due = min(x for x in (head, ahead) if x) + t
@@ -225,50 +62,44 @@ class Stream:
                     cause = Cause.RETRANSMIT_UNVERIFIABLE
                 elif p.flags & RST:
                     cause = Cause.RST_ONE_SIDED
-                self._ask(cause, p)
+                self.ask(cause, p)
             else:
-                self._ask(Cause.SVM_AHEAD)
+                self.ask(Cause.SVM_AHEAD)
         return now_ns + t  # stay in the engine's list of flows that wait
 
-    def _svm_since(self) -> int:
-        """Arrival of the oldest thing the SVM sent and the PVM did not; 0 if none."""
-        old = []
-        if self.chunks:
-            old.append(self.chunks[0][3])
-        if self.ooo:
-            old.append(self.ooo[0][4])
-        if self.sfin is not None:
-            old.append(self.sfin_at)
-        if self.srst:
-            old.append(self.srst_at)
-        if self.ssyn is not None and not self.ssyn.twin:
-            old.append(self.ssyn.at)
-        return min(old) if old else 0
-
-    def unhold(self) -> list[Held]:
-        """Give up the frames that wait; the caller counts them."""
-        held = list(self.held)
-        self.held.clear()
-        self._head_ok = None
-        return held
-
-    def _ask(
-        self, cause: Cause, p: Packet | None = None, at: int | None = None, svm: bytes = b""
-    ) -> None:
+    def ask(
+        self, cause: Cause, p: Packet | None = None, at: int | None = None,
+        svm: bytes = b"", svm_frame: bytes = b"",
+    ) -> None:  # fmt: skip
+        """Ask for a checkpoint, once per epoch. What is below `at` in `p` is verified."""
         if self.asked:
             return
         self.asked = True
-        offset, pvm = 0, b""
+        evidence = NO_EVIDENCE
+        if not svm_frame and self.chunks:
+            svm_frame = self.chunks[0][0]
         if p is not None:
-            at = p.seq if at is None else at
-            o = p.off + diff(at, p.seq)
-            pvm = p.frame[max(o, p.off) : min(o + _CONTEXT, p.end)]
-            offset = (at - self.origin) & MASK
-        self.host.ask(cause, self.text(), offset, pvm, svm)
+            o = p.off + (0 if at is None else max(0, diff(at, p.seq)))
+            before = p.frame[max(p.off, o - BEFORE) : o]
+            rec = next((h[0] for h in self.held if h[1] is p), None)
+            evidence = Evidence(
+                ((p.seq if at is None else at) - self.origin) & MASK,
+                len(before),
+                p.frame[o - len(before) : min(o + CONTEXT, p.end)],
+                before + svm,
+                rec if rec is not None else Record(p.frame, 0),
+                svm_frame,
+            )
+        elif svm or svm_frame:
+            evidence = Evidence(svm=svm, svm_frame=svm_frame)
+        self.host.ask(cause, self, evidence)
 
-    def _differ(self, cause: Cause, p: Packet, at: int | None = None, svm: bytes = b"") -> bool:
+    def _differ(
+        self, cause: Cause, p: Packet, at: int | None = None, svm: bytes = b"",
+        svm_frame: bytes = b"",
+    ) -> bool:  # fmt: skip
         self.stuck = True
-        self._ask(cause, p, at, svm)
+        self.ask(cause, p, at, svm, svm_frame)
         return False
 
     # -- the PVM's frames
@@ -280,12 +111,12 @@ class Stream:
             self._emit(rec, p, now_ns)
             return
         host = self.host
-        if host.pvm_packets >= host.max_packets:
+        if host.pvm_packets >= host.max_packets or host.pvm_bytes >= host.max_bytes:
             # like loss on the network: the guest sends it again
             host.count("queue_full_dropped")
-            host.ask(Cause.QUEUE_FULL, self.text())
+            host.ask(Cause.QUEUE_FULL, self)
             if not self.held:
-                self._head_ok = None
+                self.head_ok = None
             return
         self.hold(rec, p, now_ns)
 
@@ -304,7 +135,13 @@ class Stream:
         while held and not self.stuck:
             rec, p, _ = held[0]
             if not self._ready(p):
-                break
+                if not self._moot(p):
+                    break
+                held.popleft()
+                host.pvm_packets -= 1
+                host.pvm_bytes -= len(rec.frame)
+                host.count("acks_moot")
+                continue
             held.popleft()
             host.pvm_packets -= 1
             host.pvm_bytes -= len(rec.frame)
@@ -324,7 +161,7 @@ class Stream:
         The SVM may be waiting for the very acks that this part will bring (see segment.py).
         Returns whether some verified part is still held.
         """
-        v = self._head_ok
+        v = self.head_ok
         if not self.held or self.stuck or v is None:
             return False
         rec, p, at = self.held[0]
@@ -342,12 +179,12 @@ class Stream:
         self._settle(p1)
         self._emit(first, p1, now_ns)
         self.held[0] = (rest, p2, at)
-        self._head_ok = v
+        self.head_ok = v
         return n < ready
 
     def _ready(self, p: Packet) -> bool:
         flags = p.flags
-        if flags & _FLAGS:
+        if flags & FLAGS:
             if flags & RST:
                 return self._ready_rst(p)
             if flags & SYN:
@@ -372,14 +209,23 @@ class Stream:
         # The head needs what a reset SVM will never produce. (If only an ack is missing,
         # the PVM's reset may be next: wait.)
         if self.srst and not self.stuck:
-            self._ask(Cause.RST_ONE_SIDED, p)
+            self.ask(Cause.RST_ONE_SIDED, p)
         return False
+
+    def _moot(self, p: Packet) -> bool:
+        """A bare ACK that a reset SVM will never send, with the PVM's own reset behind it.
+
+        To the client it is an ACK that the network lost, right before the RST.
+        """
+        if p.off != p.end or p.flags & FLAGS or not self.srst or len(self.held) < 2:
+            return False
+        return any(q.flags & RST for _, q, _ in self.held)
 
     def _verified(self, p: Packet) -> bool:
         """I1 for the payload of the head; moves what agrees from `chunks` to `hist`."""
         s = p.seq
         e = (s + p.end - p.off) & MASK
-        v = self._head_ok
+        v = self.head_ok
         if v is None:
             v = s
         elif v == e:
@@ -403,8 +249,8 @@ class Stream:
                 mine = frame[o : o + n]
                 if mine != cframe[coff : coff + n]:
                     i = next(i for i in range(n) if mine[i] != cframe[coff + i])
-                    svm = cframe[coff + i : min(coff + i + _CONTEXT, cend)]
-                    return self._differ(Cause.PAYLOAD_DIFFERS, p, (v + i) & MASK, svm)
+                    svm = cframe[coff + i : min(coff + i + CONTEXT, cend)]
+                    return self._differ(Cause.PAYLOAD_DIFFERS, p, (v + i) & MASK, svm, cframe)
                 hist += mine
                 v = ver = self.ver = (ver + n) & MASK
                 if coff + n == cend:
@@ -422,7 +268,7 @@ class Stream:
                     break
                 if frame[o : o + n] != hist[h : h + n]:
                     i = next(i for i in range(n) if frame[o + i] != hist[h + i])
-                    svm = bytes(hist[h + i : h + i + _CONTEXT])
+                    svm = bytes(hist[h + i : h + i + CONTEXT])
                     return self._differ(Cause.PAYLOAD_DIFFERS, p, (v + i) & MASK, svm)
                 v = (v + n) & MASK
             else:
@@ -432,7 +278,7 @@ class Stream:
                     break
                 self._take(v)
                 ver = v
-        self._head_ok = v
+        self.head_ok = v
         if len(hist) > self.hist_cap:
             self.host.charge_history(self)
         if v != e and v != s:
@@ -442,7 +288,7 @@ class Stream:
     def _begin_at(self, seq: int) -> None:
         """The stream is known from here on (no SYN was seen)."""
         self.ver = self.send = self.origin = seq
-        self._drain()
+        self.drain()
 
     def _take(self, upto: int) -> None:
         """Move the SVM's bytes below `upto` to the history, not compared."""
@@ -480,7 +326,7 @@ class Stream:
         # Which bytes a RST carries (RFC 9293 3.10.7 allows text) is not part of the stream.
         if p.off != p.end:
             return False
-        ident = _rst_id(p)
+        ident = rst_id(p)
         return ident in self.rst_done or bool(self.srst)
 
     def _ready_syn(self, p: Packet) -> bool:
@@ -492,19 +338,24 @@ class Stream:
         twin = syn.packet
         if (twin.flags ^ p.flags) & (SYN | ACK) or (p.flags & ACK and twin.ack != p.ack):
             return False
-        if tcp_options(p).negotiated() != tcp_options(twin).negotiated():
-            svm = twin.frame[twin.l4 + 20 : twin.off][:_CONTEXT]
-            return self._differ(Cause.SYN_OPTIONS_DIFFER, p, svm=svm)
-        if p.frame[p.off : p.end] != twin.frame[twin.off : twin.end]:
-            return self._differ(Cause.PAYLOAD_DIFFERS, p, svm=twin.frame[twin.off : twin.end][:32])
+        ecn = (twin.flags ^ p.flags) & (ECE | CWR)  # RFC 3168 6.1.1: negotiated in the SYNs
+        if ecn or tcp_options(p).negotiated() != tcp_options(twin).negotiated():
+            svm = twin.frame[twin.l4 + 12 : twin.off][:CONTEXT]
+            return self._differ(Cause.SYN_OPTIONS_DIFFER, p, svm=svm, svm_frame=twin.frame)
+        mine, theirs = p.frame[p.off : p.end], twin.frame[twin.off : twin.end]
+        if mine != theirs:  # TCP fast open
+            n = min(len(mine), len(theirs))
+            i = next((i for i in range(n) if mine[i] != theirs[i]), n)
+            svm = theirs[i : i + CONTEXT]
+            return self._differ(Cause.PAYLOAD_DIFFERS, p, (p.seq + i) & MASK, svm, twin.frame)
         return True
 
     def _settle(self, p: Packet) -> None:
         """The head is released: what it said is committed."""
-        self._head_ok = None
+        self.head_ok = None
         flags = p.flags
         e = (p.seq + p.end - p.off) & MASK
-        if flags & _FLAGS:
+        if flags & FLAGS:
             if flags & RST:
                 self._settle_rst(p)
                 return
@@ -537,7 +388,7 @@ class Stream:
             return
         keep = self.ssyn is not None and not self.ssyn.twin  # SVM state is of this incarnation
         if not keep:
-            self._drop_svm()
+            self.drop_svm()
         else:
             assert self.ssyn is not None
             self.ssyn.twin = True
@@ -553,10 +404,10 @@ class Stream:
         self.host.svm_packets -= len(self.chunks)
         self.chunks.clear()
         self.send = self.ver
-        self._drain()
+        self.drain()
 
     def _settle_rst(self, p: Packet) -> None:
-        ident = _rst_id(p)
+        ident = rst_id(p)
         if self.srst:
             twin = ident if ident in self.srst else self.srst[0]
             self.srst.remove(twin)
@@ -565,13 +416,13 @@ class Stream:
         if not self.held:
             # the connection is over on both sides, whatever else the SVM had to say
             rest, syn = self.srst[:], self.ssyn
-            self._drop_svm()
+            self.drop_svm()
             self.srst = rest
             self.ssyn = syn if syn is not None and not syn.twin else None
             self.send = self.ver
 
     def _rst_is_done(self, ident: tuple[bool, int]) -> None:
-        if len(self.rst_done) >= _MAX_RSTS:
+        if len(self.rst_done) >= MAX_RSTS:
             self.rst_done.clear()
         self.rst_done.add(ident)
 
@@ -579,7 +430,7 @@ class Stream:
         """A frame that a complete checkpoint contains: released with no comparison."""
         flags = p.flags
         if flags & RST:
-            self._rst_is_done(_rst_id(p))
+            self._rst_is_done(rst_id(p))
             return
         n = p.end - p.off
         e = (p.seq + n) & MASK
@@ -629,137 +480,4 @@ class Stream:
         del self.hist[kept:]
         if self.send is None or diff(seq, self.send) > 0:
             self.send = seq
-        self._drain()
-
-    # -- the SVM's frames
-
-    def svm(self, p: Packet, now_ns: int) -> None:
-        """A frame of the SVM of the current epoch: only compared, never sent anywhere."""
-        flags = p.flags
-        if flags & (SYN | RST):
-            self._svm_control(p, now_ns)
-        else:
-            if flags & ACK:
-                a = self.sack
-                if a is None or 0 < (p.ack - a) & MASK < HALF:
-                    self.sack = p.ack
-                self.windows.svm(p)
-            if p.off != p.end:
-                self._svm_data(p, now_ns)
-            if flags & FIN:
-                self._svm_fin((p.seq + p.end - p.off) & MASK, now_ns)
-        if self.held:
-            self.pump(now_ns)
-        if not self.held and (update := self.windows.update(self.base)) is not None:
-            self.host.count("window_updates")
-            update.ts_ns = now_ns  # made now: nothing has waited
-            self.host.emit(update, now_ns)
-        if not self.when and (self.chunks or self.ooo or flags & _FLAGS):
-            self.host.arm(self, now_ns + self.host.timeout_ns)
-
-    def _svm_data(self, p: Packet, now_ns: int) -> None:
-        host = self.host
-        send, off = self.send, p.off
-        if p.seq != send:
-            if send is not None:
-                d = diff(p.seq, send)
-                if d < 0:
-                    if d + p.end - off <= 0:
-                        host.count("svm_retransmit")
-                        return
-                    off -= d
-            if send is None or d > 0:
-                self._svm_early(p, now_ns)
-                return
-        if host.svm_packets >= host.max_packets:
-            self._svm_full()
-            return
-        assert send is not None
-        if self.fin_done is not None and not self.stuck:
-            self.stuck = True
-            self._ask(Cause.FIN_DIFFERS, svm=p.frame[off : off + _CONTEXT])
-        self.chunks.append((p.frame, off, p.end, now_ns))
-        host.svm_packets += 1
-        self.send = (send + p.end - off) & MASK
-        if self.ooo:
-            self._drain()
-        if diff(self.send, self.ver or 0) > host.max_stream:
-            _, off, end, _ = self.chunks.pop()
-            host.svm_packets -= 1
-            self.send = (self.send - (end - off)) & MASK
-            host.count("stream_full_dropped")
-            self._ask(Cause.STREAM_FULL)
-
-    def _svm_early(self, p: Packet, now_ns: int) -> None:
-        host, ooo = self.host, self.ooo
-        if host.svm_packets >= host.max_packets:
-            self._svm_full()
-            return
-        ref = self.send if self.send is not None else ooo[0][0] if ooo else p.seq
-        if abs(diff(p.seq, ref)) > host.max_stream:
-            host.count("svm_out_of_window")  # if it was needed, the PVM's frame will time out
-            return
-        host.count("svm_out_of_order")
-        host.svm_packets += 1
-        insort(ooo, (p.seq, p.frame, p.off, p.end, now_ns), key=lambda g: diff(g[0], ref))
-
-    def _svm_full(self) -> None:
-        self.host.count("svm_queue_full_dropped")
-        self.host.ask(Cause.QUEUE_FULL, self.text())
-
-    def _drain(self) -> None:
-        """Move what is no longer out of order."""
-        ooo = self.ooo
-        assert self.send is not None
-        while ooo:
-            seq, frame, off, end, at = ooo[0]
-            d = diff(seq, self.send)
-            if d > 0:
-                break
-            del ooo[0]
-            if end - off + d <= 0:
-                self.host.svm_packets -= 1
-                continue
-            self.chunks.append((frame, off - d, end, at))
-            self.send = (self.send + end - off + d) & MASK
-
-    def _svm_fin(self, f: int, now_ns: int) -> None:
-        ours = self.send is not None  # else the SVM is one incarnation ahead of the PVM
-        if f == self.sfin or (ours and f == self.fin_done):
-            self.host.count("svm_retransmit")
-            return
-        early = self.base is not None and diff(f, self.base) < 0
-        if ours and (early or self.fin_done is not None):
-            self.stuck = True
-            self._ask(Cause.FIN_DIFFERS)
-        self.sfin, self.sfin_at = f, now_ns
-
-    def _svm_control(self, p: Packet, now_ns: int) -> None:
-        host = self.host
-        if p.flags & RST:
-            if p.flags & ACK:
-                self.sack = later(self.sack, p.ack)
-            ident = _rst_id(p)
-            if ident in self.rst_done or ident in self.srst:
-                host.count("svm_retransmit")
-            elif len(self.srst) >= _MAX_RSTS:
-                self._svm_full()
-            else:
-                if not self.srst:
-                    self.srst_at = now_ns
-                self.srst.append(ident)
-            return
-        if (self.ssyn is not None and self.ssyn.packet.seq == p.seq) or (
-            # sent again by an SVM that a checkpoint made a clone in the handshake
-            self.ssyn is None and self.isn == p.seq
-        ):
-            host.count("svm_retransmit")
-            if p.flags & ACK:
-                self.sack = later(self.sack, p.ack)
-            return
-        # a new incarnation on the SVM; what it said of the old one has no use any more
-        self._drop_svm()
-        self.send = None
-        self.ssyn = _Syn(p, now_ns)
-        if p.flags & ACK:
-            self.sack = p.ack
+        self.drain()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-VERSION = 1
+VERSION = 2
 MAX_LINE = 65536
 
 #: type -> {field: type}. Every field is required; unknown ones are refused.
@@ -25,6 +25,7 @@ MESSAGES: dict[str, dict[str, type]] = {
         "vm": bool,
         "shut": bool,
         "alone": bool,
+        "shadow": bool,
     },
     # S: QEMU waits for the migration and the data path is ready
     "ready": {"epoch": int},

@@ -23,7 +23,7 @@ class Pair:
             limits or Limits(),
             Policy(),
             self.out.append,
-            request_checkpoint=lambda c, text: self.asked.append(c),
+            request_checkpoint=lambda d: self.asked.append(d.cause),
             on_wait=lambda ns: None,
         )
         self.e.epoch = epoch

@@ -11,8 +11,9 @@ import pytest
 
 PACKAGE = Path(__file__).parents[2] / "colo_xdp"
 PURE = (
-    "_seq", "abi", "compare", "config", "datagram", "failover", "flow", "packet", "reasons",
-    "record", "rewrite", "segment", "window", "status", "stream", "tcp_state", "wire",
+    "_seq", "abi", "checks", "compare", "comparer", "config", "counters", "datagram", "failover",
+    "flow", "flows", "fragments", "journal", "limits", "packet", "policy", "reasons", "record",
+    "rewrite", "segment", "status", "stream", "tcp_state", "twin", "uncompared", "window", "wire",
 )  # fmt: skip
 EDGES = {
     "bcc": "loader",

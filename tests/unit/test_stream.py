@@ -10,6 +10,7 @@ import pytest
 
 from colo_xdp import segment
 from colo_xdp.compare import Engine, Limits, Policy, Record
+from colo_xdp.journal import Divergence
 from colo_xdp.packet import parse
 from colo_xdp.reasons import Cause
 
@@ -28,13 +29,15 @@ class Pair:
         self.sent: list[Record] = []
         self.out: list[int] = []
         self.asked: list[str] = []
+        self.found: list[Divergence] = []
         self.waits: list[int] = []
         self.e = Engine(
             limits or Limits(),
             Policy(),
             lambda rec: self.out.append(next(i for i, r in enumerate(self.sent) if r is rec)),
-            request_checkpoint=lambda c, text: self.asked.append(c),
+            request_checkpoint=lambda d: self.asked.append(d.cause),
             on_wait=self.waits.append,
+            on_divergence=self.found.append,
         )
 
     def p(self, pos: int, data: bytes = b"", flags: int = f.ACK, ack: int = 1, **kw: Any) -> Pair:
@@ -102,8 +105,12 @@ def test_segmentation_is_free(pair: Pair, cut: int) -> None:
 
 def test_difference_asks_at_once_and_once(pair: Pair) -> None:
     opened(pair).p(0, b"abcdefgh").s(0, b"ab").s(2, b"cX").is_now([0], "payload_differs")
-    d = pair.e.last_divergences[-1]
-    assert (d.cause, d.offset, d.pvm, d.svm) == (Cause.PAYLOAD_DIFFERS, 3, b"defgh", b"X")
+    d = pair.found[-1]
+    e = d.evidence
+    assert (d.cause, e.offset, e.at) == (Cause.PAYLOAD_DIFFERS, 3, 3)
+    assert (e.pvm, e.svm) == (b"abcdefgh", b"abcX")
+    assert e.pvm_frame is not None and b"cX" in e.svm_frame
+    assert (d.proto, d.port, d.rule) == ("tcp", 80, "default")
     assert d.flow == "tcp 10.9.0.2:80 > 10.9.0.1:4000"
     pair.p(8, b"more").s(4, b"efghmore").wait(4000).is_now([0], "payload_differs")
     pair.checkpoint().is_now([0, 1, 2], "payload_differs")
@@ -307,7 +314,7 @@ class Windows:
             Limits(),
             Policy(),
             self._release,
-            request_checkpoint=lambda c, text: pytest.fail(f"{c} {text}"),
+            request_checkpoint=lambda d: pytest.fail(f"{d}"),
             on_wait=lambda ns: None,
         )
         self.send(True, -1, flags=SYNACK, opts=f.SYN_OPTS)

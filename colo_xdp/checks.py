@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What a value of the configuration may be: checks that answer with what they expect.
+
+A check returns None when the value is right, else the end of a sentence ("expected ...").
+Pure, nothing is looked up.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import re
+from collections.abc import Callable
+from dataclasses import MISSING, Field, field, fields
+from typing import Any
+
+Check = Callable[[Any], str | None]
+_IFNAMSIZ = 16
+_SUN_PATH = 108
+
+
+def key(check: Check, text: str, *, default: Any = MISSING, unit: str = "") -> Any:
+    """A key. `check` gives what is expected when a value is not that, else None."""
+    meta = {"check": check, "help": text, "unit": unit}
+    return field(default=default, metadata=meta)
+
+
+def integer(low: int, high: int, unit: str) -> Check:
+    want = f"expected a whole number of {unit} from {low} to {high}"
+
+    def check(v: Any) -> str | None:
+        return None if type(v) is int and low <= v <= high else want
+
+    return check
+
+
+def power_of_two(low: int, high: int, unit: str) -> Check:
+    want = f"expected a power of two from {low} to {high} ({unit})"
+
+    def check(v: Any) -> str | None:
+        return None if type(v) is int and low <= v <= high and not v & (v - 1) else want
+
+    return check
+
+
+def boolean(v: Any) -> str | None:
+    return None if isinstance(v, bool) else "expected true or false"
+
+
+def choice(*names: str) -> Check:
+    want = "expected " + " or ".join(json.dumps(n) for n in names)
+
+    def check(v: Any) -> str | None:
+        return None if isinstance(v, str) and v in names else want
+
+    return check
+
+
+def pattern(pattern: str, want: str) -> Check:
+    exact = re.compile(pattern)
+
+    def check(v: Any) -> str | None:
+        return None if isinstance(v, str) and exact.fullmatch(v) else f"expected {want}"
+
+    return check
+
+
+def or_empty(inner: Check, meaning: str) -> Check:
+    def check(v: Any) -> str | None:
+        if v == "" and isinstance(v, str):
+            return None
+        want = inner(v)
+        return None if want is None else f'{want}, or "" ({meaning})'
+
+    return check
+
+
+def device(v: Any) -> str | None:
+    ok = isinstance(v, str) and re.fullmatch(r"[^\s/:\0]+", v) and v not in (".", "..")
+    if ok and len(v.encode()) < _IFNAMSIZ:
+        return None
+    return "expected the name of a network device (1 to 15 bytes)"
+
+
+def path(v: Any) -> str | None:
+    return None if isinstance(v, str) and v and "\0" not in v else "expected a path"
+
+
+def directory(v: Any) -> str | None:
+    ok = isinstance(v, str) and v.startswith("/") and "\0" not in v
+    return None if ok else "expected an absolute path of a directory"
+
+
+def socket_path(v: Any) -> str | None:
+    ok = path(v) is None and len(v.encode()) < _SUN_PATH
+    return None if ok else "expected the path of a unix socket (1 to 107 bytes)"
+
+
+def mac(v: Any) -> str | None:
+    ok = isinstance(v, str) and re.fullmatch(r"[0-9a-fA-F]{2}(:[0-9a-fA-F]{2}){5}", v)
+    if ok and not int(v[:2], 16) & 1 and v != "00:00:00:00:00:00":
+        return None
+    return "expected a unicast MAC address such as 52:54:00:12:34:56"
+
+
+def split(v: Any) -> tuple[ipaddress.IPv4Address | ipaddress.IPv6Address, int] | None:
+    """The parts of "ip:port" or "[v6]:port"; None when it is neither."""
+    m = (
+        re.fullmatch(r"(?:\[([^\[\]]+)\]|([^:\[\]]+)):([0-9]{1,5})", v)
+        if isinstance(v, str)
+        else None
+    )
+    if m is None:
+        return None
+    try:
+        ip = ipaddress.IPv6Address(m[1]) if m[1] else ipaddress.IPv4Address(m[2])
+    except ValueError:
+        return None
+    port = int(m[3])
+    return (ip, port) if 1 <= port <= 65535 else None
+
+
+def loopback(*where: tuple[ipaddress.IPv4Address | ipaddress.IPv6Address, int] | None) -> bool:
+    """Whether all are loopback; what could not be read counts as such: it has its own error."""
+    return all(w is None or w[0].is_loopback for w in where)
+
+
+def address(v: Any) -> str | None:
+    return None if split(v) else 'expected "ip:port" or "[ipv6]:port", port from 1 to 65535'
+
+
+def argv(v: Any) -> str | None:
+    ok = isinstance(v, list | tuple) and all(isinstance(s, str) and "\0" not in s for s in v)
+    if ok and (not v or v[0]):
+        return None
+    return "expected a list of strings: a program and its arguments"
+
+
+def keys(cls: type[Any]) -> dict[str, Field[Any]]:
+    """The keys that a section's class declares."""
+    return {f.name: f for f in fields(cls) if "check" in f.metadata}

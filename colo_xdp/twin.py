@@ -1,0 +1,322 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""One TCP connection's state, and the half of its comparer that takes the SVM's frames.
+
+What the SVM says is only stored here, in the order of the stream; stream.py is the
+half that releases the PVM's frames by it.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from bisect import insort
+from collections import deque
+from dataclasses import dataclass
+
+from ._seq import HALF, MASK, diff, later
+from .comparer import CONTEXT, Held, Host
+from .flow import FlowKey
+from .packet import ACK, FIN, RST, SYN, Packet
+from .policy import Verdict
+from .reasons import Cause
+from .window import WindowGate
+
+FLAGS = FIN | SYN | RST
+MAX_RSTS = 16
+
+
+@dataclass(slots=True)
+class Syn:
+    """The SVM's SYN of its newest incarnation. `seq` is its own ISN, never compared."""
+
+    packet: Packet
+    at: int
+    twin: bool = False  # the PVM's SYN has been released
+
+
+def rst_id(p: Packet) -> tuple[bool, int]:
+    # A RST with ACK answers a segment without one and may have seq 0: its ack names it.
+    return (True, p.ack) if p.flags & ACK else (False, p.seq)
+
+
+class Twin(ABC):
+    """One connection, one direction: what the guest sends."""
+
+    __slots__ = (
+        "asked",
+        "base",
+        "chunks",
+        "committed_ack",
+        "direction",
+        "epoch",
+        "fin_done",
+        "head_ok",
+        "held",
+        "hist",
+        "hist_cap",
+        "host",
+        "isn",
+        "key",
+        "last",
+        "ooo",
+        "origin",
+        "rst_done",
+        "sack",
+        "send",
+        "sfin",
+        "sfin_at",
+        "srst",
+        "srst_at",
+        "ssyn",
+        "stuck",
+        "unverifiable",
+        "ver",
+        "verdict",
+        "when",
+        "windows",
+    )
+
+    def __init__(
+        self, host: Host, key: FlowKey, epoch: int, verdict: Verdict, direction: str = ""
+    ) -> None:
+        self.host, self.key, self.epoch = host, key, epoch
+        self.verdict, self.direction = verdict, direction
+        self.last = self.when = 0
+        # of the PVM, kept over checkpoints
+        self.base: int | None = None
+        self.isn: int | None = None  # of the SYN that was released
+        self.origin = 0  # number of the stream's first byte, for reports
+        self.committed_ack: int | None = None
+        self.fin_done: int | None = None  # place of the FIN that was released
+        self.rst_done: set[tuple[bool, int]] = set()
+        self.windows = WindowGate()
+        self.hist = bytearray()
+        self.hist_cap = 0  # as far as the engine has accounted for it
+        # of the PVM, not yet released
+        self.held: deque[Held] = deque()
+        self.head_ok: int | None = None  # the head is verified up to here
+        self.unverifiable = False
+        # of the SVM, forgotten at each checkpoint
+        self.ver: int | None = None
+        self.send: int | None = None
+        self.chunks: deque[tuple[bytes, int, int, int]] = deque()  # frame, off, end, arrival
+        self.ooo: list[tuple[int, bytes, int, int, int]] = []  # seq, then as above
+        self.sack: int | None = None  # highest ack
+        self.sfin: int | None = None
+        self.sfin_at = self.srst_at = 0
+        self.srst: list[tuple[bool, int]] = []  # resets with no twin yet
+        self.ssyn: Syn | None = None
+        self.asked = False  # this flow has asked for a checkpoint in this epoch
+        self.stuck = False  # a difference is proven: nothing leaves before the checkpoint
+
+    @abstractmethod
+    def text(self) -> str:
+        """The flow's name for people."""
+
+    @abstractmethod
+    def pump(self, now_ns: int) -> None:
+        """Release from the head what has become releasable."""
+
+    @abstractmethod
+    def ask(
+        self, cause: Cause, p: Packet | None = None, at: int | None = None,
+        svm: bytes = b"", svm_frame: bytes = b"",
+    ) -> None:  # fmt: skip
+        """Ask for a checkpoint, once per epoch."""
+
+    @abstractmethod
+    def expire(self, now_ns: int) -> int:
+        """Ask if something is too old; the next deadline, 0 for none."""
+
+    # -- the engine's side
+
+    def quiet(self) -> bool:
+        """Nothing of either side waits."""
+        return not self.held and not self.svm_since()
+
+    def closed(self) -> bool:
+        """The guest has closed or reset it; what comes now are stragglers."""
+        return self.fin_done is not None or bool(self.rst_done)
+
+    def new_epoch(self, epoch: int) -> None:
+        """Forget what the SVM of the old epoch said (I7). The engine resets its own counts."""
+        self.epoch = epoch
+        self.windows.new_epoch()
+        self.asked = self.stuck = False
+        self.unverifiable = False
+        self.head_ok = None
+        self.forget_svm()
+        if self.base is None:
+            self.ver = self.send = None
+            self.hist.clear()
+        elif self.ver is not None:
+            # verified, but not released: the new SVM will produce it again
+            ahead = diff(self.ver, self.base)
+            if ahead > 0:
+                del self.hist[-ahead:]
+            self.ver = self.send = self.base
+
+    def unhold(self) -> list[Held]:
+        """Give up the frames that wait; the caller counts them."""
+        held = list(self.held)
+        self.held.clear()
+        self.head_ok = None
+        return held
+
+    def svm_since(self) -> int:
+        """Arrival of the oldest thing the SVM sent and the PVM did not; 0 if none."""
+        old = []
+        if self.chunks:
+            old.append(self.chunks[0][3])
+        if self.ooo:
+            old.append(self.ooo[0][4])
+        if self.sfin is not None:
+            old.append(self.sfin_at)
+        if self.srst:
+            old.append(self.srst_at)
+        if self.ssyn is not None and not self.ssyn.twin:
+            old.append(self.ssyn.at)
+        return min(old) if old else 0
+
+    def forget_svm(self) -> None:
+        self.chunks.clear()
+        self.ooo.clear()
+        self.sack = self.sfin = self.ssyn = None
+        self.srst.clear()
+
+    def drop_svm(self) -> None:
+        # as above in the middle of an epoch, where the engine counts what is stashed
+        self.host.svm_packets -= len(self.chunks) + len(self.ooo)
+        self.forget_svm()
+
+    # -- the SVM's frames
+
+    def svm(self, p: Packet, now_ns: int) -> None:
+        """A frame of the SVM of the current epoch: only compared, never sent anywhere."""
+        flags = p.flags
+        if flags & (SYN | RST):
+            self._svm_control(p, now_ns)
+        else:
+            if flags & ACK:
+                a = self.sack
+                if a is None or 0 < (p.ack - a) & MASK < HALF:
+                    self.sack = p.ack
+                self.windows.svm(p)
+            if p.off != p.end:
+                self._svm_data(p, now_ns)
+            if flags & FIN:
+                self._svm_fin((p.seq + p.end - p.off) & MASK, now_ns)
+        if self.held:
+            self.pump(now_ns)
+        if not self.held and (update := self.windows.update(self.base)) is not None:
+            self.host.count("window_updates")
+            update.ts_ns = now_ns  # made now: nothing has waited
+            self.host.emit(update, now_ns)
+        if not self.when and (self.chunks or self.ooo or flags & FLAGS):
+            self.host.arm(self, now_ns + self.host.timeout_ns)
+
+    def _svm_data(self, p: Packet, now_ns: int) -> None:
+        host = self.host
+        send, off = self.send, p.off
+        if p.seq != send:
+            if send is not None:
+                d = diff(p.seq, send)
+                if d < 0:
+                    if d + p.end - off <= 0:
+                        host.count("svm_retransmit")
+                        return
+                    off -= d
+            if send is None or d > 0:
+                self._svm_early(p, now_ns)
+                return
+        if host.svm_packets >= host.max_packets:
+            self.svm_full()
+            return
+        assert send is not None
+        if self.fin_done is not None and not self.stuck:
+            self.stuck = True
+            self.ask(Cause.FIN_DIFFERS, svm=p.frame[off : off + CONTEXT], svm_frame=p.frame)
+        self.chunks.append((p.frame, off, p.end, now_ns))
+        host.svm_packets += 1
+        self.send = (send + p.end - off) & MASK
+        if self.ooo:
+            self.drain()
+        if diff(self.send, self.ver or 0) > host.max_stream:
+            _, off, end, _ = self.chunks.pop()
+            host.svm_packets -= 1
+            self.send = (self.send - (end - off)) & MASK
+            host.count("stream_full_dropped")
+            self.ask(Cause.STREAM_FULL)
+
+    def _svm_early(self, p: Packet, now_ns: int) -> None:
+        host, ooo = self.host, self.ooo
+        if host.svm_packets >= host.max_packets:
+            self.svm_full()
+            return
+        ref = self.send if self.send is not None else ooo[0][0] if ooo else p.seq
+        if abs(diff(p.seq, ref)) > host.max_stream:
+            host.count("svm_out_of_window")  # if it was needed, the PVM's frame will time out
+            return
+        host.count("svm_out_of_order")
+        host.svm_packets += 1
+        insort(ooo, (p.seq, p.frame, p.off, p.end, now_ns), key=lambda g: diff(g[0], ref))
+
+    def svm_full(self) -> None:
+        self.host.count("svm_queue_full_dropped")
+        self.host.ask(Cause.QUEUE_FULL, self)
+
+    def drain(self) -> None:
+        """Move what is no longer out of order."""
+        ooo = self.ooo
+        assert self.send is not None
+        while ooo:
+            seq, frame, off, end, at = ooo[0]
+            d = diff(seq, self.send)
+            if d > 0:
+                break
+            del ooo[0]
+            if end - off + d <= 0:
+                self.host.svm_packets -= 1
+                continue
+            self.chunks.append((frame, off - d, end, at))
+            self.send = (self.send + end - off + d) & MASK
+
+    def _svm_fin(self, f: int, now_ns: int) -> None:
+        ours = self.send is not None  # else the SVM is one incarnation ahead of the PVM
+        if f == self.sfin or (ours and f == self.fin_done):
+            self.host.count("svm_retransmit")
+            return
+        early = self.base is not None and diff(f, self.base) < 0
+        if ours and (early or self.fin_done is not None):
+            self.stuck = True
+            self.ask(Cause.FIN_DIFFERS)
+        self.sfin, self.sfin_at = f, now_ns
+
+    def _svm_control(self, p: Packet, now_ns: int) -> None:
+        host = self.host
+        if p.flags & RST:
+            if p.flags & ACK:
+                self.sack = later(self.sack, p.ack)
+            ident = rst_id(p)
+            if ident in self.rst_done or ident in self.srst:
+                host.count("svm_retransmit")
+            elif len(self.srst) >= MAX_RSTS:
+                self.svm_full()
+            else:
+                if not self.srst:
+                    self.srst_at = now_ns
+                self.srst.append(ident)
+            return
+        if (self.ssyn is not None and self.ssyn.packet.seq == p.seq) or (
+            # sent again by an SVM that a checkpoint made a clone in the handshake
+            self.ssyn is None and self.isn == p.seq
+        ):
+            host.count("svm_retransmit")
+            if p.flags & ACK:
+                self.sack = later(self.sack, p.ack)
+            return
+        # a new incarnation on the SVM; what it said of the old one has no use any more
+        self.drop_svm()
+        self.send = None
+        self.ssyn = Syn(p, now_ns)
+        if p.flags & ACK:
+            self.sack = p.ack

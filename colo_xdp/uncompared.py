@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Flows that the policy does not hold: passed ones, and ones that are only watched."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import TYPE_CHECKING
+
+from .comparer import Comparer, Flow, Held, Host
+from .flow import FlowKey
+from .packet import Packet
+from .policy import Verdict
+from .reasons import Cause
+from .record import NO_EVIDENCE, Evidence, Record
+
+if TYPE_CHECKING:
+    from .stream import Stream
+
+
+class Passed:
+    """A flow of which nothing is compared: the PVM's frames leave, the SVM's are dropped."""
+
+    __slots__ = ("_text", "direction", "epoch", "held", "host", "key", "last", "verdict", "when")
+
+    def __init__(
+        self, host: Host, key: FlowKey, epoch: int, verdict: Verdict, direction: str, text: str
+    ) -> None:
+        self.host, self.key, self.epoch, self._text = host, key, epoch, text
+        self.verdict, self.direction = verdict, direction
+        self.last = self.when = 0
+        self.held: deque[Held] = deque(maxlen=0)
+
+    def text(self) -> str:
+        """The flow's name for people."""
+        return self._text
+
+    def pvm(self, rec: Record, p: Packet, now_ns: int) -> None:
+        """A frame of the PVM leaves."""
+        self.host.uncompared(self.verdict)
+        self.host.emit(rec, now_ns)
+
+    def svm(self, p: Packet, now_ns: int) -> None:
+        """A frame of the SVM ends here."""
+        self.host.count("svm_uncompared_dropped")
+
+    def commit(self, p: Packet) -> None:
+        """A checkpoint contains it: nothing is to be remembered."""
+
+    def pump(self, now_ns: int) -> None:
+        """Nothing waits."""
+
+    def drop_svm(self) -> None:
+        """Nothing is stashed."""
+
+    def unhold(self) -> list[Held]:
+        """Nothing waits."""
+        return []
+
+    def new_epoch(self, epoch: int) -> None:
+        """Nothing was remembered."""
+        self.epoch = epoch
+
+    def expire(self, now_ns: int) -> int:
+        """Nothing waits."""
+        return 0
+
+    def quiet(self) -> bool:
+        """Nothing waits."""
+        return True
+
+    def closed(self) -> bool:
+        """Its end is not looked for; it ages like a closed one."""
+        return True
+
+
+class _Watching:
+    """The engine as a watched flow's comparer sees it: nothing is released, nobody asked."""
+
+    __slots__ = ("_engine", "_flow")
+
+    def __init__(self, engine: Host, flow: Watched) -> None:
+        self._engine, self._flow = engine, flow
+
+    epoch = property(lambda self: self._engine.epoch)
+    timeout_ns = property(lambda self: self._engine.timeout_ns)
+    grace_ns = property(lambda self: self._engine.grace_ns)
+    max_packets = property(lambda self: self._engine.max_packets)
+    max_bytes = property(lambda self: self._engine.max_bytes)
+    max_stream = property(lambda self: self._engine.max_stream)
+    max_history = property(lambda self: self._engine.max_history)
+
+    @property
+    def pvm_packets(self) -> int:
+        return self._engine.pvm_packets
+
+    @pvm_packets.setter
+    def pvm_packets(self, n: int) -> None:
+        self._engine.pvm_packets = n
+
+    @property
+    def pvm_bytes(self) -> int:
+        return self._engine.pvm_bytes
+
+    @pvm_bytes.setter
+    def pvm_bytes(self, n: int) -> None:
+        self._engine.pvm_bytes = n
+
+    @property
+    def svm_packets(self) -> int:
+        return self._engine.svm_packets
+
+    @svm_packets.setter
+    def svm_packets(self, n: int) -> None:
+        self._engine.svm_packets = n
+
+    def emit(self, rec: Record, now_ns: int) -> None:
+        """It has left long ago."""
+
+    def ask(self, cause: Cause, flow: Flow, evidence: Evidence = NO_EVIDENCE) -> None:
+        self._engine.noticed(cause, flow, evidence)
+        self._flow.lost = True
+        self._engine.arm(self._flow, 1)  # not here: the comparer is in the middle of something
+
+    def count(self, name: str, n: int = 1) -> None:
+        self._engine.count(name, n)
+
+    def uncompared(self, verdict: Verdict) -> None:
+        self._engine.uncompared(verdict)
+
+    def noticed(self, cause: Cause, flow: Flow, evidence: Evidence) -> None:
+        self._engine.noticed(cause, flow, evidence)
+
+    def arm(self, flow: Flow, when_ns: int) -> None:
+        self._engine.arm(flow, when_ns)
+
+    def charge_history(self, stream: Stream) -> None:
+        self._engine.charge_history(stream)
+
+    def part_verified(self, stream: Stream) -> None:
+        """Parts need not leave: the whole has."""
+
+
+class Watched(Passed):
+    """A flow whose frames leave at once and are compared behind.
+
+    After a difference the two guests go apart with no checkpoint to bring them together, so
+    nothing more is learnt from it before the next one: `lost`.
+    """
+
+    __slots__ = ("inner", "lost")
+
+    inner: Comparer
+
+    def __init__(
+        self, host: Host, key: FlowKey, epoch: int, verdict: Verdict, direction: str, text: str
+    ) -> None:
+        super().__init__(host, key, epoch, verdict, direction, text)
+        self.lost = False
+
+    def watcher(self) -> Host:
+        """The host for `inner`."""
+        return _Watching(self.host, self)
+
+    def pvm(self, rec: Record, p: Packet, now_ns: int) -> None:
+        super().pvm(rec, p, now_ns)
+        if not self.lost:
+            rec.sent = True
+            self.inner.pvm(rec, p, now_ns)
+
+    def svm(self, p: Packet, now_ns: int) -> None:
+        if self.lost:
+            super().svm(p, now_ns)
+        else:
+            self.inner.svm(p, now_ns)
+
+    def expire(self, now_ns: int) -> int:
+        """After a difference: what was kept to compare with is of no more use."""
+        if self.lost:
+            for rec, _, _ in self.inner.unhold():
+                self.host.pvm_packets -= 1
+                self.host.pvm_bytes -= len(rec.frame)
+            self.inner.drop_svm()
+        return 0
+
+    def commit(self, p: Packet) -> None:
+        self.inner.commit(p)
+
+    def new_epoch(self, epoch: int) -> None:
+        super().new_epoch(epoch)
+        self.lost = False
+        self.inner.new_epoch(epoch)
+
+    def quiet(self) -> bool:
+        return self.inner.quiet()
+
+    def closed(self) -> bool:
+        return self.inner.closed()

@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Rules: which flow they fit, what is done with it, and changing them while running."""
+
+from __future__ import annotations
+
+import pytest
+
+from colo_xdp.config import ConfigError, as_toml, load, parse
+from colo_xdp.packet import parse as packet
+from colo_xdp.policy import Policy, Rule, subject
+
+from . import frames as f
+from .test_controllers import EXAMPLES
+from .test_datagram import A, B, Pair
+
+SYN_ACK = f.tcp(100, 1, b"", f.SYN | f.ACK, opts=f.SYN_OPTS)
+SYN = f.tcp(100, 0, b"", f.SYN, opts=f.SYN_OPTS, sport=40000, dport=25)
+DATA = f.tcp(101, 1, b"abc")
+OTHER = f.tcp(101, 1, b"aXc")
+ARP = f.ether(0x0806, bytes(28))
+
+
+def rule(action: str = "pass", **what: str) -> Rule:
+    return Rule(name="r", action=action, **what)
+
+
+@pytest.mark.parametrize(
+    ("what", "frame", "fits"),
+    [
+        ({}, DATA, True),
+        ({"protocol": "tcp"}, DATA, True),
+        ({"protocol": "udp"}, DATA, False),
+        ({"protocol": "arp"}, ARP, True),
+        ({"protocol": "other"}, ARP, False),
+        ({"protocol": "other"}, f.ip4(47, b"gre"), True),
+        ({"address": "10.9.0.0/24"}, DATA, True),
+        ({"address": "10.9.0.2"}, DATA, False),  # the guest's own: the other end is meant
+        ({"address": "::/0"}, DATA, False),
+        ({"address": "::/0"}, f.tcp(1, 1, b"x", v6=True), True),
+        ({"address": "10.0.0.0/8"}, ARP, False),
+        ({"port": "80"}, DATA, True),
+        ({"port": "81-90"}, DATA, False),
+        ({"port": "1-65535"}, ARP, False),
+        ({"peer_port": "4000"}, DATA, True),
+        ({"peer_port": "80"}, DATA, False),
+        ({"direction": "in"}, SYN_ACK, True),
+        ({"direction": "out"}, SYN_ACK, False),
+        ({"direction": "out"}, SYN, True),
+        ({"direction": "in"}, DATA, True),  # no SYN: 80 is below 4000
+        ({"direction": "out"}, f.udp(b"", sport=4000, dport=53), True),
+        ({"direction": "in"}, ARP, False),
+        ({"port": "80"}, f.tcp(1, 1, b"x", tags=b"\x81\0\0\5"), True),
+    ],
+)
+def test_what_a_rule_fits(what: dict[str, str], frame: bytes, fits: bool) -> None:
+    assert rule(**what).fits(subject(packet(frame))) is fits
+
+
+def test_the_first_rule_that_fits_decides_and_defaults_come_last() -> None:
+    first, second = Rule(name="a", action="pass", port="53"), Rule(name="b", action="compare")
+    policy = Policy((first, second))
+    assert policy.judge(subject(packet(A))).rule == "a"
+    assert policy.judge(subject(packet(ARP))).rule == "b"
+    plain = Policy()
+    assert [plain.judge(subject(packet(x))).rule for x in (ARP, A, f.ip4(47, b""))] == [
+        "default-arp", "default", "default-other",
+    ]  # fmt: skip
+    assert plain.judge(subject(packet(ARP))).action == "pass"
+
+
+@pytest.mark.parametrize("action", ["pass", "drop-secondary"])
+@pytest.mark.parametrize(("mine", "theirs"), [(A, B), (DATA, OTHER)])
+def test_passed_flows_leave_at_once(action: str, mine: bytes, theirs: bytes) -> None:
+    pair = Pair(policy=Policy((rule(action),)))
+    pair.p(mine).is_now([mine]).s(theirs).wait(9000).is_now([mine])
+    pair.e.begin_checkpoint()
+    pair.p(mine).is_now([mine, mine])  # also while one is under way
+    pair.e.commit_checkpoint(0, 1, pair.now)
+    pair.is_now([mine, mine])
+    assert pair.e.counters["uncompared"] == 2
+    assert pair.e.counters["svm_uncompared_dropped"] == 1
+    assert (pair.e.rules["r"].flows, pair.e.rules["r"].uncompared) == (1, 2)
+
+
+@pytest.mark.parametrize(("mine", "theirs"), [(A, B), (DATA, OTHER)])
+def test_watched_flows_leave_at_once_and_are_compared_behind(mine: bytes, theirs: bytes) -> None:
+    pair = Pair(policy=Policy((rule("mirror-only"),)))
+    pair.p(mine).is_now([mine]).s(mine).wait(9000).is_now([mine])
+    assert not pair.found
+    again = f.tcp(104, 1, b"def") if mine is DATA else mine
+    other = f.tcp(104, 1, b"dXf") if mine is DATA else theirs
+    pair.p(again).s(other).wait(9000).is_now([mine, again])  # nobody asks for a checkpoint
+    assert len(pair.found) == 1 and not pair.found[0].asked and pair.found[0].rule == "r"
+    assert pair.e.counters["differences_watched"] == 1
+    pair.p(again).s(other).wait(9000).is_now([mine, again, again])
+    assert len(pair.found) == 1  # the guests have gone apart: no more is learnt
+    assert (pair.e.held_packets, pair.e.held_bytes, pair.e.svm_packets) == (0, 0, 0)
+    pair.checkpoint().p(again).s(other).wait(9000)
+    assert pair.out == [mine, again, again, again]
+
+
+def test_new_rules_take_force_with_a_checkpoint() -> None:
+    pair = Pair().p(DATA).is_now([])
+    pair.e.set_policy(Policy((rule("pass"),)))
+    pair.is_now([], "policy").p(A).is_now([], "policy")
+    pair.checkpoint().is_now([DATA, A], "policy")
+    pair.p(DATA, A).is_now([DATA, A, DATA, A], "policy")
+    pair.e.set_policy(Policy())
+    pair.is_now([DATA, A, DATA, A], "policy", "policy").checkpoint()
+    pair.p(f.tcp(104, 1, b"def")).is_now([DATA, A, DATA, A], "policy", "policy")
+    assert pair.e.held_packets == 1
+    pair.s(f.tcp(104, 1, b"def")).wait(9000)
+    assert len(pair.out) == 5 and pair.e.held_packets == 0
+
+
+def test_shadow_mode_holds_nothing_and_asks_as_often() -> None:
+    pair = Pair()
+    pair.e.shadow = True
+    pair.p(DATA).is_now([DATA]).s(OTHER).is_now([DATA], "payload_differs")
+    pair.checkpoint().p(A).is_now([DATA, A], "payload_differs").s(A)
+    pair.is_now([DATA, A], "payload_differs")
+    pair.p(B)
+    pair.e.shadow = False  # what left is not released again, what comes is held
+    pair.p(f.udp(b"new")).s(B).is_now([DATA, A, B], "payload_differs")
+    pair.s(f.udp(b"new"))
+    assert pair.out[-1] == f.udp(b"new") and pair.e.held_packets == 0
+    assert pair.e.counters["released"] == len(pair.out) == 4
+    pair.p(A)
+    pair.e.shadow = True  # what was held still waits for its twin
+    pair.s(A)
+    assert pair.out[-1] == A
+
+
+TEXT = (EXAMPLES / "primary.toml").read_text()
+
+
+def test_rules_of_a_file_round_trip() -> None:
+    text = (
+        TEXT
+        + """
+[[rule]]
+name = "dns"
+action = "pass"
+protocol = "udp"
+port = "53"
+[[rule]]
+name = "backup"
+action = "drop-secondary"
+address = "10.1.0.0/16"
+"""
+    )
+    c = parse(text)
+    assert [r.name for r in c.rules] == ["dns", "backup"]
+    assert parse(as_toml(c)).rules == c.rules
+    assert c.policy().order[0].name == "dns"
+    assert not c.differences(parse(TEXT))
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ('name = "x"', "[rule 1] action is missing"),
+        ('name = "default-x"\naction = "pass"', "not beginning with default"),
+        ('name = "x"\naction = "pass"\nport = 53', "as text"),
+        ('name = "x"\naction = "pass"\nport = "0"', "expected a port or a range"),
+        ('name = "x"\naction = "pass"\naddress = "10.0.0.1/8"', "has host bits set"),
+        ('name = "x"\naction = "pass"\nprotocol = "icmp"\nport = "5"', "icmp has no ports"),
+        ('name = "x"\naction = "pass"\nprots = "5"', "did you mean 'port"),
+        ('name = "x"\naction = "pass"\n[[rule]]\nname = "x"\naction = "pass"', "of its own"),
+    ],
+)
+def test_wrong_rules_are_named(body: str, words: str) -> None:
+    with pytest.raises(ConfigError) as e:
+        parse(TEXT + "[[rule]]\n" + body)
+    assert words in str(e.value), str(e.value)
+
+
+def test_only_the_policy_can_change_while_running(tmp_path: object) -> None:
+    c = load(EXAMPLES / "primary.toml")
+    assert c.path and not c.differences(load(c.path))
+    other = parse(
+        TEXT.replace("[compare]", "[compare]\nmax_flows = 17", 1)
+        if "[compare]" in TEXT
+        else TEXT + "\n[compare]\nmax_flows = 17\narp = 'compare'"
+    )
+    assert c.differences(other) == ["compare.max_flows"]
