@@ -393,7 +393,7 @@ class Stream(Twin):
             assert self.ssyn is not None
             self.ssyn.twin = True
         self.isn = p.seq
-        self.windows.open(p)
+        self.windows.open(p, self.ssyn.packet if self.ssyn is not None and keep else None)
         self.origin = (p.seq + 1) & MASK
         self.committed_ack = self.fin_done = None
         self.rst_done.clear()

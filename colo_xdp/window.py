@@ -21,19 +21,25 @@ _UPDATE = 4 * 1448
 class WindowGate:
     """One connection's windows. Where the scale is unknown (no SYN was seen), all pass."""
 
-    __slots__ = ("_advertised", "_edge", "_offered", "_shift", "_shrunk")
+    __slots__ = ("_advertised", "_edge", "_offered", "_shift", "_shrunk", "_syn")
 
     def __init__(self) -> None:
         self._shift: int | None = None
+        self._syn = 0xFFFF  # the window field that the SYN of this incarnation may have
         self._offered: int | None = None  # right edge that the PVM has offered
         self._edge: int | None = None  # as far as the SVM honours it
         self._advertised: int | None = None  # as the client has been told
         self._shrunk: tuple[Record, Packet] | None = None  # the last frame, if it was cut
 
-    def open(self, syn: Packet) -> None:
-        """A new incarnation of the connection."""
+    def open(self, syn: Packet, twin: Packet | None) -> None:
+        """A new incarnation of the connection. `twin`: the SVM's SYN, None if a checkpoint
+        contains ours. Windows of SYNs are not scaled (RFC 7323 2.2)."""
         self._shift = tcp_options(syn).wscale or 0
         self._offered = self._edge = self._advertised = self._shrunk = None
+        self._syn = window(syn) if twin is None else min(window(syn), window(twin))
+        if syn.flags & ACK:
+            self._offered = (syn.ack + window(syn)) & MASK
+            self._edge = (syn.ack + self._syn) & MASK
 
     def new_epoch(self) -> None:
         """The SVM is a copy of a PVM that had offered this much."""
@@ -57,6 +63,8 @@ class WindowGate:
         """A frame about to leave, and whether its window had to be cut."""
         shift = self._shift
         if shift is None or p.flags & (ACK | SYN | RST) != ACK:
+            if p.flags & SYN and window(p) > self._syn:
+                return with_window(rec, p, self._syn), True
             return rec, False
         offered = (p.ack + (window(p) << shift)) & MASK
         self._offered = later(self._offered, offered)

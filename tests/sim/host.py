@@ -1,0 +1,557 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""One host: its kernel's programs, its QEMU, and what stands in for QMP, peer channel and fence.
+
+The controllers are the product's own. What is simulated here is what they talk to: the
+verdicts of bpf/*.bpf.c (the numbers are translated by the product's model of them, which
+tests/bpf holds equal to them), QEMU's COLO as DESIGN 4 tells it, and a channel.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+from colo_xdp import abi, wire
+from colo_xdp.abi import Mode, Source
+from colo_xdp.qmp import QemuInfo, QmpError, QmpEvent
+from colo_xdp.rewrite import Flow, Rewriter
+from colo_xdp.ring import Event
+
+from .guest import Guest, Out
+
+if TYPE_CHECKING:
+    from .world import World
+
+MIRROR, SVM = 0, 1
+LOSS_NS = 1_000_000_000
+
+
+class Tracker(Rewriter):
+    """The rewriter's model; also knows when each connection was last seen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: dict[int, int] = {}
+        self.now_ns = 0
+
+    def _find(self, p: Any, *, to_svm: bool) -> Any:
+        n, reason = super()._find(p, to_svm=to_svm)
+        if n is not None:
+            self.seen[id(n)] = self.now_ns
+        return n, reason
+
+
+class Side:
+    """One host, `P` or `S`."""
+
+    def __init__(self, world: World, primary: bool, guest: Guest | None) -> None:
+        self.world, self.primary, self.guest = world, primary, guest
+        self.name = "P" if primary else "S"
+        self.qemu = Qemu(self)
+        # the kernel's state, which outlives controllers
+        self.mode, self.epoch, self.beat_ns = Mode.BYPASS if primary else Mode.DROP, 0, 0
+        self.loaded = False
+        self.ring: deque[Event] = deque()
+        self.lost = 0
+        self.rewriter = Tracker()
+        self.in_bridge = primary
+        self.stepped_out = False
+        self.tap: deque[bytes] = deque(maxlen=500)  # frames that a stopped guest has not taken
+        # of the controller that runs now
+        self.controller: Any = None
+        self.dp = SimDataPath(self)
+        self.peer: SimPeer | None = None
+        self.qmp: SimQmp | None = None
+        self._drain_set = False
+
+    @property
+    def other(self) -> Side:
+        return self.world.s if self.primary else self.world.p
+
+    # -- the guest
+
+    def deliver(self, frame: bytes) -> None:
+        """To the guest, over its tap."""
+        if not self.qemu.alive or self.guest is None:
+            return
+        if not self.qemu.running:
+            self.tap.append(frame)
+            return
+        self.sent(self.guest.receive(frame, self.world.ms()))
+
+    def resume(self) -> None:
+        """The guest runs (again)."""
+        self.qemu.running = True
+        waiting = list(self.tap)
+        self.tap.clear()
+        for frame in waiting:
+            self.deliver(frame)
+
+    def tick(self) -> None:
+        if self.qemu.alive and self.qemu.running and self.guest is not None:
+            self.sent(self.guest.tick(self.world.ms()))
+
+    def sent(self, frames: list[Out]) -> None:
+        for frame, gso in frames:
+            self.world.note("%s guest sends %s", self.name, frame)
+            (self.pvm_out if self.primary else self.svm_out)(frame, gso)
+
+    # -- programs
+
+    def capture(self, source: Source, epoch: int, frame: bytes, gso: int) -> None:
+        if len(self.ring) >= self.world.scene.ring or self.world.ring_broken:
+            self.lost += 1
+            return
+        self.ring.append(Event(source, self.world.ns(), epoch & 0xFFF, frame, gso, False))
+        if not self._drain_set and self.controller is not None:
+            self._drain_set = True
+            self.world.later(self.world.rnd.uniform(0.01, 1.0), self._drain)
+
+    def _drain(self) -> None:
+        self._drain_set = False
+        if self.controller is not None:
+            self.controller._drain()
+
+    def _lost_controller(self) -> bool:
+        return self.world.ns() - self.beat_ns > LOSS_NS
+
+    def pvm_in(self, frame: bytes) -> None:
+        if self.mode in (Mode.RUN, Mode.CHECKPOINT):
+            self.world.link(self, MIRROR, self.epoch, frame, 0)
+        self.deliver(frame)
+
+    def pvm_out(self, frame: bytes, gso: int) -> None:
+        if self.mode is Mode.DROP:
+            return
+        if self.mode is Mode.BYPASS:
+            self.world.to_network(self, frame)
+        elif not self._lost_controller():
+            self.capture(Source.PVM, self.epoch, frame, gso)
+
+    def link_in(self, kind: int, epoch: int, frame: bytes, gso: int) -> None:
+        """From the peer link: svm_arrival or svm_in."""
+        if self.primary:
+            if kind == SVM and self.mode in (Mode.RUN, Mode.CHECKPOINT):
+                self.capture(Source.SVM, epoch, frame, gso)
+        elif kind == MIRROR:
+            if self.mode is Mode.CHECKPOINT:
+                self.capture(Source.CLIENT, self.epoch, frame, gso)
+            elif self.mode is Mode.RUN:
+                self.deliver(self._translate(frame, True))
+
+    def _translate(self, frame: bytes, to_svm: bool) -> bytes:
+        r = self.rewriter
+        r.mode, r.epoch, r.now_ns = self.mode, self.epoch, self.world.ns()
+        return (r.to_svm if to_svm else r.from_svm)(frame)[0]
+
+    def svm_out(self, frame: bytes, gso: int) -> None:
+        if self.mode is Mode.CHECKPOINT:
+            self.capture(Source.SVM, self.epoch, frame, gso)
+        elif self.mode is Mode.RUN:
+            self.world.link(self, SVM, self.epoch, self._translate(frame, False), gso)
+        elif self.mode is Mode.TAKEOVER:
+            if not self.stepped_out:
+                frame = self._translate(frame, False)
+            self.world.to_network(self, frame)
+
+    def network_in(self, frame: bytes) -> None:
+        """A client's frame that the bridge brings to this host's tap."""
+        if self.primary:
+            self.pvm_in(frame)
+        elif self.in_bridge and self.mode is Mode.TAKEOVER:
+            self.deliver(frame if self.stepped_out else self._translate(frame, True))
+
+    def inject(self, name: str, frame: bytes, gso: int) -> None:
+        """pvm_release, svm_deliver, svm_forward."""
+        if name == "release":
+            if self.mode is not Mode.DROP:
+                self.world.to_network(self, frame)
+        elif self.mode in (Mode.RUN, Mode.CHECKPOINT, Mode.TAKEOVER):
+            out = self._translate(frame, name == "deliver")
+            if name == "deliver":
+                self.deliver(out)
+            elif self.mode is Mode.TAKEOVER:
+                self.world.to_network(self, out)
+            else:
+                self.world.link(self, SVM, self.epoch, out, gso)
+
+    # -- the controller's life
+
+    def kill_controller(self) -> None:
+        """kill -9: what it holds is gone, what is pinned stays."""
+        c, self.controller = self.controller, None
+        if c is None:
+            return
+        for stand_in in (self.dp, self.peer, self.qmp):
+            if stand_in is not None:
+                stand_in.dead = True
+        for t in list(c._tasks):
+            t.cancel()
+        if self.peer is not None:
+            self.peer.cut("reset by peer")
+        self.qemu.client = None
+
+    def kill_qemu(self) -> None:
+        self.qemu.die()
+
+
+class SimDataPath:
+    """What a controller sees of its host's programs and maps."""
+
+    hook = "tc"
+
+    def __init__(self, side: Side) -> None:
+        self._side, self.dead = side, False
+        self.adopted = side.loaded
+        side.loaded = True
+        names = ("release",) if side.primary else ("deliver", "forward")
+        self.injectors = {n: _Injector(self, n) for n in names}
+        self.objects = SimpleNamespace(map=lambda name: _Flows(side), events="ring")
+        self.reader = SimpleNamespace(fds=[], capacity=0)
+
+    @property
+    def mode(self) -> Mode:
+        return self._side.mode
+
+    @mode.setter
+    def mode(self, mode: Mode) -> None:
+        if not self.dead:
+            if mode is not self._side.mode:
+                self._side.world.note("%s data path: %s", self._side.name, mode.name)
+            self._side.mode = mode
+            if mode is Mode.RUN and self._side.primary:
+                self._side.world.protected = True
+
+    @property
+    def epoch(self) -> int:
+        return self._side.epoch
+
+    @epoch.setter
+    def epoch(self, epoch: int) -> None:
+        if not self.dead:
+            self._side.epoch = epoch
+
+    def beat(self) -> None:
+        if not self.dead:
+            self._side.beat_ns = self._side.world.ns()
+
+    def drain(self, sink: Callable[[Event], None], limit: int = 1 << 30) -> int:
+        n = 0
+        while self._side.ring and n < limit and not self.dead:
+            sink(self._side.ring.popleft())
+            n += 1
+        return n
+
+    def lost_events(self) -> int:
+        return self._side.lost
+
+    def tap_alive(self) -> bool:
+        return self._side.qemu.alive
+
+    def open_network(self) -> None:
+        if not self.dead:
+            self._side.in_bridge = True
+
+    def step_out(self) -> None:
+        if not self.dead:
+            self._side.stepped_out = True
+
+
+class _Injector:
+    def __init__(self, dp: SimDataPath, name: str) -> None:
+        self._dp, self._name = dp, name
+        self.sent, self.failed = 0, {}
+
+    def send(self, frame: bytes, gso_size: int = 0, partial: bool = False) -> bool:
+        if not self._dp.dead:
+            self._dp._side.inject(self._name, frame, gso_size)
+        return True
+
+
+class _Flows:
+    """The map `flows`."""
+
+    def __init__(self, side: Side) -> None:
+        self._side = side
+        self.info = SimpleNamespace(max_entries=65536)
+
+    def items(self) -> list[tuple[bytes, bytes]]:
+        r = self._side.rewriter
+        return [(k, self._pack(f, r.seen.get(id(f), 0))) for k, f in r.flows.items()]
+
+    @staticmethod
+    def _pack(f: Flow, seen: int) -> bytes:
+        return abi.FLOW.pack(
+            seen, f.epoch, f.off, f.tsoff, f.isn_p, f.isn_s, f.ts_p, f.ts_s, f.fin_guest,
+            f.fin_client, f.state, f.have, f.have_client, 0, f.isn_c, 0,
+        )  # fmt: skip
+
+    def delete(self, key: bytes) -> None:
+        self._side.rewriter.flows.pop(key, None)
+
+
+class Qemu:
+    """One QEMU: run state, COLO, and the events it sends."""
+
+    def __init__(self, side: Side) -> None:
+        self.side, self.alive, self.running = side, True, side.primary
+        self.migration = ""
+        self.hung = False
+        self.client: SimQmp | None = None
+        self._busy = False
+
+    def status(self) -> str:
+        if self.running:
+            return "colo" if self.migration == "colo" and not self.side.primary else "running"
+        return "inmigrate" if not self.side.primary and not self.migration else "paused"
+
+    def event(self, name: str) -> None:
+        """To whoever is connected, late, in order."""
+        if self.client is not None:
+            self.client.event(name, self.side.world.ns())
+
+    def die(self) -> None:
+        if not self.alive:
+            return
+        self.alive = self.running = False
+        self.side.world.note("%s QEMU dies", self.side.name)
+        other = self.side.other.qemu
+        if self.client is not None:
+            self.client.closed()
+        if not self.side.primary and self.migration == "colo":
+            return  # a primary's QEMU notices only when it tries a checkpoint
+        if other.alive and other.migration == "colo":
+            self.side.world.later(self.side.world.rnd.uniform(0.1, 3), other.lose_channel)
+
+    def lose_channel(self) -> None:
+        if self.alive and self.migration == "colo":
+            self.migration = "failed"
+            self.event("COLO_EXIT")
+
+    def checkpoint(self, *, first: bool) -> None:
+        """Ask for one; asks while one runs fold into it."""
+        if not self._busy and (first or self.migration == "colo"):
+            self._busy = True
+            self.side.world.spawn(self._checkpoint(first))
+
+    async def _wait(self, low: float, high: float) -> bool:
+        """Some ms; False when either QEMU has died meanwhile."""
+        world = self.side.world
+        await asyncio.sleep(world.rnd.uniform(low, high) / 1000)
+        while self.hung and self.alive:
+            await asyncio.sleep(0.01)
+        return self.alive and world.s.qemu.alive and not world.colo_cut
+
+    async def _checkpoint(self, first: bool) -> None:
+        p, s, world = self.side, self.side.other, self.side.world
+        try:
+            if first:
+                self.migration = s.qemu.migration = "active"
+                if not await self._wait(5, 40):
+                    return self._failed(first)
+            if not await self._wait(0.1, 3):
+                return self._failed(first)
+            if not first:
+                s.qemu.running = False
+                s.qemu.event("STOP")
+                if not await self._wait(0.05, 1):
+                    return self._failed(first)
+            p.qemu.running = False
+            p.qemu.event("STOP")
+            if not await self._wait(0.5, 8):
+                return self._failed(first)
+            assert p.guest is not None
+            s.guest = p.guest.clone(world.entropy_s)
+            world.cloned()
+            s.qemu.migration = p.qemu.migration = "colo"
+            s.qemu.event("RESUME")
+            s.resume()
+            if not await self._wait(0.02, 1):
+                return self._failed(first)
+            p.qemu.event("RESUME")
+            p.resume()
+        finally:
+            self._busy = False
+
+    def _failed(self, first: bool) -> None:
+        self.side.world.note("checkpoint fails in QEMU")
+        if first:
+            self.migration = "failed"
+            return
+        for q in (self, self.side.other.qemu):
+            q.lose_channel()
+
+    def lost_heartbeat(self) -> None:
+        """x-colo-lost-heartbeat."""
+        if self.migration not in ("colo", "failed", "active"):
+            raise QmpError("not in COLO")
+        self.migration = "completed"
+        if not self.running:
+            self.event("RESUME")
+            self.side.resume()
+        other = self.side.other.qemu
+        if other.alive:
+            self.side.world.later(0.5, other.lose_channel)
+
+
+class SimQmp:
+    """colo_xdp.qmp.Qmp."""
+
+    def __init__(
+        self,
+        side: Side,
+        name: str,
+        on_event: Callable[[QmpEvent], None],
+        on_close: Callable[[str], None],
+    ) -> None:
+        self._side, self.name, self.dead, self.connected = side, name, False, False
+        self._on_event, self._on_close = on_event, on_close
+        self._last = 0.0
+        side.qmp = self
+
+    def event(self, name: str, ts_ns: int) -> None:
+        world = self._side.world
+        at = max(
+            self._last, world.ms_exact() + world.rnd.choice((0.01, 1, 20)) * world.rnd.random()
+        )
+        self._last = at + 0.001
+        world.later(at - world.ms_exact(), lambda: self._event(name, ts_ns))
+
+    def _event(self, name: str, ts_ns: int) -> None:
+        if self.connected and not self.dead:
+            self._side.world.note("%s QMP event %s", self._side.name, name)
+            self._on_event(QmpEvent(name, {}, ts_ns, self._side.world.ns()))
+
+    def closed(self) -> None:
+        if self.connected:
+            self.connected = False
+            self._side.world.later(0.1, lambda: None if self.dead else self._on_close("closed"))
+
+    async def _call(self, what: str) -> Qemu:
+        world, q = self._side.world, self._side.qemu
+        await asyncio.sleep(world.rnd.uniform(0.05, 1) / 1000)
+        end = world.ns() + 1_000_000_000
+        while q.hung and q.alive and world.ns() < end:
+            await asyncio.sleep(0.01)
+        if self.dead or not q.alive or q.hung or (what != "connect" and not self.connected):
+            raise QmpError(f"{self.name}: {what}: no answer")
+        return q
+
+    async def connect(self) -> QemuInfo:
+        q = await self._call("connect")
+        self.connected, q.client = True, self
+        return QemuInfo((7, 2, 0), True, q.status())
+
+    async def status(self) -> str:
+        return (await self._call("status")).status()
+
+    async def migration_status(self) -> str:
+        return (await self._call("query-migrate")).migration
+
+    async def prepare(self, *, primary: bool) -> None:
+        await self._call("prepare")
+
+    async def migrate(self, uri: str) -> None:
+        (await self._call("migrate")).checkpoint(first=True)
+
+    async def trigger_checkpoint(self) -> None:
+        (await self._call("trigger")).checkpoint(first=False)
+
+    async def lost_heartbeat(self) -> None:
+        (await self._call("x-colo-lost-heartbeat")).lost_heartbeat()
+
+    async def execute(self, command: str, args: Any = None, timeout: Any = None) -> Any:
+        q = await self._call(command)
+        if command == "cont":
+            q.side.resume()
+        return [{"main-mac": "52:54:00:00:00:02"}]
+
+    async def close(self) -> None:
+        self.connected = False
+
+
+class SimPeer:
+    """colo_xdp.peer.Peer: an ordered channel that can be cut with nobody being told."""
+
+    def __init__(
+        self,
+        side: Side,
+        on_up: Callable[[], None],
+        on_down: Callable[[str], None],
+        on_message: Callable[[dict[str, Any]], None],
+    ) -> None:
+        self._side, self.dead, self.connected, self.started = side, False, False, False
+        self._on_up, self._on_down, self._on_message = on_up, on_down, on_message
+        self.last_seen_ns = self.rtt_ns = self.refused = 0
+        self._last = 0.0
+        self._partner: SimPeer | None = None
+        side.peer = self
+
+    async def start(self) -> None:
+        self.started = True
+        self._side.world.spawn(self._dial())
+
+    async def _dial(self) -> None:
+        world = self._side.world
+        while not self.dead:
+            other = self._side.other.peer
+            free = other is not None and other.started and not other.dead and not other.connected
+            if not self.connected and free and not world.channel_cut:
+                assert other is not None
+                self._partner, other._partner = other, self
+                for end in (self, other):
+                    end.connected, end.last_seen_ns = True, world.ns()
+                for end in (self, other):
+                    end._on_up()
+            await asyncio.sleep(world.rnd.uniform(0.05, 0.1))
+
+    def send(self, kind: str, **fields: Any) -> bool:
+        line = wire.encode(kind, **fields)
+        partner, world = self._partner, self._side.world
+        if self.dead or not self.connected or partner is None:
+            return False
+        at = max(self._last, world.ms_exact() + world.rnd.uniform(0.05, 2))
+        self._last = at + 0.001
+        world.later(at - world.ms_exact(), lambda: self._arrive(partner, line))
+        return True
+
+    def _arrive(self, partner: SimPeer, line: bytes) -> None:
+        world = self._side.world
+        if (
+            world.channel_cut
+            or partner.dead
+            or not partner.connected
+            or partner._partner is not self
+        ):
+            return
+        partner.last_seen_ns = world.ns()
+        msg = wire.decode(line)
+        if msg["type"] != "beat":
+            world.note("%s gets %s", partner._side.name, msg)
+        partner._on_message(msg)
+
+    def drop(self, why: str) -> None:
+        """As the real one closes a connection of its own accord."""
+        self.cut(why)
+
+    def cut(self, why: str) -> None:
+        """The connection is gone; both ends learn it unless they are dead."""
+        partner, self._partner = self._partner, None
+        ends = [self] if partner is None else [self, partner]
+        if partner is not None:
+            partner._partner = None
+        for end in ends:
+            was, end.connected = end.connected, False
+            if was and not end.dead:
+                end._on_down(why)
+
+    def silent_ms(self) -> float:
+        if not self.last_seen_ns:
+            return float("inf")
+        return (self._side.world.ns() - self.last_seen_ns) / 1e6
+
+    async def close(self) -> None:
+        self.connected = False

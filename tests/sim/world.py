@@ -1,0 +1,613 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A pair, its client and its network in virtual time, and the invariants seen from outside.
+
+Both controllers are the product's own, on a loop whose time jumps from event to event.
+`Scene` says all that chance decides for a run; the same scene gives the same run.
+
+What is checked: at each frame of the PVM that reaches the network, that the SVM of this
+moment has said the same (I1, I2, I3, and the windows); that no more than one guest speaks and
+the SVM only after a takeover (I6); checksums; at the end, that what the client got and was
+acked is what the survivor believes (I8), that everybody got his answers (I4), that nothing is
+held and every queue is within its limits (I10).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import random
+from collections import Counter, deque
+from collections.abc import Callable, Coroutine, Iterator
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from colo_xdp import controller as controller_module
+from colo_xdp import flowtable, primary, secondary
+from colo_xdp.abi import Mode
+from colo_xdp.config import Config, load
+from colo_xdp.failover import State
+
+from .clock import FakeTime, VirtualLoop
+from .guest import Client, Guest, Plan
+from .host import Side, SimDataPath, SimPeer, SimQmp
+from .tcp import FIN, RST, SYN, BadChecksum, Tcp, diff, read
+
+EXAMPLES = Path(__file__).parents[2] / "deploy/examples"
+SETTLE_MS = 15_000
+TICK_MS = 20
+
+
+class Violation(AssertionError):
+    """An invariant was broken, or the product failed by itself."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """At `at` ms something breaks; what can heal does so after `span` ms."""
+
+    at: int
+    kind: str
+    span: int = 0
+
+
+#: faults that leave the pair whole once they have healed
+HEALING = (
+    "kill_p_controller", "kill_s_controller", "cut_channel", "cut_link", "lose_events",
+    "checkpoint", "hang_p_qemu", "shadow", "reload",
+)  # fmt: skip
+#: faults that end the pair: somebody has to speak alone
+ENDING = ("kill_p_qemu", "kill_s_qemu", "kill_p_host", "kill_s_host", "failover")
+
+
+@dataclass(frozen=True)
+class Scene:
+    """All the parameters of one run."""
+
+    seed: int
+    conns: int = 4
+    loss: float = 0.01  # client's network, either way
+    dup: float = 0.01
+    jitter: float = 1.0  # ms
+    link_loss: float = 0.005
+    link_jitter: float = 0.3
+    odd: float = 0.0  # share of requests that the guests answer differently
+    odd_udp: bool = False
+    ring: int = 4000
+    queue: int = 1024
+    compare_timeout: int = 150
+    faults: tuple[Fault, ...] = ()
+
+    def to_json(self) -> str:
+        """One line; `from_json` gives it back."""
+        return json.dumps(asdict(self), separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: str) -> Scene:
+        raw = json.loads(text)
+        raw["faults"] = tuple(Fault(**f) for f in raw["faults"])
+        return cls(**raw)
+
+
+def scene(seed: int) -> Scene:
+    """A random one."""
+    rnd = random.Random(seed * 7919 + 1)
+    faults = [
+        Fault(rnd.randrange(60, 900), rnd.choice(HEALING), rnd.choice((5, 60, 250, 700)))
+        for _ in range(rnd.choice((0, 0, 1, 1, 2, 3)))
+    ]
+    if rnd.random() < 0.5:
+        faults.append(Fault(rnd.randrange(100, 1100), rnd.choice(ENDING)))
+    return Scene(
+        seed,
+        conns=rnd.choice((1, 2, 5)),
+        loss=rnd.choice((0, 0, 0.01, 0.05)),
+        dup=rnd.choice((0, 0, 0.02)),
+        jitter=rnd.choice((0.0, 0.5, 4.0)),
+        link_loss=rnd.choice((0, 0, 0, 0.01)),
+        link_jitter=rnd.choice((0.0, 0.3, 3.0)),
+        odd=rnd.choice((0, 0, 0.1, 0.4)),
+        odd_udp=rnd.random() < 0.2,
+        ring=rnd.choice((4000, 4000, 4000, 30)),
+        queue=rnd.choice((1024, 1024, 64, 8)),
+        compare_timeout=rnd.choice((40, 150, 400)),
+        faults=tuple(sorted(faults, key=lambda f: f.at)),
+    )
+
+
+@cache
+def _config(role: str) -> Config:
+    return load(EXAMPLES / f"{role}.toml")
+
+
+def config(role: str, s: Scene) -> Config:
+    """The example's, with deadlines that suit a short run."""
+    c = _config(role)
+    return replace(
+        c,
+        peer=replace(c.peer, heartbeat_interval=50, heartbeat_timeout=300),
+        compare=replace(c.compare, compare_timeout=s.compare_timeout, max_queue_size=s.queue),
+        checkpoint=replace(c.checkpoint, deadline=600),
+        qemu=replace(c.qemu, enter_timeout=3000, qmp_timeout=1000),
+    )
+
+
+class World:
+    """One run."""
+
+    def __init__(self, s: Scene, *, trace: bool = False) -> None:
+        self.scene = s
+        self.rnd = random.Random(s.seed)
+        self.loop = VirtualLoop()
+        self.start = self.loop.now_ns
+        self.trace: deque[str] = deque(maxlen=4000)
+        self._tracing = trace
+        self.channel_cut = self.colo_cut = self.ring_broken = False
+        self.protected = self.shadow = False  # once; the primary holds nothing
+        self.entropy_s = random.Random(self.rnd.random())
+        guest = Guest(random.Random(self.rnd.random()), self.rnd.randrange(1 << 32))
+        self.p, self.s = Side(self, True, guest), Side(self, False, None)
+        self.where = self.p
+        self.spoke: set[str] = set()
+        self.udp_out: Counter[bytes] = Counter()
+        self._pieces: dict[tuple[bool, int], dict[int, tuple[bytes, bool]]] = {}
+        self.clones = self.failovers = 0
+        self.frames = 0
+        self.broken: BaseException | None = None
+        plans = [self._plan() for _ in range(s.conns)]
+        self.client = Client(self.rnd, plans, self.rnd.choice((1, 3)))
+        self.client.udp_nondeterministic = s.odd_udp
+        self.deaths: set[str] = set()
+
+    def _plan(self) -> Plan:
+        rnd, steps = self.rnd, []
+        for _ in range(rnd.choice((1, 2, 5))):
+            kind = b"N" if rnd.random() < self.scene.odd else rnd.choice((b"G", b"G", b"U"))
+            steps.append((kind, rnd.choice((1, 50, 400, 3000))))
+        if rnd.random() < 0.25:
+            steps.append((rnd.choice((b"Q", b"A", b"a")), 30))
+        return Plan(steps, rnd.choice((0, 20, 100)), rnd.random() < 0.2)
+
+    # -- time
+
+    def ns(self) -> int:
+        return self.loop.now_ns
+
+    def ms(self) -> int:
+        return (self.loop.now_ns - self.start) // 1_000_000
+
+    def ms_exact(self) -> float:
+        return (self.loop.now_ns - self.start) / 1e6
+
+    def later(self, ms: float, what: Callable[[], None]) -> None:
+        """After some ms; what it raises ends the run."""
+        self.loop.call_later(ms / 1000, self._guarded, what)
+
+    def _guarded(self, what: Callable[[], None]) -> None:
+        if self.broken is not None:
+            return
+        try:
+            what()
+        except Exception as e:
+            self.broken = e
+
+    def spawn(self, coro: Coroutine[Any, Any, Any]) -> None:
+        task = self.loop.create_task(coro)
+        self._tasks.add(task)
+        task.add_done_callback(self._over)
+
+    _tasks: set[asyncio.Task[Any]]
+
+    def _over(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and task.exception() is not None and self.broken is None:
+            self.broken = task.exception()
+
+    def note(self, text: str, *args: Any) -> None:
+        """A line of the trace."""
+        if self._tracing:
+            shown = [_frame(a) if isinstance(a, bytes) else a for a in args]
+            self.trace.append(f"{self.ms_exact():10.3f} ms  {text % tuple(shown)}")
+
+    # -- networks
+
+    def _carry(self, loss: float, jitter: float, what: Callable[[], None]) -> None:
+        rnd = self.rnd
+        for _ in range(2 if rnd.random() < self.scene.dup else 1):
+            if rnd.random() >= loss:
+                self.later(0.05 + rnd.random() * jitter, what)
+
+    def link(self, sender: Side, kind: int, epoch: int, frame: bytes, gso: int) -> None:
+        """The peer link; it neither duplicates nor keeps the order."""
+        if self.link_cut or self.rnd.random() < self.scene.link_loss:
+            self.note("lost on the link from %s: %s", sender.name, frame)
+            return
+        tag, other = epoch & 0xFFF, sender.other
+        self.later(
+            0.02 + self.rnd.random() * self.scene.link_jitter,
+            lambda: other.link_in(kind, tag, frame, gso),
+        )
+
+    link_cut = False
+
+    def from_client(self, frame: bytes) -> None:
+        self._carry(self.scene.loss, self.scene.jitter, lambda: self.where.network_in(frame))
+
+    def to_network(self, side: Side, frame: bytes) -> None:
+        """A guest's frame leaves its host."""
+        if not side.primary and not side.in_bridge and side.mode is not Mode.TAKEOVER:
+            raise Violation(f"I6: a frame of the SVM: {_frame(frame)}")
+        if frame[12:14] == b"\x80\x35":  # the announcement
+            self.where = side
+            return
+        self.note("%s to the network: %s", side.name, frame)
+        self.frames += 1
+        self.spoke.add(side.name)
+        if side.primary and "S" in self.spoke:
+            raise Violation(f"two guests speak: {_frame(frame)} of P after S took over")
+        if not side.primary:
+            self.where = side
+        if side.primary:
+            self._judge(frame)
+        now = self.client
+        self._carry(self.scene.loss, self.scene.jitter, lambda: self._to_client(now, frame))
+
+    def _to_client(self, client: Client, frame: bytes) -> None:
+        for out in client.receive(frame, self.ms()):
+            self.from_client(out)
+
+    # -- the outside's judgement
+
+    def _held(self) -> bool:
+        c = self.p.controller
+        alone = c is not None and c.spoke_alone
+        return self.protected and not self.shadow and not alone and self.p.mode is not Mode.BYPASS
+
+    def _judge(self, frame: bytes) -> None:
+        """I1 to I3 for a frame of the PVM that leaves while the pair holds together."""
+        if not self._held():
+            return
+        assert self.p.guest is not None and self.s.guest is not None
+        s = read(frame)  # raises if the checksum is wrong
+        if s is None:
+            self._judge_datagram(frame)
+            return
+        mine = self._incarnation(self.p.guest, s.v6, s.dport, s.seq, s.flags)
+        if mine is None:
+            return  # a RST for nothing
+        c = self.s.guest.find(s.v6, s.dport, mine.irs)
+        what = _frame(frame)
+        if s.flags & RST:
+            if c is not None and c.state not in ("closed", "reset"):
+                raise Violation(f"I3: {what}, but the SVM's connection is {c.state}")
+            return
+        if c is None:
+            raise Violation(f"I3: {what}, but the SVM does not know this connection")
+        ack = diff(s.ack, (mine.irs + 1) & 0xFFFFFFFF)
+        have = len(c.inn) + (c.peer_fin == len(c.inn))
+        if ack > have:
+            raise Violation(f"I2: {what} acks {ack}, the SVM has {have}")
+        if s.flags & SYN:
+            return
+        if ack + s.window > c.adv + 8 and s.window:
+            raise Violation(f"window: {what} promises {ack + s.window}, the SVM {c.adv}")
+        pos = diff(s.seq, (mine.iss + 1) & 0xFFFFFFFF)
+        if not s.data and not s.flags & FIN:
+            return
+        if bytes(c.out[pos : pos + len(s.data)]) != s.data:
+            raise Violation(f"I1: {what} at {pos}: the SVM has not said that")
+        if pos + len(s.data) > c.sent_max:
+            raise Violation(f"I1: {what} at {pos}: the SVM has sent {c.sent_max} only")
+        if s.flags & FIN and c.fin_at != pos + len(s.data):
+            raise Violation(f"I3: {what}: the SVM's FIN is at {c.fin_at}")
+
+    @staticmethod
+    def _incarnation(g: Guest, v6: bool, port: int, seq: int, flags: int) -> Tcp | None:
+        c = g.conns.get((v6, port))
+        found = [c] if c is not None else []
+        found += [c for (six, p, _), c in reversed(g.archive.items()) if (six, p) == (v6, port)]
+        for c in found:
+            if flags & SYN and c.iss == seq:
+                return c
+            if not flags & SYN and -1 <= diff(seq, (c.iss + 1) & 0xFFFFFFFF) <= len(c.out) + 1:
+                return c
+        return None
+
+    def _judge_datagram(self, frame: bytes) -> None:
+        whole = self._assemble(frame)
+        if whole is None:
+            return
+        assert self.s.guest is not None
+        body = whole[8:]
+        self.udp_out[body] += 1
+        if self.udp_out[body] > self.s.guest.udp[body]:
+            raise Violation(f"I1: a datagram that the SVM has not sent: {body[:20].hex()}")
+
+    def _assemble(self, frame: bytes) -> bytes | None:
+        """The UDP packet that a frame completes."""
+        v6 = frame[12:14] == b"\x86\xdd"
+        if v6:
+            if frame[20] == 17:
+                return frame[54:]
+            at, ident = int.from_bytes(frame[56:58], "big"), int.from_bytes(frame[58:62], "big")
+            more, at, body = bool(at & 1), at & 0xFFF8, frame[62:]
+        else:
+            word, ident = int.from_bytes(frame[20:22], "big"), int.from_bytes(frame[18:20], "big")
+            more, at, body = bool(word & 0x2000), (word & 0x1FFF) * 8, frame[34:]
+            if not word & 0x3FFF:
+                return body
+        pieces = self._pieces.setdefault((v6, ident), {})
+        pieces[at] = (body, more)
+        end = 0
+        for start in sorted(pieces):
+            if start != end:
+                return None
+            end = start + len(pieces[start][0])
+        if pieces[max(pieces)][1]:
+            return None
+        del self._pieces[(v6, ident)]
+        return b"".join(pieces[a][0] for a in sorted(pieces))
+
+    def cloned(self) -> None:
+        """A checkpoint has copied the PVM: what it had sent counts as the SVM's."""
+        self.clones += 1
+        self.s.tap.clear()
+
+    # -- controllers
+
+    def boot(self, side: Side) -> None:
+        """Start this host's controller."""
+        if side.controller is not None or self.broken is not None:
+            return
+        self.note("%s controller starts", side.name)
+        self._booting = side
+        side.dp = SimDataPath(side)
+        kind = primary.Primary if side.primary else secondary.Secondary
+        c = kind(config("primary" if side.primary else "secondary", self.scene), side.dp)  # type: ignore[arg-type]
+        c._fence = lambda: self._fence(side)  # type: ignore[method-assign]
+        side.controller = c
+        self.spawn(c.start())
+        self.spawn(self._watch(c))
+
+    async def _watch(self, c: Any) -> None:
+        await c.finished()
+        raise Violation(f"the {c.role.value} controller failed: {c.failures}")
+
+    async def _fence(self, side: Side) -> bool:
+        """The other host is switched off, for certain."""
+        await asyncio.sleep(self.rnd.uniform(1, 30) / 1000)
+        if self.rnd.random() < 0.1:
+            return False
+        self.note("%s fences %s", side.name, side.other.name)
+        self._power_off(side.other)
+        return True
+
+    def _power_off(self, side: Side) -> None:
+        side.kill_qemu()
+        side.kill_controller()
+        side.mode = Mode.DROP
+        side.in_bridge = False
+        self.deaths.add(side.name)
+
+    def _make_qmp(
+        self, path: str, name: str, timeout: float, on_event: Any, on_close: Any
+    ) -> SimQmp:
+        return SimQmp(self.p if name == "PVM" else self.s, name, on_event, on_close)
+
+    def _make_peer(
+        self, *, role: str, on_up: Any, on_down: Any, on_message: Any, **_: Any
+    ) -> SimPeer:
+        return SimPeer(self.p if role == "primary" else self.s, on_up, on_down, on_message)
+
+    @contextlib.contextmanager
+    def _installed(self) -> Iterator[None]:
+        """The stand-ins in the product's modules."""
+        clock = FakeTime(self.loop)
+        modules = (controller_module, primary, secondary, flowtable)
+        kept = [(m, "time", m.time) for m in modules]  # type: ignore[attr-defined]
+        kept += [(controller_module, n, getattr(controller_module, n)) for n in ("Qmp", "Peer")]
+        try:
+            for m in modules:
+                m.time = clock  # type: ignore[attr-defined]
+            controller_module.Qmp = self._make_qmp  # type: ignore[misc,assignment]
+            controller_module.Peer = self._make_peer  # type: ignore[misc,assignment]
+            yield
+        finally:
+            for m, name, value in kept:
+                setattr(m, name, value)
+
+    # -- faults
+
+    def strike(self, f: Fault) -> None:
+        """The fault happens."""
+        self.note("FAULT %s for %d ms", f.kind, f.span)
+        p, s = self.p, self.s
+        if f.kind in ("kill_p_controller", "kill_s_controller"):
+            side = p if "_p_" in f.kind else s
+            if side.name not in self.deaths:
+                side.kill_controller()
+                self.later(f.span, lambda: None if side.name in self.deaths else self.boot(side))
+        elif f.kind == "cut_channel":
+            self.channel_cut = True
+            self.later(f.span, lambda: setattr(self, "channel_cut", False))
+        elif f.kind == "cut_link":
+            self.link_cut = True
+            self.later(f.span, lambda: setattr(self, "link_cut", False))
+        elif f.kind == "lose_events":
+            self.ring_broken = True
+            self.later(min(f.span, 60), lambda: setattr(self, "ring_broken", False))
+        elif f.kind == "hang_p_qemu":
+            p.qemu.hung = True
+            self.later(f.span, lambda: setattr(p.qemu, "hung", False))
+        elif f.kind == "checkpoint" and p.controller is not None:
+            self.spawn(self._command(p, "checkpoint"))
+        elif f.kind == "reload" and p.controller is not None:
+            p.controller.new_policy()
+        elif f.kind == "shadow" and p.controller is not None and self.protected:
+            self.shadow = True
+            p.controller.set_shadow(True)
+            self.later(f.span, self._end_shadow)
+        elif f.kind in ("kill_p_qemu", "kill_s_qemu"):
+            side = p if "_p_" in f.kind else s
+            self.deaths.add(f"{side.name} qemu")
+            side.kill_qemu()
+        elif f.kind in ("kill_p_host", "kill_s_host"):
+            self._power_off(p if "_p_" in f.kind else s)
+        elif f.kind == "failover":
+            side = self.rnd.choice((p, s))
+            if side.controller is not None:
+                self.spawn(self._command(side, "failover"))
+
+    def _end_shadow(self) -> None:
+        c = self.p.controller
+        if c is not None and c.shadow:
+            c.set_shadow(False)
+
+    async def _command(self, side: Side, name: str) -> None:
+        with contextlib.suppress(ValueError):
+            await side.controller.command(name, {})
+
+    # -- the run
+
+    async def _main(self) -> None:
+        self._tasks = set()
+        for side in (self.p, self.s):
+            self.boot(side)
+        for f in self.scene.faults:
+            self.later(f.at, lambda f=f: self.strike(f))  # type: ignore[misc]
+        end = SETTLE_MS + max((f.at + f.span for f in self.scene.faults), default=0)
+        last = max((f.at + f.span for f in self.scene.faults), default=0) + 200
+        calm = 0
+        while self.ms() < end:
+            self._guarded(self._tick)
+            if self.broken is not None:
+                raise self.broken
+            await asyncio.sleep(TICK_MS / 1000)
+            idle = not self.client.plans and not self.client.conns and not self.client.udp_left
+            calm = calm + 1 if idle and self.ms() > last and self._quiet() else 0
+            if calm > 30:
+                break
+        if self.broken is not None:
+            raise self.broken
+        self._finish()
+        for side in (self.p, self.s):
+            side.kill_controller()
+        for t in list(self._tasks):
+            t.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def _tick(self) -> None:
+        for frame in self.client.tick(self.ms()):
+            self.from_client(frame)
+        for side in (self.p, self.s):
+            side.tick()
+        c = self.p.controller
+        if c is not None:
+            e = c.engine
+            if e.held_packets > 17 * self.scene.queue or e.svm_packets > 2 * self.scene.queue + 16:
+                raise Violation(f"I10: {e.held_packets} held, {e.svm_packets} of the SVM")
+            if e.held_packets < 0 or e.held_bytes < 0 or e.svm_packets < 0:
+                raise Violation("a count of what is held is negative")
+            if self.shadow and not c.shadow:
+                self.shadow = False
+
+    def _quiet(self) -> bool:
+        c = self.p.controller
+        settled = c is None or c.state in (State.PROTECTED, State.SOLO, State.STOPPED)
+        return settled and (c is None or not c.engine.held_packets)
+
+    def speaker(self) -> Side | None:
+        """Whose guest is on the network at the end."""
+        if self.s.mode is Mode.TAKEOVER:
+            return self.s if self.s.qemu.alive else None
+        return self.p if self.p.qemu.alive and self.p.mode is not Mode.DROP else None
+
+    def _finish(self) -> None:
+        self.note("END")
+        side = self.speaker()
+        ctl = [x.controller.state.value if x.controller else "-" for x in (self.p, self.s)]
+        self.states = tuple(ctl)
+        if side is None:
+            if not self.deaths:
+                raise Violation(f"nobody died and nobody speaks: {ctl}")
+            if len({d[0] for d in self.deaths}) < 2:
+                alive = self.s if any(d[0] == "P" for d in self.deaths) else self.p
+                if self._must_survive(alive):
+                    raise Violation(f"{alive.name} lives and does not speak: {ctl}")
+            return
+        if not side.qemu.running:
+            raise Violation(f"{side.name} is on the network and does not run: {ctl}")
+        self._check_survivor(side)
+        waits = [c for c in self.client.conns.values()]
+        if waits or self.client.plans:
+            raise Violation(
+                f"I4: {len(waits)} connections and {len(self.client.plans)} plans wait for ever: "
+                f"{[(c.port, c.v6, c.state, len(c.inn), self.client.wanted(c)) for c in waits]}, {ctl}"
+            )
+        c = self.p.controller
+        if c is not None and side is self.p and c.engine.held_packets:
+            raise Violation(f"I4: {c.engine.held_packets} frames are held for ever, {ctl}")
+
+    def _must_survive(self, side: Side) -> bool:
+        """Whether this side's guest has to go on alone by itself."""
+        c = side.controller
+        if c is None or not side.qemu.alive or not self.protected:
+            return False
+        # where a fence failed, or the pair was not held together, a person decides
+        return c.fence_result is not False and not c.shadow and c.state is not State.STARTING
+
+    def _check_survivor(self, side: Side) -> None:
+        """I8: what clients know is what the guest that speaks believes."""
+        g = side.guest
+        assert g is not None
+        for c in [*self.client.done, *self.client.conns.values()]:
+            self.client.check_answers(c, Violation)
+            if not c.acked:
+                continue
+            name = f"port {c.port}{' v6' if c.v6 else ''}"
+            mine = g.find(c.v6, c.port, c.iss)
+            if mine is None:
+                raise Violation(f"I8: {side.name} does not know the connection of {name}")
+            if bytes(mine.out[: len(c.inn)]) != bytes(c.inn):
+                raise Violation(f"I8: the client of {name} got what {side.name} never said")
+            if c.una > len(mine.inn) or bytes(mine.inn) != bytes(c.out[: len(mine.inn)]):
+                raise Violation(
+                    f"I8: {c.una} bytes were acked to {name}, {side.name} has {len(mine.inn)}"
+                )
+            if c.peer_fin is not None and mine.fin_at != c.peer_fin:
+                raise Violation(f"I8: {name} saw a FIN at {c.peer_fin}, {side.name} {mine.fin_at}")
+            if c.state == "reset" and not c.aborted and mine.state != "reset":
+                raise Violation(f"I8: {name} was reset, {side.name} says {mine.state}")
+
+    def run(self) -> World:
+        """Raises Violation."""
+        with self._installed():
+            try:
+                self.loop.run_until_complete(self._main())
+            except BadChecksum as e:
+                raise Violation(f"a wrong checksum: {e}") from e
+            finally:
+                for t in asyncio.all_tasks(self.loop):
+                    t.cancel()
+                with contextlib.suppress(Exception):
+                    self.loop.run_until_complete(asyncio.sleep(0))
+                self.loop.close()
+        return self
+
+
+def _frame(frame: bytes) -> str:
+    """A frame for people."""
+    try:
+        s = read(frame)
+    except BadChecksum:
+        return f"bad checksum {frame[:80].hex()}"
+    if s is None:
+        return f"udp or other, {len(frame)} bytes {frame[14:60].hex()}"
+    flags = "".join(n for n, bit in zip("FSRPA", (1, 2, 4, 8, 16), strict=True) if s.flags & bit)
+    six = " v6" if s.v6 else ""
+    return (
+        f"{s.sport}>{s.dport}{six} {flags} seq {s.seq} ack {s.ack} win {s.window} len {len(s.data)}"
+        f" ts {s.tsval}/{s.tsecr}"
+    )
