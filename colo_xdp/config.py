@@ -115,6 +115,12 @@ class Peer:
     heartbeat_interval: int = checks.key(
         checks.integer(10, 60_000, "ms"), "time between two heartbeats", default=100, unit="ms"
     )
+    dead_after: int = checks.key(
+        checks.integer(100, _DAY_MS, "ms"),
+        "silence after which a peer that gives no other sign is fenced; the secondary waits twice",
+        default=5000,
+        unit="ms",
+    )
     heartbeat_timeout: int = checks.key(
         checks.integer(30, 600_000, "ms"),
         "silence after which the peer is suspected; at least 3 heartbeat_interval",
@@ -507,6 +513,12 @@ def _peer_checks(r: _Reader, peer: dict[str, Any]) -> None:
         r.error(
             "peer", "heartbeat_timeout", timeout,
             f"expected at least three times heartbeat_interval, {3 * interval} ms",
+        )  # fmt: skip
+    dead = peer.get("dead_after")
+    if timeout is not None and dead is not None and dead < 2 * timeout:
+        r.error(
+            "peer", "dead_after", dead,
+            f"expected at least twice heartbeat_timeout, {2 * timeout} ms",
         )  # fmt: skip
 
 

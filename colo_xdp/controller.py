@@ -48,6 +48,8 @@ class Controller(ABC):
         self.paused = self.shadow = False
         self.operator = False
         self.fence_result: bool | None = None
+        self._fence_failed_ns = 0
+        self._born_ns = time.monotonic_ns()
         self.colo_exit = False
         self.vm_gone = False
         self.peer_vm_gone = False
@@ -185,6 +187,12 @@ class Controller(ABC):
             try:
                 self.qemu_info = await self.qmp.connect()
             except QmpError as e:
+                if self.state is not State.STARTING and not await asyncio.to_thread(
+                    self.dp.tap_alive
+                ):
+                    self.vm_gone = True  # it died while nobody looked
+                    self._decide()
+                    return
                 if str(e) != said:
                     said = str(e)
                     log.info("%s; waiting for it", e)
@@ -201,6 +209,8 @@ class Controller(ABC):
 
     def _peer_up(self) -> None:
         log.info("peer connected")
+        if self.fence_result is False:
+            self.fence_result = None  # it lives, and may be fenced another time
         self._beat()
         self.peer_connected()
 
@@ -255,15 +265,20 @@ class Controller(ABC):
 
     def facts(self) -> Facts:
         """What is known now."""
-        f = self.config.failover
+        f, now = self.config.failover, time.monotonic_ns()
+        wait = self.config.peer.dead_after
+        if self.fence_result is False and now - self._fence_failed_ns > wait * 1_000_000:
+            self.fence_result = None  # nobody is awake to do it: try again
         return Facts(
             role=self.role,
             state=self.shown_state(),
             own_vm_alive=not self.vm_gone,
             own_qmp=self.qmp.connected,
             peer_connected=self.peer.connected,
-            peer_silent_ms=self.peer.silent_ms(),
+            # a controller that has just started has heard nothing, and knows nothing of it
+            peer_silent_ms=min(self.peer.silent_ms(), (now - self._born_ns) / 1e6),
             heartbeat_timeout_ms=self.config.peer.heartbeat_timeout,
+            dead_after_ms=wait * (1 + (self.role is Role.SECONDARY)),
             peer_vm_gone=self.peer_vm_gone,
             colo_exit=self.colo_exit,
             automatic=f.automatic and not self.paused,
@@ -291,6 +306,7 @@ class Controller(ABC):
         if d.action is Action.FENCE:
             self.become(State.DEGRADED, d.why)
             self.fence_result = await self._fence()
+            self._fence_failed_ns = time.monotonic_ns()
         else:
             await self.perform(d.action, d.why)
 
@@ -336,6 +352,9 @@ class Controller(ABC):
             if now >= next_beat:
                 next_beat = now + interval
                 self._beat()
+                limit = self.config.peer.heartbeat_timeout
+                if self.peer.connected and self.peer.silent_ms() > limit:
+                    self.peer.drop(f"silent for {limit} ms")
                 self._decide()
             # A wake-up can be missed only at the cost of one tick.
             self._drain()

@@ -69,6 +69,7 @@ class Facts:
     fence_result: bool | None  # None: not run yet
     operator: bool  # a person asked for failover
     checkpoint_overdue: bool = False
+    dead_after_ms: float = float("inf")  # silence that counts as death with no other sign
     shadow: bool = False  # clients may have seen what the SVM has never said
 
 
@@ -84,7 +85,8 @@ _Row = tuple[Callable[[Facts], bool], Action, str]
 
 
 def _suspect(f: Facts) -> bool:
-    return not f.peer_connected and f.peer_silent_ms > f.heartbeat_timeout_ms
+    # Silence alone: a host that lost its power closes no connection.
+    return f.peer_silent_ms > f.heartbeat_timeout_ms
 
 
 def _peer_dead(f: Facts) -> bool:
@@ -94,6 +96,15 @@ def _peer_dead(f: Facts) -> bool:
     an overdue checkpoint counts as the second sign there.
     """
     return _suspect(f) and (f.colo_exit or (f.role is Role.PRIMARY and f.checkpoint_overdue))
+
+
+def _unreachable(f: Facts) -> bool:
+    """Silent for so long that a fence has to tell a dead host from a cut link.
+
+    A host that lost its power gives no other sign. The secondary waits longer (see
+    Controller.facts), so that over a cut link the guest that is being used wins.
+    """
+    return not _peer_dead(f) and f.peer_silent_ms > f.dead_after_ms
 
 
 def _alone(f: Facts) -> bool:
@@ -161,6 +172,22 @@ _ROWS: tuple[_Row, ...] = (
         lambda f: _peer_dead(f) and f.automatic and f.fence_configured,
         Action.FENCE,
         "the peer's controller is silent and its QEMU has dropped the COLO channel: fencing it",
+    ),
+    (
+        lambda f: _unreachable(f) and f.automatic and f.fence_result is True,
+        Action.TAKE_OVER,
+        "nothing was heard of the peer for dead_after, and the fence command has succeeded",
+    ),
+    (
+        lambda f: _unreachable(f) and f.automatic and f.fence_result is False,
+        Action.DEGRADE,
+        "nothing was heard of the peer for dead_after, but the fence command failed: "
+        "it may be alive, so nothing is opened",
+    ),
+    (
+        lambda f: _unreachable(f) and f.automatic and f.fence_configured,
+        Action.FENCE,
+        "nothing was heard of the peer for dead_after: a dead host or a cut link; fencing it",
     ),
     (
         _peer_dead,

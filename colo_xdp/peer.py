@@ -176,6 +176,10 @@ class Peer:
         if msg["role"] == self.role:
             raise wire.WireError(f"both sides are configured as {self.role}")
 
+    def drop(self, why: str) -> None:
+        """Give the connection up: no FIN comes from a host that lost its power."""
+        self._drop(why)
+
     def _drop(self, why: str) -> None:
         writer, self._writer = self._writer, None
         was, self.connected = self.connected, False

@@ -121,6 +121,7 @@ class Primary(Controller):
             # makes both sides equal again. Until then nothing is decided.
             datapath.mode = Mode.CHECKPOINT
             self.engine.begin_checkpoint()
+            self.state = State.DEGRADED
             self.reason = "a former controller's data path was taken over: a checkpoint is needed"
         elif datapath.mode is Mode.DROP:
             self.state = State.STOPPED

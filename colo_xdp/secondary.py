@@ -71,6 +71,7 @@ class Secondary(Controller):
                 self.reason = "taken over by a former controller"
             elif datapath.mode in (Mode.RUN, Mode.CHECKPOINT):
                 self._entered = True
+                self.state = State.DEGRADED
                 self.reason = "a former controller's data path was taken over"
                 if datapath.mode is Mode.CHECKPOINT:
                     # It died with frames in hand. Holding goes on; the primary asks anew.

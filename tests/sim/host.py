@@ -299,7 +299,7 @@ class Qemu:
     def __init__(self, side: Side) -> None:
         self.side, self.alive, self.running = side, True, side.primary
         self.migration = ""
-        self.hung = False
+        self.hung = self.channel_lost = False
         self.client: SimQmp | None = None
         self._busy = False
 
@@ -327,13 +327,13 @@ class Qemu:
             self.side.world.later(self.side.world.rnd.uniform(0.1, 3), other.lose_channel)
 
     def lose_channel(self) -> None:
-        if self.alive and self.migration == "colo":
-            self.migration = "failed"
+        if self.alive and self.migration == "colo" and not self.channel_lost:
+            self.channel_lost = True  # and it stays in `colo`, as it is, until it is told
             self.event("COLO_EXIT")
 
     def checkpoint(self, *, first: bool) -> None:
         """Ask for one; asks while one runs fold into it."""
-        if not self._busy and (first or self.migration == "colo"):
+        if not self._busy and (first or (self.migration == "colo" and not self.channel_lost)):
             self._busy = True
             self.side.world.spawn(self._checkpoint(first))
 
@@ -436,6 +436,8 @@ class SimQmp:
         end = world.ns() + 1_000_000_000
         while q.hung and q.alive and world.ns() < end:
             await asyncio.sleep(0.01)
+        if self._last > world.ms_exact():  # answers do not overtake events
+            await asyncio.sleep((self._last - world.ms_exact()) / 1000)
         if self.dead or not q.alive or q.hung or (what != "connect" and not self.connected):
             raise QmpError(f"{self.name}: {what}: no answer")
         return q

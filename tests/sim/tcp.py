@@ -295,8 +295,10 @@ class Tcp:
                 if self.server and not self.acked:
                     return [self.seg(SYN | ACK, 0, tsval=ts)]
                 return [self.seg(ACK, self.nxt, tsval=ts)]  # challenge
-            if not s.flags & ACK or diff(s.ack, self.iss) != 1:
+            if not s.flags & ACK:
                 return []
+            if diff(s.ack, self.iss) != 1:
+                return [Seg(self.v6, self.port, 80, s.ack, 0, RST, 0, b"", ts, s.tsval)]
             self.irs, self.acked, self.state = s.seq, True, "open"
             self.recent = s.tsval
             self.edge = s.window
@@ -305,6 +307,9 @@ class Tcp:
         if self.state == "syn" and not self.server:
             if s.flags & RST and s.flags & ACK and diff(s.ack, self.iss) == 1:
                 self.state = "reset"
+            elif s.flags & (RST | ACK) == ACK and diff(s.ack, self.iss) != 1:
+                # of an older connection on this port (RFC 9293 3.10.7.3)
+                return [Seg(self.v6, self.port, 80, s.ack, 0, RST, 0, b"", ts, s.tsval)]
             return []
         place = diff(s.seq, (self.irs + 1) & M32)
         want = len(self.inn) + (self.peer_fin == len(self.inn))

@@ -127,7 +127,7 @@ def config(role: str, s: Scene) -> Config:
     c = _config(role)
     return replace(
         c,
-        peer=replace(c.peer, heartbeat_interval=50, heartbeat_timeout=300),
+        peer=replace(c.peer, heartbeat_interval=50, heartbeat_timeout=300, dead_after=900),
         compare=replace(c.compare, compare_timeout=s.compare_timeout, max_queue_size=s.queue),
         checkpoint=replace(c.checkpoint, deadline=600),
         qemu=replace(c.qemu, enter_timeout=3000, qmp_timeout=1000),
@@ -555,8 +555,8 @@ class World:
         c = side.controller
         if c is None or not side.qemu.alive or not self.protected:
             return False
-        # where a fence failed, or the pair was not held together, a person decides
-        return c.fence_result is not False and not c.shadow and c.state is not State.STARTING
+        # where the pair was not held together a person decides
+        return not c.shadow and c.state is not State.STARTING
 
     def _check_survivor(self, side: Side) -> None:
         """I8: what clients know is what the guest that speaks believes."""

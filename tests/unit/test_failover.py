@@ -18,6 +18,7 @@ CALM = Facts(
     peer_connected=True,
     peer_silent_ms=5,
     heartbeat_timeout_ms=1000,
+    dead_after_ms=5000,
     peer_vm_gone=False,
     colo_exit=False,
     automatic=False,
@@ -26,6 +27,7 @@ CALM = Facts(
     operator=False,
 )
 SILENT = {"peer_connected": False, "peer_silent_ms": 5000}
+LONG = {"peer_connected": False, "peer_silent_ms": 5001}
 DEAD = {**SILENT, "colo_exit": True}
 ARMED = {"automatic": True, "fence_configured": True}
 P = {"role": Role.PRIMARY}
@@ -39,6 +41,18 @@ ROWS = [
     ({"peer_vm_gone": True, "state": State.CHECKPOINTING}, Action.TAKE_OVER, "shut"),
     (SILENT, Action.DEGRADE, "slow or cut link"),
     ({**SILENT, **ARMED}, Action.DEGRADE, "slow or cut link"),
+    ({**SILENT, "peer_connected": True}, Action.DEGRADE, "slow or cut link"),  # no FIN ever came
+    ({**LONG, **ARMED}, Action.FENCE, "a dead host or a cut link"),
+    ({**LONG, **ARMED, "fence_result": True}, Action.TAKE_OVER, "has succeeded"),
+    ({**LONG, **ARMED, "fence_result": True, **P}, Action.GO_SOLO, "has succeeded"),
+    ({**LONG, **ARMED, "fence_result": False}, Action.DEGRADE, "may be alive"),
+    (LONG, Action.DEGRADE, "slow or cut link"),
+    ({**LONG, "automatic": True}, Action.DEGRADE, "slow or cut link"),
+    ({**LONG, **ARMED, "state": State.PAUSED}, Action.DEGRADE, "paused"),
+    ({**LONG, **ARMED, "shadow": True}, Action.DEGRADE, "a person decides"),
+    ({"peer_vm_gone": True, "shadow": True}, Action.DEGRADE, "a person decides"),
+    ({"peer_vm_gone": True, "shadow": True, "operator": True}, Action.TAKE_OVER, "data path"),
+    ({"peer_vm_gone": True, "shadow": True, **P}, Action.GO_SOLO, "data path"),
     (DEAD, Action.DEGRADE, "automatic failover is off"),
     ({**DEAD, "automatic": True}, Action.DEGRADE, "automatic failover is off"),
     ({**DEAD, **ARMED}, Action.FENCE, "fencing it"),
