@@ -195,6 +195,14 @@ class Twin(ABC):
         flags = p.flags
         if flags & (SYN | RST):
             self._svm_control(p, now_ns)
+        elif (
+            self.send is not None
+            and (p.seq - self.send + self.host.max_stream) & MASK > 2 * self.host.max_stream
+        ):
+            # Late, and of an earlier connection on these ports: its ack, its window and its FIN
+            # would be read in the numbers of this one.
+            self.host.count("svm_out_of_window")
+            return
         else:
             if flags & ACK:
                 a = self.sack

@@ -19,9 +19,17 @@ _UPDATE = 4 * 1448
 
 
 class WindowGate:
-    """One connection's windows. Where the scale is unknown (no SYN was seen), all pass."""
+    """One connection's windows.
 
-    __slots__ = ("_advertised", "_edge", "_offered", "_shift", "_shrunk", "_syn")
+    Where the scale is unknown (no SYN was seen: the connection is older than the pair, or than
+    this controller), window fields are compared as they are. Both guests have the same scale,
+    and a frame leaves only when the SVM has acked as much, so a field that is not above the
+    SVM's promises no more; it may promise less than it could.
+    """
+
+    __slots__ = (
+        "_advertised", "_edge", "_offer", "_offered", "_seen", "_shift", "_shrunk", "_syn", "_told",
+    )  # fmt: skip
 
     def __init__(self) -> None:
         self._shift: int | None = None
@@ -30,6 +38,10 @@ class WindowGate:
         self._edge: int | None = None  # as far as the SVM honours it
         self._advertised: int | None = None  # as the client has been told
         self._shrunk: tuple[Record, Packet] | None = None  # the last frame, if it was cut
+        # with no scale: (ack, window field) that the PVM has offered last, the SVM honours; as told
+        self._offer: tuple[int, int] | None = None
+        self._seen: tuple[int, int] | None = None
+        self._told = 0
 
     def open(self, syn: Packet, twin: Packet | None) -> None:
         """A new incarnation of the connection. `twin`: the SVM's SYN, None if a checkpoint
@@ -43,11 +55,14 @@ class WindowGate:
 
     def new_epoch(self) -> None:
         """The SVM is a copy of a PVM that had offered this much."""
-        self._edge = self._offered
+        self._edge, self._seen = self._offered, self._offer
 
     def commit(self, p: Packet) -> None:
         """A frame that a checkpoint contains leaves as it is: the SVM will honour it."""
-        if self._shift is not None and p.flags & (ACK | SYN) == ACK:
+        if self._shift is None:
+            self._offer = self._seen = (p.ack, window(p))
+            self._shrunk = None
+        elif p.flags & (ACK | SYN) == ACK:
             edge = (p.ack + (window(p) << self._shift)) & MASK
             self._offered = later(self._offered, edge)
             self._edge = later(self._edge, edge)
@@ -58,6 +73,8 @@ class WindowGate:
         """A frame of the SVM that carries an ACK."""
         if self._shift is not None:
             self._edge = later(self._edge, (p.ack + (window(p) << self._shift)) & MASK)
+        elif self._seen is None or diff(p.ack, self._seen[0]) >= 0:
+            self._seen = (p.ack, window(p))
 
     def limit(self, rec: Record, p: Packet) -> tuple[Record, bool]:
         """A frame about to leave, and whether its window had to be cut."""
@@ -65,6 +82,8 @@ class WindowGate:
         if shift is None or p.flags & (ACK | SYN | RST) != ACK:
             if p.flags & SYN and window(p) > self._syn:
                 return with_window(rec, p, self._syn), True
+            if shift is None and p.flags & (ACK | SYN | RST) == ACK:
+                return self._limit_unscaled(rec, p)
             return rec, False
         offered = (p.ack + (window(p) << shift)) & MASK
         self._offered = later(self._offered, offered)
@@ -79,8 +98,31 @@ class WindowGate:
         self._advertised = later(self._advertised, offered)
         return rec, cut
 
+    def _limit_unscaled(self, rec: Record, p: Packet) -> tuple[Record, bool]:
+        self._shrunk = None
+        self._offer, self._told = (p.ack, window(p)), window(p)
+        seen = self._seen
+        if seen is None or diff(seen[0], p.ack) < 0 or window(p) <= seen[1]:
+            return rec, False
+        self._shrunk, self._told = (rec, p), seen[1]
+        return with_window(rec, p, seen[1]), True
+
+    def _update_unscaled(self, base: int | None) -> Record | None:
+        if self._shrunk is None or self._seen is None:
+            return None
+        rec, p = self._shrunk
+        value = min(window(p), self._seen[1])
+        if value < 2 * self._told + 1 and (value < window(p) or value == self._told):
+            return None
+        self._told = value
+        if value == window(p):
+            self._shrunk = None
+        return bare_ack(rec, p, p.seq if base is None else base, value)
+
     def update(self, base: int | None) -> Record | None:
         """A bare ACK at sequence number `base`, if the client should be told of more room."""
+        if self._shift is None:
+            return self._update_unscaled(base)
         if self._shrunk is None or self._edge is None or self._advertised is None:
             return None
         rec, p = self._shrunk

@@ -82,7 +82,7 @@ class Guest:
             fresh = c is None or c.state in ("closed", "reset") or not c.acked
             if fresh and not (c is not None and c.irs == s.seq and c.state != "reset"):
                 iss = self.rnd.choice(
-                    (self.rnd.randrange(1 << 32), (1 << 32) - self.rnd.randrange(3000))
+                    (self.rnd.randrange(1 << 32), (1 << 32) - 1 - self.rnd.randrange(3000))
                 )
                 if c is not None:
                     self.archive[(*key, c.irs)] = c
@@ -184,6 +184,7 @@ class Client:
         self.scripts: dict[Key, tuple[Plan, int, int]] = {}  # plan, next step, not before ms
         self.done: list[Tcp] = []
         self.numbers = 0
+        self.used: set[int] = set()
         self.expect: dict[int, list[tuple[bytes, int, int]]] = {}  # id(conn) -> kind, size, number
         self.got_udp: list[bytes] = []
         self.udp_left = rnd.choice((0, 6, 12))
@@ -203,9 +204,11 @@ class Client:
         ]
         if self.plans and free and self.rnd.random() < 0.4:
             key = self.rnd.choice(free)
-            iss = self.rnd.choice(
-                (self.rnd.randrange(1 << 32), (1 << 32) - self.rnd.randrange(2000))
-            )
+            iss = self.rnd.choice((self.rnd.randrange(1 << 32), -1 - self.rnd.randrange(2000)))
+            while iss & 0xFFFFFFFF in self.used:  # no guest could tell it from the old one
+                iss += 1
+            iss &= 0xFFFFFFFF
+            self.used.add(iss)
             c = self.conns[key] = Tcp(key[1], key[0], False, iss, self.rnd)
             c.opened = now_ms
             self.scripts[key] = (self.plans.pop(), 0, 0)

@@ -514,6 +514,8 @@ class World:
                 self.shadow = False
 
     def _quiet(self) -> bool:
+        if self.speaker() is None and any(x.qemu.alive for x in (self.p, self.s)):
+            return False
         c = self.p.controller
         settled = c is None or c.state in (State.PROTECTED, State.SOLO, State.STOPPED)
         return settled and (c is None or not c.engine.held_packets)

@@ -307,7 +307,7 @@ def test_vlan_and_ipv6_are_compared() -> None:
 class Windows:
     """An opened connection with window scale 7; what leaves, as (ack, scaled window, payload)."""
 
-    def __init__(self, *, partial: bool = False) -> None:
+    def __init__(self, *, partial: bool = False, opened: bool = True) -> None:
         self.now, self.partial = START, partial
         self.left: list[tuple[int, int, bytes]] = []
         self.e = Engine(
@@ -317,9 +317,10 @@ class Windows:
             request_checkpoint=lambda d: pytest.fail(f"{d}"),
             on_wait=lambda ns: None,
         )
-        self.send(True, -1, flags=SYNACK, opts=f.SYN_OPTS)
-        self.send(False, -1, flags=SYNACK, opts=f.SYN_OPTS)
-        self.left.clear()
+        if opened:
+            self.send(True, -1, flags=SYNACK, opts=f.SYN_OPTS)
+            self.send(False, -1, flags=SYNACK, opts=f.SYN_OPTS)
+            self.left.clear()
 
     def _release(self, rec: Record) -> None:
         p = parse(rec.frame)
@@ -414,6 +415,21 @@ def test_a_partial_checksum_stays_the_pseudo_headers() -> None:
     assert w.left == [(1001, 1280, b"")]
 
 
-def test_windows_pass_when_the_scale_is_unknown() -> None:
-    p = Pair()
-    p.p(0, b"abc", win=500).s(0, b"abc", win=1).is_now([0])
+def test_windows_are_compared_as_they_are_when_the_scale_is_unknown() -> None:
+    w = Windows(opened=False)
+    w.send(False, 0, ack=1001, win=10)
+    w.send(True, 0, ack=1001, win=100)
+    assert w.left == [(1001, 1280, b"")]
+    w.send(False, 0, ack=1001, win=15)
+    assert len(w.left) == 1  # not worth a frame
+    w.send(False, 0, ack=1001, win=30)
+    assert w.left[1:] == [(1001, 3840, b"")]
+    w.send(False, 0, ack=2001, win=90)
+    w.send(True, 0, b"abc", ack=1501, win=95)
+    w.send(False, 0, b"abc", ack=2001, win=90)
+    assert w.left[3:] == [(1501, 90 * 128, b"abc")]
+    w.e.begin_checkpoint()
+    w.e.commit_checkpoint(w.now, 1, w.now + 1)
+    w.now += 2
+    w.send(True, 3, ack=1501, win=95)  # the SVM is a copy of a PVM that offered this
+    assert w.left[-1] == (1501, 95 * 128, b"")
