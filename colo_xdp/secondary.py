@@ -65,6 +65,7 @@ class Secondary(Controller):
         self.last_pause_ms = 0.0
         self.stepped_out = False
         self._taking_over = False
+        self._events: list[QmpEvent] = []  # of QEMU, while taking over
         if datapath.adopted:
             if datapath.mode is Mode.TAKEOVER:
                 self.state = State.TAKEN_OVER
@@ -156,7 +157,8 @@ class Secondary(Controller):
 
     def on_qmp(self, event: QmpEvent) -> None:
         if self._taking_over:
-            return  # the STOP and RESUME of our own lost-heartbeat
+            self._events.append(event)
+            return
         if event.name == "STOP" and self._entered:
             if self._hold is None and self.state is State.PROTECTED:
                 # Nobody told us: somebody else asked QEMU for a checkpoint. Hold at once.
@@ -250,6 +252,8 @@ class Secondary(Controller):
     async def _take_over(self, why: str) -> None:
         """The peer is certain to be silent. Idempotent: each step may have been done before."""
         began = time.monotonic()
+        if not self._taking_over:
+            self._events.clear()
         self._ready_wanted, self._taking_over = False, True
         try:
             if await self.qmp.migration_status() in ("colo", "active"):
@@ -273,16 +277,28 @@ class Secondary(Controller):
         self._drain()
         hold, self._hold = self._hold, None
         self.spoke_alone = True
+        if hold is not None and self._loaded():
+            self.dp.epoch = hold.n  # a copy of the PVM runs, in its numbers: no offset is left
         self.dp.mode = Mode.TAKEOVER
         self.become(State.TAKEN_OVER, why)
         self.peer.send("taken", why=why)
         await self._open_network()
         self.spawn(self._announce())
-        if hold is not None:  # the primary died inside a checkpoint: the SVM is the guest it was
+        if hold is not None:  # the primary died inside a checkpoint
             for event in hold.client:
                 self._deliver(event)
         self._drain()
         log.info("takeover took %.1f ms", (time.monotonic() - began) * 1000)
+
+    def _loaded(self) -> bool:
+        """Whether the checkpoint in which the primary died has reached the SVM all the same.
+
+        lost-heartbeat ends with a RESUME, before which QEMU sends a STOP if the guest was
+        running (vm_prepare_start() in QEMU's system/cpus.c). If the guest had loaded the
+        checkpoint there was another RESUME before. QMP keeps the order, so both were read
+        when the state `running` was.
+        """
+        return sum(e.name == "RESUME" for e in self._events) > 1
 
     async def _open_network(self) -> None:
         """The tap joins the bridge; what stands in the way is said, and tried again on restart."""

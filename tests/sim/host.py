@@ -299,11 +299,13 @@ class Qemu:
     def __init__(self, side: Side) -> None:
         self.side, self.alive, self.running = side, True, side.primary
         self.migration = ""
-        self.hung = self.channel_lost = False
+        self.hung = self.channel_lost = self.loading = False
         self.client: SimQmp | None = None
         self._busy = False
 
     def status(self) -> str:
+        if self.running and self.loading:
+            return "colo"
         if self.running:
             return "colo" if self.migration == "colo" and not self.side.primary else "running"
         return "inmigrate" if not self.side.primary and not self.migration else "paused"
@@ -361,20 +363,24 @@ class Qemu:
                     return self._failed(first)
             p.qemu.running = False
             p.qemu.event("STOP")
+            s.qemu.loading = True
             if not await self._wait(0.5, 8):
-                return self._failed(first)
+                # all of it may have been on its way already
+                if first or self.alive or not s.qemu.alive or world.rnd.random() < 0.5:
+                    return self._failed(first)
             assert p.guest is not None
             s.guest = p.guest.clone(world.entropy_s)
             world.cloned()
             s.qemu.migration = p.qemu.migration = "colo"
             s.qemu.event("RESUME")
             s.resume()
+            s.qemu.loading = False
             if not await self._wait(0.02, 1):
                 return self._failed(first)
             p.qemu.event("RESUME")
             p.resume()
         finally:
-            self._busy = False
+            self._busy = s.qemu.loading = False
 
     def _failed(self, first: bool) -> None:
         self.side.world.note("checkpoint fails in QEMU")
@@ -388,8 +394,16 @@ class Qemu:
         """x-colo-lost-heartbeat."""
         if self.migration not in ("colo", "failed", "active"):
             raise QmpError("not in COLO")
+        self.side.world.spawn(self._leave())
+
+    async def _leave(self) -> None:
+        while self.loading and self.alive:  # QEMU: FAILOVER_STATUS_RELAUNCH
+            await asyncio.sleep(0.0002)
         self.migration = "completed"
-        if not self.running:
+        if self.running:
+            self.event("STOP")
+            self.event("RESUME")
+        elif self.alive:
             self.event("RESUME")
             self.side.resume()
         other = self.side.other.qemu

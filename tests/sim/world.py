@@ -142,7 +142,7 @@ class World:
         self.rnd = random.Random(s.seed)
         self.loop = VirtualLoop()
         self.start = self.loop.now_ns
-        self.trace: deque[str] = deque(maxlen=4000)
+        self.trace: deque[str] = deque(maxlen=20000)
         self._tracing = trace
         self.channel_cut = self.colo_cut = self.ring_broken = False
         self.protected = self.shadow = False  # once; the primary holds nothing
