@@ -10,7 +10,7 @@ N ?=
 
 export DEBIAN_FRONTEND := noninteractive
 
-.PHONY: all setup demo test lint format clean
+.PHONY: all setup demo test torture lint format clean
 
 all: test
 
@@ -33,6 +33,10 @@ demo: setup
 
 test: setup
 	$(PY) -m pytest $(TESTS)
+
+# N schedules of the simulator from SEED on; a failing one is shrunk and printed
+torture: setup
+	$(PY) -m tests.sim.torture --runs $(or $(N),100000) --seed $(or $(SEED),0)
 
 lint: setup
 	$(PY) -m ruff check .

@@ -180,8 +180,8 @@ class Side:
 
     # -- the controller's life
 
-    def kill_controller(self) -> None:
-        """kill -9: what it holds is gone, what is pinned stays."""
+    def kill_controller(self, *, silently: bool = False) -> None:
+        """kill -9: what it holds is gone, what is pinned stays. A power cut is silent."""
         c, self.controller = self.controller, None
         if c is None:
             return
@@ -190,7 +190,7 @@ class Side:
                 stand_in.dead = True
         for t in list(c._tasks):
             t.cancel()
-        if self.peer is not None:
+        if self.peer is not None and not silently:
             self.peer.cut("reset by peer")
         self.qemu.client = None
 
@@ -304,10 +304,9 @@ class Qemu:
         self._busy = False
 
     def status(self) -> str:
-        if self.running and self.loading:
-            return "colo"
         if self.running:
-            return "colo" if self.migration == "colo" and not self.side.primary else "running"
+            colo = self.migration == "colo" and not self.side.primary
+            return "colo" if colo or self.loading else "running"
         return "inmigrate" if not self.side.primary and not self.migration else "paused"
 
     def event(self, name: str) -> None:
@@ -315,10 +314,12 @@ class Qemu:
         if self.client is not None:
             self.client.event(name, self.side.world.ns())
 
-    def die(self) -> None:
+    def die(self, *, silently: bool = False) -> None:
         if not self.alive:
             return
         self.alive = self.running = False
+        if silently:
+            return
         self.side.world.note("%s QEMU dies", self.side.name)
         other = self.side.other.qemu
         if self.client is not None:
@@ -364,10 +365,11 @@ class Qemu:
             p.qemu.running = False
             p.qemu.event("STOP")
             s.qemu.loading = True
-            if not await self._wait(0.5, 8):
-                # all of it may have been on its way already
-                if first or self.alive or not s.qemu.alive or world.rnd.random() < 0.5:
-                    return self._failed(first)
+            whole = await self._wait(0.5, 8)
+            if not whole and not first and not self.alive and s.qemu.alive:
+                whole = world.rnd.random() < 0.5  # all of it may have been on its way already
+            if not whole:
+                return self._failed(first)
             assert p.guest is not None
             s.guest = p.guest.clone(world.entropy_s)
             world.cloned()
@@ -536,12 +538,10 @@ class SimPeer:
 
     def _arrive(self, partner: SimPeer, line: bytes) -> None:
         world = self._side.world
-        if (
-            world.channel_cut
-            or partner.dead
-            or not partner.connected
-            or partner._partner is not self
-        ):
+        if partner.dead or not partner.connected or partner._partner is not self:
+            return
+        if world.channel_cut:  # TCP sends it again
+            world.later(5, lambda: self._arrive(partner, line))
             return
         partner.last_seen_ns = world.ns()
         msg = wire.decode(line)

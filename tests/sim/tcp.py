@@ -153,6 +153,7 @@ class Tcp:
         "slow",
         "state",
         "tries",
+        "ts_off",
         "una",
         "v6",
     )  # fmt: skip
@@ -179,6 +180,7 @@ class Tcp:
         self.ack_due = False
         self.app: dict[str, int] = {"pos": 0}
         self.opened = 0
+        self.ts_off = rnd.randrange(1 << 32)  # each host draws its own
 
     def clone(self) -> Tcp:
         """What a checkpoint copies."""
@@ -204,7 +206,8 @@ class Tcp:
         self.ack_due = False
         return Seg(
             self.v6, sport, dport, self.iss if flags & SYN else self.iss + 1 + pos,
-            ack if flags & ACK else 0, flags, window, data, tsval, self.recent,
+            ack if flags & ACK else 0, flags, window, data,
+            (tsval + self.ts_off) & M32, self.recent,
         )  # fmt: skip
 
     def output(self, now_ms: int, ts: int, rnd: random.Random, gso: bool) -> list[Seg]:
@@ -345,9 +348,9 @@ class Tcp:
                 self.fin_ok = True
                 self.una = self.fin_at
             self.nxt = max(self.nxt, self.una)
-            if self.una < self.nxt or (self.fin_sent and not self.fin_ok):
-                if not self.rto_at:
-                    self._arm(now_ms)
+            flying = self.una < self.nxt or (self.fin_sent and not self.fin_ok)
+            if flying and not self.rto_at:
+                self._arm(now_ms)
             self.edge = max(self.edge, got + s.window)
         fresh = False
         if s.data:

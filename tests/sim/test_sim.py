@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Both controllers and both guests in virtual time, and proof that the judge sees faults."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+
+from .mutants import MUTANTS
+from .torture import failure, report, shrink, trace
+from .world import Fault, Scene, World, scene
+
+RUNS, BLOCKS = 2400, 8
+#: more schedules than any of them needs
+MUTANT_RUNS = 4000
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> Iterator[None]:
+    logging.disable(logging.CRITICAL)
+    yield
+    logging.disable(logging.NOTSET)
+
+
+@pytest.mark.parametrize("block", range(BLOCKS))
+def test_random_schedules(block: int) -> None:
+    took_over = solo = checkpoints = 0
+    for seed in range(block * RUNS // BLOCKS, (block + 1) * RUNS // BLOCKS):
+        world = World(scene(seed))
+        try:
+            world.run()
+        except Exception as e:
+            pytest.fail(report(seed, f"{type(e).__name__}: {e}"))
+        took_over += "S" in world.spoke
+        solo += world.was_solo
+        checkpoints += world.clones
+    assert took_over > 5 and solo > 5 and checkpoints > RUNS / BLOCKS  # else nothing was tried
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("name", MUTANTS)
+def test_mutants_are_noticed(name: str) -> None:
+    with pytest.MonkeyPatch.context() as mp:
+        MUTANTS[name](mp)
+        assert any(failure(scene(seed)) for seed in range(MUTANT_RUNS)), name
+
+
+def test_there_are_enough_mutants() -> None:
+    assert len(MUTANTS) >= 20
+
+
+def test_a_scene_is_replayed_exactly() -> None:
+    s = scene(11)
+    runs = []
+    for _ in range(2):
+        world = World(s, trace=True).run()
+        runs.append(list(world.trace))
+    assert runs[0] == runs[1] and len(runs[0]) > 50
+    assert Scene.from_json(s.to_json()) == s
+
+
+def test_a_failing_scene_is_shrunk() -> None:
+    with pytest.MonkeyPatch.context() as mp:
+        MUTANTS["no_ack_gate"](mp)
+        s = replace(scene(0), faults=(Fault(100, "checkpoint"), Fault(200, "cut_link", 5)))
+        assert failure(s)
+        small = shrink(s)
+        assert failure(small)
+        assert len(small.faults) < 2 and small.conns <= s.conns and not small.odd
+        assert "I2" in trace(small, 5)
