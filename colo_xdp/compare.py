@@ -101,10 +101,7 @@ class Engine:
         self.now = now_ns
         self._n_pvm += 1
         if self.shadow and not self._solo:
-            self._counters["released_in_shadow"] += 1
-            self._n_released += 1
-            self._release(rec)
-            rec.sent = True
+            self._send_ahead(rec)
         p = parse(rec.frame)
         if p.kind is _TCP and not self._checkpointing and rec.ts_ns > self._stop_ts:
             st = self._tcp.get(p.key)
@@ -131,6 +128,23 @@ class Engine:
                 self._enqueue(rec, p)
         else:
             self._feed(rec, p)
+
+    def set_shadow(self, on: bool, now_ns: int) -> None:
+        """In shadow every frame leaves at once and is compared behind; what is held leaves now."""
+        self.now, self.shadow = now_ns, on
+        if on:
+            held = [h for flow in self._waiting() for h in flow.held]
+            for rec, _, _ in sorted([*held, *self._queue], key=lambda h: h[2]):
+                self._send_ahead(rec)
+
+    def _send_ahead(self, rec: Record) -> None:
+        for part in rec.parts or (rec,):
+            if not part.sent:
+                self._counters["released_in_shadow"] += 1
+                self._n_released += 1
+                self._release(part)
+                part.sent = True
+        rec.sent = True
 
     def _feed(self, rec: Record, p: Packet) -> None:
         if p.kind is _FRAGMENT:
@@ -383,8 +397,9 @@ class Engine:
         if rec.sent:
             return
         for part in rec.parts or (rec,):
-            self._n_released += 1
-            self._release(part)
+            if not part.sent:
+                self._n_released += 1
+                self._release(part)
 
     def uncompared(self, verdict: Verdict) -> None:
         """A frame is about to leave that the policy does not hold."""

@@ -137,7 +137,7 @@ class Fragments:
         host.count("datagrams_assembled")
         # TCP may have to leave in other segments than these: then as a GSO frame of their size
         gso = max(536, max(map(len, s.pieces.values())) - 60) if p.proto == 6 else 0
-        return Record(frame, rec.ts_ns, gso_size=gso, sent=rec.sent, parts=parts)
+        return Record(frame, rec.ts_ns, gso_size=gso, sent=all(r.sent for r in parts), parts=parts)
 
     def svm(self, p: Packet, now_ns: int) -> Packet | None:
         """A fragment of the SVM. The whole datagram if it is that."""

@@ -367,6 +367,7 @@ class Primary(Controller):
             self.engine.commit_checkpoint(ck.stop_ns, n, time.monotonic_ns())
             self.dp.epoch = n
             self.dp.mode = Mode.RUN
+            self._beat()  # a secondary that has just entered waits for this word
         except (CheckpointFailed, QmpError) as e:
             self._record(want, ck, (self.engine.held_packets, self.engine.held_bytes), str(e))
             raise
@@ -476,7 +477,7 @@ class Primary(Controller):
         clients know, though everything is held again from now on."""
         if on == self.shadow and not self._leave_shadow:
             return
-        self.engine.shadow = on
+        self.engine.set_shadow(on, time.monotonic_ns())
         self._leave_shadow = not on
         if on:
             self.shadow = True

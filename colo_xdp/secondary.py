@@ -42,6 +42,7 @@ class Hold:
     began_ns: int
     deadline: float
     stop_ns: int = 0
+    resume: QmpEvent | None = None  # the SVM runs the new state, the primary has not said it does
     client: deque[Event] = field(default_factory=deque)
     svm: deque[Event] = field(default_factory=deque)
 
@@ -58,7 +59,10 @@ class Secondary(Controller):
         self.hold_limit = 16 * config.compare.max_queue_size
         self._resume_ns = 0
         self._ready_wanted = False
-        self._entered = False
+        self._entered = False  # the SVM runs in COLO
+        # The primary's beat has confirmed a checkpoint. Until then it may have given up entering
+        # and let the PVM speak uncompared, whatever this QEMU has loaded: no takeover.
+        self._confirmed = False
         self.overflow = 0  # held frames given up because too many were waiting
         self.stale = 0  # SVM frames from before its RESUME: void
         self.checkpoints = 0
@@ -71,8 +75,8 @@ class Secondary(Controller):
                 self.state = State.TAKEN_OVER
                 self.reason = "taken over by a former controller"
             elif datapath.mode in (Mode.RUN, Mode.CHECKPOINT):
-                self._entered = True
-                self.state = State.DEGRADED
+                self._entered = self._confirmed = datapath.epoch > 0
+                self.state = State.DEGRADED if self._confirmed else State.STARTING
                 self.reason = "a former controller's data path was taken over"
                 if datapath.mode is Mode.CHECKPOINT:
                     # It died with frames in hand. Holding goes on; the primary asks anew.
@@ -117,21 +121,26 @@ class Secondary(Controller):
 
     def _begin_hold(self, n: int) -> None:
         now = time.monotonic()
-        limit = self.config.checkpoint.deadline / 1000 if self._entered else float("inf")
+        limit = self.config.checkpoint.deadline / 1000 if self._confirmed else float("inf")
         if self._hold is None:
             self._hold = Hold(n, time.monotonic_ns(), now + limit)
         else:  # asked again after a failure: go on holding what is held
             self._hold.n, self._hold.deadline = n, now + limit
+            self._hold.stop_ns, self._hold.resume = 0, None
         self.dp.mode = Mode.CHECKPOINT
 
     def on_message(self, msg: dict[str, Any]) -> None:
         kind = msg["type"]
         if kind == "begin":
             self._on_begin(msg["n"], msg["initial"])
+        elif kind == "beat":
+            h = self._hold
+            if h is not None and h.resume is not None and msg["epoch"] >= h.n:
+                self._finish(h, h.resume)
         elif kind == "solo" and self.state is not State.TAKEN_OVER:
             # The primary speaks alone, or wants to: shut the SVM in, and say so.
+            # A checkpoint under way is not forgotten: QEMU may load it all the same.
             self.dp.mode = Mode.DROP
-            self._hold = None
             self.stood_down = not self.vm_gone
             self.become(State.STOPPED, f"stood down for the primary: {msg['why']}")
             self.peer.send("gone", why="the secondary has shut its data path", alone=False)
@@ -152,7 +161,8 @@ class Secondary(Controller):
         if initial:
             self.colo_exit = self.peer_vm_gone = False  # signs of an earlier pair
         self._begin_hold(n)
-        self.become(State.CHECKPOINTING, f"checkpoint to epoch {n}")
+        state = State.CHECKPOINTING if self._confirmed else State.STARTING
+        self.become(state, f"checkpoint to epoch {n}")
         self.peer.send("begun", n=n)
 
     def on_qmp(self, event: QmpEvent) -> None:
@@ -167,14 +177,20 @@ class Secondary(Controller):
             if self._hold is not None:
                 self._hold.stop_ns = event.ts_ns
         elif event.name == "RESUME" and self._hold is not None:
-            self._finish(event)
+            h = self._hold
+            self._entered, h.resume = True, event
+            self.last_pause_ms = (event.ts_ns - h.stop_ns) / 1e6 if h.stop_ns else 0.0
+            if self._confirmed:
+                self._finish(h, event)
+            self.peer.send("done", n=h.n, pause_us=int(self.last_pause_ms * 1000))
 
-    def _finish(self, event: QmpEvent) -> None:
+    def _finish(self, h: Hold, event: QmpEvent) -> None:
         """The SVM runs the new state: what it sends from its RESUME on is of the next epoch."""
         self._drain()
-        h = self._hold
-        assert h is not None
         self._hold = None
+        if self.dp.mode is Mode.DROP:  # stood down meanwhile: silent, but in the PVM's numbers
+            self.dp.epoch = h.n
+            return
         self._resume_ns = event.ts_ns
         if not h.began_ns <= event.ts_ns <= event.seen_ns:
             # The clock was set meanwhile. Too late a RESUME only drops what TCP sends again.
@@ -187,15 +203,15 @@ class Secondary(Controller):
             self._forward(e)
         self.dp.mode = Mode.RUN
         self._drain()
-        self._entered = True
+        self._confirmed = True
         self.checkpoints += 1
-        self.last_pause_ms = (event.ts_ns - h.stop_ns) / 1e6 if h.stop_ns else 0.0
-        self.peer.send("done", n=h.n, pause_us=int(self.last_pause_ms * 1000))
         self.become(State.PROTECTED, f"the SVM runs epoch {h.n}")
 
     def on_tick(self, now_ns: int) -> None:
         h = self._hold
-        if h is not None and not h.stop_ns and time.monotonic() > h.deadline:
+        if self.dp.mode is not Mode.CHECKPOINT or h is None:
+            return
+        if not h.stop_ns and time.monotonic() > h.deadline:
             # Asked for, and the SVM never stopped: it is still the guest it was.
             self._drain()
             self._hold = None
@@ -227,7 +243,7 @@ class Secondary(Controller):
         status = await self.qmp.status()
         if status == "inmigrate":
             await self.qmp.prepare(primary=False)
-            self._ready_wanted = True
+            self._ready_wanted, self._entered, self._confirmed = True, False, False
             self.become(State.STARTING, "the SVM waits for the primary's migration")
             self.peer.send("ready", epoch=self.dp.epoch)
         elif self._entered and await self.qmp.migration_status() == "colo":

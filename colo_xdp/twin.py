@@ -195,10 +195,7 @@ class Twin(ABC):
         flags = p.flags
         if flags & (SYN | RST):
             self._svm_control(p, now_ns)
-        elif (
-            self.send is not None
-            and (p.seq - self.send + self.host.max_stream) & MASK > 2 * self.host.max_stream
-        ):
+        elif self._foreign(p.seq):
             # Late, and of an earlier connection on these ports: its ack, its window and its FIN
             # would be read in the numbers of this one.
             self.host.count("svm_out_of_window")
@@ -221,6 +218,18 @@ class Twin(ABC):
             self.host.emit(update, now_ns)
         if not self.when and (self.chunks or self.ooo or flags & FLAGS):
             self.host.arm(self, now_ns + self.host.timeout_ns)
+
+    def _foreign(self, seq: int) -> bool:
+        """Whether a number cannot be of this connection."""
+        if self.send is None:
+            return False  # nothing is known of it
+        reach = self.host.max_stream
+        if (seq - self.send + reach) & MASK > 2 * reach:
+            return True
+        # Below the ISN: what came before it had lower numbers (RFC 6528).
+        isn = self.isn
+        young = isn is not None and (self.send - isn) & MASK < HALF >> 1
+        return isn is not None and young and (seq - isn) & MASK >= HALF
 
     def _svm_data(self, p: Packet, now_ns: int) -> None:
         host = self.host

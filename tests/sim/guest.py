@@ -84,7 +84,8 @@ class Guest:
                 iss = self.rnd.choice(
                     (self.rnd.randrange(1 << 32), (1 << 32) - 1 - self.rnd.randrange(3000))
                 )
-                if c is not None:
+                if c is not None:  # above the old one's numbers (RFC 6528)
+                    iss = (c.iss + len(c.out) + 2 + self.rnd.randrange(100_000)) & 0xFFFFFFFF
                     self.archive[(*key, c.irs)] = c
                 c = self.conns[key] = Tcp(s.sport, s.v6, True, iss, self.rnd)
                 c.irs, c.recent, c.edge = s.seq, s.tsval, s.window
@@ -184,7 +185,7 @@ class Client:
         self.scripts: dict[Key, tuple[Plan, int, int]] = {}  # plan, next step, not before ms
         self.done: list[Tcp] = []
         self.numbers = 0
-        self.used: set[int] = set()
+        self.last: dict[Key, Tcp] = {}  # on each port
         self.expect: dict[int, list[tuple[bytes, int, int]]] = {}  # id(conn) -> kind, size, number
         self.got_udp: list[bytes] = []
         self.udp_left = rnd.choice((0, 6, 12))
@@ -205,12 +206,12 @@ class Client:
         if self.plans and free and self.rnd.random() < 0.4:
             key = self.rnd.choice(free)
             iss = self.rnd.choice((self.rnd.randrange(1 << 32), -1 - self.rnd.randrange(2000)))
-            while iss & 0xFFFFFFFF in self.used:  # no guest could tell it from the old one
-                iss += 1
+            if key in self.last:  # above the old one's numbers (RFC 6528)
+                iss = self.last[key].iss + len(self.last[key].out) + 2 + self.rnd.randrange(100_000)
             iss &= 0xFFFFFFFF
-            self.used.add(iss)
             c = self.conns[key] = Tcp(key[1], key[0], False, iss, self.rnd)
             c.opened = now_ms
+            self.last[key] = c
             self.scripts[key] = (self.plans.pop(), 0, 0)
             self.expect[id(c)] = []
         for key, c in list(self.conns.items()):

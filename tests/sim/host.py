@@ -185,6 +185,8 @@ class Side:
         c, self.controller = self.controller, None
         if c is None:
             return
+        if not self.primary and self.mode is Mode.CHECKPOINT:
+            self.world.unsure = True
         for stand_in in (self.dp, self.peer, self.qmp):
             if stand_in is not None:
                 stand_in.dead = True
@@ -233,6 +235,8 @@ class SimDataPath:
     def epoch(self, epoch: int) -> None:
         if not self.dead:
             self._side.epoch = epoch
+            if not self._side.primary:
+                self._side.world.unsure = False
 
     def beat(self) -> None:
         if not self.dead:
@@ -365,7 +369,7 @@ class Qemu:
             p.qemu.running = False
             p.qemu.event("STOP")
             s.qemu.loading = True
-            whole = await self._wait(0.5, 8)
+            whole = await self._wait(0.5, world.rnd.choice((4, 4, 25, 300)))
             if not whole and not first and not self.alive and s.qemu.alive:
                 whole = world.rnd.random() < 0.5  # all of it may have been on its way already
             if not whole:

@@ -332,7 +332,7 @@ class Tcp:
         got = diff(s.ack, (self.iss + 1 + self.una) & M32) + self.una
         if got > top:
             return [self.seg(ACK, self.nxt, tsval=ts)]  # acks what was never sent
-        if s.tsval and at <= want:
+        if s.tsval and at <= want <= at + len(s.data):  # RFC 7323 4.3, and Linux's tcp_sequence()
             self.recent = s.tsval
         if not self.acked:
             if got < 0:

@@ -9,13 +9,13 @@ from dataclasses import replace
 
 import pytest
 
-from .mutants import MUTANTS
+from .mutants import MUTANTS, scenes
 from .torture import failure, report, shrink, trace
 from .world import Fault, Scene, World, scene
 
 RUNS, BLOCKS = 2400, 8
 #: more schedules than any of them needs
-MUTANT_RUNS = 4000
+MUTANT_RUNS = 2000
 
 
 @pytest.fixture(autouse=True)
@@ -45,7 +45,7 @@ def test_random_schedules(block: int) -> None:
 def test_mutants_are_noticed(name: str) -> None:
     with pytest.MonkeyPatch.context() as mp:
         MUTANTS[name](mp)
-        assert any(failure(scene(seed)) for seed in range(MUTANT_RUNS)), name
+        assert any(failure(s) for s in scenes(name, MUTANT_RUNS)), name
 
 
 def test_there_are_enough_mutants() -> None:

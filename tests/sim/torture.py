@@ -125,9 +125,10 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="the first one")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--scene", help="one scene, as printed; shows its trace")
+    parser.add_argument("--lines", type=int, default=2000, help="of the trace")
     args = parser.parse_args()
     if args.scene:
-        text = trace(Scene.from_json(args.scene), 2000)
+        text = trace(Scene.from_json(args.scene), args.lines)
         print(text)
         return 0 if text.endswith("nothing wrong") else 1
     began, total, bad = time.monotonic(), Counter[str](), []

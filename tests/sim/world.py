@@ -38,6 +38,11 @@ from .tcp import FIN, RST, SYN, BadChecksum, Tcp, diff, read
 EXAMPLES = Path(__file__).parents[2] / "deploy/examples"
 SETTLE_MS = 15_000
 TICK_MS = 20
+MAX_FRAMES = 20_000
+
+
+class _Excused(Exception):
+    """What follows is a known limit: the run ends."""
 
 
 class Violation(AssertionError):
@@ -160,10 +165,13 @@ class World:
         self.rnd = random.Random(s.seed)
         self.loop = VirtualLoop()
         self.start = self.loop.now_ns
-        self.trace: deque[str] = deque(maxlen=20000)
+        self.trace: deque[str] = deque(maxlen=200000)
         self._tracing = trace
         self.channel_cut = self.colo_cut = self.ring_broken = False
         self.was_solo = False
+        #: the secondary's controller died inside a checkpoint and QMP does not repeat its events:
+        #: until the next one nobody knows which guest runs (ARCHITECTURE, known limits)
+        self.unsure = False
         self.flipped: set[int] = set()  # connections that a guest has damaged
         self.protected = self.shadow = False  # once; the primary holds nothing
         self.entropy_s = random.Random(self.rnd.random())
@@ -173,7 +181,7 @@ class World:
         self.spoke: set[str] = set()
         self.udp_out: Counter[bytes] = Counter()
         self._pieces: dict[tuple[bool, int], dict[int, tuple[bytes, bool]]] = {}
-        self.clones = self.failovers = 0
+        self.clones = 0
         self.frames = 0
         self.broken: BaseException | None = None
         plans = [self._plan() for _ in range(s.conns)]
@@ -265,6 +273,10 @@ class World:
             return
         self.note("%s to the network: %s", side.name, frame)
         self.frames += 1
+        if self.unsure and not side.primary:
+            raise _Excused
+        if self.frames > MAX_FRAMES:
+            raise Violation(f"{MAX_FRAMES} frames: guest and client do not understand each other")
         self.spoke.add(side.name)
         if side.primary and "S" in self.spoke:
             raise Violation(f"two guests speak: {_frame(frame)} of P after S took over")
@@ -400,7 +412,7 @@ class World:
 
     async def _fence(self, side: Side) -> bool:
         """The other host is switched off, for certain."""
-        await asyncio.sleep(self.rnd.uniform(1, 30) / 1000)
+        await asyncio.sleep(self.rnd.uniform(0.2, self.rnd.choice((2, 30))) / 1000)
         if self.rnd.random() < 0.1:
             return False
         self.note("%s fences %s", side.name, side.other.name)
@@ -512,8 +524,10 @@ class World:
             c.set_shadow(False)
 
     async def _command(self, side: Side, name: str) -> None:
-        with contextlib.suppress(ValueError):
-            await side.controller.command(name, {})
+        c = side.controller
+        if c is not None:
+            with contextlib.suppress(ValueError):
+                await c.command(name, {})
 
     # -- the run
 
@@ -643,6 +657,8 @@ class World:
         with self._installed():
             try:
                 self.loop.run_until_complete(self._main())
+            except _Excused:
+                self.note("ends here: a known limit")
             except BadChecksum as e:
                 raise Violation(f"a wrong checksum: {e}") from e
             finally:

@@ -238,3 +238,23 @@ def test_signs_of_an_earlier_secondary_are_forgotten_with_the_next_one() -> None
     c.peer_vm_gone = True
     c.on_message({"type": "ready", "epoch": 0})
     assert not c.peer_vm_gone
+
+
+def test_a_first_checkpoint_counts_when_the_primary_has_confirmed_it() -> None:
+    """Until then the primary may give up entering, and its guest speaks uncompared."""
+    c, dp, sent = secondary()
+    dp.mode, dp.epoch, c.state = Mode.RUN, 0, State.STARTING
+    c._entered = c._confirmed = False
+    c.qmp = SimpleNamespace(connected=True)  # type: ignore[assignment]
+    c.on_message({"type": "begin", "n": 1, "cause": "initial", "initial": True})
+    t = time.monotonic_ns()
+    c.on_event(Event(Source.CLIENT, t, 0, tcp(b"client"), 0, False))
+    c.on_qmp(event("RESUME", t, t))
+    assert sent.kinds() == ["begun", "done"]
+    beat = {"type": "beat", "state": "checkpointing", "epoch": 0, "shadow": False}
+    c.on_message(beat)
+    assert c.state is State.STARTING and dp.mode is Mode.CHECKPOINT and dp.epoch == 0
+    assert not dp.injectors["deliver"].frames
+    c.on_message(beat | {"epoch": 1})
+    assert c.state is State.PROTECTED and dp.mode is Mode.RUN and dp.epoch == 1
+    assert len(dp.injectors["deliver"].frames) == 1

@@ -115,20 +115,22 @@ def test_new_rules_take_force_with_a_checkpoint() -> None:
 
 def test_shadow_mode_holds_nothing_and_asks_as_often() -> None:
     pair = Pair()
-    pair.e.shadow = True
+    pair.e.set_shadow(True, 0)
     pair.p(DATA).is_now([DATA]).s(OTHER).is_now([DATA], "payload_differs")
     pair.checkpoint().p(A).is_now([DATA, A], "payload_differs").s(A)
     pair.is_now([DATA, A], "payload_differs")
     pair.p(B)
-    pair.e.shadow = False  # what left is not released again, what comes is held
+    pair.e.set_shadow(False, 0)  # what left is not released again, what comes is held
     pair.p(f.udp(b"new")).s(B).is_now([DATA, A, B], "payload_differs")
     pair.s(f.udp(b"new"))
     assert pair.out[-1] == f.udp(b"new") and pair.e.held_packets == 0
     assert pair.e.counters["released"] == len(pair.out) == 4
     pair.p(A)
-    pair.e.shadow = True  # what was held still waits for its twin
-    pair.s(A)
+    assert pair.out[-1] != A
+    pair.e.set_shadow(True, 0)  # what was held leaves
     assert pair.out[-1] == A
+    pair.s(A)
+    assert pair.e.held_packets == 0 and len(pair.out) == 5
 
 
 TEXT = (EXAMPLES / "primary.toml").read_text()
