@@ -5,7 +5,7 @@ Heavy modules are imported by the command that needs them, so that `status` and
 `--help` answer at once and without bcc.
 
 Exit codes: 0 done, 1 failed, 2 wrong usage or config, 3 no controller running,
-4 running but not protected (`status`).
+4 running but not protected (`status`), 5 checkpoints would be needed (`replay`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import typer
 
 from . import __version__
 
-OK, FAILED, USAGE, NOT_RUNNING, DEGRADED = 0, 1, 2, 3, 4
+OK, FAILED, USAGE, NOT_RUNNING, DEGRADED, DIFFER = 0, 1, 2, 3, 4, 5
 RUN_DIR = "/run/colo-xdp"
 BPFFS = "/sys/fs/bpf"
 
@@ -29,7 +29,8 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=True,
     help="COLO proxy in eBPF: two lock-stepped virtual machines, one of which may die.",
-    epilog="Exit codes: 0 done, 1 failed, 2 usage or config, 3 not running, 4 not protected.",
+    epilog="Exit codes: 0 done, 1 failed, 2 usage or config, 3 not running, 4 not protected, "
+    "5 checkpoints would be needed (replay).",
 )
 config_app = typer.Typer(no_args_is_help=True, help="Look at a configuration file.")
 app.add_typer(config_app, name="config")
@@ -192,6 +193,185 @@ def mode(
     """`paused` decides no failover by itself; `shadow` compares but holds nothing."""
     args = {"mode": name.value} if name else {}
     typer.echo(_ask(where, run_dir, "mode", **args)["mode"])
+
+
+@app.command()
+def reload(where: Where = None, run_dir: RunDir = RUN_DIR) -> None:
+    """Read the config file again: its rules. As SIGHUP does, but it says what came of it."""
+    n = _ask(where, run_dir, "reload")["rules"]
+    typer.echo(f"{n} rules; what they change takes force with the next checkpoint")
+
+
+@app.command()
+def policy(where: Where = None, run_dir: RunDir = RUN_DIR) -> None:
+    """The rules in force, and what each has counted (on the primary host)."""
+    from .explain import rules_text
+
+    typer.echo(rules_text(_ask(where, run_dir, "explain")["rules"]))
+
+
+@app.command()
+def explain(
+    where: Where = None,
+    as_json: Annotated[bool, typer.Option("--json", help="All that is known.")] = False,
+    last: Annotated[int, typer.Option(min=0, help="How many differences to show.")] = 3,
+    since: Annotated[str, typer.Option(help="Only this long back: 90s, 15m, 2h, 1d.")] = "",
+    run_dir: RunDir = RUN_DIR,
+) -> None:
+    """Why checkpoints were made: causes, services, rules, and the bytes that differed."""
+    from .explain import duration, text
+
+    try:
+        oldest = time.time() - duration(since) if since else 0.0
+    except ValueError as e:
+        raise _fail(f"--since {since}: a time such as 90s, 15m, 2h or 1d", USAGE) from e
+    doc = _ask(where, run_dir, "explain")
+    typer.echo(json.dumps(doc, indent=2) if as_json else text(doc, last=last, since=oldest))
+
+
+@app.command()
+def capture(
+    out: Annotated[Path, typer.Option("-w", "--write", help="The pcapng file.")],
+    where: Where = None,
+    seconds: Annotated[float, typer.Option(min=0, help="Wait so long for more.")] = 0,
+    count: Annotated[int, typer.Option(min=1, help="Stop after so many.")] = 1000,
+    run_dir: RunDir = RUN_DIR,
+) -> None:
+    """Write the frames that differed, both guests', for Wireshark: a comment says where."""
+    from .explain import comment
+    from .pcap import PcapError, Writer
+
+    end, after, n = time.monotonic() + seconds, 0, 0
+    try:
+        with Writer(out) as w:
+            while n < count:
+                page = _ask(where, run_dir, "capture", after=after, limit=8)["pairs"]
+                for d in page[: count - n]:
+                    after, n = d["serial"], n + 1
+                    at = int(d["at"] * 1e9)
+                    for guest in ("pvm", "svm"):
+                        if d[f"{guest}_frame"]:
+                            w.put(guest, at, bytes.fromhex(d[f"{guest}_frame"]), comment(d))
+                if not page:
+                    if time.monotonic() >= end:
+                        break
+                    time.sleep(0.2)
+    except PcapError as e:
+        raise _fail(str(e)) from e
+    typer.echo(f"{out}: {n} differences, {w.frames} frames")
+
+
+@app.command()
+def suggest(config: ConfigArg, run_dir: RunDir = RUN_DIR) -> None:
+    """Changes to the config that would have saved checkpoints, as a diff. Applies nothing."""
+    from .suggest import changes, diff
+
+    c = _load(config)
+    known = {
+        "compare_timeout": c.compare.compare_timeout,
+        "max_queue_size": c.compare.max_queue_size,
+        "ring_pages": c.datapath.ring_pages,
+    }
+    doc, state = (_ask(str(config), run_dir, what) for what in ("explain", "status"))
+    wanted = changes(doc, state, known)
+    if not wanted:
+        typer.echo("nothing to suggest: see `colo-xdp explain`")
+        return
+    for change in wanted:
+        typer.echo(f"# {change.why}")
+    typer.echo(diff(config.read_text(), str(config), wanted), nl=False)
+
+
+@app.command()
+def replay(
+    pvm: Annotated[Path | None, typer.Argument(help="Capture of the PVM's tap.")] = None,
+    svm: Annotated[Path | None, typer.Argument(help="Capture of the SVM's tap.")] = None,
+    config: Annotated[Path | None, typer.Option(help="Limits and rules of this file.")] = None,
+    guest_mac: Annotated[str, typer.Option(help="The guest's address, if not plain.")] = "",
+    offset_ms: Annotated[float, typer.Option(help="Added to the SVM's times.")] = 0.0,
+    compare_timeout: Annotated[
+        int | None, typer.Option(min=1, help="ms; instead of the config's.")
+    ] = None,
+    checkpoint_ms: Annotated[float, typer.Option(min=0, help="What a checkpoint takes.")] = 20.0,
+    write: Annotated[
+        Path | None, typer.Option("-w", "--write", help="The differing frames, as capture does.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="The whole report.")] = False,
+    corpus: Annotated[bool, typer.Option(help="Play the built-in scenarios instead.")] = False,
+) -> None:
+    """Run two captures through the engine, offline: what would have left, what differed.
+
+    Exit code 5 when checkpoints would have been needed.
+    """
+    if corpus:
+        raise typer.Exit(_corpus())
+    if pvm is None or svm is None:
+        raise _fail("two captures are needed: of the PVM's tap and of the SVM's", USAGE)
+    from dataclasses import replace
+
+    from .pcap import PcapError, read
+    from .replay import MS, Options, ReplayError, text
+    from .replay import replay as play
+
+    try:
+        mac = bytes.fromhex(guest_mac.replace(":", ""))
+    except ValueError:
+        mac = b"?"
+    if len(mac) not in (0, 6):
+        raise _fail(f"--guest-mac {guest_mac}: an address such as 52:54:00:00:00:01", USAGE)
+    o = Options(checkpoint_ns=int(checkpoint_ms * MS), offset_ns=int(offset_ms * MS))
+    if config is not None:
+        c = _load(config)
+        o = replace(o, limits=c.limits(), policy=c.policy())
+    if compare_timeout is not None:
+        o = replace(o, limits=replace(o.limits, compare_timeout_ns=compare_timeout * MS))
+    try:
+        frames = [[(f.ts_ns, f.data) for f in read(path)] for path in (pvm, svm)]
+        r = play(frames[0], frames[1], o, mac)
+        if write is not None:
+            _write_pairs(write, r)
+    except (PcapError, ReplayError) as e:
+        raise _fail(str(e)) from e
+    report = r.report()
+    if as_json:
+        typer.echo(json.dumps(report, indent=2))
+    else:
+        from .explain import difference
+
+        typer.echo(text(report))
+        for n, d in enumerate(report["differences"][:3], 1):
+            typer.echo("\n" + "\n".join(difference(d, f"#{n} at {d['at_s']:.3f} s")))
+    if report["checkpoints"]:
+        raise typer.Exit(DIFFER)
+
+
+def _write_pairs(out: Path, r: Any) -> None:
+    from .explain import comment
+    from .journal import divergence_json
+    from .pcap import Writer
+
+    with Writer(out) as w:
+        for n, (ts, d) in enumerate(r.pairs, 1):
+            note = comment({"serial": n, **divergence_json(d)})
+            e = d.evidence
+            for guest, frame in (("pvm", e.pvm_frame and e.pvm_frame.frame), ("svm", e.svm_frame)):
+                if frame:
+                    w.put(guest, ts, frame, note)
+
+
+def _corpus() -> int:
+    from .corpus import load
+    from .corpus.play import play
+
+    wrong = 0
+    for s in load():
+        got = play(s)
+        bad = [(step, out) for step, out in zip(s.steps, got, strict=True) if step.then != out]
+        wrong += bool(bad)
+        typer.echo(f"{'FAIL' if bad else 'ok  '}  {s.name}: {s.about}")
+        for step, out in bad:
+            typer.echo(f"      {step.who} {step.text}: {out or 'nothing'}, not {step.then}")
+    return FAILED if wrong else OK
 
 
 @app.command()

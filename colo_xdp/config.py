@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from . import checks
+from .limits import Limits
 from .policy import MAX_RULES, Policy, Rule
 
 _DAY_MS = 86_400_000
@@ -303,6 +304,18 @@ class Config:
         mine, theirs = _flat(self), _flat(other)
         free = {"compare.arp", "compare.ndp", "compare.other"}
         return [k for k in mine if mine[k] != theirs[k] and k not in free]
+
+    def limits(self) -> Limits:
+        """Of the engine."""
+        c = self.compare
+        return Limits(
+            compare_timeout_ns=c.compare_timeout * 1_000_000,
+            expired_scan_cycle_ns=c.expired_scan_cycle * 1_000_000,
+            max_queue_size=c.max_queue_size,
+            max_held_bytes=c.max_held_bytes,
+            max_stream_bytes=c.max_stream_bytes,
+            max_flows=c.max_flows,
+        )
 
     def policy(self) -> Policy:
         """What is compared: the file's rules, then the defaults of [compare]."""

@@ -57,6 +57,14 @@ def setup_logging() -> None:
     logging.getLogger("asyncio").setLevel(logging.WARNING)
 
 
+def _reload(ctl: Controller) -> None:
+    """SIGHUP has nobody to answer: a file that is wrong is logged, and the old rules stay."""
+    try:
+        ctl.reload()
+    except ValueError as e:
+        log.error("not reloaded: %s", e)
+
+
 async def _serve(config: Config, datapath: DataPath) -> int:
     ctl: Controller = (Primary if config.role == "primary" else Secondary)(config, datapath)
     notifier = Notifier()
@@ -64,6 +72,7 @@ async def _serve(config: Config, datapath: DataPath) -> int:
     loop = asyncio.get_running_loop()
     for sig in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(sig, stop.set)
+    loop.add_signal_handler(signal.SIGHUP, _reload, ctl)
     run_dir = Path(config.datapath.run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     control = ControlServer(str(run_dir / f"{config.pair}.{config.role}.sock"), ctl.command)

@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
-import time
 from collections import Counter
+from datetime import datetime
 from typing import Any
 
 from . import hexdump
@@ -79,17 +79,15 @@ def _over_time(entries: list[dict[str, Any]]) -> list[str]:
     shown = range(max(first, last - 23), last + 1)
     top = max(per.values())
     return [
-        f"  {time.strftime(form, time.localtime(t * step))}  {per[t]:>5}  "
-        f"{'#' * (40 * per[t] // top)}"
+        f"  {datetime.fromtimestamp(t * step):{form}}  {per[t]:>5}  {'#' * (40 * per[t] // top)}"
         for t in shown
     ]
 
 
-def _divergence(d: dict[str, Any]) -> list[str]:
-    when = time.strftime("%H:%M:%S", time.localtime(d["at"]))
-    note = "" if d["asked"] else " (only watched)"
-    head = f"#{d['serial']} {when} {d['cause']}{note}: {d['flow']}, byte {d['offset']}"
-    head += f", rule {d['rule']}" if d["rule"] else ""
+def difference(d: dict[str, Any], title: str) -> list[str]:
+    """One of them, with the bytes of both guests."""
+    head = f"{title} {d['cause']}{'' if d['asked'] else ' (only watched)'}: {d['flow']}"
+    head += f", byte {d['offset']}" + (f", rule {d['rule']}" if d["rule"] else "")
     pvm, svm = bytes.fromhex(d["pvm"]), bytes.fromhex(d["svm"])
     if not pvm and not svm:
         return [head]
@@ -115,7 +113,8 @@ def text(doc: dict[str, Any], *, last: int = 3, since: float = 0.0) -> str:
     if found:
         lines += ["", f"the last {len(found)} differences:"]
         for d in found:
-            lines += [*_divergence(d), ""]
+            when = f"{datetime.fromtimestamp(d['at']):%H:%M:%S}"
+            lines += [*difference(d, f"#{d['serial']} {when}"), ""]
     return "\n".join(lines).rstrip()
 
 

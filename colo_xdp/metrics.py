@@ -43,6 +43,9 @@ METRICS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "packets": ("counter", "frames by program and what became of them", ("program", "reason")),
     "bytes": ("counter", "bytes by program and what became of them", ("program", "reason")),
     "engine_events": ("counter", "decisions of the compare engine by kind", ("event",)),
+    "rule_flows": ("gauge", "connections and datagram flows under each policy rule", ("rule",)),
+    "rule_uncompared": ("counter", "frames that left uncompared, by rule", ("rule",)),
+    "rule_differences": ("counter", "differences found, by rule", ("rule",)),
     "checkpoints": ("counter", "checkpoints by cause", ("cause",)),
     "mismatches": ("counter", "divergences found by cause, those of one epoch each", ("cause",)),
     "checkpoints_failed": ("counter", "checkpoints that did not complete", ()),
@@ -128,6 +131,11 @@ class Collector:
         engine = s["engine"]
         yield many("engine_events", {k: v for k, v in engine.items() if k[:6] != "cause_"})
         yield many("mismatches", {k[6:]: v for k, v in engine.items() if k[:6] == "cause_"})
+        for name, field in (
+            ("rule_flows", "flows"), ("rule_uncompared", "uncompared"),
+            ("rule_differences", "differences"),
+        ):  # fmt: skip
+            yield many(name, {r["name"]: r[field] for r in s["rules"]})
         ck, peer = s["checkpoints"], s["peer"]
         yield many("checkpoints", ck["by_cause"])
         last = ck["last"] or {"pause_ms": 0.0, "at": 0.0}

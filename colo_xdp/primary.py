@@ -19,7 +19,7 @@ from typing import Any
 
 from . import abi
 from .abi import Mode
-from .compare import Engine, Limits
+from .compare import Engine
 from .config import Config
 from .controller import Controller
 from .datapath import DataPath
@@ -82,16 +82,8 @@ class Primary(Controller):
 
     def __init__(self, config: Config, datapath: DataPath) -> None:
         super().__init__(config, datapath)
-        c = config.compare
         self.engine = Engine(
-            Limits(
-                compare_timeout_ns=c.compare_timeout * 1_000_000,
-                expired_scan_cycle_ns=c.expired_scan_cycle * 1_000_000,
-                max_queue_size=c.max_queue_size,
-                max_held_bytes=c.max_held_bytes,
-                max_stream_bytes=c.max_stream_bytes,
-                max_flows=c.max_flows,
-            ),
+            config.limits(),
             config.policy(),
             self._release,
             request_checkpoint=lambda d: self.request(

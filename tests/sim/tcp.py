@@ -372,8 +372,10 @@ class Tcp:
             if not self.slow:
                 self.read = len(self.inn)
             self.ack_due = True
-        if s.flags & FIN:
+        if s.flags & FIN and at + len(s.data) >= len(self.inn):  # not an old incarnation's
+            self.ack_due = True
             self.peer_fin = at + len(s.data)
+        elif s.flags & FIN:
             self.ack_due = True
         if self.fin_ok and self.peer_fin == len(self.inn):
             made = [self.seg(ACK, self.nxt, tsval=ts)] if self.ack_due else []
