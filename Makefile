@@ -10,7 +10,7 @@ N ?=
 
 export DEBIAN_FRONTEND := noninteractive
 
-.PHONY: all setup demo test torture lint format clean
+.PHONY: all setup demo test torture fuzz lint format clean
 
 all: test
 
@@ -37,6 +37,12 @@ test: setup
 # N schedules of the simulator from SEED on; a failing one is shrunk and printed
 torture: setup
 	$(PY) -m tests.sim.torture --runs $(or $(N),100000) --seed $(or $(SEED),0)
+
+# coverage-guided, one TARGET (default: each for a minute); see tests/fuzz/targets.py
+fuzz: setup
+	@for t in $(or $(TARGET),packet engine peer qmp config capture); do \
+		$(PY) -m tests.fuzz.run $$t -max_total_time=$(or $(TIME),60) || exit 1; \
+	done
 
 lint: setup
 	$(PY) -m ruff check .

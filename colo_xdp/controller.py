@@ -23,7 +23,8 @@ from .config import Config, ConfigError, load
 from .datapath import DataPath
 from .failover import Action, Decision, Facts, Role, State, decide
 from .peer import Peer
-from .qmp import QemuInfo, Qmp, QmpError, QmpEvent, refusal
+from .qmp import QemuInfo, Qmp, QmpError, refusal
+from .qmp_event import QmpEvent
 from .ring import Event
 
 log = logging.getLogger("colo_xdp")

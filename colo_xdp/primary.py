@@ -25,7 +25,8 @@ from .controller import Controller
 from .datapath import DataPath
 from .failover import Action, Role, State
 from .journal import Divergence, Entry, Journal
-from .qmp import QmpError, QmpEvent
+from .qmp import QmpError
+from .qmp_event import QmpEvent
 from .reasons import Cause
 from .record import Record
 from .report import rules_json

@@ -23,6 +23,8 @@ from qemu.qmp.events import EventListener
 from qemu.qmp.protocol import Runstate
 from qemu.qmp.qmp_client import ExecuteError
 
+from .qmp_event import QmpEvent, read
+
 log = logging.getLogger("colo_xdp.qmp")
 
 #: x-checkpoint-delay: an hour, so that checkpoints happen on request only.
@@ -41,16 +43,6 @@ class QemuInfo:
     version: tuple[int, int, int]
     kvm: bool
     status: str
-
-
-@dataclass(frozen=True, slots=True)
-class QmpEvent:
-    """An event; `ts_ns` is QEMU's own timestamp as CLOCK_MONOTONIC, `seen_ns` when we read it."""
-
-    name: str
-    data: dict[str, Any]
-    ts_ns: int
-    seen_ns: int
 
 
 def realtime_offset_ns() -> int:
@@ -119,11 +111,11 @@ class Qmp:
 
     def _dispatch(self, msg: Any) -> bool:
         """Called in the order of the wire, before any later reply is. Keeps nothing queued."""
-        now = time.monotonic_ns()
-        ts = msg["timestamp"]
-        real = ts["seconds"] * 1_000_000_000 + ts["microseconds"] * 1000
-        event = QmpEvent(msg["event"], msg.get("data") or {}, real - realtime_offset_ns(), now)
-        self._on_event(event)
+        event = read(msg, realtime_offset_ns(), time.monotonic_ns())
+        if event is None:
+            log.warning("%s: an event without a name: %.200s", self.name, msg)
+        else:
+            self._on_event(event)
         return False
 
     async def _watch_close(self, client: QMPClient) -> None:

@@ -24,7 +24,8 @@ from .controller import TICK_S, Controller
 from .datapath import DataPath
 from .failover import Action, Role, State
 from .flowtable import FlowTable
-from .qmp import QmpError, QmpEvent
+from .qmp import QmpError
+from .qmp_event import QmpEvent
 from .ring import Event
 
 log = logging.getLogger("colo_xdp.secondary")

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from colo_xdp import abi, wire
 from colo_xdp.abi import Mode, Source
-from colo_xdp.qmp import QemuInfo, QmpError, QmpEvent
+from colo_xdp.qmp import QemuInfo, QmpError
+from colo_xdp.qmp_event import QmpEvent
 from colo_xdp.rewrite import Flow, Rewriter
 from colo_xdp.ring import Event
 

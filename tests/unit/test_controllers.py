@@ -16,7 +16,7 @@ from colo_xdp.abi import Mode, Source
 from colo_xdp.config import load
 from colo_xdp.failover import State
 from colo_xdp.primary import Checkpoint, Primary
-from colo_xdp.qmp import QmpEvent
+from colo_xdp.qmp_event import QmpEvent
 from colo_xdp.reasons import Cause
 from colo_xdp.ring import Event
 from colo_xdp.secondary import Secondary

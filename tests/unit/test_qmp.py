@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from colo_xdp.qmp import QemuInfo, Qmp, QmpError, QmpEvent, probe, refusal
+from colo_xdp.qmp import QemuInfo, Qmp, QmpError, probe, refusal
+from colo_xdp.qmp_event import QmpEvent
 
 VERSION = {"qemu": {"major": 7, "minor": 2, "micro": 22}, "package": ""}
 

@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What is fuzzed: each function takes any bytes and raises only if the product is wrong.
+
+Each has its corpus in corpus/NAME: small inputs that a fuzzer begins with, and what it has
+found (`make fuzz TARGET=packet`).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable
+
+from colo_xdp import qmp_event, rewrite, wire
+from colo_xdp.compare import Engine
+from colo_xdp.config import ConfigError, as_toml, parse
+from colo_xdp.limits import Limits
+from colo_xdp.packet import parse as parse_packet
+from colo_xdp.packet import tcp_options
+from colo_xdp.pcap import PcapError, read
+from colo_xdp.policy import Policy
+from colo_xdp.record import Record
+
+TARGETS: dict[str, Callable[[bytes], None]] = {}
+
+
+def target(f: Callable[[bytes], None]) -> Callable[[bytes], None]:
+    TARGETS[f.__name__] = f
+    return f
+
+
+@target
+def packet(data: bytes) -> None:
+    """Both parsers and the rewriter on one frame."""
+    p = parse_packet(data)
+    assert 0 <= p.off <= p.end <= len(data)
+    if p.proto == 6 and p.l4 < p.off:
+        tcp_options(p)
+    for way in (rewrite.Rewriter().to_svm, rewrite.Rewriter().from_svm):
+        out, _ = way(data)
+        assert len(out) == len(data)
+
+
+def frames(data: bytes) -> list[tuple[int, bytes]]:
+    """A script: a byte that says who, two of length, the frame."""
+    out = []
+    while len(data) > 3:
+        n = int.from_bytes(data[1:3], "big") % 1600
+        out.append((data[0], data[3 : 3 + n]))
+        data = data[3 + n :]
+    return out
+
+
+@target
+def engine(data: bytes) -> None:
+    """Frames of both guests, time and checkpoints, with small limits."""
+    limits = Limits(
+        compare_timeout_ns=10**6, max_queue_size=6, max_held_bytes=4000, max_flows=5,
+        max_stream_bytes=3000, history_bytes=600, history_total=2000,
+    )  # fmt: skip
+    released: list[bytes] = []
+    pvm: list[bytes] = []
+    e = Engine(
+        limits, Policy(), lambda rec: released.append(rec.frame),
+        request_checkpoint=lambda d: None, on_wait=lambda ns: None,
+    )  # fmt: skip
+    now = 10**9
+    for who, frame in frames(data):
+        now += 10**5
+        kind = who & 7
+        if kind < 3:
+            pvm.append(frame)
+            e.from_pvm(Record(frame, now, gso_size=who & 0x80 and 500), now)
+        elif kind < 6:
+            e.from_svm(Record(frame, now), (e.epoch + (who >> 6 & 1)) & 0xFFF, now)
+        elif kind == 6:
+            e.tick(now)
+        else:
+            e.begin_checkpoint()
+            e.commit_checkpoint(now - 10**5, e.epoch + 1, now)
+        e.flush(now)
+        assert e.held_packets >= 0 and e.held_bytes >= 0 and e.svm_packets >= 0
+    e.release_all()
+    assert e.held_packets == 0
+
+
+@target
+def peer(data: bytes) -> None:
+    """A line of the control channel."""
+    try:
+        msg = wire.decode(data)
+    except wire.WireError as e:
+        assert str(e)
+        return
+    kind = msg.pop("type")
+    assert wire.decode(wire.encode(kind, **msg)) == {"type": kind, **msg}
+
+
+@target
+def qmp(data: bytes) -> None:
+    """An event of QEMU."""
+    try:
+        msg = json.loads(data)
+    except (ValueError, RecursionError):
+        return
+    e = qmp_event.read(msg, 10**18, 10**12)
+    assert e is None or (e.name and isinstance(e.ts_ns, int) and isinstance(e.data, dict))
+
+
+@target
+def config(data: bytes) -> None:
+    """A configuration file: errors by name, and what is good reads the same again."""
+    try:
+        text = data.decode()
+    except UnicodeDecodeError:
+        return
+    try:
+        c = parse(text)
+    except ConfigError as e:
+        assert e.errors and all(e.errors)
+        return
+    assert as_toml(parse(as_toml(c))) == as_toml(c)
+
+
+@target
+def capture(data: bytes) -> None:
+    """A capture file."""
+    with tempfile.NamedTemporaryFile(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as f:
+        f.write(data)
+        f.flush()
+        try:
+            for n, _ in enumerate(read(f.name)):
+                if n > 1000:
+                    break
+        except PcapError as e:
+            assert f.name in str(e)
