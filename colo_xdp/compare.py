@@ -396,7 +396,11 @@ class Engine:
         self._on_wait(now_ns - rec.ts_ns)
         if rec.sent:
             return
-        for part in rec.parts or (rec,):
+        if not rec.parts:
+            self._n_released += 1
+            self._release(rec)
+            return
+        for part in rec.parts:
             if not part.sent:
                 self._n_released += 1
                 self._release(part)

@@ -69,6 +69,7 @@ class Packet:
     seq: int = 0
     ack: int = 0
     flags: int = 0
+    window: int = 0  # the field, not scaled
     l3: int = 14
     l4: int = 34
     proto: int = 6  # IP protocol; 0 if not IP
@@ -92,10 +93,10 @@ class TcpOptions:
 
 # ethertype, version/IHL, total length, fragment word, protocol, addresses and ports
 # (the flow key), seq, ack, data offset, flags
-_V4_TCP = struct.Struct("!12xHBxHxxHxBxx12sIIBB")
+_V4_TCP = struct.Struct("!12xHBxHxxHxBxx12sIIBBH")
 _V4 = struct.Struct("!BxHxxHxBxx8s")
 _V6 = struct.Struct("!IHBx32s")
-_TCP = struct.Struct("!4sIIBB")
+_TCP = struct.Struct("!4sIIBBH")
 _OPT_TS = struct.Struct("!II")
 _TPIDS = frozenset((0x8100, 0x88A8, 0x9100))
 _HOP, _ROUTING, _FRAG, _AH, _DEST = 0, 43, 44, 51, 60
@@ -110,12 +111,12 @@ def parse(frame: bytes) -> Packet:
     """Parse a frame that a guest sent. Never raises."""
     size = len(frame)
     if size >= 54:
-        et, vihl, total, frag, proto, key, seq, ack, doff, flags = _V4_TCP.unpack_from(frame)
+        et, vihl, total, frag, proto, key, seq, ack, doff, flags, win = _V4_TCP.unpack_from(frame)
         if vihl == 0x45 and proto == 6 and et == 0x0800 and not frag & 0x3FFF:
             off = 34 + (doff >> 2 & 0x3C)
             end = 14 + total
             if 54 <= off <= end <= size:
-                return Packet(_K_TCP, frame, key, off, end, seq, ack, flags)
+                return Packet(_K_TCP, frame, key, off, end, seq, ack, flags, win)
     return _parse_any(frame)
 
 
@@ -213,11 +214,12 @@ def _parse_l4(
     if proto == 6:
         if end < l4 + 20:
             return _opaque(frame, "truncated_tcp")
-        ports, seq, ack, doff, flags = _TCP.unpack_from(frame, l4)
+        ports, seq, ack, doff, flags, win = _TCP.unpack_from(frame, l4)
         off = l4 + (doff >> 2 & 0x3C)
         if not l4 + 20 <= off <= end:
             return _opaque(frame, "bad_data_offset")
-        return Packet(Kind.TCP, frame, addrs + ports + tags, off, end, seq, ack, flags, l3, l4)
+        key = addrs + ports + tags
+        return Packet(Kind.TCP, frame, key, off, end, seq, ack, flags, win, l3, l4)
     if proto == 17:
         if end < l4 + 8:
             return _opaque(frame, "truncated_udp")

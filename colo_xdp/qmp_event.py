@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +25,7 @@ def read(msg: Any, offset_ns: int, seen_ns: int) -> QmpEvent | None:
     no usable time gets one in the future, which nobody takes for true: STOP then counts as
     early, RESUME as late, as they may.
     """
-    name = msg.get("event") if isinstance(msg, dict) else None
+    name = msg.get("event") if isinstance(msg, Mapping) else None
     if not isinstance(name, str) or not name:
         return None
     ts, ts_ns = msg.get("timestamp"), seen_ns + 1

@@ -52,11 +52,6 @@ def _part(rec: Record, p: Packet, start: int, stop: int, *, first: bool) -> Reco
     return replace(rec, frame=bytes(head) + body, gso_size=gso, parts=())
 
 
-def window(p: Packet) -> int:
-    """The window field of a TCP frame, not scaled."""
-    return p.frame[p.l4 + 14] << 8 | p.frame[p.l4 + 15]
-
-
 def with_window(rec: Record, p: Packet, value: int) -> Record:
     """The frame with another window field; the checksum follows by RFC 1624, eqn. 3."""
     frame = bytearray(rec.frame)
@@ -64,7 +59,7 @@ def with_window(rec: Record, p: Packet, value: int) -> Record:
     struct.pack_into("!H", frame, at, value)
     if not rec.partial:  # a partial one covers the pseudo header only
         (old,) = struct.unpack_from("!H", rec.frame, p.l4 + 16)
-        total = (0xFFFF & ~old) + (0xFFFF & ~window(p)) + value
+        total = (0xFFFF & ~old) + (0xFFFF & ~p.window) + value
         total = (total & 0xFFFF) + (total >> 16)
         total = (total & 0xFFFF) + (total >> 16)
         struct.pack_into("!H", frame, p.l4 + 16, 0xFFFF & ~total)

@@ -195,7 +195,7 @@ class Twin(ABC):
         flags = p.flags
         if flags & (SYN | RST):
             self._svm_control(p, now_ns)
-        elif self._foreign(p.seq):
+        elif p.seq != self.send and self._foreign(p.seq):
             # Late, and of an earlier connection on these ports: its ack, its window and its FIN
             # would be read in the numbers of this one.
             self.host.count("svm_out_of_window")
@@ -212,7 +212,8 @@ class Twin(ABC):
                 self._svm_fin((p.seq + p.end - p.off) & MASK, now_ns)
         if self.held:
             self.pump(now_ns)
-        if not self.held and (update := self.windows.update(self.base)) is not None:
+        windows = self.windows
+        if windows.shrunk and not self.held and (update := windows.update(self.base)) is not None:
             self.host.count("window_updates")
             update.ts_ns = now_ns  # made now: nothing has waited
             self.host.emit(update, now_ns)

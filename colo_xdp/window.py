@@ -9,10 +9,10 @@ back). Edges are sequence numbers of the client's stream.
 
 from __future__ import annotations
 
-from ._seq import MASK, diff, later
+from ._seq import HALF, MASK, diff, later
 from .packet import ACK, RST, SYN, Packet, tcp_options
 from .record import Record
-from .segment import bare_ack, window, with_window
+from .segment import bare_ack, with_window
 
 #: the client is told of a window that has grown by so many bytes since the last frame it got
 _UPDATE = 4 * 1448
@@ -28,7 +28,15 @@ class WindowGate:
     """
 
     __slots__ = (
-        "_advertised", "_edge", "_offer", "_offered", "_seen", "_shift", "_shrunk", "_syn", "_told",
+        "_advertised",
+        "_edge",
+        "_offer",
+        "_offered",
+        "_seen",
+        "_shift",
+        "_syn",
+        "_told",
+        "shrunk",
     )  # fmt: skip
 
     def __init__(self) -> None:
@@ -37,7 +45,7 @@ class WindowGate:
         self._offered: int | None = None  # right edge that the PVM has offered
         self._edge: int | None = None  # as far as the SVM honours it
         self._advertised: int | None = None  # as the client has been told
-        self._shrunk: tuple[Record, Packet] | None = None  # the last frame, if it was cut
+        self.shrunk: tuple[Record, Packet] | None = None  # the last frame, if it was cut
         # with no scale: (ack, window field) that the PVM has offered last, the SVM honours; as told
         self._offer: tuple[int, int] | None = None
         self._seen: tuple[int, int] | None = None
@@ -47,10 +55,10 @@ class WindowGate:
         """A new incarnation of the connection. `twin`: the SVM's SYN, None if a checkpoint
         contains ours. Windows of SYNs are not scaled (RFC 7323 2.2)."""
         self._shift = tcp_options(syn).wscale or 0
-        self._offered = self._edge = self._advertised = self._shrunk = None
-        self._syn = window(syn) if twin is None else min(window(syn), window(twin))
+        self._offered = self._edge = self._advertised = self.shrunk = None
+        self._syn = syn.window if twin is None else min(syn.window, twin.window)
         if syn.flags & ACK:
-            self._offered = (syn.ack + window(syn)) & MASK
+            self._offered = (syn.ack + syn.window) & MASK
             self._edge = (syn.ack + self._syn) & MASK
 
     def new_epoch(self) -> None:
@@ -60,78 +68,85 @@ class WindowGate:
     def commit(self, p: Packet) -> None:
         """A frame that a checkpoint contains leaves as it is: the SVM will honour it."""
         if self._shift is None:
-            self._offer = self._seen = (p.ack, window(p))
-            self._shrunk = None
+            self._offer = self._seen = (p.ack, p.window)
+            self.shrunk = None
         elif p.flags & (ACK | SYN) == ACK:
-            edge = (p.ack + (window(p) << self._shift)) & MASK
+            edge = (p.ack + (p.window << self._shift)) & MASK
             self._offered = later(self._offered, edge)
             self._edge = later(self._edge, edge)
             self._advertised = later(self._advertised, edge)
-            self._shrunk = None
+            self.shrunk = None
 
     def svm(self, p: Packet) -> None:
         """A frame of the SVM that carries an ACK."""
-        if self._shift is not None:
-            self._edge = later(self._edge, (p.ack + (window(p) << self._shift)) & MASK)
+        shift, edge = self._shift, self._edge
+        if shift is not None:
+            new = (p.ack + (p.window << shift)) & MASK
+            if edge is None or 0 < (new - edge) & MASK < HALF:
+                self._edge = new
         elif self._seen is None or diff(p.ack, self._seen[0]) >= 0:
-            self._seen = (p.ack, window(p))
+            self._seen = (p.ack, p.window)
 
     def limit(self, rec: Record, p: Packet) -> tuple[Record, bool]:
         """A frame about to leave, and whether its window had to be cut."""
         shift = self._shift
         if shift is None or p.flags & (ACK | SYN | RST) != ACK:
-            if p.flags & SYN and window(p) > self._syn:
+            if p.flags & SYN and p.window > self._syn:
                 return with_window(rec, p, self._syn), True
             if shift is None and p.flags & (ACK | SYN | RST) == ACK:
                 return self._limit_unscaled(rec, p)
             return rec, False
-        offered = (p.ack + (window(p) << shift)) & MASK
-        self._offered = later(self._offered, offered)
-        self._shrunk = None
+        offered = (p.ack + (p.window << shift)) & MASK
+        last = self._offered
+        if last is None or 0 < (offered - last) & MASK < HALF:
+            self._offered = offered
+        self.shrunk = None
         edge, cut = self._edge, False
         if edge is not None and (over := diff(offered, edge)) > 0:
             allowed = max(0, diff(edge, p.ack)) >> shift
-            if allowed < window(p):
-                self._shrunk = (rec, p)
+            if allowed < p.window:
+                self.shrunk = (rec, p)
                 rec, cut = with_window(rec, p, allowed), True
                 offered = (offered - over) & MASK
-        self._advertised = later(self._advertised, offered)
+        last = self._advertised
+        if last is None or 0 < (offered - last) & MASK < HALF:
+            self._advertised = offered
         return rec, cut
 
     def _limit_unscaled(self, rec: Record, p: Packet) -> tuple[Record, bool]:
-        self._shrunk = None
-        self._offer, self._told = (p.ack, window(p)), window(p)
+        self.shrunk = None
+        self._offer, self._told = (p.ack, p.window), p.window
         seen = self._seen
-        if seen is None or diff(seen[0], p.ack) < 0 or window(p) <= seen[1]:
+        if seen is None or diff(seen[0], p.ack) < 0 or p.window <= seen[1]:
             return rec, False
-        self._shrunk, self._told = (rec, p), seen[1]
+        self.shrunk, self._told = (rec, p), seen[1]
         return with_window(rec, p, seen[1]), True
 
     def _update_unscaled(self, base: int | None) -> Record | None:
-        if self._shrunk is None or self._seen is None:
+        if self.shrunk is None or self._seen is None:
             return None
-        rec, p = self._shrunk
-        value = min(window(p), self._seen[1])
-        if value < 2 * self._told + 1 and (value < window(p) or value == self._told):
+        rec, p = self.shrunk
+        value = min(p.window, self._seen[1])
+        if value < 2 * self._told + 1 and (value < p.window or value == self._told):
             return None
         self._told = value
-        if value == window(p):
-            self._shrunk = None
+        if value == p.window:
+            self.shrunk = None
         return bare_ack(rec, p, p.seq if base is None else base, value)
 
     def update(self, base: int | None) -> Record | None:
         """A bare ACK at sequence number `base`, if the client should be told of more room."""
         if self._shift is None:
             return self._update_unscaled(base)
-        if self._shrunk is None or self._edge is None or self._advertised is None:
+        if self.shrunk is None or self._edge is None or self._advertised is None:
             return None
-        rec, p = self._shrunk
+        rec, p = self.shrunk
         assert self._shift is not None
         told = diff(self._advertised, p.ack)
         if diff(self._edge, self._advertised) < (_UPDATE if told > _UPDATE else 1448):
             return None
-        value = min(window(p), diff(self._edge, p.ack) >> self._shift)
+        value = min(p.window, diff(self._edge, p.ack) >> self._shift)
         self._advertised = (p.ack + (value << self._shift)) & MASK
-        if value == window(p):
-            self._shrunk = None
+        if value == p.window:
+            self.shrunk = None
         return bare_ack(rec, p, p.seq if base is None else base, value)

@@ -18,7 +18,9 @@ FOUND = HERE.parents[1] / "build" / "fuzz"
 
 def main() -> None:
     """Run until the arguments say stop."""
-    with atheris.instrument_imports(include=["colo_xdp", "tests.fuzz.targets"]):
+    with atheris.instrument_imports(
+        include=["colo_xdp", "tests.fuzz.targets", "tomllib", "scapy.utils"]
+    ):
         from tests.fuzz.targets import TARGETS
     name, *rest = sys.argv[1:] or [""]
     if name not in TARGETS:

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from colo_xdp import segment
 from colo_xdp.compare import Engine, Limits, Policy, Record
 from colo_xdp.journal import Divergence
 from colo_xdp.packet import parse
@@ -329,7 +328,7 @@ class Windows:
             l4 = rec.frame[p.l4 : p.end]
             pseudo = rec.frame[p.l3 + 12 : p.l3 + 20] + struct.pack("!HH", 6, len(l4))
             assert checksum(pseudo + l4 + b"\0" * (len(l4) % 2)) == 0xFFFF
-        self.left.append((p.ack, segment.window(p) << 7, rec.frame[p.off : p.end]))
+        self.left.append((p.ack, p.window << 7, rec.frame[p.off : p.end]))
 
     def send(self, pvm: bool, pos: int, data: bytes = b"", **kw: Any) -> None:
         self.now += 1
