@@ -42,6 +42,7 @@ enum colo_cfg {
 	CFG_CONTROLLER_NS = 5, /* CLOCK_MONOTONIC of the controller's last sign of life */
 	CFG_LOSS_NS = 6,       /* the controller is lost after so many ns */
 	CFG_LOSS_POLICY = 7,   /* enum colo_loss_policy */
+	CFG_UNMIRRORED = 8,    /* 1: look into `unmirrored` */
 	CFG_MAX = 16,
 };
 
@@ -85,6 +86,7 @@ enum colo_reason {
 	R_FLOW_TABLE_FULL = 15,	       /* no room to track: goes untranslated, costs a checkpoint */
 	R_HELPER_FAILED = 16,	       /* a kernel helper refused: frame dropped */
 	R_NO_CONFIG = 17,	       /* config slot missing: frame dropped */
+	R_UNMIRRORED = 18,	       /* to the PVM only: the policy says drop-secondary */
 	R_MAX = 20,
 };
 
@@ -122,6 +124,12 @@ struct colo_flow_key {
 	__be16 guest_port;
 	__be16 client_port;
 	__be32 vlan; /* TCIs of up to two tags, outer << 16 | inner, VID bits only, host order */
+};
+
+/* A flow whose clients' frames the SVM does not get. */
+struct colo_unmirrored_key {
+	struct colo_flow_key ends;
+	__u32 proto;
 };
 
 /* Bits of colo_flow.have: what the guest's segments have told. */

@@ -9,6 +9,10 @@
 #define COLO_MAX_FLOWS 65536 /* tracked connections at S; about 150 bytes each, preallocated */
 #endif
 
+#ifndef COLO_MAX_UNMIRRORED
+#define COLO_MAX_UNMIRRORED 16384 /* flows under drop-secondary rules; about 130 bytes each */
+#endif
+
 #ifndef COLO_RING_PAGES
 #define COLO_RING_PAGES 8192 /* event ring, 4 KiB pages, power of two: 32 MiB; never swapped */
 #endif

@@ -25,6 +25,29 @@ static __always_inline int finish(u32 prog, u32 reason, u32 len, int verdict)
 	return verdict;
 }
 
+/* value: 1. Writer: controller, as flows fall under a drop-secondary rule. Reader: pvm_in. When
+ * it is full the least used one is mirrored again, and the SVM's answers end in the controller. */
+BPF_TABLE_PINNED("lru_hash", struct colo_unmirrored_key, u64, unmirrored, COLO_MAX_UNMIRRORED,
+		 PIN_DIR "/unmirrored");
+
+static __always_inline int is_unmirrored(struct __sk_buff *skb)
+{
+	struct colo_unmirrored_key key = {};
+	struct pkt p = {};
+	__be16 ports[2];
+
+	if (parse_skb(skb, &p) || p.frag || (p.l4_proto != PROTO_TCP && p.l4_proto != PROTO_UDP) ||
+	    bpf_skb_load_bytes(skb, p.l4_off, ports, sizeof(ports)))
+		return 0;
+	__builtin_memcpy(key.ends.guest, p.dst, 16);
+	__builtin_memcpy(key.ends.client, p.src, 16);
+	key.ends.guest_port = ports[1];
+	key.ends.client_port = ports[0];
+	key.ends.vlan = p.vlan;
+	key.proto = p.l4_proto;
+	return unmirrored.lookup(&key) != 0;
+}
+
 int pvm_in(struct __sk_buff *skb)
 {
 	u32 len = skb->len, reason = R_PASSED;
@@ -34,7 +57,11 @@ int pvm_in(struct __sk_buff *skb)
 	u16 tci = COLO_KIND_MIRROR << COLO_KIND_SHIFT | (epoch & COLO_EPOCH_MASK);
 	int verdict = TC_ACT_OK;
 
-	if (mode == MODE_RUN || mode == MODE_CHECKPOINT) {
+	if (mode != MODE_RUN && mode != MODE_CHECKPOINT) {
+		reason = R_PASSED;
+	} else if (cfg(CFG_UNMIRRORED) && is_unmirrored(skb)) {
+		reason = R_UNMIRRORED;
+	} else {
 		/*
 		 * The tag is put on before the clone and taken off after it, since a
 		 * clone cannot be changed once it is on its way. If taking it off

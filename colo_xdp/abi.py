@@ -42,6 +42,7 @@ class Cfg(IntEnum):
     CONTROLLER_NS = 5
     LOSS_NS = 6
     LOSS_POLICY = 7
+    UNMIRRORED = 8
     MAX = 16
 
 
@@ -89,6 +90,7 @@ class Reason(IntEnum):
     FLOW_TABLE_FULL = 15
     HELPER_FAILED = 16
     NO_CONFIG = 17
+    UNMIRRORED = 18
     MAX = 20
 
 
@@ -109,6 +111,9 @@ EVENT = struct.Struct("=QIIHHHBB")
 COUNT = struct.Struct("=QQ")
 #: struct colo_flow_key: guest, client (network order), ports (network order), vlan (host order)
 FLOW_KEY = struct.Struct("=16s16s2s2sI")
+
+#: struct colo_unmirrored_key: a flow key and the protocol
+UNMIRRORED_KEY = struct.Struct("=16s16s2s2sII")
 #: struct colo_flow: seen_ns, epoch, off, tsoff, isn_p, isn_s, ts_p, ts_s, fin_guest, fin_client,
 #: state, have, have_client, pad, isn_c, pad2
 FLOW = struct.Struct("=QIIIIIIIIIBBBBII")

@@ -45,6 +45,8 @@ class Engine:
     epoch. on_wait(ns) gets the time from capture to release of each frame; in shadow
     mode the time that it would have waited. on_divergence gets every difference, also
     those that ask for nothing (one is asked for already, the flow is only watched).
+    unmirror(key) gets the flows (struct colo_unmirrored_key) whose clients' frames the SVM
+    is not to have, None when there is none any more.
     """
 
     def __init__(
@@ -56,10 +58,11 @@ class Engine:
         request_checkpoint: Callable[[Divergence], None],
         on_wait: Callable[[int], None],
         on_divergence: Callable[[Divergence], None] = lambda d: None,
+        unmirror: Callable[[bytes | None], None] = lambda key: None,
     ) -> None:
         self.limits = limits
         self._release, self._request, self._on_wait = release, request_checkpoint, on_wait
-        self._on_divergence = on_divergence
+        self._on_divergence, self.unmirror = on_divergence, unmirror
         self._next_policy: Policy | None = None  # in force from the next epoch on
         self.shadow = False  # hold nothing: every frame leaves at once and is compared behind
         self.epoch = 0

@@ -178,6 +178,18 @@ class DataPath:
         """Tell the programs that the controller lives."""
         self._write(Cfg.CONTROLLER_NS, time.monotonic_ns())
 
+    def unmirror(self, key: bytes | None) -> None:
+        """The SVM gets no more frames of this flow (struct colo_unmirrored_key); None: of every
+        flow again."""
+        table = self.objects.map("unmirrored")
+        if key is None:
+            self._write(Cfg.UNMIRRORED, 0)
+            for old in list(table.keys()):
+                table.delete(old)
+        else:
+            table.set(key, _U64.pack(1))
+            self._write(Cfg.UNMIRRORED, 1)
+
     def drain(self, sink: Callable[[Event], None], limit: int = 1 << 30) -> int:
         """Events that wait now, in order."""
         return self.reader.drain(sink, limit)

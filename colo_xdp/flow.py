@@ -14,6 +14,8 @@ from __future__ import annotations
 
 from ipaddress import IPv4Address, IPv6Address
 
+from .abi import UNMIRRORED_KEY
+
 #: hashable identity of a flow
 FlowKey = bytes
 
@@ -46,6 +48,27 @@ def _ends(raw: bytes, size: int, ports: bytes = b"") -> str:
 def _vlan(tags: bytes) -> str:
     ids = [int.from_bytes(tags[i + 2 : i + 4], "big") & 0xFFF for i in range(0, len(tags), 4)]
     return "".join(f" vlan {i}" for i in ids)
+
+
+def unmirrored_key(key: FlowKey, tcp: bool) -> bytes | None:
+    """struct colo_unmirrored_key of a TCP or UDP flow; None for any other."""
+    if not tcp:
+        if key[0] != UDP:
+            return None
+        tags = key[len(key) - 4 * key[2] :]
+        ends = key[3 : len(key) - len(tags)]
+    else:
+        size = 12 if len(key) < 36 else 36
+        ends, tags = key[:size], key[size:]
+    half = (len(ends) - 4) // 2
+    mapped = b"" if half == 16 else bytes(10) + b"\xff\xff"
+    vlan = 0
+    for at in range(0, len(tags), 4):
+        vlan = (vlan << 16 | int.from_bytes(tags[at + 2 : at + 4], "big") & 0xFFF) & 0xFFFFFFFF
+    return UNMIRRORED_KEY.pack(
+        mapped + ends[:half], mapped + ends[half : 2 * half],
+        ends[2 * half : 2 * half + 2], ends[2 * half + 2 :], vlan, 6 if tcp else 17,
+    )  # fmt: skip
 
 
 def describe_tcp(key: FlowKey) -> str:

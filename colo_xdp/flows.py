@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from heapq import heappop, heappush
 from itertools import count
@@ -10,7 +11,7 @@ from typing import Protocol
 
 from .comparer import Comparer, Flow, Host
 from .datagram import DatagramFlow
-from .flow import FlowKey, describe_datagram, describe_tcp
+from .flow import FlowKey, describe_datagram, describe_tcp, unmirrored_key
 from .limits import Limits
 from .packet import Kind, Packet
 from .policy import Action, Policy, subject
@@ -27,6 +28,7 @@ class Engine(Host, Protocol):
     """What the table needs of the engine."""
 
     now: int
+    unmirror: Callable[[bytes | None], None]
 
     def ask(self, cause: Cause, flow: Flow | str, evidence: Evidence = NO_EVIDENCE) -> None: ...
     def drop_history(self, stream: Stream) -> None: ...
@@ -72,6 +74,7 @@ class Flows:
     def enforce(self, policy: Policy, epoch: int) -> None:
         """New rules begin with an epoch, when nothing waits. Each flow is judged when next seen."""
         self.policy, self._policy_epoch = policy, epoch
+        self._host.unmirror(None)
         for table in (self.tcp, self.datagram):
             for flow in table.values():
                 flow.new_epoch(epoch)
@@ -105,6 +108,8 @@ class Flows:
         kind: type[Stream] | type[DatagramFlow] = Stream if p.kind is _TCP else DatagramFlow
         if verdict.action is Action.COMPARE:
             return kind(self._host, p.key, self._host.epoch, verdict, what.direction)
+        if verdict.action is Action.DROP_SECONDARY:
+            self._unmirror(p)
         text = (describe_tcp if p.kind is _TCP else describe_datagram)(p.key)
         if verdict.action is Action.MIRROR_ONLY:
             watched = Watched(self._host, p.key, self._host.epoch, verdict, what.direction, text)
@@ -112,6 +117,11 @@ class Flows:
             watched.inner = kind(host, p.key, self._host.epoch, verdict, what.direction)
             return watched
         return Passed(self._host, p.key, self._host.epoch, verdict, what.direction, text)
+
+    def _unmirror(self, p: Packet) -> None:
+        key = unmirrored_key(p.key, p.kind is _TCP)
+        if key is not None:
+            self._host.unmirror(key)
 
     def renew(self, table: dict[FlowKey, Comparer], flow: Comparer, p: Packet) -> Comparer:
         """The flow's first frame in this epoch: new rules may have come with it."""
@@ -126,6 +136,8 @@ class Flows:
             if verdict.rule != flow.verdict.rule:
                 self.rules[verdict.rule].flows += 1
             flow.verdict = verdict
+            if verdict.action is Action.DROP_SECONDARY:
+                self._unmirror(p)
         flow.new_epoch(self._host.epoch)
         return flow
 

@@ -42,6 +42,7 @@ _PINNED_SHAPES = {
     "counters": (4, abi.COUNT.size),
     "flows": (abi.FLOW_KEY.size, abi.FLOW.size),
     "transitions": (4, 4),
+    "unmirrored": (abi.UNMIRRORED_KEY.size, 8),
 }
 
 

@@ -92,6 +92,7 @@ class Primary(Controller):
             ),
             on_wait=self._on_wait,
             on_divergence=lambda d: self.journal.divergence(d, time.time()),
+            unmirror=datapath.unmirror,
         )
         self.journal = Journal()
         self.engine.epoch = datapath.epoch
@@ -109,6 +110,7 @@ class Primary(Controller):
         self.last_checkpoint: dict[str, Any] = {}
         self.waits = [0] * (len(WAIT_BUCKETS) + 1)
         self.wait_sum = 0.0
+        datapath.unmirror(None)  # what a former controller's rules said
         if datapath.adopted and datapath.mode in (Mode.RUN, Mode.CHECKPOINT):
             # A former controller held frames that are lost with it; only a checkpoint
             # makes both sides equal again. Until then nothing is decided.

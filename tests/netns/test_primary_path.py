@@ -16,7 +16,9 @@ from colo_xdp import abi, attach, cleanup
 from colo_xdp.abi import Mode
 from colo_xdp.config import Config, load
 from colo_xdp.datapath import DataPath
+from colo_xdp.flow import unmirrored_key
 from colo_xdp.inject import vnet_header
+from colo_xdp.packet import Kind, parse
 from colo_xdp.ring import Event
 from tests.netns.conftest import Net, Sniffer, Tap, inside, sh
 from tests.netns.frames import CLIENT_MAC, GUEST_MAC, tcp, udp
@@ -161,6 +163,37 @@ def test_mirror_carries_kind_and_epoch(net: Net, path: DataPath, guest: Tap) -> 
         assert got is not None
         assert got[1] == tag(abi.KIND_MIRROR, 6, frame)
     assert count(path, "pvm_in", "mirrored") >= 2
+
+
+def test_drop_secondary_keeps_a_flow_from_the_svm_and_no_other(
+    net: Net, path: DataPath, guest: Tap
+) -> None:
+    path.mode = Mode.RUN
+    peer = Sniffer(net.other, "peer0")
+    dns = udp(b"answer")
+    asked = dns[6:12] + dns[:6] + dns[12:26] + dns[30:34] + dns[26:30] + dns[36:38] + dns[34:36]
+    flows = [
+        (tcp(b"a"), tcp(b"a", reverse=True)),
+        (tcp(b"b", v6=True), tcp(b"b", reverse=True, v6=True)),
+        (tcp(b"c", vlan=9), tcp(b"c", reverse=True, vlan=9)),
+        (dns, asked + dns[38:]),
+    ]
+    for out, _ in flows:
+        p = parse(out)
+        key = unmirrored_key(p.key, p.kind is Kind.TCP)
+        assert key is not None
+        path.unmirror(key)
+    last = tcp(b"last", reverse=True, vlan=8)
+    for frame in (*(back for _, back in flows), last):
+        from_client(net, frame)
+        assert guest.recv(lambda f, want=frame: f == want), "the PVM gets all of them"
+    got = peer.wait(lambda f: CLIENT_MAC in f[6:12])
+    assert got is not None and got[1].endswith(last[16:])  # the first one of ours that is there
+    assert count(path, "pvm_in", "unmirrored") == len(flows)
+    path.unmirror(None)
+    for _, frame in flows:
+        from_client(net, frame)
+        assert peer.wait(lambda f, want=frame: f.endswith(want[16:])) is not None
 
 
 def test_svm_output_is_captured_with_its_epoch_and_reaches_nobody(

@@ -243,6 +243,9 @@ class SimDataPath:
         if not self.dead:
             self._side.beat_ns = self._side.world.ns()
 
+    def unmirror(self, key: bytes | None) -> None:
+        pass
+
     def drain(self, sink: Callable[[Event], None], limit: int = 1 << 30) -> int:
         n = 0
         while self._side.ring and n < limit and not self.dead:

@@ -171,7 +171,7 @@ class World:
         self.was_solo = False
         #: the secondary's controller died inside a checkpoint and QMP does not repeat its events:
         #: until the next one nobody knows which guest runs (ARCHITECTURE, known limits)
-        self.unsure = False
+        self.unsure = self.excused = False
         self.flipped: set[int] = set()  # connections that a guest has damaged
         self.protected = self.shadow = False  # once; the primary holds nothing
         self.entropy_s = random.Random(self.rnd.random())
@@ -273,7 +273,8 @@ class World:
             return
         self.note("%s to the network: %s", side.name, frame)
         self.frames += 1
-        if self.unsure and not side.primary:
+        if (self.unsure or self.shadow) and not side.primary:
+            self.excused = True  # a known limit; or a person took over from shadow, as warned
             raise _Excused
         if self.frames > MAX_FRAMES:
             raise Violation(f"{MAX_FRAMES} frames: guest and client do not understand each other")
@@ -408,6 +409,8 @@ class World:
 
     async def _watch(self, c: Any) -> None:
         await c.finished()
+        if self.excused:
+            raise _Excused
         raise Violation(f"the {c.role.value} controller failed: {c.failures}")
 
     async def _fence(self, side: Side) -> bool:
@@ -626,6 +629,8 @@ class World:
         # where the pair was not held together a person decides
         if side is self.s and self.was_solo:
             return False  # clients know what only the PVM ever said
+        if c.stood_down:
+            return False  # asked to, by a primary that died before it said what it then did
         return not c.shadow and c.state is not State.STARTING
 
     def _check_survivor(self, side: Side) -> None:

@@ -46,9 +46,13 @@ class FakeDataPath:
         )
         self.waiting: list[Event] = []
         self.opened = 0
+        self.unmirrored: set[bytes] = set()
 
     def lost_events(self) -> int:
         return 0
+
+    def unmirror(self, key: bytes | None) -> None:
+        self.unmirrored = set() if key is None else self.unmirrored | {key}
 
     def drain(self, sink: Callable[[Event], None], limit: int = 0) -> int:
         events, self.waiting = self.waiting, []

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import pytest
 
+from colo_xdp.abi import UNMIRRORED_KEY
 from colo_xdp.config import ConfigError, as_toml, load, parse
+from colo_xdp.flow import unmirrored_key
 from colo_xdp.packet import parse as packet
 from colo_xdp.policy import Policy, Rule, subject
 
@@ -131,6 +133,25 @@ def test_shadow_mode_holds_nothing_and_asks_as_often() -> None:
     assert pair.out[-1] == A
     pair.s(A)
     assert pair.e.held_packets == 0 and len(pair.out) == 5
+
+
+def test_flows_under_drop_secondary_are_kept_from_the_svm_until_the_rule_goes() -> None:
+    told: list[bytes | None] = []
+    drop = Policy((rule("drop-secondary", port="80"), rule("drop-secondary", port="53")))
+    pair = Pair(policy=drop)
+    pair.e.unmirror = told.append
+    web, dns = f.tcp(101, 1, b"abc", tags=b"\x81\0\xe0\5"), f.udp(b"x")
+    pair.p(web, web, dns, ARP).is_now([web, web, dns, ARP])
+    keys = [unmirrored_key(packet(x).key, x is web) for x in (web, dns)]
+    assert told == keys and unmirrored_key(packet(ARP).key, False) is None
+    assert keys[0] == UNMIRRORED_KEY.pack(
+        bytes(10) + b"\xff\xff" + web[30:34], bytes(10) + b"\xff\xff" + web[34:38],
+        web[38:40], web[40:42], 5, 6,
+    )  # fmt: skip
+    pair.e.set_policy(Policy(drop.rules[:1]))
+    pair.checkpoint().p(web, dns)
+    assert told == [*keys, None, keys[0]]  # judged anew, and only one of them still falls under it
+    assert pair.e.held_packets == 1
 
 
 TEXT = (EXAMPLES / "primary.toml").read_text()
