@@ -17,7 +17,14 @@ class Capture:
     """Everything that crosses a device, from start() to stop()."""
 
     def __init__(
-        self, procs: Processes, ns: str, dev: str, path: Path, direction: str = "inout"
+        self,
+        procs: Processes,
+        ns: str,
+        dev: str,
+        path: Path,
+        direction: str = "inout",
+        *,
+        whole: bool = False,
     ) -> None:
         self.path = path
         self.dropped = 0  # after stop(): frames that tcpdump was too slow for; no witness then
@@ -25,7 +32,7 @@ class Capture:
         self._log.unlink(missing_ok=True)
         path.unlink(missing_ok=True)
         cmd = ["tcpdump", "-i", dev, "-w", str(path), "-U", "--immediate-mode", "-B", "32768"]
-        cmd += ["--time-stamp-precision=nano", "-s", "128", "-Q", direction]
+        cmd += ["--time-stamp-precision=nano", "-s", "0" if whole else "128", "-Q", direction]
         self._p: subprocess.Popen[bytes] | None = procs.start(cmd, self._log, ns)
         wait_for("listening tcpdump", lambda: b"listening on" in self._log.read_bytes(), 10)
 

@@ -220,9 +220,11 @@ class Lab:
         """Checkpoints of the primary so far."""
         return int(self.status("primary")["checkpoints"]["total"])
 
-    def capture(self, ns: str, dev: str, name: str, direction: str = "inout") -> Capture:
+    def capture(
+        self, ns: str, dev: str, name: str, direction: str = "inout", *, whole: bool = False
+    ) -> Capture:
         """A capture that ends with the lab; direction: in, out, inout as the device sees it."""
-        c = Capture(self.procs, ns, dev, self.work / f"{name}.pcap", direction)
+        c = Capture(self.procs, ns, dev, self.work / f"{name}.pcap", direction, whole=whole)
         self._captures.append(c)
         return c
 

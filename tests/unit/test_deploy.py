@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import configparser
 import json
+import re
 from pathlib import Path
 
 import pytest
 
 from colo_xdp.config import DOCS, load
+from colo_xdp.corpus import load as load_corpus
 
 ROOT = Path(__file__).parents[2]
 
@@ -48,6 +50,20 @@ def test_readme_has_every_key_of_the_config() -> None:
     text = (ROOT / "README.md").read_text()
     for key, meaning in DOCS.items():
         assert f"| `{key}` | {meaning.replace('|', '&#124;')} |" in text, key
+
+
+def test_every_rule_of_the_table_has_its_tests() -> None:
+    text = (ROOT / "ARCHITECTURE.md").read_text()
+    table = text.split("## The rules, case by case")[1].split("\n## ")[0]
+    rows = [line.split("|") for line in table.splitlines() if line.startswith("| ")][1:]
+    assert len(rows) > 30
+    scenarios = {s.name for s in load_corpus()}
+    code = "".join(p.read_text() for p in (ROOT / "tests").rglob("test_*.py"))
+    for row in rows:
+        names = re.findall(r"`([^`]+)`", row[4])
+        assert names, row[1]
+        for name in names:
+            assert name in scenarios or f"def {name}(" in code, f"{row[1]}: {name}"
 
 
 def test_readme_has_every_command() -> None:
