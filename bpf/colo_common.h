@@ -43,6 +43,7 @@ enum colo_cfg {
 	CFG_LOSS_NS = 6,       /* the controller is lost after so many ns */
 	CFG_LOSS_POLICY = 7,   /* enum colo_loss_policy */
 	CFG_UNMIRRORED = 8,    /* 1: look into `unmirrored` */
+	CFG_SHADOW = 9,	       /* user space's: 1 + epoch in which the PVM spoke uncompared */
 	CFG_MAX = 16,
 };
 

@@ -43,6 +43,7 @@ class Cfg(IntEnum):
     LOSS_NS = 6
     LOSS_POLICY = 7
     UNMIRRORED = 8
+    SHADOW = 9
     MAX = 16
 
 

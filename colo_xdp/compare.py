@@ -141,6 +141,8 @@ class Engine:
                 self._send_ahead(rec)
 
     def _send_ahead(self, rec: Record) -> None:
+        if rec.sent:
+            return
         for part in rec.parts or (rec,):
             if not part.sent:
                 self._counters["released_in_shadow"] += 1
@@ -462,9 +464,9 @@ class Engine:
         full = self.max_history + self.max_history // 4
         n = len(stream.hist)
         if n > full:
-            del stream.hist[: n - self.max_history]
-            n = self.max_history
-        cap = min(max(2 * stream.hist_cap, n, 4096), full)
+            stream.hist.trim(self.max_history)
+            n = stream.hist.size
+        cap = max(n, min(max(2 * stream.hist_cap, 4096), full))
         self._history_sum += cap - stream.hist_cap
         stream.hist_cap = cap
         self._history[stream] = None

@@ -226,7 +226,7 @@ class Controller(ABC):
         if kind == "beat":
             self.peer_state, self.peer_epoch = msg["state"], msg["epoch"]
             if self.role is Role.SECONDARY:
-                self.shadow = msg["shadow"]
+                self._shadow_word(msg["shadow"], msg["epoch"])
             if msg["shut"]:
                 self._peer_shut(msg["alone"])
             if msg["echo"]:
@@ -238,6 +238,13 @@ class Controller(ABC):
         self._decide()
 
     _peer_t = 0
+
+    def _shadow_word(self, on: bool, epoch: int) -> None:
+        """Only a later checkpoint ends a shadow: a new primary controller may not know of it."""
+        if on:
+            self.shadow, self.dp.shadowed = True, epoch + 1
+        elif self.shadow and epoch >= self.dp.shadowed:
+            self.shadow, self.dp.shadowed = False, 0
 
     def _peer_shut(self, was_alone: bool) -> None:
         """The peer's data path drops everything: certain silence, its guest alive or not."""

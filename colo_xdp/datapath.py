@@ -174,6 +174,15 @@ class DataPath:
     def epoch(self, epoch: int) -> None:
         self._write(Cfg.EPOCH, epoch)
 
+    @property
+    def shadowed(self) -> int:
+        """1 + the last epoch in which the primary is known to have spoken uncompared; 0: none."""
+        return self._read(Cfg.SHADOW)
+
+    @shadowed.setter
+    def shadowed(self, value: int) -> None:
+        self._write(Cfg.SHADOW, value)
+
     def beat(self) -> None:
         """Tell the programs that the controller lives."""
         self._write(Cfg.CONTROLLER_NS, time.monotonic_ns())

@@ -19,7 +19,8 @@ class Limits:
     max_stream_bytes: int = 4 << 20  # the SVM's bytes ahead, per connection
     max_flows: int = 100_000
     # released bytes kept per connection, plus a quarter of slack: what may be in flight to a client
-    history_bytes: int = 1 << 19
+    # (Linux: net.ipv4.tcp_rmem, 6 MiB)
+    history_bytes: int = 8 << 20
     history_total: int = 64 << 20
     flow_idle_ns: int = 300_000_000_000  # a fifth of it for datagrams and closed connections
     datagram_grace_ns: int = 10_000_000

@@ -362,14 +362,14 @@ class Primary(Controller):
             self.engine.commit_checkpoint(ck.stop_ns, n, time.monotonic_ns())
             self.dp.epoch = n
             self.dp.mode = Mode.RUN
+            if self._leave_shadow:
+                self._leave_shadow = self.shadow = False
             self._beat()  # a secondary that has just entered waits for this word
         except (CheckpointFailed, QmpError) as e:
             self._record(want, ck, (self.engine.held_packets, self.engine.held_bytes), str(e))
             raise
         finally:
             self._ck = None
-        if self._leave_shadow:
-            self._leave_shadow = self.shadow = False
         self._record(want, ck, held)
         self.by_cause[cause] += 1
         self.last_checkpoint = {

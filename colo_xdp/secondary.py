@@ -32,6 +32,7 @@ log = logging.getLogger("colo_xdp.secondary")
 
 SWEEP_S = 5.0
 TAKEOVER_S = 10.0
+IN_COLO = ("colo", "active")  # states of the migration that x-colo-lost-heartbeat ends
 ANNOUNCE_TIMES = (0.0, 0.05, 0.2, 0.45, 0.8)  # seconds after the takeover, as QEMU's own RARPs
 
 
@@ -72,6 +73,7 @@ class Secondary(Controller):
         self._taking_over = False
         self._events: list[QmpEvent] = []  # of QEMU, while taking over
         if datapath.adopted:
+            self.shadow = datapath.shadowed > 0
             if datapath.mode is Mode.TAKEOVER:
                 self.state = State.TAKEN_OVER
                 self.reason = "taken over by a former controller"
@@ -273,7 +275,7 @@ class Secondary(Controller):
             self._events.clear()
         self._ready_wanted, self._taking_over = False, True
         try:
-            if await self.qmp.migration_status() in ("colo", "active"):
+            if await self.qmp.migration_status() in IN_COLO:
                 await self.qmp.lost_heartbeat()
         except QmpError as e:
             log.warning("%s", e)
@@ -281,7 +283,9 @@ class Secondary(Controller):
         status = ""
         while time.monotonic() < end:
             try:
-                status = await self.qmp.status()
+                # In this order: QEMU may load a checkpoint to its end, and run, before it leaves.
+                left = await self.qmp.migration_status() not in IN_COLO
+                status = await self.qmp.status() if left else "leaving COLO"
             except QmpError as e:
                 status = str(e)
             if status == "running":

@@ -262,7 +262,7 @@ class Stream(Twin):
                     i = next(i for i in range(n) if mine[i] != cframe[coff + i])
                     svm = cframe[coff + i : min(coff + i + CONTEXT, cend)]
                     return self._differ(Cause.PAYLOAD_DIFFERS, p, (v + i) & MASK, svm, cframe)
-                hist += mine
+                hist.add(mine)
                 v = ver = self.ver = (ver + n) & MASK
                 if coff + n == cend:
                     chunks.popleft()
@@ -273,13 +273,13 @@ class Stream(Twin):
                 # a retransmission: only what was proven once may leave again
                 o = p.off + ((v - s) & MASK)
                 n = min(-d, p.end - o)
-                h = len(hist) + d
-                if h < 0:
+                if hist.size + d < 0:
                     self.unverifiable = True
                     break
-                if frame[o : o + n] != hist[h : h + n]:
-                    i = next(i for i in range(n) if frame[o + i] != hist[h + i])
-                    svm = bytes(hist[h + i : h + i + CONTEXT])
+                proven = hist.back(-d, n)
+                if frame[o : o + n] != proven:
+                    i = next(i for i in range(n) if frame[o + i] != proven[i])
+                    svm = hist.back(-d - i, CONTEXT)
                     return self._differ(Cause.PAYLOAD_DIFFERS, p, (v + i) & MASK, svm)
                 v = (v + n) & MASK
             else:
@@ -290,7 +290,7 @@ class Stream(Twin):
                 self._take(v)
                 ver = v
         self.head_ok = v
-        if len(hist) > self.hist_cap:
+        if hist.size > self.hist_cap:
             self.host.charge_history(self)
         if v != e and v != s:
             self.host.part_verified(self)
@@ -309,12 +309,9 @@ class Stream(Twin):
         self.chunks.popleft()
         self.host.svm_packets -= 1
         self.ver = self.head_ok = e
-        hist, most = self.hist, self.host.max_history
-        if len(theirs) < most:
-            hist += theirs
-        else:
-            hist[:] = theirs[-most:]
-        if len(hist) > self.hist_cap:
+        hist = self.hist
+        hist.add(theirs)
+        if hist.size > self.hist_cap:
             self.host.charge_history(self)
         return True
 
@@ -330,7 +327,7 @@ class Stream(Twin):
         while need > 0 and self.chunks:
             frame, off, end, at = self.chunks.popleft()
             n = min(need, end - off)
-            self.hist += frame[off : off + n]
+            self.hist.add(frame[off : off + n])
             need -= n
             if off + n < end:
                 self.chunks.appendleft((frame, off + n, end, at))
@@ -410,7 +407,7 @@ class Stream(Twin):
         if self.fin_done is None:
             self.fin_done = f
             if self.ver == f:
-                self.hist += b"\0"  # keeps the history's places; no payload may be there
+                self.hist.add(b"\0")  # keeps the history's places; no payload may be there
                 self.ver = self.send = (f + 1) & MASK
             self.base = (f + 1) & MASK
         if self.sfin == f:
@@ -432,7 +429,7 @@ class Stream(Twin):
         self.rst_done.clear()
         self.unverifiable = False
         self.hist.clear()
-        self.hist += p.frame[p.off : p.end]
+        self.hist.add(p.frame[p.off : p.end])
         self.base = self.ver = (e + 1) & MASK
         self.host.svm_packets -= len(self.chunks)
         self.chunks.clear()
@@ -491,9 +488,9 @@ class Stream(Twin):
             if new > n:  # a frame in between was lost: nothing is known of its bytes
                 self.hist.clear()
                 new = n
-            self.hist += p.frame[p.end - new : p.end]
+            self.hist.add(p.frame[p.end - new : p.end])
             self._forward(e)
-            if len(self.hist) > self.hist_cap:
+            if self.hist.size > self.hist_cap:
                 self.host.charge_history(self)
         if self.base is None or diff(e, self.base) > 0:
             self.base = e
@@ -508,9 +505,9 @@ class Stream(Twin):
 
     def _forward(self, seq: int) -> None:
         """The SVM's bytes below seq are of no more use."""
-        kept = len(self.hist)
+        kept = self.hist.size
         self._take(seq)
-        del self.hist[kept:]
+        self.hist.cut(self.hist.size - kept)
         if self.send is None or diff(seq, self.send) > 0:
             self.send = seq
         self.drain()

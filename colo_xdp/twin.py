@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from ._seq import HALF, MASK, diff, later
 from .comparer import CONTEXT, Held, Host
 from .flow import FlowKey
+from .history import History
 from .packet import ACK, FIN, RST, SYN, Packet
 from .policy import Verdict
 from .reasons import Cause
@@ -89,7 +90,7 @@ class Twin(ABC):
         self.fin_done: int | None = None  # place of the FIN that was released
         self.rst_done: set[tuple[bool, int]] = set()
         self.windows = WindowGate()
-        self.hist = bytearray()
+        self.hist = History()
         self.hist_cap = 0  # as far as the engine has accounted for it
         # of the PVM, not yet released
         self.held: deque[Held] = deque()
@@ -152,7 +153,7 @@ class Twin(ABC):
             # verified, but not released: the new SVM will produce it again
             ahead = diff(self.ver, self.base)
             if ahead > 0:
-                del self.hist[-ahead:]
+                self.hist.cut(ahead)
             self.ver = self.send = self.base
 
     def unhold(self) -> list[Held]:

@@ -633,11 +633,12 @@ def _no_rollback(mp: pytest.MonkeyPatch) -> None:
     real = Stream.new_epoch
 
     def new_epoch(self: Stream, epoch: int) -> None:
-        ver, hist = self.ver, self.hist[:]
+        ver, hist = self.ver, self.hist.back(self.hist.size, self.hist.size)
         real(self, epoch)
         if self.base is not None and ver is not None:
             self.ver = self.send = ver
-            self.hist[:] = hist
+            self.hist.clear()
+            self.hist.add(hist)
 
     mp.setattr(Stream, "new_epoch", new_epoch)
 

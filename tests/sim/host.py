@@ -55,6 +55,7 @@ class Side:
         # the kernel's state, which outlives controllers
         self.mode, self.epoch, self.beat_ns = Mode.BYPASS if primary else Mode.DROP, 0, 0
         self.loaded = False
+        self.shadowed = 0
         self.ring: deque[Event] = deque()
         self.lost = 0
         self.rewriter = Tracker()
@@ -238,6 +239,15 @@ class SimDataPath:
             self._side.epoch = epoch
             if not self._side.primary:
                 self._side.world.unsure = False
+
+    @property
+    def shadowed(self) -> int:
+        return self._side.shadowed
+
+    @shadowed.setter
+    def shadowed(self, value: int) -> None:
+        if not self.dead:
+            self._side.shadowed = value
 
     def beat(self) -> None:
         if not self.dead:
@@ -460,7 +470,7 @@ class SimQmp:
         end = world.ns() + 1_000_000_000
         while q.hung and q.alive and world.ns() < end:
             await asyncio.sleep(0.01)
-        if self._last > world.ms_exact():  # answers do not overtake events
+        while self._last > world.ms_exact():  # answers do not overtake events
             await asyncio.sleep((self._last - world.ms_exact()) / 1000)
         if self.dead or not q.alive or q.hung or (what != "connect" and not self.connected):
             raise QmpError(f"{self.name}: {what}: no answer")

@@ -23,13 +23,19 @@ from colo_xdp.stream import Stream
 from colo_xdp.twin import Twin
 from colo_xdp.window import WindowGate
 
-from .world import Scene, scene
+from .world import Fault, Scene, scene
 
 MUTANTS: dict[str, Callable[[Any], None]] = {}
 #: what a mutant's scenes have to have, where random ones seldom do
 SCENES: dict[str, dict[str, Any]] = {
     "stale_incarnations_count": {
         "link_jitter": 25.0, "conns": 12, "faults": (), "odd": 0.0, "compare_timeout": 400,
+    },
+    "a_shadow_ends_with_a_word": {
+        "conns": 4, "loss": 0.0, "link_jitter": 3.0, "faults": (
+            Fault(67, "shadow", 60), Fault(115, "kill_p_qemu", 0),
+            Fault(635, "kill_p_controller", 60),
+        ),
     },
 }  # fmt: skip
 
@@ -322,3 +328,13 @@ def a_secondary_needs_no_confirmation(mp: Any) -> None:
     """It counts as protected as soon as its own QEMU has loaded the first checkpoint."""
     always = property(lambda self: True, lambda self, value: None)
     mp.setattr(Secondary, "_confirmed", always, raising=False)
+
+
+@_mutant
+def a_shadow_ends_with_a_word(mp: Any) -> None:
+    """Without a checkpoint: a primary controller that is started anew says so."""
+
+    def word(self: Secondary, on: bool, epoch: int) -> None:
+        self.shadow = on
+
+    mp.setattr(Secondary, "_shadow_word", word)

@@ -39,7 +39,7 @@ class FakeDataPath:
     """Remembers what it is told."""
 
     def __init__(self, mode: Mode, *, adopted: bool = False) -> None:
-        self.mode, self.adopted, self.epoch = mode, adopted, 7
+        self.mode, self.adopted, self.epoch, self.shadowed = mode, adopted, 7, 0
         self.injectors = {n: FakeInjector() for n in ("release", "deliver", "forward")}
         self.objects = SimpleNamespace(
             map=lambda name: SimpleNamespace(info=SimpleNamespace(max_entries=8), items=lambda: [])
@@ -262,3 +262,17 @@ def test_a_first_checkpoint_counts_when_the_primary_has_confirmed_it() -> None:
     c.on_message(beat | {"epoch": 1})
     assert c.state is State.PROTECTED and dp.mode is Mode.RUN and dp.epoch == 1
     assert len(dp.injectors["deliver"].frames) == 1
+
+
+def test_a_shadow_ends_with_a_later_checkpoint_only() -> None:
+    """A primary controller that was started anew does not know of it, nor a secondary's."""
+    c, dp, _ = secondary()
+    beat = {"t": 1, "echo": 0, "state": "protected", "vm": True, "shut": False, "alone": False}
+    beat |= {"type": "beat"}
+    c._peer_message(beat | {"epoch": 7, "shadow": True})
+    c._peer_message(beat | {"epoch": 7, "shadow": False})
+    assert c.shadow
+    again = Secondary(c.config, dp)  # type: ignore[arg-type]
+    assert again.shadow
+    again._peer_message(beat | {"epoch": 8, "shadow": False})
+    assert not again.shadow and not dp.shadowed

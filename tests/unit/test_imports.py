@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parents[2] / "colo_xdp"
 PURE = (
     "_seq", "abi", "checks", "compare", "comparer", "config", "corpus/__init__", "corpus/craft",
     "corpus/play", "counters", "datagram", "explain", "failover", "flow", "flows", "fragments",
-    "hexdump", "journal", "limits", "packet", "policy", "qmp_event", "reasons", "record",
+    "hexdump", "history", "journal", "limits", "packet", "policy", "qmp_event", "reasons", "record",
     "replay", "rewrite", "segment", "status", "stream", "suggest", "tcp_state", "twin",
     "uncompared", "window", "wire",
 )  # fmt: skip

@@ -132,10 +132,10 @@ def test_retransmission_is_verified(pair: Pair) -> None:
 
 def test_retransmission_older_than_history() -> None:
     pair = opened(Pair(Limits(history_bytes=1000)))
-    pair.p(0, bytes(3000)).s(0, bytes(3000)).is_now([0, 1])
-    pair.p(2500, bytes(500)).is_now([0, 1, 2])
-    pair.p(0, bytes(500)).wait(3001).is_now([0, 1, 2], "retransmit_unverifiable")
-    pair.checkpoint().is_now([0, 1, 2, 3], "retransmit_unverifiable")
+    pair.p(0, bytes(9000)).s(0, bytes(9000)).p(9000, bytes(9000)).s(9000, bytes(9000))
+    pair.p(17500, bytes(500)).is_now([0, 1, 2, 3])
+    pair.p(0, bytes(500)).wait(3001).is_now([0, 1, 2, 3], "retransmit_unverifiable")
+    pair.checkpoint().is_now([0, 1, 2, 3, 4], "retransmit_unverifiable")
 
 
 def test_ack_gate(pair: Pair) -> None:
