@@ -7,7 +7,7 @@
 #ifndef COLO_COMMON_H
 #define COLO_COMMON_H
 
-#define COLO_ABI 1
+#define COLO_ABI 2
 
 /* skb->mark of a frame that the controller has let go, or that the mirror put
  * on the tap: it was decided elsewhere. Guests cannot set it (tun clears it). */
@@ -44,6 +44,8 @@ enum colo_cfg {
 	CFG_LOSS_POLICY = 7,   /* enum colo_loss_policy */
 	CFG_UNMIRRORED = 8,    /* 1: look into `unmirrored` */
 	CFG_SHADOW = 9,	       /* user space's: 1 + epoch in which the PVM spoke uncompared */
+	CFG_FAST = 10,	       /* 1: verdicts in the kernel (fast.h) */
+	CFG_FAST_SINCE = 11,   /* user space's: what fast.h knew in older epochs is void */
 	CFG_MAX = 16,
 };
 
@@ -64,7 +66,8 @@ enum colo_prog {
 	PROG_SVM_FORWARD = 7, /* forward tap at S: frames held over a checkpoint, for the peer */
 	PROG_SVM_NET = 8,     /* tap S, toward the guest: after failover the network's frames */
 	PROG_SVM_OUT_XDP = 9, /* tap S, from the guest, XDP: rewriting for plain taps */
-	PROG_MAX = 10,
+	PROG_FAST = 10,	      /* not a program: why tier K handed over (R_HAND_*) */
+	PROG_MAX = 11,
 };
 
 /* Why a program did what it did: second index of the counters. */
@@ -88,7 +91,22 @@ enum colo_reason {
 	R_HELPER_FAILED = 16,	       /* a kernel helper refused: frame dropped */
 	R_NO_CONFIG = 17,	       /* config slot missing: frame dropped */
 	R_UNMIRRORED = 18,	       /* to the PVM only: the policy says drop-secondary */
-	R_MAX = 20,
+	R_FAST_HELD = 19,	       /* tier K: the bytes wait in the kernel for the other guest's */
+	R_FAST_PASSED = 20,	       /* tier K: equal to what the SVM sent before, let through */
+	R_FAST_RELEASED = 21,	       /* tier K: the SVM's frame left as the PVM's */
+	R_FAST_REBUILT = 22,	       /* tier K: other boundaries, left in new segments */
+	R_FAST_ACKED = 23,	       /* tier K: an ack of the PVM left, the SVM has acked as much */
+	R_FAST_ENDED = 24,	       /* tier K: dropped, it has told what it had to tell */
+	/* of PROG_FAST: why tier K gave a connection to user space */
+	R_HAND_MODE = 25,     /* a checkpoint begins, or an epoch has ended */
+	R_HAND_ODD = 26,      /* flags, options or headers that are not plain */
+	R_HAND_GAP = 27,      /* not the next byte: a hole, or sent again */
+	R_HAND_DIFFERS = 28,  /* the guests' bytes differ, or their headers' shapes */
+	R_HAND_FULL = 29,     /* more is outstanding than a stash holds */
+	R_HAND_NO_STASH = 30, /* no stash was free */
+	R_HAND_BUSY = 31,     /* another CPU kept the connection for too long: this frame only */
+	R_HAND_HELPER = 32,   /* a kernel helper refused */
+	R_MAX = 34,
 };
 
 enum colo_source {
@@ -110,6 +128,8 @@ struct colo_event {
 	__u16 vlan_proto; /* network byte order, as the kernel keeps it */
 	__u8 source;	  /* enum colo_source */
 	__u8 flags;	  /* EV_* */
+	__u32 captured;	  /* colo_conn.captured of this frame; 0: not of a connection of fast.h */
+	__u32 pad;
 };
 
 struct colo_count {
@@ -160,6 +180,65 @@ struct colo_flow {
 	__u8 pad;
 	__u32 isn_c; /* the client's ISN: tells a repeated SYN from another connection */
 	__u32 pad2;
+};
+
+#define TIER_U 0u
+#define TIER_K 1u
+#define SIDE_PVM 0u
+#define SIDE_SVM 1u
+
+/* A connection that the kernel may decide on; key: struct colo_flow_key. Host byte order.
+ * All fields but the first are read and written under `lock` only; see fast.h. */
+struct colo_conn {
+	__u64 lock;	/* 1: somebody works on it */
+	__u64 since_ns; /* since when anything is outstanding; 0: nothing is */
+	__u64 seen_ns;
+	__u32 tier;	/* TIER_* */
+	__u32 epoch;	/* of the words below; another one is a reason to hand over; 0: void */
+	__u32 rel;	/* next byte to be released; all below has been */
+	__u32 nxt;	/* rel..nxt: bytes of one side, in the stash */
+	__u32 org;	/* sequence number of the stash's first byte */
+	__u32 stash;	/* 1 + index, 0: none */
+	__u32 captured; /* frames handed to user space, each event has its number */
+	__u32 p_ack;	/* the PVM's newest ack */
+	__u32 s_ack;	/* the SVM's */
+	__u32 out_ack;	/* as the client has been told */
+	__u16 p_win;	/* window fields, not scaled */
+	__u16 s_win;
+	__u16 out_win;
+	__u16 mss;	/* payload of a segment that is certain to fit the path */
+	__u8 ahead;	/* SIDE_*: whose the stash's bytes are */
+	__u8 pending;	/* the PVM has acked more than the client was told */
+	__u8 l4;	/* of hdr: where TCP begins; 0: no header yet */
+	__u8 doff;	/* of hdr: length of TCP's header */
+	__u8 why;	/* R_HAND_* of the last one */
+	__u8 pad[3];
+	__u8 hdr[128];	/* the PVM's newest header, Ethernet to TCP options */
+	__u8 memo[64];	/* user space's */
+};
+
+/* Who has a stash. taken: 0 or 1, changed by compare and swap. */
+struct colo_owner {
+	__u64 taken;
+	__u64 since_ns; /* as colo_conn.since_ns, for user space to look for what is overdue */
+	struct colo_flow_key key;
+};
+
+/* Operations of fast_ctl, which user space runs by BPF_PROG_TEST_RUN. */
+enum colo_ctl_op {
+	CTL_SEIZE = 1, /* to TIER_U; the words stay as they are */
+	CTL_GIVE = 2,  /* to TIER_K, if no frame has been captured since */
+	CTL_FREE = 3,  /* the words and the stash of a seized connection have been read: void */
+	CTL_CLAIM = 4, /* a stash, for what is outstanding when the connection is given */
+};
+
+/* What fast_ctl returns. */
+enum colo_ctl_result {
+	CTL_DONE = 0,
+	CTL_REFUSED = 1, /* GIVE: frames are on their way to user space; FREE: tier K has it */
+	CTL_BUSY = 2,	 /* the connection stayed locked */
+	CTL_UNKNOWN = 3, /* no such connection */
+	CTL_FULL = 4,	 /* CLAIM: no stash is free; GIVE: there is none */
 };
 
 /* RFC 9293 3.3.2, as seen from the guest. */

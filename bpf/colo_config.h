@@ -13,6 +13,28 @@
 #define COLO_MAX_UNMIRRORED 16384 /* flows under drop-secondary rules; about 130 bytes each */
 #endif
 
+#ifndef COLO_MAX_CONNS
+#define COLO_MAX_CONNS 1000000 /* connections of tier K; 350 bytes each, allocated when used */
+#endif
+
+#ifndef COLO_STASHES
+#define COLO_STASHES 512 /* connections of tier K with bytes outstanding; COLO_STASH bytes each */
+#endif
+
+/* Bytes that one guest may be ahead in tier K; a power of two. */
+#define COLO_STASH (512 * 1024)
+
+/* Slots looked at for a free stash: at half load one in 250 connections finds none. */
+#define COLO_STASH_PROBES 8
+
+/* Bytes compared or copied in one step; a power of two. More steps cost verifier time. */
+#define COLO_STEP	 4096
+#define COLO_STEPS	 20 /* a 64 KiB frame, and where a stash wraps around */
+#define COLO_MAX_PIECES 50 /* segments rebuilt from one frame; more of them go to user space */
+
+/* Tries to get a connection that another CPU works on, 200 ns each: twice the longest work. */
+#define COLO_SPINS 250
+
 #ifndef COLO_RING_PAGES
 #define COLO_RING_PAGES 8192 /* event ring, 4 KiB pages, power of two: 32 MiB; never swapped */
 #endif

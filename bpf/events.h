@@ -50,7 +50,8 @@ static __always_inline int is_partial(struct __sk_buff *skb, u32 at)
 }
 
 /* Copies the frame out. Returns the reason to count: R_CAPTURED, or why not. */
-static __always_inline u32 capture(struct __sk_buff *skb, u8 source, u32 epoch, u32 csum_at)
+static __always_inline u32 capture(struct __sk_buff *skb, u8 source, u32 epoch, u32 csum_at,
+				   u32 captured)
 {
 	u64 len = skb->len;
 	struct colo_event head = {};
@@ -62,6 +63,7 @@ static __always_inline u32 capture(struct __sk_buff *skb, u8 source, u32 epoch, 
 	head.epoch = epoch;
 	head.gso_size = skb->gso_size;
 	head.source = source;
+	head.captured = captured;
 	if (skb->vlan_present) {
 		head.flags = EV_VLAN;
 		head.vlan_tci = skb->vlan_tci;

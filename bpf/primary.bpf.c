@@ -7,6 +7,7 @@
  *   svm_arrival  tc ingress of the peer link: the SVM's output goes to user space
  *   pvm_release  tc ingress of the release tap: what the controller let go enters the stack
  *                as if it came from tap P
+ *   fast_ctl     attached to nothing: takes connections from and gives them to tier K
  */
 #include <uapi/linux/bpf.h>
 #include <uapi/linux/if_ether.h>
@@ -18,6 +19,12 @@
 #include "colo_maps.h"
 #include "events.h"
 #include "parsing.h"
+#ifdef COLO_FAST
+#include "fast.h"
+#else
+#define FAST_NO 0
+#define fast(...) FAST_NO /* kernels before 5.12, or [datapath] fast_path = "off" */
+#endif
 
 static __always_inline int finish(u32 prog, u32 reason, u32 len, int verdict)
 {
@@ -91,8 +98,9 @@ static __always_inline int controller_lost(void)
 int pvm_out(struct __sk_buff *skb)
 {
 	u64 mode = cfg(CFG_MODE), epoch = cfg(CFG_EPOCH);
-	u32 len = skb->len, reason = R_NO_CONFIG;
+	u32 len = skb->len, reason = R_NO_CONFIG, captured = 0, tap = cfg(CFG_TAP), fate = FAST_NO;
 	int verdict = TC_ACT_SHOT;
+	struct pkt p = {};
 
 	if (mode == MODE_DROP) {
 		reason = R_FENCED; /* released ones too: the other guest may be speaking */
@@ -103,6 +111,9 @@ int pvm_out(struct __sk_buff *skb)
 	} else if (mode == MODE_BYPASS) {
 		reason = R_PASSED;
 		verdict = TC_ACT_OK;
+	} else if (!parse_skb(skb, &p) && p.is_tcp &&
+		   (fate = fast(skb, &p, SIDE_PVM, mode, epoch, tap, &captured, &verdict))) {
+		reason = fate; /* also without a controller (I9) */
 	} else if (controller_lost()) {
 		if (cfg(CFG_LOSS_POLICY) == LOSS_RELEASE) {
 			reason = R_CONTROLLER_LOST_PASSED;
@@ -111,17 +122,15 @@ int pvm_out(struct __sk_buff *skb)
 			reason = R_CONTROLLER_LOST_HELD;
 		}
 	} else {
-		struct pkt p = {};
-
-		parse_skb(skb, &p); /* only for the place of the checksum */
-		reason = capture(skb, SRC_PVM, epoch, p.csum_at);
+		reason = capture(skb, SRC_PVM, epoch, p.csum_at, captured);
 	}
 	return finish(PROG_PVM_OUT, reason, len, verdict);
 }
 
 int svm_arrival(struct __sk_buff *skb)
 {
-	u32 len = skb->len, tci = skb->vlan_tci, reason = R_FOREIGN;
+	u32 len = skb->len, tci = skb->vlan_tci, reason = R_FOREIGN, captured = 0, fate = FAST_NO;
+	u32 tap = cfg(CFG_TAP), epoch = cfg(CFG_EPOCH);
 	u64 mode = cfg(CFG_MODE);
 	int verdict = TC_ACT_OK;
 
@@ -137,8 +146,19 @@ int svm_arrival(struct __sk_buff *skb)
 		} else {
 			struct pkt p = {};
 
-			parse_skb(skb, &p);
-			reason = capture(skb, SRC_SVM, tci & COLO_EPOCH_MASK, p.csum_at);
+			/* A frame of another epoch is none of tier K's. */
+			if ((tci & COLO_EPOCH_MASK) != (epoch & COLO_EPOCH_MASK))
+				epoch = ~epoch;
+			if (!parse_skb(skb, &p) && p.is_tcp)
+				fate = fast(skb, &p, SIDE_SVM, mode, epoch, tap, &captured,
+					    &verdict);
+			if (fate)
+				reason = fate;
+			else
+				reason = capture(skb, SRC_SVM, tci & COLO_EPOCH_MASK, p.csum_at,
+						 captured);
+			if (verdict == TC_ACT_REDIRECT)
+				verdict = bpf_redirect(tap, BPF_F_INGRESS);
 		}
 	}
 	return finish(PROG_SVM_ARRIVAL, reason, len, verdict);
@@ -151,3 +171,10 @@ int pvm_release(struct __sk_buff *skb)
 	skb->mark = COLO_MARK;
 	return finish(PROG_PVM_RELEASE, R_REDIRECTED, len, bpf_redirect(tap, BPF_F_INGRESS));
 }
+
+#ifdef COLO_FAST
+int fast_ctl(struct __sk_buff *skb)
+{
+	return control((void *)(long)skb->data, (void *)(long)skb->data_end);
+}
+#endif

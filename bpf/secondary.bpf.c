@@ -105,7 +105,7 @@ int svm_in(struct __sk_buff *skb)
 		struct pkt p = {};
 
 		parse_skb(skb, &p); /* only for the place of the checksum */
-		reason = capture(skb, SRC_CLIENT, epoch, p.csum_at);
+		reason = capture(skb, SRC_CLIENT, epoch, p.csum_at, 0);
 	} else {
 		reason = translate(skb, 1, mode, epoch);
 		if (reason != R_HELPER_FAILED)
@@ -151,7 +151,7 @@ int svm_out(struct __sk_buff *skb)
 		struct pkt p = {};
 
 		parse_skb(skb, &p); /* only for the place of the checksum */
-		reason = capture(skb, SRC_SVM, epoch, p.csum_at);
+		reason = capture(skb, SRC_SVM, epoch, p.csum_at, 0);
 	} else if (mode == MODE_RUN || mode == MODE_TAKEOVER) {
 		int takeover = mode == MODE_TAKEOVER;
 

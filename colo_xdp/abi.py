@@ -9,7 +9,7 @@ from __future__ import annotations
 import struct
 from enum import IntEnum
 
-ABI = 1
+ABI = 2
 MARK = 0xC0105EED
 TPID = 0x88A8
 EPOCH_MASK = 0x0FFF
@@ -44,6 +44,8 @@ class Cfg(IntEnum):
     LOSS_POLICY = 7
     UNMIRRORED = 8
     SHADOW = 9
+    FAST = 10
+    FAST_SINCE = 11
     MAX = 16
 
 
@@ -67,7 +69,8 @@ class Prog(IntEnum):
     SVM_FORWARD = 7
     SVM_NET = 8
     SVM_OUT_XDP = 9
-    MAX = 10
+    FAST = 10
+    MAX = 11
 
 
 class Reason(IntEnum):
@@ -92,7 +95,21 @@ class Reason(IntEnum):
     HELPER_FAILED = 16
     NO_CONFIG = 17
     UNMIRRORED = 18
-    MAX = 20
+    FAST_HELD = 19
+    FAST_PASSED = 20
+    FAST_RELEASED = 21
+    FAST_REBUILT = 22
+    FAST_ACKED = 23
+    FAST_ENDED = 24
+    HAND_MODE = 25
+    HAND_ODD = 26
+    HAND_GAP = 27
+    HAND_DIFFERS = 28
+    HAND_FULL = 29
+    HAND_NO_STASH = 30
+    HAND_BUSY = 31
+    HAND_HELPER = 32
+    MAX = 34
 
 
 class Source(IntEnum):
@@ -106,8 +123,8 @@ class Source(IntEnum):
 PROGRAMS = {p.name.lower(): int(p) for p in Prog if p is not Prog.MAX}
 REASONS = {r.name.lower(): int(r) for r in Reason if r is not Reason.MAX}
 
-#: struct colo_event: ts_ns, len, epoch, gso_size, vlan_tci, vlan_proto, source, flags
-EVENT = struct.Struct("=QIIHHHBB")
+#: struct colo_event: ts_ns, len, epoch, gso_size, vlan_tci, vlan_proto, source, flags, captured, pad
+EVENT = struct.Struct("=QIIHHHBBII")
 #: struct colo_count: packets, bytes
 COUNT = struct.Struct("=QQ")
 #: struct colo_flow_key: guest, client (network order), ports (network order), vlan (host order)
@@ -118,3 +135,39 @@ UNMIRRORED_KEY = struct.Struct("=16s16s2s2sII")
 #: struct colo_flow: seen_ns, epoch, off, tsoff, isn_p, isn_s, ts_p, ts_s, fin_guest, fin_client,
 #: state, have, have_client, pad, isn_c, pad2
 FLOW = struct.Struct("=QIIIIIIIIIBBBBII")
+
+TIER_U, TIER_K = 0, 1
+SIDE_PVM, SIDE_SVM = 0, 1
+
+#: struct colo_conn: lock, since_ns, seen_ns, tier, epoch, rel, nxt, org, stash, captured, p_ack,
+#: s_ack, out_ack, p_win, s_win, out_win, mss, ahead, pending, l4, doff, why, pad, hdr, memo
+CONN = struct.Struct("=QQQIIIIIIIIIIHHHHBBBBB3x128s64s")
+#: struct colo_owner: taken, since_ns, key
+OWNER = struct.Struct("=QQ40s")
+#: struct colo_ctl: ethernet header, op, captured, key, and what GIVE is to set
+CTL = struct.Struct("=14xHI40s228s")
+#: epoch, rel, p_ack, s_ack, out_ack, p_win, s_win, out_win, mss, nxt, ahead, pending, l4, doff, hdr,
+#: memo
+GIVE = struct.Struct("=IIIIIHHHHIBBBB128s64s")
+#: bytes of a stash's ring, and where it begins in struct colo_stash
+STASH, STASH_BEFORE = 512 * 1024, 64
+STASH_SLACK = 2 * 4096 + 128
+
+
+class CtlOp(IntEnum):
+    """What fast_ctl is asked to do."""
+
+    SEIZE = 1
+    GIVE = 2
+    FREE = 3
+    CLAIM = 4
+
+
+class CtlResult(IntEnum):
+    """What fast_ctl answers."""
+
+    DONE = 0
+    REFUSED = 1
+    BUSY = 2
+    UNKNOWN = 3
+    FULL = 4

@@ -15,10 +15,23 @@ from collections.abc import Callable, Iterator
 from heapq import heappop, heappush
 from itertools import count
 
-from .comparer import Flow, Held
+from .comparer import Comparer, Flow, Held
 from .counters import COUNTERS
-from .flow import datagram_name, tcp_port
-from .flows import Flows, RuleCount
+from .fastpath import (
+    MAX_PATIENCE,
+    OFFER_AFTER,
+    RETRY,
+    SHORT_STAY_NS,
+    Fast,
+    NoFast,
+    Words,
+    given,
+    pack,
+    ready,
+    recall,
+)
+from .flow import FlowKey, datagram_name, tcp_port
+from .flows import GIVEN, Flows, RuleCount
 from .fragments import Fragments
 from .journal import Divergence
 from .limits import CHECKPOINT_QUEUE, Limits
@@ -46,7 +59,7 @@ class Engine:
     mode the time that it would have waited. on_divergence gets every difference, also
     those that ask for nothing (one is asked for already, the flow is only watched).
     unmirror(key) gets the flows (struct colo_unmirrored_key) whose clients' frames the SVM
-    is not to have, None when there is none any more.
+    is not to have, None when there is none any more. fast: tier K, which gets settled streams.
     """
 
     def __init__(
@@ -59,6 +72,7 @@ class Engine:
         on_wait: Callable[[int], None],
         on_divergence: Callable[[Divergence], None] = lambda d: None,
         unmirror: Callable[[bytes | None], None] = lambda key: None,
+        fast: Fast | None = None,
     ) -> None:
         self.limits = limits
         self._release, self._request, self._on_wait = release, request_checkpoint, on_wait
@@ -92,8 +106,11 @@ class Engine:
         # knows better. So a timeout costs nothing per frame and no scan.
         self._serial = count()
         self._timers: list[tuple[int, int, Flow]] = []  # every flow where anything waits
-        self._next_scan = 0
+        self._next_scan = self._next_look = 0
         self._parts: dict[Stream, None] = {}  # a verified part of their head may leave
+        self.fast: Fast = NoFast() if fast is None else fast
+        self._fast_wanted = self.fast.enabled
+        self._calm: dict[Stream, None] = {}  # to be given to tier K, if they stay settled
         self._history: OrderedDict[Stream, None] = OrderedDict()
         self._history_sum = 0
 
@@ -116,6 +133,8 @@ class Engine:
                 st = self._flows.renew(self._tcp, st, p)
             st.last = now_ns
             st.pvm(rec, p, now_ns)
+            if self.fast.enabled:
+                self._note_calm(st, rec)
             return
         self._count_opaque(p)
         if self._solo:
@@ -135,7 +154,9 @@ class Engine:
     def set_shadow(self, on: bool, now_ns: int) -> None:
         """In shadow every frame leaves at once and is compared behind; what is held leaves now."""
         self.now, self.shadow = now_ns, on
+        self.fast.enabled = not on and self._fast_wanted
         if on:
+            self._recall_all(self.fast.outstanding())
             held = [h for flow in self._waiting() for h in flow.held]
             for rec, _, _ in sorted([*held, *self._queue], key=lambda h: h[2]):
                 self._send_ahead(rec)
@@ -198,6 +219,8 @@ class Engine:
                     st = self._flows.renew(self._tcp, st, p)
                 st.last = now_ns
                 st.svm(p, now_ns)
+                if self.fast.enabled:
+                    self._note_calm(st, rec)
                 return
             p.gso_size = rec.gso_size
             self._svm_datagram(p)
@@ -297,10 +320,12 @@ class Engine:
         """
         self.now = now_ns
         self._counters["checkpoints"] += 1
+        self._recall_all(self.fast.outstanding())
         self._collect()
         self.epoch, self._stop_ts = epoch, stop_ts_ns
         for flow in self._waiting():
-            flow.new_epoch(epoch)
+            if flow.epoch != GIVEN:
+                flow.new_epoch(epoch)
         self._fragments.new_epoch(epoch)
         self.svm_packets = 0
         self._checkpointing = self._asked = self._solo = False
@@ -343,9 +368,11 @@ class Engine:
     def release_all(self) -> int:
         """The pair is lost and the PVM goes solo: release everything held, in order, and from
         now on at once. The flows are forgotten. Returns how many were held."""
+        self._recall_all(self.fast.outstanding())
         self._collect()
         queue, self._queue = self._queue, deque()
         self._checkpointing, self._solo = False, True
+        self.fast.void(self.epoch + 1)
         self.pvm_packets = self.pvm_bytes = self.svm_packets = 0
         self._counters["released_solo"] += len(queue)
         self._flows.clear()
@@ -353,6 +380,7 @@ class Engine:
         self._timers.clear()
         self._history.clear()
         self._parts.clear()
+        self._calm.clear()
         self._history_sum = 0
         self._next.clear()
         self._next_lost = 0
@@ -367,9 +395,11 @@ class Engine:
 
         To be called when a batch of frames has been fed: most rests are in the same batch.
         """
+        self.now = now_ns
+        if self._calm:
+            self._give()
         if not self._parts:
             return
-        self.now = now_ns
         parts, self._parts = self._parts, {}
         for st in parts:
             if st.epoch == self.epoch and st.release_part(now_ns, True):
@@ -385,14 +415,78 @@ class Engine:
                 if when != flow.when:
                     continue  # an earlier one was set
                 flow.when = 0
+                if flow.epoch == GIVEN:
+                    continue
                 if flow.epoch != self.epoch:
                     flow.new_epoch(self.epoch)
                 due = flow.expire(now_ns)
                 if due:
                     self.arm(flow, due)
+            if self.fast.enabled and now_ns >= self._next_look:
+                self._next_look = now_ns + self.timeout_ns // 8
+                self._recall_all(self.fast.overdue(now_ns - self.timeout_ns // 2))
         if now_ns >= self._next_scan:
             self._next_scan = now_ns + self.limits.expired_scan_cycle_ns
             self._flows.age(now_ns)
+
+    # -- tier K
+
+    def _note_calm(self, st: Comparer, rec: Record) -> None:
+        if type(st) is Stream:
+            if rec.captured:
+                st.captured = rec.captured
+            self._calm[st] = None
+
+    def _give(self) -> None:
+        calm, self._calm = self._calm, {}
+        if self._checkpointing or self._solo or not self.fast.enabled:
+            return
+        for st in calm:
+            st.calm += 1
+            if st.calm < (st.patience if st.offered else OFFER_AFTER):
+                continue
+            st.release_part(self.now, False)
+            if st.epoch != self.epoch or not ready(st):
+                continue
+            if not st.offered:
+                st.offered, st.calm = self.fast.offer(st.key), 0
+                self._counters["fast_offered"] += st.offered
+                continue
+            gift = pack(st, self.epoch)
+            if gift is not None and self.fast.give(st.key, gift, st.captured):
+                given(st)
+                st.epoch, st.given_ns, st.calm = GIVEN, self.now, 0
+                self._counters["fast_given"] += 1
+            else:
+                st.calm -= RETRY
+
+    def lookup(self, key: FlowKey) -> Words | None:
+        """What tier K knows of a connection that is not in the tables."""
+        if not self.fast.enabled or self._solo:
+            return None
+        return self.fast.seize(key)
+
+    def recall(self, st: Stream, words: Words | None = None) -> None:
+        """Tier K has handed the stream over, or has to."""
+        words = self.fast.seize(st.key) if words is None else words
+        if words is None:  # it has forgotten it: as a connection that is met for the first time
+            st.unknown(self.epoch)
+            return
+        stay = self.now - st.given_ns
+        st.patience = min(2 * st.patience, MAX_PATIENCE) if stay < SHORT_STAY_NS else 1
+        st.offered, st.calm, st.captured = True, 0, words.captured
+        recall(st, words, self.now)
+        self._counters["fast_recalled"] += 1
+
+    def _recall_all(self, keys: list[FlowKey]) -> None:
+        for key in keys:
+            st = self._tcp.get(key)
+            if st is None:
+                words = self.fast.seize(key)
+                if words is not None:
+                    self._flows.revive(key, words)
+            elif isinstance(st, Stream) and st.epoch == GIVEN:
+                self.recall(st)
 
     # -- for the comparers (stream.Host)
 

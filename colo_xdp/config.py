@@ -241,6 +241,23 @@ class DataPathKeys:
         default=65_536,
         unit="entries",
     )
+    fast_path: str = checks.key(
+        checks.choice("on", "off"),
+        "established TCP is compared in the kernel (needs Linux 5.12)",
+        default="on",
+    )
+    fast_path_memory: int = checks.key(
+        checks.integer(1, 1 << 16, "MiB"),
+        "memory for what one guest is ahead in it, 512 KiB per connection while it is",
+        default=256,
+        unit="MiB",
+    )
+    fast_path_flows: int = checks.key(
+        checks.integer(16, 1 << 24, "entries"),
+        "connections it knows; 350 bytes each when used",
+        default=1_000_000,
+        unit="entries",
+    )
     on_controller_loss: str = checks.key(
         checks.choice("hold", "release"),
         "what the programs do with output while no controller lives",

@@ -16,6 +16,7 @@ from pathlib import Path
 from . import abi, attach, loader
 from .abi import Cfg, Mode, Prog, Reason
 from .config import Config
+from .fastmap import FastMap
 from .inject import Injector
 from .ring import Event, open_reader
 
@@ -80,6 +81,9 @@ class DataPath:
                 ring_pages=dp.ring_pages,
                 events=dp.events,
                 rewrite_at_xdp=self.hook == "xdp",
+                fast=dp.fast_path == "on" and config.role == "primary",
+                stashes=dp.fast_path_memory * (1 << 20) // abi.STASH,
+                conns=dp.fast_path_flows,
             ),
         )
         self._cfg = self.objects.map("config")
@@ -104,6 +108,14 @@ class DataPath:
         if config.role == "secondary":
             self._fill_transitions()
         self._write(Cfg.ABI, abi.ABI)
+        self.fast: FastMap | None = None
+        if dp.fast_path == "on" and config.role == "primary":
+            self.fast = FastMap(
+                self.objects, config.limits().flow_idle_ns, self._read(Cfg.FAST_SINCE),
+                lambda on: self._write(Cfg.FAST, on),
+                lambda epoch: self._write(Cfg.FAST_SINCE, epoch),
+            )  # fmt: skip
+            self.fast.enabled = True
         self.manifest = attach.Manifest(manifest_path(dp.run_dir, config.pair, config.role))
         self._attach()
 
@@ -205,7 +217,7 @@ class DataPath:
 
     def counters(self) -> dict[str, dict[str, tuple[int, int]]]:
         """{program: {reason: (packets, bytes)}}, summed over CPUs; zeros included."""
-        cpus = loader._possible_cpus()
+        cpus = loader.possible_cpus()
         size = abi.COUNT.size * cpus
         out: dict[str, dict[str, tuple[int, int]]] = {}
         for prog in Prog:
@@ -225,7 +237,7 @@ class DataPath:
 
     def lost_events(self) -> int:
         """Frames that did not fit into the event ring, or that it could not carry."""
-        cpus = loader._possible_cpus()
+        cpus = loader.possible_cpus()
         total = self.reader.lost
         for prog in (Prog.PVM_OUT, Prog.SVM_ARRIVAL, Prog.SVM_IN, Prog.SVM_OUT):
             for reason in (Reason.RING_FULL, Reason.TOO_LARGE):

@@ -14,6 +14,7 @@ from .datagram import DatagramFlow
 from .flow import FlowKey, describe_datagram, describe_tcp, unmirrored_key
 from .limits import Limits
 from .packet import Kind, Packet
+from .fastpath import Words, direction, probe
 from .policy import Action, Policy, subject
 from .reasons import Cause
 from .record import NO_EVIDENCE, Evidence
@@ -22,6 +23,8 @@ from .uncompared import Passed, Watched
 
 _TCP = Kind.TCP
 _LONG_AGO = -1
+#: epoch of a stream that tier K has
+GIVEN = -2
 
 
 class Engine(Host, Protocol):
@@ -32,6 +35,8 @@ class Engine(Host, Protocol):
 
     def ask(self, cause: Cause, flow: Flow | str, evidence: Evidence = NO_EVIDENCE) -> None: ...
     def drop_history(self, stream: Stream) -> None: ...
+    def recall(self, stream: Stream, words: Words | None = None) -> None: ...
+    def lookup(self, key: FlowKey) -> Words | None: ...
 
 
 @dataclass(slots=True)
@@ -77,6 +82,8 @@ class Flows:
         self._host.unmirror(None)
         for table in (self.tcp, self.datagram):
             for flow in table.values():
+                if flow.epoch == GIVEN:
+                    continue
                 flow.new_epoch(epoch)
                 flow.epoch, flow.when = _LONG_AGO, 0
                 if isinstance(flow, Watched):
@@ -96,10 +103,23 @@ class Flows:
     def new(self, table: dict[FlowKey, Comparer], p: Packet, must: bool = True) -> Comparer | None:
         if not self._room(must):
             return None
+        words = self._host.lookup(p.key) if table is self.tcp else None
+        if words is not None:
+            return self.revive(p.key, words)
         flow = table[p.key] = self._make(p)
         self.rules[flow.verdict.rule].flows += 1
         self._born(flow)
         return flow
+
+    def revive(self, key: FlowKey, words: Words) -> Comparer:
+        """A connection that tier K knows, and the table no more."""
+        p = probe(key, words)
+        flow = self.tcp[key] = self._make(p, direction(words))
+        self._born(flow)
+        if not isinstance(flow, Stream):
+            return flow
+        self._host.recall(flow, words)
+        return flow if flow.epoch == self._host.epoch else self.renew(self.tcp, flow, p)
 
     def _make(self, p: Packet, direction: str = "") -> Comparer:
         """What the policy wants for the flow of this frame."""
@@ -124,7 +144,12 @@ class Flows:
             self._host.unmirror(key)
 
     def renew(self, table: dict[FlowKey, Comparer], flow: Comparer, p: Packet) -> Comparer:
-        """The flow's first frame in this epoch: new rules may have come with it."""
+        """The flow's first frame in this epoch, or since tier K had it: new rules may have come."""
+        if flow.epoch == GIVEN:
+            assert isinstance(flow, Stream)
+            self._host.recall(flow)
+            if flow.epoch == self._host.epoch:
+                return flow
         if flow.epoch < self._policy_epoch:
             verdict = self.policy.judge(subject(p, flow.direction))
             if verdict.action is not flow.verdict.action:
@@ -162,6 +187,8 @@ class Flows:
         busy: list[tuple[int, int, Flow]] = []
         while ages and not found:
             _, _, flow = heappop(ages)
+            if not self._known(flow):
+                continue
             due = self._old_at(flow)
             if not flow.quiet():
                 busy.append((due, next(self._serial), flow))
@@ -176,6 +203,9 @@ class Flows:
             heappush(ages, entry)
         return found
 
+    def _known(self, flow: Flow) -> bool:
+        return self.tcp.get(flow.key) is flow or self.datagram.get(flow.key) is flow
+
     def _remove(self, flow: Flow) -> None:
         table = self.tcp if self.tcp.get(flow.key) is flow else self.datagram
         del table[flow.key]
@@ -187,6 +217,8 @@ class Flows:
         ages = self._ages
         while ages and ages[0][0] <= now_ns:
             _, _, flow = heappop(ages)
+            if not self._known(flow):
+                continue
             due = self._old_at(flow)
             if due <= now_ns and flow.quiet():
                 self._remove(flow)

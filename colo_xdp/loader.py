@@ -36,11 +36,16 @@ OBJECTS: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
     ),
 }
 
+#: Programs that tier K has besides.
+FAST: dict[str, tuple[str, ...]] = {"primary": ("fast_ctl",), "secondary": ()}
+
 #: Shapes that a pinned map must have: key bytes, value bytes (None: any number of entries).
 _PINNED_SHAPES = {
     "config": (4, 8),
     "counters": (4, abi.COUNT.size),
     "flows": (abi.FLOW_KEY.size, abi.FLOW.size),
+    "conns": (abi.FLOW_KEY.size, abi.CONN.size),
+    "owners": (4, abi.OWNER.size),
     "transitions": (4, 4),
     "unmirrored": (abi.UNMIRRORED_KEY.size, 8),
 }
@@ -135,12 +140,12 @@ class Map:
     def _key(self, key: bytes) -> Any:
         return self._t.Key.from_buffer_copy(key)
 
-    def set(self, key: bytes, value: bytes) -> None:
-        """Insert or replace; raises OSError (E2BIG: full)."""
+    def set(self, key: bytes, value: bytes, *, new: bool = False) -> None:
+        """Insert or replace; raises OSError (E2BIG: full; EEXIST: `new`, and it is there)."""
         k = ct.create_string_buffer(key, len(key))
         v = ct.create_string_buffer(value, len(value))
         lib = import_bcc().libbcc.lib
-        if lib.bpf_update_elem(self.fd, k, v, 0):
+        if lib.bpf_update_elem(self.fd, k, v, int(new)):
             raise OSError(ct.get_errno(), f"map update: {os.strerror(ct.get_errno())}")
 
     def get(self, key: bytes, size: int | None = None) -> bytes | None:
@@ -185,6 +190,9 @@ class Options:
 
     flow_table: int = 65536
     ring_pages: int = 8192
+    fast: bool = False
+    stashes: int = 64  # of 256 KiB each
+    conns: int = 65536
     events: str = "auto"
     rewrite_at_xdp: bool = False
 
@@ -203,8 +211,15 @@ class Objects:
             f'-DPIN_DIR="{pin_dir}"',
             f"-DCOLO_MAX_FLOWS={options.flow_table}",
             f"-DCOLO_RING_PAGES={options.ring_pages}",
-            f"-DCOLO_MAX_CPUS={max(os.cpu_count() or 1, _possible_cpus())}",
+            f"-DCOLO_MAX_CPUS={max(os.cpu_count() or 1, possible_cpus())}",
         ]
+        if options.fast:
+            flags += [
+                "-DCOLO_FAST",
+                f"-DCOLO_STASHES={options.stashes}",
+                f"-DCOLO_MAX_CONNS={options.conns}",
+            ]
+            tc += FAST[role]
         if events == "perf":
             flags.append("-DCOLO_EVENTS_PERF")
         if options.rewrite_at_xdp:
@@ -240,7 +255,8 @@ class Objects:
         self.bpf.cleanup()
 
 
-def _possible_cpus() -> int:
+def possible_cpus() -> int:
+    """How many values a per-CPU map has for each key."""
     text = Path("/sys/devices/system/cpu/possible").read_text().strip()
     return int(re.split(r"[-,]", text)[-1]) + 1
 
@@ -262,7 +278,7 @@ def check_pins(directory: str, options: Options) -> list[str]:
             info = _bpf.map_info(fd)
         finally:
             os.close(fd)
-        want = options.flow_table if name == "flows" else info.max_entries
+        want = {"flows": options.flow_table, "owners": options.stashes, "conns": options.conns}.get(name, info.max_entries)
         if (info.key_size, info.value_size, info.max_entries) != (key, value, want):
             bad.append(
                 f"{path}: key {info.key_size}, value {info.value_size}, {info.max_entries} entries"

@@ -93,6 +93,7 @@ class Primary(Controller):
             on_wait=self._on_wait,
             on_divergence=lambda d: self.journal.divergence(d, time.time()),
             unmirror=datapath.unmirror,
+            fast=datapath.fast,
         )
         self.journal = Journal()
         self.engine.epoch = datapath.epoch
@@ -127,7 +128,9 @@ class Primary(Controller):
     def on_event(self, event: Event) -> None:
         if self.state is State.STOPPED:
             return
-        rec = Record(event.frame, event.ts_ns, event.gso_size, event.partial)
+        rec = Record(
+            event.frame, event.ts_ns, event.gso_size, event.partial, captured=event.captured
+        )
         if event.source == abi.Source.PVM:
             if self.spoke_alone:
                 self._release(rec)

@@ -15,6 +15,7 @@ class Record:
     gso_size: int = 0
     partial: bool = False  # checksum is CHECKSUM_PARTIAL (pseudo header only)
     sent: bool = False  # left at once (shadow, mirror-only): only compared, never released again
+    captured: int = 0  # by tier K, as in Event
     parts: tuple[Record, ...] = ()  # `frame` was put together from these, which leave instead
 
 

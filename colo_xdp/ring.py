@@ -34,6 +34,7 @@ class Event:
     frame: bytes
     gso_size: int
     partial: bool
+    captured: int = 0  # number among the frames of a connection that tier K knows; 0: none
 
 
 def decode(raw: memoryview | bytes) -> Event:
@@ -43,14 +44,14 @@ def decode(raw: memoryview | bytes) -> Event:
     """
     if len(raw) < _HEAD:
         raise ValueError(f"event of {len(raw)} bytes, its head alone has {_HEAD}")
-    ts, length, epoch, gso, tci, proto, source, flags = abi.EVENT.unpack_from(raw)
+    ts, length, epoch, gso, tci, proto, source, flags, captured, _ = abi.EVENT.unpack_from(raw)
     frame = bytes(raw[_HEAD : _HEAD + length])
     if len(frame) != length:
         raise ValueError(f"event says {length} bytes of frame and carries {len(frame)}")
     if flags & abi.EV_VLAN:
         tag = proto.to_bytes(2, "little") + tci.to_bytes(2, "big")
         frame = frame[:12] + tag + frame[12:]
-    return Event(source, ts, epoch, frame, gso, bool(flags & abi.EV_PARTIAL))
+    return Event(source, ts, epoch, frame, gso, bool(flags & abi.EV_PARTIAL), captured)
 
 
 class Reader(Protocol):

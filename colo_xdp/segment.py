@@ -52,6 +52,22 @@ def _part(rec: Record, p: Packet, start: int, stop: int, *, first: bool) -> Reco
     return replace(rec, frame=bytes(head) + body, gso_size=gso, parts=())
 
 
+def finish(head: bytearray, l4: int, payload: bytes) -> bytes:
+    """A frame of these headers (Ethernet without tags, to TCP's options) and payload: lengths, the
+    IPv4 checksum, and TCP's as CHECKSUM_PARTIAL wants it (the pseudo header's sum)."""
+    length = len(head) - l4 + len(payload)
+    if head[14] >> 4 == 4:
+        struct.pack_into("!H", head, 16, l4 - 14 + length)
+        head[24:26] = b"\0\0"
+        struct.pack_into("!H", head, 24, 0xFFFF & ~_sum(bytes(head[14:l4])))
+        addresses = bytes(head[26:34])
+    else:
+        struct.pack_into("!H", head, 18, l4 - 54 + length)
+        addresses = bytes(head[22:54])
+    struct.pack_into("!H", head, l4 + 16, _sum(addresses + struct.pack("!II", length, 6)))
+    return bytes(head) + payload
+
+
 def with_window(rec: Record, p: Packet, value: int) -> Record:
     """The frame with another window field; the checksum follows by RFC 1624, eqn. 3."""
     frame = bytearray(rec.frame)

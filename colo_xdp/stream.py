@@ -273,13 +273,14 @@ class Stream(Twin):
                 # a retransmission: only what was proven once may leave again
                 o = p.off + ((v - s) & MASK)
                 n = min(-d, p.end - o)
-                if hist.size + d < 0:
+                proven = hist.back(-d, n) if hist.size + d >= 0 else self._sent_again(v, n)
+                if not proven:
                     self.unverifiable = True
                     break
-                proven = hist.back(-d, n)
+                n = len(proven)
                 if frame[o : o + n] != proven:
                     i = next(i for i in range(n) if frame[o + i] != proven[i])
-                    svm = hist.back(-d - i, CONTEXT)
+                    svm = proven[i : i + CONTEXT]
                     return self._differ(Cause.PAYLOAD_DIFFERS, p, (v + i) & MASK, svm)
                 v = (v + n) & MASK
             else:
@@ -295,6 +296,17 @@ class Stream(Twin):
         if v != e and v != s:
             self.host.part_verified(self)
         return v == e
+
+    def _sent_again(self, seq: int, most: int) -> bytes:
+        """What the SVM has lately sent from `seq` on, though it had before.
+
+        It gets the same acks, so it often sends the same again as the PVM.
+        """
+        for first, frame, off, end in reversed(self.again):
+            d = (seq - first) & MASK
+            if d < end - off:
+                return frame[off + d : min(end, off + d + most)]
+        return b""
 
     def _whole(self, p: Packet, e: int) -> bool:
         """The plain case, for speed: the SVM's next segment has the same boundaries and bytes."""

@@ -23,6 +23,7 @@ from .window import WindowGate
 
 FLAGS = FIN | SYN | RST
 MAX_RSTS = 16
+MAX_AGAIN = 16
 
 
 @dataclass(slots=True)
@@ -43,13 +44,17 @@ class Twin(ABC):
     """One connection, one direction: what the guest sends."""
 
     __slots__ = (
+        "again",
         "asked",
         "base",
+        "calm",
+        "captured",
         "chunks",
         "committed_ack",
         "direction",
         "epoch",
         "fin_done",
+        "given_ns",
         "head_ok",
         "held",
         "hist",
@@ -58,8 +63,10 @@ class Twin(ABC):
         "isn",
         "key",
         "last",
+        "offered",
         "ooo",
         "origin",
+        "patience",
         "rst_done",
         "sack",
         "send",
@@ -82,6 +89,11 @@ class Twin(ABC):
         self.host, self.key, self.epoch = host, key, epoch
         self.verdict, self.direction = verdict, direction
         self.last = self.when = 0
+        # about tier K (fastpath.py)
+        self.offered = False  # the kernel knows the connection
+        self.captured = 0  # the newest frame that it has counted
+        self.calm, self.patience = 0, 1  # settled batches: seen, and wanted
+        self.given_ns = 0
         # of the PVM, kept over checkpoints
         self.base: int | None = None
         self.isn: int | None = None  # of the SYN that was released
@@ -102,6 +114,8 @@ class Twin(ABC):
         self.chunks: deque[tuple[bytes, int, int, int]] = deque()  # frame, off, end, arrival
         self.ooo: list[tuple[int, bytes, int, int, int]] = []  # seq, then as above
         self.sack: int | None = None  # highest ack
+        # what it sent again and the history does not reach: seq, frame, off, end
+        self.again: deque[tuple[int, bytes, int, int]] = deque(maxlen=MAX_AGAIN)
         self.sfin: int | None = None
         self.sfin_at = self.srst_at = 0
         self.srst: list[tuple[bool, int]] = []  # resets with no twin yet
@@ -156,6 +170,15 @@ class Twin(ABC):
                 self.hist.cut(ahead)
             self.ver = self.send = self.base
 
+    def unknown(self, epoch: int) -> None:
+        """Forget everything, as of a connection that is met for the first time."""
+        self.base = self.isn = self.committed_ack = self.fin_done = None
+        self.rst_done.clear()
+        self.windows = WindowGate()
+        self.hist.clear()
+        self.offered, self.calm = False, 0
+        self.new_epoch(epoch)
+
     def unhold(self) -> list[Held]:
         """Give up the frames that wait; the caller counts them."""
         held = list(self.held)
@@ -181,6 +204,7 @@ class Twin(ABC):
     def forget_svm(self) -> None:
         self.chunks.clear()
         self.ooo.clear()
+        self.again.clear()
         self.sack = self.sfin = self.ssyn = None
         self.srst.clear()
 
@@ -242,6 +266,8 @@ class Twin(ABC):
                 if d < 0:
                     if d + p.end - off <= 0:
                         host.count("svm_retransmit")
+                        if self.ver is not None and diff(self.ver, p.seq) > self.hist.size:
+                            self.again.append((p.seq, p.frame, off, p.end))
                         return
                     off -= d
             if send is None or d > 0:

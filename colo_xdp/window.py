@@ -9,6 +9,8 @@ back). Edges are sequence numbers of the client's stream.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from ._seq import HALF, MASK, diff, later
 from .packet import ACK, RST, SYN, Packet, tcp_options
 from .record import Record
@@ -16,6 +18,17 @@ from .segment import bare_ack, with_window
 
 #: the client is told of a window that has grown by so many bytes since the last frame it got
 _UPDATE = 4 * 1448
+
+
+@dataclass(frozen=True, slots=True)
+class Words:
+    """Windows as tier K knows them: fields at the newest ack of each, not scaled."""
+
+    scale: int | None
+    syn: int  # limit for the window field of this incarnation's SYN
+    pvm: int
+    svm: int
+    told: int
 
 
 class WindowGate:
@@ -86,6 +99,39 @@ class WindowGate:
                 self._edge = new
         elif self._seen is None or diff(p.ack, self._seen[0]) >= 0:
             self._seen = (p.ack, p.window)
+
+    def words(self, p_ack: int, s_ack: int) -> Words | None:
+        """For tier K, while nothing is cut. None: the PVM has not told any window yet."""
+        shift = self._shift
+        if shift is None:
+            if self._offer is None:
+                return None
+            svm = self._seen[1] if self._seen is not None else 0xFFFF
+            return Words(None, self._syn, self._offer[1], svm, self._offer[1])
+        if self._offered is None:
+            return None
+
+        def field(edge: int | None, ack: int) -> int:
+            if edge is None:
+                return 0xFFFF
+            return min(0xFFFF, max(0, diff(edge, ack)) >> shift)
+
+        pvm = field(self._offered, p_ack)
+        return Words(shift, self._syn, pvm, field(self._edge, s_ack), pvm)
+
+    def resume(
+        self, w: Words, acks: tuple[int, int, int], cut: tuple[Record, Packet] | None
+    ) -> None:
+        """Go on from tier K. acks: the PVM's, the SVM's, as told; `cut`: a bare ACK of the PVM
+        that has not left with all its window."""
+        p_ack, s_ack, out_ack = acks
+        self._shift, self._syn, self.shrunk = w.scale, w.syn, cut
+        if w.scale is None:
+            self._offer, self._seen, self._told = (p_ack, w.pvm), (s_ack, w.svm), w.told
+            return
+        self._offered = (p_ack + (w.pvm << w.scale)) & MASK
+        self._edge = (s_ack + (w.svm << w.scale)) & MASK
+        self._advertised = (out_ack + (w.told << w.scale)) & MASK
 
     def limit(self, rec: Record, p: Packet) -> tuple[Record, bool]:
         """A frame about to leave, and whether its window had to be cut."""

@@ -155,7 +155,7 @@ class Lab:
                 "key": str(self.work / f"{role}.key"),
                 "peer_cert": str(self.work / f"{other}.crt"),
             },
-            "datapath": {"run_dir": str(self.work)},
+            "datapath": {"run_dir": str(self.work), "fast_path_memory": 32},
             "metrics": {"listen": f"127.0.0.1:{port}"},
         }
         for section, keys in self.overrides.items():

@@ -56,7 +56,7 @@ class Kernel:
         self.config = objects.map("config")
         self.flow_map = objects.map("flows")
         self.counters = objects.map("counters")
-        self._cpus = loader._possible_cpus()
+        self._cpus = loader.possible_cpus()
         table = objects.map("transitions")
         for i, word in enumerate(transition_words()):
             table.set(struct.pack("=I", i), struct.pack("=I", word))

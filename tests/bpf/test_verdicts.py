@@ -105,7 +105,7 @@ class Primary:
     def __init__(self, objects: loader.Objects) -> None:
         self.objects = objects
         self._config, self._counters = objects.map("config"), objects.map("counters")
-        self._cpus = loader._possible_cpus()
+        self._cpus = loader.possible_cpus()
 
     def set(self, slot: Cfg, value: int) -> None:
         self._config.set(struct.pack("=I", slot), struct.pack("=Q", value))

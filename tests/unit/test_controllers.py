@@ -40,6 +40,7 @@ class FakeDataPath:
 
     def __init__(self, mode: Mode, *, adopted: bool = False) -> None:
         self.mode, self.adopted, self.epoch, self.shadowed = mode, adopted, 7, 0
+        self.fast = None
         self.injectors = {n: FakeInjector() for n in ("release", "deliver", "forward")}
         self.objects = SimpleNamespace(
             map=lambda name: SimpleNamespace(info=SimpleNamespace(max_entries=8), items=lambda: [])

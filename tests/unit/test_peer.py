@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from colo_xdp import wire
+from colo_xdp import abi, wire
 from colo_xdp.peer import Peer, PeerError, split_address
 
 
@@ -94,9 +94,9 @@ def test_primary_comes_back_by_itself() -> None:
     [
         b"GET / HTTP/1.0\r\n\r\n",
         wire.encode("begun", n=1),
-        wire.encode("hello", v=wire.VERSION, pair="other", role="primary", boot="", abi=1),
-        wire.encode("hello", v=9, pair="p", role="primary", boot="", abi=1),
-        wire.encode("hello", v=wire.VERSION, pair="p", role="secondary", boot="", abi=1),
+        wire.encode("hello", v=wire.VERSION, pair="other", role="primary", boot="", abi=abi.ABI),
+        wire.encode("hello", v=9, pair="p", role="primary", boot="", abi=abi.ABI),
+        wire.encode("hello", v=wire.VERSION, pair="p", role="secondary", boot="", abi=abi.ABI),
         b"\xff" * 70000 + b"\n",
     ],
     ids=["http", "no-hello", "other-pair", "other-version", "same-role", "flood"],
@@ -127,7 +127,7 @@ def test_garbage_in_the_middle_cuts_the_connection() -> None:
         s = End("secondary", port)
         await s.peer.start()
         _, writer = await asyncio.open_connection("127.0.0.1", port)
-        writer.write(wire.encode("hello", v=wire.VERSION, pair="p", role="primary", boot="", abi=1))
+        writer.write(wire.encode("hello", v=wire.VERSION, pair="p", role="primary", boot="", abi=abi.ABI))
         await until(lambda: s.peer.connected)
         writer.write(b'{"type": "done"}\n')
         await until(lambda: s.down)

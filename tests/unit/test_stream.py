@@ -138,6 +138,20 @@ def test_retransmission_older_than_history() -> None:
     pair.checkpoint().is_now([0, 1, 2, 3, 4], "retransmit_unverifiable")
 
 
+def test_a_retransmission_is_verified_by_the_others() -> None:
+    """What is older than the history: the SVM gets the same acks and sends it again, too."""
+    for svm_first in (False, True):
+        pair = opened(Pair(Limits(history_bytes=1000)))
+        old = bytes(range(250)) * 36
+        pair.p(0, old).s(0, old).p(9000, bytes(9000)).s(9000, bytes(9000)).is_now([0, 1])
+        if svm_first:
+            pair.s(0, old).is_now([0, 1]).p(500, old[500:1500]).is_now([0, 1, 2])
+        else:
+            pair.p(500, old[500:1500]).is_now([0, 1]).s(0, old[:500]).is_now([0, 1])
+            pair.s(500, old[500:2000]).is_now([0, 1, 2])
+    pair.p(0, old[:9] + b"!").is_now([0, 1, 2], "payload_differs")
+
+
 def test_ack_gate(pair: Pair) -> None:
     opened(pair).p(0, ack=501).wait(1).is_now([0]).s(0, ack=400).is_now([0])
     pair.s(0, ack=501).is_now([0, 1]).s(0, ack=300)  # an older one changes nothing

@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Tier K's maps, and the program that takes connections from it and gives them back.
+
+The program is run by BPF_PROG_TEST_RUN, so that user space takes the same lock by the same
+compare and swap as the programs on the devices do (bpf/fast.h).
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import mmap
+import struct
+import time
+from collections.abc import Callable, Iterator
+
+from . import _bpf, abi
+from .abi import CtlOp, CtlResult
+from .fastpath import Gift, Words, conn_key, conn_words, flow_key
+from .flow import FlowKey
+from .loader import Objects, possible_cpus
+
+log = logging.getLogger("colo_xdp.fastmap")
+
+SEIZE_S = 1.0  # a connection that stays locked for longer is given up
+_DONE = CtlResult.DONE
+_U32 = struct.Struct("=I")
+_EMPTY = bytes(abi.CONN.size)
+_NO_WORDS = bytes(abi.GIVE.size)
+_STASH_SIZE = abi.STASH_BEFORE + abi.STASH + abi.STASH_SLACK
+
+
+class FastMap:
+    """fastpath.Fast on the kernel's maps."""
+
+    def __init__(
+        self, objects: Objects, idle_ns: int, since: int, switch: Callable[[bool], None],
+        keep_since: Callable[[int], None],
+    ) -> None:  # fmt: skip
+        self._conns, self._waits = objects.map("conns"), objects.map("fast_waits")
+        stashes, owners = objects.map("stashes"), objects.map("owners")
+        self.stashes = owners.info.max_entries
+        # BPF_F_MMAPABLE: the elements lie one behind the other
+        self._rings = memoryview(mmap.mmap(stashes.fd, _pages(self.stashes * _STASH_SIZE)))
+        table = memoryview(mmap.mmap(owners.fd, _pages(self.stashes * abi.OWNER.size)))
+        self._table = table[: self.stashes * abi.OWNER.size]
+        self._ctl = objects.programs["fast_ctl"].fd
+        self._idle_ns, self._since = idle_ns, since
+        self._switch, self._keep_since = switch, keep_since
+        self._on = False
+        self._full = 0
+        self._walk: Iterator[bytes] | None = None
+
+    @property
+    def enabled(self) -> bool:
+        """Whether the kernel decides."""
+        return self._on
+
+    @enabled.setter
+    def enabled(self, on: bool) -> None:
+        self._on = on
+        self._switch(on)
+
+    def _control(
+        self, op: CtlOp, raw_key: bytes, captured: int = 0, words: bytes = _NO_WORDS
+    ) -> CtlResult:
+        message = abi.CTL.pack(op, captured, raw_key, words)
+        end = time.monotonic() + SEIZE_S
+        while True:
+            r = CtlResult(_bpf.test_run(self._ctl, message, data_out=0).retval)
+            if r is not CtlResult.BUSY or time.monotonic() > end:
+                return r
+
+    def offer(self, key: FlowKey) -> bool:
+        """Make the connection known; False: there are too many."""
+        try:
+            seen = struct.pack("=16xQ", time.monotonic_ns())
+            self._conns.set(conn_key(key), seen + _EMPTY[len(seen) :], new=True)
+        except OSError as e:
+            if e.errno == errno.EEXIST:
+                return True
+            self._full += 1
+            return False
+        return True
+
+    def give(self, key: FlowKey, gift: Gift, captured: int) -> bool:
+        """To tier K, if `captured` is the last frame that was handed here."""
+        raw_key = conn_key(key)
+        if gift.stash:
+            slot = self._slot(raw_key) if self._control(CtlOp.CLAIM, raw_key) is _DONE else 0
+            if not slot:
+                return False
+            at = (slot - 1) * _STASH_SIZE + abi.STASH_BEFORE
+            self._rings[at : at + len(gift.stash)] = gift.stash
+        r = self._control(CtlOp.GIVE, raw_key, captured, gift.words)
+        if r is CtlResult.UNKNOWN:
+            self.offer(key)  # deleted by sweep() meanwhile
+        return r is _DONE
+
+    def _slot(self, raw_key: bytes) -> int:
+        raw = self._conns.get(raw_key)
+        return int(abi.CONN.unpack(raw)[8]) if raw else 0
+
+    def seize(self, key: FlowKey) -> Words | None:
+        """To tier U. None: unknown, or its words were read before."""
+        if len(key) not in (12, 36):
+            return None
+        raw_key = conn_key(key)
+        r = self._control(CtlOp.SEIZE, raw_key)
+        if r is not _DONE:
+            if r is CtlResult.BUSY:
+                log.error("a connection stays locked in the kernel: it is met as a new one")
+            return None
+        raw = self._conns.get(raw_key)
+        if raw is None:
+            return None
+        words = conn_words(raw, b"")
+        slot = abi.CONN.unpack(raw)[8]
+        if slot and words.epoch:
+            at = (slot - 1) * _STASH_SIZE
+            words = conn_words(raw, self._rings[at : at + _STASH_SIZE])
+        if slot or words.epoch:
+            self._control(CtlOp.FREE, raw_key)
+        return words if words.epoch and words.epoch >= self._since else None
+
+    def _waiting(self) -> Iterator[tuple[int, bytes]]:
+        """(since_ns, key) of the stashes in which anything waits."""
+        for taken, since, key in abi.OWNER.iter_unpack(self._table):
+            if taken and since:
+                yield since, key
+
+    def outstanding(self) -> list[FlowKey]:
+        """Connections with anything in a stash that has not left."""
+        return [flow_key(k) for _, k in self._waiting()]
+
+    def overdue(self, before_ns: int) -> list[FlowKey]:
+        """Those that have had it since before_ns."""
+        return [flow_key(k) for since, k in self._waiting() if since <= before_ns]
+
+    def void(self, epoch: int) -> None:
+        """Nothing that was learnt before `epoch` counts any more."""
+        self._since = epoch
+        self._keep_since(epoch)
+
+    def waits(self) -> list[int]:
+        """How often released bytes had waited for less than 1, 2, 4, 8... us (not cumulated)."""
+        size = 8 * possible_cpus()
+        out = []
+        for i in range(self._waits.info.max_entries):
+            raw = self._waits.get(_U32.pack(i), size) or b""
+            out.append(sum(struct.unpack(f"={len(raw) // 8}Q", raw)))
+        return out
+
+    def sweep(self, now_ns: int, most: int) -> int:
+        """Look at the next `most` connections; forget those long unused. Returns how many."""
+        gone = 0
+        if self._walk is None:
+            self._walk = self._conns.keys()
+        for _ in range(most):
+            key = next(self._walk, None)
+            if key is None:
+                self._walk = None
+                break
+            raw = self._conns.get(key)
+            if raw is None:
+                continue
+            seen, tier = abi.CONN.unpack(raw)[2:4]
+            if now_ns - seen < self._idle_ns:
+                continue
+            # Seized in one round and deleted in the next: no program works on it any more.
+            if tier == abi.TIER_K:
+                self.seize(flow_key(key))
+            else:
+                gone += self._conns.delete(key)
+        return gone
+
+
+def _pages(size: int) -> int:
+    return -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
