@@ -143,13 +143,13 @@ def test_a_retransmission_is_verified_by_the_others() -> None:
     for svm_first in (False, True):
         pair = opened(Pair(Limits(history_bytes=1000)))
         old = bytes(range(250)) * 36
-        pair.p(0, old).s(0, old).p(9000, bytes(9000)).s(9000, bytes(9000)).is_now([0, 1])
+        pair.p(0, old).s(0, old).p(9000, bytes(9000)).s(9000, bytes(9000)).is_now([0, 1, 2])
         if svm_first:
-            pair.s(0, old).is_now([0, 1]).p(500, old[500:1500]).is_now([0, 1, 2])
+            pair.s(0, old).is_now([0, 1, 2]).p(500, old[500:1500]).is_now([0, 1, 2, 3])
         else:
-            pair.p(500, old[500:1500]).is_now([0, 1]).s(0, old[:500]).is_now([0, 1])
-            pair.s(500, old[500:2000]).is_now([0, 1, 2])
-    pair.p(0, old[:9] + b"!").is_now([0, 1, 2], "payload_differs")
+            pair.p(500, old[500:1500]).is_now([0, 1, 2]).s(0, old[:500]).is_now([0, 1, 2])
+            pair.s(500, old[500:2000]).is_now([0, 1, 2, 3])
+    pair.p(0, old[:9] + b"!").is_now([0, 1, 2, 3], "payload_differs")
 
 
 def test_ack_gate(pair: Pair) -> None:
