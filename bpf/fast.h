@@ -810,6 +810,7 @@ struct colo_ctl {
 	__u16 out_win;
 	__u16 mss;
 	__u32 nxt;
+	__u32 org;
 	__u8 ahead;
 	__u8 pending;
 	__u8 l4;
@@ -850,11 +851,12 @@ static __always_inline int control(void *data, void *data_end)
 			r = CTL_FULL;
 	} else if (c->captured != m->captured) {
 		r = CTL_REFUSED;
-	} else if (m->nxt != m->rel && !c->stash) {
+	} else if (m->nxt != m->org && !c->stash) {
 		r = CTL_FULL; /* somebody has taken it meanwhile */
 	} else {
 		c->epoch = m->epoch;
-		c->rel = c->org = m->rel;
+		c->rel = m->rel;
+		c->org = m->org;
 		c->nxt = m->nxt;
 		c->ahead = m->ahead;
 		c->p_ack = m->p_ack;

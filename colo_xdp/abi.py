@@ -145,10 +145,10 @@ CONN = struct.Struct("=QQQIIIIIIIIIIHHHHBBBBB3x128s64s")
 #: struct colo_owner: taken, since_ns, key
 OWNER = struct.Struct("=QQ40s")
 #: struct colo_ctl: ethernet header, op, captured, key, and what GIVE is to set
-CTL = struct.Struct("=14xHI40s228s")
-#: epoch, rel, p_ack, s_ack, out_ack, p_win, s_win, out_win, mss, nxt, ahead, pending, l4, doff, hdr,
-#: memo
-GIVE = struct.Struct("=IIIIIHHHHIBBBB128s64s")
+CTL = struct.Struct("=14xHI40s232s")
+#: epoch, rel, p_ack, s_ack, out_ack, p_win, s_win, out_win, mss, nxt, org, ahead, pending, l4, doff,
+#: hdr, memo
+GIVE = struct.Struct("=IIIIIHHHHIIBBBB128s64s")
 #: bytes of a stash's ring, and where it begins in struct colo_stash
 STASH, STASH_BEFORE = 512 * 1024, 64
 STASH_SLACK = 2 * 4096 + 128

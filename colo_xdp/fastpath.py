@@ -27,6 +27,8 @@ OFFER_AFTER, MAX_PATIENCE = 3, 256
 SHORT_STAY_NS = 50_000_000
 #: payload of one frame built from a stash
 PIECE = 32 * 1024
+#: bytes of history that go with it: the PVM may be waiting for acks, and send again next
+HISTORY = 64 * 1024
 #: batches between two tries to give a stream of which frames are always on their way
 RETRY = 4
 
@@ -139,7 +141,7 @@ def untagged(key: FlowKey) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Gift:
-    """A stream for tier K: struct.pack of abi.GIVE, and the bytes outstanding."""
+    """A stream for tier K: abi.GIVE packed; the latest history, and what is outstanding."""
 
     words: bytes
     stash: bytes
@@ -193,7 +195,8 @@ def pack(st: Stream, epoch: int) -> Gift | None:
         parts.append(frame[off:end])
         nxt = (nxt + end - off) & MASK
         ahead = abi.SIDE_SVM
-    stash = b"".join(parts)
+    past = min(st.hist.size, HISTORY)
+    stash = st.hist.back(past, past) + b"".join(parts)
     if len(stash) > abi.STASH // 2:
         return None
     scale = _NO_SCALE if w.scale is None else w.scale
@@ -202,8 +205,8 @@ def pack(st: Stream, epoch: int) -> Gift | None:
     )
     return Gift(
         abi.GIVE.pack(
-            epoch, st.base, p_ack, s_ack, st.committed_ack, p_win, w.svm, w.told, mss, nxt, ahead,
-            diff(p_ack, s_ack) > 0, l4, size, header, memo,
+            epoch, st.base, p_ack, s_ack, st.committed_ack, p_win, w.svm, w.told, mss, nxt,
+            (st.base - past) & MASK, ahead, diff(p_ack, s_ack) > 0, l4, size, header, memo,
         ),
         stash,
     )  # fmt: skip
@@ -236,10 +239,11 @@ def recall(st: Stream, words: Words, now_ns: int) -> None:
     has_isn, _, scale, isn, origin, syn, _ = _MEMO.unpack_from(words.memo)
     st.isn, st.origin = (isn if has_isn else None), origin
     st.epoch = words.epoch
-    first = (words.rel - len(words.history)) & MASK
-    if st.ver != first:
+    known = 0 if st.ver is None else (st.ver - words.rel + len(words.history)) & MASK
+    if known > len(words.history):
         st.hist.clear()  # there is a hole between what is in it and what tier K has kept
-    st.hist.add(words.history)
+        known = 0
+    st.hist.add(words.history[known:])
     st.host.charge_history(st)
     st.base = st.ver = st.send = words.rel
     st.committed_ack, st.sack = words.out_ack, words.s_ack

@@ -1,0 +1,267 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Two stand-in guests that send the same streams from two processes, and a client that checks.
+
+The guests cut their streams where they like, run ahead of each other, send again, and ack as
+they go. What the client receives must be the streams, byte by byte, and acks that both have
+given. Positions are shared memory: nobody knows more than that.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import multiprocessing as mp
+import os
+import random
+import select
+import socket
+import struct
+import time
+from multiprocessing.connection import Connection
+from multiprocessing.sharedctypes import Synchronized
+from typing import Any
+
+from colo_xdp import abi
+from colo_xdp.abi import Mode
+from colo_xdp.compare import Engine, Limits, Policy, Record
+from colo_xdp.datapath import DataPath
+from colo_xdp.journal import Divergence
+from colo_xdp.ring import Event
+from tests.netns.conftest import Net, Sniffer, Tap, inside
+from tests.netns.frames import csum, tcp
+
+SEQ, ACK = 0xFFFFF000, 5000  # the streams wrap around early
+MASK = 0xFFFFFFFF
+WINDOW = 150_000  # of the client
+MSS = 1428  # of IPv6 with timestamps
+_FORK = mp.get_context("fork")
+
+
+def stream(port: int, length: int) -> bytes:
+    """What both guests say on the connection to this port."""
+    return random.Random(port).randbytes(length)
+
+
+def ack_at(pos: int) -> int:
+    """What a guest has acked when it has sent `pos` bytes."""
+    return ACK + pos // 3000
+
+
+class Shared:
+    """What the processes know of each other; index: 0 PVM, 1 SVM."""
+
+    def __init__(self, conns: int) -> None:
+        self.pos: list[Any] = [_FORK.Array(ctypes.c_uint64, conns, lock=False) for _ in range(2)]
+        self.have: Any = _FORK.Array(ctypes.c_uint64, conns, lock=False)  # of the client
+        self.pause: Synchronized[int] = _FORK.Value(ctypes.c_int, 0)
+        self.paused: Any = _FORK.Array(ctypes.c_int, 2, lock=False)
+        self.epoch: Synchronized[int] = _FORK.Value(ctypes.c_int, 1)
+        self.stop: Synchronized[int] = _FORK.Value(ctypes.c_int, 0)
+
+
+class Guest:
+    """One guest's sending process."""
+
+    def __init__(self, net: Net, side: int, shared: Shared, conns: int, length: int, seed: int):
+        self.net, self.side, self.shared, self.conns, self.length = net, side, shared, conns, length
+        self.rnd = random.Random(seed * 2 + side)
+        self.process = _FORK.Process(target=self._run, daemon=True)
+
+    def _open(self) -> None:
+        if self.side == 0:
+            with inside(self.net.host):
+                self.tap = Tap("tap0")
+            os.set_blocking(self.tap.fd, True)
+        else:
+            with inside(self.net.other):
+                self.sock = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)
+                self.sock.bind(("peer0", 0))
+
+    def _send(self, frame: bytes, gso: int) -> None:
+        if self.side == 0:
+            v6 = frame[12:14] == b"\x86\xdd"
+            l4 = 54 if v6 else 34
+            kind = (4 if v6 else 1) if gso else 0
+            head = struct.pack("<BBHHHH", 1, kind, l4 + 32 if gso else 0, gso, l4, 16)
+            os.write(self.tap.fd, head + frame)
+        else:
+            tci = abi.KIND_SVM << abi.KIND_SHIFT | self.shared.epoch.value & abi.EPOCH_MASK
+            self.sock.send(frame[:12] + struct.pack("!HH", abi.TPID, tci) + frame[12:])
+
+    def _run(self) -> None:
+        with contextlib.suppress(KeyboardInterrupt):
+            self._open()
+            streams = [stream(40000 + i, self.length) for i in range(self.conns)]
+            mine, other = self.shared.pos[self.side], self.shared.pos[1 - self.side]
+            rnd, shared = self.rnd, self.shared
+            while not shared.stop.value:
+                if shared.pause.value:
+                    self._pause()
+                i = rnd.randrange(self.conns)
+                at = mine[i]
+                # Sent again from time to time; the last bytes until somebody says stop.
+                if at >= self.length or rnd.random() < 0.0005:
+                    time.sleep(0.0002)
+                    at = max(0, min(at, self.length) - rnd.randrange(1, 20000))
+                elif at > min(other[i] + 100_000, shared.have[i] + WINDOW):
+                    continue
+                big = self.side == 0 and rnd.random() < 0.2
+                n = rnd.randrange(1500, 50000) if big else rnd.choice((1, 200, MSS, MSS, MSS))
+                data = streams[i][at : at + n]
+                partial = self.side == 0
+                frame = tcp(
+                    data, seq=(SEQ + at) & MASK, ack=ack_at(at + len(data)), dport=40000 + i,
+                    v6=bool(i & 1), partial=partial,
+                )  # fmt: skip
+                # Before it is sent: what the client gets must never be beyond this.
+                mine[i] = max(mine[i], at + len(data))
+                self._send(frame, MSS if len(data) > MSS else 0)
+
+    def _pause(self) -> None:
+        self.shared.paused[self.side] = 1
+        while self.shared.pause.value and not self.shared.stop.value:
+            time.sleep(0.0002)
+        self.shared.paused[self.side] = 0
+
+
+class Client:
+    """Receives, in a process of its own, and says at the end what was wrong."""
+
+    def __init__(self, net: Net, shared: Shared, conns: int, length: int) -> None:
+        self.sniffer = Sniffer(net.client, "c0")
+        self.shared, self.conns, self.length = shared, conns, length
+        self.theirs, self.mine = _FORK.Pipe()
+        self.process = _FORK.Process(target=self._run, args=(self.mine,), daemon=True)
+
+    def _run(self, pipe: Connection) -> None:
+        streams = [stream(40000 + i, self.length) for i in range(self.conns)]
+        have = self.shared.have
+        early: list[dict[int, int]] = [{} for _ in range(self.conns)]
+        wrong: list[str] = []
+        frames = 0
+        while not self.shared.stop.value and not wrong:
+            for head, frame in self.sniffer.frames(0.2):
+                l4 = 34 if frame[12:14] == b"\x08\x00" else 54
+                sport, dport, seq, ack = struct.unpack_from("!HHII", frame, l4)
+                if sport != 80:
+                    continue
+                i, frames = dport - 40000, frames + 1
+                at = (seq - SEQ) & MASK
+                data = frame[l4 + (frame[l4 + 12] >> 4) * 4 :]
+                if data != streams[i][at : at + len(data)]:
+                    wrong.append(f"port {dport}: other bytes at {at}")
+                if at + len(data) > min(self.shared.pos[s][i] for s in (0, 1)):
+                    wrong.append(f"port {dport}: {at + len(data)} before both had said it")
+                if ack > min(ack_at(self.shared.pos[s][i]) for s in (0, 1)):
+                    wrong.append(f"port {dport}: ack {ack} before both had acked it")
+                if not _checksum(head, frame, l4):
+                    wrong.append(f"port {dport}: checksum at {at}, {len(data)} bytes, {head.hex()}")
+                early[i][at] = max(early[i].get(at, 0), at + len(data))
+                moved = True
+                while moved:
+                    moved = False
+                    for a in [a for a in early[i] if a <= have[i]]:
+                        have[i], moved = max(have[i], early[i].pop(a)), True
+                if wrong or all(x >= self.length for x in have):
+                    break
+            if all(x >= self.length for x in have):
+                break
+        pipe.send((frames, list(have), wrong[:3]))
+
+
+def _checksum(head: bytes, frame: bytes, l4: int) -> bool:
+    ip = frame[26:34] if l4 == 34 else frame[22:54]
+    pseudo = csum(ip + struct.pack("!HH", 6, len(frame) - l4))
+    if l4 == 34 and csum(frame[14:34]) != 0xFFFF:
+        return False
+    if head[0] & 1:  # NEEDS_CSUM: the pseudo header's sum
+        return struct.unpack_from("!H", frame, l4 + 16)[0] == pseudo
+    return csum(frame[l4:], pseudo) == 0xFFFF
+
+
+class Proxy:
+    """The primary controller's data side: engine and data path, without QEMU."""
+
+    def __init__(self, dp: DataPath, shared: Shared, limits: Limits | None = None) -> None:
+        self.dp, self.shared = dp, shared
+        self.asked: list[Divergence] = []
+        self.engine = Engine(
+            limits or Limits(), Policy(), self._release, request_checkpoint=self.asked.append,
+            on_wait=lambda ns: None, fast=dp.fast,
+        )  # fmt: skip
+        self.engine.epoch = dp.epoch = 1
+        dp.mode = Mode.RUN
+
+    def _release(self, rec: Record) -> None:
+        self.dp.injectors["release"].send(rec.frame, rec.gso_size, rec.partial)
+
+    def _on(self, e: Event) -> None:
+        rec = Record(e.frame, e.ts_ns, e.gso_size, e.partial, captured=e.captured)
+        now = time.monotonic_ns()
+        if e.source == abi.Source.PVM:
+            self.engine.from_pvm(rec, now)
+        else:
+            self.engine.from_svm(rec, e.epoch, now)
+
+    def step(self, wait: float = 0.002) -> None:
+        select.select(self.dp.reader.fds, [], [], wait)
+        self.dp.drain(self._on, 256)
+        self.dp.beat()
+        self.engine.flush(time.monotonic_ns())
+        self.engine.tick(time.monotonic_ns())
+
+    def checkpoint(self) -> None:
+        """The SVM becomes what the PVM is; both stand still meanwhile."""
+        s = self.shared
+        self.engine.begin_checkpoint()
+        self.dp.mode = Mode.CHECKPOINT
+        s.pause.value = 1
+        end = time.monotonic() + 5
+        while not all(s.paused) and time.monotonic() < end:
+            self.step(0.001)
+        assert all(s.paused)
+        stop = time.monotonic_ns()
+        for i in range(len(s.pos[0])):
+            s.pos[1][i] = s.pos[0][i]
+        while self.dp.drain(self._on):
+            pass
+        epoch = self.engine.epoch + 1
+        s.epoch.value = epoch
+        self.engine.commit_checkpoint(stop, epoch, time.monotonic_ns())
+        self.dp.epoch = epoch
+        self.dp.mode = Mode.RUN
+        self.asked.clear()
+        s.pause.value = 0
+
+
+def run(
+    net: Net, dp: DataPath, *, conns: int, length: int, seed: int, seconds: float,
+    checkpoint_every: float = 0.0,
+) -> tuple[Proxy, int, list[int], list[str]]:  # fmt: skip
+    """Until the client has everything, something is wrong, or time is up."""
+    shared = Shared(conns)
+    proxy = Proxy(dp, shared)
+    client = Client(net, shared, conns, length)
+    guests = [Guest(net, side, shared, conns, length, seed) for side in (0, 1)]
+    everybody = [client.process, *(g.process for g in guests)]
+    for p in everybody:
+        p.start()
+    end = time.monotonic() + seconds
+    due = time.monotonic() + checkpoint_every
+    try:
+        while time.monotonic() < end and not client.theirs.poll():
+            proxy.step()
+            if proxy.asked or (checkpoint_every and time.monotonic() > due):
+                proxy.checkpoint()
+                due = time.monotonic() + checkpoint_every
+        shared.stop.value = 1
+        frames, have, wrong = client.theirs.recv() if client.theirs.poll(5) else (0, [], ["silence"])
+        return proxy, frames, have, wrong
+    finally:
+        shared.stop.value = 1
+        for p in everybody:
+            p.join(2)
+            if p.is_alive():
+                p.kill()
+                p.join()
+        client.sniffer.close()

@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Tier K on real devices: what leaves is what both guests have sent, on any CPU, at any speed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from colo_xdp import cleanup
+from colo_xdp.datapath import DataPath
+from tests.netns.conftest import Net
+from tests.netns.fastlab import run
+from tests.netns.test_primary_path import PAIR, config
+
+SECONDS = float(os.environ.get("STRESS_SECONDS", "20"))
+
+
+@pytest.fixture
+def path(net: Net, tmp_path: Path) -> Iterator[DataPath]:
+    cleanup.cleanup(PAIR, "/sys/fs/bpf", str(tmp_path))
+    dp = DataPath(config(tmp_path, fast_path_memory=16))
+    yield dp
+    dp.close()
+    cleanup.cleanup(PAIR, "/sys/fs/bpf", str(tmp_path))
+
+
+@pytest.mark.parametrize(("conns", "length", "every"), [(1, 24 << 20, 0.0), (8, 3 << 20, 0.5)])
+def test_two_guests_at_once(
+    net: Net, path: DataPath, conns: int, length: int, every: float
+) -> None:
+    proxy, frames, have, wrong = run(
+        net, path, conns=conns, length=length, seed=conns, seconds=SECONDS, checkpoint_every=every
+    )
+    counters = path.counters()
+    kernel = sum(
+        n for row in counters.values() for r, (n, _) in row.items() if r.startswith("fast_")
+    )
+    said = {k: v for k, v in proxy.engine.counters.items() if v}
+    assert not wrong, (wrong, said)
+    everything = {p: {r: n for r, (n, _) in row.items() if n} for p, row in counters.items()}
+    assert have == [length] * conns, f"{have} {frames} {said} {everything} {path.injectors['release'].failed}"
+    handed = {r: n for r, (n, _) in counters["fast"].items() if n}
+    assert kernel > 500, f"{said} {handed}"
