@@ -123,7 +123,8 @@ class Source(IntEnum):
 PROGRAMS = {p.name.lower(): int(p) for p in Prog if p is not Prog.MAX}
 REASONS = {r.name.lower(): int(r) for r in Reason if r is not Reason.MAX}
 
-#: struct colo_event: ts_ns, len, epoch, gso_size, vlan_tci, vlan_proto, source, flags, captured, pad
+#: struct colo_event: ts_ns, len, epoch, gso_size, vlan_tci, vlan_proto, source, flags,
+#: captured, pad
 EVENT = struct.Struct("=QIIHHHBBII")
 #: struct colo_count: packets, bytes
 COUNT = struct.Struct("=QQ")
@@ -146,8 +147,8 @@ CONN = struct.Struct("=QQQIIIIIIIIIIHHHHBBBBB3x128s64s")
 OWNER = struct.Struct("=QQ40s")
 #: struct colo_ctl: ethernet header, op, captured, key, and what GIVE is to set
 CTL = struct.Struct("=14xHI40s232s")
-#: epoch, rel, p_ack, s_ack, out_ack, p_win, s_win, out_win, mss, nxt, org, ahead, pending, l4, doff,
-#: hdr, memo
+#: epoch, rel, p_ack, s_ack, out_ack, p_win, s_win, out_win, mss, nxt, org, ahead, pending, l4,
+#: doff, hdr, memo
 GIVE = struct.Struct("=IIIIIHHHHIIBBBB128s64s")
 #: bytes of a stash's ring, and where it begins in struct colo_stash
 STASH, STASH_BEFORE = 512 * 1024, 64

@@ -171,7 +171,7 @@ def _plain(p: Packet) -> bool:
 
 
 def pack(st: Stream, epoch: int) -> Gift | None:
-    """A ready stream for Fast.give(); None: what waits is not plain, or its windows are not known."""
+    """A ready stream for Fast.give(); None: not plain, or no window is known yet."""
     assert st.base is not None and st.committed_ack is not None
     s_ack = later(st.sack, st.committed_ack)
     w = st.windows.words(st.committed_ack, s_ack)

@@ -11,10 +11,10 @@ from typing import Protocol
 
 from .comparer import Comparer, Flow, Host
 from .datagram import DatagramFlow
+from .fastpath import Words, direction, probe
 from .flow import FlowKey, describe_datagram, describe_tcp, unmirrored_key
 from .limits import Limits
 from .packet import Kind, Packet
-from .fastpath import Words, direction, probe
 from .policy import Action, Policy, subject
 from .reasons import Cause
 from .record import NO_EVIDENCE, Evidence

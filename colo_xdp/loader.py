@@ -278,7 +278,11 @@ def check_pins(directory: str, options: Options) -> list[str]:
             info = _bpf.map_info(fd)
         finally:
             os.close(fd)
-        want = {"flows": options.flow_table, "owners": options.stashes, "conns": options.conns}.get(name, info.max_entries)
+        want = {
+            "flows": options.flow_table,
+            "owners": options.stashes,
+            "conns": options.conns,
+        }.get(name, info.max_entries)
         if (info.key_size, info.value_size, info.max_entries) != (key, value, want):
             bad.append(
                 f"{path}: key {info.key_size}, value {info.value_size}, {info.max_entries} entries"

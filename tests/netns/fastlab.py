@@ -100,10 +100,12 @@ class Guest:
                 i = rnd.randrange(self.conns)
                 at = mine[i]
                 # Sent again from time to time; the last bytes until somebody says stop.
-                if at >= self.length or rnd.random() < 0.0005:
+                blocked = at > min(other[i] + 100_000, shared.have[i] + WINDOW)
+                if at >= self.length or rnd.random() < (0.01 if blocked else 0.0005):
                     time.sleep(0.0002)
-                    at = max(0, min(at, self.length) - rnd.randrange(1, 20000))
-                elif at > min(other[i] + 100_000, shared.have[i] + WINDOW):
+                    back = max(0, min(at, self.length) - rnd.randrange(1, 20000))
+                    at = rnd.choice((back, shared.have[i]))
+                elif blocked:
                     continue
                 big = self.side == 0 and rnd.random() < 0.2
                 n = rnd.randrange(1500, 50000) if big else rnd.choice((1, 200, MSS, MSS, MSS))
@@ -255,8 +257,9 @@ def run(
                 proxy.checkpoint()
                 due = time.monotonic() + checkpoint_every
         shared.stop.value = 1
-        frames, have, wrong = client.theirs.recv() if client.theirs.poll(5) else (0, [], ["silence"])
-        return proxy, frames, have, wrong
+        if not client.theirs.poll(5):
+            return proxy, 0, [], ["the client says nothing"]
+        return (proxy, *client.theirs.recv())
     finally:
         shared.stop.value = 1
         for p in everybody:

@@ -210,6 +210,7 @@ class SimDataPath:
     def __init__(self, side: Side) -> None:
         self._side, self.dead = side, False
         self.adopted = side.loaded
+        self.fast = None
         side.loaded = True
         names = ("release",) if side.primary else ("deliver", "forward")
         self.injectors = {n: _Injector(self, n) for n in names}
