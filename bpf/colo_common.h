@@ -46,6 +46,7 @@ enum colo_cfg {
 	CFG_SHADOW = 9,	       /* user space's: 1 + epoch in which the PVM spoke uncompared */
 	CFG_FAST = 10,	       /* 1: verdicts in the kernel (fast.h) */
 	CFG_FAST_SINCE = 11,   /* user space's: what fast.h knew in older epochs is void */
+	CFG_UPLINK = 12,       /* ifindex; 0: what tier K releases goes by way of the tap's bridge */
 	CFG_MAX = 16,
 };
 

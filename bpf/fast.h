@@ -77,6 +77,7 @@ struct colo_work {
 	volatile __u64 seq;   /* its sequence number */
 	volatile __u64 equal; /* so many bytes are to be compared with the stash */
 	volatile __u64 left;  /* so many in all; those behind `equal` are put into the stash */
+	volatile __u64 now, out, way, mark; /* out: to which device, by which way */
 	volatile __u64 moves; /* by how much rel does, if it leaves */
 	volatile __u64 n, pos, err, upto, sum, addresses, act;
 };
@@ -130,8 +131,13 @@ static __always_inline int stash_claim(struct colo_conn *c, struct colo_flow_key
 
 	if (c->stash)
 		return 1;
-	h = (h ^ key->client[3] ^ key->client[0]) * 0x9E3779B1u;
-	h >>= 8;
+	/* MurmurHash3's last step: ports alone must spread. */
+	h ^= key->client[3] ^ key->client[0];
+	h ^= h >> 16;
+	h *= 0x85EBCA6Bu;
+	h ^= h >> 13;
+	h *= 0xC2B2AE35u;
+	h ^= h >> 16;
 #pragma clang loop unroll(disable)
 	for (int i = 0; i < 2 * COLO_STASH_PROBES; i++) {
 		u32 slot = (h + (i % COLO_STASH_PROBES)) % COLO_STASHES, mine = 0;
@@ -486,10 +492,10 @@ static __always_inline void sum_stash(struct colo_stash *st, struct colo_work *w
 
 /*
  * Sends w->n bytes (0: a bare ack) from c->rel on as a frame of its own, made of this skb, the
- * stash and the header in w->new, to the tap's ingress. The skb is spoilt. 0, or R_HAND_HELPER.
+ * stash and the header in w->new. The skb is spoilt. 0, or R_HAND_HELPER.
  */
 static __always_inline u32 send_piece(struct __sk_buff *skb, struct colo_conn *c,
-				      struct colo_stash *st, struct colo_work *w, u32 tap)
+				      struct colo_stash *st, struct colo_work *w)
 {
 	u64 l4 = c->l4, n = w->n, pos = w->pos;
 	u32 check;
@@ -520,8 +526,8 @@ static __always_inline u32 send_piece(struct __sk_buff *skb, struct colo_conn *c
 	BOUND1(n, 127);
 	if (bpf_skb_store_bytes(skb, 0, w->new, n, 0))
 		return R_HAND_HELPER;
-	skb->mark = COLO_MARK;
-	if (bpf_clone_redirect(skb, tap, BPF_F_INGRESS))
+	skb->mark = w->mark;
+	if (bpf_clone_redirect(skb, w->out, w->way))
 		return R_HAND_HELPER;
 	c->rel += (u32)w->n;
 	return 0;
@@ -530,7 +536,7 @@ static __always_inline u32 send_piece(struct __sk_buff *skb, struct colo_conn *c
 /* Sends rel..w->upto, which both guests have sent, in segments; none if they are the same: a bare
  * ack. 0, or R_HAND_HELPER. */
 static __always_inline u32 send_pieces(struct __sk_buff *skb, struct colo_conn *c,
-				       struct colo_stash *st, struct colo_work *w, u32 tap)
+				       struct colo_stash *st, struct colo_work *w)
 {
 	u64 sum = bpf_htons(PROTO_TCP);
 
@@ -557,7 +563,7 @@ static __always_inline u32 send_pieces(struct __sk_buff *skb, struct colo_conn *
 			n = till;
 		w->n = n;
 		w->pos = pos;
-		if (send_piece(skb, c, st, w, tap))
+		if (send_piece(skb, c, st, w))
 			return R_HAND_HELPER;
 	}
 	told(c, allowed_ack(c), allowed_win(c));
@@ -620,7 +626,7 @@ static __always_inline u32 hear_pvm(struct __sk_buff *skb, const struct pkt *p, 
  * all words such that user space can go on from them with this frame.
  */
 static __always_inline u32 decide(struct __sk_buff *skb, const struct pkt *p, struct colo_conn *c,
-				  struct colo_flow_key *key, struct colo_work *w, u32 side, u32 tap,
+				  struct colo_flow_key *key, struct colo_work *w, u32 side,
 				  int *verdict)
 {
 	u32 len = p->payload_len, out = c->nxt - c->rel, err, slot, act, reason, end, again = 0;
@@ -695,6 +701,11 @@ static __always_inline u32 decide(struct __sk_buff *skb, const struct pkt *p, st
 	else if (side == SIDE_SVM && ack_due(c) && c->l4 == p->l4_off && c->doff == p->doff)
 		w->act = ACT_PIECES; /* of no byte */
 	w->side = side;
+	w->out = cfg(CFG_UPLINK);
+	w->way = w->out ? 0 : BPF_F_INGRESS;
+	w->mark = w->out ? 0 : COLO_MARK; /* pvm_out lets it pass */
+	if (!w->out)
+		w->out = cfg(CFG_TAP);
 
 	/* 2. Compare and keep. */
 	walk_payload(skb, c, st, w);
@@ -713,7 +724,7 @@ static __always_inline u32 decide(struct __sk_buff *skb, const struct pkt *p, st
 		c->ahead = side;
 	}
 	if (act && len && c->since_ns)
-		note_wait(bpf_ktime_get_ns() - c->since_ns);
+		note_wait(w->now - c->since_ns);
 	if (act == ACT_PASS) {
 		limit_pvm(skb, c, w);
 		c->rel += len;
@@ -725,27 +736,26 @@ static __always_inline u32 decide(struct __sk_buff *skb, const struct pkt *p, st
 		} else {
 			told(c, allowed_ack(c), allowed_win(c));
 			c->rel += len;
-			skb->mark = COLO_MARK;
-			*verdict = TC_ACT_REDIRECT;
+			skb->mark = w->mark;
+			*verdict = bpf_redirect(w->out, w->way);
 			reason = R_FAST_RELEASED;
 		}
 	} else if (act == ACT_PIECES) {
 		reason = (u32)w->upto == c->rel ? R_FAST_ACKED : R_FAST_REBUILT;
 		w->partial = is_partial(skb, w->partial);
-		if (send_pieces(skb, c, st, w, tap))
+		if (send_pieces(skb, c, st, w))
 			reason = R_HELPER_FAILED;
 	}
-	settle(c, bpf_ktime_get_ns(), act);
+	settle(c, w->now, act);
 	return reason;
 }
 
 /*
  * A TCP frame of the pair. Returns FAST_NO if tier K has no say: captured is then what the
- * event must carry. Else the reason to count, *verdict being what to do with the frame
- * (TC_ACT_REDIRECT: to the tap's ingress).
+ * event must carry. Else the reason to count, *verdict being what to do with the frame.
  */
 static __always_inline u32 fast(struct __sk_buff *skb, const struct pkt *p, u32 side, u64 mode,
-				u32 epoch, u32 tap, u32 *captured, int *verdict)
+				u32 epoch, u32 *captured, int *verdict)
 {
 	u32 cpu = bpf_get_smp_processor_id(), r = FAST_NO, len = skb->len;
 	struct colo_flow_key key = {};
@@ -768,6 +778,7 @@ static __always_inline u32 fast(struct __sk_buff *skb, const struct pkt *p, u32 
 	now = bpf_ktime_get_ns();
 	if (now - c->seen_ns > CTL_SEEN_STEP_NS)
 		c->seen_ns = now;
+	w->now = now;
 	if (c->tier == TIER_K) {
 		u32 p_ack = c->p_ack;
 		u16 p_win = c->p_win;
@@ -777,7 +788,7 @@ static __always_inline u32 fast(struct __sk_buff *skb, const struct pkt *p, u32 
 		    cfg(CFG_MODE) != MODE_RUN || !cfg(CFG_FAST))
 			r = R_HAND_MODE;
 		else
-			r = decide(skb, p, c, &key, w, side, tap, verdict);
+			r = decide(skb, p, c, &key, w, side, verdict);
 		if (r >= R_HAND_MODE) {
 			count(PROG_FAST, r, len);
 			/* The frame is user space's to judge, so it has not been here. */

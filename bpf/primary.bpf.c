@@ -98,7 +98,7 @@ static __always_inline int controller_lost(void)
 int pvm_out(struct __sk_buff *skb)
 {
 	u64 mode = cfg(CFG_MODE), epoch = cfg(CFG_EPOCH);
-	u32 len = skb->len, reason = R_NO_CONFIG, captured = 0, tap = cfg(CFG_TAP), fate = FAST_NO;
+	u32 len = skb->len, reason = R_NO_CONFIG, captured = 0, fate = FAST_NO;
 	int verdict = TC_ACT_SHOT;
 	struct pkt p = {};
 
@@ -112,7 +112,7 @@ int pvm_out(struct __sk_buff *skb)
 		reason = R_PASSED;
 		verdict = TC_ACT_OK;
 	} else if (!parse_skb(skb, &p) && p.is_tcp &&
-		   (fate = fast(skb, &p, SIDE_PVM, mode, epoch, tap, &captured, &verdict))) {
+		   (fate = fast(skb, &p, SIDE_PVM, mode, epoch, &captured, &verdict))) {
 		reason = fate; /* also without a controller (I9) */
 	} else if (controller_lost()) {
 		if (cfg(CFG_LOSS_POLICY) == LOSS_RELEASE) {
@@ -130,7 +130,7 @@ int pvm_out(struct __sk_buff *skb)
 int svm_arrival(struct __sk_buff *skb)
 {
 	u32 len = skb->len, tci = skb->vlan_tci, reason = R_FOREIGN, captured = 0, fate = FAST_NO;
-	u32 tap = cfg(CFG_TAP), epoch = cfg(CFG_EPOCH);
+	u32 epoch = cfg(CFG_EPOCH);
 	u64 mode = cfg(CFG_MODE);
 	int verdict = TC_ACT_OK;
 
@@ -150,15 +150,12 @@ int svm_arrival(struct __sk_buff *skb)
 			if ((tci & COLO_EPOCH_MASK) != (epoch & COLO_EPOCH_MASK))
 				epoch = ~epoch;
 			if (!parse_skb(skb, &p) && p.is_tcp)
-				fate = fast(skb, &p, SIDE_SVM, mode, epoch, tap, &captured,
-					    &verdict);
+				fate = fast(skb, &p, SIDE_SVM, mode, epoch, &captured, &verdict);
 			if (fate)
 				reason = fate;
 			else
 				reason = capture(skb, SRC_SVM, tci & COLO_EPOCH_MASK, p.csum_at,
 						 captured);
-			if (verdict == TC_ACT_REDIRECT)
-				verdict = bpf_redirect(tap, BPF_F_INGRESS);
 		}
 	}
 	return finish(PROG_SVM_ARRIVAL, reason, len, verdict);

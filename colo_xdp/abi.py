@@ -46,6 +46,7 @@ class Cfg(IntEnum):
     SHADOW = 9
     FAST = 10
     FAST_SINCE = 11
+    UPLINK = 12
     MAX = 16
 
 

@@ -47,6 +47,11 @@ class Network:
         'bridge that the tap joins at a takeover; "": the host routes',
         default="",
     )
+    uplink: str = checks.key(
+        checks.or_empty(checks.device, "by way of the bridge"),
+        "device by which the fast path's frames leave, past the bridge: only if all clients are there",
+        default="",
+    )
     hook: str = checks.key(
         checks.choice("auto", "xdp", "tc"),
         "where the secondary guest's output is met; auto: xdp if the tap has no vnet_hdr, else tc",
@@ -497,7 +502,7 @@ def load(path: str | Path) -> Config:
 def _cross_checks(r: _Reader, top: dict[str, Any], s: dict[str, dict[str, Any]]) -> None:
     """Rules over more than one key; skipped where one of them is wrong by itself."""
     net, qemu, peer = s.get("network", {}), s.get("qemu", {}), s.get("peer", {})
-    for key in ("peer_link", "bridge"):
+    for key in ("peer_link", "bridge", "uplink"):
         if net.get(key) and net[key] == net.get("tap"):
             r.error("network", key, net[key], "expected another device than tap")
     if net.get("bridge") and net["bridge"] == net.get("peer_link"):

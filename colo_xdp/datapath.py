@@ -101,6 +101,8 @@ class DataPath:
             self._write(Cfg.MODE, Mode.BYPASS if config.role == "primary" else Mode.DROP)
         self._write(Cfg.TAP, tap.index)
         self._write(Cfg.PEER, peer.index)
+        uplink = self._device("uplink", net.uplink).index if net.uplink else 0
+        self._write(Cfg.UPLINK, uplink)
         policy = abi.LossPolicy[dp.on_controller_loss.upper()]
         self._write(Cfg.LOSS_POLICY, policy)
         self._write(Cfg.LOSS_NS, dp.controller_loss * 1_000_000)

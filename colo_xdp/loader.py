@@ -197,6 +197,23 @@ class Options:
     rewrite_at_xdp: bool = False
 
 
+def compile_text(text: str) -> Any:
+    """A bcc object of a program that is none of ours (tests and benchmarks).
+
+    Raises LoadError when there are no kernel headers.
+    """
+    try:
+        headers = kheaders.find()
+    except kheaders.NoHeaders as e:
+        raise LoadError(str(e)) from e
+    if headers.path:
+        os.environ["BCC_KERNEL_SOURCE"] = headers.path
+    try:
+        return import_bcc().BPF(text=text.encode())
+    finally:
+        os.environ.pop("BCC_KERNEL_SOURCE", None)
+
+
 class Objects:
     """The loaded programs and maps of one role."""
 
