@@ -46,7 +46,7 @@ enum colo_cfg {
 	CFG_SHADOW = 9,	       /* user space's: 1 + epoch in which the PVM spoke uncompared */
 	CFG_FAST = 10,	       /* 1: verdicts in the kernel (fast.h) */
 	CFG_FAST_SINCE = 11,   /* user space's: what fast.h knew in older epochs is void */
-	CFG_UPLINK = 12,       /* ifindex; 0: what tier K releases goes by way of the tap's bridge */
+	CFG_UPLINK = 12, /* ifindex; 0: what tier K releases goes by way of the tap's bridge */
 	CFG_MAX = 16,
 };
 
@@ -92,12 +92,12 @@ enum colo_reason {
 	R_HELPER_FAILED = 16,	       /* a kernel helper refused: frame dropped */
 	R_NO_CONFIG = 17,	       /* config slot missing: frame dropped */
 	R_UNMIRRORED = 18,	       /* to the PVM only: the policy says drop-secondary */
-	R_FAST_HELD = 19,	       /* tier K: the bytes wait in the kernel for the other guest's */
-	R_FAST_PASSED = 20,	       /* tier K: equal to what the SVM sent before, let through */
-	R_FAST_RELEASED = 21,	       /* tier K: the SVM's frame left as the PVM's */
-	R_FAST_REBUILT = 22,	       /* tier K: other boundaries, left in new segments */
-	R_FAST_ACKED = 23,	       /* tier K: an ack of the PVM left, the SVM has acked as much */
-	R_FAST_ENDED = 24,	       /* tier K: dropped, it has told what it had to tell */
+	R_FAST_HELD = 19,     /* tier K: the bytes wait in the kernel for the other guest's */
+	R_FAST_PASSED = 20,   /* tier K: equal to what the SVM sent before, let through */
+	R_FAST_RELEASED = 21, /* tier K: the SVM's frame left as the PVM's */
+	R_FAST_REBUILT = 22,  /* tier K: other boundaries, left in new segments */
+	R_FAST_ACKED = 23,    /* tier K: an ack of the PVM left, the SVM has acked as much */
+	R_FAST_ENDED = 24,    /* tier K: dropped, it has told what it had to tell */
 	/* of PROG_FAST: why tier K gave a connection to user space */
 	R_HAND_MODE = 25,     /* a checkpoint begins, or an epoch has ended */
 	R_HAND_ODD = 26,      /* flags, options or headers that are not plain */
@@ -183,8 +183,8 @@ struct colo_flow {
 	__u32 pad2;
 };
 
-#define TIER_U 0u
-#define TIER_K 1u
+#define TIER_U	 0u
+#define TIER_K	 1u
 #define SIDE_PVM 0u
 #define SIDE_SVM 1u
 
@@ -207,15 +207,15 @@ struct colo_conn {
 	__u16 p_win;	/* window fields, not scaled */
 	__u16 s_win;
 	__u16 out_win;
-	__u16 mss;	/* payload of a segment that is certain to fit the path */
-	__u8 ahead;	/* SIDE_*: whose the stash's bytes are */
-	__u8 pending;	/* the PVM has acked more than the client was told */
-	__u8 l4;	/* of hdr: where TCP begins; 0: no header yet */
-	__u8 doff;	/* of hdr: length of TCP's header */
-	__u8 why;	/* R_HAND_* of the last one */
+	__u16 mss;    /* payload of a segment that is certain to fit the path */
+	__u8 ahead;   /* SIDE_*: whose the stash's bytes are */
+	__u8 pending; /* the PVM has acked more than the client was told */
+	__u8 l4;      /* of hdr: where TCP begins; 0: no header yet */
+	__u8 doff;    /* of hdr: length of TCP's header */
+	__u8 why;     /* R_HAND_* of the last one */
 	__u8 pad[3];
-	__u8 hdr[128];	/* the PVM's newest header, Ethernet to TCP options */
-	__u8 memo[64];	/* user space's */
+	__u8 hdr[128]; /* the PVM's newest header, Ethernet to TCP options */
+	__u8 memo[64]; /* user space's */
 };
 
 /* Who has a stash. taken: 0 or 1, changed by compare and swap. */

@@ -28,8 +28,8 @@
 #define COLO_STASH_PROBES 8
 
 /* Bytes compared or copied in one step; a power of two. More steps cost verifier time. */
-#define COLO_STEP	 4096
-#define COLO_STEPS	 20 /* a 64 KiB frame, and where a stash wraps around */
+#define COLO_STEP	4096
+#define COLO_STEPS	20 /* a 64 KiB frame, and where a stash wraps around */
 #define COLO_MAX_PIECES 50 /* segments rebuilt from one frame; more of them go to user space */
 
 /* Tries to get a connection that another CPU works on, 200 ns each: twice the longest work. */

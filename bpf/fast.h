@@ -70,15 +70,15 @@ BPF_F_TABLE("array:" PIN_DIR "/owners", u32, struct colo_owner, owners, COLO_STA
  */
 struct colo_work {
 	__u8 data[2 * COLO_STEP + 128];
-	__u8 old[128]; /* the frame's own header */
-	__u8 new[128]; /* what is written over it */
+	__u8 old[128];						      /* the frame's own header */
+	__u8 new[128];						      /* what is written over it */
 	volatile __u64 side, len, flags, ack, win, l4, doff, partial; /* of the frame */
 	volatile __u64 at;    /* next byte of the frame to be looked at */
 	volatile __u64 seq;   /* its sequence number */
 	volatile __u64 equal; /* so many bytes are to be compared with the stash */
 	volatile __u64 left;  /* so many in all; those behind `equal` are put into the stash */
 	volatile __u64 now, out, way, mark; /* out: to which device, by which way */
-	volatile __u64 moves; /* by how much rel does, if it leaves */
+	volatile __u64 moves;		    /* by how much rel does, if it leaves */
 	volatile __u64 n, pos, err, upto, sum, addresses, act;
 };
 

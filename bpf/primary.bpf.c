@@ -22,7 +22,7 @@
 #ifdef COLO_FAST
 #include "fast.h"
 #else
-#define FAST_NO 0
+#define FAST_NO	  0
 #define fast(...) FAST_NO /* kernels before 5.12, or [datapath] fast_path = "off" */
 #endif
 

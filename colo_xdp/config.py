@@ -49,7 +49,8 @@ class Network:
     )
     uplink: str = checks.key(
         checks.or_empty(checks.device, "by way of the bridge"),
-        "device by which the fast path's frames leave, past the bridge: only if all clients are there",
+        "device by which the fast path's frames leave, past the bridge: only if all clients are "
+        "there",
         default="",
     )
     hook: str = checks.key(

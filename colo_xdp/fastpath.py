@@ -319,4 +319,3 @@ def conn_words(raw: bytes, ring: bytes | memoryview) -> Words:
         ahead == abi.SIDE_PVM, bool(pending), hdr[: l4 + doff] if l4 else b"", l4, since, seen,
         memo, data, past,
     )  # fmt: skip
-

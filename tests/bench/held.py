@@ -10,6 +10,7 @@ has to pay. What Python needs to call write() is measured with /dev/null and tak
 from __future__ import annotations
 
 import os
+import select
 import statistics
 import struct
 import subprocess
@@ -176,9 +177,7 @@ def config_text(run_dir: str, fast: str, memory: int, uplink: str) -> str:
 
 
 @contextmanager
-def data_path(
-    net: Net, fast: str, memory: int = 256, uplink: str = ""
-) -> Iterator[DataPath]:
+def data_path(net: Net, fast: str, memory: int = 256, uplink: str = "") -> Iterator[DataPath]:
     """Ours, on the devices of the namespace, with no controller."""
     work = tempfile.mkdtemp(prefix="colo-bench.")
     path = Path(work) / "pair.toml"
@@ -215,18 +214,23 @@ class TierU:
         self.engine = Engine(
             Limits(max_queue_size=65536), Policy(), self._release,
             request_checkpoint=lambda d: self.asked.append(str(d.cause)), on_wait=lambda ns: None,
+            fast=dp.fast,
         )  # fmt: skip
         self.engine.epoch = 1
 
     def _release(self, rec: Record) -> None:
         self.dp.injectors["release"].send(rec.frame, rec.gso_size, rec.partial)
 
+    def wait(self, seconds: float) -> None:
+        """Until there may be something to do."""
+        select.select(self.dp.reader.fds, [], [], seconds)
+
     def __call__(self) -> None:
         now = time.monotonic_ns()
         engine = self.engine
 
         def on(e) -> None:  # type: ignore[no-untyped-def]
-            rec = Record(e.frame, e.ts_ns, e.gso_size, e.partial)
+            rec = Record(e.frame, e.ts_ns, e.gso_size, e.partial, captured=e.captured)
             if e.source == abi.Source.PVM:
                 engine.from_pvm(rec, now)
             else:
@@ -235,6 +239,7 @@ class TierU:
         self.dp.drain(on)
         self.dp.beat()
         engine.flush(now)
+        engine.tick(now)
 
 
 def received(net: Net) -> int:
@@ -279,9 +284,7 @@ def measure(case: Case, arms: tuple[str, ...], repeats: int) -> dict[str, dict[s
                     raise RuntimeError(f"{case.name}, {arm}: {got} bytes of {expected} arrived")
             out[arm].append((ns - calls) / frames)
     os.close(null)
-    return {
-        a: {"ns": statistics.median(v), "low": min(v), "high": max(v)} for a, v in out.items()
-    }
+    return {a: {"ns": statistics.median(v), "low": min(v), "high": max(v)} for a, v in out.items()}
 
 
 if __name__ == "__main__":
