@@ -128,6 +128,48 @@ def set_master(name: str, bridge: str | None) -> None:
         ipr.link("set", index=index, master=master)
 
 
+def make_vxlan(name: str, vni: int, local: str, remote: str, port: int, manifest: Manifest) -> bool:
+    """The peer link as a unicast VXLAN, up, without addresses; False when it is there already.
+
+    No learning: all goes to `remote`. MTU: what the path of `remote` leaves. Raises AttachError
+    when a device of that name is another one.
+    """
+    suffix = "6" if ":" in remote else ""
+    want = {"IFLA_VXLAN_ID": vni, f"IFLA_VXLAN_GROUP{suffix}": remote, "IFLA_VXLAN_PORT": port}
+    if local:
+        want[f"IFLA_VXLAN_LOCAL{suffix}"] = local
+    with _netlink() as ipr:
+        try:
+            there = ipr.link("get", ifname=name)[0]
+        except NetlinkError as e:
+            if e.code not in (errno.ENODEV, errno.ENOENT):
+                raise
+        else:
+            info = there.get_attr("IFLA_LINKINFO")
+            kind = (info.get_attr("IFLA_INFO_KIND") if info else None) or "a device of hardware"
+            data = info.get_attr("IFLA_INFO_DATA") if kind == "vxlan" else None
+            found = {k: data.get_attr(k) for k in want} if data is not None else kind
+            if found != want:
+                raise AttachError(f"{name} exists and is not the VXLAN that is wanted: {found}")
+            set_up(name)
+            return False
+        addresses = {f"vxlan_group{suffix}": remote}
+        if local:
+            addresses[f"vxlan_local{suffix}"] = local
+        try:
+            ipr.link(
+                "add", ifname=name, kind="vxlan", vxlan_id=vni, vxlan_port=port,
+                vxlan_learning=0, **addresses,
+            )  # fmt: skip
+        except NetlinkError as e:
+            raise AttachError(f"{name}: VXLAN {vni} to {remote}: {e}") from e
+    manifest.add("links", name)
+    with contextlib.suppress(FileNotFoundError):
+        Path(f"/proc/sys/net/ipv6/conf/{name}/disable_ipv6").write_text("1")
+    set_up(name)
+    return True
+
+
 def make_tap(name: str) -> int:
     """A tap with vnet_hdr that lives as long as its descriptor (closed: gone); returns it.
 
@@ -153,7 +195,7 @@ class Manifest:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.data: dict[str, list[Any]] = {"clsact": [], "filters": [], "xdp": []}
+        self.data: dict[str, list[Any]] = {"clsact": [], "filters": [], "xdp": [], "links": []}
         if path.exists():
             with contextlib.suppress(ValueError):
                 old = json.loads(path.read_text())
@@ -336,5 +378,9 @@ def detach_all(manifest_path: Path) -> list[str]:
                 with contextlib.suppress(NetlinkError):
                     ipr.tc("del", "clsact", index)
                     gone.append(f"clsact {dev}")
+    for dev in manifest.data["links"]:
+        with _netlink() as ipr, contextlib.suppress(NoSuchDevice, NetlinkError):
+            ipr.link("del", index=link_info(dev).index)
+            gone.append(f"device {dev}")
     manifest_path.unlink()
     return gone

@@ -129,6 +129,19 @@ def address(v: Any) -> str | None:
     return None if split(v) else 'expected "ip:port" or "[ipv6]:port", port from 1 to 65535'
 
 
+def ip(v: Any) -> str | None:
+    try:
+        ok = isinstance(v, str) and bool(ipaddress.ip_address(v))
+    except ValueError:
+        ok = False
+    return None if ok else "expected an IPv4 or IPv6 address"
+
+
+def identity(v: Any) -> str | None:
+    ok = isinstance(v, str) and re.fullmatch(r"[!-~]{1,255}", v)
+    return None if ok else "expected a name in a certificate (1 to 255 printable characters)"
+
+
 def argv(v: Any) -> str | None:
     ok = isinstance(v, list | tuple) and all(isinstance(s, str) and "\0" not in s for s in v)
     if ok and (not v or v[0]):

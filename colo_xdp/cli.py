@@ -34,6 +34,8 @@ app = typer.Typer(
 )
 config_app = typer.Typer(no_args_is_help=True, help="Look at a configuration file.")
 app.add_typer(config_app, name="config")
+pki_app = typer.Typer(no_args_is_help=True, help="Certificates for a pair's control channel.")
+app.add_typer(pki_app, name="pki")
 
 ConfigArg = Annotated[Path, typer.Argument(help="The pair's TOML file on this host.")]
 Where = Annotated[
@@ -41,6 +43,13 @@ Where = Annotated[
     typer.Argument(help="The TOML file, or the control socket; default: the only one running."),
 ]
 RunDir = Annotated[str, typer.Option(help="Where control sockets are.", envvar="COLO_XDP_RUN_DIR")]
+
+
+class RoleName(StrEnum):
+    """Whose certificate."""
+
+    primary = "primary"
+    secondary = "secondary"
 
 
 class ModeName(StrEnum):
@@ -444,6 +453,55 @@ def config_show(config: ConfigArg) -> None:
     from .config import as_toml
 
     typer.echo(as_toml(_load(config)))
+
+
+Directory = Annotated[Path, typer.Argument(help="Where the files are, readable by you only.")]
+Days = Annotated[int, typer.Option(min=1, max=36500, help="How long it is valid.")]
+
+
+@pki_app.command("init")
+def pki_init(
+    directory: Directory,
+    pair: Annotated[str, typer.Option(help="Name of the pair, as in its configuration.")],
+    days: Days = 3650,
+) -> None:
+    """Make an authority of the pair's own: DIR/ca.crt and DIR/ca.key.
+
+    Keep the key off the hosts.
+    """
+    from . import checks, config, pki
+
+    want = checks.keys(config.Config)["pair"].metadata["check"](pair)
+    if want:
+        raise _fail(f"--pair {pair}: {want}", USAGE)
+    try:
+        files = pki.init(directory, pair, days)
+    except pki.PkiError as e:
+        raise _fail(str(e)) from e
+    for path in files:
+        typer.echo(f"wrote {path}")
+
+
+@pki_app.command("issue")
+def pki_issue(
+    directory: Directory,
+    role: Annotated[list[RoleName] | None, typer.Option(help="Default: both.")] = None,
+    days: Days = 3650,
+    renew: Annotated[bool, typer.Option(help="Replace what is there.")] = False,
+) -> None:
+    """Make a host's key and certificate, with the pair's name and the role in it.
+
+    Copy ca.crt and the role's .crt and .key to that host. Running controllers take renewed
+    files with their next connection.
+    """
+    from . import pki
+
+    try:
+        for one in role or list(RoleName):
+            for path in pki.issue(directory, one.value, days, renew=renew):
+                typer.echo(f"wrote {path}")
+    except pki.PkiError as e:
+        raise _fail(str(e)) from e
 
 
 @app.command()

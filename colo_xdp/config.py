@@ -19,6 +19,7 @@ from typing import Any, Literal
 from . import checks
 from .limits import Limits
 from .policy import MAX_RULES, Policy, Rule
+from .wire import MIN_VERSION, VERSION
 
 _DAY_MS = 86_400_000
 
@@ -42,6 +43,22 @@ class Network:
     peer_link: str = checks.key(
         checks.device, "device that leads to the other host, for guest frames only"
     )
+    vxlan_remote: str = checks.key(
+        checks.or_empty(checks.ip, "peer_link exists"),
+        "peer_link is a VXLAN to this address, made by the controller; encrypt what is below it",
+        default="",
+    )
+    vxlan_local: str = checks.key(
+        checks.or_empty(checks.ip, "the kernel chooses"),
+        "this host's address of that VXLAN",
+        default="",
+    )
+    vxlan_vni: int = checks.key(
+        checks.integer(1, (1 << 24) - 1, "(a VNI)"),
+        "its number, the same on both hosts, another one for each pair",
+        default=9846,
+    )
+    vxlan_port: int = checks.key(checks.integer(1, 65535, "(a port)"), "its UDP port", default=4789)
     bridge: str = checks.key(
         checks.or_empty(checks.device, "none"),
         'bridge that the tap joins at a takeover; "": the host routes',
@@ -99,20 +116,36 @@ class Peer:
         checks.address, "this controller's address; the secondary listens on it"
     )
     remote: str = checks.key(
-        checks.address, "the other controller's address; the primary connects to it"
+        checks.address,
+        "the other controller's address: the primary connects to it, the secondary accepts it only",
     )
     cert: str = checks.key(
         checks.or_empty(checks.path, "no TLS"),
-        "this host's certificate (PEM), with key and peer_cert",
+        "this host's certificate (PEM), with key and one of ca, peer_cert",
         default="",
     )
     key: str = checks.key(
         checks.or_empty(checks.path, "no TLS"), "private key of cert (PEM)", default=""
     )
-    peer_cert: str = checks.key(
-        checks.or_empty(checks.path, "no TLS"),
-        "the other host's certificate, the only one accepted",
+    ca: str = checks.key(
+        checks.or_empty(checks.path, "peer_cert decides"),
+        "the authority (PEM) whose certificates are accepted, if they carry the right identity",
         default="",
+    )
+    identity: str = checks.key(
+        checks.or_empty(checks.identity, "colo-xdp://PAIR/ROLE, as `colo-xdp pki` writes it"),
+        "with ca: who the peer's certificate has to name, as URI, DNS name or CN",
+        default="",
+    )
+    peer_cert: str = checks.key(
+        checks.or_empty(checks.path, "ca decides"),
+        "the other host's certificate, then the only one accepted",
+        default="",
+    )
+    min_version: int = checks.key(
+        checks.integer(MIN_VERSION, VERSION, "versions"),
+        "oldest version of the protocol that is spoken with the peer",
+        default=MIN_VERSION,
     )
     insecure: bool = checks.key(
         checks.boolean,
@@ -295,8 +328,23 @@ class Metrics:
         'address of the endpoint; "": off',
         default="127.0.0.1:9847",
     )
+    cert: str = checks.key(
+        checks.or_empty(checks.path, "no TLS"),
+        "certificate (PEM) of the endpoint, with key and client_ca: HTTPS",
+        default="",
+    )
+    key: str = checks.key(
+        checks.or_empty(checks.path, "no TLS"), "private key of cert (PEM)", default=""
+    )
+    client_ca: str = checks.key(
+        checks.or_empty(checks.path, "no TLS"),
+        "the authority (PEM) of those who may read",
+        default="",
+    )
     allow_remote: bool = checks.key(
-        checks.boolean, "allow an address that is not loopback", default=False
+        checks.boolean,
+        "allow an address that is not loopback without TLS: everybody there can read",
+        default=False,
     )
 
 
@@ -506,6 +554,8 @@ def _cross_checks(r: _Reader, top: dict[str, Any], s: dict[str, dict[str, Any]])
     for key in ("peer_link", "bridge", "uplink"):
         if net.get(key) and net[key] == net.get("tap"):
             r.error("network", key, net[key], "expected another device than tap")
+    if net.get("vxlan_local") and not net.get("vxlan_remote"):
+        r.error("network", "vxlan_local", net["vxlan_local"], "expected only with vxlan_remote")
     if net.get("bridge") and net["bridge"] == net.get("peer_link"):
         r.error("network", "bridge", net["bridge"], "expected another device than peer_link")
     if top.get("role") == "primary" and qemu.get("migrate_uri") == "":
@@ -516,10 +566,13 @@ def _cross_checks(r: _Reader, top: dict[str, Any], s: dict[str, dict[str, Any]])
         r.error("failover", "automatic", True, "requires a fence command ([failover] fence)")
     metrics = s.get("metrics", {})
     where = checks.split(metrics.get("listen", ""))
-    if where and not where[0].is_loopback and metrics.get("allow_remote") is False:
+    tls = [k for k in ("cert", "key", "client_ca") if metrics.get(k)]
+    if 0 < len(tls) < 3:
+        r.error("metrics", tls[0], metrics[tls[0]], "expected all of cert, key and client_ca")
+    elif where and not where[0].is_loopback and not tls and metrics.get("allow_remote") is False:
         r.error(
             "metrics", "listen", metrics["listen"],
-            "expected a loopback address, or [metrics] allow_remote = true",
+            "expected a loopback address, or cert, key and client_ca, or allow_remote = true",
         )  # fmt: skip
 
 
@@ -533,17 +586,24 @@ def _peer_checks(r: _Reader, peer: dict[str, Any]) -> None:
                 "peer", "remote", peer["remote"],
                 f"expected an IPv{local[0].version} address as local is",
             )  # fmt: skip
-    tls = {k: peer.get(k) for k in ("cert", "key", "peer_cert")}
+    tls = {k: peer.get(k) for k in ("cert", "key", "ca", "peer_cert")}
     if None not in tls.values():
-        missing = [k for k, v in tls.items() if not v]
-        if missing and len(missing) < len(tls):
+        trust = "ca" if tls["ca"] else "peer_cert"
+        missing = [k for k in ("cert", "key", trust) if not tls[k]]
+        if missing and len(missing) < 3:
             for k in missing:
-                r.error("peer", k, "", "expected all three of cert, key and peer_cert, or none")
+                want = "expected all of cert, key and one of ca, peer_cert, or none of them"
+                r.error("peer", k, "", want)
         elif missing and peer.get("insecure") is False and not checks.loopback(local, remote):
             r.error(
                 "peer", "cert", "",
-                "cert, key and peer_cert are required between hosts (or insecure = true)",
+                "cert, key and ca (or peer_cert) are required between hosts (or insecure = true); "
+                "`colo-xdp pki` makes them",
             )  # fmt: skip
+        elif tls["ca"] and tls["peer_cert"]:
+            r.error("peer", "peer_cert", tls["peer_cert"], "expected either ca or peer_cert")
+        elif peer.get("identity") and not tls["ca"]:
+            r.error("peer", "identity", peer["identity"], "expected only with ca")
     interval, timeout = peer.get("heartbeat_interval"), peer.get("heartbeat_timeout")
     if interval is not None and timeout is not None and timeout < 3 * interval:
         r.error(

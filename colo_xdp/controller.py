@@ -26,6 +26,8 @@ from .peer import Peer
 from .qmp import QemuInfo, Qmp, QmpError, refusal
 from .qmp_event import QmpEvent
 from .ring import Event
+from .tls import Tls
+from .wire import VERSION
 
 log = logging.getLogger("colo_xdp")
 
@@ -67,7 +69,7 @@ class Controller(ABC):
         self._last_decision: tuple[Action, str] | None = None
         self.failures: list[str] = []
         p = config.peer
-        tls = (p.cert, p.key, p.peer_cert) if p.cert and p.key and p.peer_cert else None
+        tls = Tls(p.cert, p.key, p.ca, p.peer_cert, p.identity) if p.cert else None
         self.peer = Peer(
             pair=config.pair,
             role=config.role,
@@ -77,6 +79,7 @@ class Controller(ABC):
             on_up=self._peer_up,
             on_down=self._peer_down,
             on_message=self._peer_message,
+            versions=(p.min_version, VERSION),
         )
         self.qmp = self._new_qmp()
 

@@ -90,7 +90,9 @@ async def _serve(config: Config, datapath: DataPath) -> int:
                 raise
 
         if config.metrics.listen:
-            metrics = start_metrics(config.metrics.listen, fresh_status)
+            m = config.metrics
+            tls = (m.cert, m.key, m.client_ca) if m.cert else None
+            metrics = start_metrics(m.listen, fresh_status, tls)
         await ctl.start()
         # Long-lived objects are not looked at again: no pause while packets wait.
         gc.freeze()

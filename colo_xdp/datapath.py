@@ -60,7 +60,13 @@ class DataPath:
     def __init__(self, config: Config) -> None:
         self.config = config
         net, dp = config.network, config.datapath
+        self.manifest = attach.Manifest(manifest_path(dp.run_dir, config.pair, config.role))
         tap = self._device("tap", net.tap)
+        if net.vxlan_remote:
+            attach.make_vxlan(
+                net.peer_link, net.vxlan_vni, net.vxlan_local, net.vxlan_remote, net.vxlan_port,
+                self.manifest,
+            )  # fmt: skip
         peer = self._device("peer_link", net.peer_link)
         if tap.kind != "tun":
             raise DataPathError(f"[network] tap: {net.tap} is not a tap device (kind {tap.kind!r})")
@@ -118,7 +124,6 @@ class DataPath:
                 lambda epoch: self._write(Cfg.FAST_SINCE, epoch),
             )  # fmt: skip
             self.fast.enabled = True
-        self.manifest = attach.Manifest(manifest_path(dp.run_dir, config.pair, config.role))
         self._attach()
 
     def _was_taken_over(self) -> bool:

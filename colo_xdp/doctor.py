@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import platform
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from .config import Config, ConfigError, load
 
 OK, WARN, FAIL = 0, 1, 2
 TAG_BYTES = 4
+CERT_DAYS = 30
 MIN_KERNEL = (5, 4)
 
 
@@ -113,8 +115,14 @@ def _devices(config: Config) -> Iterator[Check]:
     try:
         peer = attach.link_info(net.peer_link)
     except attach.NoSuchDevice as e:
-        yield Check("peer link", FAIL, str(e))
+        if net.vxlan_remote:
+            yield Check("peer link", OK, f"{net.peer_link}: a VXLAN that `run` makes")
+        else:
+            yield Check("peer link", FAIL, str(e))
         return
+    if net.vxlan_remote and peer.kind != "vxlan":
+        yield Check("peer link", FAIL, f"{net.peer_link} exists and is no VXLAN ({peer.kind})",
+                    "another name for [network] peer_link, or no vxlan_remote")  # fmt: skip
     if not peer.up:
         yield Check(
             "peer link", FAIL, f"{net.peer_link} is down", f"ip link set {net.peer_link} up"
@@ -163,10 +171,34 @@ def _failover(config: Config) -> Iterator[Check]:
     else:
         yield Check("failover", WARN, "not automatic when the peer's host dies as a whole",
                     "[failover] automatic = true with a fence command")  # fmt: skip
-    if not config.peer.cert:
-        yield Check(
-            "peer channel", WARN, "not encrypted, not authenticated", "[peer] cert, key, peer_cert"
-        )
+
+
+def _certificates(config: Config) -> Iterator[Check]:
+    from . import pki
+    from .tls import Tls, TlsError, identity
+
+    p = config.peer
+    if not p.cert:
+        yield Check("peer channel", WARN, "not encrypted, not authenticated",
+                    "`colo-xdp pki init` and `issue`, then [peer] cert, key and ca")  # fmt: skip
+        return
+    try:
+        Tls(p.cert, p.key, p.ca, p.peer_cert, p.identity).context(server=True)
+        mode = os.stat(p.key).st_mode & 0o077
+        if mode:
+            yield Check("certificate", WARN, f"{p.key} can be read by others", f"chmod 600 {p.key}")
+        for path in filter(None, (p.cert, p.ca, p.peer_cert)):
+            seen = pki.look(Path(path))
+            days = (seen.ends.timestamp() - time.time()) / 86400
+            text = f"{path} {'ends in' if days >= 0 else 'has ended'} {abs(days):.0f} days"
+            level = FAIL if days < 0 else WARN if days < CERT_DAYS else OK
+            yield Check("certificate", level, text, "" if days >= CERT_DAYS else "renew it")
+        mine, want = pki.ours(pki.look(Path(p.cert))), identity(config.pair, config.role)
+        if mine and mine != want:
+            yield Check("certificate", FAIL, f"{p.cert} is that of {mine}, this is {want}",
+                        f"colo-xdp pki issue --role {config.role}")  # fmt: skip
+    except (TlsError, pki.PkiError, OSError) as e:
+        yield Check("certificate", FAIL, str(e), "[peer] cert, key, ca")
 
 
 def _which(name: str) -> bool:
@@ -180,4 +212,5 @@ CHECKS: tuple[Callable[[Config], Iterator[Check]], ...] = (
     _devices,
     _qemu,
     _failover,
+    _certificates,
 )

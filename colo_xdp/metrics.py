@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import platform
+import ssl
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -192,7 +193,13 @@ def health(path: str, s: Document) -> tuple[int, str] | None:
 
 
 class _Quiet(WSGIRequestHandler):
-    timeout = 5  # a client that says nothing does not keep the server
+    timeout = 5  # a client that says nothing does not keep the server, nor one in its handshake
+
+    def handle(self) -> None:
+        try:
+            super().handle()
+        except OSError as e:  # no TLS, no certificate, gone
+            log.debug("%s: %s", self.client_address, e)
 
     def log_message(self, format: str, *args: Any) -> None:
         log.debug(format, *args)
@@ -201,7 +208,9 @@ class _Quiet(WSGIRequestHandler):
 class Server:
     """HTTP in a thread of its own."""
 
-    def __init__(self, listen: str, get: Callable[[], Document]) -> None:
+    def __init__(
+        self, listen: str, get: Callable[[], Document], tls: tuple[str, str, str] | None = None
+    ) -> None:
         host, _, port = listen.rpartition(":")
         registry = CollectorRegistry()
         registry.register(Collector(get))
@@ -229,6 +238,10 @@ class Server:
         self._httpd: WSGIServer = make_server(
             host.strip("[]"), int(port), app, handler_class=_Quiet
         )
+        if tls:
+            self._httpd.socket = _client_tls(*tls).wrap_socket(
+                self._httpd.socket, server_side=True, do_handshake_on_connect=False
+            )
         self.port = self._httpd.server_port
         self._thread = threading.Thread(
             target=self._httpd.serve_forever, kwargs={"poll_interval": 0.1}, daemon=True
@@ -242,9 +255,22 @@ class Server:
         self._thread.join(2)
 
 
-def start(listen: str, get: Callable[[], Document]) -> Server:
+def _client_tls(cert: str, key: str, client_ca: str) -> ssl.SSLContext:
+    """For readers whose certificate the authority has signed, and nobody else."""
+    ctx = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    ctx.minimum_version = ssl.TLSVersion.TLSv1_2
+    ctx.verify_mode = ssl.CERT_REQUIRED
+    ctx.load_cert_chain(cert, key)
+    ctx.load_verify_locations(client_ca)
+    return ctx
+
+
+def start(
+    listen: str, get: Callable[[], Document], tls: tuple[str, str, str] | None = None
+) -> Server:
     """Serve /metrics, /healthz, /readyz, /primary, /secondary and /status.json on "host:port".
 
-    Raises OSError when the address cannot be bound.
+    `tls`: paths of certificate, key and the readers' authority. Raises OSError when the address
+    cannot be bound or a file is not what it should be.
     """
-    return Server(listen, get)
+    return Server(listen, get, tls)

@@ -2,55 +2,72 @@
 """The control channel between the two controllers: TCP, mutual TLS, heartbeats.
 
 The secondary listens, the primary connects and keeps trying. With certificates
-configured both sides present one and accept only the other's (pinned): there is
+configured both sides present one and accept only the other's (tls.py): there is
 no way in for a stranger. Frames never travel here, only decisions.
+
+Strangers: who calls from another address than the peer's is turned away before TLS.
+From the peer's address at most PENDING connections may be without a hello, each
+for HANDSHAKE_S and HELLO_S; the oldest gives way to a new one, so that whoever
+fills the places cannot keep the peer out by waiting. A line has at most
+wire.MAX_LINE bytes, what is queued for a peer that does not read MAX_BACKLOG.
+
+Replay: TLS keys are new for each connection (no resumption, no early data), so a recorded
+message is nobody's on another one. Nothing is queued over a reconnection: what was not
+read on one connection is never read on the next, and a connection that is replaced is not
+heard any more, even while its last lines are in the reader. What remains is a message that
+is right and late on its own connection. Those of checkpoints carry their epoch, which is used
+once. `gone` is final: the data path that it tells of is opened again only after a
+`ready` of a new guest. `solo` and `taken` shut a guest in, which is safe at any time. The rest
+of a heartbeat is overwritten by the next one.
+Two processes of one side cannot both be heard: the newer connection wins, and the
+lock of the controller (daemon.py) keeps two of them from running.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import ipaddress
 import logging
+import socket
 import ssl
 import time
 import uuid
 from collections.abc import Callable
 from typing import Any
 
-from . import abi, wire
+from . import wire
+from .tls import Tls, TlsError
 
 log = logging.getLogger("colo_xdp.peer")
 
 RETRY_S = 0.2
-HELLO_TIMEOUT_S = 3.0
+CONNECT_S = 3.0
+HANDSHAKE_S = 3.0
+HELLO_S = 3.0
+PENDING = 8
 MAX_BACKLOG = 1 << 20
+OTHER = {"primary": "secondary", "secondary": "primary"}
 
 
 class PeerError(RuntimeError):
     """The channel cannot be set up (address, certificate)."""
 
 
-def tls_context(server: bool, cert: str, key: str, peer_cert: str) -> ssl.SSLContext:
-    """TLS 1.3 with our certificate, trusting exactly the peer's.
-
-    Raises PeerError when a file is missing or not what it should be.
-    """
-    ctx = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if server else ssl.PROTOCOL_TLS_CLIENT)
-    ctx.minimum_version = ssl.TLSVersion.TLSv1_3
-    ctx.check_hostname = False  # the pinned certificate is the identity, not a name in it
-    ctx.verify_mode = ssl.CERT_REQUIRED
-    try:
-        ctx.load_cert_chain(cert, key)
-        ctx.load_verify_locations(peer_cert)
-    except (OSError, ssl.SSLError) as e:
-        raise PeerError(f"[peer] cert, key, peer_cert: {e}") from e
-    return ctx
-
-
 def split_address(text: str) -> tuple[str, int]:
     """ "ip:port" or "[ip6]:port"."""
     host, _, port = text.rpartition(":")
     return host.strip("[]"), int(port)
+
+
+def _ip(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
+    return ipaddress.ip_address(text.partition("%")[0])
+
+
+def _text(e: BaseException) -> str:
+    if isinstance(e, ssl.SSLError):
+        return f"{e.reason or type(e).__name__}: {getattr(e, 'verify_message', '') or e}"
+    return str(e) or ("no answer in time" if isinstance(e, TimeoutError) else type(e).__name__)
 
 
 class Peer:
@@ -63,81 +80,159 @@ class Peer:
         role: str,
         local: str,
         remote: str,
-        tls: tuple[str, str, str] | None,
+        tls: Tls | None,
         on_up: Callable[[], None],
         on_down: Callable[[str], None],
         on_message: Callable[[dict[str, Any]], None],
+        versions: tuple[int, int] = (wire.MIN_VERSION, wire.VERSION),
     ) -> None:
         self.pair, self.role = pair, role
+        self.versions, self.version = versions, 0  # offered; agreed on
         self.local, self.remote, self.tls = local, remote, tls
         self._on_up, self._on_down, self._on_message = on_up, on_down, on_message
-        self.boot = uuid.uuid4().hex
+        self.boot, self.peer_boot = uuid.uuid4().hex, ""
         self.connected = False
         self.last_seen_ns = 0
         self.rtt_ns = 0
         self.refused = 0
         self._writer: asyncio.StreamWriter | None = None
-        self._server: asyncio.Server | None = None
+        self._listener: socket.socket | None = None
         self._task: asyncio.Task[None] | None = None
+        self._pending: list[asyncio.Task[None]] = []  # have not said hello; oldest first
+        self._sessions: set[asyncio.Task[None]] = set()
+        self._said: dict[str, str] = {}
 
     async def start(self) -> None:
         """Begin to listen (secondary) or to connect (primary).
 
         Raises PeerError when the address cannot be bound or a certificate cannot be read.
         """
-        if self.role == "secondary":
-            ctx = tls_context(True, *self.tls) if self.tls else None
-            host, port = split_address(self.local)
-            try:
-                self._server = await asyncio.start_server(
-                    self._serve, host, port, ssl=ctx, limit=wire.MAX_LINE
-                )
-            except OSError as e:
-                raise PeerError(f"[peer] local {self.local}: {e}") from e
-        else:
-            ctx = tls_context(False, *self.tls) if self.tls else None
-            self._task = asyncio.create_task(self._dial(ctx))
+        try:
+            if self.tls:
+                self.tls.context(server=self.role == "secondary")
+        except TlsError as e:
+            raise PeerError(str(e)) from e
+        if self.role == "primary":
+            self._task = asyncio.create_task(self._dial())
+            return
+        host, port = split_address(self.local)
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        try:
+            self._listener = socket.create_server((host, port), family=family, backlog=PENDING)
+        except OSError as e:
+            raise PeerError(f"[peer] local {self.local}: {e}") from e
+        self._listener.setblocking(False)
+        self._task = asyncio.create_task(self._listen(self._listener))
 
-    async def _dial(self, ctx: ssl.SSLContext | None) -> None:
+    async def _dial(self) -> None:
         host, port = split_address(self.remote)
         bind = (split_address(self.local)[0], 0)
-        last = ""
         while True:
             try:
+                ctx = self.tls.context(server=False) if self.tls else None
                 reader, writer = await asyncio.wait_for(
                     asyncio.open_connection(
                         host, port, ssl=ctx, limit=wire.MAX_LINE, local_addr=bind
                     ),
-                    HELLO_TIMEOUT_S,
+                    CONNECT_S,
                 )
-            except (OSError, TimeoutError) as e:
-                if str(e) != last:
-                    last = str(e)
-                    log.info("peer %s: %s; trying on", self.remote, e or "timeout")
-                await asyncio.sleep(RETRY_S)
-                continue
-            await self._session(reader, writer)
+            except (OSError, TimeoutError, TlsError) as e:
+                self._note(self.remote, f"{_text(e)}; trying on")
+            else:
+                await self._session(reader, writer, self.remote)
             await asyncio.sleep(RETRY_S)
 
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await self._session(reader, writer)
+    async def _listen(self, listener: socket.socket) -> None:
+        loop, friend = asyncio.get_running_loop(), _ip(split_address(self.remote)[0])
+        while True:
+            try:
+                sock, where = await loop.sock_accept(listener)
+            except OSError as e:  # out of descriptors, or the caller has gone already
+                self._note("accept", str(e))
+                await asyncio.sleep(RETRY_S)
+                continue
+            if _ip(where[0]) != friend:
+                sock.close()
+                self._refuse(where[0], f"[peer] remote is {friend}, nobody else may call")
+                continue
+            while len(self._pending) >= PENDING:
+                self._pending.pop(0).cancel()
+                self._refuse(where[0], "too many connections that said nothing")
+            task = asyncio.create_task(self._incoming(sock, str(where[0])))
+            self._pending.append(task)
+            self._sessions.add(task)
+            task.add_done_callback(self._over)
 
-    async def _session(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    def _over(self, task: asyncio.Task[None]) -> None:
+        self._sessions.discard(task)
+        self._admitted(task)
+        if not task.cancelled() and task.exception() is not None:
+            log.error("peer connection: internal error", exc_info=task.exception())
+
+    def _admitted(self, task: asyncio.Task[Any] | None) -> None:
+        with contextlib.suppress(ValueError):
+            self._pending.remove(task)  # type: ignore[arg-type]
+
+    async def _incoming(self, sock: socket.socket, where: str) -> None:
+        loop = asyncio.get_running_loop()
+        reader = asyncio.StreamReader(limit=wire.MAX_LINE)
+        protocol = asyncio.StreamReaderProtocol(reader)
+        try:
+            try:
+                ctx = self.tls.context(server=True) if self.tls else None
+            except TlsError:
+                sock.close()
+                raise
+            transport, _ = await loop.connect_accepted_socket(
+                lambda: protocol, sock, ssl=ctx,
+                ssl_handshake_timeout=HANDSHAKE_S if ctx else None,
+            )  # fmt: skip
+        except (OSError, TimeoutError, TlsError) as e:
+            self._refuse(where, f"no TLS: {_text(e)}")
+            return
+        writer = asyncio.StreamWriter(transport, protocol, reader, loop)
+        await self._session(reader, writer, where)
+
+    def _refuse(self, where: str, why: str) -> None:
+        self.refused += 1
+        self._note(where, f"refused: {why}")
+
+    def _note(self, where: str, why: str) -> None:
+        """To the log, once until something else is said of the same place."""
+        if self._said.get(where) == why:
+            return
+        if len(self._said) >= 64:
+            self._said.clear()
+        self._said[where] = why
+        log.warning("peer %s: %s", where, why)
+
+    def _identify(self, writer: asyncio.StreamWriter) -> None:
+        """TLS has proved that the other end holds its certificate's key; whose is it?"""
+        if self.tls is None:
+            return
+        tls = writer.get_extra_info("ssl_object")
+        found, der = tls.getpeercert(), tls.getpeercert(binary_form=True)
+        self.tls.check(found, der or b"", self.pair, OTHER[self.role])
+
+    async def _session(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, where: str
+    ) -> None:
         why = "closed by the peer"
         mine = False
         try:
+            self._identify(writer)
+            oldest, newest = self.versions
             writer.write(
                 wire.encode(
-                    "hello",
-                    v=wire.VERSION,
-                    pair=self.pair,
-                    role=self.role,
-                    boot=self.boot,
-                    abi=abi.ABI,
+                    "hello", v=newest, min=oldest, pair=self.pair, role=self.role, boot=self.boot
                 )
             )
-            line = await asyncio.wait_for(reader.readline(), HELLO_TIMEOUT_S)
-            self._greet(wire.decode(line))
+            line = await asyncio.wait_for(reader.readline(), HELLO_S)
+            if not line:
+                raise OSError("closed without a word: it has refused us, see its log")
+            self.version = self._greet(wire.decode(line))
+            self._admitted(asyncio.current_task())
+            self._said.clear()
             if self._writer is not None:  # a reconnecting peer: the old connection is dead
                 self._drop("replaced by a new connection")
             self._writer, mine, self.connected = writer, True, True
@@ -147,34 +242,38 @@ class Peer:
                 if self._writer is not writer:
                     return
                 msg = wire.decode(line)
+                if msg["type"] == "hello":
+                    raise wire.WireError("a second hello")
                 self.last_seen_ns = time.monotonic_ns()
                 self._on_message(msg)
+        except TlsError as e:
+            why = str(e)
         except (wire.WireError, ValueError) as e:
             why = f"protocol: {e}"
-            self.refused += 1
         except (OSError, TimeoutError, asyncio.IncompleteReadError) as e:
-            why = str(e) or type(e).__name__
+            why = _text(e)
         finally:
             if mine and self._writer is writer:
                 self._drop(why)
             elif not mine:
-                log.warning("peer connection refused: %s", why)
+                self._refuse(where, why)
             writer.close()
             with contextlib.suppress(OSError, TimeoutError):
                 await asyncio.wait_for(writer.wait_closed(), 1)
 
-    def _greet(self, msg: dict[str, Any]) -> None:
+    def _greet(self, msg: dict[str, Any]) -> int:
+        """The version to speak with who says this hello; raises WireError."""
         if msg["type"] != "hello":
             raise wire.WireError(f"{msg['type']} before hello")
-        if msg["v"] != wire.VERSION or msg["abi"] != abi.ABI:
-            raise wire.WireError(
-                f"the peer speaks version {msg['v']} (data path {msg['abi']}), "
-                f"this side {wire.VERSION} ({abi.ABI}): use the same release on both hosts"
-            )
+        version = wire.agree(self.versions, (msg["min"], msg["v"]))
         if msg["pair"] != self.pair:
             raise wire.WireError(f"the peer belongs to pair {msg['pair']!r}, this is {self.pair!r}")
-        if msg["role"] == self.role:
-            raise wire.WireError(f"both sides are configured as {self.role}")
+        if msg["role"] != OTHER[self.role]:
+            raise wire.WireError(
+                f"the peer is configured as {msg['role']!r:.40}, expected {OTHER[self.role]}"
+            )
+        self.peer_boot = msg["boot"]
+        return version
 
     def drop(self, why: str) -> None:
         """Give the connection up: no FIN comes from a host that lost its power."""
@@ -210,10 +309,13 @@ class Peer:
         self.connected = False
         if self._task is not None:
             self._task.cancel()
-        if self._server is not None:
-            self._server.close()
+        if self._listener is not None:
+            self._listener.close()
         writer, self._writer = self._writer, None
         if writer is not None:
             with contextlib.suppress(OSError, TimeoutError):
                 await asyncio.wait_for(writer.drain(), 1)
             writer.close()
+        for task in list(self._sessions):
+            task.cancel()
+        await asyncio.gather(*self._sessions, return_exceptions=True)

@@ -2,6 +2,13 @@
 """Messages between the two controllers: one JSON object per line, checked on arrival.
 
 Pure: bytes in, dicts out. peer.py carries them.
+
+Versions: each side offers a range in its hello, both speak the newest that both know. The number
+counts the messages, and what crosses the peer link (tags, heartbeats). A hello may gain fields in
+later versions, so it alone may have unknown ones; all that follows is checked by the table of the
+version that was agreed on. The range travels inside TLS: who could change it could as well speak
+for the peer. A side refuses what is below its own minimum, so a peer that was made to offer only
+old versions gets no connection, not an old one.
 """
 
 from __future__ import annotations
@@ -9,13 +16,14 @@ from __future__ import annotations
 import json
 from typing import Any
 
-VERSION = 2
+VERSION = 3
+MIN_VERSION = 3  # of what this release can still speak
 MAX_LINE = 65536
 
-#: type -> {field: type}. Every field is required; unknown ones are refused.
+#: type -> {field: type}. Every field is required; unknown ones are refused (but in hello).
 MESSAGES: dict[str, dict[str, type]] = {
-    # first word of both sides
-    "hello": {"v": int, "pair": str, "role": str, "boot": str, "abi": int},
+    # first word of both sides; `min` to `v`: the versions that it speaks; `boot`: which process
+    "hello": {"v": int, "min": int, "pair": str, "role": str, "boot": str},
     # heartbeat; `echo` is the peer's `t` sent back, for the round trip
     "beat": {
         "t": int,
@@ -65,7 +73,7 @@ def check(msg: dict[str, Any]) -> None:
     if want is None:
         raise WireError(f"unknown message type {kind!r:.40}")
     have = set(msg) - {"type"}
-    if have != set(want):
+    if have != set(want) and not (kind == "hello" and have > set(want)):
         raise WireError(f"{kind}: fields {sorted(have)} where {sorted(want)} are needed")
     for name, typ in want.items():
         v = msg[name]
@@ -92,3 +100,17 @@ def decode(line: bytes) -> dict[str, Any]:
         raise WireError(f"{type(msg).__name__} where an object is needed")
     check(msg)
     return msg
+
+
+def agree(mine: tuple[int, int], theirs: tuple[int, int]) -> int:
+    """The version to speak, from (oldest, newest) of both sides.
+
+    Raises WireError when there is none; the text names both ranges.
+    """
+    version = min(mine[1], theirs[1])
+    if theirs[0] > theirs[1] or version < max(mine[0], theirs[0]):
+        raise WireError(
+            f"the peer speaks versions {theirs[0]} to {theirs[1]}, this side {mine[0]} to "
+            f"{mine[1]}: bring both hosts to releases that overlap"
+        )
+    return version

@@ -10,12 +10,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .. import cleanup, control
+from .. import cleanup, control, pki
 from . import guest as guest_files
 from . import vm as vms
 from .capture import Capture
 from .client import Client
-from .net import PEER_P, PEER_S, LabError, Processes, Topology, sh, stop_process, wait_for
+from .net import PEER_P, PEER_S, LabError, Processes, Topology, stop_process, wait_for
 
 PAIR = "lab"
 PROTECT_S = 60.0
@@ -131,18 +131,12 @@ class Lab:
         return self.work / f"{role}.toml"
 
     def _certificates(self) -> None:
-        for role in ("primary", "secondary"):
-            crt, key = self.work / f"{role}.crt", self.work / f"{role}.key"
-            if crt.exists() and key.exists():
-                continue
-            sh(
-                "openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt",
-                "ec_paramgen_curve:prime256v1", "-nodes", "-days", "3650",
-                "-subj", f"/CN=colo-xdp lab {role}", "-keyout", str(key), "-out", str(crt),
-            )  # fmt: skip
+        if not (self.work / "ca.crt").exists():
+            pki.init(self.work, PAIR)
+        for role in pki.ROLES:
+            pki.issue(self.work, role, renew=True)
 
     def _config(self, role: str) -> str:
-        other = "secondary" if role == "primary" else "primary"
         local, remote = (PEER_P, PEER_S) if role == "primary" else (PEER_S, PEER_P)
         port = 9847 if role == "primary" else 9848
         sections: dict[str, dict[str, Any]] = {
@@ -153,7 +147,7 @@ class Lab:
                 "remote": f"{remote}:9846",
                 "cert": str(self.work / f"{role}.crt"),
                 "key": str(self.work / f"{role}.key"),
-                "peer_cert": str(self.work / f"{other}.crt"),
+                "ca": str(self.work / "ca.crt"),
             },
             "datapath": {"run_dir": str(self.work), "fast_path_memory": 32},
             "metrics": {"listen": f"127.0.0.1:{port}"},

@@ -25,6 +25,7 @@ EDGES = {
     "prometheus_client": "metrics",
     "typer": "cli",
     "scapy": "pcap",
+    "cryptography": "pki",
 }
 IMPURE_STDLIB = {"socket", "asyncio", "subprocess", "time", "threading", "os", "ctypes", "select"}
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import json
 import re
+import socket
+import ssl
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -13,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from colo_xdp import abi, metrics
+from colo_xdp import abi, metrics, pki
 from colo_xdp.failover import State
 from colo_xdp.reasons import Cause
 from colo_xdp.status import WAIT_BUCKETS, empty
@@ -122,6 +124,39 @@ def test_health(
     assert got == (ready, primary, secondary)
     assert json.loads(get(url + "/status.json")[1])["state"] == state
     assert get(url + "/else")[0] == 404
+
+
+def test_strangers_cannot_read_over_tls(tmp_path: Path) -> None:
+    """Only whose certificate the readers' authority has signed; who stalls does not keep it."""
+    names = ("ours", "theirs")
+    for name in names:
+        pki.init(tmp_path / name, name)
+        pki.issue(tmp_path / name, "primary")
+    ours, theirs = (tmp_path / n for n in names)
+
+    def read(directory: Path | None) -> tuple[int, str]:
+        ctx = ssl.create_default_context(cafile=str(ours / "ca.crt"))
+        ctx.check_hostname = False
+        if directory is not None:
+            ctx.load_cert_chain(directory / "primary.crt", directory / "primary.key")
+        url = f"https://127.0.0.1:{server.port}/status.json"
+        with urllib.request.urlopen(url, timeout=20, context=ctx) as r:
+            return r.status, r.read().decode()
+
+    files = (str(ours / "primary.crt"), str(ours / "primary.key"), str(ours / "ca.crt"))
+    server = metrics.start("127.0.0.1:0", Source(), files)
+    try:
+        with socket.create_connection(("127.0.0.1", server.port)) as stalls:
+            assert read(ours)[0] == 200
+            stalls.sendall(b"GET /metrics HTTP/1.0\r\n\r\n")
+            stalls.settimeout(20)
+            assert b"colo_xdp" not in stalls.recv(4096)
+        for stranger in (None, theirs):
+            with pytest.raises(OSError):
+                read(stranger)
+        assert read(ours)[0] == 200
+    finally:
+        server.close()
 
 
 def test_dashboard_and_alerts_name_only_metrics_that_exist() -> None:

@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The peer link as a VXLAN that the controller makes: made once, used, removed by cleanup."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from colo_xdp import attach
+from tests.netns.conftest import Net, Sniffer, inside, sh
+from tests.netns.frames import tcp
+
+HERE, THERE = "192.0.2.1", "192.0.2.2"
+
+
+@pytest.mark.parametrize(("here", "there"), [(HERE, THERE), ("fd00:2::1", "fd00:2::2")])
+def test_made_used_removed(net: Net, tmp_path: Path, here: str, there: str) -> None:
+    for ns, address in ((net.host, here), (net.other, there)):
+        with inside(ns):
+            Path("/proc/sys/net/ipv6/conf/peer0/disable_ipv6").write_text("0")
+        bits = ("/64", "nodad") if ":" in address else ("/24",)
+        sh("ip", "-n", ns, "addr", "add", address + bits[0], "dev", "peer0", *bits[1:])
+    wanted = {net.host: (here, there), net.other: (there, here)}
+    for ns, (local, remote) in wanted.items():
+        with inside(ns):
+            m = attach.Manifest(tmp_path / f"{ns}.attached")
+            assert attach.make_vxlan("cxpeer", 77, local, remote, 4789, m)
+            # the next controller finds it
+            m = attach.Manifest(tmp_path / f"{ns}.attached")
+            assert not attach.make_vxlan("cxpeer", 77, local, remote, 4789, m)
+            assert attach.link_info("cxpeer").kind == "vxlan"
+            for other in ((78, remote, 4789), (77, "192.0.2.9", 4789), (77, remote, 4790)):
+                with pytest.raises(attach.AttachError, match="not the VXLAN"):
+                    attach.make_vxlan("cxpeer", other[0], local, other[1], other[2], m)
+    frame = tcp(b"over the hosts' network")
+    sniffer = Sniffer(net.other, "cxpeer")
+    with inside(net.host):
+        sender = Sniffer(net.host, "cxpeer")
+        sender.s.send(bytes(10) + frame)
+        sender.close()
+    assert sniffer.wait(lambda f: f == frame)
+    sniffer.close()
+    for ns in wanted:
+        with inside(ns):
+            assert attach.detach_all(tmp_path / f"{ns}.attached") == ["device cxpeer"]
+            with pytest.raises(attach.NoSuchDevice):
+                attach.link_info("cxpeer")
+
+
+def test_a_foreign_device_is_left_alone(net: Net, tmp_path: Path) -> None:
+    m = attach.Manifest(tmp_path / "attached")
+    with pytest.raises(attach.AttachError, match="peer0 exists"):
+        attach.make_vxlan("peer0", 77, "", THERE, 4789, m)
+    assert attach.detach_all(tmp_path / "attached") == []
+    assert attach.link_info("peer0").kind == "veth"
