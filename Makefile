@@ -4,7 +4,7 @@
 PY := .venv/bin/python
 STAMP := build/.setup
 PACKAGES := python3-bpfcc python3-venv linux-headers-amd64 clang-format-14 gcc libc6-dev \
-	qemu-system-x86 iproute2 busybox-static cpio tcpdump ethtool iperf3 openssl procps make git
+	qemu-system-x86 iproute2 busybox-static cpio tcpdump ethtool iperf3 openssl etcd-server procps make git
 TESTS ?= tests
 N ?=
 

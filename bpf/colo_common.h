@@ -47,6 +47,7 @@ enum colo_cfg {
 	CFG_FAST = 10,	       /* 1: verdicts in the kernel (fast.h) */
 	CFG_FAST_SINCE = 11,   /* user space's: what fast.h knew in older epochs is void */
 	CFG_UPLINK = 12, /* ifindex; 0: what tier K releases goes by way of the tap's bridge */
+	CFG_SPEAK_UNTIL_NS = 13, /* CLOCK_BOOTTIME at which the guest falls silent (COLO_LEASE) */
 	CFG_MAX = 16,
 };
 
@@ -107,6 +108,7 @@ enum colo_reason {
 	R_HAND_NO_STASH = 30, /* no stash was free */
 	R_HAND_BUSY = 31,     /* another CPU kept the connection for too long: this frame only */
 	R_HAND_HELPER = 32,   /* a kernel helper refused */
+	R_LEASE_OVER = 33,    /* dropped: the permission to speak has ended (COLO_LEASE) */
 	R_MAX = 34,
 };
 

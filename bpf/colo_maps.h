@@ -23,6 +23,20 @@ static __always_inline u64 cfg(u32 slot)
 	return v ? *v : 0;
 }
 
+/*
+ * The guest must not speak: its host holds no lease. Read at the beginning of the programs that let
+ * frames out; one that passed the check leaves later by what the stack below takes, for which
+ * [failover] lease_margin is there. A slot that nobody has written is silence.
+ */
+static __always_inline int silenced(void)
+{
+#ifdef COLO_LEASE
+	return bpf_ktime_get_boot_ns() >= cfg(CFG_SPEAK_UNTIL_NS);
+#else
+	return 0;
+#endif
+}
+
 static __always_inline void count(u32 prog, u32 reason, u32 bytes)
 {
 	u32 key = prog * R_MAX + reason;

@@ -104,6 +104,8 @@ int pvm_out(struct __sk_buff *skb)
 
 	if (mode == MODE_DROP) {
 		reason = R_FENCED; /* released ones too: the other guest may be speaking */
+	} else if (silenced()) {
+		reason = R_LEASE_OVER; /* released ones too */
 	} else if (skb->mark == COLO_MARK) {
 		skb->mark = 0; /* the host's own rules see a frame like any other */
 		reason = R_RELEASED;
@@ -141,6 +143,8 @@ int svm_arrival(struct __sk_buff *skb)
 			reason = R_ISOLATED;
 		} else if (mode != MODE_RUN && mode != MODE_CHECKPOINT) {
 			reason = R_FENCED;
+		} else if (silenced()) {
+			reason = R_LEASE_OVER; /* tier K lets frames out from here */
 		} else if (bpf_skb_vlan_pop(skb)) {
 			reason = R_HELPER_FAILED;
 		} else {

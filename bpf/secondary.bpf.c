@@ -152,6 +152,8 @@ int svm_out(struct __sk_buff *skb)
 
 		parse_skb(skb, &p); /* only for the place of the checksum */
 		reason = capture(skb, SRC_SVM, epoch, p.csum_at, 0);
+	} else if (mode == MODE_TAKEOVER && silenced()) {
+		reason = R_LEASE_OVER;
 	} else if (mode == MODE_RUN || mode == MODE_TAKEOVER) {
 		int takeover = mode == MODE_TAKEOVER;
 

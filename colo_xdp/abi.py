@@ -47,6 +47,7 @@ class Cfg(IntEnum):
     FAST = 10
     FAST_SINCE = 11
     UPLINK = 12
+    SPEAK_UNTIL_NS = 13
     MAX = 16
 
 
@@ -110,6 +111,7 @@ class Reason(IntEnum):
     HAND_NO_STASH = 30
     HAND_BUSY = 31
     HAND_HELPER = 32
+    LEASE_OVER = 33
     MAX = 34
 
 

@@ -149,6 +149,14 @@ def argv(v: Any) -> str | None:
     return "expected a list of strings: a program and its arguments"
 
 
+def urls(v: Any) -> str | None:
+    where = r"https?://(\[[0-9a-fA-F:]+\]|[A-Za-z0-9.-]+)(:[0-9]{1,5})?/?"
+    ok = isinstance(v, list | tuple) and all(
+        isinstance(s, str) and re.fullmatch(where, s) for s in v
+    )
+    return None if ok else "expected a list of addresses such as http://192.0.2.3:2379"
+
+
 def keys(cls: type[Any]) -> dict[str, Field[Any]]:
     """The keys that a section's class declares."""
     return {f.name: f for f in fields(cls) if "check" in f.metadata}

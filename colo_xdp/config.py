@@ -244,7 +244,12 @@ class FailoverKeys:
     """[failover]. Times in ms."""
 
     automatic: bool = checks.key(
-        checks.boolean, "fail over without a person; requires fence", default=False
+        checks.boolean, "fail over without a person; requires an arbiter but manual", default=False
+    )
+    arbiter: str = checks.key(
+        checks.choice("fence", "lease", "manual"),
+        "what makes sure that only one guest speaks: the fence command, a lease in etcd, a person",
+        default="fence",
     )
     fence: tuple[str, ...] = checks.key(
         checks.argv,
@@ -255,6 +260,30 @@ class FailoverKeys:
         checks.integer(1, 3_600_000, "ms"),
         "a fence command that takes longer has failed",
         default=30_000,
+        unit="ms",
+    )
+    etcd: tuple[str, ...] = checks.key(
+        checks.urls, "endpoints of the etcd cluster that holds the lease", default=()
+    )
+    etcd_ca: str = checks.key(
+        checks.or_empty(checks.path, "the system's"), "its authority (PEM)", default=""
+    )
+    etcd_cert: str = checks.key(
+        checks.or_empty(checks.path, "none"), "certificate (PEM) to show it", default=""
+    )
+    etcd_key: str = checks.key(
+        checks.or_empty(checks.path, "none"), "private key of etcd_cert (PEM)", default=""
+    )
+    lease_ttl: int = checks.key(
+        checks.integer(2000, 600_000, "ms"),
+        "how long a lease holds without renewal; the other host waits as long; whole seconds",
+        default=5000,
+        unit="ms",
+    )
+    lease_margin: int = checks.key(
+        checks.integer(100, 300_000, "ms"),
+        "how much earlier the holder falls silent; at most half of lease_ttl",
+        default=1000,
         unit="ms",
     )
 
@@ -562,8 +591,7 @@ def _cross_checks(r: _Reader, top: dict[str, Any], s: dict[str, dict[str, Any]])
         r.error("qemu", "migrate_uri", "", "required on the primary, such as tcp:10.0.0.2:4444")
     _peer_checks(r, peer)
     failover = s.get("failover", {})
-    if failover.get("automatic") and failover.get("fence") == ():
-        r.error("failover", "automatic", True, "requires a fence command ([failover] fence)")
+    _failover_checks(r, failover)
     metrics = s.get("metrics", {})
     where = checks.split(metrics.get("listen", ""))
     tls = [k for k in ("cert", "key", "client_ca") if metrics.get(k)]
@@ -573,6 +601,28 @@ def _cross_checks(r: _Reader, top: dict[str, Any], s: dict[str, dict[str, Any]])
         r.error(
             "metrics", "listen", metrics["listen"],
             "expected a loopback address, or cert, key and client_ca, or allow_remote = true",
+        )  # fmt: skip
+
+
+def _failover_checks(r: _Reader, f: dict[str, Any]) -> None:
+    arbiter = f.get("arbiter")
+    if f.get("automatic") and arbiter == "fence" and f.get("fence") == ():
+        r.error("failover", "automatic", True, "requires a fence command ([failover] fence)")
+    if f.get("automatic") and arbiter == "manual":
+        r.error("failover", "automatic", True, 'requires arbiter "fence" or "lease"')
+    if f.get("fence") and arbiter in ("lease", "manual"):
+        r.error("failover", "fence", list(f["fence"]), 'expected only with arbiter = "fence"')
+    if arbiter == "lease" and f.get("etcd") == ():
+        r.error("failover", "etcd", [], 'required with arbiter = "lease"')
+    if bool(f.get("etcd_cert")) != bool(f.get("etcd_key")):
+        r.error("failover", "etcd_cert", f.get("etcd_cert"), "expected both etcd_cert and etcd_key")
+    ttl, margin = f.get("lease_ttl"), f.get("lease_margin")
+    if ttl is not None and ttl % 1000:
+        r.error("failover", "lease_ttl", ttl, "expected whole seconds, such as 5000")
+    if ttl is not None and margin is not None and not ttl // 50 <= margin <= ttl // 2:
+        r.error(
+            "failover", "lease_margin", margin,
+            f"expected from a fiftieth to a half of lease_ttl, {ttl // 50} to {ttl // 2} ms",
         )  # fmt: skip
 
 

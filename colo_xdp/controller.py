@@ -26,10 +26,21 @@ from .peer import Peer
 from .qmp import QemuInfo, Qmp, QmpError, refusal
 from .qmp_event import QmpEvent
 from .ring import Event
+from .speaker import Speaker, Store, boot_ns
 from .tls import Tls
 from .wire import VERSION
 
 log = logging.getLogger("colo_xdp")
+
+
+def make_store(config: Config) -> Store:
+    """The lease's store. Its library is imported only where it is used."""
+    from .lease import Etcd, EtcdStore
+
+    f = config.failover
+    etcd = Etcd(f.etcd, f.etcd_ca, f.etcd_cert, f.etcd_key)
+    return EtcdStore(etcd, config.pair, f.lease_ttl / 10_000)
+
 
 TICK_S = 0.01
 QMP_RETRY_S = 0.2
@@ -82,6 +93,19 @@ class Controller(ABC):
             versions=(p.min_version, VERSION),
         )
         self.qmp = self._new_qmp()
+        f = config.failover
+        self.speaker: Speaker | None = None
+        if f.arbiter == "lease":
+            self.speaker = Speaker(
+                make_store(config),
+                node=p.local,
+                boot=self.peer.boot,
+                ttl_ms=f.lease_ttl,
+                margin_ms=f.lease_margin,
+                speaking=datapath.adopted and not self._silent(),
+                allow=datapath.speak_until,
+                changed=self._lease_changed,
+            )
 
     # ---- to be filled by the two sides
 
@@ -100,6 +124,9 @@ class Controller(ABC):
 
     def on_tick(self, now_ns: int) -> None:
         """Every TICK_S."""
+
+    def on_lease(self) -> None:
+        """The lease is got or lost, or the store says something new."""
 
     async def on_qemu(self) -> None:
         """QMP is (again) connected."""
@@ -233,7 +260,9 @@ class Controller(ABC):
             if msg["shut"]:
                 self._peer_shut(msg["alone"])
             if msg["echo"]:
-                self.peer.rtt_ns = max(0, time.monotonic_ns() - msg["echo"])
+                self.peer.rtt_ns = max(0, boot_ns() - msg["echo"])
+                if msg["promise"] and self.speaker is not None:
+                    self.speaker.promised(msg["echo"])
             self._peer_t = msg["t"]
         elif kind == "gone":
             self._peer_shut(msg["alone"])
@@ -252,6 +281,8 @@ class Controller(ABC):
     def _peer_shut(self, was_alone: bool) -> None:
         """The peer's data path drops everything: certain silence, its guest alive or not."""
         self.peer_vm_gone = True
+        if self.speaker is not None:
+            self.speaker.freed(f"{self.config.peer.remote} {self.peer.peer_boot}")
         if self.stood_down and not was_alone and not self.vm_gone:
             # It asked us to stand down and then died itself, without having spoken alone: what
             # this side had when it was asked is still all that any client knows.
@@ -261,7 +292,7 @@ class Controller(ABC):
     def _beat(self) -> None:
         self.peer.send(
             "beat",
-            t=time.monotonic_ns(),
+            t=boot_ns(),
             echo=self._peer_t,
             state=self.shown_state().value,
             epoch=self.dp.epoch,
@@ -269,8 +300,14 @@ class Controller(ABC):
             shut=self.state is State.STOPPED and self.dp.mode is Mode.DROP,
             alone=self.spoke_alone,
             shadow=self.role is Role.PRIMARY and self.shadow,
+            promise=self.speaker is not None and self._silent() and self.speaker.promise(),
         )
         self._peer_t = 0
+
+    def _silent(self) -> bool:
+        """This host's guest does not reach the network."""
+        speaks = Mode.TAKEOVER if self.role is Role.SECONDARY else None
+        return self.dp.mode is Mode.DROP or (speaks is not None and self.dp.mode is not speaks)
 
     # ---- the decision
 
@@ -280,6 +317,7 @@ class Controller(ABC):
         wait = self.config.peer.dead_after
         if self.fence_result is False and now - self._fence_failed_ns > wait * 1_000_000:
             self.fence_result = None  # nobody is awake to do it: try again
+        s = self.speaker
         return Facts(
             role=self.role,
             state=self.shown_state(),
@@ -293,25 +331,47 @@ class Controller(ABC):
             peer_vm_gone=self.peer_vm_gone,
             colo_exit=self.colo_exit,
             automatic=f.automatic and not self.paused,
-            fence_configured=bool(f.fence),
+            fence_configured=bool(f.fence) and f.arbiter == "fence",
             fence_result=self.fence_result,
             operator=self.operator,
             checkpoint_overdue=self.checkpoint_overdue,
             shadow=self.shadow,
+            lease=s is not None,
+            lease_held=s is not None and s.held,
+            may_speak=s is None or s.may_speak,
+            other_alone=s is not None and s.other_alone,
+            recorded=s is not None and s.recorded,
+            committed=s is not None and s.committed,
         )
 
     def _decide(self) -> None:
         if self._busy is not None and not self._busy.done():
             return
         d: Decision = decide(self.facts())
+        if self.speaker is not None:
+            self._ask_for_lease(self.speaker, d.action)
         if d.action is Action.NONE:
             return
-        if d.action is Action.DEGRADE:
+        if d.action in (Action.DEGRADE, Action.ACQUIRE):
             if self.state in (State.PROTECTED, State.DEGRADED, State.CHECKPOINTING):
                 self.become(State.DEGRADED, d.why)
             return
         log.info("decision: %s: %s", d.action.value, d.why)
         self._busy = self.spawn(self._act(d))
+
+    def _lease_changed(self) -> None:
+        self.on_lease()
+        self._decide()
+
+    def _ask_for_lease(self, s: Speaker, action: Action) -> None:
+        """A primary whose path is not shut holds the lease; a secondary, when it is to speak."""
+        alone = action in (Action.ACQUIRE, Action.GO_SOLO, Action.TAKE_OVER)
+        if self.role is Role.PRIMARY:
+            s.want = self.dp.mode is not Mode.DROP
+        else:
+            s.want = alone or self.state is State.TAKEN_OVER
+        if action is Action.ACQUIRE and s.held:
+            s.alone()
 
     async def _act(self, d: Decision) -> None:
         if d.action is Action.FENCE:
@@ -347,6 +407,8 @@ class Controller(ABC):
         loop = asyncio.get_running_loop()
         for fd in self.dp.reader.fds:
             loop.add_reader(fd, self._drain)
+        if self.speaker is not None:
+            self.spawn(self.speaker.run())
         self.spawn(self._connect_qemu())
         self.spawn(self._ticker())
 
@@ -383,6 +445,8 @@ class Controller(ABC):
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self.peer.close()
         await self.qmp.close()
+        if self.speaker is not None:
+            await self.speaker.close()
 
     async def finished(self) -> None:
         """Until an internal error ends the controller."""

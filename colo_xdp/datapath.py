@@ -90,6 +90,7 @@ class DataPath:
                 fast=dp.fast_path == "on" and config.role == "primary",
                 stashes=dp.fast_path_memory * (1 << 20) // abi.STASH,
                 conns=dp.fast_path_flows,
+                lease=config.failover.arbiter == "lease",
             ),
         )
         self._cfg = self.objects.map("config")
@@ -205,6 +206,10 @@ class DataPath:
     def beat(self) -> None:
         """Tell the programs that the controller lives."""
         self._write(Cfg.CONTROLLER_NS, time.monotonic_ns())
+
+    def speak_until(self, boot_ns: int) -> None:
+        """The guest falls silent at this time of CLOCK_BOOTTIME (arbiter = "lease" only)."""
+        self._write(Cfg.SPEAK_UNTIL_NS, boot_ns)
 
     def unmirror(self, key: bytes | None) -> None:
         """The SVM gets no more frames of this flow (struct colo_unmirrored_key); None: of every

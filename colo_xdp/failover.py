@@ -7,7 +7,9 @@ answer carries one sentence, which goes to the log, the status and the history.
 The one rule behind all rows: a guest may speak alone only if the other one is
 certain to be silent. Certain means: the other controller itself says so (its
 QEMU is gone and its data path is shut), a fence command has succeeded, or a
-person has said so. A timer alone never is.
+person has said so. A timer alone never is. With a lease as the arbiter (speaker.py)
+it means that the lease is held, for a person too: the kernel of a host that does
+not hold it lets nothing out.
 """
 
 from __future__ import annotations
@@ -49,6 +51,7 @@ class Action(StrEnum):
     STOP = "stop"  # own QEMU is gone: shut the data path, say so to the peer
     REARM = "rearm"  # primary: the peer is back: checkpoint
     ASK_SHUT = "ask_shut"  # primary: ask the secondary's controller to shut its guest in
+    ACQUIRE = "acquire"  # get the lease, and have it recorded that this guest speaks alone
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +74,12 @@ class Facts:
     checkpoint_overdue: bool = False
     dead_after_ms: float = float("inf")  # silence that counts as death with no other sign
     shadow: bool = False  # clients may have seen what the SVM has never said
+    lease: bool = False  # the arbiter is a lease; what follows is only meant then
+    lease_held: bool = False
+    may_speak: bool = True  # by the lease, or by the peer's promise to be silent
+    other_alone: bool = False  # the other guest is recorded to have spoken alone
+    recorded: bool = False  # this one is
+    committed: bool = False  # it has been asked for, and may happen late
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +130,11 @@ _ROWS: tuple[_Row, ...] = (
         "the QEMU of this host is gone: nothing more may leave from here",
     ),
     (
+        lambda f: f.lease and f.other_alone and f.role is Role.PRIMARY,
+        Action.STOP,
+        "the lease store says that the secondary's guest has spoken alone: this one's state is old",
+    ),
+    (
         lambda f: f.state is State.STARTING,
         Action.NONE,
         "the pair is not protected yet: there is nothing to fail over to",
@@ -135,6 +149,11 @@ _ROWS: tuple[_Row, ...] = (
         Action.DEGRADE,
         "the peer is lost, but the pair was in shadow mode: clients may know bytes that this guest "
         "never sent, so a person decides",
+    ),
+    (
+        lambda f: f.lease and f.committed and f.role is Role.SECONDARY,
+        Action.TAKE_OVER,
+        "the lease store was asked to record a takeover, which may have happened: it is finished",
     ),
     (
         lambda f: f.peer_vm_gone,
@@ -172,6 +191,21 @@ _ROWS: tuple[_Row, ...] = (
         lambda f: _peer_dead(f) and f.automatic and f.fence_configured,
         Action.FENCE,
         "the peer's controller is silent and its QEMU has dropped the COLO channel: fencing it",
+    ),
+    (
+        lambda f: _peer_dead(f) and f.automatic and f.lease,
+        Action.TAKE_OVER,
+        "the peer's controller is silent and its QEMU has dropped the COLO channel",
+    ),
+    (
+        lambda f: _unreachable(f) and f.automatic and f.lease,
+        Action.TAKE_OVER,
+        "nothing was heard of the peer for dead_after: a dead host or a cut link",
+    ),
+    (
+        lambda f: f.lease and not f.may_speak and f.role is Role.PRIMARY,
+        Action.DEGRADE,
+        "the lease could not be renewed and the peer promises nothing: nothing leaves this host",
     ),
     (
         lambda f: _unreachable(f) and f.automatic and f.fence_result is True,
@@ -225,11 +259,26 @@ _ROWS: tuple[_Row, ...] = (
 )
 
 
+def _arbitrate(f: Facts, why: str) -> Decision:
+    """A guest is to speak alone; with a lease, only who holds it does."""
+    over = Decision(_OVER[f.role], why)
+    if not f.lease or (f.role is Role.PRIMARY and f.peer_vm_gone):
+        return over  # a secondary that has shut itself does not take over, whoever holds the lease
+    if f.other_alone:
+        return Decision(
+            Action.DEGRADE,
+            f"{why}; but the lease store says that its guest has spoken alone, so a person decides",
+        )
+    if f.lease_held and f.recorded:
+        return Decision(over.action, f"{why}; the lease is held")
+    return Decision(Action.ACQUIRE, f"{why}: waiting for the lease")
+
+
 def decide(f: Facts) -> Decision:
     """The action for these facts."""
     for cond, action, why in _ROWS:
         if cond(f):
             if action is Action.TAKE_OVER:
-                action = _OVER[f.role]
+                return _arbitrate(f, why)
             return Decision(action, why)
     return Decision(Action.NONE, "both guests run and the peer answers")

@@ -195,6 +195,7 @@ class Options:
     conns: int = 65536
     events: str = "auto"
     rewrite_at_xdp: bool = False
+    lease: bool = False  # nothing leaves after CFG_SPEAK_UNTIL_NS; needs Linux 5.8
 
 
 def compile_text(text: str) -> Any:
@@ -239,6 +240,8 @@ class Objects:
             tc += FAST[role]
         if events == "perf":
             flags.append("-DCOLO_EVENTS_PERF")
+        if options.lease:
+            flags.append("-DCOLO_LEASE")
         if options.rewrite_at_xdp:
             flags.append("-DCOLO_REWRITE_AT_XDP")
         if headers.path:

@@ -216,6 +216,9 @@ class Primary(Controller):
             self._guard.cancel()
         self.become(State.STOPPED, why)
 
+    def on_lease(self) -> None:
+        self._wake.set()
+
     async def on_qemu(self) -> None:
         if self._guard is None and self.state not in (State.STOPPED, State.SOLO):
             self._guard = self.spawn(self._protect())
@@ -227,7 +230,9 @@ class Primary(Controller):
             if migration == "colo":
                 self._want = Want(Cause.CONTROLLER_RESTART.value, "this controller is new")
                 break
-            if migration is not None and self.peer.connected and self._peer_ready:
+            if self.speaker is not None and not self.speaker.may_speak:
+                self.become(self.state, "waiting for the lease: nothing leaves this host")
+            elif migration is not None and self.peer.connected and self._peer_ready:
                 try:
                     await self._enter()
                     break
@@ -383,6 +388,8 @@ class Primary(Controller):
             "at": time.time(),
         }
         self.checkpoint_overdue = False
+        if self.speaker is not None:
+            self.speaker.paired()
         self.become(State.PROTECTED, f"both guests are equal as of epoch {n} ({cause})")
 
     def _record(self, want: Want, ck: Checkpoint, held: tuple[int, int], failed: str = "") -> None:

@@ -140,13 +140,21 @@ class Secondary(Controller):
             h = self._hold
             if h is not None and h.resume is not None and msg["epoch"] >= h.n:
                 self._finish(h, h.resume)
-        elif kind == "solo" and self.state is not State.TAKEN_OVER:
-            # The primary speaks alone, or wants to: shut the SVM in, and say so.
-            # A checkpoint under way is not forgotten: QEMU may load it all the same.
-            self.dp.mode = Mode.DROP
-            self.stood_down = not self.vm_gone
-            self.become(State.STOPPED, f"stood down for the primary: {msg['why']}")
-            self.peer.send("gone", why="the secondary has shut its data path", alone=False)
+            stopped = self.state is State.STOPPED
+            if self.speaker is not None and msg["alone"] and not msg["shut"] and not stopped:
+                self._stand_down("the PVM has spoken alone")  # while nothing was heard of it
+        elif kind == "solo":
+            self._stand_down(msg["why"])
+
+    def _stand_down(self, why: str) -> None:
+        """The primary speaks alone, or wants to: shut the SVM in, and say so."""
+        if self.state is State.TAKEN_OVER:
+            return
+        # A checkpoint under way is not forgotten: QEMU may load it all the same.
+        self.dp.mode = Mode.DROP
+        self.stood_down = not self.vm_gone
+        self.become(State.STOPPED, f"stood down for the primary: {why}")
+        self.peer.send("gone", why="the secondary has shut its data path", alone=False)
 
     def _on_begin(self, n: int, initial: bool) -> None:
         why = ""
@@ -374,6 +382,7 @@ class Secondary(Controller):
                 self.state is State.TAKEN_OVER
                 and not self.flows.translated
                 and not self.stepped_out
+                and self.speaker is None  # the programs are what a lease that ends is enforced by
             ):
                 await asyncio.to_thread(self.dp.step_out)
                 self.stepped_out = True

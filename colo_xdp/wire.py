@@ -24,7 +24,8 @@ MAX_LINE = 65536
 MESSAGES: dict[str, dict[str, type]] = {
     # first word of both sides; `min` to `v`: the versions that it speaks; `boot`: which process
     "hello": {"v": int, "min": int, "pair": str, "role": str, "boot": str},
-    # heartbeat; `echo` is the peer's `t` sent back, for the round trip
+    # heartbeat; `echo` is the peer's `t` (CLOCK_BOOTTIME, ns) sent back, for the round trip;
+    # `promise`: see speaker.py
     "beat": {
         "t": int,
         "echo": int,
@@ -34,6 +35,7 @@ MESSAGES: dict[str, dict[str, type]] = {
         "shut": bool,
         "alone": bool,
         "shadow": bool,
+        "promise": bool,
     },
     # S: QEMU waits for the migration and the data path is ready
     "ready": {"epoch": int},

@@ -6,12 +6,14 @@ from __future__ import annotations
 import struct
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from colo_xdp import _bpf, abi, loader
 from colo_xdp.abi import Cfg, LossPolicy, Mode, Prog, Reason
+from colo_xdp.speaker import boot_ns
 from tests.netns.frames import tcp
 
 from .conftest import TC_OK, TC_REDIRECT, TC_SHOT, XDP_PASS, Kernel
@@ -200,3 +202,55 @@ def test_the_hosts_own_frames_on_the_peer_link_are_left_alone(primary: Primary) 
 def test_a_released_frame_is_marked_and_sent_to_the_tap(primary: Primary) -> None:
     verdict, reasons, mark = primary.run("pvm_release", GUEST)
     assert (verdict, reasons, mark) == (TC_REDIRECT, {"REDIRECTED": 1}, abi.MARK)
+
+
+# ---- [failover] arbiter = "lease": the kernel ends the permission to speak
+
+
+@pytest.fixture(scope="module")
+def leased(bpffs: Path) -> Iterator[tuple[Primary, Kernel]]:
+    """Both hosts' programs, compiled with COLO_LEASE; the primary's with tier K."""
+    o = loader.Options(ring_pages=64, flow_table=1024, lease=True)
+    p = loader.load("primary", "leasep", str(bpffs), replace(o, fast=True))
+    s = loader.load("secondary", "leases", str(bpffs), o)
+    try:
+        yield Primary(p), Kernel(s)
+    finally:
+        for objects in (p, s):
+            objects.close()
+            loader.remove_pins(objects.pin_dir)
+
+
+@pytest.mark.parametrize("mode", [Mode.BYPASS, Mode.RUN, Mode.CHECKPOINT])
+@pytest.mark.parametrize("mark", [0, abi.MARK])
+def test_nothing_leaves_the_pvm_after_its_time(
+    leased: tuple[Primary, Kernel], mode: Mode, mark: int
+) -> None:
+    p, _ = leased
+    p.set(Cfg.MODE, mode)
+    p.set(Cfg.LOSS_POLICY, LossPolicy.RELEASE)
+    for until in (0, 1, boot_ns() - 1):  # never written, long ago, just now
+        p.set(Cfg.SPEAK_UNTIL_NS, until)
+        for frame in (GUEST, GARBAGE):
+            assert p.run("pvm_out", frame, mark)[:2] == (TC_SHOT, {"LEASE_OVER": 1})
+    p.set(Cfg.SPEAK_UNTIL_NS, boot_ns() + 10**10)
+    assert "LEASE_OVER" not in p.run("pvm_out", GUEST, mark)[1]
+    p.set(Cfg.SPEAK_UNTIL_NS, boot_ns() + 30_000_000)  # by itself, with nobody there
+    end = time.monotonic() + 5
+    while "LEASE_OVER" not in p.run("pvm_out", GUEST, mark)[1]:
+        assert time.monotonic() < end
+
+
+def test_nothing_leaves_the_svm_after_its_time(leased: tuple[Primary, Kernel]) -> None:
+    _, s = leased
+    s.set(Cfg.MODE, Mode.TAKEOVER)
+    for until in (0, boot_ns() - 1):
+        s.set(Cfg.SPEAK_UNTIL_NS, until)
+        for mark in (0, abi.MARK):
+            ran = s.run("svm_out", GUEST, mark)
+            assert (ran.verdict, ran.reasons) == (TC_SHOT, {"LEASE_OVER": 1})
+    s.set(Cfg.MODE, Mode.RUN)  # to the primary it may speak
+    assert s.run("svm_out", GUEST).verdict == TC_REDIRECT
+    s.set(Cfg.MODE, Mode.TAKEOVER)
+    s.set(Cfg.SPEAK_UNTIL_NS, boot_ns() + 10**10)
+    assert s.run("svm_out", GUEST).verdict == TC_OK

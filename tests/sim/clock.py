@@ -63,5 +63,10 @@ class FakeTime:
     def monotonic_ns(self) -> int:
         return self._loop.now_ns
 
+    CLOCK_BOOTTIME = 7
+
+    def clock_gettime_ns(self, clock: int) -> int:
+        return self._loop.now_ns
+
     def time(self) -> float:
         return 1e9 + self._loop.now_ns / 1e9

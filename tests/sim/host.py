@@ -20,6 +20,7 @@ from colo_xdp.qmp import QemuInfo, QmpError
 from colo_xdp.qmp_event import QmpEvent
 from colo_xdp.rewrite import Flow, Rewriter
 from colo_xdp.ring import Event
+from colo_xdp.speaker import Seen, StoreError
 
 from .guest import Guest, Out
 
@@ -61,6 +62,7 @@ class Side:
         self.rewriter = Tracker()
         self.in_bridge = primary
         self.stepped_out = False
+        self.speak_until = 0
         self.tap: deque[bytes] = deque(maxlen=500)  # frames that a stopped guest has not taken
         # of the controller that runs now
         self.controller: Any = None
@@ -68,6 +70,8 @@ class Side:
         self.peer: SimPeer | None = None
         self.qmp: SimQmp | None = None
         self._drain_set = False
+        self.boots = 0
+        self.store: SimStore | None = None
 
     @property
     def other(self) -> Side:
@@ -120,13 +124,17 @@ class Side:
     def _lost_controller(self) -> bool:
         return self.world.ns() - self.beat_ns > LOSS_NS
 
+    def silenced(self) -> bool:
+        """COLO_LEASE in the programs."""
+        return self.world.scene.lease and self.world.ns() >= self.speak_until
+
     def pvm_in(self, frame: bytes) -> None:
         if self.mode in (Mode.RUN, Mode.CHECKPOINT):
             self.world.link(self, MIRROR, self.epoch, frame, 0)
         self.deliver(frame)
 
     def pvm_out(self, frame: bytes, gso: int) -> None:
-        if self.mode is Mode.DROP:
+        if self.mode is Mode.DROP or self.silenced():
             return
         if self.mode is Mode.BYPASS:
             self.world.to_network(self, frame)
@@ -136,7 +144,7 @@ class Side:
     def link_in(self, kind: int, epoch: int, frame: bytes, gso: int) -> None:
         """From the peer link: svm_arrival or svm_in."""
         if self.primary:
-            if kind == SVM and self.mode in (Mode.RUN, Mode.CHECKPOINT):
+            if kind == SVM and self.mode in (Mode.RUN, Mode.CHECKPOINT) and not self.silenced():
                 self.capture(Source.SVM, epoch, frame, gso)
         elif kind == MIRROR:
             if self.mode is Mode.CHECKPOINT:
@@ -154,7 +162,7 @@ class Side:
             self.capture(Source.SVM, self.epoch, frame, gso)
         elif self.mode is Mode.RUN:
             self.world.link(self, SVM, self.epoch, self._translate(frame, False), gso)
-        elif self.mode is Mode.TAKEOVER:
+        elif self.mode is Mode.TAKEOVER and not self.silenced():
             if not self.stepped_out:
                 frame = self._translate(frame, False)
             self.world.to_network(self, frame)
@@ -169,14 +177,15 @@ class Side:
     def inject(self, name: str, frame: bytes, gso: int) -> None:
         """pvm_release, svm_deliver, svm_forward."""
         if name == "release":
-            if self.mode is not Mode.DROP:
+            if self.mode is not Mode.DROP and not self.silenced():
                 self.world.to_network(self, frame)
         elif self.mode in (Mode.RUN, Mode.CHECKPOINT, Mode.TAKEOVER):
             out = self._translate(frame, name == "deliver")
             if name == "deliver":
                 self.deliver(out)
             elif self.mode is Mode.TAKEOVER:
-                self.world.to_network(self, out)
+                if not self.silenced():
+                    self.world.to_network(self, out)
             else:
                 self.world.link(self, SVM, self.epoch, out, gso)
 
@@ -189,7 +198,7 @@ class Side:
             return
         if not self.primary and self.mode is Mode.CHECKPOINT:
             self.world.unsure = True
-        for stand_in in (self.dp, self.peer, self.qmp):
+        for stand_in in (self.dp, self.peer, self.qmp, self.store):
             if stand_in is not None:
                 stand_in.dead = True
         for t in list(c._tasks):
@@ -253,6 +262,10 @@ class SimDataPath:
     def beat(self) -> None:
         if not self.dead:
             self._side.beat_ns = self._side.world.ns()
+
+    def speak_until(self, boot_ns: int) -> None:
+        if not self.dead:
+            self._side.speak_until = boot_ns
 
     def unmirror(self, key: bytes | None) -> None:
         pass
@@ -523,6 +536,8 @@ class SimPeer:
         self._side, self.dead, self.connected, self.started = side, False, False, False
         self._on_up, self._on_down, self._on_message = on_up, on_down, on_message
         self.last_seen_ns = self.rtt_ns = self.refused = 0
+        side.boots += 1
+        self.boot, self.peer_boot = f"{side.name}{side.boots}", ""
         self._last = 0.0
         self._partner: SimPeer | None = None
         side.peer = self
@@ -539,8 +554,9 @@ class SimPeer:
             if not self.connected and free and not world.channel_cut:
                 assert other is not None
                 self._partner, other._partner = other, self
-                for end in (self, other):
+                for end, far in ((self, other), (other, self)):
                     end.connected, end.last_seen_ns = True, world.ns()
+                    end.peer_boot = far.boot
                 for end in (self, other):
                     end._on_up()
             await asyncio.sleep(world.rnd.uniform(0.05, 0.1))
@@ -590,3 +606,131 @@ class SimPeer:
 
     async def close(self) -> None:
         self.connected = False
+
+
+class Witness:
+    """What etcd keeps for a pair. Its clock is a little faster or slower than the hosts'."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self.rate = world.rnd.uniform(0.992, 1.008)
+        self.holder, self.alone, self.lease, self.revision = "", "", 0, 0
+        self.leases: dict[int, tuple[int, int]] = {}  # end, ttl
+        self._serial = 0
+
+    def look(self) -> None:
+        """What has ended by now."""
+        now = self._world.ns()
+        self.leases = {n: v for n, v in self.leases.items() if v[0] > now}
+        if self.holder and self.lease not in self.leases:
+            self._world.note("the lease of %s ends", self.holder)
+            self.holder, self.lease = "", 0
+
+    def grant(self, ttl_ms: int) -> int:
+        self._serial += 1
+        self.leases[self._serial] = (self._end(ttl_ms), ttl_ms)
+        return self._serial
+
+    def _end(self, ttl_ms: int) -> int:
+        return self._world.ns() + int(ttl_ms * 1_000_000 / self.rate)
+
+    def renew(self, lease: int) -> bool:
+        self.look()
+        if lease not in self.leases:
+            return False
+        ttl = self.leases[lease][1]
+        self.leases[lease] = (self._end(ttl), ttl)
+        return True
+
+    def put(self, holder: str, lease: int) -> None:
+        self.holder, self.lease = holder, lease
+        self.revision += 1
+
+
+class SimStore:
+    """lease.EtcdStore, request for request: each may be lost, late, or carried out unheard."""
+
+    def __init__(self, side: Side) -> None:
+        self._side, self._world, self._lease = side, side.world, 0
+        self.dead = False
+        side.store = self
+
+    async def _ask(self, what: Callable[[], Any]) -> Any:
+        """One request and its answer, over a network that is cut in one direction or in both."""
+        world, side = self._world, self._side
+        if self.dead:
+            raise StoreError("closed")
+        answer: asyncio.Future[Any] = world.loop.create_future()
+
+        def arrive() -> None:
+            if side.name in world.store_cut_out:
+                return
+            world.witness.look()
+            try:
+                result = what()
+            except StoreError as e:
+                result = e
+            delay = world.rnd.uniform(0.05, 3)
+            world.later(delay, lambda: give(result))
+
+        def give(result: Any) -> None:
+            if side.name not in world.store_cut_in and not answer.done():
+                answer.set_result(result)
+
+        late = world.rnd.random() < 0.02
+        world.later(world.rnd.uniform(300, 3000) if late else world.rnd.uniform(0.05, 3), arrive)
+        done = False
+        try:
+            result = await answer
+            if isinstance(result, StoreError):
+                raise result
+            done = True
+            return result
+        finally:
+            if not done:
+                self._lease = 0
+
+    async def hold(self, holder: str, ttl_ms: int, steal: str) -> Seen:
+        w, last = self._world.witness, self._lease
+        now, alone, revision = await self._ask(lambda: (w.holder, w.alone, w.revision))
+        if now and now != steal and now.split(" ")[0] != holder.split(" ")[0]:
+            return Seen(now, alone)
+        if last and await self._ask(lambda: w.renew(last)):
+            lease = last
+        else:
+            lease = await self._ask(lambda: w.grant(ttl_ms))
+        if lease == last:
+            ok, alone = await self._ask(lambda: (w.holder == holder and w.lease == lease, w.alone))
+            if ok:
+                self._lease = lease
+                return Seen(holder, alone)
+
+        def put() -> str:
+            if (w.revision if w.holder else 0) != (revision if now else 0):
+                raise StoreError("changed")
+            w.put(holder, lease)
+            return w.alone
+
+        alone = await self._ask(put)
+        self._lease = lease
+        return Seen(holder, alone)
+
+    async def record(self, holder: str, alone: str) -> bool:
+        w = self._world.witness
+
+        def write() -> bool:
+            if w.holder != holder:
+                return False
+            w.alone = alone
+            return True
+
+        return bool(await self._ask(write))
+
+    async def release(self) -> None:
+        lease, self._lease = self._lease, 0
+        w = self._world.witness
+        if lease:
+            await self._ask(lambda: w.leases.pop(lease, None))
+
+    async def close(self) -> None:
+        self.dead = True

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
-from colo_xdp import controller, failover, fragments, rewrite, secondary, stream
+from colo_xdp import controller, failover, fragments, rewrite, secondary, speaker, stream
 from colo_xdp.abi import Mode
 from colo_xdp.compare import Engine
 from colo_xdp.datagram import DatagramFlow
@@ -19,11 +19,12 @@ from colo_xdp.fragments import Fragments
 from colo_xdp.primary import Primary
 from colo_xdp.rewrite import Rewriter
 from colo_xdp.secondary import Secondary
+from colo_xdp.speaker import MS, Speaker
 from colo_xdp.stream import Stream
 from colo_xdp.twin import Twin
 from colo_xdp.window import WindowGate
 
-from .world import Fault, Scene, scene
+from .world import Fault, Scene, lease_scene, scene
 
 MUTANTS: dict[str, Callable[[Any], None]] = {}
 #: what a mutant's scenes have to have, where random ones seldom do
@@ -40,6 +41,15 @@ SCENES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+#: mutants of the arbitration by a lease
+LEASE: set[str] = set()
+
+
+def _lease_mutant(f: Callable[[Any], None]) -> Callable[[Any], None]:
+    LEASE.add(f.__name__)
+    return _mutant(f)
+
+
 def _mutant(f: Callable[[Any], None]) -> Callable[[Any], None]:
     MUTANTS[f.__name__] = f
     return f
@@ -47,8 +57,9 @@ def _mutant(f: Callable[[Any], None]) -> Callable[[Any], None]:
 
 def scenes(name: str, runs: int) -> Iterator[Scene]:
     """Scenes in which the mutant has a chance to do harm."""
+    random_one = lease_scene if name in LEASE else scene
     for seed in range(runs):
-        yield replace(scene(seed), **SCENES.get(name, {}))
+        yield replace(random_one(seed), **SCENES.get(name, {}))
 
 
 # -- the engine
@@ -338,3 +349,82 @@ def a_shadow_ends_with_a_word(mp: Any) -> None:
         self.shadow = on
 
     mp.setattr(Secondary, "_shadow_word", word)
+
+
+# -- the lease
+
+
+@_lease_mutant
+def the_kernel_does_not_end_the_permission(mp: Any) -> None:
+    from .host import Side
+
+    mp.setattr(Side, "silenced", lambda self: False)
+
+
+@_lease_mutant
+def the_lease_is_counted_from_its_answer(mp: Any) -> None:
+    """A slow answer, and no margin."""
+    original = Speaker._step
+
+    async def step(self: Speaker) -> None:
+        before = self._key_until
+        await original(self)
+        if self._key_until > before:
+            self._key_until = speaker.boot_ns() + self._ttl + self._ttl // 50
+            self._publish()
+
+    mp.setattr(Speaker, "_step", step)
+
+
+@_lease_mutant
+def own_promises_are_forgotten(mp: Any) -> None:
+    mp.setattr(Speaker, "promise", lambda self: not self.want)
+
+
+@_lease_mutant
+def a_promise_counts_from_its_arrival(mp: Any) -> None:
+    def promised(self: Speaker, sent_ns: int) -> None:
+        self._promise_until = speaker.boot_ns() + self._ttl + 20 * MS
+        self._publish()
+
+    mp.setattr(Speaker, "promised", promised)
+
+
+@_lease_mutant
+def a_new_controller_forgets_promises(mp: Any) -> None:
+    original = Speaker.__init__
+
+    def init(self: Speaker, *args: Any, **kw: Any) -> None:
+        original(self, *args, **kw | {"speaking": True})
+
+    mp.setattr(Speaker, "__init__", init)
+
+
+@_lease_mutant
+def nobody_reads_who_spoke_alone(mp: Any) -> None:
+    mp.setattr(Speaker, "other_alone", property(lambda self: False))
+
+
+@_lease_mutant
+def nobody_records_who_speaks_alone(mp: Any) -> None:
+    mp.setattr(Speaker, "recorded", property(lambda self: True))
+
+
+@_lease_mutant
+def the_lease_is_not_waited_for(mp: Any) -> None:
+    mp.setattr(Speaker, "held", property(lambda self: True))
+    mp.setattr(Speaker, "recorded", property(lambda self: True))
+
+
+@_lease_mutant
+def a_solo_primary_does_not_tell(mp: Any) -> None:
+    """The secondary that comes back takes itself for a standby."""
+    original = Secondary.on_message
+
+    def on_message(self: Secondary, msg: dict[str, Any]) -> None:
+        if msg["type"] == "beat":
+            msg = msg | {"alone": False}
+        original(self, msg)
+
+    mp.setattr(Secondary, "on_message", on_message)
+    mp.setattr(Speaker, "other_alone", property(lambda self: False))

@@ -26,13 +26,14 @@ from typing import Any
 
 from colo_xdp import controller as controller_module
 from colo_xdp import flowtable, primary, secondary
+from colo_xdp import speaker as speaker_module
 from colo_xdp.abi import Mode
 from colo_xdp.config import Config, load
 from colo_xdp.failover import State
 
 from .clock import FakeTime, VirtualLoop
 from .guest import Client, Guest, Plan
-from .host import Side, SimDataPath, SimPeer, SimQmp
+from .host import Side, SimDataPath, SimPeer, SimQmp, SimStore, Witness
 from .tcp import FIN, RST, SYN, BadChecksum, Tcp, diff, read
 
 EXAMPLES = Path(__file__).parents[2] / "deploy/examples"
@@ -63,6 +64,12 @@ HEALING = (
     "kill_p_controller", "kill_s_controller", "cut_channel", "cut_link", "lose_events",
     "checkpoint", "hang_p_qemu", "shadow", "reload", "flip_p", "flip_s",
 )  # fmt: skip
+#: cuts of the three-node graph: both hosts and the lease's store
+#: "_out": only what that host sends is lost, "_in": only what it gets
+CUTS = (
+    "cut_ps", "cut_pe", "cut_pe_out", "cut_pe_in", "cut_se", "cut_se_out", "cut_se_in",
+    "cut_p", "cut_s", "cut_e", "cut_channel", "cut_link",
+)  # fmt: skip
 #: faults that end the pair: somebody has to speak alone
 ENDING = (
     "kill_p_qemu", "kill_s_qemu", "kill_p_host", "kill_s_host", "power_p", "power_s", "failover",
@@ -87,6 +94,7 @@ class Scene:
     queue: int = 1024
     compare_timeout: int = 150
     faults: tuple[Fault, ...] = ()
+    lease: bool = False  # the arbiter; else a fence
 
     def calm(self) -> bool:
         """Nothing in it is a reason for a checkpoint that nobody asked for."""
@@ -140,6 +148,22 @@ def scene(seed: int) -> Scene:
     )
 
 
+def lease_scene(seed: int) -> Scene:
+    """A random one with a lease as the arbiter: the same, and cuts, which may flap."""
+    rnd = random.Random(seed * 104729 + 3)
+    s = scene(seed)
+    if s.calm():
+        return replace(s, lease=True)
+    faults = list(s.faults)
+    for _ in range(rnd.choice((1, 1, 2, 4))):
+        at, kind = rnd.randrange(60, 1500), rnd.choice(CUTS)
+        for _ in range(rnd.choice((1, 1, 1, 6))):  # flapping
+            span = rnd.choice((40, 300, 1300, 3000))
+            faults.append(Fault(at, kind, span))
+            at += span + rnd.choice((20, 100, 600))
+    return replace(s, lease=True, faults=tuple(sorted(faults, key=lambda f: f.at)))
+
+
 @cache
 def _config(role: str) -> Config:
     return load(EXAMPLES / f"{role}.toml")
@@ -154,6 +178,9 @@ def config(role: str, s: Scene) -> Config:
         compare=replace(c.compare, compare_timeout=s.compare_timeout, max_queue_size=s.queue),
         checkpoint=replace(c.checkpoint, deadline=600),
         qemu=replace(c.qemu, enter_timeout=3000, qmp_timeout=1000),
+        failover=c.failover
+        if not s.lease
+        else replace(c.failover, arbiter="lease", fence=(), lease_ttl=1000, lease_margin=200),
     )
 
 
@@ -167,6 +194,10 @@ class World:
         self.start = self.loop.now_ns
         self.trace: deque[str] = deque(maxlen=200000)
         self._tracing = trace
+        self.witness = Witness(self)
+        self.store_cut_out: Counter[str] = Counter()  # sides whose requests are lost
+        self.store_cut_in: Counter[str] = Counter()
+        self.ps_cut = 0
         self.channel_cut = self.colo_cut = self.ring_broken = False
         self.was_solo = False
         #: the secondary's controller died inside a checkpoint and QMP does not repeat its events:
@@ -279,6 +310,8 @@ class World:
         if self.frames > MAX_FRAMES:
             raise Violation(f"{MAX_FRAMES} frames: guest and client do not understand each other")
         self.spoke.add(side.name)
+        if self.scene.lease and not side.primary and self.was_solo:
+            raise Violation(f"two guests speak: {_frame(frame)} of S after P went solo")
         if side.primary and "S" in self.spoke:
             raise Violation(f"two guests speak: {_frame(frame)} of P after S took over")
         if not side.primary:
@@ -434,6 +467,9 @@ class World:
     ) -> SimQmp:
         return SimQmp(self.p if name == "PVM" else self.s, name, on_event, on_close)
 
+    def _make_store(self, c: Config) -> SimStore:
+        return SimStore(self.p if c.role == "primary" else self.s)
+
     def _make_peer(
         self, *, role: str, on_up: Any, on_down: Any, on_message: Any, **_: Any
     ) -> SimPeer:
@@ -443,14 +479,18 @@ class World:
     def _installed(self) -> Iterator[None]:
         """The stand-ins in the product's modules."""
         clock = FakeTime(self.loop)
-        modules = (controller_module, primary, secondary, flowtable)
+        modules = (controller_module, primary, secondary, flowtable, speaker_module)
         kept = [(m, "time", m.time) for m in modules]  # type: ignore[attr-defined]
-        kept += [(controller_module, n, getattr(controller_module, n)) for n in ("Qmp", "Peer")]
+        kept += [
+            (controller_module, n, getattr(controller_module, n))
+            for n in ("Qmp", "Peer", "make_store")
+        ]
         try:
             for m in modules:
                 m.time = clock  # type: ignore[attr-defined]
             controller_module.Qmp = self._make_qmp  # type: ignore[misc,assignment]
             controller_module.Peer = self._make_peer  # type: ignore[misc,assignment]
+            controller_module.make_store = self._make_store  # type: ignore[assignment]
             yield
         finally:
             for m, name, value in kept:
@@ -473,6 +513,9 @@ class World:
         elif f.kind == "cut_link":
             self.link_cut = True
             self.later(f.span, lambda: setattr(self, "link_cut", False))
+        elif f.kind in CUTS:
+            self._cut(f.kind, 1)
+            self.later(f.span, lambda: self._cut(f.kind, -1))
         elif f.kind == "lose_events":
             self.ring_broken = True
             self.later(min(f.span, 60), lambda: setattr(self, "ring_broken", False))
@@ -510,6 +553,21 @@ class World:
             side = self.rnd.choice((p, s))
             if side.controller is not None:
                 self.spawn(self._command(side, "failover"))
+
+    def _cut(self, kind: str, by: int) -> None:
+        """Edges of the graph P, S, store."""
+        for name in "ps":
+            both = kind in (f"cut_{name}e", f"cut_{name}", "cut_e")
+            if both or kind == f"cut_{name}e_out":
+                self.store_cut_out[name.upper()] += by
+            if both or kind == f"cut_{name}e_in":
+                self.store_cut_in[name.upper()] += by
+        if kind in ("cut_ps", "cut_p", "cut_s"):
+            self.ps_cut += by
+            self.channel_cut = self.link_cut = self.ps_cut > 0
+        for c in (self.store_cut_out, self.store_cut_in):
+            for name in [n for n, k in c.items() if k <= 0]:
+                del c[name]
 
     def _flip(self, side: Side) -> None:
         """A bit of what a guest has not sent yet turns over in its memory."""

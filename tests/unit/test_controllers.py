@@ -61,6 +61,9 @@ class FakeDataPath:
             sink(e)
         return len(events)
 
+    def speak_until(self, boot_ns: int) -> None:
+        self.until = boot_ns
+
     def open_network(self) -> None:
         self.opened += 1
 

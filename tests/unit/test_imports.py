@@ -26,6 +26,7 @@ EDGES = {
     "typer": "cli",
     "scapy": "pcap",
     "cryptography": "pki",
+    "etcd3gw": "lease",
 }
 IMPURE_STDLIB = {"socket", "asyncio", "subprocess", "time", "threading", "os", "ctypes", "select"}
 

@@ -1,0 +1,269 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Which of the two hosts may speak, with a lease as the arbiter ([failover] arbiter = "lease").
+
+One key per pair in a store that both hosts reach (etcd; lease.py), bound to a lease of `ttl`.
+A host's guest may speak until the later of two times, and the kernel itself enforces it: the
+programs drop what comes after CFG_SPEAK_UNTIL_NS, so a controller that hangs or dies falls silent
+with its guest.
+
+- *The key*: asked for at t, held, so nobody else gets it before t + ttl.
+- *A promise*: the other host's heartbeat says "my guest is silent, and stays so for `ttl`
+  from now"; it answers a heartbeat of ours that was sent at t, so until t + ttl. An unreachable
+  store alone stops nobody.
+
+Both less `margin`. A host that has promised silence waits until its last promise is over, and gets
+the key, before its guest speaks. It counts a promise 1 % longer than it said.
+
+Times are durations on CLOCK_BOOTTIME of one host each: it goes on while a host is suspended, and
+nobody sets it. The hosts need not agree on the time; what is assumed is that the rates of
+the clocks of both hosts and of the store differ by less than 1 %, that none of them stands still (a
+hypervisor that pauses a host and its clock breaks this), and that the way from the program's
+check to the wire takes less than `margin` less 1 % of `ttl`. etcd's side: the leader counts a lease
+from the moment it handled the renewal, later than t, and a new leader counts it anew
+(lessor.Promote() in etcd's server/lease).
+
+The second key, without lease, says whose guest has spoken alone. It is written while the key is
+held, before the guest speaks alone; the other host's guest, whose state is old from then on, never
+speaks after that, however long the survivor is dead. A new pair clears it.
+
+Late requests: one that is given up may be carried out by the store afterwards.
+A late acquisition only keeps the other side waiting; the holder is `node boot`, so it is never
+taken for somebody else's. A late release names a lease that is never used again. A key that is
+held is taken over only from the process that said itself that its path is shut, by its boot id. A
+late record binds: who has asked for it goes through with it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+log = logging.getLogger("colo_xdp.speaker")
+
+MS = 1_000_000
+RATE = 100  # clocks differ by less than one part in so many
+STEPS = 5  # renewals in one ttl
+T = TypeVar("T")
+
+
+class StoreError(RuntimeError):
+    """The store did not answer, or not in time; says which."""
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What the store says: "node boot" of the key's holder, node that spoke alone; "": nobody."""
+
+    holder: str
+    alone: str
+
+
+class Store(Protocol):
+    """The key in the store. All of it may raise StoreError, and may be carried out late."""
+
+    async def hold(self, holder: str, ttl_ms: int, steal: str) -> Seen:
+        """Renew the key, or get it if it is free or is held by `steal` or another process here."""
+
+    async def record(self, holder: str, alone: str) -> bool:
+        """Write who has spoken alone, if `holder` holds the key; whether it did."""
+
+    async def release(self) -> None:
+        """Give the key up, if it is held."""
+
+    async def close(self) -> None:
+        """No more."""
+
+
+def boot_ns() -> int:
+    """CLOCK_BOOTTIME."""
+    return time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+
+
+class Speaker:
+    """One host's side. `allow` gives a new end of the permission, in ns, to the programs."""
+
+    def __init__(
+        self,
+        store: Store,
+        *,
+        node: str,
+        boot: str,
+        ttl_ms: int,
+        margin_ms: int,
+        speaking: bool,
+        allow: Callable[[int], None],
+        changed: Callable[[], None],
+    ) -> None:
+        self._store, self.node, self.holder = store, node, f"{node} {boot}"
+        self._ttl_ms, self._ttl = ttl_ms, ttl_ms * MS
+        self._usable = self._ttl - margin_ms * MS
+        self._allow, self._changed = allow, changed
+        self._key_until = self._promise_until = 0
+        # A former process of this host may have promised something just before it died, unless its
+        # guest was `speaking`.
+        self._silent_until = 0 if speaking else boot_ns() + self._ttl + self._ttl // RATE
+        self._want = self._asked = False
+        self._record: str | None = None
+        self.steal = ""  # holder that is certain to be silent
+        self.seen = Seen("", "")
+        self.trouble = ""
+        self._wake = asyncio.Event()
+
+    # ---- what is known
+
+    @property
+    def held(self) -> bool:
+        """The key is ours, and so is the network, whatever the other side does."""
+        return boot_ns() < self._key_until
+
+    @property
+    def may_speak(self) -> bool:
+        return boot_ns() < max(self._key_until, self._promise_until)
+
+    @property
+    def other_alone(self) -> bool:
+        """The other guest has spoken alone: ours must not."""
+        return self.seen.alone not in ("", self.node)
+
+    @property
+    def recorded(self) -> bool:
+        """The store knows that this host's guest speaks alone."""
+        return self.seen.alone == self.node
+
+    @property
+    def committed(self) -> bool:
+        """The store has been asked to know it, and may do so late."""
+        return self._record == self.node
+
+    # ---- what is wanted
+
+    @property
+    def want(self) -> bool:
+        """Whether this host's guest speaks or wants to."""
+        return self._want
+
+    @want.setter
+    def want(self, want: bool) -> None:
+        if want is self._want:
+            return
+        self._want = want
+        if not want:
+            self._key_until, self._record = 0, None
+            self._publish()
+        self._wake.set()
+
+    def alone(self) -> None:
+        """Have it recorded that this host's guest speaks alone."""
+        if not self.committed:
+            self._record = self.node
+            self._wake.set()
+
+    def paired(self) -> None:
+        """No guest of the pair has anything that the other one lacks: clear our own record."""
+        if self.recorded or self.committed:
+            self._record = ""
+            self._wake.set()
+
+    # ---- promises
+
+    def promise(self) -> bool:
+        """Whether the heartbeat that is sent now promises silence; the caller's guest is silent."""
+        if self._want:
+            return False
+        self._silent_until = max(self._silent_until, boot_ns() + self._ttl + self._ttl // RATE)
+        return True
+
+    def promised(self, sent_ns: int) -> None:
+        """The other side promises, in answer to what we sent at `sent_ns` (boot_ns)."""
+        if sent_ns <= boot_ns():
+            self._promise_until = max(self._promise_until, sent_ns + self._usable)
+            self._publish()
+
+    def freed(self, holder: str) -> None:
+        """That process of the other host has shut its data path for good: nobody relies on our
+        promises, and its key may be taken."""
+        self._silent_until, self.steal = 0, holder
+        self._wake.set()
+
+    def _publish(self) -> None:
+        self._allow(max(self._key_until, self._promise_until))
+
+    # ---- the loop
+
+    async def run(self) -> None:
+        """Until cancelled; gives nothing up then: a controller may stop while its guest goes on."""
+        every = self._ttl / 1e9 / STEPS
+        while True:
+            self._wake.clear()
+            before = (self.held, self.seen)
+            ok = True
+            try:
+                await self._step()
+                self._say("")
+            except StoreError as e:
+                ok = False
+                self._say(str(e))
+            if (self.held, self.seen) != before:
+                self._changed()
+            pause = every if ok else every / 4
+            wait = (self._silent_until - boot_ns()) / 1e9
+            if self._want and wait > 0:
+                pause = min(pause, wait)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._wake.wait(), max(pause, 0.001))
+
+    def _say(self, trouble: str) -> None:
+        if trouble != self.trouble:
+            self.trouble = trouble
+            log.warning("lease: %s", trouble or "the store answers again")
+
+    async def _bounded(self, request: Awaitable[T]) -> T:
+        try:
+            return await asyncio.wait_for(request, 2 * self._ttl / 1e9 / STEPS)
+        except TimeoutError as e:
+            raise StoreError("the store does not answer in time") from e
+
+    async def _step(self) -> None:
+        if not self._want:
+            if self._asked:
+                await self._bounded(self._store.release())
+                self._asked = self._want
+            return
+        if boot_ns() < self._silent_until:
+            return
+        began, self._asked = boot_ns(), True
+        seen = await self._bounded(self._store.hold(self.holder, self._ttl_ms, self.steal))
+        if not self._want:  # changed its mind meanwhile
+            return
+        if seen != self.seen:
+            log.info("lease: held by %s, alone: %s", seen.holder or "nobody", seen.alone or "none")
+        self.seen = seen
+        if seen.holder != self.holder:
+            self._key_until = 0
+            self._publish()
+            if not self.recorded:
+                self._record = None  # who holds it now has not let us
+            return
+        self.steal = ""
+        self._key_until = max(self._key_until, began + self._usable)
+        self._publish()
+        await self._write_record()
+
+    async def _write_record(self) -> None:
+        """Bring the store's record to what is wanted; another node's is never touched."""
+        want = self._record
+        if want is None or want == self.seen.alone or self.other_alone:
+            return
+        if await self._bounded(self._store.record(self.holder, want)):
+            self.seen = Seen(self.holder, want)
+            if want == "" and self._record == "":
+                self._record = None
+
+    async def close(self) -> None:
+        """Stop using the store; what is held ends by itself."""
+        await self._store.close()

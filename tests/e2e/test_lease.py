@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A real pair whose arbiter is a lease in a real etcd, in a namespace of its own."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from colo_xdp.lab.capture import from_guest
+from colo_xdp.lab.net import sh, wait_for
+from colo_xdp.lab.pair import Lab
+from tests.e2e.conftest import LabMaker
+from tests.e2e.test_failover import live_on, streams
+
+WITNESS, ADDRESS = "cxe2ew", "10.98.0.9"
+URL = f"http://{ADDRESS}:2379"
+OVERRIDES = {
+    "peer": {"heartbeat_timeout": 500, "dead_after": 1500},
+    "failover": {"automatic": True, "arbiter": "lease", "etcd": [URL], "lease_ttl": 3000},
+}
+
+
+@pytest.fixture
+def lab(make_lab: LabMaker, tmp_path: Path) -> Iterator[Lab]:
+    """The pair, protected, with ways from both hosts to the store."""
+    if not shutil.which("etcd") and not os.environ.get("CI"):
+        pytest.skip("etcd is not installed (package etcd-server)")
+    sh("ip", "netns", "del", WITNESS, check=False)
+    lab = make_lab(overrides=OVERRIDES)
+    sh("ip", "netns", "add", WITNESS)
+    try:
+        sh("ip", "-n", WITNESS, "link", "set", "lo", "up")
+        sh("ip", "-n", WITNESS, "addr", "add", f"{ADDRESS}/32", "dev", "lo")
+        for n, role in enumerate(("primary", "secondary"), 1):
+            ns, dev = lab.ns(role), f"host{n}"
+            for line in (
+                f"-n {ns} link add wit0 type veth peer name {dev} netns {WITNESS}",
+                f"-n {ns} addr add 10.98.{n}.2/30 dev wit0",
+                f"-n {WITNESS} addr add 10.98.{n}.1/30 dev {dev}",
+                f"-n {ns} link set wit0 up",
+                f"-n {WITNESS} link set {dev} up",
+                f"-n {ns} route add {ADDRESS} via 10.98.{n}.1",
+            ):
+                sh("ip", *line.split())
+        lab.procs.start(
+            ["etcd", "--data-dir", str(tmp_path / "etcd"), "--unsafe-no-fsync", "--name", "e1",
+             "--listen-client-urls", URL, "--advertise-client-urls", URL],
+            tmp_path / "etcd.log", WITNESS,
+        )  # fmt: skip
+        lab.protect()
+        yield lab
+    finally:
+        lab.down()
+        sh("ip", "netns", "del", WITNESS, check=False)
+
+
+def test_a_hung_controller_is_silenced_by_its_kernel(lab: Lab) -> None:
+    """SIGSTOP: its QEMU runs and sends on. The SVM speaks only when the PVM cannot any more."""
+    wire = lab.capture(lab.net.primary, "uplink", "pvm", "out")
+    made = streams(lab)
+    hung = lab.controllers["primary"]
+    hung.send_signal(signal.SIGSTOP)
+    s = lab.wait_state("secondary", "taken-over", 30)
+    over = next(h["at"] for h in s["history"] if h["state"] == "taken-over")
+    assert "the lease is held" in s["reason"]
+    live_on(lab, made, over)
+    hung.send_signal(signal.SIGCONT)
+    lab.wait_state("primary", "stopped", 10)
+    assert lab.status("primary")["mode"] == "drop"
+    assert lab.client.download("f100k")[1] == 0
+    frames = lab.stop_capture(wire)
+    assert from_guest(frames, before=over) > 0
+    assert from_guest(frames) == from_guest(frames, before=over)  # none after the takeover
+    assert lab.status("primary")["programs"]["pvm_out"]["lease_over"][0] > 0
+
+
+def test_a_cut_between_the_hosts_leaves_one(lab: Lab) -> None:
+    """Both live, both reach the store: the holder goes on alone, the other one stands down."""
+    made = streams(lab)
+    sh("ip", "-n", lab.net.primary, "link", "set", "peer0", "down")
+    lab.wait_state("primary", "solo", 30)
+    live_on(lab, made, time.time())
+    wait_for("the secondary's word", lambda: "lease" in lab.status("secondary")["reason"], 15)
+    assert lab.status("secondary")["state"] == "degraded"
+    sh("ip", "-n", lab.net.primary, "link", "set", "peer0", "up")
+    lab.wait_state("secondary", "stopped", 15)
+    assert lab.status("secondary")["mode"] == "drop"
+    assert lab.client.download("f100k")[1] == 0

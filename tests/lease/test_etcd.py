@@ -1,0 +1,423 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The lease in a real etcd: one server, and a proxy for each host that can be cut either way.
+
+Both speakers are the product's, with its store. Their permissions are read from outside, as the
+programs would: never two at a time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from colo_xdp.lease import Etcd, EtcdStore
+from colo_xdp.speaker import Seen, Speaker, StoreError, boot_ns
+
+P, S = "192.0.2.1:9846", "192.0.2.2:9846"
+TTL_MS, MARGIN_MS = 2000, 400
+PIDS: dict[str, int] = {}  # of the servers, by URL
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def etcd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A server of one member on loopback; its URL."""
+    if not shutil.which("etcd"):
+        if os.environ.get("CI"):
+            pytest.fail("etcd is not installed (package etcd-server)")
+        pytest.skip("etcd is not installed (package etcd-server)")
+    directory = tmp_path_factory.mktemp("etcd")
+    client, peer = (f"http://127.0.0.1:{free_port()}" for _ in range(2))
+    log = (directory / "log").open("wb")
+    server = subprocess.Popen(
+        ["etcd", "--data-dir", str(directory / "data"), "--name", "e1", "--unsafe-no-fsync",
+         "--listen-client-urls", client, "--advertise-client-urls", client,
+         "--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer,
+         "--initial-cluster", f"e1={peer}"],
+        stdout=log, stderr=log,
+    )  # fmt: skip
+    try:
+        wait_for(client, server, directory / "log")
+        PIDS[client] = server.pid
+        yield client
+    finally:
+        server.kill()
+        server.wait()
+        log.close()
+
+
+def wait_for(url: str, server: subprocess.Popen[bytes], log: Path) -> None:
+    async def ask() -> None:
+        store = EtcdStore(Etcd((url,)), "probe", 1)
+        try:
+            end = time.monotonic() + 30
+            while True:
+                try:
+                    await store.record("nobody", "")
+                    return
+                except StoreError:
+                    if server.poll() is not None or time.monotonic() > end:
+                        raise RuntimeError(log.read_text()[-2000:]) from None
+                    await asyncio.sleep(0.05)
+        finally:
+            await store.close()
+
+    asyncio.run(ask())
+
+
+class Wire:
+    """A TCP proxy to the server: `out` loses what the host sends, `inn` what it gets."""
+
+    def __init__(self, url: str) -> None:
+        self._to = int(url.rpartition(":")[2])
+        self.cut_out = self.cut_in = False
+        self.url = ""
+        self._server: asyncio.Server | None = None
+        self._open: set[asyncio.StreamWriter] = set()
+
+    async def start(self) -> None:
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
+        self.url = f"http://127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        far_reader, far_writer = await asyncio.open_connection("127.0.0.1", self._to)
+        self._open |= {writer, far_writer}
+        await asyncio.gather(
+            self._pump(reader, far_writer, lambda: self.cut_out),
+            self._pump(far_reader, writer, lambda: self.cut_in),
+            return_exceptions=True,
+        )
+        for w in (writer, far_writer):
+            w.close()
+            self._open.discard(w)
+
+    @staticmethod
+    async def _pump(
+        reader: asyncio.StreamReader, writer: asyncio.StreamWriter, cut: Callable[[], bool]
+    ) -> None:
+        try:
+            while data := await reader.read(65536):
+                if not cut():  # else it is lost: whoever waits for it waits for ever
+                    writer.write(data)
+                    await writer.drain()
+        finally:
+            writer.close()
+
+    def cut(self, how: str) -> None:
+        self.cut_out = how in ("out", "both")
+        self.cut_in = how in ("in", "both")
+
+    async def stop(self) -> None:
+        assert self._server is not None
+        self._server.close()
+        for w in list(self._open):
+            w.close()
+
+
+class Host:
+    """One host: its speaker, its way to the server, and what its kernel was told last."""
+
+    def __init__(self, node: str, url: str, boot: str = "b1", *, speaking: bool = False) -> None:
+        self.node, self.wire, self.until = node, Wire(url), 0
+        self._boot, self._speaking = boot, speaking
+        self.speaker: Speaker | None = None
+
+    async def start(self, pair: str) -> None:
+        await self.wire.start()
+        self.store = EtcdStore(Etcd((self.wire.url,)), pair, TTL_MS / 10_000)
+        self.speaker = Speaker(
+            self.store, node=self.node, boot=self._boot, ttl_ms=TTL_MS, margin_ms=MARGIN_MS,
+            speaking=self._speaking, allow=lambda ns: setattr(self, "until", ns),
+            changed=lambda: None,
+        )  # fmt: skip
+        self.task = asyncio.create_task(self.speaker.run())
+
+    @property
+    def speaks(self) -> bool:
+        """As COLO_LEASE in the programs."""
+        return boot_ns() < self.until
+
+    async def stop(self) -> None:
+        self.task.cancel()
+        await asyncio.gather(self.task, return_exceptions=True)
+        await self.store.close()
+        await self.wire.stop()
+
+
+class Pair:
+    """Two hosts, watched."""
+
+    def __init__(self, p: Host, s: Host) -> None:
+        self.p, self.s, self.both = p, s, 0
+
+    async def watch(self) -> None:
+        while True:
+            self.both += self.p.speaks and self.s.speaks
+            await asyncio.sleep(0.005)
+
+    async def until(self, cond: Callable[[], object], timeout: float = 15) -> None:
+        async with asyncio.timeout(timeout):
+            while not cond():
+                await asyncio.sleep(0.01)
+        assert not self.both
+
+    async def stays(self, cond: Callable[[], object], seconds: float) -> None:
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            assert cond()
+            await asyncio.sleep(0.01)
+        assert not self.both
+
+
+@contextlib.asynccontextmanager
+async def pair(etcd: str, name: str) -> AsyncIterator[Pair]:
+    p, s = Host(P, etcd, speaking=True), Host(S, etcd)
+    for h in (p, s):
+        await h.start(name)
+    both = Pair(p, s)
+    watcher = asyncio.create_task(both.watch())
+    try:
+        yield both
+    finally:
+        watcher.cancel()
+        for h in (p, s):
+            await h.stop()
+    assert not both.both
+
+
+def test_one_holds_the_other_waits(etcd: str) -> None:
+    async def go() -> None:
+        async with pair(etcd, "one") as x:
+            x.p.speaker.want = True
+            await x.until(lambda: x.p.speaks)
+            x.s.speaker.want = True
+            await x.until(lambda: x.s.speaker.seen.holder == f"{P} b1")
+            await x.stays(lambda: x.p.speaks and not x.s.speaks, 1.5 * TTL_MS / 1000)
+            x.p.speaker.want = False  # it gives it back
+            assert not x.p.speaks
+            await x.until(lambda: x.s.speaks, TTL_MS / 1000)
+
+    asyncio.run(go())
+
+
+@pytest.mark.parametrize("how", ["out", "in", "both"])
+def test_a_holder_that_is_cut_off_falls_silent_first(etcd: str, how: str) -> None:
+    """P-store cut in either direction: S gets the key, P has been silent before."""
+
+    async def go() -> None:
+        async with pair(etcd, f"cut-{how}") as x:
+            x.p.speaker.want = True
+            await x.until(lambda: x.p.speaks)
+            x.p.wire.cut(how)
+            x.s.speaker.want = True
+            if how == "in":
+                # Its renewals arrive, so the key stays with it; nobody speaks until it is back.
+                await x.until(lambda: not x.p.speaks)
+                await x.stays(lambda: not x.p.speaks, 0.5)
+                x.p.wire.cut("")
+                await x.until(lambda: x.p.speaks or x.s.speaks)
+                return
+            await x.until(lambda: x.s.speaks)
+            x.p.wire.cut("")
+            await x.until(lambda: x.p.speaker.seen.holder == f"{S} b1")
+            await x.stays(lambda: x.s.speaks and not x.p.speaks, 1.0)
+
+    asyncio.run(go())
+
+
+def test_the_store_is_gone_and_a_promise_keeps_the_primary_speaking(etcd: str) -> None:
+    async def go() -> None:
+        async with pair(etcd, "gone") as x:
+            x.p.speaker.want = True
+            await x.until(lambda: x.p.speaks)
+            for h in (x.p, x.s):
+                h.wire.cut("both")
+            end = time.monotonic() + 2 * TTL_MS / 1000
+            while time.monotonic() < end:  # heartbeats
+                sent = boot_ns()
+                assert x.s.speaker.promise()
+                x.p.speaker.promised(sent)
+                assert x.p.speaks
+                await asyncio.sleep(0.05)
+            assert not x.p.speaker.held
+            # The heartbeats end. S may not speak before its last promise is over, nor without key.
+            x.s.wire.cut("")
+            x.s.speaker.want = True
+            assert not x.s.speaker.promise()
+            await x.until(lambda: x.s.speaks)
+
+    asyncio.run(go())
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_flapping_cuts_of_all_edges(etcd: str, seed: int) -> None:
+    """Both want to speak all the time, over links that come and go."""
+    import random
+
+    rnd = random.Random(seed)
+
+    async def go() -> None:
+        async with pair(etcd, f"flap{seed}") as x:
+            x.p.speaker.want = x.s.speaker.want = True
+            spoke = {"p": 0, "s": 0}
+            end = time.monotonic() + 8
+            while time.monotonic() < end:
+                host = rnd.choice((x.p, x.s))
+                host.wire.cut(rnd.choice(("", "", "out", "in", "both")))
+                if rnd.random() < 0.15:
+                    host.speaker.want = False
+                    await asyncio.sleep(0.05)
+                    host.speaker.want = True
+                stop = time.monotonic() + rnd.choice((0.1, 0.5, 1.5))
+                while time.monotonic() < stop:
+                    spoke["p"] += x.p.speaks
+                    spoke["s"] += x.s.speaks
+                    assert not (x.p.speaks and x.s.speaks)
+                    await asyncio.sleep(0.005)
+            for h in (x.p, x.s):
+                h.wire.cut("")
+            await x.until(lambda: x.p.speaks or x.s.speaks)
+            assert spoke["p"] + spoke["s"] > 0
+
+    asyncio.run(go())
+
+
+def test_the_record_outlives_the_lease_and_its_holder(etcd: str) -> None:
+    async def go() -> None:
+        async with pair(etcd, "alone") as x:
+            x.p.speaker.want = True
+            await x.until(lambda: x.p.speaks)
+            x.p.speaker.alone()
+            await x.until(lambda: x.p.speaker.recorded)
+            x.p.wire.cut("both")
+            x.s.speaker.want = True
+            await x.until(lambda: x.s.speaker.held)
+            assert x.s.speaker.other_alone  # so the decision lets nothing out
+            # its own record cannot replace the other's
+            x.s.speaker.alone()
+            await x.stays(lambda: not x.s.speaker.recorded, 1.0)
+            x.s.speaker.want = False
+            x.p.wire.cut("")
+            await x.until(lambda: x.p.speaker.held and x.p.speaker.recorded)
+            x.p.speaker.paired()
+            await x.until(lambda: x.p.speaker.seen.alone == "")
+
+    asyncio.run(go())
+
+
+def test_a_controller_started_anew_keeps_the_key(etcd: str) -> None:
+    async def go() -> None:
+        async with pair(etcd, "again") as x:
+            x.p.speaker.want = True
+            await x.until(lambda: x.p.speaks)
+            x.p.task.cancel()
+            again = Host(P, etcd, "b2", speaking=True)
+            await again.start("again")
+            again.speaker.want = True  # type: ignore[union-attr]
+            async with asyncio.timeout(TTL_MS / 1000):
+                while not again.speaks:
+                    await asyncio.sleep(0.01)
+            assert again.speaker.seen == Seen(f"{P} b2", "")  # type: ignore[union-attr]
+            await again.stop()
+
+    asyncio.run(go())
+
+
+def test_a_key_is_taken_from_who_said_that_it_is_shut(etcd: str) -> None:
+    async def go() -> None:
+        async with pair(etcd, "steal") as x:
+            x.p.speaker.want = True
+            await x.until(lambda: x.p.speaks)
+            x.p.task.cancel()  # says `gone`, shuts its path, and dies: its lease lives on
+            x.p.until = 0
+            assert x.s.speaker.promise()
+            began = time.monotonic()
+            x.s.speaker.want = True
+            x.s.speaker.freed(f"{P} b0")  # another process of that host: not this key's
+            await x.stays(lambda: not x.s.speaks, 0.3)
+            x.s.speaker.freed(f"{P} b1")
+            await x.until(lambda: x.s.speaks)
+            assert time.monotonic() - began < TTL_MS / 1000
+
+    asyncio.run(go())
+
+
+def test_a_request_that_was_given_up_ties_the_key_to_no_old_lease(etcd: str) -> None:
+    """Its last write is late: it comes when another attempt has got the key."""
+
+    async def go() -> None:
+        store = EtcdStore(Etcd((etcd,)), "late", 5)
+        holder = f"{P} b1"
+        stuck: list[tuple[object, ...]] = []
+        attempt_class = __import__("colo_xdp.lease", fromlist=["_Attempt"])._Attempt
+        original = attempt_class.post
+
+        def post(self: object, path: str, body: dict[str, object]) -> object:
+            if not stuck and "request_put" in str(body):
+                stuck.append((self, path, body))
+                raise ValueError("no answer")
+            return original(self, path, body)
+
+        attempt_class.post = post
+        try:
+            with pytest.raises(StoreError):
+                await store.hold(holder, TTL_MS, "")
+            assert (await store.hold(holder, TTL_MS, "")).holder == holder
+        finally:
+            attempt_class.post = original
+        _, path, body = stuck[0]
+        other = attempt_class(Etcd((etcd,)), etcd, 5)
+        assert not other.post(path, body).get("succeeded")
+        other.end()
+        await store.close()
+
+    asyncio.run(go())
+
+
+def test_a_server_that_hangs_is_left(etcd: str) -> None:
+    """Of two endpoints the first takes connections and says nothing."""
+
+    async def go() -> None:
+        with socket.create_server(("127.0.0.1", 0)) as dead:
+            url = f"http://127.0.0.1:{dead.getsockname()[1]}"
+            store = EtcdStore(Etcd((url, etcd)), "hang", 0.2)
+            with pytest.raises(StoreError, match=url):
+                await store.hold(f"{P} b1", TTL_MS, "")
+            assert (await store.hold(f"{P} b1", TTL_MS, "")).holder == f"{P} b1"
+            await store.close()
+
+    asyncio.run(go())
+
+
+def test_a_stopped_server_stops_nobody_for_longer_than_asked(etcd: str) -> None:
+    """SIGSTOP: connections stay, answers do not come; the loop goes on, the permission ends."""
+
+    async def go() -> None:
+        async with pair(etcd, "stop") as x:
+            x.p.speaker.want = True
+            await x.until(lambda: x.p.speaks)
+            os.kill(PIDS[etcd], signal.SIGSTOP)
+            try:
+                began = time.monotonic()
+                await x.until(lambda: not x.p.speaks)
+                assert time.monotonic() - began < TTL_MS / 1000
+            finally:
+                os.kill(PIDS[etcd], signal.SIGCONT)
+            await x.until(lambda: x.p.speaks)
+
+    asyncio.run(go())
