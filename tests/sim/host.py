@@ -670,7 +670,7 @@ class SimStore:
                 result = what()
             except StoreError as e:
                 result = e
-            delay = world.rnd.uniform(0.05, 3)
+            delay = world.rnd.uniform(0.05, 3 if world.rnd.random() < 0.9 else 350)
             world.later(delay, lambda: give(result))
 
         def give(result: Any) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
-from colo_xdp import controller, failover, fragments, rewrite, secondary, speaker, stream
+from colo_xdp import controller, failover, fragments, rewrite, secondary, stream
 from colo_xdp.abi import Mode
 from colo_xdp.compare import Engine
 from colo_xdp.datagram import DatagramFlow
@@ -19,7 +19,7 @@ from colo_xdp.fragments import Fragments
 from colo_xdp.primary import Primary
 from colo_xdp.rewrite import Rewriter
 from colo_xdp.secondary import Secondary
-from colo_xdp.speaker import MS, Speaker
+from colo_xdp.speaker import Speaker
 from colo_xdp.stream import Stream
 from colo_xdp.twin import Twin
 from colo_xdp.window import WindowGate
@@ -351,53 +351,7 @@ def a_shadow_ends_with_a_word(mp: Any) -> None:
     mp.setattr(Secondary, "_shadow_word", word)
 
 
-# -- the lease
-
-
-@_lease_mutant
-def the_kernel_does_not_end_the_permission(mp: Any) -> None:
-    from .host import Side
-
-    mp.setattr(Side, "silenced", lambda self: False)
-
-
-@_lease_mutant
-def the_lease_is_counted_from_its_answer(mp: Any) -> None:
-    """A slow answer, and no margin."""
-    original = Speaker._step
-
-    async def step(self: Speaker) -> None:
-        before = self._key_until
-        await original(self)
-        if self._key_until > before:
-            self._key_until = speaker.boot_ns() + self._ttl + self._ttl // 50
-            self._publish()
-
-    mp.setattr(Speaker, "_step", step)
-
-
-@_lease_mutant
-def own_promises_are_forgotten(mp: Any) -> None:
-    mp.setattr(Speaker, "promise", lambda self: not self.want)
-
-
-@_lease_mutant
-def a_promise_counts_from_its_arrival(mp: Any) -> None:
-    def promised(self: Speaker, sent_ns: int) -> None:
-        self._promise_until = speaker.boot_ns() + self._ttl + 20 * MS
-        self._publish()
-
-    mp.setattr(Speaker, "promised", promised)
-
-
-@_lease_mutant
-def a_new_controller_forgets_promises(mp: Any) -> None:
-    original = Speaker.__init__
-
-    def init(self: Speaker, *args: Any, **kw: Any) -> None:
-        original(self, *args, **kw | {"speaking": True})
-
-    mp.setattr(Speaker, "__init__", init)
+# -- the lease; its times are tried in test_speakers.py, where no decision hides them
 
 
 @_lease_mutant

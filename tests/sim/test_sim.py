@@ -11,7 +11,7 @@ import pytest
 
 from .mutants import MUTANTS, scenes
 from .torture import failure, report, shrink, trace
-from .world import Fault, Scene, World, scene
+from .world import Fault, Scene, World, lease_scene, scene
 
 RUNS, BLOCKS = 2400, 8
 #: more schedules than any of them needs
@@ -38,6 +38,22 @@ def test_random_schedules(block: int) -> None:
         solo += world.was_solo
         checkpoints += world.clones
     assert took_over > 5 and solo > 5 and checkpoints > RUNS / BLOCKS  # else nothing was tried
+
+
+@pytest.mark.parametrize("block", range(2))
+def test_random_schedules_with_a_lease(block: int) -> None:
+    """Every cut of the graph of both hosts and the store, one-sided and flapping ones too."""
+    took_over = solo = 0
+    for seed in range(block * 400, (block + 1) * 400):
+        s = lease_scene(seed)
+        world = World(s)
+        try:
+            world.run()
+        except Exception as e:
+            pytest.fail(f"{s.to_json()}: {type(e).__name__}: {e}")
+        took_over += "S" in world.spoke
+        solo += world.was_solo
+    assert took_over > 20 and solo > 20
 
 
 @pytest.mark.timeout(300)

@@ -31,6 +31,8 @@ LONG = {"peer_connected": False, "peer_silent_ms": 5001}
 DEAD = {**SILENT, "colo_exit": True}
 ARMED = {"automatic": True, "fence_configured": True}
 P = {"role": Role.PRIMARY}
+LEASE = {"automatic": True, "lease": True}
+HELD = {**LEASE, "lease_held": True, "recorded": True}
 
 ROWS = [
     ({}, Action.NONE, "both guests run"),
@@ -72,6 +74,19 @@ ROWS = [
     ({"colo_exit": True, **P}, Action.ASK_SHUT, "stand down"),
     ({"checkpoint_overdue": True, "own_qmp": False, **P}, Action.DEGRADE, "still answers"),
     ({"colo_exit": True}, Action.DEGRADE, "still answers"),
+    ({**DEAD, **LEASE}, Action.ACQUIRE, "waiting for the lease"),
+    ({**LONG, **LEASE, **P}, Action.ACQUIRE, "waiting for the lease"),
+    ({**LONG, **LEASE, "lease_held": True}, Action.ACQUIRE, "waiting"),  # not recorded yet
+    ({**LONG, **HELD}, Action.TAKE_OVER, "the lease is held"),
+    ({**LONG, **HELD, **P}, Action.GO_SOLO, "the lease is held"),
+    ({**SILENT, **LEASE}, Action.DEGRADE, "slow or cut link"),
+    ({**LONG, **HELD, "other_alone": True}, Action.DEGRADE, "has spoken alone"),
+    ({**LEASE, **P, "other_alone": True}, Action.STOP, "state is old"),
+    ({**LEASE, "operator": True}, Action.ACQUIRE, "operator"),
+    ({**LEASE, "peer_vm_gone": True}, Action.ACQUIRE, "data path is shut"),
+    ({**LEASE, "peer_vm_gone": True, **P}, Action.GO_SOLO, "data path is shut"),
+    ({**LEASE, "committed": True}, Action.ACQUIRE, "finished"),
+    ({**LEASE, "may_speak": False, **P}, Action.DEGRADE, "could not be renewed"),
     ({"state": State.SOLO, **DEAD, **P}, Action.NONE, "decided before"),
     ({"state": State.TAKEN_OVER, "operator": True}, Action.NONE, "decided before"),
     ({"state": State.STOPPED, "own_vm_alive": False}, Action.NONE, "decided before"),
@@ -133,3 +148,24 @@ def test_nobody_speaks_alone_on_a_timer() -> None:
             assert role is Role.PRIMARY and conn
         if a is Action.ASK_SHUT:
             assert qmp, "a host that does not know whether its guest lives asks nobody to be silent"
+
+
+def test_nobody_speaks_alone_without_the_lease() -> None:
+    """Over all facts, a person's wish included; but for a primary whose peer has shut itself."""
+    bools = (False, True)
+    for role, state, conn, silent, gone, colo, op, late in itertools.product(
+        Role, State, bools, (5.0, 20_000.0), bools, bools, bools, bools
+    ):
+        for held, may, other, recorded, committed in itertools.product(bools, repeat=5):
+            f = replace(
+                CALM, role=role, state=state, peer_connected=conn, peer_silent_ms=silent,
+                peer_vm_gone=gone, colo_exit=colo, operator=op, checkpoint_overdue=late,
+                automatic=True, lease=True, lease_held=held, may_speak=may, other_alone=other,
+                recorded=recorded, committed=committed,
+            )  # fmt: skip
+            a = decide(f).action
+            assert a is not Action.FENCE
+            if a is Action.TAKE_OVER or (a is Action.GO_SOLO and not gone):
+                assert held and recorded and not other, f
+            if a is Action.REARM:
+                assert may, f

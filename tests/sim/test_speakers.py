@@ -1,0 +1,361 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Two speakers, the store and the wires between them in virtual time: never two permissions.
+
+Narrower than the simulator of the whole pair, so deeper: no decision hides a permission that is
+too long. Hosts want the network at random, hang, die and come back; every edge of the graph is cut
+in either direction; requests are late or carried out unheard.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from colo_xdp import speaker
+from colo_xdp.speaker import MS, Speaker
+
+from .clock import FakeTime, VirtualLoop
+from .host import SimStore, Witness
+
+TTL_MS, MARGIN_MS, BEAT_MS = 1000, 200, 50
+RUN_MS = 12_000
+RUNS, BLOCKS = 240, 4
+
+
+class Overlap(AssertionError):
+    """Two hosts may speak."""
+
+
+class Host:
+    """A host: `open` is its data path, `until` its kernel's slot; both outlive controllers."""
+
+    def __init__(self, ring: Ring, name: str) -> None:
+        self.ring, self.name, self.open, self.until, self.boots = ring, name, name == "P", 0, 0
+        self.world = ring  # for SimStore
+        self.store: SimStore | None = None
+        self.speaker: Any = None
+        self.task: asyncio.Task[None] | None = None
+        self.heard = 0  # the other's `t`, not echoed yet
+        self.hung = False
+        self.fresh = name == "S"
+
+    @property
+    def other(self) -> Host:
+        return self.ring.s if self is self.ring.p else self.ring.p
+
+    @property
+    def speaks(self) -> bool:
+        return self.open and self.ring.ns() < self.until
+
+    def start(self) -> None:
+        self.boots += 1
+        self.speaker = made = Speaker(
+            SimStore(self), node=self.name, boot=str(self.boots), ttl_ms=TTL_MS,  # type: ignore[arg-type]
+            margin_ms=MARGIN_MS, speaking=self.open and not self.fresh,
+            allow=lambda ns: self._allow(made, ns), changed=self.ring.check,
+        )  # fmt: skip
+        self.fresh = False
+        made.want = self.open
+        self.task = asyncio.ensure_future(made.run())
+
+    def _allow(self, who: Speaker, ns: int) -> None:
+        if who is self.speaker:
+            self.until = ns
+
+    def kill(self) -> None:
+        if self.task is not None:
+            self.task.cancel()
+        self.speaker = self.task = None
+
+    def beat(self) -> None:
+        if self.speaker is None or self.hung:
+            return
+        promise = not self.open and self.speaker.promise()
+        t, echo, boot = self.ring.ns(), self.heard, self.boots
+        self.heard = 0
+        other, there = self.other, self.other.boots
+        rnd = self.ring.rnd
+
+        def arrive() -> None:
+            if (self.boots, other.boots) != (boot, there) or other.speaker is None:
+                return  # the connection is gone
+            if self.name in self.ring.beats_cut or other.hung:
+                self.ring.later(10, arrive)  # TCP sends it again; a hung one reads it later
+                return
+            other.heard = t
+            if echo and promise:
+                other.speaker.promised(echo)
+
+        self.ring.later(rnd.uniform(0.05, rnd.choice((2, 2, 400))), arrive)
+
+    def choose(self) -> None:
+        """As a controller would: the path is open only with the key, and shut before it is left."""
+        if self.speaker is None or self.hung:
+            return
+        if self.speaker.want and not self.open and self.speaker.held:
+            self.open = True
+
+    def shut(self) -> None:
+        self.open = False
+        if self.speaker is not None:
+            self.speaker.want = False
+
+
+class Ring:
+    """One run."""
+
+    def __init__(self, seed: int) -> None:
+        self.rnd = random.Random(seed)
+        self.loop = VirtualLoop()
+        self.store_cut_out: Counter[str] = Counter()
+        self.store_cut_in: Counter[str] = Counter()
+        self.beats_cut: Counter[str] = Counter()  # senders whose beats are lost
+        self.witness = Witness(self)  # type: ignore[arg-type]
+        self.p, self.s = Host(self, "P"), Host(self, "S")
+        self.spoke: Counter[str] = Counter()
+        self.broken: BaseException | None = None
+
+    def ns(self) -> int:
+        return self.loop.now_ns
+
+    def note(self, text: str, *args: Any) -> None:
+        pass
+
+    def later(self, ms: float, what: Callable[[], None]) -> None:
+        self.loop.call_later(ms / 1000, what)
+
+    def check(self) -> None:
+        if self.p.speaks and self.s.speaks and self.broken is None:
+            self.broken = Overlap("both hosts may speak")
+
+    def strike(self) -> None:
+        rnd, host = self.rnd, self.rnd.choice((self.p, self.s))
+        kind = rnd.choice(("out", "in", "beats", "edge", "store", "kill", "hang", "swap", "gone"))
+        span = rnd.choice((30, 300, 900, 1500, 3000))
+        cuts: list[tuple[Counter[str], str]] = []
+        if kind in ("out", "edge"):
+            cuts.append((self.store_cut_out, host.name))
+        if kind in ("in", "edge"):
+            cuts.append((self.store_cut_in, host.name))
+        if kind == "beats":
+            cuts.append((self.beats_cut, host.name))
+        if kind == "store":
+            cuts += [(self.store_cut_out, n) for n in "PS"]
+        for c, name in cuts:
+            c[name] += 1
+            self.later(span, lambda c=c, name=name: self._heal(c, name))  # type: ignore[misc]
+        if kind == "kill" and host.speaker is not None:
+            host.kill()
+            self.later(span, host.start)
+        elif kind == "hang" and not host.hung and host.task is not None:
+            host.hung = True  # SIGSTOP: nothing of it runs
+            host.task.cancel()
+            self.later(span, lambda: self._wake(host))
+        elif kind == "swap" and host.speaker is not None and not host.hung:
+            if host.open or host.speaker.want:
+                host.shut()
+            else:
+                host.speaker.want = True
+        elif kind == "gone" and host.speaker is not None and not host.hung:
+            host.shut()  # for good: only a new process opens it again
+            boot, holder = host.boots, host.speaker.holder
+            self.later(rnd.uniform(0.1, 2), lambda: self._freed(host, boot, holder))
+            host.kill()
+            self.later(span, host.start)
+
+    @staticmethod
+    def _heal(c: Counter[str], name: str) -> None:
+        c[name] -= 1
+        if c[name] <= 0:
+            del c[name]
+
+    def _wake(self, host: Host) -> None:
+        host.hung = False
+        if host.speaker is not None:
+            host.task = asyncio.ensure_future(host.speaker.run())
+
+    def _freed(self, host: Host, boot: int, holder: str) -> None:
+        if host.boots == boot and host.other.speaker is not None:
+            host.other.speaker.freed(holder)
+
+    async def main(self) -> None:
+        for h in (self.p, self.s):
+            h.start()
+        end, beat, strike = self.ns() + RUN_MS * MS, 0, self.ns() + 100 * MS
+        while self.ns() < end:
+            if self.ns() >= beat:
+                beat = self.ns() + BEAT_MS * MS
+                for h in (self.p, self.s):
+                    h.beat()
+            if self.ns() >= strike:
+                strike = self.ns() + self.rnd.choice((20, 200, 200, 1200)) * MS
+                self.strike()
+            for h in (self.p, self.s):
+                h.choose()
+                self.spoke[h.name] += h.speaks
+            self.check()
+            if self.broken is not None:
+                raise self.broken
+            await asyncio.sleep(0.002)
+        for h in (self.p, self.s):
+            h.kill()
+
+    def run(self) -> Ring:
+        with pytest.MonkeyPatch.context() as mp:
+            mp.setattr(speaker, "time", FakeTime(self.loop))
+            try:
+                self.loop.run_until_complete(self.main())
+            finally:
+                for t in asyncio.all_tasks(self.loop):
+                    t.cancel()
+                self.loop.run_until_complete(asyncio.sleep(0))
+                self.loop.close()
+        return self
+
+
+@pytest.fixture(autouse=True)
+def quiet(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("CRITICAL")
+
+
+@pytest.mark.parametrize("block", range(BLOCKS))
+def test_never_two_permissions(block: int) -> None:
+    spoke: Counter[str] = Counter()
+    for seed in range(block * RUNS // BLOCKS, (block + 1) * RUNS // BLOCKS):
+        try:
+            spoke += Ring(seed).run().spoke
+        except Overlap as e:
+            pytest.fail(f"seed {seed}: {e}")
+    assert spoke["P"] > 1000 and spoke["S"] > 1000  # else nothing was tried
+
+
+async def _promise_then_restart(ring: Ring) -> None:
+    """P lives on a promise of S, whose controller dies right after it and wants to speak."""
+    ring.store_cut_out["P"] = 1
+    for h in (ring.p, ring.s):
+        h.start()
+    end = ring.ns() + 1500 * MS
+    while ring.ns() < end:  # the first wait of S is over, and P has beats only
+        for h in (ring.p, ring.s):
+            h.beat()
+        await asyncio.sleep(0.02)
+    assert ring.p.speaks
+    ring.s.kill()
+    ring.s.start()
+    ring.s.speaker.want = True
+    end = ring.ns() + 5000 * MS
+    while not ring.s.speaks and ring.ns() < end:
+        ring.s.choose()
+        await asyncio.sleep(0.002)
+        ring.check()
+        if ring.broken is not None:
+            raise ring.broken
+    assert ring.s.speaks and not ring.p.speaks
+    for h in (ring.p, ring.s):
+        h.kill()
+
+
+@pytest.mark.parametrize("fault", [False, True], ids=["product", "fault"])
+def test_a_new_process_keeps_its_hosts_promises(fault: bool, monkeypatch: Any) -> None:
+    monkeypatch.setattr(Ring, "main", _promise_then_restart)
+    if not fault:
+        Ring(1).run()
+        return
+    a_new_process_forgets_promises(monkeypatch)
+    with pytest.raises(Overlap):
+        Ring(1).run()
+
+
+# ---- deliberate faults: each must be noticed
+
+
+def the_kernel_forgets(mp: Any) -> None:
+    mp.setattr(Host, "speaks", property(lambda self: self.open))
+
+
+def counted_from_the_answer(mp: Any) -> None:
+    original = Speaker._step
+
+    async def step(self: Speaker) -> None:
+        before = self._key_until
+        await original(self)
+        if self._key_until > before:
+            self._key_until = speaker.boot_ns() + self._ttl
+            self._publish()
+
+    mp.setattr(Speaker, "_step", step)
+
+
+def promises_are_forgotten(mp: Any) -> None:
+    mp.setattr(Speaker, "promise", lambda self: not self.want)
+
+
+def a_new_process_forgets_promises(mp: Any) -> None:
+    original = Speaker.__init__
+
+    def init(self: Speaker, *args: Any, **kw: Any) -> None:
+        original(self, *args, **kw | {"speaking": True})
+
+    mp.setattr(Speaker, "__init__", init)
+
+
+def a_promise_counts_from_its_arrival(mp: Any) -> None:
+    def promised(self: Speaker, sent_ns: int) -> None:
+        self._promise_until = max(self._promise_until, speaker.boot_ns() + self._usable)
+        self._publish()
+
+    mp.setattr(Speaker, "promised", promised)
+
+
+def who_wants_to_speak_promises(mp: Any) -> None:
+    def promise(self: Speaker) -> bool:
+        return True
+
+    mp.setattr(Speaker, "promise", promise)
+
+
+def any_process_of_the_other_host_is_robbed(mp: Any) -> None:
+    original = SimStore.hold
+
+    async def hold(self: SimStore, holder: str, ttl_ms: int, steal: str) -> Any:
+        now = self._world.witness.holder
+        same = steal and now.split(" ")[0] == steal.split(" ")[0]
+        return await original(self, holder, ttl_ms, now if same else steal)
+
+    mp.setattr(SimStore, "hold", hold)
+
+
+def what_is_given_back_is_kept(mp: Any) -> None:
+    """The permission goes on after the key was released."""
+
+    def want(self: Speaker, value: bool) -> None:
+        self._want = value
+        self._wake.set()
+
+    mp.setattr(Speaker, "want", property(lambda self: self._want, want))
+    mp.setattr(Host, "shut", lambda self: self.speaker and want(self.speaker, False))
+
+
+FAULTS = (
+    the_kernel_forgets, counted_from_the_answer, promises_are_forgotten,
+    a_promise_counts_from_its_arrival,
+    who_wants_to_speak_promises, any_process_of_the_other_host_is_robbed,
+    what_is_given_back_is_kept,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda f: f.__name__)
+def test_faults_are_noticed(fault: Callable[[Any], None]) -> None:
+    with pytest.MonkeyPatch.context() as mp:
+        fault(mp)
+        for seed in range(600):
+            try:
+                Ring(seed).run()
+            except Overlap:
+                return
+    pytest.fail(f"{fault.__name__} was not noticed")
