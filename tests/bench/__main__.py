@@ -13,12 +13,17 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+
+from colo_xdp import loader
+from colo_xdp.lab.pair import Lab
 
 from . import arms, goodput, held, latency, peer, plots, programs, report, scale
 from .report import Part
@@ -42,7 +47,8 @@ BUILD = Path(__file__).parents[2] / "build"
 
 
 def leftovers() -> None:
-    """End what a run that was killed may have left: namespaces, and with them all devices."""
+    """Remove what a run that was killed may have left: processes, namespaces with all that is in
+    them, pins. Ordinary children die with their parent (stats.child)."""
     listed = subprocess.run(["ip", "netns"], capture_output=True, text=True, check=True).stdout
     mine = ("cxb", "cxg")
     for line in listed.splitlines():
@@ -50,9 +56,16 @@ def leftovers() -> None:
         if name.startswith(mine) and len(name) in (4, 5):
             with contextlib.suppress(subprocess.CalledProcessError):
                 subprocess.run(["ip", "netns", "del", name], check=True)
+    pids = BUILD / f"{arms.TAG}.pids.json"
+    if pids.exists():
+        Lab(BUILD, tag=arms.TAG).down()
+    for pins in Path("/sys/fs/bpf/colo-xdp").glob(f"{held.PAIR}*"):
+        loader.remove_pins(str(pins))
     mounts = Path("/proc/mounts").read_text().splitlines()
     for path in (line.split()[1] for line in mounts if "/colo-bench-bpf." in line):
         subprocess.run(["umount", path], check=False)
+    for old in Path(tempfile.gettempdir()).glob("colo-bench*.*"):
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def measure(names: list[str], quick: bool, build: Path) -> list[Part]:

@@ -23,7 +23,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from colo_xdp import abi, attach, cleanup, loader
-from colo_xdp.abi import Cfg, Mode
+from colo_xdp.abi import Cfg, Mode, Prog, Reason
 from colo_xdp.fastmap import FastMap
 from colo_xdp.inject import Injector
 from colo_xdp.ring import open_reader
@@ -139,7 +139,7 @@ def _proxy(uplink: bool) -> Iterator[TierU]:
         reader = open_reader(objects)
         dp: Any = SimpleNamespace(
             injectors={"release": Injector(fd)}, drain=reader.drain, beat=lambda: None, fast=fast,
-            reader=reader,
+            reader=reader, objects=objects,
         )  # fmt: skip
         try:
             yield TierU(dp)
@@ -157,9 +157,7 @@ def _steer(cpus: int) -> None:
         sh("ip", "netns", "exec", HOST, "sh", "-c", f"echo {cpus:x} > {path}")
 
 
-def once(
-    arm: str, offloads: bool, seconds: float, flows: int = 1, cpus: int = 0
-) -> dict[str, float]:
+def once(arm: str, offloads: bool, seconds: int, flows: int = 1, cpus: int = 0) -> dict[str, float]:
     """Gbit/s, segments sent again and CPU seconds of the machine; `cpus`: see _steer()."""
     with network(offloads), nullcontext() if arm == "plain" else _copies() as put:
         _steer(cpus)
@@ -190,11 +188,29 @@ def once(
                 out = json.loads(answer.read() or "{}").get("end", {})
             if "sum_received" not in out:
                 raise RuntimeError(f"{arm}: iperf3 did not finish; {tier and tier.asked[:3]}")
-            return {
+            return _handed(tier) | {
                 "gbit": out["sum_received"]["bits_per_second"] / 1e9,
                 "retransmits": out["sum_sent"]["retransmits"],
                 "cpu": busy,
             }
+
+
+HANDED = "handed to tier U: "
+
+
+def _handed(tier: TierU | None) -> dict[str, float]:
+    """How often tier K handed the connection over, by reason."""
+    if tier is None:
+        return {}
+    counters = tier.dp.objects.map("counters")
+    size = abi.COUNT.size * loader.possible_cpus()
+    out = {}
+    for reason in Reason:
+        if reason.name.startswith("HAND_"):
+            key = (Prog.FAST * Reason.MAX + reason).to_bytes(4, "little")
+            raw = counters.get(key, size) or b""
+            out[HANDED + reason.name.lower()] = float(sum(n for n, _ in abi.COUNT.iter_unpack(raw)))
+    return out
 
 
 def with_deadline(p: subprocess.Popen[str]) -> None:
@@ -220,7 +236,7 @@ def measure(
     name: str,
     arms: tuple[str, ...],
     repeats: int,
-    seconds: float,
+    seconds: int,
     *,
     offloads: bool = True,
     flows: int = 1,
@@ -244,6 +260,10 @@ def measure(
     )  # fmt: skip
     part.add(f"{name}: sent again", "segments",
              {a: Spread.of(x["retransmits"] for x in v) for a, v in runs.items()})  # fmt: skip
+    for what in sorted({k for v in runs.values() for x in v for k in x if k.startswith(HANDED)}):
+        counts = {a: [x[what] for x in v] for a, v in runs.items() if what in v[0]}
+        if any(max(v) for v in counts.values()):
+            part.add(f"{name}: {what}", "times", {a: Spread.of(v) for a, v in counts.items()})
     return {a: s.median for a, s in gbit.items()}
 
 
@@ -253,16 +273,24 @@ TOGETHER = 0.95
 
 def run(part: Part, quick: bool, _build: Path) -> None:
     """One flow with and without offloads; several on one CPU and on all."""
-    n, t = (3, 0.5) if quick else (5, 1.5)
-    on = measure(part, "one flow, offloads on", ALL, n, t)
-    off = measure(part, "one flow, offloads off", ALL, n, t, offloads=False)
+    n, t = (1, 1) if quick else (5, 2)
+    got = {
+        (how, on): measure(
+            part, f"one flow, offloads {'on' if on else 'off'}, {how}", ALL, n, t, offloads=on,
+            cpus=cpus,
+        )
+        for how, cpus in (("steered to one CPU", 1), ("not steered", 0))
+        for on in (True, False)
+    }  # fmt: skip
     everybody = (1 << (os.cpu_count() or 1)) - 1
     pair = ("plain", "K", "K direct")
     one = measure(part, "4 flows, steered to one CPU", pair, n, t, flows=4, cpus=1)
     many = measure(part, "4 flows, spread over all CPUs", pair, n, t, flows=4, cpus=everybody)
     for a, how in (("K", "by the bridge"), ("K direct", "with uplink set")):
-        part.goal(f"goodput to plain, offloads on, {how}", _per(on, a, "plain"), 0.95)
-        part.goal(f"goodput to mirror only, offloads off, {how}", _per(off, a, "mirror only"), 0.85)
+        for (steered, on), g in got.items():
+            base, wanted = ("plain", 0.95) if on else ("mirror only", 0.85)
+            name = f"goodput to {base}, offloads {'on' if on else 'off'}, {steered}, {how}"
+            part.goal(name, _per(g, a, base), wanted)
         spread, single = _per(many, a, "plain"), _per(one, a, "plain")
         value = spread / single if spread and single else None
         part.goal(f"4 flows on all CPUs to 4 on one, each to plain, {how}", value, TOGETHER)

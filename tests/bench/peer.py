@@ -335,7 +335,7 @@ def _own(runs: int) -> dict[str, dict[str, list[float]]]:
 
 def rewriter(part: Part, quick: bool, build: Path) -> None:
     """filter-rewriter's share and chain against svm_in and svm_out."""
-    runs, count = (3, 5_000) if quick else (5, 40_000)
+    runs, count = (3, 5_000) if quick else (9, 80_000)
     ends = programs.Ends(False)
     mine = _own(runs)
     with tempfile.TemporaryDirectory(prefix="colo-bench.") as d:

@@ -77,7 +77,7 @@ class Row:
             return None
         mine, base = self.arms[arm].median, self.arms[self.base].median
         up, down = (mine, base) if self.higher_is_better else (base, mine)
-        return up / down if down else None
+        return up / down if up > 0 and down > 0 else None
 
     def json(self, part: str) -> dict[str, Any]:
         arms: dict[str, dict[str, Any]] = {}
@@ -187,26 +187,26 @@ def number(x: float) -> str:
     return f"{x:.2f}" if x else "0"
 
 
-def _cell(row: Row, arm: str) -> str:
+def _cell(row: Row, arm: str, short: bool) -> str:
     s = row.arms.get(arm)
     if s is None:
         return ""
     text = number(s.median)
-    if s.runs > 1:
+    if s.runs > 1 and not short:
         text += f" [{number(s.low)}..{number(s.high)}]"
     r = row.ratio(arm)
     if r is not None and arm != row.base:
         text += f" **{r:.2f}**"
-    if arm in row.wall:
+    if arm in row.wall and not short:
         text += f", wall {number(row.wall[arm].median)}"
     return text
 
 
-def _table(rows: list[Row]) -> list[str]:
+def _table(rows: list[Row], short: bool = False) -> list[str]:
     arms = list(dict.fromkeys(a for r in rows for a in r.arms))
     out = ["| |" + "|".join(arms) + "|", "|---|" + "---|" * len(arms)]
     for r in rows:
-        out.append(f"| {r.name}, {r.unit} | " + " | ".join(_cell(r, a) for a in arms) + " |")
+        out.append(f"| {r.name}, {r.unit} | " + " | ".join(_cell(r, a, short) for a in arms) + " |")
     return out
 
 
@@ -242,10 +242,7 @@ def as_markdown(parts: list[Part], about: dict[str, Any]) -> str:
     ]  # fmt: skip
     for p in parts:
         out += ["", f"## {p.title}", ""]
-        groups: dict[tuple[str, ...], list[Row]] = {}
-        for r in p.rows:
-            groups.setdefault(tuple(r.arms), []).append(r)
-        for rows in groups.values():
+        for rows in _groups(p.rows):
             out += [*_table(rows), ""]
         for name, why in p.errors:
             out += [f"**{name}: not measured.**", "", "```", why.strip()[:4000], "```", ""]
@@ -260,8 +257,16 @@ def write(parts: list[Part], about: dict[str, Any], build: Path) -> None:
     (build / "bench-report.md").write_text(as_markdown(parts, about))
 
 
-#: parts whose rows README shows, and how many of them
-_SHORT = {"held": 12, "peer": 8, "guests": 8}
+#: parts whose rows README shows
+_SHORT = ("held", "goodput", "peer", "guests")
+
+
+def _groups(rows: list[Row]) -> list[list[Row]]:
+    """Rows with the same columns make one table."""
+    groups: dict[tuple[str, ...], list[Row]] = {}
+    for r in rows:
+        groups.setdefault(tuple(r.arms), []).append(r)
+    return list(groups.values())
 
 
 def publish(parts: list[Part], about: dict[str, Any], build: Path, plots: list[Path]) -> None:
@@ -274,9 +279,8 @@ def publish(parts: list[Part], about: dict[str, Any], build: Path, plots: list[P
     for p in parts:
         if p.key in _SHORT and p.rows:
             lines += [f"**{p.title}**", ""]
-            first = tuple(p.rows[0].arms)
-            chosen = [r for r in p.rows if tuple(r.arms) == first][: _SHORT[p.key]]
-            lines += [*_table(chosen), ""]
+            for rows in _groups([r for r in p.rows if r.base]):
+                lines += [*_table(rows, short=True), ""]
     lines += [f"![{p.stem}](tests/bench/report/{p.name})" for p in plots]
     text = README.read_text()
     head, rest = text.split(BEGIN, 1)
