@@ -16,6 +16,7 @@ import os
 import subprocess
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -174,7 +175,7 @@ def once(arm: str, offloads: bool, seconds: int, flows: int = 1, cpus: int = 0) 
                 child(server_cmd, stdout=subprocess.DEVNULL),
             ):
                 _listening()
-                before = cpu_seconds()
+                before, dropped = cpu_seconds(), _dropped()
                 with child(client_cmd, stdout=answer) as p:
                     end = time.monotonic() + seconds + 10
                     while p.poll() is None and time.monotonic() < end:
@@ -189,28 +190,40 @@ def once(arm: str, offloads: bool, seconds: int, flows: int = 1, cpus: int = 0) 
             if "sum_received" not in out:
                 raise RuntimeError(f"{arm}: iperf3 did not finish; {tier and tier.asked[:3]}")
             return _handed(tier) | {
+                DROPPED: float(_dropped() - dropped),
                 "gbit": out["sum_received"]["bits_per_second"] / 1e9,
                 "retransmits": out["sum_sent"]["retransmits"],
                 "cpu": busy,
             }
 
 
-HANDED = "handed to tier U: "
+#: begins the names of what explains a figure
+HANDED, ASKED, DROPPED = (
+    "handed to tier U: ",
+    "asked for a checkpoint: ",
+    "dropped by the CPUs' queues",
+)
 
 
 def _handed(tier: TierU | None) -> dict[str, float]:
-    """How often tier K handed the connection over, by reason."""
+    """How often tier K handed a connection over and tier U asked for a checkpoint, by reason."""
     if tier is None:
         return {}
+    out = {ASKED + cause: float(n) for cause, n in Counter(tier.asked).items()}
     counters = tier.dp.objects.map("counters")
     size = abi.COUNT.size * loader.possible_cpus()
-    out = {}
     for reason in Reason:
         if reason.name.startswith("HAND_"):
             key = (Prog.FAST * Reason.MAX + reason).to_bytes(4, "little")
             raw = counters.get(key, size) or b""
             out[HANDED + reason.name.lower()] = float(sum(n for n, _ in abi.COUNT.iter_unpack(raw)))
     return out
+
+
+def _dropped() -> int:
+    """Frames that found the queue of a CPU full (net.core.netdev_max_backlog), on any device."""
+    text = Path("/proc/net/softnet_stat").read_text()
+    return sum(int(line.split()[1], 16) for line in text.splitlines())
 
 
 def with_deadline(p: subprocess.Popen[str]) -> None:
@@ -260,8 +273,9 @@ def measure(
     )  # fmt: skip
     part.add(f"{name}: sent again", "segments",
              {a: Spread.of(x["retransmits"] for x in v) for a, v in runs.items()})  # fmt: skip
-    for what in sorted({k for v in runs.values() for x in v for k in x if k.startswith(HANDED)}):
-        counts = {a: [x[what] for x in v] for a, v in runs.items() if what in v[0]}
+    notes = {k for v in runs.values() for x in v for k in x} - {"gbit", "cpu", "retransmits"}
+    for what in sorted(notes):
+        counts = {a: [x.get(what, 0.0) for x in v] for a, v in runs.items()}
         if any(max(v) for v in counts.values()):
             part.add(f"{name}: {what}", "times", {a: Spread.of(v) for a, v in counts.items()})
     return {a: s.median for a, s in gbit.items()}

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .report import Part, Row
+from .report import Part, Row, groups_of
 
 COLOURS = ("#4c72b0", "#dd8452", "#55a868", "#c44e52", "#8172b3")
 
@@ -41,13 +41,19 @@ def _held(plt: Any, part: Part) -> Any:
 
 
 def _peer(plt: Any, part: Part) -> Any:
-    rows = [r for r in part.rows if r.base]
-    if not rows:
+    groups = groups_of([r for r in part.rows if r.base])
+    if not groups:
         return None
-    fig, ax = plt.subplots(figsize=(8, 0.6 * len(rows) + 1.2))
-    _bars(ax, rows, lambda r, a: max(r.arms[a].median, 1.0) if a in r.arms else None)
-    ax.set_xscale("log")
-    ax.set_xlabel("CPU ns per frame (log): QEMU's objects and ours")
+    sizes = [len(g) * len(g[0].arms) + 1 for g in groups]
+    fig, axes = plt.subplots(
+        len(groups), 1, figsize=(8, 0.16 * sum(sizes) + 0.7 * len(groups)), squeeze=False,
+        sharex=True, height_ratios=sizes,
+    )  # fmt: skip
+    for (ax,), group in zip(axes, groups, strict=True):
+        _bars(ax, group, lambda r, a: max(r.arms[a].median, 10.0))
+        ax.set_xscale("log")
+        ax.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    axes[-1][0].set_xlabel("CPU ns per frame (log): QEMU's objects and ours")
     return fig
 
 
@@ -125,5 +131,5 @@ def draw(parts: list[Part], build: Path) -> list[Path]:
 
 def _save(fig: Any, path: Path) -> Path:
     fig.tight_layout()
-    fig.savefig(path, dpi=80)
+    fig.savefig(path, dpi=80, bbox_inches="tight")
     return path

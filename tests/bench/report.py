@@ -242,7 +242,7 @@ def as_markdown(parts: list[Part], about: dict[str, Any]) -> str:
     ]  # fmt: skip
     for p in parts:
         out += ["", f"## {p.title}", ""]
-        for rows in _groups(p.rows):
+        for rows in groups_of(p.rows):
             out += [*_table(rows), ""]
         for name, why in p.errors:
             out += [f"**{name}: not measured.**", "", "```", why.strip()[:4000], "```", ""]
@@ -261,7 +261,7 @@ def write(parts: list[Part], about: dict[str, Any], build: Path) -> None:
 _SHORT = ("held", "goodput", "peer", "guests")
 
 
-def _groups(rows: list[Row]) -> list[list[Row]]:
+def groups_of(rows: list[Row]) -> list[list[Row]]:
     """Rows with the same columns make one table."""
     groups: dict[tuple[str, ...], list[Row]] = {}
     for r in rows:
@@ -279,7 +279,7 @@ def publish(parts: list[Part], about: dict[str, Any], build: Path, plots: list[P
     for p in parts:
         if p.key in _SHORT and p.rows:
             lines += [f"**{p.title}**", ""]
-            for rows in _groups([r for r in p.rows if r.base]):
+            for rows in groups_of([r for r in p.rows if r.base]):
                 lines += [*_table(rows, short=True), ""]
     lines += [f"![{p.stem}](tests/bench/report/{p.name})" for p in plots]
     text = README.read_text()
