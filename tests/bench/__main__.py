@@ -25,7 +25,7 @@ from pathlib import Path
 from colo_xdp import loader
 from colo_xdp.lab.pair import Lab
 
-from . import arms, goodput, held, latency, peer, plots, programs, report, scale
+from . import arms, goodput, held, latency, peer, plots, programs, report, scale, tier_u
 from .report import Part
 
 Run = Callable[[Part, bool, Path], None]
@@ -36,6 +36,10 @@ PARTS: dict[str, tuple[str, Run]] = {
     "held": (
         "Stand-in guests: holding, comparing and releasing against plain forwarding",
         held.run,
+    ),
+    "engine": (
+        "Tier U: the engine by stage, against the least Python can do",
+        tier_u.run,
     ),
     "goodput": ("TCP goodput of a copied sender (iperf3)", goodput.run),
     "peer": ("CPU per frame against QEMU's colo-compare and filter-rewriter", peer.run),
@@ -53,7 +57,7 @@ def leftovers() -> None:
     mine = ("cxb", "cxg")
     for line in listed.splitlines():
         name = line.split()[0]
-        if name.startswith(mine) and len(name) in (4, 5):
+        if (name.startswith(mine) and len(name) in (4, 5)) or name == tier_u.NAMESPACE:
             with contextlib.suppress(subprocess.CalledProcessError):
                 subprocess.run(["ip", "netns", "del", name], check=True)
     pids = BUILD / f"{arms.TAG}.pids.json"

@@ -43,6 +43,8 @@ from colo_xdp.record import Record
 from colo_xdp.ring import Event, RingReader
 from colo_xdp.status import WAIT_BUCKETS
 
+from .report import Part, Spread
+
 REPORT = Path("build/tier-u-bench.json")
 REPEATS = 5
 BATCH = 32  # frames of one guest before the other's, as they come from a NIC queue
@@ -311,6 +313,23 @@ def measure(quick: bool = False) -> dict[str, Any]:
         "memory": memory(5000 if quick else 100_000),
         "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }  # fmt: skip
+
+
+def run(part: Part, quick: bool, _build: Path) -> None:
+    """As a part of `make bench`."""
+    found = measure(quick)
+    for row in [*found["stages"], *found["scale"]]:
+        ns = row["ns"]
+        arms = {"least": Spread(*[row["reference_ns"]] * 3, REPEATS)}
+        arms |= {
+            k: Spread(ns[k], ns[k], ns[k], 1) for k in ("drain", "parse", "compare", "release")
+        }
+        arms["all"] = Spread(ns["all"], *row["spread"], REPEATS)
+        conns = f"{row['connections']:,} conn., {row['size']:,} bytes"
+        part.add(conns, "ns per frame", arms, base="least")
+    m = found["memory"]
+    part.add(f"memory of {m['connections']:,} connections", "bytes each",
+             {"engine": Spread.of([float(m["each"])])})  # fmt: skip
 
 
 def main() -> None:
