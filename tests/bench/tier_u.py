@@ -47,6 +47,7 @@ from .report import Part, Spread
 
 REPORT = Path("build/tier-u-bench.json")
 REPEATS = 5
+STAGES = ("drain", "parse", "compare", "release")
 BATCH = 32  # frames of one guest before the other's, as they come from a NIC queue
 PAGE = os.sysconf("SC_PAGE_SIZE")
 NAMESPACE = "colo-bench-u"
@@ -209,7 +210,7 @@ def stages(
         "ratio": statistics.median(
             a / b for a, b in zip(took["release"], took["reference"], strict=True)
         ),
-        "spread": [min(took["release"]), max(took["release"])],
+        "runs": took,
     }  # fmt: skip
 
 
@@ -319,12 +320,12 @@ def run(part: Part, quick: bool, _build: Path) -> None:
     """As a part of `make bench`."""
     found = measure(quick)
     for row in [*found["stages"], *found["scale"]]:
-        ns = row["ns"]
-        arms = {"least": Spread(*[row["reference_ns"]] * 3, REPEATS)}
-        arms |= {
-            k: Spread(ns[k], ns[k], ns[k], 1) for k in ("drain", "parse", "compare", "release")
-        }
-        arms["all"] = Spread(ns["all"], *row["spread"], REPEATS)
+        took = row["runs"]
+        arms = {"least": Spread.of(took["reference"]), "drain": Spread.of(took["drain"])}
+        for before, stage in zip(STAGES, STAGES[1:], strict=False):
+            both = zip(took[stage], took[before], strict=True)
+            arms[stage] = Spread.of(x - y for x, y in both)
+        arms["all"] = Spread.of(took["release"])
         conns = f"{row['connections']:,} conn., {row['size']:,} bytes"
         part.add(conns, "ns per frame", arms, base="least")
     m = found["memory"]
