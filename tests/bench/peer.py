@@ -180,7 +180,7 @@ def compare(part: Part, quick: bool, build: Path) -> None:
     )
     with ExitStack() as stack:
         where = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="colo-bench.")))
-        arms = [stack.enter_context(held.arm(n)) for n in ("floor", "K", "K direct")]
+        arms = [stack.enter_context(held.arm(n)) for n in ("floor", "K", "K bridge")]
         for case, wanted in cases:
             writes = held.plan(case)
             file = where / "schedule"
@@ -198,7 +198,7 @@ def compare(part: Part, quick: bool, build: Path) -> None:
                         c, w = held.once(a, case, writes, expected)
                         got[a.name] = ((c - cpu0) / frames, (w - wall0) / frames)
                     c, w = got["floor"]
-                    for n in ("K", "K direct"):
+                    for n in ("K", "K bridge"):
                         got[f"{n}, own share"] = (got[n][0] - c, got[n][1] - w)
                     qemu = _compare_once(build, where, file)
                     runs.append({"colo-compare": qemu[:2], **got})

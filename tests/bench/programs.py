@@ -405,8 +405,7 @@ def scenes() -> list[Scene]:
         Scene("pvm_out", "sent again, passes, 1448 bytes", "fast_passed", (p, s, p)),
         Scene("svm_arrival", "sent again, dropped, 1448 bytes", "fast_ended", (p, s, s)),
         Scene("svm_arrival", "rebuilt, half a frame apart", "fast_rebuilt", apart),
-        # Past the bridge: what leaves by it comes to pvm_out once more.
-        Scene("pvm_out", "rebuilt, half a frame apart", "fast_rebuilt", apart, "K direct"),
+        Scene("pvm_out", "rebuilt, half a frame apart", "fast_rebuilt", apart),
         Scene("svm_arrival", "becomes the PVM's, 1000 against 1448", "fast_released", (p, short)),
         Scene("pvm_out", "ack passes", "fast_passed", (_acks(1, 200), _acks(0, 200))),
         Scene("pvm_out", "ack waits", "fast_held", (_acks(0, 200),)),
@@ -454,7 +453,7 @@ def on_devices(part: Part, runs: int) -> None:
     """All that needs a device, or changes with each frame."""
     with ExitStack() as stack:
         stack.enter_context(run_stats())
-        arms = {n: stack.enter_context(held.arm(n)) for n in ("K", "K direct", "U")}
+        arms = {n: stack.enter_context(held.arm(n)) for n in ("K", "U")}
         net, guest, peer = stack.enter_context(held.bench_net("cxbz"))
         with empties() as e, inside(net.host):
             attach.attach_tc("tap0", "ingress", e["empty_shot"], held.PAIR, None)  # type: ignore[arg-type]
