@@ -234,7 +234,7 @@ def once(arm: str, directory: Path, bulk: int, small: int, seen: Seen) -> None:
 
 def run(part: Part, quick: bool, build: Path) -> None:
     """All arms in turns."""
-    rounds, bulk, small = (1, 5, 20) if quick else (2, 5, 60)
+    rounds, bulk, small = (1, 5, 20) if quick else (4, 5, 80)
     seen: dict[str, Seen] = {a: Seen() for a in ARMS}
     errors: dict[str, str] = {}
     for turn in range(rounds):
