@@ -24,6 +24,7 @@ def _bars(ax: Any, rows: list[Row], value: Callable[[Row, str], float | None]) -
         ax.barh(at, width, height, label=a, color=COLOURS[i % len(COLOURS)])
     ax.set_yticks([y + 0.4 - height / 2 for y in range(len(rows))], [r.name for r in rows])
     ax.invert_yaxis()
+    ax.margins(y=0.01)
     ax.legend(fontsize=8)
 
 
