@@ -128,7 +128,9 @@ def test_published_text_replaces_what_was_there(tmp_path: Path, monkeypatch: Any
     monkeypatch.setattr(report, "README", readme)
     monkeypatch.setattr(report, "PUBLISHED", copies)
     part = Part("held", "title")
-    part.add("MTU", "ns", {"floor": Spread.of([2.0]), "K": Spread.of([4.0])}, base="floor")
+    part.add(
+        "S behind by 1", "ns", {"floor": Spread.of([2.0]), "K": Spread.of([4.0])}, base="floor"
+    )
     part.goal("reach", 0.5, 0.85)
     about = {"cpu": "c", "cpus": 2, "kernel": "k", "qemu": "q", "commit": "x"}
     report.write([part], about, tmp_path)
