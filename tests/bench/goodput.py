@@ -206,6 +206,7 @@ def once(arm: str, offloads: bool, seconds: int, flows: int = 1, cpus: int = 1) 
             }
 
 
+SHARE = "left by tier K, % of the bytes"
 #: begins the names of what explains a figure
 HANDED, ASKED, DROPPED = (
     "handed to tier U: ",
@@ -221,11 +222,22 @@ def _handed(tier: TierU | None) -> dict[str, float]:
     out = {ASKED + cause: float(n) for cause, n in Counter(tier.asked).items()}
     counters = tier.dp.objects.map("counters")
     size = abi.COUNT.size * loader.possible_cpus()
+
+    def count(prog: Prog, reason: Reason) -> tuple[int, int]:
+        raw = counters.get((prog * Reason.MAX + reason).to_bytes(4, "little"), size) or b""
+        both = list(abi.COUNT.iter_unpack(raw))
+        return sum(n for n, _ in both), sum(b for _, b in both)
+
     for reason in Reason:
         if reason.name.startswith("HAND_"):
-            key = (Prog.FAST * Reason.MAX + reason).to_bytes(4, "little")
-            raw = counters.get(key, size) or b""
-            out[HANDED + reason.name.lower()] = float(sum(n for n, _ in abi.COUNT.iter_unpack(raw)))
+            out[HANDED + reason.name.lower()] = float(count(Prog.FAST, reason)[0])
+    by_k = sum(
+        count(prog, reason)[1]
+        for prog in (Prog.PVM_OUT, Prog.SVM_ARRIVAL)
+        for reason in (Reason.FAST_PASSED, Reason.FAST_RELEASED, Reason.FAST_REBUILT)
+    )
+    by_u = count(Prog.PVM_OUT, Reason.CAPTURED)[1]
+    out[SHARE] = 100 * by_k / max(1, by_k + by_u)
     return out
 
 
@@ -286,7 +298,11 @@ def measure(
     for what in sorted(notes):
         counts = {a: [x.get(what, 0.0) for x in v] for a, v in runs.items()}
         if any(max(v) for v in counts.values()):
-            part.add(f"{name}: {what}", "times", {a: Spread.of(v) for a, v in counts.items()})
+            part.add(
+                f"{name}: {what}",
+                "%" if what == SHARE else "times",
+                {a: Spread.of(v) for a, v in counts.items()},
+            )
     return {a: s.median for a, s in gbit.items()}
 
 
