@@ -25,12 +25,13 @@ from pathlib import Path
 from typing import Any
 
 from colo_xdp import controller as controller_module
-from colo_xdp import flowtable, primary, secondary
+from colo_xdp import fastmap, flowtable, primary, secondary
 from colo_xdp.abi import Mode
 from colo_xdp.config import Config, load
 from colo_xdp.failover import State
 
 from .clock import FakeTime, VirtualLoop
+from .fast import Bpf
 from .guest import Client, Guest, Plan
 from .host import Side, SimDataPath, SimPeer, SimQmp
 from .tcp import FIN, RST, SYN, BadChecksum, Tcp, diff, read
@@ -87,6 +88,8 @@ class Scene:
     queue: int = 1024
     compare_timeout: int = 150
     faults: tuple[Fault, ...] = ()
+    fast: bool = True  # tier K decides, too
+    stashes: int = 16
 
     def calm(self) -> bool:
         """Nothing in it is a reason for a checkpoint that nobody asked for."""
@@ -107,7 +110,13 @@ class Scene:
 
 
 def scene(seed: int) -> Scene:
-    """A random one."""
+    """A random one: in three of four tier K decides, with many stashes or few."""
+    rnd = random.Random(seed * 104_729 + 2)
+    fast, stashes = rnd.random() < 0.75, rnd.choice((1, 4, 16))
+    return replace(_scene(seed), fast=fast, stashes=stashes)
+
+
+def _scene(seed: int) -> Scene:
     rnd = random.Random(seed * 7919 + 1)
     faults = [
         Fault(rnd.randrange(60, 900), rnd.choice(HEALING), rnd.choice((5, 60, 250, 700)))
@@ -443,12 +452,14 @@ class World:
     def _installed(self) -> Iterator[None]:
         """The stand-ins in the product's modules."""
         clock = FakeTime(self.loop)
-        modules = (controller_module, primary, secondary, flowtable)
+        modules = (controller_module, primary, secondary, flowtable, fastmap)
         kept = [(m, "time", m.time) for m in modules]  # type: ignore[attr-defined]
         kept += [(controller_module, n, getattr(controller_module, n)) for n in ("Qmp", "Peer")]
+        kept += [(fastmap, "_bpf", fastmap._bpf)]
         try:
             for m in modules:
                 m.time = clock  # type: ignore[attr-defined]
+            fastmap._bpf = Bpf(self.ns)  # type: ignore[assignment]
             controller_module.Qmp = self._make_qmp  # type: ignore[misc,assignment]
             controller_module.Peer = self._make_peer  # type: ignore[misc,assignment]
             yield
@@ -581,7 +592,12 @@ class World:
             return False
         c = self.p.controller
         settled = c is None or c.state in (State.PROTECTED, State.SOLO, State.STOPPED)
-        return settled and (c is None or not c.engine.held_packets)
+        return settled and (c is None or not (c.engine.held_packets or self._held_in_kernel()))
+
+    def _held_in_kernel(self) -> int:
+        """Connections of tier K that wait; what it knows of a pair that is lost is void."""
+        k = self.p.fast
+        return len(k.waiting()) if k is not None and self.p.mode is Mode.RUN else 0
 
     def speaker(self) -> Side | None:
         """Whose guest is on the network at the end."""
@@ -620,6 +636,8 @@ class World:
                 raise Violation(f"checkpoints for no reason: {made}: {list(c.journal.entries)[-1]}")
         if c is not None and side is self.p and c.engine.held_packets:
             raise Violation(f"I4: {c.engine.held_packets} frames are held for ever, {ctl}")
+        if c is not None and side is self.p and self._held_in_kernel():
+            raise Violation(f"I4: {self._held_in_kernel()} connections wait for ever in tier K")
 
     def _must_survive(self, side: Side) -> bool:
         """Whether this side's guest has to go on alone by itself."""
@@ -672,6 +690,8 @@ class World:
                 with contextlib.suppress(Exception):
                     self.loop.run_until_complete(asyncio.sleep(0))
                 self.loop.close()
+                if self.p.fast is not None:
+                    self.p.fast.close()
         return self
 
 
