@@ -598,7 +598,7 @@ static __always_inline int is_plain(struct __sk_buff *skb, const struct pkt *p)
 static __always_inline u32 hear_pvm(struct __sk_buff *skb, const struct pkt *p, struct colo_conn *c,
 				    struct colo_flow_key *key, u16 win)
 {
-	int early = seq_later(p->ack, c->s_ack);
+	int early = seq_later(p->ack, c->s_ack), older;
 	u32 n = skb->gso_size ? skb->gso_size : p->payload_len;
 
 	if (c->l4 && (c->l4 != p->l4_off || c->doff != p->doff))
@@ -610,10 +610,13 @@ static __always_inline u32 hear_pvm(struct __sk_buff *skb, const struct pkt *p, 
 		c->mss = n;
 	if (early && !stash_claim(c, key))
 		return R_HAND_NO_STASH;
-	if (seq_later(c->p_ack, p->ack))
-		return 0;
-	if ((early || p->payload_len || win > c->s_win) && keep_header(skb, c, p))
+	/* An old one is better than none: what is in the stash must be able to leave. */
+	older = seq_later(c->p_ack, p->ack);
+	if ((early || p->payload_len || win > c->s_win) && !(older && c->l4) &&
+	    keep_header(skb, c, p))
 		return R_HAND_HELPER;
+	if (older)
+		return 0;
 	c->p_ack = p->ack;
 	c->p_win = win;
 	if (early)
@@ -862,7 +865,7 @@ static __always_inline int control(void *data, void *data_end)
 			r = CTL_FULL;
 	} else if (c->captured != m->captured) {
 		r = CTL_REFUSED;
-	} else if (m->nxt != m->org && !c->stash) {
+	} else if ((m->nxt != m->org || m->pending) && !c->stash) {
 		r = CTL_FULL; /* somebody has taken it meanwhile */
 	} else {
 		c->epoch = m->epoch;
