@@ -86,7 +86,7 @@ class FastMap:
     def give(self, key: FlowKey, gift: Gift, captured: int) -> bool:
         """To tier K, if `captured` is the last frame that was handed here."""
         raw_key = conn_key(key)
-        if gift.stash:
+        if gift.stash or gift.pending:
             slot = self._slot(raw_key) if self._control(CtlOp.CLAIM, raw_key) is _DONE else 0
             if not slot:
                 return False

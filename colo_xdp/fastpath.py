@@ -54,7 +54,7 @@ class Words:
     out_win: int
     mss: int
     pvm_ahead: bool
-    pending: bool
+    pending: bool = False
     header: bytes  # of the PVM, Ethernet to TCP options; empty: none was needed
     l4: int
     since_ns: int
@@ -141,10 +141,12 @@ def untagged(key: FlowKey) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Gift:
-    """A stream for tier K: abi.GIVE packed; the latest history, and what is outstanding."""
+    """A stream for tier K: abi.GIVE packed; the latest history, and what is outstanding; whether
+    an ack waits, which needs a stash too: by its owner user space finds what waits."""
 
     words: bytes
     stash: bytes
+    pending: bool = False
 
 
 def ready(st: Stream) -> bool:
@@ -199,16 +201,17 @@ def pack(st: Stream, epoch: int) -> Gift | None:
     stash = st.hist.back(past, past) + b"".join(parts)
     if len(stash) > abi.STASH // 2:
         return None
-    scale = _NO_SCALE if w.scale is None else w.scale
+    scale, pending = _NO_SCALE if w.scale is None else w.scale, diff(p_ack, s_ack) > 0
     memo = _MEMO.pack(
         st.isn is not None, _DIRECTIONS.index(st.direction), scale, st.isn or 0, st.origin, w.syn, 0
     )
     return Gift(
         abi.GIVE.pack(
             epoch, st.base, p_ack, s_ack, st.committed_ack, p_win, w.svm, w.told, mss, nxt,
-            (st.base - past) & MASK, ahead, diff(p_ack, s_ack) > 0, l4, size, header, memo,
+            (st.base - past) & MASK, ahead, pending, l4, size, header, memo,
         ),
         stash,
+        pending,
     )  # fmt: skip
 
 

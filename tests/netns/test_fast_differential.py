@@ -233,7 +233,7 @@ class Run:
             header = self.segment(t, SIDE_PVM, rel, b"", partial=rnd.random() < 0.5)
         doff = 20 + len(self.full(t.options))
         l4 = (54 if t.v6 else 34) if header else 0
-        if past or out:
+        if past or out or (pending and rnd.random() < 0.9):
             full = self.control(CtlOp.CLAIM, t) is CtlResult.FULL
             if full and rnd.random() < 0.8:
                 return

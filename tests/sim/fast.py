@@ -385,10 +385,11 @@ class TierK:
             c.mss = n
         if early and not self.stash_claim(c, w.key):
             return Reason.HAND_NO_STASH
-        if seq_later(c.p_ack, p.ack):
-            return 0
-        if early or p.payload_len or win > c.s_win:
+        older = seq_later(c.p_ack, p.ack)
+        if (early or p.payload_len or win > c.s_win) and not (older and c.l4):
             self.keep_header(c, w)
+        if older:
+            return 0
         c.p_ack, c.p_win = p.ack, win
         if early:
             c.pending = 1
@@ -552,7 +553,7 @@ class TierK:
         ) = abi.GIVE.unpack(words)  # fmt: skip
         if self.frames_on_their_way(c, captured):
             return CtlResult.REFUSED
-        if nxt != org and not c.stash:
+        if (nxt != org or pending) and not c.stash:
             return CtlResult.FULL
         c.epoch, c.rel, c.org, c.nxt, c.ahead = epoch, rel, org, nxt, ahead
         c.p_ack, c.s_ack, c.out_ack = p_ack, s_ack, out_ack
