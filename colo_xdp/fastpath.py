@@ -54,7 +54,7 @@ class Words:
     out_win: int
     mss: int
     pvm_ahead: bool
-    pending: bool = False
+    pending: bool
     header: bytes  # of the PVM, Ethernet to TCP options; empty: none was needed
     l4: int
     since_ns: int
