@@ -633,6 +633,7 @@ static __always_inline u32 decide(struct __sk_buff *skb, const struct pkt *p, st
 				  int *verdict)
 {
 	u32 len = p->payload_len, out = c->nxt - c->rel, err, slot, act, reason, end, again = 0;
+	u32 rel, told_ack;
 	u32 have = out && c->ahead == side ? c->nxt : c->rel;
 	struct colo_stash *st;
 	__be16 field;
@@ -721,6 +722,8 @@ static __always_inline u32 decide(struct __sk_buff *skb, const struct pkt *p, st
 	act = w->act;
 	side = w->side;
 	end = w->seq; /* behind the payload */
+	rel = c->rel;
+	told_ack = c->out_ack;
 	reason = len || side == SIDE_PVM ? R_FAST_HELD : R_FAST_ENDED;
 	if (len && seq_later(end, c->nxt)) {
 		c->nxt = end;
@@ -749,7 +752,8 @@ static __always_inline u32 decide(struct __sk_buff *skb, const struct pkt *p, st
 		if (send_pieces(skb, c, st, w))
 			reason = R_HELPER_FAILED;
 	}
-	settle(c, w->now, act);
+	/* Acks that leave do not make bytes that wait any younger. */
+	settle(c, w->now, c->rel != rel || (c->rel == c->nxt && c->out_ack != told_ack));
 	return reason;
 }
 
@@ -879,7 +883,7 @@ static __always_inline int control(void *data, void *data_end)
 		c->p_win = m->p_win;
 		c->s_win = m->s_win;
 		c->out_win = m->out_win;
-		c->mss = m->mss;
+		c->mss = m->mss > 2047 ? 2047 : m->mss; /* send_piece() */
 		c->pending = m->pending;
 		c->l4 = m->l4;
 		c->doff = m->doff;
