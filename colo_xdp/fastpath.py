@@ -36,6 +36,8 @@ _MEMO = struct.Struct("=BBBxIIHH")  # flags, direction, scale, isn, origin, wind
 _DIRECTIONS = ("", "in", "out")
 _NO_SCALE = 255
 _DEFAULT_MSS = 536  # RFC 9293 3.7.1
+#: tier K makes no larger segments (send_piece() in bpf/fast.h)
+MAX_MSS = 2047
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,7 +192,8 @@ def pack(st: Stream, epoch: int) -> Gift | None:
         l4, size = p.l4, p.off - p.l4
         if diff(p.ack, p_ack) >= 0:
             p_ack, p_win, header = p.ack, p.window, p.frame[: p.off]
-        mss = max(mss, rec.gso_size)
+        if rec.gso_size <= MAX_MSS:
+            mss = max(mss, rec.gso_size)
     if st.held and not header:
         return None
     for frame, off, end, _ in st.chunks:
