@@ -247,7 +247,7 @@ class Run:
         words = abi.GIVE.pack(
             self.model.epoch - (rnd.random() < 0.02), *(self.at(t, rel),),
             *((t.client0 + a) & M32 for a in (*t.ack, told)),
-            *t.win, rnd.choice((min(t.win), t.win[0] // 3)), rnd.choice((536, 1448, 100)),
+            *t.win, rnd.choice((min(t.win), t.win[0] // 3)), rnd.choice((536, 1448, 100, 8948)),
             self.at(t, rel + out), self.at(t, rel - past), ahead, pending, l4,
             doff if header else 0, header[: l4 + doff], rnd.randbytes(64),
         )  # fmt: skip

@@ -457,7 +457,7 @@ class TierK:
             return err
 
         # 3. The frame is decided.
-        size = w.moves
+        size, rel, told_ack = w.moves, c.rel, c.out_ack
         reason = Reason.FAST_HELD if size or side == SIDE_PVM else Reason.FAST_ENDED
         if size and seq_later(w.seq, c.nxt):
             c.nxt, c.ahead = w.seq, side
@@ -473,7 +473,7 @@ class TierK:
         elif act == PIECES:
             reason = Reason.FAST_ACKED if w.upto == c.rel else Reason.FAST_REBUILT
             self.send_pieces(c, w)
-        self.settle(c, w.now, act != NOTHING)
+        self.settle(c, w.now, c.rel != rel or (c.rel == c.nxt and c.out_ack != told_ack))
         return reason
 
     def in_force(self, c: Conn, mode: Mode, epoch: int) -> bool:
@@ -557,7 +557,7 @@ class TierK:
             return CtlResult.FULL
         c.epoch, c.rel, c.org, c.nxt, c.ahead = epoch, rel, org, nxt, ahead
         c.p_ack, c.s_ack, c.out_ack = p_ack, s_ack, out_ack
-        c.p_win, c.s_win, c.out_win, c.mss = p_win, s_win, out_win, mss
+        c.p_win, c.s_win, c.out_win, c.mss = p_win, s_win, out_win, min(mss, 2047)
         c.pending, c.l4, c.doff, c.hdr, c.memo, c.seen_ns = pending, l4, doff, hdr, memo, now
         self.outstanding_since(c, now if nxt != rel or pending else 0)
         c.tier = TIER_K
