@@ -837,6 +837,7 @@ struct colo_ctl {
 	__u8 doff;
 	__u8 hdr[128];
 	__u8 memo[64];
+	__u64 since_ns; /* of what waits; 0: now */
 } __attribute__((packed));
 
 static __always_inline int control(void *data, void *data_end)
@@ -845,6 +846,7 @@ static __always_inline int control(void *data, void *data_end)
 	struct colo_flow_key key;
 	struct colo_conn *c;
 	int r = CTL_DONE;
+	u64 since;
 
 	if (data + sizeof(*m) > data_end)
 		return CTL_UNKNOWN;
@@ -891,7 +893,8 @@ static __always_inline int control(void *data, void *data_end)
 		c->doff = m->doff;
 		__builtin_memcpy(c->hdr, m->hdr, sizeof(c->hdr));
 		c->seen_ns = bpf_ktime_get_ns();
-		outstanding_since(c, m->nxt != m->rel || m->pending ? c->seen_ns : 0);
+		since = m->since_ns ? m->since_ns : c->seen_ns;
+		outstanding_since(c, m->nxt != m->rel || m->pending ? since : 0);
 		__builtin_memcpy(c->memo, m->memo, sizeof(c->memo));
 		c->tier = TIER_K;
 	}

@@ -62,9 +62,10 @@ class FastMap:
         self._switch(on)
 
     def _control(
-        self, op: CtlOp, raw_key: bytes, captured: int = 0, words: bytes = _NO_WORDS
-    ) -> CtlResult:
-        message = abi.CTL.pack(op, captured, raw_key, words)
+        self, op: CtlOp, raw_key: bytes, captured: int = 0, words: bytes = _NO_WORDS,
+        since_ns: int = 0,
+    ) -> CtlResult:  # fmt: skip
+        message = abi.CTL.pack(op, captured, raw_key, words, since_ns)
         end = time.monotonic() + SEIZE_S
         while True:
             r = CtlResult(_bpf.test_run(self._ctl, message, data_out=0).retval)
@@ -92,7 +93,7 @@ class FastMap:
                 return False
             at = (slot - 1) * _STASH_SIZE + abi.STASH_BEFORE
             self._rings[at : at + len(gift.stash)] = gift.stash
-        r = self._control(CtlOp.GIVE, raw_key, captured, gift.words)
+        r = self._control(CtlOp.GIVE, raw_key, captured, gift.words, gift.since_ns)
         if r is CtlResult.UNKNOWN:
             self.offer(key)  # deleted by sweep() meanwhile
         return r is _DONE

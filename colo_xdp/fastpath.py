@@ -144,11 +144,13 @@ def untagged(key: FlowKey) -> bool:
 @dataclass(frozen=True, slots=True)
 class Gift:
     """A stream for tier K: abi.GIVE packed; the latest history, and what is outstanding; whether
-    an ack waits, which needs a stash too: by its owner user space finds what waits."""
+    an ack waits, which needs a stash too: by its owner user space finds what waits; and since
+    when (0: nothing does)."""
 
     words: bytes
     stash: bytes
     pending: bool = False
+    since_ns: int = 0
 
 
 def ready(st: Stream) -> bool:
@@ -161,6 +163,11 @@ def ready(st: Stream) -> bool:
         and not st.stuck and not st.asked and not st.unverifiable
         and st.windows.shrunk is None and untagged(st.key)
     )  # fmt: skip
+
+
+def waits_since(st: Stream) -> int:
+    """Since when anything of a ready stream waits; 0: nothing does."""
+    return st.held[0][2] if st.held else st.svm_since()
 
 
 def _plain(p: Packet) -> bool:
@@ -215,6 +222,7 @@ def pack(st: Stream, epoch: int) -> Gift | None:
         ),
         stash,
         pending,
+        waits_since(st),
     )  # fmt: skip
 
 

@@ -208,7 +208,8 @@ class Run:
         self.lab.set(Cfg.EPOCH, self.model.epoch)
 
     def control(self, op: CtlOp, t: Talk, captured: int = 0, words: bytes = b"") -> CtlResult:
-        message = abi.CTL.pack(op, captured, t.key, words or bytes(abi.GIVE.size))
+        since = self.rnd.choice((0, self.now))
+        message = abi.CTL.pack(op, captured, t.key, words or bytes(abi.GIVE.size), since)
         ours, theirs = self.model.control(message, self.now), self.lab.control(message)
         assert ours == theirs, f"{op!r}: the model says {ours!r}, the kernel {theirs!r}"
         self.seen[f"{op.name} {ours.name}"] += 1

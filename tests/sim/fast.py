@@ -524,7 +524,7 @@ class TierK:
 
     def control(self, message: bytes, now: int) -> CtlResult:
         """fast_ctl."""
-        op, captured, key, words = abi.CTL.unpack(message)
+        op, captured, key, words, since = abi.CTL.unpack(message)
         c = self.conns.get(key)
         if c is None:
             return CtlResult.UNKNOWN
@@ -543,10 +543,10 @@ class TierK:
             if not self.stash_claim(c, key):
                 return CtlResult.FULL
         else:
-            return self.give(c, captured, words, now)
+            return self.give(c, captured, words, since or now, now)
         return CtlResult.DONE
 
-    def give(self, c: Conn, captured: int, words: bytes, now: int) -> CtlResult:
+    def give(self, c: Conn, captured: int, words: bytes, since: int, now: int) -> CtlResult:
         (
             epoch, rel, p_ack, s_ack, out_ack, p_win, s_win, out_win, mss, nxt, org, ahead, pending,
             l4, doff, hdr, memo,
@@ -559,7 +559,7 @@ class TierK:
         c.p_ack, c.s_ack, c.out_ack = p_ack, s_ack, out_ack
         c.p_win, c.s_win, c.out_win, c.mss = p_win, s_win, out_win, min(mss, 2047)
         c.pending, c.l4, c.doff, c.hdr, c.memo, c.seen_ns = pending, l4, doff, hdr, memo, now
-        self.outstanding_since(c, now if nxt != rel or pending else 0)
+        self.outstanding_since(c, since if nxt != rel or pending else 0)
         c.tier = TIER_K
         return CtlResult.DONE
 
