@@ -14,7 +14,6 @@ import select
 import struct
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest

@@ -24,7 +24,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from colo_xdp import compare, corpus, fastmap, fastpath
+from colo_xdp import compare, corpus, fastmap
 from colo_xdp.abi import SIDE_PVM, SIDE_SVM, Mode, Reason
 from colo_xdp.compare import Engine, Limits, Policy, Record
 from colo_xdp.corpus import craft
@@ -185,9 +185,7 @@ def same(alone: Host, fast: Host) -> None:
 
 #: tier K's bound is its stash, not the number of frames
 OTHER_LIMITS = ("overflow-of-tcp-primary",)
-SCENARIOS = {
-    s.name: s for s in corpus.load() if not s.rewrites and s.name not in OTHER_LIMITS
-}
+SCENARIOS = {s.name: s for s in corpus.load() if not s.rewrites and s.name not in OTHER_LIMITS}
 
 
 def before(s: corpus.Scenario) -> list[bytes]:
@@ -342,6 +340,7 @@ def schedules(draw: Any) -> list[Op]:
         st.tuples(st.just("say"), side, size, st.booleans()),
         st.tuples(st.just("catch up"), side, size),
         st.tuples(st.just("ack"), side, size),
+        st.tuples(st.just("hear"), side, size),
         st.tuples(st.just("again"), side, size, size),
         # Not both: bytes of the SVM in the place of what the PVM has lost are history, and are what
         # they are when a checkpoint makes the SVM another one. Which bytes, is a matter of time.
@@ -392,6 +391,8 @@ class Guests:
         elif what == "ack":
             self.ack[side] += args[1]
             self.send(side, self.pos[side], 0)
+        elif what == "hear":  # the ack rides on what is sent next
+            self.ack[side] += args[1]
         elif what == "again" and self.pos[side]:
             at = max(0, self.pos[side] - args[2])
             self.send(side, at, min(args[1], self.pos[side] - at))

@@ -437,9 +437,9 @@ class TierK:
         w.left = 0 if again and side == SIDE_SVM else size
         w.moves = 0 if again else size
         same = c.l4 == p.l4_off and c.doff == p.doff
-        if w.equal and not again and (side == SIDE_SVM or size > out):
-            if not same or (size > out > c.mss * (MAX_PIECES - 2)):
-                return Reason.HAND_ODD
+        made = w.equal and not again and (side == SIDE_SVM or size > out)
+        if made and (not same or size > out > c.mss * (MAX_PIECES - 2)):
+            return Reason.HAND_ODD
         act = NOTHING
         if again:
             act = PASS if side == SIDE_PVM else NOTHING

@@ -154,6 +154,8 @@ class Side:
         if fate.reason == FAST_NO:
             return fate.captured
         self.world.note("tier K, %s: %s", "PS"[side], abi.Reason(fate.reason).name)
+        self.world.fast += 1
+        self.world.fast_alone += self.controller is None
         for out in fate.out:
             self.world.to_network(self, completed(out))
         return None
@@ -320,7 +322,9 @@ class _Injector:
 
     def send(self, frame: bytes, gso_size: int = 0, partial: bool = False) -> bool:
         if not self._dp.dead:
-            self._dp._side.inject(self._name, completed(Leaving(frame, gso_size, partial)), gso_size)
+            self._dp._side.inject(
+                self._name, completed(Leaving(frame, gso_size, partial)), gso_size
+            )
         return True
 
 

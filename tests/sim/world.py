@@ -24,8 +24,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from colo_xdp import compare, fastmap, flowtable, primary, secondary
 from colo_xdp import controller as controller_module
-from colo_xdp import fastmap, flowtable, primary, secondary
 from colo_xdp.abi import Mode
 from colo_xdp.config import Config, load
 from colo_xdp.failover import State
@@ -90,6 +90,7 @@ class Scene:
     faults: tuple[Fault, ...] = ()
     fast: bool = True  # tier K decides, too
     stashes: int = 16
+    eager: bool = False  # it gets connections as soon as it may
 
     def calm(self) -> bool:
         """Nothing in it is a reason for a checkpoint that nobody asked for."""
@@ -112,8 +113,8 @@ class Scene:
 def scene(seed: int) -> Scene:
     """A random one: in three of four tier K decides, with many stashes or few."""
     rnd = random.Random(seed * 104_729 + 2)
-    fast, stashes = rnd.random() < 0.75, rnd.choice((1, 4, 16))
-    return replace(_scene(seed), fast=fast, stashes=stashes)
+    fast, stashes, eager = rnd.random() < 0.75, rnd.choice((1, 4, 16)), rnd.random() < 0.5
+    return replace(_scene(seed), fast=fast, stashes=stashes, eager=eager)
 
 
 def _scene(seed: int) -> Scene:
@@ -192,6 +193,7 @@ class World:
         self._pieces: dict[tuple[bool, int], dict[int, tuple[bytes, bool]]] = {}
         self.clones = 0
         self.frames = 0
+        self.fast = self.fast_alone = 0  # frames that tier K decided, and with no controller
         self.broken: BaseException | None = None
         plans = [self._plan() for _ in range(s.conns)]
         self.client = Client(self.rnd, plans, self.rnd.choice((1, 3)))
@@ -456,9 +458,12 @@ class World:
         kept = [(m, "time", m.time) for m in modules]  # type: ignore[attr-defined]
         kept += [(controller_module, n, getattr(controller_module, n)) for n in ("Qmp", "Peer")]
         kept += [(fastmap, "_bpf", fastmap._bpf)]
+        kept += [(compare, n, getattr(compare, n)) for n in ("OFFER_AFTER", "MAX_PATIENCE")]
         try:
             for m in modules:
                 m.time = clock  # type: ignore[attr-defined]
+            if self.scene.eager:
+                compare.OFFER_AFTER = compare.MAX_PATIENCE = 1  # type: ignore[attr-defined]
             fastmap._bpf = Bpf(self.ns)  # type: ignore[assignment]
             controller_module.Qmp = self._make_qmp  # type: ignore[misc,assignment]
             controller_module.Peer = self._make_peer  # type: ignore[misc,assignment]
