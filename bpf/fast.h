@@ -695,9 +695,9 @@ static __always_inline u32 decide(struct __sk_buff *skb, const struct pkt *p, st
 	     (len > out && out > (u32)c->mss * (COLO_MAX_PIECES - 2))))
 		return R_HAND_ODD;
 	w->act = ACT_NOTHING;
-	if (again)
-		w->act = side == SIDE_PVM ? ACT_PASS : ACT_NOTHING;
-	else if (w->equal)
+	if (again && side == SIDE_PVM)
+		w->act = ACT_PASS;
+	else if (w->equal && !again)
 		w->act = len > out ? ACT_PIECES : side == SIDE_PVM ? ACT_PASS : ACT_TURN;
 	else if (side == SIDE_PVM && !len && !(out && c->ahead == SIDE_PVM) &&
 		 !seq_later(p->ack, c->s_ack))
@@ -869,7 +869,9 @@ static __always_inline int control(void *data, void *data_end)
 		c->epoch = 0; /* the words are void */
 	} else if (m->op == CTL_CLAIM) {
 		c->since_ns = 0;
-		if (!stash_claim(c, &key))
+		if (stash_claim(c, &key)) /* user space writes into it next: not for others to take */
+			outstanding_since(c, bpf_ktime_get_ns());
+		else
 			r = CTL_FULL;
 	} else if (c->captured != m->captured) {
 		r = CTL_REFUSED;
