@@ -96,6 +96,8 @@ class FastMap:
         r = self._control(CtlOp.GIVE, raw_key, captured, gift.words, gift.since_ns)
         if r is CtlResult.UNKNOWN:
             self.offer(key)  # deleted by sweep() meanwhile
+        elif r is not _DONE and (gift.stash or gift.pending):
+            self._control(CtlOp.FREE, raw_key)  # the stash that was claimed
         return r is _DONE
 
     def _slot(self, raw_key: bytes) -> int:
@@ -120,6 +122,8 @@ class FastMap:
         if slot and words.epoch:
             at = (slot - 1) * _STASH_SIZE
             words = conn_words(raw, self._rings[at : at + _STASH_SIZE])
+            if not words.stash and self._slot(raw_key) != slot:
+                words = conn_words(raw, b"")  # taken meanwhile, for it held history only
         if slot or words.epoch:
             self._control(CtlOp.FREE, raw_key)
         return words if words.epoch and words.epoch >= self._since else None

@@ -24,13 +24,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from colo_xdp import compare, corpus, fastmap
-from colo_xdp.abi import SIDE_PVM, SIDE_SVM, Mode, Reason
+from colo_xdp import abi, compare, corpus, fastmap, fastpath
+from colo_xdp.abi import SIDE_PVM, SIDE_SVM, CtlOp, CtlResult, Mode, Reason
 from colo_xdp.compare import Engine, Limits, Policy, Record
 from colo_xdp.corpus import craft
 from colo_xdp.corpus.play import MS, STEP_MS
 from colo_xdp.packet import ACK, FIN, RST, SYN, Kind, parse
-from tests.sim.fast import Bpf, TierK, completed, user_space
+from tests.sim.fast import Bpf, Conn, TierK, completed, user_space
 from tests.sim.mutants import TIERS_MUTANTS
 
 from ..unit import frames as f
@@ -300,6 +300,56 @@ def test_jumbo_segments_of_a_frame_that_waits() -> None:
     assert fast.k is not None and fast.k.counts[Reason.FAST_REBUILT] == 1
 
 
+def test_an_ack_that_rides_on_a_retransmission_of_the_svm() -> None:
+    def play(host: Host) -> None:
+        guests = Guests(host, 1000, f.TS)
+        for _ in range(3):
+            for side in (SIDE_PVM, SIDE_SVM):
+                guests.say(side, 10, True)
+            host.wait(20)
+        for side in (SIDE_PVM, SIDE_SVM):
+            guests.ack[side] += 50
+        guests.send(SIDE_PVM, 30, 0)
+        guests.send(SIDE_SVM, 20, 10)
+        host.wait(1000)
+
+    alone, fast = both(LIMITS, play)
+    same(alone, fast)
+    assert fast.k is not None and fast.k.counts[Reason.FAST_ACKED] and not fast.causes
+
+
+def test_a_claimed_stash_is_nobody_elses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between CLAIM and GIVE user space writes into it; another CPU may look for one meanwhile."""
+    found: list[int] = []
+
+    def play(host: Host) -> None:
+        if host.k is None:
+            return
+        k = host.k
+        first, other = Guests(host, 1000, f.TS), parse(f.tcp(1, 1, b"x", dport=4001)).key
+        real = Bpf.test_run
+
+        def test_run(self: Bpf, fd: TierK, message: bytes, data_out: int = 0) -> Any:
+            r = real(self, fd, message, data_out)
+            (op, *_) = abi.CTL.unpack(message)
+            if op == CtlOp.CLAIM and r.retval == CtlResult.DONE:
+                c = k.conns.setdefault(fastpath.conn_key(other), Conn())
+                found.append(k.stash_claim(c, fastpath.conn_key(other)))
+            return r
+
+        monkeypatch.setattr(Bpf, "test_run", test_run)
+        for side in (SIDE_PVM, SIDE_SVM):
+            first.say(side, 10)
+        host.read()
+        assert k.owner(0)[2] == fastpath.conn_key(parse(f.tcp(1, 1, b"x")).key)
+
+    hosts: list[Host] = []
+    with quick(hosts):
+        hosts.append(Host(LIMITS, fast=True, stashes=1))
+        play(hosts[0])
+    assert found == [False]
+
+
 def test_new_rules_while_tier_k_has_a_connection() -> None:
     """The engine forgets its timers then: what waits later must set one again."""
 
@@ -449,7 +499,8 @@ def test_any_schedule(ops: list[Op], isn: int, opts: bytes) -> None:
 
     alone, fast = both(LIMITS, play)
     # Which cause is first is a matter of time: tier K compares bytes behind an ack that waits, and
-    # knows one time for whatever waits. Whether there is any is not.
-    assert bool(fast.causes) == bool(alone.causes)
+    # knows one time for whatever waits. So it may find a difference before a checkpoint heals it.
+    assert fast.causes or not alone.causes
+    assert alone.causes or not fast.causes or any(op[0] == "flip" for op in ops)
     fast.causes = alone.causes
     same(alone, fast)

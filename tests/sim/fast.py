@@ -441,9 +441,9 @@ class TierK:
         if made and (not same or size > out > c.mss * (MAX_PIECES - 2)):
             return Reason.HAND_ODD
         act = NOTHING
-        if again:
-            act = PASS if side == SIDE_PVM else NOTHING
-        elif w.equal:
+        if again and side == SIDE_PVM:
+            act = PASS
+        elif w.equal and not again:
             act = PIECES if size > out else PASS if side == SIDE_PVM else TURN
         elif side == SIDE_PVM:
             if not size and not (out and c.ahead == SIDE_PVM) and not seq_later(p.ack, c.s_ack):
@@ -542,6 +542,7 @@ class TierK:
             c.since_ns = 0
             if not self.stash_claim(c, key):
                 return CtlResult.FULL
+            self.outstanding_since(c, now)
         else:
             return self.give(c, captured, words, since or now, now)
         return CtlResult.DONE
