@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
  * Tier K: established TCP in order is compared and released here, and Python
- * never sees it. tests/sim/fast.py is the same in Python; a test compares the
- * two frame by frame.
+ * never sees it. tests/sim/fast.py is the same in Python;
+ * tests/netns/test_fast_differential.py compares the two frame by frame.
  *
  * One guest is ahead of the other. Its bytes, rel..nxt, are in a stash; when the
  * other's arrive they are compared, and what is equal leaves at once:
@@ -869,7 +869,8 @@ static __always_inline int control(void *data, void *data_end)
 		c->epoch = 0; /* the words are void */
 	} else if (m->op == CTL_CLAIM) {
 		c->since_ns = 0;
-		if (stash_claim(c, &key)) /* user space writes into it next: not for others to take */
+		/* User space writes into it next: it is not for others to take. */
+		if (stash_claim(c, &key))
 			outstanding_since(c, bpf_ktime_get_ns());
 		else
 			r = CTL_FULL;
