@@ -2,7 +2,7 @@
 """Tier K in Python: what bpf/fast.h does, on bytes; same names, same order, same words.
 
 It is the readable statement of the rules there, the other half of the differential test
-(tests/bpf/test_fast_differential.py) and the kernel of the simulated primary host. Sans-IO.
+(tests/netns/test_fast_differential.py) and the kernel of the simulated primary host. Sans-IO.
 User space reaches it as it reaches the kernel, by colo_xdp.fastmap.FastMap itself: `Objects`
 stands in for the loaded programs and maps, `Bpf` for bpf(2).
 """

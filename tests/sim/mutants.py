@@ -28,7 +28,7 @@ from .world import Fault, Scene, scene
 
 MUTANTS: dict[str, Callable[[Any], None]] = {}
 #: faults in tier K's model which cost time only, or which nobody outside can see: the differential
-#: test against the kernel has to notice them (tests/bpf/test_fast_differential.py)
+#: test against the kernel has to notice them (tests/netns/test_fast_differential.py)
 KERNEL_MUTANTS: dict[str, Callable[[Any], None]] = {}
 #: faults between the tiers that heal by retransmission: tests/property/test_tiers.py notices them
 TIERS_MUTANTS: dict[str, Callable[[Any], None]] = {}
