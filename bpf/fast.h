@@ -79,6 +79,7 @@ struct colo_work {
 	volatile __u64 left;  /* so many in all; those behind `equal` are put into the stash */
 	volatile __u64 now, out, way, mark; /* out: to which device, by which way */
 	volatile __u64 moves;		    /* by how much rel does, if it leaves */
+	volatile __u64 rel, out_ack;	    /* as before that */
 	volatile __u64 n, pos, err, upto, sum, addresses, act;
 };
 
@@ -598,7 +599,7 @@ static __always_inline int is_plain(struct __sk_buff *skb, const struct pkt *p)
 static __always_inline u32 hear_pvm(struct __sk_buff *skb, const struct pkt *p, struct colo_conn *c,
 				    struct colo_flow_key *key, u16 win)
 {
-	int early = seq_later(p->ack, c->s_ack), older;
+	int early = seq_later(p->ack, c->s_ack);
 	u32 n = skb->gso_size ? skb->gso_size : p->payload_len;
 
 	if (c->l4 && (c->l4 != p->l4_off || c->doff != p->doff))
@@ -610,13 +611,10 @@ static __always_inline u32 hear_pvm(struct __sk_buff *skb, const struct pkt *p, 
 		c->mss = n;
 	if (early && !stash_claim(c, key))
 		return R_HAND_NO_STASH;
-	/* An old one is better than none: what is in the stash must be able to leave. */
-	older = seq_later(c->p_ack, p->ack);
-	if ((early || p->payload_len || win > c->s_win) && !(older && c->l4) &&
-	    keep_header(skb, c, p))
+	if (seq_later(c->p_ack, p->ack)) /* without a header the stash's bytes could not leave */
+		return c->l4 || !p->payload_len ? 0 : R_HAND_ODD;
+	if ((early || p->payload_len || win > c->s_win) && keep_header(skb, c, p))
 		return R_HAND_HELPER;
-	if (older)
-		return 0;
 	c->p_ack = p->ack;
 	c->p_win = win;
 	if (early)
@@ -633,7 +631,6 @@ static __always_inline u32 decide(struct __sk_buff *skb, const struct pkt *p, st
 				  int *verdict)
 {
 	u32 len = p->payload_len, out = c->nxt - c->rel, err, slot, act, reason, end, again = 0;
-	u32 rel, told_ack;
 	u32 have = out && c->ahead == side ? c->nxt : c->rel;
 	struct colo_stash *st;
 	__be16 field;
@@ -717,8 +714,8 @@ static __always_inline u32 decide(struct __sk_buff *skb, const struct pkt *p, st
 	act = w->act;
 	side = w->side;
 	end = w->seq; /* behind the payload */
-	rel = c->rel;
-	told_ack = c->out_ack;
+	w->rel = c->rel;
+	w->out_ack = c->out_ack;
 	reason = len || side == SIDE_PVM ? R_FAST_HELD : R_FAST_ENDED;
 	if (len && seq_later(end, c->nxt)) {
 		c->nxt = end;
@@ -755,7 +752,7 @@ static __always_inline u32 decide(struct __sk_buff *skb, const struct pkt *p, st
 			reason = R_HELPER_FAILED;
 	}
 	/* Acks that leave do not make bytes that wait any younger. */
-	settle(c, w->now, c->rel != rel || (c->rel == c->nxt && c->out_ack != told_ack));
+	settle(c, w->now, c->rel != w->rel || (c->rel == c->nxt && c->out_ack != w->out_ack));
 	return reason;
 }
 

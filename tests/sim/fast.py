@@ -385,11 +385,10 @@ class TierK:
             c.mss = n
         if early and not self.stash_claim(c, w.key):
             return Reason.HAND_NO_STASH
-        older = seq_later(c.p_ack, p.ack)
-        if (early or p.payload_len or win > c.s_win) and not (older and c.l4):
+        if seq_later(c.p_ack, p.ack):
+            return 0 if c.l4 or not p.payload_len else Reason.HAND_ODD
+        if early or p.payload_len or win > c.s_win:
             self.keep_header(c, w)
-        if older:
-            return 0
         c.p_ack, c.p_win = p.ack, win
         if early:
             c.pending = 1
