@@ -7,7 +7,7 @@
 #ifndef COLO_COMMON_H
 #define COLO_COMMON_H
 
-#define COLO_ABI 2
+#define COLO_ABI 3
 
 /* skb->mark of a frame that the controller has let go, or that the mirror put
  * on the tap: it was decided elsewhere. Guests cannot set it (tun clears it). */
@@ -37,19 +37,22 @@ enum colo_cfg {
 	CFG_ABI = 0,
 	CFG_MODE = 1,
 	CFG_EPOCH = 2,
-	CFG_TAP = 3,	       /* ifindex of the guest's tap */
-	CFG_PEER = 4,	       /* ifindex of the peer link */
-	CFG_CONTROLLER_NS = 5, /* CLOCK_MONOTONIC of the controller's last sign of life */
-	CFG_LOSS_NS = 6,       /* the controller is lost after so many ns */
-	CFG_LOSS_POLICY = 7,   /* enum colo_loss_policy */
-	CFG_UNMIRRORED = 8,    /* 1: look into `unmirrored` */
-	CFG_SHADOW = 9,	       /* user space's: 1 + epoch in which the PVM spoke uncompared */
-	CFG_FAST = 10,	       /* 1: verdicts in the kernel (fast.h) */
-	CFG_FAST_SINCE = 11,   /* user space's: what fast.h knew in older epochs is void */
-	CFG_UPLINK = 12, /* ifindex; 0: what tier K releases goes by way of the tap's bridge */
+	CFG_TAP = 3,		 /* ifindex of the guest's tap */
+	CFG_PEER = 4,		 /* ifindex of the peer link */
+	CFG_CONTROLLER_NS = 5,	 /* CLOCK_MONOTONIC of the controller's last sign of life */
+	CFG_LOSS_NS = 6,	 /* the controller is lost after so many ns */
+	CFG_LOSS_POLICY = 7,	 /* enum colo_loss_policy */
+	CFG_UNMIRRORED = 8,	 /* 1: look into `unmirrored` */
+	CFG_SHADOW = 9,		 /* user space's: 1 + epoch in which the PVM spoke uncompared */
+	CFG_FAST = 10,		 /* 1: verdicts in the kernel (fast.h) */
+	CFG_FAST_SINCE = 11,	 /* user space's: what fast.h knew in older epochs is void */
+	CFG_UPLINK = 12,	 /* by which tier K releases: ifindex, or UPLINK_*; see way.h */
 	CFG_SPEAK_UNTIL_NS = 13, /* CLOCK_BOOTTIME at which the guest falls silent (COLO_LEASE) */
 	CFG_MAX = 16,
 };
+
+#define UPLINK_BRIDGE  0u	   /* by way of the tap's bridge */
+#define UPLINK_LEARNED 0xFFFFFFFFu /* past it, by the port at which the client was last heard */
 
 enum colo_loss_policy {
 	LOSS_HOLD = 0,	  /* no controller: the PVM's output is dropped and counted */
@@ -225,6 +228,13 @@ struct colo_owner {
 	__u64 taken;
 	__u64 since_ns; /* as colo_conn.since_ns, for user space to look for what is overdue */
 	struct colo_flow_key key;
+};
+
+/* Where a client was last heard; key: its MAC address in the low bytes of a __u64. */
+struct colo_client {
+	__u64 seen_ns; /* CLOCK_MONOTONIC, to 1/16 of CLIENT_FRESH_NS */
+	__u32 ifindex; /* a port of the tap's bridge */
+	__u32 pad;
 };
 
 /* Operations of fast_ctl, which user space runs by BPF_PROG_TEST_RUN. */

@@ -9,7 +9,7 @@ from __future__ import annotations
 import struct
 from enum import IntEnum
 
-ABI = 2
+ABI = 3
 MARK = 0xC0105EED
 TPID = 0x88A8
 EPOCH_MASK = 0x0FFF
@@ -49,6 +49,10 @@ class Cfg(IntEnum):
     UPLINK = 12
     SPEAK_UNTIL_NS = 13
     MAX = 16
+
+
+#: values of CFG_UPLINK that are no device
+UPLINK_BRIDGE, UPLINK_LEARNED = 0, 0xFFFFFFFF
 
 
 class LossPolicy(IntEnum):
@@ -148,8 +152,10 @@ SIDE_PVM, SIDE_SVM = 0, 1
 CONN = struct.Struct("=QQQIIIIIIIIIIHHHHBBBBB3x128s64s")
 #: struct colo_owner: taken, since_ns, key
 OWNER = struct.Struct("=QQ40s")
-#: struct colo_ctl: ethernet header, op, captured, key, and what GIVE is to set
-CTL = struct.Struct("=14xHI40s232s")
+#: struct colo_ctl: ethernet header, op, captured, key, what GIVE is to set, since_ns
+CTL = struct.Struct("=14xHI40s232sQ")
+#: struct colo_client: seen_ns, ifindex, pad
+CLIENT = struct.Struct("=QII")
 #: epoch, rel, p_ack, s_ack, out_ack, p_win, s_win, out_win, mss, nxt, org, ahead, pending, l4,
 #: doff, hdr, memo
 GIVE = struct.Struct("=IIIIIHHHHIIBBBB128s64s")

@@ -36,6 +36,7 @@ from .status import WAIT_BUCKETS
 log = logging.getLogger("colo_xdp.primary")
 
 REARM_S = 0.5
+BRIDGE_S = 1.0  # between two looks at the ports of the tap's bridge
 REFUSALS = 20  # tries before a secondary that keeps refusing counts as broken
 LOSS_CHECK_NS = 100_000_000
 
@@ -218,6 +219,15 @@ class Primary(Controller):
 
     def on_lease(self) -> None:
         self._wake.set()
+
+    async def start(self) -> None:
+        await super().start()
+        self.spawn(self._watch_bridge())
+
+    async def _watch_bridge(self) -> None:
+        while True:
+            await asyncio.to_thread(self.dp.watch_bridge)
+            await asyncio.sleep(BRIDGE_S)
 
     async def on_qemu(self) -> None:
         if self._guard is None and self.state not in (State.STOPPED, State.SOLO):
