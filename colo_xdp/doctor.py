@@ -163,14 +163,21 @@ def _qemu(config: Config) -> Iterator[Check]:
 
 def _failover(config: Config) -> Iterator[Check]:
     f = config.failover
-    if f.automatic:
+    if f.arbiter == "lease":
+        from .lease import Etcd, probe
+
+        for url in f.etcd:
+            why = probe(Etcd((url,), f.etcd_ca, f.etcd_cert, f.etcd_key), f.lease_ttl / 10_000)
+            yield Check("etcd", WARN if why else OK, why or url,
+                        "[failover] etcd: each endpoint should answer" if why else "")  # fmt: skip
+    if f.automatic and f.arbiter == "fence":
         exe = f.fence[0]
         found = os.access(exe, os.X_OK) if "/" in exe else _which(exe)
         level = OK if found else FAIL
         yield Check("fence", level, f"{' '.join(f.fence)}{'' if found else ' is not executable'}")
-    else:
+    elif not f.automatic:
         yield Check("failover", WARN, "not automatic when the peer's host dies as a whole",
-                    "[failover] automatic = true with a fence command")  # fmt: skip
+                    "[failover] automatic = true with an arbiter")  # fmt: skip
 
 
 def _certificates(config: Config) -> Iterator[Check]:

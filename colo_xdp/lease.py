@@ -198,3 +198,15 @@ class EtcdStore:
         if not alone:
             put = {"request_delete_range": {"key": self._alone}}
         return a.txn([mine], [put], [])[0]
+
+
+def probe(etcd: Etcd, timeout: float) -> str:
+    """Why the cluster does not answer a question that needs its quorum; "" if it does."""
+    attempt = _Attempt(etcd, etcd.endpoints[0], timeout)
+    try:
+        attempt.txn([], [EtcdStore._get(_b64(PREFIX))], [])
+    except (Etcd3Exception, requests.RequestException, OSError, ValueError) as e:
+        return f"etcd {etcd.endpoints[0]}: {str(e) or type(e).__name__:.200}"
+    finally:
+        attempt.end()
+    return ""

@@ -20,6 +20,8 @@ from pathlib import Path
 
 import pytest
 
+from colo_xdp.config import load
+from colo_xdp.doctor import OK, WARN, _failover
 from colo_xdp.lease import Etcd, EtcdStore
 from colo_xdp.speaker import Seen, Speaker, StoreError, boot_ns
 
@@ -421,3 +423,14 @@ def test_a_stopped_server_stops_nobody_for_longer_than_asked(etcd: str) -> None:
             await x.until(lambda: x.p.speaks)
 
     asyncio.run(go())
+
+
+def test_doctor_asks_each_endpoint(etcd: str, tmp_path: Path) -> None:
+    text = (Path(__file__).parents[2] / "deploy/examples/primary.toml").read_text()
+    head, _, rest = text.partition("fence = ")
+    dead = f"http://127.0.0.1:{free_port()}"
+    path = tmp_path / "c.toml"
+    path.write_text(f'{head}arbiter = "lease"\netcd = ["{etcd}", "{dead}"]\n'
+                    + rest.partition("\n")[2])  # fmt: skip
+    found = [(c.name, c.level) for c in _failover(load(path))]
+    assert found == [("etcd", OK), ("etcd", WARN)]
