@@ -22,7 +22,7 @@ from .stream import Stream
 from .window import Words as Windows
 
 #: settled batches before a connection is offered to the kernel, and at most between two stays there
-OFFER_AFTER, MAX_PATIENCE = 3, 256
+OFFER_AFTER, MAX_PATIENCE = 12, 256
 #: a stay in the kernel that was shorter than this doubles the patience
 SHORT_STAY_NS = 50_000_000
 #: payload of one frame built from a stash
@@ -31,6 +31,10 @@ PIECE = 32 * 1024
 HISTORY = 64 * 1024
 #: batches between two tries to give a stream of which frames are always on their way
 RETRY = 4
+#: so many tries, and its frames are kept back: with no acks to come the guests fall silent
+BRAKE_AFTER = 3
+#: but no longer than this, and no more of them
+BRAKE_NS, BRAKE_FRAMES = 3_000_000, 256
 
 _MEMO = struct.Struct("=BBBxIIHH")  # flags, direction, scale, isn, origin, window of the SYN
 _DIRECTIONS = ("", "in", "out")

@@ -39,6 +39,7 @@ REARM_S = 0.5
 BRIDGE_S = 1.0  # between two looks at the ports of the tap's bridge
 REFUSALS = 20  # tries before a secondary that keeps refusing counts as broken
 LOSS_CHECK_NS = 100_000_000
+SWEEP = 200  # connections of tier K looked at in that time: a million in 8 minutes
 
 
 class CheckpointFailed(RuntimeError):
@@ -157,6 +158,8 @@ class Primary(Controller):
         if now_ns - self._lost_checked > LOSS_CHECK_NS:
             self._lost_checked = now_ns
             lost = self.dp.lost_events()
+            if self.dp.fast is not None:
+                self.dp.fast.sweep(now_ns, SWEEP)
             if lost > self._lost:
                 missing, self._lost = lost - self._lost, lost
                 self.request(Cause.EVENT_LOST, f"{missing} frames did not fit into the event ring")

@@ -25,6 +25,9 @@ WAIT_BUCKETS: tuple[float, ...] = (
     1e-2, 2.5e-2, 5e-2, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0,
 )  # fmt: skip
 
+#: upper bounds of the histogram of waiting times in the kernel, in seconds; one more as above
+FAST_WAIT_BUCKETS: tuple[float, ...] = tuple(2.0**i / 1e6 for i in range(23))
+
 #: counters of the secondary's controller, in `engine`: name, meaning
 SECONDARY_COUNTERS: tuple[tuple[str, str], ...] = (
     ("hold_overflow", "frames given up during a checkpoint as too many were waiting"),
@@ -153,6 +156,12 @@ _CHECKS: dict[str, _Check] = {
     "engine": _map(_count),
     "held": _object(packets=_count, bytes=_count, limit=_count),
     "wait": _object(buckets=_list(_count, len(WAIT_BUCKETS) + 1), sum=_number),
+    "fast": _object(
+        waits=_list(_count, len(FAST_WAIT_BUCKETS) + 1),
+        stashes=_count,
+        waiting=_count,
+        forgotten=_count,
+    ),
     "flows": _object(tracked=_count, limit=_count, translated=_count, aged=_count),
     "checkpoints": _object(
         total=_count,
@@ -213,6 +222,7 @@ class Status:
     engine: dict[str, int]
     held: dict[str, int]
     wait: dict[str, Any]
+    fast: dict[str, Any]  # waits: as wait.buckets, of FAST_WAIT_BUCKETS; waiting: of the stashes
     flows: dict[str, int]
     checkpoints: dict[str, Any]  # last: null before the first
     ring: dict[str, int]
@@ -262,6 +272,12 @@ def empty(pair: str, role: str) -> Status:
         engine={name: 0 for name, _ in names},
         held={"packets": 0, "bytes": 0, "limit": 0},
         wait={"buckets": [0] * (len(WAIT_BUCKETS) + 1), "sum": 0.0},
+        fast={
+            "waits": [0] * (len(FAST_WAIT_BUCKETS) + 1),
+            "stashes": 0,
+            "waiting": 0,
+            "forgotten": 0,
+        },
         flows={"tracked": 0, "limit": 0, "translated": 0, "aged": 0},
         checkpoints={
             "total": 0,
