@@ -7,7 +7,7 @@
 #ifndef COLO_COMMON_H
 #define COLO_COMMON_H
 
-#define COLO_ABI 2
+#define COLO_ABI 3
 
 /* skb->mark of a frame that the controller has let go, or that the mirror put
  * on the tap: it was decided elsewhere. Guests cannot set it (tun clears it). */
@@ -47,7 +47,10 @@ enum colo_cfg {
 	CFG_FAST = 10,	       /* 1: verdicts in the kernel (fast.h) */
 	CFG_FAST_SINCE = 11,   /* user space's: what fast.h knew in older epochs is void */
 	CFG_UPLINK = 12, /* ifindex; 0: what tier K releases goes by way of the tap's bridge */
-	CFG_MAX = 16,
+	CFG_ORDER = 13,	       /* user space's: when a person asked for a failover, see datapath.py */
+	CFG_ROLE = 14,	       /* user space's: enum colo_role; 0: as configured */
+	CFG_BASE_EPOCH = 15,   /* primary: offsets of this epoch are the guest's for good; 0: none */
+	CFG_MAX = 32,
 };
 
 enum colo_loss_policy {

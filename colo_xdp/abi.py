@@ -9,7 +9,7 @@ from __future__ import annotations
 import struct
 from enum import IntEnum
 
-ABI = 2
+ABI = 3
 MARK = 0xC0105EED
 TPID = 0x88A8
 EPOCH_MASK = 0x0FFF
@@ -47,7 +47,10 @@ class Cfg(IntEnum):
     FAST = 10
     FAST_SINCE = 11
     UPLINK = 12
-    MAX = 16
+    ORDER = 13
+    ROLE = 14
+    BASE_EPOCH = 15
+    MAX = 32
 
 
 class LossPolicy(IntEnum):

@@ -162,23 +162,33 @@ def checkpoint(where: Where = None, run_dir: RunDir = RUN_DIR) -> None:
 @app.command()
 def failover(
     where: Where = None,
-    dry_run: Annotated[bool, typer.Option(help="Print the steps and do nothing.")] = False,
+    planned: Annotated[
+        bool, typer.Option("--planned", help="Both live: a checkpoint, then the SVM goes on.")
+    ] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Your word that the other guest is silent; no fence.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the steps and do nothing.")
+    ] = False,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
     run_dir: RunDir = RUN_DIR,
 ) -> None:
     """Let this host's guest go on alone: the SVM takes over, or the PVM goes solo.
 
     The other guest must be silent for certain: the configured fence command is run
-    first. Without one, you are the fence.
+    first. Without one, you are the fence. --planned, on either host, changes the guest
+    that speaks while both live, and loses nothing.
     """
-    plan = _ask(where, run_dir, "failover", dry_run=True)
+    what = {"planned": planned, "force": force}
+    plan = _ask(where, run_dir, "failover", dry_run=True, **what)
     for i, step in enumerate(plan["steps"], 1):
         typer.echo(f"{i}. {step}")
     if dry_run:
         return
-    if not yes and sys.stdin.isatty():
+    if not yes and not planned and sys.stdin.isatty():
         typer.confirm("Is the other host's guest certain to be silent?", abort=True)
-    r = _ask(where, run_dir, "failover")
+    r = _ask(where, run_dir, "failover", **what)
     typer.echo(f"{r['state']}: {r.get('reason', '')}")
     if not r["done"]:
         raise typer.Exit(FAILED)

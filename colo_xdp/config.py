@@ -63,6 +63,12 @@ class Network:
         'the guest\'s MAC address, announced at a takeover; "": QEMU is asked',
         default="",
     )
+    guest_addresses: tuple[str, ...] = checks.key(
+        checks.ip_addresses,
+        "addresses of the guest that are announced at a takeover, besides those that connections "
+        "were seen to",
+        default=(),
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,6 +76,11 @@ class Qemu:
     """[qemu]: QMP and migration. Times in ms."""
 
     qmp: str = checks.key(checks.socket_path, "unix socket of this host's QEMU (QMP)")
+    qmp_oob: str = checks.key(
+        checks.or_empty(checks.socket_path, "the first one's"),
+        "second QMP socket, for the way past a hung main loop (yank)",
+        default="",
+    )
     migrate_uri: str = checks.key(
         checks.or_empty(
             checks.pattern(

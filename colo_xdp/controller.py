@@ -23,7 +23,7 @@ from .config import Config, ConfigError, load
 from .datapath import DataPath
 from .failover import Action, Decision, Facts, Role, State, decide
 from .peer import Peer
-from .qmp import QemuInfo, Qmp, QmpError, refusal
+from .qmp import QemuInfo, Qmp, QmpError, QmpTimeout, refusal
 from .qmp_event import QmpEvent
 from .ring import Event
 
@@ -32,6 +32,7 @@ log = logging.getLogger("colo_xdp")
 TICK_S = 0.01
 QMP_RETRY_S = 0.2
 DEATH_S = 2.0  # how long a lost QMP connection may wait for the tap's carrier to tell why
+HUNG_S = 1.0  # QEMU answers x-colo-lost-heartbeat in 0.1 s; after this its main loop hangs
 RING_BATCH = 512
 
 
@@ -47,7 +48,7 @@ class Controller(ABC):
         self.since = time.time()
         self.history: deque[dict[str, Any]] = deque(maxlen=64)
         self.paused = self.shadow = False
-        self.operator = False
+        self.operator = self.forced = False
         self.fence_result: bool | None = None
         self._fence_failed_ns = 0
         self._born_ns = time.monotonic_ns()
@@ -79,6 +80,10 @@ class Controller(ABC):
             on_message=self._peer_message,
         )
         self.qmp = self._new_qmp()
+        self.oob: Qmp | None = None  # the second socket, if one is configured
+        if datapath.adopted and datapath.order:
+            # Whoever was asked has died on the way. Every step of it can be done twice.
+            self.operator, self.forced = True, datapath.order == "force"
 
     # ---- to be filled by the two sides
 
@@ -176,6 +181,7 @@ class Controller(ABC):
             with contextlib.suppress(QmpError):
                 self.qmp = self._new_qmp()
                 self.qemu_info = await self.qmp.connect()
+                await self._connect_oob()
                 log.info("QMP is back")
                 await self.on_qemu()
                 return
@@ -199,12 +205,39 @@ class Controller(ABC):
                     log.info("%s; waiting for it", e)
                 await asyncio.sleep(QMP_RETRY_S)
                 continue
+            await self._connect_oob()
             why = refusal(self.qemu_info)
             if why:
                 self.become(State.STOPPED, why)
                 return
             await self.on_qemu()
             return
+
+    async def _connect_oob(self) -> None:
+        path = self.config.qemu.qmp_oob
+        if not path:
+            return
+        if self.oob is not None:
+            await self.oob.close()
+        name, seconds = f"{self.qmp.name} (oob)", self.config.qemu.qmp_timeout / 1000
+        self.oob = Qmp(path, name, seconds, lambda e: None, lambda why: None)
+        try:
+            await self.oob.open()  # now: a QEMU that hangs accepts nobody
+        except QmpError as e:
+            self.oob = None
+            log.warning("[qemu] qmp_oob: %s", e)
+
+    async def leave_colo(self) -> None:
+        """x-colo-lost-heartbeat. A main loop that waits for the dead peer is freed by yank first.
+
+        Raises QmpError when QEMU answers neither way.
+        """
+        try:
+            await self.qmp.lost_heartbeat(HUNG_S)
+        except QmpTimeout as e:
+            log.warning("%s: cutting its migration channel (yank)", e)
+            await (self.oob or self.qmp).yank()
+            await self.qmp.lost_heartbeat()
 
     # ---- peer
 
@@ -290,7 +323,7 @@ class Controller(ABC):
             peer_vm_gone=self.peer_vm_gone,
             colo_exit=self.colo_exit,
             automatic=f.automatic and not self.paused,
-            fence_configured=bool(f.fence),
+            fence_configured=bool(f.fence) and not self.forced,
             fence_result=self.fence_result,
             operator=self.operator,
             checkpoint_overdue=self.checkpoint_overdue,
@@ -380,6 +413,8 @@ class Controller(ABC):
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self.peer.close()
         await self.qmp.close()
+        if self.oob is not None:
+            await self.oob.close()
 
     async def finished(self) -> None:
         """Until an internal error ends the controller."""
@@ -451,29 +486,50 @@ class Controller(ABC):
         return {"mode": self.shown_state().value}
 
     @abstractmethod
-    def failover_steps(self) -> list[str]:
+    def failover_steps(self, *, planned: bool, force: bool) -> list[str]:
         """What a failover would do now, step by step."""
 
+    @abstractmethod
+    async def hand_over(self, deadline: float) -> bool:
+        """Planned: a checkpoint, then the SVM goes on and the PVM is silent. Whether it is done.
+
+        Raises ValueError when it cannot begin.
+        """
+
     async def _command_failover(self, args: dict[str, Any]) -> dict[str, Any]:
-        steps = self.failover_steps()
+        planned, force = args.get("planned", False), args.get("force", False)
+        if planned is True and force is True:
+            raise ValueError("planned or force: a peer that is dead takes part in no plan")
+        steps = self.failover_steps(planned=bool(planned), force=bool(force))
         if args.get("dry_run"):
             return {"steps": steps, "done": False, "state": self.state.value}
+        if planned:
+            c, q = self.config.checkpoint, self.config.qemu
+            end = time.monotonic() + (c.deadline + 2 * q.qmp_timeout) / 1000
+            done = await self.hand_over(end)
+            return {
+                "steps": steps, "done": done, "state": self.state.value, "reason": self.reason,
+            }  # fmt: skip
         if self.state in (State.SOLO, State.TAKEN_OVER):
             return {"steps": [], "done": True, "state": self.state.value, "reason": self.reason}
         if self.state in (State.STARTING, State.STOPPED):
             raise ValueError(f"no failover from state {self.state.value}: {self.reason}")
-        self.operator, self.fence_result = True, None
+        self.operator, self.forced, self.fence_result = True, bool(force), None
+        self.dp.order = "force" if force else "failover"
         deadline = time.monotonic() + 30 + self.config.failover.fence_timeout / 1000
-        while time.monotonic() < deadline:
-            self._decide()
-            if self.state in (State.SOLO, State.TAKEN_OVER, State.STOPPED):
-                break
-            if self.fence_result is False:
-                self.operator = False
-                raise ValueError(
-                    "the fence command failed: the peer may be alive, nothing is opened"
-                )
-            await asyncio.sleep(TICK_S)
+        try:
+            while time.monotonic() < deadline:
+                self._decide()
+                if self.state in (State.SOLO, State.TAKEN_OVER, State.STOPPED):
+                    break
+                if self.fence_result is False and not self.forced:
+                    self.operator = False
+                    raise ValueError(
+                        "the fence command failed: the peer may be alive, nothing is opened"
+                    )
+                await asyncio.sleep(TICK_S)
+        finally:
+            self.dp.order = ""
         done = self.state in (State.SOLO, State.TAKEN_OVER)
         return {"steps": steps, "done": done, "state": self.state.value, "reason": self.reason}
 

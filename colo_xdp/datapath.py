@@ -25,6 +25,8 @@ log = logging.getLogger("colo_xdp.datapath")
 _U32 = struct.Struct("=I")
 _U64 = struct.Struct("=Q")
 
+ORDER_NS = 60_000_000_000  # for how long a person's word outlives the controller that heard it
+
 PRIMARY_HOOKS = (("pvm_in", "tap", "egress"), ("svm_arrival", "peer", "ingress"))
 SECONDARY_HOOKS = (("svm_net", "tap", "egress"), ("svm_in", "peer", "ingress"))
 
@@ -196,6 +198,23 @@ class DataPath:
     @shadowed.setter
     def shadowed(self, value: int) -> None:
         self._write(Cfg.SHADOW, value)
+
+    @property
+    def order(self) -> str:
+        """What a person asked for that may not be done yet: "", "failover" or "force".
+
+        Kept where it dies with the data path, and dated: a controller that is started anew
+        within ORDER_NS goes on with it, a later one does not.
+        """
+        value = self._read(Cfg.ORDER)
+        if not value or time.monotonic_ns() - value > ORDER_NS:
+            return ""
+        return "force" if value & 1 else "failover"
+
+    @order.setter
+    def order(self, what: str) -> None:
+        now = time.monotonic_ns()
+        self._write(Cfg.ORDER, {"": 0, "failover": now & ~1, "force": now | 1}[what])
 
     def beat(self) -> None:
         """Tell the programs that the controller lives."""

@@ -43,6 +43,19 @@ class FlowTable:
         self.translated = 0
         self.aged = 0
 
+    def guest_addresses(self, limit: int) -> set[tuple[bytes, int]]:
+        """Up to `limit` addresses of the guest that connections were seen to.
+
+        Each of 16 bytes (IPv4 mapped), with its tags (struct colo_flow_key.vlan).
+        """
+        found: set[tuple[bytes, int]] = set()
+        for key, _ in self._map.items():
+            guest, _client, _gp, _cp, vlan = abi.FLOW_KEY.unpack(key)
+            found.add((guest, vlan))
+            if len(found) >= limit:
+                break
+        return found
+
     def sweep(self, epoch: int, taken_over: bool) -> None:
         """Delete what is old or closed. Entries of former epochs have offset 0: nothing is lost."""
         now = time.monotonic_ns()

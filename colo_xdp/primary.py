@@ -21,7 +21,7 @@ from . import abi
 from .abi import Mode
 from .compare import Engine
 from .config import Config
-from .controller import Controller
+from .controller import TICK_S, Controller
 from .datapath import DataPath
 from .failover import Action, Role, State
 from .journal import Divergence, Entry, Journal
@@ -103,6 +103,7 @@ class Primary(Controller):
         self._wake = asyncio.Event()
         self._peer_ready = False
         self._guard: asyncio.Task[Any] | None = None
+        self._quitting: asyncio.Task[Any] | None = None
         self._ck: Checkpoint | None = None
         self._lost = datapath.lost_events()
         self._lost_checked = 0
@@ -200,6 +201,11 @@ class Primary(Controller):
                 self._stand_down("the secondary speaks for the guest")
         elif kind == "taken":
             self._stand_down(f"the secondary took over: {msg['why']}")
+        elif kind == "plan":
+            try:
+                self._plan(msg["why"])
+            except ValueError as e:
+                log.warning("no hand-over: %s", e)
         elif ck is not None and kind in ("begun", "done", "failed") and msg["n"] == ck.n:
             if kind == "begun":
                 ck.begun = True
@@ -215,6 +221,15 @@ class Primary(Controller):
         if self._guard is not None:
             self._guard.cancel()
         self.become(State.STOPPED, why)
+        if self._quitting is None or self._quitting.done():
+            self._quitting = self.spawn(self._quit_qemu())
+
+    async def _quit_qemu(self) -> None:
+        """The other guest has spoken alone: this one is worthless, and its place is needed."""
+        try:
+            await self.qmp.quit()
+        except QmpError as e:
+            log.info("%s (its QEMU is left as it is)", e)
 
     async def on_qemu(self) -> None:
         if self._guard is None and self.state not in (State.STOPPED, State.SOLO):
@@ -364,7 +379,14 @@ class Primary(Controller):
             held = (self.engine.held_packets, self.engine.held_bytes)
             self.engine.commit_checkpoint(ck.stop_ns, n, time.monotonic_ns())
             self.dp.epoch = n
-            self.dp.mode = Mode.RUN
+            if cause == Cause.PLANNED:
+                # Nothing that is newer than the state which the SVM has loaded has left or will:
+                # the guests are equal, and this one is silent from here on, whoever dies next.
+                self.dp.mode = Mode.DROP
+                self.become(State.STOPPED, f"handed over to the secondary: {detail}")
+                self.peer.send("gone", why="planned failover", alone=self.spoke_alone)
+            else:
+                self.dp.mode = Mode.RUN
             if self._leave_shadow:
                 self._leave_shadow = self.shadow = False
             self._beat()  # a secondary that has just entered waits for this word
@@ -383,7 +405,8 @@ class Primary(Controller):
             "at": time.time(),
         }
         self.checkpoint_overdue = False
-        self.become(State.PROTECTED, f"both guests are equal as of epoch {n} ({cause})")
+        if cause != Cause.PLANNED:
+            self.become(State.PROTECTED, f"both guests are equal as of epoch {n} ({cause})")
 
     def _record(self, want: Want, ck: Checkpoint, held: tuple[int, int], failed: str = "") -> None:
         d = want.why
@@ -449,14 +472,40 @@ class Primary(Controller):
         self.dp.mode = Mode.BYPASS
         self._drain()
         try:
-            await self.qmp.lost_heartbeat()
+            await self.leave_colo()
         except QmpError as e:
             log.warning("%s (the PVM goes on all the same)", e)
         self.become(State.SOLO, f"{why}; {released} held frames released")
 
-    def failover_steps(self) -> list[str]:
-        f = self.config.failover
-        steps = [f"fence the secondary: {' '.join(f.fence)}"] if f.fence else []
+    def _plan(self, why: str) -> None:
+        if self.state not in (State.PROTECTED, State.CHECKPOINTING):
+            raise ValueError(f"no planned failover from state {self.state.value}: {self.reason}")
+        if self.shadow or self._leave_shadow:
+            raise ValueError("no planned failover from shadow mode: leave it first")
+        self._want = Want(Cause.PLANNED.value, why)
+        self._wake.set()
+
+    async def hand_over(self, deadline: float) -> bool:
+        failed = self.checkpoints_failed
+        self._plan("asked by the operator")
+        while time.monotonic() < deadline and self.checkpoints_failed == failed:
+            if self.state is State.STOPPED and self.peer_state == State.TAKEN_OVER.value:
+                return True
+            await asyncio.sleep(TICK_S)
+        return False
+
+    def failover_steps(self, *, planned: bool, force: bool) -> list[str]:
+        f, qmp = self.config.failover, self.config.qemu.qmp
+        if planned:
+            return [
+                "hold every frame of both guests",
+                f"QMP {qmp}: migrate-set-parameters x-checkpoint-delay (a checkpoint)",
+                "release what the PVM sent before its STOP",
+                "data path: drop (the PVM is silent)",
+                "the secondary: x-colo-lost-heartbeat, data path: takeover, announcements",
+                f"QMP {qmp}: quit",
+            ]
+        steps = [f"fence the secondary: {' '.join(f.fence)}"] if f.fence and not force else []
         held = self.engine.held_packets
         return [
             *steps,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-VERSION = 2
+VERSION = 3
 MAX_LINE = 65536
 
 #: type -> {field: type}. Every field is required; unknown ones are refused.
@@ -41,6 +41,8 @@ MESSAGES: dict[str, dict[str, type]] = {
     "gone": {"why": str, "alone": bool},
     # P: shut your guest in, mine speaks alone from now on or wants to
     "solo": {"why": str},
+    # S: hand over, as a planned failover asked for on this side
+    "plan": {"why": str},
     # S: it speaks for the guest from now on
     "taken": {"why": str},
     # the controller stops on purpose; the guests go on

@@ -147,7 +147,11 @@ class Lab:
         port = 9847 if role == "primary" else 9848
         sections: dict[str, dict[str, Any]] = {
             "network": {"tap": "tap0", "peer_link": "peer0", "bridge": "br0"},
-            "qemu": {"qmp": str(self.work / f"{role}.qmp"), "migrate_uri": self._migrate_uri},
+            "qemu": {
+                "qmp": str(self.work / f"{role}.qmp"),
+                "qmp_oob": str(self.work / f"{role}.oob.qmp"),
+                "migrate_uri": self._migrate_uri,
+            },
             "peer": {
                 "local": f"{local}:9846",
                 "remote": f"{remote}:9846",

@@ -56,6 +56,7 @@ class Side:
         self.mode, self.epoch, self.beat_ns = Mode.BYPASS if primary else Mode.DROP, 0, 0
         self.loaded = False
         self.shadowed = 0
+        self.order = ""
         self.ring: deque[Event] = deque()
         self.lost = 0
         self.rewriter = Tracker()
@@ -249,6 +250,15 @@ class SimDataPath:
     def shadowed(self, value: int) -> None:
         if not self.dead:
             self._side.shadowed = value
+
+    @property
+    def order(self) -> str:
+        return self._side.order
+
+    @order.setter
+    def order(self, what: str) -> None:
+        if not self.dead:
+            self._side.order = what
 
     def beat(self) -> None:
         if not self.dead:
@@ -485,7 +495,7 @@ class SimQmp:
     async def status(self) -> str:
         return (await self._call("status")).status()
 
-    async def migration_status(self) -> str:
+    async def migration_status(self, timeout: float | None = None) -> str:
         return (await self._call("query-migrate")).migration
 
     async def prepare(self, *, primary: bool) -> None:
@@ -497,7 +507,13 @@ class SimQmp:
     async def trigger_checkpoint(self) -> None:
         (await self._call("trigger")).checkpoint(first=False)
 
-    async def lost_heartbeat(self) -> None:
+    async def yank(self) -> None:
+        await self._call("yank")
+
+    async def quit(self) -> None:
+        (await self._call("quit")).die()
+
+    async def lost_heartbeat(self, timeout: float | None = None) -> None:
         (await self._call("x-colo-lost-heartbeat")).lost_heartbeat()
 
     async def execute(self, command: str, args: Any = None, timeout: Any = None) -> Any:

@@ -41,6 +41,7 @@ class FakeDataPath:
     def __init__(self, mode: Mode, *, adopted: bool = False) -> None:
         self.mode, self.adopted, self.epoch, self.shadowed = mode, adopted, 7, 0
         self.fast = None
+        self.order = ""
         self.injectors = {n: FakeInjector() for n in ("release", "deliver", "forward")}
         self.objects = SimpleNamespace(
             map=lambda name: SimpleNamespace(info=SimpleNamespace(max_entries=8), items=lambda: [])
@@ -277,3 +278,111 @@ def test_a_shadow_ends_with_a_later_checkpoint_only() -> None:
     assert again.shadow
     again._peer_message(beat | {"epoch": 8, "shadow": False})
     assert not again.shadow and not dp.shadowed
+
+
+class FakeQmp:
+    """Answers as a QEMU that has left COLO at once."""
+
+    def __init__(self) -> None:
+        self.connected, self.said = True, []  # type: tuple[bool, list[str]]
+        self.colo = True
+
+    async def migration_status(self, timeout: float | None = None) -> str:
+        return "colo" if self.colo else "completed"
+
+    async def lost_heartbeat(self, timeout: float | None = None) -> None:
+        self.said.append("lost_heartbeat")
+        self.colo = False
+
+    async def status(self) -> str:
+        return "running"
+
+    async def execute(self, command: str) -> list[Any]:
+        return []
+
+
+BEAT = {"t": 1, "echo": 0, "vm": True, "alone": False, "shadow": False, "type": "beat"}
+
+
+def test_a_planned_failover_holds_until_this_side_speaks() -> None:
+    """What both said after the last checkpoint is neither lost nor translated."""
+
+    async def body() -> None:
+        c, dp, sent = secondary()
+        c.state = State.PROTECTED
+        c.qmp = FakeQmp()  # type: ignore[assignment]
+        c.on_message({"type": "begin", "n": 8, "cause": "planned", "initial": False})
+        t = time.monotonic_ns()
+        c.on_qmp(event("STOP", t + 15, t + 60))
+        c.on_qmp(event("RESUME", t + 30, t + 60))
+        for at, source, text in (
+            (t + 20, Source.SVM, b"old guest"),
+            (t + 40, Source.SVM, b"new guest"),
+            (t + 50, Source.CLIENT, b"client"),
+        ):
+            c.on_event(Event(source, at, 7, tcp(text), 0, False))
+        assert sent.kinds() == ["begun", "done"]
+        assert dp.mode is Mode.CHECKPOINT and dp.epoch == 7
+        c._peer_message(BEAT | {"state": "stopped", "epoch": 8, "shut": True})
+        assert c._busy is not None
+        await c._busy
+        assert c.state is State.TAKEN_OVER and dp.mode is Mode.TAKEOVER and dp.epoch == 8
+        assert b"client" in dp.injectors["deliver"].frames[0]
+        forwarded = b"".join(dp.injectors["forward"].frames)
+        assert b"new guest" in forwarded and b"old guest" not in forwarded
+
+    in_loop(body)
+
+
+def test_a_planned_failover_that_the_primary_gave_up_ends_as_a_checkpoint() -> None:
+    c, dp, _ = secondary()
+    c.state = State.PROTECTED
+    c.qmp = FakeQmp()  # type: ignore[assignment]
+    c.on_message({"type": "begin", "n": 8, "cause": "planned", "initial": False})
+    t = time.monotonic_ns()
+    c.on_qmp(event("STOP", t + 15, t + 60))
+    c.on_qmp(event("RESUME", t + 30, t + 60))
+    c.on_message(BEAT | {"state": "protected", "epoch": 8, "shut": False})
+    assert c.state is State.PROTECTED and dp.mode is Mode.RUN and dp.epoch == 8
+
+
+def test_the_primarys_epoch_tells_a_new_secondary_controller_what_its_guest_has_loaded() -> None:
+    async def body() -> None:
+        c, dp, _ = secondary(Mode.CHECKPOINT)
+        c.qmp = FakeQmp()  # type: ignore[assignment]
+        c._peer_message(BEAT | {"state": "stopped", "epoch": 8, "shut": True})
+        assert c._busy is not None
+        await c._busy
+        assert c.state is State.TAKEN_OVER and dp.epoch == 8
+
+    in_loop(body)
+
+
+@pytest.mark.parametrize("order", ["failover", "force"])
+def test_a_persons_word_outlives_the_controller_that_heard_it(order: str) -> None:
+    async def body() -> None:
+        c, dp, _ = secondary()
+        dp.order = order
+        c = Secondary(c.config, dp)  # type: ignore[arg-type]
+        c.qmp = FakeQmp()  # type: ignore[assignment]
+        object.__setattr__(c.config.failover, "fence", ("/bin/false",))
+        c._decide()
+        assert c._busy is not None
+        await c._busy
+        if order == "force":
+            assert c.state is State.TAKEN_OVER and dp.mode is Mode.TAKEOVER
+        else:
+            assert c.fence_result is False and dp.mode is Mode.RUN
+
+    in_loop(body)
+
+
+def test_planned_and_force_exclude_each_other() -> None:
+    c, _, _ = secondary()
+    with pytest.raises(ValueError, match="planned or force"):
+        asyncio.run(c.command("failover", {"planned": True, "force": True}))
+    c.state = State.DEGRADED
+    with pytest.raises(ValueError, match="no planned failover from state degraded"):
+        asyncio.run(c.command("failover", {"planned": True}))
+    steps = asyncio.run(c.command("failover", {"planned": True, "dry_run": True}))["steps"]
+    assert "a checkpoint" in steps[0] and any("yank" in s for s in steps)
