@@ -115,7 +115,7 @@ class Twin(ABC):
         self.ooo: list[tuple[int, bytes, int, int, int]] = []  # seq, then as above
         self.sack: int | None = None  # highest ack
         # what it sent again and the history does not reach: seq, frame, off, end
-        self.again: deque[tuple[int, bytes, int, int]] = deque(maxlen=MAX_AGAIN)
+        self.again: list[tuple[int, bytes, int, int]] = []
         self.sfin: int | None = None
         self.sfin_at = self.srst_at = 0
         self.srst: list[tuple[bool, int]] = []  # resets with no twin yet
@@ -268,6 +268,7 @@ class Twin(ABC):
                         host.count("svm_retransmit")
                         if self.ver is not None and diff(self.ver, p.seq) > self.hist.size:
                             self.again.append((p.seq, p.frame, off, p.end))
+                            del self.again[:-MAX_AGAIN]
                         return
                     off -= d
             if send is None or d > 0:
