@@ -46,10 +46,10 @@ enum colo_cfg {
 	CFG_SHADOW = 9,	       /* user space's: 1 + epoch in which the PVM spoke uncompared */
 	CFG_FAST = 10,	       /* 1: verdicts in the kernel (fast.h) */
 	CFG_FAST_SINCE = 11,   /* user space's: what fast.h knew in older epochs is void */
-	CFG_UPLINK = 12, /* ifindex; 0: what tier K releases goes by way of the tap's bridge */
-	CFG_ORDER = 13,	       /* user space's: when a person asked for a failover, see datapath.py */
-	CFG_ROLE = 14,	       /* user space's: enum colo_role; 0: as configured */
-	CFG_BASE_EPOCH = 15,   /* primary: offsets of this epoch are the guest's for good; 0: none */
+	CFG_UPLINK = 12,     /* ifindex; 0: what tier K releases goes by way of the tap's bridge */
+	CFG_ORDER = 13,	     /* user space's: when a person asked for a failover, see datapath.py */
+	CFG_ROLE = 14,	     /* user space's: enum colo_role; 0: as configured */
+	CFG_BASE_EPOCH = 15, /* primary: offsets of this epoch are the guest's for good; 0: none */
 	CFG_MAX = 32,
 };
 
