@@ -53,6 +53,16 @@ enum colo_cfg {
 	CFG_MAX = 32,
 };
 
+/* Which guest this host runs, when that is no longer what the configuration says. */
+enum colo_role {
+	ROLE_CONFIGURED = 0,
+	ROLE_PRIMARY = 1,
+	ROLE_SECONDARY = 2,
+};
+
+/* colo_flow.epoch of an offset that checkpoints do not end: the PVM itself has it. */
+#define COLO_EPOCH_BASE 0xFFFFFFFFu
+
 enum colo_loss_policy {
 	LOSS_HOLD = 0,	  /* no controller: the PVM's output is dropped and counted */
 	LOSS_RELEASE = 1, /* no controller: it passes uncompared and is counted */
@@ -71,7 +81,9 @@ enum colo_prog {
 	PROG_SVM_NET = 8,     /* tap S, toward the guest: after failover the network's frames */
 	PROG_SVM_OUT_XDP = 9, /* tap S, from the guest, XDP: rewriting for plain taps */
 	PROG_FAST = 10,	      /* not a program: why tier K handed over (R_HAND_*) */
-	PROG_MAX = 11,
+	PROG_GUEST_IN = 11,   /* tap P, toward a guest that has kept its own numbers */
+	PROG_GUEST_OUT = 12,  /* tap P, from it */
+	PROG_MAX = 13,
 };
 
 /* Why a program did what it did: second index of the counters. */

@@ -195,6 +195,20 @@ def failover(
 
 
 @app.command()
+def reprotect(where: Where = None, run_dir: RunDir = RUN_DIR) -> None:
+    """Give a guest that is alone a new secondary: on either host.
+
+    Where the other guest was, `[qemu] incoming` starts a QEMU; without it you do, with -incoming.
+    The rest needs nobody.
+    """
+    r = _ask(where, run_dir, "reprotect")
+    if r["here"] and not r["command"]:
+        typer.echo("start this host's QEMU now, with -incoming: see `qemu.incoming` for a command")
+    else:
+        typer.echo("asked for: see `colo-xdp status --watch`")
+
+
+@app.command()
 def mode(
     name: Annotated[ModeName | None, typer.Argument(help="Print it, or set it.")] = None,
     where: Annotated[str | None, typer.Option("--config", help="As for status.")] = None,

@@ -33,6 +33,8 @@ TICK_S = 0.01
 QMP_RETRY_S = 0.2
 DEATH_S = 2.0  # how long a lost QMP connection may wait for the tap's carrier to tell why
 HUNG_S = 1.0  # QEMU answers x-colo-lost-heartbeat in 0.1 s; after this its main loop hangs
+IN_COLO = ("colo", "active")  # states of the migration that x-colo-lost-heartbeat ends
+INCOMING_S = 10.0  # deadline of the command that starts a QEMU, and the time between two tries
 RING_BATCH = 512
 
 
@@ -55,7 +57,9 @@ class Controller(ABC):
         self.colo_exit = False
         self.vm_gone = False
         self.peer_vm_gone = False
-        self.peer_state = ""
+        self.peer_state = self.peer_role = ""
+        self.role_changed = False  # the next controller of this host is the other guest's
+        self._successor: asyncio.Task[None] | None = None
         self.peer_epoch = 0
         self.checkpoint_overdue = False
         self.stood_down = False  # shut in because the primary asked
@@ -121,6 +125,8 @@ class Controller(ABC):
         if state is not self.state and not (state in flips and self.state in flips):
             self.history.append({"at": self.since, "state": state.value, "reason": why})
         self.state, self.reason = state, why
+        if state is State.STOPPED:
+            self.await_successor()
         log.info("%s %s: %s: %s", self.config.pair, self.role.value, state.value, why)
 
     def shown_state(self) -> State:
@@ -148,7 +154,7 @@ class Controller(ABC):
     # ---- QEMU
 
     def _new_qmp(self) -> Qmp:
-        name = "PVM" if self.config.role == "primary" else "SVM"
+        name = "PVM" if self.role is Role.PRIMARY else "SVM"
         return Qmp(
             self.config.qemu.qmp,
             name,
@@ -165,6 +171,8 @@ class Controller(ABC):
 
     def _qmp_closed(self, why: str) -> None:
         log.warning("%s", why)
+        if self.state is State.STOPPED:
+            return  # await_successor() looks for the next one
         self.spawn(self._after_qmp_loss()).add_done_callback(lambda _t: self._decide())
 
     async def _after_qmp_loss(self) -> None:
@@ -237,7 +245,9 @@ class Controller(ABC):
         except QmpTimeout as e:
             log.warning("%s: cutting its migration channel (yank)", e)
             await (self.oob or self.qmp).yank()
-            await self.qmp.lost_heartbeat()
+            # The first one may have been carried out since.
+            if await self.qmp.migration_status() in IN_COLO:
+                await self.qmp.lost_heartbeat()
 
     # ---- peer
 
@@ -258,6 +268,7 @@ class Controller(ABC):
         kind = msg["type"]
         if kind == "beat":
             self.peer_state, self.peer_epoch = msg["state"], msg["epoch"]
+            self.peer_role = msg["role"]
             if self.role is Role.SECONDARY:
                 self._shadow_word(msg["shadow"], msg["epoch"])
             if msg["shut"]:
@@ -267,6 +278,8 @@ class Controller(ABC):
             self._peer_t = msg["t"]
         elif kind == "gone":
             self._peer_shut(msg["alone"])
+        elif kind == "reprotect":
+            self.incoming_wanted = True
         self.on_message(msg)
         self._decide()
 
@@ -299,6 +312,7 @@ class Controller(ABC):
             shut=self.state is State.STOPPED and self.dp.mode is Mode.DROP,
             alone=self.spoke_alone,
             shadow=self.role is Role.PRIMARY and self.shadow,
+            role=self.role.value,
         )
         self._peer_t = 0
 
@@ -369,6 +383,89 @@ class Controller(ABC):
         log.info("fence: exit status %d", status)
         return status == 0
 
+    # ---- the guest after this one
+
+    incoming_wanted = False
+
+    def superseded(self) -> bool:
+        """Whether this host's guest is worthless, since the other one is certain to speak alone."""
+        speaks = (State.SOLO.value, State.STARTING.value)
+        return self.peer.connected and (
+            self.peer_state == State.TAKEN_OVER.value
+            or (self.peer_role == Role.PRIMARY.value and self.peer_state in speaks)
+        )
+
+    @abstractmethod
+    async def succeed(self) -> None:
+        """This host's QEMU is a new one that waits for the other guest's state."""
+
+    def await_successor(self) -> None:
+        """From now on look for a QEMU that waits (-incoming) in place of the one that is over."""
+        if self._successor is None or self._successor.done():
+            self._successor = self.spawn(self._await_successor())
+
+    async def _await_successor(self) -> None:
+        started = 0.0
+        while self.state is State.STOPPED and not self.role_changed:
+            await asyncio.sleep(QMP_RETRY_S)
+            if not self.superseded():
+                continue
+            if not self.qmp.connected:
+                with contextlib.suppress(QmpError):
+                    self.qmp = self._new_qmp()
+                    self.qemu_info = await self.qmp.connect()
+                    await self._connect_oob()
+            status = ""
+            with contextlib.suppress(QmpError):
+                status = await self.qmp.status()
+            if status == "inmigrate":
+                await self.succeed()
+                continue
+            with contextlib.suppress(QmpError):
+                if status:
+                    await self.qmp.quit()
+            wanted, self.incoming_wanted = self.incoming_wanted, False
+            now = time.monotonic()
+            if self.config.qemu.incoming and (wanted or now - started > INCOMING_S):
+                started = now
+                await self._start_incoming()
+
+    async def _start_incoming(self) -> None:
+        argv = self.config.qemu.incoming
+        log.info("starting this host's QEMU anew: %s", " ".join(argv))
+        try:
+            proc = await asyncio.create_subprocess_exec(*argv)
+            status = await asyncio.wait_for(proc.wait(), INCOMING_S)
+        except (OSError, TimeoutError) as e:
+            log.error("[qemu] incoming: %s", str(e) or f"no end within {INCOMING_S:g} s")
+            return
+        if status:
+            log.error("[qemu] incoming: exit status %d", status)
+
+    def change_role(self, why: str) -> None:
+        """End this controller; the next one on this host is that of the other guest."""
+        log.info("%s: %s: the roles change", self.config.pair, why)
+        self.dp.change_role()
+        self.role_changed = True
+        self._finished.set()
+
+    def _command_reprotect(self) -> dict[str, Any]:
+        if self.state is State.STOPPED:
+            if not self.superseded():
+                raise ValueError(f"the other guest is not known to speak: {self.reason}")
+            self.incoming_wanted = True
+            self.await_successor()
+            here = True
+        elif self.state in (State.SOLO, State.TAKEN_OVER) or (
+            self.role is Role.PRIMARY and self.state is State.STARTING
+        ):
+            if not self.peer.send("reprotect", why="asked by the operator"):
+                raise ValueError("the other host's controller does not answer: start it first")
+            here = False
+        else:
+            raise ValueError(f"nothing to do from state {self.state.value}: {self.reason}")
+        return {"here": here, "state": self.state.value, "command": list(self.config.qemu.incoming)}
+
     # ---- the loop
 
     async def start(self) -> None:
@@ -377,7 +474,10 @@ class Controller(ABC):
         loop = asyncio.get_running_loop()
         for fd in self.dp.reader.fds:
             loop.add_reader(fd, self._drain)
-        self.spawn(self._connect_qemu())
+        if self.state is State.STOPPED:
+            self.await_successor()
+        else:
+            self.spawn(self._connect_qemu())
         self.spawn(self._ticker())
 
     def _drain(self) -> None:
@@ -435,6 +535,8 @@ class Controller(ABC):
             return await self._command_failover(args)
         if name == "checkpoint":
             return await self.command_checkpoint(args)
+        if name == "reprotect":
+            return self._command_reprotect()
         if name == "reload":
             return self.reload()
         if name in ("explain", "capture"):

@@ -6,7 +6,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
-from . import abi, tcp_state
+from . import abi, rewrite, tcp_state
 from .loader import Map
 
 
@@ -26,11 +26,12 @@ class Flow:
     fin_client: int
     state: int
     have: int
+    have_client: int
 
 
 def decode(raw: bytes) -> Flow:
     """A flow from its map value."""
-    return Flow(*abi.FLOW.unpack(raw)[:12])
+    return Flow(*abi.FLOW.unpack(raw)[:13])
 
 
 class FlowTable:
@@ -56,13 +57,46 @@ class FlowTable:
                 break
         return found
 
-    def sweep(self, epoch: int, taken_over: bool) -> None:
+    def export(self, epoch: int) -> list[bytes]:
+        """Connections in the guest's own numbers, or about to be: key and value of each.
+
+        Those whose offset is of `epoch`, or for good (bpf/flow.h), and is not known to be 0.
+        """
+        out = []
+        for key, raw in self._map.items():
+            f = decode(raw)
+            if f.epoch not in (epoch, abi.EPOCH_BASE) or not (f.have or f.have_client):
+                continue
+            known = f.have & rewrite.HAVE_ISN_S and f.have_client & rewrite.HAVE_ISN_P
+            if f.off or f.tsoff or not known:
+                out.append(key + raw)
+        return out
+
+    def adopt(self, data: bytes, *, first: bool) -> None:
+        """Offsets for good, from export() of the host whose guest this one is a copy of.
+
+        `first`: they replace all. Raises ValueError when they are not whole, OSError when there is
+        no room.
+        """
+        size = abi.FLOW_KEY.size + abi.FLOW.size
+        if len(data) % size:
+            raise ValueError(f"{len(data)} bytes are not connections of {size}")
+        if first:
+            for key in list(self._map.keys()):
+                self._map.delete(key)
+        for at in range(0, len(data), size):
+            key = data[at : at + abi.FLOW_KEY.size]
+            words = abi.FLOW.unpack(data[at + abi.FLOW_KEY.size : at + size])
+            mine = (time.monotonic_ns(), abi.EPOCH_BASE, *words[2:])
+            self._map.set(key, abi.FLOW.pack(*mine))
+
+    def sweep(self, epoch: int) -> None:
         """Delete what is old or closed. Entries of former epochs have offset 0: nothing is lost."""
         now = time.monotonic_ns()
         tracked = translated = 0
         for key, raw in self._map.items():
             f = decode(raw)
-            stale = f.epoch != epoch
+            stale = f.epoch not in (epoch, abi.EPOCH_BASE)
             age = (now - f.seen_ns) / 1e9
             if age > tcp_state.timeout(f.state) or (stale and age > 1):
                 self._map.delete(key)

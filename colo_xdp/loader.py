@@ -34,10 +34,12 @@ OBJECTS: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
         ("svm_in", "svm_deliver", "svm_out", "svm_forward", "svm_net"),
         ("svm_out_xdp",),
     ),
+    # beside those of a primary whose guest has kept numbers of its own
+    "guest": ("guest.bpf.c", ("guest_in", "guest_out"), ()),
 }
 
 #: Programs that tier K has besides.
-FAST: dict[str, tuple[str, ...]] = {"primary": ("fast_ctl",), "secondary": ()}
+FAST: dict[str, tuple[str, ...]] = {"primary": ("fast_ctl",)}
 
 #: Shapes that a pinned map must have: key bytes, value bytes (None: any number of entries).
 _PINNED_SHAPES = {
@@ -236,7 +238,7 @@ class Objects:
                 f"-DCOLO_STASHES={options.stashes}",
                 f"-DCOLO_MAX_CONNS={options.conns}",
             ]
-            tc += FAST[role]
+            tc += FAST.get(role, ())
         if events == "perf":
             flags.append("-DCOLO_EVENTS_PERF")
         if options.rewrite_at_xdp:
@@ -329,9 +331,24 @@ def ring_supported() -> bool:
     return True
 
 
-def load(role: str, pair: str, bpffs: str, options: Options) -> Objects:
+def pinned_slot(directory: str, slot: abi.Cfg) -> int:
+    """A slot of the pinned `config` map; 0 when there is none."""
+    path = f"{directory}/config"
+    if not os.path.exists(path):
+        return 0
+    fd = _bpf.obj_get(path)
+    try:
+        k, v = ct.c_uint32(slot), ct.c_uint64()
+        found = import_bcc().libbcc.lib.bpf_lookup_elem(fd, ct.byref(k), ct.byref(v)) == 0
+        return v.value if found else 0
+    finally:
+        os.close(fd)
+
+
+def load(role: str, pair: str, bpffs: str, options: Options, home: str = "") -> Objects:
     """Compile and load a role's programs, taking over pinned maps of the same shape.
 
+    `home`: the host's role as configured, which names the pins, if it is another one.
     Raises LoadError with the compiler's or verifier's words.
     """
     import_bcc()
@@ -344,7 +361,7 @@ def load(role: str, pair: str, bpffs: str, options: Options) -> Objects:
             _bpf.mount_bpffs(bpffs)
         except OSError as e:
             raise LoadError(f"{bpffs} is not a BPF file system and cannot be mounted: {e}") from e
-    directory = pin_dir(bpffs, pair, role)
+    directory = pin_dir(bpffs, pair, home or role)
     os.makedirs(directory, exist_ok=True)
     bad = check_pins(directory, options)
     if bad:

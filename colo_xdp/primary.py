@@ -21,9 +21,10 @@ from . import abi
 from .abi import Mode
 from .compare import Engine
 from .config import Config
-from .controller import TICK_S, Controller
+from .controller import IN_COLO, INCOMING_S, TICK_S, Controller
 from .datapath import DataPath
 from .failover import Action, Role, State
+from .flowtable import FlowTable
 from .journal import Divergence, Entry, Journal
 from .qmp import QmpError
 from .qmp_event import QmpEvent
@@ -36,6 +37,8 @@ from .status import WAIT_BUCKETS
 log = logging.getLogger("colo_xdp.primary")
 
 REARM_S = 0.5
+SWEEP_S = 5.0
+BASE_PART = 290  # connections in one message: it must fit into wire.MAX_FLOWS_TEXT
 REFUSALS = 20  # tries before a secondary that keeps refusing counts as broken
 LOSS_CHECK_NS = 100_000_000
 
@@ -63,6 +66,7 @@ class Checkpoint:
     stop_ns: int = 0
     resume_ns: int = 0
     done: bool = False
+    based: int = 0  # parts of the guest's own offsets that the secondary has taken over
     failed: str = ""
     changed: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -103,8 +107,10 @@ class Primary(Controller):
         self._wake = asyncio.Event()
         self._peer_ready = False
         self._guard: asyncio.Task[Any] | None = None
-        self._quitting: asyncio.Task[Any] | None = None
         self._ck: Checkpoint | None = None
+        table = datapath.flows()
+        #: connections in numbers that this guest has kept since it took over
+        self.own = FlowTable(table) if table else None
         self._lost = datapath.lost_events()
         self._lost_checked = 0
         self.by_cause: Counter[str] = Counter()
@@ -196,6 +202,7 @@ class Primary(Controller):
         if kind == "ready":
             self._peer_ready, self.peer_vm_gone = True, False  # another SVM than the one that died
             self._wake.set()
+            self._protect_again()
         elif kind == "beat":
             if msg["state"] == State.TAKEN_OVER.value and self.state is not State.STOPPED:
                 self._stand_down("the secondary speaks for the guest")
@@ -206,6 +213,9 @@ class Primary(Controller):
                 self._plan(msg["why"])
             except ValueError as e:
                 log.warning("no hand-over: %s", e)
+        elif kind == "based" and ck is not None:
+            ck.based = max(ck.based, msg["n"] + 1)
+            ck.changed.set()
         elif ck is not None and kind in ("begun", "done", "failed") and msg["n"] == ck.n:
             if kind == "begun":
                 ck.begun = True
@@ -221,15 +231,66 @@ class Primary(Controller):
         if self._guard is not None:
             self._guard.cancel()
         self.become(State.STOPPED, why)
-        if self._quitting is None or self._quitting.done():
-            self._quitting = self.spawn(self._quit_qemu())
 
-    async def _quit_qemu(self) -> None:
-        """The other guest has spoken alone: this one is worthless, and its place is needed."""
-        try:
-            await self.qmp.quit()
-        except QmpError as e:
-            log.info("%s (its QEMU is left as it is)", e)
+    def _protect_again(self) -> None:
+        """A new secondary waits for the guest that has been alone until now."""
+        if self.state is State.SOLO and self._peer_ready:
+            self.become(State.STARTING, "a new secondary waits: protecting again")
+            self._guard = self.spawn(self._leave_and_protect())
+
+    async def _leave_and_protect(self) -> None:
+        while self.state is State.STARTING:
+            try:
+                if await self.qmp.migration_status() not in IN_COLO:
+                    break
+                await self.leave_colo()  # of the pair that was
+            except QmpError as e:
+                log.warning("%s", e)
+            await asyncio.sleep(REARM_S)
+        self.operator = self.forced = self.checkpoint_overdue = self.spoke_alone = False
+        self.fence_result = self._want = None
+        await self._protect()
+
+    async def succeed(self) -> None:
+        net = self.config.network
+        if not net.bridge and self.dp.in_bridge:
+            log.error("[network] bridge is needed to become the secondary: %s is in one", net.tap)
+            await asyncio.sleep(INCOMING_S)
+            return
+        self.change_role("the other guest speaks, and a new QEMU waits here for its state")
+
+    async def _hand_offsets(self, ck: Checkpoint, deadline: float) -> None:
+        """What the guest has kept of its own numbers, to the host of its new copy.
+
+        Both guests have resumed and nothing has left or arrived since: what changes from here on
+        both hosts see alike.
+        """
+        entries: list[bytes] = []
+        if self.own is not None:
+            entries = await asyncio.to_thread(self.own.export, self.dp.base_epoch)
+        parts = [entries[i : i + BASE_PART] for i in range(0, len(entries), BASE_PART)] or [[]]
+        for n, part in enumerate(parts):
+            self.peer.send("base", n=n, last=n == len(parts) - 1, flows=b"".join(part).hex())
+            while ck.based <= n:
+                await self._await(ck, "word that the old connections' offsets are there", deadline)
+        if entries:
+            log.info("offsets of %d connections handed to the new secondary", len(entries))
+
+    async def start(self) -> None:
+        await super().start()
+        if self.own is not None:
+            self.spawn(self._sweep_own(self.own))
+
+    async def _sweep_own(self, own: FlowTable) -> None:
+        """The programs that translate step out with the last connection that needs them."""
+        while True:
+            await asyncio.sleep(SWEEP_S)
+            await asyncio.to_thread(own.sweep, self.dp.base_epoch)
+            if not own.translated and not self._ck:
+                self.own = None
+                await asyncio.to_thread(self.dp.drop_guest)
+                log.info("no connection in the guest's own numbers is left")
+                return
 
     async def on_qemu(self) -> None:
         if self._guard is None and self.state not in (State.STOPPED, State.SOLO):
@@ -276,6 +337,12 @@ class Primary(Controller):
                 self.checkpoint_overdue = True
                 self.become(State.DEGRADED, f"checkpoint ({want.cause}) did not complete: {e}")
                 self._decide()
+
+    @property
+    def _migrate_uri(self) -> str:
+        """Where the other host's QEMU waits."""
+        q = self.config.qemu
+        return q.migrate_uri if self.config.role == "primary" else q.reverse_uri
 
     async def _migration(self) -> str | None:
         """State of QEMU's migration; None while QMP does not answer."""
@@ -364,7 +431,7 @@ class Primary(Controller):
                 self.engine.begin_checkpoint()
                 self.dp.mode = Mode.CHECKPOINT
                 await self.qmp.prepare(primary=True)
-                await self.qmp.migrate(self.config.qemu.migrate_uri)
+                await self.qmp.migrate(self._migrate_uri)
             else:
                 ck.stop_ns = 0
                 await self.qmp.trigger_checkpoint()
@@ -375,6 +442,8 @@ class Primary(Controller):
                     if await self.qmp.migration_status() == "failed":
                         raise CheckpointFailed("the migration failed")
                 await self._await(ck, "STOP and RESUME of both guests", deadline)
+            if initial:
+                await self._hand_offsets(ck, deadline)
             self._drain()  # frames from before STOP may still be in the ring
             held = (self.engine.held_packets, self.engine.held_bytes)
             self.engine.commit_checkpoint(ck.stop_ns, n, time.monotonic_ns())
@@ -465,6 +534,7 @@ class Primary(Controller):
     async def _go_solo(self, why: str) -> None:
         if self._guard is not None:
             self._guard.cancel()
+        self._peer_ready = False
         self.peer.send("solo", why=why)
         self._drain()
         self.spoke_alone = True
@@ -476,6 +546,7 @@ class Primary(Controller):
         except QmpError as e:
             log.warning("%s (the PVM goes on all the same)", e)
         self.become(State.SOLO, f"{why}; {released} held frames released")
+        self._protect_again()
 
     def _plan(self, why: str) -> None:
         if self.state not in (State.PROTECTED, State.CHECKPOINTING):

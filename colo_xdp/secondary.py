@@ -21,7 +21,7 @@ from .abi import Mode
 from .announce import announcements
 from .attach import NoSuchDevice
 from .config import Config
-from .controller import HUNG_S, TICK_S, Controller
+from .controller import HUNG_S, IN_COLO, TICK_S, Controller
 from .datapath import DataPath
 from .failover import Action, Role, State
 from .flowtable import FlowTable
@@ -34,7 +34,6 @@ log = logging.getLogger("colo_xdp.secondary")
 
 SWEEP_S = 5.0
 TAKEOVER_S = 10.0
-IN_COLO = ("colo", "active")  # states of the migration that x-colo-lost-heartbeat ends
 MAX_ANNOUNCED = 256  # addresses of the guest
 ANNOUNCE_TIMES = (0.0, 0.05, 0.2, 0.45, 0.8)  # seconds after the takeover, as QEMU's own RARPs
 
@@ -77,6 +76,8 @@ class Secondary(Controller):
         self._taking_over = False
         self._events: list[QmpEvent] = []  # of QEMU, while taking over
         if datapath.adopted:
+            if datapath.mode is Mode.TAKEOVER:
+                self.spoke_alone = True
             self.shadow = datapath.shadowed > 0
             if datapath.mode is Mode.TAKEOVER:
                 self.state = State.TAKEN_OVER
@@ -148,6 +149,13 @@ class Secondary(Controller):
             over = h is not None and msg["epoch"] >= h.n and not (h.planned and msg["shut"])
             if h is not None and h.resume is not None and over:
                 self._finish(h, h.resume)
+        elif kind == "base":
+            self._on_base(msg["n"], msg["flows"])
+        elif kind == "ready" and self.state is State.TAKEN_OVER and self.spoke_alone:
+            if self.config.qemu.reverse_uri:
+                self.change_role("a new QEMU waits on the other host for this guest's state")
+            else:
+                log.error("a new secondary waits, but [qemu] reverse_uri does not say where")
         elif kind == "solo" and self.state is not State.TAKEN_OVER:
             # The primary speaks alone, or wants to: shut the SVM in, and say so.
             # A checkpoint under way is not forgotten: QEMU may load it all the same.
@@ -155,6 +163,19 @@ class Secondary(Controller):
             self.stood_down = not self.vm_gone
             self.become(State.STOPPED, f"stood down for the primary: {msg['why']}")
             self.peer.send("gone", why="the secondary has shut its data path", alone=False)
+
+    def _on_base(self, n: int, text: str) -> None:
+        """Offsets of the guest that this one is a copy of; they count when the copy speaks."""
+        h = self._hold
+        if h is None or self._confirmed:
+            log.warning("offsets that nobody waits for: left alone")
+            return
+        try:
+            self.flows.adopt(bytes.fromhex(text), first=n == 0)
+        except (ValueError, OSError) as e:
+            self.peer.send("failed", n=h.n, why=f"offsets of old connections: {e}")
+            return
+        self.peer.send("based", n=n)
 
     def _on_begin(self, n: int, initial: bool, planned: bool) -> None:
         why = ""
@@ -245,6 +266,18 @@ class Secondary(Controller):
     def peer_connected(self) -> None:
         if self._ready_wanted:
             self.peer.send("ready", epoch=self.dp.epoch)
+
+    async def succeed(self) -> None:
+        """Another guest than the one that is over: nothing of that counts any more."""
+        self.vm_gone = self.peer_vm_gone = self.colo_exit = self.stood_down = False
+        self.operator = self.forced = self.checkpoint_overdue = self.spoke_alone = False
+        self.fence_result, self._hold = None, None
+        self._entered = self._confirmed = False
+        self.become(State.STARTING, "a new QEMU is here")
+        try:
+            await self.on_qemu()
+        except QmpError as e:
+            self.become(State.STOPPED, f"the new QEMU is gone again: {e}")
 
     async def on_qemu(self) -> None:
         if self.state in (State.TAKEN_OVER, State.STOPPED):
@@ -408,7 +441,7 @@ class Secondary(Controller):
         while True:
             await asyncio.sleep(SWEEP_S)
             epoch = self.dp.epoch
-            await asyncio.to_thread(self.flows.sweep, epoch, self.state is State.TAKEN_OVER)
+            await asyncio.to_thread(self.flows.sweep, epoch)
             if (
                 self.state is State.TAKEN_OVER
                 and not self.flows.translated

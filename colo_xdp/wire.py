@@ -11,6 +11,7 @@ from typing import Any
 
 VERSION = 3
 MAX_LINE = 65536
+MAX_FLOWS_TEXT = 61440
 
 #: type -> {field: type}. Every field is required; unknown ones are refused.
 MESSAGES: dict[str, dict[str, type]] = {
@@ -26,6 +27,7 @@ MESSAGES: dict[str, dict[str, type]] = {
         "shut": bool,
         "alone": bool,
         "shadow": bool,
+        "role": str,
     },
     # S: QEMU waits for the migration and the data path is ready
     "ready": {"epoch": int},
@@ -33,6 +35,13 @@ MESSAGES: dict[str, dict[str, type]] = {
     "begin": {"n": int, "cause": str, "initial": bool},
     # S: held from here on
     "begun": {"n": int},
+    # P, at the end of the first checkpoint: offsets that its guest has kept, part n of them, as
+    # struct colo_flow_key and struct colo_flow in hexadecimal; the first part replaces all
+    "base": {"n": int, "last": bool, "flows": str},
+    # S: part n has been taken over
+    "based": {"n": int},
+    # the other host's guest goes on alone: start a QEMU that waits for its migration
+    "reprotect": {"why": str},
     # S: its guest runs again under epoch n
     "done": {"n": int, "pause_us": int},
     # either: the checkpoint did not happen
@@ -75,7 +84,7 @@ def check(msg: dict[str, Any]) -> None:
             raise WireError(f"{kind}.{name}: {type(v).__name__} where {typ.__name__} is needed")
         if isinstance(v, int) and not 0 <= v < 1 << 64:
             raise WireError(f"{kind}.{name}: {v} out of range")
-        if isinstance(v, str) and len(v) > 4096:
+        if isinstance(v, str) and len(v) > (MAX_FLOWS_TEXT if name == "flows" else 4096):
             raise WireError(f"{kind}.{name}: {len(v)} characters")
 
 

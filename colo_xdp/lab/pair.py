@@ -105,8 +105,9 @@ class Lab:
 
     # ---- guests
 
-    def start_vm(self, role: str) -> vms.Vm:
-        """Start a host's QEMU; the secondary's waits for the migration."""
+    def start_vm(self, role: str, *, incoming: bool | None = None) -> vms.Vm:
+        """Start a host's QEMU; `incoming`: it waits for a migration (default: the secondary's)."""
+        waits = role == "secondary" if incoming is None else incoming
         v = vms.Vm(
             self.procs,
             role,
@@ -115,7 +116,7 @@ class Lab:
             self.accel,
             ns=self.ns(role),
             vnet_hdr=self.net.vnet_hdr,
-            incoming=self._migrate_uri if role == "secondary" else "",
+            incoming=self._migrate_uri if waits else "",
             shim=self._shim,
         )
         self.vm[role] = v
@@ -151,6 +152,7 @@ class Lab:
                 "qmp": str(self.work / f"{role}.qmp"),
                 "qmp_oob": str(self.work / f"{role}.oob.qmp"),
                 "migrate_uri": self._migrate_uri,
+                "reverse_uri": self._migrate_uri,
             },
             "peer": {
                 "local": f"{local}:9846",

@@ -280,6 +280,9 @@ class SimDataPath:
     def tap_alive(self) -> bool:
         return self._side.qemu.alive
 
+    def flows(self) -> None:
+        return None
+
     def open_network(self) -> None:
         if not self.dead:
             self._side.in_bridge = True
@@ -317,6 +320,9 @@ class _Flows:
             seen, f.epoch, f.off, f.tsoff, f.isn_p, f.isn_s, f.ts_p, f.ts_s, f.fin_guest,
             f.fin_client, f.state, f.have, f.have_client, 0, f.isn_c, 0,
         )  # fmt: skip
+
+    def keys(self) -> list[bytes]:
+        return list(self._side.rewriter.flows)
 
     def delete(self, key: bytes) -> None:
         self._side.rewriter.flows.pop(key, None)

@@ -20,6 +20,7 @@ from colo_xdp.qmp_event import QmpEvent
 from colo_xdp.reasons import Cause
 from colo_xdp.ring import Event
 from colo_xdp.secondary import Secondary
+from colo_xdp.wire import encode
 from tests.netns.frames import tcp
 
 EXAMPLES = Path(__file__).parents[2] / "deploy/examples"
@@ -47,7 +48,8 @@ class FakeDataPath:
             map=lambda name: SimpleNamespace(info=SimpleNamespace(max_entries=8), items=lambda: [])
         )
         self.waiting: list[Event] = []
-        self.opened = 0
+        self.opened = self.changed = 0
+        self.base_epoch = 0
         self.unmirrored: set[bytes] = set()
 
     def lost_events(self) -> int:
@@ -61,6 +63,12 @@ class FakeDataPath:
         for e in events:
             sink(e)
         return len(events)
+
+    def flows(self) -> None:
+        return None
+
+    def change_role(self) -> None:
+        self.changed += 1
 
     def open_network(self) -> None:
         self.opened += 1
@@ -150,7 +158,7 @@ def test_a_primary_never_speaks_against_a_secondary_that_took_over(kind: str) ->
         c, dp, _ = primary()
         c.state = State.PROTECTED
         beat = {"t": 1, "echo": 0, "state": "taken-over", "epoch": 7, "vm": True,
-                "shut": False, "alone": True}  # fmt: skip
+                "shut": False, "alone": True, "role": "secondary"}  # fmt: skip
         c._peer_message({"type": kind, **({"why": "x"} if kind == "taken" else beat)})
         assert c.state is State.STOPPED and dp.mode is Mode.DROP
 
@@ -269,7 +277,15 @@ def test_a_first_checkpoint_counts_when_the_primary_has_confirmed_it() -> None:
 def test_a_shadow_ends_with_a_later_checkpoint_only() -> None:
     """A primary controller that was started anew does not know of it, nor a secondary's."""
     c, dp, _ = secondary()
-    beat = {"t": 1, "echo": 0, "state": "protected", "vm": True, "shut": False, "alone": False}
+    beat = {
+        "t": 1,
+        "echo": 0,
+        "state": "protected",
+        "vm": True,
+        "shut": False,
+        "alone": False,
+        "role": "primary",
+    }
     beat |= {"type": "beat"}
     c._peer_message(beat | {"epoch": 7, "shadow": True})
     c._peer_message(beat | {"epoch": 7, "shadow": False})
@@ -301,7 +317,15 @@ class FakeQmp:
         return []
 
 
-BEAT = {"t": 1, "echo": 0, "vm": True, "alone": False, "shadow": False, "type": "beat"}
+BEAT = {
+    "t": 1,
+    "echo": 0,
+    "vm": True,
+    "alone": False,
+    "shadow": False,
+    "type": "beat",
+    "role": "primary",
+}
 
 
 def test_a_planned_failover_holds_until_this_side_speaks() -> None:
@@ -386,3 +410,131 @@ def test_planned_and_force_exclude_each_other() -> None:
         asyncio.run(c.command("failover", {"planned": True}))
     steps = asyncio.run(c.command("failover", {"planned": True, "dry_run": True}))["steps"]
     assert "a checkpoint" in steps[0] and any("yank" in s for s in steps)
+
+
+def test_a_survivor_becomes_the_primary_when_a_new_qemu_waits() -> None:
+    async def body() -> None:
+        c, dp, _ = secondary(Mode.TAKEOVER)
+        object.__setattr__(c.config.qemu, "reverse_uri", "")
+        c.on_message({"type": "ready", "epoch": 3})
+        assert not c.role_changed, "nothing says where the other QEMU waits"
+        object.__setattr__(c.config.qemu, "reverse_uri", "tcp:192.0.2.1:9998")
+        c.on_message({"type": "ready", "epoch": 3})
+        assert c.role_changed and dp.changed == 1
+        await asyncio.wait_for(c.finished(), 1)
+
+    in_loop(body)
+
+
+def test_a_primary_that_is_alone_protects_again() -> None:
+    async def body() -> None:
+        c, _, _ = primary(Mode.BYPASS)
+        c.state, c.spoke_alone, c.operator = State.SOLO, True, True
+        c.qmp = FakeQmp()  # type: ignore[assignment]
+        went: list[str] = []
+
+        async def protect() -> None:
+            went.append(c.state.value)
+
+        c._protect = protect  # type: ignore[method-assign]
+        c.on_message({"type": "ready", "epoch": 3})
+        assert c._guard is not None
+        await c._guard
+        assert went == ["starting"] and c.qmp.said == ["lost_heartbeat"]  # type: ignore[attr-defined]
+        assert not c.spoke_alone and not c.operator
+
+    in_loop(body)
+
+
+def test_offsets_of_its_own_are_handed_over_in_parts() -> None:
+    async def body() -> None:
+        c, dp, sent = primary(Mode.CHECKPOINT)
+        dp.base_epoch = 7
+        entries = [bytes([i % 256]) * 104 for i in range(700)]
+        c.own = SimpleNamespace(export=lambda epoch: entries)  # type: ignore[assignment]
+        c.peer.connected = True
+        c.qmp = FakeQmp()  # type: ignore[assignment]
+        ck = c._ck = Checkpoint(8, "initial", time.monotonic_ns())
+
+        async def answer() -> None:
+            for n in range(3):
+                while sum(m["type"] == "base" for m in sent) <= n:
+                    await asyncio.sleep(0)
+                c.on_message({"type": "based", "n": n})
+
+        await asyncio.gather(c._hand_offsets(ck, time.monotonic() + 5), answer())
+        parts = [m for m in sent if m["type"] == "base"]
+        assert [(m["n"], m["last"]) for m in parts] == [(0, False), (1, False), (2, True)]
+        assert b"".join(bytes.fromhex(m["flows"]) for m in parts) == b"".join(entries)
+        for m in parts:
+            encode(m["type"], **{k: v for k, v in m.items() if k != "type"})
+
+    in_loop(body)
+
+
+@pytest.mark.parametrize(
+    ("role", "state", "connected", "over"),
+    [
+        ("secondary", "taken-over", True, True),
+        ("secondary", "taken-over", False, False),
+        ("secondary", "starting", True, False),
+        ("secondary", "protected", True, False),
+        ("primary", "solo", True, True),
+        ("primary", "starting", True, True),
+        ("primary", "degraded", True, False),
+    ],
+)
+def test_a_guest_is_worthless_only_if_the_other_speaks(
+    role: str, state: str, connected: bool, over: bool
+) -> None:
+    c, _, _ = primary(Mode.DROP, adopted=True)
+    c.peer_role, c.peer_state, c.peer.connected = role, state, connected
+    assert c.superseded() is over
+
+
+def test_what_stands_in_the_way_of_a_new_pair_is_said() -> None:
+    c, _, _ = primary(Mode.DROP, adopted=True)
+    with pytest.raises(ValueError, match="not known to speak"):
+        asyncio.run(c.command("reprotect", {}))
+    c.state = State.PROTECTED
+    with pytest.raises(ValueError, match="nothing to do"):
+        asyncio.run(c.command("reprotect", {}))
+    c.state = State.SOLO
+    c.peer.send = lambda kind, **fields: False  # type: ignore[method-assign]
+    with pytest.raises(ValueError, match="does not answer"):
+        asyncio.run(c.command("reprotect", {}))
+
+
+def test_a_worthless_guest_makes_room_for_one_that_waits() -> None:
+    """Its QEMU is ended, the command starts another, and its state is none of the old one's."""
+
+    async def body() -> None:
+        c, _, sent = secondary(Mode.DROP)
+        object.__setattr__(c.config.qemu, "incoming", ("/bin/true",))
+        c.peer.connected, c.peer_role, c.peer_state = True, "primary", "solo"
+        c.stood_down = c.colo_exit = c.vm_gone = True
+        qmp = WaitingQmp()
+        c.qmp = qmp  # type: ignore[assignment]
+        c.become(State.STOPPED, "stood down")
+        assert c._successor is not None
+        await c._successor
+        assert qmp.said[:2] == ["quit", "prepare"]
+        assert c.state is State.STARTING and sent.kinds() == ["ready"]
+        assert not (c.stood_down or c.colo_exit or c.vm_gone)
+        for t in list(c._tasks):
+            t.cancel()
+
+    in_loop(body)
+
+
+class WaitingQmp(FakeQmp):
+    """Runs, until it is ended; the next one waits for a migration."""
+
+    async def status(self) -> str:
+        return "inmigrate" if "quit" in self.said else "running"
+
+    async def quit(self) -> None:
+        self.said.append("quit")
+
+    async def prepare(self, *, primary: bool) -> None:
+        self.said.append("prepare")
