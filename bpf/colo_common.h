@@ -46,7 +46,7 @@ enum colo_cfg {
 	CFG_SHADOW = 9,	       /* user space's: 1 + epoch in which the PVM spoke uncompared */
 	CFG_FAST = 10,	       /* 1: verdicts in the kernel (fast.h) */
 	CFG_FAST_SINCE = 11,   /* user space's: what fast.h knew in older epochs is void */
-	CFG_UPLINK = 12,     /* ifindex; 0: what tier K releases goes by way of the tap's bridge */
+	CFG_UPLINK = 12,       /* by which tier K releases: ifindex, or UPLINK_*; see way.h */
 	CFG_ORDER = 13,	     /* user space's: when a person asked for a failover, see datapath.py */
 	CFG_ROLE = 14,	     /* user space's: enum colo_role; 0: as configured */
 	CFG_BASE_EPOCH = 15, /* primary: offsets of this epoch are the guest's for good; 0: none */
@@ -62,6 +62,9 @@ enum colo_role {
 
 /* colo_flow.epoch of an offset that checkpoints do not end: the PVM itself has it. */
 #define COLO_EPOCH_BASE 0xFFFFFFFFu
+
+#define UPLINK_BRIDGE  0u	   /* by way of the tap's bridge */
+#define UPLINK_LEARNED 0xFFFFFFFFu /* past it, by the port at which the client was last heard */
 
 enum colo_loss_policy {
 	LOSS_HOLD = 0,	  /* no controller: the PVM's output is dropped and counted */
@@ -238,6 +241,13 @@ struct colo_owner {
 	__u64 taken;
 	__u64 since_ns; /* as colo_conn.since_ns, for user space to look for what is overdue */
 	struct colo_flow_key key;
+};
+
+/* Where a client was last heard; key: its MAC address in the low bytes of a __u64. */
+struct colo_client {
+	__u64 seen_ns; /* CLOCK_MONOTONIC, to 1/16 of CLIENT_FRESH_NS */
+	__u32 ifindex; /* a port of the tap's bridge */
+	__u32 pad;
 };
 
 /* Operations of fast_ctl, which user space runs by BPF_PROG_TEST_RUN. */

@@ -21,6 +21,12 @@
 #define COLO_STASHES 512 /* connections of tier K with bytes outstanding; COLO_STASH bytes each */
 #endif
 
+#ifndef COLO_MAX_CLIENTS
+#define COLO_MAX_CLIENTS 4096 /* MAC addresses whose ports are known; about 80 bytes each */
+#endif
+
+#define COLO_MAX_PORTS 1024 /* of the tap's bridge; about 60 bytes each */
+
 /* Bytes that one guest may be ahead in tier K; a power of two. */
 #define COLO_STASH (512 * 1024)
 

@@ -701,11 +701,6 @@ static __always_inline u32 decide(struct __sk_buff *skb, const struct pkt *p, st
 	else if (side == SIDE_SVM && ack_due(c) && c->l4 == p->l4_off && c->doff == p->doff)
 		w->act = ACT_PIECES; /* of no byte */
 	w->side = side;
-	w->out = cfg(CFG_UPLINK);
-	w->way = w->out ? 0 : BPF_F_INGRESS;
-	w->mark = w->out ? 0 : COLO_MARK; /* pvm_out lets it pass */
-	if (!w->out)
-		w->out = cfg(CFG_TAP);
 
 	/* 2. Compare and keep. */
 	walk_payload(skb, c, st, w);
@@ -725,6 +720,13 @@ static __always_inline u32 decide(struct __sk_buff *skb, const struct pkt *p, st
 	}
 	if (act && len && c->since_ns)
 		note_wait(w->now - c->since_ns);
+	if (act > ACT_PASS) {
+		w->out = way_to(c->hdr, w->now);
+		w->way = w->out ? 0 : BPF_F_INGRESS;
+		w->mark = w->out ? 0 : COLO_MARK; /* pvm_out lets it pass */
+		if (!w->out)
+			w->out = cfg(CFG_TAP);
+	}
 	if (act == ACT_PASS) {
 		limit_pvm(skb, c, w);
 		c->rel += len;

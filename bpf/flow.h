@@ -254,8 +254,8 @@ static __always_inline struct colo_flow *flow_find(const struct pkt *p, int to_s
 }
 
 static __always_inline void flow_track(struct colo_flow *n, const struct pkt *p,
-				       const struct tcp_ts *ts, int to_svm, u64 mode,
-				       u32 epoch, struct shift *s)
+				       const struct tcp_ts *ts, int to_svm, u64 mode, u32 epoch,
+				       struct shift *s)
 {
 	u32 key, event, *next;
 	u64 now = bpf_ktime_get_ns();

@@ -20,9 +20,11 @@
 #include "events.h"
 #include "parsing.h"
 #ifdef COLO_FAST
+#include "way.h"
 #include "fast.h"
 #else
-#define FAST_NO	  0
+#define FAST_NO 0
+#define note_client(skb)
 #define fast(...) FAST_NO /* kernels before 5.12, or [datapath] fast_path = "off" */
 #endif
 
@@ -70,6 +72,7 @@ int pvm_in(struct __sk_buff *skb)
 	} else if (cfg(CFG_UNMIRRORED) && is_unmirrored(skb)) {
 		reason = R_UNMIRRORED;
 	} else {
+		note_client(skb);
 		/*
 		 * The tag is put on before the clone and taken off after it, since a
 		 * clone cannot be changed once it is on its way. If taking it off

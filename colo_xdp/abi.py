@@ -62,6 +62,10 @@ class HostRole(IntEnum):
     SECONDARY = 2
 
 
+#: values of CFG_UPLINK that are no device
+UPLINK_BRIDGE, UPLINK_LEARNED = 0, 0xFFFFFFFF
+
+
 class LossPolicy(IntEnum):
     """on_controller_loss."""
 
@@ -162,6 +166,8 @@ CONN = struct.Struct("=QQQIIIIIIIIIIHHHHBBBBB3x128s64s")
 OWNER = struct.Struct("=QQ40s")
 #: struct colo_ctl: ethernet header, op, captured, key, and what GIVE is to set
 CTL = struct.Struct("=14xHI40s232s")
+#: struct colo_client: seen_ns, ifindex, pad
+CLIENT = struct.Struct("=QII")
 #: epoch, rel, p_ack, s_ack, out_ack, p_win, s_win, out_win, mss, nxt, org, ahead, pending, l4,
 #: doff, hdr, memo
 GIVE = struct.Struct("=IIIIIHHHHIIBBBB128s64s")

@@ -21,6 +21,7 @@ from typing import Any
 
 from pyroute2 import IPRoute
 from pyroute2.netlink.exceptions import NetlinkError
+from pyroute2.nftables.main import NFTables
 
 from . import _bpf
 from .loader import Program
@@ -128,6 +129,63 @@ def set_master(name: str, bridge: str | None) -> None:
     master = link_info(bridge).index if bridge else 0
     with _netlink() as ipr:
         ipr.link("set", index=index, master=master)
+
+
+_BRIDGE_CALLS = ("NF_CALL_IPTABLES", "NF_CALL_IP6TABLES", "NF_CALL_ARPTABLES")
+_NFPROTO_BRIDGE = 7
+_NUD_REACHABLE, _NTF_USE, _NTF_MASTER = 0x02, 0x01, 0x04
+
+
+def plain_ports(tap: str) -> frozenset[int]:
+    """ifindexes of the ports of the tap's bridge; none if the tap is in no bridge, or in one that
+    filters (VLANs, netfilter): what leaves past it would leave unfiltered."""
+    none: frozenset[int] = frozenset()
+    try:
+        master = link_info(tap).master
+    except NoSuchDevice:
+        return none
+    if not master:
+        return none
+    with _netlink() as ipr:
+        try:
+            data = ipr.link("get", index=master)[0].get_attr("IFLA_LINKINFO")
+            data = data.get_attr("IFLA_INFO_DATA") if data else None
+            ports = frozenset(m["index"] for m in ipr.get_links(master=master))
+        except NetlinkError:
+            return none
+    if data is None or data.get_attr("IFLA_BR_VLAN_FILTERING"):
+        return none
+    calls = any(data.get_attr(f"IFLA_BR_{x}") for x in _BRIDGE_CALLS)
+    return none if _is_filtered(calls) else ports
+
+
+def _is_filtered(calls: bool) -> bool:
+    """Whether netfilter may have rules for bridged frames: of nftables' family `bridge`, or any
+    rules at all where the bridge calls the other families (`calls`, or the sysctl says so)."""
+    for name in ("iptables", "ip6tables", "arptables"):
+        with contextlib.suppress(OSError):
+            calls |= Path(f"/proc/sys/net/bridge/bridge-nf-call-{name}").read_text() != "0\n"
+    for name in ("ip_tables_names", "ip6_tables_names", "arp_tables_names"):
+        with contextlib.suppress(OSError):
+            if calls and Path(f"/proc/thread-self/net/{name}").read_text():
+                return True
+    try:
+        with NFTables(nfgen_family=0) as nft:
+            return any(calls or m["nfgen_family"] == _NFPROTO_BRIDGE for m in nft.get_tables())
+    except (NetlinkError, OSError):
+        return False  # this kernel has no nftables
+
+
+def refresh_fdb(port: str) -> None:
+    """As if a frame had come from each address that the bridge has learned at this port."""
+    index = link_info(port).index
+    with _netlink() as ipr:
+        for m in ipr.fdb("dump", ifindex=index):
+            if m["ifindex"] == index and m["state"] & _NUD_REACHABLE and m["flags"] == 0:
+                ipr.fdb(
+                    "add", ifindex=index, lladdr=m.get_attr("NDA_LLADDR"),
+                    state=_NUD_REACHABLE, flags=_NTF_USE | _NTF_MASTER,
+                )  # fmt: skip
 
 
 def make_tap(name: str) -> int:

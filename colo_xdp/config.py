@@ -48,10 +48,10 @@ class Network:
         default="",
     )
     uplink: str = checks.key(
-        checks.or_empty(checks.device, "by way of the bridge"),
-        "device by which the fast path's frames leave, past the bridge: only if all clients are "
-        "there",
-        default="",
+        checks.device,
+        "how the fast path's frames leave; auto: by the bridge's port where the client was last "
+        "heard, if the bridge does not filter; bridge: through it; a device: there, always",
+        default="auto",
     )
     hook: str = checks.key(
         checks.choice("auto", "xdp", "tc"),

@@ -26,6 +26,7 @@ _U32 = struct.Struct("=I")
 _U64 = struct.Struct("=Q")
 
 ORDER_NS = 60_000_000_000  # for how long a person's word outlives the controller that heard it
+FDB_EVERY_S = 5.0  # bridges forget after 300 s, unless told otherwise
 
 PRIMARY_HOOKS = (("pvm_in", "tap", "egress"), ("svm_arrival", "peer", "ingress"))
 SECONDARY_HOOKS = (("svm_net", "tap", "egress"), ("svm_in", "peer", "ingress"))
@@ -109,7 +110,10 @@ class DataPath:
             attach.set_master(net.tap, None)  # as a primary it was there, and open_network puts it
         self._write(Cfg.TAP, tap.index)
         self._write(Cfg.PEER, peer.index)
-        uplink = self._device("uplink", net.uplink).index if net.uplink else 0
+        words = {"auto": abi.UPLINK_LEARNED, "bridge": abi.UPLINK_BRIDGE}
+        uplink = words.get(net.uplink)
+        if uplink is None:
+            uplink = self._device("uplink", net.uplink).index
         self._write(Cfg.UPLINK, uplink)
         policy = abi.LossPolicy[dp.on_controller_loss.upper()]
         self._write(Cfg.LOSS_POLICY, policy)
@@ -126,6 +130,8 @@ class DataPath:
                 lambda epoch: self._write(Cfg.FAST_SINCE, epoch),
             )  # fmt: skip
             self.fast.enabled = True
+        self._ports: frozenset[int] | None = None
+        self._fdb_told = 0.0
         self.manifest = attach.Manifest(manifest_path(dp.run_dir, config.pair, config.role))
         self._attach()
 
@@ -277,6 +283,27 @@ class DataPath:
         else:
             table.set(key, _U64.pack(1))
             self._write(Cfg.UNMIRRORED, 1)
+
+    def watch_bridge(self) -> None:
+        """Tell tier K the ports of the tap's bridge, and the bridge that the guest is there.
+
+        Blocks for some ms (netlink): not for the event loop.
+        """
+        if self.fast is None or self.config.network.uplink != "auto":
+            return
+        ports = attach.plain_ports(self.config.network.tap)
+        if ports != self._ports:
+            table, clients = self.objects.map("ports"), self.objects.map("clients")
+            for key in list(table.keys()):
+                table.delete(key)
+            for key in list(clients.keys()):
+                clients.delete(key)
+            for index in ports:
+                table.set(_U32.pack(index), _U64.pack(1))
+            self._ports = ports
+        if ports and (now := time.monotonic()) - self._fdb_told > FDB_EVERY_S:
+            self._fdb_told = now
+            attach.refresh_fdb(self.config.network.tap)
 
     def drain(self, sink: Callable[[Event], None], limit: int = 1 << 30) -> int:
         """Events that wait now, in order."""

@@ -48,6 +48,8 @@ _PINNED_SHAPES = {
     "flows": (abi.FLOW_KEY.size, abi.FLOW.size),
     "conns": (abi.FLOW_KEY.size, abi.CONN.size),
     "owners": (4, abi.OWNER.size),
+    "ports": (4, 8),
+    "clients": (8, abi.CLIENT.size),
     "transitions": (4, 4),
     "unmirrored": (abi.UNMIRRORED_KEY.size, 8),
 }

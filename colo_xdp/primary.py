@@ -39,6 +39,7 @@ log = logging.getLogger("colo_xdp.primary")
 REARM_S = 0.5
 SWEEP_S = 5.0
 BASE_PART = 290  # connections in one message: it must fit into wire.MAX_FLOWS_TEXT
+BRIDGE_S = 1.0  # between two looks at the ports of the tap's bridge
 REFUSALS = 20  # tries before a secondary that keeps refusing counts as broken
 LOSS_CHECK_NS = 100_000_000
 
@@ -278,6 +279,7 @@ class Primary(Controller):
 
     async def start(self) -> None:
         await super().start()
+        self.spawn(self._watch_bridge())
         if self.own is not None:
             self.spawn(self._sweep_own(self.own))
 
@@ -291,6 +293,12 @@ class Primary(Controller):
                 await asyncio.to_thread(self.dp.drop_guest)
                 log.info("no connection in the guest's own numbers is left")
                 return
+
+    async def _watch_bridge(self) -> None:
+        while True:
+            if self.dp.mode in (Mode.RUN, Mode.CHECKPOINT):  # else it may live elsewhere by now
+                await asyncio.to_thread(self.dp.watch_bridge)
+            await asyncio.sleep(BRIDGE_S)
 
     async def on_qemu(self) -> None:
         if self._guard is None and self.state not in (State.STOPPED, State.SOLO):

@@ -267,6 +267,9 @@ class SimDataPath:
     def unmirror(self, key: bytes | None) -> None:
         pass
 
+    def watch_bridge(self) -> None:
+        pass
+
     def drain(self, sink: Callable[[Event], None], limit: int = 1 << 30) -> int:
         n = 0
         while self._side.ring and n < limit and not self.dead:

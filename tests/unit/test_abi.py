@@ -67,6 +67,8 @@ def test_shapes() -> None:
     assert struct_size("colo_count") == abi.COUNT.size
     assert struct_size("colo_flow_key") == abi.FLOW_KEY.size
     assert struct_size("colo_flow") == abi.FLOW.size
+    assert struct_size("colo_conn") == abi.CONN.size
+    assert struct_size("colo_client") == abi.CLIENT.size
 
 
 def test_kind_and_epoch_fit_the_tag() -> None:

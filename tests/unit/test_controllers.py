@@ -58,6 +58,9 @@ class FakeDataPath:
     def unmirror(self, key: bytes | None) -> None:
         self.unmirrored = set() if key is None else self.unmirrored | {key}
 
+    def watch_bridge(self) -> None:
+        pass
+
     def drain(self, sink: Callable[[Event], None], limit: int = 0) -> int:
         events, self.waiting = self.waiting, []
         for e in events:

@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The way past the bridge: learned as the bridge learns, and not taken where it would be wrong."""
+
+from __future__ import annotations
+
+import socket
+import struct
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from pyroute2.nftables.main import NFTables
+
+from colo_xdp import abi, attach, cleanup
+from colo_xdp.abi import Mode
+from colo_xdp.datapath import DataPath
+from colo_xdp.fastpath import Gift
+from colo_xdp.packet import parse
+from tests.netns.conftest import Net, Sniffer, Tap, inside, sh
+from tests.netns.frames import CLIENT_MAC, GUEST_MAC, tcp
+from tests.netns.test_primary_path import PAIR, config
+
+
+@pytest.fixture
+def path(net: Net, tmp_path: Path) -> Iterator[DataPath]:
+    cleanup.cleanup(PAIR, "/sys/fs/bpf", str(tmp_path))
+    dp = DataPath(config(tmp_path, fast_path_memory=16))
+    dp.epoch, dp.mode = 1, Mode.RUN
+    yield dp
+    dp.close()
+    cleanup.cleanup(PAIR, "/sys/fs/bpf", str(tmp_path))
+
+
+class Pair:
+    """A connection in tier K of which the SVM is the late one: each frame has to find a way."""
+
+    def __init__(self, net: Net, dp: DataPath) -> None:
+        self.dp, self.at = dp, 1000
+        self.tap, self.sniffer = Tap("tap0"), Sniffer(net.client, "c0")
+        with inside(net.other):
+            self.peer = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)
+            self.peer.bind(("peer0", 0))
+        with inside(net.client):
+            self.client = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)
+            self.client.bind(("c0", 0))
+        words = abi.GIVE.pack(
+            1, 1000, 5000, 5000, 5000, 4096, 4096, 4096, 1448, 1000, 1000, 0, 0, 0, 0, b"", b""
+        )
+        assert dp.fast is not None
+        key = parse(tcp(b"")).key
+        assert dp.fast.offer(key) and dp.fast.give(key, Gift(words, b""), 0)
+
+    def close(self) -> None:
+        self.tap.close()
+        self.sniffer.close()
+        self.peer.close()
+        self.client.close()
+
+    def client_speaks(self) -> None:
+        """A frame for the guest, by way of the bridge."""
+        self.client.send(GUEST_MAC + CLIENT_MAC + b"\x88\xb5" + bytes(46))
+        assert self.tap.recv(lambda f: f[12:14] == b"\x88\xb5") is not None
+
+    def direct(self) -> bool:
+        """Whether the next frame leaves past the bridge; it must leave, whatever the way."""
+        before = self.dp.counters()["pvm_out"]["released"][0]
+        data = b"%06d" % self.at
+        frame = tcp(data, seq=self.at)
+        self.at += len(data)
+        self.dp.beat()
+        self.tap.send(frame)
+        tci = abi.KIND_SVM << abi.KIND_SHIFT | 1
+        self.peer.send(frame[:12] + struct.pack("!HH", abi.TPID, tci) + frame[12:])
+        assert self.sniffer.wait(lambda f: f[-len(data) :] == data) is not None
+        return self.dp.counters()["pvm_out"]["released"][0] == before
+
+
+@pytest.fixture
+def pair(net: Net, path: DataPath) -> Iterator[Pair]:
+    p = Pair(net, path)
+    path.watch_bridge()
+    yield p
+    p.close()
+
+
+def test_a_client_that_was_heard_is_answered_past_the_bridge(pair: Pair) -> None:
+    assert not pair.direct(), "nothing was heard of it yet"
+    pair.client_speaks()
+    assert pair.direct()
+
+
+def until(what: Callable[[], bool], seconds: float = 3.0) -> None:
+    end = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < end, "not within its deadline"
+        time.sleep(0.02)
+
+
+def test_a_client_that_is_silent_is_answered_through_the_bridge(pair: Pair) -> None:
+    pair.client_speaks()
+    assert pair.direct()
+    until(lambda: not pair.direct())
+
+
+def test_nothing_leaves_past_the_bridge_without_a_controller(pair: Pair) -> None:
+    pair.client_speaks()
+    assert pair.direct()
+    beat, pair.dp.beat = pair.dp.beat, lambda: None  # type: ignore[method-assign]
+    pair.dp._write(abi.Cfg.LOSS_NS, 1)
+    pair.client_speaks()
+    assert not pair.direct()
+    pair.dp._write(abi.Cfg.LOSS_NS, 10**9)
+    beat()
+    assert pair.direct()
+
+
+@pytest.mark.parametrize("what", ["iptables", "nftables", "left", "other bridge"])
+def test_a_bridge_that_filters_is_not_passed_by(net: Net, pair: Pair, what: str) -> None:
+    pair.client_speaks()
+    assert pair.direct()
+    if what in ("iptables", "nftables"):  # family ip with the sysctl's default, or bridge
+        sh("ip", "link", "set", "br0", "type", "bridge", "nf_call_iptables", "1")
+        with NFTables(nfgen_family=2 if what == "iptables" else 7) as nft:
+            nft.table("add", name="filter")
+    elif what == "left":
+        sh("ip", "link", "set", "uplink", "nomaster")
+        sh("ip", "link", "set", "uplink", "master", "br0")
+        pair.dp._ports = frozenset()  # as a look in between would have found
+        pair.dp.watch_bridge()
+        assert not pair.direct(), "what was learned before counts no more"
+        return
+    else:
+        sh("ip", "link", "set", "tap0", "nomaster")
+        pair.dp.watch_bridge()
+        assert not list(pair.dp.objects.map("clients").keys())
+        return
+    pair.dp.watch_bridge()
+    pair.client_speaks()
+    assert not pair.direct()
+
+
+def test_a_client_that_comes_by_another_way_is_not_taken_for_a_neighbour(
+    net: Net, pair: Pair
+) -> None:
+    """Its frames come from the host's own stack: they have no port of the bridge."""
+    pair.client_speaks()
+    assert pair.direct()
+    s = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)  # in the host's namespace
+    s.bind(("br0", 0))
+    s.send(GUEST_MAC + CLIENT_MAC + b"\x88\xb5" + bytes(46))
+    s.close()
+    assert pair.tap.recv(lambda f: f[12:14] == b"\x88\xb5") is not None
+    assert not pair.direct()
+
+
+def test_the_bridge_does_not_forget_the_guest(net: Net, pair: Pair) -> None:
+    def age() -> float:
+        out = subprocess.run(
+            ["bridge", "-s", "fdb", "show", "dev", "tap0"], capture_output=True, text=True,
+            check=True,
+        ).stdout  # fmt: skip
+        line = next(x for x in out.splitlines() if GUEST_MAC.hex(":") in x and "used" in x)
+        return float(line.split("used ")[1].split("/")[1].split()[0])
+
+    pair.tap.send(CLIENT_MAC + GUEST_MAC + b"\x88\xb5" + bytes(46))  # in no connection
+    pair.dp.mode = Mode.BYPASS
+    pair.tap.send(CLIENT_MAC + GUEST_MAC + b"\x88\xb5" + bytes(46))
+    until(lambda: age() >= 1)
+    attach.refresh_fdb("tap0")
+    assert age() < 1
