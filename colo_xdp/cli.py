@@ -208,6 +208,55 @@ def reprotect(where: Where = None, run_dir: RunDir = RUN_DIR) -> None:
         typer.echo("asked for: see `colo-xdp status --watch`")
 
 
+DRILL_S = 180.0
+
+
+@app.command()
+def drill(
+    where: Where = None,
+    run_dir: RunDir = RUN_DIR,
+    wait: Annotated[float, typer.Option(help="Seconds for the new secondary.")] = DRILL_S,
+) -> None:
+    """Change the hosts' roles on purpose, protect again, and say what it cost (primary host).
+
+    A planned failover and a re-protection. This host's QEMU has to be started anew in between:
+    by `[qemu] incoming`, or by you.
+    """
+    from .control import ControlError, request
+
+    path = _socket(where, run_dir)
+    s = _ask(path, run_dir, "status")
+    if (s["role"], s["state"]) != ("primary", "protected"):
+        raise _fail(f"a drill begins on the primary of a protected pair; this is {s['role']}, "
+                    f"{s['state']}: {s['reason']}")  # fmt: skip
+    began = time.monotonic()
+    r = _ask(path, run_dir, "failover", planned=True)
+    if not r["done"]:
+        raise _fail(f"no failover: {r['state']}: {r['reason']}")
+    typer.echo(
+        f"the guest speaks on the other host after {(time.monotonic() - began) * 1e3:.0f} ms"
+    )
+    gap, last, end = None, "", began + wait
+    _ask(path, run_dir, "reprotect")
+    while time.monotonic() < end:
+        try:
+            s = request(path, "status", {}, timeout=5)
+        except ControlError:
+            time.sleep(0.2)  # the controller of the other role is being made
+            continue
+        if gap is None and s["last_failover"]:
+            gap = s["last_failover"]["gap_ms"]
+            typer.echo(f"the network heard nothing of the guest for {gap:.0f} ms")
+        if s["reason"] != last:
+            last = s["reason"]
+            typer.echo(f"  {s['role']}, {s['state']}: {last}")
+        if (s["role"], s["state"]) == ("secondary", "protected"):
+            typer.echo(f"protected again after {time.monotonic() - began:.1f} s, roles changed")
+            return
+        time.sleep(0.02)
+    raise _fail(f"not protected again within {wait:g} s: {last}")
+
+
 @app.command()
 def mode(
     name: Annotated[ModeName | None, typer.Argument(help="Print it, or set it.")] = None,

@@ -32,6 +32,7 @@ log = logging.getLogger("colo_xdp")
 TICK_S = 0.01
 QMP_RETRY_S = 0.2
 DEATH_S = 2.0  # how long a lost QMP connection may wait for the tap's carrier to tell why
+WATCH_S = 0.5
 HUNG_S = 1.0  # QEMU answers x-colo-lost-heartbeat in 0.1 s; after this its main loop hangs
 IN_COLO = ("colo", "active")  # states of the migration that x-colo-lost-heartbeat ends
 INCOMING_S = 10.0  # deadline of the command that starts a QEMU, and the time between two tries
@@ -58,6 +59,8 @@ class Controller(ABC):
         self.vm_gone = False
         self.peer_vm_gone = False
         self.peer_state = self.peer_role = ""
+        #: of the last planned failover: gap_ms (the network heard nothing of the guest), took_ms
+        self.last_failover: dict[str, float] | None = None
         self.role_changed = False  # the next controller of this host is the other guest's
         self._successor: asyncio.Task[None] | None = None
         self.peer_epoch = 0
@@ -249,6 +252,45 @@ class Controller(ABC):
             if await self.qmp.migration_status() in IN_COLO:
                 await self.qmp.lost_heartbeat()
 
+    async def hangs(self) -> bool:
+        """Whether this host's QEMU hangs, and not only since it waits for the other one."""
+        try:
+            await self.qmp.status()
+            return False
+        except QmpTimeout as e:
+            log.warning("%s: cutting its migration channel (yank)", e)
+        except QmpError:
+            return False  # the connection is lost, and that is looked into elsewhere
+        try:
+            await (self.oob or self.qmp).yank(HUNG_S)
+        except QmpTimeout:
+            return True
+        except QmpError as e:
+            log.info("%s", e)  # but it answers
+        try:
+            await self.qmp.status()
+        except QmpTimeout:
+            return True
+        except QmpError:
+            pass
+        return False
+
+    async def _watch_qemu(self) -> None:
+        """A QEMU that hangs gives no sign of its own."""
+        while True:
+            await asyncio.sleep(WATCH_S)
+            if self.state is not State.PROTECTED or not self.qmp.connected:
+                continue
+            try:
+                await self.qmp.status()
+            except QmpTimeout:
+                # While a checkpoint runs it may well be busy; that has a deadline of its own.
+                if self.state is State.PROTECTED and await self.hangs():
+                    self.vm_gone = True
+                    self._decide()
+            except QmpError:
+                continue
+
     # ---- peer
 
     def _peer_up(self) -> None:
@@ -383,6 +425,12 @@ class Controller(ABC):
         log.info("fence: exit status %d", status)
         return status == 0
 
+    @property
+    def migrate_to(self) -> str:
+        """Where the other host's QEMU waits, when this host runs the PVM."""
+        q = self.config.qemu
+        return q.migrate_uri if self.config.role == "primary" else q.reverse_uri
+
     # ---- the guest after this one
 
     incoming_wanted = False
@@ -479,6 +527,7 @@ class Controller(ABC):
         else:
             self.spawn(self._connect_qemu())
         self.spawn(self._ticker())
+        self.spawn(self._watch_qemu())
 
     def _drain(self) -> None:
         if self.dp.drain(self.on_event, RING_BATCH):

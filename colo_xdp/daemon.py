@@ -111,8 +111,8 @@ async def _serve(config: Config, datapath: DataPath) -> int:
         failed = watcher.done() and not changed
         for t in (watcher, stopping):
             t.cancel()
-        if not changed:
-            notifier.send(STOPPING="1")
+        # The next role's programs may take some seconds to compile.
+        notifier.send(**({"WATCHDOG": "1"} if changed else {"STOPPING": "1"}))
         why = "the roles change" if changed else "stopped by a signal"
         await ctl.stop("internal error" if failed else why)
         return ROLE_CHANGED if changed else int(failed)

@@ -28,6 +28,13 @@ class Flow:
     have: int
     have_client: int
 
+    @property
+    def wanted(self) -> bool:
+        """Whether it has an offset, or may have one at the end of a handshake."""
+        known = self.have & rewrite.HAVE_ISN_S and self.have_client & rewrite.HAVE_ISN_P
+        begun = self.have or self.have_client
+        return bool(self.off or self.tsoff or (begun and not known))
+
 
 def decode(raw: bytes) -> Flow:
     """A flow from its map value."""
@@ -42,6 +49,7 @@ class FlowTable:
         self.limit = table.info.max_entries
         self.tracked = 0
         self.translated = 0
+        self.wanted = 0  # translated, or in a handshake that may end so
         self.aged = 0
 
     def guest_addresses(self, limit: int) -> set[tuple[bytes, int]]:
@@ -65,10 +73,7 @@ class FlowTable:
         out = []
         for key, raw in self._map.items():
             f = decode(raw)
-            if f.epoch not in (epoch, abi.EPOCH_BASE) or not (f.have or f.have_client):
-                continue
-            known = f.have & rewrite.HAVE_ISN_S and f.have_client & rewrite.HAVE_ISN_P
-            if f.off or f.tsoff or not known:
+            if f.epoch in (epoch, abi.EPOCH_BASE) and f.wanted:
                 out.append(key + raw)
         return out
 
@@ -93,7 +98,7 @@ class FlowTable:
     def sweep(self, epoch: int) -> None:
         """Delete what is old or closed. Entries of former epochs have offset 0: nothing is lost."""
         now = time.monotonic_ns()
-        tracked = translated = 0
+        tracked = translated = wanted = 0
         for key, raw in self._map.items():
             f = decode(raw)
             stale = f.epoch not in (epoch, abi.EPOCH_BASE)
@@ -105,4 +110,5 @@ class FlowTable:
             tracked += 1
             if not stale and (f.off or f.tsoff):
                 translated += 1
-        self.tracked, self.translated = tracked, translated
+            wanted += not stale and f.wanted
+        self.tracked, self.translated, self.wanted = tracked, translated, wanted

@@ -205,8 +205,12 @@ class Primary(Controller):
             self._wake.set()
             self._protect_again()
         elif kind == "beat":
-            if msg["state"] == State.TAKEN_OVER.value and self.state is not State.STOPPED:
+            if self.state is State.STOPPED:
+                return
+            if msg["state"] == State.TAKEN_OVER.value:
                 self._stand_down("the secondary speaks for the guest")
+            elif self._older_than(msg):
+                self._stand_down("the other host runs the PVM: this data path knows less of it")
         elif kind == "taken":
             self._stand_down(f"the secondary took over: {msg['why']}")
         elif kind == "plan":
@@ -214,6 +218,9 @@ class Primary(Controller):
                 self._plan(msg["why"])
             except ValueError as e:
                 log.warning("no hand-over: %s", e)
+        elif kind == "resumed":
+            self.last_failover = {"gap_ms": msg["gap_us"] / 1e3, "took_ms": msg["took_us"] / 1e3}
+            log.info("the network heard nothing of the guest for %.1f ms", msg["gap_us"] / 1e3)
         elif kind == "based" and ck is not None:
             ck.based = max(ck.based, msg["n"] + 1)
             ck.changed.set()
@@ -225,6 +232,15 @@ class Primary(Controller):
             else:
                 ck.failed = msg["why"]
             ck.changed.set()
+
+    def _older_than(self, msg: dict[str, Any]) -> bool:
+        """Two primaries, since this host has lost what was pinned (a reboot): the pair's epochs
+        only ever grow, so who has the smaller one has missed what came after."""
+        if msg["role"] != Role.PRIMARY.value or msg["state"] == State.STOPPED.value:
+            return False
+        mine: int = self.dp.epoch
+        theirs: int = msg["epoch"]
+        return theirs > mine or (theirs == mine and self.config.role == "secondary")
 
     def _stand_down(self, why: str) -> None:
         """Never speak against a secondary that has taken over."""
@@ -288,7 +304,7 @@ class Primary(Controller):
         while True:
             await asyncio.sleep(SWEEP_S)
             await asyncio.to_thread(own.sweep, self.dp.base_epoch)
-            if not own.translated and not self._ck:
+            if not own.wanted and not self._ck:
                 self.own = None
                 await asyncio.to_thread(self.dp.drop_guest)
                 log.info("no connection in the guest's own numbers is left")
@@ -342,15 +358,11 @@ class Primary(Controller):
                     await asyncio.sleep(self.config.peer.heartbeat_interval / 1000)
                     continue
                 self.checkpoints_failed += 1
+                if await self.hangs():
+                    self.vm_gone = True  # not the secondary's fault: it is the one to go on
                 self.checkpoint_overdue = True
                 self.become(State.DEGRADED, f"checkpoint ({want.cause}) did not complete: {e}")
                 self._decide()
-
-    @property
-    def _migrate_uri(self) -> str:
-        """Where the other host's QEMU waits."""
-        q = self.config.qemu
-        return q.migrate_uri if self.config.role == "primary" else q.reverse_uri
 
     async def _migration(self) -> str | None:
         """State of QEMU's migration; None while QMP does not answer."""
@@ -439,7 +451,7 @@ class Primary(Controller):
                 self.engine.begin_checkpoint()
                 self.dp.mode = Mode.CHECKPOINT
                 await self.qmp.prepare(primary=True)
-                await self.qmp.migrate(self._migrate_uri)
+                await self.qmp.migrate(self.migrate_to)
             else:
                 ck.stop_ns = 0
                 await self.qmp.trigger_checkpoint()
@@ -461,6 +473,9 @@ class Primary(Controller):
                 # the guests are equal, and this one is silent from here on, whoever dies next.
                 self.dp.mode = Mode.DROP
                 self.become(State.STOPPED, f"handed over to the secondary: {detail}")
+                now = time.monotonic_ns()
+                last = now if held[0] else ck.stop_ns  # what was held left with the commit
+                self.peer.send("silent", us=max(0, now - last) // 1000)
                 self.peer.send("gone", why="planned failover", alone=self.spoke_alone)
             else:
                 self.dp.mode = Mode.RUN

@@ -173,9 +173,9 @@ class Qmp:
         status = (await self.execute("query-status"))["status"]
         return QemuInfo((v["major"], v["minor"], v["micro"]), kvm, status)
 
-    async def status(self) -> str:
+    async def status(self, timeout: float | None = None) -> str:
         """Run state (`running`, `colo`, `inmigrate`, ...)."""
-        return str((await self.execute("query-status"))["status"])
+        return str((await self.execute("query-status", timeout=timeout))["status"])
 
     async def migration_status(self, timeout: float | None = None) -> str:
         """State of the migration (`colo` while in COLO), empty when there was none."""
@@ -219,14 +219,14 @@ class Qmp:
         """Tell QEMU that its COLO peer is gone: it goes on alone."""
         await self.execute("x-colo-lost-heartbeat", timeout=timeout)
 
-    async def yank(self) -> None:
+    async def yank(self, timeout: float | None = None) -> None:
         """Cut QEMU's migration channel, out of band: a main loop that waits for it goes on.
 
         A secondary that loads a checkpoint holds QEMU's big lock while it reads from the channel
         (colo_incoming_process_checkpoint() in migration/colo.c), so a primary that hangs there
         hangs the secondary's QMP too.
         """
-        await self.execute("yank", {"instances": [{"type": "migration"}]}, oob=True)
+        await self.execute("yank", {"instances": [{"type": "migration"}]}, timeout, oob=True)
 
     async def quit(self) -> None:
         """End QEMU; its guest is worthless."""

@@ -34,6 +34,7 @@ log = logging.getLogger("colo_xdp.secondary")
 
 SWEEP_S = 5.0
 TAKEOVER_S = 10.0
+GAP_S = 5.0
 MAX_ANNOUNCED = 256  # addresses of the guest
 ANNOUNCE_TIMES = (0.0, 0.05, 0.2, 0.45, 0.8)  # seconds after the takeover, as QEMU's own RARPs
 
@@ -64,6 +65,7 @@ class Secondary(Controller):
         self.hold_limit = 16 * config.compare.max_queue_size
         self._resume_ns = 0
         self._ready_wanted = False
+        self._silent_ns = 0  # since when the PVM has been, by plan
         self._entered = False  # the SVM runs in COLO
         # The primary's beat has confirmed a checkpoint. Until then it may have given up entering
         # and let the PVM speak uncompared, whatever this QEMU has loaded: no takeover.
@@ -149,10 +151,12 @@ class Secondary(Controller):
             over = h is not None and msg["epoch"] >= h.n and not (h.planned and msg["shut"])
             if h is not None and h.resume is not None and over:
                 self._finish(h, h.resume)
+        elif kind == "silent":
+            self._silent_ns = time.monotonic_ns() - msg["us"] * 1000 - self.peer.rtt_ns // 2
         elif kind == "base":
             self._on_base(msg["n"], msg["flows"])
         elif kind == "ready" and self.state is State.TAKEN_OVER and self.spoke_alone:
-            if self.config.qemu.reverse_uri:
+            if self.migrate_to:
                 self.change_role("a new QEMU waits on the other host for this guest's state")
             else:
                 log.error("a new secondary waits, but [qemu] reverse_uri does not say where")
@@ -347,6 +351,7 @@ class Secondary(Controller):
         )
         if hold is not None and hold.resume is not None:
             self._resume_ns = hold.resume.ts_ns
+        said = self._frames_out()
         self.dp.mode = Mode.TAKEOVER
         self.become(State.TAKEN_OVER, why)
         self.peer.send("taken", why=why)
@@ -360,6 +365,8 @@ class Secondary(Controller):
                     self._forward(event, late=True)
         self._drain()
         log.info("takeover took %.1f ms", (time.monotonic() - began) * 1000)
+        if self._silent_ns:
+            self.spawn(self._measure_gap(said, began))
 
     async def _in_colo(self) -> bool:
         """Whether QEMU has to be told. One that hangs is told too, past its main loop."""
@@ -367,6 +374,26 @@ class Secondary(Controller):
             return await self.qmp.migration_status(HUNG_S) in IN_COLO
         except QmpTimeout:
             return True
+
+    def _frames_out(self) -> int:
+        """Frames of the guest that have left to the network."""
+        row = self.dp.counters()["svm_out"]
+        return sum(row[r][0] for r in ("passed", "rewritten", "released"))
+
+    async def _measure_gap(self, said: int, began: float) -> None:
+        """Until the guest's first frame after the primary's last one; the clients' share of it."""
+        since, self._silent_ns = self._silent_ns, 0
+        took = int((time.monotonic() - began) * 1e6)
+        end = time.monotonic() + GAP_S
+        while self._frames_out() == said:
+            if time.monotonic() > end:
+                log.info("the guest had nothing to say for %g s: no gap was measured", GAP_S)
+                return
+            await asyncio.sleep(0.001)
+        gap = max(0, time.monotonic_ns() - since)
+        self.last_failover = {"gap_ms": gap / 1e6, "took_ms": took / 1e3}
+        log.info("the network heard nothing of the guest for %.1f ms", gap / 1e6)
+        self.peer.send("resumed", gap_us=gap // 1000, took_us=took)
 
     def _loaded(self) -> bool:
         """Whether the checkpoint in which the primary died has reached the SVM all the same.
@@ -442,11 +469,7 @@ class Secondary(Controller):
             await asyncio.sleep(SWEEP_S)
             epoch = self.dp.epoch
             await asyncio.to_thread(self.flows.sweep, epoch)
-            if (
-                self.state is State.TAKEN_OVER
-                and not self.flows.translated
-                and not self.stepped_out
-            ):
+            if self.state is State.TAKEN_OVER and not self.flows.wanted and not self.stepped_out:
                 await asyncio.to_thread(self.dp.step_out)
                 self.stepped_out = True
                 log.info("the last rewritten connection is gone: the rewriting programs are off")

@@ -48,6 +48,10 @@ MESSAGES: dict[str, dict[str, type]] = {
     "failed": {"n": int, "why": str},
     # either: my data path is shut; `alone`: my guest has spoken alone before
     "gone": {"why": str, "alone": bool},
+    # P, with `gone` by plan: the time since its guest's last frame left
+    "silent": {"us": int},
+    # S: its guest's first frame has left; how long the network heard nothing
+    "resumed": {"gap_us": int, "took_us": int},
     # P: shut your guest in, mine speaks alone from now on or wants to
     "solo": {"why": str},
     # S: hand over, as a planned failover asked for on this side

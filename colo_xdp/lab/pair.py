@@ -172,10 +172,12 @@ class Lab:
             lines += [f"{k} = {_toml(v)}" for k, v in keys.items()]
         return "\n".join(lines) + "\n"
 
-    def start_controller(self, role: str) -> subprocess.Popen[bytes]:
+    def start_controller(
+        self, role: str, env: dict[str, str] | None = None
+    ) -> subprocess.Popen[bytes]:
         """`colo-xdp run` in the host's namespace."""
         cmd = [sys.executable, "-m", "colo_xdp.cli", "run", str(self.config_path(role))]
-        env = {"COLO_XDP_LOG": "INFO", "PYTHONUNBUFFERED": "1"}
+        env = {"COLO_XDP_LOG": "INFO", "PYTHONUNBUFFERED": "1", **(env or {})}
         p = self.procs.start(cmd, self.controller_log(role), self.ns(role), env)
         self.controllers[role] = p
         return p

@@ -286,6 +286,9 @@ class SimDataPath:
     def flows(self) -> None:
         return None
 
+    def counters(self) -> dict[str, dict[str, tuple[int, int]]]:
+        return {"svm_out": dict.fromkeys(("passed", "rewritten", "released"), (0, 0))}
+
     def open_network(self) -> None:
         if not self.dead:
             self._side.in_bridge = True
@@ -501,7 +504,7 @@ class SimQmp:
         self.connected, q.client = True, self
         return QemuInfo((7, 2, 0), True, q.status())
 
-    async def status(self) -> str:
+    async def status(self, timeout: float | None = None) -> str:
         return (await self._call("status")).status()
 
     async def migration_status(self, timeout: float | None = None) -> str:
@@ -516,7 +519,7 @@ class SimQmp:
     async def trigger_checkpoint(self) -> None:
         (await self._call("trigger")).checkpoint(first=False)
 
-    async def yank(self) -> None:
+    async def yank(self, timeout: float | None = None) -> None:
         await self._call("yank")
 
     async def quit(self) -> None:

@@ -16,6 +16,7 @@ from colo_xdp.abi import Mode, Source
 from colo_xdp.config import load
 from colo_xdp.failover import State
 from colo_xdp.primary import Checkpoint, Primary
+from colo_xdp.qmp import QmpTimeout
 from colo_xdp.qmp_event import QmpEvent
 from colo_xdp.reasons import Cause
 from colo_xdp.ring import Event
@@ -69,6 +70,10 @@ class FakeDataPath:
 
     def flows(self) -> None:
         return None
+
+    def counters(self) -> dict[str, dict[str, tuple[int, int]]]:
+        sent = len(self.injectors["forward"].frames)
+        return {"svm_out": {"passed": (0, 0), "rewritten": (0, 0), "released": (sent, 0)}}
 
     def change_role(self) -> None:
         self.changed += 1
@@ -313,7 +318,7 @@ class FakeQmp:
         self.said.append("lost_heartbeat")
         self.colo = False
 
-    async def status(self) -> str:
+    async def status(self, timeout: float | None = None) -> str:
         return "running"
 
     async def execute(self, command: str) -> list[Any]:
@@ -350,9 +355,13 @@ def test_a_planned_failover_holds_until_this_side_speaks() -> None:
             c.on_event(Event(source, at, 7, tcp(text), 0, False))
         assert sent.kinds() == ["begun", "done"]
         assert dp.mode is Mode.CHECKPOINT and dp.epoch == 7
+        c.on_message({"type": "silent", "us": 3000})
         c._peer_message(BEAT | {"state": "stopped", "epoch": 8, "shut": True})
         assert c._busy is not None
         await c._busy
+        while "resumed" not in sent.kinds():
+            await asyncio.sleep(0.001)
+        assert 3 <= sent[-1]["gap_us"] / 1000 < 5000
         assert c.state is State.TAKEN_OVER and dp.mode is Mode.TAKEOVER and dp.epoch == 8
         assert b"client" in dp.injectors["deliver"].frames[0]
         forwarded = b"".join(dp.injectors["forward"].frames)
@@ -533,7 +542,7 @@ def test_a_worthless_guest_makes_room_for_one_that_waits() -> None:
 class WaitingQmp(FakeQmp):
     """Runs, until it is ended; the next one waits for a migration."""
 
-    async def status(self) -> str:
+    async def status(self, timeout: float | None = None) -> str:
         return "inmigrate" if "quit" in self.said else "running"
 
     async def quit(self) -> None:
@@ -541,3 +550,85 @@ class WaitingQmp(FakeQmp):
 
     async def prepare(self, *, primary: bool) -> None:
         self.said.append("prepare")
+
+
+class HungQmp(FakeQmp):
+    """Its main loop answers again after a yank, or not; the way past it answers, or not."""
+
+    def __init__(self, *, loop: bool, oob: bool, after: bool) -> None:
+        super().__init__()
+        self.loop, self.oob, self.after = loop, oob, after
+
+    async def status(self, timeout: float | None = None) -> str:
+        if not self.loop:
+            raise QmpTimeout("query-status: no answer in time")
+        return "running"
+
+    async def yank(self, timeout: float | None = None) -> None:
+        self.said.append("yank")
+        if not self.oob:
+            raise QmpTimeout("yank: no answer in time")
+        self.loop = self.after
+
+
+@pytest.mark.parametrize(
+    ("qmp", "hangs", "said"),
+    [
+        (HungQmp(loop=True, oob=True, after=True), False, []),
+        (HungQmp(loop=False, oob=True, after=True), False, ["yank"]),  # it waited for the other
+        (HungQmp(loop=False, oob=True, after=False), True, ["yank"]),
+        (HungQmp(loop=False, oob=False, after=False), True, ["yank"]),
+    ],
+)
+def test_a_qemu_that_waits_for_the_other_does_not_hang(
+    qmp: HungQmp, hangs: bool, said: list[str]
+) -> None:
+    async def body() -> None:
+        c, _, _ = primary()
+        c.qmp = qmp  # type: ignore[assignment]
+        assert await c.hangs() is hangs and qmp.said == said
+
+    in_loop(body)
+
+
+def test_a_pvm_that_hangs_is_shut_in_and_the_other_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def body() -> None:
+        monkeypatch.setattr("colo_xdp.controller.WATCH_S", 0.01)
+        c, dp, sent = primary()
+        c.state = State.PROTECTED
+        c.qmp = HungQmp(loop=False, oob=False, after=False)  # type: ignore[assignment]
+        watch = asyncio.ensure_future(c._watch_qemu())
+        while "gone" not in sent.kinds():
+            await asyncio.sleep(0.01)
+        watch.cancel()
+        assert c.state is State.STOPPED and dp.mode is Mode.DROP
+        assert "hangs" in c.reason
+        for t in list(c._tasks):
+            t.cancel()
+
+    in_loop(body)
+
+
+@pytest.mark.parametrize(
+    ("beat", "stopped"),
+    [
+        ({"role": "primary", "state": "solo", "epoch": 8}, True),
+        ({"role": "primary", "state": "starting", "epoch": 7}, False),  # this host began as one
+        ({"role": "primary", "state": "solo", "epoch": 3}, False),
+        ({"role": "primary", "state": "stopped", "epoch": 8}, False),
+        ({"role": "secondary", "state": "starting", "epoch": 8}, False),
+    ],
+)
+def test_of_two_primaries_the_one_that_knows_less_is_silent(
+    beat: dict[str, Any], stopped: bool
+) -> None:
+    """A host that was rebooted while the roles were changed has lost the word of it."""
+
+    async def body() -> None:
+        c, dp, _ = primary(Mode.BYPASS)
+        c._peer_message(BEAT | {"shut": False} | beat)
+        assert (c.state is State.STOPPED and dp.mode is Mode.DROP) is stopped
+        for t in list(c._tasks):
+            t.cancel()
+
+    in_loop(body)

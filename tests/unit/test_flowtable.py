@@ -57,6 +57,8 @@ def test_what_is_handed_over() -> None:
     m[key(6)] = value(7, 0, 0, 0)  # forgotten
     parts = t.export(7)
     assert {p[: len(key(1))] for p in parts} == {key(1), key(2), key(5)}
+    t.sweep(7)
+    assert (t.translated, t.wanted) == (2, 3)
     other, n = table()
     n[key(9)] = value(3, 1)
     other.adopt(b"".join(parts[:2]), first=True)
