@@ -299,10 +299,7 @@ class Objects:
             if headers.path:
                 del os.environ["BCC_KERNEL_SOURCE"]
         self.programs = {name: _program(name, f.fd) for name, f in funcs.items()}
-        lib = bcc.libbcc.lib
-        names = [lib.bpf_table_name(self.bpf.module, i).decode()
-                 for i in range(lib.bpf_num_tables(self.bpf.module))]  # fmt: skip
-        self._maps = {n: self.bpf[n.encode()].map_fd for n in names}
+        self._maps = _tables(bcc.libbcc.lib, self.bpf.module)
 
     def _adopt(self, source: Source) -> None:
         for kind, name, path in _pins(self.pin_dir, source):
@@ -337,6 +334,15 @@ class Objects:
             self.bpf.cleanup()
 
 
+def _tables(lib: Any, module: Any) -> dict[str, int]:
+    """Descriptors of a compiled module's maps (bcc's Python does not declare these functions)."""
+    lib.bpf_num_tables.argtypes, lib.bpf_num_tables.restype = [ct.c_void_p], ct.c_size_t
+    lib.bpf_table_name.argtypes = [ct.c_void_p, ct.c_size_t]
+    lib.bpf_table_name.restype = ct.c_char_p
+    names = [lib.bpf_table_name(module, i) for i in range(lib.bpf_num_tables(module))]
+    return {n.decode(): lib.bpf_table_fd(module, n) for n in names}
+
+
 def _program(name: str, fd: int) -> Program:
     info = _bpf.prog_info(fd)
     return Program(name, fd, info.id, info.tag)
@@ -357,8 +363,9 @@ def _pins(directory: str, source: Source) -> list[tuple[str, str, str]]:
 
 
 def _forget(directory: str, keep: tuple[str, ...]) -> None:
-    """Unpin what was kept of other sources (<role>_<tag>_): nobody will take it over any more."""
-    for entry in os.listdir(directory):
+    """Unpin what was kept (<role>_<tag>_): nobody will take it over any more."""
+    # The mark first: what is half gone is not whole.
+    for entry in sorted(os.listdir(directory), reverse=True):
         kind, _, rest = entry.partition("_")
         if kind in ("whole", "prog", "map") and not rest.startswith(keep):
             os.unlink(f"{directory}/{entry}")
@@ -466,7 +473,6 @@ def load(role: str, pair: str, bpffs: str, options: Options, home: str = "") -> 
     except kheaders.NoHeaders as e:
         raise LoadError(str(e)) from e
     objects = Objects(source, directory, headers)
-    mine = f"{role}_{source.tag}_"
-    _forget(directory, (mine, "primary_") if role == "guest" else (mine,))
+    _forget(directory, ("primary_",) if role == "guest" else ())  # guest stands beside a primary
     objects.keep(source)
     return objects
