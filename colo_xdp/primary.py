@@ -26,7 +26,7 @@ from .datapath import DataPath
 from .failover import Action, Role, State
 from .flowtable import FlowTable
 from .journal import Divergence, Entry, Journal
-from .qmp import QmpError
+from .qmp import QmpError, QmpTimeout
 from .qmp_event import QmpEvent
 from .reasons import Cause
 from .record import Record
@@ -48,11 +48,12 @@ class CheckpointFailed(RuntimeError):
     """A checkpoint did not complete; what is held stays held.
 
     `refused`: the secondary's controller said no before QEMU was asked, so it can be tried again.
+    `channel`: its controller cannot be heard, which says nothing of its QEMU.
     """
 
-    def __init__(self, why: str, *, refused: bool = False) -> None:
+    def __init__(self, why: str, *, refused: bool = False, channel: bool = False) -> None:
         super().__init__(why)
-        self.refused = refused
+        self.refused, self.channel = refused, channel
 
 
 @dataclass(slots=True)
@@ -358,9 +359,10 @@ class Primary(Controller):
                     await asyncio.sleep(self.config.peer.heartbeat_interval / 1000)
                     continue
                 self.checkpoints_failed += 1
-                if await self.hangs():
+                if isinstance(e, QmpTimeout) and await self.hangs():
                     self.vm_gone = True  # not the secondary's fault: it is the one to go on
-                self.checkpoint_overdue = True
+                # Silence is no second sign beside silence: that would fence over a cut link.
+                self.checkpoint_overdue = not (isinstance(e, CheckpointFailed) and e.channel)
                 self.become(State.DEGRADED, f"checkpoint ({want.cause}) did not complete: {e}")
                 self._decide()
 
@@ -424,7 +426,7 @@ class Primary(Controller):
         if self.colo_exit:
             raise CheckpointFailed("QEMU has lost the COLO channel (COLO_EXIT)")
         if not self.peer.connected:
-            raise CheckpointFailed("the control channel to the secondary is down")
+            raise CheckpointFailed("the control channel to the secondary is down", channel=True)
         if self.vm_gone or not self.qmp.connected:
             raise CheckpointFailed("QMP to the PVM is down")
 
