@@ -47,9 +47,9 @@ enum colo_cfg {
 	CFG_FAST = 10,	       /* 1: verdicts in the kernel (fast.h) */
 	CFG_FAST_SINCE = 11,   /* user space's: what fast.h knew in older epochs is void */
 	CFG_UPLINK = 12,       /* by which tier K releases: ifindex, or UPLINK_*; see way.h */
-	CFG_ORDER = 13,	     /* user space's: when a person asked for a failover, see datapath.py */
-	CFG_ROLE = 14,	     /* user space's: enum colo_role; 0: as configured */
-	CFG_BASE_EPOCH = 15, /* primary: offsets of this epoch are the guest's for good; 0: none */
+	CFG_ORDER = 16,	     /* user space's: when a person asked for a failover, see datapath.py */
+	CFG_ROLE = 17,	     /* user space's: enum colo_role; 0: as configured */
+	CFG_BASE_EPOCH = 18, /* primary: offsets of this epoch are the guest's for good; 0: none */
 	CFG_MAX = 32,
 };
 

@@ -48,9 +48,9 @@ class Cfg(IntEnum):
     FAST = 10
     FAST_SINCE = 11
     UPLINK = 12
-    ORDER = 13
-    ROLE = 14
-    BASE_EPOCH = 15
+    ORDER = 16
+    ROLE = 17
+    BASE_EPOCH = 18
     MAX = 32
 
 
