@@ -36,6 +36,7 @@ DEAD_AFTER_MS = 4000
 QMP_TIMEOUT_MS = 1000
 CHECKPOINT_MS = 2000
 SLACK_MS = 100
+DISTURBED = 0.3  # of the repairs: something dies in them too
 
 OVERRIDES: dict[str, dict[str, Any]] = {
     "compare": {"compare_timeout": 1000},
@@ -283,6 +284,16 @@ class Chaos:
             lab.start_controller(dead)
         lab.start_vm(dead, incoming=True)
         self.pvm = survivor
+        if self.rng.random() < DISTURBED:  # anywhere in the change of roles or the first copy
+            time.sleep(self.rng.uniform(0, 4))
+            what = self.rng.choice(("QEMU", *HOSTS))
+            self.say(f"     repair disturbed: kill -9 of {what}")
+            if what == "QEMU":
+                self._kill(dead)
+                lab.start_vm(dead, incoming=True)
+            else:
+                self._kill_controller(what)
+                lab.start_controller(what)
         self._protected()
 
     def _protected(self) -> None:
