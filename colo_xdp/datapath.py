@@ -106,6 +106,8 @@ class DataPath:
         self.guest: loader.Objects | None = None
         if primary and self._read(Cfg.BASE_EPOCH):
             self.guest = loader.load("guest", config.pair, dp.bpffs, options, config.role)
+            # A later epoch than any other host has seen: see Primary._older_than().
+            self.epoch = max(self.epoch, self.base_epoch + 1)
         if self.adopted and self.role == "secondary" and self.mode is Mode.DROP and tap.master:
             attach.set_master(net.tap, None)  # as a primary it was there, and open_network puts it
         self._write(Cfg.TAP, tap.index)
