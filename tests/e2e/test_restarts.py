@@ -129,7 +129,7 @@ def test_drill(supervised: tuple[Lab, dict[str, Supervisor]]) -> None:
         cmd = [sys.executable, "-m", "colo_xdp.cli", "drill", str(lab.config_path(pvm))]
         r = subprocess.Popen(cmd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         wait_for("the command that starts a QEMU", wanted.exists, 20)
-        assert not lab.vm[pvm].alive
+        wait_for("the end of the old QEMU", lambda v=lab.vm[pvm]: not v.alive, 10)  # type: ignore[misc]
         lab.start_vm(pvm, incoming=True)
         out, _ = r.communicate(timeout=90)
         print(out)
