@@ -35,6 +35,7 @@ from .secondary import Secondary
 log = logging.getLogger("colo_xdp")
 
 ROLE_CHANGED = -1
+LOAD_S = 60  # to compile and load the programs of the other role
 STATUS_S = 1.0
 SCRAPE_S = 2.0
 
@@ -95,6 +96,7 @@ async def _serve(config: Config, datapath: DataPath) -> int:
         await ctl.start()
         # Long-lived objects are not looked at again: no pause while packets wait.
         gc.freeze()
+        notifier.patience(None)
         notifier.send(READY="1", STATUS=ctl.reason)
         watcher = asyncio.create_task(ctl.finished())
         stopping = asyncio.create_task(stop.wait())
@@ -111,8 +113,10 @@ async def _serve(config: Config, datapath: DataPath) -> int:
         failed = watcher.done() and not changed
         for t in (watcher, stopping):
             t.cancel()
-        # The next role's programs may take some seconds to compile.
-        notifier.send(**({"WATCHDOG": "1"} if changed else {"STOPPING": "1"}))
+        if changed:  # the next role's programs may take a while to compile
+            notifier.patience(LOAD_S)
+        else:
+            notifier.send(STOPPING="1")
         why = "the roles change" if changed else "stopped by a signal"
         await ctl.stop("internal error" if failed else why)
         return ROLE_CHANGED if changed else int(failed)

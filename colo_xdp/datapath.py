@@ -106,8 +106,6 @@ class DataPath:
         self.guest: loader.Objects | None = None
         if primary and self._read(Cfg.BASE_EPOCH):
             self.guest = loader.load("guest", config.pair, dp.bpffs, options, config.role)
-            # A later epoch than any other host has seen: see Primary._older_than().
-            self.epoch = max(self.epoch, self.base_epoch + 1)
         if self.adopted and self.role == "secondary" and self.mode is Mode.DROP and tap.master:
             attach.set_master(net.tap, None)  # as a primary it was there, and open_network puts it
         self._write(Cfg.TAP, tap.index)
@@ -136,6 +134,10 @@ class DataPath:
         self._fdb_told = 0.0
         self.manifest = attach.Manifest(manifest_path(dp.run_dir, config.pair, config.role))
         self._attach()
+        if self.guest:
+            # A later epoch than any other host has seen: see Primary._older_than(). Not before the
+            # secondary's programs are off: they would take their offsets for void.
+            self.epoch = max(self.epoch, self.base_epoch + 1)
 
     def _was_taken_over(self) -> bool:
         pinned = Path(loader.pin_dir(self.config.datapath.bpffs, self.config.pair, "secondary"))

@@ -8,6 +8,7 @@ NOTIFY_SOCKET and WATCHDOG_USEC (sd_notify(3), sd_watchdog_enabled(3)).
 from __future__ import annotations
 
 import contextlib
+import re
 import signal
 import socket
 import threading
@@ -40,7 +41,7 @@ class Supervisor:
         while not self._stop.is_set():
             p = self.lab.start_controller(self.role, env)
             self.starts += 1
-            began, heard, ready = time.monotonic(), 0.0, False
+            began, heard, ready, limit = time.monotonic(), 0.0, False, self.watchdog_s
             while p.poll() is None and not self._stop.is_set():
                 text = ""
                 with contextlib.suppress(TimeoutError):
@@ -49,9 +50,11 @@ class Supervisor:
                 if "READY=1" in text and not ready:
                     ready, heard = True, now
                     self.ready_after.append(now - began)
-                elif "WATCHDOG=1" in text:
+                if "WATCHDOG=1" in text:
                     heard = now
-                if ready and now - heard > self.watchdog_s:
+                if m := re.search(r"WATCHDOG_USEC=(\d+)", text):
+                    limit = int(m[1]) / 1e6
+                if ready and now - heard > limit:
                     self.aborted += 1
                     p.send_signal(signal.SIGABRT)
                     p.send_signal(signal.SIGKILL)
