@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
  * Tier K: established TCP in order is compared and released here, and Python
- * never sees it. tests/sim/fast.py is the same in Python; a test compares the
- * two frame by frame.
+ * never sees it. tests/sim/fast.py is the same in Python;
+ * tests/netns/test_fast_differential.py compares the two frame by frame.
  *
  * One guest is ahead of the other. Its bytes, rel..nxt, are in a stash; when the
  * other's arrive they are compared, and what is equal leaves at once:
@@ -79,6 +79,7 @@ struct colo_work {
 	volatile __u64 left;  /* so many in all; those behind `equal` are put into the stash */
 	volatile __u64 now, out, way, mark; /* out: to which device, by which way */
 	volatile __u64 moves;		    /* by how much rel does, if it leaves */
+	volatile __u64 rel, out_ack;	    /* as before that */
 	volatile __u64 n, pos, err, upto, sum, addresses, act;
 };
 
@@ -610,8 +611,8 @@ static __always_inline u32 hear_pvm(struct __sk_buff *skb, const struct pkt *p, 
 		c->mss = n;
 	if (early && !stash_claim(c, key))
 		return R_HAND_NO_STASH;
-	if (seq_later(c->p_ack, p->ack))
-		return 0;
+	if (seq_later(c->p_ack, p->ack)) /* without a header the stash's bytes could not leave */
+		return c->l4 || !p->payload_len ? 0 : R_HAND_ODD;
 	if ((early || p->payload_len || win > c->s_win) && keep_header(skb, c, p))
 		return R_HAND_HELPER;
 	c->p_ack = p->ack;
@@ -691,9 +692,9 @@ static __always_inline u32 decide(struct __sk_buff *skb, const struct pkt *p, st
 	     (len > out && out > (u32)c->mss * (COLO_MAX_PIECES - 2))))
 		return R_HAND_ODD;
 	w->act = ACT_NOTHING;
-	if (again)
-		w->act = side == SIDE_PVM ? ACT_PASS : ACT_NOTHING;
-	else if (w->equal)
+	if (again && side == SIDE_PVM)
+		w->act = ACT_PASS;
+	else if (w->equal && !again)
 		w->act = len > out ? ACT_PIECES : side == SIDE_PVM ? ACT_PASS : ACT_TURN;
 	else if (side == SIDE_PVM && !len && !(out && c->ahead == SIDE_PVM) &&
 		 !seq_later(p->ack, c->s_ack))
@@ -713,6 +714,8 @@ static __always_inline u32 decide(struct __sk_buff *skb, const struct pkt *p, st
 	act = w->act;
 	side = w->side;
 	end = w->seq; /* behind the payload */
+	w->rel = c->rel;
+	w->out_ack = c->out_ack;
 	reason = len || side == SIDE_PVM ? R_FAST_HELD : R_FAST_ENDED;
 	if (len && seq_later(end, c->nxt)) {
 		c->nxt = end;
@@ -748,7 +751,8 @@ static __always_inline u32 decide(struct __sk_buff *skb, const struct pkt *p, st
 		if (send_pieces(skb, c, st, w))
 			reason = R_HELPER_FAILED;
 	}
-	settle(c, w->now, act);
+	/* Acks that leave do not make bytes that wait any younger. */
+	settle(c, w->now, c->rel != w->rel || (c->rel == c->nxt && c->out_ack != w->out_ack));
 	return reason;
 }
 
@@ -830,6 +834,7 @@ struct colo_ctl {
 	__u8 doff;
 	__u8 hdr[128];
 	__u8 memo[64];
+	__u64 since_ns; /* of what waits; 0: now */
 } __attribute__((packed));
 
 static __always_inline int control(void *data, void *data_end)
@@ -838,6 +843,7 @@ static __always_inline int control(void *data, void *data_end)
 	struct colo_flow_key key;
 	struct colo_conn *c;
 	int r = CTL_DONE;
+	u64 since;
 
 	if (data + sizeof(*m) > data_end)
 		return CTL_UNKNOWN;
@@ -860,11 +866,14 @@ static __always_inline int control(void *data, void *data_end)
 		c->epoch = 0; /* the words are void */
 	} else if (m->op == CTL_CLAIM) {
 		c->since_ns = 0;
-		if (!stash_claim(c, &key))
+		/* User space writes into it next: it is not for others to take. */
+		if (stash_claim(c, &key))
+			outstanding_since(c, bpf_ktime_get_ns());
+		else
 			r = CTL_FULL;
 	} else if (c->captured != m->captured) {
 		r = CTL_REFUSED;
-	} else if (m->nxt != m->org && !c->stash) {
+	} else if ((m->nxt != m->org || m->pending) && !c->stash) {
 		r = CTL_FULL; /* somebody has taken it meanwhile */
 	} else {
 		c->epoch = m->epoch;
@@ -878,13 +887,14 @@ static __always_inline int control(void *data, void *data_end)
 		c->p_win = m->p_win;
 		c->s_win = m->s_win;
 		c->out_win = m->out_win;
-		c->mss = m->mss;
+		c->mss = m->mss > 2047 ? 2047 : m->mss; /* send_piece() */
 		c->pending = m->pending;
 		c->l4 = m->l4;
 		c->doff = m->doff;
 		__builtin_memcpy(c->hdr, m->hdr, sizeof(c->hdr));
 		c->seen_ns = bpf_ktime_get_ns();
-		outstanding_since(c, m->nxt != m->rel || m->pending ? c->seen_ns : 0);
+		since = m->since_ns ? m->since_ns : c->seen_ns;
+		outstanding_since(c, m->nxt != m->rel || m->pending ? since : 0);
 		__builtin_memcpy(c->memo, m->memo, sizeof(c->memo));
 		c->tier = TIER_K;
 	}

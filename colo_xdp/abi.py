@@ -164,8 +164,8 @@ SIDE_PVM, SIDE_SVM = 0, 1
 CONN = struct.Struct("=QQQIIIIIIIIIIHHHHBBBBB3x128s64s")
 #: struct colo_owner: taken, since_ns, key
 OWNER = struct.Struct("=QQ40s")
-#: struct colo_ctl: ethernet header, op, captured, key, and what GIVE is to set
-CTL = struct.Struct("=14xHI40s232s")
+#: struct colo_ctl: ethernet header, op, captured, key, what GIVE is to set, since_ns
+CTL = struct.Struct("=14xHI40s232sQ")
 #: struct colo_client: seen_ns, ifindex, pad
 CLIENT = struct.Struct("=QII")
 #: epoch, rel, p_ack, s_ack, out_ack, p_win, s_win, out_win, mss, nxt, org, ahead, pending, l4,

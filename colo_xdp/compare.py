@@ -29,6 +29,7 @@ from .fastpath import (
     pack,
     ready,
     recall,
+    waits_since,
 )
 from .flow import FlowKey, datagram_name, tcp_port
 from .flows import GIVEN, Flows, RuleCount
@@ -452,6 +453,9 @@ class Engine:
                 st.offered, st.calm = self.fast.offer(st.key), 0
                 self._counters["fast_offered"] += st.offered
                 continue
+            since = waits_since(st)
+            if since and self.now - since > self.timeout_ns // 2:
+                continue  # tick() would take it back at once
             gift = pack(st, self.epoch)
             if gift is not None and self.fast.give(st.key, gift, st.captured):
                 given(st)

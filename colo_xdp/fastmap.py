@@ -62,9 +62,10 @@ class FastMap:
         self._switch(on)
 
     def _control(
-        self, op: CtlOp, raw_key: bytes, captured: int = 0, words: bytes = _NO_WORDS
-    ) -> CtlResult:
-        message = abi.CTL.pack(op, captured, raw_key, words)
+        self, op: CtlOp, raw_key: bytes, captured: int = 0, words: bytes = _NO_WORDS,
+        since_ns: int = 0,
+    ) -> CtlResult:  # fmt: skip
+        message = abi.CTL.pack(op, captured, raw_key, words, since_ns)
         end = time.monotonic() + SEIZE_S
         while True:
             r = CtlResult(_bpf.test_run(self._ctl, message, data_out=0).retval)
@@ -86,15 +87,17 @@ class FastMap:
     def give(self, key: FlowKey, gift: Gift, captured: int) -> bool:
         """To tier K, if `captured` is the last frame that was handed here."""
         raw_key = conn_key(key)
-        if gift.stash:
+        if gift.stash or gift.pending:
             slot = self._slot(raw_key) if self._control(CtlOp.CLAIM, raw_key) is _DONE else 0
             if not slot:
                 return False
             at = (slot - 1) * _STASH_SIZE + abi.STASH_BEFORE
             self._rings[at : at + len(gift.stash)] = gift.stash
-        r = self._control(CtlOp.GIVE, raw_key, captured, gift.words)
+        r = self._control(CtlOp.GIVE, raw_key, captured, gift.words, gift.since_ns)
         if r is CtlResult.UNKNOWN:
             self.offer(key)  # deleted by sweep() meanwhile
+        elif r is not _DONE and (gift.stash or gift.pending):
+            self._control(CtlOp.FREE, raw_key)  # the stash that was claimed
         return r is _DONE
 
     def _slot(self, raw_key: bytes) -> int:
@@ -119,6 +122,8 @@ class FastMap:
         if slot and words.epoch:
             at = (slot - 1) * _STASH_SIZE
             words = conn_words(raw, self._rings[at : at + _STASH_SIZE])
+            if not words.stash and self._slot(raw_key) != slot:
+                words = conn_words(raw, b"")  # taken meanwhile, for it held history only
         if slot or words.epoch:
             self._control(CtlOp.FREE, raw_key)
         return words if words.epoch and words.epoch >= self._since else None

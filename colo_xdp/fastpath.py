@@ -36,6 +36,8 @@ _MEMO = struct.Struct("=BBBxIIHH")  # flags, direction, scale, isn, origin, wind
 _DIRECTIONS = ("", "in", "out")
 _NO_SCALE = 255
 _DEFAULT_MSS = 536  # RFC 9293 3.7.1
+#: tier K makes no larger segments (send_piece() in bpf/fast.h)
+MAX_MSS = 2047
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,10 +143,14 @@ def untagged(key: FlowKey) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Gift:
-    """A stream for tier K: abi.GIVE packed; the latest history, and what is outstanding."""
+    """A stream for tier K: abi.GIVE packed; the latest history, and what is outstanding; whether
+    an ack waits, which needs a stash too: by its owner user space finds what waits; and since
+    when (0: nothing does)."""
 
     words: bytes
     stash: bytes
+    pending: bool = False
+    since_ns: int = 0
 
 
 def ready(st: Stream) -> bool:
@@ -157,6 +163,11 @@ def ready(st: Stream) -> bool:
         and not st.stuck and not st.asked and not st.unverifiable
         and st.windows.shrunk is None and untagged(st.key)
     )  # fmt: skip
+
+
+def waits_since(st: Stream) -> int:
+    """Since when anything of a ready stream waits; 0: nothing does."""
+    return st.held[0][2] if st.held else st.svm_since()
 
 
 def _plain(p: Packet) -> bool:
@@ -188,7 +199,8 @@ def pack(st: Stream, epoch: int) -> Gift | None:
         l4, size = p.l4, p.off - p.l4
         if diff(p.ack, p_ack) >= 0:
             p_ack, p_win, header = p.ack, p.window, p.frame[: p.off]
-        mss = max(mss, rec.gso_size)
+        if rec.gso_size <= MAX_MSS:
+            mss = max(mss, rec.gso_size)
     if st.held and not header:
         return None
     for frame, off, end, _ in st.chunks:
@@ -199,16 +211,18 @@ def pack(st: Stream, epoch: int) -> Gift | None:
     stash = st.hist.back(past, past) + b"".join(parts)
     if len(stash) > abi.STASH // 2:
         return None
-    scale = _NO_SCALE if w.scale is None else w.scale
+    scale, pending = _NO_SCALE if w.scale is None else w.scale, diff(p_ack, s_ack) > 0
     memo = _MEMO.pack(
         st.isn is not None, _DIRECTIONS.index(st.direction), scale, st.isn or 0, st.origin, w.syn, 0
     )
     return Gift(
         abi.GIVE.pack(
             epoch, st.base, p_ack, s_ack, st.committed_ack, p_win, w.svm, w.told, mss, nxt,
-            (st.base - past) & MASK, ahead, diff(p_ack, s_ack) > 0, l4, size, header, memo,
+            (st.base - past) & MASK, ahead, pending, l4, size, header, memo,
         ),
         stash,
+        pending,
+        waits_since(st),
     )  # fmt: skip
 
 

@@ -82,10 +82,11 @@ class Flows:
         self._host.unmirror(None)
         for table in (self.tcp, self.datagram):
             for flow in table.values():
+                flow.when = 0  # the engine forgets its timers
                 if flow.epoch == GIVEN:
                     continue
                 flow.new_epoch(epoch)
-                flow.epoch, flow.when = _LONG_AGO, 0
+                flow.epoch = _LONG_AGO
                 if isinstance(flow, Watched):
                     flow.inner.when = 0
 

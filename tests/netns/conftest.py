@@ -69,6 +69,13 @@ class Tap:
     def send(self, frame: bytes, head: bytes = bytes(10)) -> None:
         os.write(self.fd, (head if self.vnet else b"") + frame)
 
+    def read(self) -> bytes:
+        """The next frame that waits, with its virtio_net_hdr; empty if there is none."""
+        try:
+            return os.read(self.fd, 70000)
+        except BlockingIOError:
+            return b""
+
     def recv(self, match: Callable[[bytes], bool], timeout: float = 2.0) -> bytes | None:
         end = time.monotonic() + timeout
         while (left := end - time.monotonic()) > 0:

@@ -57,12 +57,13 @@ def tcp(
     v6: bool = False,
     vlan: int = 0,
     reverse: bool = False,
+    window: int = 4096,
 ) -> bytes:
     """A TCP frame of the guest (reverse: of the client)."""
     if reverse:
         sport, dport = dport, sport
     doff = (20 + len(options)) // 4 << 4
-    head = struct.pack("!HHIIBBHHH", sport, dport, seq, ack, doff, flags, 4096, 0, 0)
+    head = struct.pack("!HHIIBBHHH", sport, dport, seq, ack, doff, flags, window, 0, 0)
     return _frame(6, head + options + payload, 16, partial, v6, vlan, reverse)
 
 

@@ -2,8 +2,8 @@
 """One host: its kernel's programs, its QEMU, and what stands in for QMP, peer channel and fence.
 
 The controllers are the product's own. What is simulated here is what they talk to: the
-verdicts of bpf/*.bpf.c (the numbers are translated by the product's model of them, which
-tests/bpf holds equal to them), QEMU's COLO as DESIGN 4 tells it, and a channel.
+verdicts of bpf/*.bpf.c (the numbers are translated by the product's model of them, tier K is
+fast.py; tests/bpf holds both equal to them), QEMU's COLO as DESIGN 4 tells it, and a channel.
 """
 
 from __future__ import annotations
@@ -15,12 +15,14 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from colo_xdp import abi, wire
-from colo_xdp.abi import Mode, Source
+from colo_xdp.abi import SIDE_PVM, SIDE_SVM, Mode, Source
 from colo_xdp.qmp import QemuInfo, QmpError
 from colo_xdp.qmp_event import QmpEvent
 from colo_xdp.rewrite import Flow, Rewriter
 from colo_xdp.ring import Event
 
+from .fast import FAST_NO, TierK, completed, user_space
+from .fast import Out as Leaving
 from .guest import Guest, Out
 
 if TYPE_CHECKING:
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
 
 MIRROR, SVM = 0, 1
 LOSS_NS = 1_000_000_000
+BUSY = 0.003  # another CPU has the connection of a frame
 
 
 class Tracker(Rewriter):
@@ -60,6 +63,9 @@ class Side:
         self.ring: deque[Event] = deque()
         self.lost = 0
         self.rewriter = Tracker()
+        self.fast: TierK | None = None
+        if primary and world.scene.fast:
+            self.fast = TierK(world.scene.stashes, lambda: world.rnd.random() < BUSY)
         self.in_bridge = primary
         self.stepped_out = False
         self.tap: deque[bytes] = deque(maxlen=500)  # frames that a stopped guest has not taken
@@ -104,11 +110,14 @@ class Side:
 
     # -- programs
 
-    def capture(self, source: Source, epoch: int, frame: bytes, gso: int) -> None:
+    def capture(
+        self, source: Source, epoch: int, frame: bytes, gso: int, captured: int = 0
+    ) -> None:
         if len(self.ring) >= self.world.scene.ring or self.world.ring_broken:
             self.lost += 1
             return
-        self.ring.append(Event(source, self.world.ns(), epoch & 0xFFF, frame, gso, False))
+        now = self.world.ns()
+        self.ring.append(Event(source, now, epoch & 0xFFF, frame, gso, False, captured))
         if not self._drain_set and self.controller is not None:
             self._drain_set = True
             self.world.later(self.world.rnd.uniform(0.01, 1.0), self._drain)
@@ -131,14 +140,35 @@ class Side:
             return
         if self.mode is Mode.BYPASS:
             self.world.to_network(self, frame)
-        elif not self._lost_controller():
-            self.capture(Source.PVM, self.epoch, frame, gso)
+            return
+        captured = self._fast(SIDE_PVM, self.epoch, frame, gso)
+        if captured is not None and not self._lost_controller():
+            self.capture(Source.PVM, self.epoch, frame, gso, captured)
+
+    def _fast(self, side: int, epoch: int, frame: bytes, gso: int) -> int | None:
+        """Tier K: None if it has decided, else the number of the frame's event."""
+        k = self.fast
+        if k is None:
+            return 0
+        k.mode, k.epoch = self.mode, self.epoch
+        fate = k.fast(side, frame, self.world.ns(), gso_size=gso, epoch=epoch)
+        if fate.reason == FAST_NO:
+            return fate.captured
+        self.world.note("tier K, %s: %s", "PS"[side], abi.Reason(fate.reason).name)
+        self.world.fast += 1
+        self.world.fast_alone += self.controller is None
+        for out in fate.out:
+            self.world.to_network(self, completed(out))
+        return None
 
     def link_in(self, kind: int, epoch: int, frame: bytes, gso: int) -> None:
         """From the peer link: svm_arrival or svm_in."""
         if self.primary:
             if kind == SVM and self.mode in (Mode.RUN, Mode.CHECKPOINT):
-                self.capture(Source.SVM, epoch, frame, gso)
+                ours = (epoch ^ self.epoch) & abi.EPOCH_MASK == 0
+                captured = self._fast(SIDE_SVM, self.epoch if ours else -1, frame, gso)
+                if captured is not None:
+                    self.capture(Source.SVM, epoch, frame, gso, captured)
         elif kind == MIRROR:
             if self.mode is Mode.CHECKPOINT:
                 self.capture(Source.CLIENT, self.epoch, frame, gso)
@@ -212,6 +242,9 @@ class SimDataPath:
         self._side, self.dead = side, False
         self.adopted = side.loaded
         self.fast = None
+        if side.fast is not None:
+            self.fast = user_space(side.fast, lambda: not self.dead)
+            self.fast.enabled = True
         side.loaded = True
         names = ("release",) if side.primary else ("deliver", "forward")
         self.injectors = {n: _Injector(self, n) for n in names}
@@ -305,7 +338,9 @@ class _Injector:
 
     def send(self, frame: bytes, gso_size: int = 0, partial: bool = False) -> bool:
         if not self._dp.dead:
-            self._dp._side.inject(self._name, frame, gso_size)
+            self._dp._side.inject(
+                self._name, completed(Leaving(frame, gso_size, partial)), gso_size
+            )
         return True
 
 

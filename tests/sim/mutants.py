@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
-from colo_xdp import controller, failover, fragments, rewrite, secondary, stream
-from colo_xdp.abi import Mode
+from colo_xdp import controller, failover, fastmap, fragments, rewrite, secondary, stream
+from colo_xdp.abi import SIDE_PVM, Mode, Reason
 from colo_xdp.compare import Engine
 from colo_xdp.datagram import DatagramFlow
 from colo_xdp.failover import Action
@@ -23,9 +23,15 @@ from colo_xdp.stream import Stream
 from colo_xdp.twin import Twin
 from colo_xdp.window import WindowGate
 
+from .fast import Conn, Out, TierK, Work
 from .world import Fault, Scene, scene
 
 MUTANTS: dict[str, Callable[[Any], None]] = {}
+#: faults in tier K's model which cost time only, or which nobody outside can see: the differential
+#: test against the kernel has to notice them (tests/netns/test_fast_differential.py)
+KERNEL_MUTANTS: dict[str, Callable[[Any], None]] = {}
+#: faults between the tiers that heal by retransmission: tests/property/test_tiers.py notices them
+TIERS_MUTANTS: dict[str, Callable[[Any], None]] = {}
 #: what a mutant's scenes have to have, where random ones seldom do
 SCENES: dict[str, dict[str, Any]] = {
     "stale_incarnations_count": {
@@ -45,10 +51,20 @@ def _mutant(f: Callable[[Any], None]) -> Callable[[Any], None]:
     return f
 
 
+def _kernel_mutant(f: Callable[[Any], None]) -> Callable[[Any], None]:
+    KERNEL_MUTANTS[f.__name__] = f
+    return f
+
+
+def _tiers_mutant(f: Callable[[Any], None]) -> Callable[[Any], None]:
+    TIERS_MUTANTS[f.__name__] = f
+    return f
+
+
 def scenes(name: str, runs: int) -> Iterator[Scene]:
     """Scenes in which the mutant has a chance to do harm."""
     for seed in range(runs):
-        yield replace(scene(seed), **SCENES.get(name, {}))
+        yield replace(scene(seed), fast=name.startswith("tier_k"), **SCENES.get(name, {}))
 
 
 # -- the engine
@@ -338,3 +354,189 @@ def a_shadow_ends_with_a_word(mp: Any) -> None:
         self.shadow = on
 
     mp.setattr(Secondary, "_shadow_word", word)
+
+
+# -- tier K
+
+
+@_mutant
+def tier_k_releases_uncompared_bytes(mp: Any) -> None:
+    real = TierK.decide
+
+    def decide(self: TierK, c: Conn, w: Work) -> int:
+        r = real(self, c, w)
+        if r == Reason.FAST_HELD and w.side == SIDE_PVM and w.p.payload_len:
+            self.limit_pvm(c, w)
+        return r
+
+    mp.setattr(TierK, "decide", decide)
+
+
+@_mutant
+def tier_k_compares_nothing(mp: Any) -> None:
+    real = TierK.walk_payload
+
+    def walk_payload(self: TierK, c: Conn, w: Work) -> int:
+        at, seq, left = w.at, w.seq, w.left
+        if real(self, c, w):
+            w.at, w.seq, w.left = at + left, (seq + left) & 0xFFFFFFFF, 0
+        return 0
+
+    mp.setattr(TierK, "walk_payload", walk_payload)
+
+
+@_kernel_mutant
+def the_epoch_is_ignored(mp: Any) -> None:
+    def in_force(self: TierK, c: Conn, mode: Mode, epoch: int) -> bool:
+        return mode is self.mode is Mode.RUN and self.on
+
+    mp.setattr(TierK, "in_force", in_force)
+
+
+@_mutant
+def tier_k_decides_in_a_checkpoint(mp: Any) -> None:
+    def in_force(self: TierK, c: Conn, mode: Mode, epoch: int) -> bool:
+        return mode in (Mode.RUN, Mode.CHECKPOINT) and c.epoch == epoch == self.epoch and self.on
+
+    mp.setattr(TierK, "in_force", in_force)
+
+
+@_mutant
+def tier_k_has_no_ack_gate(mp: Any) -> None:
+    mp.setattr(TierK, "allowed_ack", staticmethod(lambda c: c.p_ack))
+
+
+@_mutant
+def tier_k_lets_early_acks_pass(mp: Any) -> None:
+    real = TierK.limit_pvm
+
+    def limit_pvm(self: TierK, c: Conn, w: Work) -> None:
+        s_ack, c.s_ack = c.s_ack, w.p.ack
+        real(self, c, w)
+        c.s_ack = s_ack
+
+    mp.setattr(TierK, "limit_pvm", limit_pvm)
+
+
+@_mutant
+def tier_k_limits_no_window(mp: Any) -> None:
+    real = TierK.limit_pvm
+
+    def limit_pvm(self: TierK, c: Conn, w: Work) -> None:
+        s_win, c.s_win = c.s_win, 0xFFFF
+        real(self, c, w)
+        c.s_win = s_win
+
+    mp.setattr(TierK, "limit_pvm", limit_pvm)
+    mp.setattr(TierK, "allowed_win", staticmethod(lambda c: c.p_win))
+
+
+@_mutant
+def tier_k_sends_pieces_with_a_wrong_number(mp: Any) -> None:
+    real = TierK.send_piece
+
+    def send_piece(self: TierK, c: Conn, w: Work, new: bytearray, n: int, pos: int) -> None:
+        c.rel = (c.rel + (n > 1)) & 0xFFFFFFFF
+        real(self, c, w, new, n, pos)
+        c.rel = (c.rel - (n > 1)) & 0xFFFFFFFF
+
+    mp.setattr(TierK, "send_piece", send_piece)
+
+
+@_mutant
+def tier_k_forgets_the_checksum(mp: Any) -> None:
+    real = TierK.become_pvm
+
+    def become_pvm(self: TierK, c: Conn, w: Work) -> None:
+        real(self, c, w)
+        out, at = w.out.pop(), c.l4 + 16
+        frame = out.frame[:at] + w.frame[at : at + 2] + out.frame[at + 2 :]
+        w.out.append(Out(frame, out.gso_size, out.partial))
+
+    mp.setattr(TierK, "become_pvm", become_pvm)
+
+
+def _seized(mp: Any, **changes: Callable[[Any], Any]) -> None:
+    real = fastmap.FastMap.seize
+
+    def seize(self: Any, key: bytes) -> Any:
+        words = real(self, key)
+        if words is None:
+            return None
+        return replace(words, **{name: new(words) for name, new in changes.items()})
+
+    mp.setattr(fastmap.FastMap, "seize", seize)
+
+
+@_mutant
+def tier_k_loses_what_is_outstanding_when_it_hands_over(mp: Any) -> None:
+    _seized(mp, stash=lambda w: b"")
+
+
+@_mutant
+def tier_k_says_that_all_acks_have_left(mp: Any) -> None:
+    _seized(mp, out_ack=lambda w: w.p_ack)
+
+
+@_mutant
+def tier_k_says_that_the_svm_has_acked_as_much(mp: Any) -> None:
+    _seized(mp, s_ack=lambda w: w.p_ack)
+
+
+@_tiers_mutant
+def tier_k_is_never_looked_at(mp: Any) -> None:
+    """What waits there for too long asks for nothing."""
+    mp.setattr(fastmap.FastMap, "overdue", lambda self, before_ns: [])
+
+
+@_kernel_mutant
+def give_ignores_captured(mp: Any) -> None:
+    mp.setattr(TierK, "frames_on_their_way", staticmethod(lambda c, captured: False))
+
+
+@_kernel_mutant
+def history_compared_at_the_wrong_place(mp: Any) -> None:
+    real = TierK.walk_payload
+
+    def walk_payload(self: TierK, c: Conn, w: Work) -> int:
+        org = c.org
+        if w.left and not w.moves:
+            c.org = (org - 1) & 0xFFFFFFFF
+        r = real(self, c, w)
+        c.org = org
+        return r
+
+    mp.setattr(TierK, "walk_payload", walk_payload)
+
+
+@_kernel_mutant
+def early_acks_never_leave(mp: Any) -> None:
+    mp.setattr(TierK, "ack_due", lambda self, c: False)
+
+
+@_kernel_mutant
+def the_ring_is_thought_to_be_endless(mp: Any) -> None:
+    """Bytes that were written over count as history."""
+    mp.setattr(TierK, "oldest", staticmethod(lambda c: c.org))
+
+
+@_kernel_mutant
+def stashes_are_never_taken_from_others(mp: Any) -> None:
+    real = TierK.owner
+
+    def owner(self: TierK, slot: int) -> tuple[int, int, bytes]:
+        taken, since, key = real(self, slot)
+        return taken, since or 1, key
+
+    mp.setattr(TierK, "owner", owner)
+
+
+@_kernel_mutant
+def partial_checksums_are_completed(mp: Any) -> None:
+    real = TierK.send_piece
+
+    def send_piece(self: TierK, c: Conn, w: Work, new: bytearray, n: int, pos: int) -> None:
+        w.partial = False
+        real(self, c, w, new, n, pos)
+
+    mp.setattr(TierK, "send_piece", send_piece)

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 
-from .mutants import MUTANTS, scenes
+from .mutants import KERNEL_MUTANTS, MUTANTS, scenes
 from .torture import failure, report, shrink, trace
 from .world import Fault, Scene, World, scene
 
@@ -27,7 +27,7 @@ def quiet() -> Iterator[None]:
 
 @pytest.mark.parametrize("block", range(BLOCKS))
 def test_random_schedules(block: int) -> None:
-    took_over = solo = checkpoints = 0
+    took_over = solo = checkpoints = fast = alone = without = 0
     for seed in range(block * RUNS // BLOCKS, (block + 1) * RUNS // BLOCKS):
         world = World(scene(seed))
         try:
@@ -37,7 +37,12 @@ def test_random_schedules(block: int) -> None:
         took_over += "S" in world.spoke
         solo += world.was_solo
         checkpoints += world.clones
-    assert took_over > 5 and solo > 5 and checkpoints > RUNS / BLOCKS  # else nothing was tried
+        fast += world.fast
+        alone += world.fast_alone
+        without += world.p.fast is None
+    # else nothing was tried
+    assert took_over > 5 and solo > 5 and checkpoints > RUNS / BLOCKS
+    assert fast > 5000 and alone and without > 20
 
 
 @pytest.mark.timeout(300)
@@ -49,7 +54,8 @@ def test_mutants_are_noticed(name: str) -> None:
 
 
 def test_there_are_enough_mutants() -> None:
-    assert len(MUTANTS) >= 20
+    assert len(MUTANTS) >= 40
+    assert sum(n.startswith("tier_k") for n in MUTANTS) + len(KERNEL_MUTANTS) >= 16
 
 
 def test_a_scene_is_replayed_exactly() -> None:

@@ -16,6 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 
 from .world import Scene, World, scene
 
@@ -50,7 +51,8 @@ def _simpler(s: Scene) -> Iterator[Scene]:
             yield replace(s, conns=n)
     plain = Scene(s.seed)
     quiet = {"loss": 0, "dup": 0, "jitter": 0.0, "link_loss": 0, "link_jitter": 0.0, "odd": 0,
-             "odd_udp": False, "ring": plain.ring, "queue": plain.queue}  # fmt: skip
+             "odd_udp": False, "ring": plain.ring, "queue": plain.queue, "fast": False,
+             "stashes": plain.stashes, "eager": False}  # fmt: skip
     for name, value in quiet.items():
         if getattr(s, name) != value:
             yield replace(s, **{name: value})
@@ -89,9 +91,9 @@ def trace(s: Scene, lines: int) -> str:
     return "\n".join([*list(world.trace)[-lines:], end])
 
 
-def report(seed: int, what: str, lines: int = 60) -> str:
+def report(seed: int, what: str, lines: int = 60, tier: str = "both") -> str:
     """A failing seed, for people."""
-    small = shrink(scene(seed))
+    small = shrink(_scene(seed, tier))
     return (
         f"seed {seed}: {what}\n"
         f"shrunk, to be run again with: python -m tests.sim.torture --scene "
@@ -99,17 +101,24 @@ def report(seed: int, what: str, lines: int = 60) -> str:
     )
 
 
-def _block(first: int) -> tuple[int, list[tuple[int, str]], Counter[str]]:
+def _scene(seed: int, tier: str) -> Scene:
+    s = scene(seed)
+    return s if tier == "both" else replace(s, fast=tier == "k")
+
+
+def _block(first: int, tier: str = "both") -> tuple[int, list[tuple[int, str]], Counter[str]]:
     logging.disable(logging.CRITICAL)
     bad: list[tuple[int, str]] = []
     seen: Counter[str] = Counter()
     for seed in range(first, first + BLOCK):
-        world = World(scene(seed))
+        world = World(_scene(seed, tier))
         try:
             world.run()
         except Exception as e:
             bad.append((seed, f"{type(e).__name__}: {e}"))
         seen["frames released"] += world.frames
+        seen["frames decided by tier K"] += world.fast
+        seen["of them with no controller"] += world.fast_alone
         seen["checkpoints"] += world.clones
         seen["runs with a takeover"] += "S" in world.spoke
         seen["runs that went solo"] += world.was_solo
@@ -124,6 +133,10 @@ def main() -> int:
     parser.add_argument("--runs", type=int, default=100_000)
     parser.add_argument("--seed", type=int, default=0, help="the first one")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    parser.add_argument(
+        "--tier", choices=("both", "u", "k"), default="both",
+        help="u: without tier K; k: always with it; both: with it in three of four",
+    )  # fmt: skip
     parser.add_argument("--scene", help="one scene, as printed; shows its trace")
     parser.add_argument("--lines", type=int, default=2000, help="of the trace")
     args = parser.parse_args()
@@ -133,8 +146,9 @@ def main() -> int:
         return 0 if text.endswith("nothing wrong") else 1
     began, total, bad = time.monotonic(), Counter[str](), []
     starts = range(args.seed, args.seed + args.runs, BLOCK)
+    block = partial(_block, tier=args.tier)
     with multiprocessing.Pool(args.jobs) as pool:
-        for done, (_, found, seen) in enumerate(pool.imap_unordered(_block, starts), 1):
+        for done, (_, found, seen) in enumerate(pool.imap_unordered(block, starts), 1):
             total += seen
             bad += found
             for seed, what in found:
@@ -148,7 +162,7 @@ def main() -> int:
     print(f"{len(starts) * BLOCK} schedules from seed {args.seed}: {len(bad)} failed; {shown}")
     logging.disable(logging.CRITICAL)
     for seed, what in bad[:1]:
-        print(report(seed, what))
+        print(report(seed, what, tier=args.tier))
     return 1 if bad else 0
 
 

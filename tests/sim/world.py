@@ -24,13 +24,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from colo_xdp import compare, fastmap, flowtable, primary, secondary
 from colo_xdp import controller as controller_module
-from colo_xdp import flowtable, primary, secondary
 from colo_xdp.abi import Mode
 from colo_xdp.config import Config, load
 from colo_xdp.failover import State
 
 from .clock import FakeTime, VirtualLoop
+from .fast import Bpf
 from .guest import Client, Guest, Plan
 from .host import Side, SimDataPath, SimPeer, SimQmp
 from .tcp import FIN, RST, SYN, BadChecksum, Tcp, diff, read
@@ -87,12 +88,16 @@ class Scene:
     queue: int = 1024
     compare_timeout: int = 150
     faults: tuple[Fault, ...] = ()
+    fast: bool = True  # tier K decides, too
+    stashes: int = 16
+    eager: bool = False  # it gets connections as soon as it may
 
     def calm(self) -> bool:
         """Nothing in it is a reason for a checkpoint that nobody asked for."""
         kinds = {f.kind for f in self.faults}
         lossless = not self.loss and not self.link_loss and not self.odd and not self.odd_udp
         roomy = self.ring > 1000 and self.queue > 1000 and self.compare_timeout >= 400
+        roomy &= self.link_jitter < 10  # ms that a datagram which nothing equals has
         return lossless and roomy and kinds <= {"checkpoint", "reload"}
 
     def to_json(self) -> str:
@@ -107,7 +112,13 @@ class Scene:
 
 
 def scene(seed: int) -> Scene:
-    """A random one."""
+    """A random one: in three of four tier K decides, with many stashes or few."""
+    rnd = random.Random(seed * 104_729 + 2)
+    fast, stashes, eager = rnd.random() < 0.75, rnd.choice((1, 4, 16)), rnd.random() < 0.5
+    return replace(_scene(seed), fast=fast, stashes=stashes, eager=eager)
+
+
+def _scene(seed: int) -> Scene:
     rnd = random.Random(seed * 7919 + 1)
     faults = [
         Fault(rnd.randrange(60, 900), rnd.choice(HEALING), rnd.choice((5, 60, 250, 700)))
@@ -183,6 +194,7 @@ class World:
         self._pieces: dict[tuple[bool, int], dict[int, tuple[bytes, bool]]] = {}
         self.clones = 0
         self.frames = 0
+        self.fast = self.fast_alone = 0  # frames that tier K decided, and with no controller
         self.broken: BaseException | None = None
         plans = [self._plan() for _ in range(s.conns)]
         self.client = Client(self.rnd, plans, self.rnd.choice((1, 3)))
@@ -443,12 +455,17 @@ class World:
     def _installed(self) -> Iterator[None]:
         """The stand-ins in the product's modules."""
         clock = FakeTime(self.loop)
-        modules = (controller_module, primary, secondary, flowtable)
+        modules = (controller_module, primary, secondary, flowtable, fastmap)
         kept = [(m, "time", m.time) for m in modules]  # type: ignore[attr-defined]
         kept += [(controller_module, n, getattr(controller_module, n)) for n in ("Qmp", "Peer")]
+        kept += [(fastmap, "_bpf", fastmap._bpf)]
+        kept += [(compare, n, getattr(compare, n)) for n in ("OFFER_AFTER", "MAX_PATIENCE")]
         try:
             for m in modules:
                 m.time = clock  # type: ignore[attr-defined]
+            if self.scene.eager:
+                compare.OFFER_AFTER = compare.MAX_PATIENCE = 1  # type: ignore[attr-defined]
+            fastmap._bpf = Bpf(self.ns)  # type: ignore[assignment]
             controller_module.Qmp = self._make_qmp  # type: ignore[misc,assignment]
             controller_module.Peer = self._make_peer  # type: ignore[misc,assignment]
             yield
@@ -581,7 +598,12 @@ class World:
             return False
         c = self.p.controller
         settled = c is None or c.state in (State.PROTECTED, State.SOLO, State.STOPPED)
-        return settled and (c is None or not c.engine.held_packets)
+        return settled and (c is None or not (c.engine.held_packets or self._held_in_kernel()))
+
+    def _held_in_kernel(self) -> int:
+        """Connections of tier K that wait; what it knows of a pair that is lost is void."""
+        k = self.p.fast
+        return len(k.waiting()) if k is not None and self.p.mode is Mode.RUN else 0
 
     def speaker(self) -> Side | None:
         """Whose guest is on the network at the end."""
@@ -620,6 +642,8 @@ class World:
                 raise Violation(f"checkpoints for no reason: {made}: {list(c.journal.entries)[-1]}")
         if c is not None and side is self.p and c.engine.held_packets:
             raise Violation(f"I4: {c.engine.held_packets} frames are held for ever, {ctl}")
+        if c is not None and side is self.p and self._held_in_kernel():
+            raise Violation(f"I4: {self._held_in_kernel()} connections wait for ever in tier K")
 
     def _must_survive(self, side: Side) -> bool:
         """Whether this side's guest has to go on alone by itself."""
@@ -672,6 +696,8 @@ class World:
                 with contextlib.suppress(Exception):
                     self.loop.run_until_complete(asyncio.sleep(0))
                 self.loop.close()
+                if self.p.fast is not None:
+                    self.p.fast.close()
         return self
 
 

@@ -1,0 +1,448 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Tier K of the kernel and tests/sim/fast.py, frame by frame: reasons, frames, words, stashes.
+
+The programs are on real taps, not under BPF_PROG_TEST_RUN, which knows neither partial checksums,
+nor tags in the metadata, nor frames beyond a page, and shows only one frame that leaves. A write
+to a tap runs its program before it returns; all that leaves is read from one tap, which is the
+bridge's other port and the uplink at once.
+"""
+
+from __future__ import annotations
+
+import random
+import select
+import struct
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from colo_xdp import _bpf, abi, attach, loader
+from colo_xdp.abi import SIDE_PVM, SIDE_SVM, TIER_K, Cfg, CtlOp, CtlResult, Mode, Prog, Reason
+from colo_xdp.fastmap import FastMap
+from colo_xdp.ring import Event, open_reader
+from tests.netns.conftest import Net, Tap, inside, sh
+from tests.netns.fastlab import _checksum
+from tests.netns.frames import tcp
+from tests.sim.fast import STASH, STASH_SIZE, Conn, TierK
+from tests.sim.mutants import KERNEL_MUTANTS
+
+M32 = 0xFFFFFFFF
+ACK, PSH, FIN, SYN, RST, URG = 0x10, 0x08, 0x01, 0x02, 0x04, 0x20
+TS = b"\1\1\x08\x0a"
+STASHES, SEEDS, STEPS = 5, 6, 2500
+BLOB = random.Random(1).randbytes(1 << 20)
+SIZES = (1, 7, 63, 64, 65, 127, 300, 536, 1448, 1448, 2000, 3000, 3900, 5000, 9000, 20000, 60000)
+
+
+def packet(frame: bytes) -> bytes:
+    """Without Ethernet padding, which a bridge may take off."""
+    if frame[12:14] == b"\x86\xdd":
+        return frame[: 54 + int.from_bytes(frame[18:20], "big")]
+    return frame[: 14 + int.from_bytes(frame[16:18], "big")]
+
+
+class Lab:
+    """The kernel's side: taps, programs, maps."""
+
+    def __init__(self, bpffs: str, net: Net) -> None:
+        options = loader.Options(fast=True, stashes=STASHES, conns=64, ring_pages=64)
+        self.objects = loader.load("primary", "fastdiff", bpffs, options)
+        self.pvm, self.svm, self.up = Tap("pvm0"), Tap("svm0"), Tap("up0")
+        for dev in ("pvm0", "svm0", "up0"):
+            sh("ip", "-n", net.host, "link", "set", "dev", dev, "mtu", "4000", "up")
+        for dev in ("pvm0", "up0"):
+            sh("ip", "-n", net.host, "link", "set", "dev", dev, "master", "br0")
+        self.index = {n: attach.link_info(n).index for n in ("pvm0", "svm0", "up0")}
+        progs = self.objects.programs
+        attach.attach_tc("pvm0", "ingress", progs["pvm_out"], "fastdiff", None)
+        attach.attach_tc("svm0", "ingress", progs["svm_arrival"], "fastdiff", None)
+        self.reader = open_reader(self.objects)
+        self.conns, self.config = self.objects.map("conns"), self.objects.map("config")
+        self.counters, self.cpus = self.objects.map("counters"), loader.possible_cpus()
+        self.maps = FastMap(self.objects, 1, 0, lambda on: None, lambda epoch: None)
+        self.set(Cfg.TAP, self.index["pvm0"])
+        self.set(Cfg.PEER, self.index["svm0"])
+        self.reset()
+
+    def reset(self) -> None:
+        self.set(Cfg.MODE, Mode.RUN)
+        self.set(Cfg.EPOCH, 5)
+        self.set(Cfg.FAST, 1)
+        self.set(Cfg.UPLINK, 0)
+        for key in list(self.conns.keys()):
+            self.conns.delete(key)
+        self.maps._table[:] = bytes(len(self.maps._table))
+        self.reader.drain(lambda e: None)
+        self.leaving(1 << 30, 0.0)
+        self.before = {p: self.counts(p) for p in (Prog.PVM_OUT, Prog.SVM_ARRIVAL, Prog.FAST)}
+
+    def set(self, slot: Cfg, value: int) -> None:
+        self.config.set(struct.pack("=I", slot), struct.pack("=Q", value))
+
+    def counts(self, prog: Prog) -> Counter[str]:
+        out: Counter[str] = Counter()
+        for r in Reason:
+            if r is Reason.MAX or (prog is Prog.FAST and r < Reason.HAND_MODE):
+                continue
+            raw = self.counters.get(struct.pack("=I", prog * Reason.MAX + r), 16 * self.cpus) or b""
+            out[r.name] = sum(p for p, _ in abi.COUNT.iter_unpack(raw))
+        return out
+
+    def counted(self, prog: Prog) -> Counter[str]:
+        """What has been counted since the last time."""
+        before, now = self.before[prog], self.counts(prog)
+        self.before[prog] = now
+        return now - before
+
+    def send(self, side: int, frame: bytes, gso: int, partial: bool, epoch: int) -> None:
+        shift, tap = 0, self.pvm
+        if side == SIDE_SVM:
+            tci = abi.KIND_SVM << abi.KIND_SHIFT | epoch & abi.EPOCH_MASK
+            frame = frame[:12] + struct.pack("!HH", abi.TPID, tci) + frame[12:]
+            shift, tap = 4, self.svm
+        v6 = frame[12 + shift : 14 + shift] == b"\x86\xdd"
+        l4 = (54 if v6 else 34) + shift
+        doff = (frame[l4 + 12] >> 4) * 4
+        kind = 0 if not gso else 4 if v6 else 1
+        size = l4 + doff if gso else 0
+        tap.send(frame, struct.pack("<BBHHHH", partial, kind, size, gso, l4 * partial, 16))
+
+    def leaving(self, n: int, timeout: float = 2.0) -> list[tuple[bytes, int, bool]]:
+        """(frame, gso_size, partial) of the next n that leave, or fewer if they do not come."""
+        out = []
+        while len(out) < n and select.select([self.up.fd], [], [], timeout)[0]:
+            while len(out) < n and (raw := self.up.read()):
+                flags, kind, _, gso, start, _ = struct.unpack_from("<BBHHHH", raw)
+                frame, partial = raw[10:], bool(flags & 1)
+                l4 = 34 if frame[12:14] == b"\x08\x00" else 54
+                assert _checksum(raw, frame, l4), f"checksum: {raw[:100].hex()}"
+                assert start == l4 * partial
+                out.append((packet(frame), gso if kind else 0, partial))
+        return out
+
+    def control(self, message: bytes) -> CtlResult:
+        r = _bpf.test_run(self.objects.programs["fast_ctl"].fd, message, data_out=0)
+        return CtlResult(r.retval)
+
+    def ring(self, stash: int) -> memoryview:
+        at = (stash - 1) * STASH_SIZE + abi.STASH_BEFORE
+        return self.maps._rings[at : at + STASH]
+
+    def close(self) -> None:
+        self.reader.close()
+        for tap in (self.pvm, self.svm, self.up):
+            tap.close()
+        self.objects.close()
+        loader.remove_pins(self.objects.pin_dir)
+
+
+class Talk:
+    """Two guests who say the same at their own pace, one connection."""
+
+    def __init__(self, rnd: random.Random, port: int) -> None:
+        self.port, self.v6 = port, rnd.random() < 0.4
+        self.options = TS if rnd.random() < 0.7 else b""
+        self.seq0 = rnd.choice((rnd.getrandbits(32), M32 - rnd.randrange(100_000)))
+        self.client0 = rnd.choice((rnd.getrandbits(32), M32 - rnd.randrange(5000)))
+        self.pos, self.ack, self.win = [1 << 21, 1 << 21], [0, 0], [500, 500]
+
+    def body(self, pos: int, n: int) -> bytes:
+        at = (pos + self.port * 7919) % len(BLOB)
+        return (BLOB[at:] + BLOB)[:n]
+
+    @property
+    def key(self) -> bytes:
+        ends = (bytes.fromhex("fd09" + "00" * 13 + x) for x in ("02", "01"))
+        if not self.v6:
+            ends = (bytes(10) + b"\xff\xff" + bytes((10, 9, 0, x)) for x in (2, 1))
+        return abi.FLOW_KEY.pack(*ends, struct.pack("!H", 80), struct.pack("!H", self.port), 0)
+
+
+class Run:
+    """Random frames through both."""
+
+    def __init__(self, lab: Lab, seed: int) -> None:
+        self.lab, self.rnd, self.model = lab, random.Random(seed), TierK(STASHES)
+        lab.reset()
+        m = self.model
+        m.mode, m.epoch, m.on = Mode.RUN, 5, True
+        self.uplink = 0
+        self.talks = [Talk(self.rnd, 40000 + i) for i in range(self.rnd.choice((3, 9)))]
+        for t in self.talks:
+            lab.conns.set(t.key, bytes(abi.CONN.size))
+            m.conns[t.key] = Conn()
+        self.now, self.said = 0, Counter[Reason]()
+        self.since = {t.key: (0, 0) for t in self.talks}
+        self.seen: Counter[str] = Counter()
+
+    # -- what is done
+
+    def step(self) -> None:
+        rnd = self.rnd
+        self.now += 1
+        t = rnd.choice(self.talks)
+        c = self.model.conns[t.key]
+        x = rnd.random()
+        if x < 0.004:
+            self.uplink = 0 if self.uplink else self.lab.index["up0"]
+            self.lab.set(Cfg.UPLINK, self.uplink)
+        elif x < 0.007:
+            self.new_epoch()
+        elif x < 0.02:
+            op = rnd.choice((CtlOp.SEIZE, CtlOp.SEIZE, CtlOp.FREE, CtlOp.CLAIM))
+            self.control(op, t)
+        elif c.tier != TIER_K and rnd.random() < 0.5:
+            if rnd.random() < 0.8:
+                self.control(CtlOp.SEIZE, t)
+                self.control(CtlOp.FREE, t)
+            self.give(t)
+        else:
+            self.frame(t)
+        self.compare(t)
+
+    def new_epoch(self) -> None:
+        self.model.epoch += 1
+        self.lab.set(Cfg.EPOCH, self.model.epoch)
+
+    def control(self, op: CtlOp, t: Talk, captured: int = 0, words: bytes = b"") -> CtlResult:
+        since = self.rnd.choice((0, self.now))
+        message = abi.CTL.pack(op, captured, t.key, words or bytes(abi.GIVE.size), since)
+        ours, theirs = self.model.control(message, self.now), self.lab.control(message)
+        assert ours == theirs, f"{op!r}: the model says {ours!r}, the kernel {theirs!r}"
+        self.seen[f"{op.name} {ours.name}"] += 1
+        return ours
+
+    def give(self, t: Talk) -> None:
+        """Any words that make sense, and any history."""
+        rnd, c = self.rnd, self.model.conns[t.key]
+        rel = min(t.pos)
+        out = rnd.choice((0, 0, 0, 0, 1, 100, 2000, 30_000, 200_000, STASH - 2000))
+        past = rnd.choice((0, 0, 1, 500, 65536, STASH - 2000, STASH, STASH + 5000, 2 * STASH - 1))
+        past = max(0, min(past, 2 * STASH - 1 - out, rel - 1000))
+        ahead = rnd.choice((SIDE_PVM, SIDE_SVM)) if out else SIDE_PVM
+        t.pos = [rel, rel]
+        t.pos[ahead] += out
+        told = min(t.ack)
+        t.ack = [told + rnd.choice((0, 0, 100)), told + rnd.choice((0, 0, 100))]
+        t.win = [rnd.choice((0, 10, 500, 65535)) for _ in range(2)]
+        pending = t.ack[0] > told
+        header = b""
+        if pending or (out and ahead == SIDE_PVM) or rnd.random() < 0.5:
+            header = self.segment(t, SIDE_PVM, rel, b"", partial=rnd.random() < 0.5)
+        doff = 20 + len(self.full(t.options))
+        l4 = (54 if t.v6 else 34) if header else 0
+        if past or out or (pending and rnd.random() < 0.9):
+            full = self.control(CtlOp.CLAIM, t) is CtlResult.FULL
+            if full and rnd.random() < 0.8:
+                return
+            kept = min(past + out, STASH)
+            first = rel + out - kept
+            data, at = t.body(first, kept), (first - (rel - past)) % STASH
+            for side in () if full else (self.model, self.lab):
+                ring = side.ring(c.stash)
+                n = min(kept, STASH - at)
+                ring[at : at + n], ring[: kept - n] = data[:n], data[n:]
+        words = abi.GIVE.pack(
+            self.model.epoch - (rnd.random() < 0.02), *(self.at(t, rel),),
+            *((t.client0 + a) & M32 for a in (*t.ack, told)),
+            *t.win, rnd.choice((min(t.win), t.win[0] // 3)), rnd.choice((536, 1448, 100, 8948)),
+            self.at(t, rel + out), self.at(t, rel - past), ahead, pending, l4,
+            doff if header else 0, header[: l4 + doff], rnd.randbytes(64),
+        )  # fmt: skip
+        captured = c.captured + (rnd.random() < 0.1)
+        self.control(CtlOp.GIVE, t, captured, words)
+
+    def at(self, t: Talk, pos: int) -> int:
+        return (t.seq0 + pos) & M32
+
+    @staticmethod
+    def full(options: bytes) -> bytes:
+        return options + bytes(8) if options == TS else options
+
+    def segment(self, t: Talk, side: int, pos: int, data: bytes, **k: Any) -> bytes:
+        ack, win = (t.client0 + t.ack[side]) & M32, t.win[side]
+        options = TS + self.rnd.randbytes(8) if t.options == TS else t.options
+        k = {"options": options, "flags": ACK | PSH * self.rnd.randrange(2), "window": win} | k
+        return tcp(data, seq=self.at(t, pos), ack=ack, dport=t.port, v6=t.v6, **k)
+
+    def frame(self, t: Talk) -> None:
+        rnd = self.rnd
+        side = rnd.choice((SIDE_PVM, SIDE_SVM))
+        lead = t.pos[side] - t.pos[1 - side]
+        if lead > rnd.choice((1000, 20_000, 20_000, 20_000, 300_000, 700_000)):
+            side, lead = 1 - side, -lead
+        pos, n, k = t.pos[side], 0, {}
+        if rnd.random() < 0.3:
+            t.ack[side] += rnd.choice((1, 100, 3000))
+        if rnd.random() < 0.1:
+            t.win[side] = rnd.choice((0, 1, 100, 200, 500, 501, 65535))
+        x = rnd.random()
+        if x < 0.6:
+            n = min(rnd.choice(SIZES), -lead) if lead < 0 and x < 0.3 else rnd.choice(SIZES)
+            t.pos[side] = pos + n
+        elif x < 0.72:  # again; rarely from before the history, or across the edge
+            n = rnd.choice(SIZES)
+            back = rnd.choice((n, n, n + 10, n // 2, 5000, 70_000, STASH - 10, STASH, STASH + 2000))
+            pos -= back
+        elif x < 0.73:
+            pos, n = pos + rnd.choice((1, 5000)), rnd.choice((0, 500))
+        elif x < 0.74:
+            t.ack[side] -= 50
+        data = bytearray(t.body(pos, n))
+        x = rnd.random()
+        if x < 0.01 and n:
+            data[rnd.choice((0, n - 1, rnd.randrange(n)))] ^= 1 << rnd.randrange(8)
+        elif x < 0.02:
+            k["flags"] = rnd.choice((ACK | FIN, SYN, RST, ACK | RST, 0, ACK | URG, ACK | 0x40))
+        elif x < 0.025:
+            k["options"] = rnd.choice((b"", TS + bytes(8), b"\1" * 4, b"\1" * 12))
+        elif x < 0.028 and n < 3900:
+            k["vlan"] = 7
+        partial, gso = rnd.random() < 0.5 and "vlan" not in k, 0
+        if n > 3900 or (n > 600 and "vlan" not in k and rnd.random() < 0.3):
+            gso = rnd.choice([g for g in (536, 1448, 1448, 2047, 2048, 3800) if g < n])
+            partial = True
+        frame = self.segment(t, side, pos, bytes(data), partial=partial, **k)
+        if not gso and rnd.random() < 0.05:
+            frame += bytes(rnd.choice((1, 6)))
+        self.through(t, side, frame, gso, partial)
+
+    def through(self, t: Talk, side: int, frame: bytes, gso: int, partial: bool) -> None:
+        """One frame, by both, under any circumstances."""
+        rnd, lab, m = self.rnd, self.lab, self.model
+        x = rnd.random()
+        epoch, busy = m.epoch, False
+        if x < 0.004:
+            lab.set(Cfg.MODE, Mode.CHECKPOINT)
+            m.mode = Mode.CHECKPOINT
+        elif x < 0.007:
+            lab.set(Cfg.FAST, 0)
+            m.on = False
+        elif x < 0.01 and side == SIDE_SVM:
+            epoch += rnd.choice((-1, 1))
+        elif x < 0.012:
+            busy, m.conns[t.key].lock = True, 1
+            lab.conns.set(t.key, struct.pack("=Q", 1) + (lab.conns.get(t.key) or b"")[8:])
+        fate = m.fast(
+            side, frame, self.now, gso_size=gso, partial=partial,
+            epoch=epoch if epoch == m.epoch else -1,
+        )  # fmt: skip
+        said, self.said = m.counts - self.said, m.counts.copy()
+        lab.send(side, frame, gso, partial, epoch)
+        what = f"step {self.now}, {'PS'[side]}, {len(frame)} bytes, port {t.port}"
+        out = [(packet(o.frame), o.gso_size, o.partial) for o in fate.out]
+        left = lab.leaving(len(out)) + lab.leaving(1, 0.0)
+        expected = Counter({Reason(fate.reason).name if fate.reason else "CAPTURED": 1})
+        self.seen.update(expected)
+        if side == SIDE_PVM and not self.uplink and fate.reason in (
+            Reason.FAST_REBUILT, Reason.FAST_ACKED,
+        ):  # fmt: skip
+            expected["RELEASED"] = len(out)
+        got = lab.counted(Prog.SVM_ARRIVAL if side == SIDE_SVM else Prog.PVM_OUT)
+        if side == SIDE_SVM:
+            marked = lab.counted(Prog.PVM_OUT)
+            assert marked["RELEASED"] == (0 if self.uplink else len(out)), what
+        assert got == expected, what
+        why = Counter({r.name: k for r, k in said.items() if r >= Reason.HAND_MODE})
+        assert lab.counted(Prog.FAST) == why, what
+        self.seen.update(why)
+        assert len(left) == len(out), f"{what}: {expected}"
+        for mine, theirs in zip(out, left, strict=True):
+            assert theirs == mine, f"{what}: {expected}\nkernel {theirs}\nmodel  {mine}"
+        events: list[Event] = []
+        lab.reader.drain(events.append)
+        if fate.reason:
+            assert not events, what
+        else:
+            (e,) = events
+            assert (e.captured, e.frame, e.gso_size, e.partial) == (
+                fate.captured, frame, gso, partial,
+            ), what  # fmt: skip
+            assert e.source == (abi.Source.SVM if side == SIDE_SVM else abi.Source.PVM)
+            assert (e.epoch - epoch) & 0xFFF == 0
+        if busy:
+            m.conns[t.key].lock = 0
+            lab.conns.set(t.key, bytes(8) + (lab.conns.get(t.key) or b"")[8:])
+        if m.mode is not Mode.RUN or not m.on:
+            lab.set(Cfg.MODE, Mode.RUN)
+            lab.set(Cfg.FAST, 1)
+            m.mode, m.on = Mode.RUN, True
+
+    # -- what must be equal
+
+    def conn(self, t: Talk) -> Conn:
+        return Conn.unpack(self.lab.conns.get(t.key) or b"")
+
+    def compare(self, last: Talk) -> None:
+        for t in self.talks:
+            mine, theirs = self.model.conns[t.key], self.conn(t)
+            for name in Conn.__slots__:
+                if name in ("since_ns", "seen_ns"):
+                    continue
+                a, b = getattr(mine, name), getattr(theirs, name)
+                assert a == b, f"step {self.now} port {t.port}: {name}: model {a}, kernel {b}"
+            old = self.since[t.key]
+            new = self.since[t.key] = (mine.since_ns, theirs.since_ns)
+            assert bool(new[0]) == bool(new[1]), f"step {self.now} port {t.port}: {new}"
+            assert (new[0] != old[0]) == (new[1] != old[1]), f"step {self.now}: since {old} {new}"
+        for i, (taken, since, key) in enumerate(abi.OWNER.iter_unpack(self.lab.maps._table)):
+            ours = self.model.owner(i)
+            assert (taken, bool(since), key) == (ours[0], bool(ours[1]), ours[2]), f"owner {i}"
+        self.compare_stash(last, outstanding=True)
+
+    def compare_stash(self, t: Talk, *, outstanding: bool) -> None:
+        c = self.model.conns[t.key]
+        if not c.stash or not c.epoch:
+            return
+        first = c.rel if outstanding else self.model.oldest(c)
+        n, at = (c.nxt - first) & M32, (first - c.org) % STASH
+        one, two = self.model.ring(c.stash), self.lab.ring(c.stash)
+        k = min(n, STASH - at)
+        assert one[at : at + k] == two[at : at + k], f"stash of port {t.port}"
+        assert one[: n - k] == two[: n - k], f"stash of port {t.port}"
+
+    def go(self, steps: int) -> Counter[str]:
+        try:
+            for _ in range(steps):
+                self.step()
+            for t in self.talks:
+                self.compare_stash(t, outstanding=False)
+        finally:
+            self.model.close()
+        return self.seen
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
+    bpffs = tmp_path_factory.mktemp("fastdiff")
+    _bpf.mount_bpffs(str(bpffs))
+    net = Net("cxdf")
+    try:
+        with inside(net.host):
+            lab = Lab(str(bpffs), net)
+            try:
+                yield lab
+            finally:
+                lab.close()
+    finally:
+        net.close()
+        sh("umount", str(bpffs))
+
+
+def test_kernel_and_model_decide_alike(lab: Lab) -> None:
+    seen: Counter[str] = Counter()
+    for seed in range(SEEDS):
+        seen += Run(lab, seed).go(STEPS)
+    everything = {r.name for r in Reason if r.name.startswith(("FAST_", "HAND_"))}
+    missed = everything - {Reason.HAND_HELPER.name} - set(seen)
+    assert not missed and min(seen[f"GIVE {r}"] for r in ("DONE", "REFUSED", "FULL")), seen
+
+
+@pytest.mark.parametrize("name", KERNEL_MUTANTS)
+def test_mutants_of_the_model_are_noticed(lab: Lab, name: str) -> None:
+    with pytest.MonkeyPatch.context() as mp, pytest.raises(AssertionError):
+        KERNEL_MUTANTS[name](mp)
+        for seed in range(SEEDS):
+            Run(lab, seed).go(STEPS)

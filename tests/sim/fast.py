@@ -1,0 +1,642 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Tier K in Python: what bpf/fast.h does, on bytes; same names, same order, same words.
+
+It is the readable statement of the rules there, the other half of the differential test
+(tests/netns/test_fast_differential.py) and the kernel of the simulated primary host. Sans-IO.
+User space reaches it as it reaches the kernel, by colo_xdp.fastmap.FastMap itself: `Objects`
+stands in for the loaded programs and maps, `Bpf` for bpf(2).
+"""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import struct
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+from colo_xdp import abi, fastmap
+from colo_xdp.abi import SIDE_PVM, SIDE_SVM, TIER_K, TIER_U, CtlOp, CtlResult, Mode, Reason
+from colo_xdp.rewrite import BadFrame, Segment, parse
+
+M32 = 0xFFFFFFFF
+PSH, ACK = 0x08, 0x10
+STASH, PROBES, MAX_PIECES = abi.STASH, 8, 50  # COLO_STASH, COLO_STASH_PROBES, COLO_MAX_PIECES
+STEP, STEPS = 4096, 20  # COLO_STEP, COLO_STEPS
+SEEN_STEP_NS = 1_000_000_000
+FAST_NO = 0
+TIMESTAMPS = b"\x01\x01\x08\x0a"  # RFC 7323 appendix A
+
+STASH_SIZE = abi.STASH_BEFORE + abi.STASH + abi.STASH_SLACK
+
+#: what decide() is about to do
+NOTHING, PASS, TURN, PIECES = range(4)
+
+
+def seq_later(a: int, b: int) -> bool:
+    return 0 < (a - b) & M32 < 0x80000000
+
+
+def fold(data: bytes) -> int:
+    """RFC 1071 sum of 16-bit words, folded, not inverted: 0 only if all of them are."""
+    n = int.from_bytes(data + b"\0" * (len(data) & 1), "big")
+    return (n - 1) % 0xFFFF + 1 if n else 0
+
+
+def replaced(check: int, old: bytes, new: bytes) -> int:
+    """What bpf_l4_csum_replace() makes of a full checksum (RFC 1624, equation 3)."""
+    total = (0xFFFF & ~check) + (0xFFFF - fold(old)) + fold(new)
+    return 0xFFFF & ~((total - 1) % 0xFFFF + 1 if total else 0)
+
+
+@dataclass(slots=True)
+class Conn:
+    """struct colo_conn."""
+
+    lock: int = 0
+    since_ns: int = 0
+    seen_ns: int = 0
+    tier: int = TIER_U
+    epoch: int = 0
+    rel: int = 0
+    nxt: int = 0
+    org: int = 0
+    stash: int = 0
+    captured: int = 0
+    p_ack: int = 0
+    s_ack: int = 0
+    out_ack: int = 0
+    p_win: int = 0
+    s_win: int = 0
+    out_win: int = 0
+    mss: int = 0
+    ahead: int = 0
+    pending: int = 0
+    l4: int = 0
+    doff: int = 0
+    why: int = 0
+    hdr: bytes = bytes(128)
+    memo: bytes = bytes(64)
+
+    def pack(self) -> bytes:
+        return abi.CONN.pack(*(getattr(self, n) for n in self.__slots__))
+
+    @classmethod
+    def unpack(cls, raw: bytes) -> Conn:
+        return cls(*abi.CONN.unpack(raw))
+
+
+@dataclass(frozen=True, slots=True)
+class Out:
+    """A frame that leaves. `partial`: its checksum is the pseudo header's sum."""
+
+    frame: bytes
+    gso_size: int = 0
+    partial: bool = False
+
+
+def completed(out: Out) -> bytes:
+    """The frame with its whole checksum, as the device makes it of a partial one."""
+    if not out.partial:
+        return out.frame
+    p = parse(out.frame)
+    frame, end = bytearray(out.frame), p.l4_off + p.doff + p.payload_len
+    check = 0xFFFF & ~fold(out.frame[p.l4_off : end])  # the field holds the pseudo header's sum
+    struct.pack_into("!H", frame, p.csum_at, check)
+    return bytes(frame)
+
+
+@dataclass(slots=True)
+class Fate:
+    """What became of a frame: the reason counted, or FAST_NO and the number of its event."""
+
+    reason: int = FAST_NO
+    captured: int = 0
+    out: list[Out] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class Work:
+    """The frame in hand, and struct colo_work."""
+
+    frame: bytes
+    gso_size: int
+    partial: bool
+    side: int
+    now: int
+    p: Segment
+    key: bytes
+    win: int = 0
+    equal: int = 0
+    left: int = 0
+    upto: int = 0
+    moves: int = 0
+    seq: int = 0
+    at: int = 0
+    out: list[Out] = field(default_factory=list)
+
+
+class TierK:
+    """The maps of bpf/fast.h, and what the programs do with them. Survives its controllers.
+
+    mode, epoch and on are the slots of `config`. busy(): another CPU keeps the connection.
+    """
+
+    def __init__(self, stashes: int, busy: Callable[[], bool] = lambda: False) -> None:
+        self.conns: dict[bytes, Conn] = {}
+        self.stashes, self.busy = stashes, busy
+        self.mode, self.epoch, self.on, self.since = Mode.BYPASS, 0, False, 0
+        self.counts: Counter[Reason] = Counter()  # as PROG_FAST
+        self.fds = [os.memfd_create(n) for n in ("stashes", "owners")]
+        sizes = (stashes * STASH_SIZE, stashes * abi.OWNER.size)
+        whole = [-(-n // mmap.PAGESIZE) * mmap.PAGESIZE for n in sizes]
+        for fd, n in zip(self.fds, whole, strict=True):
+            os.ftruncate(fd, n)
+        self.rings, self.owners = (
+            memoryview(mmap.mmap(fd, n)) for fd, n in zip(self.fds, whole, strict=True)
+        )
+
+    def close(self) -> None:
+        for fd in self.fds:
+            os.close(fd)
+        self.fds = []
+
+    def ring(self, stash: int) -> memoryview:
+        """The bytes of stash number `stash`, 1 being the first, as indexed by walk_payload()."""
+        at = (stash - 1) * STASH_SIZE + abi.STASH_BEFORE
+        return self.rings[at : at + STASH]
+
+    def owner(self, slot: int) -> tuple[int, int, bytes]:
+        """(taken, since_ns, key)"""
+        taken, since, key = abi.OWNER.unpack_from(self.owners, slot * abi.OWNER.size)
+        return taken, since, key
+
+    def _own(self, slot: int, taken: int, since: int, key: bytes) -> None:
+        abi.OWNER.pack_into(self.owners, slot * abi.OWNER.size, taken, since, key)
+
+    # -- stashes
+
+    def stash_claim(self, c: Conn, key: bytes) -> bool:
+        if c.stash:
+            return True
+        words = struct.unpack("=10I", key)
+        guest_port, client_port = struct.unpack_from("=HH", key, 32)
+        h = client_port << 16 | guest_port
+        h ^= words[7] ^ words[4]
+        h ^= h >> 16
+        h = h * 0x85EBCA6B & M32
+        h ^= h >> 13
+        h = h * 0xC2B2AE35 & M32
+        h ^= h >> 16
+        for i in range(2 * PROBES):
+            slot = (h + i % PROBES & M32) % self.stashes
+            taken, since, whose = self.owner(slot)
+            mine = not taken
+            if taken and i >= PROBES and not since:
+                other = self.conns.get(whose)
+                if other is None or other.lock or other is c:
+                    continue
+                if other.stash == slot + 1 and not other.since_ns:
+                    other.stash = 0
+                    mine = True
+            if mine:
+                self._own(slot, 1, c.since_ns, key)
+                c.stash, c.org = slot + 1, c.rel
+                return True
+        return False
+
+    def stash_free(self, c: Conn) -> None:
+        slot, c.stash = c.stash - 1, 0
+        self._own(slot, 0, 0, self.owner(slot)[2])
+
+    def outstanding_since(self, c: Conn, now: int) -> None:
+        c.since_ns = now
+        if c.stash:
+            taken, _, key = self.owner(c.stash - 1)
+            self._own(c.stash - 1, taken, now, key)
+
+    def settle(self, c: Conn, now: int, moved: bool) -> None:
+        if (c.nxt - c.org) & M32 >= 2 * STASH:
+            c.org = (c.org + STASH) & M32
+        if c.rel == c.nxt and not c.pending:
+            if c.since_ns:
+                self.outstanding_since(c, 0)
+        elif moved or not c.since_ns:
+            self.outstanding_since(c, now)
+
+    @staticmethod
+    def oldest(c: Conn) -> int:
+        return (c.nxt - STASH) & M32 if (c.nxt - c.org) & M32 > STASH else c.org
+
+    def walk_payload(self, c: Conn, w: Work) -> int:
+        """0, or the reason to hand over."""
+        ring = self.ring(c.stash or 1)
+        for _ in range(STEPS):
+            if not w.left:
+                return 0
+            pos = (w.seq - c.org) % STASH
+            n = min(w.left, w.equal or w.left, STEP, STASH - pos)
+            part = w.frame[w.at : w.at + n]
+            if w.equal:
+                if ring[pos : pos + n] != part:
+                    return Reason.HAND_DIFFERS
+                w.equal -= n
+            else:
+                ring[pos : pos + n] = part
+            w.seq = (w.seq + n) & M32
+            w.at += n
+            w.left -= n
+        return Reason.HAND_FULL if w.left else 0
+
+    # -- headers
+
+    @staticmethod
+    def allowed_ack(c: Conn) -> int:
+        return c.s_ack if seq_later(c.p_ack, c.s_ack) else c.p_ack
+
+    @staticmethod
+    def allowed_win(c: Conn) -> int:
+        return min(c.p_win, c.s_win)
+
+    @staticmethod
+    def told(c: Conn, ack: int, win: int) -> None:
+        c.out_ack, c.out_win = ack, win
+        if c.pending and not seq_later(c.p_ack, ack):
+            c.pending = 0
+
+    def ack_due(self, c: Conn) -> bool:
+        win = self.allowed_win(c)
+        if not c.l4:
+            return False
+        if c.pending and seq_later(self.allowed_ack(c), c.out_ack):
+            return True
+        return c.out_win < c.p_win and win > c.out_win and (
+            win == c.p_win or win >= 2 * c.out_win + 1
+        )  # fmt: skip
+
+    @staticmethod
+    def keep_header(c: Conn, w: Work) -> None:
+        n = w.p.l4_off + w.p.doff
+        c.hdr = w.frame[:n] + c.hdr[n:]
+        c.l4, c.doff = w.p.l4_off, w.p.doff
+
+    @staticmethod
+    def set_lengths(c: Conn, new: bytearray, n: int) -> None:
+        if c.l4 != 34:
+            struct.pack_into("!H", new, 18, c.doff + n)
+            return
+        struct.pack_into("!H", new, 16, 20 + c.doff + n)
+        new[24:26] = bytes(2)
+        struct.pack_into("!H", new, 24, 0xFFFF & ~fold(bytes(new[14:34])))
+
+    def new_header(self, c: Conn, seq: int, n: int, push: int) -> bytearray:
+        new = bytearray(c.hdr[: c.l4 + c.doff])
+        self.set_lengths(c, new, n)
+        struct.pack_into("!II", new, c.l4 + 4, seq, self.allowed_ack(c))
+        new[c.l4 + 13] = ACK | push
+        struct.pack_into("!H", new, c.l4 + 14, self.allowed_win(c))
+        return new
+
+    # -- what leaves
+
+    def become_pvm(self, c: Conn, w: Work) -> None:
+        n, at = c.l4 + c.doff, c.l4 + 16
+        new = self.new_header(c, c.rel, w.p.payload_len, w.p.flags & PSH)
+        new[at : at + 2] = w.frame[at : at + 2]
+        if not w.partial:
+            check = int.from_bytes(new[at : at + 2], "big")
+            check = replaced(check, w.frame[c.l4 : n], bytes(new[c.l4 : n]))
+            struct.pack_into("!H", new, at, check)
+        w.out.append(Out(bytes(new) + w.frame[n:], w.gso_size, w.partial))
+
+    def limit_pvm(self, c: Conn, w: Work) -> None:
+        frame, at, ack, win = bytearray(w.frame), w.p.l4_off, w.p.ack, w.win
+
+        def change(off: int, new: bytes) -> None:
+            old = bytes(frame[at + off : at + off + len(new)])
+            if not w.partial:
+                (check,) = struct.unpack_from("!H", frame, at + 16)
+                struct.pack_into("!H", frame, at + 16, replaced(check, old, new))
+            frame[at + off : at + off + len(new)] = new
+
+        if seq_later(ack, c.s_ack):
+            ack = c.s_ack
+            change(8, struct.pack("!I", ack))
+        if win > c.s_win:
+            win = c.s_win
+            change(14, struct.pack("!H", win))
+        if not seq_later(c.out_ack, ack):
+            self.told(c, ack, win)
+        w.out.append(Out(bytes(frame), w.gso_size, w.partial))
+
+    def send_piece(self, c: Conn, w: Work, new: bytearray, n: int, pos: int) -> None:
+        assert n < 2048, "BOUND1 in send_piece()"
+        body = bytes(self.ring(c.stash)[pos : pos + n]) if n else b""
+        self.set_lengths(c, new, n)
+        struct.pack_into("!I", new, c.l4 + 4, c.rel)
+        new[c.l4 + 16 : c.l4 + 18] = bytes(2)
+        ends = bytes(new[26:34] if c.l4 == 34 else new[22:54])
+        pseudo = ends + struct.pack("!HH", 6, c.doff + n)
+        if w.partial:
+            check = fold(pseudo)
+        else:
+            check = 0xFFFF & ~fold(pseudo + bytes(new[c.l4 :]) + body)
+        struct.pack_into("!H", new, c.l4 + 16, check)
+        w.out.append(Out(bytes(new) + body, 0, w.partial))
+        c.rel = (c.rel + n) & M32
+
+    def send_pieces(self, c: Conn, w: Work) -> None:
+        new = self.new_header(c, c.rel, 0, 0)
+        for i in range(MAX_PIECES):
+            n = (w.upto - c.rel) & M32
+            if i and not n:
+                break
+            pos = (c.rel - c.org) % STASH
+            n = min(n, c.mss, STASH - pos)
+            self.send_piece(c, w, new, n, pos)
+        self.told(c, self.allowed_ack(c), self.allowed_win(c))
+
+    # -- the decision
+
+    @staticmethod
+    def is_plain(w: Work) -> bool:
+        p = w.p
+        v6 = w.frame[12:14] == b"\x86\xdd"
+        if w.frame[12:14] not in (b"\x08\x00", b"\x86\xdd") or p.l4_off != (54 if v6 else 34):
+            return False
+        if p.flags & ~PSH != ACK:
+            return False
+        options = w.frame[p.l4_off + 20 : p.l4_off + 24]
+        return p.doff == 20 or (p.doff == 32 and options == TIMESTAMPS)
+
+    def hear_pvm(self, c: Conn, w: Work) -> int:
+        p, win = w.p, w.win
+        early = seq_later(p.ack, c.s_ack)
+        n = w.gso_size or p.payload_len
+        if c.l4 and (c.l4 != p.l4_off or c.doff != p.doff):
+            return Reason.HAND_ODD
+        if not p.payload_len and c.pending and p.ack == c.p_ack and win == c.p_win:
+            return Reason.HAND_ODD
+        if c.mss < n <= 2047:
+            c.mss = n
+        if early and not self.stash_claim(c, w.key):
+            return Reason.HAND_NO_STASH
+        if seq_later(c.p_ack, p.ack):
+            return 0 if c.l4 or not p.payload_len else Reason.HAND_ODD
+        if early or p.payload_len or win > c.s_win:
+            self.keep_header(c, w)
+        c.p_ack, c.p_win = p.ack, win
+        if early:
+            c.pending = 1
+        return 0
+
+    @staticmethod
+    def hear_svm(c: Conn, w: Work) -> None:
+        if not seq_later(c.s_ack, w.p.ack):
+            c.s_ack, c.s_win = w.p.ack, w.win
+
+    def decide(self, c: Conn, w: Work) -> int:
+        p, side = w.p, w.side
+        size, out = p.payload_len, (c.nxt - c.rel) & M32
+        have = c.nxt if out and c.ahead == side else c.rel
+        again = False
+
+        # 1. Is it plain, the next one, and is there room?
+        if not self.is_plain(w):
+            return Reason.HAND_ODD
+        end = (p.seq + size) & M32
+        if p.seq != have:
+            if not size or not c.stash or (p.seq - self.oldest(c)) & M32 > STASH:
+                return Reason.HAND_GAP
+            if seq_later(end, have):
+                return Reason.HAND_GAP
+            again = True
+            if side == SIDE_PVM and seq_later(end, c.rel):
+                return Reason.HAND_GAP if seq_later(c.rel, p.seq) else Reason.FAST_ENDED
+        if size and len(w.frame) != p.l4_off + p.doff + size:
+            return Reason.HAND_ODD
+        if not again and (end - c.rel) & M32 > STASH:
+            return Reason.HAND_FULL
+        (w.win,) = struct.unpack_from("!H", w.frame, p.l4_off + 14)
+        if side == SIDE_PVM:
+            err = self.hear_pvm(c, w)
+            if err:
+                return err
+        else:
+            self.hear_svm(c, w)
+        if size and not self.stash_claim(c, w.key):
+            return Reason.HAND_NO_STASH
+        w.at, w.seq = p.l4_off + p.doff, p.seq
+        w.equal = size if again else min(size, out) if out and c.ahead != side else 0
+        w.upto = c.nxt if not again and w.equal and size > out else c.rel
+        w.left = 0 if again and side == SIDE_SVM else size
+        w.moves = 0 if again else size
+        same = c.l4 == p.l4_off and c.doff == p.doff
+        made = w.equal and not again and (side == SIDE_SVM or size > out)
+        if made and (not same or size > out > c.mss * (MAX_PIECES - 2)):
+            return Reason.HAND_ODD
+        act = NOTHING
+        if again and side == SIDE_PVM:
+            act = PASS
+        elif w.equal and not again:
+            act = PIECES if size > out else PASS if side == SIDE_PVM else TURN
+        elif side == SIDE_PVM:
+            if not size and not (out and c.ahead == SIDE_PVM) and not seq_later(p.ack, c.s_ack):
+                act = PASS
+        elif self.ack_due(c) and same:
+            act = PIECES
+
+        # 2. Compare and keep.
+        err = self.walk_payload(c, w)
+        if err:
+            return err
+
+        # 3. The frame is decided.
+        size, rel, told_ack = w.moves, c.rel, c.out_ack
+        reason = Reason.FAST_HELD if size or side == SIDE_PVM else Reason.FAST_ENDED
+        if size and seq_later(w.seq, c.nxt):
+            c.nxt, c.ahead = w.seq, side
+        if act == PASS:
+            self.limit_pvm(c, w)
+            c.rel = (c.rel + size) & M32
+            reason = Reason.FAST_PASSED
+        elif act == TURN:
+            self.become_pvm(c, w)
+            self.told(c, self.allowed_ack(c), self.allowed_win(c))
+            c.rel = (c.rel + size) & M32
+            reason = Reason.FAST_RELEASED
+        elif act == PIECES:
+            reason = Reason.FAST_ACKED if w.upto == c.rel else Reason.FAST_REBUILT
+            self.send_pieces(c, w)
+        self.settle(c, w.now, c.rel != rel or (c.rel == c.nxt and c.out_ack != told_ack))
+        return reason
+
+    def in_force(self, c: Conn, mode: Mode, epoch: int) -> bool:
+        """Whether what it knows of the connection may be used for a frame of this epoch."""
+        seen = mode is Mode.RUN and c.epoch == epoch
+        return seen and self.epoch == epoch and self.mode is Mode.RUN and self.on
+
+    def fast(
+        self, side: int, frame: bytes, now: int, *, gso_size: int = 0, partial: bool = False,
+        epoch: int | None = None,
+    ) -> Fate:  # fmt: skip
+        """A frame of the pair, its epoch (ours if None; another one's is never equal)."""
+        try:
+            p = parse(frame)
+        except BadFrame:
+            return Fate()
+        if not p.is_tcp or p.frag:
+            return Fate()
+        key = abi.FLOW_KEY.pack(p.src, p.dst, p.sport, p.dport, p.vlan)
+        c = self.conns.get(key)
+        if c is None:
+            return Fate()
+        if c.lock or self.busy():
+            self.counts[Reason.HAND_BUSY] += 1
+            return Fate()
+        if now - c.seen_ns > SEEN_STEP_NS:
+            c.seen_ns = now
+        w = Work(frame, gso_size, partial, side, now, p, key)
+        r = FAST_NO
+        if c.tier == TIER_K:
+            p_ack, p_win, pending = c.p_ack, c.p_win, c.pending
+            if self.in_force(c, self.mode, self.epoch if epoch is None else epoch):
+                r = self.decide(c, w)
+            else:
+                r = Reason.HAND_MODE
+            if r >= Reason.HAND_MODE:
+                self.counts[Reason(r)] += 1
+                c.p_ack, c.p_win, c.pending = p_ack, p_win, pending
+                c.tier, c.why = TIER_U, int(r)
+                r = FAST_NO
+        if r == FAST_NO:
+            c.captured = (c.captured + 1) & M32
+            return Fate(captured=c.captured)
+        self.counts[Reason(r)] += 1
+        return Fate(r, 0, w.out)
+
+    # -- user space
+
+    def control(self, message: bytes, now: int) -> CtlResult:
+        """fast_ctl."""
+        op, captured, key, words, since = abi.CTL.unpack(message)
+        c = self.conns.get(key)
+        if c is None:
+            return CtlResult.UNKNOWN
+        if c.lock:
+            return CtlResult.BUSY
+        if op == CtlOp.SEIZE:
+            c.tier = TIER_U
+        elif c.tier != TIER_U:
+            return CtlResult.REFUSED
+        elif op == CtlOp.FREE:
+            if c.stash:
+                self.stash_free(c)
+            c.nxt, c.pending, c.since_ns, c.epoch = c.rel, 0, 0, 0
+        elif op == CtlOp.CLAIM:
+            c.since_ns = 0
+            if not self.stash_claim(c, key):
+                return CtlResult.FULL
+            self.outstanding_since(c, now)
+        else:
+            return self.give(c, captured, words, since or now, now)
+        return CtlResult.DONE
+
+    def give(self, c: Conn, captured: int, words: bytes, since: int, now: int) -> CtlResult:
+        (
+            epoch, rel, p_ack, s_ack, out_ack, p_win, s_win, out_win, mss, nxt, org, ahead, pending,
+            l4, doff, hdr, memo,
+        ) = abi.GIVE.unpack(words)  # fmt: skip
+        if self.frames_on_their_way(c, captured):
+            return CtlResult.REFUSED
+        if (nxt != org or pending) and not c.stash:
+            return CtlResult.FULL
+        c.epoch, c.rel, c.org, c.nxt, c.ahead = epoch, rel, org, nxt, ahead
+        c.p_ack, c.s_ack, c.out_ack = p_ack, s_ack, out_ack
+        c.p_win, c.s_win, c.out_win, c.mss = p_win, s_win, out_win, min(mss, 2047)
+        c.pending, c.l4, c.doff, c.hdr, c.memo, c.seen_ns = pending, l4, doff, hdr, memo, now
+        self.outstanding_since(c, since if nxt != rel or pending else 0)
+        c.tier = TIER_K
+        return CtlResult.DONE
+
+    @staticmethod
+    def frames_on_their_way(c: Conn, captured: int) -> bool:
+        return c.captured != captured
+
+    # -- to be looked at
+
+    def waiting(self) -> list[tuple[int, bytes]]:
+        """(since_ns, key) of what is outstanding."""
+        return [(s, k) for t, s, k in (self.owner(i) for i in range(self.stashes)) if t and s]
+
+    def decided(self) -> int:
+        """Frames that never reached user space."""
+        return sum(n for r, n in self.counts.items() if r < Reason.HAND_MODE)
+
+
+class _Conns:
+    """The map `conns`, as colo_xdp.loader.Map."""
+
+    def __init__(self, k: TierK) -> None:
+        self._k = k
+
+    def set(self, key: bytes, value: bytes, *, new: bool = False) -> None:
+        if new and key in self._k.conns:
+            raise OSError(errno.EEXIST, "map update")
+        self._k.conns[key] = Conn.unpack(value)
+
+    def get(self, key: bytes, size: int | None = None) -> bytes | None:
+        c = self._k.conns.get(key)
+        return None if c is None else c.pack()
+
+    def delete(self, key: bytes) -> bool:
+        return self._k.conns.pop(key, None) is not None
+
+    def keys(self) -> Iterator[bytes]:
+        return iter(list(self._k.conns))
+
+
+class Objects:
+    """colo_xdp.loader.Objects, as far as FastMap needs it."""
+
+    def __init__(self, k: TierK) -> None:
+        stashes = SimpleNamespace(max_entries=k.stashes)
+        self.maps: dict[str, Any] = {
+            "conns": _Conns(k),
+            "fast_waits": SimpleNamespace(),
+            "stashes": SimpleNamespace(fd=k.fds[0], info=stashes),
+            "owners": SimpleNamespace(fd=k.fds[1], info=stashes),
+        }
+        self.programs = {"fast_ctl": SimpleNamespace(fd=k)}
+
+    def map(self, name: str) -> Any:
+        return self.maps[name]
+
+
+class Bpf:
+    """Stands in for colo_xdp._bpf in fastmap.py: the program's descriptor is the tier itself."""
+
+    def __init__(self, now: Callable[[], int]) -> None:
+        self._now = now
+
+    def test_run(self, fd: TierK, message: bytes, data_out: int = 0) -> Any:
+        return SimpleNamespace(retval=int(fd.control(message, self._now())))
+
+
+def user_space(k: TierK, alive: Callable[[], bool] = lambda: True) -> fastmap.FastMap:
+    """What a controller has of it. While not alive() it switches nothing any more."""
+
+    def switch(on: bool) -> None:
+        if alive():
+            k.on = on
+
+    def keep_since(epoch: int) -> None:
+        if alive():
+            k.since = epoch
+
+    objects: Any = Objects(k)
+    return fastmap.FastMap(objects, 300_000_000_000, k.since, switch, keep_since)
