@@ -10,7 +10,7 @@ N ?=
 
 export DEBIAN_FRONTEND := noninteractive
 
-.PHONY: all setup demo test torture chaos fuzz lint format clean
+.PHONY: all setup demo test torture chaos fuzz bench lint format clean
 
 all: test
 
@@ -48,6 +48,15 @@ fuzz: setup
 	@for t in $(or $(TARGET),packet engine peer qmp config capture); do \
 		$(PY) -m tests.fuzz.run $$t -max_total_time=$(or $(TIME),60) || exit 1; \
 	done
+
+# figures against the floor and against QEMU's proxy: build/bench-report.{json,md}, build/bench-*.png
+# QUICK=1: few runs; PARTS="held peer": only these; PUBLISH=1: also into README and tests/bench/report
+bench: setup build/.setup-bench
+	$(PY) -m tests.bench $(if $(QUICK),--quick) $(if $(PUBLISH),--publish) $(PARTS)
+
+build/.setup-bench: $(STAMP)
+	$(PY) -m pip install --quiet --disable-pip-version-check -e '.[bench]'
+	@touch $@
 
 lint: setup
 	$(PY) -m ruff check .

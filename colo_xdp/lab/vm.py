@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,7 @@ class Vm:
         vnet_hdr: bool = True,
         incoming: str = "",
         shim: Path | None = None,
+        extra: Sequence[str] = (),
     ) -> None:
         self.name, self.dir = name, directory
         self.qmp = directory / f"{name}.qmp"
@@ -71,6 +73,7 @@ class Vm:
             cmd += ["-device", f"virtio-net-pci,netdev=n0,mac={MAC},romfile=,guest_announce=off"]
         if incoming:
             cmd += ["-incoming", incoming]
+        cmd += extra
         env = {"LD_PRELOAD": str(shim)} if shim else {}
         self._p: subprocess.Popen[bytes] | None = procs.start(cmd, self.log, ns, env)
         self.pid = self._p.pid

@@ -4,28 +4,37 @@
 guest ns: e0 --- gv :host: bridge --- uplink --- c0 :client
           copies: e0 egress -> d0 - d1 -> s0 --- peer0 :host
 The copy takes one hop more than the frame, so the PVM is ahead, as it is with real guests.
+
+Steering (RPS) says on which CPU all that the sender's side and the host receive is worked on: on
+one, or spread over all by the hash of the flow. Without it the sender's moves from CPU to CPU would
+reorder the copies and the acks, which no wire does. The client stays as it is.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import statistics
 import subprocess
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 from colo_xdp import abi, attach, cleanup, loader
-from colo_xdp.abi import Cfg, Mode
+from colo_xdp.abi import Cfg, Mode, Prog, Reason
 from colo_xdp.fastmap import FastMap
 from colo_xdp.inject import Injector
 from colo_xdp.ring import open_reader
-from tests.bench.held import PAIR, TierU
 from tests.netns.conftest import inside, sh
+
+from . import held
+from .held import PAIR, TierU
+from .report import Part, Spread, cpu_seconds
+from .stats import child
 
 HOST, GUEST, CLIENT = "cxgh", "cxgg", "cxgc"
 GUEST_IP, CLIENT_IP = "10.9.0.2", "10.9.0.1"
@@ -47,8 +56,12 @@ int sink(struct __sk_buff *skb) { return TC_ACT_SHOT; }
 """
 
 
+def _sys(ns: str, dev: str, what: str) -> str:
+    return sh("ip", "netns", "exec", ns, "cat", f"/sys/class/net/{dev}/{what}").strip()
+
+
 def _index(ns: str, dev: str) -> int:
-    return int(sh("ip", "netns", "exec", ns, "cat", f"/sys/class/net/{dev}/ifindex"))
+    return int(_sys(ns, dev, "ifindex"))
 
 
 @contextmanager
@@ -105,8 +118,9 @@ def _copies() -> Iterator[Any]:
 
 
 @contextmanager
-def _proxy(uplink: bool) -> Iterator[TierU]:
-    """Our programs on gv and peer0: a veth, so not by way of DataPath."""
+def _proxy(bridge: bool) -> Iterator[TierU]:
+    """Our programs on gv and peer0: a veth, so not by way of DataPath. pvm_in is not there (in the
+    plain arm nothing is mirrored either), so tier K is told where the client is."""
     work = tempfile.mkdtemp(prefix="colo-bench.")
     with inside(HOST):
         cleanup.cleanup(PAIR, "/sys/fs/bpf", work)
@@ -119,9 +133,11 @@ def _proxy(uplink: bool) -> Iterator[TierU]:
         for slot, value in (
             (Cfg.TAP, attach.link_info("gv").index), (Cfg.PEER, attach.link_info("peer0").index),
             (Cfg.EPOCH, 1), (Cfg.MODE, Mode.RUN),
-            (Cfg.UPLINK, attach.link_info("uplink").index if uplink else 0),
+            (Cfg.UPLINK, abi.UPLINK_BRIDGE if bridge else abi.UPLINK_LEARNED),
         ):  # fmt: skip
             write(slot, value)
+        mac = bytes.fromhex(_sys(CLIENT, "c0", "address").replace(":", ""))
+        held.tell_port(objects, mac, attach.link_info("uplink").index)
         fast = FastMap(objects, 10**12, 0, lambda on: write(Cfg.FAST, on), lambda epoch: None)
         fast.enabled = True
         name = f"cxr-{PAIR}"
@@ -133,7 +149,7 @@ def _proxy(uplink: bool) -> Iterator[TierU]:
         reader = open_reader(objects)
         dp: Any = SimpleNamespace(
             injectors={"release": Injector(fd)}, drain=reader.drain, beat=lambda: None, fast=fast,
-            reader=reader,
+            reader=reader, objects=objects,
         )  # fmt: skip
         try:
             yield TierU(dp)
@@ -144,44 +160,91 @@ def _proxy(uplink: bool) -> Iterator[TierU]:
             cleanup.cleanup(PAIR, "/sys/fs/bpf", work)
 
 
-def once(arm: str, offloads: bool, seconds: float = 2.0) -> dict[str, float]:
-    """Gbit/s, retransmissions and CPU seconds of the whole machine, of one run."""
+def _steer(cpus: int) -> None:
+    """Bit mask of the CPUs that work on what these devices receive."""
+    for ns, dev in ((HOST, "gv"), (HOST, "peer0"), (HOST, "uplink"), (GUEST, "d1"), (GUEST, "e0")):
+        path = f"/sys/class/net/{dev}/queues/rx-0/rps_cpus"
+        sh("ip", "netns", "exec", ns, "sh", "-c", f"echo {cpus:x} > {path}")
+
+
+def once(arm: str, offloads: bool, seconds: int, flows: int = 1, cpus: int = 1) -> dict[str, float]:
+    """Gbit/s, segments sent again and CPU seconds of the machine; `cpus`: see _steer()."""
     with network(offloads), nullcontext() if arm == "plain" else _copies() as put:
+        _steer(cpus)
         if arm == "mirror only":
             put(HOST, "peer0", "ingress", "sink")
-        with _proxy(arm == "K direct") if arm.startswith("K") else nullcontext() as tier:
-            server = subprocess.Popen(
-                ["ip", "netns", "exec", CLIENT, "iperf3", "-s", "-1"],
-                stdout=subprocess.DEVNULL,
-            )
-            try:
+        with _proxy(arm == "K bridge") if arm.startswith("K") else nullcontext() as tier:
+            server_cmd = ["ip", "netns", "exec", CLIENT, "iperf3", "-s", "-1"]
+            client_cmd = [
+                "ip", "netns", "exec", GUEST, "iperf3", "-c", CLIENT_IP, "-J", "-t", str(seconds),
+                "-P", str(flows),
+            ]  # fmt: skip
+            with (
+                tempfile.TemporaryFile("w+") as answer,
+                child(server_cmd, stdout=subprocess.DEVNULL),
+            ):
                 _listening()
-                before = _busy()
-                p = subprocess.Popen(
-                    ["ip", "netns", "exec", GUEST, "iperf3", "-c", CLIENT_IP, "-J", "-t",
-                     str(seconds)],
-                    stdout=subprocess.PIPE, text=True,
-                )  # fmt: skip
-                end = time.monotonic() + seconds + 10
-                while p.poll() is None and time.monotonic() < end:
-                    if tier is not None:
-                        tier.wait(0.005)
-                        tier()
-                    else:
-                        with_deadline(p)
-                p.kill()
-                out = json.loads(p.stdout.read() if p.stdout else "{}").get("end", {})
-                busy = _busy() - before
-            finally:
-                server.kill()
-                server.wait()
+                before, dropped = cpu_seconds(), _dropped()
+                with child(client_cmd, stdout=answer) as p:
+                    end = time.monotonic() + seconds + 10
+                    while p.poll() is None and time.monotonic() < end:
+                        if tier is not None:
+                            tier.wait(0.005)
+                            tier()
+                        else:
+                            with_deadline(p)
+                busy = cpu_seconds() - before
+                answer.seek(0)
+                out = json.loads(answer.read() or "{}").get("end", {})
             if "sum_received" not in out:
                 raise RuntimeError(f"{arm}: iperf3 did not finish; {tier and tier.asked[:3]}")
-            return {
+            return _handed(tier) | {
+                DROPPED: float(_dropped() - dropped),
                 "gbit": out["sum_received"]["bits_per_second"] / 1e9,
                 "retransmits": out["sum_sent"]["retransmits"],
                 "cpu": busy,
             }
+
+
+SHARE = "left by tier K, % of the bytes"
+#: begins the names of what explains a figure
+HANDED, ASKED, DROPPED = (
+    "handed to tier U: ",
+    "asked for a checkpoint: ",
+    "dropped by the CPUs' queues",
+)
+
+
+def _handed(tier: TierU | None) -> dict[str, float]:
+    """How often tier K handed a connection over and tier U asked for a checkpoint, by reason."""
+    if tier is None:
+        return {}
+    out = {ASKED + cause: float(n) for cause, n in Counter(tier.asked).items()}
+    counters = tier.dp.objects.map("counters")
+    size = abi.COUNT.size * loader.possible_cpus()
+
+    def count(prog: Prog, reason: Reason) -> tuple[int, int]:
+        raw = counters.get((prog * Reason.MAX + reason).to_bytes(4, "little"), size) or b""
+        both = list(abi.COUNT.iter_unpack(raw))
+        return sum(n for n, _ in both), sum(b for _, b in both)
+
+    for reason in Reason:
+        if reason.name.startswith("HAND_"):
+            out[HANDED + reason.name.lower()] = float(count(Prog.FAST, reason)[0])
+    by_k = sum(
+        count(prog, reason)[1]
+        for prog in (Prog.PVM_OUT, Prog.SVM_ARRIVAL)
+        for reason in (Reason.FAST_PASSED, Reason.FAST_RELEASED, Reason.FAST_REBUILT)
+    )
+    by_u = count(Prog.PVM_OUT, Reason.CAPTURED)[1]
+    out[SHARE] = 100 * by_k / max(1, by_k + by_u)
+    return out
+
+
+def _dropped() -> int:
+    """Frames that found the queue of a CPU full (net.core.netdev_max_backlog), on any device."""
+    text = Path("/proc/net/softnet_stat").read_text()
+    return sum(int(line.split()[1], 16) for line in text.splitlines())
 
 
 def with_deadline(p: subprocess.Popen[str]) -> None:
@@ -199,36 +262,71 @@ def _listening() -> None:
             raise RuntimeError("iperf3 does not listen")
 
 
-def _busy() -> float:
-    with open("/proc/stat") as f:
-        fields = [int(x) for x in f.readline().split()[1:]]
-    return (sum(fields) - fields[3] - fields[4]) / os.sysconf("SC_CLK_TCK")
+ALL = ("plain", "mirror only", "K", "K bridge")
 
 
-ARMS = ("plain", "mirror only", "K", "K direct")
+def measure(
+    part: Part,
+    name: str,
+    arms: tuple[str, ...],
+    repeats: int,
+    seconds: int,
+    *,
+    offloads: bool = True,
+    flows: int = 1,
+    cpus: int = 1,
+) -> dict[str, float]:
+    """Ratios by arm; the arms take turns. Empty if it could not be measured."""
+    runs: dict[str, list[dict[str, float]]] = {a: [] for a in arms}
+    try:
+        for _ in range(repeats):
+            for a in arms:
+                runs[a].append(once(a, offloads, seconds, flows, cpus))
+    except (RuntimeError, OSError) as e:
+        part.error(name, str(e))
+        return {}
+    gbit = {a: Spread.of(x["gbit"] for x in v) for a, v in runs.items()}
+    part.add(name, "Gbit/s", gbit, base="plain", higher_is_better=True)
+    part.add(
+        f"{name}: CPU of the machine", "s per Gbit",
+        {a: Spread.of(x["cpu"] / x["gbit"] / seconds for x in v) for a, v in runs.items()},
+        base="plain",
+    )  # fmt: skip
+    part.add(f"{name}: sent again", "segments",
+             {a: Spread.of(x["retransmits"] for x in v) for a, v in runs.items()})  # fmt: skip
+    notes = {k for v in runs.values() for x in v for k in x} - {"gbit", "cpu", "retransmits"}
+    for what in sorted(notes):
+        counts = {a: [x.get(what, 0.0) for x in v] for a, v in runs.items()}
+        if any(max(v) for v in counts.values()):
+            part.add(
+                f"{name}: {what}",
+                "%" if what == SHARE else "times",
+                {a: Spread.of(v) for a, v in counts.items()},
+            )
+    return {a: s.median for a, s in gbit.items()}
 
 
-def measure(offloads: bool, repeats: int) -> dict[str, dict[str, float]]:
-    """Medians by arm; the arms take turns."""
-    runs: dict[str, list[dict[str, float]]] = {a: [] for a in ARMS}
-    for _ in range(repeats):
-        for arm in ARMS:
-            runs[arm].append(once(arm, offloads))
-    return {
-        a: {
-            "gbit": statistics.median(x["gbit"] for x in v),
-            "low": min(x["gbit"] for x in v),
-            "high": max(x["gbit"] for x in v),
-            "cpu_per_gbit": statistics.median(x["cpu"] / x["gbit"] for x in v),
-            "retransmits": statistics.median(x["retransmits"] for x in v),
-        }
-        for a, v in runs.items()
+#: an issue names no number for this one
+TOGETHER = 0.95
+
+
+def run(part: Part, quick: bool, _build: Path) -> None:
+    """One flow with and without offloads; several on one CPU and on all."""
+    n, t = (1, 1) if quick else (5, 2)
+    got = {
+        on: measure(part, f"one flow, offloads {'on' if on else 'off'}", ALL, n, t, offloads=on)
+        for on in (True, False)
     }
+    everybody = (1 << (os.cpu_count() or 1)) - 1
+    pair = ("plain", "K", "K bridge")
+    one = measure(part, "4 flows, steered to one CPU", pair, n, t, flows=4, cpus=1)
+    many = measure(part, "4 flows, spread over all CPUs", pair, n, t, flows=4, cpus=everybody)
+    part.goal("goodput to plain, offloads on", _per(got[True], "K", "plain"), 0.95)
+    part.goal("goodput to mirror only, offloads off", _per(got[False], "K", "mirror only"), 0.85)
+    spread, single = _per(many, "K", "plain"), _per(one, "K", "plain")
+    value = spread / single if spread and single else None
+    part.goal("goodput of 4 flows on all CPUs to 4 on one, each to plain", value, TOGETHER)
 
 
-if __name__ == "__main__":
-    for on in (True, False):
-        got = measure(on, 3)
-        for a, v in got.items():
-            ratio = v["gbit"] / got["plain"]["gbit"]
-            print(f"offloads {on}: {a:12s} {v['gbit']:6.2f} Gbit/s {ratio:.2f}", v, flush=True)
+def _per(got: dict[str, float], a: str, b: str) -> float | None:
+    return got[a] / got[b] if got.get(b) else None

@@ -43,8 +43,11 @@ from colo_xdp.record import Record
 from colo_xdp.ring import Event, RingReader
 from colo_xdp.status import WAIT_BUCKETS
 
+from .report import Part, Spread
+
 REPORT = Path("build/tier-u-bench.json")
 REPEATS = 5
+STAGES = ("drain", "parse", "compare", "release")
 BATCH = 32  # frames of one guest before the other's, as they come from a NIC queue
 PAGE = os.sysconf("SC_PAGE_SIZE")
 NAMESPACE = "colo-bench-u"
@@ -207,7 +210,7 @@ def stages(
         "ratio": statistics.median(
             a / b for a, b in zip(took["release"], took["reference"], strict=True)
         ),
-        "spread": [min(took["release"]), max(took["release"])],
+        "runs": took,
     }  # fmt: skip
 
 
@@ -311,6 +314,23 @@ def measure(quick: bool = False) -> dict[str, Any]:
         "memory": memory(5000 if quick else 100_000),
         "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }  # fmt: skip
+
+
+def run(part: Part, quick: bool, _build: Path) -> None:
+    """As a part of `make bench`."""
+    found = measure(quick)
+    for row in [*found["stages"], *found["scale"]]:
+        took = row["runs"]
+        arms = {"least": Spread.of(took["reference"]), "drain": Spread.of(took["drain"])}
+        for before, stage in zip(STAGES, STAGES[1:], strict=False):
+            both = zip(took[stage], took[before], strict=True)
+            arms[stage] = Spread.of(x - y for x, y in both)
+        arms["all"] = Spread.of(took["release"])
+        conns = f"{row['connections']:,} conn., {row['size']:,} bytes"
+        part.add(conns, "ns per frame", arms, base="least")
+    m = found["memory"]
+    part.add(f"memory of {m['connections']:,} connections", "bytes each",
+             {"engine": Spread.of([float(m["each"])])})  # fmt: skip
 
 
 def main() -> None:

@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The kernel's own clock on BPF programs, and processes that end with this one."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from colo_xdp import _bpf
+
+_ENABLE_STATS = 32
+_libc = ctypes.CDLL(None, use_errno=True)
+PR_SET_PDEATHSIG = 1
+
+
+class _StatsAttr(ctypes.Structure):
+    _fields_ = [("type", ctypes.c_uint32)]
+
+
+@contextmanager
+def run_stats() -> Iterator[None]:
+    """run_time_ns and run_cnt are counted meanwhile; ends with this process at the latest."""
+    fd = _bpf._bpf(_ENABLE_STATS, _StatsAttr(0), "enable stats")
+    try:
+        yield
+    finally:
+        os.close(fd)
+
+
+def fdinfo(fd: int) -> dict[str, int]:
+    """Numbers of /proc/self/fdinfo: run_time_ns and run_cnt of a program, memlock of a map."""
+    out = {}
+    for line in Path(f"/proc/self/fdinfo/{fd}").read_text().splitlines():
+        name, _, value = line.partition(":")
+        if value.strip().isdigit():
+            out[name] = int(value)
+    return out
+
+
+def ran(fd: int) -> tuple[int, int]:
+    """(ns, runs) of a program so far."""
+    info = fdinfo(fd)
+    return info["run_time_ns"], info["run_cnt"]
+
+
+def _die_with_parent() -> None:
+    _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+@contextmanager
+def child(cmd: list[str], **options: Any) -> Iterator[subprocess.Popen[Any]]:
+    """A process that is killed at the end of the block, or of this process."""
+    p = subprocess.Popen(cmd, preexec_fn=_die_with_parent, **options)
+    try:
+        yield p
+    finally:
+        p.kill()
+        p.wait()
+
+
+def process_ns(pid: int) -> int:
+    """CPU ns of all threads of a process, to the nanosecond."""
+    total = 0
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        total += int((task / "schedstat").read_text().split()[0])
+    return total
