@@ -55,6 +55,7 @@ def _common(c: Controller) -> dict[str, Any]:
         },
         history=list(c.history),
         failures=c.failures[-16:],
+        last_failover=c.last_failover,
     )
     return doc
 

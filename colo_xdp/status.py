@@ -192,6 +192,7 @@ _CHECKS: dict[str, _Check] = {
         _object(name=_text, action=_text, flows=_count, uncompared=_count, differences=_count)
     ),
     "failures": _list(_text),
+    "last_failover": _or_null(_object(gap_ms=_number, took_ms=_number)),
 }
 
 
@@ -231,6 +232,7 @@ class Status:
     divergences: list[dict[str, Any]]  # oldest first; pvm, svm: hexadecimal
     rules: list[dict[str, Any]]  # in their order; action "": a former one
     failures: list[str]
+    last_failover: dict[str, float] | None  # of the last planned one
 
     def to_json(self) -> dict[str, Any]:
         """The document; shares its parts with this object."""
@@ -291,4 +293,5 @@ def empty(pair: str, role: str) -> Status:
         divergences=[],
         rules=[],
         failures=[],
+        last_failover=None,
     )
