@@ -454,6 +454,8 @@ class Engine:
         if self._checkpointing or self._solo or not self.fast.enabled:
             return
         for st in calm:
+            if st.brake is not None:
+                continue  # _look_at_brakes() has it
             st.calm += 1
             if st.calm < (st.patience if st.offered else OFFER_AFTER):
                 continue
@@ -464,7 +466,7 @@ class Engine:
                 st.offered, st.calm = self.fast.offer(st.key), 0
                 self._counters["fast_offered"] += st.offered
                 continue
-            if not self._gave(st) and st.brake is None:
+            if not self._gave(st):
                 st.calm -= RETRY
                 st.refused += 1
                 if st.refused >= BRAKE_AFTER:
@@ -488,7 +490,8 @@ class Engine:
         """Tier K takes no stream of which frames are on their way here. While its own frames are
         kept back no acks come for them, both guests' windows fill, and the last frame arrives."""
         for st, until in list(self._braked.items()):
-            assert st.brake is not None
+            assert st.brake is not None and st.epoch == self.epoch
+            st.release_part(self.now, False)
             if ready(st) and self._gave(st):
                 self._unbrake(st)
             elif self.now >= until or len(st.brake) > BRAKE_FRAMES:

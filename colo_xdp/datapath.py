@@ -11,6 +11,7 @@ import logging
 import struct
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from . import abi, attach, loader
@@ -89,7 +90,7 @@ class DataPath:
             stashes=dp.fast_path_memory * (1 << 20) // abi.STASH,
             conns=dp.fast_path_flows,
         )
-        self.objects = loader.load(self.role, config.pair, dp.bpffs, options, config.role)
+        self.objects, options = self._load(options)
         self._cfg = self.objects.map("config")
         self._counters = self.objects.map("counters")
         found = self._read(Cfg.ABI)
@@ -138,6 +139,25 @@ class DataPath:
             # A later epoch than any other host has seen: see Primary._older_than(). Not before the
             # secondary's programs are off: they would take their offsets for void.
             self.epoch = max(self.epoch, self.base_epoch + 1)
+
+    def _load(self, options: loader.Options) -> tuple[loader.Objects, loader.Options]:
+        """The programs of the role; without tier K if this kernel does not take it."""
+        c = self.config
+
+        def load(options: loader.Options) -> loader.Objects:
+            return loader.load(self.role, c.pair, c.datapath.bpffs, options, c.role)
+
+        if not options.fast:
+            return load(options), options
+        try:
+            if loader.events(options) == "ring":
+                return load(options), options
+            why = "it needs a BPF ring buffer"
+        except loader.Refused as e:
+            why = str(e).splitlines()[0]
+        log.error("no fast path, every frame is compared in user space: %s", why)
+        options = replace(options, fast=False)
+        return load(options), options
 
     def _was_taken_over(self) -> bool:
         pinned = Path(loader.pin_dir(self.config.datapath.bpffs, self.config.pair, "secondary"))

@@ -34,7 +34,7 @@ RETRY = 4
 #: so many tries, and its frames are kept back: with no acks to come the guests fall silent
 BRAKE_AFTER = 3
 #: but no longer than this, and no more of them
-BRAKE_NS, BRAKE_FRAMES = 3_000_000, 256
+BRAKE_NS, BRAKE_FRAMES = 10_000_000, 512
 
 _MEMO = struct.Struct("=BBBxIIHH")  # flags, direction, scale, isn, origin, window of the SYN
 _DIRECTIONS = ("", "in", "out")

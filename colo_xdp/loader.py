@@ -61,6 +61,10 @@ class LoadError(RuntimeError):
     """The programs cannot be compiled or loaded; the text names the remedy."""
 
 
+class Refused(LoadError):
+    """The compiler or the verifier does not take a program."""
+
+
 def import_bcc() -> Any:
     """The real bcc module.
 
@@ -294,7 +298,7 @@ class Objects:
         except Exception as e:  # bcc raises bare Exception
             text = "\n".join(said).strip()
             name = OBJECTS[source.role][0]
-            raise LoadError(f"{name} ({headers.origin}): {e}\n{text[-6000:]}".strip()) from e
+            raise Refused(f"{name} ({headers.origin}): {e}\n{text[-6000:]}".strip()) from e
         finally:
             if headers.path:
                 del os.environ["BCC_KERNEL_SOURCE"]
@@ -442,6 +446,13 @@ def pinned_slot(directory: str, slot: abi.Cfg) -> int:
         os.close(fd)
 
 
+def events(options: Options) -> str:
+    """How frames reach user space here: "ring" or "perf"."""
+    if options.events == "auto":
+        return "ring" if ring_supported() else "perf"
+    return options.events
+
+
 def load(role: str, pair: str, bpffs: str, options: Options, home: str = "") -> Objects:
     """Compile and load a role's programs, taking over pinned maps of the same shape.
 
@@ -462,10 +473,7 @@ def load(role: str, pair: str, bpffs: str, options: Options, home: str = "") -> 
             "pinned maps of another version or size are in the way (their connections' state "
             "would be lost): run `colo-xdp cleanup` first\n  " + "\n  ".join(bad)
         )
-    events = options.events
-    if events == "auto":
-        events = "ring" if ring_supported() else "perf"
-    source = _source(role, directory, options, events)
+    source = _source(role, directory, options, events(options))
     if _pins(directory, source):
         return Objects(source, directory, None)
     try:

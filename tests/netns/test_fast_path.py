@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from colo_xdp import cleanup
+from colo_xdp import cleanup, loader
 from colo_xdp.datapath import DataPath
 from tests.netns.conftest import Net
 from tests.netns.fastlab import run
@@ -44,3 +44,24 @@ def test_two_guests_at_once(
     assert have == [length] * conns, f"{have} {frames} {said} {everything}"
     handed = {r: n for r, (n, _) in counters["fast"].items() if n}
     assert kernel > 500, f"{said} {handed}"
+
+
+def test_a_kernel_that_refuses_tier_k_gets_tier_u(
+    net: Net, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    real = loader.load
+
+    def load(role: str, pair: str, bpffs: str, options: loader.Options, home: str = "") -> object:
+        if options.fast:
+            raise loader.Refused("pvm_out: too large\nmore words of the verifier")
+        return real(role, pair, bpffs, options, home)
+
+    monkeypatch.setattr(loader, "load", load)
+    cleanup.cleanup(PAIR, "/sys/fs/bpf", str(tmp_path))
+    dp = DataPath(config(tmp_path))
+    try:
+        assert dp.fast is None and set(dp.objects.programs) >= {"pvm_in", "pvm_out"}
+        assert "compared in user space: pvm_out: too large" in caplog.text
+    finally:
+        dp.close()
+        cleanup.cleanup(PAIR, "/sys/fs/bpf", str(tmp_path))
