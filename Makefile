@@ -10,7 +10,7 @@ N ?=
 
 export DEBIAN_FRONTEND := noninteractive
 
-.PHONY: all setup demo test torture chaos fuzz bench lint format clean
+.PHONY: all setup demo test torture stress chaos fuzz bench lint format clean
 
 all: test
 
@@ -42,6 +42,10 @@ torture: setup
 chaos: setup
 	$(PY) -m tests.e2e.chaos --rounds $(or $(ROUNDS),20) --seed $(or $(SEED),0) \
 		--seconds $(or $(TIME),1e9)
+
+# two guests on all CPUs against tier K, with checkpoints, about STRESS times 7 seconds
+stress: setup
+	STRESS=$(or $(STRESS),30) $(PY) -m pytest tests/netns/test_fast_path.py
 
 # coverage-guided, one TARGET (default: each for a minute); see tests/fuzz/targets.py
 fuzz: setup
