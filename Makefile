@@ -10,7 +10,7 @@ N ?=
 
 export DEBIAN_FRONTEND := noninteractive
 
-.PHONY: all setup demo test torture fuzz bench lint format clean
+.PHONY: all setup demo test torture stress chaos fuzz bench lint format clean
 
 all: test
 
@@ -37,6 +37,15 @@ test: setup
 # N schedules of the simulator from SEED on; a failing one is shrunk and printed
 torture: setup
 	$(PY) -m tests.sim.torture --runs $(or $(N),100000) --seed $(or $(SEED),0)
+
+# ROUNDS of a real pair of which something dies, hangs or is cut, and is repaired; SEED, TIME (s)
+chaos: setup
+	$(PY) -m tests.e2e.chaos --rounds $(or $(ROUNDS),20) --seed $(or $(SEED),0) \
+		--seconds $(or $(TIME),1e9)
+
+# two guests on all CPUs against tier K, with checkpoints, about STRESS times 7 seconds
+stress: setup
+	STRESS=$(or $(STRESS),30) $(PY) -m pytest tests/netns/test_fast_path.py
 
 # coverage-guided, one TARGET (default: each for a minute); see tests/fuzz/targets.py
 fuzz: setup

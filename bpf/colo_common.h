@@ -48,8 +48,21 @@ enum colo_cfg {
 	CFG_FAST_SINCE = 11,	 /* user space's: what fast.h knew in older epochs is void */
 	CFG_UPLINK = 12,	 /* by which tier K releases: ifindex, or UPLINK_*; see way.h */
 	CFG_SPEAK_UNTIL_NS = 13, /* CLOCK_BOOTTIME at which the guest falls silent (COLO_LEASE) */
-	CFG_MAX = 16,
+	CFG_ORDER = 16,	     /* user space's: when a person asked for a failover, see datapath.py */
+	CFG_ROLE = 17,	     /* user space's: enum colo_role; 0: as configured */
+	CFG_BASE_EPOCH = 18, /* primary: offsets of this epoch are the guest's for good; 0: none */
+	CFG_MAX = 32,
 };
+
+/* Which guest this host runs, when that is no longer what the configuration says. */
+enum colo_role {
+	ROLE_CONFIGURED = 0,
+	ROLE_PRIMARY = 1,
+	ROLE_SECONDARY = 2,
+};
+
+/* colo_flow.epoch of an offset that checkpoints do not end: the PVM itself has it. */
+#define COLO_EPOCH_BASE 0xFFFFFFFFu
 
 #define UPLINK_BRIDGE  0u	   /* by way of the tap's bridge */
 #define UPLINK_LEARNED 0xFFFFFFFFu /* past it, by the port at which the client was last heard */
@@ -72,7 +85,9 @@ enum colo_prog {
 	PROG_SVM_NET = 8,     /* tap S, toward the guest: after failover the network's frames */
 	PROG_SVM_OUT_XDP = 9, /* tap S, from the guest, XDP: rewriting for plain taps */
 	PROG_FAST = 10,	      /* not a program: why tier K handed over (R_HAND_*) */
-	PROG_MAX = 11,
+	PROG_GUEST_IN = 11,   /* tap P, toward a guest that has kept its own numbers */
+	PROG_GUEST_OUT = 12,  /* tap P, from it */
+	PROG_MAX = 13,
 };
 
 /* Why a program did what it did: second index of the counters. */

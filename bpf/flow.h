@@ -33,6 +33,13 @@
  * the epoch grows and entries of older epochs count as unknown. Only a
  * handshake begins an entry; connections from before need none.
  *
+ * An offset can also be the guest's for good (COLO_EPOCH_BASE): a guest that has taken over has
+ * its own numbers for the connections of that time, and keeps them as the PVM of the next pair.
+ * Then guest_in and guest_out (guest.bpf.c) translate at its tap, so that mirror and comparison
+ * see what the client sees, and its clone, the new SVM, has the same offset as long as the
+ * connection lives: checkpoints do not end it. No connection has both kinds. A new connection on
+ * the key ends the old one's offset, and what is learnt then is of the epoch.
+ *
  * TAKEOVER. The SVM speaks to the network itself: new connections need no
  * translation, so no entry begins, and a new connection on an old key ends the
  * old one's translation. A handshake that was under way may still complete:
@@ -89,15 +96,18 @@ struct shift {
 	u32 tsoff;
 };
 
-static __always_inline void flow_forget(struct colo_flow *n)
+/* Another connection: its offset, if there is one, is of this epoch. */
+static __always_inline void flow_forget(struct colo_flow *n, u32 epoch)
 {
 	n->have = 0;
 	n->have_client = 0;
 	n->state = TCP_CLOSED;
+	barrier();
+	n->epoch = epoch;
 }
 
 static __always_inline void flow_learn_client(struct colo_flow *n, const struct pkt *p,
-					      const struct tcp_ts *ts, u64 mode)
+					      const struct tcp_ts *ts, u64 mode, u32 epoch)
 {
 	u32 flags = p->flags & (TCP_SYN | TCP_RST | TCP_ACK), learn;
 
@@ -105,7 +115,7 @@ static __always_inline void flow_learn_client(struct colo_flow *n, const struct 
 		if ((n->have & FLOW_HAVE_ISN_S) && (n->have_client & FLOW_HAVE_ISN_P))
 			return;
 		if ((n->have_client & FLOW_HAVE_ISN_C) && n->isn_c != p->seq) {
-			flow_forget(n);
+			flow_forget(n, epoch);
 			if (mode == MODE_TAKEOVER)
 				return;
 		}
@@ -134,7 +144,7 @@ static __always_inline void flow_learn_client(struct colo_flow *n, const struct 
 }
 
 static __always_inline void flow_learn_guest(struct colo_flow *n, const struct pkt *p,
-					     const struct tcp_ts *ts, u64 mode)
+					     const struct tcp_ts *ts, u64 mode, u32 epoch)
 {
 	u32 known = n->have & FLOW_HAVE_ISN_S, other = known && n->isn_s != p->seq, fresh;
 
@@ -149,7 +159,7 @@ static __always_inline void flow_learn_guest(struct colo_flow *n, const struct p
 		fresh = other;
 	}
 	if (fresh) {
-		flow_forget(n);
+		flow_forget(n, epoch);
 		known = 0;
 		if (mode == MODE_TAKEOVER)
 			return;
@@ -221,7 +231,7 @@ static __always_inline struct colo_flow *flow_find(const struct pkt *p, int to_s
 	}
 	key.vlan = p->vlan;
 	n = flows.lookup(&key);
-	if (n && n->epoch == epoch)
+	if (n && (n->epoch == epoch || n->epoch == COLO_EPOCH_BASE))
 		return n;
 	/* A client's SYN-ACK begins nothing: it answers a SYN that would have. */
 	if (mode == MODE_TAKEOVER || (flags != TCP_SYN && (to_svm || flags != (TCP_SYN | TCP_ACK))))
@@ -236,26 +246,24 @@ static __always_inline struct colo_flow *flow_find(const struct pkt *p, int to_s
 			*reason = R_FLOW_TABLE_FULL;
 		return n;
 	}
-	flow_forget(n);
 	n->off = 0;
 	n->tsoff = 0;
-	/* Last: a reader on the other CPU takes the old parts for old. */
-	barrier();
-	n->epoch = epoch;
+	/* The epoch last: a reader on the other CPU takes the old parts for old. */
+	flow_forget(n, epoch);
 	return n;
 }
 
 static __always_inline void flow_track(struct colo_flow *n, const struct pkt *p,
-				       const struct tcp_ts *ts, int to_svm, u64 mode,
+				       const struct tcp_ts *ts, int to_svm, u64 mode, u32 epoch,
 				       struct shift *s)
 {
 	u32 key, event, *next;
 	u64 now = bpf_ktime_get_ns();
 
 	if (to_svm)
-		flow_learn_client(n, p, ts, mode);
+		flow_learn_client(n, p, ts, mode, epoch);
 	else
-		flow_learn_guest(n, p, ts, mode);
+		flow_learn_guest(n, p, ts, mode, epoch);
 	if ((n->have & FLOW_HAVE_ISN_S) && (n->have_client & FLOW_HAVE_ISN_P)) {
 		s->off = n->isn_s - n->isn_p;
 		if ((n->have & FLOW_HAVE_TS_S) && (n->have_client & FLOW_HAVE_TS_P))

@@ -64,9 +64,10 @@ int pvm_in(struct __sk_buff *skb)
 	u64 epoch = cfg(CFG_EPOCH), mode = cfg(CFG_MODE);
 	u32 peer = cfg(CFG_PEER);
 	u16 tci = COLO_KIND_MIRROR << COLO_KIND_SHIFT | (epoch & COLO_EPOCH_MASK);
-	int verdict = TC_ACT_OK;
+	int verdict = TC_ACT_UNSPEC; /* passes, and guest_in may follow (guest.bpf.c) */
 
-	if (mode != MODE_RUN && mode != MODE_CHECKPOINT) {
+	/* A PVM that has fallen silent by plan mirrors until the clients' frames go elsewhere. */
+	if (mode != MODE_RUN && mode != MODE_CHECKPOINT && mode != MODE_DROP) {
 		reason = R_PASSED;
 	} else if (cfg(CFG_UNMIRRORED) && is_unmirrored(skb)) {
 		reason = R_UNMIRRORED;

@@ -65,7 +65,7 @@ static __always_inline u32 rewrite(void *data, void *end, const struct pkt *p, i
 			ts.ecr = bpf_ntohl(*ecr);
 		}
 	}
-	flow_track(n, p, &ts, to_svm, mode, &s);
+	flow_track(n, p, &ts, to_svm, mode, epoch, &s);
 	if (!s.off && !s.tsoff)
 		return reason;
 

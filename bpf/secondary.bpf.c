@@ -88,6 +88,10 @@ static __always_inline int peer_kind(struct __sk_buff *skb)
 
 int svm_in(struct __sk_buff *skb)
 {
+	/*
+	 * In MODE_TAKEOVER too: a primary that has fallen silent by plan mirrors what clients
+	 * send to it until switches have learnt where the guest is now.
+	 */
 	u64 epoch = cfg(CFG_EPOCH), mode = cfg(CFG_MODE);
 	u32 len = skb->len, reason;
 	int kind = peer_kind(skb), verdict = TC_ACT_SHOT;
@@ -95,9 +99,9 @@ int svm_in(struct __sk_buff *skb)
 	if (kind < 0) {
 		reason = R_FOREIGN;
 		verdict = TC_ACT_OK;
-	} else if (kind != COLO_KIND_MIRROR || mode == MODE_TAKEOVER) {
+	} else if (kind != COLO_KIND_MIRROR) {
 		reason = R_ISOLATED;
-	} else if (mode != MODE_RUN && mode != MODE_CHECKPOINT) {
+	} else if (mode != MODE_RUN && mode != MODE_CHECKPOINT && mode != MODE_TAKEOVER) {
 		reason = R_FENCED;
 	} else if (bpf_skb_vlan_pop(skb)) {
 		reason = R_HELPER_FAILED;

@@ -13,6 +13,7 @@ ABI = 3
 MARK = 0xC0105EED
 TPID = 0x88A8
 EPOCH_MASK = 0x0FFF
+EPOCH_BASE = 0xFFFFFFFF
 KIND_SHIFT = 13
 KIND_MIRROR = 1
 KIND_SVM = 2
@@ -48,7 +49,18 @@ class Cfg(IntEnum):
     FAST_SINCE = 11
     UPLINK = 12
     SPEAK_UNTIL_NS = 13
-    MAX = 16
+    ORDER = 16
+    ROLE = 17
+    BASE_EPOCH = 18
+    MAX = 32
+
+
+class HostRole(IntEnum):
+    """Which guest this host runs (slot CFG_ROLE)."""
+
+    CONFIGURED = 0
+    PRIMARY = 1
+    SECONDARY = 2
 
 
 #: values of CFG_UPLINK that are no device
@@ -76,7 +88,9 @@ class Prog(IntEnum):
     SVM_NET = 8
     SVM_OUT_XDP = 9
     FAST = 10
-    MAX = 11
+    GUEST_IN = 11
+    GUEST_OUT = 12
+    MAX = 13
 
 
 class Reason(IntEnum):

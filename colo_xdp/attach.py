@@ -28,7 +28,9 @@ from .loader import Program
 
 ETH_P_ALL = 0x0003
 INGRESS, EGRESS = 0xFFFFFFF2, 0xFFFFFFF3  # TC_H_CLSACT | TC_H_MIN_INGRESS/EGRESS
-PRIO = 1  # before any other filter: one that lets a frame pass first would be a leak
+#: Before any other filter: one that lets a frame pass first would be a leak. Ours come in the
+#: order guest_out, one of the role's programs, guest_in.
+FIRST, PRIO, LAST = 1, 2, 3
 LABEL = "colo-xdp"
 
 XDP_IF_NOEXIST, XDP_SKB, XDP_DRV, XDP_REPLACE = 1, 2, 4, 16
@@ -289,9 +291,14 @@ def label(pair: str, prog: str) -> str:
 
 
 def attach_tc(
-    dev: str, direction: str, prog: Program, pair: str, manifest: Manifest | None
+    dev: str,
+    direction: str,
+    prog: Program,
+    pair: str,
+    manifest: Manifest | None,
+    prio: int = PRIO,
 ) -> None:
-    """Put a program on a device's clsact hook as the first filter; replaces our own atomically.
+    """Put a program on a device's clsact hook; replaces what we have at this place atomically.
 
     Without a manifest for devices that go with their descriptor.
 
@@ -308,11 +315,11 @@ def attach_tc(
         except NetlinkError as e:
             if e.code != errno.EEXIST:
                 raise AttachError(f"{dev}: clsact: {e}") from e
-        for prio, _handle, kind, name in _filters(ipr, index, parent):
-            if prio <= PRIO and not name.startswith(LABEL + ":"):
+        for at, _handle, kind, name in _filters(ipr, index, parent):
+            if at <= LAST and not name.startswith(LABEL + ":"):
                 raise AttachError(
                     f"{dev} {direction}: a filter of somebody else ({kind} {name!r}, priority "
-                    f"{prio}) comes first; give it a priority above {PRIO} or remove it"
+                    f"{at}) comes first; give it a priority above {LAST} or remove it"
                 )
         if manifest:
             manifest.add("filters", [dev, direction, name_of])
@@ -321,7 +328,7 @@ def attach_tc(
             "bpf",
             index,
             handle=1,
-            prio=PRIO,
+            prio=prio,
             protocol=ETH_P_ALL,
             fd=prog.fd,
             name=name_of,

@@ -157,6 +157,18 @@ def urls(v: Any) -> str | None:
     return None if ok else "expected a list of addresses such as http://192.0.2.3:2379"
 
 
+def ip_addresses(v: Any) -> str | None:
+    want = "expected a list of IPv4 and IPv6 addresses"
+    if not isinstance(v, list | tuple) or not all(isinstance(s, str) for s in v):
+        return want
+    try:
+        for s in v:
+            ipaddress.ip_address(s)
+    except ValueError as e:
+        return f"{want}: {e}"
+    return None
+
+
 def keys(cls: type[Any]) -> dict[str, Field[Any]]:
     """The keys that a section's class declares."""
     return {f.name: f for f in fields(cls) if "check" in f.metadata}

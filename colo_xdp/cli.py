@@ -171,26 +171,99 @@ def checkpoint(where: Where = None, run_dir: RunDir = RUN_DIR) -> None:
 @app.command()
 def failover(
     where: Where = None,
-    dry_run: Annotated[bool, typer.Option(help="Print the steps and do nothing.")] = False,
+    planned: Annotated[
+        bool, typer.Option("--planned", help="Both live: a checkpoint, then the SVM goes on.")
+    ] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Your word that the other guest is silent; no fence.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the steps and do nothing.")
+    ] = False,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
     run_dir: RunDir = RUN_DIR,
 ) -> None:
     """Let this host's guest go on alone: the SVM takes over, or the PVM goes solo.
 
     The other guest must be silent for certain: the configured fence command is run
-    first. Without one, you are the fence.
+    first. Without one, you are the fence. --planned, on either host, changes the guest
+    that speaks while both live, and loses nothing.
     """
-    plan = _ask(where, run_dir, "failover", dry_run=True)
+    what = {"planned": planned, "force": force}
+    plan = _ask(where, run_dir, "failover", dry_run=True, **what)
     for i, step in enumerate(plan["steps"], 1):
         typer.echo(f"{i}. {step}")
     if dry_run:
         return
-    if not yes and sys.stdin.isatty():
+    if not yes and not planned and sys.stdin.isatty():
         typer.confirm("Is the other host's guest certain to be silent?", abort=True)
-    r = _ask(where, run_dir, "failover")
+    r = _ask(where, run_dir, "failover", **what)
     typer.echo(f"{r['state']}: {r.get('reason', '')}")
     if not r["done"]:
         raise typer.Exit(FAILED)
+
+
+@app.command()
+def reprotect(where: Where = None, run_dir: RunDir = RUN_DIR) -> None:
+    """Give a guest that is alone a new secondary: on either host.
+
+    Where the other guest was, `[qemu] incoming` starts a QEMU; without it you do, with -incoming.
+    The rest needs nobody.
+    """
+    r = _ask(where, run_dir, "reprotect")
+    if r["here"] and not r["command"]:
+        typer.echo("start this host's QEMU now, with -incoming: see `qemu.incoming` for a command")
+    else:
+        typer.echo("asked for: see `colo-xdp status --watch`")
+
+
+DRILL_S = 180.0
+
+
+@app.command()
+def drill(
+    where: Where = None,
+    run_dir: RunDir = RUN_DIR,
+    wait: Annotated[float, typer.Option(help="Seconds for the new secondary.")] = DRILL_S,
+) -> None:
+    """Change the hosts' roles on purpose, protect again, and say what it cost (primary host).
+
+    A planned failover and a re-protection. This host's QEMU has to be started anew in between:
+    by `[qemu] incoming`, or by you.
+    """
+    from .control import ControlError, request
+
+    path = _socket(where, run_dir)
+    s = _ask(path, run_dir, "status")
+    if (s["role"], s["state"]) != ("primary", "protected"):
+        raise _fail(f"a drill begins on the primary of a protected pair; this is {s['role']}, "
+                    f"{s['state']}: {s['reason']}")  # fmt: skip
+    began = time.monotonic()
+    r = _ask(path, run_dir, "failover", planned=True)
+    if not r["done"]:
+        raise _fail(f"no failover: {r['state']}: {r['reason']}")
+    typer.echo(
+        f"the guest speaks on the other host after {(time.monotonic() - began) * 1e3:.0f} ms"
+    )
+    gap, last, end = None, "", began + wait
+    _ask(path, run_dir, "reprotect")
+    while time.monotonic() < end:
+        try:
+            s = request(path, "status", {}, timeout=5)
+        except ControlError:
+            time.sleep(0.2)  # the controller of the other role is being made
+            continue
+        if gap is None and s["last_failover"]:
+            gap = s["last_failover"]["gap_ms"]
+            typer.echo(f"the network heard nothing of the guest for {gap:.0f} ms")
+        if s["reason"] != last:
+            last = s["reason"]
+            typer.echo(f"  {s['role']}, {s['state']}: {last}")
+        if (s["role"], s["state"]) == ("secondary", "protected"):
+            typer.echo(f"protected again after {time.monotonic() - began:.1f} s, roles changed")
+            return
+        time.sleep(0.02)
+    raise _fail(f"not protected again within {wait:g} s: {last}")
 
 
 @app.command()

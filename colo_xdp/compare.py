@@ -18,6 +18,9 @@ from itertools import count
 from .comparer import Comparer, Flow, Held
 from .counters import COUNTERS
 from .fastpath import (
+    BRAKE_AFTER,
+    BRAKE_FRAMES,
+    BRAKE_NS,
     MAX_PATIENCE,
     OFFER_AFTER,
     RETRY,
@@ -112,6 +115,7 @@ class Engine:
         self.fast: Fast = NoFast() if fast is None else fast
         self._fast_wanted = self.fast.enabled
         self._calm: dict[Stream, None] = {}  # to be given to tier K, if they stay settled
+        self._braked: dict[Stream, int] = {}  # until when at most
         self._history: OrderedDict[Stream, None] = OrderedDict()
         self._history_sum = 0
 
@@ -157,6 +161,7 @@ class Engine:
         self.now, self.shadow = now_ns, on
         self.fast.enabled = not on and self._fast_wanted
         if on:
+            self._unbrake_all()
             self._recall_all(self.fast.outstanding())
             held = [h for flow in self._waiting() for h in flow.held]
             for rec, _, _ in sorted([*held, *self._queue], key=lambda h: h[2]):
@@ -258,6 +263,7 @@ class Engine:
     def begin_checkpoint(self) -> None:
         """From now on the PVM's frames are queued undecided, the SVM's of this epoch dropped
         and of the next one kept. Also ends a solo phase (re-protection)."""
+        self._unbrake_all()
         self._checkpointing = True
         self._solo = False
         self._collect()
@@ -369,6 +375,7 @@ class Engine:
     def release_all(self) -> int:
         """The pair is lost and the PVM goes solo: release everything held, in order, and from
         now on at once. The flows are forgotten. Returns how many were held."""
+        self._unbrake_all()
         self._recall_all(self.fast.outstanding())
         self._collect()
         queue, self._queue = self._queue, deque()
@@ -399,6 +406,8 @@ class Engine:
         self.now = now_ns
         if self._calm:
             self._give()
+        if self._braked:
+            self._look_at_brakes()
         if not self._parts:
             return
         parts, self._parts = self._parts, {}
@@ -409,6 +418,8 @@ class Engine:
     def tick(self, now_ns: int) -> None:
         """Timeouts and ageing; cheap when nothing is due. To be called every 10 ms or so."""
         self.now = now_ns
+        if self._braked:
+            self._look_at_brakes()
         timers = self._timers
         if not self._checkpointing:
             while timers and timers[0][0] <= now_ns:
@@ -443,6 +454,8 @@ class Engine:
         if self._checkpointing or self._solo or not self.fast.enabled:
             return
         for st in calm:
+            if st.brake is not None:
+                continue  # _look_at_brakes() has it
             st.calm += 1
             if st.calm < (st.patience if st.offered else OFFER_AFTER):
                 continue
@@ -453,16 +466,47 @@ class Engine:
                 st.offered, st.calm = self.fast.offer(st.key), 0
                 self._counters["fast_offered"] += st.offered
                 continue
-            since = waits_since(st)
-            if since and self.now - since > self.timeout_ns // 2:
-                continue  # tick() would take it back at once
-            gift = pack(st, self.epoch)
-            if gift is not None and self.fast.give(st.key, gift, st.captured):
-                given(st)
-                st.epoch, st.given_ns, st.calm = GIVEN, self.now, 0
-                self._counters["fast_given"] += 1
-            else:
+            if not self._gave(st):
                 st.calm -= RETRY
+                st.refused += 1
+                if st.refused >= BRAKE_AFTER:
+                    st.brake, self._braked[st] = [], self.now + BRAKE_NS
+                    self._counters["fast_braked"] += 1
+
+    def _gave(self, st: Stream) -> bool:
+        """Whether tier K has taken a ready stream."""
+        since = waits_since(st)
+        if since and self.now - since > self.timeout_ns // 2:
+            return False  # tick() would take it back at once
+        gift = pack(st, self.epoch)
+        if gift is None or not self.fast.give(st.key, gift, st.captured):
+            return False
+        given(st)
+        st.epoch, st.given_ns, st.calm, st.refused = GIVEN, self.now, 0, 0
+        self._counters["fast_given"] += 1
+        return True
+
+    def _look_at_brakes(self) -> None:
+        """Tier K takes no stream of which frames are on their way here. While its own frames are
+        kept back no acks come for them, both guests' windows fill, and the last frame arrives."""
+        for st, until in list(self._braked.items()):
+            assert st.brake is not None and st.epoch == self.epoch
+            st.release_part(self.now, False)
+            if ready(st) and self._gave(st):
+                self._unbrake(st)
+            elif self.now >= until or len(st.brake) > BRAKE_FRAMES:
+                st.refused, st.calm = 0, -MAX_PATIENCE
+                self._unbrake(st)
+
+    def _unbrake(self, st: Stream) -> None:
+        kept, st.brake = st.brake, None
+        del self._braked[st]
+        for rec in kept or ():
+            self.emit(rec, self.now)
+
+    def _unbrake_all(self) -> None:
+        for st in list(self._braked):
+            self._unbrake(st)
 
     def lookup(self, key: FlowKey) -> Words | None:
         """What tier K knows of a connection that is not in the tables."""

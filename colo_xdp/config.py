@@ -80,6 +80,12 @@ class Network:
         'the guest\'s MAC address, announced at a takeover; "": QEMU is asked',
         default="",
     )
+    guest_addresses: tuple[str, ...] = checks.key(
+        checks.ip_addresses,
+        "addresses of the guest that are announced at a takeover, besides those that connections "
+        "were seen to",
+        default=(),
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,6 +93,11 @@ class Qemu:
     """[qemu]: QMP and migration. Times in ms."""
 
     qmp: str = checks.key(checks.socket_path, "unix socket of this host's QEMU (QMP)")
+    qmp_oob: str = checks.key(
+        checks.or_empty(checks.socket_path, "the first one's"),
+        "second QMP socket, for the way past a hung main loop (yank)",
+        default="",
+    )
     migrate_uri: str = checks.key(
         checks.or_empty(
             checks.pattern(
@@ -96,6 +107,23 @@ class Qemu:
         ),
         "where the secondary's QEMU waits (-incoming); required on the primary",
         default="",
+    )
+    reverse_uri: str = checks.key(
+        checks.or_empty(
+            checks.pattern(
+                r"(tcp|unix|rdma|fd|exec|vsock):.+", "a migration URI such as tcp:10.0.0.1:4444"
+            ),
+            "the survivor of the primary stays alone",
+        ),
+        "where the primary host's QEMU waits (-incoming) after a takeover, to become the new "
+        "secondary; needed on the secondary",
+        default="",
+    )
+    incoming: tuple[str, ...] = checks.key(
+        checks.argv,
+        "command (argv, no shell) that starts this host's QEMU anew with -incoming, and ends what "
+        "is left of the old one; run when its guest is worthless and the other one speaks",
+        default=(),
     )
     qmp_timeout: int = checks.key(
         checks.integer(1, _DAY_MS, "ms"), "deadline of one QMP command", default=5000, unit="ms"

@@ -23,7 +23,7 @@ from .config import Config, ConfigError, load
 from .datapath import DataPath
 from .failover import Action, Decision, Facts, Role, State, decide
 from .peer import Peer
-from .qmp import QemuInfo, Qmp, QmpError, refusal
+from .qmp import QemuInfo, Qmp, QmpError, QmpTimeout, refusal
 from .qmp_event import QmpEvent
 from .ring import Event
 from .speaker import Speaker, Store, boot_ns
@@ -45,6 +45,10 @@ def make_store(config: Config) -> Store:
 TICK_S = 0.01
 QMP_RETRY_S = 0.2
 DEATH_S = 2.0  # how long a lost QMP connection may wait for the tap's carrier to tell why
+WATCH_S = 0.5
+HUNG_S = 1.0  # QEMU answers x-colo-lost-heartbeat in 0.1 s; after this its main loop hangs
+IN_COLO = ("colo", "active")  # states of the migration that x-colo-lost-heartbeat ends
+INCOMING_S = 10.0  # deadline of the command that starts a QEMU, and the time between two tries
 RING_BATCH = 512
 
 
@@ -60,14 +64,18 @@ class Controller(ABC):
         self.since = time.time()
         self.history: deque[dict[str, Any]] = deque(maxlen=64)
         self.paused = self.shadow = False
-        self.operator = False
+        self.operator = self.forced = False
         self.fence_result: bool | None = None
         self._fence_failed_ns = 0
         self._born_ns = time.monotonic_ns()
         self.colo_exit = False
         self.vm_gone = False
         self.peer_vm_gone = False
-        self.peer_state = ""
+        self.peer_state = self.peer_role = ""
+        #: of the last planned failover: gap_ms (the network heard nothing of the guest), took_ms
+        self.last_failover: dict[str, float] | None = None
+        self.role_changed = False  # the next controller of this host is the other guest's
+        self._successor: asyncio.Task[None] | None = None
         self.peer_epoch = 0
         self.checkpoint_overdue = False
         self.stood_down = False  # shut in because the primary asked
@@ -106,6 +114,10 @@ class Controller(ABC):
                 allow=datapath.speak_until,
                 changed=self._lease_changed,
             )
+        self.oob: Qmp | None = None  # the second socket, if one is configured
+        if datapath.adopted and datapath.order:
+            # Whoever was asked has died on the way. Every step of it can be done twice.
+            self.operator, self.forced = True, datapath.order == "force"
 
     # ---- to be filled by the two sides
 
@@ -146,6 +158,8 @@ class Controller(ABC):
         if state is not self.state and not (state in flips and self.state in flips):
             self.history.append({"at": self.since, "state": state.value, "reason": why})
         self.state, self.reason = state, why
+        if state is State.STOPPED:
+            self.await_successor()
         log.info("%s %s: %s: %s", self.config.pair, self.role.value, state.value, why)
 
     def shown_state(self) -> State:
@@ -173,7 +187,7 @@ class Controller(ABC):
     # ---- QEMU
 
     def _new_qmp(self) -> Qmp:
-        name = "PVM" if self.config.role == "primary" else "SVM"
+        name = "PVM" if self.role is Role.PRIMARY else "SVM"
         return Qmp(
             self.config.qemu.qmp,
             name,
@@ -190,6 +204,8 @@ class Controller(ABC):
 
     def _qmp_closed(self, why: str) -> None:
         log.warning("%s", why)
+        if self.state is State.STOPPED:
+            return  # await_successor() looks for the next one
         self.spawn(self._after_qmp_loss()).add_done_callback(lambda _t: self._decide())
 
     async def _after_qmp_loss(self) -> None:
@@ -206,6 +222,7 @@ class Controller(ABC):
             with contextlib.suppress(QmpError):
                 self.qmp = self._new_qmp()
                 self.qemu_info = await self.qmp.connect()
+                await self._connect_oob()
                 log.info("QMP is back")
                 await self.on_qemu()
                 return
@@ -229,12 +246,77 @@ class Controller(ABC):
                     log.info("%s; waiting for it", e)
                 await asyncio.sleep(QMP_RETRY_S)
                 continue
+            await self._connect_oob()
             why = refusal(self.qemu_info)
             if why:
                 self.become(State.STOPPED, why)
                 return
             await self.on_qemu()
             return
+
+    async def _connect_oob(self) -> None:
+        path = self.config.qemu.qmp_oob
+        if not path:
+            return
+        if self.oob is not None:
+            await self.oob.close()
+        name, seconds = f"{self.qmp.name} (oob)", self.config.qemu.qmp_timeout / 1000
+        self.oob = Qmp(path, name, seconds, lambda e: None, lambda why: None)
+        try:
+            await self.oob.open()  # now: a QEMU that hangs accepts nobody
+        except QmpError as e:
+            self.oob = None
+            log.warning("[qemu] qmp_oob: %s", e)
+
+    async def leave_colo(self) -> None:
+        """x-colo-lost-heartbeat. A main loop that waits for the dead peer is freed by yank first.
+
+        Raises QmpError when QEMU answers neither way.
+        """
+        try:
+            await self.qmp.lost_heartbeat(HUNG_S)
+        except QmpTimeout as e:
+            log.warning("%s: cutting its migration channel (yank)", e)
+            await (self.oob or self.qmp).yank()
+            # The first one may have been carried out since.
+            if await self.qmp.migration_status() in IN_COLO:
+                await self.qmp.lost_heartbeat()
+
+    async def hangs(self) -> bool:
+        """Whether this host's QEMU, which has let a deadline pass, hangs of its own.
+
+        It may wait for the other one: then it goes on when its migration channel is cut.
+        """
+        log.warning("%s does not answer: cutting its migration channel (yank)", self.qmp.name)
+        try:
+            await (self.oob or self.qmp).yank(HUNG_S)
+        except QmpTimeout:
+            return True
+        except QmpError as e:
+            log.info("%s", e)  # but it answers
+        try:
+            await self.qmp.status()
+        except QmpTimeout:
+            return True
+        except QmpError:
+            pass
+        return False
+
+    async def _watch_qemu(self) -> None:
+        """A QEMU that hangs gives no sign of its own."""
+        while True:
+            await asyncio.sleep(WATCH_S)
+            if self.state is not State.PROTECTED or not self.qmp.connected:
+                continue
+            try:
+                await self.qmp.status()
+            except QmpTimeout:
+                # While a checkpoint runs it may well be busy; that has a deadline of its own.
+                if self.state is State.PROTECTED and await self.hangs():
+                    self.vm_gone = True
+                    self._decide()
+            except QmpError:
+                continue
 
     # ---- peer
 
@@ -255,6 +337,7 @@ class Controller(ABC):
         kind = msg["type"]
         if kind == "beat":
             self.peer_state, self.peer_epoch = msg["state"], msg["epoch"]
+            self.peer_role = msg["role"]
             if self.role is Role.SECONDARY:
                 self._shadow_word(msg["shadow"], msg["epoch"])
             if msg["shut"]:
@@ -266,6 +349,8 @@ class Controller(ABC):
             self._peer_t = msg["t"]
         elif kind == "gone":
             self._peer_shut(msg["alone"])
+        elif kind == "reprotect":
+            self.incoming_wanted = True
         self.on_message(msg)
         self._decide()
 
@@ -301,6 +386,7 @@ class Controller(ABC):
             alone=self.spoke_alone,
             shadow=self.role is Role.PRIMARY and self.shadow,
             promise=self.speaker is not None and self._silent() and self.speaker.promise(),
+            role=self.role.value,
         )
         self._peer_t = 0
 
@@ -331,7 +417,7 @@ class Controller(ABC):
             peer_vm_gone=self.peer_vm_gone,
             colo_exit=self.colo_exit,
             automatic=f.automatic and not self.paused,
-            fence_configured=bool(f.fence) and f.arbiter == "fence",
+            fence_configured=bool(f.fence) and f.arbiter == "fence" and not self.forced,
             fence_result=self.fence_result,
             operator=self.operator,
             checkpoint_overdue=self.checkpoint_overdue,
@@ -399,6 +485,95 @@ class Controller(ABC):
         log.info("fence: exit status %d", status)
         return status == 0
 
+    @property
+    def migrate_to(self) -> str:
+        """Where the other host's QEMU waits, when this host runs the PVM."""
+        q = self.config.qemu
+        return q.migrate_uri if self.config.role == "primary" else q.reverse_uri
+
+    # ---- the guest after this one
+
+    incoming_wanted = False
+
+    def superseded(self) -> bool:
+        """Whether this host's guest is worthless, since the other one is certain to speak alone."""
+        speaks = (State.SOLO.value, State.STARTING.value)
+        return self.peer.connected and (
+            self.peer_state == State.TAKEN_OVER.value
+            or (self.peer_role == Role.PRIMARY.value and self.peer_state in speaks)
+        )
+
+    @abstractmethod
+    async def succeed(self) -> None:
+        """This host's QEMU is a new one that waits for the other guest's state."""
+
+    def await_successor(self) -> None:
+        """From now on look for a QEMU that waits (-incoming) in place of the one that is over."""
+        if self._successor is None or self._successor.done():
+            self._successor = self.spawn(self._await_successor())
+
+    async def _await_successor(self) -> None:
+        started = 0.0
+        while self.state is State.STOPPED and not self.role_changed:
+            await asyncio.sleep(QMP_RETRY_S)
+            if not self.superseded():
+                continue
+            if not self.qmp.connected:
+                with contextlib.suppress(QmpError):
+                    self.qmp = self._new_qmp()
+                    self.qemu_info = await self.qmp.connect()
+                    await self._connect_oob()
+            status = ""
+            with contextlib.suppress(QmpError):
+                status = await self.qmp.status()
+            if status == "inmigrate":
+                await self.succeed()
+                continue
+            with contextlib.suppress(QmpError):
+                if status:
+                    await self.qmp.quit()
+            wanted, self.incoming_wanted = self.incoming_wanted, False
+            now = time.monotonic()
+            if self.config.qemu.incoming and (wanted or now - started > INCOMING_S):
+                started = now
+                await self._start_incoming()
+
+    async def _start_incoming(self) -> None:
+        argv = self.config.qemu.incoming
+        log.info("starting this host's QEMU anew: %s", " ".join(argv))
+        try:
+            proc = await asyncio.create_subprocess_exec(*argv)
+            status = await asyncio.wait_for(proc.wait(), INCOMING_S)
+        except (OSError, TimeoutError) as e:
+            log.error("[qemu] incoming: %s", str(e) or f"no end within {INCOMING_S:g} s")
+            return
+        if status:
+            log.error("[qemu] incoming: exit status %d", status)
+
+    def change_role(self, why: str) -> None:
+        """End this controller; the next one on this host is that of the other guest."""
+        log.info("%s: %s: the roles change", self.config.pair, why)
+        self.dp.change_role()
+        self.role_changed = True
+        self._finished.set()
+
+    def _command_reprotect(self) -> dict[str, Any]:
+        if self.state is State.STOPPED:
+            if not self.superseded():
+                raise ValueError(f"the other guest is not known to speak: {self.reason}")
+            self.incoming_wanted = True
+            self.await_successor()
+            here = True
+        elif self.state in (State.SOLO, State.TAKEN_OVER) or (
+            self.role is Role.PRIMARY and self.state is State.STARTING
+        ):
+            if not self.peer.send("reprotect", why="asked by the operator"):
+                raise ValueError("the other host's controller does not answer: start it first")
+            here = False
+        else:
+            raise ValueError(f"nothing to do from state {self.state.value}: {self.reason}")
+        return {"here": here, "state": self.state.value, "command": list(self.config.qemu.incoming)}
+
     # ---- the loop
 
     async def start(self) -> None:
@@ -409,8 +584,12 @@ class Controller(ABC):
             loop.add_reader(fd, self._drain)
         if self.speaker is not None:
             self.spawn(self.speaker.run())
-        self.spawn(self._connect_qemu())
+        if self.state is State.STOPPED:
+            self.await_successor()
+        else:
+            self.spawn(self._connect_qemu())
         self.spawn(self._ticker())
+        self.spawn(self._watch_qemu())
 
     def _drain(self) -> None:
         if self.dp.drain(self.on_event, RING_BATCH):
@@ -447,6 +626,8 @@ class Controller(ABC):
         await self.qmp.close()
         if self.speaker is not None:
             await self.speaker.close()
+        if self.oob is not None:
+            await self.oob.close()
 
     async def finished(self) -> None:
         """Until an internal error ends the controller."""
@@ -467,6 +648,8 @@ class Controller(ABC):
             return await self._command_failover(args)
         if name == "checkpoint":
             return await self.command_checkpoint(args)
+        if name == "reprotect":
+            return self._command_reprotect()
         if name == "reload":
             return self.reload()
         if name in ("explain", "capture"):
@@ -518,29 +701,50 @@ class Controller(ABC):
         return {"mode": self.shown_state().value}
 
     @abstractmethod
-    def failover_steps(self) -> list[str]:
+    def failover_steps(self, *, planned: bool, force: bool) -> list[str]:
         """What a failover would do now, step by step."""
 
+    @abstractmethod
+    async def hand_over(self, deadline: float) -> bool:
+        """Planned: a checkpoint, then the SVM goes on and the PVM is silent. Whether it is done.
+
+        Raises ValueError when it cannot begin.
+        """
+
     async def _command_failover(self, args: dict[str, Any]) -> dict[str, Any]:
-        steps = self.failover_steps()
+        planned, force = args.get("planned", False), args.get("force", False)
+        if planned is True and force is True:
+            raise ValueError("planned or force: a peer that is dead takes part in no plan")
+        steps = self.failover_steps(planned=bool(planned), force=bool(force))
         if args.get("dry_run"):
             return {"steps": steps, "done": False, "state": self.state.value}
+        if planned:
+            c, q = self.config.checkpoint, self.config.qemu
+            end = time.monotonic() + (c.deadline + 2 * q.qmp_timeout) / 1000
+            done = await self.hand_over(end)
+            return {
+                "steps": steps, "done": done, "state": self.state.value, "reason": self.reason,
+            }  # fmt: skip
         if self.state in (State.SOLO, State.TAKEN_OVER):
             return {"steps": [], "done": True, "state": self.state.value, "reason": self.reason}
         if self.state in (State.STARTING, State.STOPPED):
             raise ValueError(f"no failover from state {self.state.value}: {self.reason}")
-        self.operator, self.fence_result = True, None
+        self.operator, self.forced, self.fence_result = True, bool(force), None
+        self.dp.order = "force" if force else "failover"
         deadline = time.monotonic() + 30 + self.config.failover.fence_timeout / 1000
-        while time.monotonic() < deadline:
-            self._decide()
-            if self.state in (State.SOLO, State.TAKEN_OVER, State.STOPPED):
-                break
-            if self.fence_result is False:
-                self.operator = False
-                raise ValueError(
-                    "the fence command failed: the peer may be alive, nothing is opened"
-                )
-            await asyncio.sleep(TICK_S)
+        try:
+            while time.monotonic() < deadline:
+                self._decide()
+                if self.state in (State.SOLO, State.TAKEN_OVER, State.STOPPED):
+                    break
+                if self.fence_result is False and not self.forced:
+                    self.operator = False
+                    raise ValueError(
+                        "the fence command failed: the peer may be alive, nothing is opened"
+                    )
+                await asyncio.sleep(TICK_S)
+        finally:
+            self.dp.order = ""
         done = self.state in (State.SOLO, State.TAKEN_OVER)
         return {"steps": steps, "done": done, "state": self.state.value, "reason": self.reason}
 

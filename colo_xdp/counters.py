@@ -40,6 +40,7 @@ COUNTERS: tuple[tuple[str, str], ...] = (
     ("history_evicted", "connections whose history was given up for history_total"),
     ("fast_offered", "connections made known to the kernel"),
     ("fast_given", "times that a connection was given to the kernel"),
+    ("fast_braked", "times that frames were kept back for a moment to give their connection"),
     ("fast_recalled", "times that a connection was taken back from it"),
     ("checkpoints", "checkpoints committed"),
     ("checkpoints_aborted", "checkpoints aborted"),

@@ -34,6 +34,8 @@ from .secondary import Secondary
 
 log = logging.getLogger("colo_xdp")
 
+ROLE_CHANGED = -1
+LOAD_S = 60  # to compile and load the programs of the other role
 STATUS_S = 1.0
 SCRAPE_S = 2.0
 
@@ -66,7 +68,7 @@ def _reload(ctl: Controller) -> None:
 
 
 async def _serve(config: Config, datapath: DataPath) -> int:
-    ctl: Controller = (Primary if config.role == "primary" else Secondary)(config, datapath)
+    ctl: Controller = (Primary if datapath.role == "primary" else Secondary)(config, datapath)
     notifier = Notifier()
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -96,6 +98,7 @@ async def _serve(config: Config, datapath: DataPath) -> int:
         await ctl.start()
         # Long-lived objects are not looked at again: no pause while packets wait.
         gc.freeze()
+        notifier.patience(None)
         notifier.send(READY="1", STATUS=ctl.reason)
         watcher = asyncio.create_task(ctl.finished())
         stopping = asyncio.create_task(stop.wait())
@@ -108,12 +111,17 @@ async def _serve(config: Config, datapath: DataPath) -> int:
             if now - beat >= every:
                 beat = now
                 notifier.send(WATCHDOG="1", STATUS=f"{ctl.state.value}: {ctl.reason}")
-        notifier.send(STOPPING="1")
-        failed = watcher.done()
+        changed = ctl.role_changed and not stopping.done()
+        failed = watcher.done() and not changed
         for t in (watcher, stopping):
             t.cancel()
-        await ctl.stop("internal error" if failed else "stopped by a signal")
-        return 1 if failed else 0
+        if changed:  # the next role's programs may take a while to compile
+            notifier.patience(LOAD_S)
+        else:
+            notifier.send(STOPPING="1")
+        why = "the roles change" if changed else "stopped by a signal"
+        await ctl.stop("internal error" if failed else why)
+        return ROLE_CHANGED if changed else int(failed)
     finally:
         if metrics is not None:
             metrics.close()
@@ -161,9 +169,13 @@ def run(config: Config) -> int:
 
 
 def _run(config: Config) -> int:
-    # Before the loop: pyroute2 runs one of its own and cannot work inside of ours.
-    datapath = DataPath(config)
-    try:
-        return asyncio.run(_serve(config, datapath))
-    finally:
-        datapath.close()
+    while True:
+        # Before the loop: pyroute2 runs one of its own and cannot work inside of ours.
+        datapath = DataPath(config)
+        try:
+            status = asyncio.run(_serve(config, datapath))
+        finally:
+            datapath.close()
+        if status != ROLE_CHANGED:
+            return status
+        # The next controller finds what this one has left as it would after a crash.

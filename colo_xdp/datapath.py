@@ -11,6 +11,7 @@ import logging
 import struct
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from . import abi, attach, loader
@@ -25,6 +26,7 @@ log = logging.getLogger("colo_xdp.datapath")
 _U32 = struct.Struct("=I")
 _U64 = struct.Struct("=Q")
 
+ORDER_NS = 60_000_000_000  # for how long a person's word outlives the controller that heard it
 FDB_EVERY_S = 5.0  # bridges forget after 300 s, unless told otherwise
 
 PRIMARY_HOOKS = (("pvm_in", "tap", "egress"), ("svm_arrival", "peer", "ingress"))
@@ -63,6 +65,10 @@ class DataPath:
         self.config = config
         net, dp = config.network, config.datapath
         self.manifest = attach.Manifest(manifest_path(dp.run_dir, config.pair, config.role))
+        pins = loader.pin_dir(dp.bpffs, config.pair, config.role)
+        word = abi.HostRole(loader.pinned_slot(pins, Cfg.ROLE))
+        #: which guest this host runs now; `config.role` is how it began, and names what is pinned
+        self.role = config.role if word is abi.HostRole.CONFIGURED else word.name.lower()
         tap = self._device("tap", net.tap)
         if net.vxlan_remote:
             attach.make_vxlan(
@@ -72,29 +78,26 @@ class DataPath:
         peer = self._device("peer_link", net.peer_link)
         if tap.kind != "tun":
             raise DataPathError(f"[network] tap: {net.tap} is not a tap device (kind {tap.kind!r})")
-        if config.role == "secondary" and tap.master and not self._was_taken_over():
+        if self.role == "secondary" and tap.master and not word and not self._was_taken_over():
             raise DataPathError(
                 f"[network] tap: {net.tap} is in a bridge; on the secondary it must be in none "
                 "(the bridge would learn the guest's address there)"
             )
-        if config.role == "secondary" and net.bridge:
+        if net.bridge and (self.role == "secondary" or word):
             self._device("bridge", net.bridge)  # not first missed at 3 a.m.
-        self.hook = "tc" if config.role == "primary" else choose_hook(net.hook, tap)
-        self.objects = loader.load(
-            config.role,
-            config.pair,
-            dp.bpffs,
-            loader.Options(
-                flow_table=dp.flow_table,
-                ring_pages=dp.ring_pages,
-                events=dp.events,
-                rewrite_at_xdp=self.hook == "xdp",
-                fast=dp.fast_path == "on" and config.role == "primary",
-                stashes=dp.fast_path_memory * (1 << 20) // abi.STASH,
-                conns=dp.fast_path_flows,
-                lease=config.failover.arbiter == "lease",
-            ),
+        primary = self.role == "primary"
+        self.hook = "tc" if primary else choose_hook(net.hook, tap)
+        options = loader.Options(
+            flow_table=dp.flow_table,
+            ring_pages=dp.ring_pages,
+            events=dp.events,
+            rewrite_at_xdp=self.hook == "xdp",
+            fast=dp.fast_path == "on" and primary,
+            stashes=dp.fast_path_memory * (1 << 20) // abi.STASH,
+            conns=dp.fast_path_flows,
+            lease=config.failover.arbiter == "lease",
         )
+        self.objects, options = self._load(options)
         self._cfg = self.objects.map("config")
         self._counters = self.objects.map("counters")
         found = self._read(Cfg.ABI)
@@ -107,7 +110,12 @@ class DataPath:
         self.reader = open_reader(self.objects)
         self.injectors: dict[str, Injector] = {}
         if not self.adopted:
-            self._write(Cfg.MODE, Mode.BYPASS if config.role == "primary" else Mode.DROP)
+            self._write(Cfg.MODE, Mode.BYPASS if primary else Mode.DROP)
+        self.guest: loader.Objects | None = None
+        if primary and self._read(Cfg.BASE_EPOCH):
+            self.guest = loader.load("guest", config.pair, dp.bpffs, options, config.role)
+        if self.adopted and self.role == "secondary" and self.mode is Mode.DROP and tap.master:
+            attach.set_master(net.tap, None)  # as a primary it was there, and open_network puts it
         self._write(Cfg.TAP, tap.index)
         self._write(Cfg.PEER, peer.index)
         words = {"auto": abi.UPLINK_LEARNED, "bridge": abi.UPLINK_BRIDGE}
@@ -119,11 +127,11 @@ class DataPath:
         self._write(Cfg.LOSS_POLICY, policy)
         self._write(Cfg.LOSS_NS, dp.controller_loss * 1_000_000)
         self.beat()
-        if config.role == "secondary":
-            self._fill_transitions()
+        if not primary or self.guest:
+            self._fill_transitions(self.guest or self.objects)
         self._write(Cfg.ABI, abi.ABI)
         self.fast: FastMap | None = None
-        if dp.fast_path == "on" and config.role == "primary":
+        if options.fast:
             self.fast = FastMap(
                 self.objects, config.limits().flow_idle_ns, self._read(Cfg.FAST_SINCE),
                 lambda on: self._write(Cfg.FAST, on),
@@ -133,6 +141,29 @@ class DataPath:
         self._ports: frozenset[int] | None = None
         self._fdb_told = 0.0
         self._attach()
+        if self.guest:
+            # A later epoch than any other host has seen: see Primary._older_than(). Not before the
+            # secondary's programs are off: they would take their offsets for void.
+            self.epoch = max(self.epoch, self.base_epoch + 1)
+
+    def _load(self, options: loader.Options) -> tuple[loader.Objects, loader.Options]:
+        """The programs of the role; without tier K if this kernel does not take it."""
+        c = self.config
+
+        def load(options: loader.Options) -> loader.Objects:
+            return loader.load(self.role, c.pair, c.datapath.bpffs, options, c.role)
+
+        if not options.fast:
+            return load(options), options
+        try:
+            if loader.events(options) == "ring":
+                return load(options), options
+            why = "it needs a BPF ring buffer"
+        except loader.Refused as e:
+            why = str(e).splitlines()[0]
+        log.error("no fast path, every frame is compared in user space: %s", why)
+        options = replace(options, fast=False)
+        return load(options), options
 
     def _was_taken_over(self) -> bool:
         pinned = Path(loader.pin_dir(self.config.datapath.bpffs, self.config.pair, "secondary"))
@@ -152,13 +183,24 @@ class DataPath:
         def hook(name: str, where: str, direction: str) -> None:
             attach.attach_tc(dev.get(where, where), direction, progs[name], pair, m)
 
-        if self.config.role == "primary":
+        if self.role == "primary":
+            if self.mode is Mode.TAKEOVER:
+                # Until now the SVM of a lost pair. A frame must not be translated twice, nor not
+                # at all: in MODE_BYPASS the programs that are there drop it, and those that
+                # replace them one by one let it pass.
+                self.mode = Mode.BYPASS
+            if self.guest:
+                guest = self.guest.programs
+                attach.attach_tc(dev["tap"], "ingress", guest["guest_out"], pair, m, attach.FIRST)
+                attach.attach_tc(dev["tap"], "egress", guest["guest_in"], pair, m, attach.LAST)
             self._tap("release", f"cxr-{pair}", "pvm_release")
             for h in PRIMARY_HOOKS:
                 hook(*h)
             hook("pvm_out", "tap", "ingress")  # last: from here on output is in our hands
+            attach.detach_xdp(dev["tap"], "svm_out_xdp")
         else:
             hook("svm_out", "tap", "ingress")  # first: the SVM is shut in before anything opens
+            self._detach_guest()
             if self.hook == "xdp":
                 attach.attach_xdp(self.config.network.tap, progs["svm_out_xdp"], m)
             self._tap("deliver", f"cxd-{pair}", "svm_deliver")
@@ -171,10 +213,16 @@ class DataPath:
         self.injectors[role] = Injector(fd)
         attach.attach_tc(name, "ingress", self.objects.programs[prog], self.config.pair, None)
 
-    def _fill_transitions(self) -> None:
+    def _detach_guest(self) -> None:
+        tap, pair = self.config.network.tap, self.config.pair
+        attach.detach_tc(tap, "ingress", attach.label(pair, "guest_out"))
+        attach.detach_tc(tap, "egress", attach.label(pair, "guest_in"))
+
+    @staticmethod
+    def _fill_transitions(objects: loader.Objects) -> None:
         from .tcp_state import transition_words
 
-        table = self.objects.map("transitions")
+        table = objects.map("transitions")
         for i, nxt in enumerate(transition_words()):
             table.set(_U32.pack(i), _U32.pack(nxt))
 
@@ -209,6 +257,46 @@ class DataPath:
     @shadowed.setter
     def shadowed(self, value: int) -> None:
         self._write(Cfg.SHADOW, value)
+
+    @property
+    def base_epoch(self) -> int:
+        """Primary: the epoch whose offsets are the guest's for good; 0: it has none."""
+        return self._read(Cfg.BASE_EPOCH)
+
+    @property
+    def in_bridge(self) -> bool:
+        """Whether the guest's tap is in a bridge."""
+        return bool(attach.link_info(self.config.network.tap).master)
+
+    def change_role(self) -> None:
+        """What the next controller of this host is: the other guest's.
+
+        The guest that took over keeps its offsets; one that is shut in has none that count.
+        """
+        to_primary = self.role == "secondary"
+        # Written last: the word alone decides, and a controller that dies here has changed nothing.
+        self._write(Cfg.BASE_EPOCH, max(1, self.epoch) if to_primary else 0)
+        self._write(Cfg.FAST_SINCE, self.epoch + 1)  # what an earlier pair's tier K knew is void
+        self.shadowed, self.order = 0, ""
+        role = abi.HostRole.PRIMARY if to_primary else abi.HostRole.SECONDARY
+        self._write(Cfg.ROLE, role)
+
+    @property
+    def order(self) -> str:
+        """What a person asked for that may not be done yet: "", "failover" or "force".
+
+        Kept where it dies with the data path, and dated: a controller that is started anew
+        within ORDER_NS goes on with it, a later one does not.
+        """
+        value = self._read(Cfg.ORDER)
+        if not value or time.monotonic_ns() - value > ORDER_NS:
+            return ""
+        return "force" if value & 1 else "failover"
+
+    @order.setter
+    def order(self, what: str) -> None:
+        now = time.monotonic_ns()
+        self._write(Cfg.ORDER, {"": 0, "failover": now & ~1, "force": now | 1}[what])
 
     def beat(self) -> None:
         """Tell the programs that the controller lives."""
@@ -307,6 +395,16 @@ class DataPath:
         if self.hook == "xdp":
             attach.detach_xdp(tap, "svm_out_xdp")
 
+    def drop_guest(self) -> None:
+        """Primary: no connection in the guest's own numbers is left."""
+        self._detach_guest()
+        self._write(Cfg.BASE_EPOCH, 0)
+
+    def flows(self) -> loader.Map | None:
+        """Connections with offsets; None where there can be none."""
+        objects = self.guest if self.role == "primary" else self.objects
+        return objects.map("flows") if objects else None
+
     def close(self, *, detach: bool = False) -> None:
         """Let go. What is attached and pinned stays, unless `detach`."""
         for i in self.injectors.values():
@@ -315,5 +413,7 @@ class DataPath:
         if detach:
             attach.detach_all(self.manifest.path)
         self.objects.close()
+        if self.guest:
+            self.guest.close()
         if detach:
             loader.remove_pins(self.objects.pin_dir)

@@ -29,6 +29,7 @@ ADVICE = {
     Cause.POLICY: "one per reload of the rules",
     Cause.OPERATOR: "somebody asked",
     Cause.PERIODIC: "[checkpoint] periodic",
+    Cause.PLANNED: "somebody asked",
     Cause.INITIAL: "one per pair",
 }
 

@@ -127,7 +127,7 @@ _ROWS: tuple[_Row, ...] = (
     (
         lambda f: not f.own_vm_alive,
         Action.STOP,
-        "the QEMU of this host is gone: nothing more may leave from here",
+        "the QEMU of this host is gone or hangs: nothing more may leave from here",
     ),
     (
         lambda f: f.lease and f.other_alone and f.role is Role.PRIMARY,

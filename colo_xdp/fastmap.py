@@ -13,6 +13,7 @@ import mmap
 import struct
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from . import _bpf, abi
 from .abi import CtlOp, CtlResult
@@ -49,6 +50,7 @@ class FastMap:
         self._switch, self._keep_since = switch, keep_since
         self._on = False
         self._full = 0
+        self.forgotten = 0
         self._walk: Iterator[bytes] | None = None
 
     @property
@@ -147,6 +149,15 @@ class FastMap:
         self._since = epoch
         self._keep_since(epoch)
 
+    def state(self) -> dict[str, Any]:
+        """For the status document."""
+        return {
+            "waits": self.waits(),
+            "stashes": self.stashes,
+            "waiting": sum(1 for _ in self._waiting()),
+            "forgotten": self.forgotten,
+        }
+
     def waits(self) -> list[int]:
         """How often released bytes had waited for less than 1, 2, 4, 8... us (not cumulated)."""
         size = 8 * possible_cpus()
@@ -156,9 +167,8 @@ class FastMap:
             out.append(sum(struct.unpack(f"={len(raw) // 8}Q", raw)))
         return out
 
-    def sweep(self, now_ns: int, most: int) -> int:
-        """Look at the next `most` connections; forget those long unused. Returns how many."""
-        gone = 0
+    def sweep(self, now_ns: int, most: int) -> None:
+        """Look at the next `most` connections; forget those long unused."""
         if self._walk is None:
             self._walk = self._conns.keys()
         for _ in range(most):
@@ -169,15 +179,16 @@ class FastMap:
             raw = self._conns.get(key)
             if raw is None:
                 continue
-            seen, tier = abi.CONN.unpack(raw)[2:4]
+            words = abi.CONN.unpack(raw)
+            seen, tier, stash = words[2], words[3], words[8]
             if now_ns - seen < self._idle_ns:
                 continue
-            # Seized in one round and deleted in the next: no program works on it any more.
-            if tier == abi.TIER_K:
+            # Seized in one round and deleted in the next: no program works on it any more, and
+            # its stash is free.
+            if tier == abi.TIER_K or stash:
                 self.seize(flow_key(key))
             else:
-                gone += self._conns.delete(key)
-        return gone
+                self.forgotten += self._conns.delete(key)
 
 
 def _pages(size: int) -> int:

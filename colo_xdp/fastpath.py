@@ -22,7 +22,7 @@ from .stream import Stream
 from .window import Words as Windows
 
 #: settled batches before a connection is offered to the kernel, and at most between two stays there
-OFFER_AFTER, MAX_PATIENCE = 3, 256
+OFFER_AFTER, MAX_PATIENCE = 12, 256
 #: a stay in the kernel that was shorter than this doubles the patience
 SHORT_STAY_NS = 50_000_000
 #: payload of one frame built from a stash
@@ -31,6 +31,10 @@ PIECE = 32 * 1024
 HISTORY = 64 * 1024
 #: batches between two tries to give a stream of which frames are always on their way
 RETRY = 4
+#: so many tries, and its frames are kept back: with no acks to come the guests fall silent
+BRAKE_AFTER = 3
+#: but no longer than this, and no more of them
+BRAKE_NS, BRAKE_FRAMES = 20_000_000, 512
 
 _MEMO = struct.Struct("=BBBxIIHH")  # flags, direction, scale, isn, origin, window of the SYN
 _DIRECTIONS = ("", "in", "out")
@@ -192,10 +196,14 @@ def pack(st: Stream, epoch: int) -> Gift | None:
     parts: list[bytes] = []
     header, l4, size, ahead, mss = b"", 0, 0, abi.SIDE_PVM, _DEFAULT_MSS
     for rec, p, _ in st.held:
-        if p.seq != nxt or not _plain(p) or (l4 and p.off - p.l4 != size):
+        if not _plain(p) or (l4 and p.off - p.l4 != size):
             return None
-        parts.append(p.frame[p.off : p.end])
-        nxt = (nxt + p.end - p.off) & MASK
+        known = diff(nxt, p.seq)  # sent again while it waited: once is enough
+        if not 0 <= known <= diff(nxt, st.base):
+            return None
+        fresh = p.frame[p.off + known : p.end]
+        parts.append(fresh)
+        nxt = (nxt + len(fresh)) & MASK
         l4, size = p.l4, p.off - p.l4
         if diff(p.ack, p_ack) >= 0:
             p_ack, p_win, header = p.ack, p.window, p.frame[: p.off]

@@ -6,7 +6,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
-from . import abi, tcp_state
+from . import abi, rewrite, tcp_state
 from .loader import Map
 
 
@@ -26,11 +26,19 @@ class Flow:
     fin_client: int
     state: int
     have: int
+    have_client: int
+
+    @property
+    def wanted(self) -> bool:
+        """Whether it has an offset, or may have one at the end of a handshake."""
+        known = self.have & rewrite.HAVE_ISN_S and self.have_client & rewrite.HAVE_ISN_P
+        begun = self.have or self.have_client
+        return bool(self.off or self.tsoff or (begun and not known))
 
 
 def decode(raw: bytes) -> Flow:
     """A flow from its map value."""
-    return Flow(*abi.FLOW.unpack(raw)[:12])
+    return Flow(*abi.FLOW.unpack(raw)[:13])
 
 
 class FlowTable:
@@ -41,15 +49,59 @@ class FlowTable:
         self.limit = table.info.max_entries
         self.tracked = 0
         self.translated = 0
+        self.wanted = 0  # translated, or in a handshake that may end so
         self.aged = 0
 
-    def sweep(self, epoch: int, taken_over: bool) -> None:
-        """Delete what is old or closed. Entries of former epochs have offset 0: nothing is lost."""
-        now = time.monotonic_ns()
-        tracked = translated = 0
+    def guest_addresses(self, limit: int) -> set[tuple[bytes, int]]:
+        """Up to `limit` addresses of the guest that connections were seen to.
+
+        Each of 16 bytes (IPv4 mapped), with its tags (struct colo_flow_key.vlan).
+        """
+        found: set[tuple[bytes, int]] = set()
+        for key, _ in self._map.items():
+            guest, _client, _gp, _cp, vlan = abi.FLOW_KEY.unpack(key)
+            found.add((guest, vlan))
+            if len(found) >= limit:
+                break
+        return found
+
+    def export(self, epoch: int) -> list[bytes]:
+        """Connections in the guest's own numbers, or about to be: key and value of each.
+
+        Those whose offset is of `epoch`, or for good (bpf/flow.h), and is not known to be 0.
+        """
+        out = []
         for key, raw in self._map.items():
             f = decode(raw)
-            stale = f.epoch != epoch
+            if f.epoch in (epoch, abi.EPOCH_BASE) and f.wanted:
+                out.append(key + raw)
+        return out
+
+    def adopt(self, data: bytes, *, first: bool) -> None:
+        """Offsets for good, from export() of the host whose guest this one is a copy of.
+
+        `first`: they replace all. Raises ValueError when they are not whole, OSError when there is
+        no room.
+        """
+        size = abi.FLOW_KEY.size + abi.FLOW.size
+        if len(data) % size:
+            raise ValueError(f"{len(data)} bytes are not connections of {size}")
+        if first:
+            for key in list(self._map.keys()):
+                self._map.delete(key)
+        for at in range(0, len(data), size):
+            key = data[at : at + abi.FLOW_KEY.size]
+            words = abi.FLOW.unpack(data[at + abi.FLOW_KEY.size : at + size])
+            mine = (time.monotonic_ns(), abi.EPOCH_BASE, *words[2:])
+            self._map.set(key, abi.FLOW.pack(*mine))
+
+    def sweep(self, epoch: int) -> None:
+        """Delete what is old or closed. Entries of former epochs have offset 0: nothing is lost."""
+        now = time.monotonic_ns()
+        tracked = translated = wanted = 0
+        for key, raw in self._map.items():
+            f = decode(raw)
+            stale = f.epoch not in (epoch, abi.EPOCH_BASE)
             age = (now - f.seen_ns) / 1e9
             if age > tcp_state.timeout(f.state) or (stale and age > 1):
                 self._map.delete(key)
@@ -58,4 +110,5 @@ class FlowTable:
             tracked += 1
             if not stale and (f.off or f.tsoff):
                 translated += 1
-        self.tracked, self.translated = tracked, translated
+            wanted += not stale and f.wanted
+        self.tracked, self.translated, self.wanted = tracked, translated, wanted

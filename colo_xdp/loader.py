@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import contextlib
 import ctypes as ct
+import hashlib
 import os
+import platform
 import re
 import sys
 from collections.abc import Iterator
@@ -34,10 +36,12 @@ OBJECTS: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
         ("svm_in", "svm_deliver", "svm_out", "svm_forward", "svm_net"),
         ("svm_out_xdp",),
     ),
+    # beside those of a primary whose guest has kept numbers of its own
+    "guest": ("guest.bpf.c", ("guest_in", "guest_out"), ()),
 }
 
 #: Programs that tier K has besides.
-FAST: dict[str, tuple[str, ...]] = {"primary": ("fast_ctl",), "secondary": ()}
+FAST: dict[str, tuple[str, ...]] = {"primary": ("fast_ctl",)}
 
 #: Shapes that a pinned map must have: key bytes, value bytes (None: any number of entries).
 _PINNED_SHAPES = {
@@ -55,6 +59,10 @@ _PINNED_SHAPES = {
 
 class LoadError(RuntimeError):
     """The programs cannot be compiled or loaded; the text names the remedy."""
+
+
+class Refused(LoadError):
+    """The compiler or the verifier does not take a program."""
 
 
 def import_bcc() -> Any:
@@ -132,15 +140,11 @@ class Program:
 
 
 class Map:
-    """Typed access to one bcc table by raw bytes; values as the kernel has them."""
+    """Access to one map by raw bytes; values as the kernel has them."""
 
-    def __init__(self, table: Any) -> None:
-        self._t = table
-        self.fd: int = table.map_fd
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
         self.info = _bpf.map_info(self.fd)
-
-    def _key(self, key: bytes) -> Any:
-        return self._t.Key.from_buffer_copy(key)
 
     def set(self, key: bytes, value: bytes, *, new: bool = False) -> None:
         """Insert or replace; raises OSError (E2BIG: full; EEXIST: `new`, and it is there)."""
@@ -217,64 +221,161 @@ def compile_text(text: str) -> Any:
         os.environ.pop("BCC_KERNEL_SOURCE", None)
 
 
-class Objects:
-    """The loaded programs and maps of one role."""
+@dataclass(frozen=True, slots=True)
+class Source:
+    """What is compiled, and for which kernel: the same again need not be compiled again."""
 
-    def __init__(
-        self, role: str, pin_dir: str, options: Options, headers: kheaders.Headers, events: str
-    ) -> None:
-        bcc = import_bcc()
-        src, tc, xdp = OBJECTS[role]
-        flags = [
-            "-Wno-macro-redefined",
-            "-Wno-unused-value",
-            f'-DPIN_DIR="{pin_dir}"',
-            f"-DCOLO_MAX_FLOWS={options.flow_table}",
-            f"-DCOLO_RING_PAGES={options.ring_pages}",
-            f"-DCOLO_MAX_CPUS={max(os.cpu_count() or 1, possible_cpus())}",
+    role: str
+    text: str
+    flags: tuple[str, ...]
+    tc: tuple[str, ...]
+    xdp: tuple[str, ...]
+    events: str
+
+    @property
+    def tag(self) -> str:
+        """Changes with the text, its flags and the kernel."""
+        parts = (self.text, *self.flags, *self.tc, *self.xdp, self.events, platform.release())
+        return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+
+def _source(role: str, directory: str, options: Options, events: str) -> Source:
+    src, tc, xdp = OBJECTS[role]
+    flags = [
+        "-Wno-macro-redefined",
+        "-Wno-unused-value",
+        f'-DPIN_DIR="{directory}"',
+        f"-DCOLO_MAX_FLOWS={options.flow_table}",
+        f"-DCOLO_RING_PAGES={options.ring_pages}",
+        f"-DCOLO_MAX_CPUS={max(os.cpu_count() or 1, possible_cpus())}",
+    ]
+    if options.fast:
+        flags += [
+            "-DCOLO_FAST",
+            f"-DCOLO_STASHES={options.stashes}",
+            f"-DCOLO_MAX_CONNS={options.conns}",
         ]
-        if options.fast:
-            flags += [
-                "-DCOLO_FAST",
-                f"-DCOLO_STASHES={options.stashes}",
-                f"-DCOLO_MAX_CONNS={options.conns}",
-            ]
-            tc += FAST[role]
-        if events == "perf":
-            flags.append("-DCOLO_EVENTS_PERF")
-        if options.lease:
-            flags.append("-DCOLO_LEASE")
-        if options.rewrite_at_xdp:
-            flags.append("-DCOLO_REWRITE_AT_XDP")
+        tc += FAST.get(role, ())
+    if events == "perf":
+        flags.append("-DCOLO_EVENTS_PERF")
+    if options.lease:
+        flags.append("-DCOLO_LEASE")
+    if options.rewrite_at_xdp:
+        flags.append("-DCOLO_REWRITE_AT_XDP")
+    else:
+        xdp = ()
+    return Source(role, flatten(source_dir() / src), tuple(flags), tc, xdp, events)
+
+
+class Objects:
+    """The programs and maps of one role: compiled, or, `warm`, those of a former controller.
+
+    Beside the maps that the sources pin, everything is kept as prog_<role>_<tag>_<name> and
+    map_<role>_<tag>_<name>, and whole_<role>_<tag>_ last. The event ring is among them: what was
+    captured while there was no controller waits in it for the next one.
+    """
+
+    def __init__(self, source: Source, pin_dir: str, headers: kheaders.Headers | None) -> None:
+        self.events = source.events
+        self.pin_dir = pin_dir
+        self.programs: dict[str, Program] = {}
+        self.bpf: Any = None
+        self.warm = headers is None
+        self._fds: list[int] = []
+        self._maps: dict[str, int] = {}
+        if headers is None:
+            self._adopt(source)
+        else:
+            self._compile(source, headers)
+
+    def _compile(self, source: Source, headers: kheaders.Headers) -> None:
+        bcc = import_bcc()
         if headers.path:
             os.environ["BCC_KERNEL_SOURCE"] = headers.path
         said: list[str] = []
         try:
             with _stderr_to(said):
-                self.bpf = bcc.BPF(text=flatten(source_dir() / src).encode(), cflags=flags)
-                funcs = {n: self.bpf.load_func(n.encode(), bcc.BPF.SCHED_CLS) for n in tc}
-                if options.rewrite_at_xdp:
-                    funcs |= {n: self.bpf.load_func(n.encode(), bcc.BPF.XDP) for n in xdp}
+                self.bpf = bcc.BPF(text=source.text.encode(), cflags=list(source.flags))
+                funcs = {n: self.bpf.load_func(n.encode(), bcc.BPF.SCHED_CLS) for n in source.tc}
+                funcs |= {n: self.bpf.load_func(n.encode(), bcc.BPF.XDP) for n in source.xdp}
         except Exception as e:  # bcc raises bare Exception
             text = "\n".join(said).strip()
-            raise LoadError(f"{src} ({headers.origin}): {e}\n{text[-6000:]}".strip()) from e
+            name = OBJECTS[source.role][0]
+            raise Refused(f"{name} ({headers.origin}): {e}\n{text[-6000:]}".strip()) from e
         finally:
             if headers.path:
                 del os.environ["BCC_KERNEL_SOURCE"]
-        self.events = events
-        self.pin_dir = pin_dir
-        self.programs: dict[str, Program] = {}
-        for name, f in funcs.items():
-            info = _bpf.prog_info(f.fd)
-            self.programs[name] = Program(name, f.fd, info.id, info.tag)
+        self.programs = {name: _program(name, f.fd) for name, f in funcs.items()}
+        self._maps = _tables(bcc.libbcc.lib, self.bpf.module)
+
+    def _adopt(self, source: Source) -> None:
+        for kind, name, path in _pins(self.pin_dir, source):
+            fd = _bpf.obj_get(path)
+            self._fds.append(fd)
+            if kind == "prog":
+                self.programs[name] = _program(name, fd)
+            else:
+                self._maps[name] = fd
+
+    def keep(self, source: Source) -> None:
+        """Pin all, so that the next controller need not compile. Atomic: its mark comes last."""
+        if self.events != "ring":
+            return  # bcc's perf readers belong to a process
+        base = f"{self.pin_dir}/{{}}_{source.role}_{source.tag}_"
+        for name, p in self.programs.items():
+            _bpf.obj_pin(p.fd, base.format("prog") + name)
+        for name, fd in self._maps.items():
+            _bpf.obj_pin(fd, base.format("map") + name)
+        _bpf.obj_pin(self._maps["config"], base.format("whole"))
 
     def map(self, name: str) -> Map:
         """A map by its C name."""
-        return Map(self.bpf[name.encode()])
+        return Map(self._maps[name])
 
     def close(self) -> None:
         """Drop our references; what is attached or pinned stays."""
-        self.bpf.cleanup()
+        for fd in self._fds:
+            os.close(fd)
+        self._fds.clear()
+        if self.bpf is not None:
+            self.bpf.cleanup()
+
+
+def _tables(lib: Any, module: Any) -> dict[str, int]:
+    """Descriptors of a compiled module's maps (bcc's Python does not declare these functions)."""
+    lib.bpf_num_tables.argtypes, lib.bpf_num_tables.restype = [ct.c_void_p], ct.c_size_t
+    lib.bpf_table_name.argtypes = [ct.c_void_p, ct.c_size_t]
+    lib.bpf_table_name.restype = ct.c_char_p
+    names = [lib.bpf_table_name(module, i) for i in range(lib.bpf_num_tables(module))]
+    return {n.decode(): lib.bpf_table_fd(module, n) for n in names}
+
+
+def _program(name: str, fd: int) -> Program:
+    info = _bpf.prog_info(fd)
+    return Program(name, fd, info.id, info.tag)
+
+
+def _pins(directory: str, source: Source) -> list[tuple[str, str, str]]:
+    """(prog or map, name, path) of what `keep` has pinned, all of it; else nothing."""
+    found = []
+    mark = f"whole_{source.role}_{source.tag}_"
+    if not os.path.exists(f"{directory}/{mark}"):
+        return []
+    for entry in sorted(os.listdir(directory)):
+        kind, _, rest = entry.partition("_")
+        head = f"{source.role}_{source.tag}_"
+        if kind in ("prog", "map") and rest.startswith(head):
+            found.append((kind, rest[len(head) :], f"{directory}/{entry}"))
+    return found
+
+
+def _forget(directory: str, keep: tuple[str, ...]) -> None:
+    """Unpin what was kept (<role>_<tag>_): nobody will take it over any more."""
+    # The mark first: what is half gone is not whole.
+    for entry in sorted(os.listdir(directory), reverse=True):
+        kind, _, rest = entry.partition("_")
+        if kind in ("whole", "prog", "map") and not rest.startswith(keep):
+            os.unlink(f"{directory}/{entry}")
 
 
 def possible_cpus() -> int:
@@ -334,22 +435,40 @@ def ring_supported() -> bool:
     return True
 
 
-def load(role: str, pair: str, bpffs: str, options: Options) -> Objects:
+def pinned_slot(directory: str, slot: abi.Cfg) -> int:
+    """A slot of the pinned `config` map; 0 when there is none."""
+    path = f"{directory}/config"
+    if not os.path.exists(path):
+        return 0
+    fd = _bpf.obj_get(path)
+    try:
+        k, v = ct.c_uint32(slot), ct.c_uint64()
+        found = import_bcc().libbcc.lib.bpf_lookup_elem(fd, ct.byref(k), ct.byref(v)) == 0
+        return v.value if found else 0
+    finally:
+        os.close(fd)
+
+
+def events(options: Options) -> str:
+    """How frames reach user space here: "ring" or "perf"."""
+    if options.events == "auto":
+        return "ring" if ring_supported() else "perf"
+    return options.events
+
+
+def load(role: str, pair: str, bpffs: str, options: Options, home: str = "") -> Objects:
     """Compile and load a role's programs, taking over pinned maps of the same shape.
 
+    `home`: the host's role as configured, which names the pins, if it is another one.
     Raises LoadError with the compiler's or verifier's words.
     """
     import_bcc()
-    try:
-        headers = kheaders.find()
-    except kheaders.NoHeaders as e:
-        raise LoadError(str(e)) from e
     if not _bpf.is_bpffs(bpffs):
         try:
             _bpf.mount_bpffs(bpffs)
         except OSError as e:
             raise LoadError(f"{bpffs} is not a BPF file system and cannot be mounted: {e}") from e
-    directory = pin_dir(bpffs, pair, role)
+    directory = pin_dir(bpffs, pair, home or role)
     os.makedirs(directory, exist_ok=True)
     bad = check_pins(directory, options)
     if bad:
@@ -357,7 +476,14 @@ def load(role: str, pair: str, bpffs: str, options: Options) -> Objects:
             "pinned maps of another version or size are in the way (their connections' state "
             "would be lost): run `colo-xdp cleanup` first\n  " + "\n  ".join(bad)
         )
-    events = options.events
-    if events == "auto":
-        events = "ring" if ring_supported() else "perf"
-    return Objects(role, directory, options, headers, events)
+    source = _source(role, directory, options, events(options))
+    if _pins(directory, source):
+        return Objects(source, directory, None)
+    try:
+        headers = kheaders.find()
+    except kheaders.NoHeaders as e:
+        raise LoadError(str(e)) from e
+    objects = Objects(source, directory, headers)
+    _forget(directory, ("primary_",) if role == "guest" else ())  # guest stands beside a primary
+    objects.keep(source)
+    return objects

@@ -28,7 +28,7 @@ from prometheus_client.core import (
 
 from . import __version__, abi
 from .failover import State
-from .status import WAIT_BUCKETS
+from .status import FAST_WAIT_BUCKETS, WAIT_BUCKETS
 
 log = logging.getLogger("colo_xdp.metrics")
 
@@ -56,6 +56,10 @@ METRICS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "held_bytes": ("gauge", "bytes of the PVM frames that wait", ()),
     "held_packets_limit": ("gauge", "max_queue_size", ()),
     "wait_seconds": ("histogram", "time from capture to release of a PVM frame", ()),
+    "fast_wait_seconds": ("histogram", "time that bytes waited in the kernel's fast path", ()),
+    "fast_stashes": ("gauge", "connections that may wait in the fast path at a time", ()),
+    "fast_stashes_waiting": ("gauge", "connections of which something waits in it", ()),
+    "fast_forgotten": ("counter", "connections unused for long that it has forgotten", ()),
     "flows": ("gauge", "connections tracked", ()),
     "flows_limit": ("gauge", "room for connections", ()),
     "flows_translated": ("gauge", "connections of the SVM with an offset", ()),
@@ -151,6 +155,9 @@ class Collector:
             "held_packets": s["held"]["packets"],
             "held_bytes": s["held"]["bytes"],
             "held_packets_limit": s["held"]["limit"],
+            "fast_stashes": s["fast"]["stashes"],
+            "fast_stashes_waiting": s["fast"]["waiting"],
+            "fast_forgotten": s["fast"]["forgotten"],
             "flows": s["flows"]["tracked"],
             "flows_limit": s["flows"]["limit"],
             "flows_translated": s["flows"]["translated"],
@@ -164,13 +171,17 @@ class Collector:
         }
         for name, value in plain.items():
             yield self._one(name, base, value)
-        hist = self._family("wait_seconds")
-        total, buckets = 0, []
-        for bound, n in zip([*WAIT_BUCKETS, None], s["wait"]["buckets"], strict=True):
-            total += n
-            buckets.append(("+Inf" if bound is None else f"{bound:g}", total))
-        hist.add_metric(base, buckets, s["wait"]["sum"])
-        yield hist
+        for name, bounds, counts, seconds in (
+            ("wait_seconds", WAIT_BUCKETS, s["wait"]["buckets"], s["wait"]["sum"]),
+            ("fast_wait_seconds", FAST_WAIT_BUCKETS, s["fast"]["waits"], None),
+        ):
+            hist = self._family(name)
+            total, buckets = 0, []
+            for bound, n in zip([*bounds, None], counts, strict=True):
+                total += n
+                buckets.append(("+Inf" if bound is None else f"{bound:g}", total))
+            hist.add_metric(base, buckets, seconds)  # the kernel keeps no sum
+            yield hist
 
 
 def health(path: str, s: Document) -> tuple[int, str] | None:

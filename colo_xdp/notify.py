@@ -24,6 +24,12 @@ class Notifier:
         #: seconds between signs of life that systemd wants, 0 for none
         self.watchdog_s = int(usec) / 2e6 if usec.isdigit() else 0.0
 
+    def patience(self, seconds: float | None) -> None:
+        """Another time without a sign of life, or (None) that of the unit again (WATCHDOG_USEC)."""
+        if self.watchdog_s:
+            usec = int((self.watchdog_s * 2 if seconds is None else seconds) * 1e6)
+            self.send(WATCHDOG="1", WATCHDOG_USEC=str(usec))
+
     def send(self, **fields: str) -> None:
         """READY="1", STATUS="...", WATCHDOG="1", STOPPING="1"."""
         if self._sock is None:

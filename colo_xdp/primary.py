@@ -21,11 +21,12 @@ from . import abi
 from .abi import Mode
 from .compare import Engine
 from .config import Config
-from .controller import Controller
+from .controller import IN_COLO, INCOMING_S, TICK_S, Controller
 from .datapath import DataPath
 from .failover import Action, Role, State
+from .flowtable import FlowTable
 from .journal import Divergence, Entry, Journal
-from .qmp import QmpError
+from .qmp import QmpError, QmpTimeout
 from .qmp_event import QmpEvent
 from .reasons import Cause
 from .record import Record
@@ -36,20 +37,24 @@ from .status import WAIT_BUCKETS
 log = logging.getLogger("colo_xdp.primary")
 
 REARM_S = 0.5
+SWEEP_S = 5.0
+BASE_PART = 290  # connections in one message: it must fit into wire.MAX_FLOWS_TEXT
 BRIDGE_S = 1.0  # between two looks at the ports of the tap's bridge
 REFUSALS = 20  # tries before a secondary that keeps refusing counts as broken
 LOSS_CHECK_NS = 100_000_000
+SWEEP = 200  # connections of tier K looked at in that time: a million in 8 minutes
 
 
 class CheckpointFailed(RuntimeError):
     """A checkpoint did not complete; what is held stays held.
 
     `refused`: the secondary's controller said no before QEMU was asked, so it can be tried again.
+    `channel`: its controller cannot be heard, which says nothing of its QEMU.
     """
 
-    def __init__(self, why: str, *, refused: bool = False) -> None:
+    def __init__(self, why: str, *, refused: bool = False, channel: bool = False) -> None:
         super().__init__(why)
-        self.refused = refused
+        self.refused, self.channel = refused, channel
 
 
 @dataclass(slots=True)
@@ -64,6 +69,7 @@ class Checkpoint:
     stop_ns: int = 0
     resume_ns: int = 0
     done: bool = False
+    based: int = 0  # parts of the guest's own offsets that the secondary has taken over
     failed: str = ""
     changed: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -105,6 +111,9 @@ class Primary(Controller):
         self._peer_ready = False
         self._guard: asyncio.Task[Any] | None = None
         self._ck: Checkpoint | None = None
+        table = datapath.flows()
+        #: connections in numbers that this guest has kept since it took over
+        self.own = FlowTable(table) if table else None
         self._lost = datapath.lost_events()
         self._lost_checked = 0
         self.by_cause: Counter[str] = Counter()
@@ -157,6 +166,8 @@ class Primary(Controller):
         if now_ns - self._lost_checked > LOSS_CHECK_NS:
             self._lost_checked = now_ns
             lost = self.dp.lost_events()
+            if self.dp.fast is not None:
+                self.dp.fast.sweep(now_ns, SWEEP)
             if lost > self._lost:
                 missing, self._lost = lost - self._lost, lost
                 self.request(Cause.EVENT_LOST, f"{missing} frames did not fit into the event ring")
@@ -196,11 +207,27 @@ class Primary(Controller):
         if kind == "ready":
             self._peer_ready, self.peer_vm_gone = True, False  # another SVM than the one that died
             self._wake.set()
+            self._protect_again()
         elif kind == "beat":
-            if msg["state"] == State.TAKEN_OVER.value and self.state is not State.STOPPED:
+            if self.state is State.STOPPED:
+                return
+            if msg["state"] == State.TAKEN_OVER.value:
                 self._stand_down("the secondary speaks for the guest")
+            elif self._older_than(msg):
+                self._stand_down("the other host runs the PVM: this data path knows less of it")
         elif kind == "taken":
             self._stand_down(f"the secondary took over: {msg['why']}")
+        elif kind == "plan":
+            try:
+                self._plan(msg["why"])
+            except ValueError as e:
+                log.warning("no hand-over: %s", e)
+        elif kind == "resumed":
+            self.last_failover = {"gap_ms": msg["gap_us"] / 1e3, "took_ms": msg["took_us"] / 1e3}
+            log.info("the network heard nothing of the guest for %.1f ms", msg["gap_us"] / 1e3)
+        elif kind == "based" and ck is not None:
+            ck.based = max(ck.based, msg["n"] + 1)
+            ck.changed.set()
         elif ck is not None and kind in ("begun", "done", "failed") and msg["n"] == ck.n:
             if kind == "begun":
                 ck.begun = True
@@ -209,6 +236,15 @@ class Primary(Controller):
             else:
                 ck.failed = msg["why"]
             ck.changed.set()
+
+    def _older_than(self, msg: dict[str, Any]) -> bool:
+        """Two primaries, since this host has lost what was pinned (a reboot): the pair's epochs
+        only ever grow, so who has the smaller one has missed what came after."""
+        if msg["role"] != Role.PRIMARY.value or msg["state"] == State.STOPPED.value:
+            return False
+        mine: int = self.dp.epoch
+        theirs: int = msg["epoch"]
+        return theirs > mine or (theirs == mine and self.config.role == "secondary")
 
     def _stand_down(self, why: str) -> None:
         """Never speak against a secondary that has taken over."""
@@ -220,13 +256,71 @@ class Primary(Controller):
     def on_lease(self) -> None:
         self._wake.set()
 
+    def _protect_again(self) -> None:
+        """A new secondary waits for the guest that has been alone until now."""
+        if self.state is State.SOLO and self._peer_ready:
+            self.become(State.STARTING, "a new secondary waits: protecting again")
+            self._guard = self.spawn(self._leave_and_protect())
+
+    async def _leave_and_protect(self) -> None:
+        while self.state is State.STARTING:
+            try:
+                if await self.qmp.migration_status() not in IN_COLO:
+                    break
+                await self.leave_colo()  # of the pair that was
+            except QmpError as e:
+                log.warning("%s", e)
+            await asyncio.sleep(REARM_S)
+        self.operator = self.forced = self.checkpoint_overdue = self.spoke_alone = False
+        self.fence_result = self._want = None
+        await self._protect()
+
+    async def succeed(self) -> None:
+        net = self.config.network
+        if not net.bridge and self.dp.in_bridge:
+            log.error("[network] bridge is needed to become the secondary: %s is in one", net.tap)
+            await asyncio.sleep(INCOMING_S)
+            return
+        self.change_role("the other guest speaks, and a new QEMU waits here for its state")
+
+    async def _hand_offsets(self, ck: Checkpoint, deadline: float) -> None:
+        """What the guest has kept of its own numbers, to the host of its new copy.
+
+        Both guests have resumed and nothing has left or arrived since: what changes from here on
+        both hosts see alike.
+        """
+        entries: list[bytes] = []
+        if self.own is not None:
+            entries = await asyncio.to_thread(self.own.export, self.dp.base_epoch)
+        parts = [entries[i : i + BASE_PART] for i in range(0, len(entries), BASE_PART)] or [[]]
+        for n, part in enumerate(parts):
+            self.peer.send("base", n=n, last=n == len(parts) - 1, flows=b"".join(part).hex())
+            while ck.based <= n:
+                await self._await(ck, "word that the old connections' offsets are there", deadline)
+        if entries:
+            log.info("offsets of %d connections handed to the new secondary", len(entries))
+
     async def start(self) -> None:
         await super().start()
         self.spawn(self._watch_bridge())
+        if self.own is not None:
+            self.spawn(self._sweep_own(self.own))
+
+    async def _sweep_own(self, own: FlowTable) -> None:
+        """The programs that translate step out with the last connection that needs them."""
+        while True:
+            await asyncio.sleep(SWEEP_S)
+            await asyncio.to_thread(own.sweep, self.dp.base_epoch)
+            if not own.wanted and not self._ck:
+                self.own = None
+                await asyncio.to_thread(self.dp.drop_guest)
+                log.info("no connection in the guest's own numbers is left")
+                return
 
     async def _watch_bridge(self) -> None:
         while True:
-            await asyncio.to_thread(self.dp.watch_bridge)
+            if self.dp.mode in (Mode.RUN, Mode.CHECKPOINT):  # else it may live elsewhere by now
+                await asyncio.to_thread(self.dp.watch_bridge)
             await asyncio.sleep(BRIDGE_S)
 
     async def on_qemu(self) -> None:
@@ -273,7 +367,10 @@ class Primary(Controller):
                     await asyncio.sleep(self.config.peer.heartbeat_interval / 1000)
                     continue
                 self.checkpoints_failed += 1
-                self.checkpoint_overdue = True
+                if isinstance(e, QmpTimeout) and await self.hangs():
+                    self.vm_gone = True  # not the secondary's fault: it is the one to go on
+                # Silence is no second sign beside silence: that would fence over a cut link.
+                self.checkpoint_overdue = not (isinstance(e, CheckpointFailed) and e.channel)
                 self.become(State.DEGRADED, f"checkpoint ({want.cause}) did not complete: {e}")
                 self._decide()
 
@@ -337,7 +434,7 @@ class Primary(Controller):
         if self.colo_exit:
             raise CheckpointFailed("QEMU has lost the COLO channel (COLO_EXIT)")
         if not self.peer.connected:
-            raise CheckpointFailed("the control channel to the secondary is down")
+            raise CheckpointFailed("the control channel to the secondary is down", channel=True)
         if self.vm_gone or not self.qmp.connected:
             raise CheckpointFailed("QMP to the PVM is down")
 
@@ -364,7 +461,7 @@ class Primary(Controller):
                 self.engine.begin_checkpoint()
                 self.dp.mode = Mode.CHECKPOINT
                 await self.qmp.prepare(primary=True)
-                await self.qmp.migrate(self.config.qemu.migrate_uri)
+                await self.qmp.migrate(self.migrate_to)
             else:
                 ck.stop_ns = 0
                 await self.qmp.trigger_checkpoint()
@@ -375,11 +472,23 @@ class Primary(Controller):
                     if await self.qmp.migration_status() == "failed":
                         raise CheckpointFailed("the migration failed")
                 await self._await(ck, "STOP and RESUME of both guests", deadline)
+            if initial:
+                await self._hand_offsets(ck, deadline)
             self._drain()  # frames from before STOP may still be in the ring
             held = (self.engine.held_packets, self.engine.held_bytes)
             self.engine.commit_checkpoint(ck.stop_ns, n, time.monotonic_ns())
             self.dp.epoch = n
-            self.dp.mode = Mode.RUN
+            if cause == Cause.PLANNED:
+                # Nothing that is newer than the state which the SVM has loaded has left or will:
+                # the guests are equal, and this one is silent from here on, whoever dies next.
+                self.dp.mode = Mode.DROP
+                self.become(State.STOPPED, f"handed over to the secondary: {detail}")
+                now = time.monotonic_ns()
+                last = now if held[0] else ck.stop_ns  # what was held left with the commit
+                self.peer.send("silent", us=max(0, now - last) // 1000)
+                self.peer.send("gone", why="planned failover", alone=self.spoke_alone)
+            else:
+                self.dp.mode = Mode.RUN
             if self._leave_shadow:
                 self._leave_shadow = self.shadow = False
             self._beat()  # a secondary that has just entered waits for this word
@@ -400,7 +509,8 @@ class Primary(Controller):
         self.checkpoint_overdue = False
         if self.speaker is not None:
             self.speaker.paired()
-        self.become(State.PROTECTED, f"both guests are equal as of epoch {n} ({cause})")
+        if cause != Cause.PLANNED:
+            self.become(State.PROTECTED, f"both guests are equal as of epoch {n} ({cause})")
 
     def _record(self, want: Want, ck: Checkpoint, held: tuple[int, int], failed: str = "") -> None:
         d = want.why
@@ -459,6 +569,7 @@ class Primary(Controller):
     async def _go_solo(self, why: str) -> None:
         if self._guard is not None:
             self._guard.cancel()
+        self._peer_ready = False
         self.peer.send("solo", why=why)
         self._drain()
         self.spoke_alone = True
@@ -466,14 +577,41 @@ class Primary(Controller):
         self.dp.mode = Mode.BYPASS
         self._drain()
         try:
-            await self.qmp.lost_heartbeat()
+            await self.leave_colo()
         except QmpError as e:
             log.warning("%s (the PVM goes on all the same)", e)
         self.become(State.SOLO, f"{why}; {released} held frames released")
+        self._protect_again()
 
-    def failover_steps(self) -> list[str]:
-        f = self.config.failover
-        steps = [f"fence the secondary: {' '.join(f.fence)}"] if f.fence else []
+    def _plan(self, why: str) -> None:
+        if self.state not in (State.PROTECTED, State.CHECKPOINTING):
+            raise ValueError(f"no planned failover from state {self.state.value}: {self.reason}")
+        if self.shadow or self._leave_shadow:
+            raise ValueError("no planned failover from shadow mode: leave it first")
+        self._want = Want(Cause.PLANNED.value, why)
+        self._wake.set()
+
+    async def hand_over(self, deadline: float) -> bool:
+        failed = self.checkpoints_failed
+        self._plan("asked by the operator")
+        while time.monotonic() < deadline and self.checkpoints_failed == failed:
+            if self.state is State.STOPPED and self.peer_state == State.TAKEN_OVER.value:
+                return True
+            await asyncio.sleep(TICK_S)
+        return False
+
+    def failover_steps(self, *, planned: bool, force: bool) -> list[str]:
+        f, qmp = self.config.failover, self.config.qemu.qmp
+        if planned:
+            return [
+                "hold every frame of both guests",
+                f"QMP {qmp}: migrate-set-parameters x-checkpoint-delay (a checkpoint)",
+                "release what the PVM sent before its STOP",
+                "data path: drop (the PVM is silent)",
+                "the secondary: x-colo-lost-heartbeat, data path: takeover, announcements",
+                f"QMP {qmp}: quit",
+            ]
+        steps = [f"fence the secondary: {' '.join(f.fence)}"] if f.fence and not force else []
         held = self.engine.held_packets
         return [
             *steps,

@@ -36,6 +36,10 @@ class QmpError(RuntimeError):
     """A QMP command failed, timed out or could not be sent; names the command and the QEMU."""
 
 
+class QmpTimeout(QmpError):
+    """No answer within the deadline: QEMU's main loop may hang."""
+
+
 @dataclass(frozen=True, slots=True)
 class QemuInfo:
     """What a QEMU says of itself."""
@@ -95,6 +99,14 @@ class Qmp:
 
         Raises QmpError when nobody answers at the path within the deadline.
         """
+        await self.open()
+        return await self.info()
+
+    async def open(self) -> None:
+        """Connect.
+
+        Raises QmpError when nobody answers at the path within the deadline.
+        """
         client = QMPClient(self.name)
         client.logger.setLevel(logging.CRITICAL)  # it logs what we report ourselves
         listener = EventListener(event_filter=self._dispatch)
@@ -107,7 +119,6 @@ class Qmp:
             ) from e
         self._client = client
         self._watch = asyncio.create_task(self._watch_close(client))
-        return await self.info()
 
     def _dispatch(self, msg: Any) -> bool:
         """Called in the order of the wire, before any later reply is. Keeps nothing queued."""
@@ -131,9 +142,14 @@ class Qmp:
             self._on_close(f"{self.name}: QMP connection lost ({reason})")
 
     async def execute(
-        self, command: str, args: dict[str, Any] | None = None, timeout: float | None = None
+        self,
+        command: str,
+        args: dict[str, Any] | None = None,
+        timeout: float | None = None,
+        *,
+        oob: bool = False,
     ) -> Any:
-        """One command.
+        """One command; `oob`: out of band, past a main loop that hangs (qmp-spec, 2.3.1).
 
         Raises QmpError on QEMU's error, on the deadline, or when not connected.
         """
@@ -141,11 +157,12 @@ class Qmp:
         if client is None:
             raise QmpError(f"{self.name}: {command}: not connected")
         try:
-            return await asyncio.wait_for(client.execute(command, args), timeout or self.timeout)
+            call = client.execute(command, args, oob=oob)
+            return await asyncio.wait_for(call, timeout or self.timeout)
         except ExecuteError as e:
             raise QmpError(f"{self.name}: {command}: {e.error_class}: {e}") from e
         except TimeoutError as e:
-            raise QmpError(f"{self.name}: {command}: no answer in time") from e
+            raise QmpTimeout(f"{self.name}: {command}: no answer in time") from e
         except (OSError, QMPError, EOFError) as e:
             raise QmpError(f"{self.name}: {command}: {str(e) or type(e).__name__}") from e
 
@@ -156,13 +173,13 @@ class Qmp:
         status = (await self.execute("query-status"))["status"]
         return QemuInfo((v["major"], v["minor"], v["micro"]), kvm, status)
 
-    async def status(self) -> str:
+    async def status(self, timeout: float | None = None) -> str:
         """Run state (`running`, `colo`, `inmigrate`, ...)."""
-        return str((await self.execute("query-status"))["status"])
+        return str((await self.execute("query-status", timeout=timeout))["status"])
 
-    async def migration_status(self) -> str:
+    async def migration_status(self, timeout: float | None = None) -> str:
         """State of the migration (`colo` while in COLO), empty when there was none."""
-        return str((await self.execute("query-migrate")).get("status", ""))
+        return str((await self.execute("query-migrate", timeout=timeout)).get("status", ""))
 
     async def prepare(self, *, primary: bool) -> None:
         """Capabilities and parameters that COLO needs, on either side."""
@@ -198,9 +215,22 @@ class Qmp:
         """Ask the PVM's QEMU for a checkpoint now."""
         await self.execute("migrate-set-parameters", {"x-checkpoint-delay": IDLE_DELAY_MS})
 
-    async def lost_heartbeat(self) -> None:
+    async def lost_heartbeat(self, timeout: float | None = None) -> None:
         """Tell QEMU that its COLO peer is gone: it goes on alone."""
-        await self.execute("x-colo-lost-heartbeat")
+        await self.execute("x-colo-lost-heartbeat", timeout=timeout)
+
+    async def yank(self, timeout: float | None = None) -> None:
+        """Cut QEMU's migration channel, out of band: a main loop that waits for it goes on.
+
+        A secondary that loads a checkpoint holds QEMU's big lock while it reads from the channel
+        (colo_incoming_process_checkpoint() in migration/colo.c), so a primary that hangs there
+        hangs the secondary's QMP too.
+        """
+        await self.execute("yank", {"instances": [{"type": "migration"}]}, timeout, oob=True)
+
+    async def quit(self) -> None:
+        """End QEMU; its guest is worthless."""
+        await self.execute("quit")
 
     async def close(self) -> None:
         """Disconnect without calling on_close."""

@@ -25,6 +25,7 @@ class Cause(StrEnum):
     POLICY = "policy"
     OPERATOR = "operator"
     PERIODIC = "periodic"
+    PLANNED = "planned"
     INITIAL = "initial"
 
 
@@ -46,5 +47,6 @@ DESCRIPTIONS: dict[Cause, str] = {
     Cause.POLICY: "the policy was changed: both guests have to be equal under the new rules",
     Cause.OPERATOR: "an operator asked",
     Cause.PERIODIC: "the configured period was over",
+    Cause.PLANNED: "a planned failover: the secondary guest goes on from here",
     Cause.INITIAL: "the first synchronisation of the pair",
 }

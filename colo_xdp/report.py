@@ -55,6 +55,7 @@ def _common(c: Controller) -> dict[str, Any]:
         },
         history=list(c.history),
         failures=c.failures[-16:],
+        last_failover=c.last_failover,
     )
     return doc
 
@@ -69,6 +70,8 @@ def primary_status(c: Primary) -> dict[str, Any]:
     }  # fmt: skip
     doc["wait"] = {"buckets": list(c.waits), "sum": c.wait_sum}
     doc["flows"] |= {"tracked": e.flows, "limit": e.limits.max_flows}
+    if c.dp.fast is not None:
+        doc["fast"] = c.dp.fast.state()
     doc["checkpoints"] = {
         "total": sum(c.by_cause.values()),
         "failed": c.checkpoints_failed,

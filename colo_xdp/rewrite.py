@@ -15,7 +15,7 @@ from __future__ import annotations
 import struct
 from dataclasses import dataclass, field
 
-from .abi import FLOW_KEY, Mode, Reason
+from .abi import EPOCH_BASE, FLOW_KEY, Mode, Reason
 from .tcp_state import Event, State, next_state
 
 FIN, SYN, RST, ACK = 0x01, 0x02, 0x04, 0x10
@@ -224,8 +224,9 @@ class Flow:
     have_client: int = 0
     isn_c: int = 0
 
-    def forget(self) -> None:
+    def forget(self, epoch: int) -> None:
         """Another connection begins on this key."""
+        self.epoch = epoch
         self.have = self.have_client = 0
         self.state = State.CLOSED
 
@@ -283,7 +284,7 @@ class Rewriter:
         guest_port, client_port = (p.dport, p.sport) if to_svm else (p.sport, p.dport)
         key = FLOW_KEY.pack(guest, client, guest_port, client_port, p.vlan)
         n = self.flows.get(key)
-        if n is not None and n.epoch == self.epoch:
+        if n is not None and n.epoch in (self.epoch, EPOCH_BASE):
             return n, Reason.REDIRECTED
         flags = p.flags & (SYN | RST | ACK)
         begins = flags == SYN or (not to_svm and flags == SYN | ACK)
@@ -294,8 +295,7 @@ class Rewriter:
                 return None, Reason.FLOW_TABLE_FULL
             n = self.flows[key] = Flow(epoch=self.epoch)
             return n, Reason.REDIRECTED
-        n.forget()
-        n.epoch = self.epoch
+        n.forget(self.epoch)
         return n, Reason.REDIRECTED
 
     def _learn_client(self, n: Flow, p: Segment, ts: tuple[int, int] | None) -> None:
@@ -304,7 +304,7 @@ class Rewriter:
             if n.have & HAVE_ISN_S and n.have_client & HAVE_ISN_P:
                 return  # may be a stray duplicate: the guest's answer will tell
             if n.have_client & HAVE_ISN_C and n.isn_c != p.seq:
-                n.forget()
+                n.forget(self.epoch)
                 if self.mode == Mode.TAKEOVER:
                     return
             n.isn_c = p.seq
@@ -338,7 +338,7 @@ class Rewriter:
         else:
             fresh = other
         if fresh:
-            n.forget()
+            n.forget(self.epoch)
             known = False
             if self.mode == Mode.TAKEOVER:
                 return

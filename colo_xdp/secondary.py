@@ -18,21 +18,24 @@ from typing import Any
 
 from . import abi
 from .abi import Mode
+from .announce import announcements
 from .attach import NoSuchDevice
 from .config import Config
-from .controller import TICK_S, Controller
+from .controller import HUNG_S, IN_COLO, TICK_S, Controller
 from .datapath import DataPath
 from .failover import Action, Role, State
 from .flowtable import FlowTable
-from .qmp import QmpError
+from .qmp import QmpError, QmpTimeout
 from .qmp_event import QmpEvent
+from .reasons import Cause
 from .ring import Event
 
 log = logging.getLogger("colo_xdp.secondary")
 
 SWEEP_S = 5.0
 TAKEOVER_S = 10.0
-IN_COLO = ("colo", "active")  # states of the migration that x-colo-lost-heartbeat ends
+GAP_S = 5.0
+MAX_ANNOUNCED = 256  # addresses of the guest
 ANNOUNCE_TIMES = (0.0, 0.05, 0.2, 0.45, 0.8)  # seconds after the takeover, as QEMU's own RARPs
 
 
@@ -45,6 +48,7 @@ class Hold:
     deadline: float
     stop_ns: int = 0
     resume: QmpEvent | None = None  # the SVM runs the new state, the primary has not said it does
+    planned: bool = False  # the primary falls silent at the end: held until the takeover
     client: deque[Event] = field(default_factory=deque)
     svm: deque[Event] = field(default_factory=deque)
 
@@ -61,6 +65,7 @@ class Secondary(Controller):
         self.hold_limit = 16 * config.compare.max_queue_size
         self._resume_ns = 0
         self._ready_wanted = False
+        self._silent_ns = 0  # since when the PVM has been, by plan
         self._entered = False  # the SVM runs in COLO
         # The primary's beat has confirmed a checkpoint. Until then it may have given up entering
         # and let the PVM speak uncompared, whatever this QEMU has loaded: no takeover.
@@ -73,6 +78,8 @@ class Secondary(Controller):
         self._taking_over = False
         self._events: list[QmpEvent] = []  # of QEMU, while taking over
         if datapath.adopted:
+            if datapath.mode is Mode.TAKEOVER:
+                self.spoke_alone = True
             self.shadow = datapath.shadowed > 0
             if datapath.mode is Mode.TAKEOVER:
                 self.state = State.TAKEN_OVER
@@ -114,15 +121,16 @@ class Secondary(Controller):
     def _deliver(self, e: Event) -> None:
         self.dp.injectors["deliver"].send(e.frame, e.gso_size, e.partial)
 
-    def _forward(self, e: Event) -> None:
-        if e.ts_ns < self._resume_ns or self.state is State.TAKEN_OVER:
+    def _forward(self, e: Event, *, late: bool = False) -> None:
+        """`late`: held until this guest spoke for itself, and said by the guest that speaks now."""
+        if e.ts_ns < self._resume_ns or (self.state is State.TAKEN_OVER and not late):
             self.stale += 1
             return
         self.dp.injectors["forward"].send(e.frame, e.gso_size, e.partial)
 
     # ---- checkpoints
 
-    def _begin_hold(self, n: int) -> None:
+    def _begin_hold(self, n: int, *, planned: bool = False) -> None:
         now = time.monotonic()
         limit = self.config.checkpoint.deadline / 1000 if self._confirmed else float("inf")
         if self._hold is None:
@@ -130,19 +138,31 @@ class Secondary(Controller):
         else:  # asked again after a failure: go on holding what is held
             self._hold.n, self._hold.deadline = n, now + limit
             self._hold.stop_ns, self._hold.resume = 0, None
+        self._hold.planned = planned
         self.dp.mode = Mode.CHECKPOINT
 
     def on_message(self, msg: dict[str, Any]) -> None:
         kind = msg["type"]
         if kind == "begin":
-            self._on_begin(msg["n"], msg["initial"])
+            self._on_begin(msg["n"], msg["initial"], msg["cause"] == Cause.PLANNED)
         elif kind == "beat":
             h = self._hold
-            if h is not None and h.resume is not None and msg["epoch"] >= h.n:
+            # A planned one ends with the takeover, unless the primary went on all the same.
+            over = h is not None and msg["epoch"] >= h.n and not (h.planned and msg["shut"])
+            if h is not None and h.resume is not None and over:
                 self._finish(h, h.resume)
             stopped = self.state is State.STOPPED
             if self.speaker is not None and msg["alone"] and not msg["shut"] and not stopped:
                 self._stand_down("the PVM has spoken alone")  # while nothing was heard of it
+        elif kind == "silent":
+            self._silent_ns = time.monotonic_ns() - msg["us"] * 1000 - self.peer.rtt_ns // 2
+        elif kind == "base":
+            self._on_base(msg["n"], msg["flows"])
+        elif kind == "ready" and self.state is State.TAKEN_OVER and self.spoke_alone:
+            if self.migrate_to:
+                self.change_role("a new QEMU waits on the other host for this guest's state")
+            else:
+                log.error("a new secondary waits, but [qemu] reverse_uri does not say where")
         elif kind == "solo":
             self._stand_down(msg["why"])
 
@@ -156,7 +176,20 @@ class Secondary(Controller):
         self.become(State.STOPPED, f"stood down for the primary: {why}")
         self.peer.send("gone", why="the secondary has shut its data path", alone=False)
 
-    def _on_begin(self, n: int, initial: bool) -> None:
+    def _on_base(self, n: int, text: str) -> None:
+        """Offsets of the guest that this one is a copy of; they count when the copy speaks."""
+        h = self._hold
+        if h is None or self._confirmed:
+            log.warning("offsets that nobody waits for: left alone")
+            return
+        try:
+            self.flows.adopt(bytes.fromhex(text), first=n == 0)
+        except (ValueError, OSError) as e:
+            self.peer.send("failed", n=h.n, why=f"offsets of old connections: {e}")
+            return
+        self.peer.send("based", n=n)
+
+    def _on_begin(self, n: int, initial: bool, planned: bool) -> None:
         why = ""
         if n <= self.dp.epoch:
             why = f"epoch {n} is over, this side is at {self.dp.epoch}"
@@ -171,7 +204,7 @@ class Secondary(Controller):
             return
         if initial:
             self.colo_exit = self.peer_vm_gone = False  # signs of an earlier pair
-        self._begin_hold(n)
+        self._begin_hold(n, planned=planned)
         state = State.CHECKPOINTING if self._confirmed else State.STARTING
         self.become(state, f"checkpoint to epoch {n}")
         self.peer.send("begun", n=n)
@@ -191,7 +224,7 @@ class Secondary(Controller):
             h = self._hold
             self._entered, h.resume = True, event
             self.last_pause_ms = (event.ts_ns - h.stop_ns) / 1e6 if h.stop_ns else 0.0
-            if self._confirmed:
+            if self._confirmed and not h.planned:
                 self._finish(h, event)
             self.peer.send("done", n=h.n, pause_us=int(self.last_pause_ms * 1000))
 
@@ -246,6 +279,18 @@ class Secondary(Controller):
         if self._ready_wanted:
             self.peer.send("ready", epoch=self.dp.epoch)
 
+    async def succeed(self) -> None:
+        """Another guest than the one that is over: nothing of that counts any more."""
+        self.vm_gone = self.peer_vm_gone = self.colo_exit = self.stood_down = False
+        self.operator = self.forced = self.checkpoint_overdue = self.spoke_alone = False
+        self.fence_result, self._hold = None, None
+        self._entered = self._confirmed = False
+        self.become(State.STARTING, "a new QEMU is here")
+        try:
+            await self.on_qemu()
+        except QmpError as e:
+            self.become(State.STOPPED, f"the new QEMU is gone again: {e}")
+
     async def on_qemu(self) -> None:
         if self.state in (State.TAKEN_OVER, State.STOPPED):
             return
@@ -283,8 +328,8 @@ class Secondary(Controller):
             self._events.clear()
         self._ready_wanted, self._taking_over = False, True
         try:
-            if await self.qmp.migration_status() in IN_COLO:
-                await self.qmp.lost_heartbeat()
+            if await self._in_colo():
+                await self.leave_colo()
         except QmpError as e:
             log.warning("%s", e)
         end = time.monotonic() + TAKEOVER_S
@@ -306,18 +351,57 @@ class Secondary(Controller):
         self._drain()
         hold, self._hold = self._hold, None
         self.spoke_alone = True
-        if hold is not None and self._loaded():
-            self.dp.epoch = hold.n  # a copy of the PVM runs, in its numbers: no offset is left
+        loaded = hold is not None and (hold.resume is not None or self._loaded())
+        # What runs is a copy of the PVM, in its numbers: no offset is left. The primary's word
+        # counts too, since it says `n` only after this side's `done n`.
+        self.dp.epoch = max(
+            self.dp.epoch, self.peer_epoch, hold.n if hold is not None and loaded else 0
+        )
+        if hold is not None and hold.resume is not None:
+            self._resume_ns = hold.resume.ts_ns
+        said = self._frames_out()
         self.dp.mode = Mode.TAKEOVER
         self.become(State.TAKEN_OVER, why)
         self.peer.send("taken", why=why)
         await self._open_network()
         self.spawn(self._announce())
-        if hold is not None:  # the primary died inside a checkpoint
+        if hold is not None:  # the primary died, or fell silent, inside a checkpoint
             for event in hold.client:
                 self._deliver(event)
+            if hold.resume is not None:
+                for event in hold.svm:
+                    self._forward(event, late=True)
         self._drain()
         log.info("takeover took %.1f ms", (time.monotonic() - began) * 1000)
+        if self._silent_ns:
+            self.spawn(self._measure_gap(said, began))
+
+    async def _in_colo(self) -> bool:
+        """Whether QEMU has to be told. One that hangs is told too, past its main loop."""
+        try:
+            return await self.qmp.migration_status(HUNG_S) in IN_COLO
+        except QmpTimeout:
+            return True
+
+    def _frames_out(self) -> int:
+        """Frames of the guest that have left to the network."""
+        row = self.dp.counters()["svm_out"]
+        return sum(row[r][0] for r in ("passed", "rewritten", "released"))
+
+    async def _measure_gap(self, said: int, began: float) -> None:
+        """Until the guest's first frame after the primary's last one; the clients' share of it."""
+        since, self._silent_ns = self._silent_ns, 0
+        took = int((time.monotonic() - began) * 1e6)
+        end = time.monotonic() + GAP_S
+        while self._frames_out() == said:
+            if time.monotonic() > end:
+                log.info("the guest had nothing to say for %g s: no gap was measured", GAP_S)
+                return
+            await asyncio.sleep(0.001)
+        gap = max(0, time.monotonic_ns() - since)
+        self.last_failover = {"gap_ms": gap / 1e6, "took_ms": took / 1e3}
+        log.info("the network heard nothing of the guest for %.1f ms", gap / 1e6)
+        self.peer.send("resumed", gap_us=gap // 1000, took_us=took)
 
     def _loaded(self) -> bool:
         """Whether the checkpoint in which the primary died has reached the SVM all the same.
@@ -338,18 +422,20 @@ class Secondary(Controller):
             self.failures.append(f"open network: {e}")
 
     async def _announce(self) -> None:
-        """Tell the switches where the guest's address is now: RARP, as QEMU does itself."""
+        """Tell switches and neighbours where the guest is now, as its QEMU would: RARP for the
+        switches, gratuitous ARP and unsolicited neighbour advertisements for the addresses."""
         mac = self.config.network.guest_mac or await self._mac_from_qemu()
         if not mac:
             log.warning("no guest_mac configured and QEMU does not tell: no announcement")
             return
-        hw = bytes.fromhex(mac.replace(":", ""))
-        body = bytes.fromhex("0001080006040003") + hw + bytes(4) + hw + bytes(4)
-        frame = (b"\xff" * 6 + hw + b"\x80\x35" + body).ljust(60, b"\0")
+        seen = await asyncio.to_thread(self.flows.guest_addresses, MAX_ANNOUNCED)
+        frames = announcements(mac, seen, self.config.network.guest_addresses)
+        log.info("announcing the guest: %d frames, %d times", len(frames), len(ANNOUNCE_TIMES))
         start = time.monotonic()
         for at in ANNOUNCE_TIMES:
             await asyncio.sleep(max(0.0, start + at - time.monotonic()))
-            self.dp.injectors["forward"].send(frame)
+            for frame in frames:
+                self.dp.injectors["forward"].send(frame)
 
     async def _mac_from_qemu(self) -> str:
         try:
@@ -358,16 +444,29 @@ class Secondary(Controller):
             return ""
         return str(filters[0].get("main-mac", "")) if filters else ""
 
-    def failover_steps(self) -> list[str]:
-        f, net = self.config.failover, self.config.network
-        steps = [f"fence the primary: {' '.join(f.fence)}"] if f.fence else []
+    async def hand_over(self, deadline: float) -> bool:
+        if self.state not in (State.PROTECTED, State.CHECKPOINTING) or not self.peer.connected:
+            raise ValueError(f"no planned failover from state {self.state.value}: {self.reason}")
+        self.peer.send("plan", why="asked by the operator on the secondary")
+        while time.monotonic() < deadline:
+            if self.spoke_alone:
+                return True
+            await asyncio.sleep(TICK_S)
+        return False
+
+    def failover_steps(self, *, planned: bool, force: bool) -> list[str]:
+        f, net, qmp = self.config.failover, self.config.network, self.config.qemu.qmp
+        steps = [f"fence the primary: {' '.join(f.fence)}"] if f.fence and not force else []
+        if planned:
+            steps = ["the primary: a checkpoint, then data path: drop (the PVM is silent)"]
         return [
             *steps,
-            f"QMP {self.config.qemu.qmp}: x-colo-lost-heartbeat",
-            f"QMP {self.config.qemu.qmp}: query-status until `running`",
+            f"QMP {qmp}: x-colo-lost-heartbeat",
+            f"QMP {self.config.qemu.qmp_oob or qmp}: yank migration, out of band, should it hang",
+            f"QMP {qmp}: query-migrate, query-status until `running`",
             "data path: takeover (sequence offsets of live connections are kept)",
             f"{net.tap} joins {net.bridge}" if net.bridge else f"{net.tap} is routed by the host",
-            "announce the guest's address (RARP)",
+            "announce the guest (RARP, gratuitous ARP, unsolicited NDP)",
         ]
 
     # ---- ageing
@@ -377,10 +476,10 @@ class Secondary(Controller):
         while True:
             await asyncio.sleep(SWEEP_S)
             epoch = self.dp.epoch
-            await asyncio.to_thread(self.flows.sweep, epoch, self.state is State.TAKEN_OVER)
+            await asyncio.to_thread(self.flows.sweep, epoch)
             if (
                 self.state is State.TAKEN_OVER
-                and not self.flows.translated
+                and not self.flows.wanted
                 and not self.stepped_out
                 and self.speaker is None  # the programs are what a lease that ends is enforced by
             ):

@@ -25,6 +25,9 @@ WAIT_BUCKETS: tuple[float, ...] = (
     1e-2, 2.5e-2, 5e-2, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0,
 )  # fmt: skip
 
+#: upper bounds of the histogram of waiting times in the kernel, in seconds; one more as above
+FAST_WAIT_BUCKETS: tuple[float, ...] = tuple(2.0**i / 1e6 for i in range(23))
+
 #: counters of the secondary's controller, in `engine`: name, meaning
 SECONDARY_COUNTERS: tuple[tuple[str, str], ...] = (
     ("hold_overflow", "frames given up during a checkpoint as too many were waiting"),
@@ -153,6 +156,12 @@ _CHECKS: dict[str, _Check] = {
     "engine": _map(_count),
     "held": _object(packets=_count, bytes=_count, limit=_count),
     "wait": _object(buckets=_list(_count, len(WAIT_BUCKETS) + 1), sum=_number),
+    "fast": _object(
+        waits=_list(_count, len(FAST_WAIT_BUCKETS) + 1),
+        stashes=_count,
+        waiting=_count,
+        forgotten=_count,
+    ),
     "flows": _object(tracked=_count, limit=_count, translated=_count, aged=_count),
     "checkpoints": _object(
         total=_count,
@@ -183,6 +192,7 @@ _CHECKS: dict[str, _Check] = {
         _object(name=_text, action=_text, flows=_count, uncompared=_count, differences=_count)
     ),
     "failures": _list(_text),
+    "last_failover": _or_null(_object(gap_ms=_number, took_ms=_number)),
 }
 
 
@@ -213,6 +223,7 @@ class Status:
     engine: dict[str, int]
     held: dict[str, int]
     wait: dict[str, Any]
+    fast: dict[str, Any]  # waits: as wait.buckets, of FAST_WAIT_BUCKETS; waiting: of the stashes
     flows: dict[str, int]
     checkpoints: dict[str, Any]  # last: null before the first
     ring: dict[str, int]
@@ -221,6 +232,7 @@ class Status:
     divergences: list[dict[str, Any]]  # oldest first; pvm, svm: hexadecimal
     rules: list[dict[str, Any]]  # in their order; action "": a former one
     failures: list[str]
+    last_failover: dict[str, float] | None  # of the last planned one
 
     def to_json(self) -> dict[str, Any]:
         """The document; shares its parts with this object."""
@@ -262,6 +274,12 @@ def empty(pair: str, role: str) -> Status:
         engine={name: 0 for name, _ in names},
         held={"packets": 0, "bytes": 0, "limit": 0},
         wait={"buckets": [0] * (len(WAIT_BUCKETS) + 1), "sum": 0.0},
+        fast={
+            "waits": [0] * (len(FAST_WAIT_BUCKETS) + 1),
+            "stashes": 0,
+            "waiting": 0,
+            "forgotten": 0,
+        },
         flows={"tracked": 0, "limit": 0, "translated": 0, "aged": 0},
         checkpoints={
             "total": 0,
@@ -275,4 +293,5 @@ def empty(pair: str, role: str) -> Status:
         divergences=[],
         rules=[],
         failures=[],
+        last_failover=None,
     )

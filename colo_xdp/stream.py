@@ -162,7 +162,7 @@ class Stream(Twin):
         rec, cut = self.windows.limit(rec, p)
         if cut:
             self.host.count("window_shrunk")
-        self.host.emit(rec, now_ns)
+        self.leave(rec, now_ns)
 
     def release_part(self, now_ns: int, whole_segments: bool) -> bool:
         """Let the verified part of a head that waits for its rest leave as a frame of its own.

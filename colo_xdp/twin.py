@@ -19,6 +19,7 @@ from .history import History
 from .packet import ACK, FIN, RST, SYN, Packet
 from .policy import Verdict
 from .reasons import Cause
+from .record import Record
 from .window import WindowGate
 
 FLAGS = FIN | SYN | RST
@@ -47,6 +48,7 @@ class Twin(ABC):
         "again",
         "asked",
         "base",
+        "brake",
         "calm",
         "captured",
         "chunks",
@@ -67,6 +69,7 @@ class Twin(ABC):
         "ooo",
         "origin",
         "patience",
+        "refused",
         "rst_done",
         "sack",
         "send",
@@ -94,6 +97,9 @@ class Twin(ABC):
         self.captured = 0  # the newest frame that it has counted
         self.calm, self.patience = 0, 1  # settled batches: seen, and wanted
         self.given_ns = 0
+        self.refused = 0  # gifts, since the last one that was taken
+        #: frames that may leave and are kept back until tier K has the stream; None: none are
+        self.brake: list[Record] | None = None
         # of the PVM, kept over checkpoints
         self.base: int | None = None
         self.isn: int | None = None  # of the SYN that was released
@@ -142,11 +148,18 @@ class Twin(ABC):
     def expire(self, now_ns: int) -> int:
         """Ask if something is too old; the next deadline, 0 for none."""
 
+    def leave(self, rec: Record, now_ns: int) -> None:
+        """Let a frame go, at once or when the brake is taken off."""
+        if self.brake is None:
+            self.host.emit(rec, now_ns)
+        else:
+            self.brake.append(rec)
+
     # -- the engine's side
 
     def quiet(self) -> bool:
         """Nothing of either side waits."""
-        return not self.held and not self.svm_since()
+        return not self.held and not self.brake and not self.svm_since()
 
     def closed(self) -> bool:
         """The guest has closed or reset it; what comes now are stragglers."""
@@ -241,7 +254,7 @@ class Twin(ABC):
         if windows.shrunk and not self.held and (update := windows.update(self.base)) is not None:
             self.host.count("window_updates")
             update.ts_ns = now_ns  # made now: nothing has waited
-            self.host.emit(update, now_ns)
+            self.leave(update, now_ns)
         if not self.when and (self.chunks or self.ooo or flags & FLAGS):
             self.host.arm(self, now_ns + self.host.timeout_ns)
 

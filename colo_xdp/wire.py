@@ -19,6 +19,7 @@ from typing import Any
 VERSION = 3
 MIN_VERSION = 3  # of what this release can still speak
 MAX_LINE = 65536
+MAX_FLOWS_TEXT = 61440
 
 #: type -> {field: type}. Every field is required; unknown ones are refused (but in hello).
 MESSAGES: dict[str, dict[str, type]] = {
@@ -36,6 +37,7 @@ MESSAGES: dict[str, dict[str, type]] = {
         "alone": bool,
         "shadow": bool,
         "promise": bool,
+        "role": str,
     },
     # S: QEMU waits for the migration and the data path is ready
     "ready": {"epoch": int},
@@ -43,14 +45,27 @@ MESSAGES: dict[str, dict[str, type]] = {
     "begin": {"n": int, "cause": str, "initial": bool},
     # S: held from here on
     "begun": {"n": int},
+    # P, at the end of the first checkpoint: offsets that its guest has kept, part n of them, as
+    # struct colo_flow_key and struct colo_flow in hexadecimal; the first part replaces all
+    "base": {"n": int, "last": bool, "flows": str},
+    # S: part n has been taken over
+    "based": {"n": int},
+    # the other host's guest goes on alone: start a QEMU that waits for its migration
+    "reprotect": {"why": str},
     # S: its guest runs again under epoch n
     "done": {"n": int, "pause_us": int},
     # either: the checkpoint did not happen
     "failed": {"n": int, "why": str},
     # either: my data path is shut; `alone`: my guest has spoken alone before
     "gone": {"why": str, "alone": bool},
+    # P, with `gone` by plan: the time since its guest's last frame left
+    "silent": {"us": int},
+    # S: its guest's first frame has left; how long the network heard nothing
+    "resumed": {"gap_us": int, "took_us": int},
     # P: shut your guest in, mine speaks alone from now on or wants to
     "solo": {"why": str},
+    # S: hand over, as a planned failover asked for on this side
+    "plan": {"why": str},
     # S: it speaks for the guest from now on
     "taken": {"why": str},
     # the controller stops on purpose; the guests go on
@@ -83,7 +98,7 @@ def check(msg: dict[str, Any]) -> None:
             raise WireError(f"{kind}.{name}: {type(v).__name__} where {typ.__name__} is needed")
         if isinstance(v, int) and not 0 <= v < 1 << 64:
             raise WireError(f"{kind}.{name}: {v} out of range")
-        if isinstance(v, str) and len(v) > 4096:
+        if isinstance(v, str) and len(v) > (MAX_FLOWS_TEXT if name == "flows" else 4096):
             raise WireError(f"{kind}.{name}: {len(v)} characters")
 
 

@@ -105,8 +105,9 @@ class Lab:
 
     # ---- guests
 
-    def start_vm(self, role: str) -> vms.Vm:
-        """Start a host's QEMU; the secondary's waits for the migration."""
+    def start_vm(self, role: str, *, incoming: bool | None = None) -> vms.Vm:
+        """Start a host's QEMU; `incoming`: it waits for a migration (default: the secondary's)."""
+        waits = role == "secondary" if incoming is None else incoming
         v = vms.Vm(
             self.procs,
             role,
@@ -115,7 +116,7 @@ class Lab:
             self.accel,
             ns=self.ns(role),
             vnet_hdr=self.net.vnet_hdr,
-            incoming=self._migrate_uri if role == "secondary" else "",
+            incoming=self._migrate_uri if waits else "",
             shim=self._shim,
         )
         self.vm[role] = v
@@ -141,7 +142,12 @@ class Lab:
         port = 9847 if role == "primary" else 9848
         sections: dict[str, dict[str, Any]] = {
             "network": {"tap": "tap0", "peer_link": "peer0", "bridge": "br0"},
-            "qemu": {"qmp": str(self.work / f"{role}.qmp"), "migrate_uri": self._migrate_uri},
+            "qemu": {
+                "qmp": str(self.work / f"{role}.qmp"),
+                "qmp_oob": str(self.work / f"{role}.oob.qmp"),
+                "migrate_uri": self._migrate_uri,
+                "reverse_uri": self._migrate_uri,
+            },
             "peer": {
                 "local": f"{local}:9846",
                 "remote": f"{remote}:9846",
@@ -160,10 +166,12 @@ class Lab:
             lines += [f"{k} = {_toml(v)}" for k, v in keys.items()]
         return "\n".join(lines) + "\n"
 
-    def start_controller(self, role: str) -> subprocess.Popen[bytes]:
+    def start_controller(
+        self, role: str, env: dict[str, str] | None = None
+    ) -> subprocess.Popen[bytes]:
         """`colo-xdp run` in the host's namespace."""
         cmd = [sys.executable, "-m", "colo_xdp.cli", "run", str(self.config_path(role))]
-        env = {"COLO_XDP_LOG": "INFO", "PYTHONUNBUFFERED": "1"}
+        env = {"COLO_XDP_LOG": "INFO", "PYTHONUNBUFFERED": "1", **(env or {})}
         p = self.procs.start(cmd, self.controller_log(role), self.ns(role), env)
         self.controllers[role] = p
         return p

@@ -52,10 +52,11 @@ class Vm:
     ) -> None:
         self.name, self.dir = name, directory
         self.qmp = directory / f"{name}.qmp"
+        self.qmp_oob = directory / f"{name}.oob.qmp"
         self.lab_qmp = directory / f"{name}.lab.qmp"
         self.console = directory / f"{name}.console"
         self.log = directory / f"{name}.log"
-        for p in (self.qmp, self.lab_qmp, self.console):
+        for p in (self.qmp, self.qmp_oob, self.lab_qmp, self.console):
             p.unlink(missing_ok=True)
         cmd = ["qemu-system-x86_64", "-accel", accel]
         cmd += ["-cpu", "max" if accel == "tcg" else "host", "-m", str(MEMORY_MIB)]
@@ -65,6 +66,7 @@ class Vm:
         cmd += ["-chardev", f"file,id=s0,path={self.console}", "-serial", "chardev:s0"]
         cmd += ["-qmp", f"unix:{self.qmp},server=on,wait=off"]
         cmd += ["-qmp", f"unix:{self.lab_qmp},server=on,wait=off"]
+        cmd += ["-qmp", f"unix:{self.qmp_oob},server=on,wait=off"]
         if ns:
             hdr = "on" if vnet_hdr else "off"
             cmd += ["-netdev", f"tap,id=n0,ifname=tap0,script=no,downscript=no,vnet_hdr={hdr}"]
@@ -107,10 +109,10 @@ class Vm:
     def stop(self) -> None:
         stop_process(self._p)
 
-    def ask(self, command: str, **args: Any) -> Any:
+    def ask(self, command: str, *, seconds: float = 10, **args: Any) -> Any:
         """A QMP command over the lab's own socket, for looking at the guest only."""
         with socket.socket(socket.AF_UNIX) as s:
-            s.settimeout(10)
+            s.settimeout(seconds)
             s.connect(str(self.lab_qmp))
             f = s.makefile("rwb")
             f.readline()

@@ -27,6 +27,7 @@ from colo_xdp import abi, attach, cleanup, loader
 from colo_xdp.abi import Mode
 from colo_xdp.compare import Engine, Limits, Policy, Record
 from colo_xdp.config import load
+from colo_xdp.controller import RING_BATCH
 from colo_xdp.datapath import DataPath
 from colo_xdp.fastpath import Gift, conn_key
 from colo_xdp.packet import parse
@@ -319,7 +320,7 @@ class TierU:
             else:
                 engine.from_svm(rec, e.epoch, now)
 
-        self.dp.drain(on)
+        self.dp.drain(on, RING_BATCH)
         self.dp.beat()
         engine.flush(now)
         engine.tick(now)

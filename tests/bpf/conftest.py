@@ -15,7 +15,7 @@ import pytest
 from colo_xdp import _bpf, abi, loader, rewrite
 from colo_xdp.tcp_state import transition_words
 
-TC_OK, TC_SHOT, TC_REDIRECT, XDP_PASS = 0, 2, 7, 2
+TC_OK, TC_SHOT, TC_REDIRECT, XDP_PASS, TC_UNSPEC = 0, 2, 7, 2, 0xFFFFFFFF
 
 
 def _why_not() -> str:
@@ -96,6 +96,12 @@ class Kernel:
         after = self.counts(which)
         return Ran(verdict, out, {k: n - before[k] for k, n in after.items() if n != before[k]})
 
+    def keep_for_good(self, key: bytes) -> None:
+        """An offset that checkpoints do not end."""
+        words = list(abi.FLOW.unpack(self.flow_map.get(key) or b""))
+        words[1] = abi.EPOCH_BASE
+        self.flow_map.set(key, abi.FLOW.pack(*words))
+
     def flow(self, key: bytes) -> rewrite.Flow | None:
         raw = self.flow_map.get(key)
         return decode_flow(raw) if raw else None
@@ -138,6 +144,25 @@ def _tc_kernel(bpffs: Path) -> Iterator[Kernel]:
 @pytest.fixture(scope="session")
 def _xdp_kernel(bpffs: Path) -> Iterator[Kernel]:
     yield from _kernel(bpffs, "xdp", rewrite_at_xdp=True)
+
+
+@pytest.fixture(scope="session")
+def _guest_kernel(bpffs: Path) -> Iterator[Kernel]:
+    o = loader.Options(flow_table=1024, ring_pages=64)
+    objects = loader.load("guest", "guest", str(bpffs), o)
+    try:
+        yield Kernel(objects)
+    finally:
+        objects.close()
+        loader.remove_pins(objects.pin_dir)
+
+
+@pytest.fixture
+def guest(_guest_kernel: Kernel) -> Kernel:
+    """The programs of a PVM with numbers of its own, which are those of epoch 7."""
+    _guest_kernel.reset(abi.Mode.RUN, 9)
+    _guest_kernel.set(abi.Cfg.BASE_EPOCH, 7)
+    return _guest_kernel
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from colo_xdp import abi, rewrite
 from colo_xdp.abi import Mode, Reason
 
 from . import craft
-from .conftest import TC_OK, TC_REDIRECT, XDP_PASS, Kernel
+from .conftest import TC_OK, TC_REDIRECT, TC_UNSPEC, XDP_PASS, Kernel
 from .craft import ACK, FIN, PSH, RST, SYN
 
 M = 0xFFFFFFFF
@@ -177,6 +177,12 @@ def compare(kernel: Kernel, out_prog: str, seed: int, frames: int) -> Counter[st
         if rng.random() < (0.02 if model.mode == Mode.TAKEOVER else 0.004):
             model.mode = Mode.RUN if model.mode == Mode.TAKEOVER else Mode.TAKEOVER
             kernel.set(abi.Cfg.MODE, model.mode)
+        if model.flows and rng.random() < 0.004:
+            key = rng.choice(list(model.flows))
+            if kernel.flow(key) is not None:
+                model.flows[key].epoch = abi.EPOCH_BASE
+                kernel.keep_for_good(key)
+                seen["for good"] += 1
         conn = rng.choice(conns)
         side, frame = conn.next()
         if rng.random() < 0.1:
@@ -265,3 +271,61 @@ def test_checksum_corners(tc: Kernel, xdp: Kernel, check: int, isn_p: int, isn_s
                 want, _ = model.to_svm(frame) if to_svm else model.from_svm(frame)
                 _, got = kernel.bare("svm_deliver" if to_svm else prog, frame)
                 assert got.hex() == want.hex()
+
+
+def encode_flow(f: rewrite.Flow) -> bytes:
+    return abi.FLOW.pack(
+        0, f.epoch, f.off, f.tsoff, f.isn_p, f.isn_s, f.ts_p, f.ts_s, f.fin_guest, f.fin_client,
+        f.state, f.have, f.have_client, 0, f.isn_c, 0,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_guest_with_numbers_of_its_own(guest: Kernel, seed: int) -> None:
+    """As the PVM it is translated by what it took over with, and nothing new begins."""
+    rng = random.Random(900 + seed)
+    model = rewrite.Rewriter(epoch=7)
+    conns = [Conn(rng, 1000 + i) for i in range(40)]
+    for _ in range(200):
+        side, frame = rng.choice(conns).next()
+        (model.to_svm if side == "C" else model.from_svm)(frame)
+    for key, f in model.flows.items():
+        if rng.random() < 0.3:
+            f.epoch = rng.choice((abi.EPOCH_BASE, abi.EPOCH_BASE, 6))
+        guest.flow_map.set(key, encode_flow(f))
+    model.mode = Mode.TAKEOVER
+    seen: Counter[str] = Counter()
+    progs = {p: guest.counts(abi.Prog[p.upper()]) for p in ("guest_in", "guest_out")}
+    reasons: dict[str, Counter[str]] = {p: Counter() for p in progs}
+    for i in range(2500):
+        if i % 500 == 250:
+            mode = rng.choice(list(Mode))  # it is all the same here
+            guest.set(abi.Cfg.MODE, mode)
+        side, frame = rng.choice(conns).next()
+        if rng.random() < 0.05:
+            frame = spoil(rng, frame)
+        prog = "guest_in" if side == "C" else "guest_out"
+        try:
+            verdict, got = guest.bare(prog, frame)
+        except OSError as e:
+            assert e.errno == errno.EINVAL
+            continue
+        want, reason = model.to_svm(frame) if side == "C" else model.from_svm(frame)
+        assert got.hex() == want.hex(), f"seed {seed} frame {i} {prog} {reason.name}"
+        assert verdict == TC_UNSPEC
+        reason = Reason.PASSED if reason is Reason.REDIRECTED else reason
+        reasons[prog][reason.name] += 1
+        seen[reason.name] += 1
+    for name, before in progs.items():
+        now = guest.counts(abi.Prog[name.upper()])
+        assert {k: v - before[k] for k, v in now.items() if v != before[k]} == reasons[name]
+    assert {k: guest.flow(k) for k in list(guest.flow_map.keys())} == model.flows
+    assert seen["REWRITTEN"] > 50, seen
+
+
+def test_a_released_frame_is_not_translated_again(guest: Kernel) -> None:
+    ends = (craft.GUEST4, craft.CLIENT4)
+    frame = craft.ip(*ends, 6, craft.tcp_segment(*ends, 80, 40000, 1, 1, ACK))
+    for prog in ("guest_in", "guest_out"):
+        ran = guest.run(prog, frame, abi.MARK)
+        assert (ran.verdict, ran.frame, ran.reasons) == (TC_UNSPEC, frame, {"RELEASED": 1})

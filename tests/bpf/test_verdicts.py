@@ -16,7 +16,7 @@ from colo_xdp.abi import Cfg, LossPolicy, Mode, Prog, Reason
 from colo_xdp.speaker import boot_ns
 from tests.netns.frames import tcp
 
-from .conftest import TC_OK, TC_REDIRECT, TC_SHOT, XDP_PASS, Kernel
+from .conftest import TC_OK, TC_REDIRECT, TC_SHOT, TC_UNSPEC, XDP_PASS, Kernel
 
 GUEST, CLIENT = tcp(b"from the guest"), tcp(b"from a client", reverse=True)
 GARBAGE = b"\xff" * 12 + b"\x08\x00" + b"\x4f" + b"\0" * 45  # IPv4 whose header is beyond it
@@ -51,7 +51,9 @@ SECONDARY = [
     ("svm_in", Mode.DROP, 0, MIRRORED, TC_SHOT, "FENCED", None),
     ("svm_in", Mode.RUN, 0, MIRRORED, TC_REDIRECT, "REDIRECTED", CLIENT),
     ("svm_in", Mode.CHECKPOINT, 0, MIRRORED, TC_SHOT, "CAPTURED", None),
-    ("svm_in", Mode.TAKEOVER, 0, MIRRORED, TC_SHOT, "ISOLATED", None),
+    ("svm_in", Mode.TAKEOVER, 0, MIRRORED, TC_REDIRECT, "REDIRECTED", CLIENT),
+    ("svm_in", Mode.TAKEOVER, 0, SVMS, TC_SHOT, "ISOLATED", None),
+    ("svm_in", Mode.BYPASS, 0, MIRRORED, TC_SHOT, "FENCED", None),
     ("svm_deliver", Mode.DROP, 0, CLIENT, TC_SHOT, "FENCED", None),
     ("svm_deliver", Mode.RUN, 0, CLIENT, TC_REDIRECT, "REDIRECTED", CLIENT),
     ("svm_deliver", Mode.CHECKPOINT, 0, CLIENT, TC_REDIRECT, "REDIRECTED", CLIENT),
@@ -188,10 +190,18 @@ def test_pvm_out_without_a_controller(
     primary.set(Cfg.LOSS_NS, 0)
 
 
-@pytest.mark.parametrize("mode", [Mode.BYPASS, Mode.DROP])
+@pytest.mark.parametrize("mode", [Mode.BYPASS, Mode.TAKEOVER])
 def test_pvm_in_passes_untouched_when_nothing_is_mirrored(primary: Primary, mode: Mode) -> None:
     primary.set(Cfg.MODE, mode)
-    assert primary.run("pvm_in", CLIENT)[:2] == (TC_OK, {"PASSED": 1})
+    assert primary.run("pvm_in", CLIENT)[:2] == (TC_UNSPEC, {"PASSED": 1})
+
+
+@pytest.mark.parametrize("mode", [Mode.RUN, Mode.CHECKPOINT, Mode.DROP])
+def test_pvm_in_mirrors_also_for_a_guest_that_has_fallen_silent(
+    primary: Primary, mode: Mode
+) -> None:
+    primary.set(Cfg.MODE, mode)
+    assert primary.run("pvm_in", CLIENT)[:2] == (TC_UNSPEC, {"MIRRORED": 1})
 
 
 def test_the_hosts_own_frames_on_the_peer_link_are_left_alone(primary: Primary) -> None:

@@ -33,6 +33,7 @@ from tests.netns.frames import csum, tcp
 SEQ, ACK = 0xFFFFF000, 5000  # the streams wrap around early
 MASK = 0xFFFFFFFF
 WINDOW = 150_000  # of the client
+RTO = 0.03  # s
 MSS = 1428  # of IPv6 with timestamps
 _FORK = mp.get_context("fork")
 
@@ -43,7 +44,7 @@ def stream(port: int, length: int) -> bytes:
 
 
 def ack_at(pos: int) -> int:
-    """What a guest has acked when it has sent `pos` bytes."""
+    """What a guest acks with the bytes from `pos` on."""
     return ACK + pos // 3000
 
 
@@ -52,6 +53,7 @@ class Shared:
 
     def __init__(self, conns: int) -> None:
         self.pos: list[Any] = [_FORK.Array(ctypes.c_uint64, conns, lock=False) for _ in range(2)]
+        self.acked: list[Any] = [_FORK.Array(ctypes.c_uint64, conns, lock=False) for _ in range(2)]
         self.have: Any = _FORK.Array(ctypes.c_uint64, conns, lock=False)  # of the client
         self.pause: Synchronized[int] = _FORK.Value(ctypes.c_int, 0)
         self.paused: Any = _FORK.Array(ctypes.c_int, 2, lock=False)
@@ -94,29 +96,37 @@ class Guest:
             streams = [stream(40000 + i, self.length) for i in range(self.conns)]
             mine, other = self.shared.pos[self.side], self.shared.pos[1 - self.side]
             rnd, shared = self.rnd, self.shared
+            moved = [(0, time.monotonic())] * self.conns  # where the client is, and since when
             while not shared.stop.value:
                 if shared.pause.value:
                     self._pause()
                 i = rnd.randrange(self.conns)
                 at = mine[i]
                 # Sent again from time to time; the last bytes until somebody says stop.
-                blocked = at > min(other[i] + 100_000, shared.have[i] + WINDOW)
-                if at >= self.length or rnd.random() < (0.01 if blocked else 0.0005):
-                    time.sleep(0.0002)
-                    back = max(0, min(at, self.length) - rnd.randrange(1, 20000))
-                    at = rnd.choice((back, shared.have[i]))
-                elif blocked:
+                have = shared.have[i]
+                if have != moved[i][0]:
+                    moved[i] = have, time.monotonic()
+                blocked = at >= self.length or at > min(other[i] + 100_000, have + WINDOW)
+                if blocked and time.monotonic() - moved[i][1] < RTO:
+                    time.sleep(0.00005)
                     continue
+                if blocked or rnd.random() < 0.0005:
+                    moved[i] = have, time.monotonic()
+                    back = max(0, min(at, self.length) - rnd.randrange(1, 20000))
+                    at = rnd.choice((back, have))
                 big = self.side == 0 and rnd.random() < 0.2
                 n = rnd.randrange(1500, 50000) if big else rnd.choice((1, 200, MSS, MSS, MSS))
                 data = streams[i][at : at + n]
                 partial = self.side == 0
+                acked = shared.acked[self.side]
+                ack = max(acked[i], ack_at(at))
                 frame = tcp(
-                    data, seq=(SEQ + at) & MASK, ack=ack_at(at + len(data)), dport=40000 + i,
+                    data, seq=(SEQ + at) & MASK, ack=ack, dport=40000 + i,
                     v6=bool(i & 1), partial=partial,
                 )  # fmt: skip
                 # Before it is sent: what the client gets must never be beyond this.
                 mine[i] = max(mine[i], at + len(data))
+                acked[i] = ack
                 self._send(frame, MSS if len(data) > MSS else 0)
 
     def _pause(self) -> None:
@@ -154,7 +164,7 @@ class Client:
                     wrong.append(f"port {dport}: other bytes at {at}")
                 if at + len(data) > min(self.shared.pos[s][i] for s in (0, 1)):
                     wrong.append(f"port {dport}: {at + len(data)} before both had said it")
-                if ack > min(ack_at(self.shared.pos[s][i]) for s in (0, 1)):
+                if ack > min(self.shared.acked[s][i] for s in (0, 1)):
                     wrong.append(f"port {dport}: ack {ack} before both had acked it")
                 if not _checksum(head, frame, l4):
                     wrong.append(f"port {dport}: checksum at {at}, {len(data)} bytes, {head.hex()}")
@@ -225,6 +235,7 @@ class Proxy:
         stop = time.monotonic_ns()
         for i in range(len(s.pos[0])):
             s.pos[1][i] = s.pos[0][i]
+            s.acked[1][i] = s.acked[0][i]
         while self.dp.drain(self._on):
             pass
         epoch = self.engine.epoch + 1

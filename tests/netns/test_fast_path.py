@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from colo_xdp import cleanup
+from colo_xdp import cleanup, loader
 from colo_xdp.datapath import DataPath
 from tests.netns.conftest import Net
 from tests.netns.fastlab import run
 from tests.netns.test_primary_path import PAIR, config
 
-SECONDS = float(os.environ.get("STRESS_SECONDS", "20"))
+STRESS = int(os.environ.get("STRESS", "1"))  # so many times longer
 
 
 @pytest.fixture
@@ -27,12 +27,20 @@ def path(net: Net, tmp_path: Path) -> Iterator[DataPath]:
     cleanup.cleanup(PAIR, "/sys/fs/bpf", str(tmp_path))
 
 
-@pytest.mark.parametrize(("conns", "length", "every"), [(1, 24 << 20, 0.0), (8, 3 << 20, 0.5)])
+@pytest.mark.timeout(60 * STRESS + 60)
+@pytest.mark.parametrize(("conns", "length", "every"), [(1, 48 << 20, 0.0), (8, 8 << 20, 0.5)])
 def test_two_guests_at_once(
     net: Net, path: DataPath, conns: int, length: int, every: float
 ) -> None:
+    length *= STRESS
     proxy, frames, have, wrong = run(
-        net, path, conns=conns, length=length, seed=conns, seconds=SECONDS, checkpoint_every=every
+        net,
+        path,
+        conns=conns,
+        length=length,
+        seed=conns,
+        seconds=40 * STRESS,
+        checkpoint_every=every,
     )
     counters = path.counters()
     kernel = sum(
@@ -44,3 +52,24 @@ def test_two_guests_at_once(
     assert have == [length] * conns, f"{have} {frames} {said} {everything}"
     handed = {r: n for r, (n, _) in counters["fast"].items() if n}
     assert kernel > 500, f"{said} {handed}"
+
+
+def test_a_kernel_that_refuses_tier_k_gets_tier_u(
+    net: Net, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    real = loader.load
+
+    def load(role: str, pair: str, bpffs: str, options: loader.Options, home: str = "") -> object:
+        if options.fast:
+            raise loader.Refused("pvm_out: too large\nmore words of the verifier")
+        return real(role, pair, bpffs, options, home)
+
+    monkeypatch.setattr(loader, "load", load)
+    cleanup.cleanup(PAIR, "/sys/fs/bpf", str(tmp_path))
+    dp = DataPath(config(tmp_path))
+    try:
+        assert dp.fast is None and set(dp.objects.programs) >= {"pvm_in", "pvm_out"}
+        assert "compared in user space: pvm_out: too large" in caplog.text
+    finally:
+        dp.close()
+        cleanup.cleanup(PAIR, "/sys/fs/bpf", str(tmp_path))

@@ -60,6 +60,7 @@ class Side:
         self.mode, self.epoch, self.beat_ns = Mode.BYPASS if primary else Mode.DROP, 0, 0
         self.loaded = False
         self.shadowed = 0
+        self.order = ""
         self.ring: deque[Event] = deque()
         self.lost = 0
         self.rewriter = Tracker()
@@ -292,6 +293,15 @@ class SimDataPath:
         if not self.dead:
             self._side.shadowed = value
 
+    @property
+    def order(self) -> str:
+        return self._side.order
+
+    @order.setter
+    def order(self, what: str) -> None:
+        if not self.dead:
+            self._side.order = what
+
     def beat(self) -> None:
         if not self.dead:
             self._side.beat_ns = self._side.world.ns()
@@ -318,6 +328,12 @@ class SimDataPath:
 
     def tap_alive(self) -> bool:
         return self._side.qemu.alive
+
+    def flows(self) -> None:
+        return None
+
+    def counters(self) -> dict[str, dict[str, tuple[int, int]]]:
+        return {"svm_out": dict.fromkeys(("passed", "rewritten", "released"), (0, 0))}
 
     def open_network(self) -> None:
         if not self.dead:
@@ -358,6 +374,9 @@ class _Flows:
             seen, f.epoch, f.off, f.tsoff, f.isn_p, f.isn_s, f.ts_p, f.ts_s, f.fin_guest,
             f.fin_client, f.state, f.have, f.have_client, 0, f.isn_c, 0,
         )  # fmt: skip
+
+    def keys(self) -> list[bytes]:
+        return list(self._side.rewriter.flows)
 
     def delete(self, key: bytes) -> None:
         self._side.rewriter.flows.pop(key, None)
@@ -533,10 +552,10 @@ class SimQmp:
         self.connected, q.client = True, self
         return QemuInfo((7, 2, 0), True, q.status())
 
-    async def status(self) -> str:
+    async def status(self, timeout: float | None = None) -> str:
         return (await self._call("status")).status()
 
-    async def migration_status(self) -> str:
+    async def migration_status(self, timeout: float | None = None) -> str:
         return (await self._call("query-migrate")).migration
 
     async def prepare(self, *, primary: bool) -> None:
@@ -548,7 +567,13 @@ class SimQmp:
     async def trigger_checkpoint(self) -> None:
         (await self._call("trigger")).checkpoint(first=False)
 
-    async def lost_heartbeat(self) -> None:
+    async def yank(self, timeout: float | None = None) -> None:
+        await self._call("yank")
+
+    async def quit(self) -> None:
+        (await self._call("quit")).die()
+
+    async def lost_heartbeat(self, timeout: float | None = None) -> None:
         (await self._call("x-colo-lost-heartbeat")).lost_heartbeat()
 
     async def execute(self, command: str, args: Any = None, timeout: Any = None) -> Any:

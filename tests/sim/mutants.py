@@ -35,9 +35,6 @@ KERNEL_MUTANTS: dict[str, Callable[[Any], None]] = {}
 TIERS_MUTANTS: dict[str, Callable[[Any], None]] = {}
 #: what a mutant's scenes have to have, where random ones seldom do
 SCENES: dict[str, dict[str, Any]] = {
-    "stale_incarnations_count": {
-        "link_jitter": 25.0, "conns": 12, "faults": (), "odd": 0.0, "compare_timeout": 400,
-    },
     "a_shadow_ends_with_a_word": {
         "conns": 4, "loss": 0.0, "link_jitter": 3.0, "faults": (
             Fault(67, "shadow", 60), Fault(115, "kill_p_qemu", 0),
@@ -343,11 +340,6 @@ def the_oldest_svm_bytes_win(mp: Any) -> None:
         real(self, stop_ts_ns, epoch, now_ns)
 
     mp.setattr(Engine, "commit_checkpoint", commit)
-
-
-@_mutant
-def stale_incarnations_count(mp: Any) -> None:
-    mp.setattr(Twin, "_foreign", lambda self, seq: False)
 
 
 @_mutant

@@ -495,7 +495,7 @@ class World:
         kept = [(m, "time", m.time) for m in modules]  # type: ignore[attr-defined]
         kept += [
             (controller_module, n, getattr(controller_module, n))
-            for n in ("Qmp", "Peer", "make_store")
+            for n in ("Qmp", "Peer", "make_store", "WATCH_S")
         ]
         kept += [(fastmap, "_bpf", fastmap._bpf)]
         kept += [(compare, n, getattr(compare, n)) for n in ("OFFER_AFTER", "MAX_PATIENCE")]
@@ -505,6 +505,8 @@ class World:
             if self.scene.eager:
                 compare.OFFER_AFTER = compare.MAX_PATIENCE = 1  # type: ignore[attr-defined]
             fastmap._bpf = Bpf(self.ns)  # type: ignore[assignment]
+            # A QEMU that hangs here refuses its commands, which tells the watch nothing.
+            controller_module.WATCH_S = 1e9
             controller_module.Qmp = self._make_qmp  # type: ignore[misc,assignment]
             controller_module.Peer = self._make_peer  # type: ignore[misc,assignment]
             controller_module.make_store = self._make_store  # type: ignore[assignment]

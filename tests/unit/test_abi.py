@@ -42,6 +42,7 @@ def test_enums() -> None:
         ("colo_prog", abi.Prog, "PROG_"),
         ("colo_reason", abi.Reason, "R_"),
         ("colo_source", abi.Source, "SRC_"),
+        ("colo_role", abi.HostRole, "ROLE_"),
         ("colo_loss_policy", abi.LossPolicy, "LOSS_"),
     )
     for c_name, py, prefix in pairs:
@@ -56,6 +57,7 @@ def test_numbers() -> None:
     assert define("COLO_KIND_SHIFT") == abi.KIND_SHIFT
     assert define("COLO_KIND_MIRROR") == abi.KIND_MIRROR
     assert define("COLO_KIND_SVM") == abi.KIND_SVM
+    assert define("COLO_EPOCH_BASE") == abi.EPOCH_BASE
     assert define("EV_PARTIAL") == abi.EV_PARTIAL
     assert define("EV_VLAN") == abi.EV_VLAN
 

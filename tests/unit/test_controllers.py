@@ -16,10 +16,12 @@ from colo_xdp.abi import Mode, Source
 from colo_xdp.config import load
 from colo_xdp.failover import State
 from colo_xdp.primary import Checkpoint, Primary
+from colo_xdp.qmp import QmpTimeout
 from colo_xdp.qmp_event import QmpEvent
 from colo_xdp.reasons import Cause
 from colo_xdp.ring import Event
 from colo_xdp.secondary import Secondary
+from colo_xdp.wire import encode
 from tests.netns.frames import tcp
 
 EXAMPLES = Path(__file__).parents[2] / "deploy/examples"
@@ -41,12 +43,14 @@ class FakeDataPath:
     def __init__(self, mode: Mode, *, adopted: bool = False) -> None:
         self.mode, self.adopted, self.epoch, self.shadowed = mode, adopted, 7, 0
         self.fast = None
+        self.order = ""
         self.injectors = {n: FakeInjector() for n in ("release", "deliver", "forward")}
         self.objects = SimpleNamespace(
             map=lambda name: SimpleNamespace(info=SimpleNamespace(max_entries=8), items=lambda: [])
         )
         self.waiting: list[Event] = []
-        self.opened = 0
+        self.opened = self.changed = 0
+        self.base_epoch = 0
         self.unmirrored: set[bytes] = set()
 
     def lost_events(self) -> int:
@@ -66,6 +70,16 @@ class FakeDataPath:
 
     def speak_until(self, boot_ns: int) -> None:
         self.until = boot_ns
+
+    def flows(self) -> None:
+        return None
+
+    def counters(self) -> dict[str, dict[str, tuple[int, int]]]:
+        sent = len(self.injectors["forward"].frames)
+        return {"svm_out": {"passed": (0, 0), "rewritten": (0, 0), "released": (sent, 0)}}
+
+    def change_role(self) -> None:
+        self.changed += 1
 
     def open_network(self) -> None:
         self.opened += 1
@@ -155,7 +169,7 @@ def test_a_primary_never_speaks_against_a_secondary_that_took_over(kind: str) ->
         c, dp, _ = primary()
         c.state = State.PROTECTED
         beat = {"t": 1, "echo": 0, "state": "taken-over", "epoch": 7, "vm": True,
-                "shut": False, "alone": True}  # fmt: skip
+                "shut": False, "alone": True, "role": "secondary"}  # fmt: skip
         c._peer_message({"type": kind, **({"why": "x"} if kind == "taken" else beat)})
         assert c.state is State.STOPPED and dp.mode is Mode.DROP
 
@@ -274,7 +288,15 @@ def test_a_first_checkpoint_counts_when_the_primary_has_confirmed_it() -> None:
 def test_a_shadow_ends_with_a_later_checkpoint_only() -> None:
     """A primary controller that was started anew does not know of it, nor a secondary's."""
     c, dp, _ = secondary()
-    beat = {"t": 1, "echo": 0, "state": "protected", "vm": True, "shut": False, "alone": False}
+    beat = {
+        "t": 1,
+        "echo": 0,
+        "state": "protected",
+        "vm": True,
+        "shut": False,
+        "alone": False,
+        "role": "primary",
+    }
     beat |= {"type": "beat"}
     c._peer_message(beat | {"epoch": 7, "shadow": True})
     c._peer_message(beat | {"epoch": 7, "shadow": False})
@@ -283,3 +305,332 @@ def test_a_shadow_ends_with_a_later_checkpoint_only() -> None:
     assert again.shadow
     again._peer_message(beat | {"epoch": 8, "shadow": False})
     assert not again.shadow and not dp.shadowed
+
+
+class FakeQmp:
+    """Answers as a QEMU that has left COLO at once."""
+
+    name = "fake"
+
+    def __init__(self) -> None:
+        self.connected, self.said = True, []  # type: tuple[bool, list[str]]
+        self.colo = True
+
+    async def migration_status(self, timeout: float | None = None) -> str:
+        return "colo" if self.colo else "completed"
+
+    async def lost_heartbeat(self, timeout: float | None = None) -> None:
+        self.said.append("lost_heartbeat")
+        self.colo = False
+
+    async def status(self, timeout: float | None = None) -> str:
+        return "running"
+
+    async def execute(self, command: str) -> list[Any]:
+        return []
+
+
+BEAT = {
+    "t": 1,
+    "echo": 0,
+    "vm": True,
+    "alone": False,
+    "shadow": False,
+    "type": "beat",
+    "role": "primary",
+}
+
+
+def test_a_planned_failover_holds_until_this_side_speaks() -> None:
+    """What both said after the last checkpoint is neither lost nor translated."""
+
+    async def body() -> None:
+        c, dp, sent = secondary()
+        c.state = State.PROTECTED
+        c.qmp = FakeQmp()  # type: ignore[assignment]
+        c.on_message({"type": "begin", "n": 8, "cause": "planned", "initial": False})
+        t = time.monotonic_ns()
+        c.on_qmp(event("STOP", t + 15, t + 60))
+        c.on_qmp(event("RESUME", t + 30, t + 60))
+        for at, source, text in (
+            (t + 20, Source.SVM, b"old guest"),
+            (t + 40, Source.SVM, b"new guest"),
+            (t + 50, Source.CLIENT, b"client"),
+        ):
+            c.on_event(Event(source, at, 7, tcp(text), 0, False))
+        assert sent.kinds() == ["begun", "done"]
+        assert dp.mode is Mode.CHECKPOINT and dp.epoch == 7
+        c.on_message({"type": "silent", "us": 3000})
+        c._peer_message(BEAT | {"state": "stopped", "epoch": 8, "shut": True})
+        assert c._busy is not None
+        await c._busy
+        while "resumed" not in sent.kinds():
+            await asyncio.sleep(0.001)
+        assert 3 <= sent[-1]["gap_us"] / 1000 < 5000
+        assert c.state is State.TAKEN_OVER and dp.mode is Mode.TAKEOVER and dp.epoch == 8
+        assert b"client" in dp.injectors["deliver"].frames[0]
+        forwarded = b"".join(dp.injectors["forward"].frames)
+        assert b"new guest" in forwarded and b"old guest" not in forwarded
+
+    in_loop(body)
+
+
+def test_a_planned_failover_that_the_primary_gave_up_ends_as_a_checkpoint() -> None:
+    c, dp, _ = secondary()
+    c.state = State.PROTECTED
+    c.qmp = FakeQmp()  # type: ignore[assignment]
+    c.on_message({"type": "begin", "n": 8, "cause": "planned", "initial": False})
+    t = time.monotonic_ns()
+    c.on_qmp(event("STOP", t + 15, t + 60))
+    c.on_qmp(event("RESUME", t + 30, t + 60))
+    c.on_message(BEAT | {"state": "protected", "epoch": 8, "shut": False})
+    assert c.state is State.PROTECTED and dp.mode is Mode.RUN and dp.epoch == 8
+
+
+def test_the_primarys_epoch_tells_a_new_secondary_controller_what_its_guest_has_loaded() -> None:
+    async def body() -> None:
+        c, dp, _ = secondary(Mode.CHECKPOINT)
+        c.qmp = FakeQmp()  # type: ignore[assignment]
+        c._peer_message(BEAT | {"state": "stopped", "epoch": 8, "shut": True})
+        assert c._busy is not None
+        await c._busy
+        assert c.state is State.TAKEN_OVER and dp.epoch == 8
+
+    in_loop(body)
+
+
+@pytest.mark.parametrize("order", ["failover", "force"])
+def test_a_persons_word_outlives_the_controller_that_heard_it(order: str) -> None:
+    async def body() -> None:
+        c, dp, _ = secondary()
+        dp.order = order
+        c = Secondary(c.config, dp)  # type: ignore[arg-type]
+        c.qmp = FakeQmp()  # type: ignore[assignment]
+        object.__setattr__(c.config.failover, "fence", ("/bin/false",))
+        c._decide()
+        assert c._busy is not None
+        await c._busy
+        if order == "force":
+            assert c.state is State.TAKEN_OVER and dp.mode is Mode.TAKEOVER
+        else:
+            assert c.fence_result is False and dp.mode is Mode.RUN
+
+    in_loop(body)
+
+
+def test_planned_and_force_exclude_each_other() -> None:
+    c, _, _ = secondary()
+    with pytest.raises(ValueError, match="planned or force"):
+        asyncio.run(c.command("failover", {"planned": True, "force": True}))
+    c.state = State.DEGRADED
+    with pytest.raises(ValueError, match="no planned failover from state degraded"):
+        asyncio.run(c.command("failover", {"planned": True}))
+    steps = asyncio.run(c.command("failover", {"planned": True, "dry_run": True}))["steps"]
+    assert "a checkpoint" in steps[0] and any("yank" in s for s in steps)
+
+
+def test_a_survivor_becomes_the_primary_when_a_new_qemu_waits() -> None:
+    async def body() -> None:
+        c, dp, _ = secondary(Mode.TAKEOVER)
+        object.__setattr__(c.config.qemu, "reverse_uri", "")
+        c.on_message({"type": "ready", "epoch": 3})
+        assert not c.role_changed, "nothing says where the other QEMU waits"
+        object.__setattr__(c.config.qemu, "reverse_uri", "tcp:192.0.2.1:9998")
+        c.on_message({"type": "ready", "epoch": 3})
+        assert c.role_changed and dp.changed == 1
+        await asyncio.wait_for(c.finished(), 1)
+
+    in_loop(body)
+
+
+def test_a_primary_that_is_alone_protects_again() -> None:
+    async def body() -> None:
+        c, _, _ = primary(Mode.BYPASS)
+        c.state, c.spoke_alone, c.operator = State.SOLO, True, True
+        c.qmp = FakeQmp()  # type: ignore[assignment]
+        went: list[str] = []
+
+        async def protect() -> None:
+            went.append(c.state.value)
+
+        c._protect = protect  # type: ignore[method-assign]
+        c.on_message({"type": "ready", "epoch": 3})
+        assert c._guard is not None
+        await c._guard
+        assert went == ["starting"] and c.qmp.said == ["lost_heartbeat"]  # type: ignore[attr-defined]
+        assert not c.spoke_alone and not c.operator
+
+    in_loop(body)
+
+
+def test_offsets_of_its_own_are_handed_over_in_parts() -> None:
+    async def body() -> None:
+        c, dp, sent = primary(Mode.CHECKPOINT)
+        dp.base_epoch = 7
+        entries = [bytes([i % 256]) * 104 for i in range(700)]
+        c.own = SimpleNamespace(export=lambda epoch: entries)  # type: ignore[assignment]
+        c.peer.connected = True
+        c.qmp = FakeQmp()  # type: ignore[assignment]
+        ck = c._ck = Checkpoint(8, "initial", time.monotonic_ns())
+
+        async def answer() -> None:
+            for n in range(3):
+                while sum(m["type"] == "base" for m in sent) <= n:
+                    await asyncio.sleep(0)
+                c.on_message({"type": "based", "n": n})
+
+        await asyncio.gather(c._hand_offsets(ck, time.monotonic() + 5), answer())
+        parts = [m for m in sent if m["type"] == "base"]
+        assert [(m["n"], m["last"]) for m in parts] == [(0, False), (1, False), (2, True)]
+        assert b"".join(bytes.fromhex(m["flows"]) for m in parts) == b"".join(entries)
+        for m in parts:
+            encode(m["type"], **{k: v for k, v in m.items() if k != "type"})
+
+    in_loop(body)
+
+
+@pytest.mark.parametrize(
+    ("role", "state", "connected", "over"),
+    [
+        ("secondary", "taken-over", True, True),
+        ("secondary", "taken-over", False, False),
+        ("secondary", "starting", True, False),
+        ("secondary", "protected", True, False),
+        ("primary", "solo", True, True),
+        ("primary", "starting", True, True),
+        ("primary", "degraded", True, False),
+    ],
+)
+def test_a_guest_is_worthless_only_if_the_other_speaks(
+    role: str, state: str, connected: bool, over: bool
+) -> None:
+    c, _, _ = primary(Mode.DROP, adopted=True)
+    c.peer_role, c.peer_state, c.peer.connected = role, state, connected
+    assert c.superseded() is over
+
+
+def test_what_stands_in_the_way_of_a_new_pair_is_said() -> None:
+    c, _, _ = primary(Mode.DROP, adopted=True)
+    with pytest.raises(ValueError, match="not known to speak"):
+        asyncio.run(c.command("reprotect", {}))
+    c.state = State.PROTECTED
+    with pytest.raises(ValueError, match="nothing to do"):
+        asyncio.run(c.command("reprotect", {}))
+    c.state = State.SOLO
+    c.peer.send = lambda kind, **fields: False  # type: ignore[method-assign]
+    with pytest.raises(ValueError, match="does not answer"):
+        asyncio.run(c.command("reprotect", {}))
+
+
+def test_a_worthless_guest_makes_room_for_one_that_waits() -> None:
+    """Its QEMU is ended, the command starts another, and its state is none of the old one's."""
+
+    async def body() -> None:
+        c, _, sent = secondary(Mode.DROP)
+        object.__setattr__(c.config.qemu, "incoming", ("/bin/true",))
+        c.peer.connected, c.peer_role, c.peer_state = True, "primary", "solo"
+        c.stood_down = c.colo_exit = c.vm_gone = True
+        qmp = WaitingQmp()
+        c.qmp = qmp  # type: ignore[assignment]
+        c.become(State.STOPPED, "stood down")
+        assert c._successor is not None
+        await c._successor
+        assert qmp.said[:2] == ["quit", "prepare"]
+        assert c.state is State.STARTING and sent.kinds() == ["ready"]
+        assert not (c.stood_down or c.colo_exit or c.vm_gone)
+        for t in list(c._tasks):
+            t.cancel()
+
+    in_loop(body)
+
+
+class WaitingQmp(FakeQmp):
+    """Runs, until it is ended; the next one waits for a migration."""
+
+    async def status(self, timeout: float | None = None) -> str:
+        return "inmigrate" if "quit" in self.said else "running"
+
+    async def quit(self) -> None:
+        self.said.append("quit")
+
+    async def prepare(self, *, primary: bool) -> None:
+        self.said.append("prepare")
+
+
+class HungQmp(FakeQmp):
+    """Its main loop answers again after a yank, or not; the way past it answers, or not."""
+
+    def __init__(self, *, loop: bool, oob: bool, after: bool) -> None:
+        super().__init__()
+        self.loop, self.oob, self.after = loop, oob, after
+
+    async def status(self, timeout: float | None = None) -> str:
+        if not self.loop:
+            raise QmpTimeout("query-status: no answer in time")
+        return "running"
+
+    async def yank(self, timeout: float | None = None) -> None:
+        self.said.append("yank")
+        if not self.oob:
+            raise QmpTimeout("yank: no answer in time")
+        self.loop = self.after
+
+
+@pytest.mark.parametrize(
+    ("qmp", "hangs"),
+    [
+        (HungQmp(loop=False, oob=True, after=True), False),  # it waited for the other
+        (HungQmp(loop=False, oob=True, after=False), True),
+        (HungQmp(loop=False, oob=False, after=False), True),
+    ],
+)
+def test_a_qemu_that_waits_for_the_other_does_not_hang(qmp: HungQmp, hangs: bool) -> None:
+    async def body() -> None:
+        c, _, _ = primary()
+        c.qmp = qmp  # type: ignore[assignment]
+        assert await c.hangs() is hangs and qmp.said == ["yank"]
+
+    in_loop(body)
+
+
+def test_a_pvm_that_hangs_is_shut_in_and_the_other_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def body() -> None:
+        monkeypatch.setattr("colo_xdp.controller.WATCH_S", 0.01)
+        c, dp, sent = primary()
+        c.state = State.PROTECTED
+        c.qmp = HungQmp(loop=False, oob=False, after=False)  # type: ignore[assignment]
+        watch = asyncio.ensure_future(c._watch_qemu())
+        while "gone" not in sent.kinds():
+            await asyncio.sleep(0.01)
+        watch.cancel()
+        assert c.state is State.STOPPED and dp.mode is Mode.DROP
+        assert "hangs" in c.reason
+        for t in list(c._tasks):
+            t.cancel()
+
+    in_loop(body)
+
+
+@pytest.mark.parametrize(
+    ("beat", "stopped"),
+    [
+        ({"role": "primary", "state": "solo", "epoch": 8}, True),
+        ({"role": "primary", "state": "starting", "epoch": 7}, False),  # this host began as one
+        ({"role": "primary", "state": "solo", "epoch": 3}, False),
+        ({"role": "primary", "state": "stopped", "epoch": 8}, False),
+        ({"role": "secondary", "state": "starting", "epoch": 8}, False),
+    ],
+)
+def test_of_two_primaries_the_one_that_knows_less_is_silent(
+    beat: dict[str, Any], stopped: bool
+) -> None:
+    """A host that was rebooted while the roles were changed has lost the word of it."""
+
+    async def body() -> None:
+        c, dp, _ = primary(Mode.BYPASS)
+        c._peer_message(BEAT | {"shut": False} | beat)
+        assert (c.state is State.STOPPED and dp.mode is Mode.DROP) is stopped
+        for t in list(c._tasks):
+            t.cancel()
+
+    in_loop(body)

@@ -53,9 +53,10 @@ class FakeQemu:
             except ValueError:
                 continue
             text = text[end:].lstrip()
-            self.said.append(msg["execute"])
-            self.args[msg["execute"]] = msg.get("arguments")
-            answer = self.answers.get(msg["execute"])
+            name = msg.get("execute") or "oob " + msg["exec-oob"]
+            self.said.append(name)
+            self.args[name] = msg.get("arguments")
+            answer = self.answers.get(name)
             if answer is None:
                 continue
             key = "error" if "class" in answer else "return"
@@ -206,3 +207,12 @@ def test_versions(version: tuple[int, int, int], ok: bool) -> None:
     why = refusal(QemuInfo(version, True, "running"))
     assert (why is None) == ok
     assert ok or ".".join(map(str, version)) in (why or "")
+
+
+def test_yank_goes_past_the_main_loop(tmp_path: Path) -> None:
+    async def body(fake: FakeQemu, q: Qmp, heard: Heard) -> None:
+        await q.yank()
+        assert fake.said[-1] == "oob yank"
+        assert fake.args["oob yank"] == {"instances": [{"type": "migration"}]}
+
+    with_fake(tmp_path, body, {"oob yank": {}})

@@ -8,7 +8,7 @@ import struct
 
 import pytest
 
-from colo_xdp.abi import Mode, Reason
+from colo_xdp.abi import EPOCH_BASE, Mode, Reason
 from colo_xdp.packet import parse
 from colo_xdp.rewrite import Rewriter
 from colo_xdp.tcp_state import State
@@ -268,3 +268,29 @@ def test_a_bad_checksum_stays_bad() -> None:
     assert ack(out) == S + 1
     l4 = out[34:]
     assert csum(l4, csum(out[26:34] + struct.pack("!HH", 6, len(l4)))) != 0xFFFF
+
+
+def test_an_offset_for_good_outlives_checkpoints_but_not_the_connection() -> None:
+    link = Link().passive()
+    (flow,) = link.r.flows.values()
+    flow.epoch = EPOCH_BASE
+    for link.r.epoch in (1, 2, 3):
+        link.translates()
+    link.c(SYN, C + 500_000)
+    link.g(SYN | ACK, S + 9, C + 500_001)
+    link.c(ACK, C + 500_001, P + 7)
+    assert flow.epoch == 3, "what is learnt now is of the epoch"
+    assert seq(link.g(ACK, S + 10, C + 500_001)) == P + 7
+    link.r.epoch = 4
+    assert seq(link.g(ACK, S + 10, C + 500_001)) == S + 10
+
+
+def test_a_takeover_ends_no_offset_that_is_for_good() -> None:
+    link = Link().passive()
+    (flow,) = link.r.flows.values()
+    flow.epoch = EPOCH_BASE
+    link.r.mode, link.r.epoch = Mode.TAKEOVER, 9
+    link.translates()
+    link.c(SYN, C + 500_000)
+    link.g(SYN | ACK, S + 9, C + 500_001)
+    link.translates(0)

@@ -12,6 +12,7 @@ from colo_xdp.compare import Engine, Limits, Policy, Record
 from colo_xdp.journal import Divergence
 from colo_xdp.packet import parse
 from colo_xdp.reasons import Cause
+from colo_xdp.twin import Twin
 
 from . import frames as f
 
@@ -257,6 +258,23 @@ def test_new_incarnation(pair: Pair) -> None:
     pair.s(7777, flags=SYNACK, ack=5).p(99_999, flags=SYNACK, ack=5).is_now([0, 1, 2])
     pair.p(100_000, b"abc", ack=9).is_now([0, 1, 2]).s(100_000, b"abc", ack=5).is_now([0, 1, 2])
     pair.s(100_003, ack=9).is_now([0, 1, 2, 3])
+
+
+def late_of_an_old_incarnation(pair: Pair) -> None:
+    opened(pair).p(0, b"abc", ack=9).s(0, b"abc", ack=9).is_now([0, 1])
+    pair.s(7777, flags=SYNACK, ack=5).p(99_999, flags=SYNACK, ack=5).is_now([0, 1, 2])
+    pair.s(3, b"de", ack=5000)  # was long on its way: its numbers are of another stream
+    pair.p(100_000, ack=4000).is_now([0, 1, 2]).s(100_000, ack=4000).is_now([0, 1, 2, 3])
+
+
+def test_late_segments_of_an_old_incarnation_move_nothing(pair: Pair) -> None:
+    late_of_an_old_incarnation(pair)
+
+
+def test_and_the_test_notices_if_they_do(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Twin, "_foreign", lambda self, seq: False)
+    with pytest.raises(AssertionError):
+        late_of_an_old_incarnation(pair)
 
 
 def test_middle_of_an_unknown_connection(pair: Pair) -> None:

@@ -62,3 +62,13 @@ def test_wrong_shapes_never_escape(value: object, kind: str) -> None:
     except wire.WireError:
         return
     assert got == msg
+
+
+def test_offsets_may_be_long_and_nothing_else() -> None:
+    text = "ab" * (wire.MAX_FLOWS_TEXT // 2)
+    line = wire.encode("base", n=0, last=True, flows=text)
+    assert len(line) <= wire.MAX_LINE and wire.decode(line)["flows"] == text
+    with pytest.raises(wire.WireError, match="characters"):
+        wire.encode("base", n=0, last=True, flows=text + "ab")
+    with pytest.raises(wire.WireError, match="characters"):
+        wire.encode("bye", why=text)

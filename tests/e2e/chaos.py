@@ -1,0 +1,459 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A real pair under load, of which in each round something dies, hangs or is cut, and is repaired.
+
+    python -m tests.e2e.chaos --rounds 20 --seed 1
+
+Judged from outside: every byte that the clients get, and who speaks for the guest, captured on
+the wires of both hosts. Writes build/chaos-report.json. Exit status 0: nothing was wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import random
+import signal
+import sys
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from colo_xdp.lab.capture import Capture, from_guest
+from colo_xdp.lab.client import EchoStream, LineStream
+from colo_xdp.lab.net import LabError, sh, wait_for
+from colo_xdp.lab.pair import Lab
+
+BUILD = Path(__file__).parents[2] / "build"
+HOSTS = ("primary", "secondary")  # by their role in the files; who runs which guest changes
+STREAMS = 8  # connections that are kept open; from then on one is renewed per round
+HEARTBEAT_TIMEOUT_MS = 1000
+DEAD_AFTER_MS = 4000
+QMP_TIMEOUT_MS = 1000
+CHECKPOINT_MS = 2000
+SLACK_MS = 100
+DISTURBED = 0.3  # of the repairs: something dies in them too
+
+OVERRIDES: dict[str, dict[str, Any]] = {
+    "compare": {"compare_timeout": 1000},
+    "checkpoint": {"deadline": CHECKPOINT_MS},
+    "qemu": {"qmp_timeout": QMP_TIMEOUT_MS},
+    "peer": {"heartbeat_timeout": HEARTBEAT_TIMEOUT_MS, "dead_after": DEAD_AFTER_MS},
+}
+
+
+def other(host: str) -> str:
+    return "secondary" if host == "primary" else "primary"
+
+
+class Downloads:
+    """New connections all the time; a failed one counts only if no host died for it."""
+
+    def __init__(self, lab: Lab) -> None:
+        self.count = self.wrong = self.failed = 0
+        self.errors: list[str] = []
+        self._lab, self._stop = lab, threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        n = 0
+        while not self._stop.wait(0.05):
+            n += 1
+            name = ("index.html", "f100k", "f1m")[n % 3]
+            f = self._lab.client.http(name, v6=bool(n % 2))
+            from colo_xdp.lab.client import wrong_bytes
+            from colo_xdp.lab.guest import content
+
+            self.count += 1
+            want = content(name)
+            if f.ok:
+                self.wrong += wrong_bytes(f.body, want)
+            else:
+                self.failed += 1
+                self.errors.append(f"{name}: {f.error}")
+                # What did come has to be right all the same.
+                self.wrong += f.body != want[: len(f.body)]
+
+    def stop(self) -> None:
+        self._stop.set()
+        self._thread.join(40)
+
+
+@dataclass
+class Tally:
+    """What the report is made of. Gaps in ms, one per round: the worst of all connections."""
+
+    rounds: int = 0
+    kills: int = 0
+    failovers: int = 0
+    wrong_bytes: int = 0
+    lost_connections: int = 0
+    split_brain: int = 0
+    gaps: list[float] = field(default_factory=list)
+    over: int = 0  # rounds whose gap was beyond the detection deadline of what was done
+    pauses: list[float] = field(default_factory=list)  # while a new secondary was made equal
+    by_action: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+    problems: list[str] = field(default_factory=list)
+
+    def report(self) -> dict[str, Any]:
+        g = sorted(self.gaps)
+        p99 = g[min(len(g) - 1, int(len(g) * 0.99))] if g else 0.0
+        return {
+            "rounds": self.rounds,
+            "kills": self.kills,
+            "failovers": self.failovers,
+            "wrong_bytes": self.wrong_bytes,
+            "lost_connections": self.lost_connections,
+            "split_brain": self.split_brain,
+            "max_gap_ms": round(max(g, default=0.0)),
+            "p99_gap_ms": round(p99),
+            "beyond_deadline": self.over,
+            "reprotect_pause_max_ms": round(max(self.pauses, default=0.0)),
+            "by_action": {
+                k: {"rounds": len(v), "max_gap_ms": round(max(v)), "deadline_ms": DEADLINE_MS[k]}
+                for k, v in sorted(self.by_action.items())
+            },
+            "problems": self.problems,
+        }
+
+
+#: what is done -> the time after which it is noticed at the latest, ms
+DEADLINE_MS: dict[str, int] = {
+    "kill_pvm": HEARTBEAT_TIMEOUT_MS,
+    "kill_svm": HEARTBEAT_TIMEOUT_MS,
+    "kill_pvm_in_checkpoint": HEARTBEAT_TIMEOUT_MS,
+    "kill_pvm_host": HEARTBEAT_TIMEOUT_MS,
+    # a primary's QEMU notices nothing before a checkpoint, so there is silence only
+    "kill_svm_host": DEAD_AFTER_MS,
+    # asked every half a second; one deadline of QMP, and one of the way past its main loop
+    "hang_pvm": 500 + QMP_TIMEOUT_MS + 1000,
+    "hang_svm": 500 + QMP_TIMEOUT_MS + 1000 + CHECKPOINT_MS,
+    "kill_pvm_controller": 2000,  # until the next one is there
+    "kill_svm_controller": 2000,
+    "cut_link": 2000 + HEARTBEAT_TIMEOUT_MS,
+    "planned": HEARTBEAT_TIMEOUT_MS,
+}
+ALONE = {
+    "kill_pvm", "kill_svm", "kill_pvm_in_checkpoint", "kill_pvm_host", "kill_svm_host",
+    "hang_pvm", "hang_svm", "planned",
+}  # fmt: skip
+
+
+#: its own controller notices at once
+AT_ONCE = {"kill_pvm", "kill_svm", "kill_pvm_in_checkpoint", "planned"}
+
+
+def limit_ms(action: str) -> int:
+    """The longest gap that is to be expected.
+
+    Clients try again after 0.2, 0.4, 0.8 s ... (RFC 6298 5.5), so that they notice the end of a
+    silence late, when it has been up to twice as long.
+    """
+    d = DEADLINE_MS[action]
+    return (d if action in AT_ONCE else 2 * d) + SLACK_MS
+
+
+class Chaos:
+    """One lab, many rounds."""
+
+    def __init__(self, lab: Lab, seed: int, say: Callable[[str], None]) -> None:
+        self.lab, self.rng, self.say = lab, random.Random(seed), say
+        self.tally = Tally()
+        self.pvm = "primary"  # host that runs it
+        self.streams: list[EchoStream] = []
+        self.actions: list[str] = []
+
+    @property
+    def svm(self) -> str:
+        return other(self.pvm)
+
+    # -- load
+
+    def _open(self) -> None:
+        v6 = bool(len(self.streams) % 2)
+        self.streams.append(EchoStream(self.lab.net.client, v6=v6))
+
+    def _retire(self, s: EchoStream) -> None:
+        self.streams.remove(s)
+        stats = s.stop()
+        self.tally.wrong_bytes += stats.wrong
+
+    def _check_streams(self, what: str) -> None:
+        for s in list(self.streams):
+            if s.stats.dead:
+                self.tally.lost_connections += 1
+                self.tally.problems.append(f"{what}: a connection was lost: {s.stats.dead}")
+                self._retire(s)
+
+    def _moving(self, since: float) -> None:
+        """Until every connection has had answers since then."""
+        for s in list(self.streams):
+            with contextlib.suppress(LabError):
+                wait_for(
+ "answers", lambda s=s: s.stats.dead or s.stats.answered_after(since) > 5, 30)  # type: ignore[misc]  # fmt: skip
+                continue
+            self.tally.lost_connections += 1
+            self.tally.problems.append("a connection has stalled for 30 s")
+            self._retire(s)
+
+    def _gap(self, begin: float, end: float) -> float:
+        """The longest silence of any connection that ends in this time, ms."""
+        worst = 0.0
+        for s in self.streams:
+            t = [x for x in list(s.stats.answered_at) if x > begin - 5]
+            for a, b in zip(t, t[1:], strict=False):
+                if begin < b and a < end:
+                    worst = max(worst, b - max(a, begin - 0.02))
+        return worst * 1000
+
+    # -- what is done
+
+    def _kill(self, host: str) -> None:
+        self.tally.kills += 1
+        self.lab.vm[host].kill9()
+
+    def _kill_controller(self, host: str) -> None:
+        self.tally.kills += 1
+        p = self.lab.controllers[host]
+        p.send_signal(signal.SIGKILL)
+        p.wait(5)
+
+    def do(self, action: str) -> None:
+        lab, pvm, svm = self.lab, self.pvm, self.svm
+        if action == "kill_pvm":
+            self._kill(pvm)
+        elif action == "kill_svm":
+            self._kill(svm)
+        elif action == "kill_pvm_in_checkpoint":
+            asked = threading.Thread(target=self._checkpoint, daemon=True)
+            asked.start()
+            time.sleep(self.rng.uniform(0, 0.02))  # anywhere in it
+            self._kill(pvm)
+            asked.join(20)
+        elif action in ("kill_pvm_host", "kill_svm_host"):
+            host = pvm if action == "kill_pvm_host" else svm
+            self._kill_controller(host)
+            self._kill(host)
+        elif action in ("hang_pvm", "hang_svm"):
+            self.tally.kills += 1
+            lab.vm[pvm if action == "hang_pvm" else svm].signal(signal.SIGSTOP)
+        elif action in ("kill_pvm_controller", "kill_svm_controller"):
+            host = pvm if action == "kill_pvm_controller" else svm
+            self._kill_controller(host)
+            lab.start_controller(host)
+        elif action == "cut_link":
+            for state in ("down", "up"):
+                sh("ip", "-n", lab.net.primary, "link", "set", "peer0", state)
+                if state == "down":
+                    time.sleep(self.rng.uniform(0.2, 2.0))
+        elif action == "planned":
+            r = lab.ask(self.rng.choice(HOSTS), "failover", planned=True)
+            if not r["done"]:
+                raise LabError(f"planned failover: {r}")
+
+    def _checkpoint(self) -> None:
+        with contextlib.suppress(Exception):
+            self.lab.ask(self.pvm, "checkpoint")
+
+    def _survivor(self) -> str:
+        """The host whose guest is alone."""
+
+        def alone() -> str:
+            for host in HOSTS:
+                with contextlib.suppress(LabError):
+                    if self.lab.status(host).get("state") in ("solo", "taken-over"):
+                        return host
+            return ""
+
+        return wait_for("survivor", alone, 40)
+
+    # -- repair
+
+    def repair(self, survivor: str) -> None:
+        lab, dead = self.lab, other(survivor)
+        vm = lab.vm[dead]
+        if vm.alive:
+            vm.kill9()
+        p = lab.controllers[dead]
+        if p.poll() is not None:
+            lab.start_controller(dead)
+        lab.start_vm(dead, incoming=True)
+        self.pvm = survivor
+        if self.rng.random() < DISTURBED:  # anywhere in the change of roles or the first copy
+            time.sleep(self.rng.uniform(0, 4))
+            what = self.rng.choice(("QEMU", *HOSTS))
+            self.say(f"     repair disturbed: kill -9 of {what}")
+            if what == "QEMU":
+                self._kill(dead)
+                lab.start_vm(dead, incoming=True)
+            else:
+                self._kill_controller(what)
+                lab.start_controller(what)
+        self._protected()
+
+    def _protected(self) -> None:
+        for host in HOSTS:
+            self.lab.wait_state(host, "protected", 60)
+
+    # -- a round
+
+    def round(self, n: int) -> None:
+        lab, t = self.lab, self.tally
+        if not self.actions:
+            self.actions = sorted(DEADLINE_MS)
+            self.rng.shuffle(self.actions)
+        action = self.actions.pop()
+        wires = {
+            h: lab.capture(lab.net.client, "to-p" if h == "primary" else "to-s", f"chaos-{h}", "in")
+            for h in HOSTS
+        }
+        self._moving(time.time())
+        begin = time.time()
+        before = self.pvm
+        self.do(action)
+        takeovers = 0
+        if action in ALONE:
+            survivor = self._survivor()
+            t.failovers += 1
+            takeovers = survivor != before
+            wanted = before if "svm" in action else other(before)
+            if survivor != wanted:
+                t.problems.append(f"round {n} {action}: the wrong guest goes on")
+        else:
+            self._protected()
+        self._moving(time.time())
+        end = time.time()
+        gap = self._gap(begin, end)
+        if action in ALONE:
+            self.repair(survivor)
+            self._moving(time.time())
+            t.pauses.append(self._gap(end, time.time()))
+        self._check_streams(f"round {n} {action}")
+        t.split_brain += self._speakers(n, action, wires, takeovers)
+        t.rounds += 1
+        t.gaps.append(gap)
+        t.by_action[action].append(gap)
+        over = gap > limit_ms(action)
+        t.over += over
+        self.say(f"{n:4} {action:<24} gap {gap:6.0f} ms{' BEYOND' * over}, PVM on {self.pvm}")
+        if len(self.streams) >= STREAMS:
+            self._retire(self.rng.choice(self.streams[1:]))  # the first one sees it all
+        self._open()
+
+    def _speakers(self, n: int, action: str, wires: dict[str, Capture], takeovers: int) -> int:
+        """How often the speaker on the wire changed more than the guest did."""
+        seen: list[tuple[float, str]] = []
+        for host, c in wires.items():
+            frames = self.lab.stop_capture(c)
+            if c.dropped:
+                self.tally.problems.append(f"round {n}: the capture lost {c.dropped} frames")
+            seen += [(at, host) for at, f in frames if from_guest([(at, f)])]
+        seen.sort()
+        changes = sum(a[1] != b[1] for a, b in zip(seen, seen[1:], strict=False))
+        if changes > takeovers:
+            self.tally.problems.append(
+                f"round {n} {action}: {changes} changes of the speaker, {takeovers} of the guest"
+            )
+        return max(0, changes - takeovers)
+
+    def run(self, rounds: int, seconds: float) -> dict[str, Any]:
+        end = time.monotonic() + seconds
+        lines, downloads = LineStream(self.lab.net.client), Downloads(self.lab)
+        try:
+            for _ in range(3):
+                self._open()
+            for n in range(1, rounds + 1):
+                if time.monotonic() > end:
+                    self.say(f"{seconds:g} s are over")
+                    break
+                self.round(n)
+        except LabError as e:
+            self.tally.problems.append(f"round {self.tally.rounds + 1}: {e}")
+        finally:
+            downloads.stop()
+            lines.stop()
+            for s in list(self.streams):
+                self._retire(s)
+        t = self.tally
+        t.wrong_bytes += downloads.wrong + lines.wrong
+        if lines.dead:
+            t.lost_connections += 1
+            t.problems.append(f"the line stream was lost: {lines.dead}")
+        t.lost_connections += downloads.failed
+        t.problems += downloads.errors[:5]
+        return t.report() | {"downloads": downloads.count, "lines": lines.lines}
+
+
+def fence(lab: Lab) -> list[str]:
+    """A fence that does what it says: it kills whatever still runs of the other host."""
+    lab.work.mkdir(parents=True, exist_ok=True)
+    script = lab.work / "fence.sh"
+    script.write_text(
+        "#!/bin/sh\n"
+        'case "$(ip netns identify $$)" in\n'
+        f"{lab.net.primary}) other=secondary;; {lab.net.secondary}) other=primary;; *) exit 1;;\n"
+        "esac\n"
+        f"for pid in $(cat {lab.work}/$other.pids); do kill -9 $pid 2>/dev/null; done\n"
+        "exit 0\n"
+    )
+    script.chmod(0o755)
+    return [str(script)]
+
+
+class ChaosLab(Lab):
+    """Notes for the fence which processes belong to which host."""
+
+    def _note(self, role: str) -> None:
+        pids = [str(self.vm[role].pid)] if role in self.vm else []
+        if role in self.controllers:
+            pids.append(str(self.controllers[role].pid))
+        (self.work / f"{role}.pids").write_text(" ".join(pids))
+
+    def start_vm(self, role: str, *, incoming: bool | None = None) -> Any:
+        v = super().start_vm(role, incoming=incoming)
+        self._note(role)
+        return v
+
+    def start_controller(self, role: str, env: dict[str, str] | None = None) -> Any:
+        p = super().start_controller(role, env)
+        self._note(role)
+        return p
+
+
+def run(
+    rounds: int, seed: int, *, seconds: float = 1e9, say: Callable[[str], None] = print
+) -> dict[str, Any]:
+    """Build a pair, run the rounds, write the report."""
+    lab = ChaosLab(BUILD, tag="cxch", overrides=dict(OVERRIDES))
+    lab.overrides["failover"] = {"automatic": True, "fence": fence(lab)}
+    with lab:
+        lab.protect()
+        report = Chaos(lab, seed, say).run(rounds, seconds)
+    (BUILD / "chaos-report.json").write_text(json.dumps(report, indent=2) + "\n")
+    return report
+
+
+def clean(report: dict[str, Any]) -> bool:
+    """Whether nothing was wrong."""
+    bad = ("wrong_bytes", "lost_connections", "split_brain")
+    return not any(report[k] for k in bad) and not report["problems"]
+
+
+def main() -> int:
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    p.add_argument("--rounds", type=int, default=20)
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--seconds", type=float, default=1e9, help="begin no round after this time")
+    a = p.parse_args()
+    report = run(a.rounds, a.seed, seconds=a.seconds, say=lambda s: print(s, flush=True))
+    print(json.dumps(report, indent=2))
+    return 0 if clean(report) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

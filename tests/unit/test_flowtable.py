@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The connection table: what is handed to the host of a guest's copy, and ageing."""
+
+from __future__ import annotations
+
+import time
+from types import SimpleNamespace
+
+import pytest
+
+from colo_xdp import abi
+from colo_xdp.flowtable import FlowTable, decode
+from colo_xdp.tcp_state import State
+
+EST = int(State.ESTABLISHED)
+
+
+class FakeMap(dict[bytes, bytes]):
+    info = SimpleNamespace(max_entries=8)
+
+    def set(self, key: bytes, value: bytes) -> None:
+        if len(self) >= self.info.max_entries and key not in self:
+            raise OSError(7, "map update: Argument list too long")
+        self[key] = value
+
+    def items(self) -> list[tuple[bytes, bytes]]:  # type: ignore[override]
+        return list(super().items())
+
+    def delete(self, key: bytes) -> bool:
+        return self.pop(key, None) is not None
+
+
+def key(n: int, vlan: int = 0) -> bytes:
+    ip = bytes(10) + b"\xff\xff\x0a\x09\x00"
+    return abi.FLOW_KEY.pack(ip + b"\2", ip + b"\1", b"\0P", n.to_bytes(2, "big"), vlan)
+
+
+def value(epoch: int, off: int, have: int = 2, have_client: int = 1, seen: int = 0) -> bytes:
+    return abi.FLOW.pack(
+        seen or time.monotonic_ns(), epoch, off, 0, 10, 10 + off, 0, 0, 0, 0, EST, have,
+        have_client, 0, 5, 0,
+    )  # fmt: skip
+
+
+def table() -> tuple[FlowTable, FakeMap]:
+    m = FakeMap()
+    return FlowTable(m), m  # type: ignore[arg-type]
+
+
+def test_what_is_handed_over() -> None:
+    t, m = table()
+    m[key(1)] = value(7, 100)
+    m[key(2)] = value(abi.EPOCH_BASE, 200)
+    m[key(3)] = value(6, 300)  # a checkpoint has ended it
+    m[key(4)] = value(7, 0)  # known to be none
+    m[key(5)] = value(7, 0, have_client=64)  # half open: not known yet
+    m[key(6)] = value(7, 0, 0, 0)  # forgotten
+    parts = t.export(7)
+    assert {p[: len(key(1))] for p in parts} == {key(1), key(2), key(5)}
+    t.sweep(7)
+    assert (t.translated, t.wanted) == (2, 3)
+    other, n = table()
+    n[key(9)] = value(3, 1)
+    other.adopt(b"".join(parts[:2]), first=True)
+    other.adopt(parts[2], first=False)
+    assert set(n) == {key(1), key(2), key(5)}
+    for k, raw in n.items():
+        f, was = decode(raw), decode(m[k])
+        assert f.epoch == abi.EPOCH_BASE
+        assert (f.off, f.isn_p, f.isn_s, f.state, f.have) == (
+            was.off, was.isn_p, was.isn_s, was.state, was.have)  # fmt: skip
+    assert {p[: len(key(1))] for p in other.export(0)} == set(n), "and on to the next one"
+
+
+def test_nothing_half_and_nothing_beyond_the_limit() -> None:
+    t, m = table()
+    with pytest.raises(ValueError, match="not connections"):
+        t.adopt(b"x" * 50, first=True)
+    with pytest.raises(OSError, match="map update"):
+        t.adopt(b"".join(key(i) + value(1, 1) for i in range(9)), first=True)
+    assert len(m) == 8
+
+
+def test_an_offset_for_good_is_not_swept_with_its_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
+    t, m = table()
+    monkeypatch.setattr("time.monotonic_ns", lambda: 10**15)
+    old = time.monotonic_ns() - 5_000_000_000
+    m[key(1)] = value(abi.EPOCH_BASE, 100, seen=old)
+    m[key(2)] = value(6, 100, seen=old)
+    t.sweep(9)
+    assert set(m) == {key(1)} and (t.tracked, t.translated) == (1, 1)
+    monkeypatch.setattr("time.monotonic_ns", lambda: 2 * 10**15)
+    t.sweep(9)
+    assert not m and t.translated == 0
+
+
+def test_addresses_of_the_guest_are_bounded() -> None:
+    t, m = table()
+    m.update({key(n, vlan): value(1, 1) for n, vlan in ((1, 0), (2, 0), (3, 7))})
+    guest = key(1)[:16]
+    assert t.guest_addresses(9) == {(guest, 0), (guest, 7)}
+    assert len(t.guest_addresses(1)) == 1
