@@ -490,9 +490,9 @@ class Engine:
         """Tier K takes no stream of which frames are on their way here. While its own frames are
         kept back no acks come for them, both guests' windows fill, and the last frame arrives."""
         for st, until in list(self._braked.items()):
-            assert st.brake is not None and st.epoch == self.epoch
+            assert st.brake is not None
             st.release_part(self.now, False)
-            if ready(st) and self._gave(st):
+            if st.epoch == self.epoch and ready(st) and self._gave(st):
                 self._unbrake(st)
             elif self.now >= until or len(st.brake) > BRAKE_FRAMES:
                 st.refused, st.calm = 0, -MAX_PATIENCE
