@@ -249,13 +249,14 @@ def test_without_a_controller_the_policy_decides(
     net: Net, tmp_path: Path, guest: Tap, policy: str
 ) -> None:
     cleanup.cleanup(PAIR, "/sys/fs/bpf", str(tmp_path))
-    dp = DataPath(config(tmp_path, on_controller_loss=policy, controller_loss=100))
+    dp = DataPath(config(tmp_path, on_controller_loss=policy, controller_loss=300))
     try:
         dp.mode = Mode.RUN
         seen = Sniffer(net.client, "c0")
+        dp.beat()
         guest.send(tcp(b"while it lives"))
         assert len(events(dp, 1)) == 1
-        end = time.monotonic() + 0.15
+        end = time.monotonic() + 0.4
         while time.monotonic() < end:  # the controller is silent for longer than controller_loss
             select.select([], [], [], 0.05)
         guest.send(tcp(b"after it"))
