@@ -206,6 +206,8 @@ class Primary(Controller):
         kind, ck = msg["type"], self._ck
         if kind == "ready":
             self._peer_ready, self.peer_vm_gone = True, False  # another SVM than the one that died
+            if self.speaker is not None:
+                self.speaker.revived()
             self._wake.set()
             self._protect_again()
         elif kind == "beat":

@@ -185,10 +185,14 @@ class Speaker:
             self._publish()
 
     def freed(self, holder: str) -> None:
-        """That process of the other host has shut its data path for good: nobody relies on our
-        promises, and its key may be taken."""
+        """That process of the other host has shut its data path: nobody relies on our promises,
+        and its key may be taken, until it says that it waits for a new guest (revived())."""
         self._silent_until, self.steal = 0, holder
         self._wake.set()
+
+    def revived(self) -> None:
+        """The process that was silent may speak again one day: its key is its own."""
+        self.steal = ""
 
     def _publish(self) -> None:
         self._allow(max(self._key_until, self._promise_until))

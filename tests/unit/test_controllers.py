@@ -21,6 +21,7 @@ from colo_xdp.qmp_event import QmpEvent
 from colo_xdp.reasons import Cause
 from colo_xdp.ring import Event
 from colo_xdp.secondary import Secondary
+from colo_xdp.speaker import Speaker
 from colo_xdp.wire import encode
 from tests.netns.frames import tcp
 
@@ -634,3 +635,17 @@ def test_of_two_primaries_the_one_that_knows_less_is_silent(
             t.cancel()
 
     in_loop(body)
+
+
+def test_a_host_that_waits_for_a_new_guest_keeps_its_key() -> None:
+    """It was silent, and its key free to be taken; as a secondary it may speak again."""
+    c, _, _ = primary()
+    speaker = Speaker(
+        SimpleNamespace(), node="p", boot="1", ttl_ms=2000, margin_ms=500, speaking=False,
+        allow=lambda ns: None, changed=lambda: None,
+    )  # type: ignore[arg-type]  # fmt: skip
+    c.speaker = speaker
+    speaker.freed("s 1")
+    assert speaker.steal == "s 1"
+    c.on_message({"type": "ready", "epoch": 7})
+    assert not speaker.steal
