@@ -197,7 +197,7 @@ class Options:
     flow_table: int = 65536
     ring_pages: int = 8192
     fast: bool = False
-    stashes: int = 64  # of 256 KiB each
+    stashes: int = 64  # of 512 KiB each
     conns: int = 65536
     events: str = "auto"
     rewrite_at_xdp: bool = False
