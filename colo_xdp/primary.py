@@ -163,6 +163,8 @@ class Primary(Controller):
     def on_tick(self, now_ns: int) -> None:
         if self.state is State.PROTECTED:
             self.engine.tick(now_ns)
+        else:
+            self.engine.unbrake(now_ns)
         if now_ns - self._lost_checked > LOSS_CHECK_NS:
             self._lost_checked = now_ns
             lost = self.dp.lost_events()

@@ -24,8 +24,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from colo_xdp import compare, fastmap, flowtable, primary, secondary
 from colo_xdp import controller as controller_module
+from colo_xdp import fastmap, flowtable, giving, primary, secondary
 from colo_xdp import speaker as speaker_module
 from colo_xdp.abi import Mode
 from colo_xdp.config import Config, load
@@ -498,12 +498,12 @@ class World:
             for n in ("Qmp", "Peer", "make_store", "WATCH_S")
         ]
         kept += [(fastmap, "_bpf", fastmap._bpf)]
-        kept += [(compare, n, getattr(compare, n)) for n in ("OFFER_AFTER", "MAX_PATIENCE")]
+        kept += [(giving, n, getattr(giving, n)) for n in ("OFFER_AFTER", "MAX_PATIENCE")]
         try:
             for m in modules:
                 m.time = clock  # type: ignore[attr-defined]
             if self.scene.eager:
-                compare.OFFER_AFTER = compare.MAX_PATIENCE = 1  # type: ignore[attr-defined]
+                giving.OFFER_AFTER = giving.MAX_PATIENCE = 1
             fastmap._bpf = Bpf(self.ns)  # type: ignore[assignment]
             # A QEMU that hangs here refuses its commands, which tells the watch nothing.
             controller_module.WATCH_S = 1e9
@@ -646,7 +646,13 @@ class World:
         c = self.p.controller
         if c is not None:
             e = c.engine
-            if e.held_packets > 17 * self.scene.queue or e.svm_packets > 2 * self.scene.queue + 16:
+            kept = e.held_packets - e.pvm_packets
+            if (
+                e.pvm_packets > 17 * self.scene.queue
+                or e.svm_packets > 2 * self.scene.queue + 16
+                or kept
+                > giving.BRAKE_STREAMS * (giving.BRAKE_FRAMES + controller_module.RING_BATCH)
+            ):
                 raise Violation(f"I10: {e.held_packets} held, {e.svm_packets} of the SVM")
             if e.held_packets < 0 or e.held_bytes < 0 or e.svm_packets < 0:
                 raise Violation("a count of what is held is negative")

@@ -24,6 +24,7 @@ from colo_xdp.secondary import Secondary
 from colo_xdp.speaker import Speaker
 from colo_xdp.wire import encode
 from tests.netns.frames import tcp
+from tests.unit.test_giving import Pair
 
 EXAMPLES = Path(__file__).parents[2] / "deploy/examples"
 
@@ -137,6 +138,16 @@ def test_requests_are_kept_where_a_checkpoint_can_follow(state: State, wanted: b
     c.state = state
     c.request(Cause.PAYLOAD_DIFFERS, "here")
     assert (c._want is not None) == wanted
+
+
+@pytest.mark.parametrize("state", [State.DEGRADED, State.STARTING, State.SOLO])
+def test_what_is_kept_back_for_tier_k_leaves_also_where_no_time_runs_out(state: State) -> None:
+    c, _, _ = primary()
+    pair = Pair()
+    sent = pair.until_braked()
+    c.engine, c.state = pair.e, state
+    c.on_tick(pair.now)
+    assert pair.out == sent
 
 
 def test_stop_with_an_impossible_time_releases_less_not_more() -> None:
