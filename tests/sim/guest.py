@@ -174,6 +174,7 @@ class Plan:
     steps: list[tuple[bytes, int]]
     pause_ms: int
     half_close: bool
+    until_told: bool = False  # it ends when the client is told
 
 
 class Client:
@@ -186,6 +187,8 @@ class Client:
         self.done: list[Tcp] = []
         self.numbers = 0
         self.last: dict[Key, Tcp] = {}  # on each port
+        self.opened: dict[tuple[bool, int, int], Tcp] = {}  # with its own ISN
+        self.told = False
         self.expect: dict[int, list[tuple[bytes, int, int]]] = {}  # id(conn) -> kind, size, number
         self.got_udp: list[bytes] = []
         self.udp_left = rnd.choice((0, 6, 12))
@@ -212,6 +215,7 @@ class Client:
             c = self.conns[key] = Tcp(key[1], key[0], False, iss, self.rnd)
             c.opened = now_ms
             self.last[key] = c
+            self.opened[(*key, iss)] = c
             self.scripts[key] = (self.plans.pop(), 0, 0)
             self.expect[id(c)] = []
         for key, c in list(self.conns.items()):
@@ -235,7 +239,7 @@ class Client:
         plan, i, at = self.scripts[key]
         if c.state != "open" or now_ms < at or self._waits(c):
             return
-        if i == len(plan.steps):
+        if i == len(plan.steps) or (plan.until_told and self.told):
             c.close_asked = True
             return
         kind, size = plan.steps[i]

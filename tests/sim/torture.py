@@ -18,9 +18,10 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 
-from .world import Scene, World, scene
+from .world import Scene, World, roles_scene, scene
 
 BLOCK = 100
+ROLES = 8  # one schedule of so many makes pairs anew and changes the roles
 
 
 class _Trace(logging.Handler):
@@ -102,7 +103,7 @@ def report(seed: int, what: str, lines: int = 60, tier: str = "both") -> str:
 
 
 def _scene(seed: int, tier: str) -> Scene:
-    s = scene(seed)
+    s = (roles_scene if seed % ROLES == 0 else scene)(seed)
     return s if tier == "both" else replace(s, fast=tier == "k")
 
 
@@ -122,6 +123,7 @@ def _block(first: int, tier: str = "both") -> tuple[int, list[tuple[int, str]], 
         seen["checkpoints"] += world.clones
         seen["runs with a takeover"] += "S" in world.spoke
         seen["runs that went solo"] += world.was_solo
+        seen["pairs made anew"] += world.pairs
         seen["virtual seconds"] += world.ms() // 1000
     return first, bad, seen
 
