@@ -41,7 +41,7 @@ EXAMPLES = Path(__file__).parents[2] / "deploy/examples"
 SETTLE_MS = 15_000
 TICK_MS = 20
 MAX_FRAMES = 20_000
-PATIENCE_MS = 12_000  # until a pair has to be whole again
+PATIENCE_MS = 30_000  # until a pair has to be whole again
 TS_SLACK = 1000  # ms of a guest's clock that a frame which was held may be behind
 
 
@@ -774,11 +774,16 @@ class World:
         return speaks if speaks is not None else self.s if self.s.primary else self.p
 
     def whole(self) -> bool:
-        """Whether both controllers take the pair for protected."""
-        both = (self.p.controller, self.s.controller)
-        return {c.role.value for c in both if c is not None and c.state is State.PROTECTED} == {
-            "primary", "secondary"
-        }  # fmt: skip
+        """Whether the pair is protected: each of its guests can go on without the other."""
+        for side in (self.p, self.s):
+            c = side.controller
+            if c is None or c.colo_exit or side.mode is not Mode.RUN:
+                return False
+            # A secondary whose fence has failed says "degraded" until the next checkpoint.
+            fit = (State.PROTECTED,) if side.primary else (State.PROTECTED, State.DEGRADED)
+            if c.state not in fit:
+                return False
+        return self.p.primary is not self.s.primary
 
     def _doom(self, side: Side) -> None:
         """A guest dies: is there another one that can go on?"""
