@@ -167,7 +167,7 @@ class Guest:
         return made
 
 
-@dataclass
+@dataclass(eq=False)
 class Plan:
     """What a connection of the client does: (kind, size) one after another."""
 
@@ -175,6 +175,7 @@ class Plan:
     pause_ms: int
     half_close: bool
     until_told: bool = False  # it ends when the client is told
+    not_before: int = 0  # ms
 
 
 class Client:
@@ -206,7 +207,8 @@ class Client:
             for v6 in (False, True)
             if (v6, 4000 + i) not in self.conns
         ]
-        if self.plans and free and self.rnd.random() < 0.4:
+        due = next((p for p in reversed(self.plans) if p.not_before <= now_ms or self.told), None)
+        if due is not None and free and self.rnd.random() < 0.4:
             key = self.rnd.choice(free)
             iss = self.rnd.choice((self.rnd.randrange(1 << 32), -1 - self.rnd.randrange(2000)))
             if key in self.last:  # above the old one's numbers (RFC 6528)
@@ -216,7 +218,8 @@ class Client:
             c.opened = now_ms
             self.last[key] = c
             self.opened[(*key, iss)] = c
-            self.scripts[key] = (self.plans.pop(), 0, 0)
+            self.plans.remove(due)
+            self.scripts[key] = (due, 0, 0)
             self.expect[id(c)] = []
         for key, c in list(self.conns.items()):
             if c.state in ("closed", "reset") or (c.aborted and now_ms > c.rto_at + 300):
@@ -283,7 +286,7 @@ class Client:
         segs = c.receive(s, now_ms, ts, self.rnd)
         if len(c.inn) > before:
             self.gap_ms = max(self.gap_ms, now_ms - self.last_ms) if self.last_ms else 0
-            self.last_ms = now_ms
+            self.last_ms = c.heard = now_ms
         if c.state == "open":
             segs += c.output(now_ms, ts, self.rnd, False)
         return [build(x, True, 0) for x in segs]

@@ -524,7 +524,7 @@ class Qemu:
         await asyncio.sleep(world.rnd.uniform(low, high) / 1000)
         while self.hung and self.alive:
             await asyncio.sleep(0.01)
-        return self.alive and other.alive and not world.colo_cut
+        return self.alive and other.alive and not (world.colo_cut or other.channel_lost)
 
     async def _checkpoint(self, first: bool) -> None:
         p, s, world = self.side, self.side.other, self.side.world

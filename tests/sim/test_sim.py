@@ -11,7 +11,7 @@ import pytest
 
 from .mutants import KERNEL_MUTANTS, MUTANTS, scenes
 from .torture import failure, report, shrink, trace
-from .world import Fault, Scene, World, lease_scene, scene
+from .world import Fault, Scene, World, lease_scene, roles_scene, scene
 
 RUNS, BLOCKS = 2400, 8
 #: more schedules than any of them needs
@@ -34,7 +34,7 @@ def test_random_schedules(block: int) -> None:
         try:
             world.run()
         except Exception as e:
-            pytest.fail(report(seed, f"{type(e).__name__}: {e}"))
+            pytest.fail(report(scene(seed), f"{type(e).__name__}: {e}"))
         took_over += "S" in world.spoke
         solo += world.was_solo
         checkpoints += world.clones
@@ -64,6 +64,22 @@ def test_random_schedules_with_a_lease(block: int) -> None:
         took_over += "S" in world.spoke
         solo += world.was_solo
     assert took_over > 20 and solo > 20
+
+
+def test_random_schedules_of_pairs_made_anew() -> None:
+    """Takeovers and what follows them, with trouble meanwhile, until the hosts have lost count."""
+    pairs, oldest = 0, 0
+    for seed in range(70):
+        s = roles_scene(seed)
+        world = World(s)
+        try:
+            world.run()
+        except Exception as e:
+            pytest.fail(report(s, f"{type(e).__name__}: {e}"))
+        pairs += world.pairs
+        oldest = max(oldest, world.oldest())
+    assert pairs > 100
+    assert oldest >= 3, "no connection lived through three takeovers"
 
 
 @pytest.mark.timeout(300)

@@ -92,11 +92,11 @@ def trace(s: Scene, lines: int) -> str:
     return "\n".join([*list(world.trace)[-lines:], end])
 
 
-def report(seed: int, what: str, lines: int = 60, tier: str = "both") -> str:
-    """A failing seed, for people."""
-    small = shrink(_scene(seed, tier))
+def report(s: Scene, what: str, lines: int = 60) -> str:
+    """A failing scene, for people."""
+    small = shrink(s)
     return (
-        f"seed {seed}: {what}\n"
+        f"seed {s.seed}: {what}\n"
         f"shrunk, to be run again with: python -m tests.sim.torture --scene "
         f"'{small.to_json()}'\n{trace(small, lines)}"
     )
@@ -123,6 +123,7 @@ def _block(first: int, tier: str = "both") -> tuple[int, list[tuple[int, str]], 
         seen["checkpoints"] += world.clones
         seen["runs with a takeover"] += "S" in world.spoke
         seen["runs that went solo"] += world.was_solo
+        seen["runs with a connection older than two takeovers"] += world.oldest() > 2
         seen["pairs made anew"] += world.pairs
         seen["virtual seconds"] += world.ms() // 1000
     return first, bad, seen
@@ -164,7 +165,7 @@ def main() -> int:
     print(f"{len(starts) * BLOCK} schedules from seed {args.seed}: {len(bad)} failed; {shown}")
     logging.disable(logging.CRITICAL)
     for seed, what in bad[:1]:
-        print(report(seed, what, tier=args.tier))
+        print(report(_scene(seed, args.tier), what))
     return 1 if bad else 0
 
 

@@ -198,6 +198,8 @@ def roles_scene(seed: int) -> Scene:
     """A random one of several failovers, with pairs made anew between them and trouble meanwhile."""
     rnd = random.Random(seed * 15_485_863 + 4)
     s = replace(scene(seed), roles=True, conns=rnd.choice((2, 3, 6)))
+    if rnd.random() < 0.7:  # offsets, which each checkpoint ends, live for longer
+        s = replace(s, odd=0, odd_udp=False, link_loss=0, compare_timeout=400)
     faults = []
     for n in range(rnd.choice((1, 2, 3, 4))):
         at, trouble = rnd.randrange(20, 900), rnd.choice((0, 0, 1, 2))
@@ -268,14 +270,15 @@ class World:
         self.said: dict[tuple[bool, int, int], bytearray] = {}
         self.acked: dict[tuple[bool, int, int], int] = {}
         self.newest: dict[tuple[bool, int, int], int] = {}  # TSval
-        self.ages: Counter[int] = Counter()  # connections, by failovers that they have lived through
+        self.turns: list[int] = []  # ms: the network has heard the other host's guest from then on
+        self.heard = "P"
         self.frames = 0
         self.fast = self.fast_alone = 0  # frames that tier K decided, and with no controller
         self.broken: BaseException | None = None
         plans = [self._plan() for _ in range(s.conns)]
         if s.roles:
-            plans += [self._long_plan() for _ in range(2)]
-        self.client = Client(self.rnd, plans, self.rnd.choice((1, 3)))
+            plans += [self._long_plan(at) for at in (0, 100, 300, self.rnd.randrange(3000))]
+        self.client = Client(self.rnd, plans, 3 if s.roles else self.rnd.choice((1, 3)))
         self.client.udp_nondeterministic = s.odd_udp
         self.deaths: set[str] = set()
 
@@ -289,11 +292,11 @@ class World:
             steps.append((rnd.choice(moods), 30))
         return Plan(steps, rnd.choice((0, 20, 100)), rnd.random() < 0.2)
 
-    def _long_plan(self) -> Plan:
+    def _long_plan(self, opened: int) -> Plan:
         """A connection that lives as long as faults happen."""
         rnd = self.rnd
         steps = [(rnd.choice((b"G", b"U")), rnd.choice((1, 50, 400))) for _ in range(400)]
-        return Plan(steps, rnd.choice((40, 150)), rnd.random() < 0.2, until_told=True)
+        return Plan(steps, rnd.choice((40, 150)), rnd.random() < 0.2, until_told=True, not_before=opened)
 
     # -- time
 
@@ -377,6 +380,9 @@ class World:
         if self.frames > MAX_FRAMES:
             raise Violation(f"{MAX_FRAMES} frames: guest and client do not understand each other")
         self.spoke.add(side.name)
+        if side.name != self.heard:
+            self.heard = side.name
+            self.turns.append(self.ms())
         if side.stale:
             raise Violation(f"two guests speak: {_frame(frame)} of {side.name} after the other one")
         if not side.primary:
@@ -784,6 +790,11 @@ class World:
             if c.state not in fit:
                 return False
         return self.p.primary is not self.s.primary
+
+    def oldest(self) -> int:
+        """Takeovers that the connection which has seen most of them lived through."""
+        alive = [c for c in self.client.done if c.state == "closed"]
+        return max((sum(c.opened < at <= c.heard for at in self.turns) for c in alive), default=0)
 
     def _doom(self, side: Side) -> None:
         """A guest dies: is there another one that can go on?"""
