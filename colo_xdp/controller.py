@@ -79,7 +79,8 @@ class Controller(ABC):
         self.peer_epoch = 0
         self.checkpoint_overdue = False
         self.stood_down = False  # shut in because the primary asked
-        self.spoke_alone = False  # this host's guest has spoken without the other's twin
+        #: clients may know bytes of this guest that the other one has never heard of (abi.Bond)
+        self.spoke_alone = False
         self.qemu_info: QemuInfo | None = None
         self.qemu_status = ""
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -106,7 +107,8 @@ class Controller(ABC):
         if f.arbiter == "lease":
             self.speaker = Speaker(
                 make_store(config),
-                node=p.local,
+                node=config.role,
+                address=p.local,
                 boot=self.peer.boot,
                 ttl_ms=f.lease_ttl,
                 margin_ms=f.lease_margin,
@@ -365,14 +367,25 @@ class Controller(ABC):
 
     def _peer_shut(self, was_alone: bool) -> None:
         """The peer's data path drops everything: certain silence, its guest alive or not."""
-        self.peer_vm_gone = True
         if self.speaker is not None:
-            self.speaker.freed(f"{self.config.peer.remote} {self.peer.peer_boot}")
+            self.speaker.freed(self.peer.peer_boot)
+        if was_alone and not self.spoke_alone and self.paired():
+            self.outdated("the other guest spoke alone and is gone: this one lacks what it said")
+            return
+        self.peer_vm_gone = True
         if self.stood_down and not was_alone and not self.vm_gone:
             # It asked us to stand down and then died itself, without having spoken alone: what
             # this side had when it was asked is still all that any client knows.
             self.stood_down = False
             self.become(State.DEGRADED, "the peer is gone and has never spoken alone")
+
+    @abstractmethod
+    def paired(self) -> bool:
+        """Whether this host's guest counts as a copy of the other one, or the other of it."""
+
+    @abstractmethod
+    def outdated(self, why: str) -> None:
+        """The other guest has spoken alone: this one must never speak."""
 
     def _beat(self) -> None:
         self.peer.send(

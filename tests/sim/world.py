@@ -399,7 +399,7 @@ class World:
                 except Violation:
                     side.other.stale = True
             c = side.controller
-            self.was_solo |= c is not None and c.spoke_alone
+            self.was_solo |= self.protected and c is not None and c.spoke_alone
         self._account(side, frame)
         now = self.client
         self._carry(self.scene.loss, self.scene.jitter, lambda: self._to_client(now, frame))
