@@ -359,6 +359,7 @@ class SimDataPath:
                     self._side.world.protected = self._side.protected = True
                 elif mode is Mode.BYPASS:
                     self._side.protected = False
+            self._side.world.gates_moved()
 
     @property
     def epoch(self) -> int:
@@ -725,7 +726,7 @@ class SimPeer:
         while not self.dead:
             other = self._side.other.peer
             free = other is not None and other.started and not other.dead and not other.connected
-            if not self.connected and free and not world.channel_cut:
+            if not self.connected and free and not (world.channel_cut or world.mute):
                 assert other is not None
                 self._partner, other._partner = other, self
                 for end, far in ((self, other), (other, self)):
@@ -749,7 +750,7 @@ class SimPeer:
         world = self._side.world
         if partner.dead or not partner.connected or partner._partner is not self:
             return
-        if world.channel_cut:  # TCP sends it again
+        if world.channel_cut or self._side.name in world.mute:  # TCP sends it again
             world.later(5, lambda: self._arrive(partner, line))
             return
         partner.last_seen_ns = world.ns()

@@ -35,10 +35,10 @@ class _Trace(logging.Handler):
         self._world.note("%s", record.getMessage())
 
 
-def failure(s: Scene) -> str:
+def failure(s: Scene, kind: type[World] = World) -> str:
     """What is wrong with a run; empty if nothing is."""
     try:
-        World(s).run()
+        kind(s).run()
     except Exception as e:
         return f"{type(e).__name__}: {e}"
     return ""
@@ -59,22 +59,22 @@ def _simpler(s: Scene) -> Iterator[Scene]:
             yield replace(s, **{name: value})
 
 
-def shrink(s: Scene, seconds: float = 60) -> Scene:
+def shrink(s: Scene, seconds: float = 60, kind: type[World] = World) -> Scene:
     """A simpler scene that fails too (in whatever way)."""
     end = time.monotonic() + seconds
     found = True
     while found and time.monotonic() < end:
         found = False
         for t in _simpler(s):
-            if failure(t):
+            if failure(t, kind):
                 s, found = t, True
                 break
     return s
 
 
-def trace(s: Scene, lines: int) -> str:
+def trace(s: Scene, lines: int, kind: type[World] = World) -> str:
     """The last lines of a run's story."""
-    world = World(s, trace=True)
+    world = kind(s, trace=True)
     root = logging.getLogger()
     handler, level, disabled = _Trace(world), root.level, logging.root.manager.disable
     logging.disable(logging.NOTSET)

@@ -117,6 +117,7 @@ class Scene:
     fast: bool = True  # tier K decides, too
     stashes: int = 16
     eager: bool = False  # it gets connections as soon as it may
+    manual: bool = False  # a person is the arbiter
     roles: bool = False  # whoever is alone gets a new secondary, in whichever role his host began
 
     def calm(self) -> bool:
@@ -229,7 +230,9 @@ def config(role: str, s: Scene) -> Config:
         compare=replace(c.compare, compare_timeout=s.compare_timeout, max_queue_size=s.queue),
         checkpoint=replace(c.checkpoint, deadline=600),
         qemu=replace(c.qemu, qmp=role, enter_timeout=3000, qmp_timeout=1000),
-        failover=c.failover
+        failover=replace(c.failover, arbiter="manual", fence=(), automatic=False)
+        if s.manual
+        else c.failover
         if not s.lease
         else replace(c.failover, arbiter="lease", fence=(), lease_ttl=1000, lease_margin=200),
     )
@@ -249,6 +252,7 @@ class World:
         self.store_cut_out: Counter[str] = Counter()  # sides whose requests are lost
         self.store_cut_in: Counter[str] = Counter()
         self.ps_cut = 0
+        self.mute: Counter[str] = Counter()  # sides of which the other one hears nothing
         self.channel_cut = self.colo_cut = self.ring_broken = False
         self.was_solo = False
         #: the secondary's controller died inside a checkpoint and QMP does not repeat its events:
@@ -539,6 +543,9 @@ class World:
         """A checkpoint has copied the PVM: what it had sent counts as the SVM's."""
         self.clones += 1
         to.tap.clear()
+
+    def gates_moved(self) -> None:
+        """A data path has another mode."""
 
     # -- controllers
 
