@@ -8,8 +8,10 @@ mode, who is compared, the lease, the fence), at each change and every 20 ms:
 - never does a guest reach it that lacks what the other one has said alone.
 
 A fence that succeeds switches the other host off, or only takes it off the clients' network: its
-controller lives then, and will be heard again. A person says `--force` only after he has done that
-by hand, and gives the network back to a host only when its guest is shut in, or the only one.
+controller lives then, and will be heard again, but fences nobody meanwhile. (Else it would speak
+with an old state some day: no controller can know better without a third place.) A person says
+`--force` only after he has done that by hand, and gives the network back to a host only when its
+guest is shut in, or is the only one and knows everything.
 """
 
 from __future__ import annotations
@@ -107,6 +109,8 @@ class Gates(World):
     async def _fence(self, side: Side) -> bool:
         await asyncio.sleep(self.rnd.uniform(0.2, self.rnd.choice((2, 30, 400))) / 1000)
         fate = self.rnd.choice(("fails", "off", "off", "isolated", "isolated"))
+        if side.name in self.isolated:
+            fate = "fails"
         self.note("%s fences %s: %s", side.name, side.other.name, fate)
         if fate == "fails":
             return False
@@ -169,10 +173,9 @@ class Gates(World):
 
     def _give_network_back(self) -> None:
         for side in (self.p, self.s):
-            if side.name in self.isolated and not self.open(side) and self.rnd.random() < 0.02:
-                c = side.controller
-                if side.primary and c is not None and c.state is not State.STOPPED:
-                    continue  # it may go on alone
+            alone = not side.stale and (side.other.off or not side.other.qemu.alive)
+            fit = side.mode is Mode.DROP or alone
+            if side.name in self.isolated and fit and self.rnd.random() < 0.02:
                 self.note("%s is on the network again", side.name)
                 self.isolated.discard(side.name)
 
