@@ -560,15 +560,16 @@ class Qemu:
                     return self._failed(svm, first)
             self.running = False
             self.event("STOP")
+            image = p.guest
+            assert image is not None
             svm.loading = True
             whole = await self._wait(svm, 0.5, world.rnd.choice((4, 4, 25, 300)))
             if not whole and not first and not self.alive and svm.alive:
                 whole = world.rnd.random() < 0.5  # all of it may have been on its way already
             if not whole:
                 return self._failed(svm, first)
-            assert p.guest is not None
-            s.guest, s.stale = p.guest.clone(world.entropy_s), p.stale
-            world.cloned(s)
+            s.guest, s.stale = image.clone(world.entropy_s), p.stale
+            world.cloned(s, first=first)
             svm.migration = self.migration = "colo"
             svm.event("RESUME")
             s.resume()

@@ -44,7 +44,7 @@ KINDS = (
     "kill_p_controller", "kill_s_controller", "kill_p_controller", "kill_s_controller",
     "kill_p_qemu", "kill_s_qemu", "kill_p_qemu", "kill_s_qemu", "power_p", "power_s",
     "checkpoint", "failover_p", "failover_s", "force_p", "force_s", "force_p", "force_s", "planned",
-    "kill_pvm_in_checkpoint", "kill_waiting_qemu",
+    "kill_pvm_in_checkpoint", "kill_waiting_qemu", "trap", "trap",
 )  # fmt: skip
 STORE_CUTS = ("cut_e", "cut_pe", "cut_se", "cut_pe_in", "cut_se_out")
 

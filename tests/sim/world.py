@@ -92,7 +92,7 @@ ROUNDS = (
 HINDRANCES = (
     "kill_p_controller", "kill_s_controller", "kill_p_controller", "kill_s_controller",
     "cut_channel", "cut_link", "lose_events", "checkpoint", "kill_waiting_qemu", "cut_colo",
-    "hang_pvm_qemu", "flip_pvm", "flip_svm",
+    "hang_pvm_qemu", "flip_pvm", "flip_svm", "trap", "trap",
 )  # fmt: skip
 
 
@@ -252,6 +252,7 @@ class World:
         self.store_cut_out: Counter[str] = Counter()  # sides whose requests are lost
         self.store_cut_in: Counter[str] = Counter()
         self.ps_cut = 0
+        self.trap = 0  # ms without a controller, as soon as a new SVM has got its state
         self.mute: Counter[str] = Counter()  # sides of which the other one hears nothing
         self.channel_cut = self.colo_cut = self.ring_broken = False
         self.was_solo = False
@@ -539,10 +540,19 @@ class World:
         del self._pieces[(v6, ident)]
         return b"".join(pieces[a][0] for a in sorted(pieces))
 
-    def cloned(self, to: Side) -> None:
+    def cloned(self, to: Side, *, first: bool) -> None:
         """A checkpoint has copied the PVM: what it had sent counts as the SVM's."""
         self.clones += 1
         to.tap.clear()
+        if first and self.trap:
+            side, span = self.rnd.choice((to, to.other)), self.trap
+            self.trap = 0
+            self.later(self.rnd.uniform(0, 16), lambda: self._restart(side, span))
+
+    def _restart(self, side: Side, span: int) -> None:
+        if side.name not in self.deaths:
+            side.kill_controller()
+            self.later(span, lambda: None if side.name in self.deaths else self.boot(side))
 
     def gates_moved(self) -> None:
         """A data path has another mode."""
@@ -669,10 +679,9 @@ class World:
             if role in f.kind:
                 f = replace(f, kind=f.kind.replace(role, f"_{side.name.lower()}"))
         if f.kind in ("kill_p_controller", "kill_s_controller"):
-            side = p if "_p_" in f.kind else s
-            if side.name not in self.deaths:
-                side.kill_controller()
-                self.later(f.span, lambda: None if side.name in self.deaths else self.boot(side))
+            self._restart(p if "_p_" in f.kind else s, f.span)
+        elif f.kind == "trap":
+            self.trap = f.span
         elif f.kind == "cut_channel":
             self.channel_cut = True
             self.later(f.span, lambda: setattr(self, "channel_cut", False))
