@@ -500,6 +500,7 @@ class Primary(Controller):
             if (
                 not initial
             ):  # an unprotected PVM is not to be held up by a peer that is slow to answer
+                self._uncompared = False  # also a failed entry can end so: QEMU was in COLO
                 self.engine.begin_checkpoint()
                 self.dp.mode = Mode.CHECKPOINT
             self.peer.send("begin", n=n, cause=cause, initial=initial)
