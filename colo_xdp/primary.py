@@ -117,6 +117,8 @@ class Primary(Controller):
         table = datapath.flows()
         #: connections in numbers that this guest has kept since it took over
         self.own = FlowTable(table) if table else None
+        #: the SVM's host has them; a former controller may have died before it handed them over
+        self._handed = self.own is None
         self._lost = datapath.lost_events()
         self._lost_checked = 0
         self.by_cause: Counter[str] = Counter()
@@ -314,6 +316,7 @@ class Primary(Controller):
             self.peer.send("base", n=n, last=n == len(parts) - 1, flows=b"".join(part).hex())
             while ck.based <= n:
                 await self._await(ck, "word that the old connections' offsets are there", deadline)
+        self._handed = True
         if entries:
             log.info("offsets of %d connections handed to the new secondary", len(entries))
 
@@ -455,6 +458,7 @@ class Primary(Controller):
         trip that brought no STOP was sent before it, so it may leave.
         """
         self.colo_exit = False
+        self._handed = self.own is None
         await self._checkpoint(Want(Cause.INITIAL.value, "entering COLO"))
         if await self.qmp.migration_status() != "colo":
             raise CheckpointFailed(f"QEMU is in `{await self.qmp.migration_status()}`, not in COLO")
@@ -523,7 +527,7 @@ class Primary(Controller):
                     if await self.qmp.migration_status() == "failed":
                         raise CheckpointFailed("the migration failed")
                 await self._await(ck, "STOP and RESUME of both guests", deadline)
-            if initial:
+            if initial or not self._handed:
                 await self._hand_offsets(ck, deadline)
             self._drain()  # frames from before STOP may still be in the ring
             held = (self.engine.held_packets, self.engine.held_bytes)

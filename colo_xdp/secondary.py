@@ -192,7 +192,10 @@ class Secondary(Controller):
     def _on_base(self, n: int, text: str) -> None:
         """Offsets of the guest that this one is a copy of; they count when the copy speaks."""
         h = self._hold
-        if h is None or self._confirmed:
+        if self._confirmed:  # a new primary controller does not know that they are here
+            self.peer.send("based", n=n)
+            return
+        if h is None:
             log.warning("offsets that nobody waits for: left alone")
             return
         try:
