@@ -473,6 +473,8 @@ class Controller(ABC):
             s.alone()
 
     async def _act(self, d: Decision) -> None:
+        if self.state in (State.SOLO, State.TAKEN_OVER, State.STOPPED):
+            return  # decided in the meantime, by a message or the end of a checkpoint
         if d.action is Action.FENCE:
             self.become(State.DEGRADED, d.why)
             self.fence_result = await self._fence()
