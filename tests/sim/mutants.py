@@ -43,6 +43,15 @@ SCENES: dict[str, dict[str, Any]] = {
             Fault(635, "kill_p_controller", 60),
         ),
     },
+    "only_a_first_checkpoint_hands_offsets_over": {
+        "odd": 0, "odd_udp": False, "link_loss": 0, "compare_timeout": 400, "faults": (
+            Fault(500, "kill_pvm_qemu", 50), Fault(510, "trap", 60),
+            Fault(600, "kill_pvm_qemu", 50, 1),
+        ),
+    },
+    "a_primary_that_was_alone_goes_on_comparing_nothing": {
+        "faults": (Fault(400, "kill_svm_qemu", 50), Fault(400, "kill_pvm_qemu", 50, 1)),
+    },
     "takeover_never_asks_which_guest_runs": {"faults": (Fault(300, "kill_p_in_checkpoint"),)},
 }  # fmt: skip
 
@@ -659,13 +668,19 @@ def the_epoch_of_the_takeover_is_forgotten(mp: Any) -> None:
 
 @_roles_mutant
 def a_primary_that_was_alone_goes_on_comparing_nothing(mp: Any) -> None:
-    real = Primary._protect
+    real = Primary._checkpoint
 
-    async def protect(self: Primary) -> None:
-        self.spoke_alone = any(h["state"] == "solo" for h in self.history)
-        await real(self)
+    async def checkpoint(self: Primary, want: Any) -> None:
+        await real(self, want)
+        self._uncompared = any(h["state"] == "solo" for h in self.history)
 
-    mp.setattr(Primary, "_protect", protect)
+    mp.setattr(Primary, "_checkpoint", checkpoint)
+
+
+@_roles_mutant
+def only_a_first_checkpoint_hands_offsets_over(mp: Any) -> None:
+    """Not the one that ends an entry into COLO which another controller began."""
+    mp.setattr(Primary, "_handed", property(lambda self: True, lambda self, on: None), raising=False)
 
 
 @_roles_mutant

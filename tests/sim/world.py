@@ -843,11 +843,14 @@ class World:
             raise Violation(f"the pair is not protected again: {ctl}")
 
     def _operate(self) -> None:
-        """A person starts a QEMU where a secondary that never had one waits for it."""
+        """A person starts a QEMU where a secondary waits for one and does not do it itself: it
+        never had one, or what it has was abandoned in its first checkpoint."""
         for side in (self.p, self.s):
             c = side.controller
             waits = c is not None and not side.primary and c.state is State.STARTING
-            if waits and not side.qemu.alive and self.rnd.random() < 0.1:
+            alone = side.other.mode is Mode.BYPASS and side.qemu.migration in ("colo", "active")
+            chance = 0.1 if not side.qemu.alive else 0.01 if alone else 0
+            if waits and self.rnd.random() < chance:
                 self.note("%s QEMU -incoming, by hand", side.name)
                 side.new_qemu()
 
