@@ -346,7 +346,10 @@ class Primary(Controller):
     async def on_qemu(self) -> None:
         if self.state is State.SOLO:
             if await self._migration() in IN_COLO:  # a former controller died before this
-                await self.leave_colo()
+                try:
+                    await self.leave_colo()
+                except QmpError as e:  # or QEMU was just about to
+                    log.warning("%s (the PVM goes on all the same)", e)
         elif self._guard is None and self.state is not State.STOPPED:
             self._guard = self.spawn(self._protect())
 
