@@ -20,6 +20,7 @@ from . import abi
 from .abi import Mode
 from .announce import announcements
 from .attach import NoSuchDevice
+from .beacon import Flag
 from .config import Config
 from .controller import HUNG_S, IN_COLO, TICK_S, Controller
 from .datapath import DataPath
@@ -166,6 +167,14 @@ class Secondary(Controller):
         elif kind == "solo":
             self._stand_down(msg["why"])
 
+    def on_beacon(self, flags: Flag) -> None:
+        if Flag.SVM in flags:
+            return
+        if Flag.SHADOW in flags:
+            self._shadow_word(True, self.peer_epoch)
+        if Flag.ASK in flags and self.state is not State.STOPPED:
+            self._stand_down("asked by its beacons")
+
     def _stand_down(self, why: str) -> None:
         """The primary speaks alone, or wants to: shut the SVM in, and say so."""
         if self.state is State.TAKEN_OVER:
@@ -282,6 +291,7 @@ class Secondary(Controller):
     async def succeed(self) -> None:
         """Another guest than the one that is over: nothing of that counts any more."""
         self.vm_gone = self.peer_vm_gone = self.colo_exit = self.stood_down = False
+        self.vm_hangs = False
         self.operator = self.forced = self.checkpoint_overdue = self.spoke_alone = False
         self.fence_result, self._hold = None, None
         self._entered = self._confirmed = False

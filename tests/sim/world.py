@@ -34,7 +34,7 @@ from colo_xdp.failover import State
 from .clock import FakeTime, VirtualLoop
 from .fast import Bpf
 from .guest import Client, Guest, Plan
-from .host import Side, SimDataPath, SimPeer, SimQmp, SimStore, Witness
+from .host import Side, SimDataPath, SimPaths, SimPeer, SimQmp, SimStore, Witness
 from .tcp import FIN, RST, SYN, BadChecksum, Tcp, diff, read
 
 EXAMPLES = Path(__file__).parents[2] / "deploy/examples"
@@ -99,6 +99,7 @@ class Scene:
     fast: bool = True  # tier K decides, too
     stashes: int = 16
     eager: bool = False  # it gets connections as soon as it may
+    beacons: bool = True  # heartbeats on the peer link too
 
     def calm(self) -> bool:
         """Nothing in it is a reason for a checkpoint that nobody asked for."""
@@ -123,7 +124,16 @@ def scene(seed: int) -> Scene:
     """A random one: in three of four tier K decides, with many stashes or few."""
     rnd = random.Random(seed * 104_729 + 2)
     fast, stashes, eager = rnd.random() < 0.75, rnd.choice((1, 4, 16)), rnd.random() < 0.5
-    return replace(_scene(seed), fast=fast, stashes=stashes, eager=eager)
+    s = replace(_scene(seed), fast=fast, stashes=stashes, eager=eager)
+    s = replace(s, beacons=rnd.random() < 0.7)
+    if not s.beacons or s.calm() or rnd.random() < 0.7:
+        return s
+    # the control channel alone is cut, for long, and perhaps one side hears no beacons either
+    faults = [Fault(rnd.randrange(60, 900), "cut_channel", rnd.choice((600, 1500, 4000)))]
+    if rnd.random() < 0.4:
+        kind = rnd.choice(("deafen_p", "deafen_s"))
+        faults.append(Fault(rnd.randrange(60, 1500), kind, rnd.choice((100, 600, 3000))))
+    return replace(s, faults=tuple(sorted([*s.faults, *faults], key=lambda f: f.at)))
 
 
 def _scene(seed: int) -> Scene:
@@ -201,6 +211,9 @@ class World:
     def __init__(self, s: Scene, *, trace: bool = False) -> None:
         self.scene = s
         self.rnd = random.Random(s.seed)
+        self.rnd_beacons = random.Random(s.seed + 1)
+        self.sessions = 0
+        self.deaf: set[str] = set()  # sides that hear no beacons
         self.loop = VirtualLoop()
         self.start = self.loop.now_ns
         self.trace: deque[str] = deque(maxlen=200000)
@@ -482,6 +495,9 @@ class World:
     def _make_store(self, c: Config) -> SimStore:
         return SimStore(self.p if c.role == "primary" else self.s)
 
+    def _make_paths(self, c: Config, on_word: Callable[[Any], None]) -> SimPaths:
+        return SimPaths(self.p if c.role == "primary" else self.s, c.pair, on_word)
+
     def _make_peer(
         self, *, role: str, on_up: Any, on_down: Any, on_message: Any, **_: Any
     ) -> SimPeer:
@@ -495,7 +511,7 @@ class World:
         kept = [(m, "time", m.time) for m in modules]  # type: ignore[attr-defined]
         kept += [
             (controller_module, n, getattr(controller_module, n))
-            for n in ("Qmp", "Peer", "make_store", "WATCH_S")
+            for n in ("Qmp", "Peer", "Paths", "make_store", "WATCH_S")
         ]
         kept += [(fastmap, "_bpf", fastmap._bpf)]
         kept += [(compare, n, getattr(compare, n)) for n in ("OFFER_AFTER", "MAX_PATIENCE")]
@@ -509,6 +525,7 @@ class World:
             controller_module.WATCH_S = 1e9
             controller_module.Qmp = self._make_qmp  # type: ignore[misc,assignment]
             controller_module.Peer = self._make_peer  # type: ignore[misc,assignment]
+            controller_module.Paths = self._make_paths  # type: ignore[misc,assignment]
             controller_module.make_store = self._make_store  # type: ignore[assignment]
             yield
         finally:
@@ -532,6 +549,10 @@ class World:
         elif f.kind == "cut_link":
             self.link_cut = True
             self.later(f.span, lambda: setattr(self, "link_cut", False))
+        elif f.kind in ("deafen_p", "deafen_s"):
+            name = f.kind[-1].upper()
+            self.deaf.add(name)
+            self.later(f.span, lambda: self.deaf.discard(name))
         elif f.kind in CUTS:
             self._cut(f.kind, 1)
             self.later(f.span, lambda: self._cut(f.kind, -1))

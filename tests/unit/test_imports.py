@@ -11,7 +11,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[2] / "colo_xdp"
 PURE = (
-    "_seq", "abi", "checks", "compare", "comparer", "config", "corpus/__init__", "corpus/craft",
+    "_seq", "abi", "beacon", "checks", "compare", "comparer", "config", "corpus/__init__", "corpus/craft",
     "corpus/play", "counters", "datagram", "explain", "fastpath", "failover", "flow", "flows",
     "fragments", "hexdump", "history", "journal", "limits", "packet", "policy", "qmp_event",
     "reasons", "record", "replay", "rewrite", "segment", "status", "stream", "suggest",
