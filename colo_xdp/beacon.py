@@ -163,7 +163,7 @@ class Beacons:
             return b""
         p = self.paths[path]
         s.sent += 1
-        held = min((now_ns - p.heard_ns) // 1000, 0xFFFFFFFF) if p.peer_t else 0
+        held = min(max(0, now_ns - p.heard_ns) // 1000, 0xFFFFFFFF) if p.peer_t else 0
         head = _HEAD.pack(
             MAGIC, self._pair, s.id, self._side, flags, min(lag_ms, 0xFFFF), s.sent, now_ns,
             p.peer_t, held, epoch,

@@ -166,8 +166,7 @@ def _deaf(f: Facts) -> bool:
     """A secondary that lives behind a cut and has not stood down, though asked for dead_after:
     it does not hear this side. As for a dead one, the arbiter decides."""
     return (
-        _cut(f)
-        and f.role is Role.PRIMARY
+        f.role is Role.PRIMARY
         and f.own_qmp
         and (f.checkpoint_overdue or f.colo_exit or f.waiting)
         and f.peer_silent_ms > 2 * f.dead_after_ms
@@ -201,7 +200,7 @@ _ENDINGS = {
 
 def _silence(f: Facts) -> str:
     """What the silence looks like."""
-    if _deaf(f):
+    if _cut(f):
         return f"it lives ({_heard(f)}), but does not stand down when asked: it hears nothing"
     where = ""
     if f.paths:
@@ -231,7 +230,7 @@ def _cut_why(f: Facts) -> str:
 
 
 def _long_silence(f: Facts) -> str:
-    if _deaf(f):
+    if _cut(f):
         return f"the control channel was silent for twice dead_after; the peer: {_silence(f)}"
     return f"nothing was heard of the peer for dead_after: {_silence(f)}"
 
@@ -301,9 +300,12 @@ _ROWS: tuple[_Row, ...] = (
     ),
     (lambda f: f.operator, Action.TAKE_OVER, "failover asked by the operator"),
     (
-        lambda f: f.state is State.PAUSED and (_suspect(f) or f.colo_exit),
+        lambda f: f.state is State.PAUSED and (_suspect(f) or _cut(f) or f.colo_exit),
         Action.DEGRADE,
-        "the peer is suspected, but the pair is paused: a person decides",
+        lambda f: (
+            f"{_cut_why(f) if _cut(f) else 'the peer is suspected'}, but the pair is paused: "
+            "a person decides"
+        ),
     ),
     (
         lambda f: _peer_dead(f) and f.automatic and f.fence_configured and f.fence_result is True,

@@ -50,6 +50,7 @@ class _Way:
         self.name = name
         self.sock: socket.socket | None = None
         self.trouble = ""
+        self.refused = False  # nobody listens there: told with a delay, so only a beacon ends it
         self.reading = False
         self.left = BUDGET
 
@@ -138,7 +139,8 @@ class Paths:
             try:
                 where = w.to()
                 w.sock.send(data) if where is None else w.sock.sendto(data, where)
-                self._say(w, "")
+                if not w.refused:
+                    self._say(w, "")
             except OSError as e:
                 self._failed(w, e)
 
@@ -172,6 +174,8 @@ class Paths:
                 return
             word = self.core.hear(i, data, boot_ns())
             if word is not None:
+                w.refused = False
+                self._say(w, "")
                 self._on_word(word)
 
     def _pause(self, w: _Way) -> None:
@@ -181,6 +185,7 @@ class Paths:
 
     def _failed(self, w: _Way, e: OSError) -> None:
         if e.errno != errno.EAGAIN:
+            w.refused = e.errno == errno.ECONNREFUSED
             self._say(w, e.strerror or str(e))
         if e.errno not in _PASSING:
             self._close(w)
@@ -194,7 +199,7 @@ class Paths:
     def _say(self, w: _Way, trouble: str) -> None:
         if trouble != w.trouble:
             w.trouble = trouble
-            log.warning("heartbeats over %s: %s", w.name, trouble or "sent again")
+            log.warning("heartbeats over %s: %s", w.name, trouble or "they go on")
 
     def status(self) -> list[dict[str, Any]]:
         """For the status document."""

@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Heartbeats over more than one path: a control channel that is cut, with and without a death."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from colo_xdp.lab.capture import from_guest
+from colo_xdp.lab.client import EchoStream
+from colo_xdp.lab.net import PEER_P, PEER_S, sh, wait_for
+from colo_xdp.lab.pair import Lab
+from tests.e2e.conftest import LabMaker
+from tests.e2e.test_failover import fence, live_on
+
+KEYS = {"heartbeat_timeout": 600, "dead_after": 1500}
+
+
+@contextmanager
+def control_cut(lab: Lab) -> Iterator[None]:
+    """IP between the hosts goes to a MAC address that nobody has; frames on the link go on."""
+    ends = ((lab.net.primary, PEER_S), (lab.net.secondary, PEER_P))
+    for ns, there in ends:
+        sh("ip", "-n", ns, "neigh", "replace", there, "lladdr", "02:00:00:00:00:99",
+           "dev", "peer0", "nud", "permanent")  # fmt: skip
+    try:
+        yield
+    finally:
+        for ns, there in ends:
+            sh("ip", "-n", ns, "neigh", "del", there, "dev", "peer0")
+
+
+def test_only_the_control_channel_is_cut(make_lab: LabMaker, tmp_path: object) -> None:
+    """Nobody is fenced, the guests go on, and a checkpoint re-arms the pair afterwards."""
+    from pathlib import Path
+
+    note, command = fence(Path(str(tmp_path)), 0)
+    lab = make_lab(
+        overrides={"failover": {"automatic": True, "fence": command}, "peer": KEYS},
+    )
+    lab.protect()
+    leak = lab.capture(lab.net.secondary, "uplink", "leak", "out")
+    stream = EchoStream(lab.net.client)
+    wait_for("echoes", lambda: len(stream.stats.answered_at) > 20, 10)
+    with control_cut(lab):
+        for role in ("primary", "secondary"):
+            s = lab.wait_state(role, "degraded", 10)
+            assert "the control channel is cut, but the peer lives" in s["reason"], s["reason"]
+            assert "over peer link" in s["reason"]
+        # for longer than a dead host would have been given, on either side
+        end = time.monotonic() + 2.5 * KEYS["dead_after"] / 1000
+        while time.monotonic() < end:
+            for role in ("primary", "secondary"):
+                s = lab.status(role)
+                assert s["state"] == "degraded" and not s["peer"]["connected"], s["reason"]
+                (path,) = s["paths"]
+                assert path["silent_ms"] < KEYS["heartbeat_timeout"]
+                assert path["unheard_ms"] < KEYS["heartbeat_timeout"]
+            time.sleep(0.1)
+        at = time.time()
+        wait_for("echoes", lambda: stream.stats.answered_after(at) > 20, 10)
+    lab.wait_state("primary", "protected", 20)
+    lab.wait_state("secondary", "protected", 20)
+    assert "peer_gap" in lab.status("primary")["reason"]
+    assert not note.exists(), "nobody was fenced"
+    live_on(lab, [stream], time.time())
+    assert from_guest(lab.stop_capture(leak)) == 0
+
+
+def test_the_primary_dies_behind_a_cut(make_lab: LabMaker) -> None:
+    """Its controller says by beacon that its path is shut: silence that is certain, no fence."""
+    lab = make_lab(overrides={"peer": KEYS})
+    lab.protect()
+    stream = EchoStream(lab.net.client)
+    wait_for("echoes", lambda: len(stream.stats.answered_at) > 20, 10)
+    with control_cut(lab):
+        lab.wait_state("secondary", "degraded", 10)
+        lab.vm["primary"].kill9()
+        s = lab.wait_state("secondary", "taken-over", 15)
+        assert "its data path is shut" in s["reason"], s["reason"]
+        assert lab.status("primary")["mode"] == "drop"
+        live_on(lab, [stream], time.time())
