@@ -141,9 +141,14 @@ def _suspect(f: Facts) -> bool:
     return _last_word_ms(f) > f.heartbeat_timeout_ms
 
 
+def _no_control(f: Facts) -> bool:
+    """The control channel is silent, whatever the other paths say."""
+    return f.peer_silent_ms > f.heartbeat_timeout_ms
+
+
 def _cut(f: Facts) -> bool:
     """Only the control channel is silent: the peer's controller lives."""
-    return f.peer_silent_ms > f.heartbeat_timeout_ms and not _suspect(f)
+    return _no_control(f) and not _suspect(f)
 
 
 def _needs_the_other(f: Facts) -> bool:
@@ -272,11 +277,11 @@ _ROWS: tuple[_Row, ...] = (
             f.shadow
             and f.role is Role.SECONDARY
             and not f.operator
-            and (f.peer_vm_gone or f.colo_exit or _suspect(f))
+            and (f.peer_vm_gone or f.colo_exit or _no_control(f))
         ),
         Action.DEGRADE,
-        "the peer is lost, but the pair was in shadow mode: clients may know bytes that this guest "
-        "never sent, so a person decides",
+        "the peer is lost or cut off, but the pair was in shadow mode: clients may know bytes that "
+        "this guest never sent, so a person decides",
     ),
     (
         lambda f: f.lease and f.committed and f.role is Role.SECONDARY,
@@ -300,7 +305,7 @@ _ROWS: tuple[_Row, ...] = (
     ),
     (lambda f: f.operator, Action.TAKE_OVER, "failover asked by the operator"),
     (
-        lambda f: f.state is State.PAUSED and (_suspect(f) or _cut(f) or f.colo_exit),
+        lambda f: f.state is State.PAUSED and (_no_control(f) or f.colo_exit),
         Action.DEGRADE,
         lambda f: (
             f"{_cut_why(f) if _cut(f) else 'the peer is suspected'}, but the pair is paused: "

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from colo_xdp.failover import Action, Ending, Facts, Heard, Role, State, decide
 
-CASES = 40_000
+CASES = 15_000
 TIMES = (0.0, 5.0, 999.0, 1000.0, 1001.0, 5000.0, 5001.0, 10_000.0, 10_001.0, float("inf"))
 
 
@@ -56,7 +56,7 @@ def test_no_path_leads_to_what_cannot_be_called_back() -> None:
         if one.action in (Action.NONE, Action.DEGRADE, Action.REARM):
             assert more.action in (one.action, Action.NONE, Action.DEGRADE, Action.ASK_SHUT)
         careful += one.action in GRAVE and more.action not in GRAVE
-    assert careful > 100, "else the cases prove nothing"
+    assert careful > 40, "else the cases prove nothing"
 
 
 def test_nor_does_one_more() -> None:
@@ -94,7 +94,7 @@ def test_who_is_heard_is_not_fenced_unless_he_is_deaf() -> None:
         if d.action is Action.ASK_SHUT:
             asked += 1
             assert f.role is Role.PRIMARY and f.own_qmp
-    assert deaf > 20 and asked > 100
+    assert deaf > 10 and asked > 40
 
 
 def test_there_is_always_a_sentence() -> None:
