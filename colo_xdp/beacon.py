@@ -30,8 +30,9 @@ the peer's process is another.
 *Replay.* A counter is taken once, whatever the path; what lies more than WINDOW behind the newest
 is refused. That leaves beacons that somebody has kept from arriving and brings later. So what the
 flags say counts only with an echo that is recent (Word.after): the peer has sent it after it had
-heard what this side sent at that time. That the peer lives counts without: it can only make
-decisions more careful.
+heard what this side sent at that time; and only if it is newer, by Word.t, than all that was heard
+of the peer, heartbeats on the control channel included. That the peer lives counts without: it can
+only make decisions more careful.
 """
 
 from __future__ import annotations
@@ -89,6 +90,7 @@ class Word:
     flags: Flag
     lag_ms: int
     epoch: int
+    t: int  # when it was sent, on the sender's clock
     after: int  # sent after the peer had heard what this side sent then; 0: unknown
 
 
@@ -207,7 +209,7 @@ class Beacons:
         if echo > p.echo_ns:
             p.echo_ns = echo
             p.rtt_ns = max(0, now_ns - echo - held * 1000)
-        return Word(Flag(flags), lag, epoch, echo)
+        return Word(Flag(flags), lag, epoch, t, echo)
 
     def excuse(self, ns: int) -> None:
         """This side was not listening for so long."""

@@ -628,8 +628,8 @@ def _cross_checks(r: _Reader, top: dict[str, Any], s: dict[str, dict[str, Any]])
         r.error("network", "bridge", net["bridge"], "expected another device than peer_link")
     if top.get("role") == "primary" and qemu.get("migrate_uri") == "":
         r.error("qemu", "migrate_uri", "", "required on the primary, such as tcp:10.0.0.2:4444")
-    _peer_checks(r, peer)
     failover = s.get("failover", {})
+    _peer_checks(r, peer, lease=failover.get("arbiter") == "lease")
     _failover_checks(r, failover)
     metrics = s.get("metrics", {})
     where = checks.split(metrics.get("listen", ""))
@@ -686,7 +686,7 @@ def _path_checks(r: _Reader, peer: dict[str, Any], control: tuple[Any, Any]) -> 
             )  # fmt: skip
 
 
-def _peer_checks(r: _Reader, peer: dict[str, Any]) -> None:
+def _peer_checks(r: _Reader, peer: dict[str, Any], *, lease: bool) -> None:
     local, remote = checks.split(peer.get("local", "")), checks.split(peer.get("remote", ""))
     if local and remote:
         if local == remote:
@@ -695,6 +695,11 @@ def _peer_checks(r: _Reader, peer: dict[str, Any]) -> None:
             r.error(
                 "peer", "remote", peer["remote"],
                 f"expected an IPv{local[0].version} address as local is",
+            )  # fmt: skip
+        if lease and local[0].is_unspecified:
+            r.error(
+                "peer", "local", peer["local"],
+                "expected this host's own address with arbiter = \"lease\", whose holder it names",
             )  # fmt: skip
     _path_checks(r, peer, (local, remote))
     tls = {k: peer.get(k) for k in ("cert", "key", "ca", "peer_cert")}

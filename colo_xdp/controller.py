@@ -87,7 +87,8 @@ class Controller(ABC):
         self.peer_epoch = 0
         self.checkpoint_overdue = False
         self.stood_down = False  # shut in because the primary asked
-        self.spoke_alone = False  # this host's guest has spoken without the other's twin
+        #: clients may know bytes of this guest that the other one has never heard of (abi.Bond)
+        self.spoke_alone = False
         self.qemu_info: QemuInfo | None = None
         self.qemu_status = ""
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -115,7 +116,8 @@ class Controller(ABC):
         if f.arbiter == "lease":
             self.speaker = Speaker(
                 make_store(config),
-                node=p.local,
+                node=config.role,
+                address=p.local,
                 boot=self.peer.boot,
                 ttl_ms=f.lease_ttl,
                 margin_ms=f.lease_margin,
@@ -343,7 +345,8 @@ class Controller(ABC):
         self.paths.core.rekey(
             self.peer.beacon_key, same_peer=self.peer.peer_boot == self._beacon_boot
         )
-        self._beacon_boot = self.peer.peer_boot
+        if self.peer.peer_boot != self._beacon_boot:
+            self._beacon_boot, self._heard_t = self.peer.peer_boot, 0
         if self.fence_result is False:
             self.fence_result = None  # it lives, and may be fenced another time
         self._beat()
@@ -370,7 +373,7 @@ class Controller(ABC):
                 self.peer.rtt_ns = max(0, boot_ns() - msg["echo"])
                 if msg["promise"] and self.speaker is not None:
                     self.speaker.promised(msg["echo"])
-            self._peer_t = msg["t"]
+            self._peer_t = self._heard_t = msg["t"]
         elif kind == "gone":
             self.peer_why = msg["why"][:200]
             self._peer_shut(msg["alone"])
@@ -381,18 +384,21 @@ class Controller(ABC):
         self.on_message(msg)
         self._decide()
 
-    _peer_t = 0
+    _peer_t = _heard_t = 0  # t of the newest heartbeat: not answered yet; whatever carried it
 
     def _beacon(self, word: Word) -> None:
-        """What a beacon says counts only where the control channel cannot say it, in its order,
-        and if it is recent and of the guest that there is. A promise has its time in itself."""
+        """What a beacon says counts only where the control channel cannot say it, if it is newer
+        than all that was heard, recent, and of the guest that there is. A promise has its time in
+        itself."""
         limit = self.config.peer.heartbeat_timeout
         if Flag.PROMISE in word.flags and self.speaker is not None and word.after:
             self.speaker.promised(word.after)
         if word.lag_ms > limit / 2:
             self._peer_slow_ns = time.monotonic_ns()
-        if self.peer.connected or word.after <= max(self._guest_ns, boot_ns() - limit * 1_000_000):
+        since = max(self._guest_ns, boot_ns() - limit * 1_000_000)
+        if self.peer.connected or word.after <= since or word.t <= self._heard_t:
             return
+        self._heard_t = word.t
         self.peer_epoch = word.epoch
         if Flag.SHUT in word.flags:
             if not self.peer_vm_gone:
@@ -427,14 +433,25 @@ class Controller(ABC):
 
     def _peer_shut(self, was_alone: bool) -> None:
         """The peer's data path drops everything: certain silence, its guest alive or not."""
-        self.peer_vm_gone = True
         if self.speaker is not None:
-            self.speaker.freed(f"{self.config.peer.remote} {self.peer.peer_boot}")
+            self.speaker.freed(self.peer.peer_boot)
+        if was_alone and not self.spoke_alone and self.paired():
+            self.outdated("the other guest spoke alone and is gone: this one lacks what it said")
+            return
+        self.peer_vm_gone = True
         if self.stood_down and not was_alone and not self.vm_gone:
             # It asked us to stand down and then died itself, without having spoken alone: what
             # this side had when it was asked is still all that any client knows.
             self.stood_down = False
             self.become(State.DEGRADED, "the peer is gone and has never spoken alone")
+
+    @abstractmethod
+    def paired(self) -> bool:
+        """Whether this host's guest counts as a copy of the other one, or the other of it."""
+
+    @abstractmethod
+    def outdated(self, why: str) -> None:
+        """The other guest has spoken alone: this one must never speak."""
 
     def _beat(self) -> None:
         promise = self.speaker is not None and self._silent() and self.speaker.promise()

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from . import abi
-from .abi import Mode
+from .abi import Bond, Mode
 from .beacon import Flag
 from .compare import Engine
 from .config import Config
@@ -33,6 +33,7 @@ from .reasons import Cause
 from .record import Record
 from .report import rules_json
 from .ring import Event
+from .speaker import Speaker
 from .status import WAIT_BUCKETS
 
 log = logging.getLogger("colo_xdp.primary")
@@ -41,6 +42,7 @@ REARM_S = 0.5
 SWEEP_S = 5.0
 BASE_PART = 290  # connections in one message: it must fit into wire.MAX_FLOWS_TEXT
 BRIDGE_S = 1.0  # between two looks at the ports of the tap's bridge
+RECORD_S = 1.0  # frames of both guests are held meanwhile
 REFUSALS = 20  # tries before a secondary that keeps refusing counts as broken
 LOSS_CHECK_NS = 100_000_000
 SWEEP = 200  # connections of tier K looked at in that time: a million in 8 minutes
@@ -108,6 +110,7 @@ class Primary(Controller):
         self._injector = datapath.injectors["release"]
         self._want: Want | None = None
         self._leave_shadow = False
+        self._plan_refused = ""
         self._wake = asyncio.Event()
         self._peer_ready = False
         self._guard: asyncio.Task[Any] | None = None
@@ -123,7 +126,13 @@ class Primary(Controller):
         self.waits = [0] * (len(WAIT_BUCKETS) + 1)
         self.wait_sum = 0.0
         datapath.unmirror(None)  # what a former controller's rules said
-        if datapath.adopted and datapath.mode in (Mode.RUN, Mode.CHECKPOINT):
+        self.spoke_alone = datapath.bond is Bond.ALONE
+        #: frames that are still on their way to this process leave uncompared
+        self._uncompared = self.spoke_alone and datapath.mode is Mode.BYPASS
+        if datapath.adopted and self._uncompared:
+            self.state = State.SOLO
+            self.reason = "the guest spoke alone under a former controller"
+        elif datapath.adopted and datapath.mode in (Mode.RUN, Mode.CHECKPOINT):
             # A former controller held frames that are lost with it; only a checkpoint
             # makes both sides equal again. Until then nothing is decided.
             datapath.mode = Mode.CHECKPOINT
@@ -143,11 +152,11 @@ class Primary(Controller):
             event.frame, event.ts_ns, event.gso_size, event.partial, captured=event.captured
         )
         if event.source == abi.Source.PVM:
-            if self.spoke_alone:
+            if self._uncompared:
                 self._release(rec)
             else:
                 self.engine.from_pvm(rec, time.monotonic_ns())
-        elif not self.spoke_alone:
+        elif not self._uncompared:
             self.engine.from_svm(rec, event.epoch, time.monotonic_ns())
 
     def on_batch(self) -> None:
@@ -267,6 +276,12 @@ class Primary(Controller):
             self._guard.cancel()
         self.become(State.STOPPED, why)
 
+    def paired(self) -> bool:
+        return self.state in (State.PROTECTED, State.CHECKPOINTING, State.DEGRADED)
+
+    def outdated(self, why: str) -> None:
+        self._stand_down(why)
+
     def on_lease(self) -> None:
         self._wake.set()
 
@@ -285,7 +300,7 @@ class Primary(Controller):
             except QmpError as e:
                 log.warning("%s", e)
             await asyncio.sleep(REARM_S)
-        self.operator = self.forced = self.checkpoint_overdue = self.spoke_alone = False
+        self.operator = self.forced = self.checkpoint_overdue = self._uncompared = False
         self.fence_result = self._want = None
         await self._protect()
 
@@ -338,7 +353,10 @@ class Primary(Controller):
             await asyncio.sleep(BRIDGE_S)
 
     async def on_qemu(self) -> None:
-        if self._guard is None and self.state not in (State.STOPPED, State.SOLO):
+        if self.state is State.SOLO:
+            if await self._migration() in IN_COLO:  # a former controller died before this
+                await self.leave_colo()
+        elif self._guard is None and self.state is not State.STOPPED:
             self._guard = self.spawn(self._protect())
 
     async def _protect(self) -> None:
@@ -348,6 +366,9 @@ class Primary(Controller):
             if migration == "colo":
                 self._want = Want(Cause.CONTROLLER_RESTART.value, "this controller is new")
                 break
+            lost = migration is not None and migration not in IN_COLO
+            if lost and self.spoke_alone and self.dp.mode is Mode.CHECKPOINT:
+                self._give_up_entering()
             if self.speaker is not None and not self.speaker.may_speak:
                 self.become(self.state, "waiting for the lease: nothing leaves this host")
             elif migration is not None and self.peer.connected and self._peer_ready:
@@ -374,7 +395,12 @@ class Primary(Controller):
                 await self._checkpoint(want)
                 refusals = 0
             except (CheckpointFailed, QmpError) as e:
-                if isinstance(e, CheckpointFailed) and e.refused and refusals < REFUSALS:
+                refused = isinstance(e, CheckpointFailed) and e.refused
+                if refused and want.cause == Cause.PLANNED:
+                    self._plan_refused = str(e)
+                    self._want = Want(Cause.OPERATOR.value, f"in place of a planned failover: {e}")
+                    continue
+                if refused and refusals < REFUSALS:
                     refusals += 1
                     log.info("checkpoint (%s) not begun: %s; again", want.cause, e)
                     self._want = want
@@ -389,6 +415,24 @@ class Primary(Controller):
                 self.checkpoint_overdue = not (isinstance(e, CheckpointFailed) and e.channel)
                 self.become(State.DEGRADED, f"checkpoint ({want.cause}) did not complete: {e}")
                 self._decide()
+
+    def _give_up_entering(self) -> None:
+        """A former controller died in the first checkpoint, which never came to its end.
+
+        Nobody has confirmed the copy, so the guest may go on alone.
+        """
+        self.dp.mode = Mode.BYPASS
+        self._drain()
+        self.engine.release_all()
+        self.become(State.STARTING, "a former controller did not come to enter COLO")
+
+    async def _clear_record(self, s: Speaker) -> None:
+        """The store stops saying that this guest is alone before the other one counts, so that it
+        may take over from then on. A store that is away is told later, at the same price."""
+        s.paired()
+        end = time.monotonic() + RECORD_S
+        while s.recorded and time.monotonic() < end:
+            await asyncio.sleep(TICK_S / 5)
 
     async def _migration(self) -> str | None:
         """State of QEMU's migration; None while QMP does not answer."""
@@ -492,7 +536,11 @@ class Primary(Controller):
                 await self._hand_offsets(ck, deadline)
             self._drain()  # frames from before STOP may still be in the ring
             held = (self.engine.held_packets, self.engine.held_bytes)
+            if self.spoke_alone and self.speaker is not None:
+                await self._clear_record(self.speaker)
             self.engine.commit_checkpoint(ck.stop_ns, n, time.monotonic_ns())
+            # Before the epoch, by which the secondary is told that its guest counts.
+            self.spoke_alone, self.dp.bond = False, Bond.EQUAL
             self.dp.epoch = n
             if cause == Cause.PLANNED:
                 # Nothing that is newer than the state which the SVM has loaded has left or will:
@@ -588,7 +636,8 @@ class Primary(Controller):
         self._peer_ready = False
         self.peer.send("solo", why=why)
         self._drain()
-        self.spoke_alone = True
+        self.spoke_alone = self._uncompared = True
+        self.dp.bond = Bond.ALONE
         released = self.engine.release_all()
         self.dp.mode = Mode.BYPASS
         self._drain()
@@ -604,6 +653,11 @@ class Primary(Controller):
             raise ValueError(f"no planned failover from state {self.state.value}: {self.reason}")
         if self.shadow or self._leave_shadow:
             raise ValueError("no planned failover from shadow mode: leave it first")
+        s = self.speaker
+        if s is not None and not s.held:
+            why = s.trouble or "another host holds the lease"
+            raise ValueError(f"no planned failover, the SVM could not get the lease: {why}")
+        self._plan_refused = ""
         self._want = Want(Cause.PLANNED.value, why)
         self._wake.set()
 
@@ -611,6 +665,8 @@ class Primary(Controller):
         failed = self.checkpoints_failed
         self._plan("asked by the operator")
         while time.monotonic() < deadline and self.checkpoints_failed == failed:
+            if self._plan_refused:
+                raise ValueError(f"no planned failover: {self._plan_refused}")
             if self.state is State.STOPPED and self.peer_state == State.TAKEN_OVER.value:
                 return True
             await asyncio.sleep(TICK_S)

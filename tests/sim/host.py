@@ -15,7 +15,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from colo_xdp import abi, wire
-from colo_xdp.abi import SIDE_PVM, SIDE_SVM, Mode, Source
+from colo_xdp.abi import SIDE_PVM, SIDE_SVM, Bond, Mode, Source
 from colo_xdp.beacon import Beacons, Flag, Word, session_key
 from colo_xdp.failover import Ending
 from colo_xdp.qmp import QemuInfo, QmpError
@@ -62,6 +62,7 @@ class Side:
         self.mode, self.epoch, self.beat_ns = Mode.BYPASS if primary else Mode.DROP, 0, 0
         self.loaded = False
         self.shadowed = 0
+        self.bond = Bond.ALONE if primary else Bond.NONE
         self.order = ""
         self.ring: deque[Event] = deque()
         self.lost = 0
@@ -295,6 +296,15 @@ class SimDataPath:
     def shadowed(self, value: int) -> None:
         if not self.dead:
             self._side.shadowed = value
+
+    @property
+    def bond(self) -> Bond:
+        return self._side.bond
+
+    @bond.setter
+    def bond(self, bond: Bond) -> None:
+        if not self.dead:
+            self._side.bond = bond
 
     @property
     def order(self) -> str:
@@ -801,7 +811,8 @@ class SimStore:
     async def hold(self, holder: str, ttl_ms: int, steal: str) -> Seen:
         w, last = self._world.witness, self._lease
         now, alone, revision = await self._ask(lambda: (w.holder, w.alone, w.revision))
-        if now and now != steal and now.split(" ")[0] != holder.split(" ")[0]:
+        theirs = steal and now.endswith(f" {steal}")
+        if now and not theirs and now.split(" ")[0] != holder.split(" ")[0]:
             return Seen(now, alone)
         if last and await self._ask(lambda: w.renew(last)):
             lease = last
@@ -822,6 +833,10 @@ class SimStore:
         alone = await self._ask(put)
         self._lease = lease
         return Seen(holder, alone)
+
+    async def look(self) -> Seen:
+        w = self._world.witness
+        return Seen(*await self._ask(lambda: (w.holder, w.alone)))
 
     async def record(self, holder: str, alone: str) -> bool:
         w = self._world.witness

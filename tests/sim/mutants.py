@@ -41,6 +41,7 @@ SCENES: dict[str, dict[str, Any]] = {
             Fault(635, "kill_p_controller", 60),
         ),
     },
+    "takeover_never_asks_which_guest_runs": {"faults": (Fault(300, "kill_p_in_checkpoint"),)},
 }  # fmt: skip
 
 

@@ -335,7 +335,7 @@ class World:
         if self.frames > MAX_FRAMES:
             raise Violation(f"{MAX_FRAMES} frames: guest and client do not understand each other")
         self.spoke.add(side.name)
-        if self.scene.lease and not side.primary and self.was_solo:
+        if not side.primary and self.was_solo:
             raise Violation(f"two guests speak: {_frame(frame)} of S after P went solo")
         if side.primary and "S" in self.spoke:
             raise Violation(f"two guests speak: {_frame(frame)} of P after S took over")
@@ -344,7 +344,7 @@ class World:
         if side.primary:
             self._judge(frame)
             c = side.controller
-            self.was_solo |= c is not None and c.spoke_alone
+            self.was_solo |= self.protected and c is not None and c.spoke_alone
         now = self.client
         self._carry(self.scene.loss, self.scene.jitter, lambda: self._to_client(now, frame))
 

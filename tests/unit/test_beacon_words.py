@@ -17,6 +17,7 @@ from colo_xdp.compare import Engine
 from colo_xdp.controller import Controller
 from colo_xdp.failover import Action, Ending, State
 from colo_xdp.paths import LINK
+from colo_xdp.peer import OTHER
 from colo_xdp.primary import Want
 from colo_xdp.speaker import boot_ns
 
@@ -27,7 +28,7 @@ Made = tuple[Controller, FakeDataPath, list[Action]]
 
 def word(flags: Flag, *, late_ms: float = 5, lag_ms: int = 0, epoch: int = 7) -> Word:
     """Said after the peer had heard what this side sent so long ago."""
-    return Word(flags, lag_ms, epoch, boot_ns() - int(late_ms * 1e6))
+    return Word(flags, lag_ms, epoch, boot_ns(), boot_ns() - int(late_ms * 1e6))
 
 
 def cut(make: Callable[[], tuple[Any, FakeDataPath, Sent]]) -> Made:
@@ -64,7 +65,9 @@ def test_a_shut_data_path_is_certain_silence(make: Any, over: Action) -> None:
     run(body)
 
 
-@pytest.mark.parametrize("why", ["connected", "kept back", "before the guest", "hears nothing"])
+@pytest.mark.parametrize(
+    "why", ["connected", "kept back", "before the guest", "hears nothing", "overtaken"]
+)
 @pytest.mark.parametrize("make", [primary, secondary])
 def test_only_a_fresh_word_counts_and_only_when_the_channel_is_down(make: Any, why: str) -> None:
     async def body() -> None:
@@ -77,8 +80,13 @@ def test_only_a_fresh_word_counts_and_only_when_the_channel_is_down(make: Any, w
         elif why == "before the guest":
             c._peer_message({"type": "ready", "epoch": 7})
             c.peer.connected = False
+        elif why == "overtaken":  # by what the control channel brought before it was cut
+            beat = {"t": said.t, "echo": 0, "state": "protected", "epoch": 7, "vm": True,
+                    "shut": False, "alone": False, "shadow": False, "promise": False,
+                    "role": OTHER[c.role.value]}  # fmt: skip
+            c._peer_message({"type": "beat", **beat})
         else:
-            said = Word(said.flags, 0, 7, 0)
+            said = Word(said.flags, 0, 7, said.t, 0)
         c._beacon(said)
         await asyncio.sleep(0)
         assert not c.peer_vm_gone and done == [] and c.state is State.PROTECTED
@@ -106,6 +114,18 @@ def test_a_primary_that_has_spoken_alone_leaves_nothing_to_come_back_to() -> Non
         c._beacon(word(Flag.SHUT | Flag.ALONE))
         await asyncio.sleep(0)
         assert c.state is State.STOPPED and done == []
+
+    run(body)
+
+
+def test_a_secondary_stands_down_when_the_primary_has_spoken_alone() -> None:
+    async def body() -> None:
+        c, dp, done = cut(secondary)
+        c._beacon(word(Flag.VM | Flag.ALONE))
+        assert c.state is State.STOPPED and dp.mode is Mode.DROP
+        c._beacon(word(Flag.SHUT))
+        await asyncio.sleep(0)
+        assert c.state is State.STOPPED and done == [], "whatever becomes of it"
 
     run(body)
 
