@@ -12,6 +12,7 @@ from typing import Any
 
 from colo_xdp import controller, failover, fastmap, fragments, rewrite, secondary, stream
 from colo_xdp.abi import SIDE_PVM, Mode, Reason
+from colo_xdp.beacon import Flag
 from colo_xdp.compare import Engine
 from colo_xdp.datagram import DatagramFlow
 from colo_xdp.failover import Action
@@ -39,6 +40,14 @@ SCENES: dict[str, dict[str, Any]] = {
         "conns": 4, "loss": 0.0, "link_jitter": 3.0, "faults": (
             Fault(67, "shadow", 60), Fault(115, "kill_p_qemu", 0),
             Fault(635, "kill_p_controller", 60),
+        ),
+    },
+    "a_beacon_says_shut_before_it_is": {
+        "conns": 6, "beacons": True, "faults": (Fault(150, "cut_channel", 6000),),
+    },
+    "who_asks_by_beacon_takes_it_for_granted": {
+        "conns": 6, "odd": 0.4, "beacons": True, "lease": False, "faults": (
+            Fault(150, "cut_channel", 6000), Fault(150, "deafen_s", 6000), Fault(200, "cut_colo"),
         ),
     },
     "takeover_never_asks_which_guest_runs": {"faults": (Fault(300, "kill_p_in_checkpoint"),)},
@@ -544,6 +553,31 @@ def partial_checksums_are_completed(mp: Any) -> None:
         real(self, c, w, new, n, pos)
 
     mp.setattr(TierK, "send_piece", send_piece)
+
+
+# -- beacons
+
+
+@_mutant
+def a_beacon_says_shut_before_it_is(mp: Any) -> None:
+    real = controller.Controller._beacon_flags
+
+    def flags(self: Any) -> Flag:
+        early = self.state is failover.State.DEGRADED
+        return real(self) | (Flag.SHUT if early else Flag(0))
+
+    mp.setattr(controller.Controller, "_beacon_flags", flags)
+
+
+@_mutant
+def who_asks_by_beacon_takes_it_for_granted(mp: Any) -> None:
+    real = Primary.perform
+
+    async def perform(self: Primary, action: Action, why: str) -> None:
+        await real(self, action, why)
+        self.peer_vm_gone |= self.asks
+
+    mp.setattr(Primary, "perform", perform)
 
 
 # -- the lease; its times are tried in test_speakers.py, where no decision hides them
