@@ -375,7 +375,7 @@ class Controller(ABC):
                     self.speaker.promised(msg["echo"])
             self._peer_t = self._heard_t = msg["t"]
         elif kind == "gone":
-            self.peer_why = msg["why"][:200]
+            self.peer_why = f'"{msg["why"][:200]}"'
             self._peer_shut(msg["alone"])
         elif kind == "ready" or (kind == "begin" and msg["initial"]):
             self._guest_ns, self.peer_why = boot_ns(), ""
