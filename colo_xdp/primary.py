@@ -300,7 +300,7 @@ class Primary(Controller):
             except QmpError as e:
                 log.warning("%s", e)
             await asyncio.sleep(REARM_S)
-        self.operator = self.forced = self.checkpoint_overdue = self._uncompared = False
+        self.operator = self.forced = self.checkpoint_overdue = False
         self.fence_result = self._want = None
         await self._protect()
 
@@ -421,10 +421,15 @@ class Primary(Controller):
 
         Nobody has confirmed the copy, so the guest may go on alone.
         """
+        self._bypass()
+        self.become(State.STARTING, "a former controller did not come to enter COLO")
+
+    def _bypass(self) -> None:
+        """Nothing is held any more, nor what is still on its way to this process."""
         self.dp.mode = Mode.BYPASS
         self._drain()
         self.engine.release_all()
-        self.become(State.STARTING, "a former controller did not come to enter COLO")
+        self._uncompared = True
 
     async def _clear_record(self, s: Speaker) -> None:
         """The store stops saying that this guest is alone before the other one counts, so that it
@@ -470,9 +475,7 @@ class Primary(Controller):
 
     async def _enter_failed(self, why: str) -> None:
         self._peer_ready = False
-        self.dp.mode = Mode.BYPASS
-        self._drain()
-        self.engine.release_all()
+        self._bypass()
         self.become(State.STARTING, f"COLO was not entered: {why}")
         try:
             if await self.qmp.status() == "paused":
@@ -518,6 +521,7 @@ class Primary(Controller):
             while not ck.begun:
                 await self._await(ck, "answer of the secondary's controller", answer)
             if initial:
+                self._uncompared = False
                 self.engine.begin_checkpoint()
                 self.dp.mode = Mode.CHECKPOINT
                 await self.qmp.prepare(primary=True)

@@ -77,6 +77,7 @@ class Side:
         # of the controller that runs now
         self.controller: Any = None
         self.dp = SimDataPath(self)
+        self.loaded = False  # no controller has loaded anything yet
         self.peer: SimPeer | None = None
         self.paths: SimPaths | None = None
         self.qmp: SimQmp | None = None
