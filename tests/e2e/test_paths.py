@@ -4,32 +4,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from colo_xdp.lab.capture import from_guest
 from colo_xdp.lab.client import EchoStream
-from colo_xdp.lab.net import PEER_P, PEER_S, sh, wait_for
-from colo_xdp.lab.pair import Lab
+from colo_xdp.lab.net import wait_for
 from tests.e2e.conftest import LabMaker
 from tests.e2e.test_failover import fence, live_on
 
 KEYS = {"heartbeat_timeout": 600, "dead_after": 1500}
-
-
-@contextmanager
-def control_cut(lab: Lab) -> Iterator[None]:
-    """IP between the hosts goes to a MAC address that nobody has; frames on the link go on."""
-    ends = ((lab.net.primary, PEER_S), (lab.net.secondary, PEER_P))
-    for ns, there in ends:
-        sh("ip", "-n", ns, "neigh", "replace", there, "lladdr", "02:00:00:00:00:99",
-           "dev", "peer0", "nud", "permanent")  # fmt: skip
-    try:
-        yield
-    finally:
-        for ns, there in ends:
-            sh("ip", "-n", ns, "neigh", "del", there, "dev", "peer0")
 
 
 def test_only_the_control_channel_is_cut(make_lab: LabMaker, tmp_path: Path) -> None:
@@ -43,7 +26,7 @@ def test_only_the_control_channel_is_cut(make_lab: LabMaker, tmp_path: Path) -> 
     leak = lab.capture(lab.net.secondary, "uplink", "leak", "out")
     stream = EchoStream(lab.net.client)
     wait_for("echoes", lambda: len(stream.stats.answered_at) > 20, 10)
-    with control_cut(lab):
+    with lab.net.control_cut():
         for role in ("primary", "secondary"):
             s = lab.wait_state(role, "degraded", 10)
             assert "the control channel is cut, but the peer lives" in s["reason"], s["reason"]
@@ -64,7 +47,7 @@ def test_only_the_control_channel_is_cut(make_lab: LabMaker, tmp_path: Path) -> 
     lab.wait_state("secondary", "protected", 20)
     assert "peer_gap" in lab.status("primary")["reason"]
     assert from_guest(lab.stop_capture(leak)) == 0
-    with control_cut(lab):
+    with lab.net.control_cut():
         lab.wait_state("secondary", "degraded", 10)
         lab.vm["primary"].kill9()
         s = lab.wait_state("secondary", "taken-over", 15)
@@ -72,3 +55,24 @@ def test_only_the_control_channel_is_cut(make_lab: LabMaker, tmp_path: Path) -> 
         assert lab.status("primary")["mode"] == "drop"
         live_on(lab, [stream], time.time())
     assert not note.exists(), "nobody was fenced"
+
+
+def test_output_that_waits_behind_a_cut(make_lab: LabMaker, tmp_path: Path) -> None:
+    """The secondary is asked by beacon to stand down, and says by beacon that it has."""
+    note, command = fence(tmp_path, 0)
+    lab = make_lab(overrides={"failover": {"automatic": True, "fence": command}, "peer": KEYS})
+    lab.protect()
+    stream = EchoStream(lab.net.client)
+    wait_for("echoes", lambda: len(stream.stats.answered_at) > 20, 10)
+    with lab.net.control_cut():
+        lab.wait_state("primary", "degraded", 10)
+        # no two guests give the same answer to this: it waits, until the PVM is alone
+        assert lab.client.http("cgi-bin/uptime", timeout=20, port=8080).ok
+        s = lab.wait_state("primary", "solo", 10)
+        assert "its data path is shut" in s["reason"], s["reason"]
+        s = lab.wait_state("secondary", "stopped", 10)
+        assert "asked by its beacons" in s["reason"] and s["mode"] == "drop"
+    story = lab.controller_log("primary").read_text()
+    assert "it is asked there to stand down" in story
+    assert not note.exists(), "nobody was fenced"
+    live_on(lab, [stream], time.time())

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 import time
 from collections.abc import Callable
@@ -14,6 +15,7 @@ import pytest
 
 from colo_xdp.beacon import NONCE, SIZE, Beacons, Flag, Word, session_key
 from colo_xdp.config import Config, ConfigError, load, parse
+from colo_xdp.doctor import FAIL, OK, WARN, _paths
 from colo_xdp.paths import BUDGET, Paths
 
 EXAMPLES = Path(__file__).parents[2] / "deploy/examples"
@@ -139,6 +141,24 @@ def test_a_flood_costs_the_path_and_nothing_else() -> None:
         s.paths.close()
 
     asyncio.run(go())
+
+
+def test_doctor_looks_at_the_paths() -> None:
+    def levels(c: Config) -> list[int]:
+        return [check.level for check in _paths(c)]
+
+    a, b = (f"127.0.0.1:{free_port()}" for _ in range(2))
+    assert levels(config("primary")) == [WARN], "none but the control channel"
+    assert levels(config("primary", f"{a}->{b}")) == [OK]
+    assert levels(config("primary", f"{a}->{b}", "192.0.2.77:1->192.0.2.78:1")) == [OK, FAIL]
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:  # a controller that runs
+        s.bind(("127.0.0.1", int(a.split(":")[1])))
+        assert levels(config("primary", f"{a}->{b}")) == [OK]
+    c = load(EXAMPLES / "primary.toml")
+    c = replace(c, network=replace(c.network, peer_link="nosuchdevice"))
+    assert levels(c) == [FAIL]
+    made = replace(c, network=replace(c.network, vxlan_remote="192.0.2.2"))  # by `run`
+    assert levels(made) == ([FAIL] if os.geteuid() else [])
 
 
 TEXT = (EXAMPLES / "primary.toml").read_text()
