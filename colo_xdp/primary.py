@@ -408,9 +408,8 @@ class Primary(Controller):
                     continue
                 self.checkpoints_failed += 1
                 if isinstance(e, QmpTimeout) and await self.hangs():
-                    self.vm_gone = self.vm_hangs = (
-                        True  # not the secondary's fault: it is the one to go on
-                    )
+                    # not the secondary's fault: it is the one to go on
+                    self.vm_gone = self.vm_hangs = True
                 # Silence is no second sign beside silence: that would fence over a cut link.
                 self.checkpoint_overdue = not (isinstance(e, CheckpointFailed) and e.channel)
                 self.become(State.DEGRADED, f"checkpoint ({want.cause}) did not complete: {e}")
