@@ -513,6 +513,7 @@ class Primary(Controller):
             if (
                 not initial
             ):  # an unprotected PVM is not to be held up by a peer that is slow to answer
+                self._uncompared = False  # an entry that was given up may have succeeded in QEMU
                 self.engine.begin_checkpoint()
                 self.dp.mode = Mode.CHECKPOINT
             self.peer.send("begin", n=n, cause=cause, initial=initial)
