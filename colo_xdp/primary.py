@@ -19,6 +19,7 @@ from typing import Any
 
 from . import abi
 from .abi import Bond, Mode
+from .beacon import Flag
 from .compare import Engine
 from .config import Config
 from .controller import IN_COLO, INCOMING_S, TICK_S, Controller
@@ -172,7 +173,9 @@ class Primary(Controller):
         self.wait_sum += s
 
     def on_tick(self, now_ns: int) -> None:
-        if self.state is State.PROTECTED:
+        # While the control channel is cut timeouts go on: what waits too long has to be known.
+        cut = self.state is State.DEGRADED and self.dp.mode is Mode.RUN and not self.peer.connected
+        if self.state is State.PROTECTED or cut:
             self.engine.tick(now_ns)
         if now_ns - self._lost_checked > LOSS_CHECK_NS:
             self._lost_checked = now_ns
@@ -249,6 +252,15 @@ class Primary(Controller):
             else:
                 ck.failed = msg["why"]
             ck.changed.set()
+
+    def on_beacon(self, flags: Flag) -> None:
+        speaks = Flag.SVM in flags and Flag.ALONE in flags and Flag.SHUT not in flags
+        if speaks and self.state is not State.STOPPED:
+            self._stand_down("the secondary speaks for the guest, as its beacons say")
+
+    @property
+    def waiting(self) -> bool:
+        return self._want is not None or (self._ck is None and self.dp.mode is Mode.CHECKPOINT)
 
     def _older_than(self, msg: dict[str, Any]) -> bool:
         """Two primaries, since this host has lost what was pinned (a reboot): the pair's epochs
@@ -403,7 +415,8 @@ class Primary(Controller):
                     continue
                 self.checkpoints_failed += 1
                 if isinstance(e, QmpTimeout) and await self.hangs():
-                    self.vm_gone = True  # not the secondary's fault: it is the one to go on
+                    # not the secondary's fault: it is the one to go on
+                    self.vm_gone = self.vm_hangs = True
                 # Silence is no second sign beside silence: that would fence over a cut link.
                 self.checkpoint_overdue = not (isinstance(e, CheckpointFailed) and e.channel)
                 self.become(State.DEGRADED, f"checkpoint ({want.cause}) did not complete: {e}")
@@ -632,7 +645,7 @@ class Primary(Controller):
             self.peer.send("gone", why=why, alone=self.spoke_alone)
         elif action is Action.ASK_SHUT:
             self.become(State.DEGRADED, why)
-            self.peer.send("solo", why=why)
+            self.asks = not self.peer.send("solo", why=why)
             await asyncio.sleep(self.config.peer.heartbeat_interval / 1000)
         elif action is Action.REARM:
             self._want = self._want or Want(Cause.PEER_GAP.value, why)

@@ -20,6 +20,7 @@ from . import abi
 from .abi import Bond, Mode
 from .announce import announcements
 from .attach import NoSuchDevice
+from .beacon import Flag
 from .config import Config
 from .controller import HUNG_S, IN_COLO, TICK_S, Controller
 from .datapath import DataPath
@@ -169,6 +170,16 @@ class Secondary(Controller):
         elif kind == "solo":
             self._stand_down(msg["why"])
 
+    def on_beacon(self, flags: Flag) -> None:
+        if Flag.SVM in flags:
+            return
+        if Flag.SHADOW in flags:
+            self._shadow_word(True, self.peer_epoch)
+        if Flag.ALONE in flags and Flag.SHUT not in flags and self._confirmed:
+            self.outdated("the PVM has spoken alone, as its beacons say")
+        if Flag.ASK in flags and self.state is not State.STOPPED:
+            self._stand_down("asked by its beacons")
+
     def paired(self) -> bool:
         return self._confirmed
 
@@ -311,6 +322,7 @@ class Secondary(Controller):
     async def succeed(self) -> None:
         """Another guest than the one that is over: nothing of that counts any more."""
         self.vm_gone = self.peer_vm_gone = self.colo_exit = self.stood_down = False
+        self.vm_hangs = False
         self.operator = self.forced = self.checkpoint_overdue = self.spoke_alone = False
         self.fence_result, self._hold = None, None
         self._entered = self._confirmed = False

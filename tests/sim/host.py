@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from colo_xdp import abi, wire
 from colo_xdp.abi import SIDE_PVM, SIDE_SVM, Bond, Mode, Source
+from colo_xdp.beacon import Beacons, Flag, Word, session_key
+from colo_xdp.failover import Ending
 from colo_xdp.qmp import QemuInfo, QmpError
 from colo_xdp.qmp_event import QmpEvent
 from colo_xdp.rewrite import Flow, Rewriter
@@ -66,6 +68,7 @@ class Side:
         self.dp = SimDataPath(self)
         self.loaded = False  # no controller has loaded anything yet
         self.peer: SimPeer | None = None
+        self.paths: SimPaths | None = None
         self.qmp: SimQmp | None = None
         self._drain_set = False
         self.boots = 0
@@ -266,7 +269,7 @@ class Side:
             return
         if not self.primary and self.mode is Mode.CHECKPOINT:
             self.world.unsure = True
-        for stand_in in (self.dp, self.peer, self.qmp, self.store):
+        for stand_in in (self.dp, self.peer, self.paths, self.qmp, self.store):
             if stand_in is not None:
                 stand_in.dead = True
         for t in list(c._tasks):
@@ -714,6 +717,7 @@ class SimPeer:
         self.last_seen_ns = self.rtt_ns = self.refused = 0
         side.boots += 1
         self.boot, self.peer_boot = f"{side.name}{side.boots}", ""
+        self.beacon_key, self.ending = b"", Ending.UNKNOWN
         self._last = 0.0
         self._partner: SimPeer | None = None
         side.peer = self
@@ -730,9 +734,12 @@ class SimPeer:
             if not self.connected and free and not (world.channel_cut or world.mute):
                 assert other is not None
                 self._partner, other._partner = other, self
+                world.sessions += 1
+                key = session_key("sim", f"{world.sessions:064x}", "00" * 32)
                 for end, far in ((self, other), (other, self)):
                     end.connected, end.last_seen_ns = True, world.ns()
-                    end.peer_boot = far.boot
+                    end.peer_boot, end.beacon_key = far.boot, key
+                    end.ending = Ending.UNKNOWN
                 for end in (self, other):
                     end._on_up()
             await asyncio.sleep(world.rnd.uniform(0.05, 0.1))
@@ -775,6 +782,9 @@ class SimPeer:
             if was and not end.dead:
                 end._on_down(why)
 
+    def excuse(self, ns: int) -> None:
+        raise AssertionError("nobody stands still in virtual time")
+
     def silent_ms(self) -> float:
         if not self.last_seen_ns:
             return float("inf")
@@ -782,6 +792,41 @@ class SimPeer:
 
     async def close(self) -> None:
         self.connected = False
+
+
+class SimPaths:
+    """colo_xdp.paths.Paths with one path, the peer link: the product's own beacons, which are lost,
+    late and in any order. The chances are its own, so that a scene is the same without them."""
+
+    def __init__(self, side: Side, pair: str, on_word: Callable[[Word], None]) -> None:
+        self._side, self.dead, self._on_word = side, False, on_word
+        names = ["peer link"] if side.world.scene.beacons else []
+        self.core = Beacons(pair, "primary" if side.primary else "secondary", names)
+        side.paths = self
+
+    def start(self) -> None:
+        pass
+
+    def send(self, flags: Flag, lag_ms: int, epoch: int) -> None:
+        world, rnd = self._side.world, self._side.world.rnd_beacons
+        self.core.round()
+        for i in range(len(self.core.paths)):
+            data = self.core.make(i, world.ns(), flags, lag_ms, epoch)
+            if data and not self.dead and rnd.random() >= world.scene.link_loss:
+                for _ in range(2 if rnd.random() < 0.02 else 1):
+                    late = rnd.choice((2, 2, 2, 2, 80)) * rnd.random()
+                    world.later(0.02 + late, lambda i=i, data=data: self._arrive(i, data))  # type: ignore[misc]
+
+    def _arrive(self, i: int, data: bytes) -> None:
+        world, other = self._side.world, self._side.other
+        if world.link_cut or other.name in world.deaf or other.paths is None or other.paths.dead:
+            return
+        word = other.paths.core.hear(i, data, world.ns())
+        if word is not None:
+            other.paths._on_word(word)
+
+    def close(self) -> None:
+        pass
 
 
 class Witness:

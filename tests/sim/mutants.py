@@ -12,6 +12,7 @@ from typing import Any
 
 from colo_xdp import abi, controller, failover, fastmap, fragments, rewrite, secondary, stream
 from colo_xdp.abi import SIDE_PVM, Mode, Reason
+from colo_xdp.beacon import Flag
 from colo_xdp.compare import Engine
 from colo_xdp.datagram import DatagramFlow
 from colo_xdp.failover import Action
@@ -51,6 +52,14 @@ SCENES: dict[str, dict[str, Any]] = {
     },
     "a_primary_that_was_alone_goes_on_comparing_nothing": {
         "faults": (Fault(400, "kill_svm_qemu", 50), Fault(400, "kill_pvm_qemu", 50, 1)),
+    },
+    "a_beacon_says_shut_before_it_is": {
+        "conns": 6, "beacons": True, "faults": (Fault(150, "cut_channel", 6000),),
+    },
+    "who_asks_by_beacon_takes_it_for_granted": {
+        "conns": 6, "odd": 0.4, "beacons": True, "lease": False, "faults": (
+            Fault(150, "cut_channel", 6000), Fault(150, "deafen_s", 6000), Fault(200, "cut_colo"),
+        ),
     },
     "takeover_never_asks_which_guest_runs": {"faults": (Fault(300, "kill_p_in_checkpoint"),)},
 }  # fmt: skip
@@ -566,6 +575,31 @@ def partial_checksums_are_completed(mp: Any) -> None:
     mp.setattr(TierK, "send_piece", send_piece)
 
 
+# -- beacons
+
+
+@_mutant
+def a_beacon_says_shut_before_it_is(mp: Any) -> None:
+    real = controller.Controller._beacon_flags
+
+    def flags(self: Any) -> Flag:
+        early = self.state is failover.State.DEGRADED
+        return real(self) | (Flag.SHUT if early else Flag(0))
+
+    mp.setattr(controller.Controller, "_beacon_flags", flags)
+
+
+@_mutant
+def who_asks_by_beacon_takes_it_for_granted(mp: Any) -> None:
+    real = Primary.perform
+
+    async def perform(self: Primary, action: Action, why: str) -> None:
+        await real(self, action, why)
+        self.peer_vm_gone |= self.asks
+
+    mp.setattr(Primary, "perform", perform)
+
+
 # -- the lease; its times are tried in test_speakers.py, where no decision hides them
 
 
@@ -680,7 +714,9 @@ def a_primary_that_was_alone_goes_on_comparing_nothing(mp: Any) -> None:
 @_roles_mutant
 def only_a_first_checkpoint_hands_offsets_over(mp: Any) -> None:
     """Not the one that ends an entry into COLO which another controller began."""
-    mp.setattr(Primary, "_handed", property(lambda self: True, lambda self, on: None), raising=False)
+    mp.setattr(
+        Primary, "_handed", property(lambda self: True, lambda self, on: None), raising=False
+    )
 
 
 @_roles_mutant

@@ -95,6 +95,17 @@ def test_there_are_enough_mutants() -> None:
     assert sum(n.startswith("tier_k") for n in MUTANTS) + len(KERNEL_MUTANTS) >= 16
 
 
+def test_an_entry_that_was_given_up_and_succeeded_in_qemu_is_compared() -> None:
+    """The channel is cut in the first checkpoint; QEMU completes it all the same."""
+    World(
+        Scene(
+            5002, conns=5, loss=0, dup=0, jitter=0, link_loss=0.01, link_jitter=3, odd=0.4,
+            compare_timeout=40, stashes=1, eager=True, lease=True,
+            faults=(Fault(376, "cut_pe_out", 1300), Fault(542, "cut_channel", 600)),
+        )
+    ).run()  # fmt: skip
+
+
 def test_a_scene_is_replayed_exactly() -> None:
     s = scene(11)
     runs = []

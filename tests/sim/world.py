@@ -34,7 +34,7 @@ from colo_xdp.failover import State
 from .clock import FakeTime, VirtualLoop
 from .fast import Bpf
 from .guest import Client, Guest, Plan
-from .host import Side, SimDataPath, SimPeer, SimQmp, SimStore, Witness
+from .host import Side, SimDataPath, SimPaths, SimPeer, SimQmp, SimStore, Witness
 from .tcp import FIN, RST, SYN, BadChecksum, Tcp, diff, read
 
 EXAMPLES = Path(__file__).parents[2] / "deploy/examples"
@@ -60,7 +60,7 @@ class Fault:
     at: int
     kind: str
     span: int = 0
-    #: its time counts from when the pair was protected once more, after all faults of the round before
+    #: its time counts from when the pair was protected again, after the faults of the one before
     round: int = 0
 
 
@@ -119,6 +119,7 @@ class Scene:
     eager: bool = False  # it gets connections as soon as it may
     manual: bool = False  # a person is the arbiter
     roles: bool = False  # whoever is alone gets a new secondary, in whichever role his host began
+    beacons: bool = True  # heartbeats on the peer link too
 
     def calm(self) -> bool:
         """Nothing in it is a reason for a checkpoint that nobody asked for."""
@@ -143,7 +144,16 @@ def scene(seed: int) -> Scene:
     """A random one: in three of four tier K decides, with many stashes or few."""
     rnd = random.Random(seed * 104_729 + 2)
     fast, stashes, eager = rnd.random() < 0.75, rnd.choice((1, 4, 16)), rnd.random() < 0.5
-    return replace(_scene(seed), fast=fast, stashes=stashes, eager=eager)
+    s = replace(_scene(seed), fast=fast, stashes=stashes, eager=eager)
+    s = replace(s, beacons=rnd.random() < 0.7)
+    if not s.beacons or s.calm() or rnd.random() < 0.7:
+        return s
+    # the control channel alone is cut, for long, and perhaps one side hears no beacons either
+    faults = [Fault(rnd.randrange(60, 900), "cut_channel", rnd.choice((600, 1500, 4000)))]
+    if rnd.random() < 0.4:
+        kind = rnd.choice(("deafen_p", "deafen_s"))
+        faults.append(Fault(rnd.randrange(60, 1500), kind, rnd.choice((100, 600, 3000))))
+    return replace(s, faults=tuple(sorted([*s.faults, *faults], key=lambda f: f.at)))
 
 
 def _scene(seed: int) -> Scene:
@@ -196,7 +206,7 @@ def lease_scene(seed: int) -> Scene:
 
 
 def roles_scene(seed: int) -> Scene:
-    """A random one of several failovers, with pairs made anew between them and trouble meanwhile."""
+    """A random one of several failovers, with pairs made anew between them, and trouble."""
     rnd = random.Random(seed * 15_485_863 + 4)
     s = replace(scene(seed), roles=True, conns=rnd.choice((2, 3, 6)))
     if rnd.random() < 0.7:  # offsets, which each checkpoint ends, live for longer
@@ -244,6 +254,9 @@ class World:
     def __init__(self, s: Scene, *, trace: bool = False) -> None:
         self.scene = s
         self.rnd = random.Random(s.seed)
+        self.rnd_beacons = random.Random(s.seed + 1)
+        self.sessions = 0
+        self.deaf: set[str] = set()  # sides that hear no beacons
         self.loop = VirtualLoop()
         self.start = self.loop.now_ns
         self.trace: deque[str] = deque(maxlen=200000)
@@ -301,7 +314,9 @@ class World:
         """A connection that lives as long as faults happen."""
         rnd = self.rnd
         steps = [(rnd.choice((b"G", b"U")), rnd.choice((1, 50, 400))) for _ in range(400)]
-        return Plan(steps, rnd.choice((40, 150)), rnd.random() < 0.2, until_told=True, not_before=opened)
+        return Plan(
+            steps, rnd.choice((40, 150)), rnd.random() < 0.2, until_told=True, not_before=opened
+        )
 
     # -- time
 
@@ -635,6 +650,9 @@ class World:
     def _make_store(self, c: Config) -> SimStore:
         return SimStore(self.p if c.role == "primary" else self.s)
 
+    def _make_paths(self, c: Config, on_word: Callable[[Any], None]) -> SimPaths:
+        return SimPaths(self.p if c.role == "primary" else self.s, c.pair, on_word)
+
     def _make_peer(
         self, *, role: str, on_up: Any, on_down: Any, on_message: Any, **_: Any
     ) -> SimPeer:
@@ -648,7 +666,7 @@ class World:
         kept = [(m, "time", m.time) for m in modules]  # type: ignore[attr-defined]
         kept += [
             (controller_module, n, getattr(controller_module, n))
-            for n in ("Qmp", "Peer", "make_store", "WATCH_S")
+            for n in ("Qmp", "Peer", "Paths", "make_store", "WATCH_S")
         ]
         kept += [(fastmap, "_bpf", fastmap._bpf)]
         kept += [(compare, n, getattr(compare, n)) for n in ("OFFER_AFTER", "MAX_PATIENCE")]
@@ -662,6 +680,7 @@ class World:
             controller_module.WATCH_S = 1e9
             controller_module.Qmp = self._make_qmp  # type: ignore[misc,assignment]
             controller_module.Peer = self._make_peer  # type: ignore[misc,assignment]
+            controller_module.Paths = self._make_paths  # type: ignore[misc,assignment]
             controller_module.make_store = self._make_store  # type: ignore[assignment]
             yield
         finally:
@@ -688,6 +707,10 @@ class World:
         elif f.kind == "cut_link":
             self.link_cut = True
             self.later(f.span, lambda: setattr(self, "link_cut", False))
+        elif f.kind in ("deafen_p", "deafen_s"):
+            name = f.kind[-1].upper()
+            self.deaf.add(name)
+            self.later(f.span, lambda: self.deaf.discard(name))
         elif f.kind in CUTS:
             self._cut(f.kind, 1)
             self.later(f.span, lambda: self._cut(f.kind, -1))
@@ -734,9 +757,9 @@ class World:
                 self.later(f.span, lambda: setattr(self, "colo_cut", False))
         elif f.kind == "kill_waiting_qemu":
             for side in (p, s):
-                if side.qemu.status() == "inmigrate" or side.qemu.migration == "active":
-                    if side.qemu.incoming:
-                        side.kill_qemu()
+                waits = side.qemu.status() == "inmigrate" or side.qemu.migration == "active"
+                if waits and side.qemu.incoming:
+                    side.kill_qemu()
         elif f.kind == "planned":
             side = self.rnd.choice((p, s))
             if side.controller is not None:
