@@ -110,6 +110,8 @@ class DataPath:
         self.reader = open_reader(self.objects)
         self.injectors: dict[str, Injector] = {}
         if not self.adopted:
+            # A guest that speaks while nobody compares: a copy made before must not take over.
+            self._write(Cfg.BOND, abi.Bond.ALONE if primary else abi.Bond.NONE)
             self._write(Cfg.MODE, Mode.BYPASS if primary else Mode.DROP)
         self.guest: loader.Objects | None = None
         if primary and self._read(Cfg.BASE_EPOCH):
@@ -261,6 +263,15 @@ class DataPath:
         self._write(Cfg.SHADOW, value)
 
     @property
+    def bond(self) -> abi.Bond:
+        """What this host's guest is to the other one."""
+        return abi.Bond(self._read(Cfg.BOND))
+
+    @bond.setter
+    def bond(self, bond: abi.Bond) -> None:
+        self._write(Cfg.BOND, bond)
+
+    @property
     def base_epoch(self) -> int:
         """Primary: the epoch whose offsets are the guest's for good; 0: it has none."""
         return self._read(Cfg.BASE_EPOCH)
@@ -280,6 +291,8 @@ class DataPath:
         self._write(Cfg.BASE_EPOCH, max(1, self.epoch) if to_primary else 0)
         self._write(Cfg.FAST_SINCE, self.epoch + 1)  # what an earlier pair's tier K knew is void
         self.shadowed, self.order = 0, ""
+        if not to_primary:
+            self.bond = abi.Bond.NONE
         role = abi.HostRole.PRIMARY if to_primary else abi.HostRole.SECONDARY
         self._write(Cfg.ROLE, role)
 
