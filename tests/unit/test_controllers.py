@@ -143,7 +143,8 @@ def test_requests_are_kept_where_a_checkpoint_can_follow(state: State, wanted: b
 
 @pytest.mark.parametrize("state", [State.DEGRADED, State.STARTING, State.SOLO])
 def test_what_is_kept_back_for_tier_k_leaves_also_where_no_time_runs_out(state: State) -> None:
-    c, _, _ = primary()
+    c, dp, _ = primary()
+    dp.mode = Mode.CHECKPOINT
     pair = Pair()
     sent = pair.until_braked()
     c.engine, c.state = pair.e, state
