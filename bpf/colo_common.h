@@ -51,6 +51,7 @@ enum colo_cfg {
 	CFG_ORDER = 16,	     /* user space's: when a person asked for a failover, see datapath.py */
 	CFG_ROLE = 17,	     /* user space's: enum colo_role; 0: as configured */
 	CFG_BASE_EPOCH = 18, /* primary: offsets of this epoch are the guest's for good; 0: none */
+	CFG_BOND = 19,	     /* user space's: enum colo_bond */
 	CFG_MAX = 32,
 };
 

@@ -6,9 +6,10 @@
  * that costs more than comparing it. So pvm_in notes at which port of the bridge each client
  * was heard, as the bridge itself does, and the client's frames leave there directly. Whatever
  * is not certain goes by way of the bridge: a client not heard for CLIENT_FRESH_NS, one that
- * came over the host's own stack, a bridge that filters (user space looks, and leaves `ports`
- * empty), and everything while there is no controller, which would see a port leave the bridge.
- * The bridge forgets the guest's address if none of its frames come by: user space reminds it.
+ * came over the host's own stack, a bridge or a port with rules of its own (user space looks, and
+ * leaves it out of `ports`), and everything while there is no controller, which would see a port
+ * leave the bridge. The bridge forgets the guest's address if none of its frames come by: user
+ * space reminds it.
  *
  * Races. An entry's ifindex never changes, a new entry takes its place; seen_ns is one word.
  * A client that moves to another port is sent to the old one until it is heard there, by pvm_in

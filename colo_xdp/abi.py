@@ -52,6 +52,7 @@ class Cfg(IntEnum):
     ORDER = 16
     ROLE = 17
     BASE_EPOCH = 18
+    BOND = 19
     MAX = 32
 
 
@@ -61,6 +62,14 @@ class HostRole(IntEnum):
     CONFIGURED = 0
     PRIMARY = 1
     SECONDARY = 2
+
+
+class Bond(IntEnum):
+    """What this host's guest is to the other one (slot CFG_BOND): outlives the controller."""
+
+    NONE = 0  # nothing is known: not a copy of the other one, as far as anybody has confirmed
+    EQUAL = 1  # a checkpoint was confirmed, and nobody has spoken alone since
+    ALONE = 2  # clients may know bytes of it that the other one has never heard of
 
 
 #: values of CFG_UPLINK that are no device

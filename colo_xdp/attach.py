@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from pyroute2 import IPRoute
-from pyroute2.netlink.exceptions import NetlinkError
+from pyroute2.netlink.exceptions import NetlinkError as NetlinkError
 from pyroute2.nftables.main import NFTables
 
 from . import _bpf
@@ -133,59 +133,109 @@ def set_master(name: str, bridge: str | None) -> None:
 
 _BRIDGE_CALLS = ("NF_CALL_IPTABLES", "NF_CALL_IP6TABLES", "NF_CALL_ARPTABLES")
 _NFPROTO_BRIDGE = 7
-_NUD_REACHABLE, _NTF_USE, _NTF_MASTER = 0x02, 0x01, 0x04
+_NUD_REACHABLE, _NUD_NOARP, _NUD_PERMANENT = 0x02, 0x40, 0x80
+_NTF_USE, _NTF_MASTER, _NTF_EXT_LEARNED, _NTF_STICKY = 0x01, 0x04, 0x10, 0x40
+#: of a port (IFLA_BRPORT_*): who is answered past the bridge would be answered past these
+_PORT_RULES = (
+    "LOCKED", "ISOLATED", "NEIGH_SUPPRESS", "NEIGH_VLAN_SUPPRESS", "PROXYARP", "PROXYARP_WIFI",
+)  # fmt: skip
+#: shorter, and the bridge forgets a client before pvm_in does (CLIENT_FRESH_NS); in 1/100 s
+_MIN_AGEING = 100
+#: legacy ebtables: a table's module once loaded, nobody but its own ioctl tells of rules
+EBTABLES = tuple(Path(f"/sys/module/ebtable_{x}") for x in ("filter", "nat", "broute"))
+#: what a kernel without nf_tables answers: to the socket, or to the request (nfnetlink_rcv_msg()
+#: says EINVAL of a subsystem that it does not have)
+_NO_NFTABLES = frozenset(
+    (errno.EPROTONOSUPPORT, errno.EAFNOSUPPORT, errno.EOPNOTSUPP, errno.ENOENT, errno.EINVAL)
+)
 
 
 def plain_ports(tap: str) -> frozenset[int]:
-    """ifindexes of the ports of the tap's bridge; none if the tap is in no bridge, or in one that
-    filters (VLANs, netfilter): what leaves past it would leave unfiltered."""
+    """ifindexes of the ports of the tap's bridge behind which a client can be answered past it.
+
+    None if the tap is in no bridge, in one that filters (VLANs, netfilter), that keeps no
+    addresses, or if the tap's own port has rules; else those that learn and have no rules. What
+    somebody has entered by hand is refresh_fdb()'s to tell.
+    """
     none: frozenset[int] = frozenset()
     try:
-        master = link_info(tap).master
+        own = link_info(tap)
     except NoSuchDevice:
         return none
-    if not master:
+    if not own.master:
         return none
     with _netlink() as ipr:
-        try:
-            data = ipr.link("get", index=master)[0].get_attr("IFLA_LINKINFO")
-            data = data.get_attr("IFLA_INFO_DATA") if data else None
-            ports = frozenset(m["index"] for m in ipr.get_links(master=master))
-        except NetlinkError:
-            return none
-    if data is None or data.get_attr("IFLA_BR_VLAN_FILTERING"):
+        data = ipr.link("get", index=own.master)[0].get_attr("IFLA_LINKINFO")
+        data = data.get_attr("IFLA_INFO_DATA") if data else None
+        ports = frozenset(m["index"] for m in ipr.get_links(master=own.master) if _is_plain(m))
+    if data is None or data.get_attr("IFLA_BR_VLAN_FILTERING") or own.index not in ports:
+        return none
+    if (data.get_attr("IFLA_BR_AGEING_TIME") or 0) < _MIN_AGEING:
         return none
     calls = any(data.get_attr(f"IFLA_BR_{x}") for x in _BRIDGE_CALLS)
     return none if _is_filtered(calls) else ports
 
 
+def _is_plain(port: Any) -> bool:
+    """Whether a port of a bridge learns addresses and has no rules of its own."""
+    info = port.get_attr("IFLA_LINKINFO")
+    data = info.get_attr("IFLA_INFO_SLAVE_DATA") if info else None
+    if data is None or not hasattr(data, "get_attr"):
+        return False
+    return bool(data.get_attr("IFLA_BRPORT_LEARNING")) and not any(
+        data.get_attr(f"IFLA_BRPORT_{x}") for x in _PORT_RULES
+    )
+
+
 def _is_filtered(calls: bool) -> bool:
-    """Whether netfilter may have rules for bridged frames: of nftables' family `bridge`, or any
-    rules at all where the bridge calls the other families (`calls`, or the sysctl says so)."""
-    for name in ("iptables", "ip6tables", "arptables"):
-        with contextlib.suppress(OSError):
-            calls |= Path(f"/proc/sys/net/bridge/bridge-nf-call-{name}").read_text() != "0\n"
-    for name in ("ip_tables_names", "ip6_tables_names", "arp_tables_names"):
-        with contextlib.suppress(OSError):
-            if calls and Path(f"/proc/thread-self/net/{name}").read_text():
-                return True
+    """Whether anybody may have rules for bridged frames: legacy ebtables, nftables' family
+    `bridge`, or any at all where the bridge calls the other families (`calls`, or the sysctl says
+    so). What cannot be found out counts as a rule."""
+    if any(path.exists() for path in EBTABLES):
+        return True
     try:
+        for name in ("iptables", "ip6tables", "arptables"):
+            with contextlib.suppress(FileNotFoundError):
+                calls |= Path(f"/proc/sys/net/bridge/bridge-nf-call-{name}").read_text() != "0\n"
+        for name in ("ip_tables_names", "ip6_tables_names", "arp_tables_names"):
+            with contextlib.suppress(FileNotFoundError):
+                if calls and Path(f"/proc/thread-self/net/{name}").read_text():
+                    return True
         with NFTables(nfgen_family=0) as nft:
             return any(calls or m["nfgen_family"] == _NFPROTO_BRIDGE for m in nft.get_tables())
-    except (NetlinkError, OSError):
-        return False  # this kernel has no nftables
+    except (NetlinkError, OSError) as e:
+        return (e.code if isinstance(e, NetlinkError) else e.errno) not in _NO_NFTABLES
 
 
-def refresh_fdb(port: str) -> None:
-    """As if a frame had come from each address that the bridge has learned at this port."""
-    index = link_info(port).index
+def refresh_fdb(port: str) -> frozenset[int]:
+    """As if a frame had come from each address that the bridge has learned at this port.
+
+    Returns where the bridge has addresses that it has not learned (static, sticky, local but no
+    device's own, by another program): ifindexes of ports, or of the bridge. Who has such an
+    address is to be reached there, wherever it was heard.
+    """
+    own = link_info(port)
+    fixed: set[int] = set()
+    if not own.master:
+        return frozenset()
     with _netlink() as ipr:
-        for m in ipr.fdb("dump", ifindex=index):
-            if m["ifindex"] == index and m["state"] & _NUD_REACHABLE and m["flags"] == 0:
+        local = {m.get_attr("IFLA_ADDRESS") for m in ipr.get_links(master=own.master)}
+        local |= {m.get_attr("IFLA_ADDRESS") for m in ipr.link("get", index=own.master)}
+        for m in ipr.fdb("dump"):
+            state, flags, mac = m["state"], m["flags"], m.get_attr("NDA_LLADDR")
+            if m.get_attr("NDA_MASTER") != own.master:
+                continue
+            if flags & (_NTF_EXT_LEARNED | _NTF_STICKY) or state & _NUD_NOARP:
+                fixed.add(m["ifindex"])
+            elif state & _NUD_PERMANENT:
+                if mac not in local:
+                    fixed.add(m["ifindex"])
+            elif m["ifindex"] == own.index and state & _NUD_REACHABLE and flags == 0:
                 ipr.fdb(
-                    "add", ifindex=index, lladdr=m.get_attr("NDA_LLADDR"),
+                    "add", ifindex=own.index, lladdr=mac,
                     state=_NUD_REACHABLE, flags=_NTF_USE | _NTF_MASTER,
                 )  # fmt: skip
+    return frozenset(fixed)
 
 
 def make_vxlan(name: str, vni: int, local: str, remote: str, port: int, manifest: Manifest) -> bool:

@@ -137,6 +137,28 @@ def ip(v: Any) -> str | None:
     return None if ok else "expected an IPv4 or IPv6 address"
 
 
+Where = tuple[ipaddress.IPv4Address | ipaddress.IPv6Address, int]
+
+
+def path_ends(v: Any) -> tuple[Where, Where] | None:
+    """The ends of "local:port->remote:port", both of one family; None when it is something else."""
+    if not isinstance(v, str):
+        return None
+    local, arrow, remote = (part.strip() for part in v.partition("->"))
+    a, b = split(local), split(remote)
+    return (a, b) if arrow and a and b and a[0].version == b[0].version else None
+
+
+def heartbeat_paths(v: Any) -> str | None:
+    want = 'expected a list of at most 4 paths "local:port->remote:port", both IPv4 or both IPv6'
+    if not isinstance(v, list | tuple) or len(v) > 4:
+        return want
+    for s in v:
+        if path_ends(s) is None:
+            return f"{want}; {json.dumps(s, default=str):.60} is none"
+    return None
+
+
 def identity(v: Any) -> str | None:
     ok = isinstance(v, str) and re.fullmatch(r"[!-~]{1,255}", v)
     return None if ok else "expected a name in a certificate (1 to 255 printable characters)"

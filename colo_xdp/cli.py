@@ -124,12 +124,21 @@ def _text(s: dict[str, Any]) -> str:
     def no(x: dict[str, Any]) -> str:
         return "" if x["connected"] else "NOT "
 
+    def ms(v: float | None) -> str:
+        return "never" if v is None else f"{v:.0f} ms ago"
+
     causes = ", ".join(f"{k} {v}" for k, v in ck["by_cause"].items() if v) or "none"
     lines = [
         f"{s['pair']} {s['role']}: {s['state']} for {age:.0f} s (epoch {s['epoch']}, {s['mode']})",
         f"  why          {s['reason']}",
         f"  QEMU         {no(q)}connected {q['version']} {q['accel']}".rstrip(),
         f"  peer         {no(p)}connected {p['state']}".rstrip(),
+        *(
+            f"  beacons      {w['name']}: heard {ms(w['silent_ms'])}, round trip "
+            f"{w['rtt_us'] / 1000:.1f} ms, the peer hears what was sent {ms(w['unheard_ms'])}"
+            + (f" ({w['trouble']})" if w["trouble"] else "")
+            for w in s["paths"]
+        ),
         f"  hook         {s['hook']}, events by {s['events']} buffer, {s['ring']['lost']} lost",
         f"  held         {held['packets']} of {held['limit']} packets, {held['bytes']} bytes",
         f"  checkpoints  {ck['total']} ({causes}), {ck['failed']} failed",

@@ -15,28 +15,13 @@ from collections.abc import Callable, Iterator
 from heapq import heappop, heappush
 from itertools import count
 
-from .comparer import Comparer, Flow, Held
+from .comparer import Flow, Held
 from .counters import COUNTERS
-from .fastpath import (
-    BRAKE_AFTER,
-    BRAKE_FRAMES,
-    BRAKE_NS,
-    MAX_PATIENCE,
-    OFFER_AFTER,
-    RETRY,
-    SHORT_STAY_NS,
-    Fast,
-    NoFast,
-    Words,
-    given,
-    pack,
-    ready,
-    recall,
-    waits_since,
-)
+from .fastpath import Fast, NoFast, Words, recall
 from .flow import FlowKey, datagram_name, tcp_port
 from .flows import GIVEN, Flows, RuleCount
 from .fragments import Fragments
+from .giving import Giving
 from .journal import Divergence
 from .limits import CHECKPOINT_QUEUE, Limits
 from .packet import Kind, Packet, parse
@@ -114,8 +99,8 @@ class Engine:
         self._parts: dict[Stream, None] = {}  # a verified part of their head may leave
         self.fast: Fast = NoFast() if fast is None else fast
         self._fast_wanted = self.fast.enabled
-        self._calm: dict[Stream, None] = {}  # to be given to tier K, if they stay settled
-        self._braked: dict[Stream, int] = {}  # until when at most
+        self._giving = Giving(self, self.fast)
+        self._note = self._giving.note
         self._history: OrderedDict[Stream, None] = OrderedDict()
         self._history_sum = 0
 
@@ -139,7 +124,7 @@ class Engine:
             st.last = now_ns
             st.pvm(rec, p, now_ns)
             if self.fast.enabled:
-                self._note_calm(st, rec)
+                self._note(st, rec)
             return
         self._count_opaque(p)
         if self._solo:
@@ -161,7 +146,7 @@ class Engine:
         self.now, self.shadow = now_ns, on
         self.fast.enabled = not on and self._fast_wanted
         if on:
-            self._unbrake_all()
+            self._giving.unbrake_all()
             self._recall_all(self.fast.outstanding())
             held = [h for flow in self._waiting() for h in flow.held]
             for rec, _, _ in sorted([*held, *self._queue], key=lambda h: h[2]):
@@ -226,7 +211,7 @@ class Engine:
                 st.last = now_ns
                 st.svm(p, now_ns)
                 if self.fast.enabled:
-                    self._note_calm(st, rec)
+                    self._note(st, rec)
                 return
             p.gso_size = rec.gso_size
             self._svm_datagram(p)
@@ -263,7 +248,7 @@ class Engine:
     def begin_checkpoint(self) -> None:
         """From now on the PVM's frames are queued undecided, the SVM's of this epoch dropped
         and of the next one kept. Also ends a solo phase (re-protection)."""
-        self._unbrake_all()
+        self._giving.unbrake_all()
         self._checkpointing = True
         self._solo = False
         self._collect()
@@ -375,7 +360,7 @@ class Engine:
     def release_all(self) -> int:
         """The pair is lost and the PVM goes solo: release everything held, in order, and from
         now on at once. The flows are forgotten. Returns how many were held."""
-        self._unbrake_all()
+        self._giving.unbrake_all()
         self._recall_all(self.fast.outstanding())
         self._collect()
         queue, self._queue = self._queue, deque()
@@ -388,7 +373,7 @@ class Engine:
         self._timers.clear()
         self._history.clear()
         self._parts.clear()
-        self._calm.clear()
+        self._giving.clear()
         self._history_sum = 0
         self._next.clear()
         self._next_lost = 0
@@ -404,10 +389,7 @@ class Engine:
         To be called when a batch of frames has been fed: most rests are in the same batch.
         """
         self.now = now_ns
-        if self._calm:
-            self._give()
-        if self._braked:
-            self._look_at_brakes()
+        self._giving.end_batch(self.fast.enabled and not self._checkpointing and not self._solo)
         if not self._parts:
             return
         parts, self._parts = self._parts, {}
@@ -418,8 +400,7 @@ class Engine:
     def tick(self, now_ns: int) -> None:
         """Timeouts and ageing; cheap when nothing is due. To be called every 10 ms or so."""
         self.now = now_ns
-        if self._braked:
-            self._look_at_brakes()
+        self._giving.look()
         timers = self._timers
         if not self._checkpointing:
             while timers and timers[0][0] <= now_ns:
@@ -441,72 +422,12 @@ class Engine:
             self._next_scan = now_ns + self.limits.expired_scan_cycle_ns
             self._flows.age(now_ns)
 
+    def unbrake(self, now_ns: int) -> None:
+        """In place of tick(), where no time runs out: what is kept back for tier K leaves."""
+        self.now = now_ns
+        self._giving.unbrake_all()
+
     # -- tier K
-
-    def _note_calm(self, st: Comparer, rec: Record) -> None:
-        if type(st) is Stream:
-            if rec.captured:
-                st.captured = rec.captured
-            self._calm[st] = None
-
-    def _give(self) -> None:
-        calm, self._calm = self._calm, {}
-        if self._checkpointing or self._solo or not self.fast.enabled:
-            return
-        for st in calm:
-            if st.brake is not None:
-                continue  # _look_at_brakes() has it
-            st.calm += 1
-            if st.calm < (st.patience if st.offered else OFFER_AFTER):
-                continue
-            st.release_part(self.now, False)
-            if st.epoch != self.epoch or not ready(st):
-                continue
-            if not st.offered:
-                st.offered, st.calm = self.fast.offer(st.key), 0
-                self._counters["fast_offered"] += st.offered
-                continue
-            if not self._gave(st):
-                st.calm -= RETRY
-                st.refused += 1
-                if st.refused >= BRAKE_AFTER:
-                    st.brake, self._braked[st] = [], self.now + BRAKE_NS
-                    self._counters["fast_braked"] += 1
-
-    def _gave(self, st: Stream) -> bool:
-        """Whether tier K has taken a ready stream."""
-        since = waits_since(st)
-        if since and self.now - since > self.timeout_ns // 2:
-            return False  # tick() would take it back at once
-        gift = pack(st, self.epoch)
-        if gift is None or not self.fast.give(st.key, gift, st.captured):
-            return False
-        given(st)
-        st.epoch, st.given_ns, st.calm, st.refused = GIVEN, self.now, 0, 0
-        self._counters["fast_given"] += 1
-        return True
-
-    def _look_at_brakes(self) -> None:
-        """Tier K takes no stream of which frames are on their way here. While its own frames are
-        kept back no acks come for them, both guests' windows fill, and the last frame arrives."""
-        for st, until in list(self._braked.items()):
-            assert st.brake is not None
-            st.release_part(self.now, False)
-            if st.epoch == self.epoch and ready(st) and self._gave(st):
-                self._unbrake(st)
-            elif self.now >= until or len(st.brake) > BRAKE_FRAMES:
-                st.refused, st.calm = 0, -MAX_PATIENCE
-                self._unbrake(st)
-
-    def _unbrake(self, st: Stream) -> None:
-        kept, st.brake = st.brake, None
-        del self._braked[st]
-        for rec in kept or ():
-            self.emit(rec, self.now)
-
-    def _unbrake_all(self) -> None:
-        for st in list(self._braked):
-            self._unbrake(st)
 
     def lookup(self, key: FlowKey) -> Words | None:
         """What tier K knows of a connection that is not in the tables."""
@@ -520,9 +441,7 @@ class Engine:
         if words is None:  # it has forgotten it: as a connection that is met for the first time
             st.unknown(self.epoch)
             return
-        stay = self.now - st.given_ns
-        st.patience = min(2 * st.patience, MAX_PATIENCE) if stay < SHORT_STAY_NS else 1
-        st.offered, st.calm, st.captured = True, 0, words.captured
+        self._giving.recalled(st, words.captured)
         recall(st, words, self.now)
         self._counters["fast_recalled"] += 1
 
@@ -647,13 +566,13 @@ class Engine:
 
     @property
     def held_packets(self) -> int:
-        """Frames of the PVM that wait."""
-        return self.pvm_packets
+        """Frames of the PVM that wait, also those that are kept back for tier K."""
+        return self.pvm_packets + self._giving.kept()[0]
 
     @property
     def held_bytes(self) -> int:
         """Their bytes, Ethernet headers included."""
-        return self.pvm_bytes
+        return self.pvm_bytes + self._giving.kept()[1]
 
     @property
     def flows(self) -> int:

@@ -183,9 +183,20 @@ class Peer:
     heartbeat_interval: int = checks.key(
         checks.integer(10, 60_000, "ms"), "time between two heartbeats", default=100, unit="ms"
     )
+    link_heartbeats: bool = checks.key(
+        checks.boolean,
+        "heartbeats also go over network.peer_link, in frames of their own (ethertype 0x88B5)",
+        default=True,
+    )
+    heartbeat_paths: tuple[str, ...] = checks.key(
+        checks.heartbeat_paths,
+        'and over these (UDP): "local:port->remote:port", on the other host the other way round',
+        default=(),
+    )
     dead_after: int = checks.key(
         checks.integer(100, _DAY_MS, "ms"),
-        "silence after which a peer that gives no other sign is fenced; the secondary waits twice",
+        "silence on all paths after which a peer that gives no other sign is fenced; the secondary "
+        "waits twice",
         default=5000,
         unit="ms",
     )
@@ -617,8 +628,8 @@ def _cross_checks(r: _Reader, top: dict[str, Any], s: dict[str, dict[str, Any]])
         r.error("network", "bridge", net["bridge"], "expected another device than peer_link")
     if top.get("role") == "primary" and qemu.get("migrate_uri") == "":
         r.error("qemu", "migrate_uri", "", "required on the primary, such as tcp:10.0.0.2:4444")
-    _peer_checks(r, peer)
     failover = s.get("failover", {})
+    _peer_checks(r, peer, lease=failover.get("arbiter") == "lease")
     _failover_checks(r, failover)
     metrics = s.get("metrics", {})
     where = checks.split(metrics.get("listen", ""))
@@ -654,7 +665,28 @@ def _failover_checks(r: _Reader, f: dict[str, Any]) -> None:
         )  # fmt: skip
 
 
-def _peer_checks(r: _Reader, peer: dict[str, Any]) -> None:
+def _path_checks(r: _Reader, peer: dict[str, Any], control: tuple[Any, Any]) -> None:
+    """Further paths for heartbeats: each a way of its own."""
+    paths = peer.get("heartbeat_paths") or ()
+    locals_: set[Any] = set()
+    for text in paths:
+        ends = checks.path_ends(text)
+        if ends is None:
+            continue
+        if ends[0] == ends[1]:
+            r.error("peer", "heartbeat_paths", text, "expected two different ends")
+        if ends[0] in locals_:
+            r.error("peer", "heartbeat_paths", text, "expected another local end for each path")
+        locals_.add(ends[0])
+        same = None not in control and (ends[0][0], ends[1][0]) == (control[0][0], control[1][0])
+        if same and not ends[0][0].is_loopback:
+            r.error(
+                "peer", "heartbeat_paths", text,
+                "expected other addresses than local and remote: that way is the control channel's",
+            )  # fmt: skip
+
+
+def _peer_checks(r: _Reader, peer: dict[str, Any], *, lease: bool) -> None:
     local, remote = checks.split(peer.get("local", "")), checks.split(peer.get("remote", ""))
     if local and remote:
         if local == remote:
@@ -664,6 +696,12 @@ def _peer_checks(r: _Reader, peer: dict[str, Any]) -> None:
                 "peer", "remote", peer["remote"],
                 f"expected an IPv{local[0].version} address as local is",
             )  # fmt: skip
+        if lease and local[0].is_unspecified:
+            r.error(
+                "peer", "local", peer["local"],
+                "expected this host's own address with arbiter = \"lease\", whose holder it names",
+            )  # fmt: skip
+    _path_checks(r, peer, (local, remote))
     tls = {k: peer.get(k) for k in ("cert", "key", "ca", "peer_cert")}
     if None not in tls.values():
         trust = "ca" if tls["ca"] else "peer_cert"

@@ -19,9 +19,11 @@ from typing import Any
 
 from . import attach
 from .abi import Mode
+from .beacon import Flag, Word
 from .config import Config, ConfigError, load
 from .datapath import DataPath
-from .failover import Action, Decision, Facts, Role, State, decide
+from .failover import Action, Decision, Facts, Heard, Role, State, decide
+from .paths import Paths
 from .peer import Peer
 from .qmp import QemuInfo, Qmp, QmpError, QmpTimeout, refusal
 from .qmp_event import QmpEvent
@@ -70,7 +72,13 @@ class Controller(ABC):
         self._born_ns = time.monotonic_ns()
         self.colo_exit = False
         self.vm_gone = False
+        self.vm_hangs = False  # it is gone for all that it answers
         self.peer_vm_gone = False
+        self.peer_why = ""  # what it said with that
+        self._guest_ns = boot_ns()  # since when the other guest is the one that it is
+        self.asks = False  # by beacon: the secondary is to shut its guest in
+        self._lag_ns = 0  # how long this loop stood still since the last heartbeat
+        self._peer_slow_ns = 0  # when the peer last said the like
         self.peer_state = self.peer_role = ""
         #: of the last planned failover: gap_ms (the network heard nothing of the guest), took_ms
         self.last_failover: dict[str, float] | None = None
@@ -79,7 +87,8 @@ class Controller(ABC):
         self.peer_epoch = 0
         self.checkpoint_overdue = False
         self.stood_down = False  # shut in because the primary asked
-        self.spoke_alone = False  # this host's guest has spoken without the other's twin
+        #: clients may know bytes of this guest that the other one has never heard of (abi.Bond)
+        self.spoke_alone = False
         self.qemu_info: QemuInfo | None = None
         self.qemu_status = ""
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -100,13 +109,15 @@ class Controller(ABC):
             on_message=self._peer_message,
             versions=(p.min_version, VERSION),
         )
+        self.paths = Paths(config, self._beacon)
         self.qmp = self._new_qmp()
         f = config.failover
         self.speaker: Speaker | None = None
         if f.arbiter == "lease":
             self.speaker = Speaker(
                 make_store(config),
-                node=p.local,
+                node=config.role,
+                address=p.local,
                 boot=self.peer.boot,
                 ttl_ms=f.lease_ttl,
                 margin_ms=f.lease_margin,
@@ -133,6 +144,14 @@ class Controller(ABC):
 
     def on_message(self, msg: dict[str, Any]) -> None:
         """A peer message that the base does not handle itself."""
+
+    def on_beacon(self, flags: Flag) -> None:
+        """A beacon, while the control channel is down and its flags are as good as a heartbeat."""
+
+    @property
+    def waiting(self) -> bool:
+        """Output waits for a checkpoint that needs the peer's controller."""
+        return False
 
     def on_tick(self, now_ns: int) -> None:
         """Every TICK_S."""
@@ -313,7 +332,7 @@ class Controller(ABC):
             except QmpTimeout:
                 # While a checkpoint runs it may well be busy; that has a deadline of its own.
                 if self.state is State.PROTECTED and await self.hangs():
-                    self.vm_gone = True
+                    self.vm_gone = self.vm_hangs = True
                     self._decide()
             except QmpError:
                 continue
@@ -322,10 +341,18 @@ class Controller(ABC):
 
     def _peer_up(self) -> None:
         log.info("peer connected")
+        self.asks = False
+        self.paths.core.rekey(
+            self.peer.beacon_key, same_peer=self.peer.peer_boot == self._beacon_boot
+        )
+        if self.peer.peer_boot != self._beacon_boot:
+            self._beacon_boot, self._heard_t = self.peer.peer_boot, 0
         if self.fence_result is False:
             self.fence_result = None  # it lives, and may be fenced another time
         self._beat()
         self.peer_connected()
+
+    _beacon_boot = ""
 
     def peer_connected(self) -> None:
         """The channel is up."""
@@ -346,15 +373,56 @@ class Controller(ABC):
                 self.peer.rtt_ns = max(0, boot_ns() - msg["echo"])
                 if msg["promise"] and self.speaker is not None:
                     self.speaker.promised(msg["echo"])
-            self._peer_t = msg["t"]
+            self._peer_t = self._heard_t = msg["t"]
         elif kind == "gone":
+            self.peer_why = f'"{msg["why"][:200]}"'
             self._peer_shut(msg["alone"])
+        elif kind == "ready" or (kind == "begin" and msg["initial"]):
+            self._guest_ns, self.peer_why = boot_ns(), ""
         elif kind == "reprotect":
             self.incoming_wanted = True
         self.on_message(msg)
         self._decide()
 
-    _peer_t = 0
+    _peer_t = _heard_t = 0  # t of the newest heartbeat: not answered yet; whatever carried it
+
+    def _beacon(self, word: Word) -> None:
+        """What a beacon says counts only where the control channel cannot say it, if it is newer
+        than all that was heard, recent, and of the guest that there is. A promise has its time in
+        itself."""
+        limit = self.config.peer.heartbeat_timeout
+        if Flag.PROMISE in word.flags and self.speaker is not None and word.after:
+            self.speaker.promised(word.after)
+        if word.lag_ms > limit / 2:
+            self._peer_slow_ns = time.monotonic_ns()
+        since = max(self._guest_ns, boot_ns() - limit * 1_000_000)
+        if self.peer.connected or word.after <= since or word.t <= self._heard_t:
+            return
+        self._heard_t = word.t
+        self.peer_epoch = word.epoch
+        if Flag.SHUT in word.flags:
+            if not self.peer_vm_gone:
+                self.peer_why = "its QEMU hangs" if Flag.HANGS in word.flags else ""
+                log.warning("the peer's beacons say that its data path is shut")
+            self._peer_shut(Flag.ALONE in word.flags)
+        self.on_beacon(word.flags)
+        self._decide()
+
+    def _beacon_flags(self) -> Flag:
+        flags = Flag(0) if self.vm_gone else Flag.VM
+        for flag, on in (
+            (Flag.SHUT, self.path_shut), (Flag.ALONE, self.spoke_alone), (Flag.ASK, self.asks),
+            (Flag.SHADOW, self.role is Role.PRIMARY and self.shadow),
+            (Flag.SVM, self.role is Role.SECONDARY), (Flag.HANGS, self.vm_hangs),
+        ):  # fmt: skip
+            if on:
+                flags |= flag
+        return flags
+
+    @property
+    def path_shut(self) -> bool:
+        """Nothing leaves, or will without a new guest: what `shut` means."""
+        return self.state is State.STOPPED and self.dp.mode is Mode.DROP
 
     def _shadow_word(self, on: bool, epoch: int) -> None:
         """Only a later checkpoint ends a shadow: a new primary controller may not know of it."""
@@ -365,16 +433,28 @@ class Controller(ABC):
 
     def _peer_shut(self, was_alone: bool) -> None:
         """The peer's data path drops everything: certain silence, its guest alive or not."""
-        self.peer_vm_gone = True
         if self.speaker is not None:
-            self.speaker.freed(f"{self.config.peer.remote} {self.peer.peer_boot}")
+            self.speaker.freed(self.peer.peer_boot)
+        if was_alone and not self.spoke_alone and self.paired():
+            self.outdated("the other guest spoke alone and is gone: this one lacks what it said")
+            return
+        self.peer_vm_gone = True
         if self.stood_down and not was_alone and not self.vm_gone:
             # It asked us to stand down and then died itself, without having spoken alone: what
             # this side had when it was asked is still all that any client knows.
             self.stood_down = False
             self.become(State.DEGRADED, "the peer is gone and has never spoken alone")
 
+    @abstractmethod
+    def paired(self) -> bool:
+        """Whether this host's guest counts as a copy of the other one, or the other of it."""
+
+    @abstractmethod
+    def outdated(self, why: str) -> None:
+        """The other guest has spoken alone: this one must never speak."""
+
     def _beat(self) -> None:
+        promise = self.speaker is not None and self._silent() and self.speaker.promise()
         self.peer.send(
             "beat",
             t=boot_ns(),
@@ -382,13 +462,16 @@ class Controller(ABC):
             state=self.shown_state().value,
             epoch=self.dp.epoch,
             vm=not self.vm_gone,
-            shut=self.state is State.STOPPED and self.dp.mode is Mode.DROP,
+            shut=self.path_shut,
             alone=self.spoke_alone,
             shadow=self.role is Role.PRIMARY and self.shadow,
-            promise=self.speaker is not None and self._silent() and self.speaker.promise(),
+            promise=promise,
             role=self.role.value,
         )
         self._peer_t = 0
+        lag, self._lag_ns = self._lag_ns, 0
+        flags = self._beacon_flags() | (Flag.PROMISE if promise else Flag(0))
+        self.paths.send(flags, lag // 1_000_000, self.dp.epoch)
 
     def _silent(self) -> bool:
         """This host's guest does not reach the network."""
@@ -403,7 +486,8 @@ class Controller(ABC):
         wait = self.config.peer.dead_after
         if self.fence_result is False and now - self._fence_failed_ns > wait * 1_000_000:
             self.fence_result = None  # nobody is awake to do it: try again
-        s = self.speaker
+        s, core, boot = self.speaker, self.paths.core, boot_ns()
+        limit = self.config.peer.heartbeat_timeout
         return Facts(
             role=self.role,
             state=self.shown_state(),
@@ -412,7 +496,7 @@ class Controller(ABC):
             peer_connected=self.peer.connected,
             # a controller that has just started has heard nothing, and knows nothing of it
             peer_silent_ms=min(self.peer.silent_ms(), (now - self._born_ns) / 1e6),
-            heartbeat_timeout_ms=self.config.peer.heartbeat_timeout,
+            heartbeat_timeout_ms=limit,
             dead_after_ms=wait * (1 + (self.role is Role.SECONDARY)),
             peer_vm_gone=self.peer_vm_gone,
             colo_exit=self.colo_exit,
@@ -428,6 +512,15 @@ class Controller(ABC):
             other_alone=s is not None and s.other_alone,
             recorded=s is not None and s.recorded,
             committed=s is not None and s.committed,
+            own_vm_hangs=self.vm_hangs,
+            peer_why=self.peer_why,
+            paths=tuple(
+                Heard(p.name, core.silent_ms(i, boot), core.unheard_ms(i, boot))
+                for i, p in enumerate(core.paths)
+            ),
+            peer_slow=now - self._peer_slow_ns < 3 * limit * 1_000_000,
+            ending=self.peer.ending,
+            waiting=self.waiting,
         )
 
     def _decide(self) -> None:
@@ -460,6 +553,8 @@ class Controller(ABC):
             s.alone()
 
     async def _act(self, d: Decision) -> None:
+        if self.state in (State.SOLO, State.TAKEN_OVER, State.STOPPED):
+            return  # decided in the meantime, by a message or the end of a checkpoint
         if d.action is Action.FENCE:
             self.become(State.DEGRADED, d.why)
             self.fence_result = await self._fence()
@@ -579,6 +674,7 @@ class Controller(ABC):
     async def start(self) -> None:
         """Open the channel, begin to look for QEMU, read the ring."""
         await self.peer.start()
+        self.paths.start()
         loop = asyncio.get_running_loop()
         for fd in self.dp.reader.fds:
             loop.add_reader(fd, self._drain)
@@ -598,8 +694,11 @@ class Controller(ABC):
     async def _ticker(self) -> None:
         interval = self.config.peer.heartbeat_interval / 1000
         next_beat = 0.0
+        last = time.monotonic()
         while not self._finished.is_set():
             now = time.monotonic()
+            self._stood_still(now - last - TICK_S, interval)
+            last = now
             self.dp.beat()
             if now >= next_beat:
                 next_beat = now + interval
@@ -613,6 +712,18 @@ class Controller(ABC):
             self.on_tick(time.monotonic_ns())
             await asyncio.sleep(TICK_S)
 
+    def _stood_still(self, late: float, interval: float) -> None:
+        """This loop is late (s). While it did not listen nobody was silent."""
+        if late <= 0:
+            return
+        ns = int(late * 1e9)
+        self._lag_ns = max(self._lag_ns, ns)
+        if late > interval:
+            self.peer.excuse(ns)
+            self.paths.core.excuse(ns)
+        if late > self.config.peer.heartbeat_timeout / 2000:
+            log.warning("this controller stood still for %.0f ms", ns / 1e6)
+
     async def stop(self, why: str) -> None:
         """End this controller; the guests and the data path go on."""
         self.peer.send("bye", why=why)
@@ -623,6 +734,7 @@ class Controller(ABC):
             t.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self.peer.close()
+        self.paths.close()
         await self.qmp.close()
         if self.speaker is not None:
             await self.speaker.close()

@@ -27,7 +27,7 @@ _U32 = struct.Struct("=I")
 _U64 = struct.Struct("=Q")
 
 ORDER_NS = 60_000_000_000  # for how long a person's word outlives the controller that heard it
-FDB_EVERY_S = 5.0  # bridges forget after 300 s, unless told otherwise
+FDB_EVERY_S = 5.0  # bridges forget after 300 s, unless told otherwise; 35 us per address
 
 PRIMARY_HOOKS = (("pvm_in", "tap", "egress"), ("svm_arrival", "peer", "ingress"))
 SECONDARY_HOOKS = (("svm_net", "tap", "egress"), ("svm_in", "peer", "ingress"))
@@ -110,6 +110,8 @@ class DataPath:
         self.reader = open_reader(self.objects)
         self.injectors: dict[str, Injector] = {}
         if not self.adopted:
+            # A guest that speaks while nobody compares: a copy made before must not take over.
+            self._write(Cfg.BOND, abi.Bond.ALONE if primary else abi.Bond.NONE)
             self._write(Cfg.MODE, Mode.BYPASS if primary else Mode.DROP)
         self.guest: loader.Objects | None = None
         if primary and self._read(Cfg.BASE_EPOCH):
@@ -139,7 +141,9 @@ class DataPath:
             )  # fmt: skip
             self.fast.enabled = True
         self._ports: frozenset[int] | None = None
+        self._fixed: frozenset[int] = frozenset()  # where the bridge has addresses by hand
         self._fdb_told = 0.0
+        self._bridge_unknown = False
         self._attach()
         if self.guest:
             # A later epoch than any other host has seen: see Primary._older_than(). Not before the
@@ -259,6 +263,15 @@ class DataPath:
         self._write(Cfg.SHADOW, value)
 
     @property
+    def bond(self) -> abi.Bond:
+        """What this host's guest is to the other one."""
+        return abi.Bond(self._read(Cfg.BOND))
+
+    @bond.setter
+    def bond(self, bond: abi.Bond) -> None:
+        self._write(Cfg.BOND, bond)
+
+    @property
     def base_epoch(self) -> int:
         """Primary: the epoch whose offsets are the guest's for good; 0: it has none."""
         return self._read(Cfg.BASE_EPOCH)
@@ -278,6 +291,8 @@ class DataPath:
         self._write(Cfg.BASE_EPOCH, max(1, self.epoch) if to_primary else 0)
         self._write(Cfg.FAST_SINCE, self.epoch + 1)  # what an earlier pair's tier K knew is void
         self.shadowed, self.order = 0, ""
+        if not to_primary:
+            self.bond = abi.Bond.NONE
         role = abi.HostRole.PRIMARY if to_primary else abi.HostRole.SECONDARY
         self._write(Cfg.ROLE, role)
 
@@ -321,23 +336,40 @@ class DataPath:
     def watch_bridge(self) -> None:
         """Tell tier K the ports of the tap's bridge, and the bridge that the guest is there.
 
-        Blocks for some ms (netlink): not for the event loop.
+        A bridge that cannot be looked at has none: frames go by way of it. Blocks for
+        some ms (netlink): not for the event loop.
         """
         if self.fast is None or self.config.network.uplink != "auto":
             return
-        ports = attach.plain_ports(self.config.network.tap)
-        if ports != self._ports:
-            table, clients = self.objects.map("ports"), self.objects.map("clients")
-            for key in list(table.keys()):
-                table.delete(key)
-            for key in list(clients.keys()):
-                clients.delete(key)
-            for index in ports:
-                table.set(_U32.pack(index), _U64.pack(1))
-            self._ports = ports
-        if ports and (now := time.monotonic()) - self._fdb_told > FDB_EVERY_S:
-            self._fdb_told = now
-            attach.refresh_fdb(self.config.network.tap)
+        tap = self.config.network.tap
+        try:
+            ports = attach.plain_ports(tap)
+            if ports and (now := time.monotonic()) - self._fdb_told > FDB_EVERY_S:
+                self._fixed = attach.refresh_fdb(tap)
+                self._fdb_told = now
+            for port in self._fixed:
+                ports &= {port}
+            self._tell_ports(ports)
+            self._bridge_unknown = False
+        except (attach.NoSuchDevice, attach.NetlinkError, OSError) as e:
+            self._tell_ports(frozenset())
+            if not self._bridge_unknown:
+                log.error("the bridge of %s is not known, nothing leaves past it: %s", tap, e)
+            self._bridge_unknown = True
+
+    def _tell_ports(self, ports: frozenset[int]) -> None:
+        """Where a client was heard counts no more if they are others than before."""
+        if ports == self._ports:
+            return
+        self._ports = None
+        table, clients = self.objects.map("ports"), self.objects.map("clients")
+        for key in list(table.keys()):
+            table.delete(key)
+        for key in list(clients.keys()):
+            clients.delete(key)
+        for index in ports:
+            table.set(_U32.pack(index), _U64.pack(1))
+        self._ports = ports
 
     def drain(self, sink: Callable[[Event], None], limit: int = 1 << 30) -> int:
         """Events that wait now, in order."""

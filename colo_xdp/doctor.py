@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import platform
 import time
@@ -208,6 +209,27 @@ def _certificates(config: Config) -> Iterator[Check]:
         yield Check("certificate", FAIL, str(e), "[peer] cert, key, ca")
 
 
+def _paths(config: Config) -> Iterator[Check]:
+    from .paths import ways
+
+    found = ways(config)
+    if not found:
+        yield Check("heartbeats", WARN, "over the control channel only: if it is cut, a peer that "
+                    "lives looks dead", "[peer] link_heartbeats or heartbeat_paths")  # fmt: skip
+    for way in found:
+        try:
+            way.open().close()
+        except OSError as e:
+            if config.network.vxlan_remote and e.errno == errno.ENODEV:
+                continue  # `run` makes it
+            if e.errno != errno.EADDRINUSE:  # by a controller that runs
+                yield Check(
+                    "heartbeats", FAIL, f"{way.name}: {e.strerror}", "[peer] heartbeat_paths"
+                )
+                continue
+        yield Check("heartbeats", OK, f"also over {way.name}")
+
+
 def _which(name: str) -> bool:
     return any(os.access(f"{d}/{name}", os.X_OK) for d in os.environ.get("PATH", "").split(":"))
 
@@ -220,4 +242,5 @@ CHECKS: tuple[Callable[[Config], Iterator[Check]], ...] = (
     _qemu,
     _failover,
     _certificates,
+    _paths,
 )

@@ -10,6 +10,20 @@ QEMU is gone and its data path is shut), a fence command has succeeded, or a
 person has said so. A timer alone never is. With a lease as the arbiter (speaker.py)
 it means that the lease is held, for a person too: the kernel of a host that does
 not hold it lets nothing out.
+
+Suspicion is a state of its own (`degraded`), and so is what it is about. The controllers hear each
+other on the control channel and by beacons on further paths (beacon.py). What is told apart:
+
+- *cut link*: the control channel is silent, beacons arrive. The peer lives; nobody is fenced.
+- *slow*: the same, and the peer's beacons say that its loop stood still.
+- *hung controller*: no word on any path, but its host still acknowledged the control channel.
+- *ended controller*: its host closed the channel.
+- *hung or dead QEMU*: its own controller says which.
+- *dead host or all links cut*: silence on every path. Nobody can tell these apart from here.
+
+The last four have different sentences and the same consequences: the arbiter decides. Further paths
+only make a decision more careful: with them no facts lead to speaking alone, or to a fence, that
+would not without them (tests/property/test_paths.py).
 """
 
 from __future__ import annotations
@@ -54,6 +68,24 @@ class Action(StrEnum):
     ACQUIRE = "acquire"  # get the lease, and have it recorded that this guest speaks alone
 
 
+class Ending(StrEnum):
+    """How the silence on the control channel began, as the kernel's socket tells. A hint only."""
+
+    UNKNOWN = ""
+    CLOSED = "closed"  # by the other host: the process has ended
+    HUNG = "hung"  # the other host acknowledged what nobody answered
+    LOST = "lost"  # nothing was acknowledged any more
+
+
+@dataclass(frozen=True, slots=True)
+class Heard:
+    """A path besides the control channel. Times in ms; infinite: never."""
+
+    name: str
+    silent_ms: float  # since the peer's last beacon
+    unheard_ms: float  # age of our newest beacon that the peer says it has heard
+
+
 @dataclass(frozen=True, slots=True)
 class Facts:
     """What this host knows. Times in ms; None: never."""
@@ -80,6 +112,12 @@ class Facts:
     other_alone: bool = False  # the other guest is recorded to have spoken alone
     recorded: bool = False  # this one is
     committed: bool = False  # it has been asked for, and may happen late
+    own_vm_hangs: bool = False  # not gone, with own_vm_alive False
+    peer_why: str = ""  # what the peer's controller said with peer_vm_gone
+    paths: tuple[Heard, ...] = ()
+    peer_slow: bool = False  # its beacons say that its loop stood still
+    ending: Ending = Ending.UNKNOWN
+    waiting: bool = False  # the primary needs a checkpoint, and output waits for it
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,12 +128,54 @@ class Decision:
     why: str
 
 
-_Row = tuple[Callable[[Facts], bool], Action, str]
+_Row = tuple[Callable[[Facts], bool], Action, str | Callable[[Facts], str]]
+
+
+def _last_word_ms(f: Facts) -> float:
+    """Since the last word of the peer's controller, on any path."""
+    return min([f.peer_silent_ms, *(p.silent_ms for p in f.paths)])
 
 
 def _suspect(f: Facts) -> bool:
     # Silence alone: a host that lost its power closes no connection.
+    return _last_word_ms(f) > f.heartbeat_timeout_ms
+
+
+def _no_control(f: Facts) -> bool:
+    """The control channel is silent, whatever the other paths say."""
     return f.peer_silent_ms > f.heartbeat_timeout_ms
+
+
+def _cut(f: Facts) -> bool:
+    """Only the control channel is silent: the peer's controller lives."""
+    return _no_control(f) and not _suspect(f)
+
+
+def _needs_the_other(f: Facts) -> bool:
+    """A primary that cannot go on in COLO without a word of the secondary."""
+    return f.role is Role.PRIMARY and f.own_qmp and (f.checkpoint_overdue or f.colo_exit)
+
+
+def _waits_too_long(f: Facts) -> bool:
+    """Output waits for a checkpoint that the cut does not let happen."""
+    return (
+        f.role is Role.PRIMARY
+        and f.own_qmp
+        and f.automatic
+        and f.waiting
+        and f.peer_silent_ms > f.dead_after_ms
+    )
+
+
+def _deaf(f: Facts) -> bool:
+    """A secondary that lives behind a cut and has not stood down, though asked for dead_after:
+    it does not hear this side. As for a dead one, the arbiter decides."""
+    return (
+        f.role is Role.PRIMARY
+        and f.own_qmp
+        and (f.checkpoint_overdue or f.colo_exit or f.waiting)
+        and f.peer_silent_ms > 2 * f.dead_after_ms
+    )
 
 
 def _peer_dead(f: Facts) -> bool:
@@ -113,7 +193,57 @@ def _unreachable(f: Facts) -> bool:
     A host that lost its power gives no other sign. The secondary waits longer (see
     Controller.facts), so that over a cut link the guest that is being used wins.
     """
-    return not _peer_dead(f) and f.peer_silent_ms > f.dead_after_ms
+    return not _peer_dead(f) and (_last_word_ms(f) > f.dead_after_ms or _deaf(f))
+
+
+_ENDINGS = {
+    Ending.CLOSED: "its host closed the control channel, so the controller there has ended",
+    Ending.HUNG: "its host still acknowledged the control channel, so the controller there hangs",
+    Ending.LOST: "its host acknowledged nothing any more: dead, or cut off",
+}
+
+
+def _silence(f: Facts) -> str:
+    """What the silence looks like."""
+    if _cut(f):
+        return f"it lives ({_heard(f)}), but does not stand down when asked: it hears nothing"
+    where = ""
+    if f.paths:
+        where = f"silent on all paths (control channel, {', '.join(p.name for p in f.paths)}); "
+    if f.ending:
+        return where + _ENDINGS[f.ending]
+    if f.paths:
+        return where + "a dead host, or every link is cut: these cannot be told apart from here"
+    return "a dead host or a cut link"
+
+
+def _heard(f: Facts) -> str:
+    """Over which paths the peer is heard."""
+    live = [p for p in f.paths if p.silent_ms <= f.heartbeat_timeout_ms]
+    text = "its beacons arrive over " + ", ".join(p.name for p in live)
+    if all(p.unheard_ms > f.heartbeat_timeout_ms for p in live):
+        text += ", where it does not hear this side's"
+    return text
+
+
+def _cut_why(f: Facts) -> str:
+    if f.peer_slow:
+        return f"the peer's controller is slow, not dead: its loop stood still, and {_heard(f)}"
+    if f.ending is Ending.CLOSED:
+        return f"the peer's controller is not on the control channel, but {_heard(f)}: it lives"
+    return f"the control channel is cut, but the peer lives: {_heard(f)}"
+
+
+def _long_silence(f: Facts) -> str:
+    if _cut(f):
+        return f"the control channel was silent for twice dead_after; the peer: {_silence(f)}"
+    return f"nothing was heard of the peer for dead_after: {_silence(f)}"
+
+
+def _shut_why(f: Facts) -> str:
+    if f.peer_why:
+        return f"the peer's controller says that its data path is shut: {f.peer_why}"
+    return "the peer's controller says that its QEMU is dead and its data path is shut"
 
 
 def _alone(f: Facts) -> bool:
@@ -127,7 +257,10 @@ _ROWS: tuple[_Row, ...] = (
     (
         lambda f: not f.own_vm_alive,
         Action.STOP,
-        "the QEMU of this host is gone or hangs: nothing more may leave from here",
+        lambda f: (
+            f"the QEMU of this host {'hangs' if f.own_vm_hangs else 'is gone'}: "
+            "nothing more may leave from here"
+        ),
     ),
     (
         lambda f: f.lease and f.other_alone and f.role is Role.PRIMARY,
@@ -144,11 +277,11 @@ _ROWS: tuple[_Row, ...] = (
             f.shadow
             and f.role is Role.SECONDARY
             and not f.operator
-            and (f.peer_vm_gone or f.colo_exit or _suspect(f))
+            and (f.peer_vm_gone or f.colo_exit or _no_control(f))
         ),
         Action.DEGRADE,
-        "the peer is lost, but the pair was in shadow mode: clients may know bytes that this guest "
-        "never sent, so a person decides",
+        "the peer is lost or cut off, but the pair was in shadow mode: clients may know bytes that "
+        "this guest never sent, so a person decides",
     ),
     (
         lambda f: f.lease and f.committed and f.role is Role.SECONDARY,
@@ -158,7 +291,7 @@ _ROWS: tuple[_Row, ...] = (
     (
         lambda f: f.peer_vm_gone,
         Action.TAKE_OVER,
-        "the peer's controller says that its QEMU is dead and its data path is shut",
+        _shut_why,
     ),
     (
         lambda f: f.operator and f.fence_configured and f.fence_result is None,
@@ -172,15 +305,20 @@ _ROWS: tuple[_Row, ...] = (
     ),
     (lambda f: f.operator, Action.TAKE_OVER, "failover asked by the operator"),
     (
-        lambda f: f.state is State.PAUSED and (_suspect(f) or f.colo_exit),
+        lambda f: f.state is State.PAUSED and (_no_control(f) or f.colo_exit),
         Action.DEGRADE,
-        "the peer is suspected, but the pair is paused: a person decides",
+        lambda f: (
+            f"{_cut_why(f) if _cut(f) else 'the peer is suspected'}, but the pair is paused: "
+            "a person decides"
+        ),
     ),
     (
         lambda f: _peer_dead(f) and f.automatic and f.fence_configured and f.fence_result is True,
         Action.TAKE_OVER,
-        "the peer's controller is silent, its QEMU has dropped the COLO channel, "
-        "and the fence command has succeeded",
+        lambda f: (
+            "the peer's controller is silent, its QEMU has dropped the COLO channel, "
+            f"and the fence command has succeeded ({_silence(f)})"
+        ),
     ),
     (
         lambda f: _peer_dead(f) and f.automatic and f.fence_result is False,
@@ -190,17 +328,23 @@ _ROWS: tuple[_Row, ...] = (
     (
         lambda f: _peer_dead(f) and f.automatic and f.fence_configured,
         Action.FENCE,
-        "the peer's controller is silent and its QEMU has dropped the COLO channel: fencing it",
+        lambda f: (
+            "the peer's controller is silent and its QEMU has dropped the COLO channel: fencing it "
+            f"({_silence(f)})"
+        ),
     ),
     (
         lambda f: _peer_dead(f) and f.automatic and f.lease,
         Action.TAKE_OVER,
-        "the peer's controller is silent and its QEMU has dropped the COLO channel",
+        lambda f: (
+            "the peer's controller is silent and its QEMU has dropped the COLO channel "
+            f"({_silence(f)})"
+        ),
     ),
     (
         lambda f: _unreachable(f) and f.automatic and f.lease,
         Action.TAKE_OVER,
-        "nothing was heard of the peer for dead_after: a dead host or a cut link",
+        _long_silence,
     ),
     (
         lambda f: f.lease and not f.may_speak and f.role is Role.PRIMARY,
@@ -210,30 +354,43 @@ _ROWS: tuple[_Row, ...] = (
     (
         lambda f: _unreachable(f) and f.automatic and f.fence_result is True,
         Action.TAKE_OVER,
-        "nothing was heard of the peer for dead_after, and the fence command has succeeded",
+        lambda f: f"{_long_silence(f)}; the fence command has succeeded",
     ),
     (
         lambda f: _unreachable(f) and f.automatic and f.fence_result is False,
         Action.DEGRADE,
-        "nothing was heard of the peer for dead_after, but the fence command failed: "
-        "it may be alive, so nothing is opened",
+        lambda f: (
+            f"{_long_silence(f)}; but the fence command failed: it may be alive, so nothing is "
+            "opened"
+        ),
     ),
     (
         lambda f: _unreachable(f) and f.automatic and f.fence_configured,
         Action.FENCE,
-        "nothing was heard of the peer for dead_after: a dead host or a cut link; fencing it",
+        lambda f: f"{_long_silence(f)}; fencing it",
     ),
     (
         _peer_dead,
         Action.DEGRADE,
-        "the peer looks dead; automatic failover is off: `colo-xdp failover` decides",
+        lambda f: (
+            "the peer looks dead; automatic failover is off: `colo-xdp failover` decides "
+            f"({_silence(f)})"
+        ),
     ),
     (
         _suspect,
         Action.DEGRADE,
-        "the peer's controller is silent, but its QEMU still holds the COLO channel: "
-        "a slow or cut link, not a death",
+        lambda f: (
+            "the peer's controller is silent, but its QEMU still holds the COLO channel: "
+            + ("a slow or cut link, not a death" if not (f.paths or f.ending) else _silence(f))
+        ),
     ),
+    (
+        lambda f: _cut(f) and (_needs_the_other(f) or _waits_too_long(f)),
+        Action.ASK_SHUT,
+        lambda f: f"{_cut_why(f)}; output waits, so it is asked there to stand down",
+    ),
+    (_cut, Action.DEGRADE, _cut_why),
     (
         lambda f: (
             f.role is Role.PRIMARY
@@ -254,7 +411,11 @@ _ROWS: tuple[_Row, ...] = (
     (
         lambda f: f.role is Role.PRIMARY and f.state is State.DEGRADED and f.peer_connected,
         Action.REARM,
-        "the peer is back and both guests still run in COLO: a checkpoint re-arms the pair",
+        lambda f: (
+            "the peer is back"
+            + (" (its controller was slow)" if f.peer_slow else "")
+            + " and both guests still run in COLO: a checkpoint re-arms the pair"
+        ),
     ),
 )
 
@@ -278,7 +439,8 @@ def decide(f: Facts) -> Decision:
     """The action for these facts."""
     for cond, action, why in _ROWS:
         if cond(f):
+            text = why if isinstance(why, str) else why(f)
             if action is Action.TAKE_OVER:
-                return _arbitrate(f, why)
-            return Decision(action, why)
+                return _arbitrate(f, text)
+            return Decision(action, text)
     return Decision(Action.NONE, "both guests run and the peer answers")

@@ -17,7 +17,7 @@ from typing import Any
 
 from . import _bpf, abi
 from .abi import CtlOp, CtlResult
-from .fastpath import Gift, Words, conn_key, conn_words, flow_key
+from .fastpath import Answer, Gift, Words, conn_key, conn_words, flow_key
 from .flow import FlowKey
 from .loader import Objects, possible_cpus
 
@@ -25,6 +25,7 @@ log = logging.getLogger("colo_xdp.fastmap")
 
 SEIZE_S = 1.0  # a connection that stays locked for longer is given up
 _DONE = CtlResult.DONE
+_ANSWERS = {_DONE: Answer.TAKEN, CtlResult.REFUSED: Answer.ON_THEIR_WAY}
 _U32 = struct.Struct("=I")
 _EMPTY = bytes(abi.CONN.size)
 _NO_WORDS = bytes(abi.GIVE.size)
@@ -86,13 +87,13 @@ class FastMap:
             return False
         return True
 
-    def give(self, key: FlowKey, gift: Gift, captured: int) -> bool:
+    def give(self, key: FlowKey, gift: Gift, captured: int) -> Answer:
         """To tier K, if `captured` is the last frame that was handed here."""
         raw_key = conn_key(key)
         if gift.stash or gift.pending:
             slot = self._slot(raw_key) if self._control(CtlOp.CLAIM, raw_key) is _DONE else 0
             if not slot:
-                return False
+                return Answer.NOT_NOW
             at = (slot - 1) * _STASH_SIZE + abi.STASH_BEFORE
             self._rings[at : at + len(gift.stash)] = gift.stash
         r = self._control(CtlOp.GIVE, raw_key, captured, gift.words, gift.since_ns)
@@ -100,7 +101,7 @@ class FastMap:
             self.offer(key)  # deleted by sweep() meanwhile
         elif r is not _DONE and (gift.stash or gift.pending):
             self._control(CtlOp.FREE, raw_key)  # the stash that was claimed
-        return r is _DONE
+        return _ANSWERS.get(r, Answer.NOT_NOW)
 
     def _slot(self, raw_key: bytes) -> int:
         raw = self._conns.get(raw_key)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
+from enum import Enum
 from typing import Protocol
 
 from . import abi
@@ -21,20 +22,10 @@ from .segment import finish
 from .stream import Stream
 from .window import Words as Windows
 
-#: settled batches before a connection is offered to the kernel, and at most between two stays there
-OFFER_AFTER, MAX_PATIENCE = 12, 256
-#: a stay in the kernel that was shorter than this doubles the patience
-SHORT_STAY_NS = 50_000_000
 #: payload of one frame built from a stash
 PIECE = 32 * 1024
 #: bytes of history that go with it: the PVM may be waiting for acks, and send again next
 HISTORY = 64 * 1024
-#: batches between two tries to give a stream of which frames are always on their way
-RETRY = 4
-#: so many tries, and its frames are kept back: with no acks to come the guests fall silent
-BRAKE_AFTER = 3
-#: but no longer than this, and no more of them
-BRAKE_NS, BRAKE_FRAMES = 20_000_000, 512
 
 _MEMO = struct.Struct("=BBBxIIHH")  # flags, direction, scale, isn, origin, window of the SYN
 _DIRECTIONS = ("", "in", "out")
@@ -70,6 +61,14 @@ class Words:
     history: bytes  # up to rel
 
 
+class Answer(Enum):
+    """Of tier K to a stream that it is given."""
+
+    TAKEN = "taken"
+    ON_THEIR_WAY = "frames are on their way here"
+    NOT_NOW = "not now"  # no stash is free, it is locked, it is not known any more
+
+
 class Fast(Protocol):
     """Tier K as the engine sees it. Keys are those of TCP flows."""
 
@@ -79,8 +78,8 @@ class Fast(Protocol):
         """Make the connection known to the kernel; False: the table is full."""
         ...
 
-    def give(self, key: FlowKey, gift: Gift, captured: int) -> bool:
-        """To tier K; False if frames are on their way here, the last seen being `captured`."""
+    def give(self, key: FlowKey, gift: Gift, captured: int) -> Answer:
+        """To tier K, the last frame of it that was seen here being `captured`."""
         ...
 
     def seize(self, key: FlowKey) -> Words | None:
@@ -108,8 +107,8 @@ class NoFast:
     def offer(self, key: FlowKey) -> bool:
         return False
 
-    def give(self, key: FlowKey, gift: Gift, captured: int) -> bool:
-        return False
+    def give(self, key: FlowKey, gift: Gift, captured: int) -> Answer:
+        return Answer.NOT_NOW
 
     def seize(self, key: FlowKey) -> Words | None:
         return None

@@ -100,6 +100,9 @@ class EtcdStore:
         self._lease, seen = await self._run(lambda a: self._hold(a, last, holder, ttl_ms, steal))
         return seen
 
+    async def look(self) -> Seen:
+        return await self._run(self._look)
+
     async def record(self, holder: str, alone: str) -> bool:
         return await self._run(lambda a: self._record(a, holder, alone))
 
@@ -168,7 +171,8 @@ class EtcdStore:
         read = [self._get(self._alone), self._get(self._speaker)]
         _, found = a.txn([], read, [])
         (alone, _), (now, revision) = self._value(found[0]), self._value(found[1])
-        if now and now != steal and not now.startswith(holder.split(" ")[0] + " "):
+        theirs = steal and now.endswith(f" {steal}")
+        if now and not theirs and not now.startswith(holder.split(" ")[0] + " "):
             return 0, Seen(now, alone)
         lease = self._alive(a, last, ttl_ms)
         key = self._speaker
@@ -191,6 +195,10 @@ class EtcdStore:
         if not ok:
             raise ValueError("the key has just changed")
         return lease, Seen(holder, self._value(found[0])[0])
+
+    def _look(self, a: _Attempt) -> Seen:
+        _, found = a.txn([], [self._get(self._alone), self._get(self._speaker)], [])
+        return Seen(self._value(found[1])[0], self._value(found[0])[0])
 
     def _record(self, a: _Attempt, holder: str, alone: str) -> bool:
         mine = {"key": self._speaker, "target": "VALUE", "result": "EQUAL", "value": _b64(holder)}

@@ -69,6 +69,16 @@ METRICS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "peer_up": ("gauge", "1 while the control channel to the peer is up", ()),
     "peer_silent_seconds": ("gauge", "time since the peer's last word; -1: never", ()),
     "peer_round_trip_seconds": ("gauge", "round trip of the last heartbeat", ()),
+    "path_silent_seconds": ("gauge", "time since the last beacon on a path; -1: never", ("path",)),
+    "path_unheard_seconds": (
+        "gauge",
+        "age of our newest beacon that the peer has heard there; -1: none",
+        ("path",),
+    ),
+    "path_round_trip_seconds": ("gauge", "round trip of the last beacon", ("path",)),
+    "path_sent": ("counter", "beacons sent", ("path",)),
+    "path_received": ("counter", "beacons taken", ("path",)),
+    "path_refused": ("counter", "datagrams not taken for beacons, by reason", ("path", "reason")),
     "qemu_up": ("gauge", "1 while QMP to this host's QEMU is connected", ()),
     "scrape_errors": ("counter", "scrapes that could not be answered from fresh numbers", ()),
     "scrape_duration_seconds": ("gauge", "time the last scrape took", ()),
@@ -141,6 +151,7 @@ class Collector:
             ("rule_differences", "differences"),
         ):  # fmt: skip
             yield many(name, {r["name"]: r[field] for r in s["rules"]})
+        yield from self._path_families(s["paths"], base)
         ck, peer = s["checkpoints"], s["peer"]
         yield many("checkpoints", ck["by_cause"])
         last = ck["last"] or {"pause_ms": 0.0, "at": 0.0}
@@ -182,6 +193,24 @@ class Collector:
                 buckets.append(("+Inf" if bound is None else f"{bound:g}", total))
             hist.add_metric(base, buckets, seconds)  # the kernel keeps no sum
             yield hist
+
+    def _path_families(self, paths: list[Document], base: list[str]) -> Iterator[Metric]:
+        for name, field, scale in (
+            ("path_silent_seconds", "silent_ms", 1e-3),
+            ("path_unheard_seconds", "unheard_ms", 1e-3),
+            ("path_round_trip_seconds", "rtt_us", 1e-6), ("path_sent", "sent", 1),
+            ("path_received", "received", 1),
+        ):  # fmt: skip
+            f = self._family(name)
+            for p in paths:
+                value = p[field]
+                f.add_metric([*base, p["name"]], -1.0 if value is None else value * scale)
+            yield f
+        f = self._family("path_refused")
+        for p in paths:
+            for reason, n in p["refused"].items():
+                f.add_metric([*base, p["name"], reason], n)
+        yield f
 
 
 def health(path: str, s: Document) -> tuple[int, str] | None:

@@ -19,6 +19,8 @@ is right and late on its own connection. Those of checkpoints carry their epoch,
 once. `gone` is final: the data path that it tells of is opened again only after a
 `ready` of a new guest. `solo` and `taken` shut a guest in, which is safe at any time. The rest
 of a heartbeat is overwritten by the next one.
+The hellos carry a nonce each, of which both sides make the key of the heartbeats on other paths
+(beacon.py); an older release sends none.
 Two processes of one side cannot both be heard: the newer connection wins, and the
 lock of the controller (daemon.py) keeps two of them from running.
 """
@@ -29,14 +31,17 @@ import asyncio
 import contextlib
 import ipaddress
 import logging
+import secrets
 import socket
 import ssl
+import struct
 import time
 import uuid
 from collections.abc import Callable
 from typing import Any
 
-from . import wire
+from . import beacon, wire
+from .failover import Ending
 from .tls import Tls, TlsError
 
 log = logging.getLogger("colo_xdp.peer")
@@ -70,6 +75,22 @@ def _text(e: BaseException) -> str:
     return str(e) or ("no answer in time" if isinstance(e, TimeoutError) else type(e).__name__)
 
 
+def _ending(writer: asyncio.StreamWriter, silent_ms: float) -> Ending:
+    """Whether the other host's kernel was there to the end of a silence (struct tcp_info of
+    linux/tcp.h): a process that hangs leaves it to acknowledge what nobody reads."""
+    sock = writer.get_extra_info("socket")
+    try:
+        info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 60)
+    except (OSError, AttributeError):
+        return Ending.UNKNOWN
+    if len(info) < 60:
+        return Ending.UNKNOWN
+    (unacked,) = struct.unpack_from("=I", info, 24)
+    (last_ack_ms,) = struct.unpack_from("=I", info, 56)
+    hung = unacked == 0 or last_ack_ms < silent_ms / 2
+    return Ending.HUNG if hung else Ending.LOST
+
+
 class Peer:
     """One end of the channel. Callbacks run in the event loop and must not block."""
 
@@ -92,6 +113,8 @@ class Peer:
         self._on_up, self._on_down, self._on_message = on_up, on_down, on_message
         self.boot, self.peer_boot = uuid.uuid4().hex, ""
         self.connected = False
+        self.beacon_key = b""  # of this connection; empty: the peer knows no beacons
+        self.ending = Ending.UNKNOWN  # of the last connection
         self.last_seen_ns = 0
         self.rtt_ns = 0
         self.refused = 0
@@ -222,20 +245,26 @@ class Peer:
         try:
             self._identify(writer)
             oldest, newest = self.versions
+            nonce = secrets.token_hex(beacon.NONCE)
             writer.write(
                 wire.encode(
-                    "hello", v=newest, min=oldest, pair=self.pair, role=self.role, boot=self.boot
+                    "hello", v=newest, min=oldest, pair=self.pair, role=self.role, boot=self.boot,
+                    beacon=nonce,
                 )
-            )
+            )  # fmt: skip
             line = await asyncio.wait_for(reader.readline(), HELLO_S)
             if not line:
                 raise OSError("closed without a word: it has refused us, see its log")
-            self.version = self._greet(wire.decode(line))
+            hello = wire.decode(line)
+            self.version = self._greet(hello)
             self._admitted(asyncio.current_task())
             self._said.clear()
             if self._writer is not None:  # a reconnecting peer: the old connection is dead
                 self._drop("replaced by a new connection")
             self._writer, mine, self.connected = writer, True, True
+            nonces = {self.role: nonce, OTHER[self.role]: str(hello.get("beacon", ""))}
+            self.beacon_key = beacon.session_key(self.pair, nonces["primary"], nonces["secondary"])
+            self.ending = Ending.UNKNOWN
             self.last_seen_ns = time.monotonic_ns()
             self._on_up()
             while line := await reader.readline():
@@ -246,12 +275,16 @@ class Peer:
                     raise wire.WireError("a second hello")
                 self.last_seen_ns = time.monotonic_ns()
                 self._on_message(msg)
+            if self._writer is writer:
+                self.ending = Ending.CLOSED
         except TlsError as e:
             why = str(e)
         except (wire.WireError, ValueError) as e:
             why = f"protocol: {e}"
         except (OSError, TimeoutError, asyncio.IncompleteReadError) as e:
             why = _text(e)
+            if mine and self._writer is writer and isinstance(e, ConnectionError):
+                self.ending = Ending.CLOSED
         finally:
             if mine and self._writer is writer:
                 self._drop(why)
@@ -277,7 +310,14 @@ class Peer:
 
     def drop(self, why: str) -> None:
         """Give the connection up: no FIN comes from a host that lost its power."""
+        if self._writer is not None:
+            self.ending = _ending(self._writer, self.silent_ms())
         self._drop(why)
+
+    def excuse(self, ns: int) -> None:
+        """This side was not listening for so long: that is not the peer's silence."""
+        if self.last_seen_ns:
+            self.last_seen_ns += ns
 
     def _drop(self, why: str) -> None:
         writer, self._writer = self._writer, None

@@ -18,7 +18,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from . import abi
-from .abi import Mode
+from .abi import Bond, Mode
+from .beacon import Flag
 from .compare import Engine
 from .config import Config
 from .controller import IN_COLO, INCOMING_S, TICK_S, Controller
@@ -32,6 +33,7 @@ from .reasons import Cause
 from .record import Record
 from .report import rules_json
 from .ring import Event
+from .speaker import Speaker
 from .status import WAIT_BUCKETS
 
 log = logging.getLogger("colo_xdp.primary")
@@ -40,6 +42,7 @@ REARM_S = 0.5
 SWEEP_S = 5.0
 BASE_PART = 290  # connections in one message: it must fit into wire.MAX_FLOWS_TEXT
 BRIDGE_S = 1.0  # between two looks at the ports of the tap's bridge
+RECORD_S = 1.0  # frames of both guests are held meanwhile
 REFUSALS = 20  # tries before a secondary that keeps refusing counts as broken
 LOSS_CHECK_NS = 100_000_000
 SWEEP = 200  # connections of tier K looked at in that time: a million in 8 minutes
@@ -107,6 +110,7 @@ class Primary(Controller):
         self._injector = datapath.injectors["release"]
         self._want: Want | None = None
         self._leave_shadow = False
+        self._plan_refused = ""
         self._wake = asyncio.Event()
         self._peer_ready = False
         self._guard: asyncio.Task[Any] | None = None
@@ -114,6 +118,8 @@ class Primary(Controller):
         table = datapath.flows()
         #: connections in numbers that this guest has kept since it took over
         self.own = FlowTable(table) if table else None
+        #: the SVM's host has them; a former controller may have died before it handed them over
+        self._handed = self.own is None
         self._lost = datapath.lost_events()
         self._lost_checked = 0
         self.by_cause: Counter[str] = Counter()
@@ -122,7 +128,13 @@ class Primary(Controller):
         self.waits = [0] * (len(WAIT_BUCKETS) + 1)
         self.wait_sum = 0.0
         datapath.unmirror(None)  # what a former controller's rules said
-        if datapath.adopted and datapath.mode in (Mode.RUN, Mode.CHECKPOINT):
+        self.spoke_alone = datapath.bond is Bond.ALONE
+        #: frames that are still on their way to this process leave uncompared
+        self._uncompared = self.spoke_alone and datapath.mode is Mode.BYPASS
+        if datapath.adopted and self._uncompared:
+            self.state = State.SOLO
+            self.reason = "the guest spoke alone under a former controller"
+        elif datapath.adopted and datapath.mode in (Mode.RUN, Mode.CHECKPOINT):
             # A former controller held frames that are lost with it; only a checkpoint
             # makes both sides equal again. Until then nothing is decided.
             datapath.mode = Mode.CHECKPOINT
@@ -142,11 +154,11 @@ class Primary(Controller):
             event.frame, event.ts_ns, event.gso_size, event.partial, captured=event.captured
         )
         if event.source == abi.Source.PVM:
-            if self.spoke_alone:
+            if self._uncompared:
                 self._release(rec)
             else:
                 self.engine.from_pvm(rec, time.monotonic_ns())
-        elif not self.spoke_alone:
+        elif not self._uncompared:
             self.engine.from_svm(rec, event.epoch, time.monotonic_ns())
 
     def on_batch(self) -> None:
@@ -161,8 +173,12 @@ class Primary(Controller):
         self.wait_sum += s
 
     def on_tick(self, now_ns: int) -> None:
-        if self.state is State.PROTECTED:
+        # While the control channel is cut timeouts go on: what waits too long has to be known.
+        cut = self.state is State.DEGRADED and self.dp.mode is Mode.RUN and not self.peer.connected
+        if self.state is State.PROTECTED or cut:
             self.engine.tick(now_ns)
+        else:
+            self.engine.unbrake(now_ns)
         if now_ns - self._lost_checked > LOSS_CHECK_NS:
             self._lost_checked = now_ns
             lost = self.dp.lost_events()
@@ -239,6 +255,15 @@ class Primary(Controller):
                 ck.failed = msg["why"]
             ck.changed.set()
 
+    def on_beacon(self, flags: Flag) -> None:
+        speaks = Flag.SVM in flags and Flag.ALONE in flags and Flag.SHUT not in flags
+        if speaks and self.state is not State.STOPPED:
+            self._stand_down("the secondary speaks for the guest, as its beacons say")
+
+    @property
+    def waiting(self) -> bool:
+        return self._want is not None or (self._ck is None and self.dp.mode is Mode.CHECKPOINT)
+
     def _older_than(self, msg: dict[str, Any]) -> bool:
         """Two primaries, since this host has lost what was pinned (a reboot): the pair's epochs
         only ever grow, so who has the smaller one has missed what came after."""
@@ -254,6 +279,12 @@ class Primary(Controller):
         if self._guard is not None:
             self._guard.cancel()
         self.become(State.STOPPED, why)
+
+    def paired(self) -> bool:
+        return self.state in (State.PROTECTED, State.CHECKPOINTING, State.DEGRADED)
+
+    def outdated(self, why: str) -> None:
+        self._stand_down(why)
 
     def on_lease(self) -> None:
         self._wake.set()
@@ -273,7 +304,7 @@ class Primary(Controller):
             except QmpError as e:
                 log.warning("%s", e)
             await asyncio.sleep(REARM_S)
-        self.operator = self.forced = self.checkpoint_overdue = self.spoke_alone = False
+        self.operator = self.forced = self.checkpoint_overdue = False
         self.fence_result = self._want = None
         await self._protect()
 
@@ -299,6 +330,7 @@ class Primary(Controller):
             self.peer.send("base", n=n, last=n == len(parts) - 1, flows=b"".join(part).hex())
             while ck.based <= n:
                 await self._await(ck, "word that the old connections' offsets are there", deadline)
+        self._handed = True
         if entries:
             log.info("offsets of %d connections handed to the new secondary", len(entries))
 
@@ -326,7 +358,13 @@ class Primary(Controller):
             await asyncio.sleep(BRIDGE_S)
 
     async def on_qemu(self) -> None:
-        if self._guard is None and self.state not in (State.STOPPED, State.SOLO):
+        if self.state is State.SOLO:
+            if await self._migration() in IN_COLO:  # a former controller died before this
+                try:
+                    await self.leave_colo()
+                except QmpError as e:  # or QEMU was just about to
+                    log.warning("%s (the PVM goes on all the same)", e)
+        elif self._guard is None and self.state is not State.STOPPED:
             self._guard = self.spawn(self._protect())
 
     async def _protect(self) -> None:
@@ -336,6 +374,9 @@ class Primary(Controller):
             if migration == "colo":
                 self._want = Want(Cause.CONTROLLER_RESTART.value, "this controller is new")
                 break
+            lost = migration is not None and migration not in IN_COLO
+            if lost and self.spoke_alone and self.dp.mode is Mode.CHECKPOINT:
+                self._give_up_entering()
             if self.speaker is not None and not self.speaker.may_speak:
                 self.become(self.state, "waiting for the lease: nothing leaves this host")
             elif migration is not None and self.peer.connected and self._peer_ready:
@@ -351,6 +392,7 @@ class Primary(Controller):
             await self._sleep_or_wake(REARM_S)
         refusals = 0
         while self.state is not State.STOPPED:
+            self._unless_over()
             if self._want is None or not self.peer.connected:
                 await self._sleep_or_wake(self._next_periodic())
                 if self._want is None and self._periodic_due():
@@ -362,7 +404,12 @@ class Primary(Controller):
                 await self._checkpoint(want)
                 refusals = 0
             except (CheckpointFailed, QmpError) as e:
-                if isinstance(e, CheckpointFailed) and e.refused and refusals < REFUSALS:
+                refused = isinstance(e, CheckpointFailed) and e.refused
+                if refused and want.cause == Cause.PLANNED:
+                    self._plan_refused = str(e)
+                    self._want = Want(Cause.OPERATOR.value, f"in place of a planned failover: {e}")
+                    continue
+                if refused and refusals < REFUSALS:
                     refusals += 1
                     log.info("checkpoint (%s) not begun: %s; again", want.cause, e)
                     self._want = want
@@ -370,11 +417,35 @@ class Primary(Controller):
                     continue
                 self.checkpoints_failed += 1
                 if isinstance(e, QmpTimeout) and await self.hangs():
-                    self.vm_gone = True  # not the secondary's fault: it is the one to go on
+                    # not the secondary's fault: it is the one to go on
+                    self.vm_gone = self.vm_hangs = True
                 # Silence is no second sign beside silence: that would fence over a cut link.
                 self.checkpoint_overdue = not (isinstance(e, CheckpointFailed) and e.channel)
                 self.become(State.DEGRADED, f"checkpoint ({want.cause}) did not complete: {e}")
                 self._decide()
+
+    def _give_up_entering(self) -> None:
+        """A former controller died in the first checkpoint, which never came to its end.
+
+        Nobody has confirmed the copy, so the guest may go on alone.
+        """
+        self._bypass()
+        self.become(State.STARTING, "a former controller did not come to enter COLO")
+
+    def _bypass(self) -> None:
+        """Nothing is held any more, nor what is still on its way to this process."""
+        self.dp.mode = Mode.BYPASS
+        self._drain()
+        self.engine.release_all()
+        self._uncompared = True
+
+    async def _clear_record(self, s: Speaker) -> None:
+        """The store stops saying that this guest is alone before the other one counts, so that it
+        may take over from then on. A store that is away is told later, at the same price."""
+        s.paired()
+        end = time.monotonic() + RECORD_S
+        while s.recorded and time.monotonic() < end:
+            await asyncio.sleep(TICK_S / 5)
 
     async def _migration(self) -> str | None:
         """State of QEMU's migration; None while QMP does not answer."""
@@ -406,15 +477,14 @@ class Primary(Controller):
         trip that brought no STOP was sent before it, so it may leave.
         """
         self.colo_exit = False
+        self._handed = self.own is None
         await self._checkpoint(Want(Cause.INITIAL.value, "entering COLO"))
         if await self.qmp.migration_status() != "colo":
             raise CheckpointFailed(f"QEMU is in `{await self.qmp.migration_status()}`, not in COLO")
 
     async def _enter_failed(self, why: str) -> None:
         self._peer_ready = False
-        self.dp.mode = Mode.BYPASS
-        self._drain()
-        self.engine.release_all()
+        self._bypass()
         self.become(State.STARTING, f"COLO was not entered: {why}")
         try:
             if await self.qmp.status() == "paused":
@@ -431,6 +501,7 @@ class Primary(Controller):
         poll = 0.005 if ck.cause == Cause.INITIAL.value else 0.1
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(ck.changed.wait(), min(left, poll))
+        self._unless_over()
         if ck.failed:
             raise CheckpointFailed(f"the secondary: {ck.failed}", refused=not ck.triggered)
         if self.colo_exit:
@@ -439,6 +510,14 @@ class Primary(Controller):
             raise CheckpointFailed("the control channel to the secondary is down", channel=True)
         if self.vm_gone or not self.qmp.connected:
             raise CheckpointFailed("QMP to the PVM is down")
+
+    @staticmethod
+    def _unless_over() -> None:
+        """asyncio.wait_for() of Python 3.11 forgets a cancellation that meets its result, as when
+        the last word of a checkpoint comes with the decision to go solo."""
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():
+            raise asyncio.CancelledError
 
     async def _checkpoint(self, want: Want) -> None:
         cause, detail = want.cause, want.detail
@@ -453,6 +532,7 @@ class Primary(Controller):
             if (
                 not initial
             ):  # an unprotected PVM is not to be held up by a peer that is slow to answer
+                self._uncompared = False  # also a failed entry can end so: QEMU was in COLO
                 self.engine.begin_checkpoint()
                 self.dp.mode = Mode.CHECKPOINT
             self.peer.send("begin", n=n, cause=cause, initial=initial)
@@ -460,6 +540,7 @@ class Primary(Controller):
             while not ck.begun:
                 await self._await(ck, "answer of the secondary's controller", answer)
             if initial:
+                self._uncompared = False
                 self.engine.begin_checkpoint()
                 self.dp.mode = Mode.CHECKPOINT
                 await self.qmp.prepare(primary=True)
@@ -474,11 +555,16 @@ class Primary(Controller):
                     if await self.qmp.migration_status() == "failed":
                         raise CheckpointFailed("the migration failed")
                 await self._await(ck, "STOP and RESUME of both guests", deadline)
-            if initial:
+            if initial or not self._handed:
                 await self._hand_offsets(ck, deadline)
             self._drain()  # frames from before STOP may still be in the ring
             held = (self.engine.held_packets, self.engine.held_bytes)
+            if self.spoke_alone and self.speaker is not None:
+                await self._clear_record(self.speaker)
+            self._unless_over()
             self.engine.commit_checkpoint(ck.stop_ns, n, time.monotonic_ns())
+            # Before the epoch, by which the secondary is told that its guest counts.
+            self.spoke_alone, self.dp.bond = False, Bond.EQUAL
             self.dp.epoch = n
             if cause == Cause.PLANNED:
                 # Nothing that is newer than the state which the SVM has loaded has left or will:
@@ -561,7 +647,7 @@ class Primary(Controller):
             self.peer.send("gone", why=why, alone=self.spoke_alone)
         elif action is Action.ASK_SHUT:
             self.become(State.DEGRADED, why)
-            self.peer.send("solo", why=why)
+            self.asks = not self.peer.send("solo", why=why)
             await asyncio.sleep(self.config.peer.heartbeat_interval / 1000)
         elif action is Action.REARM:
             self._want = self._want or Want(Cause.PEER_GAP.value, why)
@@ -574,7 +660,8 @@ class Primary(Controller):
         self._peer_ready = False
         self.peer.send("solo", why=why)
         self._drain()
-        self.spoke_alone = True
+        self.spoke_alone = self._uncompared = True
+        self.dp.bond = Bond.ALONE
         released = self.engine.release_all()
         self.dp.mode = Mode.BYPASS
         self._drain()
@@ -590,6 +677,11 @@ class Primary(Controller):
             raise ValueError(f"no planned failover from state {self.state.value}: {self.reason}")
         if self.shadow or self._leave_shadow:
             raise ValueError("no planned failover from shadow mode: leave it first")
+        s = self.speaker
+        if s is not None and not s.held:
+            why = s.trouble or "another host holds the lease"
+            raise ValueError(f"no planned failover, the SVM could not get the lease: {why}")
+        self._plan_refused = ""
         self._want = Want(Cause.PLANNED.value, why)
         self._wake.set()
 
@@ -597,6 +689,8 @@ class Primary(Controller):
         failed = self.checkpoints_failed
         self._plan("asked by the operator")
         while time.monotonic() < deadline and self.checkpoints_failed == failed:
+            if self._plan_refused:
+                raise ValueError(f"no planned failover: {self._plan_refused}")
             if self.state is State.STOPPED and self.peer_state == State.TAKEN_OVER.value:
                 return True
             await asyncio.sleep(TICK_S)

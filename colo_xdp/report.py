@@ -43,7 +43,9 @@ def _common(c: Controller) -> dict[str, Any]:
             "state": c.peer_state,
             "rtt_us": c.peer.rtt_ns / 1000,
             "gone": c.peer_vm_gone,
+            "ending": c.peer.ending.value,
         },
+        paths=c.paths.status(),
         programs={
             prog: {reason: list(v) for reason, v in row.items()}
             for prog, row in c.dp.counters().items()

@@ -17,9 +17,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from . import abi
-from .abi import Mode
+from .abi import Bond, Mode
 from .announce import announcements
 from .attach import NoSuchDevice
+from .beacon import Flag
 from .config import Config
 from .controller import HUNG_S, IN_COLO, TICK_S, Controller
 from .datapath import DataPath
@@ -29,6 +30,7 @@ from .qmp import QmpError, QmpTimeout
 from .qmp_event import QmpEvent
 from .reasons import Cause
 from .ring import Event
+from .speaker import Speaker, StoreError
 
 log = logging.getLogger("colo_xdp.secondary")
 
@@ -69,7 +71,7 @@ class Secondary(Controller):
         self._entered = False  # the SVM runs in COLO
         # The primary's beat has confirmed a checkpoint. Until then it may have given up entering
         # and let the PVM speak uncompared, whatever this QEMU has loaded: no takeover.
-        self._confirmed = False
+        self._confirmed = datapath.adopted and datapath.bond is not Bond.NONE
         self.overflow = 0  # held frames given up because too many were waiting
         self.stale = 0  # SVM frames from before its RESUME: void
         self.checkpoints = 0
@@ -78,19 +80,22 @@ class Secondary(Controller):
         self._taking_over = False
         self._events: list[QmpEvent] = []  # of QEMU, while taking over
         if datapath.adopted:
-            if datapath.mode is Mode.TAKEOVER:
-                self.spoke_alone = True
             self.shadow = datapath.shadowed > 0
             if datapath.mode is Mode.TAKEOVER:
+                self.spoke_alone = True
                 self.state = State.TAKEN_OVER
                 self.reason = "taken over by a former controller"
             elif datapath.mode in (Mode.RUN, Mode.CHECKPOINT):
-                self._entered = self._confirmed = datapath.epoch > 0
+                self._entered = datapath.epoch > 0
                 self.state = State.DEGRADED if self._confirmed else State.STARTING
                 self.reason = "a former controller's data path was taken over"
                 if datapath.mode is Mode.CHECKPOINT:
                     # It died with frames in hand. Holding goes on; the primary asks anew.
                     self._begin_hold(datapath.epoch + 1)
+            elif datapath.epoch > 0:
+                self.spoke_alone = datapath.bond is Bond.ALONE
+                self.state = State.STOPPED
+                self.reason = "the data path was shut by a former controller"
 
     # ---- frames
 
@@ -151,9 +156,8 @@ class Secondary(Controller):
             over = h is not None and msg["epoch"] >= h.n and not (h.planned and msg["shut"])
             if h is not None and h.resume is not None and over:
                 self._finish(h, h.resume)
-            stopped = self.state is State.STOPPED
-            if self.speaker is not None and msg["alone"] and not msg["shut"] and not stopped:
-                self._stand_down("the PVM has spoken alone")  # while nothing was heard of it
+            if msg["alone"] and not msg["shut"] and self._confirmed:
+                self.outdated("the PVM has spoken alone")  # while nothing was heard of it
         elif kind == "silent":
             self._silent_ns = time.monotonic_ns() - msg["us"] * 1000 - self.peer.rtt_ns // 2
         elif kind == "base":
@@ -165,6 +169,26 @@ class Secondary(Controller):
                 log.error("a new secondary waits, but [qemu] reverse_uri does not say where")
         elif kind == "solo":
             self._stand_down(msg["why"])
+
+    def on_beacon(self, flags: Flag) -> None:
+        if Flag.SVM in flags:
+            return
+        if Flag.SHADOW in flags:
+            self._shadow_word(True, self.peer_epoch)
+        if Flag.ALONE in flags and Flag.SHUT not in flags and self._confirmed:
+            self.outdated("the PVM has spoken alone, as its beacons say")
+        if Flag.ASK in flags and self.state is not State.STOPPED:
+            self._stand_down("asked by its beacons")
+
+    def paired(self) -> bool:
+        return self._confirmed
+
+    def outdated(self, why: str) -> None:
+        if self.state not in (State.TAKEN_OVER, State.STOPPED):
+            self._stand_down(why)
+        if not self.spoke_alone:  # whatever becomes of the peer
+            self.stood_down = self._confirmed = False
+            self.dp.bond = Bond.NONE
 
     def _stand_down(self, why: str) -> None:
         """The primary speaks alone, or wants to: shut the SVM in, and say so."""
@@ -179,7 +203,10 @@ class Secondary(Controller):
     def _on_base(self, n: int, text: str) -> None:
         """Offsets of the guest that this one is a copy of; they count when the copy speaks."""
         h = self._hold
-        if h is None or self._confirmed:
+        if self._confirmed:  # a new primary controller does not know that they are here
+            self.peer.send("based", n=n)
+            return
+        if h is None:
             log.warning("offsets that nobody waits for: left alone")
             return
         try:
@@ -189,7 +216,16 @@ class Secondary(Controller):
             return
         self.peer.send("based", n=n)
 
-    def _on_begin(self, n: int, initial: bool, planned: bool) -> None:
+    async def _ask_store(self, s: Speaker, n: int) -> None:
+        """With no lease to be had the guest would be silent on both hosts."""
+        try:
+            await s.look()
+        except StoreError as e:
+            self.peer.send("failed", n=n, why=f"the SVM could not get the lease: {e}")
+            return
+        self._on_begin(n, initial=False, planned=True, asked=True)
+
+    def _on_begin(self, n: int, initial: bool, planned: bool, *, asked: bool = False) -> None:
         why = ""
         if n <= self.dp.epoch:
             why = f"epoch {n} is over, this side is at {self.dp.epoch}"
@@ -201,6 +237,9 @@ class Secondary(Controller):
             why = "the SVM is not in COLO"
         if why:
             self.peer.send("failed", n=n, why=why)
+            return
+        if planned and self.speaker is not None and not asked:
+            self.spawn(self._ask_store(self.speaker, n))
             return
         if initial:
             self.colo_exit = self.peer_vm_gone = False  # signs of an earlier pair
@@ -245,9 +284,10 @@ class Secondary(Controller):
             self._deliver(e)
         for e in h.svm:
             self._forward(e)
+        self.dp.bond = Bond.EQUAL
         self.dp.mode = Mode.RUN
         self._drain()
-        self._confirmed = True
+        self._confirmed, self._ready_wanted = True, False
         self.checkpoints += 1
         self.become(State.PROTECTED, f"the SVM runs epoch {h.n}")
 
@@ -282,9 +322,13 @@ class Secondary(Controller):
     async def succeed(self) -> None:
         """Another guest than the one that is over: nothing of that counts any more."""
         self.vm_gone = self.peer_vm_gone = self.colo_exit = self.stood_down = False
+        self.vm_hangs = False
         self.operator = self.forced = self.checkpoint_overdue = self.spoke_alone = False
         self.fence_result, self._hold = None, None
         self._entered = self._confirmed = False
+        self.dp.bond = Bond.NONE
+        if self.speaker is not None:
+            self.speaker.forget()
         self.become(State.STARTING, "a new QEMU is here")
         try:
             await self.on_qemu()
@@ -300,10 +344,11 @@ class Secondary(Controller):
         if status == "inmigrate":
             await self.qmp.prepare(primary=False)
             self._ready_wanted, self._entered, self._confirmed = True, False, False
+            self.dp.bond = Bond.NONE
             self.become(State.STARTING, "the SVM waits for the primary's migration")
             self.peer.send("ready", epoch=self.dp.epoch)
         elif self._entered and await self.qmp.migration_status() == "colo":
-            if self._hold is None:
+            if self._hold is None and self._confirmed:
                 self.become(State.PROTECTED, "the SVM is in COLO, its offsets were kept")
         elif self._hold is None and not self._entered:
             self.become(
@@ -350,7 +395,7 @@ class Secondary(Controller):
             return
         self._drain()
         hold, self._hold = self._hold, None
-        self.spoke_alone = True
+        self.spoke_alone, self.dp.bond = True, Bond.ALONE
         loaded = hold is not None and (hold.resume is not None or self._loaded())
         # What runs is a copy of the PVM, in its numbers: no offset is left. The primary's word
         # counts too, since it says `n` only after this side's `done n`.

@@ -72,6 +72,9 @@ class Store(Protocol):
     async def record(self, holder: str, alone: str) -> bool:
         """Write who has spoken alone, if `holder` holds the key; whether it did."""
 
+    async def look(self) -> Seen:
+        """What it says, without asking for anything."""
+
     async def release(self) -> None:
         """Give the key up, if it is held."""
 
@@ -92,6 +95,7 @@ class Speaker:
         store: Store,
         *,
         node: str,
+        address: str,
         boot: str,
         ttl_ms: int,
         margin_ms: int,
@@ -99,7 +103,7 @@ class Speaker:
         allow: Callable[[int], None],
         changed: Callable[[], None],
     ) -> None:
-        self._store, self.node, self.holder = store, node, f"{node} {boot}"
+        self._store, self.node, self.holder = store, node, f"{node}@{address} {boot}"
         self._ttl_ms, self._ttl = ttl_ms, ttl_ms * MS
         self._usable = self._ttl - margin_ms * MS
         self._allow, self._changed = allow, changed
@@ -109,7 +113,7 @@ class Speaker:
         self._silent_until = 0 if speaking else boot_ns() + self._ttl + self._ttl // RATE
         self._want = self._asked = False
         self._record: str | None = None
-        self.steal = ""  # holder that is certain to be silent
+        self.steal = ""  # boot id of a holder that is certain to be silent
         self.seen = Seen("", "")
         self.trouble = ""
         self._wake = asyncio.Event()
@@ -184,10 +188,19 @@ class Speaker:
             self._promise_until = max(self._promise_until, sent_ns + self._usable)
             self._publish()
 
-    def freed(self, holder: str) -> None:
+    async def look(self) -> None:
+        """Ask what the store says, and for nothing. Raises StoreError, within its deadline."""
+        self._saw(await self._bounded(self._store.look()))
+
+    def forget(self) -> None:
+        """This host's guest is a new one: what was read of the last pair says nothing of it. The
+        store is asked again before anybody speaks."""
+        self.seen = Seen(self.seen.holder, "")
+
+    def freed(self, boot: str) -> None:
         """That process of the other host has shut its data path: nobody relies on our promises,
         and its key may be taken, until it says that it waits for a new guest (revived())."""
-        self._silent_until, self.steal = 0, holder
+        self._silent_until, self.steal = 0, boot
         self._wake.set()
 
     def revived(self) -> None:
@@ -237,6 +250,8 @@ class Speaker:
             if self._asked:
                 await self._bounded(self._store.release())
                 self._asked = self._want
+            if self.other_alone:  # until it no longer is: a new pair clears it
+                await self.look()
             return
         if boot_ns() < self._silent_until:
             return
@@ -244,10 +259,8 @@ class Speaker:
         seen = await self._bounded(self._store.hold(self.holder, self._ttl_ms, self.steal))
         if not self._want:  # changed its mind meanwhile
             return
-        if seen != self.seen:
-            log.info("lease: held by %s, alone: %s", seen.holder or "nobody", seen.alone or "none")
-        self.seen = seen
-        if seen.holder != self.holder:
+        self._saw(seen)
+        if seen.holder != self.holder or self.other_alone:
             self._key_until = 0
             self._publish()
             if not self.recorded:
@@ -257,6 +270,11 @@ class Speaker:
         self._key_until = max(self._key_until, began + self._usable)
         self._publish()
         await self._write_record()
+
+    def _saw(self, seen: Seen) -> None:
+        if seen != self.seen:
+            log.info("lease: held by %s, alone: %s", seen.holder or "nobody", seen.alone or "none")
+        self.seen = seen
 
     async def _write_record(self) -> None:
         """Bring the store's record to what is wanted; another node's is never touched."""

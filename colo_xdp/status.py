@@ -13,8 +13,9 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from . import abi
+from .beacon import REFUSALS
 from .compare import COUNTERS
-from .failover import Role, State
+from .failover import Ending, Role, State
 from .reasons import Cause
 
 SCHEMA = 1
@@ -150,7 +151,24 @@ _CHECKS: dict[str, _Check] = {
     "paused": _flag,
     "qemu": _object(connected=_flag, version=_text, accel=_text, gone=_flag),
     "peer": _object(
-        connected=_flag, silent_ms=_or_null(_number), state=_text, rtt_us=_number, gone=_flag
+        connected=_flag,
+        silent_ms=_or_null(_number),
+        state=_text,
+        rtt_us=_number,
+        gone=_flag,
+        ending=_one_of(*Ending),
+    ),
+    "paths": _list(
+        _object(
+            name=_text,
+            silent_ms=_or_null(_number),
+            unheard_ms=_or_null(_number),
+            rtt_us=_number,
+            sent=_count,
+            received=_count,
+            refused=_object(**dict.fromkeys(REFUSALS, _count)),
+            trouble=_text,
+        )
     ),
     "programs": _map(_map(_list(_count, 2))),
     "engine": _map(_count),
@@ -218,7 +236,8 @@ class Status:
     events: str  # "ring" or "perf"; "": not loaded
     paused: bool
     qemu: dict[str, Any]
-    peer: dict[str, Any]  # silent_ms: null when it has never spoken
+    peer: dict[str, Any]  # silent_ms: null when it has never spoken; ending: of the channel
+    paths: list[dict[str, Any]]  # of heartbeats, besides the control channel; null: never
     programs: dict[str, dict[str, list[int]]]  # {program: {reason: [packets, bytes]}}
     engine: dict[str, int]
     held: dict[str, int]
@@ -269,7 +288,15 @@ def empty(pair: str, role: str) -> Status:
         events="",
         paused=False,
         qemu={"connected": False, "version": "", "accel": "", "gone": False},
-        peer={"connected": False, "silent_ms": None, "state": "", "rtt_us": 0.0, "gone": False},
+        peer={
+            "connected": False,
+            "silent_ms": None,
+            "state": "",
+            "rtt_us": 0.0,
+            "gone": False,
+            "ending": "",
+        },
+        paths=[],
         programs={p: {r: [0, 0] for r in abi.REASONS} for p in abi.PROGRAMS},
         engine={name: 0 for name, _ in names},
         held={"packets": 0, "bytes": 0, "limit": 0},

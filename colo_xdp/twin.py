@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from bisect import insort
 from collections import deque
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from ._seq import HALF, MASK, diff, later
 from .comparer import CONTEXT, Held, Host
@@ -21,6 +22,9 @@ from .policy import Verdict
 from .reasons import Cause
 from .record import Record
 from .window import WindowGate
+
+if TYPE_CHECKING:
+    from .giving import Brake
 
 FLAGS = FIN | SYN | RST
 MAX_RSTS = 16
@@ -97,9 +101,9 @@ class Twin(ABC):
         self.captured = 0  # the newest frame that it has counted
         self.calm, self.patience = 0, 1  # settled batches: seen, and wanted
         self.given_ns = 0
-        self.refused = 0  # gifts, since the last one that was taken
+        self.refused = 0  # gifts, since frames were on their way here; since the last one taken
         #: frames that may leave and are kept back until tier K has the stream; None: none are
-        self.brake: list[Record] | None = None
+        self.brake: Brake | None = None
         # of the PVM, kept over checkpoints
         self.base: int | None = None
         self.isn: int | None = None  # of the SYN that was released
@@ -153,13 +157,13 @@ class Twin(ABC):
         if self.brake is None:
             self.host.emit(rec, now_ns)
         else:
-            self.brake.append(rec)
+            self.brake.keep(rec)
 
     # -- the engine's side
 
     def quiet(self) -> bool:
         """Nothing of either side waits."""
-        return not self.held and not self.brake and not self.svm_since()
+        return not self.held and self.brake is None and not self.svm_since()
 
     def closed(self) -> bool:
         """The guest has closed or reset it; what comes now are stragglers."""

@@ -23,7 +23,8 @@ MAX_FLOWS_TEXT = 61440
 
 #: type -> {field: type}. Every field is required; unknown ones are refused (but in hello).
 MESSAGES: dict[str, dict[str, type]] = {
-    # first word of both sides; `min` to `v`: the versions that it speaks; `boot`: which process
+    # first word of both sides; `min` to `v`: the versions that it speaks; `boot`: which process.
+    # Besides, since `v` alone does not need it, `beacon`: a nonce for the key of beacon.py
     "hello": {"v": int, "min": int, "pair": str, "role": str, "boot": str},
     # heartbeat; `echo` is the peer's `t` (CLOCK_BOOTTIME, ns) sent back, for the round trip;
     # `promise`: see speaker.py

@@ -18,7 +18,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
@@ -182,6 +182,18 @@ class Topology:
         for ns, addr in ((self.primary, PEER_P), (self.secondary, PEER_S)):
             self._ip(ns, f"addr add {addr}/30 dev peer0")
             self._ip(ns, "link set peer0 up")
+
+    @contextlib.contextmanager
+    def control_cut(self) -> Iterator[None]:
+        """IP between the hosts goes to a MAC address that nobody has; frames on the link go on."""
+        ends = ((self.primary, PEER_S), (self.secondary, PEER_P))
+        for ns, there in ends:
+            self._ip(ns, f"neigh replace {there} lladdr 02:00:00:00:00:99 dev peer0 nud permanent")
+        try:
+            yield
+        finally:
+            for ns, there in ends:
+                self._ip(ns, f"neigh del {there} dev peer0")
 
     def _ip(self, ns: str, args: str) -> None:
         sh("ip", "-n", ns, *args.split())

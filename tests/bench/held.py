@@ -29,7 +29,7 @@ from colo_xdp.compare import Engine, Limits, Policy, Record
 from colo_xdp.config import load
 from colo_xdp.controller import RING_BATCH
 from colo_xdp.datapath import DataPath
-from colo_xdp.fastpath import Gift, conn_key
+from colo_xdp.fastpath import Answer, Gift, conn_key
 from colo_xdp.packet import parse
 from tests.netns.conftest import Net, Tap, inside, sh
 from tests.netns.frames import CLIENT_MAC, tcp
@@ -267,9 +267,9 @@ def give_all(dp: DataPath, conns: int) -> None:
         if not dp.fast.offer(key):
             raise RuntimeError("the table is full")
         dp.fast.seize(key)
-        if not dp.fast.give(key, gift, 0):  # frames of it have been to user space
+        if dp.fast.give(key, gift, 0) is not Answer.TAKEN:  # frames of it have been to user space
             dp.objects.map("conns").delete(conn_key(key))
-            if not (dp.fast.offer(key) and dp.fast.give(key, gift, 0)):
+            if not (dp.fast.offer(key) and dp.fast.give(key, gift, 0) is Answer.TAKEN):
                 raise RuntimeError("a connection was not taken")
 
 

@@ -32,7 +32,7 @@ from typing import Any
 
 from colo_xdp import _bpf, abi, attach, loader
 from colo_xdp.abi import Cfg, Mode
-from colo_xdp.fastpath import Gift, conn_key
+from colo_xdp.fastpath import Answer, Gift, conn_key
 from colo_xdp.packet import parse
 from colo_xdp.tcp_state import transition_words
 from tests.bpf.craft import (
@@ -419,7 +419,7 @@ def _new_connection(dp: Any, v6: bool) -> None:
     key = parse(tcp(b"", dport=held.PORT, v6=v6)).key
     gift = Gift(held.words(), b"")
     dp.objects.map("conns").delete(conn_key(key))
-    if not (dp.fast.offer(key) and dp.fast.give(key, gift, 0)):
+    if not (dp.fast.offer(key) and dp.fast.give(key, gift, 0) is Answer.TAKEN):
         raise RuntimeError("the connection was not taken")
 
 

@@ -16,7 +16,7 @@ import struct
 from pathlib import Path
 
 from colo_xdp import abi
-from colo_xdp.fastpath import Gift, conn_key
+from colo_xdp.fastpath import Answer, Gift, conn_key
 from colo_xdp.packet import parse
 from tests.netns.frames import csum, tcp
 
@@ -69,7 +69,7 @@ def _fill(a: held.Arm, first: int, upto: int) -> None:
 def _give(a: held.Arm, i: int, gift: Gift) -> None:
     assert a.dp is not None and a.dp.fast is not None
     key = _key(i)
-    if not (a.dp.fast.offer(key) and a.dp.fast.give(key, gift, 0)):
+    if not (a.dp.fast.offer(key) and a.dp.fast.give(key, gift, 0) is Answer.TAKEN):
         raise RuntimeError(f"connection {i} was not taken")
 
 

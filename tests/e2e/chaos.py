@@ -136,6 +136,7 @@ DEADLINE_MS: dict[str, int] = {
     "kill_pvm_controller": 2000,  # until the next one is there
     "kill_svm_controller": 2000,
     "cut_link": 2000 + HEARTBEAT_TIMEOUT_MS,
+    "cut_control": 2000 + HEARTBEAT_TIMEOUT_MS,
     "planned": HEARTBEAT_TIMEOUT_MS,
 }
 ALONE = {
@@ -251,6 +252,9 @@ class Chaos:
                 sh("ip", "-n", lab.net.primary, "link", "set", "peer0", state)
                 if state == "down":
                     time.sleep(self.rng.uniform(0.2, 2.0))
+        elif action == "cut_control":
+            with lab.net.control_cut():
+                time.sleep(self.rng.uniform(0.2, 2.0))
         elif action == "planned":
             r = lab.ask(self.rng.choice(HOSTS), "failover", planned=True)
             if not r["done"]:

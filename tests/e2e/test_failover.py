@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from colo_xdp.control import ControlError
 from colo_xdp.lab.capture import from_guest
 from colo_xdp.lab.client import EchoStream
-from colo_xdp.lab.net import wait_for
+from colo_xdp.lab.net import sh, wait_for
 from colo_xdp.lab.pair import Lab
 from tests.e2e.conftest import LabMaker
 
@@ -113,6 +114,29 @@ def test_no_fence_no_takeover_until_a_person_says_so(make_lab: LabMaker, tmp_pat
     r = lab.ask("secondary", "failover")
     assert r["done"] and r["state"] == "taken-over"
     live_on(lab, made, time.time())
+
+
+def test_a_copy_that_missed_something_never_speaks(make_lab: LabMaker) -> None:
+    """A cut link, a person who opens the primary, the link is back, and then the PVM dies."""
+    lab = make_lab(overrides={"failover": {"arbiter": "manual"}})
+    lab.protect()
+    wire = lab.capture(lab.net.secondary, "uplink", "svm", "out")
+    made = streams(lab)
+    sh("ip", "-n", lab.net.primary, "link", "set", "peer0", "down")
+    lab.wait_state("primary", "degraded", 15)
+    lab.ask("primary", "failover", force=True)
+    lab.wait_state("primary", "solo", 10)
+    live_on(lab, made, time.time())
+    sh("ip", "-n", lab.net.primary, "link", "set", "peer0", "up")
+    s = lab.wait_state("secondary", "stopped", 15)
+    assert "spoken alone" in s["reason"]
+    lab.vm["primary"].kill9()
+    wait_for("its end", lambda: lab.status("primary")["qemu"]["gone"], 15)
+    with pytest.raises(ControlError, match="spoken alone"):
+        lab.ask("secondary", "failover", force=True)
+    s = lab.status("secondary")
+    assert (s["state"], s["mode"]) == ("stopped", "drop")
+    assert from_guest(lab.stop_capture(wire)) == 0
 
 
 def test_secondary_hangs(make_lab: LabMaker) -> None:

@@ -92,3 +92,28 @@ def test_a_cut_between_the_hosts_leaves_one(lab: Lab) -> None:
     lab.wait_state("secondary", "stopped", 15)
     assert lab.status("secondary")["mode"] == "drop"
     assert lab.client.download("f100k")[1] == 0
+
+
+def test_the_lease_goes_on_with_the_pair(lab: Lab) -> None:
+    """After a cut, a new secondary and a change of roles each guest may speak in its turn."""
+    made = streams(lab)
+    sh("ip", "-n", lab.net.primary, "link", "set", "peer0", "down")
+    lab.wait_state("primary", "solo", 30)
+    wait_for("the secondary's word", lambda: "lease" in lab.status("secondary")["reason"], 15)
+    sh("ip", "-n", lab.net.primary, "link", "set", "peer0", "up")
+    lab.wait_state("secondary", "stopped", 15)
+    pvm, svm = "primary", "secondary"
+    lab.vm[svm].kill9()
+    lab.start_vm(svm, incoming=True)
+    for _ in range(2):
+        for role in (pvm, svm):
+            lab.wait_state(role, "protected", 60)
+        made += streams(lab)
+        over = time.time()
+        lab.vm[pvm].kill9()
+        reason = lab.wait_state(svm, "taken-over", 20)["reason"]
+        assert "the lease is held" in reason
+        live_on(lab, made, over)
+        made = []
+        pvm, svm = svm, pvm
+        lab.start_vm(svm, incoming=True)

@@ -7,12 +7,14 @@ found (`make fuzz TARGET=packet`).
 
 from __future__ import annotations
 
+import hmac
 import json
 import os
 import tempfile
 from collections.abc import Callable
 
 from colo_xdp import qmp_event, rewrite, wire
+from colo_xdp.beacon import MAC, NONCE, SIZE, Beacons, Flag, session_key
 from colo_xdp.compare import Engine
 from colo_xdp.config import ConfigError, as_toml, parse
 from colo_xdp.limits import Limits
@@ -95,6 +97,25 @@ def peer(data: bytes) -> None:
         return
     kind = msg.pop("type")
     assert wire.decode(wire.encode(kind, **msg)) == {"type": kind, **msg}
+
+
+@target
+def beacon(data: bytes) -> None:
+    """Datagrams on a heartbeat path: as they are, and signed with the right key."""
+    key = session_key("web1", "11" * NONCE, "22" * NONCE)
+    b, other = (Beacons("web1", side, ["a", "b"]) for side in ("secondary", "primary"))
+    for x in (b, other):
+        x.rekey(key, same_peer=False)
+    head = other.make(0, 1, Flag.VM, 0, 0)[:16]
+    for n, (who, text) in enumerate(frames(data), 1):
+        b.hear(who & 1, text, n)
+        body = (head + text)[: SIZE - MAC].ljust(SIZE - MAC, b"\0")
+        word = b.hear(who & 1, body + hmac.digest(key, body, "sha256"), n)
+        assert word is None or word.after <= n
+        assert len(b.make(who & 1, n, Flag.VM, n, n)) == SIZE
+        assert b.silent_ms(who & 1, n) >= 0 and b.paths[who & 1].rtt_ns >= 0
+    p = b.paths
+    assert sum(x.received + sum(x.refused.values()) for x in p) == 2 * len(frames(data))
 
 
 @target

@@ -143,9 +143,9 @@ class Host:
         await self.wire.start()
         self.store = EtcdStore(Etcd((self.wire.url,)), pair, TTL_MS / 10_000)
         self.speaker = Speaker(
-            self.store, node=self.node, boot=self._boot, ttl_ms=TTL_MS, margin_ms=MARGIN_MS,
-            speaking=self._speaking, allow=lambda ns: setattr(self, "until", ns),
-            changed=lambda: None,
+            self.store, node=self.node, address=self.node, boot=self._boot,
+            ttl_ms=TTL_MS, margin_ms=MARGIN_MS, speaking=self._speaking,
+            allow=lambda ns: setattr(self, "until", ns), changed=lambda: None,
         )  # fmt: skip
         self.task = asyncio.create_task(self.speaker.run())
 
@@ -208,7 +208,7 @@ def test_one_holds_the_other_waits(etcd: str) -> None:
             x.p.speaker.want = True
             await x.until(lambda: x.p.speaks)
             x.s.speaker.want = True
-            await x.until(lambda: x.s.speaker.seen.holder == f"{P} b1")
+            await x.until(lambda: x.s.speaker.seen.holder == f"{P}@{P} b1")
             await x.stays(lambda: x.p.speaks and not x.s.speaks, 1.5 * TTL_MS / 1000)
             x.p.speaker.want = False  # it gives it back
             assert not x.p.speaks
@@ -236,7 +236,7 @@ def test_a_holder_that_is_cut_off_falls_silent_first(etcd: str, how: str) -> Non
                 return
             await x.until(lambda: x.s.speaks)
             x.p.wire.cut("")
-            await x.until(lambda: x.p.speaker.seen.holder == f"{S} b1")
+            await x.until(lambda: x.p.speaker.seen.holder == f"{S}@{S} b1")
             await x.stays(lambda: x.s.speaks and not x.p.speaks, 1.0)
 
     asyncio.run(go())
@@ -308,8 +308,8 @@ def test_the_record_outlives_the_lease_and_its_holder(etcd: str) -> None:
             await x.until(lambda: x.p.speaker.recorded)
             x.p.wire.cut("both")
             x.s.speaker.want = True
-            await x.until(lambda: x.s.speaker.held)
-            assert x.s.speaker.other_alone  # so the decision lets nothing out
+            await x.until(lambda: x.s.speaker.other_alone)
+            await x.stays(lambda: not x.s.speaks, 0.3)  # though nobody else has the key
             # its own record cannot replace the other's
             x.s.speaker.alone()
             await x.stays(lambda: not x.s.speaker.recorded, 1.0)
@@ -318,6 +318,8 @@ def test_the_record_outlives_the_lease_and_its_holder(etcd: str) -> None:
             await x.until(lambda: x.p.speaker.held and x.p.speaker.recorded)
             x.p.speaker.paired()
             await x.until(lambda: x.p.speaker.seen.alone == "")
+            await x.until(lambda: not x.s.speaker.other_alone)  # it looks, and wants nothing
+            assert not x.s.speaks
 
     asyncio.run(go())
 
@@ -334,7 +336,7 @@ def test_a_controller_started_anew_keeps_the_key(etcd: str) -> None:
             async with asyncio.timeout(TTL_MS / 1000):
                 while not again.speaks:
                     await asyncio.sleep(0.01)
-            assert again.speaker.seen == Seen(f"{P} b2", "")  # type: ignore[union-attr]
+            assert again.speaker.seen == Seen(f"{P}@{P} b2", "")  # type: ignore[union-attr]
             await again.stop()
 
     asyncio.run(go())
@@ -350,9 +352,9 @@ def test_a_key_is_taken_from_who_said_that_it_is_shut(etcd: str) -> None:
             assert x.s.speaker.promise()
             began = time.monotonic()
             x.s.speaker.want = True
-            x.s.speaker.freed(f"{P} b0")  # another process of that host: not this key's
+            x.s.speaker.freed("b0")  # another process of that host: not this key's
             await x.stays(lambda: not x.s.speaks, 0.3)
-            x.s.speaker.freed(f"{P} b1")
+            x.s.speaker.freed("b1")
             await x.until(lambda: x.s.speaks)
             assert time.monotonic() - began < TTL_MS / 1000
 

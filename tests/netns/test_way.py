@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import errno
 import socket
 import struct
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,7 +18,7 @@ from pyroute2.nftables.main import NFTables
 from colo_xdp import abi, attach, cleanup
 from colo_xdp.abi import Mode
 from colo_xdp.datapath import DataPath
-from colo_xdp.fastpath import Gift
+from colo_xdp.fastpath import Answer, Gift
 from colo_xdp.packet import parse
 from tests.netns.conftest import Net, Sniffer, Tap, inside, sh
 from tests.netns.frames import CLIENT_MAC, GUEST_MAC, tcp
@@ -50,7 +52,7 @@ class Pair:
         )
         assert dp.fast is not None
         key = parse(tcp(b"")).key
-        assert dp.fast.offer(key) and dp.fast.give(key, Gift(words, b""), 0)
+        assert dp.fast.offer(key) and dp.fast.give(key, Gift(words, b""), 0) is Answer.TAKEN
 
     def close(self) -> None:
         self.tap.close()
@@ -139,6 +141,135 @@ def test_a_bridge_that_filters_is_not_passed_by(net: Net, pair: Pair, what: str)
     pair.dp.watch_bridge()
     pair.client_speaks()
     assert not pair.direct()
+
+
+CLIENT = CLIENT_MAC.hex(":")
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        "bridge link set dev uplink learning off",
+        "bridge link set dev uplink locked on",
+        "bridge link set dev uplink isolated on",
+        "bridge link set dev uplink neigh_suppress on",
+        "bridge link set dev tap0 locked on learning on",
+        "bridge link set dev tap0 isolated on",
+        "ip link set br0 type bridge ageing_time 0",
+        f"bridge fdb replace {CLIENT} dev other0 master static",
+        f"bridge fdb replace {CLIENT} dev other0 master static sticky",
+        f"bridge fdb replace {CLIENT} dev other0 master extern_learn",
+        f"bridge fdb replace {CLIENT} dev other0 master permanent",
+        f"bridge fdb replace {CLIENT} dev br0 self",
+    ],
+)
+def test_what_a_person_has_set_for_a_port_or_an_address_is_kept(
+    net: Net, pair: Pair, rule: str
+) -> None:
+    sh(*["ip", "link", "add", "other0", "type", "veth", "peer", "name", "other1"])
+    sh(*["ip", "link", "set", "other0", "master", "br0", "up"])
+    pair.dp.watch_bridge()
+    pair.client_speaks()
+    assert pair.direct()
+    sh(*rule.split())
+    pair.dp._fdb_told = 0.0  # the time of the next look at the addresses has come
+    pair.dp.watch_bridge()
+    ports = {int.from_bytes(k, sys.byteorder) for k, _ in pair.dp.objects.map("ports").items()}
+    assert socket.if_nametoindex("uplink") not in ports
+    assert not list(pair.dp.objects.map("clients").keys()), "what was heard counts no more"
+
+
+def test_an_address_by_hand_at_the_clients_own_port_is_in_no_ones_way(net: Net, pair: Pair) -> None:
+    sh("bridge", "fdb", "replace", CLIENT, "dev", "uplink", "master", "static")
+    pair.dp._fdb_told = 0.0
+    pair.dp.watch_bridge()
+    pair.client_speaks()
+    assert pair.direct()
+
+
+def test_ebtables_are_not_passed_by(
+    pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a kernel that has them as modules; this one need not."""
+    pair.client_speaks()
+    assert pair.direct()
+    module = tmp_path / "ebtable_filter"
+    monkeypatch.setattr(attach, "EBTABLES", (module,))
+    pair.dp.watch_bridge()
+    pair.client_speaks()
+    assert pair.direct()
+    module.mkdir()
+    pair.dp.watch_bridge()
+    pair.client_speaks()
+    assert not pair.direct()
+
+
+class Tables:
+    """A kernel that answers a question for nftables' tables with an error."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    def __call__(self, nfgen_family: int) -> Tables:
+        return self
+
+    def __enter__(self) -> Tables:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def get_tables(self) -> list[object]:
+        raise self.error
+
+
+@pytest.mark.parametrize(
+    ("error", "plain"),
+    [
+        (attach.NetlinkError(errno.EINVAL), True),  # of nfnetlink: it has no such subsystem
+        (OSError(errno.EPROTONOSUPPORT, "no nfnetlink"), True),
+        (attach.NetlinkError(errno.EPERM), False),
+        (attach.NetlinkError(errno.EINTR), False),
+        (OSError(errno.ENOBUFS, "no memory"), False),
+        (OSError(errno.EMFILE, "too many files"), False),
+    ],
+)
+def test_rules_that_cannot_be_read_are_taken_for_rules(
+    net: Net, error: Exception, plain: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert attach.plain_ports("tap0")
+    monkeypatch.setattr(attach, "NFTables", Tables(error))
+    assert bool(attach.plain_ports("tap0")) == plain
+
+
+@pytest.mark.parametrize(
+    ("where", "error"),
+    [
+        ("plain_ports", attach.NetlinkError(errno.EBUSY)),
+        ("plain_ports", OSError(errno.ENOBUFS, "no memory")),
+        ("refresh_fdb", attach.NoSuchDevice("network device tap0 does not exist")),
+    ],
+)
+def test_a_bridge_that_cannot_be_looked_at_is_not_passed_by(
+    pair: Pair, where: str, error: Exception,
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    def fails(_: str) -> frozenset[int]:
+        raise error
+
+    pair.client_speaks()
+    assert pair.direct()
+    with monkeypatch.context() as mp:
+        mp.setattr(attach, where, fails)
+        for _ in range(3):
+            pair.dp._fdb_told = 0.0
+            pair.dp.watch_bridge()
+        pair.client_speaks()
+        assert not pair.direct()
+    assert len([r for r in caplog.records if "bridge of tap0" in r.message]) == 1
+    pair.dp.watch_bridge()
+    pair.client_speaks()
+    assert pair.direct(), "and again as soon as it can be"
 
 
 def test_a_client_that_comes_by_another_way_is_not_taken_for_a_neighbour(

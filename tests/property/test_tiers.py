@@ -24,7 +24,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from colo_xdp import abi, compare, corpus, fastmap, fastpath
+from colo_xdp import abi, corpus, fastmap, fastpath, giving
 from colo_xdp.abi import SIDE_PVM, SIDE_SVM, CtlOp, CtlResult, Mode, Reason
 from colo_xdp.compare import Engine, Limits, Policy, Record
 from colo_xdp.corpus import craft
@@ -153,8 +153,8 @@ def quick(hosts: list[Host]) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as mp:
         mp.setattr(fastmap, "_bpf", Bpf(Clock.monotonic_ns))
         mp.setattr(fastmap, "time", Clock)
-        mp.setattr(compare, "OFFER_AFTER", 1)
-        mp.setattr(compare, "MAX_PATIENCE", 1)
+        mp.setattr(giving, "OFFER_AFTER", 1)
+        mp.setattr(giving, "MAX_PATIENCE", 1)
         try:
             yield
         finally:

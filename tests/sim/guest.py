@@ -167,13 +167,15 @@ class Guest:
         return made
 
 
-@dataclass
+@dataclass(eq=False)
 class Plan:
     """What a connection of the client does: (kind, size) one after another."""
 
     steps: list[tuple[bytes, int]]
     pause_ms: int
     half_close: bool
+    until_told: bool = False  # it ends when the client is told
+    not_before: int = 0  # ms
 
 
 class Client:
@@ -186,6 +188,8 @@ class Client:
         self.done: list[Tcp] = []
         self.numbers = 0
         self.last: dict[Key, Tcp] = {}  # on each port
+        self.opened: dict[tuple[bool, int, int], Tcp] = {}  # with its own ISN
+        self.told = False
         self.expect: dict[int, list[tuple[bytes, int, int]]] = {}  # id(conn) -> kind, size, number
         self.got_udp: list[bytes] = []
         self.udp_left = rnd.choice((0, 6, 12))
@@ -203,7 +207,8 @@ class Client:
             for v6 in (False, True)
             if (v6, 4000 + i) not in self.conns
         ]
-        if self.plans and free and self.rnd.random() < 0.4:
+        due = next((p for p in reversed(self.plans) if p.not_before <= now_ms or self.told), None)
+        if due is not None and free and self.rnd.random() < 0.4:
             key = self.rnd.choice(free)
             iss = self.rnd.choice((self.rnd.randrange(1 << 32), -1 - self.rnd.randrange(2000)))
             if key in self.last:  # above the old one's numbers (RFC 6528)
@@ -212,7 +217,9 @@ class Client:
             c = self.conns[key] = Tcp(key[1], key[0], False, iss, self.rnd)
             c.opened = now_ms
             self.last[key] = c
-            self.scripts[key] = (self.plans.pop(), 0, 0)
+            self.opened[(*key, iss)] = c
+            self.plans.remove(due)
+            self.scripts[key] = (due, 0, 0)
             self.expect[id(c)] = []
         for key, c in list(self.conns.items()):
             if c.state in ("closed", "reset") or (c.aborted and now_ms > c.rto_at + 300):
@@ -235,7 +242,7 @@ class Client:
         plan, i, at = self.scripts[key]
         if c.state != "open" or now_ms < at or self._waits(c):
             return
-        if i == len(plan.steps):
+        if i == len(plan.steps) or (plan.until_told and self.told):
             c.close_asked = True
             return
         kind, size = plan.steps[i]
@@ -279,7 +286,7 @@ class Client:
         segs = c.receive(s, now_ms, ts, self.rnd)
         if len(c.inn) > before:
             self.gap_ms = max(self.gap_ms, now_ms - self.last_ms) if self.last_ms else 0
-            self.last_ms = now_ms
+            self.last_ms = c.heard = now_ms
         if c.state == "open":
             segs += c.output(now_ms, ts, self.rnd, False)
         return [build(x, True, 0) for x in segs]

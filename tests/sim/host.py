@@ -15,7 +15,9 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from colo_xdp import abi, wire
-from colo_xdp.abi import SIDE_PVM, SIDE_SVM, Mode, Source
+from colo_xdp.abi import SIDE_PVM, SIDE_SVM, Bond, Mode, Source
+from colo_xdp.beacon import Beacons, Flag, Word, session_key
+from colo_xdp.failover import Ending
 from colo_xdp.qmp import QemuInfo, QmpError
 from colo_xdp.qmp_event import QmpEvent
 from colo_xdp.rewrite import Flow, Rewriter
@@ -50,41 +52,66 @@ class Tracker(Rewriter):
 
 
 class Side:
-    """One host, `P` or `S`."""
+    """One host, named `P` or `S` by the role in its file; `primary` is what it runs now."""
 
     def __init__(self, world: World, primary: bool, guest: Guest | None) -> None:
-        self.world, self.primary, self.guest = world, primary, guest
-        self.name = "P" if primary else "S"
-        self.qemu = Qemu(self)
-        # the kernel's state, which outlives controllers
-        self.mode, self.epoch, self.beat_ns = Mode.BYPASS if primary else Mode.DROP, 0, 0
-        self.loaded = False
-        self.shadowed = 0
-        self.order = ""
-        self.ring: deque[Event] = deque()
-        self.lost = 0
-        self.rewriter = Tracker()
+        self.world, self.guest = world, guest
+        self.name, self._file_primary = "P" if primary else "S", primary
         self.fast: TierK | None = None
-        if primary and world.scene.fast:
-            self.fast = TierK(world.scene.stashes, lambda: world.rnd.random() < BUSY)
-        self.in_bridge = primary
-        self.stepped_out = False
-        self.speak_until = 0
         self.tap: deque[bytes] = deque(maxlen=500)  # frames that a stopped guest has not taken
+        self.off = False  # no power
+        self.stale = False  # the other guest has said to the network what this one does not know
+        self._forget()
+        self.qemu = Qemu(self, incoming=not primary)
         # of the controller that runs now
         self.controller: Any = None
         self.dp = SimDataPath(self)
+        self.loaded = False  # no controller has loaded anything yet
         self.peer: SimPeer | None = None
+        self.paths: SimPaths | None = None
         self.qmp: SimQmp | None = None
         self._drain_set = False
         self.boots = 0
         self.store: SimStore | None = None
 
+    def _forget(self) -> None:
+        """The kernel's state, which outlives controllers, as it is after a boot."""
+        world, primary = self.world, self._file_primary
+        self.primary, self.role_word, self.base_epoch = primary, "", 0
+        self.mode, self.epoch, self.beat_ns = Mode.BYPASS if primary else Mode.DROP, 0, 0
+        self.loaded = self.protected = False
+        self.shadowed = 0
+        self.bond = Bond.ALONE if primary else Bond.NONE
+        self.order = ""
+        self.ring: deque[Event] = deque()
+        self.lost = 0
+        self.rewriter = Tracker()
+        if self.fast is not None:
+            self.fast.close()
+            self.fast = None
+        if (primary or world.scene.roles) and world.scene.fast:
+            self.fast = TierK(world.scene.stashes, lambda: world.rnd.random() < BUSY)
+        self.in_bridge = primary
+        self.stepped_out = False
+        self.speak_until = 0
+
     @property
     def other(self) -> Side:
-        return self.world.s if self.primary else self.world.p
+        return self.world.s if self is self.world.p else self.world.p
+
+    def power_on(self) -> None:
+        """The host boots: nothing that was pinned is left, and no QEMU runs."""
+        self._forget()
+        self.off = False
 
     # -- the guest
+
+    def new_qemu(self) -> None:
+        """QEMU -incoming, in place of the one that is gone."""
+        self.qemu.die()
+        self.tap.clear()
+        self.guest, self.stale = None, False
+        self.qemu = Qemu(self, incoming=True)
 
     def deliver(self, frame: bytes) -> None:
         """To the guest, over its tap."""
@@ -139,11 +166,20 @@ class Side:
         return self.world.scene.lease and self.world.ns() >= self.speak_until
 
     def pvm_in(self, frame: bytes) -> None:
-        if self.mode in (Mode.RUN, Mode.CHECKPOINT):
+        if self.mode in (Mode.RUN, Mode.CHECKPOINT, Mode.DROP):
             self.world.link(self, MIRROR, self.epoch, frame, 0)
-        self.deliver(frame)
+        self.deliver(self._own(frame, True))
+
+    def _own(self, frame: bytes, to_guest: bool) -> bytes:
+        """guest_in, guest_out: the numbers that a guest has kept since it took over."""
+        if not self.base_epoch:
+            return frame
+        r = self.rewriter
+        r.mode, r.epoch, r.now_ns = Mode.TAKEOVER, self.base_epoch, self.world.ns()
+        return (r.to_svm if to_guest else r.from_svm)(frame)[0]
 
     def pvm_out(self, frame: bytes, gso: int) -> None:
+        frame = self._own(frame, False)
         if self.mode is Mode.DROP or self.silenced():
             return
         if self.mode is Mode.BYPASS:
@@ -171,6 +207,8 @@ class Side:
 
     def link_in(self, kind: int, epoch: int, frame: bytes, gso: int) -> None:
         """From the peer link: svm_arrival or svm_in."""
+        if self.off:
+            return
         if self.primary:
             if kind == SVM and self.mode in (Mode.RUN, Mode.CHECKPOINT) and not self.silenced():
                 ours = (epoch ^ self.epoch) & abi.EPOCH_MASK == 0
@@ -180,7 +218,7 @@ class Side:
         elif kind == MIRROR:
             if self.mode is Mode.CHECKPOINT:
                 self.capture(Source.CLIENT, self.epoch, frame, gso)
-            elif self.mode is Mode.RUN:
+            elif self.mode in (Mode.RUN, Mode.TAKEOVER):
                 self.deliver(self._translate(frame, True))
 
     def _translate(self, frame: bytes, to_svm: bool) -> bytes:
@@ -200,6 +238,8 @@ class Side:
 
     def network_in(self, frame: bytes) -> None:
         """A client's frame that the bridge brings to this host's tap."""
+        if self.off:
+            return
         if self.primary:
             self.pvm_in(frame)
         elif self.in_bridge and self.mode is Mode.TAKEOVER:
@@ -229,7 +269,7 @@ class Side:
             return
         if not self.primary and self.mode is Mode.CHECKPOINT:
             self.world.unsure = True
-        for stand_in in (self.dp, self.peer, self.qmp, self.store):
+        for stand_in in (self.dp, self.peer, self.paths, self.qmp, self.store):
             if stand_in is not None:
                 stand_in.dead = True
         for t in list(c._tasks):
@@ -250,8 +290,15 @@ class SimDataPath:
     def __init__(self, side: Side) -> None:
         self._side, self.dead = side, False
         self.adopted = side.loaded
+        side.primary = self.wanted(side)
+        if side.primary:
+            side.stepped_out = False
+            if side.base_epoch:
+                side.epoch = max(side.epoch, side.base_epoch + 1)
+        elif self.adopted and side.mode is Mode.DROP:
+            side.in_bridge = False
         self.fast = None
-        if side.fast is not None:
+        if side.primary and side.fast is not None:
             self.fast = user_space(side.fast, lambda: not self.dead)
             self.fast.enabled = True
         side.loaded = True
@@ -259,6 +306,46 @@ class SimDataPath:
         self.injectors = {n: _Injector(self, n) for n in names}
         self.objects = SimpleNamespace(map=lambda name: _Flows(side), events="ring")
         self.reader = SimpleNamespace(fds=[], capacity=0)
+
+    @staticmethod
+    def wanted(side: Side) -> bool:
+        """Whether the host is to run the PVM; its programs are replaced by those of the role.
+
+        A frame must not be translated twice: first the old ones let nothing pass any more.
+        """
+        primary = side.role_word == "primary" if side.role_word else side.name == "P"
+        if primary and side.mode is Mode.TAKEOVER:
+            side.mode, side.protected = Mode.BYPASS, False
+        return primary
+
+    @property
+    def role(self) -> str:
+        return "primary" if self._side.primary else "secondary"
+
+    @property
+    def base_epoch(self) -> int:
+        return self._side.base_epoch
+
+    @property
+    def in_bridge(self) -> bool:
+        return self._side.in_bridge
+
+    def change_role(self) -> None:
+        side = self._side
+        if self.dead:
+            return
+        to_primary = not side.primary
+        side.base_epoch = max(1, side.epoch) if to_primary else 0
+        if side.fast is not None:
+            side.fast.since = side.epoch + 1
+        side.shadowed, side.order = 0, ""
+        if not to_primary:
+            side.bond = Bond.NONE
+        side.role_word = "primary" if to_primary else "secondary"
+
+    def drop_guest(self) -> None:
+        if not self.dead:
+            self._side.base_epoch = 0
 
     @property
     def mode(self) -> Mode:
@@ -270,8 +357,12 @@ class SimDataPath:
             if mode is not self._side.mode:
                 self._side.world.note("%s data path: %s", self._side.name, mode.name)
             self._side.mode = mode
-            if mode is Mode.RUN and self._side.primary:
-                self._side.world.protected = True
+            if self._side.primary:
+                if mode is Mode.RUN:
+                    self._side.world.protected = self._side.protected = True
+                elif mode is Mode.BYPASS:
+                    self._side.protected = False
+            self._side.world.gates_moved()
 
     @property
     def epoch(self) -> int:
@@ -292,6 +383,15 @@ class SimDataPath:
     def shadowed(self, value: int) -> None:
         if not self.dead:
             self._side.shadowed = value
+
+    @property
+    def bond(self) -> Bond:
+        return self._side.bond
+
+    @bond.setter
+    def bond(self, bond: Bond) -> None:
+        if not self.dead:
+            self._side.bond = bond
 
     @property
     def order(self) -> str:
@@ -329,8 +429,8 @@ class SimDataPath:
     def tap_alive(self) -> bool:
         return self._side.qemu.alive
 
-    def flows(self) -> None:
-        return None
+    def flows(self) -> _Flows | None:
+        return _Flows(self._side) if self._side.base_epoch else None
 
     def counters(self) -> dict[str, dict[str, tuple[int, int]]]:
         return {"svm_out": dict.fromkeys(("passed", "rewritten", "released"), (0, 0))}
@@ -375,6 +475,11 @@ class _Flows:
             f.fin_client, f.state, f.have, f.have_client, 0, f.isn_c, 0,
         )  # fmt: skip
 
+    def set(self, key: bytes, value: bytes) -> None:
+        r, words = self._side.rewriter, abi.FLOW.unpack(value)
+        f = r.flows[key] = Flow(*words[1:13], words[14])
+        r.seen[id(f)] = words[0]
+
     def keys(self) -> list[bytes]:
         return list(self._side.rewriter.flows)
 
@@ -385,8 +490,9 @@ class _Flows:
 class Qemu:
     """One QEMU: run state, COLO, and the events it sends."""
 
-    def __init__(self, side: Side) -> None:
-        self.side, self.alive, self.running = side, True, side.primary
+    def __init__(self, side: Side, *, incoming: bool) -> None:
+        self.side, self.alive, self.running = side, True, not incoming
+        self.incoming = incoming  # of the pair that it is in, it runs the SVM
         self.migration = ""
         self.hung = self.channel_lost = self.loading = False
         self.client: SimQmp | None = None
@@ -394,9 +500,9 @@ class Qemu:
 
     def status(self) -> str:
         if self.running:
-            colo = self.migration == "colo" and not self.side.primary
+            colo = self.migration == "colo" and self.incoming
             return "colo" if colo or self.loading else "running"
-        return "inmigrate" if not self.side.primary and not self.migration else "paused"
+        return "inmigrate" if self.incoming and not self.migration else "paused"
 
     def event(self, name: str) -> None:
         """To whoever is connected, late, in order."""
@@ -413,7 +519,7 @@ class Qemu:
         other = self.side.other.qemu
         if self.client is not None:
             self.client.closed()
-        if not self.side.primary and self.migration == "colo":
+        if self.incoming and self.migration == "colo":
             return  # a primary's QEMU notices only when it tries a checkpoint
         if other.alive and other.migration == "colo":
             self.side.world.later(self.side.world.rnd.uniform(0.1, 3), other.lose_channel)
@@ -429,56 +535,63 @@ class Qemu:
             self._busy = True
             self.side.world.spawn(self._checkpoint(first))
 
-    async def _wait(self, low: float, high: float) -> bool:
+    async def _wait(self, other: Qemu, low: float, high: float) -> bool:
         """Some ms; False when either QEMU has died meanwhile."""
         world = self.side.world
         await asyncio.sleep(world.rnd.uniform(low, high) / 1000)
         while self.hung and self.alive:
             await asyncio.sleep(0.01)
-        return self.alive and world.s.qemu.alive and not world.colo_cut
+        return self.alive and other.alive and not (world.colo_cut or other.channel_lost)
 
     async def _checkpoint(self, first: bool) -> None:
         p, s, world = self.side, self.side.other, self.side.world
+        svm = s.qemu
         try:
             if first:
-                self.migration = s.qemu.migration = "active"
-                if not await self._wait(5, 40):
-                    return self._failed(first)
-            if not await self._wait(0.1, 3):
-                return self._failed(first)
+                if not svm.alive or svm.status() != "inmigrate":
+                    return self._failed(svm, first)
+                self.migration = svm.migration = "active"
+                self.incoming = self.channel_lost = False
+                if not await self._wait(svm, 5, 40):
+                    return self._failed(svm, first)
+            if not await self._wait(svm, 0.1, 3):
+                return self._failed(svm, first)
             if not first:
-                s.qemu.running = False
-                s.qemu.event("STOP")
-                if not await self._wait(0.05, 1):
-                    return self._failed(first)
-            p.qemu.running = False
-            p.qemu.event("STOP")
-            s.qemu.loading = True
-            whole = await self._wait(0.5, world.rnd.choice((4, 4, 25, 300)))
-            if not whole and not first and not self.alive and s.qemu.alive:
+                svm.running = False
+                svm.event("STOP")
+                if not await self._wait(svm, 0.05, 1):
+                    return self._failed(svm, first)
+            self.running = False
+            self.event("STOP")
+            image = p.guest
+            assert image is not None
+            svm.loading = True
+            whole = await self._wait(svm, 0.5, world.rnd.choice((4, 4, 25, 300)))
+            if not whole and not first and not self.alive and svm.alive:
                 whole = world.rnd.random() < 0.5  # all of it may have been on its way already
             if not whole:
-                return self._failed(first)
-            assert p.guest is not None
-            s.guest = p.guest.clone(world.entropy_s)
-            world.cloned()
-            s.qemu.migration = p.qemu.migration = "colo"
-            s.qemu.event("RESUME")
+                return self._failed(svm, first)
+            s.guest, s.stale = image.clone(world.entropy_s), p.stale
+            world.cloned(s, first=first)
+            svm.migration = self.migration = "colo"
+            svm.event("RESUME")
             s.resume()
-            s.qemu.loading = False
-            if not await self._wait(0.02, 1):
-                return self._failed(first)
-            p.qemu.event("RESUME")
+            svm.loading = False
+            if not await self._wait(svm, 0.02, 1):
+                return self._failed(svm, first)
+            self.event("RESUME")
             p.resume()
         finally:
-            self._busy = s.qemu.loading = False
+            self._busy = svm.loading = False
 
-    def _failed(self, first: bool) -> None:
+    def _failed(self, svm: Qemu, first: bool) -> None:
         self.side.world.note("checkpoint fails in QEMU")
-        if first:
+        if first and self.migration != "colo":
             self.migration = "failed"
+            if self.side.world.scene.roles and svm.migration == "active":
+                svm.die()  # QEMU ends when an incoming migration breaks off
             return
-        for q in (self, self.side.other.qemu):
+        for q in (self, svm):
             q.lose_channel()
 
     def lost_heartbeat(self) -> None:
@@ -515,6 +628,7 @@ class SimQmp:
         self._side, self.name, self.dead, self.connected = side, name, False, False
         self._on_event, self._on_close = on_event, on_close
         self._last = 0.0
+        self._to = side.qemu
         side.qmp = self
 
     def event(self, name: str, ts_ns: int) -> None:
@@ -536,7 +650,9 @@ class SimQmp:
             self._side.world.later(0.1, lambda: None if self.dead else self._on_close("closed"))
 
     async def _call(self, what: str) -> Qemu:
-        world, q = self._side.world, self._side.qemu
+        if what == "connect":
+            self._to = self._side.qemu
+        world, q = self._side.world, self._to
         await asyncio.sleep(world.rnd.uniform(0.05, 1) / 1000)
         end = world.ns() + 1_000_000_000
         while q.hung and q.alive and world.ns() < end:
@@ -601,6 +717,7 @@ class SimPeer:
         self.last_seen_ns = self.rtt_ns = self.refused = 0
         side.boots += 1
         self.boot, self.peer_boot = f"{side.name}{side.boots}", ""
+        self.beacon_key, self.ending = b"", Ending.UNKNOWN
         self._last = 0.0
         self._partner: SimPeer | None = None
         side.peer = self
@@ -614,12 +731,15 @@ class SimPeer:
         while not self.dead:
             other = self._side.other.peer
             free = other is not None and other.started and not other.dead and not other.connected
-            if not self.connected and free and not world.channel_cut:
+            if not self.connected and free and not (world.channel_cut or world.mute):
                 assert other is not None
                 self._partner, other._partner = other, self
+                world.sessions += 1
+                key = session_key("sim", f"{world.sessions:064x}", "00" * 32)
                 for end, far in ((self, other), (other, self)):
                     end.connected, end.last_seen_ns = True, world.ns()
-                    end.peer_boot = far.boot
+                    end.peer_boot, end.beacon_key = far.boot, key
+                    end.ending = Ending.UNKNOWN
                 for end in (self, other):
                     end._on_up()
             await asyncio.sleep(world.rnd.uniform(0.05, 0.1))
@@ -638,7 +758,7 @@ class SimPeer:
         world = self._side.world
         if partner.dead or not partner.connected or partner._partner is not self:
             return
-        if world.channel_cut:  # TCP sends it again
+        if world.channel_cut or self._side.name in world.mute:  # TCP sends it again
             world.later(5, lambda: self._arrive(partner, line))
             return
         partner.last_seen_ns = world.ns()
@@ -662,6 +782,9 @@ class SimPeer:
             if was and not end.dead:
                 end._on_down(why)
 
+    def excuse(self, ns: int) -> None:
+        raise AssertionError("nobody stands still in virtual time")
+
     def silent_ms(self) -> float:
         if not self.last_seen_ns:
             return float("inf")
@@ -669,6 +792,41 @@ class SimPeer:
 
     async def close(self) -> None:
         self.connected = False
+
+
+class SimPaths:
+    """colo_xdp.paths.Paths with one path, the peer link: the product's own beacons, which are lost,
+    late and in any order. The chances are its own, so that a scene is the same without them."""
+
+    def __init__(self, side: Side, pair: str, on_word: Callable[[Word], None]) -> None:
+        self._side, self.dead, self._on_word = side, False, on_word
+        names = ["peer link"] if side.world.scene.beacons else []
+        self.core = Beacons(pair, "primary" if side.primary else "secondary", names)
+        side.paths = self
+
+    def start(self) -> None:
+        pass
+
+    def send(self, flags: Flag, lag_ms: int, epoch: int) -> None:
+        world, rnd = self._side.world, self._side.world.rnd_beacons
+        self.core.round()
+        for i in range(len(self.core.paths)):
+            data = self.core.make(i, world.ns(), flags, lag_ms, epoch)
+            if data and not self.dead and rnd.random() >= world.scene.link_loss:
+                for _ in range(2 if rnd.random() < 0.02 else 1):
+                    late = rnd.choice((2, 2, 2, 2, 80)) * rnd.random()
+                    world.later(0.02 + late, lambda i=i, data=data: self._arrive(i, data))  # type: ignore[misc]
+
+    def _arrive(self, i: int, data: bytes) -> None:
+        world, other = self._side.world, self._side.other
+        if world.link_cut or other.name in world.deaf or other.paths is None or other.paths.dead:
+            return
+        word = other.paths.core.hear(i, data, world.ns())
+        if word is not None:
+            other.paths._on_word(word)
+
+    def close(self) -> None:
+        pass
 
 
 class Witness:
@@ -756,7 +914,8 @@ class SimStore:
     async def hold(self, holder: str, ttl_ms: int, steal: str) -> Seen:
         w, last = self._world.witness, self._lease
         now, alone, revision = await self._ask(lambda: (w.holder, w.alone, w.revision))
-        if now and now != steal and now.split(" ")[0] != holder.split(" ")[0]:
+        theirs = steal and now.endswith(f" {steal}")
+        if now and not theirs and now.split(" ")[0] != holder.split(" ")[0]:
             return Seen(now, alone)
         if last and await self._ask(lambda: w.renew(last)):
             lease = last
@@ -777,6 +936,10 @@ class SimStore:
         alone = await self._ask(put)
         self._lease = lease
         return Seen(holder, alone)
+
+    async def look(self) -> Seen:
+        w = self._world.witness
+        return Seen(*await self._ask(lambda: (w.holder, w.alone)))
 
     async def record(self, holder: str, alone: str) -> bool:
         w = self._world.witness

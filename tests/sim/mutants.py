@@ -10,11 +10,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
-from colo_xdp import controller, failover, fastmap, fragments, rewrite, secondary, stream
+from colo_xdp import abi, controller, failover, fastmap, fragments, rewrite, secondary, stream
 from colo_xdp.abi import SIDE_PVM, Mode, Reason
+from colo_xdp.beacon import Flag
 from colo_xdp.compare import Engine
 from colo_xdp.datagram import DatagramFlow
 from colo_xdp.failover import Action
+from colo_xdp.flowtable import FlowTable
 from colo_xdp.fragments import Fragments
 from colo_xdp.primary import Primary
 from colo_xdp.rewrite import Rewriter
@@ -25,7 +27,8 @@ from colo_xdp.twin import Twin
 from colo_xdp.window import WindowGate
 
 from .fast import Conn, Out, TierK, Work
-from .world import Fault, Scene, lease_scene, scene
+from .host import Side, SimDataPath
+from .world import Fault, Scene, lease_scene, roles_scene, scene
 
 MUTANTS: dict[str, Callable[[Any], None]] = {}
 #: faults in tier K's model which cost time only, or which nobody outside can see: the differential
@@ -41,11 +44,38 @@ SCENES: dict[str, dict[str, Any]] = {
             Fault(635, "kill_p_controller", 60),
         ),
     },
+    "only_a_first_checkpoint_hands_offsets_over": {
+        "odd": 0, "odd_udp": False, "link_loss": 0, "compare_timeout": 400, "faults": (
+            Fault(500, "kill_pvm_qemu", 50), Fault(510, "trap", 60),
+            Fault(600, "kill_pvm_qemu", 50, 1),
+        ),
+    },
+    "a_primary_that_was_alone_goes_on_comparing_nothing": {
+        "faults": (Fault(400, "kill_svm_qemu", 50), Fault(400, "kill_pvm_qemu", 50, 1)),
+    },
+    "a_beacon_says_shut_before_it_is": {
+        "conns": 6, "beacons": True, "faults": (Fault(150, "cut_channel", 6000),),
+    },
+    "who_asks_by_beacon_takes_it_for_granted": {
+        "conns": 6, "odd": 0.4, "beacons": True, "lease": False, "faults": (
+            Fault(150, "cut_channel", 6000), Fault(150, "deafen_s", 6000), Fault(200, "cut_colo"),
+        ),
+    },
+    "takeover_never_asks_which_guest_runs": {"faults": (Fault(300, "kill_p_in_checkpoint"),)},
 }  # fmt: skip
 
 
 #: mutants of the arbitration by a lease
 LEASE: set[str] = set()
+
+
+#: mutants of what makes a pair anew
+ROLES: set[str] = set()
+
+
+def _roles_mutant(f: Callable[[Any], None]) -> Callable[[Any], None]:
+    ROLES.add(f.__name__)
+    return _mutant(f)
 
 
 def _lease_mutant(f: Callable[[Any], None]) -> Callable[[Any], None]:
@@ -70,7 +100,7 @@ def _tiers_mutant(f: Callable[[Any], None]) -> Callable[[Any], None]:
 
 def scenes(name: str, runs: int) -> Iterator[Scene]:
     """Scenes in which the mutant has a chance to do harm."""
-    random_one = lease_scene if name in LEASE else scene
+    random_one = lease_scene if name in LEASE else roles_scene if name in ROLES else scene
     for seed in range(runs):
         yield replace(random_one(seed), fast=name.startswith("tier_k"), **SCENES.get(name, {}))
 
@@ -545,6 +575,31 @@ def partial_checksums_are_completed(mp: Any) -> None:
     mp.setattr(TierK, "send_piece", send_piece)
 
 
+# -- beacons
+
+
+@_mutant
+def a_beacon_says_shut_before_it_is(mp: Any) -> None:
+    real = controller.Controller._beacon_flags
+
+    def flags(self: Any) -> Flag:
+        early = self.state is failover.State.DEGRADED
+        return real(self) | (Flag.SHUT if early else Flag(0))
+
+    mp.setattr(controller.Controller, "_beacon_flags", flags)
+
+
+@_mutant
+def who_asks_by_beacon_takes_it_for_granted(mp: Any) -> None:
+    real = Primary.perform
+
+    async def perform(self: Primary, action: Action, why: str) -> None:
+        await real(self, action, why)
+        self.peer_vm_gone |= self.asks
+
+    mp.setattr(Primary, "perform", perform)
+
+
 # -- the lease; its times are tried in test_speakers.py, where no decision hides them
 
 
@@ -576,3 +631,121 @@ def a_solo_primary_does_not_tell(mp: Any) -> None:
 
     mp.setattr(Secondary, "on_message", on_message)
     mp.setattr(Speaker, "other_alone", property(lambda self: False))
+
+
+# -- pairs made anew
+
+
+@_roles_mutant
+def no_offset_is_handed_over(mp: Any) -> None:
+    mp.setattr(FlowTable, "export", lambda self, epoch: [])
+
+
+@_roles_mutant
+def handed_offsets_end_with_the_next_checkpoint(mp: Any) -> None:
+    real = FlowTable.adopt
+
+    def adopt(self: FlowTable, data: bytes, *, first: bool) -> None:
+        real(self, data, first=first)
+        for key, raw in self._map.items():
+            words = abi.FLOW.unpack(raw)
+            self._map.set(key, abi.FLOW.pack(words[0], 0, *words[2:]))
+
+    mp.setattr(FlowTable, "adopt", adopt)
+
+
+@_roles_mutant
+def offsets_of_a_former_pair_are_not_exported(mp: Any) -> None:
+    """Only those of the last takeover, not those that were handed over before."""
+    real = FlowTable.export
+
+    def export(self: FlowTable, epoch: int) -> list[bytes]:
+        size = abi.FLOW_KEY.size
+        return [x for x in real(self, epoch) if abi.FLOW.unpack(x[size:])[1] != abi.EPOCH_BASE]
+
+    mp.setattr(FlowTable, "export", export)
+
+
+@_roles_mutant
+def the_clients_numbers_reach_the_guest(mp: Any) -> None:
+    real = Side._own
+    mp.setattr(Side, "_own", lambda self, f, to_guest: f if to_guest else real(self, f, to_guest))
+
+
+@_roles_mutant
+def the_guests_numbers_are_compared(mp: Any) -> None:
+    real = Side._own
+    mp.setattr(Side, "_own", lambda self, f, to_guest: real(self, f, to_guest) if to_guest else f)
+
+
+@_roles_mutant
+def released_frames_are_translated_again(mp: Any) -> None:
+    real = Side.inject
+
+    def inject(self: Side, name: str, frame: bytes, gso: int) -> None:
+        real(self, name, self._own(frame, False) if name == "release" else frame, gso)
+
+    mp.setattr(Side, "inject", inject)
+
+
+@_roles_mutant
+def the_epoch_of_the_takeover_is_forgotten(mp: Any) -> None:
+    """What was learnt in it does not count after the change of roles."""
+    real = SimDataPath.change_role
+
+    def change_role(self: SimDataPath) -> None:
+        real(self)
+        self._side.base_epoch += bool(self._side.base_epoch)
+
+    mp.setattr(SimDataPath, "change_role", change_role)
+
+
+@_roles_mutant
+def a_primary_that_was_alone_goes_on_comparing_nothing(mp: Any) -> None:
+    real = Primary._checkpoint
+
+    async def checkpoint(self: Primary, want: Any) -> None:
+        await real(self, want)
+        self._uncompared = any(h["state"] == "solo" for h in self.history)
+
+    mp.setattr(Primary, "_checkpoint", checkpoint)
+
+
+@_roles_mutant
+def only_a_first_checkpoint_hands_offsets_over(mp: Any) -> None:
+    """Not the one that ends an entry into COLO which another controller began."""
+    mp.setattr(
+        Primary, "_handed", property(lambda self: True, lambda self, on: None), raising=False
+    )
+
+
+@_roles_mutant
+def both_hosts_stay_primaries(mp: Any) -> None:
+    mp.setattr(Primary, "_older_than", lambda self, msg: False)
+
+
+@_roles_mutant
+def the_first_checkpoint_of_a_pair_needs_no_state(mp: Any) -> None:
+    """The new secondary counts as in COLO as soon as it is asked."""
+    real = Secondary._on_begin
+
+    def begin(self: Secondary, n: int, initial: bool, planned: bool) -> None:
+        real(self, n, initial, planned)
+        if initial and self._hold is not None:
+            self._entered = self._confirmed = True
+            self.state = failover.State.PROTECTED
+
+    mp.setattr(Secondary, "_on_begin", begin)
+
+
+@_roles_mutant
+def a_handed_over_guest_speaks_on(mp: Any) -> None:
+    """The PVM of a planned failover is not shut in."""
+    real = Primary._checkpoint
+
+    async def checkpoint(self: Primary, want: Any) -> None:
+        await real(self, want)
+        if want.cause == "planned":
+            self.dp.mode = Mode.BYPASS
+
+    mp.setattr(Primary, "_checkpoint", checkpoint)

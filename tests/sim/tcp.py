@@ -132,6 +132,7 @@ class Tcp:
         "fin_at",
         "fin_ok",
         "fin_sent",
+        "heard",
         "inn",
         "irs",
         "iss",
@@ -179,7 +180,7 @@ class Tcp:
         self.slow = rnd.random() < 0.15  # reads only at ticks
         self.ack_due = False
         self.app: dict[str, int] = {"pos": 0}
-        self.opened = 0
+        self.opened = self.heard = 0  # ms: of the client's application
         self.ts_off = rnd.randrange(1 << 32)  # each host draws its own
 
     def clone(self) -> Tcp:

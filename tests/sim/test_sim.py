@@ -11,7 +11,7 @@ import pytest
 
 from .mutants import KERNEL_MUTANTS, MUTANTS, scenes
 from .torture import failure, report, shrink, trace
-from .world import Fault, Scene, World, lease_scene, scene
+from .world import Fault, Scene, World, lease_scene, roles_scene, scene
 
 RUNS, BLOCKS = 2400, 8
 #: more schedules than any of them needs
@@ -34,7 +34,7 @@ def test_random_schedules(block: int) -> None:
         try:
             world.run()
         except Exception as e:
-            pytest.fail(report(seed, f"{type(e).__name__}: {e}"))
+            pytest.fail(report(scene(seed), f"{type(e).__name__}: {e}"))
         took_over += "S" in world.spoke
         solo += world.was_solo
         checkpoints += world.clones
@@ -66,6 +66,22 @@ def test_random_schedules_with_a_lease(block: int) -> None:
     assert took_over > 20 and solo > 20
 
 
+def test_random_schedules_of_pairs_made_anew() -> None:
+    """Takeovers and what follows them, with trouble meanwhile, until the hosts have lost count."""
+    pairs, oldest = 0, 0
+    for seed in range(70):
+        s = roles_scene(seed)
+        world = World(s)
+        try:
+            world.run()
+        except Exception as e:
+            pytest.fail(report(s, f"{type(e).__name__}: {e}"))
+        pairs += world.pairs
+        oldest = max(oldest, world.oldest())
+    assert pairs > 100
+    assert oldest >= 3, "no connection lived through three takeovers"
+
+
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("name", MUTANTS)
 def test_mutants_are_noticed(name: str) -> None:
@@ -77,6 +93,17 @@ def test_mutants_are_noticed(name: str) -> None:
 def test_there_are_enough_mutants() -> None:
     assert len(MUTANTS) >= 40
     assert sum(n.startswith("tier_k") for n in MUTANTS) + len(KERNEL_MUTANTS) >= 16
+
+
+def test_an_entry_that_was_given_up_and_succeeded_in_qemu_is_compared() -> None:
+    """The channel is cut in the first checkpoint; QEMU completes it all the same."""
+    World(
+        Scene(
+            5002, conns=5, loss=0, dup=0, jitter=0, link_loss=0.01, link_jitter=3, odd=0.4,
+            compare_timeout=40, stashes=1, eager=True, lease=True,
+            faults=(Fault(376, "cut_pe_out", 1300), Fault(542, "cut_channel", 600)),
+        )
+    ).run()  # fmt: skip
 
 
 def test_a_scene_is_replayed_exactly() -> None:

@@ -55,7 +55,7 @@ class Host:
     def start(self) -> None:
         self.boots += 1
         self.speaker = made = Speaker(
-            SimStore(self), node=self.name, boot=str(self.boots), ttl_ms=TTL_MS,  # type: ignore[arg-type]
+            SimStore(self), node=self.name, address=self.name, boot=str(self.boots), ttl_ms=TTL_MS,  # type: ignore[arg-type]
             margin_ms=MARGIN_MS, speaking=self.open and not self.fresh,
             allow=lambda ns: self._allow(made, ns), changed=self.ring.check,
         )  # fmt: skip
@@ -163,8 +163,8 @@ class Ring:
                 host.speaker.want = True
         elif kind == "gone" and host.speaker is not None and not host.hung:
             host.shut()  # for good: only a new process opens it again
-            boot, holder = host.boots, host.speaker.holder
-            self.later(rnd.uniform(0.1, 2), lambda: self._freed(host, boot, holder))
+            boot = host.boots
+            self.later(rnd.uniform(0.1, 2), lambda: self._freed(host, boot))
             host.kill()
             self.later(span, host.start)
 
@@ -179,9 +179,9 @@ class Ring:
         if host.speaker is not None:
             host.task = asyncio.ensure_future(host.speaker.run())
 
-    def _freed(self, host: Host, boot: int, holder: str) -> None:
+    def _freed(self, host: Host, boot: int) -> None:
         if host.boots == boot and host.other.speaker is not None:
-            host.other.speaker.freed(holder)
+            host.other.speaker.freed(str(boot))
 
     async def main(self) -> None:
         for h in (self.p, self.s):
@@ -324,8 +324,8 @@ def any_process_of_the_other_host_is_robbed(mp: Any) -> None:
 
     async def hold(self: SimStore, holder: str, ttl_ms: int, steal: str) -> Any:
         now = self._world.witness.holder
-        same = steal and now.split(" ")[0] == steal.split(" ")[0]
-        return await original(self, holder, ttl_ms, now if same else steal)
+        theirs = steal and now.split(" ")[0] != holder.split(" ")[0]
+        return await original(self, holder, ttl_ms, now.rpartition(" ")[2] if theirs else steal)
 
     mp.setattr(SimStore, "hold", hold)
 

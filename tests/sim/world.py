@@ -24,8 +24,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from colo_xdp import compare, fastmap, flowtable, primary, secondary
 from colo_xdp import controller as controller_module
+from colo_xdp import fastmap, flowtable, giving, primary, secondary
 from colo_xdp import speaker as speaker_module
 from colo_xdp.abi import Mode
 from colo_xdp.config import Config, load
@@ -34,13 +34,15 @@ from colo_xdp.failover import State
 from .clock import FakeTime, VirtualLoop
 from .fast import Bpf
 from .guest import Client, Guest, Plan
-from .host import Side, SimDataPath, SimPeer, SimQmp, SimStore, Witness
+from .host import Side, SimDataPath, SimPaths, SimPeer, SimQmp, SimStore, Witness
 from .tcp import FIN, RST, SYN, BadChecksum, Tcp, diff, read
 
 EXAMPLES = Path(__file__).parents[2] / "deploy/examples"
 SETTLE_MS = 15_000
 TICK_MS = 20
 MAX_FRAMES = 20_000
+PATIENCE_MS = 30_000  # until a pair has to be whole again
+TS_SLACK = 1000  # ms of a guest's clock that a frame which was held may be behind
 
 
 class _Excused(Exception):
@@ -58,6 +60,8 @@ class Fault:
     at: int
     kind: str
     span: int = 0
+    #: its time counts from when the pair was protected again, after the faults of the one before
+    round: int = 0
 
 
 #: faults that leave the pair whole once they have healed
@@ -75,6 +79,20 @@ CUTS = (
 ENDING = (
     "kill_p_qemu", "kill_s_qemu", "kill_p_host", "kill_s_host", "power_p", "power_s", "failover",
     "kill_p_in_checkpoint", "kill_p_in_checkpoint", "cut_colo",
+)  # fmt: skip
+
+
+#: "pvm", "svm": whoever is that by then. One of these ends a pair, and another one has to be made
+ROUNDS = (
+    "kill_pvm_qemu", "kill_pvm_qemu", "kill_pvm_host", "power_pvm", "kill_pvm_in_checkpoint",
+    "kill_svm_qemu", "kill_svm_host", "power_svm", "failover_pvm", "failover_svm", "planned",
+    "planned", "cut_colo",
+)  # fmt: skip
+#: what goes wrong while it is being made
+HINDRANCES = (
+    "kill_p_controller", "kill_s_controller", "kill_p_controller", "kill_s_controller",
+    "cut_channel", "cut_link", "lose_events", "checkpoint", "kill_waiting_qemu", "cut_colo",
+    "hang_pvm_qemu", "flip_pvm", "flip_svm", "trap", "trap",
 )  # fmt: skip
 
 
@@ -99,6 +117,9 @@ class Scene:
     fast: bool = True  # tier K decides, too
     stashes: int = 16
     eager: bool = False  # it gets connections as soon as it may
+    manual: bool = False  # a person is the arbiter
+    roles: bool = False  # whoever is alone gets a new secondary, in whichever role his host began
+    beacons: bool = True  # heartbeats on the peer link too
 
     def calm(self) -> bool:
         """Nothing in it is a reason for a checkpoint that nobody asked for."""
@@ -123,7 +144,16 @@ def scene(seed: int) -> Scene:
     """A random one: in three of four tier K decides, with many stashes or few."""
     rnd = random.Random(seed * 104_729 + 2)
     fast, stashes, eager = rnd.random() < 0.75, rnd.choice((1, 4, 16)), rnd.random() < 0.5
-    return replace(_scene(seed), fast=fast, stashes=stashes, eager=eager)
+    s = replace(_scene(seed), fast=fast, stashes=stashes, eager=eager)
+    s = replace(s, beacons=rnd.random() < 0.7)
+    if not s.beacons or s.calm() or rnd.random() < 0.7:
+        return s
+    # the control channel alone is cut, for long, and perhaps one side hears no beacons either
+    faults = [Fault(rnd.randrange(60, 900), "cut_channel", rnd.choice((600, 1500, 4000)))]
+    if rnd.random() < 0.4:
+        kind = rnd.choice(("deafen_p", "deafen_s"))
+        faults.append(Fault(rnd.randrange(60, 1500), kind, rnd.choice((100, 600, 3000))))
+    return replace(s, faults=tuple(sorted([*s.faults, *faults], key=lambda f: f.at)))
 
 
 def _scene(seed: int) -> Scene:
@@ -175,6 +205,25 @@ def lease_scene(seed: int) -> Scene:
     return replace(s, lease=True, faults=tuple(sorted(faults, key=lambda f: f.at)))
 
 
+def roles_scene(seed: int) -> Scene:
+    """A random one of several failovers, with pairs made anew between them, and trouble."""
+    rnd = random.Random(seed * 15_485_863 + 4)
+    s = replace(scene(seed), roles=True, conns=rnd.choice((2, 3, 6)))
+    if rnd.random() < 0.7:  # offsets, which each checkpoint ends, live for longer
+        s = replace(s, odd=0, odd_udp=False, link_loss=0, compare_timeout=400)
+    faults = []
+    for n in range(rnd.choice((1, 2, 3, 4))):
+        at, trouble = rnd.randrange(20, 900), rnd.choice((0, 0, 1, 2))
+        faults.append(Fault(at, rnd.choice(ROUNDS), rnd.choice((50, 400, 1500)), n))
+        for _ in range(trouble):
+            when, span = at + rnd.randrange(0, 1500), rnd.choice((5, 60, 250, 700))
+            faults.append(Fault(when, rnd.choice(HINDRANCES), span, n))
+        if rnd.random() < 0.3:
+            faults.append(Fault(rnd.randrange(0, at), rnd.choice(("checkpoint", "flip_pvm")), 0, n))
+    order = sorted(faults, key=lambda f: (f.round, f.at))
+    return replace(s, faults=tuple(order), ring=max(s.ring, 1000), queue=max(s.queue, 64))
+
+
 @cache
 def _config(role: str) -> Config:
     return load(EXAMPLES / f"{role}.toml")
@@ -183,13 +232,17 @@ def _config(role: str) -> Config:
 def config(role: str, s: Scene) -> Config:
     """The example's, with deadlines that suit a short run."""
     c = _config(role)
+    if s.roles:
+        c = replace(c, qemu=replace(c.qemu, incoming=("qemu",)))
     return replace(
         c,
         peer=replace(c.peer, heartbeat_interval=50, heartbeat_timeout=300, dead_after=900),
         compare=replace(c.compare, compare_timeout=s.compare_timeout, max_queue_size=s.queue),
         checkpoint=replace(c.checkpoint, deadline=600),
-        qemu=replace(c.qemu, enter_timeout=3000, qmp_timeout=1000),
-        failover=c.failover
+        qemu=replace(c.qemu, qmp=role, enter_timeout=3000, qmp_timeout=1000),
+        failover=replace(c.failover, arbiter="manual", fence=(), automatic=False)
+        if s.manual
+        else c.failover
         if not s.lease
         else replace(c.failover, arbiter="lease", fence=(), lease_ttl=1000, lease_margin=200),
     )
@@ -201,6 +254,9 @@ class World:
     def __init__(self, s: Scene, *, trace: bool = False) -> None:
         self.scene = s
         self.rnd = random.Random(s.seed)
+        self.rnd_beacons = random.Random(s.seed + 1)
+        self.sessions = 0
+        self.deaf: set[str] = set()  # sides that hear no beacons
         self.loop = VirtualLoop()
         self.start = self.loop.now_ns
         self.trace: deque[str] = deque(maxlen=200000)
@@ -209,6 +265,8 @@ class World:
         self.store_cut_out: Counter[str] = Counter()  # sides whose requests are lost
         self.store_cut_in: Counter[str] = Counter()
         self.ps_cut = 0
+        self.trap = 0  # ms without a controller, as soon as a new SVM has got its state
+        self.mute: Counter[str] = Counter()  # sides of which the other one hears nothing
         self.channel_cut = self.colo_cut = self.ring_broken = False
         self.was_solo = False
         #: the secondary's controller died inside a checkpoint and QMP does not repeat its events:
@@ -223,12 +281,22 @@ class World:
         self.spoke: set[str] = set()
         self.udp_out: Counter[bytes] = Counter()
         self._pieces: dict[tuple[bool, int], dict[int, tuple[bytes, bool]]] = {}
-        self.clones = 0
+        self.clones = self.pairs = 0  # checkpoints; how often the pair was protected anew
+        self.round, self.round_at = 0, 0  # faults of this one count from then, ms
+        self.lost = False  # the last guest that knew everything has died
+        #: what has left of each connection that a client began: bytes by their place, highest ack
+        self.said: dict[tuple[bool, int, int], bytearray] = {}
+        self.acked: dict[tuple[bool, int, int], int] = {}
+        self.newest: dict[tuple[bool, int, int], int] = {}  # TSval
+        self.turns: list[int] = []  # ms: the network has heard the other host's guest from then on
+        self.heard = "P"
         self.frames = 0
         self.fast = self.fast_alone = 0  # frames that tier K decided, and with no controller
         self.broken: BaseException | None = None
         plans = [self._plan() for _ in range(s.conns)]
-        self.client = Client(self.rnd, plans, self.rnd.choice((1, 3)))
+        if s.roles:
+            plans += [self._long_plan(at) for at in (0, 100, 300, self.rnd.randrange(3000))]
+        self.client = Client(self.rnd, plans, 3 if s.roles else self.rnd.choice((1, 3)))
         self.client.udp_nondeterministic = s.odd_udp
         self.deaths: set[str] = set()
 
@@ -241,6 +309,14 @@ class World:
             moods = (b"Q", b"A", b"a") if self.scene.odd else (b"Q",)
             steps.append((rnd.choice(moods), 30))
         return Plan(steps, rnd.choice((0, 20, 100)), rnd.random() < 0.2)
+
+    def _long_plan(self, opened: int) -> Plan:
+        """A connection that lives as long as faults happen."""
+        rnd = self.rnd
+        steps = [(rnd.choice((b"G", b"U")), rnd.choice((1, 50, 400))) for _ in range(400)]
+        return Plan(
+            steps, rnd.choice((40, 150)), rnd.random() < 0.2, until_told=True, not_before=opened
+        )
 
     # -- time
 
@@ -293,7 +369,7 @@ class World:
 
     def link(self, sender: Side, kind: int, epoch: int, frame: bytes, gso: int) -> None:
         """The peer link; it neither duplicates nor keeps the order."""
-        if self.link_cut or self.rnd.random() < self.scene.link_loss:
+        if self.link_cut or sender.off or self.rnd.random() < self.scene.link_loss:
             self.note("lost on the link from %s: %s", sender.name, frame)
             return
         tag, other = epoch & 0xFFF, sender.other
@@ -311,6 +387,8 @@ class World:
         """A guest's frame leaves its host."""
         if not side.primary and not side.in_bridge and side.mode is not Mode.TAKEOVER:
             raise Violation(f"I6: a frame of the SVM: {_frame(frame)}")
+        if side.off:
+            return
         if frame[12:14] == b"\x80\x35":  # the announcement
             self.where = side
             return
@@ -322,16 +400,27 @@ class World:
         if self.frames > MAX_FRAMES:
             raise Violation(f"{MAX_FRAMES} frames: guest and client do not understand each other")
         self.spoke.add(side.name)
-        if self.scene.lease and not side.primary and self.was_solo:
-            raise Violation(f"two guests speak: {_frame(frame)} of S after P went solo")
-        if side.primary and "S" in self.spoke:
-            raise Violation(f"two guests speak: {_frame(frame)} of P after S took over")
+        if side.name != self.heard:
+            self.heard = side.name
+            self.turns.append(self.ms())
+        if side.stale:
+            raise Violation(f"two guests speak: {_frame(frame)} of {side.name} after the other one")
         if not side.primary:
             self.where = side
-        if side.primary:
-            self._judge(frame)
+            side.other.stale = True
+        else:
+            if self._held(side):
+                self._judge(side, frame)
+            elif side.mode is Mode.BYPASS or side.protected or side.other.guest is None:
+                side.other.stale = True
+            elif not side.other.stale:  # entering: what was sent before STOP
+                try:
+                    self._judge(side, frame)
+                except Violation:
+                    side.other.stale = True
             c = side.controller
-            self.was_solo |= c is not None and c.spoke_alone
+            self.was_solo |= self.protected and c is not None and c.spoke_alone
+        self._account(side, frame)
         now = self.client
         self._carry(self.scene.loss, self.scene.jitter, lambda: self._to_client(now, frame))
 
@@ -341,24 +430,25 @@ class World:
 
     # -- the outside's judgement
 
-    def _held(self) -> bool:
-        c = self.p.controller
+    def _held(self, side: Side) -> bool:
+        c = side.controller
         alone = c is not None and c.spoke_alone
-        return self.protected and not self.shadow and not alone and self.p.mode is not Mode.BYPASS
+        return side.protected and not self.shadow and not alone and side.mode is not Mode.BYPASS
 
-    def _judge(self, frame: bytes) -> None:
+    def _judge(self, side: Side, frame: bytes) -> None:
         """I1 to I3 for a frame of the PVM that leaves while the pair holds together."""
-        if not self._held():
-            return
-        assert self.p.guest is not None and self.s.guest is not None
+        guest, copy = side.guest, side.other.guest
+        assert guest is not None
+        if copy is None:
+            raise Violation(f"I1: {_frame(frame)}, and there is no SVM")
         s = read(frame)  # raises if the checksum is wrong
         if s is None:
-            self._judge_datagram(frame)
+            self._judge_datagram(copy, frame)
             return
-        mine = self._incarnation(self.p.guest, s.v6, s.dport, s.seq, s.flags)
+        mine = self._incarnation(guest, s.v6, s.dport, s.seq, s.flags)
         if mine is None:
             return  # a RST for nothing
-        c = self.s.guest.find(s.v6, s.dport, mine.irs)
+        c = copy.find(s.v6, s.dport, mine.irs)
         what = _frame(frame)
         if s.flags & RST:
             if c is not None and c.state not in ("closed", "reset"):
@@ -374,7 +464,7 @@ class World:
             return
         if ack + s.window > c.adv + 8 and s.window:
             raise Violation(f"window: {what} promises {ack + s.window}, the SVM {c.adv}")
-        pos = diff(s.seq, (mine.iss + 1) & 0xFFFFFFFF)
+        pos = diff(s.seq, (self._isn(mine) + 1) & 0xFFFFFFFF)
         if not s.data and not s.flags & FIN:
             return
         if bytes(c.out[pos : pos + len(s.data)]) != s.data:
@@ -384,26 +474,60 @@ class World:
         if s.flags & FIN and c.fin_at != pos + len(s.data):
             raise Violation(f"I3: {what}: the SVM's FIN is at {c.fin_at}")
 
-    @staticmethod
-    def _incarnation(g: Guest, v6: bool, port: int, seq: int, flags: int) -> Tcp | None:
+    def _isn(self, c: Tcp) -> int:
+        """The guest's ISN of this connection as its client knows it."""
+        k = self.client.opened.get((c.v6, c.port, c.irs))
+        return k.irs if k is not None and k.acked else c.iss
+
+    def _incarnation(self, g: Guest, v6: bool, port: int, seq: int, flags: int) -> Tcp | None:
         c = g.conns.get((v6, port))
         found = [c] if c is not None else []
         found += [c for (six, p, _), c in reversed(g.archive.items()) if (six, p) == (v6, port)]
         for c in found:
-            if flags & SYN and c.iss == seq:
+            if flags & SYN and seq in (c.iss, self._isn(c)):
                 return c
-            if not flags & SYN and -1 <= diff(seq, (c.iss + 1) & 0xFFFFFFFF) <= len(c.out) + 1:
+            first = (self._isn(c) + 1) & 0xFFFFFFFF
+            if not flags & SYN and -1 <= diff(seq, first) <= len(c.out) + 1:
                 return c
         return None
 
-    def _judge_datagram(self, frame: bytes) -> None:
+    def _account(self, side: Side, frame: bytes) -> None:
+        """I8 at once: whoever speaks knows all that was said before, and says nothing else."""
+        s = read(frame)
+        if s is None or s.flags & (RST | SYN):
+            return
+        assert side.guest is not None
+        c = self._incarnation(side.guest, s.v6, s.dport, s.seq, s.flags)
+        if c is None or c.irs in self.flipped or not c.acked:
+            return
+        key, what = (s.v6, s.dport, c.irs), _frame(frame)
+        have = len(c.inn) + (c.peer_fin is not None)
+        told = self.acked.get(key, 0)
+        if told > have:
+            raise Violation(f"I8: {what}: {told} bytes were acked, {side.name} has {have}")
+        ack = diff(s.ack, (c.irs + 1) & 0xFFFFFFFF)
+        self.acked[key] = max(told, ack)
+        newest = self.newest.setdefault(key, s.tsval)
+        if diff(s.tsval, newest) < -TS_SLACK:
+            raise Violation(f"I8: {what}: the time went back from {newest}")
+        if diff(s.tsval, newest) > 0:
+            self.newest[key] = s.tsval
+        said = self.said.setdefault(key, bytearray())
+        pos = diff(s.seq, (self._isn(c) + 1) & 0xFFFFFFFF)
+        if not s.data or not 0 <= pos <= len(said):
+            return
+        n = min(len(s.data), len(said) - pos)
+        if said[pos : pos + n] != s.data[:n]:
+            raise Violation(f"I8: {what} at {pos}: something else was said there before")
+        said += s.data[n:]
+
+    def _judge_datagram(self, copy: Guest, frame: bytes) -> None:
         whole = self._assemble(frame)
         if whole is None:
             return
-        assert self.s.guest is not None
         body = whole[8:]
         self.udp_out[body] += 1
-        if self.udp_out[body] > self.s.guest.udp[body]:
+        if self.udp_out[body] > copy.udp[body]:
             raise Violation(f"I1: a datagram that the SVM has not sent: {body[:20].hex()}")
 
     def _assemble(self, frame: bytes) -> bytes | None:
@@ -431,32 +555,59 @@ class World:
         del self._pieces[(v6, ident)]
         return b"".join(pieces[a][0] for a in sorted(pieces))
 
-    def cloned(self) -> None:
+    def cloned(self, to: Side, *, first: bool) -> None:
         """A checkpoint has copied the PVM: what it had sent counts as the SVM's."""
         self.clones += 1
-        self.s.tap.clear()
+        to.tap.clear()
+        if first and self.trap:
+            side, span = self.rnd.choice((to, to.other)), self.trap
+            self.trap = 0
+            self.later(self.rnd.uniform(0, 16), lambda: self._restart(side, span))
+
+    def _restart(self, side: Side, span: int) -> None:
+        if side.name not in self.deaths:
+            side.kill_controller()
+            self.later(span, lambda: None if side.name in self.deaths else self.boot(side))
+
+    def gates_moved(self) -> None:
+        """A data path has another mode."""
 
     # -- controllers
 
-    def boot(self, side: Side) -> None:
+    def boot(self, side: Side, *, turned: bool = False) -> None:
         """Start this host's controller."""
-        if side.controller is not None or self.broken is not None:
+        if side.controller is not None or self.broken is not None or side.off:
+            return
+        if side.loaded and SimDataPath.wanted(side) is not side.primary and not turned:
+            # the other role's programs are loaded, and replace those that are there
+            self.later(self.rnd.uniform(0.5, 60), lambda: self.boot(side, turned=True))
             return
         self.note("%s controller starts", side.name)
-        self._booting = side
         side.dp = SimDataPath(side)
         kind = primary.Primary if side.primary else secondary.Secondary
-        c = kind(config("primary" if side.primary else "secondary", self.scene), side.dp)  # type: ignore[arg-type]
+        c = kind(config("primary" if side.name == "P" else "secondary", self.scene), side.dp)  # type: ignore[arg-type]
         c._fence = lambda: self._fence(side)  # type: ignore[method-assign]
+        c._start_incoming = lambda: self._start_qemu(side)  # type: ignore[method-assign]
         side.controller = c
         self.spawn(c.start())
-        self.spawn(self._watch(c))
+        self.spawn(self._watch(side, c))
 
-    async def _watch(self, c: Any) -> None:
+    async def _watch(self, side: Side, c: Any) -> None:
         await c.finished()
         if self.excused:
             raise _Excused
-        raise Violation(f"the {c.role.value} controller failed: {c.failures}")
+        if not c.role_changed:
+            raise Violation(f"the {c.role.value} controller failed: {c.failures}")
+        if side.controller is c:
+            side.kill_controller()
+            self.boot(side)
+
+    async def _start_qemu(self, side: Side) -> None:
+        """[qemu] incoming, which may fail."""
+        await asyncio.sleep(self.rnd.uniform(5, 80) / 1000)
+        if self.rnd.random() < 0.9 and not side.off:
+            self.note("%s QEMU -incoming", side.name)
+            side.new_qemu()
 
     async def _fence(self, side: Side) -> bool:
         """The other host is switched off, for certain."""
@@ -472,15 +623,35 @@ class World:
         side.kill_controller()
         side.mode = Mode.DROP
         side.in_bridge = False
+        side.off = True
         self.deaths.add(side.name)
+        if self.scene.roles:
+            self.later(self.rnd.choice((30, 300, 1500)), lambda: self._power_on(side))
+
+    def _power_on(self, side: Side) -> None:
+        if not side.off:
+            return
+        other = side.other
+        alone = other.mode is (Mode.BYPASS if other.primary else Mode.TAKEOVER)
+        if not self.lost and other.qemu.alive and not alone:
+            # One that is back before the other one has made sure of its death is a person's affair.
+            self.later(200, lambda: self._power_on(side))
+        else:
+            self.note("%s boots", side.name)
+            side.power_on()
+            self.deaths.discard(side.name)
+            self.boot(side)
 
     def _make_qmp(
         self, path: str, name: str, timeout: float, on_event: Any, on_close: Any
     ) -> SimQmp:
-        return SimQmp(self.p if name == "PVM" else self.s, name, on_event, on_close)
+        return SimQmp(self.p if path == "primary" else self.s, name, on_event, on_close)
 
     def _make_store(self, c: Config) -> SimStore:
         return SimStore(self.p if c.role == "primary" else self.s)
+
+    def _make_paths(self, c: Config, on_word: Callable[[Any], None]) -> SimPaths:
+        return SimPaths(self.p if c.role == "primary" else self.s, c.pair, on_word)
 
     def _make_peer(
         self, *, role: str, on_up: Any, on_down: Any, on_message: Any, **_: Any
@@ -495,20 +666,21 @@ class World:
         kept = [(m, "time", m.time) for m in modules]  # type: ignore[attr-defined]
         kept += [
             (controller_module, n, getattr(controller_module, n))
-            for n in ("Qmp", "Peer", "make_store", "WATCH_S")
+            for n in ("Qmp", "Peer", "Paths", "make_store", "WATCH_S")
         ]
         kept += [(fastmap, "_bpf", fastmap._bpf)]
-        kept += [(compare, n, getattr(compare, n)) for n in ("OFFER_AFTER", "MAX_PATIENCE")]
+        kept += [(giving, n, getattr(giving, n)) for n in ("OFFER_AFTER", "MAX_PATIENCE")]
         try:
             for m in modules:
                 m.time = clock  # type: ignore[attr-defined]
             if self.scene.eager:
-                compare.OFFER_AFTER = compare.MAX_PATIENCE = 1  # type: ignore[attr-defined]
+                giving.OFFER_AFTER = giving.MAX_PATIENCE = 1
             fastmap._bpf = Bpf(self.ns)  # type: ignore[assignment]
             # A QEMU that hangs here refuses its commands, which tells the watch nothing.
             controller_module.WATCH_S = 1e9
             controller_module.Qmp = self._make_qmp  # type: ignore[misc,assignment]
             controller_module.Peer = self._make_peer  # type: ignore[misc,assignment]
+            controller_module.Paths = self._make_paths  # type: ignore[misc,assignment]
             controller_module.make_store = self._make_store  # type: ignore[assignment]
             yield
         finally:
@@ -521,28 +693,36 @@ class World:
         """The fault happens."""
         self.note("FAULT %s for %d ms", f.kind, f.span)
         p, s = self.p, self.s
+        pvm = self.pvm()
+        for role, side in (("_pvm", pvm), ("_svm", pvm.other)):
+            if role in f.kind:
+                f = replace(f, kind=f.kind.replace(role, f"_{side.name.lower()}"))
         if f.kind in ("kill_p_controller", "kill_s_controller"):
-            side = p if "_p_" in f.kind else s
-            if side.name not in self.deaths:
-                side.kill_controller()
-                self.later(f.span, lambda: None if side.name in self.deaths else self.boot(side))
+            self._restart(p if "_p_" in f.kind else s, f.span)
+        elif f.kind == "trap":
+            self.trap = f.span
         elif f.kind == "cut_channel":
             self.channel_cut = True
             self.later(f.span, lambda: setattr(self, "channel_cut", False))
         elif f.kind == "cut_link":
             self.link_cut = True
             self.later(f.span, lambda: setattr(self, "link_cut", False))
+        elif f.kind in ("deafen_p", "deafen_s"):
+            name = f.kind[-1].upper()
+            self.deaf.add(name)
+            self.later(f.span, lambda: self.deaf.discard(name))
         elif f.kind in CUTS:
             self._cut(f.kind, 1)
             self.later(f.span, lambda: self._cut(f.kind, -1))
         elif f.kind == "lose_events":
             self.ring_broken = True
             self.later(min(f.span, 60), lambda: setattr(self, "ring_broken", False))
-        elif f.kind == "hang_p_qemu":
-            p.qemu.hung = True
-            self.later(f.span, lambda: setattr(p.qemu, "hung", False))
-        elif f.kind == "checkpoint" and p.controller is not None:
-            self.spawn(self._command(p, "checkpoint"))
+        elif f.kind in ("hang_p_qemu", "hang_s_qemu"):
+            qemu = (p if "_p_" in f.kind else s).qemu
+            qemu.hung = True
+            self.later(f.span, lambda: setattr(qemu, "hung", False))
+        elif f.kind == "checkpoint" and pvm.controller is not None:
+            self.spawn(self._command(pvm, "checkpoint"))
         elif f.kind == "reload" and p.controller is not None:
             p.controller.new_policy()
         elif f.kind == "shadow" and p.controller is not None and self.protected:
@@ -551,21 +731,43 @@ class World:
             self.later(f.span, self._end_shadow)
         elif f.kind in ("kill_p_qemu", "kill_s_qemu"):
             side = p if "_p_" in f.kind else s
+            self._doom(side)
             self.deaths.add(f"{side.name} qemu")
             side.kill_qemu()
         elif f.kind in ("kill_p_host", "kill_s_host"):
+            self._doom(p if "_p_" in f.kind else s)
             self._power_off(p if "_p_" in f.kind else s)
         elif f.kind in ("power_p", "power_s"):
             side = p if f.kind == "power_p" else s
+            self._doom(side)
             side.qemu.die(silently=True)
             side.kill_controller(silently=True)
             self._power_off(side)
-        elif f.kind == "kill_p_in_checkpoint" and p.controller is not None:
-            self.spawn(self._command(p, "checkpoint"))
-            self.later(self.rnd.uniform(0.5, 16), lambda: self._power_off(p))
+        elif f.kind.endswith("_in_checkpoint"):
+            side = p if "_p_" in f.kind else s
+            if side.controller is None or not side.primary:
+                return
+            self.spawn(self._command(side, "checkpoint"))
+            self.later(self.rnd.uniform(0.5, 16), lambda: (self._doom(side), self._power_off(side)))
         elif f.kind == "cut_colo":
             self.colo_cut = True
-            self.later(1, s.qemu.lose_channel)
+            self.later(1, pvm.other.qemu.lose_channel)
+            if self.scene.roles:  # the PVM's QEMU notices with the next checkpoint
+                self.spawn(self._command(pvm, "checkpoint"))
+                self.later(f.span, lambda: setattr(self, "colo_cut", False))
+        elif f.kind == "kill_waiting_qemu":
+            for side in (p, s):
+                waits = side.qemu.status() == "inmigrate" or side.qemu.migration == "active"
+                if waits and side.qemu.incoming:
+                    side.kill_qemu()
+        elif f.kind == "planned":
+            side = self.rnd.choice((p, s))
+            if side.controller is not None:
+                self.spawn(self._command(side, "failover", planned=True))
+        elif f.kind in ("failover_p", "failover_s"):
+            side = p if f.kind == "failover_p" else s
+            if side.controller is not None:
+                self.spawn(self._command(side, "failover"))
         elif f.kind in ("flip_p", "flip_s"):
             self._flip(p if f.kind == "flip_p" else s)
         elif f.kind == "failover":
@@ -603,11 +805,77 @@ class World:
         if c is not None and c.shadow:
             c.set_shadow(False)
 
-    async def _command(self, side: Side, name: str) -> None:
+    async def _command(self, side: Side, name: str, **args: Any) -> None:
         c = side.controller
         if c is not None:
             with contextlib.suppress(ValueError):
-                await c.command(name, {})
+                await c.command(name, args)
+
+    # -- pairs made anew
+
+    def pvm(self) -> Side:
+        """The host whose guest the network hears, or would."""
+        speaks = self.speaker()
+        return speaks if speaks is not None else self.s if self.s.primary else self.p
+
+    def whole(self) -> bool:
+        """Whether the pair is protected: each of its guests can go on without the other."""
+        for side in (self.p, self.s):
+            c = side.controller
+            if c is None or c.colo_exit or side.mode is not Mode.RUN:
+                return False
+            # A secondary whose fence has failed says "degraded" until the next checkpoint.
+            fit = (State.PROTECTED,) if side.primary else (State.PROTECTED, State.DEGRADED)
+            if c.state not in fit:
+                return False
+        return self.p.primary is not self.s.primary
+
+    def oldest(self) -> int:
+        """Takeovers that the connection which has seen most of them lived through."""
+        alive = [c for c in self.client.done if c.state == "closed"]
+        return max((sum(c.opened < at <= c.heard for at in self.turns) for c in alive), default=0)
+
+    def _doom(self, side: Side) -> None:
+        """A guest dies: is there another one that can go on?"""
+        other = side.other
+        fit = other.guest is not None and not other.stale and other.qemu.alive and not other.off
+        if side.stale or side.guest is None or not side.qemu.alive:
+            return  # nobody needs it
+        if not self.scene.roles:
+            return
+        if not fit or not (self.whole() or other.controller is None):
+            self.lost = True
+
+    def _rounds(self) -> None:
+        """Begin the next round of faults when the pair is whole again."""
+        faults = self.scene.faults
+        over = max((f.at + f.span for f in faults if f.round == self.round), default=0)
+        if self.ms() < self.round_at + over + 20 or self.lost:
+            return
+        if self.whole():
+            self.round += 1
+            self.round_at = self.ms()
+            self.pairs += 1
+            self.note("ROUND %d", self.round)
+            for f in faults:
+                if f.round == self.round:
+                    self.later(f.at, lambda f=f: self.strike(f))  # type: ignore[misc]
+        elif self.ms() > self.round_at + over + PATIENCE_MS:
+            ctl = [x.controller and (x.controller.state.value, x.controller.reason)
+                   for x in (self.p, self.s)]  # fmt: skip
+            raise Violation(f"the pair is not protected again: {ctl}")
+
+    def _operate(self) -> None:
+        """A person starts a QEMU where a secondary waits for one and does not do it itself: it
+        never had one, or what it has was abandoned in its first checkpoint."""
+        for side in (self.p, self.s):
+            c = side.controller
+            waits = c is not None and not side.primary and c.state is State.STARTING
+            alone = side.other.mode is Mode.BYPASS and side.qemu.migration in ("colo", "active")
+            chance = 0.1 if not side.qemu.alive else 0.01 if alone else 0
+            if waits and self.rnd.random() < chance:
+                self.note("%s QEMU -incoming, by hand", side.name)
+                side.new_qemu()
 
     # -- the run
 
@@ -616,15 +884,25 @@ class World:
         for side in (self.p, self.s):
             self.boot(side)
         for f in self.scene.faults:
-            self.later(f.at, lambda f=f: self.strike(f))  # type: ignore[misc]
-        end = SETTLE_MS + max((f.at + f.span for f in self.scene.faults), default=0)
-        last = max((f.at + f.span for f in self.scene.faults), default=0) + 200
+            if not f.round:
+                self.later(f.at, lambda f=f: self.strike(f))  # type: ignore[misc]
+        last = max((f.at + f.span for f in self.scene.faults if not f.round), default=0) + 200
+        rounds = max((f.round for f in self.scene.faults), default=0) + 1
         calm = 0
-        while self.ms() < end:
+        while self.ms() < last - 200 + SETTLE_MS:
             self._guarded(self._tick)
             if self.broken is not None:
                 raise self.broken
             await asyncio.sleep(TICK_MS / 1000)
+            if self.scene.roles:
+                self._guarded(self._operate)
+                if self.round < rounds and not self.lost:
+                    self._guarded(self._rounds)
+                    last = self.ms() + 200
+                    continue
+                self.client.told = True
+            if self.lost and self.speaker() is None and self.ms() > self.round_at + PATIENCE_MS:
+                break
             idle = not self.client.plans and not self.client.conns and not self.client.udp_left
             calm = calm + 1 if idle and self.ms() > last and self._quiet() else 0
             if calm > 30:
@@ -643,10 +921,18 @@ class World:
             self.from_client(frame)
         for side in (self.p, self.s):
             side.tick()
-        c = self.p.controller
-        if c is not None:
+        for side in (self.p, self.s):
+            c = side.controller
+            if c is None or not side.primary:
+                continue
             e = c.engine
-            if e.held_packets > 17 * self.scene.queue or e.svm_packets > 2 * self.scene.queue + 16:
+            kept = e.held_packets - e.pvm_packets
+            if (
+                e.pvm_packets > 17 * self.scene.queue
+                or e.svm_packets > 2 * self.scene.queue + 16
+                or kept
+                > giving.BRAKE_STREAMS * (giving.BRAKE_FRAMES + controller_module.RING_BATCH)
+            ):
                 raise Violation(f"I10: {e.held_packets} held, {e.svm_packets} of the SVM")
             if e.held_packets < 0 or e.held_bytes < 0 or e.svm_packets < 0:
                 raise Violation("a count of what is held is negative")
@@ -656,20 +942,26 @@ class World:
     def _quiet(self) -> bool:
         if self.speaker() is None and any(x.qemu.alive for x in (self.p, self.s)):
             return False
-        c = self.p.controller
+        side = self.pvm()
+        c = side.controller if side.primary else None
         settled = c is None or c.state in (State.PROTECTED, State.SOLO, State.STOPPED)
-        return settled and (c is None or not (c.engine.held_packets or self._held_in_kernel()))
+        return settled and (c is None or not (c.engine.held_packets or self._held_in_kernel(side)))
 
-    def _held_in_kernel(self) -> int:
+    @staticmethod
+    def _held_in_kernel(side: Side) -> int:
         """Connections of tier K that wait; what it knows of a pair that is lost is void."""
-        k = self.p.fast
-        return len(k.waiting()) if k is not None and self.p.mode is Mode.RUN else 0
+        k = side.fast
+        return len(k.waiting()) if k is not None and side.mode is Mode.RUN else 0
 
     def speaker(self) -> Side | None:
         """Whose guest is on the network at the end."""
-        if self.s.mode is Mode.TAKEOVER:
-            return self.s if self.s.qemu.alive else None
-        return self.p if self.p.qemu.alive and self.p.mode is not Mode.DROP else None
+        for side in (self.s, self.p):
+            if not side.primary and side.mode is Mode.TAKEOVER:
+                return side if side.qemu.alive else None
+        for side in (self.s, self.p):
+            if side.primary and side.qemu.alive and side.mode is not Mode.DROP:
+                return side
+        return None
 
     def _finish(self) -> None:
         self.note("END")
@@ -677,6 +969,8 @@ class World:
         ctl = [x.controller.state.value if x.controller else "-" for x in (self.p, self.s)]
         self.states = tuple(ctl)
         if side is None:
+            if self.lost:
+                return
             if not self.deaths:
                 raise Violation(f"nobody died and nobody speaks: {ctl}")
             if len({d[0] for d in self.deaths}) < 2:
@@ -693,17 +987,19 @@ class World:
                 f"I4: {len(waits)} connections and {len(self.client.plans)} plans wait for ever: "
                 f"{[(c.port, c.v6, c.state, len(c.inn)) for c in waits]}, {ctl}"
             )
-        c = self.p.controller
-        if c is not None and self.scene.calm():
+        c = side.controller
+        if c is None or not side.primary:
+            return
+        if self.scene.calm():
             made = {
                 n: k for n, k in c.by_cause.items() if n not in ("initial", "operator", "policy")
             }
             if made:
                 raise Violation(f"checkpoints for no reason: {made}: {list(c.journal.entries)[-1]}")
-        if c is not None and side is self.p and c.engine.held_packets:
+        if c.engine.held_packets:
             raise Violation(f"I4: {c.engine.held_packets} frames are held for ever, {ctl}")
-        if c is not None and side is self.p and self._held_in_kernel():
-            raise Violation(f"I4: {self._held_in_kernel()} connections wait for ever in tier K")
+        if self._held_in_kernel(side):
+            raise Violation(f"I4: {self._held_in_kernel(side)} connections wait for ever in tier K")
 
     def _must_survive(self, side: Side) -> bool:
         """Whether this side's guest has to go on alone by itself."""
@@ -756,8 +1052,9 @@ class World:
                 with contextlib.suppress(Exception):
                     self.loop.run_until_complete(asyncio.sleep(0))
                 self.loop.close()
-                if self.p.fast is not None:
-                    self.p.fast.close()
+                for side in (self.p, self.s):
+                    if side.fast is not None:
+                        side.fast.close()
         return self
 
 

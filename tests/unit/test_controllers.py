@@ -12,18 +12,19 @@ from typing import Any
 
 import pytest
 
-from colo_xdp.abi import Mode, Source
+from colo_xdp.abi import Bond, Mode, Source
 from colo_xdp.config import load
 from colo_xdp.failover import State
-from colo_xdp.primary import Checkpoint, Primary
+from colo_xdp.primary import Checkpoint, CheckpointFailed, Primary
 from colo_xdp.qmp import QmpTimeout
 from colo_xdp.qmp_event import QmpEvent
 from colo_xdp.reasons import Cause
 from colo_xdp.ring import Event
 from colo_xdp.secondary import Secondary
-from colo_xdp.speaker import Speaker
+from colo_xdp.speaker import Seen, Speaker, StoreError
 from colo_xdp.wire import encode
 from tests.netns.frames import tcp
+from tests.unit.test_giving import Pair
 
 EXAMPLES = Path(__file__).parents[2] / "deploy/examples"
 
@@ -43,6 +44,7 @@ class FakeDataPath:
 
     def __init__(self, mode: Mode, *, adopted: bool = False) -> None:
         self.mode, self.adopted, self.epoch, self.shadowed = mode, adopted, 7, 0
+        self.bond = Bond.EQUAL if mode in (Mode.RUN, Mode.CHECKPOINT) else Bond.NONE
         self.fast = None
         self.order = ""
         self.injectors = {n: FakeInjector() for n in ("release", "deliver", "forward")}
@@ -137,6 +139,17 @@ def test_requests_are_kept_where_a_checkpoint_can_follow(state: State, wanted: b
     c.state = state
     c.request(Cause.PAYLOAD_DIFFERS, "here")
     assert (c._want is not None) == wanted
+
+
+@pytest.mark.parametrize("state", [State.DEGRADED, State.STARTING, State.SOLO])
+def test_what_is_kept_back_for_tier_k_leaves_also_where_no_time_runs_out(state: State) -> None:
+    c, dp, _ = primary()
+    dp.mode = Mode.CHECKPOINT
+    pair = Pair()
+    sent = pair.until_braked()
+    c.engine, c.state = pair.e, state
+    c.on_tick(pair.now)
+    assert pair.out == sent
 
 
 def test_stop_with_an_impossible_time_releases_less_not_more() -> None:
@@ -278,10 +291,15 @@ def test_a_first_checkpoint_counts_when_the_primary_has_confirmed_it() -> None:
     c.on_qmp(event("RESUME", t, t))
     assert sent.kinds() == ["begun", "done"]
     beat = {"type": "beat", "state": "checkpointing", "epoch": 0, "shadow": False}
+    beat |= {"shut": False, "alone": True}
     c.on_message(beat)
     assert c.state is State.STARTING and dp.mode is Mode.CHECKPOINT and dp.epoch == 0
     assert not dp.injectors["deliver"].frames
-    c.on_message(beat | {"epoch": 1})
+    c._ready_wanted = True
+    c.on_message(beat | {"epoch": 1, "alone": False})
+    assert dp.bond is Bond.EQUAL
+    c.peer_connected()
+    assert "ready" not in sent.kinds(), "the guest is in use: none that waits"
     assert c.state is State.PROTECTED and dp.mode is Mode.RUN and dp.epoch == 1
     assert len(dp.injectors["deliver"].frames) == 1
 
@@ -459,7 +477,8 @@ def test_a_primary_that_is_alone_protects_again() -> None:
         assert c._guard is not None
         await c._guard
         assert went == ["starting"] and c.qmp.said == ["lost_heartbeat"]  # type: ignore[attr-defined]
-        assert not c.spoke_alone and not c.operator
+        assert not c._uncompared and not c.operator
+        assert c.spoke_alone, "until the first checkpoint is complete"
 
     in_loop(body)
 
@@ -641,11 +660,216 @@ def test_a_host_that_waits_for_a_new_guest_keeps_its_key() -> None:
     """It was silent, and its key free to be taken; as a secondary it may speak again."""
     c, _, _ = primary()
     speaker = Speaker(
-        SimpleNamespace(), node="p", boot="1", ttl_ms=2000, margin_ms=500, speaking=False,
-        allow=lambda ns: None, changed=lambda: None,
+        SimpleNamespace(), node="p", address="a", boot="1", ttl_ms=2000, margin_ms=500,
+        speaking=False, allow=lambda ns: None, changed=lambda: None,
     )  # type: ignore[arg-type]  # fmt: skip
     c.speaker = speaker
-    speaker.freed("s 1")
-    assert speaker.steal == "s 1"
+    speaker.freed("1")
+    assert speaker.steal == "1"
     c.on_message({"type": "ready", "epoch": 7})
     assert not speaker.steal
+
+
+SPOKE = {
+    "type": "beat", "t": 1, "echo": 0, "epoch": 7, "vm": True, "promise": False, "shadow": False,
+    "role": "primary", "state": "solo", "shut": False, "alone": True,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("state", [State.PROTECTED, State.DEGRADED])
+@pytest.mark.parametrize("words", [["alive", "dead"], ["dead"]])
+def test_a_copy_of_a_guest_that_spoke_alone_never_speaks(state: State, words: list[str]) -> None:
+    """Also without a lease: a link was cut, a person opened the primary, and then it died."""
+
+    async def body() -> None:
+        c, dp, sent = secondary()
+        c.state = state
+        c.qmp = SimpleNamespace(connected=True)  # type: ignore[assignment]
+        done: list[str] = []
+
+        async def perform(action: Any, why: str) -> None:
+            done.append(action.value)
+
+        c.perform = perform  # type: ignore[method-assign]
+        for word in words:
+            shut = {"state": "stopped", "shut": True, "vm": False} if word == "dead" else {}
+            c._peer_message(SPOKE | shut)
+            await asyncio.sleep(0)
+        assert c.state is State.STOPPED and dp.mode is Mode.DROP and not done
+        c._peer_message({"type": "gone", "why": "dead", "alone": False})
+        await asyncio.sleep(0)
+        assert c.state is State.STOPPED and not done, "whatever is said later"
+        again = Secondary(c.config, dp)  # type: ignore[arg-type]
+        assert again.state is State.STOPPED and not again._confirmed
+        assert "gone" in sent.kinds()
+
+    in_loop(body)
+
+
+def test_a_guest_that_waits_for_one_that_speaks_alone_stays() -> None:
+    c, dp, _ = secondary(Mode.DROP, adopted=False)
+    c._ready_wanted = True
+    c.on_message(SPOKE)
+    c._peer_shut(True)
+    assert c.state is State.STARTING and dp.mode is Mode.DROP
+
+
+def test_a_pvm_is_outdated_when_the_svm_spoke_alone_and_died() -> None:
+    async def body() -> None:
+        c, dp, _ = primary()
+        c.state = State.DEGRADED
+        c._peer_message({"type": "gone", "why": "dead", "alone": True})
+        assert c.state is State.STOPPED and dp.mode is Mode.DROP
+
+    in_loop(body)
+
+
+@pytest.mark.parametrize(
+    ("mode", "bond", "state", "alone"),
+    [
+        (Mode.BYPASS, Bond.ALONE, State.SOLO, True),
+        (Mode.DROP, Bond.ALONE, State.STOPPED, True),
+        (Mode.DROP, Bond.EQUAL, State.STOPPED, False),
+        (Mode.RUN, Bond.EQUAL, State.DEGRADED, False),
+        (Mode.CHECKPOINT, Bond.ALONE, State.DEGRADED, True),  # died in the first checkpoint
+    ],
+)
+def test_who_spoke_alone_outlives_the_primarys_controller(
+    mode: Mode, bond: Bond, state: State, alone: bool
+) -> None:
+    _, dp, _ = primary(mode)
+    dp.bond, dp.adopted = bond, True
+    c = Primary(load(EXAMPLES / "primary.toml"), dp)  # type: ignore[arg-type]
+    sent = Sent()
+    c.peer.send = sent  # type: ignore[method-assign]
+    assert c.state is state
+    c._beat()
+    assert sent[-1]["alone"] == alone
+
+
+def test_a_first_checkpoint_nobody_finished_sets_the_guest_free() -> None:
+    """Its controller died in it, and QEMU came out of it without COLO."""
+
+    async def body() -> None:
+        _, dp, _ = primary(Mode.CHECKPOINT)
+        dp.bond, dp.adopted = Bond.ALONE, True
+        c = Primary(load(EXAMPLES / "primary.toml"), dp)  # type: ignore[arg-type]
+        dp.waiting = [Event(Source.PVM, time.monotonic_ns(), 0, tcp(b"held"), 0, False)]
+        c.qmp = SimpleNamespace(migration_status=lambda: asyncio.sleep(0, "failed"))  # type: ignore[assignment]
+        guard = asyncio.ensure_future(c._protect())
+        while dp.mode is not Mode.BYPASS:
+            await asyncio.sleep(0)
+        guard.cancel()
+        assert len(dp.injectors["release"].frames) == 1 and c.state is State.STARTING
+
+    in_loop(body)
+
+
+class Leased:
+    """Of speaker.Speaker what a planned failover asks."""
+
+    def __init__(self, held: bool, trouble: str) -> None:
+        self.held, self.trouble = held, trouble
+        self.may_speak, self.other_alone, self.recorded, self.committed = True, False, False, False
+        self.want = True
+
+    async def look(self) -> None:
+        await asyncio.sleep(0)
+        if self.trouble:
+            raise StoreError(self.trouble)
+
+
+def test_no_plan_while_the_lease_cannot_change_hands() -> None:
+    async def body() -> None:
+        c, _, _ = primary()
+        c.state = State.PROTECTED
+        c.speaker = Leased(False, "etcd is away")  # type: ignore[assignment]
+        with pytest.raises(ValueError, match="etcd is away"):
+            await c.hand_over(time.monotonic() + 1)
+        assert c._want is None
+        s, dp, sent = secondary()
+        s.state, s.qmp = State.PROTECTED, SimpleNamespace(connected=True)  # type: ignore[assignment]
+        begin = {"type": "begin", "n": 8, "cause": "planned", "initial": False}
+        for trouble, answer, mode in (("away", "failed", Mode.RUN), ("", "begun", Mode.CHECKPOINT)):
+            s.speaker = Leased(False, trouble)  # type: ignore[assignment]
+            s.on_message(begin)
+            await asyncio.gather(*s._tasks)
+            assert sent[-1]["type"] == answer and dp.mode is mode
+            assert trouble in sent[-1].get("why", "")
+
+    in_loop(body)
+
+
+def test_a_plan_that_the_secondary_refuses_ends_as_a_checkpoint() -> None:
+    async def body() -> None:
+        c, _, _ = primary()
+        c.state, c.peer.connected = State.PROTECTED, True
+        c.qmp = FakeQmp()  # type: ignore[assignment]
+        asked: list[str] = []
+
+        async def checkpoint(want: Any) -> None:
+            asked.append(want.cause)
+            if want.cause == "planned":
+                raise CheckpointFailed("the secondary: the SVM could not get it", refused=True)
+
+        async def migration() -> str:
+            return "colo"
+
+        c._checkpoint, c._migration = checkpoint, migration  # type: ignore[method-assign]
+        guard = asyncio.ensure_future(c._protect())
+        while not asked:
+            await asyncio.sleep(0)
+        with pytest.raises(ValueError, match="could not get it"):
+            await c.hand_over(time.monotonic() + 5)
+        while len(asked) < 3:
+            await asyncio.sleep(0)
+        guard.cancel()
+        assert asked == ["controller_restart", "planned", "operator"]
+
+    in_loop(body)
+
+
+class ToldStore:
+    """speaker.Store that says what it is told to."""
+
+    def __init__(self, seen: Seen) -> None:
+        self.seen, self.asked = seen, 0
+
+    async def hold(self, holder: str, ttl_ms: int, steal: str) -> Seen:
+        self.asked += 1
+        return Seen(holder, self.seen.alone)
+
+    async def look(self) -> Seen:
+        return self.seen
+
+    async def record(self, holder: str, alone: str) -> bool:
+        return True
+
+    async def release(self) -> None: ...
+
+    async def close(self) -> None: ...
+
+
+def test_a_host_learns_that_the_other_is_not_alone_any_more() -> None:
+    async def body() -> None:
+        until: list[int] = []
+        store = ToldStore(Seen("", "primary"))
+        s = Speaker(
+            store, node="secondary", address="a", boot="1", ttl_ms=200, margin_ms=50,
+            speaking=True, allow=until.append, changed=lambda: None,
+        )  # fmt: skip
+        task = asyncio.ensure_future(s.run())
+        s.want = True
+        while not s.other_alone:
+            await asyncio.sleep(0.001)
+        assert not any(until), "the key is no permission while the other one spoke alone"
+        s.want = False
+        store.seen = Seen("", "")  # the pair was made anew
+        while s.other_alone:
+            await asyncio.sleep(0.001)
+        s.want = True
+        while not s.held:
+            await asyncio.sleep(0.001)
+        task.cancel()
+
+    in_loop(body)

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from colo_xdp.failover import Action, Facts, Role, State, decide
+from colo_xdp.failover import Action, Ending, Facts, Heard, Role, State, decide
 
 CALM = Facts(
     role=Role.SECONDARY,
@@ -33,6 +33,11 @@ ARMED = {"automatic": True, "fence_configured": True}
 P = {"role": Role.PRIMARY}
 LEASE = {"automatic": True, "lease": True}
 HELD = {**LEASE, "lease_held": True, "recorded": True}
+
+LINK = Heard("peer link", 5, 5)
+CUT = {**SILENT, "paths": (LINK,)}  # beacons arrive
+LONG_CUT = {**CUT, "peer_silent_ms": 5001}
+QUIET = {"paths": (replace(LINK, silent_ms=5001),)}
 
 ROWS = [
     ({}, Action.NONE, "both guests run"),
@@ -87,6 +92,41 @@ ROWS = [
     ({**LEASE, "peer_vm_gone": True, **P}, Action.GO_SOLO, "data path is shut"),
     ({**LEASE, "committed": True}, Action.ACQUIRE, "finished"),
     ({**LEASE, "may_speak": False, **P}, Action.DEGRADE, "could not be renewed"),
+    (
+        CUT,
+        Action.DEGRADE,
+        "control channel is cut, but the peer lives: its beacons arrive over peer",
+    ),
+    ({**CUT, "paths": (replace(LINK, unheard_ms=1e9),)}, Action.DEGRADE, "does not hear this side"),
+    ({**CUT, "peer_slow": True}, Action.DEGRADE, "slow, not dead"),
+    ({**CUT, "ending": Ending.CLOSED}, Action.DEGRADE, "not on the control channel"),
+    ({**CUT, **ARMED, "colo_exit": True}, Action.DEGRADE, "the peer lives"),
+    ({**LONG_CUT, **ARMED}, Action.DEGRADE, "the peer lives"),
+    ({**LONG_CUT, **ARMED, **P}, Action.DEGRADE, "the peer lives"),  # the guests agree
+    ({**LONG_CUT, **HELD}, Action.DEGRADE, "the peer lives"),
+    ({**CUT, **ARMED, **P, "waiting": True}, Action.DEGRADE, "the peer lives"),  # not yet
+    ({**LONG_CUT, **ARMED, **P, "waiting": True}, Action.ASK_SHUT, "asked there to stand down"),
+    ({**LONG_CUT, **P, "waiting": True}, Action.DEGRADE, "the peer lives"),  # or paused
+    ({**CUT, **P, "colo_exit": True}, Action.ASK_SHUT, "asked there to stand down"),
+    ({**CUT, **P, "checkpoint_overdue": True}, Action.ASK_SHUT, "asked there"),
+    ({**CUT, **P, "checkpoint_overdue": True, "own_qmp": False}, Action.DEGRADE, "lives"),
+    (
+        {**CUT, **ARMED, **P, "colo_exit": True, "peer_silent_ms": 10_001},
+        Action.FENCE,
+        "does not stand down when asked: it hears nothing",
+    ),
+    ({**CUT, **P, "colo_exit": True, "peer_silent_ms": 10_001}, Action.ASK_SHUT, "asked there"),
+    ({**CUT, "peer_vm_gone": True}, Action.TAKE_OVER, "data path is shut"),
+    ({**LONG, **QUIET, **ARMED}, Action.FENCE, "silent on all paths (control channel, peer link)"),
+    ({**LONG, **QUIET, **ARMED}, Action.FENCE, "cannot be told apart"),
+    ({**DEAD, **QUIET, **ARMED}, Action.FENCE, "cannot be told apart"),
+    ({**SILENT, **QUIET}, Action.DEGRADE, "cannot be told apart"),
+    ({**SILENT, **QUIET, "ending": Ending.HUNG}, Action.DEGRADE, "the controller there hangs"),
+    ({**SILENT, "ending": Ending.CLOSED}, Action.DEGRADE, "the controller there has ended"),
+    ({**LONG, **ARMED, "ending": Ending.LOST}, Action.FENCE, "dead, or cut off"),
+    ({"own_vm_alive": False, "own_vm_hangs": True}, Action.STOP, "hangs"),
+    ({"peer_vm_gone": True, "peer_why": "its QEMU hangs"}, Action.TAKE_OVER, "its QEMU hangs"),
+    ({"state": State.DEGRADED, "peer_slow": True, **P}, Action.REARM, "was slow"),
     ({"state": State.SOLO, **DEAD, **P}, Action.NONE, "decided before"),
     ({"state": State.TAKEN_OVER, "operator": True}, Action.NONE, "decided before"),
     ({"state": State.STOPPED, "own_vm_alive": False}, Action.NONE, "decided before"),

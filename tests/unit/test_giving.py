@@ -3,11 +3,22 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 
+from colo_xdp import abi, giving
 from colo_xdp.compare import Engine, Limits, Policy, Record
-from colo_xdp.fastpath import BRAKE_AFTER, BRAKE_FRAMES, BRAKE_NS, OFFER_AFTER, RETRY, Gift, NoFast
+from colo_xdp.fastpath import Answer, Gift, NoFast, Words
 from colo_xdp.flow import FlowKey
+from colo_xdp.giving import (
+    BRAKE_AFTER,
+    BRAKE_FRAMES,
+    BRAKE_NS,
+    BRAKE_STREAMS,
+    OFFER_AFTER,
+    RETRY,
+)
 from colo_xdp.journal import Divergence
 
 from . import frames as f
@@ -20,23 +31,36 @@ class Busy(NoFast):
 
     def __init__(self) -> None:
         self.enabled = True
-        self.on_their_way = True
+        self.answer = Answer.ON_THEIR_WAY
         self.asked = 0
         self.taken: list[Gift] = []
 
     def offer(self, key: FlowKey) -> bool:
         return True
 
-    def give(self, key: FlowKey, gift: Gift, captured: int) -> bool:
+    def give(self, key: FlowKey, gift: Gift, captured: int) -> Answer:
         self.asked += 1
-        if not self.on_their_way:
+        if self.answer is Answer.TAKEN:
             self.taken.append(gift)
-        return not self.on_their_way
+        return self.answer
+
+    def seize(self, key: FlowKey) -> Words | None:
+        """What was given last, of which nothing is outstanding."""
+        if not self.taken:
+            return None
+        epoch, rel, p_ack, s_ack, out_ack, p_win, s_win, out_win, mss, *_, memo = abi.GIVE.unpack(
+            self.taken[-1].words
+        )
+        return Words(
+            abi.TIER_U, epoch, rel, 0, p_ack, s_ack, out_ack, p_win, s_win, out_win, mss, True,
+            False, b"", 0, 0, 0, memo, b"", b"",
+        )  # fmt: skip
 
 
 class Pair:
     def __init__(self) -> None:
-        self.now, self.at = 10 * S, 0
+        self.now = 10 * S
+        self.at: Counter[int] = Counter()
         self.out: list[bytes] = []
         self.asked: list[Divergence] = []
         self.fast = Busy()
@@ -45,14 +69,29 @@ class Pair:
             request_checkpoint=self.asked.append, on_wait=lambda ns: None, fast=self.fast,
         )  # fmt: skip
 
-    def both(self) -> bytes:
-        """The same segment of both guests; a batch of its own."""
-        raw = f.tcp(self.at, 1, b"%04d" % self.at)
-        self.at += 4
-        self.now += 10_000
-        self.e.from_pvm(Record(raw, self.now), self.now)
-        self.e.from_svm(Record(raw, self.now), self.e.epoch & 0xFFF, self.now)
+    def next(self, sport: int = 80) -> bytes:
+        """The next segment of a connection."""
+        at = self.at[sport]
+        self.at[sport] += 4
+        return f.tcp(at, 1, b"%04d" % at, sport=sport)
+
+    def pvm(self, raw: bytes, captured: int = 0) -> None:
+        self.e.from_pvm(Record(raw, self.now, captured=captured), self.now)
+
+    def svm(self, raw: bytes, captured: int = 0) -> None:
+        self.e.from_svm(Record(raw, self.now, captured=captured), self.e.epoch & 0xFFF, self.now)
+
+    def end(self) -> None:
+        """Of a batch."""
         self.e.flush(self.now)
+
+    def both(self, sport: int = 80) -> bytes:
+        """The same segment of both guests; a batch of its own."""
+        raw = self.next(sport)
+        self.now += 10_000
+        self.pvm(raw)
+        self.svm(raw)
+        self.end()
         return raw
 
     def until_braked(self) -> list[bytes]:
@@ -71,17 +110,17 @@ def pair() -> Pair:
 
 
 def test_a_settled_connection_is_given(pair: Pair) -> None:
-    pair.fast.on_their_way = False
+    pair.fast.answer = Answer.TAKEN
     while not pair.fast.taken:
         pair.both()
-        assert pair.at < 400
-    assert pair.at > 4 * OFFER_AFTER, "not a connection of a few frames"
+        assert pair.at[80] < 400
+    assert pair.at[80] > 4 * OFFER_AFTER, "not a connection of a few frames"
     assert not pair.e.counters["fast_braked"]
 
 
 def test_a_busy_one_is_kept_back_until_it_is_taken(pair: Pair) -> None:
     sent = pair.until_braked()
-    pair.fast.on_their_way = False
+    pair.fast.answer = Answer.TAKEN
     sent.append(pair.both())
     assert len(pair.fast.taken) == 1 and pair.out == sent
     assert pair.e.counters["fast_braked"] == 1
@@ -118,3 +157,69 @@ def test_what_is_kept_back_leaves_before_anything_else_happens(pair: Pair, what:
         pair.e.set_shadow(True, pair.now)
     assert pair.out == sent
     assert not pair.asked
+
+
+def test_what_is_kept_back_is_held(pair: Pair) -> None:
+    sent = pair.until_braked()
+    for _ in range(3):
+        sent.append(pair.both())
+    kept = sent[len(pair.out) :]
+    assert len(kept) == 4
+    assert pair.e.held_packets == 4 and pair.e.held_bytes == sum(len(x) for x in kept)
+    pair.e.unbrake(pair.now)
+    assert pair.out == sent
+    assert pair.e.held_packets == pair.e.held_bytes == 0
+
+
+def test_nor_many_bytes(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    sent = pair.until_braked()
+    monkeypatch.setattr(giving, "BRAKE_BYTES", 2 * len(sent[-1]))
+    sent.append(pair.both())
+    assert len(pair.out) == len(sent) - 2
+    sent.append(pair.both())
+    assert pair.out == sent
+
+
+def test_nor_of_many_connections(pair: Pair) -> None:
+    ports = range(1, BRAKE_STREAMS + 10)
+    for _ in range(OFFER_AFTER + 2 * BRAKE_AFTER * RETRY):
+        for port in ports:
+            pair.both(port)
+            pair.now -= 10_000  # no time goes by
+    assert pair.e.counters["fast_braked"] == BRAKE_STREAMS
+    assert pair.e.held_packets <= BRAKE_STREAMS * (BRAKE_FRAMES + 1)
+    for _ in range(2 * BRAKE_AFTER * RETRY):
+        for port in ports:
+            pair.both(port)
+        pair.now += BRAKE_NS
+        pair.e.tick(pair.now)
+    assert pair.e.counters["fast_braked"] == len(ports), "the others have their turn"
+
+
+def test_the_brake_is_for_frames_on_their_way_only(pair: Pair) -> None:
+    pair.fast.answer = Answer.NOT_NOW  # no stash is free
+    sent = [pair.both() for _ in range(OFFER_AFTER + 20 * BRAKE_AFTER * RETRY)]
+    assert pair.fast.asked > 3 * BRAKE_AFTER
+    assert pair.out == sent and not pair.e.counters["fast_braked"]
+
+
+def test_a_frame_that_tier_k_has_not_counted_gives_nothing_back(pair: Pair) -> None:
+    """It went here as the connection was locked; there may be more of them."""
+    pair.fast.answer = Answer.TAKEN
+    while not pair.fast.taken:
+        pair.both()
+    pair.now += S  # a long stay each: it may go back at once
+    raw = pair.next()
+    pair.pvm(raw, 7)
+    pair.svm(raw, 8)
+    pair.end()
+    assert len(pair.fast.taken) == 2
+    pair.now += S
+    raw = pair.next()
+    pair.pvm(raw)
+    pair.end()
+    assert len(pair.fast.taken) == 2
+    pair.svm(raw, 9)
+    pair.end()
+    assert len(pair.fast.taken) == 3 and pair.out[-1] == raw
+    assert pair.e.counters["fast_recalled"] == 2

@@ -11,11 +11,11 @@ import pytest
 
 PACKAGE = Path(__file__).parents[2] / "colo_xdp"
 PURE = (
-    "_seq", "abi", "checks", "compare", "comparer", "config", "corpus/__init__", "corpus/craft",
-    "corpus/play", "counters", "datagram", "explain", "fastpath", "failover", "flow", "flows",
-    "fragments", "hexdump", "history", "journal", "limits", "packet", "policy", "qmp_event",
-    "reasons", "record", "replay", "rewrite", "segment", "status", "stream", "suggest",
-    "tcp_state", "twin", "uncompared", "window", "wire",
+    "_seq", "abi", "beacon", "checks", "compare", "comparer", "config", "corpus/__init__",
+    "corpus/craft", "corpus/play", "counters", "datagram", "explain", "fastpath", "failover",
+    "flow", "flows", "fragments", "giving", "hexdump", "history", "journal", "limits", "packet",
+    "policy", "qmp_event", "reasons", "record", "replay", "rewrite", "segment", "status", "stream",
+    "suggest", "tcp_state", "twin", "uncompared", "window", "wire",
 )  # fmt: skip
 NAMES = {part for name in PURE for part in name.split("/")}
 EDGES = {

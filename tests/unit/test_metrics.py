@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from colo_xdp import abi, metrics, pki
+from colo_xdp.beacon import REFUSALS
 from colo_xdp.failover import State
 from colo_xdp.reasons import Cause
 from colo_xdp.status import WAIT_BUCKETS, empty
@@ -83,8 +84,20 @@ def test_numbers_are_the_documents(served: tuple[Source, str]) -> None:
     source.doc["wait"]["buckets"][-1] = 2
     source.doc["wait"]["sum"] = 42.5
     source.doc["peer"]["silent_ms"] = 250.0
+    refused = dict.fromkeys(REFUSALS, 0) | {"forged": 4}
+    source.doc["paths"] = [
+        {"name": "peer link", "silent_ms": 80.0, "unheard_ms": None, "rtt_us": 500.0, "sent": 9,
+         "received": 8, "refused": refused, "trouble": ""},
+    ]  # fmt: skip
     text = get(url + "/metrics")[1]
     base = 'pair="web1",role="primary"'
+    way = 'pair="web1",path="peer link",role="primary"'
+    assert value(text, f"colo_xdp_path_silent_seconds{{{way}}}") == 0.08
+    assert value(text, f"colo_xdp_path_unheard_seconds{{{way}}}") == -1
+    assert value(text, f"colo_xdp_path_round_trip_seconds{{{way}}}") == 0.0005
+    assert value(text, f"colo_xdp_path_received_total{{{way}}}") == 8
+    forged = 'pair="web1",path="peer link",reason="forged",role="primary"'
+    assert value(text, f"colo_xdp_path_refused_total{{{forged}}}") == 4
     assert value(text, f"colo_xdp_held_packets{{{base}}}") == 3
     assert value(text, f'colo_xdp_checkpoints_total{{cause="operator",{base}}}') == 7
     first = f"{WAIT_BUCKETS[0]:g}"

@@ -5,9 +5,12 @@ from __future__ import annotations
 
 import asyncio
 import datetime
+import json
 import logging
 import socket
 import ssl
+import struct
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,7 @@ import pytest
 
 from colo_xdp import peer as peer_module
 from colo_xdp import pki, wire
+from colo_xdp.failover import Ending
 from colo_xdp.peer import Peer, PeerError, split_address
 from colo_xdp.tls import Tls
 
@@ -84,6 +88,86 @@ def test_messages_and_loss() -> None:
         await s.peer.close()
 
     asyncio.run(go())
+
+
+def test_both_make_the_same_key_for_beacons_and_another_one_each_time() -> None:
+    async def go() -> None:
+        port = free_port()
+        keys = set()
+        s = End("secondary", port)
+        await s.peer.start()
+        for n in range(2):
+            p = End("primary", port)
+            await p.peer.start()
+            await until(lambda p=p, n=n: p.peer.connected and s.up == n + 1)  # type: ignore[misc]
+            assert len(p.peer.beacon_key) == 32 and p.peer.beacon_key == s.peer.beacon_key
+            keys.add(p.peer.beacon_key)
+            await p.peer.close()
+            await until(lambda: not s.peer.connected)
+        assert len(keys) == 2
+        await s.peer.close()
+
+    asyncio.run(go())
+
+
+@pytest.mark.parametrize("nonce", [{}, {"beacon": "00"}, {"beacon": 7}])
+def test_a_peer_that_knows_no_beacons_is_welcome(nonce: dict[str, Any]) -> None:
+    async def go() -> None:
+        port = free_port()
+        s = End("secondary", port)
+        await s.peer.start()
+        _, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(json.dumps(json.loads(hello()) | nonce).encode() + b"\n")
+        await until(lambda: s.peer.connected)
+        assert s.peer.beacon_key == b""
+        writer.close()
+        await s.peer.close()
+
+    asyncio.run(go())
+
+
+def unacked(p: Peer) -> int:
+    assert p._writer is not None
+    info = p._writer.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 60)
+    return int(struct.unpack_from("=I", info, 24)[0])
+
+
+def test_how_a_silence_began() -> None:
+    """A process that hangs leaves its kernel to acknowledge; one that ends closes."""
+
+    async def go() -> None:
+        port = free_port()
+        s = End("secondary", port)
+        await s.peer.start()
+        _, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(hello())
+        await until(lambda: s.peer.connected)
+        # from here on the other end neither reads nor says anything
+        assert s.peer.send("bye", why="x" * 1000)
+        await until(lambda: not unacked(s.peer))
+        s.peer.drop("silent")
+        assert s.peer.ending is Ending.HUNG and s.down == ["silent"]
+        writer.close()
+
+        _, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(hello())
+        await until(lambda: s.peer.connected)
+        assert s.peer.ending is Ending.UNKNOWN
+        writer.transport.abort()
+        await until(lambda: not s.peer.connected)
+        assert s.peer.ending is Ending.CLOSED
+        await s.peer.close()
+
+    asyncio.run(go())
+
+
+def test_time_without_listening_is_no_silence() -> None:
+    p = End("primary", free_port()).peer
+    p.excuse(10**9)
+    assert p.silent_ms() == float("inf"), "never heard"
+    p.last_seen_ns = time.monotonic_ns() - 3 * 10**9
+    p.excuse(2 * 10**9)
+    assert 999 < p.silent_ms() < 60_000
 
 
 def test_primary_comes_back_by_itself() -> None:

@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""When a stream goes to tier K: sans-IO. What it takes along is fastpath.py's.
+
+A stream that has been settled for some batches is offered, and given when no frame of it is on its
+way here. Of a busy one some always are: then its own frames, compared and ready, are kept back for
+a moment (the brake). No acks come for them, both guests' windows fill, the last frame arrives.
+
+All times are CLOCK_MONOTONIC ns.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from .comparer import Comparer, Host
+from .fastpath import Answer, Fast, given, pack, ready, waits_since
+from .flows import GIVEN
+from .record import Record
+from .stream import Stream
+
+#: settled batches before a connection is offered to the kernel, and at most between two stays there
+OFFER_AFTER, MAX_PATIENCE = 12, 256
+#: a stay in the kernel that was shorter than this doubles the patience
+SHORT_STAY_NS = 50_000_000
+#: batches between two tries to give a stream of which frames are always on their way
+RETRY = 4
+#: so many tries that failed for this reason, and the brake is put on
+BRAKE_AFTER = 3
+#: but for no longer than this, and for no more of its frames: what a guest sends without an ack
+BRAKE_NS, BRAKE_FRAMES, BRAKE_BYTES = 20_000_000, 512, 8 << 20
+#: and for so many streams at a time: 128 MiB at most
+BRAKE_STREAMS = 16
+
+
+class Clock(Host, Protocol):
+    """The engine; `now` is the time of the batch."""
+
+    now: int
+
+
+@dataclass(slots=True)
+class Brake:
+    """Frames of one stream that may leave and are kept back, in order; until when at most."""
+
+    until_ns: int
+    frames: list[Record] = field(default_factory=list)
+    size: int = 0
+
+    def keep(self, rec: Record) -> None:
+        """One more, the last to leave."""
+        self.frames.append(rec)
+        self.size += len(rec.frame)
+
+    def full(self) -> bool:
+        """Whether the guest sends on and on without an ack."""
+        return len(self.frames) > BRAKE_FRAMES or self.size > BRAKE_BYTES
+
+
+class Giving:
+    """The streams of one engine on their way to tier K."""
+
+    def __init__(self, host: Clock, fast: Fast) -> None:
+        self._host, self._fast = host, fast
+        self._calm: dict[Stream, None] = {}  # anything came in this batch
+        self._braked: list[Stream] = []
+        self._back: Stream | None = None  # the last that has come back
+
+    def note(self, st: Comparer, rec: Record) -> None:
+        """A frame has been taken in; its stream may be settled at the end of the batch.
+
+        A frame that tier K has not counted, as the connection was locked, has made user space take
+        it back: others may be on their way as it was, and no number would tell.
+        """
+        if type(st) is not Stream:
+            return
+        if rec.captured:
+            st.captured = rec.captured
+        elif st is self._back:
+            self._back = None
+            return
+        self._calm[st] = None
+
+    def end_batch(self, may_give: bool) -> None:
+        """All frames that came together have been noted."""
+        if self._calm:
+            calm, self._calm = self._calm, {}
+            if may_give:
+                self._give(calm)
+        if self._braked:
+            self.look()
+
+    def _give(self, calm: dict[Stream, None]) -> None:
+        host = self._host
+        for st in calm:
+            if st.brake is not None:
+                continue  # look() has it
+            st.calm += 1
+            if st.calm < (st.patience if st.offered else OFFER_AFTER):
+                continue
+            st.release_part(host.now, False)
+            if st.epoch != host.epoch or not ready(st):
+                continue
+            if not st.offered:
+                st.offered, st.calm = self._fast.offer(st.key), 0
+                host.count("fast_offered", st.offered)
+                continue
+            answer = self._gave(st)
+            if answer is Answer.TAKEN:
+                continue
+            st.calm -= RETRY
+            if answer is Answer.ON_THEIR_WAY:
+                st.refused += 1
+                if st.refused >= BRAKE_AFTER and len(self._braked) < BRAKE_STREAMS:
+                    st.brake = Brake(host.now + BRAKE_NS)
+                    self._braked.append(st)
+                    host.count("fast_braked")
+
+    def _gave(self, st: Stream) -> Answer:
+        """Tier K's answer to a ready stream."""
+        host = self._host
+        since = waits_since(st)
+        if since and host.now - since > host.timeout_ns // 2:
+            return Answer.NOT_NOW  # the engine would take it back at once
+        gift = pack(st, host.epoch)
+        if gift is None:
+            return Answer.NOT_NOW
+        answer = self._fast.give(st.key, gift, st.captured)
+        if answer is Answer.TAKEN:
+            given(st)
+            st.epoch, st.given_ns, st.calm, st.refused = GIVEN, host.now, 0, 0
+            host.count("fast_given")
+        return answer
+
+    def recalled(self, st: Stream, captured: int) -> None:
+        """Tier K had the stream until now; it has counted so many frames of it."""
+        stay = self._host.now - st.given_ns
+        st.patience = min(2 * st.patience, MAX_PATIENCE) if stay < SHORT_STAY_NS else 1
+        st.offered, st.calm, st.captured = True, 0, captured
+        self._back = st
+
+    # -- the brake
+
+    def look(self) -> None:
+        """Give what is braked and can be given now; let go what has been braked for long enough.
+        To be called with each batch and with each tick."""
+        host = self._host
+        for st in self._braked[:]:
+            assert st.brake is not None
+            st.release_part(host.now, False)
+            if st.epoch == host.epoch and ready(st) and self._gave(st) is Answer.TAKEN:
+                self._unbrake(st)
+            elif host.now >= st.brake.until_ns or st.brake.full():
+                st.refused, st.calm = 0, -MAX_PATIENCE
+                self._unbrake(st)
+
+    def _unbrake(self, st: Stream) -> None:
+        brake, st.brake = st.brake, None
+        self._braked.remove(st)
+        assert brake is not None
+        for rec in brake.frames:
+            self._host.emit(rec, self._host.now)
+
+    def unbrake_all(self) -> None:
+        """What is kept back leaves: it may, and something else happens now."""
+        for st in self._braked[:]:
+            self._unbrake(st)
+
+    def clear(self) -> None:
+        """Forget all streams, of which none is braked."""
+        self._calm.clear()
+        self._back = None
+
+    def kept(self) -> tuple[int, int]:
+        """Frames that are kept back, and their bytes."""
+        brakes = [st.brake for st in self._braked if st.brake is not None]
+        return sum(len(b.frames) for b in brakes), sum(b.size for b in brakes)

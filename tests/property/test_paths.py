@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""More paths for heartbeats make a decision more careful, never less."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import replace
+
+from colo_xdp.failover import Action, Ending, Facts, Heard, Role, State, decide
+
+CASES = 15_000
+TIMES = (0.0, 5.0, 999.0, 1000.0, 1001.0, 5000.0, 5001.0, 10_000.0, 10_001.0, float("inf"))
+
+
+def cases(seed: int) -> Iterator[tuple[Facts, tuple[Heard, ...]]]:
+    """Any facts, and one to three paths."""
+    rnd = random.Random(seed)
+    flags = (
+        "own_vm_alive", "own_qmp", "peer_connected", "peer_vm_gone", "colo_exit", "automatic",
+        "fence_configured", "operator", "checkpoint_overdue", "shadow", "lease", "lease_held",
+        "may_speak", "other_alone", "recorded", "committed", "own_vm_hangs", "peer_slow", "waiting",
+    )  # fmt: skip
+    for _ in range(CASES):
+        # most of them are such as an earlier row of the table decides: no more of these than needed
+        rare = {"operator", "peer_vm_gone", "shadow", "lease", "committed", "other_alone"}
+        drawn = {n: rnd.random() < (0.15 if n in rare else 0.5) for n in flags}
+        drawn["own_vm_alive"] = rnd.random() < 0.95
+        drawn["fence_configured"] &= not drawn["lease"]  # it is one arbiter or the other
+        result = rnd.choice((None, False, True)) if drawn["fence_configured"] else None
+        f = Facts(
+            role=rnd.choice(list(Role)), state=rnd.choice(list(State)),
+            peer_silent_ms=rnd.choice(TIMES), heartbeat_timeout_ms=1000.0,
+            dead_after_ms=rnd.choice((5000.0, 10_000.0)),
+            fence_result=result, ending=rnd.choice(list(Ending)),
+            **drawn,  # type: ignore[arg-type]
+        )  # fmt: skip
+        yield f, tuple(some_paths(rnd, rnd.choice((1, 2, 3))))
+
+
+def some_paths(rnd: random.Random, n: int) -> Iterator[Heard]:
+    for _ in range(n):
+        yield Heard("way", rnd.choice(TIMES), rnd.choice(TIMES))
+
+
+#: what cannot be called back
+GRAVE = (Action.TAKE_OVER, Action.GO_SOLO, Action.FENCE, Action.ACQUIRE)
+
+
+def test_no_path_leads_to_what_cannot_be_called_back() -> None:
+    careful = 0
+    for f, paths in cases(1):
+        one, more = decide(f), decide(replace(f, paths=paths))
+        if more.action in GRAVE:
+            assert one.action is more.action, (f, paths)
+        if one.action in (Action.NONE, Action.DEGRADE, Action.REARM):
+            assert more.action in (one.action, Action.NONE, Action.DEGRADE, Action.ASK_SHUT)
+        careful += one.action in GRAVE and more.action not in GRAVE
+    assert careful > 40, "else the cases prove nothing"
+
+
+def test_nor_does_one_more() -> None:
+    rnd = random.Random(3)
+    for f, paths in cases(2):
+        a = decide(replace(f, paths=paths))
+        b = decide(replace(f, paths=(*paths, *some_paths(rnd, 1))))
+        if b.action in GRAVE:
+            assert a.action is b.action, (f, paths)
+
+
+def test_a_silent_path_changes_no_action() -> None:
+    """Nor does it make anything slower: what is decided, is decided at the same time."""
+    for f, paths in cases(4):
+        dead = tuple(replace(p, silent_ms=max(p.silent_ms, f.peer_silent_ms)) for p in paths)
+        assert decide(replace(f, paths=dead)).action is decide(f).action
+
+
+def test_paths_say_nothing_while_the_control_channel_speaks() -> None:
+    for f, paths in cases(5):
+        f = replace(f, peer_silent_ms=5.0)
+        assert decide(replace(f, paths=paths)) == decide(f)
+
+
+def test_who_is_heard_is_not_fenced_unless_he_is_deaf() -> None:
+    deaf = asked = 0
+    for f, paths in cases(6):
+        f = replace(f, paths=(*paths, Heard("heard", 5.0, 5.0)), operator=False, committed=False)
+        d = decide(f)
+        if d.action in GRAVE and not f.peer_vm_gone:
+            deaf += 1
+            assert f.role is Role.PRIMARY and f.peer_silent_ms > 2 * f.dead_after_ms
+            assert f.colo_exit or f.checkpoint_overdue or f.waiting
+            assert "does not stand down" in d.why
+        if d.action is Action.ASK_SHUT:
+            asked += 1
+            assert f.role is Role.PRIMARY and f.own_qmp
+    assert deaf > 10 and asked > 40
+
+
+def test_there_is_always_a_sentence() -> None:
+    """And it has no number that changes by itself: it would be logged over and over."""
+    for f, paths in cases(7):
+        d = decide(replace(f, paths=paths))
+        assert len(d.why) > 10 and not any(c.isdigit() for c in d.why)

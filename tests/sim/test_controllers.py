@@ -1,0 +1,365 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The control plane alone: both controllers, no traffic, and all that can go wrong between them.
+
+Narrower than the simulator of the whole pair, so deeper. Looked at is what lets a guest speak (the
+mode, who is compared, the lease, the fence), at each change and every 20 ms:
+
+- never do both guests reach the network uncompared;
+- never does a guest reach it that lacks what the other one has said alone.
+
+A fence that succeeds switches the other host off, or only takes it off the clients' network: its
+controller lives then, and will be heard again, but fences nobody meanwhile. (Else it would speak
+with an old state some day: no controller can know better without a third place.) A person says
+`--force` only after he has done that by hand, and gives the network back to a host when its guest
+is shut in, or is the only one and knows everything, or when both controllers have heard each other
+for a while: it is theirs to know then.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from colo_xdp import controller
+from colo_xdp.abi import Bond, Mode
+from colo_xdp.failover import Action, State, decide
+from colo_xdp.primary import Primary
+from colo_xdp.secondary import Secondary
+from colo_xdp.speaker import Speaker
+
+from .host import Side
+from .torture import failure, shrink, trace
+from .world import Fault, Scene, Violation, World
+
+RUNS, BLOCKS = 300, 3
+AFTER_MS = 2500  # what the last fault has set off
+
+KINDS = (
+    "cut", "cut", "cut", "cut", "cut_p", "cut_s", "cut_colo",
+    "kill_p_controller", "kill_s_controller", "kill_p_controller", "kill_s_controller",
+    "kill_p_qemu", "kill_s_qemu", "kill_p_qemu", "kill_s_qemu", "power_p", "power_s",
+    "checkpoint", "failover_p", "failover_s", "force_p", "force_s", "force_p", "force_s", "planned",
+    "kill_pvm_in_checkpoint", "kill_waiting_qemu", "trap", "trap",
+)  # fmt: skip
+STORE_CUTS = ("cut_e", "cut_pe", "cut_se", "cut_pe_in", "cut_se_out")
+
+
+def control_scene(seed: int) -> Scene:
+    """A random sequence; every third has a lease, every third a person as its arbiter."""
+    rnd = random.Random(seed * 32_452_843 + 5)
+    lease, manual = seed % 3 == 1, seed % 3 == 2
+    kinds = KINDS + STORE_CUTS * 2 if lease else KINDS
+    at, faults = 0, []
+    for _ in range(rnd.choice((2, 3, 5, 8))):
+        at += rnd.choice((rnd.randrange(5, 60), rnd.randrange(60, 700), rnd.randrange(700, 3000)))
+        faults.append(Fault(at, rnd.choice(kinds), rnd.choice((30, 300, 1200, 3000))))
+    return Scene(
+        seed, conns=0, loss=0, dup=0, link_loss=0, faults=tuple(faults), lease=lease, manual=manual,
+        fast=False, roles=True,
+    )  # fmt: skip
+
+
+def old_state_scene(seed: int) -> Scene:
+    """The PVM goes on alone where nothing can be heard of it, and its host dies when it can."""
+    rnd = random.Random(seed * 49_979_687 + 6)
+    s = control_scene(seed * 3)
+    cut, gone = rnd.choice((800, 1500)), rnd.randrange(200, 3500)
+    faults = [
+        Fault(600, "cut", cut), Fault(600 + rnd.randrange(100, cut), "force_p"),
+        Fault(600 + cut + gone, "kill_p_controller", 5000),
+        Fault(601 + cut + gone, "kill_p_qemu"),
+    ]  # fmt: skip
+    if rnd.random() < 0.7:
+        faults.append(Fault(600 + rnd.randrange(cut), "kill_p_controller", 30))
+    return replace(s, faults=tuple(sorted(faults, key=lambda f: f.at)))
+
+
+class Gates(World):
+    """A pair that nobody talks to."""
+
+    def __init__(self, s: Scene, *, trace: bool = False) -> None:
+        super().__init__(s, trace=trace)
+        self.client.plans.clear()
+        self.client.udp_left = 0
+        self.isolated: set[str] = set()  # hosts that the clients' network does not reach
+        self.alone: Counter[str] = Counter()
+        self._opened: tuple[str, ...] = ()
+        self._heard_ms = 0  # how long each controller has heard the other one
+
+    # -- what is looked at
+
+    def open(self, side: Side) -> bool:
+        """What this guest says would reach the network, and no other one has said it."""
+        q = side.qemu
+        if side.off or not (q.alive and q.running) or side.guest is None or side.silenced():
+            return False
+        if side.primary:
+            c = side.controller
+            uncompared = c is not None and c._uncompared and side.mode is not Mode.DROP
+            return side.mode is Mode.BYPASS or uncompared
+        return side.mode is Mode.TAKEOVER and side.in_bridge
+
+    def gates_moved(self) -> None:
+        speak = [x for x in (self.p, self.s) if self.open(x) and x.name not in self.isolated]
+        names = tuple(x.name for x in speak)
+        if names != self._opened:
+            self.note("the network hears %s", " and ".join(names) or "nobody")
+            self._opened = names
+            self.alone.update(names)
+        if len(speak) > 1:
+            raise Violation("both guests reach the network")
+        for side in speak:
+            if side.stale:
+                raise Violation(
+                    f"{side.name}'s guest speaks, and lacks what the other one has said alone"
+                )
+            side.other.stale = True
+
+    # -- what happens
+
+    async def _fence(self, side: Side) -> bool:
+        await asyncio.sleep(self.rnd.uniform(0.2, self.rnd.choice((2, 30, 400))) / 1000)
+        fate = self.rnd.choice(("fails", "off", "off", "isolated", "isolated"))
+        if side.name in self.isolated:
+            fate = "fails"
+        self.note("%s fences %s: %s", side.name, side.other.name, fate)
+        if fate == "fails":
+            return False
+        self._silence(side.other, off=fate == "off")
+        return True
+
+    def _silence(self, side: Side, *, off: bool) -> None:
+        if off:
+            self._power_off(side)
+        else:
+            self.isolated.add(side.name)
+
+    def _power_on(self, side: Side) -> None:
+        """Whatever the other host has made of it; the guest does not come back by itself."""
+        if side.off:
+            self.note("%s boots", side.name)
+            side.power_on()
+            self.boot(side)
+
+    def strike(self, f: Fault) -> None:
+        if f.kind == "cut":
+            self.note("FAULT link cut for %d ms", f.span)
+            self._cut("cut_ps", 1)
+            self.colo_cut = self.colo_cut or self.rnd.random() < 0.5
+            self.later(f.span, self._heal)
+        elif f.kind in ("cut_p", "cut_s"):
+            name = f.kind[-1].upper()
+            self.note("FAULT nothing of %s is heard for %d ms", name, f.span)
+            self.mute[name] += 1
+            self.later(f.span, lambda: self._unmute(name))
+        elif f.kind in ("force_p", "force_s"):
+            self._force(self.p if f.kind == "force_p" else self.s)
+        elif f.kind.startswith("failover_") and self.scene.manual:
+            self._force(self.p if f.kind == "failover_p" else self.s)
+        else:
+            super().strike(f)
+
+    def _heal(self) -> None:
+        self._cut("cut_ps", -1)
+        if not self.channel_cut:
+            self.note("the link is whole again")
+            self.colo_cut = False
+
+    def _unmute(self, name: str) -> None:
+        self.mute[name] -= 1
+        self.mute = +self.mute
+
+    def _force(self, side: Side) -> None:
+        """A person has made sure that the other one is silent, and says so."""
+        c = side.controller
+        if self.scene.lease or c is None or c.state in (State.STARTING, State.STOPPED):
+            return
+        if side.stale:  # he looks at both before he silences one
+            return
+        off = self.rnd.random() < 0.4
+        how = "switches off" if off else "takes off the network"
+        self.note("FAULT a person %s %s and forces %s", how, side.other.name, side.name)
+        self._silence(side.other, off=off)
+        self.spawn(self._command(side, "failover", force=True))
+
+    def _give_network_back(self) -> None:
+        for side in (self.p, self.s):
+            alone = not side.stale and (side.other.off or not side.other.qemu.alive)
+            settled = self._heard_ms > 500 and not self.open(side)
+            fit = side.mode is Mode.DROP or alone or settled
+            if side.name in self.isolated and fit and self.rnd.random() < 0.02:
+                self.note("%s is on the network again", side.name)
+                self.isolated.discard(side.name)
+
+    def _tick(self) -> None:
+        super()._tick()
+        ends = [x.peer for x in (self.p, self.s) if x.controller is not None]
+        heard = len(ends) == 2 and all(e is not None and e.connected for e in ends)
+        self._heard_ms = self._heard_ms + 20 if heard and not (self.mute or self.ps_cut) else 0
+        self._give_network_back()
+        self._operate()
+        self.gates_moved()
+
+    async def _main(self) -> None:
+        self._tasks = set()
+        for side in (self.p, self.s):
+            self.boot(side)
+        for f in self.scene.faults:
+            self.later(f.at, lambda f=f: self.strike(f))  # type: ignore[misc]
+        end = max((f.at + f.span for f in self.scene.faults), default=0) + AFTER_MS
+        while self.ms() < end:
+            self._guarded(self._tick)
+            if self.broken is not None:
+                raise self.broken
+            await asyncio.sleep(0.02)
+            self.pairs += self.whole() and not self._was_whole
+            self._was_whole = self.whole()
+        if self.broken is not None:
+            raise self.broken
+
+    _was_whole = False
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> Iterator[None]:
+    logging.disable(logging.CRITICAL)
+    yield
+    logging.disable(logging.NOTSET)
+
+
+def story(s: Scene) -> str:
+    """The shortest sequence that fails too, and what happened."""
+    small = shrink(s, 20, Gates)
+    steps = ", ".join(f"{f.kind} at {f.at} for {f.span}" for f in small.faults)
+    arbiter = "lease" if s.lease else "manual" if s.manual else "fence"
+    return f"seed {s.seed}, {arbiter}: {steps}\n{small.to_json()}\n{trace(small, 70, Gates)}"
+
+
+@pytest.mark.parametrize("block", range(BLOCKS))
+def test_never_a_stale_guest(block: int) -> None:
+    alone: Counter[str] = Counter()
+    pairs = 0
+    for seed in range(block * RUNS // BLOCKS, (block + 1) * RUNS // BLOCKS):
+        s = control_scene(seed)
+        world = Gates(s)
+        try:
+            world.run()
+        except Exception:
+            pytest.fail(story(s))
+        alone += world.alone
+        pairs += world.pairs
+    # else nothing was tried
+    assert alone["S"] > RUNS // BLOCKS / 8 and pairs > 1.2 * RUNS / BLOCKS, (alone, pairs)
+
+
+def test_never_a_state_that_was_old_when_the_other_one_died() -> None:
+    alone: Counter[str] = Counter()
+    for seed in range(60):
+        s = old_state_scene(seed)
+        world = Gates(s)
+        try:
+            world.run()
+        except Exception:
+            pytest.fail(story(s))
+        alone += world.alone
+    assert alone["P"] > 100, alone
+
+
+#: a planned failover whose last word comes with the decision to go solo: shrunk from a random one
+TOO_LATE = Scene(
+    2790, conns=0, loss=0, dup=0, link_loss=0, fast=False, roles=True, faults=(
+        Fault(2430, "kill_p_controller", 30), Fault(3410, "kill_s_qemu", 30),
+        Fault(3950, "power_s", 300), Fault(3988, "cut", 30), Fault(6191, "cut_s", 30),
+        Fault(6571, "cut", 300), Fault(6589, "checkpoint", 30), Fault(6965, "planned", 30),
+    ),
+)  # fmt: skip
+
+
+def test_a_pair_that_was_given_up_makes_no_checkpoint() -> None:
+    assert not failure(TOO_LATE, Gates)
+
+
+# ---- deliberate faults: each must be noticed
+
+
+def nobody_hears_that_the_other_was_alone(mp: Any) -> None:
+    for side in (Primary, Secondary):
+        mp.setattr(side, "outdated", lambda self, why: None)
+
+
+def a_new_controller_forgets_that_its_guest_was_alone(mp: Any) -> None:
+    real = Primary.__init__
+
+    def init(self: Primary, config: Any, datapath: Any) -> None:
+        if datapath.adopted:
+            datapath.bond = Bond.NONE
+        real(self, config, datapath)
+
+    mp.setattr(Primary, "__init__", init)
+
+
+def a_beat_does_not_say_alone(mp: Any) -> None:
+    real = controller.Controller._peer_message
+    mp.setattr(
+        controller.Controller, "_peer_message", lambda self, msg: real(
+            self, msg | {"alone": False} if "alone" in msg else msg
+        ),
+    )  # fmt: skip
+
+
+def a_failed_fence_is_a_fence(mp: Any) -> None:
+    real = controller.Controller._act
+
+    async def act(self: Any, d: Any) -> None:
+        await real(self, d)
+        if d.action is Action.FENCE:
+            self.fence_result = True
+
+    mp.setattr(controller.Controller, "_act", act)
+
+
+def silence_is_death(mp: Any) -> None:
+    def wrong(f: Any) -> Any:
+        d = decide(f)
+        if d.action in (Action.FENCE, Action.DEGRADE) and f.peer_silent_ms > f.dead_after_ms:
+            return controller.Decision(Action.TAKE_OVER, "a timer")
+        return d
+
+    mp.setattr(controller, "decide", wrong)
+
+
+def a_stale_guest_may_hold_the_lease(mp: Any) -> None:
+    mp.setattr(Speaker, "other_alone", property(lambda self: False))
+
+
+def a_cancelled_checkpoint_goes_on(mp: Any) -> None:
+    mp.setattr(Primary, "_unless_over", lambda self: None)
+
+
+#: scenes in which they do harm, where random ones seldom do
+SCENES: dict[str, Callable[[int], Scene]] = {
+    "nobody_hears_that_the_other_was_alone": old_state_scene,
+    "a_new_controller_forgets_that_its_guest_was_alone": old_state_scene,
+    "a_beat_does_not_say_alone": old_state_scene,
+    "a_cancelled_checkpoint_goes_on": lambda seed: TOO_LATE,
+}
+FAULTS: tuple[Callable[[Any], None], ...] = (
+    nobody_hears_that_the_other_was_alone, a_new_controller_forgets_that_its_guest_was_alone,
+    a_beat_does_not_say_alone, a_failed_fence_is_a_fence, silence_is_death,
+    a_stale_guest_may_hold_the_lease, a_cancelled_checkpoint_goes_on,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda f: f.__name__)
+def test_faults_are_noticed(fault: Callable[[Any], None]) -> None:
+    with pytest.MonkeyPatch.context() as mp:
+        fault(mp)
+        make = SCENES.get(fault.__name__, control_scene)
+        assert any(failure(make(seed), Gates) for seed in range(600)), fault.__name__
