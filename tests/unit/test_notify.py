@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""sd_notify over a real datagram socket, as systemd listens on one."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from colo_xdp.notify import Notifier
+
+
+@pytest.fixture(params=["path", "abstract"])
+def systemd(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[socket.socket]:
+    """The manager's end, named as it names itself: a path, or `@` for the abstract space."""
+    name = str(tmp_path / "notify") if request.param == "path" else f"@colo-xdp-{tmp_path}"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as s:
+        s.bind(name.replace("@", "\0", 1) if request.param == "abstract" else name)
+        s.settimeout(2)
+        monkeypatch.setenv("NOTIFY_SOCKET", name)
+        yield s
+
+
+def test_fields_arrive_in_one_datagram(systemd: socket.socket) -> None:
+    Notifier().send(READY="1", STATUS="both guests run")
+    assert systemd.recv(4096) == b"READY=1\nSTATUS=both guests run"
+
+
+def test_patience_sets_and_restores_the_watchdog(
+    systemd: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WATCHDOG_USEC", "10000000")
+    n = Notifier()
+    assert n.watchdog_s == 5  # twice within the time of the unit
+    n.patience(60)
+    assert systemd.recv(4096) == b"WATCHDOG=1\nWATCHDOG_USEC=60000000"
+    n.patience(None)
+    assert systemd.recv(4096) == b"WATCHDOG=1\nWATCHDOG_USEC=10000000"
+
+
+def test_a_manager_that_is_gone_or_does_not_read_stops_nobody(systemd: socket.socket) -> None:
+    n = Notifier()
+    for _ in range(5000):  # more than a socket's queue takes
+        n.send(WATCHDOG="1")
+    systemd.close()
+    n.send(STOPPING="1")
+
+
+def test_silent_without_systemd(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NOTIFY_SOCKET", raising=False)
+    monkeypatch.setenv("WATCHDOG_USEC", "junk")
+    n = Notifier()
+    assert n.watchdog_s == 0
+    n.patience(1)
+    n.send(READY="1")
