@@ -301,8 +301,20 @@ class Chaos:
         self._protected()
 
     def _protected(self) -> None:
+        """Until both say so and hear each other: a cut may have ended before it was noticed."""
+
+        def fine() -> bool:
+            seen = [self.lab.status(host) for host in HOSTS]
+            return all(
+                s.get("state") == "protected"
+                and s["peer"]["connected"]
+                and (s["peer"]["silent_ms"] or 0) < HEARTBEAT_TIMEOUT_MS / 2
+                for s in seen
+            )
+
         for host in HOSTS:
             self.lab.wait_state(host, "protected", 60)
+        wait_for("a pair that hears each other", fine, 60)
 
     # -- a round
 
