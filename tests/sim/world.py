@@ -610,9 +610,10 @@ class World:
             self.boot(side)
 
     async def _start_qemu(self, side: Side) -> None:
-        """[qemu] incoming, which may fail."""
+        """[qemu] incoming, which may fail once; then it is seconds until the next try."""
         await asyncio.sleep(self.rnd.uniform(5, 80) / 1000)
-        if self.rnd.random() < 0.9 and not side.off:
+        side.failed_start = self.rnd.random() < 0.1 and not side.failed_start
+        if not side.failed_start and not side.off:
             self.note("%s QEMU -incoming", side.name)
             side.new_qemu()
 
