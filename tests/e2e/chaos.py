@@ -188,6 +188,8 @@ class Chaos:
         self.streams.remove(s)
         stats = s.stop()
         self.tally.wrong_bytes += stats.wrong
+        if stats.wrong:
+            self.tally.problems.append(f"an echo stream: {stats.wrong} wrong bytes")
 
     def _check_streams(self, what: str) -> None:
         for s in list(self.streams):
@@ -404,6 +406,8 @@ class Chaos:
                 self._retire(s)
         t = self.tally
         t.wrong_bytes += downloads.wrong + lines.wrong
+        if lines.odd:
+            t.problems.append(f"the line stream: {lines.odd}")
         if lines.dead:
             t.lost_connections += 1
             t.problems.append(f"the line stream was lost: {lines.dead}")
