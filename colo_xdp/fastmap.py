@@ -24,6 +24,8 @@ from .loader import Objects, possible_cpus
 log = logging.getLogger("colo_xdp.fastmap")
 
 SEIZE_S = 1.0  # a connection that stays locked for longer is given up
+#: between two walks: one through a table of a million buckets takes 3 ms, however few are used
+REST_NS = 10_000_000_000
 _DONE = CtlResult.DONE
 _ANSWERS = {_DONE: Answer.TAKEN, CtlResult.REFUSED: Answer.ON_THEIR_WAY}
 _U32 = struct.Struct("=I")
@@ -53,6 +55,7 @@ class FastMap:
         self._full = 0
         self.forgotten = 0
         self._walk: Iterator[bytes] | None = None
+        self._rest_until = 0
 
     @property
     def enabled(self) -> bool:
@@ -171,11 +174,13 @@ class FastMap:
     def sweep(self, now_ns: int, most: int) -> None:
         """Look at the next `most` connections; forget those long unused."""
         if self._walk is None:
+            if now_ns < self._rest_until:
+                return
             self._walk = self._conns.keys()
         for _ in range(most):
             key = next(self._walk, None)
             if key is None:
-                self._walk = None
+                self._walk, self._rest_until = None, now_ns + min(REST_NS, self._idle_ns // 4)
                 break
             raw = self._conns.get(key)
             if raw is None:

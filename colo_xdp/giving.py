@@ -13,6 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from ._seq import diff
 from .comparer import Comparer, Host
 from .fastpath import Answer, Fast, given, pack, ready, waits_since
 from .flows import GIVEN
@@ -21,6 +22,9 @@ from .stream import Stream
 
 #: settled batches before a connection is offered to the kernel, and at most between two stays there
 OFFER_AFTER, MAX_PATIENCE = 12, 256
+#: but so many if it has said so much: there is more to come. Most connections end before either,
+#: and taking one back for its FIN costs more than a few frames in Python.
+OFFER_SOON, OFFER_BYTES = 1, 8192
 #: a stay in the kernel that was shorter than this doubles the patience
 SHORT_STAY_NS = 50_000_000
 #: batches between two tries to give a stream of which frames are always on their way
@@ -55,6 +59,12 @@ class Brake:
     def full(self) -> bool:
         """Whether the guest sends on and on without an ack."""
         return len(self.frames) > BRAKE_FRAMES or self.size > BRAKE_BYTES
+
+
+def _wait(st: Stream) -> int:
+    """Settled batches before a stream that the kernel does not know is offered to it."""
+    said = 0 if st.base is None else diff(st.base, st.origin)
+    return OFFER_SOON if said >= OFFER_BYTES else OFFER_AFTER
 
 
 class Giving:
@@ -96,7 +106,7 @@ class Giving:
             if st.brake is not None:
                 continue  # look() has it
             st.calm += 1
-            if st.calm < (st.patience if st.offered else OFFER_AFTER):
+            if st.calm < (st.patience if st.offered else _wait(st)):
                 continue
             st.release_part(host.now, False)
             if st.epoch != host.epoch or not ready(st):

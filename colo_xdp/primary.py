@@ -380,6 +380,7 @@ class Primary(Controller):
             if self.speaker is not None and not self.speaker.may_speak:
                 self.become(self.state, "waiting for the lease: nothing leaves this host")
             elif migration is not None and self.peer.connected and self._peer_ready:
+                self._peer_ready = False  # of the next SVM it is to be said anew, also meanwhile
                 try:
                     await self._enter()
                     break
@@ -483,7 +484,6 @@ class Primary(Controller):
             raise CheckpointFailed(f"QEMU is in `{await self.qmp.migration_status()}`, not in COLO")
 
     async def _enter_failed(self, why: str) -> None:
-        self._peer_ready = False
         self._bypass()
         self.become(State.STARTING, f"COLO was not entered: {why}")
         try:

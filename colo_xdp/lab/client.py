@@ -196,6 +196,7 @@ class LineStream:
     def __init__(self, ns: str) -> None:
         self.lines = 0
         self.wrong = 0
+        self.odd = ""  # the first wrong one
         self.dead = ""
         self.times: list[float] = []
         self._stop = threading.Event()
@@ -208,13 +209,15 @@ class LineStream:
             with self._socket.makefile("rb") as f:
                 while not self._stop.is_set():
                     line = f.readline()
-                    if not line:
+                    if not line.endswith(b"\n"):
                         if not self._stop.is_set():
-                            self.dead = "closed by the guest"
+                            self.dead = f"closed by the guest after {line!r}"
                         return
                     self.lines += 1
                     self.times.append(time.time())
-                    self.wrong += line != f"line {self.lines}\n".encode()
+                    if line != f"line {self.lines}\n".encode():
+                        self.wrong += 1
+                        self.odd = self.odd or f"{line!r} in place of line {self.lines}"
         except OSError as e:
             if not self._stop.is_set():
                 self.dead = str(e) or type(e).__name__

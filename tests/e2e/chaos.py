@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from colo_xdp.lab.capture import Capture, from_guest
-from colo_xdp.lab.client import EchoStream, LineStream
+from colo_xdp.lab.client import EchoStream, LineStream, wrong_bytes
+from colo_xdp.lab.guest import content
 from colo_xdp.lab.net import LabError, sh, wait_for
 from colo_xdp.lab.pair import Lab
 
@@ -66,18 +67,22 @@ class Downloads:
             n += 1
             name = ("index.html", "f100k", "f1m")[n % 3]
             f = self._lab.client.http(name, v6=bool(n % 2))
-            from colo_xdp.lab.client import wrong_bytes
-            from colo_xdp.lab.guest import content
-
             self.count += 1
             want = content(name)
-            if f.ok:
-                self.wrong += wrong_bytes(f.body, want)
-            else:
+            # What did come of one that failed has to be right all the same.
+            wrong = wrong_bytes(f.body, want if f.ok else want[: len(f.body)])
+            self.wrong += wrong
+            if not f.ok:
                 self.failed += 1
                 self.errors.append(f"{name}: {f.error}")
-                # What did come has to be right all the same.
-                self.wrong += f.body != want[: len(f.body)]
+            if wrong:
+                pairs = enumerate(zip(f.body, want, strict=False))
+                at = next((i for i, (x, y) in pairs if x != y), len(want))
+                self.errors.append(
+                    f"{name}: {len(f.body)} bytes at {time.time():.3f} after {f.seconds:.3f} s,"
+                    f" wrong from {at}: {f.body[at : at + 32].hex()}"
+                )
+                (self._lab.work / f"wrong-{n}").write_bytes(f.body)
 
     def stop(self) -> None:
         self._stop.set()
@@ -183,6 +188,8 @@ class Chaos:
         self.streams.remove(s)
         stats = s.stop()
         self.tally.wrong_bytes += stats.wrong
+        if stats.wrong:
+            self.tally.problems.append(f"an echo stream: {stats.wrong} wrong bytes")
 
     def _check_streams(self, what: str) -> None:
         for s in list(self.streams):
@@ -301,8 +308,20 @@ class Chaos:
         self._protected()
 
     def _protected(self) -> None:
+        """Until both say so and hear each other: a cut may have ended before it was noticed."""
+
+        def fine() -> bool:
+            seen = [self.lab.status(host) for host in HOSTS]
+            return all(
+                s.get("state") == "protected"
+                and s["peer"]["connected"]
+                and (s["peer"]["silent_ms"] or 0) < HEARTBEAT_TIMEOUT_MS / 2
+                for s in seen
+            )
+
         for host in HOSTS:
             self.lab.wait_state(host, "protected", 60)
+        wait_for("a pair that hears each other", fine, 60)
 
     # -- a round
 
@@ -376,6 +395,8 @@ class Chaos:
                     self.say(f"{seconds:g} s are over")
                     break
                 self.round(n)
+                if downloads.wrong:
+                    break  # what there is to be seen of it must not be written over
         except LabError as e:
             self.tally.problems.append(f"round {self.tally.rounds + 1}: {e}")
         finally:
@@ -385,6 +406,8 @@ class Chaos:
                 self._retire(s)
         t = self.tally
         t.wrong_bytes += downloads.wrong + lines.wrong
+        if lines.odd:
+            t.problems.append(f"the line stream: {lines.odd}")
         if lines.dead:
             t.lost_connections += 1
             t.problems.append(f"the line stream was lost: {lines.dead}")

@@ -81,9 +81,9 @@ class Guest:
         if s.flags & (SYN | ACK | RST) == SYN:
             fresh = c is None or c.state in ("closed", "reset") or not c.acked
             if fresh and not (c is not None and c.irs == s.seq and c.state != "reset"):
-                iss = self.rnd.choice(
-                    (self.rnd.randrange(1 << 32), (1 << 32) - 1 - self.rnd.randrange(3000))
-                )
+                near = s.seq * 2_654_435_761  # clones have one secret and nearly one clock
+                iss = self.rnd.choice((self.rnd.randrange(1 << 32), -1, near, near))
+                iss = (iss - self.rnd.randrange(3000)) & 0xFFFFFFFF
                 if c is not None:  # above the old one's numbers (RFC 6528)
                     iss = (c.iss + len(c.out) + 2 + self.rnd.randrange(100_000)) & 0xFFFFFFFF
                     self.archive[(*key, c.irs)] = c

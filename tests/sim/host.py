@@ -60,6 +60,7 @@ class Side:
         self.fast: TierK | None = None
         self.tap: deque[bytes] = deque(maxlen=500)  # frames that a stopped guest has not taken
         self.off = False  # no power
+        self.failed_start = False  # of its QEMU, the last time
         self.stale = False  # the other guest has said to the network what this one does not know
         self._forget()
         self.qemu = Qemu(self, incoming=not primary)

@@ -61,7 +61,9 @@ SCENES: dict[str, dict[str, Any]] = {
             Fault(150, "cut_channel", 6000), Fault(150, "deafen_s", 6000), Fault(200, "cut_colo"),
         ),
     },
-    "takeover_never_asks_which_guest_runs": {"faults": (Fault(300, "kill_p_in_checkpoint"),)},
+    "takeover_never_asks_which_guest_runs": {
+        "conns": 5, "faults": (Fault(400, "kill_p_qemu_in_checkpoint"),),
+    },
 }  # fmt: skip
 
 
@@ -601,11 +603,6 @@ def who_asks_by_beacon_takes_it_for_granted(mp: Any) -> None:
 
 
 # -- the lease; its times are tried in test_speakers.py, where no decision hides them
-
-
-@_lease_mutant
-def nobody_reads_who_spoke_alone(mp: Any) -> None:
-    mp.setattr(Speaker, "other_alone", property(lambda self: False))
 
 
 @_lease_mutant

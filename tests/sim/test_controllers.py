@@ -273,19 +273,6 @@ def test_never_a_state_that_was_old_when_the_other_one_died() -> None:
 
 
 #: a planned failover whose last word comes with the decision to go solo: shrunk from a random one
-TOO_LATE = Scene(
-    2790, conns=0, loss=0, dup=0, link_loss=0, fast=False, roles=True, faults=(
-        Fault(2430, "kill_p_controller", 30), Fault(3410, "kill_s_qemu", 30),
-        Fault(3950, "power_s", 300), Fault(3988, "cut", 30), Fault(6191, "cut_s", 30),
-        Fault(6571, "cut", 300), Fault(6589, "checkpoint", 30), Fault(6965, "planned", 30),
-    ),
-)  # fmt: skip
-
-
-def test_a_pair_that_was_given_up_makes_no_checkpoint() -> None:
-    assert not failure(TOO_LATE, Gates)
-
-
 # ---- deliberate faults: each must be noticed
 
 
@@ -339,21 +326,16 @@ def a_stale_guest_may_hold_the_lease(mp: Any) -> None:
     mp.setattr(Speaker, "other_alone", property(lambda self: False))
 
 
-def a_cancelled_checkpoint_goes_on(mp: Any) -> None:
-    mp.setattr(Primary, "_unless_over", lambda self: None)
-
-
 #: scenes in which they do harm, where random ones seldom do
 SCENES: dict[str, Callable[[int], Scene]] = {
     "nobody_hears_that_the_other_was_alone": old_state_scene,
     "a_new_controller_forgets_that_its_guest_was_alone": old_state_scene,
     "a_beat_does_not_say_alone": old_state_scene,
-    "a_cancelled_checkpoint_goes_on": lambda seed: TOO_LATE,
 }
 FAULTS: tuple[Callable[[Any], None], ...] = (
     nobody_hears_that_the_other_was_alone, a_new_controller_forgets_that_its_guest_was_alone,
     a_beat_does_not_say_alone, a_failed_fence_is_a_fence, silence_is_death,
-    a_stale_guest_may_hold_the_lease, a_cancelled_checkpoint_goes_on,
+    a_stale_guest_may_hold_the_lease,
 )  # fmt: skip
 
 

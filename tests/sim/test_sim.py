@@ -63,7 +63,7 @@ def test_random_schedules_with_a_lease(block: int) -> None:
             pytest.fail(f"{s.to_json()}: {type(e).__name__}: {e}")
         took_over += "S" in world.spoke
         solo += world.was_solo
-    assert took_over > 20 and solo > 20
+    assert took_over > 10 and solo > 20
 
 
 def test_random_schedules_of_pairs_made_anew() -> None:

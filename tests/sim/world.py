@@ -78,7 +78,7 @@ CUTS = (
 #: faults that end the pair: somebody has to speak alone
 ENDING = (
     "kill_p_qemu", "kill_s_qemu", "kill_p_host", "kill_s_host", "power_p", "power_s", "failover",
-    "kill_p_in_checkpoint", "kill_p_in_checkpoint", "cut_colo",
+    "kill_p_in_checkpoint", "kill_p_qemu_in_checkpoint", "cut_colo",
 )  # fmt: skip
 
 
@@ -411,9 +411,9 @@ class World:
         else:
             if self._held(side):
                 self._judge(side, frame)
-            elif side.mode is Mode.BYPASS or side.protected or side.other.guest is None:
+            elif self._alone(side):
                 side.other.stale = True
-            elif not side.other.stale:  # entering: what was sent before STOP
+            elif not side.other.stale:  # entering, or shadow's end: what was sent before STOP
                 try:
                     self._judge(side, frame)
                 except Violation:
@@ -434,6 +434,13 @@ class World:
         c = side.controller
         alone = c is not None and c.spoke_alone
         return side.protected and not self.shadow and not alone and side.mode is not Mode.BYPASS
+
+    def _alone(self, side: Side) -> bool:
+        return (
+            side.mode is Mode.BYPASS
+            or (side.protected and not self.shadow)
+            or side.other.guest is None
+        )
 
     def _judge(self, side: Side, frame: bytes) -> None:
         """I1 to I3 for a frame of the PVM that leaves while the pair holds together."""
@@ -603,9 +610,10 @@ class World:
             self.boot(side)
 
     async def _start_qemu(self, side: Side) -> None:
-        """[qemu] incoming, which may fail."""
+        """[qemu] incoming, which may fail once; then it is seconds until the next try."""
         await asyncio.sleep(self.rnd.uniform(5, 80) / 1000)
-        if self.rnd.random() < 0.9 and not side.off:
+        side.failed_start = self.rnd.random() < 0.1 and not side.failed_start
+        if not side.failed_start and not side.off:
             self.note("%s QEMU -incoming", side.name)
             side.new_qemu()
 
@@ -748,7 +756,16 @@ class World:
             if side.controller is None or not side.primary:
                 return
             self.spawn(self._command(side, "checkpoint"))
-            self.later(self.rnd.uniform(0.5, 16), lambda: (self._doom(side), self._power_off(side)))
+
+            def die() -> None:
+                self._doom(side)
+                if "_qemu_" in f.kind:
+                    self.deaths.add(f"{side.name} qemu")
+                    side.kill_qemu()
+                else:
+                    self._power_off(side)
+
+            self.later(self.rnd.uniform(0.5, 16), die)
         elif f.kind == "cut_colo":
             self.colo_cut = True
             self.later(1, pvm.other.qemu.lose_channel)

@@ -152,6 +152,26 @@ def test_what_is_kept_back_for_tier_k_leaves_also_where_no_time_runs_out(state: 
     assert pair.out == sent
 
 
+def test_a_checkpoint_that_is_cancelled_with_its_last_word_goes_no_further() -> None:
+    """Whatever wait_for() makes of that: what follows would commit a pair that was given up."""
+
+    async def body() -> None:
+        c, _, _ = primary()
+        c.peer = SimpleNamespace(connected=True)  # type: ignore[assignment]
+        c.qmp = SimpleNamespace(connected=True)  # type: ignore[assignment]
+        ck = Checkpoint(8, "operator", time.monotonic_ns())
+        task = asyncio.create_task(c._await(ck, "a word", time.monotonic() + 5))
+        for _ in range(3):
+            await asyncio.sleep(0)
+        ck.changed.set()
+        await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    in_loop(body)
+
+
 def test_stop_with_an_impossible_time_releases_less_not_more() -> None:
     c, _, _ = primary()
     now = time.monotonic_ns()

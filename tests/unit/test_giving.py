@@ -17,6 +17,7 @@ from colo_xdp.giving import (
     BRAKE_NS,
     BRAKE_STREAMS,
     OFFER_AFTER,
+    OFFER_BYTES,
     RETRY,
 )
 from colo_xdp.journal import Divergence
@@ -69,11 +70,11 @@ class Pair:
             request_checkpoint=self.asked.append, on_wait=lambda ns: None, fast=self.fast,
         )  # fmt: skip
 
-    def next(self, sport: int = 80) -> bytes:
+    def next(self, sport: int = 80, size: int = 4) -> bytes:
         """The next segment of a connection."""
         at = self.at[sport]
-        self.at[sport] += 4
-        return f.tcp(at, 1, b"%04d" % at, sport=sport)
+        self.at[sport] += size
+        return f.tcp(at, 1, (b"%04d" % at).ljust(size), sport=sport)
 
     def pvm(self, raw: bytes, captured: int = 0) -> None:
         self.e.from_pvm(Record(raw, self.now, captured=captured), self.now)
@@ -85,9 +86,9 @@ class Pair:
         """Of a batch."""
         self.e.flush(self.now)
 
-    def both(self, sport: int = 80) -> bytes:
+    def both(self, sport: int = 80, size: int = 4) -> bytes:
         """The same segment of both guests; a batch of its own."""
-        raw = self.next(sport)
+        raw = self.next(sport, size)
         self.now += 10_000
         self.pvm(raw)
         self.svm(raw)
@@ -116,6 +117,17 @@ def test_a_settled_connection_is_given(pair: Pair) -> None:
         assert pair.at[80] < 400
     assert pair.at[80] > 4 * OFFER_AFTER, "not a connection of a few frames"
     assert not pair.e.counters["fast_braked"]
+
+
+def test_one_that_has_said_much_is_given_sooner(pair: Pair) -> None:
+    pair.fast.answer = Answer.TAKEN
+    segments = 0
+    while not pair.fast.taken:
+        pair.both(size=1400)
+        segments += 1
+        assert segments < 400
+    assert OFFER_BYTES <= pair.at[80] < OFFER_BYTES + 4 * 1400
+    assert segments < OFFER_AFTER
 
 
 def test_a_busy_one_is_kept_back_until_it_is_taken(pair: Pair) -> None:
