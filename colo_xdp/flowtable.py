@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from . import abi, rewrite, tcp_state
 from .loader import Map
 
+_HALF = 0x80000000
+
 
 @dataclass(frozen=True, slots=True)
 class Flow:
@@ -94,6 +96,30 @@ class FlowTable:
             words = abi.FLOW.unpack(data[at + abi.FLOW_KEY.size : at + size])
             mine = (time.monotonic_ns(), abi.EPOCH_BASE, *words[2:])
             self._map.set(key, abi.FLOW.pack(*mine))
+
+    def give_up(self, epoch: int) -> int:
+        """Nobody knows whether offsets of `epoch` still hold: no byte of such a connection may be
+        taken for one of another place. Returns how many there are.
+
+        Offsets are small (clones have one secret and nearly one clock, RFC 6528), so both answers
+        can be in a client's window. Half of the sequence space away nothing is: the connection's
+        two ends ignore each other from now on. Only while no program translates.
+        """
+        given_up = 0
+        for key, raw in list(self._map.items()):
+            words = list(abi.FLOW.unpack(raw))
+            f = Flow(*words[:13])
+            known = f.have & rewrite.HAVE_ISN_S and f.have_client & rewrite.HAVE_ISN_P
+            if f.epoch != epoch or not f.have & rewrite.HAVE_ISN_S:
+                continue  # what the guest has not said yet is learnt from whoever says it
+            if known and not f.off and not f.tsoff:
+                continue  # the same numbers either way
+            words[2] = _HALF
+            words[4] = (f.isn_s + _HALF) & 0xFFFFFFFF
+            words[12] |= rewrite.HAVE_ISN_P
+            self._map.set(key, abi.FLOW.pack(*words))
+            given_up += 1
+        return given_up
 
     def sweep(self, epoch: int) -> None:
         """Delete what is old or closed. Entries of former epochs have offset 0: nothing is lost."""

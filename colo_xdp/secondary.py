@@ -51,6 +51,8 @@ class Hold:
     stop_ns: int = 0
     resume: QmpEvent | None = None  # the SVM runs the new state, the primary has not said it does
     planned: bool = False  # the primary falls silent at the end: held until the takeover
+    #: begun by a former controller; QMP does not repeat events, so the SVM may run either state
+    inherited: bool = False
     client: deque[Event] = field(default_factory=deque)
     svm: deque[Event] = field(default_factory=deque)
 
@@ -92,6 +94,8 @@ class Secondary(Controller):
                 if datapath.mode is Mode.CHECKPOINT:
                     # It died with frames in hand. Holding goes on; the primary asks anew.
                     self._begin_hold(datapath.epoch + 1)
+                    assert self._hold is not None
+                    self._hold.inherited = True
             elif datapath.epoch > 0:
                 self.spoke_alone = datapath.bond is Bond.ALONE
                 self.state = State.STOPPED
@@ -399,9 +403,15 @@ class Secondary(Controller):
         loaded = hold is not None and (hold.resume is not None or self._loaded())
         # What runs is a copy of the PVM, in its numbers: no offset is left. The primary's word
         # counts too, since it says `n` only after this side's `done n`.
-        self.dp.epoch = max(
-            self.dp.epoch, self.peer_epoch, hold.n if hold is not None and loaded else 0
-        )
+        was = self.dp.epoch
+        self.dp.epoch = max(was, self.peer_epoch, hold.n if hold is not None and loaded else 0)
+        if hold is not None and hold.inherited and self.dp.epoch == was:
+            lost = self.flows.give_up(was)
+            log.error(
+                "the last controller here died in a checkpoint, the primary before the next: which"
+                " state runs is not known. %d connections opened since the one before are given up",
+                lost,
+            )
         if hold is not None and hold.resume is not None:
             self._resume_ns = hold.resume.ts_ns
         said = self._frames_out()

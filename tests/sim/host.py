@@ -372,9 +372,9 @@ class SimDataPath:
     @epoch.setter
     def epoch(self, epoch: int) -> None:
         if not self.dead:
-            self._side.epoch = epoch
-            if not self._side.primary:
+            if not self._side.primary and epoch != self._side.epoch:
                 self._side.world.unsure = False
+            self._side.epoch = epoch
 
     @property
     def shadowed(self) -> int:

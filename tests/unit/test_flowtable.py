@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from colo_xdp import abi
+from colo_xdp import abi, rewrite
 from colo_xdp.flowtable import FlowTable, decode
 from colo_xdp.tcp_state import State
 
@@ -70,6 +70,23 @@ def test_what_is_handed_over() -> None:
         assert (f.off, f.isn_p, f.isn_s, f.state, f.have) == (
             was.off, was.isn_p, was.isn_s, was.state, was.have)  # fmt: skip
     assert {p[: len(key(1))] for p in other.export(0)} == set(n), "and on to the next one"
+
+
+def test_what_may_or_may_not_have_an_offset_is_given_up() -> None:
+    t, m = table()
+    m[key(1)] = value(7, 100)
+    m[key(2)] = value(abi.EPOCH_BASE, 200)  # of both states
+    m[key(3)] = value(6, 300)
+    m[key(4)] = value(7, 0)
+    m[key(5)] = value(7, 0, have_client=64)  # the client was perhaps told another ISN
+    m[key(6)] = value(7, 0, 0, 64)  # the guest has said nothing yet
+    before = dict(m)
+    assert t.give_up(7) == 2
+    assert {k for k in m if m[k] != before[k]} == {key(1), key(5)}
+    for k in (key(1), key(5)):
+        f = decode(m[k])
+        assert f.off == (f.isn_s - f.isn_p) & 0xFFFFFFFF == 1 << 31
+        assert f.have_client & rewrite.HAVE_ISN_P, "and is not learnt from what is yet to come"
 
 
 def test_nothing_half_and_nothing_beyond_the_limit() -> None:
