@@ -571,7 +571,8 @@ class Controller(ABC):
             log.error("fence %s: %s", f.fence[0], e)
             return False
         try:
-            status = await asyncio.wait_for(proc.wait(), f.fence_timeout / 1000)
+            async with asyncio.timeout(f.fence_timeout / 1000):
+                status = await proc.wait()
         except TimeoutError:
             proc.kill()
             await proc.wait()
@@ -638,7 +639,8 @@ class Controller(ABC):
         log.info("starting this host's QEMU anew: %s", " ".join(argv))
         try:
             proc = await asyncio.create_subprocess_exec(*argv)
-            status = await asyncio.wait_for(proc.wait(), INCOMING_S)
+            async with asyncio.timeout(INCOMING_S):
+                status = await proc.wait()
         except (OSError, TimeoutError) as e:
             log.error("[qemu] incoming: %s", str(e) or f"no end within {INCOMING_S:g} s")
             return

@@ -393,7 +393,6 @@ class Primary(Controller):
             await self._sleep_or_wake(REARM_S)
         refusals = 0
         while self.state is not State.STOPPED:
-            self._unless_over()
             if self._want is None or not self.peer.connected:
                 await self._sleep_or_wake(self._next_periodic())
                 if self._want is None and self._periodic_due():
@@ -466,10 +465,9 @@ class Primary(Controller):
 
     async def _sleep_or_wake(self, seconds: float) -> None:
         self._wake.clear()
-        try:
-            await asyncio.wait_for(self._wake.wait(), seconds)
-        except TimeoutError:
-            return
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._wake.wait()
 
     async def _enter(self) -> None:
         """Initial synchronisation: as a checkpoint, but the PVM's output goes on meanwhile.
@@ -499,9 +497,11 @@ class Primary(Controller):
         if left <= 0:
             raise CheckpointFailed(f"no {what} within its deadline")
         poll = 0.005 if ck.cause == Cause.INITIAL.value else 0.1
+        # Not wait_for(): that of Python 3.11 forgets a cancellation that meets its result, as when
+        # the last word of a checkpoint comes with the decision to go solo.
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(ck.changed.wait(), min(left, poll))
-        self._unless_over()
+            async with asyncio.timeout(min(left, poll)):
+                await ck.changed.wait()
         if ck.failed:
             raise CheckpointFailed(f"the secondary: {ck.failed}", refused=not ck.triggered)
         if self.colo_exit:
@@ -510,14 +510,6 @@ class Primary(Controller):
             raise CheckpointFailed("the control channel to the secondary is down", channel=True)
         if self.vm_gone or not self.qmp.connected:
             raise CheckpointFailed("QMP to the PVM is down")
-
-    @staticmethod
-    def _unless_over() -> None:
-        """asyncio.wait_for() of Python 3.11 forgets a cancellation that meets its result, as when
-        the last word of a checkpoint comes with the decision to go solo."""
-        task = asyncio.current_task()
-        if task is not None and task.cancelling():
-            raise asyncio.CancelledError
 
     async def _checkpoint(self, want: Want) -> None:
         cause, detail = want.cause, want.detail
@@ -561,7 +553,6 @@ class Primary(Controller):
             held = (self.engine.held_packets, self.engine.held_bytes)
             if self.spoke_alone and self.speaker is not None:
                 await self._clear_record(self.speaker)
-            self._unless_over()
             self.engine.commit_checkpoint(ck.stop_ns, n, time.monotonic_ns())
             # Before the epoch, by which the secondary is told that its guest counts.
             self.spoke_alone, self.dp.bond = False, Bond.EQUAL

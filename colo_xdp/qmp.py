@@ -112,7 +112,8 @@ class Qmp:
         listener = EventListener(event_filter=self._dispatch)
         client.register_listener(listener)
         try:
-            await asyncio.wait_for(client.connect(self.path), self.timeout)
+            async with asyncio.timeout(self.timeout):
+                await client.connect(self.path)
         except (OSError, QMPError, TimeoutError) as e:
             raise QmpError(
                 f"{self.name}: no QMP at {self.path}: {str(e) or type(e).__name__}"
@@ -157,8 +158,9 @@ class Qmp:
         if client is None:
             raise QmpError(f"{self.name}: {command}: not connected")
         try:
-            call = client.execute(command, args, oob=oob)
-            return await asyncio.wait_for(call, timeout or self.timeout)
+            # Not wait_for(): that of Python 3.11 forgets a cancellation that meets its result.
+            async with asyncio.timeout(timeout or self.timeout):
+                return await client.execute(command, args, oob=oob)
         except ExecuteError as e:
             raise QmpError(f"{self.name}: {command}: {e.error_class}: {e}") from e
         except TimeoutError as e:

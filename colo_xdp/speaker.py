@@ -232,7 +232,8 @@ class Speaker:
             if self._want and wait > 0:
                 pause = min(pause, wait)
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._wake.wait(), max(pause, 0.001))
+                async with asyncio.timeout(max(pause, 0.001)):
+                    await self._wake.wait()
 
     def _say(self, trouble: str) -> None:
         if trouble != self.trouble:
@@ -241,7 +242,8 @@ class Speaker:
 
     async def _bounded(self, request: Awaitable[T]) -> T:
         try:
-            return await asyncio.wait_for(request, 2 * self._ttl / 1e9 / STEPS)
+            async with asyncio.timeout(2 * self._ttl / 1e9 / STEPS):
+                return await request
         except TimeoutError as e:
             raise StoreError("the store does not answer in time") from e
 
