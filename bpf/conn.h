@@ -1,0 +1,38 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/* The connections that tier K knows, and who works on one. The argument is in fast.h. */
+#ifndef COLO_CONN_H
+#define COLO_CONN_H
+
+/* key: the connection. Not preallocated. Writers: user space makes and deletes; fast_*. */
+BPF_F_TABLE("hash:" PIN_DIR "/conns", struct colo_flow_key, struct colo_conn, conns, COLO_MAX_CONNS,
+	    BPF_F_NO_PREALLOC);
+
+static __always_inline int seq_later(u32 a, u32 b)
+{
+	return (s32)(a - b) > 0;
+}
+
+static __always_inline int conn_lock(struct colo_conn *c)
+{
+#pragma clang loop unroll(disable)
+	for (int i = 0; i < COLO_SPINS; i++) {
+		if (__sync_val_compare_and_swap(&c->lock, 0, 1) == 0)
+			return 1;
+#pragma unroll
+		for (int j = 0; j < 8; j++) /* passes time in few instructions */
+			bpf_ktime_get_ns();
+	}
+	return 0;
+}
+
+static __always_inline void conn_unlock(struct colo_conn *c)
+{
+	__sync_val_compare_and_swap(&c->lock, 1, 0);
+}
+
+static __always_inline struct colo_conn *conn_find(struct colo_flow_key *key)
+{
+	return conns.lookup(key);
+}
+
+#endif
