@@ -35,4 +35,27 @@ static __always_inline struct colo_conn *conn_find(struct colo_flow_key *key)
 	return conns.lookup(key);
 }
 
+/*
+ * A client's frame for the PVM: what it has acked it will not ask for again, so tier K may forget
+ * it. That is all that this word decides: whatever it says, no byte leaves uncompared. It is the
+ * latest, not the highest: a forged or overtaken one holds until the client's next segment.
+ */
+static __always_inline void note_ack(const struct pkt *p)
+{
+	struct colo_flow_key key = {};
+	struct colo_conn *c;
+	u64 ack = CLIENT_ACK_KNOWN | p->ack;
+
+	if (!p->is_tcp || (p->flags & (TCP_ACK | TCP_SYN | TCP_RST)) != TCP_ACK)
+		return;
+	__builtin_memcpy(key.guest, p->dst, 16);
+	__builtin_memcpy(key.client, p->src, 16);
+	key.guest_port = p->dport;
+	key.client_port = p->sport;
+	key.vlan = p->vlan;
+	c = conn_find(&key);
+	if (c && c->client_ack != ack)
+		c->client_ack = ack;
+}
+
 #endif

@@ -115,7 +115,8 @@ static __always_inline u32 decide(struct __sk_buff *skb, const struct pkt *p, st
 				  struct colo_flow_key *key, struct colo_work *w, u32 side,
 				  int *verdict)
 {
-	u32 len = p->payload_len, out = c->nxt - c->rel, err, slot, act, reason, end, again = 0;
+	u32 len = p->payload_len, out = c->nxt - c->rel, err, slot, act, reason, end;
+	u32 again = 0, kept = 1, client_ack = c->client_ack;
 	u32 have = out && c->ahead == side ? c->nxt : c->rel;
 	struct colo_stash *st;
 	__be16 field;
@@ -126,8 +127,8 @@ static __always_inline u32 decide(struct __sk_buff *skb, const struct pkt *p, st
 		return R_HAND_ODD;
 	end = p->seq + len;
 	if (p->seq != have) {
-		/* Sent again, and still here? */
-		if (!len || !c->stash || p->seq - oldest(c) > COLO_STASH || seq_later(end, have))
+		/* Sent again? What the SVM has said counts already. */
+		if (!len || have - p->seq > COLO_STASH || seq_later(end, have))
 			return R_HAND_GAP;
 		again = 1;
 		if (side == SIDE_PVM && seq_later(end, c->rel)) {
@@ -135,6 +136,16 @@ static __always_inline u32 decide(struct __sk_buff *skb, const struct pkt *p, st
 				return R_HAND_GAP;
 			return R_FAST_ENDED; /* waits already */
 		}
+		/*
+		 * Bytes of the PVM must still be here, or the client must have all of them: then
+		 * it only has to say so again, as an ack that nobody lost is on its way, or one
+		 * was lost behind pvm_in, and the PVM would never hear it.
+		 */
+		kept = c->stash && p->seq - oldest(c) <= COLO_STASH;
+		if (side == SIDE_PVM && !kept &&
+		    (!(c->client_ack & CLIENT_ACK_KNOWN) || seq_later(end, client_ack) ||
+		     seq_later(client_ack, c->rel)))
+			return R_HAND_GAP;
 	}
 	if (len && skb->len != p->l4_off + p->doff + len)
 		return R_HAND_ODD; /* bytes behind the segment */
@@ -151,8 +162,11 @@ static __always_inline u32 decide(struct __sk_buff *skb, const struct pkt *p, st
 		c->s_ack = p->ack;
 		c->s_win = win;
 	}
-	if (len && !stash_claim(c, key))
+	if (len && !again && !stash_claim(c, key))
 		return R_HAND_NO_STASH;
+	/* Nothing waits and the client has it all: begin anew, where the cache is warm. */
+	if (len && !again && !out && c->client_ack == (CLIENT_ACK_KNOWN | c->rel))
+		c->org = c->rel;
 	slot = c->stash ? c->stash - 1 : 0; /* a bare ack has none, but the verifier wants one */
 	st = stashes.lookup(&slot);
 	if (!st)
@@ -168,7 +182,8 @@ static __always_inline u32 decide(struct __sk_buff *skb, const struct pkt *p, st
 	w->seq = p->seq;
 	w->equal = again ? len : out && c->ahead != side ? (len < out ? len : out) : 0;
 	w->upto = !again && w->equal && len > out ? c->nxt : c->rel;
-	w->left = again && side == SIDE_SVM ? 0 : len; /* its first copy counts */
+	w->left = again && (side == SIDE_SVM || !kept) ? 0 : len;
+	w->probe = again && side == SIDE_PVM && !kept; /* RFC 9293 3.8.4: one below the next */
 	w->moves = again ? 0 : len;
 	w->err = 0;
 	/* Pieces need the PVM's header, and this skb must have one of its size. */
@@ -178,7 +193,7 @@ static __always_inline u32 decide(struct __sk_buff *skb, const struct pkt *p, st
 		return R_HAND_ODD;
 	w->act = ACT_NOTHING;
 	if (again && side == SIDE_PVM)
-		w->act = ACT_PASS;
+		w->act = kept ? ACT_PASS : ACT_PIECES;
 	else if (w->equal && !again)
 		w->act = len > out ? ACT_PIECES : side == SIDE_PVM ? ACT_PASS : ACT_TURN;
 	else if (side == SIDE_PVM && !len && !(out && c->ahead == SIDE_PVM) &&

@@ -206,7 +206,7 @@ static __always_inline u32 send_piece(struct __sk_buff *skb, struct colo_conn *c
 	set_lengths(c, w, w->n);
 	l4 = c->l4;
 	VERIFIER_BOUND(l4, 63);
-	*(__be32 *)(w->new + l4 + 4) = bpf_htonl(c->rel);
+	*(__be32 *)(w->new + l4 + 4) = bpf_htonl(c->rel - (u32)w->probe);
 	*(u16 *)(w->new + l4 + 16) = 0;
 	if (!w->partial) {
 		w->sum += (u32)bpf_csum_diff(0, 0, (void *)(w->new + l4), header_size(c), 0);

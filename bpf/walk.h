@@ -20,6 +20,7 @@ struct colo_work {
 	volatile __u64 now, out, way, mark; /* out: to which device, by which way */
 	volatile __u64 moves;		    /* by how much rel does, if it leaves */
 	volatile __u64 rel, out_ack;	    /* as before that */
+	volatile __u64 probe;		    /* 1: a bare ack is to be answered */
 	volatile __u64 n, pos, err, upto, sum, addresses, act;
 };
 
