@@ -223,17 +223,17 @@ static __always_inline u32 decide(struct __sk_buff *skb, const struct pkt *p, st
 	}
 	if (act && len && c->since_ns)
 		note_wait(w->now - c->since_ns);
-	if (act > ACT_PASS) {
+	if (act) {
 		w->out = way_to(c->hdr, w->now);
 		w->way = w->out ? 0 : BPF_F_INGRESS;
 		w->mark = w->out ? 0 : COLO_MARK; /* pvm_out lets it pass */
-		if (!w->out)
+		if (!w->out && act > ACT_PASS)
 			w->out = cfg(CFG_TAP);
 	}
 	if (act == ACT_PASS) {
 		limit_pvm(skb, c, w);
 		c->rel += len;
-		*verdict = TC_ACT_OK;
+		*verdict = w->out ? bpf_redirect(w->out, 0) : TC_ACT_OK;
 		reason = R_FAST_PASSED;
 	} else if (act == ACT_TURN) {
 		if (become_pvm(skb, c, w)) {
