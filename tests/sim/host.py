@@ -140,6 +140,8 @@ class Side:
 
     def pvm_in(self, frame: bytes) -> None:
         if self.mode in (Mode.RUN, Mode.CHECKPOINT):
+            if self.fast is not None:
+                self.fast.note_ack(frame)
             self.world.link(self, MIRROR, self.epoch, frame, 0)
         self.deliver(frame)
 
