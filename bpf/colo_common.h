@@ -7,7 +7,7 @@
 #ifndef COLO_COMMON_H
 #define COLO_COMMON_H
 
-#define COLO_ABI 3
+#define COLO_ABI 4
 
 /* skb->mark of a frame that the controller has let go, or that the mirror put
  * on the tap: it was decided elsewhere. Guests cannot set it (tun clears it). */
@@ -209,23 +209,26 @@ struct colo_flow {
 #define SIDE_PVM 0u
 #define SIDE_SVM 1u
 
+#define CLIENT_ACK_KNOWN (1ULL << 32)
+
 /* A connection that the kernel may decide on; key: struct colo_flow_key. Host byte order.
- * All fields but the first are read and written under `lock` only; see fast.h. */
+ * All fields but lock and client_ack are read and written under `lock` only; see fast.h. */
 struct colo_conn {
 	__u64 lock;	/* 1: somebody works on it */
 	__u64 since_ns; /* since when anything is outstanding; 0: nothing is */
 	__u64 seen_ns;
-	__u32 tier;	/* TIER_* */
-	__u32 epoch;	/* of the words below; another one is a reason to hand over; 0: void */
-	__u32 rel;	/* next byte to be released; all below has been */
-	__u32 nxt;	/* rel..nxt: bytes of one side, in the stash */
-	__u32 org;	/* sequence number of the stash's first byte */
-	__u32 stash;	/* 1 + index, 0: none */
-	__u32 captured; /* frames handed to user space, each event has its number */
-	__u32 p_ack;	/* the PVM's newest ack */
-	__u32 s_ack;	/* the SVM's */
-	__u32 out_ack;	/* as the client has been told */
-	__u16 p_win;	/* window fields, not scaled */
+	__u64 client_ack; /* CLIENT_ACK_KNOWN | the client's latest ack; pvm_in writes it, unlocked */
+	__u32 tier;	  /* TIER_* */
+	__u32 epoch;	  /* of the words below; another one is a reason to hand over; 0: void */
+	__u32 rel;	  /* next byte to be released; all below has been */
+	__u32 nxt;	  /* rel..nxt: bytes of one side, in the stash */
+	__u32 org;	  /* sequence number of the stash's first byte */
+	__u32 stash;	  /* 1 + index, 0: none */
+	__u32 captured;	  /* frames handed to user space, each event has its number */
+	__u32 p_ack;	  /* the PVM's newest ack */
+	__u32 s_ack;	  /* the SVM's */
+	__u32 out_ack;	  /* as the client has been told */
+	__u16 p_win;	  /* window fields, not scaled */
 	__u16 s_win;
 	__u16 out_win;
 	__u16 mss;    /* payload of a segment that is certain to fit the path */

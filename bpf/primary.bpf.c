@@ -25,6 +25,7 @@
 #else
 #define FAST_NO 0
 #define note_client(skb)
+#define note_ack(p)
 #define fast(...) FAST_NO /* kernels before 5.12, or [datapath] fast_path = "off" */
 #endif
 
@@ -39,21 +40,20 @@ static __always_inline int finish(u32 prog, u32 reason, u32 len, int verdict)
 BPF_TABLE_PINNED("lru_hash", struct colo_unmirrored_key, u64, unmirrored, COLO_MAX_UNMIRRORED,
 		 PIN_DIR "/unmirrored");
 
-static __always_inline int is_unmirrored(struct __sk_buff *skb)
+static __always_inline int is_unmirrored(struct __sk_buff *skb, const struct pkt *p)
 {
 	struct colo_unmirrored_key key = {};
-	struct pkt p = {};
 	__be16 ports[2];
 
-	if (parse_skb(skb, &p) || p.frag || (p.l4_proto != PROTO_TCP && p.l4_proto != PROTO_UDP) ||
-	    bpf_skb_load_bytes(skb, p.l4_off, ports, sizeof(ports)))
+	if (p->frag || (p->l4_proto != PROTO_TCP && p->l4_proto != PROTO_UDP) ||
+	    bpf_skb_load_bytes(skb, p->l4_off, ports, sizeof(ports)))
 		return 0;
-	__builtin_memcpy(key.ends.guest, p.dst, 16);
-	__builtin_memcpy(key.ends.client, p.src, 16);
+	__builtin_memcpy(key.ends.guest, p->dst, 16);
+	__builtin_memcpy(key.ends.client, p->src, 16);
 	key.ends.guest_port = ports[1];
 	key.ends.client_port = ports[0];
-	key.ends.vlan = p.vlan;
-	key.proto = p.l4_proto;
+	key.ends.vlan = p->vlan;
+	key.proto = p->l4_proto;
 	return unmirrored.lookup(&key) != 0;
 }
 
@@ -65,14 +65,20 @@ int pvm_in(struct __sk_buff *skb)
 	u32 peer = cfg(CFG_PEER);
 	u16 tci = COLO_KIND_MIRROR << COLO_KIND_SHIFT | (epoch & COLO_EPOCH_MASK);
 	int verdict = TC_ACT_UNSPEC; /* passes, and guest_in may follow (guest.bpf.c) */
+	int parsed = 0;
+	struct pkt p = {};
 
+	if (cfg(CFG_UNMIRRORED) || cfg(CFG_FAST))
+		parsed = !parse_skb(skb, &p);
 	/* A PVM that has fallen silent by plan mirrors until the clients' frames go elsewhere. */
 	if (mode != MODE_RUN && mode != MODE_CHECKPOINT && mode != MODE_DROP) {
 		reason = R_PASSED;
-	} else if (cfg(CFG_UNMIRRORED) && is_unmirrored(skb)) {
+	} else if (parsed && cfg(CFG_UNMIRRORED) && is_unmirrored(skb, &p)) {
 		reason = R_UNMIRRORED;
 	} else {
 		note_client(skb);
+		if (parsed)
+			note_ack(&p);
 		/*
 		 * The tag is put on before the clone and taken off after it, since a
 		 * clone cannot be changed once it is on its way. If taking it off

@@ -9,7 +9,7 @@ from __future__ import annotations
 import struct
 from enum import IntEnum
 
-ABI = 3
+ABI = 4
 MARK = 0xC0105EED
 TPID = 0x88A8
 EPOCH_MASK = 0x0FFF
@@ -168,11 +168,13 @@ UNMIRRORED_KEY = struct.Struct("=16s16s2s2sII")
 FLOW = struct.Struct("=QIIIIIIIIIBBBBII")
 
 TIER_U, TIER_K = 0, 1
+CLIENT_ACK_KNOWN = 1 << 32
 SIDE_PVM, SIDE_SVM = 0, 1
 
-#: struct colo_conn: lock, since_ns, seen_ns, tier, epoch, rel, nxt, org, stash, captured, p_ack,
-#: s_ack, out_ack, p_win, s_win, out_win, mss, ahead, pending, l4, doff, why, pad, hdr, memo
-CONN = struct.Struct("=QQQIIIIIIIIIIHHHHBBBBB3x128s64s")
+#: struct colo_conn: lock, since_ns, seen_ns, client_ack, tier, epoch, rel, nxt, org, stash,
+#: captured, p_ack, s_ack, out_ack, p_win, s_win, out_win, mss, ahead, pending, l4, doff, why, pad,
+#: hdr, memo
+CONN = struct.Struct("=QQQQIIIIIIIIIIHHHHBBBBB3x128s64s")
 #: struct colo_owner: taken, since_ns, key
 OWNER = struct.Struct("=QQ40s")
 #: struct colo_ctl: ethernet header, op, captured, key, what GIVE is to set, since_ns

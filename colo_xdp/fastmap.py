@@ -108,7 +108,7 @@ class FastMap:
 
     def _slot(self, raw_key: bytes) -> int:
         raw = self._conns.get(raw_key)
-        return int(abi.CONN.unpack(raw)[8]) if raw else 0
+        return int(abi.CONN.unpack(raw)[9]) if raw else 0
 
     def seize(self, key: FlowKey) -> Words | None:
         """To tier U. None: unknown, or its words were read before."""
@@ -124,7 +124,7 @@ class FastMap:
         if raw is None:
             return None
         words = conn_words(raw, b"")
-        slot = abi.CONN.unpack(raw)[8]
+        slot = abi.CONN.unpack(raw)[9]
         if slot and words.epoch:
             at = (slot - 1) * _STASH_SIZE
             words = conn_words(raw, self._rings[at : at + _STASH_SIZE])
@@ -186,7 +186,7 @@ class FastMap:
             if raw is None:
                 continue
             words = abi.CONN.unpack(raw)
-            seen, tier, stash = words[2], words[3], words[8]
+            seen, tier, stash = words[2], words[4], words[9]
             if now_ns - seen < self._idle_ns:
                 continue
             # Seized in one round and deleted in the next: no program works on it any more, and

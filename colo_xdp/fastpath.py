@@ -323,7 +323,7 @@ def _header(key: FlowKey) -> bytes:
 def conn_words(raw: bytes, ring: bytes | memoryview) -> Words:
     """Decodes struct colo_conn; `ring`: struct colo_stash, empty if there is none."""
     (
-        _, since, seen, tier, epoch, rel, nxt, org, stash, captured, p_ack, s_ack, out_ack,
+        _, since, seen, _, tier, epoch, rel, nxt, org, stash, captured, p_ack, s_ack, out_ack,
         p_win, s_win, out_win, mss, ahead, pending, l4, doff, _, hdr, memo,
     ) = abi.CONN.unpack(raw)  # fmt: skip
     out, kept = (nxt - rel) & MASK, (nxt - org) & MASK

@@ -12,6 +12,7 @@ from __future__ import annotations
 import random
 import select
 import struct
+import time
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -57,6 +58,7 @@ class Lab:
         self.index = {n: attach.link_info(n).index for n in ("pvm0", "svm0", "up0")}
         progs = self.objects.programs
         attach.attach_tc("pvm0", "ingress", progs["pvm_out"], "fastdiff", None)
+        attach.attach_tc("pvm0", "egress", progs["pvm_in"], "fastdiff", None)
         attach.attach_tc("svm0", "ingress", progs["svm_arrival"], "fastdiff", None)
         self.reader = open_reader(self.objects)
         self.conns, self.config = self.objects.map("conns"), self.objects.map("config")
@@ -109,6 +111,15 @@ class Lab:
         size = l4 + doff if gso else 0
         tap.send(frame, struct.pack("<BBHHHH", partial, kind, size, gso, l4 * partial, 16))
 
+    def client(self, frame: bytes) -> None:
+        """A client's frame; it has reached the PVM's tap when this returns."""
+        self.up.send(frame)
+        end = time.monotonic() + 2
+        while not self.pvm.recv(lambda got: packet(got) == packet(frame), 0.1):
+            assert time.monotonic() < end, "a client's frame did not arrive"
+        while self.svm.read():  # its copy
+            pass
+
     def leaving(self, n: int, timeout: float = 2.0) -> list[tuple[bytes, int, bool]]:
         """(frame, gso_size, partial) of the next n that leave, or fewer if they do not come."""
         out = []
@@ -117,7 +128,7 @@ class Lab:
                 flags, kind, _, gso, start, _ = struct.unpack_from("<BBHHHH", raw)
                 frame, partial = raw[10:], bool(flags & 1)
                 l4 = 34 if frame[12:14] == b"\x08\x00" else 54
-                assert _checksum(raw, frame, l4), f"checksum: {raw[:100].hex()}"
+                assert _checksum(raw, packet(frame), l4), f"checksum: {raw[:100].hex()}"
                 assert start == l4 * partial
                 out.append((packet(frame), gso if kind else 0, partial))
         return out
@@ -198,9 +209,23 @@ class Run:
                 self.control(CtlOp.SEIZE, t)
                 self.control(CtlOp.FREE, t)
             self.give(t)
+        elif rnd.random() < 0.2:
+            self.client_says(t)
         else:
             self.frame(t)
         self.compare(t)
+
+    def client_says(self, t: Talk) -> None:
+        """Mostly that it has all that has left; or that, forged or overtaken, and odd flags."""
+        rnd, rel = self.rnd, self.model.conns[t.key].rel
+        ack = rel + rnd.choice((0, 0, 0, 0, 0, -1, -700, -5000, 1, 5000, 1 << 31))
+        flags = rnd.choice((ACK, ACK, ACK, ACK | PSH, ACK | FIN, ACK | RST, ACK | SYN, RST, 0))
+        frame = tcp(
+            rnd.choice((b"", b"GET /")), seq=t.client0, ack=ack & M32, flags=flags, dport=t.port,
+            v6=t.v6, reverse=True,
+        )  # fmt: skip
+        self.model.note_ack(frame)
+        self.lab.client(frame)
 
     def new_epoch(self) -> None:
         self.model.epoch += 1
@@ -336,6 +361,8 @@ class Run:
         left = lab.leaving(len(out)) + lab.leaving(1, 0.0)
         expected = Counter({Reason(fate.reason).name if fate.reason else "CAPTURED": 1})
         self.seen.update(expected)
+        if side == SIDE_PVM and fate.reason == Reason.FAST_ACKED:
+            self.seen["asked the client"] += 1
         if side == SIDE_PVM and not self.uplink and fate.reason in (
             Reason.FAST_REBUILT, Reason.FAST_ACKED,
         ):  # fmt: skip
@@ -437,6 +464,7 @@ def test_kernel_and_model_decide_alike(lab: Lab) -> None:
         seen += Run(lab, seed).go(STEPS)
     everything = {r.name for r in Reason if r.name.startswith(("FAST_", "HAND_"))}
     missed = everything - {Reason.HAND_HELPER.name} - set(seen)
+    assert seen["asked the client"] > 20, seen
     assert not missed and min(seen[f"GIVE {r}"] for r in ("DONE", "REFUSED", "FULL")), seen
 
 

@@ -24,7 +24,7 @@ from colo_xdp.abi import SIDE_PVM, SIDE_SVM, TIER_K, TIER_U, CtlOp, CtlResult, M
 from colo_xdp.rewrite import BadFrame, Segment, parse
 
 M32 = 0xFFFFFFFF
-PSH, ACK = 0x08, 0x10
+SYN, RST, PSH, ACK = 0x02, 0x04, 0x08, 0x10
 STASH, PROBES, MAX_PIECES = abi.STASH, 8, 50  # COLO_STASH, COLO_STASH_PROBES, COLO_MAX_PIECES
 STEP, STEPS = 4096, 20  # COLO_STEP, COLO_STEPS
 SEEN_STEP_NS = 1_000_000_000
@@ -60,6 +60,7 @@ class Conn:
     lock: int = 0
     since_ns: int = 0
     seen_ns: int = 0
+    client_ack: int = 0
     tier: int = TIER_U
     epoch: int = 0
     rel: int = 0
@@ -135,6 +136,7 @@ class Work:
     left: int = 0
     upto: int = 0
     moves: int = 0
+    probe: int = 0
     seq: int = 0
     at: int = 0
     out: list[Out] = field(default_factory=list)
@@ -337,7 +339,7 @@ class TierK:
         assert n < 2048, "BOUND1 in send_piece()"
         body = bytes(self.ring(c.stash)[pos : pos + n]) if n else b""
         self.set_lengths(c, new, n)
-        struct.pack_into("!I", new, c.l4 + 4, c.rel)
+        struct.pack_into("!I", new, c.l4 + 4, (c.rel - w.probe) & M32)
         new[c.l4 + 16 : c.l4 + 18] = bytes(2)
         ends = bytes(new[26:34] if c.l4 == 34 else new[22:54])
         pseudo = ends + struct.pack("!HH", 6, c.doff + n)
@@ -403,20 +405,21 @@ class TierK:
         p, side = w.p, w.side
         size, out = p.payload_len, (c.nxt - c.rel) & M32
         have = c.nxt if out and c.ahead == side else c.rel
-        again = False
+        again, kept = False, True
 
         # 1. Is it plain, the next one, and is there room?
         if not self.is_plain(w):
             return Reason.HAND_ODD
         end = (p.seq + size) & M32
         if p.seq != have:
-            if not size or not c.stash or (p.seq - self.oldest(c)) & M32 > STASH:
-                return Reason.HAND_GAP
-            if seq_later(end, have):
+            if not size or (have - p.seq) & M32 > STASH or seq_later(end, have):
                 return Reason.HAND_GAP
             again = True
             if side == SIDE_PVM and seq_later(end, c.rel):
                 return Reason.HAND_GAP if seq_later(c.rel, p.seq) else Reason.FAST_ENDED
+            kept = self.kept(c, p.seq)
+            if side == SIDE_PVM and not kept and not self.acked(c, end):
+                return Reason.HAND_GAP
         if size and len(w.frame) != p.l4_off + p.doff + size:
             return Reason.HAND_ODD
         if not again and (end - c.rel) & M32 > STASH:
@@ -428,12 +431,15 @@ class TierK:
                 return err
         else:
             self.hear_svm(c, w)
-        if size and not self.stash_claim(c, w.key):
+        if size and not again and not self.stash_claim(c, w.key):
             return Reason.HAND_NO_STASH
+        if size and not again and not out and self.all_acked(c):
+            c.org = c.rel
         w.at, w.seq = p.l4_off + p.doff, p.seq
         w.equal = size if again else min(size, out) if out and c.ahead != side else 0
         w.upto = c.nxt if not again and w.equal and size > out else c.rel
-        w.left = 0 if again and side == SIDE_SVM else size
+        w.left = 0 if again and (side == SIDE_SVM or not kept) else size
+        w.probe = int(again and side == SIDE_PVM and not kept)
         w.moves = 0 if again else size
         same = c.l4 == p.l4_off and c.doff == p.doff
         made = w.equal and not again and (side == SIDE_SVM or size > out)
@@ -441,7 +447,7 @@ class TierK:
             return Reason.HAND_ODD
         act = NOTHING
         if again and side == SIDE_PVM:
-            act = PASS
+            act = PASS if kept else PIECES
         elif w.equal and not again:
             act = PIECES if size > out else PASS if side == SIDE_PVM else TURN
         elif side == SIDE_PVM:
@@ -474,6 +480,31 @@ class TierK:
             self.send_pieces(c, w)
         self.settle(c, w.now, c.rel != rel or (c.rel == c.nxt and c.out_ack != told_ack))
         return reason
+
+    def kept(self, c: Conn, seq: int) -> bool:
+        """Whether released bytes from seq on are still in the stash."""
+        return bool(c.stash) and (seq - self.oldest(c)) & M32 <= STASH
+
+    @staticmethod
+    def acked(c: Conn, end: int) -> bool:
+        """Whether the client says that it has all released bytes below end."""
+        known, ack = c.client_ack & abi.CLIENT_ACK_KNOWN, c.client_ack & M32
+        return bool(known) and not seq_later(end, ack) and not seq_later(ack, c.rel)
+
+    @staticmethod
+    def all_acked(c: Conn) -> bool:
+        return c.client_ack == abi.CLIENT_ACK_KNOWN | c.rel
+
+    def note_ack(self, frame: bytes) -> None:
+        """A client's frame for the PVM."""
+        try:
+            p = parse(frame)
+        except BadFrame:
+            return
+        if p.is_tcp and p.flags & (ACK | SYN | RST) == ACK:
+            c = self.conns.get(abi.FLOW_KEY.pack(p.dst, p.src, p.dport, p.sport, p.vlan))
+            if c is not None:
+                c.client_ack = abi.CLIENT_ACK_KNOWN | p.ack
 
     def in_force(self, c: Conn, mode: Mode, epoch: int) -> bool:
         """Whether what it knows of the connection may be used for a frame of this epoch."""

@@ -167,6 +167,8 @@ class Side:
         return self.world.scene.lease and self.world.ns() >= self.speak_until
 
     def pvm_in(self, frame: bytes) -> None:
+        if self.mode in (Mode.RUN, Mode.CHECKPOINT) and self.fast is not None:
+            self.fast.note_ack(frame)
         if self.mode in (Mode.RUN, Mode.CHECKPOINT, Mode.DROP):
             self.world.link(self, MIRROR, self.epoch, frame, 0)
         self.deliver(self._own(frame, True))
