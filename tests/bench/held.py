@@ -5,8 +5,8 @@ Stand-in guests: this process writes the PVM's frames to a tap and the SVM's to 
 everything that the kernel does with them it does on the CPU that writes. The floor is the same
 with no program of ours: the PVM's frames are forwarded, the SVM's dropped, which any COLO proxy
 has to pay. What Python needs to call write() is measured with /dev/null and taken off everywhere.
-The client acks what has left, as pvm_in sees it (with_acks()); what that costs is in no figure here,
-but in part `programs`.
+The client acks what has left, as pvm_in sees it (with_acks()); what that costs is in no figure
+here, but in part `programs`.
 
 All arms are built once and take turns; each run begins with connections that are new to the proxy.
 """
@@ -183,7 +183,7 @@ def client_ack(port: int, ack: int) -> bytes:
 def write_all(
     writes: list[Write], fds: tuple[int, ...], each: Callable[[], None] | None = None
 ) -> tuple[int, int]:
-    """(CPU ns, wall ns) of the guests' writes, and of each(), which is called after BATCH of them."""
+    """(CPU ns, wall ns) of the guests' writes, and of each(), called after BATCH of them."""
     write = os.write
     for fd in fds:
         os.set_blocking(fd, True)
