@@ -118,12 +118,14 @@ static __always_inline u32 decide(struct __sk_buff *skb, const struct pkt *p, st
 	u32 len = p->payload_len, out = c->nxt - c->rel, err, slot, act, reason, end;
 	/* Read once: pvm_in writes it on another CPU, and both uses must mean the same ack. */
 	u64 acked = *(volatile __u64 *)&c->client_ack;
-	u32 again = 0, kept = 1, client_ack = acked;
+	u32 client_ack = acked;
 	u32 have = out && c->ahead == side ? c->nxt : c->rel;
 	struct colo_stash *st;
 	__be16 field;
 	u16 win;
 
+	w->again = 0;
+	w->kept = 1;
 	/* 1. Is it plain, the next one, and is there room? */
 	if (!is_plain(skb, p))
 		return R_HAND_ODD;
@@ -132,7 +134,7 @@ static __always_inline u32 decide(struct __sk_buff *skb, const struct pkt *p, st
 		/* Sent again? What the SVM has said counts already. */
 		if (!len || have - p->seq > COLO_STASH || seq_later(end, have))
 			return R_HAND_GAP;
-		again = 1;
+		w->again = 1;
 		if (side == SIDE_PVM && seq_later(end, c->rel)) {
 			if (seq_later(c->rel, p->seq))
 				return R_HAND_GAP;
@@ -143,15 +145,15 @@ static __always_inline u32 decide(struct __sk_buff *skb, const struct pkt *p, st
 		 * it only has to say so again, as an ack that nobody lost is on its way, or one
 		 * was lost behind pvm_in, and the PVM would never hear it.
 		 */
-		kept = c->stash && p->seq - oldest(c) <= COLO_STASH;
-		if (side == SIDE_PVM && !kept &&
+		w->kept = c->stash && p->seq - oldest(c) <= COLO_STASH;
+		if (side == SIDE_PVM && !w->kept &&
 		    (!(acked & CLIENT_ACK_KNOWN) || seq_later(end, client_ack) ||
 		     seq_later(client_ack, c->rel)))
 			return R_HAND_GAP;
 	}
 	if (len && skb->len != p->l4_off + p->doff + len)
 		return R_HAND_ODD; /* bytes behind the segment */
-	if (!again && end - c->rel > COLO_STASH)
+	if (!w->again && end - c->rel > COLO_STASH)
 		return R_HAND_FULL;
 	if (bpf_skb_load_bytes(skb, p->l4_off + 14, &field, 2))
 		return R_HAND_HELPER;
@@ -164,10 +166,10 @@ static __always_inline u32 decide(struct __sk_buff *skb, const struct pkt *p, st
 		c->s_ack = p->ack;
 		c->s_win = win;
 	}
-	if (len && !again && !stash_claim(c, key))
+	if (len && !w->again && !stash_claim(c, key))
 		return R_HAND_NO_STASH;
 	/* Nothing waits and the client has it all: begin anew, where the cache is warm. */
-	if (len && !again && !out && acked == (CLIENT_ACK_KNOWN | c->rel))
+	if (len && !w->again && !out && acked == (CLIENT_ACK_KNOWN | c->rel))
 		c->org = c->rel;
 	slot = c->stash ? c->stash - 1 : 0; /* a bare ack has none, but the verifier wants one */
 	st = stashes.lookup(&slot);
@@ -182,21 +184,22 @@ static __always_inline u32 decide(struct __sk_buff *skb, const struct pkt *p, st
 	w->partial = p->csum_at;
 	w->at = p->l4_off + p->doff;
 	w->seq = p->seq;
-	w->equal = again ? len : out && c->ahead != side ? (len < out ? len : out) : 0;
-	w->upto = !again && w->equal && len > out ? c->nxt : c->rel;
-	w->left = again && (side == SIDE_SVM || !kept) ? 0 : len;
-	w->probe = again && side == SIDE_PVM && !kept; /* RFC 9293 3.8.4: one below the next */
-	w->moves = again ? 0 : len;
+	w->equal = w->again ? len : out && c->ahead != side ? (len < out ? len : out) : 0;
+	w->upto = !w->again && w->equal && len > out ? c->nxt : c->rel;
+	w->left = w->again && (side == SIDE_SVM || !w->kept) ? 0 : len;
+	w->probe =
+		w->again && side == SIDE_PVM && !w->kept; /* RFC 9293 3.8.4: one below the next */
+	w->moves = w->again ? 0 : len;
 	w->err = 0;
 	/* Pieces need the PVM's header, and this skb must have one of its size. */
-	if (w->equal && !again && (side == SIDE_SVM || len > out) &&
+	if (w->equal && !w->again && (side == SIDE_SVM || len > out) &&
 	    (c->l4 != p->l4_off || c->doff != p->doff ||
 	     (len > out && out > (u32)c->mss * (COLO_MAX_PIECES - 2))))
 		return R_HAND_ODD;
 	w->act = ACT_NOTHING;
-	if (again && side == SIDE_PVM)
-		w->act = kept ? ACT_PASS : ACT_PIECES;
-	else if (w->equal && !again)
+	if (w->again && side == SIDE_PVM)
+		w->act = w->kept ? ACT_PASS : ACT_PIECES;
+	else if (w->equal && !w->again)
 		w->act = len > out ? ACT_PIECES : side == SIDE_PVM ? ACT_PASS : ACT_TURN;
 	else if (side == SIDE_PVM && !len && !(out && c->ahead == SIDE_PVM) &&
 		 !seq_later(p->ack, c->s_ack))

@@ -21,6 +21,7 @@ struct colo_work {
 	volatile __u64 moves;		    /* by how much rel does, if it leaves */
 	volatile __u64 rel, out_ack;	    /* as before that */
 	volatile __u64 probe;		    /* 1: a bare ack is to be answered */
+	volatile __u64 again, kept; /* sent again; of released bytes: are they still here? */
 	volatile __u64 n, pos, err, upto, sum, addresses, act;
 };
 
