@@ -556,6 +556,34 @@ def the_ring_is_thought_to_be_endless(mp: Any) -> None:
 
 
 @_kernel_mutant
+def a_stash_begins_anew_whatever_the_client_has(mp: Any) -> None:
+    mp.setattr(TierK, "all_acked", staticmethod(lambda c: True))
+
+
+@_kernel_mutant
+def a_stash_never_begins_anew(mp: Any) -> None:
+    mp.setattr(TierK, "all_acked", staticmethod(lambda c: False))
+
+
+@_kernel_mutant
+def what_was_forgotten_counts_as_acked(mp: Any) -> None:
+    mp.setattr(TierK, "acked", staticmethod(lambda c, end: True))
+
+
+@_kernel_mutant
+def only_a_higher_ack_of_the_client_counts(mp: Any) -> None:
+    real = TierK.note_ack
+
+    def note_ack(self: TierK, frame: bytes) -> None:
+        before = {k: c.client_ack for k, c in self.conns.items()}
+        real(self, frame)
+        for k, c in self.conns.items():
+            c.client_ack = max(c.client_ack, before[k])
+
+    mp.setattr(TierK, "note_ack", note_ack)
+
+
+@_kernel_mutant
 def stashes_are_never_taken_from_others(mp: Any) -> None:
     real = TierK.owner
 
