@@ -10,6 +10,7 @@ runs, since it has to meet the new guest's sequence numbers.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections import deque
@@ -37,6 +38,7 @@ log = logging.getLogger("colo_xdp.secondary")
 SWEEP_S = 5.0
 TAKEOVER_S = 10.0
 GAP_S = 5.0
+REMIND_S = 2.0  # longer than the primary needs from `ready` to its next state
 MAX_ANNOUNCED = 256  # addresses of the guest
 ANNOUNCE_TIMES = (0.0, 0.05, 0.2, 0.45, 0.8)  # seconds after the takeover, as QEMU's own RARPs
 
@@ -69,6 +71,7 @@ class Secondary(Controller):
         self.hold_limit = 16 * config.compare.max_queue_size
         self._resume_ns = 0
         self._ready_wanted = False
+        self._remind_at = 0.0
         self._silent_ns = 0  # since when the PVM has been, by plan
         self._entered = False  # the SVM runs in COLO
         # The primary's beat has confirmed a checkpoint. Until then it may have given up entering
@@ -296,6 +299,7 @@ class Secondary(Controller):
         self.become(State.PROTECTED, f"the SVM runs epoch {h.n}")
 
     def on_tick(self, now_ns: int) -> None:
+        self._remind()
         h = self._hold
         if self.dp.mode is not Mode.CHECKPOINT or h is None:
             return
@@ -312,6 +316,21 @@ class Secondary(Controller):
             self.become(State.DEGRADED, f"checkpoint to epoch {h.n} was asked for and never came")
 
     # ---- entering
+
+    def _remind(self) -> None:
+        """A primary that has given up an entry is told again that a QEMU still waits here."""
+        now = time.monotonic()
+        waits = self._ready_wanted and self.peer_state == State.STARTING.value
+        if not waits or not self.peer.connected or not self.qmp.connected:
+            self._remind_at = now + REMIND_S
+        elif now >= self._remind_at:
+            self._remind_at = now + REMIND_S
+            self.spawn(self._ready_again())
+
+    async def _ready_again(self) -> None:
+        with contextlib.suppress(QmpError):
+            if await self.qmp.status() == "inmigrate":
+                self.peer.send("ready", epoch=self.dp.epoch)
 
     async def start(self) -> None:
         await super().start()

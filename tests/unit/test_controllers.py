@@ -152,6 +152,38 @@ def test_what_is_kept_back_for_tier_k_leaves_also_where_no_time_runs_out(state: 
     assert pair.out == sent
 
 
+@pytest.mark.parametrize(("status", "told"), [("inmigrate", True), ("running", False)])
+def test_a_primary_that_gave_up_is_told_again_who_waits(
+    status: str, told: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def body() -> None:
+        monkeypatch.setattr("colo_xdp.secondary.REMIND_S", 0.05)
+        c, _, sent = secondary(adopted=False)
+        asked = 0
+
+        async def state_of_qemu() -> str:
+            nonlocal asked
+            asked += 1
+            return status
+
+        c.qmp = SimpleNamespace(connected=True, status=state_of_qemu)  # type: ignore[assignment]
+        c.peer = SimpleNamespace(connected=True, send=sent)  # type: ignore[assignment]
+        c._ready_wanted, c.peer_state = True, "checkpointing"
+        end = time.monotonic() + 0.1
+        while time.monotonic() < end:
+            c.on_tick(0)
+        assert not asked, "it is at work"
+        c.peer_state = "starting"
+        c.on_tick(0)
+        assert not asked, "it has just become so"
+        while not asked:
+            c.on_tick(0)
+            await asyncio.sleep(0)
+        assert sent.kinds() == ["ready"] * told
+
+    in_loop(body)
+
+
 def test_a_checkpoint_that_is_cancelled_with_its_last_word_goes_no_further() -> None:
     """What follows would commit a pair that was given up. (wait_for() forgets such an end.)"""
 
