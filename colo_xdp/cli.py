@@ -127,10 +127,16 @@ def _text(s: dict[str, Any]) -> str:
     def ms(v: float | None) -> str:
         return "never" if v is None else f"{v:.0f} ms ago"
 
+    may = s["permission"]
+    right = {"held": "the lease is held", "promised": "the other host keeps silent"}
+    why = right.get(may["lease"], "no lease") if may["lease"] else ""
+    left = f", {may['left_s']:.1f} s left" if may["left_s"] else ""
     causes = ", ".join(f"{k} {v}" for k, v in ck["by_cause"].items() if v) or "none"
     lines = [
         f"{s['pair']} {s['role']}: {s['state']} for {age:.0f} s (epoch {s['epoch']}, {s['mode']})",
         f"  why          {s['reason']}",
+        f"  guest        {'speaks' if may['speaks'] else 'is silent'}"
+        + (f" ({why}{left})" if why else ""),
         f"  QEMU         {no(q)}connected {q['version']} {q['accel']}".rstrip(),
         f"  peer         {no(p)}connected {p['state']}".rstrip(),
         *(

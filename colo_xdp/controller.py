@@ -121,7 +121,7 @@ class Controller(ABC):
                 boot=self.peer.boot,
                 ttl_ms=f.lease_ttl,
                 margin_ms=f.lease_margin,
-                speaking=datapath.adopted and not self._silent(),
+                speaking=datapath.adopted and not self.silent(),
                 allow=datapath.speak_until,
                 changed=self._lease_changed,
             )
@@ -454,7 +454,7 @@ class Controller(ABC):
         """The other guest has spoken alone: this one must never speak."""
 
     def _beat(self) -> None:
-        promise = self.speaker is not None and self._silent() and self.speaker.promise()
+        promise = self.speaker is not None and self.silent() and self.speaker.promise()
         self.peer.send(
             "beat",
             t=boot_ns(),
@@ -473,7 +473,7 @@ class Controller(ABC):
         flags = self._beacon_flags() | (Flag.PROMISE if promise else Flag(0))
         self.paths.send(flags, lag // 1_000_000, self.dp.epoch)
 
-    def _silent(self) -> bool:
+    def silent(self) -> bool:
         """This host's guest does not reach the network."""
         speaks = Mode.TAKEOVER if self.role is Role.SECONDARY else None
         return self.dp.mode is Mode.DROP or (speaks is not None and self.dp.mode is not speaks)

@@ -41,6 +41,8 @@ METRICS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "state_since_seconds": ("gauge", "unix time of the last change of state", ()),
     "epoch": ("gauge", "number of the checkpoint both guests started from", ()),
     "paused": ("gauge", "1 while failover decisions are left to people", ()),
+    "speaks": ("gauge", "1 while this host's guest reaches the network", ()),
+    "lease_left_seconds": ("gauge", "how long it still may; -1: no lease is the arbiter", ()),
     "packets": ("counter", "frames by program and what became of them", ("program", "reason")),
     "bytes": ("counter", "bytes by program and what became of them", ("program", "reason")),
     "engine_events": ("counter", "decisions of the compare engine by kind", ("event",)),
@@ -152,7 +154,7 @@ class Collector:
         ):  # fmt: skip
             yield many(name, {r["name"]: r[field] for r in s["rules"]})
         yield from self._path_families(s["paths"], base)
-        ck, peer = s["checkpoints"], s["peer"]
+        ck, peer, left = s["checkpoints"], s["peer"], s["permission"]["left_s"]
         yield many("checkpoints", ck["by_cause"])
         last = ck["last"] or {"pause_ms": 0.0, "at": 0.0}
         silent = peer["silent_ms"]
@@ -160,6 +162,8 @@ class Collector:
             "state_since_seconds": s["since"],
             "epoch": s["epoch"],
             "paused": float(s["paused"]),
+            "speaks": float(s["permission"]["speaks"]),
+            "lease_left_seconds": -1.0 if left is None else left,
             "checkpoints_failed": ck["failed"],
             "last_checkpoint_pause_seconds": last["pause_ms"] / 1000,
             "last_checkpoint_timestamp_seconds": last["at"],

@@ -17,6 +17,18 @@ if TYPE_CHECKING:
     from .secondary import Secondary
 
 
+def permission(c: Controller) -> dict[str, Any]:
+    """Whether this host's guest reaches the network, and by which right."""
+    s = c.speaker
+    lease = "" if s is None else "held" if s.held else "promised" if s.may_speak else "none"
+    return {
+        "speaks": not c.silent() and lease != "none",
+        "lease": lease,
+        "left_s": None if s is None else s.left_s,
+        "bond": c.dp.bond.name.lower(),
+    }
+
+
 def _common(c: Controller) -> dict[str, Any]:
     doc = empty(c.config.pair, c.role.value).to_json()
     info = c.qemu_info
@@ -31,6 +43,7 @@ def _common(c: Controller) -> dict[str, Any]:
         hook=c.dp.hook,
         events=c.dp.objects.events,
         paused=c.paused,
+        permission=permission(c),
         qemu={
             "connected": c.qmp.connected,
             "version": ".".join(map(str, info.version)) if info else "",

@@ -130,6 +130,11 @@ class Speaker:
         return boot_ns() < max(self._key_until, self._promise_until)
 
     @property
+    def left_s(self) -> float:
+        """How long the guest may speak from now on, s, if nothing more is heard."""
+        return max(0, max(self._key_until, self._promise_until) - boot_ns()) / 1e9
+
+    @property
     def other_alone(self) -> bool:
         """The other guest has spoken alone: ours must not."""
         return self.seen.alone not in ("", self.node)

@@ -149,6 +149,12 @@ _CHECKS: dict[str, _Check] = {
     "hook": _one_of("xdp", "tc", ""),
     "events": _one_of("ring", "perf", ""),
     "paused": _flag,
+    "permission": _object(
+        speaks=_flag,
+        lease=_one_of("", "held", "promised", "none"),
+        left_s=_or_null(_number),
+        bond=_one_of(*(b.name.lower() for b in abi.Bond)),
+    ),
     "qemu": _object(connected=_flag, version=_text, accel=_text, gone=_flag),
     "peer": _object(
         connected=_flag,
@@ -235,6 +241,9 @@ class Status:
     hook: str  # "xdp" or "tc"; "": not loaded
     events: str  # "ring" or "perf"; "": not loaded
     paused: bool
+    #: whether the guest reaches the network; by which right and how long, if a lease is the arbiter
+    #: (promised: the other host keeps silent); bond: what it is to the other guest (abi.Bond)
+    permission: dict[str, Any]
     qemu: dict[str, Any]
     peer: dict[str, Any]  # silent_ms: null when it has never spoken; ending: of the channel
     paths: list[dict[str, Any]]  # of heartbeats, besides the control channel; null: never
@@ -287,6 +296,7 @@ def empty(pair: str, role: str) -> Status:
         hook="",
         events="",
         paused=False,
+        permission={"speaks": False, "lease": "", "left_s": None, "bond": "none"},
         qemu={"connected": False, "version": "", "accel": "", "gone": False},
         peer={
             "connected": False,

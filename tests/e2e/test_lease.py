@@ -109,6 +109,8 @@ def test_the_lease_goes_on_with_the_pair(lab: Lab) -> None:
         for role in (pvm, svm):
             lab.wait_state(role, "protected", 60)
         made += streams(lab)
+        may = {role: lab.status(role)["permission"] for role in (pvm, svm)}
+        assert may[pvm]["speaks"] and may[pvm]["left_s"] > 0 and not may[svm]["speaks"], may
         over = time.time()
         lab.vm[pvm].kill9()
         reason = lab.wait_state(svm, "taken-over", 20)["reason"]

@@ -19,6 +19,7 @@ from colo_xdp.primary import Checkpoint, CheckpointFailed, Primary
 from colo_xdp.qmp import QmpTimeout
 from colo_xdp.qmp_event import QmpEvent
 from colo_xdp.reasons import Cause
+from colo_xdp.report import permission
 from colo_xdp.ring import Event
 from colo_xdp.secondary import Secondary
 from colo_xdp.speaker import Seen, Speaker, StoreError
@@ -182,6 +183,24 @@ def test_a_primary_that_gave_up_is_told_again_who_waits(
         assert sent.kinds() == ["ready"] * told
 
     in_loop(body)
+
+
+@pytest.mark.parametrize(
+    ("held", "may", "lease"),
+    [(True, True, "held"), (False, True, "promised"), (False, False, "none")],
+)
+def test_who_reaches_the_network_and_by_which_right(held: bool, may: bool, lease: str) -> None:
+    c, dp, _ = primary()
+    assert permission(c) == {"speaks": True, "lease": "", "left_s": None, "bond": "equal"}
+    c.speaker = SimpleNamespace(held=held, may_speak=may, left_s=1.5 * may)  # type: ignore[assignment]
+    want = {"speaks": may, "lease": lease, "left_s": 1.5 * may, "bond": "equal"}
+    assert permission(c) == want
+    dp.mode = Mode.DROP
+    assert permission(c) == want | {"speaks": False}
+    s, dp, _ = secondary()
+    assert not permission(s)["speaks"], "a standby"
+    dp.mode, dp.bond = Mode.TAKEOVER, Bond.ALONE
+    assert permission(s)["speaks"] and permission(s)["bond"] == "alone"
 
 
 def test_a_checkpoint_that_is_cancelled_with_its_last_word_goes_no_further() -> None:
