@@ -13,7 +13,7 @@ from .mutants import KERNEL_MUTANTS, MUTANTS, scenes
 from .torture import failure, report, shrink, trace
 from .world import Fault, Scene, World, lease_scene, roles_scene, scene
 
-RUNS, BLOCKS = 2400, 8
+RUNS, BLOCKS = 1600, 8
 #: more schedules than any of them needs
 MUTANT_RUNS = 2000
 ALONE: list[int] = []  # frames that tier K decided in each schedule while there was no controller
@@ -54,7 +54,7 @@ def test_tier_k_has_decided_without_a_controller() -> None:
 def test_random_schedules_with_a_lease(block: int) -> None:
     """Every cut of the graph of both hosts and the store, one-sided and flapping ones too."""
     took_over = solo = 0
-    for seed in range(block * 400, (block + 1) * 400):
+    for seed in range(block * 300, (block + 1) * 300):
         s = lease_scene(seed)
         world = World(s)
         try:
