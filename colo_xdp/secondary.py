@@ -165,6 +165,8 @@ class Secondary(Controller):
                 self._finish(h, h.resume)
             if msg["alone"] and not msg["shut"] and self._confirmed:
                 self.outdated("the PVM has spoken alone")  # while nothing was heard of it
+            elif self._was_not_missed(msg):
+                self.become(State.PROTECTED, "the primary is heard again, and has missed nothing")
         elif kind == "silent":
             self._silent_ns = time.monotonic_ns() - msg["us"] * 1000 - self.peer.rtt_ns // 2
         elif kind == "base":
@@ -176,6 +178,21 @@ class Secondary(Controller):
                 log.error("a new secondary waits, but [qemu] reverse_uri does not say where")
         elif kind == "solo":
             self._stand_down(msg["why"])
+
+    def _was_not_missed(self, beat: dict[str, Any]) -> bool:
+        """Whether only this side has noticed a silence that is over: the primary, which arms a
+        pair again by a checkpoint, sees no reason for one."""
+        return (
+            self.state is State.DEGRADED
+            and self._confirmed
+            and self._entered
+            and not (self._taking_over or self.colo_exit or self.vm_gone or self.stood_down)
+            and self._hold is None
+            and self.dp.mode is Mode.RUN
+            and not beat["shut"]
+            and beat["state"] == State.PROTECTED.value
+            and beat["epoch"] == self.dp.epoch
+        )
 
     def on_beacon(self, flags: Flag) -> None:
         if Flag.SVM in flags:

@@ -203,6 +203,24 @@ def test_who_reaches_the_network_and_by_which_right(held: bool, may: bool, lease
     assert permission(s)["speaks"] and permission(s)["bond"] == "alone"
 
 
+@pytest.mark.parametrize(
+    ("state", "epoch", "exited", "again"),
+    [
+        ("protected", 7, False, True),
+        ("degraded", 7, False, False),  # it will ask for a checkpoint
+        ("protected", 6, False, False),
+        ("protected", 7, True, False),
+    ],
+)
+def test_a_silence_that_only_the_secondary_noticed(
+    state: str, epoch: int, exited: bool, again: bool
+) -> None:
+    s, dp, _ = secondary()
+    dp.epoch, s.state, s._entered, s.colo_exit = 7, State.DEGRADED, True, exited
+    s.on_message({"type": "beat", "state": state, "epoch": epoch, "shut": False, "alone": False})
+    assert (s.state is State.PROTECTED) == again
+
+
 def test_a_checkpoint_that_is_cancelled_with_its_last_word_goes_no_further() -> None:
     """What follows would commit a pair that was given up. (wait_for() forgets such an end.)"""
 
