@@ -218,6 +218,26 @@ def failover(
         raise typer.Exit(FAILED)
 
 
+@app.command("stand-down")
+def stand_down(
+    where: Where = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    why: Annotated[str, typer.Option(help="For the log.")] = "asked by the operator",
+    run_dir: RunDir = RUN_DIR,
+) -> None:
+    """Silence this host's guest now, for certain. The other one goes on alone, if it can.
+
+    `failover --planned` is the gentle way. Only a new copy of the other guest speaks here again.
+    """
+    s = _ask(where, run_dir, "status")
+    if s["state"] not in ("protected", "checkpointing"):
+        typer.echo(f"this pair is {s['state']} ({s['reason']}): nobody may be left to go on")
+    if not yes and sys.stdin.isatty():
+        typer.confirm(f"Silence the guest of {s['pair']} on this host?", abort=True)
+    r = _ask(where, run_dir, "stand-down", why=why)
+    typer.echo(f"{r['state']}: {r['reason']}")
+
+
 @app.command()
 def reprotect(where: Where = None, run_dir: RunDir = RUN_DIR) -> None:
     """Give a guest that is alone a new secondary: on either host.

@@ -50,6 +50,7 @@ DEATH_S = 2.0  # how long a lost QMP connection may wait for the tap's carrier t
 WATCH_S = 0.5
 HUNG_S = 1.0  # QEMU answers x-colo-lost-heartbeat in 0.1 s; after this its main loop hangs
 IN_COLO = ("colo", "active")  # states of the migration that x-colo-lost-heartbeat ends
+STAND_DOWN_S = 30.0  # for a decision that is being carried out
 INCOMING_S = 10.0  # deadline of the command that starts a QEMU, and the time between two tries
 RING_BATCH = 512
 
@@ -760,6 +761,8 @@ class Controller(ABC):
             return self._command_mode(args)
         if name == "failover":
             return await self._command_failover(args)
+        if name == "stand-down":
+            return await self._command_stand_down(args)
         if name == "checkpoint":
             return await self.command_checkpoint(args)
         if name == "reprotect":
@@ -861,6 +864,24 @@ class Controller(ABC):
             self.dp.order = ""
         done = self.state in (State.SOLO, State.TAKEN_OVER)
         return {"steps": steps, "done": done, "state": self.state.value, "reason": self.reason}
+
+    async def _command_stand_down(self, args: dict[str, Any]) -> dict[str, Any]:
+        """This host's guest is silent for certain when this returns; the other one may go on."""
+        why = str(args.get("why", "asked by the operator"))[:200]
+        if self._busy is not None and not self._busy.done():
+            # It may be a takeover, which opens the data path at its end.
+            await asyncio.wait({self._busy}, timeout=STAND_DOWN_S)
+            if not self._busy.done():
+                raise ValueError(f"a decision is still being carried out: {self.reason}")
+        self.operator = self.forced = False
+        self.dp.order = ""
+        if not self.path_shut:
+            await self.perform(Action.STOP, f"stood down: {why}")
+        await self.keep_shut()
+        return {"state": self.state.value, "reason": self.reason, "peer": self.peer_state}
+
+    async def keep_shut(self) -> None:
+        """The mode says that nothing leaves: see to it that a program is there that obeys."""
 
     @abstractmethod
     def status(self) -> dict[str, Any]:

@@ -205,12 +205,16 @@ class DataPath:
         else:
             hook("svm_out", "tap", "ingress")  # first: the SVM is shut in before anything opens
             self._detach_guest()
-            if self.hook == "xdp":
-                attach.attach_xdp(self.config.network.tap, progs["svm_out_xdp"], m)
+            self._attach_xdp()
             self._tap("deliver", f"cxd-{pair}", "svm_deliver")
             self._tap("forward", f"cxf-{pair}", "svm_forward")
             for h in SECONDARY_HOOKS:
                 hook(*h)
+
+    def _attach_xdp(self) -> None:
+        if self.hook == "xdp":
+            prog = self.objects.programs["svm_out_xdp"]
+            attach.attach_xdp(self.config.network.tap, prog, self.manifest)
 
     def _tap(self, role: str, name: str, prog: str) -> None:
         fd = attach.make_tap(name)
@@ -426,6 +430,13 @@ class DataPath:
         attach.detach_tc(tap, "egress", attach.label(pair, "svm_net"))
         if self.hook == "xdp":
             attach.detach_xdp(tap, "svm_out_xdp")
+
+    def step_in(self) -> None:
+        """The programs that step_out() has taken off: the mode says again what leaves."""
+        progs, pair, tap = self.objects.programs, self.config.pair, self.config.network.tap
+        attach.attach_tc(tap, "ingress", progs["svm_out"], pair, self.manifest)
+        self._attach_xdp()
+        attach.attach_tc(tap, "egress", progs["svm_net"], pair, self.manifest)
 
     def drop_guest(self) -> None:
         """Primary: no connection in the guest's own numbers is left."""

@@ -82,6 +82,7 @@ class Secondary(Controller):
         self.checkpoints = 0
         self.last_pause_ms = 0.0
         self.stepped_out = False
+        self._hooks = asyncio.Lock()  # programs are being taken off or put back
         self._taking_over = False
         self._events: list[QmpEvent] = []  # of QEMU, while taking over
         if datapath.adopted:
@@ -574,9 +575,26 @@ class Secondary(Controller):
                 and not self.stepped_out
                 and self.speaker is None  # the programs are what a lease that ends is enforced by
             ):
+                await self._step_out()
+
+    async def _step_out(self) -> None:
+        async with self._hooks:
+            if self.state is State.TAKEN_OVER:
                 await asyncio.to_thread(self.dp.step_out)
                 self.stepped_out = True
                 log.info("the last rewritten connection is gone: the rewriting programs are off")
+
+    async def _command_stand_down(self, args: dict[str, Any]) -> dict[str, Any]:
+        if self._hold is not None and self._hold.planned:
+            # The PVM may be silent already: then nobody would speak.
+            raise ValueError("a planned failover to this guest is under way: wait for its end")
+        return await super()._command_stand_down(args)
+
+    async def keep_shut(self) -> None:
+        async with self._hooks:
+            if self.stepped_out:
+                await asyncio.to_thread(self.dp.step_in)
+                self.stepped_out = False
 
     def status(self) -> dict[str, Any]:
         from .report import secondary_status

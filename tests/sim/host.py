@@ -230,14 +230,14 @@ class Side:
         return (r.to_svm if to_svm else r.from_svm)(frame)[0]
 
     def svm_out(self, frame: bytes, gso: int) -> None:
-        if self.mode is Mode.CHECKPOINT:
+        if self.stepped_out:
+            self.world.to_network(self, frame)  # no program is there to ask for the mode
+        elif self.mode is Mode.CHECKPOINT:
             self.capture(Source.SVM, self.epoch, frame, gso)
         elif self.mode is Mode.RUN:
             self.world.link(self, SVM, self.epoch, self._translate(frame, False), gso)
         elif self.mode is Mode.TAKEOVER and not self.silenced():
-            if not self.stepped_out:
-                frame = self._translate(frame, False)
-            self.world.to_network(self, frame)
+            self.world.to_network(self, self._translate(frame, False))
 
     def network_in(self, frame: bytes) -> None:
         """A client's frame that the bridge brings to this host's tap."""
@@ -445,6 +445,10 @@ class SimDataPath:
     def step_out(self) -> None:
         if not self.dead:
             self._side.stepped_out = True
+
+    def step_in(self) -> None:
+        if not self.dead:
+            self._side.stepped_out = False
 
 
 class _Injector:

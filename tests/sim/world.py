@@ -86,7 +86,7 @@ ENDING = (
 ROUNDS = (
     "kill_pvm_qemu", "kill_pvm_qemu", "kill_pvm_host", "power_pvm", "kill_pvm_in_checkpoint",
     "kill_svm_qemu", "kill_svm_host", "power_svm", "failover_pvm", "failover_svm", "planned",
-    "planned", "cut_colo",
+    "planned", "cut_colo", "stand_down_pvm", "stand_down_svm",
 )  # fmt: skip
 #: what goes wrong while it is being made
 HINDRANCES = (
@@ -787,6 +787,11 @@ class World:
             side = p if f.kind == "failover_p" else s
             if side.controller is not None:
                 self.spawn(self._command(side, "failover"))
+        elif f.kind in ("stand_down_p", "stand_down_s"):
+            side = p if f.kind == "stand_down_p" else s
+            if side.controller is not None:
+                self._doom(side)
+                self.spawn(self._stand_down(side))
         elif f.kind in ("flip_p", "flip_s"):
             self._flip(p if f.kind == "flip_p" else s)
         elif f.kind == "failover":
@@ -829,6 +834,16 @@ class World:
         if c is not None:
             with contextlib.suppress(ValueError):
                 await c.command(name, args)
+
+    async def _stand_down(self, side: Side) -> None:
+        c = side.controller
+        assert c is not None
+        try:
+            await c.command("stand-down", {})
+        except ValueError:
+            return
+        if c is side.controller and not (side.mode is Mode.DROP and not side.stepped_out):
+            raise Violation(f"{side.name} has stood down, and {side.mode.name} lets it speak")
 
     # -- pairs made anew
 

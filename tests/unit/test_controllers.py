@@ -53,7 +53,7 @@ class FakeDataPath:
             map=lambda name: SimpleNamespace(info=SimpleNamespace(max_entries=8), items=lambda: [])
         )
         self.waiting: list[Event] = []
-        self.opened = self.changed = 0
+        self.opened = self.changed = self.stepped_in = 0
         self.base_epoch = 0
         self.unmirrored: set[bytes] = set()
 
@@ -87,6 +87,9 @@ class FakeDataPath:
 
     def open_network(self) -> None:
         self.opened += 1
+
+    def step_in(self) -> None:
+        self.stepped_in += 1
 
 
 class Sent(list[dict[str, Any]]):
@@ -974,3 +977,72 @@ def test_a_host_learns_that_the_other_is_not_alone_any_more() -> None:
         task.cancel()
 
     in_loop(body)
+
+
+def test_a_guest_stands_down_at_a_word() -> None:
+    """Silent when the command returns, whoever it is; the peer is told, and may go on."""
+
+    async def body(c: Primary | Secondary, dp: FakeDataPath, sent: Sent) -> None:
+        dp.order = "failover"
+        r = await c.command("stand-down", {"why": "moved by the cluster"})
+        assert dp.mode is Mode.DROP and c.path_shut and not permission(c)["speaks"]
+        assert r["state"] == "stopped" and "moved by the cluster" in r["reason"]
+        assert sent.kinds() == ["gone"] and dp.order == ""
+        await c.command("stand-down", {})  # again: nothing more is said
+        assert sent.kinds() == ["gone"] and "moved by the cluster" in c.reason
+
+    p, pd, ps = primary()
+    p.state = State.PROTECTED
+    asyncio.run(body(p, pd, ps))
+    s, sd, ss = secondary()
+    s.state = State.PROTECTED
+    asyncio.run(body(s, sd, ss))
+
+
+def test_a_guest_whose_programs_have_stepped_out_stands_down() -> None:
+    """After a takeover nothing may be left at the tap that obeys the mode."""
+
+    async def body() -> None:
+        c, dp, sent = secondary(Mode.TAKEOVER)
+        c.stepped_out = c.spoke_alone = True
+        c.state = State.TAKEN_OVER
+        await c.command("stand-down", {})
+        assert dp.mode is Mode.DROP and not c.stepped_out and dp.stepped_in == 1
+        assert sent[0]["alone"]
+
+    asyncio.run(body())
+
+
+def test_a_takeover_under_way_is_waited_for() -> None:
+    """It opens the data path at its end: a silence that was promised before would not last."""
+
+    async def body() -> None:
+        c, dp, _ = secondary()
+        c.state = State.DEGRADED
+        go = asyncio.Event()
+
+        async def take_over() -> None:
+            await go.wait()
+            dp.mode, c.state = Mode.TAKEOVER, State.TAKEN_OVER
+
+        c._busy = c.spawn(take_over())
+        word = asyncio.ensure_future(c.command("stand-down", {}))
+        await asyncio.sleep(0.01)
+        assert not word.done()
+        go.set()
+        await word
+        assert dp.mode is Mode.DROP
+
+    asyncio.run(body())
+
+
+def test_nobody_stands_down_in_a_planned_failover() -> None:
+    async def body() -> None:
+        c, dp, _ = secondary()
+        c.state, c._confirmed = State.PROTECTED, True
+        c._begin_hold(8, planned=True)
+        with pytest.raises(ValueError, match="planned failover"):
+            await c.command("stand-down", {})
+        assert dp.mode is Mode.CHECKPOINT
+
+    asyncio.run(body())
