@@ -660,6 +660,8 @@ class Primary(Controller):
             await self.leave_colo()
         except QmpError as e:
             log.warning("%s (the PVM goes on all the same)", e)
+        if self.state is State.STOPPED:  # the secondary has taken over meanwhile
+            return
         self.become(State.SOLO, f"{why}; {released} held frames released")
         self._protect_again()
 

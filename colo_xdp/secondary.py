@@ -366,7 +366,7 @@ class Secondary(Controller):
         self.vm_hangs = False
         self.operator = self.forced = self.checkpoint_overdue = self.spoke_alone = False
         self.fence_result, self._hold = None, None
-        self._entered = self._confirmed = False
+        self._entered = self._confirmed = self._taking_over = False
         self.dp.bond = Bond.NONE
         if self.speaker is not None:
             self.speaker.forget()
@@ -384,14 +384,17 @@ class Secondary(Controller):
         status = await self.qmp.status()
         if status == "inmigrate":
             await self.qmp.prepare(primary=False)
+            if self.state is State.STOPPED:
+                return
             self._ready_wanted, self._entered, self._confirmed = True, False, False
             self.dp.bond = Bond.NONE
             self.become(State.STARTING, "the SVM waits for the primary's migration")
             self.peer.send("ready", epoch=self.dp.epoch)
         elif self._entered and await self.qmp.migration_status() == "colo":
-            if self._hold is None and self._confirmed:
+            # It may have stood down meanwhile, and the primary relies on that.
+            if self._hold is None and self._confirmed and self.state is not State.STOPPED:
                 self.become(State.PROTECTED, "the SVM is in COLO, its offsets were kept")
-        elif self._hold is None and not self._entered:
+        elif self._hold is None and not self._entered and self.state is not State.STOPPED:
             self.become(
                 State.STARTING,
                 f"the SVM's QEMU is `{status}`; start it with -incoming and wait for the primary",
@@ -430,6 +433,11 @@ class Secondary(Controller):
             if status == "running":
                 break
             await asyncio.sleep(TICK_S / 5)
+        if self.state is State.STOPPED:
+            # Shut in meanwhile, and the primary was told: it may speak alone because of that word.
+            self._taking_over = False
+            log.warning("no takeover: %s", self.reason)
+            return
         if status != "running":
             self.failures.append(f"takeover: the SVM is `{status}`")
             self.become(State.DEGRADED, f"takeover: the SVM does not run (`{status}`); trying on")

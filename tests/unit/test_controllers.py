@@ -1046,3 +1046,94 @@ def test_nobody_stands_down_in_a_planned_failover() -> None:
         assert dp.mode is Mode.CHECKPOINT
 
     asyncio.run(body())
+
+
+@pytest.mark.parametrize("word", ["solo", "stand-down", "beat"])
+def test_a_takeover_does_not_break_a_promise_of_silence(word: str) -> None:
+    """While QEMU leaves COLO the primary may ask this side to shut its guest in. It has said then
+    that it did, and the PVM speaks alone because of that."""
+
+    async def body() -> None:
+        c, dp, sent = secondary()
+        c.state, c._confirmed = State.DEGRADED, True
+        leaves = asyncio.Event()
+
+        async def migration_status(limit: float = 0) -> str:
+            return "completed" if leaves.is_set() else "colo"
+
+        async def status() -> str:
+            return "running"
+
+        async def lost_heartbeat(limit: float = 0) -> None:
+            pass
+
+        async def execute(command: str) -> list[Any]:
+            return []
+
+        c.qmp = SimpleNamespace(  # type: ignore[assignment]
+            migration_status=migration_status, status=status, lost_heartbeat=lost_heartbeat,
+            execute=execute, connected=True,
+        )  # fmt: skip
+        act = c._busy = c.spawn(c._take_over("the fence command has succeeded"))
+        await asyncio.sleep(0.01)
+        asked = None
+        if word == "solo":
+            c._peer_message({"type": "solo", "why": "the PVM goes on alone"})
+        elif word == "beat":
+            c.on_message({"type": "beat", "state": "solo", "epoch": 7, "shut": False, "alone": True})
+        else:
+            asked = asyncio.ensure_future(c.command("stand-down", {}))
+        await asyncio.sleep(0.01)
+        leaves.set()
+        await act
+        if asked is not None:
+            await asked  # it waited for the end of the takeover
+        assert c.state is State.STOPPED and dp.mode is Mode.DROP
+        assert "gone" in sent.kinds() and (asked is not None or "taken" not in sent.kinds())
+        assert not c._taking_over or asked is not None
+
+    asyncio.run(body())
+
+
+def test_a_primary_that_hears_of_a_takeover_while_it_goes_solo_stays_silent() -> None:
+    async def body() -> None:
+        c, dp, _ = primary()
+        c.state = State.DEGRADED
+        left = asyncio.Event()
+
+        async def leave_colo() -> None:
+            await left.wait()
+
+        c.leave_colo = leave_colo  # type: ignore[method-assign]
+        act = c.spawn(c._go_solo("asked by the operator"))
+        await asyncio.sleep(0.01)
+        c._peer_message({"type": "taken", "why": "asked by the operator there"})
+        left.set()
+        await act
+        assert c.state is State.STOPPED and dp.mode is Mode.DROP and c.path_shut
+
+    asyncio.run(body())
+
+
+@pytest.mark.parametrize("status", ["colo", "inmigrate", "running"])
+def test_qmp_that_comes_back_does_not_undo_a_stand_down(status: str) -> None:
+    async def body() -> None:
+        c, dp, sent = secondary()
+        c.state, c._confirmed, c._entered = State.DEGRADED, True, status != "running"
+        answers = asyncio.Event()
+
+        async def ask(*args: Any, **more: Any) -> str:
+            await answers.wait()
+            return status
+
+        c.qmp = SimpleNamespace(  # type: ignore[assignment]
+            status=ask, migration_status=ask, prepare=ask, connected=True
+        )
+        back = c.spawn(c.on_qemu())
+        await asyncio.sleep(0.01)
+        c._peer_message({"type": "solo", "why": "the PVM goes on alone"})
+        answers.set()
+        await back
+        assert c.state is State.STOPPED and dp.mode is Mode.DROP and sent.kinds() == ["gone"]
+
+    asyncio.run(body())
