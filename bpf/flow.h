@@ -38,7 +38,8 @@
  * Then guest_in and guest_out (guest.bpf.c) translate at its tap, so that mirror and comparison
  * see what the client sees, and its clone, the new SVM, has the same offset as long as the
  * connection lives: checkpoints do not end it. No connection has both kinds. A new connection on
- * the key ends the old one's offset, and what is learnt then is of the epoch.
+ * the key ends the old one's offset, and what is learnt then is of the epoch: so is any handshake
+ * in which the guest says an ISN that the entry does not know.
  *
  * TAKEOVER. The SVM speaks to the network itself: new connections need no
  * translation, so no entry begins, and a new connection on an old key ends the
@@ -158,6 +159,9 @@ static __always_inline void flow_learn_guest(struct colo_flow *n, const struct p
 	} else {
 		fresh = other;
 	}
+	/* What an entry for good holds both guests have; an ISN that it has not is each one's own. */
+	if (n->epoch == COLO_EPOCH_BASE && (!known || other))
+		fresh = 1;
 	if (fresh) {
 		flow_forget(n, epoch);
 		known = 0;

@@ -34,7 +34,7 @@ class Flow:
     def wanted(self) -> bool:
         """Whether it has an offset, or may have one at the end of a handshake."""
         known = self.have & rewrite.HAVE_ISN_S and self.have_client & rewrite.HAVE_ISN_P
-        begun = self.have or self.have_client
+        begun = (self.have | self.have_client) & rewrite.HAVE_ANY  # a FIN begins nothing
         return bool(self.off or self.tsoff or (begun and not known))
 
 

@@ -28,6 +28,7 @@ LEARN_WINDOW = 65535
 
 HAVE_ISN_P, HAVE_ISN_S, HAVE_TS_P, HAVE_TS_S = 1, 2, 4, 8
 FIN_GUEST, FIN_CLIENT, HAVE_ISN_C = 16, 32, 64
+HAVE_ANY = HAVE_ISN_P | HAVE_ISN_S | HAVE_TS_P | HAVE_TS_S | HAVE_ISN_C
 
 
 class BadFrame(ValueError):
@@ -337,6 +338,8 @@ class Rewriter:
             fresh = n.isn_c != acked
         else:
             fresh = other
+        if n.epoch == EPOCH_BASE and (not known or other):
+            fresh = True  # both guests have what it holds; another ISN is each one's own
         if fresh:
             n.forget(self.epoch)
             known = False

@@ -55,6 +55,7 @@ def test_what_is_handed_over() -> None:
     m[key(4)] = value(7, 0)  # known to be none
     m[key(5)] = value(7, 0, have_client=64)  # half open: not known yet
     m[key(6)] = value(7, 0, 0, 0)  # forgotten
+    m[key(7)] = value(7, 0, rewrite.FIN_GUEST, rewrite.FIN_CLIENT)  # and closed after that
     parts = t.export(7)
     assert {p[: len(key(1))] for p in parts} == {key(1), key(2), key(5)}
     t.sweep(7)

@@ -10,7 +10,7 @@ import pytest
 
 from colo_xdp.abi import EPOCH_BASE, Mode, Reason
 from colo_xdp.packet import parse
-from colo_xdp.rewrite import Rewriter
+from colo_xdp.rewrite import FIN_CLIENT, FIN_GUEST, HAVE_ISN_C, HAVE_ISN_S, Rewriter
 from colo_xdp.tcp_state import State
 from tests.netns.frames import csum, tcp
 
@@ -280,6 +280,36 @@ def test_an_offset_for_good_outlives_checkpoints_but_not_the_connection() -> Non
     link.g(SYN | ACK, S + 9, C + 500_001)
     link.c(ACK, C + 500_001, P + 7)
     assert flow.epoch == 3, "what is learnt now is of the epoch"
+    assert seq(link.g(ACK, S + 10, C + 500_001)) == P + 7
+    link.r.epoch = 4
+    assert seq(link.g(ACK, S + 10, C + 500_001)) == S + 10
+
+
+@pytest.mark.parametrize("left", ["nothing", "fins", "isn_c", "isn_s"])
+@pytest.mark.parametrize("guest_opens", [False, True])
+def test_a_connection_on_an_entry_that_holds_no_offset_is_of_the_epoch(
+    left: str, guest_opens: bool
+) -> None:
+    """An entry for good of which nothing is known, or half of a handshake, is no place to learn
+    in: at the next checkpoint both guests have the same numbers."""
+    link = Link().passive()
+    (flow,) = link.r.flows.values()
+    flow.epoch, flow.have, flow.have_client = EPOCH_BASE, 0, 0
+    if left == "fins":
+        flow.have, flow.have_client = FIN_GUEST, FIN_CLIENT
+    elif left == "isn_c":
+        flow.have_client = HAVE_ISN_C
+    elif left == "isn_s":
+        flow.have = HAVE_ISN_S
+    link.r.epoch = 3
+    if guest_opens:
+        link.g(SYN, S + 9, 0)
+        link.c(SYN | ACK, C + 500_000, P + 7)
+    else:
+        link.c(SYN, C + 500_000)
+        link.g(SYN | ACK, S + 9, C + 500_001)
+    link.c(ACK, C + 500_001, P + 7)
+    assert flow.epoch == 3
     assert seq(link.g(ACK, S + 10, C + 500_001)) == P + 7
     link.r.epoch = 4
     assert seq(link.g(ACK, S + 10, C + 500_001)) == S + 10
