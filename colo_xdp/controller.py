@@ -50,6 +50,8 @@ DEATH_S = 2.0  # how long a lost QMP connection may wait for the tap's carrier t
 WATCH_S = 0.5
 HUNG_S = 1.0  # QEMU answers x-colo-lost-heartbeat in 0.1 s; after this its main loop hangs
 IN_COLO = ("colo", "active")  # states of the migration that x-colo-lost-heartbeat ends
+FAILOVER_S = 30.0  # for one that a person asks for, and the fence on top
+ORDER_S = 60.0  # for one that a former controller was asked for
 STAND_DOWN_S = 30.0  # for a decision that is being carried out
 INCOMING_S = 10.0  # deadline of the command that starts a QEMU, and the time between two tries
 RING_BATCH = 512
@@ -68,8 +70,10 @@ class Controller(ABC):
         self.history: deque[dict[str, Any]] = deque(maxlen=64)
         self.paused = self.shadow = False
         self.operator = self.forced = False
+        self._order_until = 0.0  # a person's word is not carried out later than this (monotonic, s)
         self.fence_result: bool | None = None
         self._fence_failed_ns = 0
+        self._fenced_ns = 0  # when the fence command last ended (boot_ns)
         self._born_ns = time.monotonic_ns()
         self.colo_exit = False
         self.vm_gone = False
@@ -129,7 +133,7 @@ class Controller(ABC):
         self.oob: Qmp | None = None  # the second socket, if one is configured
         if datapath.adopted and datapath.order:
             # Whoever was asked has died on the way. Every step of it can be done twice.
-            self.operator, self.forced = True, datapath.order == "force"
+            self._order("force" if datapath.order == "force" else "failover", ORDER_S)
 
     # ---- to be filled by the two sides
 
@@ -348,12 +352,17 @@ class Controller(ABC):
         )
         if self.peer.peer_boot != self._beacon_boot:
             self._beacon_boot, self._heard_t = self.peer.peer_boot, 0
-        if self.fence_result is False:
-            self.fence_result = None  # it lives, and may be fenced another time
+        # It lives, whatever the fence command has said: it has to be fenced another time.
+        self._fence_is_void("it connects")
         self._beat()
         self.peer_connected()
 
     _beacon_boot = ""
+
+    def _fence_is_void(self, why: str) -> None:
+        if self.fence_result and self.state is State.DEGRADED:
+            log.warning("the fence command had succeeded, but the peer lives: %s", why)
+        self.fence_result = None
 
     def peer_connected(self) -> None:
         """The channel is up."""
@@ -397,6 +406,8 @@ class Controller(ABC):
         if word.lag_ms > limit / 2:
             self._peer_slow_ns = time.monotonic_ns()
         since = max(self._guest_ns, boot_ns() - limit * 1_000_000)
+        if self.fence_result and word.after > self._fenced_ns:
+            self._fence_is_void("it has heard what was sent since")
         if self.peer.connected or word.after <= since or word.t <= self._heard_t:
             return
         self._heard_t = word.t
@@ -487,6 +498,10 @@ class Controller(ABC):
         wait = self.config.peer.dead_after
         if self.fence_result is False and now - self._fence_failed_ns > wait * 1_000_000:
             self.fence_result = None  # nobody is awake to do it: try again
+        if self.operator and time.monotonic() > self._order_until:
+            if self.state not in (State.SOLO, State.TAKEN_OVER, State.STOPPED):
+                log.error("the failover that was asked for did not come about: ask for it again")
+            self.operator = self.forced = False
         s, core, boot = self.speaker, self.paths.core, boot_ns()
         limit = self.config.peer.heartbeat_timeout
         return Facts(
@@ -559,7 +574,7 @@ class Controller(ABC):
         if d.action is Action.FENCE:
             self.become(State.DEGRADED, d.why)
             self.fence_result = await self._fence()
-            self._fence_failed_ns = time.monotonic_ns()
+            self._fence_failed_ns, self._fenced_ns = time.monotonic_ns(), boot_ns()
         else:
             await self.perform(d.action, d.why)
 
@@ -828,6 +843,11 @@ class Controller(ABC):
         Raises ValueError when it cannot begin.
         """
 
+    def _order(self, what: str, seconds: float) -> None:
+        """A person's word: what was true of the other host then may not be so for ever."""
+        self.operator, self.forced = True, what == "force"
+        self._order_until = time.monotonic() + seconds
+
     async def _command_failover(self, args: dict[str, Any]) -> dict[str, Any]:
         planned, force = args.get("planned", False), args.get("force", False)
         if planned is True and force is True:
@@ -846,9 +866,10 @@ class Controller(ABC):
             return {"steps": [], "done": True, "state": self.state.value, "reason": self.reason}
         if self.state in (State.STARTING, State.STOPPED):
             raise ValueError(f"no failover from state {self.state.value}: {self.reason}")
-        self.operator, self.forced, self.fence_result = True, bool(force), None
+        self.fence_result = None
         self.dp.order = "force" if force else "failover"
-        deadline = time.monotonic() + 30 + self.config.failover.fence_timeout / 1000
+        self._order(self.dp.order, FAILOVER_S + self.config.failover.fence_timeout / 1000)
+        deadline = self._order_until
         try:
             while time.monotonic() < deadline:
                 self._decide()

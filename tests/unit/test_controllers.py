@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Coroutine
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,8 +14,9 @@ from typing import Any
 import pytest
 
 from colo_xdp.abi import Bond, Mode, Source
+from colo_xdp.beacon import Flag, Word
 from colo_xdp.config import load
-from colo_xdp.failover import State
+from colo_xdp.failover import Action, State, decide
 from colo_xdp.primary import Checkpoint, CheckpointFailed, Primary
 from colo_xdp.qmp import QmpTimeout
 from colo_xdp.qmp_event import QmpEvent
@@ -22,7 +24,7 @@ from colo_xdp.reasons import Cause
 from colo_xdp.report import permission
 from colo_xdp.ring import Event
 from colo_xdp.secondary import Secondary
-from colo_xdp.speaker import Seen, Speaker, StoreError
+from colo_xdp.speaker import Seen, Speaker, StoreError, boot_ns
 from colo_xdp.wire import encode
 from tests.netns.frames import tcp
 from tests.unit.test_giving import Pair
@@ -1080,7 +1082,9 @@ def test_a_takeover_does_not_break_a_promise_of_silence(word: str) -> None:
         if word == "solo":
             c._peer_message({"type": "solo", "why": "the PVM goes on alone"})
         elif word == "beat":
-            c.on_message({"type": "beat", "state": "solo", "epoch": 7, "shut": False, "alone": True})
+            c.on_message(
+                {"type": "beat", "state": "solo", "epoch": 7, "shut": False, "alone": True}
+            )
         else:
             asked = asyncio.ensure_future(c.command("stand-down", {}))
         await asyncio.sleep(0.01)
@@ -1137,3 +1141,49 @@ def test_qmp_that_comes_back_does_not_undo_a_stand_down(status: str) -> None:
         assert c.state is State.STOPPED and dp.mode is Mode.DROP and sent.kinds() == ["gone"]
 
     asyncio.run(body())
+
+
+def test_a_fence_holds_until_the_peer_is_heard_again() -> None:
+    """Power that came back, or a fence that only cut its ports: what it said then is over."""
+
+    async def body(heard: str) -> None:
+        c, _, _ = secondary()
+        c.state = State.DEGRADED
+        object.__setattr__(c.config.failover, "fence", ("/bin/true",))
+        c.fence_result = await c._fence()
+        c._fenced_ns = boot_ns()
+        assert c.fence_result
+        word = Word(Flag.VM, 0, 7, boot_ns(), c._fenced_ns - 1)
+        c._beacon(word)  # sent before, and late
+        assert c.fence_result
+        if heard == "beacon":
+            c._beacon(replace(word, t=boot_ns(), after=boot_ns()))
+        else:
+            c._peer_up()
+        c.colo_exit = True
+        facts = replace(c.facts(), peer_connected=False, peer_silent_ms=1e6, paths=())
+        assert decide(facts).action is Action.FENCE
+        c.fence_result = True
+        facts = replace(facts, fence_result=True)
+        assert decide(facts).action is Action.TAKE_OVER, "or else it would be enough"
+
+    for heard in ("beacon", "channel"):
+        asyncio.run(body(heard))
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_a_persons_word_does_not_count_for_ever(
+    force: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It was told that nothing came of it, and the other host may be alive again by then."""
+    c, _, _ = secondary()
+    c.state = State.DEGRADED
+    c._order("force" if force else "failover", 60)
+    assert c.facts().operator and c.forced is force
+    c._order_until = time.monotonic() - 1
+    assert not c.facts().operator and not c.forced
+    assert "ask for it again" in caplog.text
+    caplog.clear()
+    c._order("failover", -1)
+    c.state = State.TAKEN_OVER
+    assert not c.facts().operator and not caplog.text, "it did come about"
