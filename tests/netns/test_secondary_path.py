@@ -235,6 +235,31 @@ def test_takeover_keeps_offsets_and_opens_the_network(host: Host) -> None:
     client.close()
 
 
+def test_what_has_stepped_out_steps_in_again(host: Host) -> None:
+    """A guest that stands down when no program is left at its tap."""
+    host.dp.mode = Mode.TAKEOVER
+    with inside(host.net.host):
+        host.dp.open_network()
+        host.dp.step_out()
+    client = Sniffer(host.net.client, "c0")
+    before = host.dp.counters()["svm_out"]
+    host.guest.send(tcp(b"alone"))
+    assert client.wait(lambda f: b"alone" in f) is not None
+    assert host.dp.counters()["svm_out"] == before, "no program was there"
+    host.dp.mode = Mode.DROP
+    with inside(host.net.host):
+        host.dp.step_in()
+        host.dp.step_in()
+    fenced = host.dp.counters()["svm_out"]["fenced"][0]
+    host.guest.send(tcp(b"silent"))
+    deadline = time.monotonic() + 5
+    while host.dp.counters()["svm_out"]["fenced"][0] == fenced and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert host.dp.counters()["svm_out"]["fenced"][0] == fenced + 1
+    assert client.wait(lambda f: b"silent" in f, 0.2) is None
+    client.close()
+
+
 def test_refusals_name_the_device_and_the_reason(host: Host, tmp_path: Path) -> None:
     host.dp.close()
     host.guest.close()
