@@ -143,15 +143,19 @@ DEADLINE_MS: dict[str, int] = {
     "cut_link": 2000 + HEARTBEAT_TIMEOUT_MS,
     "cut_control": 2000 + HEARTBEAT_TIMEOUT_MS,
     "planned": HEARTBEAT_TIMEOUT_MS,
+    "stand_down_pvm": HEARTBEAT_TIMEOUT_MS,
+    "stand_down_svm": HEARTBEAT_TIMEOUT_MS,
 }
 ALONE = {
     "kill_pvm", "kill_svm", "kill_pvm_in_checkpoint", "kill_pvm_host", "kill_svm_host",
-    "hang_pvm", "hang_svm", "planned",
+    "hang_pvm", "hang_svm", "planned", "stand_down_pvm", "stand_down_svm",
 }  # fmt: skip
 
 
 #: its own controller notices at once
-AT_ONCE = {"kill_pvm", "kill_svm", "kill_pvm_in_checkpoint", "planned"}
+AT_ONCE = {
+    "kill_pvm", "kill_svm", "kill_pvm_in_checkpoint", "planned", "stand_down_pvm", "stand_down_svm",
+}  # fmt: skip
 
 
 def limit_ms(action: str) -> int:
@@ -266,6 +270,8 @@ class Chaos:
             r = lab.ask(self.rng.choice(HOSTS), "failover", planned=True)
             if not r["done"]:
                 raise LabError(f"planned failover: {r}")
+        elif action in ("stand_down_pvm", "stand_down_svm"):
+            lab.ask(pvm if action == "stand_down_pvm" else svm, "stand-down")
 
     def _checkpoint(self) -> None:
         with contextlib.suppress(Exception):

@@ -146,6 +146,22 @@ def test_meta_data_names_what_the_agent_takes(host: Host) -> None:
     assert host("migrate_to") == 3
 
 
+def test_the_example_for_the_cluster_fits_the_agent() -> None:
+    clone = ET.parse(ROOT / "deploy/examples/pacemaker.xml").getroot()
+    (primitive,) = clone.findall("primitive")
+    assert (primitive.get("provider"), primitive.get("type")) == ("colo-xdp", "colo-xdp")
+    assert [n.get("name") for n in primitive.iter("nvpair")] == ["config"]
+    text = subprocess.run([str(AGENT), "meta-data"], capture_output=True, text=True, check=True)
+    known = {
+        (a.get("name"), a.get("role"), a.get("timeout"))
+        for a in ET.fromstring(text.stdout).iter("action")
+    }
+    asked = [(o.get("name"), o.get("role"), o.get("timeout")) for o in primitive.iter("op")]
+    assert len(asked) == 6 and set(asked) <= known
+    ids = [e.get("id") for e in clone.iter()]
+    assert len(set(ids)) == len(ids)
+
+
 def test_validation(host: Host) -> None:
     assert host("validate-all") == 0
     host.world(None, config=2)
