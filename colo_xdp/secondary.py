@@ -384,7 +384,7 @@ class Secondary(Controller):
         status = await self.qmp.status()
         if status == "inmigrate":
             await self.qmp.prepare(primary=False)
-            if self.state is State.STOPPED:
+            if self.path_shut:
                 return
             self._ready_wanted, self._entered, self._confirmed = True, False, False
             self.dp.bond = Bond.NONE
@@ -392,9 +392,9 @@ class Secondary(Controller):
             self.peer.send("ready", epoch=self.dp.epoch)
         elif self._entered and await self.qmp.migration_status() == "colo":
             # It may have stood down meanwhile, and the primary relies on that.
-            if self._hold is None and self._confirmed and self.state is not State.STOPPED:
+            if self._hold is None and self._confirmed and not self.path_shut:
                 self.become(State.PROTECTED, "the SVM is in COLO, its offsets were kept")
-        elif self._hold is None and not self._entered and self.state is not State.STOPPED:
+        elif self._hold is None and not self._entered and not self.path_shut:
             self.become(
                 State.STARTING,
                 f"the SVM's QEMU is `{status}`; start it with -incoming and wait for the primary",
