@@ -16,7 +16,7 @@ from colo_xdp.beacon import Flag
 from colo_xdp.compare import Engine
 from colo_xdp.datagram import DatagramFlow
 from colo_xdp.failover import Action
-from colo_xdp.flowtable import FlowTable
+from colo_xdp.flowtable import Flow, FlowTable
 from colo_xdp.fragments import Fragments
 from colo_xdp.primary import Primary
 from colo_xdp.rewrite import Rewriter
@@ -59,6 +59,15 @@ SCENES: dict[str, dict[str, Any]] = {
     "who_asks_by_beacon_takes_it_for_granted": {
         "conns": 6, "odd": 0.4, "beacons": True, "lease": False, "faults": (
             Fault(150, "cut_channel", 6000), Fault(150, "deafen_s", 6000), Fault(200, "cut_colo"),
+        ),
+    },
+    "an_entry_for_good_learns_whatever_comes": {  # a client's port is used again, at the right time
+        "seed": 383, "conns": 6, "loss": 0.05, "dup": 0, "jitter": 0.5, "link_loss": 0,
+        "link_jitter": 3.0, "odd": 0, "odd_udp": False, "ring": 4000, "queue": 1024,
+        "compare_timeout": 400, "stashes": 16, "eager": False, "beacons": True, "faults": (
+            Fault(277, "stand_down_pvm", 50), Fault(1213, "cut_link", 250),
+            Fault(1265, "checkpoint", 60), Fault(320, "kill_svm_qemu", 1500, 1),
+            Fault(14, "checkpoint", 0, 3), Fault(158, "failover_svm", 50, 3),
         ),
     },
     "takeover_never_asks_which_guest_runs": {
@@ -774,3 +783,32 @@ def a_handed_over_guest_speaks_on(mp: Any) -> None:
             self.dp.mode = Mode.BYPASS
 
     mp.setattr(Primary, "_checkpoint", checkpoint)
+
+
+@_roles_mutant
+def a_stand_down_is_only_said(mp: Any) -> None:
+    async def command(self: Any, args: Any) -> dict[str, Any]:
+        return {"state": "stopped", "reason": "", "peer": ""}
+
+    mp.setattr(controller.Controller, "_command_stand_down", command)
+
+
+@_roles_mutant
+def an_entry_for_good_learns_whatever_comes(mp: Any) -> None:
+    """What is left of a closed connection is handed over, and the next one is learnt into it."""
+    real = Rewriter._learn_guest
+
+    def learn(self: Rewriter, n: Any, p: Any, ts: Any) -> None:
+        was = n.epoch
+        if was == abi.EPOCH_BASE:
+            n.epoch = -1
+        real(self, n, p, ts)
+        if n.epoch == -1:
+            n.epoch = was
+
+    def wanted(self: Flow) -> bool:
+        known = self.have & rewrite.HAVE_ISN_S and self.have_client & rewrite.HAVE_ISN_P
+        return bool(self.off or self.tsoff or ((self.have or self.have_client) and not known))
+
+    mp.setattr(Rewriter, "_learn_guest", learn)
+    mp.setattr(Flow, "wanted", property(wanted))
