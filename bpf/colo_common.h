@@ -7,7 +7,7 @@
 #ifndef COLO_COMMON_H
 #define COLO_COMMON_H
 
-#define COLO_ABI 4
+#define COLO_ABI 5
 
 /* skb->mark of a frame that the controller has let go, or that the mirror put
  * on the tap: it was decided elsewhere. Guests cannot set it (tun clears it). */
@@ -169,6 +169,9 @@ struct colo_flow_key {
 	__be32 vlan; /* TCIs of up to two tags, outer << 16 | inner, VID bits only, host order */
 };
 
+/* In colo_flow_key.vlan of a flow of `conns`, in a bit that no VID uses: UDP, not TCP. */
+#define COLO_KEY_UDP 0x80000000u
+
 /* A flow whose clients' frames the SVM does not get. */
 struct colo_unmirrored_key {
 	struct colo_flow_key ends;
@@ -240,6 +243,17 @@ struct colo_conn {
 	__u8 pad[3];
 	__u8 hdr[128]; /* the PVM's newest header, Ethernet to TCP options */
 	__u8 memo[64]; /* user space's */
+};
+
+/* A datagram that waits; its payload follows. Records begin at multiples of DGRAM_ALIGN, so that a
+ * head lies in one piece. Host byte order. */
+#define DGRAM_ALIGN 128u
+struct colo_dgram {
+	__u64 ts_ns;  /* CLOCK_MONOTONIC of its arrival */
+	__u32 len;    /* bytes of payload */
+	__u8 partial; /* its checksum is the pseudo header's sum */
+	__u8 pad[3];
+	__u8 hdr[112]; /* Ethernet, IP and UDP header: 42 bytes, or 62 */
 };
 
 /* Who has a stash. taken: 0 or 1, changed by compare and swap. */

@@ -50,6 +50,7 @@
 #include "stash.h"
 #include "walk.h"
 #include "leave.h"
+#include "datagram.h"
 
 #define CTL_SEEN_STEP_NS 1000000000ULL
 
@@ -71,12 +72,6 @@ static __always_inline int is_plain(struct __sk_buff *skb, const struct pkt *p)
 		return 0;
 	return option == bpf_htonl(0x0101080A); /* RFC 7323 appendix A */
 }
-
-/* What decide() is about to do: w->act. */
-#define ACT_NOTHING 0
-#define ACT_PASS    1 /* the PVM's frame passes */
-#define ACT_TURN    2 /* the SVM's frame becomes the PVM's */
-#define ACT_PIECES  3 /* w->upto is reached in pieces, or a bare ack sent */
 
 /*
  * The PVM's ack and window, and its header where others will need it. 0, or a reason.
@@ -108,25 +103,24 @@ static __always_inline u32 hear_pvm(struct __sk_buff *skb, const struct pkt *p, 
 }
 
 /*
- * A frame of a connection that is locked and in tier K. Returns R_FAST_*, or R_HAND_* with
- * all words such that user space can go on from them with this frame.
+ * Is it plain, the next one, and is there room? What is to be compared and kept, and w->act. 0, or
+ * R_HAND_* with all words such that user space can go on from them with this frame, or
+ * R_FAST_ENDED.
  */
-static __always_inline u32 decide(struct __sk_buff *skb, const struct pkt *p, struct colo_conn *c,
-				  struct colo_flow_key *key, struct colo_work *w, u32 side,
-				  int *verdict)
+static __always_inline u32 prepare_segment(struct __sk_buff *skb, const struct pkt *p,
+					   struct colo_conn *c, struct colo_flow_key *key,
+					   struct colo_work *w, u32 side)
 {
-	u32 len = p->payload_len, out = c->nxt - c->rel, err, slot, act, reason, end;
+	u32 len = p->payload_len, out = c->nxt - c->rel, err, end;
 	/* Read once: pvm_in writes it on another CPU, and both uses must mean the same ack. */
 	u64 acked = *(volatile __u64 *)&c->client_ack;
 	u32 client_ack = acked;
 	u32 have = out && c->ahead == side ? c->nxt : c->rel;
-	struct colo_stash *st;
 	__be16 field;
 	u16 win;
 
 	w->again = 0;
 	w->kept = 1;
-	/* 1. Is it plain, the next one, and is there room? */
 	if (!is_plain(skb, p))
 		return R_HAND_ODD;
 	end = p->seq + len;
@@ -171,10 +165,6 @@ static __always_inline u32 decide(struct __sk_buff *skb, const struct pkt *p, st
 	/* Nothing waits and the client has it all: begin anew, where the cache is warm. */
 	if (len && !w->again && !out && acked == (CLIENT_ACK_KNOWN | c->rel))
 		c->org = c->rel;
-	slot = c->stash ? c->stash - 1 : 0; /* a bare ack has none, but the verifier wants one */
-	st = stashes.lookup(&slot);
-	if (!st)
-		return R_HAND_HELPER;
 	w->len = len;
 	w->flags = p->flags;
 	w->ack = p->ack;
@@ -190,7 +180,6 @@ static __always_inline u32 decide(struct __sk_buff *skb, const struct pkt *p, st
 	w->probe =
 		w->again && side == SIDE_PVM && !w->kept; /* RFC 9293 3.8.4: one below the next */
 	w->moves = w->again ? 0 : len;
-	w->err = 0;
 	/* Pieces need the PVM's header, and this skb must have one of its size. */
 	if (w->equal && !w->again && (side == SIDE_SVM || len > out) &&
 	    (c->l4 != p->l4_off || c->doff != p->doff ||
@@ -206,19 +195,16 @@ static __always_inline u32 decide(struct __sk_buff *skb, const struct pkt *p, st
 		w->act = ACT_PASS;
 	else if (side == SIDE_SVM && ack_due(c) && c->l4 == p->l4_off && c->doff == p->doff)
 		w->act = ACT_PIECES; /* of no byte */
-	w->side = side;
+	return 0;
+}
 
-	/* 2. Compare and keep. */
-	walk_payload(skb, c, st, w);
-	err = w->err;
-	if (err)
-		return err;
+/* Nothing can go wrong from here on but helpers; the frame is decided. */
+static __always_inline u32 finish_segment(struct __sk_buff *skb, struct colo_conn *c,
+					  struct colo_stash *st, struct colo_work *w, int *verdict)
+{
+	u32 len = w->moves, act = w->act, side = w->side, reason;
+	u32 end = w->seq; /* behind the payload */
 
-	/* 3. Nothing can go wrong from here on but helpers; the frame is decided. */
-	len = w->moves;
-	act = w->act;
-	side = w->side;
-	end = w->seq; /* behind the payload */
 	w->rel = c->rel;
 	w->out_ack = c->out_ack;
 	reason = len || side == SIDE_PVM ? R_FAST_HELD : R_FAST_ENDED;
@@ -228,13 +214,8 @@ static __always_inline u32 decide(struct __sk_buff *skb, const struct pkt *p, st
 	}
 	if (act && len && c->since_ns)
 		note_wait(w->now - c->since_ns);
-	if (act) {
-		w->out = way_to(c->hdr, w->now);
-		w->way = w->out ? 0 : BPF_F_INGRESS;
-		w->mark = w->out ? 0 : COLO_MARK; /* pvm_out lets it pass */
-		if (!w->out && act > ACT_PASS)
-			w->out = cfg(CFG_TAP);
-	}
+	if (act)
+		find_way(w, c->hdr, act > ACT_PASS);
 	if (act == ACT_PASS) {
 		limit_pvm(skb, c, w);
 		c->rel += len;
@@ -262,7 +243,37 @@ static __always_inline u32 decide(struct __sk_buff *skb, const struct pkt *p, st
 }
 
 /*
- * A TCP frame of the pair. Returns FAST_NO if tier K has no say: captured is then what the
+ * A frame of a flow that is locked and in tier K. Returns R_FAST_*, or R_HAND_*. Both kinds of flows
+ * take the same walk, in which the verifier is not to know of which kind it is: see colo_work.
+ */
+static __always_inline u32 decide(struct __sk_buff *skb, const struct pkt *p, struct colo_conn *c,
+				  struct colo_flow_key *key, struct colo_work *w, u32 side,
+				  int *verdict)
+{
+	struct colo_stash *st;
+	u32 slot, r;
+
+	w->udp = p->is_udp;
+	w->side = side;
+	w->err = 0;
+	r = p->is_udp ? prepare_datagram(skb, p, c, key, w, side)
+		      : prepare_segment(skb, p, c, key, w, side);
+	if (r)
+		return r;
+	slot = c->stash ? c->stash - 1 : 0; /* a bare ack has none, but the verifier wants one */
+	st = stashes.lookup(&slot);
+	if (!st)
+		return R_HAND_HELPER;
+	walk_payload(skb, c, st, w);
+	r = w->err;
+	if (r)
+		return r;
+	return w->udp ? finish_datagram(skb, c, st, w, verdict)
+		      : finish_segment(skb, c, st, w, verdict);
+}
+
+/*
+ * A TCP or UDP frame of the pair. Returns FAST_NO if tier K has no say: captured is then what the
  * event must carry. Else the reason to count, *verdict being what to do with the frame.
  */
 static __always_inline u32 fast(struct __sk_buff *skb, const struct pkt *p, u32 side, u64 mode,
@@ -278,7 +289,7 @@ static __always_inline u32 fast(struct __sk_buff *skb, const struct pkt *p, u32 
 	__builtin_memcpy(key.client, p->dst, 16);
 	key.guest_port = p->sport;
 	key.client_port = p->dport;
-	key.vlan = p->vlan;
+	key.vlan = p->vlan | (p->is_udp ? COLO_KEY_UDP : 0);
 	c = conn_find(&key);
 	if (!c || !w)
 		return FAST_NO;

@@ -3,6 +3,17 @@
 #ifndef COLO_LEAVE_H
 #define COLO_LEAVE_H
 
+/* By which way a frame leaves to `mac`: w->out, and if that is the bridge, the device to put it
+ * into where it is `made` here and not the PVM's own. */
+static __always_inline void find_way(struct colo_work *w, const void *mac, int made)
+{
+	w->out = way_to(mac, w->now);
+	w->way = w->out ? 0 : BPF_F_INGRESS;
+	w->mark = w->out ? 0 : COLO_MARK; /* pvm_out lets it pass */
+	if (!w->out && made)
+		w->out = cfg(CFG_TAP);
+}
+
 /* The ack and the window that the client may be told. */
 static __always_inline u32 allowed_ack(const struct colo_conn *c)
 {

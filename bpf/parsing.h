@@ -42,16 +42,17 @@ struct pkt {
 	__u32 l3_off;	   /* from the start of the frame, behind all tags */
 	__u32 l4_off;	   /* behind IP options and extension headers; 0: not IP */
 	__u32 csum_at;	   /* TCP or UDP checksum field; 0: none, fragment, or unparsable */
-	__u32 payload_len; /* TCP: bytes of payload, of the whole GSO frame */
+	__u32 payload_len; /* TCP, UDP: bytes of payload, of the whole GSO frame */
 	__u32 seq;	   /* TCP, host order */
 	__u32 ack;	   /* TCP, host order; means something only with TCP_ACK */
-	__be16 sport;	   /* TCP */
+	__be16 sport;	   /* TCP, UDP */
 	__be16 dport;
 	__be16 ethertype; /* behind all tags */
 	__u8 l4_proto;	  /* PROTO_*, also of a fragment; 0: not IP (or PROTO_HOPOPTS) */
 	__u8 is_v6;
 	__u8 frag;   /* any fragment, first and atomic ones too: never translated */
 	__u8 is_tcp; /* whole TCP header is there: the TCP fields hold */
+	__u8 is_udp; /* whole UDP header is there: ports and payload_len hold */
 	__u8 flags;  /* TCP_*, the 14th byte of the TCP header */
 	__u8 doff;   /* TCP: bytes of the header, 20 to 60, all within the linear part */
 };
@@ -80,6 +81,7 @@ static __always_inline int parse_frame(void *data, void *end, u64 len, u32 tags,
 	u64 off = 14, stop = 0, doff;
 	u8 proto = 0, *h = data, frag = 0;
 	__be16 ethertype;
+	__be32 ports;
 
 	if (data + 14 > end)
 		return parse_short(14, len);
@@ -174,7 +176,20 @@ static __always_inline int parse_frame(void *data, void *end, u64 len, u32 tags,
 	if (proto == PROTO_UDP) {
 		if (off + 8 > stop)
 			return PARSE_BAD;
-		p->csum_at = off + 6;
+		h = data + off;
+		if ((void *)h + 8 > end)
+			return PARSE_MORE;
+		ports = *(__be32 *)h;
+		off += zero;
+		VERIFIER_BOUND(off, 0x3FFF);
+		p->l4_off = off;
+		__builtin_memcpy(&p->sport, (u8 *)&ports, 2);
+		__builtin_memcpy(&p->dport, (u8 *)&ports + 2, 2);
+		p->payload_len = stop - off - 8;
+		stop = off + 6; /* of the same range whatever the protocol */
+		VERIFIER_BOUND(stop, 0x3FFF);
+		p->csum_at = stop;
+		p->is_udp = 1;
 	} else if (proto == PROTO_TCP) {
 		if (off + 20 > stop)
 			return PARSE_BAD;
@@ -196,7 +211,9 @@ static __always_inline int parse_frame(void *data, void *end, u64 len, u32 tags,
 		p->flags = h[13];
 		p->doff = doff;
 		p->payload_len = stop - off - doff;
-		p->csum_at = off + 16;
+		stop = off + 16;
+		VERIFIER_BOUND(stop, 0x3FFF);
+		p->csum_at = stop;
 		p->is_tcp = 1;
 	}
 	return 0;
@@ -214,7 +231,7 @@ static __always_inline int parse_skb(struct __sk_buff *skb, struct pkt *p)
 	int err = PARSE_BAD;
 
 	p->csum_at = 0;
-	p->is_tcp = 0;
+	p->is_tcp = p->is_udp = 0;
 	if (skb->vlan_present) {
 		tags = 1;
 		vlan = skb->vlan_tci & 0x0FFF;
@@ -240,7 +257,7 @@ static __always_inline int parse_xdp(struct xdp_md *xdp, struct pkt *p)
 	u64 zero = ctx->rx_queue_index - ctx->rx_queue_index;
 
 	p->csum_at = 0;
-	p->is_tcp = 0;
+	p->is_tcp = p->is_udp = 0;
 	return parse_frame(data, end, end - data, 0, 0, zero, p) ? PARSE_BAD : 0;
 }
 

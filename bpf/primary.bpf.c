@@ -40,18 +40,16 @@ static __always_inline int finish(u32 prog, u32 reason, u32 len, int verdict)
 BPF_TABLE_PINNED("lru_hash", struct colo_unmirrored_key, u64, unmirrored, COLO_MAX_UNMIRRORED,
 		 PIN_DIR "/unmirrored");
 
-static __always_inline int is_unmirrored(struct __sk_buff *skb, const struct pkt *p)
+static __always_inline int is_unmirrored(const struct pkt *p)
 {
 	struct colo_unmirrored_key key = {};
-	__be16 ports[2];
 
-	if (p->frag || (p->l4_proto != PROTO_TCP && p->l4_proto != PROTO_UDP) ||
-	    bpf_skb_load_bytes(skb, p->l4_off, ports, sizeof(ports)))
+	if (!p->is_tcp && !p->is_udp)
 		return 0;
 	__builtin_memcpy(key.ends.guest, p->dst, 16);
 	__builtin_memcpy(key.ends.client, p->src, 16);
-	key.ends.guest_port = ports[1];
-	key.ends.client_port = ports[0];
+	key.ends.guest_port = p->dport;
+	key.ends.client_port = p->sport;
 	key.ends.vlan = p->vlan;
 	key.proto = p->l4_proto;
 	return unmirrored.lookup(&key) != 0;
@@ -73,7 +71,7 @@ int pvm_in(struct __sk_buff *skb)
 	/* A PVM that has fallen silent by plan mirrors until the clients' frames go elsewhere. */
 	if (mode != MODE_RUN && mode != MODE_CHECKPOINT && mode != MODE_DROP) {
 		reason = R_PASSED;
-	} else if (parsed && cfg(CFG_UNMIRRORED) && is_unmirrored(skb, &p)) {
+	} else if (parsed && cfg(CFG_UNMIRRORED) && is_unmirrored(&p)) {
 		reason = R_UNMIRRORED;
 	} else {
 		note_client(skb);
@@ -123,7 +121,7 @@ int pvm_out(struct __sk_buff *skb)
 	} else if (mode == MODE_BYPASS) {
 		reason = R_PASSED;
 		verdict = TC_ACT_OK;
-	} else if (!parse_skb(skb, &p) && p.is_tcp &&
+	} else if (!parse_skb(skb, &p) && (p.is_tcp || p.is_udp) &&
 		   (fate = fast(skb, &p, SIDE_PVM, mode, epoch, &captured, &verdict))) {
 		reason = fate; /* also without a controller (I9) */
 	} else if (controller_lost()) {
@@ -163,7 +161,7 @@ int svm_arrival(struct __sk_buff *skb)
 			/* A frame of another epoch is none of tier K's. */
 			if ((tci & COLO_EPOCH_MASK) != (epoch & COLO_EPOCH_MASK))
 				epoch = ~epoch;
-			if (!parse_skb(skb, &p) && p.is_tcp)
+			if (!parse_skb(skb, &p) && (p.is_tcp || p.is_udp))
 				fate = fast(skb, &p, SIDE_SVM, mode, epoch, &captured, &verdict);
 			if (fate)
 				reason = fate;

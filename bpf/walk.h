@@ -3,16 +3,22 @@
 #ifndef COLO_WALK_H
 #define COLO_WALK_H
 
+/* What decide() is about to do: w->act. */
+#define ACT_NOTHING 0
+#define ACT_PASS    1 /* the PVM's frame passes */
+#define ACT_TURN    2 /* the SVM's frame becomes the PVM's */
+#define ACT_PIECES  3 /* w->upto is reached in pieces, or a bare ack sent */
+
 /*
  * What a frame is worked on with. What is stored here and read again is anything to the
  * verifier, however it came about: paths meet, and the loops are walked once instead of once
- * for each path that leads to them. Hence volatile, and hence the order in decide().
+ * for each path that leads to them. Hence volatile, and hence decide() in three parts.
  */
 struct colo_work {
 	__u8 data[2 * COLO_STEP + 128];
-	__u8 old[128];						      /* the frame's own header */
-	__u8 new[128];						      /* what is written over it */
-	volatile __u64 side, len, flags, ack, win, l4, doff, partial; /* of the frame */
+	__u8 old[128]; /* the frame's own header */
+	__u8 new[128]; /* what is written over it */
+	volatile __u64 udp, side, len, flags, ack, win, l4, doff, partial; /* of the frame */
 	volatile __u64 at;    /* next byte of the frame to be looked at */
 	volatile __u64 seq;   /* its sequence number */
 	volatile __u64 equal; /* so many bytes are to be compared with the stash */

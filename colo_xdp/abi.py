@@ -9,7 +9,7 @@ from __future__ import annotations
 import struct
 from enum import IntEnum
 
-ABI = 4
+ABI = 5
 MARK = 0xC0105EED
 TPID = 0x88A8
 EPOCH_MASK = 0x0FFF
@@ -161,6 +161,9 @@ COUNT = struct.Struct("=QQ")
 #: struct colo_flow_key: guest, client (network order), ports (network order), vlan (host order)
 FLOW_KEY = struct.Struct("=16s16s2s2sI")
 
+#: in FLOW_KEY's vlan, for a flow of `conns`: UDP, not TCP
+KEY_UDP = 0x80000000
+
 #: struct colo_unmirrored_key: a flow key and the protocol
 UNMIRRORED_KEY = struct.Struct("=16s16s2s2sII")
 #: struct colo_flow: seen_ns, epoch, off, tsoff, isn_p, isn_s, ts_p, ts_s, fin_guest, fin_client,
@@ -175,6 +178,8 @@ SIDE_PVM, SIDE_SVM = 0, 1
 #: captured, p_ack, s_ack, out_ack, p_win, s_win, out_win, mss, ahead, pending, l4, doff, why, pad,
 #: hdr, memo
 CONN = struct.Struct("=QQQQIIIIIIIIIIHHHHBBBBB3x128s64s")
+#: struct colo_dgram: ts_ns, len, partial, pad, hdr; records begin at multiples of DGRAM_ALIGN
+DGRAM, DGRAM_ALIGN = struct.Struct("=QIB3x112s"), 128
 #: struct colo_owner: taken, since_ns, key
 OWNER = struct.Struct("=QQ40s")
 #: struct colo_ctl: ethernet header, op, captured, key, what GIVE is to set, since_ns

@@ -46,6 +46,7 @@ class Segment:
     l4_proto: int = 0
     frag: bool = False
     is_tcp: bool = False
+    is_udp: bool = False
     csum_at: int = 0
     sport: bytes = b""
     dport: bytes = b""
@@ -102,7 +103,10 @@ def parse(frame: bytes, outer_tag: int | None = None) -> Segment:
         return p
     if p.l4_proto == 17:
         _need(stop, off + 8, "UDP header")
+        p.sport, p.dport = frame[off : off + 2], frame[off + 2 : off + 4]
+        p.payload_len = stop - off - 8
         p.csum_at = off + 6
+        p.is_udp = True
     elif p.l4_proto == 6:
         _need(stop, off + 20, "TCP header")
         p.doff = (frame[off + 12] >> 4) * 4

@@ -67,10 +67,18 @@ def tcp(
     return _frame(6, head + options + payload, 16, partial, v6, vlan, reverse)
 
 
-def udp(payload: bytes, *, partial: bool = False, v6: bool = False) -> bytes:
+def udp(
+    payload: bytes = b"",
+    *,
+    sport: int = 53,
+    dport: int = 40000,
+    partial: bool = False,
+    v6: bool = False,
+    vlan: int = 0,
+) -> bytes:
     """A UDP frame of the guest."""
-    head = struct.pack("!HHHH", 53, 40000, 8 + len(payload), 0)
-    return _frame(17, head + payload, 6, partial, v6, 0, False)
+    head = struct.pack("!HHHH", sport, dport, 8 + len(payload), 0)
+    return _frame(17, head + payload, 6, partial, v6, vlan, False)
 
 
 def tcp_checksum_ok(frame: bytes) -> bool:

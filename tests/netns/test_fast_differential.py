@@ -24,8 +24,7 @@ from colo_xdp.abi import SIDE_PVM, SIDE_SVM, TIER_K, Cfg, CtlOp, CtlResult, Mode
 from colo_xdp.fastmap import FastMap
 from colo_xdp.ring import Event, open_reader
 from tests.netns.conftest import Net, Tap, inside, sh
-from tests.netns.fastlab import _checksum
-from tests.netns.frames import tcp
+from tests.netns.frames import csum, tcp, udp
 from tests.sim.fast import STASH, STASH_SIZE, Conn, TierK
 from tests.sim.mutants import KERNEL_MUTANTS
 
@@ -42,6 +41,19 @@ def packet(frame: bytes) -> bytes:
     if frame[12:14] == b"\x86\xdd":
         return frame[: 54 + int.from_bytes(frame[18:20], "big")]
     return frame[: 14 + int.from_bytes(frame[16:18], "big")]
+
+
+def checksum_fits(frame: bytes, l4: int, partial: bool) -> bool:
+    """IPv4's header checksum and TCP's or UDP's, which is the pseudo header's sum if `partial`."""
+    udp = frame[23 if l4 == 34 else 20] == 17
+    at = l4 + (6 if udp else 16)
+    addresses = frame[26:34] if l4 == 34 else frame[22:54]
+    pseudo = csum(addresses + struct.pack("!HH", 17 if udp else 6, len(frame) - l4))
+    if l4 == 34 and csum(frame[14:34]) != 0xFFFF:
+        return False
+    if partial:
+        return struct.unpack_from("!H", frame, at)[0] == pseudo
+    return (udp and frame[at : at + 2] == b"\0\0") or csum(frame[l4:], pseudo) == 0xFFFF
 
 
 class Lab:
@@ -105,11 +117,13 @@ class Lab:
             frame = frame[:12] + struct.pack("!HH", abi.TPID, tci) + frame[12:]
             shift, tap = 4, self.svm
         v6 = frame[12 + shift : 14 + shift] == b"\x86\xdd"
+        udp = frame[(20 if v6 else 23) + shift] == 17
         l4 = (54 if v6 else 34) + shift
-        doff = (frame[l4 + 12] >> 4) * 4
-        kind = 0 if not gso else 4 if v6 else 1
-        size = l4 + doff if gso else 0
-        tap.send(frame, struct.pack("<BBHHHH", partial, kind, size, gso, l4 * partial, 16))
+        size = l4 + (8 if udp else (frame[l4 + 12] >> 4) * 4) if gso else 0
+        kind = 0 if not gso else 5 if udp else 4 if v6 else 1
+        at = 6 if udp else 16
+        head = struct.pack("<BBHHHH", partial, kind, size, gso, l4 * partial, at)
+        tap.send(frame, head)
 
     def client(self, frame: bytes) -> None:
         """A client's frame; it has reached the PVM's tap when this returns."""
@@ -128,7 +142,7 @@ class Lab:
                 flags, kind, _, gso, start, _ = struct.unpack_from("<BBHHHH", raw)
                 frame, partial = raw[10:], bool(flags & 1)
                 l4 = 34 if frame[12:14] == b"\x08\x00" else 54
-                assert _checksum(raw, packet(frame), l4), f"checksum: {raw[:100].hex()}"
+                assert checksum_fits(packet(frame), l4, partial), f"checksum: {raw[:100].hex()}"
                 assert start == l4 * partial
                 out.append((packet(frame), gso if kind else 0, partial))
         return out
@@ -163,12 +177,36 @@ class Talk:
         at = (pos + self.port * 7919) % len(BLOB)
         return (BLOB[at:] + BLOB)[:n]
 
+    @staticmethod
+    def ends(v6: bool) -> Iterator[bytes]:
+        """Addresses of the guest and of the client, as in struct colo_flow_key."""
+        if v6:
+            return (bytes.fromhex("fd09" + "00" * 13 + x) for x in ("02", "01"))
+        return (bytes(10) + b"\xff\xff" + bytes((10, 9, 0, x)) for x in (2, 1))
+
     @property
     def key(self) -> bytes:
-        ends = (bytes.fromhex("fd09" + "00" * 13 + x) for x in ("02", "01"))
-        if not self.v6:
-            ends = (bytes(10) + b"\xff\xff" + bytes((10, 9, 0, x)) for x in (2, 1))
+        ends = self.ends(self.v6)
         return abi.FLOW_KEY.pack(*ends, struct.pack("!H", 80), struct.pack("!H", self.port), 0)
+
+
+class Datagrams:
+    """The same over UDP: both say datagram after datagram, each of its number."""
+
+    def __init__(self, rnd: random.Random, port: int) -> None:
+        self.port, self.v6, self.seed = port, rnd.random() < 0.4, rnd.getrandbits(32)
+        self.sizes = rnd.choice((SIZES[:9], SIZES[5:12]))
+        self.said = [0, 0]
+
+    def body(self, number: int) -> bytes:
+        rnd = random.Random(self.seed + number)
+        return rnd.randbytes(rnd.choice(self.sizes) - rnd.randrange(2))
+
+    @property
+    def key(self) -> bytes:
+        ends = Talk.ends(self.v6)
+        ports = (struct.pack("!H", p) for p in (53, self.port))
+        return abi.FLOW_KEY.pack(*ends, *ports, abi.KEY_UDP)
 
 
 class Run:
@@ -180,7 +218,11 @@ class Run:
         m = self.model
         m.mode, m.epoch, m.on = Mode.RUN, 5, True
         self.uplink = 0
-        self.talks = [Talk(self.rnd, 40000 + i) for i in range(self.rnd.choice((3, 9)))]
+        kinds = (Talk, Talk, Datagrams)
+        self.talks = [
+            (Datagrams if i == 1 else self.rnd.choice(kinds))(self.rnd, 40000 + i)
+            for i in range(self.rnd.choice((3, 9)))
+        ]
         for t in self.talks:
             lab.conns.set(t.key, bytes(abi.CONN.size))
             m.conns[t.key] = Conn()
@@ -208,7 +250,9 @@ class Run:
             if rnd.random() < 0.8:
                 self.control(CtlOp.SEIZE, t)
                 self.control(CtlOp.FREE, t)
-            self.give(t)
+            self.give_datagrams(t) if isinstance(t, Datagrams) else self.give(t)
+        elif isinstance(t, Datagrams):
+            self.datagram(t)
         elif rnd.random() < 0.2:
             self.client_says(t)
         else:
@@ -231,8 +275,10 @@ class Run:
         self.model.epoch += 1
         self.lab.set(Cfg.EPOCH, self.model.epoch)
 
-    def control(self, op: CtlOp, t: Talk, captured: int = 0, words: bytes = b"") -> CtlResult:
-        since = self.rnd.choice((0, self.now))
+    def control(
+        self, op: CtlOp, t: Talk | Datagrams, captured: int = 0, words: bytes = b""
+    ) -> CtlResult:
+        since = self.rnd.choice((0, 1000 * self.now))
         message = abi.CTL.pack(op, captured, t.key, words or bytes(abi.GIVE.size), since)
         ours, theirs = self.model.control(message, self.now), self.lab.control(message)
         assert ours == theirs, f"{op!r}: the model says {ours!r}, the kernel {theirs!r}"
@@ -334,7 +380,79 @@ class Run:
             frame += bytes(rnd.choice((1, 6)))
         self.through(t, side, frame, gso, partial)
 
-    def through(self, t: Talk, side: int, frame: bytes, gso: int, partial: bool) -> None:
+    # -- datagrams
+
+    def give_datagrams(self, t: Datagrams) -> None:
+        """Some of one side wait, or none."""
+        rnd, m, lab = self.rnd, self.model, self.lab
+        first, ahead = min(t.said), rnd.choice((SIDE_PVM, SIDE_SVM))
+        number = rnd.choice((0, 0, 1, 5, 100, 4000))
+        data = b""
+        for i in range(first, first + number):
+            body = t.body(i)
+            frame = udp(body, dport=t.port, v6=t.v6, partial=rnd.random() < 0.5)
+            head = abi.DGRAM.pack(
+                1000 * self.now + i, len(body), rnd.randrange(2), frame[: -len(body) or None]
+            )
+            more = head + body
+            if len(data) + len(more) > STASH - 1000:
+                number = i - first
+                break
+            data += more + bytes(-len(more) % abi.DGRAM_ALIGN)
+        t.said = [first, first]
+        t.said[ahead] += number
+        start = rnd.choice((0, M32 - 127, rnd.getrandbits(25) * 128))
+        # As if the ring had been in use: what waits may go on at its beginning.
+        past = rnd.choice((0, 0, STASH - 128, STASH - 256, STASH - 4096)) if data else 0
+        if data:
+            if self.control(CtlOp.CLAIM, t) is CtlResult.FULL:
+                return
+            for side in (m, lab):
+                ring = side.ring(m.conns[t.key].stash)
+                n = min(len(data), STASH - past)
+                ring[past : past + n], ring[: len(data) - n] = data[:n], data[n:]
+        words = abi.GIVE.pack(
+            m.epoch - (rnd.random() < 0.02), start, *[0] * 7, (start + len(data)) & M32,
+            (start - past) & M32, ahead, 0, 0, 0, b"", rnd.randbytes(64),
+        )  # fmt: skip
+        self.control(CtlOp.GIVE, t, m.conns[t.key].captured + (rnd.random() < 0.1), words)
+
+    def datagram(self, t: Datagrams) -> None:
+        """The next one of either, mostly."""
+        rnd = self.rnd
+        side = rnd.choice((SIDE_PVM, SIDE_SVM))
+        if t.said[side] - t.said[1 - side] > rnd.choice((0, 3, 40, 400, 10_000)):
+            side = 1 - side
+        number, x = t.said[side], rnd.random()
+        t.said[side] += 1
+        if x < 0.01:
+            number += 1  # overtaken
+        elif x < 0.015:
+            t.said[side] += 1  # lost
+        body = bytearray(t.body(number))
+        x = rnd.random()
+        if x < 0.01 and body:
+            body[rnd.choice((0, len(body) - 1, rnd.randrange(len(body))))] ^= 1 << rnd.randrange(8)
+        elif x < 0.015:
+            body += b"x"
+        vlan = 7 * (rnd.random() < 0.005 and len(body) < 3900)
+        partial, gso = not vlan and rnd.random() < 0.5, 0
+        if len(body) > 3900 or (len(body) > 700 and not vlan and rnd.random() < 0.01):
+            partial, gso = True, 700
+        frame = udp(bytes(body), dport=t.port, v6=t.v6, partial=partial, vlan=vlan)
+        l4 = 54 if t.v6 else 34
+        if not vlan and not partial and not t.v6 and rnd.random() < 0.2:
+            frame = frame[:40] + bytes(2) + frame[42:]  # RFC 768: no checksum
+        x = rnd.random()
+        if x < 0.01 and not gso and not vlan:
+            frame += b"\0"
+        elif x < 0.015 and not vlan:
+            frame = frame[: l4 + 4] + struct.pack("!H", 8 + len(body) // 2) + frame[l4 + 6 :]
+        self.through(t, side, frame, gso, partial)
+
+    def through(
+        self, t: Talk | Datagrams, side: int, frame: bytes, gso: int, partial: bool
+    ) -> None:
         """One frame, by both, under any circumstances."""
         rnd, lab, m = self.rnd, self.lab, self.model
         x = rnd.random()
@@ -361,6 +479,8 @@ class Run:
         left = lab.leaving(len(out)) + lab.leaving(1, 0.0)
         expected = Counter({Reason(fate.reason).name if fate.reason else "CAPTURED": 1})
         self.seen.update(expected)
+        if isinstance(t, Datagrams):
+            self.seen.update(f"udp {name}" for name in (*expected, *(r.name for r in said)))
         if side == SIDE_PVM and fate.reason == Reason.FAST_ACKED:
             self.seen["asked the client"] += 1
         if side == SIDE_PVM and not self.uplink and fate.reason in (
@@ -399,10 +519,10 @@ class Run:
 
     # -- what must be equal
 
-    def conn(self, t: Talk) -> Conn:
+    def conn(self, t: Talk | Datagrams) -> Conn:
         return Conn.unpack(self.lab.conns.get(t.key) or b"")
 
-    def compare(self, last: Talk) -> None:
+    def compare(self, last: Talk | Datagrams) -> None:
         for t in self.talks:
             mine, theirs = self.model.conns[t.key], self.conn(t)
             for name in Conn.__slots__:
@@ -419,16 +539,34 @@ class Run:
             assert (taken, bool(since), key) == (ours[0], bool(ours[1]), ours[2]), f"owner {i}"
         self.compare_stash(last, outstanding=True)
 
-    def compare_stash(self, t: Talk, *, outstanding: bool) -> None:
+    def compare_stash(self, t: Talk | Datagrams, *, outstanding: bool) -> None:
         c = self.model.conns[t.key]
-        if not c.stash or not c.epoch:
+        if not c.stash or not c.epoch or (c.tier != TIER_K and isinstance(t, Datagrams)):
             return
-        first = c.rel if outstanding else self.model.oldest(c)
+        whole = outstanding or isinstance(t, Datagrams)  # of which nothing is history
+        first = c.rel if whole else self.model.oldest(c)
         n, at = (c.nxt - first) & M32, (first - c.org) % STASH
         one, two = self.model.ring(c.stash), self.lab.ring(c.stash)
+        if isinstance(t, Datagrams):
+            return self.compare_records(c, n, at, one, two)
         k = min(n, STASH - at)
         assert one[at : at + k] == two[at : at + k], f"stash of port {t.port}"
         assert one[: n - k] == two[: n - k], f"stash of port {t.port}"
+
+    def compare_records(
+        self, c: Conn, n: int, at: int, one: memoryview, two: memoryview
+    ) -> None:  # fmt: skip
+        assert (at | n) % abi.DGRAM_ALIGN == 0
+        while n:
+            (_, *mine), (ts, *theirs) = (abi.DGRAM.unpack_from(r, at) for r in (one, two))
+            size = 62 if mine[2][12:14] == b"\x86\xdd" else 42
+            assert mine[:2] == theirs[:2] and mine[2][:size] == theirs[2][:size] and ts
+            at = (at + abi.DGRAM.size) % STASH
+            k = min(mine[0], STASH - at)
+            assert one[at : at + k] == two[at : at + k]
+            assert one[: mine[0] - k] == two[: mine[0] - k]
+            whole = -(-mine[0] // abi.DGRAM_ALIGN) * abi.DGRAM_ALIGN
+            at, n = (at + whole) % STASH, n - abi.DGRAM.size - whole
 
     def go(self, steps: int) -> Counter[str]:
         try:
@@ -465,6 +603,10 @@ def test_kernel_and_model_decide_alike(lab: Lab) -> None:
     everything = {r.name for r in Reason if r.name.startswith(("FAST_", "HAND_"))}
     missed = everything - {Reason.HAND_HELPER.name} - set(seen)
     assert seen["asked the client"] > 20, seen
+    for name in ("HELD", "PASSED", "RELEASED"):
+        assert seen[f"udp FAST_{name}"] > 300, seen
+    for name in ("MODE", "ODD", "DIFFERS", "NO_STASH", "FULL"):
+        assert seen[f"udp HAND_{name}"] > 3, seen
     assert not missed and min(seen[f"GIVE {r}"] for r in ("DONE", "REFUSED", "FULL")), seen
 
 

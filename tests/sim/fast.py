@@ -105,7 +105,7 @@ def completed(out: Out) -> bytes:
     if not out.partial:
         return out.frame
     p = parse(out.frame)
-    frame, end = bytearray(out.frame), p.l4_off + p.doff + p.payload_len
+    frame, end = bytearray(out.frame), p.l4_off + (p.doff or 8) + p.payload_len
     check = 0xFFFF & ~fold(out.frame[p.l4_off : end])  # the field holds the pseudo header's sum
     struct.pack_into("!H", frame, p.csum_at, check)
     return bytes(frame)
@@ -132,6 +132,7 @@ class Work:
     p: Segment
     key: bytes
     win: int = 0
+    act: int = NOTHING
     equal: int = 0
     left: int = 0
     upto: int = 0
@@ -401,13 +402,11 @@ class TierK:
         if not seq_later(c.s_ack, w.p.ack):
             c.s_ack, c.s_win = w.p.ack, w.win
 
-    def decide(self, c: Conn, w: Work) -> int:
+    def prepare_segment(self, c: Conn, w: Work) -> int:
         p, side = w.p, w.side
         size, out = p.payload_len, (c.nxt - c.rel) & M32
         have = c.nxt if out and c.ahead == side else c.rel
         again, kept = False, True
-
-        # 1. Is it plain, the next one, and is there room?
         if not self.is_plain(w):
             return Reason.HAND_ODD
         end = (p.seq + size) & M32
@@ -445,24 +444,19 @@ class TierK:
         made = w.equal and not again and (side == SIDE_SVM or size > out)
         if made and (not same or size > out > c.mss * (MAX_PIECES - 2)):
             return Reason.HAND_ODD
-        act = NOTHING
         if again and side == SIDE_PVM:
-            act = PASS if kept else PIECES
+            w.act = PASS if kept else PIECES
         elif w.equal and not again:
-            act = PIECES if size > out else PASS if side == SIDE_PVM else TURN
+            w.act = PIECES if size > out else PASS if side == SIDE_PVM else TURN
         elif side == SIDE_PVM:
             if not size and not (out and c.ahead == SIDE_PVM) and not seq_later(p.ack, c.s_ack):
-                act = PASS
+                w.act = PASS
         elif self.ack_due(c) and same:
-            act = PIECES
+            w.act = PIECES
+        return 0
 
-        # 2. Compare and keep.
-        err = self.walk_payload(c, w)
-        if err:
-            return err
-
-        # 3. The frame is decided.
-        size, rel, told_ack = w.moves, c.rel, c.out_ack
+    def finish_segment(self, c: Conn, w: Work) -> int:
+        side, act, size, rel, told_ack = w.side, w.act, w.moves, c.rel, c.out_ack
         reason = Reason.FAST_HELD if size or side == SIDE_PVM else Reason.FAST_ENDED
         if size and seq_later(w.seq, c.nxt):
             c.nxt, c.ahead = w.seq, side
@@ -480,6 +474,74 @@ class TierK:
             self.send_pieces(c, w)
         self.settle(c, w.now, c.rel != rel or (c.rel == c.nxt and c.out_ack != told_ack))
         return reason
+
+    @staticmethod
+    def is_plain_datagram(w: Work) -> bool:
+        p, v6 = w.p, w.frame[12:14] == b"\x86\xdd"
+        if w.frame[12:14] not in (b"\x08\x00", b"\x86\xdd") or p.l4_off != (54 if v6 else 34):
+            return False
+        size = 8 + p.payload_len
+        at = p.l4_off + 4
+        return (
+            not w.gso_size and len(w.frame) == p.l4_off + size
+            and int.from_bytes(w.frame[at : at + 2], "big") == size
+        )  # fmt: skip
+
+    def record_at(self, c: Conn, place: int) -> int:
+        """Where a record's head is in the mapping of all rings."""
+        return (c.stash - 1) * STASH_SIZE + abi.STASH_BEFORE + (place - c.org) % STASH
+
+    def head_at(self, c: Conn, place: int) -> tuple[int, int, int, bytes]:
+        """ts_ns, length, partial, header of the record there"""
+        return abi.DGRAM.unpack_from(self.rings, self.record_at(c, place))
+
+    def prepare_datagram(self, c: Conn, w: Work) -> int:
+        p, side, out = w.p, w.side, (c.nxt - c.rel) & M32
+        size = -(-(abi.DGRAM.size + p.payload_len) // abi.DGRAM_ALIGN) * abi.DGRAM_ALIGN
+        meets = bool(out) and c.ahead != side
+        if not self.is_plain_datagram(w):
+            return Reason.HAND_ODD
+        if not meets and out + size > STASH:
+            return Reason.HAND_FULL
+        if not meets and not self.stash_claim(c, w.key):
+            return Reason.HAND_NO_STASH
+        if not out:
+            c.org = c.nxt = c.rel
+        place = c.rel if meets else c.nxt
+        if meets and self.head_at(c, place)[1] != p.payload_len:
+            return Reason.HAND_DIFFERS
+        w.moves, w.at, w.seq = size, p.l4_off + 8, (place + abi.DGRAM.size) & M32
+        w.left = p.payload_len
+        w.equal = w.left if meets else 0
+        w.act = NOTHING if not meets else PASS if side == SIDE_PVM else TURN
+        return 0
+
+    def finish_datagram(self, c: Conn, w: Work) -> int:
+        p = w.p
+        if w.act == NOTHING:
+            head = abi.DGRAM.pack(w.now, p.payload_len, w.partial, w.frame[: p.l4_off + 8])
+            at = self.record_at(c, c.nxt)
+            self.rings[at : at + len(head)] = head
+            c.nxt, c.ahead = (c.nxt + w.moves) & M32, w.side
+            self.settle(c, w.now, False)
+            return Reason.FAST_HELD
+        frame = w.frame
+        if w.act == TURN:
+            frame = self.head_at(c, c.rel)[3][: p.l4_off] + frame[p.l4_off :]
+        w.out.append(Out(frame, 0, w.partial))
+        c.rel = (c.rel + w.moves) & M32
+        self.settle(c, self.head_at(c, c.rel)[0], True)
+        return Reason.FAST_PASSED if w.act == PASS else Reason.FAST_RELEASED
+
+    def decide(self, c: Conn, w: Work) -> int:
+        udp = w.p.is_udp
+        err = self.prepare_datagram(c, w) if udp else self.prepare_segment(c, w)
+        if err:
+            return err
+        err = self.walk_payload(c, w)
+        if err:
+            return err
+        return self.finish_datagram(c, w) if udp else self.finish_segment(c, w)
 
     def kept(self, c: Conn, seq: int) -> bool:
         """Whether released bytes from seq on are still in the stash."""
@@ -520,9 +582,10 @@ class TierK:
             p = parse(frame)
         except BadFrame:
             return Fate()
-        if not p.is_tcp or p.frag:
+        if not p.is_tcp and not p.is_udp:
             return Fate()
-        key = abi.FLOW_KEY.pack(p.src, p.dst, p.sport, p.dport, p.vlan)
+        kind = abi.KEY_UDP if p.is_udp else 0
+        key = abi.FLOW_KEY.pack(p.src, p.dst, p.sport, p.dport, p.vlan | kind)
         c = self.conns.get(key)
         if c is None:
             return Fate()

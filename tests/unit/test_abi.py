@@ -58,6 +58,9 @@ def test_numbers() -> None:
     assert define("COLO_KIND_MIRROR") == abi.KIND_MIRROR
     assert define("COLO_KIND_SVM") == abi.KIND_SVM
     assert define("COLO_EPOCH_BASE") == abi.EPOCH_BASE
+    assert define("COLO_KEY_UDP") == abi.KEY_UDP
+    assert define("DGRAM_ALIGN") == abi.DGRAM_ALIGN == abi.DGRAM.size
+    assert struct_size("colo_dgram") == abi.DGRAM.size
     assert define("EV_PARTIAL") == abi.EV_PARTIAL
     assert define("EV_VLAN") == abi.EV_VLAN
 
