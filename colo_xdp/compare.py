@@ -17,11 +17,10 @@ from itertools import count
 
 from .comparer import Flow, Held
 from .counters import COUNTERS
-from .fastpath import Fast, NoFast, Words, recall
 from .flow import FlowKey, datagram_name, tcp_port
 from .flows import GIVEN, Flows, RuleCount
 from .fragments import Fragments
-from .giving import Giving
+from .giving import FastFlow, Giving
 from .journal import Divergence
 from .limits import CHECKPOINT_QUEUE, Limits
 from .packet import Kind, Packet, parse
@@ -29,6 +28,7 @@ from .policy import Policy, Verdict
 from .reasons import Cause
 from .record import NO_EVIDENCE, Evidence, Record
 from .stream import PART_NS, Stream
+from .tier_k import Fast, NoFast, Words, is_stream
 from .uncompared import Passed, Watched
 
 __all__ = ["COUNTERS", "Divergence", "Engine", "Limits", "Policy", "Record"]
@@ -174,6 +174,8 @@ class Engine:
             self._homeless(rec)
         else:
             flow.pvm(rec, p, self.now)
+            if self.fast.enabled:
+                self._note(flow, rec)
 
     def _homeless(self, rec: Record) -> None:
         """A frame with no flow: the pair is lost, or the table is full."""
@@ -214,7 +216,7 @@ class Engine:
                     self._note(st, rec)
                 return
             p.gso_size = rec.gso_size
-            self._svm_datagram(p)
+            self._svm_datagram(rec, p)
         elif ahead == 0:
             self._counters["svm_superseded"] += 1
         elif ahead <= _NEXT_EPOCHS and not self._solo:
@@ -227,7 +229,7 @@ class Engine:
         else:
             self._counters["svm_stale"] += 1
 
-    def _svm_datagram(self, p: Packet) -> None:
+    def _svm_datagram(self, rec: Record, p: Packet) -> None:
         self._count_opaque(p)
         if p.kind is _FRAGMENT:
             whole = self._fragments.svm(p, self.now)
@@ -237,6 +239,8 @@ class Engine:
         flow = self._flows.of(p)
         if flow is not None:
             flow.svm(p, self.now)
+            if self.fast.enabled:
+                self._note(flow, rec)
 
     def _count_opaque(self, p: Packet) -> None:
         if p.defect:
@@ -435,24 +439,24 @@ class Engine:
             return None
         return self.fast.seize(key)
 
-    def recall(self, st: Stream, words: Words | None = None) -> None:
-        """Tier K has handed the stream over, or has to."""
+    def recall(self, st: FastFlow, words: Words | None = None) -> None:
+        """Tier K has handed the flow over, or has to."""
         words = self.fast.seize(st.key) if words is None else words
-        if words is None:  # it has forgotten it: as a connection that is met for the first time
+        if words is None:  # it has forgotten it: as one that is met for the first time
             st.unknown(self.epoch)
             return
-        self._giving.recalled(st, words.captured)
-        recall(st, words, self.now)
+        self._giving.recalled(st, words)
         self._counters["fast_recalled"] += 1
 
     def _recall_all(self, keys: list[FlowKey]) -> None:
         for key in keys:
-            st = self._tcp.get(key)
+            st = (self._tcp if is_stream(key) else self._flows.datagram).get(key)
             if st is None:
                 words = self.fast.seize(key)
                 if words is not None:
                     self._flows.revive(key, words)
-            elif isinstance(st, Stream) and st.epoch == GIVEN:
+            elif st.epoch == GIVEN:
+                assert isinstance(st, FastFlow)
                 self.recall(st)
 
     # -- for the comparers (stream.Host)

@@ -18,6 +18,7 @@ from .packet import Kind, Packet, datagram_body
 from .policy import Verdict
 from .reasons import Cause
 from .record import Evidence, Record
+from .tier_k import Givable
 
 Bodies = tuple[bytes, ...]
 
@@ -29,20 +30,22 @@ def bodies(p: Packet, gso_size: int = 0) -> Bodies:
     return (datagram_body(p),)
 
 
-class DatagramFlow:
+class DatagramFlow(Givable):
     """One flow, one direction: what the guest sends."""
 
     __slots__ = (
-        "_frames", "asked", "bodies", "copies", "direction", "epoch", "held", "host", "key",
-        "last", "verdict", "when",
+        "_frames", "asked", "bodies", "copies", "direction", "epoch", "held", "key", "last", "said",
+        "verdict", "when",
     )  # fmt: skip
 
     def __init__(
         self, host: Host, key: FlowKey, epoch: int, verdict: Verdict, direction: str = ""
     ) -> None:
-        self.host, self.key, self.epoch = host, key, epoch
+        super().__init__(host)
+        self.key, self.epoch = key, epoch
         self.verdict, self.direction = verdict, direction
         self.last = self.when = 0
+        self.said = 0  # bytes of payload, of the PVM
         self.held: deque[Held] = deque()
         self.bodies: deque[Bodies] = deque()  # of `held`
         self.copies: dict[bytes, list[int]] = {}  # unused body of the SVM -> arrivals
@@ -55,7 +58,7 @@ class DatagramFlow:
 
     def quiet(self) -> bool:
         """Nothing of either side waits."""
-        return not self.held and not self.copies
+        return not self.held and not self.copies and self.brake is None
 
     def closed(self) -> bool:
         """Datagram flows have no end; they age like closed connections."""
@@ -89,19 +92,25 @@ class DatagramFlow:
     def pvm(self, rec: Record, p: Packet, now_ns: int) -> None:
         """A frame of the PVM in the current epoch: release it or hold it."""
         host = self.host
+        self.said += p.end - p.off
         all_of_it = bodies(p, rec.gso_size)
         if not self.held and self._use(all_of_it):
-            host.emit(rec, now_ns)
+            self.leave(rec, now_ns)
             return
         if host.pvm_packets >= host.max_packets or host.pvm_bytes >= host.max_bytes:
             host.count("queue_full_dropped")
             host.ask(Cause.QUEUE_FULL, self)
             return
+        self.hold(rec, p, now_ns)
+
+    def hold(self, rec: Record, p: Packet, since_ns: int) -> None:
+        """Append to the frames that wait, whatever the limit."""
+        host = self.host
         host.pvm_packets += 1
         host.pvm_bytes += len(rec.frame)
-        self.held.append((rec, p, now_ns))
-        self.bodies.append(all_of_it)
-        host.arm(self, now_ns + (host.grace_ns if self.copies else host.timeout_ns))
+        self.held.append((rec, p, since_ns))
+        self.bodies.append(bodies(p, rec.gso_size))
+        host.arm(self, since_ns + (host.grace_ns if self.copies else host.timeout_ns))
 
     def svm(self, p: Packet, now_ns: int) -> None:
         """A frame of the SVM of the current epoch: only compared, never sent anywhere."""
@@ -111,13 +120,30 @@ class DatagramFlow:
                 host.count("svm_queue_full_dropped")
                 host.ask(Cause.QUEUE_FULL, self)
                 return
-            host.svm_packets += 1
-            self.copies.setdefault(body, []).append(now_ns)
-            self._frames[body] = p.frame
+            self._keep(body, p, now_ns)
         if self.held:
             self.pump(now_ns)
         if self.copies:
             host.arm(self, now_ns + (host.grace_ns if self.held else host.timeout_ns))
+
+    def keep(self, p: Packet, since_ns: int) -> None:
+        """Add to what the SVM has said, whatever the limit."""
+        self._keep(datagram_body(p), p, since_ns)
+        self.host.arm(self, since_ns + self.host.timeout_ns)
+
+    def _keep(self, body: bytes, p: Packet, since_ns: int) -> None:
+        self.host.svm_packets += 1
+        self.copies.setdefault(body, []).append(since_ns)
+        self._frames[body] = p.frame
+
+    def frame_of(self, body: bytes) -> bytes:
+        """The newest frame of the SVM with this unused body."""
+        return self._frames[body]
+
+    def unknown(self, epoch: int) -> None:
+        """Tier K has forgotten it: as a flow that is met for the first time."""
+        self.offered, self.calm = False, 0
+        self.new_epoch(epoch)
 
     def _use(self, wanted: Bodies) -> bool:
         copies = self.copies
@@ -141,7 +167,7 @@ class DatagramFlow:
             rec, _, _ = self.held.popleft()
             host.pvm_packets -= 1
             host.pvm_bytes -= len(rec.frame)
-            host.emit(rec, now_ns)
+            self.leave(rec, now_ns)
 
     def expire(self, now_ns: int) -> int:
         """Ask if the head is too old or both sides differ; the next deadline, 0 for none."""

@@ -17,9 +17,9 @@ from typing import Any
 
 from . import _bpf, abi
 from .abi import CtlOp, CtlResult
-from .fastpath import Answer, Gift, Words, conn_key, conn_words, flow_key
 from .flow import FlowKey
 from .loader import Objects, possible_cpus
+from .tier_k import Answer, Gift, Words, conn_key, conn_words, flow_key, known
 
 log = logging.getLogger("colo_xdp.fastmap")
 
@@ -35,7 +35,7 @@ _STASH_SIZE = abi.STASH_BEFORE + abi.STASH + abi.STASH_SLACK
 
 
 class FastMap:
-    """fastpath.Fast on the kernel's maps."""
+    """tier_k.Fast on the kernel's maps."""
 
     def __init__(
         self, objects: Objects, idle_ns: int, since: int, switch: Callable[[bool], None],
@@ -112,7 +112,7 @@ class FastMap:
 
     def seize(self, key: FlowKey) -> Words | None:
         """To tier U. None: unknown, or its words were read before."""
-        if len(key) not in (12, 36):
+        if not known(key):
             return None
         raw_key = conn_key(key)
         r = self._control(CtlOp.SEIZE, raw_key)

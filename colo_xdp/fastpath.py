@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Connections between tier U (stream.py) and tier K (bpf/fast.h): sans-IO.
+"""TCP streams between tier U (stream.py) and tier K (bpf/fast.h): sans-IO.
 
 A settled stream becomes the few words that the kernel goes on from; what the kernel had when
 a frame surprised it becomes a stream again: its stash is what the SVM said and the PVM did not
@@ -9,17 +9,15 @@ yet, or the PVM's frames that wait, built anew from the PVM's newest header.
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
-from enum import Enum
-from typing import Protocol
 
 from . import abi
 from ._seq import MASK, diff, later
-from .flow import FlowKey, unmirrored_key
+from .flow import FlowKey
 from .packet import ACK, PSH, Packet, parse
 from .record import Record
 from .segment import finish
 from .stream import Stream
+from .tier_k import Gift, Lane, Words, direction_number, known
 from .window import Words as Windows
 
 #: payload of one frame built from a stash
@@ -28,132 +26,10 @@ PIECE = 32 * 1024
 HISTORY = 64 * 1024
 
 _MEMO = struct.Struct("=BBBxIIHH")  # flags, direction, scale, isn, origin, window of the SYN
-_DIRECTIONS = ("", "in", "out")
 _NO_SCALE = 255
 _DEFAULT_MSS = 536  # RFC 9293 3.7.1
 #: tier K makes no larger segments (send_piece() in bpf/fast.h)
 MAX_MSS = 2047
-
-
-@dataclass(frozen=True, slots=True)
-class Words:
-    """struct colo_conn, and the bytes outstanding. Windows are fields, not scaled."""
-
-    tier: int
-    epoch: int
-    rel: int
-    captured: int
-    p_ack: int
-    s_ack: int
-    out_ack: int
-    p_win: int
-    s_win: int
-    out_win: int
-    mss: int
-    pvm_ahead: bool
-    pending: bool
-    header: bytes  # of the PVM, Ethernet to TCP options; empty: none was needed
-    l4: int
-    since_ns: int
-    seen_ns: int
-    memo: bytes
-    stash: bytes  # from rel on, of whoever is ahead
-    history: bytes  # up to rel
-
-
-class Answer(Enum):
-    """Of tier K to a stream that it is given."""
-
-    TAKEN = "taken"
-    ON_THEIR_WAY = "frames are on their way here"
-    NOT_NOW = "not now"  # no stash is free, it is locked, it is not known any more
-
-
-class Fast(Protocol):
-    """Tier K as the engine sees it. Keys are those of TCP flows."""
-
-    enabled: bool
-
-    def offer(self, key: FlowKey) -> bool:
-        """Make the connection known to the kernel; False: the table is full."""
-        ...
-
-    def give(self, key: FlowKey, gift: Gift, captured: int) -> Answer:
-        """To tier K, the last frame of it that was seen here being `captured`."""
-        ...
-
-    def seize(self, key: FlowKey) -> Words | None:
-        """To tier U, with what is outstanding; None if the kernel does not know it."""
-        ...
-
-    def outstanding(self) -> list[FlowKey]:
-        """Connections of which anything is outstanding."""
-        ...
-
-    def overdue(self, before_ns: int) -> list[FlowKey]:
-        """Those of them that have waited since before_ns or longer."""
-        ...
-
-    def void(self, epoch: int) -> None:
-        """What it knew in earlier epochs than this is of no more use."""
-        ...
-
-
-class NoFast:
-    """There is no tier K."""
-
-    enabled = False
-
-    def offer(self, key: FlowKey) -> bool:
-        return False
-
-    def give(self, key: FlowKey, gift: Gift, captured: int) -> Answer:
-        return Answer.NOT_NOW
-
-    def seize(self, key: FlowKey) -> Words | None:
-        return None
-
-    def outstanding(self) -> list[FlowKey]:
-        return []
-
-    def overdue(self, before_ns: int) -> list[FlowKey]:
-        return []
-
-    def void(self, epoch: int) -> None:
-        pass
-
-
-def conn_key(key: FlowKey) -> bytes:
-    """struct colo_flow_key of a TCP flow."""
-    raw = unmirrored_key(key, True)
-    assert raw is not None
-    return raw[: abi.FLOW_KEY.size]
-
-
-def flow_key(raw: bytes) -> FlowKey:
-    """The TCP flow of a struct colo_flow_key without VLANs."""
-    guest, client, sport, dport, _ = abi.FLOW_KEY.unpack(raw)
-    mapped = bytes(10) + b"\xff\xff"
-    if guest.startswith(mapped) and client.startswith(mapped):
-        guest, client = guest[12:], client[12:]
-    return bytes(guest + client + sport + dport)
-
-
-def untagged(key: FlowKey) -> bool:
-    """Whether a TCP flow has no VLAN tag: tier K takes no others."""
-    return len(key) in (12, 36)
-
-
-@dataclass(frozen=True, slots=True)
-class Gift:
-    """A stream for tier K: abi.GIVE packed; the latest history, and what is outstanding; whether
-    an ack waits, which needs a stash too: by its owner user space finds what waits; and since
-    when (0: nothing does)."""
-
-    words: bytes
-    stash: bytes
-    pending: bool = False
-    since_ns: int = 0
 
 
 def ready(st: Stream) -> bool:
@@ -164,8 +40,13 @@ def ready(st: Stream) -> bool:
         and st.committed_ack is not None and st.fin_done is None and not st.rst_done
         and st.sfin is None and not st.srst and (st.ssyn is None or st.ssyn.twin)
         and not st.stuck and not st.asked and not st.unverifiable
-        and st.windows.shrunk is None and untagged(st.key)
+        and st.windows.shrunk is None and known(st.key)
     )  # fmt: skip
+
+
+def said(st: Stream) -> int:
+    """Bytes that the guest has said."""
+    return 0 if st.base is None else diff(st.base, st.origin)
 
 
 def waits_since(st: Stream) -> int:
@@ -220,7 +101,7 @@ def pack(st: Stream, epoch: int) -> Gift | None:
         return None
     scale, pending = _NO_SCALE if w.scale is None else w.scale, diff(p_ack, s_ack) > 0
     memo = _MEMO.pack(
-        st.isn is not None, _DIRECTIONS.index(st.direction), scale, st.isn or 0, st.origin, w.syn, 0
+        st.isn is not None, direction_number(st.direction), scale, st.isn or 0, st.origin, w.syn, 0
     )
     return Gift(
         abi.GIVE.pack(
@@ -248,11 +129,6 @@ def given(st: Stream) -> None:
 def probe(key: FlowKey, words: Words) -> Packet:
     """A frame of the connection, for the policy to judge."""
     return _frame(key, words, words.rel, b"", 0)[1]
-
-
-def direction(words: Words) -> str:
-    """Who opened the connection, as the policy knows it."""
-    return _DIRECTIONS[words.memo[1]]
 
 
 def recall(st: Stream, words: Words, now_ns: int) -> None:
@@ -320,23 +196,4 @@ def _header(key: FlowKey) -> bytes:
     return bytes(12) + ip + key[-4:] + bytes(8) + b"\x50" + bytes(7)
 
 
-def conn_words(raw: bytes, ring: bytes | memoryview) -> Words:
-    """Decodes struct colo_conn; `ring`: struct colo_stash, empty if there is none."""
-    (
-        _, since, seen, _, tier, epoch, rel, nxt, org, stash, captured, p_ack, s_ack, out_ack,
-        p_win, s_win, out_win, mss, ahead, pending, l4, doff, _, hdr, memo,
-    ) = abi.CONN.unpack(raw)  # fmt: skip
-    out, kept = (nxt - rel) & MASK, (nxt - org) & MASK
-    data = past = b""
-    if stash and ring and out <= abi.STASH:
-        kept = min(kept, abi.STASH)
-        at = (nxt - kept - org) % abi.STASH
-        first, last = abi.STASH_BEFORE + at, abi.STASH_BEFORE + abi.STASH
-        both = bytes(ring[first : min(last, first + kept)])
-        both += bytes(ring[abi.STASH_BEFORE : abi.STASH_BEFORE + kept - len(both)])
-        past, data = both[: kept - out], both[kept - out :]
-    return Words(
-        tier, epoch, rel, captured, p_ack, s_ack, out_ack, p_win, s_win, out_win, mss,
-        ahead == abi.SIDE_PVM, bool(pending), hdr[: l4 + doff] if l4 else b"", l4, since, seen,
-        memo, data, past,
-    )  # fmt: skip
+LANE = Lane(ready, said, waits_since, pack, given, recall, probe)

@@ -9,9 +9,9 @@ from heapq import heappop, heappush
 from itertools import count
 from typing import Protocol
 
+from . import fastgram, fastpath
 from .comparer import Comparer, Flow, Host
 from .datagram import DatagramFlow
-from .fastpath import Words, direction, probe
 from .flow import FlowKey, describe_datagram, describe_tcp, unmirrored_key
 from .limits import Limits
 from .packet import Kind, Packet
@@ -19,11 +19,12 @@ from .policy import Action, Policy, subject
 from .reasons import Cause
 from .record import NO_EVIDENCE, Evidence
 from .stream import Stream
+from .tier_k import Words, direction, is_stream, known
 from .uncompared import Passed, Watched
 
 _TCP = Kind.TCP
 _LONG_AGO = -1
-#: epoch of a stream that tier K has
+#: epoch of a flow that tier K has
 GIVEN = -2
 
 
@@ -35,7 +36,7 @@ class Engine(Host, Protocol):
 
     def ask(self, cause: Cause, flow: Flow | str, evidence: Evidence = NO_EVIDENCE) -> None: ...
     def drop_history(self, stream: Stream) -> None: ...
-    def recall(self, stream: Stream, words: Words | None = None) -> None: ...
+    def recall(self, st: Stream | DatagramFlow, words: Words | None = None) -> None: ...
     def lookup(self, key: FlowKey) -> Words | None: ...
 
 
@@ -104,7 +105,7 @@ class Flows:
     def new(self, table: dict[FlowKey, Comparer], p: Packet, must: bool = True) -> Comparer | None:
         if not self._room(must):
             return None
-        words = self._host.lookup(p.key) if table is self.tcp else None
+        words = self._host.lookup(p.key) if known(p.key) else None
         if words is not None:
             return self.revive(p.key, words)
         flow = table[p.key] = self._make(p)
@@ -113,14 +114,15 @@ class Flows:
         return flow
 
     def revive(self, key: FlowKey, words: Words) -> Comparer:
-        """A connection that tier K knows, and the table no more."""
-        p = probe(key, words)
-        flow = self.tcp[key] = self._make(p, direction(words))
+        """A flow that tier K knows, and the table no more."""
+        p = (fastpath if is_stream(key) else fastgram).probe(key, words)
+        table = self.tcp if is_stream(key) else self.datagram
+        flow = table[key] = self._make(p, direction(words))
         self._born(flow)
-        if not isinstance(flow, Stream):
+        if not isinstance(flow, Stream | DatagramFlow):
             return flow
         self._host.recall(flow, words)
-        return flow if flow.epoch == self._host.epoch else self.renew(self.tcp, flow, p)
+        return flow if flow.epoch == self._host.epoch else self.renew(table, flow, p)
 
     def _make(self, p: Packet, direction: str = "") -> Comparer:
         """What the policy wants for the flow of this frame."""
@@ -147,7 +149,7 @@ class Flows:
     def renew(self, table: dict[FlowKey, Comparer], flow: Comparer, p: Packet) -> Comparer:
         """The flow's first frame in this epoch, or since tier K had it: new rules may have come."""
         if flow.epoch == GIVEN:
-            assert isinstance(flow, Stream)
+            assert isinstance(flow, Stream | DatagramFlow)
             self._host.recall(flow)
             if flow.epoch == self._host.epoch:
                 return flow

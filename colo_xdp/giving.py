@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""When a stream goes to tier K: sans-IO. What it takes along is fastpath.py's.
+"""When a flow goes to tier K: sans-IO. What it takes along is fastpath.py's, or fastgram.py's.
 
-A stream that has been settled for some batches is offered, and given when no frame of it is on its
+A flow that has been settled for some batches is offered, and given when no frame of it is on its
 way here. Of a busy one some always are: then its own frames, compared and ready, are kept back for
 a moment (the brake). No acks come for them, both guests' windows fill, the last frame arrives.
+
+Datagrams have no windows; those who send many over a network listen to acks of their own (QUIC,
+RTP with feedback), and for them the brake does the same. Others are given when they pause.
 
 All times are CLOCK_MONOTONIC ns.
 """
@@ -11,14 +14,15 @@ All times are CLOCK_MONOTONIC ns.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
-from ._seq import diff
+from . import fastgram, fastpath
 from .comparer import Comparer, Host
-from .fastpath import Answer, Fast, given, pack, ready, waits_since
+from .datagram import DatagramFlow
 from .flows import GIVEN
 from .record import Record
 from .stream import Stream
+from .tier_k import Answer, Fast, Lane, Words
 
 #: settled batches before a connection is offered to the kernel, and at most between two stays there
 OFFER_AFTER, MAX_PATIENCE = 12, 256
@@ -35,6 +39,11 @@ BRAKE_AFTER = 3
 BRAKE_NS, BRAKE_FRAMES, BRAKE_BYTES = 20_000_000, 512, 8 << 20
 #: and for so many streams at a time: 128 MiB at most
 BRAKE_STREAMS = 16
+
+
+#: a comparer that tier K can have
+FastFlow = Stream | DatagramFlow
+_LANES: dict[type, Lane[Any]] = {Stream: fastpath.LANE, DatagramFlow: fastgram.LANE}
 
 
 class Clock(Host, Protocol):
@@ -61,20 +70,19 @@ class Brake:
         return len(self.frames) > BRAKE_FRAMES or self.size > BRAKE_BYTES
 
 
-def _wait(st: Stream) -> int:
-    """Settled batches before a stream that the kernel does not know is offered to it."""
-    said = 0 if st.base is None else diff(st.base, st.origin)
-    return OFFER_SOON if said >= OFFER_BYTES else OFFER_AFTER
+def _wait(st: FastFlow) -> int:
+    """Settled batches before a flow that the kernel does not know is offered to it."""
+    return OFFER_SOON if _LANES[type(st)].said(st) >= OFFER_BYTES else OFFER_AFTER
 
 
 class Giving:
-    """The streams of one engine on their way to tier K."""
+    """The flows of one engine on their way to tier K."""
 
     def __init__(self, host: Clock, fast: Fast) -> None:
         self._host, self._fast = host, fast
-        self._calm: dict[Stream, None] = {}  # anything came in this batch
-        self._braked: list[Stream] = []
-        self._back: Stream | None = None  # the last that has come back
+        self._calm: dict[FastFlow, None] = {}  # anything came in this batch
+        self._braked: list[FastFlow] = []
+        self._back: FastFlow | None = None  # the last that has come back
 
     def note(self, st: Comparer, rec: Record) -> None:
         """A frame has been taken in; its stream may be settled at the end of the batch.
@@ -82,7 +90,7 @@ class Giving:
         A frame that tier K has not counted, as the connection was locked, has made user space take
         it back: others may be on their way as it was, and no number would tell.
         """
-        if type(st) is not Stream:
+        if not isinstance(st, Stream | DatagramFlow):
             return
         if rec.captured:
             st.captured = rec.captured
@@ -100,7 +108,7 @@ class Giving:
         if self._braked:
             self.look()
 
-    def _give(self, calm: dict[Stream, None]) -> None:
+    def _give(self, calm: dict[FastFlow, None]) -> None:
         host = self._host
         for st in calm:
             if st.brake is not None:
@@ -109,7 +117,7 @@ class Giving:
             if st.calm < (st.patience if st.offered else _wait(st)):
                 continue
             st.release_part(host.now, False)
-            if st.epoch != host.epoch or not ready(st):
+            if st.epoch != host.epoch or not _LANES[type(st)].ready(st):
                 continue
             if not st.offered:
                 st.offered, st.calm = self._fast.offer(st.key), 0
@@ -126,28 +134,29 @@ class Giving:
                     self._braked.append(st)
                     host.count("fast_braked")
 
-    def _gave(self, st: Stream) -> Answer:
-        """Tier K's answer to a ready stream."""
-        host = self._host
-        since = waits_since(st)
+    def _gave(self, st: FastFlow) -> Answer:
+        """Tier K's answer to a ready flow."""
+        host, lane = self._host, _LANES[type(st)]
+        since = lane.waits_since(st)
         if since and host.now - since > host.timeout_ns // 2:
             return Answer.NOT_NOW  # the engine would take it back at once
-        gift = pack(st, host.epoch)
+        gift = lane.pack(st, host.epoch)
         if gift is None:
             return Answer.NOT_NOW
         answer = self._fast.give(st.key, gift, st.captured)
         if answer is Answer.TAKEN:
-            given(st)
+            lane.given(st)
             st.epoch, st.given_ns, st.calm, st.refused = GIVEN, host.now, 0, 0
             host.count("fast_given")
         return answer
 
-    def recalled(self, st: Stream, captured: int) -> None:
-        """Tier K had the stream until now; it has counted so many frames of it."""
+    def recalled(self, st: FastFlow, words: Words) -> None:
+        """Tier K had the flow until now: go on from these words."""
         stay = self._host.now - st.given_ns
         st.patience = min(2 * st.patience, MAX_PATIENCE) if stay < SHORT_STAY_NS else 1
-        st.offered, st.calm, st.captured = True, 0, captured
+        st.offered, st.calm, st.captured = True, 0, words.captured
         self._back = st
+        _LANES[type(st)].recall(st, words, self._host.now)
 
     # -- the brake
 
@@ -158,13 +167,14 @@ class Giving:
         for st in self._braked[:]:
             assert st.brake is not None
             st.release_part(host.now, False)
-            if st.epoch == host.epoch and ready(st) and self._gave(st) is Answer.TAKEN:
+            ready = st.epoch == host.epoch and _LANES[type(st)].ready(st)
+            if ready and self._gave(st) is Answer.TAKEN:
                 self._unbrake(st)
             elif host.now >= st.brake.until_ns or st.brake.full():
                 st.refused, st.calm = 0, -MAX_PATIENCE
                 self._unbrake(st)
 
-    def _unbrake(self, st: Stream) -> None:
+    def _unbrake(self, st: FastFlow) -> None:
         brake, st.brake = st.brake, None
         self._braked.remove(st)
         assert brake is not None

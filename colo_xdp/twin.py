@@ -11,7 +11,6 @@ from abc import ABC, abstractmethod
 from bisect import insort
 from collections import deque
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from ._seq import HALF, MASK, diff, later
 from .comparer import CONTEXT, Held, Host
@@ -20,11 +19,8 @@ from .history import History
 from .packet import ACK, FIN, RST, SYN, Packet
 from .policy import Verdict
 from .reasons import Cause
-from .record import Record
+from .tier_k import Givable
 from .window import WindowGate
-
-if TYPE_CHECKING:
-    from .giving import Brake
 
 FLAGS = FIN | SYN | RST
 MAX_RSTS = 16
@@ -45,35 +41,27 @@ def rst_id(p: Packet) -> tuple[bool, int]:
     return (True, p.ack) if p.flags & ACK else (False, p.seq)
 
 
-class Twin(ABC):
+class Twin(Givable, ABC):
     """One connection, one direction: what the guest sends."""
 
     __slots__ = (
         "again",
         "asked",
         "base",
-        "brake",
-        "calm",
-        "captured",
         "chunks",
         "committed_ack",
         "direction",
         "epoch",
         "fin_done",
-        "given_ns",
         "head_ok",
         "held",
         "hist",
         "hist_cap",
-        "host",
         "isn",
         "key",
         "last",
-        "offered",
         "ooo",
         "origin",
-        "patience",
-        "refused",
         "rst_done",
         "sack",
         "send",
@@ -93,17 +81,10 @@ class Twin(ABC):
     def __init__(
         self, host: Host, key: FlowKey, epoch: int, verdict: Verdict, direction: str = ""
     ) -> None:
-        self.host, self.key, self.epoch = host, key, epoch
+        super().__init__(host)
+        self.key, self.epoch = key, epoch
         self.verdict, self.direction = verdict, direction
         self.last = self.when = 0
-        # about tier K (fastpath.py)
-        self.offered = False  # the kernel knows the connection
-        self.captured = 0  # the newest frame that it has counted
-        self.calm, self.patience = 0, 1  # settled batches: seen, and wanted
-        self.given_ns = 0
-        self.refused = 0  # gifts, since frames were on their way here; since the last one taken
-        #: frames that may leave and are kept back until tier K has the stream; None: none are
-        self.brake: Brake | None = None
         # of the PVM, kept over checkpoints
         self.base: int | None = None
         self.isn: int | None = None  # of the SYN that was released
@@ -151,13 +132,6 @@ class Twin(ABC):
     @abstractmethod
     def expire(self, now_ns: int) -> int:
         """Ask if something is too old; the next deadline, 0 for none."""
-
-    def leave(self, rec: Record, now_ns: int) -> None:
-        """Let a frame go, at once or when the brake is taken off."""
-        if self.brake is None:
-            self.host.emit(rec, now_ns)
-        else:
-            self.brake.keep(rec)
 
     # -- the engine's side
 

@@ -33,8 +33,8 @@ from colo_xdp.compare import Engine, Limits, Policy, Record
 from colo_xdp.config import load
 from colo_xdp.controller import RING_BATCH
 from colo_xdp.datapath import DataPath
-from colo_xdp.fastpath import Answer, Gift, conn_key
 from colo_xdp.packet import parse
+from colo_xdp.tier_k import Answer, Gift, conn_key
 from tests.netns.conftest import Net, Tap, inside, sh
 from tests.netns.frames import CLIENT_MAC, tcp
 

@@ -32,9 +32,9 @@ from typing import Any
 
 from colo_xdp import _bpf, abi, attach, loader
 from colo_xdp.abi import Cfg, Mode
-from colo_xdp.fastpath import Answer, Gift, conn_key
 from colo_xdp.packet import parse
 from colo_xdp.tcp_state import transition_words
+from colo_xdp.tier_k import Answer, Gift, conn_key
 from tests.bpf.craft import (
     ACK,
     CLIENT4,

@@ -16,8 +16,8 @@ import struct
 from pathlib import Path
 
 from colo_xdp import abi
-from colo_xdp.fastpath import Answer, Gift, conn_key
 from colo_xdp.packet import parse
+from colo_xdp.tier_k import Answer, Gift, conn_key
 from tests.netns.frames import csum, tcp
 
 from . import held

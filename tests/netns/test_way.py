@@ -18,8 +18,8 @@ from pyroute2.nftables.main import NFTables
 from colo_xdp import abi, attach, cleanup
 from colo_xdp.abi import Mode
 from colo_xdp.datapath import DataPath
-from colo_xdp.fastpath import Answer, Gift
 from colo_xdp.packet import parse
+from colo_xdp.tier_k import Answer, Gift
 from tests.netns.conftest import Net, Sniffer, Tap, inside, sh
 from tests.netns.frames import CLIENT_MAC, GUEST_MAC, tcp
 from tests.netns.test_primary_path import PAIR, config

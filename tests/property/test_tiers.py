@@ -6,6 +6,7 @@ edge of the window; for all: the causes of checkpoints. Different may be, and is
  - where frames begin and end: tier K rebuilds segments, the engine cuts its own;
  - how often the same has left: the engine lets a retransmission leave that a frame of tier K has
    made needless, and the other way round; bare acks with nothing new may melt into one;
+ - UDP's checksum, if the guests' are not the same: from tier K it is the late guest's, always;
  - acks while bytes wait: the engine keeps the PVM's order, tier K lets them leave;
  - when: what is verified leaves from tier K at once, from the engine with a batch. So both are
    compared when all of that time has passed.
@@ -24,7 +25,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from colo_xdp import abi, corpus, fastmap, fastpath, giving
+from colo_xdp import abi, corpus, fastmap, giving, tier_k
 from colo_xdp.abi import SIDE_PVM, SIDE_SVM, CtlOp, CtlResult, Mode, Reason
 from colo_xdp.compare import Engine, Limits, Policy, Record
 from colo_xdp.corpus import craft
@@ -97,6 +98,8 @@ class Host:
             flow.tcp(p)
             assert (p.key, frame[:14], p.off - p.l4) in self.heads, "a header of nobody's"
         else:
+            if p.kind is Kind.UDP:
+                frame = frame[: p.l4 + 6] + b"??" + frame[p.l4 + 8 :]
             flow.frames.append(frame)
 
     def frame(self, side: int, frame: bytes, gso_size: int = 0) -> None:
@@ -184,17 +187,23 @@ def same(alone: Host, fast: Host) -> None:
 # -- the scenarios
 
 #: tier K's bound is its stash, not the number of frames
-OTHER_LIMITS = ("overflow-of-tcp-primary",)
+OTHER_LIMITS = tuple(f"overflow-of-{who}" for who in ("tcp-primary", "primary", "secondary"))
 SCENARIOS = {s.name: s for s in corpus.load() if not s.rewrites and s.name not in OTHER_LIMITS}
 
 
 def before(s: corpus.Scenario) -> list[bytes]:
-    """A frame for each TCP connection of the scenario, right before its first byte."""
+    """A frame for each TCP connection of the scenario, right before its first byte, and for each
+    flow of UDP."""
     found: dict[tuple[Any, ...], bytes] = {}
     for step in s.steps:
         if step.who not in ("P", "S"):
             continue
         said = craft.spec(step.text)
+        if said["kind"] == "udp" and not {"vlan", "cut", "frag", "ext", "ipopt"} & set(said):
+            plain = {n: said[n] for n in ("sport", "dport", "src", "dst", "v6") if n in said}
+            frame = craft.build({"kind": "udp", "body": b"before"} | plain)
+            found.setdefault(("udp", *plain.items()), frame)
+            continue
         if said["kind"] != "tcp" or said.get("flags", 0) & 6 or "vlan" in said or "cut" in said:
             continue
         ends = ("sport", "dport", "src", "dst", "v6", "isn", "opt", "ack", "win")
@@ -333,15 +342,15 @@ def test_a_claimed_stash_is_nobody_elses(monkeypatch: pytest.MonkeyPatch) -> Non
             r = real(self, fd, message, data_out)
             (op, *_) = abi.CTL.unpack(message)
             if op == CtlOp.CLAIM and r.retval == CtlResult.DONE:
-                c = k.conns.setdefault(fastpath.conn_key(other), Conn())
-                found.append(k.stash_claim(c, fastpath.conn_key(other)))
+                c = k.conns.setdefault(tier_k.conn_key(other), Conn())
+                found.append(k.stash_claim(c, tier_k.conn_key(other)))
             return r
 
         monkeypatch.setattr(Bpf, "test_run", test_run)
         for side in (SIDE_PVM, SIDE_SVM):
             first.say(side, 10)
         host.read()
-        assert k.owner(0)[2] == fastpath.conn_key(parse(f.tcp(1, 1, b"x")).key)
+        assert k.owner(0)[2] == tier_k.conn_key(parse(f.tcp(1, 1, b"x")).key)
 
     hosts: list[Host] = []
     with quick(hosts):
@@ -504,3 +513,172 @@ def test_any_schedule(ops: list[Op], isn: int, opts: bytes) -> None:
     assert alone.causes or not fast.causes or any(op[0] == "flip" for op in ops)
     fast.causes = alone.causes
     same(alone, fast)
+
+
+# -- datagrams
+
+
+@st.composite
+def datagram_schedules(draw: Any) -> list[Op]:
+    side = st.sampled_from((SIDE_PVM, SIDE_SVM))
+    some = st.sampled_from((1, 1, 2, 5))
+    op = st.one_of(
+        st.tuples(st.just("both"), side),
+        st.tuples(st.just("both"), side),
+        st.tuples(st.just("say"), side, some),
+        st.tuples(st.just("catch up"), side),
+        st.tuples(st.just("swap"), side),
+        st.tuples(st.just("twice"), side),
+        st.tuples(st.just("big"), side),
+        st.tuples(st.just("offloaded"), side),
+        st.tuples(st.just(draw(st.sampled_from(("lose", "other", "longer")))), side),
+        st.tuples(st.just("read")),
+        st.tuples(st.just("wait"), st.sampled_from((5, 20, 200, 400))),
+        st.tuples(st.just("checkpoint")),
+    )
+    return list(draw(st.lists(op, max_size=40)))
+
+
+class Speakers:
+    """Two guests and one flow of UDP; the same operations, whatever the host."""
+
+    def __init__(self, host: Host, sizes: int) -> None:
+        self.host, self.rnd_size = host, sizes
+        self.said = [0, 0]
+        self.skipped: list[set[int]] = [set(), set()]
+
+    def begin(self) -> None:
+        """Until tier K may have the flow."""
+        for _ in range(3):
+            self.do(("both", SIDE_SVM))
+            self.host.read()
+            self.host.wait(20)
+
+    def body(self, number: int) -> bytes:
+        size = 1 + number * self.rnd_size % 1400
+        return (number.to_bytes(4, "big") + TEXT)[:size]
+
+    def frame(self, side: int, frame: bytes, gso: int = 0) -> None:
+        self.host.now += MS // 10
+        self.host.frame(side, frame, gso)
+
+    def say(self, side: int, n: int = 1) -> None:
+        for _ in range(n):
+            self.frame(side, f.udp(self.body(self.said[side])))
+            self.said[side] += 1
+
+    def catch_up(self, side: int) -> None:
+        while self.said[side] < self.said[1 - side]:
+            self.say(side)
+
+    def do(self, op: Op) -> None:
+        what, *args = op
+        side = args[0] if args else 0
+        if what == "both":
+            self.say(side)
+            self.catch_up(1 - side)
+        elif what == "say":
+            self.say(*args)
+        elif what == "catch up":
+            self.catch_up(side)
+        elif what == "swap":
+            at = self.said[side]
+            for number in (at + 1, at):
+                self.frame(side, f.udp(self.body(number)))
+            self.said[side] += 2
+        elif what == "twice":
+            self.frame(side, f.udp(self.body(self.said[side])))
+            self.say(side)
+        elif what == "big":
+            self.frame(side, f.udp(self.body(self.said[side]) + TEXT[:40_000]))
+            self.said[side] += 1
+        elif what == "offloaded":
+            self.frame(side, f.udp(TEXT[: 3 * 700]), 700)
+        elif what == "lose":
+            self.said[side] += 1
+        elif what in ("other", "longer"):
+            body = self.body(self.said[side])
+            self.frame(side, f.udp(body + b"!" if what == "longer" else body[:-1] + b"\x01"))
+            self.said[side] += 1
+        elif what == "read":
+            self.host.read()
+        elif what == "wait":
+            self.host.read()
+            self.host.wait(args[0])
+        elif what == "checkpoint":
+            self.checkpoint()
+
+    def checkpoint(self) -> None:
+        self.host.read()
+        self.said[SIDE_SVM] = self.said[SIDE_PVM]
+        self.host.checkpoint()
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
+@given(datagram_schedules(), st.sampled_from((0, 1, 37, 701)))
+def test_any_schedule_of_datagrams(ops: list[Op], sizes: int) -> None:
+    def play(host: Host) -> None:
+        speakers = Speakers(host, sizes)
+        speakers.begin()
+        for op in ops:
+            speakers.do(op)
+        host.read()
+        host.wait(1000)
+        speakers.checkpoint()
+        speakers.begin()
+
+    alone, fast = both(LIMITS, play)
+    same(alone, fast)
+    assert fast.k is not None and fast.k.decided()
+    for each in (alone, fast):
+        assert not each.engine.held_packets and not each.engine.svm_packets
+
+
+def test_datagrams_of_a_frame_that_the_svm_has_offloaded() -> None:
+    """Each waits on its own; the frame that they came in is none that tier K could compare."""
+
+    def play(host: Host) -> None:
+        speakers = Speakers(host, 0)
+        speakers.begin()
+        speakers.do(("offloaded", SIDE_SVM))
+        for _ in range(3):
+            speakers.do(("both", SIDE_PVM))
+            host.read()
+            host.wait(20)
+        speakers.do(("offloaded", SIDE_PVM))
+        host.read()
+        host.wait(1000)
+
+    alone, fast = both(LIMITS, play)
+    same(alone, fast)
+    assert not fast.causes
+
+
+def test_datagrams_that_wait_go_along(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To tier K and back, whichever guest is ahead; none is lost, none changes places."""
+    gifts: list[int] = []
+    real = fastmap.FastMap.give
+    monkeypatch.setattr(
+        fastmap.FastMap, "give",
+        lambda self, key, gift, n: gifts.append(len(gift.stash)) or real(self, key, gift, n),
+    )  # fmt: skip
+
+    def play(host: Host) -> None:
+        for side in (SIDE_PVM, SIDE_SVM):
+            speakers = Speakers(host, 37)
+            speakers.begin()
+            for other in (side, 1 - side):
+                speakers.say(side, 4)
+                host.read()
+                host.wait(20)
+                speakers.say(1 - side, 2)
+                speakers.do(("twice", other))  # a surprise
+                speakers.catch_up(side)
+                speakers.catch_up(1 - side)
+                host.read()
+                host.wait(400)
+                speakers.checkpoint()
+
+    alone, fast = both(LIMITS, play)
+    same(alone, fast)
+    assert max(gifts) >= 4 * abi.DGRAM.size and fast.engine.counters["fast_recalled"]

@@ -204,6 +204,7 @@ class Side:
         self.world.note("tier K, %s: %s", "PS"[side], abi.Reason(fate.reason).name)
         self.world.fast += 1
         self.world.fast_alone += self.controller is None
+        self.world.fast_udp += (frame[20] if frame[14] >> 4 == 6 else frame[23]) == 17
         for out in fate.out:
             self.world.to_network(self, completed(out))
         return None

@@ -10,7 +10,18 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
-from colo_xdp import abi, controller, failover, fastmap, fragments, rewrite, secondary, stream
+from colo_xdp import (
+    abi,
+    controller,
+    failover,
+    fastgram,
+    fastmap,
+    fragments,
+    giving,
+    rewrite,
+    secondary,
+    stream,
+)
 from colo_xdp.abi import SIDE_PVM, Mode, Reason
 from colo_xdp.beacon import Flag
 from colo_xdp.compare import Engine
@@ -38,6 +49,8 @@ KERNEL_MUTANTS: dict[str, Callable[[Any], None]] = {}
 TIERS_MUTANTS: dict[str, Callable[[Any], None]] = {}
 #: what a mutant's scenes have to have, where random ones seldom do
 SCENES: dict[str, dict[str, Any]] = {
+    "tier_k_compares_no_datagrams": {"udp": 100, "odd_udp": True},
+    "tier_k_releases_datagrams_that_wait": {"udp": 100},
     "a_shadow_ends_with_a_word": {
         "conns": 4, "loss": 0.0, "link_jitter": 3.0, "faults": (
             Fault(67, "shadow", 60), Fault(115, "kill_p_qemu", 0),
@@ -612,6 +625,73 @@ def partial_checksums_are_completed(mp: Any) -> None:
         real(self, c, w, new, n, pos)
 
     mp.setattr(TierK, "send_piece", send_piece)
+
+
+@_mutant
+def tier_k_compares_no_datagrams(mp: Any) -> None:
+    real = TierK.walk_payload
+
+    def walk_payload(self: TierK, c: Conn, w: Work) -> int:
+        if w.p.is_udp and w.equal:
+            return 0
+        return real(self, c, w)
+
+    mp.setattr(TierK, "walk_payload", walk_payload)
+
+
+@_mutant
+def tier_k_releases_datagrams_that_wait(mp: Any) -> None:
+    real = TierK.finish_datagram
+
+    def finish_datagram(self: TierK, c: Conn, w: Work) -> int:
+        if w.side == SIDE_PVM and not w.act:
+            w.out.append(Out(w.frame))
+        return real(self, c, w)
+
+    mp.setattr(TierK, "finish_datagram", finish_datagram)
+
+
+@_tiers_mutant
+def datagrams_that_wait_are_lost_on_their_way_back(mp: Any) -> None:
+    mp.setattr(fastgram, "records", lambda queue: iter(()))
+
+
+@_tiers_mutant
+def datagrams_of_the_svm_come_back_as_the_pvms(mp: Any) -> None:
+    real = fastgram.recall
+    lane = fastgram.LANE
+
+    def recall(flow: DatagramFlow, words: Any, now_ns: int) -> None:
+        real(flow, replace(words, pvm_ahead=True), now_ns)
+
+    mp.setitem(giving._LANES, DatagramFlow, replace(lane, recall=recall))
+
+
+@_kernel_mutant
+def any_datagram_is_plain(mp: Any) -> None:
+    mp.setattr(TierK, "is_plain_datagram", staticmethod(lambda w: True))
+
+
+@_kernel_mutant
+def datagrams_of_the_svm_leave_under_its_own_headers(mp: Any) -> None:
+    real = TierK.head_at
+
+    def head_at(self: TierK, c: Conn, place: int) -> tuple[int, int, int, bytes]:
+        ts, size, partial, header = real(self, c, place)
+        return ts, size, partial, header[:18] + b"\x12\x34" + header[20:]
+
+    mp.setattr(TierK, "head_at", head_at)
+
+
+@_kernel_mutant
+def the_oldest_datagram_gives_the_time(mp: Any) -> None:
+    """What waits is as old as what has left."""
+    real = TierK.settle
+
+    def settle(self: TierK, c: Conn, now: int, moved: bool) -> None:
+        real(self, c, c.since_ns if moved and c.rel != c.nxt else now, moved)
+
+    mp.setattr(TierK, "settle", settle)
 
 
 # -- beacons

@@ -46,6 +46,19 @@ def test_random_schedules(block: int) -> None:
     assert fast > 5000 and without > 20
 
 
+def test_random_schedules_of_datagrams() -> None:
+    decided = 0
+    for seed in range(80):
+        s = replace((roles_scene if seed % 4 == 0 else scene)(seed), udp=120, fast=True)
+        world = World(s)
+        try:
+            world.run()
+        except Exception as e:
+            pytest.fail(report(s, f"{type(e).__name__}: {e}"))
+        decided += world.fast_udp
+    assert decided > 1500
+
+
 def test_tier_k_has_decided_without_a_controller() -> None:
     assert len(ALONE) < RUNS or sum(ALONE) > 5, "in all schedules above"
 

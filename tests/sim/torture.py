@@ -22,6 +22,7 @@ from .world import Scene, World, roles_scene, scene
 
 BLOCK = 100
 ROLES = 8  # one schedule of so many makes pairs anew and changes the roles
+DATAGRAMS = 5  # and with many of them
 
 
 class _Trace(logging.Handler):
@@ -104,6 +105,8 @@ def report(s: Scene, what: str, lines: int = 60) -> str:
 
 def _scene(seed: int, tier: str) -> Scene:
     s = (roles_scene if seed % ROLES == 0 else scene)(seed)
+    if seed % DATAGRAMS == 1:
+        s = replace(s, udp=100)
     return s if tier == "both" else replace(s, fast=tier == "k")
 
 
@@ -119,6 +122,7 @@ def _block(first: int, tier: str = "both") -> tuple[int, list[tuple[int, str]], 
             bad.append((seed, f"{type(e).__name__}: {e}"))
         seen["frames released"] += world.frames
         seen["frames decided by tier K"] += world.fast
+        seen["of them datagrams"] += world.fast_udp
         seen["of them with no controller"] += world.fast_alone
         seen["checkpoints"] += world.clones
         seen["runs with a takeover"] += "S" in world.spoke

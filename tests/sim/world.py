@@ -109,6 +109,7 @@ class Scene:
     link_jitter: float = 0.3
     odd: float = 0.0  # share of requests that the guests answer differently
     odd_udp: bool = False
+    udp: int = 0  # datagrams of the client; 0: some
     ring: int = 4000
     queue: int = 1024
     compare_timeout: int = 150
@@ -293,12 +294,14 @@ class World:
         self.heard = "P"
         self.frames = 0
         self.fast = self.fast_alone = 0  # frames that tier K decided, and with no controller
+        self.fast_udp = 0  # of them datagrams
         self.broken: BaseException | None = None
         plans = [self._plan() for _ in range(s.conns)]
         if s.roles:
             plans += [self._long_plan(at) for at in (0, 100, 300, self.rnd.randrange(3000))]
         self.client = Client(self.rnd, plans, 3 if s.roles else self.rnd.choice((1, 3)))
         self.client.udp_nondeterministic = s.odd_udp
+        self.client.udp_left = s.udp or self.client.udp_left
         self.deaths: set[str] = set()
 
     def _plan(self) -> Plan:
@@ -534,7 +537,9 @@ class World:
         whole = self._assemble(frame)
         if whole is None:
             return
-        body = whole[8:]
+        head, body = whole[:8], whole[8:]
+        if (head[:2], int.from_bytes(head[4:6], "big")) != (b"\0\x35", len(whole)):
+            raise Violation(f"a datagram under a header that is not its own: {head.hex()}")
         self.udp_out[body] += 1
         if self.udp_out[body] > copy.udp[body]:
             raise Violation(f"I1: a datagram that the SVM has not sent: {body[:20].hex()}")

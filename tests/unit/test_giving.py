@@ -9,7 +9,6 @@ import pytest
 
 from colo_xdp import abi, giving
 from colo_xdp.compare import Engine, Limits, Policy, Record
-from colo_xdp.fastpath import Answer, Gift, NoFast, Words
 from colo_xdp.flow import FlowKey
 from colo_xdp.giving import (
     BRAKE_AFTER,
@@ -21,6 +20,7 @@ from colo_xdp.giving import (
     RETRY,
 )
 from colo_xdp.journal import Divergence
+from colo_xdp.tier_k import Answer, Gift, NoFast, Words
 
 from . import frames as f
 

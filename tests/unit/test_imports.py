@@ -12,10 +12,11 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / "colo_xdp"
 PURE = (
     "_seq", "abi", "beacon", "checks", "compare", "comparer", "config", "corpus/__init__",
-    "corpus/craft", "corpus/play", "counters", "datagram", "explain", "fastpath", "failover",
-    "flow", "flows", "fragments", "giving", "hexdump", "history", "journal", "limits", "packet",
+    "corpus/craft", "corpus/play", "counters", "datagram", "explain", "failover",
+    "fastgram", "fastpath", "flow", "flows", "fragments", "giving", "hexdump", "history",
+    "journal", "limits", "packet",
     "policy", "qmp_event", "reasons", "record", "replay", "rewrite", "segment", "status", "stream",
-    "suggest", "tcp_state", "twin", "uncompared", "window", "wire",
+    "suggest", "tcp_state", "tier_k", "twin", "uncompared", "window", "wire",
 )  # fmt: skip
 NAMES = {part for name in PURE for part in name.split("/")}
 EDGES = {

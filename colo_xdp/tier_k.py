@@ -1,0 +1,236 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What the two tiers say to each other of a flow, whatever its kind: sans-IO.
+
+fastpath.py knows how a TCP stream goes to the kernel and comes back, fastgram.py a flow of UDP
+datagrams; giving.py knows when; fastmap.py is the kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
+
+from . import abi
+from ._seq import MASK
+from .comparer import Host
+from .flow import UDP, FlowKey, unmirrored_key
+from .packet import Packet
+from .record import Record
+
+if TYPE_CHECKING:
+    from .giving import Brake
+
+_DIRECTIONS = ("", "in", "out")
+_MAPPED = bytes(10) + b"\xff\xff"  # RFC 4291 2.5.5.2
+
+
+class Givable:
+    """What a comparer keeps that tier K can have in its place."""
+
+    __slots__ = ("brake", "calm", "captured", "given_ns", "host", "offered", "patience", "refused")
+
+    def __init__(self, host: Host) -> None:
+        self.host = host
+        self.offered = False  # the kernel knows the flow
+        self.captured = 0  # the newest frame that it has counted
+        self.calm, self.patience = 0, 1  # settled batches: seen, and wanted
+        self.given_ns = 0
+        self.refused = 0  # gifts, since frames were on their way here; since the last one taken
+        #: frames that may leave and are kept back until tier K has the flow; None: none are
+        self.brake: Brake | None = None
+
+    def leave(self, rec: Record, now_ns: int) -> None:
+        """Let a frame go, at once or when the brake is taken off."""
+        if self.brake is None:
+            self.host.emit(rec, now_ns)
+        else:
+            self.brake.keep(rec)
+
+    def release_part(self, now_ns: int, whole_segments: bool) -> bool:
+        """See stream.py; a datagram has no parts."""
+        return False
+
+
+@dataclass(frozen=True, slots=True)
+class Words:
+    """struct colo_conn, and the bytes outstanding. Windows are fields, not scaled."""
+
+    tier: int
+    epoch: int
+    rel: int
+    captured: int
+    p_ack: int
+    s_ack: int
+    out_ack: int
+    p_win: int
+    s_win: int
+    out_win: int
+    mss: int
+    pvm_ahead: bool
+    pending: bool
+    header: bytes  # of the PVM, Ethernet to TCP options; empty: none was needed
+    l4: int
+    since_ns: int
+    seen_ns: int
+    memo: bytes  # user space's: byte 1 is the direction
+    stash: bytes  # from rel on, of whoever is ahead: bytes, or records of datagrams
+    history: bytes  # up to rel
+
+
+class Answer(Enum):
+    """Of tier K to a flow that it is given."""
+
+    TAKEN = "taken"
+    ON_THEIR_WAY = "frames are on their way here"
+    NOT_NOW = "not now"  # no stash is free, it is locked, it is not known any more
+
+
+class Fast(Protocol):
+    """Tier K as the engine sees it. Keys are of known() flows, but for seize()."""
+
+    enabled: bool
+
+    def offer(self, key: FlowKey) -> bool:
+        """Make the connection known to the kernel; False: the table is full."""
+        ...
+
+    def give(self, key: FlowKey, gift: Gift, captured: int) -> Answer:
+        """To tier K, the last frame of it that was seen here being `captured`."""
+        ...
+
+    def seize(self, key: FlowKey) -> Words | None:
+        """To tier U, with what is outstanding; None if the kernel does not know it."""
+        ...
+
+    def outstanding(self) -> list[FlowKey]:
+        """Connections of which anything is outstanding."""
+        ...
+
+    def overdue(self, before_ns: int) -> list[FlowKey]:
+        """Those of them that have waited since before_ns or longer."""
+        ...
+
+    def void(self, epoch: int) -> None:
+        """What it knew in earlier epochs than this is of no more use."""
+        ...
+
+
+class NoFast:
+    """There is no tier K."""
+
+    enabled = False
+
+    def offer(self, key: FlowKey) -> bool:
+        return False
+
+    def give(self, key: FlowKey, gift: Gift, captured: int) -> Answer:
+        return Answer.NOT_NOW
+
+    def seize(self, key: FlowKey) -> Words | None:
+        return None
+
+    def outstanding(self) -> list[FlowKey]:
+        return []
+
+    def overdue(self, before_ns: int) -> list[FlowKey]:
+        return []
+
+    def void(self, epoch: int) -> None:
+        pass
+
+
+def known(key: FlowKey) -> bool:
+    """Whether tier K takes flows of this kind: TCP and UDP, without VLAN tags."""
+    return is_stream(key) or (len(key) in (15, 39) and key[0] == UDP)
+
+
+def is_stream(key: FlowKey) -> bool:
+    """Whether a key that tier K knows is TCP's (see flow.py)."""
+    return len(key) in (12, 36)
+
+
+def conn_key(key: FlowKey) -> bytes:
+    """struct colo_flow_key, as in `conns`, of a known() flow."""
+    raw = unmirrored_key(key, is_stream(key))
+    assert raw is not None
+    *ends, vlan = abi.FLOW_KEY.unpack_from(raw)
+    return abi.FLOW_KEY.pack(*ends, vlan if is_stream(key) else vlan | abi.KEY_UDP)
+
+
+def flow_key(raw: bytes) -> FlowKey:
+    """The flow of a struct colo_flow_key of `conns`."""
+    guest, client, sport, dport, vlan = abi.FLOW_KEY.unpack(raw)
+    version = 6
+    if guest.startswith(_MAPPED) and client.startswith(_MAPPED):
+        guest, client, version = guest[12:], client[12:], 4
+    head = bytes((UDP, version, 0)) if vlan & abi.KEY_UDP else b""
+    return bytes(head + guest + client + sport + dport)
+
+
+def direction(words: Words) -> str:
+    """Who opened the flow, as the policy knows it."""
+    return _DIRECTIONS[words.memo[1]]
+
+
+def direction_number(text: str) -> int:
+    """For the second byte of a memo."""
+    return _DIRECTIONS.index(text)
+
+
+@dataclass(frozen=True, slots=True)
+class Gift:
+    """A flow for tier K: abi.GIVE packed; the latest history, and what is outstanding; whether
+    an ack waits, which needs a stash too: by its owner user space finds what waits; and since
+    when (0: nothing does)."""
+
+    words: bytes
+    stash: bytes
+    pending: bool = False
+    since_ns: int = 0
+
+
+def conn_words(raw: bytes, ring: bytes | memoryview) -> Words:
+    """Decodes struct colo_conn; `ring`: struct colo_stash, empty if there is none."""
+    (
+        _, since, seen, _, tier, epoch, rel, nxt, org, stash, captured, p_ack, s_ack, out_ack,
+        p_win, s_win, out_win, mss, ahead, pending, l4, doff, _, hdr, memo,
+    ) = abi.CONN.unpack(raw)  # fmt: skip
+    out, kept = (nxt - rel) & MASK, (nxt - org) & MASK
+    data = past = b""
+    if stash and ring and out <= abi.STASH:
+        kept = min(kept, abi.STASH)
+        at = (nxt - kept - org) % abi.STASH
+        first, last = abi.STASH_BEFORE + at, abi.STASH_BEFORE + abi.STASH
+        both = bytes(ring[first : min(last, first + kept)])
+        both += bytes(ring[abi.STASH_BEFORE : abi.STASH_BEFORE + kept - len(both)])
+        past, data = both[: kept - out], both[kept - out :]
+    return Words(
+        tier, epoch, rel, captured, p_ack, s_ack, out_ack, p_win, s_win, out_win, mss,
+        ahead == abi.SIDE_PVM, bool(pending), hdr[: l4 + doff] if l4 else b"", l4, since, seen,
+        memo, data, past,
+    )  # fmt: skip
+
+
+F = TypeVar("F", bound=Givable)
+
+
+@dataclass(frozen=True, slots=True)
+class Lane(Generic[F]):
+    """How flows of one kind go to tier K and come back."""
+
+    #: whether it could go on from here
+    ready: Callable[[F], bool]
+    #: bytes that the guest has said
+    said: Callable[[F], int]
+    #: since when anything of a ready one waits; 0: nothing does
+    waits_since: Callable[[F], int]
+    #: a ready one as a gift in this epoch; None: it cannot be one yet
+    pack: Callable[[F, int], Gift | None]
+    #: tier K has it now, and what waited in it
+    given: Callable[[F], None]
+    #: let an empty or given one go on from what the kernel had
+    recall: Callable[[F, Words, int], None]
+    #: a frame of the flow, for the policy to judge
+    probe: Callable[[FlowKey, Words], Packet]
