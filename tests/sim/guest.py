@@ -229,7 +229,7 @@ class Client:
             self._script(key, c, now_ms)
             segs += c.tick(now_ms, ts, self.rnd, False)
         frames = [build(s, True, self.rnd.randrange(1 << 16)) for s in segs]
-        if self.udp_left and self.rnd.random() < 0.1:
+        if self.udp_left and self.rnd.random() < (0.5 if self.udp_left > 12 else 0.1):
             self.udp_left -= 1
             self.numbers += 1
             odd = self.udp_nondeterministic and self.rnd.random() < 0.3
