@@ -28,12 +28,13 @@ from colo_xdp.datapath import DataPath
 from colo_xdp.journal import Divergence
 from colo_xdp.ring import Event
 from tests.netns.conftest import Net, Sniffer, Tap, inside
-from tests.netns.frames import csum, tcp
+from tests.netns.frames import checksum_fits, tcp, udp
 
 SEQ, ACK = 0xFFFFF000, 5000  # the streams wrap around early
 MASK = 0xFFFFFFFF
 WINDOW = 150_000  # of the client
 RTO = 0.03  # s
+LEAD = 64  # datagrams that one guest is ahead at most
 MSS = 1428  # of IPv6 with timestamps
 _FORK = mp.get_context("fork")
 
@@ -41,6 +42,12 @@ _FORK = mp.get_context("fork")
 def stream(port: int, length: int) -> bytes:
     """What both guests say on the connection to this port."""
     return random.Random(port).randbytes(length)
+
+
+def datagram(i: int, number: int) -> bytes:
+    """What both guests say in the datagram of this number on flow i."""
+    rnd = random.Random(number << 8 | i)
+    return number.to_bytes(4, "big") + rnd.randbytes(rnd.choice((0, 20, 200, 1180, 1400)))
 
 
 def ack_at(pos: int) -> int:
@@ -84,7 +91,8 @@ class Guest:
             v6 = frame[12:14] == b"\x86\xdd"
             l4 = 54 if v6 else 34
             kind = (4 if v6 else 1) if gso else 0
-            head = struct.pack("<BBHHHH", 1, kind, l4 + 32 if gso else 0, gso, l4, 16)
+            at = 6 if frame[20 if v6 else 23] == 17 else 16
+            head = struct.pack("<BBHHHH", 1, kind, l4 + 32 if gso else 0, gso, l4, at)
             os.write(self.tap.fd, head + frame)
         else:
             tci = abi.KIND_SVM << abi.KIND_SHIFT | self.shared.epoch.value & abi.EPOCH_MASK
@@ -93,6 +101,8 @@ class Guest:
     def _run(self) -> None:
         with contextlib.suppress(KeyboardInterrupt):
             self._open()
+            if not self.length:
+                return self._chat()
             streams = [stream(40000 + i, self.length) for i in range(self.conns)]
             mine, other = self.shared.pos[self.side], self.shared.pos[1 - self.side]
             rnd, shared = self.rnd, self.shared
@@ -129,6 +139,30 @@ class Guest:
                 acked[i] = ack
                 self._send(frame, MSS if len(data) > MSS else 0)
 
+    def _chat(self) -> None:
+        """Datagrams, each of its number, as far as the other guest and the client follow."""
+        mine, other, heard = *self._both_pos(), self.shared.have
+        rnd, shared = self.rnd, self.shared
+        while not shared.stop.value:
+            if shared.pause.value:
+                self._pause()
+            i = rnd.randrange(self.conns)
+            at = mine[i]
+            # What got lost is never heard: a slower pace, and on.
+            if at > other[i] + LEAD or at > heard[i] + LEAD:
+                time.sleep(0.00005)
+                if at > other[i] + LEAD or rnd.random() < 0.999:
+                    continue
+            mine[i] = at + 1  # before it is sent, as above
+            partial = self.side == 0
+            body = datagram(i, at)
+            self._send(udp(body, dport=40000 + i, v6=bool(i & 1), partial=partial), 0)
+            if rnd.random() < 0.001:
+                time.sleep(0.002)
+
+    def _both_pos(self) -> tuple[Any, Any]:
+        return self.shared.pos[self.side], self.shared.pos[1 - self.side]
+
     def _pause(self) -> None:
         self.shared.paused[self.side] = 1
         while self.shared.pause.value and not self.shared.stop.value:
@@ -145,7 +179,32 @@ class Client:
         self.theirs, self.mine = _FORK.Pipe()
         self.process = _FORK.Process(target=self._run, args=(self.mine,), daemon=True)
 
+    def _listen(self, pipe: Connection) -> None:
+        got: list[set[int]] = [set() for _ in range(self.conns)]
+        wrong: list[str] = []
+        while not self.shared.stop.value and not wrong:
+            for head, frame in self.sniffer.frames(0.2):
+                l4 = 34 if frame[12:14] == b"\x08\x00" else 54
+                sport, dport, size = struct.unpack_from("!HHH", frame, l4)
+                if sport != 53:
+                    continue
+                i, body = dport - 40000, frame[l4 + 8 : l4 + size]
+                number = int.from_bytes(body[:4], "big")
+                if body != datagram(i, number):
+                    wrong.append(f"port {dport}: other bytes in number {number}")
+                if number in got[i]:
+                    wrong.append(f"port {dport}: {number} twice")
+                if number >= min(self.shared.pos[s][i] for s in (0, 1)):
+                    wrong.append(f"port {dport}: {number} before both had said it")
+                if not checksum_fits(frame[: l4 + size], l4, bool(head[0] & 1)):
+                    wrong.append(f"port {dport}: checksum of {number}, {head.hex()}")
+                got[i].add(number)
+                self.shared.have[i] = max(self.shared.have[i], number)
+        pipe.send((sum(map(len, got)), list(map(len, got)), wrong[:3]))
+
     def _run(self, pipe: Connection) -> None:
+        if not self.length:
+            return self._listen(pipe)
         streams = [stream(40000 + i, self.length) for i in range(self.conns)]
         have = self.shared.have
         early: list[dict[int, int]] = [{} for _ in range(self.conns)]
@@ -166,7 +225,7 @@ class Client:
                     wrong.append(f"port {dport}: {at + len(data)} before both had said it")
                 if ack > min(self.shared.acked[s][i] for s in (0, 1)):
                     wrong.append(f"port {dport}: ack {ack} before both had acked it")
-                if not _checksum(head, frame, l4):
+                if not checksum_fits(frame, l4, bool(head[0] & 1)):
                     wrong.append(f"port {dport}: checksum at {at}, {len(data)} bytes, {head.hex()}")
                 early[i][at] = max(early[i].get(at, 0), at + len(data))
                 moved = True
@@ -179,16 +238,6 @@ class Client:
             if all(x >= self.length for x in have):
                 break
         pipe.send((frames, list(have), wrong[:3]))
-
-
-def _checksum(head: bytes, frame: bytes, l4: int) -> bool:
-    ip = frame[26:34] if l4 == 34 else frame[22:54]
-    pseudo = csum(ip + struct.pack("!HH", 6, len(frame) - l4))
-    if l4 == 34 and csum(frame[14:34]) != 0xFFFF:
-        return False
-    if head[0] & 1:  # NEEDS_CSUM: the pseudo header's sum
-        return struct.unpack_from("!H", frame, l4 + 16)[0] == pseudo
-    return csum(frame[l4:], pseudo) == 0xFFFF
 
 
 class Proxy:
@@ -251,7 +300,8 @@ def run(
     net: Net, dp: DataPath, *, conns: int, length: int, seed: int, seconds: float,
     checkpoint_every: float = 0.0,
 ) -> tuple[Proxy, int, list[int], list[str]]:  # fmt: skip
-    """Until the client has everything, something is wrong, or time is up."""
+    """Until the client has everything, something is wrong, or time is up; length 0: datagrams, of
+    which there is no end."""
     shared = Shared(conns)
     proxy = Proxy(dp, shared)
     client = Client(net, shared, conns, length)
@@ -267,6 +317,9 @@ def run(
             if proxy.asked or (checkpoint_every and time.monotonic() > due):
                 proxy.checkpoint()
                 due = time.monotonic() + checkpoint_every
+        for _ in range(0 if length else 300):  # what is on its way
+            shared.pause.value = 1
+            proxy.step()
         shared.stop.value = 1
         if not client.theirs.poll(5):
             return proxy, 0, [], ["the client says nothing"]

@@ -81,6 +81,19 @@ def udp(
     return _frame(17, head + payload, 6, partial, v6, vlan, False)
 
 
+def checksum_fits(frame: bytes, l4: int, partial: bool) -> bool:
+    """IPv4's header checksum and TCP's or UDP's, which is the pseudo header's sum if `partial`."""
+    udp = frame[23 if l4 == 34 else 20] == 17
+    at = l4 + (6 if udp else 16)
+    addresses = frame[26:34] if l4 == 34 else frame[22:54]
+    pseudo = csum(addresses + struct.pack("!HH", 17 if udp else 6, len(frame) - l4))
+    if l4 == 34 and csum(frame[14:34]) != 0xFFFF:
+        return False
+    if partial:
+        return struct.unpack_from("!H", frame, at)[0] == pseudo
+    return (udp and frame[at : at + 2] == b"\0\0") or csum(frame[l4:], pseudo) == 0xFFFF
+
+
 def tcp_checksum_ok(frame: bytes) -> bool:
     """Whether an untagged IPv4 TCP frame's checksum is complete and right."""
     if frame[12:14] != b"\x08\x00" or frame[23] != 6:

@@ -24,7 +24,7 @@ from colo_xdp.abi import SIDE_PVM, SIDE_SVM, TIER_K, Cfg, CtlOp, CtlResult, Mode
 from colo_xdp.fastmap import FastMap
 from colo_xdp.ring import Event, open_reader
 from tests.netns.conftest import Net, Tap, inside, sh
-from tests.netns.frames import csum, tcp, udp
+from tests.netns.frames import checksum_fits, tcp, udp
 from tests.sim.fast import STASH, STASH_SIZE, Conn, TierK
 from tests.sim.mutants import KERNEL_MUTANTS
 
@@ -41,19 +41,6 @@ def packet(frame: bytes) -> bytes:
     if frame[12:14] == b"\x86\xdd":
         return frame[: 54 + int.from_bytes(frame[18:20], "big")]
     return frame[: 14 + int.from_bytes(frame[16:18], "big")]
-
-
-def checksum_fits(frame: bytes, l4: int, partial: bool) -> bool:
-    """IPv4's header checksum and TCP's or UDP's, which is the pseudo header's sum if `partial`."""
-    udp = frame[23 if l4 == 34 else 20] == 17
-    at = l4 + (6 if udp else 16)
-    addresses = frame[26:34] if l4 == 34 else frame[22:54]
-    pseudo = csum(addresses + struct.pack("!HH", 17 if udp else 6, len(frame) - l4))
-    if l4 == 34 and csum(frame[14:34]) != 0xFFFF:
-        return False
-    if partial:
-        return struct.unpack_from("!H", frame, at)[0] == pseudo
-    return (udp and frame[at : at + 2] == b"\0\0") or csum(frame[l4:], pseudo) == 0xFFFF
 
 
 class Lab:

@@ -55,6 +55,26 @@ def test_two_guests_at_once(
     assert kernel > 500, f"{said} {handed}"
 
 
+@pytest.mark.timeout(60 * STRESS + 60)
+@pytest.mark.parametrize(("flows", "every"), [(1, 0.0), (6, 0.5)])
+def test_two_guests_send_datagrams(net: Net, path: DataPath, flows: int, every: float) -> None:
+    """None of one guest only, none twice, none changed; few lost, and most are the kernel's."""
+    proxy, got, each, wrong = run(
+        net, path, conns=flows, length=0, seed=flows, seconds=4 * STRESS, checkpoint_every=every
+    )
+    counters = path.counters()
+    handed = {r: n for r, (n, _) in counters["fast"].items() if n}
+    said = {k: v for k, v in proxy.engine.counters.items() if v}
+    kernel = sum(
+        counters[p][r][0] for p in ("pvm_out", "svm_arrival")
+        for r in ("fast_passed", "fast_released")
+    )  # fmt: skip
+    assert not wrong, (wrong, said, handed)
+    sent = proxy.shared.pos[0][:]
+    assert got > 0.9 * sum(sent), (each, sent, said, handed)
+    assert kernel > 0.5 * got, (kernel, got, said, handed)
+
+
 def test_connections_long_unused_are_forgotten(net: Net, path: DataPath) -> None:
     """In walks with a rest between them: a table of a million buckets takes 3 ms, though empty."""
     fast = path.fast
