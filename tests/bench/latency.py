@@ -57,7 +57,7 @@ def _round(a: held.Arm, sniffer: socket.socket, svm_late: bool, count: int) -> l
     pairs = held.plan(case)
     pvm = [d for side, d in pairs if side == 0]
     svm = [d for side, d in pairs if side == 1]
-    tier = a.begin(1)
+    tier = a.begin(case)
     for fd in a.fds:
         os.set_blocking(fd, True)
     floor = a.name == "floor"

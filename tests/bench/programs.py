@@ -32,6 +32,7 @@ from typing import Any
 
 from colo_xdp import _bpf, abi, attach, loader
 from colo_xdp.abi import Cfg, Mode
+from colo_xdp.flow import FlowKey
 from colo_xdp.packet import parse
 from colo_xdp.tcp_state import transition_words
 from colo_xdp.tier_k import Answer, Gift, conn_key
@@ -358,6 +359,11 @@ def _stream(side: int, size: int, upto: int, v6: bool = False, start: int = 0) -
     return out
 
 
+def _datagrams(side: int, size: int, count: int = 300) -> Frames:
+    """One guest's, all of the same flow."""
+    return [(side, held.frame(held.PORT, 0, size, bool(side), True))] * count
+
+
 def _acks(side: int, count: int) -> Frames:
     """Bare acks, each of 1000 bytes more."""
     out = []
@@ -377,6 +383,7 @@ class Scene:
     batches: tuple[Frames, ...]
     arm: str = "K"  # of held.ARMS
     v6: bool = False
+    udp: bool = False
 
 
 def scenes() -> list[Scene]:
@@ -396,6 +403,14 @@ def scenes() -> list[Scene]:
             Scene("pvm_out", f"captured, {name}", "captured", (p,), "U", v6),
             Scene("svm_arrival", f"captured, {name}", "captured", (s,), "U", v6),
         ]
+    for size in (1400, 200):
+        p, s = (_datagrams(i, size) for i in (0, 1))
+        name = f"UDP, {size:,} bytes"
+        out += [
+            Scene("pvm_out", f"held, {name}", "fast_held", (p,), udp=True),
+            Scene("svm_arrival", f"becomes the PVM's, {name}", "fast_released", (p, s), udp=True),
+            Scene("pvm_out", f"passes, {name}", "fast_passed", (s, p), udp=True),
+        ]
     # The SVM's frames end in the middle of the PVM's: each frame goes beyond what the other has.
     half, later = _stream(0, 724, 724), _stream(0, 1448, few, start=724)
     turns = [w for pair in zip(_stream(1, 1448, few), later, strict=False) for w in pair]
@@ -414,10 +429,14 @@ def scenes() -> list[Scene]:
     return out
 
 
-def _new_connection(dp: Any, v6: bool) -> None:
+def _key(sc: Scene) -> FlowKey:
+    return parse((udp if sc.udp else tcp)(b"", dport=held.PORT, v6=sc.v6)).key
+
+
+def _new_connection(dp: Any, sc: Scene) -> None:
     """As held.give_all(), for either family."""
-    key = parse(tcp(b"", dport=held.PORT, v6=v6)).key
-    gift = Gift(held.words(), b"")
+    key = _key(sc)
+    gift = Gift(held.words(sc.udp), b"")
     dp.objects.map("conns").delete(conn_key(key))
     if not (dp.fast.offer(key) and dp.fast.give(key, gift, 0) is Answer.TAKEN):
         raise RuntimeError("the connection was not taken")
@@ -432,9 +451,8 @@ def _scene(a: held.Arm, sc: Scene, runs: int) -> list[float]:
         dp.drain(lambda e: None)
         dp.beat()
         if dp.fast is not None:
-            key = parse(tcp(b"", dport=held.PORT, v6=sc.v6)).key
-            dp.fast.seize(key)  # gives its stash back
-            _new_connection(dp, sc.v6)
+            dp.fast.seize(_key(sc))  # gives its stash back
+            _new_connection(dp, sc)
         for batch in sc.batches[:-1]:
             held.write_all(batch, a.fds)
         before = dp.counters()[sc.prog]
