@@ -240,7 +240,10 @@ struct colo_conn {
 	__u8 l4;      /* of hdr: where TCP begins; 0: no header yet */
 	__u8 doff;    /* of hdr: length of TCP's header */
 	__u8 why;     /* R_HAND_* of the last one */
-	__u8 pad[3];
+	__u8 fin_known;
+	__u8 pad[2];
+	__u32 fin; /* sequence number behind the FIN, of one guest (rel..nxt) or of both */
+	__u32 pad2;
 	__u8 hdr[128]; /* the PVM's newest header, Ethernet to TCP options */
 	__u8 memo[64]; /* user space's */
 };

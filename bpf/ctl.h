@@ -80,6 +80,7 @@ static __always_inline int control(void *data, void *data_end)
 		c->out_win = m->out_win;
 		c->mss = m->mss > 2047 ? 2047 : m->mss; /* send_piece() */
 		c->pending = m->pending;
+		c->fin_known = 0;
 		c->l4 = m->l4;
 		c->doff = m->doff;
 		__builtin_memcpy(c->hdr, m->hdr, sizeof(c->hdr));

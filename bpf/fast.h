@@ -57,14 +57,14 @@
 /* In place of a reason: not decided, or handed over (then c->why tells). */
 #define FAST_NO 0
 
-/* Plain Ethernet, IP and TCP: no tags, no IP options, ACK and PSH, timestamps or no options. */
+/* Plain Ethernet, IP and TCP: no tags, no IP options, ACK, PSH and FIN, timestamps or no options. */
 static __always_inline int is_plain(struct __sk_buff *skb, const struct pkt *p)
 {
 	__be32 option;
 
 	if (skb->vlan_present || p->l3_off != 14 || p->l4_off != (p->is_v6 ? 54 : 34))
 		return 0;
-	if ((p->flags & ~TCP_PSH) != TCP_ACK)
+	if ((p->flags & ~(TCP_PSH | TCP_FIN)) != TCP_ACK)
 		return 0;
 	if (p->doff == 20)
 		return 1;
@@ -77,7 +77,7 @@ static __always_inline int is_plain(struct __sk_buff *skb, const struct pkt *p)
  * The PVM's ack and window, and its header where others will need it. 0, or a reason.
  */
 static __always_inline u32 hear_pvm(struct __sk_buff *skb, const struct pkt *p, struct colo_conn *c,
-				    struct colo_flow_key *key, u16 win)
+				    struct colo_flow_key *key, u32 span, u16 win)
 {
 	int early = seq_later(p->ack, c->s_ack);
 	u32 n = skb->gso_size ? skb->gso_size : p->payload_len;
@@ -85,15 +85,15 @@ static __always_inline u32 hear_pvm(struct __sk_buff *skb, const struct pkt *p, 
 	if (c->l4 && (c->l4 != p->l4_off || c->doff != p->doff))
 		return R_HAND_ODD;
 	/* The client counts equal acks (RFC 5681 2): they must not melt into one. */
-	if (!p->payload_len && c->pending && p->ack == c->p_ack && win == c->p_win)
+	if (!span && c->pending && p->ack == c->p_ack && win == c->p_win)
 		return R_HAND_ODD;
 	if (n > c->mss && n <= 2047)
 		c->mss = n;
 	if (early && !stash_claim(c, key))
 		return R_HAND_NO_STASH;
 	if (seq_later(c->p_ack, p->ack)) /* without a header the stash's bytes could not leave */
-		return c->l4 || !p->payload_len ? 0 : R_HAND_ODD;
-	if ((early || p->payload_len || win > c->s_win) && keep_header(skb, c, p))
+		return c->l4 || !span ? 0 : R_HAND_ODD;
+	if ((early || span || win > c->s_win) && keep_header(skb, c, p))
 		return R_HAND_HELPER;
 	c->p_ack = p->ack;
 	c->p_win = win;
@@ -112,6 +112,7 @@ static __always_inline u32 prepare_segment(struct __sk_buff *skb, const struct p
 					   struct colo_work *w, u32 side)
 {
 	u32 len = p->payload_len, out = c->nxt - c->rel, err, end;
+	u32 span;
 	/* Read once: pvm_in writes it on another CPU, and both uses must mean the same ack. */
 	u64 acked = *(volatile __u64 *)&c->client_ack;
 	u32 client_ack = acked;
@@ -121,12 +122,15 @@ static __always_inline u32 prepare_segment(struct __sk_buff *skb, const struct p
 
 	w->again = 0;
 	w->kept = 1;
+	w->fin = p->flags & TCP_FIN;
+	w->meets = out && c->ahead != side;
+	span = len + w->fin;
 	if (!is_plain(skb, p))
 		return R_HAND_ODD;
-	end = p->seq + len;
+	end = p->seq + span;
 	if (p->seq != have) {
 		/* Sent again? What the SVM has said counts already. */
-		if (!len || have - p->seq > COLO_STASH || seq_later(end, have))
+		if (!len || w->fin || have - p->seq > COLO_STASH || seq_later(end, have))
 			return R_HAND_GAP;
 		w->again = 1;
 		if (side == SIDE_PVM && seq_later(end, c->rel)) {
@@ -145,6 +149,15 @@ static __always_inline u32 prepare_segment(struct __sk_buff *skb, const struct p
 		     seq_later(client_ack, c->rel)))
 			return R_HAND_GAP;
 	}
+	/*
+	 * A FIN has a place of its own, as one byte more. It leaves with the frame that has it, where
+	 * the other guest has it too; else, and if it were to be sent again, it is not plain. Nothing
+	 * comes behind it, and no byte in its place.
+	 */
+	if (c->fin_known && (seq_later(end, c->fin) || (!w->fin && len && end == c->fin)))
+		return R_HAND_ODD;
+	if (w->fin && w->meets && !(c->fin_known && end == c->fin))
+		return R_HAND_ODD;
 	if (len && skb->len != p->l4_off + p->doff + len)
 		return R_HAND_ODD; /* bytes behind the segment */
 	if (!w->again && end - c->rel > COLO_STASH)
@@ -153,17 +166,17 @@ static __always_inline u32 prepare_segment(struct __sk_buff *skb, const struct p
 		return R_HAND_HELPER;
 	win = bpf_ntohs(field);
 	if (side == SIDE_PVM) {
-		err = hear_pvm(skb, p, c, key, win);
+		err = hear_pvm(skb, p, c, key, span, win);
 		if (err)
 			return err;
 	} else if (!seq_later(c->s_ack, p->ack)) {
 		c->s_ack = p->ack;
 		c->s_win = win;
 	}
-	if (len && !w->again && !stash_claim(c, key))
+	if (span && !w->again && !stash_claim(c, key))
 		return R_HAND_NO_STASH;
 	/* Nothing waits and the client has it all: begin anew, where the cache is warm. */
-	if (len && !w->again && !out && acked == (CLIENT_ACK_KNOWN | c->rel))
+	if (span && !w->again && !out && acked == (CLIENT_ACK_KNOWN | c->rel))
 		c->org = c->rel;
 	w->len = len;
 	w->flags = p->flags;
@@ -174,23 +187,24 @@ static __always_inline u32 prepare_segment(struct __sk_buff *skb, const struct p
 	w->partial = p->csum_at;
 	w->at = p->l4_off + p->doff;
 	w->seq = p->seq;
-	w->equal = w->again ? len : out && c->ahead != side ? (len < out ? len : out) : 0;
+	w->equal = w->again ? len : w->meets ? (len < out ? len : out) : 0;
 	w->upto = !w->again && w->equal && len > out ? c->nxt : c->rel;
 	w->left = w->again && (side == SIDE_SVM || !w->kept) ? 0 : len;
 	w->probe =
 		w->again && side == SIDE_PVM && !w->kept; /* RFC 9293 3.8.4: one below the next */
-	w->moves = w->again ? 0 : len;
+	w->moves = w->again ? 0 : span;
+	w->meets = w->meets && span && !w->again;
 	/* Pieces need the PVM's header, and this skb must have one of its size. */
-	if (w->equal && !w->again && (side == SIDE_SVM || len > out) &&
+	if (w->meets && (side == SIDE_SVM || len > out) &&
 	    (c->l4 != p->l4_off || c->doff != p->doff ||
 	     (len > out && out > (u32)c->mss * (COLO_MAX_PIECES - 2))))
 		return R_HAND_ODD;
 	w->act = ACT_NOTHING;
 	if (w->again && side == SIDE_PVM)
 		w->act = w->kept ? ACT_PASS : ACT_PIECES;
-	else if (w->equal && !w->again)
+	else if (w->meets)
 		w->act = len > out ? ACT_PIECES : side == SIDE_PVM ? ACT_PASS : ACT_TURN;
-	else if (side == SIDE_PVM && !len && !(out && c->ahead == SIDE_PVM) &&
+	else if (side == SIDE_PVM && !span && !(out && c->ahead == SIDE_PVM) &&
 		 !seq_later(p->ack, c->s_ack))
 		w->act = ACT_PASS;
 	else if (side == SIDE_SVM && ack_due(c) && c->l4 == p->l4_off && c->doff == p->doff)
@@ -203,7 +217,7 @@ static __always_inline u32 finish_segment(struct __sk_buff *skb, struct colo_con
 					  struct colo_stash *st, struct colo_work *w, int *verdict)
 {
 	u32 len = w->moves, act = w->act, side = w->side, reason;
-	u32 end = w->seq; /* behind the payload */
+	u32 end = w->seq + w->fin;
 
 	w->rel = c->rel;
 	w->out_ack = c->out_ack;
@@ -211,6 +225,10 @@ static __always_inline u32 finish_segment(struct __sk_buff *skb, struct colo_con
 	if (len && seq_later(end, c->nxt)) {
 		c->nxt = end;
 		c->ahead = side;
+	}
+	if (w->fin) {
+		c->fin = end;
+		c->fin_known = 1;
 	}
 	if (act && len && c->since_ns)
 		note_wait(w->now - c->since_ns);
@@ -302,10 +320,9 @@ static __always_inline u32 fast(struct __sk_buff *skb, const struct pkt *p, u32 
 		c->seen_ns = now;
 	w->now = now;
 	if (c->tier == TIER_K) {
-		u32 p_ack = c->p_ack;
-		u16 p_win = c->p_win;
-		u8 pending = c->pending;
-
+		w->p_ack = c->p_ack;
+		w->p_win = c->p_win;
+		w->pending = c->pending;
 		if (mode != MODE_RUN || c->epoch != epoch || cfg(CFG_EPOCH) != epoch ||
 		    cfg(CFG_MODE) != MODE_RUN || !cfg(CFG_FAST))
 			r = R_HAND_MODE;
@@ -314,9 +331,9 @@ static __always_inline u32 fast(struct __sk_buff *skb, const struct pkt *p, u32 
 		if (r >= R_HAND_MODE) {
 			count(PROG_FAST, r, len);
 			/* The frame is user space's to judge, so it has not been here. */
-			c->p_ack = p_ack;
-			c->p_win = p_win;
-			c->pending = pending;
+			c->p_ack = w->p_ack;
+			c->p_win = w->p_win;
+			c->pending = w->pending;
 			c->tier = TIER_U;
 			c->why = r;
 			r = FAST_NO;

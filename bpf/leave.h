@@ -81,7 +81,7 @@ static __always_inline void set_lengths(const struct colo_conn *c, struct colo_w
 /* Prepares w->new: the PVM's header for `len` bytes from `seq` on. TCP's checksum is left as it
  * was in the PVM's. */
 static __always_inline void new_header(const struct colo_conn *c, struct colo_work *w, u32 seq,
-				       u32 len, u8 push)
+				       u32 len, u8 flags)
 {
 	u64 l4 = c->l4;
 	u8 *t;
@@ -92,7 +92,7 @@ static __always_inline void new_header(const struct colo_conn *c, struct colo_wo
 	t = w->new + l4;
 	*(__be32 *)(t + 4) = bpf_htonl(seq);
 	*(__be32 *)(t + 8) = bpf_htonl(allowed_ack(c));
-	t[13] = TCP_ACK | push;
+	t[13] = TCP_ACK | flags;
 	*(__be16 *)(t + 14) = bpf_htons(allowed_win(c));
 }
 
@@ -118,7 +118,7 @@ static __always_inline u32 become_pvm(struct __sk_buff *skb, struct colo_conn *c
 	BOUND1(n, 127);
 	if (bpf_skb_load_bytes(skb, 0, w->old, n))
 		return R_HAND_HELPER;
-	new_header(c, w, c->rel, w->len, w->flags & TCP_PSH);
+	new_header(c, w, c->rel, w->len, w->flags & (TCP_PSH | TCP_FIN));
 	VERIFIER_BOUND(l4, 63);
 	*(u16 *)(w->new + l4 + 16) = *(u16 *)(w->old + l4 + 16);
 	size = header_size(c);

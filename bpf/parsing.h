@@ -101,8 +101,8 @@ static __always_inline int parse_frame(void *data, void *end, u64 len, u32 tags,
 	}
 	if (ethertype == bpf_htons(0x8100) || ethertype == bpf_htons(0x88A8))
 		return PARSE_BAD;
-	p->vlan = vlan;
-	p->l3_off = off;
+	p->vlan = vlan + zero;
+	p->l3_off = off + zero;
 	p->ethertype = ethertype;
 
 	h = data + off;
@@ -115,11 +115,11 @@ static __always_inline int parse_frame(void *data, void *end, u64 len, u32 tags,
 		total = bpf_ntohs(*(__be16 *)(h + 2));
 		if (h[0] >> 4 != 4 || ihl < 20 || total < ihl)
 			return PARSE_BAD;
-		p->src[0] = p->src[1] = p->dst[0] = p->dst[1] = 0;
-		p->src[2] = p->dst[2] = bpf_htonl(0xFFFF);
+		p->src[0] = p->src[1] = p->dst[0] = p->dst[1] = zero;
+		p->src[2] = p->dst[2] = bpf_htonl(0xFFFF) + zero;
 		p->src[3] = *(__be32 *)(h + 12);
 		p->dst[3] = *(__be32 *)(h + 16);
-		p->is_v6 = 0;
+		p->is_v6 = zero;
 		proto = h[9];
 		frag = (*(__be16 *)(h + 6) & bpf_htons(0x3FFF)) != 0;
 		stop = off + total;
@@ -131,7 +131,7 @@ static __always_inline int parse_frame(void *data, void *end, u64 len, u32 tags,
 			return PARSE_BAD;
 		__builtin_memcpy(p->src, h + 8, 16);
 		__builtin_memcpy(p->dst, h + 24, 16);
-		p->is_v6 = 1;
+		p->is_v6 = 1 + zero;
 		proto = h[6];
 		off += 40;
 		/* A jumbogram says 0 here and then has no room for TCP: unparsable. */
@@ -189,7 +189,7 @@ static __always_inline int parse_frame(void *data, void *end, u64 len, u32 tags,
 		stop = off + 6; /* of the same range whatever the protocol */
 		VERIFIER_BOUND(stop, 0x3FFF);
 		p->csum_at = stop;
-		p->is_udp = 1;
+		p->is_udp = 1 + zero;
 	} else if (proto == PROTO_TCP) {
 		if (off + 20 > stop)
 			return PARSE_BAD;
@@ -214,7 +214,7 @@ static __always_inline int parse_frame(void *data, void *end, u64 len, u32 tags,
 		stop = off + 16;
 		VERIFIER_BOUND(stop, 0x3FFF);
 		p->csum_at = stop;
-		p->is_tcp = 1;
+		p->is_tcp = 1 + zero;
 	}
 	return 0;
 }

@@ -23,10 +23,11 @@ struct colo_work {
 	volatile __u64 seq;   /* its sequence number */
 	volatile __u64 equal; /* so many bytes are to be compared with the stash */
 	volatile __u64 left;  /* so many in all; those behind `equal` are put into the stash */
-	volatile __u64 now, out, way, mark; /* out: to which device, by which way */
-	volatile __u64 moves;		    /* by how much rel does, if it leaves */
-	volatile __u64 rel, out_ack;	    /* as before that */
-	volatile __u64 probe;		    /* 1: a bare ack is to be answered */
+	volatile __u64 now, out, way, mark;		    /* out: to which device, by which way */
+	volatile __u64 moves;				    /* by how much rel does, if it leaves */
+	volatile __u64 rel, out_ack, p_ack, p_win, pending; /* of the connection, before all that */
+	volatile __u64 fin, meets;  /* it ends with a FIN; what it says meets what waits */
+	volatile __u64 probe;	    /* 1: a bare ack is to be answered */
 	volatile __u64 again, kept; /* sent again; of released bytes: are they still here? */
 	volatile __u64 n, pos, err, upto, sum, addresses, act;
 };

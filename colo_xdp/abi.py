@@ -175,9 +175,9 @@ CLIENT_ACK_KNOWN = 1 << 32
 SIDE_PVM, SIDE_SVM = 0, 1
 
 #: struct colo_conn: lock, since_ns, seen_ns, client_ack, tier, epoch, rel, nxt, org, stash,
-#: captured, p_ack, s_ack, out_ack, p_win, s_win, out_win, mss, ahead, pending, l4, doff, why, pad,
-#: hdr, memo
-CONN = struct.Struct("=QQQQIIIIIIIIIIHHHHBBBBB3x128s64s")
+#: captured, p_ack, s_ack, out_ack, p_win, s_win, out_win, mss, ahead, pending, l4, doff, why,
+#: fin_known, pad, fin, pad2, hdr, memo
+CONN = struct.Struct("=QQQQIIIIIIIIIIHHHHBBBBBB2xI4x128s64s")
 #: struct colo_dgram: ts_ns, len, partial, pad, hdr; records begin at multiples of DGRAM_ALIGN
 DGRAM, DGRAM_ALIGN = struct.Struct("=QIB3x112s"), 128
 #: struct colo_owner: taken, since_ns, key

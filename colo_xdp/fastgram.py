@@ -26,6 +26,11 @@ def ready(flow: DatagramFlow) -> bool:
     return known(flow.key) and not flow.asked and not (flow.held and flow.copies)
 
 
+def young(flow: DatagramFlow) -> bool:
+    """Nothing tells that there will be more than a question and an answer."""
+    return False
+
+
 def said(flow: DatagramFlow) -> int:
     """Bytes that the guest has said in frames that came here."""
     return flow.said
@@ -125,4 +130,4 @@ def probe(key: FlowKey, words: Words) -> Packet:
     return p
 
 
-LANE = Lane(ready, said, waits_since, pack, given, recall, probe)
+LANE = Lane(ready, young, said, waits_since, pack, given, recall, probe)

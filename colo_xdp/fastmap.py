@@ -28,6 +28,8 @@ SEIZE_S = 1.0  # a connection that stays locked for longer is given up
 REST_NS = 10_000_000_000
 _DONE = CtlResult.DONE
 _ANSWERS = {_DONE: Answer.TAKEN, CtlResult.REFUSED: Answer.ON_THEIR_WAY}
+#: in abi.CONN
+_REL, _FIN_KNOWN, _FIN = 6, 23, 24
 _U32 = struct.Struct("=I")
 _EMPTY = bytes(abi.CONN.size)
 _NO_WORDS = bytes(abi.GIVE.size)
@@ -187,7 +189,8 @@ class FastMap:
                 continue
             words = abi.CONN.unpack(raw)
             seen, tier, stash = words[2], words[4], words[9]
-            if now_ns - seen < self._idle_ns:
+            closed = words[_FIN_KNOWN] and words[_FIN] == words[_REL]
+            if now_ns - seen < (self._idle_ns // 5 if closed else self._idle_ns):
                 continue
             # Seized in one round and deleted in the next: no program works on it any more, and
             # its stash is free.

@@ -13,7 +13,7 @@ import struct
 from . import abi
 from ._seq import MASK, diff, later
 from .flow import FlowKey
-from .packet import ACK, PSH, Packet, parse
+from .packet import ACK, FIN, PSH, Packet, parse
 from .record import Record
 from .segment import finish
 from .stream import Stream
@@ -42,6 +42,11 @@ def ready(st: Stream) -> bool:
         and not st.stuck and not st.asked and not st.unverifiable
         and st.windows.shrunk is None and known(st.key)
     )  # fmt: skip
+
+
+def young(st: Stream) -> bool:
+    """Whether the handshake is all that has been: what comes next comes after a round trip."""
+    return st.isn is not None and st.base == (st.isn + 1) & MASK
 
 
 def said(st: Stream) -> int:
@@ -156,32 +161,41 @@ def recall(st: Stream, words: Words, now_ns: int) -> None:
     )
     host = st.host
     since = words.since_ns or now_ns
+    waits = words.fin if words.fin is not None and diff(words.fin, words.rel) >= 0 else None
+    if words.fin is not None and waits is None:
+        st.fin_done = words.fin
+    if waits is not None and not words.pvm_ahead:
+        st.sfin, st.sfin_at = waits, since
     if words.stash and not words.pvm_ahead:
         for at in range(0, len(words.stash), PIECE):
             piece = words.stash[at : at + PIECE]
-            rec, p = _frame(st.key, words, (words.rel + at) & MASK, piece, PSH)
+            rec, p = _frame(st.key, words, (words.rel + at) & MASK, piece, 0)
             st.chunks.append((rec.frame, p.off, p.end, since))
             host.svm_packets += 1
         st.send = (words.rel + len(words.stash)) & MASK
     elif words.stash:
         for at in range(0, len(words.stash), PIECE):
             piece = words.stash[at : at + PIECE]
-            st.hold(*_frame(st.key, words, (words.rel + at) & MASK, piece, PSH), since)
-    if words.pending and not (words.stash and words.pvm_ahead) and ack is not None:
+            last = at + PIECE >= len(words.stash)
+            flags = PSH | FIN if last and waits is not None else PSH
+            st.hold(*_frame(st.key, words, (words.rel + at) & MASK, piece, flags), since)
+    elif waits is not None and words.pvm_ahead:
+        st.hold(*_frame(st.key, words, waits, b"", FIN), since)
+    if words.pending and not (words.pvm_ahead and st.held) and ack is not None:
         st.hold(*ack, since)
-    if (st.held or st.chunks) and not st.when:
+    if (st.held or st.chunks or st.sfin is not None) and not st.when:
         host.arm(st, since + host.timeout_ns)
 
 
 def _frame(
-    key: FlowKey, words: Words, seq: int, payload: bytes, push: int
+    key: FlowKey, words: Words, seq: int, payload: bytes, flags: int
 ) -> tuple[Record, Packet]:
     """A frame of the PVM as it might have come, under its newest header."""
     gso = words.mss if len(payload) > words.mss else 0
     head = bytearray(words.header or _header(key))
     l4 = len(head) - 20 if not words.header else words.l4
     struct.pack_into("!II", head, l4 + 4, seq, words.p_ack)
-    head[l4 + 13] = ACK | (push if payload else 0)
+    head[l4 + 13] = ACK | flags
     struct.pack_into("!H", head, l4 + 14, words.p_win)
     rec = Record(finish(head, l4, payload), words.since_ns or words.seen_ns, gso, True)
     return rec, parse(rec.frame)
@@ -196,4 +210,4 @@ def _header(key: FlowKey) -> bytes:
     return bytes(12) + ip + key[-4:] + bytes(8) + b"\x50" + bytes(7)
 
 
-LANE = Lane(ready, said, waits_since, pack, given, recall, probe)
+LANE = Lane(ready, young, said, waits_since, pack, given, recall, probe)

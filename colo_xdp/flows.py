@@ -232,4 +232,5 @@ class Flows:
 
     def _old_at(self, flow: Flow) -> int:
         idle = self._limits.flow_idle_ns
-        return flow.last + (idle // 5 if flow.closed() else idle)
+        # what tier K has it can tell of itself
+        return flow.last + (idle // 5 if flow.closed() or flow.epoch == GIVEN else idle)

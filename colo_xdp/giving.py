@@ -26,8 +26,7 @@ from .tier_k import Answer, Fast, Lane, Words
 
 #: settled batches before a connection is offered to the kernel, and at most between two stays there
 OFFER_AFTER, MAX_PATIENCE = 12, 256
-#: but so many if it has said so much: there is more to come. Most connections end before either,
-#: and taking one back for its FIN costs more than a few frames in Python.
+#: but so many if only its handshake has been, or if it has said so much that there is more to come
 OFFER_SOON, OFFER_BYTES = 1, 8192
 #: a stay in the kernel that was shorter than this doubles the patience
 SHORT_STAY_NS = 50_000_000
@@ -72,7 +71,8 @@ class Brake:
 
 def _wait(st: FastFlow) -> int:
     """Settled batches before a flow that the kernel does not know is offered to it."""
-    return OFFER_SOON if _LANES[type(st)].said(st) >= OFFER_BYTES else OFFER_AFTER
+    lane = _LANES[type(st)]
+    return OFFER_SOON if lane.young(st) or lane.said(st) >= OFFER_BYTES else OFFER_AFTER
 
 
 class Giving:
@@ -122,7 +122,8 @@ class Giving:
             if not st.offered:
                 st.offered, st.calm = self._fast.offer(st.key), 0
                 host.count("fast_offered", st.offered)
-                continue
+                if not (st.offered and _LANES[type(st)].young(st)):
+                    continue
             answer = self._gave(st)
             if answer is Answer.TAKEN:
                 continue

@@ -77,6 +77,7 @@ class Words:
     memo: bytes  # user space's: byte 1 is the direction
     stash: bytes  # from rel on, of whoever is ahead: bytes, or records of datagrams
     history: bytes  # up to rel
+    fin: int | None = None  # place of the FIN that was sent: rel - 1, or the last one outstanding
 
 
 class Answer(Enum):
@@ -195,7 +196,7 @@ def conn_words(raw: bytes, ring: bytes | memoryview) -> Words:
     """Decodes struct colo_conn; `ring`: struct colo_stash, empty if there is none."""
     (
         _, since, seen, _, tier, epoch, rel, nxt, org, stash, captured, p_ack, s_ack, out_ack,
-        p_win, s_win, out_win, mss, ahead, pending, l4, doff, _, hdr, memo,
+        p_win, s_win, out_win, mss, ahead, pending, l4, doff, _, fin_known, fin, hdr, memo,
     ) = abi.CONN.unpack(raw)  # fmt: skip
     out, kept = (nxt - rel) & MASK, (nxt - org) & MASK
     data = past = b""
@@ -206,10 +207,12 @@ def conn_words(raw: bytes, ring: bytes | memoryview) -> Words:
         both = bytes(ring[first : min(last, first + kept)])
         both += bytes(ring[abi.STASH_BEFORE : abi.STASH_BEFORE + kept - len(both)])
         past, data = both[: kept - out], both[kept - out :]
+    if fin_known:  # nothing is stored in its place: see _settle_fin() in stream.py
+        past, data = (past, data[:-1]) if data else (past[:-1] + b"\0"[: len(past)], data)
     return Words(
         tier, epoch, rel, captured, p_ack, s_ack, out_ack, p_win, s_win, out_win, mss,
         ahead == abi.SIDE_PVM, bool(pending), hdr[: l4 + doff] if l4 else b"", l4, since, seen,
-        memo, data, past,
+        memo, data, past, (fin - 1) & MASK if fin_known else None,
     )  # fmt: skip
 
 
@@ -222,6 +225,8 @@ class Lane(Generic[F]):
 
     #: whether it could go on from here
     ready: Callable[[F], bool]
+    #: whether it has just begun, and is best given at once
+    young: Callable[[F], bool]
     #: bytes that the guest has said
     said: Callable[[F], int]
     #: since when anything of a ready one waits; 0: nothing does

@@ -31,7 +31,7 @@ from tests.sim.mutants import KERNEL_MUTANTS
 M32 = 0xFFFFFFFF
 ACK, PSH, FIN, SYN, RST, URG = 0x10, 0x08, 0x01, 0x02, 0x04, 0x20
 TS = b"\1\1\x08\x0a"
-STASHES, SEEDS, STEPS = 5, 6, 2500
+STASHES, SEEDS, STEPS = 5, 10, 2500
 BLOB = random.Random(1).randbytes(1 << 20)
 SIZES = (1, 7, 63, 64, 65, 127, 300, 536, 1448, 1448, 2000, 3000, 3900, 5000, 9000, 20000, 60000)
 
@@ -159,10 +159,16 @@ class Talk:
         self.seq0 = rnd.choice((rnd.getrandbits(32), M32 - rnd.randrange(100_000)))
         self.client0 = rnd.choice((rnd.getrandbits(32), M32 - rnd.randrange(5000)))
         self.pos, self.ack, self.win = [1 << 21, 1 << 21], [0, 0], [500, 500]
+        self.end: int | None = None  # where both close it
 
     def body(self, pos: int, n: int) -> bytes:
         at = (pos + self.port * 7919) % len(BLOB)
         return (BLOB[at:] + BLOB)[:n]
+
+    @property
+    def over(self) -> bool:
+        """Both have closed it."""
+        return self.end is not None and min(self.pos) > self.end
 
     @staticmethod
     def ends(v6: bool) -> Iterator[bytes]:
@@ -184,6 +190,7 @@ class Datagrams:
         self.port, self.v6, self.seed = port, rnd.random() < 0.4, rnd.getrandbits(32)
         self.sizes = rnd.choice((SIZES[:9], SIZES[5:12]))
         self.said = [0, 0]
+        self.over = False
 
     def body(self, number: int) -> bytes:
         rnd = random.Random(self.seed + number)
@@ -233,7 +240,7 @@ class Run:
         elif x < 0.02:
             op = rnd.choice((CtlOp.SEIZE, CtlOp.SEIZE, CtlOp.FREE, CtlOp.CLAIM))
             self.control(op, t)
-        elif c.tier != TIER_K and rnd.random() < 0.5:
+        elif (c.tier != TIER_K or t.over) and rnd.random() < 0.5:
             if rnd.random() < 0.8:
                 self.control(CtlOp.SEIZE, t)
                 self.control(CtlOp.FREE, t)
@@ -280,7 +287,7 @@ class Run:
         past = rnd.choice((0, 0, 1, 500, 65536, STASH - 2000, STASH, STASH + 5000, 2 * STASH - 1))
         past = max(0, min(past, 2 * STASH - 1 - out, rel - 1000))
         ahead = rnd.choice((SIDE_PVM, SIDE_SVM)) if out else SIDE_PVM
-        t.pos = [rel, rel]
+        t.pos, t.end = [rel, rel], None
         t.pos[ahead] += out
         told = min(t.ack)
         t.ack = [told + rnd.choice((0, 0, 100)), told + rnd.choice((0, 0, 100))]
@@ -331,7 +338,10 @@ class Run:
         lead = t.pos[side] - t.pos[1 - side]
         if lead > rnd.choice((1000, 20_000, 20_000, 20_000, 300_000, 700_000)):
             side, lead = 1 - side, -lead
-        pos, n, k = t.pos[side], 0, {}
+        pos, n = t.pos[side], 0
+        k: dict[str, Any] = {}
+        if t.end is None and rnd.random() < 0.03:
+            t.end = max(t.pos) + rnd.choice((0, 0, 0, 500, 3000))
         if rnd.random() < 0.3:
             t.ack[side] += rnd.choice((1, 100, 3000))
         if rnd.random() < 0.1:
@@ -339,9 +349,19 @@ class Run:
         x = rnd.random()
         if x < 0.6:
             n = min(rnd.choice(SIZES), -lead) if lead < 0 and x < 0.3 else rnd.choice(SIZES)
-            t.pos[side] = pos + n
+            if t.end is not None:  # seldom a byte too much, or a FIN too early
+                n = max(0, min(n, t.end + (rnd.random() < 0.02) - pos))
+                if (
+                    pos <= t.end
+                    and (pos + n == t.end or rnd.random() < 0.02)
+                    and rnd.random() < 0.8
+                ):
+                    k["flags"] = ACK | FIN | PSH * rnd.randrange(2)
+            t.pos[side] = pos + n + ("flags" in k)
         elif x < 0.72:  # again; rarely from before the history, or across the edge
             n = rnd.choice(SIZES)
+            if rnd.random() < 0.05:
+                k["flags"] = ACK | FIN
             back = rnd.choice((n, n, n + 10, n // 2, 5000, 70_000, STASH - 10, STASH, STASH + 2000))
             pos -= back
         elif x < 0.73:
@@ -468,6 +488,8 @@ class Run:
         self.seen.update(expected)
         if isinstance(t, Datagrams):
             self.seen.update(f"udp {name}" for name in (*expected, *(r.name for r in said)))
+        elif frame[(54 if t.v6 else 34) + 13] & (FIN | SYN | RST) == FIN:
+            self.seen.update(f"fin {name}" for name in expected)
         if side == SIDE_PVM and fate.reason == Reason.FAST_ACKED:
             self.seen["asked the client"] += 1
         if side == SIDE_PVM and not self.uplink and fate.reason in (
@@ -536,6 +558,7 @@ class Run:
         one, two = self.model.ring(c.stash), self.lab.ring(c.stash)
         if isinstance(t, Datagrams):
             return self.compare_records(c, n, at, one, two)
+        n -= bool(c.fin_known and n and c.fin == c.nxt)  # nothing is stored in its place
         k = min(n, STASH - at)
         assert one[at : at + k] == two[at : at + k], f"stash of port {t.port}"
         assert one[: n - k] == two[: n - k], f"stash of port {t.port}"
@@ -592,6 +615,7 @@ def test_kernel_and_model_decide_alike(lab: Lab) -> None:
     assert seen["asked the client"] > 20, seen
     for name in ("HELD", "PASSED", "RELEASED"):
         assert seen[f"udp FAST_{name}"] > 300, seen
+        assert seen[f"fin FAST_{name}"] > 8, seen
     for name in ("MODE", "ODD", "DIFFERS", "NO_STASH", "FULL"):
         assert seen[f"udp HAND_{name}"] > 3, seen
     assert not missed and min(seen[f"GIVE {r}"] for r in ("DONE", "REFUSED", "FULL")), seen

@@ -24,7 +24,7 @@ from colo_xdp.abi import SIDE_PVM, SIDE_SVM, TIER_K, TIER_U, CtlOp, CtlResult, M
 from colo_xdp.rewrite import BadFrame, Segment, parse
 
 M32 = 0xFFFFFFFF
-SYN, RST, PSH, ACK = 0x02, 0x04, 0x08, 0x10
+FIN, SYN, RST, PSH, ACK = 0x01, 0x02, 0x04, 0x08, 0x10
 STASH, PROBES, MAX_PIECES = abi.STASH, 8, 50  # COLO_STASH, COLO_STASH_PROBES, COLO_MAX_PIECES
 STEP, STEPS = 4096, 20  # COLO_STEP, COLO_STEPS
 SEEN_STEP_NS = 1_000_000_000
@@ -80,6 +80,8 @@ class Conn:
     l4: int = 0
     doff: int = 0
     why: int = 0
+    fin_known: int = 0
+    fin: int = 0
     hdr: bytes = bytes(128)
     memo: bytes = bytes(64)
 
@@ -138,6 +140,7 @@ class Work:
     upto: int = 0
     moves: int = 0
     probe: int = 0
+    fin: int = 0
     seq: int = 0
     at: int = 0
     out: list[Out] = field(default_factory=list)
@@ -296,11 +299,11 @@ class TierK:
         new[24:26] = bytes(2)
         struct.pack_into("!H", new, 24, 0xFFFF & ~fold(bytes(new[14:34])))
 
-    def new_header(self, c: Conn, seq: int, n: int, push: int) -> bytearray:
+    def new_header(self, c: Conn, seq: int, n: int, flags: int) -> bytearray:
         new = bytearray(c.hdr[: c.l4 + c.doff])
         self.set_lengths(c, new, n)
         struct.pack_into("!II", new, c.l4 + 4, seq, self.allowed_ack(c))
-        new[c.l4 + 13] = ACK | push
+        new[c.l4 + 13] = ACK | flags
         struct.pack_into("!H", new, c.l4 + 14, self.allowed_win(c))
         return new
 
@@ -308,7 +311,7 @@ class TierK:
 
     def become_pvm(self, c: Conn, w: Work) -> None:
         n, at = c.l4 + c.doff, c.l4 + 16
-        new = self.new_header(c, c.rel, w.p.payload_len, w.p.flags & PSH)
+        new = self.new_header(c, c.rel, w.p.payload_len, w.p.flags & (PSH | FIN))
         new[at : at + 2] = w.frame[at : at + 2]
         if not w.partial:
             check = int.from_bytes(new[at : at + 2], "big")
@@ -371,26 +374,26 @@ class TierK:
         v6 = w.frame[12:14] == b"\x86\xdd"
         if w.frame[12:14] not in (b"\x08\x00", b"\x86\xdd") or p.l4_off != (54 if v6 else 34):
             return False
-        if p.flags & ~PSH != ACK:
+        if p.flags & ~(PSH | FIN) != ACK:
             return False
         options = w.frame[p.l4_off + 20 : p.l4_off + 24]
         return p.doff == 20 or (p.doff == 32 and options == TIMESTAMPS)
 
     def hear_pvm(self, c: Conn, w: Work) -> int:
-        p, win = w.p, w.win
+        p, win, span = w.p, w.win, w.p.payload_len + w.fin
         early = seq_later(p.ack, c.s_ack)
         n = w.gso_size or p.payload_len
         if c.l4 and (c.l4 != p.l4_off or c.doff != p.doff):
             return Reason.HAND_ODD
-        if not p.payload_len and c.pending and p.ack == c.p_ack and win == c.p_win:
+        if not span and c.pending and p.ack == c.p_ack and win == c.p_win:
             return Reason.HAND_ODD
         if c.mss < n <= 2047:
             c.mss = n
         if early and not self.stash_claim(c, w.key):
             return Reason.HAND_NO_STASH
         if seq_later(c.p_ack, p.ack):
-            return 0 if c.l4 or not p.payload_len else Reason.HAND_ODD
-        if early or p.payload_len or win > c.s_win:
+            return 0 if c.l4 or not span else Reason.HAND_ODD
+        if early or span or win > c.s_win:
             self.keep_header(c, w)
         c.p_ack, c.p_win = p.ack, win
         if early:
@@ -407,11 +410,13 @@ class TierK:
         size, out = p.payload_len, (c.nxt - c.rel) & M32
         have = c.nxt if out and c.ahead == side else c.rel
         again, kept = False, True
+        w.fin, meets = p.flags & FIN, bool(out) and c.ahead != side
+        span = size + w.fin
         if not self.is_plain(w):
             return Reason.HAND_ODD
-        end = (p.seq + size) & M32
+        end = (p.seq + span) & M32
         if p.seq != have:
-            if not size or (have - p.seq) & M32 > STASH or seq_later(end, have):
+            if not size or w.fin or (have - p.seq) & M32 > STASH or seq_later(end, have):
                 return Reason.HAND_GAP
             again = True
             if side == SIDE_PVM and seq_later(end, c.rel):
@@ -419,6 +424,10 @@ class TierK:
             kept = self.kept(c, p.seq)
             if side == SIDE_PVM and not kept and not self.acked(c, end):
                 return Reason.HAND_GAP
+        if c.fin_known and (seq_later(end, c.fin) or (size and not w.fin and end == c.fin)):
+            return Reason.HAND_ODD
+        if w.fin and meets and not (c.fin_known and end == c.fin):
+            return Reason.HAND_ODD
         if size and len(w.frame) != p.l4_off + p.doff + size:
             return Reason.HAND_ODD
         if not again and (end - c.rel) & M32 > STASH:
@@ -430,26 +439,27 @@ class TierK:
                 return err
         else:
             self.hear_svm(c, w)
-        if size and not again and not self.stash_claim(c, w.key):
+        if span and not again and not self.stash_claim(c, w.key):
             return Reason.HAND_NO_STASH
-        if size and not again and not out and self.all_acked(c):
+        if span and not again and not out and self.all_acked(c):
             c.org = c.rel
         w.at, w.seq = p.l4_off + p.doff, p.seq
-        w.equal = size if again else min(size, out) if out and c.ahead != side else 0
+        w.equal = size if again else min(size, out) if meets else 0
         w.upto = c.nxt if not again and w.equal and size > out else c.rel
         w.left = 0 if again and (side == SIDE_SVM or not kept) else size
         w.probe = int(again and side == SIDE_PVM and not kept)
-        w.moves = 0 if again else size
+        w.moves = 0 if again else span
+        meets = meets and bool(span) and not again
         same = c.l4 == p.l4_off and c.doff == p.doff
-        made = w.equal and not again and (side == SIDE_SVM or size > out)
+        made = meets and (side == SIDE_SVM or size > out)
         if made and (not same or size > out > c.mss * (MAX_PIECES - 2)):
             return Reason.HAND_ODD
         if again and side == SIDE_PVM:
             w.act = PASS if kept else PIECES
-        elif w.equal and not again:
+        elif meets:
             w.act = PIECES if size > out else PASS if side == SIDE_PVM else TURN
         elif side == SIDE_PVM:
-            if not size and not (out and c.ahead == SIDE_PVM) and not seq_later(p.ack, c.s_ack):
+            if not span and not (out and c.ahead == SIDE_PVM) and not seq_later(p.ack, c.s_ack):
                 w.act = PASS
         elif self.ack_due(c) and same:
             w.act = PIECES
@@ -458,8 +468,11 @@ class TierK:
     def finish_segment(self, c: Conn, w: Work) -> int:
         side, act, size, rel, told_ack = w.side, w.act, w.moves, c.rel, c.out_ack
         reason = Reason.FAST_HELD if size or side == SIDE_PVM else Reason.FAST_ENDED
-        if size and seq_later(w.seq, c.nxt):
-            c.nxt, c.ahead = w.seq, side
+        end = (w.seq + w.fin) & M32
+        if size and seq_later(end, c.nxt):
+            c.nxt, c.ahead = end, side
+        if w.fin:
+            c.fin, c.fin_known = end, 1
         if act == PASS:
             self.limit_pvm(c, w)
             c.rel = (c.rel + size) & M32
@@ -653,6 +666,7 @@ class TierK:
         c.p_ack, c.s_ack, c.out_ack = p_ack, s_ack, out_ack
         c.p_win, c.s_win, c.out_win, c.mss = p_win, s_win, out_win, min(mss, 2047)
         c.pending, c.l4, c.doff, c.hdr, c.memo, c.seen_ns = pending, l4, doff, hdr, memo, now
+        c.fin_known = 0
         self.outstanding_since(c, since if nxt != rel or pending else 0)
         c.tier = TIER_K
         return CtlResult.DONE
