@@ -521,6 +521,122 @@ def test_any_schedule(ops: list[Op], isn: int, opts: bytes) -> None:
     same(alone, fast)
 
 
+# -- how a connection ends
+
+
+@st.composite
+def ends(draw: Any) -> list[Op]:
+    side = st.sampled_from((SIDE_PVM, SIDE_SVM))
+    op = st.one_of(
+        st.tuples(st.just("say"), side, st.sampled_from((1, 100, 3000))),
+        st.tuples(st.just("close"), side, st.sampled_from((0, 0, 10, 2000))),
+        st.tuples(st.just("close"), side, st.sampled_from((0, 0, 10, 2000))),
+        st.tuples(st.just("again"), side, st.sampled_from((0, 10))),
+        st.tuples(st.just("ack"), side, st.just(100)),
+        st.tuples(st.just("read")),
+        st.tuples(st.just("wait"), st.sampled_from((10, 50, 400))),
+        st.tuples(st.just("checkpoint")),
+    )
+    return list(draw(st.lists(op, max_size=20)))
+
+
+class Closing(Guests):
+    """Both say LAST bytes more and close; then they only ack."""
+
+    LAST = 6000
+
+    def __init__(self, host: Host, isn: int, opts: bytes) -> None:
+        super().__init__(host, isn, opts)
+        for _ in range(3):
+            for side in (SIDE_PVM, SIDE_SVM):
+                self.say(side, 10, True)
+            host.wait(20)
+        self.end = self.pos[SIDE_PVM] + self.LAST
+        self.closed = [False, False]
+
+    def fin(self, side: int, n: int) -> None:
+        """The last n bytes and the FIN."""
+        self.host.now += MS // 10
+        at = self.end - n
+        body = bytes(self.text[side][at : self.end])
+        number = (self.isn + 1 + at) & M32
+        raw = f.tcp(number, 1 + self.ack[side], body, f.FIN | f.ACK, opts=self.opts, win=5000)
+        self.host.frame(side, raw)
+
+    def upto(self, side: int, at: int) -> None:
+        while self.pos[side] < at:
+            self.say(side, min(1448, at - self.pos[side]))
+
+    def do(self, op: Op) -> None:
+        what, *args = op
+        side = args[0] if args and what != "wait" else 0
+        if what == "say" and not self.closed[side]:
+            self.say(side, min(args[1], self.end - self.pos[side]))
+        elif what == "close" and not self.closed[side]:
+            self.upto(side, self.end - args[1])
+            self.fin(side, self.end - self.pos[side])
+            self.pos[side], self.closed[side] = self.end, True
+        elif what == "again" and self.closed[side]:
+            self.fin(side, args[1])
+        elif what == "ack":
+            self.ack[side] += args[1]
+            self.send(side, self.pos[side] + self.closed[side], 0)
+        elif what in ("read", "wait", "checkpoint"):
+            super().do(op)
+            if what == "checkpoint":
+                self.closed[SIDE_SVM] = self.closed[SIDE_PVM]
+
+    def finish(self) -> None:
+        for _ in range(2):
+            for side in (SIDE_PVM, SIDE_SVM):
+                self.do(("close", side, 0))
+            self.host.read()
+            self.host.wait(1000)
+            self.checkpoint()
+            self.closed[SIDE_SVM] = self.closed[SIDE_PVM]
+            self.ack = [max(self.ack) + 10] * 2
+            for side in (SIDE_PVM, SIDE_SVM):
+                for at in range(self.end - self.LAST, self.end, 1448):
+                    self.send(side, at, min(1448, self.end - at))
+                self.fin(side, 10)
+                self.send(side, self.end + 1, 0)
+        self.host.read()
+        self.host.wait(1000)
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
+@given(ends(), st.sampled_from((1000, M32 - 3000, 1 << 31)), st.sampled_from((b"", f.TS)))
+def test_any_end(ops: list[Op], isn: int, opts: bytes) -> None:
+    def play(host: Host) -> None:
+        guests = Closing(host, isn, opts)
+        for op in ops:
+            guests.do(op)
+        guests.finish()
+
+    alone, fast = both(LIMITS, play)
+    assert bool(fast.causes) == bool(alone.causes)  # which one is a matter of time, see above
+    fast.causes = alone.causes
+    same(alone, fast)
+
+
+def test_a_short_connection_is_the_kernels() -> None:
+    """All but the SYN: nothing is taken back for its end."""
+
+    def play(host: Host) -> None:
+        guests = Closing(host, 1000, f.TS)
+        for side in (SIDE_PVM, SIDE_SVM):
+            guests.do(("close", side, 10))
+        guests.do(("ack", SIDE_SVM, 1))
+        guests.do(("ack", SIDE_PVM, 1))
+        host.read()
+        host.wait(1000)
+
+    alone, fast = both(LIMITS, play)
+    same(alone, fast)
+    assert fast.k is not None and not fast.engine.counters["fast_recalled"]
+    assert fast.engine.counters["pvm_frames"] == 1 and not fast.causes
+
+
 # -- datagrams
 
 

@@ -628,6 +628,34 @@ def partial_checksums_are_completed(mp: Any) -> None:
 
 
 @_mutant
+def tier_k_lets_a_fin_go_alone(mp: Any) -> None:
+    real = TierK.finish_segment
+
+    def finish_segment(self: TierK, c: Conn, w: Work) -> int:
+        if w.fin and w.side == SIDE_PVM and not w.act:
+            self.limit_pvm(c, w)
+        return real(self, c, w)
+
+    mp.setattr(TierK, "finish_segment", finish_segment)
+
+
+@_tiers_mutant
+def the_kernels_fin_is_forgotten(mp: Any) -> None:
+    _seized(mp, fin=lambda w: None)
+
+
+@_kernel_mutant
+def a_fin_takes_no_place(mp: Any) -> None:
+    real = TierK.finish_segment
+
+    def finish_segment(self: TierK, c: Conn, w: Work) -> int:
+        w.seq -= w.fin
+        return real(self, c, w)
+
+    mp.setattr(TierK, "finish_segment", finish_segment)
+
+
+@_mutant
 def tier_k_compares_no_datagrams(mp: Any) -> None:
     real = TierK.walk_payload
 
