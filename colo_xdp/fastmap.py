@@ -117,6 +117,9 @@ class FastMap:
         if not known(key):
             return None
         raw_key = conn_key(key)
+        # Most that are asked for are new ones. Only user space makes entries, so the answer holds.
+        if self._conns.get(raw_key) is None:
+            return None
         r = self._control(CtlOp.SEIZE, raw_key)
         if r is not _DONE:
             if r is CtlResult.BUSY:
