@@ -29,7 +29,7 @@ REST_NS = 10_000_000_000
 _DONE = CtlResult.DONE
 _ANSWERS = {_DONE: Answer.TAKEN, CtlResult.REFUSED: Answer.ON_THEIR_WAY}
 #: in abi.CONN
-_REL, _FIN_KNOWN, _FIN = 6, 23, 24
+_SEEN, _CLIENT_ACK, _REL, _FIN_KNOWN, _FIN = 2, 3, 6, 23, 24
 _U32 = struct.Struct("=I")
 _EMPTY = bytes(abi.CONN.size)
 _NO_WORDS = bytes(abi.GIVE.size)
@@ -58,6 +58,7 @@ class FastMap:
         self.forgotten = 0
         self._walk: Iterator[bytes] | None = None
         self._rest_until = 0
+        self._seized: list[bytes] = []
 
     @property
     def enabled(self) -> bool:
@@ -177,30 +178,36 @@ class FastMap:
         return out
 
     def sweep(self, now_ns: int, most: int) -> None:
-        """Look at the next `most` connections; forget those long unused."""
+        """Look at the next `most` connections; forget those long unused.
+
+        Seized in one call and deleted in the next: no program works on one any more.
+        """
+        seized, self._seized = self._seized, []
+        for key in seized:
+            raw = self._conns.get(key)
+            if raw is not None and self._unused(key, raw, now_ns):
+                self.forgotten += self._conns.delete(key)
         if self._walk is None:
             if now_ns < self._rest_until:
                 return
             self._walk = self._conns.keys()
         for _ in range(most):
-            key = next(self._walk, None)
-            if key is None:
+            key_ = next(self._walk, None)
+            if key_ is None:
                 self._walk, self._rest_until = None, now_ns + min(REST_NS, self._idle_ns // 4)
                 break
-            raw = self._conns.get(key)
-            if raw is None:
-                continue
-            words = abi.CONN.unpack(raw)
-            seen, tier, stash = words[2], words[4], words[9]
-            closed = words[_FIN_KNOWN] and words[_FIN] == words[_REL]
-            if now_ns - seen < (self._idle_ns // 5 if closed else self._idle_ns):
-                continue
-            # Seized in one round and deleted in the next: no program works on it any more, and
-            # its stash is free.
-            if tier == abi.TIER_K or stash:
-                self.seize(flow_key(key))
-            else:
-                self.forgotten += self._conns.delete(key)
+            raw = self._conns.get(key_)
+            if raw is not None and self._unused(key_, raw, now_ns):
+                self.seize(flow_key(key_))  # it is in tier U from now on, and its stash is free
+                self._seized.append(key_)
+
+    def _unused(self, raw_key: bytes, raw: bytes, now_ns: int) -> bool:
+        """Long enough: less if it is over, or its client was not heard after the handshake."""
+        words = abi.CONN.unpack(raw)
+        over = words[_FIN_KNOWN] and words[_FIN] == words[_REL]
+        udp = abi.FLOW_KEY.unpack(raw_key)[4] & abi.KEY_UDP
+        short = over or not (words[_CLIENT_ACK] or udp)
+        return now_ns - int(words[_SEEN]) >= (self._idle_ns // 5 if short else self._idle_ns)
 
 
 def _pages(size: int) -> int:

@@ -45,7 +45,7 @@ BRIDGE_S = 1.0  # between two looks at the ports of the tap's bridge
 RECORD_S = 1.0  # frames of both guests are held meanwhile
 REFUSALS = 20  # tries before a secondary that keeps refusing counts as broken
 LOSS_CHECK_NS = 100_000_000
-SWEEP = 200  # connections of tier K looked at in that time: a million in 8 minutes
+SWEEP = 400  # connections of tier K looked at in that time: a million in 4 minutes
 
 
 class CheckpointFailed(RuntimeError):

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from colo_xdp import cleanup, loader
+from colo_xdp import abi, cleanup, loader
 from colo_xdp.datapath import DataPath
+from colo_xdp.tier_k import conn_key, flow_key
 from tests.netns.conftest import Net
 from tests.netns.fastlab import run
 from tests.netns.test_primary_path import PAIR, config
@@ -97,9 +98,32 @@ def test_connections_long_unused_are_forgotten(net: Net, path: DataPath) -> None
     fast._conns.keys = walk  # type: ignore[method-assign, assignment]
     fast.sweep(now + 5_000_000_000, 100)
     assert walks == 0, "the walk before has just ended"
+    for k in keys:
+        raw = bytearray(fast._conns.get(conn_key(k)) or b"")
+        raw[24] = 1  # client_ack: it has been heard
+        fast._conns.set(conn_key(k), bytes(raw))
     fast.sweep(now + 2 * idle, 7)
-    fast.sweep(now + 2 * idle, 100)
+    for _ in range(2):
+        fast.sweep(now + 2 * idle, 100)
     assert (walks, fast.forgotten) == (1, len(keys))
+
+
+def test_connections_that_are_over_are_forgotten_sooner(net: Net, path: DataPath) -> None:
+    """So are handshakes whose client is never heard, as in a flood of them."""
+    fast = path.fast
+    assert fast is not None
+    idle, now = fast._idle_ns, time.monotonic_ns()
+    ends = bytes((10, 9, 0, 2, 10, 9, 0, 1, 0, 80))
+    open_, over, flood = (ends + port.to_bytes(2, "big") for port in (40000, 40001, 40002))
+    datagrams = bytes((ord("U"), 4, 0)) + ends + bytes((156, 64))
+    for key, client_ack, fin in ((open_, 1, 0), (over, 1, 1), (flood, 0, 0), (datagrams, 0, 0)):
+        words = [0] * 25
+        words[2], words[3], words[23], words[24], words[6] = now, client_ack, fin, 7, 7
+        fast._conns.set(conn_key(key), abi.CONN.pack(*words, b"", b""))
+    for wait in (1, 2):
+        fast.sweep(now + idle // 5 + wait, 100)
+    left = set(map(flow_key, fast._conns.keys()))
+    assert left == {open_, datagrams} and fast.forgotten == 2
 
 
 def test_a_kernel_that_refuses_tier_k_gets_tier_u(
