@@ -275,7 +275,13 @@ class Controller(ABC):
             if why:
                 self.become(State.STOPPED, why)
                 return
-            await self.on_qemu()
+            while self.qmp.connected:  # else it has died meanwhile: _after_qmp_loss() goes on
+                try:
+                    await self.on_qemu()
+                    return
+                except QmpError as e:
+                    log.warning("%s", e)
+                    await asyncio.sleep(QMP_RETRY_S)
             return
 
     async def _connect_oob(self) -> None:

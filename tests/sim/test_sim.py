@@ -119,6 +119,18 @@ def test_an_entry_that_was_given_up_and_succeeded_in_qemu_is_compared() -> None:
     ).run()  # fmt: skip
 
 
+def test_an_svm_that_dies_while_its_controller_asks_it_what_it_is() -> None:
+    World(
+        Scene(
+            822197, conns=2, loss=0, jitter=0.5, link_loss=0, link_jitter=0.3, fast=False, faults=(
+                Fault(358, "kill_s_controller", 60), Fault(420, "kill_s_qemu", 0),
+                Fault(478, "cut_channel", 700), Fault(544, "cut_channel", 1500),
+                Fault(889, "hang_p_qemu", 700),
+            ),
+        )
+    ).run()  # fmt: skip
+
+
 def test_a_scene_is_replayed_exactly() -> None:
     s = scene(11)
     runs = []
