@@ -1,8 +1,9 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * Tier K: established TCP in order is compared and released here, and Python
- * never sees it. tests/sim/fast.py is the same in Python;
- * tests/netns/test_fast_differential.py compares the two frame by frame.
+ * Tier K: TCP in order, from behind the handshake to the FIN, is compared and
+ * released here, and Python never sees it (UDP: datagram.h). tests/sim/fast.py is
+ * the same in Python; tests/netns/test_fast_differential.py compares the two frame
+ * by frame.
  *
  * One guest is ahead of the other. Its bytes, rel..nxt, are in a stash; when the
  * other's arrive they are compared, and what is equal leaves at once:
@@ -33,7 +34,8 @@
  *  - TIER_U is left by CTL_GIVE only, under the lock, and only if no frame has been
  *    captured since the one user space has last seen (`captured`): no frame in the
  *    event ring can belong before those that tier K decides from then on. A frame that
- *    went there without the lock is not counted; it makes user space seize again.
+ *    went there without the lock, or before there was an entry, is not counted; it makes
+ *    user space seize again, and until then its bytes are a gap here.
  *  - A frame that leaves here may overtake one that another CPU has just let go, as on
  *    every path with two CPUs; steer flows (RPS) where that matters. Released bytes stay
  *    released, so order is all that it can change.
