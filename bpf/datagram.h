@@ -23,7 +23,7 @@ static __always_inline int is_plain_datagram(struct __sk_buff *skb, const struct
 	if (skb->vlan_present || skb->gso_size || p->l3_off != 14 ||
 	    p->l4_off != (p->is_v6 ? 54 : 34))
 		return 0;
-	if (skb->len != p->l4_off + 8 + p->payload_len)
+	if (!is_whole(skb, p->l4_off + 8 + p->payload_len))
 		return 0;
 	if (bpf_skb_load_bytes(skb, p->l4_off + 4, &size, 2))
 		return 0;

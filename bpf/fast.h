@@ -160,8 +160,8 @@ static __always_inline u32 prepare_segment(struct __sk_buff *skb, const struct p
 		return R_HAND_ODD;
 	if (w->fin && w->meets && !(c->fin_known && end == c->fin))
 		return R_HAND_ODD;
-	if (len && skb->len != p->l4_off + p->doff + len)
-		return R_HAND_ODD; /* bytes behind the segment */
+	if (len && !is_whole(skb, p->l4_off + p->doff + len))
+		return R_HAND_ODD;
 	if (!w->again && end - c->rel > COLO_STASH)
 		return R_HAND_FULL;
 	if (bpf_skb_load_bytes(skb, p->l4_off + 14, &field, 2))

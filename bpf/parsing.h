@@ -219,6 +219,12 @@ static __always_inline int parse_frame(void *data, void *end, u64 len, u32 tags,
 	return 0;
 }
 
+/* Whether nothing follows what IP's length says, but padding that a wire may add (IEEE 802.3 3.2.8). */
+static __always_inline int is_whole(struct __sk_buff *skb, u32 end)
+{
+	return skb->len == end || (skb->len > end && skb->len <= ETH_ZLEN);
+}
+
 /*
  * Returns 0, also for what is not IP; PARSE_BAD for a frame that cannot be
  * parsed. May pull, so pointers into the frame are stale afterwards.

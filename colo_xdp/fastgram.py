@@ -49,7 +49,7 @@ def _plain(p: Packet) -> bool:
     return (
         l4 == (34 if frame[14] >> 4 == 4 else 54)
         and p.off == l4 + 8
-        and p.end == len(frame)
+        and (p.end == len(frame) or len(frame) <= 60)  # padding, which does not go along
         and int.from_bytes(frame[l4 + 4 : l4 + 6], "big") == p.end - l4
     )
 
@@ -59,12 +59,12 @@ def _waiting(flow: DatagramFlow) -> Iterator[tuple[int, bool, bytes]]:
     tier K could not have it."""
     for rec, p, at in flow.held:
         plain = _plain(p) and not rec.gso_size and not rec.parts
-        yield at, rec.partial, rec.frame if plain else b""
+        yield at, rec.partial, rec.frame[: p.end] if plain else b""
     copies = [(at, body) for body, times in flow.copies.items() for at in times]
     for at, body in sorted(copies, key=lambda c: c[0]):
         p = parse(flow.frame_of(body))
         whole = _plain(p) and p.frame[p.off : p.end] == body  # not one of several (GSO)
-        yield at, False, p.frame if whole else b""
+        yield at, False, p.frame[: p.end] if whole else b""
 
 
 def pack(flow: DatagramFlow, epoch: int) -> Gift | None:

@@ -41,6 +41,10 @@ def seq_later(a: int, b: int) -> bool:
     return 0 < (a - b) & M32 < 0x80000000
 
 
+def is_whole(frame: bytes, end: int) -> bool:
+    return len(frame) == end or end < len(frame) <= 60
+
+
 def fold(data: bytes) -> int:
     """RFC 1071 sum of 16-bit words, folded, not inverted: 0 only if all of them are."""
     n = int.from_bytes(data + b"\0" * (len(data) & 1), "big")
@@ -428,7 +432,7 @@ class TierK:
             return Reason.HAND_ODD
         if w.fin and meets and not (c.fin_known and end == c.fin):
             return Reason.HAND_ODD
-        if size and len(w.frame) != p.l4_off + p.doff + size:
+        if size and not is_whole(w.frame, p.l4_off + p.doff + size):
             return Reason.HAND_ODD
         if not again and (end - c.rel) & M32 > STASH:
             return Reason.HAND_FULL
@@ -496,7 +500,7 @@ class TierK:
         size = 8 + p.payload_len
         at = p.l4_off + 4
         return (
-            not w.gso_size and len(w.frame) == p.l4_off + size
+            not w.gso_size and is_whole(w.frame, p.l4_off + size)
             and int.from_bytes(w.frame[at : at + 2], "big") == size
         )  # fmt: skip
 
