@@ -445,7 +445,10 @@ class Controller(ABC):
     def _shadow_word(self, on: bool, epoch: int) -> None:
         """Only a later checkpoint ends a shadow: a new primary controller may not know of it."""
         if on:
+            news = not self.shadow
             self.shadow, self.dp.shadowed = True, epoch + 1
+            if news:
+                self._beat()  # the primary waits for this word
         elif self.shadow and epoch >= self.dp.shadowed:
             self.shadow, self.dp.shadowed = False, 0
 

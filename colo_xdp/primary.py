@@ -229,6 +229,9 @@ class Primary(Controller):
         elif kind == "beat":
             if self.state is State.STOPPED:
                 return
+            wanted = self.shadow and not self._leave_shadow
+            if wanted and not self.engine.shadow and msg["state"] == State.SHADOW.value:
+                self.engine.set_shadow(True, time.monotonic_ns())
             if msg["state"] == State.TAKEN_OVER.value:
                 self._stand_down("the secondary speaks for the guest")
             elif self._older_than(msg):
@@ -376,7 +379,8 @@ class Primary(Controller):
                 break
             lost = migration is not None and migration not in IN_COLO
             if lost and self.spoke_alone and self.dp.mode is Mode.CHECKPOINT:
-                self._give_up_entering()
+                # Nobody has confirmed the copy of the first checkpoint: the guest may go on alone.
+                await self._enter_failed("a former controller did not come to its end")
             if self.speaker is not None and not self.speaker.may_speak:
                 self.become(self.state, "waiting for the lease: nothing leaves this host")
             elif migration is not None and self.peer.connected and self._peer_ready:
@@ -423,14 +427,6 @@ class Primary(Controller):
                 self.checkpoint_overdue = not (isinstance(e, CheckpointFailed) and e.channel)
                 self.become(State.DEGRADED, f"checkpoint ({want.cause}) did not complete: {e}")
                 self._decide()
-
-    def _give_up_entering(self) -> None:
-        """A former controller died in the first checkpoint, which never came to its end.
-
-        Nobody has confirmed the copy, so the guest may go on alone.
-        """
-        self._bypass()
-        self.become(State.STARTING, "a former controller did not come to enter COLO")
 
     def _bypass(self) -> None:
         """Nothing is held any more, nor what is still on its way to this process."""
@@ -715,15 +711,17 @@ class Primary(Controller):
         self.engine.set_policy(self.config.policy())
 
     def set_shadow(self, on: bool) -> None:
-        """Shadow begins at once. It ends with a checkpoint: until then the SVM may not know what
-        clients know, though everything is held again from now on."""
+        """Shadow begins when the secondary says that it has heard of it: it would take over from
+        what clients know more than it does. It ends with a checkpoint: until then the SVM may not
+        know what clients know, though everything is held again from now on."""
         if on == self.shadow and not self._leave_shadow:
             return
-        self.engine.set_shadow(on, time.monotonic_ns())
         self._leave_shadow = not on
         if on:
             self.shadow = True
+            self._beat()
         else:
+            self.engine.set_shadow(False, time.monotonic_ns())
             self._want = self._want or Want(Cause.OPERATOR.value, "leaving shadow mode")
             self._wake.set()
 

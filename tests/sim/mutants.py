@@ -51,6 +51,11 @@ TIERS_MUTANTS: dict[str, Callable[[Any], None]] = {}
 SCENES: dict[str, dict[str, Any]] = {
     "tier_k_compares_no_datagrams": {"udp": 100, "odd_udp": True},
     "tier_k_releases_datagrams_that_wait": {"udp": 100},
+    "a_shadow_begins_before_the_secondary_knows": {
+        "conns": 4, "loss": 0.0, "lease": False, "manual": False, "beacons": False, "faults": (
+            Fault(95, "cut_channel", 3000), Fault(100, "shadow", 2000),
+        ),
+    },
     "a_shadow_ends_with_a_word": {
         "conns": 4, "loss": 0.0, "link_jitter": 3.0, "faults": (
             Fault(67, "shadow", 60), Fault(115, "kill_p_qemu", 0),
@@ -411,6 +416,17 @@ def a_shadow_ends_with_a_word(mp: Any) -> None:
         self.shadow = on
 
     mp.setattr(Secondary, "_shadow_word", word)
+
+
+@_mutant
+def a_shadow_begins_before_the_secondary_knows(mp: Any) -> None:
+    real = Primary.set_shadow
+
+    def set_shadow(self: Primary, on: bool) -> None:
+        real(self, on)
+        self.engine.set_shadow(on, self.engine.now)
+
+    mp.setattr(Primary, "set_shadow", set_shadow)
 
 
 # -- tier K

@@ -131,6 +131,19 @@ def test_an_svm_that_dies_while_its_controller_asks_it_what_it_is() -> None:
     ).run()  # fmt: skip
 
 
+def test_a_first_checkpoint_that_fails_while_there_is_no_controller() -> None:
+    """The next one lets the guest run again."""
+    World(
+        Scene(
+            862098, conns=1, loss=0, dup=0, jitter=4.0, link_loss=0, link_jitter=0.0, fast=False,
+            compare_timeout=40, faults=(
+                Fault(255, "hang_p_qemu", 700), Fault(258, "kill_s_host", 0),
+                Fault(685, "kill_p_controller", 700),
+            ),
+        )
+    ).run()  # fmt: skip
+
+
 def test_a_scene_is_replayed_exactly() -> None:
     s = scene(11)
     runs = []

@@ -283,6 +283,8 @@ class World:
         self.spoke: set[str] = set()
         self.udp_out: Counter[bytes] = Counter()
         self._pieces: dict[tuple[bool, int], dict[int, tuple[bytes, bool]]] = {}
+        self.ordered = False  # a failover, by a person
+        self.shadow_at = 0  # checkpoints before the shadow began, or since it was last known
         self.clones = self.pairs = 0  # checkpoints; how often the pair was protected anew
         self.round, self.round_at = 0, 0  # faults of this one count from then, ms
         self.lost = False  # the last guest that knew everything has died
@@ -398,7 +400,12 @@ class World:
             return
         self.note("%s to the network: %s", side.name, frame)
         self.frames += 1
+        c = side.controller
+        if side.primary and c is not None and c.engine.shadow:
+            self.shadow, self.shadow_at = True, self.clones
         if self.shadow and not side.primary:
+            if not self.ordered:
+                raise Violation("S has taken over from shadow mode, and nobody has asked for it")
             self.excused = True  # a person took over from shadow, as warned
             raise _Excused
         self.given_up |= self.unsure and not side.primary
@@ -741,7 +748,6 @@ class World:
         elif f.kind == "reload" and p.controller is not None:
             p.controller.new_policy()
         elif f.kind == "shadow" and p.controller is not None and self.protected:
-            self.shadow = True
             p.controller.set_shadow(True)
             self.later(f.span, self._end_shadow)
         elif f.kind in ("kill_p_qemu", "kill_s_qemu"):
@@ -837,6 +843,7 @@ class World:
     async def _command(self, side: Side, name: str, **args: Any) -> None:
         c = side.controller
         if c is not None:
+            self.ordered |= name == "failover"
             with contextlib.suppress(ValueError):
                 await c.command(name, args)
 
@@ -975,7 +982,10 @@ class World:
                 raise Violation(f"I10: {e.held_packets} held, {e.svm_packets} of the SVM")
             if e.held_packets < 0 or e.held_bytes < 0 or e.svm_packets < 0:
                 raise Violation("a count of what is held is negative")
-            if self.shadow and not c.shadow:
+            # A controller that is started anew may not know of it: only a checkpoint ends it.
+            if c.shadow and c.state is not State.CHECKPOINTING:
+                self.shadow_at = self.clones
+            elif not c.shadow and self.clones > self.shadow_at:
                 self.shadow = False
 
     def _quiet(self) -> bool:
