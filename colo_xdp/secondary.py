@@ -67,6 +67,7 @@ class Secondary(Controller):
     def __init__(self, config: Config, datapath: DataPath) -> None:
         super().__init__(config, datapath)
         self.flows = FlowTable(datapath.objects.map("flows"))
+        self._unsure = -1  # epoch of which nobody knows whether a checkpoint has ended it
         self._hold: Hold | None = None
         self.hold_limit = 16 * config.compare.max_queue_size
         self._resume_ns = 0
@@ -322,9 +323,10 @@ class Secondary(Controller):
         if self.dp.mode is not Mode.CHECKPOINT or h is None:
             return
         if not h.stop_ns and time.monotonic() > h.deadline:
-            # Asked for, and the SVM never stopped: it is still the guest it was.
+            # Asked for, and the SVM never stopped: it is still the guest it was. Or it has, while
+            # there was no controller to see it.
             self._drain()
-            self._hold = None
+            self._hold, self._unsure = None, self.dp.epoch if h.inherited else -1
             for e in h.client:
                 self._deliver(e)
             for e in h.svm:
@@ -450,7 +452,8 @@ class Secondary(Controller):
         # counts too, since it says `n` only after this side's `done n`.
         was = self.dp.epoch
         self.dp.epoch = max(was, self.peer_epoch, hold.n if hold is not None and loaded else 0)
-        if hold is not None and hold.inherited and self.dp.epoch == was:
+        inherited = hold.inherited if hold is not None else self._unsure == was
+        if inherited and self.dp.epoch == was:
             lost = self.flows.give_up(was)
             log.error(
                 "the last controller here died in a checkpoint, the primary before the next: which"

@@ -144,6 +144,17 @@ def test_a_first_checkpoint_that_fails_while_there_is_no_controller() -> None:
     ).run()  # fmt: skip
 
 
+def test_a_checkpoint_that_nobody_saw_is_in_doubt_after_its_deadline_too() -> None:
+    """The SVM has loaded it, its controller died, and so did the PVM's host."""
+    World(
+        Scene(
+            872042, conns=2, loss=0, dup=0, jitter=0.0, link_loss=0, link_jitter=0.0, faults=(
+                Fault(237, "kill_p_in_checkpoint", 0), Fault(249, "kill_s_controller", 700),
+            ),
+        )
+    ).run()  # fmt: skip
+
+
 def test_a_scene_is_replayed_exactly() -> None:
     s = scene(11)
     runs = []
