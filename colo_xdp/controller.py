@@ -382,7 +382,8 @@ class Controller(ABC):
             self.peer_state, self.peer_epoch = msg["state"], msg["epoch"]
             self.peer_role = msg["role"]
             if self.role is Role.SECONDARY:
-                self._shadow_word(msg["shadow"], msg["epoch"])
+                word = msg["shadow"] and msg["role"] == Role.PRIMARY.value
+                self._shadow_word(word, msg["epoch"])
             if msg["shut"]:
                 self._peer_shut(msg["alone"])
             if msg["echo"]:
@@ -485,7 +486,7 @@ class Controller(ABC):
             vm=not self.vm_gone,
             shut=self.path_shut,
             alone=self.spoke_alone,
-            shadow=self.role is Role.PRIMARY and self.shadow,
+            shadow=self.shadow,  # the primary's word; of the secondary: it has heard it
             promise=promise,
             role=self.role.value,
         )

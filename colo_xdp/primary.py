@@ -229,8 +229,8 @@ class Primary(Controller):
         elif kind == "beat":
             if self.state is State.STOPPED:
                 return
-            wanted = self.shadow and not self._leave_shadow
-            if wanted and not self.engine.shadow and msg["state"] == State.SHADOW.value:
+            waits = self.shadow and not self._leave_shadow and not self.engine.shadow
+            if waits and msg["shadow"] and msg["role"] == Role.SECONDARY.value:
                 self.engine.set_shadow(True, time.monotonic_ns())
             if msg["state"] == State.TAKEN_OVER.value:
                 self._stand_down("the secondary speaks for the guest")

@@ -53,8 +53,6 @@ class Hold:
     stop_ns: int = 0
     resume: QmpEvent | None = None  # the SVM runs the new state, the primary has not said it does
     planned: bool = False  # the primary falls silent at the end: held until the takeover
-    #: begun by a former controller; QMP does not repeat events, so the SVM may run either state
-    inherited: bool = False
     client: deque[Event] = field(default_factory=deque)
     svm: deque[Event] = field(default_factory=deque)
 
@@ -67,7 +65,9 @@ class Secondary(Controller):
     def __init__(self, config: Config, datapath: DataPath) -> None:
         super().__init__(config, datapath)
         self.flows = FlowTable(datapath.objects.map("flows"))
-        self._unsure = -1  # epoch of which nobody knows whether a checkpoint has ended it
+        #: the last controller died in a checkpoint of this epoch: QMP does not repeat its events,
+        #: so the SVM may run either state until the next one is complete
+        self._unsure = -1
         self._hold: Hold | None = None
         self.hold_limit = 16 * config.compare.max_queue_size
         self._resume_ns = 0
@@ -99,8 +99,7 @@ class Secondary(Controller):
                 if datapath.mode is Mode.CHECKPOINT:
                     # It died with frames in hand. Holding goes on; the primary asks anew.
                     self._begin_hold(datapath.epoch + 1)
-                    assert self._hold is not None
-                    self._hold.inherited = True
+                    self._unsure = datapath.epoch
             elif datapath.epoch > 0:
                 self.spoke_alone = datapath.bond is Bond.ALONE
                 self.state = State.STOPPED
@@ -323,10 +322,9 @@ class Secondary(Controller):
         if self.dp.mode is not Mode.CHECKPOINT or h is None:
             return
         if not h.stop_ns and time.monotonic() > h.deadline:
-            # Asked for, and the SVM never stopped: it is still the guest it was. Or it has, while
-            # there was no controller to see it.
+            # Asked for, and the SVM never stopped: it is still the guest it was (or see _unsure).
             self._drain()
-            self._hold, self._unsure = None, self.dp.epoch if h.inherited else -1
+            self._hold = None
             for e in h.client:
                 self._deliver(e)
             for e in h.svm:
@@ -452,8 +450,7 @@ class Secondary(Controller):
         # counts too, since it says `n` only after this side's `done n`.
         was = self.dp.epoch
         self.dp.epoch = max(was, self.peer_epoch, hold.n if hold is not None and loaded else 0)
-        inherited = hold.inherited if hold is not None else self._unsure == was
-        if inherited and self.dp.epoch == was:
+        if self.dp.epoch == was == self._unsure:
             lost = self.flows.give_up(was)
             log.error(
                 "the last controller here died in a checkpoint, the primary before the next: which"

@@ -432,6 +432,24 @@ def test_a_shadow_ends_with_a_later_checkpoint_only() -> None:
     assert not again.shadow and not dp.shadowed
 
 
+def test_a_shadow_begins_when_the_secondary_has_heard_of_it() -> None:
+    """Whatever else it says of itself: a person may have paused it."""
+    c, _, sent = primary()
+    c.state = State.PROTECTED
+    c.set_shadow(True)
+    assert sent[-1]["shadow"] and not c.engine.shadow
+    said = BEAT | {"epoch": 7, "state": "protected", "shut": False}
+    c._peer_message(said | {"role": "secondary"})
+    c._peer_message(said | {"role": "primary", "shadow": True})
+    assert not c.engine.shadow
+    c._peer_message(said | {"role": "secondary", "state": "paused", "shadow": True})
+    assert c.engine.shadow
+    other, _, answers = secondary()
+    other.paused = True
+    other._peer_message(said | {"shadow": True})
+    assert answers[-1]["shadow"], "and it says so at once"
+
+
 class FakeQmp:
     """Answers as a QEMU that has left COLO at once."""
 
@@ -510,6 +528,28 @@ def test_a_planned_failover_that_the_primary_gave_up_ends_as_a_checkpoint() -> N
     c.on_qmp(event("RESUME", t + 30, t + 60))
     c.on_message(BEAT | {"state": "protected", "epoch": 8, "shut": False})
     assert c.state is State.PROTECTED and dp.mode is Mode.RUN and dp.epoch == 8
+
+
+def test_a_checkpoint_that_nobody_saw_is_in_doubt_until_the_next(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def body() -> None:
+        c, dp, _ = secondary(Mode.CHECKPOINT)
+        c.qmp = FakeQmp()  # type: ignore[assignment]
+        lost: list[int] = []
+        monkeypatch.setattr(c.flows, "give_up", lambda epoch: lost.append(epoch) or 0)
+        for _ in range(2):  # the former controller's, and one that this one was asked for
+            assert c._hold is not None
+            c._hold.deadline = 0.0
+            c.on_tick(time.monotonic_ns())
+            assert dp.mode is Mode.RUN
+            c.on_message({"type": "begin", "n": 8, "cause": "operator", "initial": False})
+        c._peer_message(BEAT | {"state": "stopped", "epoch": 7, "shut": True})
+        assert c._busy is not None
+        await c._busy
+        assert c.state is State.TAKEN_OVER and lost == [7]
+
+    in_loop(body)
 
 
 def test_the_primarys_epoch_tells_a_new_secondary_controller_what_its_guest_has_loaded() -> None:
