@@ -39,7 +39,7 @@ static __always_inline struct colo_dgram *record_at(struct colo_stash *st,
 	return (struct colo_dgram *)(st->ring + pos);
 }
 
-/* Ethernet and IP, and of `udp` more bytes; constant sizes, for the verifier. */
+/* Ethernet, IP and UDP header; constant sizes, for the verifier. */
 static __always_inline long load_headers(struct __sk_buff *skb, const struct pkt *p, void *to)
 {
 	if (p->is_v6)

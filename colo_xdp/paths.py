@@ -21,6 +21,7 @@ import errno
 import logging
 import socket
 import struct
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -43,7 +44,7 @@ _PASSING = {
 }  # fmt: skip
 
 
-class _Way:
+class _Way(ABC):
     """One path's socket."""
 
     def __init__(self, name: str) -> None:
@@ -54,9 +55,9 @@ class _Way:
         self.reading = False
         self.left = BUDGET
 
+    @abstractmethod
     def open(self) -> socket.socket:
         """A socket that does not block. Raises OSError."""
-        raise NotImplementedError
 
     def to(self) -> Any:
         """Where to send; None: the socket knows."""
