@@ -45,6 +45,12 @@ PATIENCE_MS = 30_000  # until a pair has to be whole again
 TS_SLACK = 1000  # ms of a guest's clock that a frame which was held may be behind
 
 
+def _holds_nothing(side: Side) -> bool:
+    """Its controller is a primary's, in shadow mode."""
+    engine = getattr(side.controller, "engine", None)
+    return engine is not None and bool(engine.shadow)
+
+
 class _Excused(Exception):
     """What follows is a known limit: the run ends."""
 
@@ -284,7 +290,6 @@ class World:
         self.udp_out: Counter[bytes] = Counter()
         self._pieces: dict[tuple[bool, int], dict[int, tuple[bytes, bool]]] = {}
         self.ordered = False  # a failover, by a person
-        self.shadow_at = 0  # checkpoints before the shadow began, or since it was last known
         self.clones = self.pairs = 0  # checkpoints; how often the pair was protected anew
         self.round, self.round_at = 0, 0  # faults of this one count from then, ms
         self.lost = False  # the last guest that knew everything has died
@@ -400,9 +405,7 @@ class World:
             return
         self.note("%s to the network: %s", side.name, frame)
         self.frames += 1
-        c = side.controller
-        if side.primary and c is not None and c.engine.shadow:
-            self.shadow, self.shadow_at = True, self.clones
+        self.shadow |= _holds_nothing(side)
         if self.shadow and not side.primary:
             if not self.ordered:
                 raise Violation("S has taken over from shadow mode, and nobody has asked for it")
@@ -579,6 +582,8 @@ class World:
     def cloned(self, to: Side, *, first: bool) -> None:
         """A checkpoint has copied the PVM: what it had sent counts as the SVM's."""
         self.clones += 1
+        # A controller that is started anew may not know of a shadow: this ends it.
+        self.shadow &= _holds_nothing(to.other)
         to.tap.clear()
         if first and self.trap:
             side, span = self.rnd.choice((to, to.other)), self.trap
@@ -982,11 +987,6 @@ class World:
                 raise Violation(f"I10: {e.held_packets} held, {e.svm_packets} of the SVM")
             if e.held_packets < 0 or e.held_bytes < 0 or e.svm_packets < 0:
                 raise Violation("a count of what is held is negative")
-            # A controller that is started anew may not know of it: only a checkpoint ends it.
-            if c.shadow and c.state is not State.CHECKPOINTING:
-                self.shadow_at = self.clones
-            elif not c.shadow and self.clones > self.shadow_at:
-                self.shadow = False
 
     def _quiet(self) -> bool:
         if self.speaker() is None and any(x.qemu.alive for x in (self.p, self.s)):
