@@ -22,7 +22,7 @@ from .flows import GIVEN, Flows, RuleCount
 from .fragments import Fragments
 from .giving import FastFlow, Giving
 from .journal import Divergence
-from .limits import CHECKPOINT_QUEUE, Limits
+from .limits import CHECKPOINT_QUEUE, NEVER, Limits
 from .packet import Kind, Packet, parse
 from .policy import Policy, Verdict
 from .reasons import Cause
@@ -38,6 +38,8 @@ _TAG = 0xFFF
 #: epochs ahead of ours that may be the next one (a checkpoint that failed takes a number)
 _NEXT_EPOCHS = 16
 _LONG_AGO = -1
+#: a timer shorter than this goes off when it should, a longer one up to a tenth of it late
+SOON_NS = 500_000_000
 
 
 class Engine:
@@ -95,6 +97,7 @@ class Engine:
         # knows better. So a timeout costs nothing per frame and no scan.
         self._serial = count()
         self._timers: list[tuple[int, int, Flow]] = []  # every flow where anything waits
+        self._soon_ns = NEVER  # the first of them that was armed to go off within SOON_NS
         self._next_scan = self._next_look = 0
         self._parts: dict[Stream, None] = {}  # a verified part of their head may leave
         self.fast: Fast = NoFast() if fast is None else fast
@@ -330,6 +333,7 @@ class Engine:
         if self._next_policy is not None:
             self._flows.enforce(self._next_policy, epoch)
             self._timers.clear()
+            self._soon_ns = NEVER
             self._next_policy = None
         rest, self._queue = self._queue, deque()
         self.pvm_packets = self.pvm_bytes = 0
@@ -375,6 +379,7 @@ class Engine:
         self._flows.clear()
         self._fragments = Fragments(self, self.policy.verdicts[-1])
         self._timers.clear()
+        self._soon_ns = NEVER
         self._history.clear()
         self._parts.clear()
         self._giving.clear()
@@ -402,7 +407,8 @@ class Engine:
                 self.arm(st, now_ns + PART_NS)
 
     def tick(self, now_ns: int) -> None:
-        """Timeouts and ageing; cheap when nothing is due. To be called every 10 ms or so."""
+        """Timeouts and ageing; cheap when nothing is due. To be called at tick_ns(), and without
+        that every 50 ms or so."""
         self.now = now_ns
         self._giving.look()
         timers = self._timers
@@ -419,12 +425,21 @@ class Engine:
                 due = flow.expire(now_ns)
                 if due:
                     self.arm(flow, due)
+            if self._soon_ns <= now_ns:
+                near = timers and timers[0][0] - now_ns < SOON_NS
+                self._soon_ns = timers[0][0] if near else NEVER
             if self.fast.enabled and now_ns >= self._next_look:
                 self._next_look = now_ns + self.timeout_ns // 8
                 self._recall_all(self.fast.overdue(now_ns - self.timeout_ns // 2))
         if now_ns >= self._next_scan:
             self._next_scan = now_ns + self.limits.expired_scan_cycle_ns
             self._flows.age(now_ns)
+
+    def tick_ns(self) -> int:
+        """When tick() has something to do that cannot be late (NEVER: nothing): a timer of some
+        ms, a frame that is kept back. One of seconds may be late by 50 ms, and mostly its flow is
+        gone by then: it wakes nobody."""
+        return self.now if self._giving.braking else self._soon_ns
 
     def unbrake(self, now_ns: int) -> None:
         """In place of tick(), where no time runs out: what is kept back for tier K leaves."""
@@ -519,6 +534,8 @@ class Engine:
         if not flow.when or when_ns < flow.when:
             flow.when = when_ns
             heappush(self._timers, (when_ns, next(self._serial), flow))
+            if when_ns < self._soon_ns and when_ns - self.now < SOON_NS:
+                self._soon_ns = when_ns
 
     def part_verified(self, stream: Stream) -> None:
         """The stream's head is verified in part: flush() looks at it."""

@@ -38,6 +38,8 @@ ROLE_CHANGED = -1
 LOAD_S = 60  # to compile and load the programs of the other role
 STATUS_S = 1.0
 SCRAPE_S = 2.0
+#: a frame may wait for a thread that works on other things (netlink, a scrape) no longer than this
+SWITCH_S = 0.0005
 
 
 def setup_logging() -> None:
@@ -151,6 +153,7 @@ def _only_one(config: Config) -> Iterator[None]:
 def run(config: Config) -> int:
     """Run until SIGTERM or SIGINT. Exit status: 0 stopped, 1 failed."""
     setup_logging()
+    sys.setswitchinterval(SWITCH_S)
     try:
         with _only_one(config):
             return _run(config)

@@ -161,6 +161,11 @@ class Giving:
 
     # -- the brake
 
+    @property
+    def braking(self) -> bool:
+        """Whether frames of any flow are kept back."""
+        return bool(self._braked)
+
     def look(self) -> None:
         """Give what is braked and can be given now; let go what has been braked for long enough.
         To be called with each batch and with each tick."""

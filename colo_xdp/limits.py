@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 CHECKPOINT_QUEUE = 16  # times the limits below may wait for a checkpoint
+NEVER = 1 << 63  # ns, of any clock
 
 
 @dataclass(frozen=True, slots=True)

@@ -179,7 +179,7 @@ class Primary(Controller):
             self.engine.tick(now_ns)
         else:
             self.engine.unbrake(now_ns)
-        if now_ns - self._lost_checked > LOSS_CHECK_NS:
+        if now_ns - self._lost_checked >= LOSS_CHECK_NS:
             self._lost_checked = now_ns
             lost = self.dp.lost_events()
             if self.dp.fast is not None:
@@ -187,6 +187,9 @@ class Primary(Controller):
             if lost > self._lost:
                 missing, self._lost = lost - self._lost, lost
                 self.request(Cause.EVENT_LOST, f"{missing} frames did not fit into the event ring")
+
+    def tick_ns(self) -> int:
+        return self.engine.tick_ns()
 
     # ---- checkpoints
 

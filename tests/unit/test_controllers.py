@@ -16,6 +16,7 @@ import pytest
 from colo_xdp.abi import Bond, Mode, Source
 from colo_xdp.beacon import Flag, Word
 from colo_xdp.config import load
+from colo_xdp.controller import TICK_S
 from colo_xdp.failover import Action, State, decide
 from colo_xdp.primary import Checkpoint, CheckpointFailed, Primary
 from colo_xdp.qmp import QmpTimeout
@@ -26,7 +27,7 @@ from colo_xdp.ring import Event
 from colo_xdp.secondary import Secondary
 from colo_xdp.speaker import Seen, Speaker, StoreError, boot_ns
 from colo_xdp.wire import encode
-from tests.netns.frames import tcp
+from tests.netns.frames import tcp, udp
 from tests.unit.test_giving import Pair
 
 EXAMPLES = Path(__file__).parents[2] / "deploy/examples"
@@ -145,6 +146,36 @@ def test_requests_are_kept_where_a_checkpoint_can_follow(state: State, wanted: b
     c.state = state
     c.request(Cause.PAYLOAD_DIFFERS, "here")
     assert (c._want is not None) == wanted
+
+
+def test_an_idle_controller_sleeps_until_something_cannot_wait() -> None:
+    c, dp, _ = primary()
+
+    async def body() -> None:
+        task = asyncio.ensure_future(c._rest(1.0))
+        await asyncio.sleep(0)
+        now = time.monotonic_ns()
+        assert c._tick_at_ns > now + 4 * TICK_S * 1e9
+        dp.waiting = [Event(Source.PVM, now, 7, tcp(b"p"), 0, False)]
+        c._drain()
+        assert c._tick_at_ns > now + 4 * TICK_S * 1e9, "compare_timeout is seconds"
+        dp.waiting = [
+            Event(source, now, 7, udp(payload), 0, False)
+            for source, payload in ((Source.PVM, b"p"), (Source.SVM, b"s"))
+        ]
+        c._drain()
+        assert c._tick_at_ns <= time.monotonic_ns() + TICK_S * 1e9
+        await task
+        assert time.monotonic_ns() >= c._tick_at_ns
+        task = asyncio.ensure_future(c._rest(1.0))  # on from here it is due all the time
+        await asyncio.sleep(0)
+        assert c._tick_at_ns <= time.monotonic_ns() + TICK_S * 1e9
+        task.cancel()
+        await asyncio.wait({task})
+        c._drain()  # nobody rests
+        await asyncio.sleep(2 * TICK_S)
+
+    in_loop(body)
 
 
 @pytest.mark.parametrize("state", [State.DEGRADED, State.STARTING, State.SOLO])

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections import Counter
 
 from colo_xdp.compare import COUNTERS, Engine, Limits, Policy, Record
+from colo_xdp.limits import NEVER
 from colo_xdp.reasons import DESCRIPTIONS, Cause
 
 from . import frames as f
@@ -259,3 +260,32 @@ def test_all_names_are_described_and_start_at_zero() -> None:
     assert w.e.counters == Counter(dict.fromkeys(names, 0))
     assert set(w.e.counters) == set(names)
     assert set(DESCRIPTIONS) == set(Cause)
+
+
+def test_only_what_cannot_be_late_asks_for_a_tick() -> None:
+    w = Pair()
+    assert w.e.tick_ns() == NEVER
+    w.p(f.tcp(0, 1, b"aa"))
+    assert w.e.tick_ns() == NEVER, "compare_timeout is seconds"
+    held = []
+    for port in (7, 8):
+        w.p(f.udp(b"of the PVM", sport=port))
+        w.s(f.udp(b"of the SVM", sport=port))  # it differs, and may be reordered only
+        held.append(w.e.tick_ns())
+        w.now += 3 * MS
+    first = held[0]
+    assert held == [first, first] and w.now < first < w.now + w.e.grace_ns
+    w.wait(2)
+    assert w.e.tick_ns() == first, "it is not over yet"
+    w.wait(2.5)
+    assert first < w.e.tick_ns() <= first + 3 * MS + 10, "the other one's"
+    w.wait(10)
+    assert w.e.tick_ns() == NEVER
+
+
+def test_a_short_compare_timeout_is_kept() -> None:
+    w = Pair(Limits(compare_timeout_ns=30 * MS))
+    w.p(f.tcp(0, 1, b"aa"))
+    assert w.e.tick_ns() == w.now + 30 * MS
+    w.wait(30)
+    assert w.asked

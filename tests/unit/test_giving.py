@@ -140,9 +140,11 @@ def test_a_busy_one_is_kept_back_until_it_is_taken(pair: Pair) -> None:
 
 def test_but_not_for_long(pair: Pair) -> None:
     sent = pair.until_braked()
+    assert pair.e.tick_ns() <= pair.now, "it has to be looked at soon"
     pair.now += BRAKE_NS
     pair.e.tick(pair.now)
     assert pair.out == sent and not pair.fast.taken
+    assert pair.e.tick_ns() > pair.now
     tries = pair.fast.asked
     for _ in range(50):
         sent.append(pair.both())
