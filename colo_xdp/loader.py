@@ -18,6 +18,7 @@ import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -378,6 +379,7 @@ def _forget(directory: str, keep: tuple[str, ...]) -> None:
             os.unlink(f"{directory}/{entry}")
 
 
+@cache
 def possible_cpus() -> int:
     """How many values a per-CPU map has for each key."""
     text = Path("/sys/devices/system/cpu/possible").read_text().strip()

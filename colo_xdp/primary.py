@@ -365,11 +365,14 @@ class Primary(Controller):
 
     async def on_qemu(self) -> None:
         if self.state is State.SOLO:
-            if await self._migration() in IN_COLO:  # a former controller died before this
+            migration = await self._migration()
+            if migration in IN_COLO:  # a former controller died before this
                 try:
                     await self.leave_colo()
                 except QmpError as e:  # or QEMU was just about to
                     log.warning("%s (the PVM goes on all the same)", e)
+            if migration in (*IN_COLO, "failed"):
+                self.spawn(self._let_run())
         elif self._guard is None and self.state is not State.STOPPED:
             self._guard = self.spawn(self._protect())
 
@@ -484,10 +487,26 @@ class Primary(Controller):
         self._bypass()
         self.become(State.STARTING, f"COLO was not entered: {why}")
         try:
-            if await self.qmp.status() == "paused":
-                await self.qmp.execute("cont")
+            await self._cont()
         except QmpError as e:
             log.warning("%s", e)
+
+    async def _cont(self) -> bool:
+        """A first checkpoint that broke off leaves the guest stopped. Whether it runs now."""
+        state = self.state
+        status = await self.qmp.status()
+        if status == "paused" and self.state is state:  # no checkpoint has begun meanwhile
+            log.warning("the PVM is paused, as by a checkpoint that broke off: cont")
+            await self.qmp.execute("cont")
+        return status in ("paused", "running")
+
+    async def _let_run(self) -> None:
+        """The guest is alone: see to it that it runs, also when QEMU has to be waited for."""
+        while self.state is State.SOLO:
+            with contextlib.suppress(QmpError):
+                if await self._cont():
+                    return
+            await asyncio.sleep(REARM_S)
 
     async def _await(self, ck: Checkpoint, what: str, deadline: float) -> None:
         """Until something about the checkpoint changes; raises CheckpointFailed at the deadline."""
@@ -662,6 +681,7 @@ class Primary(Controller):
         if self.state is State.STOPPED:  # the secondary has taken over meanwhile
             return
         self.become(State.SOLO, f"{why}; {released} held frames released")
+        self.spawn(self._let_run())
         self._protect_again()
 
     def _plan(self, why: str) -> None:

@@ -55,11 +55,16 @@ class Guest:
         )  # fmt: skip
 
     def find(self, v6: bool, port: int, irs: int) -> Tcp | None:
-        """The connection that a client began with this sequence number."""
+        """The connection that a client began with this sequence number.
+
+        The older one, if two have: what came into a checkpoint is delivered again after it, and
+        a SYN whose connection is over opens a second one, which its client resets (RFC 9293 3.5).
+        """
+        old = self.archive.get((v6, port, irs))
+        if old is not None:
+            return old
         c = self.conns.get((v6, port))
-        if c is not None and c.irs == irs:
-            return c
-        return self.archive.get((v6, port, irs))
+        return c if c is not None and c.irs == irs else None
 
     def _ts(self, now_ms: int) -> int:
         return (self.ts_base + now_ms) & 0xFFFFFFFF
@@ -86,7 +91,7 @@ class Guest:
                 iss = (iss - self.rnd.randrange(3000)) & 0xFFFFFFFF
                 if c is not None:  # above the old one's numbers (RFC 6528)
                     iss = (c.iss + len(c.out) + 2 + self.rnd.randrange(100_000)) & 0xFFFFFFFF
-                    self.archive[(*key, c.irs)] = c
+                    self.archive.setdefault((*key, c.irs), c)
                 c = self.conns[key] = Tcp(s.sport, s.v6, True, iss, self.rnd)
                 c.irs, c.recent, c.edge = s.seq, s.tsval, s.window
                 return self._frames(c.output(now_ms, ts, self.rnd, False))

@@ -144,6 +144,7 @@ class Tcp:
         "out",
         "peer_fin",
         "port",
+        "quiet_until",
         "read",
         "recent",
         "room",
@@ -174,7 +175,7 @@ class Tcp:
         self.room = rnd.choice((600, 2000, 8000))
         self.adv = 0  # right edge we have offered, in the peer's stream
         self.rto, self.rto_at, self.tries = 200, 0, 0
-        self.recent = 0
+        self.recent = self.quiet_until = 0
         self.mss = rnd.choice((60, 100, 160))
         self.cwnd = rnd.choice((2, 4, 10)) * 100
         self.slow = rnd.random() < 0.15  # reads only at ticks
@@ -288,6 +289,15 @@ class Tcp:
 
     # -- receiving
 
+    def _challenge(self, s: Seg, now_ms: int, ts: int) -> list[Seg]:
+        """The answer to a segment that cannot be right: an ACK. To those without data not too
+        often (Linux: tcp_invalid_ratelimit), or two ends that disagree would do nothing else."""
+        if not s.data:
+            if now_ms < self.quiet_until:
+                return []
+            self.quiet_until = now_ms + 500
+        return [self.seg(ACK, self.nxt, tsval=ts)]
+
     def receive(self, s: Seg, now_ms: int, ts: int, rnd: random.Random) -> list[Seg]:
         """A segment of the other end, which knows this connection."""
         if self.state in ("closed", "reset"):
@@ -324,15 +334,15 @@ class Tcp:
                 return []
             return [self.seg(ACK, self.nxt, tsval=ts)] if want < at < self.adv else []
         if s.tsval and self.recent and diff(s.tsval, self.recent) < 0:
-            return [self.seg(ACK, self.nxt, tsval=ts)]  # PAWS, RFC 7323 5.2
+            return self._challenge(s, now_ms, ts)  # PAWS, RFC 7323 5.2
         if not s.flags & ACK:
             return []
         if at > self.adv or at + len(s.data) < want - 100_000:
-            return [self.seg(ACK, self.nxt, tsval=ts)]
+            return self._challenge(s, now_ms, ts)
         top = self.sent_max + (self.fin_at is not None)
         got = diff(s.ack, (self.iss + 1 + self.una) & M32) + self.una
         if got > top:
-            return [self.seg(ACK, self.nxt, tsval=ts)]  # acks what was never sent
+            return self._challenge(s, now_ms, ts)  # acks what was never sent
         if s.tsval and at <= want <= at + len(s.data):  # RFC 7323 4.3, and Linux's tcp_sequence()
             self.recent = s.tsval
         if not self.acked:

@@ -135,6 +135,12 @@ FOUND = {
             Fault(685, "kill_p_controller", 700),
         ),
     ),
+    "a PVM goes on alone that a broken first checkpoint stops, and its controller dies": replace(
+        _QUIET, seed=910759, conns=2, odd_udp=True, compare_timeout=40, beacons=False, faults=(
+            Fault(197, "hang_p_qemu", 700), Fault(224, "failover", 0),
+            Fault(705, "kill_p_controller", 700),
+        ),
+    ),
     "the SVM has loaded a checkpoint that no controller saw, and the PVM's host dies": replace(
         _QUIET, seed=872042, conns=2, fast=True, faults=(
             Fault(237, "kill_p_in_checkpoint", 0), Fault(249, "kill_s_controller", 700),

@@ -660,6 +660,43 @@ def test_a_primary_that_is_alone_protects_again() -> None:
     in_loop(body)
 
 
+@pytest.mark.parametrize("migration", ["failed", "completed"])
+def test_a_guest_that_is_alone_runs_whatever_a_broken_checkpoint_has_left(
+    migration: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also when QEMU hangs for a while, or the controller is another one by then. One that a
+    person has paused stays so."""
+    monkeypatch.setattr("colo_xdp.primary.REARM_S", 0.001)
+
+    class Stopped(FakeQmp):
+        answers = iter(["", "colo", "paused", "running"])
+
+        async def migration_status(self, timeout: float | None = None) -> str:
+            return migration
+
+        async def status(self, timeout: float | None = None) -> str:
+            answer = next(self.answers)
+            self.said.append(answer)
+            if not answer:
+                raise QmpTimeout("no answer")
+            return answer
+
+        async def execute(self, command: str) -> list[Any]:
+            self.said.append(command)
+            return []
+
+    async def body() -> None:
+        c, _, _ = primary(Mode.BYPASS, adopted=True)
+        c.state = State.SOLO
+        c.qmp = Stopped()  # type: ignore[assignment]
+        await c.on_qemu()
+        await asyncio.gather(*c._tasks)
+        want = ["", "colo", "paused", "cont"] if migration == "failed" else []
+        assert c.qmp.said == want  # type: ignore[attr-defined]
+
+    in_loop(body)
+
+
 def test_offsets_of_its_own_are_handed_over_in_parts() -> None:
     async def body() -> None:
         c, dp, sent = primary(Mode.CHECKPOINT)
