@@ -110,6 +110,7 @@ class Primary(Controller):
         self._injector = datapath.injectors["release"]
         self._want: Want | None = None
         self._leave_shadow = False
+        self._leave_ns = 0  # when that was asked for (monotonic)
         self._plan_refused = ""
         self._wake = asyncio.Event()
         self._peer_ready = False
@@ -586,7 +587,7 @@ class Primary(Controller):
                 self.peer.send("gone", why="planned failover", alone=self.spoke_alone)
             else:
                 self.dp.mode = Mode.RUN
-            if self._leave_shadow:
+            if self._leave_shadow and self._leave_ns <= ck.stop_ns:
                 self._leave_shadow = self.shadow = False
             self._beat()  # a secondary that has just entered waits for this word
         except (CheckpointFailed, QmpError) as e:
@@ -735,8 +736,8 @@ class Primary(Controller):
 
     def set_shadow(self, on: bool) -> None:
         """Shadow begins when the secondary says that it has heard of it: it would take over from
-        what clients know more than it does. It ends with a checkpoint: until then the SVM may not
-        know what clients know, though everything is held again from now on."""
+        what clients know more than it does. It ends with a checkpoint whose STOP comes later:
+        until then the SVM may not know what clients know, though everything is held from now on."""
         if on == self.shadow and not self._leave_shadow:
             return
         self._leave_shadow = not on
@@ -744,6 +745,7 @@ class Primary(Controller):
             self.shadow = True
             self._beat()
         else:
+            self._leave_ns = time.monotonic_ns()
             self.engine.set_shadow(False, time.monotonic_ns())
             self._want = self._want or Want(Cause.OPERATOR.value, "leaving shadow mode")
             self._wake.set()

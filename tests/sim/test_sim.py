@@ -141,6 +141,10 @@ FOUND = {
             Fault(705, "kill_p_controller", 700),
         ),
     ),
+    "a shadow is left between a checkpoint's STOP and its end, and the PVM dies": replace(
+        _QUIET, seed=921479, conns=5, loss=0.05, jitter=0.5, odd=0.1, compare_timeout=40,
+        fast=True, faults=(Fault(194, "shadow", 250), Fault(438, "kill_p_qemu_in_checkpoint", 0)),
+    ),
     "the SVM has loaded a checkpoint that no controller saw, and the PVM's host dies": replace(
         _QUIET, seed=872042, conns=2, fast=True, faults=(
             Fault(237, "kill_p_in_checkpoint", 0), Fault(249, "kill_s_controller", 700),

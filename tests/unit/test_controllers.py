@@ -18,7 +18,7 @@ from colo_xdp.beacon import Flag, Word
 from colo_xdp.config import load
 from colo_xdp.controller import TICK_S
 from colo_xdp.failover import Action, State, decide
-from colo_xdp.primary import Checkpoint, CheckpointFailed, Primary
+from colo_xdp.primary import Checkpoint, CheckpointFailed, Primary, Want
 from colo_xdp.qmp import QmpTimeout
 from colo_xdp.qmp_event import QmpEvent
 from colo_xdp.reasons import Cause
@@ -481,6 +481,36 @@ def test_a_shadow_begins_when_the_secondary_has_heard_of_it() -> None:
     assert answers[-1]["shadow"], "and it says so at once"
 
 
+def test_a_shadow_that_is_left_behind_the_stop_goes_on_until_the_next_checkpoint() -> None:
+    """What left in between is in no state that the SVM has loaded."""
+
+    async def body() -> None:
+        c, dp, sent = primary()
+        c.peer.connected = True
+        c.state, c.shadow, dp.epoch = State.PROTECTED, True, 7
+        c.qmp = FakeQmp()  # type: ignore[assignment]
+        for n, early in ((8, False), (9, True)):
+            task = asyncio.ensure_future(c._checkpoint(Want("operator", "asked")))
+            await asyncio.sleep(0)
+            c.on_message({"type": "begun", "n": n})
+            while c._ck is None or not c._ck.triggered:
+                await asyncio.sleep(0)
+            if early:
+                c.set_shadow(False)
+            t = time.monotonic_ns()
+            c.on_qmp(event("STOP", t, t))
+            if not early:
+                c.set_shadow(False)
+            c.on_qmp(event("RESUME", t + 1, t + 1))
+            c.on_message({"type": "done", "n": n, "pause_us": 1})
+            await task
+            assert dp.epoch == n
+            assert sent[-1]["type"] == "beat" and sent[-1]["shadow"] is not early
+        assert not c.shadow and not c._leave_shadow
+
+    in_loop(body)
+
+
 class FakeQmp:
     """Answers as a QEMU that has left COLO at once."""
 
@@ -499,6 +529,9 @@ class FakeQmp:
 
     async def status(self, timeout: float | None = None) -> str:
         return "running"
+
+    async def trigger_checkpoint(self) -> None:
+        self.said.append("checkpoint")
 
     async def execute(self, command: str) -> list[Any]:
         return []
