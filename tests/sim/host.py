@@ -502,7 +502,7 @@ class Qemu:
         self.side, self.alive, self.running = side, True, not incoming
         self.incoming = incoming  # of the pair that it is in, it runs the SVM
         self.migration = ""
-        self.hung = self.channel_lost = self.loading = False
+        self.hung = self.channel_lost = self.loading = self.leaving = False
         self.client: SimQmp | None = None
         self._busy = False
 
@@ -606,12 +606,15 @@ class Qemu:
         """x-colo-lost-heartbeat."""
         if self.migration not in ("colo", "failed", "active"):
             raise QmpError("not in COLO")
+        if self.leaving:  # failover_request_active() in QEMU's migration/colo-failover.c
+            raise QmpError("COLO failover is already activated")
+        self.leaving = True
         self.side.world.spawn(self._leave())
 
     async def _leave(self) -> None:
         while self.loading and self.alive:  # QEMU: FAILOVER_STATUS_RELAUNCH
             await asyncio.sleep(0.0002)
-        self.migration = "completed"
+        self.migration, self.leaving = "completed", False
         if self.running:
             self.event("STOP")
             self.event("RESUME")
