@@ -1,10 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The primary host: hold and compare the PVM's output, ask for checkpoints, go solo.
-
-Order of a checkpoint, always (DESIGN 4): hold everything here, have the
-secondary hold everything, trigger, wait for STOP and RESUME of both guests,
-release what the PVM sent before its STOP, go on under the next epoch.
-"""
+"""The primary host: hold and compare the PVM's output, ask for checkpoints, go solo."""
 
 from __future__ import annotations
 
@@ -13,80 +8,36 @@ import contextlib
 import logging
 import time
 from bisect import bisect_left
-from collections import Counter
-from dataclasses import dataclass, field
 from typing import Any
 
 from . import abi
 from .abi import Bond, Mode
 from .beacon import Flag
+from .checkpointing import REARM_S, Checkpointing, Want
 from .compare import Engine
 from .config import Config
-from .controller import IN_COLO, INCOMING_S, TICK_S, Controller
 from .datapath import DataPath
 from .failover import Action, Role, State
 from .flowtable import FlowTable
-from .journal import Divergence, Entry, Journal
-from .qmp import QmpError, QmpTimeout
+from .node import IN_COLO, INCOMING_S
+from .qmp import QmpError
 from .qmp_event import QmpEvent
 from .reasons import Cause
 from .record import Record
 from .report import rules_json
 from .ring import Event
-from .speaker import Speaker
 from .status import WAIT_BUCKETS
+from .ticker import TICK_S
 
 log = logging.getLogger("colo_xdp.primary")
 
-REARM_S = 0.5
 SWEEP_S = 5.0
-BASE_PART = 290  # connections in one message: it must fit into wire.MAX_FLOWS_TEXT
 BRIDGE_S = 1.0  # between two looks at the ports of the tap's bridge
-RECORD_S = 1.0  # frames of both guests are held meanwhile
-REFUSALS = 20  # tries before a secondary that keeps refusing counts as broken
 LOSS_CHECK_NS = 100_000_000
 SWEEP = 400  # connections of tier K looked at in that time: a million in 4 minutes
 
 
-class CheckpointFailed(RuntimeError):
-    """A checkpoint did not complete; what is held stays held.
-
-    `refused`: the secondary's controller said no before QEMU was asked, so it can be tried again.
-    `channel`: its controller cannot be heard, which says nothing of its QEMU.
-    """
-
-    def __init__(self, why: str, *, refused: bool = False, channel: bool = False) -> None:
-        super().__init__(why)
-        self.refused, self.channel = refused, channel
-
-
-@dataclass(slots=True)
-class Checkpoint:
-    """One checkpoint in progress. Times: CLOCK_MONOTONIC, ns."""
-
-    n: int
-    cause: str
-    began_ns: int
-    begun: bool = False
-    triggered: bool = False
-    stop_ns: int = 0
-    resume_ns: int = 0
-    done: bool = False
-    based: int = 0  # parts of the guest's own offsets that the secondary has taken over
-    failed: str = ""
-    changed: asyncio.Event = field(default_factory=asyncio.Event)
-
-
-@dataclass(frozen=True, slots=True)
-class Want:
-    """A checkpoint that is asked for; `why`: the divergence that did, if one did."""
-
-    cause: str
-    detail: str
-    why: Divergence | None = None
-
-
-class Primary(Controller):
+class Primary(Checkpointing):
     """Controller of the PVM's host."""
 
     role = Role.PRIMARY
@@ -105,33 +56,14 @@ class Primary(Controller):
             unmirror=datapath.unmirror,
             fast=datapath.fast,
         )
-        self.journal = Journal()
         self.engine.epoch = datapath.epoch
         self._injector = datapath.injectors["release"]
-        self._want: Want | None = None
-        self._leave_shadow = False
-        self._leave_ns = 0  # when that was asked for (monotonic)
-        self._plan_refused = ""
-        self._wake = asyncio.Event()
-        self._peer_ready = False
         self._guard: asyncio.Task[Any] | None = None
-        self._ck: Checkpoint | None = None
-        table = datapath.flows()
-        #: connections in numbers that this guest has kept since it took over
-        self.own = FlowTable(table) if table else None
-        #: the SVM's host has them; a former controller may have died before it handed them over
-        self._handed = self.own is None
         self._lost = datapath.lost_events()
         self._lost_checked = 0
-        self.by_cause: Counter[str] = Counter()
-        self.checkpoints_failed = 0
-        self.last_checkpoint: dict[str, Any] = {}
         self.waits = [0] * (len(WAIT_BUCKETS) + 1)
         self.wait_sum = 0.0
         datapath.unmirror(None)  # what a former controller's rules said
-        self.spoke_alone = datapath.bond is Bond.ALONE
-        #: frames that are still on their way to this process leave uncompared
-        self._uncompared = self.spoke_alone and datapath.mode is Mode.BYPASS
         if datapath.adopted and self._uncompared:
             self.state = State.SOLO
             self.reason = "the guest spoke alone under a former controller"
@@ -193,15 +125,6 @@ class Primary(Controller):
         return self.engine.tick_ns()
 
     # ---- checkpoints
-
-    def request(self, cause: Cause, detail: str, why: Divergence | None = None) -> None:
-        """Ask for a checkpoint; a request while one is wanted or under way folds into it."""
-        # Also while one is under way: its commit feeds frames that may differ again, and the
-        # engine asks once per epoch only.
-        may = (State.PROTECTED, State.CHECKPOINTING, State.DEGRADED)
-        if self.state in may and self._want is None:
-            self._want = Want(cause.value, detail, why)
-            self._wake.set()
 
     def on_qmp(self, event: QmpEvent) -> None:
         ck = self._ck
@@ -323,24 +246,6 @@ class Primary(Controller):
             return
         self.change_role("the other guest speaks, and a new QEMU waits here for its state")
 
-    async def _hand_offsets(self, ck: Checkpoint, deadline: float) -> None:
-        """What the guest has kept of its own numbers, to the host of its new copy.
-
-        Both guests have resumed and nothing has left or arrived since: what changes from here on
-        both hosts see alike.
-        """
-        entries: list[bytes] = []
-        if self.own is not None:
-            entries = await asyncio.to_thread(self.own.export, self.dp.base_epoch)
-        parts = [entries[i : i + BASE_PART] for i in range(0, len(entries), BASE_PART)] or [[]]
-        for n, part in enumerate(parts):
-            self.peer.send("base", n=n, last=n == len(parts) - 1, flows=b"".join(part).hex())
-            while ck.based <= n:
-                await self._await(ck, "word that the old connections' offsets are there", deadline)
-        self._handed = True
-        if entries:
-            log.info("offsets of %d connections handed to the new secondary", len(entries))
-
     async def start(self) -> None:
         await super().start()
         self.spawn(self._watch_bridge())
@@ -377,130 +282,6 @@ class Primary(Controller):
         elif self._guard is None and self.state is not State.STOPPED:
             self._guard = self.spawn(self._protect())
 
-    async def _protect(self) -> None:
-        """Enter COLO once, then serve checkpoints, one at a time."""
-        while self.state is not State.STOPPED:
-            migration = await self._migration()
-            if migration == "colo":
-                self._want = Want(Cause.CONTROLLER_RESTART.value, "this controller is new")
-                break
-            lost = migration is not None and migration not in IN_COLO
-            if lost and self.spoke_alone and self.dp.mode is Mode.CHECKPOINT:
-                # Nobody has confirmed the copy of the first checkpoint: the guest may go on alone.
-                await self._enter_failed("a former controller did not come to its end")
-            if self.speaker is not None and not self.speaker.may_speak:
-                self.become(self.state, "waiting for the lease: nothing leaves this host")
-            elif migration is not None and self.peer.connected and self._peer_ready:
-                self._peer_ready = False  # of the next SVM it is to be said anew, also meanwhile
-                try:
-                    await self._enter()
-                    break
-                except (CheckpointFailed, QmpError) as e:
-                    await self._enter_failed(str(e))
-            else:
-                self.become(
-                    self.state, "waiting for the secondary (controller, and QEMU -incoming)"
-                )
-            await self._sleep_or_wake(REARM_S)
-        refusals = 0
-        while self.state is not State.STOPPED:
-            if self._want is None or not self.peer.connected:
-                await self._sleep_or_wake(self._next_periodic())
-                if self._want is None and self._periodic_due():
-                    self._want = Want(Cause.PERIODIC.value, "period")
-            if self._want is None or not self.peer.connected:
-                continue
-            want, self._want = self._want, None
-            try:
-                await self._checkpoint(want)
-                refusals = 0
-            except (CheckpointFailed, QmpError) as e:
-                refused = isinstance(e, CheckpointFailed) and e.refused
-                if refused and want.cause == Cause.PLANNED:
-                    self._plan_refused = str(e)
-                    self._want = Want(Cause.OPERATOR.value, f"in place of a planned failover: {e}")
-                    continue
-                if refused and refusals < REFUSALS:
-                    refusals += 1
-                    log.info("checkpoint (%s) not begun: %s; again", want.cause, e)
-                    self._want = want
-                    await asyncio.sleep(self.config.peer.heartbeat_interval / 1000)
-                    continue
-                self.checkpoints_failed += 1
-                if isinstance(e, QmpTimeout) and await self.hangs():
-                    # not the secondary's fault: it is the one to go on
-                    self.vm_gone = self.vm_hangs = True
-                # Silence is no second sign beside silence: that would fence over a cut link.
-                self.checkpoint_overdue = not (isinstance(e, CheckpointFailed) and e.channel)
-                self.become(State.DEGRADED, f"checkpoint ({want.cause}) did not complete: {e}")
-                self._decide()
-
-    def _bypass(self) -> None:
-        """Nothing is held any more, nor what is still on its way to this process."""
-        self.dp.mode = Mode.BYPASS
-        self._drain()
-        self.engine.release_all()
-        self._uncompared = True
-
-    async def _clear_record(self, s: Speaker) -> None:
-        """The store stops saying that this guest is alone before the other one counts, so that it
-        may take over from then on. A store that is away is told later, at the same price."""
-        s.paired()
-        end = time.monotonic() + RECORD_S
-        while s.recorded and time.monotonic() < end:
-            await asyncio.sleep(TICK_S / 5)
-
-    async def _migration(self) -> str | None:
-        """State of QEMU's migration; None while QMP does not answer."""
-        try:
-            return await self.qmp.migration_status()
-        except QmpError:
-            return None
-
-    def _next_periodic(self) -> float:
-        p = self.config.checkpoint.periodic / 1000
-        return min(p, REARM_S) if p else REARM_S
-
-    def _periodic_due(self) -> bool:
-        p = self.config.checkpoint.periodic / 1000
-        at = self.last_checkpoint.get("at", 0.0)
-        return bool(p) and self.state is State.PROTECTED and time.time() - at >= p
-
-    async def _sleep_or_wake(self, seconds: float) -> None:
-        self._wake.clear()
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(seconds):
-                await self._wake.wait()
-
-    async def _enter(self) -> None:
-        """Initial synchronisation: as a checkpoint, but the PVM's output goes on meanwhile.
-
-        Output is unprotected until the first STOP. What is captured before a QMP round
-        trip that brought no STOP was sent before it, so it may leave.
-        """
-        self.colo_exit = False
-        self._handed = self.own is None
-        await self._checkpoint(Want(Cause.INITIAL.value, "entering COLO"))
-        if await self.qmp.migration_status() != "colo":
-            raise CheckpointFailed(f"QEMU is in `{await self.qmp.migration_status()}`, not in COLO")
-
-    async def _enter_failed(self, why: str) -> None:
-        self._bypass()
-        self.become(State.STARTING, f"COLO was not entered: {why}")
-        try:
-            await self._cont()
-        except QmpError as e:
-            log.warning("%s", e)
-
-    async def _cont(self) -> bool:
-        """A first checkpoint that broke off leaves the guest stopped. Whether it runs now."""
-        state = self.state
-        status = await self.qmp.status()
-        if status == "paused" and self.state is state:  # no checkpoint has begun meanwhile
-            log.warning("the PVM is paused, as by a checkpoint that broke off: cont")
-            await self.qmp.execute("cont")
-        return status in ("paused", "running")
-
     async def _let_run(self) -> None:
         """The guest is alone: see to it that it runs, also when QEMU has to be waited for."""
         while self.state is State.SOLO:
@@ -508,141 +289,6 @@ class Primary(Controller):
                 if await self._cont():
                     return
             await asyncio.sleep(REARM_S)
-
-    async def _await(self, ck: Checkpoint, what: str, deadline: float) -> None:
-        """Until something about the checkpoint changes; raises CheckpointFailed at the deadline."""
-        ck.changed.clear()
-        left = deadline - time.monotonic()
-        if left <= 0:
-            raise CheckpointFailed(f"no {what} within its deadline")
-        poll = 0.005 if ck.cause == Cause.INITIAL.value else 0.1
-        # Not wait_for(): that of Python 3.11 forgets a cancellation that meets its result, as when
-        # the last word of a checkpoint comes with the decision to go solo.
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(min(left, poll)):
-                await ck.changed.wait()
-        if ck.failed:
-            raise CheckpointFailed(f"the secondary: {ck.failed}", refused=not ck.triggered)
-        if self.colo_exit:
-            raise CheckpointFailed("QEMU has lost the COLO channel (COLO_EXIT)")
-        if not self.peer.connected:
-            raise CheckpointFailed("the control channel to the secondary is down", channel=True)
-        if self.vm_gone or not self.qmp.connected:
-            raise CheckpointFailed("QMP to the PVM is down")
-
-    async def _checkpoint(self, want: Want) -> None:
-        cause, detail = want.cause, want.detail
-        initial = cause == Cause.INITIAL
-        n = max(self.dp.epoch, self.peer_epoch) + 1
-        began = time.monotonic_ns()
-        ck = self._ck = Checkpoint(n, cause, began)
-        c, q = self.config.checkpoint, self.config.qemu
-        deadline = time.monotonic() + (q.enter_timeout if initial else c.deadline) / 1000
-        try:
-            self.become(State.CHECKPOINTING, f"{cause}: {detail}")
-            if (
-                not initial
-            ):  # an unprotected PVM is not to be held up by a peer that is slow to answer
-                self._uncompared = False  # also a failed entry can end so: QEMU was in COLO
-                self.engine.begin_checkpoint()
-                self.dp.mode = Mode.CHECKPOINT
-            self.peer.send("begin", n=n, cause=cause, initial=initial)
-            answer = min(deadline, time.monotonic() + c.deadline / 1000)
-            while not ck.begun:
-                await self._await(ck, "answer of the secondary's controller", answer)
-            if initial:
-                self._uncompared = False
-                self.engine.begin_checkpoint()
-                self.dp.mode = Mode.CHECKPOINT
-                await self.qmp.prepare(primary=True)
-                await self.qmp.migrate(self.migrate_to)
-            else:
-                ck.stop_ns = 0
-                await self.qmp.trigger_checkpoint()
-            ck.triggered = True
-            while not (ck.resume_ns and ck.done):
-                if initial:
-                    await self._release_proven(ck)
-                    if await self.qmp.migration_status() == "failed":
-                        raise CheckpointFailed("the migration failed")
-                await self._await(ck, "STOP and RESUME of both guests", deadline)
-            if initial or not self._handed:
-                await self._hand_offsets(ck, deadline)
-            self._drain()  # frames from before STOP may still be in the ring
-            held = (self.engine.held_packets, self.engine.held_bytes)
-            if self.spoke_alone and self.speaker is not None:
-                await self._clear_record(self.speaker)
-            self.engine.commit_checkpoint(ck.stop_ns, n, time.monotonic_ns())
-            # Before the epoch, by which the secondary is told that its guest counts.
-            self.spoke_alone, self.dp.bond = False, Bond.EQUAL
-            self.dp.epoch = n
-            if cause == Cause.PLANNED:
-                # Nothing that is newer than the state which the SVM has loaded has left or will:
-                # the guests are equal, and this one is silent from here on, whoever dies next.
-                self.dp.mode = Mode.DROP
-                self.become(State.STOPPED, f"handed over to the secondary: {detail}")
-                now = time.monotonic_ns()
-                last = now if held[0] else ck.stop_ns  # what was held left with the commit
-                self.peer.send("silent", us=max(0, now - last) // 1000)
-                self.peer.send("gone", why="planned failover", alone=self.spoke_alone)
-            else:
-                self.dp.mode = Mode.RUN
-            if self._leave_shadow and self._leave_ns <= ck.stop_ns:
-                self._leave_shadow = self.shadow = False
-            self._beat()  # a secondary that has just entered waits for this word
-        except (CheckpointFailed, QmpError) as e:
-            self._record(want, ck, (self.engine.held_packets, self.engine.held_bytes), str(e))
-            raise
-        finally:
-            self._ck = None
-        self._record(want, ck, held)
-        self.by_cause[cause] += 1
-        self.last_checkpoint = {
-            "cause": cause,
-            "detail": detail,
-            "pause_ms": (ck.resume_ns - ck.stop_ns) / 1e6,
-            "total_ms": (time.monotonic_ns() - began) / 1e6,
-            "at": time.time(),
-        }
-        self.checkpoint_overdue = False
-        if self.speaker is not None:
-            self.speaker.paired()
-        if cause != Cause.PLANNED:
-            self.become(State.PROTECTED, f"both guests are equal as of epoch {n} ({cause})")
-
-    def _record(self, want: Want, ck: Checkpoint, held: tuple[int, int], failed: str = "") -> None:
-        d = want.why
-        self.journal.checkpoint(
-            Entry(
-                time.time(), want.cause, want.detail,
-                d.proto if d else "", d.port if d else 0, d.rule if d else "",
-                max(0, ck.resume_ns - ck.stop_ns) / 1e6, (time.monotonic_ns() - ck.began_ns) / 1e6,
-                *held, failed,
-            )
-        )  # fmt: skip
-
-    async def _release_proven(self, ck: Checkpoint) -> None:
-        """While synchronising: QMP answers in order, so no STOP before an answer means none yet."""
-        self._drain()
-        mark = time.monotonic_ns()
-        await self.qmp.status()
-        self.engine.release_until(ck.stop_ns or mark)
-
-    async def command_checkpoint(self, args: dict[str, Any]) -> dict[str, Any]:
-        if self.state not in (State.PROTECTED, State.CHECKPOINTING):
-            raise ValueError(f"no checkpoint from state {self.state.value}: {self.reason}")
-        before = self.dp.epoch
-        self._want = self._want or Want(Cause.OPERATOR.value, "asked by the operator")
-        self._wake.set()
-        deadline = time.monotonic() + self.config.checkpoint.deadline / 1000 + 1
-        failed = self.checkpoints_failed
-        while self.dp.epoch == before and self.checkpoints_failed == failed:
-            if time.monotonic() > deadline:
-                break
-            await asyncio.sleep(0.002)
-        if self.dp.epoch == before:
-            raise ValueError(f"the checkpoint did not complete: {self.reason}")
-        return {"epoch": self.dp.epoch, **self.last_checkpoint}
 
     # ---- failover
 

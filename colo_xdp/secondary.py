@@ -23,15 +23,17 @@ from .announce import announcements
 from .attach import NoSuchDevice
 from .beacon import Flag
 from .config import Config
-from .controller import HUNG_S, IN_COLO, TICK_S, Controller
+from .controller import Controller
 from .datapath import DataPath
 from .failover import Action, Role, State
 from .flowtable import FlowTable
+from .node import HUNG_S, IN_COLO
 from .qmp import QmpError, QmpTimeout
 from .qmp_event import QmpEvent
 from .reasons import Cause
 from .ring import Event
 from .speaker import Speaker, StoreError
+from .ticker import TICK_S
 
 log = logging.getLogger("colo_xdp.secondary")
 

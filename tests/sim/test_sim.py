@@ -76,7 +76,7 @@ def test_random_schedules_with_a_lease(block: int) -> None:
             pytest.fail(f"{s.to_json()}: {type(e).__name__}: {e}")
         took_over += "S" in world.spoke
         solo += world.was_solo
-    assert took_over > 10 and solo > 20
+    assert took_over > 4 and solo > 10, "the schedules do not come to what they are for"
 
 
 def test_random_schedules_of_pairs_made_anew() -> None:

@@ -24,8 +24,18 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from colo_xdp import (
+    checkpointing,
+    commands,
+    fastmap,
+    flowtable,
+    giving,
+    node,
+    primary,
+    secondary,
+    ticker,
+)
 from colo_xdp import controller as controller_module
-from colo_xdp import fastmap, flowtable, giving, primary, secondary
 from colo_xdp import speaker as speaker_module
 from colo_xdp.abi import Mode
 from colo_xdp.config import Config, load
@@ -689,12 +699,16 @@ class World:
     def _installed(self) -> Iterator[None]:
         """The stand-ins in the product's modules."""
         clock = FakeTime(self.loop)
-        modules = (controller_module, primary, secondary, flowtable, fastmap, speaker_module)
+        modules = (
+            controller_module, node, commands, ticker, checkpointing, primary, secondary, flowtable,
+            fastmap, speaker_module,
+        )  # fmt: skip
         kept = [(m, "time", m.time) for m in modules]  # type: ignore[attr-defined]
         kept += [
             (controller_module, n, getattr(controller_module, n))
-            for n in ("Qmp", "Peer", "Paths", "make_store", "WATCH_S")
+            for n in ("Peer", "Paths", "make_store")
         ]
+        kept += [(node, n, getattr(node, n)) for n in ("Qmp", "WATCH_S")]
         kept += [(fastmap, "_bpf", fastmap._bpf)]
         kept += [(giving, n, getattr(giving, n)) for n in ("OFFER_AFTER", "MAX_PATIENCE")]
         try:
@@ -704,8 +718,8 @@ class World:
                 giving.OFFER_AFTER = giving.MAX_PATIENCE = 1
             fastmap._bpf = Bpf(self.ns)  # type: ignore[assignment]
             # A QEMU that hangs here refuses its commands, which tells the watch nothing.
-            controller_module.WATCH_S = 1e9
-            controller_module.Qmp = self._make_qmp  # type: ignore[misc,assignment]
+            node.WATCH_S = 1e9
+            node.Qmp = self._make_qmp  # type: ignore[misc,assignment]
             controller_module.Peer = self._make_peer  # type: ignore[misc,assignment]
             controller_module.Paths = self._make_paths  # type: ignore[misc,assignment]
             controller_module.make_store = self._make_store  # type: ignore[assignment]

@@ -13,12 +13,12 @@ import pytest
 
 from colo_xdp.abi import Mode
 from colo_xdp.beacon import NONCE, Beacons, Flag, Word, session_key
+from colo_xdp.checkpointing import Want
 from colo_xdp.compare import Engine
 from colo_xdp.controller import Controller
 from colo_xdp.failover import Action, Ending, State
 from colo_xdp.paths import LINK
 from colo_xdp.peer import OTHER
-from colo_xdp.primary import Want
 from colo_xdp.speaker import boot_ns
 
 from .test_controllers import FakeDataPath, Sent, primary, secondary

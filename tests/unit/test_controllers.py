@@ -15,10 +15,10 @@ import pytest
 
 from colo_xdp.abi import Bond, Mode, Source
 from colo_xdp.beacon import Flag, Word
+from colo_xdp.checkpointing import Checkpoint, CheckpointFailed, Want
 from colo_xdp.config import load
-from colo_xdp.controller import TICK_S
 from colo_xdp.failover import Action, State, decide
-from colo_xdp.primary import Checkpoint, CheckpointFailed, Primary, Want
+from colo_xdp.primary import Primary
 from colo_xdp.qmp import QmpTimeout
 from colo_xdp.qmp_event import QmpEvent
 from colo_xdp.reasons import Cause
@@ -26,6 +26,7 @@ from colo_xdp.report import permission
 from colo_xdp.ring import Event
 from colo_xdp.secondary import Secondary
 from colo_xdp.speaker import Seen, Speaker, StoreError, boot_ns
+from colo_xdp.ticker import TICK_S
 from colo_xdp.wire import encode
 from tests.netns.frames import tcp, udp
 from tests.unit.test_giving import Pair
@@ -152,24 +153,24 @@ def test_an_idle_controller_sleeps_until_something_cannot_wait() -> None:
     c, dp, _ = primary()
 
     async def body() -> None:
-        task = asyncio.ensure_future(c._rest(1.0))
+        task = asyncio.ensure_future(c.ticker.rest(1.0))
         await asyncio.sleep(0)
         now = time.monotonic_ns()
-        assert c._tick_at_ns > now + 4 * TICK_S * 1e9
+        assert c.ticker.at_ns > now + 4 * TICK_S * 1e9
         dp.waiting = [Event(Source.PVM, now, 7, tcp(b"p"), 0, False)]
         c._drain()
-        assert c._tick_at_ns > now + 4 * TICK_S * 1e9, "compare_timeout is seconds"
+        assert c.ticker.at_ns > now + 4 * TICK_S * 1e9, "compare_timeout is seconds"
         dp.waiting = [
             Event(source, now, 7, udp(payload), 0, False)
             for source, payload in ((Source.PVM, b"p"), (Source.SVM, b"s"))
         ]
         c._drain()
-        assert c._tick_at_ns <= time.monotonic_ns() + TICK_S * 1e9
+        assert c.ticker.at_ns <= time.monotonic_ns() + TICK_S * 1e9
         await task
-        assert time.monotonic_ns() >= c._tick_at_ns
-        task = asyncio.ensure_future(c._rest(1.0))  # on from here it is due all the time
+        assert time.monotonic_ns() >= c.ticker.at_ns
+        task = asyncio.ensure_future(c.ticker.rest(1.0))  # on from here it is due all the time
         await asyncio.sleep(0)
-        assert c._tick_at_ns <= time.monotonic_ns() + TICK_S * 1e9
+        assert c.ticker.at_ns <= time.monotonic_ns() + TICK_S * 1e9
         task.cancel()
         await asyncio.wait({task})
         c._drain()  # nobody rests
@@ -862,7 +863,7 @@ def test_a_qemu_that_waits_for_the_other_does_not_hang(qmp: HungQmp, hangs: bool
 
 def test_a_pvm_that_hangs_is_shut_in_and_the_other_told(monkeypatch: pytest.MonkeyPatch) -> None:
     async def body() -> None:
-        monkeypatch.setattr("colo_xdp.controller.WATCH_S", 0.01)
+        monkeypatch.setattr("colo_xdp.node.WATCH_S", 0.01)
         c, dp, sent = primary()
         c.state = State.PROTECTED
         c.qmp = HungQmp(loop=False, oob=False, after=False)  # type: ignore[assignment]
