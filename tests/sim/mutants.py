@@ -88,6 +88,13 @@ SCENES: dict[str, dict[str, Any]] = {
             Fault(14, "checkpoint", 0, 3), Fault(158, "failover_svm", 50, 3),
         ),
     },
+    "a_solo_primary_does_not_tell": {  # the store loses its answers, the peer its word
+        "conns": 4, "odd": 0, "compare_timeout": 400, "beacons": False, "faults": (
+            Fault(108, "cut_pe_out", 40), Fault(248, "cut_pe_out", 3000),
+            Fault(764, "cut_channel", 3000), Fault(3848, "cut_pe_out", 300),
+            Fault(3864, "cut_channel", 3000), Fault(4248, "cut_pe_out", 3000),
+        ),
+    },
     "takeover_never_asks_which_guest_runs": {
         "conns": 5, "faults": (Fault(400, "kill_p_qemu_in_checkpoint"),),
     },
