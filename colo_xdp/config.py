@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The configuration file: one TOML file per host and pair. Pure, nothing is looked up.
 
-Each key is declared once, with its default, its check and its help; the
-reader, `as_toml` and DOCS are made from that. All mistakes of a file are
-reported together.
+The reader, `as_toml` and DOCS are made from what config_keys.py declares. All mistakes of a file
+are reported together.
 """
 
 from __future__ import annotations
@@ -12,16 +11,15 @@ import difflib
 import json
 import tomllib
 from collections.abc import Mapping
-from dataclasses import MISSING, Field, dataclass, field, replace
+from dataclasses import MISSING, Field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from . import checks
-from .limits import Limits
-from .policy import MAX_RULES, Policy, Rule
-from .wire import MIN_VERSION, VERSION
+from .config_keys import SECTIONS, Config
+from .policy import MAX_RULES, Rule
 
-_DAY_MS = 86_400_000
+__all__ = ["DOCS", "Config", "ConfigError", "as_toml", "load", "parse"]
 
 
 class ConfigError(ValueError):
@@ -30,455 +28,6 @@ class ConfigError(ValueError):
     def __init__(self, errors: list[str]) -> None:
         super().__init__("\n".join(errors))
         self.errors = list(errors)
-
-
-# ---- keys
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Network:
-    """[network]: devices of this host."""
-
-    tap: str = checks.key(checks.device, "tap device of this host's guest")
-    peer_link: str = checks.key(
-        checks.device, "device that leads to the other host, for guest frames only"
-    )
-    vxlan_remote: str = checks.key(
-        checks.or_empty(checks.ip, "peer_link exists"),
-        "peer_link is a VXLAN to this address, made by the controller; encrypt what is below it",
-        default="",
-    )
-    vxlan_local: str = checks.key(
-        checks.or_empty(checks.ip, "the kernel chooses"),
-        "this host's address of that VXLAN",
-        default="",
-    )
-    vxlan_vni: int = checks.key(
-        checks.integer(1, (1 << 24) - 1, "(a VNI)"),
-        "its number, the same on both hosts, another one for each pair",
-        default=9846,
-    )
-    vxlan_port: int = checks.key(checks.integer(1, 65535, "(a port)"), "its UDP port", default=4789)
-    bridge: str = checks.key(
-        checks.or_empty(checks.device, "none"),
-        'bridge that the tap joins at a takeover; "": the host routes',
-        default="",
-    )
-    uplink: str = checks.key(
-        checks.device,
-        "how the fast path's frames leave; auto: by the bridge's port where the client was last "
-        "heard, if the bridge does not filter; bridge: through it; a device: there, always",
-        default="auto",
-    )
-    hook: str = checks.key(
-        checks.choice("auto", "xdp", "tc"),
-        "where the secondary guest's output is met; auto: xdp if the tap has no vnet_hdr, else tc",
-        default="auto",
-    )
-    guest_mac: str = checks.key(
-        checks.or_empty(checks.mac, "QEMU is asked"),
-        'the guest\'s MAC address, announced at a takeover; "": QEMU is asked',
-        default="",
-    )
-    guest_addresses: tuple[str, ...] = checks.key(
-        checks.ip_addresses,
-        "addresses of the guest that are announced at a takeover, besides those that connections "
-        "were seen to",
-        default=(),
-    )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Qemu:
-    """[qemu]: QMP and migration. Times in ms."""
-
-    qmp: str = checks.key(checks.socket_path, "unix socket of this host's QEMU (QMP)")
-    qmp_oob: str = checks.key(
-        checks.or_empty(checks.socket_path, "the first one's"),
-        "second QMP socket, for the way past a hung main loop (yank)",
-        default="",
-    )
-    migrate_uri: str = checks.key(
-        checks.or_empty(
-            checks.pattern(
-                r"(tcp|unix|rdma|fd|exec|vsock):.+", "a migration URI such as tcp:10.0.0.2:4444"
-            ),
-            "secondary",
-        ),
-        "where the secondary's QEMU waits (-incoming); required on the primary",
-        default="",
-    )
-    reverse_uri: str = checks.key(
-        checks.or_empty(
-            checks.pattern(
-                r"(tcp|unix|rdma|fd|exec|vsock):.+", "a migration URI such as tcp:10.0.0.1:4444"
-            ),
-            "the survivor of the primary stays alone",
-        ),
-        "where the primary host's QEMU waits (-incoming) after a takeover, to become the new "
-        "secondary; needed on the secondary",
-        default="",
-    )
-    incoming: tuple[str, ...] = checks.key(
-        checks.argv,
-        "command (argv, no shell) that starts this host's QEMU anew with -incoming, and ends what "
-        "is left of the old one; run when its guest is worthless and the other one speaks",
-        default=(),
-    )
-    qmp_timeout: int = checks.key(
-        checks.integer(1, _DAY_MS, "ms"), "deadline of one QMP command", default=5000, unit="ms"
-    )
-    enter_timeout: int = checks.key(
-        checks.integer(1, _DAY_MS, "ms"),
-        "deadline of the first synchronisation (all of the guest's memory is copied)",
-        default=120_000,
-        unit="ms",
-    )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Peer:
-    """[peer]: the control channel. Times in ms."""
-
-    local: str = checks.key(
-        checks.address, "this controller's address; the secondary listens on it"
-    )
-    remote: str = checks.key(
-        checks.address,
-        "the other controller's address: the primary connects to it, the secondary accepts it only",
-    )
-    cert: str = checks.key(
-        checks.or_empty(checks.path, "no TLS"),
-        "this host's certificate (PEM), with key and one of ca, peer_cert",
-        default="",
-    )
-    key: str = checks.key(
-        checks.or_empty(checks.path, "no TLS"), "private key of cert (PEM)", default=""
-    )
-    ca: str = checks.key(
-        checks.or_empty(checks.path, "peer_cert decides"),
-        "the authority (PEM) whose certificates are accepted, if they carry the right identity",
-        default="",
-    )
-    identity: str = checks.key(
-        checks.or_empty(checks.identity, "colo-xdp://PAIR/ROLE, as `colo-xdp pki` writes it"),
-        "with ca: who the peer's certificate has to name, as URI, DNS name or CN",
-        default="",
-    )
-    peer_cert: str = checks.key(
-        checks.or_empty(checks.path, "ca decides"),
-        "the other host's certificate, then the only one accepted",
-        default="",
-    )
-    min_version: int = checks.key(
-        checks.integer(MIN_VERSION, VERSION, "versions"),
-        "oldest version of the protocol that is spoken with the peer",
-        default=MIN_VERSION,
-    )
-    insecure: bool = checks.key(
-        checks.boolean,
-        "allow a channel without TLS between two hosts (laboratory only)",
-        default=False,
-    )
-    heartbeat_interval: int = checks.key(
-        checks.integer(10, 60_000, "ms"), "time between two heartbeats", default=100, unit="ms"
-    )
-    link_heartbeats: bool = checks.key(
-        checks.boolean,
-        "heartbeats also go over network.peer_link, in frames of their own (ethertype 0x88B5)",
-        default=True,
-    )
-    heartbeat_paths: tuple[str, ...] = checks.key(
-        checks.heartbeat_paths,
-        'and over these (UDP): "local:port->remote:port", on the other host the other way round',
-        default=(),
-    )
-    dead_after: int = checks.key(
-        checks.integer(100, _DAY_MS, "ms"),
-        "silence on all paths after which a peer that gives no other sign is fenced; the secondary "
-        "waits twice",
-        default=5000,
-        unit="ms",
-    )
-    heartbeat_timeout: int = checks.key(
-        checks.integer(30, 600_000, "ms"),
-        "silence after which the peer is suspected; at least 3 heartbeat_interval",
-        default=1000,
-        unit="ms",
-    )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Compare:
-    """[compare]: the engine. Times in ms."""
-
-    compare_timeout: int = checks.key(
-        checks.integer(1, 600_000, "ms"),
-        "how long a frame may wait for its twin before a checkpoint is asked for",
-        default=3000,
-        unit="ms",
-    )
-    expired_scan_cycle: int = checks.key(
-        checks.integer(1, 600_000, "ms"), "period of the ageing of flows", default=1000, unit="ms"
-    )
-    max_queue_size: int = checks.key(
-        checks.integer(1, 1 << 20, "packets"),
-        "frames held before a checkpoint is asked for, per guest",
-        default=1024,
-        unit="packets",
-    )
-    max_stream_bytes: int = checks.key(
-        checks.integer(65536, 1 << 30, "bytes"),
-        "how far the secondary guest may be ahead in one connection",
-        default=4 << 20,
-        unit="bytes",
-    )
-    max_flows: int = checks.key(
-        checks.integer(16, 1 << 24, "flows"),
-        "connections the engine keeps",
-        default=100_000,
-        unit="flows",
-    )
-    max_held_bytes: int = checks.key(
-        checks.integer(1 << 20, 1 << 34, "bytes"),
-        "bytes of frames held before a checkpoint is asked for",
-        default=64 << 20,
-        unit="bytes",
-    )
-    arp: str = checks.key(
-        checks.choice("pass", "compare"), "ARP: released at once, or compared", default="pass"
-    )
-    ndp: str = checks.key(
-        checks.choice("pass", "compare"),
-        "IPv6 neighbour discovery, MLD, IGMP: released, or compared",
-        default="pass",
-    )
-    other: str = checks.key(
-        checks.choice("pass", "compare"),
-        "other protocols: released, or compared",
-        default="compare",
-    )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CheckpointKeys:
-    """[checkpoint]. Times in ms."""
-
-    deadline: int = checks.key(
-        checks.integer(1, _DAY_MS, "ms"),
-        "a checkpoint that takes longer has failed",
-        default=10_000,
-        unit="ms",
-    )
-    periodic: int = checks.key(
-        checks.integer(0, _DAY_MS, "ms"),
-        "a checkpoint at least this often; 0: never",
-        default=0,
-        unit="ms",
-    )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FailoverKeys:
-    """[failover]. Times in ms."""
-
-    automatic: bool = checks.key(
-        checks.boolean, "fail over without a person; requires an arbiter but manual", default=False
-    )
-    arbiter: str = checks.key(
-        checks.choice("fence", "lease", "manual"),
-        "what makes sure that only one guest speaks: the fence command, a lease in etcd, a person",
-        default="fence",
-    )
-    fence: tuple[str, ...] = checks.key(
-        checks.argv,
-        "command (argv, no shell) that makes the peer silent for certain; exit status 0 is success",
-        default=(),
-    )
-    fence_timeout: int = checks.key(
-        checks.integer(1, 3_600_000, "ms"),
-        "a fence command that takes longer has failed",
-        default=30_000,
-        unit="ms",
-    )
-    etcd: tuple[str, ...] = checks.key(
-        checks.urls, "endpoints of the etcd cluster that holds the lease", default=()
-    )
-    etcd_ca: str = checks.key(
-        checks.or_empty(checks.path, "the system's"), "its authority (PEM)", default=""
-    )
-    etcd_cert: str = checks.key(
-        checks.or_empty(checks.path, "none"), "certificate (PEM) to show it", default=""
-    )
-    etcd_key: str = checks.key(
-        checks.or_empty(checks.path, "none"), "private key of etcd_cert (PEM)", default=""
-    )
-    lease_ttl: int = checks.key(
-        checks.integer(2000, 600_000, "ms"),
-        "how long a lease holds without renewal; the other host waits as long; whole seconds",
-        default=5000,
-        unit="ms",
-    )
-    lease_margin: int = checks.key(
-        checks.integer(100, 300_000, "ms"),
-        "how much earlier the holder falls silent; at most half of lease_ttl",
-        default=1000,
-        unit="ms",
-    )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DataPathKeys:
-    """[datapath]: programs and maps. Times in ms."""
-
-    events: str = checks.key(
-        checks.choice("auto", "ring", "perf"),
-        "how frames reach the controller: BPF ring buffer or perf buffers",
-        default="auto",
-    )
-    ring_pages: int = checks.key(
-        checks.power_of_two(16, 262_144, "pages"),
-        "size of the ring buffer",
-        default=8192,
-        unit="pages",
-    )
-    flow_table: int = checks.key(
-        checks.integer(16, 1 << 22, "entries"),
-        "connections the secondary's rewriter tracks",
-        default=65_536,
-        unit="entries",
-    )
-    fast_path: str = checks.key(
-        checks.choice("on", "off"),
-        "established TCP is compared in the kernel (needs Linux 5.12)",
-        default="on",
-    )
-    fast_path_memory: int = checks.key(
-        checks.integer(1, 1 << 16, "MiB"),
-        "memory for what one guest is ahead in it, 512 KiB per connection while it is",
-        default=256,
-        unit="MiB",
-    )
-    fast_path_flows: int = checks.key(
-        checks.integer(16, 1 << 24, "entries"),
-        "connections it knows; 350 bytes each when used",
-        default=1_000_000,
-        unit="entries",
-    )
-    on_controller_loss: str = checks.key(
-        checks.choice("hold", "release"),
-        "what the programs do with output while no controller lives",
-        default="hold",
-    )
-    controller_loss: int = checks.key(
-        checks.integer(50, 3_600_000, "ms"),
-        "silence of the controller after which the programs count it as lost",
-        default=1000,
-        unit="ms",
-    )
-    bpffs: str = checks.key(
-        checks.directory,
-        "bpf file system where programs and maps are pinned",
-        default="/sys/fs/bpf",
-    )
-    run_dir: str = checks.key(
-        checks.directory, "directory of the control socket and the list of what is attached",
-        default="/run/colo-xdp",
-    )  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Metrics:
-    """[metrics]: the Prometheus endpoint."""
-
-    listen: str = checks.key(
-        checks.or_empty(checks.address, "off"),
-        'address of the endpoint; "": off',
-        default="127.0.0.1:9847",
-    )
-    cert: str = checks.key(
-        checks.or_empty(checks.path, "no TLS"),
-        "certificate (PEM) of the endpoint, with key and client_ca: HTTPS",
-        default="",
-    )
-    key: str = checks.key(
-        checks.or_empty(checks.path, "no TLS"), "private key of cert (PEM)", default=""
-    )
-    client_ca: str = checks.key(
-        checks.or_empty(checks.path, "no TLS"),
-        "the authority (PEM) of those who may read",
-        default="",
-    )
-    allow_remote: bool = checks.key(
-        checks.boolean,
-        "allow an address that is not loopback without TLS: everybody there can read",
-        default=False,
-    )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Config:
-    """All of one file. Times in ms; what was not written has its default."""
-
-    pair: str = checks.key(
-        checks.pattern(r"[a-z0-9-]{1,10}", "1 to 10 of a-z, 0-9 and -"),
-        "name of the pair, the same on both hosts",
-    )
-    role: Literal["primary", "secondary"] = checks.key(
-        checks.choice("primary", "secondary"), "which guest this host runs"
-    )
-    network: Network
-    qemu: Qemu
-    peer: Peer
-    compare: Compare = field(default_factory=Compare)
-    checkpoint: CheckpointKeys = field(default_factory=CheckpointKeys)
-    failover: FailoverKeys = field(default_factory=FailoverKeys)
-    datapath: DataPathKeys = field(default_factory=DataPathKeys)
-    metrics: Metrics = field(default_factory=Metrics)
-    rules: tuple[Rule, ...] = ()
-    path: str | None = None  # where it was read from
-
-    def differences(self, other: Config) -> list[str]:
-        """The keys that differ, but for the policy, which can change while running."""
-        mine, theirs = _flat(self), _flat(other)
-        free = {"compare.arp", "compare.ndp", "compare.other"}
-        return [k for k in mine if mine[k] != theirs[k] and k not in free]
-
-    def limits(self) -> Limits:
-        """Of the engine."""
-        c = self.compare
-        return Limits(
-            compare_timeout_ns=c.compare_timeout * 1_000_000,
-            expired_scan_cycle_ns=c.expired_scan_cycle * 1_000_000,
-            max_queue_size=c.max_queue_size,
-            max_held_bytes=c.max_held_bytes,
-            max_stream_bytes=c.max_stream_bytes,
-            max_flows=c.max_flows,
-        )
-
-    def policy(self) -> Policy:
-        """What is compared: the file's rules, then the defaults of [compare]."""
-        c = self.compare
-        return Policy(self.rules, arp=c.arp, ndp=c.ndp, other=c.other)
-
-
-_SECTIONS: dict[str, type[Any]] = {
-    "network": Network,
-    "qemu": Qemu,
-    "peer": Peer,
-    "compare": Compare,
-    "checkpoint": CheckpointKeys,
-    "failover": FailoverKeys,
-    "datapath": DataPathKeys,
-    "metrics": Metrics,
-}
-
-
-def _flat(config: Config) -> dict[str, Any]:
-    out = {k: getattr(config, k) for k in checks.keys(Config)}
-    for name, cls in _SECTIONS.items():
-        out |= {f"{name}.{k}": getattr(getattr(config, name), k) for k in checks.keys(cls)}
-    return out
 
 
 # ---- reading
@@ -513,7 +62,7 @@ class _Reader:
         """The right values of one table; missing keys get their default."""
         known = checks.keys(cls)
         out: dict[str, Any] = {}
-        top = [*_SECTIONS, "rule"] if cls is Config else []
+        top = [*SECTIONS, "rule"] if cls is Config else []
         for key, value in data.items():
             if key in top:
                 continue
@@ -545,7 +94,7 @@ class _Reader:
 
 def _elsewhere(key: str) -> str:
     """A hint for a key that stands under the wrong heading."""
-    homes = [s for s, cls in _SECTIONS.items() if key in checks.keys(cls)]
+    homes = [s for s, cls in SECTIONS.items() if key in checks.keys(cls)]
     if not homes and key in checks.keys(Rule):
         return "; it belongs to a rule, under [[rule]]"
     if key in checks.keys(Config):
@@ -565,7 +114,7 @@ def parse(text: str, path: str = "<config>") -> Config:
     r = _Reader(path)
     top = r.table("", Config, data)
     sections: dict[str, dict[str, Any]] = {}
-    for name, cls in _SECTIONS.items():
+    for name, cls in SECTIONS.items():
         body = data.get(name, {})
         if not isinstance(body, dict):
             r.errors.append(f"{path}: {name} = {_show(body)}: expected a section [{name}]")
@@ -575,7 +124,7 @@ def parse(text: str, path: str = "<config>") -> Config:
     _cross_checks(r, top, sections)
     if r.errors:
         raise ConfigError(r.errors)
-    made = {name: cls(**sections[name]) for name, cls in _SECTIONS.items()}
+    made = {name: cls(**sections[name]) for name, cls in SECTIONS.items()}
     return Config(**top, **made, rules=rules)
 
 
@@ -751,7 +300,7 @@ def _toml(value: Any) -> str:
 def as_toml(config: Config) -> str:
     """The configuration as a file, every key written; `parse` gives the same Config back."""
     lines = [f"{k} = {_toml(getattr(config, k))}" for k in checks.keys(Config)]
-    for name, cls in _SECTIONS.items():
+    for name, cls in SECTIONS.items():
         section = getattr(config, name)
         lines += ["", f"[{name}]"]
         lines += [f"{k} = {_toml(getattr(section, k))}" for k in checks.keys(cls)]
@@ -768,7 +317,7 @@ def _doc(f: Field[Any]) -> str:
     return f"{f.metadata['help']} (default {_toml(f.default)}{unit})"
 
 
-_TABLES: list[tuple[str, type[Any]]] = [*_SECTIONS.items(), ("rule", Rule)]
+_TABLES: list[tuple[str, type[Any]]] = [*SECTIONS.items(), ("rule", Rule)]
 #: "section.key" (top level: "key") -> one line of help with unit and default
 DOCS: dict[str, str] = {k: _doc(f) for k, f in checks.keys(Config).items()} | {
     f"{name}.{k}": _doc(f) for name, cls in _TABLES for k, f in checks.keys(cls).items()

@@ -27,7 +27,7 @@ from .paths import Paths
 from .peer import Peer
 from .ring import Event
 from .speaker import Speaker, Store, boot_ns
-from .ticker import Ticker
+from .ticker import IDLE_S, Ticker
 from .tls import Tls
 from .wire import VERSION
 
@@ -83,7 +83,9 @@ class Controller(Commanded):
             versions=(p.min_version, VERSION),
         )
         self.paths = Paths(config, self._beacon)
-        self.ticker = Ticker(self._tick, self.tick_ns)
+        # The programs must not take a controller that idles for a dead one.
+        idle_s = min(IDLE_S, config.datapath.controller_loss / 4000)
+        self.ticker = Ticker(self._tick, self.tick_ns, idle_s)
         self._next_beat = 0.0
         f = config.failover
         self.speaker: Speaker | None = None

@@ -12,15 +12,21 @@ import time
 from collections.abc import Callable
 
 TICK_S = 0.01  # between two ticks at least
-IDLE_S = 0.05  # and at most
+IDLE_S = 0.05  # and at most, or less
 
 
 class Ticker:
     """Calls tick(late): s behind its time. It returns the most that may go by until the next (s),
-    or None at the end. `due_ns` says when a tick has something to do (CLOCK_MONOTONIC)."""
+    or None at the end. `due_ns` says when a tick has something to do (CLOCK_MONOTONIC); without
+    that there is one each `idle_s`."""
 
-    def __init__(self, tick: Callable[[float], float | None], due_ns: Callable[[], int]) -> None:
-        self._tick, self._due_ns = tick, due_ns
+    def __init__(
+        self,
+        tick: Callable[[float], float | None],
+        due_ns: Callable[[], int],
+        idle_s: float = IDLE_S,
+    ) -> None:
+        self._tick, self._due_ns, self._idle_s = tick, due_ns, idle_s
         self.at_ns = 0  # when the next tick is to come
         self._rest: asyncio.Future[None] | None = None  # until then
         self._alarm: asyncio.TimerHandle | None = None
@@ -36,7 +42,7 @@ class Ticker:
         """Until the next tick."""
         due_s = (self._due_ns() - time.monotonic_ns()) / 1e9
         rest = self._rest = asyncio.get_running_loop().create_future()
-        self._wake_in(max(TICK_S, min(IDLE_S, most_s, due_s)))
+        self._wake_in(max(TICK_S, min(self._idle_s, most_s, due_s)))
         try:
             await rest
         finally:

@@ -179,6 +179,21 @@ def test_an_idle_controller_sleeps_until_something_cannot_wait() -> None:
     in_loop(body)
 
 
+def test_a_controller_that_idles_is_not_taken_for_a_dead_one() -> None:
+    """controller_loss may be as short as an idle controller's sleep."""
+    config = load(EXAMPLES / "primary.toml")
+    config = replace(config, datapath=replace(config.datapath, controller_loss=50))
+    c = Primary(config, FakeDataPath(Mode.RUN))  # type: ignore[arg-type]
+
+    async def body() -> None:
+        task = asyncio.ensure_future(c.ticker.rest(1.0))
+        await asyncio.sleep(0)
+        assert c.ticker.at_ns - time.monotonic_ns() < 0.02 * 1e9
+        await task
+
+    in_loop(body)
+
+
 @pytest.mark.parametrize("state", [State.DEGRADED, State.STARTING, State.SOLO])
 def test_what_is_kept_back_for_tier_k_leaves_also_where_no_time_runs_out(state: State) -> None:
     c, dp, _ = primary()
