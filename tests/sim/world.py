@@ -33,6 +33,7 @@ from colo_xdp import (
     node,
     primary,
     secondary,
+    takeover,
     ticker,
 )
 from colo_xdp import controller as controller_module
@@ -701,7 +702,7 @@ class World:
         clock = FakeTime(self.loop)
         modules = (
             controller_module, node, commands, ticker, checkpointing, primary, secondary, flowtable,
-            fastmap, speaker_module,
+            fastmap, speaker_module, takeover,
         )  # fmt: skip
         kept = [(m, "time", m.time) for m in modules]  # type: ignore[attr-defined]
         kept += [

@@ -1,0 +1,219 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The secondary's takeover: QEMU leaves COLO, the data path opens, the network is told.
+
+What a checkpoint under way has in hand is part of it: whether its state is the one that runs
+decides which offsets count.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import deque
+from dataclasses import dataclass, field
+
+from .abi import Bond, Mode
+from .announce import announcements
+from .attach import NoSuchDevice
+from .config import Config
+from .controller import Controller
+from .datapath import DataPath
+from .failover import State
+from .flowtable import FlowTable
+from .node import HUNG_S, IN_COLO
+from .qmp import QmpError, QmpTimeout
+from .qmp_event import QmpEvent
+from .ring import Event
+from .ticker import TICK_S
+
+log = logging.getLogger("colo_xdp.secondary")
+
+TAKEOVER_S = 10.0
+GAP_S = 5.0
+MAX_ANNOUNCED = 256  # addresses of the guest
+ANNOUNCE_TIMES = (0.0, 0.05, 0.2, 0.45, 0.8)  # seconds after the takeover, as QEMU's own RARPs
+
+
+@dataclass(slots=True)
+class Hold:
+    """Frames that wait while a checkpoint runs. Times: CLOCK_MONOTONIC, ns."""
+
+    n: int
+    began_ns: int
+    deadline: float
+    stop_ns: int = 0
+    resume: QmpEvent | None = None  # the SVM runs the new state, the primary has not said it does
+    planned: bool = False  # the primary falls silent at the end: held until the takeover
+    client: deque[Event] = field(default_factory=deque)
+    svm: deque[Event] = field(default_factory=deque)
+
+
+class TakingOver(Controller):
+    """A host whose guest can go on alone, with all that waits for a checkpoint."""
+
+    def __init__(self, config: Config, datapath: DataPath) -> None:
+        super().__init__(config, datapath)
+        self.flows = FlowTable(datapath.objects.map("flows"))
+        #: the last controller died in a checkpoint of this epoch: QMP does not repeat its events,
+        #: so the SVM may run either state until the next one is complete
+        self._unsure = -1
+        self._hold: Hold | None = None
+        self.hold_limit = 16 * config.compare.max_queue_size
+        self._resume_ns = 0
+        self._ready_wanted = False
+        self._silent_ns = 0  # since when the PVM has been, by plan
+        self._taking_over = False
+        self._events: list[QmpEvent] = []  # of QEMU, while taking over
+        self.overflow = 0  # held frames given up because too many were waiting
+        self.stale = 0  # SVM frames from before its RESUME: void
+
+    def _keep(self, queue: deque[Event], event: Event) -> None:
+        if len(queue) >= self.hold_limit:
+            queue.popleft()
+            self.overflow += 1
+        queue.append(event)
+
+    def _deliver(self, e: Event) -> None:
+        self.dp.injectors["deliver"].send(e.frame, e.gso_size, e.partial)
+
+    def _forward(self, e: Event, *, late: bool = False) -> None:
+        """`late`: held until this guest spoke for itself, and said by the guest that speaks now."""
+        if e.ts_ns < self._resume_ns or (self.state is State.TAKEN_OVER and not late):
+            self.stale += 1
+            return
+        self.dp.injectors["forward"].send(e.frame, e.gso_size, e.partial)
+
+    async def _take_over(self, why: str) -> None:
+        """The peer is certain to be silent. Idempotent: each step may have been done before."""
+        began = time.monotonic()
+        if not self._taking_over:
+            self._events.clear()
+        self._ready_wanted, self._taking_over = False, True
+        try:
+            if await self._in_colo():
+                await self.leave_colo()
+        except QmpError as e:
+            log.warning("%s", e)
+        end = time.monotonic() + TAKEOVER_S
+        status = ""
+        while time.monotonic() < end:
+            try:
+                # In this order: QEMU may load a checkpoint to its end, and run, before it leaves.
+                left = await self.qmp.migration_status() not in IN_COLO
+                status = await self.qmp.status() if left else "leaving COLO"
+            except QmpError as e:
+                status = str(e)
+            if status == "running":
+                break
+            await asyncio.sleep(TICK_S / 5)
+        if self.state is State.STOPPED:
+            # Shut in meanwhile, and the primary was told: it may speak alone because of that word.
+            self._taking_over = False
+            log.warning("no takeover: %s", self.reason)
+            return
+        if status != "running":
+            self.failures.append(f"takeover: the SVM is `{status}`")
+            self.become(State.DEGRADED, f"takeover: the SVM does not run (`{status}`); trying on")
+            return
+        self._drain()
+        hold, self._hold = self._hold, None
+        self.spoke_alone, self.dp.bond = True, Bond.ALONE
+        loaded = hold is not None and (hold.resume is not None or self._loaded())
+        # What runs is a copy of the PVM, in its numbers: no offset is left. The primary's word
+        # counts too, since it says `n` only after this side's `done n`.
+        was = self.dp.epoch
+        self.dp.epoch = max(was, self.peer_epoch, hold.n if hold is not None and loaded else 0)
+        if self.dp.epoch == was == self._unsure:
+            lost = self.flows.give_up(was)
+            log.error(
+                "the last controller here died in a checkpoint, the primary before the next: which"
+                " state runs is not known. %d connections opened since the one before are given up",
+                lost,
+            )
+        if hold is not None and hold.resume is not None:
+            self._resume_ns = hold.resume.ts_ns
+        said = self._frames_out()
+        self.dp.mode = Mode.TAKEOVER
+        self.become(State.TAKEN_OVER, why)
+        self.peer.send("taken", why=why)
+        await self._open_network()
+        self.spawn(self._announce())
+        if hold is not None:  # the primary died, or fell silent, inside a checkpoint
+            for event in hold.client:
+                self._deliver(event)
+            if hold.resume is not None:
+                for event in hold.svm:
+                    self._forward(event, late=True)
+        self._drain()
+        log.info("takeover took %.1f ms", (time.monotonic() - began) * 1000)
+        if self._silent_ns:
+            self.spawn(self._measure_gap(said, began))
+
+    async def _in_colo(self) -> bool:
+        """Whether QEMU has to be told. One that hangs is told too, past its main loop."""
+        try:
+            return await self.qmp.migration_status(HUNG_S) in IN_COLO
+        except QmpTimeout:
+            return True
+
+    def _frames_out(self) -> int:
+        """Frames of the guest that have left to the network."""
+        row = self.dp.counters()["svm_out"]
+        return sum(row[r][0] for r in ("passed", "rewritten", "released"))
+
+    async def _measure_gap(self, said: int, began: float) -> None:
+        """Until the guest's first frame after the primary's last one; the clients' share of it."""
+        since, self._silent_ns = self._silent_ns, 0
+        took = int((time.monotonic() - began) * 1e6)
+        end = time.monotonic() + GAP_S
+        while self._frames_out() == said:
+            if time.monotonic() > end:
+                log.info("the guest had nothing to say for %g s: no gap was measured", GAP_S)
+                return
+            await asyncio.sleep(0.001)
+        gap = max(0, time.monotonic_ns() - since)
+        self.last_failover = {"gap_ms": gap / 1e6, "took_ms": took / 1e3}
+        log.info("the network heard nothing of the guest for %.1f ms", gap / 1e6)
+        self.peer.send("resumed", gap_us=gap // 1000, took_us=took)
+
+    def _loaded(self) -> bool:
+        """Whether the checkpoint in which the primary died has reached the SVM all the same.
+
+        lost-heartbeat ends with a RESUME, before which QEMU sends a STOP if the guest was
+        running (vm_prepare_start() in QEMU's system/cpus.c). If the guest had loaded the
+        checkpoint there was another RESUME before. QMP keeps the order, so both were read
+        when the state `running` was.
+        """
+        return sum(e.name == "RESUME" for e in self._events) > 1
+
+    async def _open_network(self) -> None:
+        """The tap joins the bridge; what stands in the way is said, and tried again on restart."""
+        try:
+            await asyncio.to_thread(self.dp.open_network)
+        except (NoSuchDevice, OSError) as e:
+            log.error("the guest's tap cannot join the bridge: %s", e)
+            self.failures.append(f"open network: {e}")
+
+    async def _announce(self) -> None:
+        """Tell switches and neighbours where the guest is now, as its QEMU would: RARP for the
+        switches, gratuitous ARP and unsolicited neighbour advertisements for the addresses."""
+        mac = self.config.network.guest_mac or await self._mac_from_qemu()
+        if not mac:
+            log.warning("no guest_mac configured and QEMU does not tell: no announcement")
+            return
+        seen = await asyncio.to_thread(self.flows.guest_addresses, MAX_ANNOUNCED)
+        frames = announcements(mac, seen, self.config.network.guest_addresses)
+        log.info("announcing the guest: %d frames, %d times", len(frames), len(ANNOUNCE_TIMES))
+        start = time.monotonic()
+        for at in ANNOUNCE_TIMES:
+            await asyncio.sleep(max(0.0, start + at - time.monotonic()))
+            for frame in frames:
+                self.dp.injectors["forward"].send(frame)
+
+    async def _mac_from_qemu(self) -> str:
+        try:
+            filters = await self.qmp.execute("query-rx-filter")
+        except QmpError:
+            return ""
+        return str(filters[0].get("main-mac", "")) if filters else ""
