@@ -32,11 +32,13 @@ class Ticker:
         self._alarm: asyncio.TimerHandle | None = None
 
     async def run(self) -> None:
-        """Until tick() says that it is over."""
-        late = 0.0
+        """Until tick() says that it is over. What a tick itself takes makes the next one late."""
+        late, began = 0.0, time.monotonic_ns()
         while (most := self._tick(late)) is not None:
+            worked = time.monotonic_ns() - began
             await self.rest(most)
-            late = (time.monotonic_ns() - self.at_ns) / 1e9
+            began = time.monotonic_ns()
+            late = (worked + began - self.at_ns) / 1e9
 
     async def rest(self, most_s: float) -> None:
         """Until the next tick."""
