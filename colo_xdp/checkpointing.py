@@ -316,6 +316,8 @@ class Checkpointing(Controller):
                 self.dp.mode = Mode.RUN
             if self._leave_shadow and self._leave_ns <= ck.stop_ns:
                 self._leave_shadow = self.shadow = False
+            elif self._leave_shadow:  # left behind the STOP: another one has to end it
+                self._want = self._want or Want(Cause.OPERATOR.value, "leaving shadow mode")
             self._beat()  # a secondary that has just entered waits for this word
         except (CheckpointFailed, QmpError) as e:
             self._record(want, ck, (self.engine.held_packets, self.engine.held_bytes), str(e))

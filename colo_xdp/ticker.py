@@ -53,9 +53,10 @@ class Ticker:
                 self._alarm.cancel()
 
     def look(self) -> None:
-        """Something may have become due: do not sleep through it."""
-        rest = self._rest
-        if rest is None or rest.done() or self._due_ns() >= self.at_ns - TICK_S * 1e9:
+        """Something may have become due: do not sleep through it. The next tick is only ever
+        brought forward, or one that is overdue would be put off as long as frames come."""
+        rest, soonest = self._rest, time.monotonic_ns() + int(TICK_S * 1e9)
+        if rest is None or rest.done() or max(soonest, self._due_ns()) >= self.at_ns:
             return
         if self._alarm is not None:
             self._alarm.cancel()

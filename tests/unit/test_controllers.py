@@ -517,11 +517,13 @@ def test_a_shadow_that_is_left_behind_the_stop_goes_on_until_the_next_checkpoint
             c.on_qmp(event("STOP", t, t))
             if not early:
                 c.set_shadow(False)
+            c._want = None
             c.on_qmp(event("RESUME", t + 1, t + 1))
             c.on_message({"type": "done", "n": n, "pause_us": 1})
             await task
             assert dp.epoch == n
             assert sent[-1]["type"] == "beat" and sent[-1]["shadow"] is not early
+            assert (c._want is None) == early, "it is not forgotten"
         assert not c.shadow and not c._leave_shadow
 
     in_loop(body)

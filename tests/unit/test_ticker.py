@@ -47,3 +47,26 @@ def test_the_next_tick_comes_when_it_is_due_and_not_at_once() -> None:
             assert time.monotonic_ns() >= t.at_ns
 
     asyncio.run(asyncio.wait_for(body(), 10))
+
+
+def test_what_is_overdue_is_not_put_off_by_those_who_look() -> None:
+    """Frames that come all the time look all the time: heartbeats would end."""
+
+    async def body() -> None:
+        t = Ticker(lambda late: None, lambda: 0 if hurry else NEVER)
+        hurry = False
+        rest = asyncio.ensure_future(t.rest(1.0))
+        await asyncio.sleep(0)
+        hurry, first, looks = True, t.at_ns, 0
+        t.look()
+        at = t.at_ns
+        assert at < first
+        end = time.monotonic() + 5
+        while not rest.done() and time.monotonic() < end:
+            t.look()
+            looks += 1
+            assert t.at_ns == at
+            await asyncio.sleep(0)
+        assert rest.done() and looks > 1
+
+    asyncio.run(asyncio.wait_for(body(), 10))
