@@ -84,7 +84,8 @@ class Guest:
         key, ts = (s.v6, s.sport), self._ts(now_ms)
         c = self.conns.get(key)
         if s.flags & (SYN | ACK | RST) == SYN:
-            fresh = c is None or c.state in ("closed", "reset") or not c.acked
+            # A half-open one stays, whatever SYN comes: see Tcp.receive().
+            fresh = c is None or c.state in ("closed", "reset")
             if fresh and not (c is not None and c.irs == s.seq and c.state != "reset"):
                 near = s.seq * 2_654_435_761  # clones have one secret and nearly one clock
                 iss = self.rnd.choice((self.rnd.randrange(1 << 32), -1, near, near))

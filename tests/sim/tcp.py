@@ -306,8 +306,10 @@ class Tcp:
             if self.server or self.state == "open":
                 if not self.server and s.flags & ACK and diff(s.seq, self.irs) == 0:
                     return [self.seg(ACK, self.nxt, tsval=ts)]
-                if self.server and not self.acked:
+                if self.server and not self.acked and s.seq == self.irs:
                     return [self.seg(SYN | ACK, 0, tsval=ts)]
+                # In SYN-RECEIVED too: Linux acks a SYN with another number (tcp_check_req()), and
+                # a client that has begun anew answers with the RST that ends the old one.
                 return [self.seg(ACK, self.nxt, tsval=ts)]  # challenge
             if not s.flags & ACK:
                 return []
