@@ -58,7 +58,8 @@ def setup_logging() -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(Priority(fmt))
     logging.basicConfig(level=os.environ.get("COLO_XDP_LOG", "INFO").upper(), handlers=[handler])
-    logging.getLogger("asyncio").setLevel(logging.WARNING)
+    for library in ("asyncio", "qemu.qmp"):  # qmp.py logs what matters of it
+        logging.getLogger(library).setLevel(logging.WARNING)
 
 
 def _reload(ctl: Controller) -> None:

@@ -248,6 +248,7 @@ class DataPath:
     @mode.setter
     def mode(self, mode: Mode) -> None:
         self._write(Cfg.MODE, mode)
+        log.debug("data path: %s, epoch %d", mode.name, self.epoch)
 
     @property
     def epoch(self) -> int:
@@ -256,6 +257,7 @@ class DataPath:
     @epoch.setter
     def epoch(self, epoch: int) -> None:
         self._write(Cfg.EPOCH, epoch)
+        log.debug("data path: %s, epoch %d", self.mode.name, epoch)
 
     @property
     def shadowed(self) -> int:

@@ -34,6 +34,8 @@ class Fetch:
     body: bytes
     seconds: float
     error: str = ""
+    port: int = 0  # the client's
+    head: int = 0  # bytes before the body
 
 
 def _connect(port: int, v6: bool = False, timeout: float = TIMEOUT_S) -> socket.socket:
@@ -52,20 +54,23 @@ class Client:
         """GET; complete only if the server closed after as much as it announced."""
 
         def run() -> Fetch:
-            t = time.monotonic()
+            t, mine = time.monotonic(), 0
             data = bytearray()
             try:
                 with _connect(port, v6, timeout) as s:
+                    mine = s.getsockname()[1]
                     s.sendall(f"GET /{path} HTTP/1.0\r\nHost: guest\r\n\r\n".encode())
                     while part := s.recv(1 << 17):
                         data += part
             except OSError as e:
-                return Fetch(False, bytes(data), time.monotonic() - t, str(e) or type(e).__name__)
+                why = str(e) or type(e).__name__
+                return Fetch(False, bytes(data), time.monotonic() - t, why, mine)
             head, body, *_ = [*re.split(rb"\r?\n\r?\n", bytes(data), maxsplit=1), b""]
             m = re.search(rb"Content-Length: (\d+)", head, re.I)
             whole = m is None or int(m[1]) == len(body)
             ok = b" 200 " in head[:16] and whole
-            return Fetch(ok, body, time.monotonic() - t, "" if ok else repr(head[:80]))
+            why = "" if ok else repr(head[:80])
+            return Fetch(ok, body, time.monotonic() - t, why, mine, len(data) - len(body))
 
         return in_ns(self.ns, run)
 
@@ -139,6 +144,7 @@ class EchoStats:
     received: int = 0
     wrong: int = 0
     dead: str = ""
+    odd: tuple[float, bytes, bytes] | None = None  # the first wrong answer: when, got, wanted
     answered_at: list[float] = field(default_factory=list)
 
     def max_gap(self) -> float:
@@ -158,6 +164,7 @@ class EchoStream:
         self._period = period
         self._stop = threading.Event()
         self._socket = in_ns(ns, lambda: _connect(7, v6))
+        self.port = int(self._socket.getsockname()[1])
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
@@ -178,6 +185,8 @@ class EchoStream:
                     got += part
                 st.received += len(got)
                 st.wrong += wrong_bytes(got, line)
+                if got != line and st.odd is None:
+                    st.odd = (time.time(), got, line)
                 st.answered_at.append(time.time())
         except OSError as e:
             st.dead = str(e) or type(e).__name__
@@ -197,10 +206,12 @@ class LineStream:
         self.lines = 0
         self.wrong = 0
         self.odd = ""  # the first wrong one
+        self.odd_line: tuple[float, bytes, bytes] | None = None  # when, got, wanted
         self.dead = ""
         self.times: list[float] = []
         self._stop = threading.Event()
         self._socket = in_ns(ns, lambda: _connect(1234))
+        self.port = int(self._socket.getsockname()[1])
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
@@ -215,9 +226,11 @@ class LineStream:
                         return
                     self.lines += 1
                     self.times.append(time.time())
-                    if line != f"line {self.lines}\n".encode():
+                    want = f"line {self.lines}\n".encode()
+                    if line != want:
                         self.wrong += 1
                         self.odd = self.odd or f"{line!r} in place of line {self.lines}"
+                        self.odd_line = self.odd_line or (time.time(), line, want)
         except OSError as e:
             if not self._stop.is_set():
                 self.dead = str(e) or type(e).__name__

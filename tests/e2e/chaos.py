@@ -23,11 +23,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from colo_xdp.lab.capture import Capture, from_guest
 from colo_xdp.lab.client import EchoStream, LineStream, wrong_bytes
 from colo_xdp.lab.guest import content
 from colo_xdp.lab.net import LabError, sh, wait_for
 from colo_xdp.lab.pair import Lab
+
+from .evidence import Evidence, Wrong
 
 BUILD = Path(__file__).parents[2] / "build"
 HOSTS = ("primary", "secondary")  # by their role in the files; who runs which guest changes
@@ -51,12 +52,19 @@ def other(host: str) -> str:
     return "secondary" if host == "primary" else "primary"
 
 
+def differs_at(got: bytes, want: bytes) -> int:
+    """Place of the first byte that is not as it should be."""
+    pairs = enumerate(zip(got, want, strict=False))
+    return next((i for i, (x, y) in pairs if x != y), min(len(got), len(want)))
+
+
 class Downloads:
     """New connections all the time; a failed one counts only if no host died for it."""
 
     def __init__(self, lab: Lab) -> None:
         self.count = self.wrong = self.failed = 0
         self.errors: list[str] = []
+        self.found: list[Wrong] = []
         self._lab, self._stop = lab, threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
@@ -76,11 +84,13 @@ class Downloads:
                 self.failed += 1
                 self.errors.append(f"{name}: {f.error}")
             if wrong:
-                pairs = enumerate(zip(f.body, want, strict=False))
-                at = next((i for i, (x, y) in pairs if x != y), len(want))
+                at = differs_at(f.body, want)
                 self.errors.append(
                     f"{name}: {len(f.body)} bytes at {time.time():.3f} after {f.seconds:.3f} s,"
                     f" wrong from {at}: {f.body[at : at + 32].hex()}"
+                )
+                self.found.append(
+                    Wrong(name, time.time(), 80, f.port, f.body[at:], want[at:], f.head + at)
                 )
                 (self._lab.work / f"wrong-{n}").write_bytes(f.body)
 
@@ -177,6 +187,12 @@ class Chaos:
         self.pvm = "primary"  # host that runs it
         self.streams: list[EchoStream] = []
         self.actions: list[str] = []
+        self.downloads: Downloads | None = None
+        self.lines: LineStream | None = None
+        self.explained = False
+        self.evidence: Evidence | None = None
+        self._judged = time.time()  # what came before has been looked at
+        self._errors = 0
 
     @property
     def svm(self) -> str:
@@ -337,10 +353,8 @@ class Chaos:
             self.actions = sorted(DEADLINE_MS)
             self.rng.shuffle(self.actions)
         action = self.actions.pop()
-        wires = {
-            h: lab.capture(lab.net.client, "to-p" if h == "primary" else "to-s", f"chaos-{h}", "in")
-            for h in HOSTS
-        }
+        evidence = self.evidence = Evidence(lab)
+        problems = len(t.problems)
         self._moving(time.time())
         begin = time.time()
         before = self.pvm
@@ -363,7 +377,9 @@ class Chaos:
             self._moving(time.time())
             t.pauses.append(self._gap(end, time.time()))
         self._check_streams(f"round {n} {action}")
-        t.split_brain += self._speakers(n, action, wires, takeovers)
+        t.split_brain += self._speakers(n, action, evidence, takeovers)
+        self._judge(n, action, evidence, problems)
+        self.evidence = None
         t.rounds += 1
         t.gaps.append(gap)
         t.by_action[action].append(gap)
@@ -374,15 +390,10 @@ class Chaos:
             self._retire(self.rng.choice(self.streams[1:]))  # the first one sees it all
         self._open()
 
-    def _speakers(self, n: int, action: str, wires: dict[str, Capture], takeovers: int) -> int:
+    def _speakers(self, n: int, action: str, evidence: Evidence, takeovers: int) -> int:
         """How often the speaker on the wire changed more than the guest did."""
-        seen: list[tuple[float, str]] = []
-        for host, c in wires.items():
-            frames = self.lab.stop_capture(c)
-            if c.dropped:
-                self.tally.problems.append(f"round {n}: the capture lost {c.dropped} frames")
-            seen += [(at, host) for at, f in frames if from_guest([(at, f)])]
-        seen.sort()
+        seen, lost = evidence.stop()
+        self.tally.problems += [f"round {n}: {x}" for x in lost]
         changes = sum(a[1] != b[1] for a, b in zip(seen, seen[1:], strict=False))
         if changes > takeovers:
             self.tally.problems.append(
@@ -390,9 +401,39 @@ class Chaos:
             )
         return max(0, changes - takeovers)
 
+    def _judge(self, n: int, action: str, evidence: Evidence, problems: int) -> None:
+        """Explain what was wrong and keep the captures of it; forget those of a clean round."""
+        since, self._judged = self._judged, time.time()
+        wrong = self._wrong(since)
+        for w in wrong:
+            story = evidence.explain(w)
+            self.tally.problems += [f"round {n} {action}: {x}" for x in story[:4]]
+            for x in story:
+                self.say(f"     {x}")
+        self.explained = bool(wrong)
+        errors = len(self.downloads.errors) if self.downloads else 0
+        if wrong or len(self.tally.problems) > problems or errors > self._errors:
+            self._errors = errors
+            evidence.keep(self.lab.dir / f"chaos-evidence-{n}")
+        else:
+            evidence.forget()
+
+    def _wrong(self, since: float) -> list[Wrong]:
+        """Wrong bytes that clients have got since then; of each client the first."""
+        found = list(self.downloads.found) if self.downloads else []
+        for s in self.streams:
+            if (odd := s.stats.odd) is not None:
+                at = differs_at(odd[1], odd[2])
+                found.append(Wrong("echo", odd[0], 7, s.port, odd[1][at:], odd[2][at:]))
+        if self.lines is not None and (odd := self.lines.odd_line) is not None:
+            at = differs_at(odd[1], odd[2])
+            found.append(Wrong("line", odd[0], 1234, self.lines.port, odd[1][at:], odd[2][at:]))
+        return [w for w in found if w.at >= since]
+
     def run(self, rounds: int, seconds: float) -> dict[str, Any]:
         end = time.monotonic() + seconds
         lines, downloads = LineStream(self.lab.net.client), Downloads(self.lab)
+        self.lines, self.downloads = lines, downloads
         try:
             for _ in range(3):
                 self._open()
@@ -401,10 +442,14 @@ class Chaos:
                     self.say(f"{seconds:g} s are over")
                     break
                 self.round(n)
-                if downloads.wrong:
-                    break  # what there is to be seen of it must not be written over
+                if self.explained:
+                    break
         except LabError as e:
-            self.tally.problems.append(f"round {self.tally.rounds + 1}: {e}")
+            n = self.tally.rounds + 1
+            self.tally.problems.append(f"round {n}: {e}")
+            if self.evidence is not None:
+                self.evidence.stop()
+                self._judge(n, "broken off", self.evidence, -1)
         finally:
             downloads.stop()
             lines.stop()
@@ -453,7 +498,7 @@ class ChaosLab(Lab):
         return v
 
     def start_controller(self, role: str, env: dict[str, str] | None = None) -> Any:
-        p = super().start_controller(role, env)
+        p = super().start_controller(role, {"COLO_XDP_LOG": "DEBUG", **(env or {})})
         self._note(role)
         return p
 
