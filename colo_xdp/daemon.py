@@ -57,9 +57,9 @@ def setup_logging() -> None:
 
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(Priority(fmt))
-    logging.basicConfig(level=os.environ.get("COLO_XDP_LOG", "INFO").upper(), handlers=[handler])
-    for library in ("asyncio", "qemu.qmp"):  # qmp.py logs what matters of it
-        logging.getLogger(library).setLevel(logging.WARNING)
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
+    # Ours only: at DEBUG pyroute2 writes out each netlink message, which takes a while.
+    logging.getLogger("colo_xdp").setLevel(os.environ.get("COLO_XDP_LOG", "INFO").upper())
 
 
 def _reload(ctl: Controller) -> None:
