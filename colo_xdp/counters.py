@@ -17,6 +17,7 @@ COUNTERS: tuple[tuple[str, str], ...] = (
     ("released_in_parts", "parts of a frame released before its rest was verified"),
     ("window_shrunk", "released with a smaller window: the secondary offered less"),
     ("window_updates", "bare ACKs made to tell a client of the secondary's grown window"),
+    ("signed_connections", "connections with signed segments (TCP-MD5, TCP-AO): left unchanged"),
     ("released_in_shadow", "released at once in shadow mode, compared behind"),
     ("uncompared", "released uncompared by policy"),
     ("differences_watched", "differences of flows that are only watched (mirror-only)"),
