@@ -234,7 +234,7 @@ struct colo_conn {
 	__u16 p_win;	  /* window fields, not scaled */
 	__u16 s_win;
 	__u16 out_win;
-	__u16 mss;    /* payload of a segment that is certain to fit the path */
+	__u16 mss;    /* payload of the PVM's segments, as it sends them now; 0: it has not yet */
 	__u8 ahead;   /* SIDE_*: whose the stash's bytes are */
 	__u8 pending; /* the PVM has acked more than the client was told */
 	__u8 l4;      /* of hdr: where TCP begins; 0: no header yet */

@@ -38,6 +38,11 @@
 #define COLO_STEPS	20 /* a 64 KiB frame, and where a stash wraps around */
 #define COLO_MAX_PIECES 50 /* segments rebuilt from one frame; more of them go to user space */
 
+#define COLO_MAX_PIECE 2047 /* bytes in each; a power of two less one */
+
+/* Payload that is certain to fit a path: Linux's least path MTU (min_pmtu, 552) less the headers. */
+#define COLO_SURE_MSS 500
+
 /* Tries to get a connection that another CPU works on, 200 ns each: twice the longest work. */
 #define COLO_SPINS 250
 

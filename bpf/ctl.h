@@ -78,7 +78,7 @@ static __always_inline int control(void *data, void *data_end)
 		c->p_win = m->p_win;
 		c->s_win = m->s_win;
 		c->out_win = m->out_win;
-		c->mss = m->mss > 2047 ? 2047 : m->mss; /* send_piece() */
+		c->mss = m->mss;
 		c->pending = m->pending;
 		c->fin_known = 0;
 		c->l4 = m->l4;

@@ -59,20 +59,56 @@
 /* In place of a reason: not decided, or handed over (then c->why tells). */
 #define FAST_NO 0
 
-/* Plain Ethernet, IP and TCP: no tags, no IP options, ACK, PSH and FIN, timestamps or no options. */
-static __always_inline int is_plain(struct __sk_buff *skb, const struct pkt *p)
+/* What the parser does not tell: `near` bytes from NEAR before TCP's header on, into w->old. */
+#define NEAR	    14
+#define NEAR_FRAG   0		/* IPv4: flags and fragment offset */
+#define NEAR_DOFF   (NEAR + 12) /* TCP: header length; the low half is reserved, but for AE */
+#define NEAR_WINDOW (NEAR + 14)
+#define NEAR_SIZE   (NEAR + 16)
+
+/*
+ * Plain Ethernet, IP and TCP: no tags, no IP options, ACK, PSH and FIN, timestamps or no options.
+ * Others belong to the frame that has them, and are not for a header that leaves with other bytes:
+ * URG and its pointer; ECE, CWR and AE (RFC 3168, RFC 9768), which count what has arrived; a
+ * signature (RFC 2385, RFC 5925). Nor is the IP id of a PVM that lets its packets be cut on their
+ * way (no DF): there each one needs an id of its own (RFC 6864 4.2).
+ */
+static __always_inline int is_plain(struct __sk_buff *skb, const struct pkt *p,
+				    const struct colo_work *w, u32 side)
 {
 	__be32 option;
 
 	if (skb->vlan_present || p->l3_off != 14 || p->l4_off != (p->is_v6 ? 54 : 34))
 		return 0;
-	if ((p->flags & ~(TCP_PSH | TCP_FIN)) != TCP_ACK)
+	if ((p->flags & ~(TCP_PSH | TCP_FIN)) != TCP_ACK || (w->old[NEAR_DOFF] & 0x0F))
+		return 0;
+	if (side == SIDE_PVM && !p->is_v6 && !(w->old[NEAR_FRAG] & 0x40))
 		return 0;
 	if (p->doff == 20)
 		return 1;
 	if (p->doff != 32 || bpf_skb_load_bytes(skb, p->l4_off + 20, &option, 4))
 		return 0;
 	return option == bpf_htonl(0x0101080A); /* RFC 7323 appendix A */
+}
+
+/*
+ * The PVM sends segments of `n` bytes. c->mss is what it sends now, which no segment that is made
+ * of its bytes may exceed: its path may have become narrower (RFC 1191, 8201), and only the PVM
+ * need know. So it follows at once upwards, and downwards
+ *  - with the first bytes that wait, since only what waits is sent from here on;
+ *  - by a GSO frame, which says the size;
+ *  - by a segment without PSH: it has not ended with what the application wrote, but is full.
+ * A short one that only looks so makes more segments, and is over with the next longer one. Below
+ * COLO_SURE_MSS it does not fall, if it has been there: no path is that narrow.
+ */
+static __always_inline void note_size(struct colo_conn *c, u32 n, int surely)
+{
+	u32 floor = c->mss < COLO_SURE_MSS ? c->mss : COLO_SURE_MSS;
+
+	if (n > c->mss)
+		c->mss = n;
+	else if (n && surely)
+		c->mss = n > floor ? n : floor;
 }
 
 /*
@@ -89,8 +125,9 @@ static __always_inline u32 hear_pvm(struct __sk_buff *skb, const struct pkt *p, 
 	/* The client counts equal acks (RFC 5681 2): they must not melt into one. */
 	if (!span && c->pending && p->ack == c->p_ack && win == c->p_win)
 		return R_HAND_ODD;
-	if (n > c->mss && n <= 2047)
-		c->mss = n;
+	note_size(c, n,
+		  skb->gso_size || !(p->flags & TCP_PSH) || c->rel == c->nxt ||
+			  c->ahead != SIDE_PVM);
 	if (early && !stash_claim(c, key))
 		return R_HAND_NO_STASH;
 	if (seq_later(c->p_ack, p->ack)) /* without a header the stash's bytes could not leave */
@@ -119,7 +156,7 @@ static __always_inline u32 prepare_segment(struct __sk_buff *skb, const struct p
 	u64 acked = *(volatile __u64 *)&c->client_ack;
 	u32 client_ack = acked;
 	u32 have = out && c->ahead == side ? c->nxt : c->rel;
-	__be16 field;
+	u32 size = skb->gso_size ? skb->gso_size : len;
 	u16 win;
 
 	w->again = 0;
@@ -127,8 +164,11 @@ static __always_inline u32 prepare_segment(struct __sk_buff *skb, const struct p
 	w->fin = p->flags & TCP_FIN;
 	w->meets = out && c->ahead != side;
 	span = len + w->fin;
-	if (!is_plain(skb, p))
+	if (bpf_skb_load_bytes(skb, p->l4_off - NEAR, w->old, NEAR_SIZE))
+		return R_HAND_HELPER;
+	if (!is_plain(skb, p, w, side))
 		return R_HAND_ODD;
+	win = w->old[NEAR_WINDOW] << 8 | w->old[NEAR_WINDOW + 1];
 	end = p->seq + span;
 	if (p->seq != have) {
 		/* Sent again? What the SVM has said counts already. */
@@ -164,9 +204,6 @@ static __always_inline u32 prepare_segment(struct __sk_buff *skb, const struct p
 		return R_HAND_ODD;
 	if (!w->again && end - c->rel > COLO_STASH)
 		return R_HAND_FULL;
-	if (bpf_skb_load_bytes(skb, p->l4_off + 14, &field, 2))
-		return R_HAND_HELPER;
-	win = bpf_ntohs(field);
 	if (side == SIDE_PVM) {
 		err = hear_pvm(skb, p, c, key, span, win);
 		if (err)
@@ -190,7 +227,10 @@ static __always_inline u32 prepare_segment(struct __sk_buff *skb, const struct p
 	w->at = p->l4_off + p->doff;
 	w->seq = p->seq;
 	w->equal = w->again ? len : w->meets ? (len < out ? len : out) : 0;
-	w->upto = !w->again && w->equal && len > out ? c->nxt : c->rel;
+	/* In pieces: what ends elsewhere, and segments of the SVM that are longer than the PVM's. */
+	w->upto = c->rel;
+	if (!w->again && w->equal && (len > out || (side == SIDE_SVM && size > c->mss)))
+		w->upto = c->rel + (u32)w->equal;
 	w->left = w->again && (side == SIDE_SVM || !w->kept) ? 0 : len;
 	w->probe =
 		w->again && side == SIDE_PVM && !w->kept; /* RFC 9293 3.8.4: one below the next */
@@ -199,13 +239,16 @@ static __always_inline u32 prepare_segment(struct __sk_buff *skb, const struct p
 	/* Pieces need the PVM's header, and this skb must have one of its size. */
 	if (w->meets && (side == SIDE_SVM || len > out) &&
 	    (c->l4 != p->l4_off || c->doff != p->doff ||
-	     (len > out && out > (u32)c->mss * (COLO_MAX_PIECES - 2))))
+	     (u32)w->upto - c->rel > piece_size(c) * (COLO_MAX_PIECES - 2) ||
+	     (w->fin && (u32)w->upto != c->rel)))
 		return R_HAND_ODD;
 	w->act = ACT_NOTHING;
 	if (w->again && side == SIDE_PVM)
 		w->act = w->kept ? ACT_PASS : ACT_PIECES;
 	else if (w->meets)
-		w->act = len > out ? ACT_PIECES : side == SIDE_PVM ? ACT_PASS : ACT_TURN;
+		w->act = (u32)w->upto != c->rel ? ACT_PIECES
+			 : side == SIDE_PVM	? ACT_PASS
+						: ACT_TURN;
 	else if (side == SIDE_PVM && !span && !(out && c->ahead == SIDE_PVM) &&
 		 !seq_later(p->ack, c->s_ack))
 		w->act = ACT_PASS;

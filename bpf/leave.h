@@ -195,6 +195,12 @@ static __always_inline void sum_stash(struct colo_stash *st, struct colo_work *w
 		w->sum += *(u32 *)(st->ring + q) & ((1ULL << ((w->n & 3) * 8)) - 1);
 }
 
+/* Of a segment that is made here, at most. */
+static __always_inline u32 piece_size(const struct colo_conn *c)
+{
+	return c->mss < COLO_MAX_PIECE ? c->mss : COLO_MAX_PIECE;
+}
+
 /*
  * Sends w->n bytes (0: a bare ack) from c->rel on as a frame of its own, made of this skb, the
  * stash and the header in w->new. The skb is spoilt. 0, or R_HAND_HELPER.
@@ -208,7 +214,7 @@ static __always_inline u32 send_piece(struct __sk_buff *skb, struct colo_conn *c
 	if (bpf_skb_change_tail(skb, l4 + c->doff + n, 0))
 		return R_HAND_HELPER;
 	if (n) {
-		BOUND1(n, 2047);
+		BOUND1(n, COLO_MAX_PIECE);
 		VERIFIER_BOUND(pos, COLO_STASH - 1);
 		if (bpf_skb_store_bytes(skb, l4 + c->doff, st->ring + pos, n, 0))
 			return R_HAND_HELPER;
@@ -254,6 +260,9 @@ static __always_inline u32 send_pieces(struct __sk_buff *skb, struct colo_conn *
 	}
 	w->addresses = sum;
 	new_header(c, w, c->rel, 0, 0);
+	if ((u32)w->upto ==
+	    c->rel) /* a bare ack is not of an ECN-capable transport (RFC 3168 6.1.4) */
+		w->new[15] &= c->l4 == 34 ? 0xFC : 0xCF;
 #pragma clang loop unroll(disable)
 	for (int i = 0; i < COLO_MAX_PIECES; i++) {
 		u64 n = (u32)((u32)w->upto - c->rel), till, pos;
@@ -262,8 +271,8 @@ static __always_inline u32 send_pieces(struct __sk_buff *skb, struct colo_conn *
 			break;
 		pos = (u32)(c->rel - c->org) & (COLO_STASH - 1);
 		till = COLO_STASH - pos;
-		if (n > c->mss)
-			n = c->mss;
+		if (n > piece_size(c))
+			n = piece_size(c);
 		if (n > till)
 			n = till;
 		w->n = n;

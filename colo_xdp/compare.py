@@ -29,7 +29,7 @@ from .reasons import Cause
 from .record import NO_EVIDENCE, Evidence, Record
 from .stream import PART_NS, Stream
 from .tier_k import Fast, NoFast, Words, is_stream
-from .uncompared import Passed, Watched
+from .uncompared import Budget, Passed, Watched, Watching, catch_up
 
 __all__ = ["COUNTERS", "Divergence", "Engine", "Limits", "Policy", "Record"]
 
@@ -79,6 +79,7 @@ class Engine:
         self.max_stream = limits.max_stream_bytes
         self.max_history = limits.history_bytes
         self.pvm_packets = self.pvm_bytes = self.svm_packets = 0
+        self.watched = Budget(limits.max_queue_size, limits.max_held_bytes)
         # hot counters are plain attributes
         self._n_pvm = self._n_svm = self._n_released = 0
         self._counters: Counter[str] = Counter({name: 0 for name, _ in COUNTERS})
@@ -92,6 +93,7 @@ class Engine:
         self._stop_ts = _LONG_AGO
         self._queue: deque[Held] = deque()  # of the PVM, undecided, while checkpointing
         self._next: deque[tuple[Record, int]] = deque()  # of the SVM of the next epoch
+        self._next_behind: deque[tuple[Record, int]] = deque()  # of flows that hold nothing
         self._next_lost = 0
         # A heap with one live entry per flow, lazy: an entry is a lower bound, the flow itself
         # knows better. So a timeout costs nothing per frame and no scan.
@@ -137,7 +139,9 @@ class Engine:
             self._committed(rec, p)
         elif self._checkpointing:
             flow = None if p.kind is _FRAGMENT else self._flows.of(p, must=False)
-            if isinstance(flow, Passed) and not isinstance(flow, Watched):
+            if isinstance(flow, Watched):
+                flow.pvm_in_checkpoint(rec, p, now_ns)
+            elif isinstance(flow, Passed):
                 flow.pvm(rec, p, now_ns)
             else:
                 self._enqueue(rec, p)
@@ -223,14 +227,24 @@ class Engine:
         elif ahead == 0:
             self._counters["svm_superseded"] += 1
         elif ahead <= _NEXT_EPOCHS and not self._solo:
-            if len(self._next) >= self.limits.max_queue_size:
-                self._counters["svm_buffer_overflow"] += 1
-                self._next_lost += 1
-            else:
-                self._counters["svm_buffered"] += 1
-                self._next.append((rec, epoch12 & _TAG))
+            self._buffer(rec, epoch12 & _TAG)
         else:
             self._counters["svm_stale"] += 1
+
+    def _buffer(self, rec: Record, tag: int) -> None:
+        """A frame of the SVM that is of an epoch to come."""
+        p = parse(rec.frame)
+        flow = (self._tcp if p.kind is _TCP else self._flows.datagram).get(p.key)
+        kept = self._next_behind if isinstance(flow, Passed) else self._next
+        if len(kept) < self.limits.max_queue_size:
+            self._counters["svm_buffered"] += 1
+            kept.append((rec, tag))
+            return
+        self._counters["svm_buffer_overflow"] += 1
+        if isinstance(flow, Watched):
+            flow.miss()
+        elif not isinstance(flow, Passed):
+            self._next_lost += 1
 
     def _svm_datagram(self, rec: Record, p: Packet) -> None:
         self._count_opaque(p)
@@ -262,7 +276,10 @@ class Engine:
 
     def _collect(self) -> None:
         """Move what the flows hold to the queue, oldest first, each flow in its order."""
-        held = [h for flow in self._waiting() for h in flow.unhold()]
+        held: list[Held] = []
+        for flow in self._waiting():
+            watched = isinstance(flow, FastFlow) and isinstance(flow.host, Watching)
+            (self.watched.frames if watched else held).extend(flow.unhold())
         if held:
             held.extend(self._queue)
             held.sort(key=lambda h: h[2])
@@ -329,6 +346,7 @@ class Engine:
         self.svm_packets = 0
         self._checkpointing = self._asked = self._solo = False
         self._release_queued(stop_ts_ns, "released_by_checkpoint")
+        behind = self.watched.commit(self._flows.of, stop_ts_ns)
         self._fragments.begin()
         if self._next_policy is not None:
             self._flows.enforce(self._next_policy, epoch)
@@ -343,9 +361,13 @@ class Engine:
         self._flows.limit = self.limits.max_flows + len(rest)
         for rec, p, _ in rest:
             self._feed(rec, p)
+        for rec, p, _ in behind:
+            catch_up(self._flows.of(p, must=False), rec, p, now_ns)
         self.max_packets, self._flows.limit = self.limits.max_queue_size, self.limits.max_flows
         self.max_bytes = self.limits.max_held_bytes
-        kept, self._next = self._next, deque()
+        kept = [*self._next, *self._next_behind]
+        self._next.clear()
+        self._next_behind.clear()
         for rec, tag in kept:
             self._n_svm -= 1
             if (tag - epoch) & _TAG:
@@ -361,8 +383,9 @@ class Engine:
         """The checkpoint failed: everything stays held until a commit or release_all."""
         self.now = now_ns
         self._counters["checkpoints_aborted"] += 1
-        self._counters["svm_stale"] += len(self._next)
+        self._counters["svm_stale"] += len(self._next) + len(self._next_behind)
         self._next.clear()
+        self._next_behind.clear()
         self._next_lost = 0
 
     def release_all(self) -> int:
@@ -384,7 +407,9 @@ class Engine:
         self._parts.clear()
         self._giving.clear()
         self._history_sum = 0
+        self.watched.clear()
         self._next.clear()
+        self._next_behind.clear()
         self._next_lost = 0
         for rec, _, _ in queue:
             self.emit(rec, self.now)

@@ -17,9 +17,15 @@ COUNTERS: tuple[tuple[str, str], ...] = (
     ("released_in_parts", "parts of a frame released before its rest was verified"),
     ("window_shrunk", "released with a smaller window: the secondary offered less"),
     ("window_updates", "bare ACKs made to tell a client of the secondary's grown window"),
+    ("signed_connections", "connections with signed segments (TCP-MD5, TCP-AO): left unchanged"),
     ("released_in_shadow", "released at once in shadow mode, compared behind"),
     ("uncompared", "released uncompared by policy"),
     ("differences_watched", "differences of flows that are only watched (mirror-only)"),
+    (
+        "watched_given_up",
+        "times that a watched flow was not compared up to the next checkpoint, as "
+        "more waited for it than max_queue_size or max_held_bytes",
+    ),
     ("acks_moot", "bare ACKs of the primary dropped before the RST of both guests"),
     ("datagrams_assembled", "datagrams of the primary put together from IP fragments"),
     ("svm_uncompared_dropped", "of the secondary, not compared by policy"),

@@ -13,6 +13,7 @@ import struct
 from . import abi
 from ._seq import MASK, diff, later
 from .flow import FlowKey
+from .marks import is_atomic, reserved
 from .packet import ACK, FIN, PSH, Packet, parse
 from .record import Record
 from .segment import finish
@@ -28,8 +29,6 @@ HISTORY = 64 * 1024
 _MEMO = struct.Struct("=BBBxIIHH")  # flags, direction, scale, isn, origin, window of the SYN
 _NO_SCALE = 255
 _DEFAULT_MSS = 536  # RFC 9293 3.7.1
-#: tier K makes no larger segments (send_piece() in bpf/fast.h)
-MAX_MSS = 2047
 
 
 def ready(st: Stream) -> bool:
@@ -40,6 +39,7 @@ def ready(st: Stream) -> bool:
         and st.committed_ack is not None and st.fin_done is None and not st.rst_done
         and st.sfin is None and not st.srst and (st.ssyn is None or st.ssyn.twin)
         and not st.stuck and not st.asked and not st.unverifiable
+        and not st.unfit and not st.surg
         and st.windows.shrunk is None and known(st.key)
     )  # fmt: skip
 
@@ -65,6 +65,8 @@ def _plain(p: Packet) -> bool:
     size = p.off - l4
     return (
         p.flags & ~PSH == ACK
+        and not reserved(p)
+        and is_atomic(p)
         and l4 == (34 if frame[14] >> 4 == 4 else 54)
         and (size == 20 or (size == 32 and frame[l4 + 20 : l4 + 24] == b"\x01\x01\x08\x0a"))
     )
@@ -79,7 +81,7 @@ def pack(st: Stream, epoch: int) -> Gift | None:
         return None
     p_ack, p_win, nxt = st.committed_ack, w.pvm, st.base
     parts: list[bytes] = []
-    header, l4, size, ahead, mss = b"", 0, 0, abi.SIDE_PVM, _DEFAULT_MSS
+    header, l4, size, ahead, mss = b"", 0, 0, abi.SIDE_PVM, 0
     for rec, p, _ in st.held:
         if not _plain(p) or (l4 and p.off - p.l4 != size):
             return None
@@ -92,8 +94,7 @@ def pack(st: Stream, epoch: int) -> Gift | None:
         l4, size = p.l4, p.off - p.l4
         if diff(p.ack, p_ack) >= 0:
             p_ack, p_win, header = p.ack, p.window, p.frame[: p.off]
-        if rec.gso_size <= MAX_MSS:
-            mss = max(mss, rec.gso_size)
+        mss = max(mss, rec.gso_size or p.end - p.off)
     if st.held and not header:
         return None
     for frame, off, end, _ in st.chunks:
@@ -191,7 +192,8 @@ def _frame(
     key: FlowKey, words: Words, seq: int, payload: bytes, flags: int
 ) -> tuple[Record, Packet]:
     """A frame of the PVM as it might have come, under its newest header."""
-    gso = words.mss if len(payload) > words.mss else 0
+    mss = words.mss or _DEFAULT_MSS
+    gso = mss if len(payload) > mss else 0
     head = bytearray(words.header or _header(key))
     l4 = len(head) - 20 if not words.header else words.l4
     struct.pack_into("!II", head, l4 + 4, seq, words.p_ack)

@@ -20,7 +20,7 @@ from .reasons import Cause
 from .record import NO_EVIDENCE, Evidence
 from .stream import Stream
 from .tier_k import Words, direction, is_stream, known
-from .uncompared import Passed, Watched
+from .uncompared import Budget, Passed, Watched
 
 _TCP = Kind.TCP
 _LONG_AGO = -1
@@ -32,6 +32,7 @@ class Engine(Host, Protocol):
     """What the table needs of the engine."""
 
     now: int
+    watched: Budget
     unmirror: Callable[[bytes | None], None]
 
     def ask(self, cause: Cause, flow: Flow | str, evidence: Evidence = NO_EVIDENCE) -> None: ...
@@ -135,7 +136,10 @@ class Flows:
             self._unmirror(p)
         text = (describe_tcp if p.kind is _TCP else describe_datagram)(p.key)
         if verdict.action is Action.MIRROR_ONLY:
-            watched = Watched(self._host, p.key, self._host.epoch, verdict, what.direction, text)
+            watched = Watched(
+                self._host, p.key, self._host.epoch, verdict, what.direction, text,
+                self._host.watched,
+            )  # fmt: skip
             host = watched.watcher()
             watched.inner = kind(host, p.key, self._host.epoch, verdict, what.direction)
             return watched

@@ -85,10 +85,12 @@ class TcpOptions:
     wscale: int | None = None
     sack_ok: bool = False
     ts: tuple[int, int] | None = None  # TSval, TSecr
+    signed: bool = False  # TCP-MD5 or TCP-AO (RFC 2385, RFC 5925)
 
-    def negotiated(self) -> tuple[int | None, int | None, bool, bool]:
-        """What the connection depends on: MSS, window scale, SACK, presence of timestamps."""
-        return (self.mss, self.wscale, self.sack_ok, self.ts is not None)
+    def negotiated(self) -> tuple[int | None, int | None, bool, bool, bool]:
+        """What the connection depends on: MSS, window scale, SACK; whether there are timestamps,
+        and a signature."""
+        return (self.mss, self.wscale, self.sack_ok, self.ts is not None, self.signed)
 
 
 # ethertype, version/IHL, total length, fragment word, protocol, addresses and ports
@@ -250,7 +252,7 @@ def tcp_options(p: Packet) -> TcpOptions:
     f, i, end = p.frame, p.l4 + 20, p.off
     mss: int | None = None
     wscale: int | None = None
-    sack_ok, ts = False, None
+    sack_ok, ts, signed = False, None, False
     while i < end:
         kind = f[i]
         if kind == 0:
@@ -269,14 +271,18 @@ def tcp_options(p: Packet) -> TcpOptions:
             sack_ok = True
         elif kind == 8 and length == 10:
             ts = _OPT_TS.unpack_from(f, i + 2)
+        elif kind in (19, 29):
+            signed = True
         i += length
-    return TcpOptions(mss, wscale, sack_ok, ts)
+    return TcpOptions(mss, wscale, sack_ok, ts, signed)
 
 
 def datagram_body(p: Packet) -> bytes:
     """What two equal datagrams of one flow (same key) have in common.
 
-    UDP: payload. ICMP queries: code, sequence and data. ICMP errors: type, code, the
+    UDP: payload. ICMP queries: code, sequence and data, but of a timestamp reply (RFC 792) not
+    the times at which a guest took and answered it: clocks are no state, as TCP's timestamps are
+    none, and a stranger could ask for a difference with each packet. ICMP errors: type, code, the
     word after the checksum, and of the quoted packet addresses, protocol and 8 bytes
     (the rest, as TTL and checksum, is the network's). Fragments: offset, the
     more-fragments bit and payload. Others: all that follows the header in the key.
@@ -288,6 +294,8 @@ def datagram_body(p: Packet) -> bytes:
     if p.proto != 2 and (kind is Kind.ICMP or kind is Kind.NDP):
         typ = f[off]
         head = f[off : off + 2] + f[off + 4 : off + 8]  # without the checksum
+        if p.proto == 1 and typ == 14 and end == off + 20:
+            return head + f[off + 8 : off + 12]
         q = off + 8
         if p.proto == 1 and typ in _ERRORS4 and end >= q + 20:
             l4 = q + (f[q] & 15) * 4

@@ -13,10 +13,12 @@ class Cause(StrEnum):
     FIN_DIFFERS = "fin_differs"
     RST_ONE_SIDED = "rst_one_sided"
     SYN_OPTIONS_DIFFER = "syn_options_differ"
+    URGENT_DIFFERS = "urgent_differs"
     DATAGRAM_DIFFERS = "datagram_differs"
     COMPARE_TIMEOUT = "compare_timeout"
     SVM_AHEAD = "svm_ahead"
     RETRANSMIT_UNVERIFIABLE = "retransmit_unverifiable"
+    SIGNED_CONNECTION = "signed_connection"
     QUEUE_FULL = "queue_full"
     STREAM_FULL = "stream_full"
     EVENT_LOST = "event_lost"
@@ -34,11 +36,15 @@ DESCRIPTIONS: dict[Cause, str] = {
     Cause.PAYLOAD_DIFFERS: "the guests sent different bytes at the same place of a TCP stream",
     Cause.FIN_DIFFERS: "the guests closed a TCP stream at different places",
     Cause.RST_ONE_SIDED: "only one guest reset a TCP connection",
-    Cause.SYN_OPTIONS_DIFFER: "the guests offered different TCP options (MSS, wscale, SACK, ts)",
+    Cause.SYN_OPTIONS_DIFFER: "the guests offered different TCP options (MSS, wscale, SACK, ts, "
+    "ECN, signatures)",
+    Cause.URGENT_DIFFERS: "the guests marked different bytes of a TCP stream as urgent",
     Cause.DATAGRAM_DIFFERS: "the guests sent different datagrams in the same flow",
     Cause.COMPARE_TIMEOUT: "the primary guest's frame had no twin within compare_timeout",
     Cause.SVM_AHEAD: "the secondary guest sent what the primary did not within compare_timeout",
     Cause.RETRANSMIT_UNVERIFIABLE: "a retransmission was older than the history kept to verify it",
+    Cause.SIGNED_CONNECTION: "a TCP connection with signed segments (MD5, AO) began, or waits with "
+    "one that cannot be cut",
     Cause.QUEUE_FULL: "max_queue_size frames were held, or the flow table was full",
     Cause.STREAM_FULL: "the secondary guest was max_stream_bytes ahead in one connection",
     Cause.EVENT_LOST: "the data path lost a captured frame (ring full)",

@@ -28,7 +28,10 @@ MS = 1_000_000
 TICK_NS = 10 * MS
 MAX_LISTED = 1000
 _SAME_NUMBERS = 1 << 20  # bytes: two captures of one connection that begin this far apart
-_FINAL = (Cause.PAYLOAD_DIFFERS, Cause.FIN_DIFFERS, Cause.RST_ONE_SIDED, Cause.SYN_OPTIONS_DIFFER)
+_FINAL = (
+    Cause.PAYLOAD_DIFFERS, Cause.FIN_DIFFERS, Cause.RST_ONE_SIDED, Cause.SYN_OPTIONS_DIFFER,
+    Cause.URGENT_DIFFERS,
+)  # fmt: skip
 
 
 class ReplayError(ValueError):

@@ -9,13 +9,16 @@ acks only what it gets. If the frame left only as a whole, both would wait.
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
 from dataclasses import replace
 
 from ._seq import MASK
-from .packet import ACK, FIN, Packet, parse
+from .marks import ip_id, is_atomic, reserved
+from .packet import ACK, CWR, ECE, FIN, PSH, Packet, parse
 from .record import Record
 
-_PSH, _CWR = 0x08, 0x80
+#: gives out so many IP ids in a row that the PVM has not used near this packet's; returns the first
+SpareIds = Callable[[Packet, int], int]
 
 
 def _sum(data: bytes) -> int:
@@ -26,21 +29,28 @@ def _sum(data: bytes) -> int:
     return (n - 1) % 0xFFFF + 1 if n else 0
 
 
-def _part(rec: Record, p: Packet, start: int, stop: int, *, first: bool) -> Record:
+def _put_id(head: bytearray, l3: int, ident: int) -> None:
+    """An IPv4 header's id, and its checksum anew (also for another length)."""
+    struct.pack_into("!H", head, l3 + 4, ident & 0xFFFF)
+    head[l3 + 10 : l3 + 12] = b"\0\0"
+    ihl = (head[l3] & 15) * 4
+    struct.pack_into("!H", head, l3 + 10, 0xFFFF & ~_sum(bytes(head[l3 : l3 + ihl])))
+
+
+def _part(rec: Record, p: Packet, start: int, stop: int, flags: int, ident: int) -> Record:
+    """Bytes start..stop of the payload under the frame's header. ident: IPv4's."""
     head = bytearray(rec.frame[: p.off])
     body = rec.frame[p.off + start : p.off + stop]
     l3, l4 = p.l3, p.l4
     if head[l3] >> 4 == 4:
         struct.pack_into("!H", head, l3 + 2, len(head) - l3 + len(body))
-        head[l3 + 10 : l3 + 12] = b"\0\0"
-        ihl = (head[l3] & 15) * 4
-        struct.pack_into("!H", head, l3 + 10, 0xFFFF & ~_sum(bytes(head[l3 : l3 + ihl])))
+        _put_id(head, l3, ident)
         addresses = bytes(head[l3 + 12 : l3 + 20])
     else:
         struct.pack_into("!H", head, l3 + 4, len(head) - l3 - 40 + len(body))
         addresses = bytes(head[l3 + 8 : l3 + 40])
     struct.pack_into("!I", head, l4 + 4, (p.seq + start) & MASK)
-    head[l4 + 13] &= ~(FIN | _PSH) & 0xFF if first else ~_CWR & 0xFF
+    head[l4 + 13] = flags
     length = len(head) - l4 + len(body)
     pseudo = addresses + struct.pack("!II", length, 6)
     if rec.partial:  # the device adds the rest (linux/virtio_net.h, NEEDS_CSUM)
@@ -68,7 +78,7 @@ def finish(head: bytearray, l4: int, payload: bytes) -> bytes:
     return bytes(head) + payload
 
 
-def with_window(rec: Record, p: Packet, value: int) -> Record:
+def with_window(rec: Record, p: Packet, value: int, spare: SpareIds) -> Record:
     """The frame with another window field; the checksum follows by RFC 1624, eqn. 3."""
     frame = bytearray(rec.frame)
     at = p.l4 + 14
@@ -79,28 +89,68 @@ def with_window(rec: Record, p: Packet, value: int) -> Record:
         total = (total & 0xFFFF) + (total >> 16)
         total = (total & 0xFFFF) + (total >> 16)
         struct.pack_into("!H", frame, p.l4 + 16, 0xFFFF & ~total)
+    if rec.parts and not is_atomic(p):  # fragments have one id, its segments need one each
+        _put_id(frame, p.l3, spare(p, _segments(p.end - p.off, rec.gso_size)))
     return replace(rec, frame=bytes(frame), parts=())
 
 
-def bare_ack(rec: Record, p: Packet, seq: int, value: int) -> Record:
-    """A frame without payload that repeats this one's ack and options with another window."""
-    bare = _part(rec, p, 0, 0, first=True)
-    frame = bytearray(bare.frame)
-    struct.pack_into("!I", frame, p.l4 + 4, seq)
-    frame[p.l4 + 13] = ACK
-    struct.pack_into("!H", frame, p.l4 + 14, value)
-    whole = replace(bare, frame=bytes(frame), gso_size=0, partial=False)
-    return _part(whole, replace(p, seq=seq), 0, 0, first=True)
+def bare_ack(
+    rec: Record, p: Packet, seq: int, value: int, spare: SpareIds, ace: bool | None
+) -> Record:
+    """A frame without payload that repeats this one's ack and options with another window.
+
+    Its congestion signals are repeated too: ECE says the same until CWR answers it (RFC 3168
+    6.1.3), AccECN's counter in each segment. CWR alone speaks of data. A bare ACK is not of an
+    ECN-capable transport (RFC 3168 6.1.4).
+    """
+    head = bytearray(rec.frame[: p.off])
+    if head[p.l3] >> 4 == 4:
+        head[p.l3 + 1] &= 0xFC
+    else:
+        head[p.l3 + 1] &= 0xCF
+    head[p.l4 + 14 : p.l4 + 16] = struct.pack("!H", value)
+    head[p.l4 + 18 : p.l4 + 20] = b"\0\0"
+    counts = ace or reserved(p) & 1  # nobody sets AE for anything else
+    flags = ACK | p.flags & (ECE | CWR if counts else ECE)
+    ident = 0 if p.frame[p.l3] >> 4 == 6 else ip_id(p) if is_atomic(p) else spare(p, 1)
+    bare = replace(rec, frame=bytes(head), gso_size=0, partial=False, parts=())
+    return _part(bare, replace(p, seq=seq), 0, 0, flags, ident)
 
 
-def split(rec: Record, p: Packet, n: int) -> tuple[tuple[Record, Packet], tuple[Record, Packet]]:
+def _segments(size: int, gso_size: int) -> int:
+    """Packets that so many bytes of payload become on the wire."""
+    return -(-size // gso_size) if gso_size else 1
+
+
+def _ids(rec: Record, p: Packet, n: int, spare: SpareIds) -> tuple[int, int]:
+    """First IPv4 id of each of the two parts. A device numbers the segments of a GSO frame one by
+    one, so the PVM has left as many ids free as there are."""
+    if p.frame[p.l3] >> 4 == 6:
+        return 0, 0
+    total, size = p.end - p.off, rec.gso_size
+    all_of_it, before, behind = (_segments(x, size) for x in (total, n, total - n))
+    ident = ip_id(p)
+    if rec.parts and not is_atomic(p):
+        ident = spare(p, all_of_it)
+    if before + behind <= all_of_it or is_atomic(p):
+        return ident, ident + all_of_it - behind
+    return spare(p, before), ident + all_of_it - behind
+
+
+def split(
+    rec: Record, p: Packet, n: int, spare: SpareIds, ace: bool | None = False
+) -> tuple[tuple[Record, Packet], tuple[Record, Packet]]:
     """The first n bytes of payload as one frame, what follows as another.
 
-    PSH and FIN stay with the second, CWR with the first. 0 < n < length of the payload.
+    PSH and FIN stay with the second. So does not CWR, which speaks of the first byte sent after a
+    reduction (RFC 3168 6.1.2), unless it is a digit of AccECN's counter (`ace`; None: not known),
+    which each segment has. 0 < n < length of the payload.
     """
     total = p.end - p.off
     if not 0 < n < total:
         raise ValueError(f"cannot cut {total} bytes at {n}")
-    a = _part(rec, p, 0, n, first=True)
-    b = _part(rec, p, n, total, first=False)
+    counts = ace or reserved(p) & 1  # nobody sets AE for anything else
+    one, two = _ids(rec, p, n, spare)
+    a = _part(rec, p, 0, n, p.flags & ~(FIN | PSH) & 0xFF, one)
+    b = _part(rec, p, n, total, p.flags if counts else p.flags & ~CWR & 0xFF, two)
     return (a, parse(a.frame)), (b, parse(b.frame))

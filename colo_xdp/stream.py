@@ -22,17 +22,19 @@ from __future__ import annotations
 from ._seq import HALF, MASK, diff, later
 from .comparer import BEFORE, CONTEXT
 from .flow import describe_tcp
+from .marked import Marked
+from .marks import USUAL_HEADERS, is_signed, reserved, urgent_position
 from .packet import ACK, CWR, ECE, FIN, RST, SYN, URG, Packet, tcp_options
 from .reasons import Cause
 from .record import NO_EVIDENCE, Evidence, Record
 from .segment import split
-from .twin import FLAGS, MAX_RSTS, Twin, rst_id
+from .twin import FLAGS, MAX_RSTS, rst_id
 
 #: how long a verified part of a frame that is smaller than a segment waits for the rest
 PART_NS = 5_000_000
 
 
-class Stream(Twin):
+class Stream(Marked):
     """One connection, one direction: what the guest sends."""
 
     __slots__ = ()
@@ -52,6 +54,8 @@ class Stream(Twin):
         if not head and not ahead:
             return 0
         due = min(x for x in (head, ahead) if x) + t
+        if self.signed and head and not self.asked:
+            due = min(due, self._signed_due(now_ns))
         if due > now_ns:
             return due
         if not self.asked:
@@ -94,18 +98,12 @@ class Stream(Twin):
             evidence = Evidence(svm=svm, svm_frame=svm_frame)
         self.host.ask(cause, self, evidence)
 
-    def _differ(
-        self, cause: Cause, p: Packet, at: int | None = None, svm: bytes = b"",
-        svm_frame: bytes = b"",
-    ) -> bool:  # fmt: skip
-        self.stuck = True
-        self.ask(cause, p, at, svm, svm_frame)
-        return False
-
     # -- the PVM's frames
 
     def pvm(self, rec: Record, p: Packet, now_ns: int) -> None:
         """A frame of the PVM in the current epoch: release it, hold it, or ask."""
+        if p.off - p.l4 not in USUAL_HEADERS and is_signed(p):
+            self._sign(p)
         if not self.held and not self.stuck and not self._dry(p) and self._ready(p):
             self._settle(p)
             self._emit(rec, p, now_ns)
@@ -158,10 +156,15 @@ class Stream(Twin):
             self._emit(rec, p, now_ns)
 
     def _emit(self, rec: Record, p: Packet, now_ns: int) -> None:
-        """Release a frame, with no more window than the SVM honours."""
-        rec, cut = self.windows.limit(rec, p)
-        if cut:
-            self.host.count("window_shrunk")
+        """Release a frame, with no more window than the SVM honours.
+
+        A signed one keeps its own. What the client sends beyond the SVM's window it sends again,
+        since the PVM's ack of it waits for the SVM's: that costs time, and a wrong signature more.
+        """
+        if not self.signed:
+            rec, cut = self.windows.limit(rec, p, self.spare_ids)
+            if cut:
+                self.host.count("window_shrunk")
         self.leave(rec, now_ns)
 
     def release_part(self, now_ns: int, whole_segments: bool) -> bool:
@@ -178,11 +181,19 @@ class Stream(Twin):
         # The urgent pointer counts from the frame's own sequence number (RFC 9293 3.8.5).
         if p.flags & (SYN | RST | URG) or not 0 < n < p.end - p.off or not self._acked(p):
             return False
+        if self.signed:
+            return True  # expire() looks at it
+        if self.surg and not self._ready_urgent(p):
+            return False
+        if self.ace is None:
+            self.ace = True if reserved(p) & 1 else None
+            if self.ace is None and p.flags & CWR:
+                return False  # of the first part only, or of each?
         if whole_segments:
             n -= n % (rec.gso_size or p.end - p.off)
             if not n:
                 return True
-        (first, p1), (rest, p2) = split(rec, p, n)
+        (first, p1), (rest, p2) = split(rec, p, n, self.spare_ids, self.ace)
         self.host.pvm_bytes -= len(rec.frame) - len(rest.frame)
         self.host.count("released_in_parts")
         self._settle(p1)
@@ -202,6 +213,8 @@ class Stream(Twin):
                 return self._reset_by_svm(p)
         elif p.off != p.end and not self._verified(p):
             return self._reset_by_svm(p)
+        if (flags & URG or self.surg) and not self._ready_urgent(p):
+            return False
         return self._acked(p)
 
     def _acked(self, p: Packet) -> bool:
@@ -365,7 +378,9 @@ class Stream(Twin):
         return self._differ(Cause.FIN_DIFFERS, p, f) if beyond else False
 
     def _ready_rst(self, p: Packet) -> bool:
-        # Which bytes a RST carries (RFC 9293 3.10.7 allows text) is not part of the stream.
+        # Which bytes a RST carries (RFC 9293 3.10.7 allows text) is not part of the stream. Its ack
+        # is of no use to who gets it but where it answers a SYN (3.10.7.3): else the number alone
+        # is looked at, which depends on how far each guest was. So one RST is as good as another.
         if p.off != p.end:
             return False
         ident = rst_id(p)
@@ -380,8 +395,11 @@ class Stream(Twin):
         twin = syn.packet
         if (twin.flags ^ p.flags) & (SYN | ACK) or (p.flags & ACK and twin.ack != p.ack):
             return False
-        ecn = (twin.flags ^ p.flags) & (ECE | CWR)  # RFC 3168 6.1.1: negotiated in the SYNs
-        if ecn or tcp_options(p).negotiated() != tcp_options(twin).negotiated():
+        # RFC 3168 6.1.1, RFC 9768 3.1: ECN is negotiated in the SYNs' flags.
+        other = (twin.flags ^ p.flags) & (ECE | CWR | URG) or reserved(twin) != reserved(p)
+        if p.flags & URG and urgent_position(p) - p.seq != urgent_position(twin) - twin.seq:
+            other = True
+        if other or tcp_options(p).negotiated() != tcp_options(twin).negotiated():
             svm = twin.frame[twin.l4 + 12 : twin.off][:CONTEXT]
             return self._differ(Cause.SYN_OPTIONS_DIFFER, p, svm=svm, svm_frame=twin.frame)
         mine, theirs = p.frame[p.off : p.end], twin.frame[twin.off : twin.end]
@@ -410,6 +428,8 @@ class Stream(Twin):
             base = self.base
             if base is None or 0 < (e - base) & MASK < HALF:
                 self.base = e
+        if flags & URG or self.surg:
+            self._settle_urgent(p, e)
         if flags & ACK:
             a = self.committed_ack
             if a is None or 0 < (p.ack - a) & MASK < HALF:
@@ -435,6 +455,7 @@ class Stream(Twin):
             assert self.ssyn is not None
             self.ssyn.twin = True
         self.isn = p.seq
+        self._begin_marks(p, self.ssyn.packet if self.ssyn is not None and keep else None)
         self.windows.open(p, self.ssyn.packet if self.ssyn is not None and keep else None)
         self.origin = (p.seq + 1) & MASK
         self.committed_ack = self.fin_done = None
@@ -484,6 +505,8 @@ class Stream(Twin):
                 self._settle_syn(p, e)
         elif n:
             self._commit_data(p, e, n)
+        if flags & URG and not flags & SYN:
+            self._settle_urgent(p, e)
         if flags & FIN and (self.base is None or diff(e, self.base) >= 0):
             if self.base != e or self.ver != e:
                 self._jump(e)

@@ -16,7 +16,8 @@ from ._seq import HALF, MASK, diff, later
 from .comparer import CONTEXT, Held, Host
 from .flow import FlowKey
 from .history import History
-from .packet import ACK, FIN, RST, SYN, Packet
+from .marks import FAR, SPARE, ip_id, urgent_position
+from .packet import ACK, FIN, RST, SYN, URG, Packet
 from .policy import Verdict
 from .reasons import Cause
 from .tier_k import Givable
@@ -25,6 +26,7 @@ from .window import WindowGate
 FLAGS = FIN | SYN | RST
 MAX_RSTS = 16
 MAX_AGAIN = 16
+MAX_URGENT = 8
 
 
 @dataclass(slots=True)
@@ -45,11 +47,13 @@ class Twin(Givable, ABC):
     """One connection, one direction: what the guest sends."""
 
     __slots__ = (
+        "ace",
         "again",
         "asked",
         "base",
         "chunks",
         "committed_ack",
+        "deaf",
         "direction",
         "epoch",
         "fin_done",
@@ -67,11 +71,16 @@ class Twin(Givable, ABC):
         "send",
         "sfin",
         "sfin_at",
+        "signed",
+        "spared",
         "srst",
         "srst_at",
         "ssyn",
         "stuck",
+        "surg",
+        "unfit",
         "unverifiable",
+        "urg_done",
         "ver",
         "verdict",
         "when",
@@ -92,6 +101,13 @@ class Twin(Givable, ABC):
         self.committed_ack: int | None = None
         self.fin_done: int | None = None  # place of the FIN that was released
         self.rst_done: set[tuple[bool, int]] = set()
+        self.urg_done: tuple[int, ...] = ()  # where urgent data ended that was released, the latest
+        #: AE, CWR and ECE are AccECN's counter; None: that was asked for, the answer is not known
+        self.ace: bool | None = False
+        self.signed = False  # its segments are: they leave as they are, or not at all
+        self.deaf = False  # the SVM's numbers are others: it cannot take what the client signs
+        self.unfit = False  # not for tier K, whose headers are of other segments than theirs
+        self.spared = 0  # IP ids given out
         self.windows = WindowGate()
         self.hist = History()
         self.hist_cap = 0  # as far as the engine has accounted for it
@@ -107,6 +123,7 @@ class Twin(Givable, ABC):
         self.sack: int | None = None  # highest ack
         # what it sent again and the history does not reach: seq, frame, off, end
         self.again: list[tuple[int, bytes, int, int]] = []
+        self.surg: tuple[int, ...] = ()  # where urgent data ends of which the PVM has not spoken
         self.sfin: int | None = None
         self.sfin_at = self.srst_at = 0
         self.srst: list[tuple[bool, int]] = []  # resets with no twin yet
@@ -146,6 +163,7 @@ class Twin(Givable, ABC):
     def new_epoch(self, epoch: int) -> None:
         """Forget what the SVM of the old epoch said (I7). The engine resets its own counts."""
         self.epoch = epoch
+        self.deaf = False  # a copy has the same numbers: nothing is translated any more
         self.windows.new_epoch()
         self.asked = self.stuck = False
         self.unverifiable = False
@@ -165,6 +183,7 @@ class Twin(Givable, ABC):
         """Forget everything, as of a connection that is met for the first time."""
         self.base = self.isn = self.committed_ack = self.fin_done = None
         self.rst_done.clear()
+        self.urg_done = ()
         self.windows = WindowGate()
         self.hist.clear()
         self.offered, self.calm = False, 0
@@ -197,12 +216,20 @@ class Twin(Givable, ABC):
         self.ooo.clear()
         self.again.clear()
         self.sack = self.sfin = self.ssyn = None
+        self.surg = ()
         self.srst.clear()
 
     def drop_svm(self) -> None:
         # as above in the middle of an epoch, where the engine counts what is stashed
         self.host.svm_packets -= len(self.chunks) + len(self.ooo)
         self.forget_svm()
+
+    def spare_ids(self, p: Packet, n: int) -> int:
+        """See SpareIds. Half the numbers away: a guest that counts gets there last, and one that
+        draws its ids (RFC 7739) as seldom there as anywhere."""
+        first = ip_id(p) + FAR + self.spared
+        self.spared = (self.spared + n) % SPARE
+        return first & 0xFFFF
 
     # -- the SVM's frames
 
@@ -222,6 +249,8 @@ class Twin(Givable, ABC):
                 if a is None or 0 < (p.ack - a) & MASK < HALF:
                     self.sack = p.ack
                 self.windows.svm(p)
+            if flags & URG:
+                self._svm_urgent(urgent_position(p))
             if p.off != p.end:
                 self._svm_data(p, now_ns)
             if flags & FIN:
@@ -229,10 +258,12 @@ class Twin(Givable, ABC):
         if self.held:
             self.pump(now_ns)
         windows = self.windows
-        if windows.shrunk and not self.held and (update := windows.update(self.base)) is not None:
-            self.host.count("window_updates")
-            update.ts_ns = now_ns  # made now: nothing has waited
-            self.leave(update, now_ns)
+        if windows.shrunk and not self.held:
+            update = windows.update(self.base, self.spare_ids, self.ace)
+            if update is not None:
+                self.host.count("window_updates")
+                update.ts_ns = now_ns  # made now: nothing has waited
+                self.leave(update, now_ns)
         if not self.when and (self.chunks or self.ooo or flags & FLAGS):
             self.host.arm(self, now_ns + self.host.timeout_ns)
 
@@ -316,6 +347,12 @@ class Twin(Givable, ABC):
                 continue
             self.chunks.append((frame, off - d, end, at))
             self.send = (self.send + end - off + d) & MASK
+
+    def _svm_urgent(self, end: int) -> None:
+        # Of bytes that have left the PVM's word counts, which was compared when they did.
+        ahead = self.base is None or diff(end, self.base) > 0
+        if ahead and end not in self.surg and end not in self.urg_done:
+            self.surg = (*self.surg[1 - MAX_URGENT :], end)
 
     def _svm_fin(self, f: int, now_ns: int) -> None:
         ours = self.send is not None  # else the SVM is one incarnation ahead of the PVM

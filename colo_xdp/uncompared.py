@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from .comparer import Comparer, Flow, Held, Host
@@ -73,56 +75,93 @@ class Passed:
         return True
 
 
-class _Watching:
+@dataclass(slots=True)
+class Budget:
+    """What is kept to compare watched flows behind, of all of them together: nothing that leaves
+    waits for it, so it has no part in what may be held."""
+
+    max_packets: int  # of either side
+    max_bytes: int  # of the PVM
+    pvm_packets: int = 0
+    pvm_bytes: int = 0
+    svm_packets: int = 0
+    #: left in a checkpoint or shortly before, to be compared when it is over
+    frames: deque[Held] = field(default_factory=deque)
+
+    def full(self) -> bool:
+        """Whether no frame more of the PVM can be kept."""
+        return self.pvm_packets >= self.max_packets or self.pvm_bytes >= self.max_bytes
+
+    def clear(self) -> None:
+        """Nothing is kept any more."""
+        self.pvm_packets = self.pvm_bytes = self.svm_packets = 0
+        self.frames.clear()
+
+    def commit(self, of: Callable[[Packet, bool], Comparer | None], stop_ns: int) -> list[Held]:
+        """A checkpoint contains what was captured at stop_ns or before; the rest of what is kept,
+        for catch_up()."""
+        kept = list(self.frames)
+        self.clear()
+        for rec, p, _ in kept:
+            if rec.ts_ns <= stop_ns and (flow := of(p, False)) is not None:
+                flow.commit(p)
+        return [held for held in kept if held[0].ts_ns > stop_ns]
+
+
+class Watching:
     """The engine as a watched flow's comparer sees it: nothing is released, nobody asked."""
 
-    __slots__ = ("_engine", "_flow")
+    __slots__ = ("_budget", "_engine", "_flow")
 
-    def __init__(self, engine: Host, flow: Watched) -> None:
-        self._engine, self._flow = engine, flow
+    def __init__(self, engine: Host, flow: Watched, budget: Budget) -> None:
+        self._engine, self._flow, self._budget = engine, flow, budget
 
     epoch = property(lambda self: self._engine.epoch)
     timeout_ns = property(lambda self: self._engine.timeout_ns)
     grace_ns = property(lambda self: self._engine.grace_ns)
-    max_packets = property(lambda self: self._engine.max_packets)
-    max_bytes = property(lambda self: self._engine.max_bytes)
+    max_packets = property(lambda self: self._budget.max_packets)
+    max_bytes = property(lambda self: self._budget.max_bytes)
     max_stream = property(lambda self: self._engine.max_stream)
     max_history = property(lambda self: self._engine.max_history)
 
     @property
     def pvm_packets(self) -> int:
-        return self._engine.pvm_packets
+        return self._budget.pvm_packets
 
     @pvm_packets.setter
     def pvm_packets(self, n: int) -> None:
-        self._engine.pvm_packets = n
+        self._budget.pvm_packets = n
 
     @property
     def pvm_bytes(self) -> int:
-        return self._engine.pvm_bytes
+        return self._budget.pvm_bytes
 
     @pvm_bytes.setter
     def pvm_bytes(self, n: int) -> None:
-        self._engine.pvm_bytes = n
+        self._budget.pvm_bytes = n
 
     @property
     def svm_packets(self) -> int:
-        return self._engine.svm_packets
+        return self._budget.svm_packets
 
     @svm_packets.setter
     def svm_packets(self, n: int) -> None:
-        self._engine.svm_packets = n
+        self._budget.svm_packets = n
 
     def emit(self, rec: Record, now_ns: int) -> None:
         """It has left long ago."""
 
     def ask(self, cause: Cause, flow: Flow, evidence: Evidence = NO_EVIDENCE) -> None:
-        self._engine.noticed(cause, flow, evidence)
+        if cause is Cause.QUEUE_FULL:
+            self._engine.count("watched_given_up")  # no difference: nobody knows
+        else:
+            self._engine.noticed(cause, flow, evidence)
         self._flow.lost = True
         self._engine.arm(self._flow, 1)  # not here: the comparer is in the middle of something
 
     def count(self, name: str, n: int = 1) -> None:
-        self._engine.count(name, n)
+        if name not in ("queue_full_dropped", "svm_queue_full_dropped"):  # see ask()
+            self._engine.count(name, n)
 
     def uncompared(self, verdict: Verdict) -> None:
         self._engine.uncompared(verdict)
@@ -144,28 +183,53 @@ class Watched(Passed):
     """A flow whose frames leave at once and are compared behind.
 
     After a difference the two guests go apart with no checkpoint to bring them together, so
-    nothing more is learnt from it before the next one: `lost`.
+    nothing more is learnt from it before the next one: `lost`. So it is if more waits to be
+    compared than the budget has room for.
     """
 
-    __slots__ = ("inner", "lost")
+    __slots__ = ("_budget", "_missed", "inner", "lost")
 
     inner: Comparer
 
     def __init__(
-        self, host: Host, key: FlowKey, epoch: int, verdict: Verdict, direction: str, text: str
-    ) -> None:
+        self, host: Host, key: FlowKey, epoch: int, verdict: Verdict, direction: str, text: str,
+        budget: Budget,
+    ) -> None:  # fmt: skip
         super().__init__(host, key, epoch, verdict, direction, text)
         self.lost = False
+        self._missed = False  # frames of the epoch that begins next
+        self._budget = budget
 
     def watcher(self) -> Host:
         """The host for `inner`."""
-        return _Watching(self.host, self)
+        return Watching(self.host, self, self._budget)
 
     def pvm(self, rec: Record, p: Packet, now_ns: int) -> None:
         super().pvm(rec, p, now_ns)
+        rec.sent = True
+        self.compare(rec, p, now_ns)
+
+    def compare(self, rec: Record, p: Packet, now_ns: int) -> None:
+        """Behind: it has left."""
         if not self.lost:
-            rec.sent = True
             self.inner.pvm(rec, p, now_ns)
+
+    def pvm_in_checkpoint(self, rec: Record, p: Packet, now_ns: int) -> None:
+        """It leaves at once, and is compared when the next epoch has begun."""
+        super().pvm(rec, p, now_ns)
+        rec.sent = True
+        if self._budget.full():
+            self.miss()
+            return
+        self._budget.pvm_packets += 1
+        self._budget.pvm_bytes += len(rec.frame)
+        self._budget.frames.append((rec, p, now_ns))
+
+    def miss(self) -> None:
+        """A frame of the epoch that begins next was not kept."""
+        if not self._missed:
+            self._missed = True
+            self.host.count("watched_given_up")
 
     def svm(self, p: Packet, now_ns: int) -> None:
         if self.lost:
@@ -177,8 +241,8 @@ class Watched(Passed):
         """After a difference: what was kept to compare with is of no more use."""
         if self.lost:
             for rec, _, _ in self.inner.unhold():
-                self.host.pvm_packets -= 1
-                self.host.pvm_bytes -= len(rec.frame)
+                self._budget.pvm_packets -= 1
+                self._budget.pvm_bytes -= len(rec.frame)
             self.inner.drop_svm()
         return 0
 
@@ -187,7 +251,7 @@ class Watched(Passed):
 
     def new_epoch(self, epoch: int) -> None:
         super().new_epoch(epoch)
-        self.lost = False
+        self.lost, self._missed = self._missed, False
         self.inner.new_epoch(epoch)
 
     def quiet(self) -> bool:
@@ -195,3 +259,11 @@ class Watched(Passed):
 
     def closed(self) -> bool:
         return self.inner.closed()
+
+
+def catch_up(flow: Comparer | None, rec: Record, p: Packet, now_ns: int) -> None:
+    """A frame that has left, to be compared under the epoch that has begun."""
+    if isinstance(flow, Watched):
+        flow.compare(rec, p, now_ns)
+    elif flow is not None and not isinstance(flow, Passed):  # the rules are others now
+        flow.pvm(rec, p, now_ns)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from ._seq import HALF, MASK, diff, later
 from .packet import ACK, RST, SYN, Packet, tcp_options
 from .record import Record
-from .segment import bare_ack, with_window
+from .segment import SpareIds, bare_ack, with_window
 
 #: the client is told of a window that has grown by so many bytes since the last frame it got
 _UPDATE = 4 * 1448
@@ -133,14 +133,14 @@ class WindowGate:
         self._edge = (s_ack + (w.svm << w.scale)) & MASK
         self._advertised = (out_ack + (w.told << w.scale)) & MASK
 
-    def limit(self, rec: Record, p: Packet) -> tuple[Record, bool]:
+    def limit(self, rec: Record, p: Packet, spare: SpareIds) -> tuple[Record, bool]:
         """A frame about to leave, and whether its window had to be cut."""
         shift = self._shift
         if shift is None or p.flags & (ACK | SYN | RST) != ACK:
             if p.flags & SYN and p.window > self._syn:
-                return with_window(rec, p, self._syn), True
+                return with_window(rec, p, self._syn, spare), True
             if shift is None and p.flags & (ACK | SYN | RST) == ACK:
-                return self._limit_unscaled(rec, p)
+                return self._limit_unscaled(rec, p, spare)
             return rec, False
         offered = (p.ack + (p.window << shift)) & MASK
         last = self._offered
@@ -152,23 +152,25 @@ class WindowGate:
             allowed = max(0, diff(edge, p.ack)) >> shift
             if allowed < p.window:
                 self.shrunk = (rec, p)
-                rec, cut = with_window(rec, p, allowed), True
+                rec, cut = with_window(rec, p, allowed, spare), True
                 offered = (offered - over) & MASK
         last = self._advertised
         if last is None or 0 < (offered - last) & MASK < HALF:
             self._advertised = offered
         return rec, cut
 
-    def _limit_unscaled(self, rec: Record, p: Packet) -> tuple[Record, bool]:
+    def _limit_unscaled(self, rec: Record, p: Packet, spare: SpareIds) -> tuple[Record, bool]:
         self.shrunk = None
         self._offer, self._told = (p.ack, p.window), p.window
         seen = self._seen
         if seen is None or diff(seen[0], p.ack) < 0 or p.window <= seen[1]:
             return rec, False
         self.shrunk, self._told = (rec, p), seen[1]
-        return with_window(rec, p, seen[1]), True
+        return with_window(rec, p, seen[1], spare), True
 
-    def _update_unscaled(self, base: int | None) -> Record | None:
+    def _update_unscaled(
+        self, base: int | None, spare: SpareIds, ace: bool | None
+    ) -> Record | None:
         if self.shrunk is None or self._seen is None:
             return None
         rec, p = self.shrunk
@@ -178,12 +180,13 @@ class WindowGate:
         self._told = value
         if value == p.window:
             self.shrunk = None
-        return bare_ack(rec, p, p.seq if base is None else base, value)
+        return bare_ack(rec, p, p.seq if base is None else base, value, spare, ace)
 
-    def update(self, base: int | None) -> Record | None:
-        """A bare ACK at sequence number `base`, if the client should be told of more room."""
+    def update(self, base: int | None, spare: SpareIds, ace: bool | None) -> Record | None:
+        """A bare ACK at sequence number `base`, if the client should be told of more room.
+        spare, ace: see segment.py."""
         if self._shift is None:
-            return self._update_unscaled(base)
+            return self._update_unscaled(base, spare, ace)
         if self.shrunk is None or self._edge is None or self._advertised is None:
             return None
         rec, p = self.shrunk
@@ -195,4 +198,4 @@ class WindowGate:
         self._advertised = (p.ack + (value << self._shift)) & MASK
         if value == p.window:
             self.shrunk = None
-        return bare_ack(rec, p, p.seq if base is None else base, value)
+        return bare_ack(rec, p, p.seq if base is None else base, value, spare, ace)

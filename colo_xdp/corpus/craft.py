@@ -23,7 +23,7 @@ GUEST, CLIENT = bytes.fromhex("525400000001"), bytes.fromhex("525400000002")
 FLAGS = {"F": 1, "S": 2, "R": 4, "P": 8, "A": 16, "U": 32, "E": 64, "C": 128}
 DEFAULTS: Mapping[str, Any] = {
     "isn": 1000, "ack": 5000, "win": 64000, "sport": 80, "dport": 40000, "id": 1, "ttl": 64,
-    "tos": 0, "urg": 0, "type": 0, "code": 0, "eid": 7, "eseq": 1, "num": 47, "badsum": 0,
+    "tos": 0, "urg": 0, "ae": 0, "type": 0, "code": 0, "eid": 7, "eseq": 1, "num": 47, "badsum": 0,
     "iplen": 0, "src": "10.0.0.1", "dst": "10.0.0.2", "opt": "", "ipopt": "", "hex": "",
     "padbyte": 0, "label": 0,
 }  # fmt: skip
@@ -91,7 +91,8 @@ def _tcp(g: Callable[[str], Any], s: dict[str, Any], pseudo: Callable[[int, int]
     seq = s.get("seq", g("isn") + 1 + s.get("at", 0)) & 0xFFFFFFFF
     head = struct.pack(
         "!HHIIBBHHH", g("sport"), g("dport"), seq, g("ack") & 0xFFFFFFFF,
-        (s.get("doff", 5 + len(opt) // 4) & 15) << 4, s.get("flags", 0x18 if body else 0x10),
+        (s.get("doff", 5 + len(opt) // 4) & 15) << 4 | g("ae"),
+        s.get("flags", 0x18 if body else 0x10),
         g("win"), 0, g("urg"),
     )  # fmt: skip
     seg = head + opt + body

@@ -21,8 +21,9 @@ def csum(data: bytes, start: int = 0) -> int:
 
 
 def _frame(
-    proto: int, l4: bytes, at: int, partial: bool, v6: bool, vlan: int, reverse: bool
-) -> bytes:
+    proto: int, l4: bytes, at: int, partial: bool, v6: bool, vlan: int, reverse: bool,
+    tos: int = 0, ident: int = 1, df: bool = True,
+) -> bytes:  # fmt: skip
     if v6:
         a, b = (socket.inet_pton(socket.AF_INET6, x) for x in ("fd09::2", "fd09::1"))
     else:
@@ -34,10 +35,12 @@ def _frame(
     value = pseudo if partial else 0xFFFF & ~csum(l4, pseudo)
     l4 = l4[:at] + struct.pack("!H", value) + l4[at + 2 :]
     if v6:
-        ip = struct.pack("!IHBB", 0x60000000, len(l4), proto, 64) + a + b
+        ip = struct.pack("!IHBB", 0x60000000 | tos << 20, len(l4), proto, 64) + a + b
         et = 0x86DD
     else:
-        ip = struct.pack("!BBHHHBBH", 0x45, 0, 20 + len(l4), 1, 0x4000, 64, proto, 0) + a + b
+        ip = struct.pack(
+            "!BBHHHBBH", 0x45, tos, 20 + len(l4), ident, 0x4000 * df, 64, proto, 0
+        ) + a + b  # fmt: skip
         ip = ip[:10] + struct.pack("!H", 0xFFFF & ~csum(ip)) + ip[12:]
         et = 0x0800
     tag = struct.pack("!HH", 0x8100, vlan) if vlan else b""
@@ -58,13 +61,21 @@ def tcp(
     vlan: int = 0,
     reverse: bool = False,
     window: int = 4096,
+    reserved: int = 0,
+    urgent: int = 0,
+    tos: int = 0,
+    ident: int = 1,
+    df: bool = True,
 ) -> bytes:
-    """A TCP frame of the guest (reverse: of the client)."""
+    """A TCP frame of the guest (reverse: of the client). reserved: the bits behind the header's
+    length, AE being 1."""
     if reverse:
         sport, dport = dport, sport
-    doff = (20 + len(options)) // 4 << 4
-    head = struct.pack("!HHIIBBHHH", sport, dport, seq, ack, doff, flags, window, 0, 0)
-    return _frame(6, head + options + payload, 16, partial, v6, vlan, reverse)
+    doff = (20 + len(options)) // 4 << 4 | reserved
+    head = struct.pack("!HHIIBBHHH", sport, dport, seq, ack, doff, flags, window, 0, urgent)
+    return _frame(
+        6, head + options + payload, 16, partial, v6, vlan, reverse, tos, ident, df
+    )  # fmt: skip
 
 
 def udp(

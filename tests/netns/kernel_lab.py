@@ -25,7 +25,7 @@ from tests.netns.frames import checksum_fits
 from tests.sim.fast import STASH, STASH_SIZE
 
 M32 = 0xFFFFFFFF
-ACK, PSH, FIN, SYN, RST, URG = 0x10, 0x08, 0x01, 0x02, 0x04, 0x20
+ACK, PSH, FIN, SYN, RST, URG, ECE, CWR = 0x10, 0x08, 0x01, 0x02, 0x04, 0x20, 0x40, 0x80
 TS = b"\1\1\x08\x0a"
 STASHES = 5
 BLOB = random.Random(1).randbytes(1 << 20)

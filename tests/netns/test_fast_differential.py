@@ -13,11 +13,14 @@ import pytest
 
 from colo_xdp import _bpf, abi
 from colo_xdp.abi import SIDE_PVM, SIDE_SVM, TIER_K, Cfg, CtlOp, CtlResult, Mode, Prog, Reason
+from colo_xdp.rewrite import parse
 from colo_xdp.ring import Event
 from tests.netns.conftest import Net, inside, sh
 from tests.netns.frames import tcp, udp
 from tests.netns.kernel_lab import (
     ACK,
+    CWR,
+    ECE,
     FIN,
     M32,
     PSH,
@@ -147,7 +150,7 @@ class Run:
         words = abi.GIVE.pack(
             self.model.epoch - (rnd.random() < 0.02), *(self.at(t, rel),),
             *((t.client0 + a) & M32 for a in (*t.ack, told)),
-            *t.win, rnd.choice((min(t.win), t.win[0] // 3)), rnd.choice((536, 1448, 100, 8948)),
+            *t.win, rnd.choice((min(t.win), t.win[0] // 3)), rnd.choice((536, 1448, 100, 8948, 0)),
             self.at(t, rel + out), self.at(t, rel - past), ahead, pending, l4,
             doff if header else 0, header[: l4 + doff], rnd.randbytes(64),
         )  # fmt: skip
@@ -164,7 +167,10 @@ class Run:
     def segment(self, t: Talk, side: int, pos: int, data: bytes, **k: Any) -> bytes:
         ack, win = (t.client0 + t.ack[side]) & M32, t.win[side]
         options = TS + self.rnd.randbytes(8) if t.options == TS else t.options
-        k = {"options": options, "flags": ACK | PSH * self.rnd.randrange(2), "window": win} | k
+        k = {
+            "options": options, "flags": ACK | PSH * self.rnd.randrange(2), "window": win,
+            "tos": self.rnd.choice((0, 2, 0xB9)), "ident": self.rnd.getrandbits(16),
+        } | k  # fmt: skip
         return tcp(data, seq=self.at(t, pos), ack=ack, dport=t.port, v6=t.v6, **k)
 
     def frame(self, t: Talk) -> None:
@@ -175,7 +181,7 @@ class Run:
             side, lead = 1 - side, -lead
         pos, n = t.pos[side], 0
         k: dict[str, Any] = {}
-        if t.end is None and rnd.random() < 0.03:
+        if t.end is None and rnd.random() < 0.05:
             t.end = max(t.pos) + rnd.choice((0, 0, 0, 500, 3000))
         if rnd.random() < 0.3:
             t.ack[side] += rnd.choice((1, 100, 3000))
@@ -208,10 +214,16 @@ class Run:
         if x < 0.01 and n:
             data[rnd.choice((0, n - 1, rnd.randrange(n)))] ^= 1 << rnd.randrange(8)
         elif x < 0.02:
-            k["flags"] = rnd.choice((ACK | FIN, SYN, RST, ACK | RST, 0, ACK | URG, ACK | 0x40))
-        elif x < 0.025:
+            k["flags"] = rnd.choice(
+                (ACK | FIN, SYN, RST, ACK | RST, 0, ACK | URG, ACK | ECE, ACK | CWR)
+            )
+        elif x < 0.023:
+            k["reserved"] = rnd.choice((1, 1, 8))  # AE, and what nobody has named
+        elif x < 0.026:
+            k["df"] = False
+        elif x < 0.031:
             k["options"] = rnd.choice((b"", TS + bytes(8), b"\1" * 4, b"\1" * 12))
-        elif x < 0.028 and n < 3900:
+        elif x < 0.034 and n < 3900:
             k["vlan"] = 7
         partial, gso = rnd.random() < 0.5 and "vlan" not in k, 0
         if n > 3900 or (n > 600 and "vlan" not in k and rnd.random() < 0.3):
@@ -310,6 +322,7 @@ class Run:
         elif x < 0.012:
             busy, m.conns[t.key].lock = True, 1
             lab.conns.set(t.key, struct.pack("=Q", 1) + (lab.conns.get(t.key) or b"")[8:])
+        rel = m.conns[t.key].rel
         fate = m.fast(
             side, frame, self.now, gso_size=gso, partial=partial,
             epoch=epoch if epoch == m.epoch else -1,
@@ -325,6 +338,9 @@ class Run:
             self.seen.update(f"udp {name}" for name in (*expected, *(r.name for r in said)))
         elif frame[(54 if t.v6 else 34) + 13] & (FIN | SYN | RST) == FIN:
             self.seen.update(f"fin {name}" for name in expected)
+        if side == SIDE_SVM and fate.reason == Reason.FAST_REBUILT:
+            whole = (m.conns[t.key].rel - rel) & M32 == parse(frame).payload_len
+            self.seen["cut to the PVM's size"] += whole
         if side == SIDE_PVM and fate.reason == Reason.FAST_ACKED:
             self.seen["asked the client"] += 1
         if side == SIDE_PVM and not self.uplink and fate.reason in (
@@ -447,10 +463,10 @@ def test_kernel_and_model_decide_alike(lab: Lab) -> None:
         seen += Run(lab, seed).go(STEPS)
     everything = {r.name for r in Reason if r.name.startswith(("FAST_", "HAND_"))}
     missed = everything - {Reason.HAND_HELPER.name} - set(seen)
-    assert seen["asked the client"] > 20, seen
+    assert seen["asked the client"] > 20 and seen["cut to the PVM's size"] > 100, seen
     for name in ("HELD", "PASSED", "RELEASED"):
         assert seen[f"udp FAST_{name}"] > 300, seen
-        assert seen[f"fin FAST_{name}"] > 8, seen
+        assert seen[f"fin FAST_{name}"] > 5, seen
     for name in ("MODE", "ODD", "DIFFERS", "NO_STASH", "FULL"):
         assert seen[f"udp HAND_{name}"] > 3, seen
     assert not missed and min(seen[f"GIVE {r}"] for r in ("DONE", "REFUSED", "FULL")), seen

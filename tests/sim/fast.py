@@ -27,6 +27,7 @@ M32 = 0xFFFFFFFF
 FIN, SYN, RST, PSH, ACK = 0x01, 0x02, 0x04, 0x08, 0x10
 STASH, PROBES, MAX_PIECES = abi.STASH, 8, 50  # COLO_STASH, COLO_STASH_PROBES, COLO_MAX_PIECES
 STEP, STEPS = 4096, 20  # COLO_STEP, COLO_STEPS
+MAX_PIECE, SURE_MSS = 2047, 500  # COLO_MAX_PIECE, COLO_SURE_MSS
 SEEN_STEP_NS = 1_000_000_000
 FAST_NO = 0
 TIMESTAMPS = b"\x01\x01\x08\x0a"  # RFC 7323 appendix A
@@ -343,8 +344,12 @@ class TierK:
             self.told(c, ack, win)
         w.out.append(Out(bytes(frame), w.gso_size, w.partial))
 
+    @staticmethod
+    def piece_size(c: Conn) -> int:
+        return min(c.mss, MAX_PIECE)
+
     def send_piece(self, c: Conn, w: Work, new: bytearray, n: int, pos: int) -> None:
-        assert n < 2048, "BOUND1 in send_piece()"
+        assert n <= MAX_PIECE, "BOUND1 in send_piece()"
         body = bytes(self.ring(c.stash)[pos : pos + n]) if n else b""
         self.set_lengths(c, new, n)
         struct.pack_into("!I", new, c.l4 + 4, (c.rel - w.probe) & M32)
@@ -361,12 +366,14 @@ class TierK:
 
     def send_pieces(self, c: Conn, w: Work) -> None:
         new = self.new_header(c, c.rel, 0, 0)
+        if w.upto == c.rel:
+            new[15] &= 0xFC if c.l4 == 34 else 0xCF
         for i in range(MAX_PIECES):
             n = (w.upto - c.rel) & M32
             if i and not n:
                 break
             pos = (c.rel - c.org) % STASH
-            n = min(n, c.mss, STASH - pos)
+            n = min(n, self.piece_size(c), STASH - pos)
             self.send_piece(c, w, new, n, pos)
         self.told(c, self.allowed_ack(c), self.allowed_win(c))
 
@@ -378,10 +385,24 @@ class TierK:
         v6 = w.frame[12:14] == b"\x86\xdd"
         if w.frame[12:14] not in (b"\x08\x00", b"\x86\xdd") or p.l4_off != (54 if v6 else 34):
             return False
-        if p.flags & ~(PSH | FIN) != ACK:
+        if p.flags & ~(PSH | FIN) != ACK or w.frame[p.l4_off + 12] & 0x0F:
+            return False
+        if w.side == SIDE_PVM and not v6 and not w.frame[20] & 0x40:
             return False
         options = w.frame[p.l4_off + 20 : p.l4_off + 24]
         return p.doff == 20 or (p.doff == 32 and options == TIMESTAMPS)
+
+    @staticmethod
+    def note_size(c: Conn, n: int, surely: bool) -> None:
+        if n > c.mss:
+            c.mss = n
+        elif n and surely:
+            c.mss = max(n, min(c.mss, SURE_MSS))
+
+    @staticmethod
+    def larger(c: Conn, w: Work) -> bool:
+        """Whether the SVM's segments are longer than the PVM's."""
+        return w.side == SIDE_SVM and (w.gso_size or w.p.payload_len) > c.mss
 
     def hear_pvm(self, c: Conn, w: Work) -> int:
         p, win, span = w.p, w.win, w.p.payload_len + w.fin
@@ -391,8 +412,8 @@ class TierK:
             return Reason.HAND_ODD
         if not span and c.pending and p.ack == c.p_ack and win == c.p_win:
             return Reason.HAND_ODD
-        if c.mss < n <= 2047:
-            c.mss = n
+        anew = c.rel == c.nxt or c.ahead != SIDE_PVM
+        self.note_size(c, n, bool(w.gso_size) or not p.flags & PSH or anew)
         if early and not self.stash_claim(c, w.key):
             return Reason.HAND_NO_STASH
         if seq_later(c.p_ack, p.ack):
@@ -449,19 +470,23 @@ class TierK:
             c.org = c.rel
         w.at, w.seq = p.l4_off + p.doff, p.seq
         w.equal = size if again else min(size, out) if meets else 0
-        w.upto = c.nxt if not again and w.equal and size > out else c.rel
+        w.upto = c.rel
+        if not again and w.equal and (size > out or self.larger(c, w)):
+            w.upto = (c.rel + w.equal) & M32
         w.left = 0 if again and (side == SIDE_SVM or not kept) else size
         w.probe = int(again and side == SIDE_PVM and not kept)
         w.moves = 0 if again else span
         meets = meets and bool(span) and not again
         same = c.l4 == p.l4_off and c.doff == p.doff
+        pieces = (w.upto - c.rel) & M32
+        limit = self.piece_size(c) * (MAX_PIECES - 2)
         made = meets and (side == SIDE_SVM or size > out)
-        if made and (not same or size > out > c.mss * (MAX_PIECES - 2)):
+        if made and (not same or pieces > limit or (w.fin and pieces)):
             return Reason.HAND_ODD
         if again and side == SIDE_PVM:
             w.act = PASS if kept else PIECES
         elif meets:
-            w.act = PIECES if size > out else PASS if side == SIDE_PVM else TURN
+            w.act = PIECES if pieces else PASS if side == SIDE_PVM else TURN
         elif side == SIDE_PVM:
             if not span and not (out and c.ahead == SIDE_PVM) and not seq_later(p.ack, c.s_ack):
                 w.act = PASS
@@ -668,7 +693,7 @@ class TierK:
             return CtlResult.FULL
         c.epoch, c.rel, c.org, c.nxt, c.ahead = epoch, rel, org, nxt, ahead
         c.p_ack, c.s_ack, c.out_ack = p_ack, s_ack, out_ack
-        c.p_win, c.s_win, c.out_win, c.mss = p_win, s_win, out_win, min(mss, 2047)
+        c.p_win, c.s_win, c.out_win, c.mss = p_win, s_win, out_win, mss
         c.pending, c.l4, c.doff, c.hdr, c.memo, c.seen_ns = pending, l4, doff, hdr, memo, now
         c.fin_known = 0
         self.outstanding_since(c, since if nxt != rel or pending else 0)

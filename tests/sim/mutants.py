@@ -221,8 +221,8 @@ def parts_leave_unverified(mp: Any) -> None:
 def split_without_a_new_checksum(mp: Any) -> None:
     real = stream.split
 
-    def split(rec: Any, p: Any, n: int) -> Any:
-        (a, pa), (b, pb) = real(rec, p, n)
+    def split(rec: Any, p: Any, n: int, *how: Any) -> Any:
+        (a, pa), (b, pb) = real(rec, p, n, *how)
         raw = bytearray(a.frame)
         raw[pa.l4 + 16 : pa.l4 + 18] = rec.frame[p.l4 + 16 : p.l4 + 18]
         a.frame = bytes(raw)
@@ -233,7 +233,7 @@ def split_without_a_new_checksum(mp: Any) -> None:
 
 @_mutant
 def no_window_gate(mp: Any) -> None:
-    mp.setattr(WindowGate, "limit", lambda self, rec, p: (rec, False))
+    mp.setattr(WindowGate, "limit", lambda self, rec, p, spare: (rec, False))
 
 
 @_mutant
@@ -383,7 +383,7 @@ def syn_windows_ungated(mp: Any) -> None:
 
 @_mutant
 def windows_ungated_with_no_scale(mp: Any) -> None:
-    mp.setattr(WindowGate, "_limit_unscaled", lambda self, rec, p: (rec, False))
+    mp.setattr(WindowGate, "_limit_unscaled", lambda self, rec, p, spare: (rec, False))
 
 
 @_mutant
@@ -637,6 +637,40 @@ def stashes_are_never_taken_from_others(mp: Any) -> None:
         return taken, since or 1, key
 
     mp.setattr(TierK, "owner", owner)
+
+
+@_kernel_mutant
+def segments_of_the_svm_leave_whatever_their_size(mp: Any) -> None:
+    mp.setattr(TierK, "larger", staticmethod(lambda c, w: False))
+
+
+@_kernel_mutant
+def the_size_of_segments_only_grows(mp: Any) -> None:
+    real = TierK.note_size
+    mp.setattr(TierK, "note_size", staticmethod(lambda c, n, surely: real(c, n, False)))
+
+
+@_kernel_mutant
+def any_ip_packet_may_lend_its_id(mp: Any) -> None:
+    def is_plain(w: Work) -> bool:
+        frame = bytearray(w.frame)
+        if frame[12:14] == b"\x08\x00":
+            frame[20] |= 0x40
+        return real(replace(w, frame=bytes(frame)))
+
+    real = TierK.is_plain
+    mp.setattr(TierK, "is_plain", staticmethod(is_plain))
+
+
+@_kernel_mutant
+def an_ae_bit_is_nothing_odd(mp: Any) -> None:
+    def is_plain(w: Work) -> bool:
+        frame, at = bytearray(w.frame), w.p.l4_off + 12
+        frame[at] &= 0xF0
+        return real(replace(w, frame=bytes(frame)))
+
+    real = TierK.is_plain
+    mp.setattr(TierK, "is_plain", staticmethod(is_plain))
 
 
 @_kernel_mutant

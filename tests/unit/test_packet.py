@@ -55,8 +55,11 @@ def test_ip_options() -> None:
 
 def test_tcp_options() -> None:
     o = tcp_options(parse(f.tcp(1, 2, flags=f.SYN, opts=f.SYN_OPTS)))
-    assert o.negotiated() == (1460, 7, True, True)
-    assert tcp_options(parse(f.tcp(1, opts=b"\2\0\0\0"))).negotiated() == (None, None, False, False)
+    assert o.negotiated() == (1460, 7, True, True, False)
+    nothing = (None, None, False, False, False)
+    assert tcp_options(parse(f.tcp(1, opts=b"\2\0\0\0"))).negotiated() == nothing
+    md5, ao = b"\1\1\x13\x12" + bytes(16), b"\x1d\x10\1\1" + bytes(12)
+    assert all(tcp_options(parse(f.tcp(1, opts=opts))).signed for opts in (md5, ao))
     assert tcp_options(parse(f.tcp(1, opts=b"\1\1\1\2"))).mss is None  # cut
     assert tcp_options(parse(f.tcp(1, opts=b"\0\3\3\7"))).wscale is None  # behind the end
     assert tcp_options(parse(f.tcp(1, v6=True, opts=b"\x08\x0a\0\0\0\1\0\0\0\2\1\1"))).ts == (1, 2)

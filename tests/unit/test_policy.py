@@ -8,8 +8,10 @@ import pytest
 from colo_xdp.abi import UNMIRRORED_KEY
 from colo_xdp.config import ConfigError, as_toml, load, parse
 from colo_xdp.flow import unmirrored_key
+from colo_xdp.limits import Limits
 from colo_xdp.packet import parse as packet
 from colo_xdp.policy import Policy, Rule, subject
+from colo_xdp.record import Record
 
 from . import frames as f
 from .test_controllers import EXAMPLES
@@ -99,6 +101,59 @@ def test_watched_flows_leave_at_once_and_are_compared_behind(mine: bytes, theirs
     assert (pair.e.held_packets, pair.e.held_bytes, pair.e.svm_packets) == (0, 0, 0)
     pair.checkpoint().p(again).s(other).wait(9000)
     assert pair.out == [mine, again, again, again]
+
+
+def log_line(i: int) -> bytes:
+    return f.udp(b"line %d" % i)
+
+
+def test_watched_flows_have_a_budget_of_their_own() -> None:
+    """What is kept to compare them with holds nobody up: a compared frame is neither dropped nor
+    delayed for it, and no checkpoint asked for."""
+    limits = Limits(max_queue_size=8, compare_timeout_ns=9_000_000_000)
+    pair = Pair(limits, policy=Policy((rule("mirror-only", protocol="udp"),)))
+    lines = [log_line(i) for i in range(9)]
+    pair.p(*lines[:8]).is_now(lines[:8])
+    assert (pair.e.held_packets, pair.e.held_bytes) == (0, 0)
+    pair.p(DATA).s(DATA).is_now([*lines[:8], DATA])
+    assert not pair.e.counters["watched_given_up"]
+    pair.p(lines[8]).wait(100).is_now([*lines[:8], DATA, lines[8]])
+    assert pair.e.counters["watched_given_up"] == 1 and not pair.found
+    assert not pair.e.counters["queue_full_dropped"]
+    pair.checkpoint().p(lines[0]).s(f.udp(b"other")).wait(100)  # compared again
+    assert len(pair.found) == 1 and not pair.found[0].asked
+    for i in range(20):  # and so of what the SVM alone says
+        pair.s(log_line(i))
+    pair.checkpoint().s(*(log_line(i) for i in range(20))).wait(100)
+    assert pair.e.counters["watched_given_up"] == 2 and len(pair.found) == 1
+    pair.s(f.tcp(104, 1, b"def")).p(f.tcp(104, 1, b"def"))
+    assert pair.out[-1] == f.tcp(104, 1, b"def")
+    assert not pair.e.counters["svm_queue_full_dropped"]
+
+
+def test_a_checkpoint_holds_no_watched_flow_up() -> None:
+    limits = Limits(max_queue_size=4, compare_timeout_ns=9_000_000_000)
+    pair = Pair(limits, policy=Policy((rule("mirror-only", protocol="udp"),)))
+    lines = [log_line(i) for i in range(8)]
+    pair.p(lines[0]).e.begin_checkpoint()
+    pair.p(lines[1]).is_now(lines[:2])
+    stop = pair.now
+    pair.wait(1).p(lines[2]).is_now(lines[:3])
+    for line in lines[2:4]:  # of the epoch that begins
+        pair.e.from_svm(Record(line, pair.now), 1, pair.now)
+    pair.e.commit_checkpoint(stop, 1, pair.now)
+    pair.p(lines[3]).wait(100).is_now(lines[:4])  # equal, also what came in between
+    assert not pair.found and not pair.e.counters["watched_given_up"]
+    pair.p(lines[4]).e.begin_checkpoint()
+    pair.p(*lines[:4]).is_now(lines[:5] + lines[:4])  # more than can be kept
+    for line in lines:  # nor do the SVM's take the place of others in the next epoch
+        pair.e.from_svm(Record(line, pair.now), 2, pair.now)
+    pair.e.from_svm(Record(DATA, pair.now), 2, pair.now)
+    pair.e.commit_checkpoint(0, 2, pair.now)
+    pair.p(DATA).wait(100).is_now([*lines[:5], *lines[:4], DATA])
+    assert pair.e.counters["watched_given_up"] == 1 and not pair.found
+    pair.checkpoint().p(lines[0]).s(f.udp(b"other")).wait(100)
+    assert len(pair.found) == 1
 
 
 def test_new_rules_take_force_with_a_checkpoint() -> None:
