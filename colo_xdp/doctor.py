@@ -110,7 +110,7 @@ def _devices(config: Config) -> Iterator[Check]:
             yield Check("hook", FAIL, str(e))
         if not net.bridge:
             yield Check("bridge", WARN, "none: after a failover the host has to route the guest")
-    if tap.xdp_prog_id and not _ours(tap.xdp_prog_id):
+    if tap.xdp_prog_id and not attach.is_ours(tap.xdp_prog_id):
         name = _bpf.prog_info_by_id(tap.xdp_prog_id).name
         yield Check("XDP", FAIL, f"{net.tap} has a program of somebody else ({name})", "remove it")
     try:
@@ -133,12 +133,6 @@ def _devices(config: Config) -> Iterator[Check]:
                     f"at least {tap.mtu + TAG_BYTES}: frames carry a tag there")  # fmt: skip
     else:
         yield Check("peer link", OK, f"{net.peer_link}, mtu {peer.mtu}")
-
-
-def _ours(prog_id: int) -> bool:
-    from . import _bpf
-
-    return _bpf.prog_info_by_id(prog_id).name == "svm_out_xdp"[:15]
 
 
 def _qemu(config: Config) -> Iterator[Check]:
