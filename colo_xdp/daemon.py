@@ -101,7 +101,7 @@ async def _serve(config: Config, datapath: DataPath) -> int:
         # Long-lived objects are not looked at again: no pause while packets wait.
         gc.freeze()
         notifier.patience(None)
-        notifier.send(READY="1", STATUS=ctl.reason)
+        notifier.send(READY="1", STATUS=ctl.told()[1])
         watcher = asyncio.create_task(ctl.finished())
         stopping = asyncio.create_task(stop.wait())
         beat = 0.0
@@ -112,7 +112,8 @@ async def _serve(config: Config, datapath: DataPath) -> int:
             now = time.monotonic()
             if now - beat >= every:
                 beat = now
-                notifier.send(WATCHDOG="1", STATUS=f"{ctl.state.value}: {ctl.reason}")
+                state, reason = ctl.told()
+                notifier.send(WATCHDOG="1", STATUS=f"{state.value}: {reason}")
         changed = ctl.role_changed and not stopping.done()
         failed = watcher.done() and not changed
         for t in (watcher, stopping):
