@@ -424,6 +424,13 @@ def changes() -> socket.socket:
     return s
 
 
+def drain(sock: socket.socket) -> None:
+    """Take all from a socket of changes(), which tells nothing but that there are some."""
+    with contextlib.suppress(OSError):  # there is nothing more, or it has overflowed
+        while sock.recv(65536):
+            pass
+
+
 def label(pair: str, prog: str) -> str:
     """Name of our filter: whose it is, and which program."""
     return f"{LABEL}:{pair}:{prog}"

@@ -45,6 +45,10 @@ class DataPathError(RuntimeError):
 class DeviceMissing(DataPathError):
     """A device is not there (yet); names its key."""
 
+    def __init__(self, why: str, device: str) -> None:
+        super().__init__(why)
+        self.device = device
+
 
 def choose_hook(wanted: str, tap: attach.LinkInfo) -> str:
     """`xdp` or `tc` for the SVM's output.
@@ -86,6 +90,8 @@ class DataPath:
             )  # fmt: skip
         peer = self._device("peer_link", net.peer_link)
         self._refuse_others()
+        if net.uplink not in ("auto", "bridge"):
+            self._device("uplink", net.uplink)  # before anything is loaded
         if tap.kind != "tun":
             raise DataPathError(f"[network] tap: {net.tap} is not a tap device (kind {tap.kind!r})")
         if self.role == "secondary" and tap.master and not word and not self._was_taken_over():
@@ -191,7 +197,7 @@ class DataPath:
         try:
             return attach.link_info(name)
         except attach.NoSuchDevice as e:
-            raise DeviceMissing(f"[network] {key}: {e}") from e
+            raise DeviceMissing(f"[network] {key}: {e}", name) from e
 
     def _refuse_others(self) -> None:
         """Before anything is loaded, attached or replaced: two pairs share no device."""

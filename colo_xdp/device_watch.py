@@ -20,9 +20,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import socket
 import time
 from typing import TYPE_CHECKING
 
+from . import attach
 from .failover import Role
 from .hooks import Look
 from .paths import LINK
@@ -103,13 +105,8 @@ class DeviceWatch:
                 loop.remove_reader(sock.fileno())
                 sock.close()
 
-    def _changes(self, sock: object) -> None:
-        """Something has changed. What it was does not matter, nor what did not fit."""
-        try:
-            while sock.recv(65536):  # type: ignore[attr-defined]
-                pass
-        except OSError:
-            pass
+    def _changes(self, sock: socket.socket) -> None:
+        attach.drain(sock)
         self._changed.set()
 
     def _found(self, look: Look) -> None:
