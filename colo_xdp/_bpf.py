@@ -9,6 +9,7 @@ kernel's errno and the command's name.
 from __future__ import annotations
 
 import ctypes as ct
+import errno
 import os
 import platform
 from dataclasses import dataclass
@@ -17,7 +18,8 @@ _SYS_BPF = {"x86_64": 321, "aarch64": 280, "riscv64": 280, "ppc64le": 361, "s390
 _libc = ct.CDLL(None, use_errno=True)
 
 _OBJ_PIN, _OBJ_GET, _PROG_TEST_RUN = 6, 7, 10
-_PROG_GET_FD_BY_ID, _OBJ_GET_INFO_BY_FD = 13, 15
+_PROG_GET_FD_BY_ID, _OBJ_GET_INFO_BY_FD, _PROG_QUERY = 13, 15, 16
+_TCX = {"ingress": 46, "egress": 47}  # BPF_TCX_INGRESS, BPF_TCX_EGRESS
 
 BPFFS_MAGIC = 0xCAFE4A11
 
@@ -32,6 +34,19 @@ class _InfoAttr(ct.Structure):
 
 class _IdAttr(ct.Structure):
     _fields_ = [("id", ct.c_uint32), ("next", ct.c_uint32), ("flags", ct.c_uint32)]
+
+
+class _QueryAttr(ct.Structure):
+    _fields_ = [
+        ("ifindex", ct.c_uint32),
+        ("attach_type", ct.c_uint32),
+        ("query_flags", ct.c_uint32),
+        ("attach_flags", ct.c_uint32),
+        ("prog_ids", ct.c_uint64),
+        ("prog_cnt", ct.c_uint32),
+        ("pad", ct.c_uint32),
+        ("rest", ct.c_uint64 * 4),
+    ]
 
 
 class _MapInfo(ct.Structure):
@@ -165,6 +180,18 @@ def prog_info_by_id(prog_id: int) -> ProgInfo:
         return prog_info(fd)
     finally:
         os.close(fd)
+
+
+def tcx_programs(ifindex: int, direction: str) -> int:
+    """How many tcx programs a device has there; none where the kernel has no tcx (before 6.6)."""
+    a = _QueryAttr(ifindex=ifindex, attach_type=_TCX[direction])
+    try:
+        _bpf(_PROG_QUERY, a, "prog query")
+    except OSError as e:
+        if e.errno in (errno.EINVAL, errno.ENODEV, errno.EPERM, errno.ENOENT):
+            return 0
+        raise
+    return int(a.prog_cnt)
 
 
 def test_run(

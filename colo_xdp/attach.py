@@ -13,9 +13,10 @@ import errno
 import fcntl
 import json
 import os
+import socket
 import struct
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ INGRESS, EGRESS = 0xFFFFFFF2, 0xFFFFFFF3  # TC_H_CLSACT | TC_H_MIN_INGRESS/EGRES
 #: order guest_out, one of the role's programs, guest_in.
 FIRST, PRIO, LAST = 1, 2, 3
 LABEL = "colo-xdp"
+XDP_NAME = "svm_out_xdp"
 
 XDP_IF_NOEXIST, XDP_SKB, XDP_DRV, XDP_REPLACE = 1, 2, 4, 16
 XDP_MODES = {0: "none", 1: "drv", 2: "skb", 3: "hw", 4: "multi"}
@@ -48,6 +50,10 @@ class NoSuchDevice(RuntimeError):
 
 class AttachError(RuntimeError):
     """A program cannot be put on a device; the text says what is in the way."""
+
+
+class Taken(AttachError):
+    """The device is another pair's, or another tool's program comes first: a person decides."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -321,18 +327,108 @@ class Manifest:
             tmp.replace(self.path)
 
 
-def _filters(ipr: Any, index: int, parent: int) -> list[tuple[int, int, str, str]]:
-    """(prio, handle, kind, name) of each filter at a hook."""
+@dataclass(frozen=True, slots=True)
+class Filter:
+    """A tc filter at a hook; `name` and `prog_id` only of kind "bpf"."""
+
+    prio: int
+    handle: int
+    kind: str
+    name: str
+    prog_id: int
+
+    @property
+    def pair(self) -> str:
+        """Whose it is, if a controller has put it there; else empty."""
+        parts = self.name.split(":")
+        return parts[1] if len(parts) == 3 and parts[0] == LABEL else ""
+
+
+def _filters(ipr: Any, index: int, parent: int) -> list[Filter]:
+    """The filters at a hook."""
     out = []
     for m in ipr.get_filters(index=index, parent=parent):
-        opts = m.get_attr("TCA_OPTIONS")
-        name = (
-            opts.get_attr("TCA_BPF_NAME") if opts is not None and hasattr(opts, "get_attr") else ""
-        )
         if not m["handle"]:
             continue  # the head of a priority chain, not a filter
-        out.append((m["info"] >> 16, m["handle"], m.get_attr("TCA_KIND") or "", name or ""))
+        name, prog = "", 0
+        opts = m.get_attr("TCA_OPTIONS")
+        if opts is not None and hasattr(opts, "get_attr"):
+            name, prog = opts.get_attr("TCA_BPF_NAME") or "", opts.get_attr("TCA_BPF_ID") or 0
+        kind = m.get_attr("TCA_KIND") or ""
+        out.append(Filter(m["info"] >> 16, m["handle"], kind, name, int(prog)))
     return out
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """A device and what is on its hooks: filters by direction ("ingress", "egress"), and how many
+    tcx programs (Linux 6.6), which run before any filter."""
+
+    info: LinkInfo
+    filters: dict[str, list[Filter]] = field(default_factory=dict)
+    tcx: dict[str, int] = field(default_factory=dict)
+
+
+_PARENTS = {"ingress": INGRESS, "egress": EGRESS}
+
+
+def look(names: Iterable[str]) -> dict[str, Seen | None]:
+    """What is on these devices now; None: there is no such device."""
+    out: dict[str, Seen | None] = {}
+    with _netlink() as ipr:
+        for name in names:
+            try:
+                info = _info(ipr.link("get", ifname=name)[0])
+                filters = {d: _filters(ipr, info.index, parent) for d, parent in _PARENTS.items()}
+            except NetlinkError as e:
+                if e.code not in (errno.ENODEV, errno.ENOENT):
+                    raise
+                out[name] = None
+                continue
+            out[name] = Seen(info, filters, {d: _bpf.tcx_programs(info.index, d) for d in filters})
+    return out
+
+
+def other_pair(dev: str, seen: Seen, pair: str) -> str:
+    """Which other pair has this device, as a sentence; empty: none."""
+    for direction, filters in seen.filters.items():
+        for f in filters:
+            if f.pair not in ("", pair):
+                return (
+                    f"{dev} {direction}: pair {f.pair} has its program {f.name.split(':')[2]} "
+                    "here, and a device serves one pair: give this one another device (a VLAN or "
+                    f"VXLAN of its own), or `colo-xdp cleanup --pair {f.pair}` if that pair is gone"
+                )
+    return ""
+
+
+def comes_first(dev: str, seen: Seen, direction: str) -> str:
+    """Whose program sees a frame there before ours and may let it pass, as a sentence."""
+    for f in seen.filters[direction]:
+        if f.prio <= LAST and not f.name.startswith(LABEL + ":"):
+            return (
+                f"{dev} {direction}: a filter of somebody else ({f.kind} {f.name!r}, priority "
+                f"{f.prio}) comes first; give it a priority above {LAST} or remove it"
+            )
+    n = seen.tcx[direction]
+    if n and seen.info.kind == "tun":  # on the peer link nothing passes to the clients' network
+        return f"{dev} {direction}: {n} tcx programs of somebody else run before ours: remove them"
+    return ""
+
+
+def changes() -> socket.socket:
+    """A socket that can be read when devices, qdiscs or filters of this namespace have changed.
+    What it says is of no use (it may overflow): look."""
+    s = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK, 0)
+    s.bind((0, 1 | 8))  # RTMGRP_LINK, RTMGRP_TC
+    return s
+
+
+def drain(sock: socket.socket) -> None:
+    """Take all from a socket of changes(), which tells nothing but that there are some."""
+    with contextlib.suppress(OSError):  # there is nothing more, or it has overflowed
+        while sock.recv(65536):
+            pass
 
 
 def label(pair: str, prog: str) -> str:
@@ -352,11 +448,19 @@ def attach_tc(
 
     Without a manifest for devices that go with their descriptor.
 
-    Raises AttachError when somebody else's filter holds the first place.
+    Raises NoSuchDevice, and Taken when another pair is there or somebody else's filter comes first.
     """
-    index = link_info(dev).index
-    parent = INGRESS if direction == "ingress" else EGRESS
+    parent = _PARENTS[direction]
     name_of = label(pair, prog.name)
+    seen = look((dev,))[dev]
+    if seen is None:
+        raise NoSuchDevice(f"network device {dev} does not exist")
+    why = other_pair(dev, seen, pair) or comes_first(dev, seen, direction)
+    if why:
+        raise Taken(why)
+    index = seen.info.index
+    # Only what is ours is replaced: another pair that has come meanwhile makes `add` fail.
+    mine = any(f.prio == prio and f.pair == pair for f in seen.filters[direction])
     with _netlink() as ipr:
         try:
             ipr.tc("add", "clsact", index)
@@ -365,27 +469,18 @@ def attach_tc(
         except NetlinkError as e:
             if e.code != errno.EEXIST:
                 raise AttachError(f"{dev}: clsact: {e}") from e
-        for at, _handle, kind, name in _filters(ipr, index, parent):
-            if at <= LAST and not name.startswith(LABEL + ":"):
-                raise AttachError(
-                    f"{dev} {direction}: a filter of somebody else ({kind} {name!r}, priority "
-                    f"{at}) comes first; give it a priority above {LAST} or remove it"
-                )
         if manifest:
             manifest.add("filters", [dev, direction, name_of])
-        ipr.tc(
-            "replace-filter",
-            "bpf",
-            index,
-            handle=1,
-            prio=prio,
-            protocol=ETH_P_ALL,
-            fd=prog.fd,
-            name=name_of,
-            parent=parent,
-            classid=1,
-            direct_action=True,
-        )
+        try:
+            ipr.tc(
+                "replace-filter" if mine else "add-filter", "bpf", index, handle=1, prio=prio,
+                protocol=ETH_P_ALL, fd=prog.fd, name=name_of, parent=parent, classid=1,
+                direct_action=True,
+            )  # fmt: skip
+        except NetlinkError as e:
+            if e.code == errno.EEXIST:
+                raise Taken(f"{dev} {direction}: another pair has just taken this device") from e
+            raise AttachError(f"{dev} {direction}: {e}") from e
 
 
 def attach_xdp(dev: str, prog: Program, manifest: Manifest, *, generic: bool = False) -> None:
@@ -400,7 +495,7 @@ def attach_xdp(dev: str, prog: Program, manifest: Manifest, *, generic: bool = F
     if info.xdp_prog_id:
         there = _bpf.prog_info_by_id(info.xdp_prog_id)
         if there.name != prog.name[:15]:
-            raise AttachError(
+            raise Taken(
                 f"{dev}: XDP program {there.name!r} (id {there.id}, {info.xdp_mode}) is not ours: "
                 "take it off first, it is not replaced"
             )
@@ -422,6 +517,14 @@ def attach_xdp(dev: str, prog: Program, manifest: Manifest, *, generic: bool = F
             os.close(old)
 
 
+def is_ours(prog_id: int) -> bool:
+    """Whether an XDP program is one that attach_xdp() has put somewhere."""
+    try:
+        return _bpf.prog_info_by_id(prog_id).name == XDP_NAME[:15]
+    except OSError:
+        return False
+
+
 def detach_tc(dev: str, direction: str, name_of: str) -> bool:
     """Take one of our filters off; False when it (or the device) is not there any more."""
     try:
@@ -430,10 +533,10 @@ def detach_tc(dev: str, direction: str, name_of: str) -> bool:
         return False
     parent = INGRESS if direction == "ingress" else EGRESS
     with _netlink() as ipr:
-        for prio, handle, _kind, name in _filters(ipr, index, parent):
-            if name == name_of:
+        for f in _filters(ipr, index, parent):
+            if f.name == name_of:
                 ipr.tc(
-                    "del-filter", "bpf", index, handle=handle, prio=prio,
+                    "del-filter", "bpf", index, handle=f.handle, prio=f.prio,
                     protocol=ETH_P_ALL, parent=parent,
                 )  # fmt: skip
                 return True

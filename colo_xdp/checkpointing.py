@@ -91,6 +91,10 @@ class Checkpointing(Controller):
         self._leave_shadow = False
         self._leave_ns = 0  # when that was asked for (monotonic)
         self._ck: Checkpoint | None = None
+        self._ended_ns = 0  # the last one that was complete (monotonic)
+        self._exposed = (
+            False  # the PVM's frames may pass uncompared: as in shadow, but not asked for
+        )
         table = datapath.flows()
         #: connections in numbers that this guest has kept since it took over
         self.own = FlowTable(table) if table else None
@@ -315,7 +319,7 @@ class Checkpointing(Controller):
             else:
                 self.dp.mode = Mode.RUN
             if self._leave_shadow and self._leave_ns <= ck.stop_ns:
-                self._leave_shadow = self.shadow = False
+                self._leave_shadow = self.shadow = self._exposed = False
             elif self._leave_shadow:  # left behind the STOP: another one has to end it
                 self._want = self._want or Want(Cause.OPERATOR.value, "leaving shadow mode")
             self._beat()  # a secondary that has just entered waits for this word
@@ -334,6 +338,8 @@ class Checkpointing(Controller):
             "at": time.time(),
         }
         self.checkpoint_overdue = False
+        self._ended_ns = time.monotonic_ns()
+        self.devices.checkpointed(cause in (Cause.COMPARE_TIMEOUT, Cause.PEER_LINK))
         if self.speaker is not None:
             self.speaker.paired()
         if cause != Cause.PLANNED:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from . import attach, loader
 from .datapath import manifest_path
+from .preflight import is_running
 
 
 class StillRunning(RuntimeError):
@@ -31,7 +32,7 @@ def cleanup(pair: str, bpffs: str, run_dir: str) -> list[str]:
     """
     gone: list[str] = []
     for role in ("primary", "secondary"):
-        if _served(Path(run_dir) / f"{pair}.{role}.sock"):
+        if is_running(run_dir, bpffs, pair, role) or _served(Path(run_dir) / f"{pair}.{role}.sock"):
             raise StillRunning(f"the {role}'s controller of {pair} still runs: stop it first")
     for role in ("primary", "secondary"):
         gone += attach.detach_all(manifest_path(run_dir, pair, role))

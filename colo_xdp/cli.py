@@ -4,12 +4,14 @@
 Heavy modules are imported by the command that needs them, so that `status` and
 `--help` answer at once and without bcc.
 
-Exit codes: 0 done, 1 failed, 2 wrong usage or config, 3 no controller running,
-4 running but not protected (`status`), 5 checkpoints would be needed (`replay`).
+Exit codes: 0 done, 1 failed, 2 wrong usage or config, or refused (`run`: starting again cures
+nothing), 3 no controller running, 4 running but not protected (`status`), 5 checkpoints would be
+needed (`replay`).
 """
 
 from __future__ import annotations
 
+import glob
 import json
 import sys
 import time
@@ -40,7 +42,7 @@ app.add_typer(pki_app, name="pki")
 ConfigArg = Annotated[Path, typer.Argument(help="The pair's TOML file on this host.")]
 Where = Annotated[
     str | None,
-    typer.Argument(help="The TOML file, or the control socket; default: the only one running."),
+    typer.Argument(help="The pair, its TOML file or control socket; default: the one that runs."),
 ]
 RunDir = Annotated[str, typer.Option(help="Where control sockets are.", envvar="COLO_XDP_RUN_DIR")]
 
@@ -83,12 +85,20 @@ def _socket(where: str | None, run_dir: str) -> str:
         if not found:
             raise _fail(f"no controller runs here (no control socket in {run_dir})", NOT_RUNNING)
         if len(found) > 1:
-            names = "\n  ".join(map(str, found))
-            raise _fail(f"several controllers run here; name one:\n  {names}", USAGE)
+            names = "\n  ".join(f"{p.stem.rpartition('.')[0]}  ({p})" for p in found)
+            raise _fail(f"several controllers run here; name a pair:\n  {names}", USAGE)
         return str(found[0])
     path = Path(where)
     if path.suffix == ".sock" or path.is_socket():
         return where
+    if "/" not in where and path.suffix != ".toml" and not path.exists():  # a pair's name
+        found = sorted(Path(run_dir).glob(f"{glob.escape(where)}.*.sock"))
+        if not found:
+            raise _fail(f"no controller of pair {where} runs here (none in {run_dir})", NOT_RUNNING)
+        if len(found) > 1:
+            names = "\n  ".join(map(str, found))
+            raise _fail(f"both roles of {where} run here; name one:\n  {names}", USAGE)
+        return str(found[0])
     config = _load(path)
     return f"{config.datapath.run_dir}/{config.pair}.{config.role}.sock"
 

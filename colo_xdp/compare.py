@@ -89,7 +89,7 @@ class Engine:
         self.now = 0
         self._asked = False
         self._checkpointing = False
-        self._solo = False
+        self._solo = self._void = False
         self._stop_ts = _LONG_AGO
         self._queue: deque[Held] = deque()  # of the PVM, undecided, while checkpointing
         self._next: deque[tuple[Record, int]] = deque()  # of the SVM of the next epoch
@@ -347,6 +347,10 @@ class Engine:
         self._checkpointing = self._asked = self._solo = False
         self._release_queued(stop_ts_ns, "released_by_checkpoint")
         behind = self.watched.commit(self._flows.of, stop_ts_ns)
+        if self._void:
+            self._void = False
+            self._forget(epoch)
+            self._fragments.new_epoch(epoch)
         self._fragments.begin()
         if self._next_policy is not None:
             self._flows.enforce(self._next_policy, epoch)
@@ -379,6 +383,17 @@ class Engine:
         if lost:
             self.ask(Cause.PEER_GAP, f"{lost} frames of the new epoch")
 
+    def void_flows(self) -> None:
+        """Frames of the PVM have left, or of the SVM have gone by, unseen: with the next commit,
+        after which both guests are equal, every flow is met anew."""
+        self._void = True
+
+    def gather(self, now_ns: int) -> int:
+        """No twin is to be expected: what waits in tier K comes here. How many frames wait."""
+        self.now = now_ns
+        self._recall_all(self.fast.outstanding())
+        return self.held_packets
+
     def abort_checkpoint(self, now_ns: int) -> None:
         """The checkpoint failed: everything stays held until a commit or release_all."""
         self.now = now_ns
@@ -396,9 +411,19 @@ class Engine:
         self._collect()
         queue, self._queue = self._queue, deque()
         self._checkpointing, self._solo = False, True
-        self.fast.void(self.epoch + 1)
         self.pvm_packets = self.pvm_bytes = self.svm_packets = 0
         self._counters["released_solo"] += len(queue)
+        self._forget(self.epoch + 1)
+        self._next.clear()
+        self._next_behind.clear()
+        self._next_lost = 0
+        for rec, _, _ in queue:
+            self.emit(rec, self.now)
+        return len(queue)
+
+    def _forget(self, epoch: int) -> None:
+        """All flows, and what tier K has learnt before this epoch."""
+        self.fast.void(epoch)
         self._flows.clear()
         self._fragments = Fragments(self, self.policy.verdicts[-1])
         self._timers.clear()
@@ -408,12 +433,6 @@ class Engine:
         self._giving.clear()
         self._history_sum = 0
         self.watched.clear()
-        self._next.clear()
-        self._next_behind.clear()
-        self._next_lost = 0
-        for rec, _, _ in queue:
-            self.emit(rec, self.now)
-        return len(queue)
 
     # -- time
 

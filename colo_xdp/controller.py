@@ -21,6 +21,7 @@ from .beacon import Flag, Word
 from .commands import Commanded
 from .config import Config
 from .datapath import DataPath
+from .device_watch import DeviceWatch
 from .failover import Action, Decision, Facts, Heard, Role, State, decide
 from .limits import NEVER
 from .paths import Paths
@@ -83,6 +84,7 @@ class Controller(Commanded):
             versions=(p.min_version, VERSION),
         )
         self.paths = Paths(config, self._beacon)
+        self.devices = DeviceWatch(self)
         # The programs must not take a controller that idles for a dead one.
         idle_s = min(IDLE_S, config.datapath.controller_loss / 4000)
         self.ticker = Ticker(self._tick, self.tick_ns, idle_s)
@@ -132,6 +134,32 @@ class Controller(Commanded):
     def on_lease(self) -> None:
         """The lease is got or lost, or the store says something new."""
 
+    # ---- the data path (device_watch.py)
+
+    def hooks_lost(self, what: str, *, unseen: bool, still: bool) -> None:
+        """Programs were not where they should be, and are again, unless `still`. `unseen`: the
+        guest's frames may have left as they were."""
+
+    def data_path_back(self) -> None:
+        """It is whole again."""
+
+    def own_state(self) -> State:
+        """The state, as far as it depends on this host: never `protected` over a data path that
+        is not there."""
+        state = self.shown_state()
+        good = (State.PROTECTED, State.CHECKPOINTING, State.PAUSED, State.SHADOW)
+        return State.DEGRADED if state in good and self.devices.trouble else state
+
+    def told(self) -> tuple[State, str]:
+        """State and reason, for people."""
+        state, trouble = self.own_state(), self.devices.trouble
+        if trouble:
+            whole = state is not self.shown_state()
+            return state, trouble if whole else f"{self.reason}; {trouble}"
+        if state is State.PROTECTED and self.peer.connected and self.peer_state == State.DEGRADED:
+            return State.DEGRADED, "the other host's controller says `degraded`: its status has why"
+        return state, self.reason
+
     # ---- peer
 
     def _peer_up(self) -> None:
@@ -144,6 +172,7 @@ class Controller(Commanded):
             self._beacon_boot, self._heard_t = self.peer.peer_boot, 0
         # It lives, whatever the fence command has said: it has to be fenced another time.
         self._fence_is_void("it connects")
+        self.devices.connected()
         self._beat()
         self.peer_connected()
 
@@ -265,7 +294,7 @@ class Controller(Commanded):
             "beat",
             t=boot_ns(),
             echo=self._peer_t,
-            state=self.shown_state().value,
+            state=self.own_state().value,
             epoch=self.dp.epoch,
             vm=not self.vm_gone,
             shut=self.path_shut,
@@ -278,6 +307,7 @@ class Controller(Commanded):
         lag, self._lag_ns = self._lag_ns, 0
         flags = self._beacon_flags() | (Flag.PROMISE if promise else Flag(0))
         self.paths.send(flags, lag // 1_000_000, self.dp.epoch)
+        self.devices.listen()
 
     def silent(self) -> bool:
         """This host's guest does not reach the network."""
@@ -420,6 +450,7 @@ class Controller(Commanded):
             self.await_successor()
         else:
             self.spawn(self._connect_qemu())
+        self.spawn(self.devices.run())
         self.spawn(self.ticker.run())
         self.spawn(self._watch_qemu())
 

@@ -9,31 +9,32 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
 import gc
 import logging
 import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .attach import AttachError, NoSuchDevice
+from .attach import AttachError, NoSuchDevice, Taken
 from .config import Config
 from .control import ControlError, ControlServer
 from .controller import Controller
-from .datapath import DataPath, DataPathError
-from .loader import LoadError
+from .datapath import DataPath, DataPathError, DeviceMissing
+from .loader import LoadError, Refused
 from .metrics import start as start_metrics
 from .notify import Notifier
 from .peer import PeerError
+from .preflight import Refusal, claim
 from .primary import Primary
 from .secondary import Secondary
+from .waiting import wait_for
 
 log = logging.getLogger("colo_xdp")
 
+FAILED, REFUSED = 1, 2
 ROLE_CHANGED = -1
 LOAD_S = 60  # to compile and load the programs of the other role
 STATUS_S = 1.0
@@ -97,12 +98,15 @@ async def _serve(config: Config, datapath: DataPath) -> int:
         if config.metrics.listen:
             m = config.metrics
             tls = (m.cert, m.key, m.client_ca) if m.cert else None
-            metrics = start_metrics(m.listen, fresh_status, tls)
+            try:
+                metrics = start_metrics(m.listen, fresh_status, tls)
+            except OSError as e:
+                raise OSError(e.errno, f"[metrics] listen {m.listen}: {e.strerror or e}") from e
         await ctl.start()
         # Long-lived objects are not looked at again: no pause while packets wait.
         gc.freeze()
         notifier.patience(None)
-        notifier.send(READY="1", STATUS=ctl.reason)
+        notifier.send(READY="1", STATUS=ctl.told()[1])
         watcher = asyncio.create_task(ctl.finished())
         stopping = asyncio.create_task(stop.wait())
         beat = 0.0
@@ -113,7 +117,8 @@ async def _serve(config: Config, datapath: DataPath) -> int:
             now = time.monotonic()
             if now - beat >= every:
                 beat = now
-                notifier.send(WATCHDOG="1", STATUS=f"{ctl.state.value}: {ctl.reason}")
+                state, reason = ctl.told()
+                notifier.send(WATCHDOG="1", STATUS=f"{state.value}: {reason}")
         changed = ctl.role_changed and not stopping.done()
         failed = watcher.done() and not changed
         for t in (watcher, stopping):
@@ -132,50 +137,34 @@ async def _serve(config: Config, datapath: DataPath) -> int:
             await control.close()
 
 
-class AlreadyRuns(RuntimeError):
-    """Another controller of this pair and role holds the lock."""
-
-
-@contextlib.contextmanager
-def _only_one(config: Config) -> Iterator[None]:
-    """Before anything is touched: a second controller would take the first one's events away."""
-    path = Path(config.datapath.run_dir) / f"{config.pair}.{config.role}.lock"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as f:
-        try:
-            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as e:
-            raise AlreadyRuns(
-                f"another controller of {config.pair} ({config.role}) runs here: {path} is locked"
-            ) from e
-        yield
-
-
 def run(config: Config) -> int:
-    """Run until SIGTERM or SIGINT. Exit status: 0 stopped, 1 failed."""
+    """Run until SIGTERM or SIGINT. Exit status: 0 stopped, 1 failed, 2 refused: what is in the
+    way is for a person, and starting again cures nothing."""
     setup_logging()
     sys.setswitchinterval(SWITCH_S)
     try:
-        with _only_one(config):
+        with claim(config):
             return _run(config)
-    except (
-        AlreadyRuns,
-        LoadError,
-        DataPathError,
-        AttachError,
-        NoSuchDevice,
-        PeerError,
-        ControlError,
-        OSError,
-    ) as e:
+    except (Refused, NoSuchDevice, PeerError, OSError) as e:
         log.error("%s", e)
-        return 1
+        return FAILED
+    except (Refusal, Taken, LoadError, DataPathError, ControlError) as e:
+        log.error("refused: %s", e)
+        return REFUSED
+    except AttachError as e:
+        log.error("%s", e)
+        return FAILED
 
 
 def _run(config: Config) -> int:
     while True:
         # Before the loop: pyroute2 runs one of its own and cannot work inside of ours.
-        datapath = DataPath(config)
+        try:
+            datapath = DataPath(config)
+        except DeviceMissing as e:
+            if not wait_for(config, e.device, str(e)):
+                return 0
+            continue
         try:
             status = asyncio.run(_serve(config, datapath))
         finally:

@@ -8,7 +8,9 @@ frames meet a program at every moment.
 from __future__ import annotations
 
 import logging
+import socket
 import struct
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,6 +20,7 @@ from . import abi, attach, loader
 from .abi import Cfg, Mode, Prog, Reason
 from .config import Config
 from .fastmap import FastMap
+from .hooks import Hooks, Look, Place
 from .inject import Injector
 from .ring import Event, open_reader
 
@@ -31,10 +34,20 @@ FDB_EVERY_S = 5.0  # bridges forget after 300 s, unless told otherwise; 35 us pe
 
 PRIMARY_HOOKS = (("pvm_in", "tap", "egress"), ("svm_arrival", "peer", "ingress"))
 SECONDARY_HOOKS = (("svm_net", "tap", "egress"), ("svm_in", "peer", "ingress"))
+#: the programs of the taps that only the controller writes to
+INJECTED = {"release": "pvm_release", "deliver": "svm_deliver", "forward": "svm_forward"}
 
 
 class DataPathError(RuntimeError):
     """The data path cannot be set up as configured; names the device or key."""
+
+
+class DeviceMissing(DataPathError):
+    """A device is not there (yet); names its key."""
+
+    def __init__(self, why: str, device: str) -> None:
+        super().__init__(why)
+        self.device = device
 
 
 def choose_hook(wanted: str, tap: attach.LinkInfo) -> str:
@@ -76,6 +89,9 @@ class DataPath:
                 self.manifest,
             )  # fmt: skip
         peer = self._device("peer_link", net.peer_link)
+        self._refuse_others()
+        if net.uplink not in ("auto", "bridge"):
+            self._device("uplink", net.uplink)  # before anything is loaded
         if tap.kind != "tun":
             raise DataPathError(f"[network] tap: {net.tap} is not a tap device (kind {tap.kind!r})")
         if self.role == "secondary" and tap.master and not word and not self._was_taken_over():
@@ -144,6 +160,9 @@ class DataPath:
         self._fixed: frozenset[int] = frozenset()  # where the bridge has addresses by hand
         self._fdb_told = 0.0
         self._bridge_unknown = False
+        self.stepped_out = False  # taken over, and no program is needed any more
+        self._lock = threading.RLock()  # of what is attached
+        self.hooks = Hooks(self)
         self._attach()
         if self.guest:
             # A later epoch than any other host has seen: see Primary._older_than(). Not before the
@@ -178,7 +197,16 @@ class DataPath:
         try:
             return attach.link_info(name)
         except attach.NoSuchDevice as e:
-            raise DataPathError(f"[network] {key}: {e}") from e
+            raise DeviceMissing(f"[network] {key}: {e}", name) from e
+
+    def _refuse_others(self) -> None:
+        """Before anything is loaded, attached or replaced: two pairs share no device."""
+        for dev, seen in attach.look(
+            (self.config.network.tap, self.config.network.peer_link)
+        ).items():
+            why = attach.other_pair(dev, seen, self.config.pair) if seen is not None else ""
+            if why:
+                raise attach.Taken(why)
 
     def _attach(self) -> None:
         progs, pair, m = self.objects.programs, self.config.pair, self.manifest
@@ -197,7 +225,7 @@ class DataPath:
                 guest = self.guest.programs
                 attach.attach_tc(dev["tap"], "ingress", guest["guest_out"], pair, m, attach.FIRST)
                 attach.attach_tc(dev["tap"], "egress", guest["guest_in"], pair, m, attach.LAST)
-            self._tap("release", f"cxr-{pair}", "pvm_release")
+            self._tap("release", f"cxr-{pair}")
             for h in PRIMARY_HOOKS:
                 hook(*h)
             hook("pvm_out", "tap", "ingress")  # last: from here on output is in our hands
@@ -206,20 +234,55 @@ class DataPath:
             hook("svm_out", "tap", "ingress")  # first: the SVM is shut in before anything opens
             self._detach_guest()
             self._attach_xdp()
-            self._tap("deliver", f"cxd-{pair}", "svm_deliver")
-            self._tap("forward", f"cxf-{pair}", "svm_forward")
+            self._tap("deliver", f"cxd-{pair}")
+            self._tap("forward", f"cxf-{pair}")
             for h in SECONDARY_HOOKS:
                 hook(*h)
+
+    def places(self) -> list[Place]:
+        """Where programs of this role are to be now, in the order in which lost ones are put back:
+        first what keeps the guest's frames from leaving."""
+        progs, net = self.objects.programs, self.config.network
+        out: list[Place] = []
+        dev = {"tap": net.tap, "peer": net.peer_link}
+        primary = self.role == "primary"
+        if primary and self.guest and self.base_epoch:
+            guest = self.guest.programs
+            out.append(Place(net.tap, "ingress", guest["guest_out"], attach.FIRST))
+            out.append(Place(net.tap, "egress", guest["guest_in"], attach.LAST))
+        if not self.stepped_out:
+            out.append(Place(net.tap, "ingress", progs["pvm_out" if primary else "svm_out"]))
+        for role, i in self.injectors.items():
+            out.append(Place(i.name, "ingress", progs[INJECTED[role]]))
+        for name, where, direction in PRIMARY_HOOKS if primary else SECONDARY_HOOKS:
+            if where == "peer" or not self.stepped_out:
+                out.append(Place(dev[where], direction, progs[name]))
+        return out
+
+    def look(self) -> Look:
+        """Put back what was taken off, and say what is not there. Blocks for some ms (netlink):
+        not for the event loop."""
+        with self._lock:
+            return self.hooks.look()
+
+    def changes(self) -> socket.socket | None:
+        """Can be read when it is time to look; None: nobody tells."""
+        return attach.changes()
+
+    def arrived(self) -> int:
+        """Tagged frames that have come over the peer link."""
+        prog = Prog.SVM_ARRIVAL if self.role == "primary" else Prog.SVM_IN
+        return sum(self._count(prog, r)[0] for r in Reason if r not in (Reason.FOREIGN, Reason.MAX))
 
     def _attach_xdp(self) -> None:
         if self.hook == "xdp":
             prog = self.objects.programs["svm_out_xdp"]
             attach.attach_xdp(self.config.network.tap, prog, self.manifest)
 
-    def _tap(self, role: str, name: str, prog: str) -> None:
-        fd = attach.make_tap(name)
-        self.injectors[role] = Injector(fd)
-        attach.attach_tc(name, "ingress", self.objects.programs[prog], self.config.pair, None)
+    def _tap(self, role: str, name: str) -> None:
+        self.injectors[role] = Injector(attach.make_tap(name), name)
+        prog = self.objects.programs[INJECTED[role]]
+        attach.attach_tc(name, "ingress", prog, self.config.pair, None)
 
     def _detach_guest(self) -> None:
         tap, pair = self.config.network.tap, self.config.pair
@@ -240,6 +303,14 @@ class DataPath:
 
     def _write(self, slot: Cfg, value: int) -> None:
         self._cfg.set(_U32.pack(slot), _U64.pack(value))
+
+    def slot(self, slot: Cfg) -> int:
+        """What the programs read there."""
+        return self._read(slot)
+
+    def set_slot(self, slot: Cfg, value: int) -> None:
+        """What they read from now on."""
+        self._write(slot, value)
 
     @property
     def mode(self) -> Mode:
@@ -383,23 +454,26 @@ class DataPath:
 
     def counters(self) -> dict[str, dict[str, tuple[int, int]]]:
         """{program: {reason: (packets, bytes)}}, summed over CPUs; zeros included."""
+        return {
+            prog.name.lower(): {
+                reason.name.lower(): self._count(prog, reason)
+                for reason in Reason
+                if reason is not Reason.MAX
+            }
+            for prog in Prog
+            if prog is not Prog.MAX
+        }
+
+    def _count(self, prog: Prog, reason: Reason) -> tuple[int, int]:
+        """Packets and bytes."""
         cpus = loader.possible_cpus()
         size = abi.COUNT.size * cpus
-        out: dict[str, dict[str, tuple[int, int]]] = {}
-        for prog in Prog:
-            if prog is Prog.MAX:
-                continue
-            row = out[prog.name.lower()] = {}
-            for reason in Reason:
-                if reason is Reason.MAX:
-                    continue
-                raw = self._counters.get(_U32.pack(prog * Reason.MAX + reason), size)
-                p = b = 0
-                for i in range(cpus if raw else 0):
-                    x, y = abi.COUNT.unpack_from(raw or b"", i * abi.COUNT.size)
-                    p, b = p + x, b + y
-                row[reason.name.lower()] = (p, b)
-        return out
+        raw = self._counters.get(_U32.pack(prog * Reason.MAX + reason), size)
+        p = b = 0
+        for i in range(cpus if raw else 0):
+            x, y = abi.COUNT.unpack_from(raw or b"", i * abi.COUNT.size)
+            p, b = p + x, b + y
+        return p, b
 
     def lost_events(self) -> int:
         """Frames that did not fit into the event ring, or that it could not carry."""
@@ -428,22 +502,27 @@ class DataPath:
     def step_out(self) -> None:
         """Secondary, after a takeover: the programs on the guest's tap are not needed any more."""
         tap, pair = self.config.network.tap, self.config.pair
-        attach.detach_tc(tap, "ingress", attach.label(pair, "svm_out"))
-        attach.detach_tc(tap, "egress", attach.label(pair, "svm_net"))
-        if self.hook == "xdp":
-            attach.detach_xdp(tap, "svm_out_xdp")
+        with self._lock:
+            self.stepped_out = True
+            attach.detach_tc(tap, "ingress", attach.label(pair, "svm_out"))
+            attach.detach_tc(tap, "egress", attach.label(pair, "svm_net"))
+            if self.hook == "xdp":
+                attach.detach_xdp(tap, "svm_out_xdp")
 
     def step_in(self) -> None:
         """The programs that step_out() has taken off: the mode says again what leaves."""
         progs, pair, tap = self.objects.programs, self.config.pair, self.config.network.tap
-        attach.attach_tc(tap, "ingress", progs["svm_out"], pair, self.manifest)
-        self._attach_xdp()
-        attach.attach_tc(tap, "egress", progs["svm_net"], pair, self.manifest)
+        with self._lock:
+            self.stepped_out = False
+            attach.attach_tc(tap, "ingress", progs["svm_out"], pair, self.manifest)
+            self._attach_xdp()
+            attach.attach_tc(tap, "egress", progs["svm_net"], pair, self.manifest)
 
     def drop_guest(self) -> None:
         """Primary: no connection in the guest's own numbers is left."""
-        self._detach_guest()
-        self._write(Cfg.BASE_EPOCH, 0)
+        with self._lock:
+            self._detach_guest()
+            self._write(Cfg.BASE_EPOCH, 0)
 
     def flows(self) -> loader.Map | None:
         """Connections with offsets; None where there can be none."""

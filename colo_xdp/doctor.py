@@ -110,7 +110,7 @@ def _devices(config: Config) -> Iterator[Check]:
             yield Check("hook", FAIL, str(e))
         if not net.bridge:
             yield Check("bridge", WARN, "none: after a failover the host has to route the guest")
-    if tap.xdp_prog_id and not _ours(tap.xdp_prog_id):
+    if tap.xdp_prog_id and not attach.is_ours(tap.xdp_prog_id):
         name = _bpf.prog_info_by_id(tap.xdp_prog_id).name
         yield Check("XDP", FAIL, f"{net.tap} has a program of somebody else ({name})", "remove it")
     try:
@@ -135,10 +135,32 @@ def _devices(config: Config) -> Iterator[Check]:
         yield Check("peer link", OK, f"{net.peer_link}, mtu {peer.mtu}")
 
 
-def _ours(prog_id: int) -> bool:
-    from . import _bpf
+def _neighbours(config: Config) -> Iterator[Check]:
+    """Other pairs, and other tools, on what this pair needs."""
+    from . import attach, preflight
 
-    return _bpf.prog_info_by_id(prog_id).name == "svm_out_xdp"[:15]
+    net, clean = config.network, True
+    for dev, seen in attach.look((net.tap, net.peer_link)).items():
+        if seen is None:
+            continue
+        why = attach.other_pair(dev, seen, config.pair)
+        if why:
+            clean = False
+            yield Check("other pairs", FAIL, why)
+            continue
+        for first in filter(None, (attach.comes_first(dev, seen, d) for d in seen.filters)):
+            clean = False
+            yield Check("filters", FAIL, first)
+    pid = preflight.running(config)
+    found = preflight.conflicts(config)
+    if pid:  # its own controller has them
+        own = [a for _, a, _ in preflight.ports(config)]
+        found = [x for x in found if not any(f"{a}: in use by another socket" in x for a in own)]
+    for text in found:
+        yield Check("in use", FAIL, text)
+    if clean and not found:
+        who = f"; a controller of this pair runs (process {pid})" if pid else ""
+        yield Check("other pairs", OK, f"none on {net.tap} and {net.peer_link}, ports free{who}")
 
 
 def _qemu(config: Config) -> Iterator[Check]:
@@ -239,6 +261,7 @@ CHECKS: tuple[Callable[[Config], Iterator[Check]], ...] = (
     _compiler,
     _bpffs,
     _devices,
+    _neighbours,
     _qemu,
     _failover,
     _certificates,

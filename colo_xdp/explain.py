@@ -29,6 +29,8 @@ ADVICE = {
     Cause.PEER_GAP: "the peer link loses frames, or was down",
     Cause.CONTROLLER_RESTART: "one per restart of a controller",
     Cause.POLICY: "one per reload of the rules",
+    Cause.PEER_LINK: "see the status of both hosts: the peer link, or the secondary guest itself",
+    Cause.HOOKS_LOST: "another tool makes the device anew or takes filters off: see the log",
     Cause.OPERATOR: "somebody asked",
     Cause.PERIODIC: "[checkpoint] periodic",
     Cause.PLANNED: "somebody asked",

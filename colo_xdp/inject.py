@@ -49,10 +49,10 @@ def vnet_header(frame: bytes, gso_size: int, partial: bool) -> bytes:
 
 
 class Injector:
-    """Writes frames to one tap; failures are counted by errno name, never raised."""
+    """Writes frames to one tap (`name`); failures are counted by errno name, never raised."""
 
-    def __init__(self, fd: int) -> None:
-        self.fd = fd
+    def __init__(self, fd: int, name: str = "") -> None:
+        self.fd, self.name = fd, name
         self.sent = 0
         self.failed: Counter[str] = Counter()
 
@@ -69,6 +69,12 @@ class Injector:
             return False
         self.sent += 1
         return True
+
+    def reopen(self, fd: int) -> None:
+        """Write to another tap from now on, `fd` becomes this object's. Atomic: the number stays,
+        so that a write of another thread meets the one or the other."""
+        os.dup2(fd, self.fd, inheritable=False)
+        os.close(fd)
 
     def close(self) -> None:
         """Close the descriptor: the tap goes with it."""

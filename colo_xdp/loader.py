@@ -391,6 +391,18 @@ def pin_dir(bpffs: str, pair: str, role: str) -> str:
     return f"{bpffs}/colo-xdp/{pair}-{role}"
 
 
+def make_pins(bpffs: str, pair: str, role: str) -> str:
+    """The directory of a pair's pins, made if need be. Raises LoadError without a bpffs."""
+    if not _bpf.is_bpffs(bpffs):
+        try:
+            _bpf.mount_bpffs(bpffs)
+        except OSError as e:
+            raise LoadError(f"{bpffs} is not a BPF file system and cannot be mounted: {e}") from e
+    directory = pin_dir(bpffs, pair, role)
+    os.makedirs(directory, exist_ok=True)
+    return directory
+
+
 def check_pins(directory: str, options: Options) -> list[str]:
     """Names of pinned maps that cannot be reused, each with the reason."""
     bad = []
@@ -465,13 +477,7 @@ def load(role: str, pair: str, bpffs: str, options: Options, home: str = "") -> 
     Raises LoadError with the compiler's or verifier's words.
     """
     import_bcc()
-    if not _bpf.is_bpffs(bpffs):
-        try:
-            _bpf.mount_bpffs(bpffs)
-        except OSError as e:
-            raise LoadError(f"{bpffs} is not a BPF file system and cannot be mounted: {e}") from e
-    directory = pin_dir(bpffs, pair, home or role)
-    os.makedirs(directory, exist_ok=True)
+    directory = make_pins(bpffs, pair, home or role)
     bad = check_pins(directory, options)
     if bad:
         raise LoadError(

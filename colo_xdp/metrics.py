@@ -81,6 +81,9 @@ METRICS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "path_sent": ("counter", "beacons sent", ("path",)),
     "path_received": ("counter", "beacons taken", ("path",)),
     "path_refused": ("counter", "datagrams not taken for beacons, by reason", ("path", "reason")),
+    "data_path_whole": ("gauge", "0 while devices or programs are missing, or nothing arrives", ()),
+    "data_path_restored": ("counter", "programs and devices that were gone and put back", ()),
+    "silent_checkpoints": ("gauge", "in a row, with no frame of the secondary guest", ()),
     "qemu_up": ("gauge", "1 while QMP to this host's QEMU is connected", ()),
     "scrape_errors": ("counter", "scrapes that could not be answered from fresh numbers", ()),
     "scrape_duration_seconds": ("gauge", "time the last scrape took", ()),
@@ -182,6 +185,9 @@ class Collector:
             "peer_up": float(peer["connected"]),
             "peer_silent_seconds": -1.0 if silent is None else silent / 1000,
             "peer_round_trip_seconds": peer["rtt_us"] / 1e6,
+            "data_path_whole": float(not s["data_path"]["trouble"]),
+            "data_path_restored": s["data_path"]["restored"],
+            "silent_checkpoints": s["data_path"]["silent_checkpoints"],
             "qemu_up": float(s["qemu"]["connected"]),
         }
         for name, value in plain.items():

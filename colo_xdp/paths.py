@@ -63,6 +63,10 @@ class _Way(ABC):
         """Where to send; None: the socket knows."""
         return None
 
+    def stale(self) -> bool:
+        """Whether the socket will never hear anything again, and the kernel does not tell."""
+        return False
+
 
 class _Link(_Way):
     def __init__(self, device: str) -> None:
@@ -83,6 +87,14 @@ class _Link(_Way):
 
     def to(self) -> Any:
         return (self.device, ETHERTYPE, 0, 0, GROUP)
+
+    def stale(self) -> bool:
+        # A device that was deleted, or left the namespace, takes the binding with it, also when it
+        # is made again under its name or comes back with its ifindex.
+        try:
+            return self.sock is not None and self.sock.getsockname()[0] != self.device
+        except OSError:
+            return True
 
 
 class _Udp(_Way):
@@ -149,6 +161,8 @@ class Paths:
         """Whether the path has a socket that is listened to."""
         w, loop = self._ways[i], self._loop
         assert loop is not None
+        if w.stale():
+            self._close(w)
         if w.sock is None:
             try:
                 w.sock = w.open()

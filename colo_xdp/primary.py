@@ -17,8 +17,10 @@ from .checkpointing import REARM_S, Checkpointing, Want
 from .compare import Engine
 from .config import Config
 from .datapath import DataPath
+from .device_watch import PACE_S
 from .failover import Action, Role, State
 from .flowtable import FlowTable
+from .limits import NEVER
 from .node import IN_COLO, INCOMING_S
 from .qmp import QmpError
 from .qmp_event import QmpEvent
@@ -110,6 +112,8 @@ class Primary(Checkpointing):
         cut = self.state is State.DEGRADED and self.dp.mode is Mode.RUN and not self.peer.connected
         if self.state is State.PROTECTED or cut:
             self.engine.tick(now_ns)
+            if self._hurry_ns() <= now_ns and self.engine.gather(now_ns):
+                self.request(Cause.PEER_LINK, self.devices.trouble)
         else:
             self.engine.unbrake(now_ns)
         if now_ns - self._lost_checked >= LOSS_CHECK_NS:
@@ -122,7 +126,34 @@ class Primary(Checkpointing):
                 self.request(Cause.EVENT_LOST, f"{missing} frames did not fit into the event ring")
 
     def tick_ns(self) -> int:
-        return self.engine.tick_ns()
+        return min(self.engine.tick_ns(), self._hurry_ns())
+
+    # ---- a data path that is not whole (device_watch.py)
+
+    def _hurry_ns(self) -> int:
+        """When a checkpoint is due for what waits, while nothing of the SVM arrives: the next one
+        not before a pause as long as the last one took."""
+        busy = self._want is not None or self._ck is not None or not self.peer.connected
+        if busy or not self.devices.cut or self.state is not State.PROTECTED:
+            return NEVER
+        took_ns = int(self.last_checkpoint.get("total_ms", 0.0) * 1e6)
+        return self._ended_ns + max(int(PACE_S * 1e9), took_ns)
+
+    def hooks_lost(self, what: str, *, unseen: bool, still: bool) -> None:
+        """Both guests are to be equal again. If the PVM may have spoken uncompared the SVM does
+        not know what clients know: as in shadow mode, until a later checkpoint."""
+        if self.state not in (State.PROTECTED, State.CHECKPOINTING, State.DEGRADED):
+            return
+        self.engine.void_flows()
+        if unseen and (not self.shadow or self._leave_shadow or self._exposed):
+            self.shadow, self._exposed, self._leave_shadow = True, still, not still
+            self._leave_ns = time.monotonic_ns()
+            self._beat()
+        if not still:
+            self.request(Cause.HOOKS_LOST, what)
+
+    def data_path_back(self) -> None:
+        self.request(Cause.PEER_LINK, "it is whole again")
 
     # ---- checkpoints
 
@@ -157,6 +188,7 @@ class Primary(Checkpointing):
             if self.state is State.STOPPED:
                 return
             waits = self.shadow and not self._leave_shadow and not self.engine.shadow
+            waits = waits and not self._exposed
             if waits and msg["shadow"] and msg["role"] == Role.SECONDARY.value:
                 self.engine.set_shadow(True, time.monotonic_ns())
             if msg["state"] == State.TAKEN_OVER.value:
@@ -165,6 +197,8 @@ class Primary(Checkpointing):
                 self._stand_down("the other host runs the PVM: this data path knows less of it")
         elif kind == "taken":
             self._stand_down(f"the secondary took over: {msg['why']}")
+        elif kind == "missed":
+            self.hooks_lost(f"on the secondary's host: {msg['why']}", unseen=False, still=False)
         elif kind == "plan":
             try:
                 self._plan(msg["why"])

@@ -24,6 +24,8 @@ class Cause(StrEnum):
     EVENT_LOST = "event_lost"
     PEER_GAP = "peer_gap"
     CONTROLLER_RESTART = "controller_restart"
+    PEER_LINK = "peer_link"
+    HOOKS_LOST = "hooks_lost"
     POLICY = "policy"
     OPERATOR = "operator"
     PERIODIC = "periodic"
@@ -50,6 +52,8 @@ DESCRIPTIONS: dict[Cause, str] = {
     Cause.EVENT_LOST: "the data path lost a captured frame (ring full)",
     Cause.PEER_GAP: "frames of the secondary guest were lost on their way here",
     Cause.CONTROLLER_RESTART: "the controller was restarted and knows nothing of what was held",
+    Cause.PEER_LINK: "output waited while nothing of the secondary guest arrives",
+    Cause.HOOKS_LOST: "programs of ours were taken off a device: frames were not seen",
     Cause.POLICY: "the policy was changed: both guests have to be equal under the new rules",
     Cause.OPERATOR: "an operator asked",
     Cause.PERIODIC: "the configured period was over",

@@ -33,10 +33,11 @@ def _common(c: Controller) -> dict[str, Any]:
     doc = empty(c.config.pair, c.role.value).to_json()
     info = c.qemu_info
     silent = c.peer.silent_ms()
+    state, reason = c.told()
     injectors = c.dp.injectors.values()
     doc.update(
-        state=c.shown_state().value,
-        reason=c.reason,
+        state=state.value,
+        reason=reason,
         since=c.since,
         epoch=c.dp.epoch,
         mode=c.dp.mode.name.lower(),
@@ -59,6 +60,11 @@ def _common(c: Controller) -> dict[str, Any]:
             "ending": c.peer.ending.value,
         },
         paths=c.paths.status(),
+        data_path={
+            "trouble": c.devices.trouble,
+            "restored": c.devices.restored,
+            "silent_checkpoints": c.devices.silent_checkpoints,
+        },
         programs={
             prog: {reason: list(v) for reason, v in row.items()}
             for prog, row in c.dp.counters().items()

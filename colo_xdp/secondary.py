@@ -70,6 +70,10 @@ class Secondary(TakingOver):
                 self.state = State.STOPPED
                 self.reason = "the data path was shut by a former controller"
 
+    def hooks_lost(self, what: str, *, unseen: bool, still: bool) -> None:
+        if self._entered:
+            self.peer.send("missed", why=what[:200])
+
     # ---- frames
 
     def on_event(self, event: Event) -> None:

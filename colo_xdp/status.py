@@ -176,6 +176,7 @@ _CHECKS: dict[str, _Check] = {
             trouble=_text,
         )
     ),
+    "data_path": _object(trouble=_text, restored=_count, silent_checkpoints=_count),
     "programs": _map(_map(_list(_count, 2))),
     "engine": _map(_count),
     "held": _object(packets=_count, bytes=_count, limit=_count),
@@ -247,6 +248,9 @@ class Status:
     qemu: dict[str, Any]
     peer: dict[str, Any]  # silent_ms: null when it has never spoken; ending: of the channel
     paths: list[dict[str, Any]]  # of heartbeats, besides the control channel; null: never
+    #: trouble: why the data path is not whole, "": it is; restored: programs and devices that were
+    #: put back; silent_checkpoints: in a row, for output that waited, with no frame of the SVM
+    data_path: dict[str, Any]
     programs: dict[str, dict[str, list[int]]]  # {program: {reason: [packets, bytes]}}
     engine: dict[str, int]
     held: dict[str, int]
@@ -307,6 +311,7 @@ def empty(pair: str, role: str) -> Status:
             "ending": "",
         },
         paths=[],
+        data_path={"trouble": "", "restored": 0, "silent_checkpoints": 0},
         programs={p: {r: [0, 0] for r in abi.REASONS} for p in abi.PROGRAMS},
         engine={name: 0 for name, _ in names},
         held={"packets": 0, "bytes": 0, "limit": 0},

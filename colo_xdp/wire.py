@@ -65,6 +65,8 @@ MESSAGES: dict[str, dict[str, type]] = {
     "resumed": {"gap_us": int, "took_us": int},
     # P: shut your guest in, mine speaks alone from now on or wants to
     "solo": {"why": str},
+    # S: programs or devices were gone there, frames between the guests were missed
+    "missed": {"why": str},
     # S: hand over, as a planned failover asked for on this side
     "plan": {"why": str},
     # S: it speaks for the guest from now on

@@ -175,6 +175,10 @@ class Topology:
             self._ip(ns, f"tuntap add dev tap0 mode tap {'vnet_hdr' if self.vnet_hdr else ''}")
             self._ip(ns, "link set tap0 up")
         self._ip(self.primary, "link set dev tap0 master br0")
+        self.peer_link()
+
+    def peer_link(self) -> None:
+        """Make it, also anew."""
         self._ip(
             self.primary,
             f"link add peer0 mtu 1600 type veth peer name peer0 mtu 1600 netns {self.secondary}",

@@ -92,6 +92,20 @@ def test_the_peer_link_carries_beacons_without_an_address(net: Net) -> None:
         for ns in (net.host, net.other):
             sh("ip", "-n", ns, "link", "set", "peer0", "up")
         await until(heard, both)
+
+        # so quickly that no beacon meets its absence; and away, and back with its old ifindex
+        sh("ip", "-n", net.host, "link", "del", "peer0")
+        sh("ip", "-n", net.host, "link", "add", "peer0", "type", "veth", "peer", "name", "peer0",
+           "netns", net.other)  # fmt: skip
+        for ns in (net.host, net.other):
+            sh("ip", "-n", ns, "link", "set", "peer0", "up")
+        forget()
+        await until(heard, both)
+        sh("ip", "-n", net.host, "link", "set", "peer0", "netns", net.client)
+        sh("ip", "-n", net.client, "link", "set", "peer0", "netns", net.host)
+        sh("ip", "-n", net.host, "link", "set", "peer0", "up")
+        forget()
+        await until(heard, both)
         for e in (p, s):
             e.paths.close()
 

@@ -18,6 +18,7 @@ from colo_xdp import abi, wire
 from colo_xdp.abi import SIDE_PVM, SIDE_SVM, Bond, Mode, Source
 from colo_xdp.beacon import Beacons, Flag, Word, session_key
 from colo_xdp.failover import Ending
+from colo_xdp.hooks import Look
 from colo_xdp.qmp import QemuInfo, QmpError
 from colo_xdp.qmp_event import QmpEvent
 from colo_xdp.rewrite import Flow, Rewriter
@@ -61,6 +62,7 @@ class Side:
         self.tap: deque[bytes] = deque(maxlen=500)  # frames that a stopped guest has not taken
         self.off = False  # no power
         self.failed_start = False  # of its QEMU, the last time
+        self.arrived = 0  # frames over the peer link
         self.stale = False  # the other guest has said to the network what this one does not know
         self._forget()
         self.qemu = Qemu(self, incoming=not primary)
@@ -213,6 +215,7 @@ class Side:
         """From the peer link: svm_arrival or svm_in."""
         if self.off:
             return
+        self.arrived += 1
         if self.primary:
             if kind == SVM and self.mode in (Mode.RUN, Mode.CHECKPOINT) and not self.silenced():
                 ours = (epoch ^ self.epoch) & abi.EPOCH_MASK == 0
@@ -419,6 +422,15 @@ class SimDataPath:
 
     def watch_bridge(self) -> None:
         pass
+
+    def look(self) -> Look:
+        return Look()
+
+    def changes(self) -> None:
+        return None
+
+    def arrived(self) -> int:
+        return self._side.arrived
 
     def drain(self, sink: Callable[[Event], None], limit: int = 1 << 30) -> int:
         n = 0

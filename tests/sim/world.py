@@ -27,6 +27,7 @@ from typing import Any
 from colo_xdp import (
     checkpointing,
     commands,
+    device_watch,
     fastmap,
     flowtable,
     giving,
@@ -702,7 +703,7 @@ class World:
         clock = FakeTime(self.loop)
         modules = (
             controller_module, node, commands, ticker, checkpointing, primary, secondary, flowtable,
-            fastmap, speaker_module, takeover,
+            fastmap, speaker_module, takeover, device_watch,
         )  # fmt: skip
         kept = [(m, "time", m.time) for m in modules]  # type: ignore[attr-defined]
         kept += [

@@ -18,6 +18,7 @@ from colo_xdp.beacon import Flag, Word
 from colo_xdp.checkpointing import Checkpoint, CheckpointFailed, Want
 from colo_xdp.config import load
 from colo_xdp.failover import Action, State, decide
+from colo_xdp.hooks import Look
 from colo_xdp.primary import Primary
 from colo_xdp.qmp import QmpTimeout
 from colo_xdp.qmp_event import QmpEvent
@@ -57,6 +58,7 @@ class FakeDataPath:
             map=lambda name: SimpleNamespace(info=SimpleNamespace(max_entries=8), items=lambda: [])
         )
         self.waiting: list[Event] = []
+        self.found, self.came = Look(), 0
         self.opened = self.changed = self.stepped_in = 0
         self.base_epoch = 0
         self.unmirrored: set[bytes] = set()
@@ -69,6 +71,15 @@ class FakeDataPath:
 
     def watch_bridge(self) -> None:
         pass
+
+    def look(self) -> Look:
+        return self.found
+
+    def changes(self) -> None:
+        return None
+
+    def arrived(self) -> int:
+        return self.came
 
     def drain(self, sink: Callable[[Event], None], limit: int = 0) -> int:
         events, self.waiting = self.waiting, []
