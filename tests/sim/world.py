@@ -411,6 +411,9 @@ class World:
             raise Violation(f"I6: a frame of the SVM: {_frame(frame)}")
         if side.off:
             return
+        if side.primary and not side.in_bridge:
+            self.note("%s: its tap is in no bridge: %s", side.name, frame)
+            return
         if frame[12:14] == b"\x80\x35":  # the announcement
             self.where = side
             return

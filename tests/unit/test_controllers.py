@@ -58,7 +58,8 @@ class FakeDataPath:
         )
         self.waiting: list[Event] = []
         self.opened = self.changed = self.stepped_in = 0
-        self.base_epoch = 0
+        self.base_epoch = self.peer_stopped = self.closed = 0
+        self.undecided = False
         self.unmirrored: set[bytes] = set()
 
     def lost_events(self) -> int:
@@ -91,6 +92,12 @@ class FakeDataPath:
 
     def open_network(self) -> None:
         self.opened += 1
+
+    def close_network(self) -> None:
+        self.closed += 1
+
+    def tap_alive(self) -> bool:
+        return True
 
     def step_in(self) -> None:
         self.stepped_in += 1
@@ -243,10 +250,15 @@ def test_a_primary_that_gave_up_is_told_again_who_waits(
 )
 def test_who_reaches_the_network_and_by_which_right(held: bool, may: bool, lease: str) -> None:
     c, dp, _ = primary()
-    assert permission(c) == {"speaks": True, "lease": "", "left_s": None, "bond": "equal"}
+    rest = {"undecided": False, "bond": "equal"}
+    assert permission(c) == {"speaks": True, "lease": "", "left_s": None, **rest}
     c.speaker = SimpleNamespace(held=held, may_speak=may, left_s=1.5 * may)  # type: ignore[assignment]
-    want = {"speaks": may, "lease": lease, "left_s": 1.5 * may, "bond": "equal"}
+    want = {"speaks": may, "lease": lease, "left_s": 1.5 * may, **rest}
     assert permission(c) == want
+    for sign in ("vm_gone", "vm_absent"):
+        setattr(c, sign, True)
+        assert not permission(c)["speaks"], "no QEMU, no voice"
+        setattr(c, sign, False)
     dp.mode = Mode.DROP
     assert permission(c) == want | {"speaks": False}
     s, dp, _ = secondary()
@@ -1100,7 +1112,7 @@ class ToldStore:
     def __init__(self, seen: Seen) -> None:
         self.seen, self.asked = seen, 0
 
-    async def hold(self, holder: str, ttl_ms: int, steal: str) -> Seen:
+    async def hold(self, holder: str, ttl_ms: int, steal: str, claim: bool) -> Seen:
         self.asked += 1
         return Seen(holder, self.seen.alone)
 
