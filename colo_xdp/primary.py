@@ -253,7 +253,7 @@ class Primary(Checkpointing):
         self.become(State.STOPPED, why)
 
     async def leave_network(self) -> None:
-        """Not sooner: until then clients' frames that come here are mirrored to the one that speaks."""
+        """Not sooner: until then clients' frames that come here are mirrored to the other one."""
         await asyncio.to_thread(self.dp.close_network)
 
     def paired(self) -> bool:

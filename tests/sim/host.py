@@ -9,6 +9,7 @@ fast.py; tests/bpf holds both equal to them), QEMU's COLO as DESIGN 4 tells it, 
 from __future__ import annotations
 
 import asyncio
+import random
 from collections import deque
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -107,6 +108,15 @@ class Side:
         self.off = False
 
     # -- the guest
+
+    def new_guest(self) -> None:
+        """QEMU without -incoming: a guest that boots and knows nothing of any pair."""
+        self.qemu.die()
+        self.tap.clear()
+        world = self.world
+        self.guest = Guest(random.Random(world.entropy_s.random()), world.ms())
+        self.stale = False
+        self.qemu = Qemu(self, incoming=False)
 
     def new_qemu(self) -> None:
         """QEMU -incoming, in place of the one that is gone."""
