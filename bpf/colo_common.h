@@ -52,6 +52,8 @@ enum colo_cfg {
 	CFG_ROLE = 17,	     /* user space's: enum colo_role; 0: as configured */
 	CFG_BASE_EPOCH = 18, /* primary: offsets of this epoch are the guest's for good; 0: none */
 	CFG_BOND = 19,	     /* user space's: enum colo_bond */
+	CFG_UNDECIDED = 26,  /* user space's: 1: nobody has said yet that this guest may speak */
+	CFG_PEER_STOPPED = 27, /* user space's: CLOCK_BOOTTIME until which the peer is away on purpose */
 	CFG_MAX = 32,
 };
 

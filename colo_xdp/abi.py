@@ -53,6 +53,8 @@ class Cfg(IntEnum):
     ROLE = 17
     BASE_EPOCH = 18
     BOND = 19
+    UNDECIDED = 26
+    PEER_STOPPED = 27
     MAX = 32
 
 

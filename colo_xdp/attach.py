@@ -311,7 +311,9 @@ class Manifest:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.data: dict[str, list[Any]] = {"clsact": [], "filters": [], "xdp": [], "links": []}
+        self.data: dict[str, list[Any]] = {
+            "clsact": [], "filters": [], "xdp": [], "links": [], "ports": [],
+        }  # fmt: skip
         if path.exists():
             with contextlib.suppress(ValueError):
                 old = json.loads(path.read_text())
@@ -569,6 +571,27 @@ def detach_xdp(dev: str, name: str) -> bool:
     finally:
         os.close(fd)
     return True
+
+
+def take_out_ports(manifest_path: Path) -> list[str]:
+    """Take taps out of the bridges into which a controller has put them; one line each."""
+    gone = []
+    for tap, bridge in Manifest(manifest_path).data["ports"]:
+        with contextlib.suppress(NoSuchDevice):
+            if link_info(tap).master == link_info(bridge).index:
+                set_master(tap, None)
+                gone.append(f"{tap} from {bridge}")
+    return gone
+
+
+def tap_in_use(index: int) -> bool:
+    """Whether a tap of this index is here, and somebody (QEMU) holds it."""
+    with _netlink() as ipr:
+        try:
+            info = _info(ipr.link("get", index=index)[0])
+        except NetlinkError:
+            return False
+    return info.kind == "tun" and info.carrier
 
 
 def detach_all(manifest_path: Path) -> list[str]:

@@ -127,7 +127,9 @@ class Checkpointing(Controller):
             if lost and self.spoke_alone and self.dp.mode is Mode.CHECKPOINT:
                 # Nobody has confirmed the copy of the first checkpoint: the guest may go on alone.
                 await self._enter_failed("a former controller did not come to its end")
-            if self.speaker is not None and not self.speaker.may_speak:
+            if self.undecided:
+                pass  # what is waited for the decision says
+            elif self.speaker is not None and not self.speaker.may_speak:
                 self.become(self.state, "waiting for the lease: nothing leaves this host")
             elif migration is not None and self.peer.connected and self._peer_ready:
                 self._peer_ready = False  # of the next SVM it is to be said anew, also meanwhile

@@ -534,13 +534,17 @@ def cleanup(
     config: Annotated[Path | None, typer.Argument(help="The pair's TOML file.")] = None,
     pair: Annotated[str | None, typer.Option(help="The pair's name, without a file.")] = None,
     bpffs: Annotated[str, typer.Option(help="Where the pins are.")] = BPFFS,
+    force: Annotated[
+        bool, typer.Option(help="Your word that no guest speaks which must not.")
+    ] = False,
     run_dir: RunDir = RUN_DIR,
 ) -> None:
     """Take a pair's programs, pins and sockets off this host, and nothing else.
 
-    Frames then flow as if we had never been here, so do it when the pair is not needed.
+    Frames then flow as if we had never been here, so do it when the pair is not needed. Refused
+    while they keep a guest silent whose QEMU lives.
     """
-    from .cleanup import StillRunning
+    from .cleanup import GuestWouldSpeak, StillRunning
     from .cleanup import cleanup as clean
 
     if config is not None:
@@ -549,7 +553,9 @@ def cleanup(
     if pair is None:
         raise _fail("name the pair: a config file, or --pair", USAGE)
     try:
-        gone = clean(pair, bpffs, run_dir)
+        gone = clean(pair, bpffs, run_dir, force=force)
+    except GuestWouldSpeak as e:
+        raise _fail(f"{e}; `--force`: your word that it may be let go") from e
     except StillRunning as e:
         raise _fail(str(e)) from e
     for line in gone:

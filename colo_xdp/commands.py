@@ -46,6 +46,11 @@ class Commanded(Node):
     def path_shut(self) -> bool:
         """Nothing leaves, or will without a new guest: what `shut` means."""
 
+    @property
+    def undecided(self) -> bool:
+        """Nobody has said yet that this host's guest may speak (datapath.py)."""
+        return False
+
     @abstractmethod
     async def perform(self, action: Action, why: str) -> None:
         """Carry out GO_SOLO, TAKE_OVER, STOP or REARM."""
@@ -158,16 +163,20 @@ class Commanded(Node):
             }  # fmt: skip
         if self.state in (State.SOLO, State.TAKEN_OVER):
             return {"steps": [], "done": True, "state": self.state.value, "reason": self.reason}
-        if self.state in (State.STARTING, State.STOPPED):
+        undecided = self.undecided
+        if self.state is State.STOPPED or (self.state is State.STARTING and not undecided):
             raise ValueError(f"no failover from state {self.state.value}: {self.reason}")
         self.fence_result = None
         self.dp.order = "force" if force else "failover"
         self._order(self.dp.order, FAILOVER_S + self.config.failover.fence_timeout / 1000)
-        deadline = self._order_until
+        deadline, opened = self._order_until, False
         try:
             while time.monotonic() < deadline:
                 self._decide()
                 if self.state in (State.SOLO, State.TAKEN_OVER, State.STOPPED):
+                    break
+                opened = undecided and not self.undecided
+                if opened:
                     break
                 if self.fence_result is False and not self.forced:
                     self.operator = False
@@ -177,7 +186,7 @@ class Commanded(Node):
                 await asyncio.sleep(TICK_S)
         finally:
             self.dp.order = ""
-        done = self.state in (State.SOLO, State.TAKEN_OVER)
+        done = self.state in (State.SOLO, State.TAKEN_OVER) or opened
         return {"steps": steps, "done": done, "state": self.state.value, "reason": self.reason}
 
     async def _command_stand_down(self, args: dict[str, Any]) -> dict[str, Any]:

@@ -43,7 +43,8 @@ class Network:
     vxlan_port: int = checks.key(checks.integer(1, 65535, "(a port)"), "its UDP port", default=4789)
     bridge: str = checks.key(
         checks.or_empty(checks.device, "none"),
-        'bridge that the tap joins at a takeover; "": the host routes',
+        'bridge that the tap joins as soon as the guest may speak; "": the host routes, or the tap '
+        "is in a bridge by hand (primary only)",
         default="",
     )
     uplink: str = checks.key(

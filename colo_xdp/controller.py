@@ -22,7 +22,19 @@ from .commands import Commanded
 from .config import Config
 from .datapath import DataPath
 from .device_watch import DeviceWatch
-from .failover import Action, Decision, Facts, Heard, Role, State, decide
+from .failover import (
+    Action,
+    Decision,
+    Ending,
+    Facts,
+    Heard,
+    OtherGuest,
+    OwnGuest,
+    Role,
+    State,
+    decide,
+    other_guest,
+)
 from .limits import NEVER
 from .paths import Paths
 from .peer import Peer
@@ -45,6 +57,7 @@ def make_store(config: Config) -> Store:
 
 
 RING_BATCH = 512
+FOR_EVER_NS = (1 << 63) - 1
 
 
 class Controller(Commanded):
@@ -66,6 +79,7 @@ class Controller(Commanded):
         #: of the last planned failover: gap_ms (the network heard nothing of the guest), took_ms
         self.last_failover: dict[str, float] | None = None
         self.peer_epoch = 0
+        self.other_guest = OtherGuest.UNKNOWN  # as the peer says on this connection
         self.checkpoint_overdue = False
         self.stood_down = False  # shut in because the primary asked
         #: clients may know bytes of this guest that the other one has never heard of (abi.Bond)
@@ -120,6 +134,16 @@ class Controller(Commanded):
         """A beacon, while the control channel is down and its flags are as good as a heartbeat."""
 
     @property
+    def uncompared(self) -> bool:
+        """Clients may know what the SVM has never said: in shadow mode, or nobody knows."""
+        return self.shadow or (self.undecided and self.other_guest is OtherGuest.COPY)
+
+    @property
+    def own_guest(self) -> OwnGuest:
+        """What QEMU says of this host's guest; asked for only while it matters."""
+        return OwnGuest.UNKNOWN
+
+    @property
     def waiting(self) -> bool:
         """Output waits for a checkpoint that needs the peer's controller."""
         return False
@@ -165,6 +189,9 @@ class Controller(Commanded):
     def _peer_up(self) -> None:
         log.info("peer connected")
         self.asks = False
+        self.dp.peer_stopped = 0
+        self.peer_state = self.peer_role = ""  # of the connection before
+        self.other_guest = OtherGuest.UNKNOWN
         self.paths.core.rekey(
             self.peer.beacon_key, same_peer=self.peer.peer_boot == self._beacon_boot
         )
@@ -194,6 +221,9 @@ class Controller(Commanded):
         if kind == "beat":
             self.peer_state, self.peer_epoch = msg["state"], msg["epoch"]
             self.peer_role = msg["role"]
+            self.other_guest = other_guest(
+                msg["role"], msg["state"], alone=msg["alone"], shut=msg["shut"]
+            )
             if self.role is Role.SECONDARY:
                 word = msg["shadow"] and msg["role"] == Role.PRIMARY.value
                 self._shadow_word(word, msg["epoch"])
@@ -211,6 +241,10 @@ class Controller(Commanded):
             self._guest_ns, self.peer_why = boot_ns(), ""
         elif kind == "reprotect":
             self.incoming_wanted = True
+        elif kind == "bye" and msg["planned"]:
+            until = boot_ns() + msg["back"] * 1_000_000 if msg["back"] else FOR_EVER_NS
+            self.dp.peer_stopped = min(until, FOR_EVER_NS)
+            log.info("the peer's controller stops on purpose: %s", msg["why"])
         self.on_message(msg)
         self._decide()
 
@@ -244,7 +278,7 @@ class Controller(Commanded):
         flags = Flag(0) if self.vm_gone else Flag.VM
         for flag, on in (
             (Flag.SHUT, self.path_shut), (Flag.ALONE, self.spoke_alone), (Flag.ASK, self.asks),
-            (Flag.SHADOW, self.role is Role.PRIMARY and self.shadow),
+            (Flag.SHADOW, self.role is Role.PRIMARY and self.uncompared),
             (Flag.SVM, self.role is Role.SECONDARY), (Flag.HANGS, self.vm_hangs),
         ):  # fmt: skip
             if on:
@@ -299,7 +333,7 @@ class Controller(Commanded):
             vm=not self.vm_gone,
             shut=self.path_shut,
             alone=self.spoke_alone,
-            shadow=self.shadow,  # the primary's word; of the secondary: it has heard it
+            shadow=self.uncompared,  # the primary's word; of the secondary: it has heard it
             promise=promise,
             role=self.role.value,
         )
@@ -309,8 +343,16 @@ class Controller(Commanded):
         self.paths.send(flags, lag // 1_000_000, self.dp.epoch)
         self.devices.listen()
 
+    @property
+    def speaks(self) -> bool:
+        """Whether the network hears this host's guest: what status, metrics, the health paths and
+        the cluster's agent say."""
+        s = self.speaker
+        there = not (self.vm_gone or self.vm_absent)
+        return there and not self.silent() and (s is None or s.may_speak)
+
     def silent(self) -> bool:
-        """This host's guest does not reach the network."""
+        """The data path lets nothing of this host's guest reach the network, whatever it says."""
         speaks = Mode.TAKEOVER if self.role is Role.SECONDARY else None
         return self.dp.mode is Mode.DROP or (speaks is not None and self.dp.mode is not speaks)
 
@@ -359,8 +401,11 @@ class Controller(Commanded):
                 for i, p in enumerate(core.paths)
             ),
             peer_slow=now - self._peer_slow_ns < 3 * limit * 1_000_000,
-            ending=self.peer.ending,
+            ending=Ending.STOPPED if self.dp.peer_stopped > boot else self.peer.ending,
             waiting=self.waiting,
+            undecided=self.undecided,
+            other_guest=self.other_guest if self.peer.connected else OtherGuest.UNKNOWN,
+            own_guest=self.own_guest,
         )
 
     def _decide(self) -> None:
@@ -370,6 +415,9 @@ class Controller(Commanded):
         if self.speaker is not None:
             self._ask_for_lease(self.speaker, d.action)
         if d.action is Action.NONE:
+            return
+        if d.action is Action.WAIT:
+            self.become(self.state, d.why)
             return
         if d.action in (Action.DEGRADE, Action.ACQUIRE):
             if self.state in (State.PROTECTED, State.DEGRADED, State.CHECKPOINTING):
@@ -385,6 +433,7 @@ class Controller(Commanded):
     def _ask_for_lease(self, s: Speaker, action: Action) -> None:
         """A primary whose path is not shut holds the lease; a secondary, when it is to speak."""
         alone = action in (Action.ACQUIRE, Action.GO_SOLO, Action.TAKE_OVER)
+        s.watch = action is not Action.NONE
         if self.role is Role.PRIMARY:
             s.want = self.dp.mode is not Mode.DROP
         else:
@@ -393,10 +442,11 @@ class Controller(Commanded):
             s.alone()
 
     async def _act(self, d: Decision) -> None:
-        if self.state in (State.SOLO, State.TAKEN_OVER, State.STOPPED):
+        alone = self.state in (State.SOLO, State.TAKEN_OVER) and d.action is not Action.STOP
+        if alone or self.state is State.STOPPED:
             return  # decided in the meantime, by a message or the end of a checkpoint
         if d.action is Action.FENCE:
-            self.become(State.DEGRADED, d.why)
+            self.become(self.state if self.undecided else State.DEGRADED, d.why)
             self.fence_result = await self._fence()
             self._fence_failed_ns, self._fenced_ns = time.monotonic_ns(), boot_ns()
         else:
@@ -489,9 +539,21 @@ class Controller(Commanded):
         if late > self.config.peer.heartbeat_timeout / 2000:
             log.warning("this controller stood still for %.0f ms", ns / 1e6)
 
-    async def stop(self, why: str) -> None:
-        """End this controller; the guests and the data path go on."""
-        self.peer.send("bye", why=why)
+    async def _open_network(self) -> None:
+        """The tap joins the bridge; what stands in the way is said, and tried again on restart."""
+        try:
+            await asyncio.to_thread(self.dp.open_network)
+        except (attach.NoSuchDevice, attach.NetlinkError, OSError) as e:
+            log.error("the guest's tap cannot join the bridge: %s", e)
+            self.failures.append(f"open network: {e}")
+
+    async def stop(self, why: str, *, planned: bool = True, back_ms: int = 0) -> None:
+        """End this controller; the guests and the data path go on.
+
+        `planned`: nobody is to take it for a death; `back_ms`: when the next one is expected, if
+        that is known.
+        """
+        self.peer.send("bye", why=why, planned=planned, back=back_ms)
         loop = asyncio.get_running_loop()
         for fd in self.dp.reader.fds:
             loop.remove_reader(fd)

@@ -128,7 +128,8 @@ async def _serve(config: Config, datapath: DataPath) -> int:
         else:
             notifier.send(STOPPING="1")
         why = "the roles change" if changed else "stopped by a signal"
-        await ctl.stop("internal error" if failed else why)
+        back_ms = LOAD_S * 1000 if changed else 0
+        await ctl.stop("internal error" if failed else why, planned=not failed, back_ms=back_ms)
         return ROLE_CHANGED if changed else int(failed)
     finally:
         if metrics is not None:

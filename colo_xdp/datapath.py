@@ -99,7 +99,7 @@ class DataPath:
                 f"[network] tap: {net.tap} is in a bridge; on the secondary it must be in none "
                 "(the bridge would learn the guest's address there)"
             )
-        if net.bridge and (self.role == "secondary" or word):
+        if net.bridge:
             self._device("bridge", net.bridge)  # not first missed at 3 a.m.
         primary = self.role == "primary"
         self.hook = "tc" if primary else choose_hook(net.hook, tap)
@@ -125,10 +125,9 @@ class DataPath:
         self.adopted = found == abi.ABI
         self.reader = open_reader(self.objects)
         self.injectors: dict[str, Injector] = {}
-        if not self.adopted:
-            # A guest that speaks while nobody compares: a copy made before must not take over.
-            self._write(Cfg.BOND, abi.Bond.ALONE if primary else abi.Bond.NONE)
-            self._write(Cfg.MODE, Mode.BYPASS if primary else Mode.DROP)
+        if not self.adopted or (self.undecided and options.lease):
+            self._begin(primary, options.lease)
+        self._lease(options.lease)
         self.guest: loader.Objects | None = None
         if primary and self._read(Cfg.BASE_EPOCH):
             self.guest = loader.load("guest", config.pair, dp.bpffs, options, config.role)
@@ -168,6 +167,21 @@ class DataPath:
             # A later epoch than any other host has seen: see Primary._older_than(). Not before the
             # secondary's programs are off: they would take their offsets for void.
             self.epoch = max(self.epoch, self.base_epoch + 1)
+
+    def _begin(self, primary: bool, lease: bool) -> None:
+        """Nothing was pinned, so nothing is known: nobody speaks before it has been decided."""
+        speaks = primary and lease  # in the kernel, no sooner than the lease lets it
+        self.undecided = primary and not lease
+        # A guest that speaks while nobody compares: a copy made before must not take over.
+        self._write(Cfg.BOND, abi.Bond.ALONE if speaks else abi.Bond.NONE)
+        self._write(Cfg.MODE, Mode.BYPASS if speaks else Mode.DROP)
+
+    def _lease(self, on: bool) -> None:
+        """The slot also says whether there is a lease (cleanup.py): then it is never 0."""
+        if not on:
+            self.speak_until(0)
+        elif not self._read(Cfg.SPEAK_UNTIL_NS):
+            self.speak_until(1)
 
     def _load(self, options: loader.Options) -> tuple[loader.Objects, loader.Options]:
         """The programs of the role; without tier K if this kernel does not take it."""
@@ -349,6 +363,27 @@ class DataPath:
         self._write(Cfg.BOND, bond)
 
     @property
+    def undecided(self) -> bool:
+        """Primary: nothing was known when this data path began, and nobody has said since that
+        its guest may speak."""
+        return bool(self._read(Cfg.UNDECIDED))
+
+    @undecided.setter
+    def undecided(self, value: bool) -> None:
+        self._write(Cfg.UNDECIDED, int(value))
+
+    @property
+    def peer_stopped(self) -> int:
+        """Until when (CLOCK_BOOTTIME, ns) the peer's controller is away on purpose; 0: it is not.
+
+        It has told one process of this host only, and that one may have been stopped since."""
+        return self._read(Cfg.PEER_STOPPED)
+
+    @peer_stopped.setter
+    def peer_stopped(self, boot_ns: int) -> None:
+        self._write(Cfg.PEER_STOPPED, boot_ns)
+
+    @property
     def base_epoch(self) -> int:
         """Primary: the epoch whose offsets are the guest's for good; 0: it has none."""
         return self._read(Cfg.BASE_EPOCH)
@@ -495,9 +530,17 @@ class DataPath:
             return False
 
     def open_network(self) -> None:
-        """Secondary, at failover: the tap joins the bridge, if one is configured."""
-        if self.config.network.bridge:
-            attach.set_master(self.config.network.tap, self.config.network.bridge)
+        """The guest may speak: its tap joins the bridge, if one is configured."""
+        net = self.config.network
+        if net.bridge and attach.link_info(net.tap).master != attach.link_info(net.bridge).index:
+            attach.set_master(net.tap, net.bridge)
+            self.manifest.add("ports", [net.tap, net.bridge])
+
+    def close_network(self) -> None:
+        """The other host's guest speaks: the tap leaves the configured bridge."""
+        net = self.config.network
+        if net.bridge and attach.link_info(net.tap).master == attach.link_info(net.bridge).index:
+            attach.set_master(net.tap, None)
 
     def step_out(self) -> None:
         """Secondary, after a takeover: the programs on the guest's tap are not needed any more."""

@@ -110,6 +110,15 @@ def _devices(config: Config) -> Iterator[Check]:
             yield Check("hook", FAIL, str(e))
         if not net.bridge:
             yield Check("bridge", WARN, "none: after a failover the host has to route the guest")
+    elif tap.master and not _decided(config):
+        yield Check(
+            "isolation", WARN, f"{net.tap} is in a bridge, and no controller has decided that its "
+            "guest may speak: after a boot it does, whoever else speaks",
+            f"ip link set {net.tap} nomaster, and [network] bridge: the controller puts it there",
+        )  # fmt: skip
+    elif not tap.master and not net.bridge:
+        yield Check("bridge", WARN, f"{net.tap} is in none, and nobody puts it into one",
+                    "[network] bridge")  # fmt: skip
     if tap.xdp_prog_id and not attach.is_ours(tap.xdp_prog_id):
         name = _bpf.prog_info_by_id(tap.xdp_prog_id).name
         yield Check("XDP", FAIL, f"{net.tap} has a program of somebody else ({name})", "remove it")
@@ -133,6 +142,15 @@ def _devices(config: Config) -> Iterator[Check]:
                     f"at least {tap.mtu + TAG_BYTES}: frames carry a tag there")  # fmt: skip
     else:
         yield Check("peer link", OK, f"{net.peer_link}, mtu {peer.mtu}")
+
+
+def _decided(config: Config) -> bool:
+    """Whether a controller has pinned here that the primary's guest may speak."""
+    from . import loader
+    from .abi import Cfg, Mode
+
+    pins = loader.pin_dir(config.datapath.bpffs, config.pair, config.role)
+    return loader.pinned_slot(pins, Cfg.MODE) != Mode.DROP
 
 
 def _neighbours(config: Config) -> Iterator[Check]:

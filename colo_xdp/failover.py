@@ -66,6 +66,8 @@ class Action(StrEnum):
     REARM = "rearm"  # primary: the peer is back: checkpoint
     ASK_SHUT = "ask_shut"  # primary: ask the secondary's controller to shut its guest in
     ACQUIRE = "acquire"  # get the lease, and have it recorded that this guest speaks alone
+    WAIT = "wait"  # primary: stay silent, and say what is waited for
+    OPEN = "open"  # primary: this guest may speak, since the other one does not
 
 
 class Ending(StrEnum):
@@ -75,6 +77,37 @@ class Ending(StrEnum):
     CLOSED = "closed"  # by the other host: the process has ended
     HUNG = "hung"  # the other host acknowledged what nobody answered
     LOST = "lost"  # nothing was acknowledged any more
+    STOPPED = "stopped"  # on purpose, as it said itself: its guest goes on
+
+
+class OtherGuest(StrEnum):
+    """What the peer's controller says of its guest, on the connection that there is now."""
+
+    UNKNOWN = ""  # nothing was heard yet
+    IDLE = "idle"  # silent, and nobody has confirmed that it is a copy
+    COPY = "copy"  # silent, and a copy of what the pair's guest was
+    SPEAKS = "speaks"
+    ENDED = "ended"  # it spoke alone, and is gone
+
+
+def other_guest(role: str, state: str, *, alone: bool, shut: bool) -> OtherGuest:
+    """From the words of a heartbeat (wire.py)."""
+    if shut:
+        return OtherGuest.ENDED if alone else OtherGuest.IDLE
+    if role == Role.PRIMARY and not alone and state == State.STARTING:
+        return OtherGuest.UNKNOWN  # undecided as well
+    if alone or role == Role.PRIMARY or state in (State.TAKEN_OVER, State.SOLO):
+        return OtherGuest.SPEAKS
+    return OtherGuest.IDLE if state in (State.STARTING, State.STOPPED) else OtherGuest.COPY
+
+
+class OwnGuest(StrEnum):
+    """What this host's QEMU says of its guest."""
+
+    UNKNOWN = ""  # it does not answer, or is not there
+    NEW = "new"  # it has never been migrated: booted since
+    PAIRED = "paired"  # in COLO: this is the pair's PVM
+    OLD = "old"  # it once was
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +151,11 @@ class Facts:
     peer_slow: bool = False  # its beacons say that its loop stood still
     ending: Ending = Ending.UNKNOWN
     waiting: bool = False  # the primary needs a checkpoint, and output waits for it
+    #: nothing was pinned when the controller of this (primary's) host began, so nobody knows what
+    #: was before, and nobody has said yet that its guest may speak
+    undecided: bool = False
+    other_guest: OtherGuest = OtherGuest.UNKNOWN
+    own_guest: OwnGuest = OwnGuest.UNKNOWN
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,13 +231,27 @@ def _unreachable(f: Facts) -> bool:
     A host that lost its power gives no other sign. The secondary waits longer (see
     Controller.facts), so that over a cut link the guest that is being used wins.
     """
-    return not _peer_dead(f) and (_last_word_ms(f) > f.dead_after_ms or _deaf(f))
+    if _peer_dead(f) or (_stopped(f) and not _cannot_wait(f)):
+        return False
+    return _last_word_ms(f) > f.dead_after_ms or _deaf(f)
+
+
+def _stopped(f: Facts) -> bool:
+    """The silence is that of a controller which somebody has stopped: no sign of anything. What
+    follows is that one's affair, unless its QEMU gives a sign of death (_peer_dead)."""
+    return f.ending is Ending.STOPPED and not f.peer_connected
+
+
+def _cannot_wait(f: Facts) -> bool:
+    """With a lease nobody is fenced, and a primary without a controller is silent in any case."""
+    return f.lease and (f.role is Role.SECONDARY or f.waiting)
 
 
 _ENDINGS = {
     Ending.CLOSED: "its host closed the control channel, so the controller there has ended",
     Ending.HUNG: "its host still acknowledged the control channel, so the controller there hangs",
     Ending.LOST: "its host acknowledged nothing any more: dead, or cut off",
+    Ending.STOPPED: "the controller there was stopped on purpose before",
 }
 
 
@@ -247,28 +299,88 @@ def _shut_why(f: Facts) -> str:
 
 
 def _alone(f: Facts) -> bool:
-    return f.state in (State.SOLO, State.TAKEN_OVER, State.STOPPED)
+    return f.state in (State.SOLO, State.TAKEN_OVER)
+
+
+def _gone_why(f: Facts) -> str:
+    how = "hangs" if f.own_vm_hangs else "is gone"
+    if _alone(f):
+        return f"the QEMU of this host {how} after its guest spoke alone: now nobody speaks"
+    return f"the QEMU of this host {how}: nothing more may leave from here"
+
+
+def _stopped_why(f: Facts) -> str:
+    text = "the peer's controller was stopped on purpose, which is no death: nobody is fenced"
+    if f.role is Role.PRIMARY:
+        text += ", and what needs a checkpoint waits"
+    return f"{text}; start it again, or `colo-xdp failover` decides"
+
+
+def _may_open(f: Facts) -> bool:
+    """Certain that no other guest speaks, nor one that knows more than this one."""
+    if f.other_guest is OtherGuest.ENDED or f.peer_vm_gone:
+        # If this one is as old as the pair it lacks what the other one has said since.
+        return f.own_guest is OwnGuest.NEW or f.other_guest is OtherGuest.IDLE
+    if f.other_guest is OtherGuest.COPY:
+        return f.own_guest is OwnGuest.PAIRED
+    return f.other_guest is OtherGuest.IDLE
+
+
+_OPEN_WHY = {
+    OtherGuest.UNKNOWN: "the other host's controller says that its data path is shut",
+    OtherGuest.IDLE: "the other host's controller says that its guest does not speak",
+    OtherGuest.COPY: "this is the PVM of the pair, and the SVM does not speak",
+    OtherGuest.ENDED: "the other host's guest is gone, and this one is new",
+}
+_NOTHING_KNOWN = "nothing is known here of what was before (a boot, or `cleanup`): "
+
+
+def _undecided_why(f: Facts) -> str:
+    if f.other_guest is OtherGuest.COPY:
+        return (
+            f"{_NOTHING_KNOWN}the other host has a copy of the pair's guest, so neither speaks "
+            "until a person says which, by `colo-xdp failover` there or here"
+        )
+    if f.other_guest is OtherGuest.ENDED:
+        return (
+            f"{_NOTHING_KNOWN}the other host's guest spoke alone and is gone; silent until QEMU "
+            "says that the guest here is a new one, or a person does by `colo-xdp failover`"
+        )
+    return (
+        f"{_NOTHING_KNOWN}silent until the other host's controller says that its guest does not "
+        "speak; if that one is silent for certain, `colo-xdp failover`"
+    )
 
 
 _OVER = {Role.PRIMARY: Action.GO_SOLO, Role.SECONDARY: Action.TAKE_OVER}
 
 _ROWS: tuple[_Row, ...] = (
+    (lambda f: f.state is State.STOPPED, Action.NONE, "this host has decided before"),
+    (lambda f: not f.own_vm_alive, Action.STOP, _gone_why),
     (_alone, Action.NONE, "this host has decided before"),
-    (
-        lambda f: not f.own_vm_alive,
-        Action.STOP,
-        lambda f: (
-            f"the QEMU of this host {'hangs' if f.own_vm_hangs else 'is gone'}: "
-            "nothing more may leave from here"
-        ),
-    ),
     (
         lambda f: f.lease and f.other_alone and f.role is Role.PRIMARY,
         Action.STOP,
         "the lease store says that the secondary's guest has spoken alone: this one's state is old",
     ),
     (
-        lambda f: f.state is State.STARTING,
+        lambda f: f.undecided and f.other_guest is OtherGuest.SPEAKS,
+        Action.STOP,
+        "the other host's guest speaks: this one must not",
+    ),
+    (
+        lambda f: f.undecided and _may_open(f),
+        Action.OPEN,
+        lambda f: _OPEN_WHY[f.other_guest],
+    ),
+    (
+        lambda f: f.undecided and f.operator and f.other_guest is OtherGuest.COPY,
+        Action.ASK_SHUT,
+        "failover asked by the operator: the secondary is asked to stand down first",
+    ),
+    (lambda f: f.undecided and not f.operator, Action.WAIT, _undecided_why),
+    (
+        lambda f: f.state is State.STARTING and not f.undecided,
         Action.NONE,
         "the pair is not protected yet: there is nothing to fail over to",
     ),
@@ -280,8 +392,8 @@ _ROWS: tuple[_Row, ...] = (
             and (f.peer_vm_gone or f.colo_exit or _no_control(f))
         ),
         Action.DEGRADE,
-        "the peer is lost or cut off, but the pair was in shadow mode: clients may know bytes that "
-        "this guest never sent, so a person decides",
+        "the peer is lost or cut off, but the PVM may have spoken uncompared (shadow mode, or its "
+        "host began anew): clients may know bytes that this guest never sent, so a person decides",
     ),
     (
         lambda f: f.lease and f.committed and f.role is Role.SECONDARY,
@@ -289,7 +401,7 @@ _ROWS: tuple[_Row, ...] = (
         "the lease store was asked to record a takeover, which may have happened: it is finished",
     ),
     (
-        lambda f: f.peer_vm_gone,
+        lambda f: f.peer_vm_gone and not f.undecided,
         Action.TAKE_OVER,
         _shut_why,
     ),
@@ -369,6 +481,7 @@ _ROWS: tuple[_Row, ...] = (
         Action.FENCE,
         lambda f: f"{_long_silence(f)}; fencing it",
     ),
+    (lambda f: _stopped(f) and not _peer_dead(f) and _no_control(f), Action.DEGRADE, _stopped_why),
     (
         _peer_dead,
         Action.DEGRADE,

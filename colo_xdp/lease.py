@@ -20,7 +20,7 @@ import requests
 from etcd3gw.client import Etcd3Client
 from etcd3gw.exceptions import Etcd3Exception
 
-from .speaker import Seen, StoreError
+from .speaker import GIVEN_UP, Seen, StoreError, ours_to_take
 
 log = logging.getLogger("colo_xdp.lease")
 
@@ -88,16 +88,20 @@ class EtcdStore:
 
     def __init__(self, etcd: Etcd, pair: str, timeout: float) -> None:
         self._etcd, self._timeout = etcd, timeout
-        self._speaker, self._alone = (_b64(f"{PREFIX}{pair}/{n}") for n in ("speaker", "alone"))
+        self._speaker, self._alone, self._last = (
+            _b64(f"{PREFIX}{pair}/{n}") for n in ("speaker", "alone", "last")
+        )
         self._at = 0
         self._lease = 0
         self._attempt: _Attempt | None = None
 
     # ---- in the loop
 
-    async def hold(self, holder: str, ttl_ms: int, steal: str) -> Seen:
+    async def hold(self, holder: str, ttl_ms: int, steal: str, claim: bool) -> Seen:
         last = self._lease
-        self._lease, seen = await self._run(lambda a: self._hold(a, last, holder, ttl_ms, steal))
+        self._lease, seen = await self._run(
+            lambda a: self._hold(a, last, holder, ttl_ms, steal, claim)
+        )
         return seen
 
     async def look(self) -> Seen:
@@ -109,7 +113,7 @@ class EtcdStore:
     async def release(self) -> None:
         lease, self._lease = self._lease, 0  # never used again, however late it is revoked
         if lease:
-            await self._run(lambda a: a.post("/lease/revoke", {"ID": lease}))
+            await self._run(lambda a: self._release(a, lease))
 
     async def close(self) -> None:
         self._give_up()
@@ -164,16 +168,22 @@ class EtcdStore:
             raise ValueError(f"a lease of {r['TTL']} s where {seconds} s were asked for")
         return int(r["ID"])
 
+    def _read(self) -> list[dict[str, Any]]:
+        return [self._get(k) for k in (self._alone, self._speaker, self._last)]
+
+    def _seen(self, found: list[dict[str, Any]]) -> tuple[Seen, int]:
+        """What _read() has found, and the revision of the key."""
+        (alone, _), (now, revision), (last, since) = (self._value(r) for r in found[:3])
+        return Seen(now, alone, last, since), revision
+
     def _hold(
-        self, a: _Attempt, last: int, holder: str, ttl_ms: int, steal: str
+        self, a: _Attempt, last: int, holder: str, ttl_ms: int, steal: str, claim: bool
     ) -> tuple[int, Seen]:
         """The lease to renew next time, and what there is."""
-        read = [self._get(self._alone), self._get(self._speaker)]
-        _, found = a.txn([], read, [])
-        (alone, _), (now, revision) = self._value(found[0]), self._value(found[1])
-        theirs = steal and now.endswith(f" {steal}")
-        if now and not theirs and not now.startswith(holder.split(" ")[0] + " "):
-            return 0, Seen(now, alone)
+        read = self._read()
+        seen, revision = self._seen(a.txn([], read, [])[1])
+        if not ours_to_take(seen, holder, steal, claim):
+            return 0, seen
         lease = self._alive(a, last, ttl_ms)
         key = self._speaker
         if lease == last:
@@ -183,22 +193,29 @@ class EtcdStore:
             ]
             ok, found = a.txn(mine, read, read)
             if ok:
-                return lease, Seen(holder, self._value(found[0])[0])
-        same: dict[str, Any] = {
-            "key": key,
-            "target": "MOD",
-            "result": "EQUAL",
-            "mod_revision": revision,
-        }
-        put = {"request_put": {"key": key, "value": _b64(holder), "lease": lease}}
-        ok, found = a.txn([same], [*read, put], read)
+                return lease, self._seen(found)[0]
+        same: list[dict[str, Any]] = [
+            {"key": k, "target": "MOD", "result": "EQUAL", "mod_revision": n}
+            for k, n in ((key, revision), (self._last, seen.since))
+        ]
+        put: list[dict[str, Any]] = [
+            {"request_put": {"key": key, "value": _b64(holder), "lease": lease}},
+            {"request_put": {"key": self._last, "value": _b64(holder)}},
+        ]
+        ok, found = a.txn(same, [*put, *read], read)
         if not ok:
             raise ValueError("the key has just changed")
-        return lease, Seen(holder, self._value(found[0])[0])
+        return lease, self._seen(found[len(put) :])[0]
 
     def _look(self, a: _Attempt) -> Seen:
-        _, found = a.txn([], [self._get(self._alone), self._get(self._speaker)], [])
-        return Seen(self._value(found[1])[0], self._value(found[0])[0])
+        return self._seen(a.txn([], self._read(), [])[1])[0]
+
+    def _release(self, a: _Attempt, lease: int) -> None:
+        """In words, too, so that nobody waits; but not of a key that another lease holds by now."""
+        mine = {"key": self._speaker, "target": "LEASE", "result": "EQUAL", "lease": lease}
+        said = {"request_put": {"key": self._last, "value": _b64(GIVEN_UP)}}
+        a.txn([mine], [{"request_delete_range": {"key": self._speaker}}, said], [])
+        a.post("/lease/revoke", {"ID": lease})
 
     def _record(self, a: _Attempt, holder: str, alone: str) -> bool:
         mine = {"key": self._speaker, "target": "VALUE", "result": "EQUAL", "value": _b64(holder)}

@@ -229,12 +229,11 @@ def health(path: str, s: Document) -> tuple[int, str] | None:
     The status is the answer: load balancers and scripts need not read the text.
     """
     state, role = s["state"], s["role"]
-    speaks = state == "taken-over" or (role == "primary" and state not in ("stopped",))
     standby = role == "secondary" and state in ("protected", "checkpointing", "paused", "degraded")
     answers = {
         "/healthz": True,
         "/readyz": state in ("protected", "checkpointing", "paused"),
-        "/primary": speaks,
+        "/primary": s["permission"]["speaks"],
         "/secondary": standby,
     }
     if path not in answers:

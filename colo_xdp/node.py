@@ -44,6 +44,7 @@ class Node(ABC):
         self.colo_exit = False
         self.vm_gone = False
         self.vm_hangs = False  # it is gone for all that it answers
+        self.vm_absent = False  # no QEMU is there (yet), which is no death
         self.role_changed = False  # the next controller of this host is the other guest's
         self.incoming_wanted = False
         self._successor: asyncio.Task[None] | None = None
@@ -153,10 +154,10 @@ class Node(ABC):
         while True:
             try:
                 self.qemu_info = await self.qmp.connect()
+                self.vm_absent = False
             except QmpError as e:
-                if self.state is not State.STARTING and not await asyncio.to_thread(
-                    self.dp.tap_alive
-                ):
+                self.vm_absent = not await asyncio.to_thread(self.dp.tap_alive)
+                if self.state is not State.STARTING and self.vm_absent:
                     self.vm_gone = True  # it died while nobody looked
                     self._decide()
                     return
@@ -253,6 +254,9 @@ class Node(ABC):
     async def succeed(self) -> None:
         """This host's QEMU is a new one that waits for the other guest's state."""
 
+    async def leave_network(self) -> None:
+        """This host's guest is worthless: its tap leaves the bridge."""
+
     def await_successor(self) -> None:
         """From now on look for a QEMU that waits (-incoming) in place of the one that is over."""
         if self._successor is None or self._successor.done():
@@ -264,6 +268,7 @@ class Node(ABC):
             await asyncio.sleep(QMP_RETRY_S)
             if not self.superseded():
                 continue
+            await self.leave_network()
             if not self.qmp.connected:
                 with contextlib.suppress(QmpError):
                     self.qmp = self._new_qmp()

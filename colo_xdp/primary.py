@@ -18,7 +18,7 @@ from .compare import Engine
 from .config import Config
 from .datapath import DataPath
 from .device_watch import PACE_S
-from .failover import Action, Role, State
+from .failover import Action, OwnGuest, Role, State
 from .flowtable import FlowTable
 from .limits import NEVER
 from .node import IN_COLO, INCOMING_S
@@ -34,6 +34,7 @@ from .ticker import TICK_S
 log = logging.getLogger("colo_xdp.primary")
 
 SWEEP_S = 5.0
+LOOK_S = 0.2  # between two looks at a guest of which nothing is known
 BRIDGE_S = 1.0  # between two looks at the ports of the tap's bridge
 LOSS_CHECK_NS = 100_000_000
 SWEEP = 400  # connections of tier K looked at in that time: a million in 4 minutes
@@ -63,6 +64,7 @@ class Primary(Checkpointing):
         self._guard: asyncio.Task[Any] | None = None
         self._lost = datapath.lost_events()
         self._lost_checked = 0
+        self._own_guest = OwnGuest.UNKNOWN
         self.waits = [0] * (len(WAIT_BUCKETS) + 1)
         self.wait_sum = 0.0
         datapath.unmirror(None)  # what a former controller's rules said
@@ -76,7 +78,7 @@ class Primary(Checkpointing):
             self.engine.begin_checkpoint()
             self.state = State.DEGRADED
             self.reason = "a former controller's data path was taken over: a checkpoint is needed"
-        elif datapath.mode is Mode.DROP:
+        elif datapath.mode is Mode.DROP and not self.undecided:
             self.state = State.STOPPED
             self.reason = "the data path was shut by a former controller"
 
@@ -106,6 +108,39 @@ class Primary(Checkpointing):
         s = ns / 1e9
         self.waits[bisect_left(WAIT_BUCKETS, s)] += 1
         self.wait_sum += s
+
+    # ---- a data path that began with nothing
+
+    @property
+    def undecided(self) -> bool:
+        return self.dp.undecided
+
+    @property
+    def own_guest(self) -> OwnGuest:
+        return self._own_guest
+
+    async def _look_at_guest(self) -> None:
+        """Whether QEMU's guest is a new one, for as long as it matters."""
+        while self.undecided and self.state is State.STARTING:
+            migration = await self._migration() if self.qmp.connected else None
+            seen = OwnGuest.UNKNOWN
+            if migration is not None:
+                known = {"colo": OwnGuest.PAIRED, "none": OwnGuest.NEW}
+                seen = known.get(migration or "none", OwnGuest.OLD)
+            if seen is not self._own_guest:
+                self._own_guest = seen
+                self._decide()
+            await asyncio.sleep(LOOK_S)
+
+    def _open(self, why: str) -> None:
+        """The first word of this host's guest since the data path began: it speaks alone."""
+        self.spoke_alone = self._uncompared = True
+        self.dp.bond = Bond.ALONE
+        self.dp.mode = Mode.BYPASS
+        self.dp.undecided = False
+        self.become(State.STARTING, why)
+        self.spawn(self._open_network())
+        self._wake.set()
 
     def on_tick(self, now_ns: int) -> None:
         # While the control channel is cut timeouts go on: what waits too long has to be known.
@@ -160,7 +195,13 @@ class Primary(Checkpointing):
     def on_qmp(self, event: QmpEvent) -> None:
         ck = self._ck
         if event.name == "STOP":
-            if ck is not None:
+            if ck is not None and ck.resume_ns:
+                # What the guest has said since its RESUME is in no checkpoint yet.
+                self._want = self._want or Want(
+                    Cause.OPERATOR.value,
+                    "QEMU stopped the PVM again before the end of a checkpoint",
+                )
+            elif ck is not None:
                 ck.stop_ns = event.ts_ns
                 if not ck.began_ns <= event.ts_ns <= event.seen_ns:
                     # The clock was set meanwhile. Too early a STOP only costs a checkpoint more.
@@ -168,7 +209,7 @@ class Primary(Checkpointing):
                     ck.stop_ns = ck.began_ns
             elif self.state is State.PROTECTED:
                 self.request(Cause.OPERATOR, "QEMU stopped the PVM without being asked by us")
-        elif event.name == "RESUME" and ck is not None and ck.stop_ns:
+        elif event.name == "RESUME" and ck is not None and ck.stop_ns and not ck.resume_ns:
             ck.resume_ns = event.ts_ns
         if ck is not None:
             ck.changed.set()
@@ -240,9 +281,14 @@ class Primary(Checkpointing):
     def _stand_down(self, why: str) -> None:
         """Never speak against a secondary that has taken over."""
         self.dp.mode = Mode.DROP
+        self.dp.undecided = False
         if self._guard is not None:
             self._guard.cancel()
         self.become(State.STOPPED, why)
+
+    async def leave_network(self) -> None:
+        """Not sooner: until then clients' frames that come here are mirrored to the other one."""
+        await asyncio.to_thread(self.dp.close_network)
 
     def paired(self) -> bool:
         return self.state in (State.PROTECTED, State.CHECKPOINTING, State.DEGRADED)
@@ -282,6 +328,10 @@ class Primary(Checkpointing):
 
     async def start(self) -> None:
         await super().start()
+        if self.undecided:
+            self.spawn(self._look_at_guest())
+        elif self.dp.mode is not Mode.DROP:  # a former controller may have died before this
+            self.spawn(self._open_network())
         self.spawn(self._watch_bridge())
         if self.own is not None:
             self.spawn(self._sweep_own(self.own))
@@ -329,14 +379,17 @@ class Primary(Checkpointing):
     async def perform(self, action: Action, why: str) -> None:
         if action is Action.GO_SOLO:
             await self._go_solo(why)
+        elif action is Action.OPEN:
+            self._open(why)
         elif action is Action.STOP:
             self.dp.mode = Mode.DROP
+            self.dp.undecided = False
             if self._guard is not None:
                 self._guard.cancel()
             self.become(State.STOPPED, why)
             self.peer.send("gone", why=why, alone=self.spoke_alone)
         elif action is Action.ASK_SHUT:
-            self.become(State.DEGRADED, why)
+            self.become(self.state if self.undecided else State.DEGRADED, why)
             self.asks = not self.peer.send("solo", why=why)
             await asyncio.sleep(self.config.peer.heartbeat_interval / 1000)
         elif action is Action.REARM:
@@ -354,6 +407,9 @@ class Primary(Checkpointing):
         self.dp.bond = Bond.ALONE
         released = self.engine.release_all()
         self.dp.mode = Mode.BYPASS
+        if self.undecided:
+            self.dp.undecided = False
+            await self._open_network()
         self._drain()
         try:
             await self.leave_colo()

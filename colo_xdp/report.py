@@ -22,7 +22,8 @@ def permission(c: Controller) -> dict[str, Any]:
     s = c.speaker
     lease = "" if s is None else "held" if s.held else "promised" if s.may_speak else "none"
     return {
-        "speaks": not c.silent() and lease != "none",
+        "speaks": c.speaks,
+        "undecided": c.undecided,
         "lease": lease,
         "left_s": None if s is None else s.left_s,
         "bond": c.dp.bond.name.lower(),

@@ -22,6 +22,12 @@ check to the wire takes less than `margin` less 1 % of `ttl`. etcd's side: the l
 from the moment it handled the renewal, later than t, and a new leader counts it anew
 (lessor.Promote() in etcd's server/lease).
 
+*A key that is gone* proves nothing: a lease can end before its time (somebody revokes it, or
+etcd's leader hung and goes on), and its holder relies on it for up to `ttl`. So a third key,
+without lease, names whoever got the first one last; giving it up is written there. Who finds the
+key gone and the other host as its last holder waits for `ttl` from then, unless that one says
+that its path is shut. To be in time a host looks as soon as it suspects the other one.
+
 The second key, without lease, says whose guest has spoken alone. It is written while the key is
 held, before the guest speaks alone; the other host's guest, whose state is old from then on, never
 speaks after that, however long the survivor is dead. A new pair clears it.
@@ -40,7 +46,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, TypeVar
 
 log = logging.getLogger("colo_xdp.speaker")
@@ -55,19 +61,46 @@ class StoreError(RuntimeError):
     """The store did not answer, or not in time; says which."""
 
 
+#: in place of the last holder: the key was given up, and nobody relies on it
+GIVEN_UP = "-"
+
+
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """What the store says: "node boot" of the key's holder, node that spoke alone; "": nobody."""
+    """What the store says: "node boot" of the key's holder, node that spoke alone; "": nobody.
+
+    `last`: whoever got it last, or GIVEN_UP; "": nothing is known. `since` is another one each
+    time that somebody gets it.
+    """
 
     holder: str
     alone: str
+    last: str = ""
+    since: int = 0
+
+
+def host_of(holder: str) -> str:
+    """Of "node@address boot" what names the host."""
+    return holder.split(" ")[0]
+
+
+def ours_to_take(seen: Seen, holder: str, steal: str, claim: bool) -> bool:
+    """Whether `holder` may get the key, or renew it: what each store has to ask first.
+
+    `steal`: the process of the other host whose path is shut; `claim`: the time of a key that has
+    vanished is over.
+    """
+    who = seen.holder or seen.last
+    if host_of(who) == host_of(holder) or (steal and who.endswith(f" {steal}")):
+        return True
+    return not seen.holder and (seen.last == GIVEN_UP or claim)
 
 
 class Store(Protocol):
     """The key in the store. All of it may raise StoreError, and may be carried out late."""
 
-    async def hold(self, holder: str, ttl_ms: int, steal: str) -> Seen:
-        """Renew the key, or get it if it is free or is held by `steal` or another process here."""
+    async def hold(self, holder: str, ttl_ms: int, steal: str, claim: bool) -> Seen:
+        """Renew the key, or get it, if ours_to_take() says so."""
 
     async def record(self, holder: str, alone: str) -> bool:
         """Write who has spoken alone, if `holder` holds the key; whether it did."""
@@ -76,7 +109,7 @@ class Store(Protocol):
         """What it says, without asking for anything."""
 
     async def release(self) -> None:
-        """Give the key up, if it is held."""
+        """Give the key up, if it is held, and say so."""
 
     async def close(self) -> None:
         """No more."""
@@ -111,7 +144,8 @@ class Speaker:
         # A former process of this host may have promised something just before it died, unless its
         # guest was `speaking`.
         self._silent_until = 0 if speaking else boot_ns() + self._ttl + self._ttl // RATE
-        self._want = self._asked = False
+        self._want = self._asked = self._watch = False
+        self._gone_ns = 0  # since when the key is known to have vanished (boot_ns)
         self._record: str | None = None
         self.steal = ""  # boot id of a holder that is certain to be silent
         self.seen = Seen("", "")
@@ -166,6 +200,17 @@ class Speaker:
             self._publish()
         self._wake.set()
 
+    @property
+    def watch(self) -> bool:
+        """The other host is suspected: look, so that a key which vanishes is missed in time."""
+        return self._watch
+
+    @watch.setter
+    def watch(self, watch: bool) -> None:
+        if watch and not self._watch:
+            self._wake.set()
+        self._watch = watch
+
     def alone(self) -> None:
         """Have it recorded that this host's guest speaks alone."""
         if not self.committed:
@@ -200,7 +245,7 @@ class Speaker:
     def forget(self) -> None:
         """This host's guest is a new one: what was read of the last pair says nothing of it. The
         store is asked again before anybody speaks."""
-        self.seen = Seen(self.seen.holder, "")
+        self.seen = replace(self.seen, alone="")
 
     def freed(self, boot: str) -> None:
         """That process of the other host has shut its data path: nobody relies on our promises,
@@ -233,9 +278,10 @@ class Speaker:
             if (self.held, self.seen) != before:
                 self._changed()
             pause = every if ok else every / 4
-            wait = (self._silent_until - boot_ns()) / 1e9
-            if self._want and wait > 0:
-                pause = min(pause, wait)
+            now = boot_ns()
+            for at in (self._silent_until, self._gone_ns and self._claim_ns):
+                if self._want and at > now:
+                    pause = min(pause, (at - now) / 1e9)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(max(pause, 0.001)):
                     await self._wake.wait()
@@ -257,13 +303,15 @@ class Speaker:
             if self._asked:
                 await self._bounded(self._store.release())
                 self._asked = self._want
-            if self.other_alone:  # until it no longer is: a new pair clears it
+            if self.other_alone or self._watch:  # until it no longer is: a new pair clears it
                 await self.look()
             return
         if boot_ns() < self._silent_until:
+            await self.look()
             return
         began, self._asked = boot_ns(), True
-        seen = await self._bounded(self._store.hold(self.holder, self._ttl_ms, self.steal))
+        claim = self._may_claim()
+        seen = await self._bounded(self._store.hold(self.holder, self._ttl_ms, self.steal, claim))
         if not self._want:  # changed its mind meanwhile
             return
         self._saw(seen)
@@ -278,9 +326,25 @@ class Speaker:
         self._publish()
         await self._write_record()
 
+    @property
+    def _claim_ns(self) -> int:
+        """When a key that has vanished may be taken: its holder's last renewal is older."""
+        return self._gone_ns + self._ttl + self._ttl // RATE
+
+    def _may_claim(self) -> bool:
+        # While ours holds, whoever finds it gone waits longer than it does.
+        return self.held or (self._gone_ns > 0 and boot_ns() >= self._claim_ns)
+
     def _saw(self, seen: Seen) -> None:
-        if seen != self.seen:
+        """Counted from the answer: it may have been asked long before."""
+        if (seen.holder, seen.alone) != (self.seen.holder, self.seen.alone):
             log.info("lease: held by %s, alone: %s", seen.holder or "nobody", seen.alone or "none")
+        if seen.holder or seen.last == GIVEN_UP:
+            self._gone_ns = 0
+        elif not self._gone_ns or seen.since != self.seen.since:
+            self._gone_ns = boot_ns()
+            if seen.last and host_of(seen.last) != host_of(self.holder):
+                log.warning("lease: the key of %s has vanished: waiting for its end", seen.last)
         self.seen = seen
 
     async def _write_record(self) -> None:
@@ -289,7 +353,7 @@ class Speaker:
         if want is None or want == self.seen.alone or self.other_alone:
             return
         if await self._bounded(self._store.record(self.holder, want)):
-            self.seen = Seen(self.holder, want)
+            self.seen = replace(self.seen, holder=self.holder, alone=want)
             if want == "" and self._record == "":
                 self._record = None
 

@@ -151,6 +151,7 @@ _CHECKS: dict[str, _Check] = {
     "paused": _flag,
     "permission": _object(
         speaks=_flag,
+        undecided=_flag,
         lease=_one_of("", "held", "promised", "none"),
         left_s=_or_null(_number),
         bond=_one_of(*(b.name.lower() for b in abi.Bond)),
@@ -242,8 +243,9 @@ class Status:
     hook: str  # "xdp" or "tc"; "": not loaded
     events: str  # "ring" or "perf"; "": not loaded
     paused: bool
-    #: whether the guest reaches the network; by which right and how long, if a lease is the arbiter
-    #: (promised: the other host keeps silent); bond: what it is to the other guest (abi.Bond)
+    #: whether the network hears the guest; undecided: nobody has said yet that it may; by which
+    #: right and how long, if a lease is the arbiter (promised: the other host keeps silent); bond:
+    #: what it is to the other guest (abi.Bond)
     permission: dict[str, Any]
     qemu: dict[str, Any]
     peer: dict[str, Any]  # silent_ms: null when it has never spoken; ending: of the channel
@@ -300,7 +302,13 @@ def empty(pair: str, role: str) -> Status:
         hook="",
         events="",
         paused=False,
-        permission={"speaks": False, "lease": "", "left_s": None, "bond": "none"},
+        permission={
+            "speaks": False,
+            "undecided": False,
+            "lease": "",
+            "left_s": None,
+            "bond": "none",
+        },
         qemu={"connected": False, "version": "", "accel": "", "gone": False},
         peer={
             "connected": False,

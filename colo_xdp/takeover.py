@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 
 from .abi import Bond, Mode
 from .announce import announcements
-from .attach import NoSuchDevice
 from .config import Config
 from .controller import Controller
 from .datapath import DataPath
@@ -186,14 +185,6 @@ class TakingOver(Controller):
         when the state `running` was.
         """
         return sum(e.name == "RESUME" for e in self._events) > 1
-
-    async def _open_network(self) -> None:
-        """The tap joins the bridge; what stands in the way is said, and tried again on restart."""
-        try:
-            await asyncio.to_thread(self.dp.open_network)
-        except (NoSuchDevice, OSError) as e:
-            log.error("the guest's tap cannot join the bridge: %s", e)
-            self.failures.append(f"open network: {e}")
 
     async def _announce(self) -> None:
         """Tell switches and neighbours where the guest is now, as its QEMU would: RARP for the

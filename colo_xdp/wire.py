@@ -71,8 +71,9 @@ MESSAGES: dict[str, dict[str, type]] = {
     "plan": {"why": str},
     # S: it speaks for the guest from now on
     "taken": {"why": str},
-    # the controller stops on purpose; the guests go on
-    "bye": {"why": str},
+    # the controller ends and the guests go on; `planned`: on purpose, and not for an error; `back`:
+    # when it expects to be here again, in ms from now (0: nobody knows)
+    "bye": {"why": str, "planned": bool, "back": int},
 }
 
 

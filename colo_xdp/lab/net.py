@@ -2,8 +2,10 @@
 """Three namespaces: a client with the switch, a primary host, a secondary host.
 
     <p>c   lan (bridge, 10.9.0.1, fd09::1) ----- to-p, to-s
-    <p>p   uplink - br0 - tap0            peer0 10.99.0.1
+    <p>p   uplink - br0 (tap0 is outside)  peer0 10.99.0.1
     <p>s   uplink - br0 (tap0 is outside)  peer0 10.99.0.2
+
+A tap joins its bridge when the controller there lets the guest speak (`join` without one).
 
 Processes enter by `nsenter --net`, never by `ip netns exec`, whose private mount
 namespace would hide the BPF file system.
@@ -174,7 +176,6 @@ class Topology:
             self._ip(ns, "link set dev uplink master br0 up")
             self._ip(ns, f"tuntap add dev tap0 mode tap {'vnet_hdr' if self.vnet_hdr else ''}")
             self._ip(ns, "link set tap0 up")
-        self._ip(self.primary, "link set dev tap0 master br0")
         self.peer_link()
 
     def peer_link(self) -> None:
@@ -198,6 +199,10 @@ class Topology:
         finally:
             for ns, there in ends:
                 self._ip(ns, f"neigh del {there} dev peer0")
+
+    def join(self, ns: str) -> None:
+        """Put a guest's tap into its bridge by hand, where no controller does."""
+        self._ip(ns, "link set dev tap0 master br0")
 
     def _ip(self, ns: str, args: str) -> None:
         sh("ip", "-n", ns, *args.split())

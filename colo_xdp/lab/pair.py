@@ -94,7 +94,7 @@ class Lab:
         # The devices are gone with their namespaces; the pins are not.
         for role in ("primary", "secondary"):
             (self.work / f"{PAIR}.{role}.attached").unlink(missing_ok=True)
-        cleanup.cleanup(PAIR, "/sys/fs/bpf", str(self.work))
+        cleanup.cleanup(PAIR, "/sys/fs/bpf", str(self.work), force=True)
 
     @property
     def qemu_version(self) -> str:

@@ -16,14 +16,16 @@ import socket
 import subprocess
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
+import requests
 
 from colo_xdp.config import load
 from colo_xdp.doctor import OK, WARN, _failover
 from colo_xdp.lease import Etcd, EtcdStore
-from colo_xdp.speaker import Seen, Speaker, StoreError, boot_ns
+from colo_xdp.speaker import GIVEN_UP, Speaker, StoreError, boot_ns
 
 P, S = "192.0.2.1:9846", "192.0.2.2:9846"
 TTL_MS, MARGIN_MS = 2000, 400
@@ -336,7 +338,8 @@ def test_a_controller_started_anew_keeps_the_key(etcd: str) -> None:
             async with asyncio.timeout(TTL_MS / 1000):
                 while not again.speaks:
                     await asyncio.sleep(0.01)
-            assert again.speaker.seen == Seen(f"{P}@{P} b2", "")  # type: ignore[union-attr]
+            seen = again.speaker.seen  # type: ignore[union-attr]
+            assert (seen.holder, seen.alone, seen.last) == (f"{P}@{P} b2", "", f"{P}@{P} b2")
             await again.stop()
 
     asyncio.run(go())
@@ -361,6 +364,64 @@ def test_a_key_is_taken_from_who_said_that_it_is_shut(etcd: str) -> None:
     asyncio.run(go())
 
 
+def revoke_all(etcd: str) -> int:
+    """As an administrator's `etcdctl lease revoke`, or a leader that hung (etcd #15247)."""
+    post = partial(requests.post, timeout=5)
+    leases = post(f"{etcd}/v3/lease/leases", json={}).json().get("leases", [])
+    for lease in leases:
+        post(f"{etcd}/v3/lease/revoke", json={"ID": lease["ID"]}).raise_for_status()
+    return len(leases)
+
+
+@pytest.mark.parametrize("hangs", [True, False], ids=["holder-hangs", "holder-lives"])
+def test_a_lease_that_is_revoked_gives_its_holder_the_time_that_it_had(
+    etcd: str, hangs: bool
+) -> None:
+    """Its kernel lets it speak until the old end, so the other host waits for a whole ttl."""
+
+    async def go() -> None:
+        async with pair(etcd, f"revoked-{hangs}") as x:
+            x.p.speaker.want = True
+            await x.until(lambda: x.p.speaks)
+            x.s.speaker.want = True
+            await x.until(lambda: x.s.speaker.seen.holder == f"{P}@{P} b1")
+            if hangs:
+                x.p.task.cancel()
+            assert await asyncio.to_thread(revoke_all, etcd) > 0
+            began = boot_ns()
+            if not hangs:
+                await x.stays(lambda: x.p.speaks and not x.s.speaks, 1.5 * TTL_MS / 1000)
+                return
+            await x.until(lambda: x.s.speaks)
+            assert boot_ns() - began >= TTL_MS * 1_000_000
+
+    asyncio.run(go())
+
+
+def test_a_key_that_was_given_up_is_free_at_once(etcd: str) -> None:
+    """In words; one that has only vanished is not, nor one of which nothing is known."""
+
+    async def go() -> None:
+        store = EtcdStore(Etcd((etcd,)), "words", 5)
+        mine, other = f"{P}@{P} b1", f"{S}@{S} b1"
+        assert (await store.hold(mine, TTL_MS, "", False)).holder == ""
+        assert (await store.hold(mine, TTL_MS, "", True)).holder == mine
+        await asyncio.to_thread(revoke_all, etcd)
+        seen = await store.hold(other, TTL_MS, "", False)
+        assert (seen.holder, seen.last) == ("", mine)
+        seen = await store.hold(mine, TTL_MS, "", False)
+        assert seen.holder == mine
+        since = seen.since
+        await store.release()
+        seen = await store.look()
+        assert (seen.holder, seen.last) == ("", GIVEN_UP) and seen.since > since
+        assert (await store.hold(other, TTL_MS, "", False)).holder == other
+        await store.release()
+        await store.close()
+
+    asyncio.run(go())
+
+
 def test_a_request_that_was_given_up_ties_the_key_to_no_old_lease(etcd: str) -> None:
     """Its last write is late: it comes when another attempt has got the key."""
 
@@ -380,8 +441,8 @@ def test_a_request_that_was_given_up_ties_the_key_to_no_old_lease(etcd: str) -> 
         attempt_class.post = post
         try:
             with pytest.raises(StoreError):
-                await store.hold(holder, TTL_MS, "")
-            assert (await store.hold(holder, TTL_MS, "")).holder == holder
+                await store.hold(holder, TTL_MS, "", True)
+            assert (await store.hold(holder, TTL_MS, "", True)).holder == holder
         finally:
             attempt_class.post = original
         _, path, body = stuck[0]
@@ -401,8 +462,8 @@ def test_a_server_that_hangs_is_left(etcd: str) -> None:
             url = f"http://127.0.0.1:{dead.getsockname()[1]}"
             store = EtcdStore(Etcd((url, etcd)), "hang", 0.2)
             with pytest.raises(StoreError, match=url):
-                await store.hold(f"{P} b1", TTL_MS, "")
-            assert (await store.hold(f"{P} b1", TTL_MS, "")).holder == f"{P} b1"
+                await store.hold(f"{P} b1", TTL_MS, "", True)
+            assert (await store.hold(f"{P} b1", TTL_MS, "", True)).holder == f"{P} b1"
             await store.close()
 
     asyncio.run(go())

@@ -7,7 +7,17 @@ import random
 from collections.abc import Iterator
 from dataclasses import replace
 
-from colo_xdp.failover import Action, Ending, Facts, Heard, Role, State, decide
+from colo_xdp.failover import (
+    Action,
+    Ending,
+    Facts,
+    Heard,
+    OtherGuest,
+    OwnGuest,
+    Role,
+    State,
+    decide,
+)
 
 CASES = 15_000
 TIMES = (0.0, 5.0, 999.0, 1000.0, 1001.0, 5000.0, 5001.0, 10_000.0, 10_001.0, float("inf"))
@@ -33,6 +43,8 @@ def cases(seed: int) -> Iterator[tuple[Facts, tuple[Heard, ...]]]:
             peer_silent_ms=rnd.choice(TIMES), heartbeat_timeout_ms=1000.0,
             dead_after_ms=rnd.choice((5000.0, 10_000.0)),
             fence_result=result, ending=rnd.choice(list(Ending)),
+            undecided=rnd.random() < 0.1, other_guest=rnd.choice(list(OtherGuest)),
+            own_guest=rnd.choice(list(OwnGuest)),
             **drawn,  # type: ignore[arg-type]
         )  # fmt: skip
         yield f, tuple(some_paths(rnd, rnd.choice((1, 2, 3))))
@@ -44,7 +56,7 @@ def some_paths(rnd: random.Random, n: int) -> Iterator[Heard]:
 
 
 #: what cannot be called back
-GRAVE = (Action.TAKE_OVER, Action.GO_SOLO, Action.FENCE, Action.ACQUIRE)
+GRAVE = (Action.TAKE_OVER, Action.GO_SOLO, Action.FENCE, Action.ACQUIRE, Action.OPEN)
 
 
 def test_no_path_leads_to_what_cannot_be_called_back() -> None:
@@ -53,7 +65,7 @@ def test_no_path_leads_to_what_cannot_be_called_back() -> None:
         one, more = decide(f), decide(replace(f, paths=paths))
         if more.action in GRAVE:
             assert one.action is more.action, (f, paths)
-        if one.action in (Action.NONE, Action.DEGRADE, Action.REARM):
+        if one.action in (Action.NONE, Action.DEGRADE, Action.REARM, Action.WAIT):
             assert more.action in (one.action, Action.NONE, Action.DEGRADE, Action.ASK_SHUT)
         careful += one.action in GRAVE and more.action not in GRAVE
     assert careful > 40, "else the cases prove nothing"
@@ -86,7 +98,7 @@ def test_who_is_heard_is_not_fenced_unless_he_is_deaf() -> None:
     for f, paths in cases(6):
         f = replace(f, paths=(*paths, Heard("heard", 5.0, 5.0)), operator=False, committed=False)
         d = decide(f)
-        if d.action in GRAVE and not f.peer_vm_gone:
+        if d.action in GRAVE and not f.peer_vm_gone and d.action is not Action.OPEN:
             deaf += 1
             assert f.role is Role.PRIMARY and f.peer_silent_ms > 2 * f.dead_after_ms
             assert f.colo_exit or f.checkpoint_overdue or f.waiting

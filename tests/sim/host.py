@@ -9,6 +9,7 @@ fast.py; tests/bpf holds both equal to them), QEMU's COLO as DESIGN 4 tells it, 
 from __future__ import annotations
 
 import asyncio
+import random
 from collections import deque
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -23,7 +24,7 @@ from colo_xdp.qmp import QemuInfo, QmpError
 from colo_xdp.qmp_event import QmpEvent
 from colo_xdp.rewrite import Flow, Rewriter
 from colo_xdp.ring import Event
-from colo_xdp.speaker import Seen, StoreError
+from colo_xdp.speaker import GIVEN_UP, Seen, StoreError, ours_to_take
 
 from .fast import FAST_NO, TierK, completed, user_space
 from .fast import Out as Leaving
@@ -81,10 +82,11 @@ class Side:
         """The kernel's state, which outlives controllers, as it is after a boot."""
         world, primary = self.world, self._file_primary
         self.primary, self.role_word, self.base_epoch = primary, "", 0
-        self.mode, self.epoch, self.beat_ns = Mode.BYPASS if primary else Mode.DROP, 0, 0
+        self.mode, self.epoch, self.beat_ns = Mode.DROP, 0, 0
         self.loaded = self.protected = False
         self.shadowed = 0
-        self.bond = Bond.ALONE if primary else Bond.NONE
+        self.bond = Bond.NONE
+        self.undecided, self.peer_stopped = False, 0
         self.order = ""
         self.ring: deque[Event] = deque()
         self.lost = 0
@@ -94,7 +96,7 @@ class Side:
             self.fast = None
         if (primary or world.scene.roles) and world.scene.fast:
             self.fast = TierK(world.scene.stashes, lambda: world.rnd.random() < BUSY)
-        self.in_bridge = primary
+        self.in_bridge = False
         self.stepped_out = False
         self.speak_until = 0
 
@@ -108,6 +110,15 @@ class Side:
         self.off = False
 
     # -- the guest
+
+    def new_guest(self) -> None:
+        """QEMU without -incoming: a guest that boots and knows nothing of any pair."""
+        self.qemu.die()
+        self.tap.clear()
+        world = self.world
+        self.guest = Guest(random.Random(world.entropy_s.random()), world.ms())
+        self.stale = False
+        self.qemu = Qemu(self, incoming=False)
 
     def new_qemu(self) -> None:
         """QEMU -incoming, in place of the one that is gone."""
@@ -245,11 +256,11 @@ class Side:
 
     def network_in(self, frame: bytes) -> None:
         """A client's frame that the bridge brings to this host's tap."""
-        if self.off:
+        if self.off or not self.in_bridge:
             return
         if self.primary:
             self.pvm_in(frame)
-        elif self.in_bridge and self.mode is Mode.TAKEOVER:
+        elif self.mode is Mode.TAKEOVER:
             self.deliver(frame if self.stepped_out else self._translate(frame, True))
 
     def inject(self, name: str, frame: bytes, gso: int) -> None:
@@ -304,6 +315,8 @@ class SimDataPath:
                 side.epoch = max(side.epoch, side.base_epoch + 1)
         elif self.adopted and side.mode is Mode.DROP:
             side.in_bridge = False
+        if not self.adopted:
+            self.begin(side)
         self.fast = None
         if side.primary and side.fast is not None:
             self.fast = user_space(side.fast, lambda: not self.dead)
@@ -313,6 +326,14 @@ class SimDataPath:
         self.injectors = {n: _Injector(self, n) for n in names}
         self.objects = SimpleNamespace(map=lambda name: _Flows(side), events="ring")
         self.reader = SimpleNamespace(fds=[], capacity=0)
+
+    @staticmethod
+    def begin(side: Side) -> None:
+        """Nothing was pinned (DataPath._begin())."""
+        speaks = side.primary and side.world.scene.lease
+        side.undecided = side.primary and not speaks
+        side.bond = Bond.ALONE if speaks else Bond.NONE
+        side.mode = Mode.BYPASS if speaks else Mode.DROP
 
     @staticmethod
     def wanted(side: Side) -> bool:
@@ -401,6 +422,24 @@ class SimDataPath:
             self._side.bond = bond
 
     @property
+    def undecided(self) -> bool:
+        return self._side.undecided
+
+    @undecided.setter
+    def undecided(self, value: bool) -> None:
+        if not self.dead:
+            self._side.undecided = value
+
+    @property
+    def peer_stopped(self) -> int:
+        return self._side.peer_stopped
+
+    @peer_stopped.setter
+    def peer_stopped(self, boot_ns: int) -> None:
+        if not self.dead:
+            self._side.peer_stopped = boot_ns
+
+    @property
     def order(self) -> str:
         return self._side.order
 
@@ -454,6 +493,11 @@ class SimDataPath:
     def open_network(self) -> None:
         if not self.dead:
             self._side.in_bridge = True
+            self._side.world.gates_moved()
+
+    def close_network(self) -> None:
+        if not self.dead:
+            self._side.in_bridge = False
 
     def step_out(self) -> None:
         if not self.dead:
@@ -859,6 +903,7 @@ class Witness:
         self._world = world
         self.rate = world.rnd.uniform(0.992, 1.008)
         self.holder, self.alone, self.lease, self.revision = "", "", 0, 0
+        self.last, self.since = "", 0
         self.leases: dict[int, tuple[int, int]] = {}  # end, ttl
         self._serial = 0
 
@@ -887,8 +932,24 @@ class Witness:
         return True
 
     def put(self, holder: str, lease: int) -> None:
-        self.holder, self.lease = holder, lease
+        self.holder, self.lease, self.last = holder, lease, holder
         self.revision += 1
+        self.since = self.revision
+
+    def give_up(self, lease: int) -> None:
+        """In words, if it is still this lease that holds the key."""
+        if self.holder and self.lease == lease:
+            self.revision += 1
+            self.holder, self.last, self.since = "", GIVEN_UP, self.revision
+        self.leases.pop(lease, None)
+
+    def revoke(self) -> None:
+        """Somebody, or a fault of the store, ends all leases before their time."""
+        self._world.note("the store's leases are revoked")
+        self.leases.clear()
+
+    def seen(self) -> Seen:
+        return Seen(self.holder, self.alone, self.last, self.since)
 
 
 class SimStore:
@@ -934,35 +995,34 @@ class SimStore:
             if not done:
                 self._lease = 0
 
-    async def hold(self, holder: str, ttl_ms: int, steal: str) -> Seen:
+    async def hold(self, holder: str, ttl_ms: int, steal: str, claim: bool) -> Seen:
         w, last = self._world.witness, self._lease
-        now, alone, revision = await self._ask(lambda: (w.holder, w.alone, w.revision))
-        theirs = steal and now.endswith(f" {steal}")
-        if now and not theirs and now.split(" ")[0] != holder.split(" ")[0]:
-            return Seen(now, alone)
+        seen, revision = await self._ask(lambda: (w.seen(), w.revision))
+        if not ours_to_take(seen, holder, steal, claim):
+            return seen  # type: ignore[no-any-return]
         if last and await self._ask(lambda: w.renew(last)):
             lease = last
         else:
             lease = await self._ask(lambda: w.grant(ttl_ms))
         if lease == last:
-            ok, alone = await self._ask(lambda: (w.holder == holder and w.lease == lease, w.alone))
+            ok, now = await self._ask(lambda: (w.holder == holder and w.lease == lease, w.seen()))
             if ok:
                 self._lease = lease
-                return Seen(holder, alone)
+                return now  # type: ignore[no-any-return]
 
-        def put() -> str:
-            if (w.revision if w.holder else 0) != (revision if now else 0):
+        def put() -> Seen:
+            if bool(w.holder) is not bool(seen.holder) or w.revision != revision:
                 raise StoreError("changed")
             w.put(holder, lease)
-            return w.alone
+            return w.seen()
 
-        alone = await self._ask(put)
+        now = await self._ask(put)
         self._lease = lease
-        return Seen(holder, alone)
+        return now  # type: ignore[no-any-return]
 
     async def look(self) -> Seen:
         w = self._world.witness
-        return Seen(*await self._ask(lambda: (w.holder, w.alone)))
+        return await self._ask(w.seen)  # type: ignore[no-any-return]
 
     async def record(self, holder: str, alone: str) -> bool:
         w = self._world.witness
@@ -979,7 +1039,7 @@ class SimStore:
         lease, self._lease = self._lease, 0
         w = self._world.witness
         if lease:
-            await self._ask(lambda: w.leases.pop(lease, None))
+            await self._ask(lambda: w.give_up(lease))
 
     async def close(self) -> None:
         self.dead = True

@@ -27,14 +27,14 @@ from typing import Any
 
 import pytest
 
-from colo_xdp import controller
+from colo_xdp import controller, failover
 from colo_xdp.abi import Bond, Mode
 from colo_xdp.failover import Action, State, decide
 from colo_xdp.primary import Primary
 from colo_xdp.secondary import Secondary
 from colo_xdp.speaker import Speaker
 
-from .host import Side
+from .host import Side, SimDataPath
 from .torture import failure, shrink, trace
 from .world import Fault, Scene, Violation, World
 
@@ -47,8 +47,9 @@ KINDS = (
     "kill_p_qemu", "kill_s_qemu", "kill_p_qemu", "kill_s_qemu", "power_p", "power_s",
     "checkpoint", "failover_p", "failover_s", "force_p", "force_s", "force_p", "force_s", "planned",
     "kill_pvm_in_checkpoint", "kill_waiting_qemu", "trap", "trap",
+    "stop_p_controller", "stop_s_controller",
 )  # fmt: skip
-STORE_CUTS = ("cut_e", "cut_pe", "cut_se", "cut_pe_in", "cut_se_out")
+STORE_CUTS = ("cut_e", "cut_pe", "cut_se", "cut_pe_in", "cut_se_out", "revoke")
 
 
 def control_scene(seed: int) -> Scene:
@@ -81,6 +82,17 @@ def old_state_scene(seed: int) -> Scene:
     return replace(s, faults=tuple(sorted(faults, key=lambda f: f.at)))
 
 
+def stopped_scene(seed: int) -> Scene:
+    """Somebody stops a controller, and perhaps the other one is started anew meanwhile."""
+    rnd = random.Random(seed * 67_867_979 + 7)
+    one, other = rnd.choice(("ps", "sp"))
+    faults = [Fault(rnd.randrange(300, 900), f"stop_{one}_controller", rnd.choice((1500, 4000)))]
+    if rnd.random() < 0.6:
+        at = faults[0].at + rnd.randrange(50, 1000)
+        faults.append(Fault(at, f"{rnd.choice(('kill', 'stop'))}_{other}_controller", 30))
+    return replace(control_scene(seed * 3), faults=tuple(faults))
+
+
 class Gates(World):
     """A pair that nobody talks to."""
 
@@ -88,6 +100,7 @@ class Gates(World):
         super().__init__(s, trace=trace)
         self.client.plans.clear()
         self.client.udp_left = 0
+        self.fresh = 0  # guests that were booted with their host
         self.isolated: set[str] = set()  # hosts that the clients' network does not reach
         self.alone: Counter[str] = Counter()
         self._opened: tuple[str, ...] = ()
@@ -126,6 +139,7 @@ class Gates(World):
 
     async def _fence(self, side: Side) -> bool:
         await asyncio.sleep(self.rnd.uniform(0.2, self.rnd.choice((2, 30, 400))) / 1000)
+        self._excusable(side)
         fate = self.rnd.choice(("fails", "off", "off", "isolated", "isolated"))
         if side.name in self.isolated:
             fate = "fails"
@@ -142,11 +156,17 @@ class Gates(World):
             self.isolated.add(side.name)
 
     def _power_on(self, side: Side) -> None:
-        """Whatever the other host has made of it; the guest does not come back by itself."""
-        if side.off:
-            self.note("%s boots", side.name)
-            side.power_on()
-            self.boot(side)
+        """Whatever the other host has made of it. The primary's VM may be one that is enabled: then
+        it speaks from its boot on, if it is let, and some time before its controller is there."""
+        if not side.off:
+            return
+        self.note("%s boots", side.name)
+        side.power_on()
+        if side is self.p and self.rnd.random() < 0.5:
+            self.note("%s's VM is started with the host", side.name)
+            side.new_guest()
+            self.fresh += 1
+        self.later(self.rnd.choice((1, 300)), lambda: self.boot(side))
 
     def strike(self, f: Fault) -> None:
         if f.kind == "cut":
@@ -179,7 +199,9 @@ class Gates(World):
     def _force(self, side: Side) -> None:
         """A person has made sure that the other one is silent, and says so."""
         c = side.controller
-        if self.scene.lease or c is None or c.state in (State.STARTING, State.STOPPED):
+        if self.scene.lease or c is None or c.state is State.STOPPED:
+            return
+        if c.state is State.STARTING and not c.undecided:
             return
         if side.stale:  # he looks at both before he silences one
             return
@@ -245,7 +267,7 @@ def story(s: Scene) -> str:
 @pytest.mark.parametrize("block", range(BLOCKS))
 def test_never_a_stale_guest(block: int) -> None:
     alone: Counter[str] = Counter()
-    pairs = 0
+    pairs = fresh = stops = 0
     for seed in range(block * RUNS // BLOCKS, (block + 1) * RUNS // BLOCKS):
         s = control_scene(seed)
         world = Gates(s)
@@ -255,8 +277,25 @@ def test_never_a_stale_guest(block: int) -> None:
             pytest.fail(story(s))
         alone += world.alone
         pairs += world.pairs
+        fresh += world.fresh
+        stops += world.stops
     # else nothing was tried
+    assert fresh > 3 and stops > 20, (fresh, stops)
     assert alone["S"] > RUNS // BLOCKS / 8 and pairs > 1.2 * RUNS / BLOCKS, (alone, pairs)
+
+
+def test_a_controller_that_is_stopped_gets_nobody_fenced() -> None:
+    stops = 0
+    for seed in range(40):
+        s = stopped_scene(seed)
+        world = Gates(s)
+        try:
+            world.run()
+        except Exception:
+            pytest.fail(story(s))
+        stops += world.stops
+        assert not world.p.off and not world.s.off and world.whole(), story(s)
+    assert stops >= 40
 
 
 def test_never_a_state_that_was_old_when_the_other_one_died() -> None:
@@ -322,6 +361,29 @@ def silence_is_death(mp: Any) -> None:
     mp.setattr(controller, "decide", wrong)
 
 
+def a_data_path_that_began_with_nothing_speaks(mp: Any) -> None:
+    def begin(side: Side) -> None:
+        side.bond = Bond.ALONE if side.primary else Bond.NONE
+        side.mode = Mode.BYPASS if side.primary else Mode.DROP
+
+    mp.setattr(SimDataPath, "begin", staticmethod(begin))
+
+
+def a_stopped_controller_is_a_dead_one(mp: Any) -> None:
+    mp.setattr(failover, "_stopped", lambda f: False)
+
+
+def the_next_controller_forgets_who_was_stopped(mp: Any) -> None:
+    def stopped(self: SimDataPath) -> int:
+        return self._side.peer_stopped if getattr(self, "told", False) else 0
+
+    def tell(self: SimDataPath, value: int) -> None:
+        self.told = True  # type: ignore[attr-defined]
+        self._side.peer_stopped = value
+
+    mp.setattr(SimDataPath, "peer_stopped", property(stopped, tell))
+
+
 def a_stale_guest_may_hold_the_lease(mp: Any) -> None:
     mp.setattr(Speaker, "other_alone", property(lambda self: False))
 
@@ -331,8 +393,12 @@ SCENES: dict[str, Callable[[int], Scene]] = {
     "nobody_hears_that_the_other_was_alone": old_state_scene,
     "a_new_controller_forgets_that_its_guest_was_alone": old_state_scene,
     "a_beat_does_not_say_alone": old_state_scene,
+    "a_stopped_controller_is_a_dead_one": stopped_scene,
+    "the_next_controller_forgets_who_was_stopped": stopped_scene,
 }
 FAULTS: tuple[Callable[[Any], None], ...] = (
+    a_data_path_that_began_with_nothing_speaks, a_stopped_controller_is_a_dead_one,
+    the_next_controller_forgets_who_was_stopped,
     nobody_hears_that_the_other_was_alone, a_new_controller_forgets_that_its_guest_was_alone,
     a_beat_does_not_say_alone, a_failed_fence_is_a_fence, silence_is_death,
     a_stale_guest_may_hold_the_lease,

@@ -9,6 +9,7 @@ in either direction; requests are late or carried out unheard.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import random
 from collections import Counter
 from collections.abc import Callable
@@ -135,9 +136,12 @@ class Ring:
 
     def strike(self) -> None:
         rnd, host = self.rnd, self.rnd.choice((self.p, self.s))
-        kind = rnd.choice(("out", "in", "beats", "edge", "store", "kill", "hang", "swap", "gone"))
+        kinds = ("out", "in", "beats", "edge", "store", "kill", "hang", "swap", "gone", "revoke")
+        kind = rnd.choice(kinds)
         span = rnd.choice((30, 300, 900, 1500, 3000))
         cuts: list[tuple[Counter[str], str]] = []
+        if kind == "revoke":
+            self.witness.revoke()
         if kind in ("out", "edge"):
             cuts.append((self.store_cut_out, host.name))
         if kind in ("in", "edge"):
@@ -237,6 +241,7 @@ def test_never_two_permissions(block: int) -> None:
 async def _promise_then_restart(ring: Ring) -> None:
     """P lives on a promise of S, whose controller dies right after it and wants to speak."""
     ring.store_cut_out["P"] = 1
+    ring.witness.last = speaker.GIVEN_UP  # else S waits for as long because of the key
     for h in (ring.p, ring.s):
         h.start()
     end = ring.ns() + 1500 * MS
@@ -322,10 +327,11 @@ def who_wants_to_speak_promises(mp: Any) -> None:
 def any_process_of_the_other_host_is_robbed(mp: Any) -> None:
     original = SimStore.hold
 
-    async def hold(self: SimStore, holder: str, ttl_ms: int, steal: str) -> Any:
+    async def hold(self: SimStore, holder: str, ttl_ms: int, steal: str, claim: bool) -> Any:
         now = self._world.witness.holder
         theirs = steal and now.split(" ")[0] != holder.split(" ")[0]
-        return await original(self, holder, ttl_ms, now.rpartition(" ")[2] if theirs else steal)
+        robbed = now.rpartition(" ")[2] if theirs else steal
+        return await original(self, holder, ttl_ms, robbed, claim)
 
     mp.setattr(SimStore, "hold", hold)
 
@@ -341,7 +347,33 @@ def what_is_given_back_is_kept(mp: Any) -> None:
     mp.setattr(Host, "shut", lambda self: self.speaker and want(self.speaker, False))
 
 
+def a_key_that_vanished_is_free(mp: Any) -> None:
+    mp.setattr(Speaker, "_may_claim", lambda self: True)
+
+
+def it_has_vanished_when_it_was_asked_for(mp: Any) -> None:
+    """Counted from the question: the answer may tell of a later time."""
+    original = Speaker._step
+
+    async def step(self: Speaker) -> None:
+        began, gone = speaker.boot_ns(), self._gone_ns
+        await original(self)
+        if self._gone_ns != gone and self._gone_ns:
+            self._gone_ns = began
+
+    mp.setattr(Speaker, "_step", step)
+
+
+def who_vanished_twice_has_vanished_once(mp: Any) -> None:
+    original = Speaker._saw
+    mp.setattr(
+        Speaker, "_saw",
+        lambda self, seen: original(self, dataclasses.replace(seen, since=self.seen.since)),
+    )  # fmt: skip
+
+
 FAULTS = (
+    a_key_that_vanished_is_free,
     the_kernel_forgets, counted_from_the_answer, promises_are_forgotten,
     a_promise_counts_from_its_arrival,
     who_wants_to_speak_promises, any_process_of_the_other_host_is_robbed,

@@ -125,6 +125,7 @@ def _block(first: int, tier: str = "both") -> tuple[int, list[tuple[int, str]], 
         seen["of them datagrams"] += world.fast_udp
         seen["of them with no controller"] += world.fast_alone
         seen["checkpoints"] += world.clones
+        seen["controllers stopped on purpose"] += world.stops
         seen["runs with a takeover"] += "S" in world.spoke
         seen["runs that went solo"] += world.was_solo
         seen["runs with a connection older than two takeovers"] += world.oldest() > 2

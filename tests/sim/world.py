@@ -164,7 +164,7 @@ def scene(seed: int) -> Scene:
     rnd = random.Random(seed * 104_729 + 2)
     fast, stashes, eager = rnd.random() < 0.75, rnd.choice((1, 4, 16)), rnd.random() < 0.5
     s = replace(_scene(seed), fast=fast, stashes=stashes, eager=eager)
-    s = replace(s, beacons=rnd.random() < 0.7)
+    s = _stopped(replace(s, beacons=rnd.random() < 0.7))
     if not s.beacons or s.calm() or rnd.random() < 0.7:
         return s
     # the control channel alone is cut, for long, and perhaps one side hears no beacons either
@@ -173,6 +173,16 @@ def scene(seed: int) -> Scene:
         kind = rnd.choice(("deafen_p", "deafen_s"))
         faults.append(Fault(rnd.randrange(60, 1500), kind, rnd.choice((100, 600, 3000))))
     return replace(s, faults=tuple(sorted([*s.faults, *faults], key=lambda f: f.at)))
+
+
+def _stopped(s: Scene) -> Scene:
+    """In one of eight somebody stops a controller, for a while or for longer than dead_after."""
+    rnd = random.Random(s.seed * 86_028_121 + 8)
+    if s.calm() or rnd.random() >= 0.125:
+        return s
+    kind = rnd.choice(("stop_p_controller", "stop_s_controller"))
+    stop = Fault(rnd.randrange(100, 900), kind, rnd.choice((5, 300, 1500, 4000)))
+    return replace(s, faults=tuple(sorted([*s.faults, stop], key=lambda f: f.at)))
 
 
 def _scene(seed: int) -> Scene:
@@ -219,6 +229,8 @@ def lease_scene(seed: int) -> Scene:
         at, kind = rnd.randrange(60, 1500), rnd.choice(CUTS)
         for _ in range(rnd.choice((1, 1, 1, 6))):  # flapping
             span = rnd.choice((40, 300, 1300, 3000))
+            if kind == "cut_e" and rnd.random() < 0.5:
+                kind = "revoke"
             faults.append(Fault(at, kind, span))
             at += span + rnd.choice((20, 100, 600))
     return replace(s, lease=True, faults=tuple(sorted(faults, key=lambda f: f.at)))
@@ -275,6 +287,7 @@ class World:
         self.rnd = random.Random(s.seed)
         self.rnd_beacons = random.Random(s.seed + 1)
         self.sessions = 0
+        self.stops = 0  # of controllers, on purpose
         self.deaf: set[str] = set()  # sides that hear no beacons
         self.loop = VirtualLoop()
         self.start = self.loop.now_ns
@@ -411,6 +424,9 @@ class World:
         if not side.primary and not side.in_bridge and side.mode is not Mode.TAKEOVER:
             raise Violation(f"I6: a frame of the SVM: {_frame(frame)}")
         if side.off:
+            return
+        if side.primary and not side.in_bridge:
+            self.note("%s: its tap is in no bridge: %s", side.name, frame)
             return
         if frame[12:14] == b"\x80\x35":  # the announcement
             self.where = side
@@ -602,6 +618,25 @@ class World:
             self.trap = 0
             self.later(self.rnd.uniform(0, 16), lambda: self._restart(side, span))
 
+    async def _stop(self, side: Side, span: int) -> None:
+        """SIGTERM, and a start `span` ms later."""
+        c = side.controller
+        if c is None or side.name in self.deaths:
+            return
+        await c.stop("stopped by a signal")
+        await asyncio.sleep(0.003)  # the last word arrives before the end of the channel
+        if side.controller is c:
+            side.kill_controller()
+            self.stops += 1
+            self.later(span, lambda: None if side.name in self.deaths else self.boot(side))
+
+    def _excusable(self, side: Side) -> None:
+        """A fence is under way. Nobody is fenced because somebody has stopped its controller."""
+        c = side.controller
+        known = side.peer_stopped > self.ns() and side.other.controller is None
+        if known and c is not None and not (c.operator or c.colo_exit or c.checkpoint_overdue):
+            raise Violation(f"{side.name} fences a host whose controller was stopped on purpose")
+
     def _restart(self, side: Side, span: int) -> None:
         if side.name not in self.deaths:
             side.kill_controller()
@@ -650,6 +685,7 @@ class World:
 
     async def _fence(self, side: Side) -> bool:
         """The other host is switched off, for certain."""
+        self._excusable(side)
         await asyncio.sleep(self.rnd.uniform(0.2, self.rnd.choice((2, 30))) / 1000)
         if self.rnd.random() < 0.1:
             return False
@@ -742,6 +778,10 @@ class World:
                 f = replace(f, kind=f.kind.replace(role, f"_{side.name.lower()}"))
         if f.kind in ("kill_p_controller", "kill_s_controller"):
             self._restart(p if "_p_" in f.kind else s, f.span)
+        elif f.kind in ("stop_p_controller", "stop_s_controller"):
+            self.spawn(self._stop(p if "_p_" in f.kind else s, f.span))
+        elif f.kind == "revoke":
+            self.witness.revoke()
         elif f.kind == "trap":
             self.trap = f.span
         elif f.kind == "cut_channel":

@@ -60,7 +60,8 @@ class FakeDataPath:
         self.waiting: list[Event] = []
         self.found, self.came = Look(), 0
         self.opened = self.changed = self.stepped_in = 0
-        self.base_epoch = 0
+        self.base_epoch = self.peer_stopped = self.closed = 0
+        self.undecided = False
         self.unmirrored: set[bytes] = set()
 
     def lost_events(self) -> int:
@@ -102,6 +103,12 @@ class FakeDataPath:
 
     def open_network(self) -> None:
         self.opened += 1
+
+    def close_network(self) -> None:
+        self.closed += 1
+
+    def tap_alive(self) -> bool:
+        return True
 
     def step_in(self) -> None:
         self.stepped_in += 1
@@ -254,10 +261,15 @@ def test_a_primary_that_gave_up_is_told_again_who_waits(
 )
 def test_who_reaches_the_network_and_by_which_right(held: bool, may: bool, lease: str) -> None:
     c, dp, _ = primary()
-    assert permission(c) == {"speaks": True, "lease": "", "left_s": None, "bond": "equal"}
+    rest = {"undecided": False, "bond": "equal"}
+    assert permission(c) == {"speaks": True, "lease": "", "left_s": None, **rest}
     c.speaker = SimpleNamespace(held=held, may_speak=may, left_s=1.5 * may)  # type: ignore[assignment]
-    want = {"speaks": may, "lease": lease, "left_s": 1.5 * may, "bond": "equal"}
+    want = {"speaks": may, "lease": lease, "left_s": 1.5 * may, **rest}
     assert permission(c) == want
+    for sign in ("vm_gone", "vm_absent"):
+        setattr(c, sign, True)
+        assert not permission(c)["speaks"], "no QEMU, no voice"
+        setattr(c, sign, False)
     dp.mode = Mode.DROP
     assert permission(c) == want | {"speaks": False}
     s, dp, _ = secondary()
@@ -324,6 +336,149 @@ def test_stop_with_an_impossible_time_releases_less_not_more() -> None:
     assert c._ck.stop_ns == now
     c.on_qmp(event("STOP", now + 1000, now + 2000))
     assert c._ck.stop_ns == now + 1000
+
+
+def test_a_second_stop_moves_nothing_and_costs_a_checkpoint() -> None:
+    """Between RESUME and the secondary's `done` somebody stops QEMU again."""
+    c, _, _ = primary()
+    began = time.monotonic_ns()
+    c._ck = ck = Checkpoint(8, "operator", began)
+    for name, ts in (("STOP", 1000), ("RESUME", 2000), ("STOP", 9000), ("RESUME", 9500)):
+        c.on_qmp(event(name, began + ts, began + ts + 1))
+    assert (ck.stop_ns, ck.resume_ns) == (began + 1000, began + 2000)
+    assert c._want is not None and "again" in c._want.detail
+
+
+def undecided() -> tuple[Primary, FakeDataPath, Sent]:
+    """A primary that found nothing pinned, connected to the other host's controller."""
+    dp, sent = FakeDataPath(Mode.DROP), Sent()
+    dp.undecided, dp.epoch = True, 0
+    c = Primary(load(EXAMPLES / "primary.toml"), dp)  # type: ignore[arg-type]
+    c.peer.send = sent  # type: ignore[method-assign]
+    c._peer_up()
+    c.peer.connected = True
+    return c, dp, sent
+
+
+def beat(state: str, **fields: Any) -> dict[str, Any]:
+    return {
+        "type": "beat", "t": 1, "echo": 0, "state": state, "epoch": 5, "vm": True, "shut": False,
+        "alone": False, "shadow": False, "promise": False, "role": "secondary", **fields,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("words", "speaks", "state"),
+    [
+        (None, False, State.STARTING),
+        (beat("starting"), True, State.STARTING),
+        (beat("stopped", shut=True), True, State.STARTING),
+        (beat("protected"), False, State.STARTING),
+        (beat("taken-over", alone=True), False, State.STOPPED),
+        (beat("solo", alone=True, role="primary"), False, State.STOPPED),
+        (beat("stopped", alone=True, shut=True), False, State.STARTING),
+    ],
+)
+def test_a_guest_of_which_nothing_is_known_speaks_at_a_word(
+    words: dict[str, Any] | None, speaks: bool, state: State
+) -> None:
+    async def body() -> None:
+        c, dp, sent = undecided()
+        c._decide()
+        assert dp.mode is Mode.DROP and not c.speaks and "nothing is known" in c.reason
+        assert sent[-1]["type"] == "beat" and not sent[-1]["alone"] and not sent[-1]["shut"]
+        if words is not None:
+            c._peer_message(words)
+        if c._busy is not None:
+            await c._busy
+        await asyncio.gather(*(t for t in c._tasks if t is not c._successor))
+        assert (c.speaks, c.state) == (speaks, state)
+        assert (dp.mode is Mode.BYPASS) == (dp.opened == 1) == (dp.bond is Bond.ALONE) == speaks
+        assert dp.undecided is (state is State.STARTING and not speaks)
+        copy = words is not None and words["state"] == "protected"
+        c._beat()
+        assert sent[-1]["shadow"] is copy, "the copy must not take over by itself"
+        if c._successor is not None:
+            c._successor.cancel()
+
+    in_loop(body)
+
+
+def test_who_waits_for_a_word_waits_after_a_restart_too() -> None:
+    dp = FakeDataPath(Mode.DROP, adopted=True)
+    dp.undecided = True
+    c = Primary(load(EXAMPLES / "primary.toml"), dp)  # type: ignore[arg-type]
+    assert c.state is State.STARTING and c.undecided and not c.path_shut
+
+
+def test_a_persons_word_opens_a_guest_of_which_nothing_is_known() -> None:
+    async def body() -> None:
+        c, dp, _ = undecided()
+        c.peer.connected = False
+        c.config = replace(c.config, failover=replace(c.config.failover, fence=(), automatic=False))
+        r = await c.command("failover", {})
+        assert r["done"] and c.state is State.SOLO and c.speaks
+        assert dp.mode is Mode.BYPASS and dp.opened == 1 and not dp.undecided
+
+    in_loop(body)
+
+
+@pytest.mark.parametrize(("planned", "fenced"), [(True, False), (False, True)])
+def test_a_stopped_controller_gets_nobody_fenced(planned: bool, fenced: bool) -> None:
+    """Nor after a restart of the one that has heard it; until it is heard again."""
+    c, dp, _ = secondary()
+    c.peer.connected = True
+    c._peer_message({"type": "bye", "why": "a signal", "planned": planned, "back": 0})
+    c.peer.connected = False
+    again = Secondary(c.config, dp)  # type: ignore[arg-type]
+    for one in (c, again):
+        one.peer.last_seen_ns, one._born_ns = 1, 1  # long ago
+        assert (decide(one.facts()).action is Action.FENCE) == fenced
+    again._peer_up()
+    again.peer.connected = False
+    assert decide(again.facts()).action is Action.FENCE
+
+
+def test_a_controller_that_said_when_it_comes_back_is_waited_for_until_then() -> None:
+    c, dp, _ = secondary()
+    c.peer.connected = True
+    c._peer_message({"type": "bye", "why": "roles", "planned": True, "back": 60_000})
+    c.peer.connected = False
+    c.peer.last_seen_ns, c._born_ns = 1, 1
+    assert decide(c.facts()).action is Action.DEGRADE
+    dp.peer_stopped -= 60_000 * 1_000_000
+    assert decide(c.facts()).action is Action.FENCE
+
+
+@pytest.mark.parametrize("side", ["solo", "taken-over"])
+def test_a_guest_that_spoke_alone_and_dies_does_not_speak(side: str) -> None:
+    async def body() -> None:
+        make = primary if side == "solo" else secondary
+        mode = Mode.BYPASS if side == "solo" else Mode.TAKEOVER
+        c, dp, sent = make(mode)  # type: ignore[operator]
+        c.state, c.spoke_alone, c.vm_gone = State(side), True, True
+        assert not c.speaks and not permission(c)["speaks"]
+        c._decide()
+        await c._busy
+        assert c.state is State.STOPPED and dp.mode is Mode.DROP and c.path_shut
+        assert "now nobody speaks" in c.reason
+        assert sent[-1]["type"] == "gone" and sent[-1]["alone"]
+        c._successor.cancel()
+
+    in_loop(body)
+
+
+def test_a_tap_leaves_the_bridge_when_the_other_guest_speaks() -> None:
+    async def body() -> None:
+        c, dp, _ = primary()
+        c._stand_down("the secondary took over")
+        assert not dp.closed, "frames that still come here are mirrored"
+        await c.leave_network()
+        assert dp.closed == 1
+        assert c._successor is not None
+        c._successor.cancel()
+
+    in_loop(body)
 
 
 def test_an_adopted_data_path_decides_nothing_before_a_checkpoint() -> None:
@@ -1111,7 +1266,7 @@ class ToldStore:
     def __init__(self, seen: Seen) -> None:
         self.seen, self.asked = seen, 0
 
-    async def hold(self, holder: str, ttl_ms: int, steal: str) -> Seen:
+    async def hold(self, holder: str, ttl_ms: int, steal: str, claim: bool) -> Seen:
         self.asked += 1
         return Seen(holder, self.seen.alone)
 

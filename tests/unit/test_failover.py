@@ -8,7 +8,18 @@ from dataclasses import replace
 
 import pytest
 
-from colo_xdp.failover import Action, Ending, Facts, Heard, Role, State, decide
+from colo_xdp.failover import (
+    Action,
+    Ending,
+    Facts,
+    Heard,
+    OtherGuest,
+    OwnGuest,
+    Role,
+    State,
+    decide,
+    other_guest,
+)
 
 CALM = Facts(
     role=Role.SECONDARY,
@@ -37,6 +48,8 @@ HELD = {**LEASE, "lease_held": True, "recorded": True}
 LINK = Heard("peer link", 5, 5)
 CUT = {**SILENT, "paths": (LINK,)}  # beacons arrive
 LONG_CUT = {**CUT, "peer_silent_ms": 5001}
+STOPPED = {**LONG, "ending": Ending.STOPPED}  # its controller, on purpose
+NEW = {**P, "state": State.STARTING, "undecided": True}  # nothing was pinned
 QUIET = {"paths": (replace(LINK, silent_ms=5001),)}
 
 ROWS = [
@@ -127,6 +140,77 @@ ROWS = [
     ({"own_vm_alive": False, "own_vm_hangs": True}, Action.STOP, "hangs"),
     ({"peer_vm_gone": True, "peer_why": "its QEMU hangs"}, Action.TAKE_OVER, "its QEMU hangs"),
     ({"state": State.DEGRADED, "peer_slow": True, **P}, Action.REARM, "was slow"),
+    # A controller that was stopped on purpose is no dead one, whatever the arbiter.
+    ({**STOPPED, **ARMED}, Action.DEGRADE, "stopped on purpose"),
+    ({**STOPPED, **ARMED, **P}, Action.DEGRADE, "what needs a checkpoint waits"),
+    ({**STOPPED, **ARMED, **P, "waiting": True, "peer_silent_ms": 1e6}, Action.DEGRADE, "start it"),
+    (STOPPED, Action.DEGRADE, "stopped on purpose"),
+    ({**STOPPED, **QUIET, **ARMED}, Action.DEGRADE, "stopped on purpose"),
+    ({**STOPPED, "state": State.PAUSED}, Action.DEGRADE, "paused"),
+    ({**STOPPED, "peer_connected": True, "peer_silent_ms": 5}, Action.NONE, "both guests run"),
+    # Signs of death of what it has left behind count as ever.
+    ({**STOPPED, **ARMED, "colo_exit": True}, Action.FENCE, "was stopped on purpose before"),
+    ({**STOPPED, **ARMED, **P, "checkpoint_overdue": True}, Action.FENCE, "fencing"),
+    ({**STOPPED, "colo_exit": True}, Action.DEGRADE, "automatic failover is off"),
+    ({**STOPPED, **ARMED, "colo_exit": True, "fence_result": True}, Action.TAKE_OVER, "succeeded"),
+    ({**STOPPED, "peer_vm_gone": True}, Action.TAKE_OVER, "data path is shut"),
+    ({**STOPPED, "operator": True}, Action.TAKE_OVER, "operator"),
+    ({**STOPPED, "operator": True, "fence_configured": True}, Action.FENCE, "operator"),
+    # With a lease nobody is fenced, and a primary without a controller is silent in any case.
+    ({**STOPPED, **LEASE}, Action.ACQUIRE, "waiting for the lease"),
+    ({**STOPPED, **HELD}, Action.TAKE_OVER, "was stopped on purpose before"),
+    ({**STOPPED, **LEASE, **P}, Action.DEGRADE, "stopped on purpose"),
+    ({**STOPPED, **LEASE, **P, "waiting": True}, Action.ACQUIRE, "waiting for the lease"),
+    # A primary of which nothing is known.
+    (NEW, Action.WAIT, "silent until the other host's controller says"),
+    ({**NEW, **LONG, **ARMED}, Action.WAIT, "silent until"),  # who has just booted fences nobody
+    ({**NEW, "other_guest": OtherGuest.IDLE}, Action.OPEN, "does not speak"),
+    ({**NEW, "other_guest": OtherGuest.SPEAKS}, Action.STOP, "guest speaks: this one must not"),
+    ({**NEW, "other_guest": OtherGuest.COPY}, Action.WAIT, "until a person says which"),
+    (
+        {**NEW, "other_guest": OtherGuest.COPY, "own_guest": OwnGuest.NEW},
+        Action.WAIT,
+        "has a copy of the pair's guest",
+    ),
+    (
+        {**NEW, "other_guest": OtherGuest.COPY, "own_guest": OwnGuest.PAIRED},
+        Action.OPEN,
+        "this is the PVM of the pair",
+    ),
+    ({**NEW, "other_guest": OtherGuest.ENDED}, Action.WAIT, "guest here is a new one"),
+    (
+        {**NEW, "other_guest": OtherGuest.ENDED, "own_guest": OwnGuest.OLD},
+        Action.WAIT,
+        "spoke alone and is gone",
+    ),
+    (
+        {**NEW, "other_guest": OtherGuest.ENDED, "own_guest": OwnGuest.NEW},
+        Action.OPEN,
+        "this one is new",
+    ),
+    ({**NEW, "peer_vm_gone": True, "own_guest": OwnGuest.NEW}, Action.OPEN, "data path is shut"),
+    ({**NEW, "peer_vm_gone": True}, Action.WAIT, "silent until"),
+    ({**NEW, "operator": True}, Action.GO_SOLO, "operator"),
+    ({**NEW, "operator": True, "fence_configured": True}, Action.FENCE, "fencing"),
+    (
+        {**NEW, "operator": True, "fence_configured": True, "fence_result": False},
+        Action.DEGRADE,
+        "failed",
+    ),
+    (
+        {**NEW, "operator": True, "fence_configured": True, "fence_result": True},
+        Action.GO_SOLO,
+        "operator",
+    ),
+    (
+        {**NEW, "operator": True, "fence_configured": True, "other_guest": OtherGuest.COPY},
+        Action.ASK_SHUT,
+        "asked to stand down first",
+    ),
+    ({**NEW, "own_vm_alive": False}, Action.STOP, "is gone"),
+    # Who spoke alone and has lost its QEMU does not speak any more.
+    ({"state": State.SOLO, "own_vm_alive": False, **P}, Action.STOP, "now nobody speaks"),
+    ({"state": State.TAKEN_OVER, "own_vm_alive": False}, Action.STOP, "now nobody speaks"),
     ({"state": State.SOLO, **DEAD, **P}, Action.NONE, "decided before"),
     ({"state": State.TAKEN_OVER, "operator": True}, Action.NONE, "decided before"),
     ({"state": State.STOPPED, "own_vm_alive": False}, Action.NONE, "decided before"),
@@ -188,6 +272,56 @@ def test_nobody_speaks_alone_on_a_timer() -> None:
             assert role is Role.PRIMARY and conn
         if a is Action.ASK_SHUT:
             assert qmp, "a host that does not know whether its guest lives asks nobody to be silent"
+
+
+def test_a_guest_of_which_nothing_is_known_speaks_at_a_word_only() -> None:
+    """Over all facts: the other host's, or a person's. No time, no sign of death and no fence."""
+    bools = (False, True)
+    for conn, silent, gone, colo, auto, fence, result, op in itertools.product(
+        bools, (5.0, 1e9), bools, bools, bools, bools, (None, False, True), bools
+    ):
+        for other, own, late in itertools.product(OtherGuest, OwnGuest, bools):
+            f = replace(
+                CALM, role=Role.PRIMARY, state=State.STARTING, undecided=True, peer_connected=conn,
+                peer_silent_ms=silent, peer_vm_gone=gone, colo_exit=colo, automatic=auto,
+                fence_configured=fence, fence_result=result, operator=op, other_guest=other,
+                own_guest=own, checkpoint_overdue=late,
+            )  # fmt: skip
+            a = decide(f).action
+            if a is Action.OPEN:
+                assert other is not OtherGuest.SPEAKS
+                assert gone or other is not OtherGuest.UNKNOWN
+                assert other is not OtherGuest.COPY or own is OwnGuest.PAIRED or gone
+            if a is Action.GO_SOLO:
+                assert op and (not fence or result is True)
+            if a is Action.FENCE:
+                assert op and fence
+            assert a in (
+                Action.OPEN, Action.WAIT, Action.STOP, Action.GO_SOLO, Action.FENCE,
+                Action.DEGRADE, Action.ASK_SHUT,
+            )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("role", "state", "alone", "shut", "what"),
+    [
+        ("secondary", "starting", False, False, OtherGuest.IDLE),
+        ("secondary", "stopped", False, True, OtherGuest.IDLE),  # stood down
+        ("secondary", "protected", False, False, OtherGuest.COPY),
+        ("secondary", "degraded", False, False, OtherGuest.COPY),
+        ("secondary", "taken-over", True, False, OtherGuest.SPEAKS),
+        ("secondary", "stopped", True, True, OtherGuest.ENDED),
+        ("primary", "solo", True, False, OtherGuest.SPEAKS),
+        ("primary", "protected", False, False, OtherGuest.SPEAKS),
+        ("primary", "starting", True, False, OtherGuest.SPEAKS),
+        ("primary", "starting", False, False, OtherGuest.UNKNOWN),  # as undecided as this one
+        ("primary", "stopped", True, True, OtherGuest.ENDED),
+    ],
+)
+def test_what_a_heartbeat_says_of_the_other_guest(
+    role: str, state: str, alone: bool, shut: bool, what: OtherGuest
+) -> None:
+    assert other_guest(role, state, alone=alone, shut=shut) is what
 
 
 def test_nobody_speaks_alone_without_the_lease() -> None:

@@ -117,24 +117,34 @@ def test_a_controller_that_does_not_answer_is_counted(served: tuple[Source, str]
 
 
 @pytest.mark.parametrize(
-    ("role", "state", "ready", "primary", "secondary"),
+    ("role", "state", "speaks", "ready", "secondary"),
     [
-        ("primary", "protected", 200, 200, 503),
-        ("primary", "solo", 503, 200, 503),
-        ("primary", "stopped", 503, 503, 503),
-        ("secondary", "protected", 200, 503, 200),
-        ("secondary", "taken-over", 503, 200, 503),
-        ("secondary", "starting", 503, 503, 503),
+        ("primary", "protected", True, 200, 503),
+        ("primary", "solo", True, 503, 503),
+        ("primary", "starting", True, 503, 503),
+        ("primary", "starting", False, 503, 503),  # waits for the lease, or for the other host
+        ("primary", "protected", False, 200, 503),  # the lease could not be renewed
+        ("primary", "degraded", False, 503, 503),
+        ("primary", "stopped", False, 503, 503),
+        ("secondary", "protected", False, 200, 200),
+        ("secondary", "taken-over", True, 503, 503),
+        ("secondary", "taken-over", False, 503, 503),  # its QEMU has died since
+        ("secondary", "starting", False, 503, 503),
     ],
 )
 def test_health(
-    served: tuple[Source, str], role: str, state: str, ready: int, primary: int, secondary: int
+    served: tuple[Source, str], role: str, state: str, speaks: bool, ready: int, secondary: int
 ) -> None:
+    """/primary is the fact that colo_xdp_speaks and the status give, whatever the state is."""
     source, url = served
     source.doc.update(role=role, state=state, reason="because")
+    source.doc["permission"]["speaks"] = speaks
     assert get(url + "/healthz") == (200, f"{role} {state}: because\n")
     got = tuple(get(url + p)[0] for p in ("/readyz", "/primary", "/secondary"))
-    assert got == (ready, primary, secondary)
+    assert got == (ready, 200 if speaks else 503, secondary)
+    assert (
+        value(get(url + "/metrics")[1], f'colo_xdp_speaks{{pair="web1",role="{role}"}}') == speaks
+    )
     assert json.loads(get(url + "/status.json")[1])["state"] == state
     assert get(url + "/else")[0] == 404
 

@@ -143,7 +143,7 @@ def test_how_a_silence_began() -> None:
         writer.write(hello())
         await until(lambda: s.peer.connected)
         # from here on the other end neither reads nor says anything
-        assert s.peer.send("bye", why="x" * 1000)
+        assert s.peer.send("plan", why="x" * 1000)
         await until(lambda: not unacked(s.peer))
         s.peer.drop("silent")
         assert s.peer.ending is Ending.HUNG and s.down == ["silent"]

@@ -29,7 +29,7 @@ def test_round_trip() -> None:
         (b'{"type": "begun", "n": true}', "bool where int"),
         (b'{"type": "begun", "n": -1}', "out of range"),
         (b'{"type": "begun", "n": 1, "x": 1}', "fields"),
-        (b'{"type": "bye", "why": "' + b"x" * 5000 + b'"}', "5000 characters"),
+        (b'{"type": "plan", "why": "' + b"x" * 5000 + b'"}', "5000 characters"),
         (b"x" * (wire.MAX_LINE + 1), "line of"),
         (b"[" * 60000, "not JSON"),
         (b"\xff\xfe", "not JSON"),
@@ -71,4 +71,4 @@ def test_offsets_may_be_long_and_nothing_else() -> None:
     with pytest.raises(wire.WireError, match="characters"):
         wire.encode("base", n=0, last=True, flows=text + "ab")
     with pytest.raises(wire.WireError, match="characters"):
-        wire.encode("bye", why=text)
+        wire.encode("plan", why=text)
