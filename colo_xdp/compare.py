@@ -343,6 +343,7 @@ class Engine:
             if flow.epoch != GIVEN:
                 flow.new_epoch(epoch)
         self._fragments.new_epoch(epoch)
+        self._flows.openings.clear()
         self.svm_packets = 0
         self._checkpointing = self._asked = self._solo = False
         self._release_queued(stop_ts_ns, "released_by_checkpoint")
@@ -469,6 +470,11 @@ class Engine:
                 due = flow.expire(now_ns)
                 if due:
                     self.arm(flow, due)
+            for apart in self._flows.openings.apart(now_ns, self.timeout_ns):
+                if not apart.asked:
+                    apart.asked = True
+                    evidence = Evidence(pvm_frame=apart.held[0][0])
+                    self.ask(Cause.OPENED_APART, apart, evidence)
             if self._soon_ns <= now_ns:
                 near = timers and timers[0][0] - now_ns < SOON_NS
                 self._soon_ns = timers[0][0] if near else NEVER

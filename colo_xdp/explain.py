@@ -19,6 +19,8 @@ ADVICE = {
     Cause.SYN_OPTIONS_DIFFER: "sysctls of the two guests differ, or ECN or SYN cookies are random",
     Cause.URGENT_DIFFERS: "an application that sends out of band, at its own times",
     Cause.DATAGRAM_DIFFERS: "as for payload_differs; for DNS and NTP a [[rule]] is usual",
+    Cause.OPENED_APART: "guests draw ports at random: let what they open themselves (DNS, updates) "
+    'pass by a [[rule]] with direction = "out", or use a resolver outside of them',
     Cause.COMPARE_TIMEOUT: "the SVM is slower than compare_timeout, or does not answer at all",
     Cause.SVM_AHEAD: "the PVM is slower than compare_timeout, or the SVM says more",
     Cause.RETRANSMIT_UNVERIFIABLE: "very late retransmissions: a client far behind",

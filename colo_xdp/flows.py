@@ -14,6 +14,7 @@ from .comparer import Comparer, Flow, Host
 from .datagram import DatagramFlow
 from .flow import FlowKey, describe_datagram, describe_tcp, unmirrored_key
 from .limits import Limits
+from .openings import Openings
 from .packet import Kind, Packet
 from .policy import Action, Policy, subject
 from .reasons import Cause
@@ -63,12 +64,14 @@ class Flows:
         # better.
         self._ages: list[tuple[int, int, Flow]] = []
         self._serial = count()
+        self.openings = Openings()
 
     def __len__(self) -> int:
         return len(self.tcp) + len(self.datagram)
 
     def clear(self) -> None:
         """Forget all of them."""
+        self.openings.clear()
         self.tcp.clear()
         self.datagram.clear()
         self._ages.clear()
@@ -112,6 +115,8 @@ class Flows:
         flow = table[p.key] = self._make(p)
         self.rules[flow.verdict.rule].flows += 1
         self._born(flow)
+        if isinstance(flow, Stream | DatagramFlow):
+            self.openings.note(flow, self._host.now)
         return flow
 
     def revive(self, key: FlowKey, words: Words) -> Comparer:

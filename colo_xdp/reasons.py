@@ -15,6 +15,7 @@ class Cause(StrEnum):
     SYN_OPTIONS_DIFFER = "syn_options_differ"
     URGENT_DIFFERS = "urgent_differs"
     DATAGRAM_DIFFERS = "datagram_differs"
+    OPENED_APART = "opened_apart"
     COMPARE_TIMEOUT = "compare_timeout"
     SVM_AHEAD = "svm_ahead"
     RETRANSMIT_UNVERIFIABLE = "retransmit_unverifiable"
@@ -42,6 +43,7 @@ DESCRIPTIONS: dict[Cause, str] = {
     "ECN, signatures)",
     Cause.URGENT_DIFFERS: "the guests marked different bytes of a TCP stream as urgent",
     Cause.DATAGRAM_DIFFERS: "the guests sent different datagrams in the same flow",
+    Cause.OPENED_APART: "the guests opened flows to the same service from different ports",
     Cause.COMPARE_TIMEOUT: "the primary guest's frame had no twin within compare_timeout",
     Cause.SVM_AHEAD: "the secondary guest sent what the primary did not within compare_timeout",
     Cause.RETRANSMIT_UNVERIFIABLE: "a retransmission was older than the history kept to verify it",
