@@ -114,12 +114,12 @@ class DeviceWatch:
         for what in look.restored:
             log.warning("put back: %s", what)
         self.restored += len(look.restored)
-        self.tell()
         if look.unseen or look.exposed or look.missed or was.exposed:
             what = ", ".join(look.restored) or "; ".join(look.trouble) or "; ".join(was.trouble)
             self._c.hooks_lost(
                 what, unseen=look.unseen or look.exposed or was.exposed, still=look.exposed
             )
+        self.tell()
 
     # ---- the peer link
 
@@ -130,8 +130,8 @@ class DeviceWatch:
     def listen(self) -> None:
         """With each heartbeat: is the link silent?"""
         self.link = self._link()
-        if self.silent_checkpoints and self._count(boot_ns()):
-            self.silent_checkpoints = 0
+        if self.silent_checkpoints:
+            self._count(boot_ns())
         self.tell()
 
     def _link(self) -> str:
@@ -153,7 +153,7 @@ class DeviceWatch:
                 f"{limit} ms, while its controller answers"
             )
         unheard = core.unheard_ms(i, now)
-        if limit < unheard < float("inf"):
+        if silent <= limit < unheard < float("inf"):
             return f"the other host hears nothing over {link}, while its controller answers"
         return ""
 
@@ -163,23 +163,21 @@ class DeviceWatch:
         return (now - self._arrived_ns) / 1e6
 
     def _count(self, now: int) -> bool:
-        """Whether frames of the data path have come since the last time."""
+        """Whether frames of the data path have come since the last time: then it is not silent."""
         n = self._c.dp.arrived()
         if self._first < 0:
             self._first = self._arrived = n
             self._arrived_ns = now
         if n == self._arrived:
             return False
-        self._arrived, self._arrived_ns = n, now
+        self._arrived, self._arrived_ns, self.silent_checkpoints = n, now, 0
         return True
 
     # ---- the secondary's guest
 
     def checkpointed(self, waited: bool) -> None:
         """A checkpoint is complete; `waited`: for output that had found no twin."""
-        if self._count(boot_ns()):
-            self.silent_checkpoints = 0
-        elif waited:
+        if not self._count(boot_ns()) and waited:
             self.silent_checkpoints += 1
         self.tell()
 

@@ -145,12 +145,12 @@ class Primary(Checkpointing):
         if self.state not in (State.PROTECTED, State.CHECKPOINTING, State.DEGRADED):
             return
         self.engine.void_flows()
+        if not still:
+            self.request(Cause.HOOKS_LOST, what)
         if unseen and (not self.shadow or self._leave_shadow or self._exposed):
             self.shadow, self._exposed, self._leave_shadow = True, still, not still
             self._leave_ns = time.monotonic_ns()
             self._beat()
-        if not still:
-            self.request(Cause.HOOKS_LOST, what)
 
     def data_path_back(self) -> None:
         self.request(Cause.PEER_LINK, "it is whole again")
