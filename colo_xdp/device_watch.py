@@ -19,6 +19,7 @@ by compare_timeout each.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import socket
 import time
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("colo_xdp")
 
 LOOK_S = 5.0  # netlink tells of changes; this is for what it may not have told
-SETTLE_S = 0.05  # between two looks: changes come in bursts
+REST_S = 0.05  # between two looks: changes come in bursts
 SILENT_CHECKPOINTS = 3
 PACE_S = 0.02  # between two checkpoints while nothing arrives, at least
 
@@ -93,13 +94,13 @@ class DeviceWatch:
         try:
             while True:
                 self._changed.clear()
+                began = time.monotonic()
                 self._found(await asyncio.to_thread(self._c.dp.look))
-                try:
+                # The first change is looked at at once, a host that is never at rest costs little.
+                await asyncio.sleep(max(REST_S, 10 * (time.monotonic() - began)))
+                with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(LOOK_S):
                         await self._changed.wait()
-                except TimeoutError:
-                    continue
-                await asyncio.sleep(SETTLE_S)
         finally:
             if sock is not None:
                 loop.remove_reader(sock.fileno())

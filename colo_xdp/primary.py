@@ -144,7 +144,7 @@ class Primary(Checkpointing):
         not know what clients know: as in shadow mode, until a later checkpoint."""
         if self.state not in (State.PROTECTED, State.CHECKPOINTING, State.DEGRADED):
             return
-        self.engine.void_flows()
+        self.engine.void_flows(time.monotonic_ns())
         if not still:
             self.request(Cause.HOOKS_LOST, what)
         if unseen and (not self.shadow or self._leave_shadow or self._exposed):

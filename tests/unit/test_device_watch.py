@@ -218,6 +218,13 @@ def test_the_secondary_says_what_it_missed() -> None:
     s._entered = True
     s.devices._found(Look(restored=["svm_in on eth1"], missed=True))
     assert sent[-1] == {"type": "missed", "why": "svm_in on eth1"}
+    s.peer.send = lambda kind, **fields: False  # type: ignore[method-assign]
+    s.devices._found(Look(restored=["svm_out on tap0"], missed=True))
+    s.peer.send = sent  # type: ignore[method-assign]
+    s.peer_connected()
+    assert sent[-1] == {"type": "missed", "why": "svm_out on tap0"}, "the channel was down"
+    s.peer_connected()
+    assert len([m for m in sent if m["type"] == "missed"]) == 2
     p, _, _ = primary()
     protected(p)
     p.on_message(sent[-1])
@@ -248,6 +255,7 @@ def test_flows_are_met_anew_after_what_nobody_saw() -> None:
     e.begin_checkpoint()
     now = time.monotonic_ns()
     e.commit_checkpoint(now, 8, now)
+    assert e._void_ns == 0
     for source in (0, 1):
         late = Event(source, time.monotonic_ns(), 8, tcp(b"y" * 9, seq=6009), 0, False)
         c.on_event(late)
