@@ -29,6 +29,7 @@ from . import attach
 from .failover import Role
 from .hooks import Look
 from .paths import LINK
+from .reasons import Cause
 from .speaker import boot_ns
 
 if TYPE_CHECKING:
@@ -68,8 +69,8 @@ class DeviceWatch:
             if not self.link and self.svm_silent:
                 said.append(
                     "the secondary's output does not arrive over "
-                    f"{self._c.config.network.peer_link}: {self.silent_checkpoints} checkpoints in "
-                    "a row for output that waited, and not one frame of its guest"
+                    f"{self._c.config.network.peer_link}: {SILENT_CHECKPOINTS} checkpoints in a row "
+                    "or more for output that waited, and not one frame of its guest"
                 )
         return "; ".join(said)
 
@@ -176,10 +177,12 @@ class DeviceWatch:
 
     # ---- the secondary's guest
 
-    def checkpointed(self, waited: bool) -> None:
-        """A checkpoint is complete; `waited`: for output that had found no twin."""
-        if not self._count(boot_ns()) and waited:
+    def checkpointed(self, cause: str) -> None:
+        """A checkpoint is complete."""
+        if not self._count(boot_ns()) and cause in (Cause.COMPARE_TIMEOUT, Cause.PEER_LINK):
             self.silent_checkpoints += 1
+        elif cause == Cause.INITIAL:  # another guest
+            self.silent_checkpoints = 0
         self.tell()
 
     # ---- the story

@@ -72,7 +72,7 @@ class Secondary(TakingOver):
                 self.reason = "the data path was shut by a former controller"
 
     def hooks_lost(self, what: str, *, unseen: bool, still: bool) -> None:
-        if self._entered:
+        if self._entered and not still:
             self._missed = "" if self.peer.send("missed", why=what[:200]) else what
 
     # ---- frames

@@ -136,15 +136,18 @@ def test_a_secondary_that_says_nothing_is_none() -> None:
     c, dp, _ = primary()
     protected(c)
     dp.came = 5
-    c.devices.checkpointed(waited=False)
+    c.devices.checkpointed(Cause.OPERATOR)
     for n in range(SILENT_CHECKPOINTS):
         assert shown(c)[0] is State.PROTECTED and not c.devices.cut, n
-        c.devices.checkpointed(waited=False)  # asked for by a person: says nothing
-        c.devices.checkpointed(waited=True)
+        c.devices.checkpointed(Cause.OPERATOR)  # asked for by a person: says nothing
+        c.devices.checkpointed(Cause.COMPARE_TIMEOUT)
     state, reason = shown(c)
     assert state is State.DEGRADED
     assert "the secondary's output does not arrive over" in reason and c.devices.cut
-    assert c.devices.silent_checkpoints == SILENT_CHECKPOINTS
+    said = len(c.history)
+    c.devices.checkpointed(Cause.PEER_LINK)
+    assert c.devices.silent_checkpoints == SILENT_CHECKPOINTS + 1
+    assert len(c.history) == said, "told once"
     dp.came += 1
     c.devices.listen()
     assert shown(c)[0] is State.PROTECTED and not c.devices.cut
