@@ -69,8 +69,8 @@ class DeviceWatch:
             if not self.link and self.svm_silent:
                 said.append(
                     "the secondary's output does not arrive over "
-                    f"{self._c.config.network.peer_link}: {SILENT_CHECKPOINTS} checkpoints in a row "
-                    "or more for output that waited, and not one frame of its guest"
+                    f"{self._c.config.network.peer_link}: {SILENT_CHECKPOINTS} checkpoints in a "
+                    "row or more for output that waited, and not one frame of its guest"
                 )
         return "; ".join(said)
 
