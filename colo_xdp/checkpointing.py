@@ -341,7 +341,7 @@ class Checkpointing(Controller):
         }
         self.checkpoint_overdue = False
         self._ended_ns = time.monotonic_ns()
-        self.devices.checkpointed(cause in (Cause.COMPARE_TIMEOUT, Cause.PEER_LINK))
+        self.devices.checkpointed(cause)
         if self.speaker is not None:
             self.speaker.paired()
         if cause != Cause.PLANNED:

@@ -89,7 +89,8 @@ class Engine:
         self.now = 0
         self._asked = False
         self._checkpointing = False
-        self._solo = self._void = False
+        self._solo = False
+        self._void_ns = 0
         self._stop_ts = _LONG_AGO
         self._queue: deque[Held] = deque()  # of the PVM, undecided, while checkpointing
         self._next: deque[tuple[Record, int]] = deque()  # of the SVM of the next epoch
@@ -348,8 +349,8 @@ class Engine:
         self._checkpointing = self._asked = self._solo = False
         self._release_queued(stop_ts_ns, "released_by_checkpoint")
         behind = self.watched.commit(self._flows.of, stop_ts_ns)
-        if self._void:
-            self._void = False
+        if self._void_ns:
+            self._void_ns = self._void_ns if stop_ts_ns <= self._void_ns else 0
             self._forget(epoch)
             self._fragments.new_epoch(epoch)
         self._fragments.begin()
@@ -384,10 +385,11 @@ class Engine:
         if lost:
             self.ask(Cause.PEER_GAP, f"{lost} frames of the new epoch")
 
-    def void_flows(self) -> None:
-        """Frames of the PVM have left, or of the SVM have gone by, unseen: with the next commit,
-        after which both guests are equal, every flow is met anew."""
-        self._void = True
+    def void_flows(self, now_ns: int) -> None:
+        """Until now frames of the PVM may have left, or of the SVM gone by, unseen: with the next
+        commit, after which both guests are equal, every flow is met anew, until one whose STOP
+        came later."""
+        self._void_ns = now_ns
 
     def gather(self, now_ns: int) -> int:
         """No twin is to be expected: what waits in tier K comes here. How many frames wait."""

@@ -19,6 +19,7 @@ by compare_timeout each.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import socket
 import time
@@ -28,6 +29,7 @@ from . import attach
 from .failover import Role
 from .hooks import Look
 from .paths import LINK
+from .reasons import Cause
 from .speaker import boot_ns
 
 if TYPE_CHECKING:
@@ -36,7 +38,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("colo_xdp")
 
 LOOK_S = 5.0  # netlink tells of changes; this is for what it may not have told
-SETTLE_S = 0.05  # between two looks: changes come in bursts
+REST_S = 0.05  # between two looks: changes come in bursts
 SILENT_CHECKPOINTS = 3
 PACE_S = 0.02  # between two checkpoints while nothing arrives, at least
 
@@ -67,8 +69,8 @@ class DeviceWatch:
             if not self.link and self.svm_silent:
                 said.append(
                     "the secondary's output does not arrive over "
-                    f"{self._c.config.network.peer_link}: {self.silent_checkpoints} checkpoints in "
-                    "a row for output that waited, and not one frame of its guest"
+                    f"{self._c.config.network.peer_link}: {SILENT_CHECKPOINTS} checkpoints in a "
+                    "row or more for output that waited, and not one frame of its guest"
                 )
         return "; ".join(said)
 
@@ -93,13 +95,13 @@ class DeviceWatch:
         try:
             while True:
                 self._changed.clear()
+                began = time.monotonic()
                 self._found(await asyncio.to_thread(self._c.dp.look))
-                try:
+                # The first change is looked at at once, a host that is never at rest costs little.
+                await asyncio.sleep(max(REST_S, 10 * (time.monotonic() - began)))
+                with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(LOOK_S):
                         await self._changed.wait()
-                except TimeoutError:
-                    continue
-                await asyncio.sleep(SETTLE_S)
         finally:
             if sock is not None:
                 loop.remove_reader(sock.fileno())
@@ -114,12 +116,12 @@ class DeviceWatch:
         for what in look.restored:
             log.warning("put back: %s", what)
         self.restored += len(look.restored)
-        self.tell()
         if look.unseen or look.exposed or look.missed or was.exposed:
             what = ", ".join(look.restored) or "; ".join(look.trouble) or "; ".join(was.trouble)
             self._c.hooks_lost(
                 what, unseen=look.unseen or look.exposed or was.exposed, still=look.exposed
             )
+        self.tell()
 
     # ---- the peer link
 
@@ -130,8 +132,8 @@ class DeviceWatch:
     def listen(self) -> None:
         """With each heartbeat: is the link silent?"""
         self.link = self._link()
-        if self.silent_checkpoints and self._count(boot_ns()):
-            self.silent_checkpoints = 0
+        if self.silent_checkpoints:
+            self._count(boot_ns())
         self.tell()
 
     def _link(self) -> str:
@@ -153,7 +155,7 @@ class DeviceWatch:
                 f"{limit} ms, while its controller answers"
             )
         unheard = core.unheard_ms(i, now)
-        if limit < unheard < float("inf"):
+        if silent <= limit < unheard < float("inf"):
             return f"the other host hears nothing over {link}, while its controller answers"
         return ""
 
@@ -163,24 +165,24 @@ class DeviceWatch:
         return (now - self._arrived_ns) / 1e6
 
     def _count(self, now: int) -> bool:
-        """Whether frames of the data path have come since the last time."""
+        """Whether frames of the data path have come since the last time: then it is not silent."""
         n = self._c.dp.arrived()
         if self._first < 0:
             self._first = self._arrived = n
             self._arrived_ns = now
         if n == self._arrived:
             return False
-        self._arrived, self._arrived_ns = n, now
+        self._arrived, self._arrived_ns, self.silent_checkpoints = n, now, 0
         return True
 
     # ---- the secondary's guest
 
-    def checkpointed(self, waited: bool) -> None:
-        """A checkpoint is complete; `waited`: for output that had found no twin."""
-        if self._count(boot_ns()):
-            self.silent_checkpoints = 0
-        elif waited:
+    def checkpointed(self, cause: str) -> None:
+        """A checkpoint is complete."""
+        if not self._count(boot_ns()) and cause in (Cause.COMPARE_TIMEOUT, Cause.PEER_LINK):
             self.silent_checkpoints += 1
+        elif cause == Cause.INITIAL:  # another guest
+            self.silent_checkpoints = 0
         self.tell()
 
     # ---- the story

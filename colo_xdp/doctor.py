@@ -14,7 +14,6 @@ from pathlib import Path
 from .config import Config, ConfigError, load
 
 OK, WARN, FAIL = 0, 1, 2
-TAG_BYTES = 4
 CERT_DAYS = 30
 MIN_KERNEL = (5, 4)
 
@@ -89,6 +88,7 @@ def _bpffs(config: Config) -> Iterator[Check]:
 def _devices(config: Config) -> Iterator[Check]:
     from . import _bpf, attach
     from .datapath import DataPathError, choose_hook
+    from .hooks import TAG_BYTES
 
     net = config.network
     try:

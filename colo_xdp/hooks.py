@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("colo_xdp.hooks")
 
+TAG_BYTES = 4  # what a frame carries on the peer link besides
 #: without one of these the guest's frames leave as they are
 GATES = frozenset(("pvm_out", "guest_out", "svm_out"))
 _FAILURES = (attach.AttachError, attach.NoSuchDevice, attach.NetlinkError, OSError)
@@ -99,7 +100,10 @@ class Hooks:
             self._bridge(tap, found)
         # Now that programs are there: what is sent to a device meets them.
         self._index(Cfg.TAP, tap if net.tap not in bad else None)
-        self._index(Cfg.PEER, peer)
+        if self._index(Cfg.PEER, peer) and tap is not None and peer is not None:
+            need = tap.info.mtu + TAG_BYTES
+            if peer.info.mtu < need:
+                log.warning("%s came with mtu %d, %d is needed", net.peer_link, peer.info.mtu, need)
         self._uplink()
 
     def _devices(self, seen: dict[str, attach.Seen | None], found: Look) -> set[str]:
@@ -192,11 +196,14 @@ class Hooks:
             dp.open_network()
             found.restored.append(f"{net.tap} in {net.bridge}")
 
-    def _index(self, slot: Cfg, seen: attach.Seen | None) -> None:
-        """Tell the programs an ifindex; 0: nowhere, frames for it are dropped and counted."""
+    def _index(self, slot: Cfg, seen: attach.Seen | None) -> bool:
+        """Tell the programs an ifindex; 0: nowhere, frames for it are dropped and counted. Whether
+        it is another one than before."""
         index = seen.info.index if seen is not None else 0
-        if self._dp.slot(slot) != index:
-            self._dp.set_slot(slot, index)
+        if self._dp.slot(slot) == index:
+            return False
+        self._dp.set_slot(slot, index)
+        return True
 
     def _uplink(self) -> None:
         """[network] uplink, where it is a device: one that is gone is not sent to."""

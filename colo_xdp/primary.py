@@ -179,13 +179,13 @@ class Primary(Checkpointing):
         not know what clients know: as in shadow mode, until a later checkpoint."""
         if self.state not in (State.PROTECTED, State.CHECKPOINTING, State.DEGRADED):
             return
-        self.engine.void_flows()
+        self.engine.void_flows(time.monotonic_ns())
+        if not still:
+            self.request(Cause.HOOKS_LOST, what)
         if unseen and (not self.shadow or self._leave_shadow or self._exposed):
             self.shadow, self._exposed, self._leave_shadow = True, still, not still
             self._leave_ns = time.monotonic_ns()
             self._beat()
-        if not still:
-            self.request(Cause.HOOKS_LOST, what)
 
     def data_path_back(self) -> None:
         self.request(Cause.PEER_LINK, "it is whole again")

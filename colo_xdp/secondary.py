@@ -43,6 +43,7 @@ class Secondary(TakingOver):
     def __init__(self, config: Config, datapath: DataPath) -> None:
         super().__init__(config, datapath)
         self._remind_at = 0.0
+        self._missed = ""  # what the primary has to be told, and could not
         self._entered = False  # the SVM runs in COLO
         # The primary's beat has confirmed a checkpoint. Until then it may have given up entering
         # and let the PVM speak uncompared, whatever this QEMU has loaded: no takeover.
@@ -71,8 +72,8 @@ class Secondary(TakingOver):
                 self.reason = "the data path was shut by a former controller"
 
     def hooks_lost(self, what: str, *, unseen: bool, still: bool) -> None:
-        if self._entered:
-            self.peer.send("missed", why=what[:200])
+        if self._entered and not still:
+            self._missed = "" if self.peer.send("missed", why=what[:200]) else what
 
     # ---- frames
 
@@ -310,6 +311,8 @@ class Secondary(TakingOver):
             self.spawn(self._announce())
 
     def peer_connected(self) -> None:
+        if self._missed:
+            self.hooks_lost(self._missed, unseen=False, still=False)
         if self._ready_wanted:
             self.peer.send("ready", epoch=self.dp.epoch)
 

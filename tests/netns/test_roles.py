@@ -16,7 +16,7 @@ from colo_xdp.datapath import DataPath
 from colo_xdp.flowtable import FlowTable
 from colo_xdp.packet import parse
 from colo_xdp.ring import Event
-from tests.netns.conftest import Sniffer, Tap, inside
+from tests.netns.conftest import Sniffer, Tap, inside, sh
 from tests.netns.frames import GUEST_MAC, tcp
 from tests.netns.test_secondary_path import (
     CLIENT_ISN,
@@ -129,6 +129,28 @@ def test_the_comparison_sees_the_clients_numbers(survivor: Host) -> None:
     h.dp.injectors["release"].send(event.frame, event.gso_size, event.partial)
     out = client.wait(lambda f: b"compare" in f)
     assert out is not None and parse(out[1]).seq == ISN_P + 1 and right(out[1])
+    client.close()
+
+
+def test_a_tap_that_lost_its_programs_speaks_in_the_clients_numbers_again(survivor: Host) -> None:
+    h = survivor
+    h.dp.change_role()
+    next_controller(h)
+    client = Sniffer(h.net.client, "c0")
+    with inside(h.net.host):
+        sh("tc", "qdisc", "del", "dev", "tap0", "clsact")
+        back = h.dp.look()
+        assert back.restored[:3] == ["guest_out on tap0", "guest_in on tap0", "pvm_out on tap0"]
+        assert back.unseen and not h.dp.look().restored
+    h.guest.send(said(b"put back"))
+    out = client.wait(lambda f: b"put back" in f)
+    assert out is not None and parse(out[1]).seq == ISN_P + 1 and right(out[1])
+    from_client(h, b"and back")
+    seen = h.guest.recv(lambda f: b"and back" in f)
+    assert seen is not None and parse(seen).ack == (ISN_S + 6) % 2**32 and right(seen)
+    with inside(h.net.host):
+        h.dp.drop_guest()
+        assert not h.dp.look().restored, "they are not wanted any more"
     client.close()
 
 

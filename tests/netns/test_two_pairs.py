@@ -97,6 +97,13 @@ class Run:
             self._pause()
         return s
 
+    def until_on(self, dev: str, prog: str, seconds: float = 60.0) -> None:
+        """Until a program is on the device."""
+        end = time.monotonic() + seconds
+        while prog not in filters(dev):
+            assert time.monotonic() < end and self.p.poll() is None, self.log.read_text()
+            self._pause()
+
     def _pause(self) -> None:
         try:
             self.p.wait(0.05)
@@ -171,10 +178,12 @@ def test_who_runs_and_what_is_taken(two: Net, tmp_path: Path) -> None:
         assert s["state"] == "starting" and "tap0 does not exist" in s["reason"]
         sh("ip", "-n", two.host, "tuntap", "add", "tap0", "mode", "tap", "vnet_hdr")
         sh("ip", "-n", two.host, "link", "set", "tap0", "up")
-        end = time.monotonic() + 60
-        while "pvm_out" not in filters("tap0"):
-            assert time.monotonic() < end and a.p.poll() is None, a.log.read_text()
-            a._pause()
+        a.until_on("tap0", "pvm_out")
+        # under a controller that lives: while the tap is gone it says so
+        sh("ip", "-n", two.host, "link", "del", "tap0")
+        assert a.until("tap0 does not exist, the guest is cut off")["state"] != "protected"
+        sh("ip", "-n", two.host, "tuntap", "add", "tap0", "mode", "tap", "vnet_hdr")
+        a.until_on("tap0", "pvm_out")
 
         def refused(path: Path, *words: str) -> None:
             more.append(Run(two, path))

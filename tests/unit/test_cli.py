@@ -70,6 +70,21 @@ def test_doctor_fails_on_a_host_without_the_devices() -> None:
     assert "tap-web1 does not exist" in r.output and "ip tuntap add" in r.output
 
 
+def test_of_several_pairs_one_is_named(tmp_path: Path) -> None:
+    for name in ("web1.primary", "web2.secondary", "db.primary", "db.secondary"):
+        (tmp_path / f"{name}.sock").touch()
+    where = ["--run-dir", str(tmp_path)]
+    r = run(app, ["status", *where])
+    assert r.exit_code == USAGE and "name a pair" in r.output and "  web2  (" in r.output
+    r = run(app, ["status", "web2", *where])
+    assert r.exit_code == NOT_RUNNING and f"{tmp_path}/web2.secondary.sock" in r.output
+    r = run(app, ["status", "web3", *where])
+    assert r.exit_code == NOT_RUNNING and "no controller of pair web3" in r.output
+    r = run(app, ["status", "db", *where])
+    assert r.exit_code == USAGE and "both roles of db" in r.output
+    assert run(app, ["status", "web2.toml", *where]).exit_code == USAGE, "a file that is not there"
+
+
 def test_status_text_tells_why() -> None:
     doc = empty("web1", "secondary").to_json()
     doc["reason"] = "waiting for the primary"
