@@ -53,7 +53,7 @@ enum colo_cfg {
 	CFG_BASE_EPOCH = 18, /* primary: offsets of this epoch are the guest's for good; 0: none */
 	CFG_BOND = 19,	     /* user space's: enum colo_bond */
 	CFG_UNDECIDED = 26,  /* user space's: 1: nobody has said yet that this guest may speak */
-	CFG_PEER_STOPPED = 27, /* user space's: CLOCK_BOOTTIME until which the peer is away on purpose */
+	CFG_PEER_STOPPED = 27, /* user space's: until when the peer is away on purpose, ns */
 	CFG_MAX = 32,
 };
 

@@ -123,7 +123,7 @@ def _proxy(bridge: bool) -> Iterator[TierU]:
     plain arm nothing is mirrored either), so tier K is told where the client is."""
     work = tempfile.mkdtemp(prefix="colo-bench.")
     with inside(HOST):
-        cleanup.cleanup(PAIR, "/sys/fs/bpf", work)
+        cleanup.cleanup(PAIR, "/sys/fs/bpf", work, force=True)
         objects = loader.load("primary", PAIR, "/sys/fs/bpf", loader.Options(fast=True, stashes=64))
         config = objects.map("config")
 
@@ -157,7 +157,7 @@ def _proxy(bridge: bool) -> Iterator[TierU]:
             reader.close()
             os.close(fd)
             objects.close()
-            cleanup.cleanup(PAIR, "/sys/fs/bpf", work)
+            cleanup.cleanup(PAIR, "/sys/fs/bpf", work, force=True)
 
 
 def _steer(cpus: int) -> None:

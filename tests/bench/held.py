@@ -300,7 +300,7 @@ def data_path(
         path = Path(work) / "pair.toml"
         path.write_text(config_text(work, fast, memory, uplink, pair))
         with inside(net.host):
-            cleanup.cleanup(pair, "/sys/fs/bpf", work)
+            cleanup.cleanup(pair, "/sys/fs/bpf", work, force=True)
             dp = DataPath(load(path))
             dp.epoch, dp.mode = 1, Mode.RUN
         try:
@@ -308,7 +308,7 @@ def data_path(
         finally:
             with inside(net.host):
                 dp.close()
-                cleanup.cleanup(pair, "/sys/fs/bpf", work)
+                cleanup.cleanup(pair, "/sys/fs/bpf", work, force=True)
 
 
 def words(datagrams: bool = False) -> bytes:

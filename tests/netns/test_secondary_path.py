@@ -64,7 +64,7 @@ class Host:
         sh("ip", "-n", self.net.host, "link", "set", "dev", "tap0", "nomaster")
         self.vnet = vnet
         with inside(self.net.host):
-            cleanup.cleanup(PAIR, "/sys/fs/bpf", str(tmp_path))
+            cleanup.cleanup(PAIR, "/sys/fs/bpf", str(tmp_path), force=True)
             self.dp = DataPath(config(tmp_path))
             self.guest = Tap("tap0", vnet)
         self.peer = Sniffer(self.net.other, "peer0")
@@ -75,7 +75,7 @@ class Host:
         self.dp.close()
         self.peer.close()
         with inside(self.net.host):
-            cleanup.cleanup(PAIR, "/sys/fs/bpf", str(self.tmp))
+            cleanup.cleanup(PAIR, "/sys/fs/bpf", str(self.tmp), force=True)
         self.net.close()
 
     def mirrored(self, frame: bytes, epoch: int = 0) -> bytes:
@@ -264,7 +264,7 @@ def test_refusals_name_the_device_and_the_reason(host: Host, tmp_path: Path) -> 
     host.dp.close()
     host.guest.close()
     with inside(host.net.host):
-        cleanup.cleanup(PAIR, "/sys/fs/bpf", str(tmp_path))
+        cleanup.cleanup(PAIR, "/sys/fs/bpf", str(tmp_path), force=True)
         if host.vnet:
             with pytest.raises(DataPathError, match=r"hook = \"xdp\": tap tap0 has vnet_hdr"):
                 DataPath(config(tmp_path, "xdp"))

@@ -27,12 +27,12 @@ from tests.netns.test_primary_path import PAIR, config
 
 @pytest.fixture
 def path(net: Net, tmp_path: Path) -> Iterator[DataPath]:
-    cleanup.cleanup(PAIR, "/sys/fs/bpf", str(tmp_path))
+    cleanup.cleanup(PAIR, "/sys/fs/bpf", str(tmp_path), force=True)
     dp = DataPath(config(tmp_path, fast_path_memory=16))
     dp.epoch, dp.mode = 1, Mode.RUN
     yield dp
     dp.close()
-    cleanup.cleanup(PAIR, "/sys/fs/bpf", str(tmp_path))
+    cleanup.cleanup(PAIR, "/sys/fs/bpf", str(tmp_path), force=True)
 
 
 class Pair:

@@ -286,6 +286,7 @@ class World:
         self.scene = s
         self.rnd = random.Random(s.seed)
         self.rnd_beacons = random.Random(s.seed + 1)
+        self.rnd_person = random.Random(s.seed + 2)
         self.sessions = 0
         self.stops = 0  # of controllers, on purpose
         self.deaf: set[str] = set()  # sides that hear no beacons
@@ -984,6 +985,19 @@ class World:
                 self.note("%s QEMU -incoming, by hand", side.name)
                 side.new_qemu()
 
+    def _decide_for_the_stopped(self) -> None:
+        """A person who has stopped a controller, whose host or QEMU has died since, decides; so does
+        one who sees a guest wait for the word of a host that is dead."""
+        for side in (self.p, self.s):
+            c, other = side.controller, side.other
+            dead = other.off or not other.qemu.alive
+            if c is None or not dead or other.controller is not None or c.operator:
+                continue
+            told = side.peer_stopped > self.ns() and c.state is State.DEGRADED
+            if (told or c.undecided) and self.rnd_person.random() < 0.02:
+                self.note("a person decides for %s", side.name)
+                self.spawn(self._command(side, "failover", force=True))
+
     # -- the run
 
     async def _main(self) -> None:
@@ -998,6 +1012,7 @@ class World:
         calm = 0
         while self.ms() < last - 200 + SETTLE_MS:
             self._guarded(self._tick)
+            self._guarded(self._decide_for_the_stopped)
             if self.broken is not None:
                 raise self.broken
             await asyncio.sleep(TICK_MS / 1000)

@@ -217,6 +217,17 @@ def test_a_promoted_guest_that_is_silent_has_failed(host: Host) -> None:
     assert host("demote") == 0 and host("monitor") == 0
 
 
+def test_a_guest_of_which_nothing_is_known_may_be_promoted_where_there_is_no_other(
+    host: Host,
+) -> None:
+    waits = status("primary", "starting", speaks=False, bond="none")
+    waits["permission"]["undecided"] = True
+    host.world(waits)
+    assert host("monitor") == 0 and host.score() == "--update=10"
+    assert host("promote") == 0
+    assert "colo-xdp failover" in host.calls()[-1]
+
+
 def test_a_probe_finds_who_speaks(host: Host) -> None:
     host.world(PVM)
     assert host("monitor", interval=0) == 8 and host("monitor") == 8

@@ -1,0 +1,214 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Who may speak, on real devices: a tap outside of the bridge, a start with nothing, cleanup."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from colo_xdp import attach, cleanup
+from colo_xdp.abi import Bond, Mode
+from colo_xdp.config import Config, load
+from colo_xdp.datapath import DataPath
+from colo_xdp.doctor import WARN, _devices
+from colo_xdp.speaker import boot_ns
+from tests.netns.conftest import Net, Sniffer, Tap, inside, sh
+from tests.netns.frames import GUEST_MAC, tcp
+
+PAIR = "nsp"
+LEASE = """
+        [failover]
+        arbiter = "lease"
+        etcd = ["http://127.0.0.1:1"]
+"""
+
+
+def config(tmp_path: Path, bridge: str = "br0", more: str = "") -> Config:
+    path = tmp_path / "pair.toml"
+    path.write_text(
+        f"""
+        pair = "{PAIR}"
+        role = "primary"
+        [network]
+        tap = "tap0"
+        peer_link = "peer0"
+        bridge = "{bridge}"
+        [qemu]
+        qmp = "/nonexistent"
+        migrate_uri = "unix:/nonexistent"
+        [peer]
+        local = "127.0.0.1:1"
+        remote = "127.0.0.1:2"
+        [datapath]
+        run_dir = "{tmp_path}"
+        ring_pages = 1024
+        fast_path = "off"
+        [metrics]
+        listen = ""
+        {more}
+        """
+    )
+    return load(path)
+
+
+class Host:
+    """A primary's host whose guest sends; `heard`: whether the clients' network gets it."""
+
+    def __init__(self, net: Net, tmp: Path) -> None:
+        self.net, self.tmp = net, tmp
+        sh("ip", "link", "set", "dev", "tap0", "nomaster")
+        self.guest: Tap | None = Tap("tap0")
+        self.client = Sniffer(net.client, "c0")
+        self.dp: DataPath | None = None
+
+    def start(self, more: str = "", bridge: str = "br0") -> DataPath:
+        self.dp = DataPath(config(self.tmp, bridge, more))
+        return self.dp
+
+    def stop(self) -> None:
+        if self.dp is not None:
+            self.dp.close()
+            self.dp = None
+
+    def clean(self, *, force: bool = False) -> list[str]:
+        return cleanup.cleanup(PAIR, "/sys/fs/bpf", str(self.tmp), force=force)
+
+    @property
+    def heard(self) -> bool:
+        assert self.guest is not None
+        self.guest.send(tcp(b"hello", seq=1000))
+        return self.client.wait(lambda f: f[6:12] == GUEST_MAC, 0.5) is not None
+
+    @property
+    def in_bridge(self) -> bool:
+        return attach.link_info("tap0").master != 0
+
+    def end_guest(self) -> None:
+        if self.guest is not None:
+            self.guest.close()
+            self.guest = None
+
+
+@pytest.fixture
+def host(net: Net, tmp_path: Path) -> Iterator[Host]:
+    h = Host(net, tmp_path)
+    h.clean(force=True)
+    yield h
+    h.stop()
+    h.end_guest()
+    h.client.close()
+    h.clean(force=True)
+
+
+def test_a_start_with_nothing_is_silent_until_it_is_decided(host: Host) -> None:
+    dp = host.start()
+    assert (dp.mode, dp.undecided, dp.bond) == (Mode.DROP, True, Bond.NONE)
+    assert not host.heard and not host.in_bridge
+    sh("ip", "link", "set", "dev", "tap0", "master", "br0")  # by hand, as some do
+    assert not host.heard
+    sh("ip", "link", "set", "dev", "tap0", "nomaster")
+    host.stop()
+    dp = host.start()
+    assert dp.adopted and dp.undecided, "the next controller knows no more"
+    dp.mode, dp.undecided = Mode.BYPASS, False
+    dp.open_network()
+    assert host.in_bridge and host.heard
+    host.stop()
+    dp = host.start()
+    assert not dp.undecided and dp.mode is Mode.BYPASS and host.heard
+    dp.close_network()
+    assert not host.in_bridge
+
+
+def test_a_lease_decides_in_the_kernel(host: Host) -> None:
+    dp = host.start(LEASE)
+    dp.open_network()
+    assert (dp.mode, dp.undecided) == (Mode.BYPASS, False) and not host.heard
+    dp.speak_until(boot_ns() + 3600 * 10**9)
+    assert host.heard
+    dp.speak_until(boot_ns())
+    assert not host.heard
+
+
+def test_a_port_that_is_not_ours_stays(host: Host) -> None:
+    dp = host.start(bridge="")
+    sh("ip", "link", "set", "dev", "tap0", "master", "br0")
+    dp.open_network()
+    dp.close_network()
+    assert host.in_bridge
+    host.stop()
+    host.end_guest()
+    host.clean()
+    assert host.in_bridge
+
+
+SHUT = "shut in"
+
+
+@pytest.mark.parametrize(
+    ("mode", "lease_s", "why"),
+    [
+        (Mode.BYPASS, None, ""),
+        (Mode.BYPASS, 3600, ""),
+        (Mode.BYPASS, -1, "has no lease"),
+        (Mode.RUN, None, "compared with a copy"),
+        (Mode.RUN, -1, "compared with a copy"),
+        (Mode.CHECKPOINT, None, "compared with a copy"),
+        (Mode.DROP, None, SHUT),
+    ],
+)
+def test_cleanup_lets_nobody_speak_who_must_not(
+    host: Host, mode: Mode, lease_s: int | None, why: str
+) -> None:
+    dp = host.start(LEASE if lease_s is not None else "")
+    if lease_s is not None:
+        dp.speak_until(boot_ns() + lease_s * 10**9)
+    dp.mode = mode
+    dp.open_network()
+    host.stop()
+    if not why:
+        host.clean()
+        assert host.in_bridge and host.heard
+        return
+    with pytest.raises(cleanup.GuestWouldSpeak, match=why):
+        host.clean()
+    assert not host.heard, "nothing was taken off"
+    assert "tap0 from br0" in host.clean(force=True)
+    assert not host.in_bridge and not host.heard
+
+
+def test_cleanup_after_the_guest_leaves_no_way_for_the_next_one(host: Host) -> None:
+    dp = host.start()
+    dp.mode = Mode.DROP
+    dp.open_network()
+    host.stop()
+    host.end_guest()
+    assert "tap0 from br0" in host.clean()
+    host.guest = Tap("tap0")
+    assert not host.heard
+
+
+def test_doctor_warns_of_a_tap_that_is_in_a_bridge_too_early(host: Host) -> None:
+    def found() -> list[str]:
+        return [c.text for c in _devices(config(host.tmp)) if c.level >= WARN]
+
+    assert not [t for t in found() if "bridge" in t]
+    sh("ip", "link", "set", "dev", "tap0", "master", "br0")
+    assert [t for t in found() if "no controller has decided" in t]
+    dp = host.start()
+    assert [t for t in found() if "no controller has decided" in t]
+    dp.mode = Mode.RUN
+    assert not [t for t in found() if "bridge" in t]
+
+
+def test_a_frame_of_another_host_is_not_ours(host: Host) -> None:
+    """The pins say which device is meant; a device of that number elsewhere is somebody else's."""
+    dp = host.start()
+    dp.mode = Mode.RUN
+    index = attach.link_info("tap0").index
+    assert attach.tap_in_use(index)
+    host.stop()
+    with inside(host.net.client):
+        assert not attach.tap_in_use(index)
