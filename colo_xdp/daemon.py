@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from . import outside
 from .attach import AttachError, NoSuchDevice
 from .config import Config
 from .control import ControlError, ControlServer
@@ -31,11 +32,14 @@ from .notify import Notifier
 from .peer import PeerError
 from .primary import Primary
 from .secondary import Secondary
+from .starts import Starts
 
 log = logging.getLogger("colo_xdp")
 
 ROLE_CHANGED = -1
 LOAD_S = 60  # to compile and load the programs of the other role
+#: a controller that hangs is ended after this share of dead_after: its successor needs the rest
+HUNG_SHARE = 0.6
 STATUS_S = 1.0
 SCRAPE_S = 2.0
 #: a frame may wait for a thread that works on other things (netlink, a scrape) no longer than this
@@ -71,7 +75,7 @@ def _reload(ctl: Controller) -> None:
 
 async def _serve(config: Config, datapath: DataPath) -> int:
     ctl: Controller = (Primary if datapath.role == "primary" else Secondary)(config, datapath)
-    notifier = Notifier()
+    notifier = Notifier(HUNG_SHARE * config.peer.dead_after / 1000)
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for sig in (signal.SIGTERM, signal.SIGINT):
@@ -156,7 +160,13 @@ def run(config: Config) -> int:
     sys.setswitchinterval(SWITCH_S)
     try:
         with _only_one(config):
-            return _run(config)
+            starts = Starts(Path(config.datapath.run_dir) / f"{config.pair}.starts")
+            if outside.is_service():
+                starts.wait(Notifier())
+            status = _run(config)
+            if status == 0:
+                starts.forget()
+            return status
     except (
         AlreadyRuns,
         LoadError,
