@@ -42,7 +42,7 @@ exec qemu-system-x86_64 -accel {accel} -cpu {cpu} -m 128 -nodefaults \\
 INCOMING = """#!/bin/sh
 systemctl stop vm@web1 vm-incoming@web1
 mkdir -p /run/colo-vm
-exec /etc/colo-xdp/web1/qemu -incoming tcp:0:9998 -daemonize
+setsid /etc/colo-xdp/web1/qemu -incoming tcp:0:9998 < /dev/null &
 """
 #: the hosts' network, as an administrator has it
 NETWORK = {
@@ -160,6 +160,9 @@ class Pair:
         """Hosts that have run their fence command, in that order."""
         f = self.exchange / "fenced"
         return f.read_text().split() if f.exists() else []
+
+    def forget_fences(self) -> None:
+        (self.exchange / "fenced").unlink(missing_ok=True)
 
     def power_off(self, h: Host) -> None:
         """A power cut, of which the other host's fence command can be sure."""
