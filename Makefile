@@ -14,7 +14,7 @@ INSTALLED := $(PREFIX)/lib/colo-xdp
 
 export DEBIAN_FRONTEND := noninteractive
 
-.PHONY: all setup demo test lower-bounds torture stress chaos fuzz bench lint format clean \
+.PHONY: all setup demo test test-lower-bounds torture stress chaos fuzz bench lint format clean \
 	install uninstall
 
 all: test
@@ -63,6 +63,10 @@ demo: setup
 
 test: setup
 	$(PY) -m pytest $(TESTS)
+
+# The oldest libraries that pyproject.toml allows: unit tests, the data path, a fuzz target, a plot, lint
+test-lower-bounds: setup
+	$(PY) -m tests.lower_bounds
 
 # N schedules of the simulator from SEED on; a failing one is shrunk and printed
 torture: setup
