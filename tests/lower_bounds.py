@@ -57,7 +57,6 @@ def main() -> int:
         ["/usr/bin/python3", "-m", "venv", "--clear", "--system-site-packages", str(WHERE)],
         [python, *quiet, *pins(declared())],
         [python, *quiet, "--no-build-isolation", "--no-deps", str(ROOT)],
-        [python, "-m", "pip", "check"],
         [python, "-c", PLOT],
         *([python, "-m", *run] for run in RUNS),
     ]
