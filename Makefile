@@ -4,13 +4,18 @@
 PY := .venv/bin/python
 STAMP := build/.setup
 PACKAGES := python3-bpfcc python3-venv linux-headers-amd64 clang-format-14 gcc libc6-dev \
-	qemu-system-x86 iproute2 busybox-static cpio tcpdump ethtool iperf3 openssl etcd-server procps make git
+	qemu-system-x86 iproute2 busybox-static cpio tcpdump ethtool iperf3 openssl etcd-server procps make git \
+	systemd-container mmdebstrap
 TESTS ?= tests
 N ?=
+DESTDIR ?=
+PREFIX ?= /usr
+INSTALLED := $(PREFIX)/lib/colo-xdp
 
 export DEBIAN_FRONTEND := noninteractive
 
-.PHONY: all setup demo test torture stress chaos fuzz bench lint format clean
+.PHONY: all setup demo test test-lower-bounds torture stress chaos fuzz bench lint format clean \
+	install uninstall
 
 all: test
 
@@ -28,11 +33,40 @@ $(STAMP): pyproject.toml Makefile
 	$(PY) -m pip install --quiet --disable-pip-version-check -e '.[dev]'
 	@touch $@
 
+# The command, in a virtual environment of its own, the unit, the examples and the documents. As root;
+# DESTDIR for a root directory elsewhere that has the same Python. PREFIX: /usr or /usr/local.
+# The environment is not below /root or /home, which the unit does not see.
+install:
+	[ -x $(DESTDIR)$(INSTALLED)/bin/python ] || /usr/bin/python3 -m venv $(DESTDIR)$(INSTALLED)
+	# Debian's packages (bcc) are seen later on: what pip would find among them, DESTDIR may not have.
+	sed -i 's/^\(include-system-site-packages\) .*/\1 = false/' $(DESTDIR)$(INSTALLED)/pyvenv.cfg
+	$(DESTDIR)$(INSTALLED)/bin/python -m pip install --quiet --disable-pip-version-check .
+	sed -i 's/^\(include-system-site-packages\) .*/\1 = true/' $(DESTDIR)$(INSTALLED)/pyvenv.cfg
+	find $(DESTDIR)$(INSTALLED)/bin -type f ! -name 'python*' -exec \
+		sed -i 's|$(DESTDIR)$(INSTALLED)|$(INSTALLED)|g' {} +
+	install -d $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(PREFIX)/lib/systemd/system
+	ln -sfn $(INSTALLED)/bin/colo-xdp $(DESTDIR)$(PREFIX)/bin/colo-xdp
+	sed 's|/usr/bin/|$(PREFIX)/bin/|; s|/usr/share/|$(PREFIX)/share/|' 'deploy/systemd/colo-xdp@.service' \
+		> '$(DESTDIR)$(PREFIX)/lib/systemd/system/colo-xdp@.service'
+	install -d $(DESTDIR)$(PREFIX)/share/doc/colo-xdp
+	cp -r README.md ARCHITECTURE.md CHANGELOG.md LICENSE deploy/* $(DESTDIR)$(PREFIX)/share/doc/colo-xdp/
+	install -d -m 0755 $(DESTDIR)/etc/colo-xdp
+	[ -n '$(DESTDIR)' ] || [ ! -d /run/systemd/system ] || systemctl daemon-reload
+
+uninstall:
+	rm -rf $(DESTDIR)$(INSTALLED) $(DESTDIR)$(PREFIX)/share/doc/colo-xdp
+	rm -f $(DESTDIR)$(PREFIX)/bin/colo-xdp $(DESTDIR)$(PREFIX)/lib/systemd/system/colo-xdp@.service
+	[ -n '$(DESTDIR)' ] || [ ! -d /run/systemd/system ] || systemctl daemon-reload
+
 demo: setup
 	.venv/bin/colo-xdp demo
 
 test: setup
 	$(PY) -m pytest $(TESTS)
+
+# The oldest libraries that pyproject.toml allows: unit tests, the data path, a fuzz target, a plot, lint
+test-lower-bounds: setup
+	$(PY) -m tests.lower_bounds
 
 # N schedules of the simulator from SEED on; a failing one is shrunk and printed
 torture: setup

@@ -15,7 +15,7 @@ import time
 from abc import abstractmethod
 from typing import Any
 
-from . import attach
+from . import attach, outside
 from .abi import Mode
 from .beacon import Flag, Word
 from .commands import Commanded
@@ -456,7 +456,10 @@ class Controller(Commanded):
         """Run the fence command; only exit status 0 within its deadline is success."""
         f = self.config.failover
         try:
-            proc = await asyncio.create_subprocess_exec(*f.fence)
+            proc = await asyncio.create_subprocess_exec(
+                *outside.fence(self.config.pair, f.fence, f.fence_timeout),
+                env=outside.environment(),
+            )
         except OSError as e:
             log.error("fence %s: %s", f.fence[0], e)
             return False

@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from . import outside
 from .attach import AttachError, NoSuchDevice, Taken
 from .config import Config
 from .control import ControlError, ControlServer
@@ -30,6 +31,7 @@ from .peer import PeerError
 from .preflight import Refusal, claim
 from .primary import Primary
 from .secondary import Secondary
+from .starts import Starts
 from .waiting import wait_for
 
 log = logging.getLogger("colo_xdp")
@@ -37,6 +39,8 @@ log = logging.getLogger("colo_xdp")
 FAILED, REFUSED = 1, 2
 ROLE_CHANGED = -1
 LOAD_S = 60  # to compile and load the programs of the other role
+#: a controller that hangs is ended after this share of dead_after: its successor needs the rest
+HUNG_SHARE = 0.6
 STATUS_S = 1.0
 SCRAPE_S = 2.0
 #: a frame may wait for a thread that works on other things (netlink, a scrape) no longer than this
@@ -73,7 +77,7 @@ def _reload(ctl: Controller) -> None:
 
 async def _serve(config: Config, datapath: DataPath) -> int:
     ctl: Controller = (Primary if datapath.role == "primary" else Secondary)(config, datapath)
-    notifier = Notifier()
+    notifier = Notifier(HUNG_SHARE * config.peer.dead_after / 1000)
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for sig in (signal.SIGTERM, signal.SIGINT):
@@ -145,7 +149,13 @@ def run(config: Config) -> int:
     sys.setswitchinterval(SWITCH_S)
     try:
         with claim(config):
-            return _run(config)
+            starts = Starts(Path(config.datapath.run_dir) / f"{config.pair}.starts")
+            if outside.is_service():
+                starts.wait(Notifier())
+            status = _run(config)
+            if status == 0:
+                starts.forget()
+            return status
     except (Refused, NoSuchDevice, PeerError, OSError) as e:
         log.error("%s", e)
         return FAILED

@@ -17,6 +17,7 @@ from pathlib import Path
 
 MODULES = Path("/lib/modules")
 SOURCES = Path("/usr/src")
+IN_KERNEL = Path("/sys/kernel/kheaders.tar.xz")
 
 
 class NoHeaders(RuntimeError):
@@ -35,18 +36,29 @@ def _version_key(name: str) -> list[int]:
     return [int(x) for x in re.findall(r"\d+", name)]
 
 
+def _whole(tree: Path) -> bool:
+    return (tree / "include/linux/kconfig.h").exists()
+
+
 def _split_trees() -> list[tuple[Path, Path]]:
     """(flavour, common) pairs of Debian's split packages, newest first."""
     pairs = []
     for flavour in SOURCES.glob("linux-headers-*"):
         if not (flavour / "include/generated/autoconf.h").exists():
             continue
-        m = re.match(r"(linux-headers-[\d.]+-\d+)-", flavour.name)
-        common = SOURCES / f"{m[1]}-common" if m else flavour
-        if (flavour / "include/linux/kconfig.h").exists():
-            pairs.append((flavour, flavour))
-        elif (common / "include/linux/kconfig.h").exists():
-            pairs.append((flavour, common))
+        common = flavour
+        if not _whole(flavour):
+            # ABI-FLAVOUR beside ABI-common (of rt flavours: ABI-common-rt), where the ABI is like
+            # 6.1.0-13 or 6.12.111+deb12 and a flavour like amd64, cloud-amd64 or rt-amd64
+            parts = flavour.name.split("-")
+            abis = ["-".join(parts[:n]) for n in range(len(parts) - 1, 2, -1)]
+            kinds = ("common-rt", "common") if "rt" in parts else ("common",)
+            halves = (SOURCES / f"{abi}-{kind}" for abi in abis for kind in kinds)
+            found = next((h for h in halves if _whole(h)), None)
+            if found is None:
+                continue
+            common = found
+        pairs.append((flavour, common))
     return sorted(pairs, key=lambda p: _version_key(p[0].name), reverse=True)
 
 
@@ -81,12 +93,10 @@ def find(cache: Path | None = None) -> Headers:
     if os.environ.get("BCC_KERNEL_SOURCE"):
         return Headers(None, "BCC_KERNEL_SOURCE")
     own = MODULES / release / "build"
-    if (own / "include/linux/kconfig.h").exists() or (
-        MODULES / release / "source/include/linux/kconfig.h"
-    ).exists():
+    if _whole(own) or _whole(MODULES / release / "source"):
         return Headers(None, str(own))
-    if Path("/sys/kernel/kheaders.tar.xz").exists():
-        return Headers(None, "/sys/kernel/kheaders.tar.xz")
+    if IN_KERNEL.exists():
+        return Headers(None, str(IN_KERNEL))
     trees = _split_trees()
     if not trees:
         raise NoHeaders(

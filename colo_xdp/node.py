@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Coroutine
 from typing import Any
 
+from . import outside
 from .config import Config
 from .datapath import DataPath
 from .failover import Role, State
@@ -296,7 +297,9 @@ class Node(ABC):
             return
         log.info("starting this host's QEMU anew: %s", " ".join(argv))
         try:
-            self._starting = await asyncio.create_subprocess_exec(*argv)
+            self._starting = await asyncio.create_subprocess_exec(
+                *outside.incoming(self.config.pair, argv), env=outside.environment()
+            )
             async with asyncio.timeout(INCOMING_S):
                 status = await self._starting.wait()
         except (OSError, TimeoutError) as e:

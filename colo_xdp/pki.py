@@ -190,9 +190,14 @@ def look(path: Path) -> Seen:
     except x509.ExtensionNotFound:
         pass
     names += [str(a.value) for a in cert.subject.get_attributes_for_oid(NameOID.COMMON_NAME)]
-    # not_valid_after_utc exists from 42 on; Debian 12 has 38
-    ends = cert.not_valid_after.replace(tzinfo=datetime.UTC)
-    return Seen(tuple(names), ends)
+    return Seen(tuple(names), _end(cert))
+
+
+def _end(cert: x509.Certificate) -> datetime.datetime:
+    """Until when it is valid (UTC). cryptography 42 has a name for it that says so, and warns of
+    the old one; Debian 12 has 38, which knows the old one only."""
+    end: datetime.datetime | None = getattr(cert, "not_valid_after_utc", None)
+    return end if end is not None else cert.not_valid_after.replace(tzinfo=datetime.UTC)
 
 
 def ours(seen: Seen) -> str:

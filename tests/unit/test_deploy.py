@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import ast
 import configparser
 import json
 import re
@@ -10,8 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from colo_xdp.cli import USAGE
 from colo_xdp.config import DOCS, load
 from colo_xdp.corpus import load as load_corpus
+from colo_xdp.daemon import HUNG_SHARE
 
 ROOT = Path(__file__).parents[2]
 
@@ -29,15 +32,91 @@ def test_the_two_examples_belong_together() -> None:
     assert p.pair == s.pair and p.qemu.migrate_uri == s.qemu.migrate_uri
 
 
-def test_unit_file() -> None:
+def unit_file(path: str) -> configparser.ConfigParser:
     unit = configparser.ConfigParser(strict=False, interpolation=None)
     unit.optionxform = str  # type: ignore[assignment,method-assign]
-    unit.read(ROOT / "deploy/systemd/colo-xdp@.service")
+    unit.read(ROOT / path)
+    return unit
+
+
+UNIT = "deploy/systemd/colo-xdp@.service"
+
+
+def test_unit_file() -> None:
+    unit = unit_file(UNIT)
     s = unit["Service"]
     assert s["Type"] == "notify" and "colo-xdp run /etc/colo-xdp/%i.toml" in s["ExecStart"]
     assert s["RuntimeDirectory"] == "colo-xdp" and s["RuntimeDirectoryPreserve"] == "yes"
     for cap in ("CAP_BPF", "CAP_NET_ADMIN", "CAP_PERFMON"):
         assert cap in s["CapabilityBoundingSet"]
+    # a restart ends the controller alone, also where something has been left in its control group
+    assert s["KillMode"] == "process"
+    # a wrong file, or no program to start, is not cured by starting again
+    assert s["Restart"] == "always" and s["RestartPreventExitStatus"].split() == ["2", "203"]
+    assert USAGE == 2 and unit["Unit"]["StartLimitIntervalSec"] == "0"
+
+
+def test_a_hung_controller_is_replaced_before_its_host_is_fenced() -> None:
+    s = unit_file(UNIT)["Service"]
+    dead_after = load(ROOT / "deploy/examples/primary.toml").peer.dead_after
+    for key in ("WatchdogSec", "TimeoutStopSec"):
+        assert float(s[key].removesuffix("s")) * 1000 < dead_after, key
+    assert HUNG_SHARE < 1
+
+
+def socket_families(path: Path) -> set[str]:
+    """The families that a module names (AF_*), and AF_NETLINK if it imports pyroute2."""
+    tree = ast.parse(path.read_text())
+    found = {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute)}
+    found |= {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)}
+    modules = {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
+    modules |= {n.module or "" for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
+    families = {f for f in found if re.fullmatch(r"AF_[A-Z0-9]+", f)}
+    if any(m.split(".")[0] == "pyroute2" for m in modules):
+        families.add("AF_NETLINK")
+    if modules & {"asyncio", "http.server"} and {"open_connection", "start_server"} & found:
+        families |= {"AF_INET", "AF_INET6"}
+    return families
+
+
+def test_the_unit_allows_the_socket_families_that_the_package_opens() -> None:
+    needed: set[str] = set()
+    for path in (ROOT / "colo_xdp").rglob("*.py"):
+        if "lab" not in path.relative_to(ROOT / "colo_xdp").parts:
+            needed |= socket_families(path)
+    assert {"AF_PACKET", "AF_NETLINK", "AF_UNIX"} <= needed
+    assert set(unit_file(UNIT)["Service"]["RestrictAddressFamilies"].split()) == needed
+
+
+def test_a_new_family_would_be_seen(tmp_path: Path) -> None:
+    (tmp_path / "m.py").write_text("import socket as s\nfrom pyroute2 import IPRoute\ns.AF_VSOCK\n")
+    assert socket_families(tmp_path / "m.py") == {"AF_VSOCK", "AF_NETLINK"}
+
+
+def test_the_guests_units_belong_to_the_examples() -> None:
+    plain, waits = (unit_file(f"deploy/examples/{n}@.service") for n in ("vm", "vm-incoming"))
+    for u in (plain, waits):
+        assert "colo-xdp@%i.service" in u["Unit"]["Wants"]
+        assert "colo-xdp@%i.service" in u["Unit"]["After"]
+        # QEMU does not end with the controller
+        assert not {"Requires", "BindsTo", "PartOf"} & set(u["Unit"])
+    assert waits["Service"]["ExecStart"].startswith(plain["Service"]["ExecStart"] + " -incoming")
+    port = waits["Service"]["ExecStart"].rsplit(":", 1)[1]
+    for role in ("primary", "secondary"):
+        text = (ROOT / f"deploy/examples/{role}.toml").read_text()
+        assert load(ROOT / f"deploy/examples/{role}.toml").qemu.migrate_uri.endswith(f":{port}")
+        assert '# incoming = ["systemctl", "restart", "vm-incoming@web1"]' in text
+    qemu = (ROOT / "deploy/examples/qemu").read_text()
+    c = load(ROOT / "deploy/examples/primary.toml")
+    assert f"ifname={c.network.tap}," in qemu and f"unix:{c.qemu.qmp}," in qemu
+
+
+def test_the_tap_that_networkd_makes_is_the_one_of_the_examples() -> None:
+    tap = load(ROOT / "deploy/examples/primary.toml").network.tap
+    dev = unit_file("deploy/networkd/30-tap-web1.netdev")
+    net = unit_file("deploy/networkd/30-tap-web1.network")
+    assert dev["NetDev"]["Name"] == net["Match"]["Name"] == tap
+    assert dev["Tap"]["VNetHeader"] == "yes" and "Bridge" not in net["Network"]
 
 
 def test_dashboard_is_json_with_panels() -> None:

@@ -57,3 +57,17 @@ def test_silent_without_systemd(monkeypatch: pytest.MonkeyPatch) -> None:
     assert n.watchdog_s == 0
     n.patience(1)
     n.send(READY="1")
+
+
+def test_a_limit_of_our_own_is_below_the_units(
+    systemd: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WATCHDOG_USEC", "10000000")
+    n = Notifier(longest_s=3)
+    assert n.watchdog_s == 1.5
+    n.patience(None)
+    assert systemd.recv(4096) == b"WATCHDOG=1\nWATCHDOG_USEC=3000000"
+    monkeypatch.setenv("WATCHDOG_USEC", "2000000")
+    assert Notifier(longest_s=3).watchdog_s == 1
+    monkeypatch.delenv("WATCHDOG_USEC")
+    assert Notifier(longest_s=3).watchdog_s == 0

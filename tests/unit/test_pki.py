@@ -87,9 +87,9 @@ def test_doctor_looks_at_certificates(made: Path, tmp_path: Path) -> None:
     text = (ROOT / "deploy/examples/primary.toml").read_text()
 
     def levels(directory: Path, role: str = "primary") -> list[int]:
-        changed = text.replace("/etc/colo-xdp/primary", f"/etc/colo-xdp/{role}")
+        changed = text.replace("/etc/colo-xdp/web1/primary", f"/etc/colo-xdp/web1/{role}")
         path = tmp_path / "c.toml"
-        path.write_text(changed.replace("/etc/colo-xdp", str(directory)))
+        path.write_text(changed.replace("/etc/colo-xdp/web1", str(directory)))
         return [c.level for c in _certificates(load(path))]
 
     assert levels(made) == [OK, OK]

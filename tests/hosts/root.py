@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The root file system of a host: Debian's packages as README names them, and `make install`."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+from colo_xdp.lab.net import LabError
+
+ROOT = Path(__file__).parents[2]
+SUITE = "bookworm"
+#: what README's first step installs, a QEMU, and what makes it a host that boots
+PACKAGES = (
+    "systemd", "systemd-sysv", "dbus", "iproute2", "procps",
+    "python3-bpfcc", "python3-venv", "linux-headers-amd64", "qemu-system-x86",
+)  # fmt: skip
+LEFT_OUT = ("/usr/share/man/*", "/usr/share/doc/*", "/usr/share/locale/*")
+BUILD_S = 900.0
+
+
+def _run(*cmd: str) -> None:
+    r = subprocess.run(
+        cmd, cwd=ROOT, capture_output=True, text=True, check=False, timeout=BUILD_S,
+        stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+    if r.returncode:
+        raise LabError(f"{' '.join(cmd)}: {(r.stdout + r.stderr)[-4000:]}")
+
+
+def base(directory: Path) -> Path:
+    """Debian 12 with PACKAGES; made once, and again when the list changes.
+
+    Raises LabError with what mmdebstrap said.
+    """
+    root, stamp = directory / "base", directory / "base.stamp"
+    want = hashlib.sha256(repr((SUITE, PACKAGES, LEFT_OUT)).encode()).hexdigest()
+    if root.is_dir() and stamp.exists() and stamp.read_text() == want:
+        return root
+    stamp.unlink(missing_ok=True)
+    part = directory / "base.part"
+    for old in (root, part):
+        shutil.rmtree(old, ignore_errors=True)
+    directory.mkdir(parents=True, exist_ok=True)
+    _run(
+        "mmdebstrap", "--quiet", "--variant=minbase", f"--include={','.join(PACKAGES)}",
+        '--aptopt=APT::Install-Recommends "false"', '--aptopt=Acquire::Languages "none"',
+        *(f"--dpkgopt=path-exclude={p}" for p in LEFT_OUT),
+        SUITE, str(part),
+    )  # fmt: skip
+    part.rename(root)
+    stamp.write_text(want)
+    return root
+
+
+def install(root: Path) -> None:
+    """This tree into that root, as README says."""
+    _run("make", "--no-print-directory", "install", f"DESTDIR={root}")
+
+
+def overlay(base_: Path, directory: Path) -> Path:
+    """A root of its own on top of the base; what a former one has changed is gone."""
+    for sub in ("upper", "work", "root"):
+        shutil.rmtree(directory / sub, ignore_errors=True)
+        (directory / sub).mkdir(parents=True)
+    where = directory / "root"
+    layers = f"lowerdir={base_},upperdir={directory / 'upper'},workdir={directory / 'work'}"
+    _run("mount", "-t", "overlay", "overlay", "-o", layers, str(where))
+    return where
+
+
+def missing() -> str:
+    """Why hosts cannot be booted here; "" if they can."""
+    if os.geteuid():
+        return "needs root"
+    absent = [c for c in ("systemd-nspawn", "mmdebstrap", "nsenter", "ip") if not shutil.which(c)]
+    return f"not installed: {', '.join(absent)}" if absent else ""

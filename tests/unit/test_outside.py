@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The user's commands: in units of their own where systemd has started the controller."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from colo_xdp import outside
+from colo_xdp.controller import Controller
+from colo_xdp.node import Node
+
+#: stands in for systemd-run: what it was asked for, and the command as systemd would start it
+FAKE = """#!/bin/sh
+printf '%s\\n' "$@" > "$(dirname "$0")/asked"
+while [ "$1" != -- ]; do shift; done
+shift
+exec "$@"
+"""
+
+
+@pytest.fixture
+def service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """This process is one that systemd has started."""
+    monkeypatch.setattr(outside, "BOOTED", tmp_path)
+    monkeypatch.setenv("NOTIFY_SOCKET", "/run/systemd/notify")
+    monkeypatch.setenv("SYSTEMD_EXEC_PID", str(os.getpid()))
+    monkeypatch.setenv("WATCHDOG_USEC", "3000000")
+    monkeypatch.setenv("INVOCATION_ID", "0" * 32)
+    monkeypatch.setenv("IPMI_PASSWORD", "of a drop-in")
+    fake = tmp_path / "systemd-run"
+    fake.write_text(FAKE)
+    fake.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    return tmp_path
+
+
+def config(**keys: Any) -> Any:
+    return SimpleNamespace(
+        pair="web1",
+        failover=SimpleNamespace(fence=keys.get("fence"), fence_timeout=30_000),
+        qemu=SimpleNamespace(incoming=keys.get("incoming")),
+    )
+
+
+def asked(where: Path) -> list[str]:
+    return (where / "asked").read_text().splitlines()
+
+
+def fence(*argv: str) -> bool:
+    c = cast(Controller, SimpleNamespace(config=config(fence=argv)))
+    return asyncio.run(Controller._fence(c))
+
+
+def start_incoming(*argv: str) -> int | None:
+    n = SimpleNamespace(config=config(incoming=argv), _starting=None)
+    asyncio.run(Node._start_incoming(cast(Node, n)))
+    return cast(int, n._starting.returncode)
+
+
+def test_a_fence_is_a_oneshot_unit_whose_result_counts(service: Path) -> None:
+    assert fence("/bin/true")
+    said = asked(service)
+    assert "--property=Type=oneshot" in said and "--collect" in said
+    assert "--property=TimeoutStartSec=30000ms" in said
+    assert not fence("/bin/false")
+
+
+def test_a_qemu_stays_in_a_unit_that_lives_on(service: Path) -> None:
+    assert start_incoming("sh", "-c", "exit 3") == 3
+    said = asked(service)
+    assert "--property=Type=forking" in said and "--property=TimeoutStartSec=infinity" in said
+    names = [x for x in said if x.startswith("--unit=colo-xdp-web1-incoming-")]
+    assert len(names) == 1
+
+
+def test_systemd_expands_nothing_in_the_command(service: Path) -> None:
+    argv = outside.fence("web1", ("sh", "-c", "echo $HOME $$"), 1000)
+    assert argv[argv.index("--") + 1 :] == ["sh", "-c", "echo $$HOME $$$$"]
+
+
+def test_the_units_own_words_stay_with_the_controller(service: Path) -> None:
+    out = service / "env"
+    assert start_incoming("sh", "-c", f"env > {out}") == 0
+    names = {line.split("=")[0] for line in out.read_text().splitlines()}
+    assert not names & outside.PRIVATE and "IPMI_PASSWORD" in names
+    said = asked(service)
+    assert "--setenv=IPMI_PASSWORD" in said and "--setenv=NOTIFY_SOCKET" not in said
+
+
+@pytest.mark.parametrize("why", ["no systemd", "no notify", "of a process above"])
+def test_else_they_are_started_directly(
+    service: Path, monkeypatch: pytest.MonkeyPatch, why: str
+) -> None:
+    if why == "no systemd":
+        monkeypatch.setattr(outside, "BOOTED", service / "absent")
+    elif why == "no notify":
+        monkeypatch.delenv("NOTIFY_SOCKET")
+    else:
+        monkeypatch.setenv("SYSTEMD_EXEC_PID", "1")
+    assert fence("/bin/true") and start_incoming("/bin/true") == 0
+    assert not (service / "asked").exists()
+
+
+def test_every_child_of_the_controller_is_started_by_way_of_it() -> None:
+    """A command that is run in another way would be in the controller's sandbox again."""
+    root = Path(outside.__file__).parent
+    r = subprocess.run(
+        ["grep", "-lE", r"create_subprocess|subprocess\.|os\.(system|spawn|exec|posix_spawn)",
+         *map(str, sorted(root.glob("*.py")))],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    users = {Path(x).name for x in r.stdout.split()} - {"cli.py", "doctor.py"}
+    assert users == {"node.py", "controller.py"}
+    for name in users:
+        text = (root / name).read_text()
+        assert text.count("create_subprocess_exec(") == text.count("env=outside.environment()")
