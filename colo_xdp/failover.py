@@ -113,6 +113,7 @@ class Facts:
     recorded: bool = False  # this one is
     committed: bool = False  # it has been asked for, and may happen late
     own_vm_hangs: bool = False  # not gone, with own_vm_alive False
+    own_vm_why: str = ""  # what it said before
     peer_why: str = ""  # what the peer's controller said with peer_vm_gone
     paths: tuple[Heard, ...] = ()
     peer_slow: bool = False  # its beacons say that its loop stood still
@@ -258,8 +259,8 @@ _ROWS: tuple[_Row, ...] = (
         lambda f: not f.own_vm_alive,
         Action.STOP,
         lambda f: (
-            f"the QEMU of this host {'hangs' if f.own_vm_hangs else 'is gone'}: "
-            "nothing more may leave from here"
+            f"the QEMU of this host {'hangs' if f.own_vm_hangs else 'is gone'}"
+            f"{f' ({f.own_vm_why})' if f.own_vm_why else ''}: nothing more may leave from here"
         ),
     ),
     (
