@@ -169,6 +169,9 @@ class GuestLife(Controller):
 
     def pair_over(self, why: str) -> None:
         """The other guest has ended itself."""
+        if self.over:  # it has heard the same of this one, and is silent
+            self.peer_vm_gone = True
+            return
         if self.state in (State.STOPPED, State.TAKEN_OVER, State.STARTING, State.SOLO):
             return
         self.over = why

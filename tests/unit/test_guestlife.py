@@ -49,8 +49,8 @@ class Status(FakeQmp):
         self.connected = False
 
 
-@pytest.mark.parametrize("answers", [True, False])
-def test_a_pvm_that_is_off_ends_the_pair(answers: bool) -> None:
+@pytest.mark.parametrize("answers", ["gone", "beat", ""])
+def test_a_pvm_that_is_off_ends_the_pair(answers: str) -> None:
     """Its last words leave when the SVM is silent for certain; nobody is asked to go on."""
 
     async def body() -> None:
@@ -62,13 +62,16 @@ def test_a_pvm_that_is_off_ends_the_pair(answers: bool) -> None:
         await asyncio.sleep(0)
         assert "off" in sent.kinds() and "gone" not in sent.kinds()
         assert dp.mode is Mode.CHECKPOINT and not dp.injectors["release"].frames
-        if answers:
+        if answers == "gone":
             c._peer_message({"type": "gone", "why": "silent", "alone": False})
+        elif answers:
+            beat = {"role": "secondary", "state": "stopped", "epoch": 7, "shut": True}
+            c._peer_message(BEAT | beat | {"over": True, "promise": False})
         assert c._busy is not None
         await c._busy
         assert (c.state, dp.mode, dp.bond) == (State.STOPPED, Mode.DROP, Bond.NONE)
         assert "the guest has shut itself down" in c.reason
-        assert len(dp.injectors["release"].frames) == answers
+        assert len(dp.injectors["release"].frames) == bool(answers)
         assert sent[-1]["type"] == "beat" and sent[-1]["over"] and sent[-1]["shut"]
         assert Flag.SHUT not in c._beacon_flags(), "no reason to take over, on no path"
         c._qmp_closed("closed")  # its QEMU ends
