@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The primary's checkpoints: entering COLO, then one at a time, each to its end or its deadline.
+"""The primary's checkpoints, one at a time, each to its end or its deadline.
+
+The first one is also entering.py's.
 
 The order, always (DESIGN 4): hold everything here, have the secondary hold everything, trigger,
 wait for STOP and RESUME of both guests, release what the PVM sent before its STOP, go on under the
@@ -13,18 +15,17 @@ import contextlib
 import logging
 import time
 from collections import Counter
-from dataclasses import dataclass, field
 from typing import Any
 
 from .abi import Bond, Mode
-from .compare import Engine
+from .checkpoint import Checkpoint, CheckpointFailed, Want
 from .config import Config
-from .controller import Controller
 from .datapath import DataPath
+from .entering import REARM_S, Entering
 from .failover import State
 from .flowtable import FlowTable
 from .journal import Divergence, Entry, Journal
-from .node import IN_COLO
+from .pacing import URGENT, Pacer
 from .qmp import QmpError, QmpTimeout
 from .reasons import Cause
 from .speaker import Speaker
@@ -32,61 +33,24 @@ from .ticker import TICK_S
 
 log = logging.getLogger("colo_xdp.primary")
 
-REARM_S = 0.5
 BASE_PART = 290  # connections in one message: it must fit into wire.MAX_FLOWS_TEXT
 RECORD_S = 1.0  # frames of both guests are held meanwhile
 REFUSALS = 20  # tries before a secondary that keeps refusing counts as broken
 
 
-class CheckpointFailed(RuntimeError):
-    """A checkpoint did not complete; what is held stays held.
-
-    `refused`: the secondary's controller said no before QEMU was asked, so it can be tried again.
-    `channel`: its controller cannot be heard, which says nothing of its QEMU.
-    """
-
-    def __init__(self, why: str, *, refused: bool = False, channel: bool = False) -> None:
-        super().__init__(why)
-        self.refused, self.channel = refused, channel
-
-
-@dataclass(slots=True)
-class Checkpoint:
-    """One checkpoint in progress. Times: CLOCK_MONOTONIC, ns."""
-
-    n: int
-    cause: str
-    began_ns: int
-    begun: bool = False
-    triggered: bool = False
-    stop_ns: int = 0
-    resume_ns: int = 0
-    done: bool = False
-    based: int = 0  # parts of the guest's own offsets that the secondary has taken over
-    failed: str = ""
-    changed: asyncio.Event = field(default_factory=asyncio.Event)
-
-
-@dataclass(frozen=True, slots=True)
-class Want:
-    """A checkpoint that is asked for; `why`: the divergence that did, if one did."""
-
-    cause: str
-    detail: str
-    why: Divergence | None = None
-
-
-class Checkpointing(Controller):
+class Checkpointing(Entering):
     """A host whose guest is copied. What asks for a checkpoint calls request()."""
-
-    engine: Engine
 
     def __init__(self, config: Config, datapath: DataPath) -> None:
         super().__init__(config, datapath)
         self.journal = Journal()
-        self._want: Want | None = None
         self._wake = asyncio.Event()  # look at what is wanted
-        self._peer_ready = False
+        c = config.checkpoint
+        self.pacer = Pacer(c.share, config.compare.compare_timeout * 1_000_000)
+        self._hurry = False  # what is wanted is wanted now
+        self.delayed = self.folded = 0  # checkpoints that had to wait; requests that one served
+        self.delay_s = 0.0
+        self._waits_since = 0
         self._plan_refused = ""
         self._leave_shadow = False
         self._leave_ns = 0  # when that was asked for (monotonic)
@@ -112,46 +76,27 @@ class Checkpointing(Controller):
         # Also while one is under way: its commit feeds frames that may differ again, and the
         # engine asks once per epoch only.
         may = (State.PROTECTED, State.CHECKPOINTING, State.DEGRADED)
-        if self.state in may and self._want is None:
+        if self.state not in may:
+            return
+        if self._want is None:
             self._want = Want(cause.value, detail, why)
-            self._wake.set()
+        else:
+            self.folded += 1
+        self._hurry |= cause in URGENT
+        self._wake.set()
 
     async def _protect(self) -> None:
         """Enter COLO once, then serve checkpoints, one at a time."""
-        while self.state is not State.STOPPED:
-            migration = await self._migration()
-            if migration == "colo":
-                self._want = Want(Cause.CONTROLLER_RESTART.value, "this controller is new")
-                break
-            lost = migration is not None and migration not in IN_COLO
-            if lost and self.spoke_alone and self.dp.mode is Mode.CHECKPOINT:
-                # Nobody has confirmed the copy of the first checkpoint: the guest may go on alone.
-                await self._enter_failed("a former controller did not come to its end")
-            if self.undecided:
-                pass  # what is waited for the decision says
-            elif self.speaker is not None and not self.speaker.may_speak:
-                self.become(self.state, "waiting for the lease: nothing leaves this host")
-            elif migration is not None and self.peer.connected and self._peer_ready:
-                self._peer_ready = False  # of the next SVM it is to be said anew, also meanwhile
-                try:
-                    await self._enter()
-                    break
-                except (CheckpointFailed, QmpError) as e:
-                    await self._enter_failed(str(e))
-            else:
-                self.become(
-                    self.state, "waiting for the secondary (controller, and QEMU -incoming)"
-                )
-            await self._sleep_or_wake(REARM_S)
+        await self._until_entered()
         refusals = 0
         while self.state is not State.STOPPED:
             if self._want is None or not self.peer.connected:
                 await self._sleep_or_wake(self._next_periodic())
                 if self._want is None and self._periodic_due():
                     self._want = Want(Cause.PERIODIC.value, "period")
-            if self._want is None or not self.peer.connected:
+            if self._want is None or not self.peer.connected or await self._delayed(self._want):
                 continue
-            want, self._want = self._want, None
+            want, self._want, self._hurry = self._want, None, False
             try:
                 await self._checkpoint(want)
                 refusals = 0
@@ -176,13 +121,6 @@ class Checkpointing(Controller):
                 self.become(State.DEGRADED, f"checkpoint ({want.cause}) did not complete: {e}")
                 self._decide()
 
-    def _bypass(self) -> None:
-        """Nothing is held any more, nor what is still on its way to this process."""
-        self.dp.mode = Mode.BYPASS
-        self._drain()
-        self.engine.release_all()
-        self._uncompared = True
-
     async def _clear_record(self, s: Speaker) -> None:
         """The store stops saying that this guest is alone before the other one counts, so that it
         may take over from then on. A store that is away is told later, at the same price."""
@@ -190,13 +128,6 @@ class Checkpointing(Controller):
         end = time.monotonic() + RECORD_S
         while s.recorded and time.monotonic() < end:
             await asyncio.sleep(TICK_S / 5)
-
-    async def _migration(self) -> str | None:
-        """State of QEMU's migration; None while QMP does not answer."""
-        try:
-            return await self.qmp.migration_status()
-        except QmpError:
-            return None
 
     def _next_periodic(self) -> float:
         p = self.config.checkpoint.periodic / 1000
@@ -207,40 +138,28 @@ class Checkpointing(Controller):
         at = self.last_checkpoint.get("at", 0.0)
         return bool(p) and self.state is State.PROTECTED and time.time() - at >= p
 
+    async def _delayed(self, want: Want) -> bool:
+        """Whether what is wanted has to wait; then some of that time has passed."""
+        if self.halted:
+            await self._sleep_or_wake(REARM_S)
+            return True
+        now = time.monotonic_ns()
+        wait = self.pacer.begin_ns(now) - now
+        if self._hurry or want.cause in URGENT or wait <= 0:
+            self._waits_since = 0
+            return False
+        if not self._waits_since:
+            self._waits_since = now
+            self.delayed += 1
+        await self._sleep_or_wake(wait / 1e9)
+        self.delay_s += (time.monotonic_ns() - now) / 1e9
+        return True
+
     async def _sleep_or_wake(self, seconds: float) -> None:
         self._wake.clear()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 await self._wake.wait()
-
-    async def _enter(self) -> None:
-        """Initial synchronisation: as a checkpoint, but the PVM's output goes on meanwhile.
-
-        Output is unprotected until the first STOP. What is captured before a QMP round
-        trip that brought no STOP was sent before it, so it may leave.
-        """
-        self.colo_exit = False
-        self._handed = self.own is None
-        await self._checkpoint(Want(Cause.INITIAL.value, "entering COLO"))
-        if await self.qmp.migration_status() != "colo":
-            raise CheckpointFailed(f"QEMU is in `{await self.qmp.migration_status()}`, not in COLO")
-
-    async def _enter_failed(self, why: str) -> None:
-        self._bypass()
-        self.become(State.STARTING, f"COLO was not entered: {why}")
-        try:
-            await self._cont()
-        except QmpError as e:
-            log.warning("%s", e)
-
-    async def _cont(self) -> bool:
-        """A first checkpoint that broke off leaves the guest stopped. Whether it runs now."""
-        state = self.state
-        status = await self.qmp.status()
-        if status == "paused" and self.state is state:  # no checkpoint has begun meanwhile
-            log.warning("the PVM is paused, as by a checkpoint that broke off: cont")
-            await self.qmp.execute("cont")
-        return status in ("paused", "running")
 
     async def _await(self, ck: Checkpoint, what: str, deadline: float) -> None:
         """Until something about the checkpoint changes; raises CheckpointFailed at the deadline."""
@@ -266,6 +185,8 @@ class Checkpointing(Controller):
     async def _checkpoint(self, want: Want) -> None:
         cause, detail = want.cause, want.detail
         initial = cause == Cause.INITIAL
+        if initial:
+            self._handed = self.own is None
         n = max(self.dp.epoch, self.peer_epoch) + 1
         began = time.monotonic_ns()
         ck = self._ck = Checkpoint(n, cause, began)
@@ -290,14 +211,13 @@ class Checkpointing(Controller):
                 await self.qmp.prepare(primary=True)
                 await self.qmp.migrate(self.migrate_to)
             else:
-                ck.stop_ns = 0
+                # Of a guest that stands still there is no STOP; one before this is not of it.
+                ck.stop_ns, ck.resume_ns = self._still_ns, 0
                 await self.qmp.trigger_checkpoint()
             ck.triggered = True
             while not (ck.resume_ns and ck.done):
                 if initial:
-                    await self._release_proven(ck)
-                    if await self.qmp.migration_status() == "failed":
-                        raise CheckpointFailed("the migration failed")
+                    await self._watch_entry(ck)
                 await self._await(ck, "STOP and RESUME of both guests", deadline)
             if initial or not self._handed:
                 await self._hand_offsets(ck, deadline)
@@ -330,6 +250,8 @@ class Checkpointing(Controller):
             raise
         finally:
             self._ck = None
+            if not initial:  # which holds nothing for most of its time
+                self.pacer.took(began, time.monotonic_ns())
         self._record(want, ck, held)
         self.by_cause[cause] += 1
         self.last_checkpoint = {
@@ -358,13 +280,6 @@ class Checkpointing(Controller):
             )
         )  # fmt: skip
 
-    async def _release_proven(self, ck: Checkpoint) -> None:
-        """While synchronising: QMP answers in order, so no STOP before an answer means none yet."""
-        self._drain()
-        mark = time.monotonic_ns()
-        await self.qmp.status()
-        self.engine.release_until(ck.stop_ns or mark)
-
     async def _hand_offsets(self, ck: Checkpoint, deadline: float) -> None:
         """What the guest has kept of its own numbers, to the host of its new copy.
 
@@ -383,11 +298,19 @@ class Checkpointing(Controller):
         if entries:
             log.info("offsets of %d connections handed to the new secondary", len(entries))
 
+    def asked_again(self) -> None:
+        if self.state is State.STARTING and self.tries.count:
+            self.tries.forget()
+            self._wake.set()
+
     async def command_checkpoint(self, args: dict[str, Any]) -> dict[str, Any]:
         if self.state not in (State.PROTECTED, State.CHECKPOINTING):
             raise ValueError(f"no checkpoint from state {self.state.value}: {self.reason}")
         before = self.dp.epoch
+        if self.halted:
+            raise ValueError(f"no checkpoint now: {self.halted}")
         self._want = self._want or Want(Cause.OPERATOR.value, "asked by the operator")
+        self._hurry = True
         self._wake.set()
         deadline = time.monotonic() + self.config.checkpoint.deadline / 1000 + 1
         failed = self.checkpoints_failed

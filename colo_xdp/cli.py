@@ -157,7 +157,8 @@ def _text(s: dict[str, Any]) -> str:
         ),
         f"  hook         {s['hook']}, events by {s['events']} buffer, {s['ring']['lost']} lost",
         f"  held         {held['packets']} of {held['limit']} packets, {held['bytes']} bytes",
-        f"  checkpoints  {ck['total']} ({causes}), {ck['failed']} failed",
+        f"  checkpoints  {ck['total']} ({causes}), {ck['failed']} failed"
+        + (f", {ck['delayed']} waited {ck['delay_s']:.1f} s for their share" * bool(ck["delayed"])),
     ]
     if ck["last"]:
         last = ck["last"]

@@ -127,6 +127,9 @@ class Commanded(Node):
         """What only the primary knows."""
         raise ValueError(f"{name}: ask the primary host, which compares")
 
+    def asked_again(self) -> None:
+        """A person wants the pair protected: what was given up is tried again."""
+
     def set_shadow(self, on: bool) -> None:
         """Hold nothing, or hold again."""
         if on:
@@ -138,6 +141,7 @@ class Commanded(Node):
             if mode not in ("protected", "paused", "shadow"):
                 raise ValueError(f"mode {mode!r}: protected, paused or shadow")
             self.set_shadow(mode == "shadow")
+            self.asked_again()
             self.paused = mode == "paused"
             log.info("mode set to %s by the operator", mode)
         return {"mode": self.shown_state().value}

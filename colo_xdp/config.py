@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from . import checks
-from .config_keys import SECTIONS, Config
+from .config_keys import SECTIONS, Config, Disk
 from .policy import MAX_RULES, Rule
+
+MAX_DISKS = 64
 
 __all__ = ["DOCS", "Config", "ConfigError", "as_toml", "load", "parse"]
 
@@ -62,7 +64,7 @@ class _Reader:
         """The right values of one table; missing keys get their default."""
         known = checks.keys(cls)
         out: dict[str, Any] = {}
-        top = [*SECTIONS, "rule"] if cls is Config else []
+        top = [*SECTIONS, "rule", "disk"] if cls is Config else []
         for key, value in data.items():
             if key in top:
                 continue
@@ -121,11 +123,12 @@ def parse(text: str, path: str = "<config>") -> Config:
             continue
         sections[name] = r.table(name, cls, body)
     rules = _rules(r, data.get("rule", []))
+    disks = _disks(r, data.get("disk", []))
     _cross_checks(r, top, sections)
     if r.errors:
         raise ConfigError(r.errors)
     made = {name: cls(**sections[name]) for name, cls in SECTIONS.items()}
-    return Config(**top, **made, rules=rules)
+    return Config(**top, **made, rules=rules, disks=disks)
 
 
 def _rules(r: _Reader, data: Any) -> tuple[Rule, ...]:
@@ -149,6 +152,26 @@ def _rules(r: _Reader, data: Any) -> tuple[Rule, ...]:
         if why:
             r.errors.append(f"{r.path}: [rule {i}] {rule.name}: {why}")
         out.append(rule)
+    return tuple(out)
+
+
+def _disks(r: _Reader, data: Any) -> tuple[Disk, ...]:
+    """The [[disk]] tables."""
+    if not isinstance(data, list) or not all(isinstance(d, dict) for d in data):
+        r.errors.append(f"{r.path}: disk = {_show(data)}: expected tables [[disk]]")
+        return ()
+    if len(data) > MAX_DISKS:
+        r.errors.append(f"{r.path}: {len(data)} disks: expected at most {MAX_DISKS}")
+    out: list[Disk] = []
+    for i, body in enumerate(data, 1):
+        before = len(r.errors)
+        values = r.table(f"disk {i}", Disk, body)
+        if len(r.errors) > before:
+            continue
+        if any(d.name == values["name"] for d in out):
+            r.error(f"disk {i}", "name", values["name"], "expected a name of its own")
+            continue
+        out.append(Disk(**values))
     return tuple(out)
 
 
@@ -307,6 +330,9 @@ def as_toml(config: Config) -> str:
     for rule in config.rules:
         lines += ["", "[[rule]]"]
         lines += [f"{k} = {_toml(getattr(rule, k))}" for k in checks.keys(Rule)]
+    for disk in config.disks:
+        lines += ["", "[[disk]]"]
+        lines += [f"{k} = {_toml(getattr(disk, k))}" for k in checks.keys(Disk)]
     return "\n".join(lines) + "\n"
 
 
@@ -317,7 +343,7 @@ def _doc(f: Field[Any]) -> str:
     return f"{f.metadata['help']} (default {_toml(f.default)}{unit})"
 
 
-_TABLES: list[tuple[str, type[Any]]] = [*SECTIONS.items(), ("rule", Rule)]
+_TABLES: list[tuple[str, type[Any]]] = [*SECTIONS.items(), ("rule", Rule), ("disk", Disk)]
 #: "section.key" (top level: "key") -> one line of help with unit and default
 DOCS: dict[str, str] = {k: _doc(f) for k, f in checks.keys(Config).items()} | {
     f"{name}.{k}": _doc(f) for name, cls in _TABLES for k, f in checks.keys(cls).items()

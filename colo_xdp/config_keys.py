@@ -117,6 +117,26 @@ class Qemu:
         default=120_000,
         unit="ms",
     )
+    enter_stop: int = checks.key(
+        checks.integer(100, 600_000, "ms"),
+        "how long the guest may stand still for it; then it is given up, and the guest runs on",
+        default=5000,
+        unit="ms",
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Disk:
+    """[[disk]]: a disk of the guest that both hosts may write to."""
+
+    name: str = checks.key(
+        checks.pattern(r"[!-~]{1,255}", "a name (1 to 255 printable characters)"),
+        "QEMU's name of the disk: drive id, node name, or device id",
+    )
+    external: bool = checks.key(
+        lambda v: None if v is True else "expected true: there is no other kind in this release",
+        "true: its two copies are kept equal by somebody else, on your word",
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -258,6 +278,13 @@ class CheckpointKeys:
         "a checkpoint at least this often; 0: never",
         default=0,
         unit="ms",
+    )
+    share: int = checks.key(
+        checks.integer(1, 100, "per cent"),
+        "time that checkpoints may take at most, over any longer while; those that are asked for "
+        "beyond wait, by compare_timeout at most",
+        default=50,
+        unit="per cent",
     )
 
 
@@ -419,13 +446,20 @@ class Config:
     datapath: DataPathKeys = field(default_factory=DataPathKeys)
     metrics: Metrics = field(default_factory=Metrics)
     rules: tuple[Rule, ...] = ()
+    disks: tuple[Disk, ...] = ()
     path: str | None = None  # where it was read from
 
     def differences(self, other: Config) -> list[str]:
         """The keys that differ, but for the policy, which can change while running."""
         mine, theirs = flat(self), flat(other)
         free = {"compare.arp", "compare.ndp", "compare.other"}
-        return [k for k in mine if mine[k] != theirs[k] and k not in free]
+        found = [k for k in mine if mine[k] != theirs[k] and k not in free]
+        return found + ["disk"] * (self.disks != other.disks)
+
+    @property
+    def external_disks(self) -> tuple[str, ...]:
+        """Names of the disks that are somebody else's affair."""
+        return tuple(d.name for d in self.disks)
 
     def limits(self) -> Limits:
         """Of the engine."""

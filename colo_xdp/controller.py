@@ -84,6 +84,7 @@ class Controller(Commanded):
         self.stood_down = False  # shut in because the primary asked
         #: clients may know bytes of this guest that the other one has never heard of (abi.Bond)
         self.spoke_alone = False
+        self.over = ""  # the guest has ended itself: nobody is to go on (guestlife.py)
         p = config.peer
         tls = Tls(p.cert, p.key, p.ca, p.peer_cert, p.identity) if p.cert else None
         self.peer = Peer(
@@ -227,7 +228,9 @@ class Controller(Commanded):
             if self.role is Role.SECONDARY:
                 word = msg["shadow"] and msg["role"] == Role.PRIMARY.value
                 self._shadow_word(word, msg["epoch"])
-            if msg["shut"]:
+            if msg.get("over"):
+                self.pair_over("the other guest has ended itself")
+            elif msg["shut"]:
                 self._peer_shut(msg["alone"])
             if msg["echo"]:
                 self.peer.rtt_ns = max(0, boot_ns() - msg["echo"])
@@ -237,6 +240,8 @@ class Controller(Commanded):
         elif kind == "gone":
             self.peer_why = f'"{msg["why"][:200]}"'
             self._peer_shut(msg["alone"])
+        elif kind == "off":
+            self.pair_over(msg["why"][:200])
         elif kind == "ready" or (kind == "begin" and msg["initial"]):
             self._guest_ns, self.peer_why = boot_ns(), ""
         elif kind == "reprotect":
@@ -277,7 +282,8 @@ class Controller(Commanded):
     def _beacon_flags(self) -> Flag:
         flags = Flag(0) if self.vm_gone else Flag.VM
         for flag, on in (
-            (Flag.SHUT, self.path_shut), (Flag.ALONE, self.spoke_alone), (Flag.ASK, self.asks),
+            (Flag.SHUT, self.path_shut and not self.over),  # over: no reason to take over
+            (Flag.ALONE, self.spoke_alone), (Flag.ASK, self.asks),
             (Flag.SHADOW, self.role is Role.PRIMARY and self.uncompared),
             (Flag.SVM, self.role is Role.SECONDARY), (Flag.HANGS, self.vm_hangs),
         ):  # fmt: skip
@@ -315,6 +321,10 @@ class Controller(Commanded):
             self.become(State.DEGRADED, "the peer is gone and has never spoken alone")
 
     @abstractmethod
+    def pair_over(self, why: str) -> None:
+        """The other guest has ended itself: this one is not to take over."""
+
+    @abstractmethod
     def paired(self) -> bool:
         """Whether this host's guest counts as a copy of the other one, or the other of it."""
 
@@ -332,6 +342,7 @@ class Controller(Commanded):
             epoch=self.dp.epoch,
             vm=not self.vm_gone,
             shut=self.path_shut,
+            over=bool(self.over),
             alone=self.spoke_alone,
             shadow=self.uncompared,  # the primary's word; of the secondary: it has heard it
             promise=promise,
@@ -395,6 +406,7 @@ class Controller(Commanded):
             recorded=s is not None and s.recorded,
             committed=s is not None and s.committed,
             own_vm_hangs=self.vm_hangs,
+            own_vm_why=self.vm_why,
             peer_why=self.peer_why,
             paths=tuple(
                 Heard(p.name, core.silent_ms(i, boot), core.unheard_ms(i, boot))

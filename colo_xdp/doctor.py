@@ -10,7 +10,9 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from . import disks
 from .config import Config, ConfigError, load
 
 OK, WARN, FAIL = 0, 1, 2
@@ -185,7 +187,7 @@ def _qemu(config: Config) -> Iterator[Check]:
     from .qmp import QmpError, probe, refusal
 
     try:
-        info = probe(config.qemu.qmp, config.qemu.qmp_timeout / 1000)
+        info, blocks = probe(config.qemu.qmp, config.qemu.qmp_timeout / 1000)
     except QmpError as e:
         yield Check("QEMU", FAIL, str(e),
                     f"-qmp unix:{config.qemu.qmp},server=on,wait=off (one client at a time: "
@@ -200,6 +202,19 @@ def _qemu(config: Config) -> Iterator[Check]:
     if not info.kvm and info.version < (8, 0, 0):
         yield Check("QEMU", WARN, "COLO under TCG hangs with this version at the first checkpoint",
                     "use KVM, or for a trial the shim in colo_xdp/lab/bqlshim.c")  # fmt: skip
+    yield from _disks(config, blocks)
+
+
+def _disks(config: Config, blocks: Any) -> Iterator[Check]:
+    external = config.external_disks
+    found = disks.uncovered(blocks, external)
+    for text in found:
+        yield Check("disk", FAIL, f"{text}, and nobody keeps its two copies equal",
+                    "take it off, or [[disk]] external = true (README, Disks)")  # fmt: skip
+    for name in disks.missing(blocks, external):
+        yield Check("disk", WARN, f"[[disk]] {name}: QEMU has none of that name")
+    if not found:
+        yield Check("disks", OK, "none that is writable and not declared external")
 
 
 def _failover(config: Config) -> Iterator[Check]:

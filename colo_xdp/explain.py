@@ -37,6 +37,7 @@ ADVICE = {
     Cause.PERIODIC: "[checkpoint] periodic",
     Cause.PLANNED: "somebody asked",
     Cause.INITIAL: "one per pair",
+    Cause.GUEST_EVENT: "somebody's `stop`, system_reset or system_powerdown, or the guest rebooted",
 }
 
 

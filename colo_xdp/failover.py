@@ -146,6 +146,7 @@ class Facts:
     recorded: bool = False  # this one is
     committed: bool = False  # it has been asked for, and may happen late
     own_vm_hangs: bool = False  # not gone, with own_vm_alive False
+    own_vm_why: str = ""  # what it said before
     peer_why: str = ""  # what the peer's controller said with peer_vm_gone
     paths: tuple[Heard, ...] = ()
     peer_slow: bool = False  # its beacons say that its loop stood still
@@ -304,6 +305,7 @@ def _alone(f: Facts) -> bool:
 
 def _gone_why(f: Facts) -> str:
     how = "hangs" if f.own_vm_hangs else "is gone"
+    how += f" ({f.own_vm_why})" if f.own_vm_why else ""
     if _alone(f):
         return f"the QEMU of this host {how} after its guest spoke alone: now nobody speaks"
     return f"the QEMU of this host {how}: nothing more may leave from here"

@@ -16,6 +16,7 @@ from . import outside
 from .config import Config
 from .datapath import DataPath
 from .failover import Role, State
+from .guest_event import News, news
 from .qmp import QemuInfo, Qmp, QmpError, QmpTimeout, refusal
 from .qmp_event import QmpEvent
 from .ticker import TICK_S
@@ -46,6 +47,7 @@ class Node(ABC):
         self.vm_gone = False
         self.vm_hangs = False  # it is gone for all that it answers
         self.vm_absent = False  # no QEMU is there (yet), which is no death
+        self.vm_why = ""  # what QEMU said before it went
         self.role_changed = False  # the next controller of this host is the other guest's
         self.incoming_wanted = False
         self._successor: asyncio.Task[None] | None = None
@@ -64,8 +66,16 @@ class Node(ABC):
     def on_qmp(self, event: QmpEvent) -> None:
         """STOP, RESUME and the like."""
 
+    def on_news(self, news: News) -> None:
+        """QEMU says something of its guest's life (guest_event.py)."""
+
     async def on_qemu(self) -> None:
         """QMP is (again) connected."""
+
+    def on_qemu_gone(self) -> None:
+        """The QEMU that nothing depended on yet is gone; the next one is waited for."""
+        why = self.vm_why or "the QEMU of this host is gone"
+        self.become(State.STARTING, f"{why}: waiting for another one")
 
     # ---- state
 
@@ -122,6 +132,9 @@ class Node(ABC):
         if event.name == "COLO_EXIT":
             self.colo_exit = True
         self.on_qmp(event)
+        said = news(event, self.qmp.name)
+        if said is not None:
+            self.on_news(said)
 
     def _qmp_closed(self, why: str) -> None:
         log.warning("%s", why)
@@ -135,6 +148,7 @@ class Node(ABC):
         while time.monotonic() < end:
             if not await asyncio.to_thread(self.dp.tap_alive):
                 if self.state is State.STARTING:  # nothing depends on it yet: wait for the next one
+                    self.on_qemu_gone()
                     self.qmp = self._new_qmp()
                     await self._connect_qemu()
                 else:
@@ -167,6 +181,7 @@ class Node(ABC):
                     log.info("%s; waiting for it", e)
                 await asyncio.sleep(QMP_RETRY_S)
                 continue
+            self.vm_why = ""
             await self._connect_oob()
             why = refusal(self.qemu_info)
             if why:

@@ -13,13 +13,16 @@ from typing import Any
 from . import abi
 from .abi import Bond, Mode
 from .beacon import Flag
-from .checkpointing import REARM_S, Checkpointing, Want
+from .checkpoint import Want
+from .checkpointing import Checkpointing
 from .compare import Engine
 from .config import Config
 from .datapath import DataPath
 from .device_watch import PACE_S
+from .entering import REARM_S
 from .failover import Action, OwnGuest, Role, State
 from .flowtable import FlowTable
+from .guest_event import News
 from .limits import NEVER
 from .node import IN_COLO, INCOMING_S
 from .qmp import QmpError
@@ -194,7 +197,11 @@ class Primary(Checkpointing):
 
     def on_qmp(self, event: QmpEvent) -> None:
         ck = self._ck
+        if self.state is State.SOLO:
+            self.on_event_alone(event)
         if event.name == "STOP":
+            self._stopped_for_it = True
+            self._still_ns = min(event.ts_ns, event.seen_ns)  # later: the clock was set
             if ck is not None and ck.resume_ns:
                 # What the guest has said since its RESUME is in no checkpoint yet.
                 self._want = self._want or Want(
@@ -207,12 +214,49 @@ class Primary(Checkpointing):
                     # The clock was set meanwhile. Too early a STOP only costs a checkpoint more.
                     log.warning("STOP has an impossible time stamp: the clock was set")
                     ck.stop_ns = ck.began_ns
-            elif self.state is State.PROTECTED:
-                self.request(Cause.OPERATOR, "QEMU stopped the PVM without being asked by us")
-        elif event.name == "RESUME" and ck is not None and ck.stop_ns and not ck.resume_ns:
-            ck.resume_ns = event.ts_ns
+                self._still_ns = ck.stop_ns
+            elif self.state is State.PROTECTED and not self.halted:
+                self.spawn(self._stopped_by_whom())
+        elif event.name == "RESUME":
+            self._still_ns = 0
+            self.on_resumed()
+            if ck is not None and ck.stop_ns and not ck.resume_ns:
+                ck.resume_ns = event.ts_ns
         if ck is not None:
             ck.changed.set()
+
+    async def _stopped_by_whom(self) -> None:
+        """The PVM stands still, and no checkpoint of ours has stopped it."""
+        status, fate = await self.stands_still()
+        if self.state is not State.PROTECTED or self._ck is not None:
+            return
+        if fate is None:
+            what = f"by a person (`{status}`)" if status else "and runs again"
+            self.request(Cause.GUEST_EVENT, f"the PVM was stopped {what}: it runs on with the SVM")
+        else:
+            self.on_news(News(fate, f"the PVM stands still (`{status}`)"))
+
+    def on_changed(self, why: str) -> None:
+        self.request(Cause.GUEST_EVENT, why)
+
+    def on_resumed(self) -> None:
+        if self.halted:
+            super().on_resumed()
+            self.request(Cause.GUEST_EVENT, "the PVM runs again after it stood still")
+
+    @property
+    def ends_the_pair(self) -> bool:
+        return True
+
+    def release_last(self) -> int:
+        if self._guard is not None:
+            self._guard.cancel()
+        self._drain()
+        return self.engine.release_all()
+
+    def forget_copy(self) -> None:
+        if self._guard is not None:
+            self._guard.cancel()
 
     def peer_connected(self) -> None:
         self.checkpoint_overdue = False
@@ -221,6 +265,7 @@ class Primary(Checkpointing):
         kind, ck = msg["type"], self._ck
         if kind == "ready":
             self._peer_ready, self.peer_vm_gone = True, False  # another SVM than the one that died
+            self._peer_qemu, self._peer_lacks = (msg.get("qemu", 0), self.peer.peer_boot), ""
             if self.speaker is not None:
                 self.speaker.revived()
             self._wake.set()
@@ -251,6 +296,10 @@ class Primary(Checkpointing):
         elif kind == "based" and ck is not None:
             ck.based = max(ck.based, msg["n"] + 1)
             ck.changed.set()
+        elif kind == "ask":
+            self.request(Cause.GUEST_EVENT, f"the secondary: {msg['why'][:200]}")
+        elif kind == "failed" and ck is None and self.state is State.STARTING:
+            self._peer_lacks = msg["why"][:300]
         elif ck is not None and kind in ("begun", "done", "failed") and msg["n"] == ck.n:
             if kind == "begun":
                 ck.begun = True
@@ -393,7 +442,7 @@ class Primary(Checkpointing):
             self.asks = not self.peer.send("solo", why=why)
             await asyncio.sleep(self.config.peer.heartbeat_interval / 1000)
         elif action is Action.REARM:
-            self._want = self._want or Want(Cause.PEER_GAP.value, why)
+            self._want, self._hurry = self._want or Want(Cause.PEER_GAP.value, why), True
             self.become(State.CHECKPOINTING, why)
             self._wake.set()
 
@@ -430,6 +479,8 @@ class Primary(Checkpointing):
         if s is not None and not s.held:
             why = s.trouble or "another host holds the lease"
             raise ValueError(f"no planned failover, the SVM could not get the lease: {why}")
+        if self.halted:
+            raise ValueError(f"no planned failover: {self.halted}")
         self._plan_refused = ""
         self._want = Want(Cause.PLANNED.value, why)
         self._wake.set()
@@ -484,6 +535,7 @@ class Primary(Checkpointing):
             self._leave_ns = time.monotonic_ns()
             self.engine.set_shadow(False, time.monotonic_ns())
             self._want = self._want or Want(Cause.OPERATOR.value, "leaving shadow mode")
+            self._hurry = True
             self._wake.set()
 
     def tell(self, name: str, args: dict[str, Any]) -> dict[str, Any]:

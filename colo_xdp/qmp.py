@@ -47,6 +47,7 @@ class QemuInfo:
     version: tuple[int, int, int]
     kvm: bool
     status: str
+    machine: str = ""  # its type, such as pc-i440fx-7.2-machine
 
 
 def realtime_offset_ns() -> int:
@@ -71,6 +72,12 @@ def refusal(info: QemuInfo) -> str | None:
         )
     if major < 7:
         return f"QEMU {major}.{minor}.{micro} is older than any that was tried (7.2)"
+    if major < 11 and info.machine.startswith("pc-q35"):
+        return (
+            f"machine {info.machine.removesuffix('-machine')}: before QEMU 11 (this is "
+            f"{major}.{minor}.{micro}) the secondary's QEMU aborts at its first checkpoint with "
+            "q35: use machine `pc`, or QEMU 11"
+        )
     return None
 
 
@@ -173,7 +180,8 @@ class Qmp:
         v = (await self.execute("query-version"))["qemu"]
         kvm = (await self.execute("query-kvm"))["enabled"]
         status = (await self.execute("query-status"))["status"]
-        return QemuInfo((v["major"], v["minor"], v["micro"]), kvm, status)
+        machine = await self.execute("qom-get", {"path": "/machine", "property": "type"})
+        return QemuInfo((v["major"], v["minor"], v["micro"]), kvm, status, str(machine))
 
     async def status(self, timeout: float | None = None) -> str:
         """Run state (`running`, `colo`, `inmigrate`, ...)."""
@@ -184,17 +192,24 @@ class Qmp:
         return str((await self.execute("query-migrate", timeout=timeout)).get("status", ""))
 
     async def prepare(self, *, primary: bool) -> None:
-        """Capabilities and parameters that COLO needs, on either side."""
-        caps = ["x-colo", "events"]
-        known = {c["capability"] for c in await self.execute("query-migrate-capabilities")}
+        """Capabilities and parameters that COLO needs, on either side; what another tool has left
+        on is turned off: with return-path before 11, or pause-before-switchover, the PVM would
+        stay stopped, and with others the entry would fail."""
+        wanted = {"x-colo", "events"}
+        have = await self.execute("query-migrate-capabilities")
+        known = {str(c["capability"]): c["state"] is True for c in have}
         if "x-colo" not in known:
             raise QmpError(f"{self.name}: this QEMU is built without COLO (no capability x-colo)")
         info = await self.info()
         if info.version >= (11, 0, 0):
-            caps.insert(0, "return-path")  # 11 refuses x-colo without it
+            wanted.add("return-path")  # 11 refuses x-colo without it
+        change = {c: False for c, on in known.items() if on and c not in wanted}
+        if change:
+            log.warning("%s: left on by another tool, turned off: %s", self.name, ", ".join(change))
+        change |= dict.fromkeys(sorted(wanted), True)
         await self.execute(
             "migrate-set-capabilities",
-            {"capabilities": [{"capability": c, "state": True} for c in caps]},
+            {"capabilities": [{"capability": c, "state": on} for c, on in change.items()]},
         )
         if primary:
             await self.execute(
@@ -246,16 +261,16 @@ class Qmp:
             self._watch.cancel()
 
 
-def probe(path: str, timeout: float) -> QemuInfo:
-    """Connect, ask, disconnect (for `doctor`).
+def probe(path: str, timeout: float) -> tuple[QemuInfo, Any]:
+    """Connect, ask, disconnect (for `doctor`): who it is, and its `query-block`.
 
     Raises QmpError.
     """
 
-    async def ask() -> QemuInfo:
+    async def ask() -> tuple[QemuInfo, Any]:
         q = Qmp(path, "qemu", timeout, lambda e: None, lambda why: None)
         try:
-            return await q.connect()
+            return await q.connect(), await q.execute("query-block")
         finally:
             await q.close()
 

@@ -32,6 +32,7 @@ class Cause(StrEnum):
     PERIODIC = "periodic"
     PLANNED = "planned"
     INITIAL = "initial"
+    GUEST_EVENT = "guest_event"
 
 
 #: one line for people, per cause
@@ -61,4 +62,5 @@ DESCRIPTIONS: dict[Cause, str] = {
     Cause.PERIODIC: "the configured period was over",
     Cause.PLANNED: "a planned failover: the secondary guest goes on from here",
     Cause.INITIAL: "the first synchronisation of the pair",
+    Cause.GUEST_EVENT: "a guest was reset, its power button was pressed, or it was stopped",
 }

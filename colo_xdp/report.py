@@ -97,6 +97,9 @@ def primary_status(c: Primary) -> dict[str, Any]:
     doc["checkpoints"] = {
         "total": sum(c.by_cause.values()),
         "failed": c.checkpoints_failed,
+        "delayed": c.delayed,
+        "delay_s": c.delay_s,
+        "folded": c.folded,
         "by_cause": {cause.value: c.by_cause[cause.value] for cause in Cause},
         "last": c.last_checkpoint or None,
     }

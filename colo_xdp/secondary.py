@@ -21,6 +21,7 @@ from .beacon import Flag
 from .config import Config
 from .datapath import DataPath
 from .failover import Action, Role, State
+from .guest_event import News
 from .qmp import QmpError
 from .qmp_event import QmpEvent
 from .reasons import Cause
@@ -44,6 +45,7 @@ class Secondary(TakingOver):
         super().__init__(config, datapath)
         self._remind_at = 0.0
         self._missed = ""  # what the primary has to be told, and could not
+        self._qemus = 0  # that have waited here
         self._entered = False  # the SVM runs in COLO
         # The primary's beat has confirmed a checkpoint. Until then it may have given up entering
         # and let the PVM speak uncompared, whatever this QEMU has loaded: no takeover.
@@ -105,6 +107,7 @@ class Secondary(TakingOver):
         else:  # asked again after a failure: go on holding what is held
             self._hold.n, self._hold.deadline = n, now + limit
             self._hold.stop_ns, self._hold.resume = 0, None
+            self._hold.stopped = False
         self._hold.planned = planned
         self.dp.mode = Mode.CHECKPOINT
 
@@ -133,6 +136,8 @@ class Secondary(TakingOver):
                 log.error("a new secondary waits, but [qemu] reverse_uri does not say where")
         elif kind == "solo":
             self._stand_down(msg["why"])
+        elif kind == "failed" and self.state is State.STARTING and not self._confirmed:
+            self._given_up(msg["why"])
 
     def _was_not_missed(self, beat: dict[str, Any]) -> bool:
         """Whether only this side has noticed a silence that is over: the primary, which arms a
@@ -195,6 +200,58 @@ class Secondary(TakingOver):
             return
         self.peer.send("based", n=n)
 
+    def _given_up(self, why: str) -> None:
+        """The primary has given up entering COLO. A QEMU that has begun to load is of no use any
+        more: as for any guest that is over, its successor is waited for."""
+        if self._hold is None:
+            return
+        self._hold, self._entered = None, False
+        self.dp.mode = Mode.DROP
+        self.spawn(self._after_given_up(why[:500]))
+
+    async def _after_given_up(self, why: str) -> None:
+        try:
+            waits = await self.qmp.status() == "inmigrate" and not await self.qmp.migration_status()
+        except QmpError:
+            return  # gone: on_qemu_gone() says so
+        if self.state is not State.STARTING or self._hold is not None:
+            return
+        if waits:
+            self.become(State.STARTING, f"the primary has given up entering COLO: {why}")
+        else:
+            self._ready_wanted = False
+            self.become(
+                State.STOPPED,
+                f"the primary has given up entering COLO: {why}; a new QEMU with -incoming is "
+                "needed here",
+            )
+
+    async def _check_entry(self, n: int) -> None:
+        """What may have changed since this host said that it is ready."""
+        try:
+            why = await self.unfit()
+            status = await self.qmp.status()
+            if not why and status != "inmigrate":
+                why = f"the SVM's QEMU is `{status}`, not waiting (-incoming)"
+            if not why:
+                await self.qmp.prepare(primary=False)
+        except QmpError as e:
+            why = str(e)
+        if why:
+            self.peer.send("failed", n=n, why=why)
+            if self.state is State.STARTING:
+                self.become(State.STARTING, why)
+            return
+        self._on_begin(n, initial=True, planned=False, asked=True)
+
+    def on_qemu_gone(self) -> None:
+        h, self._hold = self._hold, None
+        super().on_qemu_gone()
+        self._ready_wanted = self._entered = False
+        if h is not None:
+            self.dp.mode = Mode.DROP
+            self.peer.send("failed", n=h.n, why=self.vm_why or "the SVM's QEMU is gone")
+
     async def _ask_store(self, s: Speaker, n: int) -> None:
         """With no lease to be had the guest would be silent on both hosts."""
         try:
@@ -220,6 +277,9 @@ class Secondary(TakingOver):
         if planned and self.speaker is not None and not asked:
             self.spawn(self._ask_store(self.speaker, n))
             return
+        if initial and not asked:
+            self.spawn(self._check_entry(n))
+            return
         if initial:
             self.colo_exit = self.peer_vm_gone = False  # signs of an earlier pair
         self._begin_hold(n, planned=planned)
@@ -228,6 +288,9 @@ class Secondary(TakingOver):
         self.peer.send("begun", n=n)
 
     def on_qmp(self, event: QmpEvent) -> None:
+        if self.state is State.TAKEN_OVER:
+            self.on_event_alone(event)
+            return
         if self._taking_over:
             self._events.append(event)
             return
@@ -236,8 +299,12 @@ class Secondary(TakingOver):
                 # Nobody told us: somebody else asked QEMU for a checkpoint. Hold at once.
                 log.warning("STOP of the SVM without a checkpoint of ours")
                 self._begin_hold(self.dp.epoch + 1)
+                self.spawn(self._stopped_by_whom(self._hold))
             if self._hold is not None:
                 self._hold.stop_ns = event.ts_ns
+        elif event.name == "RESUME" and self._hold is not None and self._hold.stopped:
+            self._hold.stop_ns, self._hold.deadline = 0, 0.0  # as one that never came
+            self.on_tick(time.monotonic_ns())
         elif event.name == "RESUME" and self._hold is not None:
             h = self._hold
             self._entered, h.resume = True, event
@@ -245,6 +312,41 @@ class Secondary(TakingOver):
             if self._confirmed and not h.planned:
                 self._finish(h, event)
             self.peer.send("done", n=h.n, pause_us=int(self.last_pause_ms * 1000))
+
+    async def _stopped_by_whom(self, h: Hold | None) -> None:
+        """The SVM stands still, and nobody has told of a checkpoint."""
+        status, fate = await self.stands_still()
+        if h is None or self._hold is not h or h.resume is not None or not status:
+            return
+        if fate is None or status == "guest-panicked":
+            h.stopped = True
+            self.peer.send("ask", why=f"the SVM was stopped (`{status}`) by no checkpoint")
+            if status == "guest-panicked":  # a state in which QEMU can load none
+                with contextlib.suppress(QmpError):
+                    await self.qmp.execute("cont")
+        else:
+            self.on_news(News(fate, f"the SVM stands still (`{status}`)"))
+
+    def on_changed(self, why: str) -> None:
+        if self._hold is None and self.state is State.PROTECTED:
+            self.peer.send("ask", why=why)  # else the checkpoint under way makes it a copy again
+
+    def on_halt(self, why: str) -> None:
+        """What its guest waits for the other one has done: it is no copy, and the next checkpoint
+        would end its QEMU (io-error to colo is no transition that QEMU allows)."""
+        if self.state is State.TAKEN_OVER:
+            super().on_halt(why)
+        elif self.state is not State.STARTING:
+            self.vm_why, self.vm_gone = why, True
+            self._decide()
+
+    @property
+    def ends_the_pair(self) -> bool:
+        return self.state is State.TAKEN_OVER
+
+    def forget_copy(self) -> None:
+        self._hold, self._entered = None, False
+        self.stood_down = self._confirmed = False
 
     def _finish(self, h: Hold, event: QmpEvent) -> None:
         """The SVM runs the new state: what it sends from its RESUME on is of the next epoch."""
@@ -302,7 +404,16 @@ class Secondary(TakingOver):
     async def _ready_again(self) -> None:
         with contextlib.suppress(QmpError):
             if await self.qmp.status() == "inmigrate":
-                self.peer.send("ready", epoch=self.dp.epoch)
+                await self._say_ready()
+
+    async def _say_ready(self) -> None:
+        """A QEMU waits here, and nothing speaks against it."""
+        why = await self.unfit()
+        if why:
+            self.become(State.STARTING, why)
+            self.peer.send("failed", n=0, why=why)
+        else:
+            self.peer.send("ready", epoch=self.dp.epoch, qemu=self._qemus)
 
     async def start(self) -> None:
         await super().start()
@@ -314,12 +425,13 @@ class Secondary(TakingOver):
         if self._missed:
             self.hooks_lost(self._missed, unseen=False, still=False)
         if self._ready_wanted:
-            self.peer.send("ready", epoch=self.dp.epoch)
+            self.spawn(self._ready_again())
 
     async def succeed(self) -> None:
         """Another guest than the one that is over: nothing of that counts any more."""
         self.vm_gone = self.peer_vm_gone = self.colo_exit = self.stood_down = False
         self.vm_hangs = False
+        self.vm_why = self.over = ""
         self.operator = self.forced = self.checkpoint_overdue = self.spoke_alone = False
         self.fence_result, self._hold = None, None
         self._entered = self._confirmed = self._taking_over = False
@@ -344,8 +456,9 @@ class Secondary(TakingOver):
                 return
             self._ready_wanted, self._entered, self._confirmed = True, False, False
             self.dp.bond = Bond.NONE
+            self._qemus += 1
             self.become(State.STARTING, "the SVM waits for the primary's migration")
-            self.peer.send("ready", epoch=self.dp.epoch)
+            await self._say_ready()
         elif self._entered and await self.qmp.migration_status() == "colo":
             # It may have stood down meanwhile, and the primary relies on that.
             if self._hold is None and self._confirmed and not self.path_shut:

@@ -192,6 +192,9 @@ _CHECKS: dict[str, _Check] = {
     "checkpoints": _object(
         total=_count,
         failed=_count,
+        delayed=_count,
+        delay_s=_number,
+        folded=_count,
         by_cause=_map(_count),
         last=_or_null(
             _object(cause=_text, detail=_text, pause_ms=_number, total_ms=_number, at=_number)
@@ -259,7 +262,9 @@ class Status:
     wait: dict[str, Any]
     fast: dict[str, Any]  # waits: as wait.buckets, of FAST_WAIT_BUCKETS; waiting: of the stashes
     flows: dict[str, int]
-    checkpoints: dict[str, Any]  # last: null before the first
+    #: last: null before the first; delayed: had to wait for checkpoint.share, delay_s in all;
+    #: folded: requests that came while one was wanted
+    checkpoints: dict[str, Any]
     ring: dict[str, int]
     inject: dict[str, int]
     history: list[dict[str, Any]]  # oldest first
@@ -334,6 +339,9 @@ def empty(pair: str, role: str) -> Status:
         checkpoints={
             "total": 0,
             "failed": 0,
+            "delayed": 0,
+            "delay_s": 0.0,
+            "folded": 0,
             "by_cause": {c.value: 0 for c in Cause},
             "last": None,
         },

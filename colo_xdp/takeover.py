@@ -16,10 +16,10 @@ from dataclasses import dataclass, field
 from .abi import Bond, Mode
 from .announce import announcements
 from .config import Config
-from .controller import Controller
 from .datapath import DataPath
 from .failover import State
 from .flowtable import FlowTable
+from .guestlife import GuestLife
 from .node import HUNG_S, IN_COLO
 from .qmp import QmpError, QmpTimeout
 from .qmp_event import QmpEvent
@@ -43,12 +43,13 @@ class Hold:
     deadline: float
     stop_ns: int = 0
     resume: QmpEvent | None = None  # the SVM runs the new state, the primary has not said it does
+    stopped: bool = False  # by somebody, not by a checkpoint: it runs on as it was
     planned: bool = False  # the primary falls silent at the end: held until the takeover
     client: deque[Event] = field(default_factory=deque)
     svm: deque[Event] = field(default_factory=deque)
 
 
-class TakingOver(Controller):
+class TakingOver(GuestLife):
     """A host whose guest can go on alone, with all that waits for a checkpoint."""
 
     def __init__(self, config: Config, datapath: DataPath) -> None:

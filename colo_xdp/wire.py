@@ -27,7 +27,7 @@ MESSAGES: dict[str, dict[str, type]] = {
     # Besides, since `v` alone does not need it, `beacon`: a nonce for the key of beacon.py
     "hello": {"v": int, "min": int, "pair": str, "role": str, "boot": str},
     # heartbeat; `echo` is the peer's `t` (CLOCK_BOOTTIME, ns) sent back, for the round trip;
-    # `promise`: see speaker.py
+    # `promise`: see speaker.py; `over`: its guest has ended itself, nobody is to go on
     "beat": {
         "t": int,
         "echo": int,
@@ -35,13 +35,15 @@ MESSAGES: dict[str, dict[str, type]] = {
         "epoch": int,
         "vm": bool,
         "shut": bool,
+        "over": bool,
         "alone": bool,
         "shadow": bool,
         "promise": bool,
         "role": str,
     },
-    # S: QEMU waits for the migration and the data path is ready
-    "ready": {"epoch": int},
+    # S: QEMU waits for the migration and the data path is ready; `qemu`: which one since this
+    # controller started
+    "ready": {"epoch": int, "qemu": int},
     # P: a checkpoint to epoch n begins: hold everything
     "begin": {"n": int, "cause": str, "initial": bool},
     # S: held from here on
@@ -59,6 +61,10 @@ MESSAGES: dict[str, dict[str, type]] = {
     "failed": {"n": int, "why": str},
     # either: my data path is shut; `alone`: my guest has spoken alone before
     "gone": {"why": str, "alone": bool},
+    # either: my guest has shut itself down: do not take over
+    "off": {"why": str},
+    # S: my guest is another one than its copy: make a checkpoint
+    "ask": {"why": str},
     # P, with `gone` by plan: the time since its guest's last frame left
     "silent": {"us": int},
     # S: its guest's first frame has left; how long the network heard nothing

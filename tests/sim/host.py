@@ -138,7 +138,7 @@ class Side:
 
     def resume(self) -> None:
         """The guest runs (again)."""
-        self.qemu.running = True
+        self.qemu.running, self.qemu.still = True, ""
         waiting = list(self.tap)
         self.tap.clear()
         for frame in waiting:
@@ -560,18 +560,21 @@ class Qemu:
         self.migration = ""
         self.hung = self.channel_lost = self.loading = self.leaving = False
         self.client: SimQmp | None = None
-        self._busy = False
+        self._busy = self.cancelled = False
+        self.still = ""  # the run state of a guest that stands still, if it is an odd one
 
     def status(self) -> str:
         if self.running:
             colo = self.migration == "colo" and self.incoming
             return "colo" if colo or self.loading else "running"
+        if self.still:
+            return self.still
         return "inmigrate" if self.incoming and not self.migration else "paused"
 
-    def event(self, name: str) -> None:
+    def event(self, name: str, **data: Any) -> None:
         """To whoever is connected, late, in order."""
         if self.client is not None:
-            self.client.event(name, self.side.world.ns())
+            self.client.event(name, self.side.world.ns(), data)
 
     def die(self, *, silently: bool = False) -> None:
         if not self.alive:
@@ -587,6 +590,41 @@ class Qemu:
             return  # a primary's QEMU notices only when it tries a checkpoint
         if other.alive and other.migration == "colo":
             self.side.world.later(self.side.world.rnd.uniform(0.1, 3), other.lose_channel)
+
+    # -- what a guest, or a person at a QMP socket of his own, does
+
+    def guest_off(self) -> None:
+        """The guest shuts itself down, and QEMU ends."""
+        if self.alive and self.running:
+            self.running, self.still = False, "shutdown"
+            self.event("SHUTDOWN", guest=True, reason="guest-shutdown")
+            world, c = self.side.world, self.client
+            read = max(0.0, c.last - world.ms_exact()) if c is not None else 0.0  # before EOF
+            world.later(read + world.rnd.uniform(0.2, 5), self.die)
+
+    def reset(self) -> None:
+        """system_reset, or the guest reboots; for the controllers it is only the event."""
+        if self.alive and self.running:
+            self.event("RESET", guest=False, reason="host-qmp-system-reset")
+
+    def stop(self) -> None:
+        """`stop`."""
+        if self.alive and self.running and not self._busy and not self.side.other.qemu._busy:
+            self.running, self.still = False, "paused"
+            self.event("STOP")
+
+    def cont(self) -> None:
+        """`cont`."""
+        if self.still == "finish-migrate":
+            raise QmpError("Migration is not finalized yet")
+        if not self.running:
+            self.event("RESUME")
+            self.side.resume()
+
+    def cancel(self) -> None:
+        """`migrate_cancel`."""
+        if self.migration == "active":
+            self.cancelled = True
 
     def lose_channel(self) -> None:
         if self.alive and self.migration == "colo" and not self.channel_lost:
@@ -605,7 +643,8 @@ class Qemu:
         await asyncio.sleep(world.rnd.uniform(low, high) / 1000)
         while self.hung and self.alive:
             await asyncio.sleep(0.01)
-        return self.alive and other.alive and not (world.colo_cut or other.channel_lost)
+        whole = not (world.colo_cut or other.channel_lost or self.cancelled)
+        return self.alive and other.alive and whole
 
     async def _checkpoint(self, first: bool) -> None:
         p, s, world = self.side, self.side.other, self.side.world
@@ -615,20 +654,20 @@ class Qemu:
                 if not svm.alive or svm.status() != "inmigrate":
                     return self._failed(svm, first)
                 self.migration = svm.migration = "active"
-                self.incoming = self.channel_lost = False
+                self.incoming = self.channel_lost = self.cancelled = False
                 if not await self._wait(svm, 5, 40):
                     return self._failed(svm, first)
             if not await self._wait(svm, 0.1, 3):
                 return self._failed(svm, first)
             if not first:
-                svm.running = False
-                svm.event("STOP")
+                svm.halt()
                 if not await self._wait(svm, 0.05, 1):
                     return self._failed(svm, first)
-            self.running = False
-            self.event("STOP")
+            self.halt()
             image = p.guest
             assert image is not None
+            if first and world.entry_trap:
+                return self._goes_wrong(image)
             svm.loading = True
             whole = await self._wait(svm, 0.5, world.rnd.choice((4, 4, 25, 300)))
             if not whole and not first and not self.alive and svm.alive:
@@ -648,10 +687,32 @@ class Qemu:
         finally:
             self._busy = svm.loading = False
 
+    def halt(self) -> None:
+        """vm_stop_force_state(): a guest that stands still is not stopped another time."""
+        if self.running:
+            self.running = False
+            self.event("STOP")
+        self.still = ""
+
+    def _goes_wrong(self, image: Guest) -> None:
+        """An entry that leads nowhere, and nobody says so: the capability return-path left on
+        before QEMU 11, or pause-before-switchover, or a secondary that cannot go on."""
+        world, svm = self.side.world, self.side.other.qemu
+        how, world.entry_trap = world.entry_trap, ""
+        world.note("the entry ends as %s", how)
+        if how == "completed":
+            self.migration, self.still = "completed", "postmigrate"
+            svm.side.guest, svm.side.stale = image.clone(world.entropy_s), self.side.stale
+            svm.migration = "completed"
+            svm.event("RESUME")
+            svm.side.resume()
+        else:
+            self.migration, self.still = "colo", "finish-migrate"
+
     def _failed(self, svm: Qemu, first: bool) -> None:
         self.side.world.note("checkpoint fails in QEMU")
         if first and self.migration != "colo":
-            self.migration = "failed"
+            self.migration = "cancelled" if self.cancelled else "failed"
             if self.side.world.scene.roles and svm.migration == "active":
                 svm.die()  # QEMU ends when an incoming migration breaks off
             return
@@ -671,7 +732,9 @@ class Qemu:
         while self.loading and self.alive:  # QEMU: FAILOVER_STATUS_RELAUNCH
             await asyncio.sleep(0.0002)
         self.migration, self.leaving = "completed", False
-        if self.running:
+        if self.still == "finish-migrate":
+            self.still = "paused"
+        elif self.running:
             self.event("STOP")
             self.event("RESUME")
         elif self.alive:
@@ -698,23 +761,28 @@ class SimQmp:
         self._to = side.qemu
         side.qmp = self
 
-    def event(self, name: str, ts_ns: int) -> None:
+    def event(self, name: str, ts_ns: int, data: dict[str, Any]) -> None:
         world = self._side.world
         at = max(
             self._last, world.ms_exact() + world.rnd.choice((0.01, 1, 20)) * world.rnd.random()
         )
         self._last = at + 0.001
-        world.later(at - world.ms_exact(), lambda: self._event(name, ts_ns))
+        world.later(at - world.ms_exact(), lambda: self._event(name, ts_ns, data))
 
-    def _event(self, name: str, ts_ns: int) -> None:
+    def _event(self, name: str, ts_ns: int, data: dict[str, Any]) -> None:
         if self.connected and not self.dead:
             self._side.world.note("%s QMP event %s", self._side.name, name)
-            self._on_event(QmpEvent(name, {}, ts_ns, self._side.world.ns()))
+            self._on_event(QmpEvent(name, data, ts_ns, self._side.world.ns()))
 
     def closed(self) -> None:
         if self.connected:
             self.connected = False
             self._side.world.later(0.1, lambda: None if self.dead else self._on_close("closed"))
+
+    @property
+    def last(self) -> float:
+        """When the last event will have been read, ms."""
+        return self._last
 
     async def _call(self, what: str) -> Qemu:
         if what == "connect":
@@ -761,8 +829,14 @@ class SimQmp:
 
     async def execute(self, command: str, args: Any = None, timeout: Any = None) -> Any:
         q = await self._call(command)
+        if command == "query-block":
+            return []
+        if command == "query-migrate":
+            return {"status": q.migration} if q.migration else {}
+        if command == "migrate_cancel":
+            q.cancel()
         if command == "cont":
-            q.side.resume()
+            q.cont()
         return [{"main-mac": "52:54:00:00:00:02"}]
 
     async def close(self) -> None:

@@ -928,8 +928,10 @@ def the_first_checkpoint_of_a_pair_needs_no_state(mp: Any) -> None:
     """The new secondary counts as in COLO as soon as it is asked."""
     real = Secondary._on_begin
 
-    def begin(self: Secondary, n: int, initial: bool, planned: bool) -> None:
-        real(self, n, initial, planned)
+    def begin(
+        self: Secondary, n: int, initial: bool, planned: bool, *, asked: bool = False
+    ) -> None:
+        real(self, n, initial, planned, asked=asked)
         if initial and self._hold is not None:
             self._entered = self._confirmed = True
             self.state = failover.State.PROTECTED

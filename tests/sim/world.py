@@ -28,9 +28,11 @@ from colo_xdp import (
     checkpointing,
     commands,
     device_watch,
+    entering,
     fastmap,
     flowtable,
     giving,
+    guestlife,
     node,
     primary,
     secondary,
@@ -54,6 +56,7 @@ SETTLE_MS = 15_000
 TICK_MS = 20
 MAX_FRAMES = 20_000
 PATIENCE_MS = 30_000  # until a pair has to be whole again
+ENTER_STOP_MS = 800
 TS_SLACK = 1000  # ms of a guest's clock that a frame which was held may be behind
 
 
@@ -160,7 +163,18 @@ class Scene:
 
 
 def scene(seed: int) -> Scene:
-    """A random one: in three of four tier K decides, with many stashes or few."""
+    """A random one; in one of eight a guest, or a person, does something to QEMU besides."""
+    rnd, s = random.Random(seed * 86_028_121 + 7), _network_scene(seed)
+    if rnd.random() > 0.125 or s.calm():
+        return s
+    kind = rnd.choice(("poweroff", "reset_p", "reset_s", "stop_p", "stop_s", "entry_completed",
+                       "entry_stuck"))  # fmt: skip
+    at = 0 if kind.startswith("entry") else rnd.randrange(60, 1000)
+    return replace(s, faults=tuple(sorted([*s.faults, Fault(at, kind)], key=lambda f: f.at)))
+
+
+def _network_scene(seed: int) -> Scene:
+    """In three of four tier K decides, with many stashes or few."""
     rnd = random.Random(seed * 104_729 + 2)
     fast, stashes, eager = rnd.random() < 0.75, rnd.choice((1, 4, 16)), rnd.random() < 0.5
     s = replace(_scene(seed), fast=fast, stashes=stashes, eager=eager)
@@ -270,7 +284,9 @@ def config(role: str, s: Scene) -> Config:
         peer=replace(c.peer, heartbeat_interval=50, heartbeat_timeout=300, dead_after=900),
         compare=replace(c.compare, compare_timeout=s.compare_timeout, max_queue_size=s.queue),
         checkpoint=replace(c.checkpoint, deadline=600),
-        qemu=replace(c.qemu, qmp=role, enter_timeout=3000, qmp_timeout=1000),
+        qemu=replace(
+            c.qemu, qmp=role, enter_timeout=3000, enter_stop=ENTER_STOP_MS, qmp_timeout=1000
+        ),
         failover=replace(c.failover, arbiter="manual", fence=(), automatic=False)
         if s.manual
         else c.failover
@@ -298,6 +314,9 @@ class World:
         self.store_cut_out: Counter[str] = Counter()  # sides whose requests are lost
         self.store_cut_in: Counter[str] = Counter()
         self.ps_cut = 0
+        self.entry_trap = ""  # how the next entry goes wrong
+        self.off = False  # the guest has shut itself down
+        self._still_ms: dict[str, int] = {}  # since when a guest that should run stands still
         self.trap = 0  # ms without a controller, as soon as a new SVM has got its state
         self.mute: Counter[str] = Counter()  # sides of which the other one hears nothing
         self.channel_cut = self.colo_cut = self.ring_broken = False
@@ -740,7 +759,7 @@ class World:
         clock = FakeTime(self.loop)
         modules = (
             controller_module, node, commands, ticker, checkpointing, primary, secondary, flowtable,
-            fastmap, speaker_module, takeover, device_watch,
+            fastmap, speaker_module, takeover, device_watch, entering, guestlife,
         )  # fmt: skip
         kept = [(m, "time", m.time) for m in modules]  # type: ignore[attr-defined]
         kept += [
@@ -785,6 +804,19 @@ class World:
             self.witness.revoke()
         elif f.kind == "trap":
             self.trap = f.span
+        elif f.kind in ("entry_completed", "entry_stuck"):
+            self.entry_trap = f.kind.removeprefix("entry_")
+        elif f.kind == "poweroff":
+            self.off = self.lost = True
+            for side in (p, s):
+                self.deaths.add(f"{side.name} qemu")
+                self.later(self.rnd.uniform(0, 40), side.qemu.guest_off)
+        elif f.kind in ("reset_p", "reset_s", "stop_p", "stop_s"):
+            qemu = (p if f.kind.endswith("_p") else s).qemu
+            if f.kind.startswith("reset"):
+                qemu.reset()
+            elif self.whole():  # a guest that is alone stays stopped
+                qemu.stop()
         elif f.kind == "cut_channel":
             self.channel_cut = True
             self.later(f.span, lambda: setattr(self, "channel_cut", False))
@@ -1043,6 +1075,7 @@ class World:
             self.from_client(frame)
         for side in (self.p, self.s):
             side.tick()
+            self._check_still(side)
         for side in (self.p, self.s):
             c = side.controller
             if c is None or not side.primary:
@@ -1058,6 +1091,19 @@ class World:
                 raise Violation(f"I10: {e.held_packets} held, {e.svm_packets} of the SVM")
             if e.held_packets < 0 or e.held_bytes < 0 or e.svm_packets < 0:
                 raise Violation("a count of what is held is negative")
+
+    def _check_still(self, side: Side) -> None:
+        """A guest that is its clients' only one stands still for no longer than an entry may take,
+        and for a second more."""
+        q, c = side.qemu, side.controller
+        still = side.primary and side.mode is Mode.BYPASS and q.alive and not q.running
+        if not still or q.hung or c is None or q.still == "shutdown":
+            self._still_ms.pop(side.name, None)
+        elif self.ms() - self._still_ms.setdefault(side.name, self.ms()) > ENTER_STOP_MS + 1200:
+            raise Violation(
+                f"{side.name} stands still (`{q.status()}`, {q.migration}): {c.state.value}, "
+                f"{c.reason}"
+            )
 
     def _quiet(self) -> bool:
         if self.speaker() is None and any(x.qemu.alive for x in (self.p, self.s)):

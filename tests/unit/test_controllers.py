@@ -237,7 +237,12 @@ def test_a_primary_that_gave_up_is_told_again_who_waits(
             asked += 1
             return status
 
-        c.qmp = SimpleNamespace(connected=True, status=state_of_qemu)  # type: ignore[assignment]
+        async def no_disks(command: str) -> list[Any]:
+            return []
+
+        c.qmp = SimpleNamespace(  # type: ignore[assignment]
+            connected=True, status=state_of_qemu, execute=no_disks
+        )
         c.peer = SimpleNamespace(connected=True, send=sent)  # type: ignore[assignment]
         c._ready_wanted, c.peer_state = True, "checkpointing"
         end = time.monotonic() + 0.1
@@ -604,7 +609,7 @@ def test_a_first_checkpoint_counts_when_the_primary_has_confirmed_it() -> None:
     dp.mode, dp.epoch, c.state = Mode.RUN, 0, State.STARTING
     c._entered = c._confirmed = False
     c.qmp = SimpleNamespace(connected=True)  # type: ignore[assignment]
-    c.on_message({"type": "begin", "n": 1, "cause": "initial", "initial": True})
+    c._on_begin(1, initial=True, planned=False, asked=True)
     t = time.monotonic_ns()
     c.on_event(Event(Source.CLIENT, t, 0, tcp(b"client"), 0, False))
     c.on_qmp(event("RESUME", t, t))
@@ -908,7 +913,7 @@ def test_a_guest_that_is_alone_runs_whatever_a_broken_checkpoint_has_left(
         c.qmp = Stopped()  # type: ignore[assignment]
         await c.on_qemu()
         await asyncio.gather(*c._tasks)
-        want = ["", "colo", "paused", "cont"] if migration == "failed" else []
+        want = ["", "colo", "paused", "cont", "running"] if migration == "failed" else []
         assert c.qmp.said == want  # type: ignore[attr-defined]
 
     in_loop(body)

@@ -15,7 +15,7 @@ PURE = (
     "corpus/__init__",
     "corpus/craft", "corpus/play", "counters", "datagram", "explain", "failover",
     "fastgram", "fastpath", "flow", "flows", "fragments", "giving", "hexdump", "history",
-    "journal", "limits", "marked", "marks", "openings", "packet",
+    "guest_event", "journal", "limits", "marked", "marks", "openings", "packet", "pacing", "disks",
     "policy", "qmp_event", "reasons", "record", "replay", "rewrite", "segment", "status", "stream",
     "suggest", "tcp_state", "tier_k", "twin", "uncompared", "window", "wire",
 )  # fmt: skip

@@ -15,6 +15,7 @@ import pytest
 from colo_xdp.qmp import QemuInfo, Qmp, QmpError, probe, refusal
 from colo_xdp.qmp_event import QmpEvent
 
+MACHINE = "pc-i440fx-7.2-machine"
 VERSION = {"qemu": {"major": 7, "minor": 2, "micro": 22}, "package": ""}
 
 
@@ -31,6 +32,7 @@ class FakeQemu:
             "query-version": VERSION,
             "query-kvm": {"enabled": True, "present": True},
             "query-status": {"status": "running", "running": True},
+            "qom-get": MACHINE,
             **(answers or {}),
         }
 
@@ -112,7 +114,7 @@ def test_nobody_at_the_path(tmp_path: Path) -> None:
 
 def test_who_it_is(tmp_path: Path) -> None:
     async def body(fake: FakeQemu, q: Qmp, heard: Heard) -> None:
-        assert await q.info() == QemuInfo((7, 2, 22), True, "running")
+        assert await q.info() == QemuInfo((7, 2, 22), True, "running", MACHINE)
 
     with_fake(tmp_path, body)
 
@@ -184,13 +186,21 @@ def test_what_each_qemu_needs(
     async def body(fake: FakeQemu, q: Qmp, heard: Heard) -> None:
         await q.prepare(primary=True)
         assert ("stop" in fake.said) == stops
-        named = [c["capability"] for c in fake.args["migrate-set-capabilities"]["capabilities"]]
-        assert set(named) == {"x-colo", "events"} | ({"return-path"} if return_path else set())
+        said = fake.args["migrate-set-capabilities"]["capabilities"]
+        on = {c["capability"] for c in said if c["state"]}
+        assert on == {"x-colo", "events"} | ({"return-path"} if return_path else set())
+        off = {c["capability"] for c in said if not c["state"]}
+        left = {"return-path", "pause-before-switchover", "multifd"}
+        assert off == left - on, "another tool's, turned off; what is off is not named"
 
     answers: dict[str, Any] = {
         "query-version": {"qemu": {"major": version[0], "minor": version[1], "micro": 3}},
         "query-kvm": {"enabled": kvm, "present": True},
-        "query-migrate-capabilities": caps("x-colo", "events", "return-path"),
+        "query-migrate-capabilities": caps("x-colo", "events", "xbzrle")
+        + [
+            {"capability": n, "state": True}
+            for n in ("return-path", "pause-before-switchover", "multifd")
+        ],
         "migrate-set-capabilities": {},
         "migrate-set-parameters": {},
         "stop": {},
@@ -207,6 +217,22 @@ def test_versions(version: tuple[int, int, int], ok: bool) -> None:
     why = refusal(QemuInfo(version, True, "running"))
     assert (why is None) == ok
     assert ok or ".".join(map(str, version)) in (why or "")
+
+
+@pytest.mark.parametrize(
+    ("version", "machine", "ok"),
+    [
+        ((7, 2, 22), "pc-q35-7.2-machine", False),
+        ((10, 0, 13), "pc-q35-10.0-machine", False),
+        ((11, 1, 3), "pc-q35-11.1-machine", True),
+        ((7, 2, 22), "pc-i440fx-7.2-machine", True),
+        ((7, 2, 22), "microvm-machine", True),
+    ],
+)
+def test_machines(version: tuple[int, int, int], machine: str, ok: bool) -> None:
+    why = refusal(QemuInfo(version, True, "running", machine))
+    assert (why is None) == ok
+    assert ok or "q35" in (why or "")
 
 
 def test_yank_goes_past_the_main_loop(tmp_path: Path) -> None:

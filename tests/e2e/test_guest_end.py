@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What a guest does to itself, and what a person does to one QEMU of a pair."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from colo_xdp.lab.capture import from_guest
+from colo_xdp.lab.client import EchoStream
+from colo_xdp.lab.net import wait_for
+from colo_xdp.lab.pair import Lab
+from tests.e2e.conftest import LabMaker
+
+BOOT_S = 150  # both at the same time, under TCG
+
+
+def states(lab: Lab, role: str) -> list[str]:
+    return [h["state"] for h in lab.status(role)["history"]]
+
+
+def serves(lab: Lab) -> bool:
+    return lab.client.http("index.html", timeout=2).ok
+
+
+def made_for(lab: Lab, cause: str) -> int:
+    return int(lab.status("primary")["checkpoints"]["by_cause"][cause])
+
+
+def test_a_guest_that_powers_itself_off_ends_the_pair(make_lab: LabMaker) -> None:
+    lab = make_lab()
+    wire = lab.capture(lab.net.secondary, "uplink", "svm", "out")
+    lab.protect()
+    assert serves(lab)
+    lab.client.run("poweroff -f >/dev/null 2>&1 &")
+    for role in ("primary", "secondary"):
+        s = lab.wait_state(role, "stopped", 15)
+        assert "shut itself down" in s["reason"] and s["mode"] == "drop"
+        assert not s["permission"]["speaks"]
+        wait_for(f"the end of the {role}'s QEMU", lambda r=role: not lab.vm[r].alive, 15)  # type: ignore[misc]
+    assert "taken-over" not in states(lab, "secondary")
+    assert from_guest(lab.stop_capture(wire)) == 0
+
+
+@pytest.mark.parametrize("how", ["by itself", "system_reset"])
+def test_a_reset_is_a_checkpoint(make_lab: LabMaker, how: str) -> None:
+    lab = make_lab()
+    lab.protect()
+    assert serves(lab) and made_for(lab, "guest_event") == 0
+    at = time.time()
+    if how == "by itself":
+        lab.client.run("reboot -f >/dev/null 2>&1 &")
+    else:
+        lab.vm["primary"].ask("system_reset")
+    wait_for("a checkpoint", lambda: made_for(lab, "guest_event") > 0, 10)
+    wait_for("the guest's services", lambda: serves(lab), BOOT_S)
+    for role in ("primary", "secondary"):
+        lab.wait_state(role, "protected", 10)
+        assert not {"solo", "taken-over"} & set(states(lab, role))
+    assert lab.vm["secondary"].alive
+    print(f"served again after {time.time() - at:.1f} s, {lab.checkpoints()} checkpoints")
+    # and the copy is one: it goes on
+    stream = EchoStream(lab.net.client)
+    wait_for("echoes", lambda: len(stream.stats.answered_at) > 20, 10)
+    died = lab.vm["primary"].kill9()
+    lab.wait_state("secondary", "taken-over", 15)
+    wait_for("echoes afterwards", lambda: stream.stats.answered_after(died) > 30, 20)
+    stats = stream.stop()
+    assert (stats.dead, stats.wrong) == ("", 0)
+
+
+@pytest.mark.parametrize("role", ["primary", "secondary"])
+def test_a_guest_that_somebody_stops_runs_on_with_a_checkpoint(
+    make_lab: LabMaker, role: str
+) -> None:
+    lab = make_lab()
+    lab.protect()
+    lab.vm[role].ask("stop")
+    wait_for("a checkpoint", lambda: made_for(lab, "guest_event") > 0, 2)
+    wait_for("the guest to run", lambda: lab.vm[role].ask("query-status")["status"] == "running", 2)
+    assert serves(lab)
+    for side in ("primary", "secondary"):
+        lab.wait_state(side, "protected", 5)
+    assert "stopped" in lab.status("primary")["checkpoints"]["last"]["detail"]

@@ -1,0 +1,192 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Both controllers with a guest that ends itself, entries that lead nowhere, and a flood of
+differences: what the random runs have now and then is here in each."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from colo_xdp import pacing
+from colo_xdp.entering import Entering
+from colo_xdp.failover import State
+from colo_xdp.guestlife import GuestLife
+from colo_xdp.pacing import BURST_NS
+from colo_xdp.primary import Primary
+from colo_xdp.reasons import Cause
+
+from . import world as world_module
+from .test_controllers import Gates
+from .world import Fault, Scene, Violation, World, config
+
+SEEDS = 10
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> Iterator[None]:
+    logging.disable(logging.CRITICAL)
+    yield
+    logging.disable(logging.NOTSET)
+
+
+def gates(seed: int, *faults: Fault, **other: Any) -> Gates:
+    """A pair that nobody talks to, after the faults."""
+    w = Gates(Scene(seed, conns=0, loss=0, dup=0, link_loss=0, fast=False, faults=faults, **other))
+    w.run()
+    return w
+
+
+def went_through(w: World, name: str) -> set[str]:
+    c = (w.p if name == "P" else w.s).controller
+    return {h["state"] for h in c.history}
+
+
+def nobody_takes_over() -> None:
+    for seed in range(SEEDS):
+        w = gates(seed, Fault(600 + 7 * seed, "poweroff"))
+        assert w.pairs, "nothing was tried"
+        for side in (w.p, w.s):
+            c = side.controller
+            if c.state is not State.STOPPED or "shut itself down" not in c.reason:
+                raise Violation(f"seed {seed}: {side.name} is {c.state.value}: {c.reason}")
+        if w.alone["S"] or "taken-over" in went_through(w, "S"):
+            raise Violation(f"seed {seed}: S has taken over for a guest that is off")
+
+
+def the_pvm_runs() -> None:
+    for seed in range(SEEDS):
+        for kind in ("entry_completed", "entry_stuck"):
+            w = gates(seed, Fault(0, kind), Fault(14_000, "checkpoint"), roles=True)
+            assert "starting" in went_through(w, "P"), "the entry has failed"
+            if not w.pairs or not w.p.qemu.running:
+                raise Violation(f"seed {seed}: {w.p.controller.state}: {w.p.controller.reason}")
+
+
+def both_run_on() -> None:
+    for seed in range(SEEDS):
+        for kind in ("stop_p", "stop_s", "reset_p", "reset_s"):
+            w = gates(seed, Fault(700, kind))
+            c = w.p.controller
+            if not c.by_cause[Cause.GUEST_EVENT.value]:
+                raise Violation(f"seed {seed}: {kind} is no checkpoint: {c.by_cause}")
+            if not (w.whole() and w.p.qemu.running and w.s.qemu.running):
+                raise Violation(f"seed {seed}: {kind}: {c.state.value}: {c.reason}")
+            if w.p.epoch != w.s.epoch:
+                raise Violation(f"seed {seed}: {kind}: epochs {w.p.epoch} and {w.s.epoch}")
+
+
+def a_flood_gets_its_share(share: int = 10) -> None:
+    """Clients whose every request is answered differently; each of them gets his answers."""
+    real = config
+
+    def paced(role: str, s: Scene) -> Any:
+        c = real(role, s)
+        return replace(c, checkpoint=replace(c.checkpoint, share=share))
+
+    world_module.config = paced
+    try:
+        for seed in range(6):
+            w = World(
+                Scene(seed, conns=8, loss=0, dup=0, link_loss=0, odd=1.0, compare_timeout=2000)
+            )
+            seen: list[Primary] = []
+            end = w._finish
+
+            def last_look(w: World = w, seen: list[Primary] = seen, end: Any = end) -> None:
+                seen.append(w.p.controller)
+                end()
+
+            w._finish = last_look  # type: ignore[method-assign]
+            w.run()
+            p = seen[0]
+            made = [e for e in p.journal.entries if e.cause not in pacing.URGENT]
+            used, span = sum(e.total_ms for e in made), w.ms()
+            longest = max(e.total_ms for e in p.journal.entries)
+            assert len(made) > 3, "nothing was tried"
+            if used > share / 100 * span + BURST_NS / 1e6 + longest:
+                raise Violation(f"seed {seed}: {used:.0f} of {span} ms in {len(made)} checkpoints")
+            if used > BURST_NS / 1e6 and not p.delayed:
+                raise Violation(f"seed {seed}: {used:.0f} ms of checkpoints, none delayed")
+    finally:
+        world_module.config = real
+
+
+SCENES: tuple[Callable[[], None], ...] = (
+    nobody_takes_over,
+    the_pvm_runs,
+    both_run_on,
+    a_flood_gets_its_share,
+)
+
+
+@pytest.mark.parametrize("scene", SCENES, ids=lambda f: f.__name__)
+def test_as_it_is(scene: Callable[[], None]) -> None:
+    scene()
+
+
+# ---- deliberate faults: each must be noticed
+
+
+def a_shutdown_is_a_death(mp: Any) -> None:
+    mp.setattr(Primary, "ends_the_pair", False)
+
+
+def events_are_not_looked_at(mp: Any) -> None:
+    mp.setattr(GuestLife, "on_news", lambda self, news: None)
+
+
+def a_failed_entry_lets_nobody_run(mp: Any) -> None:
+    async def run_on(self: Any, since_s: float) -> bool:
+        return True
+
+    mp.setattr(Entering, "_run_on", run_on)
+
+
+def only_cont(mp: Any) -> None:
+    async def run_on(self: Any, since_s: float) -> bool:
+        return bool(await self._cont())
+
+    mp.setattr(Entering, "_run_on", run_on)
+
+
+def an_entry_waits_for_its_deadline(mp: Any) -> None:
+    async def watch(self: Any, ck: Any) -> None:
+        await self._release_proven(ck)
+
+    mp.setattr(Entering, "_watch_entry", watch)
+
+
+def a_stop_is_a_checkpoint(mp: Any) -> None:
+    async def nobody(self: Any, *_: Any) -> None:
+        pass
+
+    mp.setattr("colo_xdp.secondary.Secondary._stopped_by_whom", nobody)
+
+
+def nothing_is_delayed(mp: Any) -> None:
+    mp.setattr(pacing.Pacer, "begin_ns", lambda self, now_ns: now_ns)
+
+
+@pytest.mark.parametrize(
+    ("fault", "scene"),
+    [
+        (a_shutdown_is_a_death, nobody_takes_over),
+        (events_are_not_looked_at, nobody_takes_over),
+        (events_are_not_looked_at, both_run_on),
+        (a_failed_entry_lets_nobody_run, the_pvm_runs),
+        (only_cont, the_pvm_runs),
+        (an_entry_waits_for_its_deadline, the_pvm_runs),
+        (a_stop_is_a_checkpoint, both_run_on),
+        (nothing_is_delayed, a_flood_gets_its_share),
+    ],
+    ids=lambda f: f.__name__,
+)
+def test_faults_are_noticed(fault: Callable[[Any], None], scene: Callable[[], None]) -> None:
+    with pytest.MonkeyPatch.context() as mp:
+        fault(mp)
+        with pytest.raises(Violation):
+            scene()

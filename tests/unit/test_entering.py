@@ -1,0 +1,325 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""An entry into COLO that fails: the PVM runs again, and what fails twice is not tried for ever."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from colo_xdp.abi import Mode
+from colo_xdp.checkpoint import Checkpoint, CheckpointFailed
+from colo_xdp.config_keys import Disk
+from colo_xdp.entering import BACKOFF_FREE_S, BACKOFF_S, Tries
+from colo_xdp.failover import State
+from colo_xdp.qmp import QmpError
+from colo_xdp.qmp_event import QmpEvent
+from tests.unit.test_controllers import in_loop, primary, secondary
+
+DISK = {"device": "d0", "inserted": {"ro": False, "file": "/a.qcow2", "node-name": "n0"}}
+
+
+class Qemu:
+    """A PVM's QEMU after an entry that has gone wrong."""
+
+    def __init__(self, status: str, migration: str, *, stuck: bool = False) -> None:
+        self.connected, self.said = True, []  # type: tuple[bool, list[str]]
+        self.now, self.migration, self.stuck = status, migration, stuck
+        self.blocks: list[Any] = []
+        self.name = "PVM"
+
+    async def status(self, timeout: float | None = None) -> str:
+        return self.now
+
+    async def migration_status(self, timeout: float | None = None) -> str:
+        return self.migration
+
+    async def lost_heartbeat(self, timeout: float | None = None) -> None:
+        self.said.append("x-colo-lost-heartbeat")
+        self.migration = "completed"
+
+    async def yank(self, timeout: float | None = None) -> None:
+        self.said.append("yank")
+        self.migration = "failed"
+
+    async def prepare(self, *, primary: bool) -> None:
+        self.said.append("prepare")
+
+    async def execute(self, command: str) -> Any:
+        if command == "query-block":
+            return self.blocks
+        if command == "query-migrate":
+            return {"status": self.migration}
+        refused = self.now == "finish-migrate" and self.migration in ("colo", "cancelling")
+        if command == "cont" and refused:
+            raise QmpError("Migration is not finalized yet")
+        self.said.append(command)
+        if command == "migrate_cancel":
+            self.migration = "cancelling" if self.stuck else "cancelled"
+        if command == "cont":
+            self.now = "running"
+        return {}
+
+
+@pytest.mark.parametrize(
+    ("status", "migration", "stuck", "said"),
+    [
+        ("postmigrate", "completed", False, ["cont"]),
+        ("finish-migrate", "colo", False, ["x-colo-lost-heartbeat", "cont"]),
+        ("finish-migrate", "pre-switchover", False, ["migrate_cancel", "cont"]),
+        ("finish-migrate", "device", True, ["migrate_cancel", "yank", "cont"]),
+        ("paused", "failed", False, ["cont"]),
+        ("paused", "", False, ["cont"]),
+        ("running", "active", False, ["migrate_cancel"]),
+        ("prelaunch", "failed", False, []),  # started with -S
+    ],
+)
+def test_the_pvm_runs_however_an_entry_ends(
+    status: str, migration: str, stuck: bool, said: list[str]
+) -> None:
+    async def body() -> None:
+        c, dp, sent = primary(Mode.CHECKPOINT)
+        c.state, c.qmp = State.CHECKPOINTING, Qemu(status, migration, stuck=stuck)  # type: ignore[assignment]
+        began = time.monotonic()
+        await c._enter_failed("of a reason")
+        assert time.monotonic() - began < 1
+        assert c.qmp.now in ("running", "prelaunch")  # type: ignore[attr-defined]
+        assert c.qmp.said == said  # type: ignore[attr-defined]
+        assert c.state is State.STARTING and dp.mode is Mode.BYPASS and "of a reason" in c.reason
+        assert sent.kinds() == ["failed"], "the secondary's QEMU may be of no use any more"
+
+    in_loop(body)
+
+
+def test_a_pvm_that_does_not_run_again_is_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("colo_xdp.entering.YANK_S", 1e9)
+
+    async def body() -> None:
+        c, _, _ = primary(Mode.CHECKPOINT)
+        c.state = State.CHECKPOINTING
+        q = Qemu("finish-migrate", "cancelling")
+        c.qmp = q  # type: ignore[assignment]
+        task = asyncio.ensure_future(c._enter_failed("of a reason"))
+        end = time.monotonic() + 5
+        while "stands still" not in c.reason and time.monotonic() < end:
+            await asyncio.sleep(0.02)
+        assert "of a reason" in c.reason and "stands still (finish-migrate)" in c.reason
+        assert c.state is State.STARTING
+        q.migration = "cancelled"
+        await task
+        assert q.now == "running"
+
+    in_loop(body)
+
+
+@pytest.mark.parametrize(
+    ("migration", "says"),
+    [
+        ("completed", "`completed`, which does not lead to COLO"),
+        ("pre-switchover", "`pre-switchover`"),
+        ("postcopy-active", "`postcopy-active`"),
+        ("failed", "`failed`"),
+    ],
+)
+def test_a_migration_that_leads_elsewhere_ends_the_entry(migration: str, says: str) -> None:
+    async def body() -> None:
+        c, _, _ = primary()
+        c.qmp = Qemu("paused", migration)  # type: ignore[assignment]
+        with pytest.raises(CheckpointFailed, match=says):
+            await c._watch_entry(Checkpoint(1, "initial", time.monotonic_ns()))
+
+    in_loop(body)
+
+
+def test_a_pvm_stands_still_for_an_entry_for_enter_stop_at_most() -> None:
+    """Whatever enter_timeout is."""
+
+    async def body() -> None:
+        c, _, _ = primary()
+        c.qmp = Qemu("finish-migrate", "active")  # type: ignore[assignment]
+        limit = c.config.qemu.enter_stop * 1_000_000
+        ck = Checkpoint(1, "initial", time.monotonic_ns())
+        await c._watch_entry(ck)
+        ck.stop_ns = time.monotonic_ns() - limit // 2
+        await c._watch_entry(ck)
+        ck.stop_ns = time.monotonic_ns() - limit - 2_000_000
+        with pytest.raises(CheckpointFailed, match="enter_stop, in `finish-migrate`"):
+            await c._watch_entry(ck)
+        ck.resume_ns = time.monotonic_ns()
+        await c._watch_entry(ck)
+
+    in_loop(body)
+
+
+def test_a_long_entry_does_not_delay_the_next_checkpoint() -> None:
+    """It holds nothing for most of its time."""
+
+    async def body() -> None:
+        c, dp, _ = primary(Mode.BYPASS)
+        dp.epoch, c.state = 0, State.STARTING
+        q = Qemu("running", "colo")
+        c.qmp = q  # type: ignore[assignment]
+
+        async def migrate(uri: str) -> None:
+            now = time.monotonic_ns()
+            for name in ("STOP", "RESUME"):
+                c.on_qmp(QmpEvent(name, {}, now, now))
+
+        q.migrate = migrate  # type: ignore[attr-defined]
+
+        def send(kind: str, **f: Any) -> bool:
+            answers = {"begin": [("begun", {"n": 1}), ("done", {"n": 1})], "base": [("based", f)]}
+            for answer, fields in answers.get(kind, []):
+                c.on_message({"type": answer, **fields})
+            return True
+
+        c.peer = SimpleNamespace(connected=True, send=send, ending="")  # type: ignore[assignment]
+        c._beat = lambda: None  # type: ignore[method-assign]
+        began = time.monotonic_ns()
+        real = c.pacer.took
+        c.pacer.took = lambda b, e: real(began - 60_000_000_000, e)  # type: ignore[method-assign]
+        await c._enter()
+        assert c.state is State.PROTECTED
+        now = time.monotonic_ns()
+        assert c.pacer.begin_ns(now) == now
+
+    in_loop(body)
+
+
+def test_the_same_failure_twice_is_a_reason_to_stop() -> None:
+    t, one, two = Tries(), (1, "s"), (2, "s")
+    t.failed("the migration is `completed` after 12 ms", one, 100.0, stopped=True)
+    assert not t.held_back(one, 100.0) and "times" not in t.story and "after 12" in t.story
+    t.failed("the migration is `completed` after 15 ms", one, 101.0, stopped=True)
+    assert "after 12 ms" in t.held_back(one, 1e9), "the first cause; for ever with this QEMU"
+    assert t.held_back(two, 101.0 + BACKOFF_S[0] - 0.1)
+    assert not t.held_back(two, 101.0 + BACKOFF_S[0])
+    for n in range(20):
+        t.failed("the migration is `completed` after 9 ms", two, 200.0, stopped=True)
+        assert not t.held_back((3 + n, "s"), 200.0 + BACKOFF_S[1])
+    assert t.held_back((99, "s"), 200.0 + BACKOFF_S[1] - 1) and t.count == 22
+    t.failed("something else", two, 300.0, stopped=True)
+    assert not t.held_back(two, 300.0)
+    t.failed("something else", two, 300.0, stopped=True)
+    t.forget()
+    assert not t.held_back(two, 300.0) and not t.story
+
+
+def test_what_costs_the_guest_nothing_is_tried_again_by_itself() -> None:
+    t, one = Tries(), (1, "s")
+    for _ in range(12):
+        t.failed("connection refused", one, 100.0, stopped=False)
+    assert t.held_back(one, 100.0 + BACKOFF_FREE_S - 1)
+    assert not t.held_back(one, 100.0 + BACKOFF_FREE_S)
+
+
+def test_a_person_asks_again() -> None:
+    async def body() -> None:
+        c, _, _ = primary(Mode.BYPASS)
+        for _ in range(2):
+            c.tries.failed("x", (1, "s"), time.monotonic(), stopped=True)
+        assert c.tries.held_back((1, "s"), time.monotonic())
+        await c.command("mode", {"mode": "protected"})
+        assert not c.tries.held_back((1, "s"), time.monotonic())
+
+    in_loop(body)
+
+
+@pytest.mark.parametrize("declared", [True, False])
+def test_neither_side_is_one_of_a_pair_with_a_disk_of_its_own(declared: bool) -> None:
+    async def body() -> None:
+        for make in (primary, secondary):
+            c, _, _ = make()  # type: ignore[operator]
+            q = Qemu("inmigrate", "")
+            q.blocks = [DISK]
+            c.qmp = q
+            if declared:
+                object.__setattr__(c.config, "disks", (Disk(name="d0", external=True),))
+            why = await c.unfit()
+            assert ("disk d0 (node n0), file /a.qcow2, is writable" in why) != declared
+
+    in_loop(body)
+
+
+@pytest.mark.parametrize("disk", [True, False])
+def test_a_secondary_says_ready_only_if_it_is(disk: bool) -> None:
+    async def body() -> None:
+        c, _, sent = secondary(Mode.DROP, adopted=False)
+        q = Qemu("inmigrate", "")
+        q.blocks = [DISK] * disk
+        c.qmp = q  # type: ignore[assignment]
+        await c.on_qemu()
+        assert sent.kinds() == (["failed"] if disk else ["ready"])
+        assert ("is writable" in c.reason) == disk
+        if disk:
+            p, _, _ = primary(Mode.BYPASS)
+            p.state = State.STARTING
+            p.on_message(sent[0])
+            assert "is writable" in p._peer_lacks
+        else:
+            assert sent[0]["qemu"] == 1
+
+    in_loop(body)
+
+
+@pytest.mark.parametrize(("status", "begun"), [("inmigrate", True), ("running", False)])
+def test_an_entry_begins_with_a_look(status: str, begun: bool) -> None:
+    """Capabilities that another tool has set since are set back."""
+
+    async def body() -> None:
+        c, dp, sent = secondary(Mode.DROP, adopted=False)
+        dp.epoch, c.qmp = 0, Qemu(status, "")  # type: ignore[assignment]
+        c.on_message({"type": "begin", "n": 1, "cause": "initial", "initial": True})
+        await asyncio.gather(*c._tasks)
+        assert sent.kinds() == (["begun"] if begun else ["failed"])
+        assert ("prepare" in c.qmp.said) == begun  # type: ignore[attr-defined]
+        assert dp.mode is (Mode.CHECKPOINT if begun else Mode.DROP)
+
+    in_loop(body)
+
+
+@pytest.mark.parametrize(
+    ("status", "migration", "state"),
+    [("inmigrate", "", State.STARTING), ("running", "completed", State.STOPPED)],
+)
+def test_a_secondary_learns_that_the_entry_was_given_up(
+    status: str, migration: str, state: State
+) -> None:
+    async def body() -> None:
+        c, dp, _ = secondary(Mode.DROP, adopted=False)
+        dp.epoch = 0
+        c.await_successor = lambda: None  # type: ignore[method-assign]
+        c.qmp = Qemu("inmigrate", "")  # type: ignore[assignment]
+        c._on_begin(1, initial=True, planned=False, asked=True)
+        c.qmp = Qemu(status, migration)  # type: ignore[assignment]
+        c.on_message({"type": "failed", "n": 1, "why": "it stood still"})
+        await asyncio.gather(*c._tasks)
+        assert c.state is state and dp.mode is Mode.DROP and not c.holding
+        assert "given up entering COLO: it stood still" in c.reason
+
+    in_loop(body)
+
+
+def test_a_secondary_whose_qemu_dies_while_entering_says_so() -> None:
+    async def body() -> None:
+        c, dp, sent = secondary(Mode.DROP, adopted=False)
+        dp.epoch = 0
+        dp.tap_alive = lambda: False  # type: ignore[attr-defined]
+        c.qmp = Qemu("inmigrate", "")  # type: ignore[assignment]
+        c._on_begin(1, initial=True, planned=False, asked=True)
+        assert c.reason == "checkpoint to epoch 1"
+
+        async def connect() -> None:
+            raise asyncio.CancelledError
+
+        c._new_qmp = lambda: SimpleNamespace(connect=connect, connected=False)  # type: ignore[assignment,method-assign,return-value]
+        with pytest.raises(asyncio.CancelledError):
+            await c._after_qmp_loss()
+        assert sent[-1] == {"type": "failed", "n": 1, "why": "the SVM's QEMU is gone"}
+        assert "waiting for another one" in c.reason and c.state is State.STARTING
+        assert dp.mode is Mode.DROP
+
+    in_loop(body)
