@@ -44,6 +44,7 @@ def make_store(config: Config) -> Store:
 
 
 RING_BATCH = 512
+GUEST_S = 5.0  # between two looks at what is known of the guest's addresses, and at its port
 
 
 class Controller(Commanded):
@@ -284,6 +285,11 @@ class Controller(Commanded):
         speaks = Mode.TAKEOVER if self.role is Role.SECONDARY else None
         return self.dp.mode is Mode.DROP or (speaks is not None and self.dp.mode is not speaks)
 
+    async def _watch_guest(self) -> None:
+        while True:
+            await asyncio.to_thread(self.dp.watch_guest)
+            await asyncio.sleep(GUEST_S)
+
     # ---- the decision
 
     def facts(self) -> Facts:
@@ -422,6 +428,7 @@ class Controller(Commanded):
             self.spawn(self._connect_qemu())
         self.spawn(self.ticker.run())
         self.spawn(self._watch_qemu())
+        self.spawn(self._watch_guest())
 
     def _drain(self) -> None:
         if self.dp.drain(self.on_event, RING_BATCH):

@@ -22,7 +22,7 @@ def permission(c: Controller) -> dict[str, Any]:
     s = c.speaker
     lease = "" if s is None else "held" if s.held else "promised" if s.may_speak else "none"
     return {
-        "speaks": not c.silent() and lease != "none",
+        "speaks": not c.silent() and lease != "none" and c.dp.port_forwarding,
         "lease": lease,
         "left_s": None if s is None else s.left_s,
         "bond": c.dp.bond.name.lower(),
@@ -44,6 +44,7 @@ def _common(c: Controller) -> dict[str, Any]:
         events=c.dp.objects.events,
         paused=c.paused,
         permission=permission(c),
+        port=c.dp.port_state,
         qemu={
             "connected": c.qmp.connected,
             "version": ".".join(map(str, info.version)) if info else "",

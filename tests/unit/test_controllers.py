@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from colo_xdp.abi import Bond, Mode, Source
+from colo_xdp.addresses import AddressTable
 from colo_xdp.beacon import Flag, Word
 from colo_xdp.checkpointing import Checkpoint, CheckpointFailed, Want
 from colo_xdp.config import load
@@ -29,6 +30,7 @@ from colo_xdp.speaker import Seen, Speaker, StoreError, boot_ns
 from colo_xdp.ticker import TICK_S
 from colo_xdp.wire import encode
 from tests.netns.frames import tcp, udp
+from tests.sim.host import MapDict
 from tests.unit.test_giving import Pair
 
 EXAMPLES = Path(__file__).parents[2] / "deploy/examples"
@@ -60,6 +62,18 @@ class FakeDataPath:
         self.opened = self.changed = self.stepped_in = 0
         self.base_epoch = 0
         self.unmirrored: set[bytes] = set()
+        self.addresses = AddressTable(MapDict(), MapDict())
+        self.port_state, self.port_forwarding = "", True
+        self.macs: list[bytes] = []
+
+    def is_at(self, *macs: bytes) -> None:
+        self.macs = list(macs)
+
+    def watch_guest(self) -> None:
+        pass
+
+    def look_at_port(self) -> None:
+        pass
 
     def lost_events(self) -> int:
         return 0
@@ -551,8 +565,8 @@ class FakeQmp:
     async def trigger_checkpoint(self) -> None:
         self.said.append("checkpoint")
 
-    async def execute(self, command: str) -> list[Any]:
-        return []
+    async def guest_macs(self, tap: str) -> list[str]:
+        return ["52:54:00:12:34:56", "52:54:00:12:34:57"]
 
 
 BEAT = {
