@@ -52,6 +52,7 @@ enum colo_cfg {
 	CFG_ROLE = 17,	     /* user space's: enum colo_role; 0: as configured */
 	CFG_BASE_EPOCH = 18, /* primary: offsets of this epoch are the guest's for good; 0: none */
 	CFG_BOND = 19,	     /* user space's: enum colo_bond */
+	CFG_GUEST_MAC = 24,  /* MAC_*, and mac_key() of addresses.h; 0: not known yet */
 	CFG_UNDECIDED = 26,  /* user space's: 1: nobody has said yet that this guest may speak */
 	CFG_PEER_STOPPED = 27, /* user space's: until when the peer is away on purpose, ns */
 	CFG_MAX = 32,
@@ -90,7 +91,9 @@ enum colo_prog {
 	PROG_FAST = 10,	      /* not a program: why tier K handed over (R_HAND_*) */
 	PROG_GUEST_IN = 11,   /* tap P, toward a guest that has kept its own numbers */
 	PROG_GUEST_OUT = 12,  /* tap P, from it */
-	PROG_MAX = 13,
+	PROG_ADDRESSES =
+		13, /* not a program: what addresses.h knows of the guest (R_MAC*, R_ADDR*) */
+	PROG_MAX = 14,
 };
 
 /* Why a program did what it did: second index of the counters. */
@@ -130,7 +133,14 @@ enum colo_reason {
 	R_HAND_BUSY = 31,     /* another CPU kept the connection for too long: this frame only */
 	R_HAND_HELPER = 32,   /* a kernel helper refused */
 	R_LEASE_OVER = 33,    /* dropped: the permission to speak has ended (COLO_LEASE) */
-	R_MAX = 34,
+	R_OTHER_MAC =
+		34, /* to the PVM only: the bridge has flooded it, it is for another machine */
+	/* of PROG_ADDRESSES */
+	R_MACS_FULL = 35,      /* no room to note a MAC of the guest: everything is mirrored */
+	R_ADDRESSES_FULL = 36, /* no room to note an address of the guest: not announced */
+	R_MAC_MOVED = 37,      /* another machine sends with a MAC that was the guest's */
+	R_ADDRESS_MOVED = 38,  /* another machine says to have an address that was the guest's */
+	R_MAX = 39,
 };
 
 enum colo_source {
@@ -274,6 +284,28 @@ struct colo_client {
 	__u32 ifindex; /* a port of the tap's bridge */
 	__u32 pad;
 };
+
+/* Of config[CFG_GUEST_MAC]. */
+#define MAC_BITS  0xFFFFFFFFFFFFULL  /* the address that QEMU or the configuration has told */
+#define MAC_KNOWN 0x1000000000000ULL /* it is one */
+#define MAC_ALL	  0x2000000000000ULL /* `macs` is full: mirror whatever comes */
+
+/* An address of the guest. */
+struct colo_address {
+	__be32 ip[4]; /* IPv4 is v4-mapped */
+	__u32 vlan;   /* as colo_flow_key.vlan */
+};
+
+/* What the guest has said of it; of a MAC address: that it sends with it. */
+struct colo_claim {
+	__u64 seen_ns; /* CLOCK_MONOTONIC */
+	__u64 mac;     /* mac_key() */
+	__u32 epoch;   /* config[CFG_EPOCH], or the one to come */
+	__u32 flags;   /* CLAIM_* */
+};
+
+#define CLAIM_SAYS_ROUTER 1u /* it has said whether it is a router (RFC 4861 4.2, 4.4) */
+#define CLAIM_ROUTER	  2u /* it is */
 
 /* Operations of fast_ctl, which user space runs by BPF_PROG_TEST_RUN. */
 enum colo_ctl_op {

@@ -25,6 +25,14 @@
 #define COLO_MAX_CLIENTS 4096 /* MAC addresses whose ports are known; about 80 bytes each */
 #endif
 
+#ifndef COLO_MAX_MACS
+#define COLO_MAX_MACS 1024 /* the guest's own, besides the first; about 90 bytes each */
+#endif
+
+#ifndef COLO_MAX_ADDRESSES
+#define COLO_MAX_ADDRESSES 256 /* IP addresses of the guest; about 110 bytes each */
+#endif
+
 #define COLO_MAX_PORTS 1024 /* of the tap's bridge; about 60 bytes each */
 
 /* Bytes that one guest may be ahead in tier K; a power of two. */

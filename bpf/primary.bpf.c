@@ -19,6 +19,7 @@
 #include "colo_maps.h"
 #include "events.h"
 #include "parsing.h"
+#include "addresses.h"
 #ifdef COLO_FAST
 #include "way.h"
 #include "fast.h"
@@ -66,11 +67,14 @@ int pvm_in(struct __sk_buff *skb)
 	int parsed = 0;
 	struct pkt p = {};
 
+	hear_network(skb, 0);
 	if (cfg(CFG_UNMIRRORED) || cfg(CFG_FAST))
 		parsed = !parse_skb(skb, &p);
 	/* A PVM that has fallen silent by plan mirrors until the clients' frames go elsewhere. */
 	if (mode != MODE_RUN && mode != MODE_CHECKPOINT && mode != MODE_DROP) {
 		reason = R_PASSED;
+	} else if (!is_for_guest(skb)) {
+		reason = R_OTHER_MAC;
 	} else if (parsed && cfg(CFG_UNMIRRORED) && is_unmirrored(&p)) {
 		reason = R_UNMIRRORED;
 	} else {
@@ -105,6 +109,8 @@ static __always_inline int controller_lost(void)
 
 int pvm_out(struct __sk_buff *skb)
 {
+	note_guest(skb);
+
 	u64 mode = cfg(CFG_MODE), epoch = cfg(CFG_EPOCH);
 	u32 len = skb->len, reason = R_NO_CONFIG, captured = 0, fate = FAST_NO;
 	int verdict = TC_ACT_SHOT;

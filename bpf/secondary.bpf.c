@@ -21,6 +21,7 @@
 #include "colo_maps.h"
 #include "events.h"
 #include "parsing.h"
+#include "addresses.h"
 #include "csum.h"
 #include "flow.h"
 #include "rewrite.h"
@@ -96,6 +97,9 @@ int svm_in(struct __sk_buff *skb)
 	u32 len = skb->len, reason;
 	int kind = peer_kind(skb), verdict = TC_ACT_SHOT;
 
+	/* Not in MODE_TAKEOVER: what this guest says then is heard at the other host. */
+	if (kind == COLO_KIND_MIRROR && (mode == MODE_RUN || mode == MODE_CHECKPOINT))
+		hear_network(skb, 1);
 	if (kind < 0) {
 		reason = R_FOREIGN;
 		verdict = TC_ACT_OK;
@@ -134,6 +138,8 @@ int svm_deliver(struct __sk_buff *skb)
 
 int svm_out(struct __sk_buff *skb)
 {
+	note_guest(skb);
+
 	/*
 	 * Epoch before mode, always. The controller leaves MODE_RUN, lets the
 	 * checkpoint happen, advances the epoch and only then returns to MODE_RUN.
@@ -207,6 +213,7 @@ int svm_net(struct __sk_buff *skb)
 		reason = R_RELEASED;
 		verdict = TC_ACT_OK;
 	} else if (mode == MODE_TAKEOVER) {
+		hear_network(skb, 0);
 		reason = translate(skb, 1, mode, epoch);
 		if (reason != R_HELPER_FAILED)
 			verdict = TC_ACT_OK;

@@ -28,11 +28,6 @@ BPF_TABLE_PINNED("hash", u32, u64, ports, COLO_MAX_PORTS, PIN_DIR "/ports");
 BPF_TABLE_PINNED("lru_hash", u64, struct colo_client, clients, COLO_MAX_CLIENTS,
 		 PIN_DIR "/clients");
 
-static __always_inline u64 mac_key(const void *mac)
-{
-	return (u64) * (u32 *)mac << 16 | *(u16 *)(mac + 4);
-}
-
 /* A client's frame for the guest has come. */
 static __always_inline void note_client(struct __sk_buff *skb)
 {

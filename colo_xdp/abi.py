@@ -53,6 +53,7 @@ class Cfg(IntEnum):
     ROLE = 17
     BASE_EPOCH = 18
     BOND = 19
+    GUEST_MAC = 24
     UNDECIDED = 26
     PEER_STOPPED = 27
     MAX = 32
@@ -101,7 +102,8 @@ class Prog(IntEnum):
     FAST = 10
     GUEST_IN = 11
     GUEST_OUT = 12
-    MAX = 13
+    ADDRESSES = 13
+    MAX = 14
 
 
 class Reason(IntEnum):
@@ -141,7 +143,12 @@ class Reason(IntEnum):
     HAND_BUSY = 31
     HAND_HELPER = 32
     LEASE_OVER = 33
-    MAX = 34
+    OTHER_MAC = 34
+    MACS_FULL = 35
+    ADDRESSES_FULL = 36
+    MAC_MOVED = 37
+    ADDRESS_MOVED = 38
+    MAX = 39
 
 
 class Source(IntEnum):
@@ -188,6 +195,13 @@ OWNER = struct.Struct("=QQ40s")
 CTL = struct.Struct("=14xHI40s232sQ")
 #: struct colo_client: seen_ns, ifindex, pad
 CLIENT = struct.Struct("=QII")
+#: in CFG_GUEST_MAC, above the 48 bits of the address
+MAC_KNOWN, MAC_ALL = 1 << 48, 1 << 49
+#: struct colo_address: ip (IPv4 mapped), vlan (host order)
+ADDRESS = struct.Struct("=16sI")
+#: struct colo_claim: seen_ns, mac, epoch, flags
+CLAIM = struct.Struct("=QQII")
+CLAIM_SAYS_ROUTER, CLAIM_ROUTER = 1, 2
 #: epoch, rel, p_ack, s_ack, out_ack, p_win, s_win, out_win, mss, nxt, org, ahead, pending, l4,
 #: doff, hdr, memo
 GIVE = struct.Struct("=IIIIIHHHHIIBBBB128s64s")

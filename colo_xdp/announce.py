@@ -4,6 +4,10 @@
 RARP, as QEMU announces itself (net/announce.c), teaches switches the port. A gratuitous ARP
 request (RFC 5227 3, RFC 5944 4.6) and an unsolicited neighbour advertisement with the override
 flag (RFC 4861 7.2.6) make neighbours renew their entries. Pure.
+
+Whose addresses: bpf/addresses.h. Each is announced with the MAC address that the guest has used
+for it. An advertisement also says whether its sender is a router, and hosts believe it (RFC 4861
+7.2.5): of an address of which the guest has not said that, none is made.
 """
 
 from __future__ import annotations
@@ -11,37 +15,59 @@ from __future__ import annotations
 import ipaddress
 import struct
 from collections.abc import Iterable
+from dataclasses import dataclass
+
+from .claims import MAPPED
 
 BROADCAST = b"\xff" * 6
 ALL_NODES_MAC = bytes.fromhex("333300000001")
 ALL_NODES = ipaddress.IPv6Address("ff02::1").packed
-MAPPED = bytes(10) + b"\xff\xff"  # RFC 4291 2.5.5.2
-OVERRIDE = 0x20000000
+ROUTER, OVERRIDE = 0x80000000, 0x20000000
+
+
+@dataclass(frozen=True, slots=True)
+class Own:
+    """An address of the guest: 16 bytes, IPv4 mapped; struct colo_flow_key.vlan; its MAC address;
+    whether the guest says at it that it is a router (None: it has not said)."""
+
+    address: bytes
+    vlan: int
+    mac: bytes
+    router: bool | None = None
 
 
 def announcements(
-    mac: str, seen: Iterable[tuple[bytes, int]], configured: Iterable[str]
+    mac: str, own: Iterable[Own], macs: Iterable[bytes], configured: Iterable[str]
 ) -> list[bytes]:
-    """Frames that announce a guest: a RARP per VLAN, then one per address.
+    """Frames that announce a guest: a RARP per MAC address and VLAN, then one per address.
 
-    `seen`: addresses of 16 bytes, IPv4 mapped, with struct colo_flow_key.vlan;
-    `configured`: addresses as text, untagged.
+    `mac`: the first one; `macs`: others that it sends with; `configured`: addresses as text,
+    untagged, at `mac` unless the guest has said otherwise.
     """
-    hw = bytes.fromhex(mac.replace(":", ""))
-    known = set(seen)
+    first = bytes.fromhex(mac.replace(":", ""))
+    known = {(o.address, o.vlan): o for o in own}
+    routers = {(o.mac, o.vlan) for o in known.values() if o.router}
     for text in configured:
         ip = ipaddress.ip_address(text)
-        known.add((ip.packed if ip.version == 6 else MAPPED + ip.packed, 0))
+        key = (ip.packed if ip.version == 6 else MAPPED + ip.packed, 0)
+        if key not in known or known[key].router is None:
+            at = known[key].mac if key in known else first
+            known[key] = Own(*key, at, (at, 0) in routers)
+    untagged = {(m, 0) for m in (first, *macs)}
     out = [
         _frame(BROADCAST, hw, vlan, 0x8035, _arp(3, hw, bytes(4), hw, bytes(4)))
-        for vlan in sorted({vlan for _, vlan in known} | {0})
+        for hw, vlan in sorted(untagged | {(o.mac, o.vlan) for o in known.values()})
     ]
-    for address, vlan in sorted(known):
+    for (address, vlan), o in sorted(known.items()):
         if address.startswith(MAPPED):
             ip4 = address[12:]
-            out.append(_frame(BROADCAST, hw, vlan, 0x0806, _arp(1, hw, ip4, bytes(6), ip4)))
-        else:
-            out.append(_frame(ALL_NODES_MAC, hw, vlan, 0x86DD, _advertisement(hw, address)))
+            out.append(_frame(BROADCAST, o.mac, vlan, 0x0806, _arp(1, o.mac, ip4, bytes(6), ip4)))
+        elif o.router is not None or (o.mac, vlan) in routers:
+            # An interface forwards or not (RFC 4861 6.2.2), whichever of its addresses says so.
+            router = o.router is None or o.router
+            out.append(
+                _frame(ALL_NODES_MAC, o.mac, vlan, 0x86DD, _advertisement(o.mac, address, router))
+            )
     return out
 
 
@@ -59,8 +85,9 @@ def _arp(op: int, sha: bytes, spa: bytes, tha: bytes, tpa: bytes) -> bytes:
     return struct.pack("!HHBBH", 1, 0x0800, 6, 4, op) + sha + spa + tha + tpa
 
 
-def _advertisement(hw: bytes, address: bytes) -> bytes:
-    body = struct.pack("!BBHI", 136, 0, 0, OVERRIDE) + address + b"\x02\x01" + hw
+def _advertisement(hw: bytes, address: bytes, router: bool) -> bytes:
+    flags = OVERRIDE | (ROUTER if router else 0)
+    body = struct.pack("!BBHI", 136, 0, 0, flags) + address + b"\x02\x01" + hw
     pseudo = address + ALL_NODES + struct.pack("!II", len(body), 58)
     total = sum(struct.unpack(f"!{len(pseudo + body) // 2}H", pseudo + body))
     while total >> 16:

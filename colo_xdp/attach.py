@@ -26,6 +26,7 @@ from pyroute2.nftables.main import NFTables
 
 from . import _bpf
 from .loader import Program
+from .status import PORT_STATES
 
 ETH_P_ALL = 0x0003
 INGRESS, EGRESS = 0xFFFFFFF2, 0xFFFFFFF3  # TC_H_CLSACT | TC_H_MIN_INGRESS/EGRESS
@@ -135,6 +136,40 @@ def set_master(name: str, bridge: str | None) -> None:
     master = link_info(bridge).index if bridge else 0
     with _netlink() as ipr:
         ipr.link("set", index=index, master=master)
+
+
+#: states of a port (PORT_STATES) in which a port with a carrier lets nothing through
+PORT_WAITS = ("listening", "learning", "blocking")
+
+
+def port_state(name: str) -> str:
+    """State of a bridge's port (PORT_STATES); "" if the device is none.
+
+    Raises NoSuchDevice.
+    """
+    index = link_info(name).index
+    with _netlink() as ipr:
+        info = ipr.link("get", index=index)[0].get_attr("IFLA_LINKINFO")
+    data = info.get_attr("IFLA_INFO_SLAVE_DATA") if info else None
+    if data is None or not hasattr(data, "get_attr"):
+        return ""
+    state = data.get_attr("IFLA_BRPORT_STATE")
+    return "" if state is None else PORT_STATES[state]
+
+
+def spanning_tree(bridge: str) -> tuple[int, float]:
+    """(0: no STP, 1: the kernel's, 2: a daemon's; forward delay in s) of a bridge of the kernel.
+
+    (0, 0.0) if it is none. Raises NoSuchDevice.
+    """
+    index = link_info(bridge).index
+    with _netlink() as ipr:
+        info = ipr.link("get", index=index)[0].get_attr("IFLA_LINKINFO")
+    data = info.get_attr("IFLA_INFO_DATA") if info else None
+    if data is None or not hasattr(data, "get_attr"):
+        return 0, 0.0
+    stp, delay = data.get_attr("IFLA_BR_STP_STATE"), data.get_attr("IFLA_BR_FORWARD_DELAY")
+    return stp or 0, (delay or 0) / 100  # USER_HZ
 
 
 _BRIDGE_CALLS = ("NF_CALL_IPTABLES", "NF_CALL_IP6TABLES", "NF_CALL_ARPTABLES")

@@ -34,6 +34,7 @@ from .ticker import TICK_S
 log = logging.getLogger("colo_xdp.primary")
 
 BASE_PART = 290  # connections in one message: it must fit into wire.MAX_FLOWS_TEXT
+MAX_CLAIMS = 256  # addresses that the secondary is told; as above
 RECORD_S = 1.0  # frames of both guests are held meanwhile
 REFUSALS = 20  # tries before a secondary that keeps refusing counts as broken
 
@@ -200,6 +201,9 @@ class Checkpointing(Entering):
                 self._uncompared = False  # also a failed entry can end so: QEMU was in COLO
                 self.engine.begin_checkpoint()
                 self.dp.mode = Mode.CHECKPOINT
+            own, macs = self.dp.addresses.export(MAX_CLAIMS)
+            if own or macs:
+                self.peer.send("claims", n=n, addresses=own.hex(), macs=macs.hex())
             self.peer.send("begin", n=n, cause=cause, initial=initial)
             answer = min(deadline, time.monotonic() + c.deadline / 1000)
             while not ck.begun:

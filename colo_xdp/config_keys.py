@@ -65,8 +65,8 @@ class Network:
     )
     guest_addresses: tuple[str, ...] = checks.key(
         checks.ip_addresses,
-        "addresses of the guest that are announced at a takeover, besides those that connections "
-        "were seen to",
+        "addresses of the guest that are announced at a takeover, besides those that it has itself "
+        "said to have (ARP, neighbour discovery)",
         default=(),
     )
 

@@ -58,6 +58,7 @@ def make_store(config: Config) -> Store:
 
 RING_BATCH = 512
 FOR_EVER_NS = (1 << 63) - 1
+GUEST_S = 5.0  # between two looks at what is known of the guest's addresses, and at its port
 
 
 class Controller(Commanded):
@@ -360,12 +361,18 @@ class Controller(Commanded):
         the cluster's agent say."""
         s = self.speaker
         there = not (self.vm_gone or self.vm_absent)
-        return there and not self.silent() and (s is None or s.may_speak)
+        heard = not self.silent() and self.dp.port_forwarding
+        return there and heard and (s is None or s.may_speak)
 
     def silent(self) -> bool:
         """The data path lets nothing of this host's guest reach the network, whatever it says."""
         speaks = Mode.TAKEOVER if self.role is Role.SECONDARY else None
         return self.dp.mode is Mode.DROP or (speaks is not None and self.dp.mode is not speaks)
+
+    async def _watch_guest(self) -> None:
+        while True:
+            await asyncio.to_thread(self.dp.watch_guest)
+            await asyncio.sleep(GUEST_S)
 
     # ---- the decision
 
@@ -518,6 +525,7 @@ class Controller(Commanded):
         self.spawn(self.devices.run())
         self.spawn(self.ticker.run())
         self.spawn(self._watch_qemu())
+        self.spawn(self._watch_guest())
 
     def _drain(self) -> None:
         if self.dp.drain(self.on_event, RING_BATCH):
@@ -558,6 +566,7 @@ class Controller(Commanded):
         """The tap joins the bridge; what stands in the way is said, and tried again on restart."""
         try:
             await asyncio.to_thread(self.dp.open_network)
+            await asyncio.to_thread(self.dp.look_at_port)
         except (attach.NoSuchDevice, attach.NetlinkError, OSError) as e:
             log.error("the guest's tap cannot join the bridge: %s", e)
             self.failures.append(f"open network: {e}")

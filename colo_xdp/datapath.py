@@ -18,6 +18,8 @@ from pathlib import Path
 
 from . import abi, attach, loader
 from .abi import Cfg, Mode, Prog, Reason
+from .addresses import AddressTable
+from .claims import mac_key
 from .config import Config
 from .fastmap import FastMap
 from .hooks import Hooks, Look, Place
@@ -123,6 +125,12 @@ class DataPath:
                 "run `colo-xdp cleanup` once the guest may lose its connections"
             )
         self.adopted = found == abi.ABI
+        self.addresses = AddressTable(self.objects.map("addresses"), self.objects.map("macs"))
+        #: CFG_GUEST_MAC without MAC_ALL
+        self._guest_mac = self._read(Cfg.GUEST_MAC) & ~abi.MAC_ALL
+        self._macs_full = False
+        #: of the tap: a bridge's port is in it, if it is one (attach.PORT_STATES)
+        self.port_state = ""
         self.reader = open_reader(self.objects)
         self.injectors: dict[str, Injector] = {}
         if not self.adopted or (self.undecided and options.lease):
@@ -163,6 +171,7 @@ class DataPath:
         self._lock = threading.RLock()  # of what is attached
         self.hooks = Hooks(self)
         self._attach()
+        self.look_at_port()
         if self.guest:
             # A later epoch than any other host has seen: see Primary._older_than(). Not before the
             # secondary's programs are off: they would take their offsets for void.
@@ -445,6 +454,44 @@ class DataPath:
             table.set(key, _U64.pack(1))
             self._write(Cfg.UNMIRRORED, 1)
 
+    def is_at(self, first: bytes, *others: bytes) -> None:
+        """MAC addresses of the guest: what is for other machines is not mirrored from now on."""
+        self._guest_mac = abi.MAC_KNOWN | mac_key(first)
+        self._tell_mac()
+        self.addresses.told(self.epoch, b"", b"".join(others))
+
+    def _tell_mac(self) -> None:
+        full = abi.MAC_ALL if self._macs_full else 0
+        self._write(Cfg.GUEST_MAC, self._guest_mac | full if self._guest_mac else 0)
+
+    def watch_guest(self) -> None:
+        """Forget addresses of the guest that are old, and look at its port. Blocks for some ms
+        (netlink)."""
+        full = self.addresses.sweep(self.epoch if self.role == "secondary" else None)
+        if full is not self._macs_full:
+            level, what = (logging.ERROR, "everything is") if full else (logging.INFO, "not all is")
+            log.log(level, "the guest's MAC addresses: %s mirrored to the other host", what)
+        self._macs_full = full
+        if not self._guest_mac and self.addresses.macs(None):
+            self._guest_mac = abi.MAC_KNOWN  # QEMU does not tell, but the guest has spoken
+        self._tell_mac()
+        self.look_at_port()
+
+    def look_at_port(self) -> None:
+        """Renew port_state; blocks (netlink)."""
+        try:
+            self.port_state = attach.port_state(self.config.network.tap)
+        except attach.NoSuchDevice:
+            self.port_state = ""
+
+    @property
+    def port_forwarding(self) -> bool:
+        """Whether the bridge lets the guest's frames through, as far as the last look has shown.
+
+        A port without carrier is disabled: then there is no guest to wait for.
+        """
+        return self.port_state not in attach.PORT_WAITS
+
     def watch_bridge(self) -> None:
         """Tell tier K the ports of the tap's bridge, and the bridge that the guest is there.
 
@@ -543,7 +590,9 @@ class DataPath:
             attach.set_master(net.tap, None)
 
     def step_out(self) -> None:
-        """Secondary, after a takeover: the programs on the guest's tap are not needed any more."""
+        """Secondary, after a takeover: the programs on the guest's tap are not needed any more.
+
+        Then nobody sees an address move: none is announced by a later controller."""
         tap, pair = self.config.network.tap, self.config.pair
         with self._lock:
             self.stepped_out = True
@@ -551,6 +600,7 @@ class DataPath:
             attach.detach_tc(tap, "egress", attach.label(pair, "svm_net"))
             if self.hook == "xdp":
                 attach.detach_xdp(tap, "svm_out_xdp")
+        self.addresses.forget_all()
 
     def step_in(self) -> None:
         """The programs that step_out() has taken off: the mode says again what leaves."""

@@ -10,10 +10,13 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import disks
 from .config import Config, ConfigError, load
+
+if TYPE_CHECKING:
+    from .attach import LinkInfo
 
 OK, WARN, FAIL = 0, 1, 2
 CERT_DAYS = 30
@@ -121,6 +124,7 @@ def _devices(config: Config) -> Iterator[Check]:
     elif not tap.master and not net.bridge:
         yield Check("bridge", WARN, f"{net.tap} is in none, and nobody puts it into one",
                     "[network] bridge")  # fmt: skip
+    yield from _spanning_tree(net.bridge, tap)
     if tap.xdp_prog_id and not attach.is_ours(tap.xdp_prog_id):
         name = _bpf.prog_info_by_id(tap.xdp_prog_id).name
         yield Check("XDP", FAIL, f"{net.tap} has a program of somebody else ({name})", "remove it")
@@ -144,6 +148,35 @@ def _devices(config: Config) -> Iterator[Check]:
                     f"at least {tap.mtu + TAG_BYTES}: frames carry a tag there")  # fmt: skip
     else:
         yield Check("peer link", OK, f"{net.peer_link}, mtu {peer.mtu}")
+
+
+def _spanning_tree(bridge: str, tap: LinkInfo) -> Iterator[Check]:
+    """A port that has just joined a bridge with STP listens and learns before it forwards."""
+    from . import attach
+
+    if bridge:
+        try:
+            stp, delay = attach.spanning_tree(bridge)
+        except attach.NoSuchDevice as e:
+            yield Check("bridge", FAIL, str(e), f"ip link add {bridge} type bridge")
+            return
+        if stp == 1 and delay:
+            yield Check(
+                "bridge", FAIL,
+                f"{bridge} has STP on: after a takeover the guest is cut off for {2 * delay:g} s",
+                f"ip link set {bridge} type bridge stp_state 0",
+            )  # fmt: skip
+        elif stp and delay:
+            yield Check(
+                "bridge", WARN, f"a daemon does STP on {bridge}: the tap has to forward at once",
+                f"mstpctl setportadminedge {bridge} {tap.name} yes, whenever the tap joins",
+            )  # fmt: skip
+        else:
+            yield Check("bridge", OK, f"{bridge}, a port forwards as soon as it joins")
+    state = attach.port_state(tap.name)
+    if state in attach.PORT_WAITS:
+        yield Check("bridge", FAIL, f"{tap.name} is {state} in its bridge: the guest is cut off",
+                    "STP has to let it forward, or off with it")  # fmt: skip
 
 
 def _decided(config: Config) -> bool:

@@ -54,19 +54,6 @@ class FlowTable:
         self.wanted = 0  # translated, or in a handshake that may end so
         self.aged = 0
 
-    def guest_addresses(self, limit: int) -> set[tuple[bytes, int]]:
-        """Up to `limit` addresses of the guest that connections were seen to.
-
-        Each of 16 bytes (IPv4 mapped), with its tags (struct colo_flow_key.vlan).
-        """
-        found: set[tuple[bytes, int]] = set()
-        for key, _ in self._map.items():
-            guest, _client, _gp, _cp, vlan = abi.FLOW_KEY.unpack(key)
-            found.add((guest, vlan))
-            if len(found) >= limit:
-                break
-        return found
-
     def export(self, epoch: int) -> list[bytes]:
         """Connections in the guest's own numbers, or about to be: key and value of each.
 

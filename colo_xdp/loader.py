@@ -54,6 +54,8 @@ _PINNED_SHAPES = {
     "ports": (4, 8),
     "clients": (8, abi.CLIENT.size),
     "transitions": (4, 4),
+    "macs": (8, abi.CLAIM.size),
+    "addresses": (abi.ADDRESS.size, abi.CLAIM.size),
     "unmirrored": (abi.UNMIRRORED_KEY.size, 8),
 }
 

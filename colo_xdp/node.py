@@ -17,6 +17,7 @@ from .config import Config
 from .datapath import DataPath
 from .failover import Role, State
 from .guest_event import News, news
+from .nic import NicError
 from .qmp import QemuInfo, Qmp, QmpError, QmpTimeout, refusal
 from .qmp_event import QmpEvent
 from .ticker import TICK_S
@@ -131,6 +132,8 @@ class Node(ABC):
         log.debug("%s %s %s", self.qmp.name, event.name, event.data)
         if event.name == "COLO_EXIT":
             self.colo_exit = True
+        elif event.name == "NIC_RX_FILTER_CHANGED":
+            self.spawn(self.learn_macs())
         self.on_qmp(event)
         said = news(event, self.qmp.name)
         if said is not None:
@@ -158,6 +161,7 @@ class Node(ABC):
                 self.qmp = self._new_qmp()
                 self.qemu_info = await self.qmp.connect()
                 await self._connect_oob()
+                await self.learn_macs()
                 log.info("QMP is back")
                 await self.on_qemu()
                 return
@@ -183,6 +187,7 @@ class Node(ABC):
                 continue
             self.vm_why = ""
             await self._connect_oob()
+            await self.learn_macs()
             why = refusal(self.qemu_info)
             if why:
                 self.become(State.STOPPED, why)
@@ -195,6 +200,19 @@ class Node(ABC):
                     log.warning("%s", e)
                     await asyncio.sleep(QMP_RETRY_S)
             return
+
+    async def learn_macs(self) -> str:
+        """Tell the data path which frames are for the guest; returns its first MAC address, "" if
+        nobody can say it."""
+        macs = [self.config.network.guest_mac]
+        if not macs[0]:
+            try:
+                macs = await self.qmp.guest_macs(self.config.network.tap)
+            except (QmpError, NicError) as e:
+                log.warning("%s", e)
+                return ""
+        self.dp.is_at(*(bytes.fromhex(m.replace(":", "")) for m in macs))
+        return macs[0]
 
     async def _connect_oob(self) -> None:
         path = self.config.qemu.qmp_oob
@@ -290,6 +308,7 @@ class Node(ABC):
                     self.qmp = self._new_qmp()
                     self.qemu_info = await self.qmp.connect()
                     await self._connect_oob()
+                    await self.learn_macs()
             status = ""
             with contextlib.suppress(QmpError):
                 status = await self.qmp.status()

@@ -23,6 +23,7 @@ from qemu.qmp.events import EventListener
 from qemu.qmp.protocol import Runstate
 from qemu.qmp.qmp_client import ExecuteError
 
+from .nic import at_tap
 from .qmp_event import QmpEvent, read
 
 log = logging.getLogger("colo_xdp.qmp")
@@ -190,6 +191,20 @@ class Qmp:
     async def migration_status(self, timeout: float | None = None) -> str:
         """State of the migration (`colo` while in COLO), empty when there was none."""
         return str((await self.execute("query-migrate", timeout=timeout)).get("status", ""))
+
+    async def guest_macs(self, tap: str) -> list[str]:
+        """MAC addresses of the guest's card at this tap: the first one, then those that its driver
+        asks for besides.
+
+        Raises QmpError, or NicError when it cannot be told which card that is.
+        """
+        text = await self.execute("human-monitor-command", {"command-line": "info network"})
+        card = at_tap(str(text), tap)
+        try:  # also what the guest has set itself
+            seen = (await self.execute("query-rx-filter", {"name": card.name}))[0]
+            return [str(seen["main-mac"]), *map(str, seen["unicast-table"])]
+        except (QmpError, LookupError):  # a model that has no such filter
+            return [card.mac]
 
     async def prepare(self, *, primary: bool) -> None:
         """Capabilities and parameters that COLO needs, on either side; what another tool has left

@@ -46,6 +46,7 @@ def _common(c: Controller) -> dict[str, Any]:
         events=c.dp.objects.events,
         paused=c.paused,
         permission=permission(c),
+        port=c.dp.port_state,
         qemu={
             "connected": c.qmp.connected,
             "version": ".".join(map(str, info.version)) if info else "",

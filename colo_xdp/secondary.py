@@ -127,6 +127,8 @@ class Secondary(TakingOver):
                 self.become(State.PROTECTED, "the primary is heard again, and has missed nothing")
         elif kind == "silent":
             self._silent_ns = time.monotonic_ns() - msg["us"] * 1000 - self.peer.rtt_ns // 2
+        elif kind == "claims":
+            self._on_claims(msg["n"], msg["addresses"], msg["macs"])
         elif kind == "base":
             self._on_base(msg["n"], msg["flows"])
         elif kind == "ready" and self.state is State.TAKEN_OVER and self.spoke_alone:
@@ -251,6 +253,15 @@ class Secondary(TakingOver):
         if h is not None:
             self.dp.mode = Mode.DROP
             self.peer.send("failed", n=h.n, why=self.vm_why or "the SVM's QEMU is gone")
+
+    def _on_claims(self, n: int, addresses: str, macs: str) -> None:
+        """What the PVM has said of itself: from epoch n on this guest has said it."""
+        if n <= self.dp.epoch:
+            return
+        try:
+            self.dp.addresses.told(n, bytes.fromhex(addresses), bytes.fromhex(macs))
+        except (ValueError, OSError) as e:  # then it is not announced at a takeover
+            log.warning("addresses of the PVM: %s", e)
 
     async def _ask_store(self, s: Speaker, n: int) -> None:
         """With no lease to be had the guest would be silent on both hosts."""
@@ -516,6 +527,7 @@ class Secondary(TakingOver):
                 self.state is State.TAKEN_OVER
                 and not self.flows.wanted
                 and not self.stepped_out
+                and self.dp.port_forwarding  # announcements are still to be made
                 and self.speaker is None  # the programs are what a lease that ends is enforced by
             ):
                 await self._step_out()

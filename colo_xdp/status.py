@@ -20,6 +20,9 @@ from .reasons import Cause
 
 SCHEMA = 1
 
+#: states of a bridge's port, as the kernel numbers them (linux/if_bridge.h)
+PORT_STATES = ("disabled", "listening", "learning", "forwarding", "blocking")
+
 #: upper bounds of the histogram of waiting times, in seconds; one more bucket is above the last
 WAIT_BUCKETS: tuple[float, ...] = (
     1e-5, 2.5e-5, 5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3,
@@ -156,6 +159,7 @@ _CHECKS: dict[str, _Check] = {
         left_s=_or_null(_number),
         bond=_one_of(*(b.name.lower() for b in abi.Bond)),
     ),
+    "port": _one_of("", *PORT_STATES),
     "qemu": _object(connected=_flag, version=_text, accel=_text, gone=_flag),
     "peer": _object(
         connected=_flag,
@@ -250,6 +254,7 @@ class Status:
     #: right and how long, if a lease is the arbiter (promised: the other host keeps silent); bond:
     #: what it is to the other guest (abi.Bond)
     permission: dict[str, Any]
+    port: str  # of the tap's bridge: PORT_STATES; "": it is in none
     qemu: dict[str, Any]
     peer: dict[str, Any]  # silent_ms: null when it has never spoken; ending: of the channel
     paths: list[dict[str, Any]]  # of heartbeats, besides the control channel; null: never
@@ -314,6 +319,7 @@ def empty(pair: str, role: str) -> Status:
             "left_s": None,
             "bond": "none",
         },
+        port="",
         qemu={"connected": False, "version": "", "accel": "", "gone": False},
         peer={
             "connected": False,

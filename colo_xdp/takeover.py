@@ -30,7 +30,9 @@ log = logging.getLogger("colo_xdp.secondary")
 
 TAKEOVER_S = 10.0
 GAP_S = 5.0
-MAX_ANNOUNCED = 256  # addresses of the guest
+MAX_ANNOUNCED = 256  # addresses of the guest, and MAC addresses
+FORWARDING_S = 90.0  # a port listens and learns for forward_delay each: 30 s at most
+PORT_S = 0.1  # between two looks at a port that does not forward yet
 ANNOUNCE_TIMES = (0.0, 0.05, 0.2, 0.45, 0.8)  # seconds after the takeover, as QEMU's own RARPs
 
 
@@ -189,23 +191,44 @@ class TakingOver(GuestLife):
 
     async def _announce(self) -> None:
         """Tell switches and neighbours where the guest is now, as its QEMU would: RARP for the
-        switches, gratuitous ARP and unsolicited neighbour advertisements for the addresses."""
-        mac = self.config.network.guest_mac or await self._mac_from_qemu()
+        switches, gratuitous ARP and unsolicited neighbour advertisements for the addresses.
+
+        Again when the bridge lets frames through, if it does not yet (STP).
+        """
+        mac = await self.learn_macs()
         if not mac:
             log.warning("no guest_mac configured and QEMU does not tell: no announcement")
             return
-        seen = await asyncio.to_thread(self.flows.guest_addresses, MAX_ANNOUNCED)
-        frames = announcements(mac, seen, self.config.network.guest_addresses)
+        await self._announce_now(mac)
+        end = time.monotonic() + FORWARDING_S
+        waited = self.reason
+        while not self.dp.port_forwarding and self.state is State.TAKEN_OVER:
+            if time.monotonic() > end:
+                log.error("%s; nobody is told where the guest is any more", self._deaf())
+                self.failures.append(self._deaf())
+                return
+            self.become(State.TAKEN_OVER, self._deaf())
+            await asyncio.sleep(PORT_S)
+            await asyncio.to_thread(self.dp.look_at_port)
+            if self.dp.port_forwarding and self.state is State.TAKEN_OVER:
+                self.become(State.TAKEN_OVER, waited)
+                await self._announce_now(mac)
+
+    def _deaf(self) -> str:
+        net = self.config.network
+        return (
+            f"{net.tap} is {self.dp.port_state} in {net.bridge}: nothing of the guest leaves "
+            "before the bridge's STP lets it"
+        )
+
+    async def _announce_now(self, mac: str) -> None:
+        first, table, epoch = bytes.fromhex(mac.replace(":", "")), self.dp.addresses, self.dp.epoch
+        own = (await asyncio.to_thread(table.own, first, epoch))[:MAX_ANNOUNCED]
+        macs = table.macs(epoch)[:MAX_ANNOUNCED]
+        frames = announcements(mac, own, macs, self.config.network.guest_addresses)
         log.info("announcing the guest: %d frames, %d times", len(frames), len(ANNOUNCE_TIMES))
         start = time.monotonic()
         for at in ANNOUNCE_TIMES:
             await asyncio.sleep(max(0.0, start + at - time.monotonic()))
             for frame in frames:
                 self.dp.injectors["forward"].send(frame)
-
-    async def _mac_from_qemu(self) -> str:
-        try:
-            filters = await self.qmp.execute("query-rx-filter")
-        except QmpError:
-            return ""
-        return str(filters[0].get("main-mac", "")) if filters else ""

@@ -20,6 +20,7 @@ VERSION = 3
 MIN_VERSION = 3  # of what this release can still speak
 MAX_LINE = 65536
 MAX_FLOWS_TEXT = 61440
+LONG = ("flows", "addresses")
 
 #: type -> {field: type}. Every field is required; unknown ones are refused (but in hello).
 MESSAGES: dict[str, dict[str, type]] = {
@@ -41,6 +42,9 @@ MESSAGES: dict[str, dict[str, type]] = {
         "promise": bool,
         "role": str,
     },
+    # P, before `begin n`: addresses that its guest has said to have, and MAC addresses that it
+    # sends with, as AddressTable.export() gives them, in hexadecimal; not sent if there are none
+    "claims": {"n": int, "addresses": str, "macs": str},
     # S: QEMU waits for the migration and the data path is ready; `qemu`: which one since this
     # controller started
     "ready": {"epoch": int, "qemu": int},
@@ -108,7 +112,7 @@ def check(msg: dict[str, Any]) -> None:
             raise WireError(f"{kind}.{name}: {type(v).__name__} where {typ.__name__} is needed")
         if isinstance(v, int) and not 0 <= v < 1 << 64:
             raise WireError(f"{kind}.{name}: {v} out of range")
-        if isinstance(v, str) and len(v) > (MAX_FLOWS_TEXT if name == "flows" else 4096):
+        if isinstance(v, str) and len(v) > (MAX_FLOWS_TEXT if name in LONG else 4096):
             raise WireError(f"{kind}.{name}: {len(v)} characters")
 
 

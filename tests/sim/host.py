@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from colo_xdp import abi, wire
 from colo_xdp.abi import SIDE_PVM, SIDE_SVM, Bond, Mode, Source
+from colo_xdp.addresses import AddressTable
 from colo_xdp.beacon import Beacons, Flag, Word, session_key
 from colo_xdp.failover import Ending
 from colo_xdp.hooks import Look
@@ -326,6 +327,8 @@ class SimDataPath:
         self.injectors = {n: _Injector(self, n) for n in names}
         self.objects = SimpleNamespace(map=lambda name: _Flows(side), events="ring")
         self.reader = SimpleNamespace(fds=[], capacity=0)
+        self.addresses = AddressTable(MapDict(), MapDict())  # the guests here do without ARP
+        self.port_state, self.port_forwarding = "", True
 
     @staticmethod
     def begin(side: Side) -> None:
@@ -471,6 +474,15 @@ class SimDataPath:
     def arrived(self) -> int:
         return self._side.arrived
 
+    def watch_guest(self) -> None:
+        pass
+
+    def is_at(self, first: bytes, *others: bytes) -> None:
+        pass
+
+    def look_at_port(self) -> None:
+        pass
+
     def drain(self, sink: Callable[[Event], None], limit: int = 1 << 30) -> int:
         n = 0
         while self._side.ring and n < limit and not self.dead:
@@ -519,6 +531,20 @@ class _Injector:
                 self._name, completed(Leaving(frame, gso_size, partial)), gso_size
             )
         return True
+
+
+class MapDict(dict[bytes, bytes]):
+    """A map without a kernel."""
+
+    info = SimpleNamespace(max_entries=256)
+
+    def set(self, key: bytes, value: bytes) -> None:
+        if len(self) >= self.info.max_entries and key not in self:
+            raise OSError(7, "map update: Argument list too long")
+        self[key] = value
+
+    def delete(self, key: bytes) -> bool:
+        return self.pop(key, None) is not None
 
 
 class _Flows:
@@ -826,6 +852,9 @@ class SimQmp:
 
     async def lost_heartbeat(self, timeout: float | None = None) -> None:
         (await self._call("x-colo-lost-heartbeat")).lost_heartbeat()
+
+    async def guest_macs(self, tap: str) -> list[str]:
+        return ["52:54:00:00:00:02"]
 
     async def execute(self, command: str, args: Any = None, timeout: Any = None) -> Any:
         q = await self._call(command)

@@ -22,7 +22,7 @@ def enum(name: str) -> dict[str, int]:
 def define(name: str) -> int:
     m = re.search(rf"#define {name}\s+(\w+?)u?\b", HEADER)
     assert m, name
-    return int(m[1].rstrip("u"), 0)
+    return int(m[1].rstrip("uUL"), 0)
 
 
 def struct_size(name: str) -> int:
@@ -63,6 +63,10 @@ def test_numbers() -> None:
     assert struct_size("colo_dgram") == abi.DGRAM.size
     assert define("EV_PARTIAL") == abi.EV_PARTIAL
     assert define("EV_VLAN") == abi.EV_VLAN
+    assert define("MAC_KNOWN") == abi.MAC_KNOWN
+    assert define("MAC_ALL") == abi.MAC_ALL
+    assert define("CLAIM_SAYS_ROUTER") == abi.CLAIM_SAYS_ROUTER
+    assert define("CLAIM_ROUTER") == abi.CLAIM_ROUTER
 
 
 def test_shapes() -> None:
@@ -72,6 +76,8 @@ def test_shapes() -> None:
     assert struct_size("colo_flow") == abi.FLOW.size
     assert struct_size("colo_conn") == abi.CONN.size
     assert struct_size("colo_client") == abi.CLIENT.size
+    assert struct_size("colo_address") == abi.ADDRESS.size
+    assert struct_size("colo_claim") == abi.CLAIM.size
 
 
 def test_kind_and_epoch_fit_the_tag() -> None:

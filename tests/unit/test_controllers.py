@@ -14,11 +14,13 @@ from typing import Any
 import pytest
 
 from colo_xdp.abi import Bond, Mode, Source
+from colo_xdp.addresses import AddressTable
 from colo_xdp.beacon import Flag, Word
 from colo_xdp.checkpointing import Checkpoint, CheckpointFailed, Want
 from colo_xdp.config import load
 from colo_xdp.failover import Action, State, decide
 from colo_xdp.hooks import Look
+from colo_xdp.nic import NicError
 from colo_xdp.primary import Primary
 from colo_xdp.qmp import QmpTimeout
 from colo_xdp.qmp_event import QmpEvent
@@ -29,7 +31,8 @@ from colo_xdp.secondary import Secondary
 from colo_xdp.speaker import Seen, Speaker, StoreError, boot_ns
 from colo_xdp.ticker import TICK_S
 from colo_xdp.wire import encode
-from tests.netns.frames import tcp, udp
+from tests.netns.frames import GUEST_MAC, tcp, udp
+from tests.sim.host import MapDict
 from tests.unit.test_giving import Pair
 
 EXAMPLES = Path(__file__).parents[2] / "deploy/examples"
@@ -63,6 +66,18 @@ class FakeDataPath:
         self.base_epoch = self.peer_stopped = self.closed = 0
         self.undecided = False
         self.unmirrored: set[bytes] = set()
+        self.addresses = AddressTable(MapDict(), MapDict())
+        self.port_state, self.port_forwarding = "", True
+        self.macs: list[bytes] = []
+
+    def is_at(self, *macs: bytes) -> None:
+        self.macs = list(macs)
+
+    def watch_guest(self) -> None:
+        pass
+
+    def look_at_port(self) -> None:
+        pass
 
     def lost_events(self) -> int:
         return 0
@@ -722,8 +737,8 @@ class FakeQmp:
     async def trigger_checkpoint(self) -> None:
         self.said.append("checkpoint")
 
-    async def execute(self, command: str) -> list[Any]:
-        return []
+    async def guest_macs(self, tap: str) -> list[str]:
+        return ["52:54:00:12:34:56", "52:54:00:12:34:57"]
 
 
 BEAT = {
@@ -1517,3 +1532,63 @@ def test_a_persons_word_does_not_count_for_ever(
     c._order("failover", -1)
     c.state = State.TAKEN_OVER
     assert not c.facts().operator and not caplog.text, "it did come about"
+
+
+def test_the_primary_tells_what_its_guest_has_said_before_the_checkpoint() -> None:
+    """What the copied state knows of itself; nothing is said where there is nothing to say."""
+
+    async def body() -> None:
+        for mine in ([], [GUEST_MAC]):
+            c, dp, sent = primary()
+            c.peer.connected = True  # type: ignore[misc]
+            c.qmp = FakeQmp()  # type: ignore[assignment]
+            dp.addresses.told(3, b"", b"".join(mine))
+            task = asyncio.ensure_future(c._checkpoint(Want("operator", "asked")))
+            while "begin" not in sent.kinds():
+                await asyncio.sleep(0)
+            task.cancel()
+            told = [m for m in sent if m["type"] == "claims"]
+            assert [m["macs"] for m in told] == [GUEST_MAC.hex() for _ in mine]
+            if told:
+                assert sent.kinds().index("claims") < sent.kinds().index("begin")
+                encode("claims", **{k: v for k, v in told[0].items() if k != "type"})
+                s, there, _ = secondary()
+                s.on_message(told[0])
+                assert there.addresses.macs(8) == mine and there.addresses.macs(7) == []
+                s.on_message(told[0] | {"n": 7})  # late: this epoch is already here
+                s.on_message(told[0] | {"macs": "00"})  # damaged: one warning, no more
+                assert there.addresses.macs(7) == []
+
+    in_loop(body)
+
+
+def test_the_data_path_learns_whose_frames_it_mirrors() -> None:
+    class Unsure(FakeQmp):
+        async def guest_macs(self, tap: str) -> list[str]:
+            raise NicError("several cards")
+
+    async def body() -> None:
+        c, dp, _ = primary()
+        c.config = replace(c.config, network=replace(c.config.network, guest_mac=""))
+        c.qmp = FakeQmp()  # type: ignore[assignment]
+        c._qmp_event(event("NIC_RX_FILTER_CHANGED", 1, 1))
+        while not dp.macs:
+            await asyncio.sleep(0)
+        assert [m.hex(":") for m in dp.macs] == ["52:54:00:12:34:56", "52:54:00:12:34:57"]
+        c.qmp = Unsure()  # type: ignore[assignment]
+        dp.macs = []
+        assert await c.learn_macs() == "" and not dp.macs, "it goes on mirroring everything"
+        c.config = replace(
+            c.config, network=replace(c.config.network, guest_mac="02:00:00:00:00:09")
+        )
+        assert await c.learn_macs() == "02:00:00:00:00:09"
+        assert dp.macs == [bytes.fromhex("020000000009")]
+
+    in_loop(body)
+
+
+def test_a_guest_behind_a_port_that_does_not_forward_does_not_speak() -> None:
+    c, dp, _ = primary(Mode.BYPASS)
+    assert permission(c)["speaks"] is True
+    dp.port_forwarding = False
+    assert permission(c)["speaks"] is False

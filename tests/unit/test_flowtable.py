@@ -110,11 +110,3 @@ def test_an_offset_for_good_is_not_swept_with_its_epoch(monkeypatch: pytest.Monk
     monkeypatch.setattr("time.monotonic_ns", lambda: 2 * 10**15)
     t.sweep(9)
     assert not m and t.translated == 0
-
-
-def test_addresses_of_the_guest_are_bounded() -> None:
-    t, m = table()
-    m.update({key(n, vlan): value(1, 1) for n, vlan in ((1, 0), (2, 0), (3, 7))})
-    guest = key(1)[:16]
-    assert t.guest_addresses(9) == {(guest, 0), (guest, 7)}
-    assert len(t.guest_addresses(1)) == 1

@@ -11,11 +11,12 @@ import pytest
 
 PACKAGE = Path(__file__).parents[2] / "colo_xdp"
 PURE = (
-    "_seq", "abi", "beacon", "checks", "compare", "comparer", "config", "config_keys",
-    "corpus/__init__",
+    "_seq", "abi", "announce", "beacon", "checks", "claims", "compare", "comparer", "config",
+    "config_keys", "corpus/__init__",
     "corpus/craft", "corpus/play", "counters", "datagram", "explain", "failover",
     "fastgram", "fastpath", "flow", "flows", "fragments", "giving", "hexdump", "history",
-    "guest_event", "journal", "limits", "marked", "marks", "openings", "packet", "pacing", "disks",
+    "guest_event", "journal", "limits", "marked", "marks", "nic", "openings", "packet", "pacing",
+    "disks",
     "policy", "qmp_event", "reasons", "record", "replay", "rewrite", "segment", "status", "stream",
     "suggest", "tcp_state", "tier_k", "twin", "uncompared", "window", "wire",
 )  # fmt: skip

@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Which of QEMU's network cards is at the guest's tap. Pure.
+
+QMP does not tell (there is no query-netdev before QEMU 8, and none that names a tap); the monitor's
+`info network` does, a card per line with what it is connected to below:
+
+    virtio-net-pci.0: index=0,type=nic,model=virtio-net-pci,macaddr=52:54:00:00:00:01
+     \\ n0: index=0,type=tap,ifname=tap-web1,script=no,downscript=no
+
+A tap that was handed over as a descriptor (libvirt) says `fd=9` and no name.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+_CARD = re.compile(r"(\S[^:]*): index=\d+,type=nic,.*?macaddr=([0-9a-fA-F:]{17})")
+_PEER = re.compile(r" \\ \S[^:]*: index=\d+,type=tap,(?:.*,)?ifname=([^,]+)")
+
+
+class NicError(ValueError):
+    """It cannot be told which card it is; the text says what to do."""
+
+
+@dataclass(slots=True)
+class Card:
+    """A card of the guest; `tap`: the device that it is at, if QEMU says so."""
+
+    name: str
+    mac: str
+    tap: str = ""
+
+
+def at_tap(text: str, tap: str) -> Card:
+    """The card that is at `tap`, from the answer to `info network`.
+
+    Raises NicError when there is none, or when more than one might be it.
+    """
+    cards: dict[str, Card] = {}
+    last: Card | None = None
+    for line in text.splitlines():
+        if m := _CARD.match(line):
+            last = cards.setdefault(m[1], Card(m[1], m[2]))
+        elif (m := _PEER.match(line)) and last is not None:
+            last.tap = m[1]
+        elif not line.startswith(" "):
+            last = None
+    there = [c for c in cards.values() if c.tap == tap]
+    if len(there) == 1:
+        return there[0]
+    unknown = [c for c in cards.values() if not c.tap]
+    if not there and len(unknown) == 1 == len(cards):
+        return unknown[0]
+    names = ", ".join(f"{c.name} {c.mac} at {c.tap or 'an unnamed device'}" for c in cards.values())
+    raise NicError(
+        f"which of the guest's network cards is at {tap} cannot be told "
+        f"({names or 'it has none'}): set [network] guest_mac"
+    )
