@@ -128,7 +128,9 @@ enum colo_reason {
 	R_HAND_BUSY = 31,     /* another CPU kept the connection for too long: this frame only */
 	R_HAND_HELPER = 32,   /* a kernel helper refused */
 	R_LEASE_OVER = 33,    /* dropped: the permission to speak has ended (COLO_LEASE) */
-	R_MAX = 34,
+	/* dropped: its checksum or segmentation cannot be carried (offload.h) */
+	R_OFFLOAD_REFUSED = 34,
+	R_MAX = 35,
 };
 
 enum colo_source {
@@ -137,8 +139,10 @@ enum colo_source {
 	SRC_CLIENT = 2, /* at S: a mirrored frame for the SVM */
 };
 
-#define EV_PARTIAL 1u /* checksum holds the pseudo header's sum only */
+#define EV_PARTIAL 1u /* TCP's or UDP's checksum holds the pseudo header's sum only */
 #define EV_VLAN	   2u /* vlan_tci/vlan_proto were in the skb's metadata */
+/* Another checksum, at csum_start + csum_offset, is to be completed by user space. */
+#define EV_UNSUMMED 4u
 
 /* Head of each event; the frame's bytes follow. Host byte order. */
 struct colo_event {
@@ -151,7 +155,9 @@ struct colo_event {
 	__u8 source;	  /* enum colo_source */
 	__u8 flags;	  /* EV_* */
 	__u32 captured;	  /* colo_conn.captured of this frame; 0: not of a connection of fast.h */
-	__u32 pad;
+	__u16 csum_start; /* EV_UNSUMMED: from the start of `frame`; as virtio_net_hdr's */
+	__u8 csum_offset;
+	__u8 gso_type; /* virtio_net_hdr's; 0: no GSO, or not known here */
 };
 
 struct colo_count {

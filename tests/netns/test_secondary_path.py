@@ -205,11 +205,13 @@ def test_a_checkpoint_holds_both_directions_and_voids_offsets(host: Host) -> Non
     assert {e.source for e in got} == {abi.Source.SVM, abi.Source.CLIENT}
     host.dp.epoch = 1
     client = next(e for e in got if e.source == abi.Source.CLIENT)
-    host.dp.injectors["deliver"].send(client.frame, client.gso_size, client.partial)
+    host.dp.injectors["deliver"].send(
+        client.frame, client.gso_size, client.partial, client.gso_type
+    )
     seen = host.guest.recv(lambda f: b"client" in f)
     assert seen is not None and parse(seen).ack == ISN_P + 1, "the SVM is the PVM's copy now"
     svm = next(e for e in got if e.source == abi.Source.SVM)
-    host.dp.injectors["forward"].send(svm.frame, svm.gso_size, svm.partial)
+    host.dp.injectors["forward"].send(svm.frame, svm.gso_size, svm.partial, svm.gso_type)
     out = host.peer.wait(lambda f: b"held" in f)
     assert out is not None
     assert struct.unpack_from("!HH", out[1], 12) == (abi.TPID, 2 << 13 | 1)
