@@ -14,7 +14,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from qemu.qmp import QMPClient
@@ -30,6 +30,10 @@ log = logging.getLogger("colo_xdp.qmp")
 #: x-checkpoint-delay: an hour, so that checkpoints happen on request only.
 IDLE_DELAY_MS = 3_600_000
 MAX_BANDWIDTH = 8 << 30
+
+#: what a guest may hand over for others to do and that is not carried everywhere (bpf/offload.h):
+#: properties of virtio-net devices
+HOST_OFFLOADS = ("host_tunnel", "host_tunnel_csum", "host_ufo", "host_uso")
 
 
 class QmpError(RuntimeError):
@@ -47,6 +51,7 @@ class QemuInfo:
     version: tuple[int, int, int]
     kvm: bool
     status: str
+    offers: frozenset[str] = frozenset()  # of HOST_OFFLOADS, those that a network card offers
 
 
 def realtime_offset_ns() -> int:
@@ -175,6 +180,20 @@ class Qmp:
         status = (await self.execute("query-status"))["status"]
         return QemuInfo((v["major"], v["minor"], v["micro"]), kvm, status)
 
+    async def offers(self) -> frozenset[str]:
+        """Which of HOST_OFFLOADS the guest's virtio-net devices offer it."""
+        found = set()
+        for place in ("/machine/peripheral", "/machine/peripheral-anon"):
+            for child in await self.execute("qom-list", {"path": place}):
+                if not child["type"].startswith("child<virtio-net"):
+                    continue
+                path = f"{place}/{child['name']}"
+                known = {p["name"] for p in await self.execute("qom-list", {"path": path})}
+                for name in known.intersection(HOST_OFFLOADS):
+                    if await self.execute("qom-get", {"path": path, "property": name}):
+                        found.add(name)
+        return frozenset(found)
+
     async def status(self, timeout: float | None = None) -> str:
         """Run state (`running`, `colo`, `inmigrate`, ...)."""
         return str((await self.execute("query-status", timeout=timeout))["status"])
@@ -255,7 +274,8 @@ def probe(path: str, timeout: float) -> QemuInfo:
     async def ask() -> QemuInfo:
         q = Qmp(path, "qemu", timeout, lambda e: None, lambda why: None)
         try:
-            return await q.connect()
+            info = await q.connect()
+            return replace(info, offers=await q.offers())
         finally:
             await q.close()
 
