@@ -140,7 +140,9 @@ enum colo_reason {
 	R_ADDRESSES_FULL = 36, /* no room to note an address of the guest: not announced */
 	R_MAC_MOVED = 37,      /* another machine sends with a MAC that was the guest's */
 	R_ADDRESS_MOVED = 38,  /* another machine says to have an address that was the guest's */
-	R_MAX = 39,
+	/* dropped: its checksum or segmentation cannot be carried (offload.h) */
+	R_OFFLOAD_REFUSED = 39,
+	R_MAX = 40,
 };
 
 enum colo_source {
@@ -149,8 +151,10 @@ enum colo_source {
 	SRC_CLIENT = 2, /* at S: a mirrored frame for the SVM */
 };
 
-#define EV_PARTIAL 1u /* checksum holds the pseudo header's sum only */
+#define EV_PARTIAL 1u /* TCP's or UDP's checksum holds the pseudo header's sum only */
 #define EV_VLAN	   2u /* vlan_tci/vlan_proto were in the skb's metadata */
+/* Another checksum, at csum_start + csum_offset, is to be completed by user space. */
+#define EV_UNSUMMED 4u
 
 /* Head of each event; the frame's bytes follow. Host byte order. */
 struct colo_event {
@@ -163,7 +167,9 @@ struct colo_event {
 	__u8 source;	  /* enum colo_source */
 	__u8 flags;	  /* EV_* */
 	__u32 captured;	  /* colo_conn.captured of this frame; 0: not of a connection of fast.h */
-	__u32 pad;
+	__u16 csum_start; /* EV_UNSUMMED: from the start of `frame`; as virtio_net_hdr's */
+	__u8 csum_offset;
+	__u8 gso_type; /* virtio_net_hdr's; 0: no GSO, or not known here */
 };
 
 struct colo_count {

@@ -15,7 +15,8 @@
 #ifndef COLO_DATAGRAM_H
 #define COLO_DATAGRAM_H
 
-/* Neither tagged nor in pieces nor several in one, and all lengths say the same. */
+/* Neither tagged nor in pieces nor several in one, all lengths say the same, and no other checksum
+ * than its own is partial: not that of something within, which the SVM's copy may have in full. */
 static __always_inline int is_plain_datagram(struct __sk_buff *skb, const struct pkt *p)
 {
 	__be16 size;
@@ -23,7 +24,7 @@ static __always_inline int is_plain_datagram(struct __sk_buff *skb, const struct
 	if (skb->vlan_present || skb->gso_size || p->l3_off != 14 ||
 	    p->l4_off != (p->is_v6 ? 54 : 34))
 		return 0;
-	if (!is_whole(skb, p->l4_off + 8 + p->payload_len))
+	if (!is_whole(skb, p->l4_off + 8 + p->payload_len) || sums_elsewhere(skb, p))
 		return 0;
 	if (bpf_skb_load_bytes(skb, p->l4_off + 4, &size, 2))
 		return 0;
@@ -78,7 +79,6 @@ static __always_inline u32 prepare_datagram(struct __sk_buff *skb, const struct 
 	w->len = len;
 	w->moves = size;
 	w->l4 = p->l4_off;
-	w->partial = p->csum_at;
 	w->at = p->l4_off + 8;
 	w->seq = (meets ? c->rel : c->nxt) + sizeof(*d);
 	w->left = len;
@@ -98,7 +98,7 @@ static __always_inline u32 finish_datagram(struct __sk_buff *skb, struct colo_co
 		d = record_at(st, c, c->nxt);
 		d->ts_ns = w->now;
 		d->len = w->len;
-		d->partial = is_partial(skb, w->partial); /* spoils a frame that ends here */
+		d->partial = is_partial(skb);
 		c->nxt += (u32)w->moves;
 		c->ahead = w->side;
 		settle(c, w->now, 0);

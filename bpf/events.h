@@ -31,37 +31,24 @@ static __always_inline struct colo_scratch *my_scratch(void)
 }
 #endif
 
-/*
- * CHECKSUM_PARTIAL is not visible to BPF, but bpf_l4_csum_replace() leaves the
- * field alone exactly then. The frame is about to be dropped, so the probe may
- * spoil it. `at`: offset of the TCP or UDP checksum field, 0 if there is none.
- */
-static __always_inline int is_partial(struct __sk_buff *skb, u32 at)
-{
-	u16 before = 0, after = 0;
-
-	if (!at || bpf_skb_load_bytes(skb, at, &before, 2))
-		return 0;
-	if (bpf_l4_csum_replace(skb, at, 0, bpf_htons(0x0101), 2))
-		return 0;
-	if (bpf_skb_load_bytes(skb, at, &after, 2))
-		return 0;
-	return before == after;
-}
-
-/* Copies the frame out. Returns the reason to count: R_CAPTURED, or why not. */
-static __always_inline u32 capture(struct __sk_buff *skb, u8 source, u32 epoch, u32 csum_at,
+/* Copies the frame out, which then has to be dropped: it may be spoilt. Returns the reason to count:
+ * R_CAPTURED, or why not. */
+static __always_inline u32 capture(struct __sk_buff *skb, const struct pkt *p, u8 source, u32 epoch,
 				   u32 captured)
 {
+	u32 gso = gso_type(skb, p);
 	u64 len = skb->len;
 	struct colo_event head = {};
 
 	if (len < 14 || len > COLO_MAX_EVENT_FRAME)
 		return R_TOO_LARGE;
+	if (gso == GSO_REFUSED)
+		return R_OFFLOAD_REFUSED;
 	head.ts_ns = bpf_ktime_get_ns();
 	head.len = len;
 	head.epoch = epoch;
 	head.gso_size = skb->gso_size;
+	head.gso_type = gso;
 	head.source = source;
 	head.captured = captured;
 	if (skb->vlan_present) {
@@ -70,10 +57,8 @@ static __always_inline u32 capture(struct __sk_buff *skb, u8 source, u32 epoch, 
 		head.vlan_proto = skb->vlan_proto;
 	}
 #ifdef COLO_EVENTS_PERF
-	if (is_partial(skb, csum_at))
-		head.flags |= EV_PARTIAL; /* the probe spoils full checksums: undo */
-	else if (csum_at)
-		bpf_l4_csum_replace(skb, csum_at, bpf_htons(0x0101), 0, 2);
+	if (csum_offload(skb, p, &head))
+		return R_OFFLOAD_REFUSED;
 	int lost = events.perf_submit_skb(skb, (u32)len, &head, sizeof(head));
 
 	return lost ? R_RING_FULL : R_CAPTURED;
@@ -88,8 +73,8 @@ static __always_inline u32 capture(struct __sk_buff *skb, u8 source, u32 epoch, 
 		return R_TOO_LARGE;
 	if (bpf_skb_load_bytes(skb, 0, s->frame, len))
 		return R_HELPER_FAILED;
-	if (is_partial(skb, csum_at))
-		head.flags |= EV_PARTIAL;
+	if (csum_offload(skb, p, &head))
+		return R_OFFLOAD_REFUSED;
 	s->head = head;
 	if (events.ringbuf_output(s, sizeof(head) + len, 0))
 		return R_RING_FULL;

@@ -84,6 +84,8 @@ static __always_inline int is_plain(struct __sk_buff *skb, const struct pkt *p,
 		return 0;
 	if (side == SIDE_PVM && !p->is_v6 && !(w->old[NEAR_FRAG] & 0x40))
 		return 0;
+	if (skb->gso_size && cut_elsewise(skb, p))
+		return 0;
 	if (p->doff == 20)
 		return 1;
 	if (p->doff != 32 || bpf_skb_load_bytes(skb, p->l4_off + 20, &option, 4))
@@ -223,7 +225,6 @@ static __always_inline u32 prepare_segment(struct __sk_buff *skb, const struct p
 	w->win = win;
 	w->l4 = p->l4_off;
 	w->doff = p->doff;
-	w->partial = p->csum_at;
 	w->at = p->l4_off + p->doff;
 	w->seq = p->seq;
 	w->equal = w->again ? len : w->meets ? (len < out ? len : out) : 0;
@@ -296,7 +297,7 @@ static __always_inline u32 finish_segment(struct __sk_buff *skb, struct colo_con
 		}
 	} else if (act == ACT_PIECES) {
 		reason = (u32)w->upto == c->rel ? R_FAST_ACKED : R_FAST_REBUILT;
-		w->partial = is_partial(skb, w->partial);
+		w->partial = is_partial(skb);
 		if (send_pieces(skb, c, st, w))
 			reason = R_HELPER_FAILED;
 	}

@@ -1,6 +1,8 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
  * From a frame to one `struct pkt`: the only place that steps through headers.
+ * colo_xdp/packet.py stops at the same places (tests/bpf/test_parsers.py): what is compared as TCP
+ * there has been translated as TCP here.
  *
  * parse_skb() and parse_xdp() share one body, so that both hooks decide alike.
  * Headers are read in place: a load helper costs more than the whole parser. A
@@ -50,7 +52,7 @@ struct pkt {
 	__be16 ethertype; /* behind all tags */
 	__u8 l4_proto;	  /* PROTO_*, also of a fragment; 0: not IP (or PROTO_HOPOPTS) */
 	__u8 is_v6;
-	__u8 frag;   /* any fragment, first and atomic ones too: never translated */
+	__u8 frag;   /* any fragment, the first too, but no atomic one: never translated */
 	__u8 is_tcp; /* whole TCP header is there: the TCP fields hold */
 	__u8 is_udp; /* whole UDP header is there: ports and payload_len hold */
 	__u8 flags;  /* TCP_*, the 14th byte of the TCP header */
@@ -59,6 +61,13 @@ struct pkt {
 
 /* LLVM folds range tests away that the verifier needs; it cannot fold this. Changes no value. */
 #define VERIFIER_BOUND(x, mask) asm volatile("%0 &= %1" : "+r"(x) : "i"(mask))
+
+/* 0x9100: what QinQ was tagged with before 802.1ad; the kernel never takes it off. */
+static __always_inline int is_tag(__be16 ethertype)
+{
+	return ethertype == bpf_htons(0x8100) || ethertype == bpf_htons(0x88A8) ||
+	       ethertype == bpf_htons(0x9100);
+}
 
 /* `need` bytes are not all in the linear part: are they in the frame at all? */
 static __always_inline int parse_short(u64 need, u64 len)
@@ -88,7 +97,7 @@ static __always_inline int parse_frame(void *data, void *end, u64 len, u32 tags,
 	ethertype = *(__be16 *)(h + 12);
 #pragma unroll
 	for (int i = 0; i < COLO_VLAN_DEPTH; i++) {
-		if (ethertype != bpf_htons(0x8100) && ethertype != bpf_htons(0x88A8))
+		if (!is_tag(ethertype))
 			break;
 		h = data + off;
 		off += 4;
@@ -99,7 +108,7 @@ static __always_inline int parse_frame(void *data, void *end, u64 len, u32 tags,
 		vlan = vlan << 16 | (bpf_ntohs(*(__be16 *)h) & 0x0FFF);
 		ethertype = *(__be16 *)(h + 2);
 	}
-	if (ethertype == bpf_htons(0x8100) || ethertype == bpf_htons(0x88A8))
+	if (is_tag(ethertype))
 		return PARSE_BAD;
 	p->vlan = vlan + zero;
 	p->l3_off = off + zero;
@@ -151,13 +160,15 @@ static __always_inline int parse_frame(void *data, void *end, u64 len, u32 tags,
 		}
 		if (proto == PROTO_HOPOPTS || proto == PROTO_ROUTING || proto == PROTO_DSTOPTS)
 			return PARSE_BAD;
-		frag = proto == PROTO_FRAGMENT;
-		if (frag) {
+		/* Behind it no other extension header is stepped over: RFC 8200 4.1 has none but one. */
+		if (proto == PROTO_FRAGMENT) {
 			h = data + off;
 			if (off + 8 > stop)
 				return PARSE_BAD;
 			if ((void *)h + 8 > end)
 				return parse_short(off + 8, len);
+			/* Else an atomic one: a whole packet (RFC 6946). */
+			frag = (*(__be16 *)(h + 2) & bpf_htons(0xFFF9)) != 0;
 			proto = h[0];
 			off += 8;
 		}
@@ -236,8 +247,8 @@ static __always_inline int parse_skb(struct __sk_buff *skb, struct pkt *p)
 	u64 zero = ctx->len - ctx->len; /* two reads: nobody but us knows that they agree */
 	int err = PARSE_BAD;
 
-	p->csum_at = 0;
-	p->is_tcp = p->is_udp = 0;
+	p->csum_at = zero;
+	p->is_tcp = p->is_udp = zero; /* what is looked at behind a loop is to look alike */
 	if (skb->vlan_present) {
 		tags = 1;
 		vlan = skb->vlan_tci & 0x0FFF;

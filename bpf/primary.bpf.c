@@ -17,9 +17,10 @@
 #include "colo_common.h"
 #include "colo_config.h"
 #include "colo_maps.h"
-#include "events.h"
 #include "parsing.h"
 #include "addresses.h"
+#include "offload.h"
+#include "events.h"
 #ifdef COLO_FAST
 #include "way.h"
 #include "fast.h"
@@ -138,7 +139,7 @@ int pvm_out(struct __sk_buff *skb)
 			reason = R_CONTROLLER_LOST_HELD;
 		}
 	} else {
-		reason = capture(skb, SRC_PVM, epoch, p.csum_at, captured);
+		reason = capture(skb, &p, SRC_PVM, epoch, captured);
 	}
 	return finish(PROG_PVM_OUT, reason, len, verdict);
 }
@@ -172,8 +173,7 @@ int svm_arrival(struct __sk_buff *skb)
 			if (fate)
 				reason = fate;
 			else
-				reason = capture(skb, SRC_SVM, tci & COLO_EPOCH_MASK, p.csum_at,
-						 captured);
+				reason = capture(skb, &p, SRC_SVM, tci & COLO_EPOCH_MASK, captured);
 		}
 	}
 	return finish(PROG_SVM_ARRIVAL, reason, len, verdict);

@@ -19,9 +19,10 @@
 #include "colo_common.h"
 #include "colo_config.h"
 #include "colo_maps.h"
-#include "events.h"
 #include "parsing.h"
 #include "addresses.h"
+#include "offload.h"
+#include "events.h"
 #include "csum.h"
 #include "flow.h"
 #include "rewrite.h"
@@ -112,8 +113,8 @@ int svm_in(struct __sk_buff *skb)
 	} else if (mode == MODE_CHECKPOINT) {
 		struct pkt p = {};
 
-		parse_skb(skb, &p); /* only for the place of the checksum */
-		reason = capture(skb, SRC_CLIENT, epoch, p.csum_at, 0);
+		parse_skb(skb, &p); /* only for the offloads */
+		reason = capture(skb, &p, SRC_CLIENT, epoch, 0);
 	} else {
 		reason = translate(skb, 1, mode, epoch);
 		if (reason != R_HELPER_FAILED)
@@ -160,8 +161,8 @@ int svm_out(struct __sk_buff *skb)
 	if (mode == MODE_CHECKPOINT) {
 		struct pkt p = {};
 
-		parse_skb(skb, &p); /* only for the place of the checksum */
-		reason = capture(skb, SRC_SVM, epoch, p.csum_at, 0);
+		parse_skb(skb, &p); /* only for the offloads */
+		reason = capture(skb, &p, SRC_SVM, epoch, 0);
 	} else if (mode == MODE_TAKEOVER && silenced()) {
 		reason = R_LEASE_OVER;
 	} else if (mode == MODE_RUN || mode == MODE_TAKEOVER) {

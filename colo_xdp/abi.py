@@ -20,6 +20,7 @@ KIND_SVM = 2
 
 EV_PARTIAL = 1
 EV_VLAN = 2
+EV_UNSUMMED = 4
 
 
 class Mode(IntEnum):
@@ -148,7 +149,21 @@ class Reason(IntEnum):
     ADDRESSES_FULL = 36
     MAC_MOVED = 37
     ADDRESS_MOVED = 38
-    MAX = 39
+    OFFLOAD_REFUSED = 39
+    MAX = 40
+
+
+class Gso(IntEnum):
+    """struct virtio_net_hdr.gso_type without GSO_ECN (linux/virtio_net.h)."""
+
+    NONE = 0
+    TCPV4 = 1
+    UDP = 3  # UFO: one datagram, to be fragmented
+    TCPV6 = 4
+    UDP_L4 = 5  # USO: datagrams behind one header
+
+
+GSO_ECN = 0x80
 
 
 class Source(IntEnum):
@@ -163,8 +178,8 @@ PROGRAMS = {p.name.lower(): int(p) for p in Prog if p is not Prog.MAX}
 REASONS = {r.name.lower(): int(r) for r in Reason if r is not Reason.MAX}
 
 #: struct colo_event: ts_ns, len, epoch, gso_size, vlan_tci, vlan_proto, source, flags,
-#: captured, pad
-EVENT = struct.Struct("=QIIHHHBBII")
+#: captured, csum_start, csum_offset, gso_type
+EVENT = struct.Struct("=QIIHHHBBIHBB")
 #: struct colo_count: packets, bytes
 COUNT = struct.Struct("=QQ")
 #: struct colo_flow_key: guest, client (network order), ports (network order), vlan (host order)

@@ -223,7 +223,7 @@ class Engine:
                 if self.fast.enabled:
                     self._note(st, rec)
                 return
-            p.gso_size = rec.gso_size
+            p.datagram_size = rec.datagram_size
             self._svm_datagram(rec, p)
         elif ahead == 0:
             self._counters["svm_superseded"] += 1

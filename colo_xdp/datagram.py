@@ -23,10 +23,11 @@ from .tier_k import Givable
 Bodies = tuple[bytes, ...]
 
 
-def bodies(p: Packet, gso_size: int = 0) -> Bodies:
-    """What is compared of a frame: one body, or one for each datagram of a UDP GSO frame."""
-    if p.kind is Kind.UDP and 0 < gso_size < p.end - p.off:
-        return tuple(p.frame[i : min(i + gso_size, p.end)] for i in range(p.off, p.end, gso_size))
+def bodies(p: Packet, size: int = 0) -> Bodies:
+    """What is compared of a frame: one body, or one for each datagram of a UDP frame that stands
+    for several, `size` bytes each (Record.datagram_size)."""
+    if p.kind is Kind.UDP and 0 < size < p.end - p.off:
+        return tuple(p.frame[i : min(i + size, p.end)] for i in range(p.off, p.end, size))
     return (datagram_body(p),)
 
 
@@ -93,7 +94,7 @@ class DatagramFlow(Givable):
         """A frame of the PVM in the current epoch: release it or hold it."""
         host = self.host
         self.said += p.end - p.off
-        all_of_it = bodies(p, rec.gso_size)
+        all_of_it = bodies(p, rec.datagram_size)
         if not self.held and self._use(all_of_it):
             self.leave(rec, now_ns)
             return
@@ -109,13 +110,13 @@ class DatagramFlow(Givable):
         host.pvm_packets += 1
         host.pvm_bytes += len(rec.frame)
         self.held.append((rec, p, since_ns))
-        self.bodies.append(bodies(p, rec.gso_size))
+        self.bodies.append(bodies(p, rec.datagram_size))
         host.arm(self, since_ns + (host.grace_ns if self.copies else host.timeout_ns))
 
     def svm(self, p: Packet, now_ns: int) -> None:
         """A frame of the SVM of the current epoch: only compared, never sent anywhere."""
         host = self.host
-        for body in bodies(p, p.gso_size):
+        for body in bodies(p, p.datagram_size):
             if host.svm_packets >= host.max_packets:
                 host.count("svm_queue_full_dropped")
                 host.ask(Cause.QUEUE_FULL, self)

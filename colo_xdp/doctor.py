@@ -80,6 +80,29 @@ def _compiler(config: Config) -> Iterator[Check]:
         yield Check("ring buffer", WARN, "not on this kernel: perf buffers will be used")
 
 
+def _offloads(offers: frozenset[str]) -> Iterator[Check]:
+    """`offers`: of qmp.HOST_OFFLOADS, what the guest may use."""
+    from . import btf
+
+    why = btf.why_not()
+    if not why:
+        try:
+            btf.kernel_flags()
+        except (btf.BtfError, OSError) as e:
+            why = str(e)
+    # What a tunnel's inner frame is to be cut by is carried nowhere; how UDP is, where BTF tells.
+    lost = sorted(n for n in offers if n.startswith("host_tunnel") or why)
+    if lost:
+        yield Check("offloads", WARN, f"{', '.join(lost)}: what the guest sends with it is dropped"
+                    + (f" ({why})" if why else ""),
+                    f"-device virtio-net-pci,...,{','.join(f'{n}=off' for n in lost)}")  # fmt: skip
+    elif why:
+        yield Check("offloads", WARN, f"{why}: UDP with a gso_size is dropped, and so are partial "
+                    "checksums that are not TCP's or UDP's", "a kernel with BTF")  # fmt: skip
+    else:
+        yield Check("offloads", OK, "read from the kernel (BTF)")
+
+
 def _bpffs(config: Config) -> Iterator[Check]:
     from . import _bpf
 
@@ -232,6 +255,7 @@ def _qemu(config: Config) -> Iterator[Check]:
         yield Check("QEMU", FAIL, why)
         return
     yield Check("QEMU", OK, f"{version}, {'KVM' if info.kvm else 'TCG'}, {info.status}")
+    yield from _offloads(info.offers)
     if not info.kvm and info.version < (8, 0, 0):
         yield Check("QEMU", WARN, "COLO under TCG hangs with this version at the first checkpoint",
                     "use KVM, or for a trial the shim in colo_xdp/lab/bqlshim.c")  # fmt: skip

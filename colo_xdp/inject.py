@@ -12,19 +12,21 @@ import os
 import struct
 from collections import Counter
 
+from .abi import GSO_ECN, Gso
 from .packet import Kind, parse
 
 _VNET = struct.Struct("<BBHHHH")
 _PLAIN = bytes(10)
 NEEDS_CSUM = 1
-GSO_TCPV4, GSO_UDP, GSO_TCPV6, GSO_UDP_L4, GSO_ECN = 1, 3, 4, 5, 0x80
 
 
-def vnet_header(frame: bytes, gso_size: int, partial: bool) -> bytes:
-    """struct virtio_net_hdr, 10 bytes, for a frame as it was captured.
+def vnet_header(frame: bytes, gso_size: int, partial: bool, gso_type: int = 0) -> bytes:
+    """struct virtio_net_hdr, 10 bytes, for a frame as it was captured. `gso_type`: as there; of TCP
+    it may be 0, not known: then it is what the guests' stacks make of such a header.
 
     Raises ValueError when the frame claims an offload on something other than
-    TCP or UDP: the kernel would compute a checksum at the wrong place.
+    TCP or UDP: the kernel would compute a checksum at the wrong place; and when it is UDP of which
+    nobody knows whether it is one datagram or several.
     """
     if not partial and not gso_size:
         return _PLAIN
@@ -33,16 +35,19 @@ def vnet_header(frame: bytes, gso_size: int, partial: bool) -> bytes:
         raise ValueError(f"offload on a frame that is neither TCP nor UDP (protocol {p.proto})")
     l4 = p.l4
     tcp = p.proto == 6
-    gso_type = 0
     header = 0
-    if gso_size:
-        if tcp:
-            gso_type = GSO_TCPV6 if frame[p.l3] >> 4 == 6 else GSO_TCPV4
+    if not gso_size:
+        gso_type = 0
+    elif tcp:
+        if not gso_type:
+            gso_type = Gso.TCPV6 if frame[p.l3] >> 4 == 6 else Gso.TCPV4
             if frame[l4 + 13] & 0x80:
                 gso_type |= GSO_ECN
-            header = l4 + (frame[l4 + 12] >> 4) * 4
-        else:
-            gso_type, header = GSO_UDP_L4, l4 + 8
+        header = l4 + (frame[l4 + 12] >> 4) * 4
+    elif gso_type in (Gso.UDP, Gso.UDP_L4):
+        header = l4 + 8
+    else:
+        raise ValueError(f"UDP to be segmented, and not known how (type {gso_type})")
     return _VNET.pack(
         NEEDS_CSUM if partial else 0, gso_type, header, gso_size, l4, 16 if tcp else 6
     )
@@ -56,10 +61,14 @@ class Injector:
         self.sent = 0
         self.failed: Counter[str] = Counter()
 
-    def send(self, frame: bytes, gso_size: int = 0, partial: bool = False) -> bool:
+    def send(
+        self, frame: bytes, gso_size: int = 0, partial: bool = False, gso_type: int = 0
+    ) -> bool:
         """One frame; False when the kernel did not take it (to a guest: loss on the wire)."""
         try:
-            head = _PLAIN if not partial and not gso_size else vnet_header(frame, gso_size, partial)
+            head = _PLAIN
+            if partial or gso_size:
+                head = vnet_header(frame, gso_size, partial, gso_type)
             os.write(self.fd, head + frame)
         except ValueError:
             self.failed["offload"] += 1

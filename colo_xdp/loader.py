@@ -12,18 +12,21 @@ from __future__ import annotations
 import contextlib
 import ctypes as ct
 import hashlib
+import logging
 import os
 import platform
 import re
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from . import _bpf, abi, kheaders
+from . import _bpf, abi, btf, kheaders
+
+log = logging.getLogger("colo_xdp.loader")
 
 #: Source file and programs (with their kind) of each role.
 OBJECTS: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
@@ -205,6 +208,7 @@ class Options:
     events: str = "auto"
     rewrite_at_xdp: bool = False
     lease: bool = False  # nothing leaves after CFG_SPEAK_UNTIL_NS; needs Linux 5.8
+    btf: bool = True  # read offloads from the kernel's own structs, if it says where (btf.py)
 
 
 def compile_text(text: str) -> Any:
@@ -234,11 +238,13 @@ class Source:
     tc: tuple[str, ...]
     xdp: tuple[str, ...]
     events: str
+    btf: bool = False  # with btf.kernel_flags(), which the kernel in `tag` stands for
 
     @property
     def tag(self) -> str:
         """Changes with the text, its flags and the kernel."""
-        parts = (self.text, *self.flags, *self.tc, *self.xdp, self.events, platform.release())
+        kernel = f"{platform.release()} {platform.version()} {self.btf}"
+        parts = (self.text, *self.flags, *self.tc, *self.xdp, self.events, kernel)
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
@@ -267,7 +273,8 @@ def _source(role: str, directory: str, options: Options, events: str) -> Source:
         flags.append("-DCOLO_REWRITE_AT_XDP")
     else:
         xdp = ()
-    return Source(role, flatten(source_dir() / src), tuple(flags), tc, xdp, events)
+    text, told = flatten(source_dir() / src), options.btf and not btf.why_not()
+    return Source(role, text, tuple(flags), tc, xdp, events, told)
 
 
 class Objects:
@@ -284,6 +291,8 @@ class Objects:
         self.programs: dict[str, Program] = {}
         self.bpf: Any = None
         self.warm = headers is None
+        #: offloads are read where the kernel keeps them; else some are refused (bpf/offload.h)
+        self.btf = source.btf
         self._fds: list[int] = []
         self._maps: dict[str, int] = {}
         if headers is None:
@@ -293,12 +302,18 @@ class Objects:
 
     def _compile(self, source: Source, headers: kheaders.Headers) -> None:
         bcc = import_bcc()
+        flags = source.flags
+        if source.btf:
+            try:
+                flags += btf.kernel_flags()
+            except (btf.BtfError, OSError) as e:
+                raise Refused(f"{btf.VMLINUX}: {e}") from e
         if headers.path:
             os.environ["BCC_KERNEL_SOURCE"] = headers.path
         said: list[str] = []
         try:
             with _stderr_to(said):
-                self.bpf = bcc.BPF(text=source.text.encode(), cflags=list(source.flags))
+                self.bpf = bcc.BPF(text=source.text.encode(), cflags=list(flags))
                 funcs = {n: self.bpf.load_func(n.encode(), bcc.BPF.SCHED_CLS) for n in source.tc}
                 funcs |= {n: self.bpf.load_func(n.encode(), bcc.BPF.XDP) for n in source.xdp}
         except Exception as e:  # bcc raises bare Exception
@@ -493,7 +508,18 @@ def load(role: str, pair: str, bpffs: str, options: Options, home: str = "") -> 
         headers = kheaders.find()
     except kheaders.NoHeaders as e:
         raise LoadError(str(e)) from e
-    objects = Objects(source, directory, headers)
+    try:
+        objects = Objects(source, directory, headers)
+    except Refused as e:
+        if not source.btf:
+            raise
+        # bpf_probe_read_kernel() may be what this kernel does not allow (before 5.10, or locked).
+        blind = replace(source, btf=False)
+        if _pins(directory, blind):
+            return Objects(blind, directory, None)
+        objects = Objects(blind, directory, headers)  # its own error, if that was not it
+        log.warning("offloads are not read from the kernel: %s", str(e).splitlines()[0])
+        source = blind
     _forget(directory, ("primary_",) if role == "guest" else ())  # guest stands beside a primary
     objects.keep(source)
     return objects

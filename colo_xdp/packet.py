@@ -2,6 +2,8 @@
 """Bytes of an Ethernet frame -> Packet, parsed once; everything after works on Packet.
 
 Never raises: a frame that cannot be understood becomes OPAQUE with a named defect.
+It stops where bpf/parsing.h does (tests/bpf/test_parsers.py): a connection that the
+kernel does not translate is none that could be compared as TCP.
 Lengths come from the IP header, so Ethernet padding is no payload (QEMU's
 net/colo-compare.c takes the frame's size). Checksums are not looked at: with
 offloads they are not there yet. Sources: RFC 791, 8200, 9293, 7323, 2018, 6946,
@@ -16,8 +18,8 @@ from enum import IntEnum
 
 from . import flow
 
-MAX_TAGS = 4
-MAX_EXTENSIONS = 8
+MAX_TAGS = 2  # as many as struct colo_flow_key holds
+MAX_EXTENSIONS = 4  # COLO_IP6_EXT_DEPTH
 
 FIN, SYN, RST, PSH, ACK, URG, ECE, CWR = 1, 2, 4, 8, 16, 32, 64, 128
 
@@ -74,7 +76,7 @@ class Packet:
     l4: int = 34
     proto: int = 6  # IP protocol; 0 if not IP
     defect: str = ""
-    gso_size: int = 0  # of the record; set for UDP of the SVM only
+    datagram_size: int = 0  # of the record; set for UDP of the SVM only
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +103,7 @@ _V6 = struct.Struct("!IHBx32s")
 _TCP = struct.Struct("!4sIIBBH")
 _OPT_TS = struct.Struct("!II")
 _TPIDS = frozenset((0x8100, 0x88A8, 0x9100))
-_HOP, _ROUTING, _FRAG, _AH, _DEST = 0, 43, 44, 51, 60
+_HOP, _ROUTING, _FRAG, _DEST = 0, 43, 44, 60  # not AH: what it signs cannot be translated
 _ERRORS4 = frozenset((3, 4, 5, 11, 12))
 _QUERIES4 = frozenset((0, 8, 13, 14, 15, 16, 17, 18))
 #: with multicast listener discovery (RFC 3810): the reports' delays are random
@@ -177,21 +179,23 @@ def _parse_v6(frame: bytes, l3: int, tags: bytes) -> Packet:
     if end > len(frame) or (not length and nxt == _HOP):  # the latter: RFC 2675 jumbogram
         return _opaque(frame, "bad_ip_length")
     for _ in range(MAX_EXTENSIONS + 1):
-        if nxt not in (_HOP, _ROUTING, _DEST, _FRAG, _AH):
-            return _parse_l4(frame, l3, l4, end, 6, addrs, nxt, tags)
+        if nxt not in (_HOP, _ROUTING, _DEST):
+            break
         if end < l4 + 8:
             return _opaque(frame, "truncated_extension")
-        here, nxt, units = nxt, frame[l4], frame[l4 + 1]
-        if here == _FRAG:
-            word = int.from_bytes(frame[l4 + 2 : l4 + 4], "big") & 0xFFF9
-            l4 += 8
-            if word:  # else an atomic fragment, a whole packet (RFC 6946)
-                return _fragment(frame, l3, l4, end, 6, addrs, nxt, word, tags)
-            continue
-        l4 += (units + 2) * 4 if here == _AH else (units + 1) * 8
+        nxt, l4 = frame[l4], l4 + (frame[l4 + 1] + 1) * 8
         if l4 > end:
             return _opaque(frame, "truncated_extension")
-    return _opaque(frame, "too_many_extensions")
+    else:
+        return _opaque(frame, "too_many_extensions")
+    if nxt == _FRAG:
+        if end < l4 + 8:
+            return _opaque(frame, "truncated_extension")
+        nxt, word = frame[l4], int.from_bytes(frame[l4 + 2 : l4 + 4], "big") & 0xFFF9
+        l4 += 8
+        if word:  # else an atomic fragment, a whole packet (RFC 6946)
+            return _fragment(frame, l3, l4, end, 6, addrs, nxt, word, tags)
+    return _parse_l4(frame, l3, l4, end, 6, addrs, nxt, tags)
 
 
 def _fragment(

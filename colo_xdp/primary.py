@@ -91,8 +91,9 @@ class Primary(Checkpointing):
         if self.state is State.STOPPED:
             return
         rec = Record(
-            event.frame, event.ts_ns, event.gso_size, event.partial, captured=event.captured
-        )
+            event.frame, event.ts_ns, event.gso_size, event.partial,
+            captured=event.captured, gso_type=event.gso_type,
+        )  # fmt: skip
         if event.source == abi.Source.PVM:
             if self._uncompared:
                 self._release(rec)
@@ -105,7 +106,7 @@ class Primary(Checkpointing):
         self.engine.flush(time.monotonic_ns())
 
     def _release(self, rec: Record) -> None:
-        self._injector.send(rec.frame, rec.gso_size, rec.partial)
+        self._injector.send(rec.frame, rec.gso_size, rec.partial, rec.gso_type)
 
     def _on_wait(self, ns: int) -> None:
         s = ns / 1e9

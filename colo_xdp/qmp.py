@@ -14,7 +14,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from qemu.qmp import QMPClient
@@ -31,6 +31,10 @@ log = logging.getLogger("colo_xdp.qmp")
 #: x-checkpoint-delay: an hour, so that checkpoints happen on request only.
 IDLE_DELAY_MS = 3_600_000
 MAX_BANDWIDTH = 8 << 30
+
+#: what a guest may hand over for others to do and that is not carried everywhere (bpf/offload.h):
+#: properties of virtio-net devices
+HOST_OFFLOADS = ("host_tunnel", "host_tunnel_csum", "host_ufo", "host_uso")
 
 
 class QmpError(RuntimeError):
@@ -49,6 +53,7 @@ class QemuInfo:
     kvm: bool
     status: str
     machine: str = ""  # its type, such as pc-i440fx-7.2-machine
+    offers: frozenset[str] = frozenset()  # of HOST_OFFLOADS, those that a network card offers
 
 
 def realtime_offset_ns() -> int:
@@ -184,6 +189,20 @@ class Qmp:
         machine = await self.execute("qom-get", {"path": "/machine", "property": "type"})
         return QemuInfo((v["major"], v["minor"], v["micro"]), kvm, status, str(machine))
 
+    async def offers(self) -> frozenset[str]:
+        """Which of HOST_OFFLOADS the guest's virtio-net devices offer it."""
+        found = set()
+        for place in ("/machine/peripheral", "/machine/peripheral-anon"):
+            for child in await self.execute("qom-list", {"path": place}):
+                if not child["type"].startswith("child<virtio-net"):
+                    continue
+                path = f"{place}/{child['name']}"
+                known = {p["name"] for p in await self.execute("qom-list", {"path": path})}
+                for name in known.intersection(HOST_OFFLOADS):
+                    if await self.execute("qom-get", {"path": path, "property": name}):
+                        found.add(name)
+        return frozenset(found)
+
     async def status(self, timeout: float | None = None) -> str:
         """Run state (`running`, `colo`, `inmigrate`, ...)."""
         return str((await self.execute("query-status", timeout=timeout))["status"])
@@ -285,7 +304,8 @@ def probe(path: str, timeout: float) -> tuple[QemuInfo, Any]:
     async def ask() -> tuple[QemuInfo, Any]:
         q = Qmp(path, "qemu", timeout, lambda e: None, lambda why: None)
         try:
-            return await q.connect(), await q.execute("query-block")
+            info = await q.connect()
+            return replace(info, offers=await q.offers()), await q.execute("query-block")
         finally:
             await q.close()
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from .abi import Gso
+
 
 @dataclass(slots=True)
 class Record:
@@ -13,10 +15,17 @@ class Record:
     frame: bytes  # Ethernet, guest VLAN tag in place
     ts_ns: int  # CLOCK_MONOTONIC of the capture
     gso_size: int = 0
-    partial: bool = False  # checksum is CHECKSUM_PARTIAL (pseudo header only)
+    partial: bool = False  # TCP's or UDP's checksum is CHECKSUM_PARTIAL (pseudo header only)
     sent: bool = False  # left at once (shadow, mirror-only): only compared, never released again
     captured: int = 0  # by tier K, as in Event
     parts: tuple[Record, ...] = ()  # `frame` was put together from these, which leave instead
+    gso_type: int = 0  # struct virtio_net_hdr's, if it is known
+
+    @property
+    def datagram_size(self) -> int:
+        """Payload of each of the datagrams that a UDP frame stands for, in bytes; 0: it is one,
+        also if that is to be fragmented (UFO)."""
+        return 0 if self.gso_type == Gso.UDP else self.gso_size
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,6 +24,7 @@ _M32 = 0xFFFFFFFF
 VLAN_DEPTH = 2  # COLO_VLAN_DEPTH
 IP6_EXT_DEPTH = 4  # COLO_IP6_EXT_DEPTH
 TCP_OPTIONS = 12  # COLO_TCP_OPTIONS
+TAGS = frozenset((0x8100, 0x88A8, 0x9100))
 LEARN_WINDOW = 65535
 
 HAVE_ISN_P, HAVE_ISN_S, HAVE_TS_P, HAVE_TS_S = 1, 2, 4, 8
@@ -80,7 +81,7 @@ def parse(frame: bytes, outer_tag: int | None = None) -> Segment:
         tags, p.vlan = 1, outer_tag & 0xFFF
     proto, off = _u16(frame, 12), 14
     for _ in range(VLAN_DEPTH):
-        if proto not in (0x8100, 0x88A8):
+        if proto not in TAGS:
             break
         tags += 1
         if tags > 2:
@@ -88,7 +89,7 @@ def parse(frame: bytes, outer_tag: int | None = None) -> Segment:
         _need(n, off + 4, "VLAN tag")
         p.vlan = (p.vlan << 16 | _u16(frame, off) & 0xFFF) & _M32
         proto, off = _u16(frame, off + 2), off + 4
-    if proto in (0x8100, 0x88A8):
+    if proto in TAGS:
         raise BadFrame("more than two VLAN tags")
     if proto == 0x0800:
         off, stop = _ipv4(frame, off, p)
@@ -151,7 +152,8 @@ def _ipv6(frame: bytes, off: int, p: Segment) -> tuple[int, int]:
         raise BadFrame("more IPv6 extension headers than are stepped over")
     if proto == 44:
         _need(min(n, stop), off + 8, "IPv6 fragment header")
-        p.frag, proto, off = True, frame[off], off + 8
+        p.frag = bool(_u16(frame, off + 2) & 0xFFF9)  # else an atomic one, a whole packet
+        proto, off = frame[off], off + 8
     p.l4_proto = proto
     return off, stop
 

@@ -35,6 +35,20 @@ class Event:
     gso_size: int
     partial: bool
     captured: int = 0  # number among the frames of a connection that tier K knows; 0: none
+    gso_type: int = 0  # struct virtio_net_hdr's; 0: no GSO, or this kernel does not tell
+
+
+def summed(frame: bytes, start: int, offset: int) -> bytes:
+    """The frame with its checksum completed: of all from `start` on, put at start + offset
+    (struct virtio_net_hdr). As skb_checksum_help() does it. Raises ValueError if it does not fit.
+    """
+    at = start + offset
+    if at + 2 > len(frame):
+        raise ValueError(f"a checksum at {at} of a frame of {len(frame)} bytes")
+    body = frame[start:]
+    total = int.from_bytes(body + bytes(len(body) & 1), "big")
+    check = 0xFFFF - total % 0xFFFF  # never 0, which UDP has for none
+    return frame[:at] + check.to_bytes(2, "big") + frame[at + 2 :]
 
 
 def decode(raw: memoryview | bytes) -> Event:
@@ -44,14 +58,21 @@ def decode(raw: memoryview | bytes) -> Event:
     """
     if len(raw) < _HEAD:
         raise ValueError(f"event of {len(raw)} bytes, its head alone has {_HEAD}")
-    ts, length, epoch, gso, tci, proto, source, flags, captured, _ = abi.EVENT.unpack_from(raw)
+    (
+        ts, length, epoch, gso, tci, proto, source, flags, captured, start, offset, gso_type,
+    ) = abi.EVENT.unpack_from(raw)  # fmt: skip
     frame = bytes(raw[_HEAD : _HEAD + length])
     if len(frame) != length:
         raise ValueError(f"event says {length} bytes of frame and carries {len(frame)}")
+    if flags & abi.EV_UNSUMMED:
+        # By some header within, or behind what nobody steps over: nobody who takes the frame later
+        # would know of it, and the other guest's copy may have it in full.
+        frame = summed(frame, start, offset)
     if flags & abi.EV_VLAN:
         tag = proto.to_bytes(2, "little") + tci.to_bytes(2, "big")
         frame = frame[:12] + tag + frame[12:]
-    return Event(source, ts, epoch, frame, gso, bool(flags & abi.EV_PARTIAL), captured)
+    partial = bool(flags & abi.EV_PARTIAL)
+    return Event(source, ts, epoch, frame, gso, partial, captured, gso_type)
 
 
 class Reader(Protocol):

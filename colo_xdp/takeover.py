@@ -77,14 +77,14 @@ class TakingOver(GuestLife):
         queue.append(event)
 
     def _deliver(self, e: Event) -> None:
-        self.dp.injectors["deliver"].send(e.frame, e.gso_size, e.partial)
+        self.dp.injectors["deliver"].send(e.frame, e.gso_size, e.partial, e.gso_type)
 
     def _forward(self, e: Event, *, late: bool = False) -> None:
         """`late`: held until this guest spoke for itself, and said by the guest that speaks now."""
         if e.ts_ns < self._resume_ns or (self.state is State.TAKEN_OVER and not late):
             self.stale += 1
             return
-        self.dp.injectors["forward"].send(e.frame, e.gso_size, e.partial)
+        self.dp.injectors["forward"].send(e.frame, e.gso_size, e.partial, e.gso_type)
 
     async def _take_over(self, why: str) -> None:
         """The peer is certain to be silent. Idempotent: each step may have been done before."""

@@ -365,7 +365,7 @@ class TierU:
         self.engine.epoch = 1
 
     def _release(self, rec: Record) -> None:
-        self.dp.injectors["release"].send(rec.frame, rec.gso_size, rec.partial)
+        self.dp.injectors["release"].send(rec.frame, rec.gso_size, rec.partial, rec.gso_type)
 
     def wait(self, seconds: float) -> None:
         """Until there may be something to do."""
@@ -376,7 +376,9 @@ class TierU:
         engine = self.engine
 
         def on(e) -> None:  # type: ignore[no-untyped-def]
-            rec = Record(e.frame, e.ts_ns, e.gso_size, e.partial, captured=e.captured)
+            rec = Record(
+                e.frame, e.ts_ns, e.gso_size, e.partial, captured=e.captured, gso_type=e.gso_type
+            )
             if e.source == abi.Source.PVM:
                 engine.from_pvm(rec, now)
             else:

@@ -254,10 +254,12 @@ class Proxy:
         dp.mode = Mode.RUN
 
     def _release(self, rec: Record) -> None:
-        self.dp.injectors["release"].send(rec.frame, rec.gso_size, rec.partial)
+        self.dp.injectors["release"].send(rec.frame, rec.gso_size, rec.partial, rec.gso_type)
 
     def _on(self, e: Event) -> None:
-        rec = Record(e.frame, e.ts_ns, e.gso_size, e.partial, captured=e.captured)
+        rec = Record(
+            e.frame, e.ts_ns, e.gso_size, e.partial, captured=e.captured, gso_type=e.gso_type
+        )
         now = time.monotonic_ns()
         if e.source == abi.Source.PVM:
             self.engine.from_pvm(rec, now)

@@ -93,7 +93,11 @@ class Lab:
         self.before[prog] = now
         return now - before
 
-    def send(self, side: int, frame: bytes, gso: int, partial: bool, epoch: int) -> None:
+    def send(
+        self, side: int, frame: bytes, gso: int, partial: bool, epoch: int, *,
+        elsewhere: bool = False,
+    ) -> None:  # fmt: skip
+        """`elsewhere`: to be summed from the payload on, as an inner UDP header's checksum is."""
         shift, tap = 0, self.pvm
         if side == SIDE_SVM:
             tci = abi.KIND_SVM << abi.KIND_SHIFT | epoch & abi.EPOCH_MASK
@@ -106,6 +110,8 @@ class Lab:
         kind = 0 if not gso else 5 if udp else 4 if v6 else 1
         at = 6 if udp else 16
         head = struct.pack("<BBHHHH", partial, kind, size, gso, l4 * partial, at)
+        if elsewhere:
+            head = struct.pack("<BBHHHH", 1, 0, 0, 0, l4 + 8, 6)
         tap.send(frame, head)
 
     def client(self, frame: bytes) -> None:

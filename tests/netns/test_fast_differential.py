@@ -14,7 +14,7 @@ import pytest
 from colo_xdp import _bpf, abi
 from colo_xdp.abi import SIDE_PVM, SIDE_SVM, TIER_K, Cfg, CtlOp, CtlResult, Mode, Prog, Reason
 from colo_xdp.rewrite import parse
-from colo_xdp.ring import Event
+from colo_xdp.ring import Event, summed
 from tests.netns.conftest import Net, inside, sh
 from tests.netns.frames import tcp, udp
 from tests.netns.kernel_lab import (
@@ -302,11 +302,13 @@ class Run:
             frame += b"\0"
         elif x < 0.015 and not vlan:
             frame = frame[: l4 + 4] + struct.pack("!H", 8 + len(body) // 2) + frame[l4 + 6 :]
-        self.through(t, side, frame, gso, partial)
+        elsewhere = not (gso or vlan or partial) and len(body) >= 8 and rnd.random() < 0.02
+        self.through(t, side, frame, gso, partial, elsewhere)
 
     def through(
-        self, t: Talk | Datagrams, side: int, frame: bytes, gso: int, partial: bool
-    ) -> None:
+        self, t: Talk | Datagrams, side: int, frame: bytes, gso: int, partial: bool,
+        elsewhere: bool = False,
+    ) -> None:  # fmt: skip
         """One frame, by both, under any circumstances."""
         rnd, lab, m = self.rnd, self.lab, self.model
         x = rnd.random()
@@ -325,10 +327,13 @@ class Run:
         rel = m.conns[t.key].rel
         fate = m.fast(
             side, frame, self.now, gso_size=gso, partial=partial,
-            epoch=epoch if epoch == m.epoch else -1,
+            epoch=epoch if epoch == m.epoch else -1, elsewhere=elsewhere,
         )  # fmt: skip
         said, self.said = m.counts - self.said, m.counts.copy()
-        lab.send(side, frame, gso, partial, epoch)
+        lab.send(side, frame, gso, partial, epoch, elsewhere=elsewhere)
+        if elsewhere:
+            self.seen["sums elsewhere"] += 1
+            frame = summed(frame, (54 if t.v6 else 34) + 8, 6)
         what = f"step {self.now}, {'PS'[side]}, {len(frame)} bytes, port {t.port}"
         out = [(packet(o.frame), o.gso_size, o.partial) for o in fate.out]
         left = lab.leaving(len(out)) + lab.leaving(1, 0.0)
@@ -464,6 +469,7 @@ def test_kernel_and_model_decide_alike(lab: Lab) -> None:
     everything = {r.name for r in Reason if r.name.startswith(("FAST_", "HAND_"))}
     missed = everything - {Reason.HAND_HELPER.name} - set(seen)
     assert seen["asked the client"] > 20 and seen["cut to the PVM's size"] > 100, seen
+    assert seen["sums elsewhere"] > 20, seen
     for name in ("HELD", "PASSED", "RELEASED"):
         assert seen[f"udp FAST_{name}"] > 300, seen
         assert seen[f"fin FAST_{name}"] > 5, seen

@@ -136,7 +136,7 @@ def test_output_is_held_and_released_as_it_was(net: Net, path: DataPath, guest: 
     assert all(e.source == abi.Source.PVM for e in got)
     assert [e.ts_ns for e in got] == sorted(e.ts_ns for e in got)
     for e in got:
-        assert path.injectors["release"].send(e.frame, e.gso_size, e.partial)
+        assert path.injectors["release"].send(e.frame, e.gso_size, e.partial, e.gso_type)
     for frame, gso, partial in cases:
         out = seen.wait(ours)
         assert out is not None

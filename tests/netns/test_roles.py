@@ -126,7 +126,7 @@ def test_the_comparison_sees_the_clients_numbers(survivor: Host) -> None:
     (event,) = events(h.dp, 1)
     assert event.source == abi.Source.PVM and parse(event.frame).seq == ISN_P + 1
     assert client.wait(lambda f: b"compare" in f, 0.2) is None
-    h.dp.injectors["release"].send(event.frame, event.gso_size, event.partial)
+    h.dp.injectors["release"].send(event.frame, event.gso_size, event.partial, event.gso_type)
     out = client.wait(lambda f: b"compare" in f)
     assert out is not None and parse(out[1]).seq == ISN_P + 1 and right(out[1])
     client.close()

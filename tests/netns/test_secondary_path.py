@@ -19,9 +19,9 @@ from colo_xdp.config import Config, load
 from colo_xdp.datapath import DataPath, DataPathError
 from colo_xdp.inject import vnet_header
 from colo_xdp.packet import parse
-from colo_xdp.ring import Event
+from colo_xdp.ring import Event, summed
 from tests.netns.conftest import Net, Sniffer, Tap, inside, sh
-from tests.netns.frames import CLIENT_MAC, GUEST_MAC, csum, tcp
+from tests.netns.frames import CLIENT_MAC, GUEST_MAC, csum, tcp, udp
 
 PAIR = "nst2"
 ISN_P, ISN_S = 1_000_000, 4_294_960_000  # the SVM's numbers wrap soon
@@ -205,11 +205,13 @@ def test_a_checkpoint_holds_both_directions_and_voids_offsets(host: Host) -> Non
     assert {e.source for e in got} == {abi.Source.SVM, abi.Source.CLIENT}
     host.dp.epoch = 1
     client = next(e for e in got if e.source == abi.Source.CLIENT)
-    host.dp.injectors["deliver"].send(client.frame, client.gso_size, client.partial)
+    host.dp.injectors["deliver"].send(
+        client.frame, client.gso_size, client.partial, client.gso_type
+    )
     seen = host.guest.recv(lambda f: b"client" in f)
     assert seen is not None and parse(seen).ack == ISN_P + 1, "the SVM is the PVM's copy now"
     svm = next(e for e in got if e.source == abi.Source.SVM)
-    host.dp.injectors["forward"].send(svm.frame, svm.gso_size, svm.partial)
+    host.dp.injectors["forward"].send(svm.frame, svm.gso_size, svm.partial, svm.gso_type)
     out = host.peer.wait(lambda f: b"held" in f)
     assert out is not None
     assert struct.unpack_from("!HH", out[1], 12) == (abi.TPID, 2 << 13 | 1)
@@ -296,3 +298,36 @@ def test_refusals_name_the_device_and_the_reason(host: Host, tmp_path: Path) -> 
 class _Closed:
     def close(self) -> None:
         pass
+
+
+@pytest.mark.parametrize("host", [True], indirect=True, ids=["tc"])
+def test_what_waited_for_a_checkpoint_goes_on_as_the_guest_handed_it_over(host: Host) -> None:
+    """UFO as UFO and USO as USO; a checksum within a tunnel is complete; both ways."""
+    ufo = udp(bytes(range(250)) * 16, partial=True)
+    inner = udp(b"within", partial=True)
+    tunnel = udp(struct.pack("!II", 0x08000000, 7 << 8) + inner, dport=4789)
+    whole = summed(tunnel, 50 + 34, 6)
+    cases = [
+        (ufo, struct.pack("<BBHHHH", 1, abi.Gso.UDP, 42, 1480, 34, 6), ufo),
+        (ufo, struct.pack("<BBHHHH", 1, abi.Gso.UDP_L4, 42, 1400, 34, 6), ufo),
+        (tunnel, struct.pack("<BBHHHH", 1, 0, 0, 0, 50 + 34, 6), whole),
+    ]
+    for frame, head, after in cases:
+        host.dp.mode = Mode.RUN
+        host.guest.send(frame, head)
+        out = host.peer.wait(lambda f: GUEST_MAC in f[6:12])
+        assert out is not None and out[1][16:] == frame[12:] and out[0][1] == head[1]
+        host.dp.mode = Mode.CHECKPOINT
+        host.guest.send(frame, head)
+        got: list[Event] = []
+        end = time.monotonic() + 2
+        while not got and time.monotonic() < end:
+            select.select(host.dp.reader.fds, [], [], 0.05)
+            host.dp.drain(got.append)
+        (e,) = got
+        assert (e.frame, e.gso_type, e.partial) == (after, head[1], after is frame)
+        assert host.dp.injectors["forward"].send(e.frame, e.gso_size, e.partial, e.gso_type)
+        out = host.peer.wait(lambda f: GUEST_MAC in f[6:12])
+        assert out is not None and out[1][16:] == after[12:]
+        assert out[0][1] == head[1] and struct.unpack_from("<H", out[0], 4) == (e.gso_size,)
+        assert out[0][0] & 1 == (after is frame)

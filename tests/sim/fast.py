@@ -138,6 +138,7 @@ class Work:
     now: int
     p: Segment
     key: bytes
+    elsewhere: bool = False
     win: int = 0
     act: int = NOTHING
     equal: int = 0
@@ -525,7 +526,7 @@ class TierK:
         size = 8 + p.payload_len
         at = p.l4_off + 4
         return (
-            not w.gso_size and is_whole(w.frame, p.l4_off + size)
+            not w.gso_size and not w.elsewhere and is_whole(w.frame, p.l4_off + size)
             and int.from_bytes(w.frame[at : at + 2], "big") == size
         )  # fmt: skip
 
@@ -617,9 +618,10 @@ class TierK:
 
     def fast(
         self, side: int, frame: bytes, now: int, *, gso_size: int = 0, partial: bool = False,
-        epoch: int | None = None,
+        epoch: int | None = None, elsewhere: bool = False,
     ) -> Fate:  # fmt: skip
-        """A frame of the pair, its epoch (ours if None; another one's is never equal)."""
+        """A frame of the pair, its epoch (ours if None; another one's is never equal). `elsewhere`:
+        a checksum of something within is partial."""
         try:
             p = parse(frame)
         except BadFrame:
@@ -636,7 +638,7 @@ class TierK:
             return Fate()
         if now - c.seen_ns > SEEN_STEP_NS:
             c.seen_ns = now
-        w = Work(frame, gso_size, partial, side, now, p, key)
+        w = Work(frame, gso_size, partial, side, now, p, key, elsewhere)
         r = FAST_NO
         if c.tier == TIER_K:
             p_ack, p_win, pending = c.p_ack, c.p_win, c.pending

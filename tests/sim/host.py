@@ -525,7 +525,9 @@ class _Injector:
         self._dp, self._name = dp, name
         self.sent, self.failed = 0, {}
 
-    def send(self, frame: bytes, gso_size: int = 0, partial: bool = False) -> bool:
+    def send(
+        self, frame: bytes, gso_size: int = 0, partial: bool = False, gso_type: int = 0
+    ) -> bool:
         if not self._dp.dead:
             self._dp._side.inject(
                 self._name, completed(Leaving(frame, gso_size, partial)), gso_size

@@ -758,6 +758,17 @@ def any_datagram_is_plain(mp: Any) -> None:
 
 
 @_kernel_mutant
+def inner_checksums_are_nobodys(mp: Any) -> None:
+    real = TierK.is_plain_datagram
+
+    def is_plain_datagram(w: Work) -> bool:
+        w.elsewhere = False
+        return real(w)
+
+    mp.setattr(TierK, "is_plain_datagram", staticmethod(is_plain_datagram))
+
+
+@_kernel_mutant
 def datagrams_of_the_svm_leave_under_its_own_headers(mp: Any) -> None:
     real = TierK.head_at
 

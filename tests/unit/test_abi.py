@@ -67,6 +67,14 @@ def test_numbers() -> None:
     assert define("MAC_ALL") == abi.MAC_ALL
     assert define("CLAIM_SAYS_ROUTER") == abi.CLAIM_SAYS_ROUTER
     assert define("CLAIM_ROUTER") == abi.CLAIM_ROUTER
+    assert define("EV_UNSUMMED") == abi.EV_UNSUMMED
+
+
+def test_virtio_numbers() -> None:
+    text = (Path(__file__).parents[2] / "bpf/offload.h").read_text()
+    said = {m[1]: int(m[2], 0) for m in re.finditer(r"#define VNET_(\w+)\s+(\w+)", text)}
+    ours = {g.name: int(g) for g in abi.Gso if g is not abi.Gso.NONE}
+    assert said == ours | {"ECN": abi.GSO_ECN}
 
 
 def test_shapes() -> None:

@@ -43,7 +43,9 @@ class FakeInjector:
         self.frames: list[bytes] = []
         self.sent, self.failed = 0, {}
 
-    def send(self, frame: bytes, gso_size: int = 0, partial: bool = False) -> bool:
+    def send(
+        self, frame: bytes, gso_size: int = 0, partial: bool = False, gso_type: int = 0
+    ) -> bool:
         self.frames.append(frame)
         return True
 

@@ -11,7 +11,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[2] / "colo_xdp"
 PURE = (
-    "_seq", "abi", "announce", "beacon", "checks", "claims", "compare", "comparer", "config",
+    "_seq", "abi", "announce", "beacon", "btf", "checks", "claims", "compare", "comparer", "config",
     "config_keys", "corpus/__init__",
     "corpus/craft", "corpus/play", "counters", "datagram", "explain", "failover",
     "fastgram", "fastpath", "flow", "flows", "fragments", "giving", "hexdump", "history",

@@ -5,6 +5,7 @@ import struct
 
 import pytest
 
+from colo_xdp.abi import GSO_ECN, Gso
 from colo_xdp.inject import Injector, vnet_header
 from tests.netns.frames import tcp, udp
 
@@ -23,6 +24,23 @@ from tests.netns.frames import tcp, udp
 )
 def test_header(frame: bytes, gso: int, partial: bool, want: tuple[int, ...]) -> None:
     assert struct.unpack("<BBHHHH", vnet_header(frame, gso, partial)) == want
+
+
+@pytest.mark.parametrize("kind", [Gso.UDP, Gso.UDP_L4])
+def test_one_datagram_or_several_is_what_the_guest_said(kind: Gso) -> None:
+    head = vnet_header(udp(b"x" * 3000, partial=True), 1472, True, kind)
+    assert struct.unpack("<BBHHHH", head) == (1, kind, 42, 1472, 34, 6)
+
+
+@pytest.mark.parametrize("ecn", [0, GSO_ECN])
+def test_what_becomes_of_cwr_is_what_the_guest_said(ecn: int) -> None:
+    frame = tcp(b"x" * 3000, partial=True, flags=0x98)
+    assert vnet_header(frame, 1448, True, Gso.TCPV4 | ecn)[1] == Gso.TCPV4 | ecn
+
+
+def test_udp_of_which_nobody_knows_how_it_is_cut_is_refused() -> None:
+    with pytest.raises(ValueError, match="not known how"):
+        vnet_header(udp(b"x" * 3000, partial=True), 1472, True)
 
 
 def test_offload_on_something_else_is_refused() -> None:
