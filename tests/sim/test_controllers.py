@@ -280,7 +280,7 @@ def test_never_a_stale_guest(block: int) -> None:
         fresh += world.fresh
         stops += world.stops
     # else nothing was tried
-    assert fresh > 3 and stops > 20, (fresh, stops)
+    assert fresh > 3 and stops > 5, (fresh, stops)
     assert alone["S"] > RUNS // BLOCKS / 8 and pairs > 1.2 * RUNS / BLOCKS, (alone, pairs)
 
 
