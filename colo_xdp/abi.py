@@ -17,6 +17,7 @@ EPOCH_BASE = 0xFFFFFFFF
 KIND_SHIFT = 13
 KIND_MIRROR = 1
 KIND_SVM = 2
+KIND_SYN = 3
 
 EV_PARTIAL = 1
 EV_VLAN = 2
@@ -139,7 +140,11 @@ class Reason(IntEnum):
     HAND_BUSY = 31
     HAND_HELPER = 32
     LEASE_OVER = 33
-    MAX = 34
+    PVM_SYN = 34
+    PVM_SYN_LATE = 35
+    OFFSET_UNKNOWN = 36
+    MPTCP_OFF = 37
+    MAX = 38
 
 
 class Source(IntEnum):
@@ -167,8 +172,8 @@ KEY_UDP = 0x80000000
 #: struct colo_unmirrored_key: a flow key and the protocol
 UNMIRRORED_KEY = struct.Struct("=16s16s2s2sII")
 #: struct colo_flow: seen_ns, epoch, off, tsoff, isn_p, isn_s, ts_p, ts_s, fin_guest, fin_client,
-#: state, have, have_client, pad, isn_c, pad2
-FLOW = struct.Struct("=QIIIIIIIIIBBBBII")
+#: state, have, have_client, have_pvm, isn_c, pvm_isn, pvm_c, pvm_ts
+FLOW = struct.Struct("=QIIIIIIIIIBBBBIIII")
 
 TIER_U, TIER_K = 0, 1
 CLIENT_ACK_KNOWN = 1 << 32

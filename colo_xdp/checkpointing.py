@@ -91,9 +91,9 @@ class Checkpointing(Controller):
         self._leave_shadow = False
         self._leave_ns = 0  # when that was asked for (monotonic)
         self._ck: Checkpoint | None = None
-        table = datapath.flows()
+        tables = datapath.flows()
         #: connections in numbers that this guest has kept since it took over
-        self.own = FlowTable(table) if table else None
+        self.own = FlowTable(*tables) if tables else None
         #: the SVM's host has them; a former controller may have died before it handed them over
         self._handed = self.own is None
         self.by_cause: Counter[str] = Counter()
