@@ -22,6 +22,7 @@
 #define COLO_KIND_SHIFT	 13
 #define COLO_KIND_MIRROR 1u /* a client's frame, for the SVM */
 #define COLO_KIND_SVM	 2u /* the SVM's output, for comparison */
+#define COLO_KIND_SYN	 3u /* a SYN of the PVM: tells its ISN, and reaches no guest */
 
 /* What the data path does; config[CFG_MODE]. */
 enum colo_mode {
@@ -142,7 +143,12 @@ enum colo_reason {
 	R_ADDRESS_MOVED = 38,  /* another machine says to have an address that was the guest's */
 	/* dropped: its checksum or segmentation cannot be carried (offload.h) */
 	R_OFFLOAD_REFUSED = 39,
-	R_MAX = 40,
+	R_PVM_SYN = 40,	     /* dropped: a SYN of the PVM has told its ISN */
+	R_PVM_SYN_LATE = 41, /* dropped: the same, of a connection that is not tracked (any more) */
+	/* untranslated: what it acks may be data, and the PVM's SYN was lost */
+	R_OFFSET_UNKNOWN = 42,
+	R_MPTCP_OFF = 43, /* beside the verdict: MP_CAPABLE was taken out of a SYN */
+	R_MAX = 44,
 };
 
 enum colo_source {
@@ -199,12 +205,17 @@ struct colo_unmirrored_key {
 /* Bits of colo_flow.have: what the guest's segments have told. */
 #define FLOW_HAVE_ISN_S 2u /* the SVM's ISN is known */
 #define FLOW_HAVE_TS_S	8u
-#define FLOW_FIN_GUEST	16u /* fin_guest is set */
+#define FLOW_FIN_GUEST	16u  /* fin_guest is set */
+#define FLOW_EARLY	128u /* in both: sent bytes on a SYN, or before the offset was known */
 /* Bits of colo_flow.have_client: what the client's segments have told. */
 #define FLOW_HAVE_ISN_P 1u /* the PVM's ISN is known */
 #define FLOW_HAVE_TS_P	4u
 #define FLOW_FIN_CLIENT 32u /* fin_client is set */
 #define FLOW_HAVE_ISN_C 64u /* the client's ISN is known */
+/* Bits of colo_flow.have_pvm: what the PVM's SYN has told. */
+#define FLOW_PVM_SYN 1u /* pvm_isn */
+#define FLOW_PVM_ACK 2u /* pvm_c: it was a SYN-ACK */
+#define FLOW_PVM_TS  4u /* pvm_ts */
 
 struct colo_flow {
 	__u64 seen_ns; /* CLOCK_MONOTONIC of the last segment, to the second */
@@ -220,9 +231,11 @@ struct colo_flow {
 	__u8 state;	  /* enum colo_tcp_state */
 	__u8 have;	  /* FLOW_*, written by the guest's side only; see bpf/flow.h */
 	__u8 have_client; /* FLOW_*, written by the client's side only */
-	__u8 pad;
-	__u32 isn_c; /* the client's ISN: tells a repeated SYN from another connection */
-	__u32 pad2;
+	__u8 have_pvm;	  /* FLOW_PVM_*, written as are the words below by COLO_KIND_SYN only */
+	__u32 isn_c;	  /* the client's ISN: tells a repeated SYN from another connection */
+	__u32 pvm_isn;	  /* of the PVM's newest SYN or SYN-ACK, of whatever connection */
+	__u32 pvm_c;	  /* the client's ISN that it acks */
+	__u32 pvm_ts;	  /* TSval of the first that had this ISN */
 };
 
 #define TIER_U	 0u

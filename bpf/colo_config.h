@@ -6,7 +6,7 @@
 #define COLO_CONFIG_H
 
 #ifndef COLO_MAX_FLOWS
-#define COLO_MAX_FLOWS 65536 /* tracked connections at S; about 150 bytes each, preallocated */
+#define COLO_MAX_FLOWS 65536 /* tracked connections at S, and handshakes; 320 bytes for both */
 #endif
 
 #ifndef COLO_MAX_UNMIRRORED

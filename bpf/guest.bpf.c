@@ -19,19 +19,25 @@
 #include "csum.h"
 #include "flow.h"
 #include "rewrite.h"
+#include "quote.h"
 
 static __always_inline int translate(struct __sk_buff *skb, u32 prog, int to_guest)
 {
 	u32 len = skb->len, reason = R_PASSED, epoch = cfg(CFG_BASE_EPOCH);
 	int verdict = TC_ACT_UNSPEC;
+	struct told t = {};
 	struct pkt p = {};
 
-	if (skb->mark == COLO_MARK)
+	if (skb->mark == COLO_MARK) {
 		reason = R_RELEASED; /* it has been here before it was held */
-	else if (parse_skb(skb, &p))
+	} else if (parse_skb(skb, &p)) {
 		reason = R_BAD_FRAME;
-	else if (p.is_tcp)
-		reason = rewrite_skb(skb, &p, to_guest, MODE_TAKEOVER, epoch, R_PASSED);
+	} else if (p.is_tcp) {
+		read_options((void *)(long)skb->data, (void *)(long)skb->data_end, &p, &t);
+		reason = rewrite_skb(skb, &p, &t, to_guest, MODE_TAKEOVER, epoch, R_PASSED);
+	} else if (to_guest) {
+		reason = rewrite_quote(skb, &p, epoch, R_PASSED);
+	}
 	if (reason == R_HELPER_FAILED)
 		verdict = TC_ACT_SHOT;
 	count(prog, reason, len);

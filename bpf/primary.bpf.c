@@ -21,6 +21,8 @@
 #include "addresses.h"
 #include "offload.h"
 #include "events.h"
+#include "csum.h"
+#include "mptcp.h"
 #ifdef COLO_FAST
 #include "way.h"
 #include "fast.h"
@@ -57,6 +59,15 @@ static __always_inline int is_unmirrored(const struct pkt *p)
 	return unmirrored.lookup(&key) != 0;
 }
 
+/* Without branches on its fields: the verifier would walk all that follows once for each outcome. */
+static __always_inline int is_syn(const struct pkt *p)
+{
+	u32 other = ((p->flags & (TCP_SYN | TCP_RST)) ^ TCP_SYN) | (p->is_tcp ^ 1);
+
+	asm volatile("" : "+r"(other));
+	return !other;
+}
+
 int pvm_in(struct __sk_buff *skb)
 {
 	u32 len = skb->len, reason = R_PASSED;
@@ -65,11 +76,11 @@ int pvm_in(struct __sk_buff *skb)
 	u32 peer = cfg(CFG_PEER);
 	u16 tci = COLO_KIND_MIRROR << COLO_KIND_SHIFT | (epoch & COLO_EPOCH_MASK);
 	int verdict = TC_ACT_UNSPEC; /* passes, and guest_in may follow (guest.bpf.c) */
-	int parsed = 0;
+	int parsed = 0, mptcp = 0;
 	struct pkt p = {};
 
 	hear_network(skb, 0);
-	if (cfg(CFG_UNMIRRORED) || cfg(CFG_FAST))
+	if (mode == MODE_RUN || mode == MODE_CHECKPOINT || cfg(CFG_UNMIRRORED) || cfg(CFG_FAST))
 		parsed = !parse_skb(skb, &p);
 	/* A PVM that has fallen silent by plan mirrors until the clients' frames go elsewhere. */
 	if (mode != MODE_RUN && mode != MODE_CHECKPOINT && mode != MODE_DROP) {
@@ -78,7 +89,12 @@ int pvm_in(struct __sk_buff *skb)
 		reason = R_OTHER_MAC;
 	} else if (parsed && cfg(CFG_UNMIRRORED) && is_unmirrored(&p)) {
 		reason = R_UNMIRRORED;
+	} else if (parsed && is_syn(&p) && mode != MODE_DROP && (mptcp = mptcp_off(skb, &p)) < 0) {
+		reason = R_HELPER_FAILED;
+		verdict = TC_ACT_SHOT;
 	} else {
+		if (mptcp)
+			count(PROG_PVM_IN, R_MPTCP_OFF, len);
 		note_client(skb);
 		if (parsed)
 			note_ack(&p);
@@ -100,6 +116,24 @@ int pvm_in(struct __sk_buff *skb)
 	return finish(PROG_PVM_IN, reason, len, verdict);
 }
 
+/*
+ * A SYN of the PVM, to the secondary: from it the rewriter there learns the PVM's ISN. As in pvm_in
+ * the tag is put on before the clone. A copy that is lost is told once more when the SYN leaves.
+ */
+static __always_inline int tell_syn(struct __sk_buff *skb, u64 epoch)
+{
+	u16 tci = COLO_KIND_SYN << COLO_KIND_SHIFT | (epoch & COLO_EPOCH_MASK);
+	u32 peer = cfg(CFG_PEER);
+
+	if (bpf_skb_vlan_push(skb, bpf_htons(COLO_TPID), tci)) {
+		count(PROG_PVM_OUT, R_MIRROR_FAILED, skb->len);
+		return 0;
+	}
+	if (bpf_clone_redirect(skb, peer, 0))
+		count(PROG_PVM_OUT, R_MIRROR_FAILED, skb->len);
+	return bpf_skb_vlan_pop(skb);
+}
+
 /* No controller has been seen for CFG_LOSS_NS. */
 static __always_inline int controller_lost(void)
 {
@@ -113,7 +147,7 @@ int pvm_out(struct __sk_buff *skb)
 	note_guest(skb);
 
 	u64 mode = cfg(CFG_MODE), epoch = cfg(CFG_EPOCH);
-	u32 len = skb->len, reason = R_NO_CONFIG, captured = 0, fate = FAST_NO;
+	u32 len = skb->len, reason = R_NO_CONFIG, captured = 0, fate = FAST_NO, mark = skb->mark;
 	int verdict = TC_ACT_SHOT;
 	struct pkt p = {};
 
@@ -121,14 +155,17 @@ int pvm_out(struct __sk_buff *skb)
 		reason = R_FENCED; /* released ones too: the other guest may be speaking */
 	} else if (silenced()) {
 		reason = R_LEASE_OVER; /* released ones too */
-	} else if (skb->mark == COLO_MARK) {
+	} else if (mode != MODE_BYPASS && ((void)parse_skb(skb, &p), is_syn(&p)) &&
+		   tell_syn(skb, epoch)) {
+		reason = R_HELPER_FAILED;
+	} else if (mark == COLO_MARK) {
 		skb->mark = 0; /* the host's own rules see a frame like any other */
 		reason = R_RELEASED;
 		verdict = TC_ACT_OK;
 	} else if (mode == MODE_BYPASS) {
 		reason = R_PASSED;
 		verdict = TC_ACT_OK;
-	} else if (!parse_skb(skb, &p) && (p.is_tcp || p.is_udp) &&
+	} else if ((p.is_tcp || p.is_udp) &&
 		   (fate = fast(skb, &p, SIDE_PVM, mode, epoch, &captured, &verdict))) {
 		reason = fate; /* also without a controller (I9) */
 	} else if (controller_lost()) {

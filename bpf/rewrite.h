@@ -36,36 +36,51 @@ static __always_inline void move_word(void *data, void *end, const struct pkt *p
 	c->moves++;
 }
 
+/* What the options of a TCP segment say; also the timestamps. */
+struct told {
+	struct tcp_opts o;
+	struct tcp_ts ts;
+};
+
+static __always_inline void read_options(void *data, void *end, const struct pkt *p, struct told *t)
+{
+	__be32 *val, *ecr;
+
+	if (p->doff > 20)
+		parse_tcp_options(data, end, p, &t->o);
+	if (!t->o.ts)
+		return;
+	val = word_at(data, end, p->l4_off + t->o.ts + 2);
+	ecr = word_at(data, end, p->l4_off + t->o.ts + 6);
+	if (val && ecr) {
+		t->ts.there = 1;
+		t->ts.val = bpf_ntohl(*val);
+		t->ts.ecr = bpf_ntohl(*ecr);
+	}
+}
+
 /*
  * Tracks and translates. Returns R_REWRITTEN with the checksum's change in
- * *diff; `same` if nothing had to move; or R_FLOW_TABLE_FULL, also unmoved.
+ * *diff; `same` if nothing had to move; or, also unmoved, R_FLOW_TABLE_FULL or R_OFFSET_UNKNOWN.
  */
-static __always_inline u32 rewrite(void *data, void *end, const struct pkt *p, int to_svm, u64 mode,
-				   u32 epoch, u32 same, u32 *diff)
+static __always_inline u32 rewrite(void *data, void *end, const struct pkt *p, const struct told *t,
+				   int to_svm, u64 mode, u32 epoch, u32 same, u32 *diff)
 {
-	struct tcp_opts o = {};
-	struct tcp_ts ts = {};
+	struct colo_flow_key key = {};
 	struct shift s = {};
 	struct colo_flow *n;
-	u32 reason = same;
+	u32 reason = same, opened = 0, isn_p;
 	struct change c = {};
 
-	n = flow_find(p, to_svm, mode, epoch, &reason);
+	flow_key(&key, p, to_svm);
+	n = flow_find(&key, p, to_svm, mode, epoch, &reason, &opened);
 	if (!n)
 		return reason;
-	if (p->doff > 20)
-		parse_tcp_options(data, end, p, &o);
-	if (o.ts) {
-		__be32 *val = word_at(data, end, p->l4_off + o.ts + 2);
-		__be32 *ecr = word_at(data, end, p->l4_off + o.ts + 6);
-
-		if (val && ecr) {
-			ts.there = 1;
-			ts.val = bpf_ntohl(*val);
-			ts.ecr = bpf_ntohl(*ecr);
-		}
-	}
-	flow_track(n, p, &ts, to_svm, mode, epoch, &s);
+	isn_p = flow_track(n, p, &t->ts, to_svm, mode, epoch, &s);
+	if (opened && to_svm && flow_heard(n, p, isn_p) && flow_promote(&key, n, epoch))
+		return R_FLOW_TABLE_FULL;
+	if (s.unknown)
+		return R_OFFSET_UNKNOWN;
 	if (!s.off && !s.tsoff)
 		return reason;
 
@@ -73,21 +88,24 @@ static __always_inline u32 rewrite(void *data, void *end, const struct pkt *p, i
 		/* RFC 9293 3.10.7.1: 0 here is the answer to a segment without an ack, not a number. */
 		if ((p->flags & (TCP_RST | TCP_ACK)) == (TCP_RST | TCP_ACK) && !p->seq)
 			return reason;
+		/* To the primary, which tells a SYN that is sent again by its number. */
+		if ((p->flags & TCP_SYN) && mode != MODE_TAKEOVER && n->epoch != COLO_EPOCH_BASE)
+			return reason;
 		if (s.off)
 			move_word(data, end, p, 4, -s.off, &c);
-		if (ts.there && s.tsoff)
-			move_word(data, end, p, o.ts + 2, -s.tsoff, &c);
+		if (t->ts.there && s.tsoff)
+			move_word(data, end, p, t->o.ts + 2, -s.tsoff, &c);
 	} else {
 		if ((p->flags & TCP_ACK) && s.off)
 			move_word(data, end, p, 8, s.off, &c);
-		if ((p->flags & TCP_ACK) && ts.there && s.tsoff)
-			move_word(data, end, p, o.ts + 6, s.tsoff, &c);
-		if (o.sack && s.off) {
+		if ((p->flags & TCP_ACK) && t->ts.there && s.tsoff)
+			move_word(data, end, p, t->o.ts + 6, s.tsoff, &c);
+		if (t->o.sack && s.off) {
 #pragma clang loop unroll(disable)
 			for (u64 i = 0; i < SACK_EDGES; i++) {
-				if (i >= 2 * o.sack_blocks)
+				if (i >= 2 * t->o.sack_blocks)
 					break;
-				move_word(data, end, p, o.sack + 2 + 4 * i, s.off, &c);
+				move_word(data, end, p, t->o.sack + 2 + 4 * i, s.off, &c);
 			}
 		}
 	}
@@ -98,12 +116,13 @@ static __always_inline u32 rewrite(void *data, void *end, const struct pkt *p, i
 }
 
 /* On tc. The frame's pointers are stale afterwards. R_HELPER_FAILED: the frame must be dropped. */
-static __always_inline u32 rewrite_skb(struct __sk_buff *skb, const struct pkt *p, int to_svm,
-				       u64 mode, u32 epoch, u32 same)
+static __always_inline u32 rewrite_skb(struct __sk_buff *skb, const struct pkt *p,
+				       const struct told *t, int to_svm, u64 mode, u32 epoch,
+				       u32 same)
 {
 	u32 diff = 0, reason;
 
-	reason = rewrite((void *)(long)skb->data, (void *)(long)skb->data_end, p, to_svm, mode,
+	reason = rewrite((void *)(long)skb->data, (void *)(long)skb->data_end, p, t, to_svm, mode,
 			 epoch, same, &diff);
 	if (reason == R_REWRITTEN && bpf_l4_csum_replace(skb, p->csum_at, 0, diff, 0))
 		reason = R_HELPER_FAILED;
@@ -117,9 +136,11 @@ static __always_inline u32 rewrite_xdp(struct xdp_md *xdp, const struct pkt *p, 
 	void *data = (void *)(long)xdp->data, *end = (void *)(long)xdp->data_end;
 	u64 at = p->csum_at;
 	u32 diff = 0, reason;
+	struct told t = {};
 	__sum16 *check;
 
-	reason = rewrite(data, end, p, to_svm, mode, epoch, same, &diff);
+	read_options(data, end, p, &t);
+	reason = rewrite(data, end, p, &t, to_svm, mode, epoch, same, &diff);
 	if (reason != R_REWRITTEN)
 		return reason;
 	VERIFIER_BOUND(at, 0x3FFF);

@@ -2,7 +2,7 @@
 /*
  * The secondary host's programs.
  *
- *   svm_in       tc ingress of the peer link: mirrored client frames, for the SVM
+ *   svm_in       tc ingress of the peer link: mirrored client frames, for the SVM; SYNs of the PVM
  *   svm_deliver  tc ingress of the deliver tap: the same frames, held over a checkpoint
  *   svm_out      tc ingress of tap S: the SVM's output, to the peer link or, taken over, the network
  *   svm_forward  tc ingress of the forward tap: SVM output that was held over a checkpoint
@@ -26,6 +26,7 @@
 #include "csum.h"
 #include "flow.h"
 #include "rewrite.h"
+#include "quote.h"
 
 #ifdef COLO_REWRITE_AT_XDP
 #define OUT_TRANSLATED 1 /* svm_out_xdp has done it before the skb was made */
@@ -39,16 +40,27 @@ static __always_inline int finish(u32 prog, u32 reason, u32 len, int verdict)
 	return verdict;
 }
 
+/* 0, and the verifier does not know (as parse_frame()'s `zero`): what it is added to is no longer a
+ * constant for each of which all that follows is walked. */
+static __always_inline u32 unknown_zero(struct __sk_buff *skb)
+{
+	volatile struct __sk_buff *ctx = skb;
+
+	return ctx->len - ctx->len;
+}
+
 /* Tracks and translates a frame, whatever it is; R_REDIRECTED if nothing moved. */
 static __always_inline u32 translate(struct __sk_buff *skb, int to_svm, u64 mode, u32 epoch)
 {
+	struct told t = {};
 	struct pkt p = {};
 
 	if (parse_skb(skb, &p))
 		return R_BAD_FRAME;
 	if (!p.is_tcp)
-		return R_REDIRECTED;
-	return rewrite_skb(skb, &p, to_svm, mode, epoch, R_REDIRECTED);
+		return to_svm ? rewrite_quote(skb, &p, epoch, R_REDIRECTED) : R_REDIRECTED;
+	read_options((void *)(long)skb->data, (void *)(long)skb->data_end, &p, &t);
+	return rewrite_skb(skb, &p, &t, to_svm, mode, epoch, R_REDIRECTED);
 }
 
 static __always_inline int to_tap(struct __sk_buff *skb)
@@ -104,21 +116,39 @@ int svm_in(struct __sk_buff *skb)
 	if (kind < 0) {
 		reason = R_FOREIGN;
 		verdict = TC_ACT_OK;
-	} else if (kind != COLO_KIND_MIRROR) {
+	} else if (kind != COLO_KIND_MIRROR && kind != COLO_KIND_SYN) {
 		reason = R_ISOLATED;
 	} else if (mode != MODE_RUN && mode != MODE_CHECKPOINT && mode != MODE_TAKEOVER) {
 		reason = R_FENCED;
 	} else if (bpf_skb_vlan_pop(skb)) {
 		reason = R_HELPER_FAILED;
-	} else if (mode == MODE_CHECKPOINT) {
-		struct pkt p = {};
-
-		parse_skb(skb, &p); /* only for the offloads */
-		reason = capture(skb, &p, SRC_CLIENT, epoch, 0);
 	} else {
-		reason = translate(skb, 1, mode, epoch);
-		if (reason != R_HELPER_FAILED)
-			verdict = to_tap(skb);
+		/* One parser for all kinds. */
+		struct told t = {};
+		struct pkt p = {};
+		int bad;
+
+		mode += unknown_zero(skb);
+		kind += unknown_zero(skb);
+		bad = parse_skb(skb, &p);
+		if (p.is_tcp)
+			read_options((void *)(long)skb->data, (void *)(long)skb->data_end, &p, &t);
+		if (kind == COLO_KIND_SYN) {
+			/* Of a handshake over a checkpoint, the copy made as it leaves tells. */
+			reason =
+				mode == MODE_RUN ? flow_hear_pvm(&p, &t.ts, epoch) : R_PVM_SYN_LATE;
+		} else if (mode == MODE_CHECKPOINT) {
+			reason = capture(skb, &p, SRC_CLIENT, epoch, 0);
+		} else {
+			if (bad)
+				reason = R_BAD_FRAME;
+			else if (p.is_tcp)
+				reason = rewrite_skb(skb, &p, &t, 1, mode, epoch, R_REDIRECTED);
+			else
+				reason = rewrite_quote(skb, &p, epoch, R_REDIRECTED);
+			if (reason != R_HELPER_FAILED)
+				verdict = to_tap(skb);
+		}
 	}
 	return finish(PROG_SVM_IN, reason, len, verdict);
 }
@@ -130,6 +160,7 @@ int svm_deliver(struct __sk_buff *skb)
 	int verdict = TC_ACT_SHOT;
 
 	if (mode == MODE_RUN || mode == MODE_CHECKPOINT || mode == MODE_TAKEOVER) {
+		mode += unknown_zero(skb);
 		reason = translate(skb, 1, mode, epoch);
 		if (reason != R_HELPER_FAILED)
 			verdict = to_tap(skb);

@@ -17,6 +17,7 @@ EPOCH_BASE = 0xFFFFFFFF
 KIND_SHIFT = 13
 KIND_MIRROR = 1
 KIND_SVM = 2
+KIND_SYN = 3
 
 EV_PARTIAL = 1
 EV_VLAN = 2
@@ -150,7 +151,11 @@ class Reason(IntEnum):
     MAC_MOVED = 37
     ADDRESS_MOVED = 38
     OFFLOAD_REFUSED = 39
-    MAX = 40
+    PVM_SYN = 40
+    PVM_SYN_LATE = 41
+    OFFSET_UNKNOWN = 42
+    MPTCP_OFF = 43
+    MAX = 44
 
 
 class Gso(IntEnum):
@@ -191,8 +196,8 @@ KEY_UDP = 0x80000000
 #: struct colo_unmirrored_key: a flow key and the protocol
 UNMIRRORED_KEY = struct.Struct("=16s16s2s2sII")
 #: struct colo_flow: seen_ns, epoch, off, tsoff, isn_p, isn_s, ts_p, ts_s, fin_guest, fin_client,
-#: state, have, have_client, pad, isn_c, pad2
-FLOW = struct.Struct("=QIIIIIIIIIBBBBII")
+#: state, have, have_client, have_pvm, isn_c, pvm_isn, pvm_c, pvm_ts
+FLOW = struct.Struct("=QIIIIIIIIIBBBBIIII")
 
 TIER_U, TIER_K = 0, 1
 CLIENT_ACK_KNOWN = 1 << 32

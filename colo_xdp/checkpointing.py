@@ -60,9 +60,9 @@ class Checkpointing(Entering):
         self._exposed = (
             False  # the PVM's frames may pass uncompared: as in shadow, but not asked for
         )
-        table = datapath.flows()
+        tables = datapath.flows()
         #: connections in numbers that this guest has kept since it took over
-        self.own = FlowTable(table) if table else None
+        self.own = FlowTable(*tables) if tables else None
         #: the SVM's host has them; a former controller may have died before it handed them over
         self._handed = self.own is None
         self.by_cause: Counter[str] = Counter()

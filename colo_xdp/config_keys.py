@@ -354,7 +354,7 @@ class DataPathKeys:
     )
     flow_table: int = checks.key(
         checks.integer(16, 1 << 22, "entries"),
-        "connections the secondary's rewriter tracks",
+        "connections the secondary's rewriter tracks, and as many handshakes",
         default=65_536,
         unit="entries",
     )

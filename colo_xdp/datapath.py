@@ -617,10 +617,10 @@ class DataPath:
             self._detach_guest()
             self._write(Cfg.BASE_EPOCH, 0)
 
-    def flows(self) -> loader.Map | None:
-        """Connections with offsets; None where there can be none."""
+    def flows(self) -> tuple[loader.Map, loader.Map] | None:
+        """Connections with offsets, and those that begin; None where there can be none."""
         objects = self.guest if self.role == "primary" else self.objects
-        return objects.map("flows") if objects else None
+        return (objects.map("flows"), objects.map("opening")) if objects else None
 
     def close(self, *, detach: bool = False) -> None:
         """Let go. What is attached and pinned stays, unless `detach`."""

@@ -52,6 +52,7 @@ _PINNED_SHAPES = {
     "config": (4, 8),
     "counters": (4, abi.COUNT.size),
     "flows": (abi.FLOW_KEY.size, abi.FLOW.size),
+    "opening": (abi.FLOW_KEY.size, abi.FLOW.size),
     "conns": (abi.FLOW_KEY.size, abi.CONN.size),
     "owners": (4, abi.OWNER.size),
     "ports": (4, 8),
@@ -434,6 +435,7 @@ def check_pins(directory: str, options: Options) -> list[str]:
             os.close(fd)
         want = {
             "flows": options.flow_table,
+            "opening": options.flow_table,
             "owners": options.stashes,
             "conns": options.conns,
         }.get(name, info.max_entries)

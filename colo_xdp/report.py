@@ -134,6 +134,7 @@ def secondary_status(c: Secondary) -> dict[str, Any]:
     doc["held"]["limit"] = c.hold_limit
     doc["flows"] = {
         "tracked": c.flows.tracked,
+        "opening": c.flows.opening,
         "limit": c.flows.limit,
         "translated": c.flows.translated,
         "aged": c.flows.aged,

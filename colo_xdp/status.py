@@ -192,7 +192,7 @@ _CHECKS: dict[str, _Check] = {
         waiting=_count,
         forgotten=_count,
     ),
-    "flows": _object(tracked=_count, limit=_count, translated=_count, aged=_count),
+    "flows": _object(tracked=_count, opening=_count, limit=_count, translated=_count, aged=_count),
     "checkpoints": _object(
         total=_count,
         failed=_count,
@@ -341,7 +341,7 @@ def empty(pair: str, role: str) -> Status:
             "waiting": 0,
             "forgotten": 0,
         },
-        flows={"tracked": 0, "limit": 0, "translated": 0, "aged": 0},
+        flows={"tracked": 0, "opening": 0, "limit": 0, "translated": 0, "aged": 0},
         checkpoints={
             "total": 0,
             "failed": 0,

@@ -56,7 +56,7 @@ class TakingOver(GuestLife):
 
     def __init__(self, config: Config, datapath: DataPath) -> None:
         super().__init__(config, datapath)
-        self.flows = FlowTable(datapath.objects.map("flows"))
+        self.flows = FlowTable(datapath.objects.map("flows"), datapath.objects.map("opening"))
         #: the last controller died in a checkpoint of this epoch: QMP does not repeat its events,
         #: so the SVM may run either state until the next one is complete
         self._unsure = -1

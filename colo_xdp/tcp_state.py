@@ -58,9 +58,10 @@ class Event(IntEnum):
 
 _S, _E = State, Event
 
-#: An entry begins in CLOSED with a SYN or SYN-ACK; LISTEN is never seen on the wire.
+#: An entry begins in CLOSED with a SYN or SYN-ACK. A client's SYN alone says nothing of the guest:
+#: it may be anybody's, to any port, so the guest is in LISTEN at most until it answers.
 _FROM_CLOSED = {
-    _E.CLIENT_SYN: _S.SYN_RECEIVED,
+    _E.CLIENT_SYN: _S.LISTEN,
     _E.GUEST_SYN: _S.SYN_SENT,
     _E.GUEST_SYNACK: _S.SYN_RECEIVED,  # its SYN was seen before the checkpoint
     _E.GUEST_DATA: _S.ESTABLISHED,  # the guest did not take the RST
@@ -72,7 +73,13 @@ _RESET = {_E.CLIENT_RST: _S.CLOSED, _E.GUEST_RST: _S.CLOSED}
 TABLE: Mapping[State, Mapping[Event, State]] = MappingProxyType(
     {
         _S.CLOSED: _FROM_CLOSED,
-        _S.LISTEN: _FROM_CLOSED,
+        _S.LISTEN: {
+            **_RESET,
+            _E.GUEST_SYN: _S.SYN_RECEIVED,  # simultaneous open
+            _E.GUEST_SYNACK: _S.SYN_RECEIVED,
+            _E.GUEST_DATA: _S.ESTABLISHED,
+            _E.GUEST_FIN: _S.FIN_WAIT_1,
+        },
         _S.SYN_SENT: {
             **_RESET,
             _E.CLIENT_SYN: _S.SYN_RECEIVED,  # simultaneous open
@@ -131,7 +138,7 @@ TABLE: Mapping[State, Mapping[Event, State]] = MappingProxyType(
 TIMEOUTS: Mapping[State, int] = MappingProxyType(
     {
         _S.CLOSED: 10,  # what is still under way
-        _S.LISTEN: 10,
+        _S.LISTEN: 10,  # the guest has not answered: its SYN-ACK would begin the entry anew
         _S.SYN_SENT: 130,  # Linux: tcp_syn_retries 6, 127 s
         _S.SYN_RECEIVED: 70,  # Linux: tcp_synack_retries 5, 63 s
         _S.ESTABLISHED: 432_000,  # nf_conntrack's 5 days

@@ -55,6 +55,7 @@ class Kernel:
         self.objects = objects
         self.config = objects.map("config")
         self.flow_map = objects.map("flows")
+        self.opening_map = objects.map("opening")
         self.counters = objects.map("counters")
         self._cpus = loader.possible_cpus()
         table = objects.map("transitions")
@@ -70,8 +71,9 @@ class Kernel:
     def reset(self, mode: abi.Mode = abi.Mode.RUN, epoch: int = 7) -> None:
         self.set(abi.Cfg.MODE, mode)
         self.set(abi.Cfg.EPOCH, epoch)
-        for key in list(self.flow_map.keys()):
-            self.flow_map.delete(key)
+        for table in (self.flow_map, self.opening_map):
+            for key in list(table.keys()):
+                table.delete(key)
 
     def counts(self, prog: abi.Prog) -> dict[str, int]:
         out = {}
@@ -102,9 +104,14 @@ class Kernel:
         words[1] = abi.EPOCH_BASE
         self.flow_map.set(key, abi.FLOW.pack(*words))
 
-    def flow(self, key: bytes) -> rewrite.Flow | None:
-        raw = self.flow_map.get(key)
+    def flow(self, key: bytes, *, opening: bool = False) -> rewrite.Flow | None:
+        raw = (self.opening_map if opening else self.flow_map).get(key)
         return decode_flow(raw) if raw else None
+
+    def tables(self) -> tuple[dict[bytes, rewrite.Flow], dict[bytes, rewrite.Flow]]:
+        """Connections, and those that begin."""
+        both = (self.flow_map, self.opening_map)
+        return tuple({k: decode_flow(raw) for k, raw in m.items()} for m in both)  # type: ignore[return-value]
 
     def ns(self, prog: str, frame: bytes, repeat: int = 100_000) -> int:
         fd = self.objects.programs[prog].fd
@@ -112,8 +119,7 @@ class Kernel:
 
 
 def decode_flow(raw: bytes) -> rewrite.Flow:
-    words = abi.FLOW.unpack(raw)  # seen_ns, then the model's fields, a pad, isn_c, a pad
-    return rewrite.Flow(*words[1:13], words[14])
+    return rewrite.Flow(*abi.FLOW.unpack(raw)[1:])  # without seen_ns
 
 
 @pytest.fixture(scope="session")

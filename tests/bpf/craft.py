@@ -112,6 +112,22 @@ def tcp_segment(
     return body[:16] + struct.pack("!H", check ^ spoil) + body[18:]
 
 
+def icmp_error(
+    src: str,
+    dst: str,
+    typ: int,
+    quote: bytes,
+    *,
+    vlans: Sequence[tuple[int, int]] = (),
+    spoil: int = 0,
+) -> bytes:
+    """An ICMP or ICMPv6 error of `src` that quotes a packet (from its IP header on)."""
+    body = struct.pack("!BBHI", typ, 0, 0, 1400) + quote
+    check = l4_sum(src, dst, 58, body) if ":" in src else ones_sum(body)
+    body = body[:2] + struct.pack("!H", (0xFFFF & ~check) ^ spoil) + body[4:]
+    return ip(src, dst, 58 if ":" in src else 1, body, vlans=vlans)
+
+
 def l4_at(frame: bytes) -> tuple[int, int]:
     """(offset of the transport header, end of the IP packet) of a frame without extensions."""
     off = 12

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import errno
 import random
+import struct
 from collections import Counter
+from dataclasses import astuple
 
 import pytest
 
@@ -13,7 +15,7 @@ from colo_xdp import abi, rewrite
 from colo_xdp.abi import Mode, Reason
 
 from . import craft
-from .conftest import TC_OK, TC_REDIRECT, TC_UNSPEC, XDP_PASS, Kernel
+from .conftest import TC_OK, TC_REDIRECT, TC_SHOT, TC_UNSPEC, XDP_PASS, Kernel
 from .craft import ACK, FIN, PSH, RST, SYN
 
 M = 0xFFFFFFFF
@@ -56,6 +58,10 @@ class Conn:
             open_ = [("C", SYN), ("G", SYN | ACK), ("C", ACK)]
             if r.random() < 0.3:
                 open_ = [("C", SYN), ("C", ACK), ("G", SYN | ACK), ("C", ACK)]
+            if r.random() < 0.2:  # RFC 7413: the guest answers before it has an ack
+                open_[2:2] = [("G", ACK)] * r.randrange(1, 3)
+        for _ in range(r.choice((0, 1, 1, 2))):  # of the PVM, when it says it and as it leaves
+            open_.insert(r.randrange(1, 4), ("P", SYN if self.active else SYN | ACK))
         data = [(r.choice("CG"), r.choice((ACK, ACK | PSH))) for _ in range(r.randrange(8))]
         close = r.choice(
             [
@@ -82,6 +88,8 @@ class Conn:
             lead = bytes([1]) * r.choice((2, 2, 2, 0, 1, 3))
             val, ecr = (self.ts_s, self.ts_c) if side == "G" else (self.ts_c, self.ts_p)
             parts.append(craft.timestamps(val + r.randrange(3) & M, ecr, lead=lead))
+        if side == "P":
+            parts = [craft.timestamps(self.ts_p, self.ts_c)] if self.with_ts else []
         if side == "C" and r.random() < 0.3:
             base = self.p + self.sent_s
             edges = [base + r.randrange(1 << 16) & M for _ in range(2 * r.randrange(1, 4))]
@@ -96,8 +104,42 @@ class Conn:
             out = (out[:at] + junk + out[at:])[:40]
         return out
 
+    def quoting(self) -> bytes:
+        """An ICMP error about a segment of the guest, as the network has seen it."""
+        r = self.rng
+        seq = self.p + 1 + r.randrange(-2, 3000)
+        flags = r.choice((ACK, ACK, SYN | ACK, RST | ACK, FIN | ACK))
+        options = craft.timestamps(self.ts_p, self.ts_c, lead=bytes(r.choice((1, 0)) for _ in "12"))
+        if r.random() < 0.3:
+            options = self.options("P", flags) + craft.sack(1, 2)
+        body = craft.tcp_segment(
+            self.guest, self.client, self.port, 40000, 0 if r.random() < 0.05 else seq, self.c + 1,
+            flags, r.randbytes(r.choice((0, 1, 700))), options[:40], partial=r.random() < 0.1,
+        )  # fmt: skip
+        kw: dict[str, object] = {}
+        if r.random() < 0.2 and self.v6:
+            kw["extensions"] = [
+                (r.choice((0, 43, 60)), bytes(6 + 8 * r.randrange(2)))
+                for _ in range(r.randrange(7))
+            ]
+        elif r.random() < 0.2:
+            kw["ip_options"] = bytes([1] * 4 * r.randrange(1, 11))
+        if r.random() < 0.1:
+            kw["fragment"] = (r.choice((0, 8)), r.random() < 0.5)
+        quote = craft.ip(self.guest, self.client, 6, body, **kw)[14:]  # type: ignore[arg-type]
+        if r.random() < 0.5:
+            quote = quote[: r.choice((28, 48, 60, 68, 576, r.randrange(20, 100)))]
+        if r.random() < 0.1:
+            quote = quote[:20] + r.randbytes(4) + quote[24:]
+        typ = r.choice((1, 2, 2, 3, 4, 128) if self.v6 else (3, 3, 4, 11, 12, 8))
+        router = "fd09::9" if self.v6 else "10.9.0.9"
+        spoil = r.choice((0, 0, 0, 1))
+        return craft.icmp_error(router, self.guest, typ, quote, vlans=self.vlans, spoil=spoil)
+
     def next(self) -> tuple[str, bytes]:
         r = self.rng
+        if r.random() < 0.1:
+            return "C", self.quoting()
         if not self.script:
             self.begin()
         side, flags = self.script[0]
@@ -110,9 +152,13 @@ class Conn:
         if r.random() < 0.03:
             self.c = r.getrandbits(32)
         payload = b"" if flags & (SYN | RST) else r.randbytes(r.choice((0, 0, 1, 5, 100, 1447)))
+        if flags & SYN and r.random() < 0.1:
+            payload = r.randbytes(5)
         ack_on = bool(flags & ACK)
         begun = 0 if flags & SYN else 1
-        if side == "C":
+        if side == "P":
+            seq, ack = self.p, (self.c + 1 + self.sent_c * (r.random() < 0.5)) * ack_on
+        elif side == "C":
             seq, ack = self.c + begun + self.sent_c, (self.p + 1 + self.sent_s) * ack_on
             self.sent_c += len(payload)
         else:
@@ -168,7 +214,7 @@ def compare(kernel: Kernel, out_prog: str, seed: int, frames: int) -> Counter[st
     model = rewrite.Rewriter(epoch=7)
     conns = [Conn(rng, 1000 + i) for i in range(12)]
     seen: Counter[str] = Counter()
-    progs = {p: kernel.counts(abi.Prog[p.upper()]) for p in ("svm_deliver", out_prog)}
+    progs = {p: kernel.counts(abi.Prog[p.upper()]) for p in ("svm_in", "svm_deliver", out_prog)}
     reasons: dict[str, Counter[str]] = {p: Counter() for p in progs}
     for i in range(frames):
         if rng.random() < 0.002:
@@ -185,9 +231,24 @@ def compare(kernel: Kernel, out_prog: str, seed: int, frames: int) -> Counter[st
                 seen["for good"] += 1
         conn = rng.choice(conns)
         side, frame = conn.next()
-        if rng.random() < 0.1:
+        if frame[12:14] in (b"\x08\x00", b"\x86\xdd") and rng.random() < 0.02:
+            frame += bytes(rng.randrange(20))  # padding
+        if rng.random() < 0.1 and side != "P":  # a tag alone cannot be taken off
             frame = spoil(rng, frame)
-        prog = "svm_deliver" if side == "C" else out_prog
+        prog = {"C": "svm_deliver", "P": "svm_in"}.get(side, out_prog)
+        if side == "P":
+            told = frame[:12] + struct.pack("!HH", abi.TPID, abi.KIND_SYN << 13) + frame[12:]
+            try:
+                verdict, _ = kernel.bare(prog, told)
+            except OSError as e:
+                assert e.errno == errno.EINVAL
+                continue
+            reason = model.hear_pvm(frame)
+            reasons[prog][reason.name] += 1
+            seen[reason.name] += 1
+            assert verdict == TC_SHOT
+            assert kernel.tables() == (model.flows, model.opening), f"{reason}: {frame.hex()}"
+            continue
         try:
             verdict, got = kernel.bare(prog, frame)
         except OSError as e:
@@ -210,6 +271,7 @@ def compare(kernel: Kernel, out_prog: str, seed: int, frames: int) -> Counter[st
             reason = Reason.PASSED
         reasons[prog][reason.name] += 1
         seen[reason.name] += 1
+        seen["quote moved"] += reason is Reason.REWRITTEN and not rewrite.parse(frame).is_tcp
         p = None
         try:
             p = rewrite.parse(frame)
@@ -221,12 +283,14 @@ def compare(kernel: Kernel, out_prog: str, seed: int, frames: int) -> Counter[st
             key = abi.FLOW_KEY.pack(*ends, p.vlan)
             entry = kernel.flow(key)
             assert entry == model.flows.get(key), where
+            entry = kernel.flow(key, opening=True)
+            assert entry == model.opening.get(key), where
             if entry:
                 seen[f"state {entry.state}"] += 1
     for name, before in progs.items():
         now = kernel.counts(abi.Prog[name.upper()])
         assert {k: v - before[k] for k, v in now.items() if v != before[k]} == reasons[name]
-    assert {k: kernel.flow(k) for k in list(kernel.flow_map.keys())} == model.flows
+    assert kernel.tables() == (model.flows, model.opening)
     print(seen)
     return seen
 
@@ -236,6 +300,7 @@ def test_tc(tc: Kernel, seed: int) -> None:
     seen = compare(tc, "svm_out", seed, 4000)
     assert seen["REWRITTEN"] > 800
     assert seen["BAD_FRAME"] > 50
+    assert seen["quote moved"] > 100
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -243,6 +308,7 @@ def test_xdp(xdp: Kernel, seed: int) -> None:
     seen = compare(xdp, "svm_out_xdp", 100 + seed, 4000)
     assert seen["REWRITTEN"] > 800
     assert seen["BAD_FRAME"] > 50
+    assert seen["quote moved"] > 100
 
 
 @pytest.mark.parametrize("check", [0, 1, 0x8000, 0xFFFE, 0xFFFF])
@@ -274,10 +340,7 @@ def test_checksum_corners(tc: Kernel, xdp: Kernel, check: int, isn_p: int, isn_s
 
 
 def encode_flow(f: rewrite.Flow) -> bytes:
-    return abi.FLOW.pack(
-        0, f.epoch, f.off, f.tsoff, f.isn_p, f.isn_s, f.ts_p, f.ts_s, f.fin_guest, f.fin_client,
-        f.state, f.have, f.have_client, 0, f.isn_c, 0,
-    )  # fmt: skip
+    return abi.FLOW.pack(0, *astuple(f))
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -288,11 +351,13 @@ def test_a_guest_with_numbers_of_its_own(guest: Kernel, seed: int) -> None:
     conns = [Conn(rng, 1000 + i) for i in range(40)]
     for _ in range(200):
         side, frame = rng.choice(conns).next()
-        (model.to_svm if side == "C" else model.from_svm)(frame)
+        {"C": model.to_svm, "P": model.hear_pvm}.get(side, model.from_svm)(frame)
     for key, f in model.flows.items():
         if rng.random() < 0.3:
             f.epoch = rng.choice((abi.EPOCH_BASE, abi.EPOCH_BASE, 6))
         guest.flow_map.set(key, encode_flow(f))
+    for key, f in model.opening.items():
+        guest.opening_map.set(key, encode_flow(f))
     model.mode = Mode.TAKEOVER
     seen: Counter[str] = Counter()
     progs = {p: guest.counts(abi.Prog[p.upper()]) for p in ("guest_in", "guest_out")}
@@ -302,6 +367,8 @@ def test_a_guest_with_numbers_of_its_own(guest: Kernel, seed: int) -> None:
             mode = rng.choice(list(Mode))  # it is all the same here
             guest.set(abi.Cfg.MODE, mode)
         side, frame = rng.choice(conns).next()
+        if side == "P":
+            continue
         if rng.random() < 0.05:
             frame = spoil(rng, frame)
         prog = "guest_in" if side == "C" else "guest_out"
@@ -319,7 +386,7 @@ def test_a_guest_with_numbers_of_its_own(guest: Kernel, seed: int) -> None:
     for name, before in progs.items():
         now = guest.counts(abi.Prog[name.upper()])
         assert {k: v - before[k] for k, v in now.items() if v != before[k]} == reasons[name]
-    assert {k: guest.flow(k) for k in list(guest.flow_map.keys())} == model.flows
+    assert guest.tables() == (model.flows, model.opening)
     assert seen["REWRITTEN"] > 50, seen
 
 

@@ -350,3 +350,66 @@ def test_a_filter_of_somebody_else_is_reported(
         assert "somebody:else" in sh("tc", "filter", "show", "dev", "tap0", "ingress")
     finally:
         cleanup.cleanup(PAIR, "/sys/fs/bpf", str(tmp_path), force=True)
+
+
+def test_a_syn_of_the_pvm_is_told_to_the_secondary(net: Net, path: DataPath, guest: Tap) -> None:
+    """When it is said and as it leaves; what is held and what leaves is as the guest made it."""
+    peer, seen = Sniffer(net.other, "peer0"), Sniffer(net.client, "c0")
+    path.epoch = 9
+    for flags, vlan, mode in ((0x12, 0, Mode.RUN), (0x02, 7, Mode.CHECKPOINT)):
+        path.mode = mode
+        frame = tcp(b"", flags=flags, vlan=vlan, options=b"\2\4\5\xb4")
+        copy = tag(abi.KIND_SYN, 9, frame)
+        guest.send(frame)
+        got = peer.wait(lambda f, copy=copy: f == copy)  # type: ignore[misc]
+        assert got is not None
+        (event,) = (e for e in events(path, 1) if ours(e.frame))
+        assert event.frame == frame
+        assert path.injectors["release"].send(event.frame, event.gso_size, event.partial)
+        assert peer.wait(lambda f, copy=copy: f == copy) is not None  # type: ignore[misc]
+        out = seen.wait(ours)
+        assert out is not None and out[1] == frame
+    path.mode = Mode.RUN
+    for flags in (0x10, 0x14, 0x04, 0x06):
+        guest.send(tcp(b"", flags=flags))
+    path.mode = Mode.BYPASS
+    guest.send(tcp(b"", flags=0x12))
+    assert peer.wait(lambda f: ours(f[:12] + f[16:]), 0.2) is None
+    peer.close()
+    seen.close()
+
+
+@pytest.mark.parametrize("v6", [False, True], ids=["ipv4", "ipv6"])
+@pytest.mark.parametrize("lead", [b"", b"\1", b"\1\1", b"\2\4\5\xb4\1\3\3\7\4\2"])
+def test_no_client_offers_mptcp(
+    net: Net, path: DataPath, guest: Tap, lead: bytes, v6: bool
+) -> None:
+    """MP_CAPABLE becomes NOPs, at even and odd places, for the guest and for its mirror."""
+    path.mode = Mode.RUN
+    peer = Sniffer(net.other, "peer0")
+    capable = (b"\x1e\x04\x01\x81", b"\x1e\x0c\x01\x81" + bytes(range(200, 208)))
+    for option, flags in ((capable[0], 0x02), (capable[1], 0x12), (capable[1], 0x02)):
+        head = lead + option
+        end = b"\1" * (-len(head) % 4)
+        kept = tcp(flags=flags, reverse=True, v6=v6, options=head + end)
+        plain = tcp(flags=flags, reverse=True, v6=v6, options=lead + b"\1" * len(option) + end)
+        before = count(path, "pvm_in", "mptcp_off")
+        from_client(net, kept)
+        assert guest.recv(lambda f, want=plain: f == want) is not None  # type: ignore[misc]
+        want = tag(abi.KIND_MIRROR, path.epoch, plain)
+        assert peer.wait(lambda f, want=want: f == want) is not None  # type: ignore[misc]
+        assert count(path, "pvm_in", "mptcp_off") == before + 1
+    join = b"\x1e\x0c\x10\x01" + bytes(8)
+    for option, flags, mode in (
+        (join, 0x02, Mode.RUN),  # to the guest, who has the token or has not
+        (capable[0], 0x10, Mode.RUN),
+        (capable[0], 0x02, Mode.BYPASS),  # what a guest agrees to alone its copy has too
+    ):
+        path.mode = mode
+        head = lead + option
+        options = head + b"\1" * (-len(head) % 4)
+        kept = tcp(flags=flags, reverse=True, v6=v6, options=options)
+        from_client(net, kept)
+        assert guest.recv(lambda f, want=kept: f == want) is not None  # type: ignore[misc]
+    assert count(path, "pvm_in", "mptcp_off") == 3
+    peer.close()

@@ -160,7 +160,7 @@ def test_what_is_handed_to_the_new_secondary(survivor: Host) -> None:
     next_controller(h)
     table = h.dp.flows()
     assert table is not None
-    own = FlowTable(table)
+    own = FlowTable(*table)
     (entry,) = own.export(h.dp.base_epoch)
     assert int.from_bytes(entry[40 + 12 : 40 + 16], "little") == OFFSET
     own.sweep(h.dp.base_epoch)
@@ -197,7 +197,7 @@ def test_an_offset_for_good_outlives_checkpoints(survivor: Host) -> None:
     h = survivor
     table = h.dp.flows()
     assert table is not None
-    flows = FlowTable(table)
+    flows = FlowTable(*table)
     flows.adopt(b"".join(flows.export(5)), first=True)
     for epoch in (6, 7):
         h.dp.epoch, h.dp.mode = epoch, Mode.RUN

@@ -12,6 +12,7 @@ import asyncio
 import random
 from collections import deque
 from collections.abc import Callable
+from dataclasses import astuple
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -30,11 +31,12 @@ from colo_xdp.speaker import GIVEN_UP, Seen, StoreError, ours_to_take
 from .fast import FAST_NO, TierK, completed, user_space
 from .fast import Out as Leaving
 from .guest import Guest, Out
+from .tcp import RST, SYN, read
 
 if TYPE_CHECKING:
     from .world import World
 
-MIRROR, SVM = 0, 1
+MIRROR, SVM, PVM_SYN = 0, 1, 2
 LOSS_NS = 1_000_000_000
 BUSY = 0.003  # another CPU has the connection of a frame
 
@@ -47,11 +49,17 @@ class Tracker(Rewriter):
         self.seen: dict[int, int] = {}
         self.now_ns = 0
 
-    def _find(self, p: Any, *, to_svm: bool) -> Any:
-        n, reason = super()._find(p, to_svm=to_svm)
+    def _find(self, key: bytes, p: Any, *, to_svm: bool) -> Any:
+        n, reason = super()._find(key, p, to_svm=to_svm)
         if n is not None:
             self.seen[id(n)] = self.now_ns
         return n, reason
+
+    def _promote(self, key: bytes, n: Flow) -> bool:
+        room = super()._promote(key, n)
+        if room:
+            self.seen[id(self.flows[key])] = self.now_ns
+        return room
 
 
 class Side:
@@ -202,9 +210,15 @@ class Side:
         if self.mode is Mode.BYPASS:
             self.world.to_network(self, frame)
             return
+        self._tell_syn(frame)
         captured = self._fast(SIDE_PVM, self.epoch, frame, gso)
         if captured is not None and not self._lost_controller():
             self.capture(Source.PVM, self.epoch, frame, gso, captured)
+
+    def _tell_syn(self, frame: bytes) -> None:
+        s = read(frame)
+        if s is not None and s.flags & (SYN | RST) == SYN and self.mode is not Mode.BYPASS:
+            self.world.link(self, PVM_SYN, self.epoch, frame, 0)
 
     def _fast(self, side: int, epoch: int, frame: bytes, gso: int) -> int | None:
         """Tier K: None if it has decided, else the number of the frame's event."""
@@ -239,6 +253,10 @@ class Side:
                 self.capture(Source.CLIENT, self.epoch, frame, gso)
             elif self.mode in (Mode.RUN, Mode.TAKEOVER):
                 self.deliver(self._translate(frame, True))
+        elif kind == PVM_SYN and self.mode is Mode.RUN:
+            r = self.rewriter
+            r.mode, r.epoch, r.now_ns = self.mode, self.epoch, self.world.ns()
+            r.hear_pvm(frame)
 
     def _translate(self, frame: bytes, to_svm: bool) -> bytes:
         r = self.rewriter
@@ -268,6 +286,7 @@ class Side:
         """pvm_release, svm_deliver, svm_forward."""
         if name == "release":
             if self.mode is not Mode.DROP and not self.silenced():
+                self._tell_syn(frame)
                 self.world.to_network(self, frame)
         elif self.mode in (Mode.RUN, Mode.CHECKPOINT, Mode.TAKEOVER):
             out = self._translate(frame, name == "deliver")
@@ -325,7 +344,7 @@ class SimDataPath:
         side.loaded = True
         names = ("release",) if side.primary else ("deliver", "forward")
         self.injectors = {n: _Injector(self, n) for n in names}
-        self.objects = SimpleNamespace(map=lambda name: _Flows(side), events="ring")
+        self.objects = SimpleNamespace(map=lambda name: _Flows(side, name), events="ring")
         self.reader = SimpleNamespace(fds=[], capacity=0)
         self.addresses = AddressTable(MapDict(), MapDict())  # the guests here do without ARP
         self.port_state, self.port_forwarding = "", True
@@ -496,8 +515,9 @@ class SimDataPath:
     def tap_alive(self) -> bool:
         return self._side.qemu.alive
 
-    def flows(self) -> _Flows | None:
-        return _Flows(self._side) if self._side.base_epoch else None
+    def flows(self) -> tuple[_Flows, _Flows] | None:
+        side = self._side
+        return (_Flows(side, "flows"), _Flows(side, "opening")) if side.base_epoch else None
 
     def counters(self) -> dict[str, dict[str, tuple[int, int]]]:
         return {"svm_out": dict.fromkeys(("passed", "rewritten", "released"), (0, 0))}
@@ -550,33 +570,31 @@ class MapDict(dict[bytes, bytes]):
 
 
 class _Flows:
-    """The map `flows`."""
+    """The maps `flows` and `opening`."""
 
-    def __init__(self, side: Side) -> None:
-        self._side = side
+    def __init__(self, side: Side, name: str) -> None:
+        self._side, self._name = side, name
         self.info = SimpleNamespace(max_entries=65536)
 
-    def items(self) -> list[tuple[bytes, bytes]]:
+    @property
+    def _table(self) -> dict[bytes, Flow]:
         r = self._side.rewriter
-        return [(k, self._pack(f, r.seen.get(id(f), 0))) for k, f in r.flows.items()]
+        return r.opening if self._name == "opening" else r.flows
 
-    @staticmethod
-    def _pack(f: Flow, seen: int) -> bytes:
-        return abi.FLOW.pack(
-            seen, f.epoch, f.off, f.tsoff, f.isn_p, f.isn_s, f.ts_p, f.ts_s, f.fin_guest,
-            f.fin_client, f.state, f.have, f.have_client, 0, f.isn_c, 0,
-        )  # fmt: skip
+    def items(self) -> list[tuple[bytes, bytes]]:
+        seen = self._side.rewriter.seen
+        return [(k, abi.FLOW.pack(seen.get(id(f), 0), *astuple(f))) for k, f in self._table.items()]
 
     def set(self, key: bytes, value: bytes) -> None:
-        r, words = self._side.rewriter, abi.FLOW.unpack(value)
-        f = r.flows[key] = Flow(*words[1:13], words[14])
-        r.seen[id(f)] = words[0]
+        words = abi.FLOW.unpack(value)
+        f = self._table[key] = Flow(*words[1:])
+        self._side.rewriter.seen[id(f)] = words[0]
 
     def keys(self) -> list[bytes]:
-        return list(self._side.rewriter.flows)
+        return list(self._table)
 
     def delete(self, key: bytes) -> None:
-        self._side.rewriter.flows.pop(key, None)
+        self._table.pop(key, None)
 
 
 class Qemu:

@@ -256,10 +256,11 @@ def fragments_leave_one_by_one(mp: Any) -> None:
 def offset_kept_over_a_checkpoint(mp: Any) -> None:
     real = Rewriter._find
 
-    def find(self: Rewriter, p: Any, *, to_svm: bool) -> Any:
-        for flow in self.flows.values():
-            flow.epoch = self.epoch
-        return real(self, p, to_svm=to_svm)
+    def find(self: Rewriter, key: bytes, p: Any, *, to_svm: bool) -> Any:
+        for flow in (*self.flows.values(), *self.opening.values()):
+            if not flow.epoch & rewrite.VOID:
+                flow.epoch = self.epoch
+        return real(self, key, p, to_svm=to_svm)
 
     mp.setattr(Rewriter, "_find", find)
 

@@ -57,6 +57,7 @@ def test_numbers() -> None:
     assert define("COLO_KIND_SHIFT") == abi.KIND_SHIFT
     assert define("COLO_KIND_MIRROR") == abi.KIND_MIRROR
     assert define("COLO_KIND_SVM") == abi.KIND_SVM
+    assert define("COLO_KIND_SYN") == abi.KIND_SYN
     assert define("COLO_EPOCH_BASE") == abi.EPOCH_BASE
     assert define("COLO_KEY_UDP") == abi.KEY_UDP
     assert define("DGRAM_ALIGN") == abi.DGRAM_ALIGN == abi.DGRAM.size
@@ -89,4 +90,4 @@ def test_shapes() -> None:
 
 
 def test_kind_and_epoch_fit_the_tag() -> None:
-    assert abi.KIND_SVM << abi.KIND_SHIFT | abi.EPOCH_MASK < 1 << 16
+    assert abi.KIND_SYN << abi.KIND_SHIFT | abi.EPOCH_MASK < 1 << 16

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import astuple
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +12,7 @@ import pytest
 from colo_xdp import abi, rewrite
 from colo_xdp.flowtable import FlowTable, decode
 from colo_xdp.tcp_state import State
+from tests.netns.frames import tcp
 
 EST = int(State.ESTABLISHED)
 
@@ -38,13 +40,13 @@ def key(n: int, vlan: int = 0) -> bytes:
 def value(epoch: int, off: int, have: int = 2, have_client: int = 1, seen: int = 0) -> bytes:
     return abi.FLOW.pack(
         seen or time.monotonic_ns(), epoch, off, 0, 10, 10 + off, 0, 0, 0, 0, EST, have,
-        have_client, 0, 5, 0,
+        have_client, 0, 5, 0, 0, 0,
     )  # fmt: skip
 
 
 def table() -> tuple[FlowTable, FakeMap]:
     m = FakeMap()
-    return FlowTable(m), m  # type: ignore[arg-type]
+    return FlowTable(m, FakeMap()), m  # type: ignore[arg-type]
 
 
 def test_what_is_handed_over() -> None:
@@ -110,3 +112,37 @@ def test_an_offset_for_good_is_not_swept_with_its_epoch(monkeypatch: pytest.Monk
     monkeypatch.setattr("time.monotonic_ns", lambda: 2 * 10**15)
     t.sweep(9)
     assert not m and t.translated == 0
+
+
+def test_handshakes_are_in_a_table_of_their_own() -> None:
+    m, opening = FakeMap(), FakeMap()
+    t = FlowTable(m, opening)  # type: ignore[arg-type]
+    m[key(1)] = value(7, 100)
+    opening[key(2)] = value(7, 0, have_client=64)  # the guest has answered
+    opening[key(3)] = value(7 ^ rewrite.VOID, 300)  # moved on
+    opening[key(4)] = value(7, 0, 0, 64)  # anybody's SYN
+    t.sweep(7)
+    assert (t.tracked, t.opening, t.translated, t.wanted) == (1, 2, 1, 3)
+    parts = t.export(7)
+    assert [p[: len(key(1))] for p in parts] == [key(2), key(4), key(1)]
+    assert t.give_up(7) == 2
+    f = decode(opening[key(2)])
+    assert f.certain and f.off == 1 << 31 and not f.have_pvm
+    t.adopt(parts[0], first=True)
+    assert set(m) == {key(2)} and not opening
+
+
+def test_what_the_guest_has_not_answered_is_soon_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    m, opening = FakeMap(), FakeMap()
+    t = FlowTable(m, opening)  # type: ignore[arg-type]
+    model = rewrite.Rewriter(epoch=7)
+    monkeypatch.setattr("time.monotonic_ns", lambda: 10**15)
+    for port in range(100):
+        model.to_svm(tcp(flags=2, seq=1, ack=0, reverse=True, dport=port))
+        model.to_svm(tcp(flags=16, seq=2, ack=77, reverse=True, dport=port))
+    for k, f in model.opening.items():
+        opening[k] = abi.FLOW.pack(10**15, *astuple(f))
+    assert len(opening) == 100 and not model.flows
+    monkeypatch.setattr("time.monotonic_ns", lambda: 10**15 + 11 * 10**9)
+    t.sweep(7)
+    assert not opening and t.aged == 100

@@ -44,6 +44,10 @@ class Link:
         frame = tcp(body, seq=seq % M, ack=ack % M, flags=flags, v6=self.v6, **kw)  # type: ignore[arg-type]
         return self._out(self.r.from_svm(frame)[0])
 
+    def tell(self, flags: int, seq: int, ack: int = 0, **kw: object) -> Reason:
+        """A copy of a SYN of the PVM."""
+        return self.r.hear_pvm(tcp(seq=seq % M, ack=ack % M, flags=flags, v6=self.v6, **kw))  # type: ignore[arg-type]
+
     def passive(self) -> Link:
         self.c(SYN, C, options=ts(10, 0))
         self.g(SYN | ACK, self.s, C + 1, options=ts(900, 10))
@@ -58,7 +62,7 @@ class Link:
 
     @property
     def state(self) -> State:
-        (flow,) = self.r.flows.values()
+        (flow,) = self.r.flows.values() or self.r.opening.values()
         return State(flow.state)
 
 
@@ -247,11 +251,186 @@ def test_closed_by_both_at_once() -> None:
     assert x.state is State.TIME_WAIT
 
 
+def test_the_first_ack_may_cover_data_if_the_pvm_has_told_its_isn() -> None:
+    """The client's first ack was lost between the hosts, the next one covers 100 bytes."""
+    x = Link()
+    x.c(SYN, C, options=ts(10, 0))
+    assert x.tell(SYN | ACK, P, C + 1, options=ts(400, 10)) is Reason.PVM_SYN
+    x.g(SYN | ACK, S, C + 1, options=ts(900, 10))
+    out = x.c(ACK, C + 1, P + 101, options=ts(11, 450))
+    assert ack(out) == S + 101 and stamps(out) == (11, 950)
+    x.translates()
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_data_on_the_syn_ack(late: bool) -> None:
+    x = Link()
+    x.c(SYN, C)
+    x.g(SYN | ACK, S, C + 1, b"hello")
+    if late:
+        frame = tcp(seq=C + 1, ack=P + 6, flags=ACK, reverse=True)
+        assert x.r.to_svm(frame) == (frame, Reason.OFFSET_UNKNOWN)
+    x.tell(SYN | ACK, P, C + 1)
+    assert ack(x.c(ACK, C + 1, P + 6)) == S + 6
+    x.translates()
+
+
+def test_fast_open_of_a_client() -> None:
+    """RFC 7413 4.2: the server answers before any ack, and the first one covers the answer."""
+    x = Link()
+    x.c(SYN, C, 0, b"GET /")
+    x.g(SYN | ACK, S, C + 6)
+    frame = tcp(seq=C + 6, ack=P + 1001, flags=ACK, reverse=True)
+    assert x.r.to_svm(frame) == (frame, Reason.OFFSET_UNKNOWN), "the PVM's SYN-ACK is late, or lost"
+    x.tell(SYN | ACK, P, C + 6)
+    assert seq(x.g(ACK, S + 1, C + 6, b"x" * 1000)) == P + 1, "before any ack of the client"
+    assert ack(x.c(ACK, C + 6, P + 1001)) == S + 1001
+    x.translates()
+
+
+def test_a_guest_that_has_spoken_is_not_learnt_from_acks() -> None:
+    x = Link()
+    x.c(SYN, C)
+    x.g(SYN | ACK, S, C + 1)
+    x.g(ACK, S + 1, C + 1, b"banner")
+    frame = tcp(seq=C + 1, ack=P + 7, flags=ACK, reverse=True)
+    assert x.r.to_svm(frame) == (frame, Reason.OFFSET_UNKNOWN)
+    x.tell(SYN | ACK, P, C + 1)  # as it left, once more
+    assert ack(x.c(ACK, C + 1, P + 7)) == S + 7
+    x.translates()
+
+
+@pytest.mark.parametrize("taken", [0, 5])
+def test_fast_open_of_the_guest(taken: int) -> None:
+    """The server's SYN-ACK may ack the SYN's data, or the SYN alone."""
+    x = Link()
+    x.g(SYN, S, 0, b"GET /", options=ts(900, 0))
+    x.tell(SYN, P, options=ts(400, 0))
+    out = x.c(SYN | ACK, C, P + 1 + taken, options=ts(10, 400))
+    assert ack(out) == S + 1 + taken and stamps(out) == (10, 900)
+    x.translates()
+    y = Link()
+    y.g(SYN, S, 0, b"GET /")
+    frame = tcp(seq=C, ack=P + 1 + taken, flags=SYN | ACK, reverse=True)
+    assert y.r.to_svm(frame) == (frame, Reason.OFFSET_UNKNOWN)
+
+
+def test_what_the_pvm_tells_of_the_next_connection_is_not_of_this_one() -> None:
+    x = Link().passive()
+    assert x.tell(SYN | ACK, P + 123_456, C + 1_000_000) is Reason.PVM_SYN
+    x.translates()
+    x.c(SYN, C + 999_999)
+    x.translates()
+    x.g(SYN | ACK, S + 5, C + 1_000_000)
+    assert seq(x.g(ACK, S + 6, C + 1_000_000)) == P + 123_457
+    assert ack(x.c(ACK, C + 1_000_000, P + 123_457 + 50)) == S + 56
+
+
+def test_the_next_connection_does_not_end_one_that_was_told() -> None:
+    x = Link()
+    x.c(SYN, C)
+    x.tell(SYN | ACK, P, C + 1)
+    x.g(SYN | ACK, S, C + 1)
+    x.translates()
+    x.tell(SYN | ACK, P + 5, C + 77)
+    x.translates()
+
+
+def test_the_pvm_gave_up_and_began_again() -> None:
+    x = Link()
+    x.c(SYN, C)
+    x.tell(SYN | ACK, P - 999, C + 1)
+    x.g(SYN | ACK, S, C + 1)
+    x.tell(SYN | ACK, P, C + 1)
+    x.translates()
+
+
+def test_a_syn_ack_that_is_sent_again_keeps_its_number_for_the_primary() -> None:
+    """It tells a repetition from another connection by the number."""
+    x = Link()
+    x.c(SYN, C)
+    assert seq(x.g(SYN | ACK, S, C + 1)) == S
+    x.tell(SYN | ACK, P, C + 1)
+    assert seq(x.g(SYN | ACK, S, C + 1)) == S
+    x.r.mode = Mode.TAKEOVER
+    assert seq(x.g(SYN | ACK, S, C + 1)) == P, "and now to the client, which knows the PVM's"
+
+
+def test_after_a_takeover_the_former_pvm_tells_nothing() -> None:
+    x = Link()
+    x.c(SYN, C)
+    x.r.mode = Mode.TAKEOVER
+    assert x.tell(SYN | ACK, P, C + 1) is Reason.PVM_SYN_LATE
+    x.g(SYN | ACK, S, C + 1)
+    assert seq(x.g(ACK, S + 1, C + 1)) == S + 1
+
+
+def test_what_the_pvm_told_before_a_checkpoint_holds_after_it() -> None:
+    """A SYN-ACK of the old epoch comes late; the guest, its clone now, sends the same again."""
+    x = Link(S, S)
+    x.c(SYN, C)
+    x.r.epoch += 1
+    x.g(SYN | ACK, S, C + 1)
+    x.tell(SYN | ACK, S, C + 1)
+    x.translates(by=0)
+
+
+def test_an_offset_for_good_is_not_told() -> None:
+    """Half open when it was handed over: the PVM itself may say a number that no client knows."""
+    x = Link()
+    x.c(SYN, C)
+    x.g(SYN | ACK, S, C + 1)
+    (flow,) = x.r.opening.values()
+    flow.epoch = EPOCH_BASE
+    x.r.flows, x.r.opening = x.r.opening, {}
+    assert x.tell(SYN | ACK, S, C + 1) is Reason.PVM_SYN_LATE
+    x.c(ACK, C + 1, P + 1)
+    x.translates()
+
+
+def test_strangers_take_no_place() -> None:
+    """SYNs, and acks of what nobody has said, from as many addresses as there are."""
+    x = Link().passive()
+    x.r.limit = 8
+    for port in range(1000, 1100):
+        for flags, seq_, ack_ in ((SYN, 7, 0), (ACK, 8, 77), (ACK, 8, 78)):
+            x.c(flags, seq_, ack_, sport=81, dport=port)
+    assert len(x.r.flows) == 1 and len(x.r.opening) <= 8
+    x.translates()
+    for port in range(2000, 2100):  # a service that answers, to addresses that are not there
+        x.c(SYN, 7, 0, sport=80, dport=port)
+        x.tell(SYN | ACK, P, 8, sport=80, dport=port)
+        x.g(SYN | ACK, S, 8, sport=80, dport=port)
+        x.c(ACK, 8, 77, sport=80, dport=port)
+    assert len(x.r.flows) == 1
+    kw = {"sport": 80, "dport": 3000}
+    x.c(SYN, C, **kw)
+    x.g(SYN | ACK, S, C + 1, **kw)
+    assert ack(x.c(ACK, C + 1, P + 1, **kw)) == S + 1
+    assert len(x.r.flows) == 2, "a client that hears the guest has one"
+
+
 def test_a_full_table_is_a_named_reason() -> None:
-    r = Rewriter(limit=1)
-    assert r.to_svm(tcp(flags=SYN, reverse=True))[1] is Reason.REDIRECTED
-    frame = tcp(flags=SYN, reverse=True, dport=41_000)
-    assert r.to_svm(frame) == (frame, Reason.FLOW_TABLE_FULL)
+    x = Link().passive()
+    x.r.limit = 1
+    frame = tcp(flags=SYN, seq=C, ack=0, reverse=True, dport=41_000)
+    assert x.r.to_svm(frame)[1] is Reason.REDIRECTED
+    x.g(SYN | ACK, S, C + 1, dport=41_000)
+    frame = tcp(flags=ACK, seq=C + 1, ack=P + 1, reverse=True, dport=41_000)
+    assert x.r.to_svm(frame) == (frame, Reason.FLOW_TABLE_FULL)
+    x.translates()
+
+
+def test_a_syn_is_not_an_answer() -> None:
+    x = Link()
+    x.c(SYN, C)
+    assert x.state is State.LISTEN
+    x.c(ACK, C + 1, P + 1)
+    assert x.state is State.LISTEN and not x.r.flows
+    x.g(SYN | ACK, S, C + 1)
+    assert x.state is State.SYN_RECEIVED
+    x.translates()
+    assert x.state is State.ESTABLISHED and len(x.r.flows) == 1
 
 
 @pytest.mark.parametrize("cut", [0, 13, 20, 33, 34, 50, 53])
