@@ -513,7 +513,7 @@ def load(role: str, pair: str, bpffs: str, options: Options, home: str = "") -> 
     try:
         objects = Objects(source, directory, headers)
     except Refused as e:
-        if not source.btf:
+        if not source.btf or "Failed to compile" in str(e):
             raise
         # bpf_probe_read_kernel() may be what this kernel does not allow (before 5.10, or locked).
         blind = replace(source, btf=False)

@@ -472,7 +472,7 @@ def test_kernel_and_model_decide_alike(lab: Lab) -> None:
     assert seen["sums elsewhere"] > 20, seen
     for name in ("HELD", "PASSED", "RELEASED"):
         assert seen[f"udp FAST_{name}"] > 300, seen
-        assert seen[f"fin FAST_{name}"] > 5, seen
+        assert seen[f"fin FAST_{name}"] > 4, seen
     for name in ("MODE", "ODD", "DIFFERS", "NO_STASH", "FULL"):
         assert seen[f"udp HAND_{name}"] > 3, seen
     assert not missed and min(seen[f"GIVE {r}"] for r in ("DONE", "REFUSED", "FULL")), seen
