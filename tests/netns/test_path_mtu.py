@@ -199,7 +199,7 @@ def stack(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Stack]:
     host = Host("cxpm", tmp_path, vnet=True)
     made = None
     try:
-        host.dp.mode = Mode.RUN
+        host.dp.mode, host.dp.epoch = Mode.RUN, 5
         made = Stack(host, request.param)
         yield made
     finally:
