@@ -54,6 +54,7 @@ class Node(ABC):
         self._successor: asyncio.Task[None] | None = None
         self._starting: asyncio.subprocess.Process | None = None  # the command qemu.incoming
         self.qemu_info: QemuInfo | None = None
+        self.first_mac = ""  # of the guest, as QEMU or the configuration has told
         self.failures: list[str] = []
         self._tasks: set[asyncio.Task[Any]] = set()
         self._finished = asyncio.Event()
@@ -202,17 +203,18 @@ class Node(ABC):
             return
 
     async def learn_macs(self) -> str:
-        """Tell the data path which frames are for the guest; returns its first MAC address, "" if
-        nobody can say it."""
+        """Tell the data path which frames are for the guest; returns its first MAC address, as it
+        was last told, "" if nobody can say it."""
         macs = [self.config.network.guest_mac]
         if not macs[0]:
             try:
                 macs = await self.qmp.guest_macs(self.config.network.tap)
             except (QmpError, NicError) as e:
                 log.warning("%s", e)
-                return ""
+                return self.first_mac
         self.dp.is_at(*(bytes.fromhex(m.replace(":", "")) for m in macs))
-        return macs[0]
+        self.first_mac = macs[0]
+        return self.first_mac
 
     async def _connect_oob(self) -> None:
         path = self.config.qemu.qmp_oob
