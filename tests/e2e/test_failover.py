@@ -207,13 +207,13 @@ def test_a_guest_that_restarts_before_protection_keeps_its_network(make_lab: Lab
     lab.vm["secondary"].kill9()  # so that nothing is protected yet
     wire = lab.capture(lab.net.primary, "uplink", "pvm", "out")
     lab.start_controller("primary")
-    s = lab.wait_state("primary", "starting", 20)
+    s = lab.wait_state("primary", "starting", 60)
     wait_for("the reason", lambda: "nothing is known" in lab.status("primary")["reason"], 10)
     assert s["mode"] == "drop" and not s["permission"]["speaks"]
     assert not lab.client.http("f100k", timeout=1).ok
     assert from_guest(lab.stop_capture(wire)) == 0
     lab.start_controller("secondary")
-    wait_for("its word", lambda: lab.status("primary")["permission"]["speaks"], 20)
+    wait_for("its word", lambda: lab.status("primary")["permission"]["speaks"], 60)
     assert lab.client.download("f100k")[1] == 0
     lab.vm["primary"].kill9()
     wait_for("its end", lambda: not lab.status("primary")["permission"]["speaks"], 10)

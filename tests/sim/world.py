@@ -1018,8 +1018,8 @@ class World:
                 side.new_qemu()
 
     def _decide_for_the_stopped(self) -> None:
-        """A person who stopped a controller, whose host or QEMU has died since, decides; so does
-        one who sees a guest wait for the word of a host that is dead."""
+        """A person decides where a controller was stopped and its host or QEMU has died since, and
+        where a guest waits for the word of a host that is dead."""
         for side in (self.p, self.s):
             c, other = side.controller, side.other
             dead = other.off or not other.qemu.alive
