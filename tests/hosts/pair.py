@@ -96,6 +96,11 @@ class Pair:
             h.booted()
         # The first start of all: on the host of the primary guest the network hears the tap.
         self.a.run("ip", "link", "set", "tap-web1", "master", "br0")
+        console = Path(f"/proc/{self.a.pid1}/root/run/colo-vm/web1.console")
+        wait_for(
+            "boot of the guest",
+            lambda: console.exists() and b"GUEST-READY" in console.read_bytes(), vms.BOOT_S * 2,
+        )  # fmt: skip
 
     def _files(self, h: Host, other: str, keys: Path) -> None:
         role, shipped = ROLES[h.name], h.root / SHIPPED.lstrip("/")
