@@ -7,7 +7,7 @@
 #ifndef COLO_COMMON_H
 #define COLO_COMMON_H
 
-#define COLO_ABI 5
+#define COLO_ABI 6
 
 /* skb->mark of a frame that the controller has let go, or that the mirror put
  * on the tap: it was decided elsewhere. Guests cannot set it (tun clears it). */

@@ -16,8 +16,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
-VERSION = 3
-MIN_VERSION = 3  # of what this release can still speak
+VERSION = 4
+MIN_VERSION = 4  # of what this release can still speak
 MAX_LINE = 65536
 MAX_FLOWS_TEXT = 61440
 LONG = ("flows", "addresses")
