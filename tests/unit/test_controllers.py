@@ -1029,6 +1029,10 @@ class WaitingQmp(FakeQmp):
     async def prepare(self, *, primary: bool) -> None:
         self.said.append("prepare")
 
+    async def execute(self, command: str, args: Any = None, timeout: Any = None) -> Any:
+        assert command == "query-block"
+        return []
+
 
 class HungQmp(FakeQmp):
     """Its main loop answers again after a yank, or not; the way past it answers, or not."""
