@@ -177,7 +177,7 @@ def test_a_second_controller_is_turned_away_and_harms_nothing(pair: Lab, role: s
     r = subprocess.run(
         [*cmd, "run", str(pair.config_path(role))], capture_output=True, text=True, timeout=30
     )
-    assert r.returncode == 1 and "another controller" in r.stderr
+    assert r.returncode == 2 and "another controller" in r.stderr
     pair.ask("primary", "checkpoint")
     assert pair_is_sound(pair)
 
