@@ -1096,7 +1096,8 @@ class World:
         """A guest that is its clients' only one stands still for no longer than an entry may take,
         and for a second more."""
         q, c = side.qemu, side.controller
-        still = side.primary and side.mode is Mode.BYPASS and q.alive and not q.running
+        alone = side.mode is Mode.BYPASS or (side.mode is Mode.CHECKPOINT and not side.protected)
+        still = side.primary and alone and q.alive and not q.running
         if not still or q.hung or c is None or q.still == "shutdown":
             self._still_ms.pop(side.name, None)
         elif self.ms() - self._still_ms.setdefault(side.name, self.ms()) > ENTER_STOP_MS + 1200:
