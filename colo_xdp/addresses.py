@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, Protocol
 
 from . import abi
@@ -39,6 +39,8 @@ class AddressTable:
 
     def __init__(self, addresses: Table, macs: Table) -> None:
         self._addresses, self._macs = addresses, macs
+        #: what told() has replaced, and the guest had said in the epoch that still runs
+        self._before: dict[bytes, bytes] = {}
 
     def own(self, first: bytes, epoch: int | None) -> list[Own]:
         """Addresses that the guest has certainly; `first`: its MAC address that QEMU tells of.
@@ -60,22 +62,21 @@ class AddressTable:
         return [mac_bytes(m) for m, seen in self._fresh_macs(epoch) if seen > oldest]
 
     def _fresh(self, epoch: int | None) -> list[tuple[bytes, tuple[int, int, int, int]]]:
-        oldest = time.monotonic_ns() - int(FORGET_S * 1e9)
-        out = []
-        for key, raw in self._addresses.items():
-            words = abi.CLAIM.unpack(raw)
-            if words[0] > oldest and epoch in (None, words[2]):
-                out.append((key, words))
-        return out
+        return list(self._all(self._addresses, epoch))
 
     def _fresh_macs(self, epoch: int | None) -> list[tuple[int, int]]:
+        return [(mac, seen) for _, (seen, mac, _, _) in self._all(self._macs, epoch)]
+
+    def _all(
+        self, table: Table, epoch: int | None
+    ) -> Iterator[tuple[bytes, tuple[int, int, int, int]]]:
         oldest = time.monotonic_ns() - int(FORGET_S * 1e9)
-        out = []
-        for _, raw in self._macs.items():
-            seen, mac, at, _ = abi.CLAIM.unpack(raw)
-            if seen > oldest and epoch in (None, at):
-                out.append((mac, seen))
-        return out
+        for key, raw in table.items():
+            for each in (raw, self._before.get(key)):  # in two tables, with keys of two sizes
+                words = abi.CLAIM.unpack(each) if each else None
+                if words and words[0] > oldest and epoch in (None, words[2]):
+                    yield key, words
+                    break
 
     def export(self, limit: int) -> tuple[bytes, bytes]:
         """What the guest has said, for the host of its copy: struct colo_address with MAC address
@@ -87,21 +88,34 @@ class AddressTable:
         macs = b"".join(self.macs(None)[:limit])
         return out, macs
 
-    def told(self, epoch: int, addresses: bytes, macs: bytes) -> None:
-        """What a guest has said whose state this one has from `epoch` on: from export().
+    def told(self, epoch: int, addresses: bytes, macs: bytes, *, running: int) -> None:
+        """What a guest has said whose state this one has from `epoch` on: from export(). Until
+        then, and if that never comes, what this one has said in the epoch `running` counts too.
 
         Raises ValueError when it is not whole, OSError when there is no room.
         """
         size, now = _KEY + _MAC + 1, time.monotonic_ns()
         if len(addresses) % size or len(macs) % _MAC:
             raise ValueError(f"{len(addresses)} and {len(macs)} bytes are no addresses")
+        for was in [k for k, c in self._before.items() if abi.CLAIM.unpack(c)[2] != running]:
+            del self._before[was]
         for at in range(0, len(macs), _MAC):
             key = mac_key(macs[at : at + _MAC])
-            self._macs.set(key.to_bytes(8, "little"), abi.CLAIM.pack(now, key, epoch, 0))
+            claim = abi.CLAIM.pack(now, key, epoch, 0)
+            self._replace(self._macs, key.to_bytes(8, "little"), claim, running)
         for at in range(0, len(addresses), size):
             entry = addresses[at : at + size]
             mac = mac_key(entry[_KEY : _KEY + _MAC])
-            self._addresses.set(entry[:_KEY], abi.CLAIM.pack(now, mac, epoch, entry[-1]))
+            claim = abi.CLAIM.pack(now, mac, epoch, entry[-1])
+            self._replace(self._addresses, entry[:_KEY], claim, running)
+
+    def _replace(self, table: Table, key: bytes, claim: bytes, running: int) -> None:
+        old = table.get(key)
+        if old is None:  # another machine has it meanwhile
+            self._before.pop(key, None)
+        elif abi.CLAIM.unpack(old)[2] == running:
+            self._before[key] = old
+        table.set(key, claim)
 
     def sweep(self, epoch: int | None) -> bool:
         """Delete what is old, or of an epoch before `epoch`; whether `macs` is full then."""
@@ -119,6 +133,7 @@ class AddressTable:
 
     def forget_all(self) -> None:
         """Nobody sees any more what the guest and the network say."""
+        self._before.clear()
         for table in (self._addresses, self._macs):
             for key, _ in list(table.items()):
                 table.delete(key)

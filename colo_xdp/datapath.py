@@ -458,7 +458,8 @@ class DataPath:
         """MAC addresses of the guest: what is for other machines is not mirrored from now on."""
         self._guest_mac = abi.MAC_KNOWN | mac_key(first)
         self._tell_mac()
-        self.addresses.told(self.epoch, b"", b"".join(others))
+        now = self.epoch
+        self.addresses.told(now, b"", b"".join(others), running=now)
 
     def _tell_mac(self) -> None:
         full = abi.MAC_ALL if self._macs_full else 0

@@ -213,14 +213,47 @@ def test_what_the_primary_tells(monkeypatch: pytest.MonkeyPatch) -> None:
         abi.ADDRESS.pack(ip("fd09::2"), 7), abi.CLAIM.pack(now, mac_key(hw(VRRP)), 3, both)
     )
     addresses, macs = p.export(256)
-    s.told(8, addresses, macs)
+    s.told(8, addresses, macs, running=7)
     assert s.macs(7) == [] and s.macs(8) == [hw(VRRP)]
     assert s.own(hw(GUEST), 7) == []
     assert s.own(hw(GUEST), 8) == [Own(ip("fd09::2"), 7, hw(VRRP), True)]
     for a, m in ((addresses[:-1], macs), (addresses, macs[1:])):
         with pytest.raises(ValueError, match="no addresses"):
-            s.told(9, a, m)
+            s.told(9, a, m, running=8)
     assert s.macs(9) == []
+
+
+def test_a_checkpoint_that_never_comes_takes_nothing_from_what_the_svm_has_said(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The primary tells, and dies in that checkpoint: the SVM takes over as it was."""
+    p, s = AddressTable(MapDict(), MapDict()), AddressTable(MapDict(), MapDict())
+    now = 10**15
+    monkeypatch.setattr("time.monotonic_ns", lambda: now)
+
+    def put(t: AddressTable, address: str, mac: str, epoch: int) -> None:
+        claim = abi.CLAIM.pack(now, mac_key(hw(mac)), epoch, 0)
+        t._macs.set(mac_key(hw(mac)).to_bytes(8, "little"), claim)
+        t._addresses.set(abi.ADDRESS.pack(ip(address), 0), claim)
+
+    first = hw(GUEST)
+    put(s, "10.9.0.2", GUEST, 7)
+    put(s, "10.9.0.3", VRRP, 7)
+    put(p, "10.9.0.2", GUEST, 7)
+    put(p, "10.9.0.3", VRRP, 7)
+    put(p, "10.9.0.4", VRRP, 7)  # the SVM has never said that it has this one
+    claims = p.export(256)
+    mine = [Own(ip("10.9.0.2"), 0, first), Own(ip("10.9.0.3"), 0, hw(VRRP))]
+    for n in (8, 8, 9):  # failed, and asked for again
+        s.told(n, *claims, running=7)
+        assert s.own(first, 7) == mine and hw(VRRP) in s.macs(7)
+        assert len(s.own(first, n)) == 3
+    s._addresses.delete(abi.ADDRESS.pack(ip("10.9.0.3"), 0))
+    assert s.own(first, 7) == mine[:1], "another machine has said that it is its own"
+    s.told(10, *claims, running=7)
+    assert s.own(first, 7) == mine[:1], "and still has it"
+    s.told(11, *claims, running=10)
+    assert s.own(first, 7) == [] and len(s.own(first, 10)) == len(s.own(first, 11)) == 3
 
 
 def test_a_table_that_is_full_says_so() -> None:

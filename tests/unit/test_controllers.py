@@ -1548,7 +1548,7 @@ def test_the_primary_tells_what_its_guest_has_said_before_the_checkpoint() -> No
             c, dp, sent = primary()
             c.peer.connected = True  # type: ignore[misc]
             c.qmp = FakeQmp()  # type: ignore[assignment]
-            dp.addresses.told(3, b"", b"".join(mine))
+            dp.addresses.told(3, b"", b"".join(mine), running=3)
             task = asyncio.ensure_future(c._checkpoint(Want("operator", "asked")))
             while "begin" not in sent.kinds():
                 await asyncio.sleep(0)
