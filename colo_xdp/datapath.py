@@ -455,7 +455,9 @@ class DataPath:
             self._write(Cfg.UNMIRRORED, 1)
 
     def is_at(self, first: bytes, *others: bytes) -> None:
-        """MAC addresses of the guest: what is for other machines is not mirrored from now on."""
+        """MAC addresses of the guest: what is for other machines is not mirrored from now on.
+
+        Raises OSError when there is no room for the others."""
         self._guest_mac = abi.MAC_KNOWN | mac_key(first)
         self._tell_mac()
         now = self.epoch

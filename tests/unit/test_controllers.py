@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import time
 from collections.abc import Callable, Coroutine
 from dataclasses import replace
@@ -1593,6 +1594,26 @@ def test_the_data_path_learns_whose_frames_it_mirrors() -> None:
         )
         assert await c.learn_macs() == "02:00:00:00:00:09"
         assert dp.macs == [bytes.fromhex("020000000009")]
+
+    in_loop(body)
+
+
+def test_a_guest_with_too_many_mac_addresses_is_announced(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Who asks for the first one at a takeover gets it, whatever the table has room for."""
+
+    async def body() -> None:
+        c, dp, _ = primary()
+
+        def full(*macs: bytes) -> None:
+            raise OSError(errno.E2BIG, "map update")
+
+        monkeypatch.setattr(dp, "is_at", full)
+        c.config = replace(c.config, network=replace(c.config.network, guest_mac=""))
+        c.qmp = FakeQmp()  # type: ignore[assignment]
+        assert await c.learn_macs() == "52:54:00:12:34:56"
+        assert "not all MAC addresses" in caplog.text
 
     in_loop(body)
 
