@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any, Protocol
 
 from . import abi
@@ -62,21 +63,22 @@ class AddressTable:
         return [mac_bytes(m) for m, seen in self._fresh_macs(epoch) if seen > oldest]
 
     def _fresh(self, epoch: int | None) -> list[tuple[bytes, tuple[int, int, int, int]]]:
-        return list(self._all(self._addresses, epoch))
+        oldest = time.monotonic_ns() - int(FORGET_S * 1e9)
+        out = []
+        for key, raw in self._addresses.items():
+            words = abi.CLAIM.unpack(raw)
+            if words[0] > oldest and epoch in (None, words[2]):
+                out.append((key, words))
+        return out
 
     def _fresh_macs(self, epoch: int | None) -> list[tuple[int, int]]:
-        return [(mac, seen) for _, (seen, mac, _, _) in self._all(self._macs, epoch)]
-
-    def _all(
-        self, table: Table, epoch: int | None
-    ) -> Iterator[tuple[bytes, tuple[int, int, int, int]]]:
         oldest = time.monotonic_ns() - int(FORGET_S * 1e9)
-        for key, raw in table.items():
-            for each in (raw, self._before.get(key)):  # in two tables, with keys of two sizes
-                words = abi.CLAIM.unpack(each) if each else None
-                if words and words[0] > oldest and epoch in (None, words[2]):
-                    yield key, words
-                    break
+        out = []
+        for _, raw in self._macs.items():
+            seen, mac, at, _ = abi.CLAIM.unpack(raw)
+            if seen > oldest and epoch in (None, at):
+                out.append((mac, seen))
+        return out
 
     def export(self, limit: int) -> tuple[bytes, bytes]:
         """What the guest has said, for the host of its copy: struct colo_address with MAC address
@@ -89,8 +91,8 @@ class AddressTable:
         return out, macs
 
     def told(self, epoch: int, addresses: bytes, macs: bytes, *, running: int) -> None:
-        """What a guest has said whose state this one has from `epoch` on: from export(). Until
-        then, and if that never comes, what this one has said in the epoch `running` counts too.
+        """What a guest has said whose state this one has from `epoch` on: from export(). What
+        this one has said in the epoch `running` is kept, for undo().
 
         Raises ValueError when it is not whole, OSError when there is no room.
         """
@@ -116,6 +118,20 @@ class AddressTable:
         elif abi.CLAIM.unpack(old)[2] == running:
             self._before[key] = old
         table.set(key, claim)
+
+    def undo(self, epoch: int) -> None:
+        """The guest goes on in `epoch`: what was told for a later one was said by another state."""
+        for table in (self._addresses, self._macs):
+            for key, raw in list(table.items()):
+                if abi.CLAIM.unpack(raw)[2] <= epoch:
+                    continue
+                was = self._before.get(key)  # in two tables, with keys of two sizes
+                if was is None or abi.CLAIM.unpack(was)[2] != epoch:
+                    table.delete(key)
+                    continue
+                with contextlib.suppress(OSError):  # moved and its place taken, since it was read
+                    table.set(key, was)
+        self._before.clear()
 
     def sweep(self, epoch: int | None) -> bool:
         """Delete what is old, or of an epoch before `epoch`; whether `macs` is full then."""

@@ -237,23 +237,45 @@ def test_a_checkpoint_that_never_comes_takes_nothing_from_what_the_svm_has_said(
         t._addresses.set(abi.ADDRESS.pack(ip(address), 0), claim)
 
     first = hw(GUEST)
-    put(s, "10.9.0.2", GUEST, 7)
-    put(s, "10.9.0.3", VRRP, 7)
-    put(p, "10.9.0.2", GUEST, 7)
-    put(p, "10.9.0.3", VRRP, 7)
-    put(p, "10.9.0.4", VRRP, 7)  # the SVM has never said that it has this one
+    for t in (s, p):
+        put(t, "10.9.0.2", GUEST, 7)
+        put(t, "10.9.0.3", VRRP, 7)
+        put(t, "10.9.0.9", VRRP, 7)
+    put(p, "10.9.0.4", OTHER, 7)  # the SVM has never said that it has this one
     claims = p.export(256)
     mine = [Own(ip("10.9.0.2"), 0, first), Own(ip("10.9.0.3"), 0, hw(VRRP))]
     for n in (8, 8, 9):  # failed, and asked for again
         s.told(n, *claims, running=7)
-        assert s.own(first, 7) == mine and hw(VRRP) in s.macs(7)
-        assert len(s.own(first, n)) == 3
-    s._addresses.delete(abi.ADDRESS.pack(ip("10.9.0.3"), 0))
-    assert s.own(first, 7) == mine[:1], "another machine has said that it is its own"
-    s.told(10, *claims, running=7)
-    assert s.own(first, 7) == mine[:1], "and still has it"
-    s.told(11, *claims, running=10)
-    assert s.own(first, 7) == [] and len(s.own(first, 10)) == len(s.own(first, 11)) == 3
+    assert len(s.own(first, 9)) == 4
+    s._addresses.delete(abi.ADDRESS.pack(ip("10.9.0.9"), 0))  # another machine says it is its own
+    s.undo(7)
+    assert s.own(first, 7) == mine and sorted(s.macs(7)) == sorted([first, hw(VRRP)])
+    assert s.own(first, None) == mine, "nor does it tell others later"
+
+
+def test_an_address_that_moves_before_the_primary_tells_again_has_moved() -> None:
+    s, key = AddressTable(MapDict(), MapDict()), abi.ADDRESS.pack(ip("10.9.0.3"), 0)
+    now, mac = time.monotonic_ns(), mac_key(hw(GUEST))
+    s._addresses.set(key, abi.CLAIM.pack(now, mac, 7, 0))
+    claims = s.export(256)
+    s.told(8, *claims, running=7)
+    s._addresses.delete(key)
+    s.told(9, *claims, running=7)
+    s.undo(7)
+    assert s.own(hw(GUEST), 7) == []
+
+
+def test_what_a_checkpoint_has_brought_is_not_undone() -> None:
+    s, key = AddressTable(MapDict(), MapDict()), abi.ADDRESS.pack(ip("10.9.0.3"), 0)
+    now, mac = time.monotonic_ns(), mac_key(hw(GUEST))
+    s._addresses.set(key, abi.CLAIM.pack(now, mac, 7, 0))
+    claims = s.export(256)
+    s.told(8, *claims, running=7)
+    s.undo(8)
+    assert len(s.own(hw(GUEST), 8)) == 1
+    s.told(9, *claims, running=8)
+    s.undo(8)
+    assert len(s.own(hw(GUEST), 8)) == 1 and s.own(hw(GUEST), 7) == []
 
 
 def test_a_table_that_is_full_says_so() -> None:

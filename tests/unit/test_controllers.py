@@ -14,10 +14,12 @@ from typing import Any
 
 import pytest
 
+from colo_xdp import abi
 from colo_xdp.abi import Bond, Mode, Source
 from colo_xdp.addresses import AddressTable
 from colo_xdp.beacon import Flag, Word
 from colo_xdp.checkpointing import Checkpoint, CheckpointFailed, Want
+from colo_xdp.claims import mac_key
 from colo_xdp.config import load
 from colo_xdp.failover import Action, State, decide
 from colo_xdp.hooks import Look
@@ -1565,6 +1567,28 @@ def test_the_primary_tells_what_its_guest_has_said_before_the_checkpoint() -> No
                 s.on_message(told[0] | {"n": 7})  # late: this epoch is already here
                 s.on_message(told[0] | {"macs": "00"})  # damaged: one warning, no more
                 assert there.addresses.macs(7) == []
+
+    in_loop(body)
+
+
+def test_a_primary_that_dies_in_a_checkpoint_leaves_the_svm_its_addresses() -> None:
+    """What it has told was for a state that never came; the SVM is announced as what it is."""
+    mine = abi.ADDRESS.pack(bytes(10) + b"\xff\xff\x0a\x09\x00\x03", 0)
+    other = abi.ADDRESS.pack(bytes(10) + b"\xff\xff\x0a\x09\x00\x04", 0)
+
+    async def body() -> None:
+        c, dp, _ = secondary()
+        c.state, c.qmp = State.PROTECTED, FakeQmp()  # type: ignore[assignment]
+        for key, epoch in ((mine, 7), (other, 8)):
+            claim = abi.CLAIM.pack(time.monotonic_ns(), mac_key(GUEST_MAC), epoch, 0)
+            dp.addresses._addresses.set(key, claim)
+        told, _ = dp.addresses.export(256)
+        c.on_message({"type": "claims", "n": 8, "addresses": told.hex(), "macs": ""})
+        c.on_message({"type": "begin", "n": 8, "cause": "operator", "initial": False})
+        await c._take_over("the primary is dead")
+        assert dp.epoch == 7
+        assert [o.address for o in dp.addresses.own(GUEST_MAC, 7)] == [mine[:16]]
+        assert len(dp.addresses.own(GUEST_MAC, None)) == 1
 
     in_loop(body)
 
