@@ -1453,6 +1453,23 @@ def test_a_takeover_does_not_break_a_promise_of_silence(word: str) -> None:
     asyncio.run(body())
 
 
+def test_a_pair_is_not_entered_twice_at_a_time() -> None:
+    """QMP may come while the PVM goes solo, and begin what a new secondary begins again."""
+
+    async def body() -> None:
+        c, _, _ = primary(Mode.BYPASS)
+        c.state = State.SOLO
+        old = c._guard = c.spawn(asyncio.sleep(60))
+        await asyncio.sleep(0)
+        c.on_message({"type": "ready", "epoch": 1, "qemu": 1})
+        assert c.state is State.STARTING and c._guard is not old
+        c._guard.cancel()
+        await asyncio.wait([old], timeout=5)
+        assert old.cancelled()
+
+    in_loop(body)
+
+
 def test_a_primary_that_hears_of_a_takeover_while_it_goes_solo_stays_silent() -> None:
     async def body() -> None:
         c, dp, _ = primary()
