@@ -20,15 +20,16 @@
  * Epochs. On the secondary an entry counts in its epoch only: what the SVM said in an older one
  * was said by a state that is gone, perhaps by one that had diverged (a VRRP router that heard no
  * master). What the copied state has said the primary tells, before the checkpoint, as entries of
- * the epoch to come. On the primary the guest goes on, and all count.
+ * the epoch to come; what they replace the controller keeps, in case that never comes. On the
+ * primary the guest goes on, and all count.
  *
  * Races. Both maps are written by the guest's side (process context or softirq) and the network's
  * (softirq), on any CPU. An entry of `addresses` is replaced as a whole, which the map's own lock
  * orders; of one of `macs` seen_ns and epoch are single words, written by the guest's side only.
  * If the guest and another machine claim an address in the same instant either may be the last:
  * so it is in their neighbours' tables. A MAC that is deleted while the guest sends is noted with
- * its next frame. CFG_GUEST_MAC is written by the controller, whole; MAC_ALL that gets lost
- * beneath that write is set again by the next frame that finds no room.
+ * its next frame. CFG_GUEST_MAC is written by the controller only, whole. MAC_ALL it sets when it
+ * next looks: until then a MAC that has found no room is not mirrored to, and costs checkpoints.
  */
 #ifndef COLO_ADDRESSES_H
 #define COLO_ADDRESSES_H

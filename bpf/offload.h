@@ -29,7 +29,12 @@
 
 #ifdef COLO_SKB
 /* Of no meaning to a receiver: from whom it came, how it was put together. */
-#define COLO_GSO_IGNORED (COLO_GSO_DODGY | COLO_GSO_TCP_FIXEDID | COLO_GSO_FRAGLIST)
+#define COLO_GSO_IGNORED                                                                           \
+	(COLO_GSO_DODGY | COLO_GSO_TCP_FIXEDID | COLO_GSO_TCP_FIXEDID_INNER | COLO_GSO_FRAGLIST)
+
+/* CWR is set: of the first segment only, or (what GRO has put together since Linux 6.15) of all.
+ * VNET_ECN is the only word for either. */
+#define COLO_GSO_ANY_ECN (COLO_GSO_TCP_ECN | COLO_GSO_TCP_ACCECN)
 
 /*
  * An integer of the kernel's memory; 0 if it cannot be read. The address is no more than a number to
@@ -99,8 +104,8 @@ static __always_inline u32 gso_type(struct __sk_buff *skb, const struct pkt *p)
 	if (!skb->gso_size)
 		return 0;
 	kind = skb_gso_kind(skb) & ~COLO_GSO_IGNORED;
-	if (tcp && (kind & ~COLO_GSO_TCP_ECN) == (v6 ? COLO_GSO_TCPV6 : COLO_GSO_TCPV4))
-		return (v6 ? VNET_TCPV6 : VNET_TCPV4) | (kind & COLO_GSO_TCP_ECN ? VNET_ECN : 0);
+	if (tcp && (kind & ~COLO_GSO_ANY_ECN) == (v6 ? COLO_GSO_TCPV6 : COLO_GSO_TCPV4))
+		return (v6 ? VNET_TCPV6 : VNET_TCPV4) | (kind & COLO_GSO_ANY_ECN ? VNET_ECN : 0);
 	if (udp && kind == COLO_GSO_UDP_L4)
 		return VNET_UDP_L4;
 	if (udp && kind == COLO_GSO_UDP)
@@ -125,7 +130,7 @@ static __always_inline int cut_elsewise(struct __sk_buff *skb, const struct pkt 
 {
 	u32 plain = COLO_GSO_TCPV4 + p->is_v6 * (COLO_GSO_TCPV6 - COLO_GSO_TCPV4);
 
-	return (skb_gso_kind(skb) & ~(COLO_GSO_IGNORED | COLO_GSO_TCP_ECN)) != plain;
+	return (skb_gso_kind(skb) & ~(COLO_GSO_IGNORED | COLO_GSO_ANY_ECN)) != plain;
 }
 
 /* Fills in what user space must know of the frame's checksum; 0, or R_OFFLOAD_REFUSED. */

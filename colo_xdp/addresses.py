@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Iterable
 from typing import Any, Protocol
@@ -39,6 +40,8 @@ class AddressTable:
 
     def __init__(self, addresses: Table, macs: Table) -> None:
         self._addresses, self._macs = addresses, macs
+        #: what told() has replaced, and the guest had said in the epoch that still runs
+        self._before: dict[bytes, bytes] = {}
 
     def own(self, first: bytes, epoch: int | None) -> list[Own]:
         """Addresses that the guest has certainly; `first`: its MAC address that QEMU tells of.
@@ -87,21 +90,48 @@ class AddressTable:
         macs = b"".join(self.macs(None)[:limit])
         return out, macs
 
-    def told(self, epoch: int, addresses: bytes, macs: bytes) -> None:
-        """What a guest has said whose state this one has from `epoch` on: from export().
+    def told(self, epoch: int, addresses: bytes, macs: bytes, *, running: int) -> None:
+        """What a guest has said whose state this one has from `epoch` on: from export(). What
+        this one has said in the epoch `running` is kept, for undo().
 
         Raises ValueError when it is not whole, OSError when there is no room.
         """
         size, now = _KEY + _MAC + 1, time.monotonic_ns()
         if len(addresses) % size or len(macs) % _MAC:
             raise ValueError(f"{len(addresses)} and {len(macs)} bytes are no addresses")
+        for was in [k for k, c in self._before.items() if abi.CLAIM.unpack(c)[2] != running]:
+            del self._before[was]
         for at in range(0, len(macs), _MAC):
             key = mac_key(macs[at : at + _MAC])
-            self._macs.set(key.to_bytes(8, "little"), abi.CLAIM.pack(now, key, epoch, 0))
+            claim = abi.CLAIM.pack(now, key, epoch, 0)
+            self._replace(self._macs, key.to_bytes(8, "little"), claim, running)
         for at in range(0, len(addresses), size):
             entry = addresses[at : at + size]
             mac = mac_key(entry[_KEY : _KEY + _MAC])
-            self._addresses.set(entry[:_KEY], abi.CLAIM.pack(now, mac, epoch, entry[-1]))
+            claim = abi.CLAIM.pack(now, mac, epoch, entry[-1])
+            self._replace(self._addresses, entry[:_KEY], claim, running)
+
+    def _replace(self, table: Table, key: bytes, claim: bytes, running: int) -> None:
+        old = table.get(key)
+        if old is None:  # another machine has it meanwhile
+            self._before.pop(key, None)
+        elif abi.CLAIM.unpack(old)[2] == running:
+            self._before[key] = old
+        table.set(key, claim)
+
+    def undo(self, epoch: int) -> None:
+        """The guest goes on in `epoch`: what was told for a later one was said by another state."""
+        for table in (self._addresses, self._macs):
+            for key, raw in list(table.items()):
+                if abi.CLAIM.unpack(raw)[2] <= epoch:
+                    continue
+                was = self._before.get(key)  # in two tables, with keys of two sizes
+                if was is None or abi.CLAIM.unpack(was)[2] != epoch:
+                    table.delete(key)
+                    continue
+                with contextlib.suppress(OSError):  # moved and its place taken, since it was read
+                    table.set(key, was)
+        self._before.clear()
 
     def sweep(self, epoch: int | None) -> bool:
         """Delete what is old, or of an epoch before `epoch`; whether `macs` is full then."""
@@ -119,6 +149,7 @@ class AddressTable:
 
     def forget_all(self) -> None:
         """Nobody sees any more what the guest and the network say."""
+        self._before.clear()
         for table in (self._addresses, self._macs):
             for key, _ in list(table.items()):
                 table.delete(key)

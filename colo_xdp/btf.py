@@ -42,7 +42,7 @@ _PLACES = {
 }
 #: bits of skb_shared_info.gso_type; those behind are not in every kernel
 _KINDS = ("TCPV4", "TCPV6", "TCP_ECN", "DODGY", "UDP", "UDP_L4")
-_MORE_KINDS = ("TCP_FIXEDID", "FRAGLIST")
+_MORE_KINDS = ("TCP_FIXEDID", "TCP_FIXEDID_INNER", "FRAGLIST", "TCP_ACCECN")
 
 
 class BtfError(RuntimeError):

@@ -455,10 +455,13 @@ class DataPath:
             self._write(Cfg.UNMIRRORED, 1)
 
     def is_at(self, first: bytes, *others: bytes) -> None:
-        """MAC addresses of the guest: what is for other machines is not mirrored from now on."""
+        """MAC addresses of the guest: what is for other machines is not mirrored from now on.
+
+        Raises OSError when there is no room for the others."""
         self._guest_mac = abi.MAC_KNOWN | mac_key(first)
         self._tell_mac()
-        self.addresses.told(self.epoch, b"", b"".join(others))
+        now = self.epoch
+        self.addresses.told(now, b"", b"".join(others), running=now)
 
     def _tell_mac(self) -> None:
         full = abi.MAC_ALL if self._macs_full else 0

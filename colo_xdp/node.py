@@ -212,8 +212,11 @@ class Node(ABC):
             except (QmpError, NicError) as e:
                 log.warning("%s", e)
                 return self.first_mac
-        self.dp.is_at(*(bytes.fromhex(m.replace(":", "")) for m in macs))
         self.first_mac = macs[0]
+        try:
+            self.dp.is_at(*(bytes.fromhex(m.replace(":", "")) for m in macs))
+        except OSError as e:  # no room: everything is mirrored then, and the first one is known
+            log.warning("not all MAC addresses of the guest are known: %s", e)
         return self.first_mac
 
     async def _connect_oob(self) -> None:

@@ -353,6 +353,8 @@ class Primary(Checkpointing):
         """A new secondary waits for the guest that has been alone until now."""
         if self.state is State.SOLO and self._peer_ready:
             self.become(State.STARTING, "a new secondary waits: protecting again")
+            if self._guard is not None:  # begun for a QEMU that came while this went solo
+                self._guard.cancel()
             self._guard = self.spawn(self._leave_and_protect())
 
     async def _leave_and_protect(self) -> None:

@@ -129,8 +129,10 @@ class RingReader:
             if head & _DISCARD:
                 self._cons.value = cons
                 continue
-            event = decode(data[o + 8 : o + 8 + length])
-            self._cons.value = cons
+            try:
+                event = decode(data[o + 8 : o + 8 + length])
+            finally:
+                self._cons.value = cons  # also of one that is not whole: it must not come again
             sink(event)
             n += 1
         return n

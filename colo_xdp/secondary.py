@@ -256,10 +256,12 @@ class Secondary(TakingOver):
 
     def _on_claims(self, n: int, addresses: str, macs: str) -> None:
         """What the PVM has said of itself: from epoch n on this guest has said it."""
-        if n <= self.dp.epoch:
+        running = self.dp.epoch
+        if n <= running:
             return
         try:
-            self.dp.addresses.told(n, bytes.fromhex(addresses), bytes.fromhex(macs))
+            own, hw = bytes.fromhex(addresses), bytes.fromhex(macs)
+            self.dp.addresses.told(n, own, hw, running=running)
         except (ValueError, OSError) as e:  # then it is not announced at a takeover
             log.warning("addresses of the PVM: %s", e)
 

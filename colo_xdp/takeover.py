@@ -135,6 +135,7 @@ class TakingOver(GuestLife):
             )
         if hold is not None and hold.resume is not None:
             self._resume_ns = hold.resume.ts_ns
+        self.dp.addresses.undo(self.dp.epoch)  # what the primary told for a checkpoint to come
         said = self._frames_out()
         self.dp.mode = Mode.TAKEOVER
         self.become(State.TAKEN_OVER, why)

@@ -93,7 +93,7 @@ def event(source: abi.Source, frame: bytes, gso: int = 0) -> bytes:
     """struct colo_event and its frame."""
     flags = abi.EV_PARTIAL if gso else 0
     now = time.monotonic_ns()
-    return abi.EVENT.pack(now, len(frame), 0, gso, 0, 0, int(source), flags, 0, 0) + frame
+    return abi.EVENT.pack(now, len(frame), 0, gso, 0, 0, int(source), flags, 0, 0, 0, 0) + frame
 
 
 def frame(conn: int, index: int, size: int) -> bytes:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import time
 from collections.abc import Callable, Coroutine
 from dataclasses import replace
@@ -13,10 +14,12 @@ from typing import Any
 
 import pytest
 
+from colo_xdp import abi
 from colo_xdp.abi import Bond, Mode, Source
 from colo_xdp.addresses import AddressTable
 from colo_xdp.beacon import Flag, Word
 from colo_xdp.checkpointing import Checkpoint, CheckpointFailed, Want
+from colo_xdp.claims import mac_key
 from colo_xdp.config import load
 from colo_xdp.failover import Action, State, decide
 from colo_xdp.hooks import Look
@@ -1450,6 +1453,23 @@ def test_a_takeover_does_not_break_a_promise_of_silence(word: str) -> None:
     asyncio.run(body())
 
 
+def test_a_pair_is_not_entered_twice_at_a_time() -> None:
+    """QMP may come while the PVM goes solo, and begin what a new secondary begins again."""
+
+    async def body() -> None:
+        c, _, _ = primary(Mode.BYPASS)
+        c.state = State.SOLO
+        old = c._guard = c.spawn(asyncio.sleep(60))
+        await asyncio.sleep(0)
+        c.on_message({"type": "ready", "epoch": 1, "qemu": 1})
+        assert c.state is State.STARTING and c._guard is not old
+        c._guard.cancel()
+        await asyncio.wait([old], timeout=5)
+        assert old.cancelled()
+
+    in_loop(body)
+
+
 def test_a_primary_that_hears_of_a_takeover_while_it_goes_solo_stays_silent() -> None:
     async def body() -> None:
         c, dp, _ = primary()
@@ -1548,7 +1568,7 @@ def test_the_primary_tells_what_its_guest_has_said_before_the_checkpoint() -> No
             c, dp, sent = primary()
             c.peer.connected = True  # type: ignore[misc]
             c.qmp = FakeQmp()  # type: ignore[assignment]
-            dp.addresses.told(3, b"", b"".join(mine))
+            dp.addresses.told(3, b"", b"".join(mine), running=3)
             task = asyncio.ensure_future(c._checkpoint(Want("operator", "asked")))
             while "begin" not in sent.kinds():
                 await asyncio.sleep(0)
@@ -1564,6 +1584,28 @@ def test_the_primary_tells_what_its_guest_has_said_before_the_checkpoint() -> No
                 s.on_message(told[0] | {"n": 7})  # late: this epoch is already here
                 s.on_message(told[0] | {"macs": "00"})  # damaged: one warning, no more
                 assert there.addresses.macs(7) == []
+
+    in_loop(body)
+
+
+def test_a_primary_that_dies_in_a_checkpoint_leaves_the_svm_its_addresses() -> None:
+    """What it has told was for a state that never came; the SVM is announced as what it is."""
+    mine = abi.ADDRESS.pack(bytes(10) + b"\xff\xff\x0a\x09\x00\x03", 0)
+    other = abi.ADDRESS.pack(bytes(10) + b"\xff\xff\x0a\x09\x00\x04", 0)
+
+    async def body() -> None:
+        c, dp, _ = secondary()
+        c.state, c.qmp = State.PROTECTED, FakeQmp()  # type: ignore[assignment]
+        for key, epoch in ((mine, 7), (other, 8)):
+            claim = abi.CLAIM.pack(time.monotonic_ns(), mac_key(GUEST_MAC), epoch, 0)
+            dp.addresses._addresses.set(key, claim)
+        told, _ = dp.addresses.export(256)
+        c.on_message({"type": "claims", "n": 8, "addresses": told.hex(), "macs": ""})
+        c.on_message({"type": "begin", "n": 8, "cause": "operator", "initial": False})
+        await c._take_over("the primary is dead")
+        assert dp.epoch == 7
+        assert [o.address for o in dp.addresses.own(GUEST_MAC, 7)] == [mine[:16]]
+        assert len(dp.addresses.own(GUEST_MAC, None)) == 1
 
     in_loop(body)
 
@@ -1593,6 +1635,26 @@ def test_the_data_path_learns_whose_frames_it_mirrors() -> None:
         )
         assert await c.learn_macs() == "02:00:00:00:00:09"
         assert dp.macs == [bytes.fromhex("020000000009")]
+
+    in_loop(body)
+
+
+def test_a_guest_with_too_many_mac_addresses_is_announced(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Who asks for the first one at a takeover gets it, whatever the table has room for."""
+
+    async def body() -> None:
+        c, dp, _ = primary()
+
+        def full(*macs: bytes) -> None:
+            raise OSError(errno.E2BIG, "map update")
+
+        monkeypatch.setattr(dp, "is_at", full)
+        c.config = replace(c.config, network=replace(c.config.network, guest_mac=""))
+        c.qmp = FakeQmp()  # type: ignore[assignment]
+        assert await c.learn_macs() == "52:54:00:12:34:56"
+        assert "not all MAC addresses" in caplog.text
 
     in_loop(body)
 
