@@ -18,6 +18,7 @@ from colo_xdp.failover import State
 from colo_xdp.qmp import QmpError
 from colo_xdp.qmp_event import QmpEvent
 from tests.unit.test_controllers import in_loop, primary, secondary
+from tests.unit.test_guestlife import OFF, says
 
 DISK = {"device": "d0", "inserted": {"ro": False, "file": "/a.qcow2", "node-name": "n0"}}
 
@@ -47,6 +48,9 @@ class Qemu:
 
     async def prepare(self, *, primary: bool) -> None:
         self.said.append("prepare")
+
+    async def migrate(self, uri: str) -> None:
+        self.said.append("migrate")
 
     async def execute(self, command: str) -> Any:
         if command == "query-block":
@@ -321,5 +325,31 @@ def test_a_secondary_whose_qemu_dies_while_entering_says_so() -> None:
         assert sent[-1] == {"type": "failed", "n": 1, "why": "the SVM's QEMU is gone"}
         assert "waiting for another one" in c.reason and c.state is State.STARTING
         assert dp.mode is Mode.DROP
+
+    in_loop(body)
+
+
+def test_a_guest_that_is_off_is_not_let_out_by_the_entry_that_ends_with_it() -> None:
+    """It shuts itself down while it is copied for the first time, and then QMP closes."""
+
+    async def body() -> None:
+        c, dp, _ = primary(Mode.BYPASS)
+        q = c.qmp = Qemu("running", "active")  # type: ignore[assignment]
+        c.peer.connected = c._peer_ready = True
+        c._guard = c.spawn(c._protect())
+        while "migrate" not in q.said:
+            if c._ck is not None and not c._ck.begun:
+                c._ck.begun = True
+                c._ck.changed.set()
+            await asyncio.sleep(0.005)
+        says(c, "SHUTDOWN", **OFF)
+        assert c._busy is not None
+        await c._busy
+        q.connected = False
+        if c._ck is not None:
+            c._ck.changed.set()
+        await asyncio.wait({c._guard}, timeout=0.5)
+        assert (c.state, dp.mode) == (State.STOPPED, Mode.DROP)
+        assert c._guard.done()
 
     in_loop(body)
