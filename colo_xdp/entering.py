@@ -129,7 +129,8 @@ class Entering(GuestLife):
         """Until the guest is in COLO, or the data path is shut."""
         while self.state is not State.STOPPED:
             migration = await self._migration()
-            if migration == "colo":
+            # Undecided: a checkpoint would make it speak, and nobody would decide any more.
+            if migration == "colo" and not self.undecided:
                 self._want = Want(Cause.CONTROLLER_RESTART.value, "this controller is new")
                 return
             lost = migration is not None and migration not in IN_COLO

@@ -17,7 +17,7 @@ from colo_xdp.entering import BACKOFF_FREE_S, BACKOFF_S, Tries
 from colo_xdp.failover import State
 from colo_xdp.qmp import QmpError
 from colo_xdp.qmp_event import QmpEvent
-from tests.unit.test_controllers import in_loop, primary, secondary
+from tests.unit.test_controllers import in_loop, primary, secondary, undecided
 from tests.unit.test_guestlife import OFF, says
 
 DISK = {"device": "d0", "inserted": {"ro": False, "file": "/a.qcow2", "node-name": "n0"}}
@@ -351,5 +351,21 @@ def test_a_guest_that_is_off_is_not_let_out_by_the_entry_that_ends_with_it() -> 
         await asyncio.wait({c._guard}, timeout=0.5)
         assert (c.state, dp.mode) == (State.STOPPED, Mode.DROP)
         assert c._guard.done()
+
+    in_loop(body)
+
+
+def test_a_pair_of_which_nothing_is_known_is_no_pair_before_it_has_been_decided() -> None:
+    """QEMU is in COLO, but a checkpoint is not what lets its guest speak."""
+
+    async def body() -> None:
+        c, dp, _ = undecided()
+        c.qmp = Qemu("running", "colo")  # type: ignore[assignment]
+        task = asyncio.ensure_future(c._until_entered())
+        await asyncio.wait({task}, timeout=0.05)
+        assert not task.done() and c._want is None
+        c._open("a word")
+        await asyncio.wait({task}, timeout=1)
+        assert task.done() and c._want is not None and dp.mode is Mode.BYPASS
 
     in_loop(body)
