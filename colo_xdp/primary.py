@@ -142,6 +142,8 @@ class Primary(Checkpointing):
         self.dp.bond = Bond.ALONE
         self.dp.mode = Mode.BYPASS
         self.dp.undecided = False
+        self.operator = self.forced = False  # it is done: the pair that may follow is another one
+        self.fence_result = None
         self.become(State.STARTING, why)
         self.spawn(self._open_network())
         self._wake.set()

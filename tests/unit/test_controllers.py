@@ -445,6 +445,23 @@ def test_a_persons_word_opens_a_guest_of_which_nothing_is_known() -> None:
     in_loop(body)
 
 
+def test_a_persons_word_that_opened_a_guest_does_not_break_the_pair_that_follows() -> None:
+    """It was meant for what was before: the secondary that comes next is not fenced for it."""
+
+    async def body() -> None:
+        c, _, _ = undecided()
+        c._order("force", 40.0)
+        c._peer_message(beat("stopped", shut=True))
+        assert c._busy is not None
+        await c._busy
+        assert c.state is State.STARTING and not c.undecided
+        c.on_message({"type": "ready", "epoch": 0})
+        c.state = State.PROTECTED
+        assert decide(c.facts()).action is Action.NONE
+
+    in_loop(body)
+
+
 @pytest.mark.parametrize(("planned", "fenced"), [(True, False), (False, True)])
 def test_a_stopped_controller_gets_nobody_fenced(planned: bool, fenced: bool) -> None:
     """Nor after a restart of the one that has heard it; until it is heard again."""
