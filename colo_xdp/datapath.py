@@ -483,6 +483,8 @@ class DataPath:
             self.port_state = attach.port_state(self.config.network.tap)
         except attach.NoSuchDevice:
             self.port_state = ""
+        except (attach.NetlinkError, OSError) as e:  # gone between two questions, or no memory
+            log.debug("the port of the guest's tap: %s", e)  # the next look tells
 
     @property
     def port_forwarding(self) -> bool:

@@ -10,7 +10,7 @@ import time
 from bisect import bisect_left
 from typing import Any
 
-from . import abi
+from . import abi, attach
 from .abi import Bond, Mode
 from .beacon import Flag
 from .checkpoint import Want
@@ -340,7 +340,10 @@ class Primary(Checkpointing):
 
     async def leave_network(self) -> None:
         """Not sooner: until then clients' frames that come here are mirrored to the other one."""
-        await asyncio.to_thread(self.dp.close_network)
+        try:
+            await asyncio.to_thread(self.dp.close_network)
+        except (attach.NoSuchDevice, attach.NetlinkError, OSError) as e:
+            log.debug("the tap is not taken out of the bridge: %s", e)  # it went with its guest
 
     def paired(self) -> bool:
         return self.state in (State.PROTECTED, State.CHECKPOINTING, State.DEGRADED)

@@ -15,6 +15,7 @@ import pytest
 
 from colo_xdp.abi import Bond, Mode, Source
 from colo_xdp.addresses import AddressTable
+from colo_xdp.attach import NetlinkError, NoSuchDevice
 from colo_xdp.beacon import Flag, Word
 from colo_xdp.checkpointing import Checkpoint, CheckpointFailed, Want
 from colo_xdp.config import load
@@ -65,6 +66,7 @@ class FakeDataPath:
         self.waiting: list[Event] = []
         self.found, self.came = Look(), 0
         self.opened = self.changed = self.stepped_in = 0
+        self.in_bridge = False
         self.base_epoch = self.peer_stopped = self.closed = 0
         self.undecided = False
         self.unmirrored: set[bytes] = set()
@@ -516,6 +518,31 @@ def test_a_tap_leaves_the_bridge_when_the_other_guest_speaks() -> None:
         assert dp.closed == 1
         assert c._successor is not None
         c._successor.cancel()
+
+    in_loop(body)
+
+
+@pytest.mark.parametrize(
+    "error", [NoSuchDevice("tap0 does not exist"), NetlinkError(105, "no buffer space")]
+)
+def test_a_tap_that_is_gone_with_its_guest_ends_no_controller(error: Exception) -> None:
+    """Whoever starts the guest deletes its tap: `qemu.incoming` makes it anew, if it is run."""
+
+    async def body() -> None:
+        c, dp, _ = primary()
+
+        def gone() -> None:
+            raise error
+
+        dp.close_network = gone  # type: ignore[method-assign]
+        c._stand_down("the secondary took over")
+        c.peer.connected, c.peer_state, c.incoming_wanted = True, "taken-over", True
+        c.qmp = FakeQmp()  # type: ignore[assignment]
+        c.qmp.connected = True
+        c.qmp.status = lambda: asyncio.sleep(0, "inmigrate")  # type: ignore[method-assign]
+        assert c._successor is not None
+        await asyncio.wait({c._successor}, timeout=2)
+        assert c.role_changed and not c.failures
 
     in_loop(body)
 
