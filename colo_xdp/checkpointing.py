@@ -214,6 +214,8 @@ class Checkpointing(Entering):
                 self.dp.mode = Mode.CHECKPOINT
                 await self.qmp.prepare(primary=True)
                 await self.qmp.migrate(self.migrate_to)
+            elif self.halted:  # meanwhile: QEMU would abort
+                raise CheckpointFailed(self.halted, refused=True)
             else:
                 # Of a guest that stands still there is no STOP; one before this is not of it.
                 ck.stop_ns, ck.resume_ns = self._still_ns, 0

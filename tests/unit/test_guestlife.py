@@ -12,7 +12,7 @@ import pytest
 
 from colo_xdp.abi import Bond, Mode, Source
 from colo_xdp.beacon import Flag
-from colo_xdp.checkpoint import Want
+from colo_xdp.checkpoint import CheckpointFailed, Want
 from colo_xdp.failover import State
 from colo_xdp.primary import Primary
 from colo_xdp.qmp_event import QmpEvent
@@ -205,6 +205,28 @@ def test_no_checkpoint_while_an_io_error_has_stopped_the_pvm() -> None:
         says(c, "RESUME")
         assert not c.halted and c._want is not None and c._want.cause == Cause.GUEST_EVENT
         assert not await c._delayed(c._want)
+
+    in_loop(body)
+
+
+def test_no_checkpoint_of_a_pvm_that_an_io_error_stops_in_its_beginning() -> None:
+    """Everything is held already, and QEMU has not been asked yet."""
+
+    async def body() -> None:
+        c, _, sent = primary()
+        c.state, c.qmp = State.PROTECTED, Status("io-error")  # type: ignore[assignment]
+        c.peer.connected = True
+        task = asyncio.ensure_future(c._checkpoint(Want(Cause.PAYLOAD_DIFFERS, "x")))
+        while "begin" not in sent.kinds():
+            await asyncio.sleep(0)
+        says(c, "BLOCK_IO_ERROR", action="stop", device="d0", operation="write")
+        says(c, "STOP")
+        assert c._ck is not None
+        c.on_message({"type": "begun", "n": c._ck.n})
+        with pytest.raises(CheckpointFailed, match="disk d0") as e:
+            await task
+        assert e.value.refused, "it is asked for again when the guest runs"
+        assert not c.qmp.said  # type: ignore[attr-defined]
 
     in_loop(body)
 
