@@ -22,7 +22,7 @@ from .device_watch import PACE_S
 from .entering import REARM_S
 from .failover import Action, OwnGuest, Role, State
 from .flowtable import FlowTable
-from .guest_event import News
+from .guest_event import STANDS_STILL, News
 from .limits import NEVER
 from .node import IN_COLO, INCOMING_S
 from .qmp import QmpError
@@ -239,6 +239,20 @@ class Primary(Checkpointing):
         else:
             self.on_news(News(fate, f"the PVM stands still (`{status}`)"))
 
+    async def _whether_it_runs(self) -> None:
+        """QMP does not repeat the events that it had while nobody listened."""
+        try:
+            status = await self.qmp.status()
+        except QmpError:
+            return
+        if status == "running":
+            self._still_ns = 0
+            self.on_resumed()
+        elif status == "paused" or status in STANDS_STILL:
+            self._still_ns = self._still_ns or time.monotonic_ns()
+            if status in STANDS_STILL and not self.halted:
+                self.on_news(News(STANDS_STILL[status], f"the PVM stands still (`{status}`)"))
+
     def on_changed(self, why: str) -> None:
         self.request(Cause.GUEST_EVENT, why)
 
@@ -409,6 +423,7 @@ class Primary(Checkpointing):
             await asyncio.sleep(BRIDGE_S)
 
     async def on_qemu(self) -> None:
+        await self._whether_it_runs()
         if self.state is State.SOLO:
             migration = await self._migration()
             if migration in IN_COLO:  # a former controller died before this

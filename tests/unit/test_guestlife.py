@@ -303,6 +303,51 @@ def test_a_pvm_that_a_person_stopped_has_no_second_stop() -> None:
     in_loop(body)
 
 
+@pytest.mark.parametrize("adopted", [False, True])
+def test_a_pvm_that_was_stopped_while_nobody_listened_has_no_stop(adopted: bool) -> None:
+    """The controller was started anew, or has lost QMP for a moment: its checkpoint ends all the
+    same, and what is compared with it begins no later than it did."""
+
+    async def body() -> None:
+        c, _, _ = primary(Mode.RUN, adopted=adopted)
+        c.state, c.qmp = State.DEGRADED, Status("paused")  # type: ignore[assignment]
+        c._guard = asyncio.ensure_future(asyncio.sleep(0))
+        await c.on_qemu()
+        before = time.monotonic_ns()
+        c.peer = SimpleNamespace(  # type: ignore[assignment]
+            connected=True, send=lambda kind, **f: begun(c, kind, f), rtt_ns=0, ending=""
+        )
+        c._beat = lambda: None  # type: ignore[method-assign]
+        task = asyncio.ensure_future(c._checkpoint(Want(Cause.CONTROLLER_RESTART, "new")))
+        while "checkpoint" not in c.qmp.said:  # type: ignore[attr-defined]
+            await asyncio.sleep(0)
+        assert c._ck is not None and 0 < c._ck.stop_ns < before
+        c.on_message({"type": "done", "n": c._ck.n, "pause_us": 1})
+        says(c, "RESUME")
+        await task
+        assert c.state is State.PROTECTED and not c._still_ns
+
+    in_loop(body)
+
+
+def test_what_stopped_the_pvm_is_asked_and_so_is_whether_it_runs_again() -> None:
+    """QMP does not repeat its events for a controller that was not there."""
+
+    async def body() -> None:
+        c, _, _ = primary(Mode.RUN, adopted=True)
+        c.state, c.qmp = State.DEGRADED, Status("io-error")  # type: ignore[assignment]
+        c._guard = asyncio.ensure_future(asyncio.sleep(0))
+        await c.on_qemu()
+        assert "io-error" in c.halted and c._still_ns
+        assert await c._delayed(Want(Cause.CONTROLLER_RESTART, "new"))
+        c.qmp.now = "running"  # type: ignore[attr-defined]
+        await c.on_qemu()
+        assert not c.halted and not c._still_ns
+        assert not await c._delayed(Want(Cause.CONTROLLER_RESTART, "new"))
+
+    in_loop(body)
+
+
 def begun(c: Primary, kind: str, fields: dict[str, Any]) -> bool:
     if kind == "begin":
         asyncio.get_running_loop().call_soon(c.on_message, {"type": "begun", "n": fields["n"]})
