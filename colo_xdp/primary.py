@@ -503,6 +503,9 @@ class Primary(Checkpointing):
         if self.halted:
             raise ValueError(f"no planned failover: {self.halted}")
         self._plan_refused = ""
+        # as long as the command waits, which then says that it is not done
+        ms = self.config.checkpoint.deadline + 2 * self.config.qemu.qmp_timeout
+        self._plan_until = time.monotonic() + ms / 1000
         self._want = Want(Cause.PLANNED.value, why)
         self._wake.set()
 

@@ -897,6 +897,37 @@ def test_a_persons_word_outlives_the_controller_that_heard_it(order: str) -> Non
     in_loop(body)
 
 
+@pytest.mark.parametrize("late", [False, True])
+def test_a_planned_failover_that_had_to_wait_is_not_made_up_for(late: bool) -> None:
+    """Its command has answered that it is not done: the guest does not move at night by itself."""
+
+    async def body() -> None:
+        c, _, _ = primary()
+        c.state = State.PROTECTED
+        c.peer.connected = False
+        made: list[str] = []
+
+        async def checkpoint(want: Want) -> None:
+            made.append(want.cause)
+            c.state = State.STOPPED
+
+        async def entered() -> None:
+            pass
+
+        c._checkpoint, c._until_entered = checkpoint, entered  # type: ignore[method-assign]
+        guard = asyncio.ensure_future(c._protect())
+        c.on_message({"type": "plan", "why": "asked by the operator on the secondary"})
+        await asyncio.sleep(0)
+        if late:
+            c._plan_until = time.monotonic() - 1
+        c.peer.connected = True
+        c._wake.set()
+        await asyncio.wait({guard}, timeout=5)
+        assert made == ["operator" if late else "planned"]
+
+    in_loop(body)
+
+
 def test_planned_and_force_exclude_each_other() -> None:
     c, _, _ = secondary()
     with pytest.raises(ValueError, match="planned or force"):
