@@ -122,6 +122,19 @@ def test_a_start_with_nothing_is_silent_until_it_is_decided(host: Host) -> None:
     assert not host.in_bridge
 
 
+def test_a_tap_that_comes_back_is_put_where_its_guest_may_speak(host: Host) -> None:
+    """One that was deleted and made again, or was in another namespace, is in no bridge."""
+    dp = host.start()
+    assert not dp.look().restored and not host.in_bridge, "nobody has said that it may"
+    dp.mode, dp.undecided = Mode.BYPASS, False
+    dp.open_network()
+    sh("ip", "link", "set", "dev", "tap0", "nomaster")
+    assert "tap0 in br0" in dp.look().restored and host.in_bridge and host.heard
+    dp.mode = Mode.DROP
+    dp.close_network()
+    assert not dp.look().restored and not host.in_bridge
+
+
 def test_a_lease_decides_in_the_kernel(host: Host) -> None:
     dp = host.start(LEASE)
     dp.open_network()
