@@ -156,6 +156,10 @@ class Entering(GuestLife):
                         self.tries.forget()
                         return
                     except (CheckpointFailed, QmpError) as e:
+                        if not self.spoke_alone:  # the copy counts, and could take over
+                            self.checkpoint_overdue = True
+                            self.become(State.DEGRADED, f"COLO ended as it was entered: {e}")
+                            return
                         if not (isinstance(e, CheckpointFailed) and (e.channel or e.refused)):
                             now, stopped = time.monotonic(), self._stopped_for_it
                             self.tries.failed(str(e), self._peer_qemu, now, stopped=stopped)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from colo_xdp.abi import Mode
+from colo_xdp.abi import Bond, Mode
 from colo_xdp.checkpoint import Checkpoint, CheckpointFailed
 from colo_xdp.config_keys import Disk
 from colo_xdp.entering import BACKOFF_FREE_S, BACKOFF_S, Tries
@@ -367,5 +367,35 @@ def test_a_pair_of_which_nothing_is_known_is_no_pair_before_it_has_been_decided(
         c._open("a word")
         await asyncio.wait({task}, timeout=1)
         assert task.done() and c._want is not None and dp.mode is Mode.BYPASS
+
+    in_loop(body)
+
+
+@pytest.mark.parametrize("answer", ["failed", ""])
+def test_an_entry_whose_checkpoint_counts_is_no_entry_that_failed(answer: str) -> None:
+    """The secondary may take over from now on: nothing leaves uncompared before it is silent."""
+
+    async def body() -> None:
+        c, dp, sent = primary(Mode.BYPASS)
+        c.spoke_alone, c.peer.connected, c._peer_ready = True, True, True
+        q = c.qmp = Qemu("running", "")  # type: ignore[assignment]
+
+        async def checkpoint(want: Any) -> None:
+            c.spoke_alone, dp.bond, dp.mode = False, Bond.EQUAL, Mode.RUN
+            c.become(State.PROTECTED, "both guests are equal")
+            q.migration = answer
+
+        async def migration() -> str:
+            if dp.mode is Mode.RUN and not answer:
+                raise QmpError("no answer")
+            return q.migration
+
+        c._checkpoint, q.migration_status = checkpoint, migration  # type: ignore
+        await asyncio.wait_for(c._until_entered(), 5)
+        assert dp.mode is Mode.RUN and c.state is State.DEGRADED
+        c._decide()
+        assert c._busy is not None
+        await c._busy
+        assert "solo" in sent.kinds() and dp.mode is Mode.RUN, "it is asked to shut its guest in"
 
     in_loop(body)
