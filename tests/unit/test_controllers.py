@@ -19,7 +19,7 @@ from colo_xdp.attach import NetlinkError, NoSuchDevice
 from colo_xdp.beacon import Flag, Word
 from colo_xdp.checkpointing import Checkpoint, CheckpointFailed, Want
 from colo_xdp.config import load
-from colo_xdp.failover import Action, State, decide
+from colo_xdp.failover import Action, State, decide, other_guest
 from colo_xdp.hooks import Look
 from colo_xdp.nic import NicError
 from colo_xdp.primary import Primary
@@ -426,6 +426,16 @@ def test_a_guest_of_which_nothing_is_known_speaks_at_a_word(
             c._successor.cancel()
 
     in_loop(body)
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_a_primary_that_waits_for_a_word_supersedes_nobody(alone: bool) -> None:
+    """A guest that has been made to stand down may be all that there is of the service: its QEMU
+    is not ended for one that is silent itself."""
+    c, _, _ = secondary()
+    c.state, c.peer.connected = State.STOPPED, True
+    c._peer_message(BEAT | beat("starting", role="primary", alone=alone))
+    assert c.superseded() is alone
 
 
 def test_who_waits_for_a_word_waits_after_a_restart_too() -> None:
@@ -1054,6 +1064,7 @@ def test_a_guest_is_worthless_only_if_the_other_speaks(
 ) -> None:
     c, _, _ = primary(Mode.DROP, adopted=True)
     c.peer_role, c.peer_state, c.peer.connected = role, state, connected
+    c.other_guest = other_guest(role, state, alone=over, shut=False)
     assert c.superseded() is over
 
 
