@@ -195,7 +195,11 @@ class Hooks:
         else:
             speaks = dp.mode is Mode.TAKEOVER
         if net.bridge and speaks and not tap.info.master:
-            dp.open_network()
+            try:
+                dp.open_network()
+            except _FAILURES as e:
+                found.trouble.append(f"[network] bridge: {e}, the guest is cut off")
+                return
             found.restored.append(f"{net.tap} in {net.bridge}")
 
     def _index(self, slot: Cfg, seen: attach.Seen | None) -> bool:
