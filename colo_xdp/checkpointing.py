@@ -53,6 +53,7 @@ class Checkpointing(Entering):
         self.delay_s = 0.0
         self._waits_since = 0
         self._plan_refused = ""
+        self._plan_until = 0.0  # a planned failover begins no later (monotonic, s)
         self._leave_shadow = False
         self._leave_ns = 0  # when that was asked for (monotonic)
         self._ck: Checkpoint | None = None
@@ -98,6 +99,10 @@ class Checkpointing(Entering):
             if self._want is None or not self.peer.connected or await self._delayed(self._want):
                 continue
             want, self._want, self._hurry = self._want, None, False
+            if want.cause == Cause.PLANNED and time.monotonic() > self._plan_until:
+                self._plan_refused = "it could not begin in time"
+                log.error("no planned failover: %s", self._plan_refused)
+                want = Want(Cause.OPERATOR.value, "in place of a planned failover")
             try:
                 await self._checkpoint(want)
                 refusals = 0
@@ -214,6 +219,8 @@ class Checkpointing(Entering):
                 self.dp.mode = Mode.CHECKPOINT
                 await self.qmp.prepare(primary=True)
                 await self.qmp.migrate(self.migrate_to)
+            elif self.halted:  # meanwhile: QEMU would abort
+                raise CheckpointFailed(self.halted, refused=True)
             else:
                 # Of a guest that stands still there is no STOP; one before this is not of it.
                 ck.stop_ns, ck.resume_ns = self._still_ns, 0

@@ -179,7 +179,8 @@ class Commanded(Node):
                 self._decide()
                 if self.state in (State.SOLO, State.TAKEN_OVER, State.STOPPED):
                     break
-                opened = undecided and not self.undecided
+                busy = self._busy is not None and not self._busy.done()
+                opened = undecided and not self.undecided and not busy
                 if opened:
                     break
                 if self.fence_result is False and not self.forced:

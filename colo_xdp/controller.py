@@ -501,7 +501,9 @@ class Controller(Commanded):
 
     def superseded(self) -> bool:
         """Whether this host's guest is worthless, since the other one is certain to speak alone."""
-        speaks = (State.SOLO.value, State.STARTING.value)
+        speaks = [State.SOLO.value]
+        if self.other_guest is OtherGuest.SPEAKS:  # else it waits for a word, and is silent itself
+            speaks.append(State.STARTING.value)
         return self.peer.connected and (
             self.peer_state == State.TAKEN_OVER.value
             or (self.peer_role == Role.PRIMARY.value and self.peer_state in speaks)

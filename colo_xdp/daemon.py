@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from . import outside
+from . import loader, outside
 from .attach import AttachError, NoSuchDevice, Taken
 from .config import Config
 from .control import ControlError, ControlServer
@@ -28,7 +28,7 @@ from .loader import LoadError, Refused
 from .metrics import start as start_metrics
 from .notify import Notifier
 from .peer import PeerError
-from .preflight import Refusal, claim
+from .preflight import AlreadyRuns, Refusal, claim
 from .primary import Primary
 from .secondary import Secondary
 from .starts import Starts
@@ -142,16 +142,28 @@ async def _serve(config: Config, datapath: DataPath) -> int:
             await control.close()
 
 
+def _is_needed(config: Config) -> bool:
+    """Whether a former controller's data path is here: its guest depends on there being another,
+    while what is in its way may be gone before a person is there (a file that is being replaced, a
+    port that somebody's connection has, a filter put there for a while)."""
+    d = config.datapath
+    return (Path(loader.pin_dir(d.bpffs, config.pair, config.role)) / "config").exists()
+
+
 def run(config: Config) -> int:
     """Run until SIGTERM or SIGINT. Exit status: 0 stopped, 1 failed, 2 refused: what is in the
-    way is for a person, and starting again cures nothing."""
+    way is for a person, and starting again cures nothing. Where a former controller's data path is
+    pinned nothing is given up: that is 1, too."""
     setup_logging()
     sys.setswitchinterval(SWITCH_S)
+    service, needed = outside.is_service(), _is_needed(config)
+    run_dir = Path(config.datapath.run_dir)
+    starts = Starts(run_dir / f"{config.pair}.starts")
     try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        if service:
+            starts.wait(Notifier())
         with claim(config):
-            starts = Starts(Path(config.datapath.run_dir) / f"{config.pair}.starts")
-            if outside.is_service():
-                starts.wait(Notifier())
             status = _run(config)
             if status == 0:
                 starts.forget()
@@ -159,9 +171,13 @@ def run(config: Config) -> int:
     except (Refused, NoSuchDevice, PeerError, OSError) as e:
         log.error("%s", e)
         return FAILED
+    except AlreadyRuns as e:
+        log.error("refused: %s", e)
+        # The predecessor of a service may be on its way out, in a call that does not return.
+        return FAILED if service else REFUSED
     except (Refusal, Taken, LoadError, DataPathError, ControlError) as e:
         log.error("refused: %s", e)
-        return REFUSED
+        return FAILED if needed else REFUSED
     except AttachError as e:
         log.error("%s", e)
         return FAILED

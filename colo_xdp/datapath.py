@@ -92,7 +92,8 @@ class DataPath:
             )  # fmt: skip
         peer = self._device("peer_link", net.peer_link)
         self._refuse_others()
-        if net.uplink not in ("auto", "bridge"):
+        pinned = (Path(pins) / "config").exists()
+        if net.uplink not in ("auto", "bridge") and not pinned:
             self._device("uplink", net.uplink)  # before anything is loaded
         if tap.kind != "tun":
             raise DataPathError(f"[network] tap: {net.tap} is not a tap device (kind {tap.kind!r})")
@@ -101,7 +102,7 @@ class DataPath:
                 f"[network] tap: {net.tap} is in a bridge; on the secondary it must be in none "
                 "(the bridge would learn the guest's address there)"
             )
-        if net.bridge:
+        if net.bridge and not pinned:
             self._device("bridge", net.bridge)  # not first missed at 3 a.m.
         primary = self.role == "primary"
         self.hook = "tc" if primary else choose_hook(net.hook, tap)
@@ -146,7 +147,10 @@ class DataPath:
         words = {"auto": abi.UPLINK_LEARNED, "bridge": abi.UPLINK_BRIDGE}
         uplink = words.get(net.uplink)
         if uplink is None:
-            uplink = self._device("uplink", net.uplink).index
+            seen = attach.look((net.uplink,))[net.uplink]
+            # A guest that waits for this controller does not wait for a device that it can do
+            # without (hooks.py).
+            uplink = seen.info.index if seen is not None else abi.UPLINK_BRIDGE
         self._write(Cfg.UPLINK, uplink)
         policy = abi.LossPolicy[dp.on_controller_loss.upper()]
         self._write(Cfg.LOSS_POLICY, policy)
@@ -486,6 +490,8 @@ class DataPath:
             self.port_state = attach.port_state(self.config.network.tap)
         except attach.NoSuchDevice:
             self.port_state = ""
+        except (attach.NetlinkError, OSError) as e:  # gone between two questions, or no memory
+            log.debug("the port of the guest's tap: %s", e)  # the next look tells
 
     @property
     def port_forwarding(self) -> bool:

@@ -129,7 +129,8 @@ class Entering(GuestLife):
         """Until the guest is in COLO, or the data path is shut."""
         while self.state is not State.STOPPED:
             migration = await self._migration()
-            if migration == "colo":
+            # Undecided: a checkpoint would make it speak, and nobody would decide any more.
+            if migration == "colo" and not self.undecided:
                 self._want = Want(Cause.CONTROLLER_RESTART.value, "this controller is new")
                 return
             lost = migration is not None and migration not in IN_COLO
@@ -155,6 +156,10 @@ class Entering(GuestLife):
                         self.tries.forget()
                         return
                     except (CheckpointFailed, QmpError) as e:
+                        if not self.spoke_alone:  # the copy counts, and could take over
+                            self.checkpoint_overdue = True
+                            self.become(State.DEGRADED, f"COLO ended as it was entered: {e}")
+                            return
                         if not (isinstance(e, CheckpointFailed) and (e.channel or e.refused)):
                             now, stopped = time.monotonic(), self._stopped_for_it
                             self.tries.failed(str(e), self._peer_qemu, now, stopped=stopped)

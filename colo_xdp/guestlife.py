@@ -51,7 +51,7 @@ class GuestLife(Controller):
         return 0
 
     def forget_copy(self) -> None:
-        """The other guest has ended itself: nothing here counts as its copy any more."""
+        """One of the guests has ended itself: neither counts as the other's copy any more."""
 
     # ---- events
 
@@ -163,6 +163,7 @@ class GuestLife(Controller):
             self.peer.send("off", why=why)
         if self.state is State.STOPPED and self.dp.mode is Mode.DROP:
             return
+        self.forget_copy()  # an entry under way would let out what is left of the guest at its end
         self.dp.mode, self.dp.bond = Mode.DROP, Bond.NONE
         self.become(State.STOPPED, f"{why}: the pair is over{held}")
         self._beat()

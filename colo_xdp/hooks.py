@@ -188,12 +188,18 @@ class Hooks:
         found.restored.append(f"{prog.name} on {dev}")
 
     def _bridge(self, tap: attach.Seen, found: Look) -> None:
-        """A guest that has taken over speaks in the bridge, also on a tap that is a new one."""
+        """A guest that clients know speaks in the bridge, also on a tap that is a new one."""
         dp, net = self._dp, self._dp.config.network
-        if dp.role == "primary" or dp.mode is not Mode.TAKEOVER or not net.bridge:
-            return
-        if not tap.info.master:
-            dp.open_network()
+        if dp.role == "primary":
+            speaks = dp.mode is not Mode.DROP and not dp.undecided
+        else:
+            speaks = dp.mode is Mode.TAKEOVER
+        if net.bridge and speaks and not tap.info.master:
+            try:
+                dp.open_network()
+            except _FAILURES as e:
+                found.trouble.append(f"[network] bridge: {e}, the guest is cut off")
+                return
             found.restored.append(f"{net.tap} in {net.bridge}")
 
     def _index(self, slot: Cfg, seen: attach.Seen | None) -> bool:

@@ -15,6 +15,7 @@ import fcntl
 import json
 import os
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,9 +25,15 @@ from .config import Config
 from .peer import split_address
 from .tls import Tls, TlsError
 
+LOCK_S = 1.0  # how long a lock may be somebody else's before that one counts as a controller
+
 
 class Refusal(RuntimeError):
     """This controller cannot run here as configured; names what is in the way."""
+
+
+class AlreadyRuns(Refusal):
+    """Another controller of this pair and role lives."""
 
 
 def lock_path(run_dir: str, pair: str, role: str) -> Path:
@@ -133,12 +140,19 @@ def is_running(run_dir: str, bpffs: str, pair: str, role: str) -> bool:
 
 
 def _flock(fd: int, path: str, config: Config, pid: str = "") -> None:
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as e:
-        raise Refusal(
-            f"another controller of {config.pair} ({config.role}) runs here{pid}: {path} is locked"
-        ) from e
+    """Who only asks whether a controller runs (_locked()) holds the lock for a moment, too."""
+    end = time.monotonic() + LOCK_S
+    while True:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError as e:
+            if time.monotonic() > end:
+                raise AlreadyRuns(
+                    f"another controller of {config.pair} ({config.role}) runs here{pid}: {path} "
+                    "is locked"
+                ) from e
+        time.sleep(0.01)
 
 
 @contextlib.contextmanager

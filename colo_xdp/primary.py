@@ -10,7 +10,7 @@ import time
 from bisect import bisect_left
 from typing import Any
 
-from . import abi
+from . import abi, attach
 from .abi import Bond, Mode
 from .beacon import Flag
 from .checkpoint import Want
@@ -22,7 +22,7 @@ from .device_watch import PACE_S
 from .entering import REARM_S
 from .failover import Action, OwnGuest, Role, State
 from .flowtable import FlowTable
-from .guest_event import News
+from .guest_event import STANDS_STILL, News
 from .limits import NEVER
 from .node import IN_COLO, INCOMING_S
 from .qmp import QmpError
@@ -142,6 +142,8 @@ class Primary(Checkpointing):
         self.dp.bond = Bond.ALONE
         self.dp.mode = Mode.BYPASS
         self.dp.undecided = False
+        self.operator = self.forced = False  # it is done: the pair that may follow is another one
+        self.fence_result = None
         self.become(State.STARTING, why)
         self.spawn(self._open_network())
         self._wake.set()
@@ -236,6 +238,20 @@ class Primary(Checkpointing):
             self.request(Cause.GUEST_EVENT, f"the PVM was stopped {what}: it runs on with the SVM")
         else:
             self.on_news(News(fate, f"the PVM stands still (`{status}`)"))
+
+    async def _whether_it_runs(self) -> None:
+        """QMP does not repeat the events that it had while nobody listened."""
+        try:
+            status = await self.qmp.status()
+        except QmpError:
+            return
+        if status == "running":
+            self._still_ns = 0
+            self.on_resumed()
+        elif status == "paused" or status in STANDS_STILL:
+            self._still_ns = self._still_ns or time.monotonic_ns()
+            if status in STANDS_STILL and not self.halted:
+                self.on_news(News(STANDS_STILL[status], f"the PVM stands still (`{status}`)"))
 
     def on_changed(self, why: str) -> None:
         self.request(Cause.GUEST_EVENT, why)
@@ -338,7 +354,10 @@ class Primary(Checkpointing):
 
     async def leave_network(self) -> None:
         """Not sooner: until then clients' frames that come here are mirrored to the other one."""
-        await asyncio.to_thread(self.dp.close_network)
+        try:
+            await asyncio.to_thread(self.dp.close_network)
+        except (attach.NoSuchDevice, attach.NetlinkError, OSError) as e:
+            log.debug("the tap is not taken out of the bridge: %s", e)  # it went with its guest
 
     def paired(self) -> bool:
         return self.state in (State.PROTECTED, State.CHECKPOINTING, State.DEGRADED)
@@ -406,6 +425,7 @@ class Primary(Checkpointing):
             await asyncio.sleep(BRIDGE_S)
 
     async def on_qemu(self) -> None:
+        await self._whether_it_runs()
         if self.state is State.SOLO:
             migration = await self._migration()
             if migration in IN_COLO:  # a former controller died before this
@@ -485,6 +505,9 @@ class Primary(Checkpointing):
         if self.halted:
             raise ValueError(f"no planned failover: {self.halted}")
         self._plan_refused = ""
+        # as long as the command waits, which then says that it is not done
+        ms = self.config.checkpoint.deadline + 2 * self.config.qemu.qmp_timeout
+        self._plan_until = time.monotonic() + ms / 1000
         self._want = Want(Cause.PLANNED.value, why)
         self._wake.set()
 

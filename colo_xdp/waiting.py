@@ -20,6 +20,7 @@ from .config import Config
 from .control import ControlServer
 from .metrics import start as start_metrics
 from .notify import Notifier
+from .starts import LOAD_S
 from .status import empty
 
 log = logging.getLogger("colo_xdp")
@@ -75,6 +76,7 @@ async def _wait(config: Config, device: str, why: str) -> bool:
             changed.clear()
             if await asyncio.to_thread(_there, device):
                 log.info("%s is there", device)
+                notifier.patience(LOAD_S)  # it is ready for systemd, so the watchdog is at work
                 return True
             notifier.send(WATCHDOG="1")
             heard = asyncio.ensure_future(changed.wait())

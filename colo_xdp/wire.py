@@ -19,6 +19,7 @@ from typing import Any
 VERSION = 4
 MIN_VERSION = 4  # of what this release can still speak
 MAX_LINE = 65536
+MAX_TEXT = 4096
 MAX_FLOWS_TEXT = 61440
 LONG = ("flows", "addresses")
 
@@ -92,7 +93,12 @@ class WireError(ValueError):
 
 
 def encode(kind: str, **fields: Any) -> bytes:
-    """One line. Raises WireError on a message that the table does not know."""
+    """One line. Raises WireError on a message that the table does not know.
+
+    A sentence is cut where it is too long: others' names are in it, of files for instance.
+    """
+    if isinstance(fields.get("why"), str):
+        fields["why"] = fields["why"][:MAX_TEXT]
     check({"type": kind, **fields})
     return json.dumps({"type": kind, **fields}, separators=(",", ":")).encode() + b"\n"
 
@@ -112,7 +118,7 @@ def check(msg: dict[str, Any]) -> None:
             raise WireError(f"{kind}.{name}: {type(v).__name__} where {typ.__name__} is needed")
         if isinstance(v, int) and not 0 <= v < 1 << 64:
             raise WireError(f"{kind}.{name}: {v} out of range")
-        if isinstance(v, str) and len(v) > (MAX_FLOWS_TEXT if name in LONG else 4096):
+        if isinstance(v, str) and len(v) > (MAX_FLOWS_TEXT if name in LONG else MAX_TEXT):
             raise WireError(f"{kind}.{name}: {len(v)} characters")
 
 

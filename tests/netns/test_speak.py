@@ -4,14 +4,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from colo_xdp import attach, cleanup
-from colo_xdp.abi import Bond, Mode
+from colo_xdp import abi, attach, cleanup
+from colo_xdp.abi import Bond, Cfg, Mode
 from colo_xdp.config import Config, load
-from colo_xdp.datapath import DataPath
+from colo_xdp.datapath import DataPath, DeviceMissing
 from colo_xdp.doctor import WARN, _devices
 from colo_xdp.speaker import boot_ns
 from tests.netns.conftest import Net, Sniffer, Tap, inside, sh
@@ -120,6 +121,34 @@ def test_a_start_with_nothing_is_silent_until_it_is_decided(host: Host) -> None:
     assert not dp.undecided and dp.mode is Mode.BYPASS and host.heard
     dp.close_network()
     assert not host.in_bridge
+
+
+def test_a_tap_that_comes_back_is_put_where_its_guest_may_speak(host: Host) -> None:
+    """One that was deleted and made again, or was in another namespace, is in no bridge."""
+    dp = host.start()
+    assert not dp.look().restored and not host.in_bridge, "nobody has said that it may"
+    dp.mode, dp.undecided = Mode.BYPASS, False
+    dp.open_network()
+    sh("ip", "link", "set", "dev", "tap0", "nomaster")
+    assert "tap0 in br0" in dp.look().restored and host.in_bridge and host.heard
+    dp.mode = Mode.DROP
+    dp.close_network()
+    assert not dp.look().restored and not host.in_bridge
+
+
+def test_a_guest_that_waits_for_a_controller_waits_for_no_device_besides(host: Host) -> None:
+    """The next controller goes on without an uplink, as the last one did when it was lost."""
+    dp = host.start()
+    host.stop()
+    net = replace(dp.config.network, uplink="up9", bridge="br9")
+    dp = host.dp = DataPath(replace(dp.config, network=net))
+    assert dp.slot(Cfg.UPLINK) == abi.UPLINK_BRIDGE
+    dp.mode, dp.undecided = Mode.BYPASS, False
+    assert any("br9 does not exist" in text for text in dp.look().trouble)
+    host.stop()
+    host.clean(force=True)
+    with pytest.raises(DeviceMissing, match="up9"):
+        DataPath(replace(dp.config, network=net))
 
 
 def test_a_lease_decides_in_the_kernel(host: Host) -> None:

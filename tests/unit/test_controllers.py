@@ -17,11 +17,12 @@ import pytest
 from colo_xdp import abi
 from colo_xdp.abi import Bond, Mode, Source
 from colo_xdp.addresses import AddressTable
+from colo_xdp.attach import NetlinkError, NoSuchDevice
 from colo_xdp.beacon import Flag, Word
 from colo_xdp.checkpointing import Checkpoint, CheckpointFailed, Want
 from colo_xdp.claims import mac_key
 from colo_xdp.config import load
-from colo_xdp.failover import Action, State, decide
+from colo_xdp.failover import Action, State, decide, other_guest
 from colo_xdp.hooks import Look
 from colo_xdp.nic import NicError
 from colo_xdp.primary import Primary
@@ -68,6 +69,7 @@ class FakeDataPath:
         self.waiting: list[Event] = []
         self.found, self.came = Look(), 0
         self.opened = self.changed = self.stepped_in = 0
+        self.in_bridge = False
         self.base_epoch = self.peer_stopped = self.closed = 0
         self.undecided = False
         self.unmirrored: set[bytes] = set()
@@ -429,6 +431,16 @@ def test_a_guest_of_which_nothing_is_known_speaks_at_a_word(
     in_loop(body)
 
 
+@pytest.mark.parametrize("alone", [False, True])
+def test_a_primary_that_waits_for_a_word_supersedes_nobody(alone: bool) -> None:
+    """A guest that has been made to stand down may be all that there is of the service: its QEMU
+    is not ended for one that is silent itself."""
+    c, _, _ = secondary()
+    c.state, c.peer.connected = State.STOPPED, True
+    c._peer_message(BEAT | beat("starting", role="primary", alone=alone))
+    assert c.superseded() is alone
+
+
 def test_who_waits_for_a_word_waits_after_a_restart_too() -> None:
     dp = FakeDataPath(Mode.DROP, adopted=True)
     dp.undecided = True
@@ -444,6 +456,23 @@ def test_a_persons_word_opens_a_guest_of_which_nothing_is_known() -> None:
         r = await c.command("failover", {})
         assert r["done"] and c.state is State.SOLO and c.speaks
         assert dp.mode is Mode.BYPASS and dp.opened == 1 and not dp.undecided
+
+    in_loop(body)
+
+
+def test_a_persons_word_that_opened_a_guest_does_not_break_the_pair_that_follows() -> None:
+    """It was meant for what was before: the secondary that comes next is not fenced for it."""
+
+    async def body() -> None:
+        c, _, _ = undecided()
+        c._order("force", 40.0)
+        c._peer_message(beat("stopped", shut=True))
+        assert c._busy is not None
+        await c._busy
+        assert c.state is State.STARTING and not c.undecided
+        c.on_message({"type": "ready", "epoch": 0})
+        c.state = State.PROTECTED
+        assert decide(c.facts()).action is Action.NONE
 
     in_loop(body)
 
@@ -502,6 +531,31 @@ def test_a_tap_leaves_the_bridge_when_the_other_guest_speaks() -> None:
         assert dp.closed == 1
         assert c._successor is not None
         c._successor.cancel()
+
+    in_loop(body)
+
+
+@pytest.mark.parametrize(
+    "error", [NoSuchDevice("tap0 does not exist"), NetlinkError(105, "no buffer space")]
+)
+def test_a_tap_that_is_gone_with_its_guest_ends_no_controller(error: Exception) -> None:
+    """Whoever starts the guest deletes its tap: `qemu.incoming` makes it anew, if it is run."""
+
+    async def body() -> None:
+        c, dp, _ = primary()
+
+        def gone() -> None:
+            raise error
+
+        dp.close_network = gone  # type: ignore[method-assign]
+        c._stand_down("the secondary took over")
+        c.peer.connected, c.peer_state, c.incoming_wanted = True, "taken-over", True
+        c.qmp = FakeQmp()  # type: ignore[assignment]
+        c.qmp.connected = True
+        c.qmp.status = lambda: asyncio.sleep(0, "inmigrate")  # type: ignore[method-assign]
+        assert c._successor is not None
+        await asyncio.wait({c._successor}, timeout=2)
+        assert c.role_changed and not c.failures
 
     in_loop(body)
 
@@ -856,6 +910,37 @@ def test_a_persons_word_outlives_the_controller_that_heard_it(order: str) -> Non
     in_loop(body)
 
 
+@pytest.mark.parametrize("late", [False, True])
+def test_a_planned_failover_that_had_to_wait_is_not_made_up_for(late: bool) -> None:
+    """Its command has answered that it is not done: the guest does not move at night by itself."""
+
+    async def body() -> None:
+        c, _, _ = primary()
+        c.state = State.PROTECTED
+        c.peer.connected = False
+        made: list[str] = []
+
+        async def checkpoint(want: Want) -> None:
+            made.append(want.cause)
+            c.state = State.STOPPED
+
+        async def entered() -> None:
+            pass
+
+        c._checkpoint, c._until_entered = checkpoint, entered  # type: ignore[method-assign]
+        guard = asyncio.ensure_future(c._protect())
+        c.on_message({"type": "plan", "why": "asked by the operator on the secondary"})
+        await asyncio.sleep(0)
+        if late:
+            c._plan_until = time.monotonic() - 1
+        c.peer.connected = True
+        c._wake.set()
+        await asyncio.wait({guard}, timeout=5)
+        assert made == ["operator" if late else "planned"]
+
+    in_loop(body)
+
+
 def test_planned_and_force_exclude_each_other() -> None:
     c, _, _ = secondary()
     with pytest.raises(ValueError, match="planned or force"):
@@ -911,7 +996,7 @@ def test_a_guest_that_is_alone_runs_whatever_a_broken_checkpoint_has_left(
     monkeypatch.setattr("colo_xdp.primary.REARM_S", 0.001)
 
     class Stopped(FakeQmp):
-        answers = iter(["", "colo", "paused", "running"])
+        answers = iter(["", "", "colo", "paused", "running"])
 
         async def migration_status(self, timeout: float | None = None) -> str:
             return migration
@@ -934,7 +1019,7 @@ def test_a_guest_that_is_alone_runs_whatever_a_broken_checkpoint_has_left(
         await c.on_qemu()
         await asyncio.gather(*c._tasks)
         want = ["", "colo", "paused", "cont", "running"] if migration == "failed" else []
-        assert c.qmp.said == want  # type: ignore[attr-defined]
+        assert c.qmp.said == ["", *want]  # type: ignore[attr-defined]
 
     in_loop(body)
 
@@ -982,6 +1067,7 @@ def test_a_guest_is_worthless_only_if_the_other_speaks(
 ) -> None:
     c, _, _ = primary(Mode.DROP, adopted=True)
     c.peer_role, c.peer_state, c.peer.connected = role, state, connected
+    c.other_guest = other_guest(role, state, alone=over, shut=False)
     assert c.superseded() is over
 
 

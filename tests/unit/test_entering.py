@@ -10,14 +10,15 @@ from typing import Any
 
 import pytest
 
-from colo_xdp.abi import Mode
+from colo_xdp.abi import Bond, Mode
 from colo_xdp.checkpoint import Checkpoint, CheckpointFailed
 from colo_xdp.config_keys import Disk
 from colo_xdp.entering import BACKOFF_FREE_S, BACKOFF_S, Tries
 from colo_xdp.failover import State
 from colo_xdp.qmp import QmpError
 from colo_xdp.qmp_event import QmpEvent
-from tests.unit.test_controllers import in_loop, primary, secondary
+from tests.unit.test_controllers import in_loop, primary, secondary, undecided
+from tests.unit.test_guestlife import OFF, says
 
 DISK = {"device": "d0", "inserted": {"ro": False, "file": "/a.qcow2", "node-name": "n0"}}
 
@@ -47,6 +48,9 @@ class Qemu:
 
     async def prepare(self, *, primary: bool) -> None:
         self.said.append("prepare")
+
+    async def migrate(self, uri: str) -> None:
+        self.said.append("migrate")
 
     async def execute(self, command: str) -> Any:
         if command == "query-block":
@@ -321,5 +325,77 @@ def test_a_secondary_whose_qemu_dies_while_entering_says_so() -> None:
         assert sent[-1] == {"type": "failed", "n": 1, "why": "the SVM's QEMU is gone"}
         assert "waiting for another one" in c.reason and c.state is State.STARTING
         assert dp.mode is Mode.DROP
+
+    in_loop(body)
+
+
+def test_a_guest_that_is_off_is_not_let_out_by_the_entry_that_ends_with_it() -> None:
+    """It shuts itself down while it is copied for the first time, and then QMP closes."""
+
+    async def body() -> None:
+        c, dp, _ = primary(Mode.BYPASS)
+        q = c.qmp = Qemu("running", "active")  # type: ignore[assignment]
+        c.peer.connected = c._peer_ready = True
+        c._guard = c.spawn(c._protect())
+        while "migrate" not in q.said:
+            if c._ck is not None and not c._ck.begun:
+                c._ck.begun = True
+                c._ck.changed.set()
+            await asyncio.sleep(0.005)
+        says(c, "SHUTDOWN", **OFF)
+        assert c._busy is not None
+        await c._busy
+        q.connected = False
+        if c._ck is not None:
+            c._ck.changed.set()
+        await asyncio.wait({c._guard}, timeout=0.5)
+        assert (c.state, dp.mode) == (State.STOPPED, Mode.DROP)
+        assert c._guard.done()
+
+    in_loop(body)
+
+
+def test_a_pair_of_which_nothing_is_known_is_no_pair_before_it_has_been_decided() -> None:
+    """QEMU is in COLO, but a checkpoint is not what lets its guest speak."""
+
+    async def body() -> None:
+        c, dp, _ = undecided()
+        c.qmp = Qemu("running", "colo")  # type: ignore[assignment]
+        task = asyncio.ensure_future(c._until_entered())
+        await asyncio.wait({task}, timeout=0.05)
+        assert not task.done() and c._want is None
+        c._open("a word")
+        await asyncio.wait({task}, timeout=1)
+        assert task.done() and c._want is not None and dp.mode is Mode.BYPASS
+
+    in_loop(body)
+
+
+@pytest.mark.parametrize("answer", ["failed", ""])
+def test_an_entry_whose_checkpoint_counts_is_no_entry_that_failed(answer: str) -> None:
+    """The secondary may take over from now on: nothing leaves uncompared before it is silent."""
+
+    async def body() -> None:
+        c, dp, sent = primary(Mode.BYPASS)
+        c.spoke_alone, c.peer.connected, c._peer_ready = True, True, True
+        q = c.qmp = Qemu("running", "")  # type: ignore[assignment]
+
+        async def checkpoint(want: Any) -> None:
+            c.spoke_alone, dp.bond, dp.mode = False, Bond.EQUAL, Mode.RUN
+            c.become(State.PROTECTED, "both guests are equal")
+            q.migration = answer
+
+        async def migration() -> str:
+            if dp.mode is Mode.RUN and not answer:
+                raise QmpError("no answer")
+            return q.migration
+
+        c._checkpoint, q.migration_status = checkpoint, migration  # type: ignore
+        await asyncio.wait_for(c._until_entered(), 5)
+        assert dp.mode is Mode.RUN and c.state is State.DEGRADED
+        c._decide()
+        assert c._busy is not None
+        await c._busy
+        assert "solo" in sent.kinds() and dp.mode is Mode.RUN, "it is asked to shut its guest in"
 
     in_loop(body)

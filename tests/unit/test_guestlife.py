@@ -12,7 +12,7 @@ import pytest
 
 from colo_xdp.abi import Bond, Mode, Source
 from colo_xdp.beacon import Flag
-from colo_xdp.checkpoint import Want
+from colo_xdp.checkpoint import CheckpointFailed, Want
 from colo_xdp.failover import State
 from colo_xdp.primary import Primary
 from colo_xdp.qmp_event import QmpEvent
@@ -209,6 +209,28 @@ def test_no_checkpoint_while_an_io_error_has_stopped_the_pvm() -> None:
     in_loop(body)
 
 
+def test_no_checkpoint_of_a_pvm_that_an_io_error_stops_in_its_beginning() -> None:
+    """Everything is held already, and QEMU has not been asked yet."""
+
+    async def body() -> None:
+        c, _, sent = primary()
+        c.state, c.qmp = State.PROTECTED, Status("io-error")  # type: ignore[assignment]
+        c.peer.connected = True
+        task = asyncio.ensure_future(c._checkpoint(Want(Cause.PAYLOAD_DIFFERS, "x")))
+        while "begin" not in sent.kinds():
+            await asyncio.sleep(0)
+        says(c, "BLOCK_IO_ERROR", action="stop", device="d0", operation="write")
+        says(c, "STOP")
+        assert c._ck is not None
+        c.on_message({"type": "begun", "n": c._ck.n})
+        with pytest.raises(CheckpointFailed, match="disk d0") as e:
+            await task
+        assert e.value.refused, "it is asked for again when the guest runs"
+        assert not c.qmp.said  # type: ignore[attr-defined]
+
+    in_loop(body)
+
+
 def test_an_io_error_of_the_svm_is_its_loss() -> None:
     async def body() -> None:
         c, _, sent = secondary()
@@ -277,6 +299,51 @@ def test_a_pvm_that_a_person_stopped_has_no_second_stop() -> None:
         says(c, "RESUME")
         await task
         assert c.state is State.PROTECTED
+
+    in_loop(body)
+
+
+@pytest.mark.parametrize("adopted", [False, True])
+def test_a_pvm_that_was_stopped_while_nobody_listened_has_no_stop(adopted: bool) -> None:
+    """The controller was started anew, or has lost QMP for a moment: its checkpoint ends all the
+    same, and what is compared with it begins no later than it did."""
+
+    async def body() -> None:
+        c, _, _ = primary(Mode.RUN, adopted=adopted)
+        c.state, c.qmp = State.DEGRADED, Status("paused")  # type: ignore[assignment]
+        c._guard = asyncio.ensure_future(asyncio.sleep(0))
+        await c.on_qemu()
+        before = time.monotonic_ns()
+        c.peer = SimpleNamespace(  # type: ignore[assignment]
+            connected=True, send=lambda kind, **f: begun(c, kind, f), rtt_ns=0, ending=""
+        )
+        c._beat = lambda: None  # type: ignore[method-assign]
+        task = asyncio.ensure_future(c._checkpoint(Want(Cause.CONTROLLER_RESTART, "new")))
+        while "checkpoint" not in c.qmp.said:  # type: ignore[attr-defined]
+            await asyncio.sleep(0)
+        assert c._ck is not None and 0 < c._ck.stop_ns < before
+        c.on_message({"type": "done", "n": c._ck.n, "pause_us": 1})
+        says(c, "RESUME")
+        await task
+        assert c.state is State.PROTECTED and not c._still_ns
+
+    in_loop(body)
+
+
+def test_what_stopped_the_pvm_is_asked_and_so_is_whether_it_runs_again() -> None:
+    """QMP does not repeat its events for a controller that was not there."""
+
+    async def body() -> None:
+        c, _, _ = primary(Mode.RUN, adopted=True)
+        c.state, c.qmp = State.DEGRADED, Status("io-error")  # type: ignore[assignment]
+        c._guard = asyncio.ensure_future(asyncio.sleep(0))
+        await c.on_qemu()
+        assert "io-error" in c.halted and c._still_ns
+        assert await c._delayed(Want(Cause.CONTROLLER_RESTART, "new"))
+        c.qmp.now = "running"  # type: ignore[attr-defined]
+        await c.on_qemu()
+        assert not c.halted and not c._still_ns
+        assert not await c._delayed(Want(Cause.CONTROLLER_RESTART, "new"))
 
     in_loop(body)
 

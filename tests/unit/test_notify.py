@@ -5,11 +5,16 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from colo_xdp import waiting
+from colo_xdp.config import load
 from colo_xdp.notify import Notifier
+
+EXAMPLES = Path(__file__).parents[2] / "deploy/examples"
 
 
 @pytest.fixture(params=["path", "abstract"])
@@ -40,6 +45,20 @@ def test_patience_sets_and_restores_the_watchdog(
     assert systemd.recv(4096) == b"WATCHDOG=1\nWATCHDOG_USEC=60000000"
     n.patience(None)
     assert systemd.recv(4096) == b"WATCHDOG=1\nWATCHDOG_USEC=10000000"
+
+
+def test_who_has_waited_for_a_device_gets_its_time_to_load(
+    systemd: socket.socket, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """It was ready while it waited: the watchdog would end it in the middle of compiling."""
+    monkeypatch.setenv("WATCHDOG_USEC", "3000000")
+    monkeypatch.setattr(waiting, "_there", lambda name: True)
+    config = load(EXAMPLES / "primary.toml")
+    here = replace(config.datapath, run_dir=str(tmp_path))
+    metrics = replace(config.metrics, listen="")
+    assert waiting.wait_for(replace(config, datapath=here, metrics=metrics), "tap0", "no tap0")
+    assert systemd.recv(4096).startswith(b"READY=1")
+    assert systemd.recv(4096) == b"WATCHDOG=1\nWATCHDOG_USEC=120000000"
 
 
 def test_a_manager_that_is_gone_or_does_not_read_stops_nobody(systemd: socket.socket) -> None:

@@ -71,4 +71,10 @@ def test_offsets_may_be_long_and_nothing_else() -> None:
     with pytest.raises(wire.WireError, match="characters"):
         wire.encode("base", n=0, last=True, flows=text + "ab")
     with pytest.raises(wire.WireError, match="characters"):
-        wire.encode("plan", why=text)
+        wire.encode("begin", n=1, cause=text, initial=False)
+
+
+def test_a_reason_of_any_length_arrives() -> None:
+    """It names files, of as many disks as the guest has: no reason to end a controller."""
+    line = wire.encode("failed", n=1, why="/\u00e9" * wire.MAX_TEXT)
+    assert wire.decode(line)["why"] == "/\u00e9" * (wire.MAX_TEXT // 2)
