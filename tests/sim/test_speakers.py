@@ -374,7 +374,7 @@ def who_vanished_twice_has_vanished_once(mp: Any) -> None:
 
 FAULTS = (
     a_key_that_vanished_is_free,
-    the_kernel_forgets, counted_from_the_answer, promises_are_forgotten,
+    the_kernel_forgets, promises_are_forgotten,
     a_promise_counts_from_its_arrival,
     who_wants_to_speak_promises, any_process_of_the_other_host_is_robbed,
     what_is_given_back_is_kept,
@@ -391,3 +391,20 @@ def test_faults_are_noticed(fault: Callable[[Any], None]) -> None:
             except Overlap:
                 return
     pytest.fail(f"{fault.__name__} was not noticed")
+
+
+@pytest.mark.parametrize("fault", [False, True], ids=["product", "fault"])
+def test_a_key_counts_from_when_it_was_asked_for(
+    fault: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seen only where nobody waits for a key that has vanished: that wait hides it."""
+    a_key_that_vanished_is_free(monkeypatch)
+    monkeypatch.setattr(Witness, "revoke", lambda self: None)
+    if not fault:
+        for seed in range(100):
+            Ring(seed).run()
+        return
+    counted_from_the_answer(monkeypatch)
+    with pytest.raises(Overlap):
+        for seed in range(600):
+            Ring(seed).run()
