@@ -932,6 +932,14 @@ def only_a_first_checkpoint_hands_offsets_over(mp: Any) -> None:
 
 @_roles_mutant
 def both_hosts_stay_primaries(mp: Any) -> None:
+    """Neither what the other host says of its guest nor its epoch keeps a host silent."""
+    real = controller.other_guest
+
+    def silent(*args: Any, **kwargs: Any) -> Any:
+        known = real(*args, **kwargs)
+        return failover.OtherGuest.IDLE if known is failover.OtherGuest.SPEAKS else known
+
+    mp.setattr(controller, "other_guest", silent)
     mp.setattr(Primary, "_older_than", lambda self, msg: False)
 
 

@@ -41,7 +41,7 @@ from colo_xdp import (
 )
 from colo_xdp import controller as controller_module
 from colo_xdp import speaker as speaker_module
-from colo_xdp.abi import Mode
+from colo_xdp.abi import Bond, Mode
 from colo_xdp.config import Config, load
 from colo_xdp.failover import State
 
@@ -495,8 +495,15 @@ class World:
 
     def _held(self, side: Side) -> bool:
         c = side.controller
-        alone = c is not None and c.spoke_alone
+        alone = c is not None and (c.spoke_alone or self._ended(side))
         return side.protected and not self.shadow and not alone and side.mode is not Mode.BYPASS
+
+    def _ended(self, side: Side) -> bool:
+        """The guest has shut itself down and its copy is silent for good: what it said last may
+        leave. If the copy speaks after that, it is the second guest."""
+        c, other = side.controller, side.other
+        silent = other.guest is None or (other.mode is Mode.DROP and other.bond is Bond.NONE)
+        return self.off and c is not None and bool(c.over) and silent
 
     def _alone(self, side: Side) -> bool:
         return (
