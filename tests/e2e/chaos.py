@@ -38,6 +38,7 @@ DEAD_AFTER_MS = 4000
 QMP_TIMEOUT_MS = 1000
 CHECKPOINT_MS = 2000
 SLACK_MS = 100
+REPAIR_S = 180  # until a pair is protected again; two sets of programs are compiled on the way
 DISTURBED = 0.3  # of the repairs: something dies in them too
 
 OVERRIDES: dict[str, dict[str, Any]] = {
@@ -342,8 +343,8 @@ class Chaos:
             )
 
         for host in HOSTS:
-            self.lab.wait_state(host, "protected", 60)
-        wait_for("a pair that hears each other", fine, 60)
+            self.lab.wait_state(host, "protected", REPAIR_S)
+        wait_for("a pair that hears each other", fine, REPAIR_S)
 
     # -- a round
 

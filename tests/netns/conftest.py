@@ -17,6 +17,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.netns.reuse import Reuse
+
 _libc = ctypes.CDLL(None, use_errno=True)
 CLONE_NEWNET = 0x40000000
 
@@ -164,6 +166,15 @@ class Net:
         for ns in (self.host, self.client, self.other):
             with contextlib.suppress(RuntimeError):
                 sh("ip", "netns", "del", ns)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _reuse() -> Iterator[None]:
+    reuse = Reuse()
+    with pytest.MonkeyPatch.context() as mp:
+        reuse.patch(mp)
+        yield
+    reuse.close()
 
 
 @pytest.fixture
