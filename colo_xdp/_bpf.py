@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import ctypes as ct
 import errno
+import mmap
 import os
 import platform
+import sys
 from dataclasses import dataclass
 
 _SYS_BPF = {"x86_64": 321, "aarch64": 280, "riscv64": 280, "ppc64le": 361, "s390x": 351}
@@ -159,6 +161,18 @@ def map_info(fd: int) -> MapInfo:
     info = _MapInfo()
     _bpf(_OBJ_GET_INFO_BY_FD, _InfoAttr(fd, ct.sizeof(info), ct.addressof(info)), "map info")
     return MapInfo(info.id, info.type, info.key_size, info.value_size, info.max_entries)
+
+
+def ring_skip(fd: int) -> None:
+    """What a BPF ring buffer holds is read: the consumer's position becomes the producer's.
+
+    Source: ringbuf_map_mmap_kern() and what follows it in kernel/bpf/ringbuf.c.
+    """
+    page = mmap.PAGESIZE
+    with mmap.mmap(fd, page) as ours, mmap.mmap(fd, page, prot=mmap.PROT_READ, offset=page) as its:
+        position = ct.c_uint64.from_buffer(ours)
+        position.value = int.from_bytes(its[:8], sys.byteorder)
+        del position  # else the mapping has a user
 
 
 def prog_info(fd: int) -> ProgInfo:

@@ -283,7 +283,9 @@ class Objects:
 
     Beside the maps that the sources pin, everything is kept as prog_<role>_<tag>_<name> and
     map_<role>_<tag>_<name>, and whole_<role>_<tag>_ last. The event ring is among them: what was
-    captured while there was no controller waits in it for the next one.
+    captured while there was no controller waits in it for the next one. What a host needs when its
+    role changes back is idle_<role>_<tag>_ meanwhile: compiling takes seconds of a CPU, at a time
+    when the guest has no copy.
     """
 
     def __init__(self, source: Source, pin_dir: str, headers: kheaders.Headers | None) -> None:
@@ -388,13 +390,37 @@ def _pins(directory: str, source: Source) -> list[tuple[str, str, str]]:
     return found
 
 
-def _forget(directory: str, keep: tuple[str, ...]) -> None:
-    """Unpin what was kept (<role>_<tag>_): nobody will take it over any more."""
+def _set_aside(directory: str, source: Source, beside: tuple[str, ...]) -> None:
+    """Sets of other roles become idle, but for those that stand `beside` this one; what another
+    version or configuration has left of this role is unpinned."""
+    mine = f"{source.role}_{source.tag}_"
     # The mark first: what is half gone is not whole.
     for entry in sorted(os.listdir(directory), reverse=True):
         kind, _, rest = entry.partition("_")
-        if kind in ("whole", "prog", "map") and not rest.startswith(keep):
-            os.unlink(f"{directory}/{entry}")
+        if kind not in ("whole", "idle", "prog", "map") or rest == mine or rest.startswith(beside):
+            continue
+        if rest.startswith(f"{source.role}_"):
+            if not rest.startswith(mine):
+                os.unlink(f"{directory}/{entry}")
+        elif kind == "whole":
+            os.rename(f"{directory}/{entry}", f"{directory}/idle_{rest}")
+
+
+def _wake(directory: str, source: Source) -> bool:
+    """An idle set of this role is whole again. What its ring holds was captured before this host
+    had another role: nobody waits for it."""
+    rest = f"{source.role}_{source.tag}_"
+    if not os.path.exists(f"{directory}/idle_{rest}"):
+        return False
+    ring = f"{directory}/map_{rest}events"
+    if os.path.exists(ring):
+        fd = _bpf.obj_get(ring)
+        try:
+            _bpf.ring_skip(fd)
+        finally:
+            os.close(fd)
+    os.rename(f"{directory}/idle_{rest}", f"{directory}/whole_{rest}")
+    return True
 
 
 @cache
@@ -504,8 +530,11 @@ def load(role: str, pair: str, bpffs: str, options: Options, home: str = "") -> 
             "would be lost): run `colo-xdp cleanup` first\n  " + "\n  ".join(bad)
         )
     source = _source(role, directory, options, events(options))
-    if _pins(directory, source):
-        return Objects(source, directory, None)
+    beside = ("primary_",) if role == "guest" else ()  # guest stands beside a primary
+    for s in (source, replace(source, btf=False)):
+        if _pins(directory, s) or _wake(directory, s):
+            _set_aside(directory, s, beside or (("guest_",) if role == "primary" else ()))
+            return Objects(s, directory, None)
     try:
         headers = kheaders.find()
     except kheaders.NoHeaders as e:
@@ -517,11 +546,9 @@ def load(role: str, pair: str, bpffs: str, options: Options, home: str = "") -> 
             raise
         # bpf_probe_read_kernel() may be what this kernel does not allow (before 5.10, or locked).
         blind = replace(source, btf=False)
-        if _pins(directory, blind):
-            return Objects(blind, directory, None)
         objects = Objects(blind, directory, headers)  # its own error, if that was not it
         log.warning("offloads are not read from the kernel: %s", str(e).splitlines()[0])
         source = blind
-    _forget(directory, ("primary_",) if role == "guest" else ())  # guest stands beside a primary
+    _set_aside(directory, source, beside)
     objects.keep(source)
     return objects

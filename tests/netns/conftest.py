@@ -23,6 +23,11 @@ _libc = ctypes.CDLL(None, use_errno=True)
 CLONE_NEWNET = 0x40000000
 
 
+def own(name: str) -> str:
+    """A name of a pair or a namespace that no other run of the tests uses."""
+    return f"{name}{os.getpid() % 100000}"
+
+
 def sh(*cmd: str) -> str:
     r = subprocess.run(cmd, capture_output=True, text=True, check=False)
     if r.returncode:
@@ -179,7 +184,7 @@ def _reuse() -> Iterator[None]:
 
 @pytest.fixture
 def net() -> Iterator[Net]:
-    n = Net(f"cx{os.getpid() % 100000}")
+    n = Net(own("cx"))
     try:
         with inside(n.host):
             yield n

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""One test's programs serve the next one: compiling and verifying takes seconds, emptying maps none.
+"""One test's programs serve the next one: compiling them takes seconds, emptying maps does not.
 
 What a test unpins is put aside below the same BPF file system. The next one that loads the same
 source with the same options finds it where a former controller would have left it, with every map
@@ -8,8 +8,6 @@ as the kernel makes it: zeros, no entry, and an empty ring.
 
 from __future__ import annotations
 
-import ctypes
-import mmap
 import os
 import shutil
 from collections import OrderedDict
@@ -42,7 +40,8 @@ class Reuse:
         aside = self._idle.get(directory)
         if aside is not None and not os.path.exists(directory):
             source = loader._source(role, directory, options, loader.events(options))
-            if loader._pins(str(aside), source):
+            mark = f"{role}_{source.tag}_"
+            if any((aside / f"{kind}_{mark}").exists() for kind in ("whole", "idle")):
                 del self._idle[directory]
                 Path(directory).parent.mkdir(exist_ok=True)
                 aside.rename(directory)
@@ -51,7 +50,7 @@ class Reuse:
     def remove_pins(self, directory: str) -> list[str]:
         path = Path(directory)
         gone = sorted(map(str, path.iterdir())) if path.is_dir() else []
-        if not any(Path(p).name.startswith("whole_") for p in gone):
+        if not any(Path(p).name.startswith(("whole_", "idle_")) for p in gone):
             return self._remove(directory)
         for p in gone:
             _empty(p)
@@ -91,17 +90,8 @@ def _empty(path: str) -> None:
             for i in range(info.max_entries):
                 table.set(i.to_bytes(4, "little"), zeros)
         elif info.type == _RINGBUF:
-            _skip_all(fd)
+            _bpf.ring_skip(fd)
         else:
             raise AssertionError(f"{path}: how is a map of type {info.type} emptied?")
     finally:
         os.close(fd)
-
-
-def _skip_all(fd: int) -> None:
-    """The consumer's position becomes the producer's (kernel/bpf/ringbuf.c)."""
-    page = mmap.PAGESIZE
-    with mmap.mmap(fd, page) as mine, mmap.mmap(fd, page, prot=mmap.PROT_READ, offset=page) as its:
-        consumer = ctypes.c_uint64.from_buffer(mine)
-        consumer.value = int.from_bytes(its[:8], "little")
-        del consumer

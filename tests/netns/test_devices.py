@@ -16,7 +16,7 @@ from colo_xdp import _bpf, abi, attach, cleanup
 from colo_xdp.abi import Cfg, Mode
 from colo_xdp.datapath import DataPath
 from colo_xdp.hooks import Look
-from tests.netns.conftest import Net, Sniffer, Tap, inside, sh
+from tests.netns.conftest import Net, Sniffer, Tap, inside, own, sh
 from tests.netns.frames import GUEST_MAC, tcp
 from tests.netns.test_primary_path import PAIR, config, events
 from tests.netns.test_secondary_path import Host
@@ -191,7 +191,7 @@ def test_netlink_tells_when_to_look(net: Net, path: DataPath) -> None:
 
 @pytest.fixture(params=[True, False], ids=["tc", "xdp"])
 def host(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Host]:
-    h = Host("cxd", tmp_path, request.param)
+    h = Host(own("cxd"), tmp_path, request.param)
     h.dp.mode = Mode.RUN
     with inside(h.net.host):
         yield h

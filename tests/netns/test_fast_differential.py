@@ -15,7 +15,7 @@ from colo_xdp import _bpf, abi
 from colo_xdp.abi import SIDE_PVM, SIDE_SVM, TIER_K, Cfg, CtlOp, CtlResult, Mode, Prog, Reason
 from colo_xdp.rewrite import parse
 from colo_xdp.ring import Event, summed
-from tests.netns.conftest import Net, inside, sh
+from tests.netns.conftest import Net, inside, own, sh
 from tests.netns.frames import tcp, udp
 from tests.netns.kernel_lab import (
     ACK,
@@ -449,7 +449,7 @@ class Run:
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
     bpffs = tmp_path_factory.mktemp("fastdiff")
     _bpf.mount_bpffs(str(bpffs))
-    net = Net("cxdf")
+    net = Net(own("cxdf"))
     try:
         with inside(net.host):
             lab = Lab(str(bpffs), net)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import fcntl
-import os
 import select
 import socket
 import struct
@@ -25,10 +24,10 @@ from colo_xdp.compare import Engine, Limits, Policy, Record
 from colo_xdp.config import load
 from colo_xdp.datapath import DataPath
 from colo_xdp.ring import Event
-from tests.netns.conftest import Net, Sniffer, Tap, inside, sh
+from tests.netns.conftest import Net, Sniffer, Tap, inside, own, sh
 from tests.netns.frames import CLIENT_MAC, GUEST_MAC, csum, tcp, udp
 
-PAIR = f"of{os.getpid() % 100000}"
+PAIR = own("of")
 CWR = 0x80
 GUEST, CLIENT = socket.inet_aton("10.9.0.2"), socket.inet_aton("10.9.0.1")
 END = tcp(b"end of the case", sport=9, dport=9)

@@ -23,7 +23,7 @@ from colo_xdp.datapath import DataPath
 from colo_xdp.packet import parse
 from colo_xdp.ring import Event
 from tests.bpf import craft
-from tests.netns.conftest import Sniffer, Tap, inside, sh
+from tests.netns.conftest import Sniffer, Tap, inside, own, sh
 from tests.netns.frames import CLIENT_MAC, GUEST_MAC
 from tests.netns.test_secondary_path import Host, config
 
@@ -196,7 +196,7 @@ class Client:
 
 @pytest.fixture(params=[False, True], ids=["ipv4", "ipv6"])
 def stack(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Stack]:
-    host = Host("cxpm", tmp_path, vnet=True)
+    host = Host(own("cxpm"), tmp_path, vnet=True)
     made = None
     try:
         host.dp.mode, host.dp.epoch = Mode.RUN, 5

@@ -20,10 +20,10 @@ from colo_xdp.flow import unmirrored_key
 from colo_xdp.inject import vnet_header
 from colo_xdp.packet import Kind, parse
 from colo_xdp.ring import Event
-from tests.netns.conftest import Net, Sniffer, Tap, inside, sh
+from tests.netns.conftest import Net, Sniffer, Tap, inside, own, sh
 from tests.netns.frames import CLIENT_MAC, GUEST_MAC, tcp, udp
 
-PAIR = "nst"
+PAIR = own("nst")
 
 
 def config(tmp_path: Path, **datapath: object) -> Config:

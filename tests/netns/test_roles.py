@@ -14,9 +14,10 @@ from colo_xdp import abi, attach
 from colo_xdp.abi import Mode
 from colo_xdp.datapath import DataPath
 from colo_xdp.flowtable import FlowTable
+from colo_xdp.lab.net import wait_for
 from colo_xdp.packet import parse
 from colo_xdp.ring import Event
-from tests.netns.conftest import Sniffer, Tap, inside, sh
+from tests.netns.conftest import Sniffer, Tap, inside, own, sh
 from tests.netns.frames import GUEST_MAC, tcp
 from tests.netns.test_secondary_path import (
     CLIENT_ISN,
@@ -34,7 +35,7 @@ from tests.netns.test_secondary_path import (
 
 @pytest.fixture(params=[True, False], ids=["tc", "xdp"])
 def survivor(request: pytest.FixtureRequest, tmp_path: Path) -> Host:
-    h = Host("cxs3", tmp_path, request.param)
+    h = Host(own("cxs3"), tmp_path, request.param)
     request.addfinalizer(h.close)
     h.dp.mode, h.dp.epoch = Mode.RUN, 5
     h.handshake()
@@ -60,9 +61,9 @@ def from_client(h: Host, body: bytes) -> None:
         s.send(tcp(body, seq=CLIENT_ISN + 1, ack=ISN_P + 6, reverse=True, options=ts(4, TS_P)))
 
 
-def events(dp: DataPath, n: int) -> list[Event]:
+def events(dp: DataPath, n: int, timeout: float = 2) -> list[Event]:
     got: list[Event] = []
-    end = time.monotonic() + 2
+    end = time.monotonic() + timeout
     while len(got) < n and time.monotonic() < end:
         dp.drain(got.append)
     return got
@@ -174,14 +175,26 @@ def test_what_is_handed_to_the_new_secondary(survivor: Host) -> None:
     client.close()
 
 
+def programs(h: Host) -> dict[str, int]:
+    return {name: p.id for name, p in h.dp.objects.programs.items()}
+
+
 def test_and_back_to_the_secondary(survivor: Host) -> None:
     h = survivor
+    first = programs(h)
+    h.dp.mode = Mode.CHECKPOINT
+    h.guest.send(tcp(b"long ago"))
+    wait_for("a captured frame", lambda: h.dp.counters()["svm_out"]["captured"][0] > 0, 5)
+    h.dp.mode = Mode.TAKEOVER
     h.dp.change_role()
     next_controller(h)
+    second = programs(h)
     h.dp.mode = Mode.DROP  # its guest has died, the other one speaks
     h.dp.change_role()
     next_controller(h)
     assert h.dp.role == "secondary" and h.dp.mode is Mode.DROP
+    assert programs(h) == first, "nothing was compiled"
+    assert not events(h.dp, 1, 0.1), "of another time"
     with inside(h.net.host):
         assert attach.link_info("tap0").master == 0
         h.dp.mode = Mode.RUN
@@ -190,6 +203,10 @@ def test_and_back_to_the_secondary(survivor: Host) -> None:
         assert h.peer.wait(lambda f: b"shut in" in f) is not None
         assert up.wait(lambda f: f[6:12] == GUEST_MAC, 0.2) is None
         up.close()
+    h.dp.mode = Mode.DROP
+    h.dp.change_role()
+    next_controller(h)
+    assert programs(h) == second
 
 
 def test_an_offset_for_good_outlives_checkpoints(survivor: Host) -> None:
@@ -211,7 +228,7 @@ def test_an_offset_for_good_outlives_checkpoints(survivor: Host) -> None:
 
 def test_the_next_controller_need_not_compile(survivor: Host) -> None:
     h = survivor
-    assert not h.dp.objects.warm
+    first = programs(h)
     h.dp.mode = Mode.CHECKPOINT
     h.dp.close()
     h.guest.send(tcp(b"nobody is there"))
@@ -219,6 +236,6 @@ def test_the_next_controller_need_not_compile(survivor: Host) -> None:
         began = time.monotonic()
         h.dp = DataPath(config(h.tmp))
         print(f"{(time.monotonic() - began) * 1e3:.0f} ms")
-    assert h.dp.objects.warm
+    assert h.dp.objects.warm and programs(h) == first
     (event,) = events(h.dp, 1)
     assert b"nobody is there" in event.frame, "it waited in the ring"

@@ -20,10 +20,10 @@ from colo_xdp.datapath import DataPath, DataPathError
 from colo_xdp.inject import vnet_header
 from colo_xdp.packet import parse
 from colo_xdp.ring import Event, summed
-from tests.netns.conftest import Net, Sniffer, Tap, inside, sh
+from tests.netns.conftest import Net, Sniffer, Tap, inside, own, sh
 from tests.netns.frames import CLIENT_MAC, GUEST_MAC, csum, tcp, udp
 
-PAIR = "nst2"
+PAIR = own("nst2")
 ISN_P, ISN_S = 1_000_000, 4_294_960_000  # the SVM's numbers wrap soon
 OFFSET = (ISN_S - ISN_P) % 2**32
 TS_P, TS_S = 7_000, 9_500
@@ -134,7 +134,7 @@ def right(frame: bytes, partial: bool = False) -> bool:
 
 @pytest.fixture(params=[True, False], ids=["tc", "xdp"])
 def host(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Host]:
-    h = Host("cxs2", tmp_path, request.param)
+    h = Host(own("cxs2"), tmp_path, request.param)
     try:
         yield h
     finally:

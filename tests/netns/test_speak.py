@@ -15,10 +15,10 @@ from colo_xdp.config import Config, load
 from colo_xdp.datapath import DataPath, DeviceMissing
 from colo_xdp.doctor import WARN, _devices
 from colo_xdp.speaker import boot_ns
-from tests.netns.conftest import Net, Sniffer, Tap, inside, sh
+from tests.netns.conftest import Net, Sniffer, Tap, inside, own, sh
 from tests.netns.frames import GUEST_MAC, tcp
 
-PAIR = "nsp"
+PAIR = own("nsp")
 LEASE = """
         [failover]
         arbiter = "lease"

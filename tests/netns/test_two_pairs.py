@@ -19,11 +19,11 @@ from colo_xdp.abi import Mode
 from colo_xdp.config import load
 from colo_xdp.daemon import REFUSED
 from colo_xdp.datapath import DataPath
-from tests.netns.conftest import Net, Tap, inside, sh
+from tests.netns.conftest import Net, Tap, inside, own, sh
 from tests.netns.frames import tcp
 from tests.netns.test_primary_path import events
 
-A, B = "nsta", "nstb"
+A, B = own("nsta"), own("nstb")
 
 
 def write(tmp: Path, pair: str, n: int, **other: Any) -> Path:
@@ -192,11 +192,11 @@ def test_who_runs_and_what_is_taken(two: Net, tmp_path: Path) -> None:
 
         same = tmp_path / "same.toml"
         same.write_text(first.read_text())
-        refused(same, "another controller of nsta (primary) runs here", f"process {a.p.pid}")
+        refused(same, f"another controller of {A} (primary) runs here", f"process {a.p.pid}")
         taken = "127.0.0.1:19850"
         refused(write(tmp_path, B, 1, metrics=taken), f"[metrics] listen {taken}", f"by pair {A}")
-        refused(write(tmp_path, B, 1, tap="tap0"), "[network] tap: tap0 is the tap of pair nsta")
-        refused(write(tmp_path, B, 1, peer_link="peer0"), "peer0 is the peer_link of pair nsta")
+        refused(write(tmp_path, B, 1, tap="tap0"), f"[network] tap: tap0 is the tap of pair {A}")
+        refused(write(tmp_path, B, 1, peer_link="peer0"), f"peer0 is the peer_link of pair {A}")
         assert B not in filters("peer0") + filters("peer1") + filters("tap1")
         said = {c.name: c for c in doctor.examine(write(tmp_path, B, 1, metrics=taken))}
         assert taken in said["in use"].text and said["in use"].level == doctor.FAIL
