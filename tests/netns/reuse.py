@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""One test's programs serve the next one: compiling and verifying takes seconds, emptying maps none.
+"""One test's programs serve the next: compiling and verifying takes seconds, emptying maps none.
 
 What a test unpins is put aside below the same BPF file system. The next one that loads the same
 source with the same options finds it where a former controller would have left it, with every map
