@@ -66,7 +66,7 @@ class Reuse:
 
     def _drop(self, directory: str) -> None:
         aside = self._idle.pop(directory, None)
-        if aside is not None:
+        if aside is not None and aside.exists():  # else its file system has been unmounted
             shutil.rmtree(aside)
 
     def close(self) -> None:
