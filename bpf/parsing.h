@@ -73,13 +73,16 @@ static __always_inline int is_tag(__be16 ethertype)
  * The VLAN of a frame (colo_flow_key.vlan) behind one more tag. VID 0 names none (IEEE 802.1Q 9.6: a
  * priority tag): such a frame is of the same network as one without the tag. A guest may send
  * either in one connection, as a segment has a priority or none. VID 4095 is reserved; to whoever
- * sends it, it is a VLAN as any. Without branches: nobody is to walk what follows twice.
+ * sends it, it is a VLAN as any. Without branches: nobody is to walk what follows twice. And worked
+ * out here: what LLVM makes of it else costs the verifier 140,000 steps more in pvm_out.
  */
 static __always_inline u32 vlan_within(u32 vlan, u16 tci)
 {
 	u32 vid = tci & 0x0FFF;
 
-	return vlan << ((vid + 0x0FFF) >> 12 << 4) | vid; /* by 16, or not at all */
+	vlan = vlan << ((vid + 0x0FFF) >> 12 << 4) | vid; /* by 16, or not at all */
+	asm volatile("" : "+r"(vlan));
+	return vlan;
 }
 
 /* `need` bytes are not all in the linear part: are they in the frame at all? */
