@@ -190,7 +190,7 @@ struct colo_flow_key {
 	__be32 client[4];
 	__be16 guest_port;
 	__be16 client_port;
-	__be32 vlan; /* TCIs of up to two tags, outer << 16 | inner, VID bits only, host order */
+	__be32 vlan; /* VIDs of up to two tags, outer << 16 | inner, none of a priority tag; host order */
 };
 
 /* In colo_flow_key.vlan of a flow of `conns`, in a bit that no VID uses: UDP, not TCP. */
@@ -312,7 +312,7 @@ struct colo_client {
 /* An address of the guest. */
 struct colo_address {
 	__be32 ip[4]; /* IPv4 is v4-mapped */
-	__u32 vlan;   /* as colo_flow_key.vlan */
+	__u32 vlan;   /* VIDs of up to two tags, outer << 16 | inner, as an announcement has them */
 };
 
 /* What the guest has said of it; of a MAC address: that it sends with it. */

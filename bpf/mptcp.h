@@ -21,19 +21,14 @@
 #define MP_CAPABLE   0 /* subtype, the high half of the third byte */
 #define TCPOPTS_MAX  40
 
-/*
- * Overwrites MP_CAPABLE with NOPs. Returns 0 if there is none, 1 if it is gone, < 0 if the frame must
- * be dropped. Reads in place and writes by helper: in-place writes would make the kernel copy the
- * headers of each cloned frame, and nearly none is a SYN.
- */
-static __always_inline int mptcp_off(struct __sk_buff *skb, const struct pkt *p)
+/* Which bytes of TCP's options, a bit for each, belong to MP_CAPABLE. In as many options as there are:
+ * Linux takes the last one. */
+static __always_inline u64 mptcp_find(struct __sk_buff *skb, const struct pkt *p)
 {
 	void *data = (void *)(long)skb->data, *end = (void *)(long)skb->data_end;
-	u64 i = 20, doff = p->doff, l4 = p->l4_off, size = 0, found = 0, sum = 0;
-	u8 nops[TCPOPTS_MAX];
+	u64 i = 20, doff = p->doff, l4 = p->l4_off, size, found = 0;
 	u8 *t;
 
-	__builtin_memset(nops, 1, sizeof(nops));
 	VERIFIER_BOUND(l4, 0x3FFF);
 	t = data + l4;
 	/* One option at most is looked at for each byte: none can hide behind NOPs. */
@@ -52,32 +47,41 @@ static __always_inline int mptcp_off(struct __sk_buff *skb, const struct pkt *p)
 		size = opt[1];
 		if (size < 2 || i + size > doff)
 			break;
-		if (opt[0] == TCPOPT_MPTCP && size > 2 && opt[2] >> 4 == MP_CAPABLE) {
-			found = i;
-			break;
-		}
+		if (opt[0] == TCPOPT_MPTCP && size > 2 && opt[2] >> 4 == MP_CAPABLE)
+			found |= ((1ULL << size) - 1) << (i - 20);
 		i += size;
 	}
-	if (!found)
-		return 0;
-#pragma clang loop unroll(disable)
-	for (u64 k = 0; k < TCPOPTS_MAX; k++) {
-		u64 at = found + k;
-		u8 *b;
+	return found;
+}
 
-		if (k >= size)
-			break;
-		VERIFIER_BOUND(at, 0x3F);
-		b = t + at;
-		if ((void *)b + 1 > end)
-			return -1;
-		sum = csum_change(sum, bpf_htonl((u32)*b << 24), bpf_htonl(1u << 24), found + k);
-	}
-	l4 += found;
+/*
+ * Overwrites each MP_CAPABLE with NOPs. Returns 0 if there is none, 1 if all are gone, < 0 if the
+ * frame must be dropped. Reads in place and writes by helper: in-place writes would make the kernel
+ * copy the headers of each cloned frame, and nearly none is a SYN.
+ */
+static __always_inline int mptcp_off(struct __sk_buff *skb, const struct pkt *p)
+{
+	u64 gone = mptcp_find(skb, p), at = p->l4_off + 20, size = p->doff - 20;
+	__be32 opts[TCPOPTS_MAX / 4] = {};
+	s64 sum;
+
+	if (!gone)
+		return 0;
 	VERIFIER_BOUND(size, 0x3F);
-	if (size < 3 || size > TCPOPTS_MAX || bpf_skb_store_bytes(skb, l4, nops, size, 0))
+	if (size < 4 || size > TCPOPTS_MAX || bpf_skb_load_bytes(skb, at, opts, size))
 		return -1;
-	return bpf_l4_csum_replace(skb, p->csum_at, 0, csum_fold32(sum), 0) ? -1 : 1;
+	sum = bpf_csum_diff(opts, sizeof(opts), 0, 0, 0);
+#pragma unroll
+	for (int k = 0; k < TCPOPTS_MAX; k++) {
+		u8 *b = (u8 *)opts + k, keep = (gone >> k & 1) - 1; /* no bit, or all */
+
+		*b = (*b & keep) | (1 & ~keep);
+		asm volatile("" ::: "memory"); /* one byte after the other: else all are spilled */
+	}
+	sum = bpf_csum_diff(0, 0, opts, sizeof(opts), sum);
+	if (sum < 0 || bpf_skb_store_bytes(skb, at, opts, size, 0))
+		return -1;
+	return bpf_l4_csum_replace(skb, p->csum_at, 0, sum, 0) ? -1 : 1;
 }
 
 #endif

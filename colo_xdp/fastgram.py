@@ -47,7 +47,8 @@ def _plain(p: Packet) -> bool:
     """A frame as tier K takes them (is_plain_datagram() in bpf/datagram.h)."""
     frame, l4 = p.frame, p.l4
     return (
-        l4 == (34 if frame[14] >> 4 == 4 else 54)
+        p.l3 == 14
+        and l4 == (34 if frame[14] >> 4 == 4 else 54)
         and p.off == l4 + 8
         and (p.end == len(frame) or len(frame) <= 60)  # padding, which does not go along
         and int.from_bytes(frame[l4 + 4 : l4 + 6], "big") == p.end - l4

@@ -67,6 +67,7 @@ def _plain(p: Packet) -> bool:
         p.flags & ~PSH == ACK
         and not reserved(p)
         and is_atomic(p)
+        and p.l3 == 14
         and l4 == (34 if frame[14] >> 4 == 4 else 54)
         and (size == 20 or (size == 32 and frame[l4 + 20 : l4 + 24] == b"\x01\x01\x08\x0a"))
     )

@@ -2,12 +2,12 @@
 """Flow keys of frames that a guest sent: cheap bytes, and their text for people.
 
 A key is what both guests' frames of one flow have in common. Guest first, peer
-second, everything in network byte order, 802.1Q tags (TPID and TCI) at the end.
+second, everything in network byte order, VLANs (TPID and VID of each tag) at the end.
 
 TCP keys are kept in a table of their own and have no header: source, destination,
 ports, tags. Their length tells the address family (12..28 bytes for IPv4, 36..52
 for IPv6), so that an untagged IPv4 key is one slice of the frame. All other keys
-start with three bytes: class, IP version (0: none), number of tags.
+start with three bytes: class, IP version (0: none), number of VLANs.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def _ends(raw: bytes, size: int, ports: bytes = b"") -> str:
 
 
 def _vlan(tags: bytes) -> str:
-    ids = [int.from_bytes(tags[i + 2 : i + 4], "big") & 0xFFF for i in range(0, len(tags), 4)]
+    ids = [int.from_bytes(tags[i + 2 : i + 4], "big") for i in range(0, len(tags), 4)]
     return "".join(f" vlan {i}" for i in ids)
 
 
@@ -64,7 +64,7 @@ def unmirrored_key(key: FlowKey, tcp: bool) -> bytes | None:
     mapped = b"" if half == 16 else bytes(10) + b"\xff\xff"
     vlan = 0
     for at in range(0, len(tags), 4):
-        vlan = (vlan << 16 | int.from_bytes(tags[at + 2 : at + 4], "big") & 0xFFF) & 0xFFFFFFFF
+        vlan = vlan << 16 | int.from_bytes(tags[at + 2 : at + 4], "big")
     return UNMIRRORED_KEY.pack(
         mapped + ends[:half], mapped + ends[half : 2 * half],
         ends[2 * half : 2 * half + 2], ends[2 * half + 2 :], vlan, 6 if tcp else 17,

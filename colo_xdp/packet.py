@@ -141,7 +141,7 @@ def _parse_any(frame: bytes) -> Packet:
             return _opaque(frame, "truncated_tag")
         l3 += 4
         et = int.from_bytes(frame[l3 - 2 : l3], "big")
-    tags = frame[12 : l3 - 2]
+    tags = _vlans(frame[12 : l3 - 2]) if l3 > 14 else b""
     if et == 0x0800:
         return _parse_v4(frame, l3, tags)
     if et == 0x86DD:
@@ -150,6 +150,20 @@ def _parse_any(frame: bytes) -> Packet:
     kind, cls = (Kind.ARP, flow.ARP) if et in (0x0806, 0x8035) else (Kind.ETHER, flow.ETHER)
     key = flow.datagram_key(cls, 0, ident, tags)
     return Packet(kind, frame, key, l3, len(frame), l3=l3, l4=l3, proto=0)
+
+
+def _vlans(tags: bytes) -> bytes:
+    """What of the tags belongs to the flow: TPID and VID, but of a priority tag nothing.
+
+    The priority is each frame's own, and VID 0 names no VLAN (IEEE 802.1Q 6.9.3, 9.6): a guest may
+    send both in one connection, with a tag what has a priority and without what has none.
+    """
+    out = b""
+    for at in range(0, len(tags), 4):
+        vid = int.from_bytes(tags[at + 2 : at + 4], "big") & 0xFFF
+        if vid:
+            out += tags[at : at + 2] + vid.to_bytes(2, "big")
+    return out
 
 
 def _parse_v4(frame: bytes, l3: int, tags: bytes) -> Packet:

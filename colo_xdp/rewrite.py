@@ -75,6 +75,12 @@ def _need(length: int, end: int, what: str) -> None:
         raise BadFrame(f"{what} ends at {end}, behind {length}")
 
 
+def vlan_within(vlan: int, tci: int) -> int:
+    """FLOW_KEY's vlan behind one more tag; VID 0 names none (IEEE 802.1Q 9.6, a priority tag)."""
+    vid = tci & 0xFFF
+    return (vlan << 16 | vid) & _M32 if vid else vlan
+
+
 def parse(frame: bytes, outer_tag: int | None = None) -> Segment:
     """A frame's headers; raises BadFrame. `outer_tag`: VID of a tag that the kernel took off."""
     n = len(frame)
@@ -82,7 +88,7 @@ def parse(frame: bytes, outer_tag: int | None = None) -> Segment:
     _need(n, 14, "Ethernet header")
     tags = 0
     if outer_tag is not None:
-        tags, p.vlan = 1, outer_tag & 0xFFF
+        tags, p.vlan = 1, vlan_within(0, outer_tag)
     proto, off = _u16(frame, 12), 14
     for _ in range(VLAN_DEPTH):
         if proto not in TAGS:
@@ -91,7 +97,7 @@ def parse(frame: bytes, outer_tag: int | None = None) -> Segment:
         if tags > 2:
             raise BadFrame("more than two VLAN tags")
         _need(n, off + 4, "VLAN tag")
-        p.vlan = (p.vlan << 16 | _u16(frame, off) & 0xFFF) & _M32
+        p.vlan = vlan_within(p.vlan, _u16(frame, off))
         proto, off = _u16(frame, off + 2), off + 4
     if proto in TAGS:
         raise BadFrame("more than two VLAN tags")

@@ -35,6 +35,7 @@ class Conn:
             [[], [], [(0x8100, vid)], [(0x8100, 0x6000 | vid)], [(0x88A8, vid), (0x8100, 9)]]
         )
         self.port = port
+        self.marks = random.Random(port)
         self.begin()
 
     def begin(self) -> None:
@@ -172,7 +173,13 @@ class Conn:
             *ends, *ports, seq, ack, flags, payload, self.options(side, flags),
             spoil=r.choice((0,) * 20 + (1, 0xFFFF, r.getrandbits(16))),
         )  # fmt: skip
-        kw: dict[str, object] = {"vlans": self.vlans}
+        vlans, marks = self.vlans, self.marks
+        if marks.random() < 0.2:  # this one has a priority, or another
+            vlans = [(tpid, tci & 0xFFF | marks.getrandbits(4) << 12) for tpid, tci in vlans]
+            if len(vlans) < 2:
+                at = marks.randrange(len(vlans) + 1)
+                vlans.insert(at, (0x8100, marks.getrandbits(4) << 12))
+        kw: dict[str, object] = {"vlans": vlans}
         if r.random() < 0.1:
             if self.v6:
                 kw["extensions"] = [

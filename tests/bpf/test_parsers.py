@@ -16,7 +16,8 @@ from typing import Any
 
 import pytest
 
-from colo_xdp import _bpf, loader, rewrite
+from colo_xdp import _bpf, abi, loader, rewrite
+from colo_xdp.flow import unmirrored_key
 from colo_xdp.packet import DEFECTS, Kind, Packet, parse
 
 from . import craft
@@ -101,7 +102,8 @@ def frame_of(rng: random.Random) -> bytes:
     """A frame that contradicts itself nowhere, or seldom."""
     tpids = (0x8100, 0x8100, 0x88A8, 0x9100)
     depth = rng.choice((0, 0, 0, 0, 1, 1, 1, 2, 2, 3))
-    vlans = [(rng.choice(tpids), rng.getrandbits(16)) for _ in range(depth)]
+    vids = (0, 0, 5, 0xFFF, rng.getrandbits(12))
+    vlans = [(rng.choice(tpids), rng.getrandbits(4) << 12 | rng.choice(vids)) for _ in range(depth)]
     if rng.random() < 0.1:
         ethertype = rng.choice(
             (0x0806, 0x8035, 0x88CC, 0x8864, 0x8847, 0x0028, rng.getrandbits(16))
@@ -135,11 +137,10 @@ def mapped(address: bytes) -> bytes:
 
 
 def vids(frame: bytes, l3: int) -> int:
-    """As colo_flow_key.vlan: outer << 16 | inner."""
-    out = 0
-    for at in range(14, l3, 4):
-        out = out << 16 | int.from_bytes(frame[at : at + 2], "big") & 0xFFF
-    return out
+    """As colo_flow_key.vlan: outer << 16 | inner, but for priority tags, which name none."""
+    tags = range(14, l3, 4)
+    found = [v for at in tags if (v := int.from_bytes(frame[at : at + 2], "big") & 0xFFF)]
+    return sum(vid << 16 * i for i, vid in enumerate(reversed(found)))
 
 
 def as_packet(p: Packet) -> tuple[Any, ...]:
@@ -216,6 +217,7 @@ def test_all_three_see_the_same(look: Look, seed: int) -> None:
     rng = random.Random(seed)
     kinds: Counter[str] = Counter()
     defects: Counter[str] = Counter()
+    priority = 0
     for i in range(8000):
         frame = frame_of(rng)
         for _ in range(rng.choice((0, 0, 0, 1, 1, 2))):
@@ -234,10 +236,17 @@ def test_all_three_see_the_same(look: Look, seed: int) -> None:
             assert kernel[0] == "other" and kernel[-1] in (1, 58), where
         else:
             assert kernel == ours, where
+        if p.kind in (Kind.TCP, Kind.UDP):
+            key = unmirrored_key(p.key, p.kind is Kind.TCP)
+            assert key is not None, where
+            *ends, vlan = abi.FLOW_KEY.unpack_from(key)
+            assert (*ends, vlan) == (words[0], words[1], words[9], words[10], words[2]), where
+            priority += sum(x > 0 for x in (vlan >> 16, vlan & 0xFFFF)) < (p.l3 - 14) // 4
         # the model keeps neither the network header's place nor the version
         drop = (2, 5) if kernel[0] not in ("bad", "ether") else (2,)
         assert without(kernel, *drop) == as_model(frame), where
     print(kinds, defects)
     assert min(kinds[k] for k in ("bad", "ether", "fragment", "tcp", "udp", "other")) > 100
+    assert priority > 100
     missing = set(DEFECTS) - set(defects) - {"runt"}  # which is refused in a test run
     assert not missing, "each defect has been met"

@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections import OrderedDict
 from pathlib import Path
 
 import pytest
 
 from colo_xdp import _bpf, loader
 
-KEPT = 6  # sets of programs that are put aside; one has up to 100 MiB of maps
+KEPT = 8  # sets of programs that are put aside; one has up to 100 MiB of maps
 _HASH, _ARRAY, _PERCPU_HASH, _PERCPU_ARRAY, _LRU_HASH, _RINGBUF = 1, 2, 5, 6, 9, 27
 
 
@@ -26,7 +25,7 @@ class Reuse:
 
     def __init__(self) -> None:
         self._load, self._remove = loader.load, loader.remove_pins
-        self._idle: OrderedDict[str, Path] = OrderedDict()  # by the directory they were pinned in
+        self._idle: list[tuple[str, Path]] = []  # where they were pinned, and where they are
         self._n = 0
 
     def patch(self, mp: pytest.MonkeyPatch) -> None:
@@ -37,15 +36,18 @@ class Reuse:
         self, role: str, pair: str, bpffs: str, options: loader.Options, home: str = ""
     ) -> loader.Objects:
         directory = loader.pin_dir(bpffs, pair, home or role)
-        aside = self._idle.get(directory)
-        if aside is not None and not os.path.exists(directory):
-            source = loader._source(role, directory, options, loader.events(options))
-            mark = f"{role}_{source.tag}_"
-            if any((aside / f"{kind}_{mark}").exists() for kind in ("whole", "idle")):
-                del self._idle[directory]
+        if not os.path.exists(directory):
+            self._fetch(directory, loader._source(role, directory, options, loader.events(options)))
+        return self._load(role, pair, bpffs, options, home)
+
+    def _fetch(self, directory: str, source: loader.Source) -> None:
+        marks = [f"{kind}_{source.role}_{source.tag}_" for kind in ("whole", "idle")]
+        for i, (was, aside) in enumerate(self._idle):
+            if was == directory and any((aside / mark).exists() for mark in marks):
+                del self._idle[i]
                 Path(directory).parent.mkdir(exist_ok=True)
                 aside.rename(directory)
-        return self._load(role, pair, bpffs, options, home)
+                return
 
     def remove_pins(self, directory: str) -> list[str]:
         path = Path(directory)
@@ -54,23 +56,21 @@ class Reuse:
             return self._remove(directory)
         for p in gone:
             _empty(p)
-        self._drop(directory)
         self._n += 1
         aside = path.parents[1] / f"colo-xdp-idle-{os.getpid()}-{self._n}"
         path.rename(aside)
-        self._idle[directory] = aside
-        while len(self._idle) > KEPT:
-            self._drop(next(iter(self._idle)))
+        self._idle.append((directory, aside))
+        self._drop(KEPT)
         return gone
 
-    def _drop(self, directory: str) -> None:
-        aside = self._idle.pop(directory, None)
-        if aside is not None:
-            shutil.rmtree(aside)
+    def _drop(self, but: int) -> None:
+        while len(self._idle) > but:
+            _, aside = self._idle.pop(0)
+            if aside.exists():  # else its file system has been unmounted
+                shutil.rmtree(aside)
 
     def close(self) -> None:
-        for directory in list(self._idle):
-            self._drop(directory)
+        self._drop(0)
 
 
 def _empty(path: str) -> None:

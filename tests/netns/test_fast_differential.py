@@ -39,6 +39,7 @@ from tests.sim.fast import STASH, Conn, TierK
 from tests.sim.mutants import KERNEL_MUTANTS
 
 SEEDS, STEPS = 10, 2500
+PRIORITY = 0x6000  # a tag without a VLAN: such a frame's connection has none
 
 
 class Run:
@@ -224,7 +225,7 @@ class Run:
         elif x < 0.031:
             k["options"] = rnd.choice((b"", TS + bytes(8), b"\1" * 4, b"\1" * 12))
         elif x < 0.034 and n < 3900:
-            k["vlan"] = 7
+            k["vlan"] = rnd.choice((7, PRIORITY))
         partial, gso = rnd.random() < 0.5 and "vlan" not in k, 0
         if n > 3900 or (n > 600 and "vlan" not in k and rnd.random() < 0.3):
             gso = rnd.choice([g for g in (536, 1448, 1448, 2047, 2048, 3800) if g < n])
@@ -289,7 +290,7 @@ class Run:
             body[rnd.choice((0, len(body) - 1, rnd.randrange(len(body))))] ^= 1 << rnd.randrange(8)
         elif x < 0.015:
             body += b"x"
-        vlan = 7 * (rnd.random() < 0.005 and len(body) < 3900)
+        vlan = rnd.choice((7, PRIORITY)) * (rnd.random() < 0.005 and len(body) < 3900)
         partial, gso = not vlan and rnd.random() < 0.5, 0
         if len(body) > 3900 or (len(body) > 700 and not vlan and rnd.random() < 0.01):
             partial, gso = True, 700

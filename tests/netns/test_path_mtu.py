@@ -5,13 +5,9 @@ error quotes numbers that it never used. Mirrored, after a takeover, and as the 
 from __future__ import annotations
 
 import fcntl
-import os
-import select
 import socket
 import struct
 import termios
-import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -23,8 +19,9 @@ from colo_xdp.datapath import DataPath
 from colo_xdp.packet import parse
 from colo_xdp.ring import Event
 from tests.bpf import craft
-from tests.netns.conftest import Sniffer, Tap, inside, own, sh
+from tests.netns.conftest import Sniffer, inside, own, sh
 from tests.netns.frames import CLIENT_MAC, GUEST_MAC
+from tests.netns.stack import Stack, until
 from tests.netns.test_secondary_path import Host, config
 
 ISN_C, FARTHER = 700_000, 500_000  # the guest's ISN is so far from the PVM's
@@ -32,69 +29,28 @@ SMALL = 1400
 SYN, ACK = craft.SYN, craft.ACK
 
 
-def until(what: Callable[[], bool], why: str) -> None:
-    end = time.monotonic() + 10
-    while not what():
-        assert time.monotonic() < end, why
-        select.select([], [], [], 0.01)
-
-
-class Stack:
-    """A network namespace whose eth0 is the other end of the host's tap."""
+class Server(Stack):
+    """The guest, and a socket of it that listens."""
 
     def __init__(self, host: Host, v6: bool) -> None:
-        self.ns, self.host, self.v6 = f"cxg{os.getpid() % 100000}", host, v6
-        self.address = "fd09::2" if v6 else "10.9.0.2"
-        self.net = "fd09::" if v6 else "10.9.0."
-        self.stop = threading.Event()
-        sh("ip", "netns", "add", self.ns)
-        with inside(self.ns):
-            self.tap = Tap("eth0", host.vnet)
-        ip = ("ip", "-n", self.ns)
-        sh(*ip, "link", "set", "eth0", "address", GUEST_MAC.hex(":"), "up")
-        sh(*ip, "addr", "add", f"{self.address}/{64 if v6 else 24}", "dev", "eth0",
-           *(["nodad"] if v6 else []))  # fmt: skip
-        for n in (1, 3, 5, 9):
-            far = f"{self.net}{n}"
-            sh(*ip, "neigh", "add", far, "lladdr", CLIENT_MAC.hex(":"), "dev", "eth0")
+        super().__init__(host.guest, v6, (1, 3, 5, 9))
+        self.host = host
         with inside(self.ns):
             family = socket.AF_INET6 if v6 else socket.AF_INET
             self.server = socket.create_server((self.address, 80), family=family)
-        self.thread = threading.Thread(target=self._wire, daemon=True)
-        self.thread.start()
-
-    def _wire(self) -> None:
-        ends = {self.host.guest.fd: self.tap.fd, self.tap.fd: self.host.guest.fd}
-        while not self.stop.is_set():
-            for fd in select.select(list(ends), [], [], 0.1)[0]:
-                try:
-                    os.write(ends[fd], os.read(fd, 70000))
-                except (BlockingIOError, OSError):
-                    continue
-
-    def count(self, name: str) -> int:
-        with inside(self.ns):
-            lines = Path("/proc/thread-self/net/netstat").read_text().splitlines()
-        for names, values in zip(lines[::2], lines[1::2], strict=True):
-            if name in names.split():
-                return int(values.split()[names.split().index(name)])
-        raise AssertionError(name)
 
     def mtu_to(self, far: str) -> bool:
         return f"mtu {SMALL}" in sh("ip", "-n", self.ns, "route", "get", far)
 
     def close(self) -> None:
-        self.stop.set()
-        self.thread.join(5)
         self.server.close()
-        self.tap.close()
-        sh("ip", "netns", "del", self.ns)
+        super().close()
 
 
 class Client:
     """A client that is made of frames, and a connection of it with the guest."""
 
-    def __init__(self, stack: Stack, n: int) -> None:
+    def __init__(self, stack: Server, n: int) -> None:
         self.stack, self.address = stack, f"{stack.net}{n}"
         h = stack.host
         self.mirror(self.tcp(ISN_C, 0, SYN, b"\2\4\5\xb4\4\2" + struct.pack("!BBII", 8, 10, 1, 0)))
@@ -166,7 +122,7 @@ class Client:
     ) -> None:
         """The guest sends, hears that it is too much, sends less, and all of it is acked."""
         stack = self.stack
-        before = stack.count("OutOfWindowIcmps")
+        before = stack.counter("TcpExt", "OutOfWindowIcmps")
         assert not stack.mtu_to(self.address)
         data = 4000
         self.socket.send(bytes(data))
@@ -174,7 +130,7 @@ class Client:
         assert parse(frame).seq == (self.isn + 1) % 2**32, "the client's numbers"
         tell(self.too_big(frame, gso))
         until(lambda: stack.mtu_to(self.address), "the guest has not heard the router")
-        assert stack.count("OutOfWindowIcmps") == before
+        assert stack.counter("TcpExt", "OutOfWindowIcmps") == before
 
         def fits(f: bytes) -> bool:
             p = parse(f)
@@ -195,12 +151,12 @@ class Client:
 
 
 @pytest.fixture(params=[False, True], ids=["ipv4", "ipv6"])
-def stack(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Stack]:
+def stack(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Server]:
     host = Host(own("cxpm"), tmp_path, vnet=True)
     made = None
     try:
         host.dp.mode, host.dp.epoch = Mode.RUN, 5
-        made = Stack(host, request.param)
+        made = Server(host, request.param)
         yield made
     finally:
         if made is not None:
@@ -212,7 +168,7 @@ def gso_of(head: bytes) -> int:
     return int(struct.unpack("<BBHHHH", head)[3])
 
 
-def test_a_router_is_heard_on_every_way(stack: Stack) -> None:
+def test_a_router_is_heard_on_every_way(stack: Server) -> None:
     h = stack.host
     clients = [Client(stack, n) for n in (1, 3, 5)]
 

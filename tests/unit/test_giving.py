@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
+import struct
 from collections import Counter
 
 import pytest
 
-from colo_xdp import abi, giving
+from colo_xdp import abi, fastgram, fastpath, giving
 from colo_xdp.compare import Engine, Limits, Policy, Record
 from colo_xdp.flow import FlowKey
 from colo_xdp.giving import (
@@ -20,7 +21,8 @@ from colo_xdp.giving import (
     RETRY,
 )
 from colo_xdp.journal import Divergence
-from colo_xdp.tier_k import Answer, Gift, NoFast, Words
+from colo_xdp.packet import parse
+from colo_xdp.tier_k import Answer, Gift, NoFast, Words, known
 
 from . import frames as f
 
@@ -237,3 +239,17 @@ def test_a_frame_that_tier_k_has_not_counted_gives_nothing_back(pair: Pair) -> N
     pair.end()
     assert len(pair.fast.taken) == 3 and pair.out[-1] == raw
     assert pair.e.counters["fast_recalled"] == 2
+
+
+def test_a_priority_tag_is_not_for_tier_k() -> None:
+    """The connection is one without tags, this frame of it has one. What IP's version is read from
+    must not be the tag, nor may IP options make up for the tag's length."""
+    for tag in (b"\x81\0\x40\0", b"\x81\0\xa0\0", b"\x88\xa8\x60\0\x81\0\0\0"):
+        for options in range(0, 41, 4):
+            ip = {"options": bytes([1]) * options}
+            tcp = parse(f.ip4(6, f.segment(1, 1, b"abc"), tags=tag, **ip))
+            udp = parse(f.ip4(17, struct.pack("!HHHH", 53, 4000, 11, 0) + b"abc", tags=tag, **ip))
+            assert known(tcp.key) and known(udp.key)
+            assert not fastpath._plain(tcp) and not fastgram._plain(udp)
+    assert fastpath._plain(parse(f.tcp(1, 1, b"abc")))
+    assert fastgram._plain(parse(f.udp(b"abc")))

@@ -32,6 +32,37 @@ def test_tcp(v6: bool, tags: bytes, pad: bool) -> None:
     assert text.count("vlan") == len(tags) // 4
 
 
+PRIORITY = b"\x81\0\xa0\0"  # 5, DEI 0, and no VLAN
+
+
+@pytest.mark.parametrize(
+    ("tags", "same"),
+    [
+        ((b"", PRIORITY, b"\x81\0\0\0", b"\x88\xa8\x10\0", PRIORITY + PRIORITY), True),
+        ((TAG, b"\x81\0\xf0\5", PRIORITY + TAG, TAG + PRIORITY), True),
+        ((b"\x88\xa8\0\7" + TAG, b"\x88\xa8\xe0\7" + b"\x81\0\x20\5"), True),
+        # 4095 is reserved (IEEE 802.1Q table 9-2), and yet not the network of an untagged frame
+        ((b"", TAG, b"\x81\0\0\6", b"\x81\0\x0f\xff", b"\x88\xa8\0\7" + TAG), False),
+    ],
+    ids=["none", "one", "two", "others"],
+)
+def test_the_vid_belongs_to_the_flow_and_the_priority_does_not(
+    tags: tuple[bytes, ...], same: bool
+) -> None:
+    for make in (
+        lambda t: f.tcp(1, tags=t),
+        lambda t: f.tcp(1, v6=True, tags=t),
+        lambda t: f.ip4(17, b"\0\x35\x0f\xa0\0\x08\0\0", tags=t),
+        lambda t: f.ip4(1, bytes(8), tags=t),
+        lambda t: f.ip4(47, b"gre", tags=t),
+        lambda t: f.ip4(17, b"piece", frag=0x2000, tags=t),
+        lambda t: f.ether(0x0806, bytes(28), t),
+        lambda t: f.ether(0x88CC, b"lldp", t),
+    ):
+        keys = [parse(make(t)).key for t in tags]
+        assert len(set(keys)) == (1 if same else len(tags))
+
+
 def test_fast_and_general_parser_agree() -> None:
     for data in (b"", b"x", bytes(1448)):
         raw = f.tcp(1, 2, data)

@@ -335,6 +335,23 @@ def test_vlan_and_ipv6_are_compared() -> None:
         pair.s(0, b"abX", **kw).is_now([], "payload_differs")
 
 
+PRIORITY = b"\x81\0\xa0\0"  # 5, no VLAN
+
+
+@pytest.mark.parametrize("vlan", [b"", b"\x81\0\0\7"])
+def test_a_segment_with_another_priority_is_one_of_the_same_stream(vlan: bytes) -> None:
+    """A guest tells a switch what is urgent; where its segments end is its own affair."""
+    urgent = {"tags": vlan[:2] + b"\xa0\7" if vlan else PRIORITY}
+    plain = {"tags": vlan}
+    pair = Pair()
+    for send in (pair.p, pair.s):
+        send(-1, flags=SYNACK, opts=f.SYN_OPTS, **plain)
+    pair.p(0, b"abc", **urgent).p(3, b"def", **plain).s(0, b"abcd", **plain)
+    pair.is_now([0, 1]).s(4, b"ef", **urgent).is_now([0, 1, 2]).wait(4000).is_now([0, 1, 2])
+    assert [r.frame[12 : 12 + len(urgent["tags"])] for r in pair.sent[1:2]] == [urgent["tags"]]
+    pair.p(6, b"x", **urgent).s(6, b"y", **plain).is_now([0, 1, 2], "payload_differs")
+
+
 class Windows:
     """An opened connection with window scale 7; what leaves, as (ack, scaled window, payload)."""
 
