@@ -111,6 +111,7 @@ class Tally:
     lost_connections: int = 0
     split_brain: int = 0
     gaps: list[float] = field(default_factory=list)
+    fenced: int = 0  # hosts whose controller took longer than dead_after to be there again
     over: int = 0  # rounds whose gap was beyond the detection deadline of what was done
     pauses: list[float] = field(default_factory=list)  # while a new secondary was made equal
     by_action: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
@@ -128,6 +129,7 @@ class Tally:
             "split_brain": self.split_brain,
             "max_gap_ms": round(max(g, default=0.0)),
             "p99_gap_ms": round(p99),
+            "fenced": self.fenced,
             "beyond_deadline": self.over,
             "reprotect_pause_max_ms": round(max(self.pauses, default=0.0)),
             "by_action": {
@@ -182,7 +184,7 @@ def limit_ms(action: str) -> int:
 class Chaos:
     """One lab, many rounds."""
 
-    def __init__(self, lab: Lab, seed: int, say: Callable[[str], None]) -> None:
+    def __init__(self, lab: ChaosLab, seed: int, say: Callable[[str], None]) -> None:
         self.lab, self.rng, self.say = lab, random.Random(seed), say
         self.tally = Tally()
         self.pvm = "primary"  # host that runs it
@@ -328,7 +330,8 @@ class Chaos:
             else:
                 self._kill_controller(what)
                 lab.start_controller(what)
-        self._protected()
+        if again := self._unless_fenced():
+            self.repair(again)
 
     def _protected(self) -> None:
         """Until both say so and hear each other: a cut may have ended before it was noticed."""
@@ -346,6 +349,19 @@ class Chaos:
             self.lab.wait_state(host, "protected", REPAIR_S)
         wait_for("a pair that hears each other", fine, REPAIR_S)
 
+    def _unless_fenced(self) -> str:
+        """Wait until the pair is protected again; or who has gone on alone and fenced the other
+        host, as it does with one whose controller is not back within dead_after."""
+        fences = self.lab.fences()
+        try:
+            self._protected()
+        except LabError:
+            if self.lab.fences() == fences:
+                raise
+            self.tally.fenced += 1
+            return self._survivor()
+        return ""
+
     # -- a round
 
     def round(self, n: int) -> None:
@@ -360,7 +376,7 @@ class Chaos:
         begin = time.time()
         before = self.pvm
         self.do(action)
-        takeovers = 0
+        takeovers, survivor = 0, ""
         if action in ALONE:
             survivor = self._survivor()
             t.failovers += 1
@@ -369,11 +385,12 @@ class Chaos:
             if survivor != wanted:
                 t.problems.append(f"round {n} {action}: the wrong guest goes on")
         else:
-            self._protected()
+            survivor = self._unless_fenced()
+            takeovers = bool(survivor) and survivor != before
         self._moving(time.time())
         end = time.time()
         gap = self._gap(begin, end)
-        if action in ALONE:
+        if survivor:
             self.repair(survivor)
             self._moving(time.time())
             t.pauses.append(self._gap(end, time.time()))
@@ -477,6 +494,7 @@ def fence(lab: Lab) -> list[str]:
         'case "$(ip netns identify $$)" in\n'
         f"{lab.net.primary}) other=secondary;; {lab.net.secondary}) other=primary;; *) exit 1;;\n"
         "esac\n"
+        f"echo $other >> {lab.work}/fences\n"
         f"for pid in $(cat {lab.work}/$other.pids); do kill -9 $pid 2>/dev/null; done\n"
         "exit 0\n"
     )
@@ -486,6 +504,11 @@ def fence(lab: Lab) -> list[str]:
 
 class ChaosLab(Lab):
     """Notes for the fence which processes belong to which host."""
+
+    def fences(self) -> int:
+        """How often a host was fenced."""
+        path = self.work / "fences"
+        return len(path.read_text().split()) if path.exists() else 0
 
     def _note(self, role: str) -> None:
         pids = [str(self.vm[role].pid)] if role in self.vm else []
