@@ -15,13 +15,15 @@ from collections.abc import Callable, Iterator
 from heapq import heappop, heappush
 from itertools import count
 
-from .comparer import Flow, Held
+from .comparer import Flow
 from .counters import COUNTERS
 from .flow import FlowKey, datagram_name, tcp_port
 from .flows import GIVEN, Flows, RuleCount
 from .fragments import Fragments
 from .giving import FastFlow, Giving
+from .held_queue import Held, HeldQueue
 from .journal import Divergence
+from .ledger import Ledger
 from .limits import CHECKPOINT_QUEUE, NEVER, Limits
 from .packet import Kind, Packet, parse
 from .policy import Policy, Verdict
@@ -74,12 +76,10 @@ class Engine:
         # read by the comparers (stream.Host)
         self.timeout_ns = limits.compare_timeout_ns
         self.grace_ns = limits.datagram_grace_ns
-        self.max_packets = limits.max_queue_size
-        self.max_bytes = limits.max_held_bytes
         self.max_stream = limits.max_stream_bytes
         self.max_history = limits.history_bytes
-        self.pvm_packets = self.pvm_bytes = self.svm_packets = 0
-        self.watched = Budget(limits.max_queue_size, limits.max_held_bytes)
+        self.ledger = Ledger(limits.max_queue_size, limits.max_held_bytes)
+        self.watched = Budget(Ledger(limits.max_queue_size, limits.max_held_bytes))
         # hot counters are plain attributes
         self._n_pvm = self._n_svm = self._n_released = 0
         self._counters: Counter[str] = Counter({name: 0 for name, _ in COUNTERS})
@@ -92,7 +92,7 @@ class Engine:
         self._solo = False
         self._void_ns = 0
         self._stop_ts = _LONG_AGO
-        self._queue: deque[Held] = deque()  # of the PVM, undecided, while checkpointing
+        self._queue = HeldQueue(self.ledger)  # of the PVM, undecided, while checkpointing
         self._next: deque[tuple[Record, int]] = deque()  # of the SVM of the next epoch
         self._next_behind: deque[tuple[Record, int]] = deque()  # of flows that hold nothing
         self._next_lost = 0
@@ -193,14 +193,11 @@ class Engine:
         # else dropped and counted by _room(): like loss on the network
 
     def _enqueue(self, rec: Record, p: Packet) -> None:
-        full = self.pvm_packets >= CHECKPOINT_QUEUE * self.limits.max_queue_size
-        if full or self.pvm_bytes >= CHECKPOINT_QUEUE * self.limits.max_held_bytes:
+        if not self.ledger.room(CHECKPOINT_QUEUE):
             self._counters["queue_full_dropped"] += 1
             self.ask(Cause.QUEUE_FULL, "checkpoint")
             return
-        self.pvm_packets += 1
-        self.pvm_bytes += len(rec.frame)
-        self._queue.append((rec, p, self.now))
+        self._queue.push(rec, p, self.now)
 
     def from_svm(self, rec: Record, epoch12: int, now_ns: int) -> None:
         """A frame of the secondary guest, TCP numbers translated; epoch12 is its epoch
@@ -282,9 +279,9 @@ class Engine:
             watched = isinstance(flow, FastFlow) and isinstance(flow.host, Watching)
             (self.watched.frames if watched else held).extend(flow.unhold())
         if held:
-            held.extend(self._queue)
+            held.extend(self._queue.drain())
             held.sort(key=lambda h: h[2])
-            self._queue = deque(held)
+            self._queue.extend(held)
 
     def _waiting(self) -> Iterator[Flow]:
         # whoever holds or stashes anything has a timer
@@ -302,18 +299,14 @@ class Engine:
         return self._release_queued(ts_ns, "released_by_checkpoint")
 
     def _release_queued(self, ts_ns: int, counter: str) -> int:
-        queue, self._queue = self._queue, deque()
+        queue = self._queue.drain()
+        self._queue.extend(h for h in queue if h[0].ts_ns > ts_ns)
         n = 0
-        for held in queue:
-            rec, p, _ = held
+        for rec, p, _ in queue:
             if rec.ts_ns <= ts_ns:
                 n += 1
-                self.pvm_packets -= 1
-                self.pvm_bytes -= len(rec.frame)
                 self._counters[counter] += 1
                 self._committed(rec, p)
-            else:
-                self._queue.append(held)
         return n
 
     def _committed(self, rec: Record, p: Packet) -> None:
@@ -345,7 +338,6 @@ class Engine:
                 flow.new_epoch(epoch)
         self._fragments.new_epoch(epoch)
         self._flows.openings.clear()
-        self.svm_packets = 0
         self._checkpointing = self._asked = self._solo = False
         self._release_queued(stop_ts_ns, "released_by_checkpoint")
         behind = self.watched.commit(self._flows.of, stop_ts_ns)
@@ -359,18 +351,16 @@ class Engine:
             self._timers.clear()
             self._soon_ns = NEVER
             self._next_policy = None
-        rest, self._queue = self._queue, deque()
-        self.pvm_packets = self.pvm_bytes = 0
+        rest = self._queue.drain()
         # they were accepted before, so no limit may drop them now
-        self.max_packets = self.limits.max_queue_size + len(rest)
-        self.max_bytes = 1 << 62
+        self.ledger.raise_limits(len(rest))
         self._flows.limit = self.limits.max_flows + len(rest)
         for rec, p, _ in rest:
             self._feed(rec, p)
         for rec, p, _ in behind:
             catch_up(self._flows.of(p, must=False), rec, p, now_ns)
-        self.max_packets, self._flows.limit = self.limits.max_queue_size, self.limits.max_flows
-        self.max_bytes = self.limits.max_held_bytes
+        self.ledger.restore_limits()
+        self._flows.limit = self.limits.max_flows
         kept = [*self._next, *self._next_behind]
         self._next.clear()
         self._next_behind.clear()
@@ -412,9 +402,10 @@ class Engine:
         self._giving.unbrake_all()
         self._recall_all(self.fast.outstanding())
         self._collect()
-        queue, self._queue = self._queue, deque()
+        for flow in (*self._waiting(), self._fragments):
+            flow.forget_svm()
+        queue = self._queue.drain()
         self._checkpointing, self._solo = False, True
-        self.pvm_packets = self.pvm_bytes = self.svm_packets = 0
         self._counters["released_solo"] += len(queue)
         self._forget(self.epoch + 1)
         self._next.clear()
@@ -435,7 +426,7 @@ class Engine:
         self._parts.clear()
         self._giving.clear()
         self._history_sum = 0
-        self.watched.clear()
+        self.watched.frames.drain()
 
     # -- time
 
@@ -638,14 +629,24 @@ class Engine:
         return c
 
     @property
+    def pvm_packets(self) -> int:
+        """Frames of the PVM that wait to be compared, or for a checkpoint."""
+        return self.ledger.pvm_packets
+
+    @property
+    def svm_packets(self) -> int:
+        """Frames of the SVM that are stashed to be compared."""
+        return self.ledger.svm_packets
+
+    @property
     def held_packets(self) -> int:
         """Frames of the PVM that wait, also those that are kept back for tier K."""
-        return self.pvm_packets + self._giving.kept()[0]
+        return self.ledger.pvm_packets + self._giving.kept()[0]
 
     @property
     def held_bytes(self) -> int:
         """Their bytes, Ethernet headers included."""
-        return self.pvm_bytes + self._giving.kept()[1]
+        return self.ledger.pvm_bytes + self._giving.kept()[1]
 
     @property
     def flows(self) -> int:

@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from .flow import FlowKey
+from .held_queue import Held, HeldQueue
+from .ledger import Ledger
 from .packet import Packet
 from .policy import Verdict
 from .reasons import Cause
@@ -18,9 +20,6 @@ if TYPE_CHECKING:
 CONTEXT = 64  # bytes of evidence from the first difference on
 BEFORE = 32  # and before it
 
-#: a frame that waits: record, parsed, CLOCK_MONOTONIC ns from which its timeout runs
-Held = tuple[Record, Packet, int]
-
 
 class Host(Protocol):
     """What a comparer needs of the engine."""
@@ -28,13 +27,9 @@ class Host(Protocol):
     epoch: int
     timeout_ns: int
     grace_ns: int
-    max_packets: int
-    max_bytes: int
     max_stream: int
     max_history: int
-    pvm_packets: int
-    pvm_bytes: int
-    svm_packets: int
+    ledger: Ledger
 
     def emit(self, rec: Record, now_ns: int) -> None: ...
     def ask(self, cause: Cause, flow: Flow, evidence: Evidence = NO_EVIDENCE) -> None: ...
@@ -57,8 +52,9 @@ class Flow(Protocol):
     direction: str  # who opened it: "in" a client, "out" the guest, "" unknown
 
     @property
-    def held(self) -> deque[Held]: ...
+    def held(self) -> Sequence[Held] | HeldQueue: ...
     def unhold(self) -> list[Held]: ...
+    def forget_svm(self) -> None: ...
     def new_epoch(self, epoch: int) -> None: ...
     def expire(self, now_ns: int) -> int: ...
     def quiet(self) -> bool: ...
@@ -73,4 +69,3 @@ class Comparer(Flow, Protocol):
     def svm(self, p: Packet, now_ns: int) -> None: ...
     def commit(self, p: Packet) -> None: ...
     def pump(self, now_ns: int) -> None: ...
-    def drop_svm(self) -> None: ...

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 from collections import Counter, deque
 
-from .comparer import BEFORE, CONTEXT, Held, Host
+from .comparer import BEFORE, CONTEXT, Host
 from .flow import FlowKey, describe_datagram
+from .held_queue import Held, HeldQueue
 from .packet import Kind, Packet, datagram_body
 from .policy import Verdict
 from .reasons import Cause
@@ -47,7 +48,7 @@ class DatagramFlow(Givable):
         self.verdict, self.direction = verdict, direction
         self.last = self.when = 0
         self.said = 0  # bytes of payload, of the PVM
-        self.held: deque[Held] = deque()
+        self.held = HeldQueue(host.ledger)
         self.bodies: deque[Bodies] = deque()  # of `held`
         self.copies: dict[bytes, list[int]] = {}  # unused body of the SVM -> arrivals
         self._frames: dict[bytes, bytes] = {}  # of the above, for the report
@@ -66,26 +67,21 @@ class DatagramFlow(Givable):
         return True
 
     def unhold(self) -> list[Held]:
-        """Give up the frames that wait; the caller counts them."""
-        held = list(self.held)
-        self.held.clear()
+        """Give up the frames that wait."""
         self.bodies.clear()
-        return held
+        return self.held.drain()
 
     def new_epoch(self, epoch: int) -> None:
-        """Forget what the SVM of the old epoch said (I7). The engine resets its own counts."""
+        """Forget what the SVM of the old epoch said (I7)."""
         self.epoch = epoch
         self.asked = False
-        self._forget_svm()
+        self.forget_svm()
 
-    def _forget_svm(self) -> None:
+    def forget_svm(self) -> None:
+        """Forget what the SVM said, and has not been used."""
+        self.host.ledger.discharge_svm(sum(map(len, self.copies.values())))
         self.copies.clear()
         self._frames.clear()
-
-    def drop_svm(self) -> None:
-        """As above in the middle of an epoch, where the engine counts what is stashed."""
-        self.host.svm_packets -= sum(map(len, self.copies.values()))
-        self._forget_svm()
 
     def commit(self, p: Packet) -> None:
         """A checkpoint contains it: nothing is to be remembered."""
@@ -98,7 +94,7 @@ class DatagramFlow(Givable):
         if not self.held and self._use(all_of_it):
             self.leave(rec, now_ns)
             return
-        if host.pvm_packets >= host.max_packets or host.pvm_bytes >= host.max_bytes:
+        if not host.ledger.room():
             host.count("queue_full_dropped")
             host.ask(Cause.QUEUE_FULL, self)
             return
@@ -107,9 +103,7 @@ class DatagramFlow(Givable):
     def hold(self, rec: Record, p: Packet, since_ns: int) -> None:
         """Append to the frames that wait, whatever the limit."""
         host = self.host
-        host.pvm_packets += 1
-        host.pvm_bytes += len(rec.frame)
-        self.held.append((rec, p, since_ns))
+        self.held.push(rec, p, since_ns)
         self.bodies.append(bodies(p, rec.datagram_size))
         host.arm(self, since_ns + (host.grace_ns if self.copies else host.timeout_ns))
 
@@ -117,7 +111,7 @@ class DatagramFlow(Givable):
         """A frame of the SVM of the current epoch: only compared, never sent anywhere."""
         host = self.host
         for body in bodies(p, p.datagram_size):
-            if host.svm_packets >= host.max_packets:
+            if not host.ledger.admit_svm():
                 host.count("svm_queue_full_dropped")
                 host.ask(Cause.QUEUE_FULL, self)
                 return
@@ -129,11 +123,11 @@ class DatagramFlow(Givable):
 
     def keep(self, p: Packet, since_ns: int) -> None:
         """Add to what the SVM has said, whatever the limit."""
+        self.host.ledger.charge_svm()
         self._keep(datagram_body(p), p, since_ns)
         self.host.arm(self, since_ns + self.host.timeout_ns)
 
     def _keep(self, body: bytes, p: Packet, since_ns: int) -> None:
-        self.host.svm_packets += 1
         self.copies.setdefault(body, []).append(since_ns)
         self._frames[body] = p.frame
 
@@ -153,7 +147,7 @@ class DatagramFlow(Givable):
                 return False
         elif any(len(copies.get(body, ())) < n for body, n in Counter(wanted).items()):
             return False
-        self.host.svm_packets -= len(wanted)
+        self.host.ledger.discharge_svm(len(wanted))
         for body in wanted:
             del copies[body][0]
             if not copies[body]:
@@ -162,12 +156,10 @@ class DatagramFlow(Givable):
 
     def pump(self, now_ns: int) -> None:
         """Release from the head what has its twin."""
-        host = self.host
-        while self.held and self._use(self.bodies[0]):
+        held = self.held
+        while held.frames and self._use(self.bodies[0]):
             self.bodies.popleft()
-            rec, _, _ = self.held.popleft()
-            host.pvm_packets -= 1
-            host.pvm_bytes -= len(rec.frame)
+            rec, _, _ = held.pop()
             self.leave(rec, now_ns)
 
     def expire(self, now_ns: int) -> int:
@@ -215,7 +207,7 @@ class DatagramFlow(Givable):
         for body in [b for b, c in self.copies.items() if c[0] <= before_ns]:
             copies = self.copies[body]
             keep = [at for at in copies if at > before_ns]
-            self.host.svm_packets -= len(copies) - len(keep)
+            self.host.ledger.discharge_svm(len(copies) - len(keep))
             self.host.count("svm_datagram_expired", len(copies) - len(keep))
             if keep:
                 self.copies[body] = keep

@@ -89,10 +89,8 @@ def pack(flow: DatagramFlow, epoch: int) -> Gift | None:
 
 def given(flow: DatagramFlow) -> None:
     """Tier K has the flow, and what waited in it."""
-    for rec, _, _ in flow.unhold():
-        flow.host.pvm_packets -= 1
-        flow.host.pvm_bytes -= len(rec.frame)
-    flow.drop_svm()
+    flow.unhold()
+    flow.forget_svm()
 
 
 def records(queue: bytes) -> Iterator[tuple[int, bool, bytes]]:

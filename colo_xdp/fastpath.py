@@ -122,13 +122,8 @@ def pack(st: Stream, epoch: int) -> Gift | None:
 
 def given(st: Stream) -> None:
     """Tier K has the stream, and what waited in it."""
-    host = st.host
-    for rec, _, _ in st.held:
-        host.pvm_packets -= 1
-        host.pvm_bytes -= len(rec.frame)
-    st.held.clear()
-    st.head_ok = None
-    host.svm_packets -= len(st.chunks)
+    st.unhold()
+    st.host.ledger.discharge_svm(len(st.chunks))
     st.chunks.clear()
 
 
@@ -172,7 +167,7 @@ def recall(st: Stream, words: Words, now_ns: int) -> None:
             piece = words.stash[at : at + PIECE]
             rec, p = _frame(st.key, words, (words.rel + at) & MASK, piece, 0)
             st.chunks.append((rec.frame, p.off, p.end, since))
-            host.svm_packets += 1
+            host.ledger.charge_svm()
         st.send = (words.rel + len(words.stash)) & MASK
     elif words.stash:
         for at in range(0, len(words.stash), PIECE):

@@ -49,7 +49,8 @@ class Stream(Marked):
         """Ask if the head or the SVM's surplus is too old; the next deadline, 0 for none."""
         self.release_part(now_ns, False)
         t = self.host.timeout_ns
-        head = self.held[0][2] if self.held else 0
+        frames = self.held.frames
+        head = frames[0][2] if frames else 0
         ahead = self.svm_since()
         if not head and not ahead:
             return 0
@@ -60,7 +61,7 @@ class Stream(Marked):
             return due
         if not self.asked:
             if head and (head <= ahead or not ahead):
-                p = self.held[0][1]
+                p = frames[0][1]
                 cause = Cause.COMPARE_TIMEOUT
                 if self.unverifiable:
                     cause = Cause.RETRANSMIT_UNVERIFIABLE
@@ -104,19 +105,20 @@ class Stream(Marked):
         """A frame of the PVM in the current epoch: release it, hold it, or ask."""
         if p.off - p.l4 not in USUAL_HEADERS and is_signed(p):
             self._sign(p)
-        if not self.held and not self.stuck and not self._dry(p) and self._ready(p):
+        held = self.held
+        if not held.frames and not self.stuck and not self._dry(p) and self._ready(p):
             self._settle(p)
             self._emit(rec, p, now_ns)
             return
         host = self.host
-        if host.pvm_packets >= host.max_packets or host.pvm_bytes >= host.max_bytes:
+        if not held.offer(rec, p, now_ns):
             # like loss on the network: the guest sends it again
             host.count("queue_full_dropped")
             host.ask(Cause.QUEUE_FULL, self)
-            if not self.held:
+            if not held.frames:
                 self.head_ok = None
-            return
-        self.hold(rec, p, now_ns)
+        elif not self.when:
+            host.arm(self, now_ns + host.timeout_ns)
 
     def _dry(self, p: Packet) -> bool:
         """Plain new bytes, and nothing of the SVM to compare them with. Only for speed."""
@@ -127,31 +129,25 @@ class Stream(Marked):
 
     def hold(self, rec: Record, p: Packet, now_ns: int) -> None:
         """Append to the frames that wait, whatever the limit."""
-        host = self.host
-        host.pvm_packets += 1
-        host.pvm_bytes += len(rec.frame)
-        self.held.append((rec, p, now_ns))
+        self.held.push(rec, p, now_ns)
         if not self.when:
-            host.arm(self, now_ns + host.timeout_ns)
+            self.host.arm(self, now_ns + self.host.timeout_ns)
 
     def pump(self, now_ns: int) -> None:
         """Release from the head what has become releasable."""
-        held, host = self.held, self.host
-        while held and not self.stuck:
-            rec, p, _ = held[0]
+        held = self.held
+        frames = held.frames
+        while frames and not self.stuck:
+            rec, p, _ = frames[0]
             if self._dry(p):
                 break
             if not self._ready(p):
                 if not self._moot(p):
                     break
-                held.popleft()
-                host.pvm_packets -= 1
-                host.pvm_bytes -= len(rec.frame)
-                host.count("acks_moot")
+                held.pop()
+                self.host.count("acks_moot")
                 continue
-            held.popleft()
-            host.pvm_packets -= 1
-            host.pvm_bytes -= len(rec.frame)
+            held.pop()
             self._settle(p)
             self._emit(rec, p, now_ns)
 
@@ -173,10 +169,10 @@ class Stream(Marked):
         The SVM may be waiting for the very acks that this part will bring (see segment.py).
         Returns whether some verified part is still held.
         """
-        v = self.head_ok
-        if not self.held or self.stuck or v is None:
+        v, frames = self.head_ok, self.held.frames
+        if not frames or self.stuck or v is None:
             return False
-        rec, p, at = self.held[0]
+        rec, p, _ = frames[0]
         n = ready = (v - p.seq) & MASK
         # The urgent pointer counts from the frame's own sequence number (RFC 9293 3.8.5).
         if p.flags & (SYN | RST | URG) or not 0 < n < p.end - p.off or not self._acked(p):
@@ -194,11 +190,10 @@ class Stream(Marked):
             if not n:
                 return True
         (first, p1), (rest, p2) = split(rec, p, n, self.spare_ids, self.ace)
-        self.host.pvm_bytes -= len(rec.frame) - len(rest.frame)
         self.host.count("released_in_parts")
         self._settle(p1)
         self._emit(first, p1, now_ns)
-        self.held[0] = (rest, p2, at)
+        self.held.replace_head(rest, p2)
         self.head_ok = v
         return n < ready
 
@@ -279,7 +274,7 @@ class Stream(Marked):
                 v = ver = self.ver = (ver + n) & MASK
                 if coff + n == cend:
                     chunks.popleft()
-                    self.host.svm_packets -= 1
+                    self.host.ledger.discharge_svm()
                 else:
                     chunks[0] = (cframe, coff + n, cend, at)
             elif d < 0:
@@ -332,7 +327,7 @@ class Stream(Marked):
         ):
             return False
         self.chunks.popleft()
-        self.host.svm_packets -= 1
+        self.host.ledger.discharge_svm()
         self.ver = self.head_ok = e
         hist = self.hist
         hist.add(theirs)
@@ -357,7 +352,7 @@ class Stream(Marked):
             if off + n < end:
                 self.chunks.appendleft((frame, off + n, end, at))
             else:
-                self.host.svm_packets -= 1
+                self.host.ledger.discharge_svm()
         self.ver = upto
 
     def _ready_fin(self, p: Packet) -> bool:
@@ -450,7 +445,7 @@ class Stream(Marked):
             return
         keep = self.ssyn is not None and not self.ssyn.twin  # SVM state is of this incarnation
         if not keep:
-            self.drop_svm()
+            self.forget_svm()
         else:
             assert self.ssyn is not None
             self.ssyn.twin = True
@@ -464,7 +459,7 @@ class Stream(Marked):
         self.hist.clear()
         self.hist.add(p.frame[p.off : p.end])
         self.base = self.ver = (e + 1) & MASK
-        self.host.svm_packets -= len(self.chunks)
+        self.host.ledger.discharge_svm(len(self.chunks))
         self.chunks.clear()
         self.send = self.ver
         self.drain()
@@ -476,10 +471,10 @@ class Stream(Marked):
             self.srst.remove(twin)
             self._rst_is_done(twin)
         self._rst_is_done(ident)
-        if not self.held:
+        if not self.held.frames:
             # the connection is over on both sides, whatever else the SVM had to say
             rest, syn = self.srst[:], self.ssyn
-            self.drop_svm()
+            self.forget_svm()
             self.srst = rest
             self.ssyn = syn if syn is not None and not syn.twin else None
             self.send = self.ver

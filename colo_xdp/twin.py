@@ -13,8 +13,9 @@ from collections import deque
 from dataclasses import dataclass
 
 from ._seq import HALF, MASK, diff, later
-from .comparer import CONTEXT, Held, Host
+from .comparer import CONTEXT, Host
 from .flow import FlowKey
+from .held_queue import Held, HeldQueue
 from .history import History
 from .marks import FAR, SPARE, ip_id, urgent_position
 from .packet import ACK, FIN, RST, SYN, URG, Packet
@@ -112,7 +113,7 @@ class Twin(Givable, ABC):
         self.hist = History()
         self.hist_cap = 0  # as far as the engine has accounted for it
         # of the PVM, not yet released
-        self.held: deque[Held] = deque()
+        self.held = HeldQueue(host.ledger)
         self.head_ok: int | None = None  # the head is verified up to here
         self.unverifiable = False
         # of the SVM, forgotten at each checkpoint
@@ -154,14 +155,14 @@ class Twin(Givable, ABC):
 
     def quiet(self) -> bool:
         """Nothing of either side waits."""
-        return not self.held and self.brake is None and not self.svm_since()
+        return not self.held.frames and self.brake is None and not self.svm_since()
 
     def closed(self) -> bool:
         """The guest has closed or reset it; what comes now are stragglers."""
         return self.fin_done is not None or bool(self.rst_done)
 
     def new_epoch(self, epoch: int) -> None:
-        """Forget what the SVM of the old epoch said (I7). The engine resets its own counts."""
+        """Forget what the SVM of the old epoch said (I7)."""
         self.epoch = epoch
         self.deaf = False  # a copy has the same numbers: nothing is translated any more
         self.windows.new_epoch()
@@ -190,11 +191,9 @@ class Twin(Givable, ABC):
         self.new_epoch(epoch)
 
     def unhold(self) -> list[Held]:
-        """Give up the frames that wait; the caller counts them."""
-        held = list(self.held)
-        self.held.clear()
+        """Give up the frames that wait."""
         self.head_ok = None
-        return held
+        return self.held.drain()
 
     def svm_since(self) -> int:
         """Arrival of the oldest thing the SVM sent and the PVM did not; 0 if none."""
@@ -212,17 +211,14 @@ class Twin(Givable, ABC):
         return min(old) if old else 0
 
     def forget_svm(self) -> None:
+        """Forget what the SVM said, and has not been released."""
+        self.host.ledger.discharge_svm(len(self.chunks) + len(self.ooo))
         self.chunks.clear()
         self.ooo.clear()
         self.again.clear()
         self.sack = self.sfin = self.ssyn = None
         self.surg = ()
         self.srst.clear()
-
-    def drop_svm(self) -> None:
-        # as above in the middle of an epoch, where the engine counts what is stashed
-        self.host.svm_packets -= len(self.chunks) + len(self.ooo)
-        self.forget_svm()
 
     def spare_ids(self, p: Packet, n: int) -> int:
         """See SpareIds. Half the numbers away: a guest that counts gets there last, and one that
@@ -255,10 +251,11 @@ class Twin(Givable, ABC):
                 self._svm_data(p, now_ns)
             if flags & FIN:
                 self._svm_fin((p.seq + p.end - p.off) & MASK, now_ns)
-        if self.held:
+        frames = self.held.frames
+        if frames:
             self.pump(now_ns)
         windows = self.windows
-        if windows.shrunk and not self.held:
+        if windows.shrunk and not frames:
             update = windows.update(self.base, self.spare_ids, self.ace)
             if update is not None:
                 self.host.count("window_updates")
@@ -296,7 +293,7 @@ class Twin(Givable, ABC):
             if send is None or d > 0:
                 self._svm_early(p, now_ns)
                 return
-        if host.svm_packets >= host.max_packets:
+        if not host.ledger.admit_svm():
             self.svm_full()
             return
         assert send is not None
@@ -304,28 +301,27 @@ class Twin(Givable, ABC):
             self.stuck = True
             self.ask(Cause.FIN_DIFFERS, svm=p.frame[off : off + CONTEXT], svm_frame=p.frame)
         self.chunks.append((p.frame, off, p.end, now_ns))
-        host.svm_packets += 1
         self.send = (send + p.end - off) & MASK
         if self.ooo:
             self.drain()
         if diff(self.send, self.ver or 0) > host.max_stream:
             _, off, end, _ = self.chunks.pop()
-            host.svm_packets -= 1
+            host.ledger.discharge_svm()
             self.send = (self.send - (end - off)) & MASK
             host.count("stream_full_dropped")
             self.ask(Cause.STREAM_FULL)
 
     def _svm_early(self, p: Packet, now_ns: int) -> None:
         host, ooo = self.host, self.ooo
-        if host.svm_packets >= host.max_packets:
+        if not host.ledger.admit_svm():
             self.svm_full()
             return
         ref = self.send if self.send is not None else ooo[0][0] if ooo else p.seq
         if abs(diff(p.seq, ref)) > host.max_stream:
+            host.ledger.discharge_svm()
             host.count("svm_out_of_window")  # if it was needed, the PVM's frame will time out
             return
         host.count("svm_out_of_order")
-        host.svm_packets += 1
         insort(ooo, (p.seq, p.frame, p.off, p.end, now_ns), key=lambda g: diff(g[0], ref))
 
     def svm_full(self) -> None:
@@ -343,7 +339,7 @@ class Twin(Givable, ABC):
                 break
             del ooo[0]
             if end - off + d <= 0:
-                self.host.svm_packets -= 1
+                self.host.ledger.discharge_svm()
                 continue
             self.chunks.append((frame, off - d, end, at))
             self.send = (self.send + end - off + d) & MASK
@@ -389,7 +385,7 @@ class Twin(Givable, ABC):
                 self.sack = later(self.sack, p.ack)
             return
         # a new incarnation on the SVM; what it said of the old one has no use any more
-        self.drop_svm()
+        self.forget_svm()
         self.send = None
         self.ssyn = Syn(p, now_ns)
         if p.flags & ACK:

@@ -5,11 +5,12 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from .comparer import Comparer, Flow, Held, Host
+from .comparer import Comparer, Flow, Host
 from .flow import FlowKey
+from .held_queue import Held, HeldQueue
+from .ledger import Ledger
 from .packet import Packet
 from .policy import Verdict
 from .reasons import Cause
@@ -51,7 +52,7 @@ class Passed:
     def pump(self, now_ns: int) -> None:
         """Nothing waits."""
 
-    def drop_svm(self) -> None:
+    def forget_svm(self) -> None:
         """Nothing is stashed."""
 
     def unhold(self) -> list[Held]:
@@ -75,33 +76,21 @@ class Passed:
         return True
 
 
-@dataclass(slots=True)
 class Budget:
     """What is kept to compare watched flows behind, of all of them together: nothing that leaves
     waits for it, so it has no part in what may be held."""
 
-    max_packets: int  # of either side
-    max_bytes: int  # of the PVM
-    pvm_packets: int = 0
-    pvm_bytes: int = 0
-    svm_packets: int = 0
-    #: left in a checkpoint or shortly before, to be compared when it is over
-    frames: deque[Held] = field(default_factory=deque)
+    __slots__ = ("frames", "ledger")
 
-    def full(self) -> bool:
-        """Whether no frame more of the PVM can be kept."""
-        return self.pvm_packets >= self.max_packets or self.pvm_bytes >= self.max_bytes
-
-    def clear(self) -> None:
-        """Nothing is kept any more."""
-        self.pvm_packets = self.pvm_bytes = self.svm_packets = 0
-        self.frames.clear()
+    def __init__(self, ledger: Ledger) -> None:
+        self.ledger = ledger
+        #: left in a checkpoint or shortly before, to be compared when it is over
+        self.frames = HeldQueue(ledger)
 
     def commit(self, of: Callable[[Packet, bool], Comparer | None], stop_ns: int) -> list[Held]:
         """A checkpoint contains what was captured at stop_ns or before; the rest of what is kept,
         for catch_up()."""
-        kept = list(self.frames)
-        self.clear()
+        kept = self.frames.drain()
         for rec, p, _ in kept:
             if rec.ts_ns <= stop_ns and (flow := of(p, False)) is not None:
                 flow.commit(p)
@@ -111,42 +100,16 @@ class Budget:
 class Watching:
     """The engine as a watched flow's comparer sees it: nothing is released, nobody asked."""
 
-    __slots__ = ("_budget", "_engine", "_flow")
+    __slots__ = ("_engine", "_flow", "ledger")
 
     def __init__(self, engine: Host, flow: Watched, budget: Budget) -> None:
-        self._engine, self._flow, self._budget = engine, flow, budget
+        self._engine, self._flow, self.ledger = engine, flow, budget.ledger
 
     epoch = property(lambda self: self._engine.epoch)
     timeout_ns = property(lambda self: self._engine.timeout_ns)
     grace_ns = property(lambda self: self._engine.grace_ns)
-    max_packets = property(lambda self: self._budget.max_packets)
-    max_bytes = property(lambda self: self._budget.max_bytes)
     max_stream = property(lambda self: self._engine.max_stream)
     max_history = property(lambda self: self._engine.max_history)
-
-    @property
-    def pvm_packets(self) -> int:
-        return self._budget.pvm_packets
-
-    @pvm_packets.setter
-    def pvm_packets(self, n: int) -> None:
-        self._budget.pvm_packets = n
-
-    @property
-    def pvm_bytes(self) -> int:
-        return self._budget.pvm_bytes
-
-    @pvm_bytes.setter
-    def pvm_bytes(self, n: int) -> None:
-        self._budget.pvm_bytes = n
-
-    @property
-    def svm_packets(self) -> int:
-        return self._budget.svm_packets
-
-    @svm_packets.setter
-    def svm_packets(self, n: int) -> None:
-        self._budget.svm_packets = n
 
     def emit(self, rec: Record, now_ns: int) -> None:
         """It has left long ago."""
@@ -218,12 +181,8 @@ class Watched(Passed):
         """It leaves at once, and is compared when the next epoch has begun."""
         super().pvm(rec, p, now_ns)
         rec.sent = True
-        if self._budget.full():
+        if not self._budget.frames.offer(rec, p, now_ns):
             self.miss()
-            return
-        self._budget.pvm_packets += 1
-        self._budget.pvm_bytes += len(rec.frame)
-        self._budget.frames.append((rec, p, now_ns))
 
     def miss(self) -> None:
         """A frame of the epoch that begins next was not kept."""
@@ -240,10 +199,8 @@ class Watched(Passed):
     def expire(self, now_ns: int) -> int:
         """After a difference: what was kept to compare with is of no more use."""
         if self.lost:
-            for rec, _, _ in self.inner.unhold():
-                self._budget.pvm_packets -= 1
-                self._budget.pvm_bytes -= len(rec.frame)
-            self.inner.drop_svm()
+            self.inner.unhold()
+            self.inner.forget_svm()
         return 0
 
     def commit(self, p: Packet) -> None:

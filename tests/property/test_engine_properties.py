@@ -651,7 +651,7 @@ def _newest_first(mp: pytest.MonkeyPatch) -> None:
     real = Engine._release_queued
 
     def release_queued(self: Engine, ts_ns: int, counter: str) -> int:
-        self._queue.reverse()
+        self._queue.extend(reversed(self._queue.drain()))
         return real(self, ts_ns, counter)
 
     mp.setattr(Engine, "_release_queued", release_queued)

@@ -347,7 +347,7 @@ def the_queue_of_a_checkpoint_is_lost(mp: Any) -> None:
     real = Engine._release_queued
 
     def release_queued(self: Engine, ts_ns: int, counter: str) -> int:
-        self._queue.clear()
+        self._queue.drain()
         return real(self, ts_ns, counter)
 
     mp.setattr(Engine, "_release_queued", release_queued)

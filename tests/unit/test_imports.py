@@ -15,10 +15,9 @@ PURE = (
     "config_keys", "corpus/__init__",
     "corpus/craft", "corpus/play", "counters", "datagram", "explain", "failover",
     "fastgram", "fastpath", "flow", "flows", "fragments", "giving", "hexdump", "history",
-    "guest_event", "journal", "limits", "marked", "marks", "nic", "openings", "packet", "pacing",
-    "disks",
-    "policy", "qmp_event", "reasons", "record", "replay", "rewrite", "segment", "status", "stream",
-    "suggest", "tcp_state", "tier_k", "twin", "uncompared", "window", "wire",
+    "guest_event", "held_queue", "journal", "ledger", "limits", "marked", "marks", "nic",
+    "openings", "packet", "pacing", "disks", "policy", "qmp_event", "reasons", "record", "replay",
+    "rewrite", "segment", "status", "stream", "suggest", "tcp_state", "tier_k", "twin", "uncompared", "window", "wire",
 )  # fmt: skip
 NAMES = {part for name in PURE for part in name.split("/")}
 EDGES = {
