@@ -11,15 +11,17 @@ come here as the datagram that they make up (fragments.py).
 from __future__ import annotations
 
 from collections import Counter, deque
+from typing import Self
 
+from .compared import ComparedFlow
 from .comparer import BEFORE, CONTEXT, Host
-from .flow import FlowKey, describe_datagram
-from .held_queue import Held, HeldQueue
+from .flow import FlowKey, datagram_name, describe_datagram
+from .held_queue import Held
+from .offload_port import OffloadCodec
 from .packet import Kind, Packet, datagram_body
 from .policy import Verdict
 from .reasons import Cause
 from .record import Evidence, Record
-from .tier_k import Givable
 
 Bodies = tuple[bytes, ...]
 
@@ -32,35 +34,32 @@ def bodies(p: Packet, size: int = 0) -> Bodies:
     return (datagram_body(p),)
 
 
-class DatagramFlow(Givable):
+class DatagramFlow(ComparedFlow):
     """One flow, one direction: what the guest sends."""
 
-    __slots__ = (
-        "_frames", "asked", "bodies", "copies", "direction", "epoch", "held", "key", "last", "said",
-        "verdict", "when",
-    )  # fmt: skip
+    __slots__ = ("_frames", "bodies", "copies", "said")
 
     def __init__(
-        self, host: Host, key: FlowKey, epoch: int, verdict: Verdict, direction: str = ""
-    ) -> None:
-        super().__init__(host)
-        self.key, self.epoch = key, epoch
-        self.verdict, self.direction = verdict, direction
-        self.last = self.when = 0
+        self, host: Host, key: FlowKey, epoch: int, verdict: Verdict, direction: str,
+        codec: OffloadCodec[Self],
+    ) -> None:  # fmt: skip
+        super().__init__(host, key, epoch, verdict, direction, codec)
         self.said = 0  # bytes of payload, of the PVM
-        self.held = HeldQueue(host.ledger)
         self.bodies: deque[Bodies] = deque()  # of `held`
         self.copies: dict[bytes, list[int]] = {}  # unused body of the SVM -> arrivals
         self._frames: dict[bytes, bytes] = {}  # of the above, for the report
-        self.asked = False
 
     def text(self) -> str:
         """The flow's name for people."""
         return describe_datagram(self.key)
 
-    def quiet(self) -> bool:
-        """Nothing of either side waits."""
-        return not self.held and not self.copies and self.brake is None
+    def service(self) -> tuple[str, int]:
+        """Protocol and the service's port; 0: it has none."""
+        return datagram_name(self.key)
+
+    def svm_since(self) -> int:
+        """Arrival of the oldest thing the SVM sent and the PVM did not; 0 if none."""
+        return min((times[0] for times in self.copies.values()), default=0)
 
     def closed(self) -> bool:
         """Datagram flows have no end; they age like closed connections."""
@@ -88,15 +87,14 @@ class DatagramFlow(Givable):
 
     def pvm(self, rec: Record, p: Packet, now_ns: int) -> None:
         """A frame of the PVM in the current epoch: release it or hold it."""
-        host = self.host
         self.said += p.end - p.off
         all_of_it = bodies(p, rec.datagram_size)
-        if not self.held and self._use(all_of_it):
-            self.leave(rec, now_ns)
+        if not self.held.frames and self._use(all_of_it):
+            self.outbox.release(rec)
             return
-        if not host.ledger.room():
-            host.count("queue_full_dropped")
-            host.ask(Cause.QUEUE_FULL, self)
+        if not self.host.ledger.room():
+            self.outbox.count("queue_full_dropped")
+            self.outbox.request(Cause.QUEUE_FULL, self)
             return
         self.hold(rec, p, now_ns)
 
@@ -105,27 +103,27 @@ class DatagramFlow(Givable):
         host = self.host
         self.held.push(rec, p, since_ns)
         self.bodies.append(bodies(p, rec.datagram_size))
-        host.arm(self, since_ns + (host.grace_ns if self.copies else host.timeout_ns))
+        host.timers.arm(self, since_ns + (host.grace_ns if self.copies else host.timeout_ns))
 
     def svm(self, p: Packet, now_ns: int) -> None:
         """A frame of the SVM of the current epoch: only compared, never sent anywhere."""
         host = self.host
         for body in bodies(p, p.datagram_size):
             if not host.ledger.admit_svm():
-                host.count("svm_queue_full_dropped")
-                host.ask(Cause.QUEUE_FULL, self)
+                self.outbox.count("svm_queue_full_dropped")
+                self.outbox.request(Cause.QUEUE_FULL, self)
                 return
             self._keep(body, p, now_ns)
         if self.held:
             self.pump(now_ns)
         if self.copies:
-            host.arm(self, now_ns + (host.grace_ns if self.held else host.timeout_ns))
+            host.timers.arm(self, now_ns + (host.grace_ns if self.held else host.timeout_ns))
 
     def keep(self, p: Packet, since_ns: int) -> None:
         """Add to what the SVM has said, whatever the limit."""
         self.host.ledger.charge_svm()
         self._keep(datagram_body(p), p, since_ns)
-        self.host.arm(self, since_ns + self.host.timeout_ns)
+        self.host.timers.arm(self, since_ns + self.host.timeout_ns)
 
     def _keep(self, body: bytes, p: Packet, since_ns: int) -> None:
         self.copies.setdefault(body, []).append(since_ns)
@@ -134,11 +132,6 @@ class DatagramFlow(Givable):
     def frame_of(self, body: bytes) -> bytes:
         """The newest frame of the SVM with this unused body."""
         return self._frames[body]
-
-    def unknown(self, epoch: int) -> None:
-        """Tier K has forgotten it: as a flow that is met for the first time."""
-        self.offered, self.calm = False, 0
-        self.new_epoch(epoch)
 
     def _use(self, wanted: Bodies) -> bool:
         copies = self.copies
@@ -160,7 +153,7 @@ class DatagramFlow(Givable):
         while held.frames and self._use(self.bodies[0]):
             self.bodies.popleft()
             rec, _, _ = held.pop()
-            self.leave(rec, now_ns)
+            self.outbox.release(rec)
 
     def expire(self, now_ns: int) -> int:
         """Ask if the head is too old or both sides differ; the next deadline, 0 for none."""
@@ -177,7 +170,7 @@ class DatagramFlow(Givable):
             return due
         if not self.asked:
             self.asked = True
-            host.ask(cause, self, self._evidence(other[0] if other else b""))
+            self.outbox.request(cause, self, self._evidence(other[0] if other else b""))
         return now_ns + host.timeout_ns  # stay in the engine's list of flows that wait
 
     def _evidence(self, theirs: bytes) -> Evidence:
@@ -208,7 +201,7 @@ class DatagramFlow(Givable):
             copies = self.copies[body]
             keep = [at for at in copies if at > before_ns]
             self.host.ledger.discharge_svm(len(copies) - len(keep))
-            self.host.count("svm_datagram_expired", len(copies) - len(keep))
+            self.outbox.count("svm_datagram_expired", len(copies) - len(keep))
             if keep:
                 self.copies[body] = keep
             else:

@@ -98,13 +98,9 @@ def _ident(p: Packet) -> _Key:
 class Fragments:
     """Both guests' datagrams in assembly. To the engine it is a flow whose frames wait."""
 
-    key = b""
-    direction = ""
-
-    def __init__(self, host: Host, verdict: Verdict) -> None:
-        self.host, self.verdict = host, verdict
-        self.epoch = host.epoch
-        self.last = self.when = 0
+    def __init__(self, host: Host, epoch: int, verdict: Verdict) -> None:
+        self.host, self.outbox, self.verdict, self.epoch = host, host.outbox, verdict, epoch
+        self.when = 0
         self.asked = False
         self._pvm: dict[_Key, _Set] = {}
         self._svm: dict[_Key, _Set] = {}
@@ -116,8 +112,8 @@ class Fragments:
         """A fragment of the PVM. The whole datagram, which leaves as its parts, if it is that."""
         host = self.host
         if not host.ledger.room():
-            host.count("queue_full_dropped")
-            host.ask(Cause.QUEUE_FULL, self)
+            self.outbox.count("queue_full_dropped")
+            self.outbox.request(Cause.QUEUE_FULL, self)
             return None
         key = _ident(p)
         s = self._pvm.setdefault(key, _Set(since=now_ns))
@@ -129,11 +125,11 @@ class Fragments:
         frame = s.whole()
         if frame is None:
             if not self.when:
-                host.arm(self, now_ns + host.timeout_ns)
+                host.timers.arm(self, now_ns + host.timeout_ns)
             return None
         del self._pvm[key], self._waiting[key]
         parts = tuple(r for r, _, _ in waiting.drain())
-        host.count("datagrams_assembled")
+        self.outbox.count("datagrams_assembled")
         # TCP may have to leave in other segments than these: then as a GSO frame of their size
         gso = max(536, max(map(len, s.pieces.values())) - 60) if p.proto == 6 else 0
         return Record(frame, rec.ts_ns, gso_size=gso, sent=all(r.sent for r in parts), parts=parts)
@@ -145,15 +141,15 @@ class Fragments:
         s = self._svm.get(key)
         if s is None:
             if not host.ledger.admit_svm():
-                host.count("svm_queue_full_dropped")
-                host.ask(Cause.QUEUE_FULL, self)
+                self.outbox.count("svm_queue_full_dropped")
+                self.outbox.request(Cause.QUEUE_FULL, self)
                 return None
             s = self._svm[key] = _Set(since=now_ns)
         s.add(p)
         frame = s.whole()
         if frame is None:
             if not self.when:
-                host.arm(self, now_ns + host.timeout_ns)
+                host.timers.arm(self, now_ns + host.timeout_ns)
             return None
         del self._svm[key]
         host.ledger.discharge_svm()
@@ -177,6 +173,10 @@ class Fragments:
         """The flow's name for people."""
         return "fragments"
 
+    def service(self) -> tuple[str, int]:
+        """Protocol and port: it has none."""
+        return "fragment", 0
+
     @property
     def held(self) -> list[Held]:
         """What waits, oldest first."""
@@ -199,6 +199,10 @@ class Fragments:
                     kept.total = s.total
                 self._pvm[key] = kept
         return held
+
+    def defer(self) -> list[Held]:
+        """A checkpoint begins, which decides about the frames that wait."""
+        return self.unhold()
 
     @staticmethod
     def _offset(p: Packet) -> int:
@@ -229,7 +233,7 @@ class Fragments:
         for key in [k for k, s in self._svm.items() if s.since + t <= now_ns]:
             del self._svm[key]
             self.host.ledger.discharge_svm()
-            self.host.count("svm_datagram_expired")
+            self.outbox.count("svm_datagram_expired")
         left = [k for k, s in self._pvm.items() if k not in self._waiting and s.since + t <= now_ns]
         for key in left:
             del self._pvm[key]
@@ -242,7 +246,7 @@ class Fragments:
                     self.asked = True
                     rec = waits[0][0]
                     evidence = Evidence(pvm=rec.frame[14:78], pvm_frame=rec)
-                    self.host.ask(Cause.COMPARE_TIMEOUT, self, evidence)
+                    self.outbox.request(Cause.COMPARE_TIMEOUT, self, evidence)
                 due[-1] = now_ns + t
         return min(due) if due else 0
 

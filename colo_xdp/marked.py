@@ -52,7 +52,7 @@ class Marked(Twin, ABC):
         """
         if not self.signed:
             self.signed = self.unfit = True
-            self.host.count("signed_connections")
+            self.outbox.count("signed_connections")
         if self.deaf and not p.flags & SYN:
             self.ask(Cause.SIGNED_CONNECTION, p)
 

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from ._seq import HALF, MASK, diff, later
 from .comparer import BEFORE, CONTEXT
-from .flow import describe_tcp
+from .flow import describe_tcp, tcp_port
 from .marked import Marked
 from .marks import USUAL_HEADERS, is_signed, reserved, urgent_position
 from .packet import ACK, CWR, ECE, FIN, RST, SYN, URG, Packet, tcp_options
@@ -44,6 +44,10 @@ class Stream(Marked):
     def text(self) -> str:
         """The flow's name for people."""
         return describe_tcp(self.key)
+
+    def service(self) -> tuple[str, int]:
+        """Protocol and the service's port."""
+        return "tcp", tcp_port(self.key)
 
     def expire(self, now_ns: int) -> int:
         """Ask if the head or the SVM's surplus is too old; the next deadline, 0 for none."""
@@ -97,7 +101,7 @@ class Stream(Marked):
             )
         elif svm or svm_frame:
             evidence = Evidence(svm=svm, svm_frame=svm_frame)
-        self.host.ask(cause, self, evidence)
+        self.outbox.request(cause, self, evidence)
 
     # -- the PVM's frames
 
@@ -108,17 +112,17 @@ class Stream(Marked):
         held = self.held
         if not held.frames and not self.stuck and not self._dry(p) and self._ready(p):
             self._settle(p)
-            self._emit(rec, p, now_ns)
+            self._emit(rec, p)
             return
         host = self.host
         if not held.offer(rec, p, now_ns):
             # like loss on the network: the guest sends it again
-            host.count("queue_full_dropped")
-            host.ask(Cause.QUEUE_FULL, self)
+            self.outbox.count("queue_full_dropped")
+            self.outbox.request(Cause.QUEUE_FULL, self)
             if not held.frames:
                 self.head_ok = None
         elif not self.when:
-            host.arm(self, now_ns + host.timeout_ns)
+            host.timers.arm(self, now_ns + host.timeout_ns)
 
     def _dry(self, p: Packet) -> bool:
         """Plain new bytes, and nothing of the SVM to compare them with. Only for speed."""
@@ -131,7 +135,7 @@ class Stream(Marked):
         """Append to the frames that wait, whatever the limit."""
         self.held.push(rec, p, now_ns)
         if not self.when:
-            self.host.arm(self, now_ns + self.host.timeout_ns)
+            self.host.timers.arm(self, now_ns + self.host.timeout_ns)
 
     def pump(self, now_ns: int) -> None:
         """Release from the head what has become releasable."""
@@ -145,13 +149,13 @@ class Stream(Marked):
                 if not self._moot(p):
                     break
                 held.pop()
-                self.host.count("acks_moot")
+                self.outbox.count("acks_moot")
                 continue
             held.pop()
             self._settle(p)
-            self._emit(rec, p, now_ns)
+            self._emit(rec, p)
 
-    def _emit(self, rec: Record, p: Packet, now_ns: int) -> None:
+    def _emit(self, rec: Record, p: Packet) -> None:
         """Release a frame, with no more window than the SVM honours.
 
         A signed one keeps its own. What the client sends beyond the SVM's window it sends again,
@@ -160,8 +164,8 @@ class Stream(Marked):
         if not self.signed:
             rec, cut = self.windows.limit(rec, p, self.spare_ids)
             if cut:
-                self.host.count("window_shrunk")
-        self.leave(rec, now_ns)
+                self.outbox.count("window_shrunk")
+        self.outbox.release(rec)
 
     def release_part(self, now_ns: int, whole_segments: bool) -> bool:
         """Let the verified part of a head that waits for its rest leave as a frame of its own.
@@ -190,9 +194,9 @@ class Stream(Marked):
             if not n:
                 return True
         (first, p1), (rest, p2) = split(rec, p, n, self.spare_ids, self.ace)
-        self.host.count("released_in_parts")
+        self.outbox.count("released_in_parts")
         self._settle(p1)
-        self._emit(first, p1, now_ns)
+        self._emit(first, p1)
         self.held.replace_head(rest, p2)
         self.head_ok = v
         return n < ready
@@ -299,10 +303,10 @@ class Stream(Marked):
                 self._take(v)
                 ver = v
         self.head_ok = v
-        if hist.size > self.hist_cap:
-            self.host.charge_history(self)
+        if hist.size > hist.charged:
+            self.host.histories.charge(hist)
         if v != e and v != s:
-            self.host.part_verified(self)
+            self.outbox.part_verified(self)
         return v == e
 
     def _sent_again(self, seq: int, most: int) -> bytes:
@@ -331,8 +335,8 @@ class Stream(Marked):
         self.ver = self.head_ok = e
         hist = self.hist
         hist.add(theirs)
-        if hist.size > self.hist_cap:
-            self.host.charge_history(self)
+        if hist.size > hist.charged:
+            self.host.histories.charge(hist)
         return True
 
     def _begin_at(self, seq: int) -> None:
@@ -520,8 +524,8 @@ class Stream(Marked):
                 new = n
             self.hist.add(p.frame[p.end - new : p.end])
             self._forward(e)
-            if self.hist.size > self.hist_cap:
-                self.host.charge_history(self)
+            if self.hist.size > self.hist.charged:
+                self.host.histories.charge(self.hist)
         if self.base is None or diff(e, self.base) > 0:
             self.base = e
 

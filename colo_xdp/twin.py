@@ -11,17 +11,19 @@ from abc import ABC, abstractmethod
 from bisect import insort
 from collections import deque
 from dataclasses import dataclass
+from typing import Self
 
 from ._seq import HALF, MASK, diff, later
+from .compared import ComparedFlow
 from .comparer import CONTEXT, Host
 from .flow import FlowKey
-from .held_queue import Held, HeldQueue
+from .held_queue import Held
 from .history import History
 from .marks import FAR, SPARE, ip_id, urgent_position
+from .offload_port import OffloadCodec
 from .packet import ACK, FIN, RST, SYN, URG, Packet
 from .policy import Verdict
 from .reasons import Cause
-from .tier_k import Givable
 from .window import WindowGate
 
 FLAGS = FIN | SYN | RST
@@ -44,27 +46,20 @@ def rst_id(p: Packet) -> tuple[bool, int]:
     return (True, p.ack) if p.flags & ACK else (False, p.seq)
 
 
-class Twin(Givable, ABC):
+class Twin(ComparedFlow, ABC):
     """One connection, one direction: what the guest sends."""
 
     __slots__ = (
         "ace",
         "again",
-        "asked",
         "base",
         "chunks",
         "committed_ack",
         "deaf",
-        "direction",
-        "epoch",
         "fin_done",
         "head_ok",
-        "held",
         "hist",
-        "hist_cap",
         "isn",
-        "key",
-        "last",
         "ooo",
         "origin",
         "rst_done",
@@ -83,18 +78,14 @@ class Twin(Givable, ABC):
         "unverifiable",
         "urg_done",
         "ver",
-        "verdict",
-        "when",
         "windows",
     )
 
     def __init__(
-        self, host: Host, key: FlowKey, epoch: int, verdict: Verdict, direction: str = ""
-    ) -> None:
-        super().__init__(host)
-        self.key, self.epoch = key, epoch
-        self.verdict, self.direction = verdict, direction
-        self.last = self.when = 0
+        self, host: Host, key: FlowKey, epoch: int, verdict: Verdict, direction: str,
+        codec: OffloadCodec[Self],
+    ) -> None:  # fmt: skip
+        super().__init__(host, key, epoch, verdict, direction, codec)
         # of the PVM, kept over checkpoints
         self.base: int | None = None
         self.isn: int | None = None  # of the SYN that was released
@@ -111,9 +102,7 @@ class Twin(Givable, ABC):
         self.spared = 0  # IP ids given out
         self.windows = WindowGate()
         self.hist = History()
-        self.hist_cap = 0  # as far as the engine has accounted for it
         # of the PVM, not yet released
-        self.held = HeldQueue(host.ledger)
         self.head_ok: int | None = None  # the head is verified up to here
         self.unverifiable = False
         # of the SVM, forgotten at each checkpoint
@@ -129,16 +118,7 @@ class Twin(Givable, ABC):
         self.sfin_at = self.srst_at = 0
         self.srst: list[tuple[bool, int]] = []  # resets with no twin yet
         self.ssyn: Syn | None = None
-        self.asked = False  # this flow has asked for a checkpoint in this epoch
         self.stuck = False  # a difference is proven: nothing leaves before the checkpoint
-
-    @abstractmethod
-    def text(self) -> str:
-        """The flow's name for people."""
-
-    @abstractmethod
-    def pump(self, now_ns: int) -> None:
-        """Release from the head what has become releasable."""
 
     @abstractmethod
     def ask(
@@ -147,15 +127,7 @@ class Twin(Givable, ABC):
     ) -> None:  # fmt: skip
         """Ask for a checkpoint, once per epoch."""
 
-    @abstractmethod
-    def expire(self, now_ns: int) -> int:
-        """Ask if something is too old; the next deadline, 0 for none."""
-
     # -- the engine's side
-
-    def quiet(self) -> bool:
-        """Nothing of either side waits."""
-        return not self.held.frames and self.brake is None and not self.svm_since()
 
     def closed(self) -> bool:
         """The guest has closed or reset it; what comes now are stragglers."""
@@ -187,8 +159,11 @@ class Twin(Givable, ABC):
         self.urg_done = ()
         self.windows = WindowGate()
         self.hist.clear()
-        self.offered, self.calm = False, 0
-        self.new_epoch(epoch)
+        super().unknown(epoch)
+
+    def removed(self) -> None:
+        """The flow is out of the tables: nobody asks for its past."""
+        self.host.histories.drop(self.hist)
 
     def unhold(self) -> list[Held]:
         """Give up the frames that wait."""
@@ -237,7 +212,7 @@ class Twin(Givable, ABC):
         elif p.seq != self.send and self._foreign(p.seq):
             # Late, and of an earlier connection on these ports: its ack, its window and its FIN
             # would be read in the numbers of this one.
-            self.host.count("svm_out_of_window")
+            self.outbox.count("svm_out_of_window")
             return
         else:
             if flags & ACK:
@@ -258,11 +233,11 @@ class Twin(Givable, ABC):
         if windows.shrunk and not frames:
             update = windows.update(self.base, self.spare_ids, self.ace)
             if update is not None:
-                self.host.count("window_updates")
+                self.outbox.count("window_updates")
                 update.ts_ns = now_ns  # made now: nothing has waited
-                self.leave(update, now_ns)
+                self.outbox.release(update)
         if not self.when and (self.chunks or self.ooo or flags & FLAGS):
-            self.host.arm(self, now_ns + self.host.timeout_ns)
+            self.host.timers.arm(self, now_ns + self.host.timeout_ns)
 
     def _foreign(self, seq: int) -> bool:
         """Whether a number cannot be of this connection."""
@@ -284,7 +259,7 @@ class Twin(Givable, ABC):
                 d = diff(p.seq, send)
                 if d < 0:
                     if d + p.end - off <= 0:
-                        host.count("svm_retransmit")
+                        self.outbox.count("svm_retransmit")
                         if self.ver is not None and diff(self.ver, p.seq) > self.hist.size:
                             self.again.append((p.seq, p.frame, off, p.end))
                             del self.again[:-MAX_AGAIN]
@@ -308,7 +283,7 @@ class Twin(Givable, ABC):
             _, off, end, _ = self.chunks.pop()
             host.ledger.discharge_svm()
             self.send = (self.send - (end - off)) & MASK
-            host.count("stream_full_dropped")
+            self.outbox.count("stream_full_dropped")
             self.ask(Cause.STREAM_FULL)
 
     def _svm_early(self, p: Packet, now_ns: int) -> None:
@@ -319,14 +294,16 @@ class Twin(Givable, ABC):
         ref = self.send if self.send is not None else ooo[0][0] if ooo else p.seq
         if abs(diff(p.seq, ref)) > host.max_stream:
             host.ledger.discharge_svm()
-            host.count("svm_out_of_window")  # if it was needed, the PVM's frame will time out
+            self.outbox.count(
+                "svm_out_of_window"
+            )  # if it was needed, the PVM's frame will time out
             return
-        host.count("svm_out_of_order")
+        self.outbox.count("svm_out_of_order")
         insort(ooo, (p.seq, p.frame, p.off, p.end, now_ns), key=lambda g: diff(g[0], ref))
 
     def svm_full(self) -> None:
-        self.host.count("svm_queue_full_dropped")
-        self.host.ask(Cause.QUEUE_FULL, self)
+        self.outbox.count("svm_queue_full_dropped")
+        self.outbox.request(Cause.QUEUE_FULL, self)
 
     def drain(self) -> None:
         """Move what is no longer out of order."""
@@ -353,7 +330,7 @@ class Twin(Givable, ABC):
     def _svm_fin(self, f: int, now_ns: int) -> None:
         ours = self.send is not None  # else the SVM is one incarnation ahead of the PVM
         if f == self.sfin or (ours and f == self.fin_done):
-            self.host.count("svm_retransmit")
+            self.outbox.count("svm_retransmit")
             return
         early = self.base is not None and diff(f, self.base) < 0
         if ours and (early or self.fin_done is not None):
@@ -362,13 +339,12 @@ class Twin(Givable, ABC):
         self.sfin, self.sfin_at = f, now_ns
 
     def _svm_control(self, p: Packet, now_ns: int) -> None:
-        host = self.host
         if p.flags & RST:
             if p.flags & ACK:
                 self.sack = later(self.sack, p.ack)
             ident = rst_id(p)
             if ident in self.rst_done or ident in self.srst:
-                host.count("svm_retransmit")
+                self.outbox.count("svm_retransmit")
             elif len(self.srst) >= MAX_RSTS:
                 self.svm_full()
             else:
@@ -380,7 +356,7 @@ class Twin(Givable, ABC):
             # sent again by an SVM that a checkpoint made a clone in the handshake
             self.ssyn is None and self.isn == p.seq
         ):
-            host.count("svm_retransmit")
+            self.outbox.count("svm_retransmit")
             if p.flags & ACK:
                 self.sack = later(self.sack, p.ack)
             return

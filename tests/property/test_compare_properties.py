@@ -148,7 +148,7 @@ def test_a_flipped_byte_is_never_released(case: Case, data: Any) -> None:
 def assert_counts_are_exact(e: Engine) -> None:
     """What the engine has counted is what its flows hold and stash."""
     flows = [*e._flows.tcp.values(), *e._flows.datagram.values(), e._fragments]
-    held = [*e._queue, *(h for flow in flows for h in flow.held)]
+    held = [*e._queue.held, *(h for flow in flows for h in flow.held)]
     assert e.pvm_packets == len(held)
     assert e.ledger.pvm_bytes == sum(len(rec.frame) for rec, _, _ in held)
     stashed = len(e._fragments._svm)
@@ -223,8 +223,8 @@ def test_no_input_takes_more_than_the_limits(events: list[tuple[int, bytes, int]
         assert 0 <= e.held_packets <= queue * LIMITS.max_queue_size + spare
         assert 0 <= e.svm_packets <= 2 * LIMITS.max_queue_size + 1
         assert len(e._flows.tcp) + len(e._flows.datagram) <= LIMITS.max_flows + spare
-        assert e._history_sum <= LIMITS.history_total + LIMITS.history_bytes * 2
-        assert len(e._next) <= LIMITS.max_queue_size
+        assert e._histories.charged <= LIMITS.history_total + LIMITS.history_bytes * 2
+        assert len(e._queue._next) <= LIMITS.max_queue_size
         for stream in e._flows.tcp.values():
             if isinstance(stream, Stream):
                 ahead = sum(end - off for _, off, end, _ in stream.chunks)

@@ -446,7 +446,7 @@ class World:
         self.moot += n
         flows = list(self.engine._tcp.values())
         held = {id(rec) for flow in flows for rec, _, _ in flow.held}
-        held |= {id(rec) for rec, _, _ in self.engine._queue}
+        held |= {id(rec) for rec, _, _ in self.engine._queue.held}
         gone = [i for i in self.waiting if i not in held and self.meta[i][0].kind == "data"]
         gone = [i for i in gone if not self.meta[i][0].data]
         if len(gone) != n:
@@ -651,7 +651,7 @@ def _newest_first(mp: pytest.MonkeyPatch) -> None:
     real = Engine._release_queued
 
     def release_queued(self: Engine, ts_ns: int, counter: str) -> int:
-        self._queue.extend(reversed(self._queue.drain()))
+        self._queue.held.extend(reversed(self._queue.held.drain()))
         return real(self, ts_ns, counter)
 
     mp.setattr(Engine, "_release_queued", release_queued)
