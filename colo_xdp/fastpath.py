@@ -73,23 +73,25 @@ class TcpCodec:
 
     def ready(self, st: Stream) -> bool:
         """Whether tier K could go on from here: established, and nothing waits but plain bytes."""
+        sent, theirs = st.sent, st.theirs
         return (
-            not st.ooo and not (st.held and st.chunks)
-            and st.base is not None and st.base == st.ver
-            and st.committed_ack is not None and st.fin_done is None and not st.rst_done
-            and st.sfin is None and not st.srst and (st.ssyn is None or st.ssyn.twin)
+            not theirs.ooo and not (st.held and theirs.chunks)
+            and sent.base is not None and sent.base == sent.ver
+            and sent.committed_ack is not None and not sent.over()
+            and theirs.sfin is None and not theirs.srst
+            and (theirs.ssyn is None or theirs.ssyn.twin)
             and not st.stuck and not st.asked and not st.unverifiable
-            and not st.unfit and not st.surg
+            and not st.marks.unfit and not theirs.surg
             and st.windows.shrunk is None and known(st.key)
         )  # fmt: skip
 
     def young(self, st: Stream) -> bool:
         """Whether the handshake is all that has been: what comes next comes after a round trip."""
-        return st.isn is not None and st.base == (st.isn + 1) & MASK
+        return st.sent.isn is not None and st.sent.base == (st.sent.isn + 1) & MASK
 
     def said(self, st: Stream) -> int:
         """Bytes that the guest has said."""
-        return 0 if st.base is None else diff(st.base, st.origin)
+        return 0 if st.sent.base is None else diff(st.sent.base, st.sent.origin)
 
     def waits_since(self, st: Stream) -> int:
         """Since when anything of a ready stream waits; 0: nothing does."""
@@ -97,19 +99,19 @@ class TcpCodec:
 
     def pack(self, st: Stream, epoch: int) -> Gift | None:
         """A ready stream for Fast.give(); None: not plain, or no window is known yet."""
-        assert st.base is not None and st.committed_ack is not None
-        s_ack = later(st.sack, st.committed_ack)
-        w = st.windows.words(st.committed_ack, s_ack)
+        assert st.sent.base is not None and st.sent.committed_ack is not None
+        s_ack = later(st.theirs.sack, st.sent.committed_ack)
+        w = st.windows.words(st.sent.committed_ack, s_ack)
         if w is None:
             return None
-        p_ack, p_win, nxt = st.committed_ack, w.pvm, st.base
+        p_ack, p_win, nxt = st.sent.committed_ack, w.pvm, st.sent.base
         parts: list[bytes] = []
         header, l4, size, ahead, mss = b"", 0, 0, abi.SIDE_PVM, 0
         for rec, p, _ in st.held:
             if not _plain(p) or (l4 and p.off - p.l4 != size):
                 return None
             known = diff(nxt, p.seq)  # sent again while it waited: once is enough
-            if not 0 <= known <= diff(nxt, st.base):
+            if not 0 <= known <= diff(nxt, st.sent.base):
                 return None
             fresh = p.frame[p.off + known : p.end]
             parts.append(fresh)
@@ -120,28 +122,28 @@ class TcpCodec:
             mss = max(mss, rec.gso_size or p.end - p.off)
         if st.held and not header:
             return None
-        for frame, off, end, _ in st.chunks:
+        for frame, off, end, _ in st.theirs.chunks:
             parts.append(frame[off:end])
             nxt = (nxt + end - off) & MASK
             ahead = abi.SIDE_SVM
-        past = min(st.hist.size, HISTORY)
-        stash = st.hist.back(past, past) + b"".join(parts)
+        past = min(st.sent.hist.size, HISTORY)
+        stash = st.sent.hist.back(past, past) + b"".join(parts)
         if len(stash) > abi.STASH // 2:
             return None
         scale, pending = _NO_SCALE if w.scale is None else w.scale, diff(p_ack, s_ack) > 0
         memo = _MEMO.pack(
-            st.isn is not None,
+            st.sent.isn is not None,
             direction_number(st.direction),
             scale,
-            st.isn or 0,
-            st.origin,
+            st.sent.isn or 0,
+            st.sent.origin,
             w.syn,
             0,
         )
         return Gift(
             abi.GIVE.pack(
-                epoch, st.base, p_ack, s_ack, st.committed_ack, p_win, w.svm, w.told, mss, nxt,
-                (st.base - past) & MASK, ahead, pending, l4, size, header, memo,
+                epoch, st.sent.base, p_ack, s_ack, st.sent.committed_ack, p_win, w.svm, w.told, mss,
+                nxt, (st.sent.base - past) & MASK, ahead, pending, l4, size, header, memo,
             ),
             stash,
             pending,
@@ -151,22 +153,22 @@ class TcpCodec:
     def given(self, st: Stream) -> None:
         """Tier K has the stream, and what waited in it."""
         st.unhold()
-        st.host.ledger.discharge_svm(len(st.chunks))
-        st.chunks.clear()
+        st.host.ledger.discharge_svm(len(st.theirs.chunks))
+        st.theirs.chunks.clear()
 
     def recall(self, st: Stream, words: Words, now_ns: int) -> None:
         """Let an empty or given stream go on from what the kernel had."""
         has_isn, _, scale, isn, origin, syn, _ = _MEMO.unpack_from(words.memo)
-        st.isn, st.origin = (isn if has_isn else None), origin
+        st.sent.isn, st.sent.origin = (isn if has_isn else None), origin
         st.epoch = words.epoch
-        known = 0 if st.ver is None else (st.ver - words.rel + len(words.history)) & MASK
+        known = 0 if st.sent.ver is None else (st.sent.ver - words.rel + len(words.history)) & MASK
         if known > len(words.history):
-            st.hist.clear()  # there is a hole between what is in it and what tier K has kept
+            st.sent.hist.clear()  # there is a hole between what is in it and what tier K has kept
             known = 0
-        st.hist.add(words.history[known:])
-        st.host.histories.charge(st.hist)
-        st.base = st.ver = st.send = words.rel
-        st.committed_ack, st.sack = words.out_ack, words.s_ack
+        st.sent.hist.add(words.history[known:])
+        st.host.histories.charge(st.sent.hist)
+        st.sent.base = st.sent.ver = st.theirs.send = words.rel
+        st.sent.committed_ack, st.theirs.sack = words.out_ack, words.s_ack
         ack = None
         if words.header:
             ack = _frame(st.key, words, words.rel, b"", 0)
@@ -181,16 +183,16 @@ class TcpCodec:
         since = words.since_ns or now_ns
         waits = words.fin if words.fin is not None and diff(words.fin, words.rel) >= 0 else None
         if words.fin is not None and waits is None:
-            st.fin_done = words.fin
+            st.sent.fin_done = words.fin
         if waits is not None and not words.pvm_ahead:
-            st.sfin, st.sfin_at = waits, since
+            st.theirs.sfin, st.theirs.sfin_at = waits, since
         if words.stash and not words.pvm_ahead:
             for at in range(0, len(words.stash), PIECE):
                 piece = words.stash[at : at + PIECE]
                 rec, p = _frame(st.key, words, (words.rel + at) & MASK, piece, 0)
-                st.chunks.append((rec.frame, p.off, p.end, since))
+                st.theirs.chunks.append((rec.frame, p.off, p.end, since))
                 host.ledger.charge_svm()
-            st.send = (words.rel + len(words.stash)) & MASK
+            st.theirs.send = (words.rel + len(words.stash)) & MASK
         elif words.stash:
             for at in range(0, len(words.stash), PIECE):
                 piece = words.stash[at : at + PIECE]
@@ -201,7 +203,7 @@ class TcpCodec:
             st.hold(*_frame(st.key, words, waits, b"", FIN), since)
         if words.pending and not (words.pvm_ahead and st.held) and ack is not None:
             st.hold(*ack, since)
-        if (st.held or st.chunks or st.sfin is not None) and not st.when:
+        if (st.held or st.theirs.chunks or st.theirs.sfin is not None) and not st.when:
             host.timers.arm(st, since + host.timeout_ns)
 
     def probe(self, key: FlowKey, words: Words) -> Packet:

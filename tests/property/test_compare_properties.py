@@ -154,7 +154,7 @@ def assert_counts_are_exact(e: Engine) -> None:
     stashed = len(e._fragments._svm)
     for flow in flows:
         if isinstance(flow, Stream):
-            stashed += len(flow.chunks) + len(flow.ooo)
+            stashed += len(flow.theirs.chunks) + len(flow.theirs.ooo)
         elif isinstance(flow, DatagramFlow):
             stashed += sum(map(len, flow.copies.values()))
     assert e.svm_packets == stashed
@@ -227,5 +227,5 @@ def test_no_input_takes_more_than_the_limits(events: list[tuple[int, bytes, int]
         assert len(e._queue._next) <= LIMITS.max_queue_size
         for stream in e._flows.tcp.values():
             if isinstance(stream, Stream):
-                ahead = sum(end - off for _, off, end, _ in stream.chunks)
+                ahead = sum(end - off for _, off, end, _ in stream.theirs.chunks)
                 assert ahead <= LIMITS.max_stream_bytes

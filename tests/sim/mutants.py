@@ -34,7 +34,7 @@ from colo_xdp.rewrite import Rewriter
 from colo_xdp.secondary import Secondary
 from colo_xdp.speaker import Speaker
 from colo_xdp.stream import Stream
-from colo_xdp.twin import Twin
+from colo_xdp.twin import SvmStream
 from colo_xdp.window import WindowGate
 
 from .fast import Conn, Out, TierK, Work
@@ -181,7 +181,7 @@ def epoch_ignored(mp: Any) -> None:
 
 @_mutant
 def old_svm_kept_over_a_checkpoint(mp: Any) -> None:
-    mp.setattr(Twin, "forget_svm", lambda self: None)
+    mp.setattr(SvmStream, "forget", lambda self: None)
 
 
 @_mutant

@@ -166,7 +166,7 @@ def test_an_unsigned_connection_on_the_same_ports_is_an_ordinary_one() -> None:
     pair.p(8999, **k).s(50_000, **k)
     pair.p(9000, 200).s(9000, 100).wait(10)
     assert [p.end - p.off for p in pair.took()] == [0, 100] and not pair.asked
-    assert not pair.stream.signed
+    assert not pair.stream.marks.signed
 
 
 # -- urgent data
@@ -179,7 +179,7 @@ def test_urgent_data_may_be_overtaken_by_more_of_it() -> None:
     pair.s(0, 10, flags=u, urgent=10).s(10, 10, flags=u, urgent=10)
     pair.p(0, 20, flags=u, urgent=20)
     assert len(pair.took()) == 1 and not pair.asked
-    assert not pair.stream.surg
+    assert not pair.stream.theirs.surg
     pair.p(20, 5).s(20, 5)
     assert len(pair.took()) == 1
     assert TcpCodec().ready(pair.stream)
