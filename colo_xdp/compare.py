@@ -116,9 +116,8 @@ class Engine:
             self._outbox.release_ahead(rec)
         p = parse(rec.frame)
         if p.kind is _TCP and not self._checkpointing and rec.ts_ns > self._queue.stop_ns:
-            # As _feed() does, and from_svm() as _svm_datagram(): written out on purpose. Nearly all
-            # frames are TCP segments in the middle of an epoch, of flows that are known; two calls
-            # less for each are some hundredths of what it costs (tests/bench/tier_u.py).
+            # A copy of _feed() and Flows.of(), on purpose: nearly all frames are TCP segments of
+            # flows that are known, and a call less for each counts (tests/bench/tier_u.py).
             st = self._tcp.get(p.key)
             if st is None:
                 if self._solo or (st := self._flows.new(self._tcp, p)) is None:
@@ -191,6 +190,7 @@ class Engine:
         if ahead == 0 and not self._checkpointing and not self._solo:
             p = parse(rec.frame)
             if p.kind is _TCP:
+                # a copy of _svm_datagram() and Flows.of(), as in from_pvm()
                 st = self._tcp.get(p.key)
                 if st is None:
                     st = self._flows.new(self._tcp, p)
