@@ -1,76 +1,129 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What the engine and the comparers of single flows ask of each other."""
+"""What the engine asks of its flows, and what it gives to them."""
 
 from __future__ import annotations
 
-from collections import deque
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Protocol
 
 from .flow import FlowKey
+from .held_queue import Held, HeldQueue
+from .history import HistoryBudget
+from .ledger import Ledger
 from .packet import Packet
 from .policy import Verdict
 from .reasons import Cause
 from .record import NO_EVIDENCE, Evidence, Record
-
-if TYPE_CHECKING:
-    from .stream import Stream
+from .timers import Timers
 
 CONTEXT = 64  # bytes of evidence from the first difference on
 BEFORE = 32  # and before it
-
-#: a frame that waits: record, parsed, CLOCK_MONOTONIC ns from which its timeout runs
-Held = tuple[Record, Packet, int]
+LONG_AGO = -1  # no epoch
 
 
-class Host(Protocol):
-    """What a comparer needs of the engine."""
+class Source(Protocol):
+    """What can differ between the guests, as a divergence names it."""
 
-    epoch: int
-    timeout_ns: int
-    grace_ns: int
-    max_packets: int
-    max_bytes: int
-    max_stream: int
-    max_history: int
-    pvm_packets: int
-    pvm_bytes: int
-    svm_packets: int
-
-    def emit(self, rec: Record, now_ns: int) -> None: ...
-    def ask(self, cause: Cause, flow: Flow, evidence: Evidence = NO_EVIDENCE) -> None: ...
-    def count(self, name: str, n: int = 1) -> None: ...
-    def uncompared(self, verdict: Verdict) -> None: ...
-    def noticed(self, cause: Cause, flow: Flow, evidence: Evidence) -> None: ...
-    def arm(self, flow: Flow, when_ns: int) -> None: ...
-    def charge_history(self, stream: Stream) -> None: ...
-    def part_verified(self, stream: Stream) -> None: ...
+    @property
+    def verdict(self) -> Verdict: ...  # of the policy
+    def text(self) -> str: ...
+    def service(self) -> tuple[str, int]: ...
 
 
 class Flow(Protocol):
-    """What the engine needs of a comparer."""
+    """What can wait."""
 
-    key: FlowKey
-    epoch: int
-    last: int
-    when: int
-    verdict: Verdict  # of the policy
-    direction: str  # who opened it: "in" a client, "out" the guest, "" unknown
+    when: int  # see Timers
 
     @property
-    def held(self) -> deque[Held]: ...
+    def verdict(self) -> Verdict: ...
+    @property
+    def epoch(self) -> int:
+        """The last one that it was in; LONG_AGO: none that counts."""
+        ...
+
+    @property
+    def held(self) -> Iterable[Held]: ...
     def unhold(self) -> list[Held]: ...
+    def defer(self) -> list[Held]: ...
+    def forget_svm(self) -> None: ...
     def new_epoch(self, epoch: int) -> None: ...
     def expire(self, now_ns: int) -> int: ...
     def quiet(self) -> bool: ...
     def closed(self) -> bool: ...
-    def text(self) -> str: ...
+
+
+class Partial(Flow, Protocol):
+    """A flow whose oldest frame can leave in parts."""
+
+    def release_part(self, now_ns: int, whole_segments: bool) -> bool: ...
+
+
+class Outbox(Protocol):
+    """Where a flow puts what it has decided. Nothing comes back."""
+
+    def release(self, rec: Record) -> None:
+        """The frame may leave now."""
+        ...
+
+    def request(self, cause: Cause, flow: Source, evidence: Evidence = NO_EVIDENCE) -> None:
+        """Only a checkpoint can tell what may leave."""
+        ...
+
+    def count(self, name: str, n: int = 1) -> None:
+        """Add to a counter of COUNTERS."""
+        ...
+
+    def part_verified(self, flow: Partial) -> None:
+        """The flow's head is verified in part, which may leave when the batch is over."""
+        ...
+
+
+class Reporter(Outbox, Protocol):
+    """What flows use that the policy does not hold."""
+
+    def uncompared(self, verdict: Verdict) -> None:
+        """A frame is about to leave that is not held."""
+        ...
+
+    def noticed(self, cause: Cause, flow: Source, evidence: Evidence) -> None:
+        """A difference for which nobody is asked."""
+        ...
+
+
+@dataclass(slots=True)
+class Host:
+    """What a flow is given. Times are ns, max_stream is bytes of the SVM ahead."""
+
+    outbox: Outbox
+    ledger: Ledger
+    timers: Timers[Flow]
+    histories: HistoryBudget
+    timeout_ns: int
+    grace_ns: int
+    max_stream: int
+    #: where frames wait while a checkpoint is under way; None: with those of all other flows
+    backlog: HeldQueue | None = None
 
 
 class Comparer(Flow, Protocol):
     """A flow in the engine's tables."""
 
+    key: FlowKey
+    last: int  # when it was seen last
+    direction: str  # who opened it: "in" a client, "out" the guest, "" unknown
+    bypassed: bool  # by the policy: its frames wait for nothing
+
     def pvm(self, rec: Record, p: Packet, now_ns: int) -> None: ...
     def svm(self, p: Packet, now_ns: int) -> None: ...
     def commit(self, p: Packet) -> None: ...
     def pump(self, now_ns: int) -> None: ...
-    def drop_svm(self) -> None: ...
+    def pvm_in_checkpoint(self, rec: Record, p: Packet, now_ns: int) -> bool: ...
+    def catch_up(self, rec: Record, p: Packet, now_ns: int) -> None: ...
+    def miss(self) -> None: ...
+    def outdate(self, epoch: int) -> None: ...
+    def judged(self, verdict: Verdict) -> None: ...
+    def removed(self) -> None: ...
+    def reclaim(self) -> Comparer: ...
+    def stands_for(self, flow: object) -> bool: ...

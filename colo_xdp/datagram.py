@@ -11,14 +11,17 @@ come here as the datagram that they make up (fragments.py).
 from __future__ import annotations
 
 from collections import Counter, deque
+from typing import Self
 
-from .comparer import BEFORE, CONTEXT, Held, Host
-from .flow import FlowKey, describe_datagram
+from .compared import ComparedFlow
+from .comparer import BEFORE, CONTEXT, Host
+from .flow import FlowKey, datagram_name, describe_datagram
+from .held_queue import Held
+from .offload_port import OffloadCodec
 from .packet import Kind, Packet, datagram_body
 from .policy import Verdict
 from .reasons import Cause
 from .record import Evidence, Record
-from .tier_k import Givable
 
 Bodies = tuple[bytes, ...]
 
@@ -31,120 +34,104 @@ def bodies(p: Packet, size: int = 0) -> Bodies:
     return (datagram_body(p),)
 
 
-class DatagramFlow(Givable):
+class DatagramFlow(ComparedFlow):
     """One flow, one direction: what the guest sends."""
 
-    __slots__ = (
-        "_frames", "asked", "bodies", "copies", "direction", "epoch", "held", "key", "last", "said",
-        "verdict", "when",
-    )  # fmt: skip
+    __slots__ = ("_frames", "bodies", "copies", "said")
 
     def __init__(
-        self, host: Host, key: FlowKey, epoch: int, verdict: Verdict, direction: str = ""
-    ) -> None:
-        super().__init__(host)
-        self.key, self.epoch = key, epoch
-        self.verdict, self.direction = verdict, direction
-        self.last = self.when = 0
+        self, host: Host, key: FlowKey, epoch: int, verdict: Verdict, direction: str,
+        codec: OffloadCodec[Self],
+    ) -> None:  # fmt: skip
+        super().__init__(host, key, epoch, verdict, direction, codec)
         self.said = 0  # bytes of payload, of the PVM
-        self.held: deque[Held] = deque()
         self.bodies: deque[Bodies] = deque()  # of `held`
         self.copies: dict[bytes, list[int]] = {}  # unused body of the SVM -> arrivals
         self._frames: dict[bytes, bytes] = {}  # of the above, for the report
-        self.asked = False
 
     def text(self) -> str:
         """The flow's name for people."""
         return describe_datagram(self.key)
 
-    def quiet(self) -> bool:
-        """Nothing of either side waits."""
-        return not self.held and not self.copies and self.brake is None
+    def service(self) -> tuple[str, int]:
+        """Protocol and the service's port; 0: it has none."""
+        return datagram_name(self.key)
+
+    def svm_since(self) -> int:
+        """Arrival of the oldest thing the SVM sent and the PVM did not; 0 if none."""
+        return min((times[0] for times in self.copies.values()), default=0)
 
     def closed(self) -> bool:
         """Datagram flows have no end; they age like closed connections."""
         return True
 
     def unhold(self) -> list[Held]:
-        """Give up the frames that wait; the caller counts them."""
-        held = list(self.held)
-        self.held.clear()
+        """Give up the frames that wait."""
         self.bodies.clear()
-        return held
+        return self.held.drain()
 
     def new_epoch(self, epoch: int) -> None:
-        """Forget what the SVM of the old epoch said (I7). The engine resets its own counts."""
+        """Forget what the SVM of the old epoch said (I7)."""
         self.epoch = epoch
         self.asked = False
-        self._forget_svm()
+        self.forget_svm()
 
-    def _forget_svm(self) -> None:
+    def forget_svm(self) -> None:
+        """Forget what the SVM said, and has not been used."""
+        self.host.ledger.discharge_svm(sum(map(len, self.copies.values())))
         self.copies.clear()
         self._frames.clear()
-
-    def drop_svm(self) -> None:
-        """As above in the middle of an epoch, where the engine counts what is stashed."""
-        self.host.svm_packets -= sum(map(len, self.copies.values()))
-        self._forget_svm()
 
     def commit(self, p: Packet) -> None:
         """A checkpoint contains it: nothing is to be remembered."""
 
     def pvm(self, rec: Record, p: Packet, now_ns: int) -> None:
         """A frame of the PVM in the current epoch: release it or hold it."""
-        host = self.host
         self.said += p.end - p.off
         all_of_it = bodies(p, rec.datagram_size)
-        if not self.held and self._use(all_of_it):
-            self.leave(rec, now_ns)
+        if not self.held.frames and self._use(all_of_it):
+            self.outbox.release(rec)
             return
-        if host.pvm_packets >= host.max_packets or host.pvm_bytes >= host.max_bytes:
-            host.count("queue_full_dropped")
-            host.ask(Cause.QUEUE_FULL, self)
+        if not self.host.ledger.room():
+            self.outbox.count("queue_full_dropped")
+            self.outbox.request(Cause.QUEUE_FULL, self)
             return
         self.hold(rec, p, now_ns)
 
     def hold(self, rec: Record, p: Packet, since_ns: int) -> None:
         """Append to the frames that wait, whatever the limit."""
         host = self.host
-        host.pvm_packets += 1
-        host.pvm_bytes += len(rec.frame)
-        self.held.append((rec, p, since_ns))
+        self.held.push(rec, p, since_ns)
         self.bodies.append(bodies(p, rec.datagram_size))
-        host.arm(self, since_ns + (host.grace_ns if self.copies else host.timeout_ns))
+        host.timers.arm(self, since_ns + (host.grace_ns if self.copies else host.timeout_ns))
 
     def svm(self, p: Packet, now_ns: int) -> None:
         """A frame of the SVM of the current epoch: only compared, never sent anywhere."""
         host = self.host
         for body in bodies(p, p.datagram_size):
-            if host.svm_packets >= host.max_packets:
-                host.count("svm_queue_full_dropped")
-                host.ask(Cause.QUEUE_FULL, self)
+            if not host.ledger.admit_svm():
+                self.outbox.count("svm_queue_full_dropped")
+                self.outbox.request(Cause.QUEUE_FULL, self)
                 return
             self._keep(body, p, now_ns)
         if self.held:
             self.pump(now_ns)
         if self.copies:
-            host.arm(self, now_ns + (host.grace_ns if self.held else host.timeout_ns))
+            host.timers.arm(self, now_ns + (host.grace_ns if self.held else host.timeout_ns))
 
     def keep(self, p: Packet, since_ns: int) -> None:
         """Add to what the SVM has said, whatever the limit."""
+        self.host.ledger.charge_svm()
         self._keep(datagram_body(p), p, since_ns)
-        self.host.arm(self, since_ns + self.host.timeout_ns)
+        self.host.timers.arm(self, since_ns + self.host.timeout_ns)
 
     def _keep(self, body: bytes, p: Packet, since_ns: int) -> None:
-        self.host.svm_packets += 1
         self.copies.setdefault(body, []).append(since_ns)
         self._frames[body] = p.frame
 
     def frame_of(self, body: bytes) -> bytes:
         """The newest frame of the SVM with this unused body."""
         return self._frames[body]
-
-    def unknown(self, epoch: int) -> None:
-        """Tier K has forgotten it: as a flow that is met for the first time."""
-        self.offered, self.calm = False, 0
-        self.new_epoch(epoch)
 
     def _use(self, wanted: Bodies) -> bool:
         copies = self.copies
@@ -153,7 +140,7 @@ class DatagramFlow(Givable):
                 return False
         elif any(len(copies.get(body, ())) < n for body, n in Counter(wanted).items()):
             return False
-        self.host.svm_packets -= len(wanted)
+        self.host.ledger.discharge_svm(len(wanted))
         for body in wanted:
             del copies[body][0]
             if not copies[body]:
@@ -162,13 +149,11 @@ class DatagramFlow(Givable):
 
     def pump(self, now_ns: int) -> None:
         """Release from the head what has its twin."""
-        host = self.host
-        while self.held and self._use(self.bodies[0]):
+        held = self.held
+        while held.frames and self._use(self.bodies[0]):
             self.bodies.popleft()
-            rec, _, _ = self.held.popleft()
-            host.pvm_packets -= 1
-            host.pvm_bytes -= len(rec.frame)
-            self.leave(rec, now_ns)
+            rec, _, _ = held.pop()
+            self.outbox.release(rec)
 
     def expire(self, now_ns: int) -> int:
         """Ask if the head is too old or both sides differ; the next deadline, 0 for none."""
@@ -185,7 +170,7 @@ class DatagramFlow(Givable):
             return due
         if not self.asked:
             self.asked = True
-            host.ask(cause, self, self._evidence(other[0] if other else b""))
+            self.outbox.request(cause, self, self._evidence(other[0] if other else b""))
         return now_ns + host.timeout_ns  # stay in the engine's list of flows that wait
 
     def _evidence(self, theirs: bytes) -> Evidence:
@@ -215,8 +200,8 @@ class DatagramFlow(Givable):
         for body in [b for b, c in self.copies.items() if c[0] <= before_ns]:
             copies = self.copies[body]
             keep = [at for at in copies if at > before_ns]
-            self.host.svm_packets -= len(copies) - len(keep)
-            self.host.count("svm_datagram_expired", len(copies) - len(keep))
+            self.host.ledger.discharge_svm(len(copies) - len(keep))
+            self.outbox.count("svm_datagram_expired", len(copies) - len(keep))
             if keep:
                 self.copies[body] = keep
             else:

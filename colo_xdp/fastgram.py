@@ -15,32 +15,10 @@ from .datagram import DatagramFlow
 from .flow import UDP, FlowKey
 from .packet import Packet, parse
 from .record import Record
-from .tier_k import Gift, Lane, Words, direction_number, known
+from .tier_k import Gift, Words, direction_number, known
 
 _MEMO = struct.Struct("=xB62x")  # direction, where tier_k.direction() looks for it
 _NO_SEGMENT = (0,) * 7  # acks and windows
-
-
-def ready(flow: DatagramFlow) -> bool:
-    """Whether tier K could go on from here: UDP, and only one side is ahead, if any."""
-    return known(flow.key) and not flow.asked and not (flow.held and flow.copies)
-
-
-def young(flow: DatagramFlow) -> bool:
-    """Nothing tells that there will be more than a question and an answer."""
-    return False
-
-
-def said(flow: DatagramFlow) -> int:
-    """Bytes that the guest has said in frames that came here."""
-    return flow.said
-
-
-def waits_since(flow: DatagramFlow) -> int:
-    """Since when anything of a ready flow waits; 0: nothing does."""
-    if flow.held:
-        return flow.held[0][2]
-    return min((times[0] for times in flow.copies.values()), default=0)
 
 
 def _plain(p: Packet) -> bool:
@@ -68,34 +46,6 @@ def _waiting(flow: DatagramFlow) -> Iterator[tuple[int, bool, bytes]]:
         yield at, False, p.frame[: p.end] if whole else b""
 
 
-def pack(flow: DatagramFlow, epoch: int) -> Gift | None:
-    """A ready flow for Fast.give(); None: something waits that is not plain, or too much."""
-    queue = bytearray()
-    for at, partial, frame in _waiting(flow):
-        if not frame:
-            return None
-        off = 42 if frame[14] >> 4 == 4 else 62
-        queue += abi.DGRAM.pack(at, len(frame) - off, partial, frame[:off]) + frame[off:]
-        queue += bytes(-len(queue) % abi.DGRAM_ALIGN)
-        if len(queue) > abi.STASH // 2:
-            return None
-    ahead = abi.SIDE_PVM if flow.held else abi.SIDE_SVM
-    memo = _MEMO.pack(direction_number(flow.direction))
-    return Gift(
-        abi.GIVE.pack(epoch, 0, *_NO_SEGMENT, len(queue), 0, ahead, 0, 0, 0, b"", memo),
-        bytes(queue),
-        since_ns=waits_since(flow),
-    )
-
-
-def given(flow: DatagramFlow) -> None:
-    """Tier K has the flow, and what waited in it."""
-    for rec, _, _ in flow.unhold():
-        flow.host.pvm_packets -= 1
-        flow.host.pvm_bytes -= len(rec.frame)
-    flow.drop_svm()
-
-
 def records(queue: bytes) -> Iterator[tuple[int, bool, bytes]]:
     """(since when, partial, frame) of each record."""
     at = 0
@@ -107,28 +57,69 @@ def records(queue: bytes) -> Iterator[tuple[int, bool, bytes]]:
         at += -(-size // abi.DGRAM_ALIGN) * abi.DGRAM_ALIGN
 
 
-def recall(flow: DatagramFlow, words: Words, now_ns: int) -> None:
-    """Let an empty or given flow go on from what the kernel had."""
-    flow.epoch = words.epoch
-    for ts, partial, frame in records(words.stash):
-        p = parse(frame)
-        if words.pvm_ahead:
-            flow.hold(Record(frame, ts, 0, partial), p, ts)
+class UdpCodec:
+    """offload_port.OffloadCodec of flows of UDP datagrams."""
+
+    def ready(self, flow: DatagramFlow) -> bool:
+        """Whether tier K could go on from here: UDP, and only one side is ahead, if any."""
+        return known(flow.key) and not flow.asked and not (flow.held and flow.copies)
+
+    def young(self, flow: DatagramFlow) -> bool:
+        """Nothing tells that there will be more than a question and an answer."""
+        return False
+
+    def said(self, flow: DatagramFlow) -> int:
+        """Bytes that the guest has said in frames that came here."""
+        return flow.said
+
+    def waits_since(self, flow: DatagramFlow) -> int:
+        """Since when anything of a ready flow waits; 0: nothing does."""
+        if flow.held:
+            return flow.held[0][2]
+        return min((times[0] for times in flow.copies.values()), default=0)
+
+    def pack(self, flow: DatagramFlow, epoch: int) -> Gift | None:
+        """A ready flow for Fast.give(); None: something waits that is not plain, or too much."""
+        queue = bytearray()
+        for at, partial, frame in _waiting(flow):
+            if not frame:
+                return None
+            off = 42 if frame[14] >> 4 == 4 else 62
+            queue += abi.DGRAM.pack(at, len(frame) - off, partial, frame[:off]) + frame[off:]
+            queue += bytes(-len(queue) % abi.DGRAM_ALIGN)
+            if len(queue) > abi.STASH // 2:
+                return None
+        ahead = abi.SIDE_PVM if flow.held else abi.SIDE_SVM
+        memo = _MEMO.pack(direction_number(flow.direction))
+        return Gift(
+            abi.GIVE.pack(epoch, 0, *_NO_SEGMENT, len(queue), 0, ahead, 0, 0, 0, b"", memo),
+            bytes(queue),
+            since_ns=self.waits_since(flow),
+        )
+
+    def given(self, flow: DatagramFlow) -> None:
+        """Tier K has the flow, and what waited in it."""
+        flow.unhold()
+        flow.forget_svm()
+
+    def recall(self, flow: DatagramFlow, words: Words, now_ns: int) -> None:
+        """Let an empty or given flow go on from what the kernel had."""
+        flow.epoch = words.epoch
+        for ts, partial, frame in records(words.stash):
+            p = parse(frame)
+            if words.pvm_ahead:
+                flow.hold(Record(frame, ts, 0, partial), p, ts)
+            else:
+                flow.keep(p, ts)
+
+    def probe(self, key: FlowKey, words: Words) -> Packet:
+        """A frame of the flow, for the policy to judge."""
+        v6 = key[1] == 6
+        ends, udp = key[3:-4], key[-4:] + struct.pack("!HH", 8, 0)
+        if v6:
+            ip = b"\x86\xdd\x60" + bytes(3) + struct.pack("!HBB", 8, 17, 64) + ends
         else:
-            flow.keep(p, ts)
-
-
-def probe(key: FlowKey, words: Words) -> Packet:
-    """A frame of the flow, for the policy to judge."""
-    v6 = key[1] == 6
-    ends, udp = key[3:-4], key[-4:] + struct.pack("!HH", 8, 0)
-    if v6:
-        ip = b"\x86\xdd\x60" + bytes(3) + struct.pack("!HBB", 8, 17, 64) + ends
-    else:
-        ip = b"\x08\x00\x45\0" + struct.pack("!HIBBH", 28, 0, 64, 17, 0) + ends
-    p = parse(bytes(12) + ip + udp)
-    assert p.key == key and key[0] == UDP
-    return p
-
-
-LANE = Lane(ready, young, said, waits_since, pack, given, recall, probe)
+            ip = b"\x08\x00\x45\0" + struct.pack("!HIBBH", 28, 0, 64, 17, 0) + ends
+        p = parse(bytes(12) + ip + udp)
+        assert p.key == key and key[0] == UDP
+        return p

@@ -18,7 +18,7 @@ from .packet import ACK, FIN, PSH, Packet, parse
 from .record import Record
 from .segment import finish
 from .stream import Stream
-from .tier_k import Gift, Lane, Words, direction_number, known
+from .tier_k import Gift, Words, direction_number, known
 from .window import Words as Windows
 
 #: payload of one frame built from a stash
@@ -29,34 +29,6 @@ HISTORY = 64 * 1024
 _MEMO = struct.Struct("=BBBxIIHH")  # flags, direction, scale, isn, origin, window of the SYN
 _NO_SCALE = 255
 _DEFAULT_MSS = 536  # RFC 9293 3.7.1
-
-
-def ready(st: Stream) -> bool:
-    """Whether tier K could go on from here: established, and nothing waits but plain bytes."""
-    return (
-        not st.ooo and not (st.held and st.chunks)
-        and st.base is not None and st.base == st.ver
-        and st.committed_ack is not None and st.fin_done is None and not st.rst_done
-        and st.sfin is None and not st.srst and (st.ssyn is None or st.ssyn.twin)
-        and not st.stuck and not st.asked and not st.unverifiable
-        and not st.unfit and not st.surg
-        and st.windows.shrunk is None and known(st.key)
-    )  # fmt: skip
-
-
-def young(st: Stream) -> bool:
-    """Whether the handshake is all that has been: what comes next comes after a round trip."""
-    return st.isn is not None and st.base == (st.isn + 1) & MASK
-
-
-def said(st: Stream) -> int:
-    """Bytes that the guest has said."""
-    return 0 if st.base is None else diff(st.base, st.origin)
-
-
-def waits_since(st: Stream) -> int:
-    """Since when anything of a ready stream waits; 0: nothing does."""
-    return st.held[0][2] if st.held else st.svm_since()
 
 
 def _plain(p: Packet) -> bool:
@@ -71,122 +43,6 @@ def _plain(p: Packet) -> bool:
         and l4 == (34 if frame[14] >> 4 == 4 else 54)
         and (size == 20 or (size == 32 and frame[l4 + 20 : l4 + 24] == b"\x01\x01\x08\x0a"))
     )
-
-
-def pack(st: Stream, epoch: int) -> Gift | None:
-    """A ready stream for Fast.give(); None: not plain, or no window is known yet."""
-    assert st.base is not None and st.committed_ack is not None
-    s_ack = later(st.sack, st.committed_ack)
-    w = st.windows.words(st.committed_ack, s_ack)
-    if w is None:
-        return None
-    p_ack, p_win, nxt = st.committed_ack, w.pvm, st.base
-    parts: list[bytes] = []
-    header, l4, size, ahead, mss = b"", 0, 0, abi.SIDE_PVM, 0
-    for rec, p, _ in st.held:
-        if not _plain(p) or (l4 and p.off - p.l4 != size):
-            return None
-        known = diff(nxt, p.seq)  # sent again while it waited: once is enough
-        if not 0 <= known <= diff(nxt, st.base):
-            return None
-        fresh = p.frame[p.off + known : p.end]
-        parts.append(fresh)
-        nxt = (nxt + len(fresh)) & MASK
-        l4, size = p.l4, p.off - p.l4
-        if diff(p.ack, p_ack) >= 0:
-            p_ack, p_win, header = p.ack, p.window, p.frame[: p.off]
-        mss = max(mss, rec.gso_size or p.end - p.off)
-    if st.held and not header:
-        return None
-    for frame, off, end, _ in st.chunks:
-        parts.append(frame[off:end])
-        nxt = (nxt + end - off) & MASK
-        ahead = abi.SIDE_SVM
-    past = min(st.hist.size, HISTORY)
-    stash = st.hist.back(past, past) + b"".join(parts)
-    if len(stash) > abi.STASH // 2:
-        return None
-    scale, pending = _NO_SCALE if w.scale is None else w.scale, diff(p_ack, s_ack) > 0
-    memo = _MEMO.pack(
-        st.isn is not None, direction_number(st.direction), scale, st.isn or 0, st.origin, w.syn, 0
-    )
-    return Gift(
-        abi.GIVE.pack(
-            epoch, st.base, p_ack, s_ack, st.committed_ack, p_win, w.svm, w.told, mss, nxt,
-            (st.base - past) & MASK, ahead, pending, l4, size, header, memo,
-        ),
-        stash,
-        pending,
-        waits_since(st),
-    )  # fmt: skip
-
-
-def given(st: Stream) -> None:
-    """Tier K has the stream, and what waited in it."""
-    host = st.host
-    for rec, _, _ in st.held:
-        host.pvm_packets -= 1
-        host.pvm_bytes -= len(rec.frame)
-    st.held.clear()
-    st.head_ok = None
-    host.svm_packets -= len(st.chunks)
-    st.chunks.clear()
-
-
-def probe(key: FlowKey, words: Words) -> Packet:
-    """A frame of the connection, for the policy to judge."""
-    return _frame(key, words, words.rel, b"", 0)[1]
-
-
-def recall(st: Stream, words: Words, now_ns: int) -> None:
-    """Let an empty or given stream go on from what the kernel had."""
-    has_isn, _, scale, isn, origin, syn, _ = _MEMO.unpack_from(words.memo)
-    st.isn, st.origin = (isn if has_isn else None), origin
-    st.epoch = words.epoch
-    known = 0 if st.ver is None else (st.ver - words.rel + len(words.history)) & MASK
-    if known > len(words.history):
-        st.hist.clear()  # there is a hole between what is in it and what tier K has kept
-        known = 0
-    st.hist.add(words.history[known:])
-    st.host.charge_history(st)
-    st.base = st.ver = st.send = words.rel
-    st.committed_ack, st.sack = words.out_ack, words.s_ack
-    ack = None
-    if words.header:
-        ack = _frame(st.key, words, words.rel, b"", 0)
-    st.windows.resume(
-        Windows(
-            None if scale == _NO_SCALE else scale, syn, words.p_win, words.s_win, words.out_win
-        ),
-        (words.p_ack, words.s_ack, words.out_ack),
-        ack if words.out_win < words.p_win else None,
-    )
-    host = st.host
-    since = words.since_ns or now_ns
-    waits = words.fin if words.fin is not None and diff(words.fin, words.rel) >= 0 else None
-    if words.fin is not None and waits is None:
-        st.fin_done = words.fin
-    if waits is not None and not words.pvm_ahead:
-        st.sfin, st.sfin_at = waits, since
-    if words.stash and not words.pvm_ahead:
-        for at in range(0, len(words.stash), PIECE):
-            piece = words.stash[at : at + PIECE]
-            rec, p = _frame(st.key, words, (words.rel + at) & MASK, piece, 0)
-            st.chunks.append((rec.frame, p.off, p.end, since))
-            host.svm_packets += 1
-        st.send = (words.rel + len(words.stash)) & MASK
-    elif words.stash:
-        for at in range(0, len(words.stash), PIECE):
-            piece = words.stash[at : at + PIECE]
-            last = at + PIECE >= len(words.stash)
-            flags = PSH | FIN if last and waits is not None else PSH
-            st.hold(*_frame(st.key, words, (words.rel + at) & MASK, piece, flags), since)
-    elif waits is not None and words.pvm_ahead:
-        st.hold(*_frame(st.key, words, waits, b"", FIN), since)
-    if words.pending and not (words.pvm_ahead and st.held) and ack is not None:
-        st.hold(*ack, since)
-    if (st.held or st.chunks or st.sfin is not None) and not st.when:
-        host.arm(st, since + host.timeout_ns)
 
 
 def _frame(
@@ -213,4 +69,144 @@ def _header(key: FlowKey) -> bytes:
     return bytes(12) + ip + key[-4:] + bytes(8) + b"\x50" + bytes(7)
 
 
-LANE = Lane(ready, young, said, waits_since, pack, given, recall, probe)
+class TcpCodec:
+    """offload_port.OffloadCodec of TCP streams."""
+
+    def ready(self, st: Stream) -> bool:
+        """Whether tier K could go on from here: established, and nothing waits but plain bytes."""
+        sent, theirs = st.sent, st.theirs
+        return (
+            not theirs.ooo and not (st.held and theirs.chunks)
+            and sent.base is not None and sent.base == sent.ver
+            and sent.committed_ack is not None and not sent.over()
+            and theirs.sfin is None and not theirs.srst
+            and (theirs.ssyn is None or theirs.ssyn.twin)
+            and not st.stuck and not st.asked and not st.unverifiable
+            and not st.marks.unfit and not theirs.surg
+            and st.windows.shrunk is None and known(st.key)
+        )  # fmt: skip
+
+    def young(self, st: Stream) -> bool:
+        """Whether the handshake is all that has been: what comes next comes after a round trip."""
+        return st.sent.isn is not None and st.sent.base == (st.sent.isn + 1) & MASK
+
+    def said(self, st: Stream) -> int:
+        """Bytes that the guest has said."""
+        return 0 if st.sent.base is None else diff(st.sent.base, st.sent.origin)
+
+    def waits_since(self, st: Stream) -> int:
+        """Since when anything of a ready stream waits; 0: nothing does."""
+        return st.held[0][2] if st.held else st.svm_since()
+
+    def pack(self, st: Stream, epoch: int) -> Gift | None:
+        """A ready stream for Fast.give(); None: not plain, or no window is known yet."""
+        assert st.sent.base is not None and st.sent.committed_ack is not None
+        s_ack = later(st.theirs.sack, st.sent.committed_ack)
+        w = st.windows.words(st.sent.committed_ack, s_ack)
+        if w is None:
+            return None
+        p_ack, p_win, nxt = st.sent.committed_ack, w.pvm, st.sent.base
+        parts: list[bytes] = []
+        header, l4, size, ahead, mss = b"", 0, 0, abi.SIDE_PVM, 0
+        for rec, p, _ in st.held:
+            if not _plain(p) or (l4 and p.off - p.l4 != size):
+                return None
+            known = diff(nxt, p.seq)  # sent again while it waited: once is enough
+            if not 0 <= known <= diff(nxt, st.sent.base):
+                return None
+            fresh = p.frame[p.off + known : p.end]
+            parts.append(fresh)
+            nxt = (nxt + len(fresh)) & MASK
+            l4, size = p.l4, p.off - p.l4
+            if diff(p.ack, p_ack) >= 0:
+                p_ack, p_win, header = p.ack, p.window, p.frame[: p.off]
+            mss = max(mss, rec.gso_size or p.end - p.off)
+        if st.held and not header:
+            return None
+        for frame, off, end, _ in st.theirs.chunks:
+            parts.append(frame[off:end])
+            nxt = (nxt + end - off) & MASK
+            ahead = abi.SIDE_SVM
+        past = min(st.sent.hist.size, HISTORY)
+        stash = st.sent.hist.back(past, past) + b"".join(parts)
+        if len(stash) > abi.STASH // 2:
+            return None
+        scale, pending = _NO_SCALE if w.scale is None else w.scale, diff(p_ack, s_ack) > 0
+        memo = _MEMO.pack(
+            st.sent.isn is not None,
+            direction_number(st.direction),
+            scale,
+            st.sent.isn or 0,
+            st.sent.origin,
+            w.syn,
+            0,
+        )
+        return Gift(
+            abi.GIVE.pack(
+                epoch, st.sent.base, p_ack, s_ack, st.sent.committed_ack, p_win, w.svm, w.told, mss,
+                nxt, (st.sent.base - past) & MASK, ahead, pending, l4, size, header, memo,
+            ),
+            stash,
+            pending,
+            self.waits_since(st),
+        )  # fmt: skip
+
+    def given(self, st: Stream) -> None:
+        """Tier K has the stream, and what waited in it."""
+        st.unhold()
+        st.host.ledger.discharge_svm(len(st.theirs.chunks))
+        st.theirs.chunks.clear()
+
+    def recall(self, st: Stream, words: Words, now_ns: int) -> None:
+        """Let an empty or given stream go on from what the kernel had."""
+        has_isn, _, scale, isn, origin, syn, _ = _MEMO.unpack_from(words.memo)
+        st.sent.isn, st.sent.origin = (isn if has_isn else None), origin
+        st.epoch = words.epoch
+        known = 0 if st.sent.ver is None else (st.sent.ver - words.rel + len(words.history)) & MASK
+        if known > len(words.history):
+            st.sent.hist.clear()  # there is a hole between what is in it and what tier K has kept
+            known = 0
+        st.sent.hist.add(words.history[known:])
+        st.host.histories.charge(st.sent.hist)
+        st.sent.base = st.sent.ver = st.theirs.send = words.rel
+        st.sent.committed_ack, st.theirs.sack = words.out_ack, words.s_ack
+        ack = None
+        if words.header:
+            ack = _frame(st.key, words, words.rel, b"", 0)
+        st.windows.resume(
+            Windows(
+                None if scale == _NO_SCALE else scale, syn, words.p_win, words.s_win, words.out_win
+            ),
+            (words.p_ack, words.s_ack, words.out_ack),
+            ack if words.out_win < words.p_win else None,
+        )
+        host = st.host
+        since = words.since_ns or now_ns
+        waits = words.fin if words.fin is not None and diff(words.fin, words.rel) >= 0 else None
+        if words.fin is not None and waits is None:
+            st.sent.fin_done = words.fin
+        if waits is not None and not words.pvm_ahead:
+            st.theirs.sfin, st.theirs.sfin_at = waits, since
+        if words.stash and not words.pvm_ahead:
+            for at in range(0, len(words.stash), PIECE):
+                piece = words.stash[at : at + PIECE]
+                rec, p = _frame(st.key, words, (words.rel + at) & MASK, piece, 0)
+                st.theirs.chunks.append((rec.frame, p.off, p.end, since))
+                host.ledger.charge_svm()
+            st.theirs.send = (words.rel + len(words.stash)) & MASK
+        elif words.stash:
+            for at in range(0, len(words.stash), PIECE):
+                piece = words.stash[at : at + PIECE]
+                last = at + PIECE >= len(words.stash)
+                flags = PSH | FIN if last and waits is not None else PSH
+                st.hold(*_frame(st.key, words, (words.rel + at) & MASK, piece, flags), since)
+        elif waits is not None and words.pvm_ahead:
+            st.hold(*_frame(st.key, words, waits, b"", FIN), since)
+        if words.pending and not (words.pvm_ahead and st.held) and ack is not None:
+            st.hold(*ack, since)
+        if (st.held or st.theirs.chunks or st.theirs.sfin is not None) and not st.when:
+            host.timers.arm(st, since + host.timeout_ns)
+
+    def probe(self, key: FlowKey, words: Words) -> Packet:
+        """A frame of the connection, for the policy to judge."""
+        return _frame(key, words, words.rel, b"", 0)[1]

@@ -10,10 +10,10 @@ checkpoint that compare_timeout asks for.
 from __future__ import annotations
 
 import struct
-from collections import deque
 from dataclasses import dataclass, field
 
-from .comparer import Held, Host
+from .comparer import Host
+from .held_queue import Held, HeldQueue
 from .packet import Packet, parse
 from .policy import Verdict
 from .reasons import Cause
@@ -35,7 +35,6 @@ class _Set:
     """One datagram in assembly."""
 
     pieces: dict[int, bytes] = field(default_factory=dict)  # offset in bytes -> payload
-    waiting: list[Held] = field(default_factory=list)  # fragments of the PVM not yet released
     total: int | None = None
     first: bytes = b""  # the frame at offset 0, up to its payload
     l3: int = 0
@@ -99,42 +98,38 @@ def _ident(p: Packet) -> _Key:
 class Fragments:
     """Both guests' datagrams in assembly. To the engine it is a flow whose frames wait."""
 
-    key = b""
-    direction = ""
-
-    def __init__(self, host: Host, verdict: Verdict) -> None:
-        self.host, self.verdict = host, verdict
-        self.epoch = host.epoch
-        self.last = self.when = 0
+    def __init__(self, host: Host, epoch: int, verdict: Verdict) -> None:
+        self.host, self.outbox, self.verdict, self.epoch = host, host.outbox, verdict, epoch
+        self.when = 0
         self.asked = False
         self._pvm: dict[_Key, _Set] = {}
         self._svm: dict[_Key, _Set] = {}
+        self._waiting: dict[_Key, HeldQueue] = {}  # fragments of the PVM not yet released
 
     # -- frames
 
     def pvm(self, rec: Record, p: Packet, now_ns: int) -> Record | None:
         """A fragment of the PVM. The whole datagram, which leaves as its parts, if it is that."""
         host = self.host
-        if host.pvm_packets >= host.max_packets or host.pvm_bytes >= host.max_bytes:
-            host.count("queue_full_dropped")
-            host.ask(Cause.QUEUE_FULL, self)
+        if not host.ledger.room():
+            self.outbox.count("queue_full_dropped")
+            self.outbox.request(Cause.QUEUE_FULL, self)
             return None
         key = _ident(p)
         s = self._pvm.setdefault(key, _Set(since=now_ns))
         s.add(p)
-        s.waiting.append((rec, p, now_ns))
-        host.pvm_packets += 1
-        host.pvm_bytes += len(rec.frame)
+        waiting = self._waiting.get(key)
+        if waiting is None:
+            waiting = self._waiting[key] = HeldQueue(host.ledger)
+        waiting.push(rec, p, now_ns)
         frame = s.whole()
         if frame is None:
             if not self.when:
-                host.arm(self, now_ns + host.timeout_ns)
+                host.timers.arm(self, now_ns + host.timeout_ns)
             return None
-        del self._pvm[key]
-        parts = tuple(r for r, _, _ in s.waiting)
-        host.pvm_packets -= len(parts)
-        host.pvm_bytes -= sum(len(r.frame) for r in parts)
-        host.count("datagrams_assembled")
+        del self._pvm[key], self._waiting[key]
+        parts = tuple(r for r, _, _ in waiting.drain())
+        self.outbox.count("datagrams_assembled")
         # TCP may have to leave in other segments than these: then as a GSO frame of their size
         gso = max(536, max(map(len, s.pieces.values())) - 60) if p.proto == 6 else 0
         return Record(frame, rec.ts_ns, gso_size=gso, sent=all(r.sent for r in parts), parts=parts)
@@ -145,20 +140,19 @@ class Fragments:
         key = _ident(p)
         s = self._svm.get(key)
         if s is None:
-            if host.svm_packets >= host.max_packets:
-                host.count("svm_queue_full_dropped")
-                host.ask(Cause.QUEUE_FULL, self)
+            if not host.ledger.admit_svm():
+                self.outbox.count("svm_queue_full_dropped")
+                self.outbox.request(Cause.QUEUE_FULL, self)
                 return None
             s = self._svm[key] = _Set(since=now_ns)
-            host.svm_packets += 1
         s.add(p)
         frame = s.whole()
         if frame is None:
             if not self.when:
-                host.arm(self, now_ns + host.timeout_ns)
+                host.timers.arm(self, now_ns + host.timeout_ns)
             return None
         del self._svm[key]
-        host.svm_packets -= 1
+        host.ledger.discharge_svm()
         return parse(frame)
 
     def commit(self, p: Packet, now_ns: int) -> None:
@@ -169,7 +163,7 @@ class Fragments:
         if s.whole() is not None or s.broken:
             del self._pvm[key]
         elif len(self._pvm) > MAX_COMMITTED:
-            old = next((k for k, t in self._pvm.items() if not t.waiting), None)
+            old = next((k for k, t in self._pvm.items() if k not in self._waiting), None)
             if old is not None:
                 del self._pvm[old]
 
@@ -179,18 +173,23 @@ class Fragments:
         """The flow's name for people."""
         return "fragments"
 
+    def service(self) -> tuple[str, int]:
+        """Protocol and port: it has none."""
+        return "fragment", 0
+
     @property
-    def held(self) -> deque[Held]:
+    def held(self) -> list[Held]:
         """What waits, oldest first."""
-        return deque(sorted((h for s in self._pvm.values() for h in s.waiting), key=lambda h: h[2]))
+        sets = (self._waiting[key] for key in self._pvm if key in self._waiting)
+        return sorted((h for waiting in sets for h in waiting), key=lambda h: h[2])
 
     def unhold(self) -> list[Held]:
-        """Give up the frames that wait; the caller counts them. What has left stays known."""
-        held = list(self.held)
-        for key in [k for k, s in self._pvm.items() if s.waiting]:
+        """Give up the frames that wait. What has left stays known."""
+        held = self.held
+        for key in [k for k in self._pvm if k in self._waiting]:
             s = self._pvm.pop(key)
             kept = _Set(since=s.since)
-            offsets = {self._offset(p) for _, p, _ in s.waiting}
+            offsets = {self._offset(p) for _, p, _ in self._waiting.pop(key).drain()}
             kept.pieces = {o: b for o, b in s.pieces.items() if o not in offsets}
             if kept.pieces:
                 if 0 in kept.pieces:
@@ -201,32 +200,42 @@ class Fragments:
                 self._pvm[key] = kept
         return held
 
+    def defer(self) -> list[Held]:
+        """A checkpoint begins, which decides about the frames that wait."""
+        return self.unhold()
+
     @staticmethod
     def _offset(p: Packet) -> int:
         v4 = p.frame[p.l3] >> 4 == 4
         return (p.seq & 0x1FFF) * 8 if v4 else p.seq & 0xFFF8
 
     def new_epoch(self, epoch: int) -> None:
-        """The SVM is a copy of a PVM that has sent what left. The engine resets its counts."""
+        """The SVM is a copy of a PVM that has sent what left."""
         self.epoch = epoch
         self.asked = False
+        self.forget_svm()
+
+    def forget_svm(self) -> None:
+        """Forget what the SVM said."""
+        self.host.ledger.discharge_svm(len(self._svm))
         self._svm.clear()
 
     def begin(self) -> None:
         """After the checkpoint's frames have left: the SVM will send the rest of these."""
         for key, s in self._pvm.items():
-            copy = _Set(dict(s.pieces), [], s.total, s.first, s.l3, s.broken, s.since)
+            copy = _Set(dict(s.pieces), s.total, s.first, s.l3, s.broken, s.since)
             self._svm[key] = copy
-            self.host.svm_packets += 1
+            self.host.ledger.charge_svm()
 
     def expire(self, now_ns: int) -> int:
         """Ask if a datagram is in pieces for too long; the next deadline, 0 for none."""
         t = self.host.timeout_ns
         for key in [k for k, s in self._svm.items() if s.since + t <= now_ns]:
             del self._svm[key]
-            self.host.svm_packets -= 1
-            self.host.count("svm_datagram_expired")
-        for key in [k for k, s in self._pvm.items() if not s.waiting and s.since + t <= now_ns]:
+            self.host.ledger.discharge_svm()
+            self.outbox.count("svm_datagram_expired")
+        left = [k for k, s in self._pvm.items() if k not in self._waiting and s.since + t <= now_ns]
+        for key in left:
             del self._pvm[key]
         waits = self.held
         due = [s.since + t for s in self._svm.values()]
@@ -237,7 +246,7 @@ class Fragments:
                     self.asked = True
                     rec = waits[0][0]
                     evidence = Evidence(pvm=rec.frame[14:78], pvm_frame=rec)
-                    self.host.ask(Cause.COMPARE_TIMEOUT, self, evidence)
+                    self.outbox.request(Cause.COMPARE_TIMEOUT, self, evidence)
                 due[-1] = now_ns + t
         return min(due) if due else 0
 

@@ -13,16 +13,15 @@ All times are CLOCK_MONOTONIC ns.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from collections.abc import Callable
 
-from . import fastgram, fastpath
-from .comparer import Comparer, Host
-from .datagram import DatagramFlow
-from .flows import GIVEN
+from .compared import ComparedFlow
+from .comparer import Comparer, Outbox
+from .offload_port import Brake
+from .offloaded import OffloadedFlow
 from .record import Record
-from .stream import Stream
-from .tier_k import Answer, Fast, Lane, Words
+from .tier_k import Answer, Fast, Words
+from .timers import Clock
 
 #: settled batches before a connection is offered to the kernel, and at most between two stays there
 OFFER_AFTER, MAX_PATIENCE = 12, 256
@@ -40,49 +39,32 @@ BRAKE_NS, BRAKE_FRAMES, BRAKE_BYTES = 20_000_000, 512, 8 << 20
 BRAKE_STREAMS = 16
 
 
-#: a comparer that tier K can have
-FastFlow = Stream | DatagramFlow
-_LANES: dict[type, Lane[Any]] = {Stream: fastpath.LANE, DatagramFlow: fastgram.LANE}
-
-
-class Clock(Host, Protocol):
-    """The engine; `now` is the time of the batch."""
-
-    now: int
-
-
-@dataclass(slots=True)
-class Brake:
-    """Frames of one stream that may leave and are kept back, in order; until when at most."""
-
-    until_ns: int
-    frames: list[Record] = field(default_factory=list)
-    size: int = 0
-
-    def keep(self, rec: Record) -> None:
-        """One more, the last to leave."""
-        self.frames.append(rec)
-        self.size += len(rec.frame)
-
-    def full(self) -> bool:
-        """Whether the guest sends on and on without an ack."""
-        return len(self.frames) > BRAKE_FRAMES or self.size > BRAKE_BYTES
-
-
-def _wait(st: FastFlow) -> int:
+def _wait(st: ComparedFlow) -> int:
     """Settled batches before a flow that the kernel does not know is offered to it."""
-    lane = _LANES[type(st)]
-    return OFFER_SOON if lane.young(st) or lane.said(st) >= OFFER_BYTES else OFFER_AFTER
+    soon = st.codec.young(st) or st.codec.said(st) >= OFFER_BYTES
+    return OFFER_SOON if soon else OFFER_AFTER
+
+
+def _full(brake: Brake) -> bool:
+    """Whether the guest sends on and on without an ack."""
+    return len(brake.frames) > BRAKE_FRAMES or brake.size > BRAKE_BYTES
 
 
 class Giving:
-    """The flows of one engine on their way to tier K."""
+    """The flows of one engine on their way to tier K, and back.
 
-    def __init__(self, host: Clock, fast: Fast) -> None:
-        self._host, self._fast = host, fast
-        self._calm: dict[FastFlow, None] = {}  # anything came in this batch
-        self._braked: list[FastFlow] = []
-        self._back: FastFlow | None = None  # the last that has come back
+    put(flow) puts a flow into the engine's tables, in place of what stands there for it.
+    """
+
+    def __init__(
+        self, clock: Clock, fast: Fast, outbox: Outbox, timeout_ns: int,
+        put: Callable[[Comparer], None],
+    ) -> None:  # fmt: skip
+        self._clock, self._fast, self._outbox = clock, fast, outbox
+        self._timeout_ns, self._put = timeout_ns, put
+        self._calm: dict[ComparedFlow, None] = {}  # anything came in this batch
+        self._braked: list[ComparedFlow] = []
+        self._back: ComparedFlow | None = None  # the last that has come back
 
     def note(self, st: Comparer, rec: Record) -> None:
         """A frame has been taken in; its stream may be settled at the end of the batch.
@@ -90,10 +72,11 @@ class Giving:
         A frame that tier K has not counted, as the connection was locked, has made user space take
         it back: others may be on their way as it was, and no number would tell.
         """
-        if not isinstance(st, Stream | DatagramFlow):
+        st = st.reclaim()  # it has been, by the frame
+        if not isinstance(st, ComparedFlow):
             return
         if rec.captured:
-            st.captured = rec.captured
+            st.offload.captured = rec.captured
         elif st is self._back:
             self._back = None
             return
@@ -108,56 +91,69 @@ class Giving:
         if self._braked:
             self.look()
 
-    def _give(self, calm: dict[FastFlow, None]) -> None:
-        host = self._host
+    def _give(self, calm: dict[ComparedFlow, None]) -> None:
+        now, count = self._clock.now, self._outbox.count
         for st in calm:
-            if st.brake is not None:
+            state = st.offload
+            if state.brake is not None:
                 continue  # look() has it
-            st.calm += 1
-            if st.calm < (st.patience if st.offered else _wait(st)):
+            state.calm += 1
+            if state.calm < (state.patience if state.offered else _wait(st)):
                 continue
-            st.release_part(host.now, False)
-            if st.epoch != host.epoch or not _LANES[type(st)].ready(st):
+            st.release_part(now, False)
+            if not self._ready(st):
                 continue
-            if not st.offered:
-                st.offered, st.calm = self._fast.offer(st.key), 0
-                host.count("fast_offered", st.offered)
-                if not (st.offered and _LANES[type(st)].young(st)):
+            if not state.offered:
+                state.offered, state.calm = self._fast.offer(st.key), 0
+                count("fast_offered", state.offered)
+                if not (state.offered and st.codec.young(st)):
                     continue
             answer = self._gave(st)
             if answer is Answer.TAKEN:
                 continue
-            st.calm -= RETRY
+            state.calm -= RETRY
             if answer is Answer.ON_THEIR_WAY:
-                st.refused += 1
-                if st.refused >= BRAKE_AFTER and len(self._braked) < BRAKE_STREAMS:
-                    st.brake = Brake(host.now + BRAKE_NS)
+                state.refused += 1
+                if state.refused >= BRAKE_AFTER and len(self._braked) < BRAKE_STREAMS:
+                    st.outbox = state.brake = Brake(st.outbox, now + BRAKE_NS)
                     self._braked.append(st)
-                    host.count("fast_braked")
+                    count("fast_braked")
 
-    def _gave(self, st: FastFlow) -> Answer:
+    def _ready(self, st: ComparedFlow) -> bool:
+        return st.epoch == self._clock.epoch and st.codec.ready(st)
+
+    def _gave(self, st: ComparedFlow) -> Answer:
         """Tier K's answer to a ready flow."""
-        host, lane = self._host, _LANES[type(st)]
-        since = lane.waits_since(st)
-        if since and host.now - since > host.timeout_ns // 2:
+        now, state = self._clock.now, st.offload
+        since = st.codec.waits_since(st)
+        if since and now - since > self._timeout_ns // 2:
             return Answer.NOT_NOW  # the engine would take it back at once
-        gift = lane.pack(st, host.epoch)
+        gift = st.codec.pack(st, self._clock.epoch)
         if gift is None:
             return Answer.NOT_NOW
-        answer = self._fast.give(st.key, gift, st.captured)
+        answer = self._fast.give(st.key, gift, state.captured)
         if answer is Answer.TAKEN:
-            lane.given(st)
-            st.epoch, st.given_ns, st.calm, st.refused = GIVEN, host.now, 0, 0
-            host.count("fast_given")
+            st.codec.given(st)
+            self._calm.pop(st, None)
+            self._put(OffloadedFlow(st, self.reclaim))
+            state.given_ns, state.calm, state.refused = now, 0, 0
+            self._outbox.count("fast_given")
         return answer
 
-    def recalled(self, st: FastFlow, words: Words) -> None:
-        """Tier K had the flow until now: go on from these words."""
-        stay = self._host.now - st.given_ns
-        st.patience = min(2 * st.patience, MAX_PATIENCE) if stay < SHORT_STAY_NS else 1
-        st.offered, st.calm, st.captured = True, 0, words.captured
+    def reclaim(self, st: ComparedFlow, words: Words | None = None) -> None:
+        """Tier K has handed the flow over, or has to. words: what it had, if that is known."""
+        self._put(st)
+        words = self._fast.seize(st.key) if words is None else words
+        if words is None:  # it has forgotten it: as one that is met for the first time
+            st.unknown(self._clock.epoch)
+            return
+        state, now = st.offload, self._clock.now
+        short = now - state.given_ns < SHORT_STAY_NS
+        state.patience = min(2 * state.patience, MAX_PATIENCE) if short else 1
+        state.offered, state.calm, state.captured = True, 0, words.captured
         self._back = st
-        _LANES[type(st)].recall(st, words, self._host.now)
+        st.codec.recall(st, words, now)
+        self._outbox.count("fast_recalled")
 
     # -- the brake
 
@@ -169,23 +165,24 @@ class Giving:
     def look(self) -> None:
         """Give what is braked and can be given now; let go what has been braked for long enough.
         To be called with each batch and with each tick."""
-        host = self._host
+        now = self._clock.now
         for st in self._braked[:]:
-            assert st.brake is not None
-            st.release_part(host.now, False)
-            ready = st.epoch == host.epoch and _LANES[type(st)].ready(st)
-            if ready and self._gave(st) is Answer.TAKEN:
+            brake = st.offload.brake
+            assert brake is not None
+            st.release_part(now, False)
+            if self._ready(st) and self._gave(st) is Answer.TAKEN:
                 self._unbrake(st)
-            elif host.now >= st.brake.until_ns or st.brake.full():
-                st.refused, st.calm = 0, -MAX_PATIENCE
+            elif now >= brake.until_ns or _full(brake):
+                st.offload.refused, st.offload.calm = 0, -MAX_PATIENCE
                 self._unbrake(st)
 
-    def _unbrake(self, st: FastFlow) -> None:
-        brake, st.brake = st.brake, None
-        self._braked.remove(st)
+    def _unbrake(self, st: ComparedFlow) -> None:
+        brake, st.offload.brake = st.offload.brake, None
         assert brake is not None
+        st.outbox = st.host.outbox
+        self._braked.remove(st)
         for rec in brake.frames:
-            self._host.emit(rec, self._host.now)
+            st.outbox.release(rec)
 
     def unbrake_all(self) -> None:
         """What is kept back leaves: it may, and something else happens now."""
@@ -199,5 +196,5 @@ class Giving:
 
     def kept(self) -> tuple[int, int]:
         """Frames that are kept back, and their bytes."""
-        brakes = [st.brake for st in self._braked if st.brake is not None]
+        brakes = [st.offload.brake for st in self._braked if st.offload.brake is not None]
         return sum(len(b.frames) for b in brakes), sum(b.size for b in brakes)

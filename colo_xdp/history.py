@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The last verified bytes of a stream, to compare retransmissions with.
+"""The last verified bytes of each stream, to compare retransmissions with.
 
 Pieces are kept as they came, so that a large frame's payload is not copied again; small
 ones are joined, so that a piece's overhead (some 60 bytes) stays small beside its bytes.
@@ -7,17 +7,21 @@ ones are joined, so that a piece's overhead (some 60 bytes) stays small beside i
 
 from __future__ import annotations
 
+from collections import OrderedDict
+from collections.abc import Callable
+
 JOIN = 8192  # bytes: pieces shorter than this are joined
 
 
 class History:
     """A byte string that grows at its end and is cut at both."""
 
-    __slots__ = ("_pieces", "size")
+    __slots__ = ("_pieces", "charged", "size")
 
     def __init__(self) -> None:
         self._pieces: list[bytes | bytearray] = []  # a deque takes 600 bytes when empty
         self.size = 0
+        self.charged = 0  # bytes that the budget has charged it with
 
     def __len__(self) -> int:
         return self.size
@@ -80,3 +84,44 @@ class History:
             if len(out) >= n:
                 break
         return bytes(out)
+
+
+class HistoryBudget:
+    """How much is kept of all streams: `each` of one, and a quarter of slack, `total` of all.
+
+    evicted() is called when a stream's history is given up for those of others.
+    """
+
+    def __init__(self, each: int, total: int, evicted: Callable[[], None]) -> None:
+        self._each, self._total, self._evicted = each, total, evicted
+        self._histories: OrderedDict[History, None] = OrderedDict()  # the last to grow at the end
+        self.charged = 0
+
+    def charge(self, history: History) -> None:
+        """One has outgrown what it is charged with: charge it with more, or trim it."""
+        full = self._each + self._each // 4
+        n = history.size
+        if n > full:
+            history.trim(self._each)
+            n = history.size
+        charged = max(n, min(max(2 * history.charged, 4096), full))
+        self.charged += charged - history.charged
+        history.charged = charged
+        self._histories[history] = None
+        self._histories.move_to_end(history)
+        while self.charged > self._total and len(self._histories) > 1:
+            self._evicted()
+            self.drop(next(iter(self._histories)))
+
+    def drop(self, history: History) -> None:
+        """Give up what is kept in it."""
+        if history.charged:
+            self.charged -= history.charged
+            history.charged = 0
+            history.clear()
+            del self._histories[history]
+
+    def clear(self) -> None:
+        """All streams are forgotten."""
+        self._histories.clear()
+        self.charged = 0

@@ -8,8 +8,7 @@ guests have gone apart. A SVM that is slow has said nothing instead.
 
 from __future__ import annotations
 
-from .datagram import DatagramFlow
-from .stream import Stream
+from .compared import ComparedFlow
 from .tier_k import is_stream, known
 
 #: how long both have to be alone: so late, and in another order, frames of one guest seldom are
@@ -17,11 +16,8 @@ ALONE_NS = 50_000_000
 #: flows that are looked at; more wait for compare_timeout
 MAX_OPENINGS = 256
 
-#: a comparer of a flow that has ports
-Opened = Stream | DatagramFlow
 
-
-def _service(flow: Opened) -> bytes | None:
+def _service(flow: ComparedFlow) -> bytes | None:
     """The flow's key without the guest's port; None: it has none, or tags."""
     key = flow.key
     if not known(key):
@@ -35,10 +31,10 @@ class Openings:
     """Young flows by the service that they are to."""
 
     def __init__(self) -> None:
-        self._by: dict[bytes, dict[Opened, int]] = {}
+        self._by: dict[bytes, dict[ComparedFlow, int]] = {}
         self._count = 0
 
-    def note(self, flow: Opened, now_ns: int) -> None:
+    def note(self, flow: ComparedFlow, now_ns: int) -> None:
         """A flow that one of the guests has just opened."""
         if flow.direction != "out" or self._count >= MAX_OPENINGS:
             return
@@ -52,14 +48,14 @@ class Openings:
         self._by.clear()
         self._count = 0
 
-    def apart(self, now_ns: int, timeout_ns: int) -> list[Opened]:
+    def apart(self, now_ns: int, timeout_ns: int) -> list[ComparedFlow]:
         """The PVM's flows that the SVM has opened from another port."""
         found = []
         for service, flows in list(self._by.items()):
-            mine: list[Opened] = []
+            mine: list[ComparedFlow] = []
             theirs = 0
             for flow, since in list(flows.items()):
-                pvm, svm = bool(flow.held), self._svm_waits(flow)
+                pvm, svm = bool(flow.held), bool(flow.svm_since())
                 if pvm == svm or now_ns - since > timeout_ns:
                     del flows[flow]  # both have, nothing waits any more, or it is asked for
                     self._count -= 1
@@ -73,7 +69,3 @@ class Openings:
             if not flows:
                 del self._by[service]
         return found
-
-    @staticmethod
-    def _svm_waits(flow: Opened) -> bool:
-        return bool(flow.copies if isinstance(flow, DatagramFlow) else flow.svm_since())

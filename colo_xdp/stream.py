@@ -10,34 +10,61 @@ The rules are I1 (bytes), I2 (acks) and I3 (flags) of the design:
     ver..send   bytes the SVM produced and the PVM not yet, in `chunks`
     ooo         what the SVM produced beyond a hole (or before ver is known)
 
-A verified byte moves from `chunks` to `hist` at once, so that no byte is compared
-twice however the two guests cut their segments; retransmissions are then compared
-with `hist`. Held frames leave in the order they came, with the windows that window.py
-allows. QEMU's net/colo-compare.c compares neither flags nor bytes below its position.
-What the SVM says is taken in by twin.py.
+The first two are in `sent` (released.py), the others in `theirs` (twin.py). A verified byte moves
+from `chunks` to `hist` at once, so that no byte is compared twice however the two guests cut their
+segments; retransmissions are then compared with `hist`. Held frames leave in the order they came,
+with the windows that window.py allows. QEMU's net/colo-compare.c compares neither flags nor bytes
+below its position.
 """
 
 from __future__ import annotations
 
+from typing import Self
+
 from ._seq import HALF, MASK, diff, later
-from .comparer import BEFORE, CONTEXT
-from .flow import describe_tcp
-from .marked import Marked
-from .marks import USUAL_HEADERS, is_signed, reserved, urgent_position
-from .packet import ACK, CWR, ECE, FIN, RST, SYN, URG, Packet, tcp_options
+from .compared import ComparedFlow
+from .comparer import BEFORE, CONTEXT, Host
+from .flow import FlowKey, describe_tcp, tcp_port
+from .held_queue import Held
+from .limits import NEVER
+from .marked import SIGNED_PART_NS, Marks, syns_differ
+from .marks import FAR, SPARE, USUAL_HEADERS, ip_id, is_signed, reserved, urgent_position
+from .offload_port import OffloadCodec
+from .packet import ACK, CWR, FIN, RST, SYN, URG, Packet
+from .policy import Verdict
 from .reasons import Cause
 from .record import NO_EVIDENCE, Evidence, Record
+from .released import UNPROVEN, ReleasedStream
 from .segment import split
-from .twin import FLAGS, MAX_RSTS, rst_id
+from .twin import Push, SvmStream, rst_id
+from .window import WindowGate
 
+FLAGS = FIN | SYN | RST
+_STORED = Push.STORED
 #: how long a verified part of a frame that is smaller than a segment waits for the rest
 PART_NS = 5_000_000
 
 
-class Stream(Marked):
+class Stream(ComparedFlow):
     """One connection, one direction: what the guest sends."""
 
-    __slots__ = ()
+    __slots__ = (
+        "head_ok", "marks", "sent", "spared", "stuck", "theirs", "unverifiable", "windows",
+    )  # fmt: skip
+
+    def __init__(
+        self, host: Host, key: FlowKey, epoch: int, verdict: Verdict, direction: str,
+        codec: OffloadCodec[Self],
+    ) -> None:  # fmt: skip
+        super().__init__(host, key, epoch, verdict, direction, codec)
+        self.sent = ReleasedStream()
+        self.theirs = SvmStream(host.ledger)
+        self.windows = WindowGate()
+        self.marks = Marks()
+        self.spared = 0  # IP ids given out
+        self.head_ok: int | None = None  # the head is verified up to here
+        self.unverifiable = False
+        self.stuck = False  # a difference is proven: nothing leaves before the checkpoint
 
     # -- the engine's side
 
@@ -45,22 +72,73 @@ class Stream(Marked):
         """The flow's name for people."""
         return describe_tcp(self.key)
 
+    def service(self) -> tuple[str, int]:
+        """Protocol and the service's port."""
+        return "tcp", tcp_port(self.key)
+
+    def closed(self) -> bool:
+        """The guest has closed or reset it; what comes now are stragglers."""
+        return self.sent.over()
+
+    def new_epoch(self, epoch: int) -> None:
+        """Forget what the SVM of the old epoch said (I7)."""
+        self.epoch = epoch
+        self.marks.deaf = False  # a copy has the same numbers: nothing is translated any more
+        self.windows.new_epoch()
+        self.asked = self.stuck = False
+        self.unverifiable = False
+        self.head_ok = None
+        self.forget_svm()
+        self.sent.roll_back()
+        self.theirs.send = self.sent.ver
+
+    def unknown(self, epoch: int) -> None:
+        """Forget everything, as of a connection that is met for the first time."""
+        self.sent.forget()
+        self.windows = WindowGate()
+        super().unknown(epoch)
+
+    def removed(self) -> None:
+        """The flow is out of the tables: nobody asks for its past."""
+        self.host.histories.drop(self.sent.hist)
+
+    def unhold(self) -> list[Held]:
+        """Give up the frames that wait."""
+        self.head_ok = None
+        return self.held.drain()
+
+    def svm_since(self) -> int:
+        """Arrival of the oldest thing the SVM sent and the PVM did not; 0 if none."""
+        return self.theirs.since()
+
+    def forget_svm(self) -> None:
+        """Forget what the SVM said, and has not been released."""
+        self.theirs.forget()
+
+    def spare_ids(self, p: Packet, n: int) -> int:
+        """See SpareIds. Half the numbers away: a guest that counts gets there last, and one that
+        draws its ids (RFC 7739) as seldom there as anywhere."""
+        first = ip_id(p) + FAR + self.spared
+        self.spared = (self.spared + n) % SPARE
+        return first & 0xFFFF
+
     def expire(self, now_ns: int) -> int:
         """Ask if the head or the SVM's surplus is too old; the next deadline, 0 for none."""
         self.release_part(now_ns, False)
         t = self.host.timeout_ns
-        head = self.held[0][2] if self.held else 0
+        frames = self.held.frames
+        head = frames[0][2] if frames else 0
         ahead = self.svm_since()
         if not head and not ahead:
             return 0
         due = min(x for x in (head, ahead) if x) + t
-        if self.signed and head and not self.asked:
+        if self.marks.signed and head and not self.asked:
             due = min(due, self._signed_due(now_ns))
         if due > now_ns:
             return due
         if not self.asked:
             if head and (head <= ahead or not ahead):
-                p = self.held[0][1]
+                p = frames[0][1]
                 cause = Cause.COMPARE_TIMEOUT
                 if self.unverifiable:
                     cause = Cause.RETRANSMIT_UNVERIFIABLE
@@ -80,14 +158,14 @@ class Stream(Marked):
             return
         self.asked = True
         evidence = NO_EVIDENCE
-        if not svm_frame and self.chunks:
-            svm_frame = self.chunks[0][0]
+        if not svm_frame and self.theirs.chunks:
+            svm_frame = self.theirs.chunks[0][0]
         if p is not None:
             o = p.off + (0 if at is None else max(0, diff(at, p.seq)))
             before = p.frame[max(p.off, o - BEFORE) : o]
             rec = next((h[0] for h in self.held if h[1] is p), None)
             evidence = Evidence(
-                ((p.seq if at is None else at) - self.origin) & MASK,
+                ((p.seq if at is None else at) - self.sent.origin) & MASK,
                 len(before),
                 p.frame[o - len(before) : min(o + CONTEXT, p.end)],
                 before + svm,
@@ -96,7 +174,15 @@ class Stream(Marked):
             )
         elif svm or svm_frame:
             evidence = Evidence(svm=svm, svm_frame=svm_frame)
-        self.host.ask(cause, self, evidence)
+        self.outbox.request(cause, self, evidence)
+
+    def _differ(
+        self, cause: Cause, p: Packet, at: int | None = None, svm: bytes = b"",
+        svm_frame: bytes = b"",
+    ) -> bool:  # fmt: skip
+        self.stuck = True
+        self.ask(cause, p, at, svm, svm_frame)
+        return False
 
     # -- the PVM's frames
 
@@ -104,68 +190,64 @@ class Stream(Marked):
         """A frame of the PVM in the current epoch: release it, hold it, or ask."""
         if p.off - p.l4 not in USUAL_HEADERS and is_signed(p):
             self._sign(p)
-        if not self.held and not self.stuck and not self._dry(p) and self._ready(p):
+        held = self.held
+        if not held.frames and not self.stuck and not self._dry(p) and self._ready(p):
             self._settle(p)
-            self._emit(rec, p, now_ns)
+            self._emit(rec, p)
             return
         host = self.host
-        if host.pvm_packets >= host.max_packets or host.pvm_bytes >= host.max_bytes:
+        if not held.offer(rec, p, now_ns):
             # like loss on the network: the guest sends it again
-            host.count("queue_full_dropped")
-            host.ask(Cause.QUEUE_FULL, self)
-            if not self.held:
+            self.outbox.count("queue_full_dropped")
+            self.outbox.request(Cause.QUEUE_FULL, self)
+            if not held.frames:
                 self.head_ok = None
-            return
-        self.hold(rec, p, now_ns)
+        elif not self.when:
+            host.timers.arm(self, now_ns + host.timeout_ns)
 
     def _dry(self, p: Packet) -> bool:
         """Plain new bytes, and nothing of the SVM to compare them with. Only for speed."""
+        theirs, sent = self.theirs, self.sent
         return (
-            not self.chunks and p.seq == self.ver and p.off != p.end and not p.flags & FLAGS
-            and not self.srst and self.sfin is None and self.fin_done is None
+            not theirs.chunks and p.seq == sent.ver and p.off != p.end and not p.flags & FLAGS
+            and not theirs.srst and theirs.sfin is None and sent.fin_done is None
         )  # fmt: skip
 
     def hold(self, rec: Record, p: Packet, now_ns: int) -> None:
         """Append to the frames that wait, whatever the limit."""
-        host = self.host
-        host.pvm_packets += 1
-        host.pvm_bytes += len(rec.frame)
-        self.held.append((rec, p, now_ns))
+        self.held.push(rec, p, now_ns)
         if not self.when:
-            host.arm(self, now_ns + host.timeout_ns)
+            self.host.timers.arm(self, now_ns + self.host.timeout_ns)
 
     def pump(self, now_ns: int) -> None:
         """Release from the head what has become releasable."""
-        held, host = self.held, self.host
-        while held and not self.stuck:
-            rec, p, _ = held[0]
-            if self._dry(p):
+        held, chunks = self.held, self.theirs.chunks
+        frames = held.frames
+        while frames and not self.stuck:
+            rec, p, _ = frames[0]
+            if not chunks and self._dry(p):
                 break
             if not self._ready(p):
                 if not self._moot(p):
                     break
-                held.popleft()
-                host.pvm_packets -= 1
-                host.pvm_bytes -= len(rec.frame)
-                host.count("acks_moot")
+                held.pop()
+                self.outbox.count("acks_moot")
                 continue
-            held.popleft()
-            host.pvm_packets -= 1
-            host.pvm_bytes -= len(rec.frame)
+            held.pop()
             self._settle(p)
-            self._emit(rec, p, now_ns)
+            self._emit(rec, p)
 
-    def _emit(self, rec: Record, p: Packet, now_ns: int) -> None:
+    def _emit(self, rec: Record, p: Packet) -> None:
         """Release a frame, with no more window than the SVM honours.
 
         A signed one keeps its own. What the client sends beyond the SVM's window it sends again,
         since the PVM's ack of it waits for the SVM's: that costs time, and a wrong signature more.
         """
-        if not self.signed:
+        if not self.marks.signed:
             rec, cut = self.windows.limit(rec, p, self.spare_ids)
             if cut:
-                self.host.count("window_shrunk")
-        self.leave(rec, now_ns)
+                self.outbox.count("window_shrunk")
+        self.outbox.release(rec)
 
     def release_part(self, now_ns: int, whole_segments: bool) -> bool:
         """Let the verified part of a head that waits for its rest leave as a frame of its own.
@@ -173,32 +255,31 @@ class Stream(Marked):
         The SVM may be waiting for the very acks that this part will bring (see segment.py).
         Returns whether some verified part is still held.
         """
-        v = self.head_ok
-        if not self.held or self.stuck or v is None:
+        v, frames = self.head_ok, self.held.frames
+        if not frames or self.stuck or v is None:
             return False
-        rec, p, at = self.held[0]
+        rec, p, _ = frames[0]
         n = ready = (v - p.seq) & MASK
         # The urgent pointer counts from the frame's own sequence number (RFC 9293 3.8.5).
         if p.flags & (SYN | RST | URG) or not 0 < n < p.end - p.off or not self._acked(p):
             return False
-        if self.signed:
+        if self.marks.signed:
             return True  # expire() looks at it
-        if self.surg and not self._ready_urgent(p):
+        if self.theirs.surg and not self._ready_urgent(p):
             return False
-        if self.ace is None:
-            self.ace = True if reserved(p) & 1 else None
-            if self.ace is None and p.flags & CWR:
+        if self.marks.ace is None:
+            self.marks.ace = True if reserved(p) & 1 else None
+            if self.marks.ace is None and p.flags & CWR:
                 return False  # of the first part only, or of each?
         if whole_segments:
             n -= n % (rec.gso_size or p.end - p.off)
             if not n:
                 return True
-        (first, p1), (rest, p2) = split(rec, p, n, self.spare_ids, self.ace)
-        self.host.pvm_bytes -= len(rec.frame) - len(rest.frame)
-        self.host.count("released_in_parts")
+        (first, p1), (rest, p2) = split(rec, p, n, self.spare_ids, self.marks.ace)
+        self.outbox.count("released_in_parts")
         self._settle(p1)
-        self._emit(first, p1, now_ns)
-        self.held[0] = (rest, p2, at)
+        self._emit(first, p1)
+        self.held.replace_head(rest, p2)
         self.head_ok = v
         return n < ready
 
@@ -213,7 +294,7 @@ class Stream(Marked):
                 return self._reset_by_svm(p)
         elif p.off != p.end and not self._verified(p):
             return self._reset_by_svm(p)
-        if (flags & URG or self.surg) and not self._ready_urgent(p):
+        if (flags & URG or self.theirs.surg) and not self._ready_urgent(p):
             return False
         return self._acked(p)
 
@@ -221,16 +302,16 @@ class Stream(Marked):
         """I2: the SVM has acked as much, or a released frame did."""
         if not p.flags & ACK:
             return True
-        a = self.committed_ack
+        a = self.sent.committed_ack
         if a is not None and (a - p.ack) & MASK < HALF:
             return True
-        a = self.sack
+        a = self.theirs.sack
         return a is not None and (a - p.ack) & MASK < HALF
 
     def _reset_by_svm(self, p: Packet) -> bool:
         # The head needs what a reset SVM will never produce. (If only an ack is missing,
         # the PVM's reset may be next: wait.)
-        if self.srst and not self.stuck:
+        if self.theirs.srst and not self.stuck:
             self.ask(Cause.RST_ONE_SIDED, p)
         return False
 
@@ -239,143 +320,76 @@ class Stream(Marked):
 
         To the client it is an ACK that the network lost, right before the RST.
         """
-        if p.off != p.end or p.flags & FLAGS or not self.srst or len(self.held) < 2:
+        if p.off != p.end or p.flags & FLAGS or not self.theirs.srst or len(self.held) < 2:
             return False
         return any(q.flags & RST for _, q, _ in self.held)
 
     def _verified(self, p: Packet) -> bool:
         """I1 for the payload of the head; moves what agrees from `chunks` to `hist`."""
+        sent, theirs = self.sent, self.theirs
         s = p.seq
         e = (s + p.end - p.off) & MASK
         v = self.head_ok
         if v is None:
             v = s
-            if v == self.ver and self.chunks and self.sfin is None and self._whole(p, e):
+            if v == sent.ver and theirs.chunks and theirs.sfin is None and self._whole(p, e):
                 return True
         elif v == e:
             return True
-        if self.ver is None:
-            self._begin_at(s)
-        fin = self.fin_done if self.sfin is None else self.sfin
+        if sent.ver is None:
+            sent.begin_at(s, theirs)
+        fin = sent.fin_done if theirs.sfin is None else theirs.sfin
         if fin is not None and diff(e, fin) > 0 and diff(fin, s) >= 0:
             return self._differ(Cause.FIN_DIFFERS, p, fin)
-        frame, hist, chunks = p.frame, self.hist, self.chunks
-        ver = self.ver
-        assert ver is not None
-        while v != e:
-            d = diff(v, ver)
-            if d == 0:
-                if not chunks:
-                    break
-                cframe, coff, cend, at = chunks[0]
-                o = p.off + ((v - s) & MASK)
-                n = min(cend - coff, p.end - o)
-                mine = frame[o : o + n]
-                if mine != cframe[coff : coff + n]:
-                    i = next(i for i in range(n) if mine[i] != cframe[coff + i])
-                    svm = cframe[coff + i : min(coff + i + CONTEXT, cend)]
-                    return self._differ(Cause.PAYLOAD_DIFFERS, p, (v + i) & MASK, svm, cframe)
-                hist.add(mine)
-                v = ver = self.ver = (ver + n) & MASK
-                if coff + n == cend:
-                    chunks.popleft()
-                    self.host.svm_packets -= 1
-                else:
-                    chunks[0] = (cframe, coff + n, cend, at)
-            elif d < 0:
-                # a retransmission: only what was proven once may leave again
-                o = p.off + ((v - s) & MASK)
-                n = min(-d, p.end - o)
-                proven = hist.back(-d, n) if hist.size + d >= 0 else self._sent_again(v, n)
-                if not proven:
-                    self.unverifiable = True
-                    break
-                n = len(proven)
-                if frame[o : o + n] != proven:
-                    i = next(i for i in range(n) if frame[o + i] != proven[i])
-                    svm = proven[i : i + CONTEXT]
-                    return self._differ(Cause.PAYLOAD_DIFFERS, p, (v + i) & MASK, svm)
-                v = (v + n) & MASK
-            else:
-                # The PVM left a hole (we dropped a frame): take over the SVM's bytes, which
-                # the PVM's retransmission will be compared with.
-                if self.send is None or diff(self.send, v) <= 0:
-                    break
-                self._take(v)
-                ver = v
+        v, wrong = sent.verify(p, v, theirs)
+        if wrong is UNPROVEN:
+            self.unverifiable = True
+        elif wrong is not None:
+            return self._differ(Cause.PAYLOAD_DIFFERS, p, v, wrong.svm, wrong.svm_frame)
         self.head_ok = v
-        if hist.size > self.hist_cap:
-            self.host.charge_history(self)
+        if sent.hist.size > sent.hist.charged:
+            self.host.histories.charge(sent.hist)
         if v != e and v != s:
-            self.host.part_verified(self)
+            self.outbox.part_verified(self)
         return v == e
 
-    def _sent_again(self, seq: int, most: int) -> bytes:
-        """What the SVM has lately sent from `seq` on, though it had before.
-
-        It gets the same acks, so it often sends the same again as the PVM.
-        """
-        for first, frame, off, end in reversed(self.again):
-            d = (seq - first) & MASK
-            if d < end - off:
-                return frame[off + d : min(end, off + d + most)]
-        return b""
-
     def _whole(self, p: Packet, e: int) -> bool:
-        """The plain case, for speed: the SVM's next segment has the same boundaries and bytes."""
-        frame, off, end, _ = self.chunks[0]
-        theirs = frame[off:end]
+        """The plain case, for speed: the SVM's next segment has the same boundaries and bytes.
+
+        A copy of what verify() does then, on purpose: nearly all payload comes through here."""
+        sent, theirs = self.sent, self.theirs
+        frame, off, end, _ = theirs.chunks[0]
+        payload = frame[off:end]
         if (
-            len(theirs) != p.end - p.off
-            or not p.frame.startswith(theirs, p.off)
-            or self.fin_done is not None
+            len(payload) != p.end - p.off
+            or not p.frame.startswith(payload, p.off)
+            or sent.fin_done is not None
         ):
             return False
-        self.chunks.popleft()
-        self.host.svm_packets -= 1
-        self.ver = self.head_ok = e
-        hist = self.hist
-        hist.add(theirs)
-        if hist.size > self.hist_cap:
-            self.host.charge_history(self)
+        theirs.drop_first()
+        sent.ver = self.head_ok = e
+        hist = sent.hist
+        hist.add(payload)
+        if hist.size > hist.charged:
+            self.host.histories.charge(hist)
         return True
-
-    def _begin_at(self, seq: int) -> None:
-        """The stream is known from here on (no SYN was seen)."""
-        self.ver = self.send = self.origin = seq
-        self.drain()
-
-    def _take(self, upto: int) -> None:
-        """Move the SVM's bytes below `upto` to the history, not compared."""
-        assert self.ver is not None
-        need = diff(upto, self.ver)
-        while need > 0 and self.chunks:
-            frame, off, end, at = self.chunks.popleft()
-            n = min(need, end - off)
-            self.hist.add(frame[off : off + n])
-            need -= n
-            if off + n < end:
-                self.chunks.appendleft((frame, off + n, end, at))
-            else:
-                self.host.svm_packets -= 1
-        self.ver = upto
 
     def _ready_fin(self, p: Packet) -> bool:
         if p.off != p.end and not self._verified(p):
             return False
+        sent, theirs = self.sent, self.theirs
         f = (p.seq + p.end - p.off) & MASK
-        if self.fin_done is not None:
-            return f == self.fin_done or self._differ(Cause.FIN_DIFFERS, p, f)
-        if self.ver is None:
-            self._begin_at(f)
-        if self.sfin is not None:
-            if self.sfin != f:
+        if sent.fin_done is not None:
+            return f == sent.fin_done or self._differ(Cause.FIN_DIFFERS, p, f)
+        if sent.ver is None:
+            sent.begin_at(f, theirs)
+        if theirs.sfin is not None:
+            if theirs.sfin != f:
                 return self._differ(Cause.FIN_DIFFERS, p, f)
-            return self.ver == f
-        if self.send is None:
+            return sent.ver == f
+        if theirs.send is None:
             return False  # the SVM is one incarnation ahead
-        beyond = diff(self.send, f) > 0 or any(diff(g[0] + g[3] - g[2], f) > 0 for g in self.ooo)
-        return self._differ(Cause.FIN_DIFFERS, p, f) if beyond else False
+        return self._differ(Cause.FIN_DIFFERS, p, f) if theirs.is_beyond(f) else False
 
     def _ready_rst(self, p: Packet) -> bool:
         # Which bytes a RST carries (RFC 9293 3.10.7 allows text) is not part of the stream. Its ack
@@ -384,36 +398,24 @@ class Stream(Marked):
         if p.off != p.end:
             return False
         ident = rst_id(p)
-        return ident in self.rst_done or bool(self.srst)
+        return ident in self.sent.rst_done or bool(self.theirs.srst)
 
     def _ready_syn(self, p: Packet) -> bool:
-        if self.isn == p.seq:
+        if self.sent.isn == p.seq:
             return self._acked(p) and p.off == p.end  # sent again, its twin was seen
-        syn = self.ssyn
+        syn = self.theirs.ssyn
         if syn is None or syn.twin:
             return self._reset_by_svm(p)
         twin = syn.packet
         if (twin.flags ^ p.flags) & (SYN | ACK) or (p.flags & ACK and twin.ack != p.ack):
             return False
-        # RFC 3168 6.1.1, RFC 9768 3.1: ECN is negotiated in the SYNs' flags.
-        other = (twin.flags ^ p.flags) & (ECE | CWR | URG) or reserved(twin) != reserved(p)
-        if p.flags & URG and urgent_position(p) - p.seq != urgent_position(twin) - twin.seq:
-            other = True
-        if other or tcp_options(p).negotiated() != tcp_options(twin).negotiated():
-            svm = twin.frame[twin.l4 + 12 : twin.off][:CONTEXT]
-            return self._differ(Cause.SYN_OPTIONS_DIFFER, p, svm=svm, svm_frame=twin.frame)
-        mine, theirs = p.frame[p.off : p.end], twin.frame[twin.off : twin.end]
-        if mine != theirs:  # TCP fast open
-            n = min(len(mine), len(theirs))
-            i = next((i for i in range(n) if mine[i] != theirs[i]), n)
-            svm = theirs[i : i + CONTEXT]
-            return self._differ(Cause.PAYLOAD_DIFFERS, p, (p.seq + i) & MASK, svm, twin.frame)
-        return True
+        d = syns_differ(p, twin)
+        return d is None or self._differ(d.cause, p, d.at, d.svm, twin.frame)
 
     def _settle(self, p: Packet) -> None:
         """The head is released: what it said is committed."""
         self.head_ok = None
-        flags = p.flags
+        sent, flags = self.sent, p.flags
         e = (p.seq + p.end - p.off) & MASK
         if flags & FLAGS:
             if flags & RST:
@@ -425,124 +427,248 @@ class Stream(Marked):
                 self._settle_fin(e)
         elif p.off != p.end:
             self.unverifiable = False
-            base = self.base
+            base = sent.base
             if base is None or 0 < (e - base) & MASK < HALF:
-                self.base = e
-        if flags & URG or self.surg:
+                sent.base = e
+        if flags & URG or self.theirs.surg:
             self._settle_urgent(p, e)
         if flags & ACK:
-            a = self.committed_ack
+            a = sent.committed_ack
             if a is None or 0 < (p.ack - a) & MASK < HALF:
-                self.committed_ack = p.ack
+                sent.committed_ack = p.ack
 
     def _settle_fin(self, f: int) -> None:
-        if self.fin_done is None:
-            self.fin_done = f
-            if self.ver == f:
-                self.hist.add(b"\0")  # keeps the history's places; no payload may be there
-                self.ver = self.send = (f + 1) & MASK
-            self.base = (f + 1) & MASK
-        if self.sfin == f:
-            self.sfin = None
+        if self.sent.fin(f):
+            self.theirs.send = self.sent.ver
+        if self.theirs.sfin == f:
+            self.theirs.sfin = None
 
     def _settle_syn(self, p: Packet, e: int) -> None:
-        if self.isn == p.seq:
+        sent, theirs = self.sent, self.theirs
+        if sent.isn == p.seq:
             return
-        keep = self.ssyn is not None and not self.ssyn.twin  # SVM state is of this incarnation
-        if not keep:
-            self.drop_svm()
+        twin = None
+        if theirs.ssyn is not None and not theirs.ssyn.twin:  # SVM state is of this incarnation
+            theirs.ssyn.twin = True
+            twin = theirs.ssyn.packet
         else:
-            assert self.ssyn is not None
-            self.ssyn.twin = True
-        self.isn = p.seq
-        self._begin_marks(p, self.ssyn.packet if self.ssyn is not None and keep else None)
-        self.windows.open(p, self.ssyn.packet if self.ssyn is not None and keep else None)
-        self.origin = (p.seq + 1) & MASK
-        self.committed_ack = self.fin_done = None
-        self.rst_done.clear()
+            self.forget_svm()
+        self.marks.begin(p, twin)
+        self.windows.open(p, twin)
         self.unverifiable = False
-        self.hist.clear()
-        self.hist.add(p.frame[p.off : p.end])
-        self.base = self.ver = (e + 1) & MASK
-        self.host.svm_packets -= len(self.chunks)
-        self.chunks.clear()
-        self.send = self.ver
-        self.drain()
+        sent.syn(p.seq, e, p.frame[p.off : p.end])
+        theirs.drop_chunks()
+        theirs.begin_at((e + 1) & MASK)
 
     def _settle_rst(self, p: Packet) -> None:
+        sent, theirs = self.sent, self.theirs
         ident = rst_id(p)
-        if self.srst:
-            twin = ident if ident in self.srst else self.srst[0]
-            self.srst.remove(twin)
-            self._rst_is_done(twin)
-        self._rst_is_done(ident)
-        if not self.held:
+        if theirs.srst:
+            twin = ident if ident in theirs.srst else theirs.srst[0]
+            theirs.srst.remove(twin)
+            sent.rst(twin)
+        sent.rst(ident)
+        if not self.held.frames:
             # the connection is over on both sides, whatever else the SVM had to say
-            rest, syn = self.srst[:], self.ssyn
-            self.drop_svm()
-            self.srst = rest
-            self.ssyn = syn if syn is not None and not syn.twin else None
-            self.send = self.ver
-
-    def _rst_is_done(self, ident: tuple[bool, int]) -> None:
-        if len(self.rst_done) >= MAX_RSTS:
-            self.rst_done.clear()
-        self.rst_done.add(ident)
+            rest, syn = theirs.srst[:], theirs.ssyn
+            self.forget_svm()
+            theirs.srst = rest
+            theirs.ssyn = syn if syn is not None and not syn.twin else None
+            theirs.send = sent.ver
 
     def commit(self, p: Packet) -> None:
         """A frame that a complete checkpoint contains: released with no comparison."""
-        flags = p.flags
+        sent, theirs, flags = self.sent, self.theirs, p.flags
         if flags & RST:
-            self._rst_is_done(rst_id(p))
+            sent.rst(rst_id(p))
             return
         n = p.end - p.off
         e = (p.seq + n) & MASK
         self.windows.commit(p)
         if flags & SYN:
-            if self.isn != p.seq:
-                if self.ssyn is not None:
-                    self.ssyn.twin = False
+            if sent.isn != p.seq:
+                if theirs.ssyn is not None:
+                    theirs.ssyn.twin = False
                 self._settle_syn(p, e)
         elif n:
-            self._commit_data(p, e, n)
+            sent.commit_data(p, theirs)
+            if sent.hist.size > sent.hist.charged:
+                self.host.histories.charge(sent.hist)
         if flags & URG and not flags & SYN:
             self._settle_urgent(p, e)
-        if flags & FIN and (self.base is None or diff(e, self.base) >= 0):
-            if self.base != e or self.ver != e:
-                self._jump(e)
+        if flags & FIN and (sent.base is None or diff(e, sent.base) >= 0):
+            if sent.base != e or sent.ver != e:
+                sent.jump(e, theirs)
             self._settle_fin(e)
         if flags & ACK:
-            self.committed_ack = later(self.committed_ack, p.ack)
+            sent.committed_ack = later(sent.committed_ack, p.ack)
 
-    def _commit_data(self, p: Packet, e: int, n: int) -> None:
-        if self.ver is None:
-            self._begin_at(p.seq)
-        assert self.ver is not None
-        new = diff(e, self.ver)
-        if new > 0:
-            if new > n:  # a frame in between was lost: nothing is known of its bytes
-                self.hist.clear()
-                new = n
-            self.hist.add(p.frame[p.end - new : p.end])
-            self._forward(e)
-            if self.hist.size > self.hist_cap:
-                self.host.charge_history(self)
-        if self.base is None or diff(e, self.base) > 0:
-            self.base = e
+    # -- urgent data
 
-    def _jump(self, seq: int) -> None:
-        if self.ver is None:
-            self._begin_at(seq)
-        elif diff(seq, self.ver) > 0:
-            self.hist.clear()
-            self._forward(seq)
-        self.base = seq
+    def _ready_urgent(self, p: Packet) -> bool:
+        """Urgent data ends where the SVM has said that it does.
 
-    def _forward(self, seq: int) -> None:
-        """The SVM's bytes below seq are of no more use."""
-        kept = self.hist.size
-        self._take(seq)
-        self.hist.cut(self.hist.size - kept)
-        if self.send is None or diff(seq, self.send) > 0:
-            self.send = seq
-        self.drain()
+        Applications read by it (the byte out of band, SIOCATMARK), so it is output as bytes are. A
+        guest that has more to say may say so with the later place only (RFC 9293 3.8.5).
+        """
+        sent, theirs = self.sent, self.theirs
+        if p.flags & URG:
+            u = urgent_position(p)
+            if u in theirs.surg or u in sent.urg_done:
+                return True
+            # The first to carry the last urgent byte says so, or it never was one.
+            passed = theirs.send is not None and diff(theirs.send, u) >= 0
+            return self._differ(Cause.URGENT_DIFFERS, p) if passed else False
+        size = p.end - p.off
+        for u in theirs.surg:
+            if 0 < (u - p.seq) & MASK <= size:
+                return self._differ(Cause.URGENT_DIFFERS, p, (u - 1) & MASK)
+        return True
+
+    def _settle_urgent(self, p: Packet, e: int) -> None:
+        sent, theirs = self.sent, self.theirs
+        if p.flags & URG:
+            sent.urgent(urgent_position(p))
+        theirs.surg = tuple(u for u in theirs.surg if u not in sent.urg_done and diff(u, e) > 0)
+
+    # -- signed segments
+
+    def _sign(self, p: Packet) -> None:
+        """A signed frame of the PVM.
+
+        What the client signs is about the PVM's numbers. A SVM with others drops it once it is
+        translated, and says no more: only a checkpoint helps, from which on the numbers are equal.
+        """
+        if not self.marks.signed:
+            self.marks.signed = self.marks.unfit = True
+            self.outbox.count("signed_connections")
+        if self.marks.deaf and not p.flags & SYN:
+            self.ask(Cause.SIGNED_CONNECTION, p)
+
+    def _signed_due(self, now_ns: int) -> int:
+        """When the head has waited for long enough as a whole of which a part is verified."""
+        v, (_, p, at) = self.head_ok, self.held[0]
+        if v is None or not 0 < (v - p.seq) & MASK < p.end - p.off:
+            return NEVER
+        if at + SIGNED_PART_NS <= now_ns:
+            self.ask(Cause.SIGNED_CONNECTION, p)
+        return at + SIGNED_PART_NS
+
+    # -- the SVM's frames
+
+    def svm(self, p: Packet, now_ns: int) -> None:
+        """A frame of the SVM of the current epoch: only compared, never sent anywhere."""
+        flags, theirs = p.flags, self.theirs
+        if flags & (SYN | RST):
+            self._svm_control(p, now_ns)
+        elif p.seq != theirs.send and self._foreign(p.seq):
+            # Late, and of an earlier connection on these ports: its ack, its window and its FIN
+            # would be read in the numbers of this one.
+            self.outbox.count("svm_out_of_window")
+            return
+        else:
+            if flags & ACK:
+                a = theirs.sack
+                if a is None or 0 < (p.ack - a) & MASK < HALF:
+                    theirs.sack = p.ack
+                self.windows.svm(p)
+            if flags & URG:
+                self._svm_urgent(urgent_position(p))
+            if p.off != p.end:
+                place, sent = theirs.send, self.sent
+                what = theirs.push(p, now_ns, sent.ver, self.host.max_stream)
+                if what is not _STORED or sent.fin_done is not None:
+                    self._svm_pushed(what, p, place)
+            if flags & FIN:
+                self._svm_fin((p.seq + p.end - p.off) & MASK, now_ns)
+        frames = self.held.frames
+        if frames:
+            self.pump(now_ns)
+        windows = self.windows
+        if windows.shrunk and not frames:
+            update = windows.update(self.sent.base, self.spare_ids, self.marks.ace)
+            if update is not None:
+                self.outbox.count("window_updates")
+                update.ts_ns = now_ns  # made now: nothing has waited
+                self.outbox.release(update)
+        if not self.when and (theirs.chunks or theirs.ooo or flags & FLAGS):
+            self.host.timers.arm(self, now_ns + self.host.timeout_ns)
+
+    def _foreign(self, seq: int) -> bool:
+        """Whether a number cannot be of this connection."""
+        send = self.theirs.send
+        if send is None:
+            return False  # nothing is known of it
+        reach = self.host.max_stream
+        if (seq - send + reach) & MASK > 2 * reach:
+            return True
+        # Below the ISN: what came before it had lower numbers (RFC 6528).
+        isn = self.sent.isn
+        young = isn is not None and (send - isn) & MASK < HALF >> 1
+        return isn is not None and young and (seq - isn) & MASK >= HALF
+
+    def _svm_pushed(self, what: Push, p: Packet, place: int | None) -> None:
+        """Payload of the SVM is stored, or not. place: up to where all was known before."""
+        sent, outbox = self.sent, self.outbox
+        if what in (Push.STORED, Push.BEYOND):
+            if sent.fin_done is not None and not self.stuck:
+                self.stuck = True
+                assert place is not None
+                new = p.off + ((place - p.seq) & MASK)
+                self.ask(Cause.FIN_DIFFERS, svm=p.frame[new : new + CONTEXT], svm_frame=p.frame)
+            if what is Push.BEYOND:
+                outbox.count("stream_full_dropped")
+                self.ask(Cause.STREAM_FULL)
+        elif what is Push.KNOWN:
+            outbox.count("svm_retransmit")
+            if sent.ver is not None and diff(sent.ver, p.seq) > sent.hist.size:
+                self.theirs.keep_again(p)
+        elif what is Push.FULL:
+            self._svm_full()
+        elif what is Push.EARLY:
+            outbox.count("svm_out_of_order")
+        else:
+            outbox.count("svm_out_of_window")  # if it was needed, the PVM's frame will time out
+
+    def _svm_full(self) -> None:
+        self.outbox.count("svm_queue_full_dropped")
+        self.outbox.request(Cause.QUEUE_FULL, self)
+
+    def _svm_urgent(self, end: int) -> None:
+        # Of bytes that have left the PVM's word counts, which was compared when they did.
+        sent, theirs = self.sent, self.theirs
+        ahead = sent.base is None or diff(end, sent.base) > 0
+        if ahead and end not in theirs.surg and end not in sent.urg_done:
+            theirs.urgent(end)
+
+    def _svm_fin(self, f: int, now_ns: int) -> None:
+        sent, theirs = self.sent, self.theirs
+        ours = theirs.send is not None  # else the SVM is one incarnation ahead of the PVM
+        if f == theirs.sfin or (ours and f == sent.fin_done):
+            self.outbox.count("svm_retransmit")
+            return
+        early = sent.base is not None and diff(f, sent.base) < 0
+        if ours and (early or sent.fin_done is not None):
+            self.stuck = True
+            self.ask(Cause.FIN_DIFFERS)
+        theirs.finish(f, now_ns)
+
+    def _svm_control(self, p: Packet, now_ns: int) -> None:
+        sent, theirs = self.sent, self.theirs
+        if p.flags & RST:
+            if p.flags & ACK:
+                theirs.acked(p.ack)
+            ident = rst_id(p)
+            if ident in sent.rst_done or ident in theirs.srst:
+                self.outbox.count("svm_retransmit")
+            elif not theirs.reset(ident, now_ns):
+                self._svm_full()
+            return
+        syn = theirs.ssyn
+        # the latter: sent again by an SVM that a checkpoint made a clone in the handshake
+        if syn.packet.seq == p.seq if syn is not None else sent.isn == p.seq:
+            self.outbox.count("svm_retransmit")
+            if p.flags & ACK:
+                theirs.acked(p.ack)
+            return
+        theirs.begin(p, now_ns)

@@ -1,56 +1,22 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """What the two tiers say to each other of a flow, whatever its kind: sans-IO.
 
-fastpath.py knows how a TCP stream goes to the kernel and comes back, fastgram.py a flow of UDP
-datagrams; giving.py knows when; fastmap.py is the kernel.
+offload_port.py is what a flow keeps for it. fastpath.py knows how a TCP stream goes to the kernel
+and comes back, fastgram.py a flow of UDP datagrams; giving.py knows when; fastmap.py is the kernel.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
-from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
+from typing import Protocol
 
 from . import abi
 from ._seq import MASK
-from .comparer import Host
 from .flow import UDP, FlowKey, unmirrored_key
-from .packet import Packet
-from .record import Record
-
-if TYPE_CHECKING:
-    from .giving import Brake
 
 _DIRECTIONS = ("", "in", "out")
 _MAPPED = bytes(10) + b"\xff\xff"  # RFC 4291 2.5.5.2
-
-
-class Givable:
-    """What a comparer keeps that tier K can have in its place."""
-
-    __slots__ = ("brake", "calm", "captured", "given_ns", "host", "offered", "patience", "refused")
-
-    def __init__(self, host: Host) -> None:
-        self.host = host
-        self.offered = False  # the kernel knows the flow
-        self.captured = 0  # the newest frame that it has counted
-        self.calm, self.patience = 0, 1  # settled batches: seen, and wanted
-        self.given_ns = 0
-        self.refused = 0  # gifts, since frames were on their way here; since the last one taken
-        #: frames that may leave and are kept back until tier K has the flow; None: none are
-        self.brake: Brake | None = None
-
-    def leave(self, rec: Record, now_ns: int) -> None:
-        """Let a frame go, at once or when the brake is taken off."""
-        if self.brake is None:
-            self.host.emit(rec, now_ns)
-        else:
-            self.brake.keep(rec)
-
-    def release_part(self, now_ns: int, whole_segments: bool) -> bool:
-        """See stream.py; a datagram has no parts."""
-        return False
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,28 +180,3 @@ def conn_words(raw: bytes, ring: bytes | memoryview) -> Words:
         ahead == abi.SIDE_PVM, bool(pending), hdr[: l4 + doff] if l4 else b"", l4, since, seen,
         memo, data, past, (fin - 1) & MASK if fin_known else None,
     )  # fmt: skip
-
-
-F = TypeVar("F", bound=Givable)
-
-
-@dataclass(frozen=True, slots=True)
-class Lane(Generic[F]):
-    """How flows of one kind go to tier K and come back."""
-
-    #: whether it could go on from here
-    ready: Callable[[F], bool]
-    #: whether it has just begun, and is best given at once
-    young: Callable[[F], bool]
-    #: bytes that the guest has said
-    said: Callable[[F], int]
-    #: since when anything of a ready one waits; 0: nothing does
-    waits_since: Callable[[F], int]
-    #: a ready one as a gift in this epoch; None: it cannot be one yet
-    pack: Callable[[F, int], Gift | None]
-    #: tier K has it now, and what waited in it
-    given: Callable[[F], None]
-    #: let an empty or given one go on from what the kernel had
-    recall: Callable[[F, Words, int], None]
-    #: a frame of the flow, for the policy to judge
-    probe: Callable[[FlowKey, Words], Packet]

@@ -1,29 +1,22 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""One TCP connection's state, and the half of its comparer that takes the SVM's frames.
+"""What the SVM has said of one TCP connection, and the PVM not yet: in the order of the stream.
 
-What the SVM says is only stored here, in the order of the stream; stream.py is the
-half that releases the PVM's frames by it.
+Nothing is compared here and nothing asked for: stream.py does that. Numbers are the primary guest's
+but for the SYN's.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from bisect import insort
 from collections import deque
 from dataclasses import dataclass
+from enum import Enum, auto
 
-from ._seq import HALF, MASK, diff, later
-from .comparer import CONTEXT, Held, Host
-from .flow import FlowKey
+from ._seq import MASK, diff, later
 from .history import History
-from .marks import FAR, SPARE, ip_id, urgent_position
-from .packet import ACK, FIN, RST, SYN, URG, Packet
-from .policy import Verdict
-from .reasons import Cause
-from .tier_k import Givable
-from .window import WindowGate
+from .ledger import Ledger
+from .packet import ACK, Packet
 
-FLAGS = FIN | SYN | RST
 MAX_RSTS = 16
 MAX_AGAIN = 16
 MAX_URGENT = 8
@@ -43,80 +36,28 @@ def rst_id(p: Packet) -> tuple[bool, int]:
     return (True, p.ack) if p.flags & ACK else (False, p.seq)
 
 
-class Twin(Givable, ABC):
-    """One connection, one direction: what the guest sends."""
+class Push(Enum):
+    """What has become of payload of the SVM."""
+
+    STORED = auto()
+    EARLY = auto()  # stored: there is a hole before it, or the stream's place is not known
+    KNOWN = auto()  # all of it is
+    FOREIGN = auto()  # so far from the stream's place that it is not of it
+    FULL = auto()  # there is no room for it
+    BEYOND = auto()  # the SVM is too far ahead
+
+
+class SvmStream:
+    """`send` is the number of the next byte in order; None: not known. What is stashed, `chunks` in
+    order and `ooo` beyond a hole, is charged to the ledger."""
 
     __slots__ = (
-        "ace",
-        "again",
-        "asked",
-        "base",
-        "chunks",
-        "committed_ack",
-        "deaf",
-        "direction",
-        "epoch",
-        "fin_done",
-        "head_ok",
-        "held",
-        "hist",
-        "hist_cap",
-        "isn",
-        "key",
-        "last",
-        "ooo",
-        "origin",
-        "rst_done",
-        "sack",
-        "send",
-        "sfin",
-        "sfin_at",
-        "signed",
-        "spared",
-        "srst",
-        "srst_at",
-        "ssyn",
-        "stuck",
-        "surg",
-        "unfit",
-        "unverifiable",
-        "urg_done",
-        "ver",
-        "verdict",
-        "when",
-        "windows",
-    )
+        "_ledger", "again", "chunks", "ooo", "sack", "send", "sfin", "sfin_at", "srst", "srst_at",
+        "ssyn", "surg",
+    )  # fmt: skip
 
-    def __init__(
-        self, host: Host, key: FlowKey, epoch: int, verdict: Verdict, direction: str = ""
-    ) -> None:
-        super().__init__(host)
-        self.key, self.epoch = key, epoch
-        self.verdict, self.direction = verdict, direction
-        self.last = self.when = 0
-        # of the PVM, kept over checkpoints
-        self.base: int | None = None
-        self.isn: int | None = None  # of the SYN that was released
-        self.origin = 0  # number of the stream's first byte, for reports
-        self.committed_ack: int | None = None
-        self.fin_done: int | None = None  # place of the FIN that was released
-        self.rst_done: set[tuple[bool, int]] = set()
-        self.urg_done: tuple[int, ...] = ()  # where urgent data ended that was released, the latest
-        #: AE, CWR and ECE are AccECN's counter; None: that was asked for, the answer is not known
-        self.ace: bool | None = False
-        self.signed = False  # its segments are: they leave as they are, or not at all
-        self.deaf = False  # the SVM's numbers are others: it cannot take what the client signs
-        self.unfit = False  # not for tier K, whose headers are of other segments than theirs
-        self.spared = 0  # IP ids given out
-        self.windows = WindowGate()
-        self.hist = History()
-        self.hist_cap = 0  # as far as the engine has accounted for it
-        # of the PVM, not yet released
-        self.held: deque[Held] = deque()
-        self.head_ok: int | None = None  # the head is verified up to here
-        self.unverifiable = False
-        # of the SVM, forgotten at each checkpoint
-        self.ver: int | None = None
+    def __init__(self, ledger: Ledger) -> None:
+        self._ledger = ledger
         self.send: int | None = None
         self.chunks: deque[tuple[bytes, int, int, int]] = deque()  # frame, off, end, arrival
         self.ooo: list[tuple[int, bytes, int, int, int]] = []  # seq, then as above
@@ -128,76 +69,19 @@ class Twin(Givable, ABC):
         self.sfin_at = self.srst_at = 0
         self.srst: list[tuple[bool, int]] = []  # resets with no twin yet
         self.ssyn: Syn | None = None
-        self.asked = False  # this flow has asked for a checkpoint in this epoch
-        self.stuck = False  # a difference is proven: nothing leaves before the checkpoint
 
-    @abstractmethod
-    def text(self) -> str:
-        """The flow's name for people."""
+    def forget(self) -> None:
+        """Forget what it said, but for its place in the stream."""
+        self._ledger.discharge_svm(len(self.chunks) + len(self.ooo))
+        self.chunks.clear()
+        self.ooo.clear()
+        self.again.clear()
+        self.sack = self.sfin = self.ssyn = None
+        self.surg = ()
+        self.srst.clear()
 
-    @abstractmethod
-    def pump(self, now_ns: int) -> None:
-        """Release from the head what has become releasable."""
-
-    @abstractmethod
-    def ask(
-        self, cause: Cause, p: Packet | None = None, at: int | None = None,
-        svm: bytes = b"", svm_frame: bytes = b"",
-    ) -> None:  # fmt: skip
-        """Ask for a checkpoint, once per epoch."""
-
-    @abstractmethod
-    def expire(self, now_ns: int) -> int:
-        """Ask if something is too old; the next deadline, 0 for none."""
-
-    # -- the engine's side
-
-    def quiet(self) -> bool:
-        """Nothing of either side waits."""
-        return not self.held and self.brake is None and not self.svm_since()
-
-    def closed(self) -> bool:
-        """The guest has closed or reset it; what comes now are stragglers."""
-        return self.fin_done is not None or bool(self.rst_done)
-
-    def new_epoch(self, epoch: int) -> None:
-        """Forget what the SVM of the old epoch said (I7). The engine resets its own counts."""
-        self.epoch = epoch
-        self.deaf = False  # a copy has the same numbers: nothing is translated any more
-        self.windows.new_epoch()
-        self.asked = self.stuck = False
-        self.unverifiable = False
-        self.head_ok = None
-        self.forget_svm()
-        if self.base is None:
-            self.ver = self.send = None
-            self.hist.clear()
-        elif self.ver is not None:
-            # verified, but not released: the new SVM will produce it again
-            ahead = diff(self.ver, self.base)
-            if ahead > 0:
-                self.hist.cut(ahead)
-            self.ver = self.send = self.base
-
-    def unknown(self, epoch: int) -> None:
-        """Forget everything, as of a connection that is met for the first time."""
-        self.base = self.isn = self.committed_ack = self.fin_done = None
-        self.rst_done.clear()
-        self.urg_done = ()
-        self.windows = WindowGate()
-        self.hist.clear()
-        self.offered, self.calm = False, 0
-        self.new_epoch(epoch)
-
-    def unhold(self) -> list[Held]:
-        """Give up the frames that wait; the caller counts them."""
-        held = list(self.held)
-        self.held.clear()
-        self.head_ok = None
-        return held
-
-    def svm_since(self) -> int:
-        """Arrival of the oldest thing the SVM sent and the PVM did not; 0 if none."""
+    def since(self) -> int:
+        """Arrival of the oldest thing that the PVM did not send; 0 if none."""
         old = []
         if self.chunks:
             old.append(self.chunks[0][3])
@@ -211,126 +95,45 @@ class Twin(Givable, ABC):
             old.append(self.ssyn.at)
         return min(old) if old else 0
 
-    def forget_svm(self) -> None:
-        self.chunks.clear()
-        self.ooo.clear()
-        self.again.clear()
-        self.sack = self.sfin = self.ssyn = None
-        self.surg = ()
-        self.srst.clear()
+    # -- bytes
 
-    def drop_svm(self) -> None:
-        # as above in the middle of an epoch, where the engine counts what is stashed
-        self.host.svm_packets -= len(self.chunks) + len(self.ooo)
-        self.forget_svm()
-
-    def spare_ids(self, p: Packet, n: int) -> int:
-        """See SpareIds. Half the numbers away: a guest that counts gets there last, and one that
-        draws its ids (RFC 7739) as seldom there as anywhere."""
-        first = ip_id(p) + FAR + self.spared
-        self.spared = (self.spared + n) % SPARE
-        return first & 0xFFFF
-
-    # -- the SVM's frames
-
-    def svm(self, p: Packet, now_ns: int) -> None:
-        """A frame of the SVM of the current epoch: only compared, never sent anywhere."""
-        flags = p.flags
-        if flags & (SYN | RST):
-            self._svm_control(p, now_ns)
-        elif p.seq != self.send and self._foreign(p.seq):
-            # Late, and of an earlier connection on these ports: its ack, its window and its FIN
-            # would be read in the numbers of this one.
-            self.host.count("svm_out_of_window")
-            return
-        else:
-            if flags & ACK:
-                a = self.sack
-                if a is None or 0 < (p.ack - a) & MASK < HALF:
-                    self.sack = p.ack
-                self.windows.svm(p)
-            if flags & URG:
-                self._svm_urgent(urgent_position(p))
-            if p.off != p.end:
-                self._svm_data(p, now_ns)
-            if flags & FIN:
-                self._svm_fin((p.seq + p.end - p.off) & MASK, now_ns)
-        if self.held:
-            self.pump(now_ns)
-        windows = self.windows
-        if windows.shrunk and not self.held:
-            update = windows.update(self.base, self.spare_ids, self.ace)
-            if update is not None:
-                self.host.count("window_updates")
-                update.ts_ns = now_ns  # made now: nothing has waited
-                self.leave(update, now_ns)
-        if not self.when and (self.chunks or self.ooo or flags & FLAGS):
-            self.host.arm(self, now_ns + self.host.timeout_ns)
-
-    def _foreign(self, seq: int) -> bool:
-        """Whether a number cannot be of this connection."""
-        if self.send is None:
-            return False  # nothing is known of it
-        reach = self.host.max_stream
-        if (seq - self.send + reach) & MASK > 2 * reach:
-            return True
-        # Below the ISN: what came before it had lower numbers (RFC 6528).
-        isn = self.isn
-        young = isn is not None and (self.send - isn) & MASK < HALF >> 1
-        return isn is not None and young and (seq - isn) & MASK >= HALF
-
-    def _svm_data(self, p: Packet, now_ns: int) -> None:
-        host = self.host
+    def push(self, p: Packet, now_ns: int, ver: int | None, reach: int) -> Push:
+        """Store what is new of a segment's payload. ver: the next byte to be verified; reach: so
+        many bytes the SVM may be ahead of it."""
         send, off = self.send, p.off
         if p.seq != send:
             if send is not None:
                 d = diff(p.seq, send)
                 if d < 0:
                     if d + p.end - off <= 0:
-                        host.count("svm_retransmit")
-                        if self.ver is not None and diff(self.ver, p.seq) > self.hist.size:
-                            self.again.append((p.seq, p.frame, off, p.end))
-                            del self.again[:-MAX_AGAIN]
-                        return
+                        return Push.KNOWN
                     off -= d
             if send is None or d > 0:
-                self._svm_early(p, now_ns)
-                return
-        if host.svm_packets >= host.max_packets:
-            self.svm_full()
-            return
+                return self._push_early(p, now_ns, reach)
+        if not self._ledger.admit_svm():
+            return Push.FULL
         assert send is not None
-        if self.fin_done is not None and not self.stuck:
-            self.stuck = True
-            self.ask(Cause.FIN_DIFFERS, svm=p.frame[off : off + CONTEXT], svm_frame=p.frame)
         self.chunks.append((p.frame, off, p.end, now_ns))
-        host.svm_packets += 1
         self.send = (send + p.end - off) & MASK
         if self.ooo:
             self.drain()
-        if diff(self.send, self.ver or 0) > host.max_stream:
+        if diff(self.send, ver or 0) > reach:
             _, off, end, _ = self.chunks.pop()
-            host.svm_packets -= 1
+            self._ledger.discharge_svm()
             self.send = (self.send - (end - off)) & MASK
-            host.count("stream_full_dropped")
-            self.ask(Cause.STREAM_FULL)
+            return Push.BEYOND
+        return Push.STORED
 
-    def _svm_early(self, p: Packet, now_ns: int) -> None:
-        host, ooo = self.host, self.ooo
-        if host.svm_packets >= host.max_packets:
-            self.svm_full()
-            return
+    def _push_early(self, p: Packet, now_ns: int, reach: int) -> Push:
+        ooo = self.ooo
+        if not self._ledger.admit_svm():
+            return Push.FULL
         ref = self.send if self.send is not None else ooo[0][0] if ooo else p.seq
-        if abs(diff(p.seq, ref)) > host.max_stream:
-            host.count("svm_out_of_window")  # if it was needed, the PVM's frame will time out
-            return
-        host.count("svm_out_of_order")
-        host.svm_packets += 1
+        if abs(diff(p.seq, ref)) > reach:
+            self._ledger.discharge_svm()
+            return Push.FOREIGN
         insort(ooo, (p.seq, p.frame, p.off, p.end, now_ns), key=lambda g: diff(g[0], ref))
-
-    def svm_full(self) -> None:
-        self.host.count("svm_queue_full_dropped")
-        self.host.ask(Cause.QUEUE_FULL, self)
+        return Push.EARLY
 
     def drain(self) -> None:
         """Move what is no longer out of order."""
@@ -343,54 +146,92 @@ class Twin(Givable, ABC):
                 break
             del ooo[0]
             if end - off + d <= 0:
-                self.host.svm_packets -= 1
+                self._ledger.discharge_svm()
                 continue
             self.chunks.append((frame, off - d, end, at))
             self.send = (self.send + end - off + d) & MASK
 
-    def _svm_urgent(self, end: int) -> None:
-        # Of bytes that have left the PVM's word counts, which was compared when they did.
-        ahead = self.base is None or diff(end, self.base) > 0
-        if ahead and end not in self.surg and end not in self.urg_done:
-            self.surg = (*self.surg[1 - MAX_URGENT :], end)
+    def begin_at(self, seq: int) -> None:
+        """The stream is known from here on."""
+        self.send = seq
+        self.drain()
 
-    def _svm_fin(self, f: int, now_ns: int) -> None:
-        ours = self.send is not None  # else the SVM is one incarnation ahead of the PVM
-        if f == self.sfin or (ours and f == self.fin_done):
-            self.host.count("svm_retransmit")
-            return
-        early = self.base is not None and diff(f, self.base) < 0
-        if ours and (early or self.fin_done is not None):
-            self.stuck = True
-            self.ask(Cause.FIN_DIFFERS)
-        self.sfin, self.sfin_at = f, now_ns
+    def drop_chunks(self) -> None:
+        """Forget the bytes in order."""
+        self._ledger.discharge_svm(len(self.chunks))
+        self.chunks.clear()
 
-    def _svm_control(self, p: Packet, now_ns: int) -> None:
-        host = self.host
-        if p.flags & RST:
-            if p.flags & ACK:
-                self.sack = later(self.sack, p.ack)
-            ident = rst_id(p)
-            if ident in self.rst_done or ident in self.srst:
-                host.count("svm_retransmit")
-            elif len(self.srst) >= MAX_RSTS:
-                self.svm_full()
-            else:
-                if not self.srst:
-                    self.srst_at = now_ns
-                self.srst.append(ident)
-            return
-        if (self.ssyn is not None and self.ssyn.packet.seq == p.seq) or (
-            # sent again by an SVM that a checkpoint made a clone in the handshake
-            self.ssyn is None and self.isn == p.seq
-        ):
-            host.count("svm_retransmit")
-            if p.flags & ACK:
-                self.sack = later(self.sack, p.ack)
-            return
-        # a new incarnation on the SVM; what it said of the old one has no use any more
-        self.drop_svm()
+    def drop_first(self) -> None:
+        """The first chunk has been compared."""
+        self.chunks.popleft()
+        self._ledger.discharge_svm()
+
+    def used(self, upto: int) -> None:
+        """The bytes of the first chunk below its offset `upto` have been compared."""
+        frame, _, end, at = self.chunks[0]
+        if upto == end:
+            self.drop_first()
+        else:
+            self.chunks[0] = (frame, upto, end, at)
+
+    def move(self, n: int, hist: History) -> None:
+        """Move the next `n` bytes, or all there are, to the history."""
+        while n > 0 and self.chunks:
+            frame, off, end, _ = self.chunks[0]
+            size = min(n, end - off)
+            hist.add(frame[off : off + size])
+            n -= size
+            self.used(off + size)
+
+    def keep_again(self, p: Packet) -> None:
+        """It has sent this again, and it is older than what the history reaches."""
+        self.again.append((p.seq, p.frame, p.off, p.end))
+        del self.again[:-MAX_AGAIN]
+
+    def sent_again(self, seq: int, most: int) -> bytes:
+        """What it has lately sent from `seq` on, though it had before.
+
+        It gets the same acks, so it often sends the same again as the PVM.
+        """
+        for first, frame, off, end in reversed(self.again):
+            d = (seq - first) & MASK
+            if d < end - off:
+                return frame[off + d : min(end, off + d + most)]
+        return b""
+
+    def is_beyond(self, place: int) -> bool:
+        """Whether it has sent bytes beyond a place of the stream."""
+        assert self.send is not None
+        ends = (seq + end - off for seq, _, off, end, _ in self.ooo)
+        return diff(self.send, place) > 0 or any(diff(end, place) > 0 for end in ends)
+
+    # -- flags
+
+    def acked(self, ack: int) -> None:
+        """It has acked as much."""
+        self.sack = later(self.sack, ack)
+
+    def urgent(self, end: int) -> None:
+        """It says that urgent data ends here."""
+        self.surg = (*self.surg[1 - MAX_URGENT :], end)
+
+    def finish(self, place: int, now_ns: int) -> None:
+        """Its FIN is here."""
+        self.sfin, self.sfin_at = place, now_ns
+
+    def reset(self, ident: tuple[bool, int], now_ns: int) -> bool:
+        """It has reset the connection; False: so often that this is not kept."""
+        if len(self.srst) >= MAX_RSTS:
+            return False
+        if not self.srst:
+            self.srst_at = now_ns
+        self.srst.append(ident)
+        return True
+
+    def begin(self, syn: Packet, now_ns: int) -> None:
+        """A new incarnation; what it said of the old one has no use any more."""
+        self.forget()
         self.send = None
-        self.ssyn = Syn(p, now_ns)
-        if p.flags & ACK:
-            self.sack = p.ack
+        self.ssyn = Syn(syn, now_ns)
+        if syn.flags & ACK:
+            self.sack = syn.ack

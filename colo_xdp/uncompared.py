@@ -3,47 +3,44 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 
-from .comparer import Comparer, Flow, Held, Host
+from .compared import ComparedFlow
+from .comparer import LONG_AGO, Comparer, Flow, Host, Partial, Reporter, Source
 from .flow import FlowKey
+from .held_queue import Held, HeldQueue
+from .ledger import Ledger
 from .packet import Packet
 from .policy import Verdict
 from .reasons import Cause
 from .record import NO_EVIDENCE, Evidence, Record
-
-if TYPE_CHECKING:
-    from .stream import Stream
+from .timers import Timers
 
 
 class Passed:
     """A flow of which nothing is compared: the PVM's frames leave, the SVM's are dropped."""
 
-    __slots__ = ("_text", "direction", "epoch", "held", "host", "key", "last", "verdict", "when")
+    __slots__ = ("direction", "epoch", "key", "last", "outbox", "verdict", "when")
+
+    bypassed = True
+    held: Iterable[Held] = ()
 
     def __init__(
-        self, host: Host, key: FlowKey, epoch: int, verdict: Verdict, direction: str, text: str
+        self, outbox: Reporter, key: FlowKey, epoch: int, verdict: Verdict, direction: str
     ) -> None:
-        self.host, self.key, self.epoch, self._text = host, key, epoch, text
+        self.outbox, self.key, self.epoch = outbox, key, epoch
         self.verdict, self.direction = verdict, direction
         self.last = self.when = 0
-        self.held: deque[Held] = deque(maxlen=0)
-
-    def text(self) -> str:
-        """The flow's name for people."""
-        return self._text
 
     def pvm(self, rec: Record, p: Packet, now_ns: int) -> None:
         """A frame of the PVM leaves."""
-        self.host.uncompared(self.verdict)
-        self.host.emit(rec, now_ns)
+        self.outbox.uncompared(self.verdict)
+        self.outbox.release(rec)
 
     def svm(self, p: Packet, now_ns: int) -> None:
         """A frame of the SVM ends here."""
-        self.host.count("svm_uncompared_dropped")
+        self.outbox.count("svm_uncompared_dropped")
 
     def commit(self, p: Packet) -> None:
         """A checkpoint contains it: nothing is to be remembered."""
@@ -51,12 +48,47 @@ class Passed:
     def pump(self, now_ns: int) -> None:
         """Nothing waits."""
 
-    def drop_svm(self) -> None:
+    def forget_svm(self) -> None:
         """Nothing is stashed."""
 
     def unhold(self) -> list[Held]:
         """Nothing waits."""
         return []
+
+    def defer(self) -> list[Held]:
+        """Nothing waits."""
+        return []
+
+    def pvm_in_checkpoint(self, rec: Record, p: Packet, now_ns: int) -> bool:
+        """A frame of the PVM leaves, checkpoint or not."""
+        self.pvm(rec, p, now_ns)
+        return True
+
+    def catch_up(self, rec: Record, p: Packet, now_ns: int) -> None:
+        """A frame has left that was to be compared behind; the rules are others now."""
+
+    def miss(self) -> None:
+        """A frame of the SVM's next epoch was not kept; nobody wants it."""
+
+    def outdate(self, epoch: int) -> None:
+        """Other rules are in force from this epoch on: be judged anew when next seen."""
+        self.new_epoch(epoch)
+        self.epoch = LONG_AGO
+
+    def judged(self, verdict: Verdict) -> None:
+        """The rules in force want for it what those before did."""
+        self.verdict = verdict
+
+    def removed(self) -> None:
+        """Nothing was kept of its past."""
+
+    def reclaim(self) -> Comparer:
+        """Tier K never has it."""
+        return self
+
+    def stands_for(self, flow: object) -> bool:
+        """Whether it is this one in the tables."""
+        return flow is self
 
     def new_epoch(self, epoch: int) -> None:
         """Nothing was remembered."""
@@ -75,107 +107,56 @@ class Passed:
         return True
 
 
-@dataclass(slots=True)
 class Budget:
     """What is kept to compare watched flows behind, of all of them together: nothing that leaves
     waits for it, so it has no part in what may be held."""
 
-    max_packets: int  # of either side
-    max_bytes: int  # of the PVM
-    pvm_packets: int = 0
-    pvm_bytes: int = 0
-    svm_packets: int = 0
-    #: left in a checkpoint or shortly before, to be compared when it is over
-    frames: deque[Held] = field(default_factory=deque)
+    __slots__ = ("frames", "ledger")
 
-    def full(self) -> bool:
-        """Whether no frame more of the PVM can be kept."""
-        return self.pvm_packets >= self.max_packets or self.pvm_bytes >= self.max_bytes
+    def __init__(self, ledger: Ledger) -> None:
+        self.ledger = ledger
+        #: left in a checkpoint or shortly before, to be compared when it is over
+        self.frames = HeldQueue(ledger)
 
-    def clear(self) -> None:
-        """Nothing is kept any more."""
-        self.pvm_packets = self.pvm_bytes = self.svm_packets = 0
-        self.frames.clear()
+    def host(self, host: Host) -> Host:
+        """What a watched flow is given, but for its outbox."""
+        return replace(host, ledger=self.ledger, backlog=self.frames)
 
     def commit(self, of: Callable[[Packet, bool], Comparer | None], stop_ns: int) -> list[Held]:
         """A checkpoint contains what was captured at stop_ns or before; the rest of what is kept,
-        for catch_up()."""
-        kept = list(self.frames)
-        self.clear()
+        to be compared under the epoch that begins."""
+        kept = self.frames.drain()
         for rec, p, _ in kept:
             if rec.ts_ns <= stop_ns and (flow := of(p, False)) is not None:
                 flow.commit(p)
         return [held for held in kept if held[0].ts_ns > stop_ns]
 
 
-class Watching:
-    """The engine as a watched flow's comparer sees it: nothing is released, nobody asked."""
+class MonitorOutbox:
+    """The outbox of a flow whose frames have left: nothing is released, nobody asked."""
 
-    __slots__ = ("_budget", "_engine", "_flow")
+    __slots__ = ("_flow", "_outbox")
 
-    def __init__(self, engine: Host, flow: Watched, budget: Budget) -> None:
-        self._engine, self._flow, self._budget = engine, flow, budget
+    def __init__(self, outbox: Reporter, flow: Watched) -> None:
+        self._outbox, self._flow = outbox, flow
 
-    epoch = property(lambda self: self._engine.epoch)
-    timeout_ns = property(lambda self: self._engine.timeout_ns)
-    grace_ns = property(lambda self: self._engine.grace_ns)
-    max_packets = property(lambda self: self._budget.max_packets)
-    max_bytes = property(lambda self: self._budget.max_bytes)
-    max_stream = property(lambda self: self._engine.max_stream)
-    max_history = property(lambda self: self._engine.max_history)
-
-    @property
-    def pvm_packets(self) -> int:
-        return self._budget.pvm_packets
-
-    @pvm_packets.setter
-    def pvm_packets(self, n: int) -> None:
-        self._budget.pvm_packets = n
-
-    @property
-    def pvm_bytes(self) -> int:
-        return self._budget.pvm_bytes
-
-    @pvm_bytes.setter
-    def pvm_bytes(self, n: int) -> None:
-        self._budget.pvm_bytes = n
-
-    @property
-    def svm_packets(self) -> int:
-        return self._budget.svm_packets
-
-    @svm_packets.setter
-    def svm_packets(self, n: int) -> None:
-        self._budget.svm_packets = n
-
-    def emit(self, rec: Record, now_ns: int) -> None:
+    def release(self, rec: Record) -> None:
         """It has left long ago."""
 
-    def ask(self, cause: Cause, flow: Flow, evidence: Evidence = NO_EVIDENCE) -> None:
+    def request(self, cause: Cause, flow: Source, evidence: Evidence = NO_EVIDENCE) -> None:
+        """A difference; or there is no room, and nobody knows."""
         if cause is Cause.QUEUE_FULL:
-            self._engine.count("watched_given_up")  # no difference: nobody knows
+            self._outbox.count("watched_given_up")
         else:
-            self._engine.noticed(cause, flow, evidence)
-        self._flow.lost = True
-        self._engine.arm(self._flow, 1)  # not here: the comparer is in the middle of something
+            self._outbox.noticed(cause, flow, evidence)
+        self._flow.lose()
 
     def count(self, name: str, n: int = 1) -> None:
-        if name not in ("queue_full_dropped", "svm_queue_full_dropped"):  # see ask()
-            self._engine.count(name, n)
+        """Nothing is dropped for want of room, see request()."""
+        if name not in ("queue_full_dropped", "svm_queue_full_dropped"):
+            self._outbox.count(name, n)
 
-    def uncompared(self, verdict: Verdict) -> None:
-        self._engine.uncompared(verdict)
-
-    def noticed(self, cause: Cause, flow: Flow, evidence: Evidence) -> None:
-        self._engine.noticed(cause, flow, evidence)
-
-    def arm(self, flow: Flow, when_ns: int) -> None:
-        self._engine.arm(flow, when_ns)
-
-    def charge_history(self, stream: Stream) -> None:
-        self._engine.charge_history(stream)
-
-    def part_verified(self, stream: Stream) -> None:
+    def part_verified(self, flow: Partial) -> None:
         """Parts need not leave: the whole has."""
 
 
@@ -187,49 +168,51 @@ class Watched(Passed):
     compared than the budget has room for.
     """
 
-    __slots__ = ("_budget", "_missed", "inner", "lost")
+    __slots__ = ("_budget", "_missed", "_timers", "inner", "lost")
 
-    inner: Comparer
+    inner: ComparedFlow  # an ordinary one, whose outbox is self.monitor()
 
     def __init__(
-        self, host: Host, key: FlowKey, epoch: int, verdict: Verdict, direction: str, text: str,
-        budget: Budget,
+        self, outbox: Reporter, key: FlowKey, epoch: int, verdict: Verdict, direction: str,
+        budget: Budget, timers: Timers[Flow],
     ) -> None:  # fmt: skip
-        super().__init__(host, key, epoch, verdict, direction, text)
+        super().__init__(outbox, key, epoch, verdict, direction)
         self.lost = False
         self._missed = False  # frames of the epoch that begins next
-        self._budget = budget
+        self._budget, self._timers = budget, timers
 
-    def watcher(self) -> Host:
-        """The host for `inner`."""
-        return Watching(self.host, self, self._budget)
+    def monitor(self) -> MonitorOutbox:
+        """What becomes of the decisions of `inner`."""
+        return MonitorOutbox(self.outbox, self)
+
+    def lose(self) -> None:
+        """Nothing more is learnt from it in this epoch."""
+        self.lost = True
+        self._timers.arm(self, 1)  # not here: the comparer is in the middle of something
 
     def pvm(self, rec: Record, p: Packet, now_ns: int) -> None:
         super().pvm(rec, p, now_ns)
         rec.sent = True
-        self.compare(rec, p, now_ns)
+        self.catch_up(rec, p, now_ns)
 
-    def compare(self, rec: Record, p: Packet, now_ns: int) -> None:
+    def catch_up(self, rec: Record, p: Packet, now_ns: int) -> None:
         """Behind: it has left."""
         if not self.lost:
             self.inner.pvm(rec, p, now_ns)
 
-    def pvm_in_checkpoint(self, rec: Record, p: Packet, now_ns: int) -> None:
+    def pvm_in_checkpoint(self, rec: Record, p: Packet, now_ns: int) -> bool:
         """It leaves at once, and is compared when the next epoch has begun."""
         super().pvm(rec, p, now_ns)
         rec.sent = True
-        if self._budget.full():
+        if not self._budget.frames.offer(rec, p, now_ns):
             self.miss()
-            return
-        self._budget.pvm_packets += 1
-        self._budget.pvm_bytes += len(rec.frame)
-        self._budget.frames.append((rec, p, now_ns))
+        return True
 
     def miss(self) -> None:
         """A frame of the epoch that begins next was not kept."""
         if not self._missed:
             self._missed = True
-            self.host.count("watched_given_up")
+            self.outbox.count("watched_given_up")
 
     def svm(self, p: Packet, now_ns: int) -> None:
         if self.lost:
@@ -240,10 +223,8 @@ class Watched(Passed):
     def expire(self, now_ns: int) -> int:
         """After a difference: what was kept to compare with is of no more use."""
         if self.lost:
-            for rec, _, _ in self.inner.unhold():
-                self._budget.pvm_packets -= 1
-                self._budget.pvm_bytes -= len(rec.frame)
-            self.inner.drop_svm()
+            self.inner.unhold()
+            self.inner.forget_svm()
         return 0
 
     def commit(self, p: Packet) -> None:
@@ -254,16 +235,15 @@ class Watched(Passed):
         self.lost, self._missed = self._missed, False
         self.inner.new_epoch(epoch)
 
+    def judged(self, verdict: Verdict) -> None:
+        super().judged(verdict)
+        self.inner.judged(verdict)
+
+    def removed(self) -> None:
+        self.inner.removed()
+
     def quiet(self) -> bool:
         return self.inner.quiet()
 
     def closed(self) -> bool:
         return self.inner.closed()
-
-
-def catch_up(flow: Comparer | None, rec: Record, p: Packet, now_ns: int) -> None:
-    """A frame that has left, to be compared under the epoch that has begun."""
-    if isinstance(flow, Watched):
-        flow.compare(rec, p, now_ns)
-    elif flow is not None and not isinstance(flow, Passed):  # the rules are others now
-        flow.pvm(rec, p, now_ns)

@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from colo_xdp.compare import Engine
+from colo_xdp.datagram import DatagramFlow
 from colo_xdp.journal import Divergence
 from colo_xdp.limits import Limits
 from colo_xdp.packet import parse
@@ -18,6 +19,7 @@ from colo_xdp.record import Record
 from colo_xdp.stream import Stream
 
 from ..unit import frames as f
+from ..unit.test_fragments import cut4
 
 MS = 1_000_000
 MANY = settings(max_examples=250, deadline=None, suppress_health_check=list(HealthCheck))
@@ -143,6 +145,21 @@ def test_a_flipped_byte_is_never_released(case: Case, data: Any) -> None:
     assert all(not place <= at < place + len(piece) for place, piece in r.pieces())
 
 
+def assert_counts_are_exact(e: Engine) -> None:
+    """What the engine has counted is what its flows hold and stash."""
+    flows = [*e._flows.tcp.values(), *e._flows.datagram.values(), e._fragments]
+    held = [*e._queue.held, *(h for flow in flows for h in flow.held)]
+    assert e.pvm_packets == len(held)
+    assert e.ledger.pvm_bytes == sum(len(rec.frame) for rec, _, _ in held)
+    stashed = len(e._fragments._svm)
+    for flow in flows:
+        if isinstance(flow, Stream):
+            stashed += len(flow.theirs.chunks) + len(flow.theirs.ooo)
+        elif isinstance(flow, DatagramFlow):
+            stashed += sum(map(len, flow.copies.values()))
+    assert e.svm_packets == stashed
+
+
 LIMITS = Limits(
     compare_timeout_ns=50 * MS, max_queue_size=8, max_held_bytes=4000, max_stream_bytes=2000,
     max_flows=6, history_bytes=500, history_total=2000, flow_idle_ns=2000 * MS,
@@ -151,7 +168,7 @@ LIMITS = Limits(
 
 @st.composite
 def anything(draw: Any) -> bytes:
-    kind = draw(st.integers(0, 9))
+    kind = draw(st.integers(0, 10))
     port = draw(st.integers(4000, 4012))
     body = draw(st.binary(max_size=120))
     if kind < 6:
@@ -164,11 +181,13 @@ def anything(draw: Any) -> bytes:
         return f.tcp(seq % 2**32, draw(st.integers(0, 900)), body, flags, dport=port)
     if kind < 8:
         return f.udp(body, dport=port)
+    if kind == 10:
+        return draw(st.sampled_from(cut4(body.ljust(64), (0, 24), draw(st.integers(0, 3)))))
     return body if kind == 8 else f.ip4(draw(st.integers(0, 255)), body)
 
 
 @settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
-@given(st.lists(st.tuples(st.integers(0, 12), anything(), st.integers(0, 30)), max_size=150))
+@given(st.lists(st.tuples(st.integers(0, 14), anything(), st.integers(0, 30)), max_size=150))
 def test_no_input_takes_more_than_the_limits(events: list[tuple[int, bytes, int]]) -> None:
     seen: list[Divergence] = []
     e = Engine(
@@ -184,6 +203,12 @@ def test_no_input_takes_more_than_the_limits(events: list[tuple[int, bytes, int]
             e.from_svm(rec, (e.epoch + (what == 9)) & 0xFFF, now)
         elif what == 10:
             e.tick(now)
+        elif what == 13:
+            e.release_all()
+            checkpointing = False
+            assert not e.held_packets and not e.svm_packets
+        elif what == 14:
+            e.set_policy(Policy())
         elif checkpointing:
             e.commit_checkpoint(now - MS, e.epoch + 1, now)
             checkpointing = False
@@ -192,14 +217,15 @@ def test_no_input_takes_more_than_the_limits(events: list[tuple[int, bytes, int]
             checkpointing = True
         e.flush(now)
         queue = 16 if checkpointing else 1
+        assert_counts_are_exact(e)
         # what a checkpoint had accepted stays, over the limit, until it is compared or leaves
         spare = 16 * LIMITS.max_queue_size
         assert 0 <= e.held_packets <= queue * LIMITS.max_queue_size + spare
         assert 0 <= e.svm_packets <= 2 * LIMITS.max_queue_size + 1
         assert len(e._flows.tcp) + len(e._flows.datagram) <= LIMITS.max_flows + spare
-        assert e._history_sum <= LIMITS.history_total + LIMITS.history_bytes * 2
-        assert len(e._next) <= LIMITS.max_queue_size
+        assert e._histories.charged <= LIMITS.history_total + LIMITS.history_bytes * 2
+        assert len(e._queue._next) <= LIMITS.max_queue_size
         for stream in e._flows.tcp.values():
             if isinstance(stream, Stream):
-                ahead = sum(end - off for _, off, end, _ in stream.chunks)
+                ahead = sum(end - off for _, off, end, _ in stream.theirs.chunks)
                 assert ahead <= LIMITS.max_stream_bytes

@@ -22,6 +22,7 @@ from colo_xdp.journal import Divergence
 from colo_xdp.packet import parse
 from colo_xdp.reasons import Cause
 from colo_xdp.stream import Stream
+from colo_xdp.twin import SvmStream
 
 from ..unit import frames as f
 
@@ -446,7 +447,7 @@ class World:
         self.moot += n
         flows = list(self.engine._tcp.values())
         held = {id(rec) for flow in flows for rec, _, _ in flow.held}
-        held |= {id(rec) for rec, _, _ in self.engine._queue}
+        held |= {id(rec) for rec, _, _ in self.engine._queue.held}
         gone = [i for i in self.waiting if i not in held and self.meta[i][0].kind == "data"]
         gone = [i for i in gone if not self.meta[i][0].data]
         if len(gone) != n:
@@ -602,7 +603,7 @@ def _epoch_ignored(mp: pytest.MonkeyPatch) -> None:
 
 
 def _old_svm_kept(mp: pytest.MonkeyPatch) -> None:
-    mp.setattr(Stream, "forget_svm", lambda self: None)
+    mp.setattr(SvmStream, "forget", lambda self: None)
 
 
 def _release_before_compare(mp: pytest.MonkeyPatch) -> None:
@@ -613,7 +614,8 @@ def _history_ignored(mp: pytest.MonkeyPatch) -> None:
     real = Stream._verified
 
     def verified(self: Stream, p: Any) -> bool:
-        if self.ver is not None and (self.ver - p.seq - (p.end - p.off)) & MASK < 1 << 31:
+        ver = self.sent.ver
+        if ver is not None and (ver - p.seq - (p.end - p.off)) & MASK < 1 << 31:
             return True
         return real(self, p)
 
@@ -633,12 +635,13 @@ def _no_rollback(mp: pytest.MonkeyPatch) -> None:
     real = Stream.new_epoch
 
     def new_epoch(self: Stream, epoch: int) -> None:
-        ver, hist = self.ver, self.hist.back(self.hist.size, self.hist.size)
+        sent = self.sent
+        ver, hist = sent.ver, sent.hist.back(sent.hist.size, sent.hist.size)
         real(self, epoch)
-        if self.base is not None and ver is not None:
-            self.ver = self.send = ver
-            self.hist.clear()
-            self.hist.add(hist)
+        if sent.base is not None and ver is not None:
+            sent.ver = self.theirs.send = ver
+            sent.hist.clear()
+            sent.hist.add(hist)
 
     mp.setattr(Stream, "new_epoch", new_epoch)
 
@@ -651,7 +654,7 @@ def _newest_first(mp: pytest.MonkeyPatch) -> None:
     real = Engine._release_queued
 
     def release_queued(self: Engine, ts_ns: int, counter: str) -> int:
-        self._queue.reverse()
+        self._queue.held.extend(reversed(self._queue.held.drain()))
         return real(self, ts_ns, counter)
 
     mp.setattr(Engine, "_release_queued", release_queued)

@@ -18,20 +18,20 @@ import random
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from colo_xdp import abi, corpus, fastmap, fastpath, giving, tier_k
+from colo_xdp import abi, corpus, fastmap, giving, tier_k
 from colo_xdp.abi import SIDE_PVM, SIDE_SVM, CtlOp, CtlResult, Mode, Reason
 from colo_xdp.compare import Engine, Limits, Policy, Record
 from colo_xdp.corpus import craft
 from colo_xdp.corpus.play import MS, STEP_MS
+from colo_xdp.fastpath import TcpCodec
 from colo_xdp.packet import ACK, FIN, RST, SYN, Kind, parse
-from colo_xdp.stream import Stream
 from tests.sim.fast import Bpf, Conn, TierK, completed, user_space
 from tests.sim.mutants import TIERS_MUTANTS
 
@@ -356,8 +356,8 @@ def test_a_claimed_stash_is_nobody_elses(monkeypatch: pytest.MonkeyPatch) -> Non
         host.read()
         assert k.owner(0)[2] == tier_k.conn_key(parse(f.tcp(1, 1, b"x")).key)
 
-    late = replace(fastpath.LANE, young=lambda st: False)  # when there is something to take along
-    monkeypatch.setitem(giving._LANES, Stream, late)
+    # given when there is something to take along
+    monkeypatch.setattr(TcpCodec, "young", lambda self, st: False)
     hosts: list[Host] = []
     with quick(hosts):
         hosts.append(Host(LIMITS, fast=True, stashes=1))

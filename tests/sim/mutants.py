@@ -17,7 +17,6 @@ from colo_xdp import (
     fastgram,
     fastmap,
     fragments,
-    giving,
     rewrite,
     secondary,
     stream,
@@ -27,6 +26,7 @@ from colo_xdp.beacon import Flag
 from colo_xdp.compare import Engine
 from colo_xdp.datagram import DatagramFlow
 from colo_xdp.failover import Action
+from colo_xdp.fastgram import UdpCodec
 from colo_xdp.flowtable import Flow, FlowTable
 from colo_xdp.fragments import Fragments
 from colo_xdp.primary import Primary
@@ -34,7 +34,7 @@ from colo_xdp.rewrite import Rewriter
 from colo_xdp.secondary import Secondary
 from colo_xdp.speaker import Speaker
 from colo_xdp.stream import Stream
-from colo_xdp.twin import Twin
+from colo_xdp.twin import SvmStream
 from colo_xdp.window import WindowGate
 
 from .fast import Conn, Out, TierK, Work
@@ -181,7 +181,7 @@ def epoch_ignored(mp: Any) -> None:
 
 @_mutant
 def old_svm_kept_over_a_checkpoint(mp: Any) -> None:
-    mp.setattr(Twin, "forget_svm", lambda self: None)
+    mp.setattr(SvmStream, "forget", lambda self: None)
 
 
 @_mutant
@@ -244,7 +244,7 @@ def datagrams_uncompared(mp: Any) -> None:
 @_mutant
 def fragments_leave_one_by_one(mp: Any) -> None:
     def pvm(self: Fragments, rec: Any, p: Any, now: int) -> None:
-        self.host.emit(rec, now)
+        self.outbox.release(rec)
 
     mp.setattr(fragments.Fragments, "pvm", pvm)
 
@@ -347,7 +347,7 @@ def the_queue_of_a_checkpoint_is_lost(mp: Any) -> None:
     real = Engine._release_queued
 
     def release_queued(self: Engine, ts_ns: int, counter: str) -> int:
-        self._queue.clear()
+        self._queue.held.drain()
         return real(self, ts_ns, counter)
 
     mp.setattr(Engine, "_release_queued", release_queued)
@@ -403,7 +403,7 @@ def the_oldest_svm_bytes_win(mp: Any) -> None:
     real = Engine.commit_checkpoint
 
     def commit(self: Engine, stop_ts_ns: int, epoch: int, now_ns: int) -> None:
-        self._next.clear()
+        self._queue._next.clear()
         real(self, stop_ts_ns, epoch, now_ns)
 
     mp.setattr(Engine, "commit_checkpoint", commit)
@@ -744,13 +744,12 @@ def datagrams_that_wait_are_lost_on_their_way_back(mp: Any) -> None:
 
 @_tiers_mutant
 def datagrams_of_the_svm_come_back_as_the_pvms(mp: Any) -> None:
-    real = fastgram.recall
-    lane = fastgram.LANE
+    real = UdpCodec.recall
 
-    def recall(flow: DatagramFlow, words: Any, now_ns: int) -> None:
-        real(flow, replace(words, pvm_ahead=True), now_ns)
+    def recall(self: UdpCodec, flow: DatagramFlow, words: Any, now_ns: int) -> None:
+        real(self, flow, replace(words, pvm_ahead=True), now_ns)
 
-    mp.setitem(giving._LANES, DatagramFlow, replace(lane, recall=recall))
+    mp.setattr(UdpCodec, "recall", recall)
 
 
 @_kernel_mutant

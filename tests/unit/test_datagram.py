@@ -19,6 +19,7 @@ class Pair:
         self.out: list[bytes] = []
         self.asked: list[str] = []
         self.found: list[Divergence] = []
+        self.unmirrored: list[bytes | None] = []
         self.e = Engine(
             limits or Limits(),
             policy or Policy(),
@@ -26,6 +27,7 @@ class Pair:
             request_checkpoint=lambda d: self.asked.append(d.cause),
             on_wait=lambda ns: None,
             on_divergence=self.found.append,
+            unmirror=self.unmirrored.append,
         )
 
     def p(self, *raw: bytes) -> Pair:

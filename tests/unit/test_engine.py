@@ -239,8 +239,8 @@ def test_history_is_bounded() -> None:
             w.p(f.tcp(i * 1000, 1, bytes(1000), dport=port))
     assert len(w.out) == 48
     assert w.e.counters["history_evicted"] >= 3
-    assert w.e._history_sum <= 10_000
-    assert sum(len(s.hist) for s in w.e._tcp.values()) <= 10_000
+    assert w.e._histories.charged <= 10_000
+    assert sum(len(s.sent.hist) for s in w.e._tcp.values()) <= 10_000
     w.p(f.tcp(7000, 1, bytes(1000), dport=5))  # the newest has its history
     assert len(w.out) == 49
 
@@ -274,7 +274,7 @@ def test_only_what_cannot_be_late_asks_for_a_tick() -> None:
         held.append(w.e.tick_ns())
         w.now += 3 * MS
     first = held[0]
-    assert held == [first, first] and w.now < first < w.now + w.e.grace_ns
+    assert held == [first, first] and w.now < first < w.now + w.e.limits.datagram_grace_ns
     w.wait(2)
     assert w.e.tick_ns() == first, "it is not over yet"
     w.wait(2.5)

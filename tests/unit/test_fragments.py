@@ -10,6 +10,7 @@ import struct
 import pytest
 
 from colo_xdp.packet import Kind, parse
+from colo_xdp.policy import Policy
 
 from . import frames as f
 from .test_datagram import Pair
@@ -67,6 +68,15 @@ def test_a_fragment_that_never_comes_costs_one_checkpoint() -> None:
     pair = Pair().p(a).s(a).wait(2990).is_now([]).wait(20).is_now([], "compare_timeout")
     pair.checkpoint().is_now([a], "compare_timeout").wait(9000).is_now([a], "compare_timeout")
     assert (pair.e.held_packets, pair.e.svm_packets) == (0, 0)
+
+
+def test_a_fragment_that_never_comes_is_asked_for_under_new_rules_too() -> None:
+    """The engine forgets its timers then."""
+    (a, _), (b, _) = (cut4(UDP, (0, 24), ident) for ident in (1, 2))
+    pair = Pair().p(a)
+    pair.e.set_policy(Policy())
+    pair.checkpoint().is_now([a], "policy")
+    pair.p(b).s(b).wait(3001).is_now([a], "policy", "compare_timeout")
 
 
 def test_a_checkpoint_between_two_fragments() -> None:

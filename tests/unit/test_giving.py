@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import inspect
 import struct
 from collections import Counter
+from typing import Any
 
 import pytest
 
@@ -21,7 +23,9 @@ from colo_xdp.giving import (
     RETRY,
 )
 from colo_xdp.journal import Divergence
+from colo_xdp.offloaded import OffloadedFlow
 from colo_xdp.packet import parse
+from colo_xdp.stream import Stream
 from colo_xdp.tier_k import Answer, Gift, NoFast, Words, known
 
 from . import frames as f
@@ -253,3 +257,50 @@ def test_a_priority_tag_is_not_for_tier_k() -> None:
             assert not fastpath._plain(tcp) and not fastgram._plain(udp)
     assert fastpath._plain(parse(f.tcp(1, 1, b"abc")))
     assert fastgram._plain(parse(f.udp(b"abc")))
+
+
+NEXT = parse(f.tcp(0, 1, b"next", sport=80))
+CALLS: dict[str, tuple[Any, ...]] = {
+    "pvm": (Record(NEXT.frame, 0), NEXT, 0),
+    "svm": (NEXT, 0),
+    "commit": (NEXT,),
+    "pump": (0,),
+    "pvm_in_checkpoint": (Record(NEXT.frame, 0), NEXT, 0),
+    "catch_up": (Record(NEXT.frame, 0), NEXT, 0),
+    "miss": (),
+    "unhold": (),
+    "defer": (),
+    "forget_svm": (),
+    "new_epoch": (1,),
+    "judged": (Policy().verdicts[0],),
+    "expire": (0,),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_any_call_to_a_given_connection_reclaims_it(
+    pair: Pair, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair.fast.answer = Answer.TAKEN
+    while not pair.fast.taken:
+        pair.both()
+    table, recalled = pair.e._flows.tcp, pair.e.counters["fast_recalled"]
+    ((key, given),) = table.items()
+    assert isinstance(given, OffloadedFlow) and given.key == key
+    assert given.quiet() and given.closed() and not given.held and not given.bypassed
+    assert given.stands_for(given.flow) and given.epoch == pair.e.epoch
+    given.outdate(1)
+    assert table[key] is given and pair.e.counters["fast_recalled"] == recalled
+    passed_on = []
+    monkeypatch.setattr(Stream, name, lambda self, *args: passed_on.append((self, args)))
+    getattr(given, name)(*CALLS[name])
+    assert passed_on == [(given.flow, CALLS[name])]
+    assert table[key] is given.flow and pair.e.counters["fast_recalled"] == recalled + 1
+    getattr(given, name)(*CALLS[name])  # by somebody who has not noticed
+    assert len(passed_on) == 2 and pair.e.counters["fast_recalled"] == recalled + 1
+
+
+def test_every_call_is_tried() -> None:
+    looks = {"quiet", "closed", "stands_for", "outdate", "removed", "reclaim", "__init__"}
+    calls = {n for n, what in vars(OffloadedFlow).items() if inspect.isfunction(what)}
+    assert calls - looks == set(CALLS)

@@ -6,7 +6,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from colo_xdp.history import JOIN, History
+from colo_xdp.history import JOIN, History, HistoryBudget
 
 SIZES = st.sampled_from((0, 1, 7, 1448, JOIN - 1, JOIN, 3 * JOIN))
 STEPS = st.lists(
@@ -44,3 +44,36 @@ def test_as_a_byte_string(steps: list[tuple[str, int]], distance: int, n: int) -
         assert history.back(len(model), len(model)) == model
     distance = min(distance, len(model))
     assert history.back(distance, n) == model[len(model) - distance :][:n]
+
+
+def test_a_budget_gives_up_the_history_that_has_not_grown_for_longest() -> None:
+    gone: list[int] = []
+    budget = HistoryBudget(8192, 20_000, lambda: gone.append(1))
+    histories = [History() for _ in range(3)]
+    for history in histories[:2]:
+        history.add(bytes(8192))
+        budget.charge(history)
+    histories[0].add(bytes(10))
+    budget.charge(histories[0])  # grows, and is trimmed no earlier than a quarter above
+    assert len(histories[0]) == 8202 and budget.charged == 10_240 + 8192 and not gone
+    histories[2].add(bytes(3000))
+    budget.charge(histories[2])
+    assert len(gone) == 1 and [len(h) for h in histories] == [8202, 0, 3000]
+    assert budget.charged == sum(h.charged for h in histories) <= 20_000
+    budget.drop(histories[0])
+    budget.drop(histories[0])
+    assert not histories[0] and budget.charged == histories[2].charged == 4096
+    budget.clear()
+    assert not budget.charged
+
+
+def test_one_history_may_be_as_large_as_it_may_be() -> None:
+    """Though that is more than all of them should be."""
+    gone: list[int] = []
+    budget, history = HistoryBudget(10 * JOIN, JOIN, lambda: gone.append(1)), History()
+    for _ in range(20):
+        history.add(bytes(JOIN))
+        if len(history) > history.charged:
+            budget.charge(history)
+        assert len(history) <= 13 * JOIN
+    assert len(history) >= 10 * JOIN and not gone

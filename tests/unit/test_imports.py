@@ -11,14 +11,14 @@ import pytest
 
 PACKAGE = Path(__file__).parents[2] / "colo_xdp"
 PURE = (
-    "_seq", "abi", "announce", "beacon", "btf", "checks", "claims", "compare", "comparer", "config",
-    "config_keys", "corpus/__init__",
-    "corpus/craft", "corpus/play", "counters", "datagram", "explain", "failover",
-    "fastgram", "fastpath", "flow", "flows", "fragments", "giving", "hexdump", "history",
-    "guest_event", "journal", "limits", "marked", "marks", "nic", "openings", "packet", "pacing",
-    "disks",
-    "policy", "qmp_event", "reasons", "record", "replay", "rewrite", "segment", "status", "stream",
-    "suggest", "tcp_state", "tier_k", "twin", "uncompared", "window", "wire",
+    "_seq", "abi", "announce", "beacon", "btf", "checkpoint_queue", "checks", "claims", "compare",
+    "compared", "comparer", "config", "config_keys", "corpus/__init__", "corpus/craft",
+    "corpus/play", "counters", "datagram", "disks", "explain", "failover", "fastgram", "fastpath",
+    "flow", "flows", "fragments", "giving", "guest_event", "held_queue", "hexdump", "history",
+    "journal", "ledger", "limits", "marked", "marks", "nic", "offload_port", "offloaded",
+    "openings", "outbox", "pacing", "packet", "policy", "qmp_event", "reasons", "record",
+    "released", "replay", "rewrite", "segment", "status", "stream", "suggest", "tcp_state",
+    "tier_k", "timers", "twin", "uncompared", "window", "wire",
 )  # fmt: skip
 NAMES = {part for name in PURE for part in name.split("/")}
 EDGES = {

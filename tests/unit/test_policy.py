@@ -103,6 +103,15 @@ def test_watched_flows_leave_at_once_and_are_compared_behind(mine: bytes, theirs
     assert pair.out == [mine, again, again, again]
 
 
+def test_a_watched_flow_goes_by_the_name_of_the_rule_in_force() -> None:
+    pair = Pair(policy=Policy((rule("mirror-only"),)))
+    pair.p(DATA).s(DATA)
+    pair.e.set_policy(Policy((Rule(name="new", action="mirror-only"),)))
+    pair.checkpoint().p(f.tcp(104, 1, b"def")).s(f.tcp(104, 1, b"dXf"))
+    assert pair.found[-1].rule == "new"
+    assert (pair.e.rules["r"].differences, pair.e.rules["new"].differences) == (0, 1)
+
+
 def log_line(i: int) -> bytes:
     return f.udp(b"line %d" % i)
 
@@ -191,10 +200,9 @@ def test_shadow_mode_holds_nothing_and_asks_as_often() -> None:
 
 
 def test_flows_under_drop_secondary_are_kept_from_the_svm_until_the_rule_goes() -> None:
-    told: list[bytes | None] = []
     drop = Policy((rule("drop-secondary", port="80"), rule("drop-secondary", port="53")))
     pair = Pair(policy=drop)
-    pair.e.unmirror = told.append
+    told = pair.unmirrored
     web, dns = f.tcp(101, 1, b"abc", tags=b"\x81\0\xe0\5"), f.udp(b"x")
     pair.p(web, web, dns, ARP).is_now([web, web, dns, ARP])
     keys = [unmirrored_key(packet(x).key, x is web) for x in (web, dns)]

@@ -12,7 +12,7 @@ from colo_xdp.compare import Engine, Limits, Policy, Record
 from colo_xdp.journal import Divergence
 from colo_xdp.packet import parse
 from colo_xdp.reasons import Cause
-from colo_xdp.twin import Twin
+from colo_xdp.stream import Stream
 
 from . import frames as f
 
@@ -272,7 +272,7 @@ def test_late_segments_of_an_old_incarnation_move_nothing(pair: Pair) -> None:
 
 
 def test_and_the_test_notices_if_they_do(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Twin, "_foreign", lambda self, seq: False)
+    monkeypatch.setattr(Stream, "_foreign", lambda self, seq: False)
     with pytest.raises(AssertionError):
         late_of_an_old_incarnation(pair)
 
