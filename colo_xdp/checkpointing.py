@@ -69,9 +69,10 @@ class Checkpointing(Entering):
         self.by_cause: Counter[str] = Counter()
         self.checkpoints_failed = 0
         self.last_checkpoint: dict[str, Any] = {}
-        self.spoke_alone = datapath.bond is Bond.ALONE
+        if datapath.bond is Bond.ALONE:
+            self.view.went_standalone()
         #: frames that are still on their way to this process leave uncompared
-        self._uncompared = self.spoke_alone and datapath.mode is Mode.BYPASS
+        self._uncompared = self.view.guest.standalone and datapath.mode is Mode.BYPASS
 
     def request(self, cause: Cause, detail: str, why: Divergence | None = None) -> None:
         """Ask for a checkpoint; a request while one is wanted or under way folds into it."""
@@ -121,9 +122,9 @@ class Checkpointing(Entering):
                 self.checkpoints_failed += 1
                 if isinstance(e, QmpTimeout) and await self.hangs():
                     # not the secondary's fault: it is the one to go on
-                    self.vm_gone = self.vm_hangs = True
+                    self.view.guest_gone(hung=True)
                 # Silence is no second sign beside silence: that would fence over a cut link.
-                self.checkpoint_overdue = not (isinstance(e, CheckpointFailed) and e.channel)
+                self.view.checkpoint_due(not (isinstance(e, CheckpointFailed) and e.channel))
                 self.become(State.DEGRADED, f"checkpoint ({want.cause}) did not complete: {e}")
                 self._decide()
 
@@ -146,7 +147,7 @@ class Checkpointing(Entering):
 
     async def _delayed(self, want: Want) -> bool:
         """Whether what is wanted has to wait; then some of that time has passed."""
-        if self.halted:
+        if self.view.guest.halted:
             await self._sleep_or_wake(REARM_S)
             return True
         now = time.monotonic_ns()
@@ -181,11 +182,11 @@ class Checkpointing(Entering):
                 await ck.changed.wait()
         if ck.failed:
             raise CheckpointFailed(f"the secondary: {ck.failed}", refused=not ck.triggered)
-        if self.colo_exit:
+        if self.view.guest.colo_exit:
             raise CheckpointFailed("QEMU has lost the COLO channel (COLO_EXIT)")
         if not self.peer.connected:
             raise CheckpointFailed("the control channel to the secondary is down", channel=True)
-        if self.vm_gone or not self.qmp.connected:
+        if self.view.guest.gone or not self.qmp.connected:
             raise CheckpointFailed("QMP to the PVM is down")
 
     async def _checkpoint(self, want: Want) -> None:
@@ -193,7 +194,7 @@ class Checkpointing(Entering):
         initial = cause == Cause.INITIAL
         if initial:
             self._handed = self.own is None
-        n = max(self.dp.epoch, self.peer_epoch) + 1
+        n = max(self.dp.epoch, self.view.peer.epoch) + 1
         began = time.monotonic_ns()
         ck = self._ck = Checkpoint(n, cause, began)
         c, q = self.config.checkpoint, self.config.qemu
@@ -219,8 +220,8 @@ class Checkpointing(Entering):
                 self.dp.mode = Mode.CHECKPOINT
                 await self.qmp.prepare(primary=True)
                 await self.qmp.migrate(self.migrate_to)
-            elif self.halted:  # meanwhile: QEMU would abort
-                raise CheckpointFailed(self.halted, refused=True)
+            elif self.view.guest.halted:  # meanwhile: QEMU would abort
+                raise CheckpointFailed(self.view.guest.halted, refused=True)
             else:
                 # Of a guest that stands still there is no STOP; one before this is not of it.
                 ck.stop_ns, ck.resume_ns = self._still_ns, 0
@@ -234,11 +235,12 @@ class Checkpointing(Entering):
                 await self._hand_offsets(ck, deadline)
             self._drain()  # frames from before STOP may still be in the ring
             held = (self.engine.held_packets, self.engine.held_bytes)
-            if self.spoke_alone and self.speaker is not None:
+            if self.view.guest.standalone and self.speaker is not None:
                 await self._clear_record(self.speaker)
             self.engine.commit_checkpoint(ck.stop_ns, n, time.monotonic_ns())
             # Before the epoch, by which the secondary is told that its guest counts.
-            self.spoke_alone, self.dp.bond = False, Bond.EQUAL
+            self.view.checkpointed()
+            self.dp.bond = Bond.EQUAL
             self.dp.epoch = n
             if cause == Cause.PLANNED:
                 # Nothing that is newer than the state which the SVM has loaded has left or will:
@@ -248,11 +250,12 @@ class Checkpointing(Entering):
                 now = time.monotonic_ns()
                 last = now if held[0] else ck.stop_ns  # what was held left with the commit
                 self.peer.send("silent", us=max(0, now - last) // 1000)
-                self.peer.send("gone", why="planned failover", alone=self.spoke_alone)
+                self.peer.send("gone", why="planned failover", alone=self.view.guest.standalone)
             else:
                 self.dp.mode = Mode.RUN
             if self._leave_shadow and self._leave_ns <= ck.stop_ns:
-                self._leave_shadow = self.shadow = self._exposed = False
+                self._leave_shadow = self._exposed = False
+                self.view.set_shadow(False)
             elif self._leave_shadow:  # left behind the STOP: another one has to end it
                 self._want = self._want or Want(Cause.OPERATOR.value, "leaving shadow mode")
             self._beat()  # a secondary that has just entered waits for this word
@@ -272,7 +275,7 @@ class Checkpointing(Entering):
             "total_ms": (time.monotonic_ns() - began) / 1e6,
             "at": time.time(),
         }
-        self.checkpoint_overdue = False
+        self.view.checkpoint_due(False)
         self._ended_ns = time.monotonic_ns()
         self.devices.checkpointed(cause)
         if self.speaker is not None:
@@ -318,8 +321,8 @@ class Checkpointing(Entering):
         if self.state not in (State.PROTECTED, State.CHECKPOINTING):
             raise ValueError(f"no checkpoint from state {self.state.value}: {self.reason}")
         before = self.dp.epoch
-        if self.halted:
-            raise ValueError(f"no checkpoint now: {self.halted}")
+        if self.view.guest.halted:
+            raise ValueError(f"no checkpoint now: {self.view.guest.halted}")
         self._want = self._want or Want(Cause.OPERATOR.value, "asked by the operator")
         self._hurry = True
         self._wake.set()

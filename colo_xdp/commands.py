@@ -32,8 +32,6 @@ class Commanded(Node):
 
     def __init__(self, config: Config, datapath: DataPath) -> None:
         super().__init__(config, datapath)
-        self.operator = self.forced = False
-        self._order_until = 0.0  # a person's word is not carried out later than this (monotonic, s)
         self._busy: asyncio.Task[Any] | None = None  # the one action in progress
         if datapath.adopted and datapath.order:
             # Whoever was asked has died on the way. Every step of it can be done twice.
@@ -142,14 +140,15 @@ class Commanded(Node):
                 raise ValueError(f"mode {mode!r}: protected, paused or shadow")
             self.set_shadow(mode == "shadow")
             self.asked_again()
-            self.paused = mode == "paused"
+            self.view.set_paused(mode == "paused")
             log.info("mode set to %s by the operator", mode)
         return {"mode": self.shown_state().value}
 
-    def _order(self, what: str, seconds: float) -> None:
-        """A person's word: what was true of the other host then may not be so for ever."""
-        self.operator, self.forced = True, what == "force"
-        self._order_until = time.monotonic() + seconds
+    def _order(self, what: str, seconds: float) -> float:
+        """A person's word, which counts until the time that is returned (monotonic, s)."""
+        until = time.monotonic() + seconds
+        self.view.ordered(forced=what == "force", until_s=until)
+        return until
 
     async def _command_failover(self, args: dict[str, Any]) -> dict[str, Any]:
         planned, force = args.get("planned", False), args.get("force", False)
@@ -170,10 +169,10 @@ class Commanded(Node):
         undecided = self.undecided
         if self.state is State.STOPPED or (self.state is State.STARTING and not undecided):
             raise ValueError(f"no failover from state {self.state.value}: {self.reason}")
-        self.fence_result = None
+        self.view.fence_is_void()
         self.dp.order = "force" if force else "failover"
-        self._order(self.dp.order, FAILOVER_S + self.config.failover.fence_timeout / 1000)
-        deadline, opened = self._order_until, False
+        fence_s = self.config.failover.fence_timeout / 1000
+        deadline, opened = self._order(self.dp.order, FAILOVER_S + fence_s), False
         try:
             while time.monotonic() < deadline:
                 self._decide()
@@ -183,8 +182,8 @@ class Commanded(Node):
                 opened = undecided and not self.undecided and not busy
                 if opened:
                     break
-                if self.fence_result is False and not self.forced:
-                    self.operator = False
+                if self.view.pair.fence.result is False and not self.view.forced:
+                    self.view.order_withdrawn()
                     raise ValueError(
                         "the fence command failed: the peer may be alive, nothing is opened"
                     )
@@ -202,12 +201,12 @@ class Commanded(Node):
             await asyncio.wait({self._busy}, timeout=STAND_DOWN_S)
             if not self._busy.done():
                 raise ValueError(f"a decision is still being carried out: {self.reason}")
-        self.operator = self.forced = False
+        self.view.order_withdrawn()
         self.dp.order = ""
         if not self.path_shut:
             await self.perform(Action.STOP, f"stood down: {why}")
         await self.keep_shut()
-        return {"state": self.state.value, "reason": self.reason, "peer": self.peer_state}
+        return {"state": self.state.value, "reason": self.reason, "peer": self.view.peer.state}
 
     def _command_reprotect(self) -> dict[str, Any]:
         if self.state is State.STOPPED:

@@ -33,9 +33,9 @@ from .failover import (
     Role,
     State,
     decide,
-    other_guest,
 )
 from .limits import NEVER
+from .pair_view import Surroundings, lets_nothing_out
 from .paths import Paths
 from .peer import Peer
 from .ring import Event
@@ -66,26 +66,10 @@ class Controller(Commanded):
 
     def __init__(self, config: Config, datapath: DataPath) -> None:
         super().__init__(config, datapath)
-        self.fence_result: bool | None = None
-        self._fence_failed_ns = 0
-        self._fenced_ns = 0  # when the fence command last ended (boot_ns)
-        self._born_ns = time.monotonic_ns()
-        self.peer_vm_gone = False
-        self.peer_why = ""  # what it said with that
-        self._guest_ns = boot_ns()  # since when the other guest is the one that it is
         self.asks = False  # by beacon: the secondary is to shut its guest in
         self._lag_ns = 0  # how long this loop stood still since the last heartbeat
-        self._peer_slow_ns = 0  # when the peer last said the like
-        self.peer_state = self.peer_role = ""
         #: of the last planned failover: gap_ms (the network heard nothing of the guest), took_ms
         self.last_failover: dict[str, float] | None = None
-        self.peer_epoch = 0
-        self.other_guest = OtherGuest.UNKNOWN  # as the peer says on this connection
-        self.checkpoint_overdue = False
-        self.stood_down = False  # shut in because the primary asked
-        #: clients may know bytes of this guest that the other one has never heard of (abi.Bond)
-        self.spoke_alone = False
-        self.over = ""  # the guest has ended itself: nobody is to go on (guestlife.py)
         p = config.peer
         tls = Tls(p.cert, p.key, p.ca, p.peer_cert, p.identity) if p.cert else None
         self.peer = Peer(
@@ -138,7 +122,7 @@ class Controller(Commanded):
     @property
     def uncompared(self) -> bool:
         """Clients may know what the SVM has never said: in shadow mode, or nobody knows."""
-        return self.shadow or (self.undecided and self.other_guest is OtherGuest.COPY)
+        return self.view.shadow or (self.undecided and self.view.peer.guest is OtherGuest.COPY)
 
     @property
     def own_guest(self) -> OwnGuest:
@@ -182,7 +166,11 @@ class Controller(Commanded):
         if trouble:
             whole = state is not self.shown_state()
             return state, trouble if whole else f"{self.reason}; {trouble}"
-        if state is State.PROTECTED and self.peer.connected and self.peer_state == State.DEGRADED:
+        if (
+            state is State.PROTECTED
+            and self.peer.connected
+            and self.view.peer.state == State.DEGRADED
+        ):
             return State.DEGRADED, "the other host's controller says `degraded`: its status has why"
         return state, self.reason
 
@@ -192,25 +180,19 @@ class Controller(Commanded):
         log.info("peer connected")
         self.asks = False
         self.dp.peer_stopped = 0
-        self.peer_state = self.peer_role = ""  # of the connection before
-        self.other_guest = OtherGuest.UNKNOWN
-        self.paths.core.rekey(
-            self.peer.beacon_key, same_peer=self.peer.peer_boot == self._beacon_boot
-        )
-        if self.peer.peer_boot != self._beacon_boot:
-            self._beacon_boot, self._heard_t = self.peer.peer_boot, 0
+        same_peer = self.peer.peer_boot == self.view.peer.boot
+        self.view.connected(self.peer.peer_boot)
+        self.paths.core.rekey(self.peer.beacon_key, same_peer=same_peer)
         # It lives, whatever the fence command has said: it has to be fenced another time.
         self._fence_is_void("it connects")
         self.devices.connected()
         self._beat()
         self.peer_connected()
 
-    _beacon_boot = ""
-
     def _fence_is_void(self, why: str) -> None:
-        if self.fence_result and self.state is State.DEGRADED:
+        if self.view.pair.fence.result and self.state is State.DEGRADED:
             log.warning("the fence command had succeeded, but the peer lives: %s", why)
-        self.fence_result = None
+        self.view.fence_is_void()
 
     def peer_connected(self) -> None:
         """The channel is up."""
@@ -221,11 +203,7 @@ class Controller(Commanded):
     def _peer_message(self, msg: dict[str, Any]) -> None:
         kind = msg["type"]
         if kind == "beat":
-            self.peer_state, self.peer_epoch = msg["state"], msg["epoch"]
-            self.peer_role = msg["role"]
-            self.other_guest = other_guest(
-                msg["role"], msg["state"], alone=msg["alone"], shut=msg["shut"]
-            )
+            self.view.heartbeat(msg)
             if self.role is Role.SECONDARY:
                 word = msg["shadow"] and msg["role"] == Role.PRIMARY.value
                 self._shadow_word(word, msg["epoch"])
@@ -237,14 +215,14 @@ class Controller(Commanded):
                 self.peer.rtt_ns = max(0, boot_ns() - msg["echo"])
                 if msg["promise"] and self.speaker is not None:
                     self.speaker.promised(msg["echo"])
-            self._peer_t = self._heard_t = msg["t"]
+            self.view.heartbeat_read(msg["t"])
         elif kind == "gone":
-            self.peer_why = f'"{msg["why"][:200]}"'
+            self.view.peer_says_why(f'"{msg["why"][:200]}"')
             self._peer_shut(msg["alone"])
         elif kind == "off":
             self.pair_over(msg["why"][:200])
         elif kind == "ready" or (kind == "begin" and msg["initial"]):
-            self._guest_ns, self.peer_why = boot_ns(), ""
+            self.view.peer_guest_is_new(boot_ns())
         elif kind == "reprotect":
             self.incoming_wanted = True
         elif kind == "bye" and msg["planned"]:
@@ -254,8 +232,6 @@ class Controller(Commanded):
         self.on_message(msg)
         self._decide()
 
-    _peer_t = _heard_t = 0  # t of the newest heartbeat: not answered yet; whatever carried it
-
     def _beacon(self, word: Word) -> None:
         """What a beacon says counts only where the control channel cannot say it, if it is newer
         than all that was heard, recent, and of the guest that there is. A promise has its time in
@@ -264,29 +240,29 @@ class Controller(Commanded):
         if Flag.PROMISE in word.flags and self.speaker is not None and word.after:
             self.speaker.promised(word.after)
         if word.lag_ms > limit / 2:
-            self._peer_slow_ns = time.monotonic_ns()
-        since = max(self._guest_ns, boot_ns() - limit * 1_000_000)
-        if self.fence_result and word.after > self._fenced_ns:
+            self.view.peer_slow(time.monotonic_ns())
+        since = max(self.view.peer.guest_since_boot_ns, boot_ns() - limit * 1_000_000)
+        if self.view.pair.fence.result and word.after > self.view.pair.fence.ended_boot_ns:
             self._fence_is_void("it has heard what was sent since")
-        if self.peer.connected or word.after <= since or word.t <= self._heard_t:
+        if self.peer.connected or word.after <= since or word.t <= self.view.peer.heard_boot_ns:
             return
-        self._heard_t = word.t
-        self.peer_epoch = word.epoch
+        self.view.beacon(word.t, word.epoch)
         if Flag.SHUT in word.flags:
-            if not self.peer_vm_gone:
-                self.peer_why = "its QEMU hangs" if Flag.HANGS in word.flags else ""
+            if not self.view.peer.shut:
+                self.view.peer_says_why("its QEMU hangs" if Flag.HANGS in word.flags else "")
                 log.warning("the peer's beacons say that its data path is shut")
             self._peer_shut(Flag.ALONE in word.flags)
         self.on_beacon(word.flags)
         self._decide()
 
     def _beacon_flags(self) -> Flag:
-        flags = Flag(0) if self.vm_gone else Flag.VM
+        flags = Flag(0) if self.view.guest.gone else Flag.VM
         for flag, on in (
-            (Flag.SHUT, self.path_shut and not self.over),  # over: no reason to take over
-            (Flag.ALONE, self.spoke_alone), (Flag.ASK, self.asks),
+            # over: no reason to take over
+            (Flag.SHUT, self.path_shut and not self.view.guest.over),
+            (Flag.ALONE, self.view.guest.standalone), (Flag.ASK, self.asks),
             (Flag.SHADOW, self.role is Role.PRIMARY and self.uncompared),
-            (Flag.SVM, self.role is Role.SECONDARY), (Flag.HANGS, self.vm_hangs),
+            (Flag.SVM, self.role is Role.SECONDARY), (Flag.HANGS, self.view.guest.hung),
         ):  # fmt: skip
             if on:
                 flags |= flag
@@ -300,25 +276,27 @@ class Controller(Commanded):
     def _shadow_word(self, on: bool, epoch: int) -> None:
         """Only a later checkpoint ends a shadow: a new primary controller may not know of it."""
         if on:
-            news = not self.shadow
-            self.shadow, self.dp.shadowed = True, epoch + 1
+            news = not self.view.shadow
+            self.view.set_shadow(True)
+            self.dp.shadowed = epoch + 1
             if news:
                 self._beat()  # the primary waits for this word
-        elif self.shadow and epoch >= self.dp.shadowed:
-            self.shadow, self.dp.shadowed = False, 0
+        elif self.view.shadow and epoch >= self.dp.shadowed:
+            self.view.set_shadow(False)
+            self.dp.shadowed = 0
 
     def _peer_shut(self, was_alone: bool) -> None:
         """The peer's data path drops everything: certain silence, its guest alive or not."""
         if self.speaker is not None:
             self.speaker.freed(self.peer.peer_boot)
-        if was_alone and not self.spoke_alone and self.paired():
+        if was_alone and not self.view.guest.standalone and self.paired():
             self.outdated("the other guest spoke alone and is gone: this one lacks what it said")
             return
-        self.peer_vm_gone = True
-        if self.stood_down and not was_alone and not self.vm_gone:
+        self.view.peer_shut()
+        if self.view.guest.demoted and not was_alone and not self.view.guest.gone:
             # It asked us to stand down and then died itself, without having spoken alone: what
             # this side had when it was asked is still all that any client knows.
-            self.stood_down = False
+            self.view.promise_ends()
             self.become(State.DEGRADED, "the peer is gone and has never spoken alone")
 
     @abstractmethod
@@ -338,18 +316,17 @@ class Controller(Commanded):
         self.peer.send(
             "beat",
             t=boot_ns(),
-            echo=self._peer_t,
+            echo=self.view.answered(),
             state=self.own_state().value,
             epoch=self.dp.epoch,
-            vm=not self.vm_gone,
+            vm=not self.view.guest.gone,
             shut=self.path_shut,
-            over=bool(self.over),
-            alone=self.spoke_alone,
+            over=bool(self.view.guest.over),
+            alone=self.view.guest.standalone,
             shadow=self.uncompared,  # the primary's word; of the secondary: it has heard it
             promise=promise,
             role=self.role.value,
         )
-        self._peer_t = 0
         lag, self._lag_ns = self._lag_ns, 0
         flags = self._beacon_flags() | (Flag.PROMISE if promise else Flag(0))
         self.paths.send(flags, lag // 1_000_000, self.dp.epoch)
@@ -359,15 +336,13 @@ class Controller(Commanded):
     def speaks(self) -> bool:
         """Whether the network hears this host's guest: what status, metrics, the health paths and
         the cluster's agent say."""
-        s = self.speaker
-        there = not (self.vm_gone or self.vm_absent)
-        heard = not self.silent() and self.dp.port_forwarding
-        return there and heard and (s is None or s.may_speak)
+        permitted = self.speaker is None or self.speaker.may_speak
+        forwarding = self.dp.port_forwarding
+        return self.view.heard(self.dp.mode, forwarding=forwarding, permitted=permitted)
 
     def silent(self) -> bool:
         """The data path lets nothing of this host's guest reach the network, whatever it says."""
-        speaks = Mode.TAKEOVER if self.role is Role.SECONDARY else None
-        return self.dp.mode is Mode.DROP or (speaks is not None and self.dp.mode is not speaks)
+        return lets_nothing_out(self.role, self.dp.mode)
 
     async def _watch_guest(self) -> None:
         while True:
@@ -378,53 +353,35 @@ class Controller(Commanded):
 
     def facts(self) -> Facts:
         """What is known now."""
-        f, now = self.config.failover, time.monotonic_ns()
-        wait = self.config.peer.dead_after
-        if self.fence_result is False and now - self._fence_failed_ns > wait * 1_000_000:
-            self.fence_result = None  # nobody is awake to do it: try again
-        if self.operator and time.monotonic() > self._order_until:
-            if self.state not in (State.SOLO, State.TAKEN_OVER, State.STOPPED):
-                log.error("the failover that was asked for did not come about: ask for it again")
-            self.operator = self.forced = False
-        s, core, boot = self.speaker, self.paths.core, boot_ns()
-        limit = self.config.peer.heartbeat_timeout
-        return Facts(
-            role=self.role,
-            state=self.shown_state(),
-            own_vm_alive=not self.vm_gone,
-            own_qmp=self.qmp.connected,
-            peer_connected=self.peer.connected,
-            # a controller that has just started has heard nothing, and knows nothing of it
-            peer_silent_ms=min(self.peer.silent_ms(), (now - self._born_ns) / 1e6),
-            heartbeat_timeout_ms=limit,
-            dead_after_ms=wait * (1 + (self.role is Role.SECONDARY)),
-            peer_vm_gone=self.peer_vm_gone,
-            colo_exit=self.colo_exit,
-            automatic=f.automatic and not self.paused,
-            fence_configured=bool(f.fence) and f.arbiter == "fence" and not self.forced,
-            fence_result=self.fence_result,
-            operator=self.operator,
-            checkpoint_overdue=self.checkpoint_overdue,
-            shadow=self.shadow,
-            lease=s is not None,
-            lease_held=s is not None and s.held,
-            may_speak=s is None or s.may_speak,
-            other_alone=s is not None and s.other_alone,
-            recorded=s is not None and s.recorded,
-            committed=s is not None and s.committed,
-            own_vm_hangs=self.vm_hangs,
-            own_vm_why=self.vm_why,
-            peer_why=self.peer_why,
-            paths=tuple(
-                Heard(p.name, core.silent_ms(i, boot), core.unheard_ms(i, boot))
-                for i, p in enumerate(core.paths)
-            ),
-            peer_slow=now - self._peer_slow_ns < 3 * limit * 1_000_000,
-            ending=Ending.STOPPED if self.dp.peer_stopped > boot else self.peer.ending,
-            waiting=self.waiting,
-            undecided=self.undecided,
-            other_guest=self.other_guest if self.peer.connected else OtherGuest.UNKNOWN,
-            own_guest=self.own_guest,
+        f, core, boot = self.config.failover, self.paths.core, boot_ns()
+        s = self.speaker
+        return self.view.facts(
+            Surroundings(
+                now_ns=time.monotonic_ns(),
+                now_boot_ns=boot,
+                state=self.shown_state(),
+                own_qmp=self.qmp.connected,
+                undecided=self.undecided,
+                own_guest=self.own_guest,
+                waiting=self.waiting,
+                peer_connected=self.peer.connected,
+                peer_silent_ms=self.peer.silent_ms(),
+                ending=Ending.STOPPED if self.dp.peer_stopped > boot else self.peer.ending,
+                paths=tuple(
+                    Heard(p.name, core.silent_ms(i, boot), core.unheard_ms(i, boot))
+                    for i, p in enumerate(core.paths)
+                ),
+                heartbeat_timeout_ms=self.config.peer.heartbeat_timeout,
+                dead_after_ms=self.config.peer.dead_after,
+                automatic=f.automatic,
+                fence_configured=bool(f.fence) and f.arbiter == "fence",
+                lease=s is not None,
+                lease_held=s is not None and s.held,
+                may_speak=s is None or s.may_speak,
+                other_alone=s is not None and s.other_alone,
+                recorded=s is not None and s.recorded,
+                committed=s is not None and s.committed,
+            )
         )
 
     def _decide(self) -> None:
@@ -466,8 +423,7 @@ class Controller(Commanded):
             return  # decided in the meantime, by a message or the end of a checkpoint
         if d.action is Action.FENCE:
             self.become(self.state if self.undecided else State.DEGRADED, d.why)
-            self.fence_result = await self._fence()
-            self._fence_failed_ns, self._fenced_ns = time.monotonic_ns(), boot_ns()
+            self.view.fenced(await self._fence(), time.monotonic_ns(), boot_ns())
         else:
             await self.perform(d.action, d.why)
 
@@ -502,11 +458,13 @@ class Controller(Commanded):
     def superseded(self) -> bool:
         """Whether this host's guest is worthless, since the other one is certain to speak alone."""
         speaks = [State.SOLO.value]
-        if self.other_guest is OtherGuest.SPEAKS:  # else it waits for a word, and is silent itself
+        if (
+            self.view.peer.guest is OtherGuest.SPEAKS
+        ):  # else it waits for a word, and is silent itself
             speaks.append(State.STARTING.value)
         return self.peer.connected and (
-            self.peer_state == State.TAKEN_OVER.value
-            or (self.peer_role == Role.PRIMARY.value and self.peer_state in speaks)
+            self.view.peer.state == State.TAKEN_OVER.value
+            or (self.view.peer.role == Role.PRIMARY.value and self.view.peer.state in speaks)
         )
 
     # ---- the loop

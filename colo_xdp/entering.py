@@ -134,7 +134,7 @@ class Entering(GuestLife):
                 self._want = Want(Cause.CONTROLLER_RESTART.value, "this controller is new")
                 return
             lost = migration is not None and migration not in IN_COLO
-            if lost and self.spoke_alone and self.dp.mode is Mode.CHECKPOINT:
+            if lost and self.view.guest.standalone and self.dp.mode is Mode.CHECKPOINT:
                 # Nobody has confirmed the copy of the first checkpoint: the guest may go on alone.
                 await self._enter_failed("a former controller did not come to its end")
             if self.undecided:
@@ -142,7 +142,7 @@ class Entering(GuestLife):
             elif self.speaker is not None and not self.speaker.may_speak:
                 self.become(self.state, "waiting for the lease: nothing leaves this host")
             elif migration is None:
-                self.become(self.state, self.vm_why or "waiting for this host's QEMU (QMP)")
+                self.become(self.state, self.view.guest.why or "waiting for this host's QEMU (QMP)")
             elif self.peer.connected and self._peer_ready:
                 why = await self.unfit()
                 why = why or self.tries.held_back(self._peer_qemu, time.monotonic())
@@ -156,8 +156,8 @@ class Entering(GuestLife):
                         self.tries.forget()
                         return
                     except (CheckpointFailed, QmpError) as e:
-                        if not self.spoke_alone:  # the copy counts, and could take over
-                            self.checkpoint_overdue = True
+                        if not self.view.guest.standalone:  # the copy counts, and could take over
+                            self.view.checkpoint_due(True)
                             self.become(State.DEGRADED, f"COLO ended as it was entered: {e}")
                             return
                         if not (isinstance(e, CheckpointFailed) and (e.channel or e.refused)):
@@ -179,7 +179,7 @@ class Entering(GuestLife):
         Output is unprotected until the first STOP. What is captured before a QMP round
         trip that brought no STOP was sent before it, so it may leave.
         """
-        self.colo_exit = False
+        self.view.entering()
         await self._checkpoint(Want(Cause.INITIAL.value, "entering COLO"))
         state = await self.qmp.migration_status()
         if state != "colo":
@@ -222,7 +222,7 @@ class Entering(GuestLife):
     async def _enter_failed(self, why: str) -> None:
         self._bypass()
         self.become(State.STARTING, f"COLO was not entered: {why}")
-        self.peer.send("failed", n=max(self.dp.epoch, self.peer_epoch) + 1, why=why[:1000])
+        self.peer.send("failed", n=max(self.dp.epoch, self.view.peer.epoch) + 1, why=why[:1000])
         began, tried = time.monotonic(), ""
         while self.state is State.STARTING:
             try:

@@ -18,8 +18,10 @@ from .datapath import DataPath
 from .failover import Role, State
 from .guest_event import News, news
 from .nic import NicError
+from .pair_view import PairView
 from .qmp import QemuInfo, Qmp, QmpError, QmpTimeout, refusal
 from .qmp_event import QmpEvent
+from .speaker import boot_ns
 from .ticker import TICK_S
 
 log = logging.getLogger("colo_xdp")
@@ -43,12 +45,8 @@ class Node(ABC):
         self.reason = "starting"
         self.since = time.time()
         self.history: deque[dict[str, Any]] = deque(maxlen=64)
-        self.paused = self.shadow = False
-        self.colo_exit = False
-        self.vm_gone = False
-        self.vm_hangs = False  # it is gone for all that it answers
-        self.vm_absent = False  # no QEMU is there (yet), which is no death
-        self.vm_why = ""  # what QEMU said before it went
+        #: all that is known of the pair
+        self.view = PairView(self.role, time.monotonic_ns(), boot_ns())
         self.role_changed = False  # the next controller of this host is the other guest's
         self.incoming_wanted = False
         self._successor: asyncio.Task[None] | None = None
@@ -76,7 +74,7 @@ class Node(ABC):
 
     def on_qemu_gone(self) -> None:
         """The QEMU that nothing depended on yet is gone; the next one is waited for."""
-        why = self.vm_why or "the QEMU of this host is gone"
+        why = self.view.guest.why or "the QEMU of this host is gone"
         self.become(State.STARTING, f"{why}: waiting for another one")
 
     # ---- state
@@ -99,7 +97,9 @@ class Node(ABC):
         """The state for people and for the decision: two are views of `protected`."""
         if self.state is not State.PROTECTED:
             return self.state
-        return State.PAUSED if self.paused else State.SHADOW if self.shadow else self.state
+        return (
+            State.PAUSED if self.view.paused else State.SHADOW if self.view.shadow else self.state
+        )
 
     def spawn(self, coro: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
         """A background task whose failure is logged and ends the controller."""
@@ -132,7 +132,7 @@ class Node(ABC):
     def _qmp_event(self, event: QmpEvent) -> None:
         log.debug("%s %s %s", self.qmp.name, event.name, event.data)
         if event.name == "COLO_EXIT":
-            self.colo_exit = True
+            self.view.colo_lost()
         elif event.name == "NIC_RX_FILTER_CHANGED":
             self.spawn(self.learn_macs())
         self.on_qmp(event)
@@ -156,7 +156,7 @@ class Node(ABC):
                     self.qmp = self._new_qmp()
                     await self._connect_qemu()
                 else:
-                    self.vm_gone = True
+                    self.view.guest_gone()
                 return
             with contextlib.suppress(QmpError):
                 self.qmp = self._new_qmp()
@@ -167,18 +167,18 @@ class Node(ABC):
                 await self.on_qemu()
                 return
             await asyncio.sleep(TICK_S)
-        self.vm_gone = True  # neither QMP nor a word from the kernel: shut the path, then say so
+        self.view.guest_gone()  # neither QMP nor a word from the kernel: shut the path, then say so
 
     async def _connect_qemu(self) -> None:
         said = ""
         while True:
             try:
                 self.qemu_info = await self.qmp.connect()
-                self.vm_absent = False
+                self.view.qemu_found(there=True)
             except QmpError as e:
-                self.vm_absent = not await asyncio.to_thread(self.dp.tap_alive)
-                if self.state is not State.STARTING and self.vm_absent:
-                    self.vm_gone = True  # it died while nobody looked
+                self.view.qemu_found(there=await asyncio.to_thread(self.dp.tap_alive))
+                if self.state is not State.STARTING and self.view.guest.absent:
+                    self.view.guest_gone()  # it died while nobody looked
                     self._decide()
                     return
                 if str(e) != said:
@@ -186,7 +186,7 @@ class Node(ABC):
                     log.info("%s; waiting for it", e)
                 await asyncio.sleep(QMP_RETRY_S)
                 continue
-            self.vm_why = ""
+            self.view.guest_said("")
             await self._connect_oob()
             await self.learn_macs()
             why = refusal(self.qemu_info)
@@ -278,7 +278,7 @@ class Node(ABC):
             except QmpTimeout:
                 # While a checkpoint runs it may well be busy; that has a deadline of its own.
                 if self.state is State.PROTECTED and await self.hangs():
-                    self.vm_gone = self.vm_hangs = True
+                    self.view.guest_gone(hung=True)
                     self._decide()
             except QmpError:
                 continue

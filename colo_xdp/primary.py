@@ -138,12 +138,12 @@ class Primary(Checkpointing):
 
     def _open(self, why: str) -> None:
         """The first word of this host's guest since the data path began: it speaks alone."""
-        self.spoke_alone = self._uncompared = True
+        self.view.went_standalone()
+        self._uncompared = True
         self.dp.bond = Bond.ALONE
         self.dp.mode = Mode.BYPASS
         self.dp.undecided = False
-        self.operator = self.forced = False  # it is done: the pair that may follow is another one
-        self.fence_result = None
+        self.view.new_pair()  # what was asked for is done: the pair that may follow is another one
         self.become(State.STARTING, why)
         self.spawn(self._open_network())
         self._wake.set()
@@ -188,8 +188,9 @@ class Primary(Checkpointing):
         self.engine.void_flows(time.monotonic_ns())
         if not still:
             self.request(Cause.HOOKS_LOST, what)
-        if unseen and (not self.shadow or self._leave_shadow or self._exposed):
-            self.shadow, self._exposed, self._leave_shadow = True, still, not still
+        if unseen and (not self.view.shadow or self._leave_shadow or self._exposed):
+            self.view.set_shadow(True)
+            self._exposed, self._leave_shadow = still, not still
             self._leave_ns = time.monotonic_ns()
             self._beat()
 
@@ -218,7 +219,7 @@ class Primary(Checkpointing):
                     log.warning("STOP has an impossible time stamp: the clock was set")
                     ck.stop_ns = ck.began_ns
                 self._still_ns = ck.stop_ns
-            elif self.state is State.PROTECTED and not self.halted:
+            elif self.state is State.PROTECTED and not self.view.guest.halted:
                 self.spawn(self._stopped_by_whom())
         elif event.name == "RESUME":
             self._still_ns = 0
@@ -250,14 +251,14 @@ class Primary(Checkpointing):
             self.on_resumed()
         elif status == "paused" or status in STANDS_STILL:
             self._still_ns = self._still_ns or time.monotonic_ns()
-            if status in STANDS_STILL and not self.halted:
+            if status in STANDS_STILL and not self.view.guest.halted:
                 self.on_news(News(STANDS_STILL[status], f"the PVM stands still (`{status}`)"))
 
     def on_changed(self, why: str) -> None:
         self.request(Cause.GUEST_EVENT, why)
 
     def on_resumed(self) -> None:
-        if self.halted:
+        if self.view.guest.halted:
             super().on_resumed()
             self.request(Cause.GUEST_EVENT, "the PVM runs again after it stood still")
 
@@ -276,12 +277,13 @@ class Primary(Checkpointing):
             self._guard.cancel()
 
     def peer_connected(self) -> None:
-        self.checkpoint_overdue = False
+        self.view.checkpoint_due(False)
 
     def on_message(self, msg: dict[str, Any]) -> None:
         kind, ck = msg["type"], self._ck
         if kind == "ready":
-            self._peer_ready, self.peer_vm_gone = True, False  # another SVM than the one that died
+            self._peer_ready = True
+            self.view.peer_open()  # another SVM than the one that died
             self._peer_qemu, self._peer_lacks = (msg.get("qemu", 0), self.peer.peer_boot), ""
             if self.speaker is not None:
                 self.speaker.revived()
@@ -290,7 +292,7 @@ class Primary(Checkpointing):
         elif kind == "beat":
             if self.state is State.STOPPED:
                 return
-            waits = self.shadow and not self._leave_shadow and not self.engine.shadow
+            waits = self.view.shadow and not self._leave_shadow and not self.engine.shadow
             waits = waits and not self._exposed
             if waits and msg["shadow"] and msg["role"] == Role.SECONDARY.value:
                 self.engine.set_shadow(True, time.monotonic_ns())
@@ -385,8 +387,8 @@ class Primary(Checkpointing):
             except QmpError as e:
                 log.warning("%s", e)
             await asyncio.sleep(REARM_S)
-        self.operator = self.forced = self.checkpoint_overdue = False
-        self.fence_result = self._want = None
+        self.view.new_pair()
+        self._want = None
         await self._protect()
 
     async def succeed(self) -> None:
@@ -459,7 +461,7 @@ class Primary(Checkpointing):
             if self._guard is not None:
                 self._guard.cancel()
             self.become(State.STOPPED, why)
-            self.peer.send("gone", why=why, alone=self.spoke_alone)
+            self.peer.send("gone", why=why, alone=self.view.guest.standalone)
         elif action is Action.ASK_SHUT:
             self.become(self.state if self.undecided else State.DEGRADED, why)
             self.asks = not self.peer.send("solo", why=why)
@@ -475,7 +477,8 @@ class Primary(Checkpointing):
         self._peer_ready = False
         self.peer.send("solo", why=why)
         self._drain()
-        self.spoke_alone = self._uncompared = True
+        self.view.went_standalone()
+        self._uncompared = True
         self.dp.bond = Bond.ALONE
         released = self.engine.release_all()
         self.dp.mode = Mode.BYPASS
@@ -496,14 +499,14 @@ class Primary(Checkpointing):
     def _plan(self, why: str) -> None:
         if self.state not in (State.PROTECTED, State.CHECKPOINTING):
             raise ValueError(f"no planned failover from state {self.state.value}: {self.reason}")
-        if self.shadow or self._leave_shadow:
+        if self.view.shadow or self._leave_shadow:
             raise ValueError("no planned failover from shadow mode: leave it first")
         s = self.speaker
         if s is not None and not s.held:
             why = s.trouble or "another host holds the lease"
             raise ValueError(f"no planned failover, the SVM could not get the lease: {why}")
-        if self.halted:
-            raise ValueError(f"no planned failover: {self.halted}")
+        if self.view.guest.halted:
+            raise ValueError(f"no planned failover: {self.view.guest.halted}")
         self._plan_refused = ""
         # as long as the command waits, which then says that it is not done
         ms = self.config.checkpoint.deadline + 2 * self.config.qemu.qmp_timeout
@@ -517,7 +520,7 @@ class Primary(Checkpointing):
         while time.monotonic() < deadline and self.checkpoints_failed == failed:
             if self._plan_refused:
                 raise ValueError(f"no planned failover: {self._plan_refused}")
-            if self.state is State.STOPPED and self.peer_state == State.TAKEN_OVER.value:
+            if self.state is State.STOPPED and self.view.peer.state == State.TAKEN_OVER.value:
                 return True
             await asyncio.sleep(TICK_S)
         return False
@@ -551,11 +554,11 @@ class Primary(Checkpointing):
         """Shadow begins when the secondary says that it has heard of it: it would take over from
         what clients know more than it does. It ends with a checkpoint whose STOP comes later:
         until then the SVM may not know what clients know, though everything is held from now on."""
-        if on == self.shadow and not self._leave_shadow:
+        if on == self.view.shadow and not self._leave_shadow:
             return
         self._leave_shadow = not on
         if on:
-            self.shadow = True
+            self.view.set_shadow(True)
             self._beat()
         else:
             self._leave_ns = time.monotonic_ns()

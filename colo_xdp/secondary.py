@@ -46,35 +46,34 @@ class Secondary(TakingOver):
         self._remind_at = 0.0
         self._missed = ""  # what the primary has to be told, and could not
         self._qemus = 0  # that have waited here
-        self._entered = False  # the SVM runs in COLO
-        # The primary's beat has confirmed a checkpoint. Until then it may have given up entering
-        # and let the PVM speak uncompared, whatever this QEMU has loaded: no takeover.
-        self._confirmed = datapath.adopted and datapath.bond is not Bond.NONE
+        self.view.adopted(confirmed=datapath.adopted and datapath.bond is not Bond.NONE)
         self.checkpoints = 0
         self.last_pause_ms = 0.0
         self.stepped_out = False
         self._hooks = asyncio.Lock()  # programs are being taken off or put back
         if datapath.adopted:
-            self.shadow = datapath.shadowed > 0
+            self.view.set_shadow(datapath.shadowed > 0)
             if datapath.mode is Mode.TAKEOVER:
-                self.spoke_alone = True
+                self.view.went_standalone()
                 self.state = State.TAKEN_OVER
                 self.reason = "taken over by a former controller"
             elif datapath.mode in (Mode.RUN, Mode.CHECKPOINT):
-                self._entered = datapath.epoch > 0
-                self.state = State.DEGRADED if self._confirmed else State.STARTING
+                if datapath.epoch > 0:
+                    self.view.in_colo()
+                self.state = State.DEGRADED if self.view.pair.confirmed else State.STARTING
                 self.reason = "a former controller's data path was taken over"
                 if datapath.mode is Mode.CHECKPOINT:
                     # It died with frames in hand. Holding goes on; the primary asks anew.
                     self._begin_hold(datapath.epoch + 1)
                     self._unsure = datapath.epoch
             elif datapath.epoch > 0:
-                self.spoke_alone = datapath.bond is Bond.ALONE
+                if datapath.bond is Bond.ALONE:
+                    self.view.went_standalone()
                 self.state = State.STOPPED
                 self.reason = "the data path was shut by a former controller"
 
     def hooks_lost(self, what: str, *, unseen: bool, still: bool) -> None:
-        if self._entered and not still:
+        if self.view.pair.in_colo and not still:
             self._missed = "" if self.peer.send("missed", why=what[:200]) else what
 
     # ---- frames
@@ -101,7 +100,7 @@ class Secondary(TakingOver):
 
     def _begin_hold(self, n: int, *, planned: bool = False) -> None:
         now = time.monotonic()
-        limit = self.config.checkpoint.deadline / 1000 if self._confirmed else float("inf")
+        limit = self.config.checkpoint.deadline / 1000 if self.view.pair.confirmed else float("inf")
         if self._hold is None:
             self._hold = Hold(n, time.monotonic_ns(), now + limit)
         else:  # asked again after a failure: go on holding what is held
@@ -121,7 +120,7 @@ class Secondary(TakingOver):
             over = h is not None and msg["epoch"] >= h.n and not (h.planned and msg["shut"])
             if h is not None and h.resume is not None and over:
                 self._finish(h, h.resume)
-            if msg["alone"] and not msg["shut"] and self._confirmed:
+            if msg["alone"] and not msg["shut"] and self.view.pair.confirmed:
                 self.outdated("the PVM has spoken alone")  # while nothing was heard of it
             elif self._was_not_missed(msg):
                 self.become(State.PROTECTED, "the primary is heard again, and has missed nothing")
@@ -131,14 +130,14 @@ class Secondary(TakingOver):
             self._on_claims(msg["n"], msg["addresses"], msg["macs"])
         elif kind == "base":
             self._on_base(msg["n"], msg["flows"])
-        elif kind == "ready" and self.state is State.TAKEN_OVER and self.spoke_alone:
+        elif kind == "ready" and self.state is State.TAKEN_OVER and self.view.guest.standalone:
             if self.migrate_to:
                 self.change_role("a new QEMU waits on the other host for this guest's state")
             else:
                 log.error("a new secondary waits, but [qemu] reverse_uri does not say where")
         elif kind == "solo":
             self._stand_down(msg["why"])
-        elif kind == "failed" and self.state is State.STARTING and not self._confirmed:
+        elif kind == "failed" and self.state is State.STARTING and not self.view.pair.confirmed:
             self._given_up(msg["why"])
 
     def _was_not_missed(self, beat: dict[str, Any]) -> bool:
@@ -146,9 +145,14 @@ class Secondary(TakingOver):
         pair again by a checkpoint, sees no reason for one."""
         return (
             self.state is State.DEGRADED
-            and self._confirmed
-            and self._entered
-            and not (self._taking_over or self.colo_exit or self.vm_gone or self.stood_down)
+            and self.view.pair.confirmed
+            and self.view.pair.in_colo
+            and not (
+                self._taking_over
+                or self.view.guest.colo_exit
+                or self.view.guest.gone
+                or self.view.guest.demoted
+            )
             and self._hold is None
             and self.dp.mode is Mode.RUN
             and not beat["shut"]
@@ -160,20 +164,20 @@ class Secondary(TakingOver):
         if Flag.SVM in flags:
             return
         if Flag.SHADOW in flags:
-            self._shadow_word(True, self.peer_epoch)
-        if Flag.ALONE in flags and Flag.SHUT not in flags and self._confirmed:
+            self._shadow_word(True, self.view.peer.epoch)
+        if Flag.ALONE in flags and Flag.SHUT not in flags and self.view.pair.confirmed:
             self.outdated("the PVM has spoken alone, as its beacons say")
         if Flag.ASK in flags and self.state is not State.STOPPED:
             self._stand_down("asked by its beacons")
 
     def paired(self) -> bool:
-        return self._confirmed
+        return self.view.pair.confirmed
 
     def outdated(self, why: str) -> None:
         if self.state not in (State.TAKEN_OVER, State.STOPPED):
             self._stand_down(why)
-        if not self.spoke_alone:  # whatever becomes of the peer
-            self.stood_down = self._confirmed = False
+        if not self.view.guest.standalone:  # whatever becomes of the peer
+            self.view.no_copy()
             self.dp.bond = Bond.NONE
 
     def _stand_down(self, why: str) -> None:
@@ -182,14 +186,14 @@ class Secondary(TakingOver):
             return
         # A checkpoint under way is not forgotten: QEMU may load it all the same.
         self.dp.mode = Mode.DROP
-        self.stood_down = not self.vm_gone
+        self.view.demoted()
         self.become(State.STOPPED, f"stood down for the primary: {why}")
         self.peer.send("gone", why="the secondary has shut its data path", alone=False)
 
     def _on_base(self, n: int, text: str) -> None:
         """Offsets of the guest that this one is a copy of; they count when the copy speaks."""
         h = self._hold
-        if self._confirmed:  # a new primary controller does not know that they are here
+        if self.view.pair.confirmed:  # a new primary controller does not know that they are here
             self.peer.send("based", n=n)
             return
         if h is None:
@@ -207,7 +211,8 @@ class Secondary(TakingOver):
         more: as for any guest that is over, its successor is waited for."""
         if self._hold is None:
             return
-        self._hold, self._entered = None, False
+        self._hold = None
+        self.view.not_in_colo()
         self.dp.mode = Mode.DROP
         self.spawn(self._after_given_up(why[:500]))
 
@@ -249,10 +254,11 @@ class Secondary(TakingOver):
     def on_qemu_gone(self) -> None:
         h, self._hold = self._hold, None
         super().on_qemu_gone()
-        self._ready_wanted = self._entered = False
+        self._ready_wanted = False
+        self.view.not_in_colo()
         if h is not None:
             self.dp.mode = Mode.DROP
-            self.peer.send("failed", n=h.n, why=self.vm_why or "the SVM's QEMU is gone")
+            self.peer.send("failed", n=h.n, why=self.view.guest.why or "the SVM's QEMU is gone")
 
     def _on_claims(self, n: int, addresses: str, macs: str) -> None:
         """What the PVM has said of itself: from epoch n on this guest has said it."""
@@ -282,7 +288,7 @@ class Secondary(TakingOver):
             why = f"this side is {self.state.value}: {self.reason}"
         elif not self.qmp.connected:
             why = "QMP to the SVM is down"
-        elif not initial and not self._entered:
+        elif not initial and not self.view.pair.in_colo:
             why = "the SVM is not in COLO"
         if why:
             self.peer.send("failed", n=n, why=why)
@@ -294,9 +300,9 @@ class Secondary(TakingOver):
             self.spawn(self._check_entry(n))
             return
         if initial:
-            self.colo_exit = self.peer_vm_gone = False  # signs of an earlier pair
+            self.view.entering()
         self._begin_hold(n, planned=planned)
-        state = State.CHECKPOINTING if self._confirmed else State.STARTING
+        state = State.CHECKPOINTING if self.view.pair.confirmed else State.STARTING
         self.become(state, f"checkpoint to epoch {n}")
         self.peer.send("begun", n=n)
 
@@ -307,7 +313,7 @@ class Secondary(TakingOver):
         if self._taking_over:
             self._events.append(event)
             return
-        if event.name == "STOP" and self._entered:
+        if event.name == "STOP" and self.view.pair.in_colo:
             if self._hold is None and self.state is State.PROTECTED:
                 # Nobody told us: somebody else asked QEMU for a checkpoint. Hold at once.
                 log.warning("STOP of the SVM without a checkpoint of ours")
@@ -320,9 +326,10 @@ class Secondary(TakingOver):
             self.on_tick(time.monotonic_ns())
         elif event.name == "RESUME" and self._hold is not None:
             h = self._hold
-            self._entered, h.resume = True, event
+            self.view.in_colo()
+            h.resume = event
             self.last_pause_ms = (event.ts_ns - h.stop_ns) / 1e6 if h.stop_ns else 0.0
-            if self._confirmed and not h.planned:
+            if self.view.pair.confirmed and not h.planned:
                 self._finish(h, event)
             self.peer.send("done", n=h.n, pause_us=int(self.last_pause_ms * 1000))
 
@@ -350,7 +357,8 @@ class Secondary(TakingOver):
         if self.state is State.TAKEN_OVER:
             super().on_halt(why)
         elif self.state is not State.STARTING:
-            self.vm_why, self.vm_gone = why, True
+            self.view.guest_said(why)
+            self.view.guest_gone()
             self._decide()
 
     @property
@@ -358,8 +366,9 @@ class Secondary(TakingOver):
         return self.state is State.TAKEN_OVER
 
     def forget_copy(self) -> None:
-        self._hold, self._entered = None, False
-        self.stood_down = self._confirmed = False
+        self._hold = None
+        self.view.not_in_colo()
+        self.view.no_copy()
 
     def _finish(self, h: Hold, event: QmpEvent) -> None:
         """The SVM runs the new state: what it sends from its RESUME on is of the next epoch."""
@@ -381,7 +390,8 @@ class Secondary(TakingOver):
         self.dp.bond = Bond.EQUAL
         self.dp.mode = Mode.RUN
         self._drain()
-        self._confirmed, self._ready_wanted = True, False
+        self.view.copy_confirmed()
+        self._ready_wanted = False
         self.checkpoints += 1
         self.become(State.PROTECTED, f"the SVM runs epoch {h.n}")
 
@@ -407,7 +417,7 @@ class Secondary(TakingOver):
     def _remind(self) -> None:
         """A primary that has given up an entry is told again that a QEMU still waits here."""
         now = time.monotonic()
-        waits = self._ready_wanted and self.peer_state == State.STARTING.value
+        waits = self._ready_wanted and self.view.peer.state == State.STARTING.value
         if not waits or not self.peer.connected or not self.qmp.connected:
             self._remind_at = now + REMIND_S
         elif now >= self._remind_at:
@@ -442,12 +452,8 @@ class Secondary(TakingOver):
 
     async def succeed(self) -> None:
         """Another guest than the one that is over: nothing of that counts any more."""
-        self.vm_gone = self.peer_vm_gone = self.colo_exit = self.stood_down = False
-        self.vm_hangs = False
-        self.vm_why = self.over = ""
-        self.operator = self.forced = self.checkpoint_overdue = self.spoke_alone = False
-        self.fence_result, self._hold = None, None
-        self._entered = self._confirmed = self._taking_over = False
+        self.view.new_guest()
+        self._hold, self._taking_over = None, False
         self.dp.bond = Bond.NONE
         if self.speaker is not None:
             self.speaker.forget()
@@ -467,16 +473,17 @@ class Secondary(TakingOver):
             await self.qmp.prepare(primary=False)
             if self.path_shut:
                 return
-            self._ready_wanted, self._entered, self._confirmed = True, False, False
+            self._ready_wanted = True
+            self.view.waits_for_migration()
             self.dp.bond = Bond.NONE
             self._qemus += 1
             self.become(State.STARTING, "the SVM waits for the primary's migration")
             await self._say_ready()
-        elif self._entered and await self.qmp.migration_status() == "colo":
+        elif self.view.pair.in_colo and await self.qmp.migration_status() == "colo":
             # It may have stood down meanwhile, and the primary relies on that.
-            if self._hold is None and self._confirmed and not self.path_shut:
+            if self._hold is None and self.view.pair.confirmed and not self.path_shut:
                 self.become(State.PROTECTED, "the SVM is in COLO, its offsets were kept")
-        elif self._hold is None and not self._entered and not self.path_shut:
+        elif self._hold is None and not self.view.pair.in_colo and not self.path_shut:
             self.become(
                 State.STARTING,
                 f"the SVM's QEMU is `{status}`; start it with -incoming and wait for the primary",
@@ -490,14 +497,14 @@ class Secondary(TakingOver):
         elif action is Action.STOP:
             self.dp.mode = Mode.DROP
             self.become(State.STOPPED, why)
-            self.peer.send("gone", why=why, alone=self.spoke_alone)
+            self.peer.send("gone", why=why, alone=self.view.guest.standalone)
 
     async def hand_over(self, deadline: float) -> bool:
         if self.state not in (State.PROTECTED, State.CHECKPOINTING) or not self.peer.connected:
             raise ValueError(f"no planned failover from state {self.state.value}: {self.reason}")
         self.peer.send("plan", why="asked by the operator on the secondary")
         while time.monotonic() < deadline:
-            if self.spoke_alone:
+            if self.view.guest.standalone:
                 return True
             await asyncio.sleep(TICK_S)
         return False

@@ -120,12 +120,13 @@ class TakingOver(GuestLife):
             return
         self._drain()
         hold, self._hold = self._hold, None
-        self.spoke_alone, self.dp.bond = True, Bond.ALONE
+        self.view.went_standalone()
+        self.dp.bond = Bond.ALONE
         loaded = hold is not None and (hold.resume is not None or self._loaded())
         # What runs is a copy of the PVM, in its numbers: no offset is left. The primary's word
         # counts too, since it says `n` only after this side's `done n`.
         was = self.dp.epoch
-        self.dp.epoch = max(was, self.peer_epoch, hold.n if hold is not None and loaded else 0)
+        self.dp.epoch = max(was, self.view.peer.epoch, hold.n if hold is not None and loaded else 0)
         if self.dp.epoch == was == self._unsure:
             lost = self.flows.give_up(was)
             log.error(

@@ -18,6 +18,7 @@ from colo_xdp import (
     fastmap,
     fragments,
     giving,
+    pair_view,
     rewrite,
     secondary,
     stream,
@@ -308,7 +309,7 @@ def network_opens_before_the_primary_is_silent(mp: Any) -> None:
 
     def on_tick(self: Secondary, now_ns: int) -> None:
         real(self, now_ns)
-        if self.colo_exit and self.dp.mode is Mode.RUN:
+        if self.view.guest.colo_exit and self.dp.mode is Mode.RUN:
             self.dp.mode = Mode.TAKEOVER
 
     mp.setattr(Secondary, "on_tick", on_tick)
@@ -368,7 +369,7 @@ def a_dead_host_is_taken_for_a_cut_link(mp: Any) -> None:
 @_mutant
 def a_failed_fence_is_never_tried_again(mp: Any) -> None:
     forever = property(lambda self: 1 << 62, lambda self, value: None)
-    mp.setattr(controller.Controller, "_fence_failed_ns", forever, raising=False)
+    mp.setattr(pair_view.Fence, "failed_ns", forever)
 
 
 @_mutant
@@ -413,7 +414,7 @@ def the_oldest_svm_bytes_win(mp: Any) -> None:
 def a_secondary_needs_no_confirmation(mp: Any) -> None:
     """It counts as protected as soon as its own QEMU has loaded the first checkpoint."""
     always = property(lambda self: True, lambda self, value: None)
-    mp.setattr(Secondary, "_confirmed", always, raising=False)
+    mp.setattr(pair_view.PairLife, "confirmed", always)
 
 
 @_mutant
@@ -421,7 +422,7 @@ def a_shadow_ends_with_a_word(mp: Any) -> None:
     """Without a checkpoint: a primary controller that is started anew says so."""
 
     def word(self: Secondary, on: bool, epoch: int) -> None:
-        self.shadow = on
+        self.view.shadow = on
 
     mp.setattr(Secondary, "_shadow_word", word)
 
@@ -811,7 +812,7 @@ def who_asks_by_beacon_takes_it_for_granted(mp: Any) -> None:
 
     async def perform(self: Primary, action: Action, why: str) -> None:
         await real(self, action, why)
-        self.peer_vm_gone |= self.asks
+        self.view.peer.shut |= self.asks
 
     mp.setattr(Primary, "perform", perform)
 
@@ -933,13 +934,13 @@ def only_a_first_checkpoint_hands_offsets_over(mp: Any) -> None:
 @_roles_mutant
 def both_hosts_stay_primaries(mp: Any) -> None:
     """Neither what the other host says of its guest nor its epoch keeps a host silent."""
-    real = controller.other_guest
+    real = pair_view.other_guest
 
     def silent(*args: Any, **kwargs: Any) -> Any:
         known = real(*args, **kwargs)
         return failover.OtherGuest.IDLE if known is failover.OtherGuest.SPEAKS else known
 
-    mp.setattr(controller, "other_guest", silent)
+    mp.setattr(pair_view, "other_guest", silent)
     mp.setattr(Primary, "_older_than", lambda self, msg: False)
 
 
@@ -953,7 +954,7 @@ def the_first_checkpoint_of_a_pair_needs_no_state(mp: Any) -> None:
     ) -> None:
         real(self, n, initial, planned, asked=asked)
         if initial and self._hold is not None:
-            self._entered = self._confirmed = True
+            self.view.pair.in_colo = self.view.pair.confirmed = True
             self.state = failover.State.PROTECTED
 
     mp.setattr(Secondary, "_on_begin", begin)

@@ -482,7 +482,7 @@ class World:
                 except Violation:
                     side.other.stale = True
             c = side.controller
-            self.was_solo |= self.protected and c is not None and c.spoke_alone
+            self.was_solo |= self.protected and c is not None and c.view.guest.standalone
         self._account(side, frame)
         now = self.client
         self._carry(self.scene.loss, self.scene.jitter, lambda: self._to_client(now, frame))
@@ -495,7 +495,7 @@ class World:
 
     def _held(self, side: Side) -> bool:
         c = side.controller
-        alone = c is not None and (c.spoke_alone or self._ended(side))
+        alone = c is not None and (c.view.guest.standalone or self._ended(side))
         return side.protected and not self.shadow and not alone and side.mode is not Mode.BYPASS
 
     def _ended(self, side: Side) -> bool:
@@ -503,7 +503,7 @@ class World:
         leave. If the copy speaks after that, it is the second guest."""
         c, other = side.controller, side.other
         silent = other.guest is None or (other.mode is Mode.DROP and other.bond is Bond.NONE)
-        return self.off and c is not None and bool(c.over) and silent
+        return self.off and c is not None and bool(c.view.guest.over) and silent
 
     def _alone(self, side: Side) -> bool:
         return (
@@ -661,7 +661,11 @@ class World:
         """A fence is under way. Nobody is fenced because somebody has stopped its controller."""
         c = side.controller
         known = side.peer_stopped > self.ns() and side.other.controller is None
-        if known and c is not None and not (c.operator or c.colo_exit or c.checkpoint_overdue):
+        if (
+            known
+            and c is not None
+            and not (c.view.operator or c.view.guest.colo_exit or c.view.pair.checkpoint_overdue)
+        ):
             raise Violation(f"{side.name} fences a host whose controller was stopped on purpose")
 
     def _restart(self, side: Side, span: int) -> None:
@@ -938,7 +942,7 @@ class World:
 
     def _end_shadow(self) -> None:
         c = self.p.controller
-        if c is not None and c.shadow:
+        if c is not None and c.view.shadow:
             c.set_shadow(False)
 
     async def _command(self, side: Side, name: str, **args: Any) -> None:
@@ -969,7 +973,7 @@ class World:
         """Whether the pair is protected: each of its guests can go on without the other."""
         for side in (self.p, self.s):
             c = side.controller
-            if c is None or c.colo_exit or side.mode is not Mode.RUN:
+            if c is None or c.view.guest.colo_exit or side.mode is not Mode.RUN:
                 return False
             # A secondary whose fence has failed says "degraded" until the next checkpoint.
             fit = (State.PROTECTED,) if side.primary else (State.PROTECTED, State.DEGRADED)
@@ -1030,7 +1034,7 @@ class World:
         for side in (self.p, self.s):
             c, other = side.controller, side.other
             dead = other.off or not other.qemu.alive
-            if c is None or not dead or other.controller is not None or c.operator:
+            if c is None or not dead or other.controller is not None or c.view.operator:
                 continue
             told = side.peer_stopped > self.ns() and c.state is State.DEGRADED
             if (told or c.undecided) and self.rnd_person.random() < 0.02:
@@ -1183,9 +1187,9 @@ class World:
         # where the pair was not held together a person decides
         if side is self.s and self.was_solo:
             return False  # clients know what only the PVM ever said
-        if c.stood_down:
+        if c.view.guest.demoted:
             return False  # asked to, by a primary that died before it said what it then did
-        return not c.shadow and c.state is not State.STARTING
+        return not c.view.shadow and c.state is not State.STARTING
 
     def _check_survivor(self, side: Side) -> None:
         """I8: what clients know is what the guest that speaks believes."""

@@ -37,7 +37,7 @@ def cut(make: Callable[[], tuple[Any, FakeDataPath, Sent]]) -> Made:
     c.state = State.PROTECTED
     c.qmp = SimpleNamespace(connected=True)
     c.peer.connected = False
-    c._guest_ns = boot_ns() - 10**10
+    c.view.peer.guest_since_boot_ns = boot_ns() - 10**10
     done: list[Action] = []
 
     async def perform(action: Action, why: str) -> None:
@@ -58,7 +58,7 @@ def test_a_shut_data_path_is_certain_silence(make: Any, over: Action) -> None:
     async def body() -> None:
         c, _, done = cut(make)
         c._beacon(word(Flag.SHUT | Flag.HANGS))
-        assert c.peer_vm_gone and "hangs" in c.facts().peer_why
+        assert c.view.peer.shut and "hangs" in c.facts().peer_why
         await asyncio.sleep(0)
         assert done == [over]
 
@@ -89,7 +89,7 @@ def test_only_a_fresh_word_counts_and_only_when_the_channel_is_down(make: Any, w
             said = Word(said.flags, 0, 7, said.t, 0)
         c._beacon(said)
         await asyncio.sleep(0)
-        assert not c.peer_vm_gone and done == [] and c.state is State.PROTECTED
+        assert not c.view.peer.shut and done == [] and c.state is State.PROTECTED
 
     run(body)
 
@@ -98,7 +98,7 @@ def test_asked_by_beacon_a_secondary_stands_down_and_says_so() -> None:
     async def body() -> None:
         c, dp, _ = cut(secondary)
         c._beacon(word(Flag.VM | Flag.ASK))
-        assert c.state is State.STOPPED and dp.mode is Mode.DROP and c.stood_down
+        assert c.state is State.STOPPED and dp.mode is Mode.DROP and c.view.guest.demoted
         assert Flag.SHUT in c._beacon_flags() and Flag.ALONE not in c._beacon_flags()
         # and comes back if the primary dies without having spoken alone, as on the channel
         c._beacon(word(Flag.SHUT))
@@ -159,7 +159,7 @@ def test_shadow_is_told_by_beacon_too() -> None:
         c._beacon(word(Flag.VM | Flag.SHADOW))
         c._beacon(word(Flag.SHUT))
         await asyncio.sleep(0)
-        assert c.shadow and done == [], "clients may know what this guest never said"
+        assert c.view.shadow and done == [], "clients may know what this guest never said"
 
     run(body)
 
@@ -240,7 +240,7 @@ def test_facts_of_a_cut_come_from_the_beacons() -> None:
         for core in (c.paths.core, far):
             core.rekey(key, same_peer=False)
         c.peer.last_seen_ns = time.monotonic_ns() - 2 * 10**9
-        c._born_ns = 0
+        c.view.born_ns = 0
         c.peer.ending = Ending.LOST
         c._decide()
         assert "acknowledged nothing" in c.reason and f"control channel, {LINK}" in c.reason

@@ -266,12 +266,12 @@ def test_a_primary_that_gave_up_is_told_again_who_waits(
             connected=True, status=state_of_qemu, execute=no_disks
         )
         c.peer = SimpleNamespace(connected=True, send=sent)  # type: ignore[assignment]
-        c._ready_wanted, c.peer_state = True, "checkpointing"
+        c._ready_wanted, c.view.peer.state = True, "checkpointing"
         end = time.monotonic() + 0.1
         while time.monotonic() < end:
             c.on_tick(0)
         assert not asked, "it is at work"
-        c.peer_state = "starting"
+        c.view.peer.state = "starting"
         c.on_tick(0)
         assert not asked, "it has just become so"
         while not asked:
@@ -293,10 +293,10 @@ def test_who_reaches_the_network_and_by_which_right(held: bool, may: bool, lease
     c.speaker = SimpleNamespace(held=held, may_speak=may, left_s=1.5 * may)  # type: ignore[assignment]
     want = {"speaks": may, "lease": lease, "left_s": 1.5 * may, **rest}
     assert permission(c) == want
-    for sign in ("vm_gone", "vm_absent"):
-        setattr(c, sign, True)
+    for sign in ("gone", "absent"):
+        setattr(c.view.guest, sign, True)
         assert not permission(c)["speaks"], "no QEMU, no voice"
-        setattr(c, sign, False)
+        setattr(c.view.guest, sign, False)
     dp.mode = Mode.DROP
     assert permission(c) == want | {"speaks": False}
     s, dp, _ = secondary()
@@ -318,7 +318,7 @@ def test_a_silence_that_only_the_secondary_noticed(
     state: str, epoch: int, exited: bool, again: bool
 ) -> None:
     s, dp, _ = secondary()
-    dp.epoch, s.state, s._entered, s.colo_exit = 7, State.DEGRADED, True, exited
+    dp.epoch, s.state, s.view.pair.in_colo, s.view.guest.colo_exit = 7, State.DEGRADED, True, exited
     s.on_message({"type": "beat", "state": state, "epoch": epoch, "shut": False, "alone": False})
     assert (s.state is State.PROTECTED) == again
 
@@ -486,7 +486,7 @@ def test_a_stopped_controller_gets_nobody_fenced(planned: bool, fenced: bool) ->
     c.peer.connected = False
     again = Secondary(c.config, dp)  # type: ignore[arg-type]
     for one in (c, again):
-        one.peer.last_seen_ns, one._born_ns = 1, 1  # long ago
+        one.peer.last_seen_ns, one.view.born_ns = 1, 1  # long ago
         assert (decide(one.facts()).action is Action.FENCE) == fenced
     again._peer_up()
     again.peer.connected = False
@@ -498,7 +498,7 @@ def test_a_controller_that_said_when_it_comes_back_is_waited_for_until_then() ->
     c.peer.connected = True
     c._peer_message({"type": "bye", "why": "roles", "planned": True, "back": 60_000})
     c.peer.connected = False
-    c.peer.last_seen_ns, c._born_ns = 1, 1
+    c.peer.last_seen_ns, c.view.born_ns = 1, 1
     assert decide(c.facts()).action is Action.DEGRADE
     dp.peer_stopped -= 60_000 * 1_000_000
     assert decide(c.facts()).action is Action.FENCE
@@ -510,7 +510,7 @@ def test_a_guest_that_spoke_alone_and_dies_does_not_speak(side: str) -> None:
         make = primary if side == "solo" else secondary
         mode = Mode.BYPASS if side == "solo" else Mode.TAKEOVER
         c, dp, sent = make(mode)  # type: ignore[operator]
-        c.state, c.spoke_alone, c.vm_gone = State(side), True, True
+        c.state, c.view.guest.standalone, c.view.guest.gone = State(side), True, True
         assert not c.speaks and not permission(c)["speaks"]
         c._decide()
         await c._busy
@@ -549,7 +549,7 @@ def test_a_tap_that_is_gone_with_its_guest_ends_no_controller(error: Exception) 
 
         dp.close_network = gone  # type: ignore[method-assign]
         c._stand_down("the secondary took over")
-        c.peer.connected, c.peer_state, c.incoming_wanted = True, "taken-over", True
+        c.peer.connected, c.view.peer.state, c.incoming_wanted = True, "taken-over", True
         c.qmp = FakeQmp()  # type: ignore[assignment]
         c.qmp.connected = True
         c.qmp.status = lambda: asyncio.sleep(0, "inmigrate")  # type: ignore[method-assign]
@@ -632,7 +632,7 @@ def test_a_checkpoint_that_never_came_gives_everything_back() -> None:
         ({"epoch": 9}, "is over"),
         ({"state": State.TAKEN_OVER}, "taken-over"),
         ({"qmp": SimpleNamespace(connected=False)}, "QMP to the SVM is down"),
-        ({"_entered": False}, "not in COLO"),
+        ({"in_colo": False}, "not in COLO"),
     ],
 )
 def test_a_checkpoint_is_refused_by_name(change: dict[str, Any], why: str) -> None:
@@ -640,7 +640,7 @@ def test_a_checkpoint_is_refused_by_name(change: dict[str, Any], why: str) -> No
     c.state = State.PROTECTED
     c.qmp = SimpleNamespace(connected=True)  # type: ignore[assignment]
     for k, v in change.items():
-        setattr(dp if k == "epoch" else c, k, v)
+        setattr({"epoch": dp, "in_colo": c.view.pair}.get(k, c), k, v)
     c.on_message({"type": "begin", "n": 8, "cause": "operator", "initial": False})
     assert sent[0]["type"] == "failed" and why in sent[0]["why"]
     assert dp.mode is Mode.RUN
@@ -672,16 +672,16 @@ def test_standing_down_and_coming_back() -> None:
 
 def test_signs_of_an_earlier_secondary_are_forgotten_with_the_next_one() -> None:
     c, _, _ = primary(Mode.BYPASS)
-    c.peer_vm_gone = True
+    c.view.peer.shut = True
     c.on_message({"type": "ready", "epoch": 0})
-    assert not c.peer_vm_gone
+    assert not c.view.peer.shut
 
 
 def test_a_first_checkpoint_counts_when_the_primary_has_confirmed_it() -> None:
     """Until then the primary may give up entering, and its guest speaks uncompared."""
     c, dp, sent = secondary()
     dp.mode, dp.epoch, c.state = Mode.RUN, 0, State.STARTING
-    c._entered = c._confirmed = False
+    c.view.pair.in_colo = c.view.pair.confirmed = False
     c.qmp = SimpleNamespace(connected=True)  # type: ignore[assignment]
     c._on_begin(1, initial=True, planned=False, asked=True)
     t = time.monotonic_ns()
@@ -717,11 +717,11 @@ def test_a_shadow_ends_with_a_later_checkpoint_only() -> None:
     beat |= {"type": "beat"}
     c._peer_message(beat | {"epoch": 7, "shadow": True})
     c._peer_message(beat | {"epoch": 7, "shadow": False})
-    assert c.shadow
+    assert c.view.shadow
     again = Secondary(c.config, dp)  # type: ignore[arg-type]
-    assert again.shadow
+    assert again.view.shadow
     again._peer_message(beat | {"epoch": 8, "shadow": False})
-    assert not again.shadow and not dp.shadowed
+    assert not again.view.shadow and not dp.shadowed
 
 
 def test_a_shadow_begins_when_the_secondary_has_heard_of_it() -> None:
@@ -737,7 +737,7 @@ def test_a_shadow_begins_when_the_secondary_has_heard_of_it() -> None:
     c._peer_message(said | {"role": "secondary", "state": "paused", "shadow": True})
     assert c.engine.shadow
     other, _, answers = secondary()
-    other.paused = True
+    other.view.paused = True
     other._peer_message(said | {"shadow": True})
     assert answers[-1]["shadow"], "and it says so at once"
 
@@ -748,7 +748,7 @@ def test_a_shadow_that_is_left_behind_the_stop_goes_on_until_the_next_checkpoint
     async def body() -> None:
         c, dp, sent = primary()
         c.peer.connected = True
-        c.state, c.shadow, dp.epoch = State.PROTECTED, True, 7
+        c.state, c.view.shadow, dp.epoch = State.PROTECTED, True, 7
         c.qmp = FakeQmp()  # type: ignore[assignment]
         for n, early in ((8, False), (9, True)):
             task = asyncio.ensure_future(c._checkpoint(Want("operator", "asked")))
@@ -769,7 +769,7 @@ def test_a_shadow_that_is_left_behind_the_stop_goes_on_until_the_next_checkpoint
             assert dp.epoch == n
             assert sent[-1]["type"] == "beat" and sent[-1]["shadow"] is not early
             assert (c._want is None) == early, "it is not forgotten"
-        assert not c.shadow and not c._leave_shadow
+        assert not c.view.shadow and not c._leave_shadow
 
     in_loop(body)
 
@@ -905,7 +905,7 @@ def test_a_persons_word_outlives_the_controller_that_heard_it(order: str) -> Non
         if order == "force":
             assert c.state is State.TAKEN_OVER and dp.mode is Mode.TAKEOVER
         else:
-            assert c.fence_result is False and dp.mode is Mode.RUN
+            assert c.view.pair.fence.result is False and dp.mode is Mode.RUN
 
     in_loop(body)
 
@@ -969,7 +969,8 @@ def test_a_survivor_becomes_the_primary_when_a_new_qemu_waits() -> None:
 def test_a_primary_that_is_alone_protects_again() -> None:
     async def body() -> None:
         c, _, _ = primary(Mode.BYPASS)
-        c.state, c.spoke_alone, c.operator = State.SOLO, True, True
+        c.state, c.view.guest.standalone = State.SOLO, True
+        c._order("failover", 60)
         c.qmp = FakeQmp()  # type: ignore[assignment]
         went: list[str] = []
 
@@ -981,8 +982,8 @@ def test_a_primary_that_is_alone_protects_again() -> None:
         assert c._guard is not None
         await c._guard
         assert went == ["starting"] and c.qmp.said == ["lost_heartbeat"]  # type: ignore[attr-defined]
-        assert not c._uncompared and not c.operator
-        assert c.spoke_alone, "until the first checkpoint is complete"
+        assert not c._uncompared and not c.view.operator
+        assert c.view.guest.standalone, "until the first checkpoint is complete"
 
     in_loop(body)
 
@@ -1066,8 +1067,8 @@ def test_a_guest_is_worthless_only_if_the_other_speaks(
     role: str, state: str, connected: bool, over: bool
 ) -> None:
     c, _, _ = primary(Mode.DROP, adopted=True)
-    c.peer_role, c.peer_state, c.peer.connected = role, state, connected
-    c.other_guest = other_guest(role, state, alone=over, shut=False)
+    c.view.peer.role, c.view.peer.state, c.peer.connected = role, state, connected
+    c.view.peer.guest = other_guest(role, state, alone=over, shut=False)
     assert c.superseded() is over
 
 
@@ -1090,8 +1091,8 @@ def test_a_worthless_guest_makes_room_for_one_that_waits() -> None:
     async def body() -> None:
         c, _, sent = secondary(Mode.DROP)
         object.__setattr__(c.config.qemu, "incoming", ("/bin/true",))
-        c.peer.connected, c.peer_role, c.peer_state = True, "primary", "solo"
-        c.stood_down = c.colo_exit = c.vm_gone = True
+        c.peer.connected, c.view.peer.role, c.view.peer.state = True, "primary", "solo"
+        c.view.guest.demoted = c.view.guest.colo_exit = c.view.guest.gone = True
         qmp = WaitingQmp()
         c.qmp = qmp  # type: ignore[assignment]
         c.become(State.STOPPED, "stood down")
@@ -1099,7 +1100,7 @@ def test_a_worthless_guest_makes_room_for_one_that_waits() -> None:
         await c._successor
         assert qmp.said[:2] == ["quit", "prepare"]
         assert c.state is State.STARTING and sent.kinds() == ["ready"]
-        assert not (c.stood_down or c.colo_exit or c.vm_gone)
+        assert not (c.view.guest.demoted or c.view.guest.colo_exit or c.view.guest.gone)
         for t in list(c._tasks):
             t.cancel()
 
@@ -1246,7 +1247,7 @@ def test_a_copy_of_a_guest_that_spoke_alone_never_speaks(state: State, words: li
         await asyncio.sleep(0)
         assert c.state is State.STOPPED and not done, "whatever is said later"
         again = Secondary(c.config, dp)  # type: ignore[arg-type]
-        assert again.state is State.STOPPED and not again._confirmed
+        assert again.state is State.STOPPED and not again.view.pair.confirmed
         assert "gone" in sent.kinds()
 
     in_loop(body)
@@ -1446,7 +1447,7 @@ def test_a_guest_whose_programs_have_stepped_out_stands_down() -> None:
 
     async def body() -> None:
         c, dp, sent = secondary(Mode.TAKEOVER)
-        c.stepped_out = c.spoke_alone = True
+        c.stepped_out = c.view.guest.standalone = True
         c.state = State.TAKEN_OVER
         await c.command("stand-down", {})
         assert dp.mode is Mode.DROP and not c.stepped_out and dp.stepped_in == 1
@@ -1481,7 +1482,7 @@ def test_a_takeover_under_way_is_waited_for() -> None:
 def test_nobody_stands_down_in_a_planned_failover() -> None:
     async def body() -> None:
         c, dp, _ = secondary()
-        c.state, c._confirmed = State.PROTECTED, True
+        c.state, c.view.pair.confirmed = State.PROTECTED, True
         c._begin_hold(8, planned=True)
         with pytest.raises(ValueError, match="planned failover"):
             await c.command("stand-down", {})
@@ -1497,7 +1498,7 @@ def test_a_takeover_does_not_break_a_promise_of_silence(word: str) -> None:
 
     async def body() -> None:
         c, dp, sent = secondary()
-        c.state, c._confirmed = State.DEGRADED, True
+        c.state, c.view.pair.confirmed = State.DEGRADED, True
         leaves = asyncio.Event()
 
         async def migration_status(limit: float = 0) -> str:
@@ -1580,7 +1581,11 @@ def test_a_primary_that_hears_of_a_takeover_while_it_goes_solo_stays_silent() ->
 def test_qmp_that_comes_back_does_not_undo_a_stand_down(status: str) -> None:
     async def body() -> None:
         c, dp, sent = secondary()
-        c.state, c._confirmed, c._entered = State.DEGRADED, True, status != "running"
+        c.state, c.view.pair.confirmed, c.view.pair.in_colo = (
+            State.DEGRADED,
+            True,
+            status != "running",
+        )
         answers = asyncio.Event()
 
         async def ask(*args: Any, **more: Any) -> str:
@@ -1607,20 +1612,20 @@ def test_a_fence_holds_until_the_peer_is_heard_again() -> None:
         c, _, _ = secondary()
         c.state = State.DEGRADED
         object.__setattr__(c.config.failover, "fence", ("/bin/true",))
-        c.fence_result = await c._fence()
-        c._fenced_ns = boot_ns()
-        assert c.fence_result
-        word = Word(Flag.VM, 0, 7, boot_ns(), c._fenced_ns - 1)
+        c.view.pair.fence.result = await c._fence()
+        c.view.pair.fence.ended_boot_ns = boot_ns()
+        assert c.view.pair.fence.result
+        word = Word(Flag.VM, 0, 7, boot_ns(), c.view.pair.fence.ended_boot_ns - 1)
         c._beacon(word)  # sent before, and late
-        assert c.fence_result
+        assert c.view.pair.fence.result
         if heard == "beacon":
             c._beacon(replace(word, t=boot_ns(), after=boot_ns()))
         else:
             c._peer_up()
-        c.colo_exit = True
+        c.view.guest.colo_exit = True
         facts = replace(c.facts(), peer_connected=False, peer_silent_ms=1e6, paths=())
         assert decide(facts).action is Action.FENCE
-        c.fence_result = True
+        c.view.pair.fence.result = True
         facts = replace(facts, fence_result=True)
         assert decide(facts).action is Action.TAKE_OVER, "or else it would be enough"
 
@@ -1636,9 +1641,9 @@ def test_a_persons_word_does_not_count_for_ever(
     c, _, _ = secondary()
     c.state = State.DEGRADED
     c._order("force" if force else "failover", 60)
-    assert c.facts().operator and c.forced is force
-    c._order_until = time.monotonic() - 1
-    assert not c.facts().operator and not c.forced
+    assert c.facts().operator and c.view.forced is force
+    c.view.ordered(forced=force, until_s=time.monotonic() - 1)
+    assert not c.facts().operator and not c.view.forced
     assert "ask for it again" in caplog.text
     caplog.clear()
     c._order("failover", -1)

@@ -377,11 +377,11 @@ def test_an_entry_whose_checkpoint_counts_is_no_entry_that_failed(answer: str) -
 
     async def body() -> None:
         c, dp, sent = primary(Mode.BYPASS)
-        c.spoke_alone, c.peer.connected, c._peer_ready = True, True, True
+        c.view.guest.standalone, c.peer.connected, c._peer_ready = True, True, True
         q = c.qmp = Qemu("running", "")  # type: ignore[assignment]
 
         async def checkpoint(want: Any) -> None:
-            c.spoke_alone, dp.bond, dp.mode = False, Bond.EQUAL, Mode.RUN
+            c.view.guest.standalone, dp.bond, dp.mode = False, Bond.EQUAL, Mode.RUN
             c.become(State.PROTECTED, "both guests are equal")
             q.migration = answer
 

@@ -95,7 +95,7 @@ def test_the_copy_of_a_guest_that_is_off_does_not_take_over(
                         if word == "off" else over)  # fmt: skip
         assert (c.state, dp.mode, dp.bond) == (State.STOPPED, Mode.DROP, Bond.NONE)
         assert sent.kinds()[-1] == "gone"
-        c.colo_exit = True
+        c.view.guest.colo_exit = True
         c._peer_message(over)
         await asyncio.sleep(0)
         assert c._busy is None and c.state is State.STOPPED
@@ -178,7 +178,7 @@ def test_what_qemu_said_before_it_went_is_the_reason() -> None:
         c.state = State.PROTECTED
         says(c, "SHUTDOWN", guest=False, reason="host-qmp-quit")
         assert c.state is State.PROTECTED
-        c.vm_gone = True
+        c.view.guest.gone = True
         c._decide()
         assert c._busy is not None
         await c._busy
@@ -203,7 +203,9 @@ def test_no_checkpoint_while_an_io_error_has_stopped_the_pvm() -> None:
         with pytest.raises(ValueError, match="disk d0"):
             await c.command("checkpoint", {})
         says(c, "RESUME")
-        assert not c.halted and c._want is not None and c._want.cause == Cause.GUEST_EVENT
+        assert (
+            not c.view.guest.halted and c._want is not None and c._want.cause == Cause.GUEST_EVENT
+        )
         assert not await c._delayed(c._want)
 
     in_loop(body)
@@ -259,14 +261,14 @@ def test_an_svm_that_stands_still_with_no_checkpoint(
 
     async def body() -> None:
         c, dp, sent = secondary()
-        c.state, c._entered = State.PROTECTED, True
+        c.state, c.view.pair.in_colo = State.PROTECTED, True
         c.qmp = Status(status)  # type: ignore[assignment]
         says(c, "STOP")
         for _ in range(5):
             await asyncio.sleep(0)
         assert ("ask" in sent.kinds()) == asks
         assert ("cont" in c.qmp.said) == cont  # type: ignore[attr-defined]
-        assert c.vm_gone == lost
+        assert c.view.guest.gone == lost
         if lost:
             return
         says(c, "RESUME")
@@ -338,11 +340,11 @@ def test_what_stopped_the_pvm_is_asked_and_so_is_whether_it_runs_again() -> None
         c.state, c.qmp = State.DEGRADED, Status("io-error")  # type: ignore[assignment]
         c._guard = asyncio.ensure_future(asyncio.sleep(0))
         await c.on_qemu()
-        assert "io-error" in c.halted and c._still_ns
+        assert "io-error" in c.view.guest.halted and c._still_ns
         assert await c._delayed(Want(Cause.CONTROLLER_RESTART, "new"))
         c.qmp.now = "running"  # type: ignore[attr-defined]
         await c.on_qemu()
-        assert not c.halted and not c._still_ns
+        assert not c.view.guest.halted and not c._still_ns
         assert not await c._delayed(Want(Cause.CONTROLLER_RESTART, "new"))
 
     in_loop(body)
