@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Coroutine
 from typing import Any
 
-from . import outside
+from . import outside, states
 from .config import Config
 from .datapath import DataPath
 from .failover import Role, State
@@ -84,6 +84,7 @@ class Node(ABC):
         if state is self.state and why == self.reason:
             return
         if state is not self.state:
+            self._check_transition(state, why)
             self.since = time.time()
         flips = (State.PROTECTED, State.CHECKPOINTING)
         if state is not self.state and not (state in flips and self.state in flips):
@@ -92,6 +93,16 @@ class Node(ABC):
         if state is State.STOPPED:
             self.await_successor()
         log.info("%s %s: %s: %s", self.config.pair, self.role.value, state.value, why)
+
+    def _check_transition(self, state: State, why: str) -> None:
+        """Raises IllegalTransition in tests; elsewhere it is counted, and carried out."""
+        if states.legal(self.role, self.state, state):
+            return
+        text = f"internal error: state {self.state.value} to {state.value}: {why}"
+        log.error("%s", text)
+        self.failures.append(text)
+        if states.STRICT:
+            raise states.IllegalTransition(text)
 
     def shown_state(self) -> State:
         """The state for people and for the decision: two are views of `protected`."""

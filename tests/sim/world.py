@@ -36,6 +36,7 @@ from colo_xdp import (
     node,
     primary,
     secondary,
+    states,
     takeover,
     ticker,
 )
@@ -778,9 +779,10 @@ class World:
             for n in ("Peer", "Paths", "make_store")
         ]
         kept += [(node, n, getattr(node, n)) for n in ("Qmp", "WATCH_S")]
-        kept += [(fastmap, "_bpf", fastmap._bpf)]
+        kept += [(fastmap, "_bpf", fastmap._bpf), (states, "STRICT", states.STRICT)]
         kept += [(giving, n, getattr(giving, n)) for n in ("OFFER_AFTER", "MAX_PATIENCE")]
         try:
+            states.STRICT = True
             for m in modules:
                 m.time = clock  # type: ignore[attr-defined]
             if self.scene.eager:

@@ -382,6 +382,7 @@ def test_an_entry_whose_checkpoint_counts_is_no_entry_that_failed(answer: str) -
 
         async def checkpoint(want: Any) -> None:
             c.view.guest.standalone, dp.bond, dp.mode = False, Bond.EQUAL, Mode.RUN
+            c.become(State.CHECKPOINTING, "entering COLO")
             c.become(State.PROTECTED, "both guests are equal")
             q.migration = answer
 

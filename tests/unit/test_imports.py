@@ -16,7 +16,7 @@ PURE = (
     "corpus/craft", "corpus/play", "counters", "datagram", "explain", "failover",
     "fastgram", "fastpath", "flow", "flows", "fragments", "giving", "hexdump", "history",
     "guest_event", "journal", "limits", "marked", "marks", "nic", "openings", "packet", "pacing",
-    "pair_view",
+    "pair_view", "states",
     "disks",
     "policy", "qmp_event", "reasons", "record", "replay", "rewrite", "segment", "status", "stream",
     "suggest", "tcp_state", "tier_k", "twin", "uncompared", "window", "wire",
