@@ -28,7 +28,6 @@ from .journal import Divergence, Entry, Journal
 from .pacing import URGENT, Pacer
 from .qmp import QmpError, QmpTimeout
 from .reasons import Cause
-from .speaker import Speaker
 from .ticker import TICK_S
 
 log = logging.getLogger("colo_xdp.primary")
@@ -128,12 +127,12 @@ class Checkpointing(Entering):
                 self.become(State.DEGRADED, f"checkpoint ({want.cause}) did not complete: {e}")
                 self._decide()
 
-    async def _clear_record(self, s: Speaker) -> None:
-        """The store stops saying that this guest is alone before the other one counts, so that it
+    async def _clear_record(self) -> None:
+        """The arbiter stops saying that this guest is alone before the other one counts, so that it
         may take over from then on. A store that is away is told later, at the same price."""
-        s.paired()
+        self.arbiter.paired()
         end = time.monotonic() + RECORD_S
-        while s.recorded and time.monotonic() < end:
+        while self.arbiter.view().recorded and time.monotonic() < end:
             await asyncio.sleep(TICK_S / 5)
 
     def _next_periodic(self) -> float:
@@ -235,8 +234,8 @@ class Checkpointing(Entering):
                 await self._hand_offsets(ck, deadline)
             self._drain()  # frames from before STOP may still be in the ring
             held = (self.engine.held_packets, self.engine.held_bytes)
-            if self.view.guest.standalone and self.speaker is not None:
-                await self._clear_record(self.speaker)
+            if self.view.guest.standalone:
+                await self._clear_record()
             self.engine.commit_checkpoint(ck.stop_ns, n, time.monotonic_ns())
             # Before the epoch, by which the secondary is told that its guest counts.
             self.view.checkpointed()
@@ -278,8 +277,7 @@ class Checkpointing(Entering):
         self.view.checkpoint_due(False)
         self._ended_ns = time.monotonic_ns()
         self.devices.checkpointed(cause)
-        if self.speaker is not None:
-            self.speaker.paired()
+        self.arbiter.paired()
         if cause != Cause.PLANNED:
             self.become(State.PROTECTED, f"both guests are equal as of epoch {n} ({cause})")
 

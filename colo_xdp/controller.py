@@ -15,8 +15,10 @@ import time
 from abc import abstractmethod
 from typing import Any
 
-from . import attach, outside
+from . import attach
 from .abi import Mode
+from .arbiter import ARBITERS, Arbiter
+from .arbiter import Host as ArbiterHost
 from .beacon import Flag, Word
 from .commands import Commanded
 from .config import Config
@@ -39,21 +41,12 @@ from .pair_view import Surroundings, lets_nothing_out
 from .paths import Paths
 from .peer import Peer
 from .ring import Event
-from .speaker import Speaker, Store, boot_ns
+from .speaker import boot_ns
 from .ticker import IDLE_S, Ticker
 from .tls import Tls
 from .wire import VERSION
 
 log = logging.getLogger("colo_xdp")
-
-
-def make_store(config: Config) -> Store:
-    """The lease's store. Its library is imported only where it is used."""
-    from .lease import Etcd, EtcdStore
-
-    f = config.failover
-    etcd = Etcd(f.etcd, f.etcd_ca, f.etcd_cert, f.etcd_key)
-    return EtcdStore(etcd, config.pair, f.lease_ttl / 10_000)
 
 
 RING_BATCH = 512
@@ -89,20 +82,15 @@ class Controller(Commanded):
         idle_s = min(IDLE_S, config.datapath.controller_loss / 4000)
         self.ticker = Ticker(self._tick, self.tick_ns, idle_s)
         self._next_beat = 0.0
-        f = config.failover
-        self.speaker: Speaker | None = None
-        if f.arbiter == "lease":
-            self.speaker = Speaker(
-                make_store(config),
-                node=config.role,
-                address=p.local,
+        self.arbiter: Arbiter = ARBITERS[config.failover.arbiter].make(
+            ArbiterHost(
+                config=config,
                 boot=self.peer.boot,
-                ttl_ms=f.lease_ttl,
-                margin_ms=f.lease_margin,
                 speaking=datapath.adopted and not self.silent(),
                 allow=datapath.speak_until,
-                changed=self._lease_changed,
+                changed=self._arbiter_changed,
             )
+        )
 
     # ---- to be filled by the two sides
 
@@ -141,8 +129,8 @@ class Controller(Commanded):
         """When on_tick() has something to do that cannot wait for IDLE_S."""
         return NEVER
 
-    def on_lease(self) -> None:
-        """The lease is got or lost, or the store says something new."""
+    def on_arbiter(self) -> None:
+        """The arbiter says something new: a lease is got or lost, or the like."""
 
     # ---- the data path (device_watch.py)
 
@@ -213,8 +201,8 @@ class Controller(Commanded):
                 self._peer_shut(msg["alone"])
             if msg["echo"]:
                 self.peer.rtt_ns = max(0, boot_ns() - msg["echo"])
-                if msg["promise"] and self.speaker is not None:
-                    self.speaker.promised(msg["echo"])
+                if msg["promise"]:
+                    self.arbiter.promised(msg["echo"])
             self.view.heartbeat_read(msg["t"])
         elif kind == "gone":
             self.view.peer_says_why(f'"{msg["why"][:200]}"')
@@ -237,8 +225,8 @@ class Controller(Commanded):
         than all that was heard, recent, and of the guest that there is. A promise has its time in
         itself."""
         limit = self.config.peer.heartbeat_timeout
-        if Flag.PROMISE in word.flags and self.speaker is not None and word.after:
-            self.speaker.promised(word.after)
+        if Flag.PROMISE in word.flags and word.after:
+            self.arbiter.promised(word.after)
         if word.lag_ms > limit / 2:
             self.view.peer_slow(time.monotonic_ns())
         since = max(self.view.peer.guest_since_boot_ns, boot_ns() - limit * 1_000_000)
@@ -287,8 +275,7 @@ class Controller(Commanded):
 
     def _peer_shut(self, was_alone: bool) -> None:
         """The peer's data path drops everything: certain silence, its guest alive or not."""
-        if self.speaker is not None:
-            self.speaker.freed(self.peer.peer_boot)
+        self.arbiter.peer_shut(self.peer.peer_boot)
         if was_alone and not self.view.guest.standalone and self.paired():
             self.outdated("the other guest spoke alone and is gone: this one lacks what it said")
             return
@@ -312,7 +299,7 @@ class Controller(Commanded):
         """The other guest has spoken alone: this one must never speak."""
 
     def _beat(self) -> None:
-        promise = self.speaker is not None and self.silent() and self.speaker.promise()
+        promise = self.silent() and self.arbiter.promise()
         self.peer.send(
             "beat",
             t=boot_ns(),
@@ -336,7 +323,7 @@ class Controller(Commanded):
     def speaks(self) -> bool:
         """Whether the network hears this host's guest: what status, metrics, the health paths and
         the cluster's agent say."""
-        permitted = self.speaker is None or self.speaker.may_speak
+        permitted = self.arbiter.view().may_transmit
         forwarding = self.dp.port_forwarding
         return self.view.heard(self.dp.mode, forwarding=forwarding, permitted=permitted)
 
@@ -353,8 +340,7 @@ class Controller(Commanded):
 
     def facts(self) -> Facts:
         """What is known now."""
-        f, core, boot = self.config.failover, self.paths.core, boot_ns()
-        s = self.speaker
+        core, boot = self.paths.core, boot_ns()
         return self.view.facts(
             Surroundings(
                 now_ns=time.monotonic_ns(),
@@ -373,14 +359,8 @@ class Controller(Commanded):
                 ),
                 heartbeat_timeout_ms=self.config.peer.heartbeat_timeout,
                 dead_after_ms=self.config.peer.dead_after,
-                automatic=f.automatic,
-                fence_configured=bool(f.fence) and f.arbiter == "fence",
-                lease=s is not None,
-                lease_held=s is not None and s.held,
-                may_speak=s is None or s.may_speak,
-                other_alone=s is not None and s.other_alone,
-                recorded=s is not None and s.recorded,
-                committed=s is not None and s.committed,
+                automatic=self.config.failover.automatic,
+                arbiter=self.arbiter.view(),
             )
         )
 
@@ -388,8 +368,7 @@ class Controller(Commanded):
         if self._busy is not None and not self._busy.done():
             return
         d: Decision = decide(self.facts())
-        if self.speaker is not None:
-            self._ask_for_lease(self.speaker, d.action)
+        self._tell_arbiter(d.action)
         if d.action is Action.NONE:
             return
         if d.action is Action.WAIT:
@@ -402,20 +381,19 @@ class Controller(Commanded):
         log.info("decision: %s: %s", d.action.value, d.why)
         self._busy = self.spawn(self._act(d))
 
-    def _lease_changed(self) -> None:
-        self.on_lease()
+    def _arbiter_changed(self) -> None:
+        self.on_arbiter()
         self._decide()
 
-    def _ask_for_lease(self, s: Speaker, action: Action) -> None:
-        """A primary whose path is not shut holds the lease; a secondary, when it is to speak."""
+    def _tell_arbiter(self, action: Action) -> None:
+        """A primary's guest wants to be heard while its path is not shut, a secondary's when it is
+        to go on alone."""
         alone = action in (Action.ACQUIRE, Action.GO_SOLO, Action.TAKE_OVER)
-        s.watch = action is not Action.NONE
         if self.role is Role.PRIMARY:
-            s.want = self.dp.mode is not Mode.DROP
+            wants = self.dp.mode is not Mode.DROP
         else:
-            s.want = alone or self.state is State.TAKEN_OVER
-        if action is Action.ACQUIRE and s.held:
-            s.alone()
+            wants = alone or self.state is State.TAKEN_OVER
+        self.arbiter.follow(action, wants=wants)
 
     async def _act(self, d: Decision) -> None:
         alone = self.state in (State.SOLO, State.TAKEN_OVER) and d.action is not Action.STOP
@@ -423,31 +401,9 @@ class Controller(Commanded):
             return  # decided in the meantime, by a message or the end of a checkpoint
         if d.action is Action.FENCE:
             self.become(self.state if self.undecided else State.DEGRADED, d.why)
-            self.view.fenced(await self._fence(), time.monotonic_ns(), boot_ns())
+            self.view.fenced(await self.arbiter.fence(), time.monotonic_ns(), boot_ns())
         else:
             await self.perform(d.action, d.why)
-
-    async def _fence(self) -> bool:
-        """Run the fence command; only exit status 0 within its deadline is success."""
-        f = self.config.failover
-        try:
-            proc = await asyncio.create_subprocess_exec(
-                *outside.fence(self.config.pair, f.fence, f.fence_timeout),
-                env=outside.environment(),
-            )
-        except OSError as e:
-            log.error("fence %s: %s", f.fence[0], e)
-            return False
-        try:
-            async with asyncio.timeout(f.fence_timeout / 1000):
-                status = await proc.wait()
-        except TimeoutError:
-            proc.kill()
-            await proc.wait()
-            log.error("fence: no end after %d ms", f.fence_timeout)
-            return False
-        log.info("fence: exit status %d", status)
-        return status == 0
 
     @property
     def migrate_to(self) -> str:
@@ -476,8 +432,7 @@ class Controller(Commanded):
         loop = asyncio.get_running_loop()
         for fd in self.dp.reader.fds:
             loop.add_reader(fd, self._drain)
-        if self.speaker is not None:
-            self.spawn(self.speaker.run())
+        self.spawn(self.arbiter.run())
         if self.state is State.STOPPED:
             self.await_successor()
         else:
@@ -547,8 +502,7 @@ class Controller(Commanded):
         await self.peer.close()
         self.paths.close()
         await self.qmp.close()
-        if self.speaker is not None:
-            await self.speaker.close()
+        await self.arbiter.close()
         if self.oob is not None:
             await self.oob.close()
 

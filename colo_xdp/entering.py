@@ -139,8 +139,8 @@ class Entering(GuestLife):
                 await self._enter_failed("a former controller did not come to its end")
             if self.undecided:
                 pass  # what is waited for the decision says
-            elif self.speaker is not None and not self.speaker.may_speak:
-                self.become(self.state, "waiting for the lease: nothing leaves this host")
+            elif not (a := self.arbiter.view()).may_transmit:
+                self.become(self.state, f"waiting for the {a.name}: nothing leaves this host")
             elif migration is None:
                 self.become(self.state, self.view.guest.why or "waiting for this host's QEMU (QMP)")
             elif self.peer.connected and self._peer_ready:

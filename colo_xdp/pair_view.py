@@ -13,11 +13,21 @@ seconds.
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from .abi import Mode
-from .failover import Ending, Facts, Heard, OtherGuest, OwnGuest, Role, State, other_guest
+from .failover import (
+    ArbiterView,
+    Ending,
+    Facts,
+    Heard,
+    OtherGuest,
+    OwnGuest,
+    Role,
+    State,
+    other_guest,
+)
 
 log = logging.getLogger("colo_xdp")
 
@@ -104,13 +114,7 @@ class Surroundings:
     heartbeat_timeout_ms: int
     dead_after_ms: int
     automatic: bool
-    fence_configured: bool
-    lease: bool
-    lease_held: bool
-    may_speak: bool
-    other_alone: bool
-    recorded: bool
-    committed: bool
+    arbiter: ArbiterView
 
 
 def lets_nothing_out(role: Role, mode: Mode) -> bool:
@@ -167,17 +171,14 @@ class PairView:
             peer_vm_gone=peer.shut,
             colo_exit=guest.colo_exit,
             automatic=s.automatic and not self.paused,
-            fence_configured=s.fence_configured and not self.forced,
-            fence_result=pair.fence.result,
             operator=self.operator,
             checkpoint_overdue=pair.checkpoint_overdue,
             shadow=self.shadow,
-            lease=s.lease,
-            lease_held=s.lease_held,
-            may_speak=s.may_speak,
-            other_alone=s.other_alone,
-            recorded=s.recorded,
-            committed=s.committed,
+            arbiter=replace(
+                s.arbiter,
+                fences=s.arbiter.fences and not self.forced,
+                fenced=pair.fence.result,
+            ),
             own_vm_hangs=guest.hung,
             own_vm_why=guest.why,
             peer_why=peer.shut_why,

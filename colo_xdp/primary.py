@@ -285,8 +285,7 @@ class Primary(Checkpointing):
             self._peer_ready = True
             self.view.peer_open()  # another SVM than the one that died
             self._peer_qemu, self._peer_lacks = (msg.get("qemu", 0), self.peer.peer_boot), ""
-            if self.speaker is not None:
-                self.speaker.revived()
+            self.arbiter.peer_open()
             self._wake.set()
             self._protect_again()
         elif kind == "beat":
@@ -367,7 +366,7 @@ class Primary(Checkpointing):
     def outdated(self, why: str) -> None:
         self._stand_down(why)
 
-    def on_lease(self) -> None:
+    def on_arbiter(self) -> None:
         self._wake.set()
 
     def _protect_again(self) -> None:
@@ -501,10 +500,10 @@ class Primary(Checkpointing):
             raise ValueError(f"no planned failover from state {self.state.value}: {self.reason}")
         if self.view.shadow or self._leave_shadow:
             raise ValueError("no planned failover from shadow mode: leave it first")
-        s = self.speaker
-        if s is not None and not s.held:
-            why = s.trouble or "another host holds the lease"
-            raise ValueError(f"no planned failover, the SVM could not get the lease: {why}")
+        a = self.arbiter.view()
+        if a.needs_grant and not a.granted:
+            why = self.arbiter.trouble or f"another host holds the {a.name}"
+            raise ValueError(f"no planned failover, the SVM could not get the {a.name}: {why}")
         if self.view.guest.halted:
             raise ValueError(f"no planned failover: {self.view.guest.halted}")
         self._plan_refused = ""

@@ -19,13 +19,11 @@ if TYPE_CHECKING:
 
 def permission(c: Controller) -> dict[str, Any]:
     """Whether this host's guest reaches the network, and by which right."""
-    s = c.speaker
-    lease = "" if s is None else "held" if s.held else "promised" if s.may_speak else "none"
     return {
         "speaks": c.speaks,
         "undecided": c.undecided,
-        "lease": lease,
-        "left_s": None if s is None else s.left_s,
+        "lease": c.arbiter.right,
+        "left_s": c.arbiter.left_s,
         "bond": c.dp.bond.name.lower(),
     }
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from . import abi
 from .abi import Bond, Mode
+from .arbiter import ArbiterError
 from .beacon import Flag
 from .config import Config
 from .datapath import DataPath
@@ -26,7 +27,6 @@ from .qmp import QmpError
 from .qmp_event import QmpEvent
 from .reasons import Cause
 from .ring import Event
-from .speaker import Speaker, StoreError
 from .takeover import Hold, TakingOver
 from .ticker import TICK_S
 
@@ -271,12 +271,13 @@ class Secondary(TakingOver):
         except (ValueError, OSError) as e:  # then it is not announced at a takeover
             log.warning("addresses of the PVM: %s", e)
 
-    async def _ask_store(self, s: Speaker, n: int) -> None:
-        """With no lease to be had the guest would be silent on both hosts."""
+    async def _ask_arbiter(self, n: int) -> None:
+        """Planned: this guest is to be the one that speaks."""
         try:
-            await s.look()
-        except StoreError as e:
-            self.peer.send("failed", n=n, why=f"the SVM could not get the lease: {e}")
+            await self.arbiter.check()
+        except ArbiterError as e:
+            name = self.arbiter.view().name
+            self.peer.send("failed", n=n, why=f"the SVM could not get the {name}: {e}")
             return
         self._on_begin(n, initial=False, planned=True, asked=True)
 
@@ -293,8 +294,8 @@ class Secondary(TakingOver):
         if why:
             self.peer.send("failed", n=n, why=why)
             return
-        if planned and self.speaker is not None and not asked:
-            self.spawn(self._ask_store(self.speaker, n))
+        if planned and self.arbiter.needs_grant and not asked:
+            self.spawn(self._ask_arbiter(n))
             return
         if initial and not asked:
             self.spawn(self._check_entry(n))
@@ -455,8 +456,7 @@ class Secondary(TakingOver):
         self.view.new_guest()
         self._hold, self._taking_over = None, False
         self.dp.bond = Bond.NONE
-        if self.speaker is not None:
-            self.speaker.forget()
+        self.arbiter.new_guest()
         self.become(State.STARTING, "a new QEMU is here")
         try:
             await self.on_qemu()
@@ -537,7 +537,7 @@ class Secondary(TakingOver):
                 and not self.flows.wanted
                 and not self.stepped_out
                 and self.dp.port_forwarding  # announcements are still to be made
-                and self.speaker is None  # the programs are what a lease that ends is enforced by
+                and not self.arbiter.needs_grant  # the programs enforce the end of a grant
             ):
                 await self._step_out()
 

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from colo_xdp import (
+    arbiter,
     checkpointing,
     commands,
     device_watch,
@@ -691,7 +692,7 @@ class World:
         side.dp = SimDataPath(side)
         kind = primary.Primary if side.primary else secondary.Secondary
         c = kind(config("primary" if side.name == "P" else "secondary", self.scene), side.dp)  # type: ignore[arg-type]
-        c._fence = lambda: self._fence(side)  # type: ignore[method-assign]
+        c.arbiter.fence = lambda: self._fence(side)  # type: ignore[method-assign]
         c._start_incoming = lambda: self._start_qemu(side)  # type: ignore[method-assign]
         side.controller = c
         self.spawn(c.start())
@@ -774,10 +775,8 @@ class World:
             fastmap, speaker_module, takeover, device_watch, entering, guestlife,
         )  # fmt: skip
         kept = [(m, "time", m.time) for m in modules]  # type: ignore[attr-defined]
-        kept += [
-            (controller_module, n, getattr(controller_module, n))
-            for n in ("Peer", "Paths", "make_store")
-        ]
+        kept += [(controller_module, n, getattr(controller_module, n)) for n in ("Peer", "Paths")]
+        kept += [(arbiter, "make_store", arbiter.make_store)]
         kept += [(node, n, getattr(node, n)) for n in ("Qmp", "WATCH_S")]
         kept += [(fastmap, "_bpf", fastmap._bpf), (states, "STRICT", states.STRICT)]
         kept += [(giving, n, getattr(giving, n)) for n in ("OFFER_AFTER", "MAX_PATIENCE")]
@@ -793,7 +792,7 @@ class World:
             node.Qmp = self._make_qmp  # type: ignore[misc,assignment]
             controller_module.Peer = self._make_peer  # type: ignore[misc,assignment]
             controller_module.Paths = self._make_paths  # type: ignore[misc,assignment]
-            controller_module.make_store = self._make_store  # type: ignore[assignment]
+            arbiter.make_store = self._make_store  # type: ignore[assignment]
             yield
         finally:
             for m, name, value in kept:

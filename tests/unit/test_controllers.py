@@ -17,6 +17,7 @@ import pytest
 from colo_xdp import abi
 from colo_xdp.abi import Bond, Mode, Source
 from colo_xdp.addresses import AddressTable
+from colo_xdp.arbiter import FenceArbiter, LeaseArbiter
 from colo_xdp.attach import NetlinkError, NoSuchDevice
 from colo_xdp.beacon import Flag, Word
 from colo_xdp.checkpointing import Checkpoint, CheckpointFailed, Want
@@ -290,7 +291,7 @@ def test_who_reaches_the_network_and_by_which_right(held: bool, may: bool, lease
     c, dp, _ = primary()
     rest = {"undecided": False, "bond": "equal"}
     assert permission(c) == {"speaks": True, "lease": "", "left_s": None, **rest}
-    c.speaker = SimpleNamespace(held=held, may_speak=may, left_s=1.5 * may)  # type: ignore[assignment]
+    c.arbiter = LeaseArbiter(Leased(held, "", may=may))  # type: ignore[arg-type]
     want = {"speaks": may, "lease": lease, "left_s": 1.5 * may, **rest}
     assert permission(c) == want
     for sign in ("gone", "absent"):
@@ -453,6 +454,7 @@ def test_a_persons_word_opens_a_guest_of_which_nothing_is_known() -> None:
         c, dp, _ = undecided()
         c.peer.connected = False
         c.config = replace(c.config, failover=replace(c.config.failover, fence=(), automatic=False))
+        c.arbiter = FenceArbiter(SimpleNamespace(config=c.config))  # type: ignore[arg-type]
         r = await c.command("failover", {})
         assert r["done"] and c.state is State.SOLO and c.speaks
         assert dp.mode is Mode.BYPASS and dp.opened == 1 and not dp.undecided
@@ -1210,7 +1212,7 @@ def test_a_host_that_waits_for_a_new_guest_keeps_its_key() -> None:
         SimpleNamespace(), node="p", address="a", boot="1", ttl_ms=2000, margin_ms=500,
         speaking=False, allow=lambda ns: None, changed=lambda: None,
     )  # type: ignore[arg-type]  # fmt: skip
-    c.speaker = speaker
+    c.arbiter = LeaseArbiter(speaker)
     speaker.freed("1")
     assert speaker.steal == "1"
     c.on_message({"type": "ready", "epoch": 7})
@@ -1315,10 +1317,10 @@ def test_a_first_checkpoint_nobody_finished_sets_the_guest_free() -> None:
 class Leased:
     """Of speaker.Speaker what a planned failover asks."""
 
-    def __init__(self, held: bool, trouble: str) -> None:
+    def __init__(self, held: bool, trouble: str, *, may: bool = True) -> None:
         self.held, self.trouble = held, trouble
-        self.may_speak, self.other_alone, self.recorded, self.committed = True, False, False, False
-        self.want = True
+        self.may_speak, self.other_alone, self.recorded, self.committed = may, False, False, False
+        self.want, self.left_s = True, 1.5 * may
 
     async def look(self) -> None:
         await asyncio.sleep(0)
@@ -1330,7 +1332,7 @@ def test_no_plan_while_the_lease_cannot_change_hands() -> None:
     async def body() -> None:
         c, _, _ = primary()
         c.state = State.PROTECTED
-        c.speaker = Leased(False, "etcd is away")  # type: ignore[assignment]
+        c.arbiter = LeaseArbiter(Leased(False, "etcd is away"))  # type: ignore[arg-type]
         with pytest.raises(ValueError, match="etcd is away"):
             await c.hand_over(time.monotonic() + 1)
         assert c._want is None
@@ -1338,7 +1340,7 @@ def test_no_plan_while_the_lease_cannot_change_hands() -> None:
         s.state, s.qmp = State.PROTECTED, SimpleNamespace(connected=True)  # type: ignore[assignment]
         begin = {"type": "begin", "n": 8, "cause": "planned", "initial": False}
         for trouble, answer, mode in (("away", "failed", Mode.RUN), ("", "begun", Mode.CHECKPOINT)):
-            s.speaker = Leased(False, trouble)  # type: ignore[assignment]
+            s.arbiter = LeaseArbiter(Leased(False, trouble))  # type: ignore[arg-type]
             s.on_message(begin)
             await asyncio.gather(*s._tasks)
             assert sent[-1]["type"] == answer and dp.mode is mode
@@ -1612,7 +1614,7 @@ def test_a_fence_holds_until_the_peer_is_heard_again() -> None:
         c, _, _ = secondary()
         c.state = State.DEGRADED
         object.__setattr__(c.config.failover, "fence", ("/bin/true",))
-        c.view.pair.fence.result = await c._fence()
+        c.view.pair.fence.result = await c.arbiter.fence()
         c.view.pair.fence.ended_boot_ns = boot_ns()
         assert c.view.pair.fence.result
         word = Word(Flag.VM, 0, 7, boot_ns(), c.view.pair.fence.ended_boot_ns - 1)
@@ -1626,7 +1628,7 @@ def test_a_fence_holds_until_the_peer_is_heard_again() -> None:
         facts = replace(c.facts(), peer_connected=False, peer_silent_ms=1e6, paths=())
         assert decide(facts).action is Action.FENCE
         c.view.pair.fence.result = True
-        facts = replace(facts, fence_result=True)
+        facts = replace(facts, arbiter=replace(facts.arbiter, fenced=True))
         assert decide(facts).action is Action.TAKE_OVER, "or else it would be enough"
 
     for heard in ("beacon", "channel"):

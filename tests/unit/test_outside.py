@@ -13,7 +13,7 @@ from typing import Any, cast
 import pytest
 
 from colo_xdp import outside
-from colo_xdp.controller import Controller
+from colo_xdp.arbiter import FenceArbiter, Host
 from colo_xdp.node import Node
 
 #: stands in for systemd-run: what it was asked for, and the command as systemd would start it
@@ -54,8 +54,8 @@ def asked(where: Path) -> list[str]:
 
 
 def fence(*argv: str) -> bool:
-    c = cast(Controller, SimpleNamespace(config=config(fence=argv)))
-    return asyncio.run(Controller._fence(c))
+    host = cast(Host, SimpleNamespace(config=config(fence=argv)))
+    return asyncio.run(FenceArbiter(host).fence())
 
 
 def start_incoming(*argv: str) -> int | None:
@@ -117,7 +117,7 @@ def test_every_child_of_the_controller_is_started_by_way_of_it() -> None:
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     users = {Path(x).name for x in r.stdout.split()} - {"cli.py", "doctor.py"}
-    assert users == {"node.py", "controller.py"}
+    assert users == {"node.py", "arbiter.py"}
     for name in users:
         text = (root / name).read_text()
         assert text.count("create_subprocess_exec(") == text.count("env=outside.environment()")
