@@ -20,7 +20,7 @@ from .abi import Mode
 from .arbiter import ARBITERS, Arbiter
 from .arbiter import Host as ArbiterHost
 from .beacon import Flag, Word
-from .commands import Commanded
+from .commands import OperatorCommands
 from .config import Config
 from .datapath import DataPath
 from .device_watch import DeviceWatch
@@ -37,6 +37,7 @@ from .failover import (
     decide,
 )
 from .limits import NEVER
+from .node import Node
 from .pair_view import Surroundings, lets_nothing_out
 from .paths import Paths
 from .peer import Peer
@@ -54,11 +55,12 @@ FOR_EVER_NS = (1 << 63) - 1
 GUEST_S = 5.0  # between two looks at what is known of the guest's addresses, and at its port
 
 
-class Controller(Commanded):
+class Controller(Node):
     """One host's controller."""
 
     def __init__(self, config: Config, datapath: DataPath) -> None:
         super().__init__(config, datapath)
+        self._busy: asyncio.Task[Any] | None = None  # the one action in progress
         self.asks = False  # by beacon: the secondary is to shut its guest in
         self._lag_ns = 0  # how long this loop stood still since the last heartbeat
         #: of the last planned failover: gap_ms (the network heard nothing of the guest), took_ms
@@ -92,7 +94,50 @@ class Controller(Commanded):
             )
         )
 
+        self.commands = OperatorCommands(self)
+
     # ---- to be filled by the two sides
+
+    @abstractmethod
+    async def perform(self, action: Action, why: str) -> None:
+        """Carry out GO_SOLO, TAKE_OVER, STOP or REARM."""
+
+    @abstractmethod
+    def failover_steps(self, *, planned: bool, force: bool) -> list[str]:
+        """What a failover would do now, step by step."""
+
+    @abstractmethod
+    async def hand_over(self, deadline: float) -> bool:
+        """Planned: a checkpoint, then the SVM goes on and the PVM is silent. Whether it is done.
+
+        Raises ValueError when it cannot begin.
+        """
+
+    async def keep_shut(self) -> None:
+        """The mode says that nothing leaves: see to it that a program is there that obeys."""
+
+    def may_stand_down(self) -> None:
+        """Raises ValueError where this guest must not fall silent now."""
+
+    async def command_checkpoint(self, args: dict[str, Any]) -> dict[str, Any]:
+        """One checkpoint. Raises ValueError where there is none."""
+        raise ValueError("checkpoints are asked for on the primary host")
+
+    def new_policy(self) -> None:
+        """The rules have changed."""
+
+    def asked_again(self) -> None:
+        """A person wants the pair protected: what was given up is tried again."""
+
+    def set_shadow(self, on: bool) -> None:
+        """Hold nothing, or hold again."""
+        if on:
+            raise ValueError("shadow mode is set on the primary host, which holds the frames")
+
+    @property
+    def undecided(self) -> bool:
+        """Nobody has said yet that this host's guest may speak (datapath.py)."""
+        return False
 
     @abstractmethod
     def on_event(self, event: Event) -> None:
@@ -364,8 +409,17 @@ class Controller(Commanded):
             )
         )
 
+    @property
+    def acting(self) -> asyncio.Task[Any] | None:
+        """The one action that is being carried out now."""
+        return self._busy if self._busy is not None and not self._busy.done() else None
+
+    def reconsider(self) -> None:
+        """Decide anew, as after each event."""
+        self._decide()
+
     def _decide(self) -> None:
-        if self._busy is not None and not self._busy.done():
+        if self.acting is not None:
             return
         d: Decision = decide(self.facts())
         self._tell_arbiter(d.action)

@@ -29,7 +29,6 @@ from .qmp import QmpError
 from .qmp_event import QmpEvent
 from .reasons import Cause
 from .record import Record
-from .report import rules_json
 from .ring import Event
 from .status import WAIT_BUCKETS
 from .ticker import TICK_S
@@ -565,18 +564,3 @@ class Primary(Checkpointing):
             self._want = self._want or Want(Cause.OPERATOR.value, "leaving shadow mode")
             self._hurry = True
             self._wake.set()
-
-    def tell(self, name: str, args: dict[str, Any]) -> dict[str, Any]:
-        if name == "explain":
-            return self.journal.to_json() | {"rules": rules_json(self.engine)}
-        after, limit = args.get("after", 0), args.get("limit", 8)
-        if type(after) is not int or type(limit) is not int or not 1 <= limit <= 64:
-            raise ValueError("capture: `after` is a number, `limit` one from 1 to 64")
-        return self.journal.frames_json(after, limit)
-
-    # ---- status
-
-    def status(self) -> dict[str, Any]:
-        from .report import primary_status
-
-        return primary_status(self)

@@ -1,20 +1,57 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Builds the status document (status.py) from a live controller."""
+"""Documents about a live controller: its status (status.py), and what it has seen differ."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 from .compare import Engine
-from .failover import Role
+from .control import Command
+from .controller import Controller
 from .journal import divergence_json
+from .primary import Primary
 from .reasons import Cause
+from .secondary import Secondary
 from .status import empty
 
-if TYPE_CHECKING:
-    from .controller import Controller
-    from .primary import Primary
-    from .secondary import Secondary
+
+def answers(c: Controller) -> dict[Command, Callable[[dict[str, Any]], dict[str, Any]]]:
+    """The commands of the control socket that only ask for a document."""
+    return {
+        Command.STATUS: lambda args: status(c),
+        Command.EXPLAIN: lambda args: explain(c),
+        Command.CAPTURE: lambda args: capture(c, args),
+    }
+
+
+def status(c: Controller) -> dict[str, Any]:
+    """The documented status (status.py)."""
+    if isinstance(c, Primary):
+        return primary_status(c)
+    assert isinstance(c, Secondary)
+    return secondary_status(c)
+
+
+def _who_compares(c: Controller, command: str) -> Primary:
+    if not isinstance(c, Primary):
+        raise ValueError(f"{command}: ask the primary host, which compares")
+    return c
+
+
+def explain(c: Controller) -> dict[str, Any]:
+    """What differed, and what the rules of the policy have done. Raises ValueError."""
+    p = _who_compares(c, "explain")
+    return p.journal.to_json() | {"rules": rules_json(p.engine)}
+
+
+def capture(c: Controller, args: dict[str, Any]) -> dict[str, Any]:
+    """Frames that differed, a page of them. Raises ValueError."""
+    p = _who_compares(c, "capture")
+    after, limit = args.get("after", 0), args.get("limit", 8)
+    if type(after) is not int or type(limit) is not int or not 1 <= limit <= 64:
+        raise ValueError("capture: `after` is a number, `limit` one from 1 to 64")
+    return p.journal.frames_json(after, limit)
 
 
 def permission(c: Controller) -> dict[str, Any]:
@@ -125,7 +162,6 @@ def rules_json(e: Engine) -> list[dict[str, Any]]:
 
 def secondary_status(c: Secondary) -> dict[str, Any]:
     """The secondary controller's document."""
-    assert c.role is Role.SECONDARY
     doc = _common(c)
     doc["engine"] |= {"svm_stale": c.stale, "hold_overflow": c.overflow}
     doc["held"]["packets"] = c.holding

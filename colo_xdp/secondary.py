@@ -548,19 +548,13 @@ class Secondary(TakingOver):
                 self.stepped_out = True
                 log.info("the last rewritten connection is gone: the rewriting programs are off")
 
-    async def _command_stand_down(self, args: dict[str, Any]) -> dict[str, Any]:
+    def may_stand_down(self) -> None:
         if self._hold is not None and self._hold.planned:
             # The PVM may be silent already: then nobody would speak.
             raise ValueError("a planned failover to this guest is under way: wait for its end")
-        return await super()._command_stand_down(args)
 
     async def keep_shut(self) -> None:
         async with self._hooks:
             if self.stepped_out:
                 await asyncio.to_thread(self.dp.step_in)
                 self.stepped_out = False
-
-    def status(self) -> dict[str, Any]:
-        from .report import secondary_status
-
-        return secondary_status(self)

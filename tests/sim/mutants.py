@@ -25,6 +25,7 @@ from colo_xdp import (
 )
 from colo_xdp.abi import SIDE_PVM, Mode, Reason
 from colo_xdp.beacon import Flag
+from colo_xdp.commands import OperatorCommands
 from colo_xdp.compare import Engine
 from colo_xdp.datagram import DatagramFlow
 from colo_xdp.failover import Action
@@ -978,7 +979,7 @@ def a_stand_down_is_only_said(mp: Any) -> None:
     async def command(self: Any, args: Any) -> dict[str, Any]:
         return {"state": "stopped", "reason": "", "peer": ""}
 
-    mp.setattr(controller.Controller, "_command_stand_down", command)
+    mp.setattr(OperatorCommands, "stand_down", command)
 
 
 @_roles_mutant

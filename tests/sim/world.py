@@ -951,13 +951,13 @@ class World:
         if c is not None:
             self.ordered |= name == "failover"
             with contextlib.suppress(ValueError):
-                await c.command(name, args)
+                await c.commands.run(name, args)
 
     async def _stand_down(self, side: Side) -> None:
         c = side.controller
         assert c is not None
         try:
-            await c.command("stand-down", {})
+            await c.commands.run("stand-down", {})
         except ValueError:
             return
         if c is side.controller and not (side.mode is Mode.DROP and not side.stepped_out):

@@ -139,7 +139,7 @@ def test_what_is_forced_is_not_fenced_first() -> None:
     c, _, _ = secondary()
     object.__setattr__(c.config.failover, "fence", ("/bin/true",))
     assert c.facts().arbiter.fences
-    c._order("failover", 60)
+    c.commands.order("failover", 60)
     assert c.facts().arbiter.fences
-    c._order("force", 60)
+    c.commands.order("force", 60)
     assert not c.facts().arbiter.fences

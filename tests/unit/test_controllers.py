@@ -455,7 +455,7 @@ def test_a_persons_word_opens_a_guest_of_which_nothing_is_known() -> None:
         c.peer.connected = False
         c.config = replace(c.config, failover=replace(c.config.failover, fence=(), automatic=False))
         c.arbiter = FenceArbiter(SimpleNamespace(config=c.config))  # type: ignore[arg-type]
-        r = await c.command("failover", {})
+        r = await c.commands.run("failover", {})
         assert r["done"] and c.state is State.SOLO and c.speaks
         assert dp.mode is Mode.BYPASS and dp.opened == 1 and not dp.undecided
 
@@ -467,7 +467,7 @@ def test_a_persons_word_that_opened_a_guest_does_not_break_the_pair_that_follows
 
     async def body() -> None:
         c, _, _ = undecided()
-        c._order("force", 40.0)
+        c.commands.order("force", 40.0)
         c._peer_message(beat("stopped", shut=True))
         assert c._busy is not None
         await c._busy
@@ -946,11 +946,11 @@ def test_a_planned_failover_that_had_to_wait_is_not_made_up_for(late: bool) -> N
 def test_planned_and_force_exclude_each_other() -> None:
     c, _, _ = secondary()
     with pytest.raises(ValueError, match="planned or force"):
-        asyncio.run(c.command("failover", {"planned": True, "force": True}))
+        asyncio.run(c.commands.run("failover", {"planned": True, "force": True}))
     c.state = State.DEGRADED
     with pytest.raises(ValueError, match="no planned failover from state degraded"):
-        asyncio.run(c.command("failover", {"planned": True}))
-    steps = asyncio.run(c.command("failover", {"planned": True, "dry_run": True}))["steps"]
+        asyncio.run(c.commands.run("failover", {"planned": True}))
+    steps = asyncio.run(c.commands.run("failover", {"planned": True, "dry_run": True}))["steps"]
     assert "a checkpoint" in steps[0] and any("yank" in s for s in steps)
 
 
@@ -972,7 +972,7 @@ def test_a_primary_that_is_alone_protects_again() -> None:
     async def body() -> None:
         c, _, _ = primary(Mode.BYPASS)
         c.state, c.view.guest.standalone = State.SOLO, True
-        c._order("failover", 60)
+        c.commands.order("failover", 60)
         c.qmp = FakeQmp()  # type: ignore[assignment]
         went: list[str] = []
 
@@ -1077,14 +1077,14 @@ def test_a_guest_is_worthless_only_if_the_other_speaks(
 def test_what_stands_in_the_way_of_a_new_pair_is_said() -> None:
     c, _, _ = primary(Mode.DROP, adopted=True)
     with pytest.raises(ValueError, match="not known to speak"):
-        asyncio.run(c.command("reprotect", {}))
+        asyncio.run(c.commands.run("reprotect", {}))
     c.state = State.PROTECTED
     with pytest.raises(ValueError, match="nothing to do"):
-        asyncio.run(c.command("reprotect", {}))
+        asyncio.run(c.commands.run("reprotect", {}))
     c.state = State.SOLO
     c.peer.send = lambda kind, **fields: False  # type: ignore[method-assign]
     with pytest.raises(ValueError, match="does not answer"):
-        asyncio.run(c.command("reprotect", {}))
+        asyncio.run(c.commands.run("reprotect", {}))
 
 
 def test_a_worthless_guest_makes_room_for_one_that_waits() -> None:
@@ -1429,11 +1429,11 @@ def test_a_guest_stands_down_at_a_word() -> None:
 
     async def body(c: Primary | Secondary, dp: FakeDataPath, sent: Sent) -> None:
         dp.order = "failover"
-        r = await c.command("stand-down", {"why": "moved by the cluster"})
+        r = await c.commands.run("stand-down", {"why": "moved by the cluster"})
         assert dp.mode is Mode.DROP and c.path_shut and not permission(c)["speaks"]
         assert r["state"] == "stopped" and "moved by the cluster" in r["reason"]
         assert sent.kinds() == ["gone"] and dp.order == ""
-        await c.command("stand-down", {})  # again: nothing more is said
+        await c.commands.run("stand-down", {})  # again: nothing more is said
         assert sent.kinds() == ["gone"] and "moved by the cluster" in c.reason
 
     p, pd, ps = primary()
@@ -1451,7 +1451,7 @@ def test_a_guest_whose_programs_have_stepped_out_stands_down() -> None:
         c, dp, sent = secondary(Mode.TAKEOVER)
         c.stepped_out = c.view.guest.standalone = True
         c.state = State.TAKEN_OVER
-        await c.command("stand-down", {})
+        await c.commands.run("stand-down", {})
         assert dp.mode is Mode.DROP and not c.stepped_out and dp.stepped_in == 1
         assert sent[0]["alone"]
 
@@ -1471,7 +1471,7 @@ def test_a_takeover_under_way_is_waited_for() -> None:
             dp.mode, c.state = Mode.TAKEOVER, State.TAKEN_OVER
 
         c._busy = c.spawn(take_over())
-        word = asyncio.ensure_future(c.command("stand-down", {}))
+        word = asyncio.ensure_future(c.commands.run("stand-down", {}))
         await asyncio.sleep(0.01)
         assert not word.done()
         go.set()
@@ -1487,7 +1487,7 @@ def test_nobody_stands_down_in_a_planned_failover() -> None:
         c.state, c.view.pair.confirmed = State.PROTECTED, True
         c._begin_hold(8, planned=True)
         with pytest.raises(ValueError, match="planned failover"):
-            await c.command("stand-down", {})
+            await c.commands.run("stand-down", {})
         assert dp.mode is Mode.CHECKPOINT
 
     asyncio.run(body())
@@ -1529,7 +1529,7 @@ def test_a_takeover_does_not_break_a_promise_of_silence(word: str) -> None:
                 {"type": "beat", "state": "solo", "epoch": 7, "shut": False, "alone": True}
             )
         else:
-            asked = asyncio.ensure_future(c.command("stand-down", {}))
+            asked = asyncio.ensure_future(c.commands.run("stand-down", {}))
         await asyncio.sleep(0.01)
         leaves.set()
         await act
@@ -1642,13 +1642,13 @@ def test_a_persons_word_does_not_count_for_ever(
     """It was told that nothing came of it, and the other host may be alive again by then."""
     c, _, _ = secondary()
     c.state = State.DEGRADED
-    c._order("force" if force else "failover", 60)
+    c.commands.order("force" if force else "failover", 60)
     assert c.facts().operator and c.view.forced is force
     c.view.ordered(forced=force, until_s=time.monotonic() - 1)
     assert not c.facts().operator and not c.view.forced
     assert "ask for it again" in caplog.text
     caplog.clear()
-    c._order("failover", -1)
+    c.commands.order("failover", -1)
     c.state = State.TAKEN_OVER
     assert not c.facts().operator and not caplog.text, "it did come about"
 

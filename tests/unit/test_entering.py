@@ -226,7 +226,7 @@ def test_a_person_asks_again() -> None:
         for _ in range(2):
             c.tries.failed("x", (1, "s"), time.monotonic(), stopped=True)
         assert c.tries.held_back((1, "s"), time.monotonic())
-        await c.command("mode", {"mode": "protected"})
+        await c.commands.run("mode", {"mode": "protected"})
         assert not c.tries.held_back((1, "s"), time.monotonic())
 
     in_loop(body)

@@ -201,7 +201,7 @@ def test_no_checkpoint_while_an_io_error_has_stopped_the_pvm() -> None:
         assert await c._delayed(Want(Cause.PAYLOAD_DIFFERS, "x"))
         assert await c._delayed(Want(Cause.PLANNED, "x"))
         with pytest.raises(ValueError, match="disk d0"):
-            await c.command("checkpoint", {})
+            await c.commands.run("checkpoint", {})
         says(c, "RESUME")
         assert (
             not c.view.guest.halted and c._want is not None and c._want.cause == Cause.GUEST_EVENT
