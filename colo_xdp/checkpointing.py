@@ -119,7 +119,7 @@ class Checkpointing(Entering):
                     await asyncio.sleep(self.config.peer.heartbeat_interval / 1000)
                     continue
                 self.checkpoints_failed += 1
-                if isinstance(e, QmpTimeout) and await self.hangs():
+                if isinstance(e, QmpTimeout) and await self.qemu.hangs():
                     # not the secondary's fault: it is the one to go on
                     self.view.guest_gone(hung=True)
                 # Silence is no second sign beside silence: that would fence over a cut link.
@@ -185,7 +185,7 @@ class Checkpointing(Entering):
             raise CheckpointFailed("QEMU has lost the COLO channel (COLO_EXIT)")
         if not self.peer.connected:
             raise CheckpointFailed("the control channel to the secondary is down", channel=True)
-        if self.view.guest.gone or not self.qmp.connected:
+        if self.view.guest.gone or not self.qemu.qmp.connected:
             raise CheckpointFailed("QMP to the PVM is down")
 
     async def _checkpoint(self, want: Want) -> None:
@@ -217,14 +217,14 @@ class Checkpointing(Entering):
                 self._uncompared = False
                 self.engine.begin_checkpoint()
                 self.dp.mode = Mode.CHECKPOINT
-                await self.qmp.prepare(primary=True)
-                await self.qmp.migrate(self.migrate_to)
+                await self.qemu.qmp.prepare(primary=True)
+                await self.qemu.qmp.migrate(self.migrate_to)
             elif self.view.guest.halted:  # meanwhile: QEMU would abort
                 raise CheckpointFailed(self.view.guest.halted, refused=True)
             else:
                 # Of a guest that stands still there is no STOP; one before this is not of it.
                 ck.stop_ns, ck.resume_ns = self._still_ns, 0
-                await self.qmp.trigger_checkpoint()
+                await self.qemu.qmp.trigger_checkpoint()
             ck.triggered = True
             while not (ck.resume_ns and ck.done):
                 if initial:

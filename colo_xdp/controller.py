@@ -391,7 +391,7 @@ class Controller(Node):
                 now_ns=time.monotonic_ns(),
                 now_boot_ns=boot,
                 state=self.shown_state(),
-                own_qmp=self.qmp.connected,
+                own_qmp=self.qemu.qmp.connected,
                 undecided=self.undecided,
                 own_guest=self.own_guest,
                 waiting=self.waiting,
@@ -413,10 +413,6 @@ class Controller(Node):
     def acting(self) -> asyncio.Task[Any] | None:
         """The one action that is being carried out now."""
         return self._busy if self._busy is not None and not self._busy.done() else None
-
-    def reconsider(self) -> None:
-        """Decide anew, as after each event."""
-        self._decide()
 
     def _decide(self) -> None:
         if self.acting is not None:
@@ -490,10 +486,10 @@ class Controller(Node):
         if self.state is State.STOPPED:
             self.await_successor()
         else:
-            self.spawn(self._connect_qemu())
+            self.spawn(self.qemu.connect())
         self.spawn(self.devices.run())
         self.spawn(self.ticker.run())
-        self.spawn(self._watch_qemu())
+        self.spawn(self.qemu.watch())
         self.spawn(self._watch_guest())
 
     def _drain(self) -> None:
@@ -555,10 +551,8 @@ class Controller(Node):
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self.peer.close()
         self.paths.close()
-        await self.qmp.close()
+        await self.qemu.close()
         await self.arbiter.close()
-        if self.oob is not None:
-            await self.oob.close()
 
     async def finished(self) -> None:
         """Until an internal error ends the controller."""

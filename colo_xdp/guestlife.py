@@ -114,7 +114,7 @@ class GuestLife(Controller):
         """Why QEMU has stopped the guest with no checkpoint of ours: its run state, and what that
         means if it was not a person. Empty when it runs again, or says nothing."""
         with contextlib.suppress(QmpError):
-            status = await self.qmp.status()
+            status = await self.qemu.qmp.status()
             if status not in ("running", "colo", "finish-migrate", "inmigrate"):
                 return status, STANDS_STILL.get(status)
         return "", None
@@ -122,7 +122,7 @@ class GuestLife(Controller):
     async def unfit(self) -> str:
         """What keeps this guest from being one of a pair, or an empty string."""
         try:
-            blocks = await self.qmp.execute("query-block")
+            blocks = await self.qemu.qmp.execute("query-block")
         except QmpError as e:
             return str(e)
         why = refusal(blocks, self.config.external_disks)
@@ -183,9 +183,9 @@ class GuestLife(Controller):
         end = time.monotonic() + GRACE_S
         while time.monotonic() < end:
             await asyncio.sleep(TICK_S * 10)
-            if not self.qmp.connected or self.state is not State.STOPPED:
+            if not self.qemu.qmp.connected or self.state is not State.STOPPED:
                 return
         with contextlib.suppress(QmpError):
-            if await self.qmp.status() != "inmigrate":
+            if await self.qemu.qmp.status() != "inmigrate":
                 log.info("this guest did not end itself with the other one: quit")
-                await self.qmp.quit()
+                await self.qemu.qmp.quit()

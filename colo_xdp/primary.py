@@ -24,13 +24,13 @@ from .failover import Action, OwnGuest, Role, State
 from .flowtable import FlowTable
 from .guest_event import STANDS_STILL, News
 from .limits import NEVER
-from .node import IN_COLO, INCOMING_S
 from .qmp import QmpError
 from .qmp_event import QmpEvent
 from .reasons import Cause
 from .record import Record
 from .ring import Event
 from .status import WAIT_BUCKETS
+from .supervisor import IN_COLO, INCOMING_S
 from .ticker import TICK_S
 
 log = logging.getLogger("colo_xdp.primary")
@@ -125,7 +125,7 @@ class Primary(Checkpointing):
     async def _look_at_guest(self) -> None:
         """Whether QEMU's guest is a new one, for as long as it matters."""
         while self.undecided and self.state is State.STARTING:
-            migration = await self._migration() if self.qmp.connected else None
+            migration = await self._migration() if self.qemu.qmp.connected else None
             seen = OwnGuest.UNKNOWN
             if migration is not None:
                 known = {"colo": OwnGuest.PAIRED, "none": OwnGuest.NEW}
@@ -242,7 +242,7 @@ class Primary(Checkpointing):
     async def _whether_it_runs(self) -> None:
         """QMP does not repeat the events that it had while nobody listened."""
         try:
-            status = await self.qmp.status()
+            status = await self.qemu.qmp.status()
         except QmpError:
             return
         if status == "running":
@@ -379,9 +379,9 @@ class Primary(Checkpointing):
     async def _leave_and_protect(self) -> None:
         while self.state is State.STARTING:
             try:
-                if await self.qmp.migration_status() not in IN_COLO:
+                if await self.qemu.qmp.migration_status() not in IN_COLO:
                     break
-                await self.leave_colo()  # of the pair that was
+                await self.qemu.leave_colo()  # of the pair that was
             except QmpError as e:
                 log.warning("%s", e)
             await asyncio.sleep(REARM_S)
@@ -430,7 +430,7 @@ class Primary(Checkpointing):
             migration = await self._migration()
             if migration in IN_COLO:  # a former controller died before this
                 try:
-                    await self.leave_colo()
+                    await self.qemu.leave_colo()
                 except QmpError as e:  # or QEMU was just about to
                     log.warning("%s (the PVM goes on all the same)", e)
             if migration in (*IN_COLO, "failed"):
@@ -485,7 +485,7 @@ class Primary(Checkpointing):
             await self._open_network()
         self._drain()
         try:
-            await self.leave_colo()
+            await self.qemu.leave_colo()
         except QmpError as e:
             log.warning("%s (the PVM goes on all the same)", e)
         if self.state is State.STOPPED:  # the secondary has taken over meanwhile

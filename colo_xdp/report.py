@@ -67,7 +67,7 @@ def permission(c: Controller) -> dict[str, Any]:
 
 def _common(c: Controller) -> dict[str, Any]:
     doc = empty(c.config.pair, c.role.value).to_json()
-    info = c.qemu_info
+    info = c.qemu.info
     silent = c.peer.silent_ms()
     state, reason = c.told()
     injectors = c.dp.injectors.values()
@@ -83,7 +83,7 @@ def _common(c: Controller) -> dict[str, Any]:
         permission=permission(c),
         port=c.dp.port_state,
         qemu={
-            "connected": c.qmp.connected,
+            "connected": c.qemu.qmp.connected,
             "version": ".".join(map(str, info.version)) if info else "",
             "accel": ("kvm" if info.kvm else "tcg") if info else "",
             "gone": c.view.guest.gone,

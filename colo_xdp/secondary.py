@@ -218,7 +218,10 @@ class Secondary(TakingOver):
 
     async def _after_given_up(self, why: str) -> None:
         try:
-            waits = await self.qmp.status() == "inmigrate" and not await self.qmp.migration_status()
+            waits = (
+                await self.qemu.qmp.status() == "inmigrate"
+                and not await self.qemu.qmp.migration_status()
+            )
         except QmpError:
             return  # gone: on_qemu_gone() says so
         if self.state is not State.STARTING or self._hold is not None:
@@ -237,11 +240,11 @@ class Secondary(TakingOver):
         """What may have changed since this host said that it is ready."""
         try:
             why = await self.unfit()
-            status = await self.qmp.status()
+            status = await self.qemu.qmp.status()
             if not why and status != "inmigrate":
                 why = f"the SVM's QEMU is `{status}`, not waiting (-incoming)"
             if not why:
-                await self.qmp.prepare(primary=False)
+                await self.qemu.qmp.prepare(primary=False)
         except QmpError as e:
             why = str(e)
         if why:
@@ -287,7 +290,7 @@ class Secondary(TakingOver):
             why = f"epoch {n} is over, this side is at {self.dp.epoch}"
         elif self.state in (State.TAKEN_OVER, State.STOPPED):
             why = f"this side is {self.state.value}: {self.reason}"
-        elif not self.qmp.connected:
+        elif not self.qemu.qmp.connected:
             why = "QMP to the SVM is down"
         elif not initial and not self.view.pair.in_colo:
             why = "the SVM is not in COLO"
@@ -344,7 +347,7 @@ class Secondary(TakingOver):
             self.peer.send("ask", why=f"the SVM was stopped (`{status}`) by no checkpoint")
             if status == "guest-panicked":  # a state in which QEMU can load none
                 with contextlib.suppress(QmpError):
-                    await self.qmp.execute("cont")
+                    await self.qemu.qmp.execute("cont")
         else:
             self.on_news(News(fate, f"the SVM stands still (`{status}`)"))
 
@@ -419,7 +422,7 @@ class Secondary(TakingOver):
         """A primary that has given up an entry is told again that a QEMU still waits here."""
         now = time.monotonic()
         waits = self._ready_wanted and self.view.peer.state == State.STARTING.value
-        if not waits or not self.peer.connected or not self.qmp.connected:
+        if not waits or not self.peer.connected or not self.qemu.qmp.connected:
             self._remind_at = now + REMIND_S
         elif now >= self._remind_at:
             self._remind_at = now + REMIND_S
@@ -427,7 +430,7 @@ class Secondary(TakingOver):
 
     async def _ready_again(self) -> None:
         with contextlib.suppress(QmpError):
-            if await self.qmp.status() == "inmigrate":
+            if await self.qemu.qmp.status() == "inmigrate":
                 await self._say_ready()
 
     async def _say_ready(self) -> None:
@@ -468,9 +471,9 @@ class Secondary(TakingOver):
             return
         if not any(t.get_name() == "sweep" for t in self._tasks):
             self.spawn(self._sweep()).set_name("sweep")
-        status = await self.qmp.status()
+        status = await self.qemu.qmp.status()
         if status == "inmigrate":
-            await self.qmp.prepare(primary=False)
+            await self.qemu.qmp.prepare(primary=False)
             if self.path_shut:
                 return
             self._ready_wanted = True
@@ -479,7 +482,7 @@ class Secondary(TakingOver):
             self._qemus += 1
             self.become(State.STARTING, "the SVM waits for the primary's migration")
             await self._say_ready()
-        elif self.view.pair.in_colo and await self.qmp.migration_status() == "colo":
+        elif self.view.pair.in_colo and await self.qemu.qmp.migration_status() == "colo":
             # It may have stood down meanwhile, and the primary relies on that.
             if self._hold is None and self.view.pair.confirmed and not self.path_shut:
                 self.become(State.PROTECTED, "the SVM is in COLO, its offsets were kept")

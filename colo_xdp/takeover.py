@@ -20,10 +20,10 @@ from .datapath import DataPath
 from .failover import State
 from .flowtable import FlowTable
 from .guestlife import GuestLife
-from .node import HUNG_S, IN_COLO
 from .qmp import QmpError, QmpTimeout
 from .qmp_event import QmpEvent
 from .ring import Event
+from .supervisor import HUNG_S, IN_COLO
 from .ticker import TICK_S
 
 log = logging.getLogger("colo_xdp.secondary")
@@ -94,7 +94,7 @@ class TakingOver(GuestLife):
         self._ready_wanted, self._taking_over = False, True
         try:
             if await self._in_colo():
-                await self.leave_colo()
+                await self.qemu.leave_colo()
         except QmpError as e:
             log.warning("%s", e)
         end = time.monotonic() + TAKEOVER_S
@@ -102,8 +102,8 @@ class TakingOver(GuestLife):
         while time.monotonic() < end:
             try:
                 # In this order: QEMU may load a checkpoint to its end, and run, before it leaves.
-                left = await self.qmp.migration_status() not in IN_COLO
-                status = await self.qmp.status() if left else "leaving COLO"
+                left = await self.qemu.qmp.migration_status() not in IN_COLO
+                status = await self.qemu.qmp.status() if left else "leaving COLO"
             except QmpError as e:
                 status = str(e)
             if status == "running":
@@ -157,7 +157,7 @@ class TakingOver(GuestLife):
     async def _in_colo(self) -> bool:
         """Whether QEMU has to be told. One that hangs is told too, past its main loop."""
         try:
-            return await self.qmp.migration_status(HUNG_S) in IN_COLO
+            return await self.qemu.qmp.migration_status(HUNG_S) in IN_COLO
         except QmpTimeout:
             return True
 
@@ -197,7 +197,7 @@ class TakingOver(GuestLife):
 
         Again when the bridge lets frames through, if it does not yet (STP).
         """
-        mac = await self.learn_macs()
+        mac = await self.qemu.learn_macs()
         if not mac:
             log.warning("no guest_mac configured and QEMU does not tell: no announcement")
             return

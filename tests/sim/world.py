@@ -38,6 +38,7 @@ from colo_xdp import (
     primary,
     secondary,
     states,
+    supervisor,
     takeover,
     ticker,
 )
@@ -693,7 +694,7 @@ class World:
         kind = primary.Primary if side.primary else secondary.Secondary
         c = kind(config("primary" if side.name == "P" else "secondary", self.scene), side.dp)  # type: ignore[arg-type]
         c.arbiter.fence = lambda: self._fence(side)  # type: ignore[method-assign]
-        c._start_incoming = lambda: self._start_qemu(side)  # type: ignore[method-assign]
+        c.qemu.start_incoming = lambda: self._start_qemu(side)  # type: ignore[method-assign]
         side.controller = c
         self.spawn(c.start())
         self.spawn(self._watch(side, c))
@@ -773,11 +774,12 @@ class World:
         modules = (
             controller_module, node, commands, ticker, checkpointing, primary, secondary, flowtable,
             fastmap, speaker_module, takeover, device_watch, entering, guestlife,
+            supervisor,
         )  # fmt: skip
         kept = [(m, "time", m.time) for m in modules]  # type: ignore[attr-defined]
         kept += [(controller_module, n, getattr(controller_module, n)) for n in ("Peer", "Paths")]
         kept += [(arbiter, "make_store", arbiter.make_store)]
-        kept += [(node, n, getattr(node, n)) for n in ("Qmp", "WATCH_S")]
+        kept += [(supervisor, n, getattr(supervisor, n)) for n in ("Qmp", "WATCH_S")]
         kept += [(fastmap, "_bpf", fastmap._bpf), (states, "STRICT", states.STRICT)]
         kept += [(giving, n, getattr(giving, n)) for n in ("OFFER_AFTER", "MAX_PATIENCE")]
         try:
@@ -788,8 +790,8 @@ class World:
                 giving.OFFER_AFTER = giving.MAX_PATIENCE = 1
             fastmap._bpf = Bpf(self.ns)  # type: ignore[assignment]
             # A QEMU that hangs here refuses its commands, which tells the watch nothing.
-            node.WATCH_S = 1e9
-            node.Qmp = self._make_qmp  # type: ignore[misc,assignment]
+            supervisor.WATCH_S = 1e9
+            supervisor.Qmp = self._make_qmp  # type: ignore[misc,assignment]
             controller_module.Peer = self._make_peer  # type: ignore[misc,assignment]
             controller_module.Paths = self._make_paths  # type: ignore[misc,assignment]
             arbiter.make_store = self._make_store  # type: ignore[assignment]

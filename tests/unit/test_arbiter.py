@@ -70,7 +70,7 @@ def with_a_third() -> tuple[Secondary, Witness, FakeDataPath, Sent]:
     dp, sent = FakeDataPath(Mode.RUN, adopted=True), Sent()
     c = Secondary(config, dp)  # type: ignore[arg-type]
     c.peer.send = sent  # type: ignore[method-assign]
-    c.qmp = FakeQmp()  # type: ignore[assignment]
+    c.qemu.qmp = FakeQmp()  # type: ignore[assignment]
     c.state = State.PROTECTED
     assert isinstance(c.arbiter, Witness)
     return c, c.arbiter, dp, sent

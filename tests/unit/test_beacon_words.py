@@ -35,7 +35,7 @@ def cut(make: Callable[[], tuple[Any, FakeDataPath, Sent]]) -> Made:
     """A protected pair whose control channel has gone; what is performed is only noted."""
     c, dp, _ = make()
     c.state = State.PROTECTED
-    c.qmp = SimpleNamespace(connected=True)
+    c.qemu.qmp = SimpleNamespace(connected=True)
     c.peer.connected = False
     c.view.peer.guest_since_boot_ns = boot_ns() - 10**10
     done: list[Action] = []

@@ -263,7 +263,7 @@ def test_a_primary_that_gave_up_is_told_again_who_waits(
         async def no_disks(command: str) -> list[Any]:
             return []
 
-        c.qmp = SimpleNamespace(  # type: ignore[assignment]
+        c.qemu.qmp = SimpleNamespace(  # type: ignore[assignment]
             connected=True, status=state_of_qemu, execute=no_disks
         )
         c.peer = SimpleNamespace(connected=True, send=sent)  # type: ignore[assignment]
@@ -330,7 +330,7 @@ def test_a_checkpoint_that_is_cancelled_with_its_last_word_goes_no_further() -> 
     async def body() -> None:
         c, _, _ = primary()
         c.peer = SimpleNamespace(connected=True)  # type: ignore[assignment]
-        c.qmp = SimpleNamespace(connected=True)  # type: ignore[assignment]
+        c.qemu.qmp = SimpleNamespace(connected=True)  # type: ignore[assignment]
         for turns in range(4):  # of the loop between the two: the answer may be anywhere on its way
             ck = Checkpoint(8, "operator", time.monotonic_ns())
             went_on = False
@@ -552,9 +552,9 @@ def test_a_tap_that_is_gone_with_its_guest_ends_no_controller(error: Exception) 
         dp.close_network = gone  # type: ignore[method-assign]
         c._stand_down("the secondary took over")
         c.peer.connected, c.view.peer.state, c.incoming_wanted = True, "taken-over", True
-        c.qmp = FakeQmp()  # type: ignore[assignment]
-        c.qmp.connected = True
-        c.qmp.status = lambda: asyncio.sleep(0, "inmigrate")  # type: ignore[method-assign]
+        c.qemu.qmp = FakeQmp()  # type: ignore[assignment]
+        c.qemu.qmp.connected = True
+        c.qemu.qmp.status = lambda: asyncio.sleep(0, "inmigrate")  # type: ignore[method-assign]
         assert c._successor is not None
         await asyncio.wait({c._successor}, timeout=2)
         assert c.role_changed and not c.failures
@@ -593,7 +593,7 @@ def test_a_primary_never_speaks_against_a_secondary_that_took_over(kind: str) ->
 def test_frames_of_a_checkpoint_go_where_their_time_says() -> None:
     c, dp, sent = secondary()
     c.state = State.PROTECTED
-    c.qmp = SimpleNamespace(connected=True)  # type: ignore[assignment]
+    c.qemu.qmp = SimpleNamespace(connected=True)  # type: ignore[assignment]
     c.on_message({"type": "begin", "n": 8, "cause": "operator", "initial": False})
     assert sent.kinds() == ["begun"] and dp.mode is Mode.CHECKPOINT
     t = time.monotonic_ns()
@@ -617,7 +617,7 @@ def test_frames_of_a_checkpoint_go_where_their_time_says() -> None:
 def test_a_checkpoint_that_never_came_gives_everything_back() -> None:
     c, dp, sent = secondary()
     c.state = State.PROTECTED
-    c.qmp = SimpleNamespace(connected=True)  # type: ignore[assignment]
+    c.qemu.qmp = SimpleNamespace(connected=True)  # type: ignore[assignment]
     c.on_message({"type": "begin", "n": 8, "cause": "operator", "initial": False})
     c.on_event(Event(Source.CLIENT, time.monotonic_ns(), 7, tcp(b"client"), 0, False))
     assert c._hold is not None
@@ -640,9 +640,9 @@ def test_a_checkpoint_that_never_came_gives_everything_back() -> None:
 def test_a_checkpoint_is_refused_by_name(change: dict[str, Any], why: str) -> None:
     c, dp, sent = secondary()
     c.state = State.PROTECTED
-    c.qmp = SimpleNamespace(connected=True)  # type: ignore[assignment]
+    c.qemu.qmp = SimpleNamespace(connected=True)  # type: ignore[assignment]
     for k, v in change.items():
-        setattr({"epoch": dp, "in_colo": c.view.pair}.get(k, c), k, v)
+        setattr({"epoch": dp, "in_colo": c.view.pair, "qmp": c.qemu}.get(k, c), k, v)
     c.on_message({"type": "begin", "n": 8, "cause": "operator", "initial": False})
     assert sent[0]["type"] == "failed" and why in sent[0]["why"]
     assert dp.mode is Mode.RUN
@@ -660,7 +660,7 @@ def test_standing_down_and_coming_back() -> None:
             done.append(action.value)
 
         c.perform = perform  # type: ignore[method-assign]
-        c.qmp = SimpleNamespace(connected=True)  # type: ignore[assignment]
+        c.qemu.qmp = SimpleNamespace(connected=True)  # type: ignore[assignment]
         c._peer_message({"type": "solo", "why": "hang"})
         assert c.state is State.STOPPED and dp.mode is Mode.DROP and sent.kinds() == ["gone"]
         c._peer_message({"type": "gone", "why": "dead", "alone": alone})
@@ -684,7 +684,7 @@ def test_a_first_checkpoint_counts_when_the_primary_has_confirmed_it() -> None:
     c, dp, sent = secondary()
     dp.mode, dp.epoch, c.state = Mode.RUN, 0, State.STARTING
     c.view.pair.in_colo = c.view.pair.confirmed = False
-    c.qmp = SimpleNamespace(connected=True)  # type: ignore[assignment]
+    c.qemu.qmp = SimpleNamespace(connected=True)  # type: ignore[assignment]
     c._on_begin(1, initial=True, planned=False, asked=True)
     t = time.monotonic_ns()
     c.on_event(Event(Source.CLIENT, t, 0, tcp(b"client"), 0, False))
@@ -751,7 +751,7 @@ def test_a_shadow_that_is_left_behind_the_stop_goes_on_until_the_next_checkpoint
         c, dp, sent = primary()
         c.peer.connected = True
         c.state, c.view.shadow, dp.epoch = State.PROTECTED, True, 7
-        c.qmp = FakeQmp()  # type: ignore[assignment]
+        c.qemu.qmp = FakeQmp()  # type: ignore[assignment]
         for n, early in ((8, False), (9, True)):
             task = asyncio.ensure_future(c._checkpoint(Want("operator", "asked")))
             await asyncio.sleep(0)
@@ -819,7 +819,7 @@ def test_a_planned_failover_holds_until_this_side_speaks() -> None:
     async def body() -> None:
         c, dp, sent = secondary()
         c.state = State.PROTECTED
-        c.qmp = FakeQmp()  # type: ignore[assignment]
+        c.qemu.qmp = FakeQmp()  # type: ignore[assignment]
         c.on_message({"type": "begin", "n": 8, "cause": "planned", "initial": False})
         t = time.monotonic_ns()
         c.on_qmp(event("STOP", t + 15, t + 60))
@@ -850,7 +850,7 @@ def test_a_planned_failover_holds_until_this_side_speaks() -> None:
 def test_a_planned_failover_that_the_primary_gave_up_ends_as_a_checkpoint() -> None:
     c, dp, _ = secondary()
     c.state = State.PROTECTED
-    c.qmp = FakeQmp()  # type: ignore[assignment]
+    c.qemu.qmp = FakeQmp()  # type: ignore[assignment]
     c.on_message({"type": "begin", "n": 8, "cause": "planned", "initial": False})
     t = time.monotonic_ns()
     c.on_qmp(event("STOP", t + 15, t + 60))
@@ -864,7 +864,7 @@ def test_a_checkpoint_that_nobody_saw_is_in_doubt_until_the_next(
 ) -> None:
     async def body() -> None:
         c, dp, _ = secondary(Mode.CHECKPOINT)
-        c.qmp = FakeQmp()  # type: ignore[assignment]
+        c.qemu.qmp = FakeQmp()  # type: ignore[assignment]
         lost: list[int] = []
         monkeypatch.setattr(c.flows, "give_up", lambda epoch: lost.append(epoch) or 0)
         for _ in range(2):  # the former controller's, and one that this one was asked for
@@ -884,7 +884,7 @@ def test_a_checkpoint_that_nobody_saw_is_in_doubt_until_the_next(
 def test_the_primarys_epoch_tells_a_new_secondary_controller_what_its_guest_has_loaded() -> None:
     async def body() -> None:
         c, dp, _ = secondary(Mode.CHECKPOINT)
-        c.qmp = FakeQmp()  # type: ignore[assignment]
+        c.qemu.qmp = FakeQmp()  # type: ignore[assignment]
         c._peer_message(BEAT | {"state": "stopped", "epoch": 8, "shut": True})
         assert c._busy is not None
         await c._busy
@@ -899,7 +899,7 @@ def test_a_persons_word_outlives_the_controller_that_heard_it(order: str) -> Non
         c, dp, _ = secondary()
         dp.order = order
         c = Secondary(c.config, dp)  # type: ignore[arg-type]
-        c.qmp = FakeQmp()  # type: ignore[assignment]
+        c.qemu.qmp = FakeQmp()  # type: ignore[assignment]
         object.__setattr__(c.config.failover, "fence", ("/bin/false",))
         c._decide()
         assert c._busy is not None
@@ -973,7 +973,7 @@ def test_a_primary_that_is_alone_protects_again() -> None:
         c, _, _ = primary(Mode.BYPASS)
         c.state, c.view.guest.standalone = State.SOLO, True
         c.commands.order("failover", 60)
-        c.qmp = FakeQmp()  # type: ignore[assignment]
+        c.qemu.qmp = FakeQmp()  # type: ignore[assignment]
         went: list[str] = []
 
         async def protect() -> None:
@@ -983,7 +983,7 @@ def test_a_primary_that_is_alone_protects_again() -> None:
         c.on_message({"type": "ready", "epoch": 3})
         assert c._guard is not None
         await c._guard
-        assert went == ["starting"] and c.qmp.said == ["lost_heartbeat"]  # type: ignore[attr-defined]
+        assert went == ["starting"] and c.qemu.qmp.said == ["lost_heartbeat"]  # type: ignore[attr-defined]
         assert not c._uncompared and not c.view.operator
         assert c.view.guest.standalone, "until the first checkpoint is complete"
 
@@ -1018,11 +1018,11 @@ def test_a_guest_that_is_alone_runs_whatever_a_broken_checkpoint_has_left(
     async def body() -> None:
         c, _, _ = primary(Mode.BYPASS, adopted=True)
         c.state = State.SOLO
-        c.qmp = Stopped()  # type: ignore[assignment]
+        c.qemu.qmp = Stopped()  # type: ignore[assignment]
         await c.on_qemu()
         await asyncio.gather(*c._tasks)
         want = ["", "colo", "paused", "cont", "running"] if migration == "failed" else []
-        assert c.qmp.said == ["", *want]  # type: ignore[attr-defined]
+        assert c.qemu.qmp.said == ["", *want]  # type: ignore[attr-defined]
 
     in_loop(body)
 
@@ -1034,7 +1034,7 @@ def test_offsets_of_its_own_are_handed_over_in_parts() -> None:
         entries = [bytes([i % 256]) * 104 for i in range(700)]
         c.own = SimpleNamespace(export=lambda epoch: entries)  # type: ignore[assignment]
         c.peer.connected = True
-        c.qmp = FakeQmp()  # type: ignore[assignment]
+        c.qemu.qmp = FakeQmp()  # type: ignore[assignment]
         ck = c._ck = Checkpoint(8, "initial", time.monotonic_ns())
 
         async def answer() -> None:
@@ -1093,10 +1093,11 @@ def test_a_worthless_guest_makes_room_for_one_that_waits() -> None:
     async def body() -> None:
         c, _, sent = secondary(Mode.DROP)
         object.__setattr__(c.config.qemu, "incoming", ("/bin/true",))
+        c.qemu.options = replace(c.qemu.options, incoming=("/bin/true",))
         c.peer.connected, c.view.peer.role, c.view.peer.state = True, "primary", "solo"
         c.view.guest.demoted = c.view.guest.colo_exit = c.view.guest.gone = True
         qmp = WaitingQmp()
-        c.qmp = qmp  # type: ignore[assignment]
+        c.qemu.qmp = qmp  # type: ignore[assignment]
         c.become(State.STOPPED, "stood down")
         assert c._successor is not None
         await c._successor
@@ -1156,19 +1157,19 @@ class HungQmp(FakeQmp):
 def test_a_qemu_that_waits_for_the_other_does_not_hang(qmp: HungQmp, hangs: bool) -> None:
     async def body() -> None:
         c, _, _ = primary()
-        c.qmp = qmp  # type: ignore[assignment]
-        assert await c.hangs() is hangs and qmp.said == ["yank"]
+        c.qemu.qmp = qmp  # type: ignore[assignment]
+        assert await c.qemu.hangs() is hangs and qmp.said == ["yank"]
 
     in_loop(body)
 
 
 def test_a_pvm_that_hangs_is_shut_in_and_the_other_told(monkeypatch: pytest.MonkeyPatch) -> None:
     async def body() -> None:
-        monkeypatch.setattr("colo_xdp.node.WATCH_S", 0.01)
+        monkeypatch.setattr("colo_xdp.supervisor.WATCH_S", 0.01)
         c, dp, sent = primary()
         c.state = State.PROTECTED
-        c.qmp = HungQmp(loop=False, oob=False, after=False)  # type: ignore[assignment]
-        watch = asyncio.ensure_future(c._watch_qemu())
+        c.qemu.qmp = HungQmp(loop=False, oob=False, after=False)  # type: ignore[assignment]
+        watch = asyncio.ensure_future(c.qemu.watch())
         while "gone" not in sent.kinds():
             await asyncio.sleep(0.01)
         watch.cancel()
@@ -1233,7 +1234,7 @@ def test_a_copy_of_a_guest_that_spoke_alone_never_speaks(state: State, words: li
     async def body() -> None:
         c, dp, sent = secondary()
         c.state = state
-        c.qmp = SimpleNamespace(connected=True)  # type: ignore[assignment]
+        c.qemu.qmp = SimpleNamespace(connected=True)  # type: ignore[assignment]
         done: list[str] = []
 
         async def perform(action: Any, why: str) -> None:
@@ -1304,7 +1305,7 @@ def test_a_first_checkpoint_nobody_finished_sets_the_guest_free() -> None:
         dp.bond, dp.adopted = Bond.ALONE, True
         c = Primary(load(EXAMPLES / "primary.toml"), dp)  # type: ignore[arg-type]
         dp.waiting = [Event(Source.PVM, time.monotonic_ns(), 0, tcp(b"held"), 0, False)]
-        c.qmp = SimpleNamespace(migration_status=lambda: asyncio.sleep(0, "failed"))  # type: ignore[assignment]
+        c.qemu.qmp = SimpleNamespace(migration_status=lambda: asyncio.sleep(0, "failed"))  # type: ignore[assignment]
         guard = asyncio.ensure_future(c._protect())
         while dp.mode is not Mode.BYPASS:
             await asyncio.sleep(0)
@@ -1337,7 +1338,7 @@ def test_no_plan_while_the_lease_cannot_change_hands() -> None:
             await c.hand_over(time.monotonic() + 1)
         assert c._want is None
         s, dp, sent = secondary()
-        s.state, s.qmp = State.PROTECTED, SimpleNamespace(connected=True)  # type: ignore[assignment]
+        s.state, s.qemu.qmp = State.PROTECTED, SimpleNamespace(connected=True)  # type: ignore[assignment]
         begin = {"type": "begin", "n": 8, "cause": "planned", "initial": False}
         for trouble, answer, mode in (("away", "failed", Mode.RUN), ("", "begun", Mode.CHECKPOINT)):
             s.arbiter = LeaseArbiter(Leased(False, trouble))  # type: ignore[arg-type]
@@ -1353,7 +1354,7 @@ def test_a_plan_that_the_secondary_refuses_ends_as_a_checkpoint() -> None:
     async def body() -> None:
         c, _, _ = primary()
         c.state, c.peer.connected = State.PROTECTED, True
-        c.qmp = FakeQmp()  # type: ignore[assignment]
+        c.qemu.qmp = FakeQmp()  # type: ignore[assignment]
         asked: list[str] = []
 
         async def checkpoint(want: Any) -> None:
@@ -1515,7 +1516,7 @@ def test_a_takeover_does_not_break_a_promise_of_silence(word: str) -> None:
         async def execute(command: str) -> list[Any]:
             return []
 
-        c.qmp = SimpleNamespace(  # type: ignore[assignment]
+        c.qemu.qmp = SimpleNamespace(  # type: ignore[assignment]
             migration_status=migration_status, status=status, lost_heartbeat=lost_heartbeat,
             execute=execute, connected=True,
         )  # fmt: skip
@@ -1568,7 +1569,7 @@ def test_a_primary_that_hears_of_a_takeover_while_it_goes_solo_stays_silent() ->
         async def leave_colo() -> None:
             await left.wait()
 
-        c.leave_colo = leave_colo  # type: ignore[method-assign]
+        c.qemu.leave_colo = leave_colo  # type: ignore[method-assign]
         act = c.spawn(c._go_solo("asked by the operator"))
         await asyncio.sleep(0.01)
         c._peer_message({"type": "taken", "why": "asked by the operator there"})
@@ -1594,7 +1595,7 @@ def test_qmp_that_comes_back_does_not_undo_a_stand_down(status: str) -> None:
             await answers.wait()
             return status
 
-        c.qmp = SimpleNamespace(  # type: ignore[assignment]
+        c.qemu.qmp = SimpleNamespace(  # type: ignore[assignment]
             status=ask, migration_status=ask, prepare=ask, connected=True
         )
         back = c.spawn(c.on_qemu())
@@ -1660,7 +1661,7 @@ def test_the_primary_tells_what_its_guest_has_said_before_the_checkpoint() -> No
         for mine in ([], [GUEST_MAC]):
             c, dp, sent = primary()
             c.peer.connected = True  # type: ignore[misc]
-            c.qmp = FakeQmp()  # type: ignore[assignment]
+            c.qemu.qmp = FakeQmp()  # type: ignore[assignment]
             dp.addresses.told(3, b"", b"".join(mine), running=3)
             task = asyncio.ensure_future(c._checkpoint(Want("operator", "asked")))
             while "begin" not in sent.kinds():
@@ -1688,7 +1689,7 @@ def test_a_primary_that_dies_in_a_checkpoint_leaves_the_svm_its_addresses() -> N
 
     async def body() -> None:
         c, dp, _ = secondary()
-        c.state, c.qmp = State.PROTECTED, FakeQmp()  # type: ignore[assignment]
+        c.state, c.qemu.qmp = State.PROTECTED, FakeQmp()  # type: ignore[assignment]
         for key, epoch in ((mine, 7), (other, 8)):
             claim = abi.CLAIM.pack(time.monotonic_ns(), mac_key(GUEST_MAC), epoch, 0)
             dp.addresses._addresses.set(key, claim)
@@ -1710,23 +1711,21 @@ def test_the_data_path_learns_whose_frames_it_mirrors() -> None:
 
     async def body() -> None:
         c, dp, _ = primary()
-        c.config = replace(c.config, network=replace(c.config.network, guest_mac=""))
-        c.qmp = FakeQmp()  # type: ignore[assignment]
-        known, c.qmp = c.qmp, Unsure()  # type: ignore[assignment]
-        assert await c.learn_macs() == "" and not dp.macs, "it goes on mirroring everything"
-        c.qmp = known
-        c._qmp_event(event("NIC_RX_FILTER_CHANGED", 1, 1))
+        c.qemu.options = replace(c.qemu.options, guest_mac="")
+        c.qemu.qmp = FakeQmp()  # type: ignore[assignment]
+        known, c.qemu.qmp = c.qemu.qmp, Unsure()  # type: ignore[assignment]
+        assert await c.qemu.learn_macs() == "" and not dp.macs, "it goes on mirroring everything"
+        c.qemu.qmp = known
+        c.qemu.on_event(event("NIC_RX_FILTER_CHANGED", 1, 1))
         while not dp.macs:
             await asyncio.sleep(0)
         assert [m.hex(":") for m in dp.macs] == ["52:54:00:12:34:56", "52:54:00:12:34:57"]
-        c.qmp = Unsure()  # type: ignore[assignment]
+        c.qemu.qmp = Unsure()  # type: ignore[assignment]
         dp.macs = []
-        assert await c.learn_macs() == "52:54:00:12:34:56", "as it was last told"
+        assert await c.qemu.learn_macs() == "52:54:00:12:34:56", "as it was last told"
         assert not dp.macs
-        c.config = replace(
-            c.config, network=replace(c.config.network, guest_mac="02:00:00:00:00:09")
-        )
-        assert await c.learn_macs() == "02:00:00:00:00:09"
+        c.qemu.options = replace(c.qemu.options, guest_mac="02:00:00:00:00:09")
+        assert await c.qemu.learn_macs() == "02:00:00:00:00:09"
         assert dp.macs == [bytes.fromhex("020000000009")]
 
     in_loop(body)
@@ -1738,15 +1737,15 @@ def test_a_guest_with_too_many_mac_addresses_is_announced(
     """Who asks for the first one at a takeover gets it, whatever the table has room for."""
 
     async def body() -> None:
-        c, dp, _ = primary()
+        c, _, _ = primary()
 
         def full(*macs: bytes) -> None:
             raise OSError(errno.E2BIG, "map update")
 
-        monkeypatch.setattr(dp, "is_at", full)
-        c.config = replace(c.config, network=replace(c.config.network, guest_mac=""))
-        c.qmp = FakeQmp()  # type: ignore[assignment]
-        assert await c.learn_macs() == "52:54:00:12:34:56"
+        monkeypatch.setattr(c.qemu, "_is_at", full)
+        c.qemu.options = replace(c.qemu.options, guest_mac="")
+        c.qemu.qmp = FakeQmp()  # type: ignore[assignment]
+        assert await c.qemu.learn_macs() == "52:54:00:12:34:56"
         assert "not all MAC addresses" in caplog.text
 
     in_loop(body)

@@ -76,7 +76,7 @@ def test_a_guest_that_follows_a_dead_one_is_heard_like_any_other(sign: str, valu
 
     async def body() -> None:
         c, dp, _ = secondary(Mode.DROP)
-        c.qmp = WaitingQmp()  # type: ignore[assignment]
+        c.qemu.qmp = WaitingQmp()  # type: ignore[assignment]
         c.view.guest_gone()
         setattr(c.view.guest, sign, value)
         await c.succeed()
