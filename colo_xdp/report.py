@@ -163,9 +163,9 @@ def rules_json(e: Engine) -> list[dict[str, Any]]:
 def secondary_status(c: Secondary) -> dict[str, Any]:
     """The secondary controller's document."""
     doc = _common(c)
-    doc["engine"] |= {"svm_stale": c.stale, "hold_overflow": c.overflow}
-    doc["held"]["packets"] = c.holding
-    doc["held"]["limit"] = c.hold_limit
+    doc["engine"] |= {"svm_stale": c.held.stale, "hold_overflow": c.held.overflow}
+    doc["held"]["packets"] = c.held.count
+    doc["held"]["limit"] = c.held.limit
     doc["flows"] = {
         "tracked": c.flows.tracked,
         "opening": c.flows.opening,

@@ -23,11 +23,12 @@ from .config import Config
 from .datapath import DataPath
 from .failover import Action, Role, State
 from .guest_event import News
+from .held_frames import Hold
 from .qmp import QmpError
 from .qmp_event import QmpEvent
 from .reasons import Cause
 from .ring import Event
-from .takeover import Hold, TakingOver
+from .takeover import TakingOver
 from .ticker import TICK_S
 
 log = logging.getLogger("colo_xdp.secondary")
@@ -79,35 +80,17 @@ class Secondary(TakingOver):
     # ---- frames
 
     def on_event(self, event: Event) -> None:
-        h = self._hold
         if event.source == abi.Source.CLIENT:
-            if h is None:
-                self._deliver(event)
-            else:
-                self._keep(h.client, event)
-        elif h is None:
-            self._forward(event)
+            self.held.from_client(event)
         else:
-            self._keep(h.svm, event)
-
-    @property
-    def holding(self) -> int:
-        """Frames that wait for the end of a checkpoint."""
-        h = self._hold
-        return len(h.client) + len(h.svm) if h else 0
+            self.held.from_svm(event)
 
     # ---- checkpoints
 
     def _begin_hold(self, n: int, *, planned: bool = False) -> None:
-        now = time.monotonic()
         limit = self.config.checkpoint.deadline / 1000 if self.view.pair.confirmed else float("inf")
-        if self._hold is None:
-            self._hold = Hold(n, time.monotonic_ns(), now + limit)
-        else:  # asked again after a failure: go on holding what is held
-            self._hold.n, self._hold.deadline = n, now + limit
-            self._hold.stop_ns, self._hold.resume = 0, None
-            self._hold.stopped = False
-        self._hold.planned = planned
+        deadline = time.monotonic() + limit
+        self.held.begin(n, time.monotonic_ns(), deadline, planned=planned)
         self.dp.mode = Mode.CHECKPOINT
 
     def on_message(self, msg: dict[str, Any]) -> None:
@@ -115,7 +98,7 @@ class Secondary(TakingOver):
         if kind == "begin":
             self._on_begin(msg["n"], msg["initial"], msg["cause"] == Cause.PLANNED)
         elif kind == "beat":
-            h = self._hold
+            h = self.held.hold
             # A planned one ends with the takeover, unless the primary went on all the same.
             over = h is not None and msg["epoch"] >= h.n and not (h.planned and msg["shut"])
             if h is not None and h.resume is not None and over:
@@ -153,7 +136,7 @@ class Secondary(TakingOver):
                 or self.view.guest.gone
                 or self.view.guest.demoted
             )
-            and self._hold is None
+            and self.held.hold is None
             and self.dp.mode is Mode.RUN
             and not beat["shut"]
             and beat["state"] == State.PROTECTED.value
@@ -192,7 +175,7 @@ class Secondary(TakingOver):
 
     def _on_base(self, n: int, text: str) -> None:
         """Offsets of the guest that this one is a copy of; they count when the copy speaks."""
-        h = self._hold
+        h = self.held.hold
         if self.view.pair.confirmed:  # a new primary controller does not know that they are here
             self.peer.send("based", n=n)
             return
@@ -209,9 +192,9 @@ class Secondary(TakingOver):
     def _given_up(self, why: str) -> None:
         """The primary has given up entering COLO. A QEMU that has begun to load is of no use any
         more: as for any guest that is over, its successor is waited for."""
-        if self._hold is None:
+        if self.held.hold is None:
             return
-        self._hold = None
+        self.held.take()
         self.view.not_in_colo()
         self.dp.mode = Mode.DROP
         self.spawn(self._after_given_up(why[:500]))
@@ -224,7 +207,7 @@ class Secondary(TakingOver):
             )
         except QmpError:
             return  # gone: on_qemu_gone() says so
-        if self.state is not State.STARTING or self._hold is not None:
+        if self.state is not State.STARTING or self.held.hold is not None:
             return
         if waits:
             self.become(State.STARTING, f"the primary has given up entering COLO: {why}")
@@ -255,7 +238,7 @@ class Secondary(TakingOver):
         self._on_begin(n, initial=True, planned=False, asked=True)
 
     def on_qemu_gone(self) -> None:
-        h, self._hold = self._hold, None
+        h = self.held.take()
         super().on_qemu_gone()
         self._ready_wanted = False
         self.view.not_in_colo()
@@ -318,21 +301,21 @@ class Secondary(TakingOver):
             self._events.append(event)
             return
         if event.name == "STOP" and self.view.pair.in_colo:
-            if self._hold is None and self.state is State.PROTECTED:
+            if self.held.hold is None and self.state is State.PROTECTED:
                 # Nobody told us: somebody else asked QEMU for a checkpoint. Hold at once.
                 log.warning("STOP of the SVM without a checkpoint of ours")
                 self._begin_hold(self.dp.epoch + 1)
-                self.spawn(self._stopped_by_whom(self._hold))
-            if self._hold is not None:
-                self._hold.stop_ns = event.ts_ns
-        elif event.name == "RESUME" and self._hold is not None and self._hold.stopped:
-            self._hold.stop_ns, self._hold.deadline = 0, 0.0  # as one that never came
+                self.spawn(self._stopped_by_whom(self.held.hold))
+            if self.held.hold is not None:
+                self.held.hold.stop_ns = event.ts_ns
+        elif event.name == "RESUME" and self.held.hold is not None and self.held.hold.stopped:
+            self.held.hold.stop_ns, self.held.hold.deadline = 0, 0.0  # as one that never came
             self.on_tick(time.monotonic_ns())
-        elif event.name == "RESUME" and self._hold is not None:
-            h = self._hold
+        elif event.name == "RESUME" and self.held.hold is not None:
+            h = self.held.hold
             self.view.in_colo()
             h.resume = event
-            self.last_pause_ms = (event.ts_ns - h.stop_ns) / 1e6 if h.stop_ns else 0.0
+            self.last_pause_ms = h.pause_ms
             if self.view.pair.confirmed and not h.planned:
                 self._finish(h, event)
             self.peer.send("done", n=h.n, pause_us=int(self.last_pause_ms * 1000))
@@ -340,7 +323,7 @@ class Secondary(TakingOver):
     async def _stopped_by_whom(self, h: Hold | None) -> None:
         """The SVM stands still, and nobody has told of a checkpoint."""
         status, fate = await self.stands_still()
-        if h is None or self._hold is not h or h.resume is not None or not status:
+        if h is None or self.held.hold is not h or h.resume is not None or not status:
             return
         if fate is None or status == "guest-panicked":
             h.stopped = True
@@ -352,7 +335,7 @@ class Secondary(TakingOver):
             self.on_news(News(fate, f"the SVM stands still (`{status}`)"))
 
     def on_changed(self, why: str) -> None:
-        if self._hold is None and self.state is State.PROTECTED:
+        if self.held.hold is None and self.state is State.PROTECTED:
             self.peer.send("ask", why=why)  # else the checkpoint under way makes it a copy again
 
     def on_halt(self, why: str) -> None:
@@ -370,27 +353,20 @@ class Secondary(TakingOver):
         return self.state is State.TAKEN_OVER
 
     def forget_copy(self) -> None:
-        self._hold = None
+        self.held.take()
         self.view.not_in_colo()
         self.view.no_copy()
 
     def _finish(self, h: Hold, event: QmpEvent) -> None:
         """The SVM runs the new state: what it sends from its RESUME on is of the next epoch."""
         self._drain()
-        self._hold = None
+        self.held.take()
         if self.dp.mode is Mode.DROP:  # stood down meanwhile: silent, but in the PVM's numbers
             self.dp.epoch = h.n
             return
-        self._resume_ns = event.ts_ns
-        if not h.began_ns <= event.ts_ns <= event.seen_ns:
-            # The clock was set meanwhile. Too late a RESUME only drops what TCP sends again.
-            log.warning("RESUME has an impossible time stamp: the clock was set")
-            self._resume_ns = event.seen_ns
+        self.held.resumed(h, event)
         self.dp.epoch = h.n  # offsets of the former epoch are void from here on
-        for e in h.client:
-            self._deliver(e)
-        for e in h.svm:
-            self._forward(e)
+        self.held.let_go(h)
         self.dp.bond = Bond.EQUAL
         self.dp.mode = Mode.RUN
         self._drain()
@@ -401,17 +377,14 @@ class Secondary(TakingOver):
 
     def on_tick(self, now_ns: int) -> None:
         self._remind()
-        h = self._hold
+        h = self.held.hold
         if self.dp.mode is not Mode.CHECKPOINT or h is None:
             return
         if not h.stop_ns and time.monotonic() > h.deadline:
             # Asked for, and the SVM never stopped: it is still the guest it was (or see _unsure).
             self._drain()
-            self._hold = None
-            for e in h.client:
-                self._deliver(e)
-            for e in h.svm:
-                self._forward(e)
+            self.held.take()
+            self.held.let_go(h)
             self.dp.mode = Mode.RUN
             self.peer.send("failed", n=h.n, why="the SVM did not stop within the deadline")
             self.become(State.DEGRADED, f"checkpoint to epoch {h.n} was asked for and never came")
@@ -457,7 +430,8 @@ class Secondary(TakingOver):
     async def succeed(self) -> None:
         """Another guest than the one that is over: nothing of that counts any more."""
         self.view.new_guest()
-        self._hold, self._taking_over = None, False
+        self.held.take()
+        self._taking_over = False
         self.dp.bond = Bond.NONE
         self.arbiter.new_guest()
         self.become(State.STARTING, "a new QEMU is here")
@@ -484,9 +458,9 @@ class Secondary(TakingOver):
             await self._say_ready()
         elif self.view.pair.in_colo and await self.qemu.qmp.migration_status() == "colo":
             # It may have stood down meanwhile, and the primary relies on that.
-            if self._hold is None and self.view.pair.confirmed and not self.path_shut:
+            if self.held.hold is None and self.view.pair.confirmed and not self.path_shut:
                 self.become(State.PROTECTED, "the SVM is in COLO, its offsets were kept")
-        elif self._hold is None and not self.view.pair.in_colo and not self.path_shut:
+        elif self.held.hold is None and not self.view.pair.in_colo and not self.path_shut:
             self.become(
                 State.STARTING,
                 f"the SVM's QEMU is `{status}`; start it with -incoming and wait for the primary",
@@ -552,7 +526,7 @@ class Secondary(TakingOver):
                 log.info("the last rewritten connection is gone: the rewriting programs are off")
 
     def may_stand_down(self) -> None:
-        if self._hold is not None and self._hold.planned:
+        if self.held.hold is not None and self.held.hold.planned:
             # The PVM may be silent already: then nobody would speak.
             raise ValueError("a planned failover to this guest is under way: wait for its end")
 

@@ -10,8 +10,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import deque
-from dataclasses import dataclass, field
 
 from .abi import Bond, Mode
 from .announce import announcements
@@ -20,6 +18,7 @@ from .datapath import DataPath
 from .failover import State
 from .flowtable import FlowTable
 from .guestlife import GuestLife
+from .held_frames import HeldFrames
 from .qmp import QmpError, QmpTimeout
 from .qmp_event import QmpEvent
 from .ring import Event
@@ -36,21 +35,6 @@ PORT_S = 0.1  # between two looks at a port that does not forward yet
 ANNOUNCE_TIMES = (0.0, 0.05, 0.2, 0.45, 0.8)  # seconds after the takeover, as QEMU's own RARPs
 
 
-@dataclass(slots=True)
-class Hold:
-    """Frames that wait while a checkpoint runs. Times: CLOCK_MONOTONIC, ns."""
-
-    n: int
-    began_ns: int
-    deadline: float
-    stop_ns: int = 0
-    resume: QmpEvent | None = None  # the SVM runs the new state, the primary has not said it does
-    stopped: bool = False  # by somebody, not by a checkpoint: it runs on as it was
-    planned: bool = False  # the primary falls silent at the end: held until the takeover
-    client: deque[Event] = field(default_factory=deque)
-    svm: deque[Event] = field(default_factory=deque)
-
-
 class TakingOver(GuestLife):
     """A host whose guest can go on alone, with all that waits for a checkpoint."""
 
@@ -60,30 +44,21 @@ class TakingOver(GuestLife):
         #: the last controller died in a checkpoint of this epoch: QMP does not repeat its events,
         #: so the SVM may run either state until the next one is complete
         self._unsure = -1
-        self._hold: Hold | None = None
-        self.hold_limit = 16 * config.compare.max_queue_size
-        self._resume_ns = 0
+        self.held = HeldFrames(
+            self._deliver,
+            self._forward,
+            lambda: self.state is State.TAKEN_OVER,
+            16 * config.compare.max_queue_size,
+        )
         self._ready_wanted = False
         self._silent_ns = 0  # since when the PVM has been, by plan
         self._taking_over = False
         self._events: list[QmpEvent] = []  # of QEMU, while taking over
-        self.overflow = 0  # held frames given up because too many were waiting
-        self.stale = 0  # SVM frames from before its RESUME: void
-
-    def _keep(self, queue: deque[Event], event: Event) -> None:
-        if len(queue) >= self.hold_limit:
-            queue.popleft()
-            self.overflow += 1
-        queue.append(event)
 
     def _deliver(self, e: Event) -> None:
         self.dp.injectors["deliver"].send(e.frame, e.gso_size, e.partial, e.gso_type)
 
-    def _forward(self, e: Event, *, late: bool = False) -> None:
-        """`late`: held until this guest spoke for itself, and said by the guest that speaks now."""
-        if e.ts_ns < self._resume_ns or (self.state is State.TAKEN_OVER and not late):
-            self.stale += 1
-            return
+    def _forward(self, e: Event) -> None:
         self.dp.injectors["forward"].send(e.frame, e.gso_size, e.partial, e.gso_type)
 
     async def _take_over(self, why: str) -> None:
@@ -119,7 +94,7 @@ class TakingOver(GuestLife):
             self.become(State.DEGRADED, f"takeover: the SVM does not run (`{status}`); trying on")
             return
         self._drain()
-        hold, self._hold = self._hold, None
+        hold = self.held.take()
         self.view.went_standalone()
         self.dp.bond = Bond.ALONE
         loaded = hold is not None and (hold.resume is not None or self._loaded())
@@ -135,7 +110,7 @@ class TakingOver(GuestLife):
                 lost,
             )
         if hold is not None and hold.resume is not None:
-            self._resume_ns = hold.resume.ts_ns
+            self.held.resume_ns = hold.resume.ts_ns
         self.dp.addresses.undo(self.dp.epoch)  # what the primary told for a checkpoint to come
         said = self._frames_out()
         self.dp.mode = Mode.TAKEOVER
@@ -144,11 +119,7 @@ class TakingOver(GuestLife):
         await self._open_network()
         self.spawn(self._announce())
         if hold is not None:  # the primary died, or fell silent, inside a checkpoint
-            for event in hold.client:
-                self._deliver(event)
-            if hold.resume is not None:
-                for event in hold.svm:
-                    self._forward(event, late=True)
+            self.held.let_go_alone(hold)
         self._drain()
         log.info("takeover took %.1f ms", (time.monotonic() - began) * 1000)
         if self._silent_ns:

@@ -954,7 +954,7 @@ def the_first_checkpoint_of_a_pair_needs_no_state(mp: Any) -> None:
         self: Secondary, n: int, initial: bool, planned: bool, *, asked: bool = False
     ) -> None:
         real(self, n, initial, planned, asked=asked)
-        if initial and self._hold is not None:
+        if initial and self.held.hold is not None:
             self.view.pair.in_colo = self.view.pair.confirmed = True
             self.state = failover.State.PROTECTED
 

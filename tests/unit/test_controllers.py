@@ -610,7 +610,7 @@ def test_frames_of_a_checkpoint_go_where_their_time_says() -> None:
     assert [b"client" in f for f in dp.injectors["deliver"].frames] == [True]
     forwarded = b"".join(dp.injectors["forward"].frames)
     assert b"new guest" in forwarded and b"read late" in forwarded
-    assert b"old guest" not in forwarded and c.stale == 1
+    assert b"old guest" not in forwarded and c.held.stale == 1
     assert sent.kinds() == ["begun", "done"]
 
 
@@ -620,8 +620,8 @@ def test_a_checkpoint_that_never_came_gives_everything_back() -> None:
     c.qemu.qmp = SimpleNamespace(connected=True)  # type: ignore[assignment]
     c.on_message({"type": "begin", "n": 8, "cause": "operator", "initial": False})
     c.on_event(Event(Source.CLIENT, time.monotonic_ns(), 7, tcp(b"client"), 0, False))
-    assert c._hold is not None
-    c._hold.deadline = 0
+    assert c.held.hold is not None
+    c.held.hold.deadline = 0
     c.on_tick(time.monotonic_ns())
     assert dp.mode is Mode.RUN and dp.epoch == 7
     assert len(dp.injectors["deliver"].frames) == 1
@@ -868,8 +868,8 @@ def test_a_checkpoint_that_nobody_saw_is_in_doubt_until_the_next(
         lost: list[int] = []
         monkeypatch.setattr(c.flows, "give_up", lambda epoch: lost.append(epoch) or 0)
         for _ in range(2):  # the former controller's, and one that this one was asked for
-            assert c._hold is not None
-            c._hold.deadline = 0.0
+            assert c.held.hold is not None
+            c.held.hold.deadline = 0.0
             c.on_tick(time.monotonic_ns())
             assert dp.mode is Mode.RUN
             c.on_message({"type": "begin", "n": 8, "cause": "operator", "initial": False})

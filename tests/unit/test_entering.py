@@ -301,7 +301,7 @@ def test_a_secondary_learns_that_the_entry_was_given_up(
         c.qemu.qmp = Qemu(status, migration)  # type: ignore[assignment]
         c.on_message({"type": "failed", "n": 1, "why": "it stood still"})
         await asyncio.gather(*c._tasks)
-        assert c.state is state and dp.mode is Mode.DROP and not c.holding
+        assert c.state is state and dp.mode is Mode.DROP and not c.held.count
         assert "given up entering COLO: it stood still" in c.reason
 
     in_loop(body)

@@ -273,7 +273,7 @@ def test_an_svm_that_stands_still_with_no_checkpoint(
             return
         says(c, "RESUME")
         assert dp.mode is Mode.RUN and dp.epoch == (7 if asks else 8), "whose state runs"
-        assert c.holding == 0
+        assert c.held.count == 0
 
     in_loop(body)
 
