@@ -212,19 +212,15 @@ class Primary(Checkpointing):
                     "QEMU stopped the PVM again before the end of a checkpoint",
                 )
             elif ck is not None:
-                ck.stop_ns = event.ts_ns
-                if not ck.began_ns <= event.ts_ns <= event.seen_ns:
-                    # The clock was set meanwhile. Too early a STOP only costs a checkpoint more.
-                    log.warning("STOP has an impossible time stamp: the clock was set")
-                    ck.stop_ns = ck.began_ns
+                ck.pvm_stopped(event)
                 self._still_ns = ck.stop_ns
             elif self.state is State.PROTECTED and not self.view.guest.halted:
                 self.spawn(self._stopped_by_whom())
         elif event.name == "RESUME":
             self._still_ns = 0
             self.on_resumed()
-            if ck is not None and ck.stop_ns and not ck.resume_ns:
-                ck.resume_ns = event.ts_ns
+            if ck is not None:
+                ck.pvm_resumed(event)
         if ck is not None:
             ck.changed.set()
 
@@ -310,21 +306,12 @@ class Primary(Checkpointing):
         elif kind == "resumed":
             self.last_failover = {"gap_ms": msg["gap_us"] / 1e3, "took_ms": msg["took_us"] / 1e3}
             log.info("the network heard nothing of the guest for %.1f ms", msg["gap_us"] / 1e3)
-        elif kind == "based" and ck is not None:
-            ck.based = max(ck.based, msg["n"] + 1)
-            ck.changed.set()
         elif kind == "ask":
             self.request(Cause.GUEST_EVENT, f"the secondary: {msg['why'][:200]}")
         elif kind == "failed" and ck is None and self.state is State.STARTING:
             self._peer_lacks = msg["why"][:300]
-        elif ck is not None and kind in ("begun", "done", "failed") and msg["n"] == ck.n:
-            if kind == "begun":
-                ck.begun = True
-            elif kind == "done":
-                ck.done = True
-            else:
-                ck.failed = msg["why"]
-            ck.changed.set()
+        elif ck is not None and kind in ("begun", "done", "failed", "based"):
+            ck.heard(msg)
 
     def on_beacon(self, flags: Flag) -> None:
         speaks = Flag.SVM in flags and Flag.ALONE in flags and Flag.SHUT not in flags
