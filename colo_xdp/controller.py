@@ -19,7 +19,7 @@ from . import attach
 from .abi import Mode
 from .arbiter import ARBITERS, Arbiter
 from .arbiter import Host as ArbiterHost
-from .beacon import Flag, Word
+from .beacon import Flag
 from .commands import OperatorCommands
 from .config import Config
 from .datapath import DataPath
@@ -36,6 +36,7 @@ from .failover import (
     State,
     decide,
 )
+from .heartbeats import Heartbeats
 from .limits import NEVER
 from .node import Node
 from .pair_view import Surroundings, lets_nothing_out
@@ -62,7 +63,6 @@ class Controller(Node):
         super().__init__(config, datapath)
         self._busy: asyncio.Task[Any] | None = None  # the one action in progress
         self.asks = False  # by beacon: the secondary is to shut its guest in
-        self._lag_ns = 0  # how long this loop stood still since the last heartbeat
         #: of the last planned failover: gap_ms (the network heard nothing of the guest), took_ms
         self.last_failover: dict[str, float] | None = None
         p = config.peer
@@ -78,7 +78,8 @@ class Controller(Node):
             on_message=self._peer_message,
             versions=(p.min_version, VERSION),
         )
-        self.paths = Paths(config, self._beacon)
+        self.heartbeats = Heartbeats(self)
+        self.paths = Paths(config, self.heartbeats.on_word)
         self.devices = DeviceWatch(self)
         # The programs must not take a controller that idles for a dead one.
         idle_s = min(IDLE_S, config.datapath.controller_loss / 4000)
@@ -209,6 +210,10 @@ class Controller(Node):
 
     # ---- peer
 
+    def _beat(self) -> None:
+        self.heartbeats.beat()
+        self.devices.listen()
+
     def _peer_up(self) -> None:
         log.info("peer connected")
         self.asks = False
@@ -217,12 +222,13 @@ class Controller(Node):
         self.view.connected(self.peer.peer_boot)
         self.paths.core.rekey(self.peer.beacon_key, same_peer=same_peer)
         # It lives, whatever the fence command has said: it has to be fenced another time.
-        self._fence_is_void("it connects")
+        self.peer_lives("it connects")
         self.devices.connected()
         self._beat()
         self.peer_connected()
 
-    def _fence_is_void(self, why: str) -> None:
+    def peer_lives(self, why: str) -> None:
+        """Whatever the fence command has said."""
         if self.view.pair.fence.result and self.state is State.DEGRADED:
             log.warning("the fence command had succeeded, but the peer lives: %s", why)
         self.view.fence_is_void()
@@ -243,7 +249,7 @@ class Controller(Node):
             if msg.get("over"):
                 self.pair_over("the other guest has ended itself")
             elif msg["shut"]:
-                self._peer_shut(msg["alone"])
+                self.peer_shut(msg["alone"])
             if msg["echo"]:
                 self.peer.rtt_ns = max(0, boot_ns() - msg["echo"])
                 if msg["promise"]:
@@ -251,7 +257,7 @@ class Controller(Node):
             self.view.heartbeat_read(msg["t"])
         elif kind == "gone":
             self.view.peer_says_why(f'"{msg["why"][:200]}"')
-            self._peer_shut(msg["alone"])
+            self.peer_shut(msg["alone"])
         elif kind == "off":
             self.pair_over(msg["why"][:200])
         elif kind == "ready" or (kind == "begin" and msg["initial"]):
@@ -264,42 +270,6 @@ class Controller(Node):
             log.info("the peer's controller stops on purpose: %s", msg["why"])
         self.on_message(msg)
         self._decide()
-
-    def _beacon(self, word: Word) -> None:
-        """What a beacon says counts only where the control channel cannot say it, if it is newer
-        than all that was heard, recent, and of the guest that there is. A promise has its time in
-        itself."""
-        limit = self.config.peer.heartbeat_timeout
-        if Flag.PROMISE in word.flags and word.after:
-            self.arbiter.promised(word.after)
-        if word.lag_ms > limit / 2:
-            self.view.peer_slow(time.monotonic_ns())
-        since = max(self.view.peer.guest_since_boot_ns, boot_ns() - limit * 1_000_000)
-        if self.view.pair.fence.result and word.after > self.view.pair.fence.ended_boot_ns:
-            self._fence_is_void("it has heard what was sent since")
-        if self.peer.connected or word.after <= since or word.t <= self.view.peer.heard_boot_ns:
-            return
-        self.view.beacon(word.t, word.epoch)
-        if Flag.SHUT in word.flags:
-            if not self.view.peer.shut:
-                self.view.peer_says_why("its QEMU hangs" if Flag.HANGS in word.flags else "")
-                log.warning("the peer's beacons say that its data path is shut")
-            self._peer_shut(Flag.ALONE in word.flags)
-        self.on_beacon(word.flags)
-        self._decide()
-
-    def _beacon_flags(self) -> Flag:
-        flags = Flag(0) if self.view.guest.gone else Flag.VM
-        for flag, on in (
-            # over: no reason to take over
-            (Flag.SHUT, self.path_shut and not self.view.guest.over),
-            (Flag.ALONE, self.view.guest.standalone), (Flag.ASK, self.asks),
-            (Flag.SHADOW, self.role is Role.PRIMARY and self.uncompared),
-            (Flag.SVM, self.role is Role.SECONDARY), (Flag.HANGS, self.view.guest.hung),
-        ):  # fmt: skip
-            if on:
-                flags |= flag
-        return flags
 
     @property
     def path_shut(self) -> bool:
@@ -318,7 +288,7 @@ class Controller(Node):
             self.view.set_shadow(False)
             self.dp.shadowed = 0
 
-    def _peer_shut(self, was_alone: bool) -> None:
+    def peer_shut(self, was_alone: bool) -> None:
         """The peer's data path drops everything: certain silence, its guest alive or not."""
         self.arbiter.peer_shut(self.peer.peer_boot)
         if was_alone and not self.view.guest.standalone and self.paired():
@@ -342,27 +312,6 @@ class Controller(Node):
     @abstractmethod
     def outdated(self, why: str) -> None:
         """The other guest has spoken alone: this one must never speak."""
-
-    def _beat(self) -> None:
-        promise = self.silent() and self.arbiter.promise()
-        self.peer.send(
-            "beat",
-            t=boot_ns(),
-            echo=self.view.answered(),
-            state=self.own_state().value,
-            epoch=self.dp.epoch,
-            vm=not self.view.guest.gone,
-            shut=self.path_shut,
-            over=bool(self.view.guest.over),
-            alone=self.view.guest.standalone,
-            shadow=self.uncompared,  # the primary's word; of the secondary: it has heard it
-            promise=promise,
-            role=self.role.value,
-        )
-        lag, self._lag_ns = self._lag_ns, 0
-        flags = self._beacon_flags() | (Flag.PROMISE if promise else Flag(0))
-        self.paths.send(flags, lag // 1_000_000, self.dp.epoch)
-        self.devices.listen()
 
     @property
     def speaks(self) -> bool:
@@ -501,7 +450,7 @@ class Controller(Node):
         if self._finished.is_set():
             return None
         now, interval = time.monotonic(), self.config.peer.heartbeat_interval / 1000
-        self._stood_still(late, interval)
+        self.heartbeats.stood_still(late, interval)
         self.dp.beat()
         if now >= self._next_beat:
             self._next_beat = now + interval
@@ -514,18 +463,6 @@ class Controller(Node):
         self._drain()
         self.on_tick(time.monotonic_ns())
         return self._next_beat - now
-
-    def _stood_still(self, late: float, interval: float) -> None:
-        """This loop is late (s). While it did not listen nobody was silent."""
-        if late <= 0:
-            return
-        ns = int(late * 1e9)
-        self._lag_ns = max(self._lag_ns, ns)
-        if late > interval:
-            self.peer.excuse(ns)
-            self.paths.core.excuse(ns)
-        if late > self.config.peer.heartbeat_timeout / 2000:
-            log.warning("this controller stood still for %.0f ms", ns / 1e6)
 
     async def _open_network(self) -> None:
         """The tap joins the bridge; what stands in the way is said, and tried again on restart."""

@@ -31,6 +31,7 @@ from colo_xdp.datagram import DatagramFlow
 from colo_xdp.failover import Action
 from colo_xdp.flowtable import Flow, FlowTable
 from colo_xdp.fragments import Fragments
+from colo_xdp.heartbeats import Heartbeats
 from colo_xdp.primary import Primary
 from colo_xdp.rewrite import Rewriter
 from colo_xdp.secondary import Secondary
@@ -798,13 +799,13 @@ def the_oldest_datagram_gives_the_time(mp: Any) -> None:
 
 @_mutant
 def a_beacon_says_shut_before_it_is(mp: Any) -> None:
-    real = controller.Controller._beacon_flags
+    real = Heartbeats.flags
 
     def flags(self: Any) -> Flag:
-        early = self.state is failover.State.DEGRADED
+        early = self._c.state is failover.State.DEGRADED
         return real(self) | (Flag.SHUT if early else Flag(0))
 
-    mp.setattr(controller.Controller, "_beacon_flags", flags)
+    mp.setattr(Heartbeats, "flags", flags)
 
 
 @_mutant

@@ -34,6 +34,7 @@ from colo_xdp import (
     flowtable,
     giving,
     guestlife,
+    heartbeats,
     node,
     primary,
     secondary,
@@ -774,7 +775,7 @@ class World:
         modules = (
             controller_module, node, commands, ticker, checkpointing, primary, secondary, flowtable,
             fastmap, speaker_module, takeover, device_watch, entering, guestlife,
-            supervisor,
+            supervisor, heartbeats,
         )  # fmt: skip
         kept = [(m, "time", m.time) for m in modules]  # type: ignore[attr-defined]
         kept += [(controller_module, n, getattr(controller_module, n)) for n in ("Peer", "Paths")]

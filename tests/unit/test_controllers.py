@@ -1260,7 +1260,7 @@ def test_a_guest_that_waits_for_one_that_speaks_alone_stays() -> None:
     c, dp, _ = secondary(Mode.DROP, adopted=False)
     c._ready_wanted = True
     c.on_message(SPOKE)
-    c._peer_shut(True)
+    c.peer_shut(True)
     assert c.state is State.STARTING and dp.mode is Mode.DROP
 
 
@@ -1619,10 +1619,10 @@ def test_a_fence_holds_until_the_peer_is_heard_again() -> None:
         c.view.pair.fence.ended_boot_ns = boot_ns()
         assert c.view.pair.fence.result
         word = Word(Flag.VM, 0, 7, boot_ns(), c.view.pair.fence.ended_boot_ns - 1)
-        c._beacon(word)  # sent before, and late
+        c.heartbeats.on_word(word)  # sent before, and late
         assert c.view.pair.fence.result
         if heard == "beacon":
-            c._beacon(replace(word, t=boot_ns(), after=boot_ns()))
+            c.heartbeats.on_word(replace(word, t=boot_ns(), after=boot_ns()))
         else:
             c._peer_up()
         c.view.guest.colo_exit = True

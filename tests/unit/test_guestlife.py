@@ -73,7 +73,7 @@ def test_a_pvm_that_is_off_ends_the_pair(answers: str) -> None:
         assert "the guest has shut itself down" in c.reason
         assert len(dp.injectors["release"].frames) == bool(answers)
         assert sent[-1]["type"] == "beat" and sent[-1]["over"] and sent[-1]["shut"]
-        assert Flag.SHUT not in c._beacon_flags(), "no reason to take over, on no path"
+        assert Flag.SHUT not in c.heartbeats.flags(), "no reason to take over, on no path"
         c.qemu._on_closed("closed")  # its QEMU ends
         c._decide()
         assert "gone" not in sent.kinds()
