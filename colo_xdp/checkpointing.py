@@ -258,7 +258,7 @@ class Checkpointing(Entering):
     async def _commit(self, ck: Checkpoint, want: Want) -> tuple[int, int]:
         """Release what the PVM sent before its STOP, and go on under the next epoch. Returns what
         was held: frames and bytes."""
-        self._drain()  # frames from before STOP may still be in the ring
+        self.drain()  # frames from before STOP may still be in the ring
         held = (self.engine.held_packets, self.engine.held_bytes)
         if self.view.guest.standalone:
             await self._clear_record()

@@ -430,7 +430,7 @@ class Controller(Node):
         self.paths.start()
         loop = asyncio.get_running_loop()
         for fd in self.dp.reader.fds:
-            loop.add_reader(fd, self._drain)
+            loop.add_reader(fd, self.drain)
         self.spawn(self.arbiter.run())
         if self.state is State.STOPPED:
             self.await_successor()
@@ -441,7 +441,8 @@ class Controller(Node):
         self.spawn(self.qemu.watch())
         self.spawn(self._watch_guest())
 
-    def _drain(self) -> None:
+    def drain(self) -> None:
+        """Hand on what is in the ring."""
         if self.dp.drain(self.on_event, RING_BATCH):
             self.on_batch()
             self.ticker.look()
@@ -460,11 +461,11 @@ class Controller(Node):
                 self.peer.drop(f"silent for {limit} ms")
             self._decide()
         # A wake-up can be missed only at the cost of one tick.
-        self._drain()
+        self.drain()
         self.on_tick(time.monotonic_ns())
         return self._next_beat - now
 
-    async def _open_network(self) -> None:
+    async def open_network(self) -> None:
         """The tap joins the bridge; what stands in the way is said, and tried again on restart."""
         try:
             await asyncio.to_thread(self.dp.open_network)

@@ -207,7 +207,7 @@ class Entering(GuestLife):
 
     async def _release_proven(self, ck: Checkpoint) -> None:
         """While synchronising: QMP answers in order, so no STOP before an answer means none yet."""
-        self._drain()
+        self.drain()
         mark = time.monotonic_ns()
         await self.qemu.qmp.status()
         self.engine.release_until(ck.stop_ns or mark)
@@ -215,7 +215,7 @@ class Entering(GuestLife):
     def _bypass(self) -> None:
         """Nothing is held any more, nor what is still on its way to this process."""
         self.dp.mode = Mode.BYPASS
-        self._drain()
+        self.drain()
         self.engine.release_all()
         self._uncompared = True
 

@@ -144,7 +144,7 @@ class Primary(Checkpointing):
         self.dp.undecided = False
         self.view.new_pair()  # what was asked for is done: the pair that may follow is another one
         self.become(State.STARTING, why)
-        self.spawn(self._open_network())
+        self.spawn(self.open_network())
         self._wake.set()
 
     def on_tick(self, now_ns: int) -> None:
@@ -264,7 +264,7 @@ class Primary(Checkpointing):
     def release_last(self) -> int:
         if self._guard is not None:
             self._guard.cancel()
-        self._drain()
+        self.drain()
         return self.engine.release_all()
 
     def forget_copy(self) -> None:
@@ -389,7 +389,7 @@ class Primary(Checkpointing):
         if self.undecided:
             self.spawn(self._look_at_guest())
         elif self.dp.mode is not Mode.DROP:  # a former controller may have died before this
-            self.spawn(self._open_network())
+            self.spawn(self.open_network())
         self.spawn(self._watch_bridge())
         if self.own is not None:
             self.spawn(self._sweep_own(self.own))
@@ -461,7 +461,7 @@ class Primary(Checkpointing):
             self._guard.cancel()
         self._peer_ready = False
         self.peer.send("solo", why=why)
-        self._drain()
+        self.drain()
         self.view.went_standalone()
         self._uncompared = True
         self.dp.bond = Bond.ALONE
@@ -469,8 +469,8 @@ class Primary(Checkpointing):
         self.dp.mode = Mode.BYPASS
         if self.undecided:
             self.dp.undecided = False
-            await self._open_network()
-        self._drain()
+            await self.open_network()
+        self.drain()
         try:
             await self.qemu.leave_colo()
         except QmpError as e:

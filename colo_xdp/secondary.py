@@ -22,13 +22,15 @@ from .beacon import Flag
 from .config import Config
 from .datapath import DataPath
 from .failover import Action, Role, State
+from .flowtable import FlowTable
 from .guest_event import News
-from .held_frames import Hold
+from .guestlife import GuestLife
+from .held_frames import HeldFrames, Hold
 from .qmp import QmpError
 from .qmp_event import QmpEvent
 from .reasons import Cause
 from .ring import Event
-from .takeover import TakingOver
+from .takeover import Takeover
 from .ticker import TICK_S
 
 log = logging.getLogger("colo_xdp.secondary")
@@ -37,13 +39,22 @@ SWEEP_S = 5.0
 REMIND_S = 2.0  # longer than the primary needs from `ready` to its next state
 
 
-class Secondary(TakingOver):
+class Secondary(GuestLife):
     """Controller of the SVM's host."""
 
     role = Role.SECONDARY
 
     def __init__(self, config: Config, datapath: DataPath) -> None:
         super().__init__(config, datapath)
+        self.flows = FlowTable(datapath.objects.map("flows"), datapath.objects.map("opening"))
+        self.held = HeldFrames(
+            self._deliver,
+            self._forward,
+            lambda: self.state is State.TAKEN_OVER,
+            16 * config.compare.max_queue_size,
+        )
+        self.takeover = Takeover(self)
+        self._ready_wanted = False
         self._remind_at = 0.0
         self._missed = ""  # what the primary has to be told, and could not
         self._qemus = 0  # that have waited here
@@ -66,7 +77,7 @@ class Secondary(TakingOver):
                 if datapath.mode is Mode.CHECKPOINT:
                     # It died with frames in hand. Holding goes on; the primary asks anew.
                     self._begin_hold(datapath.epoch + 1)
-                    self._unsure = datapath.epoch
+                    self.takeover.unsure = datapath.epoch
             elif datapath.epoch > 0:
                 if datapath.bond is Bond.ALONE:
                     self.view.went_standalone()
@@ -78,6 +89,12 @@ class Secondary(TakingOver):
             self._missed = "" if self.peer.send("missed", why=what[:200]) else what
 
     # ---- frames
+
+    def _deliver(self, e: Event) -> None:
+        self.dp.injectors["deliver"].send(e.frame, e.gso_size, e.partial, e.gso_type)
+
+    def _forward(self, e: Event) -> None:
+        self.dp.injectors["forward"].send(e.frame, e.gso_size, e.partial, e.gso_type)
 
     def on_event(self, event: Event) -> None:
         if event.source == abi.Source.CLIENT:
@@ -108,7 +125,9 @@ class Secondary(TakingOver):
             elif self._was_not_missed(msg):
                 self.become(State.PROTECTED, "the primary is heard again, and has missed nothing")
         elif kind == "silent":
-            self._silent_ns = time.monotonic_ns() - msg["us"] * 1000 - self.peer.rtt_ns // 2
+            self.takeover.primary_silent(
+                time.monotonic_ns() - msg["us"] * 1000 - self.peer.rtt_ns // 2
+            )
         elif kind == "claims":
             self._on_claims(msg["n"], msg["addresses"], msg["macs"])
         elif kind == "base":
@@ -131,7 +150,7 @@ class Secondary(TakingOver):
             and self.view.pair.confirmed
             and self.view.pair.in_colo
             and not (
-                self._taking_over
+                self.takeover.under_way
                 or self.view.guest.colo_exit
                 or self.view.guest.gone
                 or self.view.guest.demoted
@@ -297,8 +316,8 @@ class Secondary(TakingOver):
         if self.state is State.TAKEN_OVER:
             self.on_event_alone(event)
             return
-        if self._taking_over:
-            self._events.append(event)
+        if self.takeover.under_way:
+            self.takeover.saw(event)
             return
         if event.name == "STOP" and self.view.pair.in_colo:
             if self.held.hold is None and self.state is State.PROTECTED:
@@ -359,7 +378,7 @@ class Secondary(TakingOver):
 
     def _finish(self, h: Hold, event: QmpEvent) -> None:
         """The SVM runs the new state: what it sends from its RESUME on is of the next epoch."""
-        self._drain()
+        self.drain()
         self.held.take()
         if self.dp.mode is Mode.DROP:  # stood down meanwhile: silent, but in the PVM's numbers
             self.dp.epoch = h.n
@@ -369,7 +388,7 @@ class Secondary(TakingOver):
         self.held.let_go(h)
         self.dp.bond = Bond.EQUAL
         self.dp.mode = Mode.RUN
-        self._drain()
+        self.drain()
         self.view.copy_confirmed()
         self._ready_wanted = False
         self.checkpoints += 1
@@ -381,8 +400,9 @@ class Secondary(TakingOver):
         if self.dp.mode is not Mode.CHECKPOINT or h is None:
             return
         if not h.stop_ns and time.monotonic() > h.deadline:
-            # Asked for, and the SVM never stopped: it is still the guest it was (or see _unsure).
-            self._drain()
+            # Asked for, and the SVM never stopped: it is still the guest that it was (or see
+            # Takeover.unsure).
+            self.drain()
             self.held.take()
             self.held.let_go(h)
             self.dp.mode = Mode.RUN
@@ -418,8 +438,8 @@ class Secondary(TakingOver):
     async def start(self) -> None:
         await super().start()
         if self.state is State.TAKEN_OVER:  # the former controller may have died half-way
-            await self._open_network()
-            self.spawn(self._announce())
+            await self.open_network()
+            self.spawn(self.takeover.announce())
 
     def peer_connected(self) -> None:
         if self._missed:
@@ -431,7 +451,7 @@ class Secondary(TakingOver):
         """Another guest than the one that is over: nothing of that counts any more."""
         self.view.new_guest()
         self.held.take()
-        self._taking_over = False
+        self.takeover = Takeover(self)
         self.dp.bond = Bond.NONE
         self.arbiter.new_guest()
         self.become(State.STARTING, "a new QEMU is here")
@@ -470,7 +490,8 @@ class Secondary(TakingOver):
 
     async def perform(self, action: Action, why: str) -> None:
         if action is Action.TAKE_OVER:
-            await self._take_over(why)
+            self._ready_wanted = False
+            await self.takeover.run(why)
         elif action is Action.STOP:
             self.dp.mode = Mode.DROP
             self.become(State.STOPPED, why)

@@ -37,6 +37,7 @@ from colo_xdp.rewrite import Rewriter
 from colo_xdp.secondary import Secondary
 from colo_xdp.speaker import Speaker
 from colo_xdp.stream import Stream
+from colo_xdp.takeover import Takeover
 from colo_xdp.twin import Twin
 from colo_xdp.window import WindowGate
 
@@ -302,7 +303,7 @@ def takeover_forgets_the_offsets(mp: Any) -> None:
 
 @_mutant
 def takeover_never_asks_which_guest_runs(mp: Any) -> None:
-    mp.setattr(Secondary, "_loaded", lambda self: False)
+    mp.setattr(Takeover, "loaded", lambda self: False)
 
 
 @_mutant

@@ -199,13 +199,13 @@ def test_an_idle_controller_sleeps_until_something_cannot_wait() -> None:
         now = time.monotonic_ns()
         assert c.ticker.at_ns > now + 4 * TICK_S * 1e9
         dp.waiting = [Event(Source.PVM, now, 7, tcp(b"p"), 0, False)]
-        c._drain()
+        c.drain()
         assert c.ticker.at_ns > now + 4 * TICK_S * 1e9, "compare_timeout is seconds"
         dp.waiting = [
             Event(source, now, 7, udp(payload), 0, False)
             for source, payload in ((Source.PVM, b"p"), (Source.SVM, b"s"))
         ]
-        c._drain()
+        c.drain()
         assert c.ticker.at_ns <= time.monotonic_ns() + TICK_S * 1e9
         await task
         assert time.monotonic_ns() >= c.ticker.at_ns
@@ -214,7 +214,7 @@ def test_an_idle_controller_sleeps_until_something_cannot_wait() -> None:
         assert c.ticker.at_ns <= time.monotonic_ns() + TICK_S * 1e9
         task.cancel()
         await asyncio.wait({task})
-        c._drain()  # nobody rests
+        c.drain()  # nobody rests
         await asyncio.sleep(2 * TICK_S)
 
     in_loop(body)
@@ -1520,7 +1520,7 @@ def test_a_takeover_does_not_break_a_promise_of_silence(word: str) -> None:
             migration_status=migration_status, status=status, lost_heartbeat=lost_heartbeat,
             execute=execute, connected=True,
         )  # fmt: skip
-        act = c._busy = c.spawn(c._take_over("the fence command has succeeded"))
+        act = c._busy = c.spawn(c.takeover.run("the fence command has succeeded"))
         await asyncio.sleep(0.01)
         asked = None
         if word == "solo":
@@ -1538,7 +1538,7 @@ def test_a_takeover_does_not_break_a_promise_of_silence(word: str) -> None:
             await asked  # it waited for the end of the takeover
         assert c.state is State.STOPPED and dp.mode is Mode.DROP
         assert "gone" in sent.kinds() and (asked is not None or "taken" not in sent.kinds())
-        assert not c._taking_over or asked is not None
+        assert not c.takeover.under_way or asked is not None
 
     asyncio.run(body())
 
@@ -1696,7 +1696,7 @@ def test_a_primary_that_dies_in_a_checkpoint_leaves_the_svm_its_addresses() -> N
         told, _ = dp.addresses.export(256)
         c.on_message({"type": "claims", "n": 8, "addresses": told.hex(), "macs": ""})
         c.on_message({"type": "begin", "n": 8, "cause": "operator", "initial": False})
-        await c._take_over("the primary is dead")
+        await c.takeover.run("the primary is dead")
         assert dp.epoch == 7
         assert [o.address for o in dp.addresses.own(GUEST_MAC, 7)] == [mine[:16]]
         assert len(dp.addresses.own(GUEST_MAC, None)) == 1
