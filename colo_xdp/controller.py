@@ -94,7 +94,6 @@ class Controller(Node):
                 changed=self._arbiter_changed,
             )
         )
-
         self.commands = OperatorCommands(self)
 
     # ---- to be filled by the two sides
@@ -413,9 +412,8 @@ class Controller(Node):
     def superseded(self) -> bool:
         """Whether this host's guest is worthless, since the other one is certain to speak alone."""
         speaks = [State.SOLO.value]
-        if (
-            self.view.peer.guest is OtherGuest.SPEAKS
-        ):  # else it waits for a word, and is silent itself
+        # else it waits for a word, and is silent itself
+        if self.view.peer.guest is OtherGuest.SPEAKS:
             speaks.append(State.STARTING.value)
         return self.peer.connected and (
             self.view.peer.state == State.TAKEN_OVER.value
