@@ -337,7 +337,6 @@ class Controller(Node):
         return self.view.facts(
             Surroundings(
                 now_ns=time.monotonic_ns(),
-                now_boot_ns=boot,
                 state=self.shown_state(),
                 own_qmp=self.qemu.qmp.connected,
                 undecided=self.undecided,

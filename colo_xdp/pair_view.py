@@ -101,7 +101,6 @@ class Surroundings:
     """What is measured or read anew for each decision, as it is not known but seen."""
 
     now_ns: int
-    now_boot_ns: int
     state: State
     own_qmp: bool
     undecided: bool
@@ -255,9 +254,9 @@ class PairView:
         """It has not entered, or its QEMU is gone."""
         self.pair.in_colo = False
 
-    def adopted(self, *, in_colo: bool = False, confirmed: bool = False) -> None:
-        """What a former controller has left says so."""
-        self.pair.in_colo, self.pair.confirmed = in_colo, confirmed
+    def adopted(self, *, confirmed: bool) -> None:
+        """What a former controller has left says whether this guest counts as a copy."""
+        self.pair.confirmed = confirmed
 
     def copy_confirmed(self) -> None:
         """The primary counts this host's guest as a copy."""

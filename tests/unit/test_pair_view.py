@@ -37,7 +37,7 @@ def writes(path: Path) -> list[str]:
 
 
 def test_what_is_known_changes_in_one_place() -> None:
-    assert [x for p in PACKAGE.glob("*.py") for x in writes(p)] == []
+    assert [x for p in PACKAGE.rglob("*.py") for x in writes(p)] == []
     assert writes(Path(__file__)), "it finds those below"
 
 
