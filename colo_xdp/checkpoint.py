@@ -1,12 +1,19 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A checkpoint: what is wanted, what is under way, and how it fails."""
+"""A checkpoint: what is wanted, what is under way and how far, and how it fails."""
 
 from __future__ import annotations
 
 import asyncio
+import logging
 from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
 
 from .journal import Divergence
+from .qmp_event import QmpEvent
+from .reasons import Cause
+
+log = logging.getLogger("colo_xdp.primary")
 
 
 class CheckpointFailed(RuntimeError):
@@ -19,6 +26,18 @@ class CheckpointFailed(RuntimeError):
     def __init__(self, why: str, *, refused: bool = False, channel: bool = False) -> None:
         super().__init__(why)
         self.refused, self.channel = refused, channel
+
+
+class Step(StrEnum):
+    """How far a checkpoint has come."""
+
+    PREPARING = "preparing"  # the secondary is asked to hold everything
+    HELD = "held"  # both hosts do
+    TRIGGERED = "triggered"  # QEMU has been asked
+    STOPPED = "stopped"  # the PVM stands still
+    RESUMED = "resumed"  # both guests run the same state
+    COMMITTED = "committed"  # what the PVM sent before its STOP has left
+    FAILED = "failed"
 
 
 @dataclass(slots=True)
@@ -35,7 +54,60 @@ class Checkpoint:
     done: bool = False
     based: int = 0  # parts of the guest's own offsets that the secondary has taken over
     failed: str = ""
+    ended: Step | None = None
     changed: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def step(self) -> Step:
+        """The state of this run. What is heard of both hosts comes in any order; it counts when
+        what has to be before it is."""
+        if self.ended is not None:
+            return self.ended
+        if not self.begun:
+            return Step.PREPARING
+        if self.resume_ns and self.done:
+            return Step.RESUMED
+        if not self.triggered:
+            return Step.HELD
+        return Step.STOPPED if self.stop_ns else Step.TRIGGERED
+
+    @property
+    def initial(self) -> bool:
+        """The first one of a pair: QEMU enters COLO by it."""
+        return self.cause == Cause.INITIAL
+
+    def trigger(self, still_ns: int) -> None:
+        """QEMU is about to be asked. Of a guest that stands still there is no STOP; one before this
+        is not of it."""
+        self.stop_ns, self.resume_ns = still_ns, 0
+
+    def pvm_stopped(self, event: QmpEvent) -> None:
+        """Its STOP: what it sent until then is in the checkpoint."""
+        self.stop_ns = event.ts_ns
+        if not self.began_ns <= event.ts_ns <= event.seen_ns:
+            # The clock was set meanwhile. Too early a STOP only costs a checkpoint more.
+            log.warning("STOP has an impossible time stamp: the clock was set")
+            self.stop_ns = self.began_ns
+
+    def pvm_resumed(self, event: QmpEvent) -> None:
+        """Its RESUME, of a STOP that is known."""
+        if self.stop_ns and not self.resume_ns:
+            self.resume_ns = event.ts_ns
+
+    def heard(self, msg: dict[str, Any]) -> None:
+        """What the secondary says of it: `begun`, `done`, `failed` or `based` (wire.py)."""
+        kind = msg["type"]
+        if kind == "based":
+            self.based = max(self.based, msg["n"] + 1)
+        elif msg["n"] != self.n:
+            return
+        elif kind == "begun":
+            self.begun = True
+        elif kind == "done":
+            self.done = True
+        else:
+            self.failed = msg["why"]
+        self.changed.set()
 
 
 @dataclass(frozen=True, slots=True)

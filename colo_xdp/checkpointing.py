@@ -18,7 +18,7 @@ from collections import Counter
 from typing import Any
 
 from .abi import Bond, Mode
-from .checkpoint import Checkpoint, CheckpointFailed, Want
+from .checkpoint import Checkpoint, CheckpointFailed, Step, Want
 from .config import Config
 from .datapath import DataPath
 from .entering import REARM_S, Entering
@@ -28,7 +28,6 @@ from .journal import Divergence, Entry, Journal
 from .pacing import URGENT, Pacer
 from .qmp import QmpError, QmpTimeout
 from .reasons import Cause
-from .speaker import Speaker
 from .ticker import TICK_S
 
 log = logging.getLogger("colo_xdp.primary")
@@ -69,9 +68,10 @@ class Checkpointing(Entering):
         self.by_cause: Counter[str] = Counter()
         self.checkpoints_failed = 0
         self.last_checkpoint: dict[str, Any] = {}
-        self.spoke_alone = datapath.bond is Bond.ALONE
+        if datapath.bond is Bond.ALONE:
+            self.view.went_standalone()
         #: frames that are still on their way to this process leave uncompared
-        self._uncompared = self.spoke_alone and datapath.mode is Mode.BYPASS
+        self._uncompared = self.view.guest.standalone and datapath.mode is Mode.BYPASS
 
     def request(self, cause: Cause, detail: str, why: Divergence | None = None) -> None:
         """Ask for a checkpoint; a request while one is wanted or under way folds into it."""
@@ -119,20 +119,20 @@ class Checkpointing(Entering):
                     await asyncio.sleep(self.config.peer.heartbeat_interval / 1000)
                     continue
                 self.checkpoints_failed += 1
-                if isinstance(e, QmpTimeout) and await self.hangs():
+                if isinstance(e, QmpTimeout) and await self.qemu.hangs():
                     # not the secondary's fault: it is the one to go on
-                    self.vm_gone = self.vm_hangs = True
+                    self.view.guest_gone(hung=True)
                 # Silence is no second sign beside silence: that would fence over a cut link.
-                self.checkpoint_overdue = not (isinstance(e, CheckpointFailed) and e.channel)
+                self.view.checkpoint_due(not (isinstance(e, CheckpointFailed) and e.channel))
                 self.become(State.DEGRADED, f"checkpoint ({want.cause}) did not complete: {e}")
                 self._decide()
 
-    async def _clear_record(self, s: Speaker) -> None:
-        """The store stops saying that this guest is alone before the other one counts, so that it
+    async def _clear_record(self) -> None:
+        """The arbiter stops saying that this guest is alone before the other one counts, so that it
         may take over from then on. A store that is away is told later, at the same price."""
-        s.paired()
+        self.arbiter.paired()
         end = time.monotonic() + RECORD_S
-        while s.recorded and time.monotonic() < end:
+        while self.arbiter.view().recorded and time.monotonic() < end:
             await asyncio.sleep(TICK_S / 5)
 
     def _next_periodic(self) -> float:
@@ -146,7 +146,7 @@ class Checkpointing(Entering):
 
     async def _delayed(self, want: Want) -> bool:
         """Whether what is wanted has to wait; then some of that time has passed."""
-        if self.halted:
+        if self.view.guest.halted:
             await self._sleep_or_wake(REARM_S)
             return True
         now = time.monotonic_ns()
@@ -181,104 +181,133 @@ class Checkpointing(Entering):
                 await ck.changed.wait()
         if ck.failed:
             raise CheckpointFailed(f"the secondary: {ck.failed}", refused=not ck.triggered)
-        if self.colo_exit:
+        if self.view.guest.colo_exit:
             raise CheckpointFailed("QEMU has lost the COLO channel (COLO_EXIT)")
         if not self.peer.connected:
             raise CheckpointFailed("the control channel to the secondary is down", channel=True)
-        if self.vm_gone or not self.qmp.connected:
+        if self.view.guest.gone or not self.qemu.qmp.connected:
             raise CheckpointFailed("QMP to the PVM is down")
 
     async def _checkpoint(self, want: Want) -> None:
-        cause, detail = want.cause, want.detail
-        initial = cause == Cause.INITIAL
-        if initial:
+        """One checkpoint from its beginning to its end. Raises CheckpointFailed, QmpError; what is
+        held stays held then."""
+        n = max(self.dp.epoch, self.view.peer.epoch) + 1
+        ck = self._ck = Checkpoint(n, want.cause, time.monotonic_ns())
+        if ck.initial:
             self._handed = self.own is None
-        n = max(self.dp.epoch, self.peer_epoch) + 1
-        began = time.monotonic_ns()
-        ck = self._ck = Checkpoint(n, cause, began)
         c, q = self.config.checkpoint, self.config.qemu
-        deadline = time.monotonic() + (q.enter_timeout if initial else c.deadline) / 1000
+        deadline = time.monotonic() + (q.enter_timeout if ck.initial else c.deadline) / 1000
         try:
-            self.become(State.CHECKPOINTING, f"{cause}: {detail}")
-            if (
-                not initial
-            ):  # an unprotected PVM is not to be held up by a peer that is slow to answer
-                self._uncompared = False  # also a failed entry can end so: QEMU was in COLO
-                self.engine.begin_checkpoint()
-                self.dp.mode = Mode.CHECKPOINT
-            own, macs = self.dp.addresses.export(MAX_CLAIMS)
-            if own or macs:
-                self.peer.send("claims", n=n, addresses=own.hex(), macs=macs.hex())
-            self.peer.send("begin", n=n, cause=cause, initial=initial)
-            answer = min(deadline, time.monotonic() + c.deadline / 1000)
-            while not ck.begun:
-                await self._await(ck, "answer of the secondary's controller", answer)
-            if initial:
-                self._uncompared = False
-                self.engine.begin_checkpoint()
-                self.dp.mode = Mode.CHECKPOINT
-                await self.qmp.prepare(primary=True)
-                await self.qmp.migrate(self.migrate_to)
-            elif self.halted:  # meanwhile: QEMU would abort
-                raise CheckpointFailed(self.halted, refused=True)
-            else:
-                # Of a guest that stands still there is no STOP; one before this is not of it.
-                ck.stop_ns, ck.resume_ns = self._still_ns, 0
-                await self.qmp.trigger_checkpoint()
-            ck.triggered = True
-            while not (ck.resume_ns and ck.done):
-                if initial:
-                    await self._watch_entry(ck)
-                await self._await(ck, "STOP and RESUME of both guests", deadline)
-            if initial or not self._handed:
-                await self._hand_offsets(ck, deadline)
-            self._drain()  # frames from before STOP may still be in the ring
-            held = (self.engine.held_packets, self.engine.held_bytes)
-            if self.spoke_alone and self.speaker is not None:
-                await self._clear_record(self.speaker)
-            self.engine.commit_checkpoint(ck.stop_ns, n, time.monotonic_ns())
-            # Before the epoch, by which the secondary is told that its guest counts.
-            self.spoke_alone, self.dp.bond = False, Bond.EQUAL
-            self.dp.epoch = n
-            if cause == Cause.PLANNED:
-                # Nothing that is newer than the state which the SVM has loaded has left or will:
-                # the guests are equal, and this one is silent from here on, whoever dies next.
-                self.dp.mode = Mode.DROP
-                self.become(State.STOPPED, f"handed over to the secondary: {detail}")
-                now = time.monotonic_ns()
-                last = now if held[0] else ck.stop_ns  # what was held left with the commit
-                self.peer.send("silent", us=max(0, now - last) // 1000)
-                self.peer.send("gone", why="planned failover", alone=self.spoke_alone)
-            else:
-                self.dp.mode = Mode.RUN
-            if self._leave_shadow and self._leave_ns <= ck.stop_ns:
-                self._leave_shadow = self.shadow = self._exposed = False
-            elif self._leave_shadow:  # left behind the STOP: another one has to end it
-                self._want = self._want or Want(Cause.OPERATOR.value, "leaving shadow mode")
-            self._beat()  # a secondary that has just entered waits for this word
+            self.become(State.CHECKPOINTING, f"{want.cause}: {want.detail}")
+            await self._prepare(ck, deadline)
+            await self._trigger(ck)
+            await self._until_resumed(ck, deadline)
+            held = await self._commit(ck, want)
         except (CheckpointFailed, QmpError) as e:
+            log.info("checkpoint to epoch %d: %s when it failed", n, ck.step.value)
+            ck.ended = Step.FAILED
             self._record(want, ck, (self.engine.held_packets, self.engine.held_bytes), str(e))
             raise
         finally:
             self._ck = None
-            if not initial:  # which holds nothing for most of its time
-                self.pacer.took(began, time.monotonic_ns())
+            if not ck.initial:  # which holds nothing for most of its time
+                self.pacer.took(ck.began_ns, time.monotonic_ns())
+        self._committed(ck, want, held)
+
+    def _hold(self) -> None:
+        """Everything of both guests that comes from now on."""
+        self._uncompared = False  # also a failed entry can end so: QEMU was in COLO
+        self.engine.begin_checkpoint()
+        self.dp.mode = Mode.CHECKPOINT
+
+    async def _prepare(self, ck: Checkpoint, deadline: float) -> None:
+        """Until both hosts hold everything."""
+        if not ck.initial:  # an unprotected PVM is not held up by a peer that is slow to answer
+            self._hold()
+        own, macs = self.dp.addresses.export(MAX_CLAIMS)
+        if own or macs:
+            self.peer.send("claims", n=ck.n, addresses=own.hex(), macs=macs.hex())
+        self.peer.send("begin", n=ck.n, cause=ck.cause, initial=ck.initial)
+        answer = min(deadline, time.monotonic() + self.config.checkpoint.deadline / 1000)
+        while ck.step is Step.PREPARING:
+            await self._await(ck, "answer of the secondary's controller", answer)
+        if ck.initial:
+            self._hold()
+
+    async def _trigger(self, ck: Checkpoint) -> None:
+        """Ask QEMU: for the first one, to enter COLO."""
+        if ck.initial:
+            await self.qemu.qmp.prepare(primary=True)
+            await self.qemu.qmp.migrate(self.migrate_to)
+        elif self.view.guest.halted:  # meanwhile: QEMU would abort
+            raise CheckpointFailed(self.view.guest.halted, refused=True)
+        else:
+            ck.trigger(self._still_ns)
+            await self.qemu.qmp.trigger_checkpoint()
+        ck.triggered = True
+
+    async def _until_resumed(self, ck: Checkpoint, deadline: float) -> None:
+        """Until both guests run the same state, and the secondary has what belongs to it."""
+        while ck.step is not Step.RESUMED:
+            if ck.initial:
+                await self._watch_entry(ck)
+            await self._await(ck, "STOP and RESUME of both guests", deadline)
+        if ck.initial or not self._handed:
+            await self._hand_offsets(ck, deadline)
+
+    async def _commit(self, ck: Checkpoint, want: Want) -> tuple[int, int]:
+        """Release what the PVM sent before its STOP, and go on under the next epoch. Returns what
+        was held: frames and bytes."""
+        self.drain()  # frames from before STOP may still be in the ring
+        held = (self.engine.held_packets, self.engine.held_bytes)
+        if self.view.guest.standalone:
+            await self._clear_record()
+        self.engine.commit_checkpoint(ck.stop_ns, ck.n, time.monotonic_ns())
+        # Before the epoch, by which the secondary is told that its guest counts.
+        self.view.checkpointed()
+        self.dp.bond = Bond.EQUAL
+        self.dp.epoch = ck.n
+        if want.cause == Cause.PLANNED:
+            self._fall_silent(ck, want.detail, released=held[0] > 0)
+        else:
+            self.dp.mode = Mode.RUN
+        if self._leave_shadow and self._leave_ns <= ck.stop_ns:
+            self._leave_shadow = self._exposed = False
+            self.view.set_shadow(False)
+        elif self._leave_shadow:  # left behind the STOP: another one has to end it
+            self._want = self._want or Want(Cause.OPERATOR.value, "leaving shadow mode")
+        self._beat()  # a secondary that has just entered waits for this word
+        ck.ended = Step.COMMITTED
+        return held
+
+    def _fall_silent(self, ck: Checkpoint, why: str, *, released: bool) -> None:
+        """The end of a planned failover here. Nothing that is newer than the state which the SVM
+        has loaded has left or will: the guests are equal, and this one is silent from here on,
+        whoever dies next."""
+        self.dp.mode = Mode.DROP
+        self.become(State.STOPPED, f"handed over to the secondary: {why}")
+        now = time.monotonic_ns()
+        last = now if released else ck.stop_ns  # what was held left with the commit
+        self.peer.send("silent", us=max(0, now - last) // 1000)
+        self.peer.send("gone", why="planned failover", alone=self.view.guest.standalone)
+
+    def _committed(self, ck: Checkpoint, want: Want, held: tuple[int, int]) -> None:
+        """The guests are equal: write it down, and say so."""
         self._record(want, ck, held)
-        self.by_cause[cause] += 1
+        self.by_cause[want.cause] += 1
         self.last_checkpoint = {
-            "cause": cause,
-            "detail": detail,
+            "cause": want.cause,
+            "detail": want.detail,
             "pause_ms": (ck.resume_ns - ck.stop_ns) / 1e6,
-            "total_ms": (time.monotonic_ns() - began) / 1e6,
+            "total_ms": (time.monotonic_ns() - ck.began_ns) / 1e6,
             "at": time.time(),
         }
-        self.checkpoint_overdue = False
+        self.view.checkpoint_due(False)
         self._ended_ns = time.monotonic_ns()
-        self.devices.checkpointed(cause)
-        if self.speaker is not None:
-            self.speaker.paired()
-        if cause != Cause.PLANNED:
-            self.become(State.PROTECTED, f"both guests are equal as of epoch {n} ({cause})")
+        self.devices.checkpointed(want.cause)
+        self.arbiter.paired()
+        if want.cause != Cause.PLANNED:
+            self.become(State.PROTECTED, f"both guests are equal as of epoch {ck.n} ({want.cause})")
 
     def _record(self, want: Want, ck: Checkpoint, held: tuple[int, int], failed: str = "") -> None:
         d = want.why
@@ -318,8 +347,8 @@ class Checkpointing(Entering):
         if self.state not in (State.PROTECTED, State.CHECKPOINTING):
             raise ValueError(f"no checkpoint from state {self.state.value}: {self.reason}")
         before = self.dp.epoch
-        if self.halted:
-            raise ValueError(f"no checkpoint now: {self.halted}")
+        if self.view.guest.halted:
+            raise ValueError(f"no checkpoint now: {self.view.guest.halted}")
         self._want = self._want or Want(Cause.OPERATOR.value, "asked by the operator")
         self._hurry = True
         self._wake.set()

@@ -104,11 +104,11 @@ def _socket(where: str | None, run_dir: str) -> str:
 
 
 def _ask(where: str | None, run_dir: str, command: str, **args: Any) -> dict[str, Any]:
-    from .control import ControlError, NotRunning, request
+    from .control import Command, ControlError, NotRunning, request
 
     path = _socket(where, run_dir)
     try:
-        return request(path, command, args)
+        return request(path, Command(command), args)
     except NotRunning as e:
         raise _fail(str(e), NOT_RUNNING) from e
     except ControlError as e:

@@ -1,18 +1,22 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What a person, or a cluster manager, asks of a controller: the commands of its control socket."""
+"""What a person, or a cluster manager, asks of a controller: the commands of its control socket.
+
+Each is an entry of one table, by the names that the CLI sends (control.py).
+"""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import time
-from abc import abstractmethod
-from typing import Any
+from collections.abc import Awaitable, Callable
+from typing import Any, Protocol
 
 from .config import Config, ConfigError, load
+from .control import Command
 from .datapath import DataPath
 from .failover import Action, Role, State
-from .node import Node
+from .pair_view import PairView
 from .peer import Peer
 from .ticker import TICK_S
 
@@ -22,206 +26,238 @@ FAILOVER_S = 30.0  # for one that a person asks for, and the fence on top
 ORDER_S = 60.0  # for one that a former controller was asked for
 STAND_DOWN_S = 30.0  # for a decision that is being carried out
 
+Handler = Callable[[dict[str, Any]], Awaitable[dict[str, Any]]]
+Document = Callable[[dict[str, Any]], dict[str, Any]]
 
-class Commanded(Node):
-    """A host that obeys, within the rules of its two sides."""
 
+class Commanded(Protocol):
+    """A controller, as far as commands reach into it."""
+
+    config: Config
+    role: Role
+    dp: DataPath
+    view: PairView
     peer: Peer
-    peer_state: str
-    fence_result: bool | None
-
-    def __init__(self, config: Config, datapath: DataPath) -> None:
-        super().__init__(config, datapath)
-        self.operator = self.forced = False
-        self._order_until = 0.0  # a person's word is not carried out later than this (monotonic, s)
-        self._busy: asyncio.Task[Any] | None = None  # the one action in progress
-        if datapath.adopted and datapath.order:
-            # Whoever was asked has died on the way. Every step of it can be done twice.
-            self._order("force" if datapath.order == "force" else "failover", ORDER_S)
-
-    # ---- of the two sides
-
-    @property
-    @abstractmethod
-    def path_shut(self) -> bool:
-        """Nothing leaves, or will without a new guest: what `shut` means."""
+    state: State
+    reason: str
+    incoming_wanted: bool
 
     @property
     def undecided(self) -> bool:
         """Nobody has said yet that this host's guest may speak (datapath.py)."""
-        return False
+        ...
 
-    @abstractmethod
+    @property
+    def path_shut(self) -> bool:
+        """Nothing leaves, or will without a new guest: what `shut` means."""
+        ...
+
+    @property
+    def acting(self) -> asyncio.Task[Any] | None:
+        """The one action that is being carried out now."""
+        ...
+
+    def reconsider(self) -> None:
+        """Something has changed: decide anew."""
+
+    def shown_state(self) -> State:
+        """The state for people."""
+        ...
+
+    def superseded(self) -> bool:
+        """Whether this host's guest is worthless, since the other one is certain to speak alone."""
+        ...
+
+    def await_successor(self) -> None:
+        """Look for a QEMU that waits in place of the one that is over."""
+
     async def perform(self, action: Action, why: str) -> None:
-        """Carry out GO_SOLO, TAKE_OVER, STOP or REARM."""
+        """Carry out an action."""
 
-    @abstractmethod
+    async def keep_shut(self) -> None:
+        """The mode says that nothing leaves: see to it that a program is there that obeys."""
+
+    def may_stand_down(self) -> None:
+        """Raises ValueError where this guest must not fall silent now."""
+
     def failover_steps(self, *, planned: bool, force: bool) -> list[str]:
         """What a failover would do now, step by step."""
+        ...
 
-    @abstractmethod
     async def hand_over(self, deadline: float) -> bool:
         """Planned: a checkpoint, then the SVM goes on and the PVM is silent. Whether it is done.
 
         Raises ValueError when it cannot begin.
         """
+        ...
 
-    @abstractmethod
-    def status(self) -> dict[str, Any]:
-        """The documented status (status.py)."""
+    async def command_checkpoint(self, args: dict[str, Any]) -> dict[str, Any]:
+        """One checkpoint. Raises ValueError where there is none."""
+        ...
 
-    async def keep_shut(self) -> None:
-        """The mode says that nothing leaves: see to it that a program is there that obeys."""
+    def set_shadow(self, on: bool) -> None:
+        """Hold nothing, or hold again. Raises ValueError."""
 
-    # ---- commands
+    def asked_again(self) -> None:
+        """A person wants the pair protected: what was given up is tried again."""
 
-    async def command(self, name: str, args: dict[str, Any]) -> dict[str, Any]:
+    def new_policy(self) -> None:
+        """The rules have changed."""
+
+
+class OperatorCommands:
+    """Carries commands out on one controller, within the rules of its side."""
+
+    def __init__(self, controller: Commanded) -> None:
+        self._c = c = controller
+        self._table: dict[Command, Handler] = {
+            Command.MODE: self.mode,
+            Command.FAILOVER: self.failover,
+            Command.STAND_DOWN: self.stand_down,
+            Command.CHECKPOINT: c.command_checkpoint,
+            Command.REPROTECT: self.reprotect,
+            Command.RELOAD: self._reload,
+        }
+        if c.dp.adopted and c.dp.order:
+            # Whoever was asked has died on the way. Every step of it can be done twice.
+            self.order("force" if c.dp.order == "force" else "failover", ORDER_S)
+
+    def answer(self, command: Command, document: Document) -> None:
+        """One whose answer is a document that somebody else writes (report.py)."""
+
+        async def handler(args: dict[str, Any]) -> dict[str, Any]:
+            return document(args)
+
+        self._table[command] = handler
+
+    async def run(self, name: str, args: dict[str, Any]) -> dict[str, Any]:
         """Carry out a command of the CLI.
 
         Raises ValueError for what is unknown or impossible now.
         """
-        if name == "status":
-            return self.status()
-        if name == "mode":
-            return self._command_mode(args)
-        if name == "failover":
-            return await self._command_failover(args)
-        if name == "stand-down":
-            return await self._command_stand_down(args)
-        if name == "checkpoint":
-            return await self.command_checkpoint(args)
-        if name == "reprotect":
-            return self._command_reprotect()
-        if name == "reload":
-            return self.reload()
-        if name in ("explain", "capture"):
-            return self.tell(name, args)
-        raise ValueError(f"unknown command {name!r}")
+        handler = self._table.get(Command(name)) if name in set(Command) else None
+        if handler is None:
+            raise ValueError(f"unknown command {name!r}")
+        return await handler(args)
 
-    async def command_checkpoint(self, args: dict[str, Any]) -> dict[str, Any]:
-        raise ValueError("checkpoints are asked for on the primary host")
+    async def _reload(self, args: dict[str, Any]) -> dict[str, Any]:
+        return self.reload()
 
     def reload(self) -> dict[str, Any]:
         """Read the file again and take over what can change while running: the rules.
 
         Raises ValueError: the file is wrong, or something else in it has changed.
         """
-        if self.config.path is None:
+        c = self._c
+        if c.config.path is None:
             raise ValueError("this configuration came from no file")
         try:
-            new = load(self.config.path)
+            new = load(c.config.path)
         except ConfigError as e:
             raise ValueError(str(e)) from e
-        changed = self.config.differences(new)
+        changed = c.config.differences(new)
         if changed:
             raise ValueError(f"needs a restart of the controller: {', '.join(changed)} changed")
-        self.config = new
-        self.new_policy()
+        c.config = new
+        c.new_policy()
         log.info("policy reloaded: %d rules", len(new.rules))
         return {"rules": len(new.rules)}
 
-    def new_policy(self) -> None:
-        """The rules have changed."""
-
-    def tell(self, name: str, args: dict[str, Any]) -> dict[str, Any]:
-        """What only the primary knows."""
-        raise ValueError(f"{name}: ask the primary host, which compares")
-
-    def asked_again(self) -> None:
-        """A person wants the pair protected: what was given up is tried again."""
-
-    def set_shadow(self, on: bool) -> None:
-        """Hold nothing, or hold again."""
-        if on:
-            raise ValueError("shadow mode is set on the primary host, which holds the frames")
-
-    def _command_mode(self, args: dict[str, Any]) -> dict[str, Any]:
+    async def mode(self, args: dict[str, Any]) -> dict[str, Any]:
+        """Say or change the mode: protected, paused or shadow. Raises ValueError."""
+        c = self._c
         mode = args.get("mode")
         if mode is not None:
             if mode not in ("protected", "paused", "shadow"):
                 raise ValueError(f"mode {mode!r}: protected, paused or shadow")
-            self.set_shadow(mode == "shadow")
-            self.asked_again()
-            self.paused = mode == "paused"
+            c.set_shadow(mode == "shadow")
+            c.asked_again()
+            c.view.set_paused(mode == "paused")
             log.info("mode set to %s by the operator", mode)
-        return {"mode": self.shown_state().value}
+        return {"mode": c.shown_state().value}
 
-    def _order(self, what: str, seconds: float) -> None:
-        """A person's word: what was true of the other host then may not be so for ever."""
-        self.operator, self.forced = True, what == "force"
-        self._order_until = time.monotonic() + seconds
+    def order(self, what: str, seconds: float) -> float:
+        """A person's word, which counts until the time that is returned (monotonic, s)."""
+        until = time.monotonic() + seconds
+        self._c.view.ordered(forced=what == "force", until_s=until)
+        return until
 
-    async def _command_failover(self, args: dict[str, Any]) -> dict[str, Any]:
+    async def failover(self, args: dict[str, Any]) -> dict[str, Any]:
+        """Let one guest go on alone, planned or not. Raises ValueError."""
+        c = self._c
         planned, force = args.get("planned", False), args.get("force", False)
         if planned is True and force is True:
             raise ValueError("planned or force: a peer that is dead takes part in no plan")
-        steps = self.failover_steps(planned=bool(planned), force=bool(force))
+        steps = c.failover_steps(planned=bool(planned), force=bool(force))
         if args.get("dry_run"):
-            return {"steps": steps, "done": False, "state": self.state.value}
+            return {"steps": steps, "done": False, "state": c.state.value}
         if planned:
-            c, q = self.config.checkpoint, self.config.qemu
-            end = time.monotonic() + (c.deadline + 2 * q.qmp_timeout) / 1000
-            done = await self.hand_over(end)
+            ck, q = c.config.checkpoint, c.config.qemu
+            end = time.monotonic() + (ck.deadline + 2 * q.qmp_timeout) / 1000
+            done = await c.hand_over(end)
             return {
-                "steps": steps, "done": done, "state": self.state.value, "reason": self.reason,
+                "steps": steps, "done": done, "state": c.state.value, "reason": c.reason,
             }  # fmt: skip
-        if self.state in (State.SOLO, State.TAKEN_OVER):
-            return {"steps": [], "done": True, "state": self.state.value, "reason": self.reason}
-        undecided = self.undecided
-        if self.state is State.STOPPED or (self.state is State.STARTING and not undecided):
-            raise ValueError(f"no failover from state {self.state.value}: {self.reason}")
-        self.fence_result = None
-        self.dp.order = "force" if force else "failover"
-        self._order(self.dp.order, FAILOVER_S + self.config.failover.fence_timeout / 1000)
-        deadline, opened = self._order_until, False
+        if c.state in (State.SOLO, State.TAKEN_OVER):
+            return {"steps": [], "done": True, "state": c.state.value, "reason": c.reason}
+        undecided = c.undecided
+        if c.state is State.STOPPED or (c.state is State.STARTING and not undecided):
+            raise ValueError(f"no failover from state {c.state.value}: {c.reason}")
+        c.view.fence_is_void()
+        c.dp.order = "force" if force else "failover"
+        fence_s = c.config.failover.fence_timeout / 1000
+        deadline, opened = self.order(c.dp.order, FAILOVER_S + fence_s), False
         try:
             while time.monotonic() < deadline:
-                self._decide()
-                if self.state in (State.SOLO, State.TAKEN_OVER, State.STOPPED):
+                c.reconsider()
+                if c.state in (State.SOLO, State.TAKEN_OVER, State.STOPPED):
                     break
-                busy = self._busy is not None and not self._busy.done()
-                opened = undecided and not self.undecided and not busy
+                opened = undecided and not c.undecided and c.acting is None
                 if opened:
                     break
-                if self.fence_result is False and not self.forced:
-                    self.operator = False
+                if c.view.pair.fence.result is False and not c.view.forced:
+                    c.view.order_withdrawn()
                     raise ValueError(
                         "the fence command failed: the peer may be alive, nothing is opened"
                     )
                 await asyncio.sleep(TICK_S)
         finally:
-            self.dp.order = ""
-        done = self.state in (State.SOLO, State.TAKEN_OVER) or opened
-        return {"steps": steps, "done": done, "state": self.state.value, "reason": self.reason}
+            c.dp.order = ""
+        done = c.state in (State.SOLO, State.TAKEN_OVER) or opened
+        return {"steps": steps, "done": done, "state": c.state.value, "reason": c.reason}
 
-    async def _command_stand_down(self, args: dict[str, Any]) -> dict[str, Any]:
+    async def stand_down(self, args: dict[str, Any]) -> dict[str, Any]:
         """This host's guest is silent for certain when this returns; the other one may go on."""
+        c = self._c
         why = str(args.get("why", "asked by the operator"))[:200]
-        if self._busy is not None and not self._busy.done():
+        c.may_stand_down()
+        if (acting := c.acting) is not None:
             # It may be a takeover, which opens the data path at its end.
-            await asyncio.wait({self._busy}, timeout=STAND_DOWN_S)
-            if not self._busy.done():
-                raise ValueError(f"a decision is still being carried out: {self.reason}")
-        self.operator = self.forced = False
-        self.dp.order = ""
-        if not self.path_shut:
-            await self.perform(Action.STOP, f"stood down: {why}")
-        await self.keep_shut()
-        return {"state": self.state.value, "reason": self.reason, "peer": self.peer_state}
+            await asyncio.wait({acting}, timeout=STAND_DOWN_S)
+            if not acting.done():
+                raise ValueError(f"a decision is still being carried out: {c.reason}")
+        c.view.order_withdrawn()
+        c.dp.order = ""
+        if not c.path_shut:
+            await c.perform(Action.STOP, f"stood down: {why}")
+        await c.keep_shut()
+        return {"state": c.state.value, "reason": c.reason, "peer": c.view.peer.state}
 
-    def _command_reprotect(self) -> dict[str, Any]:
-        if self.state is State.STOPPED:
-            if not self.superseded():
-                raise ValueError(f"the other guest is not known to speak: {self.reason}")
-            self.incoming_wanted = True
-            self.await_successor()
+    async def reprotect(self, args: dict[str, Any]) -> dict[str, Any]:
+        """Make room for a new copy. Raises ValueError."""
+        c = self._c
+        if c.state is State.STOPPED:
+            if not c.superseded():
+                raise ValueError(f"the other guest is not known to speak: {c.reason}")
+            c.incoming_wanted = True
+            c.await_successor()
             here = True
-        elif self.state in (State.SOLO, State.TAKEN_OVER) or (
-            self.role is Role.PRIMARY and self.state is State.STARTING
+        elif c.state in (State.SOLO, State.TAKEN_OVER) or (
+            c.role is Role.PRIMARY and c.state is State.STARTING
         ):
-            if not self.peer.send("reprotect", why="asked by the operator"):
+            if not c.peer.send("reprotect", why="asked by the operator"):
                 raise ValueError("the other host's controller does not answer: start it first")
             here = False
         else:
-            raise ValueError(f"nothing to do from state {self.state.value}: {self.reason}")
-        return {"here": here, "state": self.state.value, "command": list(self.config.qemu.incoming)}
+            raise ValueError(f"nothing to do from state {c.state.value}: {c.reason}")
+        return {"here": here, "state": c.state.value, "command": list(c.config.qemu.incoming)}

@@ -15,10 +15,12 @@ import time
 from abc import abstractmethod
 from typing import Any
 
-from . import attach, outside
+from . import attach
 from .abi import Mode
-from .beacon import Flag, Word
-from .commands import Commanded
+from .arbiter import ARBITERS, Arbiter
+from .arbiter import Host as ArbiterHost
+from .beacon import Flag
+from .commands import OperatorCommands
 from .config import Config
 from .datapath import DataPath
 from .device_watch import DeviceWatch
@@ -33,13 +35,15 @@ from .failover import (
     Role,
     State,
     decide,
-    other_guest,
 )
+from .heartbeats import Heartbeats
 from .limits import NEVER
+from .node import Node
+from .pair_view import Surroundings, lets_nothing_out
 from .paths import Paths
 from .peer import Peer
 from .ring import Event
-from .speaker import Speaker, Store, boot_ns
+from .speaker import boot_ns
 from .ticker import IDLE_S, Ticker
 from .tls import Tls
 from .wire import VERSION
@@ -47,45 +51,20 @@ from .wire import VERSION
 log = logging.getLogger("colo_xdp")
 
 
-def make_store(config: Config) -> Store:
-    """The lease's store. Its library is imported only where it is used."""
-    from .lease import Etcd, EtcdStore
-
-    f = config.failover
-    etcd = Etcd(f.etcd, f.etcd_ca, f.etcd_cert, f.etcd_key)
-    return EtcdStore(etcd, config.pair, f.lease_ttl / 10_000)
-
-
 RING_BATCH = 512
 FOR_EVER_NS = (1 << 63) - 1
 GUEST_S = 5.0  # between two looks at what is known of the guest's addresses, and at its port
 
 
-class Controller(Commanded):
+class Controller(Node):
     """One host's controller."""
 
     def __init__(self, config: Config, datapath: DataPath) -> None:
         super().__init__(config, datapath)
-        self.fence_result: bool | None = None
-        self._fence_failed_ns = 0
-        self._fenced_ns = 0  # when the fence command last ended (boot_ns)
-        self._born_ns = time.monotonic_ns()
-        self.peer_vm_gone = False
-        self.peer_why = ""  # what it said with that
-        self._guest_ns = boot_ns()  # since when the other guest is the one that it is
+        self._busy: asyncio.Task[Any] | None = None  # the one action in progress
         self.asks = False  # by beacon: the secondary is to shut its guest in
-        self._lag_ns = 0  # how long this loop stood still since the last heartbeat
-        self._peer_slow_ns = 0  # when the peer last said the like
-        self.peer_state = self.peer_role = ""
         #: of the last planned failover: gap_ms (the network heard nothing of the guest), took_ms
         self.last_failover: dict[str, float] | None = None
-        self.peer_epoch = 0
-        self.other_guest = OtherGuest.UNKNOWN  # as the peer says on this connection
-        self.checkpoint_overdue = False
-        self.stood_down = False  # shut in because the primary asked
-        #: clients may know bytes of this guest that the other one has never heard of (abi.Bond)
-        self.spoke_alone = False
-        self.over = ""  # the guest has ended itself: nobody is to go on (guestlife.py)
         p = config.peer
         tls = Tls(p.cert, p.key, p.ca, p.peer_cert, p.identity) if p.cert else None
         self.peer = Peer(
@@ -99,28 +78,66 @@ class Controller(Commanded):
             on_message=self._peer_message,
             versions=(p.min_version, VERSION),
         )
-        self.paths = Paths(config, self._beacon)
+        self.heartbeats = Heartbeats(self)
+        self.paths = Paths(config, self.heartbeats.on_word)
         self.devices = DeviceWatch(self)
         # The programs must not take a controller that idles for a dead one.
         idle_s = min(IDLE_S, config.datapath.controller_loss / 4000)
         self.ticker = Ticker(self._tick, self.tick_ns, idle_s)
         self._next_beat = 0.0
-        f = config.failover
-        self.speaker: Speaker | None = None
-        if f.arbiter == "lease":
-            self.speaker = Speaker(
-                make_store(config),
-                node=config.role,
-                address=p.local,
+        self.arbiter: Arbiter = ARBITERS[config.failover.arbiter].make(
+            ArbiterHost(
+                config=config,
                 boot=self.peer.boot,
-                ttl_ms=f.lease_ttl,
-                margin_ms=f.lease_margin,
                 speaking=datapath.adopted and not self.silent(),
                 allow=datapath.speak_until,
-                changed=self._lease_changed,
+                changed=self._arbiter_changed,
             )
+        )
+        self.commands = OperatorCommands(self)
 
     # ---- to be filled by the two sides
+
+    @abstractmethod
+    async def perform(self, action: Action, why: str) -> None:
+        """Carry out GO_SOLO, TAKE_OVER, STOP or REARM."""
+
+    @abstractmethod
+    def failover_steps(self, *, planned: bool, force: bool) -> list[str]:
+        """What a failover would do now, step by step."""
+
+    @abstractmethod
+    async def hand_over(self, deadline: float) -> bool:
+        """Planned: a checkpoint, then the SVM goes on and the PVM is silent. Whether it is done.
+
+        Raises ValueError when it cannot begin.
+        """
+
+    async def keep_shut(self) -> None:
+        """The mode says that nothing leaves: see to it that a program is there that obeys."""
+
+    def may_stand_down(self) -> None:
+        """Raises ValueError where this guest must not fall silent now."""
+
+    async def command_checkpoint(self, args: dict[str, Any]) -> dict[str, Any]:
+        """One checkpoint. Raises ValueError where there is none."""
+        raise ValueError("checkpoints are asked for on the primary host")
+
+    def new_policy(self) -> None:
+        """The rules have changed."""
+
+    def asked_again(self) -> None:
+        """A person wants the pair protected: what was given up is tried again."""
+
+    def set_shadow(self, on: bool) -> None:
+        """Hold nothing, or hold again."""
+        if on:
+            raise ValueError("shadow mode is set on the primary host, which holds the frames")
+
+    @property
+    def undecided(self) -> bool:
+        """Nobody has said yet that this host's guest may speak (datapath.py)."""
+        return False
 
     @abstractmethod
     def on_event(self, event: Event) -> None:
@@ -138,7 +155,7 @@ class Controller(Commanded):
     @property
     def uncompared(self) -> bool:
         """Clients may know what the SVM has never said: in shadow mode, or nobody knows."""
-        return self.shadow or (self.undecided and self.other_guest is OtherGuest.COPY)
+        return self.view.shadow or (self.undecided and self.view.peer.guest is OtherGuest.COPY)
 
     @property
     def own_guest(self) -> OwnGuest:
@@ -157,8 +174,8 @@ class Controller(Commanded):
         """When on_tick() has something to do that cannot wait for IDLE_S."""
         return NEVER
 
-    def on_lease(self) -> None:
-        """The lease is got or lost, or the store says something new."""
+    def on_arbiter(self) -> None:
+        """The arbiter says something new: a lease is got or lost, or the like."""
 
     # ---- the data path (device_watch.py)
 
@@ -182,35 +199,38 @@ class Controller(Commanded):
         if trouble:
             whole = state is not self.shown_state()
             return state, trouble if whole else f"{self.reason}; {trouble}"
-        if state is State.PROTECTED and self.peer.connected and self.peer_state == State.DEGRADED:
+        if (
+            state is State.PROTECTED
+            and self.peer.connected
+            and self.view.peer.state == State.DEGRADED
+        ):
             return State.DEGRADED, "the other host's controller says `degraded`: its status has why"
         return state, self.reason
 
     # ---- peer
 
+    def _beat(self) -> None:
+        self.heartbeats.beat()
+        self.devices.listen()
+
     def _peer_up(self) -> None:
         log.info("peer connected")
         self.asks = False
         self.dp.peer_stopped = 0
-        self.peer_state = self.peer_role = ""  # of the connection before
-        self.other_guest = OtherGuest.UNKNOWN
-        self.paths.core.rekey(
-            self.peer.beacon_key, same_peer=self.peer.peer_boot == self._beacon_boot
-        )
-        if self.peer.peer_boot != self._beacon_boot:
-            self._beacon_boot, self._heard_t = self.peer.peer_boot, 0
+        same_peer = self.peer.peer_boot == self.view.peer.boot
+        self.view.connected(self.peer.peer_boot)
+        self.paths.core.rekey(self.peer.beacon_key, same_peer=same_peer)
         # It lives, whatever the fence command has said: it has to be fenced another time.
-        self._fence_is_void("it connects")
+        self.peer_lives("it connects")
         self.devices.connected()
         self._beat()
         self.peer_connected()
 
-    _beacon_boot = ""
-
-    def _fence_is_void(self, why: str) -> None:
-        if self.fence_result and self.state is State.DEGRADED:
+    def peer_lives(self, why: str) -> None:
+        """Whatever the fence command has said."""
+        if self.view.pair.fence.result and self.state is State.DEGRADED:
             log.warning("the fence command had succeeded, but the peer lives: %s", why)
-        self.fence_result = None
+        self.view.fence_is_void()
 
     def peer_connected(self) -> None:
         """The channel is up."""
@@ -221,30 +241,26 @@ class Controller(Commanded):
     def _peer_message(self, msg: dict[str, Any]) -> None:
         kind = msg["type"]
         if kind == "beat":
-            self.peer_state, self.peer_epoch = msg["state"], msg["epoch"]
-            self.peer_role = msg["role"]
-            self.other_guest = other_guest(
-                msg["role"], msg["state"], alone=msg["alone"], shut=msg["shut"]
-            )
+            self.view.heartbeat(msg)
             if self.role is Role.SECONDARY:
                 word = msg["shadow"] and msg["role"] == Role.PRIMARY.value
                 self._shadow_word(word, msg["epoch"])
             if msg.get("over"):
                 self.pair_over("the other guest has ended itself")
             elif msg["shut"]:
-                self._peer_shut(msg["alone"])
+                self.peer_shut(msg["alone"])
             if msg["echo"]:
                 self.peer.rtt_ns = max(0, boot_ns() - msg["echo"])
-                if msg["promise"] and self.speaker is not None:
-                    self.speaker.promised(msg["echo"])
-            self._peer_t = self._heard_t = msg["t"]
+                if msg["promise"]:
+                    self.arbiter.promised(msg["echo"])
+            self.view.heartbeat_read(msg["t"])
         elif kind == "gone":
-            self.peer_why = f'"{msg["why"][:200]}"'
-            self._peer_shut(msg["alone"])
+            self.view.peer_says_why(f'"{msg["why"][:200]}"')
+            self.peer_shut(msg["alone"])
         elif kind == "off":
             self.pair_over(msg["why"][:200])
         elif kind == "ready" or (kind == "begin" and msg["initial"]):
-            self._guest_ns, self.peer_why = boot_ns(), ""
+            self.view.peer_guest_is_new(boot_ns())
         elif kind == "reprotect":
             self.incoming_wanted = True
         elif kind == "bye" and msg["planned"]:
@@ -254,44 +270,6 @@ class Controller(Commanded):
         self.on_message(msg)
         self._decide()
 
-    _peer_t = _heard_t = 0  # t of the newest heartbeat: not answered yet; whatever carried it
-
-    def _beacon(self, word: Word) -> None:
-        """What a beacon says counts only where the control channel cannot say it, if it is newer
-        than all that was heard, recent, and of the guest that there is. A promise has its time in
-        itself."""
-        limit = self.config.peer.heartbeat_timeout
-        if Flag.PROMISE in word.flags and self.speaker is not None and word.after:
-            self.speaker.promised(word.after)
-        if word.lag_ms > limit / 2:
-            self._peer_slow_ns = time.monotonic_ns()
-        since = max(self._guest_ns, boot_ns() - limit * 1_000_000)
-        if self.fence_result and word.after > self._fenced_ns:
-            self._fence_is_void("it has heard what was sent since")
-        if self.peer.connected or word.after <= since or word.t <= self._heard_t:
-            return
-        self._heard_t = word.t
-        self.peer_epoch = word.epoch
-        if Flag.SHUT in word.flags:
-            if not self.peer_vm_gone:
-                self.peer_why = "its QEMU hangs" if Flag.HANGS in word.flags else ""
-                log.warning("the peer's beacons say that its data path is shut")
-            self._peer_shut(Flag.ALONE in word.flags)
-        self.on_beacon(word.flags)
-        self._decide()
-
-    def _beacon_flags(self) -> Flag:
-        flags = Flag(0) if self.vm_gone else Flag.VM
-        for flag, on in (
-            (Flag.SHUT, self.path_shut and not self.over),  # over: no reason to take over
-            (Flag.ALONE, self.spoke_alone), (Flag.ASK, self.asks),
-            (Flag.SHADOW, self.role is Role.PRIMARY and self.uncompared),
-            (Flag.SVM, self.role is Role.SECONDARY), (Flag.HANGS, self.vm_hangs),
-        ):  # fmt: skip
-            if on:
-                flags |= flag
-        return flags
-
     @property
     def path_shut(self) -> bool:
         """Nothing leaves, or will without a new guest: what `shut` means."""
@@ -300,25 +278,26 @@ class Controller(Commanded):
     def _shadow_word(self, on: bool, epoch: int) -> None:
         """Only a later checkpoint ends a shadow: a new primary controller may not know of it."""
         if on:
-            news = not self.shadow
-            self.shadow, self.dp.shadowed = True, epoch + 1
+            news = not self.view.shadow
+            self.view.set_shadow(True)
+            self.dp.shadowed = epoch + 1
             if news:
                 self._beat()  # the primary waits for this word
-        elif self.shadow and epoch >= self.dp.shadowed:
-            self.shadow, self.dp.shadowed = False, 0
+        elif self.view.shadow and epoch >= self.dp.shadowed:
+            self.view.set_shadow(False)
+            self.dp.shadowed = 0
 
-    def _peer_shut(self, was_alone: bool) -> None:
+    def peer_shut(self, was_alone: bool) -> None:
         """The peer's data path drops everything: certain silence, its guest alive or not."""
-        if self.speaker is not None:
-            self.speaker.freed(self.peer.peer_boot)
-        if was_alone and not self.spoke_alone and self.paired():
+        self.arbiter.peer_shut(self.peer.peer_boot)
+        if was_alone and not self.view.guest.standalone and self.paired():
             self.outdated("the other guest spoke alone and is gone: this one lacks what it said")
             return
-        self.peer_vm_gone = True
-        if self.stood_down and not was_alone and not self.vm_gone:
+        self.view.peer_shut()
+        if self.view.guest.demoted and not was_alone and not self.view.guest.gone:
             # It asked us to stand down and then died itself, without having spoken alone: what
             # this side had when it was asked is still all that any client knows.
-            self.stood_down = False
+            self.view.promise_ends()
             self.become(State.DEGRADED, "the peer is gone and has never spoken alone")
 
     @abstractmethod
@@ -333,41 +312,17 @@ class Controller(Commanded):
     def outdated(self, why: str) -> None:
         """The other guest has spoken alone: this one must never speak."""
 
-    def _beat(self) -> None:
-        promise = self.speaker is not None and self.silent() and self.speaker.promise()
-        self.peer.send(
-            "beat",
-            t=boot_ns(),
-            echo=self._peer_t,
-            state=self.own_state().value,
-            epoch=self.dp.epoch,
-            vm=not self.vm_gone,
-            shut=self.path_shut,
-            over=bool(self.over),
-            alone=self.spoke_alone,
-            shadow=self.uncompared,  # the primary's word; of the secondary: it has heard it
-            promise=promise,
-            role=self.role.value,
-        )
-        self._peer_t = 0
-        lag, self._lag_ns = self._lag_ns, 0
-        flags = self._beacon_flags() | (Flag.PROMISE if promise else Flag(0))
-        self.paths.send(flags, lag // 1_000_000, self.dp.epoch)
-        self.devices.listen()
-
     @property
     def speaks(self) -> bool:
         """Whether the network hears this host's guest: what status, metrics, the health paths and
         the cluster's agent say."""
-        s = self.speaker
-        there = not (self.vm_gone or self.vm_absent)
-        heard = not self.silent() and self.dp.port_forwarding
-        return there and heard and (s is None or s.may_speak)
+        permitted = self.arbiter.view().may_transmit
+        forwarding = self.dp.port_forwarding
+        return self.view.heard(self.dp.mode, forwarding=forwarding, permitted=permitted)
 
     def silent(self) -> bool:
         """The data path lets nothing of this host's guest reach the network, whatever it says."""
-        speaks = Mode.TAKEOVER if self.role is Role.SECONDARY else None
-        return self.dp.mode is Mode.DROP or (speaks is not None and self.dp.mode is not speaks)
+        return lets_nothing_out(self.role, self.dp.mode)
 
     async def _watch_guest(self) -> None:
         while True:
@@ -378,61 +333,39 @@ class Controller(Commanded):
 
     def facts(self) -> Facts:
         """What is known now."""
-        f, now = self.config.failover, time.monotonic_ns()
-        wait = self.config.peer.dead_after
-        if self.fence_result is False and now - self._fence_failed_ns > wait * 1_000_000:
-            self.fence_result = None  # nobody is awake to do it: try again
-        if self.operator and time.monotonic() > self._order_until:
-            if self.state not in (State.SOLO, State.TAKEN_OVER, State.STOPPED):
-                log.error("the failover that was asked for did not come about: ask for it again")
-            self.operator = self.forced = False
-        s, core, boot = self.speaker, self.paths.core, boot_ns()
-        limit = self.config.peer.heartbeat_timeout
-        return Facts(
-            role=self.role,
-            state=self.shown_state(),
-            own_vm_alive=not self.vm_gone,
-            own_qmp=self.qmp.connected,
-            peer_connected=self.peer.connected,
-            # a controller that has just started has heard nothing, and knows nothing of it
-            peer_silent_ms=min(self.peer.silent_ms(), (now - self._born_ns) / 1e6),
-            heartbeat_timeout_ms=limit,
-            dead_after_ms=wait * (1 + (self.role is Role.SECONDARY)),
-            peer_vm_gone=self.peer_vm_gone,
-            colo_exit=self.colo_exit,
-            automatic=f.automatic and not self.paused,
-            fence_configured=bool(f.fence) and f.arbiter == "fence" and not self.forced,
-            fence_result=self.fence_result,
-            operator=self.operator,
-            checkpoint_overdue=self.checkpoint_overdue,
-            shadow=self.shadow,
-            lease=s is not None,
-            lease_held=s is not None and s.held,
-            may_speak=s is None or s.may_speak,
-            other_alone=s is not None and s.other_alone,
-            recorded=s is not None and s.recorded,
-            committed=s is not None and s.committed,
-            own_vm_hangs=self.vm_hangs,
-            own_vm_why=self.vm_why,
-            peer_why=self.peer_why,
-            paths=tuple(
-                Heard(p.name, core.silent_ms(i, boot), core.unheard_ms(i, boot))
-                for i, p in enumerate(core.paths)
-            ),
-            peer_slow=now - self._peer_slow_ns < 3 * limit * 1_000_000,
-            ending=Ending.STOPPED if self.dp.peer_stopped > boot else self.peer.ending,
-            waiting=self.waiting,
-            undecided=self.undecided,
-            other_guest=self.other_guest if self.peer.connected else OtherGuest.UNKNOWN,
-            own_guest=self.own_guest,
+        core, boot = self.paths.core, boot_ns()
+        return self.view.facts(
+            Surroundings(
+                now_ns=time.monotonic_ns(),
+                state=self.shown_state(),
+                own_qmp=self.qemu.qmp.connected,
+                undecided=self.undecided,
+                own_guest=self.own_guest,
+                waiting=self.waiting,
+                peer_connected=self.peer.connected,
+                peer_silent_ms=self.peer.silent_ms(),
+                ending=Ending.STOPPED if self.dp.peer_stopped > boot else self.peer.ending,
+                paths=tuple(
+                    Heard(p.name, core.silent_ms(i, boot), core.unheard_ms(i, boot))
+                    for i, p in enumerate(core.paths)
+                ),
+                heartbeat_timeout_ms=self.config.peer.heartbeat_timeout,
+                dead_after_ms=self.config.peer.dead_after,
+                automatic=self.config.failover.automatic,
+                arbiter=self.arbiter.view(),
+            )
         )
 
+    @property
+    def acting(self) -> asyncio.Task[Any] | None:
+        """The one action that is being carried out now."""
+        return self._busy if self._busy is not None and not self._busy.done() else None
+
     def _decide(self) -> None:
-        if self._busy is not None and not self._busy.done():
+        if self.acting is not None:
             return
         d: Decision = decide(self.facts())
-        if self.speaker is not None:
-            self._ask_for_lease(self.speaker, d.action)
+        self._tell_arbiter(d.action)
         if d.action is Action.NONE:
             return
         if d.action is Action.WAIT:
@@ -445,20 +378,19 @@ class Controller(Commanded):
         log.info("decision: %s: %s", d.action.value, d.why)
         self._busy = self.spawn(self._act(d))
 
-    def _lease_changed(self) -> None:
-        self.on_lease()
+    def _arbiter_changed(self) -> None:
+        self.on_arbiter()
         self._decide()
 
-    def _ask_for_lease(self, s: Speaker, action: Action) -> None:
-        """A primary whose path is not shut holds the lease; a secondary, when it is to speak."""
+    def _tell_arbiter(self, action: Action) -> None:
+        """A primary's guest wants to be heard while its path is not shut, a secondary's when it is
+        to go on alone."""
         alone = action in (Action.ACQUIRE, Action.GO_SOLO, Action.TAKE_OVER)
-        s.watch = action is not Action.NONE
         if self.role is Role.PRIMARY:
-            s.want = self.dp.mode is not Mode.DROP
+            wants = self.dp.mode is not Mode.DROP
         else:
-            s.want = alone or self.state is State.TAKEN_OVER
-        if action is Action.ACQUIRE and s.held:
-            s.alone()
+            wants = alone or self.state is State.TAKEN_OVER
+        self.arbiter.follow(action, wants=wants)
 
     async def _act(self, d: Decision) -> None:
         alone = self.state in (State.SOLO, State.TAKEN_OVER) and d.action is not Action.STOP
@@ -466,32 +398,9 @@ class Controller(Commanded):
             return  # decided in the meantime, by a message or the end of a checkpoint
         if d.action is Action.FENCE:
             self.become(self.state if self.undecided else State.DEGRADED, d.why)
-            self.fence_result = await self._fence()
-            self._fence_failed_ns, self._fenced_ns = time.monotonic_ns(), boot_ns()
+            self.view.fenced(await self.arbiter.fence(), time.monotonic_ns(), boot_ns())
         else:
             await self.perform(d.action, d.why)
-
-    async def _fence(self) -> bool:
-        """Run the fence command; only exit status 0 within its deadline is success."""
-        f = self.config.failover
-        try:
-            proc = await asyncio.create_subprocess_exec(
-                *outside.fence(self.config.pair, f.fence, f.fence_timeout),
-                env=outside.environment(),
-            )
-        except OSError as e:
-            log.error("fence %s: %s", f.fence[0], e)
-            return False
-        try:
-            async with asyncio.timeout(f.fence_timeout / 1000):
-                status = await proc.wait()
-        except TimeoutError:
-            proc.kill()
-            await proc.wait()
-            log.error("fence: no end after %d ms", f.fence_timeout)
-            return False
-        log.info("fence: exit status %d", status)
-        return status == 0
 
     @property
     def migrate_to(self) -> str:
@@ -502,11 +411,12 @@ class Controller(Commanded):
     def superseded(self) -> bool:
         """Whether this host's guest is worthless, since the other one is certain to speak alone."""
         speaks = [State.SOLO.value]
-        if self.other_guest is OtherGuest.SPEAKS:  # else it waits for a word, and is silent itself
+        # else it waits for a word, and is silent itself
+        if self.view.peer.guest is OtherGuest.SPEAKS:
             speaks.append(State.STARTING.value)
         return self.peer.connected and (
-            self.peer_state == State.TAKEN_OVER.value
-            or (self.peer_role == Role.PRIMARY.value and self.peer_state in speaks)
+            self.view.peer.state == State.TAKEN_OVER.value
+            or (self.view.peer.role == Role.PRIMARY.value and self.view.peer.state in speaks)
         )
 
     # ---- the loop
@@ -517,19 +427,19 @@ class Controller(Commanded):
         self.paths.start()
         loop = asyncio.get_running_loop()
         for fd in self.dp.reader.fds:
-            loop.add_reader(fd, self._drain)
-        if self.speaker is not None:
-            self.spawn(self.speaker.run())
+            loop.add_reader(fd, self.drain)
+        self.spawn(self.arbiter.run())
         if self.state is State.STOPPED:
             self.await_successor()
         else:
-            self.spawn(self._connect_qemu())
+            self.spawn(self.qemu.connect())
         self.spawn(self.devices.run())
         self.spawn(self.ticker.run())
-        self.spawn(self._watch_qemu())
+        self.spawn(self.qemu.watch())
         self.spawn(self._watch_guest())
 
-    def _drain(self) -> None:
+    def drain(self) -> None:
+        """Hand on what is in the ring."""
         if self.dp.drain(self.on_event, RING_BATCH):
             self.on_batch()
             self.ticker.look()
@@ -538,7 +448,7 @@ class Controller(Commanded):
         if self._finished.is_set():
             return None
         now, interval = time.monotonic(), self.config.peer.heartbeat_interval / 1000
-        self._stood_still(late, interval)
+        self.heartbeats.stood_still(late, interval)
         self.dp.beat()
         if now >= self._next_beat:
             self._next_beat = now + interval
@@ -548,23 +458,11 @@ class Controller(Commanded):
                 self.peer.drop(f"silent for {limit} ms")
             self._decide()
         # A wake-up can be missed only at the cost of one tick.
-        self._drain()
+        self.drain()
         self.on_tick(time.monotonic_ns())
         return self._next_beat - now
 
-    def _stood_still(self, late: float, interval: float) -> None:
-        """This loop is late (s). While it did not listen nobody was silent."""
-        if late <= 0:
-            return
-        ns = int(late * 1e9)
-        self._lag_ns = max(self._lag_ns, ns)
-        if late > interval:
-            self.peer.excuse(ns)
-            self.paths.core.excuse(ns)
-        if late > self.config.peer.heartbeat_timeout / 2000:
-            log.warning("this controller stood still for %.0f ms", ns / 1e6)
-
-    async def _open_network(self) -> None:
+    async def open_network(self) -> None:
         """The tap joins the bridge; what stands in the way is said, and tried again on restart."""
         try:
             await asyncio.to_thread(self.dp.open_network)
@@ -588,11 +486,8 @@ class Controller(Commanded):
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self.peer.close()
         self.paths.close()
-        await self.qmp.close()
-        if self.speaker is not None:
-            await self.speaker.close()
-        if self.oob is not None:
-            await self.oob.close()
+        await self.qemu.close()
+        await self.arbiter.close()
 
     async def finished(self) -> None:
         """Until an internal error ends the controller."""

@@ -18,10 +18,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from . import loader, outside
+from . import loader, outside, report
 from .attach import AttachError, NoSuchDevice, Taken
 from .config import Config
-from .control import ControlError, ControlServer
+from .control import Command, ControlError, ControlServer
 from .controller import Controller
 from .datapath import DataPath, DataPathError, DeviceMissing
 from .loader import LoadError, Refused
@@ -70,7 +70,7 @@ def setup_logging() -> None:
 def _reload(ctl: Controller) -> None:
     """SIGHUP has nobody to answer: a file that is wrong is logged, and the old rules stay."""
     try:
-        ctl.reload()
+        ctl.commands.reload()
     except ValueError as e:
         log.error("not reloaded: %s", e)
 
@@ -85,14 +85,17 @@ async def _serve(config: Config, datapath: DataPath) -> int:
     loop.add_signal_handler(signal.SIGHUP, _reload, ctl)
     run_dir = Path(config.datapath.run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
-    control = ControlServer(str(run_dir / f"{config.pair}.{config.role}.sock"), ctl.command)
+    for command, document in report.answers(ctl).items():
+        ctl.commands.answer(command, document)
+    sock = str(run_dir / f"{config.pair}.{config.role}.sock")
+    control = ControlServer(sock, ctl.commands.run)
     await control.start()
     metrics: Any = None
     try:
 
         def fresh_status() -> dict[str, Any]:
             """For the HTTP thread: the loop's thread builds it."""
-            future = asyncio.run_coroutine_threadsafe(ctl.command("status", {}), loop)
+            future = asyncio.run_coroutine_threadsafe(ctl.commands.run(Command.STATUS, {}), loop)
             try:
                 return future.result(timeout=SCRAPE_S)
             except TimeoutError:

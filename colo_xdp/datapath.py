@@ -19,6 +19,7 @@ from pathlib import Path
 from . import abi, attach, loader
 from .abi import Cfg, Mode, Prog, Reason
 from .addresses import AddressTable
+from .arbiter import ARBITERS
 from .claims import mac_key
 from .config import Config
 from .fastmap import FastMap
@@ -114,7 +115,7 @@ class DataPath:
             fast=dp.fast_path == "on" and primary,
             stashes=dp.fast_path_memory * (1 << 20) // abi.STASH,
             conns=dp.fast_path_flows,
-            lease=config.failover.arbiter == "lease",
+            lease=ARBITERS[config.failover.arbiter].needs_grant,
         )
         self.objects, options = self._load(options)
         self._cfg = self.objects.map("config")

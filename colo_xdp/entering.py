@@ -22,9 +22,9 @@ from .config import Config
 from .datapath import DataPath
 from .failover import State
 from .guestlife import GuestLife
-from .node import IN_COLO
 from .qmp import QmpError
 from .reasons import Cause
+from .supervisor import IN_COLO
 
 log = logging.getLogger("colo_xdp.primary")
 
@@ -121,7 +121,7 @@ class Entering(GuestLife):
     async def _migration(self) -> str | None:
         """State of QEMU's migration; None while QMP does not answer."""
         try:
-            return await self.qmp.migration_status()
+            return await self.qemu.qmp.migration_status()
         except QmpError:
             return None
 
@@ -134,15 +134,15 @@ class Entering(GuestLife):
                 self._want = Want(Cause.CONTROLLER_RESTART.value, "this controller is new")
                 return
             lost = migration is not None and migration not in IN_COLO
-            if lost and self.spoke_alone and self.dp.mode is Mode.CHECKPOINT:
+            if lost and self.view.guest.standalone and self.dp.mode is Mode.CHECKPOINT:
                 # Nobody has confirmed the copy of the first checkpoint: the guest may go on alone.
                 await self._enter_failed("a former controller did not come to its end")
             if self.undecided:
                 pass  # what is waited for the decision says
-            elif self.speaker is not None and not self.speaker.may_speak:
-                self.become(self.state, "waiting for the lease: nothing leaves this host")
+            elif not (a := self.arbiter.view()).may_transmit:
+                self.become(self.state, f"waiting for the {a.name}: nothing leaves this host")
             elif migration is None:
-                self.become(self.state, self.vm_why or "waiting for this host's QEMU (QMP)")
+                self.become(self.state, self.view.guest.why or "waiting for this host's QEMU (QMP)")
             elif self.peer.connected and self._peer_ready:
                 why = await self.unfit()
                 why = why or self.tries.held_back(self._peer_qemu, time.monotonic())
@@ -156,8 +156,8 @@ class Entering(GuestLife):
                         self.tries.forget()
                         return
                     except (CheckpointFailed, QmpError) as e:
-                        if not self.spoke_alone:  # the copy counts, and could take over
-                            self.checkpoint_overdue = True
+                        if not self.view.guest.standalone:  # the copy counts, and could take over
+                            self.view.checkpoint_due(True)
                             self.become(State.DEGRADED, f"COLO ended as it was entered: {e}")
                             return
                         if not (isinstance(e, CheckpointFailed) and (e.channel or e.refused)):
@@ -179,9 +179,9 @@ class Entering(GuestLife):
         Output is unprotected until the first STOP. What is captured before a QMP round
         trip that brought no STOP was sent before it, so it may leave.
         """
-        self.colo_exit = False
+        self.view.entering()
         await self._checkpoint(Want(Cause.INITIAL.value, "entering COLO"))
-        state = await self.qmp.migration_status()
+        state = await self.qemu.qmp.migration_status()
         if state != "colo":
             raise CheckpointFailed(f"QEMU is in `{state}`, not in COLO")
 
@@ -192,14 +192,14 @@ class Entering(GuestLife):
         too long.
         """
         await self._release_proven(ck)
-        m = await self.qmp.execute("query-migrate")
+        m = await self.qemu.qmp.execute("query-migrate")
         state = str(m.get("status", ""))
         if state not in ON_THE_WAY:
             text = f": {m['error-desc']}" if m.get("error-desc") else ""
             raise CheckpointFailed(f"the migration is `{state}`, which does not lead to COLO{text}")
         stood_ms = (time.monotonic_ns() - ck.stop_ns) // 1_000_000 if ck.stop_ns else 0
         if stood_ms > self.config.qemu.enter_stop and not ck.resume_ns:
-            status = await self.qmp.status()
+            status = await self.qemu.qmp.status()
             raise CheckpointFailed(
                 f"the PVM stood still for longer than [qemu] enter_stop, in `{status}`, with the "
                 f"migration in `{state}`"
@@ -207,31 +207,31 @@ class Entering(GuestLife):
 
     async def _release_proven(self, ck: Checkpoint) -> None:
         """While synchronising: QMP answers in order, so no STOP before an answer means none yet."""
-        self._drain()
+        self.drain()
         mark = time.monotonic_ns()
-        await self.qmp.status()
+        await self.qemu.qmp.status()
         self.engine.release_until(ck.stop_ns or mark)
 
     def _bypass(self) -> None:
         """Nothing is held any more, nor what is still on its way to this process."""
         self.dp.mode = Mode.BYPASS
-        self._drain()
+        self.drain()
         self.engine.release_all()
         self._uncompared = True
 
     async def _enter_failed(self, why: str) -> None:
         self._bypass()
         self.become(State.STARTING, f"COLO was not entered: {why}")
-        self.peer.send("failed", n=max(self.dp.epoch, self.peer_epoch) + 1, why=why[:1000])
+        self.peer.send("failed", n=max(self.dp.epoch, self.view.peer.epoch) + 1, why=why[:1000])
         began, tried = time.monotonic(), ""
         while self.state is State.STARTING:
             try:
                 if await self._run_on(time.monotonic() - began):
                     return
-                tried = await self.qmp.status()
+                tried = await self.qemu.qmp.status()
             except QmpError as e:
                 tried = str(e)
-            if not self.qmp.connected:
+            if not self.qemu.qmp.connected:
                 return  # it is gone, or its socket: whoever looks for it says so
             if time.monotonic() - began > 1:
                 self.become(
@@ -242,25 +242,25 @@ class Entering(GuestLife):
 
     async def _run_on(self, since_s: float) -> bool:
         """One try to let the guest run, whatever the entry has left behind; whether it does."""
-        migration = await self.qmp.migration_status()
+        migration = await self.qemu.qmp.migration_status()
         if migration == "colo":
-            await self.leave_colo()
+            await self.qemu.leave_colo()
         elif migration in CANCELLABLE or migration == "cancelling":
             if since_s > YANK_S:
                 with contextlib.suppress(QmpError):  # there may be nothing to cut any more
-                    await (self.oob or self.qmp).yank()
+                    await (self.qemu.oob or self.qemu.qmp).yank()
             if migration != "cancelling":
-                await self.qmp.execute("migrate_cancel")
-            elif await self.qmp.status() != "running":
+                await self.qemu.qmp.execute("migrate_cancel")
+            elif await self.qemu.qmp.status() != "running":
                 return False
         return await self._cont()
 
     async def _cont(self) -> bool:
         """An entry that broke off leaves the guest stopped. Whether it runs now."""
         state = self.state
-        status = await self.qmp.status()
+        status = await self.qemu.qmp.status()
         if status in STOPPED_BY_IT and self.state is state:  # no checkpoint has begun meanwhile
             log.warning("the PVM is `%s`, as by an entry that broke off: cont", status)
-            await self.qmp.execute("cont")
-            status = await self.qmp.status()
+            await self.qemu.qmp.execute("cont")
+            status = await self.qemu.qmp.status()
         return status in ("running", "prelaunch")  # prelaunch: started with -S, not stopped by us

@@ -120,6 +120,21 @@ class Heard:
 
 
 @dataclass(frozen=True, slots=True)
+class ArbiterView:
+    """What the arbiter (arbiter.py) says: who makes sure that only one guest speaks alone."""
+
+    name: str = ""  # of what it grants, for people
+    fences: bool = False  # it can make sure of the other host's silence
+    fenced: bool | None = None  # whether it has; None: not tried yet
+    needs_grant: bool = False  # no guest speaks without its grant; what follows is only meant then
+    granted: bool = False
+    may_transmit: bool = True  # by the grant, or by the peer's promise to be silent
+    peer_standalone: bool = False  # the other guest is recorded to have spoken alone
+    recorded: bool = False  # this one is
+    requested: bool = False  # that has been asked for, and may happen late
+
+
+@dataclass(frozen=True, slots=True)
 class Facts:
     """What this host knows. Times in ms; None: never."""
 
@@ -133,18 +148,11 @@ class Facts:
     peer_vm_gone: bool  # the peer's controller said: my QEMU is dead and my data path is shut
     colo_exit: bool  # our QEMU lost its COLO channel: a hint, not a decision
     automatic: bool
-    fence_configured: bool
-    fence_result: bool | None  # None: not run yet
     operator: bool  # a person asked for failover
     checkpoint_overdue: bool = False
     dead_after_ms: float = float("inf")  # silence that counts as death with no other sign
     shadow: bool = False  # clients may have seen what the SVM has never said
-    lease: bool = False  # the arbiter is a lease; what follows is only meant then
-    lease_held: bool = False
-    may_speak: bool = True  # by the lease, or by the peer's promise to be silent
-    other_alone: bool = False  # the other guest is recorded to have spoken alone
-    recorded: bool = False  # this one is
-    committed: bool = False  # it has been asked for, and may happen late
+    arbiter: ArbiterView = ArbiterView()
     own_vm_hangs: bool = False  # not gone, with own_vm_alive False
     own_vm_why: str = ""  # what it said before
     peer_why: str = ""  # what the peer's controller said with peer_vm_gone
@@ -245,7 +253,7 @@ def _stopped(f: Facts) -> bool:
 
 def _cannot_wait(f: Facts) -> bool:
     """With a lease nobody is fenced, and a primary without a controller is silent in any case."""
-    return f.lease and (f.role is Role.SECONDARY or f.waiting)
+    return f.arbiter.needs_grant and (f.role is Role.SECONDARY or f.waiting)
 
 
 _ENDINGS = {
@@ -361,9 +369,12 @@ _ROWS: tuple[_Row, ...] = (
     (lambda f: not f.own_vm_alive, Action.STOP, _gone_why),
     (_alone, Action.NONE, "this host has decided before"),
     (
-        lambda f: f.lease and f.other_alone and f.role is Role.PRIMARY,
+        lambda f: f.arbiter.needs_grant and f.arbiter.peer_standalone and f.role is Role.PRIMARY,
         Action.STOP,
-        "the lease store says that the secondary's guest has spoken alone: this one's state is old",
+        lambda f: (
+            f"the {f.arbiter.name} store says that the secondary's guest has spoken alone: this "
+            "one's state is old"
+        ),
     ),
     (
         lambda f: f.undecided and f.other_guest is OtherGuest.SPEAKS,
@@ -398,9 +409,12 @@ _ROWS: tuple[_Row, ...] = (
         "host began anew): clients may know bytes that this guest never sent, so a person decides",
     ),
     (
-        lambda f: f.lease and f.committed and f.role is Role.SECONDARY,
+        lambda f: f.arbiter.needs_grant and f.arbiter.requested and f.role is Role.SECONDARY,
         Action.TAKE_OVER,
-        "the lease store was asked to record a takeover, which may have happened: it is finished",
+        lambda f: (
+            f"the {f.arbiter.name} store was asked to record a takeover, which may have happened: "
+            "it is finished"
+        ),
     ),
     (
         lambda f: f.peer_vm_gone and not f.undecided,
@@ -408,12 +422,12 @@ _ROWS: tuple[_Row, ...] = (
         _shut_why,
     ),
     (
-        lambda f: f.operator and f.fence_configured and f.fence_result is None,
+        lambda f: f.operator and f.arbiter.fences and f.arbiter.fenced is None,
         Action.FENCE,
         "failover asked by the operator: fencing the peer first",
     ),
     (
-        lambda f: f.operator and f.fence_configured and f.fence_result is False,
+        lambda f: f.operator and f.arbiter.fences and f.arbiter.fenced is False,
         Action.DEGRADE,
         "failover asked by the operator, but the fence command failed: the peer may be alive",
     ),
@@ -427,7 +441,7 @@ _ROWS: tuple[_Row, ...] = (
         ),
     ),
     (
-        lambda f: _peer_dead(f) and f.automatic and f.fence_configured and f.fence_result is True,
+        lambda f: _peer_dead(f) and f.automatic and f.arbiter.fences and f.arbiter.fenced is True,
         Action.TAKE_OVER,
         lambda f: (
             "the peer's controller is silent, its QEMU has dropped the COLO channel, "
@@ -435,12 +449,12 @@ _ROWS: tuple[_Row, ...] = (
         ),
     ),
     (
-        lambda f: _peer_dead(f) and f.automatic and f.fence_result is False,
+        lambda f: _peer_dead(f) and f.automatic and f.arbiter.fenced is False,
         Action.DEGRADE,
         "the peer looks dead but the fence command failed: it may be alive, so nothing is opened",
     ),
     (
-        lambda f: _peer_dead(f) and f.automatic and f.fence_configured,
+        lambda f: _peer_dead(f) and f.automatic and f.arbiter.fences,
         Action.FENCE,
         lambda f: (
             "the peer's controller is silent and its QEMU has dropped the COLO channel: fencing it "
@@ -448,7 +462,7 @@ _ROWS: tuple[_Row, ...] = (
         ),
     ),
     (
-        lambda f: _peer_dead(f) and f.automatic and f.lease,
+        lambda f: _peer_dead(f) and f.automatic and f.arbiter.needs_grant,
         Action.TAKE_OVER,
         lambda f: (
             "the peer's controller is silent and its QEMU has dropped the COLO channel "
@@ -456,22 +470,25 @@ _ROWS: tuple[_Row, ...] = (
         ),
     ),
     (
-        lambda f: _unreachable(f) and f.automatic and f.lease,
+        lambda f: _unreachable(f) and f.automatic and f.arbiter.needs_grant,
         Action.TAKE_OVER,
         _long_silence,
     ),
     (
-        lambda f: f.lease and not f.may_speak and f.role is Role.PRIMARY,
+        lambda f: f.arbiter.needs_grant and not f.arbiter.may_transmit and f.role is Role.PRIMARY,
         Action.DEGRADE,
-        "the lease could not be renewed and the peer promises nothing: nothing leaves this host",
+        lambda f: (
+            f"the {f.arbiter.name} could not be renewed and the peer promises nothing: nothing "
+            "leaves this host"
+        ),
     ),
     (
-        lambda f: _unreachable(f) and f.automatic and f.fence_result is True,
+        lambda f: _unreachable(f) and f.automatic and f.arbiter.fenced is True,
         Action.TAKE_OVER,
         lambda f: f"{_long_silence(f)}; the fence command has succeeded",
     ),
     (
-        lambda f: _unreachable(f) and f.automatic and f.fence_result is False,
+        lambda f: _unreachable(f) and f.automatic and f.arbiter.fenced is False,
         Action.DEGRADE,
         lambda f: (
             f"{_long_silence(f)}; but the fence command failed: it may be alive, so nothing is "
@@ -479,7 +496,7 @@ _ROWS: tuple[_Row, ...] = (
         ),
     ),
     (
-        lambda f: _unreachable(f) and f.automatic and f.fence_configured,
+        lambda f: _unreachable(f) and f.automatic and f.arbiter.fences,
         Action.FENCE,
         lambda f: f"{_long_silence(f)}; fencing it",
     ),
@@ -536,18 +553,19 @@ _ROWS: tuple[_Row, ...] = (
 
 
 def _arbitrate(f: Facts, why: str) -> Decision:
-    """A guest is to speak alone; with a lease, only who holds it does."""
+    """A guest is to speak alone; where that needs a grant, only who has it does."""
     over = Decision(_OVER[f.role], why)
-    if not f.lease or (f.role is Role.PRIMARY and f.peer_vm_gone):
+    if not f.arbiter.needs_grant or (f.role is Role.PRIMARY and f.peer_vm_gone):
         return over  # a secondary that has shut itself does not take over, whoever holds the lease
-    if f.other_alone:
+    if f.arbiter.peer_standalone:
         return Decision(
             Action.DEGRADE,
-            f"{why}; but the lease store says that its guest has spoken alone, so a person decides",
+            f"{why}; but the {f.arbiter.name} store says that its guest has spoken alone, so a "
+            "person decides",
         )
-    if f.lease_held and f.recorded:
-        return Decision(over.action, f"{why}; the lease is held")
-    return Decision(Action.ACQUIRE, f"{why}: waiting for the lease")
+    if f.arbiter.granted and f.arbiter.recorded:
+        return Decision(over.action, f"{why}; the {f.arbiter.name} is held")
+    return Decision(Action.ACQUIRE, f"{why}: waiting for the {f.arbiter.name}")
 
 
 def decide(f: Facts) -> Decision:

@@ -17,9 +17,7 @@ from abc import abstractmethod
 from typing import Any
 
 from .abi import Bond, Mode
-from .config import Config
 from .controller import Controller
-from .datapath import DataPath
 from .disks import refusal
 from .failover import State
 from .guest_event import STANDS_STILL, Fate, News
@@ -35,10 +33,6 @@ GRACE_S = 5.0  # until a copy of a guest that is off is ended, if it does not en
 
 class GuestLife(Controller):
     """A host that looks at what its guest does to itself."""
-
-    def __init__(self, config: Config, datapath: DataPath) -> None:
-        super().__init__(config, datapath)
-        self.halted = ""  # the guest stands still until somebody repairs something
 
     # ---- of the two sides
 
@@ -60,19 +54,19 @@ class GuestLife(Controller):
         if self.state is State.STOPPED:
             return
         if news.fate is Fate.ENDED:
-            self.vm_why = news.why
+            self.view.guest_said(news.why)
         elif news.fate is Fate.HALTED:
             self.on_halt(news.why)
         elif news.fate is Fate.CHANGED:
             self.on_changed(news.why)
         else:
-            self.vm_why = news.why
+            self.view.guest_said(news.why)
             if self.state is State.STARTING:
                 self.become(State.STARTING, f"{news.why}: nothing was protected yet")
             elif self.alone or (news.fate is Fate.OFF and self.ends_the_pair):
                 self._end(news.why)
             else:
-                self.vm_gone = True
+                self.view.guest_gone()
                 self._decide()
 
     @property
@@ -87,14 +81,14 @@ class GuestLife(Controller):
 
     def on_halt(self, why: str) -> None:
         """It is going to stand still, with its memory whole."""
-        self.halted = f"{why}: repair that, then `cont` in QEMU"
+        self.view.guest_halted(f"{why}: repair that, then `cont` in QEMU")
         if self.state is not State.STARTING:
-            self.become(self.state, self.halted)
+            self.become(self.state, self.view.guest.halted)
 
     def on_resumed(self) -> None:
         """RESUME of the guest."""
-        if self.halted:
-            self.halted = ""
+        if self.view.guest.halted:
+            self.view.guest_halted("")
             if self.state is not State.STARTING:
                 self.become(self.state, "the guest runs again")
 
@@ -107,10 +101,12 @@ class GuestLife(Controller):
 
     async def _say_stopped(self) -> None:
         status, fate = await self.stands_still()
-        if status and self.alone and not self.halted:
+        if status and self.alone and not self.view.guest.halted:
             if fate is None:
-                self.halted = f"QEMU has stopped the guest (`{status}`): `cont` lets it run"
-                self.become(self.state, self.halted)
+                self.view.guest_halted(
+                    f"QEMU has stopped the guest (`{status}`): `cont` lets it run"
+                )
+                self.become(self.state, self.view.guest.halted)
             else:
                 self.on_news(News(fate, f"the guest stands still (`{status}`)"))
 
@@ -118,7 +114,7 @@ class GuestLife(Controller):
         """Why QEMU has stopped the guest with no checkpoint of ours: its run state, and what that
         means if it was not a person. Empty when it runs again, or says nothing."""
         with contextlib.suppress(QmpError):
-            status = await self.qmp.status()
+            status = await self.qemu.qmp.status()
             if status not in ("running", "colo", "finish-migrate", "inmigrate"):
                 return status, STANDS_STILL.get(status)
         return "", None
@@ -126,7 +122,7 @@ class GuestLife(Controller):
     async def unfit(self) -> str:
         """What keeps this guest from being one of a pair, or an empty string."""
         try:
-            blocks = await self.qmp.execute("query-block")
+            blocks = await self.qemu.qmp.execute("query-block")
         except QmpError as e:
             return str(e)
         why = refusal(blocks, self.config.external_disks)
@@ -135,9 +131,9 @@ class GuestLife(Controller):
     # ---- the end
 
     def _end(self, why: str) -> None:
-        if self.over:
+        if self.view.guest.over:
             return
-        self.over = why
+        self.view.guest_over(why)
         before = self._busy
         self._busy = self.spawn(self._shut_down(why, before))
 
@@ -151,13 +147,13 @@ class GuestLife(Controller):
             return
         held = ""
         if self.dp.mode in (Mode.RUN, Mode.CHECKPOINT) and not self.silent():
-            self.peer_vm_gone = False
+            self.view.peer_open()
             self.dp.mode = Mode.CHECKPOINT
             self.peer.send("off", why=why)
             end = time.monotonic() + OFF_S
-            while time.monotonic() < end and self.peer.connected and not self.peer_vm_gone:
+            while time.monotonic() < end and self.peer.connected and not self.view.peer.shut:
                 await asyncio.sleep(TICK_S / 5)
-            if self.peer_vm_gone:
+            if self.view.peer.shut:
                 held = f"; {self.release_last()} held frames released"
         else:
             self.peer.send("off", why=why)
@@ -170,12 +166,12 @@ class GuestLife(Controller):
 
     def pair_over(self, why: str) -> None:
         """The other guest has ended itself."""
-        if self.over:  # it has heard the same of this one, and is silent
-            self.peer_vm_gone = True
+        if self.view.guest.over:  # it has heard the same of this one, and is silent
+            self.view.peer_shut()
             return
         if self.state in (State.STOPPED, State.TAKEN_OVER, State.STARTING, State.SOLO):
             return
-        self.over = why
+        self.view.guest_over(why)
         self.dp.mode, self.dp.bond = Mode.DROP, Bond.NONE
         self.forget_copy()
         self.become(State.STOPPED, f"{why}: the pair is over")
@@ -187,9 +183,9 @@ class GuestLife(Controller):
         end = time.monotonic() + GRACE_S
         while time.monotonic() < end:
             await asyncio.sleep(TICK_S * 10)
-            if not self.qmp.connected or self.state is not State.STOPPED:
+            if not self.qemu.qmp.connected or self.state is not State.STOPPED:
                 return
         with contextlib.suppress(QmpError):
-            if await self.qmp.status() != "inmigrate":
+            if await self.qemu.qmp.status() != "inmigrate":
                 log.info("this guest did not end itself with the other one: quit")
-                await self.qmp.quit()
+                await self.qemu.qmp.quit()

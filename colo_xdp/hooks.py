@@ -15,8 +15,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from . import attach
-from .abi import Cfg, Mode
+from .abi import Cfg
+from .failover import Role
 from .loader import Program
+from .pair_view import lets_nothing_out
 
 if TYPE_CHECKING:
     from .datapath import DataPath
@@ -190,10 +192,7 @@ class Hooks:
     def _bridge(self, tap: attach.Seen, found: Look) -> None:
         """A guest that clients know speaks in the bridge, also on a tap that is a new one."""
         dp, net = self._dp, self._dp.config.network
-        if dp.role == "primary":
-            speaks = dp.mode is not Mode.DROP and not dp.undecided
-        else:
-            speaks = dp.mode is Mode.TAKEOVER
+        speaks = not (lets_nothing_out(Role(dp.role), dp.mode) or dp.undecided)
         if net.bridge and speaks and not tap.info.master:
             try:
                 dp.open_network()

@@ -24,14 +24,13 @@ from .failover import Action, OwnGuest, Role, State
 from .flowtable import FlowTable
 from .guest_event import STANDS_STILL, News
 from .limits import NEVER
-from .node import IN_COLO, INCOMING_S
 from .qmp import QmpError
 from .qmp_event import QmpEvent
 from .reasons import Cause
 from .record import Record
-from .report import rules_json
 from .ring import Event
 from .status import WAIT_BUCKETS
+from .supervisor import IN_COLO, INCOMING_S
 from .ticker import TICK_S
 
 log = logging.getLogger("colo_xdp.primary")
@@ -126,7 +125,7 @@ class Primary(Checkpointing):
     async def _look_at_guest(self) -> None:
         """Whether QEMU's guest is a new one, for as long as it matters."""
         while self.undecided and self.state is State.STARTING:
-            migration = await self._migration() if self.qmp.connected else None
+            migration = await self._migration() if self.qemu.qmp.connected else None
             seen = OwnGuest.UNKNOWN
             if migration is not None:
                 known = {"colo": OwnGuest.PAIRED, "none": OwnGuest.NEW}
@@ -138,14 +137,14 @@ class Primary(Checkpointing):
 
     def _open(self, why: str) -> None:
         """The first word of this host's guest since the data path began: it speaks alone."""
-        self.spoke_alone = self._uncompared = True
+        self.view.went_standalone()
+        self._uncompared = True
         self.dp.bond = Bond.ALONE
         self.dp.mode = Mode.BYPASS
         self.dp.undecided = False
-        self.operator = self.forced = False  # it is done: the pair that may follow is another one
-        self.fence_result = None
+        self.view.new_pair()  # what was asked for is done: the pair that may follow is another one
         self.become(State.STARTING, why)
-        self.spawn(self._open_network())
+        self.spawn(self.open_network())
         self._wake.set()
 
     def on_tick(self, now_ns: int) -> None:
@@ -188,8 +187,9 @@ class Primary(Checkpointing):
         self.engine.void_flows(time.monotonic_ns())
         if not still:
             self.request(Cause.HOOKS_LOST, what)
-        if unseen and (not self.shadow or self._leave_shadow or self._exposed):
-            self.shadow, self._exposed, self._leave_shadow = True, still, not still
+        if unseen and (not self.view.shadow or self._leave_shadow or self._exposed):
+            self.view.set_shadow(True)
+            self._exposed, self._leave_shadow = still, not still
             self._leave_ns = time.monotonic_ns()
             self._beat()
 
@@ -212,19 +212,15 @@ class Primary(Checkpointing):
                     "QEMU stopped the PVM again before the end of a checkpoint",
                 )
             elif ck is not None:
-                ck.stop_ns = event.ts_ns
-                if not ck.began_ns <= event.ts_ns <= event.seen_ns:
-                    # The clock was set meanwhile. Too early a STOP only costs a checkpoint more.
-                    log.warning("STOP has an impossible time stamp: the clock was set")
-                    ck.stop_ns = ck.began_ns
+                ck.pvm_stopped(event)
                 self._still_ns = ck.stop_ns
-            elif self.state is State.PROTECTED and not self.halted:
+            elif self.state is State.PROTECTED and not self.view.guest.halted:
                 self.spawn(self._stopped_by_whom())
         elif event.name == "RESUME":
             self._still_ns = 0
             self.on_resumed()
-            if ck is not None and ck.stop_ns and not ck.resume_ns:
-                ck.resume_ns = event.ts_ns
+            if ck is not None:
+                ck.pvm_resumed(event)
         if ck is not None:
             ck.changed.set()
 
@@ -242,7 +238,7 @@ class Primary(Checkpointing):
     async def _whether_it_runs(self) -> None:
         """QMP does not repeat the events that it had while nobody listened."""
         try:
-            status = await self.qmp.status()
+            status = await self.qemu.qmp.status()
         except QmpError:
             return
         if status == "running":
@@ -250,14 +246,14 @@ class Primary(Checkpointing):
             self.on_resumed()
         elif status == "paused" or status in STANDS_STILL:
             self._still_ns = self._still_ns or time.monotonic_ns()
-            if status in STANDS_STILL and not self.halted:
+            if status in STANDS_STILL and not self.view.guest.halted:
                 self.on_news(News(STANDS_STILL[status], f"the PVM stands still (`{status}`)"))
 
     def on_changed(self, why: str) -> None:
         self.request(Cause.GUEST_EVENT, why)
 
     def on_resumed(self) -> None:
-        if self.halted:
+        if self.view.guest.halted:
             super().on_resumed()
             self.request(Cause.GUEST_EVENT, "the PVM runs again after it stood still")
 
@@ -268,7 +264,7 @@ class Primary(Checkpointing):
     def release_last(self) -> int:
         if self._guard is not None:
             self._guard.cancel()
-        self._drain()
+        self.drain()
         return self.engine.release_all()
 
     def forget_copy(self) -> None:
@@ -276,21 +272,21 @@ class Primary(Checkpointing):
             self._guard.cancel()
 
     def peer_connected(self) -> None:
-        self.checkpoint_overdue = False
+        self.view.checkpoint_due(False)
 
     def on_message(self, msg: dict[str, Any]) -> None:
         kind, ck = msg["type"], self._ck
         if kind == "ready":
-            self._peer_ready, self.peer_vm_gone = True, False  # another SVM than the one that died
+            self._peer_ready = True
+            self.view.peer_open()  # another SVM than the one that died
             self._peer_qemu, self._peer_lacks = (msg.get("qemu", 0), self.peer.peer_boot), ""
-            if self.speaker is not None:
-                self.speaker.revived()
+            self.arbiter.peer_open()
             self._wake.set()
             self._protect_again()
         elif kind == "beat":
             if self.state is State.STOPPED:
                 return
-            waits = self.shadow and not self._leave_shadow and not self.engine.shadow
+            waits = self.view.shadow and not self._leave_shadow and not self.engine.shadow
             waits = waits and not self._exposed
             if waits and msg["shadow"] and msg["role"] == Role.SECONDARY.value:
                 self.engine.set_shadow(True, time.monotonic_ns())
@@ -310,21 +306,12 @@ class Primary(Checkpointing):
         elif kind == "resumed":
             self.last_failover = {"gap_ms": msg["gap_us"] / 1e3, "took_ms": msg["took_us"] / 1e3}
             log.info("the network heard nothing of the guest for %.1f ms", msg["gap_us"] / 1e3)
-        elif kind == "based" and ck is not None:
-            ck.based = max(ck.based, msg["n"] + 1)
-            ck.changed.set()
         elif kind == "ask":
             self.request(Cause.GUEST_EVENT, f"the secondary: {msg['why'][:200]}")
         elif kind == "failed" and ck is None and self.state is State.STARTING:
             self._peer_lacks = msg["why"][:300]
-        elif ck is not None and kind in ("begun", "done", "failed") and msg["n"] == ck.n:
-            if kind == "begun":
-                ck.begun = True
-            elif kind == "done":
-                ck.done = True
-            else:
-                ck.failed = msg["why"]
-            ck.changed.set()
+        elif ck is not None and kind in ("begun", "done", "failed", "based"):
+            ck.heard(msg)
 
     def on_beacon(self, flags: Flag) -> None:
         speaks = Flag.SVM in flags and Flag.ALONE in flags and Flag.SHUT not in flags
@@ -365,7 +352,7 @@ class Primary(Checkpointing):
     def outdated(self, why: str) -> None:
         self._stand_down(why)
 
-    def on_lease(self) -> None:
+    def on_arbiter(self) -> None:
         self._wake.set()
 
     def _protect_again(self) -> None:
@@ -379,14 +366,14 @@ class Primary(Checkpointing):
     async def _leave_and_protect(self) -> None:
         while self.state is State.STARTING:
             try:
-                if await self.qmp.migration_status() not in IN_COLO:
+                if await self.qemu.qmp.migration_status() not in IN_COLO:
                     break
-                await self.leave_colo()  # of the pair that was
+                await self.qemu.leave_colo()  # of the pair that was
             except QmpError as e:
                 log.warning("%s", e)
             await asyncio.sleep(REARM_S)
-        self.operator = self.forced = self.checkpoint_overdue = False
-        self.fence_result = self._want = None
+        self.view.new_pair()
+        self._want = None
         await self._protect()
 
     async def succeed(self) -> None:
@@ -402,7 +389,7 @@ class Primary(Checkpointing):
         if self.undecided:
             self.spawn(self._look_at_guest())
         elif self.dp.mode is not Mode.DROP:  # a former controller may have died before this
-            self.spawn(self._open_network())
+            self.spawn(self.open_network())
         self.spawn(self._watch_bridge())
         if self.own is not None:
             self.spawn(self._sweep_own(self.own))
@@ -430,7 +417,7 @@ class Primary(Checkpointing):
             migration = await self._migration()
             if migration in IN_COLO:  # a former controller died before this
                 try:
-                    await self.leave_colo()
+                    await self.qemu.leave_colo()
                 except QmpError as e:  # or QEMU was just about to
                     log.warning("%s (the PVM goes on all the same)", e)
             if migration in (*IN_COLO, "failed"):
@@ -459,7 +446,7 @@ class Primary(Checkpointing):
             if self._guard is not None:
                 self._guard.cancel()
             self.become(State.STOPPED, why)
-            self.peer.send("gone", why=why, alone=self.spoke_alone)
+            self.peer.send("gone", why=why, alone=self.view.guest.standalone)
         elif action is Action.ASK_SHUT:
             self.become(self.state if self.undecided else State.DEGRADED, why)
             self.asks = not self.peer.send("solo", why=why)
@@ -474,17 +461,18 @@ class Primary(Checkpointing):
             self._guard.cancel()
         self._peer_ready = False
         self.peer.send("solo", why=why)
-        self._drain()
-        self.spoke_alone = self._uncompared = True
+        self.drain()
+        self.view.went_standalone()
+        self._uncompared = True
         self.dp.bond = Bond.ALONE
         released = self.engine.release_all()
         self.dp.mode = Mode.BYPASS
         if self.undecided:
             self.dp.undecided = False
-            await self._open_network()
-        self._drain()
+            await self.open_network()
+        self.drain()
         try:
-            await self.leave_colo()
+            await self.qemu.leave_colo()
         except QmpError as e:
             log.warning("%s (the PVM goes on all the same)", e)
         if self.state is State.STOPPED:  # the secondary has taken over meanwhile
@@ -496,14 +484,14 @@ class Primary(Checkpointing):
     def _plan(self, why: str) -> None:
         if self.state not in (State.PROTECTED, State.CHECKPOINTING):
             raise ValueError(f"no planned failover from state {self.state.value}: {self.reason}")
-        if self.shadow or self._leave_shadow:
+        if self.view.shadow or self._leave_shadow:
             raise ValueError("no planned failover from shadow mode: leave it first")
-        s = self.speaker
-        if s is not None and not s.held:
-            why = s.trouble or "another host holds the lease"
-            raise ValueError(f"no planned failover, the SVM could not get the lease: {why}")
-        if self.halted:
-            raise ValueError(f"no planned failover: {self.halted}")
+        a = self.arbiter.view()
+        if a.needs_grant and not a.granted:
+            why = self.arbiter.trouble or f"another host holds the {a.name}"
+            raise ValueError(f"no planned failover, the SVM could not get the {a.name}: {why}")
+        if self.view.guest.halted:
+            raise ValueError(f"no planned failover: {self.view.guest.halted}")
         self._plan_refused = ""
         # as long as the command waits, which then says that it is not done
         ms = self.config.checkpoint.deadline + 2 * self.config.qemu.qmp_timeout
@@ -517,7 +505,7 @@ class Primary(Checkpointing):
         while time.monotonic() < deadline and self.checkpoints_failed == failed:
             if self._plan_refused:
                 raise ValueError(f"no planned failover: {self._plan_refused}")
-            if self.state is State.STOPPED and self.peer_state == State.TAKEN_OVER.value:
+            if self.state is State.STOPPED and self.view.peer.state == State.TAKEN_OVER.value:
                 return True
             await asyncio.sleep(TICK_S)
         return False
@@ -551,11 +539,11 @@ class Primary(Checkpointing):
         """Shadow begins when the secondary says that it has heard of it: it would take over from
         what clients know more than it does. It ends with a checkpoint whose STOP comes later:
         until then the SVM may not know what clients know, though everything is held from now on."""
-        if on == self.shadow and not self._leave_shadow:
+        if on == self.view.shadow and not self._leave_shadow:
             return
         self._leave_shadow = not on
         if on:
-            self.shadow = True
+            self.view.set_shadow(True)
             self._beat()
         else:
             self._leave_ns = time.monotonic_ns()
@@ -563,18 +551,3 @@ class Primary(Checkpointing):
             self._want = self._want or Want(Cause.OPERATOR.value, "leaving shadow mode")
             self._hurry = True
             self._wake.set()
-
-    def tell(self, name: str, args: dict[str, Any]) -> dict[str, Any]:
-        if name == "explain":
-            return self.journal.to_json() | {"rules": rules_json(self.engine)}
-        after, limit = args.get("after", 0), args.get("limit", 8)
-        if type(after) is not int or type(limit) is not int or not 1 <= limit <= 64:
-            raise ValueError("capture: `after` is a number, `limit` one from 1 to 64")
-        return self.journal.frames_json(after, limit)
-
-    # ---- status
-
-    def status(self) -> dict[str, Any]:
-        from .report import primary_status
-
-        return primary_status(self)

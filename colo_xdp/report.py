@@ -1,38 +1,73 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Builds the status document (status.py) from a live controller."""
+"""Documents about a live controller: its status (status.py), and what it has seen differ."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 from .compare import Engine
-from .failover import Role
+from .control import Command
+from .controller import Controller
 from .journal import divergence_json
+from .primary import Primary
 from .reasons import Cause
+from .secondary import Secondary
 from .status import empty
 
-if TYPE_CHECKING:
-    from .controller import Controller
-    from .primary import Primary
-    from .secondary import Secondary
+
+def answers(c: Controller) -> dict[Command, Callable[[dict[str, Any]], dict[str, Any]]]:
+    """The commands of the control socket that only ask for a document."""
+    return {
+        Command.STATUS: lambda args: status(c),
+        Command.EXPLAIN: lambda args: explain(c),
+        Command.CAPTURE: lambda args: capture(c, args),
+    }
+
+
+def status(c: Controller) -> dict[str, Any]:
+    """The documented status (status.py)."""
+    if isinstance(c, Primary):
+        return primary_status(c)
+    assert isinstance(c, Secondary)
+    return secondary_status(c)
+
+
+def _who_compares(c: Controller, command: str) -> Primary:
+    if not isinstance(c, Primary):
+        raise ValueError(f"{command}: ask the primary host, which compares")
+    return c
+
+
+def explain(c: Controller) -> dict[str, Any]:
+    """What differed, and what the rules of the policy have done. Raises ValueError."""
+    p = _who_compares(c, "explain")
+    return p.journal.to_json() | {"rules": rules_json(p.engine)}
+
+
+def capture(c: Controller, args: dict[str, Any]) -> dict[str, Any]:
+    """Frames that differed, a page of them. Raises ValueError."""
+    p = _who_compares(c, "capture")
+    after, limit = args.get("after", 0), args.get("limit", 8)
+    if type(after) is not int or type(limit) is not int or not 1 <= limit <= 64:
+        raise ValueError("capture: `after` is a number, `limit` one from 1 to 64")
+    return p.journal.frames_json(after, limit)
 
 
 def permission(c: Controller) -> dict[str, Any]:
     """Whether this host's guest reaches the network, and by which right."""
-    s = c.speaker
-    lease = "" if s is None else "held" if s.held else "promised" if s.may_speak else "none"
     return {
         "speaks": c.speaks,
         "undecided": c.undecided,
-        "lease": lease,
-        "left_s": None if s is None else s.left_s,
+        "lease": c.arbiter.right,
+        "left_s": c.arbiter.left_s,
         "bond": c.dp.bond.name.lower(),
     }
 
 
 def _common(c: Controller) -> dict[str, Any]:
     doc = empty(c.config.pair, c.role.value).to_json()
-    info = c.qemu_info
+    info = c.qemu.info
     silent = c.peer.silent_ms()
     state, reason = c.told()
     injectors = c.dp.injectors.values()
@@ -44,21 +79,21 @@ def _common(c: Controller) -> dict[str, Any]:
         mode=c.dp.mode.name.lower(),
         hook=c.dp.hook,
         events=c.dp.objects.events,
-        paused=c.paused,
+        paused=c.view.paused,
         permission=permission(c),
         port=c.dp.port_state,
         qemu={
-            "connected": c.qmp.connected,
+            "connected": c.qemu.qmp.connected,
             "version": ".".join(map(str, info.version)) if info else "",
             "accel": ("kvm" if info.kvm else "tcg") if info else "",
-            "gone": c.vm_gone,
+            "gone": c.view.guest.gone,
         },
         peer={
             "connected": c.peer.connected,
             "silent_ms": None if silent == float("inf") else silent,
-            "state": c.peer_state,
+            "state": c.view.peer.state,
             "rtt_us": c.peer.rtt_ns / 1000,
-            "gone": c.peer_vm_gone,
+            "gone": c.view.peer.shut,
             "ending": c.peer.ending.value,
         },
         paths=c.paths.status(),
@@ -127,11 +162,10 @@ def rules_json(e: Engine) -> list[dict[str, Any]]:
 
 def secondary_status(c: Secondary) -> dict[str, Any]:
     """The secondary controller's document."""
-    assert c.role is Role.SECONDARY
     doc = _common(c)
-    doc["engine"] |= {"svm_stale": c.stale, "hold_overflow": c.overflow}
-    doc["held"]["packets"] = c.holding
-    doc["held"]["limit"] = c.hold_limit
+    doc["engine"] |= {"svm_stale": c.held.stale, "hold_overflow": c.held.overflow}
+    doc["held"]["packets"] = c.held.count
+    doc["held"]["limit"] = c.held.limit
     doc["flows"] = {
         "tracked": c.flows.tracked,
         "opening": c.flows.opening,

@@ -17,17 +17,20 @@ from typing import Any
 
 from . import abi
 from .abi import Bond, Mode
+from .arbiter import ArbiterError
 from .beacon import Flag
 from .config import Config
 from .datapath import DataPath
 from .failover import Action, Role, State
+from .flowtable import FlowTable
 from .guest_event import News
+from .guestlife import GuestLife
+from .held_frames import HeldFrames, Hold
 from .qmp import QmpError
 from .qmp_event import QmpEvent
 from .reasons import Cause
 from .ring import Event
-from .speaker import Speaker, StoreError
-from .takeover import Hold, TakingOver
+from .takeover import Takeover
 from .ticker import TICK_S
 
 log = logging.getLogger("colo_xdp.secondary")
@@ -36,79 +39,75 @@ SWEEP_S = 5.0
 REMIND_S = 2.0  # longer than the primary needs from `ready` to its next state
 
 
-class Secondary(TakingOver):
+class Secondary(GuestLife):
     """Controller of the SVM's host."""
 
     role = Role.SECONDARY
 
     def __init__(self, config: Config, datapath: DataPath) -> None:
         super().__init__(config, datapath)
+        self.flows = FlowTable(datapath.objects.map("flows"), datapath.objects.map("opening"))
+        self.held = HeldFrames(
+            self._deliver,
+            self._forward,
+            lambda: self.state is State.TAKEN_OVER,
+            16 * config.compare.max_queue_size,
+        )
+        self.takeover = Takeover(self)
+        self._ready_wanted = False
         self._remind_at = 0.0
         self._missed = ""  # what the primary has to be told, and could not
         self._qemus = 0  # that have waited here
-        self._entered = False  # the SVM runs in COLO
-        # The primary's beat has confirmed a checkpoint. Until then it may have given up entering
-        # and let the PVM speak uncompared, whatever this QEMU has loaded: no takeover.
-        self._confirmed = datapath.adopted and datapath.bond is not Bond.NONE
+        self.view.adopted(confirmed=datapath.adopted and datapath.bond is not Bond.NONE)
         self.checkpoints = 0
         self.last_pause_ms = 0.0
         self.stepped_out = False
         self._hooks = asyncio.Lock()  # programs are being taken off or put back
         if datapath.adopted:
-            self.shadow = datapath.shadowed > 0
+            self.view.set_shadow(datapath.shadowed > 0)
             if datapath.mode is Mode.TAKEOVER:
-                self.spoke_alone = True
+                self.view.went_standalone()
                 self.state = State.TAKEN_OVER
                 self.reason = "taken over by a former controller"
             elif datapath.mode in (Mode.RUN, Mode.CHECKPOINT):
-                self._entered = datapath.epoch > 0
-                self.state = State.DEGRADED if self._confirmed else State.STARTING
+                if datapath.epoch > 0:
+                    self.view.in_colo()
+                self.state = State.DEGRADED if self.view.pair.confirmed else State.STARTING
                 self.reason = "a former controller's data path was taken over"
                 if datapath.mode is Mode.CHECKPOINT:
                     # It died with frames in hand. Holding goes on; the primary asks anew.
                     self._begin_hold(datapath.epoch + 1)
-                    self._unsure = datapath.epoch
+                    self.takeover.unsure = datapath.epoch
             elif datapath.epoch > 0:
-                self.spoke_alone = datapath.bond is Bond.ALONE
+                if datapath.bond is Bond.ALONE:
+                    self.view.went_standalone()
                 self.state = State.STOPPED
                 self.reason = "the data path was shut by a former controller"
 
     def hooks_lost(self, what: str, *, unseen: bool, still: bool) -> None:
-        if self._entered and not still:
+        if self.view.pair.in_colo and not still:
             self._missed = "" if self.peer.send("missed", why=what[:200]) else what
 
     # ---- frames
 
-    def on_event(self, event: Event) -> None:
-        h = self._hold
-        if event.source == abi.Source.CLIENT:
-            if h is None:
-                self._deliver(event)
-            else:
-                self._keep(h.client, event)
-        elif h is None:
-            self._forward(event)
-        else:
-            self._keep(h.svm, event)
+    def _deliver(self, e: Event) -> None:
+        self.dp.injectors["deliver"].send(e.frame, e.gso_size, e.partial, e.gso_type)
 
-    @property
-    def holding(self) -> int:
-        """Frames that wait for the end of a checkpoint."""
-        h = self._hold
-        return len(h.client) + len(h.svm) if h else 0
+    def _forward(self, e: Event) -> None:
+        self.dp.injectors["forward"].send(e.frame, e.gso_size, e.partial, e.gso_type)
+
+    def on_event(self, event: Event) -> None:
+        if event.source == abi.Source.CLIENT:
+            self.held.from_client(event)
+        else:
+            self.held.from_svm(event)
 
     # ---- checkpoints
 
     def _begin_hold(self, n: int, *, planned: bool = False) -> None:
-        now = time.monotonic()
-        limit = self.config.checkpoint.deadline / 1000 if self._confirmed else float("inf")
-        if self._hold is None:
-            self._hold = Hold(n, time.monotonic_ns(), now + limit)
-        else:  # asked again after a failure: go on holding what is held
-            self._hold.n, self._hold.deadline = n, now + limit
-            self._hold.stop_ns, self._hold.resume = 0, None
-            self._hold.stopped = False
-        self._hold.planned = planned
+        limit = self.config.checkpoint.deadline / 1000 if self.view.pair.confirmed else float("inf")
+        deadline = time.monotonic() + limit
+        self.held.begin(n, time.monotonic_ns(), deadline, planned=planned)
         self.dp.mode = Mode.CHECKPOINT
 
     def on_message(self, msg: dict[str, Any]) -> None:
@@ -116,29 +115,31 @@ class Secondary(TakingOver):
         if kind == "begin":
             self._on_begin(msg["n"], msg["initial"], msg["cause"] == Cause.PLANNED)
         elif kind == "beat":
-            h = self._hold
+            h = self.held.hold
             # A planned one ends with the takeover, unless the primary went on all the same.
             over = h is not None and msg["epoch"] >= h.n and not (h.planned and msg["shut"])
             if h is not None and h.resume is not None and over:
                 self._finish(h, h.resume)
-            if msg["alone"] and not msg["shut"] and self._confirmed:
+            if msg["alone"] and not msg["shut"] and self.view.pair.confirmed:
                 self.outdated("the PVM has spoken alone")  # while nothing was heard of it
             elif self._was_not_missed(msg):
                 self.become(State.PROTECTED, "the primary is heard again, and has missed nothing")
         elif kind == "silent":
-            self._silent_ns = time.monotonic_ns() - msg["us"] * 1000 - self.peer.rtt_ns // 2
+            self.takeover.primary_silent(
+                time.monotonic_ns() - msg["us"] * 1000 - self.peer.rtt_ns // 2
+            )
         elif kind == "claims":
             self._on_claims(msg["n"], msg["addresses"], msg["macs"])
         elif kind == "base":
             self._on_base(msg["n"], msg["flows"])
-        elif kind == "ready" and self.state is State.TAKEN_OVER and self.spoke_alone:
+        elif kind == "ready" and self.state is State.TAKEN_OVER and self.view.guest.standalone:
             if self.migrate_to:
                 self.change_role("a new QEMU waits on the other host for this guest's state")
             else:
                 log.error("a new secondary waits, but [qemu] reverse_uri does not say where")
         elif kind == "solo":
             self._stand_down(msg["why"])
-        elif kind == "failed" and self.state is State.STARTING and not self._confirmed:
+        elif kind == "failed" and self.state is State.STARTING and not self.view.pair.confirmed:
             self._given_up(msg["why"])
 
     def _was_not_missed(self, beat: dict[str, Any]) -> bool:
@@ -146,10 +147,15 @@ class Secondary(TakingOver):
         pair again by a checkpoint, sees no reason for one."""
         return (
             self.state is State.DEGRADED
-            and self._confirmed
-            and self._entered
-            and not (self._taking_over or self.colo_exit or self.vm_gone or self.stood_down)
-            and self._hold is None
+            and self.view.pair.confirmed
+            and self.view.pair.in_colo
+            and not (
+                self.takeover.under_way
+                or self.view.guest.colo_exit
+                or self.view.guest.gone
+                or self.view.guest.demoted
+            )
+            and self.held.hold is None
             and self.dp.mode is Mode.RUN
             and not beat["shut"]
             and beat["state"] == State.PROTECTED.value
@@ -160,20 +166,20 @@ class Secondary(TakingOver):
         if Flag.SVM in flags:
             return
         if Flag.SHADOW in flags:
-            self._shadow_word(True, self.peer_epoch)
-        if Flag.ALONE in flags and Flag.SHUT not in flags and self._confirmed:
+            self._shadow_word(True, self.view.peer.epoch)
+        if Flag.ALONE in flags and Flag.SHUT not in flags and self.view.pair.confirmed:
             self.outdated("the PVM has spoken alone, as its beacons say")
         if Flag.ASK in flags and self.state is not State.STOPPED:
             self._stand_down("asked by its beacons")
 
     def paired(self) -> bool:
-        return self._confirmed
+        return self.view.pair.confirmed
 
     def outdated(self, why: str) -> None:
         if self.state not in (State.TAKEN_OVER, State.STOPPED):
             self._stand_down(why)
-        if not self.spoke_alone:  # whatever becomes of the peer
-            self.stood_down = self._confirmed = False
+        if not self.view.guest.standalone:  # whatever becomes of the peer
+            self.view.no_copy()
             self.dp.bond = Bond.NONE
 
     def _stand_down(self, why: str) -> None:
@@ -182,14 +188,14 @@ class Secondary(TakingOver):
             return
         # A checkpoint under way is not forgotten: QEMU may load it all the same.
         self.dp.mode = Mode.DROP
-        self.stood_down = not self.vm_gone
+        self.view.demoted()
         self.become(State.STOPPED, f"stood down for the primary: {why}")
         self.peer.send("gone", why="the secondary has shut its data path", alone=False)
 
     def _on_base(self, n: int, text: str) -> None:
         """Offsets of the guest that this one is a copy of; they count when the copy speaks."""
-        h = self._hold
-        if self._confirmed:  # a new primary controller does not know that they are here
+        h = self.held.hold
+        if self.view.pair.confirmed:  # a new primary controller does not know that they are here
             self.peer.send("based", n=n)
             return
         if h is None:
@@ -205,18 +211,22 @@ class Secondary(TakingOver):
     def _given_up(self, why: str) -> None:
         """The primary has given up entering COLO. A QEMU that has begun to load is of no use any
         more: as for any guest that is over, its successor is waited for."""
-        if self._hold is None:
+        if self.held.hold is None:
             return
-        self._hold, self._entered = None, False
+        self.held.take()
+        self.view.not_in_colo()
         self.dp.mode = Mode.DROP
         self.spawn(self._after_given_up(why[:500]))
 
     async def _after_given_up(self, why: str) -> None:
         try:
-            waits = await self.qmp.status() == "inmigrate" and not await self.qmp.migration_status()
+            waits = (
+                await self.qemu.qmp.status() == "inmigrate"
+                and not await self.qemu.qmp.migration_status()
+            )
         except QmpError:
             return  # gone: on_qemu_gone() says so
-        if self.state is not State.STARTING or self._hold is not None:
+        if self.state is not State.STARTING or self.held.hold is not None:
             return
         if waits:
             self.become(State.STARTING, f"the primary has given up entering COLO: {why}")
@@ -232,11 +242,11 @@ class Secondary(TakingOver):
         """What may have changed since this host said that it is ready."""
         try:
             why = await self.unfit()
-            status = await self.qmp.status()
+            status = await self.qemu.qmp.status()
             if not why and status != "inmigrate":
                 why = f"the SVM's QEMU is `{status}`, not waiting (-incoming)"
             if not why:
-                await self.qmp.prepare(primary=False)
+                await self.qemu.qmp.prepare(primary=False)
         except QmpError as e:
             why = str(e)
         if why:
@@ -247,12 +257,13 @@ class Secondary(TakingOver):
         self._on_begin(n, initial=True, planned=False, asked=True)
 
     def on_qemu_gone(self) -> None:
-        h, self._hold = self._hold, None
+        h = self.held.take()
         super().on_qemu_gone()
-        self._ready_wanted = self._entered = False
+        self._ready_wanted = False
+        self.view.not_in_colo()
         if h is not None:
             self.dp.mode = Mode.DROP
-            self.peer.send("failed", n=h.n, why=self.vm_why or "the SVM's QEMU is gone")
+            self.peer.send("failed", n=h.n, why=self.view.guest.why or "the SVM's QEMU is gone")
 
     def _on_claims(self, n: int, addresses: str, macs: str) -> None:
         """What the PVM has said of itself: from epoch n on this guest has said it."""
@@ -265,12 +276,13 @@ class Secondary(TakingOver):
         except (ValueError, OSError) as e:  # then it is not announced at a takeover
             log.warning("addresses of the PVM: %s", e)
 
-    async def _ask_store(self, s: Speaker, n: int) -> None:
-        """With no lease to be had the guest would be silent on both hosts."""
+    async def _ask_arbiter(self, n: int) -> None:
+        """Planned: this guest is to be the one that speaks."""
         try:
-            await s.look()
-        except StoreError as e:
-            self.peer.send("failed", n=n, why=f"the SVM could not get the lease: {e}")
+            await self.arbiter.check()
+        except ArbiterError as e:
+            name = self.arbiter.view().name
+            self.peer.send("failed", n=n, why=f"the SVM could not get the {name}: {e}")
             return
         self._on_begin(n, initial=False, planned=True, asked=True)
 
@@ -280,23 +292,23 @@ class Secondary(TakingOver):
             why = f"epoch {n} is over, this side is at {self.dp.epoch}"
         elif self.state in (State.TAKEN_OVER, State.STOPPED):
             why = f"this side is {self.state.value}: {self.reason}"
-        elif not self.qmp.connected:
+        elif not self.qemu.qmp.connected:
             why = "QMP to the SVM is down"
-        elif not initial and not self._entered:
+        elif not initial and not self.view.pair.in_colo:
             why = "the SVM is not in COLO"
         if why:
             self.peer.send("failed", n=n, why=why)
             return
-        if planned and self.speaker is not None and not asked:
-            self.spawn(self._ask_store(self.speaker, n))
+        if planned and self.arbiter.needs_grant and not asked:
+            self.spawn(self._ask_arbiter(n))
             return
         if initial and not asked:
             self.spawn(self._check_entry(n))
             return
         if initial:
-            self.colo_exit = self.peer_vm_gone = False  # signs of an earlier pair
+            self.view.entering()
         self._begin_hold(n, planned=planned)
-        state = State.CHECKPOINTING if self._confirmed else State.STARTING
+        state = State.CHECKPOINTING if self.view.pair.confirmed else State.STARTING
         self.become(state, f"checkpoint to epoch {n}")
         self.peer.send("begun", n=n)
 
@@ -304,44 +316,45 @@ class Secondary(TakingOver):
         if self.state is State.TAKEN_OVER:
             self.on_event_alone(event)
             return
-        if self._taking_over:
-            self._events.append(event)
+        if self.takeover.under_way:
+            self.takeover.saw(event)
             return
-        if event.name == "STOP" and self._entered:
-            if self._hold is None and self.state is State.PROTECTED:
+        if event.name == "STOP" and self.view.pair.in_colo:
+            if self.held.hold is None and self.state is State.PROTECTED:
                 # Nobody told us: somebody else asked QEMU for a checkpoint. Hold at once.
                 log.warning("STOP of the SVM without a checkpoint of ours")
                 self._begin_hold(self.dp.epoch + 1)
-                self.spawn(self._stopped_by_whom(self._hold))
-            if self._hold is not None:
-                self._hold.stop_ns = event.ts_ns
-        elif event.name == "RESUME" and self._hold is not None and self._hold.stopped:
-            self._hold.stop_ns, self._hold.deadline = 0, 0.0  # as one that never came
+                self.spawn(self._stopped_by_whom(self.held.hold))
+            if self.held.hold is not None:
+                self.held.hold.stop_ns = event.ts_ns
+        elif event.name == "RESUME" and self.held.hold is not None and self.held.hold.stopped:
+            self.held.hold.stop_ns, self.held.hold.deadline = 0, 0.0  # as one that never came
             self.on_tick(time.monotonic_ns())
-        elif event.name == "RESUME" and self._hold is not None:
-            h = self._hold
-            self._entered, h.resume = True, event
-            self.last_pause_ms = (event.ts_ns - h.stop_ns) / 1e6 if h.stop_ns else 0.0
-            if self._confirmed and not h.planned:
+        elif event.name == "RESUME" and self.held.hold is not None:
+            h = self.held.hold
+            self.view.in_colo()
+            h.resume = event
+            self.last_pause_ms = h.pause_ms
+            if self.view.pair.confirmed and not h.planned:
                 self._finish(h, event)
             self.peer.send("done", n=h.n, pause_us=int(self.last_pause_ms * 1000))
 
     async def _stopped_by_whom(self, h: Hold | None) -> None:
         """The SVM stands still, and nobody has told of a checkpoint."""
         status, fate = await self.stands_still()
-        if h is None or self._hold is not h or h.resume is not None or not status:
+        if h is None or self.held.hold is not h or h.resume is not None or not status:
             return
         if fate is None or status == "guest-panicked":
             h.stopped = True
             self.peer.send("ask", why=f"the SVM was stopped (`{status}`) by no checkpoint")
             if status == "guest-panicked":  # a state in which QEMU can load none
                 with contextlib.suppress(QmpError):
-                    await self.qmp.execute("cont")
+                    await self.qemu.qmp.execute("cont")
         else:
             self.on_news(News(fate, f"the SVM stands still (`{status}`)"))
 
     def on_changed(self, why: str) -> None:
-        if self._hold is None and self.state is State.PROTECTED:
+        if self.held.hold is None and self.state is State.PROTECTED:
             self.peer.send("ask", why=why)  # else the checkpoint under way makes it a copy again
 
     def on_halt(self, why: str) -> None:
@@ -350,7 +363,8 @@ class Secondary(TakingOver):
         if self.state is State.TAKEN_OVER:
             super().on_halt(why)
         elif self.state is not State.STARTING:
-            self.vm_why, self.vm_gone = why, True
+            self.view.guest_said(why)
+            self.view.guest_gone()
             self._decide()
 
     @property
@@ -358,46 +372,39 @@ class Secondary(TakingOver):
         return self.state is State.TAKEN_OVER
 
     def forget_copy(self) -> None:
-        self._hold, self._entered = None, False
-        self.stood_down = self._confirmed = False
+        self.held.take()
+        self.view.not_in_colo()
+        self.view.no_copy()
 
     def _finish(self, h: Hold, event: QmpEvent) -> None:
         """The SVM runs the new state: what it sends from its RESUME on is of the next epoch."""
-        self._drain()
-        self._hold = None
+        self.drain()
+        self.held.take()
         if self.dp.mode is Mode.DROP:  # stood down meanwhile: silent, but in the PVM's numbers
             self.dp.epoch = h.n
             return
-        self._resume_ns = event.ts_ns
-        if not h.began_ns <= event.ts_ns <= event.seen_ns:
-            # The clock was set meanwhile. Too late a RESUME only drops what TCP sends again.
-            log.warning("RESUME has an impossible time stamp: the clock was set")
-            self._resume_ns = event.seen_ns
+        self.held.resumed(h, event)
         self.dp.epoch = h.n  # offsets of the former epoch are void from here on
-        for e in h.client:
-            self._deliver(e)
-        for e in h.svm:
-            self._forward(e)
+        self.held.let_go(h)
         self.dp.bond = Bond.EQUAL
         self.dp.mode = Mode.RUN
-        self._drain()
-        self._confirmed, self._ready_wanted = True, False
+        self.drain()
+        self.view.copy_confirmed()
+        self._ready_wanted = False
         self.checkpoints += 1
         self.become(State.PROTECTED, f"the SVM runs epoch {h.n}")
 
     def on_tick(self, now_ns: int) -> None:
         self._remind()
-        h = self._hold
+        h = self.held.hold
         if self.dp.mode is not Mode.CHECKPOINT or h is None:
             return
         if not h.stop_ns and time.monotonic() > h.deadline:
-            # Asked for, and the SVM never stopped: it is still the guest it was (or see _unsure).
-            self._drain()
-            self._hold = None
-            for e in h.client:
-                self._deliver(e)
-            for e in h.svm:
-                self._forward(e)
+            # Asked for, and the SVM never stopped: it is still the guest that it was (or see
+            # Takeover.unsure).
+            self.drain()
+            self.held.take()
+            self.held.let_go(h)
             self.dp.mode = Mode.RUN
             self.peer.send("failed", n=h.n, why="the SVM did not stop within the deadline")
             self.become(State.DEGRADED, f"checkpoint to epoch {h.n} was asked for and never came")
@@ -407,8 +414,8 @@ class Secondary(TakingOver):
     def _remind(self) -> None:
         """A primary that has given up an entry is told again that a QEMU still waits here."""
         now = time.monotonic()
-        waits = self._ready_wanted and self.peer_state == State.STARTING.value
-        if not waits or not self.peer.connected or not self.qmp.connected:
+        waits = self._ready_wanted and self.view.peer.state == State.STARTING.value
+        if not waits or not self.peer.connected or not self.qemu.qmp.connected:
             self._remind_at = now + REMIND_S
         elif now >= self._remind_at:
             self._remind_at = now + REMIND_S
@@ -416,7 +423,7 @@ class Secondary(TakingOver):
 
     async def _ready_again(self) -> None:
         with contextlib.suppress(QmpError):
-            if await self.qmp.status() == "inmigrate":
+            if await self.qemu.qmp.status() == "inmigrate":
                 await self._say_ready()
 
     async def _say_ready(self) -> None:
@@ -431,8 +438,8 @@ class Secondary(TakingOver):
     async def start(self) -> None:
         await super().start()
         if self.state is State.TAKEN_OVER:  # the former controller may have died half-way
-            await self._open_network()
-            self.spawn(self._announce())
+            await self.open_network()
+            self.spawn(self.takeover.announce())
 
     def peer_connected(self) -> None:
         if self._missed:
@@ -442,15 +449,11 @@ class Secondary(TakingOver):
 
     async def succeed(self) -> None:
         """Another guest than the one that is over: nothing of that counts any more."""
-        self.vm_gone = self.peer_vm_gone = self.colo_exit = self.stood_down = False
-        self.vm_hangs = False
-        self.vm_why = self.over = ""
-        self.operator = self.forced = self.checkpoint_overdue = self.spoke_alone = False
-        self.fence_result, self._hold = None, None
-        self._entered = self._confirmed = self._taking_over = False
+        self.view.new_guest()
+        self.held.take()
+        self.takeover = Takeover(self)
         self.dp.bond = Bond.NONE
-        if self.speaker is not None:
-            self.speaker.forget()
+        self.arbiter.new_guest()
         self.become(State.STARTING, "a new QEMU is here")
         try:
             await self.on_qemu()
@@ -462,21 +465,22 @@ class Secondary(TakingOver):
             return
         if not any(t.get_name() == "sweep" for t in self._tasks):
             self.spawn(self._sweep()).set_name("sweep")
-        status = await self.qmp.status()
+        status = await self.qemu.qmp.status()
         if status == "inmigrate":
-            await self.qmp.prepare(primary=False)
+            await self.qemu.qmp.prepare(primary=False)
             if self.path_shut:
                 return
-            self._ready_wanted, self._entered, self._confirmed = True, False, False
+            self._ready_wanted = True
+            self.view.waits_for_migration()
             self.dp.bond = Bond.NONE
             self._qemus += 1
             self.become(State.STARTING, "the SVM waits for the primary's migration")
             await self._say_ready()
-        elif self._entered and await self.qmp.migration_status() == "colo":
+        elif self.view.pair.in_colo and await self.qemu.qmp.migration_status() == "colo":
             # It may have stood down meanwhile, and the primary relies on that.
-            if self._hold is None and self._confirmed and not self.path_shut:
+            if self.held.hold is None and self.view.pair.confirmed and not self.path_shut:
                 self.become(State.PROTECTED, "the SVM is in COLO, its offsets were kept")
-        elif self._hold is None and not self._entered and not self.path_shut:
+        elif self.held.hold is None and not self.view.pair.in_colo and not self.path_shut:
             self.become(
                 State.STARTING,
                 f"the SVM's QEMU is `{status}`; start it with -incoming and wait for the primary",
@@ -486,18 +490,19 @@ class Secondary(TakingOver):
 
     async def perform(self, action: Action, why: str) -> None:
         if action is Action.TAKE_OVER:
-            await self._take_over(why)
+            self._ready_wanted = False
+            await self.takeover.run(why)
         elif action is Action.STOP:
             self.dp.mode = Mode.DROP
             self.become(State.STOPPED, why)
-            self.peer.send("gone", why=why, alone=self.spoke_alone)
+            self.peer.send("gone", why=why, alone=self.view.guest.standalone)
 
     async def hand_over(self, deadline: float) -> bool:
         if self.state not in (State.PROTECTED, State.CHECKPOINTING) or not self.peer.connected:
             raise ValueError(f"no planned failover from state {self.state.value}: {self.reason}")
         self.peer.send("plan", why="asked by the operator on the secondary")
         while time.monotonic() < deadline:
-            if self.spoke_alone:
+            if self.view.guest.standalone:
                 return True
             await asyncio.sleep(TICK_S)
         return False
@@ -530,7 +535,7 @@ class Secondary(TakingOver):
                 and not self.flows.wanted
                 and not self.stepped_out
                 and self.dp.port_forwarding  # announcements are still to be made
-                and self.speaker is None  # the programs are what a lease that ends is enforced by
+                and not self.arbiter.needs_grant  # the programs enforce the end of a grant
             ):
                 await self._step_out()
 
@@ -541,19 +546,13 @@ class Secondary(TakingOver):
                 self.stepped_out = True
                 log.info("the last rewritten connection is gone: the rewriting programs are off")
 
-    async def _command_stand_down(self, args: dict[str, Any]) -> dict[str, Any]:
-        if self._hold is not None and self._hold.planned:
+    def may_stand_down(self) -> None:
+        if self.held.hold is not None and self.held.hold.planned:
             # The PVM may be silent already: then nobody would speak.
             raise ValueError("a planned failover to this guest is under way: wait for its end")
-        return await super()._command_stand_down(args)
 
     async def keep_shut(self) -> None:
         async with self._hooks:
             if self.stepped_out:
                 await asyncio.to_thread(self.dp.step_in)
                 self.stepped_out = False
-
-    def status(self) -> dict[str, Any]:
-        from .report import secondary_status
-
-        return secondary_status(self)

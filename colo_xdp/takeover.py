@@ -10,8 +10,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import deque
-from dataclasses import dataclass, field
+from collections.abc import Coroutine
+from typing import Any, Protocol
 
 from .abi import Bond, Mode
 from .announce import announcements
@@ -19,11 +19,12 @@ from .config import Config
 from .datapath import DataPath
 from .failover import State
 from .flowtable import FlowTable
-from .guestlife import GuestLife
-from .node import HUNG_S, IN_COLO
+from .held_frames import HeldFrames, Hold
+from .pair_view import PairView
+from .peer import Peer
 from .qmp import QmpError, QmpTimeout
 from .qmp_event import QmpEvent
-from .ring import Event
+from .supervisor import HUNG_S, IN_COLO, QemuSupervisor
 from .ticker import TICK_S
 
 log = logging.getLogger("colo_xdp.secondary")
@@ -36,65 +37,98 @@ PORT_S = 0.1  # between two looks at a port that does not forward yet
 ANNOUNCE_TIMES = (0.0, 0.05, 0.2, 0.45, 0.8)  # seconds after the takeover, as QEMU's own RARPs
 
 
-@dataclass(slots=True)
-class Hold:
-    """Frames that wait while a checkpoint runs. Times: CLOCK_MONOTONIC, ns."""
+class Standby(Protocol):
+    """The controller whose guest is to go on alone."""
 
-    n: int
-    began_ns: int
-    deadline: float
-    stop_ns: int = 0
-    resume: QmpEvent | None = None  # the SVM runs the new state, the primary has not said it does
-    stopped: bool = False  # by somebody, not by a checkpoint: it runs on as it was
-    planned: bool = False  # the primary falls silent at the end: held until the takeover
-    client: deque[Event] = field(default_factory=deque)
-    svm: deque[Event] = field(default_factory=deque)
+    config: Config
+    dp: DataPath
+    view: PairView
+    peer: Peer
+    qemu: QemuSupervisor
+    held: HeldFrames
+    flows: FlowTable
+    failures: list[str]
+    state: State
+    reason: str
+    last_failover: dict[str, float] | None
+
+    def become(self, state: State, why: str) -> None:
+        """Change the state."""
+
+    def spawn(self, coro: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+        """Run a task whose failure is looked at."""
+        ...
+
+    def drain(self) -> None:
+        """Read what is in the ring."""
+
+    async def open_network(self) -> None:
+        """The tap joins the bridge."""
 
 
-class TakingOver(GuestLife):
-    """A host whose guest can go on alone, with all that waits for a checkpoint."""
+class Takeover:
+    """The way of one guest from a copy to the one that clients talk to."""
 
-    def __init__(self, config: Config, datapath: DataPath) -> None:
-        super().__init__(config, datapath)
-        self.flows = FlowTable(datapath.objects.map("flows"), datapath.objects.map("opening"))
+    def __init__(self, standby: Standby) -> None:
+        self._c = standby
+        self.under_way = False
         #: the last controller died in a checkpoint of this epoch: QMP does not repeat its events,
         #: so the SVM may run either state until the next one is complete
-        self._unsure = -1
-        self._hold: Hold | None = None
-        self.hold_limit = 16 * config.compare.max_queue_size
-        self._resume_ns = 0
-        self._ready_wanted = False
+        self.unsure = -1
         self._silent_ns = 0  # since when the PVM has been, by plan
-        self._taking_over = False
-        self._events: list[QmpEvent] = []  # of QEMU, while taking over
-        self.overflow = 0  # held frames given up because too many were waiting
-        self.stale = 0  # SVM frames from before its RESUME: void
+        self._events: list[QmpEvent] = []  # of QEMU, meanwhile
 
-    def _keep(self, queue: deque[Event], event: Event) -> None:
-        if len(queue) >= self.hold_limit:
-            queue.popleft()
-            self.overflow += 1
-        queue.append(event)
+    def saw(self, event: QmpEvent) -> None:
+        """QEMU says something while this is under way."""
+        self._events.append(event)
 
-    def _deliver(self, e: Event) -> None:
-        self.dp.injectors["deliver"].send(e.frame, e.gso_size, e.partial, e.gso_type)
+    def primary_silent(self, since_ns: int) -> None:
+        """By plan, since then (CLOCK_MONOTONIC)."""
+        self._silent_ns = since_ns
 
-    def _forward(self, e: Event, *, late: bool = False) -> None:
-        """`late`: held until this guest spoke for itself, and said by the guest that speaks now."""
-        if e.ts_ns < self._resume_ns or (self.state is State.TAKEN_OVER and not late):
-            self.stale += 1
-            return
-        self.dp.injectors["forward"].send(e.frame, e.gso_size, e.partial, e.gso_type)
-
-    async def _take_over(self, why: str) -> None:
+    async def run(self, why: str) -> None:
         """The peer is certain to be silent. Idempotent: each step may have been done before."""
-        began = time.monotonic()
-        if not self._taking_over:
+        c, began = self._c, time.monotonic()
+        if not self.under_way:
             self._events.clear()
-        self._ready_wanted, self._taking_over = False, True
+        self.under_way = True
+        status = await self._leave_colo()
+        if c.state is State.STOPPED:
+            # Shut in meanwhile, and the primary was told: it may speak alone because of that word.
+            self.under_way = False
+            log.warning("no takeover: %s", c.reason)
+            return
+        if status != "running":
+            c.failures.append(f"takeover: the SVM is `{status}`")
+            c.become(State.DEGRADED, f"takeover: the SVM does not run (`{status}`); trying on")
+            return
+        c.drain()
+        hold = c.held.take()
+        c.view.went_standalone()
+        c.dp.bond = Bond.ALONE
+        self._settle_epoch(hold)
+        if hold is not None and hold.resume is not None:
+            c.held.resume_ns = hold.resume.ts_ns
+        c.dp.addresses.undo(c.dp.epoch)  # what the primary told for a checkpoint to come
+        said = self._frames_out()
+        c.dp.mode = Mode.TAKEOVER
+        c.become(State.TAKEN_OVER, why)
+        c.peer.send("taken", why=why)
+        await c.open_network()
+        c.spawn(self.announce())
+        if hold is not None:  # the primary died, or fell silent, inside a checkpoint
+            c.held.let_go_alone(hold)
+        c.drain()
+        log.info("takeover took %.1f ms", (time.monotonic() - began) * 1000)
+        if self._silent_ns:
+            c.spawn(self._measure_gap(said, began))
+
+    async def _leave_colo(self) -> str:
+        """Until QEMU has left COLO and its guest runs; returns its run state."""
+        qemu = self._c.qemu
         try:
             if await self._in_colo():
-                await self.leave_colo()
+                await qemu.leave_colo()
         except QmpError as e:
             log.warning("%s", e)
         end = time.monotonic() + TAKEOVER_S
@@ -102,67 +136,40 @@ class TakingOver(GuestLife):
         while time.monotonic() < end:
             try:
                 # In this order: QEMU may load a checkpoint to its end, and run, before it leaves.
-                left = await self.qmp.migration_status() not in IN_COLO
-                status = await self.qmp.status() if left else "leaving COLO"
+                left = await qemu.qmp.migration_status() not in IN_COLO
+                status = await qemu.qmp.status() if left else "leaving COLO"
             except QmpError as e:
                 status = str(e)
             if status == "running":
                 break
             await asyncio.sleep(TICK_S / 5)
-        if self.state is State.STOPPED:
-            # Shut in meanwhile, and the primary was told: it may speak alone because of that word.
-            self._taking_over = False
-            log.warning("no takeover: %s", self.reason)
-            return
-        if status != "running":
-            self.failures.append(f"takeover: the SVM is `{status}`")
-            self.become(State.DEGRADED, f"takeover: the SVM does not run (`{status}`); trying on")
-            return
-        self._drain()
-        hold, self._hold = self._hold, None
-        self.spoke_alone, self.dp.bond = True, Bond.ALONE
-        loaded = hold is not None and (hold.resume is not None or self._loaded())
-        # What runs is a copy of the PVM, in its numbers: no offset is left. The primary's word
-        # counts too, since it says `n` only after this side's `done n`.
-        was = self.dp.epoch
-        self.dp.epoch = max(was, self.peer_epoch, hold.n if hold is not None and loaded else 0)
-        if self.dp.epoch == was == self._unsure:
-            lost = self.flows.give_up(was)
+        return status
+
+    async def _in_colo(self) -> bool:
+        """Whether QEMU has to be told. One that hangs is told too, past its main loop."""
+        try:
+            return await self._c.qemu.qmp.migration_status(HUNG_S) in IN_COLO
+        except QmpTimeout:
+            return True
+
+    def _settle_epoch(self, hold: Hold | None) -> None:
+        """What runs is a copy of the PVM, in its numbers: no offset is left. The primary's word
+        counts too, since it says `n` only after this side's `done n`."""
+        c = self._c
+        loaded = hold is not None and (hold.resume is not None or self.loaded())
+        was = c.dp.epoch
+        c.dp.epoch = max(was, c.view.peer.epoch, hold.n if hold is not None and loaded else 0)
+        if c.dp.epoch == was == self.unsure:
+            lost = c.flows.give_up(was)
             log.error(
                 "the last controller here died in a checkpoint, the primary before the next: which"
                 " state runs is not known. %d connections opened since the one before are given up",
                 lost,
             )
-        if hold is not None and hold.resume is not None:
-            self._resume_ns = hold.resume.ts_ns
-        self.dp.addresses.undo(self.dp.epoch)  # what the primary told for a checkpoint to come
-        said = self._frames_out()
-        self.dp.mode = Mode.TAKEOVER
-        self.become(State.TAKEN_OVER, why)
-        self.peer.send("taken", why=why)
-        await self._open_network()
-        self.spawn(self._announce())
-        if hold is not None:  # the primary died, or fell silent, inside a checkpoint
-            for event in hold.client:
-                self._deliver(event)
-            if hold.resume is not None:
-                for event in hold.svm:
-                    self._forward(event, late=True)
-        self._drain()
-        log.info("takeover took %.1f ms", (time.monotonic() - began) * 1000)
-        if self._silent_ns:
-            self.spawn(self._measure_gap(said, began))
-
-    async def _in_colo(self) -> bool:
-        """Whether QEMU has to be told. One that hangs is told too, past its main loop."""
-        try:
-            return await self.qmp.migration_status(HUNG_S) in IN_COLO
-        except QmpTimeout:
-            return True
 
     def _frames_out(self) -> int:
         """Frames of the guest that have left to the network."""
-        row = self.dp.counters()["svm_out"]
+        row = self._c.dp.counters()["svm_out"]
         return sum(row[r][0] for r in ("passed", "rewritten", "released"))
 
     async def _measure_gap(self, said: int, began: float) -> None:
@@ -176,11 +183,11 @@ class TakingOver(GuestLife):
                 return
             await asyncio.sleep(0.001)
         gap = max(0, time.monotonic_ns() - since)
-        self.last_failover = {"gap_ms": gap / 1e6, "took_ms": took / 1e3}
+        self._c.last_failover = {"gap_ms": gap / 1e6, "took_ms": took / 1e3}
         log.info("the network heard nothing of the guest for %.1f ms", gap / 1e6)
-        self.peer.send("resumed", gap_us=gap // 1000, took_us=took)
+        self._c.peer.send("resumed", gap_us=gap // 1000, took_us=took)
 
-    def _loaded(self) -> bool:
+    def loaded(self) -> bool:
         """Whether the checkpoint in which the primary died has reached the SVM all the same.
 
         lost-heartbeat ends with a RESUME, before which QEMU sends a STOP if the guest was
@@ -190,46 +197,47 @@ class TakingOver(GuestLife):
         """
         return sum(e.name == "RESUME" for e in self._events) > 1
 
-    async def _announce(self) -> None:
+    async def announce(self) -> None:
         """Tell switches and neighbours where the guest is now, as its QEMU would: RARP for the
         switches, gratuitous ARP and unsolicited neighbour advertisements for the addresses.
 
         Again when the bridge lets frames through, if it does not yet (STP).
         """
-        mac = await self.learn_macs()
+        mac = await self._c.qemu.learn_macs()
         if not mac:
             log.warning("no guest_mac configured and QEMU does not tell: no announcement")
             return
         await self._announce_now(mac)
         end = time.monotonic() + FORWARDING_S
-        waited = self.reason
-        while not self.dp.port_forwarding and self.state is State.TAKEN_OVER:
+        waited = self._c.reason
+        while not self._c.dp.port_forwarding and self._c.state is State.TAKEN_OVER:
             if time.monotonic() > end:
                 log.error("%s; nobody is told where the guest is any more", self._deaf())
-                self.failures.append(self._deaf())
+                self._c.failures.append(self._deaf())
                 return
-            self.become(State.TAKEN_OVER, self._deaf())
+            self._c.become(State.TAKEN_OVER, self._deaf())
             await asyncio.sleep(PORT_S)
-            await asyncio.to_thread(self.dp.look_at_port)
-            if self.dp.port_forwarding and self.state is State.TAKEN_OVER:
-                self.become(State.TAKEN_OVER, waited)
+            await asyncio.to_thread(self._c.dp.look_at_port)
+            if self._c.dp.port_forwarding and self._c.state is State.TAKEN_OVER:
+                self._c.become(State.TAKEN_OVER, waited)
                 await self._announce_now(mac)
 
     def _deaf(self) -> str:
-        net = self.config.network
+        net = self._c.config.network
         return (
-            f"{net.tap} is {self.dp.port_state} in {net.bridge}: nothing of the guest leaves "
+            f"{net.tap} is {self._c.dp.port_state} in {net.bridge}: nothing of the guest leaves "
             "before the bridge's STP lets it"
         )
 
     async def _announce_now(self, mac: str) -> None:
-        first, table, epoch = bytes.fromhex(mac.replace(":", "")), self.dp.addresses, self.dp.epoch
+        first, epoch = bytes.fromhex(mac.replace(":", "")), self._c.dp.epoch
+        table = self._c.dp.addresses
         own = (await asyncio.to_thread(table.own, first, epoch))[:MAX_ANNOUNCED]
         macs = table.macs(epoch)[:MAX_ANNOUNCED]
-        frames = announcements(mac, own, macs, self.config.network.guest_addresses)
+        frames = announcements(mac, own, macs, self._c.config.network.guest_addresses)
         log.info("announcing the guest: %d frames, %d times", len(frames), len(ANNOUNCE_TIMES))
         start = time.monotonic()
         for at in ANNOUNCE_TIMES:
             await asyncio.sleep(max(0.0, start + at - time.monotonic()))
             for frame in frames:
-                self.dp.injectors["forward"].send(frame)
+                self._c.dp.injectors["forward"].send(frame)

@@ -17,7 +17,7 @@ from typing import Any
 
 from . import attach
 from .config import Config
-from .control import ControlServer
+from .control import Command, ControlServer
 from .metrics import start as start_metrics
 from .notify import Notifier
 from .starts import LOAD_S
@@ -43,7 +43,7 @@ async def _wait(config: Config, device: str, why: str) -> bool:
     doc["data_path"] = doc["data_path"] | {"trouble": why}
 
     async def command(name: str, args: dict[str, Any]) -> dict[str, Any]:
-        if name != "status":
+        if name != Command.STATUS:
             raise ValueError(reason)
         return doc
 

@@ -151,7 +151,7 @@ def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Host]:
 
 def controller(h: Host) -> Secondary:
     c = Secondary(test_secondary_path.config(h.tmp), h.dp)
-    c.qmp = FakeQmp()  # type: ignore[assignment]
+    c.qemu.qmp = FakeQmp()  # type: ignore[assignment]
     c.state, c.reason = State.TAKEN_OVER, "the test says so"
     return c
 
@@ -186,7 +186,7 @@ def take_over(h: Host) -> set[tuple[str, str]]:
     with inside(h.net.host):
         h.dp.open_network()
         h.dp.look_at_port()
-        asyncio.run(controller(h)._announce())
+        asyncio.run(controller(h).takeover.announce())
     found = set()
     for _, f in client.frames(0.2):
         mac, kind = f[6:12].hex(":"), f[12:14]
@@ -289,7 +289,7 @@ def test_announced_again_when_the_bridge_forwards(host: Host) -> None:
         assert permission(c)["speaks"] is False
 
         async def body() -> set[str]:
-            task, reasons = asyncio.create_task(c._announce()), set()
+            task, reasons = asyncio.create_task(c.takeover.announce()), set()
             while not task.done():
                 reasons.add(c.reason)
                 await asyncio.sleep(0.05)

@@ -6,9 +6,11 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 from colo_xdp.failover import (
     Action,
+    ArbiterView,
     Ending,
     Facts,
     Heard,
@@ -28,21 +30,27 @@ def cases(seed: int) -> Iterator[tuple[Facts, tuple[Heard, ...]]]:
     rnd = random.Random(seed)
     flags = (
         "own_vm_alive", "own_qmp", "peer_connected", "peer_vm_gone", "colo_exit", "automatic",
-        "fence_configured", "operator", "checkpoint_overdue", "shadow", "lease", "lease_held",
-        "may_speak", "other_alone", "recorded", "committed", "own_vm_hangs", "peer_slow", "waiting",
+        "operator", "checkpoint_overdue", "shadow", "own_vm_hangs", "peer_slow", "waiting",
+    )  # fmt: skip
+    arbiters = (
+        "fences", "needs_grant", "granted", "may_transmit", "peer_standalone", "recorded",
+        "requested",
     )  # fmt: skip
     for _ in range(CASES):
         # most of them are such as an earlier row of the table decides: no more of these than needed
-        rare = {"operator", "peer_vm_gone", "shadow", "lease", "committed", "other_alone"}
-        drawn = {n: rnd.random() < (0.15 if n in rare else 0.5) for n in flags}
+        rare = {
+            "operator", "peer_vm_gone", "shadow", "needs_grant", "requested", "peer_standalone",
+        }  # fmt: skip
+        drawn = {n: rnd.random() < (0.15 if n in rare else 0.5) for n in (*flags, *arbiters)}
         drawn["own_vm_alive"] = rnd.random() < 0.95
-        drawn["fence_configured"] &= not drawn["lease"]  # it is one arbiter or the other
-        result = rnd.choice((None, False, True)) if drawn["fence_configured"] else None
+        drawn["fences"] &= not drawn["needs_grant"]  # it is one arbiter or the other
+        its: dict[str, Any] = {n: drawn.pop(n) for n in arbiters}
+        its["fenced"] = rnd.choice((None, False, True)) if its["fences"] else None
         f = Facts(
             role=rnd.choice(list(Role)), state=rnd.choice(list(State)),
             peer_silent_ms=rnd.choice(TIMES), heartbeat_timeout_ms=1000.0,
             dead_after_ms=rnd.choice((5000.0, 10_000.0)),
-            fence_result=result, ending=rnd.choice(list(Ending)),
+            arbiter=ArbiterView("lease", **its), ending=rnd.choice(list(Ending)),
             undecided=rnd.random() < 0.1, other_guest=rnd.choice(list(OtherGuest)),
             own_guest=rnd.choice(list(OwnGuest)),
             **drawn,  # type: ignore[arg-type]
@@ -96,7 +104,12 @@ def test_paths_say_nothing_while_the_control_channel_speaks() -> None:
 def test_who_is_heard_is_not_fenced_unless_he_is_deaf() -> None:
     deaf = asked = 0
     for f, paths in cases(6):
-        f = replace(f, paths=(*paths, Heard("heard", 5.0, 5.0)), operator=False, committed=False)
+        f = replace(
+            f,
+            paths=(*paths, Heard("heard", 5.0, 5.0)),
+            operator=False,
+            arbiter=replace(f.arbiter, requested=False),
+        )
         d = decide(f)
         if d.action in GRAVE and not f.peer_vm_gone and d.action is not Action.OPEN:
             deaf += 1

@@ -179,7 +179,7 @@ class Side:
     def _drain(self) -> None:
         self._drain_set = False
         if self.controller is not None:
-            self.controller._drain()
+            self.controller.drain()
 
     def _lost_controller(self) -> bool:
         return self.world.ns() - self.beat_ns > LOSS_NS

@@ -17,23 +17,27 @@ from colo_xdp import (
     fastgram,
     fastmap,
     fragments,
+    pair_view,
     rewrite,
     secondary,
     stream,
 )
 from colo_xdp.abi import SIDE_PVM, Mode, Reason
 from colo_xdp.beacon import Flag
+from colo_xdp.commands import OperatorCommands
 from colo_xdp.compare import Engine
 from colo_xdp.datagram import DatagramFlow
 from colo_xdp.failover import Action
 from colo_xdp.fastgram import UdpCodec
 from colo_xdp.flowtable import Flow, FlowTable
 from colo_xdp.fragments import Fragments
+from colo_xdp.heartbeats import Heartbeats
 from colo_xdp.primary import Primary
 from colo_xdp.rewrite import Rewriter
 from colo_xdp.secondary import Secondary
 from colo_xdp.speaker import Speaker
 from colo_xdp.stream import Stream
+from colo_xdp.takeover import Takeover
 from colo_xdp.twin import SvmStream
 from colo_xdp.window import WindowGate
 
@@ -299,7 +303,7 @@ def takeover_forgets_the_offsets(mp: Any) -> None:
 
 @_mutant
 def takeover_never_asks_which_guest_runs(mp: Any) -> None:
-    mp.setattr(Secondary, "_loaded", lambda self: False)
+    mp.setattr(Takeover, "loaded", lambda self: False)
 
 
 @_mutant
@@ -308,7 +312,7 @@ def network_opens_before_the_primary_is_silent(mp: Any) -> None:
 
     def on_tick(self: Secondary, now_ns: int) -> None:
         real(self, now_ns)
-        if self.colo_exit and self.dp.mode is Mode.RUN:
+        if self.view.guest.colo_exit and self.dp.mode is Mode.RUN:
             self.dp.mode = Mode.TAKEOVER
 
     mp.setattr(Secondary, "on_tick", on_tick)
@@ -368,7 +372,7 @@ def a_dead_host_is_taken_for_a_cut_link(mp: Any) -> None:
 @_mutant
 def a_failed_fence_is_never_tried_again(mp: Any) -> None:
     forever = property(lambda self: 1 << 62, lambda self, value: None)
-    mp.setattr(controller.Controller, "_fence_failed_ns", forever, raising=False)
+    mp.setattr(pair_view.Fence, "failed_ns", forever)
 
 
 @_mutant
@@ -413,7 +417,7 @@ def the_oldest_svm_bytes_win(mp: Any) -> None:
 def a_secondary_needs_no_confirmation(mp: Any) -> None:
     """It counts as protected as soon as its own QEMU has loaded the first checkpoint."""
     always = property(lambda self: True, lambda self, value: None)
-    mp.setattr(Secondary, "_confirmed", always, raising=False)
+    mp.setattr(pair_view.PairLife, "confirmed", always)
 
 
 @_mutant
@@ -421,7 +425,7 @@ def a_shadow_ends_with_a_word(mp: Any) -> None:
     """Without a checkpoint: a primary controller that is started anew says so."""
 
     def word(self: Secondary, on: bool, epoch: int) -> None:
-        self.shadow = on
+        self.view.shadow = on
 
     mp.setattr(Secondary, "_shadow_word", word)
 
@@ -795,13 +799,13 @@ def the_oldest_datagram_gives_the_time(mp: Any) -> None:
 
 @_mutant
 def a_beacon_says_shut_before_it_is(mp: Any) -> None:
-    real = controller.Controller._beacon_flags
+    real = Heartbeats.flags
 
     def flags(self: Any) -> Flag:
-        early = self.state is failover.State.DEGRADED
+        early = self._c.state is failover.State.DEGRADED
         return real(self) | (Flag.SHUT if early else Flag(0))
 
-    mp.setattr(controller.Controller, "_beacon_flags", flags)
+    mp.setattr(Heartbeats, "flags", flags)
 
 
 @_mutant
@@ -810,7 +814,7 @@ def who_asks_by_beacon_takes_it_for_granted(mp: Any) -> None:
 
     async def perform(self: Primary, action: Action, why: str) -> None:
         await real(self, action, why)
-        self.peer_vm_gone |= self.asks
+        self.view.peer.shut |= self.asks
 
     mp.setattr(Primary, "perform", perform)
 
@@ -932,13 +936,13 @@ def only_a_first_checkpoint_hands_offsets_over(mp: Any) -> None:
 @_roles_mutant
 def both_hosts_stay_primaries(mp: Any) -> None:
     """Neither what the other host says of its guest nor its epoch keeps a host silent."""
-    real = controller.other_guest
+    real = pair_view.other_guest
 
     def silent(*args: Any, **kwargs: Any) -> Any:
         known = real(*args, **kwargs)
         return failover.OtherGuest.IDLE if known is failover.OtherGuest.SPEAKS else known
 
-    mp.setattr(controller, "other_guest", silent)
+    mp.setattr(pair_view, "other_guest", silent)
     mp.setattr(Primary, "_older_than", lambda self, msg: False)
 
 
@@ -951,8 +955,8 @@ def the_first_checkpoint_of_a_pair_needs_no_state(mp: Any) -> None:
         self: Secondary, n: int, initial: bool, planned: bool, *, asked: bool = False
     ) -> None:
         real(self, n, initial, planned, asked=asked)
-        if initial and self._hold is not None:
-            self._entered = self._confirmed = True
+        if initial and self.held.hold is not None:
+            self.view.pair.in_colo = self.view.pair.confirmed = True
             self.state = failover.State.PROTECTED
 
     mp.setattr(Secondary, "_on_begin", begin)
@@ -976,7 +980,7 @@ def a_stand_down_is_only_said(mp: Any) -> None:
     async def command(self: Any, args: Any) -> dict[str, Any]:
         return {"state": "stopped", "reason": "", "peer": ""}
 
-    mp.setattr(controller.Controller, "_command_stand_down", command)
+    mp.setattr(OperatorCommands, "stand_down", command)
 
 
 @_roles_mutant

@@ -346,7 +346,7 @@ def a_failed_fence_is_a_fence(mp: Any) -> None:
     async def act(self: Any, d: Any) -> None:
         await real(self, d)
         if d.action is Action.FENCE:
-            self.fence_result = True
+            self.view.pair.fence.result = True
 
     mp.setattr(controller.Controller, "_act", act)
 

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from colo_xdp import (
+    arbiter,
     checkpointing,
     commands,
     device_watch,
@@ -33,9 +34,12 @@ from colo_xdp import (
     flowtable,
     giving,
     guestlife,
+    heartbeats,
     node,
     primary,
     secondary,
+    states,
+    supervisor,
     takeover,
     ticker,
 )
@@ -482,7 +486,7 @@ class World:
                 except Violation:
                     side.other.stale = True
             c = side.controller
-            self.was_solo |= self.protected and c is not None and c.spoke_alone
+            self.was_solo |= self.protected and c is not None and c.view.guest.standalone
         self._account(side, frame)
         now = self.client
         self._carry(self.scene.loss, self.scene.jitter, lambda: self._to_client(now, frame))
@@ -495,7 +499,7 @@ class World:
 
     def _held(self, side: Side) -> bool:
         c = side.controller
-        alone = c is not None and (c.spoke_alone or self._ended(side))
+        alone = c is not None and (c.view.guest.standalone or self._ended(side))
         return side.protected and not self.shadow and not alone and side.mode is not Mode.BYPASS
 
     def _ended(self, side: Side) -> bool:
@@ -503,7 +507,7 @@ class World:
         leave. If the copy speaks after that, it is the second guest."""
         c, other = side.controller, side.other
         silent = other.guest is None or (other.mode is Mode.DROP and other.bond is Bond.NONE)
-        return self.off and c is not None and bool(c.over) and silent
+        return self.off and c is not None and bool(c.view.guest.over) and silent
 
     def _alone(self, side: Side) -> bool:
         return (
@@ -661,7 +665,11 @@ class World:
         """A fence is under way. Nobody is fenced because somebody has stopped its controller."""
         c = side.controller
         known = side.peer_stopped > self.ns() and side.other.controller is None
-        if known and c is not None and not (c.operator or c.colo_exit or c.checkpoint_overdue):
+        if (
+            known
+            and c is not None
+            and not (c.view.operator or c.view.guest.colo_exit or c.view.pair.checkpoint_overdue)
+        ):
             raise Violation(f"{side.name} fences a host whose controller was stopped on purpose")
 
     def _restart(self, side: Side, span: int) -> None:
@@ -686,8 +694,8 @@ class World:
         side.dp = SimDataPath(side)
         kind = primary.Primary if side.primary else secondary.Secondary
         c = kind(config("primary" if side.name == "P" else "secondary", self.scene), side.dp)  # type: ignore[arg-type]
-        c._fence = lambda: self._fence(side)  # type: ignore[method-assign]
-        c._start_incoming = lambda: self._start_qemu(side)  # type: ignore[method-assign]
+        c.arbiter.fence = lambda: self._fence(side)  # type: ignore[method-assign]
+        c.qemu.start_incoming = lambda: self._start_qemu(side)  # type: ignore[method-assign]
         side.controller = c
         self.spawn(c.start())
         self.spawn(self._watch(side, c))
@@ -767,27 +775,27 @@ class World:
         modules = (
             controller_module, node, commands, ticker, checkpointing, primary, secondary, flowtable,
             fastmap, speaker_module, takeover, device_watch, entering, guestlife,
+            supervisor, heartbeats,
         )  # fmt: skip
         kept = [(m, "time", m.time) for m in modules]  # type: ignore[attr-defined]
-        kept += [
-            (controller_module, n, getattr(controller_module, n))
-            for n in ("Peer", "Paths", "make_store")
-        ]
-        kept += [(node, n, getattr(node, n)) for n in ("Qmp", "WATCH_S")]
-        kept += [(fastmap, "_bpf", fastmap._bpf)]
+        kept += [(controller_module, n, getattr(controller_module, n)) for n in ("Peer", "Paths")]
+        kept += [(arbiter, "make_store", arbiter.make_store)]
+        kept += [(supervisor, n, getattr(supervisor, n)) for n in ("Qmp", "WATCH_S")]
+        kept += [(fastmap, "_bpf", fastmap._bpf), (states, "STRICT", states.STRICT)]
         kept += [(giving, n, getattr(giving, n)) for n in ("OFFER_AFTER", "MAX_PATIENCE")]
         try:
+            states.STRICT = True
             for m in modules:
                 m.time = clock  # type: ignore[attr-defined]
             if self.scene.eager:
                 giving.OFFER_AFTER = giving.MAX_PATIENCE = 1
             fastmap._bpf = Bpf(self.ns)  # type: ignore[assignment]
             # A QEMU that hangs here refuses its commands, which tells the watch nothing.
-            node.WATCH_S = 1e9
-            node.Qmp = self._make_qmp  # type: ignore[misc,assignment]
+            supervisor.WATCH_S = 1e9
+            supervisor.Qmp = self._make_qmp  # type: ignore[misc,assignment]
             controller_module.Peer = self._make_peer  # type: ignore[misc,assignment]
             controller_module.Paths = self._make_paths  # type: ignore[misc,assignment]
-            controller_module.make_store = self._make_store  # type: ignore[assignment]
+            arbiter.make_store = self._make_store  # type: ignore[assignment]
             yield
         finally:
             for m, name, value in kept:
@@ -938,7 +946,7 @@ class World:
 
     def _end_shadow(self) -> None:
         c = self.p.controller
-        if c is not None and c.shadow:
+        if c is not None and c.view.shadow:
             c.set_shadow(False)
 
     async def _command(self, side: Side, name: str, **args: Any) -> None:
@@ -946,13 +954,13 @@ class World:
         if c is not None:
             self.ordered |= name == "failover"
             with contextlib.suppress(ValueError):
-                await c.command(name, args)
+                await c.commands.run(name, args)
 
     async def _stand_down(self, side: Side) -> None:
         c = side.controller
         assert c is not None
         try:
-            await c.command("stand-down", {})
+            await c.commands.run("stand-down", {})
         except ValueError:
             return
         if c is side.controller and not (side.mode is Mode.DROP and not side.stepped_out):
@@ -969,7 +977,7 @@ class World:
         """Whether the pair is protected: each of its guests can go on without the other."""
         for side in (self.p, self.s):
             c = side.controller
-            if c is None or c.colo_exit or side.mode is not Mode.RUN:
+            if c is None or c.view.guest.colo_exit or side.mode is not Mode.RUN:
                 return False
             # A secondary whose fence has failed says "degraded" until the next checkpoint.
             fit = (State.PROTECTED,) if side.primary else (State.PROTECTED, State.DEGRADED)
@@ -1030,7 +1038,7 @@ class World:
         for side in (self.p, self.s):
             c, other = side.controller, side.other
             dead = other.off or not other.qemu.alive
-            if c is None or not dead or other.controller is not None or c.operator:
+            if c is None or not dead or other.controller is not None or c.view.operator:
                 continue
             told = side.peer_stopped > self.ns() and c.state is State.DEGRADED
             if (told or c.undecided) and self.rnd_person.random() < 0.02:
@@ -1183,9 +1191,9 @@ class World:
         # where the pair was not held together a person decides
         if side is self.s and self.was_solo:
             return False  # clients know what only the PVM ever said
-        if c.stood_down:
+        if c.view.guest.demoted:
             return False  # asked to, by a primary that died before it said what it then did
-        return not c.shadow and c.state is not State.STARTING
+        return not c.view.shadow and c.state is not State.STARTING
 
     def _check_survivor(self, side: Side) -> None:
         """I8: what clients know is what the guest that speaks believes."""

@@ -35,9 +35,9 @@ def cut(make: Callable[[], tuple[Any, FakeDataPath, Sent]]) -> Made:
     """A protected pair whose control channel has gone; what is performed is only noted."""
     c, dp, _ = make()
     c.state = State.PROTECTED
-    c.qmp = SimpleNamespace(connected=True)
+    c.qemu.qmp = SimpleNamespace(connected=True)
     c.peer.connected = False
-    c._guest_ns = boot_ns() - 10**10
+    c.view.peer.guest_since_boot_ns = boot_ns() - 10**10
     done: list[Action] = []
 
     async def perform(action: Action, why: str) -> None:
@@ -57,8 +57,8 @@ def run(body: Callable[[], Coroutine[Any, Any, None]]) -> None:
 def test_a_shut_data_path_is_certain_silence(make: Any, over: Action) -> None:
     async def body() -> None:
         c, _, done = cut(make)
-        c._beacon(word(Flag.SHUT | Flag.HANGS))
-        assert c.peer_vm_gone and "hangs" in c.facts().peer_why
+        c.heartbeats.on_word(word(Flag.SHUT | Flag.HANGS))
+        assert c.view.peer.shut and "hangs" in c.facts().peer_why
         await asyncio.sleep(0)
         assert done == [over]
 
@@ -87,9 +87,9 @@ def test_only_a_fresh_word_counts_and_only_when_the_channel_is_down(make: Any, w
             c._peer_message({"type": "beat", **beat})
         else:
             said = Word(said.flags, 0, 7, said.t, 0)
-        c._beacon(said)
+        c.heartbeats.on_word(said)
         await asyncio.sleep(0)
-        assert not c.peer_vm_gone and done == [] and c.state is State.PROTECTED
+        assert not c.view.peer.shut and done == [] and c.state is State.PROTECTED
 
     run(body)
 
@@ -97,11 +97,11 @@ def test_only_a_fresh_word_counts_and_only_when_the_channel_is_down(make: Any, w
 def test_asked_by_beacon_a_secondary_stands_down_and_says_so() -> None:
     async def body() -> None:
         c, dp, _ = cut(secondary)
-        c._beacon(word(Flag.VM | Flag.ASK))
-        assert c.state is State.STOPPED and dp.mode is Mode.DROP and c.stood_down
-        assert Flag.SHUT in c._beacon_flags() and Flag.ALONE not in c._beacon_flags()
+        c.heartbeats.on_word(word(Flag.VM | Flag.ASK))
+        assert c.state is State.STOPPED and dp.mode is Mode.DROP and c.view.guest.demoted
+        assert Flag.SHUT in c.heartbeats.flags() and Flag.ALONE not in c.heartbeats.flags()
         # and comes back if the primary dies without having spoken alone, as on the channel
-        c._beacon(word(Flag.SHUT))
+        c.heartbeats.on_word(word(Flag.SHUT))
         assert c.state is State.DEGRADED
 
     run(body)
@@ -110,8 +110,8 @@ def test_asked_by_beacon_a_secondary_stands_down_and_says_so() -> None:
 def test_a_primary_that_has_spoken_alone_leaves_nothing_to_come_back_to() -> None:
     async def body() -> None:
         c, _, done = cut(secondary)
-        c._beacon(word(Flag.VM | Flag.ASK))
-        c._beacon(word(Flag.SHUT | Flag.ALONE))
+        c.heartbeats.on_word(word(Flag.VM | Flag.ASK))
+        c.heartbeats.on_word(word(Flag.SHUT | Flag.ALONE))
         await asyncio.sleep(0)
         assert c.state is State.STOPPED and done == []
 
@@ -121,9 +121,9 @@ def test_a_primary_that_has_spoken_alone_leaves_nothing_to_come_back_to() -> Non
 def test_a_secondary_stands_down_when_the_primary_has_spoken_alone() -> None:
     async def body() -> None:
         c, dp, done = cut(secondary)
-        c._beacon(word(Flag.VM | Flag.ALONE))
+        c.heartbeats.on_word(word(Flag.VM | Flag.ALONE))
         assert c.state is State.STOPPED and dp.mode is Mode.DROP
-        c._beacon(word(Flag.SHUT))
+        c.heartbeats.on_word(word(Flag.SHUT))
         await asyncio.sleep(0)
         assert c.state is State.STOPPED and done == [], "whatever becomes of it"
 
@@ -133,10 +133,10 @@ def test_a_secondary_stands_down_when_the_primary_has_spoken_alone() -> None:
 def test_a_primary_asks_no_primary_to_stand_down() -> None:
     async def body() -> None:
         c, _, _ = cut(primary)
-        c._beacon(word(Flag.VM | Flag.ASK))
+        c.heartbeats.on_word(word(Flag.VM | Flag.ASK))
         assert c.state is State.PROTECTED
         s, _, _ = cut(secondary)
-        s._beacon(word(Flag.VM | Flag.ASK | Flag.SVM))
+        s.heartbeats.on_word(word(Flag.VM | Flag.ASK | Flag.SVM))
         assert s.state is State.PROTECTED
 
     run(body)
@@ -145,9 +145,9 @@ def test_a_primary_asks_no_primary_to_stand_down() -> None:
 def test_a_primary_never_speaks_against_a_secondary_that_took_over() -> None:
     async def body() -> None:
         c, dp, _ = cut(primary)
-        c._beacon(word(Flag.VM | Flag.SVM))
+        c.heartbeats.on_word(word(Flag.VM | Flag.SVM))
         assert c.state is State.PROTECTED
-        c._beacon(word(Flag.VM | Flag.SVM | Flag.ALONE))
+        c.heartbeats.on_word(word(Flag.VM | Flag.SVM | Flag.ALONE))
         assert c.state is State.STOPPED and dp.mode is Mode.DROP
 
     run(body)
@@ -156,10 +156,10 @@ def test_a_primary_never_speaks_against_a_secondary_that_took_over() -> None:
 def test_shadow_is_told_by_beacon_too() -> None:
     async def body() -> None:
         c, _, done = cut(secondary)
-        c._beacon(word(Flag.VM | Flag.SHADOW))
-        c._beacon(word(Flag.SHUT))
+        c.heartbeats.on_word(word(Flag.VM | Flag.SHADOW))
+        c.heartbeats.on_word(word(Flag.SHUT))
         await asyncio.sleep(0)
-        assert c.shadow and done == [], "clients may know what this guest never said"
+        assert c.view.shadow and done == [], "clients may know what this guest never said"
 
     run(body)
 
@@ -170,12 +170,12 @@ def test_asking_ends_with_the_cut(monkeypatch: pytest.MonkeyPatch) -> None:
         c.state = State.PROTECTED
         c.peer.send = lambda kind, **_: False  # type: ignore[method-assign]
         await c.perform(Action.ASK_SHUT, "why")
-        assert Flag.ASK in c._beacon_flags()
+        assert Flag.ASK in c.heartbeats.flags()
         c._peer_up()
-        assert Flag.ASK not in c._beacon_flags()
+        assert Flag.ASK not in c.heartbeats.flags()
         c.peer.send = sent  # type: ignore[method-assign]
         await c.perform(Action.ASK_SHUT, "why")
-        assert Flag.ASK not in c._beacon_flags() and "solo" in sent.kinds()
+        assert Flag.ASK not in c.heartbeats.flags() and "solo" in sent.kinds()
 
     run(body)
 
@@ -209,9 +209,9 @@ def test_a_loop_that_stood_still_says_so_and_blames_nobody() -> None:
     c, _, _ = primary()
     c.peer.last_seen_ns = time.monotonic_ns()
     before = c.peer.last_seen_ns
-    c._stood_still(0.02, 0.1)
+    c.heartbeats.stood_still(0.02, 0.1)
     assert c.peer.last_seen_ns == before, "within the heartbeat's interval: nothing"
-    c._stood_still(2.0, 0.1)
+    c.heartbeats.stood_still(2.0, 0.1)
     assert c.peer.last_seen_ns == before + 2 * 10**9
     sent: list[tuple[Flag, int]] = []
     c.paths.send = lambda flags, lag, epoch: sent.append((flags, lag))  # type: ignore[method-assign]
@@ -224,7 +224,7 @@ def test_a_slow_peer_is_known_by_what_it_says() -> None:
     async def body() -> None:
         c, _, _ = cut(secondary)
         assert not c.facts().peer_slow
-        c._beacon(word(Flag.VM, lag_ms=c.config.peer.heartbeat_timeout))
+        c.heartbeats.on_word(word(Flag.VM, lag_ms=c.config.peer.heartbeat_timeout))
         assert c.facts().peer_slow
 
     run(body)
@@ -240,7 +240,7 @@ def test_facts_of_a_cut_come_from_the_beacons() -> None:
         for core in (c.paths.core, far):
             core.rekey(key, same_peer=False)
         c.peer.last_seen_ns = time.monotonic_ns() - 2 * 10**9
-        c._born_ns = 0
+        c.view.born_ns = 0
         c.peer.ending = Ending.LOST
         c._decide()
         assert "acknowledged nothing" in c.reason and f"control channel, {LINK}" in c.reason

@@ -17,6 +17,7 @@ import pytest
 from colo_xdp import abi
 from colo_xdp.abi import Bond, Mode, Source
 from colo_xdp.addresses import AddressTable
+from colo_xdp.arbiter import FenceArbiter, LeaseArbiter
 from colo_xdp.attach import NetlinkError, NoSuchDevice
 from colo_xdp.beacon import Flag, Word
 from colo_xdp.checkpointing import Checkpoint, CheckpointFailed, Want
@@ -198,13 +199,13 @@ def test_an_idle_controller_sleeps_until_something_cannot_wait() -> None:
         now = time.monotonic_ns()
         assert c.ticker.at_ns > now + 4 * TICK_S * 1e9
         dp.waiting = [Event(Source.PVM, now, 7, tcp(b"p"), 0, False)]
-        c._drain()
+        c.drain()
         assert c.ticker.at_ns > now + 4 * TICK_S * 1e9, "compare_timeout is seconds"
         dp.waiting = [
             Event(source, now, 7, udp(payload), 0, False)
             for source, payload in ((Source.PVM, b"p"), (Source.SVM, b"s"))
         ]
-        c._drain()
+        c.drain()
         assert c.ticker.at_ns <= time.monotonic_ns() + TICK_S * 1e9
         await task
         assert time.monotonic_ns() >= c.ticker.at_ns
@@ -213,7 +214,7 @@ def test_an_idle_controller_sleeps_until_something_cannot_wait() -> None:
         assert c.ticker.at_ns <= time.monotonic_ns() + TICK_S * 1e9
         task.cancel()
         await asyncio.wait({task})
-        c._drain()  # nobody rests
+        c.drain()  # nobody rests
         await asyncio.sleep(2 * TICK_S)
 
     in_loop(body)
@@ -262,16 +263,16 @@ def test_a_primary_that_gave_up_is_told_again_who_waits(
         async def no_disks(command: str) -> list[Any]:
             return []
 
-        c.qmp = SimpleNamespace(  # type: ignore[assignment]
+        c.qemu.qmp = SimpleNamespace(  # type: ignore[assignment]
             connected=True, status=state_of_qemu, execute=no_disks
         )
         c.peer = SimpleNamespace(connected=True, send=sent)  # type: ignore[assignment]
-        c._ready_wanted, c.peer_state = True, "checkpointing"
+        c._ready_wanted, c.view.peer.state = True, "checkpointing"
         end = time.monotonic() + 0.1
         while time.monotonic() < end:
             c.on_tick(0)
         assert not asked, "it is at work"
-        c.peer_state = "starting"
+        c.view.peer.state = "starting"
         c.on_tick(0)
         assert not asked, "it has just become so"
         while not asked:
@@ -290,13 +291,13 @@ def test_who_reaches_the_network_and_by_which_right(held: bool, may: bool, lease
     c, dp, _ = primary()
     rest = {"undecided": False, "bond": "equal"}
     assert permission(c) == {"speaks": True, "lease": "", "left_s": None, **rest}
-    c.speaker = SimpleNamespace(held=held, may_speak=may, left_s=1.5 * may)  # type: ignore[assignment]
+    c.arbiter = LeaseArbiter(Leased(held, "", may=may))  # type: ignore[arg-type]
     want = {"speaks": may, "lease": lease, "left_s": 1.5 * may, **rest}
     assert permission(c) == want
-    for sign in ("vm_gone", "vm_absent"):
-        setattr(c, sign, True)
+    for sign in ("gone", "absent"):
+        setattr(c.view.guest, sign, True)
         assert not permission(c)["speaks"], "no QEMU, no voice"
-        setattr(c, sign, False)
+        setattr(c.view.guest, sign, False)
     dp.mode = Mode.DROP
     assert permission(c) == want | {"speaks": False}
     s, dp, _ = secondary()
@@ -318,7 +319,7 @@ def test_a_silence_that_only_the_secondary_noticed(
     state: str, epoch: int, exited: bool, again: bool
 ) -> None:
     s, dp, _ = secondary()
-    dp.epoch, s.state, s._entered, s.colo_exit = 7, State.DEGRADED, True, exited
+    dp.epoch, s.state, s.view.pair.in_colo, s.view.guest.colo_exit = 7, State.DEGRADED, True, exited
     s.on_message({"type": "beat", "state": state, "epoch": epoch, "shut": False, "alone": False})
     assert (s.state is State.PROTECTED) == again
 
@@ -329,7 +330,7 @@ def test_a_checkpoint_that_is_cancelled_with_its_last_word_goes_no_further() -> 
     async def body() -> None:
         c, _, _ = primary()
         c.peer = SimpleNamespace(connected=True)  # type: ignore[assignment]
-        c.qmp = SimpleNamespace(connected=True)  # type: ignore[assignment]
+        c.qemu.qmp = SimpleNamespace(connected=True)  # type: ignore[assignment]
         for turns in range(4):  # of the loop between the two: the answer may be anywhere on its way
             ck = Checkpoint(8, "operator", time.monotonic_ns())
             went_on = False
@@ -453,7 +454,8 @@ def test_a_persons_word_opens_a_guest_of_which_nothing_is_known() -> None:
         c, dp, _ = undecided()
         c.peer.connected = False
         c.config = replace(c.config, failover=replace(c.config.failover, fence=(), automatic=False))
-        r = await c.command("failover", {})
+        c.arbiter = FenceArbiter(SimpleNamespace(config=c.config))  # type: ignore[arg-type]
+        r = await c.commands.run("failover", {})
         assert r["done"] and c.state is State.SOLO and c.speaks
         assert dp.mode is Mode.BYPASS and dp.opened == 1 and not dp.undecided
 
@@ -465,7 +467,7 @@ def test_a_persons_word_that_opened_a_guest_does_not_break_the_pair_that_follows
 
     async def body() -> None:
         c, _, _ = undecided()
-        c._order("force", 40.0)
+        c.commands.order("force", 40.0)
         c._peer_message(beat("stopped", shut=True))
         assert c._busy is not None
         await c._busy
@@ -486,7 +488,7 @@ def test_a_stopped_controller_gets_nobody_fenced(planned: bool, fenced: bool) ->
     c.peer.connected = False
     again = Secondary(c.config, dp)  # type: ignore[arg-type]
     for one in (c, again):
-        one.peer.last_seen_ns, one._born_ns = 1, 1  # long ago
+        one.peer.last_seen_ns, one.view.born_ns = 1, 1  # long ago
         assert (decide(one.facts()).action is Action.FENCE) == fenced
     again._peer_up()
     again.peer.connected = False
@@ -498,7 +500,7 @@ def test_a_controller_that_said_when_it_comes_back_is_waited_for_until_then() ->
     c.peer.connected = True
     c._peer_message({"type": "bye", "why": "roles", "planned": True, "back": 60_000})
     c.peer.connected = False
-    c.peer.last_seen_ns, c._born_ns = 1, 1
+    c.peer.last_seen_ns, c.view.born_ns = 1, 1
     assert decide(c.facts()).action is Action.DEGRADE
     dp.peer_stopped -= 60_000 * 1_000_000
     assert decide(c.facts()).action is Action.FENCE
@@ -510,7 +512,7 @@ def test_a_guest_that_spoke_alone_and_dies_does_not_speak(side: str) -> None:
         make = primary if side == "solo" else secondary
         mode = Mode.BYPASS if side == "solo" else Mode.TAKEOVER
         c, dp, sent = make(mode)  # type: ignore[operator]
-        c.state, c.spoke_alone, c.vm_gone = State(side), True, True
+        c.state, c.view.guest.standalone, c.view.guest.gone = State(side), True, True
         assert not c.speaks and not permission(c)["speaks"]
         c._decide()
         await c._busy
@@ -549,10 +551,10 @@ def test_a_tap_that_is_gone_with_its_guest_ends_no_controller(error: Exception) 
 
         dp.close_network = gone  # type: ignore[method-assign]
         c._stand_down("the secondary took over")
-        c.peer.connected, c.peer_state, c.incoming_wanted = True, "taken-over", True
-        c.qmp = FakeQmp()  # type: ignore[assignment]
-        c.qmp.connected = True
-        c.qmp.status = lambda: asyncio.sleep(0, "inmigrate")  # type: ignore[method-assign]
+        c.peer.connected, c.view.peer.state, c.incoming_wanted = True, "taken-over", True
+        c.qemu.qmp = FakeQmp()  # type: ignore[assignment]
+        c.qemu.qmp.connected = True
+        c.qemu.qmp.status = lambda: asyncio.sleep(0, "inmigrate")  # type: ignore[method-assign]
         assert c._successor is not None
         await asyncio.wait({c._successor}, timeout=2)
         assert c.role_changed and not c.failures
@@ -591,7 +593,7 @@ def test_a_primary_never_speaks_against_a_secondary_that_took_over(kind: str) ->
 def test_frames_of_a_checkpoint_go_where_their_time_says() -> None:
     c, dp, sent = secondary()
     c.state = State.PROTECTED
-    c.qmp = SimpleNamespace(connected=True)  # type: ignore[assignment]
+    c.qemu.qmp = SimpleNamespace(connected=True)  # type: ignore[assignment]
     c.on_message({"type": "begin", "n": 8, "cause": "operator", "initial": False})
     assert sent.kinds() == ["begun"] and dp.mode is Mode.CHECKPOINT
     t = time.monotonic_ns()
@@ -608,18 +610,18 @@ def test_frames_of_a_checkpoint_go_where_their_time_says() -> None:
     assert [b"client" in f for f in dp.injectors["deliver"].frames] == [True]
     forwarded = b"".join(dp.injectors["forward"].frames)
     assert b"new guest" in forwarded and b"read late" in forwarded
-    assert b"old guest" not in forwarded and c.stale == 1
+    assert b"old guest" not in forwarded and c.held.stale == 1
     assert sent.kinds() == ["begun", "done"]
 
 
 def test_a_checkpoint_that_never_came_gives_everything_back() -> None:
     c, dp, sent = secondary()
     c.state = State.PROTECTED
-    c.qmp = SimpleNamespace(connected=True)  # type: ignore[assignment]
+    c.qemu.qmp = SimpleNamespace(connected=True)  # type: ignore[assignment]
     c.on_message({"type": "begin", "n": 8, "cause": "operator", "initial": False})
     c.on_event(Event(Source.CLIENT, time.monotonic_ns(), 7, tcp(b"client"), 0, False))
-    assert c._hold is not None
-    c._hold.deadline = 0
+    assert c.held.hold is not None
+    c.held.hold.deadline = 0
     c.on_tick(time.monotonic_ns())
     assert dp.mode is Mode.RUN and dp.epoch == 7
     assert len(dp.injectors["deliver"].frames) == 1
@@ -632,15 +634,15 @@ def test_a_checkpoint_that_never_came_gives_everything_back() -> None:
         ({"epoch": 9}, "is over"),
         ({"state": State.TAKEN_OVER}, "taken-over"),
         ({"qmp": SimpleNamespace(connected=False)}, "QMP to the SVM is down"),
-        ({"_entered": False}, "not in COLO"),
+        ({"in_colo": False}, "not in COLO"),
     ],
 )
 def test_a_checkpoint_is_refused_by_name(change: dict[str, Any], why: str) -> None:
     c, dp, sent = secondary()
     c.state = State.PROTECTED
-    c.qmp = SimpleNamespace(connected=True)  # type: ignore[assignment]
+    c.qemu.qmp = SimpleNamespace(connected=True)  # type: ignore[assignment]
     for k, v in change.items():
-        setattr(dp if k == "epoch" else c, k, v)
+        setattr({"epoch": dp, "in_colo": c.view.pair, "qmp": c.qemu}.get(k, c), k, v)
     c.on_message({"type": "begin", "n": 8, "cause": "operator", "initial": False})
     assert sent[0]["type"] == "failed" and why in sent[0]["why"]
     assert dp.mode is Mode.RUN
@@ -658,7 +660,7 @@ def test_standing_down_and_coming_back() -> None:
             done.append(action.value)
 
         c.perform = perform  # type: ignore[method-assign]
-        c.qmp = SimpleNamespace(connected=True)  # type: ignore[assignment]
+        c.qemu.qmp = SimpleNamespace(connected=True)  # type: ignore[assignment]
         c._peer_message({"type": "solo", "why": "hang"})
         assert c.state is State.STOPPED and dp.mode is Mode.DROP and sent.kinds() == ["gone"]
         c._peer_message({"type": "gone", "why": "dead", "alone": alone})
@@ -672,17 +674,17 @@ def test_standing_down_and_coming_back() -> None:
 
 def test_signs_of_an_earlier_secondary_are_forgotten_with_the_next_one() -> None:
     c, _, _ = primary(Mode.BYPASS)
-    c.peer_vm_gone = True
+    c.view.peer.shut = True
     c.on_message({"type": "ready", "epoch": 0})
-    assert not c.peer_vm_gone
+    assert not c.view.peer.shut
 
 
 def test_a_first_checkpoint_counts_when_the_primary_has_confirmed_it() -> None:
     """Until then the primary may give up entering, and its guest speaks uncompared."""
     c, dp, sent = secondary()
     dp.mode, dp.epoch, c.state = Mode.RUN, 0, State.STARTING
-    c._entered = c._confirmed = False
-    c.qmp = SimpleNamespace(connected=True)  # type: ignore[assignment]
+    c.view.pair.in_colo = c.view.pair.confirmed = False
+    c.qemu.qmp = SimpleNamespace(connected=True)  # type: ignore[assignment]
     c._on_begin(1, initial=True, planned=False, asked=True)
     t = time.monotonic_ns()
     c.on_event(Event(Source.CLIENT, t, 0, tcp(b"client"), 0, False))
@@ -717,11 +719,11 @@ def test_a_shadow_ends_with_a_later_checkpoint_only() -> None:
     beat |= {"type": "beat"}
     c._peer_message(beat | {"epoch": 7, "shadow": True})
     c._peer_message(beat | {"epoch": 7, "shadow": False})
-    assert c.shadow
+    assert c.view.shadow
     again = Secondary(c.config, dp)  # type: ignore[arg-type]
-    assert again.shadow
+    assert again.view.shadow
     again._peer_message(beat | {"epoch": 8, "shadow": False})
-    assert not again.shadow and not dp.shadowed
+    assert not again.view.shadow and not dp.shadowed
 
 
 def test_a_shadow_begins_when_the_secondary_has_heard_of_it() -> None:
@@ -737,7 +739,7 @@ def test_a_shadow_begins_when_the_secondary_has_heard_of_it() -> None:
     c._peer_message(said | {"role": "secondary", "state": "paused", "shadow": True})
     assert c.engine.shadow
     other, _, answers = secondary()
-    other.paused = True
+    other.view.paused = True
     other._peer_message(said | {"shadow": True})
     assert answers[-1]["shadow"], "and it says so at once"
 
@@ -748,8 +750,8 @@ def test_a_shadow_that_is_left_behind_the_stop_goes_on_until_the_next_checkpoint
     async def body() -> None:
         c, dp, sent = primary()
         c.peer.connected = True
-        c.state, c.shadow, dp.epoch = State.PROTECTED, True, 7
-        c.qmp = FakeQmp()  # type: ignore[assignment]
+        c.state, c.view.shadow, dp.epoch = State.PROTECTED, True, 7
+        c.qemu.qmp = FakeQmp()  # type: ignore[assignment]
         for n, early in ((8, False), (9, True)):
             task = asyncio.ensure_future(c._checkpoint(Want("operator", "asked")))
             await asyncio.sleep(0)
@@ -769,7 +771,7 @@ def test_a_shadow_that_is_left_behind_the_stop_goes_on_until_the_next_checkpoint
             assert dp.epoch == n
             assert sent[-1]["type"] == "beat" and sent[-1]["shadow"] is not early
             assert (c._want is None) == early, "it is not forgotten"
-        assert not c.shadow and not c._leave_shadow
+        assert not c.view.shadow and not c._leave_shadow
 
     in_loop(body)
 
@@ -817,7 +819,7 @@ def test_a_planned_failover_holds_until_this_side_speaks() -> None:
     async def body() -> None:
         c, dp, sent = secondary()
         c.state = State.PROTECTED
-        c.qmp = FakeQmp()  # type: ignore[assignment]
+        c.qemu.qmp = FakeQmp()  # type: ignore[assignment]
         c.on_message({"type": "begin", "n": 8, "cause": "planned", "initial": False})
         t = time.monotonic_ns()
         c.on_qmp(event("STOP", t + 15, t + 60))
@@ -848,7 +850,7 @@ def test_a_planned_failover_holds_until_this_side_speaks() -> None:
 def test_a_planned_failover_that_the_primary_gave_up_ends_as_a_checkpoint() -> None:
     c, dp, _ = secondary()
     c.state = State.PROTECTED
-    c.qmp = FakeQmp()  # type: ignore[assignment]
+    c.qemu.qmp = FakeQmp()  # type: ignore[assignment]
     c.on_message({"type": "begin", "n": 8, "cause": "planned", "initial": False})
     t = time.monotonic_ns()
     c.on_qmp(event("STOP", t + 15, t + 60))
@@ -862,12 +864,12 @@ def test_a_checkpoint_that_nobody_saw_is_in_doubt_until_the_next(
 ) -> None:
     async def body() -> None:
         c, dp, _ = secondary(Mode.CHECKPOINT)
-        c.qmp = FakeQmp()  # type: ignore[assignment]
+        c.qemu.qmp = FakeQmp()  # type: ignore[assignment]
         lost: list[int] = []
         monkeypatch.setattr(c.flows, "give_up", lambda epoch: lost.append(epoch) or 0)
         for _ in range(2):  # the former controller's, and one that this one was asked for
-            assert c._hold is not None
-            c._hold.deadline = 0.0
+            assert c.held.hold is not None
+            c.held.hold.deadline = 0.0
             c.on_tick(time.monotonic_ns())
             assert dp.mode is Mode.RUN
             c.on_message({"type": "begin", "n": 8, "cause": "operator", "initial": False})
@@ -882,7 +884,7 @@ def test_a_checkpoint_that_nobody_saw_is_in_doubt_until_the_next(
 def test_the_primarys_epoch_tells_a_new_secondary_controller_what_its_guest_has_loaded() -> None:
     async def body() -> None:
         c, dp, _ = secondary(Mode.CHECKPOINT)
-        c.qmp = FakeQmp()  # type: ignore[assignment]
+        c.qemu.qmp = FakeQmp()  # type: ignore[assignment]
         c._peer_message(BEAT | {"state": "stopped", "epoch": 8, "shut": True})
         assert c._busy is not None
         await c._busy
@@ -897,7 +899,7 @@ def test_a_persons_word_outlives_the_controller_that_heard_it(order: str) -> Non
         c, dp, _ = secondary()
         dp.order = order
         c = Secondary(c.config, dp)  # type: ignore[arg-type]
-        c.qmp = FakeQmp()  # type: ignore[assignment]
+        c.qemu.qmp = FakeQmp()  # type: ignore[assignment]
         object.__setattr__(c.config.failover, "fence", ("/bin/false",))
         c._decide()
         assert c._busy is not None
@@ -905,7 +907,7 @@ def test_a_persons_word_outlives_the_controller_that_heard_it(order: str) -> Non
         if order == "force":
             assert c.state is State.TAKEN_OVER and dp.mode is Mode.TAKEOVER
         else:
-            assert c.fence_result is False and dp.mode is Mode.RUN
+            assert c.view.pair.fence.result is False and dp.mode is Mode.RUN
 
     in_loop(body)
 
@@ -944,11 +946,11 @@ def test_a_planned_failover_that_had_to_wait_is_not_made_up_for(late: bool) -> N
 def test_planned_and_force_exclude_each_other() -> None:
     c, _, _ = secondary()
     with pytest.raises(ValueError, match="planned or force"):
-        asyncio.run(c.command("failover", {"planned": True, "force": True}))
+        asyncio.run(c.commands.run("failover", {"planned": True, "force": True}))
     c.state = State.DEGRADED
     with pytest.raises(ValueError, match="no planned failover from state degraded"):
-        asyncio.run(c.command("failover", {"planned": True}))
-    steps = asyncio.run(c.command("failover", {"planned": True, "dry_run": True}))["steps"]
+        asyncio.run(c.commands.run("failover", {"planned": True}))
+    steps = asyncio.run(c.commands.run("failover", {"planned": True, "dry_run": True}))["steps"]
     assert "a checkpoint" in steps[0] and any("yank" in s for s in steps)
 
 
@@ -969,8 +971,9 @@ def test_a_survivor_becomes_the_primary_when_a_new_qemu_waits() -> None:
 def test_a_primary_that_is_alone_protects_again() -> None:
     async def body() -> None:
         c, _, _ = primary(Mode.BYPASS)
-        c.state, c.spoke_alone, c.operator = State.SOLO, True, True
-        c.qmp = FakeQmp()  # type: ignore[assignment]
+        c.state, c.view.guest.standalone = State.SOLO, True
+        c.commands.order("failover", 60)
+        c.qemu.qmp = FakeQmp()  # type: ignore[assignment]
         went: list[str] = []
 
         async def protect() -> None:
@@ -980,9 +983,9 @@ def test_a_primary_that_is_alone_protects_again() -> None:
         c.on_message({"type": "ready", "epoch": 3})
         assert c._guard is not None
         await c._guard
-        assert went == ["starting"] and c.qmp.said == ["lost_heartbeat"]  # type: ignore[attr-defined]
-        assert not c._uncompared and not c.operator
-        assert c.spoke_alone, "until the first checkpoint is complete"
+        assert went == ["starting"] and c.qemu.qmp.said == ["lost_heartbeat"]  # type: ignore[attr-defined]
+        assert not c._uncompared and not c.view.operator
+        assert c.view.guest.standalone, "until the first checkpoint is complete"
 
     in_loop(body)
 
@@ -1015,11 +1018,11 @@ def test_a_guest_that_is_alone_runs_whatever_a_broken_checkpoint_has_left(
     async def body() -> None:
         c, _, _ = primary(Mode.BYPASS, adopted=True)
         c.state = State.SOLO
-        c.qmp = Stopped()  # type: ignore[assignment]
+        c.qemu.qmp = Stopped()  # type: ignore[assignment]
         await c.on_qemu()
         await asyncio.gather(*c._tasks)
         want = ["", "colo", "paused", "cont", "running"] if migration == "failed" else []
-        assert c.qmp.said == ["", *want]  # type: ignore[attr-defined]
+        assert c.qemu.qmp.said == ["", *want]  # type: ignore[attr-defined]
 
     in_loop(body)
 
@@ -1031,7 +1034,7 @@ def test_offsets_of_its_own_are_handed_over_in_parts() -> None:
         entries = [bytes([i % 256]) * 104 for i in range(700)]
         c.own = SimpleNamespace(export=lambda epoch: entries)  # type: ignore[assignment]
         c.peer.connected = True
-        c.qmp = FakeQmp()  # type: ignore[assignment]
+        c.qemu.qmp = FakeQmp()  # type: ignore[assignment]
         ck = c._ck = Checkpoint(8, "initial", time.monotonic_ns())
 
         async def answer() -> None:
@@ -1066,22 +1069,22 @@ def test_a_guest_is_worthless_only_if_the_other_speaks(
     role: str, state: str, connected: bool, over: bool
 ) -> None:
     c, _, _ = primary(Mode.DROP, adopted=True)
-    c.peer_role, c.peer_state, c.peer.connected = role, state, connected
-    c.other_guest = other_guest(role, state, alone=over, shut=False)
+    c.view.peer.role, c.view.peer.state, c.peer.connected = role, state, connected
+    c.view.peer.guest = other_guest(role, state, alone=over, shut=False)
     assert c.superseded() is over
 
 
 def test_what_stands_in_the_way_of_a_new_pair_is_said() -> None:
     c, _, _ = primary(Mode.DROP, adopted=True)
     with pytest.raises(ValueError, match="not known to speak"):
-        asyncio.run(c.command("reprotect", {}))
+        asyncio.run(c.commands.run("reprotect", {}))
     c.state = State.PROTECTED
     with pytest.raises(ValueError, match="nothing to do"):
-        asyncio.run(c.command("reprotect", {}))
+        asyncio.run(c.commands.run("reprotect", {}))
     c.state = State.SOLO
     c.peer.send = lambda kind, **fields: False  # type: ignore[method-assign]
     with pytest.raises(ValueError, match="does not answer"):
-        asyncio.run(c.command("reprotect", {}))
+        asyncio.run(c.commands.run("reprotect", {}))
 
 
 def test_a_worthless_guest_makes_room_for_one_that_waits() -> None:
@@ -1090,16 +1093,17 @@ def test_a_worthless_guest_makes_room_for_one_that_waits() -> None:
     async def body() -> None:
         c, _, sent = secondary(Mode.DROP)
         object.__setattr__(c.config.qemu, "incoming", ("/bin/true",))
-        c.peer.connected, c.peer_role, c.peer_state = True, "primary", "solo"
-        c.stood_down = c.colo_exit = c.vm_gone = True
+        c.qemu.options = replace(c.qemu.options, incoming=("/bin/true",))
+        c.peer.connected, c.view.peer.role, c.view.peer.state = True, "primary", "solo"
+        c.view.guest.demoted = c.view.guest.colo_exit = c.view.guest.gone = True
         qmp = WaitingQmp()
-        c.qmp = qmp  # type: ignore[assignment]
+        c.qemu.qmp = qmp  # type: ignore[assignment]
         c.become(State.STOPPED, "stood down")
         assert c._successor is not None
         await c._successor
         assert qmp.said[:2] == ["quit", "prepare"]
         assert c.state is State.STARTING and sent.kinds() == ["ready"]
-        assert not (c.stood_down or c.colo_exit or c.vm_gone)
+        assert not (c.view.guest.demoted or c.view.guest.colo_exit or c.view.guest.gone)
         for t in list(c._tasks):
             t.cancel()
 
@@ -1153,19 +1157,19 @@ class HungQmp(FakeQmp):
 def test_a_qemu_that_waits_for_the_other_does_not_hang(qmp: HungQmp, hangs: bool) -> None:
     async def body() -> None:
         c, _, _ = primary()
-        c.qmp = qmp  # type: ignore[assignment]
-        assert await c.hangs() is hangs and qmp.said == ["yank"]
+        c.qemu.qmp = qmp  # type: ignore[assignment]
+        assert await c.qemu.hangs() is hangs and qmp.said == ["yank"]
 
     in_loop(body)
 
 
 def test_a_pvm_that_hangs_is_shut_in_and_the_other_told(monkeypatch: pytest.MonkeyPatch) -> None:
     async def body() -> None:
-        monkeypatch.setattr("colo_xdp.node.WATCH_S", 0.01)
+        monkeypatch.setattr("colo_xdp.supervisor.WATCH_S", 0.01)
         c, dp, sent = primary()
         c.state = State.PROTECTED
-        c.qmp = HungQmp(loop=False, oob=False, after=False)  # type: ignore[assignment]
-        watch = asyncio.ensure_future(c._watch_qemu())
+        c.qemu.qmp = HungQmp(loop=False, oob=False, after=False)  # type: ignore[assignment]
+        watch = asyncio.ensure_future(c.qemu.watch())
         while "gone" not in sent.kinds():
             await asyncio.sleep(0.01)
         watch.cancel()
@@ -1209,7 +1213,7 @@ def test_a_host_that_waits_for_a_new_guest_keeps_its_key() -> None:
         SimpleNamespace(), node="p", address="a", boot="1", ttl_ms=2000, margin_ms=500,
         speaking=False, allow=lambda ns: None, changed=lambda: None,
     )  # type: ignore[arg-type]  # fmt: skip
-    c.speaker = speaker
+    c.arbiter = LeaseArbiter(speaker)
     speaker.freed("1")
     assert speaker.steal == "1"
     c.on_message({"type": "ready", "epoch": 7})
@@ -1230,7 +1234,7 @@ def test_a_copy_of_a_guest_that_spoke_alone_never_speaks(state: State, words: li
     async def body() -> None:
         c, dp, sent = secondary()
         c.state = state
-        c.qmp = SimpleNamespace(connected=True)  # type: ignore[assignment]
+        c.qemu.qmp = SimpleNamespace(connected=True)  # type: ignore[assignment]
         done: list[str] = []
 
         async def perform(action: Any, why: str) -> None:
@@ -1246,7 +1250,7 @@ def test_a_copy_of_a_guest_that_spoke_alone_never_speaks(state: State, words: li
         await asyncio.sleep(0)
         assert c.state is State.STOPPED and not done, "whatever is said later"
         again = Secondary(c.config, dp)  # type: ignore[arg-type]
-        assert again.state is State.STOPPED and not again._confirmed
+        assert again.state is State.STOPPED and not again.view.pair.confirmed
         assert "gone" in sent.kinds()
 
     in_loop(body)
@@ -1256,7 +1260,7 @@ def test_a_guest_that_waits_for_one_that_speaks_alone_stays() -> None:
     c, dp, _ = secondary(Mode.DROP, adopted=False)
     c._ready_wanted = True
     c.on_message(SPOKE)
-    c._peer_shut(True)
+    c.peer_shut(True)
     assert c.state is State.STARTING and dp.mode is Mode.DROP
 
 
@@ -1301,7 +1305,7 @@ def test_a_first_checkpoint_nobody_finished_sets_the_guest_free() -> None:
         dp.bond, dp.adopted = Bond.ALONE, True
         c = Primary(load(EXAMPLES / "primary.toml"), dp)  # type: ignore[arg-type]
         dp.waiting = [Event(Source.PVM, time.monotonic_ns(), 0, tcp(b"held"), 0, False)]
-        c.qmp = SimpleNamespace(migration_status=lambda: asyncio.sleep(0, "failed"))  # type: ignore[assignment]
+        c.qemu.qmp = SimpleNamespace(migration_status=lambda: asyncio.sleep(0, "failed"))  # type: ignore[assignment]
         guard = asyncio.ensure_future(c._protect())
         while dp.mode is not Mode.BYPASS:
             await asyncio.sleep(0)
@@ -1314,10 +1318,10 @@ def test_a_first_checkpoint_nobody_finished_sets_the_guest_free() -> None:
 class Leased:
     """Of speaker.Speaker what a planned failover asks."""
 
-    def __init__(self, held: bool, trouble: str) -> None:
+    def __init__(self, held: bool, trouble: str, *, may: bool = True) -> None:
         self.held, self.trouble = held, trouble
-        self.may_speak, self.other_alone, self.recorded, self.committed = True, False, False, False
-        self.want = True
+        self.may_speak, self.other_alone, self.recorded, self.committed = may, False, False, False
+        self.want, self.left_s = True, 1.5 * may
 
     async def look(self) -> None:
         await asyncio.sleep(0)
@@ -1329,15 +1333,15 @@ def test_no_plan_while_the_lease_cannot_change_hands() -> None:
     async def body() -> None:
         c, _, _ = primary()
         c.state = State.PROTECTED
-        c.speaker = Leased(False, "etcd is away")  # type: ignore[assignment]
+        c.arbiter = LeaseArbiter(Leased(False, "etcd is away"))  # type: ignore[arg-type]
         with pytest.raises(ValueError, match="etcd is away"):
             await c.hand_over(time.monotonic() + 1)
         assert c._want is None
         s, dp, sent = secondary()
-        s.state, s.qmp = State.PROTECTED, SimpleNamespace(connected=True)  # type: ignore[assignment]
+        s.state, s.qemu.qmp = State.PROTECTED, SimpleNamespace(connected=True)  # type: ignore[assignment]
         begin = {"type": "begin", "n": 8, "cause": "planned", "initial": False}
         for trouble, answer, mode in (("away", "failed", Mode.RUN), ("", "begun", Mode.CHECKPOINT)):
-            s.speaker = Leased(False, trouble)  # type: ignore[assignment]
+            s.arbiter = LeaseArbiter(Leased(False, trouble))  # type: ignore[arg-type]
             s.on_message(begin)
             await asyncio.gather(*s._tasks)
             assert sent[-1]["type"] == answer and dp.mode is mode
@@ -1350,7 +1354,7 @@ def test_a_plan_that_the_secondary_refuses_ends_as_a_checkpoint() -> None:
     async def body() -> None:
         c, _, _ = primary()
         c.state, c.peer.connected = State.PROTECTED, True
-        c.qmp = FakeQmp()  # type: ignore[assignment]
+        c.qemu.qmp = FakeQmp()  # type: ignore[assignment]
         asked: list[str] = []
 
         async def checkpoint(want: Any) -> None:
@@ -1426,11 +1430,11 @@ def test_a_guest_stands_down_at_a_word() -> None:
 
     async def body(c: Primary | Secondary, dp: FakeDataPath, sent: Sent) -> None:
         dp.order = "failover"
-        r = await c.command("stand-down", {"why": "moved by the cluster"})
+        r = await c.commands.run("stand-down", {"why": "moved by the cluster"})
         assert dp.mode is Mode.DROP and c.path_shut and not permission(c)["speaks"]
         assert r["state"] == "stopped" and "moved by the cluster" in r["reason"]
         assert sent.kinds() == ["gone"] and dp.order == ""
-        await c.command("stand-down", {})  # again: nothing more is said
+        await c.commands.run("stand-down", {})  # again: nothing more is said
         assert sent.kinds() == ["gone"] and "moved by the cluster" in c.reason
 
     p, pd, ps = primary()
@@ -1446,9 +1450,9 @@ def test_a_guest_whose_programs_have_stepped_out_stands_down() -> None:
 
     async def body() -> None:
         c, dp, sent = secondary(Mode.TAKEOVER)
-        c.stepped_out = c.spoke_alone = True
+        c.stepped_out = c.view.guest.standalone = True
         c.state = State.TAKEN_OVER
-        await c.command("stand-down", {})
+        await c.commands.run("stand-down", {})
         assert dp.mode is Mode.DROP and not c.stepped_out and dp.stepped_in == 1
         assert sent[0]["alone"]
 
@@ -1468,7 +1472,7 @@ def test_a_takeover_under_way_is_waited_for() -> None:
             dp.mode, c.state = Mode.TAKEOVER, State.TAKEN_OVER
 
         c._busy = c.spawn(take_over())
-        word = asyncio.ensure_future(c.command("stand-down", {}))
+        word = asyncio.ensure_future(c.commands.run("stand-down", {}))
         await asyncio.sleep(0.01)
         assert not word.done()
         go.set()
@@ -1481,10 +1485,10 @@ def test_a_takeover_under_way_is_waited_for() -> None:
 def test_nobody_stands_down_in_a_planned_failover() -> None:
     async def body() -> None:
         c, dp, _ = secondary()
-        c.state, c._confirmed = State.PROTECTED, True
+        c.state, c.view.pair.confirmed = State.PROTECTED, True
         c._begin_hold(8, planned=True)
         with pytest.raises(ValueError, match="planned failover"):
-            await c.command("stand-down", {})
+            await c.commands.run("stand-down", {})
         assert dp.mode is Mode.CHECKPOINT
 
     asyncio.run(body())
@@ -1497,7 +1501,7 @@ def test_a_takeover_does_not_break_a_promise_of_silence(word: str) -> None:
 
     async def body() -> None:
         c, dp, sent = secondary()
-        c.state, c._confirmed = State.DEGRADED, True
+        c.state, c.view.pair.confirmed = State.DEGRADED, True
         leaves = asyncio.Event()
 
         async def migration_status(limit: float = 0) -> str:
@@ -1512,11 +1516,11 @@ def test_a_takeover_does_not_break_a_promise_of_silence(word: str) -> None:
         async def execute(command: str) -> list[Any]:
             return []
 
-        c.qmp = SimpleNamespace(  # type: ignore[assignment]
+        c.qemu.qmp = SimpleNamespace(  # type: ignore[assignment]
             migration_status=migration_status, status=status, lost_heartbeat=lost_heartbeat,
             execute=execute, connected=True,
         )  # fmt: skip
-        act = c._busy = c.spawn(c._take_over("the fence command has succeeded"))
+        act = c._busy = c.spawn(c.takeover.run("the fence command has succeeded"))
         await asyncio.sleep(0.01)
         asked = None
         if word == "solo":
@@ -1526,7 +1530,7 @@ def test_a_takeover_does_not_break_a_promise_of_silence(word: str) -> None:
                 {"type": "beat", "state": "solo", "epoch": 7, "shut": False, "alone": True}
             )
         else:
-            asked = asyncio.ensure_future(c.command("stand-down", {}))
+            asked = asyncio.ensure_future(c.commands.run("stand-down", {}))
         await asyncio.sleep(0.01)
         leaves.set()
         await act
@@ -1534,7 +1538,7 @@ def test_a_takeover_does_not_break_a_promise_of_silence(word: str) -> None:
             await asked  # it waited for the end of the takeover
         assert c.state is State.STOPPED and dp.mode is Mode.DROP
         assert "gone" in sent.kinds() and (asked is not None or "taken" not in sent.kinds())
-        assert not c._taking_over or asked is not None
+        assert not c.takeover.under_way or asked is not None
 
     asyncio.run(body())
 
@@ -1565,7 +1569,7 @@ def test_a_primary_that_hears_of_a_takeover_while_it_goes_solo_stays_silent() ->
         async def leave_colo() -> None:
             await left.wait()
 
-        c.leave_colo = leave_colo  # type: ignore[method-assign]
+        c.qemu.leave_colo = leave_colo  # type: ignore[method-assign]
         act = c.spawn(c._go_solo("asked by the operator"))
         await asyncio.sleep(0.01)
         c._peer_message({"type": "taken", "why": "asked by the operator there"})
@@ -1580,14 +1584,18 @@ def test_a_primary_that_hears_of_a_takeover_while_it_goes_solo_stays_silent() ->
 def test_qmp_that_comes_back_does_not_undo_a_stand_down(status: str) -> None:
     async def body() -> None:
         c, dp, sent = secondary()
-        c.state, c._confirmed, c._entered = State.DEGRADED, True, status != "running"
+        c.state, c.view.pair.confirmed, c.view.pair.in_colo = (
+            State.DEGRADED,
+            True,
+            status != "running",
+        )
         answers = asyncio.Event()
 
         async def ask(*args: Any, **more: Any) -> str:
             await answers.wait()
             return status
 
-        c.qmp = SimpleNamespace(  # type: ignore[assignment]
+        c.qemu.qmp = SimpleNamespace(  # type: ignore[assignment]
             status=ask, migration_status=ask, prepare=ask, connected=True
         )
         back = c.spawn(c.on_qemu())
@@ -1607,21 +1615,21 @@ def test_a_fence_holds_until_the_peer_is_heard_again() -> None:
         c, _, _ = secondary()
         c.state = State.DEGRADED
         object.__setattr__(c.config.failover, "fence", ("/bin/true",))
-        c.fence_result = await c._fence()
-        c._fenced_ns = boot_ns()
-        assert c.fence_result
-        word = Word(Flag.VM, 0, 7, boot_ns(), c._fenced_ns - 1)
-        c._beacon(word)  # sent before, and late
-        assert c.fence_result
+        c.view.pair.fence.result = await c.arbiter.fence()
+        c.view.pair.fence.ended_boot_ns = boot_ns()
+        assert c.view.pair.fence.result
+        word = Word(Flag.VM, 0, 7, boot_ns(), c.view.pair.fence.ended_boot_ns - 1)
+        c.heartbeats.on_word(word)  # sent before, and late
+        assert c.view.pair.fence.result
         if heard == "beacon":
-            c._beacon(replace(word, t=boot_ns(), after=boot_ns()))
+            c.heartbeats.on_word(replace(word, t=boot_ns(), after=boot_ns()))
         else:
             c._peer_up()
-        c.colo_exit = True
+        c.view.guest.colo_exit = True
         facts = replace(c.facts(), peer_connected=False, peer_silent_ms=1e6, paths=())
         assert decide(facts).action is Action.FENCE
-        c.fence_result = True
-        facts = replace(facts, fence_result=True)
+        c.view.pair.fence.result = True
+        facts = replace(facts, arbiter=replace(facts.arbiter, fenced=True))
         assert decide(facts).action is Action.TAKE_OVER, "or else it would be enough"
 
     for heard in ("beacon", "channel"):
@@ -1635,13 +1643,13 @@ def test_a_persons_word_does_not_count_for_ever(
     """It was told that nothing came of it, and the other host may be alive again by then."""
     c, _, _ = secondary()
     c.state = State.DEGRADED
-    c._order("force" if force else "failover", 60)
-    assert c.facts().operator and c.forced is force
-    c._order_until = time.monotonic() - 1
-    assert not c.facts().operator and not c.forced
+    c.commands.order("force" if force else "failover", 60)
+    assert c.facts().operator and c.view.forced is force
+    c.view.ordered(forced=force, until_s=time.monotonic() - 1)
+    assert not c.facts().operator and not c.view.forced
     assert "ask for it again" in caplog.text
     caplog.clear()
-    c._order("failover", -1)
+    c.commands.order("failover", -1)
     c.state = State.TAKEN_OVER
     assert not c.facts().operator and not caplog.text, "it did come about"
 
@@ -1653,7 +1661,7 @@ def test_the_primary_tells_what_its_guest_has_said_before_the_checkpoint() -> No
         for mine in ([], [GUEST_MAC]):
             c, dp, sent = primary()
             c.peer.connected = True  # type: ignore[misc]
-            c.qmp = FakeQmp()  # type: ignore[assignment]
+            c.qemu.qmp = FakeQmp()  # type: ignore[assignment]
             dp.addresses.told(3, b"", b"".join(mine), running=3)
             task = asyncio.ensure_future(c._checkpoint(Want("operator", "asked")))
             while "begin" not in sent.kinds():
@@ -1681,14 +1689,14 @@ def test_a_primary_that_dies_in_a_checkpoint_leaves_the_svm_its_addresses() -> N
 
     async def body() -> None:
         c, dp, _ = secondary()
-        c.state, c.qmp = State.PROTECTED, FakeQmp()  # type: ignore[assignment]
+        c.state, c.qemu.qmp = State.PROTECTED, FakeQmp()  # type: ignore[assignment]
         for key, epoch in ((mine, 7), (other, 8)):
             claim = abi.CLAIM.pack(time.monotonic_ns(), mac_key(GUEST_MAC), epoch, 0)
             dp.addresses._addresses.set(key, claim)
         told, _ = dp.addresses.export(256)
         c.on_message({"type": "claims", "n": 8, "addresses": told.hex(), "macs": ""})
         c.on_message({"type": "begin", "n": 8, "cause": "operator", "initial": False})
-        await c._take_over("the primary is dead")
+        await c.takeover.run("the primary is dead")
         assert dp.epoch == 7
         assert [o.address for o in dp.addresses.own(GUEST_MAC, 7)] == [mine[:16]]
         assert len(dp.addresses.own(GUEST_MAC, None)) == 1
@@ -1703,23 +1711,21 @@ def test_the_data_path_learns_whose_frames_it_mirrors() -> None:
 
     async def body() -> None:
         c, dp, _ = primary()
-        c.config = replace(c.config, network=replace(c.config.network, guest_mac=""))
-        c.qmp = FakeQmp()  # type: ignore[assignment]
-        known, c.qmp = c.qmp, Unsure()  # type: ignore[assignment]
-        assert await c.learn_macs() == "" and not dp.macs, "it goes on mirroring everything"
-        c.qmp = known
-        c._qmp_event(event("NIC_RX_FILTER_CHANGED", 1, 1))
+        c.qemu.options = replace(c.qemu.options, guest_mac="")
+        c.qemu.qmp = FakeQmp()  # type: ignore[assignment]
+        known, c.qemu.qmp = c.qemu.qmp, Unsure()  # type: ignore[assignment]
+        assert await c.qemu.learn_macs() == "" and not dp.macs, "it goes on mirroring everything"
+        c.qemu.qmp = known
+        c.qemu.on_event(event("NIC_RX_FILTER_CHANGED", 1, 1))
         while not dp.macs:
             await asyncio.sleep(0)
         assert [m.hex(":") for m in dp.macs] == ["52:54:00:12:34:56", "52:54:00:12:34:57"]
-        c.qmp = Unsure()  # type: ignore[assignment]
+        c.qemu.qmp = Unsure()  # type: ignore[assignment]
         dp.macs = []
-        assert await c.learn_macs() == "52:54:00:12:34:56", "as it was last told"
+        assert await c.qemu.learn_macs() == "52:54:00:12:34:56", "as it was last told"
         assert not dp.macs
-        c.config = replace(
-            c.config, network=replace(c.config.network, guest_mac="02:00:00:00:00:09")
-        )
-        assert await c.learn_macs() == "02:00:00:00:00:09"
+        c.qemu.options = replace(c.qemu.options, guest_mac="02:00:00:00:00:09")
+        assert await c.qemu.learn_macs() == "02:00:00:00:00:09"
         assert dp.macs == [bytes.fromhex("020000000009")]
 
     in_loop(body)
@@ -1731,15 +1737,15 @@ def test_a_guest_with_too_many_mac_addresses_is_announced(
     """Who asks for the first one at a takeover gets it, whatever the table has room for."""
 
     async def body() -> None:
-        c, dp, _ = primary()
+        c, _, _ = primary()
 
         def full(*macs: bytes) -> None:
             raise OSError(errno.E2BIG, "map update")
 
-        monkeypatch.setattr(dp, "is_at", full)
-        c.config = replace(c.config, network=replace(c.config.network, guest_mac=""))
-        c.qmp = FakeQmp()  # type: ignore[assignment]
-        assert await c.learn_macs() == "52:54:00:12:34:56"
+        monkeypatch.setattr(c.qemu, "_is_at", full)
+        c.qemu.options = replace(c.qemu.options, guest_mac="")
+        c.qemu.qmp = FakeQmp()  # type: ignore[assignment]
+        assert await c.qemu.learn_macs() == "52:54:00:12:34:56"
         assert "not all MAC addresses" in caplog.text
 
     in_loop(body)

@@ -81,7 +81,7 @@ def test_a_path_that_is_not_there_is_never_protected(make: Any) -> None:
 def test_the_other_hosts_trouble_is_told_but_not_sent_back() -> None:
     c, _, sent = secondary()
     protected(c)
-    c.peer_state = "degraded"
+    c.view.peer.state = "degraded"
     assert shown(c)[0] is State.DEGRADED and "the other host" in shown(c)[1]
     c._beat()
     assert sent[-1]["state"] == "protected"
@@ -181,7 +181,7 @@ def test_what_waits_while_nothing_arrives_does_not_wait_for_a_timeout() -> None:
 def test_programs_that_were_gone_cost_one_checkpoint() -> None:
     c, _, sent = primary()
     protected(c)
-    assert not c.shadow
+    assert not c.view.shadow
     c.devices._found(Look(restored=["pvm_out on tap0"], unseen=True, missed=True))
     assert wants(c) == Cause.HOOKS_LOST
     beat = next(m for m in sent if m["type"] == "beat")
@@ -198,7 +198,7 @@ def test_a_filter_before_ours_is_as_a_shadow_that_nobody_asked_for() -> None:
     protected(c)
     look = Look(trouble=["tap0 ingress: a filter of somebody else"], exposed=True)
     c.devices._found(look)
-    assert c.shadow and not c._leave_shadow and wants(c) == ""
+    assert c.view.shadow and not c._leave_shadow and wants(c) == ""
     word = {"type": "beat", "shadow": True, "role": "secondary", "state": "protected", "epoch": 7}
     c.on_message(word | {"shut": False, "alone": False})
     assert not c.engine.shadow, "what passes us is bad enough"
@@ -209,16 +209,16 @@ def test_a_filter_before_ours_is_as_a_shadow_that_nobody_asked_for() -> None:
 def test_a_shadow_that_was_asked_for_stays() -> None:
     c, _, _ = primary()
     protected(c)
-    c.shadow = True
+    c.view.shadow = True
     c.engine.set_shadow(True, time.monotonic_ns())
     c.devices._found(Look(restored=["pvm_out on tap0"], unseen=True))
-    assert c.shadow and not c._leave_shadow and c.engine.shadow
+    assert c.view.shadow and not c._leave_shadow and c.engine.shadow
 
 
 def test_the_secondary_says_what_it_missed() -> None:
     s, _, sent = secondary()
     protected(s)
-    s._entered = True
+    s.view.pair.in_colo = True
     s.devices._found(Look(restored=["svm_in on eth1"], missed=True))
     assert sent[-1] == {"type": "missed", "why": "svm_in on eth1"}
     s.peer.send = lambda kind, **fields: False  # type: ignore[method-assign]
@@ -231,7 +231,7 @@ def test_the_secondary_says_what_it_missed() -> None:
     p, _, _ = primary()
     protected(p)
     p.on_message(sent[-1])
-    assert wants(p) == Cause.HOOKS_LOST and not p.shadow
+    assert wants(p) == Cause.HOOKS_LOST and not p.view.shadow
 
 
 @pytest.mark.parametrize("state", [State.STARTING, State.SOLO, State.STOPPED])
@@ -239,7 +239,7 @@ def test_nothing_is_asked_for_where_no_pair_is(state: State) -> None:
     c, _, sent = primary(Mode.BYPASS)
     c.state = state
     c.devices._found(Look(restored=["pvm_out on tap0"], unseen=True, missed=True))
-    assert wants(c) == "" and not c.shadow and not sent
+    assert wants(c) == "" and not c.view.shadow and not sent
 
 
 def test_flows_are_met_anew_after_what_nobody_saw() -> None:

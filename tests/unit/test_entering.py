@@ -86,12 +86,12 @@ def test_the_pvm_runs_however_an_entry_ends(
 ) -> None:
     async def body() -> None:
         c, dp, sent = primary(Mode.CHECKPOINT)
-        c.state, c.qmp = State.CHECKPOINTING, Qemu(status, migration, stuck=stuck)  # type: ignore[assignment]
+        c.state, c.qemu.qmp = State.CHECKPOINTING, Qemu(status, migration, stuck=stuck)  # type: ignore[assignment]
         began = time.monotonic()
         await c._enter_failed("of a reason")
         assert time.monotonic() - began < 1
-        assert c.qmp.now in ("running", "prelaunch")  # type: ignore[attr-defined]
-        assert c.qmp.said == said  # type: ignore[attr-defined]
+        assert c.qemu.qmp.now in ("running", "prelaunch")  # type: ignore[attr-defined]
+        assert c.qemu.qmp.said == said  # type: ignore[attr-defined]
         assert c.state is State.STARTING and dp.mode is Mode.BYPASS and "of a reason" in c.reason
         assert sent.kinds() == ["failed"], "the secondary's QEMU may be of no use any more"
 
@@ -105,7 +105,7 @@ def test_a_pvm_that_does_not_run_again_is_no_secret(monkeypatch: pytest.MonkeyPa
         c, _, _ = primary(Mode.CHECKPOINT)
         c.state = State.CHECKPOINTING
         q = Qemu("finish-migrate", "cancelling")
-        c.qmp = q  # type: ignore[assignment]
+        c.qemu.qmp = q  # type: ignore[assignment]
         task = asyncio.ensure_future(c._enter_failed("of a reason"))
         end = time.monotonic() + 5
         while "stands still" not in c.reason and time.monotonic() < end:
@@ -131,7 +131,7 @@ def test_a_pvm_that_does_not_run_again_is_no_secret(monkeypatch: pytest.MonkeyPa
 def test_a_migration_that_leads_elsewhere_ends_the_entry(migration: str, says: str) -> None:
     async def body() -> None:
         c, _, _ = primary()
-        c.qmp = Qemu("paused", migration)  # type: ignore[assignment]
+        c.qemu.qmp = Qemu("paused", migration)  # type: ignore[assignment]
         with pytest.raises(CheckpointFailed, match=says):
             await c._watch_entry(Checkpoint(1, "initial", time.monotonic_ns()))
 
@@ -143,7 +143,7 @@ def test_a_pvm_stands_still_for_an_entry_for_enter_stop_at_most() -> None:
 
     async def body() -> None:
         c, _, _ = primary()
-        c.qmp = Qemu("finish-migrate", "active")  # type: ignore[assignment]
+        c.qemu.qmp = Qemu("finish-migrate", "active")  # type: ignore[assignment]
         limit = c.config.qemu.enter_stop * 1_000_000
         ck = Checkpoint(1, "initial", time.monotonic_ns())
         await c._watch_entry(ck)
@@ -165,7 +165,7 @@ def test_a_long_entry_does_not_delay_the_next_checkpoint() -> None:
         c, dp, _ = primary(Mode.BYPASS)
         dp.epoch, c.state = 0, State.STARTING
         q = Qemu("running", "colo")
-        c.qmp = q  # type: ignore[assignment]
+        c.qemu.qmp = q  # type: ignore[assignment]
 
         async def migrate(uri: str) -> None:
             now = time.monotonic_ns()
@@ -226,7 +226,7 @@ def test_a_person_asks_again() -> None:
         for _ in range(2):
             c.tries.failed("x", (1, "s"), time.monotonic(), stopped=True)
         assert c.tries.held_back((1, "s"), time.monotonic())
-        await c.command("mode", {"mode": "protected"})
+        await c.commands.run("mode", {"mode": "protected"})
         assert not c.tries.held_back((1, "s"), time.monotonic())
 
     in_loop(body)
@@ -239,7 +239,7 @@ def test_neither_side_is_one_of_a_pair_with_a_disk_of_its_own(declared: bool) ->
             c, _, _ = make()  # type: ignore[operator]
             q = Qemu("inmigrate", "")
             q.blocks = [DISK]
-            c.qmp = q
+            c.qemu.qmp = q
             if declared:
                 object.__setattr__(c.config, "disks", (Disk(name="d0", external=True),))
             why = await c.unfit()
@@ -254,7 +254,7 @@ def test_a_secondary_says_ready_only_if_it_is(disk: bool) -> None:
         c, _, sent = secondary(Mode.DROP, adopted=False)
         q = Qemu("inmigrate", "")
         q.blocks = [DISK] * disk
-        c.qmp = q  # type: ignore[assignment]
+        c.qemu.qmp = q  # type: ignore[assignment]
         await c.on_qemu()
         assert sent.kinds() == (["failed"] if disk else ["ready"])
         assert ("is writable" in c.reason) == disk
@@ -275,11 +275,11 @@ def test_an_entry_begins_with_a_look(status: str, begun: bool) -> None:
 
     async def body() -> None:
         c, dp, sent = secondary(Mode.DROP, adopted=False)
-        dp.epoch, c.qmp = 0, Qemu(status, "")  # type: ignore[assignment]
+        dp.epoch, c.qemu.qmp = 0, Qemu(status, "")  # type: ignore[assignment]
         c.on_message({"type": "begin", "n": 1, "cause": "initial", "initial": True})
         await asyncio.gather(*c._tasks)
         assert sent.kinds() == (["begun"] if begun else ["failed"])
-        assert ("prepare" in c.qmp.said) == begun  # type: ignore[attr-defined]
+        assert ("prepare" in c.qemu.qmp.said) == begun  # type: ignore[attr-defined]
         assert dp.mode is (Mode.CHECKPOINT if begun else Mode.DROP)
 
     in_loop(body)
@@ -296,12 +296,12 @@ def test_a_secondary_learns_that_the_entry_was_given_up(
         c, dp, _ = secondary(Mode.DROP, adopted=False)
         dp.epoch = 0
         c.await_successor = lambda: None  # type: ignore[method-assign]
-        c.qmp = Qemu("inmigrate", "")  # type: ignore[assignment]
+        c.qemu.qmp = Qemu("inmigrate", "")  # type: ignore[assignment]
         c._on_begin(1, initial=True, planned=False, asked=True)
-        c.qmp = Qemu(status, migration)  # type: ignore[assignment]
+        c.qemu.qmp = Qemu(status, migration)  # type: ignore[assignment]
         c.on_message({"type": "failed", "n": 1, "why": "it stood still"})
         await asyncio.gather(*c._tasks)
-        assert c.state is state and dp.mode is Mode.DROP and not c.holding
+        assert c.state is state and dp.mode is Mode.DROP and not c.held.count
         assert "given up entering COLO: it stood still" in c.reason
 
     in_loop(body)
@@ -311,17 +311,17 @@ def test_a_secondary_whose_qemu_dies_while_entering_says_so() -> None:
     async def body() -> None:
         c, dp, sent = secondary(Mode.DROP, adopted=False)
         dp.epoch = 0
-        dp.tap_alive = lambda: False  # type: ignore[attr-defined]
-        c.qmp = Qemu("inmigrate", "")  # type: ignore[assignment]
+        c.qemu._tap_alive = lambda: False
+        c.qemu.qmp = Qemu("inmigrate", "")  # type: ignore[assignment]
         c._on_begin(1, initial=True, planned=False, asked=True)
         assert c.reason == "checkpoint to epoch 1"
 
         async def connect() -> None:
             raise asyncio.CancelledError
 
-        c._new_qmp = lambda: SimpleNamespace(connect=connect, connected=False)  # type: ignore[assignment,method-assign,return-value]
+        c.qemu._new_qmp = lambda: SimpleNamespace(connect=connect, connected=False)  # type: ignore[assignment,method-assign,return-value]
         with pytest.raises(asyncio.CancelledError):
-            await c._after_qmp_loss()
+            await c.qemu._after_loss()
         assert sent[-1] == {"type": "failed", "n": 1, "why": "the SVM's QEMU is gone"}
         assert "waiting for another one" in c.reason and c.state is State.STARTING
         assert dp.mode is Mode.DROP
@@ -334,7 +334,7 @@ def test_a_guest_that_is_off_is_not_let_out_by_the_entry_that_ends_with_it() -> 
 
     async def body() -> None:
         c, dp, _ = primary(Mode.BYPASS)
-        q = c.qmp = Qemu("running", "active")  # type: ignore[assignment]
+        q = c.qemu.qmp = Qemu("running", "active")  # type: ignore[assignment]
         c.peer.connected = c._peer_ready = True
         c._guard = c.spawn(c._protect())
         while "migrate" not in q.said:
@@ -360,7 +360,7 @@ def test_a_pair_of_which_nothing_is_known_is_no_pair_before_it_has_been_decided(
 
     async def body() -> None:
         c, dp, _ = undecided()
-        c.qmp = Qemu("running", "colo")  # type: ignore[assignment]
+        c.qemu.qmp = Qemu("running", "colo")  # type: ignore[assignment]
         task = asyncio.ensure_future(c._until_entered())
         await asyncio.wait({task}, timeout=0.05)
         assert not task.done() and c._want is None
@@ -377,11 +377,12 @@ def test_an_entry_whose_checkpoint_counts_is_no_entry_that_failed(answer: str) -
 
     async def body() -> None:
         c, dp, sent = primary(Mode.BYPASS)
-        c.spoke_alone, c.peer.connected, c._peer_ready = True, True, True
-        q = c.qmp = Qemu("running", "")  # type: ignore[assignment]
+        c.view.guest.standalone, c.peer.connected, c._peer_ready = True, True, True
+        q = c.qemu.qmp = Qemu("running", "")  # type: ignore[assignment]
 
         async def checkpoint(want: Any) -> None:
-            c.spoke_alone, dp.bond, dp.mode = False, Bond.EQUAL, Mode.RUN
+            c.view.guest.standalone, dp.bond, dp.mode = False, Bond.EQUAL, Mode.RUN
+            c.become(State.CHECKPOINTING, "entering COLO")
             c.become(State.PROTECTED, "both guests are equal")
             q.migration = answer
 

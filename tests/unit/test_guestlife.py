@@ -27,7 +27,7 @@ OFF = {"guest": True, "reason": "guest-shutdown"}
 
 def says(c: Primary | Secondary, name: str, **data: Any) -> None:
     now = time.monotonic_ns()
-    c._qmp_event(QmpEvent(name, data, now, now))
+    c.qemu.on_event(QmpEvent(name, data, now, now))
 
 
 class Status(FakeQmp):
@@ -73,8 +73,8 @@ def test_a_pvm_that_is_off_ends_the_pair(answers: str) -> None:
         assert "the guest has shut itself down" in c.reason
         assert len(dp.injectors["release"].frames) == bool(answers)
         assert sent[-1]["type"] == "beat" and sent[-1]["over"] and sent[-1]["shut"]
-        assert Flag.SHUT not in c._beacon_flags(), "no reason to take over, on no path"
-        c._qmp_closed("closed")  # its QEMU ends
+        assert Flag.SHUT not in c.heartbeats.flags(), "no reason to take over, on no path"
+        c.qemu._on_closed("closed")  # its QEMU ends
         c._decide()
         assert "gone" not in sent.kinds()
 
@@ -89,20 +89,20 @@ def test_the_copy_of_a_guest_that_is_off_does_not_take_over(
 
     async def body() -> None:
         c, dp, sent = secondary()
-        c.state, c.qmp = State.PROTECTED, Status("running")  # type: ignore[assignment]
+        c.state, c.qemu.qmp = State.PROTECTED, Status("running")  # type: ignore[assignment]
         over = BEAT | {"state": "stopped", "epoch": 7, "shut": True, "over": True}
         c._peer_message({"type": "off", "why": "the guest has shut itself down"}
                         if word == "off" else over)  # fmt: skip
         assert (c.state, dp.mode, dp.bond) == (State.STOPPED, Mode.DROP, Bond.NONE)
         assert sent.kinds()[-1] == "gone"
-        c.colo_exit = True
+        c.view.guest.colo_exit = True
         c._peer_message(over)
         await asyncio.sleep(0)
         assert c._busy is None and c.state is State.STOPPED
         end = time.monotonic() + 5
-        while "quit" not in c.qmp.said and time.monotonic() < end:  # type: ignore[attr-defined]
+        while "quit" not in c.qemu.qmp.said and time.monotonic() < end:  # type: ignore[attr-defined]
             await asyncio.sleep(0.02)
-        assert "quit" in c.qmp.said, "it is of no use to anybody"  # type: ignore[attr-defined]
+        assert "quit" in c.qemu.qmp.said, "it is of no use to anybody"  # type: ignore[attr-defined]
 
     in_loop(body)
 
@@ -178,7 +178,7 @@ def test_what_qemu_said_before_it_went_is_the_reason() -> None:
         c.state = State.PROTECTED
         says(c, "SHUTDOWN", guest=False, reason="host-qmp-quit")
         assert c.state is State.PROTECTED
-        c.vm_gone = True
+        c.view.guest.gone = True
         c._decide()
         assert c._busy is not None
         await c._busy
@@ -192,7 +192,7 @@ def test_no_checkpoint_while_an_io_error_has_stopped_the_pvm() -> None:
 
     async def body() -> None:
         c, _, _ = primary()
-        c.state, c.qmp = State.PROTECTED, Status("io-error")  # type: ignore[assignment]
+        c.state, c.qemu.qmp = State.PROTECTED, Status("io-error")  # type: ignore[assignment]
         says(c, "BLOCK_IO_ERROR", action="stop", device="d0", operation="write", nospace=True)
         says(c, "STOP")
         await asyncio.sleep(0)
@@ -201,9 +201,11 @@ def test_no_checkpoint_while_an_io_error_has_stopped_the_pvm() -> None:
         assert await c._delayed(Want(Cause.PAYLOAD_DIFFERS, "x"))
         assert await c._delayed(Want(Cause.PLANNED, "x"))
         with pytest.raises(ValueError, match="disk d0"):
-            await c.command("checkpoint", {})
+            await c.commands.run("checkpoint", {})
         says(c, "RESUME")
-        assert not c.halted and c._want is not None and c._want.cause == Cause.GUEST_EVENT
+        assert (
+            not c.view.guest.halted and c._want is not None and c._want.cause == Cause.GUEST_EVENT
+        )
         assert not await c._delayed(c._want)
 
     in_loop(body)
@@ -214,7 +216,7 @@ def test_no_checkpoint_of_a_pvm_that_an_io_error_stops_in_its_beginning() -> Non
 
     async def body() -> None:
         c, _, sent = primary()
-        c.state, c.qmp = State.PROTECTED, Status("io-error")  # type: ignore[assignment]
+        c.state, c.qemu.qmp = State.PROTECTED, Status("io-error")  # type: ignore[assignment]
         c.peer.connected = True
         task = asyncio.ensure_future(c._checkpoint(Want(Cause.PAYLOAD_DIFFERS, "x")))
         while "begin" not in sent.kinds():
@@ -226,7 +228,7 @@ def test_no_checkpoint_of_a_pvm_that_an_io_error_stops_in_its_beginning() -> Non
         with pytest.raises(CheckpointFailed, match="disk d0") as e:
             await task
         assert e.value.refused, "it is asked for again when the guest runs"
-        assert not c.qmp.said  # type: ignore[attr-defined]
+        assert not c.qemu.qmp.said  # type: ignore[attr-defined]
 
     in_loop(body)
 
@@ -259,19 +261,19 @@ def test_an_svm_that_stands_still_with_no_checkpoint(
 
     async def body() -> None:
         c, dp, sent = secondary()
-        c.state, c._entered = State.PROTECTED, True
-        c.qmp = Status(status)  # type: ignore[assignment]
+        c.state, c.view.pair.in_colo = State.PROTECTED, True
+        c.qemu.qmp = Status(status)  # type: ignore[assignment]
         says(c, "STOP")
         for _ in range(5):
             await asyncio.sleep(0)
         assert ("ask" in sent.kinds()) == asks
-        assert ("cont" in c.qmp.said) == cont  # type: ignore[attr-defined]
-        assert c.vm_gone == lost
+        assert ("cont" in c.qemu.qmp.said) == cont  # type: ignore[attr-defined]
+        assert c.view.guest.gone == lost
         if lost:
             return
         says(c, "RESUME")
         assert dp.mode is Mode.RUN and dp.epoch == (7 if asks else 8), "whose state runs"
-        assert c.holding == 0
+        assert c.held.count == 0
 
     in_loop(body)
 
@@ -281,7 +283,7 @@ def test_a_pvm_that_a_person_stopped_has_no_second_stop() -> None:
 
     async def body() -> None:
         c, _, _ = primary()
-        c.state, c.qmp = State.PROTECTED, Status("paused")  # type: ignore[assignment]
+        c.state, c.qemu.qmp = State.PROTECTED, Status("paused")  # type: ignore[assignment]
         says(c, "STOP")
         for _ in range(5):
             await asyncio.sleep(0)
@@ -292,7 +294,7 @@ def test_a_pvm_that_a_person_stopped_has_no_second_stop() -> None:
         c._beat = lambda: None  # type: ignore[method-assign]
         want, c._want = c._want, None
         task = asyncio.ensure_future(c._checkpoint(want))
-        while "checkpoint" not in c.qmp.said:  # type: ignore[attr-defined]
+        while "checkpoint" not in c.qemu.qmp.said:  # type: ignore[attr-defined]
             await asyncio.sleep(0)
         assert c._ck is not None
         c.on_message({"type": "done", "n": c._ck.n, "pause_us": 1})
@@ -310,7 +312,7 @@ def test_a_pvm_that_was_stopped_while_nobody_listened_has_no_stop(adopted: bool)
 
     async def body() -> None:
         c, _, _ = primary(Mode.RUN, adopted=adopted)
-        c.state, c.qmp = State.DEGRADED, Status("paused")  # type: ignore[assignment]
+        c.state, c.qemu.qmp = State.DEGRADED, Status("paused")  # type: ignore[assignment]
         c._guard = asyncio.ensure_future(asyncio.sleep(0))
         await c.on_qemu()
         before = time.monotonic_ns()
@@ -319,7 +321,7 @@ def test_a_pvm_that_was_stopped_while_nobody_listened_has_no_stop(adopted: bool)
         )
         c._beat = lambda: None  # type: ignore[method-assign]
         task = asyncio.ensure_future(c._checkpoint(Want(Cause.CONTROLLER_RESTART, "new")))
-        while "checkpoint" not in c.qmp.said:  # type: ignore[attr-defined]
+        while "checkpoint" not in c.qemu.qmp.said:  # type: ignore[attr-defined]
             await asyncio.sleep(0)
         assert c._ck is not None and 0 < c._ck.stop_ns < before
         c.on_message({"type": "done", "n": c._ck.n, "pause_us": 1})
@@ -335,14 +337,14 @@ def test_what_stopped_the_pvm_is_asked_and_so_is_whether_it_runs_again() -> None
 
     async def body() -> None:
         c, _, _ = primary(Mode.RUN, adopted=True)
-        c.state, c.qmp = State.DEGRADED, Status("io-error")  # type: ignore[assignment]
+        c.state, c.qemu.qmp = State.DEGRADED, Status("io-error")  # type: ignore[assignment]
         c._guard = asyncio.ensure_future(asyncio.sleep(0))
         await c.on_qemu()
-        assert "io-error" in c.halted and c._still_ns
+        assert "io-error" in c.view.guest.halted and c._still_ns
         assert await c._delayed(Want(Cause.CONTROLLER_RESTART, "new"))
-        c.qmp.now = "running"  # type: ignore[attr-defined]
+        c.qemu.qmp.now = "running"  # type: ignore[attr-defined]
         await c.on_qemu()
-        assert not c.halted and not c._still_ns
+        assert not c.view.guest.halted and not c._still_ns
         assert not await c._delayed(Want(Cause.CONTROLLER_RESTART, "new"))
 
     in_loop(body)

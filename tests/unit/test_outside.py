@@ -13,8 +13,8 @@ from typing import Any, cast
 import pytest
 
 from colo_xdp import outside
-from colo_xdp.controller import Controller
-from colo_xdp.node import Node
+from colo_xdp.arbiter import FenceArbiter, Host
+from colo_xdp.supervisor import QemuSupervisor
 
 #: stands in for systemd-run: what it was asked for, and the command as systemd would start it
 FAKE = """#!/bin/sh
@@ -54,13 +54,14 @@ def asked(where: Path) -> list[str]:
 
 
 def fence(*argv: str) -> bool:
-    c = cast(Controller, SimpleNamespace(config=config(fence=argv)))
-    return asyncio.run(Controller._fence(c))
+    host = cast(Host, SimpleNamespace(config=config(fence=argv)))
+    return asyncio.run(FenceArbiter(host).fence())
 
 
 def start_incoming(*argv: str) -> int | None:
-    n = SimpleNamespace(config=config(incoming=argv), _starting=None)
-    asyncio.run(Node._start_incoming(cast(Node, n)))
+    options = SimpleNamespace(pair="web1", incoming=argv)
+    n = SimpleNamespace(options=options, _starting=None)
+    asyncio.run(QemuSupervisor.start_incoming(cast(QemuSupervisor, n)))
     return cast(int, n._starting.returncode)
 
 
@@ -117,7 +118,7 @@ def test_every_child_of_the_controller_is_started_by_way_of_it() -> None:
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     users = {Path(x).name for x in r.stdout.split()} - {"cli.py", "doctor.py"}
-    assert users == {"node.py", "controller.py"}
+    assert users == {"supervisor.py", "arbiter.py"}
     for name in users:
         text = (root / name).read_text()
         assert text.count("create_subprocess_exec(") == text.count("env=outside.environment()")
