@@ -16,9 +16,9 @@ PURE = (
     "corpus/play", "counters", "datagram", "disks", "explain", "failover", "fastgram", "fastpath",
     "flow", "flows", "fragments", "giving", "guest_event", "held_queue", "hexdump", "history",
     "journal", "ledger", "limits", "marked", "marks", "nic", "offload_port", "offloaded",
-    "openings", "outbox", "pacing", "packet", "pair_view", "policy", "qmp_event", "reasons", "record",
-    "released", "replay", "rewrite", "segment", "states", "status", "stream", "suggest", "tcp_state",
-    "tier_k", "timers", "twin", "uncompared", "window", "wire",
+    "openings", "outbox", "pacing", "packet", "pair_view", "policy", "qmp_event", "reasons",
+    "record", "released", "replay", "rewrite", "segment", "states", "status", "stream", "suggest",
+    "tcp_state", "tier_k", "timers", "twin", "uncompared", "window", "wire",
 )  # fmt: skip
 NAMES = {part for name in PURE for part in name.split("/")}
 EDGES = {
