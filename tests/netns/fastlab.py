@@ -35,7 +35,7 @@ MASK = 0xFFFFFFFF
 WINDOW = 150_000  # of the client
 RTO = 0.03  # s
 LEAD = 64  # datagrams that one guest is ahead at most
-REST_AFTER, REST = 100, 0.01  # datagrams of a flow, then s in which nothing of it is on its way
+REST_AFTER, REST = 15, 0.01  # datagrams of a flow, then s in which nothing of it is on its way
 MSS = 1428  # of IPv6 with timestamps
 _FORK = mp.get_context("fork")
 

@@ -45,7 +45,7 @@ from colo_xdp import (
 )
 from colo_xdp import controller as controller_module
 from colo_xdp import speaker as speaker_module
-from colo_xdp.abi import Bond, Mode
+from colo_xdp.abi import Mode
 from colo_xdp.config import Config, load
 from colo_xdp.failover import State
 
@@ -506,7 +506,7 @@ class World:
         """The guest has shut itself down and its copy is silent for good: what it said last may
         leave. If the copy speaks after that, it is the second guest."""
         c, other = side.controller, side.other
-        silent = other.guest is None or (other.mode is Mode.DROP and other.bond is Bond.NONE)
+        silent = other.guest is None or other.mode is Mode.DROP
         return self.off and c is not None and bool(c.view.guest.over) and silent
 
     def _alone(self, side: Side) -> bool:
