@@ -64,6 +64,7 @@ class Primary(Checkpointing):
         self.engine.epoch = datapath.epoch
         self._injector = datapath.injectors["release"]
         self._guard: asyncio.Task[Any] | None = None
+        self._going_solo = False  # decided, and on its way: no checkpoint may begin
         self._lost = datapath.lost_events()
         self._lost_checked = 0
         self._own_guest = OwnGuest.UNKNOWN
@@ -422,7 +423,7 @@ class Primary(Checkpointing):
                     log.warning("%s (the PVM goes on all the same)", e)
             if migration in (*IN_COLO, "failed"):
                 self.spawn(self._let_run())
-        elif self._guard is None and self.state is not State.STOPPED:
+        elif self._guard is None and not self._going_solo and self.state is not State.STOPPED:
             self._guard = self.spawn(self._protect())
 
     async def _let_run(self) -> None:
@@ -457,6 +458,13 @@ class Primary(Checkpointing):
             self._wake.set()
 
     async def _go_solo(self, why: str) -> None:
+        self._going_solo = True
+        try:
+            await self._leave_pair(why)
+        finally:
+            self._going_solo = False
+
+    async def _leave_pair(self, why: str) -> None:
         if self._guard is not None:
             self._guard.cancel()
         self._peer_ready = False

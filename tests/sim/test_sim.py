@@ -46,7 +46,7 @@ def test_random_schedules(block: int) -> None:
         without += world.p.fast is None
     # else nothing was tried
     assert took_over > 5 and solo > 5 and checkpoints > RUNS / BLOCKS
-    assert fast > 5000 and without > 20
+    assert fast > 4500 and without > 20
 
 
 def test_random_schedules_of_datagrams() -> None:
@@ -147,6 +147,10 @@ FOUND = {
     "a shadow is left between a checkpoint's STOP and its end, and the PVM dies": replace(
         _QUIET, seed=921479, conns=5, loss=0.05, jitter=0.5, odd=0.1, compare_timeout=40,
         fast=True, faults=(Fault(194, "shadow", 250), Fault(438, "kill_p_qemu_in_checkpoint", 0)),
+    ),
+    "a new controller goes solo while it looks whether its guest runs": replace(
+        _QUIET, seed=1132, conns=5, jitter=0.5, link_jitter=15.0, odd=0.1, compare_timeout=40,
+        faults=(Fault(124, "cut_colo", 0), Fault(168, "kill_p_controller", 5)),
     ),
     "the SVM has loaded a checkpoint that no controller saw, and the PVM's host dies": replace(
         _QUIET, seed=872042, conns=2, fast=True, faults=(
