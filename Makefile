@@ -88,7 +88,7 @@ chaos: setup
 	$(PY) -m tests.e2e.chaos --rounds $(or $(ROUNDS),20) --seed $(or $(SEED),0) \
 		--seconds $(or $(TIME),1e9)
 
-# two guests on all CPUs against tier K, with checkpoints, about STRESS times 7 seconds
+# two guests on all CPUs against the fast path, with checkpoints, about STRESS times 7 seconds
 stress: setup
 	STRESS=$(or $(STRESS),30) $(PY) -m pytest tests/netns/test_fast_path.py
 
@@ -111,12 +111,12 @@ lint: setup
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
-	clang-format-14 --dry-run -Werror bpf/*.c bpf/*.h
+	clang-format-14 --dry-run -Werror bpf/*.c bpf/*/*.h
 
 format: setup
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
-	clang-format-14 -i bpf/*.c bpf/*.h
+	clang-format-14 -i bpf/*.c bpf/*/*.h
 
 clean:
 	rm -rf build .venv *.egg-info

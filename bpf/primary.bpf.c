@@ -7,25 +7,25 @@
  *   svm_arrival  tc ingress of the peer link: the SVM's output goes to user space
  *   pvm_release  tc ingress of the release tap: what the controller let go enters the stack
  *                as if it came from tap P
- *   fast_ctl     attached to nothing: takes connections from and gives them to tier K
+ *   fast_ctl     attached to nothing: takes connections from and gives them to the fast path
  */
 #include <uapi/linux/bpf.h>
 #include <uapi/linux/if_ether.h>
 #include <uapi/linux/in.h>
 #include <uapi/linux/in6.h>
 #include <uapi/linux/pkt_cls.h>
-#include "colo_common.h"
-#include "colo_config.h"
-#include "colo_maps.h"
-#include "parsing.h"
-#include "addresses.h"
-#include "offload.h"
-#include "events.h"
-#include "csum.h"
-#include "mptcp.h"
+#include "lib/abi.h"
+#include "lib/limits.h"
+#include "lib/maps.h"
+#include "lib/parsing.h"
+#include "lib/addresses.h"
+#include "lib/gso.h"
+#include "lib/events.h"
+#include "lib/csum.h"
+#include "lib/mptcp.h"
 #ifdef COLO_FAST
-#include "way.h"
-#include "fast.h"
+#include "lib/egress.h"
+#include "offload/offload.h"
 #else
 #define FAST_NO 0
 #define note_client(skb)
@@ -70,12 +70,12 @@ static __always_inline int is_syn(const struct pkt *p)
 
 int pvm_in(struct __sk_buff *skb)
 {
-	u32 len = skb->len, reason = R_PASSED;
+	u32 len = skb->len, reason = R_PASS;
 	/* Epoch before mode: see svm_out(). A stale tag only costs a retransmission. */
 	u64 epoch = cfg(CFG_EPOCH), mode = cfg(CFG_MODE);
 	u32 peer = cfg(CFG_PEER);
 	u16 tci = COLO_KIND_MIRROR << COLO_KIND_SHIFT | (epoch & COLO_EPOCH_MASK);
-	int verdict = TC_ACT_UNSPEC; /* passes, and guest_in may follow (guest.bpf.c) */
+	int verdict = TC_ACT_UNSPEC; /* passes, and promoted_in may follow (promoted.bpf.c) */
 	int parsed = 0, mptcp = 0;
 	struct pkt p = {};
 
@@ -84,17 +84,17 @@ int pvm_in(struct __sk_buff *skb)
 		parsed = !parse_skb(skb, &p);
 	/* A PVM that has fallen silent by plan mirrors until the clients' frames go elsewhere. */
 	if (mode != MODE_RUN && mode != MODE_CHECKPOINT && mode != MODE_DROP) {
-		reason = R_PASSED;
+		reason = R_PASS;
 	} else if (!is_for_guest(skb)) {
-		reason = R_OTHER_MAC;
+		reason = R_PASS_OTHER_MAC;
 	} else if (parsed && cfg(CFG_UNMIRRORED) && is_unmirrored(&p)) {
-		reason = R_UNMIRRORED;
+		reason = R_PASS_UNMIRRORED;
 	} else if (parsed && is_syn(&p) && mode != MODE_DROP && (mptcp = mptcp_off(skb, &p)) < 0) {
-		reason = R_HELPER_FAILED;
+		reason = R_DROP_HELPER_FAILED;
 		verdict = TC_ACT_SHOT;
 	} else {
 		if (mptcp)
-			count(PROG_PVM_IN, R_MPTCP_OFF, len);
+			count(PROG_PVM_IN, R_NOTE_MPTCP_REMOVED, len);
 		note_client(skb);
 		if (parsed)
 			note_ack(&p);
@@ -103,12 +103,12 @@ int pvm_in(struct __sk_buff *skb)
 		 * clone cannot be changed once it is on its way. If taking it off
 		 * fails the PVM must not see the tag: drop, the client sends again.
 		 */
-		reason = R_MIRROR_FAILED;
+		reason = R_PASS_MIRROR_FAILED;
 		if (bpf_skb_vlan_push(skb, bpf_htons(COLO_TPID), tci) == 0) {
 			if (bpf_clone_redirect(skb, peer, 0) == 0)
-				reason = R_MIRRORED;
+				reason = R_PASS_MIRRORED;
 			if (bpf_skb_vlan_pop(skb)) {
-				reason = R_HELPER_FAILED;
+				reason = R_DROP_HELPER_FAILED;
 				verdict = TC_ACT_SHOT;
 			}
 		}
@@ -126,11 +126,11 @@ static __always_inline int tell_syn(struct __sk_buff *skb, u64 epoch)
 	u32 peer = cfg(CFG_PEER);
 
 	if (bpf_skb_vlan_push(skb, bpf_htons(COLO_TPID), tci)) {
-		count(PROG_PVM_OUT, R_MIRROR_FAILED, skb->len);
+		count(PROG_PVM_OUT, R_PASS_MIRROR_FAILED, skb->len);
 		return 0;
 	}
 	if (bpf_clone_redirect(skb, peer, 0))
-		count(PROG_PVM_OUT, R_MIRROR_FAILED, skb->len);
+		count(PROG_PVM_OUT, R_PASS_MIRROR_FAILED, skb->len);
 	return bpf_skb_vlan_pop(skb);
 }
 
@@ -147,33 +147,34 @@ int pvm_out(struct __sk_buff *skb)
 	note_guest(skb);
 
 	u64 mode = cfg(CFG_MODE), epoch = cfg(CFG_EPOCH);
-	u32 len = skb->len, reason = R_NO_CONFIG, captured = 0, fate = FAST_NO, mark = skb->mark;
+	u32 len = skb->len, reason = R_DROP_NO_CONFIG, captured = 0, fate = FAST_NO,
+	    mark = skb->mark;
 	int verdict = TC_ACT_SHOT;
 	struct pkt p = {};
 
 	if (mode == MODE_DROP) {
-		reason = R_FENCED; /* released ones too: the other guest may be speaking */
+		reason = R_DROP_MODE; /* released ones too: the other guest may be speaking */
 	} else if (silenced()) {
-		reason = R_LEASE_OVER; /* released ones too */
+		reason = R_DROP_LEASE_EXPIRED; /* released ones too */
 	} else if (mode != MODE_BYPASS && ((void)parse_skb(skb, &p), is_syn(&p)) &&
 		   tell_syn(skb, epoch)) {
-		reason = R_HELPER_FAILED;
+		reason = R_DROP_HELPER_FAILED;
 	} else if (mark == COLO_MARK) {
 		skb->mark = 0; /* the host's own rules see a frame like any other */
-		reason = R_RELEASED;
+		reason = R_PASS_RELEASED;
 		verdict = TC_ACT_OK;
 	} else if (mode == MODE_BYPASS) {
-		reason = R_PASSED;
+		reason = R_PASS;
 		verdict = TC_ACT_OK;
 	} else if ((p.is_tcp || p.is_udp) &&
 		   (fate = fast(skb, &p, SIDE_PVM, mode, epoch, &captured, &verdict))) {
 		reason = fate; /* also without a controller (I9) */
 	} else if (controller_lost()) {
 		if (cfg(CFG_LOSS_POLICY) == LOSS_RELEASE) {
-			reason = R_CONTROLLER_LOST_PASSED;
+			reason = R_PASS_CONTROLLER_LOST;
 			verdict = TC_ACT_OK;
 		} else {
-			reason = R_CONTROLLER_LOST_HELD;
+			reason = R_DROP_CONTROLLER_LOST;
 		}
 	} else {
 		reason = capture(skb, &p, SRC_PVM, epoch, captured);
@@ -183,7 +184,8 @@ int pvm_out(struct __sk_buff *skb)
 
 int svm_arrival(struct __sk_buff *skb)
 {
-	u32 len = skb->len, tci = skb->vlan_tci, reason = R_FOREIGN, captured = 0, fate = FAST_NO;
+	u32 len = skb->len, tci = skb->vlan_tci, reason = R_PASS_FOREIGN, captured = 0,
+	    fate = FAST_NO;
 	u32 epoch = cfg(CFG_EPOCH);
 	u64 mode = cfg(CFG_MODE);
 	int verdict = TC_ACT_OK;
@@ -192,17 +194,17 @@ int svm_arrival(struct __sk_buff *skb)
 	if (skb->vlan_present && skb->vlan_proto == bpf_htons(COLO_TPID)) {
 		verdict = TC_ACT_SHOT; /* I6: a tagged frame never reaches the host's stack */
 		if (tci >> COLO_KIND_SHIFT != COLO_KIND_SVM) {
-			reason = R_ISOLATED;
+			reason = R_DROP_ISOLATED;
 		} else if (mode != MODE_RUN && mode != MODE_CHECKPOINT) {
-			reason = R_FENCED;
+			reason = R_DROP_MODE;
 		} else if (silenced()) {
-			reason = R_LEASE_OVER; /* tier K lets frames out from here */
+			reason = R_DROP_LEASE_EXPIRED; /* the fast path lets frames out from here */
 		} else if (bpf_skb_vlan_pop(skb)) {
-			reason = R_HELPER_FAILED;
+			reason = R_DROP_HELPER_FAILED;
 		} else {
 			struct pkt p = {};
 
-			/* A frame of another epoch is none of tier K's. */
+			/* A frame of another epoch is none of the fast path's. */
 			if ((tci & COLO_EPOCH_MASK) != (epoch & COLO_EPOCH_MASK))
 				epoch = ~epoch;
 			if (!parse_skb(skb, &p) && (p.is_tcp || p.is_udp))
@@ -221,7 +223,7 @@ int pvm_release(struct __sk_buff *skb)
 	u32 tap = cfg(CFG_TAP), len = skb->len;
 
 	skb->mark = COLO_MARK;
-	return finish(PROG_PVM_RELEASE, R_REDIRECTED, len, bpf_redirect(tap, BPF_F_INGRESS));
+	return finish(PROG_PVM_RELEASE, R_PASS_REDIRECTED, len, bpf_redirect(tap, BPF_F_INGRESS));
 }
 
 #ifdef COLO_FAST

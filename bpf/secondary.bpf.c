@@ -16,17 +16,17 @@
 #include <uapi/linux/if_ether.h>
 #include <uapi/linux/in.h>
 #include <uapi/linux/pkt_cls.h>
-#include "colo_common.h"
-#include "colo_config.h"
-#include "colo_maps.h"
-#include "parsing.h"
-#include "addresses.h"
-#include "offload.h"
-#include "events.h"
-#include "csum.h"
-#include "flow.h"
-#include "rewrite.h"
-#include "quote.h"
+#include "lib/abi.h"
+#include "lib/limits.h"
+#include "lib/maps.h"
+#include "lib/parsing.h"
+#include "lib/addresses.h"
+#include "lib/gso.h"
+#include "lib/events.h"
+#include "lib/csum.h"
+#include "lib/conntrack.h"
+#include "lib/rewrite.h"
+#include "lib/icmp.h"
 
 #ifdef COLO_REWRITE_AT_XDP
 #define OUT_TRANSLATED 1 /* svm_out_xdp has done it before the skb was made */
@@ -49,18 +49,19 @@ static __always_inline u32 unknown_zero(struct __sk_buff *skb)
 	return ctx->len - ctx->len;
 }
 
-/* Tracks and translates a frame, whatever it is; R_REDIRECTED if nothing moved. */
+/* Tracks and translates a frame, whatever it is; R_PASS_REDIRECTED if nothing moved. */
 static __always_inline u32 translate(struct __sk_buff *skb, int to_svm, u64 mode, u32 epoch)
 {
 	struct told t = {};
 	struct pkt p = {};
 
 	if (parse_skb(skb, &p))
-		return R_BAD_FRAME;
+		return R_NOTE_UNPARSED;
 	if (!p.is_tcp)
-		return to_svm ? rewrite_quote(skb, &p, epoch, R_REDIRECTED) : R_REDIRECTED;
+		return to_svm ? rewrite_quote(skb, &p, epoch, R_PASS_REDIRECTED)
+			      : R_PASS_REDIRECTED;
 	read_options((void *)(long)skb->data, (void *)(long)skb->data_end, &p, &t);
-	return rewrite_skb(skb, &p, &t, to_svm, mode, epoch, R_REDIRECTED);
+	return rewrite_skb(skb, &p, &t, to_svm, mode, epoch, R_PASS_REDIRECTED);
 }
 
 static __always_inline int to_tap(struct __sk_buff *skb)
@@ -77,8 +78,8 @@ static __always_inline u32 to_peer(struct __sk_buff *skb, u64 epoch, u32 reason,
 	u16 tci = COLO_KIND_SVM << COLO_KIND_SHIFT | (epoch & COLO_EPOCH_MASK);
 	u32 peer = cfg(CFG_PEER);
 
-	if (reason == R_HELPER_FAILED || bpf_skb_vlan_push(skb, bpf_htons(COLO_TPID), tci))
-		return R_HELPER_FAILED;
+	if (reason == R_DROP_HELPER_FAILED || bpf_skb_vlan_push(skb, bpf_htons(COLO_TPID), tci))
+		return R_DROP_HELPER_FAILED;
 	*verdict = bpf_redirect(peer, 0);
 	return reason;
 }
@@ -114,14 +115,14 @@ int svm_in(struct __sk_buff *skb)
 	if (kind == COLO_KIND_MIRROR && (mode == MODE_RUN || mode == MODE_CHECKPOINT))
 		hear_network(skb, 1);
 	if (kind < 0) {
-		reason = R_FOREIGN;
+		reason = R_PASS_FOREIGN;
 		verdict = TC_ACT_OK;
 	} else if (kind != COLO_KIND_MIRROR && kind != COLO_KIND_SYN) {
-		reason = R_ISOLATED;
+		reason = R_DROP_ISOLATED;
 	} else if (mode != MODE_RUN && mode != MODE_CHECKPOINT && mode != MODE_TAKEOVER) {
-		reason = R_FENCED;
+		reason = R_DROP_MODE;
 	} else if (bpf_skb_vlan_pop(skb)) {
-		reason = R_HELPER_FAILED;
+		reason = R_DROP_HELPER_FAILED;
 	} else {
 		/* One parser for all kinds. */
 		struct told t = {};
@@ -135,18 +136,19 @@ int svm_in(struct __sk_buff *skb)
 			read_options((void *)(long)skb->data, (void *)(long)skb->data_end, &p, &t);
 		if (kind == COLO_KIND_SYN) {
 			/* Of a handshake over a checkpoint, the copy made as it leaves tells. */
-			reason =
-				mode == MODE_RUN ? flow_hear_pvm(&p, &t.ts, epoch) : R_PVM_SYN_LATE;
+			reason = mode == MODE_RUN ? flow_hear_pvm(&p, &t.ts, epoch)
+						  : R_DROP_PVM_SYN_UNKNOWN;
 		} else if (mode == MODE_CHECKPOINT) {
 			reason = capture(skb, &p, SRC_CLIENT, epoch, 0);
 		} else {
 			if (bad)
-				reason = R_BAD_FRAME;
+				reason = R_NOTE_UNPARSED;
 			else if (p.is_tcp)
-				reason = rewrite_skb(skb, &p, &t, 1, mode, epoch, R_REDIRECTED);
+				reason =
+					rewrite_skb(skb, &p, &t, 1, mode, epoch, R_PASS_REDIRECTED);
 			else
-				reason = rewrite_quote(skb, &p, epoch, R_REDIRECTED);
-			if (reason != R_HELPER_FAILED)
+				reason = rewrite_quote(skb, &p, epoch, R_PASS_REDIRECTED);
+			if (reason != R_DROP_HELPER_FAILED)
 				verdict = to_tap(skb);
 		}
 	}
@@ -156,13 +158,13 @@ int svm_in(struct __sk_buff *skb)
 int svm_deliver(struct __sk_buff *skb)
 {
 	u64 epoch = cfg(CFG_EPOCH), mode = cfg(CFG_MODE);
-	u32 len = skb->len, reason = R_FENCED;
+	u32 len = skb->len, reason = R_DROP_MODE;
 	int verdict = TC_ACT_SHOT;
 
 	if (mode == MODE_RUN || mode == MODE_CHECKPOINT || mode == MODE_TAKEOVER) {
 		mode += unknown_zero(skb);
 		reason = translate(skb, 1, mode, epoch);
-		if (reason != R_HELPER_FAILED)
+		if (reason != R_DROP_HELPER_FAILED)
 			verdict = to_tap(skb);
 	}
 	return finish(PROG_SVM_DELIVER, reason, len, verdict);
@@ -186,7 +188,7 @@ int svm_out(struct __sk_buff *skb)
 	 */
 	u64 epoch = cfg(CFG_EPOCH);
 	u64 mode = cfg(CFG_MODE);
-	u32 len = skb->len, reason = R_FENCED;
+	u32 len = skb->len, reason = R_DROP_MODE;
 	int verdict = TC_ACT_SHOT;
 
 	if (mode == MODE_CHECKPOINT) {
@@ -195,22 +197,23 @@ int svm_out(struct __sk_buff *skb)
 		parse_skb(skb, &p); /* only for the offloads */
 		reason = capture(skb, &p, SRC_SVM, epoch, 0);
 	} else if (mode == MODE_TAKEOVER && silenced()) {
-		reason = R_LEASE_OVER;
+		reason = R_DROP_LEASE_EXPIRED;
 	} else if (mode == MODE_RUN || mode == MODE_TAKEOVER) {
 		int takeover = mode == MODE_TAKEOVER;
 
 		if (takeover && skb->mark == COLO_MARK)
 			reason =
-				R_RELEASED; /* the controller's own, or translated by svm_forward */
+				R_PASS_RELEASED; /* the controller's own, or translated by svm_forward */
 		else
-			reason = OUT_TRANSLATED ? R_REDIRECTED : translate(skb, 0, mode, epoch);
+			reason =
+				OUT_TRANSLATED ? R_PASS_REDIRECTED : translate(skb, 0, mode, epoch);
 		if (!takeover) {
 			reason = to_peer(skb, epoch, reason, &verdict);
-		} else if (reason != R_HELPER_FAILED) {
+		} else if (reason != R_DROP_HELPER_FAILED) {
 			skb->mark = 0; /* the host's own rules see a frame like any other */
 			verdict = TC_ACT_OK;
-			if (reason == R_REDIRECTED)
-				reason = R_PASSED;
+			if (reason == R_PASS_REDIRECTED)
+				reason = R_PASS;
 		}
 	}
 	return finish(PROG_SVM_OUT, reason, len, verdict);
@@ -219,14 +222,14 @@ int svm_out(struct __sk_buff *skb)
 int svm_forward(struct __sk_buff *skb)
 {
 	u64 epoch = cfg(CFG_EPOCH), mode = cfg(CFG_MODE);
-	u32 len = skb->len, reason = R_FENCED, tap = cfg(CFG_TAP);
+	u32 len = skb->len, reason = R_DROP_MODE, tap = cfg(CFG_TAP);
 	int verdict = TC_ACT_SHOT;
 
 	if (mode == MODE_RUN || mode == MODE_CHECKPOINT || mode == MODE_TAKEOVER) {
 		reason = translate(skb, 0, mode, epoch);
 		if (mode != MODE_TAKEOVER) {
 			reason = to_peer(skb, epoch, reason, &verdict);
-		} else if (reason != R_HELPER_FAILED) {
+		} else if (reason != R_DROP_HELPER_FAILED) {
 			/* Held when the primary died; or an announcement, which is no TCP. */
 			skb->mark = COLO_MARK;
 			verdict = bpf_redirect(tap, BPF_F_INGRESS);
@@ -238,19 +241,19 @@ int svm_forward(struct __sk_buff *skb)
 int svm_net(struct __sk_buff *skb)
 {
 	u64 epoch = cfg(CFG_EPOCH), mode = cfg(CFG_MODE);
-	u32 len = skb->len, reason = R_ISOLATED;
+	u32 len = skb->len, reason = R_DROP_ISOLATED;
 	int verdict = TC_ACT_SHOT;
 
 	if (skb->mark == COLO_MARK) {
-		reason = R_RELEASED;
+		reason = R_PASS_RELEASED;
 		verdict = TC_ACT_OK;
 	} else if (mode == MODE_TAKEOVER) {
 		hear_network(skb, 0);
 		reason = translate(skb, 1, mode, epoch);
-		if (reason != R_HELPER_FAILED)
+		if (reason != R_DROP_HELPER_FAILED)
 			verdict = TC_ACT_OK;
-		if (reason == R_REDIRECTED)
-			reason = R_PASSED;
+		if (reason == R_PASS_REDIRECTED)
+			reason = R_PASS;
 	}
 	return finish(PROG_SVM_NET, reason, len, verdict);
 }
@@ -258,16 +261,16 @@ int svm_net(struct __sk_buff *skb)
 int svm_out_xdp(struct xdp_md *xdp)
 {
 	u64 epoch = cfg(CFG_EPOCH), mode = cfg(CFG_MODE);
-	u32 len = xdp->data_end - xdp->data, reason = R_PASSED;
+	u32 len = xdp->data_end - xdp->data, reason = R_PASS;
 
 	/* The verdict is svm_out's, which sees the same frame next. */
 	if (mode == MODE_RUN || mode == MODE_TAKEOVER) {
 		struct pkt p = {};
 
 		if (parse_xdp(xdp, &p))
-			reason = R_BAD_FRAME;
+			reason = R_NOTE_UNPARSED;
 		else if (p.is_tcp)
-			reason = rewrite_xdp(xdp, &p, 0, mode, epoch, R_PASSED);
+			reason = rewrite_xdp(xdp, &p, 0, mode, epoch, R_PASS);
 	}
 	return finish(PROG_SVM_OUT_XDP, reason, len, XDP_PASS);
 }

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The numbers and shapes of bpf/colo_common.h, for Python.
+"""The numbers and shapes of bpf/lib/abi.h, for Python.
 
 tests/unit/test_abi.py parses the header and fails when the two differ.
 """
@@ -50,11 +50,11 @@ class Cfg(IntEnum):
     FAST = 10
     FAST_SINCE = 11
     UPLINK = 12
-    SPEAK_UNTIL_NS = 13
+    LEASE_EXPIRY_NS = 13
     ORDER = 16
     ROLE = 17
-    BASE_EPOCH = 18
-    BOND = 19
+    PROMOTED_EPOCH = 18
+    SYNC_STATE = 19
     GUEST_MAC = 24
     UNDECIDED = 26
     PEER_STOPPED = 27
@@ -69,12 +69,12 @@ class HostRole(IntEnum):
     SECONDARY = 2
 
 
-class Bond(IntEnum):
-    """What this host's guest is to the other one (slot CFG_BOND): outlives the controller."""
+class SyncState(IntEnum):
+    """What this host's guest is to the other one (slot CFG_SYNC_STATE): outlives the controller."""
 
     NONE = 0  # nothing is known: not a copy of the other one, as far as anybody has confirmed
-    EQUAL = 1  # a checkpoint was confirmed, and nobody has spoken alone since
-    ALONE = 2  # clients may know bytes of it that the other one has never heard of
+    IN_SYNC = 1  # a checkpoint was confirmed, and nobody has spoken alone since
+    STANDALONE = 2  # clients may know bytes of it that the other one has never heard of
 
 
 #: values of CFG_UPLINK that are no device
@@ -102,8 +102,8 @@ class Prog(IntEnum):
     SVM_NET = 8
     SVM_OUT_XDP = 9
     FAST = 10
-    GUEST_IN = 11
-    GUEST_OUT = 12
+    PROMOTED_IN = 11
+    PROMOTED_OUT = 12
     ADDRESSES = 13
     MAX = 14
 
@@ -111,50 +111,50 @@ class Prog(IntEnum):
 class Reason(IntEnum):
     """What became of a frame, and why: second index of the counters."""
 
-    PASSED = 0
-    MIRRORED = 1
-    MIRROR_FAILED = 2
-    CAPTURED = 3
-    RELEASED = 4
-    REDIRECTED = 5
-    REWRITTEN = 6
-    FENCED = 7
-    ISOLATED = 8
-    RING_FULL = 9
-    TOO_LARGE = 10
-    CONTROLLER_LOST_HELD = 11
-    CONTROLLER_LOST_PASSED = 12
-    FOREIGN = 13
-    BAD_FRAME = 14
-    FLOW_TABLE_FULL = 15
-    HELPER_FAILED = 16
-    NO_CONFIG = 17
-    UNMIRRORED = 18
-    FAST_HELD = 19
-    FAST_PASSED = 20
-    FAST_RELEASED = 21
-    FAST_REBUILT = 22
-    FAST_ACKED = 23
-    FAST_ENDED = 24
-    HAND_MODE = 25
-    HAND_ODD = 26
-    HAND_GAP = 27
-    HAND_DIFFERS = 28
-    HAND_FULL = 29
-    HAND_NO_STASH = 30
-    HAND_BUSY = 31
-    HAND_HELPER = 32
-    LEASE_OVER = 33
-    OTHER_MAC = 34
-    MACS_FULL = 35
-    ADDRESSES_FULL = 36
-    MAC_MOVED = 37
-    ADDRESS_MOVED = 38
-    OFFLOAD_REFUSED = 39
-    PVM_SYN = 40
-    PVM_SYN_LATE = 41
-    OFFSET_UNKNOWN = 42
-    MPTCP_OFF = 43
+    PASS = 0
+    PASS_MIRRORED = 1
+    PASS_MIRROR_FAILED = 2
+    PUNT = 3
+    PASS_RELEASED = 4
+    PASS_REDIRECTED = 5
+    PASS_REWRITTEN = 6
+    DROP_MODE = 7
+    DROP_ISOLATED = 8
+    DROP_RING_FULL = 9
+    DROP_TOO_LARGE = 10
+    DROP_CONTROLLER_LOST = 11
+    PASS_CONTROLLER_LOST = 12
+    PASS_FOREIGN = 13
+    NOTE_UNPARSED = 14
+    PASS_FLOW_TABLE_FULL = 15
+    DROP_HELPER_FAILED = 16
+    DROP_NO_CONFIG = 17
+    PASS_UNMIRRORED = 18
+    OFFLOAD_HELD = 19
+    OFFLOAD_PASSED = 20
+    OFFLOAD_RELEASED = 21
+    OFFLOAD_REBUILT = 22
+    OFFLOAD_ACKED = 23
+    OFFLOAD_DUPLICATE = 24
+    PUNT_MODE = 25
+    PUNT_EXCEPTION = 26
+    PUNT_OUT_OF_ORDER = 27
+    PUNT_DIFFERS = 28
+    PUNT_BUFFER_FULL = 29
+    PUNT_NO_BUFFER = 30
+    PUNT_BUSY = 31
+    PUNT_HELPER_FAILED = 32
+    DROP_LEASE_EXPIRED = 33
+    PASS_OTHER_MAC = 34
+    NOTE_MACS_FULL = 35
+    NOTE_ADDRESSES_FULL = 36
+    NOTE_MAC_MOVED = 37
+    NOTE_ADDRESS_MOVED = 38
+    DROP_GSO_UNSUPPORTED = 39
+    DROP_PVM_SYN = 40
+    DROP_PVM_SYN_UNKNOWN = 41
+    PASS_OFFSET_UNKNOWN = 42
+    NOTE_MPTCP_REMOVED = 43
     MAX = 44
 
 
@@ -199,12 +199,12 @@ UNMIRRORED_KEY = struct.Struct("=16s16s2s2sII")
 #: state, have, have_client, have_pvm, isn_c, pvm_isn, pvm_c, pvm_ts
 FLOW = struct.Struct("=QIIIIIIIIIBBBBIIII")
 
-TIER_U, TIER_K = 0, 1
+OWNER_USER, OWNER_KERNEL = 0, 1
 CLIENT_ACK_KNOWN = 1 << 32
 SIDE_PVM, SIDE_SVM = 0, 1
 
-#: struct colo_conn: lock, since_ns, seen_ns, client_ack, tier, epoch, rel, nxt, org, stash,
-#: captured, p_ack, s_ack, out_ack, p_win, s_win, out_win, mss, ahead, pending, l4, doff, why,
+#: struct colo_conn: lock, since_ns, seen_ns, client_ack, tier, epoch, rel, nxt, org, buffer,
+#: captured, p_ack, s_ack, adv_ack, p_win, s_win, adv_win, mss, ahead, pending, l4, doff, why,
 #: fin_known, pad, fin, pad2, hdr, memo
 CONN = struct.Struct("=QQQQIIIIIIIIIIHHHHBBBBBB2xI4x128s64s")
 #: struct colo_dgram: ts_ns, len, partial, pad, hdr; records begin at multiples of DGRAM_ALIGN
@@ -222,18 +222,18 @@ ADDRESS = struct.Struct("=16sI")
 #: struct colo_claim: seen_ns, mac, epoch, flags
 CLAIM = struct.Struct("=QQII")
 CLAIM_SAYS_ROUTER, CLAIM_ROUTER = 1, 2
-#: epoch, rel, p_ack, s_ack, out_ack, p_win, s_win, out_win, mss, nxt, org, ahead, pending, l4,
+#: epoch, rel, p_ack, s_ack, adv_ack, p_win, s_win, adv_win, mss, nxt, org, ahead, pending, l4,
 #: doff, hdr, memo
 GIVE = struct.Struct("=IIIIIHHHHIIBBBB128s64s")
-#: bytes of a stash's ring, and where it begins in struct colo_stash
-STASH, STASH_BEFORE = 512 * 1024, 64
+#: bytes of a buffer's ring, and where it begins in struct colo_buffer
+BUFFER, STASH_BEFORE = 512 * 1024, 64
 STASH_SLACK = 2 * 4096 + 128
 
 
 class CtlOp(IntEnum):
     """What fast_ctl is asked to do."""
 
-    SEIZE = 1
+    RECLAIM = 1
     GIVE = 2
     FREE = 3
     CLAIM = 4

@@ -68,7 +68,7 @@ def _fail(text: str, code: int = FAILED) -> typer.Exit:
 
 
 def _load(path: Path) -> Any:
-    from .config import ConfigError, load
+    from .config.file import ConfigError, load
 
     try:
         return load(path)
@@ -104,7 +104,7 @@ def _socket(where: str | None, run_dir: str) -> str:
 
 
 def _ask(where: str | None, run_dir: str, command: str, **args: Any) -> dict[str, Any]:
-    from .control import Command, ControlError, NotRunning, request
+    from .service.control_socket import Command, ControlError, NotRunning, request
 
     path = _socket(where, run_dir)
     try:
@@ -122,7 +122,7 @@ def run(config: ConfigArg) -> None:
     Stopping it leaves the data path in place; the next one takes over.
     """
     c = _load(config)
-    from .daemon import run as daemon
+    from .service.daemon import run as daemon
 
     raise typer.Exit(daemon(c))
 
@@ -137,15 +137,15 @@ def _text(s: dict[str, Any]) -> str:
     def ms(v: float | None) -> str:
         return "never" if v is None else f"{v:.0f} ms ago"
 
-    may = s["permission"]
+    may = s["active"]
     right = {"held": "the lease is held", "promised": "the other host keeps silent"}
     why = right.get(may["lease"], "no lease") if may["lease"] else ""
-    left = f", {may['left_s']:.1f} s left" if may["left_s"] else ""
+    left = f", {may['remaining_s']:.1f} s left" if may["remaining_s"] else ""
     causes = ", ".join(f"{k} {v}" for k, v in ck["by_cause"].items() if v) or "none"
     lines = [
         f"{s['pair']} {s['role']}: {s['state']} for {age:.0f} s (epoch {s['epoch']}, {s['mode']})",
         f"  why          {s['reason']}",
-        f"  guest        {'speaks' if may['speaks'] else 'is silent'}"
+        f"  guest        {'speaks' if may['transmitting'] else 'is silent'}"
         + (f" ({why}{left})" if why else ""),
         f"  QEMU         {no(q)}connected {q['version']} {q['accel']}".rstrip(),
         f"  peer         {no(p)}connected {p['state']}".rstrip(),
@@ -153,7 +153,7 @@ def _text(s: dict[str, Any]) -> str:
             f"  beacons      {w['name']}: heard {ms(w['silent_ms'])}, round trip "
             f"{w['rtt_us'] / 1000:.1f} ms, the peer hears what was sent {ms(w['unheard_ms'])}"
             + (f" ({w['trouble']})" if w["trouble"] else "")
-            for w in s["paths"]
+            for w in s["heartbeat_links"]
         ),
         f"  hook         {s['hook']}, events by {s['events']} buffer, {s['ring']['lost']} lost",
         f"  held         {held['packets']} of {held['limit']} packets, {held['bytes']} bytes",
@@ -229,8 +229,8 @@ def failover(
         raise typer.Exit(FAILED)
 
 
-@app.command("stand-down")
-def stand_down(
+@app.command("demote")
+def demote(
     where: Where = None,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
     why: Annotated[str, typer.Option(help="For the log.")] = "asked by the operator",
@@ -245,7 +245,7 @@ def stand_down(
         typer.echo(f"this pair is {s['state']} ({s['reason']}): nobody may be left to go on")
     if not yes and sys.stdin.isatty():
         typer.confirm(f"Silence the guest of {s['pair']} on this host?", abort=True)
-    r = _ask(where, run_dir, "stand-down", why=why)
+    r = _ask(where, run_dir, "demote", why=why)
     typer.echo(f"{r['state']}: {r['reason']}")
 
 
@@ -277,7 +277,7 @@ def drill(
     A planned failover and a re-protection. This host's QEMU has to be started anew in between:
     by `[qemu] incoming`, or by you.
     """
-    from .control import ControlError, request
+    from .service.control_socket import ControlError, request
 
     path = _socket(where, run_dir)
     s = _ask(path, run_dir, "status")
@@ -333,7 +333,7 @@ def reload(where: Where = None, run_dir: RunDir = RUN_DIR) -> None:
 @app.command()
 def policy(where: Where = None, run_dir: RunDir = RUN_DIR) -> None:
     """The rules in force, and what each has counted (on the primary host)."""
-    from .explain import rules_text
+    from .tools.explain import rules_text
 
     typer.echo(rules_text(_ask(where, run_dir, "explain")["rules"]))
 
@@ -347,7 +347,7 @@ def explain(
     run_dir: RunDir = RUN_DIR,
 ) -> None:
     """Why checkpoints were made: causes, services, rules, and the bytes that differed."""
-    from .explain import duration, text
+    from .tools.explain import duration, text
 
     try:
         oldest = time.time() - duration(since) if since else 0.0
@@ -366,8 +366,8 @@ def capture(
     run_dir: RunDir = RUN_DIR,
 ) -> None:
     """Write the frames that differed, both guests', for Wireshark: a comment says where."""
-    from .explain import comment
-    from .pcap import PcapError, Writer
+    from .tools.explain import comment
+    from .tools.pcap import PcapError, Writer
 
     end, after, n = time.monotonic() + seconds, 0, 0
     try:
@@ -392,7 +392,7 @@ def capture(
 @app.command()
 def suggest(config: ConfigArg, run_dir: RunDir = RUN_DIR) -> None:
     """Changes to the config that would have saved checkpoints, as a diff. Applies nothing."""
-    from .suggest import changes, diff
+    from .tools.suggest import changes, diff
 
     c = _load(config)
     known = {
@@ -437,9 +437,9 @@ def replay(
         raise _fail("two captures are needed: of the PVM's tap and of the SVM's", USAGE)
     from dataclasses import replace
 
-    from .pcap import PcapError, read
-    from .replay import MS, Options, ReplayError, text
-    from .replay import replay as play
+    from .tools.pcap import PcapError, read
+    from .tools.replay import MS, Options, ReplayError, text
+    from .tools.replay import replay as play
 
     try:
         mac = bytes.fromhex(guest_mac.replace(":", ""))
@@ -464,7 +464,7 @@ def replay(
     if as_json:
         typer.echo(json.dumps(report, indent=2))
     else:
-        from .explain import difference
+        from .tools.explain import difference
 
         typer.echo(text(report))
         for n, d in enumerate(report["differences"][:3], 1):
@@ -474,9 +474,9 @@ def replay(
 
 
 def _write_pairs(out: Path, r: Any) -> None:
-    from .explain import comment
-    from .journal import divergence_json
-    from .pcap import Writer
+    from .engine.journal import divergence_json
+    from .tools.explain import comment
+    from .tools.pcap import Writer
 
     with Writer(out) as w:
         for n, (ts, d) in enumerate(r.pairs, 1):
@@ -488,8 +488,8 @@ def _write_pairs(out: Path, r: Any) -> None:
 
 
 def _corpus() -> int:
-    from .corpus import load
-    from .corpus.play import play
+    from .tools.corpus import load
+    from .tools.corpus.play import play
 
     wrong = 0
     for s in load():
@@ -505,7 +505,7 @@ def _corpus() -> int:
 @app.command()
 def doctor(config: ConfigArg) -> None:
     """Check this host before anything depends on it."""
-    from .doctor import examine
+    from .tools.doctor import examine
 
     worst = 0
     for check in examine(config):
@@ -545,8 +545,8 @@ def cleanup(
     Frames then flow as if we had never been here, so do it when the pair is not needed. Refused
     while they keep a guest silent whose QEMU lives.
     """
-    from .cleanup import GuestWouldSpeak, StillRunning
-    from .cleanup import cleanup as clean
+    from .tools.cleanup import GuestWouldSpeak, StillRunning
+    from .tools.cleanup import cleanup as clean
 
     if config is not None:
         c = _load(config)
@@ -575,7 +575,7 @@ def config_check(config: ConfigArg) -> None:
 @config_app.command("show")
 def config_show(config: ConfigArg) -> None:
     """The configuration with all defaults."""
-    from .config import as_toml
+    from .config.file import as_toml
 
     typer.echo(as_toml(_load(config)))
 
@@ -594,9 +594,11 @@ def pki_init(
 
     Keep the key off the hosts.
     """
-    from . import checks, config, pki
+    from . import validate
+    from .config import file as config
+    from .tools import pki
 
-    want = checks.keys(config.Config)["pair"].metadata["check"](pair)
+    want = validate.keys(config.Config)["pair"].metadata["check"](pair)
     if want:
         raise _fail(f"--pair {pair}: {want}", USAGE)
     try:
@@ -619,7 +621,7 @@ def pki_issue(
     Copy ca.crt and the role's .crt and .key to that host. Running controllers take renewed
     files with their next connection.
     """
-    from . import pki
+    from .tools import pki
 
     try:
         for one in role or list(RoleName):

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 
-from colo_xdp import states
+from colo_xdp.failover import states
 
 
 @pytest.fixture(autouse=True)

@@ -97,10 +97,10 @@ def _failover(lab: Lab, show: Show, report: dict[str, Any]) -> float:
     report["ring_losses"] = losses
     show.say("kill -9 of the primary's QEMU")
     at = lab.vm["primary"].kill9()
-    taken = lab.wait_state("secondary", "taken-over", 30)
+    taken = lab.wait_state("secondary", "promoted", 30)
     seen = lab.status("primary")
     detected = next((h["at"] for h in seen["history"] if h["state"] == "stopped"), at)
-    over = float(next(h["at"] for h in taken["history"] if h["state"] == "taken-over"))
+    over = float(next(h["at"] for h in taken["history"] if h["state"] == "promoted"))
     with contextlib.suppress(LabError):
         wait_for("echoes after the takeover", lambda: stream.stats.answered_after(over) > 50, 20)
     stats = stream.stop()
@@ -178,9 +178,9 @@ def main(report_path: str = "build/demo-report.json", keep: bool = False) -> int
             for step in steps:
                 step(lab, show, report)
             over = _failover(lab, show, report)
-            captured = [lab.stop_capture(c) for c in (on_s, on_c)]
-            leaked = sum(from_guest(f, before=over) for f in captured)
-            after = sum(from_guest(f) for f in captured) - leaked
+            punt_seq = [lab.stop_capture(c) for c in (on_s, on_c)]
+            leaked = sum(from_guest(f, before=over) for f in punt_seq)
+            after = sum(from_guest(f) for f in punt_seq) - leaked
             report["svm_frames_leaked"] = leaked
             show.row(
                 "frames of the SVM on the network before the takeover",

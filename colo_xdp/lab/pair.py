@@ -10,7 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .. import cleanup, control, pki
+from ..service import control_socket
+from ..tools import cleanup, pki
 from . import guest as guest_files
 from . import vm as vms
 from .capture import Capture
@@ -181,14 +182,14 @@ class Lab:
 
     def ask(self, role: str, command: str, **args: Any) -> dict[str, Any]:
         """A command over the control socket, as the CLI sends it."""
-        return control.request(str(self.work / f"{PAIR}.{role}.sock"), command, args)
+        return control_socket.request(str(self.work / f"{PAIR}.{role}.sock"), command, args)
 
     def status(self, role: str) -> dict[str, Any]:
         """The controller's status; raises LabError with its log when it has ended."""
         p = self.controllers.get(role)
         try:
             return self.ask(role, "status")
-        except control.NotRunning as e:
+        except control_socket.NotRunning as e:
             if p is not None and p.poll() is not None:
                 log = self.controller_log(role).read_text()[-3000:]
                 raise LabError(f"the {role}'s controller has ended ({p.returncode}): {log}") from e

@@ -22,10 +22,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from colo_xdp import loader
+from colo_xdp.datapath import loader
 from colo_xdp.lab.pair import Lab
 
-from . import arms, goodput, held, latency, peer, plots, programs, report, scale, tier_u
+from . import arms, goodput, held, latency, peer, plots, programs, report, scale, slow_path
 from .report import Part
 
 Run = Callable[[Part, bool, Path], None]
@@ -38,8 +38,8 @@ PARTS: dict[str, tuple[str, Run]] = {
         held.run,
     ),
     "engine": (
-        "Tier U: the engine by stage, against the least Python can do",
-        tier_u.run,
+        "The slow path: the engine by stage, against the least Python can do",
+        slow_path.run,
     ),
     "goodput": ("TCP goodput of a copied sender (iperf3)", goodput.run),
     "peer": ("CPU per frame against QEMU's colo-compare and filter-rewriter", peer.run),
@@ -57,7 +57,7 @@ def leftovers() -> None:
     mine = ("cxb", "cxg")
     for line in listed.splitlines():
         name = line.split()[0]
-        if (name.startswith(mine) and len(name) in (4, 5)) or name == tier_u.NAMESPACE:
+        if (name.startswith(mine) and len(name) in (4, 5)) or name == slow_path.NAMESPACE:
             with contextlib.suppress(subprocess.CalledProcessError):
                 subprocess.run(["ip", "netns", "del", name], check=True)
     pids = BUILD / f"{arms.TAG}.pids.json"

@@ -25,12 +25,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from colo_xdp import _bpf, loader
+from colo_xdp.datapath import loader, syscall
 from colo_xdp.lab import vm as vms
 from colo_xdp.lab.guest import content
 from colo_xdp.lab.net import LabError, wait_for
 from colo_xdp.lab.pair import PAIR, Lab
-from colo_xdp.status import WAIT_BUCKETS
+from colo_xdp.status.document import WAIT_BUCKETS
 
 from .report import Part, Spread, cpu_seconds
 
@@ -138,9 +138,9 @@ class Seen:
     udp_lost: int = 0
     resent: int = 0
     proxy_lost: int = 0  # as the proxy itself says
-    by_k: int = 0  # frames that tier K let go
-    waited: list[int] = field(default_factory=list)  # frames of tier U by U_BUCKETS
-    waited_k: list[int] = field(default_factory=list)  # frames of tier K by K_BUCKETS
+    by_k: int = 0  # frames that the fast path let go
+    waited: list[int] = field(default_factory=list)  # frames of the slow path by U_BUCKETS
+    waited_k: list[int] = field(default_factory=list)  # frames of the fast path by K_BUCKETS
 
 
 @contextmanager
@@ -226,7 +226,7 @@ def once(arm: str, directory: Path, bulk: int, small: int, seen: Seen) -> None:
                 seen.by_k += sum(
                     status["programs"][prog][reason][0]
                     for prog in ("pvm_out", "svm_arrival")
-                    for reason in ("fast_passed", "fast_released", "fast_rebuilt")
+                    for reason in ("offload_passed", "offload_released", "offload_rebuilt")
                 )
                 seen.waited_k = _sum(seen.waited_k, _tier_k_waits())
         finally:
@@ -270,7 +270,7 @@ def run(part: Part, quick: bool, build: Path) -> None:
         ("UDP echoes not answered", lambda s: s.udp_lost),
         ("TCP segments sent again by the guest", lambda s: s.resent),
         ("frames lost, as the proxy says", lambda s: s.proxy_lost),
-        ("frames that tier K let go", lambda s: s.by_k),
+        ("frames that the fast path let go", lambda s: s.by_k),
         ("answers failed or wrong", lambda s: s.failed + s.wrong),
     )
     for name, count in counts:
@@ -280,8 +280,8 @@ def run(part: Part, quick: bool, build: Path) -> None:
             f"{a}: {tier}": Spread.of([_bound(bounds, h, p) * 1e3])
             for a, s in good.items()
             for tier, bounds, h in (
-                ("tier K", K_BUCKETS, s.waited_k),
-                ("tier U", U_BUCKETS, s.waited),
+                ("the fast path", K_BUCKETS, s.waited_k),
+                ("the slow path", U_BUCKETS, s.waited),
             )
             if sum(h)
         }
@@ -305,14 +305,14 @@ def _bound(bounds: tuple[float, ...], histogram: list[int], p: float) -> float:
 
 
 def _tier_k_waits() -> list[int]:
-    """The pinned map fast_waits (bpf/fast.h) of the laboratory's pair; all zero without tier K."""
-    path = f"{loader.pin_dir('/sys/fs/bpf', PAIR, 'primary')}/fast_waits"
+    """The pinned map offload_waits (bpf/offload/offload.h) of the laboratory's pair; all zero without the fast path."""
+    path = f"{loader.pin_dir('/sys/fs/bpf', PAIR, 'primary')}/offload_waits"
     if not Path(path).exists():
         return [0] * len(K_BUCKETS)
     size = 8 * loader.possible_cpus()
     value = ctypes.create_string_buffer(size)
     out = []
-    fd = _bpf.obj_get(path)
+    fd = syscall.obj_get(path)
     try:
         lib = loader.import_bcc().libbcc.lib
         for i in range(len(K_BUCKETS)):

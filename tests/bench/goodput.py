@@ -24,11 +24,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from colo_xdp import abi, attach, cleanup, loader
+from colo_xdp import abi
 from colo_xdp.abi import Cfg, Mode, Prog, Reason
-from colo_xdp.fastmap import FastMap
-from colo_xdp.inject import Injector
-from colo_xdp.ring import open_reader
+from colo_xdp.datapath import attach, loader
+from colo_xdp.datapath.inject import Injector
+from colo_xdp.datapath.offload_maps import BpfKernelPath
+from colo_xdp.datapath.ring import open_reader
+from colo_xdp.tools import cleanup
 from tests.netns.conftest import inside, sh
 
 from . import held
@@ -120,11 +122,11 @@ def _copies() -> Iterator[Any]:
 @contextmanager
 def _proxy(bridge: bool) -> Iterator[TierU]:
     """Our programs on gv and peer0: a veth, so not by way of DataPath. pvm_in is not there (in the
-    plain arm nothing is mirrored either), so tier K is told where the client is."""
+    plain arm nothing is mirrored either), so the fast path is told where the client is."""
     work = tempfile.mkdtemp(prefix="colo-bench.")
     with inside(HOST):
         cleanup.cleanup(PAIR, "/sys/fs/bpf", work, force=True)
-        objects = loader.load("primary", PAIR, "/sys/fs/bpf", loader.Options(fast=True, stashes=64))
+        objects = loader.load("primary", PAIR, "/sys/fs/bpf", loader.Options(fast=True, buffers=64))
         config = objects.map("config")
 
         def write(slot: Cfg, value: int) -> None:
@@ -138,7 +140,7 @@ def _proxy(bridge: bool) -> Iterator[TierU]:
             write(slot, value)
         mac = bytes.fromhex(_sys(CLIENT, "c0", "address").replace(":", ""))
         held.tell_port(objects, mac, attach.link_info("uplink").index)
-        fast = FastMap(objects, 10**12, 0, lambda on: write(Cfg.FAST, on), lambda epoch: None)
+        fast = BpfKernelPath(objects, 10**12, 0, lambda on: write(Cfg.FAST, on), lambda epoch: None)
         fast.enabled = True
         name = f"cxr-{PAIR}"
         fd = attach.make_tap(name)
@@ -206,17 +208,17 @@ def once(arm: str, offloads: bool, seconds: int, flows: int = 1, cpus: int = 1) 
             }
 
 
-SHARE = "left by tier K, % of the bytes"
+SHARE = "left by the fast path, % of the bytes"
 #: begins the names of what explains a figure
 HANDED, ASKED, DROPPED = (
-    "handed to tier U: ",
+    "handed to the slow path: ",
     "asked for a checkpoint: ",
     "dropped by the CPUs' queues",
 )
 
 
 def _handed(tier: TierU | None) -> dict[str, float]:
-    """How often tier K handed a connection over and tier U asked for a checkpoint, by reason."""
+    """How often the fast path handed a connection over and the slow path asked for a checkpoint, by reason."""
     if tier is None:
         return {}
     out = {ASKED + cause: float(n) for cause, n in Counter(tier.asked).items()}
@@ -234,9 +236,9 @@ def _handed(tier: TierU | None) -> dict[str, float]:
     by_k = sum(
         count(prog, reason)[1]
         for prog in (Prog.PVM_OUT, Prog.SVM_ARRIVAL)
-        for reason in (Reason.FAST_PASSED, Reason.FAST_RELEASED, Reason.FAST_REBUILT)
+        for reason in (Reason.OFFLOAD_PASSED, Reason.OFFLOAD_RELEASED, Reason.OFFLOAD_REBUILT)
     )
-    by_u = count(Prog.PVM_OUT, Reason.CAPTURED)[1]
+    by_u = count(Prog.PVM_OUT, Reason.PUNT)[1]
     out[SHARE] = 100 * by_k / max(1, by_k + by_u)
     return out
 

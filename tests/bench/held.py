@@ -27,14 +27,16 @@ from itertools import groupby
 from pathlib import Path
 from types import SimpleNamespace
 
-from colo_xdp import abi, attach, cleanup, loader
+from colo_xdp import abi
 from colo_xdp.abi import Mode
-from colo_xdp.compare import Engine, Limits, Policy, Record
-from colo_xdp.config import load
-from colo_xdp.controller import RING_BATCH
-from colo_xdp.datapath import DataPath
-from colo_xdp.packet import parse
-from colo_xdp.tier_k import Answer, Gift, conn_key
+from colo_xdp.config.file import load
+from colo_xdp.controller.controller import RING_BATCH
+from colo_xdp.datapath import attach, loader
+from colo_xdp.datapath.datapath import DataPath
+from colo_xdp.engine.engine import Engine, Frame, Limits, Policy
+from colo_xdp.net.packet import parse
+from colo_xdp.offload.kernel_format import OffloadRequest, OffloadResult, conn_key
+from colo_xdp.tools import cleanup
 from tests.netns.conftest import Net, Tap, inside, sh
 from tests.netns.frames import CLIENT_MAC, tcp, udp
 
@@ -42,7 +44,7 @@ from .report import Part, Spread
 
 PAIR = "bench"
 MASK = 0xFFFFFFFF
-BATCH = 32  # frames between two looks of tier U at its events
+BATCH = 32  # frames between two looks of the slow path at its events
 PORT = 10_000  # of the first connection
 ARMS = ("floor", "K", "K bridge", "U")
 
@@ -81,7 +83,7 @@ def cases() -> list[Case]:
         for conns in (1, 64, 10_000):
             for lag in (1, 40):
                 if payload > 1448 and conns == 1 and lag == 40:
-                    lag = 6  # a stash holds no more of them
+                    lag = 6  # a buffer holds no more of them
                 if conns == 10_000 and (lag == 1 or (payload > 1448 and svm)):
                     continue  # 64 KB ones alone take 2.6 GB
                 frames = few if conns < 10_000 else conns * (2 if payload > 1448 else 4)
@@ -131,7 +133,7 @@ Write = tuple[int, bytes]  # PVM, SVM or CLIENT; what
 def plan(case: Case) -> list[Write]:
     """Both guests' frames, in the order in which they are written."""
     # With other boundaries every connection has bytes outstanding almost always: no more of them
-    # at a time than there are stashes for.
+    # at a time than there are buffers for.
     block = 128 if case.svm_payload else case.conns
     out: list[Write] = []
     for first in range(0, case.conns, block):
@@ -321,17 +323,19 @@ def words(datagrams: bool = False) -> bytes:
 
 
 def give_all(dp: DataPath, case: Case) -> None:
-    """All connections of a case to tier K, as if it had never seen them."""
+    """All connections of a case to the fast path, as if it had never seen them."""
     assert dp.fast is not None
-    gift = Gift(words(case.udp), b"")
+    gift = OffloadRequest(words(case.udp), b"")
     for c in range(case.conns):
         key = parse((udp if case.udp else tcp)(b"", dport=PORT + c)).key
         if not dp.fast.offer(key):
             raise RuntimeError("the table is full")
-        dp.fast.seize(key)
-        if dp.fast.give(key, gift, 0) is not Answer.TAKEN:  # frames of it have been to user space
+        dp.fast.reclaim(key)
+        if (
+            dp.fast.give(key, gift, 0) is not OffloadResult.ACCEPTED
+        ):  # frames of it have been to user space
             dp.objects.map("conns").delete(conn_key(key))
-            if not (dp.fast.offer(key) and dp.fast.give(key, gift, 0) is Answer.TAKEN):
+            if not (dp.fast.offer(key) and dp.fast.give(key, gift, 0) is OffloadResult.ACCEPTED):
                 raise RuntimeError("a connection was not taken")
 
 
@@ -345,7 +349,7 @@ def hear_client(dp: DataPath, net: Net) -> None:
 
 
 def tell_port(objects: loader.Objects, mac: bytes, port: int) -> None:
-    """Tier K's note that a client is at a port of the bridge, for a quarter of an hour."""
+    """The fast path's note that a client is at a port of the bridge, for a quarter of an hour."""
     key = struct.unpack("=I", mac[:4])[0] << 16 | struct.unpack("=H", mac[4:])[0]
     ever = time.monotonic_ns() + 10**12
     objects.map("clients").set(struct.pack("=Q", key), abi.CLIENT.pack(ever, port, 0))
@@ -364,7 +368,7 @@ class TierU:
         )  # fmt: skip
         self.engine.epoch = 1
 
-    def _release(self, rec: Record) -> None:
+    def _release(self, rec: Frame) -> None:
         self.dp.injectors["release"].send(rec.frame, rec.gso_size, rec.partial, rec.gso_type)
 
     def wait(self, seconds: float) -> None:
@@ -376,8 +380,8 @@ class TierU:
         engine = self.engine
 
         def on(e) -> None:  # type: ignore[no-untyped-def]
-            rec = Record(
-                e.frame, e.ts_ns, e.gso_size, e.partial, captured=e.captured, gso_type=e.gso_type
+            rec = Frame(
+                e.frame, e.ts_ns, e.gso_size, e.partial, punt_seq=e.punt_seq, gso_type=e.gso_type
             )
             if e.source == abi.Source.PVM:
                 engine.from_pvm(rec, now)
@@ -397,7 +401,7 @@ def received(net: Net) -> int:
 
 
 def handed(dp: DataPath) -> dict[str, int]:
-    """Why tier K has handed connections over, if it has."""
+    """Why the fast path has handed connections over, if it has."""
     return {r: n for r, (n, _) in dp.counters()["fast"].items() if n}
 
 
@@ -412,7 +416,7 @@ class Arm:
     handed: dict[str, int] = field(default_factory=dict)
 
     def begin(self, case: Case) -> TierU | None:
-        """New connections; tier U if it is its turn."""
+        """New connections; the slow path if it is its turn."""
         if self.name == "U":
             assert self.dp is not None
             return TierU(self.dp)
@@ -425,9 +429,9 @@ class Arm:
     def check(self, what: str, tier: TierU | None, got: int, expected: int) -> None:
         """A figure of frames that did not take the way in question is none."""
         if tier is not None and tier.asked:
-            raise RuntimeError(f"{what}: tier U asked for a checkpoint: {tier.asked[:3]}")
+            raise RuntimeError(f"{what}: the slow path asked for a checkpoint: {tier.asked[:3]}")
         if tier is None and self.dp is not None and handed(self.dp) != self.handed:
-            raise RuntimeError(f"{what}: tier K handed over: {handed(self.dp)}")
+            raise RuntimeError(f"{what}: the fast path handed over: {handed(self.dp)}")
         if got < 0.98 * expected:
             raise RuntimeError(f"{what}, {self.name}: {got} bytes of {expected} arrived")
 

@@ -3,10 +3,10 @@
 
 One frame at a time: the early guest's, then a reading of the clock, then the late guest's; the
 kernel stamps what reaches the client. The floor is plain forwarding, from the clock to the client's
-stamp of the PVM's frame. The late frame's write() is in both. In tier U this process is the
+stamp of the PVM's frame. The late frame's write() is in both. In the slow path this process is the
 controller too, awake and idle when the event comes.
 
-The histogram that the product keeps (colo_xdp_wait_seconds, tier K's included) is read from a real
+The histogram that the product keeps (colo_xdp_wait_seconds, the fast path's included) is read from a real
 pair in arms.py; it counts the other guest's time too.
 """
 

@@ -3,7 +3,7 @@
 
 colo-compare runs in a QEMU without a machine; feed.c gives it both guests' frames by unix sockets
 and takes what it releases. Counted is the CPU time of all of QEMU's threads, per released frame,
-with vnet_hdr_support on. Against it stands tier K's own share: the CPU time of the same frames
+with vnet_hdr_support on. Against it stands the fast path's own share: the CPU time of the same frames
 on real devices less the floor (held.py), that is, less what forwarding the PVM's frames and
 dropping the SVM's costs without us. QEMU's figure has the reading and writing of its sockets in
 it, which is how frames come to it; it does not have the two filters that feed these sockets.
@@ -28,8 +28,9 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
-from colo_xdp import abi, attach, loader
+from colo_xdp import abi
 from colo_xdp.abi import Cfg
+from colo_xdp.datapath import attach, loader
 from tests.netns.conftest import inside
 
 from . import held, programs
@@ -152,7 +153,7 @@ def _nap(p: subprocess.Popen[bytes], seconds: float = 0.05) -> None:
         return
 
 
-GOAL = "CPU per released packet, tier K's share to colo-compare: "
+GOAL = "CPU per released packet, the fast path's share to colo-compare: "
 COMPARE = [
     "-machine", "none", "-S", "-object", "iothread,id=io", "-object",
     "colo-compare,id=c,primary_in=p,secondary_in=s,outdev=o,iothread=io,vnet_hdr_support=on",
@@ -170,7 +171,7 @@ def _compare_once(build: Path, where: Path, file: Path) -> tuple[float, float, f
 
 
 def compare(part: Part, quick: bool, build: Path) -> None:
-    """Tier K's own share against all of colo-compare's."""
+    """The fast path's own share against all of colo-compare's."""
     mtu, large = (3_000, 600) if quick else (30_000, 3_000)
     cases = (
         (held.Case("MTU, 1 connection", 1448, frames=mtu, lag=8), 1 / 8),

@@ -11,7 +11,7 @@ Three ways, since no one of them reaches all paths:
    zero of this way is the empty program run singly.
  - On devices: the kernel adds up the time that a program runs (BPF_ENABLE_STATS) while batches of
    frames are written, chosen such that all of a batch take the same path; the counters prove it.
-   Each batch meets new connections. For tier K, whose every frame changes what the next one meets;
+   Each batch meets new connections. For the fast path, whose every frame changes what the next one meets;
    for the event ring; for frames larger than a page; for tags that only a device puts into the
    metadata. The zero is the empty program on the same device.
 
@@ -30,12 +30,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from colo_xdp import _bpf, abi, attach, loader
+from colo_xdp import abi
 from colo_xdp.abi import Cfg, Mode
-from colo_xdp.flow import FlowKey
-from colo_xdp.packet import parse
-from colo_xdp.tcp_state import transition_words
-from colo_xdp.tier_k import Answer, Gift, conn_key
+from colo_xdp.conntrack.tcp_state import transition_words
+from colo_xdp.datapath import attach, loader, syscall
+from colo_xdp.net.flow_key import FlowKey
+from colo_xdp.net.packet import parse
+from colo_xdp.offload.kernel_format import OffloadRequest, OffloadResult, conn_key
 from tests.bpf.craft import (
     ACK,
     CLIENT4,
@@ -96,7 +97,8 @@ def repeated(fd: int, data: bytes, mark: int = 0, runs: int = 5) -> list[float]:
     """ns of one run, the mean of 20,000 on the same frame."""
     ctx = struct.pack("=III", 0, 0, mark) if mark else b""
     return [
-        float(_bpf.test_run(fd, data, ctx=ctx, repeat=20_000, data_out=0).ns) for _ in range(runs)
+        float(syscall.test_run(fd, data, ctx=ctx, repeat=20_000, data_out=0).ns)
+        for _ in range(runs)
     ]
 
 
@@ -109,7 +111,7 @@ def single(
     for _ in range(runs):
         ns = []
         for _ in range(300):
-            r = _bpf.test_run(fd, data, ctx=ctx, data_out=0)
+            r = syscall.test_run(fd, data, ctx=ctx, data_out=0)
             if verdict is not None and r.retval != verdict:
                 raise RuntimeError(f"verdict {r.retval} where {verdict} was expected")
             ns.append(r.ns)
@@ -121,7 +123,7 @@ def single(
 def bpffs() -> Iterator[str]:
     """A BPF file system of our own."""
     with tempfile.TemporaryDirectory(prefix="colo-bench-bpf.") as path:
-        _bpf.mount_bpffs(path)
+        syscall.mount_bpffs(path)
         try:
             yield path
         finally:
@@ -194,9 +196,9 @@ class Ends:
         """Let the secondary's programs see the handshake."""
         for of_guest, data in self.handshake():
             if of_guest:
-                _bpf.test_run(k.fd("svm_out"), data)
+                syscall.test_run(k.fd("svm_out"), data)
             else:
-                _bpf.test_run(k.fd("svm_in"), tagged(data, abi.KIND_MIRROR))
+                syscall.test_run(k.fd("svm_in"), tagged(data, abi.KIND_MIRROR))
 
     def guests(self, payload: int, options: bytes = STAMPS) -> bytes:
         """A segment of the SVM."""
@@ -245,12 +247,12 @@ def _secondary_paths(v4: Ends, v6: Ends) -> list[Path_]:
     p += [
         Path_("svm_out", "not TCP", other, single, verdict=REDIRECT),
         Path_("svm_out", "taken over", v4.guests(mtu), single, mode=Mode.TAKEOVER, verdict=OK),
-        Path_("svm_out", "fenced", v4.guests(mtu), repeated, mode=Mode.DROP, verdict=SHOT),
+        Path_("svm_out", "drop_mode", v4.guests(mtu), repeated, mode=Mode.DROP, verdict=SHOT),
         Path_("svm_in", "not TCP", tagged(other, abi.KIND_MIRROR), single, verdict=REDIRECT),
         Path_("svm_in", "not ours", v4.clients(mtu), repeated, verdict=OK),
         Path_("svm_deliver", "IPv4, timestamps", v4.clients(mtu), single, verdict=REDIRECT),
         Path_("svm_forward", "IPv4, timestamps", v4.guests(mtu), single, verdict=REDIRECT),
-        Path_("svm_net", "isolated", v4.clients(mtu), repeated, verdict=SHOT),
+        Path_("svm_net", "drop_isolated", v4.clients(mtu), repeated, verdict=SHOT),
         Path_("svm_net", "from the mirror", v4.clients(mtu), repeated, abi.MARK, verdict=OK),
         Path_("svm_net", "taken over", v4.clients(mtu), single, mode=Mode.TAKEOVER, verdict=OK),
     ]
@@ -264,7 +266,7 @@ def _measure(
         k.set(Cfg.MODE, path.mode)
         try:
             ns = path.how(k.fd(path.prog), path.data, path.mark)
-            once = _bpf.test_run(
+            once = syscall.test_run(
                 k.fd(path.prog), path.data, data_out=4096,
                 ctx=struct.pack("=III", 0, 0, path.mark) if path.mark else b"",
             )  # fmt: skip
@@ -328,7 +330,7 @@ def test_runs(part: Part) -> None:
             _measure(k, [
                 Path_("pvm_in", "bypass", client, repeated, mode=Mode.BYPASS, verdict=UNSPEC),
                 Path_("pvm_out", "bypass", data, repeated, mode=Mode.BYPASS, verdict=OK),
-                Path_("pvm_out", "fenced", data, repeated, mode=Mode.DROP, verdict=SHOT),
+                Path_("pvm_out", "drop_mode", data, repeated, mode=Mode.DROP, verdict=SHOT),
                 Path_("pvm_release", "", data, repeated, verdict=REDIRECT),
                 Path_("svm_arrival", "not ours", data, repeated, verdict=OK),
             ], zero, part)  # fmt: skip
@@ -387,7 +389,7 @@ class Scene:
 
 
 def scenes() -> list[Scene]:
-    """Every path of tier K, and what tier U has instead."""
+    """Every path of the fast path, and what the slow path has instead."""
     out = []
     few = 300 * 1448
     for name, size, upto, v6 in (
@@ -396,20 +398,22 @@ def scenes() -> list[Scene]:
     ):  # fmt: skip
         p, s = (_stream(i, size, upto, v6) for i in (0, 1))
         out += [
-            Scene("pvm_out", f"held, {name}", "fast_held", (p,), v6=v6),
-            Scene("svm_arrival", f"becomes the PVM's, {name}", "fast_released", (p, s), v6=v6),
-            Scene("svm_arrival", f"held, {name}", "fast_held", (s,), v6=v6),
-            Scene("pvm_out", f"passes, {name}", "fast_passed", (s, p), v6=v6),
-            Scene("pvm_out", f"captured, {name}", "captured", (p,), "U", v6),
-            Scene("svm_arrival", f"captured, {name}", "captured", (s,), "U", v6),
+            Scene("pvm_out", f"held, {name}", "offload_held", (p,), v6=v6),
+            Scene("svm_arrival", f"becomes the PVM's, {name}", "offload_released", (p, s), v6=v6),
+            Scene("svm_arrival", f"held, {name}", "offload_held", (s,), v6=v6),
+            Scene("pvm_out", f"passes, {name}", "offload_passed", (s, p), v6=v6),
+            Scene("pvm_out", f"captured, {name}", "punt", (p,), "U", v6),
+            Scene("svm_arrival", f"captured, {name}", "punt", (s,), "U", v6),
         ]
     for size in (1400, 200):
         p, s = (_datagrams(i, size) for i in (0, 1))
         name = f"UDP, {size:,} bytes"
         out += [
-            Scene("pvm_out", f"held, {name}", "fast_held", (p,), udp=True),
-            Scene("svm_arrival", f"becomes the PVM's, {name}", "fast_released", (p, s), udp=True),
-            Scene("pvm_out", f"passes, {name}", "fast_passed", (s, p), udp=True),
+            Scene("pvm_out", f"held, {name}", "offload_held", (p,), udp=True),
+            Scene(
+                "svm_arrival", f"becomes the PVM's, {name}", "offload_released", (p, s), udp=True
+            ),
+            Scene("pvm_out", f"passes, {name}", "offload_passed", (s, p), udp=True),
         ]
     # The SVM's frames end in the middle of the PVM's: each frame goes beyond what the other has.
     half, later = _stream(0, 724, 724), _stream(0, 1448, few, start=724)
@@ -417,14 +421,14 @@ def scenes() -> list[Scene]:
     apart = (half, turns)
     p, s, short = (_stream(*a) for a in ((0, 1448, few), (1, 1448, few), (1, 1000, few)))
     out += [
-        Scene("pvm_out", "sent again, passes, 1448 bytes", "fast_passed", (p, s, p)),
-        Scene("svm_arrival", "sent again, dropped, 1448 bytes", "fast_ended", (p, s, s)),
-        Scene("svm_arrival", "rebuilt, half a frame apart", "fast_rebuilt", apart),
-        Scene("pvm_out", "rebuilt, half a frame apart", "fast_rebuilt", apart),
-        Scene("svm_arrival", "becomes the PVM's, 1000 against 1448", "fast_released", (p, short)),
-        Scene("pvm_out", "ack passes", "fast_passed", (_acks(1, 200), _acks(0, 200))),
-        Scene("pvm_out", "ack waits", "fast_held", (_acks(0, 200),)),
-        Scene("svm_arrival", "ack lets the PVM's go", "fast_acked", (_acks(0, 200), _acks(1, 200))),
+        Scene("pvm_out", "sent again, passes, 1448 bytes", "offload_passed", (p, s, p)),
+        Scene("svm_arrival", "sent again, dropped, 1448 bytes", "offload_duplicate", (p, s, s)),
+        Scene("svm_arrival", "rebuilt, half a frame apart", "offload_rebuilt", apart),
+        Scene("pvm_out", "rebuilt, half a frame apart", "offload_rebuilt", apart),
+        Scene("svm_arrival", "becomes the PVM's, 1000 against 1448", "offload_released", (p, short)),
+        Scene("pvm_out", "ack passes", "offload_passed", (_acks(1, 200), _acks(0, 200))),
+        Scene("pvm_out", "ack waits", "offload_held", (_acks(0, 200),)),
+        Scene("svm_arrival", "ack lets the PVM's go", "offload_acked", (_acks(0, 200), _acks(1, 200))),
     ]  # fmt: skip
     return out
 
@@ -436,9 +440,9 @@ def _key(sc: Scene) -> FlowKey:
 def _new_connection(dp: Any, sc: Scene) -> None:
     """As held.give_all(), for either family."""
     key = _key(sc)
-    gift = Gift(held.words(sc.udp), b"")
+    gift = OffloadRequest(held.words(sc.udp), b"")
     dp.objects.map("conns").delete(conn_key(key))
-    if not (dp.fast.offer(key) and dp.fast.give(key, gift, 0) is Answer.TAKEN):
+    if not (dp.fast.offer(key) and dp.fast.give(key, gift, 0) is OffloadResult.ACCEPTED):
         raise RuntimeError("the connection was not taken")
 
 
@@ -451,7 +455,7 @@ def _scene(a: held.Arm, sc: Scene, runs: int) -> list[float]:
         dp.drain(lambda e: None)
         dp.beat()
         if dp.fast is not None:
-            dp.fast.seize(_key(sc))  # gives its stash back
+            dp.fast.reclaim(_key(sc))  # gives its buffer back
             _new_connection(dp, sc)
         for batch in sc.batches[:-1]:
             held.write_all(batch, a.fds)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""ns per packet and memory against the number of connections in tier K's table.
+"""ns per packet and memory against the number of connections in the fast path's table.
 
 Frames of connections drawn at random from all of them, one of the PVM and one of the SVM each: cold
 entries, as with many clients that each say little. Time by held.py's way (CPU ns per frame of the
@@ -16,8 +16,8 @@ import struct
 from pathlib import Path
 
 from colo_xdp import abi
-from colo_xdp.packet import parse
-from colo_xdp.tier_k import Answer, Gift, conn_key
+from colo_xdp.net.packet import parse
+from colo_xdp.offload.kernel_format import OffloadRequest, OffloadResult, conn_key
 from tests.netns.frames import csum, tcp
 
 from . import held
@@ -61,15 +61,15 @@ def _fill(a: held.Arm, first: int, upto: int) -> None:
     assert a.dp is not None and a.dp.fast is not None
     if _key(5) != parse(frame(5, False)[10:]).key:
         raise RuntimeError("not the key that the product has for these frames")
-    gift = Gift(held.words(), b"")
+    gift = OffloadRequest(held.words(), b"")
     for i in range(first, upto):
         _give(a, i, gift)
 
 
-def _give(a: held.Arm, i: int, gift: Gift) -> None:
+def _give(a: held.Arm, i: int, gift: OffloadRequest) -> None:
     assert a.dp is not None and a.dp.fast is not None
     key = _key(i)
-    if not (a.dp.fast.offer(key) and a.dp.fast.give(key, gift, 0) is Answer.TAKEN):
+    if not (a.dp.fast.offer(key) and a.dp.fast.give(key, gift, 0) is OffloadResult.ACCEPTED):
         raise RuntimeError(f"connection {i} was not taken")
 
 
@@ -86,7 +86,7 @@ def _round(a: held.Arm, conns: int, rnd: random.Random) -> tuple[float, float]:
         rnd.sample(range(conns), SAMPLE) if conns >= SAMPLE
         else [i for _ in range(-(-SAMPLE // conns)) for i in range(conns)][:SAMPLE]
     )  # fmt: skip
-    gift = Gift(held.words(), b"")
+    gift = OffloadRequest(held.words(), b"")
     writes: list[held.Write] = []
     again: dict[int, int] = {}
     for i in chosen:
@@ -99,7 +99,7 @@ def _round(a: held.Arm, conns: int, rnd: random.Random) -> tuple[float, float]:
             writes.append((side, data))
     for i in set(chosen):
         key = _key(i)
-        a.dp.fast.seize(key)
+        a.dp.fast.reclaim(key)
         a.dp.objects.map("conns").delete(conn_key(key))
         _give(a, i, gift)
     programs = [a.dp.objects.programs[p].fd for p in ("pvm_out", "svm_arrival")]
@@ -112,7 +112,7 @@ def _round(a: held.Arm, conns: int, rnd: random.Random) -> tuple[float, float]:
         inside = (sum(ran(fd)[0] for fd in programs) - before) / (SAMPLE / 2)
     cpu, _ = held.write_all(writes[len(writes) // 2 :], a.fds)
     if held.handed(a.dp) != spent:
-        raise RuntimeError(f"tier K handed over: {held.handed(a.dp)}")
+        raise RuntimeError(f"the fast path handed over: {held.handed(a.dp)}")
     return (cpu - base / 2) / (SAMPLE / 2), inside
 
 

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from colo_xdp import _bpf
+from colo_xdp.datapath import syscall
 
 _ENABLE_STATS = 32
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -26,7 +26,7 @@ class _StatsAttr(ctypes.Structure):
 @contextmanager
 def run_stats() -> Iterator[None]:
     """run_time_ns and run_cnt are counted meanwhile; ends with this process at the latest."""
-    fd = _bpf._bpf(_ENABLE_STATS, _StatsAttr(0), "enable stats")
+    fd = syscall._bpf(_ENABLE_STATS, _StatsAttr(0), "enable stats")
     try:
         yield
     finally:

@@ -7,7 +7,7 @@ import os
 
 import pytest
 
-from . import tier_u
+from . import slow_path
 
 
 @pytest.mark.netns
@@ -16,7 +16,7 @@ def test_the_benchmark() -> None:
     if os.geteuid():
         assert not os.environ.get("CI")
         pytest.skip("a tap needs root")
-    r = tier_u.measure(quick=True)
+    r = slow_path.measure(quick=True)
     for row in [*r["stages"], *r["scale"]]:
         assert row["ns"]["all"] > 0 and row["ratio"] > 1  # nothing is cheaper than the least
     f = r["flood"]
@@ -27,5 +27,5 @@ def test_the_benchmark() -> None:
 
 
 def test_100_000_connections_take_less_than_500_mib() -> None:
-    m = tier_u.memory(100_000)
+    m = slow_path.memory(100_000)
     assert m["bytes"] < 500 << 20, m

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """What the engine costs per frame of the PVM, by stage, in one process.
 
-python -m tests.bench.tier_u   prints a table and writes build/tier-u-bench.json
+python -m tests.bench.slow_path   prints a table and writes build/tier-u-bench.json
 
 Both guests' events lie in a ring buffer of the kernel's layout. They are read as the controller
 reads them, compared, and released by writing to a real tap in a namespace of its own. The
@@ -30,18 +30,18 @@ from types import SimpleNamespace
 from typing import Any
 
 from colo_xdp import abi
-from colo_xdp.attach import make_tap
-from colo_xdp.compare import Engine
-from colo_xdp.corpus import craft
-from colo_xdp.inject import Injector
+from colo_xdp.compare.limits import Limits
+from colo_xdp.compare.policy import Policy
+from colo_xdp.controller.primary import Primary
+from colo_xdp.datapath.attach import make_tap
+from colo_xdp.datapath.inject import Injector
+from colo_xdp.datapath.ring import CapturedFrame, RingReader
+from colo_xdp.engine.engine import Engine
 from colo_xdp.lab.net import in_ns
-from colo_xdp.limits import Limits
-from colo_xdp.packet import parse
-from colo_xdp.policy import Policy
-from colo_xdp.primary import Primary
-from colo_xdp.record import Record
-from colo_xdp.ring import Event, RingReader
-from colo_xdp.status import WAIT_BUCKETS
+from colo_xdp.net.frame import Frame
+from colo_xdp.net.packet import parse
+from colo_xdp.status.document import WAIT_BUCKETS
+from colo_xdp.tools.corpus import craft
 
 from .report import Part, Spread
 
@@ -68,7 +68,7 @@ class Ring:
         self._reader = RingReader(SimpleNamespace(map=lambda name: table))  # type: ignore[arg-type]
         self._at = 0
 
-    def drain(self, events: list[bytes], sink: Callable[[Event], None]) -> int:
+    def drain(self, events: list[bytes], sink: Callable[[CapturedFrame], None]) -> int:
         """Fill it, and read it; CPU ns of the latter."""
         data = b"".join(struct.pack("=II", len(e), 0) + e + bytes(-len(e) % 8) for e in events)
         place = self._at % self.SIZE
@@ -118,12 +118,12 @@ def traffic(connections: int, frames: int, size: int) -> list[bytes]:
     return out
 
 
-def reference(release: Callable[[Record], None]) -> Callable[[Event], None]:
+def reference(release: Callable[[Frame], None]) -> Callable[[CapturedFrame], None]:
     """Match by sequence number, compare, release."""
-    waiting: dict[tuple[bytes, int], tuple[bytes, int, Event]] = {}
+    waiting: dict[tuple[bytes, int], tuple[bytes, int, CapturedFrame]] = {}
     numbers = struct.Struct("!I")
 
-    def on(e: Event) -> None:
+    def on(e: CapturedFrame) -> None:
         f = e.frame
         (seq,) = numbers.unpack_from(f, 38)
         key, off = (f[26:38], seq), 34 + (f[46] >> 4) * 4
@@ -132,13 +132,13 @@ def reference(release: Callable[[Record], None]) -> Callable[[Event], None]:
             waiting[key] = (f, off, e)
         elif f[off:] == other[0][other[1] :]:
             p = e if e.source == abi.Source.PVM else other[2]
-            release(Record(p.frame, 0, p.gso_size, p.partial))
+            release(Frame(p.frame, 0, p.gso_size, p.partial))
 
     return on
 
 
-def engine(release: Callable[[Record], None], limits: Limits | None = None) -> tuple[Any, Any]:
-    """As in primary.py; and the engine itself."""
+def engine(release: Callable[[Frame], None], limits: Limits | None = None) -> tuple[Any, Any]:
+    """As in controller/primary.py; and the engine itself."""
 
     def never(d: Any) -> None:
         raise AssertionError(d)
@@ -150,8 +150,8 @@ def engine(release: Callable[[Record], None], limits: Limits | None = None) -> t
     )  # fmt: skip
     now = time.monotonic_ns
 
-    def on(ev: Event) -> None:
-        rec = Record(ev.frame, ev.ts_ns, ev.gso_size, ev.partial)
+    def on(ev: CapturedFrame) -> None:
+        rec = Frame(ev.frame, ev.ts_ns, ev.gso_size, ev.partial)
         if ev.source == abi.Source.PVM:
             e.from_pvm(rec, now())
         else:
@@ -160,7 +160,7 @@ def engine(release: Callable[[Record], None], limits: Limits | None = None) -> t
     return on, e
 
 
-def _time(ring: Ring, events: list[bytes], sink: Callable[[Event], None]) -> float:
+def _time(ring: Ring, events: list[bytes], sink: Callable[[CapturedFrame], None]) -> float:
     gc.collect()
     gc.disable()
     step = Ring.ROUND if len(events[0]) < 5000 else 16
@@ -171,7 +171,7 @@ def _time(ring: Ring, events: list[bytes], sink: Callable[[Event], None]) -> flo
 
 
 def stages(
-    send: Callable[[Record], None], connections: int, frames: int, size: int
+    send: Callable[[Frame], None], connections: int, frames: int, size: int
 ) -> dict[str, Any]:
     """CPU ns per frame of the PVM (its event and the SVM's), medians. The connections are open
     when it begins."""
@@ -179,7 +179,7 @@ def stages(
     events = traffic(connections, frames + warm, size)
     first, events = events[: 2 * warm], events[2 * warm :]
     ring = Ring()
-    kinds: dict[str, Callable[[], Callable[[Event], None]]] = {
+    kinds: dict[str, Callable[[], Callable[[CapturedFrame], None]]] = {
         "drain": lambda: lambda e: None,
         "parse": lambda: lambda e: parse(e.frame) and None,
         "compare": lambda: engine(lambda rec: None)[0],
@@ -217,7 +217,7 @@ def stages(
 def memory(connections: int) -> dict[str, Any]:
     """Resident bytes of so many connections, each with some bytes of history, in a process of
     its own."""
-    code = f"from tests.bench import tier_u; tier_u.memory_child({connections})"
+    code = f"from tests.bench import slow_path; slow_path.memory_child({connections})"
     r = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300
     )
@@ -227,12 +227,12 @@ def memory(connections: int) -> dict[str, Any]:
 
 def memory_child(connections: int) -> None:
     """Prints what memory() returns."""
-    out: list[Record] = []
+    out: list[Frame] = []
     on, e = engine(out.append)
     before = _resident()
     for conn in range(connections):
         for source in (abi.Source.PVM, abi.Source.SVM):
-            on(Event(source, 0, 0, frame(conn, 0, 600), 0, False))
+            on(CapturedFrame(source, 0, 0, frame(conn, 0, 600), 0, False))
         out.clear()
     grown = _resident() - before
     assert len(e._flows.tcp) == connections and not e.held_packets
@@ -261,13 +261,13 @@ def flood() -> dict[str, Any]:
     for i, other in enumerate(others):
         now = time.monotonic_ns()
         if i % each == 0:
-            e.from_pvm(Record(honest[i // each], now), now)
+            e.from_pvm(Frame(honest[i // each], now), now)
         if i & 1:
-            e.from_svm(Record(other, now), e.epoch & 0xFFF, now)
+            e.from_svm(Frame(other, now), e.epoch & 0xFFF, now)
         else:
-            e.from_pvm(Record(other, now), now)
+            e.from_pvm(Frame(other, now), now)
         if i % each == each // 2:
-            e.from_svm(Record(honest[i // each], now), e.epoch & 0xFFF, now)
+            e.from_svm(Frame(honest[i // each], now), e.epoch & 0xFFF, now)
         if len(asked) > made:
             made = len(asked)
             e.begin_checkpoint()
@@ -282,7 +282,7 @@ def flood() -> dict[str, Any]:
 
 
 @contextmanager
-def tap() -> Iterator[Callable[[Record], None]]:
+def tap() -> Iterator[Callable[[Frame], None]]:
     """Releases by writing to a tap of a namespace of its own, whose stack drops it."""
     subprocess.run(["ip", "netns", "add", NAMESPACE], check=True, timeout=10)
     try:

@@ -12,8 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from colo_xdp import _bpf, abi, loader, rewrite
-from colo_xdp.tcp_state import transition_words
+from colo_xdp import abi
+from colo_xdp.conntrack import rewriter
+from colo_xdp.conntrack.tcp_state import transition_words
+from colo_xdp.datapath import loader, syscall
 
 TC_OK, TC_SHOT, TC_REDIRECT, XDP_PASS, TC_UNSPEC = 0, 2, 7, 2, 0xFFFFFFFF
 
@@ -88,7 +90,7 @@ class Kernel:
     def bare(self, prog: str, frame: bytes, mark: int = 0) -> tuple[int, bytes]:
         """Verdict and frame; the quick way."""
         ctx = struct.pack("=III", 0, 0, mark) if mark else b""
-        r = _bpf.test_run(self.objects.programs[prog].fd, frame, ctx=ctx, data_out=4200)
+        r = syscall.test_run(self.objects.programs[prog].fd, frame, ctx=ctx, data_out=4200)
         return r.retval, r.data
 
     def run(self, prog: str, frame: bytes, mark: int = 0) -> Ran:
@@ -104,28 +106,30 @@ class Kernel:
         words[1] = abi.EPOCH_BASE
         self.flow_map.set(key, abi.FLOW.pack(*words))
 
-    def flow(self, key: bytes, *, opening: bool = False) -> rewrite.Flow | None:
+    def flow(self, key: bytes, *, opening: bool = False) -> rewriter.TrackedConnection | None:
         raw = (self.opening_map if opening else self.flow_map).get(key)
         return decode_flow(raw) if raw else None
 
-    def tables(self) -> tuple[dict[bytes, rewrite.Flow], dict[bytes, rewrite.Flow]]:
+    def tables(
+        self,
+    ) -> tuple[dict[bytes, rewriter.TrackedConnection], dict[bytes, rewriter.TrackedConnection]]:
         """Connections, and those that begin."""
         both = (self.flow_map, self.opening_map)
         return tuple({k: decode_flow(raw) for k, raw in m.items()} for m in both)  # type: ignore[return-value]
 
     def ns(self, prog: str, frame: bytes, repeat: int = 100_000) -> int:
         fd = self.objects.programs[prog].fd
-        return min(_bpf.test_run(fd, frame, repeat=repeat, data_out=0).ns for _ in range(5))
+        return min(syscall.test_run(fd, frame, repeat=repeat, data_out=0).ns for _ in range(5))
 
 
-def decode_flow(raw: bytes) -> rewrite.Flow:
-    return rewrite.Flow(*abi.FLOW.unpack(raw)[1:])  # without seen_ns
+def decode_flow(raw: bytes) -> rewriter.TrackedConnection:
+    return rewriter.TrackedConnection(*abi.FLOW.unpack(raw)[1:])  # without seen_ns
 
 
 @pytest.fixture(scope="session")
 def bpffs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     path = tmp_path_factory.mktemp("bpffs")
-    _bpf.mount_bpffs(str(path))
+    syscall.mount_bpffs(str(path))
     try:
         yield path
     finally:
@@ -155,7 +159,7 @@ def _xdp_kernel(bpffs: Path) -> Iterator[Kernel]:
 @pytest.fixture(scope="session")
 def _guest_kernel(bpffs: Path) -> Iterator[Kernel]:
     o = loader.Options(flow_table=1024, ring_pages=64)
-    objects = loader.load("guest", "guest", str(bpffs), o)
+    objects = loader.load("promoted", "guest", str(bpffs), o)
     try:
         yield Kernel(objects)
     finally:
@@ -167,7 +171,7 @@ def _guest_kernel(bpffs: Path) -> Iterator[Kernel]:
 def guest(_guest_kernel: Kernel) -> Kernel:
     """The programs of a PVM with numbers of its own, which are those of epoch 7."""
     _guest_kernel.reset(abi.Mode.RUN, 9)
-    _guest_kernel.set(abi.Cfg.BASE_EPOCH, 7)
+    _guest_kernel.set(abi.Cfg.PROMOTED_EPOCH, 7)
     return _guest_kernel
 
 

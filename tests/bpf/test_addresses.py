@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""bpf/addresses.h against its model, frame by frame; what pvm_in mirrors."""
+"""bpf/lib/addresses.h against its model, frame by frame; what pvm_in mirrors."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from colo_xdp import _bpf, abi, loader
+from colo_xdp import abi
 from colo_xdp.abi import Cfg, Mode, Prog
-from colo_xdp.claims import MAPPED, Claims, mac_key
+from colo_xdp.datapath import loader, syscall
+from colo_xdp.net.address_claims import MAPPED, Claims, mac_key
 
 from .conftest import TC_UNSPEC, Kernel
 
@@ -166,7 +167,7 @@ def test_only_what_is_for_the_guest_is_mirrored(primary: loader.Objects) -> None
     def mirrored(dst: bytes) -> bool:
         before = counted(primary, Prog.PVM_IN)
         f = dst + OTHER + b"\x08\x00" + bytes(46)
-        r = _bpf.test_run(primary.programs["pvm_in"].fd, f)
+        r = syscall.test_run(primary.programs["pvm_in"].fd, f)
         assert r.retval == TC_UNSPEC, "the PVM gets it, as any port of the bridge"
         after = counted(primary, Prog.PVM_IN)
         (reason,) = {k for k, n in after.items() if n != before.get(k, 0)}
@@ -182,7 +183,7 @@ def test_only_what_is_for_the_guest_is_mirrored(primary: loader.Objects) -> None
     assert all(mirrored(m) for m in groups)
     for m in (VRRP, BEHIND):
         f = ALL + m + b"\x08\x00" + bytes(46)
-        _bpf.test_run(primary.programs["pvm_out"].fd, f)
+        syscall.test_run(primary.programs["pvm_out"].fd, f)
         model.note(f, 0)
     assert [mirrored(m) for m in MACS] == [True, True, True, False]
     known(bytes(6))  # QEMU does not tell, and the guest has spoken
@@ -201,12 +202,12 @@ def test_nothing_is_noted_of_a_table_that_is_full(primary: loader.Objects) -> No
     before = counted(primary, Prog.ADDRESSES)
     for n in range(size + 9):
         mac = b"\2\0" + n.to_bytes(4, "big")
-        _bpf.test_run(primary.programs["pvm_out"].fd, ALL + mac + b"\x08\x00" + bytes(46))
+        syscall.test_run(primary.programs["pvm_out"].fd, ALL + mac + b"\x08\x00" + bytes(46))
     arps = primary.map("addresses").info.max_entries
     head = ALL + GUEST + b"\x08\x06" + struct.pack("!HHBBH", 1, 0x0800, 6, 4, 1) + GUEST
     for n in range(arps + 5):
         said = head + bytes((10, 8, n >> 8, n & 255)) + bytes(10)
-        _bpf.test_run(primary.programs["pvm_out"].fd, said)
+        syscall.test_run(primary.programs["pvm_out"].fd, said)
     after = counted(primary, Prog.ADDRESSES)
     assert after["MACS_FULL"] - before.get("MACS_FULL", 0) == 9
     assert after["ADDRESSES_FULL"] - before.get("ADDRESSES_FULL", 0) == 5

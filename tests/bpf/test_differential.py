@@ -11,8 +11,9 @@ from dataclasses import astuple
 
 import pytest
 
-from colo_xdp import abi, rewrite
+from colo_xdp import abi
 from colo_xdp.abi import Mode, Reason
+from colo_xdp.conntrack import rewriter
 
 from . import craft
 from .conftest import TC_OK, TC_REDIRECT, TC_SHOT, TC_UNSPEC, XDP_PASS, Kernel
@@ -218,7 +219,7 @@ def spoil(rng: random.Random, frame: bytes) -> bytes:
 def compare(kernel: Kernel, out_prog: str, seed: int, frames: int) -> Counter[str]:
     """Feeds both; the programs' counters are compared at the end."""
     rng = random.Random(seed)
-    model = rewrite.Rewriter(epoch=7)
+    model = rewriter.Rewriter(epoch=7)
     conns = [Conn(rng, 1000 + i) for i in range(12)]
     seen: Counter[str] = Counter()
     progs = {p: kernel.counts(abi.Prog[p.upper()]) for p in ("svm_in", "svm_deliver", out_prog)}
@@ -250,7 +251,7 @@ def compare(kernel: Kernel, out_prog: str, seed: int, frames: int) -> Counter[st
             except OSError as e:
                 assert e.errno == errno.EINVAL
                 continue
-            reason = model.hear_pvm(frame)
+            reason = model.note_pvm_header(frame)
             reasons[prog][reason.name] += 1
             seen[reason.name] += 1
             assert verdict == TC_SHOT
@@ -272,17 +273,17 @@ def compare(kernel: Kernel, out_prog: str, seed: int, frames: int) -> Counter[st
             assert verdict == XDP_PASS, where
         else:
             assert verdict == (TC_OK if takeover else TC_REDIRECT), where
-        if reason is Reason.REDIRECTED and (
+        if reason is Reason.PASS_REDIRECTED and (
             prog == "svm_out_xdp" or (takeover and prog == "svm_out")
         ):
-            reason = Reason.PASSED
+            reason = Reason.PASS
         reasons[prog][reason.name] += 1
         seen[reason.name] += 1
-        seen["quote moved"] += reason is Reason.REWRITTEN and not rewrite.parse(frame).is_tcp
+        seen["quote moved"] += reason is Reason.PASS_REWRITTEN and not rewriter.parse(frame).is_tcp
         p = None
         try:
-            p = rewrite.parse(frame)
-        except rewrite.BadFrame:
+            p = rewriter.parse(frame)
+        except rewriter.BadFrame:
             continue
         if p.is_tcp:
             ends = (p.dst, p.src, p.dport, p.sport) if side == "C" else (
@@ -326,7 +327,7 @@ def test_checksum_corners(tc: Kernel, xdp: Kernel, check: int, isn_p: int, isn_s
     """0x0000 and 0xFFFF, and moves that add nothing to the sum."""
     for kernel, prog in ((tc, "svm_out"), (xdp, "svm_out_xdp")):
         kernel.reset()
-        model = rewrite.Rewriter(epoch=7)
+        model = rewriter.Rewriter(epoch=7)
         ends = (craft.CLIENT4, craft.GUEST4, 40000, 80)
         back = (craft.GUEST4, craft.CLIENT4, 80, 40000)
         for seq in (isn_s, isn_s - 1, isn_s + 1, 0xFFFFFFFF, 0):
@@ -346,7 +347,7 @@ def test_checksum_corners(tc: Kernel, xdp: Kernel, check: int, isn_p: int, isn_s
                 assert got.hex() == want.hex()
 
 
-def encode_flow(f: rewrite.Flow) -> bytes:
+def encode_flow(f: rewriter.TrackedConnection) -> bytes:
     return abi.FLOW.pack(0, *astuple(f))
 
 
@@ -354,11 +355,11 @@ def encode_flow(f: rewrite.Flow) -> bytes:
 def test_a_guest_with_numbers_of_its_own(guest: Kernel, seed: int) -> None:
     """As the PVM it is translated by what it took over with, and nothing new begins."""
     rng = random.Random(900 + seed)
-    model = rewrite.Rewriter(epoch=7)
+    model = rewriter.Rewriter(epoch=7)
     conns = [Conn(rng, 1000 + i) for i in range(40)]
     for _ in range(200):
         side, frame = rng.choice(conns).next()
-        {"C": model.to_svm, "P": model.hear_pvm}.get(side, model.from_svm)(frame)
+        {"C": model.to_svm, "P": model.note_pvm_header}.get(side, model.from_svm)(frame)
     for key, f in model.flows.items():
         if rng.random() < 0.3:
             f.epoch = rng.choice((abi.EPOCH_BASE, abi.EPOCH_BASE, 6))
@@ -367,7 +368,7 @@ def test_a_guest_with_numbers_of_its_own(guest: Kernel, seed: int) -> None:
         guest.opening_map.set(key, encode_flow(f))
     model.mode = Mode.TAKEOVER
     seen: Counter[str] = Counter()
-    progs = {p: guest.counts(abi.Prog[p.upper()]) for p in ("guest_in", "guest_out")}
+    progs = {p: guest.counts(abi.Prog[p.upper()]) for p in ("promoted_in", "promoted_out")}
     reasons: dict[str, Counter[str]] = {p: Counter() for p in progs}
     for i in range(2500):
         if i % 500 == 250:
@@ -378,7 +379,7 @@ def test_a_guest_with_numbers_of_its_own(guest: Kernel, seed: int) -> None:
             continue
         if rng.random() < 0.05:
             frame = spoil(rng, frame)
-        prog = "guest_in" if side == "C" else "guest_out"
+        prog = "promoted_in" if side == "C" else "promoted_out"
         try:
             verdict, got = guest.bare(prog, frame)
         except OSError as e:
@@ -387,7 +388,7 @@ def test_a_guest_with_numbers_of_its_own(guest: Kernel, seed: int) -> None:
         want, reason = model.to_svm(frame) if side == "C" else model.from_svm(frame)
         assert got.hex() == want.hex(), f"seed {seed} frame {i} {prog} {reason.name}"
         assert verdict == TC_UNSPEC
-        reason = Reason.PASSED if reason is Reason.REDIRECTED else reason
+        reason = Reason.PASS if reason is Reason.PASS_REDIRECTED else reason
         reasons[prog][reason.name] += 1
         seen[reason.name] += 1
     for name, before in progs.items():
@@ -400,6 +401,6 @@ def test_a_guest_with_numbers_of_its_own(guest: Kernel, seed: int) -> None:
 def test_a_released_frame_is_not_translated_again(guest: Kernel) -> None:
     ends = (craft.GUEST4, craft.CLIENT4)
     frame = craft.ip(*ends, 6, craft.tcp_segment(*ends, 80, 40000, 1, 1, ACK))
-    for prog in ("guest_in", "guest_out"):
+    for prog in ("promoted_in", "promoted_out"):
         ran = guest.run(prog, frame, abi.MARK)
         assert (ran.verdict, ran.frame, ran.reasons) == (TC_UNSPEC, frame, {"RELEASED": 1})

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""bpf/mptcp.h against its rule written in Python: options of a SYN, sound and not."""
+"""bpf/lib/mptcp.h against its rule written in Python: options of a SYN, sound and not."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from colo_xdp import _bpf, abi, loader
+from colo_xdp import abi
 from colo_xdp.abi import Cfg, Mode, Prog, Reason
+from colo_xdp.datapath import loader, syscall
 
 from . import craft
 from .conftest import TC_UNSPEC
@@ -66,12 +67,12 @@ class Primary:
             objects.map("config").set(struct.pack("=I", slot), struct.pack("=Q", value))
 
     def taken_out(self) -> int:
-        key = struct.pack("=I", Prog.PVM_IN * Reason.MAX + Reason.MPTCP_OFF)
+        key = struct.pack("=I", Prog.PVM_IN * Reason.MAX + Reason.NOTE_MPTCP_REMOVED)
         raw = self.objects.map("counters").get(key, abi.COUNT.size * self.cpus) or b""
         return sum(int(n) for n, _ in abi.COUNT.iter_unpack(raw))
 
     def pvm_in(self, frame: bytes) -> bytes:
-        ran = _bpf.test_run(self.objects.programs["pvm_in"].fd, frame, data_out=4200)
+        ran = syscall.test_run(self.objects.programs["pvm_in"].fd, frame, data_out=4200)
         assert ran.retval == TC_UNSPEC
         return ran.data
 

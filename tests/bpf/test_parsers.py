@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""bpf/parsing.h, colo_xdp/packet.py and colo_xdp/rewrite.py see the same in a frame.
+"""bpf/lib/parsing.h, colo_xdp/net/packet.py and colo_xdp/conntrack/rewriter.py see the same in a frame.
 
 The first says which connections are translated and where a checksum is, the second what is compared
 as what. Random frames of every kind that any of them steps through, whole, cut and spoilt.
@@ -16,9 +16,11 @@ from typing import Any
 
 import pytest
 
-from colo_xdp import _bpf, abi, loader, rewrite
-from colo_xdp.flow import unmirrored_key
-from colo_xdp.packet import DEFECTS, Kind, Packet, parse
+from colo_xdp import abi
+from colo_xdp.conntrack import rewriter
+from colo_xdp.datapath import loader, syscall
+from colo_xdp.net.flow_key import unmirrored_key
+from colo_xdp.net.packet import DEFECTS, Kind, Packet, parse
 
 from . import craft
 from .test_differential import spoil
@@ -60,8 +62,8 @@ Look = Callable[[bytes], tuple[Any, ...] | None]
 @pytest.fixture(scope="module")
 def look() -> Iterator[Look]:
     bpf_dir, seen = loader.source_dir(), set[str]()
-    parts = [loader.flatten(bpf_dir / n, seen) for n in ("colo_common.h", "colo_config.h")]
-    text = HEAD + "\n".join([*parts, loader.flatten(bpf_dir / "parsing.h", seen)]) + TAIL
+    parts = [loader.flatten(bpf_dir / n, seen) for n in ("lib/abi.h", "lib/limits.h")]
+    text = HEAD + "\n".join([*parts, loader.flatten(bpf_dir / "lib/parsing.h", seen)]) + TAIL
     module = loader.compile_text(text)
     fd = module.load_func(b"look", loader.import_bcc().BPF.SCHED_CLS).fd
     table = loader.Map(module[b"seen"].map_fd)
@@ -69,7 +71,7 @@ def look() -> Iterator[Look]:
 
     def run(frame: bytes) -> tuple[Any, ...] | None:
         try:
-            _bpf.test_run(fd, frame, data_out=0)
+            syscall.test_run(fd, frame, data_out=0)
         except OSError as e:
             assert e.errno == errno.EINVAL  # such a short frame is refused in a test run
             return None
@@ -144,7 +146,7 @@ def vids(frame: bytes, l3: int) -> int:
 
 
 def as_packet(p: Packet) -> tuple[Any, ...]:
-    """What packet.py has found, in the words of `as_kernel`."""
+    """What net/packet.py has found, in the words of `as_kernel`."""
     if p.defect and p.defect != "truncated_icmp":
         return ("bad",)
     f = p.frame
@@ -191,8 +193,8 @@ def as_kernel(words: tuple[Any, ...]) -> tuple[Any, ...]:
 
 def as_model(frame: bytes) -> tuple[Any, ...]:
     try:
-        s = rewrite.parse(frame)
-    except rewrite.BadFrame:
+        s = rewriter.parse(frame)
+    except rewriter.BadFrame:
         return ("bad",)
     if not s.l4_off:
         return ("ether", s.vlan)

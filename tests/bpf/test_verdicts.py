@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from colo_xdp import _bpf, abi, loader
+from colo_xdp import abi
 from colo_xdp.abi import Cfg, LossPolicy, Mode, Prog, Reason
-from colo_xdp.speaker import boot_ns
+from colo_xdp.datapath import loader, syscall
+from colo_xdp.failover.lease import boot_ns
 from tests.netns.frames import tcp
 
 from .conftest import TC_OK, TC_REDIRECT, TC_SHOT, TC_UNSPEC, XDP_PASS, Kernel
@@ -128,7 +129,7 @@ class Primary:
         which = Prog[prog.upper()]
         before = self._counts(which)
         ctx = struct.pack("=III", 0, 0, mark).ljust(192, b"\0")
-        r = _bpf.test_run(self.objects.programs[prog].fd, frame, ctx=ctx, ctx_out=192)
+        r = syscall.test_run(self.objects.programs[prog].fd, frame, ctx=ctx, ctx_out=192)
         after = self._counts(which)
         reasons = {k: n - before[k] for k, n in after.items() if n != before[k]}
         return r.retval, reasons, struct.unpack_from("=I", r.ctx, 8)[0]
@@ -219,7 +220,7 @@ def test_a_released_frame_is_marked_and_sent_to_the_tap(primary: Primary) -> Non
 
 @pytest.fixture(scope="module")
 def leased(bpffs: Path) -> Iterator[tuple[Primary, Kernel]]:
-    """Both hosts' programs, compiled with COLO_LEASE; the primary's with tier K."""
+    """Both hosts' programs, compiled with COLO_LEASE; the primary's with the fast path."""
     o = loader.Options(ring_pages=64, flow_table=1024, lease=True)
     p = loader.load("primary", "leasep", str(bpffs), replace(o, fast=True))
     s = loader.load("secondary", "leases", str(bpffs), o)
@@ -240,14 +241,14 @@ def test_nothing_leaves_the_pvm_after_its_time(
     p.set(Cfg.MODE, mode)
     p.set(Cfg.LOSS_POLICY, LossPolicy.RELEASE)
     for until in (0, 1, boot_ns() - 1):  # never written, long ago, just now
-        p.set(Cfg.SPEAK_UNTIL_NS, until)
+        p.set(Cfg.LEASE_EXPIRY_NS, until)
         for frame in (GUEST, GARBAGE):
-            assert p.run("pvm_out", frame, mark)[:2] == (TC_SHOT, {"LEASE_OVER": 1})
-    p.set(Cfg.SPEAK_UNTIL_NS, boot_ns() + 10**10)
-    assert "LEASE_OVER" not in p.run("pvm_out", GUEST, mark)[1]
-    p.set(Cfg.SPEAK_UNTIL_NS, boot_ns() + 30_000_000)  # by itself, with nobody there
+            assert p.run("pvm_out", frame, mark)[:2] == (TC_SHOT, {"LEASE_EXPIRED": 1})
+    p.set(Cfg.LEASE_EXPIRY_NS, boot_ns() + 10**10)
+    assert "LEASE_EXPIRED" not in p.run("pvm_out", GUEST, mark)[1]
+    p.set(Cfg.LEASE_EXPIRY_NS, boot_ns() + 30_000_000)  # by itself, with nobody there
     end = time.monotonic() + 5
-    while "LEASE_OVER" not in p.run("pvm_out", GUEST, mark)[1]:
+    while "LEASE_EXPIRED" not in p.run("pvm_out", GUEST, mark)[1]:
         assert time.monotonic() < end
 
 
@@ -255,12 +256,12 @@ def test_nothing_leaves_the_svm_after_its_time(leased: tuple[Primary, Kernel]) -
     _, s = leased
     s.set(Cfg.MODE, Mode.TAKEOVER)
     for until in (0, boot_ns() - 1):
-        s.set(Cfg.SPEAK_UNTIL_NS, until)
+        s.set(Cfg.LEASE_EXPIRY_NS, until)
         for mark in (0, abi.MARK):
             ran = s.run("svm_out", GUEST, mark)
-            assert (ran.verdict, ran.reasons) == (TC_SHOT, {"LEASE_OVER": 1})
+            assert (ran.verdict, ran.reasons) == (TC_SHOT, {"LEASE_EXPIRED": 1})
     s.set(Cfg.MODE, Mode.RUN)  # to the primary it may speak
     assert s.run("svm_out", GUEST).verdict == TC_REDIRECT
     s.set(Cfg.MODE, Mode.TAKEOVER)
-    s.set(Cfg.SPEAK_UNTIL_NS, boot_ns() + 10**10)
+    s.set(Cfg.LEASE_EXPIRY_NS, boot_ns() + 10**10)
     assert s.run("svm_out", GUEST).verdict == TC_OK

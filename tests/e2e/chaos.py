@@ -156,18 +156,18 @@ DEADLINE_MS: dict[str, int] = {
     "cut_link": 2000 + HEARTBEAT_TIMEOUT_MS,
     "cut_control": 2000 + HEARTBEAT_TIMEOUT_MS,
     "planned": HEARTBEAT_TIMEOUT_MS,
-    "stand_down_pvm": HEARTBEAT_TIMEOUT_MS,
-    "stand_down_svm": HEARTBEAT_TIMEOUT_MS,
+    "demote_pvm": HEARTBEAT_TIMEOUT_MS,
+    "demote_svm": HEARTBEAT_TIMEOUT_MS,
 }
 ALONE = {
     "kill_pvm", "kill_svm", "kill_pvm_in_checkpoint", "kill_pvm_host", "kill_svm_host",
-    "hang_pvm", "hang_svm", "planned", "stand_down_pvm", "stand_down_svm",
+    "hang_pvm", "hang_svm", "planned", "demote_pvm", "demote_svm",
 }  # fmt: skip
 
 
 #: its own controller notices at once
 AT_ONCE = {
-    "kill_pvm", "kill_svm", "kill_pvm_in_checkpoint", "planned", "stand_down_pvm", "stand_down_svm",
+    "kill_pvm", "kill_svm", "kill_pvm_in_checkpoint", "planned", "demote_pvm", "demote_svm",
 }  # fmt: skip
 
 
@@ -289,8 +289,8 @@ class Chaos:
             r = lab.ask(self.rng.choice(HOSTS), "failover", planned=True)
             if not r["done"]:
                 raise LabError(f"planned failover: {r}")
-        elif action in ("stand_down_pvm", "stand_down_svm"):
-            lab.ask(pvm if action == "stand_down_pvm" else svm, "stand-down")
+        elif action in ("demote_pvm", "demote_svm"):
+            lab.ask(pvm if action == "demote_pvm" else svm, "demote")
 
     def _checkpoint(self) -> None:
         with contextlib.suppress(Exception):
@@ -302,7 +302,7 @@ class Chaos:
         def alone() -> str:
             for host in HOSTS:
                 with contextlib.suppress(LabError):
-                    if self.lab.status(host).get("state") in ("solo", "taken-over"):
+                    if self.lab.status(host).get("state") in ("solo", "promoted"):
                         return host
             return ""
 

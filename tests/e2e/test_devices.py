@@ -41,7 +41,9 @@ def test_a_peer_link_that_was_made_again_serves_again(make_lab: LabMaker) -> Non
     for role in ("primary", "secondary"):
         s = lab.wait_state(role, "protected", 20)
         assert s["data_path"]["trouble"] == "" and s["data_path"]["restored"] > old[role]
-        wait_for("beacons", lambda r=role: lab.status(r)["paths"][0]["silent_ms"] < 500, 5)  # type: ignore[misc]
+        wait_for(
+            "beacons", lambda r=role: lab.status(r)["heartbeat_links"][0]["silent_ms"] < 500, 5
+        )  # type: ignore[misc]
     requests(lab, 2)  # what was missed meanwhile may cost a checkpoint more
     before = lab.checkpoints()
     assert requests(lab, 10) < FAST_S

@@ -89,7 +89,7 @@ def test_a_secondary_whose_qemu_dies_on_the_way_says_so(make_lab: LabMaker) -> N
     lab.vm["secondary"].kill9()
     wait_for("its word", lambda: "waiting for another one" in lab.status("secondary")["reason"], 5)
     s = lab.wait_state("primary", "starting", 10)
-    assert s["permission"]["speaks"]
+    assert s["active"]["transmitting"]
     wait_for(
         "the PVM to run", lambda: lab.vm["primary"].ask("query-status")["status"] == "running", 2
     )
@@ -119,7 +119,7 @@ def test_a_disk_that_nobody_keeps_equal_is_refused_by_name(
         lab.start_controller(role)
     wait_for("the refusal", lambda: "disk data" in lab.status("primary").get("reason", ""), 60)
     s = lab.status("primary")
-    assert s["state"] == "starting" and str(image) in s["reason"] and s["permission"]["speaks"]
+    assert s["state"] == "starting" and str(image) in s["reason"] and s["active"]["transmitting"]
     assert lab.client.http("index.html", timeout=5).ok
     lab.vm["primary"].ask("device_del", id="vd9")  # the guest answers, and the pair is made
     for role in ("primary", "secondary"):

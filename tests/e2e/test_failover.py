@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from colo_xdp.control import ControlError
 from colo_xdp.lab.capture import from_guest
 from colo_xdp.lab.client import EchoStream
 from colo_xdp.lab.net import sh, stop_process, wait_for
 from colo_xdp.lab.pair import Lab
+from colo_xdp.service.control_socket import ControlError
 from tests.e2e.conftest import LabMaker
 
 
@@ -52,8 +52,8 @@ def test_primary_qemu_dies(make_lab: LabMaker, vnet_hdr: bool) -> None:
     made = streams(lab)
     before = lab.status("secondary")["flows"]
     at = lab.vm["primary"].kill9()
-    s = lab.wait_state("secondary", "taken-over", 15)
-    over = next(h["at"] for h in s["history"] if h["state"] == "taken-over")
+    s = lab.wait_state("secondary", "promoted", 15)
+    over = next(h["at"] for h in s["history"] if h["state"] == "promoted")
     assert over - at < 5
     live_on(lab, made, over)
     assert lab.status("primary")["state"] == "stopped"
@@ -90,12 +90,12 @@ def test_a_controller_is_stopped_and_nobody_is_fenced(make_lab: LabMaker, tmp_pa
     stop_process(lab.controllers["primary"])
     lab.wait_state("secondary", "degraded", 15)
     lab.vm["primary"].kill9()
-    lab.wait_state("secondary", "taken-over", 30)
+    lab.wait_state("secondary", "promoted", 30)
     assert note.exists(), "a sign of death counts as ever"
     live_on(lab, made, time.time())
     lab.vm["secondary"].kill9()
     s = lab.wait_state("secondary", "stopped", 15)
-    assert "now nobody speaks" in s["reason"] and not s["permission"]["speaks"]
+    assert "now nobody speaks" in s["reason"] and not s["active"]["transmitting"]
     assert s["mode"] == "drop"
 
 
@@ -125,7 +125,7 @@ def test_primary_host_dies_and_the_fence_works(make_lab: LabMaker, tmp_path: Pat
     made = streams(lab)
     lab.controllers["primary"].send_signal(signal.SIGKILL)
     lab.vm["primary"].kill9()
-    lab.wait_state("secondary", "taken-over", 20)
+    lab.wait_state("secondary", "promoted", 20)
     assert note.exists(), "fenced before anything was opened"
     live_on(lab, made, time.time())
 
@@ -147,7 +147,7 @@ def test_no_fence_no_takeover_until_a_person_says_so(make_lab: LabMaker, tmp_pat
     assert any("x-colo-lost-heartbeat" in x for x in steps)
     fence(tmp_path, 0)  # the operator repairs it, and asks
     r = lab.ask("secondary", "failover")
-    assert r["done"] and r["state"] == "taken-over"
+    assert r["done"] and r["state"] == "promoted"
     live_on(lab, made, time.time())
 
 
@@ -197,7 +197,7 @@ def test_primary_dies_inside_a_checkpoint(make_lab: LabMaker) -> None:
     )
     lab.vm["primary"].kill9()
     lab.vm["secondary"].signal(signal.SIGCONT)
-    lab.wait_state("secondary", "taken-over", 20)
+    lab.wait_state("secondary", "promoted", 20)
     live_on(lab, made, time.time())
 
 
@@ -209,14 +209,14 @@ def test_a_guest_that_restarts_before_protection_keeps_its_network(make_lab: Lab
     lab.start_controller("primary")
     s = lab.wait_state("primary", "starting", 60)
     wait_for("the reason", lambda: "nothing is known" in lab.status("primary")["reason"], 10)
-    assert s["mode"] == "drop" and not s["permission"]["speaks"]
+    assert s["mode"] == "drop" and not s["active"]["transmitting"]
     assert not lab.client.http("f100k", timeout=1).ok
     assert from_guest(lab.stop_capture(wire)) == 0
     lab.start_controller("secondary")
-    wait_for("its word", lambda: lab.status("primary")["permission"]["speaks"], 60)
+    wait_for("its word", lambda: lab.status("primary")["active"]["transmitting"], 60)
     assert lab.client.download("f100k")[1] == 0
     lab.vm["primary"].kill9()
-    wait_for("its end", lambda: not lab.status("primary")["permission"]["speaks"], 10)
+    wait_for("its end", lambda: not lab.status("primary")["active"]["transmitting"], 10)
     lab.start_vm("primary").wait_boot()
     assert lab.client.download("f100k")[1] == 0
     lab.start_vm("secondary")

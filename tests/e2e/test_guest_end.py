@@ -37,9 +37,9 @@ def test_a_guest_that_powers_itself_off_ends_the_pair(make_lab: LabMaker) -> Non
     for role in ("primary", "secondary"):
         s = lab.wait_state(role, "stopped", 15)
         assert "shut itself down" in s["reason"] and s["mode"] == "drop"
-        assert not s["permission"]["speaks"]
+        assert not s["active"]["transmitting"]
         wait_for(f"the end of the {role}'s QEMU", lambda r=role: not lab.vm[r].alive, 15)  # type: ignore[misc]
-    assert "taken-over" not in states(lab, "secondary")
+    assert "promoted" not in states(lab, "secondary")
     assert from_guest(lab.stop_capture(wire)) == 0
 
 
@@ -57,14 +57,14 @@ def test_a_reset_is_a_checkpoint(make_lab: LabMaker, how: str) -> None:
     wait_for("the guest's services", lambda: serves(lab), BOOT_S)
     for role in ("primary", "secondary"):
         lab.wait_state(role, "protected", 10)
-        assert not {"solo", "taken-over"} & set(states(lab, role))
+        assert not {"solo", "promoted"} & set(states(lab, role))
     assert lab.vm["secondary"].alive
     print(f"served again after {time.time() - at:.1f} s, {lab.checkpoints()} checkpoints")
     # and the copy is one: it goes on
     stream = EchoStream(lab.net.client)
     wait_for("echoes", lambda: len(stream.stats.answered_at) > 20, 10)
     died = lab.vm["primary"].kill9()
-    lab.wait_state("secondary", "taken-over", 15)
+    lab.wait_state("secondary", "promoted", 15)
     wait_for("echoes afterwards", lambda: stream.stats.answered_after(died) > 30, 20)
     stats = stream.stop()
     assert (stats.dead, stats.wrong) == ("", 0)

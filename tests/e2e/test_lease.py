@@ -66,8 +66,8 @@ def test_a_hung_controller_is_silenced_by_its_kernel(lab: Lab) -> None:
     made = streams(lab)
     hung = lab.controllers["primary"]
     hung.send_signal(signal.SIGSTOP)
-    s = lab.wait_state("secondary", "taken-over", 30)
-    over = next(h["at"] for h in s["history"] if h["state"] == "taken-over")
+    s = lab.wait_state("secondary", "promoted", 30)
+    over = next(h["at"] for h in s["history"] if h["state"] == "promoted")
     assert "the lease is held" in s["reason"]
     live_on(lab, made, over)
     hung.send_signal(signal.SIGCONT)
@@ -77,7 +77,7 @@ def test_a_hung_controller_is_silenced_by_its_kernel(lab: Lab) -> None:
     frames = lab.stop_capture(wire)
     assert from_guest(frames, before=over) > 0
     assert from_guest(frames) == from_guest(frames, before=over)  # none after the takeover
-    assert lab.status("primary")["programs"]["pvm_out"]["lease_over"][0] > 0
+    assert lab.status("primary")["programs"]["pvm_out"]["drop_lease_expired"][0] > 0
 
 
 def test_a_cut_between_the_hosts_leaves_one(lab: Lab) -> None:
@@ -109,11 +109,15 @@ def test_the_lease_goes_on_with_the_pair(lab: Lab) -> None:
         for role in (pvm, svm):
             lab.wait_state(role, "protected", 60)
         made += streams(lab)
-        may = {role: lab.status(role)["permission"] for role in (pvm, svm)}
-        assert may[pvm]["speaks"] and may[pvm]["left_s"] > 0 and not may[svm]["speaks"], may
+        may = {role: lab.status(role)["active"] for role in (pvm, svm)}
+        assert (
+            may[pvm]["transmitting"]
+            and may[pvm]["remaining_s"] > 0
+            and not may[svm]["transmitting"]
+        ), may
         over = time.time()
         lab.vm[pvm].kill9()
-        reason = lab.wait_state(svm, "taken-over", 20)["reason"]
+        reason = lab.wait_state(svm, "promoted", 20)["reason"]
         assert "the lease is held" in reason
         live_on(lab, made, over)
         made = []

@@ -37,7 +37,7 @@ def test_only_the_control_channel_is_cut(make_lab: LabMaker, tmp_path: Path) -> 
             for role in ("primary", "secondary"):
                 s = lab.status(role)
                 assert s["state"] == "degraded" and not s["peer"]["connected"], s["reason"]
-                (path,) = s["paths"]
+                (path,) = s["heartbeat_links"]
                 assert path["silent_ms"] < KEYS["heartbeat_timeout"]
                 assert path["unheard_ms"] < KEYS["heartbeat_timeout"]
             time.sleep(0.1)
@@ -50,7 +50,7 @@ def test_only_the_control_channel_is_cut(make_lab: LabMaker, tmp_path: Path) -> 
     with lab.net.control_cut():
         lab.wait_state("secondary", "degraded", 10)
         lab.vm["primary"].kill9()
-        s = lab.wait_state("secondary", "taken-over", 15)
+        s = lab.wait_state("secondary", "promoted", 15)
         assert "its data path is shut" in s["reason"], s["reason"]
         assert lab.status("primary")["mode"] == "drop"
         live_on(lab, [stream], time.time())

@@ -36,7 +36,7 @@ def test_planned(make_lab: LabMaker, asked: str) -> None:
             for t in (s.stats.answered_at for s in made)]  # fmt: skip
     print(f"{(over - at) * 1e3:.0f} ms, clients' gaps {[round(g * 1e3) for g in gaps]} ms")
     s = lab.status("secondary")
-    assert s["state"] == "taken-over" and s["flows"]["translated"] == 0, "no offset remains"
+    assert s["state"] == "promoted" and s["flows"]["translated"] == 0, "no offset remains"
     assert lab.status("primary")["mode"] == "drop"
     wait_for("the end of the PVM's QEMU", lambda: not lab.vm["primary"].alive, 10)
     ours, theirs = lab.stop_capture(of_p), lab.stop_capture(of_s)
@@ -89,7 +89,7 @@ def test_forced_past_a_hung_main_loop(make_lab: LabMaker) -> None:
     stop_inside_a_checkpoint(lab)
     at = time.monotonic()
     r = lab.ask("secondary", "failover", force=True)
-    assert r["done"] and r["state"] == "taken-over", r
+    assert r["done"] and r["state"] == "promoted", r
     print(f"taken over after {time.monotonic() - at:.2f} s")
     assert "yank" in lab.controller_log("secondary").read_text()
     live_on(lab, made, time.time())

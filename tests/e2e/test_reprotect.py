@@ -71,7 +71,7 @@ def test_a_primary_that_is_alone_gets_a_new_secondary(make_lab: LabMaker) -> Non
         lab.ask("primary", "checkpoint")
         work.moves(time.time())
     lab.vm["primary"].kill9()
-    lab.wait_state("secondary", "taken-over", 15)
+    lab.wait_state("secondary", "promoted", 15)
     work.moves(time.time())
     work.end()
 
@@ -85,7 +85,7 @@ def test_a_connection_lives_through_three_takeovers(make_lab: LabMaker, vnet_hdr
     for turn in range(3):
         svm = other(pvm)
         lab.vm[pvm].kill9()
-        lab.wait_state(svm, "taken-over", 15)
+        lab.wait_state(svm, "promoted", 15)
         work.moves(time.time())
         lab.start_vm(pvm, incoming=True)
         protected(lab)

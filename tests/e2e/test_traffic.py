@@ -32,13 +32,13 @@ def settled(lab: Lab) -> dict[str, Any]:
     return lab.status("primary")
 
 
-def by_tier_k(lab: Lab) -> int:
+def by_fast_path(lab: Lab) -> int:
     """Frames of the PVM that it has let go."""
     programs = lab.status("primary")["programs"]
     return sum(
         programs[p].get(r, [0])[0]
         for p in ("pvm_out", "svm_arrival")
-        for r in ("fast_passed", "fast_released", "fast_rebuilt")
+        for r in ("offload_passed", "offload_released", "offload_rebuilt")
     )
 
 
@@ -67,13 +67,13 @@ def test_uploads_arrive_whole(pair: Lab, v6: bool) -> None:
 @pytest.mark.parametrize("v6", [False, True], ids=["ipv4", "ipv6"])
 def test_udp_is_compared(pair: Lab, v6: bool) -> None:
     compared = pair.status("primary")["engine"]["released"]
-    decided = by_tier_k(pair)
+    decided = by_fast_path(pair)
     answered, wrong = pair.client.udp_echo(100, v6=v6)
     assert answered >= 99 and wrong == 0
     big, wrong = pair.client.udp_echo(5, v6=v6, size=4000)  # fragments
     assert big >= 4 and wrong == 0
-    assert by_tier_k(pair) >= decided + 50, "the kernel has decided none"
-    all_of_them = pair.status("primary")["engine"]["released"] + by_tier_k(pair)
+    assert by_fast_path(pair) >= decided + 50, "the kernel has decided none"
+    all_of_them = pair.status("primary")["engine"]["released"] + by_fast_path(pair)
     assert all_of_them >= compared + decided + 104
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from colo_xdp.lab.net import wait_for
 from colo_xdp.lab.pair import Lab
 from colo_xdp.lab.vm import MAC
-from colo_xdp.pcap import read
-from colo_xdp.suggest import MIN_SEEN
+from colo_xdp.tools.pcap import read
+from colo_xdp.tools.suggest import MIN_SEEN
 
 
 def cli(*args: object) -> tuple[int, str]:
@@ -61,7 +61,7 @@ def test_explain_capture_suggest_and_a_rule(pair: Lab, tmp_path: Path) -> None:
         assert differing(pair) == n
         row = next(r for r in pair.status("primary")["rules"] if r["name"] == "clock")
         assert row["flows"] >= 4 and row["uncompared"] >= 8
-        assert pair.status("primary")["programs"]["pvm_in"]["unmirrored"][0] > 0
+        assert pair.status("primary")["programs"]["pvm_in"]["pass_unmirrored"][0] > 0
         code, out = cli("policy", config)
         assert code == 0 and "clock" in out and "drop-secondary" in out
         config.write_text(before + rule.replace("8080", "many"))

@@ -13,16 +13,18 @@ import os
 import tempfile
 from collections.abc import Callable
 
-from colo_xdp import qmp_event, rewrite, wire
-from colo_xdp.beacon import MAC, NONCE, SIZE, Beacons, Flag, session_key
-from colo_xdp.compare import Engine
-from colo_xdp.config import ConfigError, as_toml, parse
-from colo_xdp.limits import Limits
-from colo_xdp.packet import parse as parse_packet
-from colo_xdp.packet import tcp_options
-from colo_xdp.pcap import PcapError, read
-from colo_xdp.policy import Policy
-from colo_xdp.record import Record
+from colo_xdp.compare.limits import Limits
+from colo_xdp.compare.policy import Policy
+from colo_xdp.config.file import ConfigError, as_toml, parse
+from colo_xdp.conntrack import rewriter
+from colo_xdp.engine.engine import Engine
+from colo_xdp.net.frame import Frame
+from colo_xdp.net.packet import parse as parse_packet
+from colo_xdp.net.packet import tcp_options
+from colo_xdp.peer import messages
+from colo_xdp.peer.heartbeat import MAC, NONCE, SIZE, Flag, HeartbeatSession, session_key
+from colo_xdp.qemu import event
+from colo_xdp.tools.pcap import PcapError, read
 
 TARGETS: dict[str, Callable[[bytes], None]] = {}
 
@@ -39,7 +41,7 @@ def packet(data: bytes) -> None:
     assert 0 <= p.off <= p.end <= len(data)
     if p.proto == 6 and p.l4 < p.off:
         tcp_options(p)
-    for way in (rewrite.Rewriter().to_svm, rewrite.Rewriter().from_svm):
+    for way in (rewriter.Rewriter().to_svm, rewriter.Rewriter().from_svm):
         out, _ = way(data)
         assert len(out) == len(data)
 
@@ -73,9 +75,9 @@ def engine(data: bytes) -> None:
         kind = who & 7
         if kind < 3:
             pvm.append(frame)
-            e.from_pvm(Record(frame, now, gso_size=who & 0x80 and 500), now)
+            e.from_pvm(Frame(frame, now, gso_size=who & 0x80 and 500), now)
         elif kind < 6:
-            e.from_svm(Record(frame, now), (e.epoch + (who >> 6 & 1)) & 0xFFF, now)
+            e.from_svm(Frame(frame, now), (e.epoch + (who >> 6 & 1)) & 0xFFF, now)
         elif kind == 6:
             e.tick(now)
         else:
@@ -91,19 +93,19 @@ def engine(data: bytes) -> None:
 def peer(data: bytes) -> None:
     """A line of the control channel."""
     try:
-        msg = wire.decode(data)
-    except wire.WireError as e:
+        msg = messages.decode(data)
+    except messages.WireError as e:
         assert str(e)
         return
     kind = msg.pop("type")
-    assert wire.decode(wire.encode(kind, **msg)) == {"type": kind, **msg}
+    assert messages.decode(messages.encode(kind, **msg)) == {"type": kind, **msg}
 
 
 @target
 def beacon(data: bytes) -> None:
     """Datagrams on a heartbeat path: as they are, and signed with the right key."""
     key = session_key("web1", "11" * NONCE, "22" * NONCE)
-    b, other = (Beacons("web1", side, ["a", "b"]) for side in ("secondary", "primary"))
+    b, other = (HeartbeatSession("web1", side, ["a", "b"]) for side in ("secondary", "primary"))
     for x in (b, other):
         x.rekey(key, same_peer=False)
     head = other.make(0, 1, Flag.VM, 0, 0)[:16]
@@ -125,7 +127,7 @@ def qmp(data: bytes) -> None:
         msg = json.loads(data)
     except (ValueError, RecursionError):
         return
-    e = qmp_event.read(msg, 10**18, 10**12)
+    e = event.read(msg, 10**18, 10**12)
     assert e is None or (e.name and isinstance(e.ts_ns, int) and isinstance(e.data, dict))
 
 

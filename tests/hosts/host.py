@@ -22,15 +22,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from colo_xdp import control
-from colo_xdp.lab.net import (
-    CLIENT_IP,
-    CLIENT_IP6,
-    LabError,
-    in_ns,
-    sh,
-    wait_for,
-)
+from colo_xdp.lab.net import CLIENT_IP, CLIENT_IP6, LabError, in_ns, sh, wait_for
+from colo_xdp.service import control_socket
 
 from . import root as roots
 
@@ -282,8 +275,8 @@ class Host:
         """The controller's status; {} while there is no controller. `role`: that of its file."""
         sock = f"/proc/{self.pid1}/root/run/colo-xdp/{pair}.{role}.sock"
         try:
-            return control.request(sock, "status", {})
-        except control.NotRunning:
+            return control_socket.request(sock, "status", {})
+        except control_socket.NotRunning:
             return {}
 
     def unit_of(self, pid: int) -> str:

@@ -8,10 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from colo_xdp import pki
 from colo_xdp.lab import guest as guest_files
 from colo_xdp.lab import vm as vms
 from colo_xdp.lab.net import LabError, Processes, wait_for
+from colo_xdp.tools import pki
 
 from . import root as roots
 from .host import Host, client_down, client_up

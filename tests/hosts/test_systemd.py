@@ -60,7 +60,7 @@ def test_heartbeats_pass_the_peer_link(protected: Pair) -> None:
     """The unit's sandbox lets them open what they need (AF_PACKET)."""
     for h in protected.hosts:
         protected.wait(h, "heartbeats over the peer link", lambda s: any(
-            p["name"] == "peer link" and (p["silent_ms"] or 1e9) < 1000 for p in s["paths"]
+            p["name"] == "peer link" and (p["silent_ms"] or 1e9) < 1000 for p in s["heartbeat_links"]
         ), 10)  # fmt: skip
         assert "Address family not supported" not in h.journal(CONTROLLER)
 
@@ -108,7 +108,7 @@ def test_the_primarys_host_loses_power_and_comes_back(protected: Pair, echo: Ech
     p = protected
     before = len(echo.stats.answered_at)
     p.power_off(p.a)
-    p.wait(p.b, "the takeover", lambda s: s["state"] == "taken-over", 60)
+    p.wait(p.b, "the takeover", lambda s: s["state"] == "promoted", 60)
     assert set(p.fences) == {"hostb"}
     wait_for("answers of the survivor", lambda: len(echo.stats.answered_at) > before + 50, 60)
     p.power_on(p.a)

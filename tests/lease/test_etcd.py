@@ -22,10 +22,10 @@ from pathlib import Path
 import pytest
 import requests
 
-from colo_xdp.config import load
-from colo_xdp.doctor import OK, WARN, _failover
-from colo_xdp.lease import Etcd, EtcdStore
-from colo_xdp.speaker import GIVEN_UP, Speaker, StoreError, boot_ns
+from colo_xdp.config.file import load
+from colo_xdp.failover.etcd import Etcd, EtcdStore
+from colo_xdp.failover.lease import GIVEN_UP, Leadership, StoreError, boot_ns
+from colo_xdp.tools.doctor import OK, WARN, _failover
 
 P, S = "192.0.2.1:9846", "192.0.2.2:9846"
 TTL_MS, MARGIN_MS = 2000, 400
@@ -139,12 +139,12 @@ class Host:
     def __init__(self, node: str, url: str, boot: str = "b1", *, speaking: bool = False) -> None:
         self.node, self.wire, self.until = node, Wire(url), 0
         self._boot, self._speaking = boot, speaking
-        self.speaker: Speaker | None = None
+        self.speaker: Leadership | None = None
 
     async def start(self, pair: str) -> None:
         await self.wire.start()
         self.store = EtcdStore(Etcd((self.wire.url,)), pair, TTL_MS / 10_000)
-        self.speaker = Speaker(
+        self.speaker = Leadership(
             self.store, node=self.node, address=self.node, boot=self._boot,
             ttl_ms=TTL_MS, margin_ms=MARGIN_MS, speaking=self._speaking,
             allow=lambda ns: setattr(self, "until", ns), changed=lambda: None,
@@ -152,7 +152,7 @@ class Host:
         self.task = asyncio.create_task(self.speaker.run())
 
     @property
-    def speaks(self) -> bool:
+    def transmits(self) -> bool:
         """As COLO_LEASE in the programs."""
         return boot_ns() < self.until
 
@@ -171,7 +171,7 @@ class Pair:
 
     async def watch(self) -> None:
         while True:
-            self.both += self.p.speaks and self.s.speaks
+            self.both += self.p.transmits and self.s.transmits
             await asyncio.sleep(0.005)
 
     async def until(self, cond: Callable[[], object], timeout: float = 15) -> None:
@@ -208,13 +208,13 @@ def test_one_holds_the_other_waits(etcd: str) -> None:
     async def go() -> None:
         async with pair(etcd, "one") as x:
             x.p.speaker.want = True
-            await x.until(lambda: x.p.speaks)
+            await x.until(lambda: x.p.transmits)
             x.s.speaker.want = True
             await x.until(lambda: x.s.speaker.seen.holder == f"{P}@{P} b1")
-            await x.stays(lambda: x.p.speaks and not x.s.speaks, 1.5 * TTL_MS / 1000)
+            await x.stays(lambda: x.p.transmits and not x.s.transmits, 1.5 * TTL_MS / 1000)
             x.p.speaker.want = False  # it gives it back
-            assert not x.p.speaks
-            await x.until(lambda: x.s.speaks, TTL_MS / 1000)
+            assert not x.p.transmits
+            await x.until(lambda: x.s.transmits, TTL_MS / 1000)
 
     asyncio.run(go())
 
@@ -226,20 +226,20 @@ def test_a_holder_that_is_cut_off_falls_silent_first(etcd: str, how: str) -> Non
     async def go() -> None:
         async with pair(etcd, f"cut-{how}") as x:
             x.p.speaker.want = True
-            await x.until(lambda: x.p.speaks)
+            await x.until(lambda: x.p.transmits)
             x.p.wire.cut(how)
             x.s.speaker.want = True
             if how == "in":
                 # Its renewals arrive, so the key stays with it; nobody speaks until it is back.
-                await x.until(lambda: not x.p.speaks)
-                await x.stays(lambda: not x.p.speaks, 0.5)
+                await x.until(lambda: not x.p.transmits)
+                await x.stays(lambda: not x.p.transmits, 0.5)
                 x.p.wire.cut("")
-                await x.until(lambda: x.p.speaks or x.s.speaks)
+                await x.until(lambda: x.p.transmits or x.s.transmits)
                 return
-            await x.until(lambda: x.s.speaks)
+            await x.until(lambda: x.s.transmits)
             x.p.wire.cut("")
             await x.until(lambda: x.p.speaker.seen.holder == f"{S}@{S} b1")
-            await x.stays(lambda: x.s.speaks and not x.p.speaks, 1.0)
+            await x.stays(lambda: x.s.transmits and not x.p.transmits, 1.0)
 
     asyncio.run(go())
 
@@ -248,7 +248,7 @@ def test_the_store_is_gone_and_a_promise_keeps_the_primary_speaking(etcd: str) -
     async def go() -> None:
         async with pair(etcd, "gone") as x:
             x.p.speaker.want = True
-            await x.until(lambda: x.p.speaks)
+            await x.until(lambda: x.p.transmits)
             for h in (x.p, x.s):
                 h.wire.cut("both")
             end = time.monotonic() + 2 * TTL_MS / 1000
@@ -256,14 +256,14 @@ def test_the_store_is_gone_and_a_promise_keeps_the_primary_speaking(etcd: str) -
                 sent = boot_ns()
                 assert x.s.speaker.promise()
                 x.p.speaker.promised(sent)
-                assert x.p.speaks
+                assert x.p.transmits
                 await asyncio.sleep(0.05)
             assert not x.p.speaker.held
             # The heartbeats end. S may not speak before its last promise is over, nor without key.
             x.s.wire.cut("")
             x.s.speaker.want = True
             assert not x.s.speaker.promise()
-            await x.until(lambda: x.s.speaks)
+            await x.until(lambda: x.s.transmits)
 
     asyncio.run(go())
 
@@ -289,13 +289,13 @@ def test_flapping_cuts_of_all_edges(etcd: str, seed: int) -> None:
                     host.speaker.want = True
                 stop = time.monotonic() + rnd.choice((0.1, 0.5, 1.5))
                 while time.monotonic() < stop:
-                    spoke["p"] += x.p.speaks
-                    spoke["s"] += x.s.speaks
-                    assert not (x.p.speaks and x.s.speaks)
+                    spoke["p"] += x.p.transmits
+                    spoke["s"] += x.s.transmits
+                    assert not (x.p.transmits and x.s.transmits)
                     await asyncio.sleep(0.005)
             for h in (x.p, x.s):
                 h.wire.cut("")
-            await x.until(lambda: x.p.speaks or x.s.speaks)
+            await x.until(lambda: x.p.transmits or x.s.transmits)
             assert spoke["p"] + spoke["s"] > 0
 
     asyncio.run(go())
@@ -305,13 +305,13 @@ def test_the_record_outlives_the_lease_and_its_holder(etcd: str) -> None:
     async def go() -> None:
         async with pair(etcd, "alone") as x:
             x.p.speaker.want = True
-            await x.until(lambda: x.p.speaks)
+            await x.until(lambda: x.p.transmits)
             x.p.speaker.alone()
             await x.until(lambda: x.p.speaker.recorded)
             x.p.wire.cut("both")
             x.s.speaker.want = True
-            await x.until(lambda: x.s.speaker.other_alone)
-            await x.stays(lambda: not x.s.speaks, 0.3)  # though nobody else has the key
+            await x.until(lambda: x.s.speaker.peer_standalone)
+            await x.stays(lambda: not x.s.transmits, 0.3)  # though nobody else has the key
             # its own record cannot replace the other's
             x.s.speaker.alone()
             await x.stays(lambda: not x.s.speaker.recorded, 1.0)
@@ -320,8 +320,8 @@ def test_the_record_outlives_the_lease_and_its_holder(etcd: str) -> None:
             await x.until(lambda: x.p.speaker.held and x.p.speaker.recorded)
             x.p.speaker.paired()
             await x.until(lambda: x.p.speaker.seen.alone == "")
-            await x.until(lambda: not x.s.speaker.other_alone)  # it looks, and wants nothing
-            assert not x.s.speaks
+            await x.until(lambda: not x.s.speaker.peer_standalone)  # it looks, and wants nothing
+            assert not x.s.transmits
 
     asyncio.run(go())
 
@@ -330,13 +330,13 @@ def test_a_controller_started_anew_keeps_the_key(etcd: str) -> None:
     async def go() -> None:
         async with pair(etcd, "again") as x:
             x.p.speaker.want = True
-            await x.until(lambda: x.p.speaks)
+            await x.until(lambda: x.p.transmits)
             x.p.task.cancel()
             again = Host(P, etcd, "b2", speaking=True)
             await again.start("again")
             again.speaker.want = True  # type: ignore[union-attr]
             async with asyncio.timeout(TTL_MS / 1000):
-                while not again.speaks:
+                while not again.transmits:
                     await asyncio.sleep(0.01)
             seen = again.speaker.seen  # type: ignore[union-attr]
             assert (seen.holder, seen.alone, seen.last) == (f"{P}@{P} b2", "", f"{P}@{P} b2")
@@ -349,16 +349,16 @@ def test_a_key_is_taken_from_who_said_that_it_is_shut(etcd: str) -> None:
     async def go() -> None:
         async with pair(etcd, "steal") as x:
             x.p.speaker.want = True
-            await x.until(lambda: x.p.speaks)
+            await x.until(lambda: x.p.transmits)
             x.p.task.cancel()  # says `gone`, shuts its path, and dies: its lease lives on
             x.p.until = 0
             assert x.s.speaker.promise()
             began = time.monotonic()
             x.s.speaker.want = True
             x.s.speaker.freed("b0")  # another process of that host: not this key's
-            await x.stays(lambda: not x.s.speaks, 0.3)
+            await x.stays(lambda: not x.s.transmits, 0.3)
             x.s.speaker.freed("b1")
-            await x.until(lambda: x.s.speaks)
+            await x.until(lambda: x.s.transmits)
             assert time.monotonic() - began < TTL_MS / 1000
 
     asyncio.run(go())
@@ -382,7 +382,7 @@ def test_a_lease_that_is_revoked_gives_its_holder_the_time_that_it_had(
     async def go() -> None:
         async with pair(etcd, f"revoked-{hangs}") as x:
             x.p.speaker.want = True
-            await x.until(lambda: x.p.speaks)
+            await x.until(lambda: x.p.transmits)
             x.s.speaker.want = True
             await x.until(lambda: x.s.speaker.seen.holder == f"{P}@{P} b1")
             if hangs:
@@ -390,9 +390,9 @@ def test_a_lease_that_is_revoked_gives_its_holder_the_time_that_it_had(
             assert await asyncio.to_thread(revoke_all, etcd) > 0
             began = boot_ns()
             if not hangs:
-                await x.stays(lambda: x.p.speaks and not x.s.speaks, 1.5 * TTL_MS / 1000)
+                await x.stays(lambda: x.p.transmits and not x.s.transmits, 1.5 * TTL_MS / 1000)
                 return
-            await x.until(lambda: x.s.speaks)
+            await x.until(lambda: x.s.transmits)
             assert boot_ns() - began >= TTL_MS * 1_000_000
 
     asyncio.run(go())
@@ -429,7 +429,7 @@ def test_a_request_that_was_given_up_ties_the_key_to_no_old_lease(etcd: str) -> 
         store = EtcdStore(Etcd((etcd,)), "late", 5)
         holder = f"{P} b1"
         stuck: list[tuple[object, ...]] = []
-        attempt_class = __import__("colo_xdp.lease", fromlist=["_Attempt"])._Attempt
+        attempt_class = __import__("colo_xdp.failover.etcd", fromlist=["_Attempt"])._Attempt
         original = attempt_class.post
 
         def post(self: object, path: str, body: dict[str, object]) -> object:
@@ -475,15 +475,15 @@ def test_a_stopped_server_stops_nobody_for_longer_than_asked(etcd: str) -> None:
     async def go() -> None:
         async with pair(etcd, "stop") as x:
             x.p.speaker.want = True
-            await x.until(lambda: x.p.speaks)
+            await x.until(lambda: x.p.transmits)
             os.kill(PIDS[etcd], signal.SIGSTOP)
             try:
                 began = time.monotonic()
-                await x.until(lambda: not x.p.speaks)
+                await x.until(lambda: not x.p.transmits)
                 assert time.monotonic() - began < TTL_MS / 1000
             finally:
                 os.kill(PIDS[etcd], signal.SIGCONT)
-            await x.until(lambda: x.p.speaks)
+            await x.until(lambda: x.p.transmits)
 
     asyncio.run(go())
 

@@ -23,10 +23,10 @@ from typing import Any
 
 from colo_xdp import abi
 from colo_xdp.abi import Mode
-from colo_xdp.compare import Engine, Limits, Policy, Record
-from colo_xdp.datapath import DataPath
-from colo_xdp.journal import Divergence
-from colo_xdp.ring import Event
+from colo_xdp.datapath.datapath import DataPath
+from colo_xdp.datapath.ring import CapturedFrame
+from colo_xdp.engine.engine import Engine, Frame, Limits, Policy
+from colo_xdp.engine.journal import Divergence
 from tests.netns.conftest import Net, Sniffer, Tap, inside
 from tests.netns.frames import checksum_fits, tcp, udp
 
@@ -151,7 +151,7 @@ class Guest:
             i = rnd.randrange(self.conns)
             at = mine[i]
             # With several flows on few CPUs one guest's lead never ends by itself, and only what
-            # is settled is given to tier K.
+            # is settled is given to the fast path.
             if at % REST_AFTER == 0 and other[i] <= at:
                 if other[i] == at and rests[i][0] != at:
                     rests[i] = at, time.monotonic() + REST
@@ -263,12 +263,12 @@ class Proxy:
         self.engine.epoch = dp.epoch = 1
         dp.mode = Mode.RUN
 
-    def _release(self, rec: Record) -> None:
+    def _release(self, rec: Frame) -> None:
         self.dp.injectors["release"].send(rec.frame, rec.gso_size, rec.partial, rec.gso_type)
 
-    def _on(self, e: Event) -> None:
-        rec = Record(
-            e.frame, e.ts_ns, e.gso_size, e.partial, captured=e.captured, gso_type=e.gso_type
+    def _on(self, e: CapturedFrame) -> None:
+        rec = Frame(
+            e.frame, e.ts_ns, e.gso_size, e.partial, punt_seq=e.punt_seq, gso_type=e.gso_type
         )
         now = time.monotonic_ns()
         if e.source == abi.Source.PVM:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Tier K's programs on real taps, and the conversations that the differential test puts through.
+"""The fast path's programs on real taps, and the conversations that the differential test puts through.
 
 Not under BPF_PROG_TEST_RUN, which knows neither partial checksums, nor tags in the metadata, nor
 frames beyond a page, and shows only one frame that leaves. A write to a tap runs its program before
@@ -16,18 +16,19 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 
-from colo_xdp import _bpf, abi, attach, loader
+from colo_xdp import abi
 from colo_xdp.abi import SIDE_SVM, Cfg, CtlResult, Mode, Prog, Reason
-from colo_xdp.fastmap import FastMap
-from colo_xdp.ring import open_reader
+from colo_xdp.datapath import attach, loader, syscall
+from colo_xdp.datapath.offload_maps import BpfKernelPath
+from colo_xdp.datapath.ring import open_reader
 from tests.netns.conftest import Net, Tap, sh
 from tests.netns.frames import checksum_fits
-from tests.sim.fast import STASH, STASH_SIZE
+from tests.sim.fast import BUFFER, STASH_SIZE
 
 M32 = 0xFFFFFFFF
 ACK, PSH, FIN, SYN, RST, URG, ECE, CWR = 0x10, 0x08, 0x01, 0x02, 0x04, 0x20, 0x40, 0x80
 TS = b"\1\1\x08\x0a"
-STASHES = 5
+BUFFERS = 5
 BLOB = random.Random(1).randbytes(1 << 20)
 SIZES = (1, 7, 63, 64, 65, 127, 300, 536, 1448, 1448, 2000, 3000, 3900, 5000, 9000, 20000, 60000)
 
@@ -43,7 +44,7 @@ class Lab:
     """The kernel's side: taps, programs, maps."""
 
     def __init__(self, bpffs: str, net: Net) -> None:
-        options = loader.Options(fast=True, stashes=STASHES, conns=64, ring_pages=64)
+        options = loader.Options(fast=True, buffers=BUFFERS, conns=64, ring_pages=64)
         self.objects = loader.load("primary", "fastdiff", bpffs, options)
         self.pvm, self.svm, self.up = Tap("pvm0"), Tap("svm0"), Tap("up0")
         for dev in ("pvm0", "svm0", "up0"):
@@ -58,7 +59,7 @@ class Lab:
         self.reader = open_reader(self.objects)
         self.conns, self.config = self.objects.map("conns"), self.objects.map("config")
         self.counters, self.cpus = self.objects.map("counters"), loader.possible_cpus()
-        self.maps = FastMap(self.objects, 1, 0, lambda on: None, lambda epoch: None)
+        self.maps = BpfKernelPath(self.objects, 1, 0, lambda on: None, lambda epoch: None)
         self.set(Cfg.TAP, self.index["pvm0"])
         self.set(Cfg.PEER, self.index["svm0"])
         self.reset()
@@ -81,7 +82,7 @@ class Lab:
     def counts(self, prog: Prog) -> Counter[str]:
         out: Counter[str] = Counter()
         for r in Reason:
-            if r is Reason.MAX or (prog is Prog.FAST and r < Reason.HAND_MODE):
+            if r is Reason.MAX or (prog is Prog.FAST and r < Reason.PUNT_MODE):
                 continue
             raw = self.counters.get(struct.pack("=I", prog * Reason.MAX + r), 16 * self.cpus) or b""
             out[r.name] = sum(p for p, _ in abi.COUNT.iter_unpack(raw))
@@ -137,12 +138,12 @@ class Lab:
         return out
 
     def control(self, message: bytes) -> CtlResult:
-        r = _bpf.test_run(self.objects.programs["fast_ctl"].fd, message, data_out=0)
+        r = syscall.test_run(self.objects.programs["fast_ctl"].fd, message, data_out=0)
         return CtlResult(r.retval)
 
-    def ring(self, stash: int) -> memoryview:
-        at = (stash - 1) * STASH_SIZE + abi.STASH_BEFORE
-        return self.maps._rings[at : at + STASH]
+    def ring(self, buffer: int) -> memoryview:
+        at = (buffer - 1) * STASH_SIZE + abi.STASH_BEFORE
+        return self.maps._rings[at : at + BUFFER]
 
     def close(self) -> None:
         self.reader.close()

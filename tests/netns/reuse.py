@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from colo_xdp import _bpf, loader
+from colo_xdp.datapath import loader, syscall
 
 KEPT = 8  # sets of programs that are put aside; one has up to 100 MiB of maps
 _HASH, _ARRAY, _PERCPU_HASH, _PERCPU_ARRAY, _LRU_HASH, _RINGBUF = 1, 2, 5, 6, 9, 27
@@ -77,7 +77,7 @@ def _empty(path: str) -> None:
     """What is pinned here becomes as it was made, if it is a map."""
     if Path(path).name.startswith("prog_"):
         return
-    fd = _bpf.obj_get(path)
+    fd = syscall.obj_get(path)
     try:
         table = loader.Map(fd)
         info = table.info
@@ -90,7 +90,7 @@ def _empty(path: str) -> None:
             for i in range(info.max_entries):
                 table.set(i.to_bytes(4, "little"), zeros)
         elif info.type == _RINGBUF:
-            _bpf.ring_skip(fd)
+            syscall.ring_skip(fd)
         else:
             raise AssertionError(f"{path}: how is a map of type {info.type} emptied?")
     finally:

@@ -15,13 +15,15 @@ from pathlib import Path
 
 import pytest
 
-from colo_xdp import abi, attach, cleanup, doctor
+from colo_xdp import abi
 from colo_xdp.abi import Mode
-from colo_xdp.claims import MAPPED
-from colo_xdp.datapath import DataPath
-from colo_xdp.failover import State
-from colo_xdp.report import permission
-from colo_xdp.secondary import Secondary
+from colo_xdp.controller.secondary import Secondary
+from colo_xdp.datapath import attach
+from colo_xdp.datapath.datapath import DataPath
+from colo_xdp.failover.decision import State
+from colo_xdp.net.address_claims import MAPPED
+from colo_xdp.status.builder import active_json
+from colo_xdp.tools import cleanup, doctor
 from tests.netns import test_primary_path, test_secondary_path
 from tests.netns.conftest import Net, Sniffer, Tap, inside, sh
 from tests.netns.frames import GUEST_MAC, csum, tcp
@@ -93,7 +95,7 @@ def test_what_the_bridge_has_flooded_stays_here(primary: tuple[Net, DataPath, Ta
 
     assert sent(GUEST_MAC, b"guest")
     assert not sent(OTHER_MAC, b"flooded")
-    assert dp.counters()["pvm_in"]["other_mac"][0] == 1
+    assert dp.counters()["pvm_in"]["pass_other_mac"][0] == 1
     # A virtual router, or a machine behind the guest: it is the guest's as soon as it has sent.
     guest.send(arp("10.9.0.100", VRRP_MAC))
     until(lambda: dp.addresses.macs(None) == [VRRP_MAC], "its MAC is not known")
@@ -122,7 +124,7 @@ def test_a_guest_whose_card_nobody_knows(primary: tuple[Net, DataPath, Tap]) -> 
     assert dp._read(abi.Cfg.GUEST_MAC) == abi.MAC_KNOWN
     test_primary_path.from_client(net, OTHER_MAC + tcp(b"elsewhere", reverse=True)[6:])
     assert guest.recv(lambda f: b"elsewhere" in f)
-    assert dp.counters()["pvm_in"]["other_mac"][0] == 1
+    assert dp.counters()["pvm_in"]["pass_other_mac"][0] == 1
     peer.close()
 
 
@@ -152,7 +154,7 @@ def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Host]:
 def controller(h: Host) -> Secondary:
     c = Secondary(test_secondary_path.config(h.tmp), h.dp)
     c.qemu.qmp = FakeQmp()  # type: ignore[assignment]
-    c.state, c.reason = State.TAKEN_OVER, "the test says so"
+    c.state, c.reason = State.PROMOTED, "the test says so"
     return c
 
 
@@ -238,8 +240,8 @@ def test_an_address_that_has_moved_is_not_taken_back(host: Host) -> None:
     ):
         hears(h, gone)
     assert take_over(h) == {("", me), ("10.9.0.2", me)}
-    assert h.dp.counters()["addresses"]["address_moved"][0] == 3
-    assert h.dp.counters()["addresses"]["mac_moved"][0] == 1
+    assert h.dp.counters()["addresses"]["note_address_moved"][0] == 3
+    assert h.dp.counters()["addresses"]["note_mac_moved"][0] == 1
 
 
 def test_what_a_state_said_that_is_gone_does_not_count(host: Host) -> None:
@@ -286,7 +288,7 @@ def test_announced_again_when_the_bridge_forwards(host: Host) -> None:
         c = controller(h)
         assert [f.level for f in examined(h)] == [doctor.FAIL, doctor.FAIL], "and it listens now"
         assert h.dp.port_state == "listening" and not h.dp.port_forwarding
-        assert permission(c)["speaks"] is False
+        assert active_json(c)["transmitting"] is False
 
         async def body() -> set[str]:
             task, reasons = asyncio.create_task(c.takeover.announce()), set()
@@ -298,7 +300,7 @@ def test_announced_again_when_the_bridge_forwards(host: Host) -> None:
 
         reasons = asyncio.run(asyncio.wait_for(body(), 30))
         assert any("tap0 is listening in br0" in r for r in reasons)
-        assert c.reason == "the test says so" and permission(c)["speaks"] is True
+        assert c.reason == "the test says so" and active_json(c)["transmitting"] is True
     assert client.wait(lambda f: f[12:14] == b"\x08\x06" and f[22:32] == arp("10.9.0.2")[22:32])
     sh(*bridge, "stp_state", "0")
     assert [f.level for f in examined(h)] == [doctor.OK]

@@ -9,11 +9,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from colo_xdp.beacon import NONCE, Flag, Word, session_key
-from colo_xdp.config import load
-from colo_xdp.failover import Ending
-from colo_xdp.paths import ETHERTYPE, GROUP, Paths
-from colo_xdp.peer import Peer
+from colo_xdp.config.file import load
+from colo_xdp.failover.decision import Ending
+from colo_xdp.peer.channel import Peer
+from colo_xdp.peer.heartbeat import NONCE, Flag, Heartbeat, session_key
+from colo_xdp.peer.heartbeat_links import ETHERTYPE, GROUP, HeartbeatLinks
 from tests.netns.conftest import Net, inside, sh
 
 EXAMPLES = Path(__file__).parents[2] / "deploy/examples"
@@ -25,10 +25,10 @@ class End:
 
     def __init__(self, ns: str, role: str) -> None:
         self.ns = ns
-        self.words: list[Word] = []
+        self.words: list[Heartbeat] = []
         c = load(EXAMPLES / f"{role}.toml")
         c = replace(c, network=replace(c.network, peer_link="peer0"))
-        self.paths = Paths(c, self.words.append)
+        self.paths = HeartbeatLinks(c, self.words.append)
         self.paths.core.rekey(KEY, same_peer=False)
         with inside(ns):
             self.paths.start()

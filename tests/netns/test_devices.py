@@ -12,10 +12,12 @@ from pathlib import Path
 import pytest
 from pyroute2 import IPRoute
 
-from colo_xdp import _bpf, abi, attach, cleanup
+from colo_xdp import abi
 from colo_xdp.abi import Cfg, Mode
-from colo_xdp.datapath import DataPath
-from colo_xdp.hooks import Look
+from colo_xdp.datapath import attach, syscall
+from colo_xdp.datapath.datapath import DataPath
+from colo_xdp.datapath.hooks import Look
+from colo_xdp.tools import cleanup
 from tests.netns.conftest import Net, Sniffer, Tap, inside, own, sh
 from tests.netns.frames import GUEST_MAC, tcp
 from tests.netns.test_primary_path import PAIR, config, events
@@ -166,13 +168,13 @@ def test_a_tcx_program_of_somebody_else(path: DataPath) -> None:
     prog, index = path.objects.programs["pvm_release"], attach.link_info("tap0").index
     attr = Attr(ifindex=index, fd=prog.fd, type=46)  # BPF_TCX_INGRESS
     try:
-        _bpf._bpf(8, attr, "prog attach")
+        syscall._bpf(8, attr, "prog attach")
     except OSError as e:
         pytest.skip(f"no tcx on this kernel: {e}")
     seen = path.look()
     assert "1 tcx programs of somebody else run before ours" in seen.trouble[0] and seen.exposed
     attr.flags = 0
-    _bpf._bpf(9, attr, "prog detach")
+    syscall._bpf(9, attr, "prog detach")
     assert whole(path.look())
 
 

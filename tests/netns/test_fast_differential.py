@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Tier K of the kernel and tests/sim/fast.py, frame by frame: reasons, frames, words, stashes."""
+"""The fast path of the kernel and tests/sim/fast.py, frame by frame: reasons, frames, words, buffers."""
 
 from __future__ import annotations
 
@@ -11,14 +11,16 @@ from typing import Any
 
 import pytest
 
-from colo_xdp import _bpf, abi
-from colo_xdp.abi import SIDE_PVM, SIDE_SVM, TIER_K, Cfg, CtlOp, CtlResult, Mode, Prog, Reason
-from colo_xdp.rewrite import parse
-from colo_xdp.ring import Event, summed
+from colo_xdp import abi
+from colo_xdp.abi import OWNER_KERNEL, SIDE_PVM, SIDE_SVM, Cfg, CtlOp, CtlResult, Mode, Prog, Reason
+from colo_xdp.conntrack.rewriter import parse
+from colo_xdp.datapath import syscall
+from colo_xdp.datapath.ring import CapturedFrame, summed
 from tests.netns.conftest import Net, inside, own, sh
 from tests.netns.frames import tcp, udp
 from tests.netns.kernel_lab import (
     ACK,
+    BUFFERS,
     CWR,
     ECE,
     FIN,
@@ -26,7 +28,6 @@ from tests.netns.kernel_lab import (
     PSH,
     RST,
     SIZES,
-    STASHES,
     SYN,
     TS,
     URG,
@@ -35,7 +36,7 @@ from tests.netns.kernel_lab import (
     Talk,
     packet,
 )
-from tests.sim.fast import STASH, Conn, TierK
+from tests.sim.fast import BUFFER, Conn, KernelModel
 from tests.sim.mutants import KERNEL_MUTANTS
 
 SEEDS, STEPS = 10, 2500
@@ -46,7 +47,7 @@ class Run:
     """Random frames through both."""
 
     def __init__(self, lab: Lab, seed: int) -> None:
-        self.lab, self.rnd, self.model = lab, random.Random(seed), TierK(STASHES)
+        self.lab, self.rnd, self.model = lab, random.Random(seed), KernelModel(BUFFERS)
         lab.reset()
         m = self.model
         m.mode, m.epoch, m.on = Mode.RUN, 5, True
@@ -77,11 +78,11 @@ class Run:
         elif x < 0.007:
             self.new_epoch()
         elif x < 0.02:
-            op = rnd.choice((CtlOp.SEIZE, CtlOp.SEIZE, CtlOp.FREE, CtlOp.CLAIM))
+            op = rnd.choice((CtlOp.RECLAIM, CtlOp.RECLAIM, CtlOp.FREE, CtlOp.CLAIM))
             self.control(op, t)
-        elif (c.tier != TIER_K or t.over) and rnd.random() < 0.5:
+        elif (c.owner != OWNER_KERNEL or t.over) and rnd.random() < 0.5:
             if rnd.random() < 0.8:
-                self.control(CtlOp.SEIZE, t)
+                self.control(CtlOp.RECLAIM, t)
                 self.control(CtlOp.FREE, t)
             self.give_datagrams(t) if isinstance(t, Datagrams) else self.give(t)
         elif isinstance(t, Datagrams):
@@ -109,10 +110,10 @@ class Run:
         self.lab.set(Cfg.EPOCH, self.model.epoch)
 
     def control(
-        self, op: CtlOp, t: Talk | Datagrams, captured: int = 0, words: bytes = b""
+        self, op: CtlOp, t: Talk | Datagrams, punt_seq: int = 0, words: bytes = b""
     ) -> CtlResult:
         since = self.rnd.choice((0, 1000 * self.now))
-        message = abi.CTL.pack(op, captured, t.key, words or bytes(abi.GIVE.size), since)
+        message = abi.CTL.pack(op, punt_seq, t.key, words or bytes(abi.GIVE.size), since)
         ours, theirs = self.model.control(message, self.now), self.lab.control(message)
         assert ours == theirs, f"{op!r}: the model says {ours!r}, the kernel {theirs!r}"
         self.seen[f"{op.name} {ours.name}"] += 1
@@ -122,9 +123,11 @@ class Run:
         """Any words that make sense, and any history."""
         rnd, c = self.rnd, self.model.conns[t.key]
         rel = min(t.pos)
-        out = rnd.choice((0, 0, 0, 0, 1, 100, 2000, 30_000, 200_000, STASH - 2000))
-        past = rnd.choice((0, 0, 1, 500, 65536, STASH - 2000, STASH, STASH + 5000, 2 * STASH - 1))
-        past = max(0, min(past, 2 * STASH - 1 - out, rel - 1000))
+        out = rnd.choice((0, 0, 0, 0, 1, 100, 2000, 30_000, 200_000, BUFFER - 2000))
+        past = rnd.choice(
+            (0, 0, 1, 500, 65536, BUFFER - 2000, BUFFER, BUFFER + 5000, 2 * BUFFER - 1)
+        )
+        past = max(0, min(past, 2 * BUFFER - 1 - out, rel - 1000))
         ahead = rnd.choice((SIDE_PVM, SIDE_SVM)) if out else SIDE_PVM
         t.pos, t.end = [rel, rel], None
         t.pos[ahead] += out
@@ -141,12 +144,12 @@ class Run:
             full = self.control(CtlOp.CLAIM, t) is CtlResult.FULL
             if full and rnd.random() < 0.8:
                 return
-            kept = min(past + out, STASH)
+            kept = min(past + out, BUFFER)
             first = rel + out - kept
-            data, at = t.body(first, kept), (first - (rel - past)) % STASH
+            data, at = t.body(first, kept), (first - (rel - past)) % BUFFER
             for side in () if full else (self.model, self.lab):
-                ring = side.ring(c.stash)
-                n = min(kept, STASH - at)
+                ring = side.ring(c.buffer)
+                n = min(kept, BUFFER - at)
                 ring[at : at + n], ring[: kept - n] = data[:n], data[n:]
         words = abi.GIVE.pack(
             self.model.epoch - (rnd.random() < 0.02), *(self.at(t, rel),),
@@ -155,8 +158,8 @@ class Run:
             self.at(t, rel + out), self.at(t, rel - past), ahead, pending, l4,
             doff if header else 0, header[: l4 + doff], rnd.randbytes(64),
         )  # fmt: skip
-        captured = c.captured + (rnd.random() < 0.1)
-        self.control(CtlOp.GIVE, t, captured, words)
+        punt_seq = c.punt_seq + (rnd.random() < 0.1)
+        self.control(CtlOp.GIVE, t, punt_seq, words)
 
     def at(self, t: Talk, pos: int) -> int:
         return (t.seq0 + pos) & M32
@@ -204,7 +207,9 @@ class Run:
             n = rnd.choice(SIZES)
             if rnd.random() < 0.05:
                 k["flags"] = ACK | FIN
-            back = rnd.choice((n, n, n + 10, n // 2, 5000, 70_000, STASH - 10, STASH, STASH + 2000))
+            back = rnd.choice(
+                (n, n, n + 10, n // 2, 5000, 70_000, BUFFER - 10, BUFFER, BUFFER + 2000)
+            )
             pos -= back
         elif x < 0.73:
             pos, n = pos + rnd.choice((1, 5000)), rnd.choice((0, 500))
@@ -250,7 +255,7 @@ class Run:
                 1000 * self.now + i, len(body), rnd.randrange(2), frame[: -len(body) or None]
             )
             more = head + body
-            if len(data) + len(more) > STASH - 1000:
+            if len(data) + len(more) > BUFFER - 1000:
                 number = i - first
                 break
             data += more + bytes(-len(more) % abi.DGRAM_ALIGN)
@@ -258,19 +263,19 @@ class Run:
         t.said[ahead] += number
         start = rnd.choice((0, M32 - 127, rnd.getrandbits(25) * 128))
         # As if the ring had been in use: what waits may go on at its beginning.
-        past = rnd.choice((0, 0, STASH - 128, STASH - 256, STASH - 4096)) if data else 0
+        past = rnd.choice((0, 0, BUFFER - 128, BUFFER - 256, BUFFER - 4096)) if data else 0
         if data:
             if self.control(CtlOp.CLAIM, t) is CtlResult.FULL:
                 return
             for side in (m, lab):
-                ring = side.ring(m.conns[t.key].stash)
-                n = min(len(data), STASH - past)
+                ring = side.ring(m.conns[t.key].buffer)
+                n = min(len(data), BUFFER - past)
                 ring[past : past + n], ring[: len(data) - n] = data[:n], data[n:]
         words = abi.GIVE.pack(
             m.epoch - (rnd.random() < 0.02), start, *[0] * 7, (start + len(data)) & M32,
             (start - past) & M32, ahead, 0, 0, 0, b"", rnd.randbytes(64),
         )  # fmt: skip
-        self.control(CtlOp.GIVE, t, m.conns[t.key].captured + (rnd.random() < 0.1), words)
+        self.control(CtlOp.GIVE, t, m.conns[t.key].punt_seq + (rnd.random() < 0.1), words)
 
     def datagram(self, t: Datagrams) -> None:
         """The next one of either, mostly."""
@@ -344,13 +349,13 @@ class Run:
             self.seen.update(f"udp {name}" for name in (*expected, *(r.name for r in said)))
         elif frame[(54 if t.v6 else 34) + 13] & (FIN | SYN | RST) == FIN:
             self.seen.update(f"fin {name}" for name in expected)
-        if side == SIDE_SVM and fate.reason == Reason.FAST_REBUILT:
+        if side == SIDE_SVM and fate.reason == Reason.OFFLOAD_REBUILT:
             whole = (m.conns[t.key].rel - rel) & M32 == parse(frame).payload_len
             self.seen["cut to the PVM's size"] += whole
-        if side == SIDE_PVM and fate.reason == Reason.FAST_ACKED:
+        if side == SIDE_PVM and fate.reason == Reason.OFFLOAD_ACKED:
             self.seen["asked the client"] += 1
         if side == SIDE_PVM and not self.uplink and fate.reason in (
-            Reason.FAST_REBUILT, Reason.FAST_ACKED,
+            Reason.OFFLOAD_REBUILT, Reason.OFFLOAD_ACKED,
         ):  # fmt: skip
             expected["RELEASED"] = len(out)
         got = lab.counted(Prog.SVM_ARRIVAL if side == SIDE_SVM else Prog.PVM_OUT)
@@ -358,20 +363,20 @@ class Run:
             marked = lab.counted(Prog.PVM_OUT)
             assert marked["RELEASED"] == (0 if self.uplink else len(out)), what
         assert got == expected, what
-        why = Counter({r.name: k for r, k in said.items() if r >= Reason.HAND_MODE})
+        why = Counter({r.name: k for r, k in said.items() if r >= Reason.PUNT_MODE})
         assert lab.counted(Prog.FAST) == why, what
         self.seen.update(why)
         assert len(left) == len(out), f"{what}: {expected}"
         for mine, theirs in zip(out, left, strict=True):
             assert theirs == mine, f"{what}: {expected}\nkernel {theirs}\nmodel  {mine}"
-        events: list[Event] = []
+        events: list[CapturedFrame] = []
         lab.reader.drain(events.append)
         if fate.reason:
             assert not events, what
         else:
             (e,) = events
-            assert (e.captured, e.frame, e.gso_size, e.partial) == (
-                fate.captured, frame, gso, partial,
+            assert (e.punt_seq, e.frame, e.gso_size, e.partial) == (
+                fate.punt_seq, frame, gso, partial,
             ), what  # fmt: skip
             assert e.source == (abi.Source.SVM if side == SIDE_SVM else abi.Source.PVM)
             assert (e.epoch - epoch) & 0xFFF == 0
@@ -407,18 +412,18 @@ class Run:
 
     def compare_stash(self, t: Talk | Datagrams, *, outstanding: bool) -> None:
         c = self.model.conns[t.key]
-        if not c.stash or not c.epoch or (c.tier != TIER_K and isinstance(t, Datagrams)):
+        if not c.buffer or not c.epoch or (c.owner != OWNER_KERNEL and isinstance(t, Datagrams)):
             return
         whole = outstanding or isinstance(t, Datagrams)  # of which nothing is history
         first = c.rel if whole else self.model.oldest(c)
-        n, at = (c.nxt - first) & M32, (first - c.org) % STASH
-        one, two = self.model.ring(c.stash), self.lab.ring(c.stash)
+        n, at = (c.nxt - first) & M32, (first - c.org) % BUFFER
+        one, two = self.model.ring(c.buffer), self.lab.ring(c.buffer)
         if isinstance(t, Datagrams):
             return self.compare_records(c, n, at, one, two)
         n -= bool(c.fin_known and n and c.fin == c.nxt)  # nothing is stored in its place
-        k = min(n, STASH - at)
-        assert one[at : at + k] == two[at : at + k], f"stash of port {t.port}"
-        assert one[: n - k] == two[: n - k], f"stash of port {t.port}"
+        k = min(n, BUFFER - at)
+        assert one[at : at + k] == two[at : at + k], f"buffer of port {t.port}"
+        assert one[: n - k] == two[: n - k], f"buffer of port {t.port}"
 
     def compare_records(
         self, c: Conn, n: int, at: int, one: memoryview, two: memoryview
@@ -428,12 +433,12 @@ class Run:
             (_, *mine), (ts, *theirs) = (abi.DGRAM.unpack_from(r, at) for r in (one, two))
             size = 62 if mine[2][12:14] == b"\x86\xdd" else 42
             assert mine[:2] == theirs[:2] and mine[2][:size] == theirs[2][:size] and ts
-            at = (at + abi.DGRAM.size) % STASH
-            k = min(mine[0], STASH - at)
+            at = (at + abi.DGRAM.size) % BUFFER
+            k = min(mine[0], BUFFER - at)
             assert one[at : at + k] == two[at : at + k]
             assert one[: mine[0] - k] == two[: mine[0] - k]
             whole = -(-mine[0] // abi.DGRAM_ALIGN) * abi.DGRAM_ALIGN
-            at, n = (at + whole) % STASH, n - abi.DGRAM.size - whole
+            at, n = (at + whole) % BUFFER, n - abi.DGRAM.size - whole
 
     def go(self, steps: int) -> Counter[str]:
         try:
@@ -449,7 +454,7 @@ class Run:
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
     bpffs = tmp_path_factory.mktemp("fastdiff")
-    _bpf.mount_bpffs(str(bpffs))
+    syscall.mount_bpffs(str(bpffs))
     net = Net(own("cxdf"))
     try:
         with inside(net.host):
@@ -468,7 +473,7 @@ def test_kernel_and_model_decide_alike(lab: Lab) -> None:
     for seed in range(SEEDS):
         seen += Run(lab, seed).go(STEPS)
     everything = {r.name for r in Reason if r.name.startswith(("FAST_", "HAND_"))}
-    missed = everything - {Reason.HAND_HELPER.name} - set(seen)
+    missed = everything - {Reason.PUNT_HELPER_FAILED.name} - set(seen)
     assert seen["asked the client"] > 20 and seen["cut to the PVM's size"] > 100, seen
     assert seen["sums elsewhere"] > 20, seen
     for name in ("HELD", "PASSED", "RELEASED"):

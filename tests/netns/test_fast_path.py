@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Tier K on real devices: what leaves is what both guests have sent, on any CPU, at any speed."""
+"""The fast path on real devices: what leaves is what both guests have sent, on any CPU, at any speed."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from colo_xdp import abi, cleanup, loader
-from colo_xdp.datapath import DataPath
-from colo_xdp.tier_k import conn_key, flow_key
+from colo_xdp import abi
+from colo_xdp.datapath import loader
+from colo_xdp.datapath.datapath import DataPath
+from colo_xdp.offload.kernel_format import conn_key, flow_key
+from colo_xdp.tools import cleanup
 from tests.netns.conftest import Net
 from tests.netns.fastlab import run
 from tests.netns.test_primary_path import PAIR, config
@@ -46,7 +48,7 @@ def test_two_guests_at_once(
     )
     counters = path.counters()
     kernel = sum(
-        n for row in counters.values() for r, (n, _) in row.items() if r.startswith("fast_")
+        n for row in counters.values() for r, (n, _) in row.items() if r.startswith("offload_")
     )
     said = {k: v for k, v in proxy.engine.counters.items() if v}
     assert not wrong, (wrong, said)
@@ -68,7 +70,7 @@ def test_two_guests_send_datagrams(net: Net, path: DataPath, flows: int, every: 
     said = {k: v for k, v in proxy.engine.counters.items() if v}
     kernel = sum(
         counters[p][r][0] for p in ("pvm_out", "svm_arrival")
-        for r in ("fast_passed", "fast_released")
+        for r in ("offload_passed", "offload_released")
     )  # fmt: skip
     assert not wrong, (wrong, said, handed)
     sent = proxy.shared.pos[0][:]

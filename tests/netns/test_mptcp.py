@@ -19,9 +19,9 @@ import pytest
 
 from colo_xdp import abi
 from colo_xdp.abi import Mode
-from colo_xdp.datapath import DataPath
-from colo_xdp.packet import ACK, SYN, Kind, parse
-from colo_xdp.ring import Event
+from colo_xdp.datapath.datapath import DataPath
+from colo_xdp.datapath.ring import CapturedFrame
+from colo_xdp.net.packet import ACK, SYN, Kind, parse
 from tests.netns.conftest import Net, Sniffer, Tap, inside, sh
 from tests.netns.frames import CLIENT_MAC, GUEST_MAC, checksum_fits
 from tests.netns.stack import Stack
@@ -99,7 +99,7 @@ class Lab:
         self.thread.start()
 
     def _release(self) -> None:
-        def let_go(e: Event) -> None:
+        def let_go(e: CapturedFrame) -> None:
             self.dp.injectors["release"].send(e.frame, e.gso_size, e.partial, e.gso_type)
 
         while not self.stop.is_set():
@@ -187,7 +187,7 @@ def test_two_kernels_fall_back_to_plain_tcp(lab: Lab, of_guest: bool) -> None:
     alone, protected = 80, 81
     with lab.connection(of_guest, alone) as ends:
         assert speak_mptcp(ends) == [True, True], "else this test says nothing"
-        assert count(dp, "pvm_in", "mptcp_off") == 0
+        assert count(dp, "pvm_in", "note_mptcp_removed") == 0
         # It goes on under protection: both guests have its keys.
         dp.mode = Mode.RUN
         carries(*ends)
@@ -205,7 +205,7 @@ def test_two_kernels_fall_back_to_plain_tcp(lab: Lab, of_guest: bool) -> None:
         assert offered == first, "what the guest says is left as it was"
     assert g.spoken(protected, True) == set()
     assert g.spoken(protected, False) == ({CAPABLE} if of_guest else set())
-    assert count(dp, "pvm_in", "mptcp_off") > 0
+    assert count(dp, "pvm_in", "note_mptcp_removed") > 0
 
     def mirrored() -> list[bytes]:
         tagged = lab.mirror.frames(0.3)

@@ -18,12 +18,13 @@ from pathlib import Path
 
 import pytest
 
-from colo_xdp import cleanup, loader
 from colo_xdp.abi import GSO_ECN, Gso, Mode
-from colo_xdp.compare import Engine, Limits, Policy, Record
-from colo_xdp.config import load
-from colo_xdp.datapath import DataPath
-from colo_xdp.ring import Event
+from colo_xdp.config.file import load
+from colo_xdp.datapath import loader
+from colo_xdp.datapath.datapath import DataPath
+from colo_xdp.datapath.ring import CapturedFrame
+from colo_xdp.engine.engine import Engine, Frame, Limits, Policy
+from colo_xdp.tools import cleanup
 from tests.netns.conftest import Net, Sniffer, Tap, inside, own, sh
 from tests.netns.frames import CLIENT_MAC, GUEST_MAC, csum, tcp, udp
 
@@ -166,9 +167,9 @@ class Lab:
         engine.epoch = self.dp.epoch = 1
         return engine
 
-    def events(self, last: bytes) -> list[Event]:
+    def events(self, last: bytes) -> list[CapturedFrame]:
         """What was captured, up to the event of this frame."""
-        got: list[Event] = []
+        got: list[CapturedFrame] = []
         end = time.monotonic() + 5
         while time.monotonic() < end and not any(e.frame == last for e in got):
             select.select(self.dp.reader.fds, [], [], 0.05)
@@ -183,10 +184,10 @@ class Lab:
         self.guest.send(END, end)
         now = time.monotonic_ns()
         for e in self.events(END):
-            rec = Record(e.frame, e.ts_ns, e.gso_size, e.partial, gso_type=e.gso_type)
-            copies = [Record(e.frame, e.ts_ns, e.gso_size, e.partial, gso_type=e.gso_type)]
+            rec = Frame(e.frame, e.ts_ns, e.gso_size, e.partial, gso_type=e.gso_type)
+            copies = [Frame(e.frame, e.ts_ns, e.gso_size, e.partial, gso_type=e.gso_type)]
             if twins is not None and e.frame != END:
-                copies = [Record(f, e.ts_ns) for f in twins]
+                copies = [Frame(f, e.ts_ns) for f in twins]
             for copy in copies:
                 self.engine.from_svm(copy, 1, now)
             self.engine.from_pvm(rec, now)
@@ -248,7 +249,7 @@ def test_it_leaves_as_without_us_or_not_at_all(lab: Lab, case: Case) -> None:
     plain = lab.arrives()
     lab.dp.mode = Mode.RUN
     lab.engine = lab.new_engine()
-    refused = lab.counted("pvm_out", "offload_refused")
+    refused = lab.counted("pvm_out", "drop_gso_unsupported")
     lab.through(case)
     got = lab.arrives()
     assert not lab.dp.injectors["release"].failed
@@ -261,10 +262,10 @@ def test_it_leaves_as_without_us_or_not_at_all(lab: Lab, case: Case) -> None:
     if case.leaves and (lab.dp.objects.btf or case.name not in BLIND):
         assert [f.hex() for f in got] == [f.hex() for f in plain]
         assert len(got) == case.leaves
-        assert lab.counted("pvm_out", "offload_refused") == refused
+        assert lab.counted("pvm_out", "drop_gso_unsupported") == refused
     else:
         assert got == []
-        assert lab.counted("pvm_out", "offload_refused") == refused + 1
+        assert lab.counted("pvm_out", "drop_gso_unsupported") == refused + 1
     if case.flags and got:
         assert tuple(f[47 if f[12:14] == b"\x08\x00" else 67] for f in got) == case.flags
 
@@ -340,9 +341,9 @@ def test_what_is_segmented_within_a_tunnel_is_refused(lab: Lab) -> None:
         )
         lab.dp.mode = Mode.RUN
         lab.engine = lab.new_engine()
-        refused = lab.counted("pvm_out", "offload_refused")
+        refused = lab.counted("pvm_out", "drop_gso_unsupported")
         lab.through(case, end=bytes(24))
         assert lab.arrives() == []
-        assert lab.counted("pvm_out", "offload_refused") == refused + 1
+        assert lab.counted("pvm_out", "drop_gso_unsupported") == refused + 1
     finally:
         fcntl.ioctl(lab.guest.fd, 0x400454D8, struct.pack("i", 10))

@@ -15,9 +15,9 @@ import pytest
 
 from colo_xdp import abi
 from colo_xdp.abi import Mode
-from colo_xdp.datapath import DataPath
-from colo_xdp.packet import parse
-from colo_xdp.ring import Event
+from colo_xdp.datapath.datapath import DataPath
+from colo_xdp.datapath.ring import CapturedFrame
+from colo_xdp.net.packet import parse
 from tests.bpf import craft
 from tests.netns.conftest import Sniffer, inside, own, sh
 from tests.netns.frames import CLIENT_MAC, GUEST_MAC
@@ -196,7 +196,7 @@ def test_a_router_is_heard_on_every_way(stack: Server) -> None:
     with inside(h.net.host):
         h.dp = DataPath(config(h.tmp))
         h.dp.mode = Mode.RUN
-    waiting: list[Event] = []
+    waiting: list[CapturedFrame] = []
 
     def to_the_comparison(match: Callable[[bytes], bool]) -> tuple[bytes, int]:
         def more() -> bool:
@@ -212,4 +212,4 @@ def test_a_router_is_heard_on_every_way(stack: Server) -> None:
 
     clients[2].goes_on(clients[2].on_the_network, to_the_comparison)
     network.close()
-    assert h.dp.counters()["guest_in"]["rewritten"][0] > 1
+    assert h.dp.counters()["promoted_in"]["pass_rewritten"][0] > 1

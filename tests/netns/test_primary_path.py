@@ -12,14 +12,16 @@ from pathlib import Path
 
 import pytest
 
-from colo_xdp import abi, attach, cleanup
+from colo_xdp import abi
 from colo_xdp.abi import Mode
-from colo_xdp.config import Config, load
-from colo_xdp.datapath import DataPath
-from colo_xdp.flow import unmirrored_key
-from colo_xdp.inject import vnet_header
-from colo_xdp.packet import Kind, parse
-from colo_xdp.ring import Event
+from colo_xdp.config.file import Config, load
+from colo_xdp.datapath import attach
+from colo_xdp.datapath.datapath import DataPath
+from colo_xdp.datapath.inject import vnet_header
+from colo_xdp.datapath.ring import CapturedFrame
+from colo_xdp.net.flow_key import unmirrored_key
+from colo_xdp.net.packet import Kind, parse
+from colo_xdp.tools import cleanup
 from tests.netns.conftest import Net, Sniffer, Tap, inside, own, sh
 from tests.netns.frames import CLIENT_MAC, GUEST_MAC, tcp, udp
 
@@ -69,8 +71,8 @@ def guest(net: Net) -> Iterator[Tap]:
     tap.close()
 
 
-def events(dp: DataPath, n: int = 1, timeout: float = 2.0) -> list[Event]:
-    got: list[Event] = []
+def events(dp: DataPath, n: int = 1, timeout: float = 2.0) -> list[CapturedFrame]:
+    got: list[CapturedFrame] = []
     end = time.monotonic() + timeout
     while len(got) < n and (left := end - time.monotonic()) > 0:
         select.select(dp.reader.fds, [], [], min(left, 0.05))
@@ -110,7 +112,7 @@ def test_bypass_passes_and_mirrors_nothing(net: Net, path: DataPath, guest: Tap)
     from_client(net, tcp(b"to guest", reverse=True))
     assert guest.recv(lambda f: f[6:12] == CLIENT_MAC)
     assert peer.wait(lambda f: f[6:12] == CLIENT_MAC, timeout=0.2) is None
-    assert count(path, "pvm_out", "passed") >= 1
+    assert count(path, "pvm_out", "pass") >= 1
 
 
 def test_output_is_held_and_released_as_it_was(net: Net, path: DataPath, guest: Tap) -> None:
@@ -147,8 +149,8 @@ def test_output_is_held_and_released_as_it_was(net: Net, path: DataPath, guest: 
     # Learnt on the guest's port, so that the switch sends the guest's frames there.
     fdb = sh("bridge", "-n", net.host, "fdb", "show", "dev", "tap0")
     assert GUEST_MAC.hex(":") in fdb
-    assert count(path, "pvm_out", "captured") == len(cases)
-    assert count(path, "pvm_out", "released") == len(cases)
+    assert count(path, "pvm_out", "punt") == len(cases)
+    assert count(path, "pvm_out", "pass_released") == len(cases)
     assert not path.injectors["release"].failed
 
 
@@ -162,7 +164,7 @@ def test_mirror_carries_kind_and_epoch(net: Net, path: DataPath, guest: Tap) -> 
         got = peer.wait(lambda f: CLIENT_MAC in f[6:12])
         assert got is not None
         assert got[1] == tag(abi.KIND_MIRROR, 6, frame)
-    assert count(path, "pvm_in", "mirrored") >= 2
+    assert count(path, "pvm_in", "pass_mirrored") >= 2
 
 
 def test_drop_secondary_keeps_a_flow_from_the_svm_and_no_other(
@@ -189,7 +191,7 @@ def test_drop_secondary_keeps_a_flow_from_the_svm_and_no_other(
         assert guest.recv(lambda f, want=frame: f == want), "the PVM gets all of them"
     got = peer.wait(lambda f: CLIENT_MAC in f[6:12])
     assert got is not None and got[1].endswith(last[16:])  # the first one of ours that is there
-    assert count(path, "pvm_in", "unmirrored") == len(flows)
+    assert count(path, "pvm_in", "pass_unmirrored") == len(flows)
     path.unmirror(None)
     for _, frame in flows:
         from_client(net, frame)
@@ -214,8 +216,8 @@ def test_svm_output_is_captured_with_its_epoch_and_reaches_nobody(
     ]
     assert seen.wait(ours, timeout=0.2) is None
     assert up.wait(ours, timeout=0.1) is None
-    assert count(path, "svm_arrival", "isolated") == 1
-    assert count(path, "svm_arrival", "foreign") >= 1
+    assert count(path, "svm_arrival", "drop_isolated") == 1
+    assert count(path, "svm_arrival", "pass_foreign") >= 1
 
 
 def test_drop_shuts_everything(net: Net, path: DataPath, guest: Tap) -> None:
@@ -225,8 +227,8 @@ def test_drop_shuts_everything(net: Net, path: DataPath, guest: Tap) -> None:
     from_other(net, tag(abi.KIND_SVM, 0, tcp(b"late")))
     assert seen.wait(ours, timeout=0.2) is None
     assert events(path, 1, timeout=0.1) == []
-    assert count(path, "pvm_out", "fenced") == 1
-    assert count(path, "svm_arrival", "fenced") == 1
+    assert count(path, "pvm_out", "drop_mode") == 1
+    assert count(path, "svm_arrival", "drop_mode") == 1
 
 
 def test_full_ring_is_counted_and_nothing_passes(net: Net, path: DataPath, guest: Tap) -> None:
@@ -239,7 +241,7 @@ def test_full_ring_is_counted_and_nothing_passes(net: Net, path: DataPath, guest
         guest.send(big, vnet_header(big, 1448, True))
     lost = path.lost_events() - before
     assert lost > 0
-    assert count(path, "pvm_out", "ring_full") == lost
+    assert count(path, "pvm_out", "drop_ring_full") == lost
     assert len(events(path, n - lost)) == n - lost
     assert seen.wait(ours, timeout=0.1) is None
 
@@ -261,7 +263,7 @@ def test_without_a_controller_the_policy_decides(
             select.select([], [], [], 0.05)
         guest.send(tcp(b"after it"))
         arrived = seen.wait(ours, timeout=0.5)
-        reason = "controller_lost_passed" if policy == "release" else "controller_lost_held"
+        reason = "pass_controller_lost" if policy == "release" else "drop_controller_lost"
         assert (arrived is not None) == (policy == "release")
         assert count(dp, "pvm_out", reason) == 1
         dp.beat()
@@ -288,7 +290,7 @@ def test_next_controller_adopts(net: Net, tmp_path: Path, guest: Tap) -> None:
         guest.send(tcp(b"two"))
         assert [e.frame[-3:] for e in events(second, 3)] == [b"one", b"een", b"two"]
         assert seen.wait(ours, timeout=0.2) is None
-        assert count(second, "pvm_out", "captured") == 3
+        assert count(second, "pvm_out", "punt") == 3
     finally:
         second.close()
         cleanup.cleanup(PAIR, "/sys/fs/bpf", str(tmp_path), force=True)
@@ -307,7 +309,7 @@ def test_perf_buffers_do_the_same(net: Net, tmp_path: Path, guest: Tap) -> None:
         big = tcp(b"c" * 65450, partial=True)
         guest.send(big, vnet_header(big, 1448, True))
         assert events(dp, 1, timeout=0.1) == []
-        assert count(dp, "pvm_out", "too_large") == 1, "counted, never corrupted"
+        assert count(dp, "pvm_out", "drop_too_large") == 1, "counted, never corrupted"
     finally:
         dp.close()
         cleanup.cleanup(PAIR, "/sys/fs/bpf", str(tmp_path), force=True)
@@ -393,12 +395,12 @@ def test_no_client_offers_mptcp(
         end = b"\1" * (-len(head) % 4)
         kept = tcp(flags=flags, reverse=True, v6=v6, options=head + end)
         plain = tcp(flags=flags, reverse=True, v6=v6, options=lead + b"\1" * len(option) + end)
-        before = count(path, "pvm_in", "mptcp_off")
+        before = count(path, "pvm_in", "note_mptcp_removed")
         from_client(net, kept)
         assert guest.recv(lambda f, want=plain: f == want) is not None  # type: ignore[misc]
         want = tag(abi.KIND_MIRROR, path.epoch, plain)
         assert peer.wait(lambda f, want=want: f == want) is not None  # type: ignore[misc]
-        assert count(path, "pvm_in", "mptcp_off") == before + 1
+        assert count(path, "pvm_in", "note_mptcp_removed") == before + 1
     join = b"\x1e\x0c\x10\x01" + bytes(8)
     for option, flags, mode in (
         (join, 0x02, Mode.RUN),  # to the guest, who has the token or has not
@@ -411,5 +413,5 @@ def test_no_client_offers_mptcp(
         kept = tcp(flags=flags, reverse=True, v6=v6, options=options)
         from_client(net, kept)
         assert guest.recv(lambda f, want=kept: f == want) is not None  # type: ignore[misc]
-    assert count(path, "pvm_in", "mptcp_off") == 3
+    assert count(path, "pvm_in", "note_mptcp_removed") == 3
     peer.close()

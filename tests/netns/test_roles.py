@@ -10,13 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from colo_xdp import abi, attach
+from colo_xdp import abi
 from colo_xdp.abi import Mode
-from colo_xdp.datapath import DataPath
-from colo_xdp.flowtable import FlowTable
+from colo_xdp.datapath import attach
+from colo_xdp.datapath.conntrack_map import ConntrackMap
+from colo_xdp.datapath.datapath import DataPath
+from colo_xdp.datapath.ring import CapturedFrame
 from colo_xdp.lab.net import wait_for
-from colo_xdp.packet import parse
-from colo_xdp.ring import Event
+from colo_xdp.net.packet import parse
 from tests.netns.conftest import Sniffer, Tap, inside, own, sh
 from tests.netns.frames import GUEST_MAC, tcp
 from tests.netns.test_secondary_path import (
@@ -61,8 +62,8 @@ def from_client(h: Host, body: bytes) -> None:
         s.send(tcp(body, seq=CLIENT_ISN + 1, ack=ISN_P + 6, reverse=True, options=ts(4, TS_P)))
 
 
-def events(dp: DataPath, n: int, timeout: float = 2) -> list[Event]:
-    got: list[Event] = []
+def events(dp: DataPath, n: int, timeout: float = 2) -> list[CapturedFrame]:
+    got: list[CapturedFrame] = []
     end = time.monotonic() + timeout
     while len(got) < n and time.monotonic() < end:
         dp.drain(got.append)
@@ -91,7 +92,7 @@ def test_at_no_moment_are_numbers_wrong(survivor: Host) -> None:
     h.dp.change_role()
     next_controller(h)
     assert h.dp.role == "primary" and h.dp.mode is Mode.BYPASS
-    assert (h.dp.base_epoch, h.dp.epoch) == (5, 6)
+    assert (h.dp.promoted_epoch, h.dp.epoch) == (5, 6)
     time.sleep(0.05)
     talk.stop.set()
     talk.join(5)
@@ -141,7 +142,11 @@ def test_a_tap_that_lost_its_programs_speaks_in_the_clients_numbers_again(surviv
     with inside(h.net.host):
         sh("tc", "qdisc", "del", "dev", "tap0", "clsact")
         back = h.dp.look()
-        assert back.restored[:3] == ["guest_out on tap0", "guest_in on tap0", "pvm_out on tap0"]
+        assert back.restored[:3] == [
+            "promoted_out on tap0",
+            "promoted_in on tap0",
+            "pvm_out on tap0",
+        ]
         assert back.unseen and not h.dp.look().restored
     h.guest.send(said(b"put back"))
     out = client.wait(lambda f: b"put back" in f)
@@ -161,10 +166,10 @@ def test_what_is_handed_to_the_new_secondary(survivor: Host) -> None:
     next_controller(h)
     table = h.dp.flows()
     assert table is not None
-    own = FlowTable(*table)
-    (entry,) = own.export(h.dp.base_epoch)
+    own = ConntrackMap(*table)
+    (entry,) = own.export(h.dp.promoted_epoch)
     assert int.from_bytes(entry[40 + 12 : 40 + 16], "little") == OFFSET
-    own.sweep(h.dp.base_epoch)
+    own.sweep(h.dp.promoted_epoch)
     assert own.wanted == 1
     with inside(h.net.host):
         h.dp.drop_guest()
@@ -184,7 +189,7 @@ def test_and_back_to_the_secondary(survivor: Host) -> None:
     first = programs(h)
     h.dp.mode = Mode.CHECKPOINT
     h.guest.send(tcp(b"long ago"))
-    wait_for("a captured frame", lambda: h.dp.counters()["svm_out"]["captured"][0] > 0, 5)
+    wait_for("a captured frame", lambda: h.dp.counters()["svm_out"]["punt"][0] > 0, 5)
     h.dp.mode = Mode.TAKEOVER
     h.dp.change_role()
     next_controller(h)
@@ -214,7 +219,7 @@ def test_an_offset_for_good_outlives_checkpoints(survivor: Host) -> None:
     h = survivor
     table = h.dp.flows()
     assert table is not None
-    flows = FlowTable(*table)
+    flows = ConntrackMap(*table)
     flows.adopt(b"".join(flows.export(5)), first=True)
     for epoch in (6, 7):
         h.dp.epoch, h.dp.mode = epoch, Mode.RUN

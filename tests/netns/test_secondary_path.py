@@ -13,13 +13,15 @@ from pathlib import Path
 
 import pytest
 
-from colo_xdp import abi, attach, cleanup, loader
+from colo_xdp import abi
 from colo_xdp.abi import Mode
-from colo_xdp.config import Config, load
-from colo_xdp.datapath import DataPath, DataPathError
-from colo_xdp.inject import vnet_header
-from colo_xdp.packet import parse
-from colo_xdp.ring import Event, summed
+from colo_xdp.config.file import Config, load
+from colo_xdp.datapath import attach, loader
+from colo_xdp.datapath.datapath import DataPath, DataPathError
+from colo_xdp.datapath.inject import vnet_header
+from colo_xdp.datapath.ring import CapturedFrame, summed
+from colo_xdp.net.packet import parse
+from colo_xdp.tools import cleanup
 from tests.netns.conftest import Net, Sniffer, Tap, inside, own, sh
 from tests.netns.frames import CLIENT_MAC, GUEST_MAC, csum, tcp, udp
 
@@ -181,8 +183,8 @@ def test_nothing_of_the_svm_gets_out_and_nothing_else_gets_in(host: Host) -> Non
                 s.send(tcp(b"from the host itself", reverse=True))
         assert host.guest.recv(lambda f: b"from the host" in f, timeout=0.1) is None
     c = host.dp.counters()
-    assert c["svm_out"]["fenced"][0] >= 1 and c["svm_out"]["passed"][0] == 0
-    assert c["svm_net"]["isolated"][0] >= 3
+    assert c["svm_out"]["drop_mode"][0] >= 1 and c["svm_out"]["pass"][0] == 0
+    assert c["svm_net"]["drop_isolated"][0] >= 3
     bridge = sh("bridge", "-n", host.net.host, "fdb", "show", "br", "br0")
     assert GUEST_MAC.hex(":") not in bridge
     up.close()
@@ -197,7 +199,7 @@ def test_a_checkpoint_holds_both_directions_and_voids_offsets(host: Host) -> Non
     with inside(host.net.other), socket.socket(socket.AF_PACKET, socket.SOCK_RAW) as s:
         s.bind(("peer0", 0))
         s.send(tagged[:12] + struct.pack("!HH", abi.TPID, 1 << 13) + tagged[12:])
-    got: list[Event] = []
+    got: list[CapturedFrame] = []
     end = time.monotonic() + 2
     while len(got) < 2 and time.monotonic() < end:
         select.select(host.dp.reader.fds, [], [], 0.05)
@@ -252,12 +254,12 @@ def test_what_has_stepped_out_steps_in_again(host: Host) -> None:
     with inside(host.net.host):
         host.dp.step_in()
         host.dp.step_in()
-    fenced = host.dp.counters()["svm_out"]["fenced"][0]
+    fenced = host.dp.counters()["svm_out"]["drop_mode"][0]
     host.guest.send(tcp(b"silent"))
     deadline = time.monotonic() + 5
-    while host.dp.counters()["svm_out"]["fenced"][0] == fenced and time.monotonic() < deadline:
+    while host.dp.counters()["svm_out"]["drop_mode"][0] == fenced and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert host.dp.counters()["svm_out"]["fenced"][0] == fenced + 1
+    assert host.dp.counters()["svm_out"]["drop_mode"][0] == fenced + 1
     assert client.wait(lambda f: b"silent" in f, 0.2) is None
     client.close()
 
@@ -332,7 +334,7 @@ def test_what_waited_for_a_checkpoint_goes_on_as_the_guest_handed_it_over(host: 
         host.dp.mode = Mode.CHECKPOINT
         host.guest.send(frame, head)
         host.guest.send(last)
-        got: list[Event] = []
+        got: list[CapturedFrame] = []
         end = time.monotonic() + 5
         while len(got) < 2 and time.monotonic() < end:
             select.select(host.dp.reader.fds, [], [], 0.05)

@@ -9,12 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from colo_xdp import abi, attach, cleanup
-from colo_xdp.abi import Bond, Cfg, Mode
-from colo_xdp.config import Config, load
-from colo_xdp.datapath import DataPath, DeviceMissing
-from colo_xdp.doctor import WARN, _devices
-from colo_xdp.speaker import boot_ns
+from colo_xdp import abi
+from colo_xdp.abi import Cfg, Mode, SyncState
+from colo_xdp.config.file import Config, load
+from colo_xdp.datapath import attach
+from colo_xdp.datapath.datapath import DataPath, DeviceMissing
+from colo_xdp.failover.lease import boot_ns
+from colo_xdp.tools import cleanup
+from colo_xdp.tools.doctor import WARN, _devices
 from tests.netns.conftest import Net, Sniffer, Tap, inside, own, sh
 from tests.netns.frames import GUEST_MAC, tcp
 
@@ -105,7 +107,7 @@ def host(net: Net, tmp_path: Path) -> Iterator[Host]:
 
 def test_a_start_with_nothing_is_silent_until_it_is_decided(host: Host) -> None:
     dp = host.start()
-    assert (dp.mode, dp.undecided, dp.bond) == (Mode.DROP, True, Bond.NONE)
+    assert (dp.mode, dp.undecided, dp.sync_state) == (Mode.DROP, True, SyncState.NONE)
     assert not host.heard and not host.in_bridge
     sh("ip", "link", "set", "dev", "tap0", "master", "br0")  # by hand, as some do
     assert not host.heard
@@ -155,9 +157,9 @@ def test_a_lease_decides_in_the_kernel(host: Host) -> None:
     dp = host.start(LEASE)
     dp.open_network()
     assert (dp.mode, dp.undecided) == (Mode.BYPASS, False) and not host.heard
-    dp.speak_until(boot_ns() + 3600 * 10**9)
+    dp.lease_expiry(boot_ns() + 3600 * 10**9)
     assert host.heard
-    dp.speak_until(boot_ns())
+    dp.lease_expiry(boot_ns())
     assert not host.heard
 
 
@@ -193,7 +195,7 @@ def test_cleanup_lets_nobody_speak_who_must_not(
 ) -> None:
     dp = host.start(LEASE if lease_s is not None else "")
     if lease_s is not None:
-        dp.speak_until(boot_ns() + lease_s * 10**9)
+        dp.lease_expiry(boot_ns() + lease_s * 10**9)
     dp.mode = mode
     dp.open_network()
     host.stop()

@@ -14,11 +14,13 @@ from typing import Any
 
 import pytest
 
-from colo_xdp import attach, cleanup, control, doctor
 from colo_xdp.abi import Mode
-from colo_xdp.config import load
-from colo_xdp.daemon import REFUSED
-from colo_xdp.datapath import DataPath
+from colo_xdp.config.file import load
+from colo_xdp.datapath import attach
+from colo_xdp.datapath.datapath import DataPath
+from colo_xdp.service import control_socket
+from colo_xdp.service.daemon import REFUSED
+from colo_xdp.tools import cleanup, doctor
 from tests.netns.conftest import Net, Tap, inside, own, sh
 from tests.netns.frames import tcp
 from tests.netns.test_primary_path import events
@@ -85,8 +87,8 @@ class Run:
 
     def status(self) -> dict[str, Any]:
         try:
-            return control.request(str(self.sock), "status", timeout=5)
-        except control.ControlError:
+            return control_socket.request(str(self.sock), "status", timeout=5)
+        except control_socket.ControlError:
             return {}
 
     def until(self, what: str, seconds: float = 60.0) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from colo_xdp import attach
+from colo_xdp.datapath import attach
 from tests.netns.conftest import Net, Sniffer, inside, sh
 from tests.netns.frames import tcp
 

@@ -15,11 +15,13 @@ from pathlib import Path
 import pytest
 from pyroute2.nftables.main import NFTables
 
-from colo_xdp import abi, attach, cleanup
+from colo_xdp import abi
 from colo_xdp.abi import Mode
-from colo_xdp.datapath import DataPath
-from colo_xdp.packet import parse
-from colo_xdp.tier_k import Answer, Gift
+from colo_xdp.datapath import attach
+from colo_xdp.datapath.datapath import DataPath
+from colo_xdp.net.packet import parse
+from colo_xdp.offload.kernel_format import OffloadRequest, OffloadResult
+from colo_xdp.tools import cleanup
 from tests.netns.conftest import Net, Sniffer, Tap, inside, sh
 from tests.netns.frames import CLIENT_MAC, GUEST_MAC, tcp
 from tests.netns.test_primary_path import PAIR, config
@@ -36,7 +38,7 @@ def path(net: Net, tmp_path: Path) -> Iterator[DataPath]:
 
 
 class Pair:
-    """A connection in tier K of which the SVM is the late one: each frame has to find a way."""
+    """A connection in the fast path of which the SVM is the late one: each frame has to find a way."""
 
     def __init__(self, net: Net, dp: DataPath) -> None:
         self.dp, self.at = dp, 1000
@@ -52,7 +54,10 @@ class Pair:
         )
         assert dp.fast is not None
         key = parse(tcp(b"")).key
-        assert dp.fast.offer(key) and dp.fast.give(key, Gift(words, b""), 0) is Answer.TAKEN
+        assert (
+            dp.fast.offer(key)
+            and dp.fast.give(key, OffloadRequest(words, b""), 0) is OffloadResult.ACCEPTED
+        )
 
     def close(self) -> None:
         self.tap.close()
@@ -67,7 +72,7 @@ class Pair:
 
     def direct(self) -> bool:
         """Whether the next frame leaves past the bridge; it must leave, whatever the way."""
-        before = self.dp.counters()["pvm_out"]["released"][0]
+        before = self.dp.counters()["pvm_out"]["pass_released"][0]
         data = b"%06d" % self.at
         frame = tcp(data, seq=self.at)
         self.at += len(data)
@@ -76,7 +81,7 @@ class Pair:
         tci = abi.KIND_SVM << abi.KIND_SHIFT | 1
         self.peer.send(frame[:12] + struct.pack("!HH", abi.TPID, tci) + frame[12:])
         assert self.sniffer.wait(lambda f: f[-len(data) :] == data) is not None
-        return self.dp.counters()["pvm_out"]["released"][0] == before
+        return self.dp.counters()["pvm_out"]["pass_released"][0] == before
 
 
 @pytest.fixture

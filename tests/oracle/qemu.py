@@ -19,9 +19,9 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from colo_xdp import corpus
-from colo_xdp.corpus import Scenario, Step
-from colo_xdp.corpus.play import Labels, changed
+from colo_xdp.tools import corpus
+from colo_xdp.tools.corpus import Scenario, Step
+from colo_xdp.tools.corpus.play import Labels, changed
 
 QEMU = "qemu-system-x86_64"
 HERE = Path(__file__).parent

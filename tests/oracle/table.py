@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import tomllib
 
-from colo_xdp import corpus
-from colo_xdp.corpus import Scenario
-from colo_xdp.reasons import Cause
+from colo_xdp.compare.causes import Cause
+from colo_xdp.tools import corpus
+from colo_xdp.tools.corpus import Scenario
 
 from .qemu import HERE, RECORDED
 

@@ -8,9 +8,9 @@ import shutil
 
 import pytest
 
-from colo_xdp import corpus
-from colo_xdp.corpus import Scenario, craft
-from colo_xdp.corpus.play import play
+from colo_xdp.tools import corpus
+from colo_xdp.tools.corpus import Scenario, craft
+from colo_xdp.tools.corpus.play import play
 
 from . import qemu, table
 

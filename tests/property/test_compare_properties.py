@@ -9,14 +9,14 @@ from typing import Any
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from colo_xdp.compare import Engine
-from colo_xdp.datagram import DatagramFlow
-from colo_xdp.journal import Divergence
-from colo_xdp.limits import Limits
-from colo_xdp.packet import parse
-from colo_xdp.policy import Policy
-from colo_xdp.record import Record
-from colo_xdp.stream import Stream
+from colo_xdp.compare.datagram import DatagramFlow
+from colo_xdp.compare.limits import Limits
+from colo_xdp.compare.policy import Policy
+from colo_xdp.compare.tcp import TcpFlow
+from colo_xdp.engine.engine import Engine
+from colo_xdp.engine.journal import Divergence
+from colo_xdp.net.frame import Frame
+from colo_xdp.net.packet import parse
 
 from ..unit import frames as f
 from ..unit.test_fragments import cut4
@@ -68,20 +68,20 @@ class Run:
 
     def __init__(self, case: Case, pvm_body: bytes = b"", svm_body: bytes = b"") -> None:
         self.case, self.now = case, 1000 * MS
-        self.out: list[Record] = []
+        self.out: list[Frame] = []
         self.asked: list[str] = []
         self.e = Engine(
             Limits(), Policy(), self.out.append, on_wait=lambda ns: None,
             request_checkpoint=lambda d: self.asked.append(d.cause),
         )  # fmt: skip
         syn = f.tcp(case.isn, 1, b"", f.SYN | f.ACK, opts=f.SYN_OPTS)
-        self.e.from_pvm(Record(syn, self.now), self.now)
-        self.e.from_svm(Record(syn, self.now), 0, self.now)
+        self.e.from_pvm(Frame(syn, self.now), self.now)
+        self.e.from_svm(Frame(syn, self.now), 0, self.now)
         left = {True: list(case.pvm), False: list(case.svm)}
         for of_pvm in case.order:
             self.now += MS
             body = (pvm_body or case.body) if of_pvm else (svm_body or case.body)
-            rec = Record(case.frame(left[of_pvm].pop(0), body), self.now)
+            rec = Frame(case.frame(left[of_pvm].pop(0), body), self.now)
             if of_pvm:
                 self.e.from_pvm(rec, self.now)
             else:
@@ -146,14 +146,14 @@ def test_a_flipped_byte_is_never_released(case: Case, data: Any) -> None:
 
 
 def assert_counts_are_exact(e: Engine) -> None:
-    """What the engine has counted is what its flows hold and stash."""
+    """What the engine has counted is what its flows hold and buffer."""
     flows = [*e._flows.tcp.values(), *e._flows.datagram.values(), e._fragments]
     held = [*e._queue.held, *(h for flow in flows for h in flow.held)]
     assert e.pvm_packets == len(held)
     assert e.ledger.pvm_bytes == sum(len(rec.frame) for rec, _, _ in held)
     stashed = len(e._fragments._svm)
     for flow in flows:
-        if isinstance(flow, Stream):
+        if isinstance(flow, TcpFlow):
             stashed += len(flow.theirs.chunks) + len(flow.theirs.ooo)
         elif isinstance(flow, DatagramFlow):
             stashed += sum(map(len, flow.copies.values()))
@@ -196,7 +196,7 @@ def test_no_input_takes_more_than_the_limits(events: list[tuple[int, bytes, int]
     now, checkpointing = 1000 * MS, False
     for what, frame, ms in events:
         now += ms * MS
-        rec = Record(frame, now)
+        rec = Frame(frame, now)
         if what < 5:
             e.from_pvm(rec, now)
         elif what < 10:
@@ -226,6 +226,6 @@ def test_no_input_takes_more_than_the_limits(events: list[tuple[int, bytes, int]
         assert e._histories.charged <= LIMITS.history_total + LIMITS.history_bytes * 2
         assert len(e._queue._next) <= LIMITS.max_queue_size
         for stream in e._flows.tcp.values():
-            if isinstance(stream, Stream):
+            if isinstance(stream, TcpFlow):
                 ahead = sum(end - off for _, off, end, _ in stream.theirs.chunks)
                 assert ahead <= LIMITS.max_stream_bytes

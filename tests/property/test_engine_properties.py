@@ -17,12 +17,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from colo_xdp.compare import Engine, Limits, Policy, Record
-from colo_xdp.journal import Divergence
-from colo_xdp.packet import parse
-from colo_xdp.reasons import Cause
-from colo_xdp.stream import Stream
-from colo_xdp.twin import SvmStream
+from colo_xdp.compare.causes import Cause
+from colo_xdp.compare.tcp import TcpFlow
+from colo_xdp.compare.tcp_secondary import SvmStream
+from colo_xdp.engine.engine import Engine, Frame, Limits, Policy
+from colo_xdp.engine.journal import Divergence
+from colo_xdp.net.packet import parse
 
 from ..unit import frames as f
 
@@ -183,7 +183,7 @@ class World:
         self.faults, self.steps = faults, steps
         self.now = 1_000 * MS
         self.oracle = Oracle()
-        self.meta: dict[int, tuple[Meta, Record, int]] = {}
+        self.meta: dict[int, tuple[Meta, Frame, int]] = {}
         self.asked: Cause | None = None
         self.asks = 0
         self.epoch = self.rnd.choice((0, 4090))
@@ -196,8 +196,8 @@ class World:
         )
         self.engine.epoch = self.epoch
         self.conns = [Conn(self.rnd, i) for i in range(self.rnd.choice((1, 3)))]
-        self.ring: list[tuple[Record, Meta]] = []  # captured, not yet read
-        self.link: list[tuple[Record, Meta]] = []  # on the peer link
+        self.ring: list[tuple[Frame, Meta]] = []  # captured, not yet read
+        self.link: list[tuple[Frame, Meta]] = []  # on the peer link
         self.waiting: dict[int, int] = {}  # delivered, not released: id -> since
         self.udp_p: list[bytes] = []
         self.udp_s: list[bytes] = []
@@ -209,7 +209,7 @@ class World:
 
     # -- callbacks
 
-    def on_release(self, rec: Record) -> None:
+    def on_release(self, rec: Frame) -> None:
         entry = self.meta.get(id(rec))
         if entry is not None and entry[1] is rec:
             del self.meta[id(rec)]
@@ -273,7 +273,7 @@ class World:
         number = -1 if kind == "udp" else c.number
         inc = 0 if kind == "udp" else c.inc
         m = Meta(number, inc, kind, pos, data, 0 if kind == "syn" else g.rcv, self.now)
-        rec = Record(self.frame(c, g, m), self.now)
+        rec = Frame(self.frame(c, g, m), self.now)
         if who == "p":
             self.ring.append((rec, m))
             return
@@ -441,7 +441,7 @@ class World:
 
     def forget_moot(self) -> None:
         """Bare ACKs that were given up before the RST of both guests."""
-        n = self.engine.counters["acks_moot"] - self.moot
+        n = self.engine.counters["acks_superseded"] - self.moot
         if not n:
             return
         self.moot += n
@@ -494,7 +494,7 @@ class World:
 
 
 def _names() -> list[str]:
-    from colo_xdp.compare import COUNTERS
+    from colo_xdp.engine.engine import COUNTERS
 
     return [name for name, _ in COUNTERS]
 
@@ -559,7 +559,7 @@ def test_mutated_frames_never_raise(frame: bytes, changes: list[tuple[int, int]]
     data = bytes(raw[: len(raw) - cut] if cut < len(raw) else raw)
     p = parse(data)
     assert 0 <= p.off <= p.end <= len(data)
-    out: list[Record] = []
+    out: list[Frame] = []
     engine = Engine(
         Limits(),
         Policy(),
@@ -567,8 +567,8 @@ def test_mutated_frames_never_raise(frame: bytes, changes: list[tuple[int, int]]
         request_checkpoint=lambda d: None,
         on_wait=lambda ns: None,
     )
-    engine.from_svm(Record(data, 1), 0, 1)
-    engine.from_pvm(Record(data, 1), 2)
+    engine.from_svm(Frame(data, 1), 0, 1)
+    engine.from_pvm(Frame(data, 1), 2)
     engine.tick(10**12)
     engine.release_all()
     assert len(out) == 1
@@ -578,25 +578,25 @@ def test_mutated_frames_never_raise(frame: bytes, changes: list[tuple[int, int]]
 
 
 def _no_ack_gate(mp: pytest.MonkeyPatch) -> None:
-    mp.setattr(Stream, "_acked", lambda self, p: True)
+    mp.setattr(TcpFlow, "_acked", lambda self, p: True)
 
 
 def _rst_uncompared(mp: pytest.MonkeyPatch) -> None:
-    mp.setattr(Stream, "_ready_rst", lambda self, p: True)
+    mp.setattr(TcpFlow, "_ready_rst", lambda self, p: True)
 
 
 def _fin_uncompared(mp: pytest.MonkeyPatch) -> None:
-    mp.setattr(Stream, "_ready_fin", lambda self, p: p.off == p.end or self._verified(p))
+    mp.setattr(TcpFlow, "_ready_fin", lambda self, p: p.off == p.end or self._verified(p))
 
 
 def _syn_uncompared(mp: pytest.MonkeyPatch) -> None:
-    mp.setattr(Stream, "_ready_syn", lambda self, p: True)
+    mp.setattr(TcpFlow, "_ready_syn", lambda self, p: True)
 
 
 def _epoch_ignored(mp: pytest.MonkeyPatch) -> None:
     real = Engine.from_svm
 
-    def from_svm(self: Engine, rec: Record, epoch12: int, now_ns: int) -> None:
+    def from_svm(self: Engine, rec: Frame, epoch12: int, now_ns: int) -> None:
         real(self, rec, self.epoch & 0xFFF, now_ns)
 
     mp.setattr(Engine, "from_svm", from_svm)
@@ -607,19 +607,19 @@ def _old_svm_kept(mp: pytest.MonkeyPatch) -> None:
 
 
 def _release_before_compare(mp: pytest.MonkeyPatch) -> None:
-    mp.setattr(Stream, "_verified", lambda self, p: True)
+    mp.setattr(TcpFlow, "_verified", lambda self, p: True)
 
 
 def _history_ignored(mp: pytest.MonkeyPatch) -> None:
-    real = Stream._verified
+    real = TcpFlow._verified
 
-    def verified(self: Stream, p: Any) -> bool:
+    def verified(self: TcpFlow, p: Any) -> bool:
         ver = self.sent.ver
         if ver is not None and (ver - p.seq - (p.end - p.off)) & MASK < 1 << 31:
             return True
         return real(self, p)
 
-    mp.setattr(Stream, "_verified", verified)
+    mp.setattr(TcpFlow, "_verified", verified)
 
 
 def _stop_ts_ignored(mp: pytest.MonkeyPatch) -> None:
@@ -632,9 +632,9 @@ def _stop_ts_ignored(mp: pytest.MonkeyPatch) -> None:
 
 
 def _no_rollback(mp: pytest.MonkeyPatch) -> None:
-    real = Stream.new_epoch
+    real = TcpFlow.new_epoch
 
-    def new_epoch(self: Stream, epoch: int) -> None:
+    def new_epoch(self: TcpFlow, epoch: int) -> None:
         sent = self.sent
         ver, hist = sent.ver, sent.hist.back(sent.hist.size, sent.hist.size)
         real(self, epoch)
@@ -643,11 +643,11 @@ def _no_rollback(mp: pytest.MonkeyPatch) -> None:
             sent.hist.clear()
             sent.hist.add(hist)
 
-    mp.setattr(Stream, "new_epoch", new_epoch)
+    mp.setattr(TcpFlow, "new_epoch", new_epoch)
 
 
 def _never_times_out(mp: pytest.MonkeyPatch) -> None:
-    mp.setattr(Stream, "expire", lambda self, now: 0)
+    mp.setattr(TcpFlow, "expire", lambda self, now: 0)
 
 
 def _newest_first(mp: pytest.MonkeyPatch) -> None:

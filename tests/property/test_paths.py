@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from colo_xdp.failover import (
+from colo_xdp.failover.decision import (
     Action,
     ArbiterView,
     Ending,

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The engine alone, and the engine with tier K before it: the same traffic, the same outcome.
+"""The engine alone, and the engine with the fast path before it: the same traffic, the same outcome.
 
 Same are, for each flow: the bytes that leave and where, the flags, the highest ack, and the right
 edge of the window; for all: the causes of checkpoints. Different may be, and is not compared:
- - where frames begin and end: tier K rebuilds segments, the engine cuts its own;
- - how often the same has left: the engine lets a retransmission leave that a frame of tier K has
+ - where frames begin and end: the fast path rebuilds segments, the engine cuts its own;
+ - how often the same has left: the engine lets a retransmission leave that a frame of the fast path has
    made needless, and the other way round; bare acks with nothing new may melt into one;
- - UDP's checksum, if the guests' are not the same: from tier K it is the late guest's, always;
- - acks while bytes wait: the engine keeps the PVM's order, tier K lets them leave;
- - when: what is verified leaves from tier K at once, from the engine with a batch. So both are
+ - UDP's checksum, if the guests' are not the same: from the fast path it is the late guest's, always;
+ - acks while bytes wait: the engine keeps the PVM's order, the fast path lets them leave;
+ - when: what is verified leaves from the fast path at once, from the engine with a batch. So both are
    compared when all of that time has passed.
 """
 
@@ -25,20 +25,23 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from colo_xdp import abi, corpus, fastmap, giving, tier_k
+from colo_xdp import abi
 from colo_xdp.abi import SIDE_PVM, SIDE_SVM, CtlOp, CtlResult, Mode, Reason
-from colo_xdp.compare import Engine, Limits, Policy, Record
-from colo_xdp.corpus import craft
-from colo_xdp.corpus.play import MS, STEP_MS
-from colo_xdp.fastpath import TcpCodec
-from colo_xdp.packet import ACK, FIN, RST, SYN, Kind, parse
-from tests.sim.fast import Bpf, Conn, TierK, completed, user_space
-from tests.sim.mutants import TIERS_MUTANTS
+from colo_xdp.datapath import offload_maps
+from colo_xdp.engine.engine import Engine, Frame, Limits, Policy
+from colo_xdp.net.packet import ACK, FIN, RST, SYN, Kind, parse
+from colo_xdp.offload import kernel_format, scheduler
+from colo_xdp.offload.tcp import TcpCodec
+from colo_xdp.tools import corpus
+from colo_xdp.tools.corpus import craft
+from colo_xdp.tools.corpus.play import MS, STEP_MS
+from tests.sim.fast import Bpf, Conn, KernelModel, completed, user_space
+from tests.sim.mutants import OFFLOAD_MUTANTS
 
 from ..unit import frames as f
 
 M32 = 0xFFFFFFFF
-#: bytes of each connection that come before a scenario, so that tier K has it when it begins
+#: bytes of each connection that come before a scenario, so that the fast path has it when it begins
 BEFORE = 20
 
 
@@ -71,16 +74,16 @@ def _later(a: int | None, b: int) -> int:
 class Host:
     """A primary host's data path: what waits in the event ring is read in batches."""
 
-    def __init__(self, limits: Limits, *, fast: bool, stashes: int = 8) -> None:
+    def __init__(self, limits: Limits, *, fast: bool, buffers: int = 8) -> None:
         self.now = 1_000 * MS
-        self.k: TierK | None = None
+        self.k: KernelModel | None = None
         self.flows: dict[bytes, Flow] = {}
         self.heads: set[tuple[bytes, bytes, int]] = set()  # of the PVM: Ethernet, TCP's length
         self.causes: list[str] = []
         self.ring: list[Callable[[], None]] = []
         user = None
         if fast:
-            self.k = TierK(stashes)
+            self.k = KernelModel(buffers)
             self.k.mode = Mode.RUN
             user = user_space(self.k)
             user.enabled = True
@@ -105,7 +108,7 @@ class Host:
 
     def frame(self, side: int, frame: bytes, gso_size: int = 0) -> None:
         """A guest's frame reaches pvm_out or svm_arrival."""
-        captured, ts = 0, self.now
+        punt_seq, ts = 0, self.now
         p = parse(frame)
         if side == SIDE_PVM and p.kind is Kind.TCP:
             self.heads.add((p.key, frame[:14], p.off - p.l4))
@@ -115,8 +118,8 @@ class Host:
                 self.leaves(completed(out))
             if fate.reason:
                 return
-            captured = fate.captured
-        rec, epoch = Record(frame, ts, gso_size, captured=captured), self.engine.epoch & 0xFFF
+            punt_seq = fate.punt_seq
+        rec, epoch = Frame(frame, ts, gso_size, punt_seq=punt_seq), self.engine.epoch & 0xFFF
         if side == SIDE_PVM:
             self.ring.append(lambda: self.engine.from_pvm(rec, self.now))
         else:
@@ -148,17 +151,17 @@ class Host:
 
 @contextmanager
 def quick(hosts: list[Host]) -> Iterator[None]:
-    """Tier K gets a connection as soon as it may; user space is in the hosts' time."""
+    """The fast path gets a connection as soon as it may; user space is in the hosts' time."""
 
     class Clock:
         monotonic = staticmethod(lambda: hosts[-1].now / 1e9)
         monotonic_ns = staticmethod(lambda: hosts[-1].now)
 
     with pytest.MonkeyPatch.context() as mp:
-        mp.setattr(fastmap, "_bpf", Bpf(Clock.monotonic_ns))
-        mp.setattr(fastmap, "time", Clock)
-        mp.setattr(giving, "OFFER_AFTER", 1)
-        mp.setattr(giving, "MAX_PATIENCE", 1)
+        mp.setattr(offload_maps, "_bpf", Bpf(Clock.monotonic_ns))
+        mp.setattr(offload_maps, "time", Clock)
+        mp.setattr(scheduler, "OFFER_AFTER", 1)
+        mp.setattr(scheduler, "MAX_PATIENCE", 1)
         try:
             yield
         finally:
@@ -187,9 +190,9 @@ def same(alone: Host, fast: Host) -> None:
 
 # -- the scenarios
 
-#: tier K's bound is its stash, not the number of frames
+#: the fast path's bound is its buffer, not the number of frames
 OTHER_LIMITS = tuple(f"overflow-of-{who}" for who in ("tcp-primary", "primary", "secondary"))
-#: tier K lets the bytes before a FIN go that waits, the engine the frame as a whole
+#: the fast path lets the bytes before a FIN go that waits, the engine the frame as a whole
 FIN_APART = ("fin-on-data-of-primary-only",)
 OTHERWISE = OTHER_LIMITS + FIN_APART
 SCENARIOS = {s.name: s for s in corpus.load() if not s.rewrites and s.name not in OTHERWISE}
@@ -257,7 +260,7 @@ def test_tier_k_takes_part_in_them() -> None:
     assert sum(n > 0 for n in decided.values()) > 40, decided
 
 
-@pytest.mark.parametrize("name", TIERS_MUTANTS)
+@pytest.mark.parametrize("name", OFFLOAD_MUTANTS)
 def test_faults_between_the_tiers_are_noticed(name: str) -> None:
     def differ() -> bool:
         for s in SCENARIOS:
@@ -268,7 +271,7 @@ def test_faults_between_the_tiers_are_noticed(name: str) -> None:
         return False
 
     with pytest.MonkeyPatch.context() as mp:
-        TIERS_MUTANTS[name](mp)
+        OFFLOAD_MUTANTS[name](mp)
         assert differ()
 
 
@@ -296,7 +299,7 @@ def test_acks_that_go_on_hide_no_byte_that_waits(side: int) -> None:
 
 
 def test_jumbo_segments_of_a_frame_that_waits() -> None:
-    """Pieces are of 2047 bytes at most, whatever the PVM's MTU (send_piece() in bpf/fast.h)."""
+    """Pieces are of 2047 bytes at most, whatever the PVM's MTU (send_piece() in bpf/offload/offload.h)."""
 
     def play(host: Host) -> None:
         guests = Guests(host, 1000, f.TS)
@@ -310,7 +313,7 @@ def test_jumbo_segments_of_a_frame_that_waits() -> None:
 
     alone, fast = both(LIMITS, play)
     same(alone, fast)
-    assert fast.k is not None and fast.k.counts[Reason.FAST_REBUILT] == 1
+    assert fast.k is not None and fast.k.counts[Reason.OFFLOAD_REBUILT] == 1
 
 
 def test_an_ack_that_rides_on_a_retransmission_of_the_svm() -> None:
@@ -328,7 +331,7 @@ def test_an_ack_that_rides_on_a_retransmission_of_the_svm() -> None:
 
     alone, fast = both(LIMITS, play)
     same(alone, fast)
-    assert fast.k is not None and fast.k.counts[Reason.FAST_ACKED] and not fast.causes
+    assert fast.k is not None and fast.k.counts[Reason.OFFLOAD_ACKED] and not fast.causes
 
 
 def test_a_claimed_stash_is_nobody_elses(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -342,25 +345,25 @@ def test_a_claimed_stash_is_nobody_elses(monkeypatch: pytest.MonkeyPatch) -> Non
         first, other = Guests(host, 1000, f.TS), parse(f.tcp(1, 1, b"x", dport=4001)).key
         real = Bpf.test_run
 
-        def test_run(self: Bpf, fd: TierK, message: bytes, data_out: int = 0) -> Any:
+        def test_run(self: Bpf, fd: KernelModel, message: bytes, data_out: int = 0) -> Any:
             r = real(self, fd, message, data_out)
             (op, *_) = abi.CTL.unpack(message)
             if op == CtlOp.CLAIM and r.retval == CtlResult.DONE:
-                c = k.conns.setdefault(tier_k.conn_key(other), Conn())
-                found.append(k.stash_claim(c, tier_k.conn_key(other)))
+                c = k.conns.setdefault(kernel_format.conn_key(other), Conn())
+                found.append(k.buffer_claim(c, kernel_format.conn_key(other)))
             return r
 
         monkeypatch.setattr(Bpf, "test_run", test_run)
         for side in (SIDE_PVM, SIDE_SVM):
             first.say(side, 10)
         host.read()
-        assert k.owner(0)[2] == tier_k.conn_key(parse(f.tcp(1, 1, b"x")).key)
+        assert k.owner(0)[2] == kernel_format.conn_key(parse(f.tcp(1, 1, b"x")).key)
 
     # given when there is something to take along
     monkeypatch.setattr(TcpCodec, "young", lambda self, st: False)
     hosts: list[Host] = []
     with quick(hosts):
-        hosts.append(Host(LIMITS, fast=True, stashes=1))
+        hosts.append(Host(LIMITS, fast=True, buffers=1))
         play(hosts[0])
     assert found == [False]
 
@@ -384,7 +387,7 @@ def test_new_rules_while_tier_k_has_a_connection() -> None:
         assert host.engine.held_packets == host.engine.held_bytes == 0
 
     alone, fast = both(LIMITS, play)
-    assert fast.engine.counters["fast_recalled"]
+    assert fast.engine.counters["offload_reclaimed"]
     assert fast.causes == alone.causes == ["policy", "compare_timeout"]
     same(alone, fast)
 
@@ -513,7 +516,7 @@ def test_any_schedule(ops: list[Op], isn: int, opts: bytes) -> None:
         guests.finish()
 
     alone, fast = both(LIMITS, play)
-    # Which cause is first is a matter of time: tier K compares bytes behind an ack that waits, and
+    # Which cause is first is a matter of time: the fast path compares bytes behind an ack that waits, and
     # knows one time for whatever waits. So it may find a difference before a checkpoint heals it.
     assert fast.causes or not alone.causes
     assert alone.causes or not fast.causes or any(op[0] == "flip" for op in ops)
@@ -633,7 +636,7 @@ def test_a_short_connection_is_the_kernels() -> None:
 
     alone, fast = both(LIMITS, play)
     same(alone, fast)
-    assert fast.k is not None and not fast.engine.counters["fast_recalled"]
+    assert fast.k is not None and not fast.engine.counters["offload_reclaimed"]
     assert fast.engine.counters["pvm_frames"] == 1 and not fast.causes
 
 
@@ -670,7 +673,7 @@ class Speakers:
         self.skipped: list[set[int]] = [set(), set()]
 
     def begin(self) -> None:
-        """Until tier K may have the flow."""
+        """Until the fast path may have the flow."""
         for _ in range(3):
             self.do(("both", SIDE_SVM))
             self.host.read()
@@ -757,7 +760,7 @@ def test_any_schedule_of_datagrams(ops: list[Op], sizes: int) -> None:
 
 
 def test_datagrams_of_a_frame_that_the_svm_has_offloaded() -> None:
-    """Each waits on its own; the frame that they came in is none that tier K could compare."""
+    """Each waits on its own; the frame that they came in is none that the fast path could compare."""
 
     def play(host: Host) -> None:
         speakers = Speakers(host, 0)
@@ -777,12 +780,12 @@ def test_datagrams_of_a_frame_that_the_svm_has_offloaded() -> None:
 
 
 def test_datagrams_that_wait_go_along(monkeypatch: pytest.MonkeyPatch) -> None:
-    """To tier K and back, whichever guest is ahead; none is lost, none changes places."""
+    """To the fast path and back, whichever guest is ahead; none is lost, none changes places."""
     gifts: list[int] = []
-    real = fastmap.FastMap.give
+    real = offload_maps.BpfKernelPath.give
     monkeypatch.setattr(
-        fastmap.FastMap, "give",
-        lambda self, key, gift, n: gifts.append(len(gift.stash)) or real(self, key, gift, n),
+        offload_maps.BpfKernelPath, "give",
+        lambda self, key, gift, n: gifts.append(len(gift.buffer)) or real(self, key, gift, n),
     )  # fmt: skip
 
     def play(host: Host) -> None:
@@ -803,4 +806,4 @@ def test_datagrams_that_wait_go_along(monkeypatch: pytest.MonkeyPatch) -> None:
 
     alone, fast = both(LIMITS, play)
     same(alone, fast)
-    assert max(gifts) >= 4 * abi.DGRAM.size and fast.engine.counters["fast_recalled"]
+    assert max(gifts) >= 4 * abi.DGRAM.size and fast.engine.counters["offload_reclaimed"]

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Tier K in Python: what bpf/fast.h does, on bytes; same names, same order, same words.
+"""The fast path in Python: what bpf/offload/offload.h does, on bytes; same names, same order, same words.
 
 It is the readable statement of the rules there, the other half of the differential test
 (tests/netns/test_fast_differential.py) and the kernel of the simulated primary host. Sans-IO.
-User space reaches it as it reaches the kernel, by colo_xdp.fastmap.FastMap itself: `Objects`
+User space reaches it as it reaches the kernel, by colo_xdp.datapath.offload_maps.FastMap itself: `Objects`
 stands in for the loaded programs and maps, `Bpf` for bpf(2).
 """
 
@@ -19,20 +19,30 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
-from colo_xdp import abi, fastmap
-from colo_xdp.abi import SIDE_PVM, SIDE_SVM, TIER_K, TIER_U, CtlOp, CtlResult, Mode, Reason
-from colo_xdp.rewrite import BadFrame, Segment, parse
+from colo_xdp import abi
+from colo_xdp.abi import (
+    OWNER_KERNEL,
+    OWNER_USER,
+    SIDE_PVM,
+    SIDE_SVM,
+    CtlOp,
+    CtlResult,
+    Mode,
+    Reason,
+)
+from colo_xdp.conntrack.rewriter import BadFrame, Segment, parse
+from colo_xdp.datapath import offload_maps
 
 M32 = 0xFFFFFFFF
 FIN, SYN, RST, PSH, ACK = 0x01, 0x02, 0x04, 0x08, 0x10
-STASH, PROBES, MAX_PIECES = abi.STASH, 8, 50  # COLO_STASH, COLO_STASH_PROBES, COLO_MAX_PIECES
+BUFFER, PROBES, MAX_PIECES = abi.BUFFER, 8, 50  # COLO_BUFFER, COLO_BUFFER_PROBES, COLO_MAX_PIECES
 STEP, STEPS = 4096, 20  # COLO_STEP, COLO_STEPS
 MAX_PIECE, SURE_MSS = 2047, 500  # COLO_MAX_PIECE, COLO_SURE_MSS
 SEEN_STEP_NS = 1_000_000_000
 FAST_NO = 0
 TIMESTAMPS = b"\x01\x01\x08\x0a"  # RFC 7323 appendix A
 
-STASH_SIZE = abi.STASH_BEFORE + abi.STASH + abi.STASH_SLACK
+STASH_SIZE = abi.STASH_BEFORE + abi.BUFFER + abi.STASH_SLACK
 
 #: what decide() is about to do
 NOTHING, PASS, TURN, PIECES = range(4)
@@ -66,19 +76,19 @@ class Conn:
     since_ns: int = 0
     seen_ns: int = 0
     client_ack: int = 0
-    tier: int = TIER_U
+    owner: int = OWNER_USER
     epoch: int = 0
     rel: int = 0
     nxt: int = 0
     org: int = 0
-    stash: int = 0
-    captured: int = 0
+    buffer: int = 0
+    punt_seq: int = 0
     p_ack: int = 0
     s_ack: int = 0
-    out_ack: int = 0
+    adv_ack: int = 0
     p_win: int = 0
     s_win: int = 0
-    out_win: int = 0
+    adv_win: int = 0
     mss: int = 0
     ahead: int = 0
     pending: int = 0
@@ -123,7 +133,7 @@ class Fate:
     """What became of a frame: the reason counted, or FAST_NO and the number of its event."""
 
     reason: int = FAST_NO
-    captured: int = 0
+    punt_seq: int = 0
     out: list[Out] = field(default_factory=list)
 
 
@@ -152,19 +162,19 @@ class Work:
     out: list[Out] = field(default_factory=list)
 
 
-class TierK:
-    """The maps of bpf/fast.h, and what the programs do with them. Survives its controllers.
+class KernelModel:
+    """The maps of bpf/offload/offload.h, and what the programs do with them. Survives its controllers.
 
     mode, epoch and on are the slots of `config`. busy(): another CPU keeps the connection.
     """
 
-    def __init__(self, stashes: int, busy: Callable[[], bool] = lambda: False) -> None:
+    def __init__(self, buffers: int, busy: Callable[[], bool] = lambda: False) -> None:
         self.conns: dict[bytes, Conn] = {}
-        self.stashes, self.busy = stashes, busy
+        self.buffers, self.busy = buffers, busy
         self.mode, self.epoch, self.on, self.since = Mode.BYPASS, 0, False, 0
         self.counts: Counter[Reason] = Counter()  # as PROG_FAST
-        self.fds = [os.memfd_create(n) for n in ("stashes", "owners")]
-        sizes = (stashes * STASH_SIZE, stashes * abi.OWNER.size)
+        self.fds = [os.memfd_create(n) for n in ("buffers", "owners")]
+        sizes = (buffers * STASH_SIZE, buffers * abi.OWNER.size)
         whole = [-(-n // mmap.PAGESIZE) * mmap.PAGESIZE for n in sizes]
         for fd, n in zip(self.fds, whole, strict=True):
             os.ftruncate(fd, n)
@@ -177,10 +187,10 @@ class TierK:
             os.close(fd)
         self.fds = []
 
-    def ring(self, stash: int) -> memoryview:
-        """The bytes of stash number `stash`, 1 being the first, as indexed by walk_payload()."""
-        at = (stash - 1) * STASH_SIZE + abi.STASH_BEFORE
-        return self.rings[at : at + STASH]
+    def ring(self, buffer: int) -> memoryview:
+        """The bytes of buffer number `buffer`, 1 being the first, as indexed by compare_payload()."""
+        at = (buffer - 1) * STASH_SIZE + abi.STASH_BEFORE
+        return self.rings[at : at + BUFFER]
 
     def owner(self, slot: int) -> tuple[int, int, bytes]:
         """(taken, since_ns, key)"""
@@ -190,10 +200,10 @@ class TierK:
     def _own(self, slot: int, taken: int, since: int, key: bytes) -> None:
         abi.OWNER.pack_into(self.owners, slot * abi.OWNER.size, taken, since, key)
 
-    # -- stashes
+    # -- buffers
 
-    def stash_claim(self, c: Conn, key: bytes) -> bool:
-        if c.stash:
+    def buffer_claim(self, c: Conn, key: bytes) -> bool:
+        if c.buffer:
             return True
         words = struct.unpack("=10I", key)
         guest_port, client_port = struct.unpack_from("=HH", key, 32)
@@ -205,35 +215,35 @@ class TierK:
         h = h * 0xC2B2AE35 & M32
         h ^= h >> 16
         for i in range(2 * PROBES):
-            slot = (h + i % PROBES & M32) % self.stashes
+            slot = (h + i % PROBES & M32) % self.buffers
             taken, since, whose = self.owner(slot)
             mine = not taken
             if taken and i >= PROBES and not since:
                 other = self.conns.get(whose)
                 if other is None or other.lock or other is c:
                     continue
-                if other.stash == slot + 1 and not other.since_ns:
-                    other.stash = 0
+                if other.buffer == slot + 1 and not other.since_ns:
+                    other.buffer = 0
                     mine = True
             if mine:
                 self._own(slot, 1, c.since_ns, key)
-                c.stash, c.org = slot + 1, c.rel
+                c.buffer, c.org = slot + 1, c.rel
                 return True
         return False
 
-    def stash_free(self, c: Conn) -> None:
-        slot, c.stash = c.stash - 1, 0
+    def buffer_free(self, c: Conn) -> None:
+        slot, c.buffer = c.buffer - 1, 0
         self._own(slot, 0, 0, self.owner(slot)[2])
 
     def outstanding_since(self, c: Conn, now: int) -> None:
         c.since_ns = now
-        if c.stash:
-            taken, _, key = self.owner(c.stash - 1)
-            self._own(c.stash - 1, taken, now, key)
+        if c.buffer:
+            taken, _, key = self.owner(c.buffer - 1)
+            self._own(c.buffer - 1, taken, now, key)
 
     def settle(self, c: Conn, now: int, moved: bool) -> None:
-        if (c.nxt - c.org) & M32 >= 2 * STASH:
-            c.org = (c.org + STASH) & M32
+        if (c.nxt - c.org) & M32 >= 2 * BUFFER:
+            c.org = (c.org + BUFFER) & M32
         if c.rel == c.nxt and not c.pending:
             if c.since_ns:
                 self.outstanding_since(c, 0)
@@ -242,27 +252,27 @@ class TierK:
 
     @staticmethod
     def oldest(c: Conn) -> int:
-        return (c.nxt - STASH) & M32 if (c.nxt - c.org) & M32 > STASH else c.org
+        return (c.nxt - BUFFER) & M32 if (c.nxt - c.org) & M32 > BUFFER else c.org
 
-    def walk_payload(self, c: Conn, w: Work) -> int:
+    def compare_payload(self, c: Conn, w: Work) -> int:
         """0, or the reason to hand over."""
-        ring = self.ring(c.stash or 1)
+        ring = self.ring(c.buffer or 1)
         for _ in range(STEPS):
             if not w.left:
                 return 0
-            pos = (w.seq - c.org) % STASH
-            n = min(w.left, w.equal or w.left, STEP, STASH - pos)
+            pos = (w.seq - c.org) % BUFFER
+            n = min(w.left, w.equal or w.left, STEP, BUFFER - pos)
             part = w.frame[w.at : w.at + n]
             if w.equal:
                 if ring[pos : pos + n] != part:
-                    return Reason.HAND_DIFFERS
+                    return Reason.PUNT_DIFFERS
                 w.equal -= n
             else:
                 ring[pos : pos + n] = part
             w.seq = (w.seq + n) & M32
             w.at += n
             w.left -= n
-        return Reason.HAND_FULL if w.left else 0
+        return Reason.PUNT_BUFFER_FULL if w.left else 0
 
     # -- headers
 
@@ -276,7 +286,7 @@ class TierK:
 
     @staticmethod
     def told(c: Conn, ack: int, win: int) -> None:
-        c.out_ack, c.out_win = ack, win
+        c.adv_ack, c.adv_win = ack, win
         if c.pending and not seq_later(c.p_ack, ack):
             c.pending = 0
 
@@ -284,10 +294,10 @@ class TierK:
         win = self.allowed_win(c)
         if not c.l4:
             return False
-        if c.pending and seq_later(self.allowed_ack(c), c.out_ack):
+        if c.pending and seq_later(self.allowed_ack(c), c.adv_ack):
             return True
-        return c.out_win < c.p_win and win > c.out_win and (
-            win == c.p_win or win >= 2 * c.out_win + 1
+        return c.adv_win < c.p_win and win > c.adv_win and (
+            win == c.p_win or win >= 2 * c.adv_win + 1
         )  # fmt: skip
 
     @staticmethod
@@ -315,7 +325,7 @@ class TierK:
 
     # -- what leaves
 
-    def become_pvm(self, c: Conn, w: Work) -> None:
+    def rewrite_as_pvm(self, c: Conn, w: Work) -> None:
         n, at = c.l4 + c.doff, c.l4 + 16
         new = self.new_header(c, c.rel, w.p.payload_len, w.p.flags & (PSH | FIN))
         new[at : at + 2] = w.frame[at : at + 2]
@@ -341,7 +351,7 @@ class TierK:
         if win > c.s_win:
             win = c.s_win
             change(14, struct.pack("!H", win))
-        if not seq_later(c.out_ack, ack):
+        if not seq_later(c.adv_ack, ack):
             self.told(c, ack, win)
         w.out.append(Out(bytes(frame), w.gso_size, w.partial))
 
@@ -351,7 +361,7 @@ class TierK:
 
     def send_piece(self, c: Conn, w: Work, new: bytearray, n: int, pos: int) -> None:
         assert n <= MAX_PIECE, "BOUND1 in send_piece()"
-        body = bytes(self.ring(c.stash)[pos : pos + n]) if n else b""
+        body = bytes(self.ring(c.buffer)[pos : pos + n]) if n else b""
         self.set_lengths(c, new, n)
         struct.pack_into("!I", new, c.l4 + 4, (c.rel - w.probe) & M32)
         new[c.l4 + 16 : c.l4 + 18] = bytes(2)
@@ -373,8 +383,8 @@ class TierK:
             n = (w.upto - c.rel) & M32
             if i and not n:
                 break
-            pos = (c.rel - c.org) % STASH
-            n = min(n, self.piece_size(c), STASH - pos)
+            pos = (c.rel - c.org) % BUFFER
+            n = min(n, self.piece_size(c), BUFFER - pos)
             self.send_piece(c, w, new, n, pos)
         self.told(c, self.allowed_ack(c), self.allowed_win(c))
 
@@ -405,20 +415,20 @@ class TierK:
         """Whether the SVM's segments are longer than the PVM's."""
         return w.side == SIDE_SVM and (w.gso_size or w.p.payload_len) > c.mss
 
-    def hear_pvm(self, c: Conn, w: Work) -> int:
+    def note_pvm_header(self, c: Conn, w: Work) -> int:
         p, win, span = w.p, w.win, w.p.payload_len + w.fin
         early = seq_later(p.ack, c.s_ack)
         n = w.gso_size or p.payload_len
         if c.l4 and (c.l4 != p.l4_off or c.doff != p.doff):
-            return Reason.HAND_ODD
+            return Reason.PUNT_EXCEPTION
         if not span and c.pending and p.ack == c.p_ack and win == c.p_win:
-            return Reason.HAND_ODD
+            return Reason.PUNT_EXCEPTION
         anew = c.rel == c.nxt or c.ahead != SIDE_PVM
         self.note_size(c, n, bool(w.gso_size) or not p.flags & PSH or anew)
-        if early and not self.stash_claim(c, w.key):
-            return Reason.HAND_NO_STASH
+        if early and not self.buffer_claim(c, w.key):
+            return Reason.PUNT_NO_BUFFER
         if seq_later(c.p_ack, p.ack):
-            return 0 if c.l4 or not span else Reason.HAND_ODD
+            return 0 if c.l4 or not span else Reason.PUNT_EXCEPTION
         if early or span or win > c.s_win:
             self.keep_header(c, w)
         c.p_ack, c.p_win = p.ack, win
@@ -439,34 +449,38 @@ class TierK:
         w.fin, meets = p.flags & FIN, bool(out) and c.ahead != side
         span = size + w.fin
         if not self.is_plain(w):
-            return Reason.HAND_ODD
+            return Reason.PUNT_EXCEPTION
         end = (p.seq + span) & M32
         if p.seq != have:
-            if not size or w.fin or (have - p.seq) & M32 > STASH or seq_later(end, have):
-                return Reason.HAND_GAP
+            if not size or w.fin or (have - p.seq) & M32 > BUFFER or seq_later(end, have):
+                return Reason.PUNT_OUT_OF_ORDER
             again = True
             if side == SIDE_PVM and seq_later(end, c.rel):
-                return Reason.HAND_GAP if seq_later(c.rel, p.seq) else Reason.FAST_ENDED
+                return (
+                    Reason.PUNT_OUT_OF_ORDER
+                    if seq_later(c.rel, p.seq)
+                    else Reason.OFFLOAD_DUPLICATE
+                )
             kept = self.kept(c, p.seq)
             if side == SIDE_PVM and not kept and not self.acked(c, end):
-                return Reason.HAND_GAP
+                return Reason.PUNT_OUT_OF_ORDER
         if c.fin_known and (seq_later(end, c.fin) or (size and not w.fin and end == c.fin)):
-            return Reason.HAND_ODD
+            return Reason.PUNT_EXCEPTION
         if w.fin and meets and not (c.fin_known and end == c.fin):
-            return Reason.HAND_ODD
+            return Reason.PUNT_EXCEPTION
         if size and not is_whole(w.frame, p.l4_off + p.doff + size):
-            return Reason.HAND_ODD
-        if not again and (end - c.rel) & M32 > STASH:
-            return Reason.HAND_FULL
+            return Reason.PUNT_EXCEPTION
+        if not again and (end - c.rel) & M32 > BUFFER:
+            return Reason.PUNT_BUFFER_FULL
         (w.win,) = struct.unpack_from("!H", w.frame, p.l4_off + 14)
         if side == SIDE_PVM:
-            err = self.hear_pvm(c, w)
+            err = self.note_pvm_header(c, w)
             if err:
                 return err
         else:
             self.hear_svm(c, w)
-        if span and not again and not self.stash_claim(c, w.key):
-            return Reason.HAND_NO_STASH
+        if span and not again and not self.buffer_claim(c, w.key):
+            return Reason.PUNT_NO_BUFFER
         if span and not again and not out and self.all_acked(c):
             c.org = c.rel
         w.at, w.seq = p.l4_off + p.doff, p.seq
@@ -483,7 +497,7 @@ class TierK:
         limit = self.piece_size(c) * (MAX_PIECES - 2)
         made = meets and (side == SIDE_SVM or size > out)
         if made and (not same or pieces > limit or (w.fin and pieces)):
-            return Reason.HAND_ODD
+            return Reason.PUNT_EXCEPTION
         if again and side == SIDE_PVM:
             w.act = PASS if kept else PIECES
         elif meets:
@@ -496,8 +510,8 @@ class TierK:
         return 0
 
     def finish_segment(self, c: Conn, w: Work) -> int:
-        side, act, size, rel, told_ack = w.side, w.act, w.moves, c.rel, c.out_ack
-        reason = Reason.FAST_HELD if size or side == SIDE_PVM else Reason.FAST_ENDED
+        side, act, size, rel, told_ack = w.side, w.act, w.moves, c.rel, c.adv_ack
+        reason = Reason.OFFLOAD_HELD if size or side == SIDE_PVM else Reason.OFFLOAD_DUPLICATE
         end = (w.seq + w.fin) & M32
         if size and seq_later(end, c.nxt):
             c.nxt, c.ahead = end, side
@@ -506,16 +520,16 @@ class TierK:
         if act == PASS:
             self.limit_pvm(c, w)
             c.rel = (c.rel + size) & M32
-            reason = Reason.FAST_PASSED
+            reason = Reason.OFFLOAD_PASSED
         elif act == TURN:
-            self.become_pvm(c, w)
+            self.rewrite_as_pvm(c, w)
             self.told(c, self.allowed_ack(c), self.allowed_win(c))
             c.rel = (c.rel + size) & M32
-            reason = Reason.FAST_RELEASED
+            reason = Reason.OFFLOAD_RELEASED
         elif act == PIECES:
-            reason = Reason.FAST_ACKED if w.upto == c.rel else Reason.FAST_REBUILT
+            reason = Reason.OFFLOAD_ACKED if w.upto == c.rel else Reason.OFFLOAD_REBUILT
             self.send_pieces(c, w)
-        self.settle(c, w.now, c.rel != rel or (c.rel == c.nxt and c.out_ack != told_ack))
+        self.settle(c, w.now, c.rel != rel or (c.rel == c.nxt and c.adv_ack != told_ack))
         return reason
 
     @staticmethod
@@ -532,7 +546,7 @@ class TierK:
 
     def record_at(self, c: Conn, place: int) -> int:
         """Where a record's head is in the mapping of all rings."""
-        return (c.stash - 1) * STASH_SIZE + abi.STASH_BEFORE + (place - c.org) % STASH
+        return (c.buffer - 1) * STASH_SIZE + abi.STASH_BEFORE + (place - c.org) % BUFFER
 
     def head_at(self, c: Conn, place: int) -> tuple[int, int, int, bytes]:
         """ts_ns, length, partial, header of the record there"""
@@ -543,16 +557,16 @@ class TierK:
         size = -(-(abi.DGRAM.size + p.payload_len) // abi.DGRAM_ALIGN) * abi.DGRAM_ALIGN
         meets = bool(out) and c.ahead != side
         if not self.is_plain_datagram(w):
-            return Reason.HAND_ODD
-        if not meets and out + size > STASH:
-            return Reason.HAND_FULL
-        if not meets and not self.stash_claim(c, w.key):
-            return Reason.HAND_NO_STASH
+            return Reason.PUNT_EXCEPTION
+        if not meets and out + size > BUFFER:
+            return Reason.PUNT_BUFFER_FULL
+        if not meets and not self.buffer_claim(c, w.key):
+            return Reason.PUNT_NO_BUFFER
         if not out:
             c.org = c.nxt = c.rel
         place = c.rel if meets else c.nxt
         if meets and self.head_at(c, place)[1] != p.payload_len:
-            return Reason.HAND_DIFFERS
+            return Reason.PUNT_DIFFERS
         w.moves, w.at, w.seq = size, p.l4_off + 8, (place + abi.DGRAM.size) & M32
         w.left = p.payload_len
         w.equal = w.left if meets else 0
@@ -567,28 +581,28 @@ class TierK:
             self.rings[at : at + len(head)] = head
             c.nxt, c.ahead = (c.nxt + w.moves) & M32, w.side
             self.settle(c, w.now, False)
-            return Reason.FAST_HELD
+            return Reason.OFFLOAD_HELD
         frame = w.frame
         if w.act == TURN:
             frame = self.head_at(c, c.rel)[3][: p.l4_off] + frame[p.l4_off :]
         w.out.append(Out(frame, 0, w.partial))
         c.rel = (c.rel + w.moves) & M32
         self.settle(c, self.head_at(c, c.rel)[0], True)
-        return Reason.FAST_PASSED if w.act == PASS else Reason.FAST_RELEASED
+        return Reason.OFFLOAD_PASSED if w.act == PASS else Reason.OFFLOAD_RELEASED
 
     def decide(self, c: Conn, w: Work) -> int:
         udp = w.p.is_udp
         err = self.prepare_datagram(c, w) if udp else self.prepare_segment(c, w)
         if err:
             return err
-        err = self.walk_payload(c, w)
+        err = self.compare_payload(c, w)
         if err:
             return err
         return self.finish_datagram(c, w) if udp else self.finish_segment(c, w)
 
     def kept(self, c: Conn, seq: int) -> bool:
-        """Whether released bytes from seq on are still in the stash."""
-        return bool(c.stash) and (seq - self.oldest(c)) & M32 <= STASH
+        """Whether released bytes from seq on are still in the buffer."""
+        return bool(c.buffer) and (seq - self.oldest(c)) & M32 <= BUFFER
 
     @staticmethod
     def acked(c: Conn, end: int) -> bool:
@@ -634,26 +648,26 @@ class TierK:
         if c is None:
             return Fate()
         if c.lock or self.busy():
-            self.counts[Reason.HAND_BUSY] += 1
+            self.counts[Reason.PUNT_BUSY] += 1
             return Fate()
         if now - c.seen_ns > SEEN_STEP_NS:
             c.seen_ns = now
         w = Work(frame, gso_size, partial, side, now, p, key, elsewhere)
         r = FAST_NO
-        if c.tier == TIER_K:
+        if c.owner == OWNER_KERNEL:
             p_ack, p_win, pending = c.p_ack, c.p_win, c.pending
             if self.in_force(c, self.mode, self.epoch if epoch is None else epoch):
                 r = self.decide(c, w)
             else:
-                r = Reason.HAND_MODE
-            if r >= Reason.HAND_MODE:
+                r = Reason.PUNT_MODE
+            if r >= Reason.PUNT_MODE:
                 self.counts[Reason(r)] += 1
                 c.p_ack, c.p_win, c.pending = p_ack, p_win, pending
-                c.tier, c.why = TIER_U, int(r)
+                c.owner, c.why = OWNER_USER, int(r)
                 r = FAST_NO
         if r == FAST_NO:
-            c.captured = (c.captured + 1) & M32
-            return Fate(captured=c.captured)
+            c.punt_seq = (c.punt_seq + 1) & M32
+            return Fate(punt_seq=c.punt_seq)
         self.counts[Reason(r)] += 1
         return Fate(r, 0, w.out)
 
@@ -661,66 +675,66 @@ class TierK:
 
     def control(self, message: bytes, now: int) -> CtlResult:
         """fast_ctl."""
-        op, captured, key, words, since = abi.CTL.unpack(message)
+        op, punt_seq, key, words, since = abi.CTL.unpack(message)
         c = self.conns.get(key)
         if c is None:
             return CtlResult.UNKNOWN
         if c.lock:
             return CtlResult.BUSY
-        if op == CtlOp.SEIZE:
-            c.tier = TIER_U
-        elif c.tier != TIER_U:
+        if op == CtlOp.RECLAIM:
+            c.owner = OWNER_USER
+        elif c.owner != OWNER_USER:
             return CtlResult.REFUSED
         elif op == CtlOp.FREE:
-            if c.stash:
-                self.stash_free(c)
+            if c.buffer:
+                self.buffer_free(c)
             c.nxt, c.pending, c.since_ns, c.epoch = c.rel, 0, 0, 0
         elif op == CtlOp.CLAIM:
             c.since_ns = 0
-            if not self.stash_claim(c, key):
+            if not self.buffer_claim(c, key):
                 return CtlResult.FULL
             self.outstanding_since(c, now)
         else:
-            return self.give(c, captured, words, since or now, now)
+            return self.give(c, punt_seq, words, since or now, now)
         return CtlResult.DONE
 
-    def give(self, c: Conn, captured: int, words: bytes, since: int, now: int) -> CtlResult:
+    def give(self, c: Conn, punt_seq: int, words: bytes, since: int, now: int) -> CtlResult:
         (
-            epoch, rel, p_ack, s_ack, out_ack, p_win, s_win, out_win, mss, nxt, org, ahead, pending,
+            epoch, rel, p_ack, s_ack, adv_ack, p_win, s_win, adv_win, mss, nxt, org, ahead, pending,
             l4, doff, hdr, memo,
         ) = abi.GIVE.unpack(words)  # fmt: skip
-        if self.frames_on_their_way(c, captured):
+        if self.frames_on_their_way(c, punt_seq):
             return CtlResult.REFUSED
-        if (nxt != org or pending) and not c.stash:
+        if (nxt != org or pending) and not c.buffer:
             return CtlResult.FULL
         c.epoch, c.rel, c.org, c.nxt, c.ahead = epoch, rel, org, nxt, ahead
-        c.p_ack, c.s_ack, c.out_ack = p_ack, s_ack, out_ack
-        c.p_win, c.s_win, c.out_win, c.mss = p_win, s_win, out_win, mss
+        c.p_ack, c.s_ack, c.adv_ack = p_ack, s_ack, adv_ack
+        c.p_win, c.s_win, c.adv_win, c.mss = p_win, s_win, adv_win, mss
         c.pending, c.l4, c.doff, c.hdr, c.memo, c.seen_ns = pending, l4, doff, hdr, memo, now
         c.fin_known = 0
         self.outstanding_since(c, since if nxt != rel or pending else 0)
-        c.tier = TIER_K
+        c.owner = OWNER_KERNEL
         return CtlResult.DONE
 
     @staticmethod
-    def frames_on_their_way(c: Conn, captured: int) -> bool:
-        return c.captured != captured
+    def frames_on_their_way(c: Conn, punt_seq: int) -> bool:
+        return c.punt_seq != punt_seq
 
     # -- to be looked at
 
     def waiting(self) -> list[tuple[int, bytes]]:
         """(since_ns, key) of what is outstanding."""
-        return [(s, k) for t, s, k in (self.owner(i) for i in range(self.stashes)) if t and s]
+        return [(s, k) for t, s, k in (self.owner(i) for i in range(self.buffers)) if t and s]
 
     def decided(self) -> int:
         """Frames that never reached user space."""
-        return sum(n for r, n in self.counts.items() if r < Reason.HAND_MODE)
+        return sum(n for r, n in self.counts.items() if r < Reason.PUNT_MODE)
 
 
 class _Conns:
-    """The map `conns`, as colo_xdp.loader.Map."""
+    """The map `conns`, as colo_xdp.datapath.loader.Map."""
 
-    def __init__(self, k: TierK) -> None:
+    def __init__(self, k: KernelModel) -> None:
         self._k = k
 
     def set(self, key: bytes, value: bytes, *, new: bool = False) -> None:
@@ -740,15 +754,15 @@ class _Conns:
 
 
 class Objects:
-    """colo_xdp.loader.Objects, as far as FastMap needs it."""
+    """colo_xdp.datapath.loader.Objects, as far as FastMap needs it."""
 
-    def __init__(self, k: TierK) -> None:
-        stashes = SimpleNamespace(max_entries=k.stashes)
+    def __init__(self, k: KernelModel) -> None:
+        buffers = SimpleNamespace(max_entries=k.buffers)
         self.maps: dict[str, Any] = {
             "conns": _Conns(k),
-            "fast_waits": SimpleNamespace(),
-            "stashes": SimpleNamespace(fd=k.fds[0], info=stashes),
-            "owners": SimpleNamespace(fd=k.fds[1], info=stashes),
+            "offload_waits": SimpleNamespace(),
+            "buffers": SimpleNamespace(fd=k.fds[0], info=buffers),
+            "owners": SimpleNamespace(fd=k.fds[1], info=buffers),
         }
         self.programs = {"fast_ctl": SimpleNamespace(fd=k)}
 
@@ -757,16 +771,18 @@ class Objects:
 
 
 class Bpf:
-    """Stands in for colo_xdp._bpf in fastmap.py: the program's descriptor is the tier itself."""
+    """Stands in for colo_xdp.datapath.syscall in datapath/offload_maps.py: the program's descriptor is the tier itself."""
 
     def __init__(self, now: Callable[[], int]) -> None:
         self._now = now
 
-    def test_run(self, fd: TierK, message: bytes, data_out: int = 0) -> Any:
+    def test_run(self, fd: KernelModel, message: bytes, data_out: int = 0) -> Any:
         return SimpleNamespace(retval=int(fd.control(message, self._now())))
 
 
-def user_space(k: TierK, alive: Callable[[], bool] = lambda: True) -> fastmap.FastMap:
+def user_space(
+    k: KernelModel, alive: Callable[[], bool] = lambda: True
+) -> offload_maps.BpfKernelPath:
     """What a controller has of it. While not alive() it switches nothing any more."""
 
     def switch(on: bool) -> None:
@@ -778,4 +794,4 @@ def user_space(k: TierK, alive: Callable[[], bool] = lambda: True) -> fastmap.Fa
             k.since = epoch
 
     objects: Any = Objects(k)
-    return fastmap.FastMap(objects, 300_000_000_000, k.since, switch, keep_since)
+    return offload_maps.BpfKernelPath(objects, 300_000_000_000, k.since, switch, keep_since)

@@ -2,7 +2,7 @@
 """One host: its kernel's programs, its QEMU, and what stands in for QMP, peer channel and fence.
 
 The controllers are the product's own. What is simulated here is what they talk to: the
-verdicts of bpf/*.bpf.c (the numbers are translated by the product's model of them, tier K is
+verdicts of bpf/*.bpf.c (the numbers are translated by the product's model of them, the fast path is
 fast.py; tests/bpf holds both equal to them), QEMU's COLO as DESIGN 4 tells it, and a channel.
 """
 
@@ -16,19 +16,20 @@ from dataclasses import astuple
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from colo_xdp import abi, wire
-from colo_xdp.abi import SIDE_PVM, SIDE_SVM, Bond, Mode, Source
-from colo_xdp.addresses import AddressTable
-from colo_xdp.beacon import Beacons, Flag, Word, session_key
-from colo_xdp.failover import Ending
-from colo_xdp.hooks import Look
-from colo_xdp.qmp import QemuInfo, QmpError
-from colo_xdp.qmp_event import QmpEvent
-from colo_xdp.rewrite import Flow, Rewriter
-from colo_xdp.ring import Event
-from colo_xdp.speaker import GIVEN_UP, Seen, StoreError, ours_to_take
+from colo_xdp import abi
+from colo_xdp.abi import SIDE_PVM, SIDE_SVM, Mode, Source, SyncState
+from colo_xdp.conntrack.rewriter import Rewriter, TrackedConnection
+from colo_xdp.datapath.addresses import AddressTable
+from colo_xdp.datapath.hooks import Look
+from colo_xdp.datapath.ring import CapturedFrame
+from colo_xdp.failover.decision import Ending
+from colo_xdp.failover.lease import GIVEN_UP, StoreError, StoreView, ours_to_take
+from colo_xdp.peer import messages
+from colo_xdp.peer.heartbeat import Flag, Heartbeat, HeartbeatSession, session_key
+from colo_xdp.qemu.event import QmpEvent
+from colo_xdp.qemu.qmp import QemuInfo, QmpError
 
-from .fast import FAST_NO, TierK, completed, user_space
+from .fast import FAST_NO, KernelModel, completed, user_space
 from .fast import Out as Leaving
 from .guest import Guest, Out
 from .tcp import RST, SYN, read
@@ -55,7 +56,7 @@ class Tracker(Rewriter):
             self.seen[id(n)] = self.now_ns
         return n, reason
 
-    def _promote(self, key: bytes, n: Flow) -> bool:
+    def _promote(self, key: bytes, n: TrackedConnection) -> bool:
         room = super()._promote(key, n)
         if room:
             self.seen[id(self.flows[key])] = self.now_ns
@@ -68,7 +69,7 @@ class Side:
     def __init__(self, world: World, primary: bool, guest: Guest | None) -> None:
         self.world, self.guest = world, guest
         self.name, self._file_primary = "P" if primary else "S", primary
-        self.fast: TierK | None = None
+        self.fast: KernelModel | None = None
         self.tap: deque[bytes] = deque(maxlen=500)  # frames that a stopped guest has not taken
         self.off = False  # no power
         self.failed_start = False  # of its QEMU, the last time
@@ -90,24 +91,24 @@ class Side:
     def _forget(self) -> None:
         """The kernel's state, which outlives controllers, as it is after a boot."""
         world, primary = self.world, self._file_primary
-        self.primary, self.role_word, self.base_epoch = primary, "", 0
+        self.primary, self.role_word, self.promoted_epoch = primary, "", 0
         self.mode, self.epoch, self.beat_ns = Mode.DROP, 0, 0
         self.loaded = self.protected = False
         self.shadowed = 0
-        self.bond = Bond.NONE
+        self.sync_state = SyncState.NONE
         self.undecided, self.peer_stopped = False, 0
         self.order = ""
-        self.ring: deque[Event] = deque()
+        self.ring: deque[CapturedFrame] = deque()
         self.lost = 0
         self.rewriter = Tracker()
         if self.fast is not None:
             self.fast.close()
             self.fast = None
         if (primary or world.scene.roles) and world.scene.fast:
-            self.fast = TierK(world.scene.stashes, lambda: world.rnd.random() < BUSY)
+            self.fast = KernelModel(world.scene.buffers, lambda: world.rnd.random() < BUSY)
         self.in_bridge = False
         self.stepped_out = False
-        self.speak_until = 0
+        self.lease_expiry = 0
 
     @property
     def other(self) -> Side:
@@ -165,13 +166,13 @@ class Side:
     # -- programs
 
     def capture(
-        self, source: Source, epoch: int, frame: bytes, gso: int, captured: int = 0
+        self, source: Source, epoch: int, frame: bytes, gso: int, punt_seq: int = 0
     ) -> None:
         if len(self.ring) >= self.world.scene.ring or self.world.ring_broken:
             self.lost += 1
             return
         now = self.world.ns()
-        self.ring.append(Event(source, now, epoch & 0xFFF, frame, gso, False, captured))
+        self.ring.append(CapturedFrame(source, now, epoch & 0xFFF, frame, gso, False, punt_seq))
         if not self._drain_set and self.controller is not None:
             self._drain_set = True
             self.world.later(self.world.rnd.uniform(0.01, 1.0), self._drain)
@@ -186,7 +187,7 @@ class Side:
 
     def silenced(self) -> bool:
         """COLO_LEASE in the programs."""
-        return self.world.scene.lease and self.world.ns() >= self.speak_until
+        return self.world.scene.lease and self.world.ns() >= self.lease_expiry
 
     def pvm_in(self, frame: bytes) -> None:
         if self.mode in (Mode.RUN, Mode.CHECKPOINT) and self.fast is not None:
@@ -196,11 +197,11 @@ class Side:
         self.deliver(self._own(frame, True))
 
     def _own(self, frame: bytes, to_guest: bool) -> bytes:
-        """guest_in, guest_out: the numbers that a guest has kept since it took over."""
-        if not self.base_epoch:
+        """promoted_in, promoted_out: the numbers that a guest has kept since it took over."""
+        if not self.promoted_epoch:
             return frame
         r = self.rewriter
-        r.mode, r.epoch, r.now_ns = Mode.TAKEOVER, self.base_epoch, self.world.ns()
+        r.mode, r.epoch, r.now_ns = Mode.TAKEOVER, self.promoted_epoch, self.world.ns()
         return (r.to_svm if to_guest else r.from_svm)(frame)[0]
 
     def pvm_out(self, frame: bytes, gso: int) -> None:
@@ -211,9 +212,9 @@ class Side:
             self.world.to_network(self, frame)
             return
         self._tell_syn(frame)
-        captured = self._fast(SIDE_PVM, self.epoch, frame, gso)
-        if captured is not None and not self._lost_controller():
-            self.capture(Source.PVM, self.epoch, frame, gso, captured)
+        punt_seq = self._fast(SIDE_PVM, self.epoch, frame, gso)
+        if punt_seq is not None and not self._lost_controller():
+            self.capture(Source.PVM, self.epoch, frame, gso, punt_seq)
 
     def _tell_syn(self, frame: bytes) -> None:
         s = read(frame)
@@ -221,15 +222,15 @@ class Side:
             self.world.link(self, PVM_SYN, self.epoch, frame, 0)
 
     def _fast(self, side: int, epoch: int, frame: bytes, gso: int) -> int | None:
-        """Tier K: None if it has decided, else the number of the frame's event."""
+        """The fast path: None if it has decided, else the number of the frame's event."""
         k = self.fast
         if k is None:
             return 0
         k.mode, k.epoch = self.mode, self.epoch
         fate = k.fast(side, frame, self.world.ns(), gso_size=gso, epoch=epoch)
         if fate.reason == FAST_NO:
-            return fate.captured
-        self.world.note("tier K, %s: %s", "PS"[side], abi.Reason(fate.reason).name)
+            return fate.punt_seq
+        self.world.note("the fast path, %s: %s", "PS"[side], abi.Reason(fate.reason).name)
         self.world.fast += 1
         self.world.fast_alone += self.controller is None
         self.world.fast_udp += (frame[20] if frame[14] >> 4 == 6 else frame[23]) == 17
@@ -245,9 +246,9 @@ class Side:
         if self.primary:
             if kind == SVM and self.mode in (Mode.RUN, Mode.CHECKPOINT) and not self.silenced():
                 ours = (epoch ^ self.epoch) & abi.EPOCH_MASK == 0
-                captured = self._fast(SIDE_SVM, self.epoch if ours else -1, frame, gso)
-                if captured is not None:
-                    self.capture(Source.SVM, epoch, frame, gso, captured)
+                punt_seq = self._fast(SIDE_SVM, self.epoch if ours else -1, frame, gso)
+                if punt_seq is not None:
+                    self.capture(Source.SVM, epoch, frame, gso, punt_seq)
         elif kind == MIRROR:
             if self.mode is Mode.CHECKPOINT:
                 self.capture(Source.CLIENT, self.epoch, frame, gso)
@@ -256,7 +257,7 @@ class Side:
         elif kind == PVM_SYN and self.mode is Mode.RUN:
             r = self.rewriter
             r.mode, r.epoch, r.now_ns = self.mode, self.epoch, self.world.ns()
-            r.hear_pvm(frame)
+            r.note_pvm_header(frame)
 
     def _translate(self, frame: bytes, to_svm: bool) -> bytes:
         r = self.rewriter
@@ -331,8 +332,8 @@ class SimDataPath:
         side.primary = self.wanted(side)
         if side.primary:
             side.stepped_out = False
-            if side.base_epoch:
-                side.epoch = max(side.epoch, side.base_epoch + 1)
+            if side.promoted_epoch:
+                side.epoch = max(side.epoch, side.promoted_epoch + 1)
         elif self.adopted and side.mode is Mode.DROP:
             side.in_bridge = False
         if not self.adopted:
@@ -354,7 +355,7 @@ class SimDataPath:
         """Nothing was pinned (DataPath._begin())."""
         speaks = side.primary and side.world.scene.lease
         side.undecided = side.primary and not speaks
-        side.bond = Bond.ALONE if speaks else Bond.NONE
+        side.sync_state = SyncState.STANDALONE if speaks else SyncState.NONE
         side.mode = Mode.BYPASS if speaks else Mode.DROP
 
     @staticmethod
@@ -373,8 +374,8 @@ class SimDataPath:
         return "primary" if self._side.primary else "secondary"
 
     @property
-    def base_epoch(self) -> int:
-        return self._side.base_epoch
+    def promoted_epoch(self) -> int:
+        return self._side.promoted_epoch
 
     @property
     def in_bridge(self) -> bool:
@@ -385,17 +386,17 @@ class SimDataPath:
         if self.dead:
             return
         to_primary = not side.primary
-        side.base_epoch = max(1, side.epoch) if to_primary else 0
+        side.promoted_epoch = max(1, side.epoch) if to_primary else 0
         if side.fast is not None:
             side.fast.since = side.epoch + 1
         side.shadowed, side.order = 0, ""
         if not to_primary:
-            side.bond = Bond.NONE
+            side.sync_state = SyncState.NONE
         side.role_word = "primary" if to_primary else "secondary"
 
     def drop_guest(self) -> None:
         if not self.dead:
-            self._side.base_epoch = 0
+            self._side.promoted_epoch = 0
 
     @property
     def mode(self) -> Mode:
@@ -435,13 +436,13 @@ class SimDataPath:
             self._side.shadowed = value
 
     @property
-    def bond(self) -> Bond:
-        return self._side.bond
+    def sync_state(self) -> SyncState:
+        return self._side.sync_state
 
-    @bond.setter
-    def bond(self, bond: Bond) -> None:
+    @sync_state.setter
+    def sync_state(self, bond: SyncState) -> None:
         if not self.dead:
-            self._side.bond = bond
+            self._side.sync_state = bond
 
     @property
     def undecided(self) -> bool:
@@ -474,9 +475,9 @@ class SimDataPath:
         if not self.dead:
             self._side.beat_ns = self._side.world.ns()
 
-    def speak_until(self, boot_ns: int) -> None:
+    def lease_expiry(self, boot_ns: int) -> None:
         if not self.dead:
-            self._side.speak_until = boot_ns
+            self._side.lease_expiry = boot_ns
 
     def unmirror(self, key: bytes | None) -> None:
         pass
@@ -502,7 +503,7 @@ class SimDataPath:
     def look_at_port(self) -> None:
         pass
 
-    def drain(self, sink: Callable[[Event], None], limit: int = 1 << 30) -> int:
+    def drain(self, sink: Callable[[CapturedFrame], None], limit: int = 1 << 30) -> int:
         n = 0
         while self._side.ring and n < limit and not self.dead:
             sink(self._side.ring.popleft())
@@ -517,10 +518,10 @@ class SimDataPath:
 
     def flows(self) -> tuple[_Flows, _Flows] | None:
         side = self._side
-        return (_Flows(side, "flows"), _Flows(side, "opening")) if side.base_epoch else None
+        return (_Flows(side, "flows"), _Flows(side, "opening")) if side.promoted_epoch else None
 
     def counters(self) -> dict[str, dict[str, tuple[int, int]]]:
-        return {"svm_out": dict.fromkeys(("passed", "rewritten", "released"), (0, 0))}
+        return {"svm_out": dict.fromkeys(("pass", "pass_rewritten", "pass_released"), (0, 0))}
 
     def open_network(self) -> None:
         if not self.dead:
@@ -577,7 +578,7 @@ class _Flows:
         self.info = SimpleNamespace(max_entries=65536)
 
     @property
-    def _table(self) -> dict[bytes, Flow]:
+    def _table(self) -> dict[bytes, TrackedConnection]:
         r = self._side.rewriter
         return r.opening if self._name == "opening" else r.flows
 
@@ -587,7 +588,7 @@ class _Flows:
 
     def set(self, key: bytes, value: bytes) -> None:
         words = abi.FLOW.unpack(value)
-        f = self._table[key] = Flow(*words[1:])
+        f = self._table[key] = TrackedConnection(*words[1:])
         self._side.rewriter.seen[id(f)] = words[0]
 
     def keys(self) -> list[bytes]:
@@ -792,7 +793,7 @@ class Qemu:
 
 
 class SimQmp:
-    """colo_xdp.qmp.Qmp."""
+    """colo_xdp.qemu.qmp.Qmp."""
 
     def __init__(
         self,
@@ -893,7 +894,7 @@ class SimQmp:
 
 
 class SimPeer:
-    """colo_xdp.peer.Peer: an ordered channel that can be cut with nobody being told."""
+    """colo_xdp.peer.channel.Peer: an ordered channel that can be cut with nobody being told."""
 
     def __init__(
         self,
@@ -935,7 +936,7 @@ class SimPeer:
             await asyncio.sleep(world.rnd.uniform(0.05, 0.1))
 
     def send(self, kind: str, **fields: Any) -> bool:
-        line = wire.encode(kind, **fields)
+        line = messages.encode(kind, **fields)
         partner, world = self._partner, self._side.world
         if self.dead or not self.connected or partner is None:
             return False
@@ -952,8 +953,8 @@ class SimPeer:
             world.later(5, lambda: self._arrive(partner, line))
             return
         partner.last_seen_ns = world.ns()
-        msg = wire.decode(line)
-        if msg["type"] != "beat":
+        msg = messages.decode(line)
+        if msg["type"] != "heartbeat":
             world.note("%s gets %s", partner._side.name, msg)
         partner._on_message(msg)
 
@@ -985,13 +986,13 @@ class SimPeer:
 
 
 class SimPaths:
-    """colo_xdp.paths.Paths with one path, the peer link: the product's own beacons, which are lost,
+    """colo_xdp.peer.heartbeat_links.Paths with one path, the peer link: the product's own beacons, which are lost,
     late and in any order. The chances are its own, so that a scene is the same without them."""
 
-    def __init__(self, side: Side, pair: str, on_word: Callable[[Word], None]) -> None:
+    def __init__(self, side: Side, pair: str, on_word: Callable[[Heartbeat], None]) -> None:
         self._side, self.dead, self._on_word = side, False, on_word
         names = ["peer link"] if side.world.scene.beacons else []
-        self.core = Beacons(pair, "primary" if side.primary else "secondary", names)
+        self.core = HeartbeatSession(pair, "primary" if side.primary else "secondary", names)
         side.paths = self
 
     def start(self) -> None:
@@ -1071,8 +1072,8 @@ class Witness:
         self._world.note("the store's leases are revoked")
         self.leases.clear()
 
-    def seen(self) -> Seen:
-        return Seen(self.holder, self.alone, self.last, self.since)
+    def seen(self) -> StoreView:
+        return StoreView(self.holder, self.alone, self.last, self.since)
 
 
 class SimStore:
@@ -1118,7 +1119,7 @@ class SimStore:
             if not done:
                 self._lease = 0
 
-    async def hold(self, holder: str, ttl_ms: int, steal: str, claim: bool) -> Seen:
+    async def hold(self, holder: str, ttl_ms: int, steal: str, claim: bool) -> StoreView:
         w, last = self._world.witness, self._lease
         seen, revision = await self._ask(lambda: (w.seen(), w.revision))
         if not ours_to_take(seen, holder, steal, claim):
@@ -1133,7 +1134,7 @@ class SimStore:
                 self._lease = lease
                 return now  # type: ignore[no-any-return]
 
-        def put() -> Seen:
+        def put() -> StoreView:
             if bool(w.holder) is not bool(seen.holder) or w.revision != revision:
                 raise StoreError("changed")
             w.put(holder, lease)
@@ -1143,7 +1144,7 @@ class SimStore:
         self._lease = lease
         return now  # type: ignore[no-any-return]
 
-    async def look(self) -> Seen:
+    async def look(self) -> StoreView:
         w = self._world.witness
         return await self._ask(w.seen)  # type: ignore[no-any-return]
 

@@ -10,51 +10,46 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
-from colo_xdp import (
-    abi,
-    controller,
-    failover,
-    fastgram,
-    fastmap,
-    fragments,
-    pair_view,
-    rewrite,
-    secondary,
-    stream,
-)
+from colo_xdp import abi
 from colo_xdp.abi import SIDE_PVM, Mode, Reason
-from colo_xdp.beacon import Flag
-from colo_xdp.commands import OperatorCommands
-from colo_xdp.compare import Engine
-from colo_xdp.datagram import DatagramFlow
-from colo_xdp.failover import Action
-from colo_xdp.fastgram import UdpCodec
-from colo_xdp.flowtable import Flow, FlowTable
-from colo_xdp.fragments import Fragments
-from colo_xdp.heartbeats import Heartbeats
-from colo_xdp.primary import Primary
-from colo_xdp.rewrite import Rewriter
-from colo_xdp.secondary import Secondary
-from colo_xdp.speaker import Speaker
-from colo_xdp.stream import Stream
-from colo_xdp.takeover import Takeover
-from colo_xdp.twin import SvmStream
-from colo_xdp.window import WindowGate
+from colo_xdp.compare import fragments, tcp
+from colo_xdp.compare.datagram import DatagramFlow
+from colo_xdp.compare.fragments import Fragments
+from colo_xdp.compare.tcp import TcpFlow
+from colo_xdp.compare.tcp_secondary import SvmStream
+from colo_xdp.compare.window import WindowGate
+from colo_xdp.conntrack import rewriter
+from colo_xdp.conntrack.rewriter import Rewriter
+from colo_xdp.controller import controller, pair_view, secondary
+from colo_xdp.controller.commands import OperatorCommands
+from colo_xdp.controller.heartbeats import Heartbeats
+from colo_xdp.controller.primary import Primary
+from colo_xdp.controller.secondary import Secondary
+from colo_xdp.controller.takeover import Takeover
+from colo_xdp.datapath import offload_maps
+from colo_xdp.datapath.conntrack_map import ConntrackEntry, ConntrackMap
+from colo_xdp.engine.engine import Engine
+from colo_xdp.failover import decision
+from colo_xdp.failover.decision import Action
+from colo_xdp.failover.lease import Leadership
+from colo_xdp.offload import udp as offload_udp
+from colo_xdp.offload.udp import UdpCodec
+from colo_xdp.peer.heartbeat import Flag
 
-from .fast import Conn, Out, TierK, Work
+from .fast import Conn, KernelModel, Out, Work
 from .host import Side, SimDataPath
 from .world import Fault, Scene, lease_scene, roles_scene, scene
 
 MUTANTS: dict[str, Callable[[Any], None]] = {}
-#: faults in tier K's model which cost time only, or which nobody outside can see: the differential
+#: faults in the fast path's model which cost time only, or which nobody outside can see: the differential
 #: test against the kernel has to notice them (tests/netns/test_fast_differential.py)
 KERNEL_MUTANTS: dict[str, Callable[[Any], None]] = {}
 #: faults between the tiers that heal by retransmission: tests/property/test_tiers.py notices them
-TIERS_MUTANTS: dict[str, Callable[[Any], None]] = {}
+OFFLOAD_MUTANTS: dict[str, Callable[[Any], None]] = {}
 #: what a mutant's scenes have to have, where random ones seldom do
 SCENES: dict[str, dict[str, Any]] = {
-    "tier_k_compares_no_datagrams": {"udp": 100, "odd_udp": True},
-    "tier_k_releases_datagrams_that_wait": {"udp": 100},
+    "fast_path_compares_no_datagrams": {"udp": 100, "odd_udp": True},
+    "fast_path_releases_datagrams_that_wait": {"udp": 100},
     "a_shadow_begins_before_the_secondary_knows": {
         "conns": 4, "loss": 0.0, "lease": False, "manual": False, "beacons": False, "faults": (
             Fault(95, "cut_channel", 3000), Fault(100, "shadow", 2000),
@@ -86,8 +81,8 @@ SCENES: dict[str, dict[str, Any]] = {
     "an_entry_for_good_learns_whatever_comes": {  # a client's port is used again, at the right time
         "seed": 383, "conns": 6, "loss": 0.05, "dup": 0, "jitter": 0.5, "link_loss": 0,
         "link_jitter": 3.0, "odd": 0, "odd_udp": False, "ring": 4000, "queue": 1024,
-        "compare_timeout": 400, "stashes": 16, "eager": False, "beacons": True, "faults": (
-            Fault(277, "stand_down_pvm", 50), Fault(1213, "cut_link", 250),
+        "compare_timeout": 400, "buffers": 16, "eager": False, "beacons": True, "faults": (
+            Fault(277, "demote_pvm", 50), Fault(1213, "cut_link", 250),
             Fault(1265, "checkpoint", 60), Fault(320, "kill_svm_qemu", 1500, 1),
             Fault(14, "checkpoint", 0, 3), Fault(158, "failover_svm", 50, 3),
         ),
@@ -134,7 +129,7 @@ def _kernel_mutant(f: Callable[[Any], None]) -> Callable[[Any], None]:
 
 
 def _tiers_mutant(f: Callable[[Any], None]) -> Callable[[Any], None]:
-    TIERS_MUTANTS[f.__name__] = f
+    OFFLOAD_MUTANTS[f.__name__] = f
     return f
 
 
@@ -142,7 +137,7 @@ def scenes(name: str, runs: int) -> Iterator[Scene]:
     """Scenes in which the mutant has a chance to do harm."""
     random_one = lease_scene if name in LEASE else roles_scene if name in ROLES else scene
     for seed in range(runs):
-        yield replace(random_one(seed), fast=name.startswith("tier_k"), **SCENES.get(name, {}))
+        yield replace(random_one(seed), fast=name.startswith("fast_path"), **SCENES.get(name, {}))
 
 
 # -- the engine
@@ -150,27 +145,27 @@ def scenes(name: str, runs: int) -> Iterator[Scene]:
 
 @_mutant
 def no_ack_gate(mp: Any) -> None:
-    mp.setattr(Stream, "_acked", lambda self, p: True)
+    mp.setattr(TcpFlow, "_acked", lambda self, p: True)
 
 
 @_mutant
 def release_before_compare(mp: Any) -> None:
-    mp.setattr(Stream, "_verified", lambda self, p: True)
+    mp.setattr(TcpFlow, "_verified", lambda self, p: True)
 
 
 @_mutant
 def rst_uncompared(mp: Any) -> None:
-    mp.setattr(Stream, "_ready_rst", lambda self, p: True)
+    mp.setattr(TcpFlow, "_ready_rst", lambda self, p: True)
 
 
 @_mutant
 def fin_uncompared(mp: Any) -> None:
-    mp.setattr(Stream, "_ready_fin", lambda self, p: p.off == p.end or self._verified(p))
+    mp.setattr(TcpFlow, "_ready_fin", lambda self, p: p.off == p.end or self._verified(p))
 
 
 @_mutant
 def syn_uncompared(mp: Any) -> None:
-    mp.setattr(Stream, "_ready_syn", lambda self, p: True)
+    mp.setattr(TcpFlow, "_ready_syn", lambda self, p: True)
 
 
 @_mutant
@@ -200,30 +195,30 @@ def stop_time_ignored(mp: Any) -> None:
 
 @_mutant
 def never_times_out(mp: Any) -> None:
-    mp.setattr(Stream, "expire", lambda self, now: 0)
+    mp.setattr(TcpFlow, "expire", lambda self, now: 0)
 
 
 @_mutant
 def parts_never_leave(mp: Any) -> None:
-    mp.setattr(Stream, "release_part", lambda self, now, whole: False)
+    mp.setattr(TcpFlow, "release_part", lambda self, now, whole: False)
 
 
 @_mutant
 def parts_leave_unverified(mp: Any) -> None:
-    real = Stream.release_part
+    real = TcpFlow.release_part
 
-    def release_part(self: Stream, now: int, whole: bool) -> bool:
+    def release_part(self: TcpFlow, now: int, whole: bool) -> bool:
         if self.held and self.head_ok is not None:
             p = self.held[0][1]
             self.head_ok = (p.seq + max(1, p.end - p.off - 1)) & 0xFFFFFFFF
         return real(self, now, whole)
 
-    mp.setattr(Stream, "release_part", release_part)
+    mp.setattr(TcpFlow, "release_part", release_part)
 
 
 @_mutant
 def split_without_a_new_checksum(mp: Any) -> None:
-    real = stream.split
+    real = tcp.split
 
     def split(rec: Any, p: Any, n: int, *how: Any) -> Any:
         (a, pa), (b, pb) = real(rec, p, n, *how)
@@ -232,7 +227,7 @@ def split_without_a_new_checksum(mp: Any) -> None:
         a.frame = bytes(raw)
         return (a, pa), (b, pb)
 
-    mp.setattr(stream, "split", split)
+    mp.setattr(tcp, "split", split)
 
 
 @_mutant
@@ -262,7 +257,7 @@ def offset_kept_over_a_checkpoint(mp: Any) -> None:
 
     def find(self: Rewriter, key: bytes, p: Any, *, to_svm: bool) -> Any:
         for flow in (*self.flows.values(), *self.opening.values()):
-            if not flow.epoch & rewrite.VOID:
+            if not flow.epoch & rewriter.VOID:
                 flow.epoch = self.epoch
         return real(self, key, p, to_svm=to_svm)
 
@@ -271,7 +266,7 @@ def offset_kept_over_a_checkpoint(mp: Any) -> None:
 
 @_mutant
 def timestamps_untranslated(mp: Any) -> None:
-    real = rewrite.Rewriter._moves
+    real = rewriter.Rewriter._moves
 
     def moves(p: Any, o: Any, off: int, tsoff: int, *, to_svm: bool) -> Any:
         return real(p, o, off, 0 if not to_svm else tsoff, to_svm=to_svm)
@@ -281,7 +276,7 @@ def timestamps_untranslated(mp: Any) -> None:
 
 @_mutant
 def acks_untranslated(mp: Any) -> None:
-    real = rewrite.Rewriter._moves
+    real = rewriter.Rewriter._moves
 
     def moves(p: Any, o: Any, off: int, tsoff: int, *, to_svm: bool) -> Any:
         return {} if to_svm else real(p, o, off, tsoff, to_svm=to_svm)
@@ -294,7 +289,7 @@ def takeover_forgets_the_offsets(mp: Any) -> None:
     real = Secondary.become
 
     def become(self: Secondary, state: Any, why: str) -> None:
-        if state is failover.State.TAKEN_OVER:
+        if state is decision.State.PROMOTED:
             self.dp.epoch += 1
         real(self, state, why)
 
@@ -326,7 +321,7 @@ def solo_with_no_word_of_the_secondary(mp: Any) -> None:
         d = real(f)
         fences = (Action.FENCE, Action.DEGRADE)
         if d.action in fences and f.peer_silent_ms > f.heartbeat_timeout_ms:
-            return failover.Decision(failover._OVER[f.role], "a timer")
+            return decision.Decision(decision._OVER[f.role], "a timer")
         return d
 
     mp.setattr(controller, "decide", decide)
@@ -341,7 +336,7 @@ def a_restarted_primary_goes_on_comparing(mp: Any) -> None:
         real(self, config, datapath)
         datapath.adopted = adopted
         if adopted and datapath.mode is Mode.RUN:
-            self.state = failover.State.PROTECTED
+            self.state = decision.State.PROTECTED
 
     mp.setattr(Primary, "__init__", init)
 
@@ -359,14 +354,14 @@ def the_queue_of_a_checkpoint_is_lost(mp: Any) -> None:
 
 @_mutant
 def an_open_connection_counts_as_a_living_peer(mp: Any) -> None:
-    real = failover._suspect
-    mp.setattr(failover, "_suspect", lambda f: not f.peer_connected and real(f))
-    mp.setattr(failover, "_unreachable", lambda f: not f.peer_connected and f.peer_silent_ms > 9e9)
+    real = decision._suspect
+    mp.setattr(decision, "_suspect", lambda f: not f.peer_connected and real(f))
+    mp.setattr(decision, "_unreachable", lambda f: not f.peer_connected and f.peer_silent_ms > 9e9)
 
 
 @_mutant
 def a_dead_host_is_taken_for_a_cut_link(mp: Any) -> None:
-    mp.setattr(failover, "_unreachable", lambda f: False)
+    mp.setattr(decision, "_unreachable", lambda f: False)
 
 
 @_mutant
@@ -441,149 +436,149 @@ def a_shadow_begins_before_the_secondary_knows(mp: Any) -> None:
     mp.setattr(Primary, "set_shadow", set_shadow)
 
 
-# -- tier K
+# -- the fast path
 
 
 @_mutant
-def tier_k_releases_uncompared_bytes(mp: Any) -> None:
-    real = TierK.decide
+def fast_path_releases_uncompared_bytes(mp: Any) -> None:
+    real = KernelModel.decide
 
-    def decide(self: TierK, c: Conn, w: Work) -> int:
+    def decide(self: KernelModel, c: Conn, w: Work) -> int:
         r = real(self, c, w)
-        if r == Reason.FAST_HELD and w.side == SIDE_PVM and w.p.payload_len:
+        if r == Reason.OFFLOAD_HELD and w.side == SIDE_PVM and w.p.payload_len:
             self.limit_pvm(c, w)
         return r
 
-    mp.setattr(TierK, "decide", decide)
+    mp.setattr(KernelModel, "decide", decide)
 
 
 @_mutant
-def tier_k_compares_nothing(mp: Any) -> None:
-    real = TierK.walk_payload
+def fast_path_compares_nothing(mp: Any) -> None:
+    real = KernelModel.compare_payload
 
-    def walk_payload(self: TierK, c: Conn, w: Work) -> int:
+    def compare_payload(self: KernelModel, c: Conn, w: Work) -> int:
         at, seq, left = w.at, w.seq, w.left
         if real(self, c, w):
             w.at, w.seq, w.left = at + left, (seq + left) & 0xFFFFFFFF, 0
         return 0
 
-    mp.setattr(TierK, "walk_payload", walk_payload)
+    mp.setattr(KernelModel, "compare_payload", compare_payload)
 
 
 @_kernel_mutant
 def the_epoch_is_ignored(mp: Any) -> None:
-    def in_force(self: TierK, c: Conn, mode: Mode, epoch: int) -> bool:
+    def in_force(self: KernelModel, c: Conn, mode: Mode, epoch: int) -> bool:
         return mode is self.mode is Mode.RUN and self.on
 
-    mp.setattr(TierK, "in_force", in_force)
+    mp.setattr(KernelModel, "in_force", in_force)
 
 
 @_mutant
-def tier_k_decides_in_a_checkpoint(mp: Any) -> None:
-    def in_force(self: TierK, c: Conn, mode: Mode, epoch: int) -> bool:
+def fast_path_decides_in_a_checkpoint(mp: Any) -> None:
+    def in_force(self: KernelModel, c: Conn, mode: Mode, epoch: int) -> bool:
         return mode in (Mode.RUN, Mode.CHECKPOINT) and c.epoch == epoch == self.epoch and self.on
 
-    mp.setattr(TierK, "in_force", in_force)
+    mp.setattr(KernelModel, "in_force", in_force)
 
 
 @_mutant
-def tier_k_has_no_ack_gate(mp: Any) -> None:
-    mp.setattr(TierK, "allowed_ack", staticmethod(lambda c: c.p_ack))
+def fast_path_has_no_ack_gate(mp: Any) -> None:
+    mp.setattr(KernelModel, "allowed_ack", staticmethod(lambda c: c.p_ack))
 
 
 @_mutant
-def tier_k_lets_early_acks_pass(mp: Any) -> None:
-    real = TierK.limit_pvm
+def fast_path_lets_early_acks_pass(mp: Any) -> None:
+    real = KernelModel.limit_pvm
 
-    def limit_pvm(self: TierK, c: Conn, w: Work) -> None:
+    def limit_pvm(self: KernelModel, c: Conn, w: Work) -> None:
         s_ack, c.s_ack = c.s_ack, w.p.ack
         real(self, c, w)
         c.s_ack = s_ack
 
-    mp.setattr(TierK, "limit_pvm", limit_pvm)
+    mp.setattr(KernelModel, "limit_pvm", limit_pvm)
 
 
 @_mutant
-def tier_k_limits_no_window(mp: Any) -> None:
-    real = TierK.limit_pvm
+def fast_path_limits_no_window(mp: Any) -> None:
+    real = KernelModel.limit_pvm
 
-    def limit_pvm(self: TierK, c: Conn, w: Work) -> None:
+    def limit_pvm(self: KernelModel, c: Conn, w: Work) -> None:
         s_win, c.s_win = c.s_win, 0xFFFF
         real(self, c, w)
         c.s_win = s_win
 
-    mp.setattr(TierK, "limit_pvm", limit_pvm)
-    mp.setattr(TierK, "allowed_win", staticmethod(lambda c: c.p_win))
+    mp.setattr(KernelModel, "limit_pvm", limit_pvm)
+    mp.setattr(KernelModel, "allowed_win", staticmethod(lambda c: c.p_win))
 
 
 @_mutant
-def tier_k_sends_pieces_with_a_wrong_number(mp: Any) -> None:
-    real = TierK.send_piece
+def fast_path_sends_pieces_with_a_wrong_number(mp: Any) -> None:
+    real = KernelModel.send_piece
 
-    def send_piece(self: TierK, c: Conn, w: Work, new: bytearray, n: int, pos: int) -> None:
+    def send_piece(self: KernelModel, c: Conn, w: Work, new: bytearray, n: int, pos: int) -> None:
         c.rel = (c.rel + (n > 1)) & 0xFFFFFFFF
         real(self, c, w, new, n, pos)
         c.rel = (c.rel - (n > 1)) & 0xFFFFFFFF
 
-    mp.setattr(TierK, "send_piece", send_piece)
+    mp.setattr(KernelModel, "send_piece", send_piece)
 
 
 @_mutant
-def tier_k_forgets_the_checksum(mp: Any) -> None:
-    real = TierK.become_pvm
+def fast_path_forgets_the_checksum(mp: Any) -> None:
+    real = KernelModel.rewrite_as_pvm
 
-    def become_pvm(self: TierK, c: Conn, w: Work) -> None:
+    def rewrite_as_pvm(self: KernelModel, c: Conn, w: Work) -> None:
         real(self, c, w)
         out, at = w.out.pop(), c.l4 + 16
         frame = out.frame[:at] + w.frame[at : at + 2] + out.frame[at + 2 :]
         w.out.append(Out(frame, out.gso_size, out.partial))
 
-    mp.setattr(TierK, "become_pvm", become_pvm)
+    mp.setattr(KernelModel, "rewrite_as_pvm", rewrite_as_pvm)
 
 
 def _seized(mp: Any, **changes: Callable[[Any], Any]) -> None:
-    real = fastmap.FastMap.seize
+    real = offload_maps.BpfKernelPath.reclaim
 
-    def seize(self: Any, key: bytes) -> Any:
+    def reclaim(self: Any, key: bytes) -> Any:
         words = real(self, key)
         if words is None:
             return None
         return replace(words, **{name: new(words) for name, new in changes.items()})
 
-    mp.setattr(fastmap.FastMap, "seize", seize)
+    mp.setattr(offload_maps.BpfKernelPath, "reclaim", reclaim)
 
 
 @_mutant
-def tier_k_loses_what_is_outstanding_when_it_hands_over(mp: Any) -> None:
-    _seized(mp, stash=lambda w: b"")
+def fast_path_loses_what_is_outstanding_when_it_hands_over(mp: Any) -> None:
+    _seized(mp, buffer=lambda w: b"")
 
 
 @_mutant
-def tier_k_says_that_all_acks_have_left(mp: Any) -> None:
-    _seized(mp, out_ack=lambda w: w.p_ack)
+def fast_path_says_that_all_acks_have_left(mp: Any) -> None:
+    _seized(mp, adv_ack=lambda w: w.p_ack)
 
 
 @_mutant
-def tier_k_says_that_the_svm_has_acked_as_much(mp: Any) -> None:
+def fast_path_says_that_the_svm_has_acked_as_much(mp: Any) -> None:
     _seized(mp, s_ack=lambda w: w.p_ack)
 
 
 @_tiers_mutant
-def tier_k_is_never_looked_at(mp: Any) -> None:
+def fast_path_is_never_looked_at(mp: Any) -> None:
     """What waits there for too long asks for nothing."""
-    mp.setattr(fastmap.FastMap, "overdue", lambda self, before_ns: [])
+    mp.setattr(offload_maps.BpfKernelPath, "overdue", lambda self, before_ns: [])
 
 
 @_kernel_mutant
 def give_ignores_captured(mp: Any) -> None:
-    mp.setattr(TierK, "frames_on_their_way", staticmethod(lambda c, captured: False))
+    mp.setattr(KernelModel, "frames_on_their_way", staticmethod(lambda c, punt_seq: False))
 
 
 @_kernel_mutant
 def history_compared_at_the_wrong_place(mp: Any) -> None:
-    real = TierK.walk_payload
+    real = KernelModel.compare_payload
 
-    def walk_payload(self: TierK, c: Conn, w: Work) -> int:
+    def compare_payload(self: KernelModel, c: Conn, w: Work) -> int:
         org = c.org
         if w.left and not w.moves:
             c.org = (org - 1) & 0xFFFFFFFF
@@ -591,68 +586,68 @@ def history_compared_at_the_wrong_place(mp: Any) -> None:
         c.org = org
         return r
 
-    mp.setattr(TierK, "walk_payload", walk_payload)
+    mp.setattr(KernelModel, "compare_payload", compare_payload)
 
 
 @_kernel_mutant
 def early_acks_never_leave(mp: Any) -> None:
-    mp.setattr(TierK, "ack_due", lambda self, c: False)
+    mp.setattr(KernelModel, "ack_due", lambda self, c: False)
 
 
 @_kernel_mutant
 def the_ring_is_thought_to_be_endless(mp: Any) -> None:
     """Bytes that were written over count as history."""
-    mp.setattr(TierK, "oldest", staticmethod(lambda c: c.org))
+    mp.setattr(KernelModel, "oldest", staticmethod(lambda c: c.org))
 
 
 @_kernel_mutant
 def a_stash_begins_anew_whatever_the_client_has(mp: Any) -> None:
-    mp.setattr(TierK, "all_acked", staticmethod(lambda c: True))
+    mp.setattr(KernelModel, "all_acked", staticmethod(lambda c: True))
 
 
 @_kernel_mutant
 def a_stash_never_begins_anew(mp: Any) -> None:
-    mp.setattr(TierK, "all_acked", staticmethod(lambda c: False))
+    mp.setattr(KernelModel, "all_acked", staticmethod(lambda c: False))
 
 
 @_kernel_mutant
 def what_was_forgotten_counts_as_acked(mp: Any) -> None:
-    mp.setattr(TierK, "acked", staticmethod(lambda c, end: True))
+    mp.setattr(KernelModel, "acked", staticmethod(lambda c, end: True))
 
 
 @_kernel_mutant
 def only_a_higher_ack_of_the_client_counts(mp: Any) -> None:
-    real = TierK.note_ack
+    real = KernelModel.note_ack
 
-    def note_ack(self: TierK, frame: bytes) -> None:
+    def note_ack(self: KernelModel, frame: bytes) -> None:
         before = {k: c.client_ack for k, c in self.conns.items()}
         real(self, frame)
         for k, c in self.conns.items():
             c.client_ack = max(c.client_ack, before[k])
 
-    mp.setattr(TierK, "note_ack", note_ack)
+    mp.setattr(KernelModel, "note_ack", note_ack)
 
 
 @_kernel_mutant
 def stashes_are_never_taken_from_others(mp: Any) -> None:
-    real = TierK.owner
+    real = KernelModel.owner
 
-    def owner(self: TierK, slot: int) -> tuple[int, int, bytes]:
+    def owner(self: KernelModel, slot: int) -> tuple[int, int, bytes]:
         taken, since, key = real(self, slot)
         return taken, since or 1, key
 
-    mp.setattr(TierK, "owner", owner)
+    mp.setattr(KernelModel, "owner", owner)
 
 
 @_kernel_mutant
 def segments_of_the_svm_leave_whatever_their_size(mp: Any) -> None:
-    mp.setattr(TierK, "larger", staticmethod(lambda c, w: False))
+    mp.setattr(KernelModel, "larger", staticmethod(lambda c, w: False))
 
 
 @_kernel_mutant
 def the_size_of_segments_only_grows(mp: Any) -> None:
-    real = TierK.note_size
-    mp.setattr(TierK, "note_size", staticmethod(lambda c, n, surely: real(c, n, False)))
+    real = KernelModel.note_size
+    mp.setattr(KernelModel, "note_size", staticmethod(lambda c, n, surely: real(c, n, False)))
 
 
 @_kernel_mutant
@@ -663,8 +658,8 @@ def any_ip_packet_may_lend_its_id(mp: Any) -> None:
             frame[20] |= 0x40
         return real(replace(w, frame=bytes(frame)))
 
-    real = TierK.is_plain
-    mp.setattr(TierK, "is_plain", staticmethod(is_plain))
+    real = KernelModel.is_plain
+    mp.setattr(KernelModel, "is_plain", staticmethod(is_plain))
 
 
 @_kernel_mutant
@@ -674,31 +669,31 @@ def an_ae_bit_is_nothing_odd(mp: Any) -> None:
         frame[at] &= 0xF0
         return real(replace(w, frame=bytes(frame)))
 
-    real = TierK.is_plain
-    mp.setattr(TierK, "is_plain", staticmethod(is_plain))
+    real = KernelModel.is_plain
+    mp.setattr(KernelModel, "is_plain", staticmethod(is_plain))
 
 
 @_kernel_mutant
 def partial_checksums_are_completed(mp: Any) -> None:
-    real = TierK.send_piece
+    real = KernelModel.send_piece
 
-    def send_piece(self: TierK, c: Conn, w: Work, new: bytearray, n: int, pos: int) -> None:
+    def send_piece(self: KernelModel, c: Conn, w: Work, new: bytearray, n: int, pos: int) -> None:
         w.partial = False
         real(self, c, w, new, n, pos)
 
-    mp.setattr(TierK, "send_piece", send_piece)
+    mp.setattr(KernelModel, "send_piece", send_piece)
 
 
 @_mutant
-def tier_k_lets_a_fin_go_alone(mp: Any) -> None:
-    real = TierK.finish_segment
+def fast_path_lets_a_fin_go_alone(mp: Any) -> None:
+    real = KernelModel.finish_segment
 
-    def finish_segment(self: TierK, c: Conn, w: Work) -> int:
+    def finish_segment(self: KernelModel, c: Conn, w: Work) -> int:
         if w.fin and w.side == SIDE_PVM and not w.act:
             self.limit_pvm(c, w)
         return real(self, c, w)
 
-    mp.setattr(TierK, "finish_segment", finish_segment)
+    mp.setattr(KernelModel, "finish_segment", finish_segment)
 
 
 @_tiers_mutant
@@ -708,42 +703,42 @@ def the_kernels_fin_is_forgotten(mp: Any) -> None:
 
 @_kernel_mutant
 def a_fin_takes_no_place(mp: Any) -> None:
-    real = TierK.finish_segment
+    real = KernelModel.finish_segment
 
-    def finish_segment(self: TierK, c: Conn, w: Work) -> int:
+    def finish_segment(self: KernelModel, c: Conn, w: Work) -> int:
         w.seq -= w.fin
         return real(self, c, w)
 
-    mp.setattr(TierK, "finish_segment", finish_segment)
+    mp.setattr(KernelModel, "finish_segment", finish_segment)
 
 
 @_mutant
-def tier_k_compares_no_datagrams(mp: Any) -> None:
-    real = TierK.walk_payload
+def fast_path_compares_no_datagrams(mp: Any) -> None:
+    real = KernelModel.compare_payload
 
-    def walk_payload(self: TierK, c: Conn, w: Work) -> int:
+    def compare_payload(self: KernelModel, c: Conn, w: Work) -> int:
         if w.p.is_udp and w.equal:
             return 0
         return real(self, c, w)
 
-    mp.setattr(TierK, "walk_payload", walk_payload)
+    mp.setattr(KernelModel, "compare_payload", compare_payload)
 
 
 @_mutant
-def tier_k_releases_datagrams_that_wait(mp: Any) -> None:
-    real = TierK.finish_datagram
+def fast_path_releases_datagrams_that_wait(mp: Any) -> None:
+    real = KernelModel.finish_datagram
 
-    def finish_datagram(self: TierK, c: Conn, w: Work) -> int:
+    def finish_datagram(self: KernelModel, c: Conn, w: Work) -> int:
         if w.side == SIDE_PVM and not w.act:
             w.out.append(Out(w.frame))
         return real(self, c, w)
 
-    mp.setattr(TierK, "finish_datagram", finish_datagram)
+    mp.setattr(KernelModel, "finish_datagram", finish_datagram)
 
 
 @_tiers_mutant
 def datagrams_that_wait_are_lost_on_their_way_back(mp: Any) -> None:
-    mp.setattr(fastgram, "records", lambda queue: iter(()))
+    mp.setattr(offload_udp, "records", lambda queue: iter(()))
 
 
 @_tiers_mutant
@@ -758,40 +753,40 @@ def datagrams_of_the_svm_come_back_as_the_pvms(mp: Any) -> None:
 
 @_kernel_mutant
 def any_datagram_is_plain(mp: Any) -> None:
-    mp.setattr(TierK, "is_plain_datagram", staticmethod(lambda w: True))
+    mp.setattr(KernelModel, "is_plain_datagram", staticmethod(lambda w: True))
 
 
 @_kernel_mutant
 def inner_checksums_are_nobodys(mp: Any) -> None:
-    real = TierK.is_plain_datagram
+    real = KernelModel.is_plain_datagram
 
     def is_plain_datagram(w: Work) -> bool:
         w.elsewhere = False
         return real(w)
 
-    mp.setattr(TierK, "is_plain_datagram", staticmethod(is_plain_datagram))
+    mp.setattr(KernelModel, "is_plain_datagram", staticmethod(is_plain_datagram))
 
 
 @_kernel_mutant
 def datagrams_of_the_svm_leave_under_its_own_headers(mp: Any) -> None:
-    real = TierK.head_at
+    real = KernelModel.head_at
 
-    def head_at(self: TierK, c: Conn, place: int) -> tuple[int, int, int, bytes]:
+    def head_at(self: KernelModel, c: Conn, place: int) -> tuple[int, int, int, bytes]:
         ts, size, partial, header = real(self, c, place)
         return ts, size, partial, header[:18] + b"\x12\x34" + header[20:]
 
-    mp.setattr(TierK, "head_at", head_at)
+    mp.setattr(KernelModel, "head_at", head_at)
 
 
 @_kernel_mutant
 def the_oldest_datagram_gives_the_time(mp: Any) -> None:
     """What waits is as old as what has left."""
-    real = TierK.settle
+    real = KernelModel.settle
 
-    def settle(self: TierK, c: Conn, now: int, moved: bool) -> None:
+    def settle(self: KernelModel, c: Conn, now: int, moved: bool) -> None:
         real(self, c, c.since_ns if moved and c.rel != c.nxt else now, moved)
 
-    mp.setattr(TierK, "settle", settle)
+    mp.setattr(KernelModel, "settle", settle)
 
 
 # -- beacons
@@ -802,7 +797,7 @@ def a_beacon_says_shut_before_it_is(mp: Any) -> None:
     real = Heartbeats.flags
 
     def flags(self: Any) -> Flag:
-        early = self._c.state is failover.State.DEGRADED
+        early = self._c.state is decision.State.DEGRADED
         return real(self) | (Flag.SHUT if early else Flag(0))
 
     mp.setattr(Heartbeats, "flags", flags)
@@ -824,13 +819,13 @@ def who_asks_by_beacon_takes_it_for_granted(mp: Any) -> None:
 
 @_lease_mutant
 def nobody_records_who_speaks_alone(mp: Any) -> None:
-    mp.setattr(Speaker, "recorded", property(lambda self: True))
+    mp.setattr(Leadership, "recorded", property(lambda self: True))
 
 
 @_lease_mutant
 def the_lease_is_not_waited_for(mp: Any) -> None:
-    mp.setattr(Speaker, "held", property(lambda self: True))
-    mp.setattr(Speaker, "recorded", property(lambda self: True))
+    mp.setattr(Leadership, "held", property(lambda self: True))
+    mp.setattr(Leadership, "recorded", property(lambda self: True))
 
 
 @_lease_mutant
@@ -839,12 +834,12 @@ def a_solo_primary_does_not_tell(mp: Any) -> None:
     original = Secondary.on_message
 
     def on_message(self: Secondary, msg: dict[str, Any]) -> None:
-        if msg["type"] == "beat":
+        if msg["type"] == "heartbeat":
             msg = msg | {"alone": False}
         original(self, msg)
 
     mp.setattr(Secondary, "on_message", on_message)
-    mp.setattr(Speaker, "other_alone", property(lambda self: False))
+    mp.setattr(Leadership, "peer_standalone", property(lambda self: False))
 
 
 # -- pairs made anew
@@ -852,32 +847,32 @@ def a_solo_primary_does_not_tell(mp: Any) -> None:
 
 @_roles_mutant
 def no_offset_is_handed_over(mp: Any) -> None:
-    mp.setattr(FlowTable, "export", lambda self, epoch: [])
+    mp.setattr(ConntrackMap, "export", lambda self, epoch: [])
 
 
 @_roles_mutant
 def handed_offsets_end_with_the_next_checkpoint(mp: Any) -> None:
-    real = FlowTable.adopt
+    real = ConntrackMap.adopt
 
-    def adopt(self: FlowTable, data: bytes, *, first: bool) -> None:
+    def adopt(self: ConntrackMap, data: bytes, *, first: bool) -> None:
         real(self, data, first=first)
         for key, raw in self._map.items():
             words = abi.FLOW.unpack(raw)
             self._map.set(key, abi.FLOW.pack(words[0], 0, *words[2:]))
 
-    mp.setattr(FlowTable, "adopt", adopt)
+    mp.setattr(ConntrackMap, "adopt", adopt)
 
 
 @_roles_mutant
 def offsets_of_a_former_pair_are_not_exported(mp: Any) -> None:
     """Only those of the last takeover, not those that were handed over before."""
-    real = FlowTable.export
+    real = ConntrackMap.export
 
-    def export(self: FlowTable, epoch: int) -> list[bytes]:
+    def export(self: ConntrackMap, epoch: int) -> list[bytes]:
         size = abi.FLOW_KEY.size
         return [x for x in real(self, epoch) if abi.FLOW.unpack(x[size:])[1] != abi.EPOCH_BASE]
 
-    mp.setattr(FlowTable, "export", export)
+    mp.setattr(ConntrackMap, "export", export)
 
 
 @_roles_mutant
@@ -909,7 +904,7 @@ def the_epoch_of_the_takeover_is_forgotten(mp: Any) -> None:
 
     def change_role(self: SimDataPath) -> None:
         real(self)
-        self._side.base_epoch += bool(self._side.base_epoch)
+        self._side.promoted_epoch += bool(self._side.promoted_epoch)
 
     mp.setattr(SimDataPath, "change_role", change_role)
 
@@ -940,7 +935,7 @@ def both_hosts_stay_primaries(mp: Any) -> None:
 
     def silent(*args: Any, **kwargs: Any) -> Any:
         known = real(*args, **kwargs)
-        return failover.OtherGuest.IDLE if known is failover.OtherGuest.SPEAKS else known
+        return decision.OtherGuest.IDLE if known is decision.OtherGuest.SPEAKS else known
 
     mp.setattr(pair_view, "other_guest", silent)
     mp.setattr(Primary, "_older_than", lambda self, msg: False)
@@ -957,7 +952,7 @@ def the_first_checkpoint_of_a_pair_needs_no_state(mp: Any) -> None:
         real(self, n, initial, planned, asked=asked)
         if initial and self.held.hold is not None:
             self.view.pair.in_colo = self.view.pair.confirmed = True
-            self.state = failover.State.PROTECTED
+            self.state = decision.State.PROTECTED
 
     mp.setattr(Secondary, "_on_begin", begin)
 
@@ -980,7 +975,7 @@ def a_stand_down_is_only_said(mp: Any) -> None:
     async def command(self: Any, args: Any) -> dict[str, Any]:
         return {"state": "stopped", "reason": "", "peer": ""}
 
-    mp.setattr(OperatorCommands, "stand_down", command)
+    mp.setattr(OperatorCommands, "demote", command)
 
 
 @_roles_mutant
@@ -996,9 +991,9 @@ def an_entry_for_good_learns_whatever_comes(mp: Any) -> None:
         if n.epoch == -1:
             n.epoch = was
 
-    def wanted(self: Flow) -> bool:
-        known = self.have & rewrite.HAVE_ISN_S and self.have_client & rewrite.HAVE_ISN_P
+    def wanted(self: ConntrackEntry) -> bool:
+        known = self.have & rewriter.HAVE_ISN_S and self.have_client & rewriter.HAVE_ISN_P
         return bool(self.off or self.tsoff or ((self.have or self.have_client) and not known))
 
     mp.setattr(Rewriter, "_learn_guest", learn)
-    mp.setattr(Flow, "wanted", property(wanted))
+    mp.setattr(ConntrackEntry, "wanted", property(wanted))

@@ -27,12 +27,13 @@ from typing import Any
 
 import pytest
 
-from colo_xdp import controller, failover
-from colo_xdp.abi import Bond, Mode
-from colo_xdp.failover import Action, State, decide
-from colo_xdp.primary import Primary
-from colo_xdp.secondary import Secondary
-from colo_xdp.speaker import Speaker
+from colo_xdp.abi import Mode, SyncState
+from colo_xdp.controller import controller
+from colo_xdp.controller.primary import Primary
+from colo_xdp.controller.secondary import Secondary
+from colo_xdp.failover import decision
+from colo_xdp.failover.decision import Action, State, decide
+from colo_xdp.failover.lease import Leadership
 
 from .host import Side, SimDataPath
 from .torture import failure, shrink, trace
@@ -325,7 +326,7 @@ def a_new_controller_forgets_that_its_guest_was_alone(mp: Any) -> None:
 
     def init(self: Primary, config: Any, datapath: Any) -> None:
         if datapath.adopted:
-            datapath.bond = Bond.NONE
+            datapath.sync_state = SyncState.NONE
         real(self, config, datapath)
 
     mp.setattr(Primary, "__init__", init)
@@ -363,14 +364,14 @@ def silence_is_death(mp: Any) -> None:
 
 def a_data_path_that_began_with_nothing_speaks(mp: Any) -> None:
     def begin(side: Side) -> None:
-        side.bond = Bond.ALONE if side.primary else Bond.NONE
+        side.sync_state = SyncState.STANDALONE if side.primary else SyncState.NONE
         side.mode = Mode.BYPASS if side.primary else Mode.DROP
 
     mp.setattr(SimDataPath, "begin", staticmethod(begin))
 
 
 def a_stopped_controller_is_a_dead_one(mp: Any) -> None:
-    mp.setattr(failover, "_stopped", lambda f: False)
+    mp.setattr(decision, "_stopped", lambda f: False)
 
 
 def the_next_controller_forgets_who_was_stopped(mp: Any) -> None:
@@ -385,7 +386,7 @@ def the_next_controller_forgets_who_was_stopped(mp: Any) -> None:
 
 
 def a_stale_guest_may_hold_the_lease(mp: Any) -> None:
-    mp.setattr(Speaker, "other_alone", property(lambda self: False))
+    mp.setattr(Leadership, "peer_standalone", property(lambda self: False))
 
 
 #: scenes in which they do harm, where random ones seldom do

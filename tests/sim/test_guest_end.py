@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 
-from colo_xdp import pacing
-from colo_xdp.entering import Entering
-from colo_xdp.failover import State
-from colo_xdp.guestlife import GuestLife
-from colo_xdp.pacing import BURST_NS
-from colo_xdp.primary import Primary
-from colo_xdp.reasons import Cause
+from colo_xdp.compare.causes import Cause
+from colo_xdp.controller import pacing
+from colo_xdp.controller.colo_entry import ColoEntry
+from colo_xdp.controller.guest_lifecycle import GuestLifecycle
+from colo_xdp.controller.pacing import BURST_NS
+from colo_xdp.controller.primary import Primary
+from colo_xdp.failover.decision import State
 
 from . import world as world_module
 from .test_controllers import Gates
@@ -53,7 +53,7 @@ def nobody_takes_over() -> None:
             c = side.controller
             if c.state is not State.STOPPED or "shut itself down" not in c.reason:
                 raise Violation(f"seed {seed}: {side.name} is {c.state.value}: {c.reason}")
-        if w.alone["S"] or "taken-over" in went_through(w, "S"):
+        if w.alone["S"] or "promoted" in went_through(w, "S"):
             raise Violation(f"seed {seed}: S has taken over for a guest that is off")
 
 
@@ -136,35 +136,35 @@ def a_shutdown_is_a_death(mp: Any) -> None:
 
 
 def events_are_not_looked_at(mp: Any) -> None:
-    mp.setattr(GuestLife, "on_news", lambda self, news: None)
+    mp.setattr(GuestLifecycle, "on_news", lambda self, news: None)
 
 
 def a_failed_entry_lets_nobody_run(mp: Any) -> None:
     async def run_on(self: Any, since_s: float) -> bool:
         return True
 
-    mp.setattr(Entering, "_run_on", run_on)
+    mp.setattr(ColoEntry, "_run_on", run_on)
 
 
 def only_cont(mp: Any) -> None:
     async def run_on(self: Any, since_s: float) -> bool:
         return bool(await self._cont())
 
-    mp.setattr(Entering, "_run_on", run_on)
+    mp.setattr(ColoEntry, "_run_on", run_on)
 
 
 def an_entry_waits_for_its_deadline(mp: Any) -> None:
     async def watch(self: Any, ck: Any) -> None:
         await self._release_proven(ck)
 
-    mp.setattr(Entering, "_watch_entry", watch)
+    mp.setattr(ColoEntry, "_watch_entry", watch)
 
 
 def a_stop_is_a_checkpoint(mp: Any) -> None:
     async def nobody(self: Any, *_: Any) -> None:
         pass
 
-    mp.setattr("colo_xdp.secondary.Secondary._stopped_by_whom", nobody)
+    mp.setattr("colo_xdp.controller.secondary.Secondary._stopped_by_whom", nobody)
 
 
 def nothing_is_delayed(mp: Any) -> None:

@@ -19,7 +19,9 @@ from .world import Fault, Scene, World, lease_scene, roles_scene, scene
 RUNS, BLOCKS = 1600, 8
 #: more schedules than any of them needs
 MUTANT_RUNS = 2000
-ALONE: list[int] = []  # frames that tier K decided in each schedule while there was no controller
+ALONE: list[
+    int
+] = []  # frames that the fast path decided in each schedule while there was no controller
 
 
 @pytest.fixture(autouse=True)
@@ -108,7 +110,7 @@ def test_mutants_are_noticed(name: str) -> None:
 
 def test_there_are_enough_mutants() -> None:
     assert len(MUTANTS) >= 40
-    assert sum(n.startswith("tier_k") for n in MUTANTS) + len(KERNEL_MUTANTS) >= 16
+    assert sum(n.startswith("fast_path") for n in MUTANTS) + len(KERNEL_MUTANTS) >= 16
 
 
 def test_an_entry_that_was_given_up_and_succeeded_in_qemu_is_compared() -> None:
@@ -116,7 +118,7 @@ def test_an_entry_that_was_given_up_and_succeeded_in_qemu_is_compared() -> None:
     World(
         Scene(
             5002, conns=5, loss=0, dup=0, jitter=0, link_loss=0.01, link_jitter=3, odd=0.4,
-            compare_timeout=40, stashes=1, eager=True, lease=True,
+            compare_timeout=40, buffers=1, eager=True, lease=True,
             faults=(Fault(376, "cut_pe_out", 1300), Fault(542, "cut_channel", 600)),
         )
     ).run()  # fmt: skip

@@ -17,8 +17,8 @@ from typing import Any
 
 import pytest
 
-from colo_xdp import speaker
-from colo_xdp.speaker import MS, Speaker
+from colo_xdp.failover import lease
+from colo_xdp.failover.lease import MS, Leadership
 
 from .clock import FakeTime, VirtualLoop
 from .host import SimStore, Witness
@@ -50,12 +50,12 @@ class Host:
         return self.ring.s if self is self.ring.p else self.ring.p
 
     @property
-    def speaks(self) -> bool:
+    def transmits(self) -> bool:
         return self.open and self.ring.ns() < self.until
 
     def start(self) -> None:
         self.boots += 1
-        self.speaker = made = Speaker(
+        self.speaker = made = Leadership(
             SimStore(self), node=self.name, address=self.name, boot=str(self.boots), ttl_ms=TTL_MS,  # type: ignore[arg-type]
             margin_ms=MARGIN_MS, speaking=self.open and not self.fresh,
             allow=lambda ns: self._allow(made, ns), changed=self.ring.check,
@@ -64,7 +64,7 @@ class Host:
         made.want = self.open
         self.task = asyncio.ensure_future(made.run())
 
-    def _allow(self, who: Speaker, ns: int) -> None:
+    def _allow(self, who: Leadership, ns: int) -> None:
         if who is self.speaker:
             self.until = ns
 
@@ -131,7 +131,7 @@ class Ring:
         self.loop.call_later(ms / 1000, what)
 
     def check(self) -> None:
-        if self.p.speaks and self.s.speaks and self.broken is None:
+        if self.p.transmits and self.s.transmits and self.broken is None:
             self.broken = Overlap("both hosts may speak")
 
     def strike(self) -> None:
@@ -165,7 +165,7 @@ class Ring:
                 host.shut()
             else:
                 host.speaker.want = True
-        elif kind == "gone" and host.speaker is not None and not host.hung:
+        elif kind == "shut" and host.speaker is not None and not host.hung:
             host.shut()  # for good: only a new process opens it again
             boot = host.boots
             self.later(rnd.uniform(0.1, 2), lambda: self._freed(host, boot))
@@ -201,7 +201,7 @@ class Ring:
                 self.strike()
             for h in (self.p, self.s):
                 h.choose()
-                self.spoke[h.name] += h.speaks
+                self.spoke[h.name] += h.transmits
             self.check()
             if self.broken is not None:
                 raise self.broken
@@ -211,7 +211,7 @@ class Ring:
 
     def run(self) -> Ring:
         with pytest.MonkeyPatch.context() as mp:
-            mp.setattr(speaker, "time", FakeTime(self.loop))
+            mp.setattr(lease, "time", FakeTime(self.loop))
             try:
                 self.loop.run_until_complete(self.main())
             finally:
@@ -241,7 +241,7 @@ def test_never_two_permissions(block: int) -> None:
 async def _promise_then_restart(ring: Ring) -> None:
     """P lives on a promise of S, whose controller dies right after it and wants to speak."""
     ring.store_cut_out["P"] = 1
-    ring.witness.last = speaker.GIVEN_UP  # else S waits for as long because of the key
+    ring.witness.last = lease.GIVEN_UP  # else S waits for as long because of the key
     for h in (ring.p, ring.s):
         h.start()
     end = ring.ns() + 1500 * MS
@@ -249,18 +249,18 @@ async def _promise_then_restart(ring: Ring) -> None:
         for h in (ring.p, ring.s):
             h.beat()
         await asyncio.sleep(0.02)
-    assert ring.p.speaks
+    assert ring.p.transmits
     ring.s.kill()
     ring.s.start()
     ring.s.speaker.want = True
     end = ring.ns() + 5000 * MS
-    while not ring.s.speaks and ring.ns() < end:
+    while not ring.s.transmits and ring.ns() < end:
         ring.s.choose()
         await asyncio.sleep(0.002)
         ring.check()
         if ring.broken is not None:
             raise ring.broken
-    assert ring.s.speaks and not ring.p.speaks
+    assert ring.s.transmits and not ring.p.transmits
     for h in (ring.p, ring.s):
         h.kill()
 
@@ -284,44 +284,44 @@ def the_kernel_forgets(mp: Any) -> None:
 
 
 def counted_from_the_answer(mp: Any) -> None:
-    original = Speaker._step
+    original = Leadership._step
 
-    async def step(self: Speaker) -> None:
+    async def step(self: Leadership) -> None:
         before = self._key_until
         await original(self)
         if self._key_until > before:
-            self._key_until = speaker.boot_ns() + self._ttl
+            self._key_until = lease.boot_ns() + self._ttl
             self._publish()
 
-    mp.setattr(Speaker, "_step", step)
+    mp.setattr(Leadership, "_step", step)
 
 
 def promises_are_forgotten(mp: Any) -> None:
-    mp.setattr(Speaker, "promise", lambda self: not self.want)
+    mp.setattr(Leadership, "promise", lambda self: not self.want)
 
 
 def a_new_process_forgets_promises(mp: Any) -> None:
-    original = Speaker.__init__
+    original = Leadership.__init__
 
-    def init(self: Speaker, *args: Any, **kw: Any) -> None:
+    def init(self: Leadership, *args: Any, **kw: Any) -> None:
         original(self, *args, **kw | {"speaking": True})
 
-    mp.setattr(Speaker, "__init__", init)
+    mp.setattr(Leadership, "__init__", init)
 
 
 def a_promise_counts_from_its_arrival(mp: Any) -> None:
-    def promised(self: Speaker, sent_ns: int) -> None:
-        self._promise_until = max(self._promise_until, speaker.boot_ns() + self._usable)
+    def promised(self: Leadership, sent_ns: int) -> None:
+        self._promise_until = max(self._promise_until, lease.boot_ns() + self._usable)
         self._publish()
 
-    mp.setattr(Speaker, "promised", promised)
+    mp.setattr(Leadership, "promised", promised)
 
 
 def who_wants_to_speak_promises(mp: Any) -> None:
-    def promise(self: Speaker) -> bool:
+    def promise(self: Leadership) -> bool:
         return True
 
-    mp.setattr(Speaker, "promise", promise)
+    mp.setattr(Leadership, "promise", promise)
 
 
 def any_process_of_the_other_host_is_robbed(mp: Any) -> None:
@@ -339,35 +339,35 @@ def any_process_of_the_other_host_is_robbed(mp: Any) -> None:
 def what_is_given_back_is_kept(mp: Any) -> None:
     """The permission goes on after the key was released."""
 
-    def want(self: Speaker, value: bool) -> None:
+    def want(self: Leadership, value: bool) -> None:
         self._want = value
         self._wake.set()
 
-    mp.setattr(Speaker, "want", property(lambda self: self._want, want))
+    mp.setattr(Leadership, "want", property(lambda self: self._want, want))
     mp.setattr(Host, "shut", lambda self: self.speaker and want(self.speaker, False))
 
 
 def a_key_that_vanished_is_free(mp: Any) -> None:
-    mp.setattr(Speaker, "_may_claim", lambda self: True)
+    mp.setattr(Leadership, "_may_claim", lambda self: True)
 
 
 def it_has_vanished_when_it_was_asked_for(mp: Any) -> None:
     """Counted from the question: the answer may tell of a later time."""
-    original = Speaker._step
+    original = Leadership._step
 
-    async def step(self: Speaker) -> None:
-        began, gone = speaker.boot_ns(), self._gone_ns
+    async def step(self: Leadership) -> None:
+        began, gone = lease.boot_ns(), self._gone_ns
         await original(self)
         if self._gone_ns != gone and self._gone_ns:
             self._gone_ns = began
 
-    mp.setattr(Speaker, "_step", step)
+    mp.setattr(Leadership, "_step", step)
 
 
 def who_vanished_twice_has_vanished_once(mp: Any) -> None:
-    original = Speaker._saw
+    original = Leadership._saw
     mp.setattr(
-        Speaker, "_saw",
+        Leadership, "_saw",
         lambda self, seen: original(self, dataclasses.replace(seen, since=self.seen.since)),
     )  # fmt: skip
 

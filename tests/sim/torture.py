@@ -54,7 +54,7 @@ def _simpler(s: Scene) -> Iterator[Scene]:
     plain = Scene(s.seed)
     quiet = {"loss": 0, "dup": 0, "jitter": 0.0, "link_loss": 0, "link_jitter": 0.0, "odd": 0,
              "odd_udp": False, "ring": plain.ring, "queue": plain.queue, "fast": False,
-             "stashes": plain.stashes, "eager": False}  # fmt: skip
+             "buffers": plain.buffers, "eager": False}  # fmt: skip
     for name, value in quiet.items():
         if getattr(s, name) != value:
             yield replace(s, **{name: value})
@@ -121,7 +121,7 @@ def _block(first: int, tier: str = "both") -> tuple[int, list[tuple[int, str]], 
         except Exception as e:
             bad.append((seed, f"{type(e).__name__}: {e}"))
         seen["frames released"] += world.frames
-        seen["frames decided by tier K"] += world.fast
+        seen["frames decided by the fast path"] += world.fast
         seen["of them datagrams"] += world.fast_udp
         seen["of them with no controller"] += world.fast_alone
         seen["checkpoints"] += world.clones
@@ -143,7 +143,7 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument(
         "--tier", choices=("both", "u", "k"), default="both",
-        help="u: without tier K; k: always with it; both: with it in three of four",
+        help="u: without the fast path; k: always with it; both: with it in three of four",
     )  # fmt: skip
     parser.add_argument("--scene", help="one scene, as printed; shows its trace")
     parser.add_argument("--lines", type=int, default=2000, help="of the trace")
@@ -154,7 +154,7 @@ def main() -> int:
         return 0 if text.endswith("nothing wrong") else 1
     began, total, bad = time.monotonic(), Counter[str](), []
     starts = range(args.seed, args.seed + args.runs, BLOCK)
-    block = partial(_block, tier=args.tier)
+    block = partial(_block, owner=args.owner)
     with multiprocessing.Pool(args.jobs) as pool:
         for done, (_, found, seen) in enumerate(pool.imap_unordered(block, starts), 1):
             total += seen
@@ -170,7 +170,7 @@ def main() -> int:
     print(f"{len(starts) * BLOCK} schedules from seed {args.seed}: {len(bad)} failed; {shown}")
     logging.disable(logging.CRITICAL)
     for seed, what in bad[:1]:
-        print(report(_scene(seed, args.tier), what))
+        print(report(_scene(seed, args.owner), what))
     return 1 if bad else 0
 
 

@@ -24,30 +24,28 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from colo_xdp import (
-    arbiter,
-    checkpointing,
+from colo_xdp.abi import Mode
+from colo_xdp.config.file import Config, load
+from colo_xdp.controller import (
+    checkpoint_coordinator,
+    colo_entry,
     commands,
     device_watch,
-    entering,
-    fastmap,
-    flowtable,
-    giving,
-    guestlife,
+    guest_lifecycle,
     heartbeats,
-    node,
+    host,
     primary,
     secondary,
-    states,
-    supervisor,
     takeover,
     ticker,
 )
-from colo_xdp import controller as controller_module
-from colo_xdp import speaker as speaker_module
-from colo_xdp.abi import Mode
-from colo_xdp.config import Config, load
-from colo_xdp.failover import State
+from colo_xdp.controller import controller as controller_module
+from colo_xdp.datapath import conntrack_map, offload_maps
+from colo_xdp.failover import arbiter, states
+from colo_xdp.failover import lease as speaker_module
+from colo_xdp.failover.decision import State
+from colo_xdp.offload import scheduler
+from colo_xdp.qemu import supervisor
 
 from .clock import FakeTime, VirtualLoop
 from .fast import Bpf
@@ -111,7 +109,7 @@ ENDING = (
 ROUNDS = (
     "kill_pvm_qemu", "kill_pvm_qemu", "kill_pvm_host", "power_pvm", "kill_pvm_in_checkpoint",
     "kill_svm_qemu", "kill_svm_host", "power_svm", "failover_pvm", "failover_svm", "planned",
-    "planned", "cut_colo", "stand_down_pvm", "stand_down_svm",
+    "planned", "cut_colo", "demote_pvm", "demote_svm",
 )  # fmt: skip
 #: what goes wrong while it is being made
 HINDRANCES = (
@@ -140,8 +138,8 @@ class Scene:
     compare_timeout: int = 150
     faults: tuple[Fault, ...] = ()
     lease: bool = False  # the arbiter; else a fence
-    fast: bool = True  # tier K decides, too
-    stashes: int = 16
+    fast: bool = True  # the fast path decides, too
+    buffers: int = 16
     eager: bool = False  # it gets connections as soon as it may
     manual: bool = False  # a person is the arbiter
     roles: bool = False  # whoever is alone gets a new secondary, in whichever role his host began
@@ -169,7 +167,7 @@ class Scene:
 def scene(seed: int) -> Scene:
     """A random one; in one of eight a guest, or a person, does something to QEMU besides."""
     rnd, s = random.Random(seed * 86_028_121 + 7), _network_scene(seed)
-    if rnd.random() > 0.125 or s.calm():
+    if rnd.random() > 0.125 or s.settled_batches():
         return s
     kind = rnd.choice(("poweroff", "reset_p", "reset_s", "stop_p", "stop_s", "entry_completed",
                        "entry_stuck"))  # fmt: skip
@@ -178,12 +176,12 @@ def scene(seed: int) -> Scene:
 
 
 def _network_scene(seed: int) -> Scene:
-    """In three of four tier K decides, with many stashes or few."""
+    """In three of four the fast path decides, with many buffers or few."""
     rnd = random.Random(seed * 104_729 + 2)
-    fast, stashes, eager = rnd.random() < 0.75, rnd.choice((1, 4, 16)), rnd.random() < 0.5
-    s = replace(_scene(seed), fast=fast, stashes=stashes, eager=eager)
+    fast, buffers, eager = rnd.random() < 0.75, rnd.choice((1, 4, 16)), rnd.random() < 0.5
+    s = replace(_scene(seed), fast=fast, buffers=buffers, eager=eager)
     s = _stopped(replace(s, beacons=rnd.random() < 0.7))
-    if not s.beacons or s.calm() or rnd.random() < 0.7:
+    if not s.beacons or s.settled_batches() or rnd.random() < 0.7:
         return s
     # the control channel alone is cut, for long, and perhaps one side hears no beacons either
     faults = [Fault(rnd.randrange(60, 900), "cut_channel", rnd.choice((600, 1500, 4000)))]
@@ -196,7 +194,7 @@ def _network_scene(seed: int) -> Scene:
 def _stopped(s: Scene) -> Scene:
     """In one of eight somebody stops a controller, for a while or for longer than dead_after."""
     rnd = random.Random(s.seed * 86_028_121 + 8)
-    if s.calm() or rnd.random() >= 0.125:
+    if s.settled_batches() or rnd.random() >= 0.125:
         return s
     kind = rnd.choice(("stop_p_controller", "stop_s_controller"))
     stop = Fault(rnd.randrange(100, 900), kind, rnd.choice((5, 300, 1500, 4000)))
@@ -211,7 +209,7 @@ def _scene(seed: int) -> Scene:
     ]
     if rnd.random() < 0.5:
         faults.append(Fault(rnd.randrange(100, 1100), rnd.choice(ENDING)))
-    if rnd.random() < 0.15:  # honest guests, a good network: see Scene.calm
+    if rnd.random() < 0.15:  # honest guests, a good network: see Scene.settled_batches
         kinds = ("checkpoint", "checkpoint", "reload")
         faults = [Fault(rnd.randrange(60, 900), rnd.choice(kinds)) for _ in range(rnd.randrange(3))]
         return Scene(
@@ -240,7 +238,7 @@ def lease_scene(seed: int) -> Scene:
     """A random one with a lease as the arbiter: the same, and cuts, which may flap."""
     rnd = random.Random(seed * 104729 + 3)
     s = scene(seed)
-    if s.calm():
+    if s.settled_batches():
         return replace(s, lease=True)
     faults = list(s.faults)
     for _ in range(rnd.choice((1, 1, 2, 4))):
@@ -349,7 +347,7 @@ class World:
         self.turns: list[int] = []  # ms: the network has heard the other host's guest from then on
         self.heard = "P"
         self.frames = 0
-        self.fast = self.fast_alone = 0  # frames that tier K decided, and with no controller
+        self.fast = self.fast_alone = 0  # frames that the fast path decided, and with no controller
         self.fast_udp = 0  # of them datagrams
         self.broken: BaseException | None = None
         plans = [self._plan() for _ in range(s.conns)]
@@ -773,28 +771,28 @@ class World:
         """The stand-ins in the product's modules."""
         clock = FakeTime(self.loop)
         modules = (
-            controller_module, node, commands, ticker, checkpointing, primary, secondary, flowtable,
-            fastmap, speaker_module, takeover, device_watch, entering, guestlife,
+            controller_module, host, commands, ticker, checkpoint_coordinator, primary, secondary, conntrack_map,
+            offload_maps, speaker_module, takeover, device_watch, colo_entry, guest_lifecycle,
             supervisor, heartbeats,
         )  # fmt: skip
         kept = [(m, "time", m.time) for m in modules]  # type: ignore[attr-defined]
         kept += [(controller_module, n, getattr(controller_module, n)) for n in ("Peer", "Paths")]
         kept += [(arbiter, "make_store", arbiter.make_store)]
         kept += [(supervisor, n, getattr(supervisor, n)) for n in ("Qmp", "WATCH_S")]
-        kept += [(fastmap, "_bpf", fastmap._bpf), (states, "STRICT", states.STRICT)]
-        kept += [(giving, n, getattr(giving, n)) for n in ("OFFER_AFTER", "MAX_PATIENCE")]
+        kept += [(offload_maps, "_bpf", offload_maps._bpf), (states, "STRICT", states.STRICT)]
+        kept += [(scheduler, n, getattr(scheduler, n)) for n in ("OFFER_AFTER", "MAX_PATIENCE")]
         try:
             states.STRICT = True
             for m in modules:
                 m.time = clock  # type: ignore[attr-defined]
             if self.scene.eager:
-                giving.OFFER_AFTER = giving.MAX_PATIENCE = 1
-            fastmap._bpf = Bpf(self.ns)  # type: ignore[assignment]
+                scheduler.OFFER_AFTER = scheduler.MAX_PATIENCE = 1
+            offload_maps._bpf = Bpf(self.ns)  # type: ignore[assignment]
             # A QEMU that hangs here refuses its commands, which tells the watch nothing.
             supervisor.WATCH_S = 1e9
             supervisor.Qmp = self._make_qmp  # type: ignore[misc,assignment]
             controller_module.Peer = self._make_peer  # type: ignore[misc,assignment]
-            controller_module.Paths = self._make_paths  # type: ignore[misc,assignment]
+            controller_module.HeartbeatLinks = self._make_paths  # type: ignore[misc,assignment]
             arbiter.make_store = self._make_store  # type: ignore[assignment]
             yield
         finally:
@@ -907,11 +905,11 @@ class World:
             side = p if f.kind == "failover_p" else s
             if side.controller is not None:
                 self.spawn(self._command(side, "failover"))
-        elif f.kind in ("stand_down_p", "stand_down_s"):
-            side = p if f.kind == "stand_down_p" else s
+        elif f.kind in ("demote_p", "demote_s"):
+            side = p if f.kind == "demote_p" else s
             if side.controller is not None:
                 self._doom(side)
-                self.spawn(self._stand_down(side))
+                self.spawn(self._demote(side))
         elif f.kind in ("flip_p", "flip_s"):
             self._flip(p if f.kind == "flip_p" else s)
         elif f.kind == "failover":
@@ -956,11 +954,11 @@ class World:
             with contextlib.suppress(ValueError):
                 await c.commands.run(name, args)
 
-    async def _stand_down(self, side: Side) -> None:
+    async def _demote(self, side: Side) -> None:
         c = side.controller
         assert c is not None
         try:
-            await c.commands.run("stand-down", {})
+            await c.commands.run("demote", {})
         except ValueError:
             return
         if c is side.controller and not (side.mode is Mode.DROP and not side.stepped_out):
@@ -1101,7 +1099,8 @@ class World:
                 e.pvm_packets > 17 * self.scene.queue
                 or e.svm_packets > 2 * self.scene.queue + 16
                 or kept
-                > giving.BRAKE_STREAMS * (giving.BRAKE_FRAMES + controller_module.RING_BATCH)
+                > scheduler.BACKPRESSURE_STREAMS
+                * (scheduler.BACKPRESSURE_FRAMES + controller_module.RING_BATCH)
             ):
                 raise Violation(f"I10: {e.held_packets} held, {e.svm_packets} of the SVM")
             if e.held_packets < 0 or e.held_bytes < 0 or e.svm_packets < 0:
@@ -1131,7 +1130,7 @@ class World:
 
     @staticmethod
     def _held_in_kernel(side: Side) -> int:
-        """Connections of tier K that wait; what it knows of a pair that is lost is void."""
+        """Connections of the fast path that wait; what it knows of a pair that is lost is void."""
         k = side.fast
         return len(k.waiting()) if k is not None and side.mode is Mode.RUN else 0
 
@@ -1172,7 +1171,7 @@ class World:
         c = side.controller
         if c is None or not side.primary:
             return
-        if self.scene.calm():
+        if self.scene.settled_batches():
             made = {
                 n: k for n, k in c.by_cause.items() if n not in ("initial", "operator", "policy")
             }
@@ -1181,7 +1180,9 @@ class World:
         if c.engine.held_packets:
             raise Violation(f"I4: {c.engine.held_packets} frames are held for ever, {ctl}")
         if self._held_in_kernel(side):
-            raise Violation(f"I4: {self._held_in_kernel(side)} connections wait for ever in tier K")
+            raise Violation(
+                f"I4: {self._held_in_kernel(side)} connections wait for ever in the fast path"
+            )
 
     def _must_survive(self, side: Side) -> bool:
         """Whether this side's guest has to go on alone by itself."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""bpf/colo_common.h and colo_xdp/abi.py say the same."""
+"""bpf/lib/abi.h and colo_xdp/abi.py say the same."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from colo_xdp import abi
 
-HEADER = (Path(__file__).parents[2] / "bpf/colo_common.h").read_text()
+HEADER = (Path(__file__).parents[2] / "bpf/lib/abi.h").read_text()
 SIZES = {"__u64": 8, "__u32": 4, "__be32": 4, "__u16": 2, "__be16": 2, "__u8": 1}
 
 
@@ -72,7 +72,7 @@ def test_numbers() -> None:
 
 
 def test_virtio_numbers() -> None:
-    text = (Path(__file__).parents[2] / "bpf/offload.h").read_text()
+    text = (Path(__file__).parents[2] / "bpf/lib/gso.h").read_text()
     said = {m[1]: int(m[2], 0) for m in re.finditer(r"#define VNET_(\w+)\s+(\w+)", text)}
     ours = {g.name: int(g) for g in abi.Gso if g is not abi.Gso.NONE}
     assert said == ours | {"ECN": abi.GSO_ECN}

@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from colo_xdp.cli import DEGRADED, FAILED, NOT_RUNNING, USAGE, _text, app
-from colo_xdp.status import empty
+from colo_xdp.status.document import empty
 
 ROOT = Path(__file__).parents[2]
 EXAMPLE = str(ROOT / "deploy/examples/primary.toml")

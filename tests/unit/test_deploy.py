@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from colo_xdp.cli import USAGE
-from colo_xdp.config import DOCS, load
-from colo_xdp.corpus import load as load_corpus
-from colo_xdp.daemon import HUNG_SHARE
+from colo_xdp.config.file import DOCS, load
+from colo_xdp.service.daemon import HUNG_SHARE
+from colo_xdp.tools.corpus import load as load_corpus
 
 ROOT = Path(__file__).parents[2]
 

@@ -43,9 +43,9 @@ def story(position: int | None, *, v6: bool = False) -> list[str]:
         ("peer primary", pcap((0.15, frame(ISN_P + 1, 0x18, WANT, epoch=7, v6=v6)))),
     ]
     log = (
-        "2026-11-28 11:59:59,100 DEBUG colo_xdp.datapath: data path: RUN, epoch 7\n"
-        "2026-11-28 12:00:00,150 DEBUG colo_xdp.datapath: data path: BYPASS, epoch 8\n"
-        "2026-11-28 12:00:09,000 DEBUG colo_xdp.datapath: data path: RUN, epoch 9\n"
+        "2026-11-28 11:59:59,100 DEBUG colo_xdp.datapath.datapath: data path: RUN, epoch 7\n"
+        "2026-11-28 12:00:00,150 DEBUG colo_xdp.datapath.datapath: data path: BYPASS, epoch 8\n"
+        "2026-11-28 12:00:09,000 DEBUG colo_xdp.datapath.datapath: data path: RUN, epoch 9\n"
     )
     w = Wrong("page", AT + 0.25, 80, 4000, BAD[at:], WANT[at:], position)
     return explain(captures, {"primary": log}, w)
@@ -77,5 +77,5 @@ def test_a_capture_that_was_cut_is_read_to_its_last_whole_frame() -> None:
 
 
 def test_modes_are_read_from_the_log() -> None:
-    log = "2026-11-28 12:00:01,250 DEBUG colo_xdp.datapath: data path: DROP, epoch 3\n"
+    log = "2026-11-28 12:00:01,250 DEBUG colo_xdp.datapath.datapath: data path: DROP, epoch 3\n"
     assert modes(log) == [(AT + 1.25, "DROP, epoch 3")]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Tier K's rules for what it makes, case by case, on its model (tests/sim/fast.py), which the
+"""The fast path's rules for what it makes, case by case, on its model (tests/sim/fast.py), which the
 differential test holds equal to the kernel's."""
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from colo_xdp.abi import FLOW_KEY, SIDE_PVM, SIDE_SVM, TIER_K, TIER_U, Mode, Reason
+from colo_xdp.abi import FLOW_KEY, OWNER_KERNEL, OWNER_USER, SIDE_PVM, SIDE_SVM, Mode, Reason
 from tests.netns.frames import checksum_fits, tcp
-from tests.sim.fast import MAX_PIECE, SURE_MSS, Conn, Fate, TierK, completed
+from tests.sim.fast import MAX_PIECE, SURE_MSS, Conn, Fate, KernelModel, completed
 
 SEQ = 1000
 BODY = bytes(i * 7 & 255 for i in range(70_000))
@@ -23,14 +23,14 @@ KEY = FLOW_KEY.pack(*EDGES, struct.pack("!H", 80), struct.pack("!H", 40000), 0)
 
 
 class Talk:
-    """One connection, both guests' bytes from SEQ on, in tier K."""
+    """One connection, both guests' bytes from SEQ on, in the fast path."""
 
     def __init__(self, mss: int = 0) -> None:
-        self.k = TierK(4)
+        self.k = KernelModel(4)
         self.k.mode, self.k.epoch, self.k.on = Mode.RUN, 1, True
         self.c = self.k.conns[KEY] = Conn(
-            tier=TIER_K, epoch=1, rel=SEQ, nxt=SEQ, org=SEQ, mss=mss, p_ack=5000, s_ack=5000,
-            out_ack=5000, p_win=4096, s_win=4096, out_win=4096,
+            owner=OWNER_KERNEL, epoch=1, rel=SEQ, nxt=SEQ, org=SEQ, mss=mss, p_ack=5000, s_ack=5000,
+            adv_ack=5000, p_win=4096, s_win=4096, adv_win=4096,
         )  # fmt: skip
         self.at = [0, 0]
         self.now = 0
@@ -141,7 +141,7 @@ def test_a_fin_goes_with_no_piece(talk: Talk) -> None:
     talk.p(1348)
     talk.say(SIDE_PVM, 100, flags=ACK | 1)
     assert not talk.say(SIDE_SVM, 1448, flags=ACK | 1).reason
-    assert talk.c.tier == TIER_U
+    assert talk.c.owner == OWNER_USER
 
 
 @pytest.mark.parametrize("side", [SIDE_PVM, SIDE_SVM])
@@ -158,8 +158,8 @@ def test_what_belongs_to_one_frame_is_for_user_space(
     """Signatures, urgent data, congestion signals: no other frame may have them, nor lose them."""
     talk.say(1 - side, 100)
     fate = talk.say(side, 100, **how)  # type: ignore[arg-type]
-    assert not fate.reason and not fate.out and talk.c.tier == TIER_U
-    assert talk.k.counts[Reason.HAND_ODD] == 1
+    assert not fate.reason and not fate.out and talk.c.owner == OWNER_USER
+    assert talk.k.counts[Reason.PUNT_EXCEPTION] == 1
 
 
 def test_an_id_is_lent_only_where_it_means_nothing(talk: Talk) -> None:
@@ -168,7 +168,7 @@ def test_an_id_is_lent_only_where_it_means_nothing(talk: Talk) -> None:
     (out,) = talk.say(SIDE_SVM, 100, ident=900, df=False).out
     assert struct.unpack_from("!HH", out.frame, 18) == (500, 0x4000)
     talk.say(SIDE_PVM, 100, ident=501, df=False)
-    assert talk.c.tier == TIER_U and talk.k.counts[Reason.HAND_ODD] == 1
+    assert talk.c.owner == OWNER_USER and talk.k.counts[Reason.PUNT_EXCEPTION] == 1
 
 
 def test_a_bare_ack_is_not_of_an_ecn_capable_transport(talk: Talk) -> None:

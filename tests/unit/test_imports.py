@@ -18,7 +18,7 @@ PURE = (
     "journal", "ledger", "limits", "marked", "marks", "nic", "offload_port", "offloaded",
     "openings", "outbox", "pacing", "packet", "pair_view", "policy", "qmp_event", "reasons",
     "record", "released", "replay", "rewrite", "segment", "states", "status", "stream", "suggest",
-    "tcp_state", "tier_k", "timers", "twin", "uncompared", "window", "wire",
+    "tcp_state", "fast_path", "timers", "twin", "uncompared", "window", "wire",
 )  # fmt: skip
 NAMES = {part for name in PURE for part in name.split("/")}
 EDGES = {

@@ -43,23 +43,23 @@ elif key == "colo-xdp status":
     print(json.dumps(s))
     code = 3 if s is None else 0 if s["state"] == "protected" else 4
 elif key == "colo-xdp failover":
-    s["permission"]["speaks"] = "--planned" not in args
-    s["state"] = "stopped" if "--planned" in args else "taken-over"
-elif key == "colo-xdp stand-down":
-    s["permission"]["speaks"], s["state"] = False, "stopped"
+    s["active"]["transmitting"] = "--planned" not in args
+    s["state"] = "stopped" if "--planned" in args else "promoted"
+elif key == "colo-xdp demote":
+    s["active"]["transmitting"], s["state"] = False, "stopped"
 (d / "world").write_text(json.dumps(w))
 sys.exit(code)
 """
 
 
-def status(role: str, state: str, *, speaks: bool, bond: str = "equal") -> dict[str, Any]:
+def status(role: str, state: str, *, transmitting: bool, bond: str = "in_sync") -> dict[str, Any]:
     return {"role": role, "state": state, "reason": "because",
-            "permission": {"speaks": speaks, "bond": bond}}  # fmt: skip
+            "active": {"transmitting": transmitting, "sync": bond}}  # fmt: skip
 
 
-PVM = status("primary", "protected", speaks=True)
-SVM = status("secondary", "protected", speaks=False)
-NEW_SVM = status("secondary", "starting", speaks=False, bond="none")
+PVM = status("primary", "protected", transmitting=True)
+SVM = status("secondary", "protected", transmitting=False)
+NEW_SVM = status("secondary", "starting", transmitting=False, bond="none")
 
 
 class Host:
@@ -83,7 +83,7 @@ class Host:
     ) -> None:
         """What is there; a key of `fail` has _ for each space or -."""
         names = {"start": "systemctl start", "stop": "systemctl stop",
-                 "failover": "colo-xdp failover", "stand_down": "colo-xdp stand-down",
+                 "failover": "colo-xdp failover", "demote": "colo-xdp demote",
                  "config": "colo-xdp config", "status": "colo-xdp status"}  # fmt: skip
         doc = {"status": now, "started": started, "fail": {names[k]: v for k, v in fail.items()}}
         (self.dir / "world").write_text(json.dumps(doc))
@@ -183,7 +183,7 @@ def test_a_life_of_the_first_primary(host: Host) -> None:
     assert host("start") == 0 and host("monitor") == 8, "again: nothing changes"
     assert host("demote") == 0
     assert host.calls()[1:] == [
-        "colo-xdp failover --planned --yes", "colo-xdp stand-down --yes --why asked by the cluster",
+        "colo-xdp failover --planned --yes", "colo-xdp demote --yes --why asked by the cluster",
     ]  # fmt: skip
     assert host.score() == "--delete"
     assert host("monitor") == 0
@@ -212,7 +212,7 @@ def test_only_an_equal_standby_is_promoted(host: Host) -> None:
 def test_a_promoted_guest_that_is_silent_has_failed(host: Host) -> None:
     host.world(PVM)
     assert host("promote") == 0
-    host.world(status("primary", "stopped", speaks=False, bond="none"))
+    host.world(status("primary", "stopped", transmitting=False, bond="none"))
     assert host("monitor") == 9 and "promoted, but silent: stopped: because" in host.said
     assert host("demote") == 0 and host("monitor") == 0
 
@@ -220,8 +220,8 @@ def test_a_promoted_guest_that_is_silent_has_failed(host: Host) -> None:
 def test_a_guest_of_which_nothing_is_known_may_be_promoted_where_there_is_no_other(
     host: Host,
 ) -> None:
-    waits = status("primary", "starting", speaks=False, bond="none")
-    waits["permission"]["undecided"] = True
+    waits = status("primary", "starting", transmitting=False, bond="none")
+    waits["active"]["undecided"] = True
     host.world(waits)
     assert host("monitor") == 0 and host.score() == "--update=10"
     assert host("promote") == 0
@@ -241,10 +241,10 @@ def test_a_dead_controller_is_an_error_while_its_guest_lives(host: Host) -> None
     assert host("monitor", timeout=5) == 1 and "has died" in host.said
     # To stop it the controller has to be there once more, to say that the guest is silent.
     assert host("stop", timeout=5) == 0
-    assert [c.split()[1] for c in host.calls()] == ["start", "failover", "stand-down", "stop"]
+    assert [c.split()[1] for c in host.calls()] == ["start", "failover", "demote", "stop"]
 
 
-@pytest.mark.parametrize("what", ["start", "stand_down", "stop"])
+@pytest.mark.parametrize("what", ["start", "demote", "stop"])
 def test_no_stop_without_certain_silence(host: Host, what: str) -> None:
     """The cluster fences a host whose stop has failed."""
     fail = {what: 1}
@@ -258,7 +258,7 @@ def test_no_stop_without_certain_silence(host: Host, what: str) -> None:
 def test_a_plan_that_fails_still_ends_in_silence(host: Host) -> None:
     host.world(PVM, failover=1)
     assert host("demote") == 0 and "no planned failover" in host.said
-    assert host.calls()[-1].startswith("colo-xdp stand-down")
+    assert host.calls()[-1].startswith("colo-xdp demote")
 
 
 @pytest.mark.parametrize(("quorum", "fenced", "code"), [("1", 0, 0), ("1", 1, 1), ("0", 0, 1)])

@@ -12,9 +12,9 @@ from typing import Any, cast
 
 import pytest
 
-from colo_xdp import outside
-from colo_xdp.arbiter import FenceArbiter, Host
-from colo_xdp.supervisor import QemuSupervisor
+from colo_xdp import user_command
+from colo_xdp.failover.arbiter import FenceArbiter, Host
+from colo_xdp.qemu.supervisor import QemuSupervisor
 
 #: stands in for systemd-run: what it was asked for, and the command as systemd would start it
 FAKE = """#!/bin/sh
@@ -28,7 +28,7 @@ exec "$@"
 @pytest.fixture
 def service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """This process is one that systemd has started."""
-    monkeypatch.setattr(outside, "BOOTED", tmp_path)
+    monkeypatch.setattr(user_command, "BOOTED", tmp_path)
     monkeypatch.setenv("NOTIFY_SOCKET", "/run/systemd/notify")
     monkeypatch.setenv("SYSTEMD_EXEC_PID", str(os.getpid()))
     monkeypatch.setenv("WATCHDOG_USEC", "3000000")
@@ -82,7 +82,7 @@ def test_a_qemu_stays_in_a_unit_that_lives_on(service: Path) -> None:
 
 
 def test_systemd_expands_nothing_in_the_command(service: Path) -> None:
-    argv = outside.fence("web1", ("sh", "-c", "echo $HOME $$"), 1000)
+    argv = user_command.fence("web1", ("sh", "-c", "echo $HOME $$"), 1000)
     assert argv[argv.index("--") + 1 :] == ["sh", "-c", "echo $$HOME $$$$"]
 
 
@@ -90,7 +90,7 @@ def test_the_units_own_words_stay_with_the_controller(service: Path) -> None:
     out = service / "env"
     assert start_incoming("sh", "-c", f"env > {out}") == 0
     names = {line.split("=")[0] for line in out.read_text().splitlines()}
-    assert not names & outside.PRIVATE and "IPMI_PASSWORD" in names
+    assert not names & user_command.PRIVATE and "IPMI_PASSWORD" in names
     said = asked(service)
     assert "--setenv=IPMI_PASSWORD" in said and "--setenv=NOTIFY_SOCKET" not in said
 
@@ -100,7 +100,7 @@ def test_else_they_are_started_directly(
     service: Path, monkeypatch: pytest.MonkeyPatch, why: str
 ) -> None:
     if why == "no systemd":
-        monkeypatch.setattr(outside, "BOOTED", service / "absent")
+        monkeypatch.setattr(user_command, "BOOTED", service / "absent")
     elif why == "no notify":
         monkeypatch.delenv("NOTIFY_SOCKET")
     else:
@@ -111,14 +111,14 @@ def test_else_they_are_started_directly(
 
 def test_every_child_of_the_controller_is_started_by_way_of_it() -> None:
     """A command that is run in another way would be in the controller's sandbox again."""
-    root = Path(outside.__file__).parent
+    root = Path(user_command.__file__).parent
     r = subprocess.run(
         ["grep", "-lE", r"create_subprocess|subprocess\.|os\.(system|spawn|exec|posix_spawn)",
          *map(str, sorted(root.glob("*.py")))],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
-    users = {Path(x).name for x in r.stdout.split()} - {"cli.py", "doctor.py"}
-    assert users == {"supervisor.py", "arbiter.py"}
+    users = {Path(x).name for x in r.stdout.split()} - {"cli.py", "tools/doctor.py"}
+    assert users == {"qemu/supervisor.py", "failover/arbiter.py"}
     for name in users:
         text = (root / name).read_text()
         assert text.count("create_subprocess_exec(") == text.count("env=outside.environment()")

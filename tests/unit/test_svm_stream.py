@@ -7,11 +7,11 @@ import random
 
 import pytest
 
-from colo_xdp.history import History
-from colo_xdp.ledger import Ledger
-from colo_xdp.packet import Packet, parse
-from colo_xdp.released import UNPROVEN, ReleasedStream
-from colo_xdp.twin import MAX_RSTS, Push, SvmStream
+from colo_xdp.compare.history import History
+from colo_xdp.compare.ledger import Ledger
+from colo_xdp.compare.released import UNPROVEN, ReleasedStream
+from colo_xdp.compare.tcp_secondary import MAX_RSTS, Push, SvmStream
+from colo_xdp.net.packet import Packet, parse
 
 from . import frames as f
 

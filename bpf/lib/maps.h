@@ -1,0 +1,52 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/*
+ * All maps, and the only functions that touch them. Those that must outlive
+ * the controller are pinned below PIN_DIR, which the loader defines.
+ *
+ * Access goes through inline functions, never macros: bcc rewrites map.lookup()
+ * in the syntax tree and refuses to do so inside a macro expansion.
+ */
+#ifndef COLO_MAPS_H
+#define COLO_MAPS_H
+
+/* key: enum colo_cfg. Writer: controller. Readers: all programs. */
+BPF_TABLE_PINNED("array", u32, u64, config, CFG_MAX, PIN_DIR "/config");
+
+/* key: prog * R_MAX + reason. Writer: the program. Reader: controller, at scrape. */
+BPF_TABLE_PINNED("percpu_array", u32, struct colo_count, counters, PROG_MAX *R_MAX,
+		 PIN_DIR "/counters");
+
+static __always_inline u64 cfg(u32 slot)
+{
+	u64 *v = config.lookup(&slot);
+
+	return v ? *v : 0;
+}
+
+/*
+ * The guest must not speak: its host holds no lease. Read at the beginning of the programs that let
+ * frames out; one that passed the check leaves later by what the stack below takes, for which
+ * [failover] lease_margin is there. A slot that nobody has written is silence.
+ */
+static __always_inline int silenced(void)
+{
+#ifdef COLO_LEASE
+	return bpf_ktime_get_boot_ns() >= cfg(CFG_LEASE_EXPIRY_NS);
+#else
+	return 0;
+#endif
+}
+
+static __always_inline void count(u32 prog, u32 reason, u32 bytes)
+{
+	u32 key = prog * R_MAX + reason;
+	struct colo_count *c = counters.lookup(&key);
+
+	/* Per-CPU and with bottom halves off: no other writer. */
+	if (c) {
+		c->packets++;
+		c->bytes += bytes;
+	}
+}
+
+#endif

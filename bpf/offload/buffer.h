@@ -1,0 +1,130 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/* The rings for bytes that wait, and whose each one is. Under the lock of the connection. */
+#ifndef COLO_BUFFER_H
+#define COLO_BUFFER_H
+
+/* Slack around the ring, for what the verifier thinks possible and for differ(). */
+struct colo_buffer {
+	__u8 before[64];
+	__u8 ring[COLO_BUFFER + 2 * COLO_STEP + 128];
+};
+
+BPF_F_TABLE("array:" PIN_DIR "/buffers", u32, struct colo_buffer, buffers, COLO_BUFFERS,
+	    BPF_F_MMAPABLE);
+BPF_F_TABLE("array:" PIN_DIR "/owners", u32, struct colo_owner, owners, COLO_BUFFERS,
+	    BPF_F_MMAPABLE);
+
+/* How long released bytes have waited: log2 of microseconds. */
+#define WAIT_BUCKETS 24
+BPF_TABLE_PINNED("percpu_array", u32, u64, offload_waits, WAIT_BUCKETS, PIN_DIR "/offload_waits");
+
+/*
+ * A buffer of one's own: a free one, or one that its owner has nothing outstanding in, but only
+ * bytes that have left, kept in case the PVM sends them again. It is taken under the owner's
+ * lock, for which nobody waits who holds another: no deadlock.
+ */
+static __always_inline int buffer_claim(struct colo_conn *c, struct colo_flow_key *key)
+{
+	u32 h = (u32)key->client_port << 16 | key->guest_port;
+
+	if (c->buffer)
+		return 1;
+	/* MurmurHash3's last step: ports alone must spread. */
+	h ^= key->client[3] ^ key->client[0];
+	h ^= h >> 16;
+	h *= 0x85EBCA6Bu;
+	h ^= h >> 13;
+	h *= 0xC2B2AE35u;
+	h ^= h >> 16;
+#pragma clang loop unroll(disable)
+	for (int i = 0; i < 2 * COLO_BUFFER_PROBES; i++) {
+		u32 slot = (h + (i % COLO_BUFFER_PROBES)) % COLO_BUFFERS, mine = 0;
+		struct colo_owner *o = owners.lookup(&slot);
+
+		if (!o)
+			continue;
+		if (__sync_val_compare_and_swap(&o->taken, 0, 1) == 0) {
+			mine = 1;
+		} else if (i >= COLO_BUFFER_PROBES && !o->since_ns) {
+			struct colo_flow_key whose = o->key;
+			struct colo_conn *other = conns.lookup(&whose);
+
+			if (!other || __sync_val_compare_and_swap(&other->lock, 0, 1))
+				continue;
+			if (other->buffer == slot + 1 && !other->since_ns) {
+				other->buffer = 0;
+				mine = 1;
+			}
+			__sync_val_compare_and_swap(&other->lock, 1, 0);
+		}
+		if (mine) {
+			o->key = *key;
+			o->since_ns = c->since_ns;
+			c->buffer = slot + 1;
+			c->org = c->rel;
+			return 1;
+		}
+	}
+	return 0;
+}
+
+static __always_inline void buffer_free(struct colo_conn *c)
+{
+	u32 slot = c->buffer - 1;
+	struct colo_owner *o = owners.lookup(&slot);
+
+	c->buffer = 0;
+	if (o) {
+		o->since_ns = 0;
+		__sync_val_compare_and_swap(&o->taken, 1, 0);
+	}
+}
+
+/* Something is outstanding from `now` on, or less than before; 0: nothing is. */
+static __always_inline void outstanding_since(struct colo_conn *c, u64 now)
+{
+	u32 slot = c->buffer - 1;
+	struct colo_owner *o;
+
+	c->since_ns = now;
+	if (!c->buffer)
+		return;
+	o = owners.lookup(&slot);
+	if (o)
+		o->since_ns = now;
+}
+
+static __always_inline void note_wait(u64 ns)
+{
+	u64 us = ns / 1000, *n;
+	u32 bucket = 0;
+
+#pragma unroll
+	for (int i = 0; i < WAIT_BUCKETS - 1; i++)
+		bucket += (us >> i) != 0;
+	n = offload_waits.lookup(&bucket);
+	if (n)
+		(*n)++;
+}
+
+/* After each step. A buffer with nothing outstanding is kept, for others to take. */
+static __always_inline void settle(struct colo_conn *c, u64 now, int moved)
+{
+	/* Never 2 * COLO_BUFFER or more beyond org, so that differences do not wrap around. */
+	if (c->nxt - c->org >= 2 * COLO_BUFFER)
+		c->org += COLO_BUFFER;
+	if (c->rel == c->nxt && !c->pending) {
+		if (c->since_ns)
+			outstanding_since(c, 0);
+	} else if (moved || !c->since_ns) {
+		outstanding_since(c, now);
+	}
+}
+
+/* The oldest byte in the buffer. */
+static __always_inline u32 oldest(const struct colo_conn *c)
+{
+	return c->nxt - c->org > COLO_BUFFER ? c->nxt - COLO_BUFFER : c->org;
+}
+
+#endif

@@ -1,0 +1,66 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/* The connections that the fast path knows, and who works on one. The argument is in offload/offload.h. */
+#ifndef COLO_CONN_H
+#define COLO_CONN_H
+
+/* key: the connection. Not preallocated. Writers: user space makes and deletes; fast_*. */
+BPF_F_TABLE("hash:" PIN_DIR "/conns", struct colo_flow_key, struct colo_conn, conns, COLO_MAX_CONNS,
+	    BPF_F_NO_PREALLOC);
+
+static __always_inline int seq_later(u32 a, u32 b)
+{
+	return (s32)(a - b) > 0;
+}
+
+static __always_inline int conn_lock(struct colo_conn *c)
+{
+#pragma clang loop unroll(disable)
+	for (int i = 0; i < COLO_SPINS; i++) {
+		if (__sync_val_compare_and_swap(&c->lock, 0, 1) == 0)
+			return 1;
+#pragma unroll
+		for (int j = 0; j < 8; j++) /* passes time in few instructions */
+			bpf_ktime_get_ns();
+	}
+	return 0;
+}
+
+static __always_inline void conn_unlock(struct colo_conn *c)
+{
+	__sync_val_compare_and_swap(&c->lock, 1, 0);
+}
+
+static __always_inline struct colo_conn *conn_find(struct colo_flow_key *key)
+{
+	return conns.lookup(key);
+}
+
+/*
+ * A client's frame for the PVM: what it has acked it will not ask for again, so the fast path may forget
+ * it. That is all that this word decides: whatever it says, no byte leaves uncompared. It is the
+ * latest, not the highest: a forged or overtaken one holds until the client's next segment, and so
+ * does one of an earlier connection of the same key.
+ *
+ * Race. This is written without the lock, by any CPU: one aligned word, so that a reader has all of
+ * an ack or of the one before. An older ack is as true as when it was sent, only less. Then more is
+ * kept than is needed, or the PVM's repetition goes to user space.
+ */
+static __always_inline void note_ack(const struct pkt *p)
+{
+	struct colo_flow_key key = {};
+	struct colo_conn *c;
+	u64 ack = CLIENT_ACK_KNOWN | p->ack;
+
+	if (!p->is_tcp || (p->flags & (TCP_ACK | TCP_SYN | TCP_RST)) != TCP_ACK)
+		return;
+	__builtin_memcpy(key.guest, p->dst, 16);
+	__builtin_memcpy(key.client, p->src, 16);
+	key.guest_port = p->dport;
+	key.client_port = p->sport;
+	key.vlan = p->vlan;
+	c = conn_find(&key);
+	if (c && c->client_ack != ack)
+		c->client_ack = ack;
+}
+
+#endif

@@ -1,0 +1,131 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/*
+ * UDP in the fast path: whole datagrams, in order, in place of bytes by their numbers.
+ *
+ * What one guest is ahead is a queue of records in a buffer, oldest first: struct colo_dgram and the
+ * payload. `rel` and `nxt` are places in it, and mean nothing outside. The other guest's next
+ * datagram is compared with the oldest record, and if it is equal the PVM's leaves: as its own frame
+ * if it is the late one, else as the SVM's frame under the PVM's Ethernet and IP headers. UDP's own
+ * header stays: same ports and length, and a checksum (or half of one) that fits this very frame.
+ *
+ * Datagrams may be lost and overtake each other, so the first one that differs proves nothing. It is
+ * a surprise like others: the flow goes to user space, which pairs in any order (compare/datagram.py).
+ * There are no acks, no repetitions and no windows; the locks and the argument are offload/offload.h's.
+ */
+#ifndef COLO_DATAGRAM_H
+#define COLO_DATAGRAM_H
+
+/* Neither tagged nor in pieces nor several in one, all lengths say the same, and no other checksum
+ * than its own is partial: not that of something within, which the SVM's copy may have in full. */
+static __always_inline int is_plain_datagram(struct __sk_buff *skb, const struct pkt *p)
+{
+	__be16 size;
+
+	if (skb->vlan_present || skb->gso_size || p->l3_off != 14 ||
+	    p->l4_off != (p->is_v6 ? 54 : 34))
+		return 0;
+	if (!is_whole(skb, p->l4_off + 8 + p->payload_len) || sums_elsewhere(skb, p))
+		return 0;
+	if (bpf_skb_load_bytes(skb, p->l4_off + 4, &size, 2))
+		return 0;
+	return bpf_ntohs(size) == 8 + p->payload_len;
+}
+
+static __always_inline struct colo_dgram *record_at(struct colo_buffer *st,
+						    const struct colo_conn *c, u32 place)
+{
+	u64 pos = (place - c->org) & (COLO_BUFFER - 1);
+
+	VERIFIER_BOUND(pos, COLO_BUFFER - 1);
+	return (struct colo_dgram *)(st->ring + pos);
+}
+
+/* Ethernet, IP and UDP header; constant sizes, for the verifier. */
+static __always_inline long load_headers(struct __sk_buff *skb, const struct pkt *p, void *to)
+{
+	if (p->is_v6)
+		return bpf_skb_load_bytes(skb, 0, to, 62);
+	return bpf_skb_load_bytes(skb, 0, to, 42);
+}
+
+/* As prepare_segment(). */
+static __always_inline u32 prepare_datagram(struct __sk_buff *skb, const struct pkt *p,
+					    struct colo_conn *c, struct colo_flow_key *key,
+					    struct colo_work *w, u32 side)
+{
+	u32 out = c->nxt - c->rel, len = p->payload_len, slot;
+	u32 size = (sizeof(struct colo_dgram) + len + DGRAM_ALIGN - 1) & ~(DGRAM_ALIGN - 1);
+	int meets = out && c->ahead != side;
+	struct colo_buffer *st;
+	struct colo_dgram *d;
+
+	if (!is_plain_datagram(skb, p))
+		return R_PUNT_EXCEPTION;
+	if (!meets && out + size > COLO_BUFFER)
+		return R_PUNT_BUFFER_FULL;
+	if (!meets && !buffer_claim(c, key))
+		return R_PUNT_NO_BUFFER;
+	if (!out) /* begin anew, where the cache is warm */
+		c->org = c->nxt = c->rel;
+	slot = c->buffer - 1;
+	st = buffers.lookup(&slot);
+	if (!st)
+		return R_PUNT_HELPER_FAILED;
+	d = record_at(st, c, meets ? c->rel : c->nxt);
+	if (meets && d->len != len)
+		return R_PUNT_DIFFERS;
+	if (!meets && load_headers(skb, p, d->hdr))
+		return R_PUNT_HELPER_FAILED;
+	w->len = len;
+	w->moves = size;
+	w->l4 = p->l4_off;
+	w->at = p->l4_off + 8;
+	w->seq = (meets ? c->rel : c->nxt) + sizeof(*d);
+	w->left = len;
+	w->equal = meets ? len : 0;
+	w->act = !meets ? ACT_NOTHING : side == SIDE_PVM ? ACT_PASS : ACT_REWRITE;
+	return 0;
+}
+
+/* As finish_segment(). */
+static __always_inline u32 finish_datagram(struct __sk_buff *skb, struct colo_conn *c,
+					   struct colo_buffer *st, struct colo_work *w,
+					   int *verdict)
+{
+	u32 turn = w->act == ACT_REWRITE;
+	struct colo_dgram *d;
+
+	if (w->act == ACT_NOTHING) {
+		d = record_at(st, c, c->nxt);
+		d->ts_ns = w->now;
+		d->len = w->len;
+		d->partial = is_partial(skb);
+		c->nxt += (u32)w->moves;
+		c->ahead = w->side;
+		settle(c, w->now, 0);
+		return R_OFFLOAD_HELD;
+	}
+	d = record_at(st, c, c->rel);
+	if (turn) {
+		/* Fails before it writes if it does: no memory for headers of its own. */
+		if (w->l4 == 54 ? bpf_skb_store_bytes(skb, 0, d->hdr, 54, 0)
+				: bpf_skb_store_bytes(skb, 0, d->hdr, 34, 0))
+			return R_PUNT_HELPER_FAILED;
+	} else if (bpf_skb_load_bytes(skb, 0, w->new, 14)) {
+		return R_PUNT_HELPER_FAILED;
+	}
+	set_egress(w, turn ? d->hdr : w->new, turn);
+	note_wait(w->now - d->ts_ns);
+	c->rel += (u32)w->moves;
+	d = record_at(st, c, c->rel); /* the next one that waits, if any does */
+	settle(c, d->ts_ns, 1);
+	if (!turn) {
+		*verdict = w->out ? bpf_redirect(w->out, 0) : TC_ACT_OK;
+		return R_OFFLOAD_PASSED;
+	}
+	skb->mark = w->mark;
+	*verdict = bpf_redirect(w->out, w->way);
+	return R_OFFLOAD_RELEASED;
+}
+
+#endif

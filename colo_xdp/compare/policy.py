@@ -1,0 +1,211 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Which of the guest's flows are compared, by rule. Pure.
+
+The first rule that fits decides; a flow that none fits falls to the defaults at the end:
+ARP and NDP pass (both are answered from tables that differ for no reason a client sees),
+everything else is compared. A flow is judged once, when it is first seen; new rules judge
+all flows anew.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from dataclasses import dataclass, field
+from enum import StrEnum
+from functools import cached_property
+
+from .. import validate
+from ..net.packet import ACK, SYN, Kind, Packet
+
+MAX_RULES = 64
+
+IPNetwork = ipaddress.IPv4Network | ipaddress.IPv6Network
+
+
+class Action(StrEnum):
+    """What is done with a flow. Clients' frames reach both guests in all of them."""
+
+    COMPARE = "compare"  # held until the SVM has said the same
+    PASS = "pass"  # released at once; what the SVM says is dropped unseen
+    MIRROR_ONLY = "mirror-only"  # released at once, compared behind: differences only counted
+    DROP_SECONDARY = "drop-secondary"  # as pass, and its clients' frames do not reach the SVM
+
+
+#: names of the kinds in a rule's `protocol`
+PROTOCOLS: dict[str, frozenset[Kind]] = {
+    "any": frozenset(Kind),
+    "tcp": frozenset((Kind.TCP,)),
+    "udp": frozenset((Kind.UDP,)),
+    "icmp": frozenset((Kind.ICMP,)),
+    "arp": frozenset((Kind.ARP,)),
+    "ndp": frozenset((Kind.NDP,)),
+    "other": frozenset((Kind.IP, Kind.ETHER, Kind.OPAQUE)),  # fragments: by what they make up
+}
+
+
+def _network(v: object) -> str | None:
+    try:
+        ipaddress.ip_network(str(v))
+    except ValueError as e:
+        return f"expected an address or a network such as 10.0.0.0/8 ({e})"
+    return None if isinstance(v, str) else "expected text"
+
+
+def _port_range(text: str) -> tuple[int, int] | None:
+    low, dash, high = text.partition("-")
+    if not low.isdecimal() or (dash and not high.isdecimal()):
+        return None
+    a, b = int(low), int(high) if dash else int(low)
+    return (a, b) if 0 < a <= b <= 65535 else None
+
+
+def _ports(v: object) -> str | None:
+    if isinstance(v, str) and _port_range(v):
+        return None
+    return 'expected a port or a range, as text: "53" or "6000-6010"'
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """[[rule]]: what a flow must be to fit, and what is done with it."""
+
+    name: str = validate.key(
+        validate.pattern(
+            r"(?!default)[a-z0-9][a-z0-9-]{0,31}",
+            "1 to 32 of a-z, 0-9 and -, not beginning with default",
+        ),
+        "the rule's name, a label of its counters",
+    )
+    action: str = validate.key(
+        validate.choice(*(str(a) for a in Action)), "what is done with the flow"
+    )
+    protocol: str = validate.key(validate.choice(*PROTOCOLS), "protocol", default="any")
+    address: str = validate.key(
+        validate.or_empty(_network, "any"),
+        'address or network of the other end; "": any',
+        default="",
+    )
+    port: str = validate.key(
+        validate.or_empty(_ports, "any"),
+        'port or range of the guest (TCP, UDP); "": any',
+        default="",
+    )
+    peer_port: str = validate.key(
+        validate.or_empty(_ports, "any"), 'port or range of the other end; "": any', default=""
+    )
+    direction: str = validate.key(
+        validate.choice("any", "in", "out"),
+        "who opened it: in, a client; out, the guest (no SYN seen: the lower port is the server's)",
+        default="any",
+    )
+
+    def contradiction(self) -> str:
+        """Why no flow can ever fit, or nothing."""
+        ported = {"any", "tcp", "udp"}
+        if (self.port or self.peer_port) and self.protocol not in ported:
+            return f"{self.protocol} has no ports"
+        if self.address and self.protocol == "arp":
+            return "arp has no address of the other end here; use no address"
+        if self.direction != "any" and self.protocol not in ported:
+            return f"{self.protocol} has no direction; use tcp or udp"
+        return ""
+
+    @cached_property
+    def _net(self) -> IPNetwork | None:
+        return ipaddress.ip_network(self.address) if self.address else None
+
+    @cached_property
+    def _port(self) -> tuple[int, int] | None:
+        return _port_range(self.port)
+
+    @cached_property
+    def _peer_port(self) -> tuple[int, int] | None:
+        return _port_range(self.peer_port)
+
+    def fits(self, s: Subject) -> bool:
+        """Whether the rule speaks of this flow."""
+        if s.kind not in PROTOCOLS[self.protocol]:
+            return False
+        if self._net is not None:
+            if s.address is None or s.address.version != self._net.version:
+                return False
+            if s.address not in self._net:
+                return False
+        if self._port and not self._port[0] <= s.port <= self._port[1]:
+            return False
+        if self._peer_port and not self._peer_port[0] <= s.peer_port <= self._peer_port[1]:
+            return False
+        return self.direction in ("any", s.direction)
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """What a rule looks at. Ports are 0 where there are none; direction "" where none is known."""
+
+    kind: Kind
+    address: ipaddress.IPv4Address | ipaddress.IPv6Address | None
+    port: int
+    peer_port: int
+    direction: str
+
+
+def subject(p: Packet, direction: str = "") -> Subject:
+    """What a frame that the guest sent tells of its flow; `direction` if it is known."""
+    f, kind = p.frame, p.kind
+    address: ipaddress.IPv4Address | ipaddress.IPv6Address | None = None
+    if p.l3 and kind not in (Kind.ARP, Kind.ETHER, Kind.OPAQUE):
+        if f[p.l3] >> 4 == 4:
+            address = ipaddress.IPv4Address(f[p.l3 + 16 : p.l3 + 20])
+        else:
+            address = ipaddress.IPv6Address(f[p.l3 + 24 : p.l3 + 40])
+    port = peer_port = 0
+    if kind in (Kind.TCP, Kind.UDP):
+        port = int.from_bytes(f[p.l4 : p.l4 + 2], "big")
+        peer_port = int.from_bytes(f[p.l4 + 2 : p.l4 + 4], "big")
+        if direction:
+            pass
+        elif kind is Kind.TCP and p.flags & SYN:
+            direction = "in" if p.flags & ACK else "out"
+        else:
+            direction = "in" if port <= peer_port else "out"
+    return Subject(kind, address, port, peer_port, direction)
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """A rule's decision."""
+
+    rule: str
+    action: Action
+
+
+def _defaults(arp: str, ndp: str, other: str) -> tuple[Rule, ...]:
+    return (
+        Rule(name="default-arp", action=arp, protocol="arp"),
+        Rule(name="default-ndp", action=ndp, protocol="ndp"),
+        Rule(name="default-other", action=other, protocol="other"),
+        Rule(name="default", action="compare"),
+    )
+
+
+@dataclass(frozen=True)
+class Policy:
+    """The rules in force. `arp`, `ndp` and `other` are the actions of the defaults."""
+
+    rules: tuple[Rule, ...] = ()
+    arp: str = "pass"
+    ndp: str = "pass"
+    other: str = "compare"
+    order: tuple[Rule, ...] = field(init=False)
+    verdicts: tuple[Verdict, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        order = (*self.rules, *_defaults(self.arp, self.ndp, self.other))
+        object.__setattr__(self, "order", order)
+        object.__setattr__(
+            self, "verdicts", tuple(Verdict(r.name, Action(r.action)) for r in order)
+        )
+
+    def judge(self, s: Subject) -> Verdict:
+        """What is done with a flow."""
+        return next(v for r, v in zip(self.order, self.verdicts, strict=True) if r.fits(s))

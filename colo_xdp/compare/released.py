@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What has left of one TCP connection, and what is proven besides. A checkpoint leaves it as it is.
+
+base        next PVM byte to be released
+ver         next byte to be verified, base or later; the bytes below it, as far
+            as they are kept, are `hist`: produced by the SVM or in a checkpoint
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..net.packet import Packet
+from ..net.seqnum import HALF, MASK, diff
+from .flow import CONTEXT
+from .history import History
+from .tcp_secondary import MAX_RSTS, MAX_URGENT, SvmStream
+
+
+@dataclass(frozen=True, slots=True)
+class Mismatch:
+    """Why bytes of the PVM cannot leave: the SVM's in their place and its frame; no bytes: nothing
+    proves them, as the history does not reach so far."""
+
+    svm: bytes = b""
+    svm_frame: bytes = b""
+
+
+UNPROVEN = Mismatch()
+
+
+class ReleasedStream:
+    """Numbers are the primary guest's; None: not known."""
+
+    __slots__ = (
+        "base", "committed_ack", "fin_done", "hist", "isn", "origin", "rst_done", "urg_done", "ver",
+    )  # fmt: skip
+
+    def __init__(self) -> None:
+        self.base: int | None = None
+        self.ver: int | None = None
+        self.hist = History()
+        self.isn: int | None = None  # of the SYN that was released
+        self.origin = 0  # number of the stream's first byte, for reports
+        self.committed_ack: int | None = None
+        self.fin_done: int | None = None  # place of the FIN that was released
+        self.rst_done: set[tuple[bool, int]] = set()
+        self.urg_done: tuple[int, ...] = ()  # where urgent data ended, the latest
+
+    def forget(self) -> None:
+        """Forget everything, as of a connection that is met for the first time."""
+        self.base = self.isn = self.committed_ack = self.fin_done = None
+        self.rst_done.clear()
+        self.urg_done = ()
+        self.hist.clear()
+
+    def roll_back(self) -> None:
+        """What is verified but not released the SVM of the next epoch will produce again."""
+        if self.base is None:
+            self.ver = None
+            self.hist.clear()
+        elif self.ver is not None:
+            ahead = diff(self.ver, self.base)
+            if ahead > 0:
+                self.hist.cut(ahead)
+            self.ver = self.base
+
+    def over(self) -> bool:
+        """The guest has closed or reset it; what comes now are stragglers."""
+        return self.fin_done is not None or bool(self.rst_done)
+
+    def data(self, e: int) -> None:
+        """Payload up to `e` leaves."""
+        base = self.base
+        if base is None or 0 < (e - base) & MASK < HALF:
+            self.base = e
+
+    def fin(self, f: int) -> bool:
+        """The first FIN, or the same again, leaves. Whether it was the next to be verified."""
+        if self.fin_done is not None:
+            return False
+        self.fin_done = f
+        self.base = (f + 1) & MASK
+        if self.ver != f:
+            return False
+        self.hist.add(b"\0")  # keeps the history's places; no payload may be there
+        self.ver = self.base
+        return True
+
+    def syn(self, seq: int, e: int, payload: bytes) -> None:
+        """A new incarnation's SYN leaves, of payload up to `e`."""
+        self.isn = seq
+        self.origin = (seq + 1) & MASK
+        self.committed_ack = self.fin_done = None
+        self.rst_done.clear()
+        self.urg_done = ()
+        self.hist.clear()
+        self.hist.add(payload)
+        self.base = self.ver = (e + 1) & MASK
+
+    def rst(self, ident: tuple[bool, int]) -> None:
+        """A reset leaves, or one like it has."""
+        if len(self.rst_done) >= MAX_RSTS:
+            self.rst_done.clear()
+        self.rst_done.add(ident)
+
+    def urgent(self, end: int) -> None:
+        """A segment leaves that says where urgent data ends."""
+        if end not in self.urg_done:
+            self.urg_done = (*self.urg_done[1 - MAX_URGENT :], end)
+
+    # -- bytes of the SVM that become history
+
+    def begin_at(self, seq: int, theirs: SvmStream) -> None:
+        """The stream is known from here on (no SYN was seen)."""
+        self.ver = self.origin = seq
+        theirs.begin_at(seq)
+
+    def verify(self, p: Packet, v: int, theirs: SvmStream) -> tuple[int, Mismatch | None]:
+        """Compare payload of the PVM from number `v` on; what agrees moves from `theirs` to `hist`.
+        Up to where it agrees, and what is wrong there; None: the SVM has not sent the rest."""
+        frame, hist, chunks = p.frame, self.hist, theirs.chunks
+        s, ver = p.seq, self.ver
+        e = (s + p.end - p.off) & MASK
+        assert ver is not None
+        while v != e:
+            d = diff(v, ver)
+            o = p.off + ((v - s) & MASK)
+            if d == 0:
+                if not chunks:
+                    break
+                cframe, coff, cend, _ = chunks[0]
+                n = min(cend - coff, p.end - o)
+                mine = frame[o : o + n]
+                if mine != cframe[coff : coff + n]:
+                    i = next(i for i in range(n) if mine[i] != cframe[coff + i])
+                    svm = cframe[coff + i : min(coff + i + CONTEXT, cend)]
+                    return (v + i) & MASK, Mismatch(svm, cframe)
+                hist.add(mine)
+                v = ver = self.ver = (ver + n) & MASK
+                theirs.used(coff + n)
+            elif d < 0:
+                # a retransmission: only what was proven once may leave again
+                n = min(-d, p.end - o)
+                proven = hist.back(-d, n) if hist.size + d >= 0 else theirs.sent_again(v, n)
+                if not proven:
+                    return v, UNPROVEN
+                n = len(proven)
+                if frame[o : o + n] != proven:
+                    i = next(i for i in range(n) if frame[o + i] != proven[i])
+                    return (v + i) & MASK, Mismatch(proven[i : i + CONTEXT])
+                v = (v + n) & MASK
+            else:
+                # The PVM left a hole (we dropped a frame): take over the SVM's bytes, which
+                # the PVM's retransmission will be compared with.
+                if theirs.send is None or diff(theirs.send, v) <= 0:
+                    break
+                self._take(v, theirs)
+                ver = v
+        return v, None
+
+    def _take(self, upto: int, theirs: SvmStream) -> None:
+        """Move the SVM's bytes below `upto` to the history, not compared."""
+        assert self.ver is not None
+        theirs.move(diff(upto, self.ver), self.hist)
+        self.ver = upto
+
+    # -- what a checkpoint contains
+
+    def commit_data(self, p: Packet, theirs: SvmStream) -> None:
+        """Payload leaves that nobody has compared."""
+        n = p.end - p.off
+        e = (p.seq + n) & MASK
+        if self.ver is None:
+            self.begin_at(p.seq, theirs)
+        assert self.ver is not None
+        new = diff(e, self.ver)
+        if new > 0:
+            if new > n:  # a frame in between was lost: nothing is known of its bytes
+                self.hist.clear()
+                new = n
+            self.hist.add(p.frame[p.end - new : p.end])
+            self._forward(e, theirs)
+        if self.base is None or diff(e, self.base) > 0:
+            self.base = e
+
+    def jump(self, seq: int, theirs: SvmStream) -> None:
+        """All below `seq` has left, and is not known."""
+        if self.ver is None:
+            self.begin_at(seq, theirs)
+        elif diff(seq, self.ver) > 0:
+            self.hist.clear()
+            self._forward(seq, theirs)
+        self.base = seq
+
+    def _forward(self, seq: int, theirs: SvmStream) -> None:
+        """The SVM's bytes below seq are of no more use."""
+        kept = self.hist.size
+        self._take(seq, theirs)
+        self.hist.cut(self.hist.size - kept)
+        if theirs.send is None or diff(seq, theirs.send) > 0:
+            theirs.send = seq
+        theirs.drain()

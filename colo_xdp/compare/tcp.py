@@ -1,0 +1,674 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Compares one TCP connection's output of both guests, byte by byte.
+
+Numbers are the primary guest's (the secondary host translates, but for the SYN).
+The rules are I1 (bytes), I2 (acks) and I3 (flags) of the design:
+
+    base        next PVM byte to be released
+    ver         next byte to be verified, base or later; the bytes below it, as far
+                as they are kept, are `hist`: produced by the SVM or in a checkpoint
+    ver..send   bytes the SVM produced and the PVM not yet, in `chunks`
+    ooo         what the SVM produced beyond a hole (or before ver is known)
+
+The first two are in `sent` (compare/released.py), the others in `theirs` (compare/tcp_secondary.py). A verified byte moves
+from `chunks` to `hist` at once, so that no byte is compared twice however the two guests cut their
+segments; retransmissions are then compared with `hist`. Held frames leave in the order they came,
+with the windows that compare/window.py allows. QEMU's net/colo-compare.c compares neither flags nor bytes
+below its position.
+"""
+
+from __future__ import annotations
+
+from typing import Self
+
+from ..net.flow_key import FlowKey, describe_tcp, tcp_port
+from ..net.frame import NO_EVIDENCE, Evidence, Frame
+from ..net.packet import ACK, CWR, FIN, RST, SYN, URG, Packet
+from ..net.segment import split
+from ..net.seqnum import HALF, MASK, diff, later
+from ..net.tcp_headers import FAR, SPARE, USUAL_HEADERS, ip_id, is_signed, reserved, urgent_position
+from .causes import Cause
+from .compared import ComparedFlow
+from .flow import BEFORE, CONTEXT, FlowContext
+from .held_queue import Held
+from .limits import NEVER
+from .offload_port import OffloadCodec
+from .policy import Verdict
+from .released import UNPROVEN, ReleasedStream
+from .tcp_headers import SIGNED_PART_NS, Marks, syns_differ
+from .tcp_secondary import Push, SvmStream, rst_id
+from .window import WindowGate
+
+FLAGS = FIN | SYN | RST
+_STORED = Push.STORED
+#: how long a verified part of a frame that is smaller than a segment waits for the rest
+PART_NS = 5_000_000
+
+
+class TcpFlow(ComparedFlow):
+    """One connection, one direction: what the guest sends."""
+
+    __slots__ = (
+        "head_ok", "marks", "sent", "spared", "stuck", "theirs", "unverifiable", "windows",
+    )  # fmt: skip
+
+    def __init__(
+        self, host: FlowContext, key: FlowKey, epoch: int, verdict: Verdict, direction: str,
+        codec: OffloadCodec[Self],
+    ) -> None:  # fmt: skip
+        super().__init__(host, key, epoch, verdict, direction, codec)
+        self.sent = ReleasedStream()
+        self.theirs = SvmStream(host.ledger)
+        self.windows = WindowGate()
+        self.marks = Marks()
+        self.spared = 0  # IP ids given out
+        self.head_ok: int | None = None  # the head is verified up to here
+        self.unverifiable = False
+        self.stuck = False  # a difference is proven: nothing leaves before the checkpoint
+
+    # -- the engine's side
+
+    def text(self) -> str:
+        """The flow's name for people."""
+        return describe_tcp(self.key)
+
+    def service(self) -> tuple[str, int]:
+        """Protocol and the service's port."""
+        return "tcp", tcp_port(self.key)
+
+    def closed(self) -> bool:
+        """The guest has closed or reset it; what comes now are stragglers."""
+        return self.sent.over()
+
+    def new_epoch(self, epoch: int) -> None:
+        """Forget what the SVM of the old epoch said (I7)."""
+        self.epoch = epoch
+        self.marks.deaf = False  # a copy has the same numbers: nothing is translated any more
+        self.windows.new_epoch()
+        self.asked = self.stuck = False
+        self.unverifiable = False
+        self.head_ok = None
+        self.forget_svm()
+        self.sent.roll_back()
+        self.theirs.send = self.sent.ver
+
+    def unknown(self, epoch: int) -> None:
+        """Forget everything, as of a connection that is met for the first time."""
+        self.sent.forget()
+        self.windows = WindowGate()
+        super().unknown(epoch)
+
+    def removed(self) -> None:
+        """The flow is out of the tables: nobody asks for its past."""
+        self.host.histories.drop(self.sent.hist)
+
+    def unhold(self) -> list[Held]:
+        """Give up the frames that wait."""
+        self.head_ok = None
+        return self.held.drain()
+
+    def svm_since(self) -> int:
+        """Arrival of the oldest thing the SVM sent and the PVM did not; 0 if none."""
+        return self.theirs.since()
+
+    def forget_svm(self) -> None:
+        """Forget what the SVM said, and has not been released."""
+        self.theirs.forget()
+
+    def spare_ids(self, p: Packet, n: int) -> int:
+        """See SpareIds. Half the numbers away: a guest that counts gets there last, and one that
+        draws its ids (RFC 7739) as seldom there as anywhere."""
+        first = ip_id(p) + FAR + self.spared
+        self.spared = (self.spared + n) % SPARE
+        return first & 0xFFFF
+
+    def expire(self, now_ns: int) -> int:
+        """Ask if the head or the SVM's surplus is too old; the next deadline, 0 for none."""
+        self.release_part(now_ns, False)
+        t = self.host.timeout_ns
+        frames = self.held.frames
+        head = frames[0][2] if frames else 0
+        ahead = self.svm_since()
+        if not head and not ahead:
+            return 0
+        due = min(x for x in (head, ahead) if x) + t
+        if self.marks.signed and head and not self.asked:
+            due = min(due, self._signed_due(now_ns))
+        if due > now_ns:
+            return due
+        if not self.asked:
+            if head and (head <= ahead or not ahead):
+                p = frames[0][1]
+                cause = Cause.COMPARE_TIMEOUT
+                if self.unverifiable:
+                    cause = Cause.RETRANSMIT_UNVERIFIABLE
+                elif p.flags & RST:
+                    cause = Cause.RST_ONE_SIDED
+                self.ask(cause, p)
+            else:
+                self.ask(Cause.SVM_AHEAD)
+        return now_ns + t  # stay in the engine's list of flows that wait
+
+    def ask(
+        self, cause: Cause, p: Packet | None = None, at: int | None = None,
+        svm: bytes = b"", svm_frame: bytes = b"",
+    ) -> None:  # fmt: skip
+        """Ask for a checkpoint, once per epoch. What is below `at` in `p` is verified."""
+        if self.asked:
+            return
+        self.asked = True
+        evidence = NO_EVIDENCE
+        if not svm_frame and self.theirs.chunks:
+            svm_frame = self.theirs.chunks[0][0]
+        if p is not None:
+            o = p.off + (0 if at is None else max(0, diff(at, p.seq)))
+            before = p.frame[max(p.off, o - BEFORE) : o]
+            rec = next((h[0] for h in self.held if h[1] is p), None)
+            evidence = Evidence(
+                ((p.seq if at is None else at) - self.sent.origin) & MASK,
+                len(before),
+                p.frame[o - len(before) : min(o + CONTEXT, p.end)],
+                before + svm,
+                rec if rec is not None else Frame(p.frame, 0),
+                svm_frame,
+            )
+        elif svm or svm_frame:
+            evidence = Evidence(svm=svm, svm_frame=svm_frame)
+        self.outbox.request(cause, self, evidence)
+
+    def _differ(
+        self, cause: Cause, p: Packet, at: int | None = None, svm: bytes = b"",
+        svm_frame: bytes = b"",
+    ) -> bool:  # fmt: skip
+        self.stuck = True
+        self.ask(cause, p, at, svm, svm_frame)
+        return False
+
+    # -- the PVM's frames
+
+    def pvm(self, rec: Frame, p: Packet, now_ns: int) -> None:
+        """A frame of the PVM in the current epoch: release it, hold it, or ask."""
+        if p.off - p.l4 not in USUAL_HEADERS and is_signed(p):
+            self._sign(p)
+        held = self.held
+        if not held.frames and not self.stuck and not self._dry(p) and self._ready(p):
+            self._settle(p)
+            self._emit(rec, p)
+            return
+        host = self.host
+        if not held.offer(rec, p, now_ns):
+            # like loss on the network: the guest sends it again
+            self.outbox.count("queue_full_dropped")
+            self.outbox.request(Cause.QUEUE_FULL, self)
+            if not held.frames:
+                self.head_ok = None
+        elif not self.when:
+            host.timers.arm(self, now_ns + host.timeout_ns)
+
+    def _dry(self, p: Packet) -> bool:
+        """Plain new bytes, and nothing of the SVM to compare them with. Only for speed."""
+        theirs, sent = self.theirs, self.sent
+        return (
+            not theirs.chunks and p.seq == sent.ver and p.off != p.end and not p.flags & FLAGS
+            and not theirs.srst and theirs.sfin is None and sent.fin_done is None
+        )  # fmt: skip
+
+    def hold(self, rec: Frame, p: Packet, now_ns: int) -> None:
+        """Append to the frames that wait, whatever the limit."""
+        self.held.push(rec, p, now_ns)
+        if not self.when:
+            self.host.timers.arm(self, now_ns + self.host.timeout_ns)
+
+    def pump(self, now_ns: int) -> None:
+        """Release from the head what has become releasable."""
+        held, chunks = self.held, self.theirs.chunks
+        frames = held.frames
+        while frames and not self.stuck:
+            rec, p, _ = frames[0]
+            if not chunks and self._dry(p):
+                break
+            if not self._ready(p):
+                if not self._moot(p):
+                    break
+                held.pop()
+                self.outbox.count("acks_superseded")
+                continue
+            held.pop()
+            self._settle(p)
+            self._emit(rec, p)
+
+    def _emit(self, rec: Frame, p: Packet) -> None:
+        """Release a frame, with no more window than the SVM honours.
+
+        A signed one keeps its own. What the client sends beyond the SVM's window it sends again,
+        since the PVM's ack of it waits for the SVM's: that costs time, and a wrong signature more.
+        """
+        if not self.marks.signed:
+            rec, cut = self.windows.limit(rec, p, self.spare_ids)
+            if cut:
+                self.outbox.count("window_shrunk")
+        self.outbox.release(rec)
+
+    def release_part(self, now_ns: int, whole_segments: bool) -> bool:
+        """Let the verified part of a head that waits for its rest leave as a frame of its own.
+
+        The SVM may be waiting for the very acks that this part will bring (see net/segment.py).
+        Returns whether some verified part is still held.
+        """
+        v, frames = self.head_ok, self.held.frames
+        if not frames or self.stuck or v is None:
+            return False
+        rec, p, _ = frames[0]
+        n = ready = (v - p.seq) & MASK
+        # The urgent pointer counts from the frame's own sequence number (RFC 9293 3.8.5).
+        if p.flags & (SYN | RST | URG) or not 0 < n < p.end - p.off or not self._acked(p):
+            return False
+        if self.marks.signed:
+            return True  # expire() looks at it
+        if self.theirs.surg and not self._ready_urgent(p):
+            return False
+        if self.marks.ace is None:
+            self.marks.ace = True if reserved(p) & 1 else None
+            if self.marks.ace is None and p.flags & CWR:
+                return False  # of the first part only, or of each?
+        if whole_segments:
+            n -= n % (rec.gso_size or p.end - p.off)
+            if not n:
+                return True
+        (first, p1), (rest, p2) = split(rec, p, n, self.spare_ids, self.marks.ace)
+        self.outbox.count("released_in_parts")
+        self._settle(p1)
+        self._emit(first, p1)
+        self.held.replace_head(rest, p2)
+        self.head_ok = v
+        return n < ready
+
+    def _ready(self, p: Packet) -> bool:
+        flags = p.flags
+        if flags & FLAGS:
+            if flags & RST:
+                return self._ready_rst(p)
+            if flags & SYN:
+                return self._ready_syn(p)
+            if not self._ready_fin(p):
+                return self._reset_by_svm(p)
+        elif p.off != p.end and not self._verified(p):
+            return self._reset_by_svm(p)
+        if (flags & URG or self.theirs.surg) and not self._ready_urgent(p):
+            return False
+        return self._acked(p)
+
+    def _acked(self, p: Packet) -> bool:
+        """I2: the SVM has acked as much, or a released frame did."""
+        if not p.flags & ACK:
+            return True
+        a = self.sent.committed_ack
+        if a is not None and (a - p.ack) & MASK < HALF:
+            return True
+        a = self.theirs.sack
+        return a is not None and (a - p.ack) & MASK < HALF
+
+    def _reset_by_svm(self, p: Packet) -> bool:
+        # The head needs what a reset SVM will never produce. (If only an ack is missing,
+        # the PVM's reset may be next: wait.)
+        if self.theirs.srst and not self.stuck:
+            self.ask(Cause.RST_ONE_SIDED, p)
+        return False
+
+    def _moot(self, p: Packet) -> bool:
+        """A bare ACK that a reset SVM will never send, with the PVM's own reset behind it.
+
+        To the client it is an ACK that the network lost, right before the RST.
+        """
+        if p.off != p.end or p.flags & FLAGS or not self.theirs.srst or len(self.held) < 2:
+            return False
+        return any(q.flags & RST for _, q, _ in self.held)
+
+    def _verified(self, p: Packet) -> bool:
+        """I1 for the payload of the head; moves what agrees from `chunks` to `hist`."""
+        sent, theirs = self.sent, self.theirs
+        s = p.seq
+        e = (s + p.end - p.off) & MASK
+        v = self.head_ok
+        if v is None:
+            v = s
+            if v == sent.ver and theirs.chunks and theirs.sfin is None and self._whole(p, e):
+                return True
+        elif v == e:
+            return True
+        if sent.ver is None:
+            sent.begin_at(s, theirs)
+        fin = sent.fin_done if theirs.sfin is None else theirs.sfin
+        if fin is not None and diff(e, fin) > 0 and diff(fin, s) >= 0:
+            return self._differ(Cause.FIN_DIFFERS, p, fin)
+        v, wrong = sent.verify(p, v, theirs)
+        if wrong is UNPROVEN:
+            self.unverifiable = True
+        elif wrong is not None:
+            return self._differ(Cause.PAYLOAD_DIFFERS, p, v, wrong.svm, wrong.svm_frame)
+        self.head_ok = v
+        if sent.hist.size > sent.hist.charged:
+            self.host.histories.charge(sent.hist)
+        if v != e and v != s:
+            self.outbox.part_verified(self)
+        return v == e
+
+    def _whole(self, p: Packet, e: int) -> bool:
+        """The plain case, for speed: the SVM's next segment has the same boundaries and bytes.
+
+        A copy of what verify() does then, on purpose: nearly all payload comes through here."""
+        sent, theirs = self.sent, self.theirs
+        frame, off, end, _ = theirs.chunks[0]
+        payload = frame[off:end]
+        if (
+            len(payload) != p.end - p.off
+            or not p.frame.startswith(payload, p.off)
+            or sent.fin_done is not None
+        ):
+            return False
+        theirs.drop_first()
+        sent.ver = self.head_ok = e
+        hist = sent.hist
+        hist.add(payload)
+        if hist.size > hist.charged:
+            self.host.histories.charge(hist)
+        return True
+
+    def _ready_fin(self, p: Packet) -> bool:
+        if p.off != p.end and not self._verified(p):
+            return False
+        sent, theirs = self.sent, self.theirs
+        f = (p.seq + p.end - p.off) & MASK
+        if sent.fin_done is not None:
+            return f == sent.fin_done or self._differ(Cause.FIN_DIFFERS, p, f)
+        if sent.ver is None:
+            sent.begin_at(f, theirs)
+        if theirs.sfin is not None:
+            if theirs.sfin != f:
+                return self._differ(Cause.FIN_DIFFERS, p, f)
+            return sent.ver == f
+        if theirs.send is None:
+            return False  # the SVM is one incarnation ahead
+        return self._differ(Cause.FIN_DIFFERS, p, f) if theirs.is_beyond(f) else False
+
+    def _ready_rst(self, p: Packet) -> bool:
+        # Which bytes a RST carries (RFC 9293 3.10.7 allows text) is not part of the stream. Its ack
+        # is of no use to who gets it but where it answers a SYN (3.10.7.3): else the number alone
+        # is looked at, which depends on how far each guest was. So one RST is as good as another.
+        if p.off != p.end:
+            return False
+        ident = rst_id(p)
+        return ident in self.sent.rst_done or bool(self.theirs.srst)
+
+    def _ready_syn(self, p: Packet) -> bool:
+        if self.sent.isn == p.seq:
+            return self._acked(p) and p.off == p.end  # sent again, its twin was seen
+        syn = self.theirs.ssyn
+        if syn is None or syn.twin:
+            return self._reset_by_svm(p)
+        twin = syn.packet
+        if (twin.flags ^ p.flags) & (SYN | ACK) or (p.flags & ACK and twin.ack != p.ack):
+            return False
+        d = syns_differ(p, twin)
+        return d is None or self._differ(d.cause, p, d.at, d.svm, twin.frame)
+
+    def _settle(self, p: Packet) -> None:
+        """The head is released: what it said is committed."""
+        self.head_ok = None
+        sent, flags = self.sent, p.flags
+        e = (p.seq + p.end - p.off) & MASK
+        if flags & FLAGS:
+            if flags & RST:
+                self._settle_rst(p)
+                return
+            if flags & SYN:
+                self._settle_syn(p, e)
+            else:
+                self._settle_fin(e)
+        elif p.off != p.end:
+            self.unverifiable = False
+            base = sent.base
+            if base is None or 0 < (e - base) & MASK < HALF:
+                sent.base = e
+        if flags & URG or self.theirs.surg:
+            self._settle_urgent(p, e)
+        if flags & ACK:
+            a = sent.committed_ack
+            if a is None or 0 < (p.ack - a) & MASK < HALF:
+                sent.committed_ack = p.ack
+
+    def _settle_fin(self, f: int) -> None:
+        if self.sent.fin(f):
+            self.theirs.send = self.sent.ver
+        if self.theirs.sfin == f:
+            self.theirs.sfin = None
+
+    def _settle_syn(self, p: Packet, e: int) -> None:
+        sent, theirs = self.sent, self.theirs
+        if sent.isn == p.seq:
+            return
+        twin = None
+        if theirs.ssyn is not None and not theirs.ssyn.twin:  # SVM state is of this incarnation
+            theirs.ssyn.twin = True
+            twin = theirs.ssyn.packet
+        else:
+            self.forget_svm()
+        self.marks.begin(p, twin)
+        self.windows.open(p, twin)
+        self.unverifiable = False
+        sent.syn(p.seq, e, p.frame[p.off : p.end])
+        theirs.drop_chunks()
+        theirs.begin_at((e + 1) & MASK)
+
+    def _settle_rst(self, p: Packet) -> None:
+        sent, theirs = self.sent, self.theirs
+        ident = rst_id(p)
+        if theirs.srst:
+            twin = ident if ident in theirs.srst else theirs.srst[0]
+            theirs.srst.remove(twin)
+            sent.rst(twin)
+        sent.rst(ident)
+        if not self.held.frames:
+            # the connection is over on both sides, whatever else the SVM had to say
+            rest, syn = theirs.srst[:], theirs.ssyn
+            self.forget_svm()
+            theirs.srst = rest
+            theirs.ssyn = syn if syn is not None and not syn.twin else None
+            theirs.send = sent.ver
+
+    def commit(self, p: Packet) -> None:
+        """A frame that a complete checkpoint contains: released with no comparison."""
+        sent, theirs, flags = self.sent, self.theirs, p.flags
+        if flags & RST:
+            sent.rst(rst_id(p))
+            return
+        n = p.end - p.off
+        e = (p.seq + n) & MASK
+        self.windows.commit(p)
+        if flags & SYN:
+            if sent.isn != p.seq:
+                if theirs.ssyn is not None:
+                    theirs.ssyn.twin = False
+                self._settle_syn(p, e)
+        elif n:
+            sent.commit_data(p, theirs)
+            if sent.hist.size > sent.hist.charged:
+                self.host.histories.charge(sent.hist)
+        if flags & URG and not flags & SYN:
+            self._settle_urgent(p, e)
+        if flags & FIN and (sent.base is None or diff(e, sent.base) >= 0):
+            if sent.base != e or sent.ver != e:
+                sent.jump(e, theirs)
+            self._settle_fin(e)
+        if flags & ACK:
+            sent.committed_ack = later(sent.committed_ack, p.ack)
+
+    # -- urgent data
+
+    def _ready_urgent(self, p: Packet) -> bool:
+        """Urgent data ends where the SVM has said that it does.
+
+        Applications read by it (the byte out of band, SIOCATMARK), so it is output as bytes are. A
+        guest that has more to say may say so with the later place only (RFC 9293 3.8.5).
+        """
+        sent, theirs = self.sent, self.theirs
+        if p.flags & URG:
+            u = urgent_position(p)
+            if u in theirs.surg or u in sent.urg_done:
+                return True
+            # The first to carry the last urgent byte says so, or it never was one.
+            passed = theirs.send is not None and diff(theirs.send, u) >= 0
+            return self._differ(Cause.URGENT_DIFFERS, p) if passed else False
+        size = p.end - p.off
+        for u in theirs.surg:
+            if 0 < (u - p.seq) & MASK <= size:
+                return self._differ(Cause.URGENT_DIFFERS, p, (u - 1) & MASK)
+        return True
+
+    def _settle_urgent(self, p: Packet, e: int) -> None:
+        sent, theirs = self.sent, self.theirs
+        if p.flags & URG:
+            sent.urgent(urgent_position(p))
+        theirs.surg = tuple(u for u in theirs.surg if u not in sent.urg_done and diff(u, e) > 0)
+
+    # -- signed segments
+
+    def _sign(self, p: Packet) -> None:
+        """A signed frame of the PVM.
+
+        What the client signs is about the PVM's numbers. A SVM with others drops it once it is
+        translated, and says no more: only a checkpoint helps, from which on the numbers are equal.
+        """
+        if not self.marks.signed:
+            self.marks.signed = self.marks.unfit = True
+            self.outbox.count("signed_connections")
+        if self.marks.deaf and not p.flags & SYN:
+            self.ask(Cause.SIGNED_CONNECTION, p)
+
+    def _signed_due(self, now_ns: int) -> int:
+        """When the head has waited for long enough as a whole of which a part is verified."""
+        v, (_, p, at) = self.head_ok, self.held[0]
+        if v is None or not 0 < (v - p.seq) & MASK < p.end - p.off:
+            return NEVER
+        if at + SIGNED_PART_NS <= now_ns:
+            self.ask(Cause.SIGNED_CONNECTION, p)
+        return at + SIGNED_PART_NS
+
+    # -- the SVM's frames
+
+    def svm(self, p: Packet, now_ns: int) -> None:
+        """A frame of the SVM of the current epoch: only compared, never sent anywhere."""
+        flags, theirs = p.flags, self.theirs
+        if flags & (SYN | RST):
+            self._svm_control(p, now_ns)
+        elif p.seq != theirs.send and self._foreign(p.seq):
+            # Late, and of an earlier connection on these ports: its ack, its window and its FIN
+            # would be read in the numbers of this one.
+            self.outbox.count("svm_out_of_window")
+            return
+        else:
+            if flags & ACK:
+                a = theirs.sack
+                if a is None or 0 < (p.ack - a) & MASK < HALF:
+                    theirs.sack = p.ack
+                self.windows.svm(p)
+            if flags & URG:
+                self._svm_urgent(urgent_position(p))
+            if p.off != p.end:
+                place, sent = theirs.send, self.sent
+                what = theirs.push(p, now_ns, sent.ver, self.host.max_stream)
+                if what is not _STORED or sent.fin_done is not None:
+                    self._svm_pushed(what, p, place)
+            if flags & FIN:
+                self._svm_fin((p.seq + p.end - p.off) & MASK, now_ns)
+        frames = self.held.frames
+        if frames:
+            self.pump(now_ns)
+        windows = self.windows
+        if windows.shrunk and not frames:
+            update = windows.update(self.sent.base, self.spare_ids, self.marks.ace)
+            if update is not None:
+                self.outbox.count("window_updates")
+                update.ts_ns = now_ns  # made now: nothing has waited
+                self.outbox.release(update)
+        if not self.when and (theirs.chunks or theirs.ooo or flags & FLAGS):
+            self.host.timers.arm(self, now_ns + self.host.timeout_ns)
+
+    def _foreign(self, seq: int) -> bool:
+        """Whether a number cannot be of this connection."""
+        send = self.theirs.send
+        if send is None:
+            return False  # nothing is known of it
+        reach = self.host.max_stream
+        if (seq - send + reach) & MASK > 2 * reach:
+            return True
+        # Below the ISN: what came before it had lower numbers (RFC 6528).
+        isn = self.sent.isn
+        young = isn is not None and (send - isn) & MASK < HALF >> 1
+        return isn is not None and young and (seq - isn) & MASK >= HALF
+
+    def _svm_pushed(self, what: Push, p: Packet, place: int | None) -> None:
+        """Payload of the SVM is stored, or not. place: up to where all was known before."""
+        sent, outbox = self.sent, self.outbox
+        if what in (Push.STORED, Push.BEYOND):
+            if sent.fin_done is not None and not self.stuck:
+                self.stuck = True
+                assert place is not None
+                new = p.off + ((place - p.seq) & MASK)
+                self.ask(Cause.FIN_DIFFERS, svm=p.frame[new : new + CONTEXT], svm_frame=p.frame)
+            if what is Push.BEYOND:
+                outbox.count("stream_full_dropped")
+                self.ask(Cause.STREAM_FULL)
+        elif what is Push.KNOWN:
+            outbox.count("svm_retransmit")
+            if sent.ver is not None and diff(sent.ver, p.seq) > sent.hist.size:
+                self.theirs.keep_again(p)
+        elif what is Push.FULL:
+            self._svm_full()
+        elif what is Push.EARLY:
+            outbox.count("svm_out_of_order")
+        else:
+            outbox.count("svm_out_of_window")  # if it was needed, the PVM's frame will time out
+
+    def _svm_full(self) -> None:
+        self.outbox.count("svm_queue_full_dropped")
+        self.outbox.request(Cause.QUEUE_FULL, self)
+
+    def _svm_urgent(self, end: int) -> None:
+        # Of bytes that have left the PVM's word counts, which was compared when they did.
+        sent, theirs = self.sent, self.theirs
+        ahead = sent.base is None or diff(end, sent.base) > 0
+        if ahead and end not in theirs.surg and end not in sent.urg_done:
+            theirs.urgent(end)
+
+    def _svm_fin(self, f: int, now_ns: int) -> None:
+        sent, theirs = self.sent, self.theirs
+        ours = theirs.send is not None  # else the SVM is one incarnation ahead of the PVM
+        if f == theirs.sfin or (ours and f == sent.fin_done):
+            self.outbox.count("svm_retransmit")
+            return
+        early = sent.base is not None and diff(f, sent.base) < 0
+        if ours and (early or sent.fin_done is not None):
+            self.stuck = True
+            self.ask(Cause.FIN_DIFFERS)
+        theirs.finish(f, now_ns)
+
+    def _svm_control(self, p: Packet, now_ns: int) -> None:
+        sent, theirs = self.sent, self.theirs
+        if p.flags & RST:
+            if p.flags & ACK:
+                theirs.acked(p.ack)
+            ident = rst_id(p)
+            if ident in sent.rst_done or ident in theirs.srst:
+                self.outbox.count("svm_retransmit")
+            elif not theirs.reset(ident, now_ns):
+                self._svm_full()
+            return
+        syn = theirs.ssyn
+        # the latter: sent again by an SVM that a checkpoint made a clone in the handshake
+        if syn.packet.seq == p.seq if syn is not None else sent.isn == p.seq:
+            self.outbox.count("svm_retransmit")
+            if p.flags & ACK:
+                theirs.acked(p.ack)
+            return
+        theirs.begin(p, now_ns)

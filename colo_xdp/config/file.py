@@ -1,0 +1,350 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The configuration file: one TOML file per host and pair. Pure, nothing is looked up.
+
+The reader, `as_toml` and DOCS are made from what config/schema.py declares. All mistakes of a file
+are reported together.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import tomllib
+from collections.abc import Mapping
+from dataclasses import MISSING, Field, replace
+from pathlib import Path
+from typing import Any
+
+from .. import validate
+from ..compare.policy import MAX_RULES, Rule
+from .schema import SECTIONS, Config, Disk
+
+MAX_DISKS = 64
+
+__all__ = ["DOCS", "Config", "ConfigError", "as_toml", "load", "parse"]
+
+
+class ConfigError(ValueError):
+    """The file cannot be used; `errors` has one sentence per mistake."""
+
+    def __init__(self, errors: list[str]) -> None:
+        super().__init__("\n".join(errors))
+        self.errors = list(errors)
+
+
+# ---- reading
+
+
+def _show(value: Any) -> str:
+    """A value as TOML writes it, cut to a line's length."""
+    if isinstance(value, bool | int | float | str | list | tuple):
+        text = json.dumps(value, ensure_ascii=False, default=str)
+    else:
+        text = str(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _near(name: str, names: list[str]) -> str:
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+class _Reader:
+    """One pass over a parsed file: values that are right, sentences about those that are not."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.errors: list[str] = []
+
+    def error(self, section: str, key: str, value: Any, want: str) -> None:
+        where = f"[{section}] {key}" if section else key
+        self.errors.append(f"{self.path}: {where} = {_show(value)}: {want}")
+
+    def table(self, section: str, cls: type[Any], data: Mapping[str, Any]) -> dict[str, Any]:
+        """The right values of one table; missing keys get their default."""
+        known = validate.keys(cls)
+        out: dict[str, Any] = {}
+        top = [*SECTIONS, "rule", "disk"] if cls is Config else []
+        for key, value in data.items():
+            if key in top:
+                continue
+            if key not in known:
+                where = f"[{section}] " if section else ""
+                hint = _near(key, [*known, *top])
+                if isinstance(value, dict) and not section:
+                    self.errors.append(f"{self.path}: unknown section [{key}]{hint}")
+                else:
+                    self.errors.append(
+                        f"{self.path}: {where}unknown key {key!r}{hint or _elsewhere(key)}"
+                    )
+                continue
+            want = known[key].metadata["check"](value)
+            if want is None:
+                out[key] = tuple(value) if isinstance(value, list) else value
+            else:
+                self.error(section, key, value, want)
+        for key, f in known.items():
+            if key in data:
+                continue
+            if f.default is MISSING:
+                where = f"[{section}] {key}" if section else key
+                self.errors.append(f"{self.path}: {where} is missing: {f.metadata['help']}")
+            else:
+                out[key] = f.default
+        return out
+
+
+def _elsewhere(key: str) -> str:
+    """A hint for a key that stands under the wrong heading."""
+    homes = [s for s, cls in SECTIONS.items() if key in validate.keys(cls)]
+    if not homes and key in validate.keys(Rule):
+        return "; it belongs to a rule, under [[rule]]"
+    if key in validate.keys(Config):
+        return "; it belongs to the top of the file"
+    return f"; it belongs to [{homes[0]}]" if homes else ""
+
+
+def parse(text: str, path: str = "<config>") -> Config:
+    """A configuration from TOML text; `path` is only for the messages.
+
+    Raises ConfigError with every mistake of the text.
+    """
+    try:
+        data = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as e:
+        raise ConfigError([f"{path}: not TOML: {e}"]) from e
+    r = _Reader(path)
+    top = r.table("", Config, data)
+    sections: dict[str, dict[str, Any]] = {}
+    for name, cls in SECTIONS.items():
+        body = data.get(name, {})
+        if not isinstance(body, dict):
+            r.errors.append(f"{path}: {name} = {_show(body)}: expected a section [{name}]")
+            continue
+        sections[name] = r.table(name, cls, body)
+    rules = _rules(r, data.get("rule", []))
+    disks = _disks(r, data.get("disk", []))
+    _cross_checks(r, top, sections)
+    if r.errors:
+        raise ConfigError(r.errors)
+    made = {name: cls(**sections[name]) for name, cls in SECTIONS.items()}
+    return Config(**top, **made, rules=rules, disks=disks)
+
+
+def _rules(r: _Reader, data: Any) -> tuple[Rule, ...]:
+    """The [[rule]] tables, in order; the first one that fits a flow decides."""
+    if not isinstance(data, list) or not all(isinstance(d, dict) for d in data):
+        r.errors.append(f"{r.path}: rule = {_show(data)}: expected tables [[rule]]")
+        return ()
+    if len(data) > MAX_RULES:
+        r.errors.append(f"{r.path}: {len(data)} rules: expected at most {MAX_RULES}")
+    out: list[Rule] = []
+    for i, body in enumerate(data, 1):
+        before = len(r.errors)
+        values = r.table(f"rule {i}", Rule, body)
+        if len(r.errors) > before:
+            continue
+        if any(rule.name == values["name"] for rule in out):
+            r.error(f"rule {i}", "name", values["name"], "expected a name of its own")
+            continue
+        rule = Rule(**values)
+        why = rule.contradiction()
+        if why:
+            r.errors.append(f"{r.path}: [rule {i}] {rule.name}: {why}")
+        out.append(rule)
+    return tuple(out)
+
+
+def _disks(r: _Reader, data: Any) -> tuple[Disk, ...]:
+    """The [[disk]] tables."""
+    if not isinstance(data, list) or not all(isinstance(d, dict) for d in data):
+        r.errors.append(f"{r.path}: disk = {_show(data)}: expected tables [[disk]]")
+        return ()
+    if len(data) > MAX_DISKS:
+        r.errors.append(f"{r.path}: {len(data)} disks: expected at most {MAX_DISKS}")
+    out: list[Disk] = []
+    for i, body in enumerate(data, 1):
+        before = len(r.errors)
+        values = r.table(f"disk {i}", Disk, body)
+        if len(r.errors) > before:
+            continue
+        if any(d.name == values["name"] for d in out):
+            r.error(f"disk {i}", "name", values["name"], "expected a name of its own")
+            continue
+        out.append(Disk(**values))
+    return tuple(out)
+
+
+def load(path: str | Path) -> Config:
+    """The configuration of a file.
+
+    Raises ConfigError: the file cannot be read, or with every mistake in it.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        why = e.strerror if isinstance(e, OSError) and e.strerror else str(e)
+        raise ConfigError([f"{path}: cannot be read: {why}"]) from e
+    return replace(parse(text, str(path)), path=str(path))
+
+
+def _cross_checks(r: _Reader, top: dict[str, Any], s: dict[str, dict[str, Any]]) -> None:
+    """Rules over more than one key; skipped where one of them is wrong by itself."""
+    net, qemu, peer = s.get("network", {}), s.get("qemu", {}), s.get("peer", {})
+    for key in ("peer_link", "bridge", "uplink"):
+        if net.get(key) and net[key] == net.get("tap"):
+            r.error("network", key, net[key], "expected another device than tap")
+    if net.get("vxlan_local") and not net.get("vxlan_remote"):
+        r.error("network", "vxlan_local", net["vxlan_local"], "expected only with vxlan_remote")
+    if net.get("bridge") and net["bridge"] == net.get("peer_link"):
+        r.error("network", "bridge", net["bridge"], "expected another device than peer_link")
+    if top.get("role") == "primary" and qemu.get("migrate_uri") == "":
+        r.error("qemu", "migrate_uri", "", "required on the primary, such as tcp:10.0.0.2:4444")
+    failover = s.get("failover", {})
+    _peer_checks(r, peer, lease=failover.get("arbiter") == "lease")
+    _failover_checks(r, failover)
+    metrics = s.get("metrics", {})
+    where = validate.split(metrics.get("listen", ""))
+    tls = [k for k in ("cert", "key", "client_ca") if metrics.get(k)]
+    if 0 < len(tls) < 3:
+        r.error("metrics", tls[0], metrics[tls[0]], "expected all of cert, key and client_ca")
+    elif where and not where[0].is_loopback and not tls and metrics.get("allow_remote") is False:
+        r.error(
+            "metrics", "listen", metrics["listen"],
+            "expected a loopback address, or cert, key and client_ca, or allow_remote = true",
+        )  # fmt: skip
+
+
+def _failover_checks(r: _Reader, f: dict[str, Any]) -> None:
+    arbiter = f.get("arbiter")
+    if f.get("automatic") and arbiter == "fence" and f.get("fence") == ():
+        r.error("failover", "automatic", True, "requires a fence command ([failover] fence)")
+    if f.get("automatic") and arbiter == "manual":
+        r.error("failover", "automatic", True, 'requires arbiter "fence" or "lease"')
+    if f.get("fence") and arbiter in ("lease", "manual"):
+        r.error("failover", "fence", list(f["fence"]), 'expected only with arbiter = "fence"')
+    if arbiter == "lease" and f.get("etcd") == ():
+        r.error("failover", "etcd", [], 'required with arbiter = "lease"')
+    if bool(f.get("etcd_cert")) != bool(f.get("etcd_key")):
+        r.error("failover", "etcd_cert", f.get("etcd_cert"), "expected both etcd_cert and etcd_key")
+    ttl, margin = f.get("lease_ttl"), f.get("lease_margin")
+    if ttl is not None and ttl % 1000:
+        r.error("failover", "lease_ttl", ttl, "expected whole seconds, such as 5000")
+    if ttl is not None and margin is not None and not ttl // 50 <= margin <= ttl // 2:
+        r.error(
+            "failover", "lease_margin", margin,
+            f"expected from a fiftieth to a half of lease_ttl, {ttl // 50} to {ttl // 2} ms",
+        )  # fmt: skip
+
+
+def _path_checks(r: _Reader, peer: dict[str, Any], control: tuple[Any, Any]) -> None:
+    """Further paths for heartbeats: each a way of its own."""
+    paths = peer.get("heartbeat_paths") or ()
+    locals_: set[Any] = set()
+    for text in paths:
+        ends = validate.path_ends(text)
+        if ends is None:
+            continue
+        if ends[0] == ends[1]:
+            r.error("peer", "heartbeat_paths", text, "expected two different ends")
+        if ends[0] in locals_:
+            r.error("peer", "heartbeat_paths", text, "expected another local end for each path")
+        locals_.add(ends[0])
+        same = None not in control and (ends[0][0], ends[1][0]) == (control[0][0], control[1][0])
+        if same and not ends[0][0].is_loopback:
+            r.error(
+                "peer", "heartbeat_paths", text,
+                "expected other addresses than local and remote: that way is the control channel's",
+            )  # fmt: skip
+
+
+def _peer_checks(r: _Reader, peer: dict[str, Any], *, lease: bool) -> None:
+    local, remote = validate.split(peer.get("local", "")), validate.split(peer.get("remote", ""))
+    if local and remote:
+        if local == remote:
+            r.error("peer", "remote", peer["remote"], "expected another address than local")
+        if local[0].version != remote[0].version:
+            r.error(
+                "peer", "remote", peer["remote"],
+                f"expected an IPv{local[0].version} address as local is",
+            )  # fmt: skip
+        if lease and local[0].is_unspecified:
+            r.error(
+                "peer", "local", peer["local"],
+                "expected this host's own address with arbiter = \"lease\", whose holder it names",
+            )  # fmt: skip
+    _path_checks(r, peer, (local, remote))
+    tls = {k: peer.get(k) for k in ("cert", "key", "ca", "peer_cert")}
+    if None not in tls.values():
+        trust = "ca" if tls["ca"] else "peer_cert"
+        missing = [k for k in ("cert", "key", trust) if not tls[k]]
+        if missing and len(missing) < 3:
+            for k in missing:
+                want = "expected all of cert, key and one of ca, peer_cert, or none of them"
+                r.error("peer", k, "", want)
+        elif missing and peer.get("insecure") is False and not validate.loopback(local, remote):
+            r.error(
+                "peer", "cert", "",
+                "cert, key and ca (or peer_cert) are required between hosts (or insecure = true); "
+                "`colo-xdp pki` makes them",
+            )  # fmt: skip
+        elif tls["ca"] and tls["peer_cert"]:
+            r.error("peer", "peer_cert", tls["peer_cert"], "expected either ca or peer_cert")
+        elif peer.get("identity") and not tls["ca"]:
+            r.error("peer", "identity", peer["identity"], "expected only with ca")
+    interval, timeout = peer.get("heartbeat_interval"), peer.get("heartbeat_timeout")
+    if interval is not None and timeout is not None and timeout < 3 * interval:
+        r.error(
+            "peer", "heartbeat_timeout", timeout,
+            f"expected at least three times heartbeat_interval, {3 * interval} ms",
+        )  # fmt: skip
+    dead = peer.get("dead_after")
+    if timeout is not None and dead is not None and dead < 2 * timeout:
+        r.error(
+            "peer", "dead_after", dead,
+            f"expected at least twice heartbeat_timeout, {2 * timeout} ms",
+        )  # fmt: skip
+
+
+# ---- writing
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, int):
+        return str(value)
+    if isinstance(value, str):
+        # A JSON string is a TOML basic string, but for DEL, which TOML wants escaped.
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    return "[" + ", ".join(_toml(v) for v in value) + "]"
+
+
+def as_toml(config: Config) -> str:
+    """The configuration as a file, every key written; `parse` gives the same Config back."""
+    lines = [f"{k} = {_toml(getattr(config, k))}" for k in validate.keys(Config)]
+    for name, cls in SECTIONS.items():
+        section = getattr(config, name)
+        lines += ["", f"[{name}]"]
+        lines += [f"{k} = {_toml(getattr(section, k))}" for k in validate.keys(cls)]
+    for rule in config.rules:
+        lines += ["", "[[rule]]"]
+        lines += [f"{k} = {_toml(getattr(rule, k))}" for k in validate.keys(Rule)]
+    for disk in config.disks:
+        lines += ["", "[[disk]]"]
+        lines += [f"{k} = {_toml(getattr(disk, k))}" for k in validate.keys(Disk)]
+    return "\n".join(lines) + "\n"
+
+
+def _doc(f: Field[Any]) -> str:
+    if f.default is MISSING:
+        return f"{f.metadata['help']} (required)"
+    unit = f" {f.metadata['unit']}" if f.metadata["unit"] else ""
+    return f"{f.metadata['help']} (default {_toml(f.default)}{unit})"
+
+
+_TABLES: list[tuple[str, type[Any]]] = [*SECTIONS.items(), ("rule", Rule), ("disk", Disk)]
+#: "section.key" (top level: "key") -> one line of help with unit and default
+DOCS: dict[str, str] = {k: _doc(f) for k, f in validate.keys(Config).items()} | {
+    f"{name}.{k}": _doc(f) for name, cls in _TABLES for k, f in validate.keys(cls).items()
+}

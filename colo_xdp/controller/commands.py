@@ -1,0 +1,263 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What a person, or a cluster manager, asks of a controller: the commands of its control socket.
+
+Each is an entry of one table, by the names that the CLI sends (service/control_socket.py).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any, Protocol
+
+from ..config.file import Config, ConfigError, load
+from ..datapath.datapath import DataPath
+from ..failover.decision import Action, Role, State
+from ..peer.channel import Peer
+from ..service.control_socket import Command
+from .pair_view import PairView
+from .ticker import TICK_S
+
+log = logging.getLogger("colo_xdp")
+
+FAILOVER_S = 30.0  # for one that a person asks for, and the fence on top
+ORDER_S = 60.0  # for one that a former controller was asked for
+STAND_DOWN_S = 30.0  # for a decision that is being carried out
+
+Handler = Callable[[dict[str, Any]], Awaitable[dict[str, Any]]]
+Document = Callable[[dict[str, Any]], dict[str, Any]]
+
+
+class Commandable(Protocol):
+    """A controller, as far as commands reach into it."""
+
+    config: Config
+    role: Role
+    dp: DataPath
+    view: PairView
+    peer: Peer
+    state: State
+    reason: str
+    incoming_wanted: bool
+
+    @property
+    def undecided(self) -> bool:
+        """Nobody has said yet that this host's guest may speak (datapath/datapath.py)."""
+        ...
+
+    @property
+    def path_shut(self) -> bool:
+        """Nothing leaves, or will without a new guest: what `shut` means."""
+        ...
+
+    @property
+    def acting(self) -> asyncio.Task[Any] | None:
+        """The one action that is being carried out now."""
+        ...
+
+    def reconsider(self) -> None:
+        """Something has changed: decide anew."""
+
+    def shown_state(self) -> State:
+        """The state for people."""
+        ...
+
+    def superseded(self) -> bool:
+        """Whether this host's guest is worthless, since the other one is certain to speak alone."""
+        ...
+
+    def await_successor(self) -> None:
+        """Look for a QEMU that waits in place of the one that is over."""
+
+    async def perform(self, action: Action, why: str) -> None:
+        """Carry out an action."""
+
+    async def keep_shut(self) -> None:
+        """The mode says that nothing leaves: see to it that a program is there that obeys."""
+
+    def may_stand_down(self) -> None:
+        """Raises ValueError where this guest must not fall silent now."""
+
+    def failover_steps(self, *, planned: bool, force: bool) -> list[str]:
+        """What a failover would do now, step by step."""
+        ...
+
+    async def hand_over(self, deadline: float) -> bool:
+        """Planned: a checkpoint, then the SVM goes on and the PVM is silent. Whether it is done.
+
+        Raises ValueError when it cannot begin.
+        """
+        ...
+
+    async def command_checkpoint(self, args: dict[str, Any]) -> dict[str, Any]:
+        """One checkpoint. Raises ValueError where there is none."""
+        ...
+
+    def set_shadow(self, on: bool) -> None:
+        """Hold nothing, or hold again. Raises ValueError."""
+
+    def asked_again(self) -> None:
+        """A person wants the pair protected: what was given up is tried again."""
+
+    def new_policy(self) -> None:
+        """The rules have changed."""
+
+
+class OperatorCommands:
+    """Carries commands out on one controller, within the rules of its side."""
+
+    def __init__(self, controller: Commandable) -> None:
+        self._c = c = controller
+        self._table: dict[Command, Handler] = {
+            Command.MODE: self.mode,
+            Command.FAILOVER: self.failover,
+            Command.STAND_DOWN: self.demote,
+            Command.CHECKPOINT: c.command_checkpoint,
+            Command.REPROTECT: self.reprotect,
+            Command.RELOAD: self._reload,
+        }
+        if c.dp.adopted and c.dp.order:
+            # Whoever was asked has died on the way. Every step of it can be done twice.
+            self.order("force" if c.dp.order == "force" else "failover", ORDER_S)
+
+    def answer(self, command: Command, document: Document) -> None:
+        """One whose answer is a document that somebody else writes (status/builder.py)."""
+
+        async def handler(args: dict[str, Any]) -> dict[str, Any]:
+            return document(args)
+
+        self._table[command] = handler
+
+    async def run(self, name: str, args: dict[str, Any]) -> dict[str, Any]:
+        """Carry out a command of the CLI.
+
+        Raises ValueError for what is unknown or impossible now.
+        """
+        handler = self._table.get(Command(name)) if name in set(Command) else None
+        if handler is None:
+            raise ValueError(f"unknown command {name!r}")
+        return await handler(args)
+
+    async def _reload(self, args: dict[str, Any]) -> dict[str, Any]:
+        return self.reload()
+
+    def reload(self) -> dict[str, Any]:
+        """Read the file again and take over what can change while running: the rules.
+
+        Raises ValueError: the file is wrong, or something else in it has changed.
+        """
+        c = self._c
+        if c.config.path is None:
+            raise ValueError("this configuration came from no file")
+        try:
+            new = load(c.config.path)
+        except ConfigError as e:
+            raise ValueError(str(e)) from e
+        changed = c.config.differences(new)
+        if changed:
+            raise ValueError(f"needs a restart of the controller: {', '.join(changed)} changed")
+        c.config = new
+        c.new_policy()
+        log.info("policy reloaded: %d rules", len(new.rules))
+        return {"rules": len(new.rules)}
+
+    async def mode(self, args: dict[str, Any]) -> dict[str, Any]:
+        """Say or change the mode: protected, paused or shadow. Raises ValueError."""
+        c = self._c
+        mode = args.get("mode")
+        if mode is not None:
+            if mode not in ("protected", "paused", "shadow"):
+                raise ValueError(f"mode {mode!r}: protected, paused or shadow")
+            c.set_shadow(mode == "shadow")
+            c.asked_again()
+            c.view.set_paused(mode == "paused")
+            log.info("mode set to %s by the operator", mode)
+        return {"mode": c.shown_state().value}
+
+    def order(self, what: str, seconds: float) -> float:
+        """A person's word, which counts until the time that is returned (monotonic, s)."""
+        until = time.monotonic() + seconds
+        self._c.view.ordered(forced=what == "force", until_s=until)
+        return until
+
+    async def failover(self, args: dict[str, Any]) -> dict[str, Any]:
+        """Let one guest go on alone, planned or not. Raises ValueError."""
+        c = self._c
+        planned, force = args.get("planned", False), args.get("force", False)
+        if planned is True and force is True:
+            raise ValueError("planned or force: a peer that is dead takes part in no plan")
+        steps = c.failover_steps(planned=bool(planned), force=bool(force))
+        if args.get("dry_run"):
+            return {"steps": steps, "done": False, "state": c.state.value}
+        if planned:
+            ck, q = c.config.checkpoint, c.config.qemu
+            end = time.monotonic() + (ck.deadline + 2 * q.qmp_timeout) / 1000
+            done = await c.hand_over(end)
+            return {
+                "steps": steps, "done": done, "state": c.state.value, "reason": c.reason,
+            }  # fmt: skip
+        if c.state in (State.SOLO, State.PROMOTED):
+            return {"steps": [], "done": True, "state": c.state.value, "reason": c.reason}
+        undecided = c.undecided
+        if c.state is State.STOPPED or (c.state is State.STARTING and not undecided):
+            raise ValueError(f"no failover from state {c.state.value}: {c.reason}")
+        c.view.fence_is_void()
+        c.dp.order = "force" if force else "failover"
+        fence_s = c.config.failover.fence_timeout / 1000
+        deadline, opened = self.order(c.dp.order, FAILOVER_S + fence_s), False
+        try:
+            while time.monotonic() < deadline:
+                c.reconsider()
+                if c.state in (State.SOLO, State.PROMOTED, State.STOPPED):
+                    break
+                opened = undecided and not c.undecided and c.acting is None
+                if opened:
+                    break
+                if c.view.pair.fence.result is False and not c.view.forced:
+                    c.view.order_withdrawn()
+                    raise ValueError(
+                        "the fence command failed: the peer may be alive, nothing is opened"
+                    )
+                await asyncio.sleep(TICK_S)
+        finally:
+            c.dp.order = ""
+        done = c.state in (State.SOLO, State.PROMOTED) or opened
+        return {"steps": steps, "done": done, "state": c.state.value, "reason": c.reason}
+
+    async def demote(self, args: dict[str, Any]) -> dict[str, Any]:
+        """This host's guest is silent for certain when this returns; the other one may go on."""
+        c = self._c
+        why = str(args.get("why", "asked by the operator"))[:200]
+        c.may_stand_down()
+        if (acting := c.acting) is not None:
+            # It may be a takeover, which opens the data path at its end.
+            await asyncio.wait({acting}, timeout=STAND_DOWN_S)
+            if not acting.done():
+                raise ValueError(f"a decision is still being carried out: {c.reason}")
+        c.view.order_withdrawn()
+        c.dp.order = ""
+        if not c.path_shut:
+            await c.perform(Action.STOP, f"stood down: {why}")
+        await c.keep_shut()
+        return {"state": c.state.value, "reason": c.reason, "peer": c.view.peer.state}
+
+    async def reprotect(self, args: dict[str, Any]) -> dict[str, Any]:
+        """Make room for a new copy. Raises ValueError."""
+        c = self._c
+        if c.state is State.STOPPED:
+            if not c.superseded():
+                raise ValueError(f"the other guest is not known to speak: {c.reason}")
+            c.incoming_wanted = True
+            c.await_successor()
+            here = True
+        elif c.state in (State.SOLO, State.PROMOTED) or (
+            c.role is Role.PRIMARY and c.state is State.STARTING
+        ):
+            if not c.peer.send("reprotect", why="asked by the operator"):
+                raise ValueError("the other host's controller does not answer: start it first")
+            here = False
+        else:
+            raise ValueError(f"nothing to do from state {c.state.value}: {c.reason}")
+        return {"here": here, "state": c.state.value, "command": list(c.config.qemu.incoming)}

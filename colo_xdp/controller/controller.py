@@ -1,0 +1,500 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What the controllers of both hosts have in common: the peer, and the loop around the decision.
+
+controller/primary.py and controller/secondary.py add what each side does at a checkpoint and at a
+failover. Nothing here blocks without a deadline; what the guests' packets need
+happens in `on_event`, called from the event ring.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from abc import abstractmethod
+from typing import Any
+
+from ..abi import Mode
+from ..compare.limits import NEVER
+from ..config.file import Config
+from ..datapath import attach
+from ..datapath.datapath import DataPath
+from ..datapath.ring import CapturedFrame
+from ..failover.arbiter import ARBITERS, Arbiter
+from ..failover.arbiter import Host as ArbiterHost
+from ..failover.decision import (
+    Action,
+    Decision,
+    Ending,
+    Facts,
+    Heard,
+    OtherGuest,
+    OwnGuest,
+    Role,
+    State,
+    decide,
+)
+from ..failover.lease import boot_ns
+from ..peer.channel import Peer
+from ..peer.heartbeat import Flag
+from ..peer.heartbeat_links import HeartbeatLinks
+from ..peer.messages import VERSION
+from ..peer.tls import Tls
+from .commands import OperatorCommands
+from .device_watch import DeviceWatch
+from .heartbeats import Heartbeats
+from .host import Host
+from .pair_view import Surroundings, lets_nothing_out
+from .ticker import IDLE_S, Ticker
+
+log = logging.getLogger("colo_xdp")
+
+
+RING_BATCH = 512
+FOR_EVER_NS = (1 << 63) - 1
+GUEST_S = 5.0  # between two looks at what is known of the guest's addresses, and at its port
+
+
+class Controller(Host):
+    """One host's controller."""
+
+    def __init__(self, config: Config, datapath: DataPath) -> None:
+        super().__init__(config, datapath)
+        self._busy: asyncio.Task[Any] | None = None  # the one action in progress
+        self.asks = False  # by beacon: the secondary is to shut its guest in
+        #: of the last planned failover: gap_ms (the network heard nothing of the guest), took_ms
+        self.last_failover: dict[str, float] | None = None
+        p = config.peer
+        tls = Tls(p.cert, p.key, p.ca, p.peer_cert, p.identity) if p.cert else None
+        self.peer = Peer(
+            pair=config.pair,
+            role=config.role,
+            local=p.local,
+            remote=p.remote,
+            tls=tls,
+            on_up=self._peer_up,
+            on_down=self._peer_down,
+            on_message=self._peer_message,
+            versions=(p.min_version, VERSION),
+        )
+        self.heartbeats = Heartbeats(self)
+        self.paths = HeartbeatLinks(config, self.heartbeats.on_word)
+        self.devices = DeviceWatch(self)
+        # The programs must not take a controller that idles for a dead one.
+        idle_s = min(IDLE_S, config.datapath.controller_loss / 4000)
+        self.ticker = Ticker(self._tick, self.tick_ns, idle_s)
+        self._next_beat = 0.0
+        self.arbiter: Arbiter = ARBITERS[config.failover.arbiter].make(
+            ArbiterHost(
+                config=config,
+                boot=self.peer.boot,
+                speaking=datapath.adopted and not self.silent(),
+                allow=datapath.lease_expiry,
+                changed=self._arbiter_changed,
+            )
+        )
+        self.commands = OperatorCommands(self)
+
+    # ---- to be filled by the two sides
+
+    @abstractmethod
+    async def perform(self, action: Action, why: str) -> None:
+        """Carry out GO_SOLO, TAKE_OVER, STOP or REARM."""
+
+    @abstractmethod
+    def failover_steps(self, *, planned: bool, force: bool) -> list[str]:
+        """What a failover would do now, step by step."""
+
+    @abstractmethod
+    async def hand_over(self, deadline: float) -> bool:
+        """Planned: a checkpoint, then the SVM goes on and the PVM is silent. Whether it is done.
+
+        Raises ValueError when it cannot begin.
+        """
+
+    async def keep_shut(self) -> None:
+        """The mode says that nothing leaves: see to it that a program is there that obeys."""
+
+    def may_stand_down(self) -> None:
+        """Raises ValueError where this guest must not fall silent now."""
+
+    async def command_checkpoint(self, args: dict[str, Any]) -> dict[str, Any]:
+        """One checkpoint. Raises ValueError where there is none."""
+        raise ValueError("checkpoints are asked for on the primary host")
+
+    def new_policy(self) -> None:
+        """The rules have changed."""
+
+    def asked_again(self) -> None:
+        """A person wants the pair protected: what was given up is tried again."""
+
+    def set_shadow(self, on: bool) -> None:
+        """Hold nothing, or hold again."""
+        if on:
+            raise ValueError("shadow mode is set on the primary host, which holds the frames")
+
+    @property
+    def undecided(self) -> bool:
+        """Nobody has said yet that this host's guest may speak (datapath/datapath.py)."""
+        return False
+
+    @abstractmethod
+    def on_event(self, event: CapturedFrame) -> None:
+        """A captured frame."""
+
+    def on_batch(self) -> None:
+        """All frames that were waiting have been handed to on_event."""
+
+    def on_message(self, msg: dict[str, Any]) -> None:
+        """A peer message that the base does not handle itself."""
+
+    def on_beacon(self, flags: Flag) -> None:
+        """A beacon, while the control channel is down and its flags are as good as a heartbeat."""
+
+    @property
+    def uncompared(self) -> bool:
+        """Clients may know what the SVM has never said: in shadow mode, or nobody knows."""
+        return self.view.shadow or (self.undecided and self.view.peer.guest is OtherGuest.COPY)
+
+    @property
+    def own_guest(self) -> OwnGuest:
+        """What QEMU says of this host's guest; asked for only while it matters."""
+        return OwnGuest.UNKNOWN
+
+    @property
+    def waiting(self) -> bool:
+        """Output waits for a checkpoint that needs the peer's controller."""
+        return False
+
+    def on_tick(self, now_ns: int) -> None:
+        """Every IDLE_S at least, and TICK_S after tick_ns() at most."""
+
+    def tick_ns(self) -> int:
+        """When on_tick() has something to do that cannot wait for IDLE_S."""
+        return NEVER
+
+    def on_arbiter(self) -> None:
+        """The arbiter says something new: a lease is got or lost, or the like."""
+
+    # ---- the data path (controller/device_watch.py)
+
+    def hooks_lost(self, what: str, *, unseen: bool, still: bool) -> None:
+        """Programs were not where they should be, and are again, unless `still`. `unseen`: the
+        guest's frames may have left as they were."""
+
+    def data_path_back(self) -> None:
+        """It is whole again."""
+
+    def own_state(self) -> State:
+        """The state, as far as it depends on this host: never `protected` over a data path that
+        is not there."""
+        state = self.shown_state()
+        good = (State.PROTECTED, State.CHECKPOINTING, State.PAUSED, State.SHADOW)
+        return State.DEGRADED if state in good and self.devices.trouble else state
+
+    def told(self) -> tuple[State, str]:
+        """State and reason, for people."""
+        state, trouble = self.own_state(), self.devices.trouble
+        if trouble:
+            whole = state is not self.shown_state()
+            return state, trouble if whole else f"{self.reason}; {trouble}"
+        if (
+            state is State.PROTECTED
+            and self.peer.connected
+            and self.view.peer.state == State.DEGRADED
+        ):
+            return State.DEGRADED, "the other host's controller says `degraded`: its status has why"
+        return state, self.reason
+
+    # ---- peer
+
+    def _beat(self) -> None:
+        self.heartbeats.beat()
+        self.devices.listen()
+
+    def _peer_up(self) -> None:
+        log.info("peer connected")
+        self.asks = False
+        self.dp.peer_stopped = 0
+        same_peer = self.peer.peer_boot == self.view.peer.boot
+        self.view.connected(self.peer.peer_boot)
+        self.paths.core.rekey(self.peer.beacon_key, same_peer=same_peer)
+        # It lives, whatever the fence command has said: it has to be fenced another time.
+        self.peer_lives("it connects")
+        self.devices.connected()
+        self._beat()
+        self.peer_connected()
+
+    def peer_lives(self, why: str) -> None:
+        """Whatever the fence command has said."""
+        if self.view.pair.fence.result and self.state is State.DEGRADED:
+            log.warning("the fence command had succeeded, but the peer lives: %s", why)
+        self.view.fence_is_void()
+
+    def peer_connected(self) -> None:
+        """The channel is up."""
+
+    def _peer_down(self, why: str) -> None:
+        log.warning("peer connection lost: %s", why)
+
+    def _peer_message(self, msg: dict[str, Any]) -> None:
+        kind = msg["type"]
+        if kind == "heartbeat":
+            self.view.heartbeat(msg)
+            if self.role is Role.SECONDARY:
+                word = msg["shadow"] and msg["role"] == Role.PRIMARY.value
+                self._shadow_word(word, msg["epoch"])
+            if msg.get("over"):
+                self.pair_over("the other guest has ended itself")
+            elif msg["shut"]:
+                self.peer_shut(msg["alone"])
+            if msg["echo"]:
+                self.peer.rtt_ns = max(0, boot_ns() - msg["echo"])
+                if msg["promise"]:
+                    self.arbiter.promised(msg["echo"])
+            self.view.heartbeat_read(msg["t"])
+        elif kind == "shut":
+            self.view.peer_says_why(f'"{msg["why"][:200]}"')
+            self.peer_shut(msg["alone"])
+        elif kind == "guest_off":
+            self.pair_over(msg["why"][:200])
+        elif kind == "ready" or (kind == "begin" and msg["initial"]):
+            self.view.peer_guest_is_new(boot_ns())
+        elif kind == "reprotect":
+            self.incoming_wanted = True
+        elif kind == "bye" and msg["planned"]:
+            until = boot_ns() + msg["back"] * 1_000_000 if msg["back"] else FOR_EVER_NS
+            self.dp.peer_stopped = min(until, FOR_EVER_NS)
+            log.info("the peer's controller stops on purpose: %s", msg["why"])
+        self.on_message(msg)
+        self._decide()
+
+    @property
+    def path_shut(self) -> bool:
+        """Nothing leaves, or will without a new guest: what `shut` means."""
+        return self.state is State.STOPPED and self.dp.mode is Mode.DROP
+
+    def _shadow_word(self, on: bool, epoch: int) -> None:
+        """Only a later checkpoint ends a shadow: a new primary controller may not know of it."""
+        if on:
+            news = not self.view.shadow
+            self.view.set_shadow(True)
+            self.dp.shadowed = epoch + 1
+            if news:
+                self._beat()  # the primary waits for this word
+        elif self.view.shadow and epoch >= self.dp.shadowed:
+            self.view.set_shadow(False)
+            self.dp.shadowed = 0
+
+    def peer_shut(self, was_alone: bool) -> None:
+        """The peer's data path drops everything: certain silence, its guest alive or not."""
+        self.arbiter.peer_shut(self.peer.peer_boot)
+        if was_alone and not self.view.guest.standalone and self.paired():
+            self.outdated("the other guest spoke alone and is gone: this one lacks what it said")
+            return
+        self.view.peer_shut()
+        if self.view.guest.demoted and not was_alone and not self.view.guest.gone:
+            # It asked us to stand down and then died itself, without having spoken alone: what
+            # this side had when it was asked is still all that any client knows.
+            self.view.promise_ends()
+            self.become(State.DEGRADED, "the peer is gone and has never spoken alone")
+
+    @abstractmethod
+    def pair_over(self, why: str) -> None:
+        """The other guest has ended itself: this one is not to take over."""
+
+    @abstractmethod
+    def paired(self) -> bool:
+        """Whether this host's guest counts as a copy of the other one, or the other of it."""
+
+    @abstractmethod
+    def outdated(self, why: str) -> None:
+        """The other guest has spoken alone: this one must never speak."""
+
+    @property
+    def transmits(self) -> bool:
+        """Whether the network hears this host's guest: what status, metrics, the health paths and
+        the cluster's agent say."""
+        permitted = self.arbiter.view().may_transmit
+        forwarding = self.dp.port_forwarding
+        return self.view.heard(self.dp.mode, forwarding=forwarding, permitted=permitted)
+
+    def silent(self) -> bool:
+        """The data path lets nothing of this host's guest reach the network, whatever it says."""
+        return lets_nothing_out(self.role, self.dp.mode)
+
+    async def _watch_guest(self) -> None:
+        while True:
+            await asyncio.to_thread(self.dp.watch_guest)
+            await asyncio.sleep(GUEST_S)
+
+    # ---- the decision
+
+    def facts(self) -> Facts:
+        """What is known now."""
+        core, boot = self.paths.core, boot_ns()
+        return self.view.facts(
+            Surroundings(
+                now_ns=time.monotonic_ns(),
+                state=self.shown_state(),
+                own_qmp=self.qemu.qmp.connected,
+                undecided=self.undecided,
+                own_guest=self.own_guest,
+                waiting=self.waiting,
+                peer_connected=self.peer.connected,
+                peer_silent_ms=self.peer.silent_ms(),
+                ending=Ending.STOPPED if self.dp.peer_stopped > boot else self.peer.ending,
+                paths=tuple(
+                    Heard(p.name, core.silent_ms(i, boot), core.unheard_ms(i, boot))
+                    for i, p in enumerate(core.paths)
+                ),
+                heartbeat_timeout_ms=self.config.peer.heartbeat_timeout,
+                dead_after_ms=self.config.peer.dead_after,
+                automatic=self.config.failover.automatic,
+                arbiter=self.arbiter.view(),
+            )
+        )
+
+    @property
+    def acting(self) -> asyncio.Task[Any] | None:
+        """The one action that is being carried out now."""
+        return self._busy if self._busy is not None and not self._busy.done() else None
+
+    def _decide(self) -> None:
+        if self.acting is not None:
+            return
+        d: Decision = decide(self.facts())
+        self._tell_arbiter(d.action)
+        if d.action is Action.NONE:
+            return
+        if d.action is Action.WAIT:
+            self.become(self.state, d.why)
+            return
+        if d.action in (Action.DEGRADE, Action.ACQUIRE):
+            if self.state in (State.PROTECTED, State.DEGRADED, State.CHECKPOINTING):
+                self.become(State.DEGRADED, d.why)
+            return
+        log.info("decision: %s: %s", d.action.value, d.why)
+        self._busy = self.spawn(self._act(d))
+
+    def _arbiter_changed(self) -> None:
+        self.on_arbiter()
+        self._decide()
+
+    def _tell_arbiter(self, action: Action) -> None:
+        """A primary's guest wants to be heard while its path is not shut, a secondary's when it is
+        to go on alone."""
+        alone = action in (Action.ACQUIRE, Action.GO_SOLO, Action.TAKE_OVER)
+        if self.role is Role.PRIMARY:
+            wants = self.dp.mode is not Mode.DROP
+        else:
+            wants = alone or self.state is State.PROMOTED
+        self.arbiter.follow(action, wants=wants)
+
+    async def _act(self, d: Decision) -> None:
+        alone = self.state in (State.SOLO, State.PROMOTED) and d.action is not Action.STOP
+        if alone or self.state is State.STOPPED:
+            return  # decided in the meantime, by a message or the end of a checkpoint
+        if d.action is Action.FENCE:
+            self.become(self.state if self.undecided else State.DEGRADED, d.why)
+            self.view.fenced(await self.arbiter.fence(), time.monotonic_ns(), boot_ns())
+        else:
+            await self.perform(d.action, d.why)
+
+    @property
+    def migrate_to(self) -> str:
+        """Where the other host's QEMU waits, when this host runs the PVM."""
+        q = self.config.qemu
+        return q.migrate_uri if self.config.role == "primary" else q.reverse_uri
+
+    def superseded(self) -> bool:
+        """Whether this host's guest is worthless, since the other one is certain to speak alone."""
+        speaks = [State.SOLO.value]
+        # else it waits for a word, and is silent itself
+        if self.view.peer.guest is OtherGuest.SPEAKS:
+            speaks.append(State.STARTING.value)
+        return self.peer.connected and (
+            self.view.peer.state == State.PROMOTED.value
+            or (self.view.peer.role == Role.PRIMARY.value and self.view.peer.state in speaks)
+        )
+
+    # ---- the loop
+
+    async def start(self) -> None:
+        """Open the channel, begin to look for QEMU, read the ring."""
+        await self.peer.start()
+        self.paths.start()
+        loop = asyncio.get_running_loop()
+        for fd in self.dp.reader.fds:
+            loop.add_reader(fd, self.drain)
+        self.spawn(self.arbiter.run())
+        if self.state is State.STOPPED:
+            self.await_successor()
+        else:
+            self.spawn(self.qemu.connect())
+        self.spawn(self.devices.run())
+        self.spawn(self.ticker.run())
+        self.spawn(self.qemu.watch())
+        self.spawn(self._watch_guest())
+
+    def drain(self) -> None:
+        """Hand on what is in the ring."""
+        if self.dp.drain(self.on_event, RING_BATCH):
+            self.on_batch()
+            self.ticker.look()
+
+    def _tick(self, late: float) -> float | None:
+        if self._finished.is_set():
+            return None
+        now, interval = time.monotonic(), self.config.peer.heartbeat_interval / 1000
+        self.heartbeats.stood_still(late, interval)
+        self.dp.beat()
+        if now >= self._next_beat:
+            self._next_beat = now + interval
+            self._beat()
+            limit = self.config.peer.heartbeat_timeout
+            if self.peer.connected and self.peer.silent_ms() > limit:
+                self.peer.drop(f"silent for {limit} ms")
+            self._decide()
+        # A wake-up can be missed only at the cost of one tick.
+        self.drain()
+        self.on_tick(time.monotonic_ns())
+        return self._next_beat - now
+
+    async def open_network(self) -> None:
+        """The tap joins the bridge; what stands in the way is said, and tried again on restart."""
+        try:
+            await asyncio.to_thread(self.dp.open_network)
+            await asyncio.to_thread(self.dp.look_at_port)
+        except (attach.NoSuchDevice, attach.NetlinkError, OSError) as e:
+            log.error("the guest's tap cannot join the bridge: %s", e)
+            self.failures.append(f"open network: {e}")
+
+    async def stop(self, why: str, *, planned: bool = True, back_ms: int = 0) -> None:
+        """End this controller; the guests and the data path go on.
+
+        `planned`: nobody is to take it for a death; `back_ms`: when the next one is expected, if
+        that is known.
+        """
+        self.peer.send("bye", why=why, planned=planned, back=back_ms)
+        loop = asyncio.get_running_loop()
+        for fd in self.dp.reader.fds:
+            loop.remove_reader(fd)
+        for t in list(self._tasks):
+            t.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self.peer.close()
+        self.paths.close()
+        await self.qemu.close()
+        await self.arbiter.close()
+
+    async def finished(self) -> None:
+        """Until an internal error ends the controller."""
+        await self._finished.wait()
+
+    def link_up(self, name: str) -> bool:
+        """Whether a device is up (for status)."""
+        with contextlib.suppress(attach.NoSuchDevice):
+            return attach.link_info(name).up
+        return False

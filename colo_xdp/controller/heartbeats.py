@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What this host says of itself, on the control channel and by beacons, and what beacons say."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Protocol
+
+from ..config.file import Config
+from ..datapath.datapath import DataPath
+from ..failover.arbiter import Arbiter
+from ..failover.decision import Role, State
+from ..failover.lease import boot_ns
+from ..peer.channel import Peer
+from ..peer.heartbeat import Flag, Heartbeat
+from ..peer.heartbeat_links import HeartbeatLinks
+from .pair_view import PairView
+
+log = logging.getLogger("colo_xdp")
+
+
+class Beating(Protocol):
+    """A controller, as far as heartbeats tell of it or change it."""
+
+    config: Config
+    role: Role
+    dp: DataPath
+    view: PairView
+    peer: Peer
+    paths: HeartbeatLinks
+    arbiter: Arbiter
+    asks: bool
+
+    @property
+    def path_shut(self) -> bool:
+        """Nothing leaves, or will without a new guest: what `shut` means."""
+        ...
+
+    @property
+    def uncompared(self) -> bool:
+        """Clients may know what the SVM has never said: in shadow mode, or nobody knows."""
+        ...
+
+    def own_state(self) -> State:
+        """The state, as far as it depends on this host."""
+        ...
+
+    def silent(self) -> bool:
+        """The data path lets nothing of this host's guest reach the network."""
+        ...
+
+    def peer_shut(self, was_alone: bool) -> None:
+        """The peer's data path drops everything."""
+
+    def peer_lives(self, why: str) -> None:
+        """Whatever the fence command has said."""
+
+    def on_beacon(self, flags: Flag) -> None:
+        """A beacon, while the control channel is down and its flags are as good as a heartbeat."""
+
+    def reconsider(self) -> None:
+        """Something has changed: decide anew."""
+
+
+class Heartbeats:
+    """Sends them, and hears the beacons."""
+
+    def __init__(self, controller: Beating) -> None:
+        self._c = controller
+        self._lag_ns = 0  # how long this loop stood still since the last heartbeat
+
+    def beat(self) -> None:
+        """Say what is true now."""
+        c = self._c
+        promise = c.silent() and c.arbiter.promise()
+        c.peer.send(
+            "heartbeat",
+            t=boot_ns(),
+            echo=c.view.answered(),
+            state=c.own_state().value,
+            epoch=c.dp.epoch,
+            vm=not c.view.guest.gone,
+            shut=c.path_shut,
+            over=bool(c.view.guest.over),
+            alone=c.view.guest.standalone,
+            shadow=c.uncompared,  # the primary's word; of the secondary: it has heard it
+            promise=promise,
+            role=c.role.value,
+        )
+        lag, self._lag_ns = self._lag_ns, 0
+        flags = self.flags() | (Flag.PROMISE if promise else Flag(0))
+        c.paths.send(flags, lag // 1_000_000, c.dp.epoch)
+
+    def flags(self) -> Flag:
+        """What the beacons say, but for a promise."""
+        c, guest = self._c, self._c.view.guest
+        flags = Flag(0) if guest.gone else Flag.VM
+        for flag, on in (
+            (Flag.SHUT, c.path_shut and not guest.over),  # over: no reason to take over
+            (Flag.ALONE, guest.standalone), (Flag.ASK, c.asks),
+            (Flag.SHADOW, c.role is Role.PRIMARY and c.uncompared),
+            (Flag.SVM, c.role is Role.SECONDARY), (Flag.HANGS, guest.hung),
+        ):  # fmt: skip
+            if on:
+                flags |= flag
+        return flags
+
+    def stood_still(self, late: float, interval: float) -> None:
+        """This loop is late (s). While it did not listen nobody was silent."""
+        if late <= 0:
+            return
+        ns = int(late * 1e9)
+        self._lag_ns = max(self._lag_ns, ns)
+        if late > interval:
+            self._c.peer.excuse(ns)
+            self._c.paths.core.excuse(ns)
+        if late > self._c.config.peer.heartbeat_timeout / 2000:
+            log.warning("this controller stood still for %.0f ms", ns / 1e6)
+
+    def on_word(self, word: Heartbeat) -> None:
+        """What a beacon says counts only where the control channel cannot say it, if it is newer
+        than all that was heard, recent, and of the guest that there is. A promise has its time in
+        itself."""
+        c, view = self._c, self._c.view
+        limit = c.config.peer.heartbeat_timeout
+        if Flag.PROMISE in word.flags and word.after:
+            c.arbiter.promised(word.after)
+        if word.lag_ms > limit / 2:
+            view.peer_slow(time.monotonic_ns())
+        since = max(view.peer.guest_since_boot_ns, boot_ns() - limit * 1_000_000)
+        if view.pair.fence.result and word.after > view.pair.fence.ended_boot_ns:
+            c.peer_lives("it has heard what was sent since")
+        if c.peer.connected or word.after <= since or word.t <= view.peer.heard_boot_ns:
+            return
+        view.beacon(word.t, word.epoch)
+        if Flag.SHUT in word.flags:
+            if not view.peer.shut:
+                view.peer_says_why("its QEMU hangs" if Flag.HANGS in word.flags else "")
+                log.warning("the peer's beacons say that its data path is shut")
+            c.peer_shut(Flag.ALONE in word.flags)
+        c.on_beacon(word.flags)
+        c.reconsider()

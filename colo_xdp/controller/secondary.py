@@ -1,0 +1,560 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The secondary host: keep the SVM shut in, hold frames over a checkpoint, take over.
+
+In MODE_RUN the kernel does all: frames never come here. During a checkpoint both
+directions do. What the SVM sent before it resumed is void (the checkpoint has
+replaced the guest that sent it); what the clients sent waits until the new guest
+runs, since it has to meet the new guest's sequence numbers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from typing import Any
+
+from .. import abi
+from ..abi import Mode, SyncState
+from ..compare.causes import Cause
+from ..config.file import Config
+from ..datapath.conntrack_map import ConntrackMap
+from ..datapath.datapath import DataPath
+from ..datapath.ring import CapturedFrame
+from ..failover.arbiter import ArbiterError
+from ..failover.decision import Action, Role, State
+from ..peer.heartbeat import Flag
+from ..qemu.event import QmpEvent
+from ..qemu.guest_event import News
+from ..qemu.qmp import QmpError
+from .guest_lifecycle import GuestLifecycle
+from .held_frames import HeldFrames, Hold
+from .takeover import Takeover
+from .ticker import TICK_S
+
+log = logging.getLogger("colo_xdp.controller.secondary")
+
+SWEEP_S = 5.0
+REMIND_S = 2.0  # longer than the primary needs from `ready` to its next state
+
+
+class Secondary(GuestLifecycle):
+    """Controller of the SVM's host."""
+
+    role = Role.SECONDARY
+
+    def __init__(self, config: Config, datapath: DataPath) -> None:
+        super().__init__(config, datapath)
+        self.flows = ConntrackMap(datapath.objects.map("flows"), datapath.objects.map("opening"))
+        self.held = HeldFrames(
+            self._deliver,
+            self._forward,
+            lambda: self.state is State.PROMOTED,
+            16 * config.compare.max_queue_size,
+        )
+        self.takeover = Takeover(self)
+        self._ready_wanted = False
+        self._remind_at = 0.0
+        self._missed = ""  # what the primary has to be told, and could not
+        self._qemus = 0  # that have waited here
+        self.view.adopted(confirmed=datapath.adopted and datapath.sync_state is not SyncState.NONE)
+        self.checkpoints = 0
+        self.last_pause_ms = 0.0
+        self.stepped_out = False
+        self._hooks = asyncio.Lock()  # programs are being taken off or put back
+        if datapath.adopted:
+            self.view.set_shadow(datapath.shadowed > 0)
+            if datapath.mode is Mode.TAKEOVER:
+                self.view.went_standalone()
+                self.state = State.PROMOTED
+                self.reason = "taken over by a former controller"
+            elif datapath.mode in (Mode.RUN, Mode.CHECKPOINT):
+                if datapath.epoch > 0:
+                    self.view.in_colo()
+                self.state = State.DEGRADED if self.view.pair.confirmed else State.STARTING
+                self.reason = "a former controller's data path was taken over"
+                if datapath.mode is Mode.CHECKPOINT:
+                    # It died with frames in hand. Holding goes on; the primary asks anew.
+                    self._begin_hold(datapath.epoch + 1)
+                    self.takeover.unsure = datapath.epoch
+            elif datapath.epoch > 0:
+                if datapath.sync_state is SyncState.STANDALONE:
+                    self.view.went_standalone()
+                self.state = State.STOPPED
+                self.reason = "the data path was shut by a former controller"
+
+    def hooks_lost(self, what: str, *, unseen: bool, still: bool) -> None:
+        if self.view.pair.in_colo and not still:
+            self._missed = "" if self.peer.send("missed", why=what[:200]) else what
+
+    # ---- frames
+
+    def _deliver(self, e: CapturedFrame) -> None:
+        self.dp.injectors["deliver"].send(e.frame, e.gso_size, e.partial, e.gso_type)
+
+    def _forward(self, e: CapturedFrame) -> None:
+        self.dp.injectors["forward"].send(e.frame, e.gso_size, e.partial, e.gso_type)
+
+    def on_event(self, event: CapturedFrame) -> None:
+        if event.source == abi.Source.CLIENT:
+            self.held.from_client(event)
+        else:
+            self.held.from_svm(event)
+
+    # ---- checkpoints
+
+    def _begin_hold(self, n: int, *, planned: bool = False) -> None:
+        limit = self.config.checkpoint.deadline / 1000 if self.view.pair.confirmed else float("inf")
+        deadline = time.monotonic() + limit
+        self.held.begin(n, time.monotonic_ns(), deadline, planned=planned)
+        self.dp.mode = Mode.CHECKPOINT
+
+    def on_message(self, msg: dict[str, Any]) -> None:
+        kind = msg["type"]
+        if kind == "begin":
+            self._on_begin(msg["n"], msg["initial"], msg["cause"] == Cause.PLANNED)
+        elif kind == "heartbeat":
+            h = self.held.hold
+            # A planned one ends with the takeover, unless the primary went on all the same.
+            over = h is not None and msg["epoch"] >= h.n and not (h.planned and msg["shut"])
+            if h is not None and h.resume is not None and over:
+                self._finish(h, h.resume)
+            if msg["alone"] and not msg["shut"] and self.view.pair.confirmed:
+                self.outdated("the PVM has spoken alone")  # while nothing was heard of it
+            elif self._was_not_missed(msg):
+                self.become(State.PROTECTED, "the primary is heard again, and has missed nothing")
+        elif kind == "downtime_start":
+            self.takeover.primary_silent(
+                time.monotonic_ns() - msg["us"] * 1000 - self.peer.rtt_ns // 2
+            )
+        elif kind == "claims":
+            self._on_claims(msg["n"], msg["addresses"], msg["macs"])
+        elif kind == "offsets":
+            self._on_base(msg["n"], msg["flows"])
+        elif kind == "ready" and self.state is State.PROMOTED and self.view.guest.standalone:
+            if self.migrate_to:
+                self.change_role("a new QEMU waits on the other host for this guest's state")
+            else:
+                log.error("a new secondary waits, but [qemu] reverse_uri does not say where")
+        elif kind == "demote":
+            self._demote(msg["why"])
+        elif kind == "failed" and self.state is State.STARTING and not self.view.pair.confirmed:
+            self._given_up(msg["why"])
+
+    def _was_not_missed(self, beat: dict[str, Any]) -> bool:
+        """Whether only this side has noticed a silence that is over: the primary, which arms a
+        pair again by a checkpoint, sees no reason for one."""
+        return (
+            self.state is State.DEGRADED
+            and self.view.pair.confirmed
+            and self.view.pair.in_colo
+            and not (
+                self.takeover.under_way
+                or self.view.guest.colo_exit
+                or self.view.guest.gone
+                or self.view.guest.demoted
+            )
+            and self.held.hold is None
+            and self.dp.mode is Mode.RUN
+            and not beat["shut"]
+            and beat["state"] == State.PROTECTED.value
+            and beat["epoch"] == self.dp.epoch
+        )
+
+    def on_beacon(self, flags: Flag) -> None:
+        if Flag.SVM in flags:
+            return
+        if Flag.SHADOW in flags:
+            self._shadow_word(True, self.view.peer.epoch)
+        if Flag.ALONE in flags and Flag.SHUT not in flags and self.view.pair.confirmed:
+            self.outdated("the PVM has spoken alone, as its beacons say")
+        if Flag.ASK in flags and self.state is not State.STOPPED:
+            self._demote("asked by its beacons")
+
+    def paired(self) -> bool:
+        return self.view.pair.confirmed
+
+    def outdated(self, why: str) -> None:
+        if self.state not in (State.PROMOTED, State.STOPPED):
+            self._demote(why)
+        if not self.view.guest.standalone:  # whatever becomes of the peer
+            self.view.no_copy()
+            self.dp.sync_state = SyncState.NONE
+
+    def _demote(self, why: str) -> None:
+        """The primary speaks alone, or wants to: shut the SVM in, and say so."""
+        if self.state is State.PROMOTED:
+            return
+        # A checkpoint under way is not forgotten: QEMU may load it all the same.
+        self.dp.mode = Mode.DROP
+        self.view.demoted()
+        self.become(State.STOPPED, f"stood down for the primary: {why}")
+        self.peer.send("shut", why="the secondary has shut its data path", alone=False)
+
+    def _on_base(self, n: int, text: str) -> None:
+        """Offsets of the guest that this one is a copy of; they count when the copy speaks."""
+        h = self.held.hold
+        if self.view.pair.confirmed:  # a new primary controller does not know that they are here
+            self.peer.send("offsets_ack", n=n)
+            return
+        if h is None:
+            log.warning("offsets that nobody waits for: left alone")
+            return
+        try:
+            self.flows.adopt(bytes.fromhex(text), first=n == 0)
+        except (ValueError, OSError) as e:
+            self.peer.send("failed", n=h.n, why=f"offsets of old connections: {e}")
+            return
+        self.peer.send("offsets_ack", n=n)
+
+    def _given_up(self, why: str) -> None:
+        """The primary has given up entering COLO. A QEMU that has begun to load is of no use any
+        more: as for any guest that is over, its successor is waited for."""
+        if self.held.hold is None:
+            return
+        self.held.take()
+        self.view.not_in_colo()
+        self.dp.mode = Mode.DROP
+        self.spawn(self._after_given_up(why[:500]))
+
+    async def _after_given_up(self, why: str) -> None:
+        try:
+            waits = (
+                await self.qemu.qmp.status() == "inmigrate"
+                and not await self.qemu.qmp.migration_status()
+            )
+        except QmpError:
+            return  # gone: on_qemu_gone() says so
+        if self.state is not State.STARTING or self.held.hold is not None:
+            return
+        if waits:
+            self.become(State.STARTING, f"the primary has given up entering COLO: {why}")
+        else:
+            self._ready_wanted = False
+            self.become(
+                State.STOPPED,
+                f"the primary has given up entering COLO: {why}; a new QEMU with -incoming is "
+                "needed here",
+            )
+
+    async def _check_entry(self, n: int) -> None:
+        """What may have changed since this host said that it is ready."""
+        try:
+            why = await self.unfit()
+            status = await self.qemu.qmp.status()
+            if not why and status != "inmigrate":
+                why = f"the SVM's QEMU is `{status}`, not waiting (-incoming)"
+            if not why:
+                await self.qemu.qmp.prepare(primary=False)
+        except QmpError as e:
+            why = str(e)
+        if why:
+            self.peer.send("failed", n=n, why=why)
+            if self.state is State.STARTING:
+                self.become(State.STARTING, why)
+            return
+        self._on_begin(n, initial=True, planned=False, asked=True)
+
+    def on_qemu_gone(self) -> None:
+        h = self.held.take()
+        super().on_qemu_gone()
+        self._ready_wanted = False
+        self.view.not_in_colo()
+        if h is not None:
+            self.dp.mode = Mode.DROP
+            self.peer.send("failed", n=h.n, why=self.view.guest.why or "the SVM's QEMU is gone")
+
+    def _on_claims(self, n: int, addresses: str, macs: str) -> None:
+        """What the PVM has said of itself: from epoch n on this guest has said it."""
+        running = self.dp.epoch
+        if n <= running:
+            return
+        try:
+            own, hw = bytes.fromhex(addresses), bytes.fromhex(macs)
+            self.dp.addresses.told(n, own, hw, running=running)
+        except (ValueError, OSError) as e:  # then it is not announced at a takeover
+            log.warning("addresses of the PVM: %s", e)
+
+    async def _ask_arbiter(self, n: int) -> None:
+        """Planned: this guest is to be the one that speaks."""
+        try:
+            await self.arbiter.check()
+        except ArbiterError as e:
+            name = self.arbiter.view().name
+            self.peer.send("failed", n=n, why=f"the SVM could not get the {name}: {e}")
+            return
+        self._on_begin(n, initial=False, planned=True, asked=True)
+
+    def _on_begin(self, n: int, initial: bool, planned: bool, *, asked: bool = False) -> None:
+        why = ""
+        if n <= self.dp.epoch:
+            why = f"epoch {n} is over, this side is at {self.dp.epoch}"
+        elif self.state in (State.PROMOTED, State.STOPPED):
+            why = f"this side is {self.state.value}: {self.reason}"
+        elif not self.qemu.qmp.connected:
+            why = "QMP to the SVM is down"
+        elif not initial and not self.view.pair.in_colo:
+            why = "the SVM is not in COLO"
+        if why:
+            self.peer.send("failed", n=n, why=why)
+            return
+        if planned and self.arbiter.needs_grant and not asked:
+            self.spawn(self._ask_arbiter(n))
+            return
+        if initial and not asked:
+            self.spawn(self._check_entry(n))
+            return
+        if initial:
+            self.view.entering()
+        self._begin_hold(n, planned=planned)
+        state = State.CHECKPOINTING if self.view.pair.confirmed else State.STARTING
+        self.become(state, f"checkpoint to epoch {n}")
+        self.peer.send("begin_ack", n=n)
+
+    def on_qmp(self, event: QmpEvent) -> None:
+        if self.state is State.PROMOTED:
+            self.on_event_alone(event)
+            return
+        if self.takeover.under_way:
+            self.takeover.saw(event)
+            return
+        if event.name == "STOP" and self.view.pair.in_colo:
+            if self.held.hold is None and self.state is State.PROTECTED:
+                # Nobody told us: somebody else asked QEMU for a checkpoint. Hold at once.
+                log.warning("STOP of the SVM without a checkpoint of ours")
+                self._begin_hold(self.dp.epoch + 1)
+                self.spawn(self._stopped_by_whom(self.held.hold))
+            if self.held.hold is not None:
+                self.held.hold.stop_ns = event.ts_ns
+        elif event.name == "RESUME" and self.held.hold is not None and self.held.hold.stopped:
+            self.held.hold.stop_ns, self.held.hold.deadline = 0, 0.0  # as one that never came
+            self.on_tick(time.monotonic_ns())
+        elif event.name == "RESUME" and self.held.hold is not None:
+            h = self.held.hold
+            self.view.in_colo()
+            h.resume = event
+            self.last_pause_ms = h.pause_ms
+            if self.view.pair.confirmed and not h.planned:
+                self._finish(h, event)
+            self.peer.send("resumed", n=h.n, pause_us=int(self.last_pause_ms * 1000))
+
+    async def _stopped_by_whom(self, h: Hold | None) -> None:
+        """The SVM stands still, and nobody has told of a checkpoint."""
+        status, fate = await self.stands_still()
+        if h is None or self.held.hold is not h or h.resume is not None or not status:
+            return
+        if fate is None or status == "guest-panicked":
+            h.stopped = True
+            self.peer.send("request", why=f"the SVM was stopped (`{status}`) by no checkpoint")
+            if status == "guest-panicked":  # a state in which QEMU can load none
+                with contextlib.suppress(QmpError):
+                    await self.qemu.qmp.execute("cont")
+        else:
+            self.on_news(News(fate, f"the SVM stands still (`{status}`)"))
+
+    def on_changed(self, why: str) -> None:
+        if self.held.hold is None and self.state is State.PROTECTED:
+            self.peer.send(
+                "request", why=why
+            )  # else the checkpoint under way makes it a copy again
+
+    def on_halt(self, why: str) -> None:
+        """What its guest waits for the other one has done: it is no copy, and the next checkpoint
+        would end its QEMU (io-error to colo is no transition that QEMU allows)."""
+        if self.state is State.PROMOTED:
+            super().on_halt(why)
+        elif self.state is not State.STARTING:
+            self.view.guest_said(why)
+            self.view.guest_gone()
+            self._decide()
+
+    @property
+    def ends_the_pair(self) -> bool:
+        return self.state is State.PROMOTED
+
+    def forget_copy(self) -> None:
+        self.held.take()
+        self.view.not_in_colo()
+        self.view.no_copy()
+
+    def _finish(self, h: Hold, event: QmpEvent) -> None:
+        """The SVM runs the new state: what it sends from its RESUME on is of the next epoch."""
+        self.drain()
+        self.held.take()
+        if self.dp.mode is Mode.DROP:  # stood down meanwhile: silent, but in the PVM's numbers
+            self.dp.epoch = h.n
+            return
+        self.held.resumed(h, event)
+        self.dp.epoch = h.n  # offsets of the former epoch are void from here on
+        self.held.let_go(h)
+        self.dp.sync_state = SyncState.IN_SYNC
+        self.dp.mode = Mode.RUN
+        self.drain()
+        self.view.copy_confirmed()
+        self._ready_wanted = False
+        self.checkpoints += 1
+        self.become(State.PROTECTED, f"the SVM runs epoch {h.n}")
+
+    def on_tick(self, now_ns: int) -> None:
+        self._remind()
+        h = self.held.hold
+        if self.dp.mode is not Mode.CHECKPOINT or h is None:
+            return
+        if not h.stop_ns and time.monotonic() > h.deadline:
+            # Asked for, and the SVM never stopped: it is still the guest that it was (or see
+            # Takeover.unsure).
+            self.drain()
+            self.held.take()
+            self.held.let_go(h)
+            self.dp.mode = Mode.RUN
+            self.peer.send("failed", n=h.n, why="the SVM did not stop within the deadline")
+            self.become(State.DEGRADED, f"checkpoint to epoch {h.n} was asked for and never came")
+
+    # ---- entering
+
+    def _remind(self) -> None:
+        """A primary that has given up an entry is told again that a QEMU still waits here."""
+        now = time.monotonic()
+        waits = self._ready_wanted and self.view.peer.state == State.STARTING.value
+        if not waits or not self.peer.connected or not self.qemu.qmp.connected:
+            self._remind_at = now + REMIND_S
+        elif now >= self._remind_at:
+            self._remind_at = now + REMIND_S
+            self.spawn(self._ready_again())
+
+    async def _ready_again(self) -> None:
+        with contextlib.suppress(QmpError):
+            if await self.qemu.qmp.status() == "inmigrate":
+                await self._say_ready()
+
+    async def _say_ready(self) -> None:
+        """A QEMU waits here, and nothing speaks against it."""
+        why = await self.unfit()
+        if why:
+            self.become(State.STARTING, why)
+            self.peer.send("failed", n=0, why=why)
+        else:
+            self.peer.send("ready", epoch=self.dp.epoch, qemu=self._qemus)
+
+    async def start(self) -> None:
+        await super().start()
+        if self.state is State.PROMOTED:  # the former controller may have died half-way
+            await self.open_network()
+            self.spawn(self.takeover.announce())
+
+    def peer_connected(self) -> None:
+        if self._missed:
+            self.hooks_lost(self._missed, unseen=False, still=False)
+        if self._ready_wanted:
+            self.spawn(self._ready_again())
+
+    async def succeed(self) -> None:
+        """Another guest than the one that is over: nothing of that counts any more."""
+        self.view.new_guest()
+        self.held.take()
+        self.takeover = Takeover(self)
+        self.dp.sync_state = SyncState.NONE
+        self.arbiter.new_guest()
+        self.become(State.STARTING, "a new QEMU is here")
+        try:
+            await self.on_qemu()
+        except QmpError as e:
+            self.become(State.STOPPED, f"the new QEMU is gone again: {e}")
+
+    async def on_qemu(self) -> None:
+        if self.state in (State.PROMOTED, State.STOPPED):
+            return
+        if not any(t.get_name() == "sweep" for t in self._tasks):
+            self.spawn(self._sweep()).set_name("sweep")
+        status = await self.qemu.qmp.status()
+        if status == "inmigrate":
+            await self.qemu.qmp.prepare(primary=False)
+            if self.path_shut:
+                return
+            self._ready_wanted = True
+            self.view.waits_for_migration()
+            self.dp.sync_state = SyncState.NONE
+            self._qemus += 1
+            self.become(State.STARTING, "the SVM waits for the primary's migration")
+            await self._say_ready()
+        elif self.view.pair.in_colo and await self.qemu.qmp.migration_status() == "colo":
+            # It may have stood down meanwhile, and the primary relies on that.
+            if self.held.hold is None and self.view.pair.confirmed and not self.path_shut:
+                self.become(State.PROTECTED, "the SVM is in COLO, its offsets were kept")
+        elif self.held.hold is None and not self.view.pair.in_colo and not self.path_shut:
+            self.become(
+                State.STARTING,
+                f"the SVM's QEMU is `{status}`; start it with -incoming and wait for the primary",
+            )
+
+    # ---- failover
+
+    async def perform(self, action: Action, why: str) -> None:
+        if action is Action.TAKE_OVER:
+            self._ready_wanted = False
+            await self.takeover.run(why)
+        elif action is Action.STOP:
+            self.dp.mode = Mode.DROP
+            self.become(State.STOPPED, why)
+            self.peer.send("shut", why=why, alone=self.view.guest.standalone)
+
+    async def hand_over(self, deadline: float) -> bool:
+        if self.state not in (State.PROTECTED, State.CHECKPOINTING) or not self.peer.connected:
+            raise ValueError(f"no planned failover from state {self.state.value}: {self.reason}")
+        self.peer.send("switchover", why="asked by the operator on the secondary")
+        while time.monotonic() < deadline:
+            if self.view.guest.standalone:
+                return True
+            await asyncio.sleep(TICK_S)
+        return False
+
+    def failover_steps(self, *, planned: bool, force: bool) -> list[str]:
+        f, net, qmp = self.config.failover, self.config.network, self.config.qemu.qmp
+        steps = [f"fence the primary: {' '.join(f.fence)}"] if f.fence and not force else []
+        if planned:
+            steps = ["the primary: a checkpoint, then data path: drop (the PVM is silent)"]
+        return [
+            *steps,
+            f"QMP {qmp}: x-colo-lost-heartbeat",
+            f"QMP {self.config.qemu.qmp_oob or qmp}: yank migration, out of band, should it hang",
+            f"QMP {qmp}: query-migrate, query-status until `running`",
+            "data path: takeover (sequence offsets of live connections are kept)",
+            f"{net.tap} joins {net.bridge}" if net.bridge else f"{net.tap} is routed by the host",
+            "announce the guest (RARP, gratuitous ARP, unsolicited NDP)",
+        ]
+
+    # ---- ageing
+
+    async def _sweep(self) -> None:
+        """Age tracked connections; taken over, step out when the last rewritten one is gone."""
+        while True:
+            await asyncio.sleep(SWEEP_S)
+            epoch = self.dp.epoch
+            await asyncio.to_thread(self.flows.sweep, epoch)
+            if (
+                self.state is State.PROMOTED
+                and not self.flows.wanted
+                and not self.stepped_out
+                and self.dp.port_forwarding  # announcements are still to be made
+                and not self.arbiter.needs_grant  # the programs enforce the end of a grant
+            ):
+                await self._step_out()
+
+    async def _step_out(self) -> None:
+        async with self._hooks:
+            if self.state is State.PROMOTED:
+                await asyncio.to_thread(self.dp.step_out)
+                self.stepped_out = True
+                log.info("the last rewritten connection is gone: the rewriting programs are off")
+
+    def may_stand_down(self) -> None:
+        if self.held.hold is not None and self.held.hold.planned:
+            # The PVM may be silent already: then nobody would speak.
+            raise ValueError("a planned failover to this guest is under way: wait for its end")
+
+    async def keep_shut(self) -> None:
+        async with self._hooks:
+            if self.stepped_out:
+                await asyncio.to_thread(self.dp.step_in)
+                self.stepped_out = False

@@ -1,0 +1,243 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The secondary's takeover: QEMU leaves COLO, the data path opens, the network is told.
+
+What a checkpoint under way has in hand is part of it: whether its state is the one that runs
+decides which offsets count.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Coroutine
+from typing import Any, Protocol
+
+from ..abi import Mode, SyncState
+from ..config.file import Config
+from ..datapath.conntrack_map import ConntrackMap
+from ..datapath.datapath import DataPath
+from ..failover.decision import State
+from ..net.announce import announcements
+from ..peer.channel import Peer
+from ..qemu.event import QmpEvent
+from ..qemu.qmp import QmpError, QmpTimeout
+from ..qemu.supervisor import HUNG_S, IN_COLO, QemuSupervisor
+from .held_frames import HeldFrames, Hold
+from .pair_view import PairView
+from .ticker import TICK_S
+
+log = logging.getLogger("colo_xdp.controller.secondary")
+
+TAKEOVER_S = 10.0
+GAP_S = 5.0
+MAX_ANNOUNCED = 256  # addresses of the guest, and MAC addresses
+FORWARDING_S = 90.0  # a port listens and learns for forward_delay each: 30 s at most
+PORT_S = 0.1  # between two looks at a port that does not forward yet
+ANNOUNCE_TIMES = (0.0, 0.05, 0.2, 0.45, 0.8)  # seconds after the takeover, as QEMU's own RARPs
+
+
+class Standby(Protocol):
+    """The controller whose guest is to go on alone."""
+
+    config: Config
+    dp: DataPath
+    view: PairView
+    peer: Peer
+    qemu: QemuSupervisor
+    held: HeldFrames
+    flows: ConntrackMap
+    failures: list[str]
+    state: State
+    reason: str
+    last_failover: dict[str, float] | None
+
+    def become(self, state: State, why: str) -> None:
+        """Change the state."""
+
+    def spawn(self, coro: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+        """Run a task whose failure is looked at."""
+        ...
+
+    def drain(self) -> None:
+        """Read what is in the ring."""
+
+    async def open_network(self) -> None:
+        """The tap joins the bridge."""
+
+
+class Takeover:
+    """The way of one guest from a copy to the one that clients talk to."""
+
+    def __init__(self, standby: Standby) -> None:
+        self._c = standby
+        self.under_way = False
+        #: the last controller died in a checkpoint of this epoch: QMP does not repeat its events,
+        #: so the SVM may run either state until the next one is complete
+        self.unsure = -1
+        self._silent_ns = 0  # since when the PVM has been, by plan
+        self._events: list[QmpEvent] = []  # of QEMU, meanwhile
+
+    def saw(self, event: QmpEvent) -> None:
+        """QEMU says something while this is under way."""
+        self._events.append(event)
+
+    def primary_silent(self, since_ns: int) -> None:
+        """By plan, since then (CLOCK_MONOTONIC)."""
+        self._silent_ns = since_ns
+
+    async def run(self, why: str) -> None:
+        """The peer is certain to be silent. Idempotent: each step may have been done before."""
+        c, began = self._c, time.monotonic()
+        if not self.under_way:
+            self._events.clear()
+        self.under_way = True
+        status = await self._leave_colo()
+        if c.state is State.STOPPED:
+            # Shut in meanwhile, and the primary was told: it may speak alone because of that word.
+            self.under_way = False
+            log.warning("no takeover: %s", c.reason)
+            return
+        if status != "running":
+            c.failures.append(f"takeover: the SVM is `{status}`")
+            c.become(State.DEGRADED, f"takeover: the SVM does not run (`{status}`); trying on")
+            return
+        c.drain()
+        hold = c.held.take()
+        c.view.went_standalone()
+        c.dp.sync_state = SyncState.STANDALONE
+        self._settle_epoch(hold)
+        if hold is not None and hold.resume is not None:
+            c.held.resume_ns = hold.resume.ts_ns
+        c.dp.addresses.undo(c.dp.epoch)  # what the primary told for a checkpoint to come
+        said = self._frames_out()
+        c.dp.mode = Mode.TAKEOVER
+        c.become(State.PROMOTED, why)
+        c.peer.send("promoted", why=why)
+        await c.open_network()
+        c.spawn(self.announce())
+        if hold is not None:  # the primary died, or fell silent, inside a checkpoint
+            c.held.let_go_alone(hold)
+        c.drain()
+        log.info("takeover took %.1f ms", (time.monotonic() - began) * 1000)
+        if self._silent_ns:
+            c.spawn(self._measure_gap(said, began))
+
+    async def _leave_colo(self) -> str:
+        """Until QEMU has left COLO and its guest runs; returns its run state."""
+        qemu = self._c.qemu
+        try:
+            if await self._in_colo():
+                await qemu.leave_colo()
+        except QmpError as e:
+            log.warning("%s", e)
+        end = time.monotonic() + TAKEOVER_S
+        status = ""
+        while time.monotonic() < end:
+            try:
+                # In this order: QEMU may load a checkpoint to its end, and run, before it leaves.
+                left = await qemu.qmp.migration_status() not in IN_COLO
+                status = await qemu.qmp.status() if left else "leaving COLO"
+            except QmpError as e:
+                status = str(e)
+            if status == "running":
+                break
+            await asyncio.sleep(TICK_S / 5)
+        return status
+
+    async def _in_colo(self) -> bool:
+        """Whether QEMU has to be told. One that hangs is told too, past its main loop."""
+        try:
+            return await self._c.qemu.qmp.migration_status(HUNG_S) in IN_COLO
+        except QmpTimeout:
+            return True
+
+    def _settle_epoch(self, hold: Hold | None) -> None:
+        """What runs is a copy of the PVM, in its numbers: no offset is left. The primary's word
+        counts too, since it says `n` only after this side's `done n`."""
+        c = self._c
+        loaded = hold is not None and (hold.resume is not None or self.loaded())
+        was = c.dp.epoch
+        c.dp.epoch = max(was, c.view.peer.epoch, hold.n if hold is not None and loaded else 0)
+        if c.dp.epoch == was == self.unsure:
+            lost = c.flows.give_up(was)
+            log.error(
+                "the last controller here died in a checkpoint, the primary before the next: which"
+                " state runs is not known. %d connections opened since the one before are given up",
+                lost,
+            )
+
+    def _frames_out(self) -> int:
+        """Frames of the guest that have left to the network."""
+        row = self._c.dp.counters()["svm_out"]
+        return sum(row[r][0] for r in ("pass", "pass_rewritten", "pass_released"))
+
+    async def _measure_gap(self, said: int, began: float) -> None:
+        """Until the guest's first frame after the primary's last one; the clients' share of it."""
+        since, self._silent_ns = self._silent_ns, 0
+        took = int((time.monotonic() - began) * 1e6)
+        end = time.monotonic() + GAP_S
+        while self._frames_out() == said:
+            if time.monotonic() > end:
+                log.info("the guest had nothing to say for %g s: no gap was measured", GAP_S)
+                return
+            await asyncio.sleep(0.001)
+        gap = max(0, time.monotonic_ns() - since)
+        self._c.last_failover = {"gap_ms": gap / 1e6, "took_ms": took / 1e3}
+        log.info("the network heard nothing of the guest for %.1f ms", gap / 1e6)
+        self._c.peer.send("downtime", gap_us=gap // 1000, took_us=took)
+
+    def loaded(self) -> bool:
+        """Whether the checkpoint in which the primary died has reached the SVM all the same.
+
+        lost-heartbeat ends with a RESUME, before which QEMU sends a STOP if the guest was
+        running (vm_prepare_start() in QEMU's system/cpus.c). If the guest had loaded the
+        checkpoint there was another RESUME before. QMP keeps the order, so both were read
+        when the state `running` was.
+        """
+        return sum(e.name == "RESUME" for e in self._events) > 1
+
+    async def announce(self) -> None:
+        """Tell switches and neighbours where the guest is now, as its QEMU would: RARP for the
+        switches, gratuitous ARP and unsolicited neighbour advertisements for the addresses.
+
+        Again when the bridge lets frames through, if it does not yet (STP).
+        """
+        mac = await self._c.qemu.learn_macs()
+        if not mac:
+            log.warning("no guest_mac configured and QEMU does not tell: no announcement")
+            return
+        await self._announce_now(mac)
+        end = time.monotonic() + FORWARDING_S
+        waited = self._c.reason
+        while not self._c.dp.port_forwarding and self._c.state is State.PROMOTED:
+            if time.monotonic() > end:
+                log.error("%s; nobody is told where the guest is any more", self._deaf())
+                self._c.failures.append(self._deaf())
+                return
+            self._c.become(State.PROMOTED, self._deaf())
+            await asyncio.sleep(PORT_S)
+            await asyncio.to_thread(self._c.dp.look_at_port)
+            if self._c.dp.port_forwarding and self._c.state is State.PROMOTED:
+                self._c.become(State.PROMOTED, waited)
+                await self._announce_now(mac)
+
+    def _deaf(self) -> str:
+        net = self._c.config.network
+        return (
+            f"{net.tap} is {self._c.dp.port_state} in {net.bridge}: nothing of the guest leaves "
+            "before the bridge's STP lets it"
+        )
+
+    async def _announce_now(self, mac: str) -> None:
+        first, epoch = bytes.fromhex(mac.replace(":", "")), self._c.dp.epoch
+        table = self._c.dp.addresses
+        own = (await asyncio.to_thread(table.own, first, epoch))[:MAX_ANNOUNCED]
+        macs = table.macs(epoch)[:MAX_ANNOUNCED]
+        frames = announcements(mac, own, macs, self._c.config.network.guest_addresses)
+        log.info("announcing the guest: %d frames, %d times", len(frames), len(ANNOUNCE_TIMES))
+        start = time.monotonic()
+        for at in ANNOUNCE_TIMES:
+            await asyncio.sleep(max(0.0, start + at - time.monotonic()))
+            for frame in frames:
+                self._c.dp.injectors["forward"].send(frame)

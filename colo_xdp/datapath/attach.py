@@ -1,0 +1,664 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Devices and hooks, over netlink: the only module that imports pyroute2.
+
+Everything that is put on a device carries our name, is replaced atomically by
+the next controller, and is written to a manifest, so that `detach` takes off
+exactly what was put on and nothing that belongs to somebody else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import socket
+import struct
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pyroute2 import IPRoute
+from pyroute2.netlink.exceptions import NetlinkError as NetlinkError
+from pyroute2.nftables.main import NFTables
+
+from ..status.document import PORT_STATES
+from . import syscall
+from .loader import Program
+
+ETH_P_ALL = 0x0003
+INGRESS, EGRESS = 0xFFFFFFF2, 0xFFFFFFF3  # TC_H_CLSACT | TC_H_MIN_INGRESS/EGRESS
+#: Before any other filter: one that lets a frame pass first would be a leak. Ours come in the
+#: order promoted_out, one of the role's programs, promoted_in.
+FIRST, PRIO, LAST = 1, 2, 3
+LABEL = "colo-xdp"
+XDP_NAME = "svm_out_xdp"
+
+XDP_IF_NOEXIST, XDP_SKB, XDP_DRV, XDP_REPLACE = 1, 2, 4, 16
+XDP_MODES = {0: "none", 1: "drv", 2: "skb", 3: "hw", 4: "multi"}
+
+TUNSETIFF = 0x400454CA
+TUNSETOFFLOAD = 0x400454D0
+TUNSETVNETHDRSZ = 0x400454D8
+IFF_TAP, IFF_NO_PI, IFF_VNET_HDR = 0x0002, 0x1000, 0x4000
+
+
+class NoSuchDevice(RuntimeError):
+    """A network device named in the config does not exist in this namespace."""
+
+
+class AttachError(RuntimeError):
+    """A program cannot be put on a device; the text says what is in the way."""
+
+
+class Taken(AttachError):
+    """The device is another pair's, or another tool's program comes first: a person decides."""
+
+
+@dataclass(frozen=True, slots=True)
+class LinkInfo:
+    """What the kernel says about a device."""
+
+    name: str
+    index: int
+    kind: str
+    up: bool
+    carrier: bool
+    mtu: int
+    mac: str
+    master: int
+    vnet_hdr: bool
+    multi_queue: bool
+    xdp_prog_id: int
+    xdp_mode: str
+
+
+@contextlib.contextmanager
+def _netlink() -> Iterator[Any]:
+    with IPRoute() as ipr:
+        yield ipr
+
+
+def _info(msg: Any) -> LinkInfo:
+    linkinfo = msg.get_attr("IFLA_LINKINFO")
+    kind = (linkinfo.get_attr("IFLA_INFO_KIND") if linkinfo else None) or ""
+    data = linkinfo.get_attr("IFLA_INFO_DATA") if linkinfo else None
+    vnet = mq = False
+    if kind == "tun" and data is not None:
+        vnet = bool(data.get_attr("IFTUN_VNET_HDR") or data.get_attr("IFLA_TUN_VNET_HDR"))
+        mq = bool(data.get_attr("IFTUN_MULTI_QUEUE") or data.get_attr("IFLA_TUN_MULTI_QUEUE"))
+    xdp = msg.get_attr("IFLA_XDP")
+    mode = (xdp.get_attr("IFLA_XDP_ATTACHED") if xdp else 0) or 0
+    mode = int(mode) if not isinstance(mode, str) else 1
+    prog = (xdp.get_attr("IFLA_XDP_PROG_ID") if xdp else 0) or 0
+    return LinkInfo(
+        name=msg.get_attr("IFLA_IFNAME"),
+        index=msg["index"],
+        kind=kind,
+        up=bool(msg["flags"] & 1),
+        carrier=bool(msg.get_attr("IFLA_CARRIER")),
+        mtu=msg.get_attr("IFLA_MTU") or 0,
+        mac=msg.get_attr("IFLA_ADDRESS") or "",
+        master=msg.get_attr("IFLA_MASTER") or 0,
+        vnet_hdr=vnet,
+        multi_queue=mq,
+        xdp_prog_id=int(prog),
+        xdp_mode=XDP_MODES.get(mode, str(mode)),
+    )
+
+
+def link_info(name: str) -> LinkInfo:
+    """State of a device.
+
+    Raises NoSuchDevice when it does not exist in this network namespace.
+    """
+    with _netlink() as ipr:
+        try:
+            return _info(ipr.link("get", ifname=name)[0])
+        except NetlinkError as e:
+            if e.code in (errno.ENODEV, errno.ENOENT):
+                raise NoSuchDevice(f"network device {name} does not exist") from e
+            raise
+
+
+def set_up(name: str, up: bool = True) -> None:
+    """Bring a device up or down."""
+    index = link_info(name).index
+    with _netlink() as ipr:
+        ipr.link("set", index=index, state="up" if up else "down")
+
+
+def set_master(name: str, bridge: str | None) -> None:
+    """Put a device into a bridge, or take it out (None)."""
+    index = link_info(name).index
+    master = link_info(bridge).index if bridge else 0
+    with _netlink() as ipr:
+        ipr.link("set", index=index, master=master)
+
+
+#: states of a port (PORT_STATES) in which a port with a carrier lets nothing through
+PORT_WAITS = ("listening", "learning", "blocking")
+
+
+def port_state(name: str) -> str:
+    """State of a bridge's port (PORT_STATES); "" if the device is none.
+
+    Raises NoSuchDevice.
+    """
+    index = link_info(name).index
+    with _netlink() as ipr:
+        info = ipr.link("get", index=index)[0].get_attr("IFLA_LINKINFO")
+    data = info.get_attr("IFLA_INFO_SLAVE_DATA") if info else None
+    if data is None or not hasattr(data, "get_attr"):
+        return ""
+    state = data.get_attr("IFLA_BRPORT_STATE")
+    return "" if state is None else PORT_STATES[state]
+
+
+def spanning_tree(bridge: str) -> tuple[int, float]:
+    """(0: no STP, 1: the kernel's, 2: a daemon's; forward delay in s) of a bridge of the kernel.
+
+    (0, 0.0) if it is none. Raises NoSuchDevice.
+    """
+    index = link_info(bridge).index
+    with _netlink() as ipr:
+        info = ipr.link("get", index=index)[0].get_attr("IFLA_LINKINFO")
+    data = info.get_attr("IFLA_INFO_DATA") if info else None
+    if data is None or not hasattr(data, "get_attr"):
+        return 0, 0.0
+    stp, delay = data.get_attr("IFLA_BR_STP_STATE"), data.get_attr("IFLA_BR_FORWARD_DELAY")
+    return stp or 0, (delay or 0) / 100  # USER_HZ
+
+
+_BRIDGE_CALLS = ("NF_CALL_IPTABLES", "NF_CALL_IP6TABLES", "NF_CALL_ARPTABLES")
+_NFPROTO_BRIDGE = 7
+_NUD_REACHABLE, _NUD_NOARP, _NUD_PERMANENT = 0x02, 0x40, 0x80
+_NTF_USE, _NTF_MASTER, _NTF_EXT_LEARNED, _NTF_STICKY = 0x01, 0x04, 0x10, 0x40
+#: of a port (IFLA_BRPORT_*): who is answered past the bridge would be answered past these
+_PORT_RULES = (
+    "LOCKED", "ISOLATED", "NEIGH_SUPPRESS", "NEIGH_VLAN_SUPPRESS", "PROXYARP", "PROXYARP_WIFI",
+)  # fmt: skip
+#: shorter, and the bridge forgets a client before pvm_in does (CLIENT_FRESH_NS); in 1/100 s
+_MIN_AGEING = 100
+#: legacy ebtables: a table's module once loaded, nobody but its own ioctl tells of rules
+EBTABLES = tuple(Path(f"/sys/module/ebtable_{x}") for x in ("filter", "nat", "broute"))
+#: what a kernel without nf_tables answers: to the socket, or to the request (nfnetlink_rcv_msg()
+#: says EINVAL of a subsystem that it does not have)
+_NO_NFTABLES = frozenset(
+    (errno.EPROTONOSUPPORT, errno.EAFNOSUPPORT, errno.EOPNOTSUPP, errno.ENOENT, errno.EINVAL)
+)
+
+
+def plain_ports(tap: str) -> frozenset[int]:
+    """ifindexes of the ports of the tap's bridge behind which a client can be answered past it.
+
+    None if the tap is in no bridge, in one that filters (VLANs, netfilter), that keeps no
+    addresses, or if the tap's own port has rules; else those that learn and have no rules. What
+    somebody has entered by hand is refresh_fdb()'s to tell.
+    """
+    none: frozenset[int] = frozenset()
+    try:
+        own = link_info(tap)
+    except NoSuchDevice:
+        return none
+    if not own.master:
+        return none
+    with _netlink() as ipr:
+        data = ipr.link("get", index=own.master)[0].get_attr("IFLA_LINKINFO")
+        data = data.get_attr("IFLA_INFO_DATA") if data else None
+        ports = frozenset(m["index"] for m in ipr.get_links(master=own.master) if _is_plain(m))
+    if data is None or data.get_attr("IFLA_BR_VLAN_FILTERING") or own.index not in ports:
+        return none
+    if (data.get_attr("IFLA_BR_AGEING_TIME") or 0) < _MIN_AGEING:
+        return none
+    calls = any(data.get_attr(f"IFLA_BR_{x}") for x in _BRIDGE_CALLS)
+    return none if _is_filtered(calls) else ports
+
+
+def _is_plain(port: Any) -> bool:
+    """Whether a port of a bridge learns addresses and has no rules of its own."""
+    info = port.get_attr("IFLA_LINKINFO")
+    data = info.get_attr("IFLA_INFO_SLAVE_DATA") if info else None
+    if data is None or not hasattr(data, "get_attr"):
+        return False
+    return bool(data.get_attr("IFLA_BRPORT_LEARNING")) and not any(
+        data.get_attr(f"IFLA_BRPORT_{x}") for x in _PORT_RULES
+    )
+
+
+def _is_filtered(calls: bool) -> bool:
+    """Whether anybody may have rules for bridged frames: legacy ebtables, nftables' family
+    `bridge`, or any at all where the bridge calls the other families (`calls`, or the sysctl says
+    so). What cannot be found out counts as a rule."""
+    if any(path.exists() for path in EBTABLES):
+        return True
+    try:
+        for name in ("iptables", "ip6tables", "arptables"):
+            with contextlib.suppress(FileNotFoundError):
+                calls |= Path(f"/proc/sys/net/bridge/bridge-nf-call-{name}").read_text() != "0\n"
+        for name in ("ip_tables_names", "ip6_tables_names", "arp_tables_names"):
+            with contextlib.suppress(FileNotFoundError):
+                if calls and Path(f"/proc/thread-self/net/{name}").read_text():
+                    return True
+        with NFTables(nfgen_family=0) as nft:
+            return any(calls or m["nfgen_family"] == _NFPROTO_BRIDGE for m in nft.get_tables())
+    except (NetlinkError, OSError) as e:
+        return (e.code if isinstance(e, NetlinkError) else e.errno) not in _NO_NFTABLES
+
+
+def refresh_fdb(port: str) -> frozenset[int]:
+    """As if a frame had come from each address that the bridge has learned at this port.
+
+    Returns where the bridge has addresses that it has not learned (static, sticky, local but no
+    device's own, by another program): ifindexes of ports, or of the bridge. Who has such an
+    address is to be reached there, wherever it was heard.
+    """
+    own = link_info(port)
+    fixed: set[int] = set()
+    if not own.master:
+        return frozenset()
+    with _netlink() as ipr:
+        local = {m.get_attr("IFLA_ADDRESS") for m in ipr.get_links(master=own.master)}
+        local |= {m.get_attr("IFLA_ADDRESS") for m in ipr.link("get", index=own.master)}
+        for m in ipr.fdb("dump"):
+            state, flags, mac = m["state"], m["flags"], m.get_attr("NDA_LLADDR")
+            if m.get_attr("NDA_MASTER") != own.master:
+                continue
+            if flags & (_NTF_EXT_LEARNED | _NTF_STICKY) or state & _NUD_NOARP:
+                fixed.add(m["ifindex"])
+            elif state & _NUD_PERMANENT:
+                if mac not in local:
+                    fixed.add(m["ifindex"])
+            elif m["ifindex"] == own.index and state & _NUD_REACHABLE and flags == 0:
+                ipr.fdb(
+                    "add", ifindex=own.index, lladdr=mac,
+                    state=_NUD_REACHABLE, flags=_NTF_USE | _NTF_MASTER,
+                )  # fmt: skip
+    return frozenset(fixed)
+
+
+def make_vxlan(name: str, vni: int, local: str, remote: str, port: int, manifest: Manifest) -> bool:
+    """The peer link as a unicast VXLAN, up, without addresses; False when it is there already.
+
+    No learning: all goes to `remote`. MTU: what the path of `remote` leaves. Raises AttachError
+    when a device of that name is another one.
+    """
+    suffix = "6" if ":" in remote else ""
+    want = {"IFLA_VXLAN_ID": vni, f"IFLA_VXLAN_GROUP{suffix}": remote, "IFLA_VXLAN_PORT": port}
+    if local:
+        want[f"IFLA_VXLAN_LOCAL{suffix}"] = local
+    with _netlink() as ipr:
+        try:
+            there = ipr.link("get", ifname=name)[0]
+        except NetlinkError as e:
+            if e.code not in (errno.ENODEV, errno.ENOENT):
+                raise
+        else:
+            info = there.get_attr("IFLA_LINKINFO")
+            kind = (info.get_attr("IFLA_INFO_KIND") if info else None) or "a device of hardware"
+            data = info.get_attr("IFLA_INFO_DATA") if kind == "vxlan" else None
+            found = {k: data.get_attr(k) for k in want} if data is not None else kind
+            if found != want:
+                raise AttachError(f"{name} exists and is not the VXLAN that is wanted: {found}")
+            set_up(name)
+            return False
+        addresses = {f"vxlan_group{suffix}": remote}
+        if local:
+            addresses[f"vxlan_local{suffix}"] = local
+        try:
+            ipr.link(
+                "add", ifname=name, kind="vxlan", vxlan_id=vni, vxlan_port=port,
+                vxlan_learning=0, **addresses,
+            )  # fmt: skip
+        except NetlinkError as e:
+            raise AttachError(f"{name}: VXLAN {vni} to {remote}: {e}") from e
+    manifest.add("links", name)
+    with contextlib.suppress(FileNotFoundError):
+        Path(f"/proc/sys/net/ipv6/conf/{name}/disable_ipv6").write_text("1")
+    set_up(name)
+    return True
+
+
+def make_tap(name: str) -> int:
+    """A tap with vnet_hdr that lives as long as its descriptor (closed: gone); returns it.
+
+    Frames written to it carry a 10-byte struct virtio_net_hdr (little endian).
+    """
+    fd = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        flags = IFF_TAP | IFF_NO_PI | IFF_VNET_HDR
+        fcntl.ioctl(fd, TUNSETIFF, struct.pack("16sH22x", name.encode(), flags))
+        fcntl.ioctl(fd, TUNSETVNETHDRSZ, struct.pack("i", 10))
+        # The device is only ever written to. Without addresses the host sends nothing to it.
+        with contextlib.suppress(FileNotFoundError):
+            Path(f"/proc/sys/net/ipv6/conf/{name}/disable_ipv6").write_text("1")
+        set_up(name)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+class Manifest:
+    """What one controller has put on devices, kept on disk for the time after it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.data: dict[str, list[Any]] = {
+            "clsact": [], "filters": [], "xdp": [], "links": [], "ports": [],
+        }  # fmt: skip
+        if path.exists():
+            with contextlib.suppress(ValueError):
+                old = json.loads(path.read_text())
+                for k, v in self.data.items():
+                    v.extend(old.get(k, []))
+
+    def add(self, kind: str, item: Any) -> None:
+        if item not in self.data[kind]:
+            self.data[kind].append(item)
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            tmp = self.path.with_suffix(".tmp")
+            tmp.write_text(json.dumps(self.data))
+            tmp.replace(self.path)
+
+
+@dataclass(frozen=True, slots=True)
+class Filter:
+    """A tc filter at a hook; `name` and `prog_id` only of kind "bpf"."""
+
+    prio: int
+    handle: int
+    kind: str
+    name: str
+    prog_id: int
+
+    @property
+    def pair(self) -> str:
+        """Whose it is, if a controller has put it there; else empty."""
+        parts = self.name.split(":")
+        return parts[1] if len(parts) == 3 and parts[0] == LABEL else ""
+
+
+def _filters(ipr: Any, index: int, parent: int) -> list[Filter]:
+    """The filters at a hook."""
+    out = []
+    for m in ipr.get_filters(index=index, parent=parent):
+        if not m["handle"]:
+            continue  # the head of a priority chain, not a filter
+        name, prog = "", 0
+        opts = m.get_attr("TCA_OPTIONS")
+        if opts is not None and hasattr(opts, "get_attr"):
+            name, prog = opts.get_attr("TCA_BPF_NAME") or "", opts.get_attr("TCA_BPF_ID") or 0
+        kind = m.get_attr("TCA_KIND") or ""
+        out.append(Filter(m["info"] >> 16, m["handle"], kind, name, int(prog)))
+    return out
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """A device and what is on its hooks: filters by direction ("ingress", "egress"), and how many
+    tcx programs (Linux 6.6), which run before any filter."""
+
+    info: LinkInfo
+    filters: dict[str, list[Filter]] = field(default_factory=dict)
+    tcx: dict[str, int] = field(default_factory=dict)
+
+
+_PARENTS = {"ingress": INGRESS, "egress": EGRESS}
+
+
+def look(names: Iterable[str]) -> dict[str, Seen | None]:
+    """What is on these devices now; None: there is no such device."""
+    out: dict[str, Seen | None] = {}
+    with _netlink() as ipr:
+        for name in names:
+            try:
+                info = _info(ipr.link("get", ifname=name)[0])
+                filters = {d: _filters(ipr, info.index, parent) for d, parent in _PARENTS.items()}
+            except NetlinkError as e:
+                if e.code not in (errno.ENODEV, errno.ENOENT):
+                    raise
+                out[name] = None
+                continue
+            out[name] = Seen(
+                info, filters, {d: syscall.tcx_programs(info.index, d) for d in filters}
+            )
+    return out
+
+
+def other_pair(dev: str, seen: Seen, pair: str) -> str:
+    """Which other pair has this device, as a sentence; empty: none."""
+    for direction, filters in seen.filters.items():
+        for f in filters:
+            if f.pair not in ("", pair):
+                return (
+                    f"{dev} {direction}: pair {f.pair} has its program {f.name.split(':')[2]} "
+                    "here, and a device serves one pair: give this one another device (a VLAN or "
+                    f"VXLAN of its own), or `colo-xdp cleanup --pair {f.pair}` if that pair is gone"
+                )
+    return ""
+
+
+def comes_first(dev: str, seen: Seen, direction: str) -> str:
+    """Whose program sees a frame there before ours and may let it pass, as a sentence."""
+    for f in seen.filters[direction]:
+        if f.prio <= LAST and not f.name.startswith(LABEL + ":"):
+            return (
+                f"{dev} {direction}: a filter of somebody else ({f.kind} {f.name!r}, priority "
+                f"{f.prio}) comes first; give it a priority above {LAST} or remove it"
+            )
+    n = seen.tcx[direction]
+    if n and seen.info.kind == "tun":  # on the peer link nothing passes to the clients' network
+        return f"{dev} {direction}: {n} tcx programs of somebody else run before ours: remove them"
+    return ""
+
+
+def changes() -> socket.socket:
+    """A socket that can be read when devices, qdiscs or filters of this namespace have changed.
+    What it says is of no use (it may overflow): look."""
+    s = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK, 0)
+    s.bind((0, 1 | 8))  # RTMGRP_LINK, RTMGRP_TC
+    return s
+
+
+def drain(sock: socket.socket) -> None:
+    """Take all from a socket of changes(), which tells nothing but that there are some."""
+    with contextlib.suppress(OSError):  # there is nothing more, or it has overflowed
+        while sock.recv(65536):
+            pass
+
+
+def label(pair: str, prog: str) -> str:
+    """Name of our filter: whose it is, and which program."""
+    return f"{LABEL}:{pair}:{prog}"
+
+
+def attach_tc(
+    dev: str,
+    direction: str,
+    prog: Program,
+    pair: str,
+    manifest: Manifest | None,
+    prio: int = PRIO,
+) -> None:
+    """Put a program on a device's clsact hook; replaces what we have at this place atomically.
+
+    Without a manifest for devices that go with their descriptor.
+
+    Raises NoSuchDevice, and Taken when another pair is there or somebody else's filter comes first.
+    """
+    parent = _PARENTS[direction]
+    name_of = label(pair, prog.name)
+    seen = look((dev,))[dev]
+    if seen is None:
+        raise NoSuchDevice(f"network device {dev} does not exist")
+    why = other_pair(dev, seen, pair) or comes_first(dev, seen, direction)
+    if why:
+        raise Taken(why)
+    index = seen.info.index
+    # Only what is ours is replaced: another pair that has come meanwhile makes `add` fail.
+    mine = any(f.prio == prio and f.pair == pair for f in seen.filters[direction])
+    with _netlink() as ipr:
+        try:
+            ipr.tc("add", "clsact", index)
+            if manifest:
+                manifest.add("clsact", dev)
+        except NetlinkError as e:
+            if e.code != errno.EEXIST:
+                raise AttachError(f"{dev}: clsact: {e}") from e
+        if manifest:
+            manifest.add("filters", [dev, direction, name_of])
+        try:
+            ipr.tc(
+                "replace-filter" if mine else "add-filter", "bpf", index, handle=1, prio=prio,
+                protocol=ETH_P_ALL, fd=prog.fd, name=name_of, parent=parent, classid=1,
+                direct_action=True,
+            )  # fmt: skip
+        except NetlinkError as e:
+            if e.code == errno.EEXIST:
+                raise Taken(f"{dev} {direction}: another pair has just taken this device") from e
+            raise AttachError(f"{dev} {direction}: {e}") from e
+
+
+def attach_xdp(dev: str, prog: Program, manifest: Manifest, *, generic: bool = False) -> None:
+    """Put an XDP program on a device, in native mode unless `generic` is asked for.
+
+    Raises AttachError when a foreign program is there or the mode is refused.
+    """
+    info = link_info(dev)
+    attrs: list[tuple[str, int]] = [("IFLA_XDP_FD", prog.fd)]
+    flags = XDP_SKB if generic else XDP_DRV
+    old = -1
+    if info.xdp_prog_id:
+        there = syscall.prog_info_by_id(info.xdp_prog_id)
+        if there.name != prog.name[:15]:
+            raise Taken(
+                f"{dev}: XDP program {there.name!r} (id {there.id}, {info.xdp_mode}) is not ours: "
+                "take it off first, it is not replaced"
+            )
+        old = syscall.prog_fd_by_id(info.xdp_prog_id)
+        attrs.append(("IFLA_XDP_EXPECTED_FD", old))
+        flags |= XDP_REPLACE
+    else:
+        flags |= XDP_IF_NOEXIST
+    attrs.append(("IFLA_XDP_FLAGS", flags))
+    try:
+        with _netlink() as ipr:
+            manifest.add("xdp", [dev, prog.name])
+            ipr.link("set", index=info.index, xdp={"attrs": attrs})
+    except NetlinkError as e:
+        mode = "generic" if generic else "native"
+        raise AttachError(f"{dev}: XDP in {mode} mode refused: {e}") from e
+    finally:
+        if old >= 0:
+            os.close(old)
+
+
+def is_ours(prog_id: int) -> bool:
+    """Whether an XDP program is one that attach_xdp() has put somewhere."""
+    try:
+        return syscall.prog_info_by_id(prog_id).name == XDP_NAME[:15]
+    except OSError:
+        return False
+
+
+def detach_tc(dev: str, direction: str, name_of: str) -> bool:
+    """Take one of our filters off; False when it (or the device) is not there any more."""
+    try:
+        index = link_info(dev).index
+    except NoSuchDevice:
+        return False
+    parent = INGRESS if direction == "ingress" else EGRESS
+    with _netlink() as ipr:
+        for f in _filters(ipr, index, parent):
+            if f.name == name_of:
+                ipr.tc(
+                    "del-filter", "bpf", index, handle=f.handle, prio=f.prio,
+                    protocol=ETH_P_ALL, parent=parent,
+                )  # fmt: skip
+                return True
+    return False
+
+
+def detach_xdp(dev: str, name: str) -> bool:
+    """Take our XDP program off; one of another name stays."""
+    try:
+        info = link_info(dev)
+    except NoSuchDevice:
+        return False
+    if not info.xdp_prog_id or syscall.prog_info_by_id(info.xdp_prog_id).name != name[:15]:
+        return False
+    fd = syscall.prog_fd_by_id(info.xdp_prog_id)
+    flags = (XDP_SKB if info.xdp_mode == "skb" else XDP_DRV) | XDP_REPLACE
+    try:
+        with _netlink() as ipr:
+            ipr.link(
+                "set",
+                index=info.index,
+                xdp={
+                    "attrs": [
+                        ("IFLA_XDP_FD", -1),
+                        ("IFLA_XDP_EXPECTED_FD", fd),
+                        ("IFLA_XDP_FLAGS", flags),
+                    ]
+                },
+            )
+    finally:
+        os.close(fd)
+    return True
+
+
+def take_out_ports(manifest_path: Path) -> list[str]:
+    """Take taps out of the bridges into which a controller has put them; one line each."""
+    gone = []
+    for tap, bridge in Manifest(manifest_path).data["ports"]:
+        with contextlib.suppress(NoSuchDevice):
+            if link_info(tap).master == link_info(bridge).index:
+                set_master(tap, None)
+                gone.append(f"{tap} from {bridge}")
+    return gone
+
+
+def tap_in_use(index: int) -> bool:
+    """Whether a tap of this index is here, and somebody (QEMU) holds it."""
+    with _netlink() as ipr:
+        try:
+            info = _info(ipr.link("get", index=index)[0])
+        except NetlinkError:
+            return False
+    return info.kind == "tun" and info.carrier
+
+
+def detach_all(manifest_path: Path) -> list[str]:
+    """Take off all that the manifest lists; returns what was removed, one line each.
+
+    A clsact qdisc goes only if we made it and nothing is left on it.
+    """
+    if not manifest_path.exists():
+        return []
+    manifest = Manifest(manifest_path)
+    gone = []
+    for dev, direction, name_of in manifest.data["filters"]:
+        if detach_tc(dev, direction, name_of):
+            gone.append(f"tc {direction} {dev} {name_of}")
+    for dev, name in manifest.data["xdp"]:
+        if detach_xdp(dev, name):
+            gone.append(f"xdp {dev} {name}")
+    for dev in manifest.data["clsact"]:
+        try:
+            index = link_info(dev).index
+        except NoSuchDevice:
+            continue
+        with _netlink() as ipr:
+            if not _filters(ipr, index, INGRESS) and not _filters(ipr, index, EGRESS):
+                with contextlib.suppress(NetlinkError):
+                    ipr.tc("del", "clsact", index)
+                    gone.append(f"clsact {dev}")
+    for dev in manifest.data["links"]:
+        with _netlink() as ipr, contextlib.suppress(NoSuchDevice, NetlinkError):
+            ipr.link("del", index=link_info(dev).index)
+            gone.append(f"device {dev}")
+    manifest_path.unlink()
+    return gone

@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The secondary's connection table as the controller sees it: counting and ageing."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from .. import abi
+from ..conntrack import rewriter, tcp_state
+from .loader import Map
+
+_HALF = 0x80000000
+
+
+@dataclass(slots=True)
+class ConntrackEntry(rewriter.TrackedConnection):
+    """struct colo_flow; offsets in the 32-bit space of the header, times in ns."""
+
+    seen_ns: int = 0
+
+    @property
+    def certain(self) -> bool:
+        """Whether its offset is known."""
+        return bool(self.have & rewriter.HAVE_ISN_S) and self.known
+
+    @property
+    def wanted(self) -> bool:
+        """Whether it has an offset, or may have one at the end of a handshake."""
+        begun = (self.have | self.have_client) & rewriter.HAVE_ANY  # a FIN begins nothing
+        return bool(self.off or self.tsoff or (begun and not self.certain))
+
+
+def decode(raw: bytes) -> ConntrackEntry:
+    """A flow from its map value."""
+    words = abi.FLOW.unpack(raw)
+    f = ConntrackEntry(*words[1:])
+    f.seen_ns = words[0]
+    return f
+
+
+class ConntrackMap:
+    """Ageing by the timeouts of tcp_state; numbers for status and metrics.
+
+    `opening`: connections whose client has not yet shown that it hears the guest (bpf/lib/conntrack.h).
+    """
+
+    def __init__(self, table: Map, opening: Map) -> None:
+        self._map, self._opening = table, opening
+        self.limit = table.info.max_entries
+        self.tracked = 0
+        self.opening = 0
+        self.translated = 0
+        self.wanted = 0  # translated, or in a handshake that may end so
+        self.aged = 0
+
+    def _all(self) -> Iterator[tuple[Map, bytes, bytes]]:
+        """Map, key and value of every entry. What moves meanwhile may come twice, or not at all."""
+        for m in (self._opening, self._map):
+            for key, raw in m.items():
+                yield m, key, raw
+
+    def export(self, epoch: int) -> list[bytes]:
+        """Connections in the guest's own numbers, or about to be: key and value of each.
+
+        Those whose offset is of `epoch`, or for good (bpf/lib/conntrack.h), and is not known to be 0.
+        """
+        out = {}
+        for _, key, raw in self._all():
+            f = decode(raw)
+            if f.epoch in (epoch, abi.EPOCH_BASE) and f.wanted:
+                out[key] = key + raw
+        return list(out.values())
+
+    def adopt(self, data: bytes, *, first: bool) -> None:
+        """Offsets for good, from export() of the host whose guest this one is a copy of.
+
+        `first`: they replace all. Raises ValueError when they are not whole, OSError when there is
+        no room.
+        """
+        size = abi.FLOW_KEY.size + abi.FLOW.size
+        if len(data) % size:
+            raise ValueError(f"{len(data)} bytes are not connections of {size}")
+        if first:
+            for m in (self._map, self._opening):
+                for key in list(m.keys()):
+                    m.delete(key)
+        for at in range(0, len(data), size):
+            key = data[at : at + abi.FLOW_KEY.size]
+            words = abi.FLOW.unpack(data[at + abi.FLOW_KEY.size : at + size])
+            mine = (time.monotonic_ns(), abi.EPOCH_BASE, *words[2:])
+            self._map.set(key, abi.FLOW.pack(*mine))
+
+    def give_up(self, epoch: int) -> int:
+        """Nobody knows whether offsets of `epoch` still hold: no byte of such a connection may be
+        taken for one of another place. Returns how many there are.
+
+        Offsets are small (clones have one secret and nearly one clock, RFC 6528), so both answers
+        can be in a client's window. Half of the sequence space away nothing is: the connection's
+        two ends ignore each other from now on. Only while no program translates.
+        """
+        given_up = 0
+        for m, key, raw in list(self._all()):
+            f = decode(raw)
+            if f.epoch != epoch or not f.have & rewriter.HAVE_ISN_S:
+                continue  # what the guest has not said yet is learnt from whoever says it
+            if f.certain and not f.off and not f.tsoff:
+                continue  # the same numbers either way
+            words = list(abi.FLOW.unpack(raw))
+            words[2] = _HALF
+            words[4] = (f.isn_s + _HALF) & 0xFFFFFFFF
+            words[12] |= rewriter.HAVE_ISN_P
+            words[13] = 0  # whatever the PVM has told
+            m.set(key, abi.FLOW.pack(*words))
+            given_up += 1
+        return given_up
+
+    def sweep(self, epoch: int) -> None:
+        """Delete what is old or closed. Entries of former epochs have offset 0: nothing is lost."""
+        now = time.monotonic_ns()
+        tracked = opening = translated = wanted = 0
+        for m, key, raw in self._all():
+            f = decode(raw)
+            stale = f.epoch not in (epoch, abi.EPOCH_BASE)
+            age = (now - f.seen_ns) / 1e9
+            if age > tcp_state.timeout(f.state) or (stale and age > 1):
+                m.delete(key)
+                self.aged += 1
+                continue
+            if m is self._map:
+                tracked += 1
+            elif not stale:
+                opening += 1
+            if not stale and (f.off or f.tsoff):
+                translated += 1
+            wanted += not stale and f.wanted
+        self.tracked, self.opening = tracked, opening
+        self.translated, self.wanted = translated, wanted

@@ -1,0 +1,653 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""One host's data path as an object: programs on their hooks, mode, epoch, counters, taps.
+
+Start-up adopts what a former controller left pinned, so that the guest's
+frames meet a program at every moment.
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from .. import abi
+from ..abi import Cfg, Mode, Prog, Reason
+from ..config.file import Config
+from ..failover.arbiter import ARBITERS
+from ..net.address_claims import mac_key
+from . import attach, loader
+from .addresses import AddressTable
+from .hooks import Hooks, Look, Place
+from .inject import Injector
+from .offload_maps import BpfKernelPath
+from .ring import CapturedFrame, open_reader
+
+log = logging.getLogger("colo_xdp.datapath.datapath")
+
+_U32 = struct.Struct("=I")
+_U64 = struct.Struct("=Q")
+
+ORDER_NS = 60_000_000_000  # for how long a person's word outlives the controller that heard it
+FDB_EVERY_S = 5.0  # bridges forget after 300 s, unless told otherwise; 35 us per address
+
+PRIMARY_HOOKS = (("pvm_in", "tap", "egress"), ("svm_arrival", "peer", "ingress"))
+SECONDARY_HOOKS = (("svm_net", "tap", "egress"), ("svm_in", "peer", "ingress"))
+#: the programs of the taps that only the controller writes to
+INJECTED = {"release": "pvm_release", "deliver": "svm_deliver", "forward": "svm_forward"}
+
+
+class DataPathError(RuntimeError):
+    """The data path cannot be set up as configured; names the device or key."""
+
+
+class DeviceMissing(DataPathError):
+    """A device is not there (yet); names its key."""
+
+    def __init__(self, why: str, device: str) -> None:
+        super().__init__(why)
+        self.device = device
+
+
+def choose_hook(wanted: str, tap: attach.LinkInfo) -> str:
+    """`xdp` or `tc` for the SVM's output.
+
+    XDP sees neither GSO nor partial checksums, so it is only right on a tap without
+    vnet_hdr. Raises DataPathError when XDP is asked for where it would corrupt.
+    """
+    if wanted == "xdp" and tap.vnet_hdr:
+        raise DataPathError(
+            f'[network] hook = "xdp": tap {tap.name} has vnet_hdr, its frames carry offloads that '
+            'XDP cannot see (checksums would be corrupted); use "tc" or a tap with vnet_hdr=off'
+        )
+    if wanted == "auto":
+        return "tc" if tap.vnet_hdr else "xdp"
+    return wanted
+
+
+def manifest_path(run_dir: str, pair: str, role: str) -> Path:
+    """Where the list of what is attached is kept."""
+    return Path(run_dir) / f"{pair}.{role}.attached"
+
+
+class DataPath:
+    """Loaded, attached and pinned; `adopted` tells that a former controller's state goes on."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        net, dp = config.network, config.datapath
+        self.manifest = attach.Manifest(manifest_path(dp.run_dir, config.pair, config.role))
+        pins = loader.pin_dir(dp.bpffs, config.pair, config.role)
+        word = abi.HostRole(loader.pinned_slot(pins, Cfg.ROLE))
+        #: which guest this host runs now; `config.role` is how it began, and names what is pinned
+        self.role = config.role if word is abi.HostRole.CONFIGURED else word.name.lower()
+        tap = self._device("tap", net.tap)
+        if net.vxlan_remote:
+            attach.make_vxlan(
+                net.peer_link, net.vxlan_vni, net.vxlan_local, net.vxlan_remote, net.vxlan_port,
+                self.manifest,
+            )  # fmt: skip
+        peer = self._device("peer_link", net.peer_link)
+        self._refuse_others()
+        pinned = (Path(pins) / "config").exists()
+        if net.uplink not in ("auto", "bridge") and not pinned:
+            self._device("uplink", net.uplink)  # before anything is loaded
+        if tap.kind != "tun":
+            raise DataPathError(f"[network] tap: {net.tap} is not a tap device (kind {tap.kind!r})")
+        if self.role == "secondary" and tap.master and not word and not self._was_taken_over():
+            raise DataPathError(
+                f"[network] tap: {net.tap} is in a bridge; on the secondary it must be in none "
+                "(the bridge would learn the guest's address there)"
+            )
+        if net.bridge and not pinned:
+            self._device("bridge", net.bridge)  # not first missed at 3 a.m.
+        primary = self.role == "primary"
+        self.hook = "tc" if primary else choose_hook(net.hook, tap)
+        options = loader.Options(
+            flow_table=dp.flow_table,
+            ring_pages=dp.ring_pages,
+            events=dp.events,
+            rewrite_at_xdp=self.hook == "xdp",
+            fast=dp.fast_path == "on" and primary,
+            buffers=dp.fast_path_memory * (1 << 20) // abi.BUFFER,
+            conns=dp.fast_path_flows,
+            lease=ARBITERS[config.failover.arbiter].needs_grant,
+        )
+        self.objects, options = self._load(options)
+        self._cfg = self.objects.map("config")
+        self._counters = self.objects.map("counters")
+        found = self._read(Cfg.ABI)
+        if found not in (0, abi.ABI):
+            raise DataPathError(
+                f"the pinned data path speaks ABI {found}, this release {abi.ABI}: "
+                "run `colo-xdp cleanup` once the guest may lose its connections"
+            )
+        self.adopted = found == abi.ABI
+        self.addresses = AddressTable(self.objects.map("addresses"), self.objects.map("macs"))
+        #: CFG_GUEST_MAC without MAC_ALL
+        self._guest_mac = self._read(Cfg.GUEST_MAC) & ~abi.MAC_ALL
+        self._macs_full = False
+        #: of the tap: a bridge's port is in it, if it is one (attach.PORT_STATES)
+        self.port_state = ""
+        self.reader = open_reader(self.objects)
+        self.injectors: dict[str, Injector] = {}
+        if not self.adopted or (self.undecided and options.lease):
+            self._begin(primary, options.lease)
+        self._lease(options.lease)
+        self.guest: loader.Objects | None = None
+        if primary and self._read(Cfg.PROMOTED_EPOCH):
+            self.guest = loader.load("promoted", config.pair, dp.bpffs, options, config.role)
+        if self.adopted and self.role == "secondary" and self.mode is Mode.DROP and tap.master:
+            attach.set_master(net.tap, None)  # as a primary it was there, and open_network puts it
+        self._write(Cfg.TAP, tap.index)
+        self._write(Cfg.PEER, peer.index)
+        words = {"auto": abi.UPLINK_LEARNED, "bridge": abi.UPLINK_BRIDGE}
+        uplink = words.get(net.uplink)
+        if uplink is None:
+            seen = attach.look((net.uplink,))[net.uplink]
+            # A guest that waits for this controller does not wait for a device that it can do
+            # without (datapath/hooks.py).
+            uplink = seen.info.index if seen is not None else abi.UPLINK_BRIDGE
+        self._write(Cfg.UPLINK, uplink)
+        policy = abi.LossPolicy[dp.on_controller_loss.upper()]
+        self._write(Cfg.LOSS_POLICY, policy)
+        self._write(Cfg.LOSS_NS, dp.controller_loss * 1_000_000)
+        self.beat()
+        if not primary or self.guest:
+            self._fill_transitions(self.guest or self.objects)
+        self._write(Cfg.ABI, abi.ABI)
+        self.fast: BpfKernelPath | None = None
+        if options.fast:
+            self.fast = BpfKernelPath(
+                self.objects, config.limits().flow_idle_ns, self._read(Cfg.FAST_SINCE),
+                lambda on: self._write(Cfg.FAST, on),
+                lambda epoch: self._write(Cfg.FAST_SINCE, epoch),
+            )  # fmt: skip
+            self.fast.enabled = True
+        self._ports: frozenset[int] | None = None
+        self._fixed: frozenset[int] = frozenset()  # where the bridge has addresses by hand
+        self._fdb_told = 0.0
+        self._bridge_unknown = False
+        self.stepped_out = False  # taken over, and no program is needed any more
+        self._lock = threading.RLock()  # of what is attached
+        self.hooks = Hooks(self)
+        self._attach()
+        self.look_at_port()
+        if self.guest:
+            # A later epoch than any other host has seen: see Primary._older_than(). Not before the
+            # secondary's programs are off: they would take their offsets for void.
+            self.epoch = max(self.epoch, self.promoted_epoch + 1)
+
+    def _begin(self, primary: bool, lease: bool) -> None:
+        """Nothing was pinned, so nothing is known: nobody speaks before it has been decided."""
+        speaks = primary and lease  # in the kernel, no sooner than the lease lets it
+        self.undecided = primary and not lease
+        # A guest that speaks while nobody compares: a copy made before must not take over.
+        self._write(Cfg.SYNC_STATE, abi.SyncState.STANDALONE if speaks else abi.SyncState.NONE)
+        self._write(Cfg.MODE, Mode.BYPASS if speaks else Mode.DROP)
+
+    def _lease(self, on: bool) -> None:
+        """The slot also says whether there is a lease (tools/cleanup.py): then it is never 0."""
+        if not on:
+            self.lease_expiry(0)
+        elif not self._read(Cfg.LEASE_EXPIRY_NS):
+            self.lease_expiry(1)
+
+    def _load(self, options: loader.Options) -> tuple[loader.Objects, loader.Options]:
+        """The programs of the role; without the fast path if this kernel does not take it."""
+        c = self.config
+
+        def load(options: loader.Options) -> loader.Objects:
+            return loader.load(self.role, c.pair, c.datapath.bpffs, options, c.role)
+
+        if not options.fast:
+            return load(options), options
+        try:
+            if loader.events(options) == "ring":
+                return load(options), options
+            why = "it needs a BPF ring buffer"
+        except loader.Refused as e:
+            why = str(e).splitlines()[0]
+        log.error("no fast path, every frame is compared in user space: %s", why)
+        options = replace(options, fast=False)
+        return load(options), options
+
+    def _was_taken_over(self) -> bool:
+        pinned = Path(loader.pin_dir(self.config.datapath.bpffs, self.config.pair, "secondary"))
+        return (pinned / "config").exists()
+
+    @staticmethod
+    def _device(key: str, name: str) -> attach.LinkInfo:
+        try:
+            return attach.link_info(name)
+        except attach.NoSuchDevice as e:
+            raise DeviceMissing(f"[network] {key}: {e}", name) from e
+
+    def _refuse_others(self) -> None:
+        """Before anything is loaded, attached or replaced: two pairs share no device."""
+        for dev, seen in attach.look(
+            (self.config.network.tap, self.config.network.peer_link)
+        ).items():
+            why = attach.other_pair(dev, seen, self.config.pair) if seen is not None else ""
+            if why:
+                raise attach.Taken(why)
+
+    def _attach(self) -> None:
+        progs, pair, m = self.objects.programs, self.config.pair, self.manifest
+        dev = {"tap": self.config.network.tap, "peer": self.config.network.peer_link}
+
+        def hook(name: str, where: str, direction: str) -> None:
+            attach.attach_tc(dev.get(where, where), direction, progs[name], pair, m)
+
+        if self.role == "primary":
+            if self.mode is Mode.TAKEOVER:
+                # Until now the SVM of a lost pair. A frame must not be translated twice, nor not
+                # at all: in MODE_BYPASS the programs that are there drop it, and those that
+                # replace them one by one let it pass.
+                self.mode = Mode.BYPASS
+            if self.guest:
+                guest = self.guest.programs
+                attach.attach_tc(
+                    dev["tap"], "ingress", guest["promoted_out"], pair, m, attach.FIRST
+                )
+                attach.attach_tc(dev["tap"], "egress", guest["promoted_in"], pair, m, attach.LAST)
+            self._tap("release", f"cxr-{pair}")
+            for h in PRIMARY_HOOKS:
+                hook(*h)
+            hook("pvm_out", "tap", "ingress")  # last: from here on output is in our hands
+            attach.detach_xdp(dev["tap"], "svm_out_xdp")
+        else:
+            hook("svm_out", "tap", "ingress")  # first: the SVM is shut in before anything opens
+            self._detach_guest()
+            self._attach_xdp()
+            self._tap("deliver", f"cxd-{pair}")
+            self._tap("forward", f"cxf-{pair}")
+            for h in SECONDARY_HOOKS:
+                hook(*h)
+
+    def places(self) -> list[Place]:
+        """Where programs of this role are to be now, in the order in which lost ones are put back:
+        first what keeps the guest's frames from leaving."""
+        progs, net = self.objects.programs, self.config.network
+        out: list[Place] = []
+        dev = {"tap": net.tap, "peer": net.peer_link}
+        primary = self.role == "primary"
+        if primary and self.guest and self.promoted_epoch:
+            guest = self.guest.programs
+            out.append(Place(net.tap, "ingress", guest["promoted_out"], attach.FIRST))
+            out.append(Place(net.tap, "egress", guest["promoted_in"], attach.LAST))
+        if not self.stepped_out:
+            out.append(Place(net.tap, "ingress", progs["pvm_out" if primary else "svm_out"]))
+        for role, i in self.injectors.items():
+            out.append(Place(i.name, "ingress", progs[INJECTED[role]]))
+        for name, where, direction in PRIMARY_HOOKS if primary else SECONDARY_HOOKS:
+            if where == "peer" or not self.stepped_out:
+                out.append(Place(dev[where], direction, progs[name]))
+        return out
+
+    def look(self) -> Look:
+        """Put back what was taken off, and say what is not there. Blocks for some ms (netlink):
+        not for the event loop."""
+        with self._lock:
+            return self.hooks.look()
+
+    def changes(self) -> socket.socket | None:
+        """Can be read when it is time to look; None: nobody tells."""
+        return attach.changes()
+
+    def arrived(self) -> int:
+        """Tagged frames that have come over the peer link."""
+        prog = Prog.SVM_ARRIVAL if self.role == "primary" else Prog.SVM_IN
+        return sum(
+            self._count(prog, r)[0] for r in Reason if r not in (Reason.PASS_FOREIGN, Reason.MAX)
+        )
+
+    def _attach_xdp(self) -> None:
+        if self.hook == "xdp":
+            prog = self.objects.programs["svm_out_xdp"]
+            attach.attach_xdp(self.config.network.tap, prog, self.manifest)
+
+    def _tap(self, role: str, name: str) -> None:
+        self.injectors[role] = Injector(attach.make_tap(name), name)
+        prog = self.objects.programs[INJECTED[role]]
+        attach.attach_tc(name, "ingress", prog, self.config.pair, None)
+
+    def _detach_guest(self) -> None:
+        tap, pair = self.config.network.tap, self.config.pair
+        attach.detach_tc(tap, "ingress", attach.label(pair, "promoted_out"))
+        attach.detach_tc(tap, "egress", attach.label(pair, "promoted_in"))
+
+    @staticmethod
+    def _fill_transitions(objects: loader.Objects) -> None:
+        from ..conntrack.tcp_state import transition_words
+
+        table = objects.map("transitions")
+        for i, nxt in enumerate(transition_words()):
+            table.set(_U32.pack(i), _U32.pack(nxt))
+
+    def _read(self, slot: Cfg) -> int:
+        raw = self._cfg.get(_U32.pack(slot))
+        return _U64.unpack(raw)[0] if raw else 0
+
+    def _write(self, slot: Cfg, value: int) -> None:
+        self._cfg.set(_U32.pack(slot), _U64.pack(value))
+
+    def slot(self, slot: Cfg) -> int:
+        """What the programs read there."""
+        return self._read(slot)
+
+    def set_slot(self, slot: Cfg, value: int) -> None:
+        """What they read from now on."""
+        self._write(slot, value)
+
+    @property
+    def mode(self) -> Mode:
+        return Mode(self._read(Cfg.MODE))
+
+    @mode.setter
+    def mode(self, mode: Mode) -> None:
+        self._write(Cfg.MODE, mode)
+        log.debug("data path: %s, epoch %d", mode.name, self.epoch)
+
+    @property
+    def epoch(self) -> int:
+        return self._read(Cfg.EPOCH)
+
+    @epoch.setter
+    def epoch(self, epoch: int) -> None:
+        self._write(Cfg.EPOCH, epoch)
+        log.debug("data path: %s, epoch %d", self.mode.name, epoch)
+
+    @property
+    def shadowed(self) -> int:
+        """1 + the last epoch in which the primary is known to have spoken uncompared; 0: none."""
+        return self._read(Cfg.SHADOW)
+
+    @shadowed.setter
+    def shadowed(self, value: int) -> None:
+        self._write(Cfg.SHADOW, value)
+
+    @property
+    def sync_state(self) -> abi.SyncState:
+        """What this host's guest is to the other one."""
+        return abi.SyncState(self._read(Cfg.SYNC_STATE))
+
+    @sync_state.setter
+    def sync_state(self, bond: abi.SyncState) -> None:
+        self._write(Cfg.SYNC_STATE, bond)
+
+    @property
+    def undecided(self) -> bool:
+        """Primary: nothing was known when this data path began, and nobody has said since that
+        its guest may speak."""
+        return bool(self._read(Cfg.UNDECIDED))
+
+    @undecided.setter
+    def undecided(self, value: bool) -> None:
+        self._write(Cfg.UNDECIDED, int(value))
+
+    @property
+    def peer_stopped(self) -> int:
+        """Until when (CLOCK_BOOTTIME, ns) the peer's controller is away on purpose; 0: it is not.
+
+        It has told one process of this host only, and that one may have been stopped since."""
+        return self._read(Cfg.PEER_STOPPED)
+
+    @peer_stopped.setter
+    def peer_stopped(self, boot_ns: int) -> None:
+        self._write(Cfg.PEER_STOPPED, boot_ns)
+
+    @property
+    def promoted_epoch(self) -> int:
+        """Primary: the epoch whose offsets are the guest's for good; 0: it has none."""
+        return self._read(Cfg.PROMOTED_EPOCH)
+
+    @property
+    def in_bridge(self) -> bool:
+        """Whether the guest's tap is in a bridge."""
+        return bool(attach.link_info(self.config.network.tap).master)
+
+    def change_role(self) -> None:
+        """What the next controller of this host is: the other guest's.
+
+        The guest that took over keeps its offsets; one that is shut in has none that count.
+        """
+        to_primary = self.role == "secondary"
+        # Written last: the word alone decides, and a controller that dies here has changed nothing.
+        self._write(Cfg.PROMOTED_EPOCH, max(1, self.epoch) if to_primary else 0)
+        self._write(
+            Cfg.FAST_SINCE, self.epoch + 1
+        )  # what an earlier pair's the fast path knew is void
+        self.shadowed, self.order = 0, ""
+        if not to_primary:
+            self.sync_state = abi.SyncState.NONE
+        role = abi.HostRole.PRIMARY if to_primary else abi.HostRole.SECONDARY
+        self._write(Cfg.ROLE, role)
+
+    @property
+    def order(self) -> str:
+        """What a person asked for that may not be done yet: "", "failover" or "force".
+
+        Kept where it dies with the data path, and dated: a controller that is started anew
+        within ORDER_NS goes on with it, a later one does not.
+        """
+        value = self._read(Cfg.ORDER)
+        if not value or time.monotonic_ns() - value > ORDER_NS:
+            return ""
+        return "force" if value & 1 else "failover"
+
+    @order.setter
+    def order(self, what: str) -> None:
+        now = time.monotonic_ns()
+        self._write(Cfg.ORDER, {"": 0, "failover": now & ~1, "force": now | 1}[what])
+
+    def beat(self) -> None:
+        """Tell the programs that the controller lives."""
+        self._write(Cfg.CONTROLLER_NS, time.monotonic_ns())
+
+    def lease_expiry(self, boot_ns: int) -> None:
+        """The guest falls silent at this time of CLOCK_BOOTTIME (arbiter = "lease" only)."""
+        self._write(Cfg.LEASE_EXPIRY_NS, boot_ns)
+
+    def unmirror(self, key: bytes | None) -> None:
+        """The SVM gets no more frames of this flow (struct colo_unmirrored_key); None: of every
+        flow again."""
+        table = self.objects.map("unmirrored")
+        if key is None:
+            self._write(Cfg.UNMIRRORED, 0)
+            for old in list(table.keys()):
+                table.delete(old)
+        else:
+            table.set(key, _U64.pack(1))
+            self._write(Cfg.UNMIRRORED, 1)
+
+    def is_at(self, first: bytes, *others: bytes) -> None:
+        """MAC addresses of the guest: what is for other machines is not mirrored from now on.
+
+        Raises OSError when there is no room for the others."""
+        self._guest_mac = abi.MAC_KNOWN | mac_key(first)
+        self._tell_mac()
+        now = self.epoch
+        self.addresses.told(now, b"", b"".join(others), running=now)
+
+    def _tell_mac(self) -> None:
+        full = abi.MAC_ALL if self._macs_full else 0
+        self._write(Cfg.GUEST_MAC, self._guest_mac | full if self._guest_mac else 0)
+
+    def watch_guest(self) -> None:
+        """Forget addresses of the guest that are old, and look at its port. Blocks for some ms
+        (netlink)."""
+        full = self.addresses.sweep(self.epoch if self.role == "secondary" else None)
+        if full is not self._macs_full:
+            level, what = (logging.ERROR, "everything is") if full else (logging.INFO, "not all is")
+            log.log(level, "the guest's MAC addresses: %s mirrored to the other host", what)
+        self._macs_full = full
+        if not self._guest_mac and self.addresses.macs(None):
+            self._guest_mac = abi.MAC_KNOWN  # QEMU does not tell, but the guest has spoken
+        self._tell_mac()
+        self.look_at_port()
+
+    def look_at_port(self) -> None:
+        """Renew port_state; blocks (netlink)."""
+        try:
+            self.port_state = attach.port_state(self.config.network.tap)
+        except attach.NoSuchDevice:
+            self.port_state = ""
+        except (attach.NetlinkError, OSError) as e:  # gone between two questions, or no memory
+            log.debug("the port of the guest's tap: %s", e)  # the next look tells
+
+    @property
+    def port_forwarding(self) -> bool:
+        """Whether the bridge lets the guest's frames through, as far as the last look has shown.
+
+        A port without carrier is disabled: then there is no guest to wait for.
+        """
+        return self.port_state not in attach.PORT_WAITS
+
+    def watch_bridge(self) -> None:
+        """Tell the fast path the ports of the tap's bridge, and the bridge that the guest is there.
+
+        A bridge that cannot be looked at has none: frames go by way of it. Blocks for
+        some ms (netlink): not for the event loop.
+        """
+        if self.fast is None or self.config.network.uplink != "auto":
+            return
+        tap = self.config.network.tap
+        try:
+            ports = attach.plain_ports(tap)
+            if ports and (now := time.monotonic()) - self._fdb_told > FDB_EVERY_S:
+                self._fixed = attach.refresh_fdb(tap)
+                self._fdb_told = now
+            for port in self._fixed:
+                ports &= {port}
+            self._tell_ports(ports)
+            self._bridge_unknown = False
+        except (attach.NoSuchDevice, attach.NetlinkError, OSError) as e:
+            self._tell_ports(frozenset())
+            if not self._bridge_unknown:
+                log.error("the bridge of %s is not known, nothing leaves past it: %s", tap, e)
+            self._bridge_unknown = True
+
+    def _tell_ports(self, ports: frozenset[int]) -> None:
+        """Where a client was heard counts no more if they are others than before."""
+        if ports == self._ports:
+            return
+        self._ports = None
+        table, clients = self.objects.map("ports"), self.objects.map("clients")
+        for key in list(table.keys()):
+            table.delete(key)
+        for key in list(clients.keys()):
+            clients.delete(key)
+        for index in ports:
+            table.set(_U32.pack(index), _U64.pack(1))
+        self._ports = ports
+
+    def drain(self, sink: Callable[[CapturedFrame], None], limit: int = 1 << 30) -> int:
+        """Events that wait now, in order."""
+        return self.reader.drain(sink, limit)
+
+    def counters(self) -> dict[str, dict[str, tuple[int, int]]]:
+        """{program: {reason: (packets, bytes)}}, summed over CPUs; zeros included."""
+        return {
+            prog.name.lower(): {
+                reason.name.lower(): self._count(prog, reason)
+                for reason in Reason
+                if reason is not Reason.MAX
+            }
+            for prog in Prog
+            if prog is not Prog.MAX
+        }
+
+    def _count(self, prog: Prog, reason: Reason) -> tuple[int, int]:
+        """Packets and bytes."""
+        cpus = loader.possible_cpus()
+        size = abi.COUNT.size * cpus
+        raw = self._counters.get(_U32.pack(prog * Reason.MAX + reason), size)
+        p = b = 0
+        for i in range(cpus if raw else 0):
+            x, y = abi.COUNT.unpack_from(raw or b"", i * abi.COUNT.size)
+            p, b = p + x, b + y
+        return p, b
+
+    def lost_events(self) -> int:
+        """Frames that did not fit into the event ring, or that it could not carry."""
+        cpus = loader.possible_cpus()
+        total = self.reader.lost
+        for prog in (Prog.PVM_OUT, Prog.SVM_ARRIVAL, Prog.SVM_IN, Prog.SVM_OUT):
+            for reason in (Reason.DROP_RING_FULL, Reason.DROP_TOO_LARGE):
+                key = _U32.pack(prog * Reason.MAX + reason)
+                raw = self._counters.get(key, abi.COUNT.size * cpus) or b""
+                for i in range(0, len(raw), abi.COUNT.size):
+                    total += abi.COUNT.unpack_from(raw, i)[0]
+        return total
+
+    def tap_alive(self) -> bool:
+        """Whether somebody (QEMU) holds the tap: its carrier."""
+        try:
+            return attach.link_info(self.config.network.tap).carrier
+        except attach.NoSuchDevice:
+            return False
+
+    def open_network(self) -> None:
+        """The guest may speak: its tap joins the bridge, if one is configured."""
+        net = self.config.network
+        if net.bridge and attach.link_info(net.tap).master != attach.link_info(net.bridge).index:
+            attach.set_master(net.tap, net.bridge)
+            self.manifest.add("ports", [net.tap, net.bridge])
+
+    def close_network(self) -> None:
+        """The other host's guest speaks: the tap leaves the configured bridge."""
+        net = self.config.network
+        if net.bridge and attach.link_info(net.tap).master == attach.link_info(net.bridge).index:
+            attach.set_master(net.tap, None)
+
+    def step_out(self) -> None:
+        """Secondary, after a takeover: the programs on the guest's tap are not needed any more.
+
+        Then nobody sees an address move: none is announced by a later controller."""
+        tap, pair = self.config.network.tap, self.config.pair
+        with self._lock:
+            self.stepped_out = True
+            attach.detach_tc(tap, "ingress", attach.label(pair, "svm_out"))
+            attach.detach_tc(tap, "egress", attach.label(pair, "svm_net"))
+            if self.hook == "xdp":
+                attach.detach_xdp(tap, "svm_out_xdp")
+        self.addresses.forget_all()
+
+    def step_in(self) -> None:
+        """The programs that step_out() has taken off: the mode says again what leaves."""
+        progs, pair, tap = self.objects.programs, self.config.pair, self.config.network.tap
+        with self._lock:
+            self.stepped_out = False
+            attach.attach_tc(tap, "ingress", progs["svm_out"], pair, self.manifest)
+            self._attach_xdp()
+            attach.attach_tc(tap, "egress", progs["svm_net"], pair, self.manifest)
+
+    def drop_guest(self) -> None:
+        """Primary: no connection in the guest's own numbers is left."""
+        with self._lock:
+            self._detach_guest()
+            self._write(Cfg.PROMOTED_EPOCH, 0)
+
+    def flows(self) -> tuple[loader.Map, loader.Map] | None:
+        """Connections with offsets, and those that begin; None where there can be none."""
+        objects = self.guest if self.role == "primary" else self.objects
+        return (objects.map("flows"), objects.map("opening")) if objects else None
+
+    def close(self, *, detach: bool = False) -> None:
+        """Let go. What is attached and pinned stays, unless `detach`."""
+        for i in self.injectors.values():
+            i.close()
+        self.reader.close()
+        if detach:
+            attach.detach_all(self.manifest.path)
+        self.objects.close()
+        if self.guest:
+            self.guest.close()
+        if detach:
+            loader.remove_pins(self.objects.pin_dir)

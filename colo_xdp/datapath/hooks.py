@@ -1,0 +1,221 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Whether the data path is still there: devices, and our programs on their hooks.
+
+Devices come and go under a controller that lives: a tap or the peer link is deleted and made
+again, moved to another namespace and back, its clsact is taken off, another tool's filter is put
+before ours. What was lost is put back, the programs that keep the guest's frames from leaving
+first, and the device's new ifindex is told to the others only when they are there. What cannot be
+put back is a sentence.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from ..abi import Cfg
+from ..controller.pair_view import lets_nothing_out
+from ..failover.decision import Role
+from . import attach
+from .loader import Program
+
+if TYPE_CHECKING:
+    from .datapath import DataPath
+
+log = logging.getLogger("colo_xdp.datapath.hooks")
+
+TAG_BYTES = 4  # what a frame carries on the peer link besides
+#: without one of these the guest's frames leave as they are
+GATES = frozenset(("pvm_out", "promoted_out", "svm_out"))
+_FAILURES = (attach.AttachError, attach.NoSuchDevice, attach.NetlinkError, OSError)
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a program is to be."""
+
+    dev: str
+    direction: str
+    prog: Program
+    prio: int = attach.PRIO
+
+
+@dataclass(slots=True)
+class Look:
+    """What one look has found."""
+
+    trouble: list[str] = field(default_factory=list)  # what is not there, a sentence each
+    restored: list[str] = field(default_factory=list)  # what was not there and is now
+    #: the guest's frames may have left unseen since the look before (`unseen`), or may still
+    unseen: bool = False
+    exposed: bool = False
+    #: frames between the guests, or of clients to them, may have been missed
+    missed: bool = False
+    cut: bool = False  # nothing arrives over the peer link now
+
+
+class Hooks:
+    """Looks after the hooks of one data path."""
+
+    def __init__(self, dp: DataPath) -> None:
+        self._dp = dp
+        self._blind = False
+
+    def look(self) -> Look:
+        """Put back what can be put back; never raises."""
+        found = Look()
+        try:
+            self._look(found)
+            self._blind = False
+        except _FAILURES as e:
+            if not self._blind:
+                log.error("the hooks cannot be looked at: %s", e)
+            self._blind = True
+            found.trouble.append(f"the hooks cannot be looked at: {e}")
+        return found
+
+    def _look(self, found: Look) -> None:
+        dp, net = self._dp, self._dp.config.network
+        wanted = [net.tap, net.peer_link, *(i.name for i in dp.injectors.values())]
+        seen = attach.look(wanted)
+        if seen[net.peer_link] is None and net.vxlan_remote:
+            attach.make_vxlan(
+                net.peer_link, net.vxlan_vni, net.vxlan_local, net.vxlan_remote, net.vxlan_port,
+                dp.manifest,
+            )  # fmt: skip
+            found.restored.append(f"device {net.peer_link}")
+            seen |= attach.look((net.peer_link,))
+        for role, i in dp.injectors.items():
+            if seen[i.name] is None:
+                i.reopen(attach.make_tap(i.name))
+                found.restored.append(f"device {i.name} ({role})")
+                seen |= attach.look((i.name,))
+        bad = self._devices(seen, found)
+        for place in dp.places():
+            there = seen[place.dev]
+            if there is not None and place.dev not in bad:
+                self._place(place, there, found)
+        tap, peer = seen[net.tap], seen[net.peer_link]
+        if tap is not None and net.tap not in bad:
+            self._xdp(tap, found)
+            self._bridge(tap, found)
+        # Now that programs are there: what is sent to a device meets them.
+        self._index(Cfg.TAP, tap if net.tap not in bad else None)
+        if self._index(Cfg.PEER, peer) and tap is not None and peer is not None:
+            need = tap.info.mtu + TAG_BYTES
+            if peer.info.mtu < need:
+                log.warning("%s came with mtu %d, %d is needed", net.peer_link, peer.info.mtu, need)
+        self._uplink()
+
+    def _devices(self, seen: dict[str, attach.Seen | None], found: Look) -> set[str]:
+        """What is wrong with the devices themselves; names of those that get no programs."""
+        dp, net, bad = self._dp, self._dp.config.network, set()
+        tap, peer = seen[net.tap], seen[net.peer_link]
+        if tap is None:
+            found.trouble.append(
+                f"[network] tap: network device {net.tap} does not exist, the guest is cut off"
+            )
+        elif tap.info.kind != "tun":
+            bad.add(net.tap)
+            found.trouble.append(f"[network] tap: {net.tap} is not a tap device any more")
+        elif dp.hook == "xdp" and tap.info.vnet_hdr:
+            # XDP would corrupt checksums, and what is loaded translates there and nowhere else
+            found.trouble.append(
+                f"[network] tap: {net.tap} has vnet_hdr now, which it had not at the start: "
+                "restart the controller"
+            )
+        elif not tap.info.up:
+            found.trouble.append(f"[network] tap: {net.tap} is down, the guest is cut off")
+        if peer is None:
+            found.trouble.append(
+                f"[network] peer_link: network device {net.peer_link} does not exist, nothing of "
+                "one guest reaches the other"
+            )
+        elif not peer.info.up or not peer.info.carrier:
+            what = "has no carrier" if peer.info.up else "is down"
+            found.trouble.append(
+                f"[network] peer_link: {net.peer_link} {what}, nothing of one guest reaches the "
+                "other"
+            )
+        found.cut = peer is None or not peer.info.up or not peer.info.carrier
+        return bad
+
+    def _place(self, place: Place, seen: attach.Seen, found: Look) -> None:
+        dp = self._dp
+        pair, name = dp.config.pair, place.prog.name
+        own, gate = attach.label(pair, name), name in GATES
+        first = attach.comes_first(place.dev, seen, place.direction)
+        if first:
+            found.trouble.append(f"{first}: it may let frames pass that nobody compares")
+            found.exposed |= gate
+        there = any(
+            f.name == own and f.prio == place.prio and f.prog_id in (0, place.prog.id)
+            for f in seen.filters[place.direction]
+        )
+        if there:
+            return
+        found.unseen |= gate
+        found.missed = True
+        manifest = None if place.dev in (i.name for i in dp.injectors.values()) else dp.manifest
+        try:
+            attach.attach_tc(place.dev, place.direction, place.prog, pair, manifest, place.prio)
+        except _FAILURES as e:
+            found.exposed |= gate
+            if not first:
+                found.trouble.append(str(e))
+            return
+        found.restored.append(f"{name} on {place.dev}")
+
+    def _xdp(self, tap: attach.Seen, found: Look) -> None:
+        dp, dev, there = self._dp, self._dp.config.network.tap, tap.info.xdp_prog_id
+        wanted = dp.hook == "xdp" and not dp.stepped_out and not tap.info.vnet_hdr
+        if not wanted:
+            if there and not attach.is_ours(there):
+                found.exposed = True
+                found.trouble.append(
+                    f"{dev}: an XDP program of somebody else sees the guest's frames first: "
+                    "take it off"
+                )
+            return
+        prog = dp.objects.programs["svm_out_xdp"]
+        if there == prog.id:
+            return
+        found.missed = True
+        try:
+            attach.attach_xdp(dev, prog, dp.manifest)
+        except _FAILURES as e:
+            found.trouble.append(str(e))
+            return
+        found.restored.append(f"{prog.name} on {dev}")
+
+    def _bridge(self, tap: attach.Seen, found: Look) -> None:
+        """A guest that clients know speaks in the bridge, also on a tap that is a new one."""
+        dp, net = self._dp, self._dp.config.network
+        speaks = not (lets_nothing_out(Role(dp.role), dp.mode) or dp.undecided)
+        if net.bridge and speaks and not tap.info.master:
+            try:
+                dp.open_network()
+            except _FAILURES as e:
+                found.trouble.append(f"[network] bridge: {e}, the guest is cut off")
+                return
+            found.restored.append(f"{net.tap} in {net.bridge}")
+
+    def _index(self, slot: Cfg, seen: attach.Seen | None) -> bool:
+        """Tell the programs an ifindex; 0: nowhere, frames for it are dropped and counted. Whether
+        it is another one than before."""
+        index = seen.info.index if seen is not None else 0
+        if self._dp.slot(slot) == index:
+            return False
+        self._dp.set_slot(slot, index)
+        return True
+
+    def _uplink(self) -> None:
+        """[network] uplink, where it is a device: one that is gone is not sent to."""
+        dp, name = self._dp, self._dp.config.network.uplink
+        if name in ("auto", "bridge"):
+            return
+        seen = attach.look((name,))[name]
+        if seen is None and dp.slot(Cfg.UPLINK):
+            log.warning("[network] uplink: %s is gone, frames leave by way of the bridge", name)
+        self._index(Cfg.UPLINK, seen)

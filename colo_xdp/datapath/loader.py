@@ -1,0 +1,559 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Compiles and loads bpf/*.bpf.c: the only module that imports bcc.
+
+bcc rewrites map accesses in the main source only, so local includes are put
+into one text first. Maps whose state must outlive the controller are pinned
+below `<bpffs>/colo-xdp/<pair>-<role>/`; before they are reused their shape and
+ABI number are checked, since bcc itself would take a map of another size.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes as ct
+import hashlib
+import logging
+import os
+import platform
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from .. import abi
+from . import btf, kernel_headers, syscall
+
+log = logging.getLogger("colo_xdp.datapath.loader")
+
+#: Source file and programs (with their kind) of each role.
+OBJECTS: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
+    "primary": (
+        "primary.bpf.c",
+        ("pvm_in", "pvm_out", "svm_arrival", "pvm_release"),
+        (),
+    ),
+    "secondary": (
+        "secondary.bpf.c",
+        ("svm_in", "svm_deliver", "svm_out", "svm_forward", "svm_net"),
+        ("svm_out_xdp",),
+    ),
+    # beside those of a primary whose guest has kept numbers of its own
+    "promoted": ("promoted.bpf.c", ("promoted_in", "promoted_out"), ()),
+}
+
+#: Programs that the fast path has besides.
+FAST: dict[str, tuple[str, ...]] = {"primary": ("fast_ctl",)}
+
+#: Shapes that a pinned map must have: key bytes, value bytes (None: any number of entries).
+_PINNED_SHAPES = {
+    "config": (4, 8),
+    "counters": (4, abi.COUNT.size),
+    "flows": (abi.FLOW_KEY.size, abi.FLOW.size),
+    "opening": (abi.FLOW_KEY.size, abi.FLOW.size),
+    "conns": (abi.FLOW_KEY.size, abi.CONN.size),
+    "owners": (4, abi.OWNER.size),
+    "ports": (4, 8),
+    "clients": (8, abi.CLIENT.size),
+    "transitions": (4, 4),
+    "macs": (8, abi.CLAIM.size),
+    "addresses": (abi.ADDRESS.size, abi.CLAIM.size),
+    "unmirrored": (abi.UNMIRRORED_KEY.size, 8),
+}
+
+
+class LoadError(RuntimeError):
+    """The programs cannot be compiled or loaded; the text names the remedy."""
+
+
+class Refused(LoadError):
+    """The compiler or the verifier does not take a program."""
+
+
+def import_bcc() -> Any:
+    """The real bcc module.
+
+    Raises LoadError when it is missing, or when it is the unrelated package of
+    the same name on PyPI.
+    """
+    try:
+        import bcc
+    except ImportError as e:
+        raise LoadError(
+            "the Python module bcc is missing: install python3-bpfcc (Debian, Ubuntu), python3-bcc "
+            "(Fedora) or py3-bcc (Alpine), and run from the system's Python or a virtual "
+            f"environment made with --system-site-packages ({sys.executable} does not see it)"
+        ) from e
+    if not hasattr(bcc, "BPF"):
+        raise LoadError(
+            f"{bcc.__file__} is not the BPF compiler collection but the package `bcc` from PyPI: "
+            "pip uninstall bcc, then install python3-bpfcc"
+        )
+    return bcc
+
+
+def source_dir() -> Path:
+    """Where the C sources are: beside the package in a checkout, inside it in a wheel."""
+    here = Path(__file__).resolve().parent
+    for d in (here.parent / "bpf", Path(str(resources.files("colo_xdp"))) / "_bpf_src"):
+        if (d / "lib/abi.h").exists():
+            return d
+    raise LoadError("the BPF sources (lib/abi.h) are not installed beside the package")
+
+
+def flatten(path: Path, seen: set[str] | None = None) -> str:
+    """The source with each local `#include "x.h"` put in place, once."""
+    seen = set() if seen is None else seen
+    out = [f'#line 1 "{path.name}"']
+    for no, line in enumerate(path.read_text().splitlines(), 1):
+        m = re.match(r'\s*#include\s+"([^"]+)"', line)
+        if not m:
+            out.append(line)
+            continue
+        if m[1] not in seen:
+            seen.add(m[1])
+            out.append(flatten(path.parent / m[1], seen))
+            out.append(f'#line {no + 1} "{path.name}"')
+    return "\n".join(out)
+
+
+@contextlib.contextmanager
+def _stderr_to(sink: list[str]) -> Iterator[None]:
+    """clang and the verifier write to fd 2; collect it for the error message."""
+    sys.stderr.flush()
+    saved = os.dup(2)
+    fd = os.memfd_create("colo-xdp-clang")
+    os.dup2(fd, 2)
+    try:
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+        os.lseek(fd, 0, os.SEEK_SET)
+        with os.fdopen(fd, "rb") as f:
+            sink.append(f.read().decode(errors="replace"))
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """A loaded program: its descriptor, and what the kernel calls it."""
+
+    name: str
+    fd: int
+    id: int
+    tag: str
+
+
+class Map:
+    """Access to one map by raw bytes; values as the kernel has them."""
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+        self.info = syscall.map_info(self.fd)
+
+    def set(self, key: bytes, value: bytes, *, new: bool = False) -> None:
+        """Insert or replace; raises OSError (E2BIG: full; EEXIST: `new`, and it is there)."""
+        k = ct.create_string_buffer(key, len(key))
+        v = ct.create_string_buffer(value, len(value))
+        lib = import_bcc().libbcc.lib
+        if lib.bpf_update_elem(self.fd, k, v, int(new)):
+            raise OSError(ct.get_errno(), f"map update: {os.strerror(ct.get_errno())}")
+
+    def get(self, key: bytes, size: int | None = None) -> bytes | None:
+        """Value of `key`, or None. `size` overrides the value size (per-CPU maps)."""
+        k = ct.create_string_buffer(key, len(key))
+        v = ct.create_string_buffer(size or self.info.value_size)
+        lib = import_bcc().libbcc.lib
+        if lib.bpf_lookup_elem(self.fd, k, v):
+            return None
+        return v.raw
+
+    def delete(self, key: bytes) -> bool:
+        """Remove; False when it was not there."""
+        k = ct.create_string_buffer(key, len(key))
+        return bool(import_bcc().libbcc.lib.bpf_delete_elem(self.fd, k) == 0)
+
+    def keys(self, limit: int | None = None) -> Iterator[bytes]:
+        """All keys; the map may change meanwhile, so at most `limit` (default: its size)."""
+        lib = import_bcc().libbcc.lib
+        size = self.info.key_size
+        nxt = ct.create_string_buffer(size)
+        if lib.bpf_get_first_key(self.fd, nxt, size):
+            return
+        for _ in range(limit or self.info.max_entries):
+            cur = nxt.raw
+            yield cur
+            k = ct.create_string_buffer(cur, size)
+            if lib.bpf_get_next_key(self.fd, k, nxt):
+                return
+
+    def items(self) -> Iterator[tuple[bytes, bytes]]:
+        """All pairs; a pair that vanished meanwhile is left out."""
+        for k in self.keys():
+            v = self.get(k)
+            if v is not None:
+                yield k, v
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """Limits compiled into the programs (bpf/lib/limits.h)."""
+
+    flow_table: int = 65536
+    ring_pages: int = 8192
+    fast: bool = False
+    buffers: int = 64  # of 512 KiB each
+    conns: int = 65536
+    events: str = "auto"
+    rewrite_at_xdp: bool = False
+    lease: bool = False  # nothing leaves after CFG_LEASE_EXPIRY_NS; needs Linux 5.8
+    btf: bool = (
+        True  # read offloads from the kernel's own structs, if it says where (datapath/btf.py)
+    )
+
+
+def compile_text(text: str) -> Any:
+    """A bcc object of a program that is none of ours (tests and benchmarks).
+
+    Raises LoadError when there are no kernel headers.
+    """
+    try:
+        headers = kernel_headers.find()
+    except kernel_headers.NoHeaders as e:
+        raise LoadError(str(e)) from e
+    if headers.path:
+        os.environ["BCC_KERNEL_SOURCE"] = headers.path
+    try:
+        return import_bcc().BPF(text=text.encode())
+    finally:
+        os.environ.pop("BCC_KERNEL_SOURCE", None)
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """What is compiled, and for which kernel: the same again need not be compiled again."""
+
+    role: str
+    text: str
+    flags: tuple[str, ...]
+    tc: tuple[str, ...]
+    xdp: tuple[str, ...]
+    events: str
+    btf: bool = False  # with btf.kernel_flags(), which the kernel in `tag` stands for
+
+    @property
+    def tag(self) -> str:
+        """Changes with the text, its flags and the kernel."""
+        kernel = f"{platform.release()} {platform.version()} {self.btf}"
+        parts = (self.text, *self.flags, *self.tc, *self.xdp, self.events, kernel)
+        return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+
+def _source(role: str, directory: str, options: Options, events: str) -> Source:
+    src, tc, xdp = OBJECTS[role]
+    flags = [
+        "-Wno-macro-redefined",
+        "-Wno-unused-value",
+        f'-DPIN_DIR="{directory}"',
+        f"-DCOLO_MAX_FLOWS={options.flow_table}",
+        f"-DCOLO_RING_PAGES={options.ring_pages}",
+        f"-DCOLO_MAX_CPUS={max(os.cpu_count() or 1, possible_cpus())}",
+    ]
+    if options.fast:
+        flags += [
+            "-DCOLO_FAST",
+            f"-DCOLO_STASHES={options.buffers}",
+            f"-DCOLO_MAX_CONNS={options.conns}",
+        ]
+        tc += FAST.get(role, ())
+    if events == "perf":
+        flags.append("-DCOLO_EVENTS_PERF")
+    if options.lease:
+        flags.append("-DCOLO_LEASE")
+    if options.rewrite_at_xdp:
+        flags.append("-DCOLO_REWRITE_AT_XDP")
+    else:
+        xdp = ()
+    text, told = flatten(source_dir() / src), options.btf and not btf.why_not()
+    return Source(role, text, tuple(flags), tc, xdp, events, told)
+
+
+class Objects:
+    """The programs and maps of one role: compiled, or, `warm`, those of a former controller.
+
+    Beside the maps that the sources pin, everything is kept as prog_<role>_<tag>_<name> and
+    map_<role>_<tag>_<name>, and whole_<role>_<tag>_ last. The event ring is among them: what was
+    captured while there was no controller waits in it for the next one. What a host needs when its
+    role changes back is idle_<role>_<tag>_ meanwhile: compiling takes seconds of a CPU, at a time
+    when the guest has no copy.
+    """
+
+    def __init__(
+        self, source: Source, pin_dir: str, headers: kernel_headers.Headers | None
+    ) -> None:
+        self.events = source.events
+        self.pin_dir = pin_dir
+        self.programs: dict[str, Program] = {}
+        self.bpf: Any = None
+        self.warm = headers is None
+        #: offloads are read where the kernel keeps them; else some are refused (bpf/lib/gso.h)
+        self.btf = source.btf
+        self._fds: list[int] = []
+        self._maps: dict[str, int] = {}
+        if headers is None:
+            self._adopt(source)
+        else:
+            self._compile(source, headers)
+
+    def _compile(self, source: Source, headers: kernel_headers.Headers) -> None:
+        bcc = import_bcc()
+        flags = source.flags
+        if source.btf:
+            try:
+                flags += btf.kernel_flags()
+            except (btf.BtfError, OSError) as e:
+                raise Refused(f"{btf.VMLINUX}: {e}") from e
+        if headers.path:
+            os.environ["BCC_KERNEL_SOURCE"] = headers.path
+        said: list[str] = []
+        try:
+            with _stderr_to(said):
+                self.bpf = bcc.BPF(text=source.text.encode(), cflags=list(flags))
+                funcs = {n: self.bpf.load_func(n.encode(), bcc.BPF.SCHED_CLS) for n in source.tc}
+                funcs |= {n: self.bpf.load_func(n.encode(), bcc.BPF.XDP) for n in source.xdp}
+        except Exception as e:  # bcc raises bare Exception
+            text = "\n".join(said).strip()
+            name = OBJECTS[source.role][0]
+            raise Refused(f"{name} ({headers.origin}): {e}\n{text[-6000:]}".strip()) from e
+        finally:
+            if headers.path:
+                del os.environ["BCC_KERNEL_SOURCE"]
+        self.programs = {name: _program(name, f.fd) for name, f in funcs.items()}
+        self._maps = _tables(bcc.libbcc.lib, self.bpf.module)
+
+    def _adopt(self, source: Source) -> None:
+        for kind, name, path in _pins(self.pin_dir, source):
+            fd = syscall.obj_get(path)
+            self._fds.append(fd)
+            if kind == "prog":
+                self.programs[name] = _program(name, fd)
+            else:
+                self._maps[name] = fd
+
+    def keep(self, source: Source) -> None:
+        """Pin all, so that the next controller need not compile. Atomic: its mark comes last."""
+        if self.events != "ring":
+            return  # bcc's perf readers belong to a process
+        base = f"{self.pin_dir}/{{}}_{source.role}_{source.tag}_"
+        for name, p in self.programs.items():
+            syscall.obj_pin(p.fd, base.format("prog") + name)
+        for name, fd in self._maps.items():
+            syscall.obj_pin(fd, base.format("map") + name)
+        syscall.obj_pin(self._maps["config"], base.format("whole"))
+
+    def map(self, name: str) -> Map:
+        """A map by its C name."""
+        return Map(self._maps[name])
+
+    def close(self) -> None:
+        """Drop our references; what is attached or pinned stays."""
+        for fd in self._fds:
+            os.close(fd)
+        self._fds.clear()
+        if self.bpf is not None:
+            self.bpf.cleanup()
+
+
+def _tables(lib: Any, module: Any) -> dict[str, int]:
+    """Descriptors of a compiled module's maps (bcc's Python does not declare these functions)."""
+    lib.bpf_num_tables.argtypes, lib.bpf_num_tables.restype = [ct.c_void_p], ct.c_size_t
+    lib.bpf_table_name.argtypes = [ct.c_void_p, ct.c_size_t]
+    lib.bpf_table_name.restype = ct.c_char_p
+    names = [lib.bpf_table_name(module, i) for i in range(lib.bpf_num_tables(module))]
+    return {n.decode(): lib.bpf_table_fd(module, n) for n in names}
+
+
+def _program(name: str, fd: int) -> Program:
+    info = syscall.prog_info(fd)
+    return Program(name, fd, info.id, info.tag)
+
+
+def _pins(directory: str, source: Source) -> list[tuple[str, str, str]]:
+    """(prog or map, name, path) of what `keep` has pinned, all of it; else nothing."""
+    found = []
+    mark = f"whole_{source.role}_{source.tag}_"
+    if not os.path.exists(f"{directory}/{mark}"):
+        return []
+    for entry in sorted(os.listdir(directory)):
+        kind, _, rest = entry.partition("_")
+        head = f"{source.role}_{source.tag}_"
+        if kind in ("prog", "map") and rest.startswith(head):
+            found.append((kind, rest[len(head) :], f"{directory}/{entry}"))
+    return found
+
+
+def _set_aside(directory: str, source: Source, beside: tuple[str, ...]) -> None:
+    """Sets of other roles become idle, but for those that stand `beside` this one; what another
+    version or configuration has left of this role is unpinned."""
+    mine = f"{source.role}_{source.tag}_"
+    # The mark first: what is half gone is not whole.
+    for entry in sorted(os.listdir(directory), reverse=True):
+        kind, _, rest = entry.partition("_")
+        if kind not in ("whole", "idle", "prog", "map") or rest == mine or rest.startswith(beside):
+            continue
+        if rest.startswith(f"{source.role}_"):
+            if not rest.startswith(mine):
+                os.unlink(f"{directory}/{entry}")
+        elif kind == "whole":
+            os.rename(f"{directory}/{entry}", f"{directory}/idle_{rest}")
+
+
+def _wake(directory: str, source: Source) -> bool:
+    """An idle set of this role is whole again. What its ring holds was captured before this host
+    had another role: nobody waits for it."""
+    rest = f"{source.role}_{source.tag}_"
+    if not os.path.exists(f"{directory}/idle_{rest}"):
+        return False
+    ring = f"{directory}/map_{rest}events"
+    if os.path.exists(ring):
+        fd = syscall.obj_get(ring)
+        try:
+            syscall.ring_skip(fd)
+        finally:
+            os.close(fd)
+    os.rename(f"{directory}/idle_{rest}", f"{directory}/whole_{rest}")
+    return True
+
+
+@cache
+def possible_cpus() -> int:
+    """How many values a per-CPU map has for each key."""
+    text = Path("/sys/devices/system/cpu/possible").read_text().strip()
+    return int(re.split(r"[-,]", text)[-1]) + 1
+
+
+def pin_dir(bpffs: str, pair: str, role: str) -> str:
+    """Directory of a pair's pins (a bpffs allows no dot in names)."""
+    return f"{bpffs}/colo-xdp/{pair}-{role}"
+
+
+def make_pins(bpffs: str, pair: str, role: str) -> str:
+    """The directory of a pair's pins, made if need be. Raises LoadError without a bpffs."""
+    if not syscall.is_bpffs(bpffs):
+        try:
+            syscall.mount_bpffs(bpffs)
+        except OSError as e:
+            raise LoadError(f"{bpffs} is not a BPF file system and cannot be mounted: {e}") from e
+    directory = pin_dir(bpffs, pair, role)
+    os.makedirs(directory, exist_ok=True)
+    return directory
+
+
+def check_pins(directory: str, options: Options) -> list[str]:
+    """Names of pinned maps that cannot be reused, each with the reason."""
+    bad = []
+    for name, (key, value) in _PINNED_SHAPES.items():
+        path = f"{directory}/{name}"
+        if not os.path.exists(path):
+            continue
+        fd = syscall.obj_get(path)
+        try:
+            info = syscall.map_info(fd)
+        finally:
+            os.close(fd)
+        want = {
+            "flows": options.flow_table,
+            "opening": options.flow_table,
+            "owners": options.buffers,
+            "conns": options.conns,
+        }.get(name, info.max_entries)
+        if (info.key_size, info.value_size, info.max_entries) != (key, value, want):
+            bad.append(
+                f"{path}: key {info.key_size}, value {info.value_size}, {info.max_entries} entries"
+                f" where {key}, {value}, {want} are needed"
+            )
+    return bad
+
+
+def remove_pins(directory: str) -> list[str]:
+    """Unpin everything of one pair; returns what was removed."""
+    gone = []
+    if os.path.isdir(directory):
+        for name in sorted(os.listdir(directory)):
+            os.unlink(f"{directory}/{name}")
+            gone.append(f"{directory}/{name}")
+        os.rmdir(directory)
+    return gone
+
+
+def ring_supported() -> bool:
+    """Whether this kernel has BPF ring buffers (5.8): tried, not guessed."""
+    bcc = import_bcc()
+    fd = bcc.libbcc.lib.bcc_create_map(27, b"colo_probe", 0, 0, 4096, 0)
+    if fd < 0:
+        return False
+    os.close(fd)
+    return True
+
+
+def pinned_slot(directory: str, slot: abi.Cfg) -> int:
+    """A slot of the pinned `config` map; 0 when there is none."""
+    path = f"{directory}/config"
+    if not os.path.exists(path):
+        return 0
+    fd = syscall.obj_get(path)
+    try:
+        k, v = ct.c_uint32(slot), ct.c_uint64()
+        found = import_bcc().libbcc.lib.bpf_lookup_elem(fd, ct.byref(k), ct.byref(v)) == 0
+        return v.value if found else 0
+    finally:
+        os.close(fd)
+
+
+def events(options: Options) -> str:
+    """How frames reach user space here: "ring" or "perf"."""
+    if options.events == "auto":
+        return "ring" if ring_supported() else "perf"
+    return options.events
+
+
+def load(role: str, pair: str, bpffs: str, options: Options, home: str = "") -> Objects:
+    """Compile and load a role's programs, taking over pinned maps of the same shape.
+
+    `home`: the host's role as configured, which names the pins, if it is another one.
+    Raises LoadError with the compiler's or verifier's words.
+    """
+    import_bcc()
+    directory = make_pins(bpffs, pair, home or role)
+    bad = check_pins(directory, options)
+    if bad:
+        raise LoadError(
+            "pinned maps of another version or size are in the way (their connections' state "
+            "would be lost): run `colo-xdp cleanup` first\n  " + "\n  ".join(bad)
+        )
+    source = _source(role, directory, options, events(options))
+    beside = ("primary_",) if role == "promoted" else ()  # guest stands beside a primary
+    for s in (source, replace(source, btf=False)):
+        if _pins(directory, s) or _wake(directory, s):
+            _set_aside(directory, s, beside or (("guest_",) if role == "primary" else ()))
+            return Objects(s, directory, None)
+    try:
+        headers = kernel_headers.find()
+    except kernel_headers.NoHeaders as e:
+        raise LoadError(str(e)) from e
+    try:
+        objects = Objects(source, directory, headers)
+    except Refused as e:
+        if not source.btf or "Failed to compile" in str(e):
+            raise
+        # bpf_probe_read_kernel() may be what this kernel does not allow (before 5.10, or locked).
+        blind = replace(source, btf=False)
+        objects = Objects(blind, directory, headers)  # its own error, if that was not it
+        log.warning("offloads are not read from the kernel: %s", str(e).splitlines()[0])
+        source = blind
+    _set_aside(directory, source, beside)
+    objects.keep(source)
+    return objects

@@ -1,0 +1,225 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The fast path's maps, and the program that takes connections from it and gives them back.
+
+The program is run by BPF_PROG_TEST_RUN, so that user space takes the same lock by the same
+compare and swap as the programs on the devices do (bpf/offload/offload.h).
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import mmap
+import struct
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from .. import abi
+from ..abi import CtlOp, CtlResult
+from ..net.flow_key import FlowKey
+from ..offload.kernel_format import (
+    ConnState,
+    OffloadRequest,
+    OffloadResult,
+    conn_key,
+    conn_words,
+    flow_key,
+    known,
+)
+from . import syscall
+from .loader import Objects, possible_cpus
+
+log = logging.getLogger("colo_xdp.datapath.offload_maps")
+
+SEIZE_S = 1.0  # a connection that stays locked for longer is given up
+#: between two walks: one through a table of a million buckets takes 3 ms, however few are used
+REST_NS = 10_000_000_000
+_DONE = CtlResult.DONE
+_ANSWERS = {_DONE: OffloadResult.ACCEPTED, CtlResult.REFUSED: OffloadResult.IN_FLIGHT}
+#: in abi.CONN
+_SEEN, _CLIENT_ACK, _REL, _FIN_KNOWN, _FIN = 2, 3, 6, 23, 24
+_U32 = struct.Struct("=I")
+_EMPTY = bytes(abi.CONN.size)
+_NO_WORDS = bytes(abi.GIVE.size)
+_STASH_SIZE = abi.STASH_BEFORE + abi.BUFFER + abi.STASH_SLACK
+
+
+class BpfKernelPath:
+    """fast_path.Fast on the kernel's maps."""
+
+    def __init__(
+        self, objects: Objects, idle_ns: int, since: int, switch: Callable[[bool], None],
+        keep_since: Callable[[int], None],
+    ) -> None:  # fmt: skip
+        self._conns, self._waits = objects.map("conns"), objects.map("offload_waits")
+        buffers, owners = objects.map("buffers"), objects.map("owners")
+        self.buffers = owners.info.max_entries
+        # BPF_F_MMAPABLE: the elements lie one behind the other
+        self._rings = memoryview(mmap.mmap(buffers.fd, _pages(self.buffers * _STASH_SIZE)))
+        table = memoryview(mmap.mmap(owners.fd, _pages(self.buffers * abi.OWNER.size)))
+        self._table = table[: self.buffers * abi.OWNER.size]
+        self._ctl = objects.programs["fast_ctl"].fd
+        self._idle_ns, self._since = idle_ns, since
+        self._switch, self._keep_since = switch, keep_since
+        self._on = False
+        self._full = 0
+        self.forgotten = 0
+        self._walk: Iterator[bytes] | None = None
+        self._rest_until = 0
+        self._seized: list[bytes] = []
+
+    @property
+    def enabled(self) -> bool:
+        """Whether the kernel decides."""
+        return self._on
+
+    @enabled.setter
+    def enabled(self, on: bool) -> None:
+        self._on = on
+        self._switch(on)
+
+    def _control(
+        self, op: CtlOp, raw_key: bytes, punt_seq: int = 0, words: bytes = _NO_WORDS,
+        since_ns: int = 0,
+    ) -> CtlResult:  # fmt: skip
+        message = abi.CTL.pack(op, punt_seq, raw_key, words, since_ns)
+        end = time.monotonic() + SEIZE_S
+        while True:
+            r = CtlResult(syscall.test_run(self._ctl, message, data_out=0).retval)
+            if r is not CtlResult.BUSY or time.monotonic() > end:
+                return r
+
+    def offer(self, key: FlowKey) -> bool:
+        """Make the connection known; False: there are too many."""
+        try:
+            seen = struct.pack("=16xQ", time.monotonic_ns())
+            self._conns.set(conn_key(key), seen + _EMPTY[len(seen) :], new=True)
+        except OSError as e:
+            if e.errno == errno.EEXIST:
+                return True
+            self._full += 1
+            return False
+        return True
+
+    def give(self, key: FlowKey, gift: OffloadRequest, punt_seq: int) -> OffloadResult:
+        """To the fast path, if `captured` is the last frame that was handed here."""
+        raw_key = conn_key(key)
+        if gift.buffer or gift.pending:
+            slot = self._slot(raw_key) if self._control(CtlOp.CLAIM, raw_key) is _DONE else 0
+            if not slot:
+                return OffloadResult.UNAVAILABLE
+            at = (slot - 1) * _STASH_SIZE + abi.STASH_BEFORE
+            self._rings[at : at + len(gift.buffer)] = gift.buffer
+        r = self._control(CtlOp.GIVE, raw_key, punt_seq, gift.words, gift.since_ns)
+        if r is CtlResult.UNKNOWN:
+            self.offer(key)  # deleted by sweep() meanwhile
+        elif r is not _DONE and (gift.buffer or gift.pending):
+            self._control(CtlOp.FREE, raw_key)  # the buffer that was claimed
+        return _ANSWERS.get(r, OffloadResult.UNAVAILABLE)
+
+    def _slot(self, raw_key: bytes) -> int:
+        raw = self._conns.get(raw_key)
+        return int(abi.CONN.unpack(raw)[9]) if raw else 0
+
+    def reclaim(self, key: FlowKey) -> ConnState | None:
+        """To the slow path. None: unknown, or its words were read before."""
+        if not known(key):
+            return None
+        raw_key = conn_key(key)
+        # Most that are asked for are new ones. Only user space makes entries, so the answer holds.
+        if self._conns.get(raw_key) is None:
+            return None
+        r = self._control(CtlOp.RECLAIM, raw_key)
+        if r is not _DONE:
+            if r is CtlResult.BUSY:
+                log.error("a connection stays locked in the kernel: it is met as a new one")
+            return None
+        raw = self._conns.get(raw_key)
+        if raw is None:
+            return None
+        words = conn_words(raw, b"")
+        slot = abi.CONN.unpack(raw)[9]
+        if slot and words.epoch:
+            at = (slot - 1) * _STASH_SIZE
+            words = conn_words(raw, self._rings[at : at + _STASH_SIZE])
+            if not words.buffer and self._slot(raw_key) != slot:
+                words = conn_words(raw, b"")  # taken meanwhile, for it held history only
+        if slot or words.epoch:
+            self._control(CtlOp.FREE, raw_key)
+        return words if words.epoch and words.epoch >= self._since else None
+
+    def _waiting(self) -> Iterator[tuple[int, bytes]]:
+        """(since_ns, key) of the buffers in which anything waits."""
+        for taken, since, key in abi.OWNER.iter_unpack(self._table):
+            if taken and since:
+                yield since, key
+
+    def outstanding(self) -> list[FlowKey]:
+        """Connections with anything in a buffer that has not left."""
+        return [flow_key(k) for _, k in self._waiting()]
+
+    def overdue(self, before_ns: int) -> list[FlowKey]:
+        """Those that have had it since before_ns."""
+        return [flow_key(k) for since, k in self._waiting() if since <= before_ns]
+
+    def void(self, epoch: int) -> None:
+        """Nothing that was learnt before `epoch` counts any more."""
+        self._since = epoch
+        self._keep_since(epoch)
+
+    def state(self) -> dict[str, Any]:
+        """For the status document."""
+        return {
+            "waits": self.waits(),
+            "buffers": self.buffers,
+            "waiting": sum(1 for _ in self._waiting()),
+            "forgotten": self.forgotten,
+        }
+
+    def waits(self) -> list[int]:
+        """How often released bytes had waited for less than 1, 2, 4, 8... us (not cumulated)."""
+        size = 8 * possible_cpus()
+        out = []
+        for i in range(self._waits.info.max_entries):
+            raw = self._waits.get(_U32.pack(i), size) or b""
+            out.append(sum(struct.unpack(f"={len(raw) // 8}Q", raw)))
+        return out
+
+    def sweep(self, now_ns: int, most: int) -> None:
+        """Look at the next `most` connections; forget those long unused.
+
+        Seized in one call and deleted in the next: no program works on one any more.
+        """
+        reclaimed, self._seized = self._seized, []
+        for key in reclaimed:
+            raw = self._conns.get(key)
+            if raw is not None and self._unused(key, raw, now_ns):
+                self.forgotten += self._conns.delete(key)
+        if self._walk is None:
+            if now_ns < self._rest_until:
+                return
+            self._walk = self._conns.keys()
+        for _ in range(most):
+            key_ = next(self._walk, None)
+            if key_ is None:
+                self._walk, self._rest_until = None, now_ns + min(REST_NS, self._idle_ns // 4)
+                break
+            raw = self._conns.get(key_)
+            if raw is not None and self._unused(key_, raw, now_ns):
+                self.reclaim(
+                    flow_key(key_)
+                )  # it is in the slow path from now on, and its buffer is free
+                self._seized.append(key_)
+
+    def _unused(self, raw_key: bytes, raw: bytes, now_ns: int) -> bool:
+        """Long enough: less if it is over, or its client was not heard after the handshake."""
+        words = abi.CONN.unpack(raw)
+        over = words[_FIN_KNOWN] and words[_FIN] == words[_REL]
+        udp = abi.FLOW_KEY.unpack(raw_key)[4] & abi.KEY_UDP
+        short = over or not (words[_CLIENT_ACK] or udp)
+        return now_ns - int(words[_SEEN]) >= (self._idle_ns // 5 if short else self._idle_ns)
+
+
+def _pages(size: int) -> int:
+    return -(-size // mmap.PAGESIZE) * mmap.PAGESIZE

@@ -1,0 +1,520 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The compare engine: which of the primary guest's frames may leave, and when.
+
+Sans-IO: the caller brings frames and the time, the engine calls back. It holds the
+design's invariants I1 to I4, I7 and I10 for everything that the kernel does not decide
+itself. It runs in one thread; callbacks must not call into the engine.
+
+All times are CLOCK_MONOTONIC ns.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
+
+from ..compare.bypass import MonitorBudget
+from ..compare.causes import Cause
+from ..compare.compared import ComparedFlow
+from ..compare.flow import Flow, FlowContext
+from ..compare.fragments import Fragments
+from ..compare.history import HistoryBudget
+from ..compare.ledger import Ledger
+from ..compare.limits import Limits
+from ..compare.policy import Policy
+from ..compare.tcp import PART_NS
+from ..compare.timers import SOON_NS, Clock, Timers
+from ..net.flow_key import FlowKey
+from ..net.frame import Evidence, Frame
+from ..net.packet import Kind, Packet, parse
+from ..offload.kernel_format import ConnState, KernelPath, NoKernelPath
+from ..offload.scheduler import OffloadScheduler
+from .checkpoint_queue import CheckpointQueue
+from .counters import COUNTERS
+from .flow_table import FlowTable, RuleCount
+from .journal import Divergence
+from .outbox import EngineOutbox
+
+__all__ = ["COUNTERS", "SOON_NS", "Divergence", "Engine", "Frame", "Limits", "Policy"]
+
+_TCP, _FRAGMENT = Kind.TCP, Kind.FRAGMENT
+_TAG = 0xFFF
+#: epochs ahead of ours that may be the next one (a checkpoint that failed takes a number)
+_NEXT_EPOCHS = 16
+
+
+class Engine:
+    """Holds the primary guest's frames until the rules let them go.
+
+    release(record) sends a frame. request_checkpoint(divergence) is called once per
+    epoch. on_wait(ns) gets the time from capture to release of each frame; in shadow
+    mode the time that it would have waited. on_divergence gets every difference, also
+    those that ask for nothing (one is asked for already, the flow is only watched).
+    unmirror(key) gets the flows (struct colo_unmirrored_key) whose clients' frames the SVM
+    is not to have, None when there is none any more. fast: the fast path, which gets settled streams.
+    """
+
+    def __init__(
+        self,
+        limits: Limits,
+        policy: Policy,
+        release: Callable[[Frame], None],
+        *,
+        request_checkpoint: Callable[[Divergence], None],
+        on_wait: Callable[[int], None],
+        on_divergence: Callable[[Divergence], None] = lambda d: None,
+        unmirror: Callable[[bytes | None], None] = lambda key: None,
+        fast: KernelPath | None = None,
+    ) -> None:
+        self.limits = limits
+        self._clock = Clock()
+        self._outbox = EngineOutbox(
+            self._clock, release, request_checkpoint, on_wait, on_divergence
+        )
+        self._counters = self._outbox.counters
+        self._n_pvm = self._n_svm = 0  # counters that are hot
+        self.ledger = Ledger(limits.max_queue_size, limits.max_held_bytes)
+        self._timers: Timers[Flow] = Timers(self._clock)
+        self._histories = HistoryBudget(
+            limits.history_bytes, limits.history_total,
+            partial(self._outbox.count, "history_evicted"),
+        )  # fmt: skip
+        self._host = FlowContext(
+            self._outbox, self.ledger, self._timers, self._histories, limits.compare_timeout_ns,
+            limits.datagram_grace_ns, limits.max_stream_bytes,
+        )  # fmt: skip
+        self._watched = MonitorBudget(Ledger(limits.max_queue_size, limits.max_held_bytes))
+        self.fast: KernelPath = NoKernelPath() if fast is None else fast
+        self._fast_wanted = self.fast.enabled
+        self._flows = FlowTable(
+            self._clock, self._host, self._outbox, self._watched, limits, policy,
+            lookup=self._lookup, restore=self._restore, unmirror=unmirror,
+        )  # fmt: skip
+        self._tcp = self._flows.tcp
+        self._giving = OffloadScheduler(
+            self._clock, self.fast, self._outbox, limits.compare_timeout_ns, self._flows.put
+        )
+        self._note = self._giving.note
+        self._fragments = self._no_fragments()
+        self._queue = CheckpointQueue(self.ledger, limits.max_queue_size)
+        self._next_policy: Policy | None = None  # in force from the next epoch on
+        self.shadow = False  # hold nothing: every frame leaves at once and is compared behind
+        self._checkpointing = False
+        self._solo = False
+        self._void_ns = 0
+        self._next_scan = self._next_look = 0
+
+    # -- frames
+
+    def from_pvm(self, rec: Frame, now_ns: int) -> None:
+        """A frame of the primary guest, in the order of capture."""
+        clock = self._clock
+        clock.now = now_ns
+        self._n_pvm += 1
+        if self.shadow and not self._solo:
+            self._outbox.release_ahead(rec)
+        p = parse(rec.frame)
+        if p.kind is _TCP and not self._checkpointing and rec.ts_ns > self._queue.stop_ns:
+            # A copy of _feed() and Flows.of(), on purpose: nearly all frames are TCP segments of
+            # flows that are known, and a call less for each counts (tests/bench/slow_path.py).
+            st = self._tcp.get(p.key)
+            if st is None:
+                if self._solo or (st := self._flows.new(self._tcp, p)) is None:
+                    self._homeless(rec)
+                    return
+            elif st.epoch != clock.epoch:
+                st = self._flows.renew(self._tcp, st, p)
+            st.last = now_ns
+            st.pvm(rec, p, now_ns)
+            if self.fast.enabled:
+                self._note(st, rec)
+            return
+        self._count_opaque(p)
+        if self._solo:
+            self._homeless(rec)
+        elif rec.ts_ns <= self._queue.stop_ns:
+            self._counters["released_late"] += 1
+            self._committed(rec, p)
+        elif self._checkpointing:
+            flow = None if p.kind is _FRAGMENT else self._flows.of(p, must=False)
+            if flow is None or not flow.pvm_in_checkpoint(rec, p, now_ns):
+                self._enqueue(rec, p)
+        else:
+            self._feed(rec, p)
+
+    def set_shadow(self, on: bool, now_ns: int) -> None:
+        """In shadow every frame leaves at once and is compared behind; what is held leaves now."""
+        self._clock.now, self.shadow = now_ns, on
+        self.fast.enabled = not on and self._fast_wanted
+        if on:
+            self._giving.unbrake_all()
+            self._recall_all(self.fast.outstanding())
+            held = [h for flow in self._timers.flows() for h in flow.held]
+            for rec, _, _ in sorted([*held, *self._queue.held], key=lambda h: h[2]):
+                self._outbox.release_ahead(rec)
+
+    def _feed(self, rec: Frame, p: Packet) -> None:
+        if p.kind is _FRAGMENT:
+            whole = self._fragments.pvm(rec, p, self._clock.now)
+            if whole is None:
+                return
+            rec, p = whole, parse(whole.frame)
+        flow = self._flows.of(p)
+        if flow is None:
+            self._homeless(rec)
+        else:
+            flow.pvm(rec, p, self._clock.now)
+            if self.fast.enabled:
+                self._note(flow, rec)
+
+    def _homeless(self, rec: Frame) -> None:
+        """A frame with no flow: the pair is lost, or the table is full."""
+        if self._solo:
+            self._counters["released_solo"] += 1
+            self._outbox.release(rec)
+        # else dropped and counted by _room(): like loss on the network
+
+    def _enqueue(self, rec: Frame, p: Packet) -> None:
+        if not self._queue.offer(rec, p, self._clock.now):
+            self._counters["queue_full_dropped"] += 1
+            self._outbox.request(Cause.QUEUE_FULL, "checkpoint")
+
+    def from_svm(self, rec: Frame, epoch12: int, now_ns: int) -> None:
+        """A frame of the secondary guest, TCP numbers translated; epoch12 is its epoch
+        modulo 4096. Never released."""
+        clock = self._clock
+        clock.now = now_ns
+        self._n_svm += 1
+        ahead = (epoch12 - clock.epoch) & _TAG
+        if ahead == 0 and not self._checkpointing and not self._solo:
+            p = parse(rec.frame)
+            if p.kind is _TCP:
+                # a copy of _svm_datagram() and Flows.of(), as in from_pvm()
+                st = self._tcp.get(p.key)
+                if st is None:
+                    st = self._flows.new(self._tcp, p)
+                    if st is None:
+                        return
+                elif st.epoch != clock.epoch:
+                    st = self._flows.renew(self._tcp, st, p)
+                st.last = now_ns
+                st.svm(p, now_ns)
+                if self.fast.enabled:
+                    self._note(st, rec)
+                return
+            p.datagram_size = rec.datagram_size
+            self._svm_datagram(rec, p)
+        elif ahead == 0:
+            self._counters["svm_superseded"] += 1
+        elif ahead <= _NEXT_EPOCHS and not self._solo:
+            self._buffer(rec, epoch12 & _TAG)
+        else:
+            self._counters["svm_stale"] += 1
+
+    def _buffer(self, rec: Frame, tag: int) -> None:
+        """A frame of the SVM that is of an epoch to come."""
+        p = parse(rec.frame)
+        flow = (self._tcp if p.kind is _TCP else self._flows.datagram).get(p.key)
+        bypassed = flow is not None and flow.bypassed
+        if self._queue.buffer(rec, tag, bypassed):
+            self._counters["svm_buffered"] += 1
+            return
+        self._counters["svm_buffer_overflow"] += 1
+        if flow is not None and bypassed:
+            flow.miss()
+        else:
+            self._queue.lost += 1
+
+    def _svm_datagram(self, rec: Frame, p: Packet) -> None:
+        self._count_opaque(p)
+        if p.kind is _FRAGMENT:
+            whole = self._fragments.svm(p, self._clock.now)
+            if whole is None:
+                return
+            p = whole
+        flow = self._flows.of(p)
+        if flow is not None:
+            flow.svm(p, self._clock.now)
+            if self.fast.enabled:
+                self._note(flow, rec)
+
+    def _count_opaque(self, p: Packet) -> None:
+        if p.defect:
+            self._counters["opaque"] += 1
+            self._counters[f"defect_{p.defect}"] += 1
+
+    # -- checkpoints
+
+    def begin_checkpoint(self) -> None:
+        """From now on the PVM's frames are queued undecided, the SVM's of this epoch dropped
+        and of the next one kept. Also ends a solo phase (re-protection)."""
+        self._giving.unbrake_all()
+        self._set_phase(checkpointing=True)
+        self._collect()
+
+    def _set_phase(self, *, checkpointing: bool = False, solo: bool = False) -> None:
+        self._checkpointing, self._solo = checkpointing, solo
+        self._outbox.may_ask = not checkpointing and not solo
+
+    def _collect(self) -> None:
+        """Move what the flows hold to the queue, oldest first, each flow in its order."""
+        # whoever holds anything has a timer
+        self._queue.collect([held for flow in self._timers.flows() for held in flow.defer()])
+
+    def set_policy(self, policy: Policy) -> None:
+        """New rules. They take force with the next checkpoint, which this asks for."""
+        self._next_policy = policy
+        self._flows.announce(policy)
+        self._outbox.request(Cause.POLICY, "policy")
+
+    def release_until(self, ts_ns: int) -> int:
+        """While checkpointing: release the queued frames captured at ts_ns or before, which
+        are proven to precede STOP. Returns how many."""
+        return self._release_queued(ts_ns, "released_by_checkpoint")
+
+    def _release_queued(self, ts_ns: int, counter: str) -> int:
+        queued = self._queue.take_until(ts_ns)
+        for rec, p, _ in queued:
+            self._counters[counter] += 1
+            self._committed(rec, p)
+        return len(queued)
+
+    def _committed(self, rec: Frame, p: Packet) -> None:
+        # with a full table it leaves untracked: the next frame is as of an unknown connection
+        if p.kind is _TCP and (st := self._flows.of(p, must=False)) is not None:
+            st.commit(p)
+            self._outbox.release(rec)
+            st.pump(self._clock.now)  # it may have been what the next one waited for
+            return
+        if p.kind is _FRAGMENT:
+            self._fragments.commit(p, self._clock.now)
+        self._outbox.release(rec)
+
+    def commit_checkpoint(self, stop_ts_ns: int, epoch: int, now_ns: int) -> None:
+        """The checkpoint is complete on the SVM, which runs on under `epoch`.
+
+        The PVM's frames captured at stop_ts_ns or before are in it and leave; newer ones
+        are compared under the new epoch, with the SVM's frames kept for it. Everything
+        that the SVM said before is forgotten (I7).
+        """
+        self._clock.now = now_ns
+        self._counters["checkpoints"] += 1
+        self._recall_all(self.fast.outstanding())
+        self._collect()
+        self._clock.epoch, self._queue.stop_ns = epoch, stop_ts_ns
+        for flow in self._timers.flows():
+            flow.new_epoch(epoch)
+        self._fragments.new_epoch(epoch)
+        self._flows.openings.clear()
+        self._set_phase()
+        self._outbox.asked = False
+        self._release_queued(stop_ts_ns, "released_by_checkpoint")
+        behind = self._watched.commit(self._flows.of, stop_ts_ns)
+        if self._void_ns:
+            self._void_ns = self._void_ns if stop_ts_ns <= self._void_ns else 0
+            self._forget(epoch)
+            self._fragments.new_epoch(epoch)
+        self._fragments.begin()
+        if self._next_policy is not None:
+            self._flows.enforce(self._next_policy, epoch)
+            self._timers.clear()
+            self._next_policy = None
+        rest = self._queue.held.drain()
+        # they were accepted before, so no limit may drop them now
+        self.ledger.raise_limits(len(rest))
+        self._flows.limit = self.limits.max_flows + len(rest)
+        for rec, p, _ in rest:
+            self._feed(rec, p)
+        for rec, p, _ in behind:
+            if (behind_flow := self._flows.of(p, must=False)) is not None:
+                behind_flow.catch_up(rec, p, now_ns)
+        self.ledger.restore_limits()
+        self._flows.limit = self.limits.max_flows
+        for rec, tag in self._queue.take_svm():
+            self._n_svm -= 1
+            if (tag - epoch) & _TAG:
+                self._n_svm += 1
+                self._counters["svm_stale"] += 1
+            else:
+                self.from_svm(rec, tag, now_ns)
+        lost, self._queue.lost = self._queue.lost, 0
+        if lost:
+            self._outbox.request(Cause.PEER_GAP, f"{lost} frames of the new epoch")
+
+    def void_flows(self, now_ns: int) -> None:
+        """Until now frames of the PVM may have left, or of the SVM gone by, unseen: with the next
+        commit, after which both guests are equal, every flow is met anew, until one whose STOP
+        came later."""
+        self._void_ns = now_ns
+
+    def gather(self, now_ns: int) -> int:
+        """No twin is to be expected: what waits in the fast path comes here. How many frames wait."""
+        self._clock.now = now_ns
+        self._recall_all(self.fast.outstanding())
+        return self.held_packets
+
+    def abort_checkpoint(self, now_ns: int) -> None:
+        """The checkpoint failed: everything stays held until a commit or release_all."""
+        self._clock.now = now_ns
+        self._counters["checkpoints_aborted"] += 1
+        self._counters["svm_stale"] += self._queue.forget_svm()
+
+    def release_all(self) -> int:
+        """The pair is lost and the PVM goes solo: release everything held, in order, and from
+        now on at once. The flows are forgotten. Returns how many were held."""
+        self._giving.unbrake_all()
+        self._recall_all(self.fast.outstanding())
+        self._collect()
+        for flow in (*self._timers.flows(), self._fragments):
+            flow.forget_svm()
+        queue = self._queue.held.drain()
+        self._set_phase(solo=True)
+        self._counters["released_solo"] += len(queue)
+        self._forget(self.epoch + 1)
+        self._queue.forget_svm()
+        for rec, _, _ in queue:
+            self._outbox.release(rec)
+        return len(queue)
+
+    def _forget(self, epoch: int) -> None:
+        """All flows, and what the fast path has learnt before this epoch."""
+        self.fast.void(epoch)
+        self._flows.clear()
+        self._fragments = self._no_fragments()
+        self._timers.clear()
+        self._histories.clear()
+        self._outbox.take_parts()
+        self._giving.clear()
+        self._watched.frames.drain()
+
+    def _no_fragments(self) -> Fragments:
+        return Fragments(self._host, self._clock.epoch, self.policy.verdicts[-1])
+
+    # -- time
+
+    def flush(self, now_ns: int) -> None:
+        """Release verified parts of frames that wait for their rest, in whole segments.
+
+        To be called when a batch of frames has been fed: most rests are in the same batch.
+        """
+        self._clock.now = now_ns
+        self._giving.end_batch(self.fast.enabled and not self._checkpointing and not self._solo)
+        for flow in self._outbox.take_parts():
+            if flow.epoch == self._clock.epoch and flow.release_part(now_ns, True):
+                self._timers.arm(flow, now_ns + PART_NS)
+
+    def tick(self, now_ns: int) -> None:
+        """Timeouts and ageing; cheap when nothing is due. To be called at tick_ns(), and without
+        that every 50 ms or so."""
+        self._clock.now = now_ns
+        self._giving.look()
+        if not self._checkpointing:
+            for flow in self._timers.due(now_ns):
+                if flow.epoch != self._clock.epoch:
+                    flow.new_epoch(self._clock.epoch)
+                due = flow.expire(now_ns)
+                if due:
+                    self._timers.arm(flow, due)
+            for apart in self._flows.openings.apart(now_ns, self._host.timeout_ns):
+                if not apart.asked:
+                    apart.asked = True
+                    evidence = Evidence(pvm_frame=apart.held[0][0])
+                    self._outbox.request(Cause.OPENED_APART, apart, evidence)
+            if self.fast.enabled and now_ns >= self._next_look:
+                self._next_look = now_ns + self._host.timeout_ns // 8
+                self._recall_all(self.fast.overdue(now_ns - self._host.timeout_ns // 2))
+        if now_ns >= self._next_scan:
+            self._next_scan = now_ns + self.limits.expired_scan_cycle_ns
+            self._flows.age(now_ns)
+
+    def tick_ns(self) -> int:
+        """When tick() has something to do that cannot be late (NEVER: nothing): a timer of some
+        ms, a frame that is kept back. One of seconds may be late by 50 ms, and mostly its flow is
+        gone by then: it wakes nobody."""
+        return self._clock.now if self._giving.braking else self._timers.next_ns
+
+    def unbrake(self, now_ns: int) -> None:
+        """In place of tick(), where no time runs out: what is kept back for the fast path leaves."""
+        self._clock.now = now_ns
+        self._giving.unbrake_all()
+
+    # -- the fast path
+
+    def _lookup(self, key: FlowKey) -> ConnState | None:
+        """What the fast path knows of a connection that is not in the tables."""
+        if not self.fast.enabled or self._solo:
+            return None
+        return self.fast.reclaim(key)
+
+    def _restore(self, flow: ComparedFlow, words: ConnState) -> None:
+        self._giving.reclaim(flow, words)
+
+    def _recall_all(self, keys: list[FlowKey]) -> None:
+        for key in keys:
+            flow = self._flows.table(key).get(key)
+            if flow is not None:
+                flow.reclaim()
+                continue
+            words = self.fast.reclaim(key)
+            if words is not None:
+                self._flows.revive(key, words)
+
+    # -- to be looked at
+
+    @property
+    def now(self) -> int:
+        """The time of the last call."""
+        return self._clock.now
+
+    @property
+    def epoch(self) -> int:
+        """Of the frames that are compared."""
+        return self._clock.epoch
+
+    @epoch.setter
+    def epoch(self, epoch: int) -> None:
+        self._clock.epoch = epoch
+
+    @property
+    def policy(self) -> Policy:
+        """The rules in force."""
+        return self._flows.policy
+
+    @property
+    def rules(self) -> dict[str, RuleCount]:
+        """What each rule has done."""
+        return self._outbox.rules
+
+    @property
+    def counters(self) -> Counter[str]:
+        """All counters of COUNTERS; do not change it."""
+        c = self._counters
+        c["pvm_frames"], c["svm_frames"] = self._n_pvm, self._n_svm
+        c["released"] = self._outbox.released
+        return c
+
+    @property
+    def pvm_packets(self) -> int:
+        """Frames of the PVM that wait to be compared, or for a checkpoint."""
+        return self.ledger.pvm_packets
+
+    @property
+    def svm_packets(self) -> int:
+        """Frames of the SVM that are stashed to be compared."""
+        return self.ledger.svm_packets
+
+    @property
+    def held_packets(self) -> int:
+        """Frames of the PVM that wait, also those that are kept back for the fast path."""
+        return self.ledger.pvm_packets + self._giving.kept()[0]
+
+    @property
+    def held_bytes(self) -> int:
+        """Their bytes, Ethernet headers included."""
+        return self.ledger.pvm_bytes + self._giving.kept()[1]
+
+    @property
+    def flows(self) -> int:
+        """Flows known, TCP and others."""
+        return len(self._flows)

@@ -1,0 +1,246 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The engine's flows: made as the policy wants them, aged, and evicted when there are too many."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from heapq import heappop, heappush
+from itertools import count
+
+from ..compare.bypass import BypassedFlow, MonitorBudget, MonitoredFlow
+from ..compare.causes import Cause
+from ..compare.compared import ComparedFlow
+from ..compare.datagram import DatagramFlow
+from ..compare.flow import LONG_AGO, Comparer, FlowContext
+from ..compare.limits import Limits
+from ..compare.policy import Action, Policy, Verdict, subject
+from ..compare.tcp import TcpFlow
+from ..compare.timers import Clock
+from ..net.flow_key import FlowKey, unmirrored_key
+from ..net.packet import Kind, Packet
+from ..offload import tcp as offload_tcp
+from ..offload import udp as offload_udp
+from ..offload.kernel_format import ConnState, direction, is_stream, known
+from .guest_opened import GuestOpened
+from .outbox import EngineOutbox, RuleCount
+
+__all__ = ["FlowTable", "RuleCount"]
+
+_TCP = Kind.TCP
+_TCP_CODEC, _UDP_CODEC = offload_tcp.TcpCodec(), offload_udp.UdpCodec()
+
+
+class FlowTable:
+    """All flows of one engine, TCP and others. `limit` bounds their number.
+
+    lookup(key): what the fast path knows of a flow that is not in the tables. restore(flow, words) lets a
+    new one go on from that. unmirror: see Engine. watched: what is kept of watched flows.
+    """
+
+    def __init__(
+        self, clock: Clock, host: FlowContext, outbox: EngineOutbox, watched: MonitorBudget, limits: Limits,
+        policy: Policy, *, lookup: Callable[[FlowKey], ConnState | None],
+        restore: Callable[[ComparedFlow, ConnState], None], unmirror: Callable[[bytes | None], None],
+    ) -> None:  # fmt: skip
+        self._clock, self._host, self._outbox = clock, host, outbox
+        self._watched, self._watched_host = watched, watched.host(host)
+        self._lookup, self._restore, self._tell_unmirrored = lookup, restore, unmirror
+        self._limits, self.limit = limits, limits.max_flows
+        self.tcp: dict[FlowKey, Comparer] = {}
+        self.datagram: dict[FlowKey, Comparer] = {}
+        self.policy, self._policy_epoch = policy, LONG_AGO
+        self.announce(policy)
+        # A heap with one entry per flow, lazy: an entry is a lower bound, the flow itself knows
+        # better.
+        self._ages: list[tuple[int, int, Comparer]] = []
+        self._serial = count()
+        self.openings = GuestOpened()
+
+    def __len__(self) -> int:
+        return len(self.tcp) + len(self.datagram)
+
+    def clear(self) -> None:
+        """Forget all of them."""
+        self.openings.clear()
+        self.tcp.clear()
+        self.datagram.clear()
+        self._ages.clear()
+
+    def announce(self, policy: Policy) -> None:
+        """Rules that will be in force soon are counted from now on."""
+        for v in policy.verdicts:
+            self._outbox.rules.setdefault(v.rule, RuleCount())
+
+    def enforce(self, policy: Policy, epoch: int) -> None:
+        """New rules begin with an epoch, when nothing waits. Each flow is judged when next seen."""
+        self.policy, self._policy_epoch = policy, epoch
+        self._tell_unmirrored(None)
+        for table in (self.tcp, self.datagram):
+            for flow in table.values():
+                flow.outdate(epoch)
+
+    def table(self, key: FlowKey) -> dict[FlowKey, Comparer]:
+        """Where the flow of a key that the fast path knows is."""
+        return self.tcp if is_stream(key) else self.datagram
+
+    def put(self, flow: Comparer) -> None:
+        """Put a flow that the fast path can have in the place of what stands for it: it comes or goes."""
+        table = self.table(flow.key)
+        found = table.get(flow.key)
+        if found is not None and (found.stands_for(flow) or flow.stands_for(found)):
+            table[flow.key] = flow  # else it has been evicted
+
+    def of(self, p: Packet, must: bool = True) -> Comparer | None:
+        """The frame's flow; None when the table is full."""
+        table = self.tcp if p.kind is _TCP else self.datagram
+        flow = table.get(p.key)
+        if flow is None:
+            return self.new(table, p, must)
+        if flow.epoch != self._clock.epoch:
+            flow = self.renew(table, flow, p)
+        flow.last = self._clock.now
+        return flow
+
+    def new(self, table: dict[FlowKey, Comparer], p: Packet, must: bool = True) -> Comparer | None:
+        if not self._room(must):
+            return None
+        words = self._lookup(p.key) if known(p.key) else None
+        if words is not None:
+            return self.revive(p.key, words)
+        flow = table[p.key] = self._make(p)
+        self._outbox.rules[flow.verdict.rule].flows += 1
+        self._born(flow)
+        if isinstance(flow, ComparedFlow):
+            self.openings.note(flow, self._clock.now)
+        return flow
+
+    def revive(self, key: FlowKey, words: ConnState) -> Comparer:
+        """A flow that the fast path knows, and the table no more."""
+        p = (_TCP_CODEC if is_stream(key) else _UDP_CODEC).probe(key, words)
+        table = self.table(key)
+        flow = table[key] = self._make(p, direction(words))
+        self._born(flow)
+        if not isinstance(flow, ComparedFlow):
+            return flow
+        self._restore(flow, words)
+        return flow if flow.epoch == self._clock.epoch else self.renew(table, flow, p)
+
+    def _make(self, p: Packet, direction: str = "") -> Comparer:
+        """What the policy wants for the flow of this frame."""
+        what = subject(p, direction)
+        verdict = self.policy.judge(what)
+        if verdict.action is Action.COMPARE:
+            return self._compared(self._host, p, verdict, what.direction)
+        if verdict.action is Action.DROP_SECONDARY:
+            self._unmirror(p)
+        args = self._outbox, p.key, self._clock.epoch, verdict, what.direction
+        if verdict.action is not Action.MIRROR_ONLY:
+            return BypassedFlow(*args)
+        watched = MonitoredFlow(*args, self._watched, self._host.timers)
+        host = replace(self._watched_host, outbox=watched.monitor())
+        watched.inner = self._compared(host, p, verdict, what.direction)
+        return watched
+
+    def _compared(
+        self, host: FlowContext, p: Packet, verdict: Verdict, direction: str
+    ) -> ComparedFlow:
+        if p.kind is _TCP:
+            return TcpFlow(host, p.key, self._clock.epoch, verdict, direction, _TCP_CODEC)
+        return DatagramFlow(host, p.key, self._clock.epoch, verdict, direction, _UDP_CODEC)
+
+    def _unmirror(self, p: Packet) -> None:
+        key = unmirrored_key(p.key, p.kind is _TCP)
+        if key is not None:
+            self._tell_unmirrored(key)
+
+    def renew(self, table: dict[FlowKey, Comparer], flow: Comparer, p: Packet) -> Comparer:
+        """The flow's first frame in this epoch, or since the fast path had it: new rules may have come."""
+        flow = flow.reclaim()
+        if flow.epoch == self._clock.epoch:
+            return flow
+        if flow.epoch < self._policy_epoch:
+            verdict = self.policy.judge(subject(p, flow.direction))
+            if verdict.action is not flow.verdict.action:
+                self._remove(flow)
+                fresh = table[p.key] = self._make(p, flow.direction)
+                self._outbox.rules[fresh.verdict.rule].flows += 1
+                self._born(fresh)
+                return fresh
+            if verdict.rule != flow.verdict.rule:
+                self._outbox.rules[verdict.rule].flows += 1
+            flow.judged(verdict)
+            if verdict.action is Action.DROP_SECONDARY:
+                self._unmirror(p)
+        flow.new_epoch(self._clock.epoch)
+        return flow
+
+    def _born(self, flow: Comparer) -> None:
+        flow.last = self._clock.now
+        when = self._clock.now + self._limits.flow_idle_ns // 5
+        heappush(self._ages, (when, next(self._serial), flow))
+
+    def _room(self, must: bool = True) -> bool:
+        """Make room for one flow: evict about the longest idle ones where nothing waits.
+        If that fails and the flow `must` be known, its frame will be dropped: ask."""
+        while len(self.tcp) + len(self.datagram) >= self.limit:
+            if not self._evict():
+                if must:
+                    self._outbox.count("flow_table_full_dropped")
+                    self._outbox.request(Cause.QUEUE_FULL, "flow table")
+                return False
+        return True
+
+    def _evict(self) -> bool:
+        ages, tries, found = self._ages, 64, False
+        busy: list[tuple[int, int, Comparer]] = []
+        while ages and not found:
+            entry = heappop(ages)[2]
+            flow = self._current(entry)
+            if flow is None:
+                continue
+            due = self._old_at(flow)
+            if not flow.quiet():
+                busy.append((due, next(self._serial), entry))
+            elif tries and ages and due > ages[0][0]:
+                tries -= 1  # its entry was out of date: another one is idle for longer
+                heappush(ages, (due, next(self._serial), entry))
+            else:
+                self._remove(flow)
+                self._outbox.count("flows_evicted")
+                found = True
+        for each in busy:
+            heappush(ages, each)
+        return found
+
+    def _current(self, flow: Comparer) -> Comparer | None:
+        """What stands in the tables for a flow; None: it is not in them any more."""
+        for table in (self.tcp, self.datagram):
+            found = table.get(flow.key)
+            if found is not None and found.stands_for(flow):
+                return found
+        return None
+
+    def _remove(self, flow: Comparer) -> None:
+        table = self.tcp if self.tcp.get(flow.key) is flow else self.datagram
+        del table[flow.key]
+        flow.removed()
+
+    def age(self, now_ns: int) -> None:
+        ages = self._ages
+        while ages and ages[0][0] <= now_ns:
+            entry = heappop(ages)[2]
+            flow = self._current(entry)
+            if flow is None:
+                continue
+            due = self._old_at(flow)
+            if due <= now_ns and flow.quiet():
+                self._remove(flow)
+                self._outbox.count("flows_aged")
+            else:
+                soon = now_ns + self._limits.expired_scan_cycle_ns
+                heappush(ages, (max(due, soon), next(self._serial), entry))
+
+    def _old_at(self, flow: Comparer) -> int:
+        idle = self._limits.flow_idle_ns
+        return flow.last + (idle // 5 if flow.closed() else idle)

@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Where the decisions of the flows go: out of the host, or to whoever makes checkpoints."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ..compare.causes import Cause
+from ..compare.flow import Partial, Source
+from ..compare.policy import Verdict
+from ..compare.timers import Clock
+from ..net.frame import NO_EVIDENCE, Evidence, Frame
+from .counters import COUNTERS
+from .journal import Divergence
+
+
+@dataclass(slots=True)
+class RuleCount:
+    """What one rule of the policy has done."""
+
+    flows: int = 0
+    uncompared: int = 0  # frames of the PVM
+    differences: int = 0
+
+
+class EngineOutbox:
+    """The outbox of all flows but those that are only watched (comparer.Reporter). For the
+    callables see Engine."""
+
+    def __init__(
+        self, clock: Clock, send: Callable[[Frame], None],
+        request_checkpoint: Callable[[Divergence], None], on_wait: Callable[[int], None],
+        on_divergence: Callable[[Divergence], None],
+    ) -> None:  # fmt: skip
+        self._clock, self._send, self._on_wait = clock, send, on_wait
+        self._request_checkpoint, self._on_divergence = request_checkpoint, on_divergence
+        self.counters: Counter[str] = Counter({name: 0 for name, _ in COUNTERS})
+        self.released = 0  # a counter that is hot
+        self.rules: dict[str, RuleCount] = {}
+        self.asked = False  # for a checkpoint, in this epoch
+        self.may_ask = True  # none is under way, and there are two guests
+        self._parts: dict[Partial, None] = {}  # a verified part of their head may leave
+
+    # -- for the flows
+
+    def release(self, rec: Frame) -> None:
+        """Let a frame leave, unless it has left already."""
+        self._on_wait(self._clock.now - rec.ts_ns)
+        if rec.sent:
+            return
+        if not rec.parts:
+            self.released += 1
+            self._send(rec)
+            return
+        for part in rec.parts:
+            if not part.sent:
+                self.released += 1
+                self._send(part)
+
+    def request(self, cause: Cause, flow: Source | str, evidence: Evidence = NO_EVIDENCE) -> None:
+        """Count a divergence; the first one of an epoch asks for a checkpoint."""
+        self.counters[f"cause_{cause}"] += 1
+        d = self._divergence(cause, flow, evidence, True)
+        if not self.asked and self.may_ask:
+            self.asked = True
+            self.counters["checkpoint_requests"] += 1
+            self._request_checkpoint(d)
+
+    def count(self, name: str, n: int = 1) -> None:
+        """Add to a counter of COUNTERS."""
+        self.counters[name] += n
+
+    def part_verified(self, flow: Partial) -> None:
+        """The flow's head is verified in part: take_parts() has it."""
+        self._parts[flow] = None
+
+    def uncompared(self, verdict: Verdict) -> None:
+        """A frame is about to leave that the policy does not hold."""
+        self.counters["uncompared"] += 1
+        self.rules[verdict.rule].uncompared += 1
+
+    def noticed(self, cause: Cause, flow: Source, evidence: Evidence) -> None:
+        """A difference in a flow that is only watched."""
+        self.counters["differences_monitored"] += 1
+        self._divergence(cause, flow, evidence, False)
+
+    def _divergence(
+        self, cause: Cause, flow: Source | str, evidence: Evidence, asked: bool
+    ) -> Divergence:
+        text, proto, port, rule = str(flow), "", 0, ""
+        if not isinstance(flow, str):
+            text, rule = flow.text(), flow.verdict.rule
+            proto, port = flow.service()
+            self.rules[rule].differences += 1
+        d = Divergence(self._clock.now, cause, text, proto, port, rule, evidence, asked)
+        self._on_divergence(d)
+        return d
+
+    # -- for the engine
+
+    def release_ahead(self, rec: Frame) -> None:
+        """Let a frame leave at once, to be compared behind (shadow mode)."""
+        if rec.sent:
+            return
+        for part in rec.parts or (rec,):
+            if not part.sent:
+                self.counters["released_in_shadow"] += 1
+                self.released += 1
+                self._send(part)
+                part.sent = True
+        rec.sent = True
+
+    def take_parts(self) -> dict[Partial, None]:
+        """Forget the flows of which a part is verified, and return them."""
+        parts, self._parts = self._parts, {}
+        return parts

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Frames, headers, sequence numbers, addresses: bytes only. Pure."""

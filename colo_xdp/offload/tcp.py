@@ -1,0 +1,212 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""TCP streams between the slow path (compare/tcp.py) and the fast path (bpf/offload/offload.h): sans-IO.
+
+A settled stream becomes the few words that the kernel goes on from; what the kernel had when
+a frame surprised it becomes a stream again: its buffer is what the SVM said and the PVM did not
+yet, or the PVM's frames that wait, built anew from the PVM's newest header.
+"""
+
+from __future__ import annotations
+
+import struct
+
+from .. import abi
+from ..compare.tcp import TcpFlow
+from ..compare.window import WindowState as Windows
+from ..net.flow_key import FlowKey
+from ..net.frame import Frame
+from ..net.packet import ACK, FIN, PSH, Packet, parse
+from ..net.segment import finish
+from ..net.seqnum import MASK, diff, later
+from ..net.tcp_headers import is_atomic, reserved
+from .kernel_format import ConnState, OffloadRequest, direction_number, known
+
+#: payload of one frame built from a buffer
+PIECE = 32 * 1024
+#: bytes of history that go with it: the PVM may be waiting for acks, and send again next
+HISTORY = 64 * 1024
+
+_MEMO = struct.Struct("=BBBxIIHH")  # flags, direction, scale, isn, origin, window of the SYN
+_NO_SCALE = 255
+_DEFAULT_MSS = 536  # RFC 9293 3.7.1
+
+
+def _plain(p: Packet) -> bool:
+    """A frame as the fast path takes them (is_plain() in bpf/offload/offload.h)."""
+    frame, l4 = p.frame, p.l4
+    size = p.off - l4
+    return (
+        p.flags & ~PSH == ACK
+        and not reserved(p)
+        and is_atomic(p)
+        and p.l3 == 14
+        and l4 == (34 if frame[14] >> 4 == 4 else 54)
+        and (size == 20 or (size == 32 and frame[l4 + 20 : l4 + 24] == b"\x01\x01\x08\x0a"))
+    )
+
+
+def _frame(
+    key: FlowKey, words: ConnState, seq: int, payload: bytes, flags: int
+) -> tuple[Frame, Packet]:
+    """A frame of the PVM as it might have come, under its newest header."""
+    mss = words.mss or _DEFAULT_MSS
+    gso = mss if len(payload) > mss else 0
+    head = bytearray(words.header or _header(key))
+    l4 = len(head) - 20 if not words.header else words.l4
+    struct.pack_into("!II", head, l4 + 4, seq, words.p_ack)
+    head[l4 + 13] = ACK | flags
+    struct.pack_into("!H", head, l4 + 14, words.p_win)
+    rec = Frame(finish(head, l4, payload), words.since_ns or words.seen_ns, gso, True)
+    return rec, parse(rec.frame)
+
+
+def _header(key: FlowKey) -> bytes:
+    """For bytes of the SVM when the PVM has sent nothing yet: only compared, never released."""
+    if len(key) == 12:
+        ip = b"\x08\x00\x45" + bytes(8) + b"\x06\0\0" + key[:8]
+    else:
+        ip = b"\x86\xdd\x60" + bytes(5) + b"\x06\x40" + key[:32]
+    return bytes(12) + ip + key[-4:] + bytes(8) + b"\x50" + bytes(7)
+
+
+class TcpCodec:
+    """offload_port.OffloadCodec of TCP streams."""
+
+    def ready(self, st: TcpFlow) -> bool:
+        """Whether the fast path could go on from here: established, and nothing waits but plain bytes."""
+        sent, theirs = st.sent, st.theirs
+        return (
+            not theirs.ooo and not (st.held and theirs.chunks)
+            and sent.base is not None and sent.base == sent.ver
+            and sent.committed_ack is not None and not sent.over()
+            and theirs.sfin is None and not theirs.srst
+            and (theirs.ssyn is None or theirs.ssyn.twin)
+            and not st.stuck and not st.asked and not st.unverifiable
+            and not st.marks.unfit and not theirs.surg
+            and st.windows.shrunk is None and known(st.key)
+        )  # fmt: skip
+
+    def young(self, st: TcpFlow) -> bool:
+        """Whether the handshake is all that has been: what comes next comes after a round trip."""
+        return st.sent.isn is not None and st.sent.base == (st.sent.isn + 1) & MASK
+
+    def said(self, st: TcpFlow) -> int:
+        """Bytes that the guest has said."""
+        return 0 if st.sent.base is None else diff(st.sent.base, st.sent.origin)
+
+    def waits_since(self, st: TcpFlow) -> int:
+        """Since when anything of a ready stream waits; 0: nothing does."""
+        return st.held[0][2] if st.held else st.svm_since()
+
+    def pack(self, st: TcpFlow, epoch: int) -> OffloadRequest | None:
+        """A ready stream for Fast.give(); None: not plain, or no window is known yet."""
+        assert st.sent.base is not None and st.sent.committed_ack is not None
+        s_ack = later(st.theirs.sack, st.sent.committed_ack)
+        w = st.windows.words(st.sent.committed_ack, s_ack)
+        if w is None:
+            return None
+        p_ack, p_win, nxt = st.sent.committed_ack, w.pvm, st.sent.base
+        parts: list[bytes] = []
+        header, l4, size, ahead, mss = b"", 0, 0, abi.SIDE_PVM, 0
+        for rec, p, _ in st.held:
+            if not _plain(p) or (l4 and p.off - p.l4 != size):
+                return None
+            known = diff(nxt, p.seq)  # sent again while it waited: once is enough
+            if not 0 <= known <= diff(nxt, st.sent.base):
+                return None
+            fresh = p.frame[p.off + known : p.end]
+            parts.append(fresh)
+            nxt = (nxt + len(fresh)) & MASK
+            l4, size = p.l4, p.off - p.l4
+            if diff(p.ack, p_ack) >= 0:
+                p_ack, p_win, header = p.ack, p.window, p.frame[: p.off]
+            mss = max(mss, rec.gso_size or p.end - p.off)
+        if st.held and not header:
+            return None
+        for frame, off, end, _ in st.theirs.chunks:
+            parts.append(frame[off:end])
+            nxt = (nxt + end - off) & MASK
+            ahead = abi.SIDE_SVM
+        past = min(st.sent.hist.size, HISTORY)
+        buffer = st.sent.hist.back(past, past) + b"".join(parts)
+        if len(buffer) > abi.BUFFER // 2:
+            return None
+        scale, pending = _NO_SCALE if w.scale is None else w.scale, diff(p_ack, s_ack) > 0
+        memo = _MEMO.pack(
+            st.sent.isn is not None,
+            direction_number(st.direction),
+            scale,
+            st.sent.isn or 0,
+            st.sent.origin,
+            w.syn,
+            0,
+        )
+        return OffloadRequest(
+            abi.GIVE.pack(
+                epoch, st.sent.base, p_ack, s_ack, st.sent.committed_ack, p_win, w.svm, w.told, mss,
+                nxt, (st.sent.base - past) & MASK, ahead, pending, l4, size, header, memo,
+            ),
+            buffer,
+            pending,
+            self.waits_since(st),
+        )  # fmt: skip
+
+    def given(self, st: TcpFlow) -> None:
+        """The fast path has the stream, and what waited in it."""
+        st.unhold()
+        st.host.ledger.discharge_svm(len(st.theirs.chunks))
+        st.theirs.chunks.clear()
+
+    def recall(self, st: TcpFlow, words: ConnState, now_ns: int) -> None:
+        """Let an empty or given stream go on from what the kernel had."""
+        has_isn, _, scale, isn, origin, syn, _ = _MEMO.unpack_from(words.memo)
+        st.sent.isn, st.sent.origin = (isn if has_isn else None), origin
+        st.epoch = words.epoch
+        known = 0 if st.sent.ver is None else (st.sent.ver - words.rel + len(words.history)) & MASK
+        if known > len(words.history):
+            st.sent.hist.clear()  # there is a hole between what is in it and what the fast path has kept
+            known = 0
+        st.sent.hist.add(words.history[known:])
+        st.host.histories.charge(st.sent.hist)
+        st.sent.base = st.sent.ver = st.theirs.send = words.rel
+        st.sent.committed_ack, st.theirs.sack = words.adv_ack, words.s_ack
+        ack = None
+        if words.header:
+            ack = _frame(st.key, words, words.rel, b"", 0)
+        st.windows.resume(
+            Windows(
+                None if scale == _NO_SCALE else scale, syn, words.p_win, words.s_win, words.adv_win
+            ),
+            (words.p_ack, words.s_ack, words.adv_ack),
+            ack if words.adv_win < words.p_win else None,
+        )
+        host = st.host
+        since = words.since_ns or now_ns
+        waits = words.fin if words.fin is not None and diff(words.fin, words.rel) >= 0 else None
+        if words.fin is not None and waits is None:
+            st.sent.fin_done = words.fin
+        if waits is not None and not words.pvm_ahead:
+            st.theirs.sfin, st.theirs.sfin_at = waits, since
+        if words.buffer and not words.pvm_ahead:
+            for at in range(0, len(words.buffer), PIECE):
+                piece = words.buffer[at : at + PIECE]
+                rec, p = _frame(st.key, words, (words.rel + at) & MASK, piece, 0)
+                st.theirs.chunks.append((rec.frame, p.off, p.end, since))
+                host.ledger.charge_svm()
+            st.theirs.send = (words.rel + len(words.buffer)) & MASK
+        elif words.buffer:
+            for at in range(0, len(words.buffer), PIECE):
+                piece = words.buffer[at : at + PIECE]
+                last = at + PIECE >= len(words.buffer)
+                flags = PSH | FIN if last and waits is not None else PSH
+                st.hold(*_frame(st.key, words, (words.rel + at) & MASK, piece, flags), since)
+        elif waits is not None and words.pvm_ahead:
+            st.hold(*_frame(st.key, words, waits, b"", FIN), since)
+        if words.pending and not (words.pvm_ahead and st.held) and ack is not None:
+            st.hold(*ack, since)
+        if (st.held or st.theirs.chunks or st.theirs.sfin is not None) and not st.when:
+            host.timers.arm(st, since + host.timeout_ns)
+
+    def probe(self, key: FlowKey, words: ConnState) -> Packet:
+        """A frame of the connection, for the policy to judge."""
+        return _frame(key, words, words.rel, b"", 0)[1]

@@ -1,0 +1,242 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Sockets of the heartbeats beside the control channel (peer/heartbeat.py says what they carry).
+
+*The peer link*: Ethernet frames of type 0x88B5 (IEEE 802, local experimental) to a group address.
+No address has to be configured, no firewall of the IP layers is in the way, and a link whose
+addresses were taken away still carries them. They have no 802.1ad tag, so the programs on the
+link let them pass.
+
+*Further paths*: UDP between two addresses each ([peer] heartbeat_paths). A connected socket: the
+kernel takes nothing from other addresses, and tells of a host that refuses.
+
+Nothing here waits: sockets do not block, what cannot be sent is counted and told once, a socket
+whose device or address has gone is made anew with the next beacon. At most BUDGET datagrams of a
+path are looked at between two beacons, so that a flood costs the path and nothing else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import socket
+import struct
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+from .. import validate
+from ..config.file import Config
+from ..failover.lease import boot_ns
+from .heartbeat import REFUSALS, SIZE, Flag, Heartbeat, HeartbeatSession
+
+log = logging.getLogger("colo_xdp.peer.heartbeat_links")
+
+ETHERTYPE = 0x88B5
+GROUP = bytes.fromhex("034358420000")  # locally administered, group
+LINK = "peer link"
+BUDGET = 64
+_SOL_PACKET, _ADD_MEMBERSHIP, _MR_MULTICAST = 263, 1, 0  # linux/if_packet.h
+#: the socket may work again by itself
+_PASSING = {
+    errno.EAGAIN, errno.ENOBUFS, errno.ECONNREFUSED, errno.EHOSTUNREACH, errno.ENETUNREACH,
+    errno.ENETDOWN, errno.EPERM,
+}  # fmt: skip
+
+
+class _Transport(ABC):
+    """One path's socket."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.sock: socket.socket | None = None
+        self.trouble = ""
+        self.refused = False  # nobody listens there: told with a delay, so only a beacon ends it
+        self.reading = False
+        self.left = BUDGET
+
+    @abstractmethod
+    def open(self) -> socket.socket:
+        """A socket that does not block. Raises OSError."""
+
+    def to(self) -> Any:
+        """Where to send; None: the socket knows."""
+        return None
+
+    def stale(self) -> bool:
+        """Whether the socket will never hear anything again, and the kernel does not tell."""
+        return False
+
+
+class _Link(_Transport):
+    def __init__(self, device: str) -> None:
+        super().__init__(LINK)
+        self.device = device
+
+    def open(self) -> socket.socket:
+        s = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK, 0)
+        try:
+            s.bind((self.device, ETHERTYPE))
+            index = socket.if_nametoindex(self.device)
+            member = struct.pack("=iHH8s", index, _MR_MULTICAST, len(GROUP), GROUP)
+            s.setsockopt(_SOL_PACKET, _ADD_MEMBERSHIP, member)
+        except OSError:
+            s.close()
+            raise
+        return s
+
+    def to(self) -> Any:
+        return (self.device, ETHERTYPE, 0, 0, GROUP)
+
+    def stale(self) -> bool:
+        # A device that was deleted, or left the namespace, takes the binding with it, also when it
+        # is made again under its name or comes back with its ifindex.
+        try:
+            return self.sock is not None and self.sock.getsockname()[0] != self.device
+        except OSError:
+            return True
+
+
+class _Udp(_Transport):
+    def __init__(self, text: str) -> None:
+        ends = validate.path_ends(text)
+        assert ends is not None, text  # the configuration was checked
+        self.local, self.remote = ends
+        super().__init__(f"{self.remote[0]}:{self.remote[1]}")
+
+    def open(self) -> socket.socket:
+        family = socket.AF_INET if self.remote[0].version == 4 else socket.AF_INET6
+        s = socket.socket(family, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
+        try:
+            s.bind((str(self.local[0]), self.local[1]))
+            s.connect((str(self.remote[0]), self.remote[1]))
+        except OSError:
+            s.close()
+            raise
+        return s
+
+
+def ways(config: Config) -> list[_Transport]:
+    """The paths of a configuration, in the order of the status."""
+    out: list[_Transport] = [_Link(config.network.peer_link)] if config.peer.link_heartbeats else []
+    return out + [_Udp(text) for text in config.peer.heartbeat_paths]
+
+
+class HeartbeatLinks:
+    """All paths of one controller. `on_word` runs in the event loop and must not block."""
+
+    def __init__(self, config: Config, on_word: Callable[[Heartbeat], None]) -> None:
+        self._ways = ways(config)
+        self._on_word = on_word
+        self.core = HeartbeatSession(config.pair, config.role, [w.name for w in self._ways])
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    def start(self) -> None:
+        """Begin to listen."""
+        self._loop = asyncio.get_running_loop()
+        for i in range(len(self._ways)):
+            self._ready(i)
+
+    def send(self, flags: Flag, lag_ms: int, epoch: int) -> None:
+        """A beacon over each path."""
+        if self._loop is None:
+            return
+        self.core.round()
+        for i, w in enumerate(self._ways):
+            w.left = BUDGET
+            if not self._ready(i):
+                continue
+            data = self.core.make(i, boot_ns(), flags, lag_ms, epoch)
+            if not data or w.sock is None:
+                continue
+            try:
+                where = w.to()
+                w.sock.send(data) if where is None else w.sock.sendto(data, where)
+                if not w.refused:
+                    self._say(w, "")
+            except OSError as e:
+                self._failed(w, e)
+
+    def _ready(self, i: int) -> bool:
+        """Whether the path has a socket that is listened to."""
+        w, loop = self._ways[i], self._loop
+        assert loop is not None
+        if w.stale():
+            self._close(w)
+        if w.sock is None:
+            try:
+                w.sock = w.open()
+            except OSError as e:
+                self._say(w, str(e))
+                return False
+        if not w.reading:
+            loop.add_reader(w.sock.fileno(), self._read, i)
+            w.reading = True
+        return True
+
+    def _read(self, i: int) -> None:
+        w = self._ways[i]
+        while w.sock is not None:
+            if w.left <= 0:
+                self._pause(w)
+                return
+            w.left -= 1
+            try:
+                data = w.sock.recv(SIZE + 1)
+            except OSError as e:
+                if e.errno != errno.EAGAIN:
+                    self._failed(w, e)
+                return
+            word = self.core.hear(i, data, boot_ns())
+            if word is not None:
+                w.refused = False
+                self._say(w, "")
+                self._on_word(word)
+
+    def _pause(self, w: _Transport) -> None:
+        if w.reading and w.sock is not None and self._loop is not None:
+            self._loop.remove_reader(w.sock.fileno())
+        w.reading = False
+
+    def _failed(self, w: _Transport, e: OSError) -> None:
+        if e.errno != errno.EAGAIN:
+            w.refused = e.errno == errno.ECONNREFUSED
+            self._say(w, e.strerror or str(e))
+        if e.errno not in _PASSING:
+            self._close(w)
+
+    def _close(self, w: _Transport) -> None:
+        self._pause(w)
+        if w.sock is not None:
+            w.sock.close()
+        w.sock = None
+
+    def _say(self, w: _Transport, trouble: str) -> None:
+        if trouble != w.trouble:
+            w.trouble = trouble
+            log.warning("heartbeats over %s: %s", w.name, trouble or "they go on")
+
+    def status(self) -> list[dict[str, Any]]:
+        """For the status document."""
+        now, out = boot_ns(), []
+        for i, (w, p) in enumerate(zip(self._ways, self.core.paths, strict=True)):
+            silent, unheard = self.core.silent_ms(i, now), self.core.unheard_ms(i, now)
+            out.append(
+                {
+                    "name": w.name,
+                    "silent_ms": None if silent == float("inf") else silent,
+                    "unheard_ms": None if unheard == float("inf") else unheard,
+                    "rtt_us": p.rtt_ns / 1000,
+                    "sent": p.sent,
+                    "received": p.received,
+                    "refused": {r: p.refused[r] for r in REFUSALS},
+                    "trouble": w.trouble,
+                }
+            )
+        return out
+
+    def close(self) -> None:
+        """No more."""
+        for w in self._ways:
+            self._close(w)
+        self._loop = None

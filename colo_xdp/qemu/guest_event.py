@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What QEMU's events say of its guest's life, apart from STOP and RESUME. Pure.
+
+Names, reasons and actions: qapi/run-state.json (SHUTDOWN, RESET, POWERDOWN, GUEST_PANICKED,
+GUEST_CRASHLOADED, ShutdownCause, GuestPanicAction) and qapi/block-core.json (BLOCK_IO_ERROR) of
+QEMU.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum, auto
+
+from .event import QmpEvent
+
+
+class Fate(Enum):
+    """What becomes of this guest."""
+
+    OFF = auto()  # it has ended by its own will: nobody is to go on
+    DEAD = auto()  # it goes on no more; the other one may
+    ENDED = auto()  # its QEMU is being ended from outside: a death, as by kill
+    CHANGED = auto()  # it goes on as something that its copy is not
+    HALTED = auto()  # it is going to stand still until something on its host is repaired
+
+
+@dataclass(frozen=True, slots=True)
+class News:
+    """The fate, and the sentence that says why."""
+
+    fate: Fate
+    why: str
+
+
+_BY_GUEST = {
+    "guest-shutdown": "the guest has shut itself down",
+    "guest-reset": "the guest has rebooted, which ends a QEMU with -no-reboot",
+}
+_BY_HOST = {
+    "host-qmp-quit": "QEMU was told to end (`quit` over QMP)",
+    "host-qmp-system-reset": "system_reset, which ends a QEMU with -no-reboot",
+    "host-signal": "QEMU was ended by a signal",
+    "host-ui": "QEMU's window was closed",
+    "host-error": "QEMU ends because of an error on its host",
+}
+
+#: run states of a QEMU that stands still: who is not named here has been stopped by a person
+STANDS_STILL = {
+    "io-error": Fate.HALTED,
+    "internal-error": Fate.DEAD,
+    "guest-panicked": Fate.DEAD,
+    "shutdown": Fate.OFF,
+}
+
+
+def news(event: QmpEvent, who: str) -> News | None:
+    """What an event says of the guest `who` ("PVM", "SVM"); None: nothing of this kind."""
+    reason, by_guest = str(event.data.get("reason", "")), event.data.get("guest") is True
+    action = str(event.data.get("action", ""))
+    if event.name == "SHUTDOWN":
+        if reason == "guest-panic":
+            return News(Fate.DEAD, f"the {who} has panicked")
+        if by_guest:
+            return News(Fate.OFF, _BY_GUEST.get(reason, f"the guest has ended itself ({reason})"))
+        return News(Fate.ENDED, _BY_HOST.get(reason, f"QEMU ends ({reason or 'no reason given'})"))
+    if event.name == "RESET":
+        by = "by itself" if by_guest else "from outside"
+        return News(Fate.CHANGED, f"the {who} was reset {by} ({reason or 'no reason given'})")
+    if event.name == "POWERDOWN":
+        return News(Fate.CHANGED, f"the {who}'s power button was pressed (system_powerdown)")
+    if event.name in ("GUEST_PANICKED", "GUEST_CRASHLOADED"):
+        if action == "pause" and who == "SVM":
+            return None  # STOP follows: a checkpoint makes it a copy again
+        fate = Fate.CHANGED if action == "run" else Fate.DEAD
+        return News(fate, f"the {who} has panicked (action {action or 'unknown'})")
+    if event.name == "BLOCK_IO_ERROR" and action == "stop":
+        return News(Fate.HALTED, f"the {who} stops on an I/O error of {_disk(event)}")
+    return None
+
+
+def _disk(event: QmpEvent) -> str:
+    d = event.data
+    name = d.get("device") or d.get("node-name") or d.get("qom-path") or "a disk without a name"
+    what = f"disk {name} ({d.get('operation', 'unknown operation')}"
+    if d.get("nospace") is True:
+        return f"{what}: no space left)"
+    return f"{what}: {d['reason']})" if d.get("reason") else f"{what})"

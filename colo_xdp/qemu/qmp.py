@@ -1,0 +1,312 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Drives one QEMU over QMP: the only module that imports qemu.qmp.
+
+COLO needs no filter object and no patch: capabilities, `migrate`, and
+`x-checkpoint-delay` set once more to ask for a checkpoint (its setter raises
+the checkpoint event at once while in COLO state: migration/colo.c). STOP and
+RESUME mark a checkpoint; their timestamps, not the time they are read, are
+what packets are sorted by.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from qemu.qmp import QMPClient
+from qemu.qmp.error import QMPError
+from qemu.qmp.events import EventListener
+from qemu.qmp.protocol import Runstate
+from qemu.qmp.qmp_client import ExecuteError
+
+from .event import QmpEvent, read
+from .nic import at_tap
+
+log = logging.getLogger("colo_xdp.qemu.qmp")
+
+#: x-checkpoint-delay: an hour, so that checkpoints happen on request only.
+IDLE_DELAY_MS = 3_600_000
+MAX_BANDWIDTH = 8 << 30
+
+#: what a guest may hand over for others to do and that is not carried everywhere (bpf/lib/gso.h):
+#: properties of virtio-net devices
+HOST_OFFLOADS = ("host_tunnel", "host_tunnel_csum", "host_ufo", "host_uso")
+
+
+class QmpError(RuntimeError):
+    """A QMP command failed, timed out or could not be sent; names the command and the QEMU."""
+
+
+class QmpTimeout(QmpError):
+    """No answer within the deadline: QEMU's main loop may hang."""
+
+
+@dataclass(frozen=True, slots=True)
+class QemuInfo:
+    """What a QEMU says of itself."""
+
+    version: tuple[int, int, int]
+    kvm: bool
+    status: str
+    machine: str = ""  # its type, such as pc-i440fx-7.2-machine
+    offers: frozenset[str] = frozenset()  # of HOST_OFFLOADS, those that a network card offers
+
+
+def realtime_offset_ns() -> int:
+    """CLOCK_REALTIME - CLOCK_MONOTONIC now: the tightest of five readings."""
+    best, width = 0, 1 << 62
+    for _ in range(5):
+        a = time.monotonic_ns()
+        r = time.time_ns()
+        b = time.monotonic_ns()
+        if b - a < width:
+            best, width = r - (a + b) // 2, b - a
+    return best
+
+
+def refusal(info: QemuInfo) -> str | None:
+    """Why this QEMU cannot do COLO, or None."""
+    major, minor, micro = info.version
+    if (major, minor) == (10, 0) and micro < 13:
+        return (
+            f"QEMU {major}.{minor}.{micro} cannot enter COLO (it ends in `completed`): "
+            "use 7.2, 10.0.13 or newer"
+        )
+    if major < 7:
+        return f"QEMU {major}.{minor}.{micro} is older than any that was tried (7.2)"
+    if major < 11 and info.machine.startswith("pc-q35"):
+        return (
+            f"machine {info.machine.removesuffix('-machine')}: before QEMU 11 (this is "
+            f"{major}.{minor}.{micro}) the secondary's QEMU aborts at its first checkpoint with "
+            "q35: use machine `pc`, or QEMU 11"
+        )
+    return None
+
+
+class Qmp:
+    """A connection to one QEMU. Every command has a deadline."""
+
+    def __init__(
+        self,
+        path: str,
+        name: str,
+        timeout: float,
+        on_event: Callable[[QmpEvent], None],
+        on_close: Callable[[str], None],
+    ) -> None:
+        self.path, self.name, self.timeout = path, name, timeout
+        self._on_event, self._on_close = on_event, on_close
+        self._client: QMPClient | None = None
+        self._watch: asyncio.Task[None] | None = None
+
+    @property
+    def connected(self) -> bool:
+        return self._client is not None and self._client.runstate is Runstate.RUNNING
+
+    async def connect(self) -> QemuInfo:
+        """Connect and ask who it is.
+
+        Raises QmpError when nobody answers at the path within the deadline.
+        """
+        await self.open()
+        return await self.info()
+
+    async def open(self) -> None:
+        """Connect.
+
+        Raises QmpError when nobody answers at the path within the deadline.
+        """
+        client = QMPClient(self.name)
+        client.logger.setLevel(logging.CRITICAL)  # it logs what we report ourselves
+        listener = EventListener(event_filter=self._dispatch)
+        client.register_listener(listener)
+        try:
+            async with asyncio.timeout(self.timeout):
+                await client.connect(self.path)
+        except (OSError, QMPError, TimeoutError) as e:
+            raise QmpError(
+                f"{self.name}: no QMP at {self.path}: {str(e) or type(e).__name__}"
+            ) from e
+        self._client = client
+        self._watch = asyncio.create_task(self._watch_close(client))
+
+    def _dispatch(self, msg: Any) -> bool:
+        """Called in the order of the wire, before any later reply is. Keeps nothing queued."""
+        event = read(msg, realtime_offset_ns(), time.monotonic_ns())
+        if event is None:
+            log.warning("%s: an event without a name: %.200s", self.name, msg)
+        else:
+            self._on_event(event)
+        return False
+
+    async def _watch_close(self, client: QMPClient) -> None:
+        while client.runstate is Runstate.RUNNING:
+            await client.runstate_changed()
+        reason = "closed"
+        try:
+            await client.disconnect()
+        except (EOFError, OSError, QMPError) as e:
+            reason = str(e) or type(e).__name__
+        if self._client is client:
+            self._client = None
+            self._on_close(f"{self.name}: QMP connection lost ({reason})")
+
+    async def execute(
+        self,
+        command: str,
+        args: dict[str, Any] | None = None,
+        timeout: float | None = None,
+        *,
+        oob: bool = False,
+    ) -> Any:
+        """One command; `oob`: out of band, past a main loop that hangs (qmp-spec, 2.3.1).
+
+        Raises QmpError on QEMU's error, on the deadline, or when not connected.
+        """
+        client = self._client
+        if client is None:
+            raise QmpError(f"{self.name}: {command}: not connected")
+        try:
+            # Not wait_for(): that of Python 3.11 forgets a cancellation that meets its result.
+            async with asyncio.timeout(timeout or self.timeout):
+                return await client.execute(command, args, oob=oob)
+        except ExecuteError as e:
+            raise QmpError(f"{self.name}: {command}: {e.error_class}: {e}") from e
+        except TimeoutError as e:
+            raise QmpTimeout(f"{self.name}: {command}: no answer in time") from e
+        except (OSError, QMPError, EOFError) as e:
+            raise QmpError(f"{self.name}: {command}: {str(e) or type(e).__name__}") from e
+
+    async def info(self) -> QemuInfo:
+        """Version, accelerator and run state."""
+        v = (await self.execute("query-version"))["qemu"]
+        kvm = (await self.execute("query-kvm"))["enabled"]
+        status = (await self.execute("query-status"))["status"]
+        machine = await self.execute("qom-get", {"path": "/machine", "property": "type"})
+        return QemuInfo((v["major"], v["minor"], v["micro"]), kvm, status, str(machine))
+
+    async def offers(self) -> frozenset[str]:
+        """Which of HOST_OFFLOADS the guest's virtio-net devices offer it."""
+        found = set()
+        for place in ("/machine/peripheral", "/machine/peripheral-anon"):
+            for child in await self.execute("qom-list", {"path": place}):
+                if not child["type"].startswith("child<virtio-net"):
+                    continue
+                path = f"{place}/{child['name']}"
+                known = {p["name"] for p in await self.execute("qom-list", {"path": path})}
+                for name in known.intersection(HOST_OFFLOADS):
+                    if await self.execute("qom-get", {"path": path, "property": name}):
+                        found.add(name)
+        return frozenset(found)
+
+    async def status(self, timeout: float | None = None) -> str:
+        """Run state (`running`, `colo`, `inmigrate`, ...)."""
+        return str((await self.execute("query-status", timeout=timeout))["status"])
+
+    async def migration_status(self, timeout: float | None = None) -> str:
+        """State of the migration (`colo` while in COLO), empty when there was none."""
+        return str((await self.execute("query-migrate", timeout=timeout)).get("status", ""))
+
+    async def guest_macs(self, tap: str) -> list[str]:
+        """MAC addresses of the guest's card at this tap: the first one, then those that its driver
+        asks for besides.
+
+        Raises QmpError, or NicError when it cannot be told which card that is.
+        """
+        text = await self.execute("human-monitor-command", {"command-line": "info network"})
+        card = at_tap(str(text), tap)
+        try:  # also what the guest has set itself
+            seen = (await self.execute("query-rx-filter", {"name": card.name}))[0]
+            return [str(seen["main-mac"]), *map(str, seen["unicast-table"])]
+        except (QmpError, LookupError):  # a model that has no such filter
+            return [card.mac]
+
+    async def prepare(self, *, primary: bool) -> None:
+        """Capabilities and parameters that COLO needs, on either side; what another tool has left
+        on is turned off: with return-path before 11, or pause-before-switchover, the PVM would
+        stay stopped, and with others the entry would fail."""
+        wanted = {"x-colo", "events"}
+        have = await self.execute("query-migrate-capabilities")
+        known = {str(c["capability"]): c["state"] is True for c in have}
+        if "x-colo" not in known:
+            raise QmpError(f"{self.name}: this QEMU is built without COLO (no capability x-colo)")
+        info = await self.info()
+        if info.version >= (11, 0, 0):
+            wanted.add("return-path")  # 11 refuses x-colo without it
+        change = {c: False for c, on in known.items() if on and c not in wanted}
+        if change:
+            log.warning("%s: left on by another tool, turned off: %s", self.name, ", ".join(change))
+        change |= dict.fromkeys(sorted(wanted), True)
+        await self.execute(
+            "migrate-set-capabilities",
+            {"capabilities": [{"capability": c, "state": on} for c, on in change.items()]},
+        )
+        if primary:
+            await self.execute(
+                "migrate-set-parameters",
+                {"x-checkpoint-delay": IDLE_DELAY_MS, "max-bandwidth": MAX_BANDWIDTH},
+            )
+            if not info.kvm and info.version < (11, 0, 0):
+                # QEMU before 11 under TCG misses writes to pages that are dirty-logged while
+                # translated code runs (FACTS: needs the guest stopped for the first copy).
+                await self.execute("stop")
+        else:
+            # Announcements belong to the controller: a RARP too early would move the switch.
+            await self.execute("migrate-set-parameters", {"announce-rounds": 0})
+
+    async def migrate(self, uri: str) -> None:
+        """Start the initial synchronisation; completion is the RESUME event."""
+        await self.execute("migrate", {"uri": uri})
+
+    async def trigger_checkpoint(self) -> None:
+        """Ask the PVM's QEMU for a checkpoint now."""
+        await self.execute("migrate-set-parameters", {"x-checkpoint-delay": IDLE_DELAY_MS})
+
+    async def lost_heartbeat(self, timeout: float | None = None) -> None:
+        """Tell QEMU that its COLO peer is gone: it goes on alone."""
+        await self.execute("x-colo-lost-heartbeat", timeout=timeout)
+
+    async def yank(self, timeout: float | None = None) -> None:
+        """Cut QEMU's migration channel, out of band: a main loop that waits for it goes on.
+
+        A secondary that loads a checkpoint holds QEMU's big lock while it reads from the channel
+        (colo_incoming_process_checkpoint() in migration/colo.c), so a primary that hangs there
+        hangs the secondary's QMP too.
+        """
+        await self.execute("yank", {"instances": [{"type": "migration"}]}, timeout, oob=True)
+
+    async def quit(self) -> None:
+        """End QEMU; its guest is worthless."""
+        await self.execute("quit")
+
+    async def close(self) -> None:
+        """Disconnect without calling on_close."""
+        client, self._client = self._client, None
+        if client is not None:
+            try:
+                await asyncio.wait_for(client.disconnect(), 2)
+            except (EOFError, OSError, QMPError, TimeoutError) as e:
+                log.debug("%s: disconnect: %s", self.name, e)
+        if self._watch is not None:
+            self._watch.cancel()
+
+
+def probe(path: str, timeout: float) -> tuple[QemuInfo, Any]:
+    """Connect, ask, disconnect (for `doctor`): who it is, and its `query-block`.
+
+    Raises QmpError.
+    """
+
+    async def ask() -> tuple[QemuInfo, Any]:
+        q = Qmp(path, "qemu", timeout, lambda e: None, lambda why: None)
+        try:
+            info = await q.connect()
+            return replace(info, offers=await q.offers()), await q.execute("query-block")
+        finally:
+            await q.close()
+
+    return asyncio.run(ask())

@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The control socket: one JSON object per line, a request and its answer.
+
+{"command": "status", "args": {}}  ->  {"ok": true, "result": {...}}
+                                       {"ok": false, "error": "..."}
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import socket
+from collections.abc import Awaitable, Callable
+from enum import StrEnum
+from typing import Any
+
+MAX_MESSAGE = 1 << 20
+READ_TIMEOUT_S = 5.0
+
+
+class Command(StrEnum):
+    """What can be asked."""
+
+    STATUS = "status"
+    MODE = "mode"
+    FAILOVER = "failover"
+    STAND_DOWN = "demote"
+    CHECKPOINT = "checkpoint"
+    REPROTECT = "reprotect"
+    RELOAD = "reload"
+    EXPLAIN = "explain"
+    CAPTURE = "capture"
+
+
+Handler = Callable[[str, dict[str, Any]], Awaitable[dict[str, Any]]]
+
+
+class ControlError(RuntimeError):
+    """A request was refused, or the socket cannot be served; the text is for people."""
+
+
+class NotRunning(ControlError):
+    """Nobody answers on the socket."""
+
+
+def _answers(path: str) -> bool:
+    with socket.socket(socket.AF_UNIX) as s:
+        s.settimeout(1)
+        try:
+            s.connect(path)
+        except OSError:
+            return False
+        return True
+
+
+class ControlServer:
+    """Serves a handler on a unix socket, mode 0660: root and the socket's group."""
+
+    def __init__(self, path: str, handler: Handler) -> None:
+        self.path, self._handler = path, handler
+        self._server: asyncio.Server | None = None
+
+    async def start(self) -> None:
+        """Begin to serve.
+
+        Raises ControlError when another controller answers there, OSError when the
+        socket cannot be made.
+        """
+        if os.path.exists(self.path):
+            if _answers(self.path):
+                raise ControlError(f"{self.path} is already served: another controller runs")
+            os.unlink(self.path)
+        old = os.umask(0o117)
+        try:
+            self._server = await asyncio.start_unix_server(
+                self._serve, self.path, limit=MAX_MESSAGE
+            )
+        finally:
+            os.umask(old)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            answer = await self._answer(reader)
+            writer.write(json.dumps(answer).encode() + b"\n")
+            await asyncio.wait_for(writer.drain(), READ_TIMEOUT_S)
+        except (OSError, TimeoutError):
+            pass  # the client has gone; nothing was promised to it
+        finally:
+            writer.close()
+
+    async def _answer(self, reader: asyncio.StreamReader) -> dict[str, Any]:
+        try:
+            line = await asyncio.wait_for(reader.readline(), READ_TIMEOUT_S)
+            request = json.loads(line)
+        except TimeoutError:
+            return {"ok": False, "error": "no request in time"}
+        except (ValueError, RecursionError) as e:
+            return {"ok": False, "error": f"not a request: {e}"}
+        if not isinstance(request, dict):
+            return {"ok": False, "error": "not a request: an object is needed"}
+        command, args = request.get("command"), request.get("args", {})
+        if not isinstance(command, str) or not isinstance(args, dict):
+            return {"ok": False, "error": "a request has a command (text) and args (an object)"}
+        try:
+            return {"ok": True, "result": await self._handler(command, args)}
+        except ValueError as e:
+            return {"ok": False, "error": str(e)}
+
+    async def close(self) -> None:
+        """Stop serving and remove the socket."""
+        if self._server is not None:
+            self._server.close()
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self.path)
+
+
+def request(
+    path: str, command: str, args: dict[str, Any] | None = None, timeout: float = 60.0
+) -> dict[str, Any]:
+    """One request, synchronously.
+
+    Raises NotRunning when nobody answers, ControlError with the controller's words otherwise.
+    """
+    with socket.socket(socket.AF_UNIX) as s:
+        s.settimeout(timeout)
+        try:
+            s.connect(path)
+        except OSError as e:
+            raise NotRunning(f"no controller answers at {path}: {e.strerror or e}") from e
+        try:
+            s.sendall(json.dumps({"command": command, "args": args or {}}).encode() + b"\n")
+            with s.makefile("rb") as f:
+                line = f.readline(16 * MAX_MESSAGE)
+        except TimeoutError as e:
+            raise ControlError(f"{command}: no answer within {timeout:g} s") from e
+        except OSError as e:
+            raise NotRunning(f"{path}: {e}") from e
+    try:
+        answer = json.loads(line)
+        if answer["ok"]:
+            result: dict[str, Any] = answer["result"]
+            return result
+        error = str(answer["error"])
+    except (ValueError, KeyError, TypeError) as e:
+        raise NotRunning(f"{path}: the controller went away before it answered") from e
+    raise ControlError(error)

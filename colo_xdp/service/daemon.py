@@ -1,0 +1,206 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""One controller process: wiring, signals, systemd, control socket, metrics.
+
+Stopping it leaves the data path as it is, pinned: the guests go on, and the
+next controller takes over. `colo-xdp cleanup` is what removes it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import logging
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from .. import user_command
+from ..config.file import Config
+from ..controller.controller import Controller
+from ..controller.primary import Primary
+from ..controller.secondary import Secondary
+from ..datapath import loader
+from ..datapath.attach import AttachError, NoSuchDevice, Taken
+from ..datapath.datapath import DataPath, DataPathError, DeviceMissing
+from ..datapath.loader import LoadError, Refused
+from ..peer.channel import PeerError
+from ..status import builder
+from ..status.metrics import start as start_metrics
+from ..tools.preflight import AlreadyRuns, Refusal, claim
+from .control_socket import Command, ControlError, ControlServer
+from .start_limit import Starts
+from .systemd import Notifier
+from .waiting import wait_for
+
+log = logging.getLogger("colo_xdp")
+
+FAILED, REFUSED = 1, 2
+ROLE_CHANGED = -1
+LOAD_S = 60  # to compile and load the programs of the other role
+#: a controller that hangs is ended after this share of dead_after: its successor needs the rest
+HUNG_SHARE = 0.6
+STATUS_S = 1.0
+SCRAPE_S = 2.0
+#: a frame may wait for a thread that works on other things (netlink, a scrape) no longer than this
+SWITCH_S = 0.0005
+
+
+def setup_logging() -> None:
+    """Lines for people; priorities for the journal when it reads us."""
+    journal = bool(os.environ.get("JOURNAL_STREAM"))
+    fmt = "%(message)s" if journal else "%(asctime)s %(levelname)s %(name)s: %(message)s"
+
+    class Priority(logging.Formatter):
+        def format(self, record: logging.LogRecord) -> str:
+            text = super().format(record)
+            if not journal:
+                return text
+            level = {10: 7, 20: 6, 30: 4, 40: 3, 50: 2}.get(record.levelno, 6)
+            return f"<{level}>{text}"
+
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(Priority(fmt))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
+    # Ours only: at DEBUG pyroute2 writes out each netlink message, which takes a while.
+    logging.getLogger("colo_xdp").setLevel(os.environ.get("COLO_XDP_LOG", "INFO").upper())
+
+
+def _reload(ctl: Controller) -> None:
+    """SIGHUP has nobody to answer: a file that is wrong is logged, and the old rules stay."""
+    try:
+        ctl.commands.reload()
+    except ValueError as e:
+        log.error("not reloaded: %s", e)
+
+
+async def _serve(config: Config, datapath: DataPath) -> int:
+    ctl: Controller = (Primary if datapath.role == "primary" else Secondary)(config, datapath)
+    notifier = Notifier(HUNG_SHARE * config.peer.dead_after / 1000)
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for sig in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(sig, stop.set)
+    loop.add_signal_handler(signal.SIGHUP, _reload, ctl)
+    run_dir = Path(config.datapath.run_dir)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    for command, document in builder.answers(ctl).items():
+        ctl.commands.answer(command, document)
+    sock = str(run_dir / f"{config.pair}.{config.role}.sock")
+    control = ControlServer(sock, ctl.commands.run)
+    await control.start()
+    metrics: Any = None
+    try:
+
+        def fresh_status() -> dict[str, Any]:
+            """For the HTTP thread: the loop's thread builds it."""
+            future = asyncio.run_coroutine_threadsafe(ctl.commands.run(Command.STATUS, {}), loop)
+            try:
+                return future.result(timeout=SCRAPE_S)
+            except TimeoutError:
+                future.cancel()
+                raise
+
+        if config.metrics.listen:
+            m = config.metrics
+            tls = (m.cert, m.key, m.client_ca) if m.cert else None
+            try:
+                metrics = start_metrics(m.listen, fresh_status, tls)
+            except OSError as e:
+                raise OSError(e.errno, f"[metrics] listen {m.listen}: {e.strerror or e}") from e
+        await ctl.start()
+        # Long-lived objects are not looked at again: no pause while packets wait.
+        gc.freeze()
+        notifier.patience(None)
+        notifier.send(READY="1", STATUS=ctl.told()[1])
+        watcher = asyncio.create_task(ctl.finished())
+        stopping = asyncio.create_task(stop.wait())
+        beat = 0.0
+        while not (stopping.done() or watcher.done()):
+            every = min(STATUS_S, notifier.watchdog_s or STATUS_S)
+            await asyncio.wait((stopping, watcher), timeout=every,
+                               return_when=asyncio.FIRST_COMPLETED)  # fmt: skip
+            now = time.monotonic()
+            if now - beat >= every:
+                beat = now
+                state, reason = ctl.told()
+                notifier.send(WATCHDOG="1", STATUS=f"{state.value}: {reason}")
+        changed = ctl.role_changed and not stopping.done()
+        failed = watcher.done() and not changed
+        for t in (watcher, stopping):
+            t.cancel()
+        if changed:  # the next role's programs may take a while to compile
+            notifier.patience(LOAD_S)
+        else:
+            notifier.send(STOPPING="1")
+        why = "the roles change" if changed else "stopped by a signal"
+        back_ms = LOAD_S * 1000 if changed else 0
+        await ctl.stop("internal error" if failed else why, planned=not failed, back_ms=back_ms)
+        return ROLE_CHANGED if changed else int(failed)
+    finally:
+        if metrics is not None:
+            metrics.close()
+        with contextlib.suppress(OSError):
+            await control.close()
+
+
+def _is_needed(config: Config) -> bool:
+    """Whether a former controller's data path is here: its guest depends on there being another,
+    while what is in its way may be gone before a person is there (a file that is being replaced, a
+    port that somebody's connection has, a filter put there for a while)."""
+    d = config.datapath
+    return (Path(loader.pin_dir(d.bpffs, config.pair, config.role)) / "config").exists()
+
+
+def run(config: Config) -> int:
+    """Run until SIGTERM or SIGINT. Exit status: 0 stopped, 1 failed, 2 refused: what is in the
+    way is for a person, and starting again cures nothing. Where a former controller's data path is
+    pinned nothing is given up: that is 1, too."""
+    setup_logging()
+    sys.setswitchinterval(SWITCH_S)
+    service, needed = user_command.is_service(), _is_needed(config)
+    run_dir = Path(config.datapath.run_dir)
+    starts = Starts(run_dir / f"{config.pair}.starts")
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        if service:
+            starts.wait(Notifier())
+        with claim(config):
+            status = _run(config)
+            if status == 0:
+                starts.forget()
+            return status
+    except (Refused, NoSuchDevice, PeerError, OSError) as e:
+        log.error("%s", e)
+        return FAILED
+    except AlreadyRuns as e:
+        log.error("refused: %s", e)
+        # The predecessor of a service may be on its way out, in a call that does not return.
+        return FAILED if service else REFUSED
+    except (Refusal, Taken, LoadError, DataPathError, ControlError) as e:
+        log.error("refused: %s", e)
+        return FAILED if needed else REFUSED
+    except AttachError as e:
+        log.error("%s", e)
+        return FAILED
+
+
+def _run(config: Config) -> int:
+    while True:
+        # Before the loop: pyroute2 runs one of its own and cannot work inside of ours.
+        try:
+            datapath = DataPath(config)
+        except DeviceMissing as e:
+            if not wait_for(config, e.device, str(e)):
+                return 0
+            continue
+        try:
+            status = asyncio.run(_serve(config, datapath))
+        finally:
+            datapath.close()
+        if status != ROLE_CHANGED:
+            return status
+        # The next controller finds what this one has left as it would after a crash.

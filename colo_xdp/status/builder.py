@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Documents about a live controller: its status (status/document.py), and what it has seen differ."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from ..compare.causes import Cause
+from ..controller.controller import Controller
+from ..controller.primary import Primary
+from ..controller.secondary import Secondary
+from ..engine.engine import Engine
+from ..engine.journal import divergence_json
+from ..service.control_socket import Command
+from .document import empty
+
+
+def answers(c: Controller) -> dict[Command, Callable[[dict[str, Any]], dict[str, Any]]]:
+    """The commands of the control socket that only ask for a document."""
+    return {
+        Command.STATUS: lambda args: status(c),
+        Command.EXPLAIN: lambda args: explain(c),
+        Command.CAPTURE: lambda args: capture(c, args),
+    }
+
+
+def status(c: Controller) -> dict[str, Any]:
+    """The documented status (status/document.py)."""
+    if isinstance(c, Primary):
+        return primary_status(c)
+    assert isinstance(c, Secondary)
+    return secondary_status(c)
+
+
+def _who_compares(c: Controller, command: str) -> Primary:
+    if not isinstance(c, Primary):
+        raise ValueError(f"{command}: ask the primary host, which compares")
+    return c
+
+
+def explain(c: Controller) -> dict[str, Any]:
+    """What differed, and what the rules of the policy have done. Raises ValueError."""
+    p = _who_compares(c, "explain")
+    return p.journal.to_json() | {"rules": rules_json(p.engine)}
+
+
+def capture(c: Controller, args: dict[str, Any]) -> dict[str, Any]:
+    """Frames that differed, a page of them. Raises ValueError."""
+    p = _who_compares(c, "capture")
+    after, limit = args.get("after", 0), args.get("limit", 8)
+    if type(after) is not int or type(limit) is not int or not 1 <= limit <= 64:
+        raise ValueError("capture: `after` is a number, `limit` one from 1 to 64")
+    return p.journal.frames_json(after, limit)
+
+
+def active_json(c: Controller) -> dict[str, Any]:
+    """Whether this host's guest reaches the network, and by which right."""
+    return {
+        "transmitting": c.transmits,
+        "undecided": c.undecided,
+        "lease": c.arbiter.right,
+        "remaining_s": c.arbiter.remaining_s,
+        "sync": c.dp.sync_state.name.lower(),
+    }
+
+
+def _common(c: Controller) -> dict[str, Any]:
+    doc = empty(c.config.pair, c.role.value).to_json()
+    info = c.qemu.info
+    silent = c.peer.silent_ms()
+    state, reason = c.told()
+    injectors = c.dp.injectors.values()
+    doc.update(
+        state=state.value,
+        reason=reason,
+        since=c.since,
+        epoch=c.dp.epoch,
+        mode=c.dp.mode.name.lower(),
+        hook=c.dp.hook,
+        events=c.dp.objects.events,
+        paused=c.view.paused,
+        active=active_json(c),
+        port=c.dp.port_state,
+        qemu={
+            "connected": c.qemu.qmp.connected,
+            "version": ".".join(map(str, info.version)) if info else "",
+            "accel": ("kvm" if info.kvm else "tcg") if info else "",
+            "gone": c.view.guest.gone,
+        },
+        peer={
+            "connected": c.peer.connected,
+            "silent_ms": None if silent == float("inf") else silent,
+            "state": c.view.peer.state,
+            "rtt_us": c.peer.rtt_ns / 1000,
+            "gone": c.view.peer.shut,
+            "ending": c.peer.ending.value,
+        },
+        heartbeat_links=c.paths.status(),
+        data_path={
+            "trouble": c.devices.trouble,
+            "restored": c.devices.restored,
+            "silent_checkpoints": c.devices.silent_checkpoints,
+        },
+        programs={
+            prog: {reason: list(v) for reason, v in row.items()}
+            for prog, row in c.dp.counters().items()
+        },
+        ring={"lost": c.dp.lost_events(), "capacity_bytes": c.dp.reader.capacity},
+        inject={
+            "sent": sum(i.sent for i in injectors),
+            "failed": sum(sum(i.failed.values()) for i in injectors),
+        },
+        history=list(c.history),
+        failures=c.failures[-16:],
+        last_failover=c.last_failover,
+    )
+    return doc
+
+
+def primary_status(c: Primary) -> dict[str, Any]:
+    """The primary controller's document."""
+    doc = _common(c)
+    e = c.engine
+    doc["engine"] |= dict(e.counters)
+    doc["held"] = {
+        "packets": e.held_packets, "bytes": e.held_bytes, "limit": e.limits.max_queue_size,
+    }  # fmt: skip
+    doc["wait"] = {"buckets": list(c.waits), "sum": c.wait_sum}
+    doc["flows"] |= {"tracked": e.flows, "limit": e.limits.max_flows}
+    if c.dp.fast is not None:
+        doc["fast"] = c.dp.fast.state()
+    doc["checkpoints"] = {
+        "total": sum(c.by_cause.values()),
+        "failed": c.checkpoints_failed,
+        "delayed": c.delayed,
+        "delay_s": c.delay_s,
+        "folded": c.folded,
+        "by_cause": {cause.value: c.by_cause[cause.value] for cause in Cause},
+        "last": c.last_checkpoint or None,
+    }
+    doc["divergences"] = [divergence_json(d) for _, _, d in c.journal.pairs]
+    doc["rules"] = rules_json(e)
+    return doc
+
+
+def rules_json(e: Engine) -> list[dict[str, Any]]:
+    """The rules of the policy in their order, and what each has done; former ones last."""
+    now = {r.name: r.action for r in e.policy.order}
+    gone = {name: "" for name in e.rules if name not in now}
+    return [
+        {
+            "name": name,
+            "action": action,
+            "flows": e.rules[name].flows,
+            "uncompared": e.rules[name].uncompared,
+            "differences": e.rules[name].differences,
+        }
+        for name, action in (now | gone).items()
+    ]
+
+
+def secondary_status(c: Secondary) -> dict[str, Any]:
+    """The secondary controller's document."""
+    doc = _common(c)
+    doc["engine"] |= {"svm_stale": c.held.stale, "hold_overflow": c.held.overflow}
+    doc["held"]["packets"] = c.held.count
+    doc["held"]["limit"] = c.held.limit
+    doc["flows"] = {
+        "tracked": c.flows.tracked,
+        "opening": c.flows.opening,
+        "limit": c.flows.limit,
+        "translated": c.flows.translated,
+        "aged": c.flows.aged,
+    }
+    doc["checkpoints"]["total"] = c.checkpoints
+    return doc

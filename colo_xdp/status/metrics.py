@@ -1,0 +1,341 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Prometheus metrics and health, read at scrape time: the only importer of prometheus_client.
+
+The source is the status document (status/document.py), so that `status --json` and the
+metrics cannot disagree. Every label value that can occur is there from the first
+scrape, with zero, so that rate() works.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import platform
+import ssl
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
+
+from prometheus_client import CollectorRegistry, make_wsgi_app
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
+
+from .. import __version__, abi
+from ..failover.decision import State
+from .document import OFFLOAD_WAIT_BUCKETS, WAIT_BUCKETS
+
+log = logging.getLogger("colo_xdp.status.metrics")
+
+Document = dict[str, Any]
+
+#: name -> (kind, help, labels beyond `pair` and `role`); the dashboard and the alerts use these.
+METRICS: dict[str, tuple[str, str, tuple[str, ...]]] = {
+    "build_info": ("gauge", "1; version of the controller", ("version", "kernel", "abi")),
+    "state": ("gauge", "1 for the state the pair is in as this host sees it", ("state",)),
+    "state_since_seconds": ("gauge", "unix time of the last change of state", ()),
+    "epoch": ("gauge", "number of the checkpoint both guests started from", ()),
+    "paused": ("gauge", "1 while failover decisions are left to people", ()),
+    "active": ("gauge", "1 while this host's guest reaches the network", ()),
+    "lease_remaining_seconds": ("gauge", "how long it still may; -1: no lease is the arbiter", ()),
+    "packets": ("counter", "frames by program and what became of them", ("program", "reason")),
+    "bytes": ("counter", "bytes by program and what became of them", ("program", "reason")),
+    "engine_events": ("counter", "decisions of the compare engine by kind", ("event",)),
+    "rule_flows": ("gauge", "connections and datagram flows under each policy rule", ("rule",)),
+    "rule_uncompared": ("counter", "frames that left uncompared, by rule", ("rule",)),
+    "rule_differences": ("counter", "differences found, by rule", ("rule",)),
+    "checkpoints": ("counter", "checkpoints by cause", ("cause",)),
+    "mismatches": ("counter", "divergences found by cause, those of one epoch each", ("cause",)),
+    "checkpoints_failed": ("counter", "checkpoints that did not complete", ()),
+    "checkpoints_delayed": ("counter", "checkpoints that had to wait for their share of time", ()),
+    "checkpoint_delay_seconds": ("counter", "how long they waited in all", ()),
+    "checkpoint_requests_folded": ("counter", "requests that another one's checkpoint served", ()),
+    "last_checkpoint_pause_seconds": ("gauge", "how long the PVM stood still", ()),
+    "last_checkpoint_timestamp_seconds": ("gauge", "unix time of the last checkpoint", ()),
+    "held_packets": ("gauge", "PVM frames that wait for their twin", ()),
+    "held_bytes": ("gauge", "bytes of the PVM frames that wait", ()),
+    "held_packets_limit": ("gauge", "max_queue_size", ()),
+    "wait_seconds": ("histogram", "time from capture to release of a PVM frame", ()),
+    "offload_wait_seconds": ("histogram", "time that bytes waited in the kernel's fast path", ()),
+    "offload_buffers": ("gauge", "connections that may wait in the fast path at a time", ()),
+    "offload_buffers_waiting": ("gauge", "connections of which something waits in it", ()),
+    "offload_expired": ("counter", "connections unused for long that it has forgotten", ()),
+    "flows": ("gauge", "connections tracked", ()),
+    "flows_opening": ("gauge", "handshakes of the SVM under way, beside those", ()),
+    "flows_limit": ("gauge", "room for connections", ()),
+    "flows_translated": ("gauge", "connections of the SVM with an offset", ()),
+    "ring_lost": ("counter", "frames that did not fit into the event buffer", ()),
+    "ring_capacity_bytes": ("gauge", "size of the event buffer", ()),
+    "inject_failed": ("counter", "frames that the kernel did not take back", ()),
+    "peer_up": ("gauge", "1 while the control channel to the peer is up", ()),
+    "peer_silent_seconds": ("gauge", "time since the peer's last word; -1: never", ()),
+    "peer_round_trip_seconds": ("gauge", "round trip of the last heartbeat", ()),
+    "heartbeat_link_silent_seconds": (
+        "gauge",
+        "time since the last beacon on a path; -1: never",
+        ("link",),
+    ),
+    "heartbeat_link_echo_age_seconds": (
+        "gauge",
+        "age of our newest beacon that the peer has heard there; -1: none",
+        ("link",),
+    ),
+    "heartbeat_link_round_trip_seconds": ("gauge", "round trip of the last beacon", ("link",)),
+    "heartbeat_link_sent": ("counter", "beacons sent", ("link",)),
+    "heartbeat_link_received": ("counter", "beacons taken", ("link",)),
+    "heartbeat_link_refused": (
+        "counter",
+        "datagrams not taken for beacons, by reason",
+        ("link", "reason"),
+    ),
+    "data_path_whole": ("gauge", "0 while devices or programs are missing, or nothing arrives", ()),
+    "data_path_restored": ("counter", "programs and devices that were gone and put back", ()),
+    "silent_checkpoints": ("gauge", "in a row, with no frame of the secondary guest", ()),
+    "qemu_up": ("gauge", "1 while QMP to this host's QEMU is connected", ()),
+    "scrape_errors": ("counter", "scrapes that could not be answered from fresh numbers", ()),
+    "scrape_duration_seconds": ("gauge", "time the last scrape took", ()),
+}
+
+
+class Collector:
+    """Turns one status document into metric families."""
+
+    def __init__(self, get: Callable[[], Document]) -> None:
+        self._get = get
+        self.errors = 0
+
+    def describe(self) -> Iterable[Metric]:
+        """Nothing: registering must not touch the kernel."""
+        return []
+
+    def collect(self) -> Iterator[Metric]:
+        began = time.monotonic()
+        try:
+            s = self._get()
+        except (RuntimeError, OSError, TimeoutError) as e:
+            self.errors += 1
+            log.warning("scrape: %s", e)
+            s = {}
+        if s:
+            yield from self._families(s)
+        base = [s.get("pair", ""), s.get("role", "")]
+        yield self._one("scrape_errors", base, self.errors)
+        yield self._one("scrape_duration_seconds", base, time.monotonic() - began)
+
+    @staticmethod
+    def _family(name: str) -> Any:
+        kind, text, labels = METRICS[name]
+        make = {"gauge": GaugeMetricFamily, "counter": CounterMetricFamily,
+                "histogram": HistogramMetricFamily}[kind]  # fmt: skip
+        return make(f"colo_xdp_{name}", text, labels=["pair", "role", *labels])
+
+    def _one(self, name: str, labels: list[str], value: float) -> Metric:
+        f = self._family(name)
+        f.add_metric(labels, value)
+        metric: Metric = f
+        return metric
+
+    def _families(self, s: Document) -> Iterator[Metric]:
+        base = [s["pair"], s["role"]]
+
+        def many(name: str, values: dict[str, float]) -> Metric:
+            f = self._family(name)
+            for label, v in values.items():
+                f.add_metric([*base, label], v)
+            metric: Metric = f
+            return metric
+
+        info = self._family("build_info")
+        info.add_metric([*base, __version__, platform.release(), str(abi.ABI)], 1)
+        yield info
+        yield many("state", {st.value: float(st.value == s["state"]) for st in State})
+        for which, name in ((0, "packets"), (1, "bytes")):
+            f = self._family(name)
+            for prog, row in s["programs"].items():
+                for reason, pair in row.items():
+                    f.add_metric([*base, prog, reason], pair[which])
+            yield f
+        engine = s["engine"]
+        yield many("engine_events", {k: v for k, v in engine.items() if k[:6] != "cause_"})
+        yield many("mismatches", {k[6:]: v for k, v in engine.items() if k[:6] == "cause_"})
+        for name, field in (
+            ("rule_flows", "flows"), ("rule_uncompared", "uncompared"),
+            ("rule_differences", "differences"),
+        ):  # fmt: skip
+            yield many(name, {r["name"]: r[field] for r in s["rules"]})
+        yield from self._link_families(s["heartbeat_links"], base)
+        ck, peer, left = s["checkpoints"], s["peer"], s["active"]["remaining_s"]
+        yield many("checkpoints", ck["by_cause"])
+        last = ck["last"] or {"pause_ms": 0.0, "at": 0.0}
+        silent = peer["silent_ms"]
+        plain = {
+            "state_since_seconds": s["since"],
+            "epoch": s["epoch"],
+            "paused": float(s["paused"]),
+            "active": float(s["active"]["transmitting"]),
+            "lease_remaining_seconds": -1.0 if left is None else left,
+            "checkpoints_failed": ck["failed"],
+            "checkpoints_delayed": ck["delayed"],
+            "checkpoint_delay_seconds": ck["delay_s"],
+            "checkpoint_requests_folded": ck["folded"],
+            "last_checkpoint_pause_seconds": last["pause_ms"] / 1000,
+            "last_checkpoint_timestamp_seconds": last["at"],
+            "held_packets": s["held"]["packets"],
+            "held_bytes": s["held"]["bytes"],
+            "held_packets_limit": s["held"]["limit"],
+            "offload_buffers": s["fast"]["buffers"],
+            "offload_buffers_waiting": s["fast"]["waiting"],
+            "offload_expired": s["fast"]["forgotten"],
+            "flows": s["flows"]["tracked"],
+            "flows_opening": s["flows"]["opening"],
+            "flows_limit": s["flows"]["limit"],
+            "flows_translated": s["flows"]["translated"],
+            "ring_lost": s["ring"]["lost"],
+            "ring_capacity_bytes": s["ring"]["capacity_bytes"],
+            "inject_failed": s["inject"]["failed"],
+            "peer_up": float(peer["connected"]),
+            "peer_silent_seconds": -1.0 if silent is None else silent / 1000,
+            "peer_round_trip_seconds": peer["rtt_us"] / 1e6,
+            "data_path_whole": float(not s["data_path"]["trouble"]),
+            "data_path_restored": s["data_path"]["restored"],
+            "silent_checkpoints": s["data_path"]["silent_checkpoints"],
+            "qemu_up": float(s["qemu"]["connected"]),
+        }
+        for name, value in plain.items():
+            yield self._one(name, base, value)
+        for name, bounds, counts, seconds in (
+            ("wait_seconds", WAIT_BUCKETS, s["wait"]["buckets"], s["wait"]["sum"]),
+            ("offload_wait_seconds", OFFLOAD_WAIT_BUCKETS, s["fast"]["waits"], None),
+        ):
+            hist = self._family(name)
+            total, buckets = 0, []
+            for bound, n in zip([*bounds, None], counts, strict=True):
+                total += n
+                buckets.append(("+Inf" if bound is None else f"{bound:g}", total))
+            hist.add_metric(base, buckets, seconds)  # the kernel keeps no sum
+            yield hist
+
+    def _link_families(self, paths: list[Document], base: list[str]) -> Iterator[Metric]:
+        for name, field, scale in (
+            ("heartbeat_link_silent_seconds", "silent_ms", 1e-3),
+            ("heartbeat_link_echo_age_seconds", "unheard_ms", 1e-3),
+            ("heartbeat_link_round_trip_seconds", "rtt_us", 1e-6), ("heartbeat_link_sent", "sent", 1),
+            ("heartbeat_link_received", "received", 1),
+        ):  # fmt: skip
+            f = self._family(name)
+            for p in paths:
+                value = p[field]
+                f.add_metric([*base, p["name"]], -1.0 if value is None else value * scale)
+            yield f
+        f = self._family("heartbeat_link_refused")
+        for p in paths:
+            for reason, n in p["refused"].items():
+                f.add_metric([*base, p["name"], reason], n)
+        yield f
+
+
+def health(path: str, s: Document) -> tuple[int, str] | None:
+    """HTTP status and text of the health paths; None for any other path.
+
+    The status is the answer: load balancers and scripts need not read the text.
+    """
+    state, role = s["state"], s["role"]
+    standby = role == "secondary" and state in ("protected", "checkpointing", "paused", "degraded")
+    answers = {
+        "/healthz": True,
+        "/readyz": state in ("protected", "checkpointing", "paused"),
+        "/primary": s["active"]["transmitting"],
+        "/secondary": standby,
+    }
+    if path not in answers:
+        return None
+    return (200 if answers[path] else 503), f"{role} {state}: {s['reason']}\n"
+
+
+class _Quiet(WSGIRequestHandler):
+    timeout = 5  # a client that says nothing does not keep the server, nor one in its handshake
+
+    def handle(self) -> None:
+        try:
+            super().handle()
+        except OSError as e:  # no TLS, no certificate, gone
+            log.debug("%s: %s", self.client_address, e)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        log.debug(format, *args)
+
+
+class Server:
+    """HTTP in a thread of its own."""
+
+    def __init__(
+        self, listen: str, get: Callable[[], Document], tls: tuple[str, str, str] | None = None
+    ) -> None:
+        host, _, port = listen.rpartition(":")
+        registry = CollectorRegistry()
+        registry.register(Collector(get))
+        metrics = make_wsgi_app(registry)
+
+        def app(environ: Any, start: Any) -> Iterable[bytes]:
+            path = environ["PATH_INFO"]
+            if path == "/metrics":
+                answer: Iterable[bytes] = metrics(environ, start)
+                return answer
+            try:
+                s = get()
+            except (RuntimeError, OSError, TimeoutError) as e:
+                start("503 Service Unavailable", [("Content-Type", "text/plain")])
+                return [f"{e}\n".encode()]
+            if path == "/status.json":
+                start("200 OK", [("Content-Type", "application/json")])
+                return [json.dumps(s).encode()]
+            found = health(path, s)
+            code, text = found if found else (404, "not found\n")
+            phrase = {200: "OK", 503: "Service Unavailable", 404: "Not Found"}[code]
+            start(f"{code} {phrase}", [("Content-Type", "text/plain; charset=utf-8")])
+            return [text.encode()]
+
+        self._httpd: WSGIServer = make_server(
+            host.strip("[]"), int(port), app, handler_class=_Quiet
+        )
+        if tls:
+            self._httpd.socket = _client_tls(*tls).wrap_socket(
+                self._httpd.socket, server_side=True, do_handshake_on_connect=False
+            )
+        self.port = self._httpd.server_port
+        self._thread = threading.Thread(
+            target=self._httpd.serve_forever, kwargs={"poll_interval": 0.1}, daemon=True
+        )
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stop answering."""
+        self._httpd.shutdown()
+        self._httpd.server_close()
+        self._thread.join(2)
+
+
+def _client_tls(cert: str, key: str, client_ca: str) -> ssl.SSLContext:
+    """For readers whose certificate the authority has signed, and nobody else."""
+    ctx = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    ctx.minimum_version = ssl.TLSVersion.TLSv1_2
+    ctx.verify_mode = ssl.CERT_REQUIRED
+    ctx.load_cert_chain(cert, key)
+    ctx.load_verify_locations(client_ca)
+    return ctx
+
+
+def start(
+    listen: str, get: Callable[[], Document], tls: tuple[str, str, str] | None = None
+) -> Server:
+    """Serve /metrics, /healthz, /readyz, /primary, /secondary and /status.json on "host:port".
+
+    `tls`: paths of certificate, key and the readers' authority. Raises OSError when the address
+    cannot be bound or a file is not what it should be.
+    """
+    return Server(listen, get, tls)

@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Takes everything of a pair off this host, and nothing else.
+
+What is pinned may be all that keeps a guest silent, so it goes only from under a guest that speaks
+by right, and alone: else two guests could speak, or one that lacks what the other has said.
+"""
+
+from __future__ import annotations
+
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..abi import Cfg, HostRole, Mode
+from ..datapath import attach, loader
+from ..datapath.datapath import manifest_path
+from ..failover.lease import boot_ns
+from .preflight import is_running
+
+
+class StillRunning(RuntimeError):
+    """A controller of the pair answers on its control socket."""
+
+
+class GuestWouldSpeak(RuntimeError):
+    """A guest that has no right to speak alone would, without what is pinned."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pinned:
+    """What the last controller has left, and whether a QEMU is there."""
+
+    role: str  # of the guest that this host runs now
+    mode: Mode
+    lease_expiry: int  # CLOCK_BOOTTIME, ns; 0: no lease is the arbiter
+    in_use: bool  # a QEMU holds the tap
+
+
+def refusal(p: Pinned, now_ns: int) -> str:
+    """Why the guest must not be let go, as a sentence; "" if it may.
+
+    `now_ns`: CLOCK_BOOTTIME.
+    """
+    if not p.in_use:
+        return ""
+    if p.mode is Mode.DROP:
+        return (
+            "the guest here is shut in, and its QEMU lives: the other host's guest may be speaking"
+        )
+    if p.mode in (Mode.RUN, Mode.CHECKPOINT):
+        if p.role == "primary":
+            return (
+                "the guest here is compared with a copy on the other host, which could take over "
+                "later without what this one says alone: first `colo-xdp failover`, with the "
+                "controller running"
+            )
+        return "the guest here is a copy that is shut in, and its QEMU lives: end it first"
+    if p.lease_expiry and now_ns >= p.lease_expiry:
+        return (
+            "the guest here has no lease, and its QEMU lives: the other host's guest may be "
+            "speaking"
+        )
+    return ""
+
+
+def _pinned(pins: str, role: str) -> Pinned | None:
+    if loader.pinned_slot(pins, Cfg.ABI) == 0:
+        return None
+
+    def slot(which: Cfg) -> int:
+        return loader.pinned_slot(pins, which)
+
+    word = HostRole(slot(Cfg.ROLE))
+    return Pinned(
+        role if word is HostRole.CONFIGURED else word.name.lower(),
+        Mode(slot(Cfg.MODE)),
+        slot(Cfg.LEASE_EXPIRY_NS),
+        attach.tap_in_use(slot(Cfg.TAP)),
+    )
+
+
+def _served(sock: Path) -> bool:
+    with socket.socket(socket.AF_UNIX) as s:
+        s.settimeout(1)
+        try:
+            s.connect(str(sock))
+        except OSError:
+            return False
+        return True
+
+
+def cleanup(pair: str, bpffs: str, run_dir: str, *, force: bool = False) -> list[str]:
+    """Detach programs, remove pins and the control socket; one line for each thing removed.
+
+    A tap that a controller has put into a bridge leaves it, unless its guest speaks by right.
+    Idempotent. Raises StillRunning while a controller of the pair runs, GuestWouldSpeak unless
+    `force`.
+    """
+    gone: list[str] = []
+    roles = ("primary", "secondary")
+    for role in roles:
+        if is_running(run_dir, bpffs, pair, role) or _served(Path(run_dir) / f"{pair}.{role}.sock"):
+            raise StillRunning(f"the {role}'s controller of {pair} still runs: stop it first")
+    found = {role: _pinned(loader.pin_dir(bpffs, pair, role), role) for role in roles}
+    why = {role: refusal(p, boot_ns()) for role, p in found.items() if p is not None}
+    for text in why.values():
+        if text and not force:
+            raise GuestWouldSpeak(f"{pair}: {text}")
+    for role in roles:
+        p = found[role]
+        if p is not None and (why[role] or not p.in_use):
+            gone += attach.take_out_ports(manifest_path(run_dir, pair, role))
+        gone += attach.detach_all(manifest_path(run_dir, pair, role))
+        gone += loader.remove_pins(loader.pin_dir(bpffs, pair, role))
+        sock = Path(run_dir) / f"{pair}.{role}.sock"
+        if sock.is_socket():
+            sock.unlink()
+            gone.append(str(sock))
+    base = Path(bpffs) / "colo-xdp"
+    if base.is_dir() and not any(base.iterdir()):
+        base.rmdir()
+    return gone

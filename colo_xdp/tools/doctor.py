@@ -1,0 +1,360 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Preflight: what would stop a pair on this host, found before anything depends on it."""
+
+from __future__ import annotations
+
+import errno
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..config.file import Config, ConfigError, load
+from ..qemu import disks
+
+if TYPE_CHECKING:
+    from ..datapath.attach import LinkInfo
+
+OK, WARN, FAIL = 0, 1, 2
+CERT_DAYS = 30
+MIN_KERNEL = (5, 4)
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One finding; `remedy` is what to do about it."""
+
+    name: str
+    level: int
+    text: str
+    remedy: str = ""
+
+
+def examine(path: Path) -> Iterator[Check]:
+    """All checks for one config file, in the order in which they matter."""
+    try:
+        config = load(path)
+    except (ConfigError, OSError) as e:
+        yield Check("config", FAIL, str(e), "see `colo-xdp config check`")
+        return
+    yield Check("config", OK, f"pair {config.pair}, {config.role}")
+    for check in CHECKS:
+        yield from check(config)
+
+
+def _machine(config: Config) -> Iterator[Check]:
+    if os.geteuid():
+        yield Check("root", FAIL, "not root", "run as root, or with the unit's capabilities")
+    else:
+        yield Check("root", OK, "yes")
+    release = platform.release()
+    version = tuple(int(x) for x in release.split("-")[0].split(".")[:2])
+    if version < MIN_KERNEL:
+        yield Check("kernel", FAIL, release, "5.4 at least; 5.8 for ring buffers")
+    else:
+        yield Check("kernel", OK, release)
+
+
+def _compiler(config: Config) -> Iterator[Check]:
+    from ..datapath import kernel_headers, loader
+
+    try:
+        bcc = loader.import_bcc()
+    except loader.LoadError as e:
+        yield Check("bcc", FAIL, str(e), "apt-get install python3-bpfcc")
+        return
+    yield Check("bcc", OK, f"{getattr(bcc, '__version__', '?')} ({bcc.__file__})")
+    try:
+        yield Check("kernel headers", OK, kernel_headers.find().origin)
+    except kernel_headers.NoHeaders as e:
+        yield Check("kernel headers", FAIL, str(e), "apt-get install linux-headers-$(uname -r)")
+        return
+    try:
+        loader.source_dir()
+    except loader.LoadError as e:
+        yield Check("BPF sources", FAIL, str(e))
+    if os.geteuid() == 0 and not loader.ring_supported():
+        yield Check("ring buffer", WARN, "not on this kernel: perf buffers will be used")
+
+
+def _offloads(offers: frozenset[str]) -> Iterator[Check]:
+    """`offers`: of qmp.HOST_OFFLOADS, what the guest may use."""
+    from ..datapath import btf
+
+    why = btf.why_not()
+    if not why:
+        try:
+            btf.kernel_flags()
+        except (btf.BtfError, OSError) as e:
+            why = str(e)
+    # What a tunnel's inner frame is to be cut by is carried nowhere; how UDP is, where BTF tells.
+    lost = sorted(n for n in offers if n.startswith("host_tunnel") or why)
+    if lost:
+        yield Check("offloads", WARN, f"{', '.join(lost)}: what the guest sends with it is dropped"
+                    + (f" ({why})" if why else ""),
+                    f"-device virtio-net-pci,...,{','.join(f'{n}=off' for n in lost)}")  # fmt: skip
+    elif why:
+        yield Check("offloads", WARN, f"{why}: UDP with a gso_size is dropped, and so are partial "
+                    "checksums that are not TCP's or UDP's", "a kernel with BTF")  # fmt: skip
+    else:
+        yield Check("offloads", OK, "read from the kernel (BTF)")
+
+
+def _bpffs(config: Config) -> Iterator[Check]:
+    from ..datapath import syscall
+
+    where = config.datapath.bpffs
+    if syscall.is_bpffs(where):
+        yield Check("bpffs", OK, where)
+    else:
+        yield Check("bpffs", WARN, f"{where} is not mounted", "`run` mounts it; or add it to fstab")
+
+
+def _devices(config: Config) -> Iterator[Check]:
+    from ..datapath import attach, syscall
+    from ..datapath.datapath import DataPathError, choose_hook
+    from ..datapath.hooks import TAG_BYTES
+
+    net = config.network
+    try:
+        tap = attach.link_info(net.tap)
+    except attach.NoSuchDevice as e:
+        yield Check("tap", FAIL, str(e), f"ip tuntap add dev {net.tap} mode tap vnet_hdr")
+        return
+    if tap.kind != "tun":
+        yield Check("tap", FAIL, f"{net.tap} is a {tap.kind or 'physical device'}, not a tap")
+        return
+    yield Check("tap", OK, f"{net.tap}, vnet_hdr {'on' if tap.vnet_hdr else 'off'}, mtu {tap.mtu}")
+    if config.role == "secondary":
+        if tap.master:
+            yield Check("isolation", FAIL, f"{net.tap} is in a bridge",
+                        f"ip link set {net.tap} nomaster: it joins at failover")  # fmt: skip
+        try:
+            yield Check("hook", OK, choose_hook(net.hook, tap))
+        except DataPathError as e:
+            yield Check("hook", FAIL, str(e))
+        if not net.bridge:
+            yield Check("bridge", WARN, "none: after a failover the host has to route the guest")
+    elif tap.master and not _decided(config):
+        yield Check(
+            "isolation", WARN, f"{net.tap} is in a bridge, and no controller has decided that its "
+            "guest may speak: after a boot it does, whoever else speaks",
+            f"ip link set {net.tap} nomaster, and [network] bridge: the controller puts it there",
+        )  # fmt: skip
+    elif not tap.master and not net.bridge:
+        yield Check("bridge", WARN, f"{net.tap} is in none, and nobody puts it into one",
+                    "[network] bridge")  # fmt: skip
+    yield from _spanning_tree(net.bridge, tap)
+    if tap.xdp_prog_id and not attach.is_ours(tap.xdp_prog_id):
+        name = syscall.prog_info_by_id(tap.xdp_prog_id).name
+        yield Check("XDP", FAIL, f"{net.tap} has a program of somebody else ({name})", "remove it")
+    try:
+        peer = attach.link_info(net.peer_link)
+    except attach.NoSuchDevice as e:
+        if net.vxlan_remote:
+            yield Check("peer link", OK, f"{net.peer_link}: a VXLAN that `run` makes")
+        else:
+            yield Check("peer link", FAIL, str(e))
+        return
+    if net.vxlan_remote and peer.kind != "vxlan":
+        yield Check("peer link", FAIL, f"{net.peer_link} exists and is no VXLAN ({peer.kind})",
+                    "another name for [network] peer_link, or no vxlan_remote")  # fmt: skip
+    if not peer.up:
+        yield Check(
+            "peer link", FAIL, f"{net.peer_link} is down", f"ip link set {net.peer_link} up"
+        )
+    elif peer.mtu < tap.mtu + TAG_BYTES:
+        yield Check("peer link", WARN, f"mtu {peer.mtu}, the tap's is {tap.mtu}",
+                    f"at least {tap.mtu + TAG_BYTES}: frames carry a tag there")  # fmt: skip
+    else:
+        yield Check("peer link", OK, f"{net.peer_link}, mtu {peer.mtu}")
+
+
+def _spanning_tree(bridge: str, tap: LinkInfo) -> Iterator[Check]:
+    """A port that has just joined a bridge with STP listens and learns before it forwards."""
+    from ..datapath import attach
+
+    if bridge:
+        try:
+            stp, delay = attach.spanning_tree(bridge)
+        except attach.NoSuchDevice as e:
+            yield Check("bridge", FAIL, str(e), f"ip link add {bridge} type bridge")
+            return
+        if stp == 1 and delay:
+            yield Check(
+                "bridge", FAIL,
+                f"{bridge} has STP on: after a takeover the guest is cut off for {2 * delay:g} s",
+                f"ip link set {bridge} type bridge stp_state 0",
+            )  # fmt: skip
+        elif stp and delay:
+            yield Check(
+                "bridge", WARN, f"a daemon does STP on {bridge}: the tap has to forward at once",
+                f"mstpctl setportadminedge {bridge} {tap.name} yes, whenever the tap joins",
+            )  # fmt: skip
+        else:
+            yield Check("bridge", OK, f"{bridge}, a port forwards as soon as it joins")
+    state = attach.port_state(tap.name)
+    if state in attach.PORT_WAITS:
+        yield Check("bridge", FAIL, f"{tap.name} is {state} in its bridge: the guest is cut off",
+                    "STP has to let it forward, or off with it")  # fmt: skip
+
+
+def _decided(config: Config) -> bool:
+    """Whether a controller has pinned here that the primary's guest may speak."""
+    from ..abi import Cfg, Mode
+    from ..datapath import loader
+
+    pins = loader.pin_dir(config.datapath.bpffs, config.pair, config.role)
+    return loader.pinned_slot(pins, Cfg.MODE) != Mode.DROP
+
+
+def _neighbours(config: Config) -> Iterator[Check]:
+    """Other pairs, and other tools, on what this pair needs."""
+    from ..datapath import attach
+    from . import preflight
+
+    net, clean = config.network, True
+    for dev, seen in attach.look((net.tap, net.peer_link)).items():
+        if seen is None:
+            continue
+        why = attach.other_pair(dev, seen, config.pair)
+        if why:
+            clean = False
+            yield Check("other pairs", FAIL, why)
+            continue
+        for first in filter(None, (attach.comes_first(dev, seen, d) for d in seen.filters)):
+            clean = False
+            yield Check("filters", FAIL, first)
+    pid = preflight.running(config)
+    found = preflight.conflicts(config)
+    if pid:  # its own controller has them
+        own = [a for _, a, _ in preflight.ports(config)]
+        found = [x for x in found if not any(f"{a}: in use by another socket" in x for a in own)]
+    for text in found:
+        yield Check("in use", FAIL, text)
+    if clean and not found:
+        who = f"; a controller of this pair runs (process {pid})" if pid else ""
+        yield Check("other pairs", OK, f"none on {net.tap} and {net.peer_link}, ports free{who}")
+
+
+def _qemu(config: Config) -> Iterator[Check]:
+    from ..qemu.qmp import QmpError, probe, refusal
+
+    try:
+        info, blocks = probe(config.qemu.qmp, config.qemu.qmp_timeout / 1000)
+    except QmpError as e:
+        yield Check("QEMU", FAIL, str(e),
+                    f"-qmp unix:{config.qemu.qmp},server=on,wait=off (one client at a time: "
+                    "a running controller occupies it)")  # fmt: skip
+        return
+    version = ".".join(map(str, info.version))
+    why = refusal(info)
+    if why:
+        yield Check("QEMU", FAIL, why)
+        return
+    yield Check("QEMU", OK, f"{version}, {'KVM' if info.kvm else 'TCG'}, {info.status}")
+    yield from _offloads(info.offers)
+    if not info.kvm and info.version < (8, 0, 0):
+        yield Check("QEMU", WARN, "COLO under TCG hangs with this version at the first checkpoint",
+                    "use KVM, or for a trial the shim in colo_xdp/lab/bqlshim.c")  # fmt: skip
+    yield from _disks(config, blocks)
+
+
+def _disks(config: Config, blocks: Any) -> Iterator[Check]:
+    external = config.external_disks
+    found = disks.uncovered(blocks, external)
+    for text in found:
+        yield Check("disk", FAIL, f"{text}, and nobody keeps its two copies equal",
+                    "take it off, or [[disk]] external = true (README, Disks)")  # fmt: skip
+    for name in disks.missing(blocks, external):
+        yield Check("disk", WARN, f"[[disk]] {name}: QEMU has none of that name")
+    if not found:
+        yield Check("disks", OK, "none that is writable and not declared external")
+
+
+def _failover(config: Config) -> Iterator[Check]:
+    f = config.failover
+    if f.arbiter == "lease":
+        from ..failover.etcd import Etcd, probe
+
+        for url in f.etcd:
+            why = probe(Etcd((url,), f.etcd_ca, f.etcd_cert, f.etcd_key), f.lease_ttl / 10_000)
+            yield Check("etcd", WARN if why else OK, why or url,
+                        "[failover] etcd: each endpoint should answer" if why else "")  # fmt: skip
+    if f.automatic and f.arbiter == "fence":
+        exe = f.fence[0]
+        found = os.access(exe, os.X_OK) if "/" in exe else _which(exe)
+        level = OK if found else FAIL
+        yield Check("fence", level, f"{' '.join(f.fence)}{'' if found else ' is not executable'}")
+    elif not f.automatic:
+        yield Check("failover", WARN, "not automatic when the peer's host dies as a whole",
+                    "[failover] automatic = true with an arbiter")  # fmt: skip
+
+
+def _certificates(config: Config) -> Iterator[Check]:
+    from ..peer.tls import Tls, TlsError, identity
+    from . import pki
+
+    p = config.peer
+    if not p.cert:
+        yield Check("peer channel", WARN, "not encrypted, not authenticated",
+                    "`colo-xdp pki init` and `issue`, then [peer] cert, key and ca")  # fmt: skip
+        return
+    try:
+        Tls(p.cert, p.key, p.ca, p.peer_cert, p.identity).context(server=True)
+        mode = os.stat(p.key).st_mode & 0o077
+        if mode:
+            yield Check("certificate", WARN, f"{p.key} can be read by others", f"chmod 600 {p.key}")
+        for path in filter(None, (p.cert, p.ca, p.peer_cert)):
+            seen = pki.look(Path(path))
+            days = (seen.ends.timestamp() - time.time()) / 86400
+            text = f"{path} {'ends in' if days >= 0 else 'has ended'} {abs(days):.0f} days"
+            level = FAIL if days < 0 else WARN if days < CERT_DAYS else OK
+            yield Check("certificate", level, text, "" if days >= CERT_DAYS else "renew it")
+        mine, want = pki.ours(pki.look(Path(p.cert))), identity(config.pair, config.role)
+        if mine and mine != want:
+            yield Check("certificate", FAIL, f"{p.cert} is that of {mine}, this is {want}",
+                        f"colo-xdp pki issue --role {config.role}")  # fmt: skip
+    except (TlsError, pki.PkiError, OSError) as e:
+        yield Check("certificate", FAIL, str(e), "[peer] cert, key, ca")
+
+
+def _paths(config: Config) -> Iterator[Check]:
+    from ..peer.heartbeat_links import ways
+
+    found = ways(config)
+    if not found:
+        yield Check("heartbeats", WARN, "over the control channel only: if it is cut, a peer that "
+                    "lives looks dead", "[peer] link_heartbeats or heartbeat_paths")  # fmt: skip
+    for way in found:
+        try:
+            way.open().close()
+        except OSError as e:
+            if config.network.vxlan_remote and e.errno == errno.ENODEV:
+                continue  # `run` makes it
+            if e.errno != errno.EADDRINUSE:  # by a controller that runs
+                yield Check(
+                    "heartbeats", FAIL, f"{way.name}: {e.strerror}", "[peer] heartbeat_paths"
+                )
+                continue
+        yield Check("heartbeats", OK, f"also over {way.name}")
+
+
+def _which(name: str) -> bool:
+    return any(os.access(f"{d}/{name}", os.X_OK) for d in os.environ.get("PATH", "").split(":"))
+
+
+CHECKS: tuple[Callable[[Config], Iterator[Check]], ...] = (
+    _machine,
+    _compiler,
+    _bpffs,
+    _devices,
+    _neighbours,
+    _qemu,
+    _failover,
+    _certificates,
+    _paths,
+)

@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What has to be free on this host before a controller touches anything: its name, its devices,
+its ports.
+
+Each controller holds a lock (flock, so that it dies with its process) on a file that says what it
+uses, and one on the directory of its pins, which two run_dirs may share. What stands in the way is
+a Refusal: a person decides, and starting again cures nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from .. import validate
+from ..config.file import Config
+from ..datapath import loader
+from ..peer.channel import split_address
+from ..peer.tls import Tls, TlsError
+
+LOCK_S = 1.0  # how long a lock may be somebody else's before that one counts as a controller
+
+
+class Refusal(RuntimeError):
+    """This controller cannot run here as configured; names what is in the way."""
+
+
+class AlreadyRuns(Refusal):
+    """Another controller of this pair and role lives."""
+
+
+def lock_path(run_dir: str, pair: str, role: str) -> Path:
+    """The file that a controller locks, and that says what it uses."""
+    return Path(run_dir) / f"{pair}.{role}.lock"
+
+
+def _netns() -> int:
+    return os.stat("/proc/thread-self/ns/net").st_ino
+
+
+def _locked(path: Path) -> bool:
+    """Whether a living process holds a lock on a file or directory."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(fd)
+    return False
+
+
+def ports(config: Config) -> list[tuple[str, str, int]]:
+    """(key, "address:port", kind of socket) of all that this controller listens on."""
+    out: list[tuple[str, str, int]] = []
+    if config.metrics.listen:
+        out.append(("[metrics] listen", config.metrics.listen, socket.SOCK_STREAM))
+    if config.role == "secondary":
+        out.append(("[peer] local", config.peer.local, socket.SOCK_STREAM))
+    for text in config.peer.heartbeat_paths:
+        ends = validate.path_ends(text)
+        if ends is not None:
+            host, port = ends[0]
+            shown = f"[{host}]:{port}" if host.version == 6 else f"{host}:{port}"
+            out.append(("[peer] heartbeat_paths", shown, socket.SOCK_DGRAM))
+    return out
+
+
+def is_taken(address: str, kind: int) -> bool:
+    """Whether another socket of this host has the address."""
+    host, port = split_address(address)
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, kind) as s:
+        if kind == socket.SOCK_STREAM:
+            s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            s.bind((host, port))
+        except OSError as e:
+            return e.errno == errno.EADDRINUSE
+    return False
+
+
+def others(config: Config) -> list[dict[str, Any]]:
+    """What the other controllers that run here, in this network namespace, have said they use."""
+    own, here, out = lock_path(config.datapath.run_dir, config.pair, config.role), _netns(), []
+    for path in sorted(own.parent.glob("*.lock")):
+        if path == own or not _locked(path):
+            continue
+        with contextlib.suppress(OSError, ValueError):
+            said = json.loads(path.read_text())
+            if isinstance(said, dict) and said.get("netns") == here:
+                out.append(said)
+    return out
+
+
+def conflicts(config: Config) -> list[str]:
+    """What of this configuration is in use by others: a sentence each."""
+    running, found = others(config), []
+    net = config.network
+    for key, name in (("tap", net.tap), ("peer_link", net.peer_link)):
+        for o in running:
+            for theirs in ("tap", "peer_link"):
+                if o.get(theirs) == name:
+                    found.append(
+                        f"[network] {key}: {name} is the {theirs} of pair {o['pair']}, whose "
+                        f"controller runs here (process {o['pid']}): a device serves one pair"
+                    )
+    for key, address, kind in ports(config):
+        if is_taken(address, kind):
+            by = [o for o in running if address in o.get("ports", [])]
+            who = f"by pair {by[0]['pair']} (process {by[0]['pid']})" if by else "by another socket"
+            found.append(f"{key} {address}: in use {who}; each pair needs an address of its own")
+    return found
+
+
+def running(config: Config) -> int:
+    """Process that is the controller of this pair and role here; 0: none is."""
+    path = lock_path(config.datapath.run_dir, config.pair, config.role)
+    if not _locked(path):
+        return 0
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        return int(json.loads(path.read_text())["pid"])
+    return -1
+
+
+def is_running(run_dir: str, bpffs: str, pair: str, role: str) -> bool:
+    """Whether a controller holds one of its locks, whatever it answers."""
+    pins = Path(loader.pin_dir(bpffs, pair, role))
+    return _locked(lock_path(run_dir, pair, role)) or _locked(pins)
+
+
+def _flock(fd: int, path: str, config: Config, pid: str = "") -> None:
+    """Who only asks whether a controller runs (_locked()) holds the lock for a moment, too."""
+    end = time.monotonic() + LOCK_S
+    while True:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError as e:
+            if time.monotonic() > end:
+                raise AlreadyRuns(
+                    f"another controller of {config.pair} ({config.role}) runs here{pid}: {path} "
+                    "is locked"
+                ) from e
+        time.sleep(0.01)
+
+
+@contextlib.contextmanager
+def claim(config: Config) -> Iterator[None]:
+    """Hold what this controller needs; before anything is loaded, attached or replaced.
+
+    Raises Refusal, OSError when the directories cannot be made, LoadError without a bpffs.
+    """
+    path = lock_path(config.datapath.run_dir, config.pair, config.role)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as held:
+        f = held.enter_context(path.open("a+"))
+        pid = running(config)
+        _flock(f.fileno(), str(path), config, f" (process {pid})" if pid > 0 else "")
+        pins = loader.make_pins(config.datapath.bpffs, config.pair, config.role)
+        fd = os.open(pins, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        held.callback(os.close, fd)
+        _flock(fd, pins, config)
+        found = conflicts(config)
+        if found:
+            raise Refusal("\n  ".join(found))
+        p = config.peer
+        try:
+            if p.cert:
+                tls = Tls(p.cert, p.key, p.ca, p.peer_cert, p.identity)
+                tls.context(server=config.role == "secondary")
+        except TlsError as e:
+            raise Refusal(f"[peer] cert, key, ca: {e}") from e
+        f.truncate(0)
+        f.write(
+            json.dumps(
+                {
+                    "pair": config.pair, "role": config.role, "pid": os.getpid(),
+                    "netns": _netns(), "tap": config.network.tap,
+                    "peer_link": config.network.peer_link,
+                    "ports": [address for _, address, _ in ports(config)],
+                }
+            )
+        )  # fmt: skip
+        f.flush()
+        yield

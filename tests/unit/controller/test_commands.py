@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""One table of commands for the CLI, the control socket and the controllers of both sides."""
+
+from __future__ import annotations
+
+import ast
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from colo_xdp import cli
+from colo_xdp.controller.primary import Primary
+from colo_xdp.service.control_socket import Command
+from colo_xdp.status import builder
+from tests.unit.controller.test_controllers import primary, secondary
+
+BOTH = pytest.mark.parametrize("make", [primary, secondary])
+
+
+def asked(path: Path) -> set[str]:
+    """Commands that the CLI sends."""
+    calls = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call)]
+    names = [c.args[2] for c in calls if getattr(c.func, "id", "") == "_ask"]
+    return {n.value for n in names if isinstance(n, ast.Constant)}
+
+
+def test_what_the_cli_asks_is_in_the_table() -> None:
+    sent = asked(Path(cli.__file__))
+    assert len(sent) > 6 and sent <= set(Command)
+
+
+@BOTH
+def test_each_command_is_answered(make: Any) -> None:
+    c, _, _ = make()
+    for command, document in builder.answers(c).items():
+        c.commands.answer(command, document)
+    assert set(c.commands._table) == set(Command)
+    with pytest.raises(ValueError, match="unknown command 'jump'"):
+        asyncio.run(c.commands.run("jump", {}))
+
+
+@BOTH
+def test_what_only_one_side_knows_is_asked_there(make: Any) -> None:
+    c, _, _ = make()
+    for command, document in builder.answers(c).items():
+        c.commands.answer(command, document)
+    for name in ("explain", "capture"):
+        if isinstance(c, Primary):
+            assert asyncio.run(c.commands.run(name, {}))
+        else:
+            with pytest.raises(ValueError, match=f"{name}: ask the primary host"):
+                asyncio.run(c.commands.run(name, {}))
+    if not isinstance(c, Primary):
+        with pytest.raises(ValueError, match="asked for on the primary"):
+            asyncio.run(c.commands.run("checkpoint", {}))
+        with pytest.raises(ValueError, match="set on the primary"):
+            asyncio.run(c.commands.run("mode", {"mode": "shadow"}))
+
+
+def test_a_page_of_frames_has_a_size() -> None:
+    c, _, _ = primary()
+    for args in ({"limit": 0}, {"limit": 65}, {"after": "x"}):
+        with pytest.raises(ValueError, match="capture"):
+            builder.capture(c, args)

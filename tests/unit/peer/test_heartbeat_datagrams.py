@@ -1,0 +1,257 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What both controllers make of beacons, and of their own loop standing still."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Coroutine
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from colo_xdp.abi import Mode
+from colo_xdp.controller.checkpoint_coordinator import CheckpointRequest
+from colo_xdp.controller.controller import Controller
+from colo_xdp.engine.engine import Engine
+from colo_xdp.failover.decision import Action, Ending, State
+from colo_xdp.failover.lease import boot_ns
+from colo_xdp.peer.channel import OTHER
+from colo_xdp.peer.heartbeat import NONCE, Flag, Heartbeat, HeartbeatSession, session_key
+from colo_xdp.peer.heartbeat_links import LINK
+from tests.unit.controller.test_controllers import FakeDataPath, Sent, primary, secondary
+
+Made = tuple[Controller, FakeDataPath, list[Action]]
+
+
+def word(flags: Flag, *, late_ms: float = 5, lag_ms: int = 0, epoch: int = 7) -> Heartbeat:
+    """Said after the peer had heard what this side sent so long ago."""
+    return Heartbeat(flags, lag_ms, epoch, boot_ns(), boot_ns() - int(late_ms * 1e6))
+
+
+def cut(make: Callable[[], tuple[Any, FakeDataPath, Sent]]) -> Made:
+    """A protected pair whose control channel has gone; what is performed is only noted."""
+    c, dp, _ = make()
+    c.state = State.PROTECTED
+    c.qemu.qmp = SimpleNamespace(connected=True)
+    c.peer.connected = False
+    c.view.peer.guest_since_boot_ns = boot_ns() - 10**10
+    done: list[Action] = []
+
+    async def perform(action: Action, why: str) -> None:
+        done.append(action)
+
+    c.perform = perform
+    return c, dp, done
+
+
+def run(body: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    asyncio.run(asyncio.wait_for(body(), 10))
+
+
+@pytest.mark.parametrize(
+    ("make", "over"), [(primary, Action.GO_SOLO), (secondary, Action.TAKE_OVER)]
+)
+def test_a_shut_data_path_is_certain_silence(make: Any, over: Action) -> None:
+    async def body() -> None:
+        c, _, done = cut(make)
+        c.heartbeats.on_word(word(Flag.SHUT | Flag.HANGS))
+        assert c.view.peer.shut and "hangs" in c.facts().peer_why
+        await asyncio.sleep(0)
+        assert done == [over]
+
+    run(body)
+
+
+@pytest.mark.parametrize(
+    "why", ["connected", "kept back", "before the guest", "hears nothing", "overtaken"]
+)
+@pytest.mark.parametrize("make", [primary, secondary])
+def test_only_a_fresh_word_counts_and_only_when_the_channel_is_down(make: Any, why: str) -> None:
+    async def body() -> None:
+        c, _, done = cut(make)
+        said = word(Flag.SHUT | Flag.ASK | Flag.ALONE | Flag.SVM)
+        if why == "connected":
+            c.peer.connected = True
+        elif why == "kept back":
+            said = word(said.flags, late_ms=c.config.peer.heartbeat_timeout + 1)
+        elif why == "before the guest":
+            c._peer_message({"type": "ready", "epoch": 7})
+            c.peer.connected = False
+        elif why == "overtaken":  # by what the control channel brought before it was cut
+            beat = {"t": said.t, "echo": 0, "state": "protected", "epoch": 7, "vm": True,
+                    "shut": False, "alone": False, "shadow": False, "promise": False,
+                    "role": OTHER[c.role.value]}  # fmt: skip
+            c._peer_message({"type": "heartbeat", **beat})
+        else:
+            said = Heartbeat(said.flags, 0, 7, said.t, 0)
+        c.heartbeats.on_word(said)
+        await asyncio.sleep(0)
+        assert not c.view.peer.shut and done == [] and c.state is State.PROTECTED
+
+    run(body)
+
+
+def test_asked_by_beacon_a_secondary_stands_down_and_says_so() -> None:
+    async def body() -> None:
+        c, dp, _ = cut(secondary)
+        c.heartbeats.on_word(word(Flag.VM | Flag.ASK))
+        assert c.state is State.STOPPED and dp.mode is Mode.DROP and c.view.guest.demoted
+        assert Flag.SHUT in c.heartbeats.flags() and Flag.ALONE not in c.heartbeats.flags()
+        # and comes back if the primary dies without having spoken alone, as on the channel
+        c.heartbeats.on_word(word(Flag.SHUT))
+        assert c.state is State.DEGRADED
+
+    run(body)
+
+
+def test_a_primary_that_has_spoken_alone_leaves_nothing_to_come_back_to() -> None:
+    async def body() -> None:
+        c, _, done = cut(secondary)
+        c.heartbeats.on_word(word(Flag.VM | Flag.ASK))
+        c.heartbeats.on_word(word(Flag.SHUT | Flag.ALONE))
+        await asyncio.sleep(0)
+        assert c.state is State.STOPPED and done == []
+
+    run(body)
+
+
+def test_a_secondary_stands_down_when_the_primary_has_spoken_alone() -> None:
+    async def body() -> None:
+        c, dp, done = cut(secondary)
+        c.heartbeats.on_word(word(Flag.VM | Flag.ALONE))
+        assert c.state is State.STOPPED and dp.mode is Mode.DROP
+        c.heartbeats.on_word(word(Flag.SHUT))
+        await asyncio.sleep(0)
+        assert c.state is State.STOPPED and done == [], "whatever becomes of it"
+
+    run(body)
+
+
+def test_a_primary_asks_no_primary_to_stand_down() -> None:
+    async def body() -> None:
+        c, _, _ = cut(primary)
+        c.heartbeats.on_word(word(Flag.VM | Flag.ASK))
+        assert c.state is State.PROTECTED
+        s, _, _ = cut(secondary)
+        s.heartbeats.on_word(word(Flag.VM | Flag.ASK | Flag.SVM))
+        assert s.state is State.PROTECTED
+
+    run(body)
+
+
+def test_a_primary_never_speaks_against_a_secondary_that_took_over() -> None:
+    async def body() -> None:
+        c, dp, _ = cut(primary)
+        c.heartbeats.on_word(word(Flag.VM | Flag.SVM))
+        assert c.state is State.PROTECTED
+        c.heartbeats.on_word(word(Flag.VM | Flag.SVM | Flag.ALONE))
+        assert c.state is State.STOPPED and dp.mode is Mode.DROP
+
+    run(body)
+
+
+def test_shadow_is_told_by_beacon_too() -> None:
+    async def body() -> None:
+        c, _, done = cut(secondary)
+        c.heartbeats.on_word(word(Flag.VM | Flag.SHADOW))
+        c.heartbeats.on_word(word(Flag.SHUT))
+        await asyncio.sleep(0)
+        assert c.view.shadow and done == [], "clients may know what this guest never said"
+
+    run(body)
+
+
+def test_asking_ends_with_the_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def body() -> None:
+        c, _, sent = primary()
+        c.state = State.PROTECTED
+        c.peer.send = lambda kind, **_: False  # type: ignore[method-assign]
+        await c.perform(Action.ASK_SHUT, "why")
+        assert Flag.ASK in c.heartbeats.flags()
+        c._peer_up()
+        assert Flag.ASK not in c.heartbeats.flags()
+        c.peer.send = sent  # type: ignore[method-assign]
+        await c.perform(Action.ASK_SHUT, "why")
+        assert Flag.ASK not in c.heartbeats.flags() and "demote" in sent.kinds()
+
+    run(body)
+
+
+def test_timeouts_go_on_over_a_cut_so_that_waiting_is_known(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ticks: list[int] = []
+    monkeypatch.setattr(Engine, "tick", lambda self, now: ticks.append(now))
+    c, dp, _ = cut(primary)
+    assert not c.waiting
+    for state, mode, up, ticked in (
+        (State.DEGRADED, Mode.RUN, False, True),
+        (State.DEGRADED, Mode.RUN, True, False),
+        (State.DEGRADED, Mode.CHECKPOINT, False, False),
+        (State.PROTECTED, Mode.RUN, True, True),
+    ):
+        ticks.clear()
+        c.state, dp.mode, c.peer.connected = state, mode, up
+        c.on_tick(time.monotonic_ns())
+        assert bool(ticks) == ticked
+    dp.mode = Mode.CHECKPOINT
+    assert c.facts().waiting, "held for a checkpoint that the cut has ended"
+    dp.mode = Mode.RUN
+    assert not c.facts().waiting
+    c._want = CheckpointRequest("payload_differs", "here")  # type: ignore[attr-defined]
+    assert c.facts().waiting
+
+
+def test_a_loop_that_stood_still_says_so_and_blames_nobody() -> None:
+    c, _, _ = primary()
+    c.peer.last_seen_ns = time.monotonic_ns()
+    before = c.peer.last_seen_ns
+    c.heartbeats.stood_still(0.02, 0.1)
+    assert c.peer.last_seen_ns == before, "within the heartbeat's interval: nothing"
+    c.heartbeats.stood_still(2.0, 0.1)
+    assert c.peer.last_seen_ns == before + 2 * 10**9
+    sent: list[tuple[Flag, int]] = []
+    c.paths.send = lambda flags, lag, epoch: sent.append((flags, lag))  # type: ignore[method-assign]
+    c._beat()
+    c._beat()
+    assert [lag for _, lag in sent] == [2000, 0]
+
+
+def test_a_slow_peer_is_known_by_what_it_says() -> None:
+    async def body() -> None:
+        c, _, _ = cut(secondary)
+        assert not c.facts().peer_slow
+        c.heartbeats.on_word(word(Flag.VM, lag_ms=c.config.peer.heartbeat_timeout))
+        assert c.facts().peer_slow
+
+    run(body)
+
+
+def test_facts_of_a_cut_come_from_the_beacons() -> None:
+    """From datagram to sentence."""
+
+    async def body() -> None:
+        c, _, _ = cut(secondary)
+        key = session_key("web1", "11" * NONCE, "22" * NONCE)
+        far = HeartbeatSession("web1", "primary", [LINK])
+        for core in (c.paths.core, far):
+            core.rekey(key, same_peer=False)
+        c.peer.last_seen_ns = time.monotonic_ns() - 2 * 10**9
+        c.view.born_ns = 0
+        c.peer.ending = Ending.LOST
+        c._decide()
+        assert "acknowledged nothing" in c.reason and f"control channel, {LINK}" in c.reason
+        far.round()
+        assert c.paths.core.hear(0, far.make(0, boot_ns(), Flag.VM, 0, 7), boot_ns()) is not None
+        c._decide()
+        assert c.state is State.DEGRADED
+        assert "the control channel is cut, but the peer lives" in c.reason
+        assert "does not hear this side's" in c.reason
+        far.hear(0, c.paths.core.make(0, boot_ns(), Flag.VM, 0, 7), boot_ns())
+        c.paths.core.hear(0, far.make(0, boot_ns(), Flag.VM, 0, 7), boot_ns())
+        c._decide()
+        assert c.reason.endswith(f"its beacons arrive over {LINK}")
+
+    run(body)

@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A QEMU is looked after by what depends on it, and by nothing else that is known of the pair."""
+
+from __future__ import annotations
+
+import ast
+import asyncio
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from colo_xdp.failover.decision import State
+from colo_xdp.qemu import supervisor
+from colo_xdp.qemu.event import QmpEvent
+from colo_xdp.qemu.qmp import QmpError
+from colo_xdp.qemu.supervisor import QemuOptions, QemuSupervisor, Stakes
+from tests.unit.controller.test_controllers import in_loop, primary
+
+OPTIONS = QemuOptions(
+    pair="web1", name="PVM", qmp="/nowhere", qmp_oob="", timeout_s=1, tap="tap0", guest_mac="",
+    incoming=(),
+)  # fmt: skip
+
+
+class Owner:
+    """Remembers what it is told."""
+
+    def __init__(self, stakes: Stakes) -> None:
+        self.stakes, self.said = stakes, []  # type: tuple[Stakes, list[str]]
+
+    def spawn(self, coro: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+        return asyncio.ensure_future(coro)
+
+    def on_qmp_event(self, event: QmpEvent) -> None:
+        self.said.append(event.name)
+
+    async def on_qemu(self) -> None:
+        self.said.append("connected")
+
+    def on_qemu_found(self, *, there: bool) -> None:
+        self.said.append("found" if there else "absent")
+
+    def on_qemu_refused(self, why: str) -> None:
+        self.said.append("refused")
+
+    def on_qemu_gone(self) -> None:
+        self.said.append("waits")
+
+    def on_guest_gone(self, *, hung: bool = False) -> None:
+        self.said.append("hung" if hung else "dead")
+
+    def reconsider(self) -> None:
+        self.said.append("reconsiders")
+
+
+class Nobody:
+    """No QEMU answers at this socket; after some tries the test ends."""
+
+    connected, name = False, "PVM"
+
+    def __init__(self, *args: Any) -> None:
+        self.tries = 0
+
+    async def connect(self) -> None:
+        self.tries += 1
+        if self.tries > 2:
+            raise asyncio.CancelledError
+        raise QmpError("nobody is there")
+
+
+@pytest.mark.parametrize(
+    ("stakes", "alive", "said"),
+    [
+        (Stakes.NOTHING_YET, False, ["waits", "absent", "absent"]),
+        (Stakes.GUEST, False, ["dead"]),
+        (Stakes.WATCHED, False, ["dead"]),
+        (Stakes.GUEST, True, ["dead"]),  # no word from anybody
+    ],
+)
+def test_what_a_lost_connection_means_is_a_matter_of_what_depends_on_it(
+    stakes: Stakes, alive: bool, said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervisor, "Qmp", Nobody)
+    monkeypatch.setattr(supervisor, "QMP_RETRY_S", 0.001)
+    monkeypatch.setattr(supervisor, "DEATH_S", 0.02 if alive else 5.0)
+
+    async def body() -> None:
+        owner = Owner(stakes)
+        q = QemuSupervisor(OPTIONS, owner, tap_alive=lambda: alive, is_at=lambda *macs: None)
+        if alive:
+
+            async def refused(self: Any) -> None:
+                raise QmpError("nobody is there")
+
+            monkeypatch.setattr(Nobody, "connect", refused)
+        task = asyncio.ensure_future(q._after_loss())
+        await asyncio.wait({task})
+        assert owner.said == said
+
+    in_loop(body)
+
+
+def test_where_the_next_one_is_looked_for_elsewhere_a_lost_connection_means_nothing() -> None:
+    async def body() -> None:
+        owner = Owner(Stakes.OVER)
+        q = QemuSupervisor(OPTIONS, owner, tap_alive=lambda: False, is_at=lambda *macs: None)
+        q._on_closed("closed")
+        await asyncio.sleep(0)
+        assert owner.said == []
+
+    in_loop(body)
+
+
+def test_the_stakes_of_each_state() -> None:
+    c, _, _ = primary()
+    for state in State:
+        c.state = state
+        stakes = {
+            State.STARTING: Stakes.NOTHING_YET,
+            State.STOPPED: Stakes.OVER,
+            State.PROTECTED: Stakes.WATCHED,
+        }.get(state, Stakes.GUEST)
+        assert c.stakes is stakes
+
+
+def test_it_knows_neither_the_configuration_nor_the_data_path() -> None:
+    tree = ast.parse(Path(supervisor.__file__).read_text())
+    ours = {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.level}
+    assert not {m for m in ours if m} & {"config", "datapath", "failover", "pair_view", "node"}

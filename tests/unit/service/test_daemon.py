@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The process around a controller: it stays when the roles change."""
+
+from __future__ import annotations
+
+import fcntl
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from colo_xdp import user_command
+from colo_xdp.config.file import Config, load
+from colo_xdp.datapath import loader
+from colo_xdp.datapath.attach import Taken
+from colo_xdp.datapath.datapath import DataPathError
+from colo_xdp.service import daemon
+from colo_xdp.tools import preflight
+from colo_xdp.tools.preflight import AlreadyRuns, Refusal
+
+EXAMPLES = Path(__file__).parents[3] / "deploy/examples"
+
+
+@pytest.mark.parametrize("last", [0, 1])
+def test_a_change_of_roles_makes_a_new_controller(
+    monkeypatch: pytest.MonkeyPatch, last: int
+) -> None:
+    """What the one has left is closed before the next one looks at it."""
+    story: list[str] = []
+    ends = [daemon.ROLE_CHANGED, daemon.ROLE_CHANGED, last]
+
+    class FakeDataPath:
+        def __init__(self, config: Any) -> None:
+            story.append("load")
+
+        def close(self) -> None:
+            story.append("close")
+
+    async def serve(config: Any, datapath: Any) -> int:
+        story.append("serve")
+        return ends.pop(0)
+
+    monkeypatch.setattr(daemon, "DataPath", FakeDataPath)
+    monkeypatch.setattr(daemon, "_serve", serve)
+    assert daemon._run(load(EXAMPLES / "secondary.toml")) == last
+    assert story == ["load", "serve", "close"] * 3
+
+
+def here(tmp_path: Path) -> Config:
+    config = load(EXAMPLES / "primary.toml")
+    d = replace(config.datapath, run_dir=str(tmp_path), bpffs=str(tmp_path / "bpf"))
+    return replace(config, datapath=d)
+
+
+@pytest.mark.parametrize(
+    "why", [Refusal("a certificate"), Taken("a filter"), DataPathError("in a bridge")]
+)
+@pytest.mark.parametrize("pinned", [False, True])
+def test_a_data_path_that_is_pinned_is_never_given_up(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, why: Exception, pinned: bool
+) -> None:
+    """A guest depends on it: nobody may be awake to start the unit again."""
+
+    @contextmanager
+    def claim(config: Config) -> Iterator[None]:
+        raise why
+        yield
+
+    config = here(tmp_path)
+    if pinned:
+        pins = Path(loader.pin_dir(config.datapath.bpffs, config.pair, config.role))
+        pins.mkdir(parents=True)
+        (pins / "config").touch()
+    monkeypatch.setattr(daemon, "claim", claim)
+    monkeypatch.setattr(daemon, "setup_logging", lambda: None)
+    assert daemon.run(config) == (daemon.FAILED if pinned else daemon.REFUSED)
+
+
+@pytest.mark.parametrize("service", [False, True])
+def test_a_predecessor_that_is_not_gone_yet_is_waited_for(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, service: bool
+) -> None:
+    @contextmanager
+    def claim(config: Config) -> Iterator[None]:
+        raise AlreadyRuns("locked")
+        yield
+
+    monkeypatch.setattr(daemon, "claim", claim)
+    monkeypatch.setattr(daemon, "setup_logging", lambda: None)
+    monkeypatch.setattr(user_command, "is_service", lambda: service)
+    assert daemon.run(here(tmp_path)) == (daemon.FAILED if service else daemon.REFUSED)
+
+
+def test_who_asks_whether_a_controller_runs_is_none(tmp_path: Path) -> None:
+    """Another pair's controller, `doctor` and `cleanup` hold the lock for a moment to find out."""
+    path = tmp_path / "lock"
+    with path.open("a+") as mine, path.open() as theirs:
+        fcntl.flock(theirs, fcntl.LOCK_SH)
+        timer = threading.Timer(0.1, fcntl.flock, (theirs, fcntl.LOCK_UN))
+        timer.start()
+        preflight._flock(mine.fileno(), str(path), here(tmp_path))
+        timer.join()

@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Metrics from the status document, over real HTTP."""
+
+from __future__ import annotations
+
+import json
+import re
+import socket
+import ssl
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from colo_xdp import abi
+from colo_xdp.compare.causes import Cause
+from colo_xdp.failover.decision import State
+from colo_xdp.peer.heartbeat import REFUSALS
+from colo_xdp.status import metrics
+from colo_xdp.status.document import WAIT_BUCKETS, empty
+from colo_xdp.tools import pki
+
+DEPLOY = Path(__file__).parents[3] / "deploy"
+
+
+class Source:
+    def __init__(self) -> None:
+        self.doc: dict[str, Any] = empty("web1", "primary").to_json()
+        self.broken = False
+
+    def __call__(self) -> dict[str, Any]:
+        if self.broken:
+            raise TimeoutError("the loop does not answer")
+        return self.doc
+
+
+@pytest.fixture
+def served() -> Iterator[tuple[Source, str]]:
+    source = Source()
+    server = metrics.start("127.0.0.1:0", source)
+    yield source, f"http://127.0.0.1:{server.port}"
+    server.close()
+
+
+def get(url: str) -> tuple[int, str]:
+    try:
+        with urllib.request.urlopen(url, timeout=5) as r:
+            return r.status, r.read().decode()
+    except urllib.error.HTTPError as e:
+        return e.code, e.read().decode()
+
+
+def value(text: str, line: str) -> float:
+    found = [x for x in text.splitlines() if x.startswith(line + " ")]
+    assert len(found) == 1, line
+    return float(found[0].split()[-1])
+
+
+def test_everything_is_there_from_the_first_scrape(served: tuple[Source, str]) -> None:
+    _, url = served
+    code, text = get(url + "/metrics")
+    assert code == 200
+    base = 'pair="web1",role="primary"'
+    for prog in abi.PROGRAMS:
+        for reason in abi.REASONS:
+            labels = f'pair="web1",program="{prog}",reason="{reason}",role="primary"'
+            assert value(text, f"colo_xdp_packets_total{{{labels}}}") == 0
+    for cause in Cause:
+        assert value(text, f'colo_xdp_checkpoints_total{{cause="{cause}",{base}}}') == 0
+        assert value(text, f'colo_xdp_mismatches_total{{cause="{cause}",{base}}}') == 0
+    for state in State:
+        want = float(state is State.STARTING)
+        assert value(text, f'colo_xdp_state{{{base},state="{state}"}}') == want
+    for name, (kind, _, _) in metrics.METRICS.items():
+        assert f"# TYPE colo_xdp_{name}" in text, (name, kind)
+
+
+def test_numbers_are_the_documents(served: tuple[Source, str]) -> None:
+    source, url = served
+    source.doc["held"] = {"packets": 3, "bytes": 4000, "limit": 1024}
+    source.doc["checkpoints"]["by_cause"]["operator"] = 7
+    source.doc["wait"]["buckets"][0] = 5
+    source.doc["wait"]["buckets"][-1] = 2
+    source.doc["wait"]["sum"] = 42.5
+    source.doc["peer"]["silent_ms"] = 250.0
+    refused = dict.fromkeys(REFUSALS, 0) | {"forged": 4}
+    source.doc["heartbeat_links"] = [
+        {"name": "peer link", "silent_ms": 80.0, "unheard_ms": None, "rtt_us": 500.0, "sent": 9,
+         "received": 8, "refused": refused, "trouble": ""},
+    ]  # fmt: skip
+    text = get(url + "/metrics")[1]
+    base = 'pair="web1",role="primary"'
+    way = 'pair="web1",link="peer link",role="primary"'
+    assert value(text, f"colo_xdp_heartbeat_link_silent_seconds{{{way}}}") == 0.08
+    assert value(text, f"colo_xdp_heartbeat_link_echo_age_seconds{{{way}}}") == -1
+    assert value(text, f"colo_xdp_heartbeat_link_round_trip_seconds{{{way}}}") == 0.0005
+    assert value(text, f"colo_xdp_heartbeat_link_received_total{{{way}}}") == 8
+    forged = 'pair="web1",link="peer link",reason="forged",role="primary"'
+    assert value(text, f"colo_xdp_heartbeat_link_refused_total{{{forged}}}") == 4
+    assert value(text, f"colo_xdp_held_packets{{{base}}}") == 3
+    assert value(text, f'colo_xdp_checkpoints_total{{cause="operator",{base}}}') == 7
+    first = f"{WAIT_BUCKETS[0]:g}"
+    assert value(text, f'colo_xdp_wait_seconds_bucket{{le="{first}",{base}}}') == 5
+    assert value(text, f'colo_xdp_wait_seconds_bucket{{le="+Inf",{base}}}') == 7
+    assert value(text, f"colo_xdp_wait_seconds_sum{{{base}}}") == 42.5
+    assert value(text, f"colo_xdp_peer_silent_seconds{{{base}}}") == 0.25
+
+
+def test_a_controller_that_does_not_answer_is_counted(served: tuple[Source, str]) -> None:
+    source, url = served
+    source.broken = True
+    code, text = get(url + "/metrics")
+    assert code == 200 and "colo_xdp_scrape_errors_total" in text
+    assert re.search(r"colo_xdp_scrape_errors_total\{.*\} 1.0", text)
+    assert get(url + "/readyz")[0] == 503
+
+
+@pytest.mark.parametrize(
+    ("role", "state", "speaks", "ready", "secondary"),
+    [
+        ("primary", "protected", True, 200, 503),
+        ("primary", "solo", True, 503, 503),
+        ("primary", "starting", True, 503, 503),
+        ("primary", "starting", False, 503, 503),  # waits for the lease, or for the other host
+        ("primary", "protected", False, 200, 503),  # the lease could not be renewed
+        ("primary", "degraded", False, 503, 503),
+        ("primary", "stopped", False, 503, 503),
+        ("secondary", "protected", False, 200, 200),
+        ("secondary", "promoted", True, 503, 503),
+        ("secondary", "promoted", False, 503, 503),  # its QEMU has died since
+        ("secondary", "starting", False, 503, 503),
+    ],
+)
+def test_health(
+    served: tuple[Source, str], role: str, state: str, speaks: bool, ready: int, secondary: int
+) -> None:
+    """/primary is the fact that colo_xdp_active and the status give, whatever the state is."""
+    source, url = served
+    source.doc.update(role=role, state=state, reason="because")
+    source.doc["active"]["transmitting"] = speaks
+    assert get(url + "/healthz") == (200, f"{role} {state}: because\n")
+    got = tuple(get(url + p)[0] for p in ("/readyz", "/primary", "/secondary"))
+    assert got == (ready, 200 if speaks else 503, secondary)
+    assert (
+        value(get(url + "/metrics")[1], f'colo_xdp_active{{pair="web1",role="{role}"}}') == speaks
+    )
+    assert json.loads(get(url + "/status.json")[1])["state"] == state
+    assert get(url + "/else")[0] == 404
+
+
+def test_strangers_cannot_read_over_tls(tmp_path: Path) -> None:
+    """Only whose certificate the readers' authority has signed; who stalls does not keep it."""
+    names = ("ours", "theirs")
+    for name in names:
+        pki.init(tmp_path / name, name)
+        pki.issue(tmp_path / name, "primary")
+    ours, theirs = (tmp_path / n for n in names)
+
+    def read(directory: Path | None) -> tuple[int, str]:
+        ctx = ssl.create_default_context(cafile=str(ours / "ca.crt"))
+        ctx.check_hostname = False
+        if directory is not None:
+            ctx.load_cert_chain(directory / "primary.crt", directory / "primary.key")
+        url = f"https://127.0.0.1:{server.port}/status.json"
+        with urllib.request.urlopen(url, timeout=20, context=ctx) as r:
+            return r.status, r.read().decode()
+
+    files = (str(ours / "primary.crt"), str(ours / "primary.key"), str(ours / "ca.crt"))
+    server = metrics.start("127.0.0.1:0", Source(), files)
+    try:
+        with socket.create_connection(("127.0.0.1", server.port)) as stalls:
+            assert read(ours)[0] == 200
+            stalls.sendall(b"GET /metrics HTTP/1.0\r\n\r\n")
+            stalls.settimeout(20)
+            assert b"colo_xdp" not in stalls.recv(4096)
+        for stranger in (None, theirs):
+            with pytest.raises(OSError):
+                read(stranger)
+        assert read(ours)[0] == 200
+    finally:
+        server.close()
+
+
+def test_dashboard_and_alerts_name_only_metrics_that_exist() -> None:
+    suffix = {"counter": ("_total",), "gauge": ("",), "histogram": ("_bucket", "_sum", "_count")}
+    known = {
+        f"colo_xdp_{n}{s}" for n, (kind, _, _) in metrics.METRICS.items() for s in suffix[kind]
+    }
+    for path in (DEPLOY / "grafana/colo-xdp.json", DEPLOY / "prometheus/alerts.yml"):
+        used = set(re.findall(r"colo_xdp_\w+", path.read_text()))
+        assert len(used) > 8
+        assert used <= known, used - known
