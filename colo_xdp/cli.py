@@ -104,7 +104,8 @@ def _socket(where: str | None, run_dir: str) -> str:
 
 
 def _ask(where: str | None, run_dir: str, command: str, **args: Any) -> dict[str, Any]:
-    from .service.control_socket import Command, ControlError, NotRunning, request
+    from .controller.command import Command
+    from .service.control_socket import ControlError, NotRunning, request
 
     path = _socket(where, run_dir)
     try:

@@ -9,8 +9,8 @@ _NO_LIMIT = 1 << 62
 class Ledger:
     """Counts what is held of the PVM and stashed of the SVM.
 
-    Nobody else changes these numbers, and of the PVM's only compare/held_queue.py does. `max_packets` is of
-    either side, `max_bytes` of the PVM, with Ethernet headers.
+    Nobody else changes these numbers, and of the PVM's only compare/held_queue.py does.
+    `max_packets` is of either side, `max_bytes` of the PVM, with Ethernet headers.
     """
 
     __slots__ = ("_limits", "max_bytes", "max_packets", "pvm_bytes", "pvm_packets", "svm_packets")

@@ -3,14 +3,16 @@
 
 from __future__ import annotations
 
-from typing import Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from ..net.flow_key import FlowKey
 from ..net.frame import NO_EVIDENCE, Evidence, Frame
 from ..net.packet import Packet
-from ..offload.kernel_format import ConnState, OffloadRequest
 from .causes import Cause
 from .flow import Outbox, Partial, Source
+
+if TYPE_CHECKING:
+    from ..offload.kernel_format import ConnState, OffloadRequest
 
 F = TypeVar("F", contravariant=True)
 
@@ -54,8 +56,8 @@ class OffloadCodec(Protocol[F]):
 class Backpressure:
     """An outbox that keeps the frames of one flow, in order; until when at most.
 
-    They may leave. The fast path gets the flow when none of its frames is on its way here any more, and
-    no ack makes the guest send the next one meanwhile.
+    They may leave. The fast path gets the flow when none of its frames is on its way here any more,
+    and no ack makes the guest send the next one meanwhile.
     """
 
     __slots__ = ("_outbox", "frames", "size", "until_ns")

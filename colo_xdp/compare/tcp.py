@@ -10,11 +10,11 @@ The rules are I1 (bytes), I2 (acks) and I3 (flags) of the design:
     ver..send   bytes the SVM produced and the PVM not yet, in `chunks`
     ooo         what the SVM produced beyond a hole (or before ver is known)
 
-The first two are in `sent` (compare/released.py), the others in `theirs` (compare/tcp_secondary.py). A verified byte moves
-from `chunks` to `hist` at once, so that no byte is compared twice however the two guests cut their
-segments; retransmissions are then compared with `hist`. Held frames leave in the order they came,
-with the windows that compare/window.py allows. QEMU's net/colo-compare.c compares neither flags nor bytes
-below its position.
+The first two are in `sent` (compare/released.py), the others in `theirs`
+(compare/tcp_secondary.py). A verified byte moves from `chunks` to `hist` at once, so that no byte
+is compared twice however the two guests cut their segments; retransmissions are then compared with
+`hist`. Held frames leave in the order they came, with the windows that compare/window.py allows.
+QEMU's net/colo-compare.c compares neither flags nor bytes below its position.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """What a connection's SYNs have agreed upon that its other segments depend on: ECN's counter, and
-signatures, whose segments cannot be changed. What else the headers have (net/tcp_headers.py) is not compared,
-and kept as the PVM made it."""
+signatures, whose segments cannot be changed. What else the headers have (net/tcp_headers.py) is not
+compared, and kept as the PVM made it."""
 
 from __future__ import annotations
 

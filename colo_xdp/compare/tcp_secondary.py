@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """What the SVM has said of one TCP connection, and the PVM not yet: in the order of the stream.
 
-Nothing is compared here and nothing asked for: compare/tcp.py does that. Numbers are the primary guest's
-but for the SYN's.
+Nothing is compared here and nothing asked for: compare/tcp.py does that. Numbers are the primary
+guest's but for the SYN's.
 """
 
 from __future__ import annotations

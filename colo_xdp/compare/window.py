@@ -122,8 +122,8 @@ class WindowGate:
     def resume(
         self, w: WindowState, acks: tuple[int, int, int], cut: tuple[Frame, Packet] | None
     ) -> None:
-        """Go on from the fast path. acks: the PVM's, the SVM's, as told; `cut`: a bare ACK of the PVM
-        that has not left with all its window."""
+        """Go on from the fast path. acks: the PVM's, the SVM's, as told; `cut`: a bare ACK of the
+        PVM that has not left with all its window."""
         p_ack, s_ack, adv_ack = acks
         self._shift, self._syn, self.shrunk = w.scale, w.syn, cut
         if w.scale is None:

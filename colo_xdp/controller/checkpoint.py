@@ -95,7 +95,8 @@ class Checkpoint:
             self.resume_ns = event.ts_ns
 
     def heard(self, msg: dict[str, Any]) -> None:
-        """What the secondary says of it: `begun`, `done`, `failed` or `based` (peer/messages.py)."""
+        """What the secondary says of it: `begun`, `done`, `failed` or `based`
+        (peer/messages.py)."""
         kind = msg["type"]
         if kind == "offsets_ack":
             self.based = max(self.based, msg["n"] + 1)

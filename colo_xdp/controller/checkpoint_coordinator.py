@@ -18,6 +18,7 @@ from collections import Counter
 from typing import Any
 
 from ..abi import Mode, SyncState
+from ..clock import TICK_S
 from ..compare.causes import Cause
 from ..config.file import Config
 from ..datapath.conntrack_map import ConntrackMap
@@ -28,7 +29,6 @@ from ..qemu.qmp import QmpError, QmpTimeout
 from .checkpoint import Checkpoint, CheckpointFailed, CheckpointRequest, Step
 from .colo_entry import REARM_S, ColoEntry
 from .pacing import URGENT, Pacer
-from .ticker import TICK_S
 
 log = logging.getLogger("colo_xdp.controller.primary")
 

@@ -12,13 +12,13 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Any, Protocol
 
+from ..clock import TICK_S
 from ..config.file import Config, ConfigError, load
 from ..datapath.datapath import DataPath
 from ..failover.decision import Action, Role, State
 from ..peer.channel import Peer
-from ..service.control_socket import Command
+from .command import Command
 from .pair_view import PairView
-from .ticker import TICK_S
 
 log = logging.getLogger("colo_xdp")
 

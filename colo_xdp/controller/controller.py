@@ -36,6 +36,7 @@ from ..failover.decision import (
     decide,
 )
 from ..failover.lease import boot_ns
+from ..failover.states import lets_nothing_out
 from ..peer.channel import Peer
 from ..peer.heartbeat import Flag
 from ..peer.heartbeat_links import HeartbeatLinks
@@ -45,7 +46,7 @@ from .commands import OperatorCommands
 from .device_watch import DeviceWatch
 from .heartbeats import Heartbeats
 from .host import Host
-from .pair_view import Surroundings, lets_nothing_out
+from .pair_view import Surroundings
 from .ticker import IDLE_S, Ticker
 
 log = logging.getLogger("colo_xdp")

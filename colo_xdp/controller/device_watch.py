@@ -3,8 +3,8 @@
 
 Three questions, asked as long as the controller lives:
 
-- Are the devices and our programs there (datapath/hooks.py)? Looked at when netlink says that something has
-  changed, and each LOOK_S.
+- Are the devices and our programs there (datapath/hooks.py)? Looked at when netlink says that
+  something has changed, and each LOOK_S.
 - Does the peer link bring anything? Heartbeats go over it too: while the control channel lives and
   they do not arrive, nor a frame of the data path, the link is out.
 - Does the secondary's guest say anything? Checkpoints in a row for output that found no twin,

@@ -17,13 +17,13 @@ from abc import abstractmethod
 from typing import Any
 
 from ..abi import Mode, SyncState
+from ..clock import TICK_S
 from ..failover.decision import State
 from ..qemu.disks import refusal
 from ..qemu.event import QmpEvent
 from ..qemu.guest_event import STANDS_STILL, Fate, News
 from ..qemu.qmp import QmpError
 from .controller import Controller
-from .ticker import TICK_S
 
 log = logging.getLogger("colo_xdp")
 

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """All that one host knows of the pair: its own guest, the peer, their life as a pair. Pure.
 
-This is the only place where what is known changes (tests/unit/controller/test_pair_view.py), and facts() is
-all that the decision (failover/decision.py) gets to see of it. What ends with a guest or a pair is an object
-that is thrown away with it: there is no list of fields to be cleared, of which one could be
-forgotten.
+This is the only place where what is known changes (tests/unit/controller/test_pair_view.py), and
+facts() is all that the decision (failover/decision.py) gets to see of it. What ends with a guest or
+a pair is an object that is thrown away with it: there is no list of fields to be cleared, of which
+one could be forgotten.
 
 Times: `_ns` is CLOCK_MONOTONIC, `_boot_ns` CLOCK_BOOTTIME (what heartbeats carry), `_s` monotonic
 seconds.
@@ -28,6 +28,7 @@ from ..failover.decision import (
     State,
     other_guest,
 )
+from ..failover.states import lets_nothing_out
 
 log = logging.getLogger("colo_xdp")
 
@@ -45,7 +46,8 @@ class LocalGuest:
     #: clients may know bytes of this guest that the other one has never heard of (abi.Bond)
     standalone: bool = False
     demoted: bool = False  # shut in because the primary asked
-    over: str = ""  # a guest of the pair has ended itself: nobody is to go on (controller/guest_lifecycle.py)
+    # a guest of the pair has ended itself: nobody is to go on (controller/guest_lifecycle.py)
+    over: str = ""
 
 
 @dataclass
@@ -114,11 +116,6 @@ class Surroundings:
     dead_after_ms: int
     automatic: bool
     arbiter: ArbiterView
-
-
-def lets_nothing_out(role: Role, mode: Mode) -> bool:
-    """Whether the data path keeps this host's guest from the network, whatever it says."""
-    return mode is Mode.DROP or (role is Role.SECONDARY and mode is not Mode.TAKEOVER)
 
 
 class PairView:

@@ -12,6 +12,7 @@ from typing import Any
 
 from .. import abi
 from ..abi import Mode, SyncState
+from ..clock import TICK_S
 from ..compare.causes import Cause
 from ..compare.limits import NEVER
 from ..config.file import Config
@@ -20,6 +21,7 @@ from ..datapath.conntrack_map import ConntrackMap
 from ..datapath.datapath import DataPath
 from ..datapath.ring import CapturedFrame
 from ..engine.engine import Engine
+from ..engine.waits import WAIT_BUCKETS
 from ..failover.decision import Action, OwnGuest, Role, State
 from ..net.frame import Frame
 from ..peer.heartbeat import Flag
@@ -27,12 +29,10 @@ from ..qemu.event import QmpEvent
 from ..qemu.guest_event import STANDS_STILL, News
 from ..qemu.qmp import QmpError
 from ..qemu.supervisor import IN_COLO, INCOMING_S
-from ..status.document import WAIT_BUCKETS
 from .checkpoint import CheckpointRequest
 from .checkpoint_coordinator import CheckpointCoordinator
 from .colo_entry import REARM_S
 from .device_watch import PACE_S
-from .ticker import TICK_S
 
 log = logging.getLogger("colo_xdp.controller.primary")
 

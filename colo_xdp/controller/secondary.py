@@ -17,6 +17,7 @@ from typing import Any
 
 from .. import abi
 from ..abi import Mode, SyncState
+from ..clock import TICK_S
 from ..compare.causes import Cause
 from ..config.file import Config
 from ..datapath.conntrack_map import ConntrackMap
@@ -31,7 +32,6 @@ from ..qemu.qmp import QmpError
 from .guest_lifecycle import GuestLifecycle
 from .held_frames import HeldFrames, Hold
 from .takeover import Takeover
-from .ticker import TICK_S
 
 log = logging.getLogger("colo_xdp.controller.secondary")
 

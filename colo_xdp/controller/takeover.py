@@ -14,6 +14,7 @@ from collections.abc import Coroutine
 from typing import Any, Protocol
 
 from ..abi import Mode, SyncState
+from ..clock import TICK_S
 from ..config.file import Config
 from ..datapath.conntrack_map import ConntrackMap
 from ..datapath.datapath import DataPath
@@ -25,7 +26,6 @@ from ..qemu.qmp import QmpError, QmpTimeout
 from ..qemu.supervisor import HUNG_S, IN_COLO, QemuSupervisor
 from .held_frames import HeldFrames, Hold
 from .pair_view import PairView
-from .ticker import TICK_S
 
 log = logging.getLogger("colo_xdp.controller.secondary")
 

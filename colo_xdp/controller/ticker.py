@@ -11,7 +11,8 @@ import asyncio
 import time
 from collections.abc import Callable
 
-TICK_S = 0.01  # between two ticks at least
+from ..clock import TICK_S
+
 IDLE_S = 0.05  # and at most, or less
 
 

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The maps of bpf/lib/addresses.h as the controller sees them: what is announced, handed over, aged."""
+"""The maps of bpf/lib/addresses.h as the controller sees them: what is announced, handed over,
+aged."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ from pyroute2 import IPRoute
 from pyroute2.netlink.exceptions import NetlinkError as NetlinkError
 from pyroute2.nftables.main import NFTables
 
-from ..status.document import PORT_STATES
+from ..net.bridge import PORT_STATES
 from . import syscall
 from .loader import Program
 

@@ -43,7 +43,8 @@ def decode(raw: bytes) -> ConntrackEntry:
 class ConntrackMap:
     """Ageing by the timeouts of tcp_state; numbers for status and metrics.
 
-    `opening`: connections whose client has not yet shown that it hears the guest (bpf/lib/conntrack.h).
+    `opening`: connections whose client has not yet shown that it hears the guest
+    (bpf/lib/conntrack.h).
     """
 
     def __init__(self, table: Map, opening: Map) -> None:
@@ -64,7 +65,8 @@ class ConntrackMap:
     def export(self, epoch: int) -> list[bytes]:
         """Connections in the guest's own numbers, or about to be: key and value of each.
 
-        Those whose offset is of `epoch`, or for good (bpf/lib/conntrack.h), and is not known to be 0.
+        Those whose offset is of `epoch`, or for good (bpf/lib/conntrack.h), and is not known to be
+        0.
         """
         out = {}
         for _, key, raw in self._all():

@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from ..abi import Cfg
-from ..controller.pair_view import lets_nothing_out
 from ..failover.decision import Role
+from ..failover.states import lets_nothing_out
 from . import attach
 from .loader import Program
 

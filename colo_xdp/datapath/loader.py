@@ -97,7 +97,7 @@ def import_bcc() -> Any:
 
 def source_dir() -> Path:
     """Where the C sources are: beside the package in a checkout, inside it in a wheel."""
-    here = Path(__file__).resolve().parent
+    here = Path(__file__).resolve().parents[1]
     for d in (here.parent / "bpf", Path(str(resources.files("colo_xdp"))) / "_bpf_src"):
         if (d / "lib/abi.h").exists():
             return d

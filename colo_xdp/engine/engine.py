@@ -52,7 +52,8 @@ class Engine:
     mode the time that it would have waited. on_divergence gets every difference, also
     those that ask for nothing (one is asked for already, the flow is only watched).
     unmirror(key) gets the flows (struct colo_unmirrored_key) whose clients' frames the SVM
-    is not to have, None when there is none any more. fast: the fast path, which gets settled streams.
+    is not to have, None when there is none any more. fast: the fast path, which gets settled
+    streams.
     """
 
     def __init__(
@@ -349,7 +350,8 @@ class Engine:
         self._void_ns = now_ns
 
     def gather(self, now_ns: int) -> int:
-        """No twin is to be expected: what waits in the fast path comes here. How many frames wait."""
+        """No twin is to be expected: what waits in the fast path comes here. How many frames
+        wait."""
         self._clock.now = now_ns
         self._recall_all(self.fast.outstanding())
         return self.held_packets
@@ -435,7 +437,8 @@ class Engine:
         return self._clock.now if self._giving.braking else self._timers.next_ns
 
     def unbrake(self, now_ns: int) -> None:
-        """In place of tick(), where no time runs out: what is kept back for the fast path leaves."""
+        """In place of tick(), where no time runs out: what is kept back for the fast path
+        leaves."""
         self._clock.now = now_ns
         self._giving.unbrake_all()
 

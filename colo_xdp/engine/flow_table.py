@@ -34,14 +34,15 @@ _TCP_CODEC, _UDP_CODEC = offload_tcp.TcpCodec(), offload_udp.UdpCodec()
 class FlowTable:
     """All flows of one engine, TCP and others. `limit` bounds their number.
 
-    lookup(key): what the fast path knows of a flow that is not in the tables. restore(flow, words) lets a
-    new one go on from that. unmirror: see Engine. watched: what is kept of watched flows.
+    lookup(key): what the fast path knows of a flow that is not in the tables. restore(flow, words)
+    lets a new one go on from that. unmirror: see Engine. watched: what is kept of watched flows.
     """
 
     def __init__(
-        self, clock: Clock, host: FlowContext, outbox: EngineOutbox, watched: MonitorBudget, limits: Limits,
-        policy: Policy, *, lookup: Callable[[FlowKey], ConnState | None],
-        restore: Callable[[ComparedFlow, ConnState], None], unmirror: Callable[[bytes | None], None],
+        self, clock: Clock, host: FlowContext, outbox: EngineOutbox, watched: MonitorBudget,
+        limits: Limits, policy: Policy, *, lookup: Callable[[FlowKey], ConnState | None],
+        restore: Callable[[ComparedFlow, ConnState], None],
+        unmirror: Callable[[bytes | None], None],
     ) -> None:  # fmt: skip
         self._clock, self._host, self._outbox = clock, host, outbox
         self._watched, self._watched_host = watched, watched.host(host)
@@ -85,7 +86,8 @@ class FlowTable:
         return self.tcp if is_stream(key) else self.datagram
 
     def put(self, flow: Comparer) -> None:
-        """Put a flow that the fast path can have in the place of what stands for it: it comes or goes."""
+        """Put a flow that the fast path can have in the place of what stands for it: it comes or
+        goes."""
         table = self.table(flow.key)
         found = table.get(flow.key)
         if found is not None and (found.stands_for(flow) or flow.stands_for(found)):
@@ -155,7 +157,8 @@ class FlowTable:
             self._tell_unmirrored(key)
 
     def renew(self, table: dict[FlowKey, Comparer], flow: Comparer, p: Packet) -> Comparer:
-        """The flow's first frame in this epoch, or since the fast path had it: new rules may have come."""
+        """The flow's first frame in this epoch, or since the fast path had it: new rules may have
+        come."""
         flow = flow.reclaim()
         if flow.epoch == self._clock.epoch:
             return flow

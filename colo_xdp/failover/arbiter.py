@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """What makes sure that only one guest of a pair speaks alone: [failover] arbiter.
 
-The decision (failover/decision.py) sees an ArbiterView of it and knows no arbiter by name. A further one is
-a class here with its name in ARBITERS, and that name among the choices of the key in
+The decision (failover/decision.py) sees an ArbiterView of it and knows no arbiter by name. A
+further one is a class here with its name in ARBITERS, and that name among the choices of the key in
 config/schema.py.
 """
 
@@ -12,12 +12,14 @@ import asyncio
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from .. import user_command
-from ..config.file import Config
 from .decision import Action, ArbiterView
 from .lease import Leadership, Store, StoreError
+
+if TYPE_CHECKING:
+    from ..config.file import Config
 
 log = logging.getLogger("colo_xdp")
 

@@ -12,7 +12,8 @@ it means that the lease is held, for a person too: the kernel of a host that doe
 not hold it lets nothing out.
 
 Suspicion is a state of its own (`degraded`), and so is what it is about. The controllers hear each
-other on the control channel and by beacons on further paths (peer/heartbeat.py). What is told apart:
+other on the control channel and by beacons on further paths (peer/heartbeat.py). What is told
+apart:
 
 - *cut link*: the control channel is silent, beacons arrive. The peer lives; nobody is fenced.
 - *slow*: the same, and the peer's beacons say that its loop stood still.
@@ -121,7 +122,8 @@ class Heard:
 
 @dataclass(frozen=True, slots=True)
 class ArbiterView:
-    """What the arbiter (failover/arbiter.py) says: who makes sure that only one guest speaks alone."""
+    """What the arbiter (failover/arbiter.py) says: who makes sure that only one guest speaks
+    alone."""
 
     name: str = ""  # of what it grants, for people
     fences: bool = False  # it can make sure of the other host's silence

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Which of the two hosts may speak, with a lease as the arbiter ([failover] arbiter = "lease").
 
-One key per pair in a store that both hosts reach (etcd; failover/etcd.py), bound to a lease of `ttl`.
-A host's guest may speak until the later of two times, and the kernel itself enforces it: the
+One key per pair in a store that both hosts reach (etcd; failover/etcd.py), bound to a lease of
+`ttl`. A host's guest may speak until the later of two times, and the kernel itself enforces it: the
 programs drop what comes after CFG_LEASE_EXPIRY_NS, so a controller that hangs or dies falls silent
 with its guest.
 

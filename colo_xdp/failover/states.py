@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Which state may follow which, as data. Pure.
 
-become() (controller/host.py) looks each transition up. One that is not here is an internal error: it is logged
-and counted among the `failures` of the status, and carried out all the same. The state tells people
-and the decision what the data path already does: a controller that refused it, or ended itself over
-it, would go on believing something that is not so, or leave a guest silent by surprise. Tests and
-the simulator set STRICT, where it raises.
+become() (controller/host.py) looks each transition up. One that is not here is an internal error:
+it is logged and counted among the `failures` of the status, and carried out all the same. The state
+tells people and the decision what the data path already does: a controller that refused it, or
+ended itself over it, would go on believing something that is not so, or leave a guest silent by
+surprise. Tests and the simulator set STRICT, where it raises.
 
 diagram() draws what the table says. `paused` and `shadow` are no states of a controller: they are
 how `protected` is shown to people (Node.shown_state).
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from ..abi import Mode
 from .decision import Role, State
 
 STRICT = False  # raise IllegalTransition
@@ -78,3 +79,8 @@ def diagram(role: Role) -> str:
 def _name(state: State) -> str:
     """Mermaid takes `-` for a part of an arrow."""
     return state.value.replace("-", "_")
+
+
+def lets_nothing_out(role: Role, mode: Mode) -> bool:
+    """Whether the data path keeps this host's guest from the network, whatever it says."""
+    return mode is Mode.DROP or (role is Role.SECONDARY and mode is not Mode.TAKEOVER)

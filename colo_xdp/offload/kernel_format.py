@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """What the two tiers say to each other of a flow, whatever its kind: sans-IO.
 
-compare/offload_port.py is what a flow keeps for it. offload/tcp.py knows how a TCP stream goes to the kernel
-and comes back, offload/udp.py a flow of UDP datagrams; offload/scheduler.py knows when; datapath/offload_maps.py is the kernel.
+compare/offload_port.py is what a flow keeps for it. offload/tcp.py knows how a TCP stream goes to
+the kernel and comes back, offload/udp.py a flow of UDP datagrams; offload/scheduler.py knows when;
+datapath/offload_maps.py is the kernel.
 """
 
 from __future__ import annotations
@@ -148,9 +149,9 @@ def direction_number(text: str) -> int:
 
 @dataclass(frozen=True, slots=True)
 class OffloadRequest:
-    """A flow for the fast path: abi.GIVE packed; the latest history, and what is outstanding; whether
-    an ack waits, which needs a buffer too: by its owner user space finds what waits; and since
-    when (0: nothing does)."""
+    """A flow for the fast path: abi.GIVE packed; the latest history, and what is outstanding;
+    whether an ack waits, which needs a buffer too: by its owner user space finds what waits; and
+    since when (0: nothing does)."""
 
     words: bytes
     buffer: bytes

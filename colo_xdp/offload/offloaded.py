@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Stands in the engine's tables for a flow that the fast path has: any call reclaims it and is passed on.
+"""Stands in the engine's tables for a flow that the fast path has: any call reclaims it and is
+passed on.
 
 To look at it reclaims nothing: what the kernel has waits for nothing here, and can be forgotten, as
 it can tell of itself.

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""When a flow goes to the fast path: sans-IO. What it takes along is offload/tcp.py's, or offload/udp.py's.
+"""When a flow goes to the fast path: sans-IO. What it takes along is offload/tcp.py's, or
+offload/udp.py's.
 
 A flow that has been settled for some batches is offered, and given when no frame of it is on its
 way here. Of a busy one some always are: then its own frames, compared and ready, are kept back for
@@ -69,8 +70,8 @@ class OffloadScheduler:
     def note(self, st: Comparer, rec: Frame) -> None:
         """A frame has been taken in; its stream may be settled at the end of the batch.
 
-        A frame that the fast path has not counted, as the connection was locked, has made user space take
-        it back: others may be on their way as it was, and no number would tell.
+        A frame that the fast path has not counted, as the connection was locked, has made user
+        space take it back: others may be on their way as it was, and no number would tell.
         """
         st = st.reclaim()  # it has been, by the frame
         if not isinstance(st, ComparedFlow):
@@ -144,7 +145,8 @@ class OffloadScheduler:
         return answer
 
     def reclaim(self, st: ComparedFlow, words: ConnState | None = None) -> None:
-        """The fast path has handed the flow over, or has to. words: what it had, if that is known."""
+        """The fast path has handed the flow over, or has to. words: what it had, if that is
+        known."""
         self._put(st)
         words = self._fast.reclaim(st.key) if words is None else words
         if words is None:  # it has forgotten it: as one that is met for the first time

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""TCP streams between the slow path (compare/tcp.py) and the fast path (bpf/offload/offload.h): sans-IO.
+"""TCP streams between the slow path (compare/tcp.py) and the fast path (bpf/offload/offload.h):
+sans-IO.
 
 A settled stream becomes the few words that the kernel goes on from; what the kernel had when
 a frame surprised it becomes a stream again: its buffer is what the SVM said and the PVM did not
@@ -73,7 +74,8 @@ class TcpCodec:
     """offload_port.OffloadCodec of TCP streams."""
 
     def ready(self, st: TcpFlow) -> bool:
-        """Whether the fast path could go on from here: established, and nothing waits but plain bytes."""
+        """Whether the fast path could go on from here: established, and nothing waits but plain
+        bytes."""
         sent, theirs = st.sent, st.theirs
         return (
             not theirs.ooo and not (st.held and theirs.chunks)
@@ -164,7 +166,8 @@ class TcpCodec:
         st.epoch = words.epoch
         known = 0 if st.sent.ver is None else (st.sent.ver - words.rel + len(words.history)) & MASK
         if known > len(words.history):
-            st.sent.hist.clear()  # there is a hole between what is in it and what the fast path has kept
+            # there is a hole between what is in it and what the fast path has kept
+            st.sent.hist.clear()
             known = 0
         st.sent.hist.add(words.history[known:])
         st.host.histories.charge(st.sent.hist)

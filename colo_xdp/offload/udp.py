@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Flows of UDP datagrams between the slow path (compare/datagram.py) and the fast path (bpf/offload/udp.h): sans-IO.
+"""Flows of UDP datagrams between the slow path (compare/datagram.py) and the fast path
+(bpf/offload/udp.h): sans-IO.
 
-What waits of one guest is a queue of records (abi.DGRAM and the payload) on both sides. The fast path
-compares in order only: whatever comes in another one comes back here.
+What waits of one guest is a queue of records (abi.DGRAM and the payload) on both sides. The fast
+path compares in order only: whatever comes in another one comes back here.
 """
 
 from __future__ import annotations

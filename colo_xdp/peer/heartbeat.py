@@ -20,11 +20,11 @@ the few words of a heartbeat that matter then. peer/heartbeat_links.py sends and
 
 All in network byte order.
 
-*Key.* Both hellos on the control channel carry a nonce (peer/messages.py); the key is made of both, so it
-is secret if the channel is (TLS), new for each connection, and nothing has to be configured. When
-a connection is new one side may know its key and the other not, if the channel was cut again at
-once: until a beacon under the new key is heard, a side sends under the new one and the former one
-in turns, and takes both. The former one goes with the first beacon under the new one, and when
+*Key.* Both hellos on the control channel carry a nonce (peer/messages.py); the key is made of both,
+so it is secret if the channel is (TLS), new for each connection, and nothing has to be configured.
+When a connection is new one side may know its key and the other not, if the channel was cut again
+at once: until a beacon under the new key is heard, a side sends under the new one and the former
+one in turns, and takes both. The former one goes with the first beacon under the new one, and when
 the peer's process is another.
 
 *Replay.* A counter is taken once, whatever the path; what lies more than WINDOW behind the newest
@@ -57,7 +57,8 @@ REFUSALS = ("stranger", "other_pair", "other_key", "forged", "own", "replayed")
 
 
 class Flag(IntFlag):
-    """What a beacon says; SHUT, ALONE and SHADOW mean what they do in a heartbeat (peer/messages.py)."""
+    """What a beacon says; SHUT, ALONE and SHADOW mean what they do in a heartbeat
+    (peer/messages.py)."""
 
     VM = 1  # the sender's QEMU lives
     SHUT = 2  # its data path drops everything, and opens only for a new guest

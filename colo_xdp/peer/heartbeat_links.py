@@ -23,12 +23,14 @@ import socket
 import struct
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .. import validate
-from ..config.file import Config
 from ..failover.lease import boot_ns
 from .heartbeat import REFUSALS, SIZE, Flag, Heartbeat, HeartbeatSession
+
+if TYPE_CHECKING:
+    from ..config.file import Config
 
 log = logging.getLogger("colo_xdp.peer.heartbeat_links")
 

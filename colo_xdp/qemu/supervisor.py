@@ -13,7 +13,7 @@ from enum import Enum
 from typing import Any, Protocol
 
 from .. import user_command
-from ..controller.ticker import TICK_S
+from ..clock import TICK_S
 from .event import QmpEvent
 from .nic import NicError
 from .qmp import QemuInfo, Qmp, QmpError, QmpTimeout, refusal

@@ -13,25 +13,10 @@ import json
 import os
 import socket
 from collections.abc import Awaitable, Callable
-from enum import StrEnum
 from typing import Any
 
 MAX_MESSAGE = 1 << 20
 READ_TIMEOUT_S = 5.0
-
-
-class Command(StrEnum):
-    """What can be asked."""
-
-    STATUS = "status"
-    MODE = "mode"
-    FAILOVER = "failover"
-    STAND_DOWN = "demote"
-    CHECKPOINT = "checkpoint"
-    REPROTECT = "reprotect"
-    RELOAD = "reload"
-    EXPLAIN = "explain"
-    CAPTURE = "capture"
 
 
 Handler = Callable[[str, dict[str, Any]], Awaitable[dict[str, Any]]]

@@ -20,6 +20,7 @@ from typing import Any
 
 from .. import user_command
 from ..config.file import Config
+from ..controller.command import Command
 from ..controller.controller import Controller
 from ..controller.primary import Primary
 from ..controller.secondary import Secondary
@@ -31,7 +32,7 @@ from ..peer.channel import PeerError
 from ..status import builder
 from ..status.metrics import start as start_metrics
 from ..tools.preflight import AlreadyRuns, Refusal, claim
-from .control_socket import Command, ControlError, ControlServer
+from .control_socket import ControlError, ControlServer
 from .start_limit import Starts
 from .systemd import Notifier
 from .waiting import wait_for

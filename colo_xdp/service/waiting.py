@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from ..config.file import Config
+from ..controller.command import Command
 from ..datapath import attach
 from ..status.document import empty
 from ..status.metrics import start as start_metrics
-from .control_socket import Command, ControlServer
+from .control_socket import ControlServer
 from .start_limit import LOAD_S
 from .systemd import Notifier
 

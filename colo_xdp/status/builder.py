@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Documents about a live controller: its status (status/document.py), and what it has seen differ."""
+"""Documents about a live controller: its status (status/document.py), and what it has seen
+differ."""
 
 from __future__ import annotations
 
@@ -7,12 +8,12 @@ from collections.abc import Callable
 from typing import Any
 
 from ..compare.causes import Cause
+from ..controller.command import Command
 from ..controller.controller import Controller
 from ..controller.primary import Primary
 from ..controller.secondary import Secondary
 from ..engine.engine import Engine
 from ..engine.journal import divergence_json
-from ..service.control_socket import Command
 from .document import empty
 
 

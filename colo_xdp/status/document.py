@@ -15,19 +15,14 @@ from typing import Any
 from .. import abi
 from ..compare.causes import Cause
 from ..engine.engine import COUNTERS
+from ..engine.waits import WAIT_BUCKETS
 from ..failover.decision import Ending, Role, State
+from ..net.bridge import PORT_STATES
 from ..peer.heartbeat import REFUSALS
 
 SCHEMA = 1
 
 #: states of a bridge's port, as the kernel numbers them (linux/if_bridge.h)
-PORT_STATES = ("disabled", "listening", "learning", "forwarding", "blocking")
-
-#: upper bounds of the histogram of waiting times, in seconds; one more bucket is above the last
-WAIT_BUCKETS: tuple[float, ...] = (
-    1e-5, 2.5e-5, 5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3,
-    1e-2, 2.5e-2, 5e-2, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0,
-)  # fmt: skip
 
 #: upper bounds of the histogram of waiting times in the kernel, in seconds; one more as above
 OFFLOAD_WAIT_BUCKETS: tuple[float, ...] = tuple(2.0**i / 1e6 for i in range(23))

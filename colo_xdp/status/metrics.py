@@ -27,8 +27,9 @@ from prometheus_client.core import (
 )
 
 from .. import __version__, abi
+from ..engine.waits import WAIT_BUCKETS
 from ..failover.decision import State
-from .document import OFFLOAD_WAIT_BUCKETS, WAIT_BUCKETS
+from .document import OFFLOAD_WAIT_BUCKETS
 
 log = logging.getLogger("colo_xdp.status.metrics")
 
@@ -224,7 +225,8 @@ class Collector:
         for name, field, scale in (
             ("heartbeat_link_silent_seconds", "silent_ms", 1e-3),
             ("heartbeat_link_echo_age_seconds", "unheard_ms", 1e-3),
-            ("heartbeat_link_round_trip_seconds", "rtt_us", 1e-6), ("heartbeat_link_sent", "sent", 1),
+            ("heartbeat_link_round_trip_seconds", "rtt_us", 1e-6),
+            ("heartbeat_link_sent", "sent", 1),
             ("heartbeat_link_received", "received", 1),
         ):  # fmt: skip
             f = self._family(name)

@@ -15,7 +15,7 @@ from typing import Any
 
 from ..compare.causes import Cause
 from ..config.file import ConfigError, parse
-from ..status.document import WAIT_BUCKETS
+from ..engine.waits import WAIT_BUCKETS
 
 MIN_SEEN = 5
 _DIFFERS = (Cause.PAYLOAD_DIFFERS, Cause.DATAGRAM_DIFFERS, Cause.FIN_DIFFERS)

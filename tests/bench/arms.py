@@ -305,7 +305,8 @@ def _bound(bounds: tuple[float, ...], histogram: list[int], p: float) -> float:
 
 
 def _tier_k_waits() -> list[int]:
-    """The pinned map offload_waits (bpf/offload/offload.h) of the laboratory's pair; all zero without the fast path."""
+    """The pinned map offload_waits (bpf/offload/offload.h) of the laboratory's pair; all zero
+    without the fast path."""
     path = f"{loader.pin_dir('/sys/fs/bpf', PAIR, 'primary')}/offload_waits"
     if not Path(path).exists():
         return [0] * len(K_BUCKETS)

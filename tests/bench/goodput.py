@@ -218,7 +218,8 @@ HANDED, ASKED, DROPPED = (
 
 
 def _handed(tier: TierU | None) -> dict[str, float]:
-    """How often the fast path handed a connection over and the slow path asked for a checkpoint, by reason."""
+    """How often the fast path handed a connection over and the slow path asked for a checkpoint, by
+    reason."""
     if tier is None:
         return {}
     out = {ASKED + cause: float(n) for cause, n in Counter(tier.asked).items()}

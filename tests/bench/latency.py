@@ -6,8 +6,8 @@ kernel stamps what reaches the client. The floor is plain forwarding, from the c
 stamp of the PVM's frame. The late frame's write() is in both. In the slow path this process is the
 controller too, awake and idle when the event comes.
 
-The histogram that the product keeps (colo_xdp_wait_seconds, the fast path's included) is read from a real
-pair in arms.py; it counts the other guest's time too.
+The histogram that the product keeps (colo_xdp_wait_seconds, the fast path's included) is read from
+a real pair in arms.py; it counts the other guest's time too.
 """
 
 from __future__ import annotations

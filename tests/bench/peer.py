@@ -3,8 +3,8 @@
 
 colo-compare runs in a QEMU without a machine; feed.c gives it both guests' frames by unix sockets
 and takes what it releases. Counted is the CPU time of all of QEMU's threads, per released frame,
-with vnet_hdr_support on. Against it stands the fast path's own share: the CPU time of the same frames
-on real devices less the floor (held.py), that is, less what forwarding the PVM's frames and
+with vnet_hdr_support on. Against it stands the fast path's own share: the CPU time of the same
+frames on real devices less the floor (held.py), that is, less what forwarding the PVM's frames and
 dropping the SVM's costs without us. QEMU's figure has the reading and writing of its sockets in
 it, which is how frames come to it; it does not have the two filters that feed these sockets.
 

@@ -11,9 +11,9 @@ Three ways, since no one of them reaches all paths:
    zero of this way is the empty program run singly.
  - On devices: the kernel adds up the time that a program runs (BPF_ENABLE_STATS) while batches of
    frames are written, chosen such that all of a batch take the same path; the counters prove it.
-   Each batch meets new connections. For the fast path, whose every frame changes what the next one meets;
-   for the event ring; for frames larger than a page; for tags that only a device puts into the
-   metadata. The zero is the empty program on the same device.
+   Each batch meets new connections. For the fast path, whose every frame changes what the next one
+   meets; for the event ring; for frames larger than a page; for tags that only a device puts into
+   the metadata. The zero is the empty program on the same device.
 
 All figures are medians of 5 or more such measurements, the zero taken off.
 """
@@ -425,10 +425,14 @@ def scenes() -> list[Scene]:
         Scene("svm_arrival", "sent again, dropped, 1448 bytes", "offload_duplicate", (p, s, s)),
         Scene("svm_arrival", "rebuilt, half a frame apart", "offload_rebuilt", apart),
         Scene("pvm_out", "rebuilt, half a frame apart", "offload_rebuilt", apart),
-        Scene("svm_arrival", "becomes the PVM's, 1000 against 1448", "offload_released", (p, short)),
+        Scene(
+            "svm_arrival", "becomes the PVM's, 1000 against 1448", "offload_released", (p, short)
+        ),
         Scene("pvm_out", "ack passes", "offload_passed", (_acks(1, 200), _acks(0, 200))),
         Scene("pvm_out", "ack waits", "offload_held", (_acks(0, 200),)),
-        Scene("svm_arrival", "ack lets the PVM's go", "offload_acked", (_acks(0, 200), _acks(1, 200))),
+        Scene(
+            "svm_arrival", "ack lets the PVM's go", "offload_acked", (_acks(0, 200), _acks(1, 200))
+        ),
     ]  # fmt: skip
     return out
 

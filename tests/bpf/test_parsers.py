@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""bpf/lib/parsing.h, colo_xdp/net/packet.py and colo_xdp/conntrack/rewriter.py see the same in a frame.
+"""bpf/lib/parsing.h, colo_xdp/net/packet.py and colo_xdp/conntrack/rewriter.py see the same in a
+frame.
 
 The first says which connections are translated and where a checksum is, the second what is compared
 as what. Random frames of every kind that any of them steps through, whole, cut and spoilt.

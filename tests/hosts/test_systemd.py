@@ -60,7 +60,8 @@ def test_heartbeats_pass_the_peer_link(protected: Pair) -> None:
     """The unit's sandbox lets them open what they need (AF_PACKET)."""
     for h in protected.hosts:
         protected.wait(h, "heartbeats over the peer link", lambda s: any(
-            p["name"] == "peer link" and (p["silent_ms"] or 1e9) < 1000 for p in s["heartbeat_links"]
+            p["name"] == "peer link" and (p["silent_ms"] or 1e9) < 1000
+            for p in s["heartbeat_links"]
         ), 10)  # fmt: skip
         assert "Address family not supported" not in h.journal(CONTROLLER)
 

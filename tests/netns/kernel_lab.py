@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The fast path's programs on real taps, and the conversations that the differential test puts through.
+"""The fast path's programs on real taps, and the conversations that the differential test puts
+through.
 
 Not under BPF_PROG_TEST_RUN, which knows neither partial checksums, nor tags in the metadata, nor
 frames beyond a page, and shows only one frame that leaves. A write to a tap runs its program before

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The fast path of the kernel and tests/sim/fast.py, frame by frame: reasons, frames, words, buffers."""
+"""The fast path of the kernel and tests/sim/fast.py, frame by frame: reasons, frames, words,
+buffers."""
 
 from __future__ import annotations
 

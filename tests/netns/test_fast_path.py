@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The fast path on real devices: what leaves is what both guests have sent, on any CPU, at any speed."""
+"""The fast path on real devices: what leaves is what both guests have sent, on any CPU, at any
+speed."""
 
 from __future__ import annotations
 

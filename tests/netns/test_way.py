@@ -38,7 +38,8 @@ def path(net: Net, tmp_path: Path) -> Iterator[DataPath]:
 
 
 class Pair:
-    """A connection in the fast path of which the SVM is the late one: each frame has to find a way."""
+    """A connection in the fast path of which the SVM is the late one: each frame has to find a
+    way."""
 
     def __init__(self, net: Net, dp: DataPath) -> None:
         self.dp, self.at = dp, 1000

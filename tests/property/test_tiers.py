@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The engine alone, and the engine with the fast path before it: the same traffic, the same outcome.
+"""The engine alone, and the engine with the fast path before it: the same traffic, the same
+outcome.
 
 Same are, for each flow: the bytes that leave and where, the flags, the highest ack, and the right
 edge of the window; for all: the causes of checkpoints. Different may be, and is not compared:
  - where frames begin and end: the fast path rebuilds segments, the engine cuts its own;
- - how often the same has left: the engine lets a retransmission leave that a frame of the fast path has
-   made needless, and the other way round; bare acks with nothing new may melt into one;
- - UDP's checksum, if the guests' are not the same: from the fast path it is the late guest's, always;
+ - how often the same has left: the engine lets a retransmission leave that a frame of the fast path
+   has made needless, and the other way round; bare acks with nothing new may melt into one;
+ - UDP's checksum, if the guests' are not the same: from the fast path it is the late guest's,
+   always;
  - acks while bytes wait: the engine keeps the PVM's order, the fast path lets them leave;
- - when: what is verified leaves from the fast path at once, from the engine with a batch. So both are
-   compared when all of that time has passed.
+ - when: what is verified leaves from the fast path at once, from the engine with a batch. So both
+   are compared when all of that time has passed.
 """
 
 from __future__ import annotations
@@ -299,7 +301,8 @@ def test_acks_that_go_on_hide_no_byte_that_waits(side: int) -> None:
 
 
 def test_jumbo_segments_of_a_frame_that_waits() -> None:
-    """Pieces are of 2047 bytes at most, whatever the PVM's MTU (send_piece() in bpf/offload/offload.h)."""
+    """Pieces are of 2047 bytes at most, whatever the PVM's MTU (send_piece() in
+    bpf/offload/offload.h)."""
 
     def play(host: Host) -> None:
         guests = Guests(host, 1000, f.TS)
@@ -516,8 +519,9 @@ def test_any_schedule(ops: list[Op], isn: int, opts: bytes) -> None:
         guests.finish()
 
     alone, fast = both(LIMITS, play)
-    # Which cause is first is a matter of time: the fast path compares bytes behind an ack that waits, and
-    # knows one time for whatever waits. So it may find a difference before a checkpoint heals it.
+    # Which cause is first is a matter of time: the fast path compares bytes behind an ack that
+    # waits, and knows one time for whatever waits. So it may find a difference before a checkpoint
+    # heals it.
     assert fast.causes or not alone.causes
     assert alone.causes or not fast.causes or any(op[0] == "flip" for op in ops)
     fast.causes = alone.causes
@@ -760,7 +764,8 @@ def test_any_schedule_of_datagrams(ops: list[Op], sizes: int) -> None:
 
 
 def test_datagrams_of_a_frame_that_the_svm_has_offloaded() -> None:
-    """Each waits on its own; the frame that they came in is none that the fast path could compare."""
+    """Each waits on its own; the frame that they came in is none that the fast path could
+    compare."""
 
     def play(host: Host) -> None:
         speakers = Speakers(host, 0)

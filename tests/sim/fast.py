@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The fast path in Python: what bpf/offload/offload.h does, on bytes; same names, same order, same words.
+"""The fast path in Python: what bpf/offload/offload.h does, on bytes; same names, same order, same
+words.
 
 It is the readable statement of the rules there, the other half of the differential test
 (tests/netns/test_fast_differential.py) and the kernel of the simulated primary host. Sans-IO.
-User space reaches it as it reaches the kernel, by colo_xdp.datapath.offload_maps.FastMap itself: `Objects`
-stands in for the loaded programs and maps, `Bpf` for bpf(2).
+User space reaches it as it reaches the kernel, by colo_xdp.datapath.offload_maps.FastMap itself:
+`Objects` stands in for the loaded programs and maps, `Bpf` for bpf(2).
 """
 
 from __future__ import annotations
@@ -163,7 +164,8 @@ class Work:
 
 
 class KernelModel:
-    """The maps of bpf/offload/offload.h, and what the programs do with them. Survives its controllers.
+    """The maps of bpf/offload/offload.h, and what the programs do with them. Survives its
+    controllers.
 
     mode, epoch and on are the slots of `config`. busy(): another CPU keeps the connection.
     """
@@ -188,7 +190,8 @@ class KernelModel:
         self.fds = []
 
     def ring(self, buffer: int) -> memoryview:
-        """The bytes of buffer number `buffer`, 1 being the first, as indexed by compare_payload()."""
+        """The bytes of buffer number `buffer`, 1 being the first, as indexed by
+        compare_payload()."""
         at = (buffer - 1) * STASH_SIZE + abi.STASH_BEFORE
         return self.rings[at : at + BUFFER]
 
@@ -771,7 +774,8 @@ class Objects:
 
 
 class Bpf:
-    """Stands in for colo_xdp.datapath.syscall in datapath/offload_maps.py: the program's descriptor is the tier itself."""
+    """Stands in for colo_xdp.datapath.syscall in datapath/offload_maps.py: the program's descriptor
+    is the tier itself."""
 
     def __init__(self, now: Callable[[], int]) -> None:
         self._now = now

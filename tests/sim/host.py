@@ -986,8 +986,9 @@ class SimPeer:
 
 
 class SimPaths:
-    """colo_xdp.peer.heartbeat_links.Paths with one path, the peer link: the product's own beacons, which are lost,
-    late and in any order. The chances are its own, so that a scene is the same without them."""
+    """colo_xdp.peer.heartbeat_links.Paths with one path, the peer link: the product's own beacons,
+    which are lost, late and in any order. The chances are its own, so that a scene is the same
+    without them."""
 
     def __init__(self, side: Side, pair: str, on_word: Callable[[Heartbeat], None]) -> None:
         self._side, self.dead, self._on_word = side, False, on_word

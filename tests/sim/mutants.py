@@ -41,8 +41,8 @@ from .host import Side, SimDataPath
 from .world import Fault, Scene, lease_scene, roles_scene, scene
 
 MUTANTS: dict[str, Callable[[Any], None]] = {}
-#: faults in the fast path's model which cost time only, or which nobody outside can see: the differential
-#: test against the kernel has to notice them (tests/netns/test_fast_differential.py)
+#: faults in the fast path's model which cost time only, or which nobody outside can see: the
+#: differential test against the kernel has to notice them (tests/netns/test_fast_differential.py)
 KERNEL_MUTANTS: dict[str, Callable[[Any], None]] = {}
 #: faults between the tiers that heal by retransmission: tests/property/test_tiers.py notices them
 OFFLOAD_MUTANTS: dict[str, Callable[[Any], None]] = {}

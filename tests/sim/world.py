@@ -771,7 +771,8 @@ class World:
         """The stand-ins in the product's modules."""
         clock = FakeTime(self.loop)
         modules = (
-            controller_module, host, commands, ticker, checkpoint_coordinator, primary, secondary, conntrack_map,
+            controller_module, host, commands, ticker, checkpoint_coordinator, primary, secondary,
+            conntrack_map,
             offload_maps, speaker_module, takeover, device_watch, colo_entry, guest_lifecycle,
             supervisor, heartbeats,
         )  # fmt: skip

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The fast path's rules for what it makes, case by case, on its model (tests/sim/fast.py), which the
-differential test holds equal to the kernel's."""
+"""The fast path's rules for what it makes, case by case, on its model (tests/sim/fast.py), which
+the differential test holds equal to the kernel's."""
 
 from __future__ import annotations
 

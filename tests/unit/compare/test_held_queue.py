@@ -84,7 +84,7 @@ def test_nobody_else_changes_the_counts() -> None:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store | ast.Del):
                 if node.attr in COUNTS:
-                    writers.add(path.name)
+                    writers.add(str(path.relative_to(PACKAGE)))
             elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
                 names = {a.value for a in node.args if isinstance(a, ast.Constant)}
                 assert node.func.id != "setattr" or not names & COUNTS, path

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from colo_xdp import cli
+from colo_xdp.controller.command import Command
 from colo_xdp.controller.primary import Primary
-from colo_xdp.service.control_socket import Command
 from colo_xdp.status import builder
 from tests.unit.controller.test_controllers import primary, secondary
 

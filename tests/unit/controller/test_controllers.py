@@ -398,7 +398,8 @@ def undecided() -> tuple[Primary, FakeDataPath, Sent]:
 
 def beat(state: str, **fields: Any) -> dict[str, Any]:
     return {
-        "type": "heartbeat", "t": 1, "echo": 0, "state": state, "epoch": 5, "vm": True, "shut": False,
+        "type": "heartbeat", "t": 1, "echo": 0, "state": state, "epoch": 5, "vm": True,
+        "shut": False,
         "alone": False, "shadow": False, "promise": False, "role": "secondary", **fields,
     }  # fmt: skip
 
@@ -1234,7 +1235,8 @@ def test_a_host_that_waits_for_a_new_guest_keeps_its_key() -> None:
 
 
 SPOKE = {
-    "type": "heartbeat", "t": 1, "echo": 0, "epoch": 7, "vm": True, "promise": False, "shadow": False,
+    "type": "heartbeat", "t": 1, "echo": 0, "epoch": 7, "vm": True, "promise": False,
+    "shadow": False,
     "role": "primary", "state": "solo", "shut": False, "alone": True,
 }  # fmt: skip
 

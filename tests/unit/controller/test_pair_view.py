@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from colo_xdp.abi import Mode
-from colo_xdp.controller.pair_view import LocalGuest, PairLife, PairView, lets_nothing_out
+from colo_xdp.controller.pair_view import LocalGuest, PairLife, PairView
 from colo_xdp.failover.decision import OtherGuest, Role
+from colo_xdp.failover.states import lets_nothing_out
 from colo_xdp.status.builder import active_json
 from colo_xdp.status.metrics import health
 from tests.unit.controller.test_controllers import (

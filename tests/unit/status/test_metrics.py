@@ -17,10 +17,11 @@ import pytest
 
 from colo_xdp import abi
 from colo_xdp.compare.causes import Cause
+from colo_xdp.engine.waits import WAIT_BUCKETS
 from colo_xdp.failover.decision import State
 from colo_xdp.peer.heartbeat import REFUSALS
 from colo_xdp.status import metrics
-from colo_xdp.status.document import WAIT_BUCKETS, empty
+from colo_xdp.status.document import empty
 from colo_xdp.tools import pki
 
 DEPLOY = Path(__file__).parents[3] / "deploy"
@@ -93,12 +94,12 @@ def test_numbers_are_the_documents(served: tuple[Source, str]) -> None:
     ]  # fmt: skip
     text = get(url + "/metrics")[1]
     base = 'pair="web1",role="primary"'
-    way = 'pair="web1",link="peer link",role="primary"'
+    way = 'link="peer link",pair="web1",role="primary"'
     assert value(text, f"colo_xdp_heartbeat_link_silent_seconds{{{way}}}") == 0.08
     assert value(text, f"colo_xdp_heartbeat_link_echo_age_seconds{{{way}}}") == -1
     assert value(text, f"colo_xdp_heartbeat_link_round_trip_seconds{{{way}}}") == 0.0005
     assert value(text, f"colo_xdp_heartbeat_link_received_total{{{way}}}") == 8
-    forged = 'pair="web1",link="peer link",reason="forged",role="primary"'
+    forged = 'link="peer link",pair="web1",reason="forged",role="primary"'
     assert value(text, f"colo_xdp_heartbeat_link_refused_total{{{forged}}}") == 4
     assert value(text, f"colo_xdp_held_packets{{{base}}}") == 3
     assert value(text, f'colo_xdp_checkpoints_total{{cause="operator",{base}}}') == 7

@@ -11,9 +11,10 @@ import pytest
 from colo_xdp.compare.causes import Cause
 from colo_xdp.config.file import ConfigError, parse
 from colo_xdp.engine.journal import MAX_GROUPS, Divergence, Entry, Journal
+from colo_xdp.engine.waits import WAIT_BUCKETS
 from colo_xdp.net import hexdump
 from colo_xdp.net.frame import Evidence, Frame
-from colo_xdp.status.document import WAIT_BUCKETS, empty
+from colo_xdp.status.document import empty
 from colo_xdp.tools.explain import ADVICE, comment, duration, rules_text, text
 from colo_xdp.tools.suggest import MIN_SEEN, Change, _set, apply, changes, diff
 from tests.unit.controller.test_controllers import EXAMPLES

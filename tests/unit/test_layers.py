@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Who may import what: packages as floors, a pure core, one importer per library, no circles."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[2] / "colo_xdp"
+#: package or module -> what it may import, besides itself. An arrow goes to a lower line only.
+LAYERS: dict[str, set[str]] = {
+    "abi": set(),
+    "clock": set(),
+    "user_command": set(),
+    "validate": set(),
+    "net": {"abi"},
+    "conntrack": {"abi"},
+    "failover": {"abi", "user_command"},
+    "compare": {"net", "validate"},
+    "peer": {"failover", "validate"},
+    "offload": {"abi", "compare", "net"},
+    "engine": {"compare", "net", "offload"},
+    "config": {"compare", "peer", "validate"},
+    "qemu": {"clock", "user_command"},
+    "datapath": {"abi", "config", "conntrack", "failover", "net", "offload"},
+    "controller": {
+        "abi", "clock", "compare", "config", "datapath", "engine", "failover", "net", "peer",
+        "qemu",
+    },
+    "status": {"abi", "compare", "controller", "engine", "failover", "net", "peer"},
+    "tools": {
+        "abi", "compare", "config", "conntrack", "datapath", "engine", "failover", "net", "peer",
+        "qemu", "validate",
+    },
+    "service": {
+        "config", "controller", "datapath", "peer", "status", "tools", "user_command",
+    },
+    "lab": {"service", "tools"},
+    "cli": {"config", "controller", "engine", "lab", "service", "tools", "validate"},
+}  # fmt: skip
+#: packages, or modules of others, that import the standard library and each other only, and of the
+#: standard library nothing that reaches out
+PURE = (
+    "abi", "clock", "validate", "net", "conntrack", "compare", "offload", "engine", "config",
+    "failover.decision", "failover.states", "peer.messages", "peer.heartbeat", "qemu.event",
+    "qemu.disks", "qemu.nic", "qemu.guest_event", "datapath.btf", "status.document",
+    "controller.command", "controller.pacing", "controller.pair_view", "tools.explain", "tools.suggest", "tools.replay",
+    "tools.corpus",
+)  # fmt: skip
+#: readers of a file that is theirs, which is all that they do outside
+FILES = {"config.file": {"os"}, "tools.corpus.play": set[str]()}
+EDGES = {
+    "bcc": "datapath.loader",
+    "pyroute2": "datapath.attach",
+    "qemu": "qemu.qmp",
+    "prometheus_client": "status.metrics",
+    "typer": "cli",
+    "scapy": "tools.pcap",
+    "cryptography": "tools.pki",
+    "etcd3gw": "failover.etcd",
+}
+IMPURE_STDLIB = {"socket", "asyncio", "subprocess", "time", "threading", "os", "ctypes", "select"}
+MODULES = {
+    ".".join(p.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): p
+    for p in PACKAGE.rglob("*.py")
+}
+
+
+def _of_types(tree: ast.AST) -> set[int]:
+    """Nodes below `if TYPE_CHECKING`: annotations, which nothing runs."""
+    return {
+        id(x)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+        for x in ast.walk(node)
+    }
+
+
+def imports(name: str) -> tuple[set[str], set[str]]:
+    """Top-level names of absolute imports, and our modules, of what is there when it runs."""
+    path = MODULES[name]
+    tree = ast.parse(path.read_text())
+    types = _of_types(tree)
+    absolute: set[str] = set()
+    ours: set[str] = set()
+    here = name.split(".")[: None if path.name == "__init__.py" else -1]
+    for node in ast.walk(tree):
+        if id(node) in types:
+            continue
+        if isinstance(node, ast.Import):
+            absolute |= {a.name.split(".")[0] for a in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            if node.level == 0:
+                absolute.add((node.module or "").split(".")[0])
+                continue
+            base = here[: len(here) - (node.level - 1)]
+            target = ".".join([*base, *([node.module] if node.module else [])])
+            ours |= {
+                full if (full := f"{target}.{a.name}".lstrip(".")) in MODULES else target
+                for a in node.names
+            }
+    return absolute, ours - {"", "__init__"}
+
+
+def room(name: str) -> str:
+    return name.split(".")[0]
+
+
+def test_every_room_has_its_floor() -> None:
+    assert {room(m) for m in MODULES} - {"__init__"} == set(LAYERS)
+    below: set[str] = set()
+    for name, allowed in LAYERS.items():
+        assert allowed <= below, f"{name} is above {allowed - below}"
+        below.add(name)
+    for name, path in MODULES.items():
+        if path.name == "__init__.py" and name != "__init__":
+            assert ast.get_docstring(ast.parse(path.read_text())), f"{name} has no charter"
+
+
+@pytest.mark.parametrize("name", sorted(set(MODULES) - {"__init__"}))
+def test_arrows_run_downward(name: str) -> None:
+    rooms = {room(m) for m in imports(name)[1]} - {room(name)}
+    assert rooms <= LAYERS[room(name)], rooms - LAYERS[room(name)]
+
+
+def test_no_arrow_is_allowed_that_nobody_needs() -> None:
+    used: dict[str, set[str]] = {}
+    for name in MODULES:
+        used.setdefault(room(name), set()).update(room(m) for m in imports(name)[1])
+    assert {r: used[r] - {r} for r in LAYERS} == LAYERS
+
+
+def _circle(name: str, way: tuple[str, ...], done: set[str]) -> Iterator[tuple[str, ...]]:
+    if name in way:
+        yield way[way.index(name) :]
+    elif name not in done:
+        for m in sorted(imports(name)[1] & set(MODULES)):
+            yield from _circle(m, (*way, name), done)
+        done.add(name)
+
+
+def test_there_is_no_circle() -> None:
+    done: set[str] = set()
+    assert [c for name in sorted(MODULES) for c in _circle(name, (), done)] == []
+
+
+PURE_MODULES = sorted(m for m in MODULES for p in PURE if m == p or m.startswith(f"{p}."))
+
+
+@pytest.mark.parametrize("name", PURE_MODULES)
+def test_pure_modules_import_the_standard_library_and_each_other(name: str) -> None:
+    absolute, ours = imports(name)
+    assert absolute <= set(sys.stdlib_module_names)
+    assert not absolute & IMPURE_STDLIB - FILES.get(name, set())
+    assert ours <= set(PURE_MODULES), ours - set(PURE_MODULES)
+
+
+@pytest.mark.parametrize(("library", "module"), EDGES.items())
+def test_each_library_has_one_importer(library: str, module: str) -> None:
+    assert {name for name in MODULES if library in imports(name)[0]} == {module}
