@@ -48,7 +48,8 @@ PURE = (
     "abi", "clock", "validate", "net", "conntrack", "compare", "offload", "engine", "config",
     "failover.decision", "failover.states", "peer.messages", "peer.heartbeat", "qemu.event",
     "qemu.disks", "qemu.nic", "qemu.guest_event", "datapath.btf", "status.document",
-    "controller.command", "controller.pacing", "controller.pair_view", "tools.explain", "tools.suggest", "tools.replay",
+    "controller.command", "controller.pacing", "controller.pair_view", "tools.explain",
+    "tools.suggest", "tools.replay",
     "tools.corpus",
 )  # fmt: skip
 #: readers of a file that is theirs, which is all that they do outside
