@@ -147,7 +147,7 @@ int pvm_out(struct __sk_buff *skb)
 	note_guest(skb);
 
 	u64 mode = cfg(CFG_MODE), epoch = cfg(CFG_EPOCH);
-	u32 len = skb->len, reason = R_DROP_NO_CONFIG, captured = 0, fate = FAST_NO,
+	u32 len = skb->len, reason = R_DROP_NO_CONFIG, punt_seq = 0, fate = FAST_NO,
 	    mark = skb->mark;
 	int verdict = TC_ACT_SHOT;
 	struct pkt p = {};
@@ -167,7 +167,7 @@ int pvm_out(struct __sk_buff *skb)
 		reason = R_PASS;
 		verdict = TC_ACT_OK;
 	} else if ((p.is_tcp || p.is_udp) &&
-		   (fate = fast(skb, &p, SIDE_PVM, mode, epoch, &captured, &verdict))) {
+		   (fate = fast(skb, &p, SIDE_PVM, mode, epoch, &punt_seq, &verdict))) {
 		reason = fate; /* also without a controller (I9) */
 	} else if (controller_lost()) {
 		if (cfg(CFG_LOSS_POLICY) == LOSS_RELEASE) {
@@ -177,14 +177,14 @@ int pvm_out(struct __sk_buff *skb)
 			reason = R_DROP_CONTROLLER_LOST;
 		}
 	} else {
-		reason = capture(skb, &p, SRC_PVM, epoch, captured);
+		reason = capture(skb, &p, SRC_PVM, epoch, punt_seq);
 	}
 	return finish(PROG_PVM_OUT, reason, len, verdict);
 }
 
 int svm_arrival(struct __sk_buff *skb)
 {
-	u32 len = skb->len, tci = skb->vlan_tci, reason = R_PASS_FOREIGN, captured = 0,
+	u32 len = skb->len, tci = skb->vlan_tci, reason = R_PASS_FOREIGN, punt_seq = 0,
 	    fate = FAST_NO;
 	u32 epoch = cfg(CFG_EPOCH);
 	u64 mode = cfg(CFG_MODE);
@@ -208,11 +208,11 @@ int svm_arrival(struct __sk_buff *skb)
 			if ((tci & COLO_EPOCH_MASK) != (epoch & COLO_EPOCH_MASK))
 				epoch = ~epoch;
 			if (!parse_skb(skb, &p) && (p.is_tcp || p.is_udp))
-				fate = fast(skb, &p, SIDE_SVM, mode, epoch, &captured, &verdict);
+				fate = fast(skb, &p, SIDE_SVM, mode, epoch, &punt_seq, &verdict);
 			if (fate)
 				reason = fate;
 			else
-				reason = capture(skb, &p, SRC_SVM, tci & COLO_EPOCH_MASK, captured);
+				reason = capture(skb, &p, SRC_SVM, tci & COLO_EPOCH_MASK, punt_seq);
 		}
 	}
 	return finish(PROG_SVM_ARRIVAL, reason, len, verdict);

@@ -34,7 +34,7 @@ static __always_inline struct colo_scratch *my_scratch(void)
 /* Copies the frame out, which then has to be dropped: it may be spoilt. Returns the reason to count:
  * R_PUNT, or why not. */
 static __always_inline u32 capture(struct __sk_buff *skb, const struct pkt *p, u8 source, u32 epoch,
-				   u32 captured)
+				   u32 punt_seq)
 {
 	u32 gso = gso_type(skb, p);
 	u64 len = skb->len;

@@ -342,7 +342,7 @@ static __always_inline u32 decide(struct __sk_buff *skb, const struct pkt *p, st
  * event must carry. Else the reason to count, *verdict being what to do with the frame.
  */
 static __always_inline u32 fast(struct __sk_buff *skb, const struct pkt *p, u32 side, u64 mode,
-				u32 epoch, u32 *captured, int *verdict)
+				u32 epoch, u32 *punt_seq, int *verdict)
 {
 	u32 cpu = bpf_get_smp_processor_id(), r = FAST_NO, len = skb->len;
 	struct colo_flow_key key = {};
@@ -387,7 +387,7 @@ static __always_inline u32 fast(struct __sk_buff *skb, const struct pkt *p, u32 
 		}
 	}
 	if (r == FAST_NO)
-		*captured = ++c->punt_seq;
+		*punt_seq = ++c->punt_seq;
 	conn_unlock(c);
 	return r;
 }

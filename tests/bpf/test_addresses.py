@@ -171,9 +171,9 @@ def test_only_what_is_for_the_guest_is_mirrored(primary: loader.Objects) -> None
         assert r.retval == TC_UNSPEC, "the PVM gets it, as any port of the bridge"
         after = counted(primary, Prog.PVM_IN)
         (reason,) = {k for k, n in after.items() if n != before.get(k, 0)}
-        assert reason in ("MIRRORED", "OTHER_MAC")
-        assert model.is_for_guest(f) == (reason == "MIRRORED")
-        return reason == "MIRRORED"
+        assert reason in ("PASS_MIRRORED", "PASS_OTHER_MAC")
+        assert model.is_for_guest(f) == (reason == "PASS_MIRRORED")
+        return reason == "PASS_MIRRORED"
 
     groups = (ALL, b"\x33\x33\0\0\0\1", b"\1\0\x5e\0\0\x12")
     known(None)
@@ -209,8 +209,8 @@ def test_nothing_is_noted_of_a_table_that_is_full(primary: loader.Objects) -> No
         said = head + bytes((10, 8, n >> 8, n & 255)) + bytes(10)
         syscall.test_run(primary.programs["pvm_out"].fd, said)
     after = counted(primary, Prog.ADDRESSES)
-    assert after["MACS_FULL"] - before.get("MACS_FULL", 0) == 9
-    assert after["ADDRESSES_FULL"] - before.get("ADDRESSES_FULL", 0) == 5
+    assert after["NOTE_MACS_FULL"] - before.get("NOTE_MACS_FULL", 0) == 9
+    assert after["NOTE_ADDRESSES_FULL"] - before.get("NOTE_ADDRESSES_FULL", 0) == 5
     addresses, macs = words(primary)
     assert (len(addresses), len(macs)) == (arps, size)
     clear(primary)

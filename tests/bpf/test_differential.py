@@ -306,16 +306,16 @@ def compare(kernel: Kernel, out_prog: str, seed: int, frames: int) -> Counter[st
 @pytest.mark.parametrize("seed", range(6))
 def test_tc(tc: Kernel, seed: int) -> None:
     seen = compare(tc, "svm_out", seed, 4000)
-    assert seen["REWRITTEN"] > 800
-    assert seen["BAD_FRAME"] > 50
+    assert seen["PASS_REWRITTEN"] > 800
+    assert seen["NOTE_UNPARSED"] > 50
     assert seen["quote moved"] > 100
 
 
 @pytest.mark.parametrize("seed", range(6))
 def test_xdp(xdp: Kernel, seed: int) -> None:
     seen = compare(xdp, "svm_out_xdp", 100 + seed, 4000)
-    assert seen["REWRITTEN"] > 800
-    assert seen["BAD_FRAME"] > 50
+    assert seen["PASS_REWRITTEN"] > 800
+    assert seen["NOTE_UNPARSED"] > 50
     assert seen["quote moved"] > 100
 
 
@@ -395,7 +395,7 @@ def test_a_guest_with_numbers_of_its_own(guest: Kernel, seed: int) -> None:
         now = guest.counts(abi.Prog[name.upper()])
         assert {k: v - before[k] for k, v in now.items() if v != before[k]} == reasons[name]
     assert guest.tables() == (model.flows, model.opening)
-    assert seen["REWRITTEN"] > 50, seen
+    assert seen["PASS_REWRITTEN"] > 50, seen
 
 
 def test_a_released_frame_is_not_translated_again(guest: Kernel) -> None:
@@ -403,4 +403,4 @@ def test_a_released_frame_is_not_translated_again(guest: Kernel) -> None:
     frame = craft.ip(*ends, 6, craft.tcp_segment(*ends, 80, 40000, 1, 1, ACK))
     for prog in ("promoted_in", "promoted_out"):
         ran = guest.run(prog, frame, abi.MARK)
-        assert (ran.verdict, ran.frame, ran.reasons) == (TC_UNSPEC, frame, {"RELEASED": 1})
+        assert (ran.verdict, ran.frame, ran.reasons) == (TC_UNSPEC, frame, {"PASS_RELEASED": 1})

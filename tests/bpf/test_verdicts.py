@@ -31,37 +31,37 @@ MIRRORED, SVMS = tagged(CLIENT, abi.KIND_MIRROR), tagged(GUEST, abi.KIND_SVM)
 
 SECONDARY = [
     # program, mode, mark, frame, verdict, reason, frame afterwards (None: not looked at)
-    ("svm_out", Mode.DROP, 0, GUEST, TC_SHOT, "FENCED", None),
-    ("svm_out", Mode.BYPASS, 0, GUEST, TC_SHOT, "FENCED", None),
-    ("svm_out", Mode.CHECKPOINT, 0, GUEST, TC_SHOT, "CAPTURED", None),
-    ("svm_out", Mode.TAKEOVER, 0, GUEST, TC_OK, "PASSED", GUEST),
-    ("svm_out", Mode.TAKEOVER, abi.MARK, GUEST, TC_OK, "RELEASED", GUEST),
-    ("svm_out", Mode.RUN, abi.MARK, GUEST, TC_REDIRECT, "REDIRECTED", None),
-    ("svm_out", Mode.RUN, 0, GUEST, TC_REDIRECT, "REDIRECTED", None),
-    ("svm_out", Mode.RUN, 0, GARBAGE, TC_REDIRECT, "BAD_FRAME", None),
-    ("svm_out", Mode.DROP, 0, GARBAGE, TC_SHOT, "FENCED", None),
-    ("svm_net", Mode.DROP, 0, CLIENT, TC_SHOT, "ISOLATED", None),
-    ("svm_net", Mode.RUN, 0, CLIENT, TC_SHOT, "ISOLATED", None),
-    ("svm_net", Mode.CHECKPOINT, 0, CLIENT, TC_SHOT, "ISOLATED", None),
-    ("svm_net", Mode.RUN, abi.MARK, CLIENT, TC_OK, "RELEASED", CLIENT),
-    ("svm_net", Mode.TAKEOVER, 0, CLIENT, TC_OK, "PASSED", CLIENT),
-    ("svm_net", Mode.TAKEOVER, 0, GARBAGE, TC_OK, "BAD_FRAME", GARBAGE),
-    ("svm_in", Mode.RUN, 0, CLIENT, TC_OK, "FOREIGN", CLIENT),
-    ("svm_in", Mode.DROP, 0, CLIENT, TC_OK, "FOREIGN", CLIENT),
-    ("svm_in", Mode.RUN, 0, SVMS, TC_SHOT, "ISOLATED", None),
-    ("svm_in", Mode.DROP, 0, MIRRORED, TC_SHOT, "FENCED", None),
-    ("svm_in", Mode.RUN, 0, MIRRORED, TC_REDIRECT, "REDIRECTED", CLIENT),
-    ("svm_in", Mode.CHECKPOINT, 0, MIRRORED, TC_SHOT, "CAPTURED", None),
-    ("svm_in", Mode.TAKEOVER, 0, MIRRORED, TC_REDIRECT, "REDIRECTED", CLIENT),
-    ("svm_in", Mode.TAKEOVER, 0, SVMS, TC_SHOT, "ISOLATED", None),
-    ("svm_in", Mode.BYPASS, 0, MIRRORED, TC_SHOT, "FENCED", None),
-    ("svm_deliver", Mode.DROP, 0, CLIENT, TC_SHOT, "FENCED", None),
-    ("svm_deliver", Mode.RUN, 0, CLIENT, TC_REDIRECT, "REDIRECTED", CLIENT),
-    ("svm_deliver", Mode.CHECKPOINT, 0, CLIENT, TC_REDIRECT, "REDIRECTED", CLIENT),
-    ("svm_deliver", Mode.TAKEOVER, 0, CLIENT, TC_REDIRECT, "REDIRECTED", CLIENT),
-    ("svm_forward", Mode.DROP, 0, GUEST, TC_SHOT, "FENCED", None),
-    ("svm_forward", Mode.CHECKPOINT, 0, GUEST, TC_REDIRECT, "REDIRECTED", None),
-    ("svm_forward", Mode.TAKEOVER, 0, GUEST, TC_REDIRECT, "REDIRECTED", GUEST),
+    ("svm_out", Mode.DROP, 0, GUEST, TC_SHOT, "DROP_MODE", None),
+    ("svm_out", Mode.BYPASS, 0, GUEST, TC_SHOT, "DROP_MODE", None),
+    ("svm_out", Mode.CHECKPOINT, 0, GUEST, TC_SHOT, "PUNT", None),
+    ("svm_out", Mode.TAKEOVER, 0, GUEST, TC_OK, "PASS", GUEST),
+    ("svm_out", Mode.TAKEOVER, abi.MARK, GUEST, TC_OK, "PASS_RELEASED", GUEST),
+    ("svm_out", Mode.RUN, abi.MARK, GUEST, TC_REDIRECT, "PASS_REDIRECTED", None),
+    ("svm_out", Mode.RUN, 0, GUEST, TC_REDIRECT, "PASS_REDIRECTED", None),
+    ("svm_out", Mode.RUN, 0, GARBAGE, TC_REDIRECT, "NOTE_UNPARSED", None),
+    ("svm_out", Mode.DROP, 0, GARBAGE, TC_SHOT, "DROP_MODE", None),
+    ("svm_net", Mode.DROP, 0, CLIENT, TC_SHOT, "DROP_ISOLATED", None),
+    ("svm_net", Mode.RUN, 0, CLIENT, TC_SHOT, "DROP_ISOLATED", None),
+    ("svm_net", Mode.CHECKPOINT, 0, CLIENT, TC_SHOT, "DROP_ISOLATED", None),
+    ("svm_net", Mode.RUN, abi.MARK, CLIENT, TC_OK, "PASS_RELEASED", CLIENT),
+    ("svm_net", Mode.TAKEOVER, 0, CLIENT, TC_OK, "PASS", CLIENT),
+    ("svm_net", Mode.TAKEOVER, 0, GARBAGE, TC_OK, "NOTE_UNPARSED", GARBAGE),
+    ("svm_in", Mode.RUN, 0, CLIENT, TC_OK, "PASS_FOREIGN", CLIENT),
+    ("svm_in", Mode.DROP, 0, CLIENT, TC_OK, "PASS_FOREIGN", CLIENT),
+    ("svm_in", Mode.RUN, 0, SVMS, TC_SHOT, "DROP_ISOLATED", None),
+    ("svm_in", Mode.DROP, 0, MIRRORED, TC_SHOT, "DROP_MODE", None),
+    ("svm_in", Mode.RUN, 0, MIRRORED, TC_REDIRECT, "PASS_REDIRECTED", CLIENT),
+    ("svm_in", Mode.CHECKPOINT, 0, MIRRORED, TC_SHOT, "PUNT", None),
+    ("svm_in", Mode.TAKEOVER, 0, MIRRORED, TC_REDIRECT, "PASS_REDIRECTED", CLIENT),
+    ("svm_in", Mode.TAKEOVER, 0, SVMS, TC_SHOT, "DROP_ISOLATED", None),
+    ("svm_in", Mode.BYPASS, 0, MIRRORED, TC_SHOT, "DROP_MODE", None),
+    ("svm_deliver", Mode.DROP, 0, CLIENT, TC_SHOT, "DROP_MODE", None),
+    ("svm_deliver", Mode.RUN, 0, CLIENT, TC_REDIRECT, "PASS_REDIRECTED", CLIENT),
+    ("svm_deliver", Mode.CHECKPOINT, 0, CLIENT, TC_REDIRECT, "PASS_REDIRECTED", CLIENT),
+    ("svm_deliver", Mode.TAKEOVER, 0, CLIENT, TC_REDIRECT, "PASS_REDIRECTED", CLIENT),
+    ("svm_forward", Mode.DROP, 0, GUEST, TC_SHOT, "DROP_MODE", None),
+    ("svm_forward", Mode.CHECKPOINT, 0, GUEST, TC_REDIRECT, "PASS_REDIRECTED", None),
+    ("svm_forward", Mode.TAKEOVER, 0, GUEST, TC_REDIRECT, "PASS_REDIRECTED", GUEST),
 ]
 
 
@@ -149,14 +149,14 @@ def primary(bpffs: Path) -> Iterator[Primary]:
 
 
 PVM_OUT = [
-    (Mode.DROP, 0, TC_SHOT, "FENCED"),
-    (Mode.BYPASS, 0, TC_OK, "PASSED"),
-    (Mode.RUN, 0, TC_SHOT, "CAPTURED"),
-    (Mode.CHECKPOINT, 0, TC_SHOT, "CAPTURED"),
-    (Mode.TAKEOVER, 0, TC_SHOT, "CAPTURED"),
-    (Mode.RUN, abi.MARK, TC_OK, "RELEASED"),
-    (Mode.DROP, abi.MARK, TC_SHOT, "FENCED"),
-    (Mode.RUN, abi.MARK + 1, TC_SHOT, "CAPTURED"),
+    (Mode.DROP, 0, TC_SHOT, "DROP_MODE"),
+    (Mode.BYPASS, 0, TC_OK, "PASS"),
+    (Mode.RUN, 0, TC_SHOT, "PUNT"),
+    (Mode.CHECKPOINT, 0, TC_SHOT, "PUNT"),
+    (Mode.TAKEOVER, 0, TC_SHOT, "PUNT"),
+    (Mode.RUN, abi.MARK, TC_OK, "PASS_RELEASED"),
+    (Mode.DROP, abi.MARK, TC_SHOT, "DROP_MODE"),
+    (Mode.RUN, abi.MARK + 1, TC_SHOT, "PUNT"),
 ]
 
 
@@ -167,15 +167,15 @@ def test_pvm_out(primary: Primary, mode: Mode, mark: int, verdict: int, reason: 
     for frame in (GUEST, GARBAGE):
         got, reasons, mark_after = primary.run("pvm_out", frame, mark)
         assert (got, reasons) == (verdict, {reason: 1})
-        if reason == "RELEASED":
+        if reason == "PASS_RELEASED":
             assert mark_after == 0, "the host's own rules do not see our mark"
 
 
 @pytest.mark.parametrize(
     ("policy", "verdict", "reason"),
     [
-        (LossPolicy.HOLD, TC_SHOT, "CONTROLLER_LOST_HELD"),
-        (LossPolicy.RELEASE, TC_OK, "CONTROLLER_LOST_PASSED"),
+        (LossPolicy.HOLD, TC_SHOT, "DROP_CONTROLLER_LOST"),
+        (LossPolicy.RELEASE, TC_OK, "PASS_CONTROLLER_LOST"),
     ],
 )
 def test_pvm_out_without_a_controller(
@@ -185,7 +185,7 @@ def test_pvm_out_without_a_controller(
     primary.set(Cfg.LOSS_POLICY, policy)
     primary.set(Cfg.LOSS_NS, 1_000_000_000)
     primary.set(Cfg.CONTROLLER_NS, time.monotonic_ns())
-    assert primary.run("pvm_out", GUEST)[:2] == (TC_SHOT, {"CAPTURED": 1})
+    assert primary.run("pvm_out", GUEST)[:2] == (TC_SHOT, {"PUNT": 1})
     primary.set(Cfg.CONTROLLER_NS, time.monotonic_ns() - 2_000_000_000)
     assert primary.run("pvm_out", GUEST)[:2] == (verdict, {reason: 1})
     primary.set(Cfg.LOSS_NS, 0)
@@ -194,7 +194,7 @@ def test_pvm_out_without_a_controller(
 @pytest.mark.parametrize("mode", [Mode.BYPASS, Mode.TAKEOVER])
 def test_pvm_in_passes_untouched_when_nothing_is_mirrored(primary: Primary, mode: Mode) -> None:
     primary.set(Cfg.MODE, mode)
-    assert primary.run("pvm_in", CLIENT)[:2] == (TC_UNSPEC, {"PASSED": 1})
+    assert primary.run("pvm_in", CLIENT)[:2] == (TC_UNSPEC, {"PASS": 1})
 
 
 @pytest.mark.parametrize("mode", [Mode.RUN, Mode.CHECKPOINT, Mode.DROP])
@@ -202,17 +202,17 @@ def test_pvm_in_mirrors_also_for_a_guest_that_has_fallen_silent(
     primary: Primary, mode: Mode
 ) -> None:
     primary.set(Cfg.MODE, mode)
-    assert primary.run("pvm_in", CLIENT)[:2] == (TC_UNSPEC, {"MIRRORED": 1})
+    assert primary.run("pvm_in", CLIENT)[:2] == (TC_UNSPEC, {"PASS_MIRRORED": 1})
 
 
 def test_the_hosts_own_frames_on_the_peer_link_are_left_alone(primary: Primary) -> None:
     primary.set(Cfg.MODE, Mode.RUN)
-    assert primary.run("svm_arrival", GUEST)[:2] == (TC_OK, {"FOREIGN": 1})
+    assert primary.run("svm_arrival", GUEST)[:2] == (TC_OK, {"PASS_FOREIGN": 1})
 
 
 def test_a_released_frame_is_marked_and_sent_to_the_tap(primary: Primary) -> None:
     verdict, reasons, mark = primary.run("pvm_release", GUEST)
-    assert (verdict, reasons, mark) == (TC_REDIRECT, {"REDIRECTED": 1}, abi.MARK)
+    assert (verdict, reasons, mark) == (TC_REDIRECT, {"PASS_REDIRECTED": 1}, abi.MARK)
 
 
 # ---- [failover] arbiter = "lease": the kernel ends the permission to speak

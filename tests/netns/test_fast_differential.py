@@ -344,7 +344,7 @@ class Run:
         what = f"step {self.now}, {'PS'[side]}, {len(frame)} bytes, port {t.port}"
         out = [(packet(o.frame), o.gso_size, o.partial) for o in fate.out]
         left = lab.leaving(len(out)) + lab.leaving(1, 0.0)
-        expected = Counter({Reason(fate.reason).name if fate.reason else "CAPTURED": 1})
+        expected = Counter({Reason(fate.reason).name if fate.reason else "PUNT": 1})
         self.seen.update(expected)
         if isinstance(t, Datagrams):
             self.seen.update(f"udp {name}" for name in (*expected, *(r.name for r in said)))
@@ -358,11 +358,11 @@ class Run:
         if side == SIDE_PVM and not self.uplink and fate.reason in (
             Reason.OFFLOAD_REBUILT, Reason.OFFLOAD_ACKED,
         ):  # fmt: skip
-            expected["RELEASED"] = len(out)
+            expected["PASS_RELEASED"] = len(out)
         got = lab.counted(Prog.SVM_ARRIVAL if side == SIDE_SVM else Prog.PVM_OUT)
         if side == SIDE_SVM:
             marked = lab.counted(Prog.PVM_OUT)
-            assert marked["RELEASED"] == (0 if self.uplink else len(out)), what
+            assert marked["PASS_RELEASED"] == (0 if self.uplink else len(out)), what
         assert got == expected, what
         why = Counter({r.name: k for r, k in said.items() if r >= Reason.PUNT_MODE})
         assert lab.counted(Prog.FAST) == why, what
@@ -477,7 +477,7 @@ def test_kernel_and_model_decide_alike(lab: Lab) -> None:
     missed = everything - {Reason.PUNT_HELPER_FAILED.name} - set(seen)
     assert seen["asked the client"] > 20 and seen["cut to the PVM's size"] > 100, seen
     assert seen["sums elsewhere"] > 20, seen
-    for name in ("HELD", "PASSED", "RELEASED"):
+    for name in ("HELD", "PASS", "PASS_RELEASED"):
         assert seen[f"udp FAST_{name}"] > 300, seen
         assert seen[f"fin FAST_{name}"] > 4, seen
     for name in ("MODE", "ODD", "DIFFERS", "NO_STASH", "FULL"):

@@ -19,7 +19,7 @@ from colo_xdp.net.frame import Frame
 from colo_xdp.net.packet import parse
 
 from ..unit import frames as f
-from ..unit.test_fragments import cut4
+from ..unit.compare.test_fragments import cut4
 
 MS = 1_000_000
 MANY = settings(max_examples=250, deadline=None, suppress_health_check=list(HealthCheck))

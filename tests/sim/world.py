@@ -167,7 +167,7 @@ class Scene:
 def scene(seed: int) -> Scene:
     """A random one; in one of eight a guest, or a person, does something to QEMU besides."""
     rnd, s = random.Random(seed * 86_028_121 + 7), _network_scene(seed)
-    if rnd.random() > 0.125 or s.settled_batches():
+    if rnd.random() > 0.125 or s.calm():
         return s
     kind = rnd.choice(("poweroff", "reset_p", "reset_s", "stop_p", "stop_s", "entry_completed",
                        "entry_stuck"))  # fmt: skip
@@ -181,7 +181,7 @@ def _network_scene(seed: int) -> Scene:
     fast, buffers, eager = rnd.random() < 0.75, rnd.choice((1, 4, 16)), rnd.random() < 0.5
     s = replace(_scene(seed), fast=fast, buffers=buffers, eager=eager)
     s = _stopped(replace(s, beacons=rnd.random() < 0.7))
-    if not s.beacons or s.settled_batches() or rnd.random() < 0.7:
+    if not s.beacons or s.calm() or rnd.random() < 0.7:
         return s
     # the control channel alone is cut, for long, and perhaps one side hears no beacons either
     faults = [Fault(rnd.randrange(60, 900), "cut_channel", rnd.choice((600, 1500, 4000)))]
@@ -194,7 +194,7 @@ def _network_scene(seed: int) -> Scene:
 def _stopped(s: Scene) -> Scene:
     """In one of eight somebody stops a controller, for a while or for longer than dead_after."""
     rnd = random.Random(s.seed * 86_028_121 + 8)
-    if s.settled_batches() or rnd.random() >= 0.125:
+    if s.calm() or rnd.random() >= 0.125:
         return s
     kind = rnd.choice(("stop_p_controller", "stop_s_controller"))
     stop = Fault(rnd.randrange(100, 900), kind, rnd.choice((5, 300, 1500, 4000)))
@@ -209,7 +209,7 @@ def _scene(seed: int) -> Scene:
     ]
     if rnd.random() < 0.5:
         faults.append(Fault(rnd.randrange(100, 1100), rnd.choice(ENDING)))
-    if rnd.random() < 0.15:  # honest guests, a good network: see Scene.settled_batches
+    if rnd.random() < 0.15:  # honest guests, a good network: see Scene.calm
         kinds = ("checkpoint", "checkpoint", "reload")
         faults = [Fault(rnd.randrange(60, 900), rnd.choice(kinds)) for _ in range(rnd.randrange(3))]
         return Scene(
@@ -238,7 +238,7 @@ def lease_scene(seed: int) -> Scene:
     """A random one with a lease as the arbiter: the same, and cuts, which may flap."""
     rnd = random.Random(seed * 104729 + 3)
     s = scene(seed)
-    if s.settled_batches():
+    if s.calm():
         return replace(s, lease=True)
     faults = list(s.faults)
     for _ in range(rnd.choice((1, 1, 2, 4))):
@@ -1172,7 +1172,7 @@ class World:
         c = side.controller
         if c is None or not side.primary:
             return
-        if self.scene.settled_batches():
+        if self.scene.calm():
             made = {
                 n: k for n, k in c.by_cause.items() if n not in ("initial", "operator", "policy")
             }
