@@ -52,7 +52,20 @@ KERNEL_MUTANTS: dict[str, Callable[[Any], None]] = {}
 #: faults between the tiers that heal by retransmission: tests/property/test_tiers.py notices them
 TIERS_MUTANTS: dict[str, Callable[[Any], None]] = {}
 #: what a mutant's scenes have to have, where random ones seldom do
+_ALONE_THEN_DEAD: dict[str, Any] = {
+    "conns": 4, "loss": 0.0, "dup": 0.0, "jitter": 0.0, "link_loss": 0.0, "link_jitter": 0.0,
+    "odd": 0.0, "beacons": True, "manual": False,
+    "faults": (Fault(1800, "cut_ps", 4000), Fault(4200, "power_p", 0)),
+}  # fmt: skip
+#: what the violation has to be about, where those scenes have another one without the mutant: the
+#: only guest that may speak has died
+ABOUT = {
+    "nobody_records_who_speaks_alone": "two guests speak",
+    "the_lease_is_not_waited_for": "two guests speak",
+}
 SCENES: dict[str, dict[str, Any]] = {
+    "nobody_records_who_speaks_alone": _ALONE_THEN_DEAD,
+    "the_lease_is_not_waited_for": _ALONE_THEN_DEAD,
     "tier_k_compares_no_datagrams": {"udp": 100, "odd_udp": True},
     "tier_k_releases_datagrams_that_wait": {"udp": 100},
     "a_shadow_begins_before_the_secondary_knows": {
