@@ -385,7 +385,8 @@ FAULTS = (
 def test_faults_are_noticed(fault: Callable[[Any], None]) -> None:
     with pytest.MonkeyPatch.context() as mp:
         fault(mp)
-        for seed in range(600):
+        # 490 shows the third, which a search from 0 on finds after minutes
+        for seed in (490, *range(600)):
             try:
                 Ring(seed).run()
             except Overlap:
