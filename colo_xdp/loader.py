@@ -390,17 +390,18 @@ def _pins(directory: str, source: Source) -> list[tuple[str, str, str]]:
     return found
 
 
-def _set_aside(directory: str, source: Source, beside: tuple[str, ...]) -> None:
-    """Sets of other roles become idle, but for those that stand `beside` this one; what another
-    version or configuration has left of this role is unpinned."""
+def _set_aside(directory: str, source: Source, beside: tuple[str, ...], *, whole: bool) -> None:
+    """Sets of other roles become idle, but for those that stand `beside` this one; what else is
+    left of this role is unpinned: all but this set if it is `whole`, else all, as a controller may
+    have died while it pinned it."""
     mine = f"{source.role}_{source.tag}_"
-    # The mark first: what is half gone is not whole.
-    for entry in sorted(os.listdir(directory), reverse=True):
+    # The marks first: what is half gone is neither whole nor idle.
+    for entry in sorted(os.listdir(directory), key=lambda e: e.startswith(("prog_", "map_"))):
         kind, _, rest = entry.partition("_")
-        if kind not in ("whole", "idle", "prog", "map") or rest == mine or rest.startswith(beside):
+        if kind not in ("whole", "idle", "prog", "map") or rest.startswith(beside):
             continue
         if rest.startswith(f"{source.role}_"):
-            if not rest.startswith(mine):
+            if not (whole and rest.startswith(mine)):
                 os.unlink(f"{directory}/{entry}")
         elif kind == "whole":
             os.rename(f"{directory}/{entry}", f"{directory}/idle_{rest}")
@@ -533,7 +534,8 @@ def load(role: str, pair: str, bpffs: str, options: Options, home: str = "") -> 
     beside = ("primary_",) if role == "guest" else ()  # guest stands beside a primary
     for s in (source, replace(source, btf=False)):
         if _pins(directory, s) or _wake(directory, s):
-            _set_aside(directory, s, beside or (("guest_",) if role == "primary" else ()))
+            also = ("guest_",) if role == "primary" else beside
+            _set_aside(directory, s, also, whole=True)
             return Objects(s, directory, None)
     try:
         headers = kheaders.find()
@@ -549,6 +551,6 @@ def load(role: str, pair: str, bpffs: str, options: Options, home: str = "") -> 
         objects = Objects(blind, directory, headers)  # its own error, if that was not it
         log.warning("offloads are not read from the kernel: %s", str(e).splitlines()[0])
         source = blind
-    _set_aside(directory, source, beside)
+    _set_aside(directory, source, beside, whole=False)
     objects.keep(source)
     return objects
