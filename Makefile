@@ -90,7 +90,7 @@ chaos: setup
 
 # two guests on all CPUs against the fast path, with checkpoints, about STRESS times 7 seconds
 stress: setup
-	STRESS=$(or $(STRESS),30) $(PY) -m pytest tests/netns/test_fast_path.py
+	STRESS=$(or $(STRESS),30) $(PY) -m pytest tests/netns/test_offload.py
 
 # coverage-guided, one TARGET (default: each for a minute); see tests/fuzz/targets.py
 fuzz: setup

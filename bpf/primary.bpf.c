@@ -7,7 +7,7 @@
  *   svm_arrival  tc ingress of the peer link: the SVM's output goes to user space
  *   pvm_release  tc ingress of the release tap: what the controller let go enters the stack
  *                as if it came from tap P
- *   fast_ctl     attached to nothing: takes connections from and gives them to the fast path
+ *   offload_ctl     attached to nothing: takes connections from and gives them to the fast path
  */
 #include <uapi/linux/bpf.h>
 #include <uapi/linux/if_ether.h>
@@ -23,14 +23,14 @@
 #include "lib/events.h"
 #include "lib/csum.h"
 #include "lib/mptcp.h"
-#ifdef COLO_FAST
+#ifdef COLO_OFFLOAD
 #include "lib/egress.h"
 #include "offload/offload.h"
 #else
-#define FAST_NO 0
+#define OFFLOAD_NO 0
 #define note_client(skb)
 #define note_ack(p)
-#define fast(...) FAST_NO /* kernels before 5.12, or [datapath] fast_path = "off" */
+#define offload(...) OFFLOAD_NO /* kernels before 5.12, or [datapath] fast_path = "off" */
 #endif
 
 static __always_inline int finish(u32 prog, u32 reason, u32 len, int verdict)
@@ -79,8 +79,8 @@ int pvm_in(struct __sk_buff *skb)
 	int parsed = 0, mptcp = 0;
 	struct pkt p = {};
 
-	hear_network(skb, 0);
-	if (mode == MODE_RUN || mode == MODE_CHECKPOINT || cfg(CFG_UNMIRRORED) || cfg(CFG_FAST))
+	note_network(skb, 0);
+	if (mode == MODE_RUN || mode == MODE_CHECKPOINT || cfg(CFG_UNMIRRORED) || cfg(CFG_OFFLOAD))
 		parsed = !parse_skb(skb, &p);
 	/* A PVM that has fallen silent by plan mirrors until the clients' frames go elsewhere. */
 	if (mode != MODE_RUN && mode != MODE_CHECKPOINT && mode != MODE_DROP) {
@@ -147,7 +147,7 @@ int pvm_out(struct __sk_buff *skb)
 	note_guest(skb);
 
 	u64 mode = cfg(CFG_MODE), epoch = cfg(CFG_EPOCH);
-	u32 len = skb->len, reason = R_DROP_NO_CONFIG, punt_seq = 0, fate = FAST_NO,
+	u32 len = skb->len, reason = R_DROP_NO_CONFIG, punt_seq = 0, fate = OFFLOAD_NO,
 	    mark = skb->mark;
 	int verdict = TC_ACT_SHOT;
 	struct pkt p = {};
@@ -167,7 +167,7 @@ int pvm_out(struct __sk_buff *skb)
 		reason = R_PASS;
 		verdict = TC_ACT_OK;
 	} else if ((p.is_tcp || p.is_udp) &&
-		   (fate = fast(skb, &p, SIDE_PVM, mode, epoch, &punt_seq, &verdict))) {
+		   (fate = offload(skb, &p, SIDE_PVM, mode, epoch, &punt_seq, &verdict))) {
 		reason = fate; /* also without a controller (I9) */
 	} else if (controller_lost()) {
 		if (cfg(CFG_LOSS_POLICY) == LOSS_RELEASE) {
@@ -185,7 +185,7 @@ int pvm_out(struct __sk_buff *skb)
 int svm_arrival(struct __sk_buff *skb)
 {
 	u32 len = skb->len, tci = skb->vlan_tci, reason = R_PASS_FOREIGN, punt_seq = 0,
-	    fate = FAST_NO;
+	    fate = OFFLOAD_NO;
 	u32 epoch = cfg(CFG_EPOCH);
 	u64 mode = cfg(CFG_MODE);
 	int verdict = TC_ACT_OK;
@@ -208,7 +208,7 @@ int svm_arrival(struct __sk_buff *skb)
 			if ((tci & COLO_EPOCH_MASK) != (epoch & COLO_EPOCH_MASK))
 				epoch = ~epoch;
 			if (!parse_skb(skb, &p) && (p.is_tcp || p.is_udp))
-				fate = fast(skb, &p, SIDE_SVM, mode, epoch, &punt_seq, &verdict);
+				fate = offload(skb, &p, SIDE_SVM, mode, epoch, &punt_seq, &verdict);
 			if (fate)
 				reason = fate;
 			else
@@ -226,8 +226,8 @@ int pvm_release(struct __sk_buff *skb)
 	return finish(PROG_PVM_RELEASE, R_PASS_REDIRECTED, len, bpf_redirect(tap, BPF_F_INGRESS));
 }
 
-#ifdef COLO_FAST
-int fast_ctl(struct __sk_buff *skb)
+#ifdef COLO_OFFLOAD
+int offload_ctl(struct __sk_buff *skb)
 {
 	return control((void *)(long)skb->data, (void *)(long)skb->data_end);
 }

@@ -25,7 +25,7 @@ static __always_inline int translate(struct __sk_buff *skb, u32 prog, int to_gue
 {
 	u32 len = skb->len, reason = R_PASS, epoch = cfg(CFG_PROMOTED_EPOCH);
 	int verdict = TC_ACT_UNSPEC;
-	struct told t = {};
+	struct tcp_options t = {};
 	struct pkt p = {};
 
 	if (skb->mark == COLO_MARK) {

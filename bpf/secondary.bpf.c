@@ -52,7 +52,7 @@ static __always_inline u32 unknown_zero(struct __sk_buff *skb)
 /* Tracks and translates a frame, whatever it is; R_PASS_REDIRECTED if nothing moved. */
 static __always_inline u32 translate(struct __sk_buff *skb, int to_svm, u64 mode, u32 epoch)
 {
-	struct told t = {};
+	struct tcp_options t = {};
 	struct pkt p = {};
 
 	if (parse_skb(skb, &p))
@@ -113,7 +113,7 @@ int svm_in(struct __sk_buff *skb)
 
 	/* Not in MODE_TAKEOVER: what this guest says then is heard at the other host. */
 	if (kind == COLO_KIND_MIRROR && (mode == MODE_RUN || mode == MODE_CHECKPOINT))
-		hear_network(skb, 1);
+		note_network(skb, 1);
 	if (kind < 0) {
 		reason = R_PASS_FOREIGN;
 		verdict = TC_ACT_OK;
@@ -125,7 +125,7 @@ int svm_in(struct __sk_buff *skb)
 		reason = R_DROP_HELPER_FAILED;
 	} else {
 		/* One parser for all kinds. */
-		struct told t = {};
+		struct tcp_options t = {};
 		struct pkt p = {};
 		int bad;
 
@@ -136,7 +136,7 @@ int svm_in(struct __sk_buff *skb)
 			read_options((void *)(long)skb->data, (void *)(long)skb->data_end, &p, &t);
 		if (kind == COLO_KIND_SYN) {
 			/* Of a handshake over a checkpoint, the copy made as it leaves tells. */
-			reason = mode == MODE_RUN ? flow_hear_pvm(&p, &t.ts, epoch)
+			reason = mode == MODE_RUN ? flow_note_pvm(&p, &t.ts, epoch)
 						  : R_DROP_PVM_SYN_UNKNOWN;
 		} else if (mode == MODE_CHECKPOINT) {
 			reason = capture(skb, &p, SRC_CLIENT, epoch, 0);
@@ -248,7 +248,7 @@ int svm_net(struct __sk_buff *skb)
 		reason = R_PASS_RELEASED;
 		verdict = TC_ACT_OK;
 	} else if (mode == MODE_TAKEOVER) {
-		hear_network(skb, 0);
+		note_network(skb, 0);
 		reason = translate(skb, 1, mode, epoch);
 		if (reason != R_DROP_HELPER_FAILED)
 			verdict = TC_ACT_OK;

@@ -47,8 +47,8 @@ class Cfg(IntEnum):
     LOSS_POLICY = 7
     UNMIRRORED = 8
     SHADOW = 9
-    FAST = 10
-    FAST_SINCE = 11
+    OFFLOAD = 10
+    OFFLOAD_SINCE = 11
     UPLINK = 12
     LEASE_EXPIRY_NS = 13
     ORDER = 16
@@ -101,7 +101,7 @@ class Prog(IntEnum):
     SVM_FORWARD = 7
     SVM_NET = 8
     SVM_OUT_XDP = 9
-    FAST = 10
+    OFFLOAD = 10
     PROMOTED_IN = 11
     PROMOTED_OUT = 12
     ADDRESSES = 13
@@ -226,15 +226,15 @@ CLAIM_SAYS_ROUTER, CLAIM_ROUTER = 1, 2
 #: doff, hdr, memo
 GIVE = struct.Struct("=IIIIIHHHHIIBBBB128s64s")
 #: bytes of a buffer's ring, and where it begins in struct colo_buffer
-BUFFER, STASH_BEFORE = 512 * 1024, 64
-STASH_SLACK = 2 * 4096 + 128
+BUFFER, BUFFER_BEFORE = 512 * 1024, 64
+BUFFER_SLACK = 2 * 4096 + 128
 
 
 class CtlOp(IntEnum):
     """What fast_ctl is asked to do."""
 
     RECLAIM = 1
-    GIVE = 2
+    OFFLOAD = 2
     FREE = 3
     CLAIM = 4
 

@@ -546,7 +546,7 @@ def cleanup(
     Frames then flow as if we had never been here, so do it when the pair is not needed. Refused
     while they keep a guest silent whose QEMU lives.
     """
-    from .tools.cleanup import GuestWouldSpeak, StillRunning
+    from .tools.cleanup import GuestWouldTransmit, StillRunning
     from .tools.cleanup import cleanup as clean
 
     if config is not None:
@@ -556,7 +556,7 @@ def cleanup(
         raise _fail("name the pair: a config file, or --pair", USAGE)
     try:
         gone = clean(pair, bpffs, run_dir, force=force)
-    except GuestWouldSpeak as e:
+    except GuestWouldTransmit as e:
         raise _fail(f"{e}; `--force`: your word that it may be let go") from e
     except StillRunning as e:
         raise _fail(str(e)) from e

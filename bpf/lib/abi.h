@@ -45,8 +45,9 @@ enum colo_cfg {
 	CFG_LOSS_POLICY = 7,   /* enum colo_loss_policy */
 	CFG_UNMIRRORED = 8,    /* 1: look into `unmirrored` */
 	CFG_SHADOW = 9,	       /* user space's: 1 + epoch in which the PVM spoke uncompared */
-	CFG_FAST = 10,	       /* 1: verdicts in the kernel (offload/offload.h) */
-	CFG_FAST_SINCE = 11, /* user space's: what offload/offload.h knew in older epochs is void */
+	CFG_OFFLOAD = 10,      /* 1: verdicts in the kernel (offload/offload.h) */
+	CFG_OFFLOAD_SINCE =
+		11, /* user space's: what offload/offload.h knew in older epochs is void */
 	CFG_UPLINK =
 		12, /* by which the fast path releases: ifindex, or UPLINK_*; see lib/egress.h */
 	CFG_LEASE_EXPIRY_NS = 13, /* CLOCK_BOOTTIME at which the guest falls silent (COLO_LEASE) */
@@ -92,7 +93,7 @@ enum colo_prog {
 	PROG_SVM_FORWARD = 7,	/* forward tap at S: frames held over a checkpoint, for the peer */
 	PROG_SVM_NET = 8,	/* tap S, toward the guest: after failover the network's frames */
 	PROG_SVM_OUT_XDP = 9,	/* tap S, from the guest, XDP: rewriting for plain taps */
-	PROG_FAST = 10,		/* not a program: why the fast path handed over (R_PUNT_*) */
+	PROG_OFFLOAD = 10,	/* not a program: why the fast path handed over (R_PUNT_*) */
 	PROG_PROMOTED_IN = 11,	/* tap P, toward a guest that has kept its own numbers */
 	PROG_PROMOTED_OUT = 12, /* tap P, from it */
 	PROG_ADDRESSES =
@@ -127,7 +128,7 @@ enum colo_reason {
 	R_OFFLOAD_REBUILT = 22,	 /* the fast path: other boundaries, left in new segments */
 	R_OFFLOAD_ACKED = 23, /* the fast path: an ack of the PVM left, the SVM has acked as much */
 	R_OFFLOAD_DUPLICATE = 24, /* the fast path: dropped, it has told what it had to tell */
-	/* of PROG_FAST: why the fast path gave a connection to user space */
+	/* of PROG_OFFLOAD: why the fast path gave a connection to user space */
 	R_PUNT_MODE = 25,	  /* a checkpoint begins, or an epoch has ended */
 	R_PUNT_EXCEPTION = 26,	  /* flags, options or headers that are not plain */
 	R_PUNT_OUT_OF_ORDER = 27, /* not the next byte: a hole, or sent again */
@@ -257,11 +258,11 @@ struct colo_conn {
 	__u64 since_ns; /* since when anything is outstanding; 0: nothing is */
 	__u64 seen_ns;
 	__u64 client_ack; /* CLIENT_ACK_KNOWN | the client's latest ack; pvm_in writes it, unlocked */
-	__u32 owner;	  /* TIER_* */
+	__u32 owner;	  /* OWNER_* */
 	__u32 epoch;	  /* of the words below; another one is a reason to hand over; 0: void */
-	__u32 rel;	  /* next byte to be released; all below has been */
-	__u32 nxt;	  /* rel..nxt: bytes of one side, in the buffer */
-	__u32 org;	  /* sequence number of the buffer's first byte */
+	__u32 released;	  /* next byte to be released; all below has been */
+	__u32 next;	  /* rel..next: bytes of one side, in the buffer */
+	__u32 base_seq;	  /* sequence number of the buffer's first byte */
 	__u32 buffer;	  /* 1 + index, 0: none */
 	__u32 punt_seq;	  /* frames handed to user space, each event has its number */
 	__u32 p_ack;	  /* the PVM's newest ack */
@@ -270,18 +271,18 @@ struct colo_conn {
 	__u16 p_win;	  /* window fields, not scaled */
 	__u16 s_win;
 	__u16 adv_win;
-	__u16 mss;    /* payload of the PVM's segments, as it sends them now; 0: it has not yet */
-	__u8 ahead;   /* SIDE_*: whose the buffer's bytes are */
-	__u8 pending; /* the PVM has acked more than the client was told */
-	__u8 l4;      /* of hdr: where TCP begins; 0: no header yet */
-	__u8 doff;    /* of hdr: length of TCP's header */
-	__u8 why;     /* R_PUNT_* of the last one */
+	__u16 mss;   /* payload of the PVM's segments, as it sends them now; 0: it has not yet */
+	__u8 leader; /* SIDE_*: whose the buffer's bytes are */
+	__u8 ack_pending; /* the PVM has acked more than the client was told */
+	__u8 l4;	  /* of hdr: where TCP begins; 0: no header yet */
+	__u8 doff;	  /* of hdr: length of TCP's header */
+	__u8 punt_reason; /* R_PUNT_* of the last one */
 	__u8 fin_known;
 	__u8 pad[2];
-	__u32 fin; /* sequence number behind the FIN, of one guest (rel..nxt) or of both */
+	__u32 fin; /* sequence number behind the FIN, of one guest (rel..next) or of both */
 	__u32 pad2;
-	__u8 hdr[128]; /* the PVM's newest header, Ethernet to TCP options */
-	__u8 memo[64]; /* user space's */
+	__u8 hdr[128];	 /* the PVM's newest header, Ethernet to TCP options */
+	__u8 cookie[64]; /* user space's */
 };
 
 /* A datagram that waits; its payload follows. Records begin at multiples of DGRAM_ALIGN, so that a
@@ -331,7 +332,7 @@ struct colo_claim {
 #define CLAIM_SAYS_ROUTER 1u /* it has said whether it is a router (RFC 4861 4.2, 4.4) */
 #define CLAIM_ROUTER	  2u /* it is */
 
-/* Operations of fast_ctl, which user space runs by BPF_PROG_TEST_RUN. */
+/* Operations of offload_ctl, which user space runs by BPF_PROG_TEST_RUN. */
 enum colo_ctl_op {
 	CTL_RECLAIM = 1, /* to OWNER_USER; the words stay as they are */
 	CTL_OFFLOAD = 2, /* to OWNER_KERNEL, if no frame has been captured since */
@@ -339,7 +340,7 @@ enum colo_ctl_op {
 	CTL_CLAIM = 4, /* a buffer, for what is outstanding when the connection is given */
 };
 
-/* What fast_ctl returns. */
+/* What offload_ctl returns. */
 enum colo_ctl_result {
 	CTL_DONE = 0,
 	CTL_REFUSED =

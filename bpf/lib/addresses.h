@@ -55,7 +55,7 @@ BPF_TABLE_PINNED("hash", struct colo_address, struct colo_claim, addresses, COLO
 /* A MAC's seen_ns is renewed only when older than this: its cache line is shared by CPUs. */
 #define MAC_STEP_NS 10000000000ULL
 
-/* All that note_guest() and hear_network() have on their stack. */
+/* All that note_guest() and note_network() have on their stack. */
 struct note {
 	u64 mac;
 	struct colo_address a;
@@ -228,7 +228,7 @@ static __always_inline void note_guest(struct __sk_buff *skb)
 }
 
 /* A frame that comes from the network. */
-static __always_inline void hear_network(struct __sk_buff *skb, int on_link)
+static __always_inline void note_network(struct __sk_buff *skb, int on_link)
 {
 	u8 *eth = (void *)(long)skb->data;
 	struct note n = {};

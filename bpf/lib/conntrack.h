@@ -146,7 +146,7 @@ static __always_inline int flow_answers(const struct colo_flow *n, u32 acked)
 }
 
 /* Whether the PVM has told its ISN for the connection that the entry is of. */
-static __always_inline int flow_told(const struct colo_flow *n)
+static __always_inline int flow_isn_known(const struct colo_flow *n)
 {
 	return (n->have_pvm & FLOW_PVM_ACK) && (n->have_client & FLOW_HAVE_ISN_C) &&
 	       flow_answers(n, n->pvm_c);
@@ -155,7 +155,7 @@ static __always_inline int flow_told(const struct colo_flow *n)
 /* Whether ISN_P is known. */
 static __always_inline int flow_known(const struct colo_flow *n)
 {
-	return (n->have_client & FLOW_HAVE_ISN_P) || flow_told(n);
+	return (n->have_client & FLOW_HAVE_ISN_P) || flow_isn_known(n);
 }
 
 static __always_inline void flow_note_pvm(struct colo_flow *n)
@@ -189,7 +189,7 @@ static __always_inline void flow_learn_client(struct colo_flow *n, const struct 
 	}
 	if (!(flags & TCP_ACK) || (flags & TCP_RST))
 		return;
-	if (flow_told(n)) {
+	if (flow_isn_known(n)) {
 		/* Kept, since the next connection's SYN may be noted before this one is over. */
 		if (!(n->have_client & FLOW_HAVE_ISN_P) || n->isn_p != n->pvm_isn)
 			flow_note_pvm(n);
@@ -260,7 +260,7 @@ static __always_inline void flow_learn_guest(struct colo_flow *n, const struct p
 	/* A repeated SYN has a newer TSval, and its answer echoes that one. */
 	if (ts->there &&
 	    (!known || other ||
-	     !(flow_told(n) ? n->have_pvm & FLOW_PVM_TS : n->have_client & FLOW_HAVE_TS_P))) {
+	     !(flow_isn_known(n) ? n->have_pvm & FLOW_PVM_TS : n->have_client & FLOW_HAVE_TS_P))) {
 		n->ts_s = ts->val;
 		n->have |= FLOW_HAVE_TS_S;
 	}
@@ -375,7 +375,7 @@ static __always_inline void flow_shift(const struct colo_flow *n, struct shift *
 
 	if (!(n->have & FLOW_HAVE_ISN_S) || !flow_known(n))
 		return;
-	if (flow_told(n)) {
+	if (flow_isn_known(n)) {
 		*isn_p = n->pvm_isn;
 		ts_p = n->pvm_ts;
 		ts_known = n->have_pvm & FLOW_PVM_TS;
@@ -419,7 +419,8 @@ static __always_inline u32 flow_track(struct colo_flow *n, const struct pkt *p,
 }
 
 /* Whether the client acks what it can know from the guest only. */
-static __always_inline int flow_heard(const struct colo_flow *n, const struct pkt *p, u32 isn_p)
+static __always_inline int flow_client_seen(const struct colo_flow *n, const struct pkt *p,
+					    u32 isn_p)
 {
 	return n->state >= TCP_ESTABLISHED && (p->flags & (TCP_RST | TCP_ACK)) == TCP_ACK &&
 	       (n->have & FLOW_HAVE_ISN_S) && flow_known(n) && p->ack - isn_p - 1 <= LEARN_WINDOW;
@@ -436,7 +437,7 @@ static __always_inline u32 flow_promote(struct colo_flow_key *key, struct colo_f
 }
 
 /* A SYN of the PVM has come over the peer link. */
-static __always_inline u32 flow_hear_pvm(const struct pkt *p, const struct tcp_ts *ts, u32 epoch)
+static __always_inline u32 flow_note_pvm(const struct pkt *p, const struct tcp_ts *ts, u32 epoch)
 {
 	u32 bits = FLOW_PVM_SYN, acks = p->flags & TCP_ACK, same, opened = 0;
 	struct colo_flow_key key = {};

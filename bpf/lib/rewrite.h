@@ -37,12 +37,13 @@ static __always_inline void move_word(void *data, void *end, const struct pkt *p
 }
 
 /* What the options of a TCP segment say; also the timestamps. */
-struct told {
+struct tcp_options {
 	struct tcp_opts o;
 	struct tcp_ts ts;
 };
 
-static __always_inline void read_options(void *data, void *end, const struct pkt *p, struct told *t)
+static __always_inline void read_options(void *data, void *end, const struct pkt *p,
+					 struct tcp_options *t)
 {
 	__be32 *val, *ecr;
 
@@ -63,8 +64,9 @@ static __always_inline void read_options(void *data, void *end, const struct pkt
  * Tracks and translates. Returns R_PASS_REWRITTEN with the checksum's change in
  * *diff; `same` if nothing had to move; or, also unmoved, R_PASS_FLOW_TABLE_FULL or R_PASS_OFFSET_UNKNOWN.
  */
-static __always_inline u32 rewrite(void *data, void *end, const struct pkt *p, const struct told *t,
-				   int to_svm, u64 mode, u32 epoch, u32 same, u32 *diff)
+static __always_inline u32 rewrite(void *data, void *end, const struct pkt *p,
+				   const struct tcp_options *t, int to_svm, u64 mode, u32 epoch,
+				   u32 same, u32 *diff)
 {
 	struct colo_flow_key key = {};
 	struct shift s = {};
@@ -77,7 +79,7 @@ static __always_inline u32 rewrite(void *data, void *end, const struct pkt *p, c
 	if (!n)
 		return reason;
 	isn_p = flow_track(n, p, &t->ts, to_svm, mode, epoch, &s);
-	if (opened && to_svm && flow_heard(n, p, isn_p) && flow_promote(&key, n, epoch))
+	if (opened && to_svm && flow_client_seen(n, p, isn_p) && flow_promote(&key, n, epoch))
 		return R_PASS_FLOW_TABLE_FULL;
 	if (s.unknown)
 		return R_PASS_OFFSET_UNKNOWN;
@@ -117,7 +119,7 @@ static __always_inline u32 rewrite(void *data, void *end, const struct pkt *p, c
 
 /* On tc. The frame's pointers are stale afterwards. R_DROP_HELPER_FAILED: the frame must be dropped. */
 static __always_inline u32 rewrite_skb(struct __sk_buff *skb, const struct pkt *p,
-				       const struct told *t, int to_svm, u64 mode, u32 epoch,
+				       const struct tcp_options *t, int to_svm, u64 mode, u32 epoch,
 				       u32 same)
 {
 	u32 diff = 0, reason;
@@ -136,7 +138,7 @@ static __always_inline u32 rewrite_xdp(struct xdp_md *xdp, const struct pkt *p, 
 	void *data = (void *)(long)xdp->data, *end = (void *)(long)xdp->data_end;
 	u64 at = p->csum_at;
 	u32 diff = 0, reason;
-	struct told t = {};
+	struct tcp_options t = {};
 	__sum16 *check;
 
 	read_options(data, end, p, &t);

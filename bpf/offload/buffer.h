@@ -61,7 +61,7 @@ static __always_inline int buffer_claim(struct colo_conn *c, struct colo_flow_ke
 			o->key = *key;
 			o->since_ns = c->since_ns;
 			c->buffer = slot + 1;
-			c->org = c->rel;
+			c->base_seq = c->released;
 			return 1;
 		}
 	}
@@ -111,9 +111,9 @@ static __always_inline void note_wait(u64 ns)
 static __always_inline void settle(struct colo_conn *c, u64 now, int moved)
 {
 	/* Never 2 * COLO_BUFFER or more beyond org, so that differences do not wrap around. */
-	if (c->nxt - c->org >= 2 * COLO_BUFFER)
-		c->org += COLO_BUFFER;
-	if (c->rel == c->nxt && !c->pending) {
+	if (c->next - c->base_seq >= 2 * COLO_BUFFER)
+		c->base_seq += COLO_BUFFER;
+	if (c->released == c->next && !c->ack_pending) {
 		if (c->since_ns)
 			outstanding_since(c, 0);
 	} else if (moved || !c->since_ns) {
@@ -124,7 +124,7 @@ static __always_inline void settle(struct colo_conn *c, u64 now, int moved)
 /* The oldest byte in the buffer. */
 static __always_inline u32 oldest(const struct colo_conn *c)
 {
-	return c->nxt - c->org > COLO_BUFFER ? c->nxt - COLO_BUFFER : c->org;
+	return c->next - c->base_seq > COLO_BUFFER ? c->next - COLO_BUFFER : c->base_seq;
 }
 
 #endif

@@ -9,7 +9,7 @@ struct colo_ctl {
 	__u32 punt_seq; /* GIVE: the last one that user space has seen */
 	struct colo_flow_key key;
 	__u32 epoch;
-	__u32 rel;
+	__u32 released;
 	__u32 p_ack;
 	__u32 s_ack;
 	__u32 adv_ack;
@@ -17,14 +17,14 @@ struct colo_ctl {
 	__u16 s_win;
 	__u16 adv_win;
 	__u16 mss;
-	__u32 nxt;
-	__u32 org;
-	__u8 ahead;
-	__u8 pending;
+	__u32 next;
+	__u32 base_seq;
+	__u8 leader;
+	__u8 ack_pending;
 	__u8 l4;
 	__u8 doff;
 	__u8 hdr[128];
-	__u8 memo[64];
+	__u8 cookie[64];
 	__u64 since_ns; /* of what waits; 0: now */
 } __attribute__((packed));
 
@@ -51,8 +51,8 @@ static __always_inline int control(void *data, void *data_end)
 	} else if (m->op == CTL_FREE) {
 		if (c->buffer)
 			buffer_free(c);
-		c->nxt = c->rel;
-		c->pending = 0;
+		c->next = c->released;
+		c->ack_pending = 0;
 		c->since_ns = 0;
 		c->epoch = 0; /* the words are void */
 	} else if (m->op == CTL_CLAIM) {
@@ -64,14 +64,14 @@ static __always_inline int control(void *data, void *data_end)
 			r = CTL_FULL;
 	} else if (c->punt_seq != m->punt_seq) {
 		r = CTL_REFUSED;
-	} else if ((m->nxt != m->org || m->pending) && !c->buffer) {
+	} else if ((m->next != m->base_seq || m->ack_pending) && !c->buffer) {
 		r = CTL_FULL; /* somebody has taken it meanwhile */
 	} else {
 		c->epoch = m->epoch;
-		c->rel = m->rel;
-		c->org = m->org;
-		c->nxt = m->nxt;
-		c->ahead = m->ahead;
+		c->released = m->released;
+		c->base_seq = m->base_seq;
+		c->next = m->next;
+		c->leader = m->leader;
 		c->p_ack = m->p_ack;
 		c->s_ack = m->s_ack;
 		c->adv_ack = m->adv_ack;
@@ -79,15 +79,15 @@ static __always_inline int control(void *data, void *data_end)
 		c->s_win = m->s_win;
 		c->adv_win = m->adv_win;
 		c->mss = m->mss;
-		c->pending = m->pending;
+		c->ack_pending = m->ack_pending;
 		c->fin_known = 0;
 		c->l4 = m->l4;
 		c->doff = m->doff;
 		__builtin_memcpy(c->hdr, m->hdr, sizeof(c->hdr));
 		c->seen_ns = bpf_ktime_get_ns();
 		since = m->since_ns ? m->since_ns : c->seen_ns;
-		outstanding_since(c, m->nxt != m->rel || m->pending ? since : 0);
-		__builtin_memcpy(c->memo, m->memo, sizeof(c->memo));
+		outstanding_since(c, m->next != m->released || m->ack_pending ? since : 0);
+		__builtin_memcpy(c->cookie, m->cookie, sizeof(c->cookie));
 		c->owner = OWNER_KERNEL;
 	}
 	conn_unlock(c);

@@ -1,11 +1,11 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
  * The fast path: TCP in order, from behind the handshake to the FIN, is compared and
- * released here, and Python never sees it (UDP: offload/udp.h). tests/sim/fast.py is
- * the same in Python; tests/netns/test_fast_differential.py compares the two frame
+ * released here, and Python never sees it (UDP: offload/udp.h). tests/sim/offload_model.py is
+ * the same in Python; tests/netns/test_offload_differential.py compares the two frame
  * by frame.
  *
- * One guest is ahead of the other. Its bytes, rel..nxt, are in a buffer; when the
+ * One guest is ahead of the other. Its bytes, rel..next, are in a buffer; when the
  * other's arrive they are compared, and what is equal leaves at once:
  *  - the PVM is the late one: its own frame passes;
  *  - the SVM is the late one: its frame becomes the PVM's, the payload being
@@ -30,7 +30,7 @@
  *    virtual CPU has been stopped, say) captures its frame for user space, which
  *    takes the connection over before it looks at the frame.
  *  - The owner cannot wait for itself: programs run with bottom halves off, and
- *    fast_ctl, which may not, does little; whoever interrupts it goes to user space.
+ *    offload_ctl, which may not, does little; whoever interrupts it goes to user space.
  *  - OWNER_USER is left by CTL_OFFLOAD only, under the lock, and only if no frame has been
  *    captured since the one user space has last seen (`captured`): no frame in the
  *    event ring can belong before those that the fast path decides from then on. A frame that
@@ -45,8 +45,8 @@
  *  - Entries are made and deleted by user space, which deletes them in OWNER_USER only, when they
  *    have not been used for a long time.
  */
-#ifndef COLO_FAST_H
-#define COLO_FAST_H
+#ifndef COLO_OFFLOAD_H
+#define COLO_OFFLOAD_H
 
 #include "conn.h"
 #include "buffer.h"
@@ -56,8 +56,8 @@
 
 #define CTL_SEEN_STEP_NS 1000000000ULL
 
-/* In place of a reason: not decided, or handed over (then c->why tells). */
-#define FAST_NO 0
+/* In place of a reason: not decided, or handed over (then c->punt_reason tells). */
+#define OFFLOAD_NO 0
 
 /* What the parser does not tell: `near` bytes from NEAR before TCP's header on, into w->old. */
 #define NEAR	    14
@@ -74,7 +74,7 @@
  * way (no DF): there each one needs an id of its own (RFC 6864 4.2).
  */
 static __always_inline int is_plain(struct __sk_buff *skb, const struct pkt *p,
-				    const struct colo_work *w, u32 side)
+				    const struct colo_scratch *w, u32 side)
 {
 	__be32 option;
 
@@ -126,11 +126,11 @@ static __always_inline u32 note_pvm_header(struct __sk_buff *skb, const struct p
 	if (c->l4 && (c->l4 != p->l4_off || c->doff != p->doff))
 		return R_PUNT_EXCEPTION;
 	/* The client counts equal acks (RFC 5681 2): they must not melt into one. */
-	if (!span && c->pending && p->ack == c->p_ack && win == c->p_win)
+	if (!span && c->ack_pending && p->ack == c->p_ack && win == c->p_win)
 		return R_PUNT_EXCEPTION;
 	note_size(c, n,
-		  skb->gso_size || !(p->flags & TCP_PSH) || c->rel == c->nxt ||
-			  c->ahead != SIDE_PVM);
+		  skb->gso_size || !(p->flags & TCP_PSH) || c->released == c->next ||
+			  c->leader != SIDE_PVM);
 	if (early && !buffer_claim(c, key))
 		return R_PUNT_NO_BUFFER;
 	if (seq_later(c->p_ack, p->ack)) /* without a header the buffer's bytes could not leave */
@@ -140,7 +140,7 @@ static __always_inline u32 note_pvm_header(struct __sk_buff *skb, const struct p
 	c->p_ack = p->ack;
 	c->p_win = win;
 	if (early)
-		c->pending = 1;
+		c->ack_pending = 1;
 	return 0;
 }
 
@@ -151,21 +151,21 @@ static __always_inline u32 note_pvm_header(struct __sk_buff *skb, const struct p
  */
 static __always_inline u32 prepare_segment(struct __sk_buff *skb, const struct pkt *p,
 					   struct colo_conn *c, struct colo_flow_key *key,
-					   struct colo_work *w, u32 side)
+					   struct colo_scratch *w, u32 side)
 {
-	u32 len = p->payload_len, out = c->nxt - c->rel, err, end;
+	u32 len = p->payload_len, out = c->next - c->released, err, end;
 	u32 span;
 	/* Read once: pvm_in writes it on another CPU, and both uses must mean the same ack. */
 	u64 acked = *(volatile __u64 *)&c->client_ack;
 	u32 client_ack = acked;
-	u32 have = out && c->ahead == side ? c->nxt : c->rel;
+	u32 have = out && c->leader == side ? c->next : c->released;
 	u32 size = skb->gso_size ? skb->gso_size : len;
 	u16 win;
 
 	w->again = 0;
 	w->kept = 1;
 	w->fin = p->flags & TCP_FIN;
-	w->meets = out && c->ahead != side;
+	w->meets = out && c->leader != side;
 	span = len + w->fin;
 	if (bpf_skb_load_bytes(skb, p->l4_off - NEAR, w->old, NEAR_SIZE))
 		return R_PUNT_HELPER_FAILED;
@@ -178,8 +178,8 @@ static __always_inline u32 prepare_segment(struct __sk_buff *skb, const struct p
 		if (!len || w->fin || have - p->seq > COLO_BUFFER || seq_later(end, have))
 			return R_PUNT_OUT_OF_ORDER;
 		w->again = 1;
-		if (side == SIDE_PVM && seq_later(end, c->rel)) {
-			if (seq_later(c->rel, p->seq))
+		if (side == SIDE_PVM && seq_later(end, c->released)) {
+			if (seq_later(c->released, p->seq))
 				return R_PUNT_OUT_OF_ORDER;
 			return R_OFFLOAD_DUPLICATE; /* waits already */
 		}
@@ -191,7 +191,7 @@ static __always_inline u32 prepare_segment(struct __sk_buff *skb, const struct p
 		w->kept = c->buffer && p->seq - oldest(c) <= COLO_BUFFER;
 		if (side == SIDE_PVM && !w->kept &&
 		    (!(acked & CLIENT_ACK_KNOWN) || seq_later(end, client_ack) ||
-		     seq_later(client_ack, c->rel)))
+		     seq_later(client_ack, c->released)))
 			return R_PUNT_OUT_OF_ORDER;
 	}
 	/*
@@ -205,7 +205,7 @@ static __always_inline u32 prepare_segment(struct __sk_buff *skb, const struct p
 		return R_PUNT_EXCEPTION;
 	if (len && !is_whole(skb, p->l4_off + p->doff + len))
 		return R_PUNT_EXCEPTION;
-	if (!w->again && end - c->rel > COLO_BUFFER)
+	if (!w->again && end - c->released > COLO_BUFFER)
 		return R_PUNT_BUFFER_FULL;
 	if (side == SIDE_PVM) {
 		err = note_pvm_header(skb, p, c, key, span, win);
@@ -218,8 +218,8 @@ static __always_inline u32 prepare_segment(struct __sk_buff *skb, const struct p
 	if (span && !w->again && !buffer_claim(c, key))
 		return R_PUNT_NO_BUFFER;
 	/* Nothing waits and the client has it all: begin anew, where the cache is warm. */
-	if (span && !w->again && !out && acked == (CLIENT_ACK_KNOWN | c->rel))
-		c->org = c->rel;
+	if (span && !w->again && !out && acked == (CLIENT_ACK_KNOWN | c->released))
+		c->base_seq = c->released;
 	w->len = len;
 	w->flags = p->flags;
 	w->ack = p->ack;
@@ -230,9 +230,9 @@ static __always_inline u32 prepare_segment(struct __sk_buff *skb, const struct p
 	w->seq = p->seq;
 	w->equal = w->again ? len : w->meets ? (len < out ? len : out) : 0;
 	/* In pieces: what ends elsewhere, and segments of the SVM that are longer than the PVM's. */
-	w->upto = c->rel;
+	w->upto = c->released;
 	if (!w->again && w->equal && (len > out || (side == SIDE_SVM && size > c->mss)))
-		w->upto = c->rel + (u32)w->equal;
+		w->upto = c->released + (u32)w->equal;
 	w->left = w->again && (side == SIDE_SVM || !w->kept) ? 0 : len;
 	w->probe =
 		w->again && side == SIDE_PVM && !w->kept; /* RFC 9293 3.8.4: one below the next */
@@ -241,17 +241,17 @@ static __always_inline u32 prepare_segment(struct __sk_buff *skb, const struct p
 	/* Pieces need the PVM's header, and this skb must have one of its size. */
 	if (w->meets && (side == SIDE_SVM || len > out) &&
 	    (c->l4 != p->l4_off || c->doff != p->doff ||
-	     (u32)w->upto - c->rel > piece_size(c) * (COLO_MAX_PIECES - 2) ||
-	     (w->fin && (u32)w->upto != c->rel)))
+	     (u32)w->upto - c->released > piece_size(c) * (COLO_MAX_PIECES - 2) ||
+	     (w->fin && (u32)w->upto != c->released)))
 		return R_PUNT_EXCEPTION;
 	w->act = ACT_NOTHING;
 	if (w->again && side == SIDE_PVM)
 		w->act = w->kept ? ACT_PASS : ACT_PIECES;
 	else if (w->meets)
-		w->act = (u32)w->upto != c->rel ? ACT_PIECES
-			 : side == SIDE_PVM	? ACT_PASS
-						: ACT_REWRITE;
-	else if (side == SIDE_PVM && !span && !(out && c->ahead == SIDE_PVM) &&
+		w->act = (u32)w->upto != c->released ? ACT_PIECES
+			 : side == SIDE_PVM	     ? ACT_PASS
+						     : ACT_REWRITE;
+	else if (side == SIDE_PVM && !span && !(out && c->leader == SIDE_PVM) &&
 		 !seq_later(p->ack, c->s_ack))
 		w->act = ACT_PASS;
 	else if (side == SIDE_SVM && ack_due(c) && c->l4 == p->l4_off && c->doff == p->doff)
@@ -261,17 +261,18 @@ static __always_inline u32 prepare_segment(struct __sk_buff *skb, const struct p
 
 /* Nothing can go wrong from here on but helpers; the frame is decided. */
 static __always_inline u32 finish_segment(struct __sk_buff *skb, struct colo_conn *c,
-					  struct colo_buffer *st, struct colo_work *w, int *verdict)
+					  struct colo_buffer *st, struct colo_scratch *w,
+					  int *verdict)
 {
 	u32 len = w->moves, act = w->act, side = w->side, reason;
 	u32 end = w->seq + w->fin;
 
-	w->rel = c->rel;
+	w->released = c->released;
 	w->adv_ack = c->adv_ack;
 	reason = len || side == SIDE_PVM ? R_OFFLOAD_HELD : R_OFFLOAD_DUPLICATE;
-	if (len && seq_later(end, c->nxt)) {
-		c->nxt = end;
-		c->ahead = side;
+	if (len && seq_later(end, c->next)) {
+		c->next = end;
+		c->leader = side;
 	}
 	if (w->fin) {
 		c->fin = end;
@@ -283,36 +284,37 @@ static __always_inline u32 finish_segment(struct __sk_buff *skb, struct colo_con
 		set_egress(w, c->hdr, act > ACT_PASS);
 	if (act == ACT_PASS) {
 		limit_pvm(skb, c, w);
-		c->rel += len;
+		c->released += len;
 		*verdict = w->out ? bpf_redirect(w->out, 0) : TC_ACT_OK;
 		reason = R_OFFLOAD_PASSED;
 	} else if (act == ACT_REWRITE) {
 		if (rewrite_as_pvm(skb, c, w)) {
 			reason = R_DROP_HELPER_FAILED; /* the bytes stay outstanding: sent again */
 		} else {
-			told(c, allowed_ack(c), allowed_win(c));
-			c->rel += len;
+			note_advertised(c, allowed_ack(c), allowed_win(c));
+			c->released += len;
 			skb->mark = w->mark;
-			*verdict = bpf_redirect(w->out, w->way);
+			*verdict = bpf_redirect(w->out, w->redirect_flags);
 			reason = R_OFFLOAD_RELEASED;
 		}
 	} else if (act == ACT_PIECES) {
-		reason = (u32)w->upto == c->rel ? R_OFFLOAD_ACKED : R_OFFLOAD_REBUILT;
+		reason = (u32)w->upto == c->released ? R_OFFLOAD_ACKED : R_OFFLOAD_REBUILT;
 		w->partial = is_partial(skb);
 		if (send_pieces(skb, c, st, w))
 			reason = R_DROP_HELPER_FAILED;
 	}
 	/* Acks that leave do not make bytes that wait any younger. */
-	settle(c, w->now, c->rel != w->rel || (c->rel == c->nxt && c->adv_ack != w->adv_ack));
+	settle(c, w->now,
+	       c->released != w->released || (c->released == c->next && c->adv_ack != w->adv_ack));
 	return reason;
 }
 
 /*
- * A frame of a flow that is locked and in the fast path. Returns R_FAST_*, or R_PUNT_*. Both kinds of flows
- * take the same walk, in which the verifier is not to know of which kind it is: see colo_work.
+ * A frame of a flow that is locked and in the fast path. Returns R_OFFLOAD_*, or R_PUNT_*. Both kinds of flows
+ * take the same walk, in which the verifier is not to know of which kind it is: see colo_scratch.
  */
 static __always_inline u32 decide(struct __sk_buff *skb, const struct pkt *p, struct colo_conn *c,
-				  struct colo_flow_key *key, struct colo_work *w, u32 side,
+				  struct colo_flow_key *key, struct colo_scratch *w, u32 side,
 				  int *verdict)
 {
 	struct colo_buffer *st;
@@ -338,15 +340,15 @@ static __always_inline u32 decide(struct __sk_buff *skb, const struct pkt *p, st
 }
 
 /*
- * A TCP or UDP frame of the pair. Returns FAST_NO if the fast path has no say: captured is then what the
+ * A TCP or UDP frame of the pair. Returns OFFLOAD_NO if the fast path has no say: captured is then what the
  * event must carry. Else the reason to count, *verdict being what to do with the frame.
  */
-static __always_inline u32 fast(struct __sk_buff *skb, const struct pkt *p, u32 side, u64 mode,
-				u32 epoch, u32 *punt_seq, int *verdict)
+static __always_inline u32 offload(struct __sk_buff *skb, const struct pkt *p, u32 side, u64 mode,
+				   u32 epoch, u32 *punt_seq, int *verdict)
 {
-	u32 cpu = bpf_get_smp_processor_id(), r = FAST_NO, len = skb->len;
+	u32 cpu = bpf_get_smp_processor_id(), r = OFFLOAD_NO, len = skb->len;
 	struct colo_flow_key key = {};
-	struct colo_work *w = works.lookup(&cpu);
+	struct colo_scratch *w = works.lookup(&cpu);
 	struct colo_conn *c;
 	u64 now;
 
@@ -357,10 +359,10 @@ static __always_inline u32 fast(struct __sk_buff *skb, const struct pkt *p, u32 
 	key.vlan = p->vlan | (p->is_udp ? COLO_KEY_UDP : 0);
 	c = conn_find(&key);
 	if (!c || !w)
-		return FAST_NO;
+		return OFFLOAD_NO;
 	if (!conn_lock(c)) {
-		count(PROG_FAST, R_PUNT_BUSY, len);
-		return FAST_NO;
+		count(PROG_OFFLOAD, R_PUNT_BUSY, len);
+		return OFFLOAD_NO;
 	}
 	now = bpf_ktime_get_ns();
 	if (now - c->seen_ns > CTL_SEEN_STEP_NS)
@@ -369,24 +371,24 @@ static __always_inline u32 fast(struct __sk_buff *skb, const struct pkt *p, u32 
 	if (c->owner == OWNER_KERNEL) {
 		w->p_ack = c->p_ack;
 		w->p_win = c->p_win;
-		w->pending = c->pending;
+		w->ack_pending = c->ack_pending;
 		if (mode != MODE_RUN || c->epoch != epoch || cfg(CFG_EPOCH) != epoch ||
-		    cfg(CFG_MODE) != MODE_RUN || !cfg(CFG_FAST))
+		    cfg(CFG_MODE) != MODE_RUN || !cfg(CFG_OFFLOAD))
 			r = R_PUNT_MODE;
 		else
 			r = decide(skb, p, c, &key, w, side, verdict);
 		if (r >= R_PUNT_MODE) {
-			count(PROG_FAST, r, len);
+			count(PROG_OFFLOAD, r, len);
 			/* The frame is user space's to judge, so it has not been here. */
 			c->p_ack = w->p_ack;
 			c->p_win = w->p_win;
-			c->pending = w->pending;
+			c->ack_pending = w->ack_pending;
 			c->owner = OWNER_USER;
-			c->why = r;
-			r = FAST_NO;
+			c->punt_reason = r;
+			r = OFFLOAD_NO;
 		}
 	}
-	if (r == FAST_NO)
+	if (r == OFFLOAD_NO)
 		*punt_seq = ++c->punt_seq;
 	conn_unlock(c);
 	return r;

@@ -5,10 +5,10 @@
 
 /* By which way a frame leaves to `mac`: w->out, and if that is the bridge, the device to put it
  * into where it is `made` here and not the PVM's own. */
-static __always_inline void set_egress(struct colo_work *w, const void *mac, int made)
+static __always_inline void set_egress(struct colo_scratch *w, const void *mac, int made)
 {
 	w->out = egress_ifindex(mac, w->now);
-	w->way = w->out ? 0 : BPF_F_INGRESS;
+	w->redirect_flags = w->out ? 0 : BPF_F_INGRESS;
 	w->mark = w->out ? 0 : COLO_MARK; /* pvm_out lets it pass */
 	if (!w->out && made)
 		w->out = cfg(CFG_TAP);
@@ -26,12 +26,12 @@ static __always_inline u16 allowed_win(const struct colo_conn *c)
 }
 
 /* Something has left with them. */
-static __always_inline void told(struct colo_conn *c, u32 ack, u16 win)
+static __always_inline void note_advertised(struct colo_conn *c, u32 ack, u16 win)
 {
 	c->adv_ack = ack;
 	c->adv_win = win;
-	if (c->pending && !seq_later(c->p_ack, ack))
-		c->pending = 0;
+	if (c->ack_pending && !seq_later(c->p_ack, ack))
+		c->ack_pending = 0;
 }
 
 /* Is there anything new for the client in an ack without data? As compare/window.py with no scale. */
@@ -41,7 +41,7 @@ static __always_inline int ack_due(const struct colo_conn *c)
 
 	if (!c->l4)
 		return 0;
-	if (c->pending && seq_later(allowed_ack(c), c->adv_ack))
+	if (c->ack_pending && seq_later(allowed_ack(c), c->adv_ack))
 		return 1;
 	return c->adv_win < c->p_win && win > c->adv_win &&
 	       (win == c->p_win || win >= 2 * (u32)c->adv_win + 1);
@@ -62,7 +62,7 @@ static __always_inline u32 keep_header(struct __sk_buff *skb, struct colo_conn *
 }
 
 /* IP's length fields in w->new, for `len` bytes behind TCP's header, and IPv4's checksum. */
-static __always_inline void set_lengths(const struct colo_conn *c, struct colo_work *w, u32 len)
+static __always_inline void set_lengths(const struct colo_conn *c, struct colo_scratch *w, u32 len)
 {
 	u64 sum;
 
@@ -80,7 +80,7 @@ static __always_inline void set_lengths(const struct colo_conn *c, struct colo_w
 
 /* Prepares w->new: the PVM's header for `len` bytes from `seq` on. TCP's checksum is left as it
  * was in the PVM's. */
-static __always_inline void new_header(const struct colo_conn *c, struct colo_work *w, u32 seq,
+static __always_inline void new_header(const struct colo_conn *c, struct colo_scratch *w, u32 seq,
 				       u32 len, u8 flags)
 {
 	u64 l4 = c->l4;
@@ -110,7 +110,7 @@ static __always_inline u64 header_size(const struct colo_conn *c)
  * change (same addresses, same length), so a partial checksum stays right untouched.
  */
 static __always_inline u32 rewrite_as_pvm(struct __sk_buff *skb, struct colo_conn *c,
-					  struct colo_work *w)
+					  struct colo_scratch *w)
 {
 	u64 n = c->l4 + c->doff, l4 = c->l4, size;
 	s64 change;
@@ -118,7 +118,7 @@ static __always_inline u32 rewrite_as_pvm(struct __sk_buff *skb, struct colo_con
 	BOUND1(n, 127);
 	if (bpf_skb_load_bytes(skb, 0, w->old, n))
 		return R_PUNT_HELPER_FAILED;
-	new_header(c, w, c->rel, w->len, w->flags & (TCP_PSH | TCP_FIN));
+	new_header(c, w, c->released, w->len, w->flags & (TCP_PSH | TCP_FIN));
 	VERIFIER_BOUND(l4, 63);
 	*(u16 *)(w->new + l4 + 16) = *(u16 *)(w->old + l4 + 16);
 	size = header_size(c);
@@ -133,7 +133,7 @@ static __always_inline u32 rewrite_as_pvm(struct __sk_buff *skb, struct colo_con
 
 /* The PVM's own frame may leave, with no more of an ack and of a window than allowed. */
 static __always_inline void limit_pvm(struct __sk_buff *skb, struct colo_conn *c,
-				      struct colo_work *w)
+				      struct colo_scratch *w)
 {
 	u32 ack = w->ack, at = w->l4;
 	u16 win = w->win, field;
@@ -155,7 +155,7 @@ static __always_inline void limit_pvm(struct __sk_buff *skb, struct colo_conn *c
 		win = c->s_win;
 	}
 	if (!seq_later(c->adv_ack, ack))
-		told(c, ack, win);
+		note_advertised(c, ack, win);
 }
 
 static __always_inline u32 fold16(u64 x)
@@ -169,7 +169,7 @@ static __always_inline u32 fold16(u64 x)
 #define SUM_STEP 512
 
 /* Sum of w->n bytes of the buffer at `pos`, which do not wrap. */
-static __always_inline void sum_stash(struct colo_buffer *st, struct colo_work *w)
+static __always_inline void sum_stash(struct colo_buffer *st, struct colo_scratch *w)
 {
 	u64 n, q;
 
@@ -202,11 +202,11 @@ static __always_inline u32 piece_size(const struct colo_conn *c)
 }
 
 /*
- * Sends w->n bytes (0: a bare ack) from c->rel on as a frame of its own, made of this skb, the
+ * Sends w->n bytes (0: a bare ack) from c->released on as a frame of its own, made of this skb, the
  * buffer and the header in w->new. The skb is spoilt. 0, or R_PUNT_HELPER_FAILED.
  */
 static __always_inline u32 send_piece(struct __sk_buff *skb, struct colo_conn *c,
-				      struct colo_buffer *st, struct colo_work *w)
+				      struct colo_buffer *st, struct colo_scratch *w)
 {
 	u64 l4 = c->l4, n = w->n, pos = w->pos;
 	u32 check;
@@ -223,7 +223,7 @@ static __always_inline u32 send_piece(struct __sk_buff *skb, struct colo_conn *c
 	set_lengths(c, w, w->n);
 	l4 = c->l4;
 	VERIFIER_BOUND(l4, 63);
-	*(__be32 *)(w->new + l4 + 4) = bpf_htonl(c->rel - (u32)w->probe);
+	*(__be32 *)(w->new + l4 + 4) = bpf_htonl(c->released - (u32)w->probe);
 	*(u16 *)(w->new + l4 + 16) = 0;
 	if (!w->partial) {
 		w->sum += (u32)bpf_csum_diff(0, 0, (void *)(w->new + l4), header_size(c), 0);
@@ -238,16 +238,16 @@ static __always_inline u32 send_piece(struct __sk_buff *skb, struct colo_conn *c
 	if (bpf_skb_store_bytes(skb, 0, w->new, n, 0))
 		return R_PUNT_HELPER_FAILED;
 	skb->mark = w->mark;
-	if (bpf_clone_redirect(skb, w->out, w->way))
+	if (bpf_clone_redirect(skb, w->out, w->redirect_flags))
 		return R_PUNT_HELPER_FAILED;
-	c->rel += (u32)w->n;
+	c->released += (u32)w->n;
 	return 0;
 }
 
 /* Sends rel..w->upto, which both guests have sent, in segments; none if they are the same: a bare
  * ack. 0, or R_PUNT_HELPER_FAILED. */
 static __always_inline u32 send_pieces(struct __sk_buff *skb, struct colo_conn *c,
-				       struct colo_buffer *st, struct colo_work *w)
+				       struct colo_buffer *st, struct colo_scratch *w)
 {
 	u64 sum = bpf_htons(PROTO_TCP);
 
@@ -259,17 +259,17 @@ static __always_inline u32 send_pieces(struct __sk_buff *skb, struct colo_conn *
 			sum += *(u32 *)(c->hdr + 22 + 4 * i);
 	}
 	w->addresses = sum;
-	new_header(c, w, c->rel, 0, 0);
+	new_header(c, w, c->released, 0, 0);
 	if ((u32)w->upto ==
-	    c->rel) /* a bare ack is not of an ECN-capable transport (RFC 3168 6.1.4) */
+	    c->released) /* a bare ack is not of an ECN-capable transport (RFC 3168 6.1.4) */
 		w->new[15] &= c->l4 == 34 ? 0xFC : 0xCF;
 #pragma clang loop unroll(disable)
 	for (int i = 0; i < COLO_MAX_PIECES; i++) {
-		u64 n = (u32)((u32)w->upto - c->rel), till, pos;
+		u64 n = (u32)((u32)w->upto - c->released), till, pos;
 
 		if (i && !n)
 			break;
-		pos = (u32)(c->rel - c->org) & (COLO_BUFFER - 1);
+		pos = (u32)(c->released - c->base_seq) & (COLO_BUFFER - 1);
 		till = COLO_BUFFER - pos;
 		if (n > piece_size(c))
 			n = piece_size(c);
@@ -280,7 +280,7 @@ static __always_inline u32 send_pieces(struct __sk_buff *skb, struct colo_conn *
 		if (send_piece(skb, c, st, w))
 			return R_PUNT_HELPER_FAILED;
 	}
-	told(c, allowed_ack(c), allowed_win(c));
+	note_advertised(c, allowed_ack(c), allowed_win(c));
 	return 0;
 }
 

@@ -34,7 +34,7 @@ static __always_inline int is_plain_datagram(struct __sk_buff *skb, const struct
 static __always_inline struct colo_dgram *record_at(struct colo_buffer *st,
 						    const struct colo_conn *c, u32 place)
 {
-	u64 pos = (place - c->org) & (COLO_BUFFER - 1);
+	u64 pos = (place - c->base_seq) & (COLO_BUFFER - 1);
 
 	VERIFIER_BOUND(pos, COLO_BUFFER - 1);
 	return (struct colo_dgram *)(st->ring + pos);
@@ -51,11 +51,11 @@ static __always_inline long load_headers(struct __sk_buff *skb, const struct pkt
 /* As prepare_segment(). */
 static __always_inline u32 prepare_datagram(struct __sk_buff *skb, const struct pkt *p,
 					    struct colo_conn *c, struct colo_flow_key *key,
-					    struct colo_work *w, u32 side)
+					    struct colo_scratch *w, u32 side)
 {
-	u32 out = c->nxt - c->rel, len = p->payload_len, slot;
+	u32 out = c->next - c->released, len = p->payload_len, slot;
 	u32 size = (sizeof(struct colo_dgram) + len + DGRAM_ALIGN - 1) & ~(DGRAM_ALIGN - 1);
-	int meets = out && c->ahead != side;
+	int meets = out && c->leader != side;
 	struct colo_buffer *st;
 	struct colo_dgram *d;
 
@@ -66,12 +66,12 @@ static __always_inline u32 prepare_datagram(struct __sk_buff *skb, const struct 
 	if (!meets && !buffer_claim(c, key))
 		return R_PUNT_NO_BUFFER;
 	if (!out) /* begin anew, where the cache is warm */
-		c->org = c->nxt = c->rel;
+		c->base_seq = c->next = c->released;
 	slot = c->buffer - 1;
 	st = buffers.lookup(&slot);
 	if (!st)
 		return R_PUNT_HELPER_FAILED;
-	d = record_at(st, c, meets ? c->rel : c->nxt);
+	d = record_at(st, c, meets ? c->released : c->next);
 	if (meets && d->len != len)
 		return R_PUNT_DIFFERS;
 	if (!meets && load_headers(skb, p, d->hdr))
@@ -80,7 +80,7 @@ static __always_inline u32 prepare_datagram(struct __sk_buff *skb, const struct 
 	w->moves = size;
 	w->l4 = p->l4_off;
 	w->at = p->l4_off + 8;
-	w->seq = (meets ? c->rel : c->nxt) + sizeof(*d);
+	w->seq = (meets ? c->released : c->next) + sizeof(*d);
 	w->left = len;
 	w->equal = meets ? len : 0;
 	w->act = !meets ? ACT_NOTHING : side == SIDE_PVM ? ACT_PASS : ACT_REWRITE;
@@ -89,23 +89,23 @@ static __always_inline u32 prepare_datagram(struct __sk_buff *skb, const struct 
 
 /* As finish_segment(). */
 static __always_inline u32 finish_datagram(struct __sk_buff *skb, struct colo_conn *c,
-					   struct colo_buffer *st, struct colo_work *w,
+					   struct colo_buffer *st, struct colo_scratch *w,
 					   int *verdict)
 {
 	u32 turn = w->act == ACT_REWRITE;
 	struct colo_dgram *d;
 
 	if (w->act == ACT_NOTHING) {
-		d = record_at(st, c, c->nxt);
+		d = record_at(st, c, c->next);
 		d->ts_ns = w->now;
 		d->len = w->len;
 		d->partial = is_partial(skb);
-		c->nxt += (u32)w->moves;
-		c->ahead = w->side;
+		c->next += (u32)w->moves;
+		c->leader = w->side;
 		settle(c, w->now, 0);
 		return R_OFFLOAD_HELD;
 	}
-	d = record_at(st, c, c->rel);
+	d = record_at(st, c, c->released);
 	if (turn) {
 		/* Fails before it writes if it does: no memory for headers of its own. */
 		if (w->l4 == 54 ? bpf_skb_store_bytes(skb, 0, d->hdr, 54, 0)
@@ -116,15 +116,15 @@ static __always_inline u32 finish_datagram(struct __sk_buff *skb, struct colo_co
 	}
 	set_egress(w, turn ? d->hdr : w->new, turn);
 	note_wait(w->now - d->ts_ns);
-	c->rel += (u32)w->moves;
-	d = record_at(st, c, c->rel); /* the next one that waits, if any does */
+	c->released += (u32)w->moves;
+	d = record_at(st, c, c->released); /* the next one that waits, if any does */
 	settle(c, d->ts_ns, 1);
 	if (!turn) {
 		*verdict = w->out ? bpf_redirect(w->out, 0) : TC_ACT_OK;
 		return R_OFFLOAD_PASSED;
 	}
 	skb->mark = w->mark;
-	*verdict = bpf_redirect(w->out, w->way);
+	*verdict = bpf_redirect(w->out, w->redirect_flags);
 	return R_OFFLOAD_RELEASED;
 }
 

@@ -45,7 +45,7 @@ class BypassedFlow:
     def commit(self, p: Packet) -> None:
         """A checkpoint contains it: nothing is to be remembered."""
 
-    def pump(self, now_ns: int) -> None:
+    def release_ready(self, now_ns: int) -> None:
         """Nothing waits."""
 
     def forget_svm(self) -> None:

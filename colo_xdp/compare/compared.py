@@ -60,7 +60,7 @@ class ComparedFlow(ABC):
         """A frame that a complete checkpoint contains: released with no comparison."""
 
     @abstractmethod
-    def pump(self, now_ns: int) -> None:
+    def release_ready(self, now_ns: int) -> None:
         """Release from the head what has become releasable."""
 
     @abstractmethod

@@ -37,14 +37,14 @@ def bodies(p: Packet, size: int = 0) -> Bodies:
 class DatagramFlow(ComparedFlow):
     """One flow, one direction: what the guest sends."""
 
-    __slots__ = ("_frames", "bodies", "copies", "said")
+    __slots__ = ("_frames", "bodies", "bytes_sent", "copies")
 
     def __init__(
         self, host: FlowContext, key: FlowKey, epoch: int, verdict: Verdict, direction: str,
         codec: OffloadCodec[Self],
     ) -> None:  # fmt: skip
         super().__init__(host, key, epoch, verdict, direction, codec)
-        self.said = 0  # bytes of payload, of the PVM
+        self.bytes_sent = 0  # bytes of payload, of the PVM
         self.bodies: deque[Bodies] = deque()  # of `held`
         self.copies: dict[bytes, list[int]] = {}  # unused body of the SVM -> arrivals
         self._frames: dict[bytes, bytes] = {}  # of the above, for the report
@@ -87,7 +87,7 @@ class DatagramFlow(ComparedFlow):
 
     def pvm(self, rec: Frame, p: Packet, now_ns: int) -> None:
         """A frame of the PVM in the current epoch: release it or hold it."""
-        self.said += p.end - p.off
+        self.bytes_sent += p.end - p.off
         all_of_it = bodies(p, rec.datagram_size)
         if not self.held.frames and self._use(all_of_it):
             self.outbox.release(rec)
@@ -115,7 +115,7 @@ class DatagramFlow(ComparedFlow):
                 return
             self._keep(body, p, now_ns)
         if self.held:
-            self.pump(now_ns)
+            self.release_ready(now_ns)
         if self.copies:
             host.timers.arm(self, now_ns + (host.grace_ns if self.held else host.timeout_ns))
 
@@ -147,7 +147,7 @@ class DatagramFlow(ComparedFlow):
                 del copies[body], self._frames[body]
         return True
 
-    def pump(self, now_ns: int) -> None:
+    def release_ready(self, now_ns: int) -> None:
         """Release from the head what has its twin."""
         held = self.held
         while held.frames and self._use(self.bodies[0]):

@@ -28,7 +28,7 @@ class OffloadCodec(Protocol[F]):
         """Whether it has just begun, and is best given at once."""
         ...
 
-    def said(self, flow: F) -> int:
+    def bytes_sent(self, flow: F) -> int:
         """Bytes that the guest has said."""
         ...
 
@@ -40,15 +40,15 @@ class OffloadCodec(Protocol[F]):
         """A ready one for Fast.give() in this epoch; None: it cannot be given yet."""
         ...
 
-    def given(self, flow: F) -> None:
+    def on_offloaded(self, flow: F) -> None:
         """The fast path has it now, and what waited in it."""
         ...
 
-    def recall(self, flow: F, words: ConnState, now_ns: int) -> None:
+    def recall(self, flow: F, state: ConnState, now_ns: int) -> None:
         """Let an empty or given one go on from what the kernel had."""
         ...
 
-    def probe(self, key: FlowKey, words: ConnState) -> Packet:
+    def probe(self, key: FlowKey, state: ConnState) -> Packet:
         """A frame of the flow, for the policy to judge."""
         ...
 

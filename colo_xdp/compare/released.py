@@ -33,13 +33,21 @@ class ReleasedStream:
     """Numbers are the primary guest's; None: not known."""
 
     __slots__ = (
-        "base", "committed_ack", "fin_done", "hist", "isn", "origin", "rst_done", "urg_done", "ver",
+        "committed_ack",
+        "fin_done",
+        "history",
+        "isn",
+        "origin",
+        "released_nxt",
+        "rst_done",
+        "urg_done",
+        "verified",
     )  # fmt: skip
 
     def __init__(self) -> None:
-        self.base: int | None = None
-        self.ver: int | None = None
-        self.hist = History()
+        self.released_nxt: int | None = None
+        self.verified: int | None = None
+        self.history = History()
         self.isn: int | None = None  # of the SYN that was released
         self.origin = 0  # number of the stream's first byte, for reports
         self.committed_ack: int | None = None
@@ -49,21 +57,21 @@ class ReleasedStream:
 
     def forget(self) -> None:
         """Forget everything, as of a connection that is met for the first time."""
-        self.base = self.isn = self.committed_ack = self.fin_done = None
+        self.released_nxt = self.isn = self.committed_ack = self.fin_done = None
         self.rst_done.clear()
         self.urg_done = ()
-        self.hist.clear()
+        self.history.clear()
 
     def roll_back(self) -> None:
         """What is verified but not released the SVM of the next epoch will produce again."""
-        if self.base is None:
-            self.ver = None
-            self.hist.clear()
-        elif self.ver is not None:
-            ahead = diff(self.ver, self.base)
+        if self.released_nxt is None:
+            self.verified = None
+            self.history.clear()
+        elif self.verified is not None:
+            ahead = diff(self.verified, self.released_nxt)
             if ahead > 0:
-                self.hist.cut(ahead)
-            self.ver = self.base
+                self.history.cut(ahead)
+            self.verified = self.released_nxt
 
     def over(self) -> bool:
         """The guest has closed or reset it; what comes now are stragglers."""
@@ -71,20 +79,20 @@ class ReleasedStream:
 
     def data(self, e: int) -> None:
         """Payload up to `e` leaves."""
-        base = self.base
+        base = self.released_nxt
         if base is None or 0 < (e - base) & MASK < HALF:
-            self.base = e
+            self.released_nxt = e
 
     def fin(self, f: int) -> bool:
         """The first FIN, or the same again, leaves. Whether it was the next to be verified."""
         if self.fin_done is not None:
             return False
         self.fin_done = f
-        self.base = (f + 1) & MASK
-        if self.ver != f:
+        self.released_nxt = (f + 1) & MASK
+        if self.verified != f:
             return False
-        self.hist.add(b"\0")  # keeps the history's places; no payload may be there
-        self.ver = self.base
+        self.history.add(b"\0")  # keeps the history's places; no payload may be there
+        self.verified = self.released_nxt
         return True
 
     def syn(self, seq: int, e: int, payload: bytes) -> None:
@@ -94,9 +102,9 @@ class ReleasedStream:
         self.committed_ack = self.fin_done = None
         self.rst_done.clear()
         self.urg_done = ()
-        self.hist.clear()
-        self.hist.add(payload)
-        self.base = self.ver = (e + 1) & MASK
+        self.history.clear()
+        self.history.add(payload)
+        self.released_nxt = self.verified = (e + 1) & MASK
 
     def rst(self, ident: tuple[bool, int]) -> None:
         """A reset leaves, or one like it has."""
@@ -113,18 +121,18 @@ class ReleasedStream:
 
     def begin_at(self, seq: int, theirs: SvmStream) -> None:
         """The stream is known from here on (no SYN was seen)."""
-        self.ver = self.origin = seq
+        self.verified = self.origin = seq
         theirs.begin_at(seq)
 
     def verify(self, p: Packet, v: int, theirs: SvmStream) -> tuple[int, Mismatch | None]:
         """Compare payload of the PVM from number `v` on; what agrees moves from `theirs` to `hist`.
         Up to where it agrees, and what is wrong there; None: the SVM has not sent the rest."""
-        frame, hist, chunks = p.frame, self.hist, theirs.chunks
-        s, ver = p.seq, self.ver
+        frame, history, chunks = p.frame, self.history, theirs.chunks
+        s, verified = p.seq, self.verified
         e = (s + p.end - p.off) & MASK
-        assert ver is not None
+        assert verified is not None
         while v != e:
-            d = diff(v, ver)
+            d = diff(v, verified)
             o = p.off + ((v - s) & MASK)
             if d == 0:
                 if not chunks:
@@ -136,13 +144,13 @@ class ReleasedStream:
                     i = next(i for i in range(n) if mine[i] != cframe[coff + i])
                     svm = cframe[coff + i : min(coff + i + CONTEXT, cend)]
                     return (v + i) & MASK, Mismatch(svm, cframe)
-                hist.add(mine)
-                v = ver = self.ver = (ver + n) & MASK
+                history.add(mine)
+                v = verified = self.verified = (verified + n) & MASK
                 theirs.used(coff + n)
             elif d < 0:
                 # a retransmission: only what was proven once may leave again
                 n = min(-d, p.end - o)
-                proven = hist.back(-d, n) if hist.size + d >= 0 else theirs.sent_again(v, n)
+                proven = history.back(-d, n) if history.size + d >= 0 else theirs.sent_again(v, n)
                 if not proven:
                     return v, UNPROVEN
                 n = len(proven)
@@ -153,17 +161,17 @@ class ReleasedStream:
             else:
                 # The PVM left a hole (we dropped a frame): take over the SVM's bytes, which
                 # the PVM's retransmission will be compared with.
-                if theirs.send is None or diff(theirs.send, v) <= 0:
+                if theirs.svm_nxt is None or diff(theirs.svm_nxt, v) <= 0:
                     break
                 self._take(v, theirs)
-                ver = v
+                verified = v
         return v, None
 
     def _take(self, upto: int, theirs: SvmStream) -> None:
         """Move the SVM's bytes below `upto` to the history, not compared."""
-        assert self.ver is not None
-        theirs.move(diff(upto, self.ver), self.hist)
-        self.ver = upto
+        assert self.verified is not None
+        theirs.move(diff(upto, self.verified), self.history)
+        self.verified = upto
 
     # -- what a checkpoint contains
 
@@ -171,33 +179,33 @@ class ReleasedStream:
         """Payload leaves that nobody has compared."""
         n = p.end - p.off
         e = (p.seq + n) & MASK
-        if self.ver is None:
+        if self.verified is None:
             self.begin_at(p.seq, theirs)
-        assert self.ver is not None
-        new = diff(e, self.ver)
+        assert self.verified is not None
+        new = diff(e, self.verified)
         if new > 0:
             if new > n:  # a frame in between was lost: nothing is known of its bytes
-                self.hist.clear()
+                self.history.clear()
                 new = n
-            self.hist.add(p.frame[p.end - new : p.end])
+            self.history.add(p.frame[p.end - new : p.end])
             self._forward(e, theirs)
-        if self.base is None or diff(e, self.base) > 0:
-            self.base = e
+        if self.released_nxt is None or diff(e, self.released_nxt) > 0:
+            self.released_nxt = e
 
     def jump(self, seq: int, theirs: SvmStream) -> None:
         """All below `seq` has left, and is not known."""
-        if self.ver is None:
+        if self.verified is None:
             self.begin_at(seq, theirs)
-        elif diff(seq, self.ver) > 0:
-            self.hist.clear()
+        elif diff(seq, self.verified) > 0:
+            self.history.clear()
             self._forward(seq, theirs)
-        self.base = seq
+        self.released_nxt = seq
 
     def _forward(self, seq: int, theirs: SvmStream) -> None:
         """The SVM's bytes below seq are of no more use."""
-        kept = self.hist.size
+        kept = self.history.size
         self._take(seq, theirs)
-        self.hist.cut(self.hist.size - kept)
-        if theirs.send is None or diff(seq, theirs.send) > 0:
-            theirs.send = seq
+        self.history.cut(self.history.size - kept)
+        if theirs.svm_nxt is None or diff(seq, theirs.svm_nxt) > 0:
+            theirs.svm_nxt = seq
         theirs.drain()

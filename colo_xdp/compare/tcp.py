@@ -49,7 +49,14 @@ class TcpFlow(ComparedFlow):
     """One connection, one direction: what the guest sends."""
 
     __slots__ = (
-        "head_ok", "marks", "sent", "spared", "stuck", "theirs", "unverifiable", "windows",
+        "diverged",
+        "head_ok",
+        "marks",
+        "sent",
+        "spared",
+        "theirs",
+        "unverifiable",
+        "windows",
     )  # fmt: skip
 
     def __init__(
@@ -64,7 +71,7 @@ class TcpFlow(ComparedFlow):
         self.spared = 0  # IP ids given out
         self.head_ok: int | None = None  # the head is verified up to here
         self.unverifiable = False
-        self.stuck = False  # a difference is proven: nothing leaves before the checkpoint
+        self.diverged = False  # a difference is proven: nothing leaves before the checkpoint
 
     # -- the engine's side
 
@@ -85,12 +92,12 @@ class TcpFlow(ComparedFlow):
         self.epoch = epoch
         self.marks.deaf = False  # a copy has the same numbers: nothing is translated any more
         self.windows.new_epoch()
-        self.asked = self.stuck = False
+        self.asked = self.diverged = False
         self.unverifiable = False
         self.head_ok = None
         self.forget_svm()
         self.sent.roll_back()
-        self.theirs.send = self.sent.ver
+        self.theirs.svm_nxt = self.sent.verified
 
     def unknown(self, epoch: int) -> None:
         """Forget everything, as of a connection that is met for the first time."""
@@ -100,7 +107,7 @@ class TcpFlow(ComparedFlow):
 
     def removed(self) -> None:
         """The flow is out of the tables: nobody asks for its past."""
-        self.host.histories.drop(self.sent.hist)
+        self.host.histories.drop(self.sent.history)
 
     def unhold(self) -> list[Held]:
         """Give up the frames that wait."""
@@ -180,7 +187,7 @@ class TcpFlow(ComparedFlow):
         self, cause: Cause, p: Packet, at: int | None = None, svm: bytes = b"",
         svm_frame: bytes = b"",
     ) -> bool:  # fmt: skip
-        self.stuck = True
+        self.diverged = True
         self.ask(cause, p, at, svm, svm_frame)
         return False
 
@@ -191,7 +198,7 @@ class TcpFlow(ComparedFlow):
         if p.off - p.l4 not in USUAL_HEADERS and is_signed(p):
             self._sign(p)
         held = self.held
-        if not held.frames and not self.stuck and not self._dry(p) and self._ready(p):
+        if not held.frames and not self.diverged and not self._dry(p) and self._ready(p):
             self._settle(p)
             self._emit(rec, p)
             return
@@ -209,8 +216,8 @@ class TcpFlow(ComparedFlow):
         """Plain new bytes, and nothing of the SVM to compare them with. Only for speed."""
         theirs, sent = self.theirs, self.sent
         return (
-            not theirs.chunks and p.seq == sent.ver and p.off != p.end and not p.flags & FLAGS
-            and not theirs.srst and theirs.sfin is None and sent.fin_done is None
+            not theirs.chunks and p.seq == sent.verified and p.off != p.end and not p.flags & FLAGS
+            and not theirs.svm_rsts and theirs.svm_fin is None and sent.fin_done is None
         )  # fmt: skip
 
     def hold(self, rec: Frame, p: Packet, now_ns: int) -> None:
@@ -219,16 +226,16 @@ class TcpFlow(ComparedFlow):
         if not self.when:
             self.host.timers.arm(self, now_ns + self.host.timeout_ns)
 
-    def pump(self, now_ns: int) -> None:
+    def release_ready(self, now_ns: int) -> None:
         """Release from the head what has become releasable."""
         held, chunks = self.held, self.theirs.chunks
         frames = held.frames
-        while frames and not self.stuck:
+        while frames and not self.diverged:
             rec, p, _ = frames[0]
             if not chunks and self._dry(p):
                 break
             if not self._ready(p):
-                if not self._moot(p):
+                if not self._superseded(p):
                     break
                 held.pop()
                 self.outbox.count("acks_superseded")
@@ -256,7 +263,7 @@ class TcpFlow(ComparedFlow):
         Returns whether some verified part is still held.
         """
         v, frames = self.head_ok, self.held.frames
-        if not frames or self.stuck or v is None:
+        if not frames or self.diverged or v is None:
             return False
         rec, p, _ = frames[0]
         n = ready = (v - p.seq) & MASK
@@ -305,22 +312,22 @@ class TcpFlow(ComparedFlow):
         a = self.sent.committed_ack
         if a is not None and (a - p.ack) & MASK < HALF:
             return True
-        a = self.theirs.sack
+        a = self.theirs.svm_ack
         return a is not None and (a - p.ack) & MASK < HALF
 
     def _reset_by_svm(self, p: Packet) -> bool:
         # The head needs what a reset SVM will never produce. (If only an ack is missing,
         # the PVM's reset may be next: wait.)
-        if self.theirs.srst and not self.stuck:
+        if self.theirs.svm_rsts and not self.diverged:
             self.ask(Cause.RST_ONE_SIDED, p)
         return False
 
-    def _moot(self, p: Packet) -> bool:
+    def _superseded(self, p: Packet) -> bool:
         """A bare ACK that a reset SVM will never send, with the PVM's own reset behind it.
 
         To the client it is an ACK that the network lost, right before the RST.
         """
-        if p.off != p.end or p.flags & FLAGS or not self.theirs.srst or len(self.held) < 2:
+        if p.off != p.end or p.flags & FLAGS or not self.theirs.svm_rsts or len(self.held) < 2:
             return False
         return any(q.flags & RST for _, q, _ in self.held)
 
@@ -332,13 +339,18 @@ class TcpFlow(ComparedFlow):
         v = self.head_ok
         if v is None:
             v = s
-            if v == sent.ver and theirs.chunks and theirs.sfin is None and self._whole(p, e):
+            if (
+                v == sent.verified
+                and theirs.chunks
+                and theirs.svm_fin is None
+                and self._whole(p, e)
+            ):
                 return True
         elif v == e:
             return True
-        if sent.ver is None:
+        if sent.verified is None:
             sent.begin_at(s, theirs)
-        fin = sent.fin_done if theirs.sfin is None else theirs.sfin
+        fin = sent.fin_done if theirs.svm_fin is None else theirs.svm_fin
         if fin is not None and diff(e, fin) > 0 and diff(fin, s) >= 0:
             return self._differ(Cause.FIN_DIFFERS, p, fin)
         v, wrong = sent.verify(p, v, theirs)
@@ -347,8 +359,8 @@ class TcpFlow(ComparedFlow):
         elif wrong is not None:
             return self._differ(Cause.PAYLOAD_DIFFERS, p, v, wrong.svm, wrong.svm_frame)
         self.head_ok = v
-        if sent.hist.size > sent.hist.charged:
-            self.host.histories.charge(sent.hist)
+        if sent.history.size > sent.history.charged:
+            self.host.histories.charge(sent.history)
         if v != e and v != s:
             self.outbox.part_verified(self)
         return v == e
@@ -367,11 +379,11 @@ class TcpFlow(ComparedFlow):
         ):
             return False
         theirs.drop_first()
-        sent.ver = self.head_ok = e
-        hist = sent.hist
-        hist.add(payload)
-        if hist.size > hist.charged:
-            self.host.histories.charge(hist)
+        sent.verified = self.head_ok = e
+        history = sent.history
+        history.add(payload)
+        if history.size > history.charged:
+            self.host.histories.charge(history)
         return True
 
     def _ready_fin(self, p: Packet) -> bool:
@@ -381,13 +393,13 @@ class TcpFlow(ComparedFlow):
         f = (p.seq + p.end - p.off) & MASK
         if sent.fin_done is not None:
             return f == sent.fin_done or self._differ(Cause.FIN_DIFFERS, p, f)
-        if sent.ver is None:
+        if sent.verified is None:
             sent.begin_at(f, theirs)
-        if theirs.sfin is not None:
-            if theirs.sfin != f:
+        if theirs.svm_fin is not None:
+            if theirs.svm_fin != f:
                 return self._differ(Cause.FIN_DIFFERS, p, f)
-            return sent.ver == f
-        if theirs.send is None:
+            return sent.verified == f
+        if theirs.svm_nxt is None:
             return False  # the SVM is one incarnation ahead
         return self._differ(Cause.FIN_DIFFERS, p, f) if theirs.is_beyond(f) else False
 
@@ -398,19 +410,19 @@ class TcpFlow(ComparedFlow):
         if p.off != p.end:
             return False
         ident = rst_id(p)
-        return ident in self.sent.rst_done or bool(self.theirs.srst)
+        return ident in self.sent.rst_done or bool(self.theirs.svm_rsts)
 
     def _ready_syn(self, p: Packet) -> bool:
         if self.sent.isn == p.seq:
             return self._acked(p) and p.off == p.end  # sent again, its twin was seen
-        syn = self.theirs.ssyn
-        if syn is None or syn.twin:
+        syn = self.theirs.svm_syn
+        if syn is None or syn.matched:
             return self._reset_by_svm(p)
-        twin = syn.packet
-        if (twin.flags ^ p.flags) & (SYN | ACK) or (p.flags & ACK and twin.ack != p.ack):
+        svm_syn = syn.packet
+        if (svm_syn.flags ^ p.flags) & (SYN | ACK) or (p.flags & ACK and svm_syn.ack != p.ack):
             return False
-        d = syns_differ(p, twin)
-        return d is None or self._differ(d.cause, p, d.at, d.svm, twin.frame)
+        d = syns_differ(p, svm_syn)
+        return d is None or self._differ(d.cause, p, d.at, d.svm, svm_syn.frame)
 
     def _settle(self, p: Packet) -> None:
         """The head is released: what it said is committed."""
@@ -427,9 +439,9 @@ class TcpFlow(ComparedFlow):
                 self._settle_fin(e)
         elif p.off != p.end:
             self.unverifiable = False
-            base = sent.base
+            base = sent.released_nxt
             if base is None or 0 < (e - base) & MASK < HALF:
-                sent.base = e
+                sent.released_nxt = e
         if flags & URG or self.theirs.surg:
             self._settle_urgent(p, e)
         if flags & ACK:
@@ -439,22 +451,23 @@ class TcpFlow(ComparedFlow):
 
     def _settle_fin(self, f: int) -> None:
         if self.sent.fin(f):
-            self.theirs.send = self.sent.ver
-        if self.theirs.sfin == f:
-            self.theirs.sfin = None
+            self.theirs.svm_nxt = self.sent.verified
+        if self.theirs.svm_fin == f:
+            self.theirs.svm_fin = None
 
     def _settle_syn(self, p: Packet, e: int) -> None:
         sent, theirs = self.sent, self.theirs
         if sent.isn == p.seq:
             return
-        twin = None
-        if theirs.ssyn is not None and not theirs.ssyn.twin:  # SVM state is of this incarnation
-            theirs.ssyn.twin = True
-            twin = theirs.ssyn.packet
+        svm_syn = None
+        if theirs.svm_syn is not None and not theirs.svm_syn.matched:
+            # the SVM's state is of this incarnation
+            theirs.svm_syn.matched = True
+            svm_syn = theirs.svm_syn.packet
         else:
             self.forget_svm()
-        self.marks.begin(p, twin)
-        self.windows.open(p, twin)
+        self.marks.begin(p, svm_syn)
+        self.windows.open(p, svm_syn)
         self.unverifiable = False
         sent.syn(p.seq, e, p.frame[p.off : p.end])
         theirs.drop_chunks()
@@ -463,18 +476,18 @@ class TcpFlow(ComparedFlow):
     def _settle_rst(self, p: Packet) -> None:
         sent, theirs = self.sent, self.theirs
         ident = rst_id(p)
-        if theirs.srst:
-            twin = ident if ident in theirs.srst else theirs.srst[0]
-            theirs.srst.remove(twin)
-            sent.rst(twin)
+        if theirs.svm_rsts:
+            svm_syn = ident if ident in theirs.svm_rsts else theirs.svm_rsts[0]
+            theirs.svm_rsts.remove(svm_syn)
+            sent.rst(svm_syn)
         sent.rst(ident)
         if not self.held.frames:
             # the connection is over on both sides, whatever else the SVM had to say
-            rest, syn = theirs.srst[:], theirs.ssyn
+            rest, syn = theirs.svm_rsts[:], theirs.svm_syn
             self.forget_svm()
-            theirs.srst = rest
-            theirs.ssyn = syn if syn is not None and not syn.twin else None
-            theirs.send = sent.ver
+            theirs.svm_rsts = rest
+            theirs.svm_syn = syn if syn is not None and not syn.matched else None
+            theirs.svm_nxt = sent.verified
 
     def commit(self, p: Packet) -> None:
         """A frame that a complete checkpoint contains: released with no comparison."""
@@ -487,17 +500,17 @@ class TcpFlow(ComparedFlow):
         self.windows.commit(p)
         if flags & SYN:
             if sent.isn != p.seq:
-                if theirs.ssyn is not None:
-                    theirs.ssyn.twin = False
+                if theirs.svm_syn is not None:
+                    theirs.svm_syn.matched = False
                 self._settle_syn(p, e)
         elif n:
             sent.commit_data(p, theirs)
-            if sent.hist.size > sent.hist.charged:
-                self.host.histories.charge(sent.hist)
+            if sent.history.size > sent.history.charged:
+                self.host.histories.charge(sent.history)
         if flags & URG and not flags & SYN:
             self._settle_urgent(p, e)
-        if flags & FIN and (sent.base is None or diff(e, sent.base) >= 0):
-            if sent.base != e or sent.ver != e:
+        if flags & FIN and (sent.released_nxt is None or diff(e, sent.released_nxt) >= 0):
+            if sent.released_nxt != e or sent.verified != e:
                 sent.jump(e, theirs)
             self._settle_fin(e)
         if flags & ACK:
@@ -517,7 +530,7 @@ class TcpFlow(ComparedFlow):
             if u in theirs.surg or u in sent.urg_done:
                 return True
             # The first to carry the last urgent byte says so, or it never was one.
-            passed = theirs.send is not None and diff(theirs.send, u) >= 0
+            passed = theirs.svm_nxt is not None and diff(theirs.svm_nxt, u) >= 0
             return self._differ(Cause.URGENT_DIFFERS, p) if passed else False
         size = p.end - p.off
         for u in theirs.surg:
@@ -561,42 +574,42 @@ class TcpFlow(ComparedFlow):
         flags, theirs = p.flags, self.theirs
         if flags & (SYN | RST):
             self._svm_control(p, now_ns)
-        elif p.seq != theirs.send and self._foreign(p.seq):
+        elif p.seq != theirs.svm_nxt and self._foreign(p.seq):
             # Late, and of an earlier connection on these ports: its ack, its window and its FIN
             # would be read in the numbers of this one.
             self.outbox.count("svm_out_of_window")
             return
         else:
             if flags & ACK:
-                a = theirs.sack
+                a = theirs.svm_ack
                 if a is None or 0 < (p.ack - a) & MASK < HALF:
-                    theirs.sack = p.ack
+                    theirs.svm_ack = p.ack
                 self.windows.svm(p)
             if flags & URG:
                 self._svm_urgent(urgent_position(p))
             if p.off != p.end:
-                place, sent = theirs.send, self.sent
-                what = theirs.push(p, now_ns, sent.ver, self.host.max_stream)
+                place, sent = theirs.svm_nxt, self.sent
+                what = theirs.push(p, now_ns, sent.verified, self.host.max_stream)
                 if what is not _STORED or sent.fin_done is not None:
                     self._svm_pushed(what, p, place)
             if flags & FIN:
                 self._svm_fin((p.seq + p.end - p.off) & MASK, now_ns)
         frames = self.held.frames
         if frames:
-            self.pump(now_ns)
+            self.release_ready(now_ns)
         windows = self.windows
         if windows.shrunk and not frames:
-            update = windows.update(self.sent.base, self.spare_ids, self.marks.ace)
+            update = windows.update(self.sent.released_nxt, self.spare_ids, self.marks.ace)
             if update is not None:
                 self.outbox.count("window_updates")
                 update.ts_ns = now_ns  # made now: nothing has waited
                 self.outbox.release(update)
-        if not self.when and (theirs.chunks or theirs.ooo or flags & FLAGS):
+        if not self.when and (theirs.chunks or theirs.out_of_order or flags & FLAGS):
             self.host.timers.arm(self, now_ns + self.host.timeout_ns)
 
     def _foreign(self, seq: int) -> bool:
         """Whether a number cannot be of this connection."""
-        send = self.theirs.send
+        send = self.theirs.svm_nxt
         if send is None:
             return False  # nothing is known of it
         reach = self.host.max_stream
@@ -611,8 +624,8 @@ class TcpFlow(ComparedFlow):
         """Payload of the SVM is stored, or not. place: up to where all was known before."""
         sent, outbox = self.sent, self.outbox
         if what in (Push.STORED, Push.BEYOND):
-            if sent.fin_done is not None and not self.stuck:
-                self.stuck = True
+            if sent.fin_done is not None and not self.diverged:
+                self.diverged = True
                 assert place is not None
                 new = p.off + ((place - p.seq) & MASK)
                 self.ask(Cause.FIN_DIFFERS, svm=p.frame[new : new + CONTEXT], svm_frame=p.frame)
@@ -621,7 +634,7 @@ class TcpFlow(ComparedFlow):
                 self.ask(Cause.STREAM_FULL)
         elif what is Push.KNOWN:
             outbox.count("svm_retransmit")
-            if sent.ver is not None and diff(sent.ver, p.seq) > sent.hist.size:
+            if sent.verified is not None and diff(sent.verified, p.seq) > sent.history.size:
                 self.theirs.keep_again(p)
         elif what is Push.FULL:
             self._svm_full()
@@ -637,19 +650,19 @@ class TcpFlow(ComparedFlow):
     def _svm_urgent(self, end: int) -> None:
         # Of bytes that have left the PVM's word counts, which was compared when they did.
         sent, theirs = self.sent, self.theirs
-        ahead = sent.base is None or diff(end, sent.base) > 0
+        ahead = sent.released_nxt is None or diff(end, sent.released_nxt) > 0
         if ahead and end not in theirs.surg and end not in sent.urg_done:
             theirs.urgent(end)
 
     def _svm_fin(self, f: int, now_ns: int) -> None:
         sent, theirs = self.sent, self.theirs
-        ours = theirs.send is not None  # else the SVM is one incarnation ahead of the PVM
-        if f == theirs.sfin or (ours and f == sent.fin_done):
+        ours = theirs.svm_nxt is not None  # else the SVM is one incarnation ahead of the PVM
+        if f == theirs.svm_fin or (ours and f == sent.fin_done):
             self.outbox.count("svm_retransmit")
             return
-        early = sent.base is not None and diff(f, sent.base) < 0
+        early = sent.released_nxt is not None and diff(f, sent.released_nxt) < 0
         if ours and (early or sent.fin_done is not None):
-            self.stuck = True
+            self.diverged = True
             self.ask(Cause.FIN_DIFFERS)
         theirs.finish(f, now_ns)
 
@@ -659,12 +672,12 @@ class TcpFlow(ComparedFlow):
             if p.flags & ACK:
                 theirs.acked(p.ack)
             ident = rst_id(p)
-            if ident in sent.rst_done or ident in theirs.srst:
+            if ident in sent.rst_done or ident in theirs.svm_rsts:
                 self.outbox.count("svm_retransmit")
             elif not theirs.reset(ident, now_ns):
                 self._svm_full()
             return
-        syn = theirs.ssyn
+        syn = theirs.svm_syn
         # the latter: sent again by an SVM that a checkpoint made a clone in the handshake
         if syn.packet.seq == p.seq if syn is not None else sent.isn == p.seq:
             self.outbox.count("svm_retransmit")

@@ -30,11 +30,11 @@ class Marks:
         self.deaf = False  # the SVM's numbers are others: it cannot take what the client signs
         self.unfit = False  # not for the fast path, whose headers are of other segments than theirs
 
-    def begin(self, syn: Packet, twin: Packet | None) -> None:
+    def begin(self, syn: Packet, svm_syn: Packet | None) -> None:
         """A new incarnation. `twin`: the SVM's SYN, None if a checkpoint contains ours."""
         self.ace = counts_in_ace(syn)
         self.signed = is_signed(syn)
-        self.deaf = self.signed and twin is not None and twin.seq != syn.seq
+        self.deaf = self.signed and svm_syn is not None and svm_syn.seq != syn.seq
         self.unfit = self.signed or self.ace is True or not is_atomic(syn)
 
 
@@ -47,16 +47,16 @@ class SynDifference:
     svm: bytes
 
 
-def syns_differ(p: Packet, twin: Packet) -> SynDifference | None:
+def syns_differ(p: Packet, svm_syn: Packet) -> SynDifference | None:
     """Compare what the guests' SYNs agree upon with the client."""
     # RFC 3168 6.1.1, RFC 9768 3.1: ECN is negotiated in the SYNs' flags.
-    other = (twin.flags ^ p.flags) & (ECE | CWR | URG) or reserved(twin) != reserved(p)
-    if p.flags & URG and urgent_position(p) - p.seq != urgent_position(twin) - twin.seq:
+    other = (svm_syn.flags ^ p.flags) & (ECE | CWR | URG) or reserved(svm_syn) != reserved(p)
+    if p.flags & URG and urgent_position(p) - p.seq != urgent_position(svm_syn) - svm_syn.seq:
         other = True
-    if other or tcp_options(p).negotiated() != tcp_options(twin).negotiated():
-        svm = twin.frame[twin.l4 + 12 : twin.off][:CONTEXT]
+    if other or tcp_options(p).negotiated() != tcp_options(svm_syn).negotiated():
+        svm = svm_syn.frame[svm_syn.l4 + 12 : svm_syn.off][:CONTEXT]
         return SynDifference(Cause.SYN_OPTIONS_DIFFER, None, svm)
-    mine, theirs = p.frame[p.off : p.end], twin.frame[twin.off : twin.end]
+    mine, theirs = p.frame[p.off : p.end], svm_syn.frame[svm_syn.off : svm_syn.end]
     if mine == theirs:
         return None
     n = min(len(mine), len(theirs))  # TCP fast open

@@ -28,7 +28,7 @@ class Syn:
 
     packet: Packet
     at: int
-    twin: bool = False  # the PVM's SYN has been released
+    matched: bool = False  # the PVM's SYN has been released
 
 
 def rst_id(p: Packet) -> tuple[bool, int]:
@@ -52,55 +52,65 @@ class SvmStream:
     order and `ooo` beyond a hole, is charged to the ledger."""
 
     __slots__ = (
-        "_ledger", "again", "chunks", "ooo", "sack", "send", "sfin", "sfin_at", "srst", "srst_at",
-        "ssyn", "surg",
+        "_ledger",
+        "chunks",
+        "out_of_order",
+        "sfin_at",
+        "srst_at",
+        "surg",
+        "svm_ack",
+        "svm_fin",
+        "svm_nxt",
+        "svm_retransmits",
+        "svm_rsts",
+        "svm_syn",
     )  # fmt: skip
 
     def __init__(self, ledger: Ledger) -> None:
         self._ledger = ledger
-        self.send: int | None = None
+        self.svm_nxt: int | None = None
         self.chunks: deque[tuple[bytes, int, int, int]] = deque()  # frame, off, end, arrival
-        self.ooo: list[tuple[int, bytes, int, int, int]] = []  # seq, then as above
-        self.sack: int | None = None  # highest ack
+        self.out_of_order: list[tuple[int, bytes, int, int, int]] = []  # seq, then as above
+        self.svm_ack: int | None = None  # highest ack
         # what it sent again and the history does not reach: seq, frame, off, end
-        self.again: list[tuple[int, bytes, int, int]] = []
+        self.svm_retransmits: list[tuple[int, bytes, int, int]] = []
         self.surg: tuple[int, ...] = ()  # where urgent data ends of which the PVM has not spoken
-        self.sfin: int | None = None
+        self.svm_fin: int | None = None
         self.sfin_at = self.srst_at = 0
-        self.srst: list[tuple[bool, int]] = []  # resets with no twin yet
-        self.ssyn: Syn | None = None
+        self.svm_rsts: list[tuple[bool, int]] = []  # resets with no twin yet
+        self.svm_syn: Syn | None = None
 
     def forget(self) -> None:
         """Forget what it said, but for its place in the stream."""
-        self._ledger.discharge_svm(len(self.chunks) + len(self.ooo))
+        self._ledger.discharge_svm(len(self.chunks) + len(self.out_of_order))
         self.chunks.clear()
-        self.ooo.clear()
-        self.again.clear()
-        self.sack = self.sfin = self.ssyn = None
+        self.out_of_order.clear()
+        self.svm_retransmits.clear()
+        self.svm_ack = self.svm_fin = self.svm_syn = None
         self.surg = ()
-        self.srst.clear()
+        self.svm_rsts.clear()
 
     def since(self) -> int:
         """Arrival of the oldest thing that the PVM did not send; 0 if none."""
         old = []
         if self.chunks:
             old.append(self.chunks[0][3])
-        if self.ooo:
-            old.append(self.ooo[0][4])
-        if self.sfin is not None:
+        if self.out_of_order:
+            old.append(self.out_of_order[0][4])
+        if self.svm_fin is not None:
             old.append(self.sfin_at)
-        if self.srst:
+        if self.svm_rsts:
             old.append(self.srst_at)
-        if self.ssyn is not None and not self.ssyn.twin:
-            old.append(self.ssyn.at)
+        if self.svm_syn is not None and not self.svm_syn.matched:
+            old.append(self.svm_syn.at)
         return min(old) if old else 0
 
     # -- bytes
 
-    def push(self, p: Packet, now_ns: int, ver: int | None, reach: int) -> Push:
+    def push(self, p: Packet, now_ns: int, verified: int | None, reach: int) -> Push:
         """Store what is new of a segment's payload. ver: the next byte to be verified; reach: so
         many bytes the SVM may be ahead of it."""
-        send, off = self.send, p.off
+        send, off = self.svm_nxt, p.off
         if p.seq != send:
             if send is not None:
                 d = diff(p.seq, send)
@@ -114,46 +124,52 @@ class SvmStream:
             return Push.FULL
         assert send is not None
         self.chunks.append((p.frame, off, p.end, now_ns))
-        self.send = (send + p.end - off) & MASK
-        if self.ooo:
+        self.svm_nxt = (send + p.end - off) & MASK
+        if self.out_of_order:
             self.drain()
-        if diff(self.send, ver or 0) > reach:
+        if diff(self.svm_nxt, verified or 0) > reach:
             _, off, end, _ = self.chunks.pop()
             self._ledger.discharge_svm()
-            self.send = (self.send - (end - off)) & MASK
+            self.svm_nxt = (self.svm_nxt - (end - off)) & MASK
             return Push.BEYOND
         return Push.STORED
 
     def _push_early(self, p: Packet, now_ns: int, reach: int) -> Push:
-        ooo = self.ooo
+        out_of_order = self.out_of_order
         if not self._ledger.admit_svm():
             return Push.FULL
-        ref = self.send if self.send is not None else ooo[0][0] if ooo else p.seq
+        ref = (
+            self.svm_nxt
+            if self.svm_nxt is not None
+            else out_of_order[0][0]
+            if out_of_order
+            else p.seq
+        )
         if abs(diff(p.seq, ref)) > reach:
             self._ledger.discharge_svm()
             return Push.FOREIGN
-        insort(ooo, (p.seq, p.frame, p.off, p.end, now_ns), key=lambda g: diff(g[0], ref))
+        insort(out_of_order, (p.seq, p.frame, p.off, p.end, now_ns), key=lambda g: diff(g[0], ref))
         return Push.EARLY
 
     def drain(self) -> None:
         """Move what is no longer out of order."""
-        ooo = self.ooo
-        assert self.send is not None
-        while ooo:
-            seq, frame, off, end, at = ooo[0]
-            d = diff(seq, self.send)
+        out_of_order = self.out_of_order
+        assert self.svm_nxt is not None
+        while out_of_order:
+            seq, frame, off, end, at = out_of_order[0]
+            d = diff(seq, self.svm_nxt)
             if d > 0:
                 break
-            del ooo[0]
+            del out_of_order[0]
             if end - off + d <= 0:
                 self._ledger.discharge_svm()
                 continue
             self.chunks.append((frame, off - d, end, at))
-            self.send = (self.send + end - off + d) & MASK
+            self.svm_nxt = (self.svm_nxt + end - off + d) & MASK
 
     def begin_at(self, seq: int) -> None:
         """The stream is known from here on."""
-        self.send = seq
+        self.svm_nxt = seq
         self.drain()
 
     def drop_chunks(self) -> None:
@@ -174,26 +190,26 @@ class SvmStream:
         else:
             self.chunks[0] = (frame, upto, end, at)
 
-    def move(self, n: int, hist: History) -> None:
+    def move(self, n: int, history: History) -> None:
         """Move the next `n` bytes, or all there are, to the history."""
         while n > 0 and self.chunks:
             frame, off, end, _ = self.chunks[0]
             size = min(n, end - off)
-            hist.add(frame[off : off + size])
+            history.add(frame[off : off + size])
             n -= size
             self.used(off + size)
 
     def keep_again(self, p: Packet) -> None:
         """It has sent this again, and it is older than what the history reaches."""
-        self.again.append((p.seq, p.frame, p.off, p.end))
-        del self.again[:-MAX_AGAIN]
+        self.svm_retransmits.append((p.seq, p.frame, p.off, p.end))
+        del self.svm_retransmits[:-MAX_AGAIN]
 
     def sent_again(self, seq: int, most: int) -> bytes:
         """What it has lately sent from `seq` on, though it had before.
 
         It gets the same acks, so it often sends the same again as the PVM.
         """
-        for first, frame, off, end in reversed(self.again):
+        for first, frame, off, end in reversed(self.svm_retransmits):
             d = (seq - first) & MASK
             if d < end - off:
                 return frame[off + d : min(end, off + d + most)]
@@ -201,15 +217,15 @@ class SvmStream:
 
     def is_beyond(self, place: int) -> bool:
         """Whether it has sent bytes beyond a place of the stream."""
-        assert self.send is not None
-        ends = (seq + end - off for seq, _, off, end, _ in self.ooo)
-        return diff(self.send, place) > 0 or any(diff(end, place) > 0 for end in ends)
+        assert self.svm_nxt is not None
+        ends = (seq + end - off for seq, _, off, end, _ in self.out_of_order)
+        return diff(self.svm_nxt, place) > 0 or any(diff(end, place) > 0 for end in ends)
 
     # -- flags
 
     def acked(self, ack: int) -> None:
         """It has acked as much."""
-        self.sack = later(self.sack, ack)
+        self.svm_ack = later(self.svm_ack, ack)
 
     def urgent(self, end: int) -> None:
         """It says that urgent data ends here."""
@@ -217,21 +233,21 @@ class SvmStream:
 
     def finish(self, place: int, now_ns: int) -> None:
         """Its FIN is here."""
-        self.sfin, self.sfin_at = place, now_ns
+        self.svm_fin, self.sfin_at = place, now_ns
 
     def reset(self, ident: tuple[bool, int], now_ns: int) -> bool:
         """It has reset the connection; False: so often that this is not kept."""
-        if len(self.srst) >= MAX_RSTS:
+        if len(self.svm_rsts) >= MAX_RSTS:
             return False
-        if not self.srst:
+        if not self.svm_rsts:
             self.srst_at = now_ns
-        self.srst.append(ident)
+        self.svm_rsts.append(ident)
         return True
 
     def begin(self, syn: Packet, now_ns: int) -> None:
         """A new incarnation; what it said of the old one has no use any more."""
         self.forget()
-        self.send = None
-        self.ssyn = Syn(syn, now_ns)
+        self.svm_nxt = None
+        self.svm_syn = Syn(syn, now_ns)
         if syn.flags & ACK:
-            self.sack = syn.ack
+            self.svm_ack = syn.ack

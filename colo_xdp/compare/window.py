@@ -28,7 +28,7 @@ class WindowState:
     syn: int  # limit for the window field of this incarnation's SYN
     pvm: int
     svm: int
-    told: int
+    advertised: int
 
 
 class WindowGate:
@@ -42,13 +42,13 @@ class WindowGate:
 
     __slots__ = (
         "_advertised",
+        "_advertised_win",
         "_edge",
         "_offer",
         "_offered",
         "_seen",
         "_shift",
         "_syn",
-        "_told",
         "shrunk",
     )  # fmt: skip
 
@@ -62,14 +62,14 @@ class WindowGate:
         # with no scale: (ack, window field) that the PVM has offered last, the SVM honours; as told
         self._offer: tuple[int, int] | None = None
         self._seen: tuple[int, int] | None = None
-        self._told = 0
+        self._advertised_win = 0
 
-    def open(self, syn: Packet, twin: Packet | None) -> None:
+    def open(self, syn: Packet, svm_syn: Packet | None) -> None:
         """A new incarnation of the connection. `twin`: the SVM's SYN, None if a checkpoint
         contains ours. Windows of SYNs are not scaled (RFC 7323 2.2)."""
         self._shift = tcp_options(syn).wscale or 0
         self._offered = self._edge = self._advertised = self.shrunk = None
-        self._syn = syn.window if twin is None else min(syn.window, twin.window)
+        self._syn = syn.window if svm_syn is None else min(syn.window, svm_syn.window)
         if syn.flags & ACK:
             self._offered = (syn.ack + syn.window) & MASK
             self._edge = (syn.ack + self._syn) & MASK
@@ -100,7 +100,7 @@ class WindowGate:
         elif self._seen is None or diff(p.ack, self._seen[0]) >= 0:
             self._seen = (p.ack, p.window)
 
-    def words(self, p_ack: int, s_ack: int) -> WindowState | None:
+    def state(self, p_ack: int, s_ack: int) -> WindowState | None:
         """For the fast path, while nothing is cut. None: the PVM has not told any window yet."""
         shift = self._shift
         if shift is None:
@@ -127,11 +127,15 @@ class WindowGate:
         p_ack, s_ack, adv_ack = acks
         self._shift, self._syn, self.shrunk = w.scale, w.syn, cut
         if w.scale is None:
-            self._offer, self._seen, self._told = (p_ack, w.pvm), (s_ack, w.svm), w.told
+            self._offer, self._seen, self._advertised_win = (
+                (p_ack, w.pvm),
+                (s_ack, w.svm),
+                w.advertised,
+            )
             return
         self._offered = (p_ack + (w.pvm << w.scale)) & MASK
         self._edge = (s_ack + (w.svm << w.scale)) & MASK
-        self._advertised = (adv_ack + (w.told << w.scale)) & MASK
+        self._advertised = (adv_ack + (w.advertised << w.scale)) & MASK
 
     def limit(self, rec: Frame, p: Packet, spare: SpareIds) -> tuple[Frame, bool]:
         """A frame about to leave, and whether its window had to be cut."""
@@ -161,11 +165,11 @@ class WindowGate:
 
     def _limit_unscaled(self, rec: Frame, p: Packet, spare: SpareIds) -> tuple[Frame, bool]:
         self.shrunk = None
-        self._offer, self._told = (p.ack, p.window), p.window
+        self._offer, self._advertised_win = (p.ack, p.window), p.window
         seen = self._seen
         if seen is None or diff(seen[0], p.ack) < 0 or p.window <= seen[1]:
             return rec, False
-        self.shrunk, self._told = (rec, p), seen[1]
+        self.shrunk, self._advertised_win = (rec, p), seen[1]
         return with_window(rec, p, seen[1], spare), True
 
     def _update_unscaled(self, base: int | None, spare: SpareIds, ace: bool | None) -> Frame | None:
@@ -173,9 +177,11 @@ class WindowGate:
             return None
         rec, p = self.shrunk
         value = min(p.window, self._seen[1])
-        if value < 2 * self._told + 1 and (value < p.window or value == self._told):
+        if value < 2 * self._advertised_win + 1 and (
+            value < p.window or value == self._advertised_win
+        ):
             return None
-        self._told = value
+        self._advertised_win = value
         if value == p.window:
             self.shrunk = None
         return bare_ack(rec, p, p.seq if base is None else base, value, spare, ace)
@@ -189,8 +195,8 @@ class WindowGate:
             return None
         rec, p = self.shrunk
         assert self._shift is not None
-        told = diff(self._advertised, p.ack)
-        if diff(self._edge, self._advertised) < (_UPDATE if told > _UPDATE else 1448):
+        advertised = diff(self._advertised, p.ack)
+        if diff(self._edge, self._advertised) < (_UPDATE if advertised > _UPDATE else 1448):
             return None
         value = min(p.window, diff(self._edge, p.ack) >> self._shift)
         self._advertised = (p.ack + (value << self._shift)) & MASK

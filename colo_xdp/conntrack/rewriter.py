@@ -324,7 +324,7 @@ class TrackedConnection:
         self.state = State.CLOSED
 
     @property
-    def told(self) -> bool:
+    def isn_known(self) -> bool:
         """Whether the PVM has told its ISN for the connection that the entry is of."""
         return bool(
             self.have_pvm & PVM_ACK and self.have_client & HAVE_ISN_C and self.answers(self.pvm_c)
@@ -338,7 +338,7 @@ class TrackedConnection:
     @property
     def known(self) -> bool:
         """Whether ISN_P is known."""
-        return bool(self.have_client & HAVE_ISN_P) or self.told
+        return bool(self.have_client & HAVE_ISN_P) or self.isn_known
 
     def note_pvm(self) -> None:
         """ISN_P is what the PVM has told."""
@@ -352,7 +352,7 @@ class TrackedConnection:
         """(offset, timestamp's offset, ISN_P) as far as they are known, else 0."""
         if not self.have & HAVE_ISN_S or not self.known:
             return 0, 0, 0
-        if self.told:
+        if self.isn_known:
             isn_p, ts_p, ts_known = self.pvm_isn, self.pvm_ts, self.have_pvm & PVM_TS
         else:
             isn_p, ts_p, ts_known = self.isn_p, self.ts_p, self.have_client & HAVE_TS_P
@@ -511,7 +511,9 @@ class Rewriter:
             return False
         if not flags & ACK or flags & RST:
             return False
-        if n.told:  # kept, since the next connection's SYN may be noted before this one is over
+        if (
+            n.isn_known
+        ):  # kept, since the next connection's SYN may be noted before this one is over
             if not n.have_client & HAVE_ISN_P or n.isn_p != n.pvm_isn:
                 n.note_pvm()
             return False
@@ -562,7 +564,7 @@ class Rewriter:
         if p.flags & ACK and not n.have_client & HAVE_ISN_C:
             n.isn_c = acked
             n.have_client |= HAVE_ISN_C
-        ts_known = n.have_pvm & PVM_TS if n.told else n.have_client & HAVE_TS_P
+        ts_known = n.have_pvm & PVM_TS if n.isn_known else n.have_client & HAVE_TS_P
         if ts and (not known or other or not ts_known):
             n.ts_s = ts[0]
             n.have |= HAVE_TS_S

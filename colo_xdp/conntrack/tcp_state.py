@@ -157,7 +157,7 @@ def next_state(state: int, event: int) -> int:
     return TABLE[State(state)].get(Event(event), State(state))
 
 
-def transition_words() -> list[int]:
+def transition_table() -> list[int]:
     """The table as the map `transitions` holds it."""
     return [int(next_state(s, e)) for s in State for e in Event]
 

@@ -64,7 +64,7 @@ class CheckpointCoordinator(ColoEntry):
         #: connections in numbers that this guest has kept since it took over
         self.own = ConntrackMap(*tables) if tables else None
         #: the SVM's host has them; a former controller may have died before it handed them over
-        self._handed = self.own is None
+        self._offsets_sent = self.own is None
         self.by_cause: Counter[str] = Counter()
         self.checkpoints_failed = 0
         self.last_checkpoint: dict[str, Any] = {}
@@ -196,7 +196,7 @@ class CheckpointCoordinator(ColoEntry):
         n = max(self.dp.epoch, self.view.peer.epoch) + 1
         ck = self._ck = Checkpoint(n, want.cause, time.monotonic_ns())
         if ck.initial:
-            self._handed = self.own is None
+            self._offsets_sent = self.own is None
         c, q = self.config.checkpoint, self.config.qemu
         deadline = time.monotonic() + (q.enter_timeout if ck.initial else c.deadline) / 1000
         try:
@@ -254,7 +254,7 @@ class CheckpointCoordinator(ColoEntry):
             if ck.initial:
                 await self._watch_entry(ck)
             await self._await(ck, "STOP and RESUME of both guests", deadline)
-        if ck.initial or not self._handed:
+        if ck.initial or not self._offsets_sent:
             await self._hand_offsets(ck, deadline)
 
     async def _commit(self, ck: Checkpoint, want: CheckpointRequest) -> tuple[int, int]:
@@ -340,7 +340,7 @@ class CheckpointCoordinator(ColoEntry):
             self.peer.send("offsets", n=n, last=n == len(parts) - 1, flows=b"".join(part).hex())
             while ck.based <= n:
                 await self._await(ck, "word that the old connections' offsets are there", deadline)
-        self._handed = True
+        self._offsets_sent = True
         if entries:
             log.info("offsets of %d connections handed to the new secondary", len(entries))
 

@@ -77,7 +77,7 @@ class Commandable(Protocol):
     async def keep_shut(self) -> None:
         """The mode says that nothing leaves: see to it that a program is there that obeys."""
 
-    def may_stand_down(self) -> None:
+    def may_demote(self) -> None:
         """Raises ValueError where this guest must not fall silent now."""
 
     def failover_steps(self, *, planned: bool, force: bool) -> list[str]:
@@ -230,7 +230,7 @@ class OperatorCommands:
         """This host's guest is silent for certain when this returns; the other one may go on."""
         c = self._c
         why = str(args.get("why", "asked by the operator"))[:200]
-        c.may_stand_down()
+        c.may_demote()
         if (acting := c.acting) is not None:
             # It may be a takeover, which opens the data path at its end.
             await asyncio.wait({acting}, timeout=STAND_DOWN_S)

@@ -36,7 +36,7 @@ from ..failover.decision import (
     decide,
 )
 from ..failover.lease import boot_ns
-from ..failover.states import lets_nothing_out
+from ..failover.states import sends_nothing
 from ..peer.channel import Peer
 from ..peer.heartbeat import Flag
 from ..peer.heartbeat_links import HeartbeatLinks
@@ -80,7 +80,7 @@ class Controller(Host):
             versions=(p.min_version, VERSION),
         )
         self.heartbeats = Heartbeats(self)
-        self.paths = HeartbeatLinks(config, self.heartbeats.on_word)
+        self.paths = HeartbeatLinks(config, self.heartbeats.on_heartbeat)
         self.devices = DeviceWatch(self)
         # The programs must not take a controller that idles for a dead one.
         idle_s = min(IDLE_S, config.datapath.controller_loss / 4000)
@@ -90,7 +90,7 @@ class Controller(Host):
             ArbiterHost(
                 config=config,
                 boot=self.peer.boot,
-                speaking=datapath.adopted and not self.silent(),
+                transmitting=datapath.adopted and not self.silent(),
                 allow=datapath.lease_expiry,
                 changed=self._arbiter_changed,
             )
@@ -117,7 +117,7 @@ class Controller(Host):
     async def keep_shut(self) -> None:
         """The mode says that nothing leaves: see to it that a program is there that obeys."""
 
-    def may_stand_down(self) -> None:
+    def may_demote(self) -> None:
         """Raises ValueError where this guest must not fall silent now."""
 
     async def command_checkpoint(self, args: dict[str, Any]) -> dict[str, Any]:
@@ -150,7 +150,7 @@ class Controller(Host):
     def on_message(self, msg: dict[str, Any]) -> None:
         """A peer message that the base does not handle itself."""
 
-    def on_beacon(self, flags: Flag) -> None:
+    def on_heartbeat_flags(self, flags: Flag) -> None:
         """A beacon, while the control channel is down and its flags are as good as a heartbeat."""
 
     @property
@@ -194,7 +194,7 @@ class Controller(Host):
         good = (State.PROTECTED, State.CHECKPOINTING, State.PAUSED, State.SHADOW)
         return State.DEGRADED if state in good and self.devices.trouble else state
 
-    def told(self) -> tuple[State, str]:
+    def announced_state(self) -> tuple[State, str]:
         """State and reason, for people."""
         state, trouble = self.own_state(), self.devices.trouble
         if trouble:
@@ -220,7 +220,7 @@ class Controller(Host):
         self.dp.peer_stopped = 0
         same_peer = self.peer.peer_boot == self.view.peer.boot
         self.view.connected(self.peer.peer_boot)
-        self.paths.core.rekey(self.peer.beacon_key, same_peer=same_peer)
+        self.paths.core.rekey(self.peer.heartbeat_key, same_peer=same_peer)
         # It lives, whatever the fence command has said: it has to be fenced another time.
         self.peer_lives("it connects")
         self.devices.connected()
@@ -245,7 +245,7 @@ class Controller(Host):
             self.view.heartbeat(msg)
             if self.role is Role.SECONDARY:
                 word = msg["shadow"] and msg["role"] == Role.PRIMARY.value
-                self._shadow_word(word, msg["epoch"])
+                self._on_peer_shadow(word, msg["epoch"])
             if msg.get("over"):
                 self.pair_over("the other guest has ended itself")
             elif msg["shut"]:
@@ -256,7 +256,7 @@ class Controller(Host):
                     self.arbiter.promised(msg["echo"])
             self.view.heartbeat_read(msg["t"])
         elif kind == "shut":
-            self.view.peer_says_why(f'"{msg["why"][:200]}"')
+            self.view.peer_gave_reason(f'"{msg["why"][:200]}"')
             self.peer_shut(msg["alone"])
         elif kind == "guest_off":
             self.pair_over(msg["why"][:200])
@@ -276,7 +276,7 @@ class Controller(Host):
         """Nothing leaves, or will without a new guest: what `shut` means."""
         return self.state is State.STOPPED and self.dp.mode is Mode.DROP
 
-    def _shadow_word(self, on: bool, epoch: int) -> None:
+    def _on_peer_shadow(self, on: bool, epoch: int) -> None:
         """Only a later checkpoint ends a shadow: a new primary controller may not know of it."""
         if on:
             news = not self.view.shadow
@@ -288,14 +288,14 @@ class Controller(Host):
             self.view.set_shadow(False)
             self.dp.shadowed = 0
 
-    def peer_shut(self, was_alone: bool) -> None:
+    def peer_shut(self, was_standalone: bool) -> None:
         """The peer's data path drops everything: certain silence, its guest alive or not."""
         self.arbiter.peer_shut(self.peer.peer_boot)
-        if was_alone and not self.view.guest.standalone and self.paired():
+        if was_standalone and not self.view.guest.standalone and self.paired():
             self.outdated("the other guest spoke alone and is gone: this one lacks what it said")
             return
         self.view.peer_shut()
-        if self.view.guest.demoted and not was_alone and not self.view.guest.gone:
+        if self.view.guest.demoted and not was_standalone and not self.view.guest.gone:
             # It asked us to stand down and then died itself, without having spoken alone: what
             # this side had when it was asked is still all that any client knows.
             self.view.promise_ends()
@@ -323,7 +323,7 @@ class Controller(Host):
 
     def silent(self) -> bool:
         """The data path lets nothing of this host's guest reach the network, whatever it says."""
-        return lets_nothing_out(self.role, self.dp.mode)
+        return sends_nothing(self.role, self.dp.mode)
 
     async def _watch_guest(self) -> None:
         while True:
@@ -347,7 +347,7 @@ class Controller(Host):
                 peer_silent_ms=self.peer.silent_ms(),
                 ending=Ending.STOPPED if self.dp.peer_stopped > boot else self.peer.ending,
                 paths=tuple(
-                    Heard(p.name, core.silent_ms(i, boot), core.unheard_ms(i, boot))
+                    Heard(p.name, core.silent_ms(i, boot), core.echo_age_ms(i, boot))
                     for i, p in enumerate(core.paths)
                 ),
                 heartbeat_timeout_ms=self.config.peer.heartbeat_timeout,
@@ -366,7 +366,7 @@ class Controller(Host):
         if self.acting is not None:
             return
         d: Decision = decide(self.facts())
-        self._tell_arbiter(d.action)
+        self._update_arbiter(d.action)
         if d.action is Action.NONE:
             return
         if d.action is Action.WAIT:
@@ -383,7 +383,7 @@ class Controller(Host):
         self.on_arbiter()
         self._decide()
 
-    def _tell_arbiter(self, action: Action) -> None:
+    def _update_arbiter(self, action: Action) -> None:
         """A primary's guest wants to be heard while its path is not shut, a secondary's when it is
         to go on alone."""
         alone = action in (Action.ACQUIRE, Action.GO_SOLO, Action.TAKE_OVER)
@@ -411,13 +411,13 @@ class Controller(Host):
 
     def superseded(self) -> bool:
         """Whether this host's guest is worthless, since the other one is certain to speak alone."""
-        speaks = [State.SOLO.value]
+        transmits = [State.SOLO.value]
         # else it waits for a word, and is silent itself
-        if self.view.peer.guest is OtherGuest.SPEAKS:
-            speaks.append(State.STARTING.value)
+        if self.view.peer.guest is OtherGuest.TRANSMITTING:
+            transmits.append(State.STARTING.value)
         return self.peer.connected and (
             self.view.peer.state == State.PROMOTED.value
-            or (self.view.peer.role == Role.PRIMARY.value and self.view.peer.state in speaks)
+            or (self.view.peer.role == Role.PRIMARY.value and self.view.peer.state in transmits)
         )
 
     # ---- the loop

@@ -63,16 +63,16 @@ class DeviceWatch:
     @property
     def trouble(self) -> str:
         """Why the data path is not whole; empty: it is."""
-        said = list(self.look.trouble)
+        text = list(self.look.trouble)
         if not self.look.cut:
-            said += [self.link] if self.link else []
+            text += [self.link] if self.link else []
             if not self.link and self.svm_silent:
-                said.append(
+                text.append(
                     "the secondary's output does not arrive over "
                     f"{self._c.config.network.peer_link}: {SILENT_CHECKPOINTS} checkpoints in a "
                     "row or more for output that waited, and not one frame of its guest"
                 )
-        return "; ".join(said)
+        return "; ".join(text)
 
     @property
     def cut(self) -> bool:
@@ -121,7 +121,7 @@ class DeviceWatch:
             self._c.hooks_lost(
                 what, unseen=look.unseen or look.exposed or was.exposed, still=look.exposed
             )
-        self.tell()
+        self.report()
 
     # ---- the peer link
 
@@ -134,12 +134,12 @@ class DeviceWatch:
         self.link = self._link()
         if self.silent_checkpoints:
             self._count(boot_ns())
-        self.tell()
+        self.report()
 
     def _link(self) -> str:
         c, core = self._c, self._c.paths.core
         names = [p.name for p in core.paths]
-        if not c.peer.connected or not c.peer.beacon_key or LINK not in names:
+        if not c.peer.connected or not c.peer.heartbeat_key or LINK not in names:
             return ""
         i, now, limit = names.index(LINK), boot_ns(), c.config.peer.heartbeat_timeout
         silent, up_ms = core.silent_ms(i, now), (now - self._up_ns) / 1e6
@@ -154,8 +154,8 @@ class DeviceWatch:
                 f"nothing arrives over {link}: no heartbeat and no frame of the other host for "
                 f"{limit} ms, while its controller answers"
             )
-        unheard = core.unheard_ms(i, now)
-        if silent <= limit < unheard < float("inf"):
+        echo_age = core.echo_age_ms(i, now)
+        if silent <= limit < echo_age < float("inf"):
             return f"the other host hears nothing over {link}, while its controller answers"
         return ""
 
@@ -183,11 +183,11 @@ class DeviceWatch:
             self.silent_checkpoints += 1
         elif cause == Cause.INITIAL:  # another guest
             self.silent_checkpoints = 0
-        self.tell()
+        self.report()
 
     # ---- the story
 
-    def tell(self) -> None:
+    def report(self) -> None:
         """To the log and the history, when the sentence is another one."""
         trouble = self.trouble
         if trouble == self._trouble:

@@ -54,13 +54,13 @@ class GuestLifecycle(Controller):
         if self.state is State.STOPPED:
             return
         if news.fate is Fate.ENDED:
-            self.view.guest_said(news.why)
+            self.view.guest_event(news.why)
         elif news.fate is Fate.HALTED:
             self.on_halt(news.why)
         elif news.fate is Fate.CHANGED:
             self.on_changed(news.why)
         else:
-            self.view.guest_said(news.why)
+            self.view.guest_event(news.why)
             if self.state is State.STARTING:
                 self.become(State.STARTING, f"{news.why}: nothing was protected yet")
             elif self.alone or (news.fate is Fate.OFF and self.ends_the_pair):
@@ -95,11 +95,11 @@ class GuestLifecycle(Controller):
     def on_event_alone(self, event: QmpEvent) -> None:
         """STOP or RESUME of a guest without a copy: it stays as somebody wants it, and is said."""
         if event.name == "STOP":
-            self.spawn(self._say_stopped())
+            self.spawn(self._send_stopped())
         elif event.name == "RESUME":
             self.on_resumed()
 
-    async def _say_stopped(self) -> None:
+    async def _send_stopped(self) -> None:
         status, fate = await self.stands_still()
         if status and self.alone and not self.view.guest.halted:
             if fate is None:

@@ -50,13 +50,13 @@ class Beating(Protocol):
         """The data path lets nothing of this host's guest reach the network."""
         ...
 
-    def peer_shut(self, was_alone: bool) -> None:
+    def peer_shut(self, was_standalone: bool) -> None:
         """The peer's data path drops everything."""
 
     def peer_lives(self, why: str) -> None:
         """Whatever the fence command has said."""
 
-    def on_beacon(self, flags: Flag) -> None:
+    def on_heartbeat_flags(self, flags: Flag) -> None:
         """A beacon, while the control channel is down and its flags are as good as a heartbeat."""
 
     def reconsider(self) -> None:
@@ -118,26 +118,26 @@ class Heartbeats:
         if late > self._c.config.peer.heartbeat_timeout / 2000:
             log.warning("this controller stood still for %.0f ms", ns / 1e6)
 
-    def on_word(self, word: Heartbeat) -> None:
+    def on_heartbeat(self, heartbeat: Heartbeat) -> None:
         """What a beacon says counts only where the control channel cannot say it, if it is newer
         than all that was heard, recent, and of the guest that there is. A promise has its time in
         itself."""
         c, view = self._c, self._c.view
         limit = c.config.peer.heartbeat_timeout
-        if Flag.PROMISE in word.flags and word.after:
-            c.arbiter.promised(word.after)
-        if word.lag_ms > limit / 2:
+        if Flag.PROMISE in heartbeat.flags and heartbeat.after:
+            c.arbiter.promised(heartbeat.after)
+        if heartbeat.lag_ms > limit / 2:
             view.peer_slow(time.monotonic_ns())
         since = max(view.peer.guest_since_boot_ns, boot_ns() - limit * 1_000_000)
-        if view.pair.fence.result and word.after > view.pair.fence.ended_boot_ns:
+        if view.pair.fence.result and heartbeat.after > view.pair.fence.ended_boot_ns:
             c.peer_lives("it has heard what was sent since")
-        if c.peer.connected or word.after <= since or word.t <= view.peer.heard_boot_ns:
+        if c.peer.connected or heartbeat.after <= since or heartbeat.t <= view.peer.heard_boot_ns:
             return
-        view.beacon(word.t, word.epoch)
-        if Flag.SHUT in word.flags:
+        view.beacon(heartbeat.t, heartbeat.epoch)
+        if Flag.SHUT in heartbeat.flags:
             if not view.peer.shut:
-                view.peer_says_why("its QEMU hangs" if Flag.HANGS in word.flags else "")
+                view.peer_gave_reason("its QEMU hangs" if Flag.HANGS in heartbeat.flags else "")
                 log.warning("the peer's beacons say that its data path is shut")
-            c.peer_shut(Flag.ALONE in word.flags)
-        c.on_beacon(word.flags)
+            c.peer_shut(Flag.ALONE in heartbeat.flags)
+        c.on_heartbeat_flags(heartbeat.flags)
         c.reconsider()

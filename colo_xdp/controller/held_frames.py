@@ -50,11 +50,11 @@ class HeldFrames:
     """Frames of the SVM and for it, on their way through this process."""
 
     def __init__(
-        self, deliver: Send, forward: Send, speaks: Callable[[], bool], limit: int
+        self, deliver: Send, forward: Send, transmits: Callable[[], bool], limit: int
     ) -> None:
         """`deliver`: to the SVM; `forward`: of it. `speaks`: the guest does so for itself by now,
         and what it said as a copy is void. `limit`: frames of each side."""
-        self._deliver, self._forward, self._speaks = deliver, forward, speaks
+        self._deliver, self._forward, self._transmits = deliver, forward, transmits
         self.limit = limit
         self.hold: Hold | None = None
         self.resume_ns = 0  # of the guest that runs: what it sent before is void
@@ -90,7 +90,7 @@ class HeldFrames:
         queue.append(event)
 
     def _let_out(self, event: CapturedFrame, *, late: bool) -> None:
-        if event.ts_ns < self.resume_ns or (self._speaks() and not late):
+        if event.ts_ns < self.resume_ns or (self._transmits() and not late):
             self.stale += 1
         else:
             self._forward(event)
@@ -125,7 +125,7 @@ class HeldFrames:
         for event in h.svm:
             self._let_out(event, late=False)
 
-    def let_go_alone(self, h: Hold) -> None:
+    def let_go_standalone(self, h: Hold) -> None:
         """The same at a takeover, when the guest speaks for itself already. Without its RESUME
         nobody knows which state said what is here: void, and TCP says it again."""
         for event in h.client:

@@ -159,7 +159,7 @@ class Host(ABC):
         """Somebody has looked for one."""
         self.view.qemu_found(there=there)
         if there:
-            self.view.guest_said("")
+            self.view.guest_event("")
 
     def on_qemu_refused(self, why: str) -> None:
         """It is none that this release can work with."""
@@ -176,7 +176,7 @@ class Host(ABC):
         """Whether this host's guest is worthless, since the other one is certain to speak alone."""
 
     @abstractmethod
-    async def succeed(self) -> None:
+    async def on_replacement_qemu(self) -> None:
         """This host's QEMU is a new one that waits for the other guest's state."""
 
     async def leave_network(self) -> None:
@@ -201,7 +201,7 @@ class Host(ABC):
             with contextlib.suppress(QmpError):
                 status = await self.qemu.qmp.status()
             if status == "inmigrate":
-                await self.succeed()
+                await self.on_replacement_qemu()
                 continue
             with contextlib.suppress(QmpError):
                 if status:

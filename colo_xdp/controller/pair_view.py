@@ -28,7 +28,7 @@ from ..failover.decision import (
     State,
     other_guest,
 )
-from ..failover.states import lets_nothing_out
+from ..failover.states import sends_nothing
 
 log = logging.getLogger("colo_xdp")
 
@@ -148,7 +148,7 @@ class PairView:
         """Whether the network hears this host's guest: what status, metrics, the health paths and
         the cluster's agent say. `permitted`: by the arbiter, now."""
         there = not (self.guest.gone or self.guest.absent)
-        return there and not lets_nothing_out(self.role, mode) and forwarding and permitted
+        return there and not sends_nothing(self.role, mode) and forwarding and permitted
 
     def facts(self, s: Surroundings) -> Facts:
         """What is known now, for the decision."""
@@ -207,7 +207,7 @@ class PairView:
         """Somebody has looked for a QEMU."""
         self.guest.absent = not there
 
-    def guest_said(self, why: str) -> None:
+    def guest_event(self, why: str) -> None:
         """What it says before its end; empty: it has begun anew."""
         self.guest.why = why
 
@@ -341,7 +341,7 @@ class PairView:
         """It says that its loop stood still."""
         self.peer.slow_ns = now_ns
 
-    def peer_says_why(self, why: str) -> None:
+    def peer_gave_reason(self, why: str) -> None:
         """Why its data path is shut."""
         self.peer.shut_why = why
 

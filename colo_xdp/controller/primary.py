@@ -157,7 +157,7 @@ class Primary(CheckpointCoordinator):
             if self._hurry_ns() <= now_ns and self.engine.gather(now_ns):
                 self.request(Cause.PEER_LINK, self.devices.trouble)
         else:
-            self.engine.unbrake(now_ns)
+            self.engine.end_backpressure(now_ns)
         if now_ns - self._lost_checked >= LOSS_CHECK_NS:
             self._lost_checked = now_ns
             lost = self.dp.lost_events()
@@ -315,9 +315,9 @@ class Primary(CheckpointCoordinator):
         elif ck is not None and kind in ("begin_ack", "resumed", "failed", "offsets_ack"):
             ck.heard(msg)
 
-    def on_beacon(self, flags: Flag) -> None:
-        speaks = Flag.SVM in flags and Flag.ALONE in flags and Flag.SHUT not in flags
-        if speaks and self.state is not State.STOPPED:
+    def on_heartbeat_flags(self, flags: Flag) -> None:
+        transmits = Flag.SVM in flags and Flag.ALONE in flags and Flag.SHUT not in flags
+        if transmits and self.state is not State.STOPPED:
             self._demote("the secondary speaks for the guest, as its beacons say")
 
     @property
@@ -378,7 +378,7 @@ class Primary(CheckpointCoordinator):
         self._want = None
         await self._protect()
 
-    async def succeed(self) -> None:
+    async def on_replacement_qemu(self) -> None:
         net = self.config.network
         if not net.bridge and self.dp.in_bridge:
             log.error("[network] bridge is needed to become the secondary: %s is in one", net.tap)

@@ -77,7 +77,7 @@ class Secondary(GuestLifecycle):
                 if datapath.mode is Mode.CHECKPOINT:
                     # It died with frames in hand. Holding goes on; the primary asks anew.
                     self._begin_hold(datapath.epoch + 1)
-                    self.takeover.unsure = datapath.epoch
+                    self.takeover.epoch_uncertain = datapath.epoch
             elif datapath.epoch > 0:
                 if datapath.sync_state is SyncState.STANDALONE:
                     self.view.went_standalone()
@@ -162,11 +162,11 @@ class Secondary(GuestLifecycle):
             and beat["epoch"] == self.dp.epoch
         )
 
-    def on_beacon(self, flags: Flag) -> None:
+    def on_heartbeat_flags(self, flags: Flag) -> None:
         if Flag.SVM in flags:
             return
         if Flag.SHADOW in flags:
-            self._shadow_word(True, self.view.peer.epoch)
+            self._on_peer_shadow(True, self.view.peer.epoch)
         if Flag.ALONE in flags and Flag.SHUT not in flags and self.view.pair.confirmed:
             self.outdated("the PVM has spoken alone, as its beacons say")
         if Flag.ASK in flags and self.state is not State.STOPPED:
@@ -272,7 +272,7 @@ class Secondary(GuestLifecycle):
             return
         try:
             own, hw = bytes.fromhex(addresses), bytes.fromhex(macs)
-            self.dp.addresses.told(n, own, hw, running=running)
+            self.dp.addresses.announced(n, own, hw, running=running)
         except (ValueError, OSError) as e:  # then it is not announced at a takeover
             log.warning("addresses of the PVM: %s", e)
 
@@ -365,7 +365,7 @@ class Secondary(GuestLifecycle):
         if self.state is State.PROMOTED:
             super().on_halt(why)
         elif self.state is not State.STARTING:
-            self.view.guest_said(why)
+            self.view.guest_event(why)
             self.view.guest_gone()
             self._decide()
 
@@ -426,9 +426,9 @@ class Secondary(GuestLifecycle):
     async def _ready_again(self) -> None:
         with contextlib.suppress(QmpError):
             if await self.qemu.qmp.status() == "inmigrate":
-                await self._say_ready()
+                await self._send_ready()
 
-    async def _say_ready(self) -> None:
+    async def _send_ready(self) -> None:
         """A QEMU waits here, and nothing speaks against it."""
         why = await self.unfit()
         if why:
@@ -449,7 +449,7 @@ class Secondary(GuestLifecycle):
         if self._ready_wanted:
             self.spawn(self._ready_again())
 
-    async def succeed(self) -> None:
+    async def on_replacement_qemu(self) -> None:
         """Another guest than the one that is over: nothing of that counts any more."""
         self.view.new_guest()
         self.held.take()
@@ -477,7 +477,7 @@ class Secondary(GuestLifecycle):
             self.dp.sync_state = SyncState.NONE
             self._qemus += 1
             self.become(State.STARTING, "the SVM waits for the primary's migration")
-            await self._say_ready()
+            await self._send_ready()
         elif self.view.pair.in_colo and await self.qemu.qmp.migration_status() == "colo":
             # It may have stood down meanwhile, and the primary relies on that.
             if self.held.hold is None and self.view.pair.confirmed and not self.path_shut:
@@ -548,7 +548,7 @@ class Secondary(GuestLifecycle):
                 self.stepped_out = True
                 log.info("the last rewritten connection is gone: the rewriting programs are off")
 
-    def may_stand_down(self) -> None:
+    def may_demote(self) -> None:
         if self.held.hold is not None and self.held.hold.planned:
             # The PVM may be silent already: then nobody would speak.
             raise ValueError("a planned failover to this guest is under way: wait for its end")

@@ -74,7 +74,7 @@ class Takeover:
         self.under_way = False
         #: the last controller died in a checkpoint of this epoch: QMP does not repeat its events,
         #: so the SVM may run either state until the next one is complete
-        self.unsure = -1
+        self.epoch_uncertain = -1
         self._silent_ns = 0  # since when the PVM has been, by plan
         self._events: list[QmpEvent] = []  # of QEMU, meanwhile
 
@@ -117,7 +117,7 @@ class Takeover:
         await c.open_network()
         c.spawn(self.announce())
         if hold is not None:  # the primary died, or fell silent, inside a checkpoint
-            c.held.let_go_alone(hold)
+            c.held.let_go_standalone(hold)
         c.drain()
         log.info("takeover took %.1f ms", (time.monotonic() - began) * 1000)
         if self._silent_ns:
@@ -159,7 +159,7 @@ class Takeover:
         loaded = hold is not None and (hold.resume is not None or self.loaded())
         was = c.dp.epoch
         c.dp.epoch = max(was, c.view.peer.epoch, hold.n if hold is not None and loaded else 0)
-        if c.dp.epoch == was == self.unsure:
+        if c.dp.epoch == was == self.epoch_uncertain:
             lost = c.flows.give_up(was)
             log.error(
                 "the last controller here died in a checkpoint, the primary before the next: which"

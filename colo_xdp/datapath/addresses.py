@@ -67,9 +67,9 @@ class AddressTable:
         oldest = time.monotonic_ns() - int(FORGET_S * 1e9)
         out = []
         for key, raw in self._addresses.items():
-            words = abi.CLAIM.unpack(raw)
-            if words[0] > oldest and epoch in (None, words[2]):
-                out.append((key, words))
+            fields = abi.CLAIM.unpack(raw)
+            if fields[0] > oldest and epoch in (None, fields[2]):
+                out.append((key, fields))
         return out
 
     def _fresh_macs(self, epoch: int | None) -> list[tuple[int, int]]:
@@ -91,7 +91,7 @@ class AddressTable:
         macs = b"".join(self.macs(None)[:limit])
         return out, macs
 
-    def told(self, epoch: int, addresses: bytes, macs: bytes, *, running: int) -> None:
+    def announced(self, epoch: int, addresses: bytes, macs: bytes, *, running: int) -> None:
         """What a guest has said whose state this one has from `epoch` on: from export(). What
         this one has said in the epoch `running` is kept, for undo().
 

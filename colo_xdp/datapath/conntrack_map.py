@@ -34,9 +34,9 @@ class ConntrackEntry(rewriter.TrackedConnection):
 
 def decode(raw: bytes) -> ConntrackEntry:
     """A flow from its map value."""
-    words = abi.FLOW.unpack(raw)
-    f = ConntrackEntry(*words[1:])
-    f.seen_ns = words[0]
+    fields = abi.FLOW.unpack(raw)
+    f = ConntrackEntry(*fields[1:])
+    f.seen_ns = fields[0]
     return f
 
 
@@ -90,8 +90,8 @@ class ConntrackMap:
                     m.delete(key)
         for at in range(0, len(data), size):
             key = data[at : at + abi.FLOW_KEY.size]
-            words = abi.FLOW.unpack(data[at + abi.FLOW_KEY.size : at + size])
-            mine = (time.monotonic_ns(), abi.EPOCH_BASE, *words[2:])
+            fields = abi.FLOW.unpack(data[at + abi.FLOW_KEY.size : at + size])
+            mine = (time.monotonic_ns(), abi.EPOCH_BASE, *fields[2:])
             self._map.set(key, abi.FLOW.pack(*mine))
 
     def give_up(self, epoch: int) -> int:
@@ -109,12 +109,12 @@ class ConntrackMap:
                 continue  # what the guest has not said yet is learnt from whoever says it
             if f.certain and not f.off and not f.tsoff:
                 continue  # the same numbers either way
-            words = list(abi.FLOW.unpack(raw))
-            words[2] = _HALF
-            words[4] = (f.isn_s + _HALF) & 0xFFFFFFFF
-            words[12] |= rewriter.HAVE_ISN_P
-            words[13] = 0  # whatever the PVM has told
-            m.set(key, abi.FLOW.pack(*words))
+            fields = list(abi.FLOW.unpack(raw))
+            fields[2] = _HALF
+            fields[4] = (f.isn_s + _HALF) & 0xFFFFFFFF
+            fields[12] |= rewriter.HAVE_ISN_P
+            fields[13] = 0  # whatever the PVM has told
+            m.set(key, abi.FLOW.pack(*fields))
             given_up += 1
         return given_up
 

@@ -99,7 +99,7 @@ class DataPath:
             self._device("uplink", net.uplink)  # before anything is loaded
         if tap.kind != "tun":
             raise DataPathError(f"[network] tap: {net.tap} is not a tap device (kind {tap.kind!r})")
-        if self.role == "secondary" and tap.master and not word and not self._was_taken_over():
+        if self.role == "secondary" and tap.master and not word and not self._was_promoted():
             raise DataPathError(
                 f"[network] tap: {net.tap} is in a bridge; on the secondary it must be in none "
                 "(the bridge would learn the guest's address there)"
@@ -164,14 +164,14 @@ class DataPath:
         self.fast: BpfKernelPath | None = None
         if options.fast:
             self.fast = BpfKernelPath(
-                self.objects, config.limits().flow_idle_ns, self._read(Cfg.FAST_SINCE),
-                lambda on: self._write(Cfg.FAST, on),
-                lambda epoch: self._write(Cfg.FAST_SINCE, epoch),
+                self.objects, config.limits().flow_idle_ns, self._read(Cfg.OFFLOAD_SINCE),
+                lambda on: self._write(Cfg.OFFLOAD, on),
+                lambda epoch: self._write(Cfg.OFFLOAD_SINCE, epoch),
             )  # fmt: skip
             self.fast.enabled = True
         self._ports: frozenset[int] | None = None
         self._fixed: frozenset[int] = frozenset()  # where the bridge has addresses by hand
-        self._fdb_told = 0.0
+        self._fdb_set = 0.0
         self._bridge_unknown = False
         self.stepped_out = False  # taken over, and no program is needed any more
         self._lock = threading.RLock()  # of what is attached
@@ -217,7 +217,7 @@ class DataPath:
         options = replace(options, fast=False)
         return load(options), options
 
-    def _was_taken_over(self) -> bool:
+    def _was_promoted(self) -> bool:
         pinned = Path(loader.pin_dir(self.config.datapath.bpffs, self.config.pair, "secondary"))
         return (pinned / "config").exists()
 
@@ -324,10 +324,10 @@ class DataPath:
 
     @staticmethod
     def _fill_transitions(objects: loader.Objects) -> None:
-        from ..conntrack.tcp_state import transition_words
+        from ..conntrack.tcp_state import transition_table
 
         table = objects.map("transitions")
-        for i, nxt in enumerate(transition_words()):
+        for i, nxt in enumerate(transition_table()):
             table.set(_U32.pack(i), _U32.pack(nxt))
 
     def _read(self, slot: Cfg) -> int:
@@ -378,8 +378,8 @@ class DataPath:
         return abi.SyncState(self._read(Cfg.SYNC_STATE))
 
     @sync_state.setter
-    def sync_state(self, bond: abi.SyncState) -> None:
-        self._write(Cfg.SYNC_STATE, bond)
+    def sync_state(self, sync_state: abi.SyncState) -> None:
+        self._write(Cfg.SYNC_STATE, sync_state)
 
     @property
     def undecided(self) -> bool:
@@ -421,7 +421,7 @@ class DataPath:
         # Written last: the word alone decides, and a controller that dies here has changed nothing.
         self._write(Cfg.PROMOTED_EPOCH, max(1, self.epoch) if to_primary else 0)
         self._write(
-            Cfg.FAST_SINCE, self.epoch + 1
+            Cfg.OFFLOAD_SINCE, self.epoch + 1
         )  # what an earlier pair's the fast path knew is void
         self.shadowed, self.order = 0, ""
         if not to_primary:
@@ -471,11 +471,11 @@ class DataPath:
 
         Raises OSError when there is no room for the others."""
         self._guest_mac = abi.MAC_KNOWN | mac_key(first)
-        self._tell_mac()
+        self._set_mac()
         now = self.epoch
-        self.addresses.told(now, b"", b"".join(others), running=now)
+        self.addresses.announced(now, b"", b"".join(others), running=now)
 
-    def _tell_mac(self) -> None:
+    def _set_mac(self) -> None:
         full = abi.MAC_ALL if self._macs_full else 0
         self._write(Cfg.GUEST_MAC, self._guest_mac | full if self._guest_mac else 0)
 
@@ -489,7 +489,7 @@ class DataPath:
         self._macs_full = full
         if not self._guest_mac and self.addresses.macs(None):
             self._guest_mac = abi.MAC_KNOWN  # QEMU does not tell, but the guest has spoken
-        self._tell_mac()
+        self._set_mac()
         self.look_at_port()
 
     def look_at_port(self) -> None:
@@ -520,20 +520,20 @@ class DataPath:
         tap = self.config.network.tap
         try:
             ports = attach.plain_ports(tap)
-            if ports and (now := time.monotonic()) - self._fdb_told > FDB_EVERY_S:
+            if ports and (now := time.monotonic()) - self._fdb_set > FDB_EVERY_S:
                 self._fixed = attach.refresh_fdb(tap)
-                self._fdb_told = now
+                self._fdb_set = now
             for port in self._fixed:
                 ports &= {port}
-            self._tell_ports(ports)
+            self._set_ports(ports)
             self._bridge_unknown = False
         except (attach.NoSuchDevice, attach.NetlinkError, OSError) as e:
-            self._tell_ports(frozenset())
+            self._set_ports(frozenset())
             if not self._bridge_unknown:
                 log.error("the bridge of %s is not known, nothing leaves past it: %s", tap, e)
             self._bridge_unknown = True
 
-    def _tell_ports(self, ports: frozenset[int]) -> None:
+    def _set_ports(self, ports: frozenset[int]) -> None:
         """Where a client was heard counts no more if they are others than before."""
         if ports == self._ports:
             return

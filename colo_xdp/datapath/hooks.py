@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from ..abi import Cfg
 from ..failover.decision import Role
-from ..failover.states import lets_nothing_out
+from ..failover.states import sends_nothing
 from . import attach
 from .loader import Program
 
@@ -192,7 +192,7 @@ class Hooks:
     def _bridge(self, tap: attach.Seen, found: Look) -> None:
         """A guest that clients know speaks in the bridge, also on a tap that is a new one."""
         dp, net = self._dp, self._dp.config.network
-        speaks = not (lets_nothing_out(Role(dp.role), dp.mode) or dp.undecided)
+        speaks = not (sends_nothing(Role(dp.role), dp.mode) or dp.undecided)
         if net.bridge and speaks and not tap.info.master:
             try:
                 dp.open_network()

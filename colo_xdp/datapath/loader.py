@@ -46,7 +46,7 @@ OBJECTS: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
 }
 
 #: Programs that the fast path has besides.
-FAST: dict[str, tuple[str, ...]] = {"primary": ("fast_ctl",)}
+FAST: dict[str, tuple[str, ...]] = {"primary": ("offload_ctl",)}
 
 #: Shapes that a pinned map must have: key bytes, value bytes (None: any number of entries).
 _PINNED_SHAPES = {
@@ -264,7 +264,7 @@ def _source(role: str, directory: str, options: Options, events: str) -> Source:
     ]
     if options.fast:
         flags += [
-            "-DCOLO_FAST",
+            "-DCOLO_OFFLOAD",
             f"-DCOLO_STASHES={options.buffers}",
             f"-DCOLO_MAX_CONNS={options.conns}",
         ]
@@ -395,17 +395,18 @@ def _pins(directory: str, source: Source) -> list[tuple[str, str, str]]:
     return found
 
 
-def _set_aside(directory: str, source: Source, beside: tuple[str, ...]) -> None:
-    """Sets of other roles become idle, but for those that stand `beside` this one; what another
-    version or configuration has left of this role is unpinned."""
+def _set_aside(directory: str, source: Source, beside: tuple[str, ...], *, whole: bool) -> None:
+    """Sets of other roles become idle, but for those that stand `beside` this one; what else is
+    left of this role is unpinned: all but this set if it is `whole`, else all, as a controller may
+    have died while it pinned it."""
     mine = f"{source.role}_{source.tag}_"
-    # The mark first: what is half gone is not whole.
-    for entry in sorted(os.listdir(directory), reverse=True):
+    # The marks first: what is half gone is neither whole nor idle.
+    for entry in sorted(os.listdir(directory), key=lambda e: e.startswith(("prog_", "map_"))):
         kind, _, rest = entry.partition("_")
-        if kind not in ("whole", "idle", "prog", "map") or rest == mine or rest.startswith(beside):
+        if kind not in ("whole", "idle", "prog", "map") or rest.startswith(beside):
             continue
         if rest.startswith(f"{source.role}_"):
-            if not rest.startswith(mine):
+            if not (whole and rest.startswith(mine)):
                 os.unlink(f"{directory}/{entry}")
         elif kind == "whole":
             os.rename(f"{directory}/{entry}", f"{directory}/idle_{rest}")
@@ -535,10 +536,11 @@ def load(role: str, pair: str, bpffs: str, options: Options, home: str = "") -> 
             "would be lost): run `colo-xdp cleanup` first\n  " + "\n  ".join(bad)
         )
     source = _source(role, directory, options, events(options))
-    beside = ("primary_",) if role == "promoted" else ()  # guest stands beside a primary
+    beside = ("primary_",) if role == "promoted" else ()  # it stands beside a primary
     for s in (source, replace(source, btf=False)):
         if _pins(directory, s) or _wake(directory, s):
-            _set_aside(directory, s, beside or (("guest_",) if role == "primary" else ()))
+            also = ("promoted_",) if role == "primary" else beside
+            _set_aside(directory, s, also, whole=True)
             return Objects(s, directory, None)
     try:
         headers = kernel_headers.find()
@@ -554,6 +556,6 @@ def load(role: str, pair: str, bpffs: str, options: Options, home: str = "") -> 
         objects = Objects(blind, directory, headers)  # its own error, if that was not it
         log.warning("offloads are not read from the kernel: %s", str(e).splitlines()[0])
         source = blind
-    _set_aside(directory, source, beside)
+    _set_aside(directory, source, beside, whole=False)
     objects.keep(source)
     return objects

@@ -23,7 +23,7 @@ from ..offload.kernel_format import (
     OffloadRequest,
     OffloadResult,
     conn_key,
-    conn_words,
+    conn_state,
     flow_key,
     known,
 )
@@ -32,7 +32,7 @@ from .loader import Objects, possible_cpus
 
 log = logging.getLogger("colo_xdp.datapath.offload_maps")
 
-SEIZE_S = 1.0  # a connection that stays locked for longer is given up
+RECLAIM_S = 1.0  # a connection that stays locked for longer is given up
 #: between two walks: one through a table of a million buckets takes 3 ms, however few are used
 REST_NS = 10_000_000_000
 _DONE = CtlResult.DONE
@@ -41,8 +41,8 @@ _ANSWERS = {_DONE: OffloadResult.ACCEPTED, CtlResult.REFUSED: OffloadResult.IN_F
 _SEEN, _CLIENT_ACK, _REL, _FIN_KNOWN, _FIN = 2, 3, 6, 23, 24
 _U32 = struct.Struct("=I")
 _EMPTY = bytes(abi.CONN.size)
-_NO_WORDS = bytes(abi.GIVE.size)
-_STASH_SIZE = abi.STASH_BEFORE + abi.BUFFER + abi.STASH_SLACK
+_NO_STATE = bytes(abi.GIVE.size)
+_BUFFER_SIZE = abi.BUFFER_BEFORE + abi.BUFFER + abi.BUFFER_SLACK
 
 
 class BpfKernelPath:
@@ -56,18 +56,18 @@ class BpfKernelPath:
         buffers, owners = objects.map("buffers"), objects.map("owners")
         self.buffers = owners.info.max_entries
         # BPF_F_MMAPABLE: the elements lie one behind the other
-        self._rings = memoryview(mmap.mmap(buffers.fd, _pages(self.buffers * _STASH_SIZE)))
+        self._rings = memoryview(mmap.mmap(buffers.fd, _pages(self.buffers * _BUFFER_SIZE)))
         table = memoryview(mmap.mmap(owners.fd, _pages(self.buffers * abi.OWNER.size)))
         self._table = table[: self.buffers * abi.OWNER.size]
-        self._ctl = objects.programs["fast_ctl"].fd
+        self._ctl = objects.programs["offload_ctl"].fd
         self._idle_ns, self._since = idle_ns, since
         self._switch, self._keep_since = switch, keep_since
         self._on = False
         self._full = 0
         self.forgotten = 0
-        self._walk: Iterator[bytes] | None = None
+        self._sweep: Iterator[bytes] | None = None
         self._rest_until = 0
-        self._seized: list[bytes] = []
+        self._reclaimed: list[bytes] = []
 
     @property
     def enabled(self) -> bool:
@@ -80,11 +80,11 @@ class BpfKernelPath:
         self._switch(on)
 
     def _control(
-        self, op: CtlOp, raw_key: bytes, punt_seq: int = 0, words: bytes = _NO_WORDS,
+        self, op: CtlOp, raw_key: bytes, punt_seq: int = 0, state: bytes = _NO_STATE,
         since_ns: int = 0,
     ) -> CtlResult:  # fmt: skip
-        message = abi.CTL.pack(op, punt_seq, raw_key, words, since_ns)
-        end = time.monotonic() + SEIZE_S
+        message = abi.CTL.pack(op, punt_seq, raw_key, state, since_ns)
+        end = time.monotonic() + RECLAIM_S
         while True:
             r = CtlResult(syscall.test_run(self._ctl, message, data_out=0).retval)
             if r is not CtlResult.BUSY or time.monotonic() > end:
@@ -102,19 +102,19 @@ class BpfKernelPath:
             return False
         return True
 
-    def give(self, key: FlowKey, gift: OffloadRequest, punt_seq: int) -> OffloadResult:
+    def offload(self, key: FlowKey, request: OffloadRequest, punt_seq: int) -> OffloadResult:
         """To the fast path, if `captured` is the last frame that was handed here."""
         raw_key = conn_key(key)
-        if gift.buffer or gift.pending:
+        if request.buffer or request.pending:
             slot = self._slot(raw_key) if self._control(CtlOp.CLAIM, raw_key) is _DONE else 0
             if not slot:
                 return OffloadResult.UNAVAILABLE
-            at = (slot - 1) * _STASH_SIZE + abi.STASH_BEFORE
-            self._rings[at : at + len(gift.buffer)] = gift.buffer
-        r = self._control(CtlOp.GIVE, raw_key, punt_seq, gift.words, gift.since_ns)
+            at = (slot - 1) * _BUFFER_SIZE + abi.BUFFER_BEFORE
+            self._rings[at : at + len(request.buffer)] = request.buffer
+        r = self._control(CtlOp.OFFLOAD, raw_key, punt_seq, request.state, request.since_ns)
         if r is CtlResult.UNKNOWN:
             self.offer(key)  # deleted by sweep() meanwhile
-        elif r is not _DONE and (gift.buffer or gift.pending):
+        elif r is not _DONE and (request.buffer or request.pending):
             self._control(CtlOp.FREE, raw_key)  # the buffer that was claimed
         return _ANSWERS.get(r, OffloadResult.UNAVAILABLE)
 
@@ -138,16 +138,16 @@ class BpfKernelPath:
         raw = self._conns.get(raw_key)
         if raw is None:
             return None
-        words = conn_words(raw, b"")
+        state = conn_state(raw, b"")
         slot = abi.CONN.unpack(raw)[9]
-        if slot and words.epoch:
-            at = (slot - 1) * _STASH_SIZE
-            words = conn_words(raw, self._rings[at : at + _STASH_SIZE])
-            if not words.buffer and self._slot(raw_key) != slot:
-                words = conn_words(raw, b"")  # taken meanwhile, for it held history only
-        if slot or words.epoch:
+        if slot and state.epoch:
+            at = (slot - 1) * _BUFFER_SIZE
+            state = conn_state(raw, self._rings[at : at + _BUFFER_SIZE])
+            if not state.buffer and self._slot(raw_key) != slot:
+                state = conn_state(raw, b"")  # taken meanwhile, for it held history only
+        if slot or state.epoch:
             self._control(CtlOp.FREE, raw_key)
-        return words if words.epoch and words.epoch >= self._since else None
+        return state if state.epoch and state.epoch >= self._since else None
 
     def _waiting(self) -> Iterator[tuple[int, bytes]]:
         """(since_ns, key) of the buffers in which anything waits."""
@@ -191,34 +191,34 @@ class BpfKernelPath:
 
         Seized in one call and deleted in the next: no program works on one any more.
         """
-        reclaimed, self._seized = self._seized, []
+        reclaimed, self._reclaimed = self._reclaimed, []
         for key in reclaimed:
             raw = self._conns.get(key)
             if raw is not None and self._unused(key, raw, now_ns):
                 self.forgotten += self._conns.delete(key)
-        if self._walk is None:
+        if self._sweep is None:
             if now_ns < self._rest_until:
                 return
-            self._walk = self._conns.keys()
+            self._sweep = self._conns.keys()
         for _ in range(most):
-            key_ = next(self._walk, None)
+            key_ = next(self._sweep, None)
             if key_ is None:
-                self._walk, self._rest_until = None, now_ns + min(REST_NS, self._idle_ns // 4)
+                self._sweep, self._rest_until = None, now_ns + min(REST_NS, self._idle_ns // 4)
                 break
             raw = self._conns.get(key_)
             if raw is not None and self._unused(key_, raw, now_ns):
                 self.reclaim(
                     flow_key(key_)
                 )  # it is in the slow path from now on, and its buffer is free
-                self._seized.append(key_)
+                self._reclaimed.append(key_)
 
     def _unused(self, raw_key: bytes, raw: bytes, now_ns: int) -> bool:
         """Long enough: less if it is over, or its client was not heard after the handshake."""
-        words = abi.CONN.unpack(raw)
-        over = words[_FIN_KNOWN] and words[_FIN] == words[_REL]
+        state = abi.CONN.unpack(raw)
+        over = state[_FIN_KNOWN] and state[_FIN] == state[_REL]
         udp = abi.FLOW_KEY.unpack(raw_key)[4] & abi.KEY_UDP
-        short = over or not (words[_CLIENT_ACK] or udp)
-        return now_ns - int(words[_SEEN]) >= (self._idle_ns // 5 if short else self._idle_ns)
+        short = over or not (state[_CLIENT_ACK] or udp)
+        return now_ns - int(state[_SEEN]) >= (self._idle_ns // 5 if short else self._idle_ns)
 
 
 def _pages(size: int) -> int:

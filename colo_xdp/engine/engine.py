@@ -87,16 +87,16 @@ class Engine:
         )  # fmt: skip
         self._watched = MonitorBudget(Ledger(limits.max_queue_size, limits.max_held_bytes))
         self.fast: KernelPath = NoKernelPath() if fast is None else fast
-        self._fast_wanted = self.fast.enabled
+        self._offload_wanted = self.fast.enabled
         self._flows = FlowTable(
             self._clock, self._host, self._outbox, self._watched, limits, policy,
             lookup=self._lookup, restore=self._restore, unmirror=unmirror,
         )  # fmt: skip
         self._tcp = self._flows.tcp
-        self._giving = OffloadScheduler(
+        self._scheduler = OffloadScheduler(
             self._clock, self.fast, self._outbox, limits.compare_timeout_ns, self._flows.put
         )
-        self._note = self._giving.note
+        self._note = self._scheduler.note
         self._fragments = self._no_fragments()
         self._queue = CheckpointQueue(self.ledger, limits.max_queue_size)
         self._next_policy: Policy | None = None  # in force from the next epoch on
@@ -122,7 +122,7 @@ class Engine:
             st = self._tcp.get(p.key)
             if st is None:
                 if self._solo or (st := self._flows.new(self._tcp, p)) is None:
-                    self._homeless(rec)
+                    self._no_flow(rec)
                     return
             elif st.epoch != clock.epoch:
                 st = self._flows.renew(self._tcp, st, p)
@@ -133,7 +133,7 @@ class Engine:
             return
         self._count_opaque(p)
         if self._solo:
-            self._homeless(rec)
+            self._no_flow(rec)
         elif rec.ts_ns <= self._queue.stop_ns:
             self._counters["released_late"] += 1
             self._committed(rec, p)
@@ -147,9 +147,9 @@ class Engine:
     def set_shadow(self, on: bool, now_ns: int) -> None:
         """In shadow every frame leaves at once and is compared behind; what is held leaves now."""
         self._clock.now, self.shadow = now_ns, on
-        self.fast.enabled = not on and self._fast_wanted
+        self.fast.enabled = not on and self._offload_wanted
         if on:
-            self._giving.unbrake_all()
+            self._scheduler.end_all_backpressure()
             self._recall_all(self.fast.outstanding())
             held = [h for flow in self._timers.flows() for h in flow.held]
             for rec, _, _ in sorted([*held, *self._queue.held], key=lambda h: h[2]):
@@ -163,13 +163,13 @@ class Engine:
             rec, p = whole, parse(whole.frame)
         flow = self._flows.of(p)
         if flow is None:
-            self._homeless(rec)
+            self._no_flow(rec)
         else:
             flow.pvm(rec, p, self._clock.now)
             if self.fast.enabled:
                 self._note(flow, rec)
 
-    def _homeless(self, rec: Frame) -> None:
+    def _no_flow(self, rec: Frame) -> None:
         """A frame with no flow: the pair is lost, or the table is full."""
         if self._solo:
             self._counters["released_solo"] += 1
@@ -250,7 +250,7 @@ class Engine:
     def begin_checkpoint(self) -> None:
         """From now on the PVM's frames are queued undecided, the SVM's of this epoch dropped
         and of the next one kept. Also ends a solo phase (re-protection)."""
-        self._giving.unbrake_all()
+        self._scheduler.end_all_backpressure()
         self._set_phase(checkpointing=True)
         self._collect()
 
@@ -286,7 +286,7 @@ class Engine:
         if p.kind is _TCP and (st := self._flows.of(p, must=False)) is not None:
             st.commit(p)
             self._outbox.release(rec)
-            st.pump(self._clock.now)  # it may have been what the next one waited for
+            st.release_ready(self._clock.now)  # it may have been what the next one waited for
             return
         if p.kind is _FRAGMENT:
             self._fragments.commit(p, self._clock.now)
@@ -365,7 +365,7 @@ class Engine:
     def release_all(self) -> int:
         """The pair is lost and the PVM goes solo: release everything held, in order, and from
         now on at once. The flows are forgotten. Returns how many were held."""
-        self._giving.unbrake_all()
+        self._scheduler.end_all_backpressure()
         self._recall_all(self.fast.outstanding())
         self._collect()
         for flow in (*self._timers.flows(), self._fragments):
@@ -387,7 +387,7 @@ class Engine:
         self._timers.clear()
         self._histories.clear()
         self._outbox.take_parts()
-        self._giving.clear()
+        self._scheduler.clear()
         self._watched.frames.drain()
 
     def _no_fragments(self) -> Fragments:
@@ -401,7 +401,7 @@ class Engine:
         To be called when a batch of frames has been fed: most rests are in the same batch.
         """
         self._clock.now = now_ns
-        self._giving.end_batch(self.fast.enabled and not self._checkpointing and not self._solo)
+        self._scheduler.end_batch(self.fast.enabled and not self._checkpointing and not self._solo)
         for flow in self._outbox.take_parts():
             if flow.epoch == self._clock.epoch and flow.release_part(now_ns, True):
                 self._timers.arm(flow, now_ns + PART_NS)
@@ -410,7 +410,7 @@ class Engine:
         """Timeouts and ageing; cheap when nothing is due. To be called at tick_ns(), and without
         that every 50 ms or so."""
         self._clock.now = now_ns
-        self._giving.look()
+        self._scheduler.look()
         if not self._checkpointing:
             for flow in self._timers.due(now_ns):
                 if flow.epoch != self._clock.epoch:
@@ -434,13 +434,13 @@ class Engine:
         """When tick() has something to do that cannot be late (NEVER: nothing): a timer of some
         ms, a frame that is kept back. One of seconds may be late by 50 ms, and mostly its flow is
         gone by then: it wakes nobody."""
-        return self._clock.now if self._giving.braking else self._timers.next_ns
+        return self._clock.now if self._scheduler.braking else self._timers.next_ns
 
-    def unbrake(self, now_ns: int) -> None:
+    def end_backpressure(self, now_ns: int) -> None:
         """In place of tick(), where no time runs out: what is kept back for the fast path
         leaves."""
         self._clock.now = now_ns
-        self._giving.unbrake_all()
+        self._scheduler.end_all_backpressure()
 
     # -- the fast path
 
@@ -450,8 +450,8 @@ class Engine:
             return None
         return self.fast.reclaim(key)
 
-    def _restore(self, flow: ComparedFlow, words: ConnState) -> None:
-        self._giving.reclaim(flow, words)
+    def _restore(self, flow: ComparedFlow, state: ConnState) -> None:
+        self._scheduler.reclaim(flow, state)
 
     def _recall_all(self, keys: list[FlowKey]) -> None:
         for key in keys:
@@ -459,9 +459,9 @@ class Engine:
             if flow is not None:
                 flow.reclaim()
                 continue
-            words = self.fast.reclaim(key)
-            if words is not None:
-                self._flows.revive(key, words)
+            state = self.fast.reclaim(key)
+            if state is not None:
+                self._flows.revive(key, state)
 
     # -- to be looked at
 
@@ -510,12 +510,12 @@ class Engine:
     @property
     def held_packets(self) -> int:
         """Frames of the PVM that wait, also those that are kept back for the fast path."""
-        return self.ledger.pvm_packets + self._giving.kept()[0]
+        return self.ledger.pvm_packets + self._scheduler.kept()[0]
 
     @property
     def held_bytes(self) -> int:
         """Their bytes, Ethernet headers included."""
-        return self.ledger.pvm_bytes + self._giving.kept()[1]
+        return self.ledger.pvm_bytes + self._scheduler.kept()[1]
 
     @property
     def flows(self) -> int:

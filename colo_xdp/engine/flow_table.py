@@ -46,7 +46,7 @@ class FlowTable:
     ) -> None:  # fmt: skip
         self._clock, self._host, self._outbox = clock, host, outbox
         self._watched, self._watched_host = watched, watched.host(host)
-        self._lookup, self._restore, self._tell_unmirrored = lookup, restore, unmirror
+        self._lookup, self._restore, self._set_unmirrored = lookup, restore, unmirror
         self._limits, self.limit = limits, limits.max_flows
         self.tcp: dict[FlowKey, Comparer] = {}
         self.datagram: dict[FlowKey, Comparer] = {}
@@ -76,7 +76,7 @@ class FlowTable:
     def enforce(self, policy: Policy, epoch: int) -> None:
         """New rules begin with an epoch, when nothing waits. Each flow is judged when next seen."""
         self.policy, self._policy_epoch = policy, epoch
-        self._tell_unmirrored(None)
+        self._set_unmirrored(None)
         for table in (self.tcp, self.datagram):
             for flow in table.values():
                 flow.outdate(epoch)
@@ -107,9 +107,9 @@ class FlowTable:
     def new(self, table: dict[FlowKey, Comparer], p: Packet, must: bool = True) -> Comparer | None:
         if not self._room(must):
             return None
-        words = self._lookup(p.key) if known(p.key) else None
-        if words is not None:
-            return self.revive(p.key, words)
+        state = self._lookup(p.key) if known(p.key) else None
+        if state is not None:
+            return self.revive(p.key, state)
         flow = table[p.key] = self._make(p)
         self._outbox.rules[flow.verdict.rule].flows += 1
         self._born(flow)
@@ -117,15 +117,15 @@ class FlowTable:
             self.openings.note(flow, self._clock.now)
         return flow
 
-    def revive(self, key: FlowKey, words: ConnState) -> Comparer:
+    def revive(self, key: FlowKey, state: ConnState) -> Comparer:
         """A flow that the fast path knows, and the table no more."""
-        p = (_TCP_CODEC if is_stream(key) else _UDP_CODEC).probe(key, words)
+        p = (_TCP_CODEC if is_stream(key) else _UDP_CODEC).probe(key, state)
         table = self.table(key)
-        flow = table[key] = self._make(p, direction(words))
+        flow = table[key] = self._make(p, direction(state))
         self._born(flow)
         if not isinstance(flow, ComparedFlow):
             return flow
-        self._restore(flow, words)
+        self._restore(flow, state)
         return flow if flow.epoch == self._clock.epoch else self.renew(table, flow, p)
 
     def _make(self, p: Packet, direction: str = "") -> Comparer:
@@ -154,7 +154,7 @@ class FlowTable:
     def _unmirror(self, p: Packet) -> None:
         key = unmirrored_key(p.key, p.kind is _TCP)
         if key is not None:
-            self._tell_unmirrored(key)
+            self._set_unmirrored(key)
 
     def renew(self, table: dict[FlowKey, Comparer], flow: Comparer, p: Packet) -> Comparer:
         """The flow's first frame in this epoch, or since the fast path had it: new rules may have

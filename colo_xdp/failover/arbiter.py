@@ -34,7 +34,7 @@ class Host:
 
     config: Config
     boot: str  # which process this is, as the peer is told
-    speaking: bool  # its guest was on the network when this process began
+    transmitting: bool  # its guest was on the network when this process began
     allow: Callable[[int], None]  # tell the programs how long the guest may speak (boot_ns)
     changed: Callable[[], None]  # view() says something new
 
@@ -147,8 +147,8 @@ class LeaseArbiter(Arbiter):
 
     needs_grant = True
 
-    def __init__(self, speaker: Leadership) -> None:
-        self.speaker = speaker
+    def __init__(self, leadership: Leadership) -> None:
+        self.leadership = leadership
 
     @classmethod
     def of(cls, host: Host) -> LeaseArbiter:
@@ -162,14 +162,14 @@ class LeaseArbiter(Arbiter):
                 boot=host.boot,
                 ttl_ms=f.lease_ttl,
                 margin_ms=f.lease_margin,
-                speaking=host.speaking,
+                transmitting=host.transmitting,
                 allow=host.allow,
                 changed=host.changed,
             )
         )
 
     def view(self) -> ArbiterView:
-        s = self.speaker
+        s = self.leadership
         return ArbiterView(
             name="lease",
             needs_grant=True,
@@ -181,7 +181,7 @@ class LeaseArbiter(Arbiter):
         )
 
     def follow(self, action: Action, *, wants: bool) -> None:
-        s = self.speaker
+        s = self.leadership
         s.watch = action is not Action.NONE
         s.want = wants
         if action is Action.ACQUIRE and s.held:
@@ -190,46 +190,46 @@ class LeaseArbiter(Arbiter):
     async def check(self) -> None:
         """With no lease to be had the guest would be silent on both hosts."""
         try:
-            await self.speaker.look()
+            await self.leadership.look()
         except StoreError as e:
             raise ArbiterError(str(e)) from e
 
     def paired(self) -> None:
-        self.speaker.paired()
+        self.leadership.paired()
 
     def new_guest(self) -> None:
-        self.speaker.forget()
+        self.leadership.forget()
 
     def promise(self) -> bool:
-        return self.speaker.promise()
+        return self.leadership.promise()
 
     def promised(self, sent_boot_ns: int) -> None:
-        self.speaker.promised(sent_boot_ns)
+        self.leadership.promised(sent_boot_ns)
 
     def peer_shut(self, boot: str) -> None:
-        self.speaker.freed(boot)
+        self.leadership.freed(boot)
 
     def peer_open(self) -> None:
-        self.speaker.revived()
+        self.leadership.revived()
 
     @property
     def right(self) -> str:
-        s = self.speaker
+        s = self.leadership
         return "held" if s.held else "promised" if s.may_transmit else "none"
 
     @property
     def remaining_s(self) -> float | None:
-        return self.speaker.remaining_s
+        return self.leadership.remaining_s
 
     @property
     def trouble(self) -> str:
-        return self.speaker.trouble
+        return self.leadership.trouble
 
     async def run(self) -> None:
-        await self.speaker.run()
+        await self.leadership.run()
 
     async def close(self) -> None:
-        await self.speaker.close()
+        await self.leadership.close()
 
 
 def make_store(config: Config) -> Store:

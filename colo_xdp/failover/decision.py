@@ -87,7 +87,7 @@ class OtherGuest(StrEnum):
     UNKNOWN = ""  # nothing was heard yet
     IDLE = "idle"  # silent, and nobody has confirmed that it is a copy
     COPY = "copy"  # silent, and a copy of what the pair's guest was
-    SPEAKS = "speaks"
+    TRANSMITTING = "speaks"
     ENDED = "ended"  # it spoke alone, and is gone
 
 
@@ -98,7 +98,7 @@ def other_guest(role: str, state: str, *, alone: bool, shut: bool) -> OtherGuest
     if role == Role.PRIMARY and not alone and state == State.STARTING:
         return OtherGuest.UNKNOWN  # undecided as well
     if alone or role == Role.PRIMARY or state in (State.PROMOTED, State.SOLO):
-        return OtherGuest.SPEAKS
+        return OtherGuest.TRANSMITTING
     return OtherGuest.IDLE if state in (State.STARTING, State.STOPPED) else OtherGuest.COPY
 
 
@@ -117,7 +117,7 @@ class Heard:
 
     name: str
     silent_ms: float  # since the peer's last beacon
-    unheard_ms: float  # age of our newest beacon that the peer says it has heard
+    echo_age_ms: float  # age of our newest beacon that the peer says it has heard
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,14 +180,14 @@ class Decision:
 _Row = tuple[Callable[[Facts], bool], Action, str | Callable[[Facts], str]]
 
 
-def _last_word_ms(f: Facts) -> float:
+def _last_heard_ms(f: Facts) -> float:
     """Since the last word of the peer's controller, on any path."""
     return min([f.peer_silent_ms, *(p.silent_ms for p in f.paths)])
 
 
 def _suspect(f: Facts) -> bool:
     # Silence alone: a host that lost its power closes no connection.
-    return _last_word_ms(f) > f.heartbeat_timeout_ms
+    return _last_heard_ms(f) > f.heartbeat_timeout_ms
 
 
 def _no_control(f: Facts) -> bool:
@@ -244,7 +244,7 @@ def _unreachable(f: Facts) -> bool:
     """
     if _peer_dead(f) or (_stopped(f) and not _cannot_wait(f)):
         return False
-    return _last_word_ms(f) > f.dead_after_ms or _deaf(f)
+    return _last_heard_ms(f) > f.dead_after_ms or _deaf(f)
 
 
 def _stopped(f: Facts) -> bool:
@@ -284,7 +284,7 @@ def _heard(f: Facts) -> str:
     """Over which paths the peer is heard."""
     live = [p for p in f.paths if p.silent_ms <= f.heartbeat_timeout_ms]
     text = "its beacons arrive over " + ", ".join(p.name for p in live)
-    if all(p.unheard_ms > f.heartbeat_timeout_ms for p in live):
+    if all(p.echo_age_ms > f.heartbeat_timeout_ms for p in live):
         text += ", where it does not hear this side's"
     return text
 
@@ -379,7 +379,7 @@ _ROWS: tuple[_Row, ...] = (
         ),
     ),
     (
-        lambda f: f.undecided and f.other_guest is OtherGuest.SPEAKS,
+        lambda f: f.undecided and f.other_guest is OtherGuest.TRANSMITTING,
         Action.STOP,
         "the other host's guest speaks: this one must not",
     ),

@@ -88,7 +88,7 @@ class EtcdStore:
 
     def __init__(self, etcd: Etcd, pair: str, timeout: float) -> None:
         self._etcd, self._timeout = etcd, timeout
-        self._speaker, self._alone, self._last = (
+        self._leader_key, self._standalone_key, self._last = (
             _b64(f"{PREFIX}{pair}/{n}") for n in ("speaker", "alone", "last")
         )
         self._at = 0
@@ -169,7 +169,7 @@ class EtcdStore:
         return int(r["ID"])
 
     def _read(self) -> list[dict[str, Any]]:
-        return [self._get(k) for k in (self._alone, self._speaker, self._last)]
+        return [self._get(k) for k in (self._standalone_key, self._leader_key, self._last)]
 
     def _seen(self, found: list[dict[str, Any]]) -> tuple[StoreView, int]:
         """What _read() has found, and the revision of the key."""
@@ -185,17 +185,17 @@ class EtcdStore:
         if not ours_to_take(seen, holder, steal, claim):
             return 0, seen
         lease = self._alive(a, last, ttl_ms)
-        key = self._speaker
+        key = self._leader_key
         if lease == last:
             mine: list[dict[str, Any]] = [
-                {"key": key, "target": "VALUE", "result": "IN_SYNC", "value": _b64(holder)},
-                {"key": key, "target": "LEASE", "result": "IN_SYNC", "lease": lease},
+                {"key": key, "target": "VALUE", "result": "EQUAL", "value": _b64(holder)},
+                {"key": key, "target": "LEASE", "result": "EQUAL", "lease": lease},
             ]
             ok, found = a.txn(mine, read, read)
             if ok:
                 return lease, self._seen(found)[0]
         same: list[dict[str, Any]] = [
-            {"key": k, "target": "MOD", "result": "IN_SYNC", "mod_revision": n}
+            {"key": k, "target": "MOD", "result": "EQUAL", "mod_revision": n}
             for k, n in ((key, revision), (self._last, seen.since))
         ]
         put: list[dict[str, Any]] = [
@@ -212,16 +212,21 @@ class EtcdStore:
 
     def _release(self, a: _Attempt, lease: int) -> None:
         """In words, too, so that nobody waits; but not of a key that another lease holds by now."""
-        mine = {"key": self._speaker, "target": "LEASE", "result": "IN_SYNC", "lease": lease}
+        mine = {"key": self._leader_key, "target": "LEASE", "result": "EQUAL", "lease": lease}
         said = {"request_put": {"key": self._last, "value": _b64(GIVEN_UP)}}
-        a.txn([mine], [{"request_delete_range": {"key": self._speaker}}, said], [])
+        a.txn([mine], [{"request_delete_range": {"key": self._leader_key}}, said], [])
         a.post("/lease/revoke", {"ID": lease})
 
     def _record(self, a: _Attempt, holder: str, alone: str) -> bool:
-        mine = {"key": self._speaker, "target": "VALUE", "result": "IN_SYNC", "value": _b64(holder)}
-        put: dict[str, Any] = {"request_put": {"key": self._alone, "value": _b64(alone)}}
+        mine = {
+            "key": self._leader_key,
+            "target": "VALUE",
+            "result": "EQUAL",
+            "value": _b64(holder),
+        }
+        put: dict[str, Any] = {"request_put": {"key": self._standalone_key, "value": _b64(alone)}}
         if not alone:
-            put = {"request_delete_range": {"key": self._alone}}
+            put = {"request_delete_range": {"key": self._standalone_key}}
         return a.txn([mine], [put], [])[0]
 
 

@@ -132,7 +132,7 @@ class Leadership:
         boot: str,
         ttl_ms: int,
         margin_ms: int,
-        speaking: bool,
+        transmitting: bool,
         allow: Callable[[int], None],
         changed: Callable[[], None],
     ) -> None:
@@ -143,7 +143,7 @@ class Leadership:
         self._key_until = self._promise_until = 0
         # A former process of this host may have promised something just before it died, unless its
         # guest was `speaking`.
-        self._silent_until = 0 if speaking else boot_ns() + self._ttl + self._ttl // RATE
+        self._silent_until = 0 if transmitting else boot_ns() + self._ttl + self._ttl // RATE
         self._want = self._asked = self._watch = False
         self._gone_ns = 0  # since when the key is known to have vanished (boot_ns)
         self._record: str | None = None

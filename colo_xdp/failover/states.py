@@ -81,6 +81,6 @@ def _name(state: State) -> str:
     return state.value.replace("-", "_")
 
 
-def lets_nothing_out(role: Role, mode: Mode) -> bool:
+def sends_nothing(role: Role, mode: Mode) -> bool:
     """Whether the data path keeps this host's guest from the network, whatever it says."""
     return mode is Mode.DROP or (role is Role.SECONDARY and mode is not Mode.TAKEOVER)

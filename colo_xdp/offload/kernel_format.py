@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What the two tiers say to each other of a flow, whatever its kind: sans-IO.
+"""What the fast path and the slow path exchange about a flow, whatever its kind: sans-IO.
 
 compare/offload_port.py is what a flow keeps for it. offload/tcp.py knows how a TCP stream goes to
 the kernel and comes back, offload/udp.py a flow of UDP datagrams; offload/scheduler.py knows when;
@@ -24,9 +24,9 @@ _MAPPED = bytes(10) + b"\xff\xff"  # RFC 4291 2.5.5.2
 class ConnState:
     """struct colo_conn, and the bytes outstanding. Windows are fields, not scaled."""
 
-    tier: int
+    owner: int
     epoch: int
-    rel: int
+    released: int
     punt_seq: int
     p_ack: int
     s_ack: int
@@ -41,10 +41,12 @@ class ConnState:
     l4: int
     since_ns: int
     seen_ns: int
-    memo: bytes  # user space's: byte 1 is the direction
-    buffer: bytes  # from rel on, of whoever is ahead: bytes, or records of datagrams
-    history: bytes  # up to rel
-    fin: int | None = None  # place of the FIN that was sent: rel - 1, or the last one outstanding
+    cookie: bytes  # user space's: byte 1 is the direction
+    buffer: bytes  # from released on, of whoever is leader: bytes, or records of datagrams
+    history: bytes  # up to released
+    fin: int | None = (
+        None  # place of the FIN that was sent: released - 1, or the last one outstanding
+    )
 
 
 class OffloadResult(Enum):
@@ -64,7 +66,7 @@ class KernelPath(Protocol):
         """Make the connection known to the kernel; False: the table is full."""
         ...
 
-    def give(self, key: FlowKey, gift: OffloadRequest, punt_seq: int) -> OffloadResult:
+    def offload(self, key: FlowKey, request: OffloadRequest, punt_seq: int) -> OffloadResult:
         """To the fast path, the last frame of it that was seen here being `captured`."""
         ...
 
@@ -93,7 +95,7 @@ class NoKernelPath:
     def offer(self, key: FlowKey) -> bool:
         return False
 
-    def give(self, key: FlowKey, gift: OffloadRequest, punt_seq: int) -> OffloadResult:
+    def offload(self, key: FlowKey, request: OffloadRequest, punt_seq: int) -> OffloadResult:
         return OffloadResult.UNAVAILABLE
 
     def reclaim(self, key: FlowKey) -> ConnState | None:
@@ -137,13 +139,13 @@ def flow_key(raw: bytes) -> FlowKey:
     return bytes(head + guest + client + sport + dport)
 
 
-def direction(words: ConnState) -> str:
+def direction(state: ConnState) -> str:
     """Who opened the flow, as the policy knows it."""
-    return _DIRECTIONS[words.memo[1]]
+    return _DIRECTIONS[state.cookie[1]]
 
 
 def direction_number(text: str) -> int:
-    """For the second byte of a memo."""
+    """For the second byte of a cookie."""
     return _DIRECTIONS.index(text)
 
 
@@ -153,31 +155,32 @@ class OffloadRequest:
     whether an ack waits, which needs a buffer too: by its owner user space finds what waits; and
     since when (0: nothing does)."""
 
-    words: bytes
+    state: bytes
     buffer: bytes
     pending: bool = False
     since_ns: int = 0
 
 
-def conn_words(raw: bytes, ring: bytes | memoryview) -> ConnState:
+def conn_state(raw: bytes, ring: bytes | memoryview) -> ConnState:
     """Decodes struct colo_conn; `ring`: struct colo_buffer, empty if there is none."""
     (
-        _, since, seen, _, tier, epoch, rel, nxt, org, buffer, punt_seq, p_ack, s_ack, adv_ack,
-        p_win, s_win, adv_win, mss, ahead, pending, l4, doff, _, fin_known, fin, hdr, memo,
+        _, since, seen, _, owner, epoch, released, next_, base_seq, buffer, punt_seq, p_ack, s_ack,
+        adv_ack, p_win, s_win, adv_win, mss, leader, pending, l4, doff, _, fin_known, fin,
+        hdr, cookie,
     ) = abi.CONN.unpack(raw)  # fmt: skip
-    out, kept = (nxt - rel) & MASK, (nxt - org) & MASK
+    out, kept = (next_ - released) & MASK, (next_ - base_seq) & MASK
     data = past = b""
     if buffer and ring and out <= abi.BUFFER:
         kept = min(kept, abi.BUFFER)
-        at = (nxt - kept - org) % abi.BUFFER
-        first, last = abi.STASH_BEFORE + at, abi.STASH_BEFORE + abi.BUFFER
+        at = (next_ - kept - base_seq) % abi.BUFFER
+        first, last = abi.BUFFER_BEFORE + at, abi.BUFFER_BEFORE + abi.BUFFER
         both = bytes(ring[first : min(last, first + kept)])
-        both += bytes(ring[abi.STASH_BEFORE : abi.STASH_BEFORE + kept - len(both)])
+        both += bytes(ring[abi.BUFFER_BEFORE : abi.BUFFER_BEFORE + kept - len(both)])
         past, data = both[: kept - out], both[kept - out :]
     if fin_known:  # nothing is stored in its place: see _settle_fin() in compare/tcp.py
         past, data = (past, data[:-1]) if data else (past[:-1] + b"\0"[: len(past)], data)
     return ConnState(
-        tier, epoch, rel, punt_seq, p_ack, s_ack, adv_ack, p_win, s_win, adv_win, mss,
-        ahead == abi.SIDE_PVM, bool(pending), hdr[: l4 + doff] if l4 else b"", l4, since, seen,
-        memo, data, past, (fin - 1) & MASK if fin_known else None,
+        owner, epoch, released, punt_seq, p_ack, s_ack, adv_ack, p_win, s_win, adv_win, mss,
+        leader == abi.SIDE_PVM, bool(pending), hdr[: l4 + doff] if l4 else b"", l4, since, seen,
+        cookie, data, past, (fin - 1) & MASK if fin_known else None,
     )  # fmt: skip

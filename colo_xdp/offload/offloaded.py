@@ -86,8 +86,8 @@ class OffloadedFlow:
     def commit(self, p: Packet) -> None:
         self.reclaim().commit(p)
 
-    def pump(self, now_ns: int) -> None:
-        self.reclaim().pump(now_ns)
+    def release_ready(self, now_ns: int) -> None:
+        self.reclaim().release_ready(now_ns)
 
     def pvm_in_checkpoint(self, rec: Frame, p: Packet, now_ns: int) -> bool:
         return self.reclaim().pvm_in_checkpoint(rec, p, now_ns)

@@ -25,7 +25,7 @@ from .kernel_format import ConnState, KernelPath, OffloadResult
 from .offloaded import OffloadedFlow
 
 #: settled batches before a connection is offered to the kernel, and at most between two stays there
-OFFER_AFTER, MAX_PATIENCE = 12, 256
+OFFER_AFTER, MAX_BACKOFF = 12, 256
 #: but so many if only its handshake has been, or if it has said so much that there is more to come
 OFFER_SOON, OFFER_BYTES = 1, 8192
 #: a stay in the kernel that was shorter than this doubles the patience
@@ -42,13 +42,13 @@ BACKPRESSURE_STREAMS = 16
 
 def _wait(st: ComparedFlow) -> int:
     """Settled batches before a flow that the kernel does not know is offered to it."""
-    soon = st.codec.young(st) or st.codec.said(st) >= OFFER_BYTES
+    soon = st.codec.young(st) or st.codec.bytes_sent(st) >= OFFER_BYTES
     return OFFER_SOON if soon else OFFER_AFTER
 
 
-def _full(brake: Backpressure) -> bool:
+def _full(pressure: Backpressure) -> bool:
     """Whether the guest sends on and on without an ack."""
-    return len(brake.frames) > BACKPRESSURE_FRAMES or brake.size > BACKPRESSURE_BYTES
+    return len(pressure.frames) > BACKPRESSURE_FRAMES or pressure.size > BACKPRESSURE_BYTES
 
 
 class OffloadScheduler:
@@ -61,9 +61,9 @@ class OffloadScheduler:
         self, clock: Clock, fast: KernelPath, outbox: Outbox, timeout_ns: int,
         put: Callable[[Comparer], None],
     ) -> None:  # fmt: skip
-        self._clock, self._fast, self._outbox = clock, fast, outbox
+        self._clock, self._kernel, self._outbox = clock, fast, outbox
         self._timeout_ns, self._put = timeout_ns, put
-        self._calm: dict[ComparedFlow, None] = {}  # anything came in this batch
+        self._settled: dict[ComparedFlow, None] = {}  # anything came in this batch
         self._backpressured: list[ComparedFlow] = []
         self._back: ComparedFlow | None = None  # the last that has come back
 
@@ -81,20 +81,20 @@ class OffloadScheduler:
         elif st is self._back:
             self._back = None
             return
-        self._calm[st] = None
+        self._settled[st] = None
 
-    def end_batch(self, may_give: bool) -> None:
+    def end_batch(self, may_offload: bool) -> None:
         """All frames that came together have been noted."""
-        if self._calm:
-            calm, self._calm = self._calm, {}
-            if may_give:
-                self._give(calm)
+        if self._settled:
+            settled, self._settled = self._settled, {}
+            if may_offload:
+                self._offload(settled)
         if self._backpressured:
             self.look()
 
-    def _give(self, calm: dict[ComparedFlow, None]) -> None:
+    def _offload(self, settled: dict[ComparedFlow, None]) -> None:
         now, count = self._clock.now, self._outbox.count
-        for st in calm:
+        for st in settled:
             state = st.offload
             if state.backpressure is not None:
                 continue  # look() has it
@@ -105,7 +105,7 @@ class OffloadScheduler:
             if not self._ready(st):
                 continue
             if not state.offered:
-                state.offered, state.settled_batches = self._fast.offer(st.key), 0
+                state.offered, state.settled_batches = self._kernel.offer(st.key), 0
                 count("offload_offered", state.offered)
                 if not (state.offered and st.codec.young(st)):
                     continue
@@ -132,32 +132,32 @@ class OffloadScheduler:
         since = st.codec.waits_since(st)
         if since and now - since > self._timeout_ns // 2:
             return OffloadResult.UNAVAILABLE  # the engine would take it back at once
-        gift = st.codec.pack(st, self._clock.epoch)
-        if gift is None:
+        request = st.codec.pack(st, self._clock.epoch)
+        if request is None:
             return OffloadResult.UNAVAILABLE
-        answer = self._fast.give(st.key, gift, state.punt_seq)
+        answer = self._kernel.offload(st.key, request, state.punt_seq)
         if answer is OffloadResult.ACCEPTED:
-            st.codec.given(st)
-            self._calm.pop(st, None)
+            st.codec.on_offloaded(st)
+            self._settled.pop(st, None)
             self._put(OffloadedFlow(st, self.reclaim))
             state.offloaded_ns, state.settled_batches, state.refused = now, 0, 0
             self._outbox.count("offload_accepted")
         return answer
 
-    def reclaim(self, st: ComparedFlow, words: ConnState | None = None) -> None:
-        """The fast path has handed the flow over, or has to. words: what it had, if that is
-        known."""
+    def reclaim(self, st: ComparedFlow, conn: ConnState | None = None) -> None:
+        """The fast path has handed the flow over, or has to. `conn`: what it had, if
+        that is known."""
         self._put(st)
-        words = self._fast.reclaim(st.key) if words is None else words
-        if words is None:  # it has forgotten it: as one that is met for the first time
+        conn = self._kernel.reclaim(st.key) if conn is None else conn
+        if conn is None:  # it has forgotten it: as one that is met for the first time
             st.unknown(self._clock.epoch)
             return
         state, now = st.offload, self._clock.now
         short = now - state.offloaded_ns < SHORT_STAY_NS
-        state.backoff = min(2 * state.backoff, MAX_PATIENCE) if short else 1
-        state.offered, state.settled_batches, state.punt_seq = True, 0, words.punt_seq
+        state.backoff = min(2 * state.backoff, MAX_BACKOFF) if short else 1
+        state.offered, state.settled_batches, state.punt_seq = True, 0, conn.punt_seq
         self._back = st
-        st.codec.recall(st, words, now)
+        st.codec.recall(st, conn, now)
         self._outbox.count("offload_reclaimed")
 
     # -- the brake
@@ -172,38 +172,38 @@ class OffloadScheduler:
         To be called with each batch and with each tick."""
         now = self._clock.now
         for st in self._backpressured[:]:
-            brake = st.offload.backpressure
-            assert brake is not None
+            pressure = st.offload.backpressure
+            assert pressure is not None
             st.release_part(now, False)
             if self._ready(st) and self._gave(st) is OffloadResult.ACCEPTED:
-                self._unbrake(st)
-            elif now >= brake.until_ns or _full(brake):
-                st.offload.refused, st.offload.settled_batches = 0, -MAX_PATIENCE
-                self._unbrake(st)
+                self._end_backpressure(st)
+            elif now >= pressure.until_ns or _full(pressure):
+                st.offload.refused, st.offload.settled_batches = 0, -MAX_BACKOFF
+                self._end_backpressure(st)
 
-    def _unbrake(self, st: ComparedFlow) -> None:
-        brake, st.offload.backpressure = st.offload.backpressure, None
-        assert brake is not None
+    def _end_backpressure(self, st: ComparedFlow) -> None:
+        pressure, st.offload.backpressure = st.offload.backpressure, None
+        assert pressure is not None
         st.outbox = st.host.outbox
         self._backpressured.remove(st)
-        for rec in brake.frames:
+        for rec in pressure.frames:
             st.outbox.release(rec)
 
-    def unbrake_all(self) -> None:
+    def end_all_backpressure(self) -> None:
         """What is kept back leaves: it may, and something else happens now."""
         for st in self._backpressured[:]:
-            self._unbrake(st)
+            self._end_backpressure(st)
 
     def clear(self) -> None:
         """Forget all streams, of which none is braked."""
-        self._calm.clear()
+        self._settled.clear()
         self._back = None
 
     def kept(self) -> tuple[int, int]:
         """Frames that are kept back, and their bytes."""
-        brakes = [
+        pressures = [
             st.offload.backpressure
             for st in self._backpressured
             if st.offload.backpressure is not None
         ]
-        return sum(len(b.frames) for b in brakes), sum(b.size for b in brakes)
+        return sum(len(b.frames) for b in pressures), sum(b.size for b in pressures)

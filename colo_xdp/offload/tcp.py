@@ -47,17 +47,17 @@ def _plain(p: Packet) -> bool:
 
 
 def _frame(
-    key: FlowKey, words: ConnState, seq: int, payload: bytes, flags: int
+    key: FlowKey, state: ConnState, seq: int, payload: bytes, flags: int
 ) -> tuple[Frame, Packet]:
     """A frame of the PVM as it might have come, under its newest header."""
-    mss = words.mss or _DEFAULT_MSS
+    mss = state.mss or _DEFAULT_MSS
     gso = mss if len(payload) > mss else 0
-    head = bytearray(words.header or _header(key))
-    l4 = len(head) - 20 if not words.header else words.l4
-    struct.pack_into("!II", head, l4 + 4, seq, words.p_ack)
+    head = bytearray(state.header or _header(key))
+    l4 = len(head) - 20 if not state.header else state.l4
+    struct.pack_into("!II", head, l4 + 4, seq, state.p_ack)
     head[l4 + 13] = ACK | flags
-    struct.pack_into("!H", head, l4 + 14, words.p_win)
-    rec = Frame(finish(head, l4, payload), words.since_ns or words.seen_ns, gso, True)
+    struct.pack_into("!H", head, l4 + 14, state.p_win)
+    rec = Frame(finish(head, l4, payload), state.since_ns or state.seen_ns, gso, True)
     return rec, parse(rec.frame)
 
 
@@ -78,23 +78,23 @@ class TcpCodec:
         bytes."""
         sent, theirs = st.sent, st.theirs
         return (
-            not theirs.ooo and not (st.held and theirs.chunks)
-            and sent.base is not None and sent.base == sent.ver
+            not theirs.out_of_order and not (st.held and theirs.chunks)
+            and sent.released_nxt is not None and sent.released_nxt == sent.verified
             and sent.committed_ack is not None and not sent.over()
-            and theirs.sfin is None and not theirs.srst
-            and (theirs.ssyn is None or theirs.ssyn.twin)
-            and not st.stuck and not st.asked and not st.unverifiable
+            and theirs.svm_fin is None and not theirs.svm_rsts
+            and (theirs.svm_syn is None or theirs.svm_syn.matched)
+            and not st.diverged and not st.asked and not st.unverifiable
             and not st.marks.unfit and not theirs.surg
             and st.windows.shrunk is None and known(st.key)
         )  # fmt: skip
 
     def young(self, st: TcpFlow) -> bool:
         """Whether the handshake is all that has been: what comes next comes after a round trip."""
-        return st.sent.isn is not None and st.sent.base == (st.sent.isn + 1) & MASK
+        return st.sent.isn is not None and st.sent.released_nxt == (st.sent.isn + 1) & MASK
 
-    def said(self, st: TcpFlow) -> int:
+    def bytes_sent(self, st: TcpFlow) -> int:
         """Bytes that the guest has said."""
-        return 0 if st.sent.base is None else diff(st.sent.base, st.sent.origin)
+        return 0 if st.sent.released_nxt is None else diff(st.sent.released_nxt, st.sent.origin)
 
     def waits_since(self, st: TcpFlow) -> int:
         """Since when anything of a ready stream waits; 0: nothing does."""
@@ -102,19 +102,19 @@ class TcpCodec:
 
     def pack(self, st: TcpFlow, epoch: int) -> OffloadRequest | None:
         """A ready stream for Fast.give(); None: not plain, or no window is known yet."""
-        assert st.sent.base is not None and st.sent.committed_ack is not None
-        s_ack = later(st.theirs.sack, st.sent.committed_ack)
-        w = st.windows.words(st.sent.committed_ack, s_ack)
+        assert st.sent.released_nxt is not None and st.sent.committed_ack is not None
+        s_ack = later(st.theirs.svm_ack, st.sent.committed_ack)
+        w = st.windows.state(st.sent.committed_ack, s_ack)
         if w is None:
             return None
-        p_ack, p_win, nxt = st.sent.committed_ack, w.pvm, st.sent.base
+        p_ack, p_win, nxt = st.sent.committed_ack, w.pvm, st.sent.released_nxt
         parts: list[bytes] = []
         header, l4, size, ahead, mss = b"", 0, 0, abi.SIDE_PVM, 0
         for rec, p, _ in st.held:
             if not _plain(p) or (l4 and p.off - p.l4 != size):
                 return None
             known = diff(nxt, p.seq)  # sent again while it waited: once is enough
-            if not 0 <= known <= diff(nxt, st.sent.base):
+            if not 0 <= known <= diff(nxt, st.sent.released_nxt):
                 return None
             fresh = p.frame[p.off + known : p.end]
             parts.append(fresh)
@@ -129,8 +129,8 @@ class TcpCodec:
             parts.append(frame[off:end])
             nxt = (nxt + end - off) & MASK
             ahead = abi.SIDE_SVM
-        past = min(st.sent.hist.size, HISTORY)
-        buffer = st.sent.hist.back(past, past) + b"".join(parts)
+        past = min(st.sent.history.size, HISTORY)
+        buffer = st.sent.history.back(past, past) + b"".join(parts)
         if len(buffer) > abi.BUFFER // 2:
             return None
         scale, pending = _NO_SCALE if w.scale is None else w.scale, diff(p_ack, s_ack) > 0
@@ -145,71 +145,78 @@ class TcpCodec:
         )
         return OffloadRequest(
             abi.GIVE.pack(
-                epoch, st.sent.base, p_ack, s_ack, st.sent.committed_ack, p_win, w.svm, w.told, mss,
-                nxt, (st.sent.base - past) & MASK, ahead, pending, l4, size, header, memo,
+                epoch, st.sent.released_nxt, p_ack, s_ack, st.sent.committed_ack, p_win, w.svm,
+                w.advertised, mss, nxt, (st.sent.released_nxt - past) & MASK, ahead, pending,
+                l4, size, header, memo,
             ),
             buffer,
             pending,
             self.waits_since(st),
         )  # fmt: skip
 
-    def given(self, st: TcpFlow) -> None:
+    def on_offloaded(self, st: TcpFlow) -> None:
         """The fast path has the stream, and what waited in it."""
         st.unhold()
         st.host.ledger.discharge_svm(len(st.theirs.chunks))
         st.theirs.chunks.clear()
 
-    def recall(self, st: TcpFlow, words: ConnState, now_ns: int) -> None:
+    def recall(self, st: TcpFlow, state: ConnState, now_ns: int) -> None:
         """Let an empty or given stream go on from what the kernel had."""
-        has_isn, _, scale, isn, origin, syn, _ = _MEMO.unpack_from(words.memo)
+        has_isn, _, scale, isn, origin, syn, _ = _MEMO.unpack_from(state.cookie)
         st.sent.isn, st.sent.origin = (isn if has_isn else None), origin
-        st.epoch = words.epoch
-        known = 0 if st.sent.ver is None else (st.sent.ver - words.rel + len(words.history)) & MASK
-        if known > len(words.history):
+        st.epoch = state.epoch
+        known = (
+            0
+            if st.sent.verified is None
+            else (st.sent.verified - state.released + len(state.history)) & MASK
+        )
+        if known > len(state.history):
             # there is a hole between what is in it and what the fast path has kept
-            st.sent.hist.clear()
+            st.sent.history.clear()
             known = 0
-        st.sent.hist.add(words.history[known:])
-        st.host.histories.charge(st.sent.hist)
-        st.sent.base = st.sent.ver = st.theirs.send = words.rel
-        st.sent.committed_ack, st.theirs.sack = words.adv_ack, words.s_ack
+        st.sent.history.add(state.history[known:])
+        st.host.histories.charge(st.sent.history)
+        st.sent.released_nxt = st.sent.verified = st.theirs.svm_nxt = state.released
+        st.sent.committed_ack, st.theirs.svm_ack = state.adv_ack, state.s_ack
         ack = None
-        if words.header:
-            ack = _frame(st.key, words, words.rel, b"", 0)
+        if state.header:
+            ack = _frame(st.key, state, state.released, b"", 0)
         st.windows.resume(
             Windows(
-                None if scale == _NO_SCALE else scale, syn, words.p_win, words.s_win, words.adv_win
+                None if scale == _NO_SCALE else scale, syn, state.p_win, state.s_win, state.adv_win
             ),
-            (words.p_ack, words.s_ack, words.adv_ack),
-            ack if words.adv_win < words.p_win else None,
+            (state.p_ack, state.s_ack, state.adv_ack),
+            ack if state.adv_win < state.p_win else None,
         )
         host = st.host
-        since = words.since_ns or now_ns
-        waits = words.fin if words.fin is not None and diff(words.fin, words.rel) >= 0 else None
-        if words.fin is not None and waits is None:
-            st.sent.fin_done = words.fin
-        if waits is not None and not words.pvm_ahead:
-            st.theirs.sfin, st.theirs.sfin_at = waits, since
-        if words.buffer and not words.pvm_ahead:
-            for at in range(0, len(words.buffer), PIECE):
-                piece = words.buffer[at : at + PIECE]
-                rec, p = _frame(st.key, words, (words.rel + at) & MASK, piece, 0)
+        since = state.since_ns or now_ns
+        waits = (
+            state.fin if state.fin is not None and diff(state.fin, state.released) >= 0 else None
+        )
+        if state.fin is not None and waits is None:
+            st.sent.fin_done = state.fin
+        if waits is not None and not state.pvm_ahead:
+            st.theirs.svm_fin, st.theirs.sfin_at = waits, since
+        if state.buffer and not state.pvm_ahead:
+            for at in range(0, len(state.buffer), PIECE):
+                piece = state.buffer[at : at + PIECE]
+                rec, p = _frame(st.key, state, (state.released + at) & MASK, piece, 0)
                 st.theirs.chunks.append((rec.frame, p.off, p.end, since))
                 host.ledger.charge_svm()
-            st.theirs.send = (words.rel + len(words.buffer)) & MASK
-        elif words.buffer:
-            for at in range(0, len(words.buffer), PIECE):
-                piece = words.buffer[at : at + PIECE]
-                last = at + PIECE >= len(words.buffer)
+            st.theirs.svm_nxt = (state.released + len(state.buffer)) & MASK
+        elif state.buffer:
+            for at in range(0, len(state.buffer), PIECE):
+                piece = state.buffer[at : at + PIECE]
+                last = at + PIECE >= len(state.buffer)
                 flags = PSH | FIN if last and waits is not None else PSH
-                st.hold(*_frame(st.key, words, (words.rel + at) & MASK, piece, flags), since)
-        elif waits is not None and words.pvm_ahead:
-            st.hold(*_frame(st.key, words, waits, b"", FIN), since)
-        if words.pending and not (words.pvm_ahead and st.held) and ack is not None:
+                st.hold(*_frame(st.key, state, (state.released + at) & MASK, piece, flags), since)
+        elif waits is not None and state.pvm_ahead:
+            st.hold(*_frame(st.key, state, waits, b"", FIN), since)
+        if state.pending and not (state.pvm_ahead and st.held) and ack is not None:
             st.hold(*ack, since)
-        if (st.held or st.theirs.chunks or st.theirs.sfin is not None) and not st.when:
+        if (st.held or st.theirs.chunks or st.theirs.svm_fin is not None) and not st.when:
             host.timers.arm(st, since + host.timeout_ns)
 
-    def probe(self, key: FlowKey, words: ConnState) -> Packet:
+    def probe(self, key: FlowKey, state: ConnState) -> Packet:
         """A frame of the connection, for the policy to judge."""
-        return _frame(key, words, words.rel, b"", 0)[1]
+        return _frame(key, state, state.released, b"", 0)[1]

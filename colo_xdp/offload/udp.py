@@ -69,9 +69,9 @@ class UdpCodec:
         """Nothing tells that there will be more than a question and an answer."""
         return False
 
-    def said(self, flow: DatagramFlow) -> int:
+    def bytes_sent(self, flow: DatagramFlow) -> int:
         """Bytes that the guest has said in frames that came here."""
-        return flow.said
+        return flow.bytes_sent
 
     def waits_since(self, flow: DatagramFlow) -> int:
         """Since when anything of a ready flow waits; 0: nothing does."""
@@ -98,22 +98,22 @@ class UdpCodec:
             since_ns=self.waits_since(flow),
         )
 
-    def given(self, flow: DatagramFlow) -> None:
+    def on_offloaded(self, flow: DatagramFlow) -> None:
         """The fast path has the flow, and what waited in it."""
         flow.unhold()
         flow.forget_svm()
 
-    def recall(self, flow: DatagramFlow, words: ConnState, now_ns: int) -> None:
+    def recall(self, flow: DatagramFlow, state: ConnState, now_ns: int) -> None:
         """Let an empty or given flow go on from what the kernel had."""
-        flow.epoch = words.epoch
-        for ts, partial, frame in records(words.buffer):
+        flow.epoch = state.epoch
+        for ts, partial, frame in records(state.buffer):
             p = parse(frame)
-            if words.pvm_ahead:
+            if state.pvm_ahead:
                 flow.hold(Frame(frame, ts, 0, partial), p, ts)
             else:
                 flow.keep(p, ts)
 
-    def probe(self, key: FlowKey, words: ConnState) -> Packet:
+    def probe(self, key: FlowKey, state: ConnState) -> Packet:
         """A frame of the flow, for the policy to judge."""
         v6 = key[1] == 6
         ends, udp = key[3:-4], key[-4:] + struct.pack("!HH", 8, 0)

@@ -113,7 +113,7 @@ class Peer:
         self._on_up, self._on_down, self._on_message = on_up, on_down, on_message
         self.boot, self.peer_boot = uuid.uuid4().hex, ""
         self.connected = False
-        self.beacon_key = b""  # of this connection; empty: the peer knows no beacons
+        self.heartbeat_key = b""  # of this connection; empty: the peer knows no beacons
         self.ending = Ending.UNKNOWN  # of the last connection
         self.last_seen_ns = 0
         self.rtt_ns = 0
@@ -263,7 +263,7 @@ class Peer:
                 self._drop("replaced by a new connection")
             self._writer, mine, self.connected = writer, True, True
             nonces = {self.role: nonce, OTHER[self.role]: str(hello.get("beacon", ""))}
-            self.beacon_key = heartbeat.session_key(
+            self.heartbeat_key = heartbeat.session_key(
                 self.pair, nonces["primary"], nonces["secondary"]
             )
             self.ending = Ending.UNKNOWN

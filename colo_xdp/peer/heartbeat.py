@@ -174,15 +174,15 @@ class HeartbeatSession:
         p.sent += 1
         return head + hmac.digest(s.key, head, "sha256")
 
-    def hear(self, path: int, data: bytes, now_ns: int) -> Heartbeat | None:
+    def receive(self, path: int, data: bytes, now_ns: int) -> Heartbeat | None:
         """What has arrived on a path: its word, or None, and then counted."""
         p = self.paths[path]
-        word = self._judge(p, data, now_ns)
-        if isinstance(word, str):
-            p.refused[word] += 1
+        heartbeat = self._judge(p, data, now_ns)
+        if isinstance(heartbeat, str):
+            p.refused[heartbeat] += 1
             return None
         p.received += 1
-        return word
+        return heartbeat
 
     def _judge(self, p: HeartbeatLink, data: bytes, now_ns: int) -> Heartbeat | str:
         if len(data) != SIZE or data[:4] != MAGIC:
@@ -222,7 +222,7 @@ class HeartbeatSession:
         at = self.paths[path].heard_ns
         return (now_ns - at) / 1e6 if at else float("inf")
 
-    def unheard_ms(self, path: int, now_ns: int) -> float:
+    def echo_age_ms(self, path: int, now_ns: int) -> float:
         """Age of the newest of our own beacons that the peer has heard; infinite: none."""
         at = self.paths[path].echo_ns
         return (now_ns - at) / 1e6 if at else float("inf")

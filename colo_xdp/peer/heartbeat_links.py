@@ -118,7 +118,7 @@ class _Udp(_Transport):
         return s
 
 
-def ways(config: Config) -> list[_Transport]:
+def links_of(config: Config) -> list[_Transport]:
     """The paths of a configuration, in the order of the status."""
     out: list[_Transport] = [_Link(config.network.peer_link)] if config.peer.link_heartbeats else []
     return out + [_Udp(text) for text in config.peer.heartbeat_paths]
@@ -127,16 +127,16 @@ def ways(config: Config) -> list[_Transport]:
 class HeartbeatLinks:
     """All paths of one controller. `on_word` runs in the event loop and must not block."""
 
-    def __init__(self, config: Config, on_word: Callable[[Heartbeat], None]) -> None:
-        self._ways = ways(config)
-        self._on_word = on_word
-        self.core = HeartbeatSession(config.pair, config.role, [w.name for w in self._ways])
+    def __init__(self, config: Config, on_heartbeat: Callable[[Heartbeat], None]) -> None:
+        self._transports = links_of(config)
+        self._on_heartbeat = on_heartbeat
+        self.core = HeartbeatSession(config.pair, config.role, [w.name for w in self._transports])
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def start(self) -> None:
         """Begin to listen."""
         self._loop = asyncio.get_running_loop()
-        for i in range(len(self._ways)):
+        for i in range(len(self._transports)):
             self._ready(i)
 
     def send(self, flags: Flag, lag_ms: int, epoch: int) -> None:
@@ -144,7 +144,7 @@ class HeartbeatLinks:
         if self._loop is None:
             return
         self.core.round()
-        for i, w in enumerate(self._ways):
+        for i, w in enumerate(self._transports):
             w.left = BUDGET
             if not self._ready(i):
                 continue
@@ -161,7 +161,7 @@ class HeartbeatLinks:
 
     def _ready(self, i: int) -> bool:
         """Whether the path has a socket that is listened to."""
-        w, loop = self._ways[i], self._loop
+        w, loop = self._transports[i], self._loop
         assert loop is not None
         if w.stale():
             self._close(w)
@@ -177,7 +177,7 @@ class HeartbeatLinks:
         return True
 
     def _read(self, i: int) -> None:
-        w = self._ways[i]
+        w = self._transports[i]
         while w.sock is not None:
             if w.left <= 0:
                 self._pause(w)
@@ -189,11 +189,11 @@ class HeartbeatLinks:
                 if e.errno != errno.EAGAIN:
                     self._failed(w, e)
                 return
-            word = self.core.hear(i, data, boot_ns())
-            if word is not None:
+            heartbeat = self.core.receive(i, data, boot_ns())
+            if heartbeat is not None:
                 w.refused = False
                 self._say(w, "")
-                self._on_word(word)
+                self._on_heartbeat(heartbeat)
 
     def _pause(self, w: _Transport) -> None:
         if w.reading and w.sock is not None and self._loop is not None:
@@ -221,13 +221,13 @@ class HeartbeatLinks:
     def status(self) -> list[dict[str, Any]]:
         """For the status document."""
         now, out = boot_ns(), []
-        for i, (w, p) in enumerate(zip(self._ways, self.core.paths, strict=True)):
-            silent, unheard = self.core.silent_ms(i, now), self.core.unheard_ms(i, now)
+        for i, (w, p) in enumerate(zip(self._transports, self.core.paths, strict=True)):
+            silent, echo_age = self.core.silent_ms(i, now), self.core.echo_age_ms(i, now)
             out.append(
                 {
                     "name": w.name,
                     "silent_ms": None if silent == float("inf") else silent,
-                    "unheard_ms": None if unheard == float("inf") else unheard,
+                    "unheard_ms": None if echo_age == float("inf") else echo_age,
                     "rtt_us": p.rtt_ns / 1000,
                     "sent": p.sent,
                     "received": p.received,
@@ -239,6 +239,6 @@ class HeartbeatLinks:
 
     def close(self) -> None:
         """No more."""
-        for w in self._ways:
+        for w in self._transports:
             self._close(w)
         self._loop = None

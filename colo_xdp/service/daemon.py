@@ -116,7 +116,7 @@ async def _serve(config: Config, datapath: DataPath) -> int:
         # Long-lived objects are not looked at again: no pause while packets wait.
         gc.freeze()
         notifier.patience(None)
-        notifier.send(READY="1", STATUS=ctl.told()[1])
+        notifier.send(READY="1", STATUS=ctl.announced_state()[1])
         watcher = asyncio.create_task(ctl.finished())
         stopping = asyncio.create_task(stop.wait())
         beat = 0.0
@@ -127,7 +127,7 @@ async def _serve(config: Config, datapath: DataPath) -> int:
             now = time.monotonic()
             if now - beat >= every:
                 beat = now
-                state, reason = ctl.told()
+                state, reason = ctl.announced_state()
                 notifier.send(WATCHDOG="1", STATUS=f"{state.value}: {reason}")
         changed = ctl.role_changed and not stopping.done()
         failed = watcher.done() and not changed

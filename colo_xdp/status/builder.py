@@ -70,7 +70,7 @@ def _common(c: Controller) -> dict[str, Any]:
     doc = empty(c.config.pair, c.role.value).to_json()
     info = c.qemu.info
     silent = c.peer.silent_ms()
-    state, reason = c.told()
+    state, reason = c.announced_state()
     injectors = c.dp.injectors.values()
     doc.update(
         state=state.value,
@@ -130,7 +130,7 @@ def primary_status(c: Primary) -> dict[str, Any]:
     doc["wait"] = {"buckets": list(c.waits), "sum": c.wait_sum}
     doc["flows"] |= {"tracked": e.flows, "limit": e.limits.max_flows}
     if c.dp.fast is not None:
-        doc["fast"] = c.dp.fast.state()
+        doc["offload"] = c.dp.fast.state()
     doc["checkpoints"] = {
         "total": sum(c.by_cause.values()),
         "failed": c.checkpoints_failed,

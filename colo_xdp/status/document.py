@@ -168,7 +168,7 @@ _CHECKS: dict[str, _Check] = {
         _object(
             name=_text,
             silent_ms=_or_null(_number),
-            unheard_ms=_or_null(_number),
+            echo_age_ms=_or_null(_number),
             rtt_us=_number,
             sent=_count,
             received=_count,
@@ -181,7 +181,7 @@ _CHECKS: dict[str, _Check] = {
     "engine": _map(_count),
     "held": _object(packets=_count, bytes=_count, limit=_count),
     "wait": _object(buckets=_list(_count, len(WAIT_BUCKETS) + 1), sum=_number),
-    "fast": _object(
+    "offload": _object(
         waits=_list(_count, len(OFFLOAD_WAIT_BUCKETS) + 1),
         buffers=_count,
         waiting=_count,
@@ -260,7 +260,7 @@ class Status:
     engine: dict[str, int]
     held: dict[str, int]
     wait: dict[str, Any]
-    fast: dict[str, Any]  # waits: as wait.buckets, of OFFLOAD_WAIT_BUCKETS; waiting: of the buffers
+    offload: dict[str, Any]  # waits: as wait.buckets, of OFFLOAD_WAIT_BUCKETS; waiting: of the buffers
     flows: dict[str, int]
     #: last: null before the first; delayed: had to wait for checkpoint.share, delay_s in all;
     #: folded: requests that came while one was wanted
@@ -330,7 +330,7 @@ def empty(pair: str, role: str) -> Status:
         engine={name: 0 for name, _ in names},
         held={"packets": 0, "bytes": 0, "limit": 0},
         wait={"buckets": [0] * (len(WAIT_BUCKETS) + 1), "sum": 0.0},
-        fast={
+        offload={
             "waits": [0] * (len(OFFLOAD_WAIT_BUCKETS) + 1),
             "buffers": 0,
             "waiting": 0,

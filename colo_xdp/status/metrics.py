@@ -189,9 +189,9 @@ class Collector:
             "held_packets": s["held"]["packets"],
             "held_bytes": s["held"]["bytes"],
             "held_packets_limit": s["held"]["limit"],
-            "offload_buffers": s["fast"]["buffers"],
-            "offload_buffers_waiting": s["fast"]["waiting"],
-            "offload_expired": s["fast"]["forgotten"],
+            "offload_buffers": s["offload"]["buffers"],
+            "offload_buffers_waiting": s["offload"]["waiting"],
+            "offload_expired": s["offload"]["forgotten"],
             "flows": s["flows"]["tracked"],
             "flows_opening": s["flows"]["opening"],
             "flows_limit": s["flows"]["limit"],
@@ -211,15 +211,15 @@ class Collector:
             yield self._one(name, base, value)
         for name, bounds, counts, seconds in (
             ("wait_seconds", WAIT_BUCKETS, s["wait"]["buckets"], s["wait"]["sum"]),
-            ("offload_wait_seconds", OFFLOAD_WAIT_BUCKETS, s["fast"]["waits"], None),
+            ("offload_wait_seconds", OFFLOAD_WAIT_BUCKETS, s["offload"]["waits"], None),
         ):
-            hist = self._family(name)
+            history = self._family(name)
             total, buckets = 0, []
             for bound, n in zip([*bounds, None], counts, strict=True):
                 total += n
                 buckets.append(("+Inf" if bound is None else f"{bound:g}", total))
-            hist.add_metric(base, buckets, seconds)  # the kernel keeps no sum
-            yield hist
+            history.add_metric(base, buckets, seconds)  # the kernel keeps no sum
+            yield history
 
     def _link_families(self, paths: list[Document], base: list[str]) -> Iterator[Metric]:
         for name, field, scale in (

@@ -22,7 +22,7 @@ class StillRunning(RuntimeError):
     """A controller of the pair answers on its control socket."""
 
 
-class GuestWouldSpeak(RuntimeError):
+class GuestWouldTransmit(RuntimeError):
     """A guest that has no right to speak alone would, without what is pinned."""
 
 
@@ -105,7 +105,7 @@ def cleanup(pair: str, bpffs: str, run_dir: str, *, force: bool = False) -> list
     why = {role: refusal(p, boot_ns()) for role, p in found.items() if p is not None}
     for text in why.values():
         if text and not force:
-            raise GuestWouldSpeak(f"{pair}: {text}")
+            raise GuestWouldTransmit(f"{pair}: {text}")
     for role in roles:
         p = found[role]
         if p is not None and (why[role] or not p.in_use):

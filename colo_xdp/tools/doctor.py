@@ -323,24 +323,24 @@ def _certificates(config: Config) -> Iterator[Check]:
 
 
 def _paths(config: Config) -> Iterator[Check]:
-    from ..peer.heartbeat_links import ways
+    from ..peer.heartbeat_links import links_of
 
-    found = ways(config)
+    found = links_of(config)
     if not found:
         yield Check("heartbeats", WARN, "over the control channel only: if it is cut, a peer that "
                     "lives looks dead", "[peer] link_heartbeats or heartbeat_paths")  # fmt: skip
-    for way in found:
+    for link in found:
         try:
-            way.open().close()
+            link.open().close()
         except OSError as e:
             if config.network.vxlan_remote and e.errno == errno.ENODEV:
                 continue  # `run` makes it
             if e.errno != errno.EADDRINUSE:  # by a controller that runs
                 yield Check(
-                    "heartbeats", FAIL, f"{way.name}: {e.strerror}", "[peer] heartbeat_paths"
+                    "heartbeats", FAIL, f"{link.name}: {e.strerror}", "[peer] heartbeat_paths"
                 )
                 continue
-        yield Check("heartbeats", OK, f"also over {way.name}")
+        yield Check("heartbeats", OK, f"also over {link.name}")
 
 
 def _which(name: str) -> bool:

@@ -228,7 +228,7 @@ def once(arm: str, directory: Path, bulk: int, small: int, seen: Seen) -> None:
                     for prog in ("pvm_out", "svm_arrival")
                     for reason in ("offload_passed", "offload_released", "offload_rebuilt")
                 )
-                seen.waited_k = _sum(seen.waited_k, _tier_k_waits())
+                seen.waited_k = _sum(seen.waited_k, _fast_path_waits())
         finally:
             if events:
                 events.close()
@@ -304,7 +304,7 @@ def _bound(bounds: tuple[float, ...], histogram: list[int], p: float) -> float:
     return bounds[-1]
 
 
-def _tier_k_waits() -> list[int]:
+def _fast_path_waits() -> list[int]:
     """The pinned map offload_waits (bpf/offload/offload.h) of the laboratory's pair; all zero
     without the fast path."""
     path = f"{loader.pin_dir('/sys/fs/bpf', PAIR, 'primary')}/offload_waits"

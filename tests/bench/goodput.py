@@ -140,7 +140,9 @@ def _proxy(bridge: bool) -> Iterator[TierU]:
             write(slot, value)
         mac = bytes.fromhex(_sys(CLIENT, "c0", "address").replace(":", ""))
         held.tell_port(objects, mac, attach.link_info("uplink").index)
-        fast = BpfKernelPath(objects, 10**12, 0, lambda on: write(Cfg.FAST, on), lambda epoch: None)
+        fast = BpfKernelPath(
+            objects, 10**12, 0, lambda on: write(Cfg.OFFLOAD, on), lambda epoch: None
+        )
         fast.enabled = True
         name = f"cxr-{PAIR}"
         fd = attach.make_tap(name)
@@ -175,7 +177,7 @@ def once(arm: str, offloads: bool, seconds: int, flows: int = 1, cpus: int = 1) 
         _steer(cpus)
         if arm == "mirror only":
             put(HOST, "peer0", "ingress", "sink")
-        with _proxy(arm == "K bridge") if arm.startswith("K") else nullcontext() as tier:
+        with _proxy(arm == "K bridge") if arm.startswith("K") else nullcontext() as slow:
             server_cmd = ["ip", "netns", "exec", CLIENT, "iperf3", "-s", "-1"]
             client_cmd = [
                 "ip", "netns", "exec", GUEST, "iperf3", "-c", CLIENT_IP, "-J", "-t", str(seconds),
@@ -190,17 +192,17 @@ def once(arm: str, offloads: bool, seconds: int, flows: int = 1, cpus: int = 1) 
                 with child(client_cmd, stdout=answer) as p:
                     end = time.monotonic() + seconds + 10
                     while p.poll() is None and time.monotonic() < end:
-                        if tier is not None:
-                            tier.wait(0.005)
-                            tier()
+                        if slow is not None:
+                            slow.wait(0.005)
+                            slow()
                         else:
                             with_deadline(p)
                 busy = cpu_seconds() - before
                 answer.seek(0)
                 out = json.loads(answer.read() or "{}").get("end", {})
             if "sum_received" not in out:
-                raise RuntimeError(f"{arm}: iperf3 did not finish; {tier and tier.asked[:3]}")
-            return _handed(tier) | {
+                raise RuntimeError(f"{arm}: iperf3 did not finish; {slow and slow.asked[:3]}")
+            return _offsets_sent(slow) | {
                 DROPPED: float(_dropped() - dropped),
                 "gbit": out["sum_received"]["bits_per_second"] / 1e9,
                 "retransmits": out["sum_sent"]["retransmits"],
@@ -217,13 +219,13 @@ HANDED, ASKED, DROPPED = (
 )
 
 
-def _handed(tier: TierU | None) -> dict[str, float]:
+def _offsets_sent(slow: TierU | None) -> dict[str, float]:
     """How often the fast path handed a connection over and the slow path asked for a checkpoint, by
     reason."""
-    if tier is None:
+    if slow is None:
         return {}
-    out = {ASKED + cause: float(n) for cause, n in Counter(tier.asked).items()}
-    counters = tier.dp.objects.map("counters")
+    out = {ASKED + cause: float(n) for cause, n in Counter(slow.asked).items()}
+    counters = slow.dp.objects.map("counters")
     size = abi.COUNT.size * loader.possible_cpus()
 
     def count(prog: Prog, reason: Reason) -> tuple[int, int]:
@@ -233,7 +235,7 @@ def _handed(tier: TierU | None) -> dict[str, float]:
 
     for reason in Reason:
         if reason.name.startswith("HAND_"):
-            out[HANDED + reason.name.lower()] = float(count(Prog.FAST, reason)[0])
+            out[HANDED + reason.name.lower()] = float(count(Prog.OFFLOAD, reason)[0])
     by_k = sum(
         count(prog, reason)[1]
         for prog in (Prog.PVM_OUT, Prog.SVM_ARRIVAL)

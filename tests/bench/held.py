@@ -325,17 +325,17 @@ def words(datagrams: bool = False) -> bytes:
 def give_all(dp: DataPath, case: Case) -> None:
     """All connections of a case to the fast path, as if it had never seen them."""
     assert dp.fast is not None
-    gift = OffloadRequest(words(case.udp), b"")
+    request = OffloadRequest(words(case.udp), b"")
     for c in range(case.conns):
         key = parse((udp if case.udp else tcp)(b"", dport=PORT + c)).key
         if not dp.fast.offer(key):
             raise RuntimeError("the table is full")
         dp.fast.reclaim(key)
         if (
-            dp.fast.give(key, gift, 0) is not OffloadResult.ACCEPTED
+            dp.fast.give(key, request, 0) is not OffloadResult.ACCEPTED
         ):  # frames of it have been to user space
             dp.objects.map("conns").delete(conn_key(key))
-            if not (dp.fast.offer(key) and dp.fast.give(key, gift, 0) is OffloadResult.ACCEPTED):
+            if not (dp.fast.offer(key) and dp.fast.give(key, request, 0) is OffloadResult.ACCEPTED):
                 raise RuntimeError("a connection was not taken")
 
 
@@ -402,7 +402,7 @@ def received(net: Net) -> int:
 
 def handed(dp: DataPath) -> dict[str, int]:
     """Why the fast path has handed connections over, if it has."""
-    return {r: n for r, (n, _) in dp.counters()["fast"].items() if n}
+    return {r: n for r, (n, _) in dp.counters()["offload"].items() if n}
 
 
 @dataclass
@@ -426,11 +426,11 @@ class Arm:
             self.handed = handed(self.dp)
         return None
 
-    def check(self, what: str, tier: TierU | None, got: int, expected: int) -> None:
+    def check(self, what: str, slow: TierU | None, got: int, expected: int) -> None:
         """A figure of frames that did not take the way in question is none."""
-        if tier is not None and tier.asked:
-            raise RuntimeError(f"{what}: the slow path asked for a checkpoint: {tier.asked[:3]}")
-        if tier is None and self.dp is not None and handed(self.dp) != self.handed:
+        if slow is not None and slow.asked:
+            raise RuntimeError(f"{what}: the slow path asked for a checkpoint: {slow.asked[:3]}")
+        if slow is None and self.dp is not None and handed(self.dp) != self.handed:
             raise RuntimeError(f"{what}: the fast path handed over: {handed(self.dp)}")
         if got < 0.98 * expected:
             raise RuntimeError(f"{what}, {self.name}: {got} bytes of {expected} arrived")
@@ -466,9 +466,9 @@ def rotated(arms: list[Arm], turn: int) -> list[Arm]:
 def once(a: Arm, case: Case, writes: list[Write], expected: int) -> tuple[int, int]:
     """CPU and wall ns of one run."""
     before = received(a.net)
-    tier = a.begin(case)
-    ns = write_all(writes, a.fds, tier)
-    a.check(case.name, tier, received(a.net) - before, expected)
+    slow = a.begin(case)
+    ns = write_all(writes, a.fds, slow)
+    a.check(case.name, slow, received(a.net) - before, expected)
     return ns
 
 

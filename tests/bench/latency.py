@@ -57,7 +57,7 @@ def _round(a: held.Arm, sniffer: socket.socket, svm_late: bool, count: int) -> l
     pairs = held.plan(case)
     pvm = [d for side, d in pairs if side == 0]
     svm = [d for side, d in pairs if side == 1]
-    tier = a.begin(case)
+    slow = a.begin(case)
     for fd in a.fds:
         os.set_blocking(fd, True)
     floor = a.name == "floor"
@@ -65,12 +65,12 @@ def _round(a: held.Arm, sniffer: socket.socket, svm_late: bool, count: int) -> l
     for p, s in zip(pvm, svm, strict=True):
         early, late = ((0, p), (1, s)) if svm_late and not floor else ((1, s), (0, p))
         os.write(a.fds[early[0]], early[1])
-        if tier is not None:
-            tier()
+        if slow is not None:
+            slow()
         began = time.time_ns()
         os.write(a.fds[late[0]], late[1])
-        if tier is not None:
-            tier()
+        if slow is not None:
+            slow()
         out.append(_arrival(sniffer) - began)
     return out
 

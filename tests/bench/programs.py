@@ -32,7 +32,7 @@ from typing import Any
 
 from colo_xdp import abi
 from colo_xdp.abi import Cfg, Mode
-from colo_xdp.conntrack.tcp_state import transition_words
+from colo_xdp.conntrack.tcp_state import transition_table
 from colo_xdp.datapath import attach, loader, syscall
 from colo_xdp.net.flow_key import FlowKey
 from colo_xdp.net.packet import parse
@@ -141,7 +141,7 @@ class Loaded:
             self.set(slot, value)
         if role == "secondary":
             table = self.objects.map("transitions")
-            for i, word in enumerate(transition_words()):
+            for i, word in enumerate(transition_table()):
                 table.set(struct.pack("=I", i), struct.pack("=I", word))
 
     def set(self, slot: Cfg, value: int) -> None:
@@ -444,9 +444,9 @@ def _key(sc: Scene) -> FlowKey:
 def _new_connection(dp: Any, sc: Scene) -> None:
     """As held.give_all(), for either family."""
     key = _key(sc)
-    gift = OffloadRequest(held.words(sc.udp), b"")
+    request = OffloadRequest(held.words(sc.udp), b"")
     dp.objects.map("conns").delete(conn_key(key))
-    if not (dp.fast.offer(key) and dp.fast.give(key, gift, 0) is OffloadResult.ACCEPTED):
+    if not (dp.fast.offer(key) and dp.fast.give(key, request, 0) is OffloadResult.ACCEPTED):
         raise RuntimeError("the connection was not taken")
 
 

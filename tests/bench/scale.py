@@ -61,15 +61,15 @@ def _fill(a: held.Arm, first: int, upto: int) -> None:
     assert a.dp is not None and a.dp.fast is not None
     if _key(5) != parse(frame(5, False)[10:]).key:
         raise RuntimeError("not the key that the product has for these frames")
-    gift = OffloadRequest(held.words(), b"")
+    request = OffloadRequest(held.words(), b"")
     for i in range(first, upto):
-        _give(a, i, gift)
+        _give(a, i, request)
 
 
-def _give(a: held.Arm, i: int, gift: OffloadRequest) -> None:
+def _give(a: held.Arm, i: int, request: OffloadRequest) -> None:
     assert a.dp is not None and a.dp.fast is not None
     key = _key(i)
-    if not (a.dp.fast.offer(key) and a.dp.fast.give(key, gift, 0) is OffloadResult.ACCEPTED):
+    if not (a.dp.fast.offer(key) and a.dp.fast.give(key, request, 0) is OffloadResult.ACCEPTED):
         raise RuntimeError(f"connection {i} was not taken")
 
 
@@ -86,7 +86,7 @@ def _round(a: held.Arm, conns: int, rnd: random.Random) -> tuple[float, float]:
         rnd.sample(range(conns), SAMPLE) if conns >= SAMPLE
         else [i for _ in range(-(-SAMPLE // conns)) for i in range(conns)][:SAMPLE]
     )  # fmt: skip
-    gift = OffloadRequest(held.words(), b"")
+    request = OffloadRequest(held.words(), b"")
     writes: list[held.Write] = []
     again: dict[int, int] = {}
     for i in chosen:
@@ -101,7 +101,7 @@ def _round(a: held.Arm, conns: int, rnd: random.Random) -> tuple[float, float]:
         key = _key(i)
         a.dp.fast.reclaim(key)
         a.dp.objects.map("conns").delete(conn_key(key))
-        _give(a, i, gift)
+        _give(a, i, request)
     programs = [a.dp.objects.programs[p].fd for p in ("pvm_out", "svm_arrival")]
     spent = held.handed(a.dp)
     base = held.calls(writes)[0]

@@ -14,7 +14,7 @@ import pytest
 
 from colo_xdp import abi
 from colo_xdp.conntrack import rewriter
-from colo_xdp.conntrack.tcp_state import transition_words
+from colo_xdp.conntrack.tcp_state import transition_table
 from colo_xdp.datapath import loader, syscall
 
 TC_OK, TC_SHOT, TC_REDIRECT, XDP_PASS, TC_UNSPEC = 0, 2, 7, 2, 0xFFFFFFFF
@@ -61,7 +61,7 @@ class Kernel:
         self.counters = objects.map("counters")
         self._cpus = loader.possible_cpus()
         table = objects.map("transitions")
-        for i, word in enumerate(transition_words()):
+        for i, word in enumerate(transition_table()):
             table.set(struct.pack("=I", i), struct.pack("=I", word))
         self.set(abi.Cfg.TAP, 1)
         self.set(abi.Cfg.PEER, 1)

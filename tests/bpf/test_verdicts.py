@@ -243,12 +243,12 @@ def test_nothing_leaves_the_pvm_after_its_time(
     for until in (0, 1, boot_ns() - 1):  # never written, long ago, just now
         p.set(Cfg.LEASE_EXPIRY_NS, until)
         for frame in (GUEST, GARBAGE):
-            assert p.run("pvm_out", frame, mark)[:2] == (TC_SHOT, {"LEASE_EXPIRED": 1})
+            assert p.run("pvm_out", frame, mark)[:2] == (TC_SHOT, {"DROP_LEASE_EXPIRED": 1})
     p.set(Cfg.LEASE_EXPIRY_NS, boot_ns() + 10**10)
-    assert "LEASE_EXPIRED" not in p.run("pvm_out", GUEST, mark)[1]
+    assert "DROP_LEASE_EXPIRED" not in p.run("pvm_out", GUEST, mark)[1]
     p.set(Cfg.LEASE_EXPIRY_NS, boot_ns() + 30_000_000)  # by itself, with nobody there
     end = time.monotonic() + 5
-    while "LEASE_EXPIRED" not in p.run("pvm_out", GUEST, mark)[1]:
+    while "DROP_LEASE_EXPIRED" not in p.run("pvm_out", GUEST, mark)[1]:
         assert time.monotonic() < end
 
 
@@ -259,7 +259,7 @@ def test_nothing_leaves_the_svm_after_its_time(leased: tuple[Primary, Kernel]) -
         s.set(Cfg.LEASE_EXPIRY_NS, until)
         for mark in (0, abi.MARK):
             ran = s.run("svm_out", GUEST, mark)
-            assert (ran.verdict, ran.reasons) == (TC_SHOT, {"LEASE_EXPIRED": 1})
+            assert (ran.verdict, ran.reasons) == (TC_SHOT, {"DROP_LEASE_EXPIRED": 1})
     s.set(Cfg.MODE, Mode.RUN)  # to the primary it may speak
     assert s.run("svm_out", GUEST).verdict == TC_REDIRECT
     s.set(Cfg.MODE, Mode.TAKEOVER)

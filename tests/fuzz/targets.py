@@ -110,9 +110,9 @@ def beacon(data: bytes) -> None:
         x.rekey(key, same_peer=False)
     head = other.make(0, 1, Flag.VM, 0, 0)[:16]
     for n, (who, text) in enumerate(frames(data), 1):
-        b.hear(who & 1, text, n)
+        b.receive(who & 1, text, n)
         body = (head + text)[: SIZE - MAC].ljust(SIZE - MAC, b"\0")
-        word = b.hear(who & 1, body + hmac.digest(key, body, "sha256"), n)
+        word = b.receive(who & 1, body + hmac.digest(key, body, "sha256"), n)
         assert word is None or word.after <= n
         assert len(b.make(who & 1, n, Flag.VM, n, n)) == SIZE
         assert b.silent_ms(who & 1, n) >= 0 and b.paths[who & 1].rtt_ns >= 0

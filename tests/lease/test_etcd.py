@@ -136,9 +136,11 @@ class Wire:
 class Host:
     """One host: its speaker, its way to the server, and what its kernel was told last."""
 
-    def __init__(self, node: str, url: str, boot: str = "b1", *, speaking: bool = False) -> None:
+    def __init__(
+        self, node: str, url: str, boot: str = "b1", *, transmitting: bool = False
+    ) -> None:
         self.node, self.wire, self.until = node, Wire(url), 0
-        self._boot, self._speaking = boot, speaking
+        self._boot, self._speaking = boot, transmitting
         self.speaker: Leadership | None = None
 
     async def start(self, pair: str) -> None:
@@ -146,7 +148,7 @@ class Host:
         self.store = EtcdStore(Etcd((self.wire.url,)), pair, TTL_MS / 10_000)
         self.speaker = Leadership(
             self.store, node=self.node, address=self.node, boot=self._boot,
-            ttl_ms=TTL_MS, margin_ms=MARGIN_MS, speaking=self._speaking,
+            ttl_ms=TTL_MS, margin_ms=MARGIN_MS, transmitting=self._speaking,
             allow=lambda ns: setattr(self, "until", ns), changed=lambda: None,
         )  # fmt: skip
         self.task = asyncio.create_task(self.speaker.run())
@@ -190,7 +192,7 @@ class Pair:
 
 @contextlib.asynccontextmanager
 async def pair(etcd: str, name: str) -> AsyncIterator[Pair]:
-    p, s = Host(P, etcd, speaking=True), Host(S, etcd)
+    p, s = Host(P, etcd, transmitting=True), Host(S, etcd)
     for h in (p, s):
         await h.start(name)
     both = Pair(p, s)
@@ -332,7 +334,7 @@ def test_a_controller_started_anew_keeps_the_key(etcd: str) -> None:
             x.p.speaker.want = True
             await x.until(lambda: x.p.transmits)
             x.p.task.cancel()
-            again = Host(P, etcd, "b2", speaking=True)
+            again = Host(P, etcd, "b2", transmitting=True)
             await again.start("again")
             again.speaker.want = True  # type: ignore[union-attr]
             async with asyncio.timeout(TTL_MS / 1000):
@@ -428,13 +430,13 @@ def test_a_request_that_was_given_up_ties_the_key_to_no_old_lease(etcd: str) -> 
     async def go() -> None:
         store = EtcdStore(Etcd((etcd,)), "late", 5)
         holder = f"{P} b1"
-        stuck: list[tuple[object, ...]] = []
+        diverged: list[tuple[object, ...]] = []
         attempt_class = __import__("colo_xdp.failover.etcd", fromlist=["_Attempt"])._Attempt
         original = attempt_class.post
 
         def post(self: object, path: str, body: dict[str, object]) -> object:
-            if not stuck and "request_put" in str(body):
-                stuck.append((self, path, body))
+            if not diverged and "request_put" in str(body):
+                diverged.append((self, path, body))
                 raise ValueError("no answer")
             return original(self, path, body)
 
@@ -445,7 +447,7 @@ def test_a_request_that_was_given_up_ties_the_key_to_no_old_lease(etcd: str) -> 
             assert (await store.hold(holder, TTL_MS, "", True)).holder == holder
         finally:
             attempt_class.post = original
-        _, path, body = stuck[0]
+        _, path, body = diverged[0]
         other = attempt_class(Etcd((etcd,)), etcd, 5)
         assert not other.post(path, body).get("succeeded")
         other.end()

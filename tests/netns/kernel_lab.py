@@ -24,7 +24,7 @@ from colo_xdp.datapath.offload_maps import BpfKernelPath
 from colo_xdp.datapath.ring import open_reader
 from tests.netns.conftest import Net, Tap, sh
 from tests.netns.frames import checksum_fits
-from tests.sim.fast import BUFFER, STASH_SIZE
+from tests.sim.offload_model import BUFFER, STASH_SIZE
 
 M32 = 0xFFFFFFFF
 ACK, PSH, FIN, SYN, RST, URG, ECE, CWR = 0x10, 0x08, 0x01, 0x02, 0x04, 0x20, 0x40, 0x80
@@ -68,14 +68,14 @@ class Lab:
     def reset(self) -> None:
         self.set(Cfg.MODE, Mode.RUN)
         self.set(Cfg.EPOCH, 5)
-        self.set(Cfg.FAST, 1)
+        self.set(Cfg.OFFLOAD, 1)
         self.set(Cfg.UPLINK, 0)
         for key in list(self.conns.keys()):
             self.conns.delete(key)
         self.maps._table[:] = bytes(len(self.maps._table))
         self.reader.drain(lambda e: None)
         self.leaving(1 << 30, 0.0)
-        self.before = {p: self.counts(p) for p in (Prog.PVM_OUT, Prog.SVM_ARRIVAL, Prog.FAST)}
+        self.before = {p: self.counts(p) for p in (Prog.PVM_OUT, Prog.SVM_ARRIVAL, Prog.OFFLOAD)}
 
     def set(self, slot: Cfg, value: int) -> None:
         self.config.set(struct.pack("=I", slot), struct.pack("=Q", value))
@@ -83,7 +83,7 @@ class Lab:
     def counts(self, prog: Prog) -> Counter[str]:
         out: Counter[str] = Counter()
         for r in Reason:
-            if r is Reason.MAX or (prog is Prog.FAST and r < Reason.PUNT_MODE):
+            if r is Reason.MAX or (prog is Prog.OFFLOAD and r < Reason.PUNT_MODE):
                 continue
             raw = self.counters.get(struct.pack("=I", prog * Reason.MAX + r), 16 * self.cpus) or b""
             out[r.name] = sum(p for p, _ in abi.COUNT.iter_unpack(raw))
@@ -139,11 +139,11 @@ class Lab:
         return out
 
     def control(self, message: bytes) -> CtlResult:
-        r = syscall.test_run(self.objects.programs["fast_ctl"].fd, message, data_out=0)
+        r = syscall.test_run(self.objects.programs["offload_ctl"].fd, message, data_out=0)
         return CtlResult(r.retval)
 
     def ring(self, buffer: int) -> memoryview:
-        at = (buffer - 1) * STASH_SIZE + abi.STASH_BEFORE
+        at = (buffer - 1) * STASH_SIZE + abi.BUFFER_BEFORE
         return self.maps._rings[at : at + BUFFER]
 
     def close(self) -> None:

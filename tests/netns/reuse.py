@@ -27,6 +27,9 @@ class Reuse:
         self._load, self._remove = loader.load, loader.remove_pins
         self._idle: list[tuple[str, Path]] = []  # where they were pinned, and where they are
         self._n = 0
+        for left in Path("/sys/fs/bpf").glob("colo-xdp-idle-*"):  # by a run that was killed
+            if not Path(f"/proc/{left.name.split('-')[3]}").exists():
+                shutil.rmtree(left)
 
     def patch(self, mp: pytest.MonkeyPatch) -> None:
         mp.setattr(loader, "load", self.load)

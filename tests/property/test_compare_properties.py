@@ -154,7 +154,7 @@ def assert_counts_are_exact(e: Engine) -> None:
     stashed = len(e._fragments._svm)
     for flow in flows:
         if isinstance(flow, TcpFlow):
-            stashed += len(flow.theirs.chunks) + len(flow.theirs.ooo)
+            stashed += len(flow.theirs.chunks) + len(flow.theirs.out_of_order)
         elif isinstance(flow, DatagramFlow):
             stashed += sum(map(len, flow.copies.values()))
     assert e.svm_packets == stashed

@@ -85,7 +85,7 @@ class Oracle:
         v = self.view(m)
         for i, b in enumerate(m.data):
             v.said.setdefault(m.pos + i, b)
-        v.sack = max(v.sack, m.ack)
+        v.svm_ack = max(v.svm_ack, m.ack)
         if m.kind != "data":
             v.flags.add((m.kind, 0 if m.kind in ("rst", "syn") else m.pos))
 
@@ -99,7 +99,7 @@ class Oracle:
                     v.seen.setdefault(pos, {b})
             v.said.clear()
             v.flags.clear()
-            v.sack = -1
+            v.svm_ack = -1
 
     def released(self, m: Meta, number: int) -> None:
         if self.order.get(m.conn, -1) >= number:
@@ -118,7 +118,7 @@ class Oracle:
                 pos = m.pos + i
                 if v.said.get(pos) != b and b not in v.seen.get(pos, ()):
                     raise Violation(f"I1: byte {pos} of {m}")
-            if m.kind != "rst" and m.ack > max(v.ack, v.sack):
+            if m.kind != "rst" and m.ack > max(v.ack, v.svm_ack):
                 raise Violation(f"I2: {m}, acked {v.ack} {v.sack}")
             if m.kind != "data":
                 flag = (m.kind, 0 if m.kind in ("rst", "syn") else m.pos)
@@ -241,7 +241,7 @@ class World:
             number = int.from_bytes(rec.frame[36:38], "big") - 4000
             c = self.conns[number]
             v = self.oracle.view(Meta(number, c.inc, "data"))
-            if (part.ack - c.cisn - 1) & MASK <= max(v.ack, v.sack):
+            if (part.ack - c.cisn - 1) & MASK <= max(v.ack, v.svm_ack):
                 return
         raise Violation("released what was never captured")
 
@@ -614,8 +614,8 @@ def _history_ignored(mp: pytest.MonkeyPatch) -> None:
     real = TcpFlow._verified
 
     def verified(self: TcpFlow, p: Any) -> bool:
-        ver = self.sent.ver
-        if ver is not None and (ver - p.seq - (p.end - p.off)) & MASK < 1 << 31:
+        verified = self.sent.verified
+        if verified is not None and (verified - p.seq - (p.end - p.off)) & MASK < 1 << 31:
             return True
         return real(self, p)
 
@@ -636,12 +636,12 @@ def _no_rollback(mp: pytest.MonkeyPatch) -> None:
 
     def new_epoch(self: TcpFlow, epoch: int) -> None:
         sent = self.sent
-        ver, hist = sent.ver, sent.hist.back(sent.hist.size, sent.hist.size)
+        verified, history = sent.verified, sent.history.back(sent.history.size, sent.history.size)
         real(self, epoch)
-        if sent.base is not None and ver is not None:
-            sent.ver = self.theirs.send = ver
-            sent.hist.clear()
-            sent.hist.add(hist)
+        if sent.released_nxt is not None and verified is not None:
+            sent.verified = self.theirs.svm_nxt = verified
+            sent.history.clear()
+            sent.history.add(history)
 
     mp.setattr(TcpFlow, "new_epoch", new_epoch)
 

@@ -29,9 +29,9 @@ from colo_xdp.peer.heartbeat import Flag, Heartbeat, HeartbeatSession, session_k
 from colo_xdp.qemu.event import QmpEvent
 from colo_xdp.qemu.qmp import QemuInfo, QmpError
 
-from .fast import FAST_NO, KernelModel, completed, user_space
-from .fast import Out as Leaving
 from .guest import Guest, Out
+from .offload_model import FAST_NO, KernelModel, completed, user_space
+from .offload_model import Out as Leaving
 from .tcp import RST, SYN, read
 
 if TYPE_CHECKING:
@@ -307,7 +307,7 @@ class Side:
         if c is None:
             return
         if not self.primary and self.mode is Mode.CHECKPOINT:
-            self.world.unsure = True
+            self.world.epoch_uncertain = True
         for stand_in in (self.dp, self.peer, self.paths, self.qmp, self.store):
             if stand_in is not None:
                 stand_in.dead = True
@@ -423,7 +423,7 @@ class SimDataPath:
     def epoch(self, epoch: int) -> None:
         if not self.dead:
             if not self._side.primary and epoch != self._side.epoch:
-                self._side.world.unsure = False
+                self._side.world.epoch_uncertain = False
             self._side.epoch = epoch
 
     @property
@@ -908,7 +908,7 @@ class SimPeer:
         self.last_seen_ns = self.rtt_ns = self.refused = 0
         side.boots += 1
         self.boot, self.peer_boot = f"{side.name}{side.boots}", ""
-        self.beacon_key, self.ending = b"", Ending.UNKNOWN
+        self.heartbeat_key, self.ending = b"", Ending.UNKNOWN
         self._last = 0.0
         self._partner: SimPeer | None = None
         side.peer = self
@@ -929,7 +929,7 @@ class SimPeer:
                 key = session_key("sim", f"{world.sessions:064x}", "00" * 32)
                 for end, far in ((self, other), (other, self)):
                     end.connected, end.last_seen_ns = True, world.ns()
-                    end.peer_boot, end.beacon_key = far.boot, key
+                    end.peer_boot, end.heartbeat_key = far.boot, key
                     end.ending = Ending.UNKNOWN
                 for end in (self, other):
                     end._on_up()
@@ -986,12 +986,12 @@ class SimPeer:
 
 
 class SimPaths:
-    """colo_xdp.peer.heartbeat_links.Paths with one path, the peer link: the product's own beacons,
-    which are lost, late and in any order. The chances are its own, so that a scene is the same
-    without them."""
+    """colo_xdp.peer.heartbeat_links.HeartbeatLinks with one path, the peer link: the product's own
+    beacons, which are lost, late and in any order. The chances are its own, so that a scene is the
+    same without them."""
 
-    def __init__(self, side: Side, pair: str, on_word: Callable[[Heartbeat], None]) -> None:
-        self._side, self.dead, self._on_word = side, False, on_word
+    def __init__(self, side: Side, pair: str, on_heartbeat: Callable[[Heartbeat], None]) -> None:
+        self._side, self.dead, self._on_heartbeat = side, False, on_heartbeat
         names = ["peer link"] if side.world.scene.beacons else []
         self.core = HeartbeatSession(pair, "primary" if side.primary else "secondary", names)
         side.paths = self
@@ -1013,9 +1013,9 @@ class SimPaths:
         world, other = self._side.world, self._side.other
         if world.link_cut or other.name in world.deaf or other.paths is None or other.paths.dead:
             return
-        word = other.paths.core.hear(i, data, world.ns())
+        word = other.paths.core.receive(i, data, world.ns())
         if word is not None:
-            other.paths._on_word(word)
+            other.paths._on_heartbeat(word)
 
     def close(self) -> None:
         pass

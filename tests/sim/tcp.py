@@ -141,9 +141,9 @@ class Tcp:
         "killed",
         "mss",
         "nxt",
-        "ooo",
         "opened",
         "out",
+        "out_of_order",
         "peer_fin",
         "port",
         "quiet_until",
@@ -167,7 +167,7 @@ class Tcp:
         self.irs = 0
         self.state = "syn"  # syn, open, closed, reset
         self.out, self.inn = bytearray(), bytearray()
-        self.ooo: dict[int, bytes] = {}
+        self.out_of_order: dict[int, bytes] = {}
         self.una = self.nxt = self.sent_max = self.read = 0
         self.acked = False  # our SYN
         self.close_asked = self.fin_sent = self.fin_ok = self.aborted = self.killed = False
@@ -189,7 +189,12 @@ class Tcp:
     def clone(self) -> Tcp:
         """What a checkpoint copies."""
         c = copy.copy(self)
-        c.out, c.inn, c.ooo, c.app = self.out[:], self.inn[:], dict(self.ooo), dict(self.app)
+        c.out, c.inn, c.out_of_order, c.app = (
+            self.out[:],
+            self.inn[:],
+            dict(self.out_of_order),
+            dict(self.app),
+        )
         return c
 
     # -- sending
@@ -373,14 +378,14 @@ class Tcp:
             if pos < len(self.inn):
                 data, pos = data[len(self.inn) - pos :], len(self.inn)
             if data:
-                self.ooo.setdefault(pos, data)
-                if len(self.ooo[pos]) < len(data):
-                    self.ooo[pos] = data
+                self.out_of_order.setdefault(pos, data)
+                if len(self.out_of_order[pos]) < len(data):
+                    self.out_of_order[pos] = data
             while True:
-                p = next((p for p in self.ooo if p <= len(self.inn)), None)
+                p = next((p for p in self.out_of_order if p <= len(self.inn)), None)
                 if p is None:
                     break
-                piece = self.ooo.pop(p)[len(self.inn) - p :]
+                piece = self.out_of_order.pop(p)[len(self.inn) - p :]
                 if piece:
                     self.inn += piece
                     fresh = True

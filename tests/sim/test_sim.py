@@ -5,20 +5,21 @@ from __future__ import annotations
 
 import logging
 import random
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
 
 from .guest import Guest
-from .mutants import KERNEL_MUTANTS, MUTANTS, scenes
+from .mutants import ABOUT, KERNEL_MUTANTS, MUTANTS, scenes
 from .tcp import ACK, SYN, Seg, build, read
 from .torture import failure, report, shrink, trace
 from .world import Fault, Scene, World, lease_scene, roles_scene, scene
 
 RUNS, BLOCKS = 1600, 8
 #: more schedules than any of them needs
-MUTANT_RUNS = 2000
+MUTANT_RUNS, MUTANT_S = 2000, 280
 ALONE: list[
     int
 ] = []  # frames that the fast path decided in each schedule while there was no controller
@@ -64,7 +65,7 @@ def test_random_schedules_of_datagrams() -> None:
     assert decided > 1500
 
 
-def test_tier_k_has_decided_without_a_controller() -> None:
+def test_the_fast_path_has_decided_without_a_controller() -> None:
     assert len(ALONE) < RUNS or sum(ALONE) > 5, "in all schedules above"
 
 
@@ -105,7 +106,14 @@ def test_random_schedules_of_pairs_made_anew() -> None:
 def test_mutants_are_noticed(name: str) -> None:
     with pytest.MonkeyPatch.context() as mp:
         MUTANTS[name](mp)
-        assert any(failure(s) for s in scenes(name, MUTANT_RUNS)), name
+        # Not until the test's own timeout: a controller's task may take that for a failure of its.
+        end = time.monotonic() + MUTANT_S
+        for n, s in enumerate(scenes(name, MUTANT_RUNS)):
+            found = failure(s)
+            if found and ABOUT.get(name, "") in found:
+                return
+            assert time.monotonic() < end, f"{name}: nothing was wrong in {n + 1} schedules"
+    pytest.fail(f"{name}: nothing was wrong in {MUTANT_RUNS} schedules")
 
 
 def test_there_are_enough_mutants() -> None:

@@ -103,19 +103,19 @@ def report(s: Scene, what: str, lines: int = 60) -> str:
     )
 
 
-def _scene(seed: int, tier: str) -> Scene:
+def _scene(seed: int, path: str) -> Scene:
     s = (roles_scene if seed % ROLES == 0 else scene)(seed)
     if seed % DATAGRAMS == 1:
         s = replace(s, udp=100)
-    return s if tier == "both" else replace(s, fast=tier == "k")
+    return s if path == "both" else replace(s, fast=path == "fast")
 
 
-def _block(first: int, tier: str = "both") -> tuple[int, list[tuple[int, str]], Counter[str]]:
+def _block(first: int, path: str = "both") -> tuple[int, list[tuple[int, str]], Counter[str]]:
     logging.disable(logging.CRITICAL)
     bad: list[tuple[int, str]] = []
     seen: Counter[str] = Counter()
     for seed in range(first, first + BLOCK):
-        world = World(_scene(seed, tier))
+        world = World(_scene(seed, path))
         try:
             world.run()
         except Exception as e:
@@ -142,8 +142,8 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="the first one")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument(
-        "--tier", choices=("both", "u", "k"), default="both",
-        help="u: without the fast path; k: always with it; both: with it in three of four",
+        "--path", choices=("both", "slow", "fast"), default="both",
+        help="slow: without the fast path; fast: always with it; both: with it in three of four",
     )  # fmt: skip
     parser.add_argument("--scene", help="one scene, as printed; shows its trace")
     parser.add_argument("--lines", type=int, default=2000, help="of the trace")

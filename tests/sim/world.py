@@ -48,9 +48,9 @@ from colo_xdp.offload import scheduler
 from colo_xdp.qemu import supervisor
 
 from .clock import FakeTime, VirtualLoop
-from .fast import Bpf
 from .guest import Client, Guest, Plan
 from .host import Side, SimDataPath, SimPaths, SimPeer, SimQmp, SimStore, Witness
+from .offload_model import Bpf
 from .tcp import FIN, RST, SYN, BadChecksum, Tcp, diff, read
 
 EXAMPLES = Path(__file__).parents[2] / "deploy/examples"
@@ -326,7 +326,7 @@ class World:
         #: the secondary's controller died inside a checkpoint and QMP does not repeat its events:
         #: until the next one nobody knows which guest runs. After a takeover then connections of
         #: that time may end (`given_up`), but nobody gets a wrong byte.
-        self.unsure = self.given_up = self.excused = False
+        self.epoch_uncertain = self.given_up = self.excused = False
         self.flipped: set[int] = set()  # connections that a guest has damaged
         self.protected = self.shadow = False  # once; the primary holds nothing
         self.entropy_s = random.Random(self.rnd.random())
@@ -461,7 +461,7 @@ class World:
                 raise Violation("S has taken over from shadow mode, and nobody has asked for it")
             self.excused = True  # a person took over from shadow, as warned
             raise _Excused
-        self.given_up |= self.unsure and not side.primary
+        self.given_up |= self.epoch_uncertain and not side.primary
         if self.frames > MAX_FRAMES:
             raise Violation(f"{MAX_FRAMES} frames: guest and client do not understand each other")
         self.spoke.add(side.name)
@@ -758,8 +758,8 @@ class World:
     def _make_store(self, c: Config) -> SimStore:
         return SimStore(self.p if c.role == "primary" else self.s)
 
-    def _make_paths(self, c: Config, on_word: Callable[[Any], None]) -> SimPaths:
-        return SimPaths(self.p if c.role == "primary" else self.s, c.pair, on_word)
+    def _make_paths(self, c: Config, on_heartbeat: Callable[[Any], None]) -> SimPaths:
+        return SimPaths(self.p if c.role == "primary" else self.s, c.pair, on_heartbeat)
 
     def _make_peer(
         self, *, role: str, on_up: Any, on_down: Any, on_message: Any, **_: Any
@@ -777,18 +777,21 @@ class World:
             supervisor, heartbeats,
         )  # fmt: skip
         kept = [(m, "time", m.time) for m in modules]  # type: ignore[attr-defined]
-        kept += [(controller_module, n, getattr(controller_module, n)) for n in ("Peer", "Paths")]
+        kept += [
+            (controller_module, n, getattr(controller_module, n))
+            for n in ("Peer", "HeartbeatLinks")
+        ]
         kept += [(arbiter, "make_store", arbiter.make_store)]
         kept += [(supervisor, n, getattr(supervisor, n)) for n in ("Qmp", "WATCH_S")]
-        kept += [(offload_maps, "_bpf", offload_maps._bpf), (states, "STRICT", states.STRICT)]
-        kept += [(scheduler, n, getattr(scheduler, n)) for n in ("OFFER_AFTER", "MAX_PATIENCE")]
+        kept += [(offload_maps, "syscall", offload_maps.syscall), (states, "STRICT", states.STRICT)]
+        kept += [(scheduler, n, getattr(scheduler, n)) for n in ("OFFER_AFTER", "MAX_BACKOFF")]
         try:
             states.STRICT = True
             for m in modules:
                 m.time = clock  # type: ignore[attr-defined]
             if self.scene.eager:
-                scheduler.OFFER_AFTER = scheduler.MAX_PATIENCE = 1
-            offload_maps._bpf = Bpf(self.ns)  # type: ignore[assignment]
+                scheduler.OFFER_AFTER = scheduler.MAX_BACKOFF = 1
+            offload_maps.syscall = Bpf(self.ns)  # type: ignore[assignment]
             # A QEMU that hangs here refuses its commands, which tells the watch nothing.
             supervisor.WATCH_S = 1e9
             supervisor.Qmp = self._make_qmp  # type: ignore[misc,assignment]

@@ -24,7 +24,7 @@ class Pair:
     """An engine, the frames that left as indexes of the PVM's frames, and the causes asked."""
 
     def __init__(self, limits: Limits | None = None, base: int = 1000) -> None:
-        self.now, self.base = START, base
+        self.now, self.released_nxt = START, base
         self.sent: list[Frame] = []
         self.out: list[int] = []
         self.asked: list[str] = []
@@ -41,14 +41,14 @@ class Pair:
 
     def p(self, pos: int, data: bytes = b"", flags: int = f.ACK, ack: int = 1, **kw: Any) -> Pair:
         self.now += 1
-        rec = Frame(f.tcp(self.base + pos, ack, data, flags, **kw), self.now)
+        rec = Frame(f.tcp(self.released_nxt + pos, ack, data, flags, **kw), self.now)
         self.sent.append(rec)
         self.e.from_pvm(rec, self.now)
         return self
 
     def s(self, pos: int, data: bytes = b"", flags: int = f.ACK, ack: int = 1, **kw: Any) -> Pair:
         self.now += 1
-        raw = f.tcp(self.base + pos, ack, data, flags, ident=77, **{"win": 600, **kw})
+        raw = f.tcp(self.released_nxt + pos, ack, data, flags, ident=77, **{"win": 600, **kw})
         self.e.from_svm(Frame(raw, self.now), self.e.epoch & 0xFFF, self.now)
         return self
 

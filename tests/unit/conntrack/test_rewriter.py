@@ -13,6 +13,7 @@ from colo_xdp.conntrack.rewriter import FIN_CLIENT, FIN_GUEST, HAVE_ISN_C, HAVE_
 from colo_xdp.conntrack.tcp_state import State
 from colo_xdp.net.packet import parse
 from tests.netns.frames import csum, tcp
+from tests.sim.mutants import REWRITER_MUTANTS
 
 SYN, FIN, RST, ACK = 2, 1, 4, 16
 C, P, S = 5_000, 1_000, 77_000  # ISNs of the client, the PVM, the SVM
@@ -494,6 +495,14 @@ def test_a_connection_on_an_entry_that_holds_no_offset_is_of_the_epoch(
     assert seq(link.g(ACK, S + 10, C + 500_001)) == P + 7
     link.r.epoch = 4
     assert seq(link.g(ACK, S + 10, C + 500_001)) == S + 10
+
+
+@pytest.mark.parametrize("name", REWRITER_MUTANTS)
+def test_a_fault_of_the_rewriter_would_be_noticed(name: str) -> None:
+    with pytest.MonkeyPatch.context() as mp:
+        REWRITER_MUTANTS[name](mp)
+        with pytest.raises(AssertionError):
+            test_a_connection_on_an_entry_that_holds_no_offset_is_of_the_epoch("nothing", False)
 
 
 def test_a_takeover_ends_no_offset_that_is_for_good() -> None:

@@ -26,9 +26,9 @@ DISK = {"device": "d0", "inserted": {"ro": False, "file": "/a.qcow2", "node-name
 class Qemu:
     """A PVM's QEMU after an entry that has gone wrong."""
 
-    def __init__(self, status: str, migration: str, *, stuck: bool = False) -> None:
+    def __init__(self, status: str, migration: str, *, hangs: bool = False) -> None:
         self.connected, self.said = True, []  # type: tuple[bool, list[str]]
-        self.now, self.migration, self.stuck = status, migration, stuck
+        self.now, self.migration, self.hangs = status, migration, hangs
         self.blocks: list[Any] = []
         self.name = "PVM"
 
@@ -62,14 +62,14 @@ class Qemu:
             raise QmpError("Migration is not finalized yet")
         self.said.append(command)
         if command == "migrate_cancel":
-            self.migration = "cancelling" if self.stuck else "cancelled"
+            self.migration = "cancelling" if self.hangs else "cancelled"
         if command == "cont":
             self.now = "running"
         return {}
 
 
 @pytest.mark.parametrize(
-    ("status", "migration", "stuck", "said"),
+    ("status", "migration", "hangs", "said"),
     [
         ("postmigrate", "completed", False, ["cont"]),
         ("finish-migrate", "colo", False, ["x-colo-lost-heartbeat", "cont"]),
@@ -82,11 +82,11 @@ class Qemu:
     ],
 )
 def test_the_pvm_runs_however_an_entry_ends(
-    status: str, migration: str, stuck: bool, said: list[str]
+    status: str, migration: str, hangs: bool, said: list[str]
 ) -> None:
     async def body() -> None:
         c, dp, sent = primary(Mode.CHECKPOINT)
-        c.state, c.qemu.qmp = State.CHECKPOINTING, Qemu(status, migration, stuck=stuck)  # type: ignore[assignment]
+        c.state, c.qemu.qmp = State.CHECKPOINTING, Qemu(status, migration, hangs=hangs)  # type: ignore[assignment]
         began = time.monotonic()
         await c._enter_failed("of a reason")
         assert time.monotonic() - began < 1

@@ -1225,7 +1225,7 @@ def test_a_host_that_waits_for_a_new_guest_keeps_its_key() -> None:
     c, _, _ = primary()
     speaker = Leadership(
         SimpleNamespace(), node="p", address="a", boot="1", ttl_ms=2000, margin_ms=500,
-        speaking=False, allow=lambda ns: None, changed=lambda: None,
+        transmitting=False, allow=lambda ns: None, changed=lambda: None,
     )  # type: ignore[arg-type]  # fmt: skip
     c.arbiter = LeaseArbiter(speaker)
     speaker.freed("1")
@@ -1434,7 +1434,7 @@ def test_a_host_learns_that_the_other_is_not_alone_any_more() -> None:
         store = ToldStore(StoreView("", "primary"))
         s = Leadership(
             store, node="secondary", address="a", boot="1", ttl_ms=200, margin_ms=50,
-            speaking=True, allow=until.append, changed=lambda: None,
+            transmitting=True, allow=until.append, changed=lambda: None,
         )  # fmt: skip
         task = asyncio.ensure_future(s.run())
         s.want = True
@@ -1647,10 +1647,10 @@ def test_a_fence_holds_until_the_peer_is_heard_again() -> None:
         c.view.pair.fence.ended_boot_ns = boot_ns()
         assert c.view.pair.fence.result
         word = Heartbeat(Flag.VM, 0, 7, boot_ns(), c.view.pair.fence.ended_boot_ns - 1)
-        c.heartbeats.on_word(word)  # sent before, and late
+        c.heartbeats.on_heartbeat(word)  # sent before, and late
         assert c.view.pair.fence.result
         if heard == "beacon":
-            c.heartbeats.on_word(replace(word, t=boot_ns(), after=boot_ns()))
+            c.heartbeats.on_heartbeat(replace(word, t=boot_ns(), after=boot_ns()))
         else:
             c._peer_up()
         c.view.guest.colo_exit = True
@@ -1690,7 +1690,7 @@ def test_the_primary_tells_what_its_guest_has_said_before_the_checkpoint() -> No
             c, dp, sent = primary()
             c.peer.connected = True  # type: ignore[misc]
             c.qemu.qmp = FakeQmp()  # type: ignore[assignment]
-            dp.addresses.told(3, b"", b"".join(mine), running=3)
+            dp.addresses.announced(3, b"", b"".join(mine), running=3)
             task = asyncio.ensure_future(c._checkpoint(CheckpointRequest("operator", "asked")))
             while "begin" not in sent.kinds():
                 await asyncio.sleep(0)

@@ -45,13 +45,13 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 def protected(c: Primary | Secondary) -> None:
     c.state, c.reason = State.PROTECTED, "both guests are equal"
-    c.peer.connected, c.peer.beacon_key = True, KEY
+    c.peer.connected, c.peer.heartbeat_key = True, KEY
     c.peer.last_seen_ns = time.monotonic_ns()
     c.devices.connected()
 
 
 def shown(c: Primary | Secondary) -> tuple[State, str]:
-    state, reason = c.told()
+    state, reason = c.announced_state()
     return state, reason
 
 

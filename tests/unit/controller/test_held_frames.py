@@ -103,7 +103,7 @@ def test_a_guest_that_goes_on_alone_says_what_it_said_as_the_new_state_only(resu
     assert h is not None
     h.resume = resume(2) if resumed else None
     w.transmits = True
-    w.held.let_go_alone(h)
+    w.held.let_go_standalone(h)
     w.svm(3)  # captured while it was no more than a copy
     assert (w.to_svm, w.out) == ([b"c1"], [b"s2"] if resumed else [])
     assert w.held.stale == 1

@@ -13,7 +13,7 @@ import pytest
 from colo_xdp.abi import Mode
 from colo_xdp.controller.pair_view import LocalGuest, PairLife, PairView
 from colo_xdp.failover.decision import OtherGuest, Role
-from colo_xdp.failover.states import lets_nothing_out
+from colo_xdp.failover.states import sends_nothing
 from colo_xdp.status.builder import active_json
 from colo_xdp.status.metrics import health
 from tests.unit.controller.test_controllers import (
@@ -55,7 +55,7 @@ def known() -> PairView:
         for f in fields(part):
             value = getattr(part, f.name)
             setattr(part, f.name, "x" if isinstance(value, str) else True)
-    view.peer.shut, view.peer.state, view.peer.guest = True, "solo", OtherGuest.SPEAKS
+    view.peer.shut, view.peer.state, view.peer.guest = True, "solo", OtherGuest.TRANSMITTING
     view.paused = view.shadow = True
     return view
 
@@ -65,7 +65,9 @@ def test_a_new_guest_has_nothing_of_the_one_before() -> None:
     view.new_guest()
     assert (view.guest, view.pair) == (LocalGuest(), PairLife())
     assert not view.peer.shut
-    assert view.peer.state == "solo" and view.peer.guest is OtherGuest.SPEAKS, "it is still there"
+    assert view.peer.state == "solo" and view.peer.guest is OtherGuest.TRANSMITTING, (
+        "it is still there"
+    )
     assert view.paused, "a person has said so of this host"
     assert view.shadow, "a later checkpoint ends it"
 
@@ -86,7 +88,7 @@ def test_a_guest_that_follows_a_dead_one_is_heard_like_any_other(sign: str, valu
         c.qemu.qmp = WaitingQmp()  # type: ignore[assignment]
         c.view.guest_gone()
         setattr(c.view.guest, sign, value)
-        await c.succeed()
+        await c.on_replacement_qemu()
         dp.mode = Mode.TAKEOVER
         assert active_json(c)["transmitting"] and not c.view.guest.halted
         for t in list(c._tasks):
@@ -116,4 +118,4 @@ def test_everybody_says_the_same_of_who_is_heard(
     assert said["transmitting"] is heard
     answer = health("/primary", {"state": "x", "role": "x", "reason": "", "active": said})
     assert answer is not None and (answer[0] == 200) is heard
-    assert c.silent() is lets_nothing_out(c.role, mode) is (mode not in passes)
+    assert c.silent() is sends_nothing(c.role, mode) is (mode not in passes)

@@ -239,7 +239,7 @@ def test_history_is_bounded() -> None:
     assert len(w.out) == 48
     assert w.e.counters["history_evicted"] >= 3
     assert w.e._histories.charged <= 10_000
-    assert sum(len(s.sent.hist) for s in w.e._tcp.values()) <= 10_000
+    assert sum(len(s.sent.history) for s in w.e._tcp.values()) <= 10_000
     w.p(f.tcp(7000, 1, bytes(1000), dport=5))  # the newest has its history
     assert len(w.out) == 49
 

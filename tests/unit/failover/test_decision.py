@@ -119,7 +119,11 @@ ROWS = [
         Action.DEGRADE,
         "control channel is cut, but the peer lives: its beacons arrive over peer",
     ),
-    ({**CUT, "paths": (replace(LINK, unheard_ms=1e9),)}, Action.DEGRADE, "does not hear this side"),
+    (
+        {**CUT, "paths": (replace(LINK, echo_age_ms=1e9),)},
+        Action.DEGRADE,
+        "does not hear this side",
+    ),
     ({**CUT, "peer_slow": True}, Action.DEGRADE, "slow, not dead"),
     ({**CUT, "ending": Ending.CLOSED}, Action.DEGRADE, "not on the control channel"),
     ({**CUT, **ARMED, "colo_exit": True}, Action.DEGRADE, "the peer lives"),
@@ -174,7 +178,11 @@ ROWS = [
     (NEW, Action.WAIT, "silent until the other host's controller says"),
     ({**NEW, **LONG, **ARMED}, Action.WAIT, "silent until"),  # who has just booted fences nobody
     ({**NEW, "other_guest": OtherGuest.IDLE}, Action.OPEN, "does not speak"),
-    ({**NEW, "other_guest": OtherGuest.SPEAKS}, Action.STOP, "guest speaks: this one must not"),
+    (
+        {**NEW, "other_guest": OtherGuest.TRANSMITTING},
+        Action.STOP,
+        "guest speaks: this one must not",
+    ),
     ({**NEW, "other_guest": OtherGuest.COPY}, Action.WAIT, "until a person says which"),
     (
         {**NEW, "other_guest": OtherGuest.COPY, "own_guest": OwnGuest.NEW},
@@ -299,7 +307,7 @@ def test_a_guest_of_which_nothing_is_known_speaks_at_a_word_only() -> None:
             )  # fmt: skip
             a = decide(f).action
             if a is Action.OPEN:
-                assert other is not OtherGuest.SPEAKS
+                assert other is not OtherGuest.TRANSMITTING
                 assert gone or other is not OtherGuest.UNKNOWN
                 assert other is not OtherGuest.COPY or own is OwnGuest.PAIRED or gone
             if a is Action.GO_SOLO:
@@ -319,11 +327,11 @@ def test_a_guest_of_which_nothing_is_known_speaks_at_a_word_only() -> None:
         ("secondary", "stopped", False, True, OtherGuest.IDLE),  # stood down
         ("secondary", "protected", False, False, OtherGuest.COPY),
         ("secondary", "degraded", False, False, OtherGuest.COPY),
-        ("secondary", "promoted", True, False, OtherGuest.SPEAKS),
+        ("secondary", "promoted", True, False, OtherGuest.TRANSMITTING),
         ("secondary", "stopped", True, True, OtherGuest.ENDED),
-        ("primary", "solo", True, False, OtherGuest.SPEAKS),
-        ("primary", "protected", False, False, OtherGuest.SPEAKS),
-        ("primary", "starting", True, False, OtherGuest.SPEAKS),
+        ("primary", "solo", True, False, OtherGuest.TRANSMITTING),
+        ("primary", "protected", False, False, OtherGuest.TRANSMITTING),
+        ("primary", "starting", True, False, OtherGuest.TRANSMITTING),
         ("primary", "starting", False, False, OtherGuest.UNKNOWN),  # as undecided as this one
         ("primary", "stopped", True, True, OtherGuest.ENDED),
     ],

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -47,6 +48,12 @@ def test_the_diagram_shows_what_is_legal_and_nothing_else(role: Role) -> None:
         (a.value, b.value) for a in states_ for b in states_ if a is not b and legal(role, a, b)
     }
     assert len(shown) == len(arrows)
+
+
+@pytest.mark.parametrize("role", Role)
+def test_the_documents_draw_what_the_table_says(role: Role) -> None:
+    text = (Path(__file__).parents[3] / "ARCHITECTURE.md").read_text()
+    assert f"```mermaid\n{diagram(role)}```" in text
 
 
 @pytest.mark.parametrize("make", [primary, secondary])

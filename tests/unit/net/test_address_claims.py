@@ -213,13 +213,13 @@ def test_what_the_primary_tells(monkeypatch: pytest.MonkeyPatch) -> None:
         abi.ADDRESS.pack(ip("fd09::2"), 7), abi.CLAIM.pack(now, mac_key(hw(VRRP)), 3, both)
     )
     addresses, macs = p.export(256)
-    s.told(8, addresses, macs, running=7)
+    s.announced(8, addresses, macs, running=7)
     assert s.macs(7) == [] and s.macs(8) == [hw(VRRP)]
     assert s.own(hw(GUEST), 7) == []
     assert s.own(hw(GUEST), 8) == [Own(ip("fd09::2"), 7, hw(VRRP), True)]
     for a, m in ((addresses[:-1], macs), (addresses, macs[1:])):
         with pytest.raises(ValueError, match="no addresses"):
-            s.told(9, a, m, running=8)
+            s.announced(9, a, m, running=8)
     assert s.macs(9) == []
 
 
@@ -245,7 +245,7 @@ def test_a_checkpoint_that_never_comes_takes_nothing_from_what_the_svm_has_said(
     claims = p.export(256)
     mine = [Own(ip("10.9.0.2"), 0, first), Own(ip("10.9.0.3"), 0, hw(VRRP))]
     for n in (8, 8, 9):  # failed, and asked for again
-        s.told(n, *claims, running=7)
+        s.announced(n, *claims, running=7)
     assert len(s.own(first, 9)) == 4
     s._addresses.delete(abi.ADDRESS.pack(ip("10.9.0.9"), 0))  # another machine says it is its own
     s.undo(7)
@@ -258,9 +258,9 @@ def test_an_address_that_moves_before_the_primary_tells_again_has_moved() -> Non
     now, mac = time.monotonic_ns(), mac_key(hw(GUEST))
     s._addresses.set(key, abi.CLAIM.pack(now, mac, 7, 0))
     claims = s.export(256)
-    s.told(8, *claims, running=7)
+    s.announced(8, *claims, running=7)
     s._addresses.delete(key)
-    s.told(9, *claims, running=7)
+    s.announced(9, *claims, running=7)
     s.undo(7)
     assert s.own(hw(GUEST), 7) == []
 
@@ -270,10 +270,10 @@ def test_what_a_checkpoint_has_brought_is_not_undone() -> None:
     now, mac = time.monotonic_ns(), mac_key(hw(GUEST))
     s._addresses.set(key, abi.CLAIM.pack(now, mac, 7, 0))
     claims = s.export(256)
-    s.told(8, *claims, running=7)
+    s.announced(8, *claims, running=7)
     s.undo(8)
     assert len(s.own(hw(GUEST), 8)) == 1
-    s.told(9, *claims, running=8)
+    s.announced(9, *claims, running=8)
     s.undo(8)
     assert len(s.own(hw(GUEST), 8)) == 1 and s.own(hw(GUEST), 7) == []
 

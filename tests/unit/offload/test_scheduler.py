@@ -53,10 +53,10 @@ class Busy(NoKernelPath):
     def offer(self, key: FlowKey) -> bool:
         return True
 
-    def give(self, key: FlowKey, gift: OffloadRequest, punt_seq: int) -> OffloadResult:
+    def offload(self, key: FlowKey, request: OffloadRequest, punt_seq: int) -> OffloadResult:
         self.asked += 1
         if self.answer is OffloadResult.ACCEPTED:
-            self.taken.append(gift)
+            self.taken.append(request)
         return self.answer
 
     def reclaim(self, key: FlowKey) -> ConnState | None:
@@ -64,7 +64,7 @@ class Busy(NoKernelPath):
         if not self.taken:
             return None
         epoch, rel, p_ack, s_ack, adv_ack, p_win, s_win, adv_win, mss, *_, memo = abi.GIVE.unpack(
-            self.taken[-1].words
+            self.taken[-1].state
         )
         return ConnState(
             abi.OWNER_USER, epoch, rel, 0, p_ack, s_ack, adv_ack, p_win, s_win, adv_win, mss, True,
@@ -194,7 +194,7 @@ def test_what_is_kept_back_is_held(pair: Pair) -> None:
     kept = sent[len(pair.out) :]
     assert len(kept) == 4
     assert pair.e.held_packets == 4 and pair.e.held_bytes == sum(len(x) for x in kept)
-    pair.e.unbrake(pair.now)
+    pair.e.end_backpressure(pair.now)
     assert pair.out == sent
     assert pair.e.held_packets == pair.e.held_bytes == 0
 
@@ -272,7 +272,7 @@ CALLS: dict[str, tuple[Any, ...]] = {
     "pvm": (Frame(NEXT.frame, 0), NEXT, 0),
     "svm": (NEXT, 0),
     "commit": (NEXT,),
-    "pump": (0,),
+    "release_ready": (0,),
     "pvm_in_checkpoint": (Frame(NEXT.frame, 0), NEXT, 0),
     "catch_up": (Frame(NEXT.frame, 0), NEXT, 0),
     "miss": (),
@@ -293,18 +293,20 @@ def test_any_call_to_a_given_connection_reclaims_it(
     while not pair.fast.taken:
         pair.both()
     table, recalled = pair.e._flows.tcp, pair.e.counters["offload_reclaimed"]
-    ((key, given),) = table.items()
-    assert isinstance(given, OffloadedFlow) and given.key == key
-    assert given.quiet() and given.closed() and not given.held and not given.bypassed
-    assert given.stands_for(given.flow) and given.epoch == pair.e.epoch
-    given.outdate(1)
-    assert table[key] is given and pair.e.counters["offload_reclaimed"] == recalled
+    ((key, offloaded),) = table.items()
+    assert isinstance(offloaded, OffloadedFlow) and offloaded.key == key
+    assert (
+        offloaded.quiet() and offloaded.closed() and not offloaded.held and not offloaded.bypassed
+    )
+    assert offloaded.stands_for(offloaded.flow) and offloaded.epoch == pair.e.epoch
+    offloaded.outdate(1)
+    assert table[key] is offloaded and pair.e.counters["offload_reclaimed"] == recalled
     passed_on = []
     monkeypatch.setattr(TcpFlow, name, lambda self, *args: passed_on.append((self, args)))
-    getattr(given, name)(*CALLS[name])
-    assert passed_on == [(given.flow, CALLS[name])]
-    assert table[key] is given.flow and pair.e.counters["offload_reclaimed"] == recalled + 1
-    getattr(given, name)(*CALLS[name])  # by somebody who has not noticed
+    getattr(offloaded, name)(*CALLS[name])
+    assert passed_on == [(offloaded.flow, CALLS[name])]
+    assert table[key] is offloaded.flow and pair.e.counters["offload_reclaimed"] == recalled + 1
+    getattr(offloaded, name)(*CALLS[name])  # by somebody who has not noticed
     assert len(passed_on) == 2 and pair.e.counters["offload_reclaimed"] == recalled + 1
 
 

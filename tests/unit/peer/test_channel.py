@@ -101,8 +101,8 @@ def test_both_make_the_same_key_for_beacons_and_another_one_each_time() -> None:
             p = End("primary", port)
             await p.peer.start()
             await until(lambda p=p, n=n: p.peer.connected and s.up == n + 1)  # type: ignore[misc]
-            assert len(p.peer.beacon_key) == 32 and p.peer.beacon_key == s.peer.beacon_key
-            keys.add(p.peer.beacon_key)
+            assert len(p.peer.heartbeat_key) == 32 and p.peer.heartbeat_key == s.peer.heartbeat_key
+            keys.add(p.peer.heartbeat_key)
             await p.peer.close()
             await until(lambda: not s.peer.connected)
         assert len(keys) == 2
@@ -120,7 +120,7 @@ def test_a_peer_that_knows_no_beacons_is_welcome(nonce: dict[str, Any]) -> None:
         _, writer = await asyncio.open_connection("127.0.0.1", port)
         writer.write(json.dumps(json.loads(hello()) | nonce).encode() + b"\n")
         await until(lambda: s.peer.connected)
-        assert s.peer.beacon_key == b""
+        assert s.peer.heartbeat_key == b""
         writer.close()
         await s.peer.close()
 

@@ -45,30 +45,30 @@ def test_a_word_and_its_way_back() -> None:
     p, s = two()
     data = sent(p, at=T0, flags=Flag.VM | Flag.ALONE)
     assert len(data) == SIZE
-    word = s.hear(0, data, T0 + 5 * MS)
+    word = s.receive(0, data, T0 + 5 * MS)
     assert word is not None and word.flags == Flag.VM | Flag.ALONE
     assert (word.lag_ms, word.epoch, word.after) == (7, 3, 0)
     assert s.silent_ms(0, T0 + 8 * MS) == 3 and s.silent_ms(1, T0) == float("inf")
     # 2 ms later it answers; the clocks of both hosts have nothing in common
-    back = p.hear(0, sent(s, at=T0 + 7 * MS), T0 + 9 * MS)
+    back = p.receive(0, sent(s, at=T0 + 7 * MS), T0 + 9 * MS)
     assert back is not None and back.after == T0
-    assert p.paths[0].rtt_ns == 7 * MS and p.unheard_ms(0, T0 + 9 * MS) == 9
-    assert p.unheard_ms(1, T0) == float("inf")
+    assert p.paths[0].rtt_ns == 7 * MS and p.echo_age_ms(0, T0 + 9 * MS) == 9
+    assert p.echo_age_ms(1, T0) == float("inf")
 
 
 def test_a_cut_in_one_direction_is_seen_by_both() -> None:
     p, s = two(1)
     for i in range(5):  # S hears P, P hears S
         at = T0 + i * 100 * MS
-        s.hear(0, sent(p, at=at), at + MS)
-        p.hear(0, sent(s, at=at + 2 * MS), at + 3 * MS)
+        s.receive(0, sent(p, at=at), at + MS)
+        p.receive(0, sent(s, at=at + 2 * MS), at + 3 * MS)
     for i in range(5, 30):  # from here on nothing of P arrives
         at = T0 + i * 100 * MS
         sent(p, at=at)
-        assert p.hear(0, sent(s, at=at + 2 * MS), at + 3 * MS) is not None
+        assert p.receive(0, sent(s, at=at + 2 * MS), at + 3 * MS) is not None
     now = T0 + 3000 * MS
     assert s.silent_ms(0, now) > 2000, "S hears nothing"
-    assert p.silent_ms(0, now) < 200 and p.unheard_ms(0, now) > 2000, "P is not heard, and knows"
+    assert p.silent_ms(0, now) < 200 and p.echo_age_ms(0, now) > 2000, "P is not heard, and knows"
 
 
 def test_each_counter_is_taken_once_on_any_path() -> None:
@@ -77,23 +77,23 @@ def test_each_counter_is_taken_once_on_any_path() -> None:
     random.Random(1).shuffle(data)
     got = 0
     for d in data:
-        got += s.hear(0, d, T0 + 10**6) is not None
-        assert s.hear(1, d, T0 + 10**6) is None
+        got += s.receive(0, d, T0 + 10**6) is not None
+        assert s.receive(1, d, T0 + 10**6) is None
     assert 0 < got <= 2 * WINDOW and refusals(s)["replayed"] >= 2 * WINDOW
-    assert s.hear(0, data[-1], T0 + 10**6) is None
+    assert s.receive(0, data[-1], T0 + 10**6) is None
     last = sent(p, 0, T0 + 10**6)
-    assert s.hear(0, last, T0 + 10**6) is not None
+    assert s.receive(0, last, T0 + 10**6) is not None
 
 
 def test_reordering_within_the_window_is_no_harm() -> None:
     p, s = two()
     data = [sent(p, 0, T0 + i) for i in range(WINDOW)]
-    assert all(s.hear(0, d, T0 + MS) is not None for d in reversed(data))
+    assert all(s.receive(0, d, T0 + MS) is not None for d in reversed(data))
     for _ in range(WINDOW - 1):
         late = sent(p, 0, T0)
     s2 = two()[1]
-    assert s2.hear(0, late, T0) is not None
-    assert s2.hear(0, data[0], T0) is None and s2.hear(0, data[-1], T0) is not None
+    assert s2.receive(0, late, T0) is not None
+    assert s2.receive(0, data[0], T0) is None and s2.receive(0, data[-1], T0) is not None
 
 
 @pytest.mark.parametrize("at", range(SIZE))
@@ -101,7 +101,7 @@ def test_no_byte_can_be_changed(at: int) -> None:
     p, s = two()
     data = bytearray(sent(p))
     data[at] ^= 1
-    assert s.hear(0, bytes(data), T0) is None
+    assert s.receive(0, bytes(data), T0) is None
     assert sum(refusals(s).values()) == 1 and s.paths[0].received == 0
     assert s.silent_ms(0, T0) == float("inf")
 
@@ -116,12 +116,12 @@ def test_strangers_are_counted_by_kind() -> None:
     good = sent(p)
     forged = good[:-MAC] + hmac.digest(b"guess", good[:-MAC], "sha256")
     for data in (b"", b"x" * SIZE, good + b"x", sent(other), sent(stale), own, forged):
-        assert s.hear(0, data, T0) is None
+        assert s.receive(0, data, T0) is None
     assert refusals(s) == {
         "stranger": 3, "other_pair": 1, "other_key": 1, "own": 1, "forged": 1,
     }  # fmt: skip
     assert set(refusals(s)) <= set(REFUSALS)
-    assert s.hear(0, good, T0) is not None, "a forgery does not use its counter up"
+    assert s.receive(0, good, T0) is not None, "a forgery does not use its counter up"
 
 
 def test_no_key_no_beacons() -> None:
@@ -137,7 +137,7 @@ def test_no_key_no_beacons() -> None:
 
 def hears(a: HeartbeatSession, b: HeartbeatSession, at: int) -> bool:
     """Whether one of two beacons in a row is taken."""
-    return any([b.hear(0, sent(a, at=at + i), at + i) is not None for i in range(2)])
+    return any([b.receive(0, sent(a, at=at + i), at + i) is not None for i in range(2)])
 
 
 @pytest.mark.parametrize("knows", ["primary", "secondary", "both"])
@@ -157,7 +157,7 @@ def test_a_connection_that_was_cut_as_it_began(knows: str) -> None:
         b.rekey(newest, same_peer=True)
     for i in range(10, 14):
         assert hears(p, s, T0 + i * MS) and hears(s, p, T0 + i * MS)
-    assert s.hear(0, late, T0 + 20 * MS) is None, "what was kept of a former connection is void"
+    assert s.receive(0, late, T0 + 20 * MS) is None, "what was kept of a former connection is void"
 
 
 def test_another_process_of_the_peer_ends_the_former_key() -> None:
@@ -168,20 +168,20 @@ def test_another_process_of_the_peer_ends_the_former_key() -> None:
     p = HeartbeatSession("web1", "primary", ["way 0"])
     for b in (p, s):
         b.rekey(new, same_peer=False)
-    assert s.hear(0, kept, T0 + 2 * MS) is None
+    assert s.receive(0, kept, T0 + 2 * MS) is None
     # its host was booted anew: its clock began anew too
-    assert s.hear(0, sent(p, at=5), T0 + 3 * MS) is not None
+    assert s.receive(0, sent(p, at=5), T0 + 3 * MS) is not None
     assert s.silent_ms(0, T0 + 4 * MS) == 1
 
 
 def test_time_without_listening_is_no_silence() -> None:
     p, s = two(1)
-    s.hear(0, sent(p), T0)
+    s.receive(0, sent(p), T0)
     s.excuse(1000 * MS)
     assert s.silent_ms(0, T0 + 1100 * MS) == 100
 
 
 def test_lag_is_bounded() -> None:
     p, s = two(1)
-    word = s.hear(0, p.make(0, T0, Flag.VM, 10**9, 0), T0)
+    word = s.receive(0, p.make(0, T0, Flag.VM, 10**9, 0), T0)
     assert word is not None and word.lag_ms == 0xFFFF

@@ -56,7 +56,7 @@ def run(body: Callable[[], Coroutine[Any, Any, None]]) -> None:
 def test_a_shut_data_path_is_certain_silence(make: Any, over: Action) -> None:
     async def body() -> None:
         c, _, done = cut(make)
-        c.heartbeats.on_word(word(Flag.SHUT | Flag.HANGS))
+        c.heartbeats.on_heartbeat(word(Flag.SHUT | Flag.HANGS))
         assert c.view.peer.shut and "hangs" in c.facts().peer_why
         await asyncio.sleep(0)
         assert done == [over]
@@ -86,7 +86,7 @@ def test_only_a_fresh_word_counts_and_only_when_the_channel_is_down(make: Any, w
             c._peer_message({"type": "heartbeat", **beat})
         else:
             said = Heartbeat(said.flags, 0, 7, said.t, 0)
-        c.heartbeats.on_word(said)
+        c.heartbeats.on_heartbeat(said)
         await asyncio.sleep(0)
         assert not c.view.peer.shut and done == [] and c.state is State.PROTECTED
 
@@ -96,11 +96,11 @@ def test_only_a_fresh_word_counts_and_only_when_the_channel_is_down(make: Any, w
 def test_asked_by_beacon_a_secondary_stands_down_and_says_so() -> None:
     async def body() -> None:
         c, dp, _ = cut(secondary)
-        c.heartbeats.on_word(word(Flag.VM | Flag.ASK))
+        c.heartbeats.on_heartbeat(word(Flag.VM | Flag.ASK))
         assert c.state is State.STOPPED and dp.mode is Mode.DROP and c.view.guest.demoted
         assert Flag.SHUT in c.heartbeats.flags() and Flag.ALONE not in c.heartbeats.flags()
         # and comes back if the primary dies without having spoken alone, as on the channel
-        c.heartbeats.on_word(word(Flag.SHUT))
+        c.heartbeats.on_heartbeat(word(Flag.SHUT))
         assert c.state is State.DEGRADED
 
     run(body)
@@ -109,8 +109,8 @@ def test_asked_by_beacon_a_secondary_stands_down_and_says_so() -> None:
 def test_a_primary_that_has_spoken_alone_leaves_nothing_to_come_back_to() -> None:
     async def body() -> None:
         c, _, done = cut(secondary)
-        c.heartbeats.on_word(word(Flag.VM | Flag.ASK))
-        c.heartbeats.on_word(word(Flag.SHUT | Flag.ALONE))
+        c.heartbeats.on_heartbeat(word(Flag.VM | Flag.ASK))
+        c.heartbeats.on_heartbeat(word(Flag.SHUT | Flag.ALONE))
         await asyncio.sleep(0)
         assert c.state is State.STOPPED and done == []
 
@@ -120,9 +120,9 @@ def test_a_primary_that_has_spoken_alone_leaves_nothing_to_come_back_to() -> Non
 def test_a_secondary_stands_down_when_the_primary_has_spoken_alone() -> None:
     async def body() -> None:
         c, dp, done = cut(secondary)
-        c.heartbeats.on_word(word(Flag.VM | Flag.ALONE))
+        c.heartbeats.on_heartbeat(word(Flag.VM | Flag.ALONE))
         assert c.state is State.STOPPED and dp.mode is Mode.DROP
-        c.heartbeats.on_word(word(Flag.SHUT))
+        c.heartbeats.on_heartbeat(word(Flag.SHUT))
         await asyncio.sleep(0)
         assert c.state is State.STOPPED and done == [], "whatever becomes of it"
 
@@ -132,10 +132,10 @@ def test_a_secondary_stands_down_when_the_primary_has_spoken_alone() -> None:
 def test_a_primary_asks_no_primary_to_stand_down() -> None:
     async def body() -> None:
         c, _, _ = cut(primary)
-        c.heartbeats.on_word(word(Flag.VM | Flag.ASK))
+        c.heartbeats.on_heartbeat(word(Flag.VM | Flag.ASK))
         assert c.state is State.PROTECTED
         s, _, _ = cut(secondary)
-        s.heartbeats.on_word(word(Flag.VM | Flag.ASK | Flag.SVM))
+        s.heartbeats.on_heartbeat(word(Flag.VM | Flag.ASK | Flag.SVM))
         assert s.state is State.PROTECTED
 
     run(body)
@@ -144,9 +144,9 @@ def test_a_primary_asks_no_primary_to_stand_down() -> None:
 def test_a_primary_never_speaks_against_a_secondary_that_took_over() -> None:
     async def body() -> None:
         c, dp, _ = cut(primary)
-        c.heartbeats.on_word(word(Flag.VM | Flag.SVM))
+        c.heartbeats.on_heartbeat(word(Flag.VM | Flag.SVM))
         assert c.state is State.PROTECTED
-        c.heartbeats.on_word(word(Flag.VM | Flag.SVM | Flag.ALONE))
+        c.heartbeats.on_heartbeat(word(Flag.VM | Flag.SVM | Flag.ALONE))
         assert c.state is State.STOPPED and dp.mode is Mode.DROP
 
     run(body)
@@ -155,8 +155,8 @@ def test_a_primary_never_speaks_against_a_secondary_that_took_over() -> None:
 def test_shadow_is_told_by_beacon_too() -> None:
     async def body() -> None:
         c, _, done = cut(secondary)
-        c.heartbeats.on_word(word(Flag.VM | Flag.SHADOW))
-        c.heartbeats.on_word(word(Flag.SHUT))
+        c.heartbeats.on_heartbeat(word(Flag.VM | Flag.SHADOW))
+        c.heartbeats.on_heartbeat(word(Flag.SHUT))
         await asyncio.sleep(0)
         assert c.view.shadow and done == [], "clients may know what this guest never said"
 
@@ -223,7 +223,7 @@ def test_a_slow_peer_is_known_by_what_it_says() -> None:
     async def body() -> None:
         c, _, _ = cut(secondary)
         assert not c.facts().peer_slow
-        c.heartbeats.on_word(word(Flag.VM, lag_ms=c.config.peer.heartbeat_timeout))
+        c.heartbeats.on_heartbeat(word(Flag.VM, lag_ms=c.config.peer.heartbeat_timeout))
         assert c.facts().peer_slow
 
     run(body)
@@ -244,13 +244,13 @@ def test_facts_of_a_cut_come_from_the_beacons() -> None:
         c._decide()
         assert "acknowledged nothing" in c.reason and f"control channel, {LINK}" in c.reason
         far.round()
-        assert c.paths.core.hear(0, far.make(0, boot_ns(), Flag.VM, 0, 7), boot_ns()) is not None
+        assert c.paths.core.receive(0, far.make(0, boot_ns(), Flag.VM, 0, 7), boot_ns()) is not None
         c._decide()
         assert c.state is State.DEGRADED
         assert "the control channel is cut, but the peer lives" in c.reason
         assert "does not hear this side's" in c.reason
-        far.hear(0, c.paths.core.make(0, boot_ns(), Flag.VM, 0, 7), boot_ns())
-        c.paths.core.hear(0, far.make(0, boot_ns(), Flag.VM, 0, 7), boot_ns())
+        far.receive(0, c.paths.core.make(0, boot_ns(), Flag.VM, 0, 7), boot_ns())
+        c.paths.core.receive(0, far.make(0, boot_ns(), Flag.VM, 0, 7), boot_ns())
         c._decide()
         assert c.reason.endswith(f"its beacons arrive over {LINK}")
 

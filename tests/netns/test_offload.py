@@ -17,7 +17,7 @@ from colo_xdp.datapath.datapath import DataPath
 from colo_xdp.offload.kernel_format import conn_key, flow_key
 from colo_xdp.tools import cleanup
 from tests.netns.conftest import Net
-from tests.netns.fastlab import run
+from tests.netns.offload_lab import run
 from tests.netns.test_primary_path import PAIR, config
 
 STRESS = int(os.environ.get("STRESS", "1"))  # so many times longer
@@ -55,7 +55,7 @@ def test_two_guests_at_once(
     assert not wrong, (wrong, said)
     everything = {p: {r: n for r, (n, _) in row.items() if n} for p, row in counters.items()}
     assert have == [length] * conns, f"{have} {frames} {said} {everything}"
-    handed = {r: n for r, (n, _) in counters["fast"].items() if n}
+    handed = {r: n for r, (n, _) in counters["offload"].items() if n}
     assert kernel > 500, f"{said} {handed}"
 
 
@@ -67,7 +67,7 @@ def test_two_guests_send_datagrams(net: Net, path: DataPath, flows: int, every: 
         net, path, conns=flows, length=0, seed=flows, seconds=4 * STRESS, checkpoint_every=every
     )
     counters = path.counters()
-    handed = {r: n for r, (n, _) in counters["fast"].items() if n}
+    handed = {r: n for r, (n, _) in counters["offload"].items() if n}
     said = {k: v for k, v in proxy.engine.counters.items() if v}
     kernel = sum(
         counters[p][r][0] for p in ("pvm_out", "svm_arrival")
@@ -129,7 +129,7 @@ def test_connections_that_are_over_are_forgotten_sooner(net: Net, path: DataPath
     assert left == {open_, datagrams} and fast.forgotten == 2
 
 
-def test_a_kernel_that_refuses_tier_k_gets_tier_u(
+def test_a_kernel_that_refuses_the_fast_path_gets_the_slow_one(
     net: Net, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     real = loader.load

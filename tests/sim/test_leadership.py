@@ -57,7 +57,7 @@ class Host:
         self.boots += 1
         self.speaker = made = Leadership(
             SimStore(self), node=self.name, address=self.name, boot=str(self.boots), ttl_ms=TTL_MS,  # type: ignore[arg-type]
-            margin_ms=MARGIN_MS, speaking=self.open and not self.fresh,
+            margin_ms=MARGIN_MS, transmitting=self.open and not self.fresh,
             allow=lambda ns: self._allow(made, ns), changed=self.ring.check,
         )  # fmt: skip
         self.fresh = False
@@ -385,7 +385,8 @@ FAULTS = (
 def test_faults_are_noticed(fault: Callable[[Any], None]) -> None:
     with pytest.MonkeyPatch.context() as mp:
         fault(mp)
-        for seed in range(600):
+        # 490 shows the third, which a search from 0 on finds after minutes
+        for seed in (490, *range(600)):
             try:
                 Ring(seed).run()
             except Overlap:

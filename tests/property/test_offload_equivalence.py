@@ -37,8 +37,8 @@ from colo_xdp.offload.tcp import TcpCodec
 from colo_xdp.tools import corpus
 from colo_xdp.tools.corpus import craft
 from colo_xdp.tools.corpus.play import MS, STEP_MS
-from tests.sim.fast import Bpf, Conn, KernelModel, completed, user_space
 from tests.sim.mutants import OFFLOAD_MUTANTS
+from tests.sim.offload_model import Bpf, Conn, KernelModel, completed, user_space
 
 from ..unit import frames as f
 
@@ -160,10 +160,10 @@ def quick(hosts: list[Host]) -> Iterator[None]:
         monotonic_ns = staticmethod(lambda: hosts[-1].now)
 
     with pytest.MonkeyPatch.context() as mp:
-        mp.setattr(offload_maps, "_bpf", Bpf(Clock.monotonic_ns))
+        mp.setattr(offload_maps, "syscall", Bpf(Clock.monotonic_ns))
         mp.setattr(offload_maps, "time", Clock)
         mp.setattr(scheduler, "OFFER_AFTER", 1)
-        mp.setattr(scheduler, "MAX_PATIENCE", 1)
+        mp.setattr(scheduler, "MAX_BACKOFF", 1)
         try:
             yield
         finally:
@@ -787,10 +787,12 @@ def test_datagrams_of_a_frame_that_the_svm_has_offloaded() -> None:
 def test_datagrams_that_wait_go_along(monkeypatch: pytest.MonkeyPatch) -> None:
     """To the fast path and back, whichever guest is ahead; none is lost, none changes places."""
     gifts: list[int] = []
-    real = offload_maps.BpfKernelPath.give
+    real = offload_maps.BpfKernelPath.offload
     monkeypatch.setattr(
-        offload_maps.BpfKernelPath, "give",
-        lambda self, key, gift, n: gifts.append(len(gift.buffer)) or real(self, key, gift, n),
+        offload_maps.BpfKernelPath, "offload",
+        lambda self, key, request, n: (
+            gifts.append(len(request.buffer)) or real(self, key, request, n)
+        ),
     )  # fmt: skip
 
     def play(host: Host) -> None:

@@ -3,7 +3,7 @@
 words.
 
 It is the readable statement of the rules there, the other half of the differential test
-(tests/netns/test_fast_differential.py) and the kernel of the simulated primary host. Sans-IO.
+(tests/netns/test_offload_differential.py) and the kernel of the simulated primary host. Sans-IO.
 User space reaches it as it reaches the kernel, by colo_xdp.datapath.offload_maps.FastMap itself:
 `Objects` stands in for the loaded programs and maps, `Bpf` for bpf(2).
 """
@@ -43,7 +43,7 @@ SEEN_STEP_NS = 1_000_000_000
 FAST_NO = 0
 TIMESTAMPS = b"\x01\x01\x08\x0a"  # RFC 7323 appendix A
 
-STASH_SIZE = abi.STASH_BEFORE + abi.BUFFER + abi.STASH_SLACK
+STASH_SIZE = abi.BUFFER_BEFORE + abi.BUFFER + abi.BUFFER_SLACK
 
 #: what decide() is about to do
 NOTHING, PASS, TURN, PIECES = range(4)
@@ -79,9 +79,9 @@ class Conn:
     client_ack: int = 0
     owner: int = OWNER_USER
     epoch: int = 0
-    rel: int = 0
-    nxt: int = 0
-    org: int = 0
+    released: int = 0
+    next: int = 0
+    base_seq: int = 0
     buffer: int = 0
     punt_seq: int = 0
     p_ack: int = 0
@@ -91,15 +91,15 @@ class Conn:
     s_win: int = 0
     adv_win: int = 0
     mss: int = 0
-    ahead: int = 0
-    pending: int = 0
+    leader: int = 0
+    ack_pending: int = 0
     l4: int = 0
     doff: int = 0
-    why: int = 0
+    punt_reason: int = 0
     fin_known: int = 0
     fin: int = 0
     hdr: bytes = bytes(128)
-    memo: bytes = bytes(64)
+    cookie: bytes = bytes(64)
 
     def pack(self) -> bytes:
         return abi.CONN.pack(*(getattr(self, n) for n in self.__slots__))
@@ -192,7 +192,7 @@ class KernelModel:
     def ring(self, buffer: int) -> memoryview:
         """The bytes of buffer number `buffer`, 1 being the first, as indexed by
         compare_payload()."""
-        at = (buffer - 1) * STASH_SIZE + abi.STASH_BEFORE
+        at = (buffer - 1) * STASH_SIZE + abi.BUFFER_BEFORE
         return self.rings[at : at + BUFFER]
 
     def owner(self, slot: int) -> tuple[int, int, bytes]:
@@ -208,10 +208,10 @@ class KernelModel:
     def buffer_claim(self, c: Conn, key: bytes) -> bool:
         if c.buffer:
             return True
-        words = struct.unpack("=10I", key)
+        state = struct.unpack("=10I", key)
         guest_port, client_port = struct.unpack_from("=HH", key, 32)
         h = client_port << 16 | guest_port
-        h ^= words[7] ^ words[4]
+        h ^= state[7] ^ state[4]
         h ^= h >> 16
         h = h * 0x85EBCA6B & M32
         h ^= h >> 13
@@ -230,7 +230,7 @@ class KernelModel:
                     mine = True
             if mine:
                 self._own(slot, 1, c.since_ns, key)
-                c.buffer, c.org = slot + 1, c.rel
+                c.buffer, c.base_seq = slot + 1, c.released
                 return True
         return False
 
@@ -245,9 +245,9 @@ class KernelModel:
             self._own(c.buffer - 1, taken, now, key)
 
     def settle(self, c: Conn, now: int, moved: bool) -> None:
-        if (c.nxt - c.org) & M32 >= 2 * BUFFER:
-            c.org = (c.org + BUFFER) & M32
-        if c.rel == c.nxt and not c.pending:
+        if (c.next - c.base_seq) & M32 >= 2 * BUFFER:
+            c.base_seq = (c.base_seq + BUFFER) & M32
+        if c.released == c.next and not c.ack_pending:
             if c.since_ns:
                 self.outstanding_since(c, 0)
         elif moved or not c.since_ns:
@@ -255,7 +255,7 @@ class KernelModel:
 
     @staticmethod
     def oldest(c: Conn) -> int:
-        return (c.nxt - BUFFER) & M32 if (c.nxt - c.org) & M32 > BUFFER else c.org
+        return (c.next - BUFFER) & M32 if (c.next - c.base_seq) & M32 > BUFFER else c.base_seq
 
     def compare_payload(self, c: Conn, w: Work) -> int:
         """0, or the reason to hand over."""
@@ -263,7 +263,7 @@ class KernelModel:
         for _ in range(STEPS):
             if not w.left:
                 return 0
-            pos = (w.seq - c.org) % BUFFER
+            pos = (w.seq - c.base_seq) % BUFFER
             n = min(w.left, w.equal or w.left, STEP, BUFFER - pos)
             part = w.frame[w.at : w.at + n]
             if w.equal:
@@ -288,16 +288,16 @@ class KernelModel:
         return min(c.p_win, c.s_win)
 
     @staticmethod
-    def told(c: Conn, ack: int, win: int) -> None:
+    def note_advertised(c: Conn, ack: int, win: int) -> None:
         c.adv_ack, c.adv_win = ack, win
-        if c.pending and not seq_later(c.p_ack, ack):
-            c.pending = 0
+        if c.ack_pending and not seq_later(c.p_ack, ack):
+            c.ack_pending = 0
 
     def ack_due(self, c: Conn) -> bool:
         win = self.allowed_win(c)
         if not c.l4:
             return False
-        if c.pending and seq_later(self.allowed_ack(c), c.adv_ack):
+        if c.ack_pending and seq_later(self.allowed_ack(c), c.adv_ack):
             return True
         return c.adv_win < c.p_win and win > c.adv_win and (
             win == c.p_win or win >= 2 * c.adv_win + 1
@@ -330,7 +330,7 @@ class KernelModel:
 
     def rewrite_as_pvm(self, c: Conn, w: Work) -> None:
         n, at = c.l4 + c.doff, c.l4 + 16
-        new = self.new_header(c, c.rel, w.p.payload_len, w.p.flags & (PSH | FIN))
+        new = self.new_header(c, c.released, w.p.payload_len, w.p.flags & (PSH | FIN))
         new[at : at + 2] = w.frame[at : at + 2]
         if not w.partial:
             check = int.from_bytes(new[at : at + 2], "big")
@@ -355,7 +355,7 @@ class KernelModel:
             win = c.s_win
             change(14, struct.pack("!H", win))
         if not seq_later(c.adv_ack, ack):
-            self.told(c, ack, win)
+            self.note_advertised(c, ack, win)
         w.out.append(Out(bytes(frame), w.gso_size, w.partial))
 
     @staticmethod
@@ -366,7 +366,7 @@ class KernelModel:
         assert n <= MAX_PIECE, "BOUND1 in send_piece()"
         body = bytes(self.ring(c.buffer)[pos : pos + n]) if n else b""
         self.set_lengths(c, new, n)
-        struct.pack_into("!I", new, c.l4 + 4, (c.rel - w.probe) & M32)
+        struct.pack_into("!I", new, c.l4 + 4, (c.released - w.probe) & M32)
         new[c.l4 + 16 : c.l4 + 18] = bytes(2)
         ends = bytes(new[26:34] if c.l4 == 34 else new[22:54])
         pseudo = ends + struct.pack("!HH", 6, c.doff + n)
@@ -376,20 +376,20 @@ class KernelModel:
             check = 0xFFFF & ~fold(pseudo + bytes(new[c.l4 :]) + body)
         struct.pack_into("!H", new, c.l4 + 16, check)
         w.out.append(Out(bytes(new) + body, 0, w.partial))
-        c.rel = (c.rel + n) & M32
+        c.released = (c.released + n) & M32
 
     def send_pieces(self, c: Conn, w: Work) -> None:
-        new = self.new_header(c, c.rel, 0, 0)
-        if w.upto == c.rel:
+        new = self.new_header(c, c.released, 0, 0)
+        if w.upto == c.released:
             new[15] &= 0xFC if c.l4 == 34 else 0xCF
         for i in range(MAX_PIECES):
-            n = (w.upto - c.rel) & M32
+            n = (w.upto - c.released) & M32
             if i and not n:
                 break
-            pos = (c.rel - c.org) % BUFFER
+            pos = (c.released - c.base_seq) % BUFFER
             n = min(n, self.piece_size(c), BUFFER - pos)
             self.send_piece(c, w, new, n, pos)
-        self.told(c, self.allowed_ack(c), self.allowed_win(c))
+        self.note_advertised(c, self.allowed_ack(c), self.allowed_win(c))
 
     # -- the decision
 
@@ -424,9 +424,9 @@ class KernelModel:
         n = w.gso_size or p.payload_len
         if c.l4 and (c.l4 != p.l4_off or c.doff != p.doff):
             return Reason.PUNT_EXCEPTION
-        if not span and c.pending and p.ack == c.p_ack and win == c.p_win:
+        if not span and c.ack_pending and p.ack == c.p_ack and win == c.p_win:
             return Reason.PUNT_EXCEPTION
-        anew = c.rel == c.nxt or c.ahead != SIDE_PVM
+        anew = c.released == c.next or c.leader != SIDE_PVM
         self.note_size(c, n, bool(w.gso_size) or not p.flags & PSH or anew)
         if early and not self.buffer_claim(c, w.key):
             return Reason.PUNT_NO_BUFFER
@@ -436,7 +436,7 @@ class KernelModel:
             self.keep_header(c, w)
         c.p_ack, c.p_win = p.ack, win
         if early:
-            c.pending = 1
+            c.ack_pending = 1
         return 0
 
     @staticmethod
@@ -446,10 +446,10 @@ class KernelModel:
 
     def prepare_segment(self, c: Conn, w: Work) -> int:
         p, side = w.p, w.side
-        size, out = p.payload_len, (c.nxt - c.rel) & M32
-        have = c.nxt if out and c.ahead == side else c.rel
+        size, out = p.payload_len, (c.next - c.released) & M32
+        have = c.next if out and c.leader == side else c.released
         again, kept = False, True
-        w.fin, meets = p.flags & FIN, bool(out) and c.ahead != side
+        w.fin, meets = p.flags & FIN, bool(out) and c.leader != side
         span = size + w.fin
         if not self.is_plain(w):
             return Reason.PUNT_EXCEPTION
@@ -458,10 +458,10 @@ class KernelModel:
             if not size or w.fin or (have - p.seq) & M32 > BUFFER or seq_later(end, have):
                 return Reason.PUNT_OUT_OF_ORDER
             again = True
-            if side == SIDE_PVM and seq_later(end, c.rel):
+            if side == SIDE_PVM and seq_later(end, c.released):
                 return (
                     Reason.PUNT_OUT_OF_ORDER
-                    if seq_later(c.rel, p.seq)
+                    if seq_later(c.released, p.seq)
                     else Reason.OFFLOAD_DUPLICATE
                 )
             kept = self.kept(c, p.seq)
@@ -473,7 +473,7 @@ class KernelModel:
             return Reason.PUNT_EXCEPTION
         if size and not is_whole(w.frame, p.l4_off + p.doff + size):
             return Reason.PUNT_EXCEPTION
-        if not again and (end - c.rel) & M32 > BUFFER:
+        if not again and (end - c.released) & M32 > BUFFER:
             return Reason.PUNT_BUFFER_FULL
         (w.win,) = struct.unpack_from("!H", w.frame, p.l4_off + 14)
         if side == SIDE_PVM:
@@ -485,18 +485,18 @@ class KernelModel:
         if span and not again and not self.buffer_claim(c, w.key):
             return Reason.PUNT_NO_BUFFER
         if span and not again and not out and self.all_acked(c):
-            c.org = c.rel
+            c.base_seq = c.released
         w.at, w.seq = p.l4_off + p.doff, p.seq
         w.equal = size if again else min(size, out) if meets else 0
-        w.upto = c.rel
+        w.upto = c.released
         if not again and w.equal and (size > out or self.larger(c, w)):
-            w.upto = (c.rel + w.equal) & M32
+            w.upto = (c.released + w.equal) & M32
         w.left = 0 if again and (side == SIDE_SVM or not kept) else size
         w.probe = int(again and side == SIDE_PVM and not kept)
         w.moves = 0 if again else span
         meets = meets and bool(span) and not again
         same = c.l4 == p.l4_off and c.doff == p.doff
-        pieces = (w.upto - c.rel) & M32
+        pieces = (w.upto - c.released) & M32
         limit = self.piece_size(c) * (MAX_PIECES - 2)
         made = meets and (side == SIDE_SVM or size > out)
         if made and (not same or pieces > limit or (w.fin and pieces)):
@@ -506,33 +506,33 @@ class KernelModel:
         elif meets:
             w.act = PIECES if pieces else PASS if side == SIDE_PVM else TURN
         elif side == SIDE_PVM:
-            if not span and not (out and c.ahead == SIDE_PVM) and not seq_later(p.ack, c.s_ack):
+            if not span and not (out and c.leader == SIDE_PVM) and not seq_later(p.ack, c.s_ack):
                 w.act = PASS
         elif self.ack_due(c) and same:
             w.act = PIECES
         return 0
 
     def finish_segment(self, c: Conn, w: Work) -> int:
-        side, act, size, rel, told_ack = w.side, w.act, w.moves, c.rel, c.adv_ack
+        side, act, size, rel, told_ack = w.side, w.act, w.moves, c.released, c.adv_ack
         reason = Reason.OFFLOAD_HELD if size or side == SIDE_PVM else Reason.OFFLOAD_DUPLICATE
         end = (w.seq + w.fin) & M32
-        if size and seq_later(end, c.nxt):
-            c.nxt, c.ahead = end, side
+        if size and seq_later(end, c.next):
+            c.next, c.leader = end, side
         if w.fin:
             c.fin, c.fin_known = end, 1
         if act == PASS:
             self.limit_pvm(c, w)
-            c.rel = (c.rel + size) & M32
+            c.released = (c.released + size) & M32
             reason = Reason.OFFLOAD_PASSED
         elif act == TURN:
             self.rewrite_as_pvm(c, w)
-            self.told(c, self.allowed_ack(c), self.allowed_win(c))
-            c.rel = (c.rel + size) & M32
+            self.note_advertised(c, self.allowed_ack(c), self.allowed_win(c))
+            c.released = (c.released + size) & M32
             reason = Reason.OFFLOAD_RELEASED
         elif act == PIECES:
-            reason = Reason.OFFLOAD_ACKED if w.upto == c.rel else Reason.OFFLOAD_REBUILT
+            reason = Reason.OFFLOAD_ACKED if w.upto == c.released else Reason.OFFLOAD_REBUILT
             self.send_pieces(c, w)
-        self.settle(c, w.now, c.rel != rel or (c.rel == c.nxt and c.adv_ack != told_ack))
+        self.settle(c, w.now, c.released != rel or (c.released == c.next and c.adv_ack != told_ack))
         return reason
 
     @staticmethod
@@ -549,16 +549,16 @@ class KernelModel:
 
     def record_at(self, c: Conn, place: int) -> int:
         """Where a record's head is in the mapping of all rings."""
-        return (c.buffer - 1) * STASH_SIZE + abi.STASH_BEFORE + (place - c.org) % BUFFER
+        return (c.buffer - 1) * STASH_SIZE + abi.BUFFER_BEFORE + (place - c.base_seq) % BUFFER
 
     def head_at(self, c: Conn, place: int) -> tuple[int, int, int, bytes]:
         """ts_ns, length, partial, header of the record there"""
         return abi.DGRAM.unpack_from(self.rings, self.record_at(c, place))
 
     def prepare_datagram(self, c: Conn, w: Work) -> int:
-        p, side, out = w.p, w.side, (c.nxt - c.rel) & M32
+        p, side, out = w.p, w.side, (c.next - c.released) & M32
         size = -(-(abi.DGRAM.size + p.payload_len) // abi.DGRAM_ALIGN) * abi.DGRAM_ALIGN
-        meets = bool(out) and c.ahead != side
+        meets = bool(out) and c.leader != side
         if not self.is_plain_datagram(w):
             return Reason.PUNT_EXCEPTION
         if not meets and out + size > BUFFER:
@@ -566,8 +566,8 @@ class KernelModel:
         if not meets and not self.buffer_claim(c, w.key):
             return Reason.PUNT_NO_BUFFER
         if not out:
-            c.org = c.nxt = c.rel
-        place = c.rel if meets else c.nxt
+            c.base_seq = c.next = c.released
+        place = c.released if meets else c.next
         if meets and self.head_at(c, place)[1] != p.payload_len:
             return Reason.PUNT_DIFFERS
         w.moves, w.at, w.seq = size, p.l4_off + 8, (place + abi.DGRAM.size) & M32
@@ -580,17 +580,17 @@ class KernelModel:
         p = w.p
         if w.act == NOTHING:
             head = abi.DGRAM.pack(w.now, p.payload_len, w.partial, w.frame[: p.l4_off + 8])
-            at = self.record_at(c, c.nxt)
+            at = self.record_at(c, c.next)
             self.rings[at : at + len(head)] = head
-            c.nxt, c.ahead = (c.nxt + w.moves) & M32, w.side
+            c.next, c.leader = (c.next + w.moves) & M32, w.side
             self.settle(c, w.now, False)
             return Reason.OFFLOAD_HELD
         frame = w.frame
         if w.act == TURN:
-            frame = self.head_at(c, c.rel)[3][: p.l4_off] + frame[p.l4_off :]
+            frame = self.head_at(c, c.released)[3][: p.l4_off] + frame[p.l4_off :]
         w.out.append(Out(frame, 0, w.partial))
-        c.rel = (c.rel + w.moves) & M32
-        self.settle(c, self.head_at(c, c.rel)[0], True)
+        c.released = (c.released + w.moves) & M32
+        self.settle(c, self.head_at(c, c.released)[0], True)
         return Reason.OFFLOAD_PASSED if w.act == PASS else Reason.OFFLOAD_RELEASED
 
     def decide(self, c: Conn, w: Work) -> int:
@@ -611,11 +611,11 @@ class KernelModel:
     def acked(c: Conn, end: int) -> bool:
         """Whether the client says that it has all released bytes below end."""
         known, ack = c.client_ack & abi.CLIENT_ACK_KNOWN, c.client_ack & M32
-        return bool(known) and not seq_later(end, ack) and not seq_later(ack, c.rel)
+        return bool(known) and not seq_later(end, ack) and not seq_later(ack, c.released)
 
     @staticmethod
     def all_acked(c: Conn) -> bool:
-        return c.client_ack == abi.CLIENT_ACK_KNOWN | c.rel
+        return c.client_ack == abi.CLIENT_ACK_KNOWN | c.released
 
     def note_ack(self, frame: bytes) -> None:
         """A client's frame for the PVM."""
@@ -658,15 +658,15 @@ class KernelModel:
         w = Work(frame, gso_size, partial, side, now, p, key, elsewhere)
         r = FAST_NO
         if c.owner == OWNER_KERNEL:
-            p_ack, p_win, pending = c.p_ack, c.p_win, c.pending
+            p_ack, p_win, pending = c.p_ack, c.p_win, c.ack_pending
             if self.in_force(c, self.mode, self.epoch if epoch is None else epoch):
                 r = self.decide(c, w)
             else:
                 r = Reason.PUNT_MODE
             if r >= Reason.PUNT_MODE:
                 self.counts[Reason(r)] += 1
-                c.p_ack, c.p_win, c.pending = p_ack, p_win, pending
-                c.owner, c.why = OWNER_USER, int(r)
+                c.p_ack, c.p_win, c.ack_pending = p_ack, p_win, pending
+                c.owner, c.punt_reason = OWNER_USER, int(r)
                 r = FAST_NO
         if r == FAST_NO:
             c.punt_seq = (c.punt_seq + 1) & M32
@@ -678,7 +678,7 @@ class KernelModel:
 
     def control(self, message: bytes, now: int) -> CtlResult:
         """fast_ctl."""
-        op, punt_seq, key, words, since = abi.CTL.unpack(message)
+        op, punt_seq, key, state, since = abi.CTL.unpack(message)
         c = self.conns.get(key)
         if c is None:
             return CtlResult.UNKNOWN
@@ -691,29 +691,29 @@ class KernelModel:
         elif op == CtlOp.FREE:
             if c.buffer:
                 self.buffer_free(c)
-            c.nxt, c.pending, c.since_ns, c.epoch = c.rel, 0, 0, 0
+            c.next, c.ack_pending, c.since_ns, c.epoch = c.released, 0, 0, 0
         elif op == CtlOp.CLAIM:
             c.since_ns = 0
             if not self.buffer_claim(c, key):
                 return CtlResult.FULL
             self.outstanding_since(c, now)
         else:
-            return self.give(c, punt_seq, words, since or now, now)
+            return self.offload(c, punt_seq, state, since or now, now)
         return CtlResult.DONE
 
-    def give(self, c: Conn, punt_seq: int, words: bytes, since: int, now: int) -> CtlResult:
+    def offload(self, c: Conn, punt_seq: int, state: bytes, since: int, now: int) -> CtlResult:
         (
             epoch, rel, p_ack, s_ack, adv_ack, p_win, s_win, adv_win, mss, nxt, org, ahead, pending,
             l4, doff, hdr, memo,
-        ) = abi.GIVE.unpack(words)  # fmt: skip
+        ) = abi.GIVE.unpack(state)  # fmt: skip
         if self.frames_on_their_way(c, punt_seq):
             return CtlResult.REFUSED
         if (nxt != org or pending) and not c.buffer:
             return CtlResult.FULL
-        c.epoch, c.rel, c.org, c.nxt, c.ahead = epoch, rel, org, nxt, ahead
+        c.epoch, c.released, c.base_seq, c.next, c.leader = epoch, rel, org, nxt, ahead
         c.p_ack, c.s_ack, c.adv_ack = p_ack, s_ack, adv_ack
         c.p_win, c.s_win, c.adv_win, c.mss = p_win, s_win, adv_win, mss
-        c.pending, c.l4, c.doff, c.hdr, c.memo, c.seen_ns = pending, l4, doff, hdr, memo, now
+        c.ack_pending, c.l4, c.doff, c.hdr, c.cookie, c.seen_ns = pending, l4, doff, hdr, memo, now
         c.fin_known = 0
         self.outstanding_since(c, since if nxt != rel or pending else 0)
         c.owner = OWNER_KERNEL
@@ -767,7 +767,7 @@ class Objects:
             "buffers": SimpleNamespace(fd=k.fds[0], info=buffers),
             "owners": SimpleNamespace(fd=k.fds[1], info=buffers),
         }
-        self.programs = {"fast_ctl": SimpleNamespace(fd=k)}
+        self.programs = {"offload_ctl": SimpleNamespace(fd=k)}
 
     def map(self, name: str) -> Any:
         return self.maps[name]
@@ -775,7 +775,7 @@ class Objects:
 
 class Bpf:
     """Stands in for colo_xdp.datapath.syscall in datapath/offload_maps.py: the program's descriptor
-    is the tier itself."""
+    is the kernel itself."""
 
     def __init__(self, now: Callable[[], int]) -> None:
         self._now = now

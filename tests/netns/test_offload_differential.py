@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The fast path of the kernel and tests/sim/fast.py, frame by frame: reasons, frames, words,
-buffers."""
+"""The fast path of the kernel and tests/sim/offload_model.py, frame by frame: reasons, frames,
+words, buffers."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ from tests.netns.kernel_lab import (
     Talk,
     packet,
 )
-from tests.sim.fast import BUFFER, Conn, KernelModel
 from tests.sim.mutants import KERNEL_MUTANTS
+from tests.sim.offload_model import BUFFER, Conn, KernelModel
 
 SEEDS, STEPS = 10, 2500
 PRIORITY = 0x6000  # a tag without a VLAN: such a frame's connection has none
@@ -85,7 +85,7 @@ class Run:
             if rnd.random() < 0.8:
                 self.control(CtlOp.RECLAIM, t)
                 self.control(CtlOp.FREE, t)
-            self.give_datagrams(t) if isinstance(t, Datagrams) else self.give(t)
+            self.give_datagrams(t) if isinstance(t, Datagrams) else self.offload(t)
         elif isinstance(t, Datagrams):
             self.datagram(t)
         elif rnd.random() < 0.2:
@@ -120,7 +120,7 @@ class Run:
         self.seen[f"{op.name} {ours.name}"] += 1
         return ours
 
-    def give(self, t: Talk) -> None:
+    def offload(self, t: Talk) -> None:
         """Any words that make sense, and any history."""
         rnd, c = self.rnd, self.model.conns[t.key]
         rel = min(t.pos)
@@ -160,7 +160,7 @@ class Run:
             doff if header else 0, header[: l4 + doff], rnd.randbytes(64),
         )  # fmt: skip
         punt_seq = c.punt_seq + (rnd.random() < 0.1)
-        self.control(CtlOp.GIVE, t, punt_seq, words)
+        self.control(CtlOp.OFFLOAD, t, punt_seq, words)
 
     def at(self, t: Talk, pos: int) -> int:
         return (t.seq0 + pos) & M32
@@ -276,7 +276,7 @@ class Run:
             m.epoch - (rnd.random() < 0.02), start, *[0] * 7, (start + len(data)) & M32,
             (start - past) & M32, ahead, 0, 0, 0, b"", rnd.randbytes(64),
         )  # fmt: skip
-        self.control(CtlOp.GIVE, t, m.conns[t.key].punt_seq + (rnd.random() < 0.1), words)
+        self.control(CtlOp.OFFLOAD, t, m.conns[t.key].punt_seq + (rnd.random() < 0.1), words)
 
     def datagram(self, t: Datagrams) -> None:
         """The next one of either, mostly."""
@@ -324,7 +324,7 @@ class Run:
             lab.set(Cfg.MODE, Mode.CHECKPOINT)
             m.mode = Mode.CHECKPOINT
         elif x < 0.007:
-            lab.set(Cfg.FAST, 0)
+            lab.set(Cfg.OFFLOAD, 0)
             m.on = False
         elif x < 0.01 and side == SIDE_SVM:
             epoch += rnd.choice((-1, 1))
@@ -365,7 +365,7 @@ class Run:
             assert marked["PASS_RELEASED"] == (0 if self.uplink else len(out)), what
         assert got == expected, what
         why = Counter({r.name: k for r, k in said.items() if r >= Reason.PUNT_MODE})
-        assert lab.counted(Prog.FAST) == why, what
+        assert lab.counted(Prog.OFFLOAD) == why, what
         self.seen.update(why)
         assert len(left) == len(out), f"{what}: {expected}"
         for mine, theirs in zip(out, left, strict=True):
@@ -386,7 +386,7 @@ class Run:
             lab.conns.set(t.key, bytes(8) + (lab.conns.get(t.key) or b"")[8:])
         if m.mode is not Mode.RUN or not m.on:
             lab.set(Cfg.MODE, Mode.RUN)
-            lab.set(Cfg.FAST, 1)
+            lab.set(Cfg.OFFLOAD, 1)
             m.mode, m.on = Mode.RUN, True
 
     # -- what must be equal
@@ -416,12 +416,12 @@ class Run:
         if not c.buffer or not c.epoch or (c.owner != OWNER_KERNEL and isinstance(t, Datagrams)):
             return
         whole = outstanding or isinstance(t, Datagrams)  # of which nothing is history
-        first = c.rel if whole else self.model.oldest(c)
-        n, at = (c.nxt - first) & M32, (first - c.org) % BUFFER
+        first = c.released if whole else self.model.oldest(c)
+        n, at = (c.next - first) & M32, (first - c.base_seq) % BUFFER
         one, two = self.model.ring(c.buffer), self.lab.ring(c.buffer)
         if isinstance(t, Datagrams):
             return self.compare_records(c, n, at, one, two)
-        n -= bool(c.fin_known and n and c.fin == c.nxt)  # nothing is stored in its place
+        n -= bool(c.fin_known and n and c.fin == c.next)  # nothing is stored in its place
         k = min(n, BUFFER - at)
         assert one[at : at + k] == two[at : at + k], f"buffer of port {t.port}"
         assert one[: n - k] == two[: n - k], f"buffer of port {t.port}"

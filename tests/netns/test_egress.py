@@ -57,7 +57,7 @@ class Pair:
         key = parse(tcp(b"")).key
         assert (
             dp.fast.offer(key)
-            and dp.fast.give(key, OffloadRequest(words, b""), 0) is OffloadResult.ACCEPTED
+            and dp.fast.offload(key, OffloadRequest(words, b""), 0) is OffloadResult.ACCEPTED
         )
 
     def close(self) -> None:
@@ -178,7 +178,7 @@ def test_what_a_person_has_set_for_a_port_or_an_address_is_kept(
     pair.client_speaks()
     assert pair.direct()
     sh(*rule.split())
-    pair.dp._fdb_told = 0.0  # the time of the next look at the addresses has come
+    pair.dp._fdb_set = 0.0  # the time of the next look at the addresses has come
     pair.dp.watch_bridge()
     ports = {int.from_bytes(k, sys.byteorder) for k, _ in pair.dp.objects.map("ports").items()}
     assert socket.if_nametoindex("uplink") not in ports
@@ -187,7 +187,7 @@ def test_what_a_person_has_set_for_a_port_or_an_address_is_kept(
 
 def test_an_address_by_hand_at_the_clients_own_port_is_in_no_ones_way(net: Net, pair: Pair) -> None:
     sh("bridge", "fdb", "replace", CLIENT, "dev", "uplink", "master", "static")
-    pair.dp._fdb_told = 0.0
+    pair.dp._fdb_set = 0.0
     pair.dp.watch_bridge()
     pair.client_speaks()
     assert pair.direct()
@@ -268,7 +268,7 @@ def test_a_bridge_that_cannot_be_looked_at_is_not_passed_by(
     with monkeypatch.context() as mp:
         mp.setattr(attach, where, fails)
         for _ in range(3):
-            pair.dp._fdb_told = 0.0
+            pair.dp._fdb_set = 0.0
             pair.dp.watch_bridge()
         pair.client_speaks()
         assert not pair.direct()

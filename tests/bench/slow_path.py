@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """What the engine costs per frame of the PVM, by stage, in one process.
 
-python -m tests.bench.slow_path   prints a table and writes build/tier-u-bench.json
+python -m tests.bench.slow_path   prints a table and writes build/slow-path-bench.json
 
 Both guests' events lie in a ring buffer of the kernel's layout. They are read as the controller
 reads them, compared, and released by writing to a real tap in a namespace of its own. The
@@ -45,7 +45,7 @@ from colo_xdp.tools.corpus import craft
 
 from .report import Part, Spread
 
-REPORT = Path("build/tier-u-bench.json")
+REPORT = Path("build/slow-path-bench.json")
 REPEATS = 5
 STAGES = ("drain", "parse", "compare", "release")
 BATCH = 32  # frames of one guest before the other's, as they come from a NIC queue

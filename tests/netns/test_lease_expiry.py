@@ -203,7 +203,7 @@ def test_cleanup_lets_nobody_speak_who_must_not(
         host.clean()
         assert host.in_bridge and host.heard
         return
-    with pytest.raises(cleanup.GuestWouldSpeak, match=why):
+    with pytest.raises(cleanup.GuestWouldTransmit, match=why):
         host.clean()
     assert not host.heard, "nothing was taken off"
     assert "tap0 from br0" in host.clean(force=True)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The fast path's rules for what it makes, case by case, on its model (tests/sim/fast.py), which
-the differential test holds equal to the kernel's."""
+"""The fast path's rules for what it makes, case by case, on its model (tests/sim/offload_model.py),
+which the differential test holds equal to the kernel's."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 from colo_xdp.abi import FLOW_KEY, OWNER_KERNEL, OWNER_USER, SIDE_PVM, SIDE_SVM, Mode, Reason
 from tests.netns.frames import checksum_fits, tcp
-from tests.sim.fast import MAX_PIECE, SURE_MSS, Conn, Fate, KernelModel, completed
+from tests.sim.offload_model import MAX_PIECE, SURE_MSS, Conn, Fate, KernelModel, completed
 
 SEQ = 1000
 BODY = bytes(i * 7 & 255 for i in range(70_000))
@@ -29,7 +29,7 @@ class Talk:
         self.k = KernelModel(4)
         self.k.mode, self.k.epoch, self.k.on = Mode.RUN, 1, True
         self.c = self.k.conns[KEY] = Conn(
-            owner=OWNER_KERNEL, epoch=1, rel=SEQ, nxt=SEQ, org=SEQ, mss=mss, p_ack=5000, s_ack=5000,
+            owner=OWNER_KERNEL, epoch=1, released=SEQ, next=SEQ, base_seq=SEQ, mss=mss, p_ack=5000, s_ack=5000,
             adv_ack=5000, p_win=4096, s_win=4096, adv_win=4096,
         )  # fmt: skip
         self.at = [0, 0]
@@ -52,7 +52,7 @@ class Talk:
 
     def s(self, n: int, gso: int = 0) -> list[int]:
         """What leaves when the SVM says n bytes: the payload of each packet on the wire."""
-        sizes, at = [], self.c.rel - SEQ
+        sizes, at = [], self.c.released - SEQ
         for out in self.say(SIDE_SVM, n, gso=gso).out:
             body = out.frame[66:]
             assert checksum_fits(completed(out), 34, False)
