@@ -149,7 +149,7 @@ def path_ends(v: Any) -> tuple[Where, Where] | None:
     return (a, b) if arrow and a and b and a[0].version == b[0].version else None
 
 
-def heartbeat_paths(v: Any) -> str | None:
+def heartbeat_links(v: Any) -> str | None:
     want = 'expected a list of at most 4 paths "local:port->remote:port", both IPv4 or both IPv6'
     if not isinstance(v, list | tuple) or len(v) > 4:
         return want

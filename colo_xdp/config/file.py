@@ -239,21 +239,21 @@ def _failover_checks(r: _Reader, f: dict[str, Any]) -> None:
 
 def _path_checks(r: _Reader, peer: dict[str, Any], control: tuple[Any, Any]) -> None:
     """Further paths for heartbeats: each a way of its own."""
-    paths = peer.get("heartbeat_paths") or ()
+    paths = peer.get("heartbeat_links") or ()
     locals_: set[Any] = set()
     for text in paths:
         ends = validate.path_ends(text)
         if ends is None:
             continue
         if ends[0] == ends[1]:
-            r.error("peer", "heartbeat_paths", text, "expected two different ends")
+            r.error("peer", "heartbeat_links", text, "expected two different ends")
         if ends[0] in locals_:
-            r.error("peer", "heartbeat_paths", text, "expected another local end for each path")
+            r.error("peer", "heartbeat_links", text, "expected another local end for each path")
         locals_.add(ends[0])
         same = None not in control and (ends[0][0], ends[1][0]) == (control[0][0], control[1][0])
         if same and not ends[0][0].is_loopback:
             r.error(
-                "peer", "heartbeat_paths", text,
+                "peer", "heartbeat_links", text,
                 "expected other addresses than local and remote: that way is the control channel's",
             )  # fmt: skip
 

@@ -193,8 +193,8 @@ class Peer:
         "heartbeats also go over network.peer_link, in frames of their own (ethertype 0x88B5)",
         default=True,
     )
-    heartbeat_paths: tuple[str, ...] = validate.key(
-        validate.heartbeat_paths,
+    heartbeat_links: tuple[str, ...] = validate.key(
+        validate.heartbeat_links,
         'and over these (UDP): "local:port->remote:port", on the other host the other way round',
         default=(),
     )

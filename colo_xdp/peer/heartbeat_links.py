@@ -6,7 +6,7 @@ No address has to be configured, no firewall of the IP layers is in the way, and
 addresses were taken away still carries them. They have no 802.1ad tag, so the programs on the
 link let them pass.
 
-*Further paths*: UDP between two addresses each ([peer] heartbeat_paths). A connected socket: the
+*Further paths*: UDP between two addresses each ([peer] heartbeat_links). A connected socket: the
 kernel takes nothing from other addresses, and tells of a host that refuses.
 
 Nothing here waits: sockets do not block, what cannot be sent is counted and told once, a socket
@@ -121,7 +121,7 @@ class _Udp(_Transport):
 def links_of(config: Config) -> list[_Transport]:
     """The paths of a configuration, in the order of the status."""
     out: list[_Transport] = [_Link(config.network.peer_link)] if config.peer.link_heartbeats else []
-    return out + [_Udp(text) for text in config.peer.heartbeat_paths]
+    return out + [_Udp(text) for text in config.peer.heartbeat_links]
 
 
 class HeartbeatLinks:

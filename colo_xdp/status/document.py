@@ -260,7 +260,8 @@ class Status:
     engine: dict[str, int]
     held: dict[str, int]
     wait: dict[str, Any]
-    offload: dict[str, Any]  # waits: as wait.buckets, of OFFLOAD_WAIT_BUCKETS; waiting: of the buffers
+    #: waits: as wait.buckets, of OFFLOAD_WAIT_BUCKETS; waiting: of the buffers
+    offload: dict[str, Any]
     flows: dict[str, int]
     #: last: null before the first; delayed: had to wait for checkpoint.share, delay_s in all;
     #: folded: requests that came while one was wanted

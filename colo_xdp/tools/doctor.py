@@ -328,7 +328,7 @@ def _paths(config: Config) -> Iterator[Check]:
     found = links_of(config)
     if not found:
         yield Check("heartbeats", WARN, "over the control channel only: if it is cut, a peer that "
-                    "lives looks dead", "[peer] link_heartbeats or heartbeat_paths")  # fmt: skip
+                    "lives looks dead", "[peer] link_heartbeats or heartbeat_links")  # fmt: skip
     for link in found:
         try:
             link.open().close()
@@ -337,7 +337,7 @@ def _paths(config: Config) -> Iterator[Check]:
                 continue  # `run` makes it
             if e.errno != errno.EADDRINUSE:  # by a controller that runs
                 yield Check(
-                    "heartbeats", FAIL, f"{link.name}: {e.strerror}", "[peer] heartbeat_paths"
+                    "heartbeats", FAIL, f"{link.name}: {e.strerror}", "[peer] heartbeat_links"
                 )
                 continue
         yield Check("heartbeats", OK, f"also over {link.name}")

@@ -68,12 +68,12 @@ def ports(config: Config) -> list[tuple[str, str, int]]:
         out.append(("[metrics] listen", config.metrics.listen, socket.SOCK_STREAM))
     if config.role == "secondary":
         out.append(("[peer] local", config.peer.local, socket.SOCK_STREAM))
-    for text in config.peer.heartbeat_paths:
+    for text in config.peer.heartbeat_links:
         ends = validate.path_ends(text)
         if ends is not None:
             host, port = ends[0]
             shown = f"[{host}]:{port}" if host.version == 6 else f"{host}:{port}"
-            out.append(("[peer] heartbeat_paths", shown, socket.SOCK_DGRAM))
+            out.append(("[peer] heartbeat_links", shown, socket.SOCK_DGRAM))
     return out
 
 

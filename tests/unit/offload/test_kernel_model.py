@@ -29,7 +29,8 @@ class Talk:
         self.k = KernelModel(4)
         self.k.mode, self.k.epoch, self.k.on = Mode.RUN, 1, True
         self.c = self.k.conns[KEY] = Conn(
-            owner=OWNER_KERNEL, epoch=1, released=SEQ, next=SEQ, base_seq=SEQ, mss=mss, p_ack=5000, s_ack=5000,
+            owner=OWNER_KERNEL, epoch=1, released=SEQ, next=SEQ, base_seq=SEQ, mss=mss, p_ack=5000,
+            s_ack=5000,
             adv_ack=5000, p_win=4096, s_win=4096, adv_win=4096,
         )  # fmt: skip
         self.at = [0, 0]

@@ -30,7 +30,7 @@ def free_port(family: int = socket.AF_INET) -> int:
 
 def config(role: str, *paths: str) -> Config:
     c = load(EXAMPLES / f"{role}.toml")
-    return replace(c, peer=replace(c.peer, link_heartbeats=False, heartbeat_paths=paths))
+    return replace(c, peer=replace(c.peer, link_heartbeats=False, heartbeat_links=paths))
 
 
 class End:
@@ -169,9 +169,9 @@ def with_peer(line: str) -> Config:
 
 
 def test_a_configuration_with_paths() -> None:
-    c = with_peer('heartbeat_paths = ["198.51.100.1:9850->198.51.100.2:9850"]')
-    assert c.peer.link_heartbeats and len(c.peer.heartbeat_paths) == 1
-    assert load(EXAMPLES / "primary.toml").peer.heartbeat_paths == ()
+    c = with_peer('heartbeat_links = ["198.51.100.1:9850->198.51.100.2:9850"]')
+    assert c.peer.link_heartbeats and len(c.peer.heartbeat_links) == 1
+    assert load(EXAMPLES / "primary.toml").peer.heartbeat_links == ()
 
 
 @pytest.mark.parametrize(
@@ -191,5 +191,5 @@ def test_a_configuration_with_paths() -> None:
 )
 def test_a_wrong_path_is_named(value: str, words: str) -> None:
     with pytest.raises(ConfigError) as e:
-        with_peer(f"heartbeat_paths = {value}")
-    assert "[peer] heartbeat_paths" in str(e.value) and words in str(e.value)
+        with_peer(f"heartbeat_links = {value}")
+    assert "[peer] heartbeat_links" in str(e.value) and words in str(e.value)
