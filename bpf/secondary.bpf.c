@@ -136,7 +136,7 @@ int svm_in(struct __sk_buff *skb)
 			read_options((void *)(long)skb->data, (void *)(long)skb->data_end, &p, &t);
 		if (kind == COLO_KIND_SYN) {
 			/* Of a handshake over a checkpoint, the copy made as it leaves tells. */
-			reason = mode == MODE_RUN ? flow_note_pvm(&p, &t.ts, epoch)
+			reason = mode == MODE_RUN ? flow_observe_pvm(&p, &t.ts, epoch)
 						  : R_DROP_PVM_SYN_UNKNOWN;
 		} else if (mode == MODE_CHECKPOINT) {
 			reason = capture(skb, &p, SRC_CLIENT, epoch, 0);

@@ -90,8 +90,8 @@
  *    of another epoch. What the guest's side writes to it meanwhile is lost (see above), and an
  *    entry that is evicted while the other CPU works on it has not been used for thousands of SYNs.
  */
-#ifndef COLO_FLOW_H
-#define COLO_FLOW_H
+#ifndef COLO_CONNTRACK_H
+#define COLO_CONNTRACK_H
 
 /* key: the connection. Writers: svm_*. Reader: controller, which also deletes. Not an LRU: that
  * would evict a live connection in silence. Full: R_PASS_FLOW_TABLE_FULL, the frame goes untranslated. */
@@ -437,7 +437,7 @@ static __always_inline u32 flow_promote(struct colo_flow_key *key, struct colo_f
 }
 
 /* A SYN of the PVM has come over the peer link. */
-static __always_inline u32 flow_note_pvm(const struct pkt *p, const struct tcp_ts *ts, u32 epoch)
+static __always_inline u32 flow_observe_pvm(const struct pkt *p, const struct tcp_ts *ts, u32 epoch)
 {
 	u32 bits = FLOW_PVM_SYN, acks = p->flags & TCP_ACK, same, opened = 0;
 	struct colo_flow_key key = {};

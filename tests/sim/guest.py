@@ -100,7 +100,7 @@ class Guest:
             if s.flags & RST:
                 return []
             if c is not None and c.state == "closed":  # TIME-WAIT: ack what comes again
-                return self._frames([c.seg(ACK, c.next, tsval=ts)]) if s.data or s.flags & 1 else []
+                return self._frames([c.seg(ACK, c.nxt, tsval=ts)]) if s.data or s.flags & 1 else []
             if s.flags & ACK:
                 rst = Seg(s.v6, 80, s.sport, s.ack, 0, RST, 0, b"", ts, s.tsval)
             else:
@@ -286,7 +286,7 @@ class Client:
             if c is not None and c.state == "closed" and not s.flags & RST:
                 if s.flags & SYN and s.ack != (c.iss + 1) & 0xFFFFFFFF:
                     return []
-                return [build(c.seg(ACK, c.next, tsval=ts), True, 0)] if s.flags & 1 else []
+                return [build(c.seg(ACK, c.nxt, tsval=ts), True, 0)] if s.flags & 1 else []
             return []
         before = len(c.inn)
         segs = c.receive(s, now_ms, ts, self.rnd)

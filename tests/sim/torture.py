@@ -154,7 +154,7 @@ def main() -> int:
         return 0 if text.endswith("nothing wrong") else 1
     began, total, bad = time.monotonic(), Counter[str](), []
     starts = range(args.seed, args.seed + args.runs, BLOCK)
-    block = partial(_block, owner=args.owner)
+    block = partial(_block, path=args.path)
     with multiprocessing.Pool(args.jobs) as pool:
         for done, (_, found, seen) in enumerate(pool.imap_unordered(block, starts), 1):
             total += seen
@@ -170,7 +170,7 @@ def main() -> int:
     print(f"{len(starts) * BLOCK} schedules from seed {args.seed}: {len(bad)} failed; {shown}")
     logging.disable(logging.CRITICAL)
     for seed, what in bad[:1]:
-        print(report(_scene(seed, args.owner), what))
+        print(report(_scene(seed, args.path), what))
     return 1 if bad else 0
 
 
