@@ -85,7 +85,7 @@ class Oracle:
         v = self.view(m)
         for i, b in enumerate(m.data):
             v.said.setdefault(m.pos + i, b)
-        v.svm_ack = max(v.svm_ack, m.ack)
+        v.sack = max(v.sack, m.ack)
         if m.kind != "data":
             v.flags.add((m.kind, 0 if m.kind in ("rst", "syn") else m.pos))
 
@@ -99,7 +99,7 @@ class Oracle:
                     v.seen.setdefault(pos, {b})
             v.said.clear()
             v.flags.clear()
-            v.svm_ack = -1
+            v.sack = -1
 
     def released(self, m: Meta, number: int) -> None:
         if self.order.get(m.conn, -1) >= number:
@@ -118,7 +118,7 @@ class Oracle:
                 pos = m.pos + i
                 if v.said.get(pos) != b and b not in v.seen.get(pos, ()):
                     raise Violation(f"I1: byte {pos} of {m}")
-            if m.kind != "rst" and m.ack > max(v.ack, v.svm_ack):
+            if m.kind != "rst" and m.ack > max(v.ack, v.sack):
                 raise Violation(f"I2: {m}, acked {v.ack} {v.sack}")
             if m.kind != "data":
                 flag = (m.kind, 0 if m.kind in ("rst", "syn") else m.pos)
@@ -241,7 +241,7 @@ class World:
             number = int.from_bytes(rec.frame[36:38], "big") - 4000
             c = self.conns[number]
             v = self.oracle.view(Meta(number, c.inc, "data"))
-            if (part.ack - c.cisn - 1) & MASK <= max(v.ack, v.svm_ack):
+            if (part.ack - c.cisn - 1) & MASK <= max(v.ack, v.sack):
                 return
         raise Violation("released what was never captured")
 
