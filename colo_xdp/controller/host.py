@@ -169,6 +169,11 @@ class Host(ABC):
         """Its QEMU is dead, or `hung` for good."""
         self.view.guest_gone(hung=hung)
 
+    @property
+    def needs_copy(self) -> bool:
+        """Whether the other guest serves the clients and this host lacks a QEMU for its copy."""
+        return False
+
     # ---- the guest after this one
 
     @abstractmethod

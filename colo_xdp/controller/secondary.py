@@ -256,6 +256,10 @@ class Secondary(GuestLifecycle):
             return
         self._on_begin(n, initial=True, planned=False, asked=True)
 
+    @property
+    def needs_copy(self) -> bool:
+        return self.state is State.STARTING and self.superseded()
+
     def on_qemu_gone(self) -> None:
         h = self.held.take()
         super().on_qemu_gone()

@@ -195,12 +195,22 @@ class Lab:
                 raise LabError(f"the {role}'s controller has ended ({p.returncode}): {log}") from e
             return {}
 
-    def wait_state(self, role: str, state: str, timeout: float = PROTECT_S) -> dict[str, Any]:
-        """Until a controller is in a state; its status. Raises LabError with what it says."""
+    def wait_state(
+        self,
+        role: str,
+        state: str,
+        timeout: float = PROTECT_S,
+        meanwhile: Callable[[], None] = lambda: None,
+    ) -> dict[str, Any]:
+        """Wait until a controller is in a state and return its status; call `meanwhile` in between.
+
+        Raises LabError with what it says.
+        """
         last: dict[str, Any] = {}
 
         def there() -> dict[str, Any] | None:
             nonlocal last
+            meanwhile()
             last = self.status(role)
             return last if last.get("state") == state else None
 

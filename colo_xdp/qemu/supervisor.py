@@ -81,6 +81,11 @@ class Owner(Protocol):
     def on_guest_gone(self, *, hung: bool = False) -> None:
         """It is dead, or `hung` for good."""
 
+    @property
+    def needs_copy(self) -> bool:
+        """Whether the other guest serves the clients and this host lacks a QEMU for its copy."""
+        ...
+
     def reconsider(self) -> None:
         """Something has changed."""
 
@@ -153,8 +158,14 @@ class QemuSupervisor:
         await self.learn_macs()
 
     async def connect(self) -> None:
-        """Until one is found that can be worked with, or it is certain that there is none."""
+        """Wait for a QEMU that can be worked with, or until it is certain that there is none.
+
+        Where a copy of the other guest is missing, `[qemu] incoming` is run again and again: an
+        SVM's QEMU exits when an entry into COLO breaks off while it loads (process_incoming_
+        migration_co() in QEMU's migration/migration.c), and its controller may have died with it.
+        """
         said = ""
+        missing_since = time.monotonic()
         while True:
             try:
                 self.info = await self.qmp.connect()
@@ -169,6 +180,12 @@ class QemuSupervisor:
                 if str(e) != said:
                     said = str(e)
                     log.info("%s; waiting for it", e)
+                now = time.monotonic()
+                if there or not self.options.incoming or not self._owner.needs_copy:
+                    missing_since = now
+                elif now - missing_since > INCOMING_S:
+                    missing_since = now
+                    await self.start_incoming()
                 await asyncio.sleep(QMP_RETRY_S)
                 continue
             await self._connect_oob()

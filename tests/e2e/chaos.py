@@ -346,8 +346,15 @@ class Chaos:
             )
 
         for host in HOSTS:
-            self.lab.wait_state(host, "protected", REPAIR_S)
+            self.lab.wait_state(host, "protected", REPAIR_S, meanwhile=self._restart_copy)
         wait_for("a pair that hears each other", fine, REPAIR_S)
+
+    def _restart_copy(self) -> None:
+        """Start a copy's QEMU again, as its unit would: it exits when an entry breaks off."""
+        vm = self.lab.vm[other(self.pvm)]
+        if not vm.alive:
+            self.say("     the copy's QEMU has ended with the entry: started again")
+            self.lab.start_vm(other(self.pvm), incoming=True)
 
     def _unless_fenced(self) -> str:
         """Wait until the pair is protected again; or who has gone on alone and fenced the other

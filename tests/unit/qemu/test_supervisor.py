@@ -6,6 +6,7 @@ from __future__ import annotations
 import ast
 import asyncio
 from collections.abc import Coroutine
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from colo_xdp.qemu import supervisor
 from colo_xdp.qemu.event import QmpEvent
 from colo_xdp.qemu.qmp import QmpError
 from colo_xdp.qemu.supervisor import QemuOptions, QemuSupervisor, Stakes
-from tests.unit.controller.test_controllers import in_loop, primary
+from tests.unit.controller.test_controllers import in_loop, primary, secondary
 
 OPTIONS = QemuOptions(
     pair="web1", name="PVM", qmp="/nowhere", qmp_oob="", timeout_s=1, tap="tap0", guest_mac="",
@@ -29,6 +30,7 @@ class Owner:
 
     def __init__(self, stakes: Stakes) -> None:
         self.stakes, self.said = stakes, []  # type: tuple[Stakes, list[str]]
+        self.needs_copy = False
 
     def spawn(self, coro: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
         return asyncio.ensure_future(coro)
@@ -100,6 +102,59 @@ def test_what_a_lost_connection_means_is_a_matter_of_what_depends_on_it(
         assert owner.said == said
 
     in_loop(body)
+
+
+@pytest.mark.parametrize("held", [False, True])
+def test_a_copy_that_died_in_the_entry_is_started_again(
+    held: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The command runs where the copy is missing, and where nothing holds the tap any more."""
+    monkeypatch.setattr(supervisor, "Qmp", Nobody)
+    monkeypatch.setattr(supervisor, "QMP_RETRY_S", 0.001)
+    monkeypatch.setattr(supervisor, "INCOMING_S", 0.02)
+    runs: list[float] = []
+
+    async def body() -> None:
+        owner = Owner(Stakes.NOTHING_YET)
+        q = QemuSupervisor(
+            replace(OPTIONS, incoming=("qemu",)), owner, tap_alive=lambda: held,
+            is_at=lambda *macs: None,
+        )  # fmt: skip
+        loop = asyncio.get_running_loop()
+
+        async def start() -> None:
+            runs.append(loop.time())
+
+        q.start_incoming = start  # type: ignore[method-assign]
+        end = loop.time() + 5
+
+        async def refused(self: Any) -> None:
+            owner.needs_copy = loop.time() > end - 4.95
+            if len(runs) == 2 or loop.time() > (end - 4.8 if held else end):
+                raise asyncio.CancelledError
+            raise QmpError("nobody is there")
+
+        monkeypatch.setattr(Nobody, "connect", refused)
+        await asyncio.wait({asyncio.ensure_future(q.connect())})
+        assert len(runs) == (0 if held else 2)
+        if runs:
+            assert runs[0] >= end - 4.95 and runs[1] - runs[0] >= 0.02
+
+    in_loop(body)
+
+
+def test_a_secondary_needs_a_copy_while_the_other_guest_serves_alone() -> None:
+    c, _, _ = secondary()
+    c.state, c.peer.connected = State.STARTING, True
+    assert not c.needs_copy, "nothing is known of the other guest"
+    c.view.peer.role, c.view.peer.state = "primary", State.SOLO.value
+    assert c.needs_copy
+    c.state = State.PROTECTED
+    assert not c.needs_copy
+    c.state, c.peer.connected = State.STARTING, False
+    assert not c.needs_copy
+    p, _, _ = primary()
+    assert not p.needs_copy, "its guest is nobody's copy"
 
 
 def test_where_the_next_one_is_looked_for_elsewhere_a_lost_connection_means_nothing() -> None:
