@@ -265,7 +265,7 @@ def _source(role: str, directory: str, options: Options, events: str) -> Source:
     if options.fast:
         flags += [
             "-DCOLO_OFFLOAD",
-            f"-DCOLO_STASHES={options.buffers}",
+            f"-DCOLO_BUFFERS={options.buffers}",
             f"-DCOLO_MAX_CONNS={options.conns}",
         ]
         tc += FAST.get(role, ())
@@ -277,8 +277,8 @@ def _source(role: str, directory: str, options: Options, events: str) -> Source:
         flags.append("-DCOLO_REWRITE_AT_XDP")
     else:
         xdp = ()
-    text, told = flatten(source_dir() / src), options.btf and not btf.why_not()
-    return Source(role, text, tuple(flags), tc, xdp, events, told)
+    text, with_btf = flatten(source_dir() / src), options.btf and not btf.why_not()
+    return Source(role, text, tuple(flags), tc, xdp, events, with_btf)
 
 
 class Objects:

@@ -24,7 +24,7 @@ from colo_xdp.datapath.offload_maps import BpfKernelPath
 from colo_xdp.datapath.ring import open_reader
 from tests.netns.conftest import Net, Tap, sh
 from tests.netns.frames import checksum_fits
-from tests.sim.offload_model import BUFFER, STASH_SIZE
+from tests.sim.offload_model import BUFFER, BUFFER_SIZE
 
 M32 = 0xFFFFFFFF
 ACK, PSH, FIN, SYN, RST, URG, ECE, CWR = 0x10, 0x08, 0x01, 0x02, 0x04, 0x20, 0x40, 0x80
@@ -143,7 +143,7 @@ class Lab:
         return CtlResult(r.retval)
 
     def ring(self, buffer: int) -> memoryview:
-        at = (buffer - 1) * STASH_SIZE + abi.BUFFER_BEFORE
+        at = (buffer - 1) * BUFFER_SIZE + abi.BUFFER_BEFORE
         return self.maps._rings[at : at + BUFFER]
 
     def close(self) -> None:

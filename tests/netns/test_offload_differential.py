@@ -480,7 +480,7 @@ def test_kernel_and_model_decide_alike(lab: Lab) -> None:
     for name in ("HELD", "PASS", "PASS_RELEASED"):
         assert seen[f"udp FAST_{name}"] > 300, seen
         assert seen[f"fin FAST_{name}"] > 4, seen
-    for name in ("MODE", "ODD", "DIFFERS", "NO_STASH", "FULL"):
+    for name in ("MODE", "ODD", "DIFFERS", "NO_BUFFER", "FULL"):
         assert seen[f"udp HAND_{name}"] > 3, seen
     assert not missed and min(seen[f"GIVE {r}"] for r in ("DONE", "REFUSED", "FULL")), seen
 

@@ -43,7 +43,7 @@ SEEN_STEP_NS = 1_000_000_000
 FAST_NO = 0
 TIMESTAMPS = b"\x01\x01\x08\x0a"  # RFC 7323 appendix A
 
-STASH_SIZE = abi.BUFFER_BEFORE + abi.BUFFER + abi.BUFFER_SLACK
+BUFFER_SIZE = abi.BUFFER_BEFORE + abi.BUFFER + abi.BUFFER_SLACK
 
 #: what decide() is about to do
 NOTHING, PASS, TURN, PIECES = range(4)
@@ -176,7 +176,7 @@ class KernelModel:
         self.mode, self.epoch, self.on, self.since = Mode.BYPASS, 0, False, 0
         self.counts: Counter[Reason] = Counter()  # as PROG_FAST
         self.fds = [os.memfd_create(n) for n in ("buffers", "owners")]
-        sizes = (buffers * STASH_SIZE, buffers * abi.OWNER.size)
+        sizes = (buffers * BUFFER_SIZE, buffers * abi.OWNER.size)
         whole = [-(-n // mmap.PAGESIZE) * mmap.PAGESIZE for n in sizes]
         for fd, n in zip(self.fds, whole, strict=True):
             os.ftruncate(fd, n)
@@ -192,7 +192,7 @@ class KernelModel:
     def ring(self, buffer: int) -> memoryview:
         """The bytes of buffer number `buffer`, 1 being the first, as indexed by
         compare_payload()."""
-        at = (buffer - 1) * STASH_SIZE + abi.BUFFER_BEFORE
+        at = (buffer - 1) * BUFFER_SIZE + abi.BUFFER_BEFORE
         return self.rings[at : at + BUFFER]
 
     def owner(self, slot: int) -> tuple[int, int, bytes]:
@@ -549,7 +549,7 @@ class KernelModel:
 
     def record_at(self, c: Conn, place: int) -> int:
         """Where a record's head is in the mapping of all rings."""
-        return (c.buffer - 1) * STASH_SIZE + abi.BUFFER_BEFORE + (place - c.base_seq) % BUFFER
+        return (c.buffer - 1) * BUFFER_SIZE + abi.BUFFER_BEFORE + (place - c.base_seq) % BUFFER
 
     def head_at(self, c: Conn, place: int) -> tuple[int, int, int, bytes]:
         """ts_ns, length, partial, header of the record there"""

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -35,3 +37,17 @@ def test_marks_go_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(loader.os, "unlink", lambda path: gone.append(Path(path).name))
     loader._set_aside(str(tmp_path), SECONDARY, (), whole=False)
     assert gone[0] == "idle_secondary_0_" and len(gone) == 3
+
+
+@pytest.mark.parametrize("role", ["primary", "secondary", "promoted"])
+def test_every_size_that_is_configured_reaches_the_programs(role: str) -> None:
+    """A macro that no source mentions would leave its default in force without a word."""
+    options = loader.Options(fast=True, lease=True, rewrite_at_xdp=True)
+    sources = "".join(p.read_text() for p in loader.source_dir().rglob("*.[ch]"))
+    for events in ("ring", "perf"):
+        for o in (options, replace(options, rewrite_at_xdp=False)):
+            flags = loader._source(role, "/nowhere", o, events).flags
+            macros = [m[1] for f in flags if (m := re.match(r"-D(\w+)", f))]
+            assert "COLO_BUFFERS" in macros and "COLO_LEASE" in macros
+            unused = [m for m in macros if not re.search(rf"\b{m}\b", sources)]
+            assert not unused
