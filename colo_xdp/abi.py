@@ -211,7 +211,7 @@ CONN = struct.Struct("=QQQQIIIIIIIIIIHHHHBBBBBB2xI4x128s64s")
 DGRAM, DGRAM_ALIGN = struct.Struct("=QIB3x112s"), 128
 #: struct colo_owner: taken, since_ns, key
 OWNER = struct.Struct("=QQ40s")
-#: struct colo_ctl: ethernet header, op, captured, key, what GIVE is to set, since_ns
+#: struct colo_ctl: ethernet header, op, captured, key, what OFFLOAD is to set, since_ns
 CTL = struct.Struct("=14xHI40s232sQ")
 #: struct colo_client: seen_ns, ifindex, pad
 CLIENT = struct.Struct("=QII")
@@ -224,7 +224,7 @@ CLAIM = struct.Struct("=QQII")
 CLAIM_SAYS_ROUTER, CLAIM_ROUTER = 1, 2
 #: epoch, rel, p_ack, s_ack, adv_ack, p_win, s_win, adv_win, mss, nxt, org, ahead, pending, l4,
 #: doff, hdr, memo
-GIVE = struct.Struct("=IIIIIHHHHIIBBBB128s64s")
+OFFLOAD = struct.Struct("=IIIIIHHHHIIBBBB128s64s")
 #: bytes of a buffer's ring, and where it begins in struct colo_buffer
 BUFFER, BUFFER_BEFORE = 512 * 1024, 64
 BUFFER_SLACK = 2 * 4096 + 128

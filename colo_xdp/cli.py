@@ -15,6 +15,7 @@ import glob
 import json
 import sys
 import time
+from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -196,13 +197,26 @@ def checkpoint(where: Where = None, run_dir: RunDir = RUN_DIR) -> None:
 
 
 @app.command()
+def switchover(
+    where: Where = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the steps and do nothing.")
+    ] = False,
+    run_dir: RunDir = RUN_DIR,
+) -> None:
+    """Change the guest that clients hear while both live, without losing anything; on either host.
+
+    A checkpoint, after which the PVM is silent and the SVM takes over.
+    """
+    _change(where, run_dir, "switchover", dry_run=dry_run)
+
+
+@app.command()
 def failover(
     where: Where = None,
-    planned: Annotated[
-        bool, typer.Option("--planned", help="Both live: a checkpoint, then the SVM goes on.")
-    ] = False,
     force: Annotated[
-        bool, typer.Option("--force", help="Your word that the other guest is silent; no fence.")
+        bool,
+        typer.Option("--force", help="You guarantee that the other guest is silent."),
     ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the steps and do nothing.")
@@ -212,19 +226,34 @@ def failover(
 ) -> None:
     """Let this host's guest go on alone: the SVM takes over, or the PVM goes solo.
 
-    The other guest must be silent for certain: the configured fence command is run
-    first. Without one, you are the fence. --planned, on either host, changes the guest
-    that speaks while both live, and loses nothing.
+    The other guest must certainly be silent: the configured fence command runs first. Without
+    one, you are the fence. While both guests live, use `switchover`.
     """
-    what = {"planned": planned, "force": force}
-    plan = _ask(where, run_dir, "failover", dry_run=True, **what)
+
+    def confirm() -> None:
+        if not yes and sys.stdin.isatty():
+            typer.confirm("Is the other host's guest certain to be silent?", abort=True)
+
+    _change(where, run_dir, "failover", dry_run=dry_run, confirm=confirm, force=force)
+
+
+def _change(
+    where: str | None,
+    run_dir: str,
+    command: str,
+    *,
+    dry_run: bool,
+    confirm: Callable[[], None] = lambda: None,
+    **args: Any,
+) -> None:
+    """Print the steps; carry them out unless it is a dry run."""
+    plan = _ask(where, run_dir, command, dry_run=True, **args)
     for i, step in enumerate(plan["steps"], 1):
         typer.echo(f"{i}. {step}")
     if dry_run:
         return
-    if not yes and not planned and sys.stdin.isatty():
-        typer.confirm("Is the other host's guest certain to be silent?", abort=True)
-    r = _ask(where, run_dir, "failover", **what)
+    confirm()
+    r = _ask(where, run_dir, command, **args)
     typer.echo(f"{r['state']}: {r.get('reason', '')}")
     if not r["done"]:
         raise typer.Exit(FAILED)
@@ -239,7 +268,7 @@ def demote(
 ) -> None:
     """Silence this host's guest now, for certain. The other one goes on alone, if it can.
 
-    `failover --planned` is the gentle way. Only a new copy of the other guest speaks here again.
+    `switchover` is the gentle way. Only a new copy of the other guest is heard here again.
     """
     s = _ask(where, run_dir, "status")
     if s["state"] not in ("protected", "checkpointing"):
@@ -275,7 +304,7 @@ def drill(
 ) -> None:
     """Change the hosts' roles on purpose, protect again, and say what it cost (primary host).
 
-    A planned failover and a re-protection. This host's QEMU has to be started anew in between:
+    A switchover and a re-protection. This host's QEMU has to be started anew in between:
     by `[qemu] incoming`, or by you.
     """
     from .service.control_socket import ControlError, request
@@ -286,9 +315,9 @@ def drill(
         raise _fail(f"a drill begins on the primary of a protected pair; this is {s['role']}, "
                     f"{s['state']}: {s['reason']}")  # fmt: skip
     began = time.monotonic()
-    r = _ask(path, run_dir, "failover", planned=True)
+    r = _ask(path, run_dir, "switchover")
     if not r["done"]:
-        raise _fail(f"no failover: {r['state']}: {r['reason']}")
+        raise _fail(f"no switchover: {r['state']}: {r['reason']}")
     typer.echo(
         f"the guest speaks on the other host after {(time.monotonic() - began) * 1e3:.0f} ms"
     )

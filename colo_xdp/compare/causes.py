@@ -30,7 +30,7 @@ class Cause(StrEnum):
     POLICY = "policy"
     OPERATOR = "operator"
     PERIODIC = "periodic"
-    PLANNED = "planned"
+    SWITCHOVER = "switchover"
     INITIAL = "initial"
     GUEST_EVENT = "guest_event"
 
@@ -60,7 +60,7 @@ DESCRIPTIONS: dict[Cause, str] = {
     Cause.POLICY: "the policy was changed: both guests have to be equal under the new rules",
     Cause.OPERATOR: "an operator asked",
     Cause.PERIODIC: "the configured period was over",
-    Cause.PLANNED: "a planned failover: the secondary guest goes on from here",
+    Cause.SWITCHOVER: "a switchover: the secondary guest serves from here on",
     Cause.INITIAL: "the first synchronisation of the pair",
     Cause.GUEST_EVENT: "a guest was reset, its power button was pressed, or it was stopped",
 }

@@ -1,11 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The primary's checkpoints, one at a time, each to its end or its deadline.
 
-The first one is also controller/colo_entry.py's.
-
-The order, always (DESIGN 4): hold everything here, have the secondary hold everything, trigger,
-wait for STOP and RESUME of both guests, release what the PVM sent before its STOP, go on under the
-next epoch.
+The order is always the same: hold everything here; have the secondary hold everything; trigger;
+wait for STOP and RESUME of both guests; release what the PVM sent before its STOP; go on under the
+next epoch. Of the first one controller/colo_entry.py does the part that enters COLO.
 """
 
 from __future__ import annotations
@@ -15,141 +13,218 @@ import contextlib
 import logging
 import time
 from collections import Counter
-from typing import Any
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any, Protocol
 
 from ..abi import Mode, SyncState
 from ..clock import TICK_S
 from ..compare.causes import Cause
 from ..config.file import Config
-from ..datapath.conntrack_map import ConntrackMap
 from ..datapath.datapath import DataPath
 from ..engine.journal import Divergence, Entry, Journal
+from ..failover.arbiter import Arbiter
 from ..failover.decision import State
+from ..peer.channel import Peer
+from ..qemu.event import QmpEvent
 from ..qemu.qmp import QmpError, QmpTimeout
+from ..qemu.supervisor import QemuSupervisor
 from .checkpoint import Checkpoint, CheckpointFailed, CheckpointRequest, Step
 from .colo_entry import REARM_S, ColoEntry
+from .device_watch import DeviceWatch
+from .guest_lifecycle import GuestLifecycle
 from .pacing import URGENT, Pacer
+from .pair_view import PairView
+from .permanent_offsets import PermanentOffsets
+from .pvm_output import PvmOutput
+from .shadow import ShadowMode
+from .switchover import Switchover
 
 log = logging.getLogger("colo_xdp.controller.primary")
 
-BASE_PART = 290  # connections in one message: it must fit into wire.MAX_FLOWS_TEXT
-MAX_CLAIMS = 256  # addresses that the secondary is told; as above
+MAX_CLAIMS = 256  # addresses that are sent to the secondary; they must fit into one message
 RECORD_S = 1.0  # frames of both guests are held meanwhile
 REFUSALS = 20  # tries before a secondary that keeps refusing counts as broken
 
 
-class CheckpointCoordinator(ColoEntry):
-    """A host whose guest is copied. What asks for a checkpoint calls request()."""
+class Checkpointed(Protocol):
+    """The controller of the PVM, as far as its checkpoints concern it."""
 
-    def __init__(self, config: Config, datapath: DataPath) -> None:
-        super().__init__(config, datapath)
-        self.journal = Journal()
+    config: Config
+    dp: DataPath
+    view: PairView
+    peer: Peer
+    qemu: QemuSupervisor
+    arbiter: Arbiter
+    devices: DeviceWatch
+    state: State
+    reason: str
+    journal: Journal
+    output: PvmOutput
+    life: GuestLifecycle
+    shadow: ShadowMode
+
+    @property
+    def undecided(self) -> bool:
+        """Whether nobody has decided yet that this host's guest may transmit."""
+        ...
+
+    @property
+    def migrate_to(self) -> str:
+        """The URI where the other host's QEMU waits."""
+        ...
+
+    def become(self, state: State, why: str) -> None:
+        """Change the state."""
+
+    def reconsider(self) -> None:
+        """Decide anew."""
+
+    def drain(self) -> None:
+        """Read what is in the event ring."""
+
+    def beat(self) -> None:
+        """Send a heartbeat now."""
+
+    def spawn(self, coro: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+        """Run a background task whose failure ends the controller."""
+        ...
+
+
+class CheckpointCoordinator:
+    """Makes checkpoints. Whoever needs one calls request() or order()."""
+
+    def __init__(self, controller: Checkpointed) -> None:
+        self._c = c = controller
+        self.entry = ColoEntry(c, self)
+        self.switchover = Switchover(c, self)
+        self.offsets = PermanentOffsets(c.dp)
+        self.pacer = Pacer(c.config.checkpoint.share, c.config.compare.compare_timeout * 1_000_000)
+        self._serving: asyncio.Task[Any] | None = None
         self._wake = asyncio.Event()  # look at what is wanted
-        c = config.checkpoint
-        self.pacer = Pacer(c.share, config.compare.compare_timeout * 1_000_000)
-        self._hurry = False  # what is wanted is wanted now
-        self.delayed = self.folded = 0  # checkpoints that had to wait; requests that one served
-        self.delay_s = 0.0
+        self.wanted: CheckpointRequest | None = None
+        self._hurry = False  # it is wanted now
+        self.running: Checkpoint | None = None
+        self._still_ns = 0  # since when the guest stands still (monotonic); 0: it runs
+        self.ended_ns = 0  # when the last one was complete (monotonic)
         self._waits_since = 0
-        self._plan_refused = ""
-        self._plan_until = 0.0  # a planned failover begins no later (monotonic, s)
-        self._leave_shadow = False
-        self._leave_ns = 0  # when that was asked for (monotonic)
-        self._ck: Checkpoint | None = None
-        self._ended_ns = 0  # the last one that was complete (monotonic)
-        self._exposed = (
-            False  # the PVM's frames may pass uncompared: as in shadow, but not asked for
-        )
-        tables = datapath.flows()
-        #: connections in numbers that this guest has kept since it took over
-        self.own = ConntrackMap(*tables) if tables else None
-        #: the SVM's host has them; a former controller may have died before it handed them over
-        self._offsets_sent = self.own is None
+        # for status and metrics
+        self.delayed = self.folded = 0  # those that had to wait; requests that another one served
+        self.delay_s = 0.0
         self.by_cause: Counter[str] = Counter()
-        self.checkpoints_failed = 0
-        self.last_checkpoint: dict[str, Any] = {}
-        if datapath.sync_state is SyncState.STANDALONE:
-            self.view.went_standalone()
-        #: frames that are still on their way to this process leave uncompared
-        self._uncompared = self.view.guest.standalone and datapath.mode is Mode.BYPASS
+        self.failures = 0
+        self.last: dict[str, Any] = {}
+
+    # ---- what is wanted
 
     def request(self, cause: Cause, detail: str, why: Divergence | None = None) -> None:
-        """Ask for a checkpoint; a request while one is wanted or under way folds into it."""
-        # Also while one is under way: its commit feeds frames that may differ again, and the
+        """Ask for a checkpoint; a request while one is wanted or in progress folds into it."""
+        # Also while one is in progress: its commit feeds frames that may differ again, and the
         # engine asks once per epoch only.
-        may = (State.PROTECTED, State.CHECKPOINTING, State.DEGRADED)
-        if self.state not in may:
+        if self._c.state not in (State.PROTECTED, State.CHECKPOINTING, State.DEGRADED):
             return
-        if self._want is None:
-            self._want = CheckpointRequest(cause.value, detail, why)
+        if self.wanted is None:
+            self.wanted = CheckpointRequest(cause.value, detail, why)
         else:
             self.folded += 1
         self._hurry |= cause in URGENT
         self._wake.set()
 
-    async def _protect(self) -> None:
-        """Enter COLO once, then serve checkpoints, one at a time."""
-        await self._until_entered()
-        refusals = 0
-        while self.state is not State.STOPPED:
-            if self._want is None or not self.peer.connected:
-                await self._sleep_or_wake(self._next_periodic())
-                if self._want is None and self._periodic_due():
-                    self._want = CheckpointRequest(Cause.PERIODIC.value, "period")
-            if self._want is None or not self.peer.connected or await self._delayed(self._want):
+    def order(self, want: CheckpointRequest, *, instead: bool = False, hurry: bool = False) -> None:
+        """Ask for a checkpoint whatever the state; `instead` of the one that is wanted already.
+
+        `hurry`: it is not delayed for its price.
+        """
+        if instead or self.wanted is None:
+            self.wanted = want
+        self._hurry |= hurry
+        self._wake.set()
+
+    def wake(self) -> None:
+        """Look again at what may be done: something has changed."""
+        self._wake.set()
+
+    # ---- serving
+
+    @property
+    def serving(self) -> bool:
+        """Whether serve() was ever called."""
+        return self._serving is not None
+
+    def serve(self, before: Callable[[], Awaitable[None]] | None = None) -> None:
+        """Enter COLO once, then make checkpoints; `before` all that, do this."""
+        self.cancel()  # begun for a QEMU that came while this host went solo
+        self._serving = self._c.spawn(self._serve(before))
+
+    def cancel(self) -> None:
+        """Make no further checkpoint, and do not finish the one in progress."""
+        if self._serving is not None:
+            self._serving.cancel()
+
+    async def _serve(self, before: Callable[[], Awaitable[None]] | None = None) -> None:
+        if before is not None:
+            await before()
+        c, refusals = self._c, 0
+        if await self.entry.until_entered():
+            new = CheckpointRequest(Cause.CONTROLLER_RESTART.value, "this controller is new")
+            self.order(new, instead=True)
+        while c.state is not State.STOPPED:
+            want = await self._next()
+            if want is None:
                 continue
-            want, self._want, self._hurry = self._want, None, False
-            if want.cause == Cause.PLANNED and time.monotonic() > self._plan_until:
-                self._plan_refused = "it could not begin in time"
-                log.error("no planned failover: %s", self._plan_refused)
-                want = CheckpointRequest(Cause.OPERATOR.value, "in place of a planned failover")
             try:
-                await self._checkpoint(want)
+                await self.make(want)
                 refusals = 0
             except (CheckpointFailed, QmpError) as e:
                 refused = isinstance(e, CheckpointFailed) and e.refused
-                if refused and want.cause == Cause.PLANNED:
-                    self._plan_refused = str(e)
-                    self._want = CheckpointRequest(
-                        Cause.OPERATOR.value, f"in place of a planned failover: {e}"
-                    )
-                    continue
-                if refused and refusals < REFUSALS:
+                if refused and want.cause == Cause.SWITCHOVER:
+                    self.switchover.refuse(str(e))
+                    self.wanted = _in_place_of_a_switchover(str(e))
+                elif refused and refusals < REFUSALS:
                     refusals += 1
                     log.info("checkpoint (%s) not begun: %s; again", want.cause, e)
-                    self._want = want
-                    await asyncio.sleep(self.config.peer.heartbeat_interval / 1000)
-                    continue
-                self.checkpoints_failed += 1
-                if isinstance(e, QmpTimeout) and await self.qemu.hangs():
-                    # not the secondary's fault: it is the one to go on
-                    self.view.guest_gone(hung=True)
-                # Silence is no second sign beside silence: that would fence over a cut link.
-                self.view.checkpoint_due(not (isinstance(e, CheckpointFailed) and e.channel))
-                self.become(State.DEGRADED, f"checkpoint ({want.cause}) did not complete: {e}")
-                self._decide()
+                    self.wanted = want
+                    await asyncio.sleep(c.config.peer.heartbeat_interval / 1000)
+                else:
+                    await self._failed(want, e)
 
-    async def _clear_record(self) -> None:
-        """The arbiter stops saying that this guest is alone before the other one counts, so that it
-        may take over from then on. A store that is away is told later, at the same price."""
-        self.arbiter.paired()
-        end = time.monotonic() + RECORD_S
-        while self.arbiter.view().recorded and time.monotonic() < end:
-            await asyncio.sleep(TICK_S / 5)
+    async def _next(self) -> CheckpointRequest | None:
+        """Wait for what is wanted, and for its time. None: look again."""
+        c = self._c
+        if self.wanted is None or not c.peer.connected:
+            await self.sleep_or_wake(self._next_periodic())
+            if self.wanted is None and self._periodic_due():
+                self.wanted = CheckpointRequest(Cause.PERIODIC.value, "period")
+        if self.wanted is None or not c.peer.connected or await self._delayed(self.wanted):
+            return None
+        want, self.wanted, self._hurry = self.wanted, None, False
+        if want.cause == Cause.SWITCHOVER and not self.switchover.in_time():
+            return _in_place_of_a_switchover("")
+        return want
+
+    async def _failed(self, want: CheckpointRequest, e: Exception) -> None:
+        c = self._c
+        self.failures += 1
+        if isinstance(e, QmpTimeout) and await c.qemu.hangs():
+            # not the secondary's fault: it is the one to go on
+            c.view.guest_gone(hung=True)
+        # Silence is no second sign beside silence: that would fence over a cut link.
+        c.view.checkpoint_due(not (isinstance(e, CheckpointFailed) and e.channel))
+        c.become(State.DEGRADED, f"checkpoint ({want.cause}) did not complete: {e}")
+        c.reconsider()
 
     def _next_periodic(self) -> float:
-        p = self.config.checkpoint.periodic / 1000
+        p = self._c.config.checkpoint.periodic / 1000
         return min(p, REARM_S) if p else REARM_S
 
     def _periodic_due(self) -> bool:
-        p = self.config.checkpoint.periodic / 1000
-        at = self.last_checkpoint.get("at", 0.0)
-        return bool(p) and self.state is State.PROTECTED and time.time() - at >= p
+        p = self._c.config.checkpoint.periodic / 1000
+        at = self.last.get("at", 0.0)
+        return bool(p) and self._c.state is State.PROTECTED and time.time() - at >= p
 
     async def _delayed(self, want: CheckpointRequest) -> bool:
-        """Whether what is wanted has to wait; then some of that time has passed."""
-        if self.view.guest.halted:
-            await self._sleep_or_wake(REARM_S)
+        """Return whether what is wanted has to wait; then some of that time has passed."""
+        if self._c.view.guest.halted:
+            await self.sleep_or_wake(REARM_S)
             return True
         now = time.monotonic_ns()
         wait = self.pacer.begin_ns(now) - now
@@ -159,48 +234,99 @@ class CheckpointCoordinator(ColoEntry):
         if not self._waits_since:
             self._waits_since = now
             self.delayed += 1
-        await self._sleep_or_wake(wait / 1e9)
+        await self.sleep_or_wake(wait / 1e9)
         self.delay_s += (time.monotonic_ns() - now) / 1e9
         return True
 
-    async def _sleep_or_wake(self, seconds: float) -> None:
+    async def sleep_or_wake(self, seconds: float) -> None:
+        """Sleep until the time is over or something is wanted."""
         self._wake.clear()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 await self._wake.wait()
 
+    # ---- what happens meanwhile
+
+    def on_stop(self, event: QmpEvent) -> bool:
+        """Note a STOP of the PVM. Returns whether a checkpoint of ours accounts for it."""
+        ck = self.running
+        self.entry.guest_stopped = True
+        self._still_ns = min(event.ts_ns, event.seen_ns)  # later: the clock was set
+        if ck is None:
+            return False
+        if ck.resume_ns:
+            # What the guest has sent since its RESUME is in no checkpoint yet.
+            self.order(
+                CheckpointRequest(
+                    Cause.OPERATOR.value,
+                    "QEMU stopped the PVM again before the end of a checkpoint",
+                )
+            )
+        else:
+            ck.pvm_stopped(event)
+            self._still_ns = ck.stop_ns
+        ck.changed.set()
+        return True
+
+    def on_resume(self, event: QmpEvent) -> None:
+        """Note a RESUME of the PVM."""
+        self._still_ns = 0
+        if self.running is not None:
+            self.running.pvm_resumed(event)
+            self.running.changed.set()
+
+    def on_qmp_event(self) -> None:
+        """Let the one in progress look at QEMU again."""
+        if self.running is not None:
+            self.running.changed.set()
+
+    def stands_still(self, since_ns: int) -> None:
+        """Note what QMP says of a guest whose events nobody listened to; 0: it runs."""
+        self._still_ns = (self._still_ns or since_ns) if since_ns else 0
+
+    def on_message(self, msg: dict[str, Any]) -> None:
+        """Take what the secondary reports of the one in progress."""
+        if self.running is not None:
+            self.running.heard(msg)
+
     async def _await(self, ck: Checkpoint, what: str, deadline: float) -> None:
-        """Until something about the checkpoint changes; raises CheckpointFailed at the deadline."""
+        """Wait until something about the checkpoint changes. Raises CheckpointFailed."""
+        c = self._c
         ck.changed.clear()
         left = deadline - time.monotonic()
         if left <= 0:
             raise CheckpointFailed(f"no {what} within its deadline")
-        poll = 0.005 if ck.cause == Cause.INITIAL.value else 0.1
+        poll = 0.005 if ck.initial else 0.1
         # Not wait_for(): that of Python 3.11 forgets a cancellation that meets its result, as when
-        # the last word of a checkpoint comes with the decision to go solo.
+        # the last message of a checkpoint comes with the decision to go solo.
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(min(left, poll)):
                 await ck.changed.wait()
         if ck.failed:
             raise CheckpointFailed(f"the secondary: {ck.failed}", refused=not ck.triggered)
-        if self.view.guest.colo_exit:
+        if c.view.guest.colo_exit:
             raise CheckpointFailed("QEMU has lost the COLO channel (COLO_EXIT)")
-        if not self.peer.connected:
+        if not c.peer.connected:
             raise CheckpointFailed("the control channel to the secondary is down", channel=True)
-        if self.view.guest.gone or not self.qemu.qmp.connected:
+        if c.view.guest.gone or not c.qemu.qmp.connected:
             raise CheckpointFailed("QMP to the PVM is down")
 
-    async def _checkpoint(self, want: CheckpointRequest) -> None:
-        """One checkpoint from its beginning to its end. Raises CheckpointFailed, QmpError; what is
-        held stays held then."""
-        n = max(self.dp.epoch, self.view.peer.epoch) + 1
-        ck = self._ck = Checkpoint(n, want.cause, time.monotonic_ns())
+    # ---- one checkpoint
+
+    async def make(self, want: CheckpointRequest) -> None:
+        """Make one, from its beginning to its end.
+
+        Raises CheckpointFailed or QmpError; what is held stays held then.
+        """
+        c = self._c
+        n = max(c.dp.epoch, c.view.peer.epoch) + 1
+        ck = self.running = Checkpoint(n, want.cause, time.monotonic_ns())
         if ck.initial:
-            self._offsets_sent = self.own is None
-        c, q = self.config.checkpoint, self.config.qemu
-        deadline = time.monotonic() + (q.enter_timeout if ck.initial else c.deadline) / 1000
+            self.offsets.new_copy()
+        limit_ms = c.config.qemu.enter_timeout if ck.initial else c.config.checkpoint.deadline
+        deadline = time.monotonic() + limit_ms / 1000
         try:
-            self.become(State.CHECKPOINTING, f"{want.cause}: {want.detail}")
+            c.become(State.CHECKPOINTING, f"{want.cause}: {want.detail}")
             await self._prepare(ck, deadline)
             await self._trigger(ck)
             await self._until_resumed(ck, deadline)
@@ -208,116 +334,122 @@ class CheckpointCoordinator(ColoEntry):
         except (CheckpointFailed, QmpError) as e:
             log.info("checkpoint to epoch %d: %s when it failed", n, ck.step.value)
             ck.ended = Step.FAILED
-            self._record(want, ck, (self.engine.held_packets, self.engine.held_bytes), str(e))
+            self._record(want, ck, c.output.held, str(e))
             raise
         finally:
-            self._ck = None
+            self.running = None
             if not ck.initial:  # which holds nothing for most of its time
                 self.pacer.took(ck.began_ns, time.monotonic_ns())
         self._committed(ck, want, held)
 
-    def _hold(self) -> None:
-        """Everything of both guests that comes from now on."""
-        self._uncompared = False  # also a failed entry can end so: QEMU was in COLO
-        self.engine.begin_checkpoint()
-        self.dp.mode = Mode.CHECKPOINT
-
     async def _prepare(self, ck: Checkpoint, deadline: float) -> None:
-        """Until both hosts hold everything."""
+        """Wait until both hosts hold everything."""
+        c = self._c
         if not ck.initial:  # an unprotected PVM is not held up by a peer that is slow to answer
-            self._hold()
-        own, macs = self.dp.addresses.export(MAX_CLAIMS)
+            c.output.hold()
+        own, macs = c.dp.addresses.export(MAX_CLAIMS)
         if own or macs:
-            self.peer.send("claims", n=ck.n, addresses=own.hex(), macs=macs.hex())
-        self.peer.send("begin", n=ck.n, cause=ck.cause, initial=ck.initial)
-        answer = min(deadline, time.monotonic() + self.config.checkpoint.deadline / 1000)
+            c.peer.send("claims", n=ck.n, addresses=own.hex(), macs=macs.hex())
+        c.peer.send("begin", n=ck.n, cause=ck.cause, initial=ck.initial)
+        answer = min(deadline, time.monotonic() + c.config.checkpoint.deadline / 1000)
         while ck.step is Step.PREPARING:
             await self._await(ck, "answer of the secondary's controller", answer)
         if ck.initial:
-            self._hold()
+            c.output.hold()
 
     async def _trigger(self, ck: Checkpoint) -> None:
-        """Ask QEMU: for the first one, to enter COLO."""
+        """Ask QEMU for it: for the first one, to enter COLO."""
+        c = self._c
         if ck.initial:
-            await self.qemu.qmp.prepare(primary=True)
-            await self.qemu.qmp.migrate(self.migrate_to)
-        elif self.view.guest.halted:  # meanwhile: QEMU would abort
-            raise CheckpointFailed(self.view.guest.halted, refused=True)
+            await self.entry.start()
+        elif c.view.guest.halted:  # meanwhile: QEMU would abort
+            raise CheckpointFailed(c.view.guest.halted, refused=True)
         else:
             ck.trigger(self._still_ns)
-            await self.qemu.qmp.trigger_checkpoint()
+            await c.qemu.qmp.trigger_checkpoint()
         ck.triggered = True
 
     async def _until_resumed(self, ck: Checkpoint, deadline: float) -> None:
-        """Until both guests run the same state, and the secondary has what belongs to it."""
+        """Wait until both guests run the same state and the secondary has the offsets of it."""
         while ck.step is not Step.RESUMED:
             if ck.initial:
-                await self._watch_entry(ck)
+                await self.entry.watch(ck)
             await self._await(ck, "STOP and RESUME of both guests", deadline)
-        if ck.initial or not self._offsets_sent:
-            await self._hand_offsets(ck, deadline)
+        if ck.initial or not self.offsets.sent:
+            await self._send_offsets(ck, deadline)
+
+    async def _send_offsets(self, ck: Checkpoint, deadline: float) -> None:
+        """Send the guest's own offsets to the host of its new copy.
+
+        Both guests have resumed and nothing has left or arrived since: both hosts see every later
+        change alike.
+        """
+        parts = await self.offsets.parts()
+        for n, part in enumerate(parts):
+            self._c.peer.send("offsets", n=n, last=n == len(parts) - 1, flows=part.hex())
+            while ck.based <= n:
+                await self._await(ck, "confirmation of the old connections' offsets", deadline)
+        self.offsets.sent = True
 
     async def _commit(self, ck: Checkpoint, want: CheckpointRequest) -> tuple[int, int]:
-        """Release what the PVM sent before its STOP, and go on under the next epoch. Returns what
-        was held: frames and bytes."""
-        self.drain()  # frames from before STOP may still be in the ring
-        held = (self.engine.held_packets, self.engine.held_bytes)
-        if self.view.guest.standalone:
+        """Release what the PVM sent before its STOP, and go on under the next epoch.
+
+        Returns what was held: frames and bytes.
+        """
+        c = self._c
+        c.drain()  # frames from before STOP may still be in the ring
+        held = c.output.held
+        if c.view.guest.standalone:
             await self._clear_record()
-        self.engine.commit_checkpoint(ck.stop_ns, ck.n, time.monotonic_ns())
-        # Before the epoch, by which the secondary is told that its guest counts.
-        self.view.checkpointed()
-        self.dp.sync_state = SyncState.IN_SYNC
-        self.dp.epoch = ck.n
-        if want.cause == Cause.PLANNED:
-            self._fall_silent(ck, want.detail, released=held[0] > 0)
+        c.output.engine.commit_checkpoint(ck.stop_ns, ck.n, time.monotonic_ns())
+        # Before the epoch, which tells the secondary that its guest counts.
+        c.view.checkpointed()
+        c.dp.sync_state = SyncState.IN_SYNC
+        c.dp.epoch = ck.n
+        if want.cause == Cause.SWITCHOVER:
+            self.switchover.fall_silent(ck, want.detail, released=held[0] > 0)
         else:
-            self.dp.mode = Mode.RUN
-        if self._leave_shadow and self._leave_ns <= ck.stop_ns:
-            self._leave_shadow = self._exposed = False
-            self.view.set_shadow(False)
-        elif self._leave_shadow:  # left behind the STOP: another one has to end it
-            self._want = self._want or CheckpointRequest(
-                Cause.OPERATOR.value, "leaving shadow mode"
-            )
-        self._beat()  # a secondary that has just entered waits for this word
+            c.dp.mode = Mode.RUN
+        if c.shadow.committed(ck.stop_ns):
+            self.order(CheckpointRequest(Cause.OPERATOR.value, "leaving shadow mode"))
+        c.beat()  # a secondary that has just entered waits for this epoch
         ck.ended = Step.COMMITTED
         return held
 
-    def _fall_silent(self, ck: Checkpoint, why: str, *, released: bool) -> None:
-        """The end of a planned failover here. Nothing that is newer than the state which the SVM
-        has loaded has left or will: the guests are equal, and this one is silent from here on,
-        whoever dies next."""
-        self.dp.mode = Mode.DROP
-        self.become(State.STOPPED, f"handed over to the secondary: {why}")
-        now = time.monotonic_ns()
-        last = now if released else ck.stop_ns  # what was held left with the commit
-        self.peer.send("downtime_start", us=max(0, now - last) // 1000)
-        self.peer.send("shut", why="planned failover", alone=self.view.guest.standalone)
+    async def _clear_record(self) -> None:
+        """Have the arbiter forget that this guest is alone before the other one counts, so that it
+        may take over from then on. A store that does not answer learns it later, at the same
+        price."""
+        arbiter = self._c.arbiter
+        arbiter.paired()
+        end = time.monotonic() + RECORD_S
+        while arbiter.view().recorded and time.monotonic() < end:
+            await asyncio.sleep(TICK_S / 5)
 
     def _committed(self, ck: Checkpoint, want: CheckpointRequest, held: tuple[int, int]) -> None:
-        """The guests are equal: write it down, and say so."""
+        """Record and report that the guests are equal."""
+        c = self._c
         self._record(want, ck, held)
         self.by_cause[want.cause] += 1
-        self.last_checkpoint = {
+        self.last = {
             "cause": want.cause,
             "detail": want.detail,
             "pause_ms": (ck.resume_ns - ck.stop_ns) / 1e6,
             "total_ms": (time.monotonic_ns() - ck.began_ns) / 1e6,
             "at": time.time(),
         }
-        self.view.checkpoint_due(False)
-        self._ended_ns = time.monotonic_ns()
-        self.devices.checkpointed(want.cause)
-        self.arbiter.paired()
-        if want.cause != Cause.PLANNED:
-            self.become(State.PROTECTED, f"both guests are equal as of epoch {ck.n} ({want.cause})")
+        c.view.checkpoint_due(False)
+        self.ended_ns = time.monotonic_ns()
+        c.devices.checkpointed(want.cause)
+        c.arbiter.paired()
+        if want.cause != Cause.SWITCHOVER:
+            c.become(State.PROTECTED, f"both guests are equal as of epoch {ck.n} ({want.cause})")
 
     def _record(
         self, want: CheckpointRequest, ck: Checkpoint, held: tuple[int, int], failed: str = ""
     ) -> None:
         d = want.why
-        self.journal.checkpoint(
+        self._c.journal.checkpoint(
             Entry(
                 time.time(), want.cause, want.detail,
                 d.proto if d else "", d.port if d else 0, d.rule if d else "",
@@ -326,44 +458,28 @@ class CheckpointCoordinator(ColoEntry):
             )
         )  # fmt: skip
 
-    async def _hand_offsets(self, ck: Checkpoint, deadline: float) -> None:
-        """What the guest has kept of its own numbers, to the host of its new copy.
+    # ---- the operator
 
-        Both guests have resumed and nothing has left or arrived since: what changes from here on
-        both hosts see alike.
-        """
-        entries: list[bytes] = []
-        if self.own is not None:
-            entries = await asyncio.to_thread(self.own.export, self.dp.promoted_epoch)
-        parts = [entries[i : i + BASE_PART] for i in range(0, len(entries), BASE_PART)] or [[]]
-        for n, part in enumerate(parts):
-            self.peer.send("offsets", n=n, last=n == len(parts) - 1, flows=b"".join(part).hex())
-            while ck.based <= n:
-                await self._await(ck, "word that the old connections' offsets are there", deadline)
-        self._offsets_sent = True
-        if entries:
-            log.info("offsets of %d connections handed to the new secondary", len(entries))
-
-    def asked_again(self) -> None:
-        if self.state is State.STARTING and self.tries.count:
-            self.tries.forget()
-            self._wake.set()
-
-    async def command_checkpoint(self, args: dict[str, Any]) -> dict[str, Any]:
-        if self.state not in (State.PROTECTED, State.CHECKPOINTING):
-            raise ValueError(f"no checkpoint from state {self.state.value}: {self.reason}")
-        before = self.dp.epoch
-        if self.view.guest.halted:
-            raise ValueError(f"no checkpoint now: {self.view.guest.halted}")
-        self._want = self._want or CheckpointRequest(Cause.OPERATOR.value, "asked by the operator")
-        self._hurry = True
-        self._wake.set()
-        deadline = time.monotonic() + self.config.checkpoint.deadline / 1000 + 1
-        failed = self.checkpoints_failed
-        while self.dp.epoch == before and self.checkpoints_failed == failed:
+    async def command(self, args: dict[str, Any]) -> dict[str, Any]:
+        """Make one for the operator. Raises ValueError where that is impossible, or failed."""
+        c = self._c
+        if c.state not in (State.PROTECTED, State.CHECKPOINTING):
+            raise ValueError(f"no checkpoint from state {c.state.value}: {c.reason}")
+        before = c.dp.epoch
+        if c.view.guest.halted:
+            raise ValueError(f"no checkpoint now: {c.view.guest.halted}")
+        self.order(CheckpointRequest(Cause.OPERATOR.value, "asked by the operator"), hurry=True)
+        deadline = time.monotonic() + c.config.checkpoint.deadline / 1000 + 1
+        failures = self.failures
+        while c.dp.epoch == before and self.failures == failures:
             if time.monotonic() > deadline:
                 break
             await asyncio.sleep(0.002)
-        if self.dp.epoch == before:
-            raise ValueError(f"the checkpoint did not complete: {self.reason}")
-        return {"epoch": self.dp.epoch, **self.last_checkpoint}
+        if c.dp.epoch == before:
+            raise ValueError(f"the checkpoint did not complete: {c.reason}")
+        return {"epoch": c.dp.epoch, **self.last}
+
+
+def _in_place_of_a_switchover(why: str) -> CheckpointRequest:
+    text = "in place of a switchover" + (f": {why}" if why else "")
+    return CheckpointRequest(Cause.OPERATOR.value, text)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The primary's way into COLO, and back out of an entry that fails.
+"""The primary's entry into COLO, and the way back out of one that fails.
 
-Until the first checkpoint is complete the guest is its clients' only one: whatever becomes of an
-entry, it runs again within a second of its end, and it does not stand still for longer than
-enter_stop. What fails twice in the same way is not tried for ever.
+Until the first checkpoint is complete the guest is its clients' only one: however an entry ends,
+the guest runs again within a second, and it never stands still for longer than enter_stop. An
+entry that fails twice in the same way is not repeated for ever.
 """
 
 from __future__ import annotations
@@ -13,18 +13,21 @@ import contextlib
 import logging
 import re
 import time
-from abc import abstractmethod
+from typing import Protocol
 
 from ..abi import Mode
 from ..compare.causes import Cause
 from ..config.file import Config
 from ..datapath.datapath import DataPath
-from ..engine.engine import Engine
+from ..failover.arbiter import Arbiter
 from ..failover.decision import State
+from ..peer.channel import Peer
 from ..qemu.qmp import QmpError
-from ..qemu.supervisor import IN_COLO
+from ..qemu.supervisor import IN_COLO, QemuSupervisor
 from .checkpoint import Checkpoint, CheckpointFailed, CheckpointRequest
 from .guest_lifecycle import GuestLifecycle
+from .pair_view import PairView
+from .pvm_output import PvmOutput
 
 log = logging.getLogger("colo_xdp.controller.primary")
 
@@ -93,176 +96,225 @@ def _alike(why: str) -> str:
     return re.sub(r"\d+", "#", why)
 
 
-class ColoEntry(GuestLifecycle):
-    """A host whose guest is to be copied for the first time."""
+class Enterer(Protocol):
+    """The controller whose guest is to be copied for the first time."""
 
-    engine: Engine
+    config: Config
+    dp: DataPath
+    view: PairView
+    peer: Peer
+    qemu: QemuSupervisor
+    arbiter: Arbiter
+    state: State
+    output: PvmOutput
+    life: GuestLifecycle
 
-    def __init__(self, config: Config, datapath: DataPath) -> None:
-        super().__init__(config, datapath)
-        self.tries = Tries()
-        self._peer_ready = False
-        self._peer_qemu = (-1, "")  # which QEMU waits there, of which controller
-        self._peer_lacks = ""  # why the secondary is not ready
-        self._stopped_for_it = False  # the guest was stopped for the entry under way
-        self._still_ns = 0  # since when the guest stands still (monotonic); 0: it runs
-        self._want: CheckpointRequest | None = None
-        #: frames that are still on their way to this process leave uncompared
-        self._uncompared = False
+    @property
+    def undecided(self) -> bool:
+        """Whether nobody has decided yet that this host's guest may transmit."""
+        ...
 
-    @abstractmethod
-    async def _checkpoint(self, want: CheckpointRequest) -> None:
+    @property
+    def migrate_to(self) -> str:
+        """The URI where the other host's QEMU waits."""
+        ...
+
+    def become(self, state: State, why: str) -> None:
+        """Change the state."""
+
+    def drain(self) -> None:
+        """Read what is in the event ring."""
+
+
+class Checkpoints(Protocol):
+    """What makes checkpoints (controller/checkpoint_coordinator.py); the first one too."""
+
+    async def make(self, want: CheckpointRequest) -> None:
         """Make one. Raises CheckpointFailed, QmpError."""
 
-    @abstractmethod
-    async def _sleep_or_wake(self, seconds: float) -> None:
-        """Until somebody wants something."""
+    async def sleep_or_wake(self, seconds: float) -> None:
+        """Sleep until the time is over or something is wanted."""
 
-    async def _migration(self) -> str | None:
-        """State of QEMU's migration; None while QMP does not answer."""
+
+class ColoEntry:
+    """Brings the PVM into COLO, and back to its clients when that fails."""
+
+    def __init__(self, controller: Enterer, checkpoints: Checkpoints) -> None:
+        self._c, self._checkpoints = controller, checkpoints
+        self.tries = Tries()
+        self.peer_ready = False  # a QEMU waits on the secondary, and nothing speaks against it
+        self.peer_qemu = (-1, "")  # which QEMU waits there, of which controller
+        self.peer_lacks = ""  # why the secondary is not ready
+        self.guest_stopped = False  # the guest was stopped for the entry in progress
+
+    async def migration(self) -> str | None:
+        """Return the state of QEMU's migration; None while QMP does not answer."""
         try:
-            return await self.qemu.qmp.migration_status()
+            return await self._c.qemu.qmp.migration_status()
         except QmpError:
             return None
 
-    async def _until_entered(self) -> None:
-        """Until the guest is in COLO, or the data path is shut."""
-        while self.state is not State.STOPPED:
-            migration = await self._migration()
-            # Undecided: a checkpoint would make it speak, and nobody would decide any more.
-            if migration == "colo" and not self.undecided:
-                self._want = CheckpointRequest(
-                    Cause.CONTROLLER_RESTART.value, "this controller is new"
-                )
-                return
+    async def until_entered(self) -> bool:
+        """Wait until the guest is in COLO, or the data path is shut.
+
+        Returns whether the guest was in COLO before: only a checkpoint makes the pair equal then.
+        """
+        c = self._c
+        while c.state is not State.STOPPED:
+            migration = await self.migration()
+            # Undecided: a checkpoint would make it transmit, and nobody would decide any more.
+            if migration == "colo" and not c.undecided:
+                return True
             lost = migration is not None and migration not in IN_COLO
-            if lost and self.view.guest.standalone and self.dp.mode is Mode.CHECKPOINT:
+            if lost and c.view.guest.standalone and c.dp.mode is Mode.CHECKPOINT:
                 # Nobody has confirmed the copy of the first checkpoint: the guest may go on alone.
-                await self._enter_failed("a former controller did not come to its end")
-            if self.undecided:
-                pass  # what is waited for the decision says
-            elif not (a := self.arbiter.view()).may_transmit:
-                self.become(self.state, f"waiting for the {a.name}: nothing leaves this host")
+                await self._failed("a former controller did not finish it")
+            if c.undecided:
+                pass  # the decision says what is waited for
+            elif not (a := c.arbiter.view()).may_transmit:
+                c.become(c.state, f"waiting for the {a.name}: nothing leaves this host")
             elif migration is None:
-                self.become(self.state, self.view.guest.why or "waiting for this host's QEMU (QMP)")
-            elif self.peer.connected and self._peer_ready:
-                why = await self.unfit()
-                why = why or self.tries.held_back(self._peer_qemu, time.monotonic())
-                if why:
-                    self.become(self.state, why)
-                else:
-                    self._peer_ready = False  # of the next SVM it is said anew, also meanwhile
-                    self._stopped_for_it = False
-                    try:
-                        await self._enter()
-                        self.tries.forget()
-                        return
-                    except (CheckpointFailed, QmpError) as e:
-                        if not self.view.guest.standalone:  # the copy counts, and could take over
-                            self.view.checkpoint_due(True)
-                            self.become(State.DEGRADED, f"COLO ended as it was entered: {e}")
-                            return
-                        if not (isinstance(e, CheckpointFailed) and (e.channel or e.refused)):
-                            now, stopped = time.monotonic(), self._stopped_for_it
-                            self.tries.failed(str(e), self._peer_qemu, now, stopped=stopped)
-                        await self._enter_failed(str(e))
+                c.become(c.state, c.view.guest.why or "waiting for this host's QEMU (QMP)")
+            elif c.peer.connected and self.peer_ready:
+                if await self._try():
+                    return False
             else:
-                lacks = f": {self._peer_lacks}" if self._peer_lacks else ""
+                lacks = f": {self.peer_lacks}" if self.peer_lacks else ""
                 before = f"; {self.tries.story}" if self.tries.count else ""
-                self.become(
-                    self.state,
+                c.become(
+                    c.state,
                     f"waiting for the secondary (controller, and QEMU -incoming){lacks}{before}",
                 )
-            await self._sleep_or_wake(REARM_S)
+            await self._checkpoints.sleep_or_wake(REARM_S)
+        return False
+
+    async def _try(self) -> bool:
+        """Enter, unless something speaks against it. Returns whether the entry is over for good:
+        the guest is in COLO, or it has a copy that counts and COLO has ended."""
+        c = self._c
+        why = await c.life.unfit()
+        why = why or self.tries.held_back(self.peer_qemu, time.monotonic())
+        if why:
+            c.become(c.state, why)
+            return False
+        self.peer_ready = False  # the next SVM says it anew, possibly during this entry
+        self.guest_stopped = False
+        try:
+            await self._enter()
+            self.tries.forget()
+            return True
+        except (CheckpointFailed, QmpError) as e:
+            if not c.view.guest.standalone:  # the copy counts, and could take over
+                c.view.checkpoint_due(True)
+                c.become(State.DEGRADED, f"COLO ended as it was entered: {e}")
+                return True
+            if not (isinstance(e, CheckpointFailed) and (e.channel or e.refused)):
+                now, stopped = time.monotonic(), self.guest_stopped
+                self.tries.failed(str(e), self.peer_qemu, now, stopped=stopped)
+            await self._failed(str(e))
+            return False
 
     async def _enter(self) -> None:
-        """Initial synchronisation: as a checkpoint, but the PVM's output goes on meanwhile.
+        """Synchronise for the first time: a checkpoint during which the PVM's output goes on.
 
-        Output is unprotected until the first STOP. What is captured before a QMP round
+        Output is unprotected until the first STOP. A frame that is captured before a QMP round
         trip that brought no STOP was sent before it, so it may leave.
         """
-        self.view.entering()
-        await self._checkpoint(CheckpointRequest(Cause.INITIAL.value, "entering COLO"))
-        state = await self.qemu.qmp.migration_status()
+        self._c.view.entering()
+        await self._checkpoints.make(CheckpointRequest(Cause.INITIAL.value, "entering COLO"))
+        state = await self._c.qemu.qmp.migration_status()
         if state != "colo":
             raise CheckpointFailed(f"QEMU is in `{state}`, not in COLO")
 
-    async def _watch_entry(self, ck: Checkpoint) -> None:
-        """One look at an entry under way.
+    async def start(self) -> None:
+        """Ask QEMU to enter COLO. Raises QmpError."""
+        await self._c.qemu.qmp.prepare(primary=True)
+        await self._c.qemu.qmp.migrate(self._c.migrate_to)
 
-        Raises CheckpointFailed when it can come to no good end, or the guest has stood still for
-        too long.
+    async def watch(self, ck: Checkpoint) -> None:
+        """Look once at an entry in progress.
+
+        Raises CheckpointFailed when it cannot succeed any more, or when the guest has stood still
+        for too long.
         """
+        qmp = self._c.qemu.qmp
         await self._release_proven(ck)
-        m = await self.qemu.qmp.execute("query-migrate")
+        m = await qmp.execute("query-migrate")
         state = str(m.get("status", ""))
         if state not in ON_THE_WAY:
             text = f": {m['error-desc']}" if m.get("error-desc") else ""
             raise CheckpointFailed(f"the migration is `{state}`, which does not lead to COLO{text}")
         stood_ms = (time.monotonic_ns() - ck.stop_ns) // 1_000_000 if ck.stop_ns else 0
-        if stood_ms > self.config.qemu.enter_stop and not ck.resume_ns:
-            status = await self.qemu.qmp.status()
+        if stood_ms > self._c.config.qemu.enter_stop and not ck.resume_ns:
+            status = await qmp.status()
             raise CheckpointFailed(
                 f"the PVM stood still for longer than [qemu] enter_stop, in `{status}`, with the "
                 f"migration in `{state}`"
             )
 
     async def _release_proven(self, ck: Checkpoint) -> None:
-        """While synchronising: QMP answers in order, so no STOP before an answer means none yet."""
-        self.drain()
+        """Release, while synchronising, what the PVM sent before any STOP.
+
+        QMP answers in order: no STOP before an answer means that there was none yet.
+        """
+        self._c.drain()
         mark = time.monotonic_ns()
-        await self.qemu.qmp.status()
-        self.engine.release_until(ck.stop_ns or mark)
+        await self._c.qemu.qmp.status()
+        self._c.output.engine.release_until(ck.stop_ns or mark)
 
     def _bypass(self) -> None:
-        """Nothing is held any more, nor what is still on its way to this process."""
-        self.dp.mode = Mode.BYPASS
-        self.drain()
-        self.engine.release_all()
-        self._uncompared = True
+        """Hold nothing any more, nor what is still on its way to this process."""
+        self._c.dp.mode = Mode.BYPASS
+        self._c.drain()
+        self._c.output.release_all()
+        self._c.output.uncompared = True
 
-    async def _enter_failed(self, why: str) -> None:
+    async def _failed(self, why: str) -> None:
+        """Give the guest back to its clients, and let it run again."""
+        c = self._c
         self._bypass()
-        self.become(State.STARTING, f"COLO was not entered: {why}")
-        self.peer.send("failed", n=max(self.dp.epoch, self.view.peer.epoch) + 1, why=why[:1000])
+        c.become(State.STARTING, f"COLO was not entered: {why}")
+        c.peer.send("failed", n=max(c.dp.epoch, c.view.peer.epoch) + 1, why=why[:1000])
         began, tried = time.monotonic(), ""
-        while self.state is State.STARTING:
+        while c.state is State.STARTING:
             try:
                 if await self._run_on(time.monotonic() - began):
                     return
-                tried = await self.qemu.qmp.status()
+                tried = await c.qemu.qmp.status()
             except QmpError as e:
                 tried = str(e)
-            if not self.qemu.qmp.connected:
-                return  # it is gone, or its socket: whoever looks for it says so
+            if not c.qemu.qmp.connected:
+                return  # it is gone, or its socket: whoever looks for it reports that
             if time.monotonic() - began > 1:
-                self.become(
+                c.become(
                     State.STARTING,
                     f"COLO was not entered: {why}; and the PVM stands still ({tried}): trying on",
                 )
             await asyncio.sleep(RUN_ON_S)
 
     async def _run_on(self, since_s: float) -> bool:
-        """One try to let the guest run, whatever the entry has left behind; whether it does."""
-        migration = await self.qemu.qmp.migration_status()
+        """Try once to let the guest run, whatever the entry has left behind; whether it does."""
+        qemu = self._c.qemu
+        migration = await qemu.qmp.migration_status()
         if migration == "colo":
-            await self.qemu.leave_colo()
+            await qemu.leave_colo()
         elif migration in CANCELLABLE or migration == "cancelling":
             if since_s > YANK_S:
                 with contextlib.suppress(QmpError):  # there may be nothing to cut any more
-                    await (self.qemu.oob or self.qemu.qmp).yank()
+                    await (qemu.oob or qemu.qmp).yank()
             if migration != "cancelling":
-                await self.qemu.qmp.execute("migrate_cancel")
-            elif await self.qemu.qmp.status() != "running":
+                await qemu.qmp.execute("migrate_cancel")
+            elif await qemu.qmp.status() != "running":
                 return False
-        return await self._cont()
+        return await self.cont()
 
-    async def _cont(self) -> bool:
-        """An entry that broke off leaves the guest stopped. Whether it runs now."""
-        state = self.state
-        status = await self.qemu.qmp.status()
-        if status in STOPPED_BY_IT and self.state is state:  # no checkpoint has begun meanwhile
+    async def cont(self) -> bool:
+        """Let a guest run that an entry has left stopped. Returns whether it runs now."""
+        c = self._c
+        state = c.state
+        status = await c.qemu.qmp.status()
+        if status in STOPPED_BY_IT and c.state is state:  # no checkpoint has begun meanwhile
             log.warning("the PVM is `%s`, as by an entry that broke off: cont", status)
-            await self.qemu.qmp.execute("cont")
-            status = await self.qemu.qmp.status()
+            await c.qemu.qmp.execute("cont")
+            status = await c.qemu.qmp.status()
         return status in ("running", "prelaunch")  # prelaunch: started with -S, not stopped by us

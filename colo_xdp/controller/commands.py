@@ -19,12 +19,13 @@ from ..failover.decision import Action, Role, State
 from ..peer.channel import Peer
 from .command import Command
 from .pair_view import PairView
+from .replacement import Replacement
 
 log = logging.getLogger("colo_xdp")
 
 FAILOVER_S = 30.0  # for one that a person asks for, and the fence on top
 ORDER_S = 60.0  # for one that a former controller was asked for
-STAND_DOWN_S = 30.0  # for a decision that is being carried out
+DEMOTE_S = 30.0  # for a decision that is being carried out
 
 Handler = Callable[[dict[str, Any]], Awaitable[dict[str, Any]]]
 Document = Callable[[dict[str, Any]], dict[str, Any]]
@@ -40,7 +41,7 @@ class Commandable(Protocol):
     peer: Peer
     state: State
     reason: str
-    incoming_wanted: bool
+    replacement: Replacement
 
     @property
     def undecided(self) -> bool:
@@ -68,9 +69,6 @@ class Commandable(Protocol):
         """Whether this host's guest is worthless, since the other one is certain to speak alone."""
         ...
 
-    def await_successor(self) -> None:
-        """Look for a QEMU that waits in place of the one that is over."""
-
     async def perform(self, action: Action, why: str) -> None:
         """Carry out an action."""
 
@@ -80,12 +78,16 @@ class Commandable(Protocol):
     def may_demote(self) -> None:
         """Raises ValueError where this guest must not fall silent now."""
 
-    def failover_steps(self, *, planned: bool, force: bool) -> list[str]:
-        """What a failover would do now, step by step."""
+    def failover_steps(self, *, force: bool) -> list[str]:
+        """Return what a failover would do now, step by step."""
         ...
 
-    async def hand_over(self, deadline: float) -> bool:
-        """Planned: a checkpoint, then the SVM goes on and the PVM is silent. Whether it is done.
+    def switchover_steps(self) -> list[str]:
+        """Return what a switchover would do now, step by step."""
+        ...
+
+    async def switch_over(self, deadline: float) -> bool:
+        """Make the SVM the live guest by a checkpoint; whether it is, by `deadline` (monotonic, s).
 
         Raises ValueError when it cannot begin.
         """
@@ -113,7 +115,8 @@ class OperatorCommands:
         self._table: dict[Command, Handler] = {
             Command.MODE: self.mode,
             Command.FAILOVER: self.failover,
-            Command.STAND_DOWN: self.demote,
+            Command.SWITCHOVER: self.switchover,
+            Command.DEMOTE: self.demote,
             Command.CHECKPOINT: c.command_checkpoint,
             Command.REPROTECT: self.reprotect,
             Command.RELOAD: self._reload,
@@ -182,22 +185,24 @@ class OperatorCommands:
         self._c.view.ordered(forced=what == "force", until_s=until)
         return until
 
-    async def failover(self, args: dict[str, Any]) -> dict[str, Any]:
-        """Let one guest go on alone, planned or not. Raises ValueError."""
+    async def switchover(self, args: dict[str, Any]) -> dict[str, Any]:
+        """Change the guest that clients hear while both live. Raises ValueError."""
         c = self._c
-        planned, force = args.get("planned", False), args.get("force", False)
-        if planned is True and force is True:
-            raise ValueError("planned or force: a peer that is dead takes part in no plan")
-        steps = c.failover_steps(planned=bool(planned), force=bool(force))
+        steps = c.switchover_steps()
         if args.get("dry_run"):
             return {"steps": steps, "done": False, "state": c.state.value}
-        if planned:
-            ck, q = c.config.checkpoint, c.config.qemu
-            end = time.monotonic() + (ck.deadline + 2 * q.qmp_timeout) / 1000
-            done = await c.hand_over(end)
-            return {
-                "steps": steps, "done": done, "state": c.state.value, "reason": c.reason,
-            }  # fmt: skip
+        ck, q = c.config.checkpoint, c.config.qemu
+        end = time.monotonic() + (ck.deadline + 2 * q.qmp_timeout) / 1000
+        done = await c.switch_over(end)
+        return {"steps": steps, "done": done, "state": c.state.value, "reason": c.reason}
+
+    async def failover(self, args: dict[str, Any]) -> dict[str, Any]:
+        """Let this host's guest go on alone. Raises ValueError."""
+        c = self._c
+        force = args.get("force", False)
+        steps = c.failover_steps(force=bool(force))
+        if args.get("dry_run"):
+            return {"steps": steps, "done": False, "state": c.state.value}
         if c.state in (State.SOLO, State.PROMOTED):
             return {"steps": [], "done": True, "state": c.state.value, "reason": c.reason}
         undecided = c.undecided
@@ -233,13 +238,13 @@ class OperatorCommands:
         c.may_demote()
         if (acting := c.acting) is not None:
             # It may be a takeover, which opens the data path at its end.
-            await asyncio.wait({acting}, timeout=STAND_DOWN_S)
+            await asyncio.wait({acting}, timeout=DEMOTE_S)
             if not acting.done():
                 raise ValueError(f"a decision is still being carried out: {c.reason}")
         c.view.order_withdrawn()
         c.dp.order = ""
         if not c.path_shut:
-            await c.perform(Action.STOP, f"stood down: {why}")
+            await c.perform(Action.STOP, f"demoted: {why}")
         await c.keep_shut()
         return {"state": c.state.value, "reason": c.reason, "peer": c.view.peer.state}
 
@@ -249,8 +254,8 @@ class OperatorCommands:
         if c.state is State.STOPPED:
             if not c.superseded():
                 raise ValueError(f"the other guest is not known to speak: {c.reason}")
-            c.incoming_wanted = True
-            c.await_successor()
+            c.replacement.wanted = True
+            c.replacement.begin()
             here = True
         elif c.state in (State.SOLO, State.PROMOTED) or (
             c.role is Role.PRIMARY and c.state is State.STARTING

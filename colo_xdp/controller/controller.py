@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What the controllers of both hosts have in common: the peer, and the loop around the decision.
+"""One host's controller: its state, its parts, and the loop around the decision.
 
-controller/primary.py and controller/secondary.py add what each side does at a checkpoint and at a
-failover. Nothing here blocks without a deadline; what the guests' packets need
-happens in `on_event`, called from the event ring.
+The two roles (controller/primary.py, controller/secondary.py) add what each side does at a
+checkpoint and at a failover; everything else is a part of its own, which the controller owns and
+whose Protocol says what it needs of its owner. Nothing here blocks without a deadline; what the
+guests' packets need happens in `on_frame`, called from the event ring.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ import asyncio
 import contextlib
 import logging
 import time
-from abc import abstractmethod
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Coroutine
 from typing import Any
 
 from ..abi import Mode
@@ -21,6 +24,7 @@ from ..config.file import Config
 from ..datapath import attach
 from ..datapath.datapath import DataPath
 from ..datapath.ring import CapturedFrame
+from ..failover import states
 from ..failover.arbiter import ARBITERS, Arbiter
 from ..failover.arbiter import Host as ArbiterHost
 from ..failover.decision import (
@@ -42,11 +46,16 @@ from ..peer.heartbeat import Flag
 from ..peer.heartbeat_links import HeartbeatLinks
 from ..peer.messages import VERSION
 from ..peer.tls import Tls
+from ..qemu.event import QmpEvent
+from ..qemu.guest_event import news
+from ..qemu.supervisor import QemuOptions, QemuSupervisor, Stakes
 from .commands import OperatorCommands
 from .device_watch import DeviceWatch
+from .guest_lifecycle import Action as LastAction
+from .guest_lifecycle import GuestLifecycle
 from .heartbeats import Heartbeats
-from .host import Host
-from .pair_view import Surroundings
+from .pair_view import PairView, Surroundings
+from .replacement import Replacement
 from .ticker import IDLE_S, Ticker
 
 log = logging.getLogger("colo_xdp")
@@ -57,14 +66,44 @@ FOR_EVER_NS = (1 << 63) - 1
 GUEST_S = 5.0  # between two looks at what is known of the guest's addresses, and at its port
 
 
-class Controller(Host):
-    """One host's controller."""
+class Controller(ABC):
+    """One host's guest, what is known of the pair, and what is done about it."""
+
+    role: Role
 
     def __init__(self, config: Config, datapath: DataPath) -> None:
-        super().__init__(config, datapath)
+        self.config, self.dp = config, datapath
+        self.state = State.STARTING
+        self.reason = "starting"
+        self.since = time.time()
+        self.history: deque[dict[str, Any]] = deque(maxlen=64)
+        #: all that is known of the pair
+        self.view = PairView(self.role, time.monotonic_ns(), boot_ns())
+        self.role_changed = False  # the next controller of this host is the other guest's
+        self.replacement = Replacement(self)
+        self.life = GuestLifecycle(self)
+        self.failures: list[str] = []
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._finished = asyncio.Event()
+        q, net = config.qemu, config.network
+        self.qemu = QemuSupervisor(
+            QemuOptions(
+                pair=config.pair,
+                name="PVM" if self.role is Role.PRIMARY else "SVM",
+                qmp=q.qmp,
+                qmp_oob=q.qmp_oob,
+                timeout_s=q.qmp_timeout / 1000,
+                tap=net.tap,
+                guest_mac=net.guest_mac,
+                incoming=q.incoming,
+            ),
+            self,
+            tap_alive=datapath.tap_alive,
+            is_at=datapath.is_at,
+        )
         self._busy: asyncio.Task[Any] | None = None  # the one action in progress
         self.asks = False  # by beacon: the secondary is to shut its guest in
-        #: of the last planned failover: gap_ms (the network heard nothing of the guest), took_ms
+        #: of the last switchover: gap_ms (the network heard nothing of the guest), took_ms
         self.last_failover: dict[str, float] | None = None
         p = config.peer
         tls = Tls(p.cert, p.key, p.ca, p.peer_cert, p.identity) if p.cert else None
@@ -97,19 +136,23 @@ class Controller(Host):
         )
         self.commands = OperatorCommands(self)
 
-    # ---- to be filled by the two sides
+    # ---- what the two roles do
 
     @abstractmethod
     async def perform(self, action: Action, why: str) -> None:
         """Carry out GO_SOLO, TAKE_OVER, STOP or REARM."""
 
     @abstractmethod
-    def failover_steps(self, *, planned: bool, force: bool) -> list[str]:
-        """What a failover would do now, step by step."""
+    def failover_steps(self, *, force: bool) -> list[str]:
+        """Return what a failover would do now, step by step."""
 
     @abstractmethod
-    async def hand_over(self, deadline: float) -> bool:
-        """Planned: a checkpoint, then the SVM goes on and the PVM is silent. Whether it is done.
+    def switchover_steps(self) -> list[str]:
+        """Return what a switchover would do now, step by step."""
+
+    @abstractmethod
+    async def switch_over(self, deadline: float) -> bool:
+        """Make the SVM the live guest by a checkpoint; whether it is, by `deadline` (monotonic, s).
 
         Raises ValueError when it cannot begin.
         """
@@ -141,11 +184,11 @@ class Controller(Host):
         return False
 
     @abstractmethod
-    def on_event(self, event: CapturedFrame) -> None:
+    def on_frame(self, event: CapturedFrame) -> None:
         """A captured frame."""
 
     def on_batch(self) -> None:
-        """All frames that were waiting have been handed to on_event."""
+        """All frames that were waiting have been handed to on_frame."""
 
     def on_message(self, msg: dict[str, Any]) -> None:
         """A peer message that the base does not handle itself."""
@@ -177,6 +220,128 @@ class Controller(Host):
 
     def on_arbiter(self) -> None:
         """The arbiter says something new: a lease is got or lost, or the like."""
+
+    def on_qmp(self, event: QmpEvent) -> None:
+        """STOP, RESUME and the like."""
+
+    async def on_qemu(self) -> None:
+        """QMP is (again) connected."""
+
+    def on_qemu_gone(self) -> None:
+        """The QEMU that nothing depended on yet is gone; the next one is waited for."""
+        why = self.view.guest.why or "the QEMU of this host is gone"
+        self.become(State.STARTING, f"{why}: waiting for another one")
+
+    @property
+    def needs_copy(self) -> bool:
+        """Whether the other guest serves the clients and this host lacks a QEMU for its copy."""
+        return False
+
+    @abstractmethod
+    def guest_changed(self, why: str) -> None:
+        """Note that this guest no longer equals its copy."""
+
+    def guest_halts(self, why: str) -> None:
+        """Note that the guest is about to stand still, with its memory intact."""
+        self.life.halted(why)
+
+    def release_last(self) -> int:
+        """Release what is held of a guest that is off and has no successor; how many frames."""
+        return 0
+
+    @abstractmethod
+    def forget_copy(self) -> None:
+        """Stop counting either guest as the other's copy: one of them has ended itself."""
+
+    @property
+    @abstractmethod
+    def ends_the_pair(self) -> bool:
+        """Whether this guest is the one that clients know: the service ends with it."""
+
+    # ---- state
+
+    def become(self, state: State, why: str) -> None:
+        """Change the state, and tell the story."""
+        if state is self.state and why == self.reason:
+            return
+        if state is not self.state:
+            self._check_transition(state, why)
+            self.since = time.time()
+        flips = (State.PROTECTED, State.CHECKPOINTING)
+        if state is not self.state and not (state in flips and self.state in flips):
+            self.history.append({"at": self.since, "state": state.value, "reason": why})
+        self.state, self.reason = state, why
+        if state is State.STOPPED:
+            self.replacement.begin()
+        log.info("%s %s: %s: %s", self.config.pair, self.role.value, state.value, why)
+
+    def _check_transition(self, state: State, why: str) -> None:
+        """Raises IllegalTransition in tests; elsewhere it is counted, and carried out."""
+        if states.legal(self.role, self.state, state):
+            return
+        text = f"internal error: state {self.state.value} to {state.value}: {why}"
+        log.error("%s", text)
+        self.failures.append(text)
+        if states.STRICT:
+            raise states.IllegalTransition(text)
+
+    def shown_state(self) -> State:
+        """The state for people and for the decision: two are views of `protected`."""
+        if self.state is not State.PROTECTED:
+            return self.state
+        return (
+            State.PAUSED if self.view.paused else State.SHADOW if self.view.shadow else self.state
+        )
+
+    def spawn(self, coro: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+        """A background task whose failure is logged and ends the controller."""
+        task = asyncio.ensure_future(coro)
+        self._tasks.add(task)
+        task.add_done_callback(self._task_done)
+        return task
+
+    def _task_done(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if task.cancelled() or task.exception() is None:
+            return
+        e = task.exception()
+        log.error("internal error: %r", e, exc_info=e)
+        self.failures.append(repr(e))
+        self._finished.set()
+
+    # ---- QEMU (qemu/supervisor.py)
+
+    @property
+    def stakes(self) -> Stakes:
+        """What depends on this host's QEMU now."""
+        if self.state is State.STARTING:
+            return Stakes.NOTHING_YET
+        if self.state is State.STOPPED:
+            return Stakes.OVER  # controller/replacement.py looks for the next one
+        return Stakes.WATCHED if self.state is State.PROTECTED else Stakes.GUEST
+
+    def on_qmp_event(self, event: QmpEvent) -> None:
+        """QEMU says something."""
+        if event.name == "COLO_EXIT":
+            self.view.colo_lost()
+        self.on_qmp(event)
+        what = news(event, self.qemu.qmp.name)
+        if what is not None:
+            self.life.on_news(what)
+
+    def on_qemu_found(self, *, there: bool) -> None:
+        """Somebody has looked for one."""
+        self.view.qemu_found(there=there)
+        if there:
+            self.view.guest_event("")
+
+    def on_qemu_refused(self, why: str) -> None:
+        """It is none that this release can work with."""
+        self.become(State.STOPPED, why)
+
+    def on_guest_gone(self, *, hung: bool = False) -> None:
+        """Its QEMU is dead, or `hung` for good."""
+        self.view.guest_gone(hung=hung)
 
     # ---- the data path (controller/device_watch.py)
 
@@ -210,7 +375,8 @@ class Controller(Host):
 
     # ---- peer
 
-    def _beat(self) -> None:
+    def beat(self) -> None:
+        """Send a heartbeat now."""
         self.heartbeats.beat()
         self.devices.listen()
 
@@ -224,7 +390,7 @@ class Controller(Host):
         # It lives, whatever the fence command has said: it has to be fenced another time.
         self.peer_lives("it connects")
         self.devices.connected()
-        self._beat()
+        self.beat()
         self.peer_connected()
 
     def peer_lives(self, why: str) -> None:
@@ -247,7 +413,7 @@ class Controller(Host):
                 word = msg["shadow"] and msg["role"] == Role.PRIMARY.value
                 self._on_peer_shadow(word, msg["epoch"])
             if msg.get("over"):
-                self.pair_over("the other guest has ended itself")
+                self.life.pair_over("the other guest has ended itself")
             elif msg["shut"]:
                 self.peer_shut(msg["alone"])
             if msg["echo"]:
@@ -259,17 +425,17 @@ class Controller(Host):
             self.view.peer_gave_reason(f'"{msg["why"][:200]}"')
             self.peer_shut(msg["alone"])
         elif kind == "guest_off":
-            self.pair_over(msg["why"][:200])
+            self.life.pair_over(msg["why"][:200])
         elif kind == "ready" or (kind == "begin" and msg["initial"]):
             self.view.peer_guest_is_new(boot_ns())
         elif kind == "reprotect":
-            self.incoming_wanted = True
+            self.replacement.wanted = True
         elif kind == "bye" and msg["planned"]:
             until = boot_ns() + msg["back"] * 1_000_000 if msg["back"] else FOR_EVER_NS
             self.dp.peer_stopped = min(until, FOR_EVER_NS)
             log.info("the peer's controller stops on purpose: %s", msg["why"])
         self.on_message(msg)
-        self._decide()
+        self.reconsider()
 
     @property
     def path_shut(self) -> bool:
@@ -283,7 +449,7 @@ class Controller(Host):
             self.view.set_shadow(True)
             self.dp.shadowed = epoch + 1
             if news:
-                self._beat()  # the primary waits for this word
+                self.beat()  # the primary waits for this word
         elif self.view.shadow and epoch >= self.dp.shadowed:
             self.view.set_shadow(False)
             self.dp.shadowed = 0
@@ -300,10 +466,6 @@ class Controller(Host):
             # this side had when it was asked is still all that any client knows.
             self.view.promise_ends()
             self.become(State.DEGRADED, "the peer is gone and has never spoken alone")
-
-    @abstractmethod
-    def pair_over(self, why: str) -> None:
-        """The other guest has ended itself: this one is not to take over."""
 
     @abstractmethod
     def paired(self) -> bool:
@@ -357,12 +519,17 @@ class Controller(Host):
             )
         )
 
+    def act_last(self, action: LastAction) -> None:
+        """Run an action after the one in progress, in place of all further decisions."""
+        self._busy = self.spawn(action(self._busy))
+
     @property
     def acting(self) -> asyncio.Task[Any] | None:
         """The one action that is being carried out now."""
         return self._busy if self._busy is not None and not self._busy.done() else None
 
-    def _decide(self) -> None:
+    def reconsider(self) -> None:
+        """Decide anew, as after each event, and act on it."""
         if self.acting is not None:
             return
         d: Decision = decide(self.facts())
@@ -381,7 +548,7 @@ class Controller(Host):
 
     def _arbiter_changed(self) -> None:
         self.on_arbiter()
-        self._decide()
+        self.reconsider()
 
     def _update_arbiter(self, action: Action) -> None:
         """A primary's guest wants to be heard while its path is not shut, a secondary's when it is
@@ -420,6 +587,22 @@ class Controller(Host):
             or (self.view.peer.role == Role.PRIMARY.value and self.view.peer.state in transmits)
         )
 
+    # ---- the guest after this one
+
+    @abstractmethod
+    async def on_replacement_qemu(self) -> None:
+        """Accept a new QEMU, which waits for the other guest's state."""
+
+    async def leave_network(self) -> None:
+        """Take the tap of a worthless guest out of the bridge."""
+
+    def change_role(self, why: str) -> None:
+        """End this controller; the next one on this host is that of the other guest."""
+        log.info("%s: %s: the roles change", self.config.pair, why)
+        self.dp.change_role()
+        self.role_changed = True
+        self._finished.set()
+
     # ---- the loop
 
     async def start(self) -> None:
@@ -431,7 +614,7 @@ class Controller(Host):
             loop.add_reader(fd, self.drain)
         self.spawn(self.arbiter.run())
         if self.state is State.STOPPED:
-            self.await_successor()
+            self.replacement.begin()
         else:
             self.spawn(self.qemu.connect())
         self.spawn(self.devices.run())
@@ -441,7 +624,7 @@ class Controller(Host):
 
     def drain(self) -> None:
         """Hand on what is in the ring."""
-        if self.dp.drain(self.on_event, RING_BATCH):
+        if self.dp.drain(self.on_frame, RING_BATCH):
             self.on_batch()
             self.ticker.look()
 
@@ -453,11 +636,11 @@ class Controller(Host):
         self.dp.beat()
         if now >= self._next_beat:
             self._next_beat = now + interval
-            self._beat()
+            self.beat()
             limit = self.config.peer.heartbeat_timeout
             if self.peer.connected and self.peer.silent_ms() > limit:
                 self.peer.drop(f"silent for {limit} ms")
-            self._decide()
+            self.reconsider()
         # A wake-up can be missed only at the cost of one tick.
         self.drain()
         self.on_tick(time.monotonic_ns())

@@ -98,7 +98,7 @@ class Heartbeats:
         flags = Flag(0) if guest.gone else Flag.VM
         for flag, on in (
             (Flag.SHUT, c.path_shut and not guest.over),  # over: no reason to take over
-            (Flag.ALONE, guest.standalone), (Flag.ASK, c.asks),
+            (Flag.STANDALONE, guest.standalone), (Flag.ASK, c.asks),
             (Flag.SHADOW, c.role is Role.PRIMARY and c.uncompared),
             (Flag.SVM, c.role is Role.SECONDARY), (Flag.HANGS, guest.hung),
         ):  # fmt: skip
@@ -138,6 +138,6 @@ class Heartbeats:
             if not view.peer.shut:
                 view.peer_gave_reason("its QEMU hangs" if Flag.HANGS in heartbeat.flags else "")
                 log.warning("the peer's beacons say that its data path is shut")
-            c.peer_shut(Flag.ALONE in heartbeat.flags)
+            c.peer_shut(Flag.STANDALONE in heartbeat.flags)
         c.on_heartbeat_flags(heartbeat.flags)
         c.reconsider()

@@ -16,7 +16,7 @@ from ..compare.causes import Cause
 BURST_NS = 250_000_000
 #: what no client can ask for, or what somebody waits for: begun at once
 URGENT = frozenset({
-    Cause.PLANNED, Cause.OPERATOR, Cause.INITIAL, Cause.PEER_GAP, Cause.CONTROLLER_RESTART,
+    Cause.SWITCHOVER, Cause.OPERATOR, Cause.INITIAL, Cause.PEER_GAP, Cause.CONTROLLER_RESTART,
     Cause.POLICY, Cause.PERIODIC,
 })  # fmt: skip
 

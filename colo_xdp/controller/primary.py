@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The primary host: hold and compare the PVM's output, ask for checkpoints, go solo."""
+"""The primary host: its guest is the PVM, which clients hear; go solo when the SVM is gone."""
 
 from __future__ import annotations
 
@@ -7,112 +7,106 @@ import asyncio
 import contextlib
 import logging
 import time
-from bisect import bisect_left
+from collections.abc import Callable
 from typing import Any
 
-from .. import abi
 from ..abi import Mode, SyncState
-from ..clock import TICK_S
 from ..compare.causes import Cause
 from ..compare.limits import NEVER
 from ..config.file import Config
 from ..datapath import attach
-from ..datapath.conntrack_map import ConntrackMap
 from ..datapath.datapath import DataPath
 from ..datapath.ring import CapturedFrame
-from ..engine.engine import Engine
-from ..engine.waits import WAIT_BUCKETS
+from ..engine.journal import Journal
 from ..failover.decision import Action, OwnGuest, Role, State
-from ..net.frame import Frame
 from ..peer.heartbeat import Flag
 from ..qemu.event import QmpEvent
 from ..qemu.guest_event import STANDS_STILL, News
 from ..qemu.qmp import QmpError
 from ..qemu.supervisor import IN_COLO, INCOMING_S
+from . import switchover
 from .checkpoint import CheckpointRequest
 from .checkpoint_coordinator import CheckpointCoordinator
 from .colo_entry import REARM_S
+from .controller import Controller
 from .device_watch import PACE_S
+from .pvm_output import PvmOutput
+from .shadow import ShadowMode
 
 log = logging.getLogger("colo_xdp.controller.primary")
 
-SWEEP_S = 5.0
 LOOK_S = 0.2  # between two looks at a guest of which nothing is known
 BRIDGE_S = 1.0  # between two looks at the ports of the tap's bridge
 LOSS_CHECK_NS = 100_000_000
 SWEEP = 400  # connections of the fast path looked at in that time: a million in 4 minutes
 
 
-class Primary(CheckpointCoordinator):
+class Primary(Controller):
     """Controller of the PVM's host."""
 
     role = Role.PRIMARY
 
     def __init__(self, config: Config, datapath: DataPath) -> None:
         super().__init__(config, datapath)
-        self.engine = Engine(
-            config.limits(),
-            config.policy(),
-            self._release,
-            request_checkpoint=lambda d: self.request(
-                d.cause, f"{d.flow} at {d.evidence.offset}", d
-            ),
-            on_wait=self._on_wait,
-            on_divergence=lambda d: self.journal.divergence(d, time.time()),
-            unmirror=datapath.unmirror,
-            fast=datapath.fast,
+        if datapath.sync_state is SyncState.STANDALONE:
+            self.view.went_standalone()
+        self.journal = Journal()
+        self.output = PvmOutput(
+            config,
+            datapath,
+            lambda cause, detail, why: self.checkpoints.request(cause, detail, why),
+            lambda d: self.journal.divergence(d, time.time()),
+            uncompared=self.view.guest.standalone and datapath.mode is Mode.BYPASS,
         )
-        self.engine.epoch = datapath.epoch
-        self._injector = datapath.injectors["release"]
-        self._guard: asyncio.Task[Any] | None = None
-        self._going_solo = False  # decided, and on its way: no checkpoint may begin
+        self.shadow = ShadowMode(self.view, self.output.engine)
+        self.checkpoints = CheckpointCoordinator(self)
+        self.entry = self.checkpoints.entry
+        self._going_solo = False  # decided and in progress: no checkpoint may begin
         self._lost = datapath.lost_events()
         self._lost_checked = 0
         self._own_guest = OwnGuest.UNKNOWN
-        self.waits = [0] * (len(WAIT_BUCKETS) + 1)
-        self.wait_sum = 0.0
-        datapath.unmirror(None)  # what a former controller's rules said
-        if datapath.adopted and self._uncompared:
+        self._handlers: dict[str, Callable[[dict[str, Any]], None]] = {
+            "ready": self._on_ready,
+            "heartbeat": self._on_beat,
+            "promoted": lambda msg: self._demote(f"the secondary took over: {msg['why']}"),
+            "missed": lambda msg: self.hooks_lost(
+                f"on the secondary's host: {msg['why']}", unseen=False, still=False
+            ),
+            "switchover": self._on_switchover,
+            "downtime": self._on_downtime,
+            "request": lambda msg: self.checkpoints.request(
+                Cause.GUEST_EVENT, f"the secondary: {msg['why'][:200]}"
+            ),
+            "failed": self._on_failed,
+            **dict.fromkeys(("begin_ack", "resumed", "offsets_ack"), self.checkpoints.on_message),
+        }
+        self._adopt()
+
+    def _adopt(self) -> None:
+        """Begin in the state in which a former controller left the data path."""
+        dp = self.dp
+        if dp.adopted and self.output.uncompared:
             self.state = State.SOLO
-            self.reason = "the guest spoke alone under a former controller"
-        elif datapath.adopted and datapath.mode in (Mode.RUN, Mode.CHECKPOINT):
+            self.reason = "the guest went standalone under a former controller"
+        elif dp.adopted and dp.mode in (Mode.RUN, Mode.CHECKPOINT):
             # A former controller held frames that are lost with it; only a checkpoint
             # makes both sides equal again. Until then nothing is decided.
-            datapath.mode = Mode.CHECKPOINT
-            self.engine.begin_checkpoint()
+            dp.mode = Mode.CHECKPOINT
+            self.output.engine.begin_checkpoint()
             self.state = State.DEGRADED
             self.reason = "a former controller's data path was taken over: a checkpoint is needed"
-        elif datapath.mode is Mode.DROP and not self.undecided:
+        elif dp.mode is Mode.DROP and not self.undecided:
             self.state = State.STOPPED
             self.reason = "the data path was shut by a former controller"
 
     # ---- frames
 
-    def on_event(self, event: CapturedFrame) -> None:
-        if self.state is State.STOPPED:
-            return
-        rec = Frame(
-            event.frame, event.ts_ns, event.gso_size, event.partial,
-            punt_seq=event.punt_seq, gso_type=event.gso_type,
-        )  # fmt: skip
-        if event.source == abi.Source.PVM:
-            if self._uncompared:
-                self._release(rec)
-            else:
-                self.engine.from_pvm(rec, time.monotonic_ns())
-        elif not self._uncompared:
-            self.engine.from_svm(rec, event.epoch, time.monotonic_ns())
+    def on_frame(self, event: CapturedFrame) -> None:
+        if self.state is not State.STOPPED:
+            self.output.on_frame(event)
 
     def on_batch(self) -> None:
-        self.engine.flush(time.monotonic_ns())
-
-    def _release(self, rec: Frame) -> None:
-        self._injector.send(rec.frame, rec.gso_size, rec.partial, rec.gso_type)
-
-    def _on_wait(self, ns: int) -> None:
-        s = ns / 1e9
-        self.waits[bisect_left(WAIT_BUCKETS, s)] += 1
-        self.wait_sum += s
+        self.output.flush()
 
     # ---- a data path that began with nothing
 
@@ -125,39 +119,42 @@ class Primary(CheckpointCoordinator):
         return self._own_guest
 
     async def _look_at_guest(self) -> None:
-        """Whether QEMU's guest is a new one, for as long as it matters."""
+        """Find out whether QEMU's guest is a new one, for as long as it matters."""
         while self.undecided and self.state is State.STARTING:
-            migration = await self._migration() if self.qemu.qmp.connected else None
+            migration = await self.entry.migration() if self.qemu.qmp.connected else None
             seen = OwnGuest.UNKNOWN
             if migration is not None:
                 known = {"colo": OwnGuest.PAIRED, "none": OwnGuest.NEW}
                 seen = known.get(migration or "none", OwnGuest.OLD)
             if seen is not self._own_guest:
                 self._own_guest = seen
-                self._decide()
+                self.reconsider()
             await asyncio.sleep(LOOK_S)
 
     def _open(self, why: str) -> None:
-        """The first word of this host's guest since the data path began: it speaks alone."""
+        """Let this host's guest transmit for the first time since the data path began, alone."""
         self.view.went_standalone()
-        self._uncompared = True
+        self.output.uncompared = True
         self.dp.sync_state = SyncState.STANDALONE
         self.dp.mode = Mode.BYPASS
         self.dp.undecided = False
         self.view.new_pair()  # what was asked for is done: the pair that may follow is another one
         self.become(State.STARTING, why)
         self.spawn(self.open_network())
-        self._wake.set()
+        self.checkpoints.wake()
+
+    # ---- time
 
     def on_tick(self, now_ns: int) -> None:
         # While the control channel is cut timeouts go on: what waits too long has to be known.
         cut = self.state is State.DEGRADED and self.dp.mode is Mode.RUN and not self.peer.connected
+        engine = self.output.engine
         if self.state is State.PROTECTED or cut:
-            self.engine.tick(now_ns)
-            if self._hurry_ns() <= now_ns and self.engine.gather(now_ns):
-                self.request(Cause.PEER_LINK, self.devices.trouble)
+            engine.tick(now_ns)
+            if self._hurry_ns() <= now_ns and engine.gather(now_ns):
+                self.checkpoints.request(Cause.PEER_LINK, self.devices.trouble)
         else:
-            self.engine.end_backpressure(now_ns)
+            engine.end_backpressure(now_ns)
         if now_ns - self._lost_checked >= LOSS_CHECK_NS:
             self._lost_checked = now_ns
             lost = self.dp.lost_events()
@@ -165,168 +162,163 @@ class Primary(CheckpointCoordinator):
                 self.dp.fast.sweep(now_ns, SWEEP)
             if lost > self._lost:
                 missing, self._lost = lost - self._lost, lost
-                self.request(Cause.EVENT_LOST, f"{missing} frames did not fit into the event ring")
+                self.checkpoints.request(
+                    Cause.EVENT_LOST, f"{missing} frames did not fit into the event ring"
+                )
 
     def tick_ns(self) -> int:
-        return min(self.engine.tick_ns(), self._hurry_ns())
+        return min(self.output.engine.tick_ns(), self._hurry_ns())
 
     # ---- a data path that is not whole (controller/device_watch.py)
 
     def _hurry_ns(self) -> int:
-        """When a checkpoint is due for what waits, while nothing of the SVM arrives: the next one
-        not before a pause as long as the last one took."""
-        busy = self._want is not None or self._ck is not None or not self.peer.connected
+        """Return when a checkpoint is due for what waits while nothing of the SVM arrives: no
+        sooner than a pause as long as the last one took."""
+        cks = self.checkpoints
+        busy = cks.wanted is not None or cks.running is not None or not self.peer.connected
         if busy or not self.devices.cut or self.state is not State.PROTECTED:
             return NEVER
-        took_ns = int(self.last_checkpoint.get("total_ms", 0.0) * 1e6)
-        return self._ended_ns + max(int(PACE_S * 1e9), took_ns)
+        took_ns = int(cks.last.get("total_ms", 0.0) * 1e6)
+        return cks.ended_ns + max(int(PACE_S * 1e9), took_ns)
 
     def hooks_lost(self, what: str, *, unseen: bool, still: bool) -> None:
-        """Both guests are to be equal again. If the PVM may have spoken uncompared the SVM does
-        not know what clients know: as in shadow mode, until a later checkpoint."""
+        """Make both guests equal again.
+
+        If the PVM's frames may have left uncompared the SVM does not know what clients know, as in
+        shadow mode, until a later checkpoint.
+        """
         if self.state not in (State.PROTECTED, State.CHECKPOINTING, State.DEGRADED):
             return
-        self.engine.void_flows(time.monotonic_ns())
+        self.output.engine.void_flows(time.monotonic_ns())
         if not still:
-            self.request(Cause.HOOKS_LOST, what)
-        if unseen and (not self.view.shadow or self._leave_shadow or self._exposed):
-            self.view.set_shadow(True)
-            self._exposed, self._leave_shadow = still, not still
-            self._leave_ns = time.monotonic_ns()
-            self._beat()
+            self.checkpoints.request(Cause.HOOKS_LOST, what)
+        if unseen and self.shadow.expose(still=still):
+            self.beat()
 
     def data_path_back(self) -> None:
-        self.request(Cause.PEER_LINK, "it is whole again")
+        self.checkpoints.request(Cause.PEER_LINK, "it is whole again")
 
-    # ---- checkpoints
+    # ---- the guest
 
     def on_qmp(self, event: QmpEvent) -> None:
-        ck = self._ck
         if self.state is State.SOLO:
-            self.on_event_alone(event)
+            self.life.on_event_alone(event)
         if event.name == "STOP":
-            self._stopped_for_it = True
-            self._still_ns = min(event.ts_ns, event.seen_ns)  # later: the clock was set
-            if ck is not None and ck.resume_ns:
-                # What the guest has said since its RESUME is in no checkpoint yet.
-                self._want = self._want or CheckpointRequest(
-                    Cause.OPERATOR.value,
-                    "QEMU stopped the PVM again before the end of a checkpoint",
-                )
-            elif ck is not None:
-                ck.pvm_stopped(event)
-                self._still_ns = ck.stop_ns
-            elif self.state is State.PROTECTED and not self.view.guest.halted:
-                self.spawn(self._stopped_by_whom())
+            ours = self.checkpoints.on_stop(event)
+            if not ours and self.state is State.PROTECTED and not self.view.guest.halted:
+                self.spawn(self._find_out_who_stopped_it())
         elif event.name == "RESUME":
-            self._still_ns = 0
-            self.on_resumed()
-            if ck is not None:
-                ck.pvm_resumed(event)
-        if ck is not None:
-            ck.changed.set()
+            self._guest_runs()
+            self.checkpoints.on_resume(event)
+        else:
+            self.checkpoints.on_qmp_event()
 
-    async def _stopped_by_whom(self) -> None:
-        """The PVM stands still, and no checkpoint of ours has stopped it."""
-        status, fate = await self.stands_still()
-        if self.state is not State.PROTECTED or self._ck is not None:
+    async def _find_out_who_stopped_it(self) -> None:
+        """React to a PVM that stands still though no checkpoint of ours has stopped it."""
+        status, fate = await self.life.stands_still()
+        if self.state is not State.PROTECTED or self.checkpoints.running is not None:
             return
         if fate is None:
             what = f"by a person (`{status}`)" if status else "and runs again"
-            self.request(Cause.GUEST_EVENT, f"the PVM was stopped {what}: it runs on with the SVM")
+            self.guest_changed(f"the PVM was stopped {what}: it runs on with the SVM")
         else:
-            self.on_news(News(fate, f"the PVM stands still (`{status}`)"))
+            self.life.on_news(News(fate, f"the PVM stands still (`{status}`)"))
 
-    async def _whether_it_runs(self) -> None:
-        """QMP does not repeat the events that it had while nobody listened."""
+    async def _find_out_whether_it_runs(self) -> None:
+        """Ask: QMP does not repeat the events that it had while nobody listened."""
         try:
             status = await self.qemu.qmp.status()
         except QmpError:
             return
         if status == "running":
-            self._still_ns = 0
-            self.on_resumed()
+            self.checkpoints.stands_still(0)
+            self._guest_runs()
         elif status == "paused" or status in STANDS_STILL:
-            self._still_ns = self._still_ns or time.monotonic_ns()
+            self.checkpoints.stands_still(time.monotonic_ns())
             if status in STANDS_STILL and not self.view.guest.halted:
-                self.on_news(News(STANDS_STILL[status], f"the PVM stands still (`{status}`)"))
+                news = News(STANDS_STILL[status], f"the PVM stands still (`{status}`)")
+                self.life.on_news(news)
 
-    def on_changed(self, why: str) -> None:
-        self.request(Cause.GUEST_EVENT, why)
+    def guest_changed(self, why: str) -> None:
+        self.checkpoints.request(Cause.GUEST_EVENT, why)
 
-    def on_resumed(self) -> None:
-        if self.view.guest.halted:
-            super().on_resumed()
-            self.request(Cause.GUEST_EVENT, "the PVM runs again after it stood still")
+    def _guest_runs(self) -> None:
+        if self.life.resumed():
+            self.guest_changed("the PVM runs again after it stood still")
 
     @property
     def ends_the_pair(self) -> bool:
         return True
 
     def release_last(self) -> int:
-        if self._guard is not None:
-            self._guard.cancel()
+        self.checkpoints.cancel()
         self.drain()
-        return self.engine.release_all()
+        return self.output.release_all()
 
     def forget_copy(self) -> None:
-        if self._guard is not None:
-            self._guard.cancel()
+        self.checkpoints.cancel()
+
+    # ---- the peer's messages
 
     def peer_connected(self) -> None:
         self.view.checkpoint_due(False)
 
     def on_message(self, msg: dict[str, Any]) -> None:
-        kind, ck = msg["type"], self._ck
-        if kind == "ready":
-            self._peer_ready = True
-            self.view.peer_open()  # another SVM than the one that died
-            self._peer_qemu, self._peer_lacks = (msg.get("qemu", 0), self.peer.peer_boot), ""
-            self.arbiter.peer_open()
-            self._wake.set()
-            self._protect_again()
-        elif kind == "heartbeat":
-            if self.state is State.STOPPED:
-                return
-            waits = self.view.shadow and not self._leave_shadow and not self.engine.shadow
-            waits = waits and not self._exposed
-            if waits and msg["shadow"] and msg["role"] == Role.SECONDARY.value:
-                self.engine.set_shadow(True, time.monotonic_ns())
-            if msg["state"] == State.PROMOTED.value:
-                self._demote("the secondary speaks for the guest")
-            elif self._older_than(msg):
-                self._demote("the other host runs the PVM: this data path knows less of it")
-        elif kind == "promoted":
-            self._demote(f"the secondary took over: {msg['why']}")
-        elif kind == "missed":
-            self.hooks_lost(f"on the secondary's host: {msg['why']}", unseen=False, still=False)
-        elif kind == "switchover":
-            try:
-                self._plan(msg["why"])
-            except ValueError as e:
-                log.warning("no hand-over: %s", e)
-        elif kind == "downtime":
-            self.last_failover = {"gap_ms": msg["gap_us"] / 1e3, "took_ms": msg["took_us"] / 1e3}
-            log.info("the network heard nothing of the guest for %.1f ms", msg["gap_us"] / 1e3)
-        elif kind == "request":
-            self.request(Cause.GUEST_EVENT, f"the secondary: {msg['why'][:200]}")
-        elif kind == "failed" and ck is None and self.state is State.STARTING:
-            self._peer_lacks = msg["why"][:300]
-        elif ck is not None and kind in ("begin_ack", "resumed", "failed", "offsets_ack"):
-            ck.heard(msg)
+        handler = self._handlers.get(msg["type"])
+        if handler is not None:
+            handler(msg)
+
+    def _on_ready(self, msg: dict[str, Any]) -> None:
+        """A QEMU waits there: another SVM than the one that died."""
+        self.entry.peer_ready = True
+        self.view.peer_open()
+        self.entry.peer_qemu = (msg.get("qemu", 0), self.peer.peer_boot)
+        self.entry.peer_lacks = ""
+        self.arbiter.peer_open()
+        self.checkpoints.wake()
+        self._protect_again()
+
+    def _on_beat(self, msg: dict[str, Any]) -> None:
+        if self.state is State.STOPPED:
+            return
+        if self.view.shadow and msg["shadow"] and msg["role"] == Role.SECONDARY.value:
+            self.shadow.confirmed()
+        if msg["state"] == State.PROMOTED.value:
+            self._demote("the secondary transmits for the guest")
+        elif self._older_than(msg):
+            self._demote("the other host runs the PVM: this data path knows less of it")
+
+    def _on_switchover(self, msg: dict[str, Any]) -> None:
+        try:
+            self.checkpoints.switchover.plan(msg["why"])
+        except ValueError as e:
+            log.warning("%s", e)
+
+    def _on_downtime(self, msg: dict[str, Any]) -> None:
+        self.last_failover = {"gap_ms": msg["gap_us"] / 1e3, "took_ms": msg["took_us"] / 1e3}
+        log.info("the network heard nothing of the guest for %.1f ms", msg["gap_us"] / 1e3)
+
+    def _on_failed(self, msg: dict[str, Any]) -> None:
+        if self.checkpoints.running is None and self.state is State.STARTING:
+            self.entry.peer_lacks = msg["why"][:300]
+        else:
+            self.checkpoints.on_message(msg)
 
     def on_heartbeat_flags(self, flags: Flag) -> None:
-        transmits = Flag.SVM in flags and Flag.ALONE in flags and Flag.SHUT not in flags
-        if transmits and self.state is not State.STOPPED:
-            self._demote("the secondary speaks for the guest, as its beacons say")
+        alone = Flag.SVM in flags and Flag.STANDALONE in flags and Flag.SHUT not in flags
+        if alone and self.state is not State.STOPPED:
+            self._demote("the secondary transmits for the guest, as its heartbeat datagrams say")
 
     @property
     def waiting(self) -> bool:
-        return self._want is not None or (self._ck is None and self.dp.mode is Mode.CHECKPOINT)
+        cks = self.checkpoints
+        return cks.wanted is not None or (cks.running is None and self.dp.mode is Mode.CHECKPOINT)
 
     def _older_than(self, msg: dict[str, Any]) -> bool:
-        """Two primaries, since this host has lost what was pinned (a reboot): the pair's epochs
-        only ever grow, so who has the smaller one has missed what came after."""
+        """Return which of two primaries has to yield, after this host lost its pins (a reboot).
+
+        A pair's epochs only grow: the host with the smaller one has missed what came after.
+        """
         if msg["role"] != Role.PRIMARY.value or msg["state"] == State.STOPPED.value:
             return False
         mine: int = self.dp.epoch
@@ -334,11 +326,10 @@ class Primary(CheckpointCoordinator):
         return theirs > mine or (theirs == mine and self.config.role == "secondary")
 
     def _demote(self, why: str) -> None:
-        """Never speak against a secondary that has taken over."""
+        """Fall silent for good: a secondary that has taken over must not be contradicted."""
         self.dp.mode = Mode.DROP
         self.dp.undecided = False
-        if self._guard is not None:
-            self._guard.cancel()
+        self.checkpoints.cancel()
         self.become(State.STOPPED, why)
 
     async def leave_network(self) -> None:
@@ -355,28 +346,27 @@ class Primary(CheckpointCoordinator):
         self._demote(why)
 
     def on_arbiter(self) -> None:
-        self._wake.set()
+        self.checkpoints.wake()
+
+    # ---- protecting, and protecting again
 
     def _protect_again(self) -> None:
-        """A new secondary waits for the guest that has been alone until now."""
-        if self.state is State.SOLO and self._peer_ready:
+        """Enter COLO with the new secondary that waits for a guest which has been alone."""
+        if self.state is State.SOLO and self.entry.peer_ready:
             self.become(State.STARTING, "a new secondary waits: protecting again")
-            if self._guard is not None:  # begun for a QEMU that came while this went solo
-                self._guard.cancel()
-            self._guard = self.spawn(self._leave_and_protect())
+            self.checkpoints.serve(self._leave_former_pair)
 
-    async def _leave_and_protect(self) -> None:
+    async def _leave_former_pair(self) -> None:
         while self.state is State.STARTING:
             try:
                 if await self.qemu.qmp.migration_status() not in IN_COLO:
                     break
-                await self.qemu.leave_colo()  # of the pair that was
+                await self.qemu.leave_colo()
             except QmpError as e:
                 log.warning("%s", e)
             await asyncio.sleep(REARM_S)
         self.view.new_pair()
-        self._want = None
-        await self._protect()
+        self.checkpoints.wanted = None
 
     async def on_replacement_qemu(self) -> None:
         net = self.config.network
@@ -384,7 +374,7 @@ class Primary(CheckpointCoordinator):
             log.error("[network] bridge is needed to become the secondary: %s is in one", net.tap)
             await asyncio.sleep(INCOMING_S)
             return
-        self.change_role("the other guest speaks, and a new QEMU waits here for its state")
+        self.change_role("the other guest serves, and a new QEMU waits here for its state")
 
     async def start(self) -> None:
         await super().start()
@@ -393,19 +383,8 @@ class Primary(CheckpointCoordinator):
         elif self.dp.mode is not Mode.DROP:  # a former controller may have died before this
             self.spawn(self.open_network())
         self.spawn(self._watch_bridge())
-        if self.own is not None:
-            self.spawn(self._sweep_own(self.own))
-
-    async def _sweep_own(self, own: ConntrackMap) -> None:
-        """The programs that translate step out with the last connection that needs them."""
-        while True:
-            await asyncio.sleep(SWEEP_S)
-            await asyncio.to_thread(own.sweep, self.dp.promoted_epoch)
-            if not own.wanted and not self._ck:
-                self.own = None
-                await asyncio.to_thread(self.dp.drop_guest)
-                log.info("no connection in the guest's own numbers is left")
-                return
+        cks = self.checkpoints
+        self.spawn(cks.offsets.sweep(lambda: cks.running is not None))
 
     async def _watch_bridge(self) -> None:
         while True:
@@ -414,9 +393,9 @@ class Primary(CheckpointCoordinator):
             await asyncio.sleep(BRIDGE_S)
 
     async def on_qemu(self) -> None:
-        await self._whether_it_runs()
+        await self._find_out_whether_it_runs()
         if self.state is State.SOLO:
-            migration = await self._migration()
+            migration = await self.entry.migration()
             if migration in IN_COLO:  # a former controller died before this
                 try:
                     await self.qemu.leave_colo()
@@ -424,14 +403,18 @@ class Primary(CheckpointCoordinator):
                     log.warning("%s (the PVM goes on all the same)", e)
             if migration in (*IN_COLO, "failed"):
                 self.spawn(self._let_run())
-        elif self._guard is None and not self._going_solo and self.state is not State.STOPPED:
-            self._guard = self.spawn(self._protect())
+        elif (
+            not self.checkpoints.serving
+            and not self._going_solo
+            and self.state is not State.STOPPED
+        ):
+            self.checkpoints.serve()
 
     async def _let_run(self) -> None:
-        """The guest is alone: see to it that it runs, also when QEMU has to be waited for."""
+        """See to it that a guest which is alone runs, also when QEMU has to be waited for."""
         while self.state is State.SOLO:
             with contextlib.suppress(QmpError):
-                if await self._cont():
+                if await self.entry.cont():
                     return
             await asyncio.sleep(REARM_S)
 
@@ -443,23 +426,15 @@ class Primary(CheckpointCoordinator):
         elif action is Action.OPEN:
             self._open(why)
         elif action is Action.STOP:
-            self.dp.mode = Mode.DROP
-            self.dp.undecided = False
-            if self._guard is not None:
-                self._guard.cancel()
-            self.become(State.STOPPED, why)
+            self._demote(why)
             self.peer.send("shut", why=why, alone=self.view.guest.standalone)
         elif action is Action.ASK_SHUT:
             self.become(self.state if self.undecided else State.DEGRADED, why)
             self.asks = not self.peer.send("demote", why=why)
             await asyncio.sleep(self.config.peer.heartbeat_interval / 1000)
         elif action is Action.REARM:
-            self._want, self._hurry = (
-                self._want or CheckpointRequest(Cause.PEER_GAP.value, why),
-                True,
-            )
+            self.checkpoints.order(CheckpointRequest(Cause.PEER_GAP.value, why), hurry=True)
             self.become(State.CHECKPOINTING, why)
-            self._wake.set()
 
     async def _go_solo(self, why: str) -> None:
         self._going_solo = True
@@ -469,15 +444,14 @@ class Primary(CheckpointCoordinator):
             self._going_solo = False
 
     async def _leave_pair(self, why: str) -> None:
-        if self._guard is not None:
-            self._guard.cancel()
-        self._peer_ready = False
+        self.checkpoints.cancel()
+        self.entry.peer_ready = False
         self.peer.send("demote", why=why)
         self.drain()
         self.view.went_standalone()
-        self._uncompared = True
+        self.output.uncompared = True
         self.dp.sync_state = SyncState.STANDALONE
-        released = self.engine.release_all()
+        released = self.output.release_all()
         self.dp.mode = Mode.BYPASS
         if self.undecided:
             self.dp.undecided = False
@@ -493,48 +467,16 @@ class Primary(CheckpointCoordinator):
         self.spawn(self._let_run())
         self._protect_again()
 
-    def _plan(self, why: str) -> None:
-        if self.state not in (State.PROTECTED, State.CHECKPOINTING):
-            raise ValueError(f"no planned failover from state {self.state.value}: {self.reason}")
-        if self.view.shadow or self._leave_shadow:
-            raise ValueError("no planned failover from shadow mode: leave it first")
-        a = self.arbiter.view()
-        if a.needs_grant and not a.granted:
-            why = self.arbiter.trouble or f"another host holds the {a.name}"
-            raise ValueError(f"no planned failover, the SVM could not get the {a.name}: {why}")
-        if self.view.guest.halted:
-            raise ValueError(f"no planned failover: {self.view.guest.halted}")
-        self._plan_refused = ""
-        # as long as the command waits, which then says that it is not done
-        ms = self.config.checkpoint.deadline + 2 * self.config.qemu.qmp_timeout
-        self._plan_until = time.monotonic() + ms / 1000
-        self._want = CheckpointRequest(Cause.PLANNED.value, why)
-        self._wake.set()
+    async def switch_over(self, deadline: float) -> bool:
+        return await self.checkpoints.switchover.run(deadline)
 
-    async def hand_over(self, deadline: float) -> bool:
-        failed = self.checkpoints_failed
-        self._plan("asked by the operator")
-        while time.monotonic() < deadline and self.checkpoints_failed == failed:
-            if self._plan_refused:
-                raise ValueError(f"no planned failover: {self._plan_refused}")
-            if self.state is State.STOPPED and self.view.peer.state == State.PROMOTED.value:
-                return True
-            await asyncio.sleep(TICK_S)
-        return False
+    def switchover_steps(self) -> list[str]:
+        return [step.format(qmp=self.config.qemu.qmp) for step in switchover.STEPS]
 
-    def failover_steps(self, *, planned: bool, force: bool) -> list[str]:
-        f, qmp = self.config.failover, self.config.qemu.qmp
-        if planned:
-            return [
-                "hold every frame of both guests",
-                f"QMP {qmp}: migrate-set-parameters x-checkpoint-delay (a checkpoint)",
-                "release what the PVM sent before its STOP",
-                "data path: drop (the PVM is silent)",
-                "the secondary: x-colo-lost-heartbeat, data path: takeover, announcements",
-                f"QMP {qmp}: quit",
-            ]
+    def failover_steps(self, *, force: bool) -> list[str]:
+        f = self.config.failover
         steps = [f"fence the secondary: {' '.join(f.fence)}"] if f.fence and not force else []
-        held = self.engine.held_packets
+        held, _ = self.output.held
         return [
             *steps,
             f"release the {held} held frames of the PVM",
@@ -542,26 +484,26 @@ class Primary(CheckpointCoordinator):
             f"QMP {self.config.qemu.qmp}: x-colo-lost-heartbeat",
         ]
 
-    # ---- policy and mode
+    # ---- the operator
+
+    async def command_checkpoint(self, args: dict[str, Any]) -> dict[str, Any]:
+        return await self.checkpoints.command(args)
+
+    def asked_again(self) -> None:
+        if self.state is State.STARTING and self.entry.tries.count:
+            self.entry.tries.forget()
+            self.checkpoints.wake()
 
     def new_policy(self) -> None:
-        self.engine.set_policy(self.config.policy())
+        self.output.engine.set_policy(self.config.policy())
 
     def set_shadow(self, on: bool) -> None:
-        """Shadow begins when the secondary says that it has heard of it: it would take over from
-        what clients know more than it does. It ends with a checkpoint whose STOP comes later:
-        until then the SVM may not know what clients know, though everything is held from now on."""
-        if on == self.view.shadow and not self._leave_shadow:
+        if on == self.view.shadow and not self.shadow.leaving:
             return
-        self._leave_shadow = not on
         if on:
-            self.view.set_shadow(True)
-            self._beat()
+            self.shadow.begin()
+            self.beat()
         else:
-            self._leave_ns = time.monotonic_ns()
-            self.engine.set_shadow(False, time.monotonic_ns())
-            self._want = self._want or CheckpointRequest(
-                Cause.OPERATOR.value, "leaving shadow mode"
-            )
-            self._hurry = True
-            self._wake.set()
+            self.shadow.leave()
+            want = CheckpointRequest(Cause.OPERATOR.value, "leaving shadow mode")
+            self.checkpoints.order(want, hurry=True)

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The secondary host: keep the SVM shut in, hold frames over a checkpoint, take over.
+"""The secondary host: isolate the SVM, hold frames during a checkpoint, take over.
 
-In MODE_RUN the kernel does all: frames never come here. During a checkpoint both
-directions do. What the SVM sent before it resumed is void (the checkpoint has
-replaced the guest that sent it); what the clients sent waits until the new guest
-runs, since it has to meet the new guest's sequence numbers.
+In MODE_RUN the kernel does everything and no frame comes here. During a checkpoint the frames of
+both directions do. What the SVM sent before it resumed is void, since the checkpoint has replaced
+the guest that sent it; what the clients sent waits until the new guest runs, since it has to meet
+the new guest's sequence numbers.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import asyncio
 import contextlib
 import logging
 import time
+from collections.abc import Callable
 from typing import Any
 
 from .. import abi
@@ -29,7 +30,8 @@ from ..peer.heartbeat import Flag
 from ..qemu.event import QmpEvent
 from ..qemu.guest_event import News
 from ..qemu.qmp import QmpError
-from .guest_lifecycle import GuestLifecycle
+from ..qemu.supervisor import IN_COLO
+from .controller import Controller
 from .held_frames import HeldFrames, Hold
 from .takeover import Takeover
 
@@ -39,7 +41,7 @@ SWEEP_S = 5.0
 REMIND_S = 2.0  # longer than the primary needs from `ready` to its next state
 
 
-class Secondary(GuestLifecycle):
+class Secondary(Controller):
     """Controller of the SVM's host."""
 
     role = Role.SECONDARY
@@ -56,13 +58,30 @@ class Secondary(GuestLifecycle):
         self.takeover = Takeover(self)
         self._ready_wanted = False
         self._remind_at = 0.0
-        self._missed = ""  # what the primary has to be told, and could not
+        self._missed = ""  # hooks that were lost, still to be reported to the primary
         self._qemus = 0  # that have waited here
         self.view.adopted(confirmed=datapath.adopted and datapath.sync_state is not SyncState.NONE)
-        self.checkpoints = 0
+        self.checkpoints_loaded = 0
         self.last_pause_ms = 0.0
         self.stepped_out = False
         self._hooks = asyncio.Lock()  # programs are being taken off or put back
+        self._handlers: dict[str, Callable[[dict[str, Any]], None]] = {
+            "begin": lambda msg: self._on_begin(
+                msg["n"], msg["initial"], msg["cause"] == Cause.SWITCHOVER
+            ),
+            "heartbeat": self._on_beat,
+            "downtime_start": self._on_downtime_start,
+            "claims": lambda msg: self._on_claims(msg["n"], msg["addresses"], msg["macs"]),
+            "offsets": lambda msg: self._on_offsets(msg["n"], msg["flows"]),
+            "ready": self._on_ready,
+            "demote": lambda msg: self._demote(msg["why"]),
+            "failed": self._on_failed,
+        }
+        self._adopt()
+
+    def _adopt(self) -> None:
+        """Begin in the state in which a former controller left the data path."""
+        datapath = self.dp
         if datapath.adopted:
             self.view.set_shadow(datapath.shadowed > 0)
             if datapath.mode is Mode.TAKEOVER:
@@ -96,7 +115,7 @@ class Secondary(GuestLifecycle):
     def _forward(self, e: CapturedFrame) -> None:
         self.dp.injectors["forward"].send(e.frame, e.gso_size, e.partial, e.gso_type)
 
-    def on_event(self, event: CapturedFrame) -> None:
+    def on_frame(self, event: CapturedFrame) -> None:
         if event.source == abi.Source.CLIENT:
             self.held.from_client(event)
         else:
@@ -111,35 +130,54 @@ class Secondary(GuestLifecycle):
         self.dp.mode = Mode.CHECKPOINT
 
     def on_message(self, msg: dict[str, Any]) -> None:
-        kind = msg["type"]
-        if kind == "begin":
-            self._on_begin(msg["n"], msg["initial"], msg["cause"] == Cause.PLANNED)
-        elif kind == "heartbeat":
-            h = self.held.hold
-            # A planned one ends with the takeover, unless the primary went on all the same.
-            over = h is not None and msg["epoch"] >= h.n and not (h.planned and msg["shut"])
-            if h is not None and h.resume is not None and over:
-                self._finish(h, h.resume)
-            if msg["alone"] and not msg["shut"] and self.view.pair.confirmed:
-                self.outdated("the PVM has spoken alone")  # while nothing was heard of it
-            elif self._was_not_missed(msg):
-                self.become(State.PROTECTED, "the primary is heard again, and has missed nothing")
-        elif kind == "downtime_start":
-            self.takeover.primary_silent(
-                time.monotonic_ns() - msg["us"] * 1000 - self.peer.rtt_ns // 2
-            )
-        elif kind == "claims":
-            self._on_claims(msg["n"], msg["addresses"], msg["macs"])
-        elif kind == "offsets":
-            self._on_base(msg["n"], msg["flows"])
-        elif kind == "ready" and self.state is State.PROMOTED and self.view.guest.standalone:
-            if self.migrate_to:
-                self.change_role("a new QEMU waits on the other host for this guest's state")
-            else:
-                log.error("a new secondary waits, but [qemu] reverse_uri does not say where")
-        elif kind == "demote":
-            self._demote(msg["why"])
-        elif kind == "failed" and self.state is State.STARTING and not self.view.pair.confirmed:
+        handler = self._handlers.get(msg["type"])
+        if handler is not None:
+            handler(msg)
+
+    def _on_beat(self, msg: dict[str, Any]) -> None:
+        h = self.held.hold
+        # A switchover's hold ends with the takeover, unless the primary went on all the same.
+        over = h is not None and msg["epoch"] >= h.n and not (h.planned and msg["shut"])
+        if h is not None and h.resume is not None and over:
+            self._finish(h, h.resume)
+        elif self._was_given_up(msg):
+            if h is not None:
+                self._given_up("it is not entering it any more")
+            elif not self._ready_wanted and self.qemu.qmp.connected:
+                self.spawn(self._look_for_abandoned())
+        if msg["alone"] and not msg["shut"] and self.view.pair.confirmed:
+            self.outdated("the PVM has run standalone")  # while its messages did not arrive
+        elif self._was_not_missed(msg):
+            self.become(State.PROTECTED, "the primary is heard again, and has missed nothing")
+
+    def _was_given_up(self, beat: dict[str, Any]) -> bool:
+        """Return whether the entry that is held for is over without this side having heard of it.
+
+        A primary is `checkpointing` from before its `begin` until the entry ends, so a heartbeat
+        in between never says `starting`. Its `failed` may have met a controller that was dead, or
+        one that was still looking whether the SVM is fit.
+        """
+        return (
+            self.state is State.STARTING
+            and not self.view.pair.confirmed
+            and beat["role"] == Role.PRIMARY.value
+            and beat["state"] == State.STARTING.value
+        )
+
+    def _on_downtime_start(self, msg: dict[str, Any]) -> None:
+        since = time.monotonic_ns() - msg["us"] * 1000 - self.peer.rtt_ns // 2
+        self.takeover.primary_silent(since)
+
+    def _on_ready(self, msg: dict[str, Any]) -> None:
+        if self.state is not State.PROMOTED or not self.view.guest.standalone:
+            return
+        if self.migrate_to:
+            self.change_role("a new QEMU waits on the other host for this guest's state")
+        else:
+            log.error("a new secondary waits, but [qemu] reverse_uri does not say where")
+
+    def _on_failed(self, msg: dict[str, Any]) -> None:
+        if self.state is State.STARTING and not self.view.pair.confirmed:
             self._given_up(msg["why"])
 
     def _was_not_missed(self, beat: dict[str, Any]) -> bool:
@@ -167,10 +205,10 @@ class Secondary(GuestLifecycle):
             return
         if Flag.SHADOW in flags:
             self._on_peer_shadow(True, self.view.peer.epoch)
-        if Flag.ALONE in flags and Flag.SHUT not in flags and self.view.pair.confirmed:
-            self.outdated("the PVM has spoken alone, as its beacons say")
+        if Flag.STANDALONE in flags and Flag.SHUT not in flags and self.view.pair.confirmed:
+            self.outdated("the PVM has run standalone, as its heartbeat datagrams say")
         if Flag.ASK in flags and self.state is not State.STOPPED:
-            self._demote("asked by its beacons")
+            self._demote("asked by its heartbeat datagrams")
 
     def paired(self) -> bool:
         return self.view.pair.confirmed
@@ -189,10 +227,10 @@ class Secondary(GuestLifecycle):
         # A checkpoint under way is not forgotten: QEMU may load it all the same.
         self.dp.mode = Mode.DROP
         self.view.demoted()
-        self.become(State.STOPPED, f"stood down for the primary: {why}")
+        self.become(State.STOPPED, f"demoted for the primary: {why}")
         self.peer.send("shut", why="the secondary has shut its data path", alone=False)
 
-    def _on_base(self, n: int, text: str) -> None:
+    def _on_offsets(self, n: int, text: str) -> None:
         """Offsets of the guest that this one is a copy of; they count when the copy speaks."""
         h = self.held.hold
         if self.view.pair.confirmed:  # a new primary controller does not know that they are here
@@ -238,10 +276,28 @@ class Secondary(GuestLifecycle):
                 "needed here",
             )
 
+    async def _look_for_abandoned(self) -> None:
+        """Replace a QEMU that was left in COLO by an entry of which this controller knows nothing.
+
+        Such a QEMU waits for ever (colo_process_incoming_thread() in QEMU's migration/colo.c). One
+        that runs outside COLO is left alone: somebody has started it without -incoming.
+        """
+        try:
+            migration = await self.qemu.qmp.migration_status()
+        except QmpError:
+            return
+        if self.state is State.STARTING and self.held.hold is None and migration in IN_COLO:
+            self.view.not_in_colo()
+            self.become(
+                State.STOPPED,
+                "the SVM was left behind by an entry into COLO that the primary has given up; "
+                "a new QEMU with -incoming is needed here",
+            )
+
     async def _check_entry(self, n: int) -> None:
         """What may have changed since this host said that it is ready."""
         try:
-            why = await self.unfit()
+            why = await self.life.unfit()
             status = await self.qemu.qmp.status()
             if not why and status != "inmigrate":
                 why = f"the SVM's QEMU is `{status}`, not waiting (-incoming)"
@@ -318,7 +374,7 @@ class Secondary(GuestLifecycle):
 
     def on_qmp(self, event: QmpEvent) -> None:
         if self.state is State.PROMOTED:
-            self.on_event_alone(event)
+            self.life.on_event_alone(event)
             return
         if self.takeover.under_way:
             self.takeover.saw(event)
@@ -345,7 +401,7 @@ class Secondary(GuestLifecycle):
 
     async def _stopped_by_whom(self, h: Hold | None) -> None:
         """The SVM stands still, and nobody has told of a checkpoint."""
-        status, fate = await self.stands_still()
+        status, fate = await self.life.stands_still()
         if h is None or self.held.hold is not h or h.resume is not None or not status:
             return
         if fate is None or status == "guest-panicked":
@@ -355,23 +411,23 @@ class Secondary(GuestLifecycle):
                 with contextlib.suppress(QmpError):
                     await self.qemu.qmp.execute("cont")
         else:
-            self.on_news(News(fate, f"the SVM stands still (`{status}`)"))
+            self.life.on_news(News(fate, f"the SVM stands still (`{status}`)"))
 
-    def on_changed(self, why: str) -> None:
+    def guest_changed(self, why: str) -> None:
         if self.held.hold is None and self.state is State.PROTECTED:
             self.peer.send(
                 "request", why=why
             )  # else the checkpoint under way makes it a copy again
 
-    def on_halt(self, why: str) -> None:
+    def guest_halts(self, why: str) -> None:
         """What its guest waits for the other one has done: it is no copy, and the next checkpoint
         would end its QEMU (io-error to colo is no transition that QEMU allows)."""
         if self.state is State.PROMOTED:
-            super().on_halt(why)
+            super().guest_halts(why)
         elif self.state is not State.STARTING:
             self.view.guest_event(why)
             self.view.guest_gone()
-            self._decide()
+            self.reconsider()
 
     @property
     def ends_the_pair(self) -> bool:
@@ -397,7 +453,7 @@ class Secondary(GuestLifecycle):
         self.drain()
         self.view.copy_confirmed()
         self._ready_wanted = False
-        self.checkpoints += 1
+        self.checkpoints_loaded += 1
         self.become(State.PROTECTED, f"the SVM runs epoch {h.n}")
 
     def on_tick(self, now_ns: int) -> None:
@@ -434,7 +490,7 @@ class Secondary(GuestLifecycle):
 
     async def _send_ready(self) -> None:
         """A QEMU waits here, and nothing speaks against it."""
-        why = await self.unfit()
+        why = await self.life.unfit()
         if why:
             self.become(State.STARTING, why)
             self.peer.send("failed", n=0, why=why)
@@ -503,9 +559,9 @@ class Secondary(GuestLifecycle):
             self.become(State.STOPPED, why)
             self.peer.send("shut", why=why, alone=self.view.guest.standalone)
 
-    async def hand_over(self, deadline: float) -> bool:
+    async def switch_over(self, deadline: float) -> bool:
         if self.state not in (State.PROTECTED, State.CHECKPOINTING) or not self.peer.connected:
-            raise ValueError(f"no planned failover from state {self.state.value}: {self.reason}")
+            raise ValueError(f"no switchover from state {self.state.value}: {self.reason}")
         self.peer.send("switchover", why="asked by the operator on the secondary")
         while time.monotonic() < deadline:
             if self.view.guest.standalone:
@@ -513,13 +569,18 @@ class Secondary(GuestLifecycle):
             await asyncio.sleep(TICK_S)
         return False
 
-    def failover_steps(self, *, planned: bool, force: bool) -> list[str]:
-        f, net, qmp = self.config.failover, self.config.network, self.config.qemu.qmp
-        steps = [f"fence the primary: {' '.join(f.fence)}"] if f.fence and not force else []
-        if planned:
-            steps = ["the primary: a checkpoint, then data path: drop (the PVM is silent)"]
+    def switchover_steps(self) -> list[str]:
+        first = "the primary: a checkpoint, then data path: drop (the PVM is silent)"
+        return [first, *self._takeover_steps()]
+
+    def failover_steps(self, *, force: bool) -> list[str]:
+        f = self.config.failover
+        fence = [f"fence the primary: {' '.join(f.fence)}"] if f.fence and not force else []
+        return [*fence, *self._takeover_steps()]
+
+    def _takeover_steps(self) -> list[str]:
+        net, qmp = self.config.network, self.config.qemu.qmp
         return [
-            *steps,
             f"QMP {qmp}: x-colo-lost-heartbeat",
             f"QMP {self.config.qemu.qmp_oob or qmp}: yank migration, out of band, should it hang",
             f"QMP {qmp}: query-migrate, query-status until `running`",
@@ -555,7 +616,7 @@ class Secondary(GuestLifecycle):
     def may_demote(self) -> None:
         if self.held.hold is not None and self.held.hold.planned:
             # The PVM may be silent already: then nobody would speak.
-            raise ValueError("a planned failover to this guest is under way: wait for its end")
+            raise ValueError("a switchover to this guest is under way: wait for its end")
 
     async def keep_shut(self) -> None:
         async with self._hooks:

@@ -41,7 +41,7 @@ _ANSWERS = {_DONE: OffloadResult.ACCEPTED, CtlResult.REFUSED: OffloadResult.IN_F
 _SEEN, _CLIENT_ACK, _REL, _FIN_KNOWN, _FIN = 2, 3, 6, 23, 24
 _U32 = struct.Struct("=I")
 _EMPTY = bytes(abi.CONN.size)
-_NO_STATE = bytes(abi.GIVE.size)
+_NO_STATE = bytes(abi.OFFLOAD.size)
 _BUFFER_SIZE = abi.BUFFER_BEFORE + abi.BUFFER + abi.BUFFER_SLACK
 
 

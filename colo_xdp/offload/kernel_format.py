@@ -151,7 +151,7 @@ def direction_number(text: str) -> int:
 
 @dataclass(frozen=True, slots=True)
 class OffloadRequest:
-    """A flow for the fast path: abi.GIVE packed; the latest history, and what is outstanding;
+    """A flow for the fast path: abi.OFFLOAD packed; the latest history, and what is outstanding;
     whether an ack waits, which needs a buffer too: by its owner user space finds what waits; and
     since when (0: nothing does)."""
 

@@ -144,7 +144,7 @@ class TcpCodec:
             0,
         )
         return OffloadRequest(
-            abi.GIVE.pack(
+            abi.OFFLOAD.pack(
                 epoch, st.sent.released_nxt, p_ack, s_ack, st.sent.committed_ack, p_win, w.svm,
                 w.advertised, mss, nxt, (st.sent.released_nxt - past) & MASK, ahead, pending,
                 l4, size, header, memo,

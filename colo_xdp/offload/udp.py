@@ -93,7 +93,7 @@ class UdpCodec:
         ahead = abi.SIDE_PVM if flow.held else abi.SIDE_SVM
         memo = _MEMO.pack(direction_number(flow.direction))
         return OffloadRequest(
-            abi.GIVE.pack(epoch, 0, *_NO_SEGMENT, len(queue), 0, ahead, 0, 0, 0, b"", memo),
+            abi.OFFLOAD.pack(epoch, 0, *_NO_SEGMENT, len(queue), 0, ahead, 0, 0, 0, b"", memo),
             bytes(queue),
             since_ns=self.waits_since(flow),
         )

@@ -62,7 +62,7 @@ class Flag(IntFlag):
 
     VM = 1  # the sender's QEMU lives
     SHUT = 2  # its data path drops everything, and opens only for a new guest
-    ALONE = 4  # its guest has spoken alone
+    STANDALONE = 4  # its guest has run standalone
     ASK = 8  # P: shut your guest in, as `solo`
     SHADOW = 16
     SVM = 32  # it runs the SVM

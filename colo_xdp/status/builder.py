@@ -43,7 +43,7 @@ def _who_compares(c: Controller, command: str) -> Primary:
 def explain(c: Controller) -> dict[str, Any]:
     """What differed, and what the rules of the policy have done. Raises ValueError."""
     p = _who_compares(c, "explain")
-    return p.journal.to_json() | {"rules": rules_json(p.engine)}
+    return p.journal.to_json() | {"rules": rules_json(p.output.engine)}
 
 
 def capture(c: Controller, args: dict[str, Any]) -> dict[str, Any]:
@@ -122,23 +122,23 @@ def _common(c: Controller) -> dict[str, Any]:
 def primary_status(c: Primary) -> dict[str, Any]:
     """The primary controller's document."""
     doc = _common(c)
-    e = c.engine
+    e, cks = c.output.engine, c.checkpoints
     doc["engine"] |= dict(e.counters)
     doc["held"] = {
         "packets": e.held_packets, "bytes": e.held_bytes, "limit": e.limits.max_queue_size,
     }  # fmt: skip
-    doc["wait"] = {"buckets": list(c.waits), "sum": c.wait_sum}
+    doc["wait"] = {"buckets": list(c.output.waits), "sum": c.output.wait_sum}
     doc["flows"] |= {"tracked": e.flows, "limit": e.limits.max_flows}
     if c.dp.fast is not None:
         doc["offload"] = c.dp.fast.state()
     doc["checkpoints"] = {
-        "total": sum(c.by_cause.values()),
-        "failed": c.checkpoints_failed,
-        "delayed": c.delayed,
-        "delay_s": c.delay_s,
-        "folded": c.folded,
-        "by_cause": {cause.value: c.by_cause[cause.value] for cause in Cause},
-        "last": c.last_checkpoint or None,
+        "total": sum(cks.by_cause.values()),
+        "failed": cks.failures,
+        "delayed": cks.delayed,
+        "delay_s": cks.delay_s,
+        "folded": cks.folded,
+        "by_cause": {cause.value: cks.by_cause[cause.value] for cause in Cause},
+        "last": cks.last or None,
     }
     doc["divergences"] = [divergence_json(d) for _, _, d in c.journal.pairs]
     doc["rules"] = rules_json(e)
@@ -174,5 +174,5 @@ def secondary_status(c: Secondary) -> dict[str, Any]:
         "translated": c.flows.translated,
         "aged": c.flows.aged,
     }
-    doc["checkpoints"]["total"] = c.checkpoints
+    doc["checkpoints"]["total"] = c.checkpoints_loaded
     return doc

@@ -35,7 +35,7 @@ ADVICE = {
     Cause.HOOKS_LOST: "another tool makes the device anew or takes filters off: see the log",
     Cause.OPERATOR: "somebody asked",
     Cause.PERIODIC: "[checkpoint] periodic",
-    Cause.PLANNED: "somebody asked",
+    Cause.SWITCHOVER: "somebody asked",
     Cause.INITIAL: "one per pair",
     Cause.GUEST_EVENT: "somebody's `stop`, system_reset or system_powerdown, or the guest rebooted",
 }

@@ -234,7 +234,7 @@ def _offsets_sent(slow: TierU | None) -> dict[str, float]:
         return sum(n for n, _ in both), sum(b for _, b in both)
 
     for reason in Reason:
-        if reason.name.startswith("HAND_"):
+        if reason.name.startswith("PUNT_"):
             out[HANDED + reason.name.lower()] = float(count(Prog.OFFLOAD, reason)[0])
     by_k = sum(
         count(prog, reason)[1]

@@ -316,8 +316,8 @@ def data_path(
 def words(datagrams: bool = False) -> bytes:
     """A connection at the numbers where frame() begins; or a flow of UDP."""
     if datagrams:
-        return abi.GIVE.pack(1, *[0] * 14, b"", b"")
-    return abi.GIVE.pack(
+        return abi.OFFLOAD.pack(1, *[0] * 14, b"", b"")
+    return abi.OFFLOAD.pack(
         1, 1000, 5000, 5000, 5000, 4096, 4096, 4096, 1448, 1000, 1000, 0, 0, 0, 0, b"", b""
     )
 

@@ -155,19 +155,19 @@ DEADLINE_MS: dict[str, int] = {
     "kill_svm_controller": 2000,
     "cut_link": 2000 + HEARTBEAT_TIMEOUT_MS,
     "cut_control": 2000 + HEARTBEAT_TIMEOUT_MS,
-    "planned": HEARTBEAT_TIMEOUT_MS,
+    "switchover": HEARTBEAT_TIMEOUT_MS,
     "demote_pvm": HEARTBEAT_TIMEOUT_MS,
     "demote_svm": HEARTBEAT_TIMEOUT_MS,
 }
 ALONE = {
     "kill_pvm", "kill_svm", "kill_pvm_in_checkpoint", "kill_pvm_host", "kill_svm_host",
-    "hang_pvm", "hang_svm", "planned", "demote_pvm", "demote_svm",
+    "hang_pvm", "hang_svm", "switchover", "demote_pvm", "demote_svm",
 }  # fmt: skip
 
 
 #: its own controller notices at once
 AT_ONCE = {
-    "kill_pvm", "kill_svm", "kill_pvm_in_checkpoint", "planned", "demote_pvm", "demote_svm",
+    "kill_pvm", "kill_svm", "kill_pvm_in_checkpoint", "switchover", "demote_pvm", "demote_svm",
 }  # fmt: skip
 
 
@@ -285,10 +285,10 @@ class Chaos:
         elif action == "cut_control":
             with lab.net.control_cut():
                 time.sleep(self.rng.uniform(0.2, 2.0))
-        elif action == "planned":
-            r = lab.ask(self.rng.choice(HOSTS), "failover", planned=True)
+        elif action == "switchover":
+            r = lab.ask(self.rng.choice(HOSTS), "switchover")
             if not r["done"]:
-                raise LabError(f"planned failover: {r}")
+                raise LabError(f"switchover: {r}")
         elif action in ("demote_pvm", "demote_svm"):
             lab.ask(pvm if action == "demote_pvm" else svm, "demote")
 

@@ -17,18 +17,18 @@ from tests.e2e.test_failover import live_on, streams
 
 
 @pytest.mark.parametrize("asked", ["primary", "secondary"])
-def test_planned(make_lab: LabMaker, asked: str) -> None:
+def test_switchover(make_lab: LabMaker, asked: str) -> None:
     lab = make_lab()
     lab.protect()
     assert lab.client.download("f100k")[1] == 0
     of_p = lab.capture(lab.net.client, "to-p", "planned-p", "in")
     of_s = lab.capture(lab.net.client, "to-s", "planned-s", "in")
     made = streams(lab)
-    steps = lab.ask(asked, "failover", planned=True, dry_run=True)["steps"]
+    steps = lab.ask(asked, "switchover", dry_run=True)["steps"]
     assert any("checkpoint" in s for s in steps)
     assert lab.status("secondary")["state"] == "protected", "a dry run does nothing"
     at = time.time()
-    r = lab.ask(asked, "failover", planned=True)
+    r = lab.ask(asked, "switchover")
     assert r["done"], r
     over = time.time()
     live_on(lab, made, over)

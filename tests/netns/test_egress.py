@@ -50,7 +50,7 @@ class Pair:
         with inside(net.client):
             self.client = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)
             self.client.bind(("c0", 0))
-        words = abi.GIVE.pack(
+        words = abi.OFFLOAD.pack(
             1, 1000, 5000, 5000, 5000, 4096, 4096, 4096, 1448, 1000, 1000, 0, 0, 0, 0, b"", b""
         )
         assert dp.fast is not None

@@ -114,7 +114,7 @@ class Run:
         self, op: CtlOp, t: Talk | Datagrams, punt_seq: int = 0, words: bytes = b""
     ) -> CtlResult:
         since = self.rnd.choice((0, 1000 * self.now))
-        message = abi.CTL.pack(op, punt_seq, t.key, words or bytes(abi.GIVE.size), since)
+        message = abi.CTL.pack(op, punt_seq, t.key, words or bytes(abi.OFFLOAD.size), since)
         ours, theirs = self.model.control(message, self.now), self.lab.control(message)
         assert ours == theirs, f"{op!r}: the model says {ours!r}, the kernel {theirs!r}"
         self.seen[f"{op.name} {ours.name}"] += 1
@@ -152,7 +152,7 @@ class Run:
                 ring = side.ring(c.buffer)
                 n = min(kept, BUFFER - at)
                 ring[at : at + n], ring[: kept - n] = data[:n], data[n:]
-        words = abi.GIVE.pack(
+        words = abi.OFFLOAD.pack(
             self.model.epoch - (rnd.random() < 0.02), *(self.at(t, rel),),
             *((t.client0 + a) & M32 for a in (*t.ack, told)),
             *t.win, rnd.choice((min(t.win), t.win[0] // 3)), rnd.choice((536, 1448, 100, 8948, 0)),
@@ -272,7 +272,7 @@ class Run:
                 ring = side.ring(m.conns[t.key].buffer)
                 n = min(len(data), BUFFER - past)
                 ring[past : past + n], ring[: len(data) - n] = data[:n], data[n:]
-        words = abi.GIVE.pack(
+        words = abi.OFFLOAD.pack(
             m.epoch - (rnd.random() < 0.02), start, *[0] * 7, (start + len(data)) & M32,
             (start - past) & M32, ahead, 0, 0, 0, b"", rnd.randbytes(64),
         )  # fmt: skip
@@ -473,16 +473,16 @@ def test_kernel_and_model_decide_alike(lab: Lab) -> None:
     seen: Counter[str] = Counter()
     for seed in range(SEEDS):
         seen += Run(lab, seed).go(STEPS)
-    everything = {r.name for r in Reason if r.name.startswith(("FAST_", "HAND_"))}
+    everything = {r.name for r in Reason if r.name.startswith(("OFFLOAD_", "PUNT_"))}
     missed = everything - {Reason.PUNT_HELPER_FAILED.name} - set(seen)
     assert seen["asked the client"] > 20 and seen["cut to the PVM's size"] > 100, seen
     assert seen["sums elsewhere"] > 20, seen
-    for name in ("HELD", "PASS", "PASS_RELEASED"):
-        assert seen[f"udp FAST_{name}"] > 300, seen
-        assert seen[f"fin FAST_{name}"] > 4, seen
-    for name in ("MODE", "ODD", "DIFFERS", "NO_BUFFER", "FULL"):
-        assert seen[f"udp HAND_{name}"] > 3, seen
-    assert not missed and min(seen[f"GIVE {r}"] for r in ("DONE", "REFUSED", "FULL")), seen
+    for name in ("HELD", "PASSED", "RELEASED"):
+        assert seen[f"udp OFFLOAD_{name}"] > 300, seen
+        assert seen[f"fin OFFLOAD_{name}"] > 4, seen
+    for name in ("MODE", "EXCEPTION", "DIFFERS", "NO_BUFFER", "BUFFER_FULL"):
+        assert seen[f"udp PUNT_{name}"] > 3, seen
+    assert not missed and min(seen[f"OFFLOAD {r}"] for r in ("DONE", "REFUSED", "FULL")), seen
 
 
 @pytest.mark.parametrize("name", KERNEL_MUTANTS)

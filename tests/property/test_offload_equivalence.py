@@ -338,7 +338,7 @@ def test_an_ack_that_rides_on_a_retransmission_of_the_svm() -> None:
 
 
 def test_a_claimed_stash_is_nobody_elses(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Between CLAIM and GIVE user space writes into it; another CPU may look for one meanwhile."""
+    """Between CLAIM and OFFLOAD user space writes into it while another CPU may look for one."""
     found: list[int] = []
 
     def play(host: Host) -> None:

@@ -30,7 +30,7 @@ from colo_xdp.qemu.event import QmpEvent
 from colo_xdp.qemu.qmp import QemuInfo, QmpError
 
 from .guest import Guest, Out
-from .offload_model import FAST_NO, KernelModel, completed, user_space
+from .offload_model import OFFLOAD_NO, KernelModel, completed, user_space
 from .offload_model import Out as Leaving
 from .tcp import RST, SYN, read
 
@@ -228,7 +228,7 @@ class Side:
             return 0
         k.mode, k.epoch = self.mode, self.epoch
         fate = k.fast(side, frame, self.world.ns(), gso_size=gso, epoch=epoch)
-        if fate.reason == FAST_NO:
+        if fate.reason == OFFLOAD_NO:
             return fate.punt_seq
         self.world.note("the fast path, %s: %s", "PS"[side], abi.Reason(fate.reason).name)
         self.world.fast += 1

@@ -21,8 +21,10 @@ from colo_xdp.compare.window import WindowGate
 from colo_xdp.conntrack import rewriter
 from colo_xdp.conntrack.rewriter import Rewriter
 from colo_xdp.controller import controller, pair_view, secondary
+from colo_xdp.controller.checkpoint_coordinator import CheckpointCoordinator
 from colo_xdp.controller.commands import OperatorCommands
 from colo_xdp.controller.heartbeats import Heartbeats
+from colo_xdp.controller.permanent_offsets import PermanentOffsets
 from colo_xdp.controller.primary import Primary
 from colo_xdp.controller.secondary import Secondary
 from colo_xdp.controller.takeover import Takeover
@@ -121,15 +123,6 @@ SCENES: dict[str, dict[str, Any]] = {
     "who_asks_by_beacon_takes_it_for_granted": {
         "conns": 6, "odd": 0.4, "beacons": True, "lease": False, "faults": (
             Fault(150, "cut_channel", 6000), Fault(150, "deafen_s", 6000), Fault(200, "cut_colo"),
-        ),
-    },
-    "an_entry_for_good_learns_whatever_comes": {  # a client's port is used again, at the right time
-        "seed": 383, "conns": 6, "loss": 0.05, "dup": 0, "jitter": 0.5, "link_loss": 0,
-        "link_jitter": 3.0, "odd": 0, "odd_udp": False, "ring": 4000, "queue": 1024,
-        "compare_timeout": 400, "buffers": 16, "eager": False, "beacons": True, "faults": (
-            Fault(277, "demote_pvm", 50), Fault(1213, "cut_link", 250),
-            Fault(1265, "checkpoint", 60), Fault(320, "kill_svm_qemu", 1500, 1),
-            Fault(14, "checkpoint", 0, 3), Fault(158, "failover_svm", 50, 3),
         ),
     },
     "a_solo_primary_does_not_tell": {  # the store loses its answers, the peer its word
@@ -961,20 +954,21 @@ def the_epoch_of_the_takeover_is_forgotten(mp: Any) -> None:
 
 @_roles_mutant
 def a_primary_that_was_alone_goes_on_comparing_nothing(mp: Any) -> None:
-    real = Primary._checkpoint
+    real = CheckpointCoordinator.make
 
-    async def checkpoint(self: Primary, want: Any) -> None:
+    async def checkpoint(self: CheckpointCoordinator, want: Any) -> None:
         await real(self, want)
-        self._uncompared = any(h["state"] == "solo" for h in self.history)
+        c: Any = self._c
+        c.output.uncompared = any(h["state"] == "solo" for h in c.history)
 
-    mp.setattr(Primary, "_checkpoint", checkpoint)
+    mp.setattr(CheckpointCoordinator, "make", checkpoint)
 
 
 @_roles_mutant
 def only_a_first_checkpoint_hands_offsets_over(mp: Any) -> None:
     """Not the one that ends an entry into COLO which another controller began."""
     mp.setattr(
-        Primary, "_offsets_sent", property(lambda self: True, lambda self, on: None), raising=False
+        PermanentOffsets, "sent", property(lambda self: True, lambda self, on: None), raising=False
     )
 
 
@@ -1009,15 +1003,15 @@ def the_first_checkpoint_of_a_pair_needs_no_state(mp: Any) -> None:
 
 @_roles_mutant
 def a_handed_over_guest_speaks_on(mp: Any) -> None:
-    """The PVM of a planned failover is not shut in."""
-    real = Primary._checkpoint
+    """The PVM of a switchover is not shut in."""
+    real = CheckpointCoordinator.make
 
-    async def checkpoint(self: Primary, want: Any) -> None:
+    async def checkpoint(self: CheckpointCoordinator, want: Any) -> None:
         await real(self, want)
-        if want.cause == "planned":
-            self.dp.mode = Mode.BYPASS
+        if want.cause == "switchover":
+            self._c.dp.mode = Mode.BYPASS
 
-    mp.setattr(Primary, "_checkpoint", checkpoint)
+    mp.setattr(CheckpointCoordinator, "make", checkpoint)
 
 
 @_roles_mutant

@@ -40,7 +40,7 @@ BUFFER, PROBES, MAX_PIECES = abi.BUFFER, 8, 50  # COLO_BUFFER, COLO_BUFFER_PROBE
 STEP, STEPS = 4096, 20  # COLO_STEP, COLO_STEPS
 MAX_PIECE, SURE_MSS = 2047, 500  # COLO_MAX_PIECE, COLO_SURE_MSS
 SEEN_STEP_NS = 1_000_000_000
-FAST_NO = 0
+OFFLOAD_NO = 0
 TIMESTAMPS = b"\x01\x01\x08\x0a"  # RFC 7323 appendix A
 
 BUFFER_SIZE = abi.BUFFER_BEFORE + abi.BUFFER + abi.BUFFER_SLACK
@@ -131,9 +131,9 @@ def completed(out: Out) -> bytes:
 
 @dataclass(slots=True)
 class Fate:
-    """What became of a frame: the reason counted, or FAST_NO and the number of its event."""
+    """What became of a frame: the reason counted, or OFFLOAD_NO and the number of its event."""
 
-    reason: int = FAST_NO
+    reason: int = OFFLOAD_NO
     punt_seq: int = 0
     out: list[Out] = field(default_factory=list)
 
@@ -656,7 +656,7 @@ class KernelModel:
         if now - c.seen_ns > SEEN_STEP_NS:
             c.seen_ns = now
         w = Work(frame, gso_size, partial, side, now, p, key, elsewhere)
-        r = FAST_NO
+        r = OFFLOAD_NO
         if c.owner == OWNER_KERNEL:
             p_ack, p_win, pending = c.p_ack, c.p_win, c.ack_pending
             if self.in_force(c, self.mode, self.epoch if epoch is None else epoch):
@@ -667,8 +667,8 @@ class KernelModel:
                 self.counts[Reason(r)] += 1
                 c.p_ack, c.p_win, c.ack_pending = p_ack, p_win, pending
                 c.owner, c.punt_reason = OWNER_USER, int(r)
-                r = FAST_NO
-        if r == FAST_NO:
+                r = OFFLOAD_NO
+        if r == OFFLOAD_NO:
             c.punt_seq = (c.punt_seq + 1) & M32
             return Fate(punt_seq=c.punt_seq)
         self.counts[Reason(r)] += 1
@@ -705,7 +705,7 @@ class KernelModel:
         (
             epoch, rel, p_ack, s_ack, adv_ack, p_win, s_win, adv_win, mss, nxt, org, ahead, pending,
             l4, doff, hdr, memo,
-        ) = abi.GIVE.unpack(state)  # fmt: skip
+        ) = abi.OFFLOAD.unpack(state)  # fmt: skip
         if self.frames_on_their_way(c, punt_seq):
             return CtlResult.REFUSED
         if (nxt != org or pending) and not c.buffer:

@@ -46,7 +46,8 @@ KINDS = (
     "cut", "cut", "cut", "cut", "cut_p", "cut_s", "cut_colo",
     "kill_p_controller", "kill_s_controller", "kill_p_controller", "kill_s_controller",
     "kill_p_qemu", "kill_s_qemu", "kill_p_qemu", "kill_s_qemu", "power_p", "power_s",
-    "checkpoint", "failover_p", "failover_s", "force_p", "force_s", "force_p", "force_s", "planned",
+    "checkpoint", "failover_p", "failover_s", "force_p", "force_s", "force_p", "force_s",
+    "switchover",
     "kill_pvm_in_checkpoint", "kill_waiting_qemu", "trap", "trap",
     "stop_p_controller", "stop_s_controller",
 )  # fmt: skip
@@ -116,7 +117,7 @@ class Gates(World):
             return False
         if side.primary:
             c = side.controller
-            uncompared = c is not None and c._uncompared and side.mode is not Mode.DROP
+            uncompared = c is not None and c.output.uncompared and side.mode is not Mode.DROP
             return side.mode is Mode.BYPASS or uncompared
         return side.mode is Mode.TAKEOVER and side.in_bridge
 

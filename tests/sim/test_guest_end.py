@@ -71,8 +71,8 @@ def both_run_on() -> None:
         for kind in ("stop_p", "stop_s", "reset_p", "reset_s"):
             w = gates(seed, Fault(700, kind))
             c = w.p.controller
-            if not c.by_cause[Cause.GUEST_EVENT.value]:
-                raise Violation(f"seed {seed}: {kind} is no checkpoint: {c.by_cause}")
+            if not c.checkpoints.by_cause[Cause.GUEST_EVENT.value]:
+                raise Violation(f"seed {seed}: {kind} is no checkpoint: {c.checkpoints.by_cause}")
             if not (w.whole() and w.p.qemu.running and w.s.qemu.running):
                 raise Violation(f"seed {seed}: {kind}: {c.state.value}: {c.reason}")
             if w.p.epoch != w.s.epoch:

@@ -340,10 +340,10 @@ def what_is_given_back_is_kept(mp: Any) -> None:
     """The permission goes on after the key was released."""
 
     def want(self: Leadership, value: bool) -> None:
-        self._want = value
+        self.checkpoints.wanted = value
         self._wake.set()
 
-    mp.setattr(Leadership, "want", property(lambda self: self._want, want))
+    mp.setattr(Leadership, "want", property(lambda self: self.checkpoints.wanted, want))
     mp.setattr(Host, "shut", lambda self: self.speaker and want(self.speaker, False))
 
 

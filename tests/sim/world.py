@@ -33,16 +33,19 @@ from colo_xdp.controller import (
     device_watch,
     guest_lifecycle,
     heartbeats,
-    host,
     primary,
+    pvm_output,
+    replacement,
     secondary,
+    shadow,
+    switchover,
     takeover,
     ticker,
 )
 from colo_xdp.controller import controller as controller_module
 from colo_xdp.datapath import conntrack_map, offload_maps
 from colo_xdp.failover import arbiter, states
-from colo_xdp.failover import lease as speaker_module
+from colo_xdp.failover import lease as lease_module
 from colo_xdp.failover.decision import State
 from colo_xdp.offload import scheduler
 from colo_xdp.qemu import supervisor
@@ -64,8 +67,8 @@ TS_SLACK = 1000  # ms of a guest's clock that a frame which was held may be behi
 
 def _holds_nothing(side: Side) -> bool:
     """Its controller is a primary's, in shadow mode."""
-    engine = getattr(side.controller, "engine", None)
-    return engine is not None and bool(engine.shadow)
+    c = side.controller
+    return isinstance(c, primary.Primary) and c.output.engine.shadow
 
 
 class _Excused(Exception):
@@ -108,8 +111,8 @@ ENDING = (
 #: "pvm", "svm": whoever is that by then. One of these ends a pair, and another one has to be made
 ROUNDS = (
     "kill_pvm_qemu", "kill_pvm_qemu", "kill_pvm_host", "power_pvm", "kill_pvm_in_checkpoint",
-    "kill_svm_qemu", "kill_svm_host", "power_svm", "failover_pvm", "failover_svm", "planned",
-    "planned", "cut_colo", "demote_pvm", "demote_svm",
+    "kill_svm_qemu", "kill_svm_host", "power_svm", "failover_pvm", "failover_svm", "switchover",
+    "switchover", "cut_colo", "demote_pvm", "demote_svm",
 )  # fmt: skip
 #: what goes wrong while it is being made
 HINDRANCES = (
@@ -771,10 +774,10 @@ class World:
         """The stand-ins in the product's modules."""
         clock = FakeTime(self.loop)
         modules = (
-            controller_module, host, commands, ticker, checkpoint_coordinator, primary, secondary,
+            controller_module, commands, ticker, checkpoint_coordinator, primary, secondary,
             conntrack_map,
-            offload_maps, speaker_module, takeover, device_watch, colo_entry, guest_lifecycle,
-            supervisor, heartbeats,
+            offload_maps, lease_module, takeover, device_watch, colo_entry, guest_lifecycle,
+            supervisor, heartbeats, pvm_output, replacement, shadow, switchover,
         )  # fmt: skip
         kept = [(m, "time", m.time) for m in modules]  # type: ignore[attr-defined]
         kept += [
@@ -901,10 +904,10 @@ class World:
                 waits = side.qemu.status() == "inmigrate" or side.qemu.migration == "active"
                 if waits and side.qemu.incoming:
                     side.kill_qemu()
-        elif f.kind == "planned":
+        elif f.kind == "switchover":
             side = self.rnd.choice((p, s))
             if side.controller is not None:
-                self.spawn(self._command(side, "failover", planned=True))
+                self.spawn(self._command(side, "switchover"))
         elif f.kind in ("failover_p", "failover_s"):
             side = p if f.kind == "failover_p" else s
             if side.controller is not None:
@@ -1023,14 +1026,13 @@ class World:
             raise Violation(f"the pair is not protected again: {ctl}")
 
     def _operate(self) -> None:
-        """A person starts a QEMU where a secondary waits for one and does not do it itself: it
-        never had one, or what it has was abandoned in its first checkpoint."""
+        """A person starts a QEMU where a secondary waits for one, and the controller does not know
+        yet that it has to start one itself."""
         for side in (self.p, self.s):
             c = side.controller
             waits = c is not None and not side.primary and c.state is State.STARTING
-            alone = side.other.mode is Mode.BYPASS and side.qemu.migration in ("colo", "active")
-            chance = 0.1 if not side.qemu.alive else 0.01 if alone else 0
-            if waits and self.rnd.random() < chance:
+            by_hand = waits and not side.qemu.alive and not c.needs_copy
+            if by_hand and self.rnd.random() < 0.1:
                 self.note("%s QEMU -incoming, by hand", side.name)
                 side.new_qemu()
 
@@ -1097,7 +1099,7 @@ class World:
             c = side.controller
             if c is None or not side.primary:
                 continue
-            e = c.engine
+            e = c.output.engine
             kept = e.held_packets - e.pvm_packets
             if (
                 e.pvm_packets > 17 * self.scene.queue
@@ -1130,7 +1132,9 @@ class World:
         side = self.pvm()
         c = side.controller if side.primary else None
         settled = c is None or c.state in (State.PROTECTED, State.SOLO, State.STOPPED)
-        return settled and (c is None or not (c.engine.held_packets or self._held_in_kernel(side)))
+        return settled and (
+            c is None or not (c.output.engine.held_packets or self._held_in_kernel(side))
+        )
 
     @staticmethod
     def _held_in_kernel(side: Side) -> int:
@@ -1177,12 +1181,14 @@ class World:
             return
         if self.scene.calm():
             made = {
-                n: k for n, k in c.by_cause.items() if n not in ("initial", "operator", "policy")
+                n: k
+                for n, k in c.checkpoints.by_cause.items()
+                if n not in ("initial", "operator", "policy")
             }
             if made:
                 raise Violation(f"checkpoints for no reason: {made}: {list(c.journal.entries)[-1]}")
-        if c.engine.held_packets:
-            raise Violation(f"I4: {c.engine.held_packets} frames are held for ever, {ctl}")
+        if c.output.engine.held_packets:
+            raise Violation(f"I4: {c.output.engine.held_packets} frames are held for ever, {ctl}")
         if self._held_in_kernel(side):
             raise Violation(
                 f"I4: {self._held_in_kernel(side)} connections wait for ever in the fast path"

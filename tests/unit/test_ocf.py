@@ -43,8 +43,9 @@ elif key == "colo-xdp status":
     print(json.dumps(s))
     code = 3 if s is None else 0 if s["state"] == "protected" else 4
 elif key == "colo-xdp failover":
-    s["active"]["transmitting"] = "--planned" not in args
-    s["state"] = "stopped" if "--planned" in args else "promoted"
+    s["active"]["transmitting"], s["state"] = True, "promoted"
+elif key == "colo-xdp switchover":
+    s["active"]["transmitting"], s["state"] = False, "stopped"
 elif key == "colo-xdp demote":
     s["active"]["transmitting"], s["state"] = False, "stopped"
 (d / "world").write_text(json.dumps(w))
@@ -83,7 +84,8 @@ class Host:
     ) -> None:
         """What is there; a key of `fail` has _ for each space or -."""
         names = {"start": "systemctl start", "stop": "systemctl stop",
-                 "failover": "colo-xdp failover", "demote": "colo-xdp demote",
+                 "failover": "colo-xdp failover",
+                 "switchover": "colo-xdp switchover", "demote": "colo-xdp demote",
                  "config": "colo-xdp config", "status": "colo-xdp status"}  # fmt: skip
         doc = {"status": now, "started": started, "fail": {names[k]: v for k, v in fail.items()}}
         (self.dir / "world").write_text(json.dumps(doc))
@@ -183,7 +185,7 @@ def test_a_life_of_the_first_primary(host: Host) -> None:
     assert host("start") == 0 and host("monitor") == 8, "again: nothing changes"
     assert host("demote") == 0
     assert host.calls()[1:] == [
-        "colo-xdp failover --planned --yes", "colo-xdp demote --yes --why asked by the cluster",
+        "colo-xdp switchover", "colo-xdp demote --yes --why asked by the cluster",
     ]  # fmt: skip
     assert host.score() == "--delete"
     assert host("monitor") == 0
@@ -241,7 +243,7 @@ def test_a_dead_controller_is_an_error_while_its_guest_lives(host: Host) -> None
     assert host("monitor", timeout=5) == 1 and "has died" in host.said
     # To stop it the controller has to be there once more, to say that the guest is silent.
     assert host("stop", timeout=5) == 0
-    assert [c.split()[1] for c in host.calls()] == ["start", "failover", "demote", "stop"]
+    assert [c.split()[1] for c in host.calls()] == ["start", "switchover", "demote", "stop"]
 
 
 @pytest.mark.parametrize("what", ["start", "demote", "stop"])
@@ -256,8 +258,8 @@ def test_no_stop_without_certain_silence(host: Host, what: str) -> None:
 
 
 def test_a_plan_that_fails_still_ends_in_silence(host: Host) -> None:
-    host.world(PVM, failover=1)
-    assert host("demote") == 0 and "no planned failover" in host.said
+    host.world(PVM, switchover=1)
+    assert host("demote") == 0 and "no switchover" in host.said
     assert host.calls()[-1].startswith("colo-xdp demote")
 
 

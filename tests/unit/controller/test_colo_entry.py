@@ -88,7 +88,7 @@ def test_the_pvm_runs_however_an_entry_ends(
         c, dp, sent = primary(Mode.CHECKPOINT)
         c.state, c.qemu.qmp = State.CHECKPOINTING, Qemu(status, migration, hangs=hangs)  # type: ignore[assignment]
         began = time.monotonic()
-        await c._enter_failed("of a reason")
+        await c.entry._failed("of a reason")
         assert time.monotonic() - began < 1
         assert c.qemu.qmp.now in ("running", "prelaunch")  # type: ignore[attr-defined]
         assert c.qemu.qmp.said == said  # type: ignore[attr-defined]
@@ -106,7 +106,7 @@ def test_a_pvm_that_does_not_run_again_is_no_secret(monkeypatch: pytest.MonkeyPa
         c.state = State.CHECKPOINTING
         q = Qemu("finish-migrate", "cancelling")
         c.qemu.qmp = q  # type: ignore[assignment]
-        task = asyncio.ensure_future(c._enter_failed("of a reason"))
+        task = asyncio.ensure_future(c.entry._failed("of a reason"))
         end = time.monotonic() + 5
         while "stands still" not in c.reason and time.monotonic() < end:
             await asyncio.sleep(0.02)
@@ -133,7 +133,7 @@ def test_a_migration_that_leads_elsewhere_ends_the_entry(migration: str, says: s
         c, _, _ = primary()
         c.qemu.qmp = Qemu("paused", migration)  # type: ignore[assignment]
         with pytest.raises(CheckpointFailed, match=says):
-            await c._watch_entry(Checkpoint(1, "initial", time.monotonic_ns()))
+            await c.entry.watch(Checkpoint(1, "initial", time.monotonic_ns()))
 
     in_loop(body)
 
@@ -146,14 +146,14 @@ def test_a_pvm_stands_still_for_an_entry_for_enter_stop_at_most() -> None:
         c.qemu.qmp = Qemu("finish-migrate", "active")  # type: ignore[assignment]
         limit = c.config.qemu.enter_stop * 1_000_000
         ck = Checkpoint(1, "initial", time.monotonic_ns())
-        await c._watch_entry(ck)
+        await c.entry.watch(ck)
         ck.stop_ns = time.monotonic_ns() - limit // 2
-        await c._watch_entry(ck)
+        await c.entry.watch(ck)
         ck.stop_ns = time.monotonic_ns() - limit - 2_000_000
         with pytest.raises(CheckpointFailed, match="enter_stop, in `finish-migrate`"):
-            await c._watch_entry(ck)
+            await c.entry.watch(ck)
         ck.resume_ns = time.monotonic_ns()
-        await c._watch_entry(ck)
+        await c.entry.watch(ck)
 
     in_loop(body)
 
@@ -184,14 +184,14 @@ def test_a_long_entry_does_not_delay_the_next_checkpoint() -> None:
             return True
 
         c.peer = SimpleNamespace(connected=True, send=send, ending="")  # type: ignore[assignment]
-        c._beat = lambda: None  # type: ignore[method-assign]
+        c.beat = lambda: None  # type: ignore[method-assign]
         began = time.monotonic_ns()
-        real = c.pacer.took
-        c.pacer.took = lambda b, e: real(began - 60_000_000_000, e)  # type: ignore[method-assign]
-        await c._enter()
+        real = c.checkpoints.pacer.took
+        c.checkpoints.pacer.took = lambda b, e: real(began - 60_000_000_000, e)  # type: ignore[method-assign]
+        await c.entry._enter()
         assert c.state is State.PROTECTED
         now = time.monotonic_ns()
-        assert c.pacer.begin_ns(now) == now
+        assert c.checkpoints.pacer.begin_ns(now) == now
 
     in_loop(body)
 
@@ -227,10 +227,10 @@ def test_a_person_asks_again() -> None:
     async def body() -> None:
         c, _, _ = primary(Mode.BYPASS)
         for _ in range(2):
-            c.tries.failed("x", (1, "s"), time.monotonic(), stopped=True)
-        assert c.tries.held_back((1, "s"), time.monotonic())
+            c.entry.tries.failed("x", (1, "s"), time.monotonic(), stopped=True)
+        assert c.entry.tries.held_back((1, "s"), time.monotonic())
         await c.commands.run("mode", {"mode": "protected"})
-        assert not c.tries.held_back((1, "s"), time.monotonic())
+        assert not c.entry.tries.held_back((1, "s"), time.monotonic())
 
     in_loop(body)
 
@@ -245,7 +245,7 @@ def test_neither_side_is_one_of_a_pair_with_a_disk_of_its_own(declared: bool) ->
             c.qemu.qmp = q
             if declared:
                 object.__setattr__(c.config, "disks", (Disk(name="d0", external=True),))
-            why = await c.unfit()
+            why = await c.life.unfit()
             assert ("disk d0 (node n0), file /a.qcow2, is writable" in why) != declared
 
     in_loop(body)
@@ -265,7 +265,7 @@ def test_a_secondary_says_ready_only_if_it_is(disk: bool) -> None:
             p, _, _ = primary(Mode.BYPASS)
             p.state = State.STARTING
             p.on_message(sent[0])
-            assert "is writable" in p._peer_lacks
+            assert "is writable" in p.entry.peer_lacks
         else:
             assert sent[0]["qemu"] == 1
 
@@ -298,7 +298,7 @@ def test_a_secondary_learns_that_the_entry_was_given_up(
     async def body() -> None:
         c, dp, _ = secondary(Mode.DROP, adopted=False)
         dp.epoch = 0
-        c.await_successor = lambda: None  # type: ignore[method-assign]
+        c.replacement.begin = lambda: None  # type: ignore[method-assign]
         c.qemu.qmp = Qemu("inmigrate", "")  # type: ignore[assignment]
         c._on_begin(1, initial=True, planned=False, asked=True)
         c.qemu.qmp = Qemu(status, migration)  # type: ignore[assignment]
@@ -306,6 +306,63 @@ def test_a_secondary_learns_that_the_entry_was_given_up(
         await asyncio.gather(*c._tasks)
         assert c.state is state and dp.mode is Mode.DROP and not c.held.count
         assert "given up entering COLO: it stood still" in c.reason
+
+    in_loop(body)
+
+
+@pytest.mark.parametrize(
+    ("role", "state", "confirmed", "over"),
+    [
+        ("primary", "starting", False, True),
+        ("primary", "checkpointing", False, False),
+        ("primary", "starting", True, False),
+        ("secondary", "starting", False, False),
+    ],
+)
+def test_a_secondary_that_has_not_heard_of_the_end_of_an_entry_concludes_it(
+    role: str, state: str, confirmed: bool, over: bool
+) -> None:
+    """Its controller was dead meanwhile. The SVM is left in COLO, which never goes on."""
+
+    async def body() -> None:
+        c, dp, _ = secondary(Mode.CHECKPOINT)
+        c.state, c.view.pair.confirmed = State.STARTING, confirmed
+        assert c.held.hold is not None and c.view.pair.in_colo
+        c.replacement.begin = lambda: None  # type: ignore[method-assign]
+        c.qemu.qmp = Qemu("running", "colo")  # type: ignore[assignment]
+        c.on_message(
+            {"type": "heartbeat", "role": role, "state": state, "epoch": 7, "shut": False,
+             "alone": False}
+        )  # fmt: skip
+        await asyncio.gather(*c._tasks)
+        assert (c.state is State.STOPPED) == over and (c.held.hold is None) == over
+        assert (dp.mode is Mode.DROP) == over
+        if over:
+            assert "is not entering it any more" in c.reason
+
+    in_loop(body)
+
+
+@pytest.mark.parametrize(
+    ("migration", "announced", "over"),
+    [("colo", False, True), ("active", False, True), ("", False, False), ("colo", True, False)],
+)
+def test_an_svm_that_an_unknown_entry_has_left_in_colo_is_replaced(
+    migration: str, announced: bool, over: bool
+) -> None:
+    """One that merely runs was started by somebody, without -incoming: it is left alone."""
+
+    async def body() -> None:
+        c, dp, _ = secondary(Mode.DROP, adopted=False)
+        c.state, c._ready_wanted = State.STARTING, announced
+        c.replacement.begin = lambda: None  # type: ignore[method-assign]
+        c.qemu.qmp = Qemu("running", migration)  # type: ignore[assignment]
+        c.on_message(
+            {"type": "heartbeat", "role": "primary", "state": "starting", "epoch": 7,
+             "shut": False, "alone": False}
+        )  # fmt: skip
+        await asyncio.gather(*c._tasks)
+        assert (c.state is State.STOPPED) == over and dp.mode is Mode.DROP
 
     in_loop(body)
 
@@ -338,22 +395,22 @@ def test_a_guest_that_is_off_is_not_let_out_by_the_entry_that_ends_with_it() -> 
     async def body() -> None:
         c, dp, _ = primary(Mode.BYPASS)
         q = c.qemu.qmp = Qemu("running", "active")  # type: ignore[assignment]
-        c.peer.connected = c._peer_ready = True
-        c._guard = c.spawn(c._protect())
+        c.peer.connected = c.entry.peer_ready = True
+        c.checkpoints._serving = c.spawn(c.checkpoints._serve())
         while "migrate" not in q.said:
-            if c._ck is not None and not c._ck.begun:
-                c._ck.begun = True
-                c._ck.changed.set()
+            if c.checkpoints.running is not None and not c.checkpoints.running.begun:
+                c.checkpoints.running.begun = True
+                c.checkpoints.running.changed.set()
             await asyncio.sleep(0.005)
         says(c, "SHUTDOWN", **OFF)
         assert c._busy is not None
         await c._busy
         q.connected = False
-        if c._ck is not None:
-            c._ck.changed.set()
-        await asyncio.wait({c._guard}, timeout=0.5)
+        if c.checkpoints.running is not None:
+            c.checkpoints.running.changed.set()
+        await asyncio.wait({c.checkpoints._serving}, timeout=0.5)
         assert (c.state, dp.mode) == (State.STOPPED, Mode.DROP)
-        assert c._guard.done()
+        assert c.checkpoints._serving.done()
 
     in_loop(body)
 
@@ -364,12 +421,12 @@ def test_a_pair_of_which_nothing_is_known_is_no_pair_before_it_has_been_decided(
     async def body() -> None:
         c, dp, _ = undecided()
         c.qemu.qmp = Qemu("running", "colo")  # type: ignore[assignment]
-        task = asyncio.ensure_future(c._until_entered())
+        task = asyncio.ensure_future(c.entry.until_entered())
         await asyncio.wait({task}, timeout=0.05)
-        assert not task.done() and c._want is None
+        assert not task.done() and c.checkpoints.wanted is None
         c._open("a word")
         await asyncio.wait({task}, timeout=1)
-        assert task.done() and c._want is not None and dp.mode is Mode.BYPASS
+        assert task.done() and task.result() and dp.mode is Mode.BYPASS
 
     in_loop(body)
 
@@ -380,7 +437,7 @@ def test_an_entry_whose_checkpoint_counts_is_no_entry_that_failed(answer: str) -
 
     async def body() -> None:
         c, dp, sent = primary(Mode.BYPASS)
-        c.view.guest.standalone, c.peer.connected, c._peer_ready = True, True, True
+        c.view.guest.standalone, c.peer.connected, c.entry.peer_ready = True, True, True
         q = c.qemu.qmp = Qemu("running", "")  # type: ignore[assignment]
 
         async def checkpoint(want: Any) -> None:
@@ -394,10 +451,10 @@ def test_an_entry_whose_checkpoint_counts_is_no_entry_that_failed(answer: str) -
                 raise QmpError("no answer")
             return q.migration
 
-        c._checkpoint, q.migration_status = checkpoint, migration  # type: ignore
-        await asyncio.wait_for(c._until_entered(), 5)
+        c.checkpoints.make, q.migration_status = checkpoint, migration  # type: ignore
+        await asyncio.wait_for(c.entry.until_entered(), 5)
         assert dp.mode is Mode.RUN and c.state is State.DEGRADED
-        c._decide()
+        c.reconsider()
         assert c._busy is not None
         await c._busy
         assert "demote" in sent.kinds() and dp.mode is Mode.RUN, "it is asked to shut its guest in"

@@ -192,8 +192,8 @@ def event(name: str, ts: int, seen: int) -> QmpEvent:
 def test_requests_are_kept_where_a_checkpoint_can_follow(state: State, wanted: bool) -> None:
     c, _, _ = primary()
     c.state = state
-    c.request(Cause.PAYLOAD_DIFFERS, "here")
-    assert (c._want is not None) == wanted
+    c.checkpoints.request(Cause.PAYLOAD_DIFFERS, "here")
+    assert (c.checkpoints.wanted is not None) == wanted
 
 
 def test_an_idle_controller_sleeps_until_something_cannot_wait() -> None:
@@ -247,7 +247,7 @@ def test_what_is_kept_back_for_tier_k_leaves_also_where_no_time_runs_out(state: 
     dp.mode = Mode.CHECKPOINT
     pair = Pair()
     sent = pair.until_braked()
-    c.engine, c.state = pair.e, state
+    c.output.engine, c.state = pair.e, state
     c.on_tick(pair.now)
     assert pair.out == sent
 
@@ -345,8 +345,8 @@ def test_a_checkpoint_that_is_cancelled_with_its_last_word_goes_no_further() -> 
 
             async def checkpoint(ck: Checkpoint = ck) -> None:
                 nonlocal went_on
-                await c._await(ck, "a word", time.monotonic() + 5)
-                await c._sleep_or_wake(5)
+                await c.checkpoints._await(ck, "a word", time.monotonic() + 5)
+                await c.checkpoints.sleep_or_wake(5)
                 went_on = True
 
             task = asyncio.create_task(checkpoint())
@@ -355,7 +355,7 @@ def test_a_checkpoint_that_is_cancelled_with_its_last_word_goes_no_further() -> 
             ck.changed.set()
             for _ in range(turns):
                 await asyncio.sleep(0)
-            c._wake.set()
+            c.checkpoints._wake.set()
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await task
@@ -367,22 +367,22 @@ def test_a_checkpoint_that_is_cancelled_with_its_last_word_goes_no_further() -> 
 def test_stop_with_an_impossible_time_releases_less_not_more() -> None:
     c, _, _ = primary()
     now = time.monotonic_ns()
-    c._ck = Checkpoint(8, "operator", now)
+    c.checkpoints.running = Checkpoint(8, "operator", now)
     c.on_qmp(event("STOP", now + 10**9, now + 2000))
-    assert c._ck.stop_ns == now
+    assert c.checkpoints.running.stop_ns == now
     c.on_qmp(event("STOP", now + 1000, now + 2000))
-    assert c._ck.stop_ns == now + 1000
+    assert c.checkpoints.running.stop_ns == now + 1000
 
 
 def test_a_second_stop_moves_nothing_and_costs_a_checkpoint() -> None:
     """Between RESUME and the secondary's `done` somebody stops QEMU again."""
     c, _, _ = primary()
     began = time.monotonic_ns()
-    c._ck = ck = Checkpoint(8, "operator", began)
+    c.checkpoints.running = ck = Checkpoint(8, "operator", began)
     for name, ts in (("STOP", 1000), ("RESUME", 2000), ("STOP", 9000), ("RESUME", 9500)):
         c.on_qmp(event(name, began + ts, began + ts + 1))
     assert (ck.stop_ns, ck.resume_ns) == (began + 1000, began + 2000)
-    assert c._want is not None and "again" in c._want.detail
+    assert c.checkpoints.wanted is not None and "again" in c.checkpoints.wanted.detail
 
 
 def undecided() -> tuple[Primary, FakeDataPath, Sent]:
@@ -421,14 +421,14 @@ def test_a_guest_of_which_nothing_is_known_speaks_at_a_word(
 ) -> None:
     async def body() -> None:
         c, dp, sent = undecided()
-        c._decide()
+        c.reconsider()
         assert dp.mode is Mode.DROP and not c.transmits and "nothing is known" in c.reason
         assert sent[-1]["type"] == "heartbeat" and not sent[-1]["alone"] and not sent[-1]["shut"]
         if words is not None:
             c._peer_message(words)
         if c._busy is not None:
             await c._busy
-        await asyncio.gather(*(t for t in c._tasks if t is not c._successor))
+        await asyncio.gather(*(t for t in c._tasks if t is not c.replacement._search))
         assert (c.transmits, c.state) == (speaks, state)
         assert (
             (dp.mode is Mode.BYPASS)
@@ -438,10 +438,10 @@ def test_a_guest_of_which_nothing_is_known_speaks_at_a_word(
         )
         assert dp.undecided is (state is State.STARTING and not speaks)
         copy = words is not None and words["state"] == "protected"
-        c._beat()
+        c.beat()
         assert sent[-1]["shadow"] is copy, "the copy must not take over by itself"
-        if c._successor is not None:
-            c._successor.cancel()
+        if c.replacement._search is not None:
+            c.replacement._search.cancel()
 
     in_loop(body)
 
@@ -528,12 +528,12 @@ def test_a_guest_that_spoke_alone_and_dies_does_not_speak(side: str) -> None:
         c, dp, sent = make(mode)  # type: ignore[operator]
         c.state, c.view.guest.standalone, c.view.guest.gone = State(side), True, True
         assert not c.transmits and not active_json(c)["transmitting"]
-        c._decide()
+        c.reconsider()
         await c._busy
         assert c.state is State.STOPPED and dp.mode is Mode.DROP and c.path_shut
         assert "now nobody speaks" in c.reason
         assert sent[-1]["type"] == "shut" and sent[-1]["alone"]
-        c._successor.cancel()
+        c.replacement._search.cancel()
 
     in_loop(body)
 
@@ -545,8 +545,8 @@ def test_a_tap_leaves_the_bridge_when_the_other_guest_speaks() -> None:
         assert not dp.closed, "frames that still come here are mirrored"
         await c.leave_network()
         assert dp.closed == 1
-        assert c._successor is not None
-        c._successor.cancel()
+        assert c.replacement._search is not None
+        c.replacement._search.cancel()
 
     in_loop(body)
 
@@ -565,12 +565,12 @@ def test_a_tap_that_is_gone_with_its_guest_ends_no_controller(error: Exception) 
 
         dp.close_network = gone  # type: ignore[method-assign]
         c._demote("the secondary took over")
-        c.peer.connected, c.view.peer.state, c.incoming_wanted = True, "promoted", True
+        c.peer.connected, c.view.peer.state, c.replacement.wanted = True, "promoted", True
         c.qemu.qmp = FakeQmp()  # type: ignore[assignment]
         c.qemu.qmp.connected = True
         c.qemu.qmp.status = lambda: asyncio.sleep(0, "inmigrate")  # type: ignore[method-assign]
-        assert c._successor is not None
-        await asyncio.wait({c._successor}, timeout=2)
+        assert c.replacement._search is not None
+        await asyncio.wait({c.replacement._search}, timeout=2)
         assert c.role_changed and not c.failures
 
     in_loop(body)
@@ -579,16 +579,16 @@ def test_a_tap_that_is_gone_with_its_guest_ends_no_controller(error: Exception) 
 def test_an_adopted_data_path_decides_nothing_before_a_checkpoint() -> None:
     c, dp, _ = primary(Mode.RUN, adopted=True)
     assert dp.mode is Mode.CHECKPOINT
-    c.on_event(CapturedFrame(Source.PVM, time.monotonic_ns(), 7, tcp(b"x"), 0, False))
-    c.on_event(CapturedFrame(Source.SVM, time.monotonic_ns(), 7, tcp(b"x"), 0, False))
-    assert c.engine.held_packets == 1 and not dp.injectors["release"].frames
+    c.on_frame(CapturedFrame(Source.PVM, time.monotonic_ns(), 7, tcp(b"x"), 0, False))
+    c.on_frame(CapturedFrame(Source.SVM, time.monotonic_ns(), 7, tcp(b"x"), 0, False))
+    assert c.output.engine.held_packets == 1 and not dp.injectors["release"].frames
 
 
 def test_a_shut_data_path_stays_shut_for_the_next_controller() -> None:
     c, dp, _ = primary(Mode.DROP, adopted=True)
     assert c.state is State.STOPPED and dp.mode is Mode.DROP
-    c.on_event(CapturedFrame(Source.PVM, 1, 7, tcp(b"x"), 0, False))
-    assert c.engine.held_packets == 0
+    c.on_frame(CapturedFrame(Source.PVM, 1, 7, tcp(b"x"), 0, False))
+    assert c.output.engine.held_packets == 0
 
 
 @pytest.mark.parametrize("kind", ["promoted", "heartbeat"])
@@ -616,7 +616,7 @@ def test_frames_of_a_checkpoint_go_where_their_time_says() -> None:
         (t + 20, Source.CLIENT, b"client"),
         (t + 40, Source.SVM, b"new guest"),
     ):
-        c.on_event(CapturedFrame(source, at, 7, tcp(body), 0, False))
+        c.on_frame(CapturedFrame(source, at, 7, tcp(body), 0, False))
     c.on_qmp(event("STOP", t + 15, t + 60))
     dp.waiting = [CapturedFrame(Source.SVM, t + 50, 7, tcp(b"read late"), 0, False)]
     c.on_qmp(event("RESUME", t + 30, t + 60))
@@ -633,7 +633,7 @@ def test_a_checkpoint_that_never_came_gives_everything_back() -> None:
     c.state = State.PROTECTED
     c.qemu.qmp = SimpleNamespace(connected=True)  # type: ignore[assignment]
     c.on_message({"type": "begin", "n": 8, "cause": "operator", "initial": False})
-    c.on_event(CapturedFrame(Source.CLIENT, time.monotonic_ns(), 7, tcp(b"client"), 0, False))
+    c.on_frame(CapturedFrame(Source.CLIENT, time.monotonic_ns(), 7, tcp(b"client"), 0, False))
     assert c.held.hold is not None
     c.held.hold.deadline = 0
     c.on_tick(time.monotonic_ns())
@@ -701,11 +701,11 @@ def test_a_first_checkpoint_counts_when_the_primary_has_confirmed_it() -> None:
     c.qemu.qmp = SimpleNamespace(connected=True)  # type: ignore[assignment]
     c._on_begin(1, initial=True, planned=False, asked=True)
     t = time.monotonic_ns()
-    c.on_event(CapturedFrame(Source.CLIENT, t, 0, tcp(b"client"), 0, False))
+    c.on_frame(CapturedFrame(Source.CLIENT, t, 0, tcp(b"client"), 0, False))
     c.on_qmp(event("RESUME", t, t))
     assert sent.kinds() == ["begin_ack", "resumed"]
     beat = {"type": "heartbeat", "state": "checkpointing", "epoch": 0, "shadow": False}
-    beat |= {"shut": False, "alone": True}
+    beat |= {"shut": False, "role": "primary", "alone": True}
     c.on_message(beat)
     assert c.state is State.STARTING and dp.mode is Mode.CHECKPOINT and dp.epoch == 0
     assert not dp.injectors["deliver"].frames
@@ -745,13 +745,13 @@ def test_a_shadow_begins_when_the_secondary_has_heard_of_it() -> None:
     c, _, sent = primary()
     c.state = State.PROTECTED
     c.set_shadow(True)
-    assert sent[-1]["shadow"] and not c.engine.shadow
+    assert sent[-1]["shadow"] and not c.output.engine.shadow
     said = BEAT | {"epoch": 7, "state": "protected", "shut": False}
     c._peer_message(said | {"role": "secondary"})
     c._peer_message(said | {"role": "primary", "shadow": True})
-    assert not c.engine.shadow
+    assert not c.output.engine.shadow
     c._peer_message(said | {"role": "secondary", "state": "paused", "shadow": True})
-    assert c.engine.shadow
+    assert c.output.engine.shadow
     other, _, answers = secondary()
     other.view.paused = True
     other._peer_message(said | {"shadow": True})
@@ -767,10 +767,10 @@ def test_a_shadow_that_is_left_behind_the_stop_goes_on_until_the_next_checkpoint
         c.state, c.view.shadow, dp.epoch = State.PROTECTED, True, 7
         c.qemu.qmp = FakeQmp()  # type: ignore[assignment]
         for n, early in ((8, False), (9, True)):
-            task = asyncio.ensure_future(c._checkpoint(CheckpointRequest("operator", "asked")))
+            task = asyncio.ensure_future(c.checkpoints.make(CheckpointRequest("operator", "asked")))
             await asyncio.sleep(0)
             c.on_message({"type": "begin_ack", "n": n})
-            while c._ck is None or not c._ck.triggered:
+            while c.checkpoints.running is None or not c.checkpoints.running.triggered:
                 await asyncio.sleep(0)
             if early:
                 c.set_shadow(False)
@@ -778,14 +778,14 @@ def test_a_shadow_that_is_left_behind_the_stop_goes_on_until_the_next_checkpoint
             c.on_qmp(event("STOP", t, t))
             if not early:
                 c.set_shadow(False)
-            c._want = None
+            c.checkpoints.wanted = None
             c.on_qmp(event("RESUME", t + 1, t + 1))
             c.on_message({"type": "resumed", "n": n, "pause_us": 1})
             await task
             assert dp.epoch == n
             assert sent[-1]["type"] == "heartbeat" and sent[-1]["shadow"] is not early
-            assert (c._want is None) == early, "it is not forgotten"
-        assert not c.view.shadow and not c._leave_shadow
+            assert (c.checkpoints.wanted is None) == early, "it is not forgotten"
+        assert not c.view.shadow and not c.shadow.leaving
 
     in_loop(body)
 
@@ -834,7 +834,7 @@ def test_a_planned_failover_holds_until_this_side_speaks() -> None:
         c, dp, sent = secondary()
         c.state = State.PROTECTED
         c.qemu.qmp = FakeQmp()  # type: ignore[assignment]
-        c.on_message({"type": "begin", "n": 8, "cause": "planned", "initial": False})
+        c.on_message({"type": "begin", "n": 8, "cause": "switchover", "initial": False})
         t = time.monotonic_ns()
         c.on_qmp(event("STOP", t + 15, t + 60))
         c.on_qmp(event("RESUME", t + 30, t + 60))
@@ -843,7 +843,7 @@ def test_a_planned_failover_holds_until_this_side_speaks() -> None:
             (t + 40, Source.SVM, b"new guest"),
             (t + 50, Source.CLIENT, b"client"),
         ):
-            c.on_event(CapturedFrame(source, at, 7, tcp(text), 0, False))
+            c.on_frame(CapturedFrame(source, at, 7, tcp(text), 0, False))
         assert sent.kinds() == ["begin_ack", "resumed"]
         assert dp.mode is Mode.CHECKPOINT and dp.epoch == 7
         c.on_message({"type": "downtime_start", "us": 3000})
@@ -865,7 +865,7 @@ def test_a_planned_failover_that_the_primary_gave_up_ends_as_a_checkpoint() -> N
     c, dp, _ = secondary()
     c.state = State.PROTECTED
     c.qemu.qmp = FakeQmp()  # type: ignore[assignment]
-    c.on_message({"type": "begin", "n": 8, "cause": "planned", "initial": False})
+    c.on_message({"type": "begin", "n": 8, "cause": "switchover", "initial": False})
     t = time.monotonic_ns()
     c.on_qmp(event("STOP", t + 15, t + 60))
     c.on_qmp(event("RESUME", t + 30, t + 60))
@@ -915,7 +915,7 @@ def test_a_persons_word_outlives_the_controller_that_heard_it(order: str) -> Non
         c = Secondary(c.config, dp)  # type: ignore[arg-type]
         c.qemu.qmp = FakeQmp()  # type: ignore[assignment]
         object.__setattr__(c.config.failover, "fence", ("/bin/false",))
-        c._decide()
+        c.reconsider()
         assert c._busy is not None
         await c._busy
         if order == "force":
@@ -927,7 +927,7 @@ def test_a_persons_word_outlives_the_controller_that_heard_it(order: str) -> Non
 
 
 @pytest.mark.parametrize("late", [False, True])
-def test_a_planned_failover_that_had_to_wait_is_not_made_up_for(late: bool) -> None:
+def test_a_switchover_that_had_to_wait_is_not_made_up_for(late: bool) -> None:
     """Its command has answered that it is not done: the guest does not move at night by itself."""
 
     async def body() -> None:
@@ -943,28 +943,26 @@ def test_a_planned_failover_that_had_to_wait_is_not_made_up_for(late: bool) -> N
         async def entered() -> None:
             pass
 
-        c._checkpoint, c._until_entered = checkpoint, entered  # type: ignore[method-assign]
-        guard = asyncio.ensure_future(c._protect())
+        c.checkpoints.make, c.entry.until_entered = checkpoint, entered  # type: ignore[method-assign]
+        guard = asyncio.ensure_future(c.checkpoints._serve())
         c.on_message({"type": "switchover", "why": "asked by the operator on the secondary"})
         await asyncio.sleep(0)
         if late:
-            c._plan_until = time.monotonic() - 1
+            c.checkpoints.switchover._until = time.monotonic() - 1
         c.peer.connected = True
-        c._wake.set()
+        c.checkpoints._wake.set()
         await asyncio.wait({guard}, timeout=5)
-        assert made == ["operator" if late else "planned"]
+        assert made == ["operator" if late else "switchover"]
 
     in_loop(body)
 
 
-def test_planned_and_force_exclude_each_other() -> None:
+def test_a_switchover_needs_a_whole_pair() -> None:
     c, _, _ = secondary()
-    with pytest.raises(ValueError, match="planned or force"):
-        asyncio.run(c.commands.run("failover", {"planned": True, "force": True}))
     c.state = State.DEGRADED
-    with pytest.raises(ValueError, match="no planned failover from state degraded"):
-        asyncio.run(c.commands.run("failover", {"planned": True}))
-    steps = asyncio.run(c.commands.run("failover", {"planned": True, "dry_run": True}))["steps"]
+    with pytest.raises(ValueError, match="no switchover from state degraded"):
+        asyncio.run(c.commands.run("switchover", {}))
+    steps = asyncio.run(c.commands.run("switchover", {"dry_run": True}))["steps"]
     assert "a checkpoint" in steps[0] and any("yank" in s for s in steps)
 
 
@@ -990,15 +988,16 @@ def test_a_primary_that_is_alone_protects_again() -> None:
         c.qemu.qmp = FakeQmp()  # type: ignore[assignment]
         went: list[str] = []
 
-        async def protect() -> None:
+        async def entered() -> bool:
             went.append(c.state.value)
+            raise asyncio.CancelledError
 
-        c._protect = protect  # type: ignore[method-assign]
+        c.entry.until_entered = entered  # type: ignore[method-assign]
         c.on_message({"type": "ready", "epoch": 3})
-        assert c._guard is not None
-        await c._guard
+        assert c.checkpoints._serving is not None
+        await asyncio.wait({c.checkpoints._serving}, timeout=5)
         assert went == ["starting"] and c.qemu.qmp.said == ["lost_heartbeat"]  # type: ignore[attr-defined]
-        assert not c._uncompared and not c.view.operator
+        assert not c.output.uncompared and not c.view.operator
         assert c.view.guest.standalone, "until the first checkpoint is complete"
 
     in_loop(body)
@@ -1046,10 +1045,10 @@ def test_offsets_of_its_own_are_handed_over_in_parts() -> None:
         c, dp, sent = primary(Mode.CHECKPOINT)
         dp.promoted_epoch = 7
         entries = [bytes([i % 256]) * 104 for i in range(700)]
-        c.own = SimpleNamespace(export=lambda epoch: entries)  # type: ignore[assignment]
+        c.checkpoints.offsets.table = SimpleNamespace(export=lambda epoch: entries)  # type: ignore[assignment]
         c.peer.connected = True
         c.qemu.qmp = FakeQmp()  # type: ignore[assignment]
-        ck = c._ck = Checkpoint(8, "initial", time.monotonic_ns())
+        ck = c.checkpoints.running = Checkpoint(8, "initial", time.monotonic_ns())
 
         async def answer() -> None:
             for n in range(3):
@@ -1057,7 +1056,7 @@ def test_offsets_of_its_own_are_handed_over_in_parts() -> None:
                     await asyncio.sleep(0)
                 c.on_message({"type": "offsets_ack", "n": n})
 
-        await asyncio.gather(c._hand_offsets(ck, time.monotonic() + 5), answer())
+        await asyncio.gather(c.checkpoints._send_offsets(ck, time.monotonic() + 5), answer())
         parts = [m for m in sent if m["type"] == "offsets"]
         assert [(m["n"], m["last"]) for m in parts] == [(0, False), (1, False), (2, True)]
         assert b"".join(bytes.fromhex(m["flows"]) for m in parts) == b"".join(entries)
@@ -1113,8 +1112,8 @@ def test_a_worthless_guest_makes_room_for_one_that_waits() -> None:
         qmp = WaitingQmp()
         c.qemu.qmp = qmp  # type: ignore[assignment]
         c.become(State.STOPPED, "stood down")
-        assert c._successor is not None
-        await c._successor
+        assert c.replacement._search is not None
+        await c.replacement._search
         assert qmp.said[:2] == ["quit", "prepare"]
         assert c.state is State.STARTING and sent.kinds() == ["ready"]
         assert not (c.view.guest.demoted or c.view.guest.colo_exit or c.view.guest.gone)
@@ -1313,7 +1312,7 @@ def test_who_spoke_alone_outlives_the_primarys_controller(
     sent = Sent()
     c.peer.send = sent  # type: ignore[method-assign]
     assert c.state is state
-    c._beat()
+    c.beat()
     assert sent[-1]["alone"] == alone
 
 
@@ -1326,7 +1325,7 @@ def test_a_first_checkpoint_nobody_finished_sets_the_guest_free() -> None:
         c = Primary(load(EXAMPLES / "primary.toml"), dp)  # type: ignore[arg-type]
         dp.waiting = [CapturedFrame(Source.PVM, time.monotonic_ns(), 0, tcp(b"held"), 0, False)]
         c.qemu.qmp = SimpleNamespace(migration_status=lambda: asyncio.sleep(0, "failed"))  # type: ignore[assignment]
-        guard = asyncio.ensure_future(c._protect())
+        guard = asyncio.ensure_future(c.checkpoints._serve())
         while dp.mode is not Mode.BYPASS:
             await asyncio.sleep(0)
         guard.cancel()
@@ -1360,11 +1359,11 @@ def test_no_plan_while_the_lease_cannot_change_hands() -> None:
         c.state = State.PROTECTED
         c.arbiter = LeaseArbiter(Leased(False, "etcd is away"))  # type: ignore[arg-type]
         with pytest.raises(ValueError, match="etcd is away"):
-            await c.hand_over(time.monotonic() + 1)
-        assert c._want is None
+            await c.switch_over(time.monotonic() + 1)
+        assert c.checkpoints.wanted is None
         s, dp, sent = secondary()
         s.state, s.qemu.qmp = State.PROTECTED, SimpleNamespace(connected=True)  # type: ignore[assignment]
-        begin = {"type": "begin", "n": 8, "cause": "planned", "initial": False}
+        begin = {"type": "begin", "n": 8, "cause": "switchover", "initial": False}
         for trouble, answer, mode in (
             ("away", "failed", Mode.RUN),
             ("", "begin_ack", Mode.CHECKPOINT),
@@ -1387,22 +1386,22 @@ def test_a_plan_that_the_secondary_refuses_ends_as_a_checkpoint() -> None:
 
         async def checkpoint(want: Any) -> None:
             asked.append(want.cause)
-            if want.cause == "planned":
+            if want.cause == "switchover":
                 raise CheckpointFailed("the secondary: the SVM could not get it", refused=True)
 
         async def migration() -> str:
             return "colo"
 
-        c._checkpoint, c._migration = checkpoint, migration  # type: ignore[method-assign]
-        guard = asyncio.ensure_future(c._protect())
+        c.checkpoints.make, c.entry.migration = checkpoint, migration  # type: ignore[method-assign]
+        guard = asyncio.ensure_future(c.checkpoints._serve())
         while not asked:
             await asyncio.sleep(0)
         with pytest.raises(ValueError, match="could not get it"):
-            await c.hand_over(time.monotonic() + 5)
+            await c.switch_over(time.monotonic() + 5)
         while len(asked) < 3:
             await asyncio.sleep(0)
         guard.cancel()
-        assert asked == ["controller_restart", "planned", "operator"]
+        assert asked == ["controller_restart", "switchover", "operator"]
 
     in_loop(body)
 
@@ -1510,12 +1509,12 @@ def test_a_takeover_under_way_is_waited_for() -> None:
     asyncio.run(body())
 
 
-def test_nobody_stands_down_in_a_planned_failover() -> None:
+def test_nobody_is_demoted_in_a_switchover() -> None:
     async def body() -> None:
         c, dp, _ = secondary()
         c.state, c.view.pair.confirmed = State.PROTECTED, True
         c._begin_hold(8, planned=True)
-        with pytest.raises(ValueError, match="planned failover"):
+        with pytest.raises(ValueError, match="a switchover to this guest"):
             await c.commands.run("demote", {})
         assert dp.mode is Mode.CHECKPOINT
 
@@ -1577,11 +1576,11 @@ def test_a_pair_is_not_entered_twice_at_a_time() -> None:
     async def body() -> None:
         c, _, _ = primary(Mode.BYPASS)
         c.state = State.SOLO
-        old = c._guard = c.spawn(asyncio.sleep(60))
+        old = c.checkpoints._serving = c.spawn(asyncio.sleep(60))
         await asyncio.sleep(0)
         c.on_message({"type": "ready", "epoch": 1, "qemu": 1})
-        assert c.state is State.STARTING and c._guard is not old
-        c._guard.cancel()
+        assert c.state is State.STARTING and c.checkpoints._serving is not old
+        c.checkpoints._serving.cancel()
         await asyncio.wait([old], timeout=5)
         assert old.cancelled()
 
@@ -1691,7 +1690,7 @@ def test_the_primary_tells_what_its_guest_has_said_before_the_checkpoint() -> No
             c.peer.connected = True  # type: ignore[misc]
             c.qemu.qmp = FakeQmp()  # type: ignore[assignment]
             dp.addresses.announced(3, b"", b"".join(mine), running=3)
-            task = asyncio.ensure_future(c._checkpoint(CheckpointRequest("operator", "asked")))
+            task = asyncio.ensure_future(c.checkpoints.make(CheckpointRequest("operator", "asked")))
             while "begin" not in sent.kinds():
                 await asyncio.sleep(0)
             task.cancel()

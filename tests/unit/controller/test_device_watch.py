@@ -83,7 +83,7 @@ def test_the_other_hosts_trouble_is_told_but_not_sent_back() -> None:
     protected(c)
     c.view.peer.state = "degraded"
     assert shown(c)[0] is State.DEGRADED and "the other host" in shown(c)[1]
-    c._beat()
+    c.beat()
     assert sent[-1]["state"] == "protected"
 
 
@@ -154,24 +154,24 @@ def test_a_secondary_that_says_nothing_is_none() -> None:
 
 
 def wants(c: Primary) -> str:
-    want, c._want = c._want, None
+    want, c.checkpoints.wanted = c.checkpoints.wanted, None
     return want.cause if want else ""
 
 
 def test_what_waits_while_nothing_arrives_does_not_wait_for_a_timeout() -> None:
     c, _, _ = primary()
     protected(c)
-    c.engine.epoch = 7
-    c.on_event(frame(0))
-    assert c.engine.held_packets == 1
+    c.output.engine.epoch = 7
+    c.on_frame(frame(0))
+    assert c.output.engine.held_packets == 1
     c.on_tick(time.monotonic_ns())
     assert wants(c) == "", "the twin may come"
     c.devices._found(Look(trouble=[GONE], cut=True))
     assert c.tick_ns() <= time.monotonic_ns()
     c.on_tick(time.monotonic_ns())
     assert wants(c) == Cause.PEER_LINK
-    assert c.engine.held_packets == 1, "it leaves with the checkpoint, and not before"
-    c._ended_ns, c.last_checkpoint = time.monotonic_ns(), {"total_ms": 9000.0}
+    assert c.output.engine.held_packets == 1, "it leaves with the checkpoint, and not before"
+    c.checkpoints.ended_ns, c.checkpoints.last = time.monotonic_ns(), {"total_ms": 9000.0}
     c.on_tick(time.monotonic_ns())
     assert wants(c) == "", "paced: at most half of the time"
     c.devices._found(Look())
@@ -186,7 +186,7 @@ def test_programs_that_were_gone_cost_one_checkpoint() -> None:
     assert wants(c) == Cause.HOOKS_LOST
     beat = next(m for m in sent if m["type"] == "heartbeat")
     assert beat["shadow"], "the secondary may lack what clients know, and is told at once"
-    assert c._leave_shadow and not c.engine.shadow, "everything is held"
+    assert c.shadow.leaving and not c.output.engine.shadow, "everything is held"
     sent.clear()
     c.devices._found(Look(restored=["svm_arrival on eth1"], missed=True))
     assert wants(c) == Cause.HOOKS_LOST
@@ -198,7 +198,7 @@ def test_a_filter_before_ours_is_as_a_shadow_that_nobody_asked_for() -> None:
     protected(c)
     look = Look(trouble=["tap0 ingress: a filter of somebody else"], exposed=True)
     c.devices._found(look)
-    assert c.view.shadow and not c._leave_shadow and wants(c) == ""
+    assert c.view.shadow and not c.shadow.leaving and wants(c) == ""
     word = {
         "type": "heartbeat",
         "shadow": True,
@@ -207,18 +207,18 @@ def test_a_filter_before_ours_is_as_a_shadow_that_nobody_asked_for() -> None:
         "epoch": 7,
     }
     c.on_message(word | {"shut": False, "alone": False})
-    assert not c.engine.shadow, "what passes us is bad enough"
+    assert not c.output.engine.shadow, "what passes us is bad enough"
     c.devices._found(Look())
-    assert c._leave_shadow and wants(c) == Cause.HOOKS_LOST
+    assert c.shadow.leaving and wants(c) == Cause.HOOKS_LOST
 
 
 def test_a_shadow_that_was_asked_for_stays() -> None:
     c, _, _ = primary()
     protected(c)
     c.view.shadow = True
-    c.engine.set_shadow(True, time.monotonic_ns())
+    c.output.engine.set_shadow(True, time.monotonic_ns())
     c.devices._found(Look(restored=["pvm_out on tap0"], unseen=True))
-    assert c.view.shadow and not c._leave_shadow and c.engine.shadow
+    assert c.view.shadow and not c.shadow.leaving and c.output.engine.shadow
 
 
 def test_the_secondary_says_what_it_missed() -> None:
@@ -252,13 +252,13 @@ def test_flows_are_met_anew_after_what_nobody_saw() -> None:
     """The guest has sent 5,000 bytes past us; after the checkpoint both go on behind them."""
     c, dp, _ = primary()
     protected(c)
-    e = c.engine
+    e = c.output.engine
     e.epoch = 7
     out = dp.injectors["release"].frames
-    c.on_event(frame(0))
+    c.on_frame(frame(0))
     twin = frame(0)
     twin.source = 1
-    c.on_event(twin)
+    c.on_frame(twin)
     assert len(out) == 1 and e.held_packets == 0
     c.hooks_lost("pvm_out on tap0", unseen=True, still=False)
     e.begin_checkpoint()
@@ -267,5 +267,5 @@ def test_flows_are_met_anew_after_what_nobody_saw() -> None:
     assert e._void_ns == 0
     for source in (0, 1):
         late = CapturedFrame(source, time.monotonic_ns(), 8, tcp(b"y" * 9, seq=6009), 0, False)
-        c.on_event(late)
+        c.on_frame(late)
     assert len(out) == 2 and e.held_packets == 0, "no hole is waited for"

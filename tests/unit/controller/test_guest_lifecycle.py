@@ -57,7 +57,7 @@ def test_a_pvm_that_is_off_ends_the_pair(answers: str) -> None:
         c, dp, sent = primary()
         c.state, c.peer.connected = State.PROTECTED, True  # type: ignore[misc]
         now = time.monotonic_ns()
-        c.on_event(CapturedFrame(Source.PVM, now, 7, udp(b"last word"), 0, False))
+        c.on_frame(CapturedFrame(Source.PVM, now, 7, udp(b"last word"), 0, False))
         says(c, "SHUTDOWN", **OFF)
         await asyncio.sleep(0)
         assert "guest_off" in sent.kinds() and "shut" not in sent.kinds()
@@ -75,7 +75,7 @@ def test_a_pvm_that_is_off_ends_the_pair(answers: str) -> None:
         assert sent[-1]["type"] == "heartbeat" and sent[-1]["over"] and sent[-1]["shut"]
         assert Flag.SHUT not in c.heartbeats.flags(), "no reason to take over, on no path"
         c.qemu._on_closed("closed")  # its QEMU ends
-        c._decide()
+        c.reconsider()
         assert "shut" not in sent.kinds()
 
     in_loop(body)
@@ -147,7 +147,7 @@ def test_what_makes_the_guests_unequal_is_a_checkpoint(name: str, data: dict[str
     c, _, _ = primary()
     c.state = State.PROTECTED
     says(c, name, **data)
-    assert c._want is not None and c._want.cause == Cause.GUEST_EVENT
+    assert c.checkpoints.wanted is not None and c.checkpoints.wanted.cause == Cause.GUEST_EVENT
 
     s, _, sent = secondary()
     s.state = State.PROTECTED
@@ -156,7 +156,7 @@ def test_what_makes_the_guests_unequal_is_a_checkpoint(name: str, data: dict[str
     c, _, _ = primary()
     c.state = State.PROTECTED
     c._peer_message(sent[0])
-    assert c._want is not None and c._want.cause == Cause.GUEST_EVENT
+    assert c.checkpoints.wanted is not None and c.checkpoints.wanted.cause == Cause.GUEST_EVENT
 
 
 def test_a_panic_of_the_pvm_lets_the_svm_go_on() -> None:
@@ -179,7 +179,7 @@ def test_what_qemu_said_before_it_went_is_the_reason() -> None:
         says(c, "SHUTDOWN", guest=False, reason="host-qmp-quit")
         assert c.state is State.PROTECTED
         c.view.guest.gone = True
-        c._decide()
+        c.reconsider()
         assert c._busy is not None
         await c._busy
         assert "`quit` over QMP" in c.reason and sent.kinds()[-1] == "shut"
@@ -196,17 +196,19 @@ def test_no_checkpoint_while_an_io_error_has_stopped_the_pvm() -> None:
         says(c, "BLOCK_IO_ERROR", action="stop", device="d0", operation="write", nospace=True)
         says(c, "STOP")
         await asyncio.sleep(0)
-        assert c._want is None and "disk d0" in c.reason and c.state is State.PROTECTED
+        assert c.checkpoints.wanted is None and "disk d0" in c.reason and c.state is State.PROTECTED
         c._sleep_or_wake = lambda seconds: asyncio.sleep(0)  # type: ignore[method-assign]
-        assert await c._delayed(CheckpointRequest(Cause.PAYLOAD_DIFFERS, "x"))
-        assert await c._delayed(CheckpointRequest(Cause.PLANNED, "x"))
+        assert await c.checkpoints._delayed(CheckpointRequest(Cause.PAYLOAD_DIFFERS, "x"))
+        assert await c.checkpoints._delayed(CheckpointRequest(Cause.SWITCHOVER, "x"))
         with pytest.raises(ValueError, match="disk d0"):
             await c.commands.run("checkpoint", {})
         says(c, "RESUME")
         assert (
-            not c.view.guest.halted and c._want is not None and c._want.cause == Cause.GUEST_EVENT
+            not c.view.guest.halted
+            and c.checkpoints.wanted is not None
+            and c.checkpoints.wanted.cause == Cause.GUEST_EVENT
         )
-        assert not await c._delayed(c._want)
+        assert not await c.checkpoints._delayed(c.checkpoints.wanted)
 
     in_loop(body)
 
@@ -218,13 +220,15 @@ def test_no_checkpoint_of_a_pvm_that_an_io_error_stops_in_its_beginning() -> Non
         c, _, sent = primary()
         c.state, c.qemu.qmp = State.PROTECTED, Status("io-error")  # type: ignore[assignment]
         c.peer.connected = True
-        task = asyncio.ensure_future(c._checkpoint(CheckpointRequest(Cause.PAYLOAD_DIFFERS, "x")))
+        task = asyncio.ensure_future(
+            c.checkpoints.make(CheckpointRequest(Cause.PAYLOAD_DIFFERS, "x"))
+        )
         while "begin" not in sent.kinds():
             await asyncio.sleep(0)
         says(c, "BLOCK_IO_ERROR", action="stop", device="d0", operation="write")
         says(c, "STOP")
-        assert c._ck is not None
-        c.on_message({"type": "begin_ack", "n": c._ck.n})
+        assert c.checkpoints.running is not None
+        c.on_message({"type": "begin_ack", "n": c.checkpoints.running.n})
         with pytest.raises(CheckpointFailed, match="disk d0") as e:
             await task
         assert e.value.refused, "it is asked for again when the guest runs"
@@ -287,17 +291,17 @@ def test_a_pvm_that_a_person_stopped_has_no_second_stop() -> None:
         says(c, "STOP")
         for _ in range(5):
             await asyncio.sleep(0)
-        assert c._want is not None and "by a person" in c._want.detail
+        assert c.checkpoints.wanted is not None and "by a person" in c.checkpoints.wanted.detail
         c.peer = SimpleNamespace(  # type: ignore[assignment]
             connected=True, send=lambda kind, **f: begun(c, kind, f), rtt_ns=0, ending=""
         )
-        c._beat = lambda: None  # type: ignore[method-assign]
-        want, c._want = c._want, None
-        task = asyncio.ensure_future(c._checkpoint(want))
+        c.beat = lambda: None  # type: ignore[method-assign]
+        want, c.checkpoints.wanted = c.checkpoints.wanted, None
+        task = asyncio.ensure_future(c.checkpoints.make(want))
         while "checkpoint" not in c.qemu.qmp.said:  # type: ignore[attr-defined]
             await asyncio.sleep(0)
-        assert c._ck is not None
-        c.on_message({"type": "resumed", "n": c._ck.n, "pause_us": 1})
+        assert c.checkpoints.running is not None
+        c.on_message({"type": "resumed", "n": c.checkpoints.running.n, "pause_us": 1})
         says(c, "RESUME")
         await task
         assert c.state is State.PROTECTED
@@ -313,23 +317,23 @@ def test_a_pvm_that_was_stopped_while_nobody_listened_has_no_stop(adopted: bool)
     async def body() -> None:
         c, _, _ = primary(Mode.RUN, adopted=adopted)
         c.state, c.qemu.qmp = State.DEGRADED, Status("paused")  # type: ignore[assignment]
-        c._guard = asyncio.ensure_future(asyncio.sleep(0))
+        c.checkpoints._serving = asyncio.ensure_future(asyncio.sleep(0))
         await c.on_qemu()
         before = time.monotonic_ns()
         c.peer = SimpleNamespace(  # type: ignore[assignment]
             connected=True, send=lambda kind, **f: begun(c, kind, f), rtt_ns=0, ending=""
         )
-        c._beat = lambda: None  # type: ignore[method-assign]
+        c.beat = lambda: None  # type: ignore[method-assign]
         task = asyncio.ensure_future(
-            c._checkpoint(CheckpointRequest(Cause.CONTROLLER_RESTART, "new"))
+            c.checkpoints.make(CheckpointRequest(Cause.CONTROLLER_RESTART, "new"))
         )
         while "checkpoint" not in c.qemu.qmp.said:  # type: ignore[attr-defined]
             await asyncio.sleep(0)
-        assert c._ck is not None and 0 < c._ck.stop_ns < before
-        c.on_message({"type": "resumed", "n": c._ck.n, "pause_us": 1})
+        assert c.checkpoints.running is not None and 0 < c.checkpoints.running.stop_ns < before
+        c.on_message({"type": "resumed", "n": c.checkpoints.running.n, "pause_us": 1})
         says(c, "RESUME")
         await task
-        assert c.state is State.PROTECTED and not c._still_ns
+        assert c.state is State.PROTECTED and not c.checkpoints._still_ns
 
     in_loop(body)
 
@@ -340,14 +344,14 @@ def test_what_stopped_the_pvm_is_asked_and_so_is_whether_it_runs_again() -> None
     async def body() -> None:
         c, _, _ = primary(Mode.RUN, adopted=True)
         c.state, c.qemu.qmp = State.DEGRADED, Status("io-error")  # type: ignore[assignment]
-        c._guard = asyncio.ensure_future(asyncio.sleep(0))
+        c.checkpoints._serving = asyncio.ensure_future(asyncio.sleep(0))
         await c.on_qemu()
-        assert "io-error" in c.view.guest.halted and c._still_ns
-        assert await c._delayed(CheckpointRequest(Cause.CONTROLLER_RESTART, "new"))
+        assert "io-error" in c.view.guest.halted and c.checkpoints._still_ns
+        assert await c.checkpoints._delayed(CheckpointRequest(Cause.CONTROLLER_RESTART, "new"))
         c.qemu.qmp.now = "running"  # type: ignore[attr-defined]
         await c.on_qemu()
-        assert not c.view.guest.halted and not c._still_ns
-        assert not await c._delayed(CheckpointRequest(Cause.CONTROLLER_RESTART, "new"))
+        assert not c.view.guest.halted and not c.checkpoints._still_ns
+        assert not await c.checkpoints._delayed(CheckpointRequest(Cause.CONTROLLER_RESTART, "new"))
 
     in_loop(body)
 

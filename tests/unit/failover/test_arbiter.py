@@ -82,7 +82,7 @@ def test_a_third_arbiter_is_asked_before_a_guest_speaks(third: None) -> None:
         c, witness, dp, _ = with_a_third()
         c.view.colo_lost()  # and nothing is heard of the peer
         c.peer.last_seen_ns, c.view.born_ns = 1, 1
-        c._decide()
+        c.reconsider()
         assert witness.asked[-1] == (Action.ACQUIRE, True)
         assert c.state is State.DEGRADED and "waiting for the witness" in c.reason
         witness.says(granted=True, recorded=False)
@@ -106,7 +106,7 @@ def test_a_third_arbiter_is_asked_before_a_planned_failover(third: None, away: b
     async def body() -> None:
         c, witness, dp, sent = with_a_third()
         witness.away = away
-        c.on_message({"type": "begin", "n": 8, "cause": "planned", "initial": False})
+        c.on_message({"type": "begin", "n": 8, "cause": "switchover", "initial": False})
         await asyncio.gather(*c._tasks)
         if away:
             assert sent[-1]["why"] == "the SVM could not get the witness: it is away"

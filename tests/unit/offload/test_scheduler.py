@@ -63,8 +63,8 @@ class Busy(NoKernelPath):
         """What was given last, of which nothing is outstanding."""
         if not self.taken:
             return None
-        epoch, rel, p_ack, s_ack, adv_ack, p_win, s_win, adv_win, mss, *_, memo = abi.GIVE.unpack(
-            self.taken[-1].state
+        epoch, rel, p_ack, s_ack, adv_ack, p_win, s_win, adv_win, mss, *_, memo = (
+            abi.OFFLOAD.unpack(self.taken[-1].state)
         )
         return ConnState(
             abi.OWNER_USER, epoch, rel, 0, p_ack, s_ack, adv_ack, p_win, s_win, adv_win, mss, True,

@@ -43,10 +43,10 @@ def refusals(b: HeartbeatSession) -> dict[str, int]:
 
 def test_a_word_and_its_way_back() -> None:
     p, s = two()
-    data = sent(p, at=T0, flags=Flag.VM | Flag.ALONE)
+    data = sent(p, at=T0, flags=Flag.VM | Flag.STANDALONE)
     assert len(data) == SIZE
     word = s.receive(0, data, T0 + 5 * MS)
-    assert word is not None and word.flags == Flag.VM | Flag.ALONE
+    assert word is not None and word.flags == Flag.VM | Flag.STANDALONE
     assert (word.lag_ms, word.epoch, word.after) == (7, 3, 0)
     assert s.silent_ms(0, T0 + 8 * MS) == 3 and s.silent_ms(1, T0) == float("inf")
     # 2 ms later it answers; the clocks of both hosts have nothing in common

@@ -71,7 +71,7 @@ def test_a_shut_data_path_is_certain_silence(make: Any, over: Action) -> None:
 def test_only_a_fresh_word_counts_and_only_when_the_channel_is_down(make: Any, why: str) -> None:
     async def body() -> None:
         c, _, done = cut(make)
-        said = word(Flag.SHUT | Flag.ASK | Flag.ALONE | Flag.SVM)
+        said = word(Flag.SHUT | Flag.ASK | Flag.STANDALONE | Flag.SVM)
         if why == "connected":
             c.peer.connected = True
         elif why == "kept back":
@@ -98,7 +98,7 @@ def test_asked_by_beacon_a_secondary_stands_down_and_says_so() -> None:
         c, dp, _ = cut(secondary)
         c.heartbeats.on_heartbeat(word(Flag.VM | Flag.ASK))
         assert c.state is State.STOPPED and dp.mode is Mode.DROP and c.view.guest.demoted
-        assert Flag.SHUT in c.heartbeats.flags() and Flag.ALONE not in c.heartbeats.flags()
+        assert Flag.SHUT in c.heartbeats.flags() and Flag.STANDALONE not in c.heartbeats.flags()
         # and comes back if the primary dies without having spoken alone, as on the channel
         c.heartbeats.on_heartbeat(word(Flag.SHUT))
         assert c.state is State.DEGRADED
@@ -110,7 +110,7 @@ def test_a_primary_that_has_spoken_alone_leaves_nothing_to_come_back_to() -> Non
     async def body() -> None:
         c, _, done = cut(secondary)
         c.heartbeats.on_heartbeat(word(Flag.VM | Flag.ASK))
-        c.heartbeats.on_heartbeat(word(Flag.SHUT | Flag.ALONE))
+        c.heartbeats.on_heartbeat(word(Flag.SHUT | Flag.STANDALONE))
         await asyncio.sleep(0)
         assert c.state is State.STOPPED and done == []
 
@@ -120,7 +120,7 @@ def test_a_primary_that_has_spoken_alone_leaves_nothing_to_come_back_to() -> Non
 def test_a_secondary_stands_down_when_the_primary_has_spoken_alone() -> None:
     async def body() -> None:
         c, dp, done = cut(secondary)
-        c.heartbeats.on_heartbeat(word(Flag.VM | Flag.ALONE))
+        c.heartbeats.on_heartbeat(word(Flag.VM | Flag.STANDALONE))
         assert c.state is State.STOPPED and dp.mode is Mode.DROP
         c.heartbeats.on_heartbeat(word(Flag.SHUT))
         await asyncio.sleep(0)
@@ -146,7 +146,7 @@ def test_a_primary_never_speaks_against_a_secondary_that_took_over() -> None:
         c, dp, _ = cut(primary)
         c.heartbeats.on_heartbeat(word(Flag.VM | Flag.SVM))
         assert c.state is State.PROTECTED
-        c.heartbeats.on_heartbeat(word(Flag.VM | Flag.SVM | Flag.ALONE))
+        c.heartbeats.on_heartbeat(word(Flag.VM | Flag.SVM | Flag.STANDALONE))
         assert c.state is State.STOPPED and dp.mode is Mode.DROP
 
     run(body)
