@@ -44,11 +44,14 @@ PROTOCOLS: dict[str, frozenset[Kind]] = {
 
 
 def _network(v: object) -> str | None:
+    want = "expected an address or a network such as 10.0.0.0/8"
+    if not isinstance(v, str):
+        return want
     try:
-        ipaddress.ip_network(str(v))
+        ipaddress.ip_network(v)
     except ValueError as e:
-        return f"expected an address or a network such as 10.0.0.0/8 ({e})"
-    return None if isinstance(v, str) else "expected text"
+        return f"{want} ({e})"
+    return None
 
 
 def _port_range(text: str) -> tuple[int, int] | None:
@@ -74,12 +77,17 @@ class Rule:
             r"(?!default)[a-z0-9][a-z0-9-]{0,31}",
             "1 to 32 of a-z, 0-9 and -, not beginning with default",
         ),
-        "the rule's name, a label of its counters",
+        "name of the rule, and label of its counters",
     )
     action: str = validate.key(
-        validate.choice(*(str(a) for a in Action)), "what is done with the flow"
+        validate.choice(*(str(a) for a in Action)),
+        "what is done with the flow",
     )
-    protocol: str = validate.key(validate.choice(*PROTOCOLS), "protocol", default="any")
+    protocol: str = validate.key(
+        validate.choice(*PROTOCOLS),
+        "protocol of the flow",
+        default="any",
+    )
     address: str = validate.key(
         validate.or_empty(_network, "any"),
         'address or network of the other end; "": any',
@@ -87,15 +95,18 @@ class Rule:
     )
     port: str = validate.key(
         validate.or_empty(_ports, "any"),
-        'port or range of the guest (TCP, UDP); "": any',
+        'port or port range of the guest (TCP, UDP); "": any',
         default="",
     )
     peer_port: str = validate.key(
-        validate.or_empty(_ports, "any"), 'port or range of the other end; "": any', default=""
+        validate.or_empty(_ports, "any"),
+        'port or port range of the other end; "": any',
+        default="",
     )
     direction: str = validate.key(
         validate.choice("any", "in", "out"),
-        "who opened it: in, a client; out, the guest (no SYN seen: the lower port is the server's)",
+        'which side opened the connection: "in": a client, "out": the guest; if no SYN '
+        "was seen, the lower port is taken for the server's",
         default="any",
     )
 

@@ -227,7 +227,7 @@ class HeartbeatLinks:
                 {
                     "name": w.name,
                     "silent_ms": None if silent == float("inf") else silent,
-                    "unheard_ms": None if echo_age == float("inf") else echo_age,
+                    "echo_age_ms": None if echo_age == float("inf") else echo_age,
                     "rtt_us": p.rtt_ns / 1000,
                     "sent": p.sent,
                     "received": p.received,

@@ -70,7 +70,7 @@ def test_beacons_over_udp(host: str) -> None:
         await until(lambda: p.words)
         (st,) = p.paths.status()
         assert st["received"] == 1 and 0 <= st["silent_ms"] < 5000 and 0 < st["rtt_us"] < 5e6
-        assert st["unheard_ms"] < 5000 and st["trouble"] == ""
+        assert st["echo_age_ms"] < 5000 and st["trouble"] == ""
         for e in (p, s):
             e.paths.close()
         p.say()  # closed: nothing happens

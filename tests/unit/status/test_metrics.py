@@ -89,7 +89,7 @@ def test_numbers_are_the_documents(served: tuple[Source, str]) -> None:
     source.doc["peer"]["silent_ms"] = 250.0
     refused = dict.fromkeys(REFUSALS, 0) | {"forged": 4}
     source.doc["heartbeat_links"] = [
-        {"name": "peer link", "silent_ms": 80.0, "unheard_ms": None, "rtt_us": 500.0, "sent": 9,
+        {"name": "peer link", "silent_ms": 80.0, "echo_age_ms": None, "rtt_us": 500.0, "sent": 9,
          "received": 8, "refused": refused, "trouble": ""},
     ]  # fmt: skip
     text = get(url + "/metrics")[1]
