@@ -81,96 +81,79 @@ enum colo_loss_policy {
 	LOSS_RELEASE = 1, /* no controller: it passes uncompared and is counted */
 };
 
-/* Programs, as the first index of the counters. See colo_reason for the comments. */
+/* Programs, as the first index of the counters. */
 enum colo_prog {
-	PROG_PVM_IN = 0,      /* tap of the PVM, toward the guest: mirrors */
-	PROG_PVM_OUT = 1,     /* tap of the PVM, from the guest: captures */
-	PROG_SVM_ARRIVAL = 2, /* peer link of the primary host: the SVM's output */
-	PROG_PVM_RELEASE = 3, /* release tap of the primary host: what the controller releases */
-	PROG_SVM_IN = 4,      /* peer link of the secondary host: mirrored frames */
-	PROG_SVM_OUT = 5,     /* tap of the SVM, from the guest */
-	PROG_SVM_DELIVER =
-		6, /* deliver tap of the secondary host: frames for the SVM, held over a checkpoint */
-	PROG_SVM_FORWARD =
-		7, /* forward tap of the secondary host: frames for the peer, held over a checkpoint */
-	PROG_SVM_NET =
-		8, /* tap of the SVM, toward the guest: after a failover the network's frames */
-	PROG_SVM_OUT_XDP =
-		9, /* tap of the SVM, from the guest, XDP: translation on taps without vnet_hdr */
-	PROG_OFFLOAD =
-		10, /* not a program: why the fast path handed a connection to the controller */
-	PROG_PROMOTED_IN = 11, /* tap of a PVM that once took over, toward the guest: translation */
-	PROG_PROMOTED_OUT = 12, /* the same, from the guest */
+	PROG_PVM_IN = 0,	/* tap P, toward the guest: mirror */
+	PROG_PVM_OUT = 1,	/* tap P, from the guest: capture */
+	PROG_SVM_ARRIVAL = 2,	/* peer link at P: the SVM's output */
+	PROG_PVM_RELEASE = 3,	/* release tap at P */
+	PROG_SVM_IN = 4,	/* peer link at S: mirrored frames */
+	PROG_SVM_OUT = 5,	/* tap S, from the guest */
+	PROG_SVM_DELIVER = 6,	/* deliver tap at S: frames held over a checkpoint, for the SVM */
+	PROG_SVM_FORWARD = 7,	/* forward tap at S: frames held over a checkpoint, for the peer */
+	PROG_SVM_NET = 8,	/* tap S, toward the guest: after failover the network's frames */
+	PROG_SVM_OUT_XDP = 9,	/* tap S, from the guest, XDP: rewriting for plain taps */
+	PROG_OFFLOAD = 10,	/* not a program: why the fast path handed over (R_PUNT_*) */
+	PROG_PROMOTED_IN = 11,	/* tap P, toward a guest that has kept its own numbers */
+	PROG_PROMOTED_OUT = 12, /* tap P, from it */
 	PROG_ADDRESSES =
-		13, /* not a program: what is known of the guest's addresses (lib/addresses.h) */
+		13, /* not a program: what lib/addresses.h knows of the guest (R_MAC*, R_ADDR*) */
 	PROG_MAX = 14,
 };
 
-/*
- * What became of a frame, and why: second index of the counters. R_PASS_*, R_DROP_*: the verdict.
- * R_OFFLOAD_*: decided by the fast path. R_PUNT: this frame goes to the controller. R_PUNT_*: the
- * fast path hands a whole connection over, counted under PROG_OFFLOAD. R_NOTE_*: an observation,
- * counted in addition (R_NOTE_UNPARSED: in place of the verdict, which is to pass it on).
- * docs/reference/reasons.md is made of these comments.
- */
+/* Why a program did what it did: second index of the counters. */
 enum colo_reason {
-	R_PASS = 0,		  /* passed unchanged: bypass, or not traffic of the pair */
-	R_PASS_MIRRORED = 1,	  /* passed to the PVM, and a copy sent over the peer link */
-	R_PASS_MIRROR_FAILED = 2, /* passed to the PVM, but the copy was lost */
-	R_PUNT = 3,		  /* handed to the controller through the event ring */
-	R_PASS_RELEASED = 4,	  /* passed because it was decided before (COLO_MARK) */
-	R_PASS_REDIRECTED = 5,	  /* sent on to the other device unchanged */
-	R_PASS_REWRITTEN = 6,	  /* sent on with translated sequence, ACK or timestamp numbers */
-	R_DROP_MODE =
-		7, /* dropped: the data path is shut (MODE_DROP), or does not carry this traffic now */
-	R_DROP_ISOLATED =
-		8, /* dropped: not from the mirror, or the SVM must not reach the network */
-	R_DROP_RING_FULL = 9,	     /* dropped: the event ring was full */
-	R_DROP_TOO_LARGE = 10,	     /* dropped: larger than an event can be */
-	R_DROP_CONTROLLER_LOST = 11, /* dropped: no controller, and on_controller_loss = hold */
-	R_PASS_CONTROLLER_LOST =
-		12, /* passed uncompared: no controller, and on_controller_loss = release */
-	R_PASS_FOREIGN = 13,  /* peer link: carries no tag of the pair, left to the host */
-	R_NOTE_UNPARSED = 14, /* could not be parsed: handled as bytes, never translated */
-	R_PASS_FLOW_TABLE_FULL =
-		15, /* passed untranslated: the flow table is full; costs a checkpoint */
-	R_DROP_HELPER_FAILED = 16, /* dropped: a kernel helper failed */
-	R_DROP_NO_CONFIG = 17,	   /* dropped: a slot of the configuration map is missing */
-	R_PASS_UNMIRRORED = 18,	   /* passed to the PVM only: a rule says drop-secondary */
-	R_OFFLOAD_HELD =
-		19, /* held in the fast path until the other guest has sent the same bytes */
-	R_OFFLOAD_PASSED = 20, /* passed by the fast path: equal to what the SVM had sent before */
-	R_OFFLOAD_RELEASED =
-		21, /* a frame of the SVM confirmed held bytes and left as the PVM's frame */
-	R_OFFLOAD_REBUILT = 22, /* the same, in new segments because the boundaries differ */
-	R_OFFLOAD_ACKED = 23, /* an ACK of the PVM left because the SVM has acknowledged as much */
-	R_OFFLOAD_DUPLICATE = 24, /* dropped by the fast path: carries nothing that is not known */
+	R_PASS = 0,		     /* let through as it is (bypass, or not ours) */
+	R_PASS_MIRRORED = 1,	     /* cloned to the peer link and passed */
+	R_PASS_MIRROR_FAILED = 2,    /* passed to the PVM, but the clone was lost */
+	R_PUNT = 3,		     /* copied to the event ring */
+	R_PASS_RELEASED = 4,	     /* decided elsewhere (COLO_MARK): let through */
+	R_PASS_REDIRECTED = 5,	     /* sent on to the other device, untouched */
+	R_PASS_REWRITTEN = 6,	     /* sent on with sequence, ack or timestamp numbers moved */
+	R_DROP_MODE = 7,	     /* dropped: MODE_DROP */
+	R_DROP_ISOLATED = 8,	     /* dropped: not from the mirror, or the SVM has no way out */
+	R_DROP_RING_FULL = 9,	     /* event lost, frame dropped */
+	R_DROP_TOO_LARGE = 10,	     /* frame beyond the event size, dropped */
+	R_DROP_CONTROLLER_LOST = 11, /* dropped: no controller, on_controller_loss = hold */
+	R_PASS_CONTROLLER_LOST = 12, /* passed uncompared: on_controller_loss = release */
+	R_PASS_FOREIGN = 13,	     /* peer link: carries no tag of ours, left to the host */
+	R_NOTE_UNPARSED = 14,	     /* unparsable; handled as bytes, never translated */
+	R_PASS_FLOW_TABLE_FULL = 15, /* no room to track: goes untranslated, costs a checkpoint */
+	R_DROP_HELPER_FAILED = 16,   /* a kernel helper refused: frame dropped */
+	R_DROP_NO_CONFIG = 17,	     /* config slot missing: frame dropped */
+	R_PASS_UNMIRRORED = 18,	     /* to the PVM only: the policy says drop-secondary */
+	R_OFFLOAD_HELD = 19, /* the fast path: the bytes wait in the kernel for the other guest's */
+	R_OFFLOAD_PASSED = 20,	 /* the fast path: equal to what the SVM sent before, let through */
+	R_OFFLOAD_RELEASED = 21, /* the fast path: the SVM's frame left as the PVM's */
+	R_OFFLOAD_REBUILT = 22,	 /* the fast path: other boundaries, left in new segments */
+	R_OFFLOAD_ACKED = 23, /* the fast path: an ack of the PVM left, the SVM has acked as much */
+	R_OFFLOAD_DUPLICATE = 24, /* the fast path: dropped, it has told what it had to tell */
+	/* of PROG_OFFLOAD: why the fast path gave a connection to user space */
 	R_PUNT_MODE = 25,	  /* a checkpoint begins, or an epoch has ended */
 	R_PUNT_EXCEPTION = 26,	  /* flags, options or headers that are not plain */
-	R_PUNT_OUT_OF_ORDER = 27, /* not the next byte: a hole or a retransmission */
-	R_PUNT_DIFFERS = 28,	  /* the guests' bytes differ, or the shapes of their headers */
+	R_PUNT_OUT_OF_ORDER = 27, /* not the next byte: a hole, or sent again */
+	R_PUNT_DIFFERS = 28,	  /* the guests' bytes differ, or their headers' shapes */
 	R_PUNT_BUFFER_FULL = 29,  /* more is outstanding than a buffer holds */
 	R_PUNT_NO_BUFFER = 30,	  /* no buffer was free */
-	R_PUNT_BUSY = 31, /* another CPU held the connection for too long: this frame only */
-	R_PUNT_HELPER_FAILED = 32, /* a kernel helper failed */
-	R_DROP_LEASE_EXPIRED =
-		33, /* dropped: the lease has expired, so this guest must not transmit */
+	R_PUNT_BUSY = 31, /* another CPU kept the connection for too long: this frame only */
+	R_PUNT_HELPER_FAILED = 32, /* a kernel helper refused */
+	R_DROP_LEASE_EXPIRED = 33, /* dropped: the permission to speak has ended (COLO_LEASE) */
 	R_PASS_OTHER_MAC =
-		34, /* passed to the PVM only: flooded by the bridge, meant for another machine */
-	R_NOTE_MACS_FULL =
-		35, /* no room to record a MAC address of the guest: everything is mirrored */
-	R_NOTE_ADDRESSES_FULL =
-		36, /* no room to record an IP address of the guest: it will not be announced */
-	R_NOTE_MAC_MOVED = 37, /* another machine sends with a MAC address that was the guest's */
-	R_NOTE_ADDRESS_MOVED = 38, /* another machine claims an IP address that was the guest's */
-	R_DROP_GSO_UNSUPPORTED =
-		39, /* dropped: its checksum or segmentation cannot be carried (lib/gso.h) */
-	R_DROP_PVM_SYN =
-		40, /* consumed: a copy of a SYN of the PVM, from which its ISN was learned */
-	R_DROP_PVM_SYN_UNKNOWN = 41, /* consumed: the same, for a connection that is not tracked */
-	R_PASS_OFFSET_UNKNOWN =
-		42, /* passed untranslated: it may acknowledge data, and the PVM's SYN was lost */
-	R_NOTE_MPTCP_REMOVED = 43, /* MP_CAPABLE was removed from a SYN */
+		34, /* to the PVM only: the bridge has flooded it, it is for another machine */
+	/* of PROG_ADDRESSES */
+	R_NOTE_MACS_FULL = 35,	    /* no room to note a MAC of the guest: everything is mirrored */
+	R_NOTE_ADDRESSES_FULL = 36, /* no room to note an address of the guest: not announced */
+	R_NOTE_MAC_MOVED = 37,	    /* another machine sends with a MAC that was the guest's */
+	R_NOTE_ADDRESS_MOVED =
+		38, /* another machine says to have an address that was the guest's */
+	/* dropped: its checksum or segmentation cannot be carried (lib/gso.h) */
+	R_DROP_GSO_UNSUPPORTED = 39,
+	R_DROP_PVM_SYN = 40, /* dropped: a SYN of the PVM has told its ISN */
+	R_DROP_PVM_SYN_UNKNOWN =
+		41, /* dropped: the same, of a connection that is not tracked (any more) */
+	/* untranslated: what it acks may be data, and the PVM's SYN was lost */
+	R_PASS_OFFSET_UNKNOWN = 42,
+	R_NOTE_MPTCP_REMOVED = 43, /* beside the verdict: MP_CAPABLE was taken out of a SYN */
 	R_MAX = 44,
 };
 

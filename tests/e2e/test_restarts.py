@@ -134,7 +134,7 @@ def test_drill(supervised: tuple[Lab, dict[str, Supervisor]]) -> None:
         out, _ = r.communicate(timeout=90)
         print(out)
         assert r.returncode == 0, out
-        assert "heard nothing of the guest for" in out and "roles changed" in out
+        assert "received nothing from the guest for" in out and "roles changed" in out
         protected(lab)
     stats = stream.stop()
     assert (stats.dead, stats.wrong) == ("", 0)
