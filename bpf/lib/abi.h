@@ -4,8 +4,8 @@
  * colo_xdp/abi.py mirrors them; tests/unit/test_abi.py parses this file and
  * fails when the two differ. Change COLO_ABI with every change of a shape.
  */
-#ifndef COLO_COMMON_H
-#define COLO_COMMON_H
+#ifndef COLO_ABI_H
+#define COLO_ABI_H
 
 #define COLO_ABI 6
 

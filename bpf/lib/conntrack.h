@@ -90,8 +90,8 @@
  *    of another epoch. What the guest's side writes to it meanwhile is lost (see above), and an
  *    entry that is evicted while the other CPU works on it has not been used for thousands of SYNs.
  */
-#ifndef COLO_FLOW_H
-#define COLO_FLOW_H
+#ifndef COLO_CONNTRACK_H
+#define COLO_CONNTRACK_H
 
 /* key: the connection. Writers: svm_*. Reader: controller, which also deletes. Not an LRU: that
  * would evict a live connection in silence. Full: R_PASS_FLOW_TABLE_FULL, the frame goes untranslated. */
@@ -158,7 +158,7 @@ static __always_inline int flow_known(const struct colo_flow *n)
 	return (n->have_client & FLOW_HAVE_ISN_P) || flow_isn_known(n);
 }
 
-static __always_inline void flow_note_pvm(struct colo_flow *n)
+static __always_inline void flow_learn_pvm(struct colo_flow *n)
 {
 	n->isn_p = n->pvm_isn;
 	if (n->have_pvm & FLOW_PVM_TS) {
@@ -192,7 +192,7 @@ static __always_inline void flow_learn_client(struct colo_flow *n, const struct 
 	if (flow_isn_known(n)) {
 		/* Kept, since the next connection's SYN may be noted before this one is over. */
 		if (!(n->have_client & FLOW_HAVE_ISN_P) || n->isn_p != n->pvm_isn)
-			flow_note_pvm(n);
+			flow_learn_pvm(n);
 		return;
 	}
 	if (n->have_client & FLOW_HAVE_ISN_P)
@@ -211,7 +211,7 @@ static __always_inline void flow_learn_client(struct colo_flow *n, const struct 
 	if ((n->have | n->have_client) & FLOW_EARLY) {
 		if ((flags & TCP_SYN) && (n->have_pvm & FLOW_PVM_SYN) &&
 		    p->ack - n->pvm_isn - 1 <= LEARN_WINDOW)
-			flow_note_pvm(n);
+			flow_learn_pvm(n);
 		else
 			s->unknown = 1;
 		return;

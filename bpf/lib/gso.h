@@ -15,8 +15,8 @@
  *
  * What cannot be carried is refused by name (R_DROP_GSO_UNSUPPORTED) and never sent on as something else.
  */
-#ifndef COLO_OFFLOAD_H
-#define COLO_OFFLOAD_H
+#ifndef COLO_GSO_H
+#define COLO_GSO_H
 
 /* struct virtio_net_hdr.gso_type (uapi/linux/virtio_net.h) */
 #define VNET_TCPV4  1

@@ -17,8 +17,8 @@
  * Both checksums are moved by the change: that of the quoted segment where the quote reaches that
  * far, and ICMP's, which covers the quote. (IPv4's covers its own header.)
  */
-#ifndef COLO_QUOTE_H
-#define COLO_QUOTE_H
+#ifndef COLO_ICMP_H
+#define COLO_ICMP_H
 
 #define PROTO_ICMP   1
 #define PROTO_ICMPV6 58

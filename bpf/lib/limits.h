@@ -2,8 +2,8 @@
 /*
  * Every limit of the data path, overridable with -D by the loader, and what it costs.
  */
-#ifndef COLO_CONFIG_H
-#define COLO_CONFIG_H
+#ifndef COLO_LIMITS_H
+#define COLO_LIMITS_H
 
 #ifndef COLO_MAX_FLOWS
 #define COLO_MAX_FLOWS 65536 /* tracked connections at S, and handshakes; 320 bytes for both */

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /* Connections given to the fast path and taken from it, by user space. */
-#ifndef COLO_CTL_H
-#define COLO_CTL_H
+#ifndef COLO_CONTROL_H
+#define COLO_CONTROL_H
 
 struct colo_ctl {
 	__u8 eth[14];

@@ -74,7 +74,7 @@
  * way (no DF): there each one needs an id of its own (RFC 6864 4.2).
  */
 static __always_inline int is_plain(struct __sk_buff *skb, const struct pkt *p,
-				    const struct colo_scratch *w, u32 side)
+				    const struct colo_work *w, u32 side)
 {
 	__be32 option;
 
@@ -151,7 +151,7 @@ static __always_inline u32 note_pvm_header(struct __sk_buff *skb, const struct p
  */
 static __always_inline u32 prepare_segment(struct __sk_buff *skb, const struct pkt *p,
 					   struct colo_conn *c, struct colo_flow_key *key,
-					   struct colo_scratch *w, u32 side)
+					   struct colo_work *w, u32 side)
 {
 	u32 len = p->payload_len, out = c->next - c->released, err, end;
 	u32 span;
@@ -261,8 +261,7 @@ static __always_inline u32 prepare_segment(struct __sk_buff *skb, const struct p
 
 /* Nothing can go wrong from here on but helpers; the frame is decided. */
 static __always_inline u32 finish_segment(struct __sk_buff *skb, struct colo_conn *c,
-					  struct colo_buffer *st, struct colo_scratch *w,
-					  int *verdict)
+					  struct colo_buffer *st, struct colo_work *w, int *verdict)
 {
 	u32 len = w->moves, act = w->act, side = w->side, reason;
 	u32 end = w->seq + w->fin;
@@ -311,10 +310,10 @@ static __always_inline u32 finish_segment(struct __sk_buff *skb, struct colo_con
 
 /*
  * A frame of a flow that is locked and in the fast path. Returns R_OFFLOAD_*, or R_PUNT_*. Both kinds of flows
- * take the same walk, in which the verifier is not to know of which kind it is: see colo_scratch.
+ * take the same walk, in which the verifier is not to know of which kind it is: see colo_work.
  */
 static __always_inline u32 decide(struct __sk_buff *skb, const struct pkt *p, struct colo_conn *c,
-				  struct colo_flow_key *key, struct colo_scratch *w, u32 side,
+				  struct colo_flow_key *key, struct colo_work *w, u32 side,
 				  int *verdict)
 {
 	struct colo_buffer *st;
@@ -348,7 +347,7 @@ static __always_inline u32 offload(struct __sk_buff *skb, const struct pkt *p, u
 {
 	u32 cpu = bpf_get_smp_processor_id(), r = OFFLOAD_NO, len = skb->len;
 	struct colo_flow_key key = {};
-	struct colo_scratch *w = works.lookup(&cpu);
+	struct colo_work *w = works.lookup(&cpu);
 	struct colo_conn *c;
 	u64 now;
 

@@ -14,7 +14,7 @@
  * verifier, however it came about: paths meet, and the loops are walked once instead of once
  * for each path that leads to them. Hence volatile, and hence decide() in three parts.
  */
-struct colo_scratch {
+struct colo_work {
 	__u8 data[2 * COLO_STEP + 128];
 	__u8 old[128]; /* the frame's own header */
 	__u8 new[128]; /* what is written over it */
@@ -23,9 +23,10 @@ struct colo_scratch {
 	volatile __u64 seq;   /* its sequence number */
 	volatile __u64 equal; /* so many bytes are to be compared with the buffer */
 	volatile __u64 left;  /* so many in all; those behind `equal` are put into the buffer */
-	volatile __u64 now, out, redirect_flags, mark;	    /* out: egress ifindex */
-	volatile __u64 moves;				    /* by how much rel does, if it leaves */
-	volatile __u64 rel, adv_ack, p_ack, p_win, pending; /* of the connection, before all that */
+	volatile __u64 now, out, redirect_flags, mark; /* out: egress ifindex */
+	volatile __u64 moves;			       /* by how much rel does, if it leaves */
+	volatile __u64 released, adv_ack, p_ack, p_win,
+		ack_pending;	    /* of the connection, before all that */
 	volatile __u64 fin, meets;  /* it ends with a FIN; what it says meets what waits */
 	volatile __u64 probe;	    /* 1: a bare ack is to be answered */
 	volatile __u64 again, kept; /* sent again; of released bytes: are they still here? */
@@ -33,7 +34,7 @@ struct colo_scratch {
 };
 
 /* One per CPU; programs run with bottom halves off. */
-BPF_TABLE("array", u32, struct colo_scratch, works, COLO_MAX_CPUS);
+BPF_TABLE("array", u32, struct colo_work, works, COLO_MAX_CPUS);
 
 /* 1 <= x <= mask, for the verifier; mask + 1 is a power of two. Changes no value in range. */
 #define BOUND1(x, mask) asm volatile("%0 += -1\n%0 &= %1\n%0 += 1" : "+r"(x) : "i"(mask))
@@ -48,7 +49,7 @@ BPF_TABLE("array", u32, struct colo_scratch, works, COLO_MAX_CPUS);
  * with bytes before them, which are made equal first. So there is no tail, whose masks would
  * cost the verifier more than all the rest.
  */
-static __always_inline u64 differ(struct colo_scratch *w, struct colo_buffer *st, u64 pos)
+static __always_inline u64 differ(struct colo_work *w, struct colo_buffer *st, u64 pos)
 {
 	u64 *p = (u64 *)w->data, *q = (u64 *)(st->before + pos), x = 0, n = w->n;
 
@@ -71,7 +72,7 @@ static __always_inline u64 differ(struct colo_scratch *w, struct colo_buffer *st
 /* Walks the payload: compares the first w->equal bytes of w->left with the buffer, keeps the rest.
  * w->err: 0, or the reason to hand over. */
 static __always_inline void compare_payload(struct __sk_buff *skb, struct colo_conn *c,
-					    struct colo_buffer *st, struct colo_scratch *w)
+					    struct colo_buffer *st, struct colo_work *w)
 {
 #pragma clang loop unroll(disable)
 	for (int i = 0; i < COLO_STEPS; i++) {

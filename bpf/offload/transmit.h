@@ -5,7 +5,7 @@
 
 /* By which way a frame leaves to `mac`: w->out, and if that is the bridge, the device to put it
  * into where it is `made` here and not the PVM's own. */
-static __always_inline void set_egress(struct colo_scratch *w, const void *mac, int made)
+static __always_inline void set_egress(struct colo_work *w, const void *mac, int made)
 {
 	w->out = egress_ifindex(mac, w->now);
 	w->redirect_flags = w->out ? 0 : BPF_F_INGRESS;
@@ -62,7 +62,7 @@ static __always_inline u32 keep_header(struct __sk_buff *skb, struct colo_conn *
 }
 
 /* IP's length fields in w->new, for `len` bytes behind TCP's header, and IPv4's checksum. */
-static __always_inline void set_lengths(const struct colo_conn *c, struct colo_scratch *w, u32 len)
+static __always_inline void set_lengths(const struct colo_conn *c, struct colo_work *w, u32 len)
 {
 	u64 sum;
 
@@ -80,7 +80,7 @@ static __always_inline void set_lengths(const struct colo_conn *c, struct colo_s
 
 /* Prepares w->new: the PVM's header for `len` bytes from `seq` on. TCP's checksum is left as it
  * was in the PVM's. */
-static __always_inline void new_header(const struct colo_conn *c, struct colo_scratch *w, u32 seq,
+static __always_inline void new_header(const struct colo_conn *c, struct colo_work *w, u32 seq,
 				       u32 len, u8 flags)
 {
 	u64 l4 = c->l4;
@@ -110,7 +110,7 @@ static __always_inline u64 header_size(const struct colo_conn *c)
  * change (same addresses, same length), so a partial checksum stays right untouched.
  */
 static __always_inline u32 rewrite_as_pvm(struct __sk_buff *skb, struct colo_conn *c,
-					  struct colo_scratch *w)
+					  struct colo_work *w)
 {
 	u64 n = c->l4 + c->doff, l4 = c->l4, size;
 	s64 change;
@@ -133,7 +133,7 @@ static __always_inline u32 rewrite_as_pvm(struct __sk_buff *skb, struct colo_con
 
 /* The PVM's own frame may leave, with no more of an ack and of a window than allowed. */
 static __always_inline void limit_pvm(struct __sk_buff *skb, struct colo_conn *c,
-				      struct colo_scratch *w)
+				      struct colo_work *w)
 {
 	u32 ack = w->ack, at = w->l4;
 	u16 win = w->win, field;
@@ -169,7 +169,7 @@ static __always_inline u32 fold16(u64 x)
 #define SUM_STEP 512
 
 /* Sum of w->n bytes of the buffer at `pos`, which do not wrap. */
-static __always_inline void sum_stash(struct colo_buffer *st, struct colo_scratch *w)
+static __always_inline void sum_buffer(struct colo_buffer *st, struct colo_work *w)
 {
 	u64 n, q;
 
@@ -206,7 +206,7 @@ static __always_inline u32 piece_size(const struct colo_conn *c)
  * buffer and the header in w->new. The skb is spoilt. 0, or R_PUNT_HELPER_FAILED.
  */
 static __always_inline u32 send_piece(struct __sk_buff *skb, struct colo_conn *c,
-				      struct colo_buffer *st, struct colo_scratch *w)
+				      struct colo_buffer *st, struct colo_work *w)
 {
 	u64 l4 = c->l4, n = w->n, pos = w->pos;
 	u32 check;
@@ -227,7 +227,7 @@ static __always_inline u32 send_piece(struct __sk_buff *skb, struct colo_conn *c
 	*(u16 *)(w->new + l4 + 16) = 0;
 	if (!w->partial) {
 		w->sum += (u32)bpf_csum_diff(0, 0, (void *)(w->new + l4), header_size(c), 0);
-		sum_stash(st, w);
+		sum_buffer(st, w);
 	}
 	check = fold16(w->sum);
 	l4 = c->l4;
@@ -247,7 +247,7 @@ static __always_inline u32 send_piece(struct __sk_buff *skb, struct colo_conn *c
 /* Sends rel..w->upto, which both guests have sent, in segments; none if they are the same: a bare
  * ack. 0, or R_PUNT_HELPER_FAILED. */
 static __always_inline u32 send_pieces(struct __sk_buff *skb, struct colo_conn *c,
-				       struct colo_buffer *st, struct colo_scratch *w)
+				       struct colo_buffer *st, struct colo_work *w)
 {
 	u64 sum = bpf_htons(PROTO_TCP);
 

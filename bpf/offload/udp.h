@@ -12,8 +12,8 @@
  * a surprise like others: the flow goes to user space, which pairs in any order (compare/datagram.py).
  * There are no acks, no repetitions and no windows; the locks and the argument are offload/offload.h's.
  */
-#ifndef COLO_DATAGRAM_H
-#define COLO_DATAGRAM_H
+#ifndef COLO_UDP_H
+#define COLO_UDP_H
 
 /* Neither tagged nor in pieces nor several in one, all lengths say the same, and no other checksum
  * than its own is partial: not that of something within, which the SVM's copy may have in full. */
@@ -51,7 +51,7 @@ static __always_inline long load_headers(struct __sk_buff *skb, const struct pkt
 /* As prepare_segment(). */
 static __always_inline u32 prepare_datagram(struct __sk_buff *skb, const struct pkt *p,
 					    struct colo_conn *c, struct colo_flow_key *key,
-					    struct colo_scratch *w, u32 side)
+					    struct colo_work *w, u32 side)
 {
 	u32 out = c->next - c->released, len = p->payload_len, slot;
 	u32 size = (sizeof(struct colo_dgram) + len + DGRAM_ALIGN - 1) & ~(DGRAM_ALIGN - 1);
@@ -89,7 +89,7 @@ static __always_inline u32 prepare_datagram(struct __sk_buff *skb, const struct 
 
 /* As finish_segment(). */
 static __always_inline u32 finish_datagram(struct __sk_buff *skb, struct colo_conn *c,
-					   struct colo_buffer *st, struct colo_scratch *w,
+					   struct colo_buffer *st, struct colo_work *w,
 					   int *verdict)
 {
 	u32 turn = w->act == ACT_REWRITE;
