@@ -265,7 +265,7 @@ def _source(role: str, directory: str, options: Options, events: str) -> Source:
     if options.fast:
         flags += [
             "-DCOLO_OFFLOAD",
-            f"-DCOLO_STASHES={options.buffers}",
+            f"-DCOLO_BUFFERS={options.buffers}",
             f"-DCOLO_MAX_CONNS={options.conns}",
         ]
         tc += FAST.get(role, ())
