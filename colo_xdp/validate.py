@@ -150,7 +150,7 @@ def path_ends(v: Any) -> tuple[Where, Where] | None:
 
 
 def heartbeat_links(v: Any) -> str | None:
-    want = 'expected a list of at most 4 paths "local:port->remote:port", both IPv4 or both IPv6'
+    want = 'expected a list of at most 4 links "local:port->remote:port", both IPv4 or both IPv6'
     if not isinstance(v, list | tuple) or len(v) > 4:
         return want
     for s in v:

@@ -105,22 +105,23 @@ enum colo_reason {
 	R_PASS = 0,		  /* passed unchanged (bypass, or not ours) */
 	R_PASS_MIRRORED = 1,	  /* cloned to the peer link and passed */
 	R_PASS_MIRROR_FAILED = 2, /* passed to the PVM, but the clone was lost */
-	R_PUNT = 3,		  /* copied to the event ring */
+	R_PUNT = 3,		  /* captured: copied to the event ring, for the controller */
 	R_PASS_RELEASED = 4,	  /* passed: decided elsewhere (COLO_MARK) */
 	R_PASS_REDIRECTED = 5,	  /* redirected to the other device, unchanged */
 	/* redirected with sequence, ack or timestamp numbers rewritten */
 	R_PASS_REWRITTEN = 6,
-	R_DROP_MODE = 7,	     /* dropped: MODE_DROP */
+	/* dropped: the data path is shut (MODE_DROP), or its mode has no use for the frame */
+	R_DROP_MODE = 7,
 	R_DROP_ISOLATED = 8,	     /* dropped: not from the mirror, or the SVM has no way out */
-	R_DROP_RING_FULL = 9,	     /* event lost, frame dropped */
-	R_DROP_TOO_LARGE = 10,	     /* frame exceeds the event size, dropped */
+	R_DROP_RING_FULL = 9,	     /* dropped: the event ring was full */
+	R_DROP_TOO_LARGE = 10,	     /* dropped: the frame exceeds the event size */
 	R_DROP_CONTROLLER_LOST = 11, /* dropped: no controller, on_controller_loss = hold */
 	R_PASS_CONTROLLER_LOST = 12, /* passed uncompared: on_controller_loss = release */
 	R_PASS_FOREIGN = 13,	     /* peer link: has none of our tags, left to the host */
 	R_NOTE_UNPARSED = 14,	     /* cannot be parsed: treated as bytes, never translated */
 	R_PASS_FLOW_TABLE_FULL = 15, /* no room to track: passes untranslated, costs a checkpoint */
-	R_DROP_HELPER_FAILED = 16,   /* a kernel helper failed: frame dropped */
-	R_DROP_NO_CONFIG = 17,	     /* config slot missing: frame dropped */
+	R_DROP_HELPER_FAILED = 16,   /* dropped: a kernel helper failed */
+	R_DROP_NO_CONFIG = 17,	     /* dropped: a slot of the config map is missing */
 	R_PASS_UNMIRRORED = 18,	     /* to the PVM only: a drop-secondary policy */
 	R_OFFLOAD_HELD = 19,	     /* fast path: bytes wait in the kernel for the other guest's */
 	R_OFFLOAD_PASSED = 20,	     /* fast path: equal to what the SVM sent before, passed */
@@ -151,7 +152,8 @@ enum colo_reason {
 		41, /* dropped: the same, but the connection is not tracked (any more) */
 	/* Passed untranslated: what it acks may be data, and the PVM's SYN was lost. */
 	R_PASS_OFFSET_UNKNOWN = 42,
-	R_NOTE_MPTCP_REMOVED = 43, /* besides the verdict: MP_CAPABLE was removed from a SYN */
+	R_NOTE_MPTCP_REMOVED =
+		43, /* counted besides the verdict: MP_CAPABLE was removed from a SYN */
 	R_MAX = 44,
 };
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The configuration file: one TOML file per host and pair. Pure, nothing is looked up.
 
-The reader, `as_toml` and DOCS are made from what config/schema.py declares. All mistakes of a file
-are reported together.
+Reader and writer follow what config/schema.py declares. All mistakes of a file are reported
+together.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import difflib
 import json
 import tomllib
 from collections.abc import Mapping
-from dataclasses import MISSING, Field, replace
+from dataclasses import MISSING, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from .schema import SECTIONS, Config, Disk
 
 MAX_DISKS = 64
 
-__all__ = ["DOCS", "Config", "ConfigError", "as_toml", "load", "parse"]
+__all__ = ["Config", "ConfigError", "as_toml", "load", "parse"]
 
 
 class ConfigError(ValueError):
@@ -334,17 +334,3 @@ def as_toml(config: Config) -> str:
         lines += ["", "[[disk]]"]
         lines += [f"{k} = {_toml(getattr(disk, k))}" for k in validate.keys(Disk)]
     return "\n".join(lines) + "\n"
-
-
-def _doc(f: Field[Any]) -> str:
-    if f.default is MISSING:
-        return f"{f.metadata['help']} (required)"
-    unit = f" {f.metadata['unit']}" if f.metadata["unit"] else ""
-    return f"{f.metadata['help']} (default {_toml(f.default)}{unit})"
-
-
-_TABLES: list[tuple[str, type[Any]]] = [*SECTIONS.items(), ("rule", Rule), ("disk", Disk)]
-#: "section.key" (top level: "key") -> one line of help with unit and default
-DOCS: dict[str, str] = {k: _doc(f) for k, f in validate.keys(Config).items()} | {
-    f"{name}.{k}": _doc(f) for name, cls in _TABLES for k, f in validate.keys(cls).items()
-}

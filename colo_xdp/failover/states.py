@@ -84,3 +84,21 @@ def _name(state: State) -> str:
 def sends_nothing(role: Role, mode: Mode) -> bool:
     """Whether the data path keeps this host's guest from the network, whatever it says."""
     return mode is Mode.DROP or (role is Role.SECONDARY and mode is not Mode.TAKEOVER)
+
+
+#: state -> what it means to an operator
+MEANINGS: Mapping[State, str] = {
+    State.STARTING: "not protected yet: the controller waits for QEMU, for the other host, for the "
+    "right to transmit, or for the first checkpoint",
+    State.PROTECTED: "both guests run and are compared; either host may fail",
+    State.CHECKPOINTING: "a checkpoint is in progress; the pair is protected",
+    State.DEGRADED: "protection is impaired: the peer is suspected, a device or link is missing, "
+    "or a checkpoint failed; output that needs the other guest waits, and the reason says what for",
+    State.SOLO: "the PVM runs alone, because the secondary is lost or was demoted",
+    State.PROMOTED: "the SVM has taken over and runs alone",
+    State.PAUSED: "protected, but a failover needs an operator (`colo-xdp mode paused`)",
+    State.SHADOW: "the guests are compared, but nothing is held and nothing is protected "
+    "(`colo-xdp mode shadow`)",
+    State.STOPPED: "this host's guest does not transmit any more: its QEMU is gone, or it was "
+    "demoted because the other guest transmits",
+}

@@ -72,7 +72,7 @@ def _one_of(names: Iterable[str], meaning: str) -> Field:
         if not isinstance(v, str) or v not in values:
             raise _fail(key, "one of " + ", ".join(values), v)
 
-    return Field(" or ".join(f'"{n}"' for n in values), meaning, check)
+    return Field(", ".join(f'"{n}"' for n in values), meaning, check)
 
 
 def _count(meaning: str = "") -> Field:
@@ -169,6 +169,15 @@ def _schema(meaning: str) -> Field:
     return Field("count", meaning, check)
 
 
+_REFUSED = {
+    "stranger": "not a heartbeat datagram of this version",
+    "other_pair": "of another pair, which may share the link",
+    "other_key": "signed under the key of another connection",
+    "forged": "the signature is wrong",
+    "own": "sent by this host itself",
+    "replayed": "its counter was used before, or is too old to tell",
+}
+
 FIELDS: dict[str, Field] = {
     "schema": _schema(f"version of this document; {SCHEMA} in this release"),
     "pair": _text("name of the pair"),
@@ -248,8 +257,8 @@ FIELDS: dict[str, Field] = {
             sent=_count("heartbeats sent"),
             received=_count("heartbeats accepted"),
             refused=_object(
-                "datagrams that were not accepted, by reason; see messages.md",
-                **{name: _count() for name in REFUSALS},
+                "datagrams that were not accepted, by reason",
+                **{name: _count(_REFUSED[name]) for name in REFUSALS},
             ),
             trouble=_text('why the link cannot be used; "": it can'),
         ),
