@@ -95,7 +95,7 @@ def test_a_controller_is_stopped_and_nobody_is_fenced(make_lab: LabMaker, tmp_pa
     live_on(lab, made, time.time())
     lab.vm["secondary"].kill9()
     s = lab.wait_state("secondary", "stopped", 15)
-    assert "now nobody speaks" in s["reason"] and not s["active"]["transmitting"]
+    assert "no guest is active now" in s["reason"] and not s["active"]["transmitting"]
     assert s["mode"] == "drop"
 
 
@@ -208,7 +208,11 @@ def test_a_guest_that_restarts_before_protection_keeps_its_network(make_lab: Lab
     wire = lab.capture(lab.net.primary, "uplink", "pvm", "out")
     lab.start_controller("primary")
     s = lab.wait_state("primary", "starting", 60)
-    wait_for("the reason", lambda: "nothing is known" in lab.status("primary")["reason"], 10)
+    wait_for(
+        "the reason",
+        lambda: "does not know what happened before" in lab.status("primary")["reason"],
+        10,
+    )
     assert s["mode"] == "drop" and not s["active"]["transmitting"]
     assert not lab.client.http("f100k", timeout=1).ok
     assert from_guest(lab.stop_capture(wire)) == 0

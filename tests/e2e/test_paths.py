@@ -58,7 +58,7 @@ def test_only_the_control_channel_is_cut(make_lab: LabMaker, tmp_path: Path) -> 
 
 
 def test_output_that_waits_behind_a_cut(make_lab: LabMaker, tmp_path: Path) -> None:
-    """The secondary is asked by beacon to stand down, and says by beacon that it has."""
+    """The secondary is asked by heartbeat to demote itself, and reports so the same way."""
     note, command = fence(tmp_path, 0)
     lab = make_lab(overrides={"failover": {"automatic": True, "fence": command}, "peer": KEYS})
     lab.protect()
@@ -73,6 +73,6 @@ def test_output_that_waits_behind_a_cut(make_lab: LabMaker, tmp_path: Path) -> N
         s = lab.wait_state("secondary", "stopped", 10)
         assert "asked by its beacons" in s["reason"] and s["mode"] == "drop"
     story = lab.controller_log("primary").read_text()
-    assert "it is asked there to stand down" in story
+    assert "it is asked to demote itself over" in story
     assert not note.exists(), "nobody was fenced"
     live_on(lab, [stream], time.time())

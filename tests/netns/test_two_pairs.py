@@ -214,7 +214,7 @@ def test_who_runs_and_what_is_taken(two: Net, tmp_path: Path) -> None:
         a.p.kill()
         a.p.wait()
         more.append(Run(two, first))
-        assert more[-1].until("nothing is known here")["pair"] == A
+        assert more[-1].until("does not know what happened before")["pair"] == A
     finally:
         for run in (a, *more):
             run.stop()
