@@ -16,7 +16,7 @@ INSTALLED := $(PREFIX)/lib/colo-xdp
 
 export DEBIAN_FRONTEND := noninteractive
 
-.PHONY: all setup demo test test-lower-bounds torture stress chaos fuzz bench lint format clean \
+.PHONY: all setup demo test test-lower-bounds torture stress chaos fuzz bench docs lint format clean \
 	install uninstall
 
 all: test
@@ -106,6 +106,10 @@ bench: setup build/.setup-bench
 build/.setup-bench: $(STAMP)
 	$(PY) -m pip install --quiet --disable-pip-version-check -e '.[bench]'
 	@touch $@
+
+# the tables of docs/reference, from the code
+docs: setup
+	$(PY) -m tests.docs.generate
 
 lint: setup
 	$(PY) -m ruff check .

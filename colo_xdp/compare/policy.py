@@ -25,8 +25,8 @@ IPNetwork = ipaddress.IPv4Network | ipaddress.IPv6Network
 class Action(StrEnum):
     """What is done with a flow. Clients' frames reach both guests in all of them."""
 
-    COMPARE = "compare"  # held until the SVM has said the same
-    PASS = "pass"  # released at once; what the SVM says is dropped unseen
+    COMPARE = "compare"  # held until the SVM has sent the same
+    PASS = "pass"  # released at once; what the SVM sends is dropped unseen
     MIRROR_ONLY = "mirror-only"  # released at once, compared behind: differences only counted
     DROP_SECONDARY = "drop-secondary"  # as pass, and its clients' frames do not reach the SVM
 
@@ -134,7 +134,7 @@ class Rule:
         return _port_range(self.peer_port)
 
     def fits(self, s: Subject) -> bool:
-        """Whether the rule speaks of this flow."""
+        """Whether the rule applies to this flow."""
         if s.kind not in PROTOCOLS[self.protocol]:
             return False
         if self._net is not None:

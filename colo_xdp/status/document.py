@@ -336,7 +336,7 @@ FIELDS: dict[str, Field] = {
         capacity_bytes=_count("its size"),
     ),
     "inject": _object(
-        "frames given back to the kernel",
+        "frames that the controller released to the kernel",
         sent=_count("frames that the kernel accepted"),
         failed=_count("frames that the kernel refused"),
     ),

@@ -183,7 +183,7 @@ def test_a_life_of_the_first_primary(host: Host) -> None:
     assert host("start") == 0 and host("monitor") == 8, "again: nothing changes"
     assert host("demote") == 0
     assert host.calls()[1:] == [
-        "colo-xdp failover --planned --yes", "colo-xdp demote --yes --why asked by the cluster",
+        "colo-xdp failover --planned --yes", "colo-xdp demote --yes --why requested by the cluster",
     ]  # fmt: skip
     assert host.score() == "--delete"
     assert host("monitor") == 0

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""docs/reference agrees with the code, its links lead somewhere, and its words are the current ones."""
+"""docs/reference agrees with the code, and its words are the current ones."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_every_key_of_the_config() -> None:
     for name, cls in TABLES.items():
         (body,) = (s for s in sections if re.match(rf"\[+{name}\]+\n", s))
         for key, f in validate.keys(cls).items():
-            line = re.search(rf"^\| `{key}` \|.*$", body, re.M)
+            line = re.search(rf"^\| `{key}` \|(?:[^|\n]*\|){{5}}$", body, re.M)
             assert line and f.metadata["help"][1:].replace("|", "&#124;") in line[0], (
                 f"{name}.{key}"
             )
