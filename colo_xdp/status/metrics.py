@@ -79,7 +79,7 @@ METRICS: dict[str, tuple[str, str, tuple[str, ...]]] = {
         "checkpoints that were delayed to keep within checkpoint.share",
         (),
     ),
-    "checkpoint_delay_seconds": ("counter", "total time of these delays", ()),
+    "checkpoint_delay_seconds": ("counter", "total time for which checkpoints were delayed", ()),
     "checkpoint_requests_folded": (
         "counter",
         "requests that were served by a checkpoint already requested",
