@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The status document: what `colo-xdp status --json` prints and the metrics are made of. Pure.
+"""Define the status document: the output of `colo-xdp status --json`, and the metrics' source.
+Pure.
 
-SCHEMA grows when a key changes its meaning or goes away; new keys do not change
-it, and readers must ignore keys they do not know.
+SCHEMA grows when a key changes its meaning or is removed; new keys do not change it, and readers
+must ignore keys they do not know. status/builder.py fills the document from a live controller.
 """
 
 from __future__ import annotations
@@ -22,20 +23,18 @@ from ..peer.heartbeat import REFUSALS
 
 SCHEMA = 1
 
-#: states of a bridge's port, as the kernel numbers them (linux/if_bridge.h)
-
-#: upper bounds of the histogram of waiting times in the kernel, in seconds; one more as above
+#: upper bounds of the histogram of waiting times in the kernel, s; one more bucket, as above
 OFFLOAD_WAIT_BUCKETS: tuple[float, ...] = tuple(2.0**i / 1e6 for i in range(23))
 
-#: counters of the secondary's controller, in `engine`: name, meaning
+#: counters of the secondary's controller in `engine`: name, meaning
 SECONDARY_COUNTERS: tuple[tuple[str, str], ...] = (
-    ("hold_overflow", "frames given up during a checkpoint as too many were waiting"),
-    ("svm_stale", "frames of the secondary guest from before its RESUME: void"),
+    ("hold_overflow", "frames given up during a checkpoint because too many were waiting"),
+    ("svm_stale", "frames of the secondary guest from before its RESUME, discarded"),
 )
 
 
 class StatusError(ValueError):
-    """The document is not one; names the key."""
+    """The document is malformed; the text names the key."""
 
 
 _Check = Callable[[str, Any], None]
@@ -91,7 +90,7 @@ def _or_null(inner: _Check) -> _Check:
 
 
 def _object(**keys: _Check) -> _Check:
-    """An object with at least these keys."""
+    """Check for an object with at least these keys."""
 
     def check(key: str, v: Any) -> None:
         if not isinstance(v, dict):
@@ -106,7 +105,7 @@ def _object(**keys: _Check) -> _Check:
 
 
 def _map(inner: _Check) -> _Check:
-    """An object with any keys, all values alike."""
+    """Check for an object with arbitrary keys and uniform values."""
 
     def check(key: str, v: Any) -> None:
         if not isinstance(v, dict):
@@ -229,9 +228,9 @@ class Status:
     """One controller's status.
 
     since, history[].at, checkpoints.last.at: unix time, s; wait.sum: s; ring.capacity_bytes,
-    held.bytes: bytes. wait.buckets are not cumulative: one count per bound of WAIT_BUCKETS and
-    one for what is above. Counters begin at 0 with the controller, those of `programs` with the
-    data path. What only the other role has is zero.
+    held.bytes: bytes. wait.buckets are not cumulative: one count per bound of WAIT_BUCKETS, and one
+    for everything above. Counters start at 0 with the controller, those of `programs` with the data
+    path. Keys that only the other role uses are zero.
     """
 
     schema: int
@@ -245,44 +244,46 @@ class Status:
     hook: str  # "xdp" or "tc"; "": not loaded
     events: str  # "ring" or "perf"; "": not loaded
     paused: bool
-    #: whether the network hears the guest; undecided: nobody has said yet that it may; by which
-    #: right and how long, if a lease is the arbiter (promised: the other host keeps silent); bond:
-    #: what it is to the other guest (abi.Bond)
+    #: transmitting: the guest's frames reach the network; undecided: nobody has allowed that yet;
+    #: lease, remaining_s: the guest's entitlement and its duration if a lease is the arbiter
+    #: (promised: the other host stays silent); sync: the guest's relation to the other guest
+    #: (abi.SyncState)
     active: dict[str, Any]
-    port: str  # of the tap's bridge: PORT_STATES; "": it is in none
+    port: str  # of the tap in its bridge: PORT_STATES; "": it is in no bridge
     qemu: dict[str, Any]
-    peer: dict[str, Any]  # silent_ms: null when it has never spoken; ending: of the channel
-    heartbeat_links: list[dict[str, Any]]  # of heartbeats, besides the control channel; null: never
-    #: trouble: why the data path is not whole, "": it is; restored: programs and devices that were
-    #: put back; silent_checkpoints: in a row, for output that waited, with no frame of the SVM
+    peer: dict[str, Any]  # silent_ms: null if it never sent anything; ending: of the channel
+    heartbeat_links: list[dict[str, Any]]  # besides the control channel; null: never
+    #: trouble: why the data path is incomplete, "": it is complete; restored: programs and devices
+    #: that were put back; silent_checkpoints: consecutive ones for waiting output without any frame
+    #: from the SVM
     data_path: dict[str, Any]
     programs: dict[str, dict[str, list[int]]]  # {program: {reason: [packets, bytes]}}
     engine: dict[str, int]
     held: dict[str, int]
     wait: dict[str, Any]
-    #: waits: as wait.buckets, of OFFLOAD_WAIT_BUCKETS; waiting: of the buffers
+    #: waits: like wait.buckets, with OFFLOAD_WAIT_BUCKETS; waiting: buffers in use
     offload: dict[str, Any]
     flows: dict[str, int]
-    #: last: null before the first; delayed: had to wait for checkpoint.share, delay_s in all;
-    #: folded: requests that came while one was wanted
+    #: last: null before the first; delayed: number that had to wait for checkpoint.share, delay_s
+    #: in total; folded: requests that arrived while one was pending
     checkpoints: dict[str, Any]
     ring: dict[str, int]
     inject: dict[str, int]
     history: list[dict[str, Any]]  # oldest first
     divergences: list[dict[str, Any]]  # oldest first; pvm, svm: hexadecimal
-    rules: list[dict[str, Any]]  # in their order; action "": a former one
+    rules: list[dict[str, Any]]  # in their order; action "": a former rule
     failures: list[str]
-    last_failover: dict[str, float] | None  # of the last planned one
+    last_failover: dict[str, float] | None  # of the last switchover
 
     def to_json(self) -> dict[str, Any]:
-        """The document; shares its parts with this object."""
+        """Return the document; it shares its parts with this object."""
         return {f.name: getattr(self, f.name) for f in fields(self)}
 
     @classmethod
     def from_json(cls, document: Mapping[str, Any]) -> Status:
-        """The status of a document; unknown keys are ignored.
+        """Parse a document; unknown keys are ignored.
 
-        Raises StatusError, naming the key, when it is malformed.
+        Raises StatusError, which names the key, if it is malformed.
         """
         if not isinstance(document, Mapping):
             raise _fail("document", "an object", document)
@@ -294,7 +295,7 @@ class Status:
 
 
 def empty(pair: str, role: str) -> Status:
-    """A status with every counter there is, at zero."""
+    """Return a status with every counter at zero."""
     names = COUNTERS if role == Role.PRIMARY else SECONDARY_COUNTERS
     return Status(
         schema=SCHEMA,
