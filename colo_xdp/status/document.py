@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The status document: what `colo-xdp status --json` prints and the metrics are made of. Pure.
+"""Define the status document: the output of `colo-xdp status --json`, and the metrics' source.
+Pure.
 
-SCHEMA grows when a key changes its meaning or goes away. New keys do not change it, and readers
-must ignore keys that they do not know.
+SCHEMA grows when a key changes its meaning or is removed; new keys do not change it, and readers
+must ignore keys they do not know. status/builder.py fills the document from a live controller.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ SCHEMA = 1
 #: above the last
 OFFLOAD_WAIT_BUCKETS: tuple[float, ...] = tuple(2.0**i / 1e6 for i in range(23))
 
-#: counters of the secondary's controller, in `engine`: name, meaning
+#: counters of the secondary's controller in `engine`: name, meaning
 SECONDARY_COUNTERS: tuple[tuple[str, str], ...] = (
     ("hold_overflow", "frames dropped during a checkpoint because too many were waiting"),
     ("svm_stale", "frames that the secondary guest sent before it resumed after a checkpoint"),
@@ -34,7 +35,7 @@ SECONDARY_COUNTERS: tuple[tuple[str, str], ...] = (
 
 
 class StatusError(ValueError):
-    """The document is not one; names the key."""
+    """The document is malformed; the text names the key."""
 
 
 def _fail(key: str, want: str, value: Any) -> StatusError:
@@ -428,14 +429,14 @@ class Status:
     last_failover: dict[str, float] | None
 
     def to_json(self) -> dict[str, Any]:
-        """The document; shares its parts with this object."""
+        """Return the document; it shares its parts with this object."""
         return {f.name: getattr(self, f.name) for f in fields(self)}
 
     @classmethod
     def from_json(cls, document: Mapping[str, Any]) -> Status:
-        """The status of a document; unknown keys are ignored.
+        """Parse a document; unknown keys are ignored.
 
-        Raises StatusError, naming the key, when it is malformed.
+        Raises StatusError, which names the key, if it is malformed.
         """
         if not isinstance(document, Mapping):
             raise _fail("document", "an object", document)
@@ -447,7 +448,7 @@ class Status:
 
 
 def empty(pair: str, role: str) -> Status:
-    """A status with every counter there is, at zero."""
+    """Return a status with every counter at zero."""
     names = COUNTERS if role == Role.PRIMARY else SECONDARY_COUNTERS
     return Status(
         schema=SCHEMA,

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Explains to an operator why checkpoints were made. Pure: works on the document of the command
-`explain`."""
+"""Explain to an operator why checkpoints were taken. Pure.
+
+The input is the document that the controller returns for the command `explain`.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,7 @@ from typing import Any
 from ..compare.causes import DESCRIPTIONS, Cause
 from ..net import hexdump
 
-#: cause -> what an operator can do about it
+#: what an operator can do about each cause
 ADVICE = {
     Cause.PAYLOAD_DIFFERS: "look at the differing bytes: a clock or a random id? Make the guests "
     "agree, or let the port pass with a [[rule]] (its connections are then not protected)",
@@ -45,7 +47,7 @@ ADVICE = {
 
 
 def duration(text: str) -> float:
-    """Seconds of "90s", "15m", "2h", "1d" or a number. Raises ValueError."""
+    """Return the seconds in "90s", "15m", "2h", "1d" or a number. Raises ValueError."""
     units = {"s": 1, "m": 60, "h": 3600, "d": 86400}
     n, unit = (text[:-1], text[-1]) if text[-1:] in units else (text, "s")
     seconds = float(n) * units[unit]
@@ -96,8 +98,8 @@ def _over_time(entries: list[dict[str, Any]]) -> list[str]:
 
 
 def difference(d: dict[str, Any], title: str) -> list[str]:
-    """One of them, with the bytes of both guests."""
-    head = f"{title} {d['cause']}{'' if d['asked'] else ' (only watched)'}: {d['flow']}"
+    """Format one difference, with the bytes of both guests."""
+    head = f"{title} {d['cause']}{'' if d['asked'] else ' (observed only)'}: {d['flow']}"
     head += f", byte {d['offset']}" + (f", rule {d['rule']}" if d["rule"] else "")
     pvm, svm = bytes.fromhex(d["pvm"]), bytes.fromhex(d["svm"])
     if not pvm and not svm:
@@ -106,7 +108,10 @@ def difference(d: dict[str, Any], title: str) -> list[str]:
 
 
 def text(doc: dict[str, Any], *, last: int = 3, since: float = 0.0) -> str:
-    """The answer to "why did we checkpoint?". `since`: unix time of the oldest that counts."""
+    """Format the answer to "why was a checkpoint taken?".
+
+    `since`: unix time of the oldest checkpoint that counts, s.
+    """
     entries = [e for e in doc["entries"] if e["at"] >= since]
     if not entries:
         return "no checkpoint in this time"
@@ -130,7 +135,7 @@ def text(doc: dict[str, Any], *, last: int = 3, since: float = 0.0) -> str:
 
 
 def rules_text(rules: list[dict[str, Any]]) -> str:
-    """The policy as a table."""
+    """Format the policy as a table."""
     lines = [f"{'rule':<32} {'action':<15} {'flows':>8} {'uncompared':>11} {'differences':>11}"]
     for r in rules:
         lines.append(
@@ -141,7 +146,7 @@ def rules_text(rules: list[dict[str, Any]]) -> str:
 
 
 def comment(d: dict[str, Any]) -> str:
-    """What Wireshark shows beside a captured frame."""
+    """Return the comment that Wireshark shows for a captured frame."""
     pvm, svm, at = bytes.fromhex(d["pvm"]), bytes.fromhex(d["svm"]), d["at_index"]
     both = f"{_byte(pvm, at)} of the PVM, {_byte(svm, at)} of the SVM"
     return (

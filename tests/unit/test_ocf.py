@@ -238,8 +238,8 @@ def test_a_probe_finds_who_speaks(host: Host) -> None:
 
 def test_a_dead_controller_is_an_error_while_its_guest_lives(host: Host) -> None:
     host.world(None, started=PVM)
-    assert host("monitor", timeout=5) == 1 and "has died" in host.said
-    # To stop it the controller has to be there once more, to say that the guest is silent.
+    assert host("monitor", timeout=5) == 1 and "the controller died" in host.said
+    # To stop it, the controller must be started once more, to report that the guest is silent.
     assert host("stop", timeout=5) == 0
     assert [c.split()[1] for c in host.calls()] == ["start", "failover", "demote", "stop"]
 
