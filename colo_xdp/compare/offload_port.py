@@ -108,9 +108,8 @@ class OffloadState:
     def __init__(self) -> None:
         self.punt_seq = 0  # number of the newest frame that the fast path has counted
         self.offloaded_ns = 0  # when it was last offloaded, ns
-        self.backpressure: Backpressure | None = (
-            None  # the flow's outbox while its frames are kept back
-        )
+        # the flow's outbox while its frames are kept back
+        self.backpressure: Backpressure | None = None
         self.backoff = 1  # settled batches required before an offload
         # offloads refused because frames were on their way here, since the last success
         self.refused = 0
