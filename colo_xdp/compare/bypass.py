@@ -128,7 +128,7 @@ class MonitorBudget:
         return replace(host, ledger=self.ledger, backlog=self.frames)
 
     def commit(self, of: Callable[[Packet, bool], Comparer | None], stop_ns: int) -> list[Held]:
-        """Commit what was captured at stop_ns or before.
+        """Commit what was captured at stop_ns (CLOCK_MONOTONIC) or before.
 
         Returns the other frames, which are compared in the next epoch.
         """

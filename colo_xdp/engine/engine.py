@@ -384,7 +384,7 @@ class Engine:
         return self.held_packets
 
     def abort_checkpoint(self, now_ns: int) -> None:
-        """Note that the checkpoint failed: everything stays held until a commit or release_all()."""
+        """Note a failed checkpoint: everything stays held until a commit or release_all()."""
         self._clock.now = now_ns
         self._counters["checkpoints_aborted"] += 1
         self._counters["svm_stale"] += self._queue.forget_svm()

@@ -73,7 +73,7 @@ class KernelPath(Protocol):
         ...
 
     def reclaim(self, key: FlowKey) -> ConnState | None:
-        """Take the flow back, with what is outstanding; None if the kernel does not know it."""
+        """Reclaim the flow, with what is outstanding; None if the kernel does not know it."""
         ...
 
     def outstanding(self) -> list[FlowKey]:

@@ -151,7 +151,7 @@ class OffloadScheduler:
         return answer
 
     def reclaim(self, st: ComparedFlow, conn: ConnState | None = None) -> None:
-        """Take back a flow that the fast path has handed over, or has to.
+        """Reclaim a flow that the fast path has handed over, or has to.
 
         conn: the kernel's state, if it is already known.
         """

@@ -62,7 +62,7 @@ def _frame(
 
 
 def _header(key: FlowKey) -> bytes:
-    """Build a header for bytes of the SVM, only to compare them, if the PVM has sent nothing yet."""
+    """Build a header for bytes of the SVM while the PVM has sent nothing, to compare them only."""
     if len(key) == 12:
         ip = b"\x08\x00\x45" + bytes(8) + b"\x06\0\0" + key[:8]
     else:
