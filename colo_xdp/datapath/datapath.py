@@ -83,9 +83,9 @@ class DataPath:
         net, dp = config.network, config.datapath
         self.manifest = attach.Manifest(manifest_path(dp.run_dir, config.pair, config.role))
         pins = loader.pin_dir(dp.bpffs, config.pair, config.role)
-        word = abi.HostRole(loader.pinned_slot(pins, Cfg.ROLE))
+        stored = abi.HostRole(loader.pinned_slot(pins, Cfg.ROLE))
         #: which guest this host runs now; `config.role` is the role at first, and names the pins
-        self.role = config.role if word is abi.HostRole.CONFIGURED else word.name.lower()
+        self.role = config.role if stored is abi.HostRole.CONFIGURED else stored.name.lower()
         tap = self._device("tap", net.tap)
         if net.vxlan_remote:
             attach.make_vxlan(
@@ -103,7 +103,7 @@ class DataPath:
             self._device("uplink", net.uplink)  # before anything is loaded
         if tap.kind != "tun":
             raise DataPathError(f"[network] tap: {net.tap} is not a tap device (kind {tap.kind!r})")
-        if self.role == "secondary" and tap.master and not word and not self._was_promoted():
+        if self.role == "secondary" and tap.master and not stored and not self._was_promoted():
             raise DataPathError(
                 f"[network] tap: {net.tap} is in a bridge; on the secondary it must be in none "
                 "(the bridge would learn the guest's address there)"
@@ -152,8 +152,8 @@ class DataPath:
             attach.set_master(net.tap, None)
         self._write(Cfg.TAP, tap.index)
         self._write(Cfg.PEER, peer.index)
-        words = {"auto": abi.UPLINK_LEARNED, "bridge": abi.UPLINK_BRIDGE}
-        uplink = words.get(net.uplink)
+        uplinks = {"auto": abi.UPLINK_LEARNED, "bridge": abi.UPLINK_BRIDGE}
+        uplink = uplinks.get(net.uplink)
         if uplink is None:
             seen = attach.look((net.uplink,))[net.uplink]
             # A guest that waits for this controller does not wait for a device that it can do
@@ -193,11 +193,11 @@ class DataPath:
 
     def _begin(self, primary: bool, lease: bool) -> None:
         """Set the initial state when nothing was pinned: no guest transmits before a decision."""
-        speaks = primary and lease  # in the kernel not before the lease allows it
+        transmits = primary and lease  # in the kernel not before the lease allows it
         self.undecided = primary and not lease
         # The guest is active while nothing is compared: a copy made before must not take over.
-        self._write(Cfg.SYNC_STATE, abi.SyncState.STANDALONE if speaks else abi.SyncState.NONE)
-        self._write(Cfg.MODE, Mode.BYPASS if speaks else Mode.DROP)
+        self._write(Cfg.SYNC_STATE, abi.SyncState.STANDALONE if transmits else abi.SyncState.NONE)
+        self._write(Cfg.MODE, Mode.BYPASS if transmits else Mode.DROP)
 
     def _lease(self, on: bool) -> None:
         """Set the lease slot, which also shows whether there is a lease: then it is never 0.

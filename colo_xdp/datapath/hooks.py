@@ -198,8 +198,8 @@ class Hooks:
     def _bridge(self, tap: attach.Seen, found: Look) -> None:
         """Put the tap of an active guest into the bridge, also if the tap is a new one."""
         dp, net = self._dp, self._dp.config.network
-        speaks = not (sends_nothing(Role(dp.role), dp.mode) or dp.undecided)
-        if net.bridge and speaks and not tap.info.master:
+        transmits = not (sends_nothing(Role(dp.role), dp.mode) or dp.undecided)
+        if net.bridge and transmits and not tap.info.master:
             try:
                 dp.open_network()
             except _FAILURES as e:

@@ -282,8 +282,8 @@ def _source(role: str, directory: str, options: Options, events: str) -> Source:
         flags.append("-DCOLO_REWRITE_AT_XDP")
     else:
         xdp = ()
-    text, told = flatten(source_dir() / src), options.btf and not btf.why_not()
-    return Source(role, text, tuple(flags), tc, xdp, events, told)
+    text, use_btf = flatten(source_dir() / src), options.btf and not btf.why_not()
+    return Source(role, text, tuple(flags), tc, xdp, events, use_btf)
 
 
 class Objects:
@@ -323,14 +323,14 @@ class Objects:
                 raise Refused(f"{btf.VMLINUX}: {e}") from e
         if headers.path:
             os.environ["BCC_KERNEL_SOURCE"] = headers.path
-        said: list[str] = []
+        output: list[str] = []
         try:
-            with _stderr_to(said):
+            with _stderr_to(output):
                 self.bpf = bcc.BPF(text=source.text.encode(), cflags=list(flags))
                 funcs = {n: self.bpf.load_func(n.encode(), bcc.BPF.SCHED_CLS) for n in source.tc}
                 funcs |= {n: self.bpf.load_func(n.encode(), bcc.BPF.XDP) for n in source.xdp}
         except Exception as e:  # bcc raises bare Exception
-            text = "\n".join(said).strip()
+            text = "\n".join(output).strip()
             name = OBJECTS[source.role][0]
             raise Refused(f"{name} ({headers.origin}): {e}\n{text[-6000:]}".strip()) from e
         finally:

@@ -165,7 +165,7 @@ class Engine:
         self.fast.enabled = not on and self._offload_wanted
         if on:
             self._scheduler.end_all_backpressure()
-            self._recall_all(self.fast.outstanding())
+            self._reclaim_all(self.fast.outstanding())
             held = [h for flow in self._timers.flows() for h in flow.held]
             for rec, _, _ in sorted([*held, *self._queue.held], key=lambda h: h[2]):
                 self._outbox.release_ahead(rec)
@@ -324,7 +324,7 @@ class Engine:
         """
         self._clock.now = now_ns
         self._counters["checkpoints"] += 1
-        self._recall_all(self.fast.outstanding())
+        self._reclaim_all(self.fast.outstanding())
         self._collect()
         self._clock.epoch, self._queue.stop_ns = epoch, stop_ts_ns
         for flow in self._timers.flows():
@@ -380,7 +380,7 @@ class Engine:
         Returns how many frames wait.
         """
         self._clock.now = now_ns
-        self._recall_all(self.fast.outstanding())
+        self._reclaim_all(self.fast.outstanding())
         return self.held_packets
 
     def abort_checkpoint(self, now_ns: int) -> None:
@@ -396,7 +396,7 @@ class Engine:
         The pair is lost and the PVM goes solo. The flows are forgotten.
         """
         self._scheduler.end_all_backpressure()
-        self._recall_all(self.fast.outstanding())
+        self._reclaim_all(self.fast.outstanding())
         self._collect()
         for flow in (*self._timers.flows(), self._fragments):
             flow.forget_svm()
@@ -457,7 +457,7 @@ class Engine:
                     self._outbox.request(Cause.OPENED_APART, apart, evidence)
             if self.fast.enabled and now_ns >= self._next_look:
                 self._next_look = now_ns + self._host.timeout_ns // 8
-                self._recall_all(self.fast.overdue(now_ns - self._host.timeout_ns // 2))
+                self._reclaim_all(self.fast.overdue(now_ns - self._host.timeout_ns // 2))
         if now_ns >= self._next_scan:
             self._next_scan = now_ns + self.limits.expired_scan_cycle_ns
             self._flows.age(now_ns)
@@ -489,7 +489,7 @@ class Engine:
     def _restore(self, flow: ComparedFlow, state: ConnState) -> None:
         self._scheduler.reclaim(flow, state)
 
-    def _recall_all(self, keys: list[FlowKey]) -> None:
+    def _reclaim_all(self, keys: list[FlowKey]) -> None:
         for key in keys:
             flow = self._flows.table(key).get(key)
             if flow is not None:
