@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Causes of a checkpoint. The names are values of the metrics' label `cause`."""
+"""Causes of checkpoints. The names are values of the metrics' label `cause`.
+
+Flows and the engine request checkpoints with a cause; the journal, the status document and
+`explain` show it.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +39,7 @@ class Cause(StrEnum):
     GUEST_EVENT = "guest_event"
 
 
-#: one line for operators, per cause
+#: one-line description per cause, for operators
 DESCRIPTIONS: dict[Cause, str] = {
     Cause.PAYLOAD_DIFFERS: "the guests sent different bytes at the same position of a TCP stream",
     Cause.FIN_DIFFERS: "the guests closed a TCP stream at different positions",

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Which of the guest's flows are compared, by rule. Pure.
+"""Rules that decide which of the guest's flows are compared. Pure.
 
-The first rule that fits decides; a flow that none fits falls to the defaults at the end:
-ARP and NDP pass (both are answered from tables that differ for no reason a client sees),
-everything else is compared. A flow is judged once, when it is first seen; new rules judge
-all flows anew.
+The first rule that matches decides. A flow that none matches falls to the defaults at the end: ARP
+and NDP pass (both are answered from tables that differ for reasons no client sees), everything else
+is compared. A flow is judged once, when it is first seen; new rules judge all flows again.
 """
 
 from __future__ import annotations
@@ -23,15 +22,15 @@ IPNetwork = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 
 class Action(StrEnum):
-    """What is done with a flow. Clients' frames reach both guests in all of them."""
+    """What is done with a flow. Clients' frames reach both guests unless it is DROP_SECONDARY."""
 
     COMPARE = "compare"  # held until the SVM has sent the same
-    PASS = "pass"  # released at once; what the SVM sends is dropped unseen
-    MIRROR_ONLY = "mirror-only"  # released at once, compared behind: differences only counted
-    DROP_SECONDARY = "drop-secondary"  # as pass, and its clients' frames do not reach the SVM
+    PASS = "pass"  # released at once; the SVM's output is dropped uncompared
+    MIRROR_ONLY = "mirror-only"  # released at once, compared later; differences are only counted
+    DROP_SECONDARY = "drop-secondary"  # as pass, and clients' frames do not reach the SVM
 
 
-#: names of the kinds in a rule's `protocol`
+#: kinds of frames by the names in a rule's `protocol`
 PROTOCOLS: dict[str, frozenset[Kind]] = {
     "any": frozenset(Kind),
     "tcp": frozenset((Kind.TCP,)),
@@ -39,7 +38,8 @@ PROTOCOLS: dict[str, frozenset[Kind]] = {
     "icmp": frozenset((Kind.ICMP,)),
     "arp": frozenset((Kind.ARP,)),
     "ndp": frozenset((Kind.NDP,)),
-    "other": frozenset((Kind.IP, Kind.ETHER, Kind.OPAQUE)),  # fragments: by what they make up
+    # fragments: by the datagram they make up
+    "other": frozenset((Kind.IP, Kind.ETHER, Kind.OPAQUE)),
 }
 
 
@@ -70,7 +70,7 @@ def _ports(v: object) -> str | None:
 
 @dataclass(frozen=True, kw_only=True)
 class Rule:
-    """[[rule]]: what a flow must be to fit, and what is done with it."""
+    """One [[rule]]: which flows match, and what is done with them."""
 
     name: str = validate.key(
         validate.pattern(
@@ -111,7 +111,7 @@ class Rule:
     )
 
     def contradiction(self) -> str:
-        """Why no flow can ever fit, or nothing."""
+        """Return why no flow can ever match, or an empty string."""
         ported = {"any", "tcp", "udp"}
         if (self.port or self.peer_port) and self.protocol not in ported:
             return f"{self.protocol} has no ports"
@@ -134,7 +134,7 @@ class Rule:
         return _port_range(self.peer_port)
 
     def fits(self, s: Subject) -> bool:
-        """Whether the rule applies to this flow."""
+        """Return whether the rule matches this flow."""
         if s.kind not in PROTOCOLS[self.protocol]:
             return False
         if self._net is not None:
@@ -151,7 +151,7 @@ class Rule:
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """What a rule looks at. Ports are 0 where there are none; direction "" where none is known."""
+    """Properties that a rule can match. Ports are 0 and direction is "" if there are none."""
 
     kind: Kind
     address: ipaddress.IPv4Address | ipaddress.IPv6Address | None
@@ -161,7 +161,10 @@ class Subject:
 
 
 def subject(p: Packet, direction: str = "") -> Subject:
-    """What a frame that the guest sent tells of its flow; `direction` if it is known."""
+    """Return the properties of the flow of a frame that the guest sent.
+
+    direction: if it is known already.
+    """
     f, kind = p.frame, p.kind
     address: ipaddress.IPv4Address | ipaddress.IPv6Address | None = None
     if p.l3 and kind not in (Kind.ARP, Kind.ETHER, Kind.OPAQUE):
@@ -184,7 +187,7 @@ def subject(p: Packet, direction: str = "") -> Subject:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """A rule's decision."""
+    """Decision of a rule."""
 
     rule: str
     action: Action
@@ -201,7 +204,7 @@ def _defaults(arp: str, ndp: str, other: str) -> tuple[Rule, ...]:
 
 @dataclass(frozen=True)
 class Policy:
-    """The rules in force. `arp`, `ndp` and `other` are the actions of the defaults."""
+    """Rules in force. `arp`, `ndp` and `other` are the actions of the defaults."""
 
     rules: tuple[Rule, ...] = ()
     arp: str = "pass"
@@ -218,5 +221,5 @@ class Policy:
         )
 
     def judge(self, s: Subject) -> Verdict:
-        """What is done with a flow."""
+        """Return what is done with a flow."""
         return next(v for r, v in zip(self.order, self.verdicts, strict=True) if r.fits(s))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The compare engine's counters: names and meanings."""
+"""Names and meanings of the compare engine's counters, for metrics and documentation."""
 
 from __future__ import annotations
 
