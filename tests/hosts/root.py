@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The root file system of a host: the packages that docs/operator/install.md names, and the tree."""
+"""The root file system of a host: the packages of docs/operator/install.md, and `make install`."""
 
 from __future__ import annotations
 
