@@ -51,7 +51,7 @@ install:
 	sed 's|/usr/bin/|$(PREFIX)/bin/|; s|/usr/share/|$(PREFIX)/share/|' 'deploy/systemd/colo-xdp@.service' \
 		> '$(DESTDIR)$(PREFIX)/lib/systemd/system/colo-xdp@.service'
 	install -d $(DESTDIR)$(PREFIX)/share/doc/colo-xdp
-	cp -r README.md ARCHITECTURE.md CHANGELOG.md LICENSE deploy/* $(DESTDIR)$(PREFIX)/share/doc/colo-xdp/
+	cp -r README.md ARCHITECTURE.md CHANGELOG.md LICENSE docs deploy/* $(DESTDIR)$(PREFIX)/share/doc/colo-xdp/
 	install -d -m 0755 $(DESTDIR)/etc/colo-xdp
 	[ -n '$(DESTDIR)' ] || [ ! -d /run/systemd/system ] || systemctl daemon-reload
 
@@ -101,7 +101,8 @@ fuzz: setup
 
 # Measure against the lower bound and against QEMU's proxy: build/bench-report.{json,md},
 # build/bench-*.png. QUICK=1: few runs; PARTS="held peer": only these parts; PUBLISH=1: also update
-# README and tests/bench/report
+# docs/benchmarks.md and tests/bench/report. README's few figures are updated by hand
+# (tests/unit/test_docs.py compares them).
 bench: setup build/.setup-bench
 	$(PY) -m tests.bench $(if $(QUICK),--quick) $(if $(PUBLISH),--publish) $(PARTS)
 

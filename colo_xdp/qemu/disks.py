@@ -67,5 +67,6 @@ def refusal(blocks: Any, external: Iterable[str]) -> str:
         return ""
     return (
         f"{'; '.join(found)}: both guests would write, and a failover would lose or destroy what "
-        "is on it. Take it off, or declare it with [[disk]] external = true (README, Disks)"
+        "is on it. Take it off, or declare it with [[disk]] external = true "
+        "(docs/operator/guests.md)"
     )

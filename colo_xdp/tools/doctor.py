@@ -270,8 +270,10 @@ def _disks(config: Config, blocks: Any) -> Iterator[Check]:
     external = config.external_disks
     found = disks.uncovered(blocks, external)
     for text in found:
-        yield Check("disk", FAIL, f"{text}, and nobody keeps its two copies equal",
-                    "remove it, or set [[disk]] external = true (README, Disks)")  # fmt: skip
+        yield Check(
+            "disk", FAIL, f"{text}, and nobody keeps its two copies equal",
+            "remove it, or set [[disk]] external = true (docs/operator/guests.md)",
+        )  # fmt: skip
     for name in disks.missing(blocks, external):
         yield Check("disk", WARN, f"[[disk]] {name}: QEMU has no disk of that name")
     if not found:

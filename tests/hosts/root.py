@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The root file system of a host: Debian's packages as README names them, and `make install`."""
+"""The root file system of a host: the packages of docs/operator/install.md, and `make install`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from colo_xdp.lab.net import LabError
 
 ROOT = Path(__file__).parents[2]
 SUITE = "bookworm"
-#: what README's first step installs, a QEMU, and what makes it a host that boots
+#: what docs/operator/install.md begins with, a QEMU, and what makes it a host that boots
 PACKAGES = (
     "systemd", "systemd-sysv", "dbus", "iproute2", "procps",
     "python3-bpfcc", "python3-venv", "linux-headers-amd64", "qemu-system-x86",
@@ -57,7 +57,7 @@ def base(directory: Path) -> Path:
 
 
 def install(root: Path) -> None:
-    """This tree into that root, as README says."""
+    """This tree into that root, as docs/operator/install.md says."""
     _run("make", "--no-print-directory", "install", f"DESTDIR={root}")
 
 
