@@ -168,7 +168,8 @@ RETIRED = {
 }  # fmt: skip
 #: what users read
 TEXTS = [
-    *sorted(PAGES.glob("*.md")),
+    ROOT / "README.md",
+    *sorted((ROOT / "docs").rglob("*.md")),
     *(ROOT / "colo_xdp" / p for p in (
         "config/schema.py", "status/metrics.py", "status/document.py", "cli.py",
         "compare/causes.py", "compare/policy.py", "engine/counters.py", "tools/explain.py",
