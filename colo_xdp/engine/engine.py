@@ -466,7 +466,7 @@ class Engine:
         """Return when tick() has something to do that cannot be late; NEVER: nothing.
 
         That is a timer of some ms, or a frame that is kept back. A timer of seconds may be late by
-        50 ms, and mostly its flow has finished by then, so it wakes nobody.
+        50 ms, and mostly its flow has finished by then, so it causes no wake-up.
         """
         return self._clock.now if self._scheduler.braking else self._timers.next_ns
 
