@@ -390,8 +390,7 @@ class Engine:
         self._counters["svm_stale"] += self._queue.forget_svm()
 
     def release_all(self) -> int:
-        """Release everything held, in order, and every later frame at once; return how many were
-        held.
+        """Release all held frames in order, and later ones at once; return how many were held.
 
         The pair is lost and the PVM goes solo. The flows are forgotten.
         """
