@@ -129,7 +129,7 @@ int pvm_in(struct __sk_buff *skb)
  * in pvm_in the tag is pushed before the clone. If the copy is lost, another is sent when the SYN
  * is released.
  */
-static __always_inline int tell_syn(struct __sk_buff *skb, u64 epoch)
+static __always_inline int copy_syn(struct __sk_buff *skb, u64 epoch)
 {
 	u16 tci = COLO_KIND_SYN << COLO_KIND_SHIFT | (epoch & COLO_EPOCH_MASK);
 	u32 peer = cfg(CFG_PEER);
@@ -166,7 +166,7 @@ int pvm_out(struct __sk_buff *skb)
 	} else if (silenced()) {
 		reason = R_DROP_LEASE_EXPIRED; /* released ones too */
 	} else if (mode != MODE_BYPASS && ((void)parse_skb(skb, &p), is_syn(&p)) &&
-		   tell_syn(skb, epoch)) {
+		   copy_syn(skb, epoch)) {
 		reason = R_DROP_HELPER_FAILED;
 	} else if (mark == COLO_MARK) {
 		skb->mark = 0; /* the host's own rules see an ordinary frame */

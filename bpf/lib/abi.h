@@ -42,8 +42,8 @@ enum colo_cfg {
 	CFG_EPOCH = 2,
 	CFG_TAP = 3,	       /* ifindex of the guest's tap */
 	CFG_PEER = 4,	       /* ifindex of the peer link */
-	CFG_CONTROLLER_NS = 5, /* CLOCK_MONOTONIC ns of the controller's last heartbeat */
-	CFG_LOSS_NS = 6,       /* ns without one after which the controller is lost */
+	CFG_CONTROLLER_NS = 5, /* CLOCK_MONOTONIC ns: renewed by the live controller */
+	CFG_LOSS_NS = 6,       /* ns without renewal after which the controller is lost */
 	CFG_LOSS_POLICY = 7,   /* enum colo_loss_policy */
 	CFG_UNMIRRORED = 8,    /* 1: look flows up in `unmirrored` */
 	CFG_SHADOW = 9,	       /* user space's: 1 + epoch in which the PVM transmitted uncompared */
@@ -147,9 +147,8 @@ enum colo_reason {
 	R_NOTE_ADDRESS_MOVED = 38,  /* another machine claims an address that was the guest's */
 	/* Dropped: its checksum or segmentation cannot be carried over (lib/gso.h). */
 	R_DROP_GSO_UNSUPPORTED = 39,
-	R_DROP_PVM_SYN = 40, /* dropped: a SYN of the PVM, its ISN has been noted */
-	R_DROP_PVM_SYN_UNKNOWN =
-		41, /* dropped: the same, but the connection is not tracked (any more) */
+	R_DROP_PVM_SYN = 40,	     /* dropped: a SYN of the PVM, its ISN has been noted */
+	R_DROP_PVM_SYN_UNKNOWN = 41, /* dropped: a SYN of the PVM for an untracked connection */
 	/* Passed untranslated: what it acks may be data, and the PVM's SYN was lost. */
 	R_PASS_OFFSET_UNKNOWN = 42,
 	R_NOTE_MPTCP_REMOVED =
@@ -240,7 +239,7 @@ struct colo_flow {
 	__u8 state;	  /* enum colo_tcp_state */
 	__u8 have;	  /* FLOW_*; only the guest's side writes it, see lib/conntrack.h */
 	__u8 have_client; /* FLOW_*; only the client's side writes it */
-	__u8 have_pvm;	  /* FLOW_PVM_*; like the fields below, only COLO_KIND_SYN frames set it */
+	__u8 have_pvm;	  /* FLOW_PVM_*; like pvm_*, only COLO_KIND_SYN frames set it */
 	__u32 isn_c;	  /* the client's ISN: tells a repeated SYN from a new connection */
 	__u32 pvm_isn;	  /* of the PVM's newest SYN or SYN-ACK, whatever its connection */
 	__u32 pvm_c;	  /* the client's ISN that it acks */

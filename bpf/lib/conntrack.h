@@ -11,14 +11,14 @@
  *          each SYN of the PVM over the peer link (COLO_KIND_SYN), once when the PVM sends it
  *          and once more when it is released.
  *
- * If both copies were lost, or if the guest opened the connection, ISN_P comes from the client: ack
- * - 1 of its SYN-ACK or of its first ACK. That is ISN_P + 1 if only the SYN is acked. It is,
- * because the PVM's data leaves only after the SVM has produced it, so not while the SVM is silent.
- * Once the guest has sent anything after or with its SYN, or the client with its own SYN (RFC
- * 7413), the ack may cover data and teaches nothing: R_PASS_OFFSET_UNKNOWN. (Output that is not
- * compared may leave before the SVM has produced it. For such a connection ISN_P is wrong if the
- * ack covers data and both copies and all earlier acks were lost.) If a SYN of the guest carried
- * data, the copy of the PVM's SYN gives ISN_P itself.
+ * If both copies were lost, or if the guest opened the connection, ISN_P comes from the client: the
+ * ack of its SYN-ACK or of its first ACK is ISN_P + 1 if it covers only the SYN. It does, because
+ * the PVM's data leaves only after the SVM has produced it, so not while the SVM is silent. Once
+ * the guest has sent anything after or with its SYN, or the client with its own SYN (RFC 7413), the
+ * ack may cover data and teaches nothing: R_PASS_OFFSET_UNKNOWN. (Output that is not compared may
+ * leave before the SVM has produced it. For such a connection ISN_P is wrong if the ack covers data
+ * and both copies and all earlier acks were lost.) The answer to a SYN of the guest that carried
+ * data is recognised by the copy of the PVM's SYN, which gives ISN_P itself.
  *
  * Timestamps are learnt the same way: TSval of the same guest segments, TSecr of the same client
  * segment. Segments may arrive in any order.

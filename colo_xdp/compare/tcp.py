@@ -512,9 +512,9 @@ class TcpFlow(ComparedFlow):
         sent, theirs = self.sent, self.theirs
         ident = rst_id(p)
         if theirs.svm_rsts:
-            svm_syn = ident if ident in theirs.svm_rsts else theirs.svm_rsts[0]
-            theirs.svm_rsts.remove(svm_syn)
-            sent.rst(svm_syn)
+            counterpart = ident if ident in theirs.svm_rsts else theirs.svm_rsts[0]
+            theirs.svm_rsts.remove(counterpart)
+            sent.rst(counterpart)
         sent.rst(ident)
         if not self.held.frames:
             # the connection has ended on both sides, whatever else the SVM had to send

@@ -39,7 +39,7 @@ REST_NS = 10_000_000_000
 _DONE = CtlResult.DONE
 _ANSWERS = {_DONE: OffloadResult.ACCEPTED, CtlResult.REFUSED: OffloadResult.IN_FLIGHT}
 #: indexes into abi.CONN
-_SEEN, _CLIENT_ACK, _REL, _FIN_KNOWN, _FIN = 2, 3, 6, 23, 24
+_SEEN, _CLIENT_ACK, _RELEASED, _FIN_KNOWN, _FIN = 2, 3, 6, 23, 24
 _U32 = struct.Struct("=I")
 _EMPTY = bytes(abi.CONN.size)
 _NO_STATE = bytes(abi.GIVE.size)
@@ -226,7 +226,7 @@ class BpfKernelPath:
         The time is shorter if it has ended, or if its client was not seen after the handshake.
         """
         state = abi.CONN.unpack(raw)
-        over = state[_FIN_KNOWN] and state[_FIN] == state[_REL]
+        over = state[_FIN_KNOWN] and state[_FIN] == state[_RELEASED]
         udp = abi.FLOW_KEY.unpack(raw_key)[4] & abi.KEY_UDP
         short = over or not (state[_CLIENT_ACK] or udp)
         return now_ns - int(state[_SEEN]) >= (self._idle_ns // 5 if short else self._idle_ns)

@@ -390,8 +390,7 @@ class Engine:
         self._counters["svm_stale"] += self._queue.forget_svm()
 
     def release_all(self) -> int:
-        """Release everything held, in order, and every later frame at once; return how many were
-        held.
+        """Release all held frames in order, and later ones at once; return how many were held.
 
         The pair is lost and the PVM goes solo. The flows are forgotten.
         """
@@ -466,7 +465,7 @@ class Engine:
         """Return when tick() has something to do that cannot be late; NEVER: nothing.
 
         That is a timer of some ms, or a frame that is kept back. A timer of seconds may be late by
-        50 ms, and mostly its flow has finished by then, so it wakes nobody.
+        50 ms, and mostly its flow has finished by then, so it causes no wake-up.
         """
         return self._clock.now if self._scheduler.braking else self._timers.next_ns
 
