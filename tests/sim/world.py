@@ -177,7 +177,8 @@ def scene(seed: int) -> Scene:
 
 
 def _network_scene(seed: int) -> Scene:
-    """Choose the network; in three of four scenes the fast path decides, with few or many buffers."""
+    """Choose the network; in three of four scenes the fast path decides, with few buffers or
+    many."""
     rnd = random.Random(seed * 104_729 + 2)
     fast, buffers, eager = rnd.random() < 0.75, rnd.choice((1, 4, 16)), rnd.random() < 0.5
     s = replace(_scene(seed), fast=fast, buffers=buffers, eager=eager)
