@@ -123,8 +123,7 @@ class Client:
         tell: Callable[[bytes], None],
         sent: Callable[[Callable[[bytes], bool]], tuple[bytes, int]],
     ) -> None:
-        """Check that the guest sends, learns the limit, sends less, and all of it is
-        acknowledged."""
+        """Check that the guest sends, learns the limit, sends less, and all is acknowledged."""
         stack = self.stack
         before = stack.counter("TcpExt", "OutOfWindowIcmps")
         assert not stack.mtu_to(self.address)
