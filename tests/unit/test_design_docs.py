@@ -31,7 +31,7 @@ def test_there_are_documents() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_files_that_a_document_names_exist(name: str) -> None:
-    """Below colo_xdp, if there is no such file below the root. Of a command the first word counts."""
+    """Below the root, or below colo_xdp. Of a command the first word counts."""
     text = (ROOT / name).read_text()
     named = {x.split()[0].split("#")[0] for x in re.findall(r"`([^`\n]+)`", text) if x.strip()}
     named |= set(re.findall(r"  \[([^\]]+)\]$", text, flags=re.M))  # in a life line
