@@ -13,7 +13,7 @@ from colo_xdp.lab.net import LabError
 
 ROOT = Path(__file__).parents[2]
 SUITE = "bookworm"
-#: what the first step of docs/operator/install.md installs, a QEMU, and what makes it a bootable host
+#: what docs/operator/install.md installs first, a QEMU, and what makes it a bootable host
 PACKAGES = (
     "systemd", "systemd-sysv", "dbus", "iproute2", "procps",
     "python3-bpfcc", "python3-venv", "linux-headers-amd64", "qemu-system-x86",

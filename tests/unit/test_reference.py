@@ -168,7 +168,7 @@ RETIRED = {
 }  # fmt: skip
 #: what users read
 TEXTS = [
-    ROOT / "README.md",
+    *(ROOT / f"{name}.md" for name in ("README", "ARCHITECTURE", "CONTRIBUTING")),
     *sorted((ROOT / "docs").rglob("*.md")),
     *(ROOT / "colo_xdp" / p for p in (
         "config/schema.py", "status/metrics.py", "status/document.py", "cli.py",
