@@ -7,7 +7,7 @@ PACKAGES := python3-bpfcc python3-venv linux-headers-amd64 clang-format-14 gcc l
 	qemu-system-x86 iproute2 busybox-static cpio tcpdump ethtool iperf3 openssl etcd-server procps make git \
 	systemd-container mmdebstrap
 TESTS ?=
-# What needs the kernel, QEMU or real time; everything else runs beside it on what it leaves of the CPUs.
+# Tests that need the kernel, QEMU or real time. The others run beside them at a lower priority.
 KERNEL_TESTS := tests/bench tests/bpf tests/netns tests/e2e tests/lease tests/hosts
 N ?=
 DESTDIR ?=
@@ -16,7 +16,7 @@ INSTALLED := $(PREFIX)/lib/colo-xdp
 
 export DEBIAN_FRONTEND := noninteractive
 
-.PHONY: all setup demo test test-lower-bounds torture stress chaos fuzz bench lint format clean \
+.PHONY: all setup demo test test-lower-bounds torture stress chaos fuzz bench docs lint format clean \
 	install uninstall
 
 all: test
@@ -35,12 +35,12 @@ $(STAMP): pyproject.toml Makefile
 	$(PY) -m pip install --quiet --disable-pip-version-check -e '.[dev]'
 	@touch $@
 
-# The command, in a virtual environment of its own, the unit, the examples and the documents. As root;
-# DESTDIR for a root directory elsewhere that has the same Python. PREFIX: /usr or /usr/local.
-# The environment is not below /root or /home, which the unit does not see.
+# Install the command in its own virtual environment, the unit, the examples and the documents. Needs
+# root. DESTDIR: another root directory, with the same Python. PREFIX: /usr or /usr/local. The
+# environment must not be below /root or /home, which the unit cannot see.
 install:
 	[ -x $(DESTDIR)$(INSTALLED)/bin/python ] || /usr/bin/python3 -m venv $(DESTDIR)$(INSTALLED)
-	# Debian's packages (bcc) are seen later on: what pip would find among them, DESTDIR may not have.
+	# Debian's packages (bcc) become visible only after pip has run: DESTDIR may lack what pip finds here.
 	sed -i 's/^\(include-system-site-packages\) .*/\1 = false/' $(DESTDIR)$(INSTALLED)/pyvenv.cfg
 	$(DESTDIR)$(INSTALLED)/bin/python -m pip install --quiet --disable-pip-version-check .
 	sed -i 's/^\(include-system-site-packages\) .*/\1 = true/' $(DESTDIR)$(INSTALLED)/pyvenv.cfg
@@ -51,7 +51,7 @@ install:
 	sed 's|/usr/bin/|$(PREFIX)/bin/|; s|/usr/share/|$(PREFIX)/share/|' 'deploy/systemd/colo-xdp@.service' \
 		> '$(DESTDIR)$(PREFIX)/lib/systemd/system/colo-xdp@.service'
 	install -d $(DESTDIR)$(PREFIX)/share/doc/colo-xdp
-	cp -r README.md ARCHITECTURE.md CHANGELOG.md LICENSE deploy/* $(DESTDIR)$(PREFIX)/share/doc/colo-xdp/
+	cp -r README.md ARCHITECTURE.md CHANGELOG.md LICENSE docs deploy/* $(DESTDIR)$(PREFIX)/share/doc/colo-xdp/
 	install -d -m 0755 $(DESTDIR)/etc/colo-xdp
 	[ -n '$(DESTDIR)' ] || [ ! -d /run/systemd/system ] || systemctl daemon-reload
 
@@ -63,7 +63,7 @@ uninstall:
 demo: setup
 	.venv/bin/colo-xdp demo
 
-# TESTS: only these
+# Run all tests, or only TESTS
 test: setup
 ifeq ($(TESTS),)
 	@nice -n 10 $(PY) -m pytest tests $(addprefix --ignore=,$(KERNEL_TESTS)) \
@@ -75,37 +75,44 @@ else
 	$(PY) -m pytest $(TESTS)
 endif
 
-# The oldest libraries that pyproject.toml allows: unit tests, the data path, a fuzz target, a plot, lint
+# Test with the oldest libraries that pyproject.toml allows: unit tests, data path, a fuzz target, a
+# plot, lint
 test-lower-bounds: setup
 	$(PY) -m tests.lower_bounds
 
-# N schedules of the simulator from SEED on; a failing one is shrunk and printed
+# Run N schedules of the simulator from SEED on; a failing one is minimized and printed
 torture: setup
 	$(PY) -m tests.sim.torture --runs $(or $(N),100000) --seed $(or $(SEED),0)
 
-# ROUNDS of a real pair of which something dies, hangs or is cut, and is repaired; SEED, TIME (s)
+# Run a real pair for ROUNDS: in each, something dies, hangs or is cut, and is repaired; SEED, TIME (s)
 chaos: setup
 	$(PY) -m tests.e2e.chaos --rounds $(or $(ROUNDS),20) --seed $(or $(SEED),0) \
 		--seconds $(or $(TIME),1e9)
 
-# two guests on all CPUs against the fast path, with checkpoints, about STRESS times 7 seconds
+# Run two guests on all CPUs against the fast path, with checkpoints, for about STRESS times 7 seconds
 stress: setup
 	STRESS=$(or $(STRESS),30) $(PY) -m pytest tests/netns/test_offload.py
 
-# coverage-guided, one TARGET (default: each for a minute); see tests/fuzz/targets.py
+# Run the coverage-guided fuzzer on one TARGET (default: each for a minute); see tests/fuzz/targets.py
 fuzz: setup
 	@for t in $(or $(TARGET),packet engine peer qmp config capture); do \
 		$(PY) -m tests.fuzz.run $$t -max_total_time=$(or $(TIME),60) || exit 1; \
 	done
 
-# figures against the floor and against QEMU's proxy: build/bench-report.{json,md}, build/bench-*.png
-# QUICK=1: few runs; PARTS="held peer": only these; PUBLISH=1: also into README and tests/bench/report
+# Measure against the lower bound and against QEMU's proxy: build/bench-report.{json,md},
+# build/bench-*.png. QUICK=1: few runs; PARTS="held peer": only these parts; PUBLISH=1: also update
+# docs/benchmarks.md and tests/bench/report. README's few figures are updated by hand
+# (tests/unit/test_docs.py compares them).
 bench: setup build/.setup-bench
 	$(PY) -m tests.bench $(if $(QUICK),--quick) $(if $(PUBLISH),--publish) $(PARTS)
 
 build/.setup-bench: $(STAMP)
 	$(PY) -m pip install --quiet --disable-pip-version-check -e '.[bench]'
 	@touch $@
+
+# the tables of docs/reference, from the code
+docs: setup
+	$(PY) -m tests.docs.generate
 
 lint: setup
 	$(PY) -m ruff check .

@@ -1,13 +1,15 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * The primary host's programs.
+ * Programs of the primary host.
  *
- *   pvm_in       tc egress of tap P: a client's frame reaches the PVM, its clone the peer link
+ *   pvm_in       tc egress of tap P: a client's frame goes to the PVM, its clone to the peer link
  *   pvm_out      tc ingress of tap P: the PVM's output goes to user space and nowhere else
  *   svm_arrival  tc ingress of the peer link: the SVM's output goes to user space
- *   pvm_release  tc ingress of the release tap: what the controller let go enters the stack
+ *   pvm_release  tc ingress of the release tap: what the controller releases enters the stack
  *                as if it came from tap P
- *   offload_ctl     attached to nothing: takes connections from and gives them to the fast path
+ *   offload_ctl  not attached: offloads connections to the fast path and reclaims them
+ *
+ * With the fast path, pvm_out and svm_arrival decide on most frames themselves.
  */
 #include <uapi/linux/bpf.h>
 #include <uapi/linux/if_ether.h>
@@ -39,8 +41,11 @@ static __always_inline int finish(u32 prog, u32 reason, u32 len, int verdict)
 	return verdict;
 }
 
-/* value: 1. Writer: controller, as flows fall under a drop-secondary rule. Reader: pvm_in. When
- * it is full the least used one is mirrored again, and the SVM's answers end in the controller. */
+/*
+ * value: 1. Writer: the controller, as flows match a drop-secondary rule. Reader: pvm_in. When it
+ * is full, the least recently used flow is mirrored again, and the controller discards the SVM's
+ * answers.
+ */
 BPF_TABLE_PINNED("lru_hash", struct colo_unmirrored_key, u64, unmirrored, COLO_MAX_UNMIRRORED,
 		 PIN_DIR "/unmirrored");
 
@@ -59,7 +64,7 @@ static __always_inline int is_unmirrored(const struct pkt *p)
 	return unmirrored.lookup(&key) != 0;
 }
 
-/* Without branches on its fields: the verifier would walk all that follows once for each outcome. */
+/* No branches on its fields: the verifier would walk everything that follows once per outcome. */
 static __always_inline int is_syn(const struct pkt *p)
 {
 	u32 other = ((p->flags & (TCP_SYN | TCP_RST)) ^ TCP_SYN) | (p->is_tcp ^ 1);
@@ -71,7 +76,7 @@ static __always_inline int is_syn(const struct pkt *p)
 int pvm_in(struct __sk_buff *skb)
 {
 	u32 len = skb->len, reason = R_PASS;
-	/* Epoch before mode: see svm_out(). A stale tag only costs a retransmission. */
+	/* Epoch before mode: see svm_out(). A stale tag costs only a retransmission. */
 	u64 epoch = cfg(CFG_EPOCH), mode = cfg(CFG_MODE);
 	u32 peer = cfg(CFG_PEER);
 	u16 tci = COLO_KIND_MIRROR << COLO_KIND_SHIFT | (epoch & COLO_EPOCH_MASK);
@@ -82,7 +87,10 @@ int pvm_in(struct __sk_buff *skb)
 	note_network(skb, 0);
 	if (mode == MODE_RUN || mode == MODE_CHECKPOINT || cfg(CFG_UNMIRRORED) || cfg(CFG_OFFLOAD))
 		parsed = !parse_skb(skb, &p);
-	/* A PVM that has fallen silent by plan mirrors until the clients' frames go elsewhere. */
+	/*
+	 * A PVM that has stopped in a planned failover mirrors until the clients' frames go
+	 * elsewhere.
+	 */
 	if (mode != MODE_RUN && mode != MODE_CHECKPOINT && mode != MODE_DROP) {
 		reason = R_PASS;
 	} else if (!is_for_guest(skb)) {
@@ -99,9 +107,9 @@ int pvm_in(struct __sk_buff *skb)
 		if (parsed)
 			note_ack(&p);
 		/*
-		 * The tag is put on before the clone and taken off after it, since a
-		 * clone cannot be changed once it is on its way. If taking it off
-		 * fails the PVM must not see the tag: drop, the client sends again.
+		 * The tag is pushed before the clone and popped after it, since a clone cannot be
+		 * changed once it has been sent. If the pop fails, the PVM must not see the tag:
+		 * drop, and the client sends again.
 		 */
 		reason = R_PASS_MIRROR_FAILED;
 		if (bpf_skb_vlan_push(skb, bpf_htons(COLO_TPID), tci) == 0) {
@@ -117,10 +125,11 @@ int pvm_in(struct __sk_buff *skb)
 }
 
 /*
- * A SYN of the PVM, to the secondary: from it the rewriter there learns the PVM's ISN. As in pvm_in
- * the tag is put on before the clone. A copy that is lost is told once more when the SYN leaves.
+ * Send a copy of a SYN of the PVM to the secondary, whose rewriter learns the PVM's ISN from it. As
+ * in pvm_in the tag is pushed before the clone. If the copy is lost, another is sent when the SYN
+ * is released.
  */
-static __always_inline int tell_syn(struct __sk_buff *skb, u64 epoch)
+static __always_inline int copy_syn(struct __sk_buff *skb, u64 epoch)
 {
 	u16 tci = COLO_KIND_SYN << COLO_KIND_SHIFT | (epoch & COLO_EPOCH_MASK);
 	u32 peer = cfg(CFG_PEER);
@@ -134,7 +143,7 @@ static __always_inline int tell_syn(struct __sk_buff *skb, u64 epoch)
 	return bpf_skb_vlan_pop(skb);
 }
 
-/* No controller has been seen for CFG_LOSS_NS. */
+/* Whether the controller has not been seen for CFG_LOSS_NS. */
 static __always_inline int controller_lost(void)
 {
 	u64 seen = cfg(CFG_CONTROLLER_NS), limit = cfg(CFG_LOSS_NS);
@@ -153,14 +162,14 @@ int pvm_out(struct __sk_buff *skb)
 	struct pkt p = {};
 
 	if (mode == MODE_DROP) {
-		reason = R_DROP_MODE; /* released ones too: the other guest may be speaking */
+		reason = R_DROP_MODE; /* released ones too: the other guest may be active */
 	} else if (silenced()) {
 		reason = R_DROP_LEASE_EXPIRED; /* released ones too */
 	} else if (mode != MODE_BYPASS && ((void)parse_skb(skb, &p), is_syn(&p)) &&
-		   tell_syn(skb, epoch)) {
+		   copy_syn(skb, epoch)) {
 		reason = R_DROP_HELPER_FAILED;
 	} else if (mark == COLO_MARK) {
-		skb->mark = 0; /* the host's own rules see a frame like any other */
+		skb->mark = 0; /* the host's own rules see an ordinary frame */
 		reason = R_PASS_RELEASED;
 		verdict = TC_ACT_OK;
 	} else if (mode == MODE_BYPASS) {
@@ -168,7 +177,7 @@ int pvm_out(struct __sk_buff *skb)
 		verdict = TC_ACT_OK;
 	} else if ((p.is_tcp || p.is_udp) &&
 		   (fate = offload(skb, &p, SIDE_PVM, mode, epoch, &punt_seq, &verdict))) {
-		reason = fate; /* also without a controller (I9) */
+		reason = fate; /* even without a controller */
 	} else if (controller_lost()) {
 		if (cfg(CFG_LOSS_POLICY) == LOSS_RELEASE) {
 			reason = R_PASS_CONTROLLER_LOST;
@@ -192,7 +201,7 @@ int svm_arrival(struct __sk_buff *skb)
 
 	/* The kernel has moved the outer tag to the metadata before this hook runs. */
 	if (skb->vlan_present && skb->vlan_proto == bpf_htons(COLO_TPID)) {
-		verdict = TC_ACT_SHOT; /* I6: a tagged frame never reaches the host's stack */
+		verdict = TC_ACT_SHOT; /* a tagged frame never reaches the host's stack */
 		if (tci >> COLO_KIND_SHIFT != COLO_KIND_SVM) {
 			reason = R_DROP_ISOLATED;
 		} else if (mode != MODE_RUN && mode != MODE_CHECKPOINT) {
@@ -204,7 +213,7 @@ int svm_arrival(struct __sk_buff *skb)
 		} else {
 			struct pkt p = {};
 
-			/* A frame of another epoch is none of the fast path's. */
+			/* The fast path must not use a frame of another epoch. */
 			if ((tci & COLO_EPOCH_MASK) != (epoch & COLO_EPOCH_MASK))
 				epoch = ~epoch;
 			if (!parse_skb(skb, &p) && (p.is_tcp || p.is_udp))

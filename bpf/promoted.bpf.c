@@ -1,12 +1,13 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * A PVM that has once taken over, and still has connections in numbers of its own.
+ * Programs for a PVM that once took over and still has connections with numbers of its own.
  *
- *   promoted_in   tc egress of tap P, behind pvm_in: the client's numbers into the guest's
- *   promoted_out  tc ingress of tap P, before pvm_out: the guest's into the client's
+ *   promoted_in   tc egress of tap P, after pvm_in: from the client's numbers to the guest's
+ *   promoted_out  tc ingress of tap P, before pvm_out: from the guest's numbers to the client's
  *
- * Between them and the guest are its own numbers, everywhere else the client's. They are on
- * the tap only while there are such connections. As after the takeover, none begins here.
+ * Its own numbers appear only between these programs and the guest, the client's everywhere else.
+ * They are attached only while such connections exist. As after a takeover, no new entry begins
+ * here.
  */
 #include <uapi/linux/bpf.h>
 #include <uapi/linux/if_ether.h>
@@ -29,7 +30,7 @@ static __always_inline int translate(struct __sk_buff *skb, u32 prog, int to_gue
 	struct pkt p = {};
 
 	if (skb->mark == COLO_MARK) {
-		reason = R_PASS_RELEASED; /* it has been here before it was held */
+		reason = R_PASS_RELEASED; /* translated before it was held */
 	} else if (parse_skb(skb, &p)) {
 		reason = R_NOTE_UNPARSED;
 	} else if (p.is_tcp) {

@@ -1,16 +1,17 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * The secondary host's programs.
+ * Programs of the secondary host.
  *
  *   svm_in       tc ingress of the peer link: mirrored client frames, for the SVM; SYNs of the PVM
- *   svm_deliver  tc ingress of the deliver tap: the same frames, held over a checkpoint
- *   svm_out      tc ingress of tap S: the SVM's output, to the peer link or, taken over, the network
- *   svm_forward  tc ingress of the forward tap: SVM output that was held over a checkpoint
+ *   svm_deliver  tc ingress of the deliver tap: the same frames, held during a checkpoint
+ *   svm_out      tc ingress of tap S: the SVM's output, to the peer link or, after a takeover,
+ *                to the network
+ *   svm_forward  tc ingress of the forward tap: SVM output that was held during a checkpoint
  *   svm_net      tc egress of tap S: what may reach the guest
  *   svm_out_xdp  XDP of tap S: translation of the SVM's output on a tap with plain frames
  *
- * I6: until failover no frame of the SVM reaches the network. svm_out says
- * TC_ACT_OK in MODE_TAKEOVER only.
+ * Until failover, no frame of the SVM reaches the network: svm_out returns TC_ACT_OK in
+ * MODE_TAKEOVER only.
  */
 #include <uapi/linux/bpf.h>
 #include <uapi/linux/if_ether.h>
@@ -29,7 +30,7 @@
 #include "lib/icmp.h"
 
 #ifdef COLO_REWRITE_AT_XDP
-#define OUT_TRANSLATED 1 /* svm_out_xdp has done it before the skb was made */
+#define OUT_TRANSLATED 1 /* svm_out_xdp translated before the skb was made */
 #else
 #define OUT_TRANSLATED 0
 #endif
@@ -40,8 +41,10 @@ static __always_inline int finish(u32 prog, u32 reason, u32 len, int verdict)
 	return verdict;
 }
 
-/* 0, and the verifier does not know (as parse_frame()'s `zero`): what it is added to is no longer a
- * constant for each of which all that follows is walked. */
+/*
+ * 0, but the verifier does not know that (see `zero` of parse_frame()). A value to which it is
+ * added is no longer a constant, for each of which the verifier would walk everything that follows.
+ */
 static __always_inline u32 unknown_zero(struct __sk_buff *skb)
 {
 	volatile struct __sk_buff *ctx = skb;
@@ -49,7 +52,7 @@ static __always_inline u32 unknown_zero(struct __sk_buff *skb)
 	return ctx->len - ctx->len;
 }
 
-/* Tracks and translates a frame, whatever it is; R_PASS_REDIRECTED if nothing moved. */
+/* Track and translate a frame of any kind; R_PASS_REDIRECTED if nothing changed. */
 static __always_inline u32 translate(struct __sk_buff *skb, int to_svm, u64 mode, u32 epoch)
 {
 	struct tcp_options t = {};
@@ -72,7 +75,7 @@ static __always_inline int to_tap(struct __sk_buff *skb)
 	return bpf_redirect(tap, 0);
 }
 
-/* Takes a frame of the SVM to the primary, stamped with the epoch it belongs to. */
+/* Send a frame of the SVM to the primary, stamped with the epoch it belongs to. */
 static __always_inline u32 to_peer(struct __sk_buff *skb, u64 epoch, u32 reason, int *verdict)
 {
 	u16 tci = COLO_KIND_SVM << COLO_KIND_SHIFT | (epoch & COLO_EPOCH_MASK);
@@ -84,7 +87,7 @@ static __always_inline u32 to_peer(struct __sk_buff *skb, u64 epoch, u32 reason,
 	return reason;
 }
 
-/* The kind of a frame on the peer link, -1 if it carries no tag of ours. */
+/* Kind of a frame on the peer link; -1 if it has none of our tags. */
 static __always_inline int peer_kind(struct __sk_buff *skb)
 {
 	__be16 tci;
@@ -95,7 +98,7 @@ static __always_inline int peer_kind(struct __sk_buff *skb)
 			return -1;
 		return skb->vlan_tci >> COLO_KIND_SHIFT;
 	}
-	/* Only in test runs is it still among the bytes; never a reason to let a frame out. */
+	/* Only in test runs is it still in the frame's bytes; never a reason to let a frame out. */
 	if (skb->protocol != bpf_htons(COLO_TPID) || bpf_skb_load_bytes(skb, 14, &tci, 2))
 		return -1;
 	return bpf_ntohs(tci) >> COLO_KIND_SHIFT;
@@ -104,14 +107,17 @@ static __always_inline int peer_kind(struct __sk_buff *skb)
 int svm_in(struct __sk_buff *skb)
 {
 	/*
-	 * In MODE_TAKEOVER too: a primary that has fallen silent by plan mirrors what clients
-	 * send to it until switches have learnt where the guest is now.
+	 * In MODE_TAKEOVER too: a primary that has stopped in a planned failover mirrors what
+	 * clients send to it until switches have learnt where the guest is now.
 	 */
 	u64 epoch = cfg(CFG_EPOCH), mode = cfg(CFG_MODE);
 	u32 len = skb->len, reason;
 	int kind = peer_kind(skb), verdict = TC_ACT_SHOT;
 
-	/* Not in MODE_TAKEOVER: what this guest says then is heard at the other host. */
+	/*
+	 * Not in MODE_TAKEOVER: the mirror then carries what this guest itself sends, as seen by
+	 * the other host.
+	 */
 	if (kind == COLO_KIND_MIRROR && (mode == MODE_RUN || mode == MODE_CHECKPOINT))
 		note_network(skb, 1);
 	if (kind < 0) {
@@ -135,8 +141,11 @@ int svm_in(struct __sk_buff *skb)
 		if (p.is_tcp)
 			read_options((void *)(long)skb->data, (void *)(long)skb->data_end, &p, &t);
 		if (kind == COLO_KIND_SYN) {
-			/* Of a handshake over a checkpoint, the copy made as it leaves tells. */
-			reason = mode == MODE_RUN ? flow_observe_pvm(&p, &t.ts, epoch)
+			/*
+			 * If a checkpoint interrupts the handshake, the copy sent on release
+			 * carries the ISN.
+			 */
+			reason = mode == MODE_RUN ? flow_note_pvm(&p, &t.ts, epoch)
 						  : R_DROP_PVM_SYN_UNKNOWN;
 		} else if (mode == MODE_CHECKPOINT) {
 			reason = capture(skb, &p, SRC_CLIENT, epoch, 0);
@@ -175,16 +184,16 @@ int svm_out(struct __sk_buff *skb)
 	note_guest(skb);
 
 	/*
-	 * Epoch before mode, always. The controller leaves MODE_RUN, lets the
-	 * checkpoint happen, advances the epoch and only then returns to MODE_RUN.
-	 * A frame that the guest sent before its STOP entered this program before
-	 * the epoch moved. If it were to read the mode first it could see the old
-	 * MODE_RUN, be interrupted for the whole checkpoint, and stamp itself with
-	 * the new epoch: old bytes that the primary would compare with new ones
-	 * (I7). This way round the stamp is at most too old; the primary drops and
-	 * counts that.
-	 * The processor may swap the two reads, but only by less than the
-	 * milliseconds between the two writes, and an interrupt orders them.
+	 * The epoch must be read before the mode. The controller leaves MODE_RUN, lets the
+	 * checkpoint happen, advances the epoch and only then returns to MODE_RUN. A frame that the
+	 * guest sent before it was stopped entered this program before the epoch moved. If the mode
+	 * were read first, the program could see the old MODE_RUN, be interrupted for the whole
+	 * checkpoint, and stamp the frame with the new epoch: old bytes, which the primary would
+	 * compare with new ones. In this order the stamp is at worst too old, and the primary drops
+	 * and counts such a frame.
+	 *
+	 * The processor may swap the two reads, but only by less than the milliseconds between the
+	 * two writes, and an interrupt orders them.
 	 */
 	u64 epoch = cfg(CFG_EPOCH);
 	u64 mode = cfg(CFG_MODE);
@@ -203,14 +212,15 @@ int svm_out(struct __sk_buff *skb)
 
 		if (takeover && skb->mark == COLO_MARK)
 			reason =
-				R_PASS_RELEASED; /* the controller's own, or translated by svm_forward */
+				/* the controller's own, or translated by svm_forward */
+				R_PASS_RELEASED;
 		else
 			reason =
 				OUT_TRANSLATED ? R_PASS_REDIRECTED : translate(skb, 0, mode, epoch);
 		if (!takeover) {
 			reason = to_peer(skb, epoch, reason, &verdict);
 		} else if (reason != R_DROP_HELPER_FAILED) {
-			skb->mark = 0; /* the host's own rules see a frame like any other */
+			skb->mark = 0; /* the host's own rules see an ordinary frame */
 			verdict = TC_ACT_OK;
 			if (reason == R_PASS_REDIRECTED)
 				reason = R_PASS;
@@ -230,7 +240,7 @@ int svm_forward(struct __sk_buff *skb)
 		if (mode != MODE_TAKEOVER) {
 			reason = to_peer(skb, epoch, reason, &verdict);
 		} else if (reason != R_DROP_HELPER_FAILED) {
-			/* Held when the primary died; or an announcement, which is no TCP. */
+			/* Held when the primary died; or an announcement, which is not TCP. */
 			skb->mark = COLO_MARK;
 			verdict = bpf_redirect(tap, BPF_F_INGRESS);
 		}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The numbers and shapes of bpf/lib/abi.h, for Python.
+"""Constants and structures of bpf/lib/abi.h, for Python.
 
 tests/unit/test_abi.py parses the header and fails when the two differ.
 """
@@ -25,7 +25,7 @@ EV_UNSUMMED = 4
 
 
 class Mode(IntEnum):
-    """What the data path does (slot CFG_MODE)."""
+    """Mode of the data path (slot CFG_MODE)."""
 
     DROP = 0
     BYPASS = 1
@@ -70,26 +70,29 @@ class HostRole(IntEnum):
 
 
 class SyncState(IntEnum):
-    """What this host's guest is to the other one (slot CFG_SYNC_STATE): outlives the controller."""
+    """Relation of this host's guest to the other one; outlives the controller.
 
-    NONE = 0  # nothing is known: not a copy of the other one, as far as anybody has confirmed
-    IN_SYNC = 1  # a checkpoint was confirmed, and nobody has spoken alone since
-    STANDALONE = 2  # clients may know bytes of it that the other one has never heard of
+    Slot CFG_SYNC_STATE.
+    """
+
+    NONE = 0  # not confirmed to be a copy of the other one
+    IN_SYNC = 1  # a checkpoint was confirmed, and neither guest has been active alone since
+    STANDALONE = 2  # clients may know bytes of it that the other one never received
 
 
-#: values of CFG_UPLINK that are no device
+#: values of CFG_UPLINK that are not a device
 UPLINK_BRIDGE, UPLINK_LEARNED = 0, 0xFFFFFFFF
 
 
 class LossPolicy(IntEnum):
-    """on_controller_loss."""
+    """Values of [datapath] on_controller_loss."""
 
     HOLD = 0
     RELEASE = 1
 
 
 class Prog(IntEnum):
-    """Programs: first index of the counters."""
+    """Programs: the first index of the counters."""
 
     PVM_IN = 0
     PVM_OUT = 1
@@ -109,7 +112,7 @@ class Prog(IntEnum):
 
 
 class Reason(IntEnum):
-    """What became of a frame, and why: second index of the counters."""
+    """Outcome of a frame and its reason: the second index of the counters."""
 
     PASS = 0
     PASS_MIRRORED = 1
@@ -172,7 +175,7 @@ GSO_ECN = 0x80
 
 
 class Source(IntEnum):
-    """Whose frame an event carries."""
+    """The guest or client that sent an event's frame."""
 
     PVM = 0
     SVM = 1
@@ -182,8 +185,8 @@ class Source(IntEnum):
 PROGRAMS = {p.name.lower(): int(p) for p in Prog if p is not Prog.MAX}
 REASONS = {r.name.lower(): int(r) for r in Reason if r is not Reason.MAX}
 
-#: struct colo_event: ts_ns, len, epoch, gso_size, vlan_tci, vlan_proto, source, flags,
-#: captured, csum_start, csum_offset, gso_type
+#: struct colo_event: ts_ns, len, epoch, gso_size, vlan_tci, vlan_proto, source, flags, punt_seq,
+#: csum_start, csum_offset, gso_type
 EVENT = struct.Struct("=QIIHHHBBIHBB")
 #: struct colo_count: packets, bytes
 COUNT = struct.Struct("=QQ")
@@ -203,15 +206,15 @@ OWNER_USER, OWNER_KERNEL = 0, 1
 CLIENT_ACK_KNOWN = 1 << 32
 SIDE_PVM, SIDE_SVM = 0, 1
 
-#: struct colo_conn: lock, since_ns, seen_ns, client_ack, tier, epoch, rel, nxt, org, buffer,
-#: captured, p_ack, s_ack, adv_ack, p_win, s_win, adv_win, mss, ahead, pending, l4, doff, why,
-#: fin_known, pad, fin, pad2, hdr, memo
+#: struct colo_conn: lock, since_ns, seen_ns, client_ack, owner, epoch, released, next, base_seq,
+#: buffer, punt_seq, p_ack, s_ack, adv_ack, p_win, s_win, adv_win, mss, leader, ack_pending, l4,
+#: doff, punt_reason, fin_known, pad, fin, pad2, hdr, cookie
 CONN = struct.Struct("=QQQQIIIIIIIIIIHHHHBBBBBB2xI4x128s64s")
-#: struct colo_dgram: ts_ns, len, partial, pad, hdr; records begin at multiples of DGRAM_ALIGN
+#: struct colo_dgram: ts_ns, len, partial, pad, hdr; records start at multiples of DGRAM_ALIGN
 DGRAM, DGRAM_ALIGN = struct.Struct("=QIB3x112s"), 128
 #: struct colo_owner: taken, since_ns, key
 OWNER = struct.Struct("=QQ40s")
-#: struct colo_ctl: ethernet header, op, captured, key, what OFFLOAD is to set, since_ns
+#: struct colo_ctl: Ethernet header, op, punt_seq, key, what CTL_OFFLOAD sets (OFFLOAD), since_ns
 CTL = struct.Struct("=14xHI40s232sQ")
 #: struct colo_client: seen_ns, ifindex, pad
 CLIENT = struct.Struct("=QII")
@@ -222,8 +225,8 @@ ADDRESS = struct.Struct("=16sI")
 #: struct colo_claim: seen_ns, mac, epoch, flags
 CLAIM = struct.Struct("=QQII")
 CLAIM_SAYS_ROUTER, CLAIM_ROUTER = 1, 2
-#: epoch, rel, p_ack, s_ack, adv_ack, p_win, s_win, adv_win, mss, nxt, org, ahead, pending, l4,
-#: doff, hdr, memo
+#: part of struct colo_ctl: epoch, released, p_ack, s_ack, adv_ack, p_win, s_win, adv_win, mss,
+#: next, base_seq, leader, ack_pending, l4, doff, hdr, cookie
 OFFLOAD = struct.Struct("=IIIIIHHHHIIBBBB128s64s")
 #: bytes of a buffer's ring, and where it begins in struct colo_buffer
 BUFFER, BUFFER_BEFORE = 512 * 1024, 64
@@ -231,7 +234,7 @@ BUFFER_SLACK = 2 * 4096 + 128
 
 
 class CtlOp(IntEnum):
-    """What fast_ctl is asked to do."""
+    """Operations of the program offload_ctl."""
 
     RECLAIM = 1
     OFFLOAD = 2
@@ -240,7 +243,7 @@ class CtlOp(IntEnum):
 
 
 class CtlResult(IntEnum):
-    """What fast_ctl answers."""
+    """Results of the program offload_ctl."""
 
     DONE = 0
     REFUSED = 1

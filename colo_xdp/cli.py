@@ -4,9 +4,8 @@
 Heavy modules are imported by the command that needs them, so that `status` and
 `--help` answer at once and without bcc.
 
-Exit codes: 0 done, 1 failed, 2 wrong usage or config, or refused (`run`: starting again cures
-nothing), 3 no controller running, 4 running but not protected (`status`), 5 checkpoints would be
-needed (`replay`).
+EXIT_CODES lists the exit codes. The help texts are the source of docs/reference/cli.md, which
+tests/docs/generate.py writes.
 """
 
 from __future__ import annotations
@@ -25,27 +24,40 @@ import typer
 from . import __version__
 
 OK, FAILED, USAGE, NOT_RUNNING, DEGRADED, DIFFER = 0, 1, 2, 3, 4, 5
+EXIT_CODES: dict[int, str] = {
+    OK: "done",
+    FAILED: "failed",
+    USAGE: "wrong usage or configuration, or refused (`run`: starting again would not help)",
+    NOT_RUNNING: "no controller is running",
+    DEGRADED: "running, but not protected (`status`)",
+    DIFFER: "checkpoints would have been needed (`replay`)",
+}
 RUN_DIR = "/run/colo-xdp"
 BPFFS = "/sys/fs/bpf"
 
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=True,
-    help="COLO proxy in eBPF: two lock-stepped virtual machines, one of which may die.",
-    epilog="Exit codes: 0 done, 1 failed, 2 usage or config, 3 not running, 4 not protected, "
-    "5 checkpoints would be needed (replay).",
+    help="COLO proxy in eBPF: two virtual machines in lock step, one of which may die.",
+    epilog="Exit codes: " + "; ".join(f"{code} {text}" for code, text in EXIT_CODES.items()) + ".",
 )
-config_app = typer.Typer(no_args_is_help=True, help="Look at a configuration file.")
+config_app = typer.Typer(no_args_is_help=True, help="Check or print a configuration file.")
 app.add_typer(config_app, name="config")
-pki_app = typer.Typer(no_args_is_help=True, help="Certificates for a pair's control channel.")
+pki_app = typer.Typer(
+    no_args_is_help=True, help="Create certificates for the control channel of a pair."
+)
 app.add_typer(pki_app, name="pki")
 
-ConfigArg = Annotated[Path, typer.Argument(help="The pair's TOML file on this host.")]
+ConfigArg = Annotated[Path, typer.Argument(help="TOML file of the pair on this host.")]
 Where = Annotated[
     str | None,
-    typer.Argument(help="The pair, its TOML file or control socket; default: the one that runs."),
+    typer.Argument(
+        help="Name, TOML file or control socket of the pair; default: the only one that runs here."
+    ),
 ]
-RunDir = Annotated[str, typer.Option(help="Where control sockets are.", envvar="COLO_XDP_RUN_DIR")]
+RunDir = Annotated[
+    str, typer.Option(help="Directory of the control sockets.", envvar="COLO_XDP_RUN_DIR")
+]
 
 
 class RoleName(StrEnum):
@@ -119,9 +131,9 @@ def _ask(where: str | None, run_dir: str, command: str, **args: Any) -> dict[str
 
 @app.command()
 def run(config: ConfigArg) -> None:
-    """Run the controller of one pair on this host, until SIGTERM.
+    """Run the controller of one pair on this host until SIGTERM.
 
-    Stopping it leaves the data path in place; the next one takes over.
+    The data path stays in place when the controller ends; the next controller adopts it.
     """
     c = _load(config)
     from .service.daemon import run as daemon
@@ -140,27 +152,27 @@ def _text(s: dict[str, Any]) -> str:
         return "never" if v is None else f"{v:.0f} ms ago"
 
     may = s["active"]
-    right = {"held": "the lease is held", "promised": "the other host keeps silent"}
+    right = {"held": "the lease is held", "promised": "the other host stays silent"}
     why = right.get(may["lease"], "no lease") if may["lease"] else ""
     left = f", {may['remaining_s']:.1f} s left" if may["remaining_s"] else ""
     causes = ", ".join(f"{k} {v}" for k, v in ck["by_cause"].items() if v) or "none"
     lines = [
         f"{s['pair']} {s['role']}: {s['state']} for {age:.0f} s (epoch {s['epoch']}, {s['mode']})",
         f"  why          {s['reason']}",
-        f"  guest        {'speaks' if may['transmitting'] else 'is silent'}"
+        f"  guest        {'transmits' if may['transmitting'] else 'is silent'}"
         + (f" ({why}{left})" if why else ""),
         f"  QEMU         {no(q)}connected {q['version']} {q['accel']}".rstrip(),
         f"  peer         {no(p)}connected {p['state']}".rstrip(),
         *(
-            f"  beacons      {w['name']}: heard {ms(w['silent_ms'])}, round trip "
-            f"{w['rtt_us'] / 1000:.1f} ms, the peer hears what was sent {ms(w['unheard_ms'])}"
+            f"  heartbeats   {w['name']}: received {ms(w['silent_ms'])}, round trip "
+            f"{w['rtt_us'] / 1000:.1f} ms, acknowledged {ms(w['echo_age_ms'])}"
             + (f" ({w['trouble']})" if w["trouble"] else "")
             for w in s["heartbeat_links"]
         ),
         f"  hook         {s['hook']}, events by {s['events']} buffer, {s['ring']['lost']} lost",
         f"  held         {held['packets']} of {held['limit']} packets, {held['bytes']} bytes",
         f"  checkpoints  {ck['total']} ({causes}), {ck['failed']} failed"
-        + (f", {ck['delayed']} waited {ck['delay_s']:.1f} s for their share" * bool(ck["delayed"])),
+        + (f", {ck['delayed']} delayed by {ck['delay_s']:.1f} s in all" * bool(ck["delayed"])),
     ]
     if ck["last"]:
         last = ck["last"]
@@ -174,11 +186,13 @@ def _text(s: dict[str, Any]) -> str:
 @app.command()
 def status(
     where: Where = None,
-    as_json: Annotated[bool, typer.Option("--json", help="The documented JSON.")] = False,
-    watch: Annotated[bool, typer.Option(help="Show it again every second.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the status document as JSON.")
+    ] = False,
+    watch: Annotated[bool, typer.Option(help="Print the status again every second.")] = False,
     run_dir: RunDir = RUN_DIR,
 ) -> None:
-    """What the pair is doing, and why. Exit code 4 when it is not protected."""
+    """Show what the pair is doing, and why. Exit code 4 if it is not protected."""
     while True:
         s = _ask(where, run_dir, "status")
         typer.echo(json.dumps(s, indent=2) if as_json else _text(s))
@@ -191,7 +205,7 @@ def status(
 
 @app.command()
 def checkpoint(where: Where = None, run_dir: RunDir = RUN_DIR) -> None:
-    """Make both guests equal now (on the primary host)."""
+    """Make a checkpoint now, so that both guests are equal (on the primary host)."""
     r = _ask(where, run_dir, "checkpoint")
     typer.echo(f"epoch {r['epoch']}: pause {r['pause_ms']:.1f} ms, {r['total_ms']:.1f} ms in all")
 
@@ -221,7 +235,7 @@ def failover(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the steps and do nothing.")
     ] = False,
-    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask for confirmation.")] = False,
     run_dir: RunDir = RUN_DIR,
 ) -> None:
     """Let this host's guest go on alone: the SVM takes over, or the PVM goes solo.
@@ -262,17 +276,19 @@ def _change(
 @app.command("demote")
 def demote(
     where: Where = None,
-    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
-    why: Annotated[str, typer.Option(help="For the log.")] = "asked by the operator",
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask for confirmation.")] = False,
+    why: Annotated[str, typer.Option(help="Reason, for the log.")] = "asked by the operator",
     run_dir: RunDir = RUN_DIR,
 ) -> None:
-    """Silence this host's guest now, for certain. The other one goes on alone, if it can.
+    """Silence this host's guest now, for certain. The other guest goes on alone if it can.
 
     `switchover` is the gentle way. Only a new copy of the other guest is heard here again.
     """
     s = _ask(where, run_dir, "status")
     if s["state"] not in ("protected", "checkpointing"):
-        typer.echo(f"this pair is {s['state']} ({s['reason']}): nobody may be left to go on")
+        typer.echo(
+            f"this pair is {s['state']} ({s['reason']}): there may be no guest left to go on"
+        )
     if not yes and sys.stdin.isatty():
         typer.confirm(f"Silence the guest of {s['pair']} on this host?", abort=True)
     r = _ask(where, run_dir, "demote", why=why)
@@ -281,16 +297,16 @@ def demote(
 
 @app.command()
 def reprotect(where: Where = None, run_dir: RunDir = RUN_DIR) -> None:
-    """Give a guest that is alone a new secondary: on either host.
+    """Give a guest that is alone a new secondary (on either host).
 
-    Where the other guest was, `[qemu] incoming` starts a QEMU; without it you do, with -incoming.
-    The rest needs nobody.
+    On the host that lost its guest, `[qemu] incoming` starts a QEMU; without that command you
+    start one with -incoming. Everything else happens by itself.
     """
     r = _ask(where, run_dir, "reprotect")
     if r["here"] and not r["command"]:
         typer.echo("start this host's QEMU now, with -incoming: see `qemu.incoming` for a command")
     else:
-        typer.echo("asked for: see `colo-xdp status --watch`")
+        typer.echo("requested: see `colo-xdp status --watch`")
 
 
 DRILL_S = 180.0
@@ -300,9 +316,9 @@ DRILL_S = 180.0
 def drill(
     where: Where = None,
     run_dir: RunDir = RUN_DIR,
-    wait: Annotated[float, typer.Option(help="Seconds for the new secondary.")] = DRILL_S,
+    wait: Annotated[float, typer.Option(help="Seconds to wait for the new secondary.")] = DRILL_S,
 ) -> None:
-    """Change the hosts' roles on purpose, protect again, and say what it cost (primary host).
+    """Exchange the roles of the hosts, protect again, and report the cost (on the primary host).
 
     A switchover and a re-protection. This host's QEMU has to be started anew in between:
     by `[qemu] incoming`, or by you.
@@ -319,7 +335,7 @@ def drill(
     if not r["done"]:
         raise _fail(f"no switchover: {r['state']}: {r['reason']}")
     typer.echo(
-        f"the guest speaks on the other host after {(time.monotonic() - began) * 1e3:.0f} ms"
+        f"the guest transmits on the other host after {(time.monotonic() - began) * 1e3:.0f} ms"
     )
     gap, last, end = None, "", began + wait
     _ask(path, run_dir, "reprotect")
@@ -331,7 +347,7 @@ def drill(
             continue
         if gap is None and s["last_failover"]:
             gap = s["last_failover"]["gap_ms"]
-            typer.echo(f"the network heard nothing of the guest for {gap:.0f} ms")
+            typer.echo(f"the network received nothing from the guest for {gap:.0f} ms")
         if s["reason"] != last:
             last = s["reason"]
             typer.echo(f"  {s['role']}, {s['state']}: {last}")
@@ -344,25 +360,31 @@ def drill(
 
 @app.command()
 def mode(
-    name: Annotated[ModeName | None, typer.Argument(help="Print it, or set it.")] = None,
-    where: Annotated[str | None, typer.Option("--config", help="As for status.")] = None,
+    name: Annotated[
+        ModeName | None, typer.Argument(help="Mode to set; default: print the current one.")
+    ] = None,
+    where: Annotated[str | None, typer.Option("--config", help="The pair, as for status.")] = None,
     run_dir: RunDir = RUN_DIR,
 ) -> None:
-    """`paused` decides no failover by itself; `shadow` compares but holds nothing."""
+    """Print or set the mode of the pair.
+
+    `protected`: normal operation. `paused`: no failover without an operator. `shadow`: compare
+    the guests but hold nothing, so nothing is protected.
+    """
     args = {"mode": name.value} if name else {}
     typer.echo(_ask(where, run_dir, "mode", **args)["mode"])
 
 
 @app.command()
 def reload(where: Where = None, run_dir: RunDir = RUN_DIR) -> None:
-    """Read the config file again: its rules. As SIGHUP does, but it says what came of it."""
+    """Read the rules of the configuration file again, as SIGHUP does, and report the result."""
     n = _ask(where, run_dir, "reload")["rules"]
-    typer.echo(f"{n} rules; what they change takes force with the next checkpoint")
+    typer.echo(f"{n} rules; changes take effect with the next checkpoint")
 
 
 @app.command()
 def policy(where: Where = None, run_dir: RunDir = RUN_DIR) -> None:
-    """The rules in force, and what each has counted (on the primary host)."""
+    """Show the rules in force and the counters of each (on the primary host)."""
     from .tools.explain import rules_text
 
     typer.echo(rules_text(_ask(where, run_dir, "explain")["rules"]))
@@ -371,12 +393,17 @@ def policy(where: Where = None, run_dir: RunDir = RUN_DIR) -> None:
 @app.command()
 def explain(
     where: Where = None,
-    as_json: Annotated[bool, typer.Option("--json", help="All that is known.")] = False,
-    last: Annotated[int, typer.Option(min=0, help="How many differences to show.")] = 3,
-    since: Annotated[str, typer.Option(help="Only this long back: 90s, 15m, 2h, 1d.")] = "",
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print everything that is known, as JSON.")
+    ] = False,
+    last: Annotated[int, typer.Option(min=0, help="Number of differences to show.")] = 3,
+    since: Annotated[str, typer.Option(help="Only the last 90s, 15m, 2h, 1d ...")] = "",
     run_dir: RunDir = RUN_DIR,
 ) -> None:
-    """Why checkpoints were made: causes, services, rules, and the bytes that differed."""
+    """Explain why checkpoints were made: causes, services, rules, and the bytes that differed.
+
+    On the primary host, which compares.
+    """
     from .tools.explain import duration, text
 
     try:
@@ -389,13 +416,18 @@ def explain(
 
 @app.command()
 def capture(
-    out: Annotated[Path, typer.Option("-w", "--write", help="The pcapng file.")],
+    out: Annotated[Path, typer.Option("-w", "--write", help="The pcapng file to write.")],
     where: Where = None,
-    seconds: Annotated[float, typer.Option(min=0, help="Wait so long for more.")] = 0,
-    count: Annotated[int, typer.Option(min=1, help="Stop after so many.")] = 1000,
+    seconds: Annotated[
+        float, typer.Option(min=0, help="Seconds to wait for more differences.")
+    ] = 0,
+    count: Annotated[int, typer.Option(min=1, help="Stop after this many differences.")] = 1000,
     run_dir: RunDir = RUN_DIR,
 ) -> None:
-    """Write the frames that differed, both guests', for Wireshark: a comment says where."""
+    """Write the differing frames of both guests to a file for Wireshark (on the primary host).
+
+    A comment on each frame gives the position of the difference.
+    """
     from .tools.explain import comment
     from .tools.pcap import PcapError, Writer
 
@@ -421,7 +453,10 @@ def capture(
 
 @app.command()
 def suggest(config: ConfigArg, run_dir: RunDir = RUN_DIR) -> None:
-    """Changes to the config that would have saved checkpoints, as a diff. Applies nothing."""
+    """Print changes to the configuration that would have saved checkpoints, as a diff.
+
+    Nothing is applied.
+    """
     from .tools.suggest import changes, diff
 
     c = _load(config)
@@ -442,24 +477,35 @@ def suggest(config: ConfigArg, run_dir: RunDir = RUN_DIR) -> None:
 
 @app.command()
 def replay(
-    pvm: Annotated[Path | None, typer.Argument(help="Capture of the PVM's tap.")] = None,
-    svm: Annotated[Path | None, typer.Argument(help="Capture of the SVM's tap.")] = None,
-    config: Annotated[Path | None, typer.Option(help="Limits and rules of this file.")] = None,
-    guest_mac: Annotated[str, typer.Option(help="The guest's address, if not plain.")] = "",
-    offset_ms: Annotated[float, typer.Option(help="Added to the SVM's times.")] = 0.0,
+    pvm: Annotated[Path | None, typer.Argument(help="Capture file of the PVM's tap.")] = None,
+    svm: Annotated[Path | None, typer.Argument(help="Capture file of the SVM's tap.")] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="Use the limits and rules of this file.")
+    ] = None,
+    guest_mac: Annotated[
+        str, typer.Option(help="MAC address of the guest, if it is not evident.")
+    ] = "",
+    offset_ms: Annotated[
+        float, typer.Option(help="Milliseconds to add to the times of the SVM.")
+    ] = 0.0,
     compare_timeout: Annotated[
-        int | None, typer.Option(min=1, help="ms; instead of the config's.")
+        int | None, typer.Option(min=1, help="Milliseconds; overrides the configuration.")
     ] = None,
-    checkpoint_ms: Annotated[float, typer.Option(min=0, help="What a checkpoint takes.")] = 20.0,
+    checkpoint_ms: Annotated[
+        float, typer.Option(min=0, help="Assumed duration of a checkpoint in milliseconds.")
+    ] = 20.0,
     write: Annotated[
-        Path | None, typer.Option("-w", "--write", help="The differing frames, as capture does.")
+        Path | None,
+        typer.Option("-w", "--write", help="Write the differing frames, as `capture` does."),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="The whole report.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the whole report as JSON.")
+    ] = False,
     corpus: Annotated[bool, typer.Option(help="Play the built-in scenarios instead.")] = False,
 ) -> None:
-    """Run two captures through the engine, offline: what would have left, what differed.
+    """Run two captures through the engine, offline, and report what would have left or differed.
 
-    Exit code 5 when checkpoints would have been needed.
+    Exit code 5 if checkpoints would have been needed.
     """
     if corpus:
         raise typer.Exit(_corpus())
@@ -534,7 +580,7 @@ def _corpus() -> int:
 
 @app.command()
 def doctor(config: ConfigArg) -> None:
-    """Check this host before anything depends on it."""
+    """Check this host for everything that would keep a pair from working, with remedies."""
     from .tools.doctor import examine
 
     worst = 0
@@ -549,12 +595,12 @@ def doctor(config: ConfigArg) -> None:
 
 @app.command()
 def demo(
-    report: Annotated[str, typer.Option(help="Where the JSON report goes.")] = (
+    report: Annotated[str, typer.Option(help="File for the JSON report.")] = (
         "build/demo-report.json"
     ),
-    keep: Annotated[bool, typer.Option(help="Leave everything running.")] = False,
+    keep: Annotated[bool, typer.Option(help="Leave everything running afterwards.")] = False,
 ) -> None:
-    """Build a pair on this machine, kill its primary, and show a connection that lives."""
+    """Build a pair on this machine, kill its primary, and show a connection that survives."""
     from .lab.demo import main as demo_main
 
     raise typer.Exit(demo_main(report, keep))
@@ -562,18 +608,18 @@ def demo(
 
 @app.command()
 def cleanup(
-    config: Annotated[Path | None, typer.Argument(help="The pair's TOML file.")] = None,
-    pair: Annotated[str | None, typer.Option(help="The pair's name, without a file.")] = None,
-    bpffs: Annotated[str, typer.Option(help="Where the pins are.")] = BPFFS,
+    config: Annotated[Path | None, typer.Argument(help="TOML file of the pair.")] = None,
+    pair: Annotated[str | None, typer.Option(help="Name of the pair, if there is no file.")] = None,
+    bpffs: Annotated[str, typer.Option(help="BPF file system with the pins.")] = BPFFS,
     force: Annotated[
-        bool, typer.Option(help="Your word that no guest speaks which must not.")
+        bool, typer.Option(help="You guarantee that no guest can transmit that must not.")
     ] = False,
     run_dir: RunDir = RUN_DIR,
 ) -> None:
-    """Take a pair's programs, pins and sockets off this host, and nothing else.
+    """Remove the programs, pins and sockets of a pair from this host, and nothing else.
 
-    Frames then flow as if we had never been here, so do it when the pair is not needed. Refused
-    while they keep a guest silent whose QEMU lives.
+    Afterwards frames flow as if colo-xdp had never been installed, so use it when the pair is no
+    longer needed. Refused while the programs keep a guest silent whose QEMU is alive.
     """
     from .tools.cleanup import GuestWouldTransmit, StillRunning
     from .tools.cleanup import cleanup as clean
@@ -586,7 +632,7 @@ def cleanup(
     try:
         gone = clean(pair, bpffs, run_dir, force=force)
     except GuestWouldTransmit as e:
-        raise _fail(f"{e}; `--force`: your word that it may be let go") from e
+        raise _fail(f"{e}; use `--force` if it may transmit") from e
     except StillRunning as e:
         raise _fail(str(e)) from e
     for line in gone:
@@ -597,21 +643,21 @@ def cleanup(
 
 @config_app.command("check")
 def config_check(config: ConfigArg) -> None:
-    """Say what is wrong with a file, all at once."""
+    """Report all mistakes of a file at once."""
     c = _load(config)
     typer.echo(f"{config}: pair {c.pair}, {c.role}: ok")
 
 
 @config_app.command("show")
 def config_show(config: ConfigArg) -> None:
-    """The configuration with all defaults."""
+    """Print the configuration with all defaults."""
     from .config.file import as_toml
 
     typer.echo(as_toml(_load(config)))
 
 
-Directory = Annotated[Path, typer.Argument(help="Where the files are, readable by you only.")]
-Days = Annotated[int, typer.Option(min=1, max=36500, help="How long it is valid.")]
+Directory = Annotated[Path, typer.Argument(help="Directory of the files, readable by you only.")]
+Days = Annotated[int, typer.Option(min=1, max=36500, help="Validity in days.")]
 
 
 @pki_app.command("init")
@@ -620,7 +666,7 @@ def pki_init(
     pair: Annotated[str, typer.Option(help="Name of the pair, as in its configuration.")],
     days: Days = 3650,
 ) -> None:
-    """Make an authority of the pair's own: DIR/ca.crt and DIR/ca.key.
+    """Create a certificate authority for the pair: DIRECTORY/ca.crt and DIRECTORY/ca.key.
 
     Keep the key off the hosts.
     """
@@ -642,14 +688,16 @@ def pki_init(
 @pki_app.command("issue")
 def pki_issue(
     directory: Directory,
-    role: Annotated[list[RoleName] | None, typer.Option(help="Default: both.")] = None,
+    role: Annotated[
+        list[RoleName] | None, typer.Option(help="Only for this role; default: both.")
+    ] = None,
     days: Days = 3650,
-    renew: Annotated[bool, typer.Option(help="Replace what is there.")] = False,
+    renew: Annotated[bool, typer.Option(help="Replace existing files.")] = False,
 ) -> None:
-    """Make a host's key and certificate, with the pair's name and the role in it.
+    """Create key and certificate for each host; they name the pair and the role.
 
-    Copy ca.crt and the role's .crt and .key to that host. Running controllers take renewed
-    files with their next connection.
+    Copy ca.crt and the role's .crt and .key to that host. Running controllers use renewed files
+    from their next connection on.
     """
     from .tools import pki
 

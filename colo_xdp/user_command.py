@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Commands of the user (`qemu.incoming`, `failover.fence`) run outside the controller's own unit.
+"""Run the user's commands (`qemu.incoming`, `failover.fence`) outside the controller's own unit.
 
-A QEMU that the controller's unit contains would share its sandbox and its control group: it could
-not make its sockets under /run, and what ends the unit could end the guest. A fence command would
-find neither /root nor a writable /var. So a controller that systemd has started has them started by
-systemd, each in a transient unit of its own; any other controller starts them itself.
+A QEMU inside the controller's unit would share its sandbox and its control group: it could not
+create its sockets under /run, and ending the unit could end the guest. A fence command would find
+neither /root nor a writable /var. A controller started by systemd therefore lets systemd start the
+commands, each in a transient unit of its own; any other controller starts them itself.
+qemu/supervisor.py and failover/arbiter.py are the callers.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from pathlib import Path
 
 #: sd_booted(3)
 BOOTED = Path("/run/systemd/system")
-#: what systemd tells one process about itself (systemd.exec(5)); a child that believed it would
-#: speak for the controller
+#: set by systemd for one process only (systemd.exec(5)); a child that used these variables would
+#: act in the controller's name
 PRIVATE = frozenset(
     (
         "NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "INVOCATION_ID", "SYSTEMD_EXEC_PID",
@@ -30,14 +31,15 @@ PRIVATE = frozenset(
 
 
 def environment(env: Mapping[str, str] | None = None) -> dict[str, str]:
-    """The environment for a child: ours, without what systemd has said to this process alone."""
+    """Return the environment for a child: ours without what systemd set for this process alone."""
     return {k: v for k, v in (os.environ if env is None else env).items() if k not in PRIVATE}
 
 
 def is_service(env: Mapping[str, str] | None = None) -> bool:
-    """Whether this very process is what systemd has started for a unit (Type=notify).
+    """Return whether systemd started this very process for a unit (Type=notify).
 
-    A process further down may have inherited NOTIFY_SOCKET; SYSTEMD_EXEC_PID (from 248 on) tells.
+    A descendant may have inherited NOTIFY_SOCKET; SYSTEMD_EXEC_PID (systemd 248 and newer) tells
+    them apart.
     """
     env = os.environ if env is None else env
     pid = env.get("SYSTEMD_EXEC_PID", "")
@@ -49,26 +51,26 @@ def _run(name: str, argv: Sequence[str], *properties: str) -> list[str]:
     return [
         "systemd-run", "--quiet", "--collect", f"--unit={name}-{time.monotonic_ns() // 10**6:x}",
         *(f"--property={p}" for p in properties), *(f"--setenv={k}" for k in sorted(env)), "--",
-        *(a.replace("$", "$$") for a in argv),  # systemd would put in its variables
+        *(a.replace("$", "$$") for a in argv),  # systemd would substitute its variables
     ]  # fmt: skip
 
 
 def incoming(pair: str, argv: Sequence[str]) -> list[str]:
-    """The command that starts a QEMU by `argv` and ends when `argv` has ended, with its success.
+    """Return the command that starts a QEMU by `argv`; it ends with `argv` and has its exit status.
 
-    What it leaves running is in a unit of its own. The name is new each time: the former QEMU may
-    be in the former one, and it is for `argv` to end it.
+    What `argv` leaves running is in a unit of its own. The unit's name is new each time: the former
+    QEMU may still be in the former unit, and it is up to `argv` to end it.
     """
     if not is_service():
         return list(argv)
-    # Of this type the start is over when the first process ends, and the rest is the service.
+    # With this type the start ends when the first process exits; what remains is the service.
     return _run(f"colo-xdp-{pair}-incoming", argv, "Type=forking", "TimeoutStartSec=infinity")
 
 
 def fence(pair: str, argv: Sequence[str], timeout_ms: int) -> list[str]:
-    """The command that ends when the fence command `argv` has, with status 0 only if that has 0.
+    """Return the command that runs the fence; it exits with status 0 only if `argv` does.
 
-    systemd ends `argv` after `timeout_ms`, too: killing what is returned here would not.
+    systemd, too, ends `argv` after `timeout_ms`: killing the returned command would not end it.
     """
     if not is_service():
         return list(argv)

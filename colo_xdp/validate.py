@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What a value of the configuration may be: checks that answer with what they expect.
+"""Validate values of the configuration: each check names what it expects.
 
-A check returns None when the value is right, else the end of a sentence ("expected ...").
-Pure, nothing is looked up.
+A check returns None if the value is valid, otherwise the end of a sentence ("expected ..."). Pure,
+nothing is looked up. config/schema.py and compare/policy.py declare their keys with it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _SUN_PATH = 108
 
 
 def key(check: Check, text: str, *, default: Any = MISSING, unit: str = "") -> Any:
-    """A key. `check` gives what is expected when a value is not that, else None."""
+    """Declare a configuration key; `check` returns None, or what it expects of a wrong value."""
     meta = {"check": check, "help": text, "unit": unit}
     return field(default=default, metadata=meta)
 
@@ -104,7 +104,7 @@ def mac(v: Any) -> str | None:
 
 
 def split(v: Any) -> tuple[ipaddress.IPv4Address | ipaddress.IPv6Address, int] | None:
-    """The parts of "ip:port" or "[v6]:port"; None when it is neither."""
+    """Split "ip:port" or "[v6]:port"; return None for anything else."""
     m = (
         re.fullmatch(r"(?:\[([^\[\]]+)\]|([^:\[\]]+)):([0-9]{1,5})", v)
         if isinstance(v, str)
@@ -121,7 +121,10 @@ def split(v: Any) -> tuple[ipaddress.IPv4Address | ipaddress.IPv6Address, int] |
 
 
 def loopback(*where: tuple[ipaddress.IPv4Address | ipaddress.IPv6Address, int] | None) -> bool:
-    """Whether all are loopback; what could not be read counts as such: it has its own error."""
+    """Return whether all ends are loopback.
+
+    An end that could not be parsed counts as loopback, because it has an error of its own.
+    """
     return all(w is None or w[0].is_loopback for w in where)
 
 
@@ -141,7 +144,7 @@ Where = tuple[ipaddress.IPv4Address | ipaddress.IPv6Address, int]
 
 
 def path_ends(v: Any) -> tuple[Where, Where] | None:
-    """The ends of "local:port->remote:port", both of one family; None when it is something else."""
+    """Split "local:port->remote:port", both of one family; return None for anything else."""
     if not isinstance(v, str):
         return None
     local, arrow, remote = (part.strip() for part in v.partition("->"))
@@ -150,7 +153,7 @@ def path_ends(v: Any) -> tuple[Where, Where] | None:
 
 
 def heartbeat_links(v: Any) -> str | None:
-    want = 'expected a list of at most 4 paths "local:port->remote:port", both IPv4 or both IPv6'
+    want = 'expected a list of at most 4 links "local:port->remote:port", both IPv4 or both IPv6'
     if not isinstance(v, list | tuple) or len(v) > 4:
         return want
     for s in v:
@@ -192,5 +195,5 @@ def ip_addresses(v: Any) -> str | None:
 
 
 def keys(cls: type[Any]) -> dict[str, Field[Any]]:
-    """The keys that a section's class declares."""
+    """Return the keys that a section's class declares."""
     return {f.name: f for f in fields(cls) if "check" in f.metadata}

@@ -1,45 +1,51 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * The guest's MAC addresses, and the IP addresses that it has said to be its own.
- * colo_xdp/net/address_claims.py is the same in Python; a test compares the two frame by frame.
+ * The guest's MAC addresses and the IP addresses that it claims. colo_xdp/net/address_claims.py
+ * does the same in Python; a test compares the two frame by frame.
  *
- * MAC addresses. pvm_in mirrors what is for the guest and no frame that the bridge has flooded:
- * group addresses, CFG_GUEST_MAC (QEMU's word, or the configuration's), and each source of the
- * guest's own frames (VRRP, macvlan, machines behind it). While none is known everything is
- * mirrored, and so it is when `macs` is full: only the guest itself can fill it. A MAC that has
- * never sent is not known; the first answer from it costs a checkpoint.
+ * MAC addresses. pvm_in mirrors what is for the guest, and no frame that the bridge has flooded.
+ * For the guest are group addresses, CFG_GUEST_MAC (from QEMU or the configuration), and each
+ * source address of the guest's own frames (VRRP, macvlan, machines behind it). While none is known
+ * everything is mirrored; so it is when `macs` is full, which only the guest itself can cause. A
+ * MAC that has never sent is not known, and the first answer from it costs a checkpoint.
  *
- * IP addresses are announced at a takeover, so what is noted must be certain. A source address of
- * an IP packet is not: a guest that routes sends other people's. What counts is what the guest
- * says of itself (claimed()), with a MAC address of its own: the sender of an ARP request or
- * reply (RFC 826; a probe has none, RFC 5227 2.1.1), the source of neighbour discovery messages,
- * which is an address of the interface (RFC 4861 4.1 to 4.4), and the target of an advertisement
- * that overrides (proxies and anycast must not, 7.2.7 and 7.2.8). Whoever says the same from
- * outside has it from then on: the entry goes, and a virtual MAC with it.
+ * IP addresses are announced at a takeover, so only certain ones may be noted. The source address
+ * of an IP packet is not certain: a guest that routes forwards other machines' packets. What counts
+ * is what the guest states about itself (claimed()), with a MAC address of its own: the sender of
+ * an ARP request or reply (RFC 826; a probe has none, RFC 5227 section 2.1.1); the source of
+ * neighbour discovery messages, which is an address of the interface (RFC 4861 sections 4.1 to
+ * 4.4); and the target of an advertisement with the override flag (proxies and anycast must not set
+ * it, sections 7.2.7 and 7.2.8). If another machine claims the same from outside, the address is
+ * that machine's from then on: the entry is deleted, and so is a virtual MAC.
  *
- * Epochs. On the secondary an entry counts in its epoch only: what the SVM said in an older one
- * was said by a state that is gone, perhaps by one that had diverged (a VRRP router that heard no
- * master). What the copied state has said the primary tells, before the checkpoint, as entries of
- * the epoch to come; what they replace the controller keeps, in case that never comes. On the
- * primary the guest goes on, and all count.
+ * Epochs. On the secondary an entry is valid in its epoch only. An SVM of an older epoch claimed it
+ * in a state that is gone and may have diverged (a VRRP router that received no advertisements from
+ * its master, for example). What the copied state has claimed is reported by the primary before the
+ * checkpoint, as entries of the next epoch; the controller keeps the entries that they replace, in
+ * case that epoch never comes. On the primary the guest continues, and all entries are valid.
  *
  * Races. Both maps are written by the guest's side (process context or softirq) and the network's
- * (softirq), on any CPU. An entry of `addresses` is replaced as a whole, which the map's own lock
- * orders; of one of `macs` seen_ns and epoch are single words, written by the guest's side only.
- * If the guest and another machine claim an address in the same instant either may be the last:
- * so it is in their neighbours' tables. A MAC that is deleted while the guest sends is noted with
- * its next frame. CFG_GUEST_MAC is written by the controller only, whole. MAC_ALL it sets when it
- * next looks: until then a MAC that has found no room is not mirrored to, and costs checkpoints.
+ * side (softirq), on any CPU. An entry of `addresses` is replaced as a whole, which the map's own
+ * lock orders. In an entry of `macs`, seen_ns and epoch are single words, written by the guest's
+ * side only. If the guest and another machine claim an address at the same instant either may win,
+ * just as in their neighbours' tables. A MAC that is deleted while the guest sends is noted again
+ * with its next frame. CFG_GUEST_MAC is written whole, and only by the controller. The controller
+ * sets MAC_ALL when it next checks; until then a MAC that found no room is not mirrored to, and
+ * costs checkpoints.
  */
 #ifndef COLO_ADDRESSES_H
 #define COLO_ADDRESSES_H
 
-/* key: mac_key(). Writers: pvm_out, svm_out; pvm_in, svm_in, svm_net delete what has moved;
- * the controller deletes what is old. Readers: pvm_in, controller. Full: MAC_ALL. */
+/*
+ * key: mac_key(). Writers: pvm_out, svm_out; pvm_in, svm_in and svm_net delete what has moved; the
+ * controller deletes what is old. Readers: pvm_in, controller. Full: MAC_ALL.
+ */
 BPF_TABLE_PINNED("hash", u64, struct colo_claim, macs, COLO_MAX_MACS, PIN_DIR "/macs");
 
-/* As above; besides, the secondary's controller writes what the primary tells. Reader: the
- * controller. Full: counted, the address is not announced. */
+/*
+ * As above; in addition, the secondary's controller writes what the primary reports. Reader: the
+ * controller. Full: counted, and the address is not announced.
+ */
 BPF_TABLE_PINNED("hash", struct colo_address, struct colo_claim, addresses, COLO_MAX_ADDRESSES,
 		 PIN_DIR "/addresses");
 
@@ -52,25 +58,30 @@ BPF_TABLE_PINNED("hash", struct colo_address, struct colo_claim, addresses, COLO
 #define ND_SOLICIT	  135
 #define ND_ADVERT	  136
 
-/* A MAC's seen_ns is renewed only when older than this: its cache line is shared by CPUs. */
+/* A MAC's seen_ns is renewed only when older than this: CPUs share its cache line. */
 #define MAC_STEP_NS 10000000000ULL
 
-/* All that note_guest() and note_network() have on their stack. */
+/* Everything that note_guest() and note_network() have on their stack. */
 struct note {
 	u64 mac;
 	struct colo_address a;
 	struct colo_claim c;
 };
 
-/* The verifier is to find the same stack by whichever path it came: else it walks all that follows
- * once for each. */
+/*
+ * Make the stack look the same to the verifier on every path; otherwise it walks everything that
+ * follows once for each.
+ */
 #define SAME_STACK(n)                                                                              \
 	do {                                                                                       \
 		__builtin_memset(&(n), 0, sizeof(n));                                              \
 		asm volatile("" : : "r"(&(n)) : "memory");                                         \
 	} while (0)
 
-/* As a number that is the same on every CPU; colo_xdp/net/address_claims.py has it, too. */
+/*
+ * The address as a number that is the same on every CPU; colo_xdp/net/address_claims.py has the
+ * same.
+ */
 static __always_inline u64 mac_key(const void *mac)
 {
 	return (u64) * (u32 *)mac << 16 | *(u16 *)(mac + 4);
@@ -105,7 +116,10 @@ static __always_inline int claimed_nd(u8 *h, void *end, struct colo_address *a,
 {
 	u8 type, *ip = h + 8;
 
-	/* Never behind an extension header in a fragment (RFC 6980); others nobody uses. */
+	/*
+	 * Never after an extension header in a fragment (RFC 6980); others are not used in
+	 * practice.
+	 */
 	if ((void *)h + 48 > end || h[6] != PROTO_ICMPV6 || h[7] != 255)
 		return 0;
 	type = h[40];
@@ -128,8 +142,10 @@ static __always_inline int claimed_nd(u8 *h, void *end, struct colo_address *a,
 	return (a->ip[0] | a->ip[1] | a->ip[2] | a->ip[3]) && *(u8 *)a->ip != 0xFF;
 }
 
-/* Does the frame say that who sent it has an address? Then which, and at which MAC address.
- * on_link: the tag in the metadata is the peer link's. */
+/*
+ * Whether the frame claims an address for its sender; if so, which one, and at which MAC address.
+ * on_link: the tag in the metadata is the peer link's.
+ */
 static __always_inline int claimed(struct __sk_buff *skb, int on_link, struct colo_address *a,
 				   struct colo_claim *c)
 {
@@ -168,7 +184,7 @@ static __always_inline int claimed(struct __sk_buff *skb, int on_link, struct co
 	return 0;
 }
 
-/* The source of one of the guest's own frames is a MAC address of the guest. */
+/* Note the source of one of the guest's own frames as a MAC address of the guest. */
 static __always_inline void note_mac(struct note *n, u32 epoch)
 {
 	u64 now = bpf_ktime_get_ns();
@@ -196,11 +212,11 @@ static __always_inline void note_claim(struct __sk_buff *skb, struct note *n, u6
 		return;
 	n->mac = n->c.mac;
 	if (!is_main_mac(word, n->mac) && !macs.lookup(&n->mac))
-		return; /* it speaks of another machine */
+		return; /* it is about another machine */
 	old = addresses.lookup(&n->a);
 	if (old) {
 		if ((s32)(old->epoch - epoch) > 0)
-			return; /* of the state that is about to be loaded */
+			return; /* belongs to the state that is about to be loaded */
 		if (old->mac == n->mac && !(n->c.flags & CLAIM_SAYS_ROUTER))
 			n->c.flags = old->flags;
 	}
@@ -210,7 +226,7 @@ static __always_inline void note_claim(struct __sk_buff *skb, struct note *n, u6
 		count(PROG_ADDRESSES, R_NOTE_ADDRESSES_FULL, 0);
 }
 
-/* A frame of the guest's own, as it sent it. */
+/* Note the addresses in a frame of the guest, as it sent it. */
 static __always_inline void note_guest(struct __sk_buff *skb)
 {
 	u8 *eth = (void *)(long)skb->data;
@@ -227,7 +243,7 @@ static __always_inline void note_guest(struct __sk_buff *skb)
 	SAME_STACK(n);
 }
 
-/* A frame that comes from the network. */
+/* Note the addresses in a frame that comes from the network. */
 static __always_inline void note_network(struct __sk_buff *skb, int on_link)
 {
 	u8 *eth = (void *)(long)skb->data;
@@ -235,7 +251,10 @@ static __always_inline void note_network(struct __sk_buff *skb, int on_link)
 
 	if ((void *)eth + 14 <= (void *)(long)skb->data_end) {
 		n.mac = mac_key(eth + 6);
-		/* A group address: how a machine that takes a virtual MAC over tells switches. */
+		/*
+		 * A group address: this is how a machine that takes over a virtual MAC informs
+		 * switches.
+		 */
 		if (eth[0] & 1 && macs.lookup(&n.mac) && macs.delete(&n.mac) == 0)
 			count(PROG_ADDRESSES, R_NOTE_MAC_MOVED, 0);
 		if (claimed(skb, on_link, &n.a, &n.c) && addresses.lookup(&n.a) &&
@@ -245,7 +264,9 @@ static __always_inline void note_network(struct __sk_buff *skb, int on_link)
 	SAME_STACK(n);
 }
 
-/* Is a frame on its way to the guest's tap for the guest? Else the bridge has flooded it. */
+/*
+ * Whether a frame on its way to the guest's tap is for the guest; otherwise the bridge flooded it.
+ */
 static __always_inline int is_for_guest(struct __sk_buff *skb)
 {
 	u8 *eth = (void *)(long)skb->data;

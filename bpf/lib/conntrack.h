@@ -1,112 +1,112 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * Connections of the SVM: which state they are in, and how far the SVM's
- * numbers are from the PVM's. colo_xdp/conntrack/rewriter.py is the same in Python; a test
- * compares the two packet by packet.
+ * Connections of the SVM: their TCP state, and the offset between the SVM's numbers and the PVM's.
+ * colo_xdp/conntrack/rewriter.py does the same in Python; a test compares the two packet by packet.
  *
- * Learning. The client only ever sees the PVM's ISN; the SVM's guest chooses
- * its own. The offset is known once both are:
+ * Learning. The client only ever sees the PVM's ISN, while the SVM's guest chooses its own. The
+ * offset is known once both are:
  *
  *   ISN_S  sequence number of the guest's SYN or SYN-ACK
- *   ISN_P  sequence number of the PVM's SYN-ACK for the same client ISN: pvm_out sends a copy of
- *          each SYN of the PVM over the peer link (COLO_KIND_SYN), once when the PVM has said it
- *          and once more as it leaves.
+ *   ISN_P  sequence number of the PVM's SYN-ACK for the same client ISN. pvm_out sends a copy of
+ *          each SYN of the PVM over the peer link (COLO_KIND_SYN), once when the PVM sends it
+ *          and once more when it is released.
  *
- * Where both copies were lost, and where the guest opened, it is what the client says: ack - 1 of
- * its SYN-ACK or of its first ACK. That is ISN_P + 1 if nothing is acked but the SYN. It is: the
- * PVM's data leaves only after the SVM has produced it, so not while the SVM is silent. Once the
- * guest has said anything behind its SYN, or with it, or the client with its own (RFC 7413), the
- * ack may cover data and teaches nothing: R_PASS_OFFSET_UNKNOWN. (Output that is not compared may leave
- * before the SVM has produced it. For such a connection the ack is wrong if it covers data and
- * both copies and all earlier acks were lost.) To a SYN of the guest that had data the answer is
- * told apart by the copy of the PVM's SYN, which gives ISN_P itself.
+ * If both copies were lost, or if the guest opened the connection, ISN_P comes from the client: the
+ * ack of its SYN-ACK or of its first ACK is ISN_P + 1 if it covers only the SYN. It does, because
+ * the PVM's data leaves only after the SVM has produced it, so not while the SVM is silent. Once
+ * the guest has sent anything after or with its SYN, or the client with its own SYN (RFC 7413), the
+ * ack may cover data and teaches nothing: R_PASS_OFFSET_UNKNOWN. (Output that is not compared may
+ * leave before the SVM has produced it. For such a connection ISN_P is wrong if the ack covers data
+ * and both copies and all earlier acks were lost.) The answer to a SYN of the guest that carried
+ * data is recognised by the copy of the PVM's SYN, which gives ISN_P itself.
  *
- * Timestamps likewise: TSval of the same guest segments, TSecr of the same client segment.
- * They may come in any order.
+ * Timestamps are learnt the same way: TSval of the same guest segments, TSecr of the same client
+ * segment. Segments may arrive in any order.
  *
- * Which segments may teach, since duplicates and leftovers of an older
- * connection carry the same addresses:
- *  - A client's SYN never touches a known offset, for it may be a stray
- *    duplicate. The guest knows: it answers a duplicate with a plain ACK, and a
- *    new connection with a SYN-ACK that acks another client ISN. So the guest's
- *    SYN-ACK decides.
- *  - A SYN-ACK with another ISN for the same client ISN: the guest had given up
- *    and begun again, the PVM had not. ISN_S is replaced, ISN_P stays.
- *  - A SYN-ACK for another client ISN, or a SYN of the guest with another ISN:
- *    a new connection, everything is learnt anew.
- *  - A client's ACK teaches ISN_P only within one unscaled window (64 KiB) of
- *    the client's ISN: all it can have sent before the guest's first ACK.
- *  - The PVM's SYN is noted in words of its own, whatever connection it is of, and counts when its
- *    ack names the client ISN that the entry has: so it may come before the SVM has left the old
- *    connection on the key. The newest counts: the PVM had given up and begun again. Its epoch does
- *    not matter, for the PVM is never set back. MODE_RUN only: after a takeover the client may have
- *    been told the SVM's own ISN. Entries for good (below) take note of other connections only.
+ * Which segments may teach, since duplicates and leftovers of an older connection have the same
+ * addresses:
+ * - A client's SYN never changes a known offset, because it may be a stray duplicate. The guest
+ *   knows: it answers a duplicate with a plain ACK, and a new connection with a SYN-ACK that acks
+ *   another client ISN. So the guest's SYN-ACK decides.
+ * - A SYN-ACK with another ISN for the same client ISN: the guest gave up and began again, the PVM
+ *   did not. ISN_S is replaced, ISN_P stays.
+ * - A SYN-ACK for another client ISN, or a SYN of the guest with another ISN: a new connection;
+ *   everything is learnt anew.
+ * - A client's ACK teaches ISN_P only within one unscaled window (64 KiB) of the client's ISN: that
+ *   is the most it can have sent before the guest's first ACK.
+ * - The PVM's SYN is noted in fields of its own, whatever connection it belongs to, and counts when
+ *   its ack names the client ISN of the entry. So it may arrive before the SVM has left the old
+ *   connection with the same key. The newest counts: the PVM gave up and began again. Its epoch
+ *   does not matter, since the PVM is never set back. MODE_RUN only: after a takeover the client
+ *   may have been given the SVM's own ISN. Permanent entries (below) take note of other connections
+ *   only.
  *
- * A SYN itself goes untranslated to the primary, which knows one that is repeated by its number.
+ * A SYN goes to the primary untranslated: the primary recognises a retransmitted SYN by its number.
  *
- * Two tables. A stranger's SYN must not take the place of a live connection, and a live one is not
- * to be evicted in silence. So a connection begins in `opening`, where the least recently used goes
- * first, and moves to `flows` when the client acks what only somebody who has heard the guest can:
- * what has been told to nobody is not worth a place. An old connection's entry in `flows` serves the
- * next one on the key.
+ * Two tables. A stranger's SYN must not take the place of a live connection, and a live connection
+ * must not be evicted silently. So a connection begins in `opening`, where the least recently used
+ * entry is evicted first, and moves to `flows` when the client acks something that only a receiver
+ * of the guest's segments can know. State that no client has seen is not worth protecting. An old
+ * connection's entry in `flows` is reused by the next connection with the same key.
  *
- * Epochs. A checkpoint makes the SVM a copy of the PVM, so all offsets are 0:
- * the epoch grows and entries of older epochs count as unknown. Only a
- * handshake begins an entry; connections from before need none.
+ * Epochs. A checkpoint makes the SVM a copy of the PVM, so all offsets are 0: the epoch grows, and
+ * entries of older epochs count as unknown. Only a handshake begins an entry; connections from
+ * before the checkpoint need none.
  *
- * An offset can also be the guest's for good (COLO_EPOCH_BASE): a guest that has taken over has
- * its own numbers for the connections of that time, and keeps them as the PVM of the next pair.
- * Then promoted_in and promoted_out (promoted.bpf.c) translate at its tap, so that mirror and comparison
- * see what the client sees, and its clone, the new SVM, has the same offset as long as the
- * connection lives: checkpoints do not end it. No connection has both kinds. A new connection on
- * the key ends the old one's offset, and what is learnt then is of the epoch: so is any handshake
- * in which the guest says an ISN that the entry does not know.
+ * An offset can also be permanent (COLO_EPOCH_BASE). A guest that has taken over keeps its own
+ * numbers for the connections of that time when it becomes the PVM of the next pair. promoted_in
+ * and promoted_out (promoted.bpf.c) then translate at its tap, so that mirror and comparison see
+ * what the client sees. Its clone, the new SVM, has the same offset for as long as the connection
+ * lives, and checkpoints do not end it. No connection has both kinds. A new connection with the
+ * same key ends the old offset, and what is learnt then belongs to the epoch; so does any handshake
+ * in which the guest uses an ISN that the entry does not know.
  *
- * TAKEOVER. The SVM speaks to the network itself: new connections need no
- * translation, so no entry begins, and a new connection on an old key ends the
- * old one's translation. A handshake that was under way may still complete:
- * its client may have been told the PVM's ISN.
+ * MODE_TAKEOVER. The SVM is on the network itself. New connections need no translation, so no entry
+ * begins, and a new connection with an old key ends the old one's translation. A handshake that was
+ * under way may still complete: its client may have been given the PVM's ISN.
  *
- * Races. svm_in (softirq) and svm_out (QEMU's thread, or XDP) meet in one value
- * on two CPUs, without a lock: bpf_spin_lock needs BTF that bcc does not make.
- *  - Each word has one writing side: isn_c, isn_p, ts_p, fin_client and
- *    have_client the client's; isn_s, ts_s, fin_guest and have the guest's; those of pvm_ the
- *    PVM's SYN. A value is written before its bit.
- *  - The offset is never "fixed by whoever comes last", since both could miss
- *    each other: every segment computes it from the parts. off and tsoff are
- *    copies for the controller to read.
- *  - Exceptions are the starts of a new connection, where one side clears the
- *    other's bits. Those sides are in a causal chain (the guest answers what
- *    svm_in has let through; the client answers what the PVM said after the
- *    SVM), so meeting needs a stray segment at the same instant.
- *  - `state` and `seen_ns` are written by both; the last one wins. They decide
- *    ageing only.
- *  The worst that a lost update does is a wrong or missing offset. Nothing then
- *  reaches a client: the SVM's output does not match, which costs a checkpoint,
- *  and that ends all offsets.
- *  - Entries are never deleted here: a preallocated element is reused at once,
- *    and the other CPU may still write to it. The controller deletes what has
- *    not been seen for a long time. What has moved to `flows` stays in `opening` as a void copy,
- *    of another epoch. What the guest's side writes to it meanwhile is lost (see above), and an
- *    entry that is evicted while the other CPU works on it has not been used for thousands of SYNs.
+ * Races. svm_in (softirq) and svm_out (QEMU's thread, or XDP) access one value on two CPUs without
+ * a lock: bpf_spin_lock needs BTF, which bcc does not generate.
+ * - Each field has one writing side. isn_c, isn_p, ts_p, fin_client and have_client are written by
+ *   the client's; isn_s, ts_s, fin_guest and have by the guest's; have_pvm and pvm_* by the PVM's
+ *   SYN. A value is written before its bit.
+ * - The offset is never fixed by "whichever side comes last", since the two could miss each other.
+ *   Every segment computes it from the parts; off and tsoff are copies for the controller to read.
+ * - The exceptions are starts of a new connection, where one side clears the other's bits. Those
+ *   sides are in a causal chain (the guest answers what svm_in has let through; the client answers
+ *   what the PVM sent after the SVM), so a conflict needs a stray segment at the same instant.
+ * - `state` and `seen_ns` are written by both; the last one wins. They only control ageing.
+ * - Entries are never deleted here: a preallocated element is reused at once, and the other CPU may
+ *   still write to it. The controller deletes entries that have not been used for a long time. What
+ *   has moved to `flows` stays in `opening` as a void copy, with another epoch; what the guest's
+ *   side writes to that copy meanwhile is lost (see below). An entry that is evicted while the
+ *   other CPU works on it has not been used for thousands of SYNs.
+ *
+ * The worst result of a lost update is a wrong or missing offset. Nothing then reaches a client:
+ * the SVM's output does not match, which costs a checkpoint, and the checkpoint ends all offsets.
  */
 #ifndef COLO_CONNTRACK_H
 #define COLO_CONNTRACK_H
 
-/* key: the connection. Writers: svm_*. Reader: controller, which also deletes. Not an LRU: that
- * would evict a live connection in silence. Full: R_PASS_FLOW_TABLE_FULL, the frame goes untranslated. */
+/*
+ * key: the connection. Writers: svm_*. Reader: the controller, which also deletes. Not an LRU map,
+ * which would silently evict a live connection. Full: R_PASS_FLOW_TABLE_FULL, and the frame passes
+ * untranslated.
+ */
 BPF_TABLE_PINNED("hash", struct colo_flow_key, struct colo_flow, flows, COLO_MAX_FLOWS,
 		 PIN_DIR "/flows");
 
-/* The same for connections of which the client has not yet shown that it hears the guest. */
+/* The same for connections whose client has not yet shown that it receives the guest's segments. */
 BPF_TABLE_PINNED("lru_hash", struct colo_flow_key, struct colo_flow, opening, COLO_MAX_FLOWS,
 		 PIN_DIR "/opening");
 
-/* key: state * EV_TCP_MAX + event, value: next state. Writer: controller, once, from the table
- * in colo_xdp/conntrack/tcp_state.py. */
+/*
+ * key: state * EV_TCP_MAX + event, value: next state. Writer: controller, once, from the table in
+ * colo_xdp/conntrack/tcp_state.py.
+ */
 BPF_TABLE_PINNED("array", u32, u32, transitions, TCP_STATES *EV_TCP_MAX, PIN_DIR "/transitions");
 
-/* seen_ns is renewed only when older than this: the value's cache line is shared by two CPUs. */
+/* seen_ns is renewed only when older than this: two CPUs share the value's cache line. */
 #define SEEN_STEP_NS 1000000000ULL
 
 #define LEARN_WINDOW 65535
@@ -118,17 +118,17 @@ struct tcp_ts {
 	u32 ecr;
 };
 
-/* What to add to numbers that go to the SVM, and to take off those that come from it. */
+/* What is added to numbers that go to the SVM, and subtracted from those that come from it. */
 struct shift {
 	u32 off;
 	u32 tsoff;
-	u32 unknown; /* the client's ack would have to teach the offset, and may not */
+	u32 unknown; /* the offset would have to come from the client's ack, which is not usable */
 };
 
-/* Of `opening`, and its connection has moved to `flows`. */
+/* Epoch of an entry in `opening` whose connection has moved to `flows`. */
 #define EPOCH_VOID(epoch) ((epoch) ^ 0x40000000u)
 
-/* Another connection: its offset, if there is one, is of this epoch. */
+/* Reset the entry for another connection, whose offset, if any, belongs to this epoch. */
 static __always_inline void flow_forget(struct colo_flow *n, u32 epoch)
 {
 	n->have = 0;
@@ -138,14 +138,14 @@ static __always_inline void flow_forget(struct colo_flow *n, u32 epoch)
 	n->epoch = epoch;
 }
 
-/* Whether a SYN-ACK that acks `acked` + 1 answers the client's SYN, which may have had data. */
+/* Whether a SYN-ACK that acks `acked` + 1 answers the client's SYN, which may have carried data. */
 static __always_inline int flow_answers(const struct colo_flow *n, u32 acked)
 {
 	return acked == n->isn_c ||
 	       ((n->have_client & FLOW_EARLY) && acked - n->isn_c <= LEARN_WINDOW);
 }
 
-/* Whether the PVM has told its ISN for the connection that the entry is of. */
+/* Whether the PVM's SYN has shown the ISN of this entry's connection. */
 static __always_inline int flow_isn_known(const struct colo_flow *n)
 {
 	return (n->have_pvm & FLOW_PVM_ACK) && (n->have_client & FLOW_HAVE_ISN_C) &&
@@ -158,7 +158,7 @@ static __always_inline int flow_known(const struct colo_flow *n)
 	return (n->have_client & FLOW_HAVE_ISN_P) || flow_isn_known(n);
 }
 
-static __always_inline void flow_note_pvm(struct colo_flow *n)
+static __always_inline void flow_learn_pvm(struct colo_flow *n)
 {
 	n->isn_p = n->pvm_isn;
 	if (n->have_pvm & FLOW_PVM_TS) {
@@ -190,9 +190,11 @@ static __always_inline void flow_learn_client(struct colo_flow *n, const struct 
 	if (!(flags & TCP_ACK) || (flags & TCP_RST))
 		return;
 	if (flow_isn_known(n)) {
-		/* Kept, since the next connection's SYN may be noted before this one is over. */
+		/*
+		 * Copied, since the next connection's SYN may be noted before this one has ended.
+		 */
 		if (!(n->have_client & FLOW_HAVE_ISN_P) || n->isn_p != n->pvm_isn)
-			flow_note_pvm(n);
+			flow_learn_pvm(n);
 		return;
 	}
 	if (n->have_client & FLOW_HAVE_ISN_P)
@@ -211,7 +213,7 @@ static __always_inline void flow_learn_client(struct colo_flow *n, const struct 
 	if ((n->have | n->have_client) & FLOW_EARLY) {
 		if ((flags & TCP_SYN) && (n->have_pvm & FLOW_PVM_SYN) &&
 		    p->ack - n->pvm_isn - 1 <= LEARN_WINDOW)
-			flow_note_pvm(n);
+			flow_learn_pvm(n);
 		else
 			s->unknown = 1;
 		return;
@@ -244,7 +246,10 @@ static __always_inline void flow_learn_guest(struct colo_flow *n, const struct p
 	} else {
 		fresh = other;
 	}
-	/* What an entry for good holds both guests have; an ISN that it has not is each one's own. */
+	/*
+	 * Both guests share the ISN in a permanent entry; an ISN that it does not have is each
+	 * guest's own.
+	 */
 	if (n->epoch == COLO_EPOCH_BASE && (!known || other))
 		fresh = 1;
 	if (fresh) {
@@ -257,7 +262,7 @@ static __always_inline void flow_learn_guest(struct colo_flow *n, const struct p
 		n->isn_c = p->ack - 1;
 		n->have_client |= FLOW_HAVE_ISN_C;
 	}
-	/* A repeated SYN has a newer TSval, and its answer echoes that one. */
+	/* A retransmitted SYN has a newer TSval, and its answer echoes that one. */
 	if (ts->there &&
 	    (!known || other ||
 	     !(flow_isn_known(n) ? n->have_pvm & FLOW_PVM_TS : n->have_client & FLOW_HAVE_TS_P))) {
@@ -287,7 +292,10 @@ static __always_inline u32 flow_event(struct colo_flow *n, const struct pkt *p, 
 		return EV_CLIENT_RST;
 	if (flags & TCP_SYN)
 		return flags & TCP_ACK ? EV_CLIENT_SYNACK : EV_CLIENT_SYN;
-	/* Both in the SVM's space: the FIN as the guest sent it, the ack as the guest will see it. */
+	/*
+	 * Both in the SVM's numbers: the FIN as the guest sent it, the ack as the guest will see
+	 * it.
+	 */
 	acks_fin = (n->have & FLOW_FIN_GUEST) && (flags & TCP_ACK) &&
 		   (s32)(p->ack + n->off - n->fin_guest) >= 0;
 	if (flags & TCP_FIN) {
@@ -300,7 +308,7 @@ static __always_inline u32 flow_event(struct colo_flow *n, const struct pkt *p, 
 	return acks_fin ? EV_CLIENT_ACK_FIN : EV_CLIENT_ACK;
 }
 
-/* to_svm is a constant: one of the two copies is all that remains. */
+/* to_svm is a constant, so only one of the two branches remains. */
 static __always_inline void flow_key(struct colo_flow_key *key, const struct pkt *p, int to_svm)
 {
 	if (to_svm) {
@@ -317,7 +325,7 @@ static __always_inline void flow_key(struct colo_flow_key *key, const struct pkt
 	key->vlan = p->vlan;
 }
 
-/* The entry of the key, if it counts; else 0, and *old is one that may be used again. */
+/* The valid entry of the key; otherwise 0, and *old is an entry that may be reused, if any. */
 static __always_inline struct colo_flow *flow_lookup(struct colo_flow_key *key, u32 epoch,
 						     struct colo_flow **old, u32 *opened)
 {
@@ -336,7 +344,7 @@ static __always_inline struct colo_flow *flow_lookup(struct colo_flow_key *key, 
 	return 0;
 }
 
-/* The entry, if it counts; begins one if this segment may. */
+/* The valid entry of the key; begins one if this segment may. */
 static __always_inline struct colo_flow *flow_find(struct colo_flow_key *key, const struct pkt *p,
 						   int to_svm, u64 mode, u32 epoch, u32 *reason,
 						   u32 *opened)
@@ -363,12 +371,12 @@ static __always_inline struct colo_flow *flow_find(struct colo_flow_key *key, co
 	}
 	old->off = 0;
 	old->tsoff = 0;
-	/* The epoch last: a reader on the other CPU takes the old parts for old. */
+	/* The epoch last: until then a reader on the other CPU takes the old parts for old. */
 	flow_forget(old, epoch);
 	return old;
 }
 
-/* What is known by now. Computed anew each time, see Races. */
+/* Compute the offsets from what is known by now. Computed anew each time; see Races. */
 static __always_inline void flow_shift(const struct colo_flow *n, struct shift *s, u32 *isn_p)
 {
 	u32 ts_p, ts_known;
@@ -401,7 +409,7 @@ static __always_inline u32 flow_track(struct colo_flow *n, const struct pkt *p,
 	else
 		flow_learn_guest(n, p, ts, mode, epoch);
 	flow_shift(n, s, &isn_p);
-	/* Writes only what changes: the cache line is shared with the other direction's CPU. */
+	/* Write only what changes: the cache line is shared with the other direction's CPU. */
 	if (n->off != s->off)
 		n->off = s->off;
 	if (n->tsoff != s->tsoff)
@@ -418,7 +426,7 @@ static __always_inline u32 flow_track(struct colo_flow *n, const struct pkt *p,
 	return isn_p;
 }
 
-/* Whether the client acks what it can know from the guest only. */
+/* Whether the client acks what it can know only from the guest. */
 static __always_inline int flow_client_seen(const struct colo_flow *n, const struct pkt *p,
 					    u32 isn_p)
 {
@@ -426,7 +434,9 @@ static __always_inline int flow_client_seen(const struct colo_flow *n, const str
 	       (n->have & FLOW_HAVE_ISN_S) && flow_known(n) && p->ack - isn_p - 1 <= LEARN_WINDOW;
 }
 
-/* From `opening` to `flows`. Where there is no room the connection is given up, and counted. */
+/*
+ * Move a connection from `opening` to `flows`. Without room the connection is given up and counted.
+ */
 static __always_inline u32 flow_promote(struct colo_flow_key *key, struct colo_flow *n, u32 epoch)
 {
 	struct colo_flow copy = *n;
@@ -436,8 +446,8 @@ static __always_inline u32 flow_promote(struct colo_flow_key *key, struct colo_f
 	return full;
 }
 
-/* A SYN of the PVM has come over the peer link. */
-static __always_inline u32 flow_observe_pvm(const struct pkt *p, const struct tcp_ts *ts, u32 epoch)
+/* Note a SYN of the PVM that has arrived over the peer link. */
+static __always_inline u32 flow_note_pvm(const struct pkt *p, const struct tcp_ts *ts, u32 epoch)
 {
 	u32 bits = FLOW_PVM_SYN, acks = p->flags & TCP_ACK, same, opened = 0;
 	struct colo_flow_key key = {};
@@ -449,7 +459,7 @@ static __always_inline u32 flow_observe_pvm(const struct pkt *p, const struct tc
 	n = flow_lookup(&key, epoch, &old, &opened);
 	if (!n)
 		return R_DROP_PVM_SYN_UNKNOWN;
-	/* For good: either guest's own number, or the client's: as both hosts learn it from. */
+	/* Permanent: the ISN is either guest's own or the client's, as both hosts learn it. */
 	if (n->epoch == COLO_EPOCH_BASE &&
 	    (!acks || !(n->have_client & FLOW_HAVE_ISN_C) || flow_answers(n, p->ack - 1)))
 		return R_DROP_PVM_SYN_UNKNOWN;
@@ -457,7 +467,7 @@ static __always_inline u32 flow_observe_pvm(const struct pkt *p, const struct tc
 	if (acks)
 		bits |= FLOW_PVM_ACK;
 	if (same && (n->have_pvm & FLOW_PVM_TS))
-		bits |= FLOW_PVM_TS; /* of the first, as the guest's own */
+		bits |= FLOW_PVM_TS; /* of the first, like the guest's own */
 	if (same && n->have_pvm == bits && (!acks || n->pvm_c == p->ack - 1) &&
 	    (!ts->there || (bits & FLOW_PVM_TS)))
 		return R_DROP_PVM_SYN;

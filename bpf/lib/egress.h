@@ -1,19 +1,19 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * By which device a frame leaves that the fast path releases.
+ * Selects the device by which a frame leaves that the fast path releases.
  *
- * By way of the tap's bridge it has to be queued first, as if it had come from the tap, and
- * that costs more than comparing it. So pvm_in notes at which port of the bridge each client
- * was heard, as the bridge itself does, and the client's frames leave there directly. Whatever
- * is not certain goes by way of the bridge: a client not heard for CLIENT_FRESH_NS, one that
- * came over the host's own stack, a bridge or a port with rules of its own (user space looks, and
- * leaves it out of `ports`), and everything while there is no controller, which would see a port
- * leave the bridge. The bridge forgets the guest's address if none of its frames come by: user
- * space reminds it.
+ * A frame that leaves through the tap's bridge has to be queued first, as if it had come from the
+ * tap, which costs more than comparing it. So pvm_in notes at which bridge port each client was
+ * seen, as the bridge itself does, and frames to that client leave there directly. Whenever this is
+ * uncertain, the frame goes through the bridge: for a client not seen for CLIENT_FRESH_NS, for one
+ * whose frames came through the host's own stack, for a bridge or port with rules of its own (user
+ * space checks, and leaves it out of `ports`), and for everything while there is no controller to
+ * notice that a port leaves the bridge. The bridge forgets the guest's address if it sees none of
+ * its frames, so user space refreshes it.
  *
- * Races. An entry's ifindex never changes, a new entry takes its place; seen_ns is one word.
- * A client that moves to another port is sent to the old one until it is heard there, by pvm_in
- * at the latest with its next frame for the guest: as with any switch between the two.
+ * Races: an entry's ifindex never changes, a new entry replaces it; seen_ns is one word. A client
+ * that moves to another port is sent to at the old one until pvm_in sees it at the new one, at the
+ * latest with its next frame for the guest. Any switch between the two behaves the same.
  */
 #ifndef COLO_EGRESS_H
 #define COLO_EGRESS_H
@@ -23,12 +23,14 @@
 /* key: ifindex of a port. Writer: controller. Reader: pvm_in. */
 BPF_TABLE_PINNED("hash", u32, u64, ports, COLO_MAX_PORTS, PIN_DIR "/ports");
 
-/* key: MAC address. Writer: pvm_in; the controller clears it when ports change. Reader: the fast path.
- * When it is full the least used one goes by way of the bridge. */
+/*
+ * key: MAC address. Writer: pvm_in; the controller clears it when ports change. Reader: the fast
+ * path. When it is full, frames to the least recently used client go through the bridge.
+ */
 BPF_TABLE_PINNED("lru_hash", u64, struct colo_client, clients, COLO_MAX_CLIENTS,
 		 PIN_DIR "/clients");
 
-/* A client's frame for the guest has come. */
+/* Note the port at which a client's frame for the guest arrived. */
 static __always_inline void note_client(struct __sk_buff *skb)
 {
 	void *data = (void *)(long)skb->data;
@@ -55,7 +57,7 @@ static __always_inline void note_client(struct __sk_buff *skb)
 	}
 }
 
-/* ifindex of the port of the client with this MAC address; 0: by way of the bridge. */
+/* ifindex of the port of the client with this MAC address; 0: through the bridge. */
 static __always_inline u32 egress_ifindex(const void *mac, u64 now)
 {
 	u64 up = cfg(CFG_UPLINK), loss = cfg(CFG_LOSS_NS), key;

@@ -1,14 +1,16 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * Frames on their way to user space: a BPF ring buffer, or (COLO_EVENTS_PERF)
- * perf buffers on kernels before 5.8. A frame that does not fit is a counted
- * reason and dropped: to a guest that is loss on the wire, and loss is safe.
+ * Capture of frames for user space, through a BPF ring buffer or (COLO_EVENTS_PERF) perf buffers on
+ * kernels before 5.8. A frame that does not fit is counted and dropped. To a guest that is loss on
+ * the wire, and loss is safe.
  */
 #ifndef COLO_EVENTS_H
 #define COLO_EVENTS_H
 
 #ifdef COLO_EVENTS_PERF
-/* perf_event_output appends at most 65535 bytes in all; bcc hands up 65,400 of payload whole. */
+/*
+ * perf_event_output appends at most 65535 bytes in all; bcc delivers 65,400 bytes of payload whole.
+ */
 #define COLO_MAX_EVENT_FRAME 65400
 BPF_PERF_OUTPUT(events);
 #else
@@ -20,7 +22,7 @@ struct colo_scratch {
 	__u8 frame[65536 + 64];
 };
 
-/* One frame per CPU. Programs run with bottom halves off, so none interrupts another of ours. */
+/* One frame per CPU: programs run with bottom halves off, so none of ours interrupts another. */
 BPF_TABLE("array", u32, struct colo_scratch, scratch, COLO_MAX_CPUS);
 
 static __always_inline struct colo_scratch *my_scratch(void)
@@ -31,8 +33,10 @@ static __always_inline struct colo_scratch *my_scratch(void)
 }
 #endif
 
-/* Copies the frame out, which then has to be dropped: it may be spoilt. Returns the reason to count:
- * R_PUNT, or why not. */
+/*
+ * Copy the frame into an event. The frame must be dropped afterwards, since it may have been
+ * damaged. Returns the reason to count: R_PUNT, or why it failed.
+ */
 static __always_inline u32 capture(struct __sk_buff *skb, const struct pkt *p, u8 source, u32 epoch,
 				   u32 punt_seq)
 {
@@ -67,7 +71,7 @@ static __always_inline u32 capture(struct __sk_buff *skb, const struct pkt *p, u
 
 	if (!s)
 		return R_DROP_HELPER_FAILED;
-	/* 1 <= len <= 131072 for the verifier; LLVM would fold a plain range test away. */
+	/* 1 <= len <= 131072 for the verifier; LLVM would optimise a plain range test away. */
 	asm volatile("%0 += -1\n%0 &= 0x1ffff\n%0 += 1" : "+r"(len));
 	if (len > 65600)
 		return R_DROP_TOO_LARGE;

@@ -1,19 +1,20 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * What a frame leaves for others to do: its checksum, its segmentation.
+ * Offloads of a frame: the checksum and segmentation that it leaves for others to do.
  *
- * struct __sk_buff shows of this gso_size and nothing else. A frame with a gso_size can be TCP to
- * be segmented, datagrams behind one header (UDP_L4, "USO"), one datagram to be fragmented
- * (UDP, "UFO"), or TCP within a tunnel; and a partial checksum may be anybody's, of an inner
- * header too. A frame that leaves by way of user space needs all of it again, and by its headers
- * it can only be guessed at: wrongly, for each kind but the first. So, with COLO_SKB, the kernel's
- * own struct sk_buff is read, at the places that its BTF names (colo_xdp/datapath/btf.py).
+ * struct __sk_buff shows only gso_size. A frame with a gso_size can be TCP to be segmented,
+ * datagrams behind one header (UDP_L4, "USO"), one datagram to be fragmented (UDP, "UFO"), or TCP
+ * in a tunnel. A partial checksum can belong to any header, an inner one too. A frame that leaves
+ * through user space needs all of that again, and guessing it from the headers is wrong for every
+ * kind but the first. So, with COLO_SKB, the kernel's own struct sk_buff is read, at the offsets
+ * that its BTF gives (colo_xdp/datapath/btf.py).
  *
- * A kernel without BTF gets what is certain without: that a checksum is partial, since
- * bpf_l4_csum_replace() leaves a field alone exactly then; and where it is, since
- * bpf_skb_change_tail() cuts it off never. UDP with a gso_size is refused there.
+ * Without BTF only this is certain: that a checksum is partial, since exactly then
+ * bpf_l4_csum_replace() leaves a field alone; and where it is, since bpf_skb_change_tail() never
+ * cuts it off. UDP with a gso_size is refused there.
  *
- * What cannot be carried is refused by name (R_DROP_GSO_UNSUPPORTED) and never sent on as something else.
+ * What cannot be carried over is refused explicitly (R_DROP_GSO_UNSUPPORTED) and never sent on as
+ * something else.
  */
 #ifndef COLO_GSO_H
 #define COLO_GSO_H
@@ -28,19 +29,21 @@
 #define GSO_REFUSED 0x100
 
 #ifdef COLO_SKB
-/* Of no meaning to a receiver: from whom it came, how it was put together. */
+/* Irrelevant to a receiver: where the frame came from and how it was assembled. */
 #define COLO_GSO_IGNORED                                                                           \
 	(COLO_GSO_DODGY | COLO_GSO_TCP_FIXEDID | COLO_GSO_TCP_FIXEDID_INNER | COLO_GSO_FRAGLIST)
 
-/* CWR is set: of the first segment only, or (what GRO has put together since Linux 6.15) of all.
- * VNET_ECN is the only word for either. */
+/*
+ * CWR is set, either on the first segment only or (frames merged by GRO since Linux 6.15) on all.
+ * VNET_ECN is the only flag for both.
+ */
 #define COLO_GSO_ANY_ECN (COLO_GSO_TCP_ECN | COLO_GSO_TCP_ACCECN)
 
 /*
- * An integer of the kernel's memory; 0 if it cannot be read. The address is no more than a number to
- * the verifier, so nothing can be written by it. Eight bytes of stack, all of them set first:
- * else the verifier takes what happens to be there for something that is still needed, and all paths
- * that differ in it for different ones.
+ * Read an integer of kernel memory; 0 if it cannot be read. To the verifier the address is only a
+ * number, so nothing can be written through it. All eight bytes of stack are set first: otherwise
+ * the verifier counts their previous contents as needed, and treats paths that differ in them as
+ * different.
  */
 static __always_inline u64 kernel_word(u64 at, u32 size)
 {
@@ -53,7 +56,7 @@ static __always_inline u64 kernel_word(u64 at, u32 size)
 	return word;
 }
 
-/* Of the struct sk_buff that `skb` is to the kernel. */
+/* Read a field of the struct sk_buff that `skb` is to the kernel. */
 static __always_inline u64 skb_word(struct __sk_buff *skb, u32 at, u32 size)
 {
 	return kernel_word((u64)(void *)skb + at, size);
@@ -63,7 +66,7 @@ static __always_inline int is_partial(struct __sk_buff *skb)
 {
 	u32 bits = skb_word(skb, COLO_SKB_IP_SUMMED, 1) >> COLO_SKB_IP_SUMMED_SHIFT & 3;
 
-	return bits & bits >> 1; /* CHECKSUM_PARTIAL is 3; without a branch */
+	return bits & bits >> 1; /* CHECKSUM_PARTIAL is 3; no branch */
 }
 
 /* SKB_GSO_* of a frame with a gso_size; 0: could not be read. */
@@ -71,13 +74,15 @@ static __always_inline u32 skb_gso_kind(struct __sk_buff *skb)
 {
 	u64 end = skb_word(skb, COLO_SKB_END, COLO_SKB_END_SIZE);
 
-	if (COLO_SKB_END_SIZE == 4) /* an offset then, else a pointer */
+	if (COLO_SKB_END_SIZE == 4) /* then an offset, otherwise a pointer */
 		end += skb_word(skb, COLO_SKB_HEAD, 8);
 	return kernel_word(end + COLO_SHINFO_GSO_TYPE, 4);
 }
 
-/* Where the sum of a partial checksum begins, from the start of the frame, and where, from there, it
- * is put. */
+/*
+ * Where the sum of a partial checksum starts (from the start of the frame) and where it is stored
+ * (from there).
+ */
 static __always_inline void csum_place(struct __sk_buff *skb, u32 *start, u32 *offset)
 {
 	*start = skb_word(skb, COLO_SKB_CSUM_START, 2) + skb_word(skb, COLO_SKB_HEAD, 8) -
@@ -85,7 +90,7 @@ static __always_inline void csum_place(struct __sk_buff *skb, u32 *start, u32 *o
 	*offset = skb_word(skb, COLO_SKB_CSUM_OFFSET, 2);
 }
 
-/* A CRC (SCTP's), not a sum. */
+/* Whether the checksum is a CRC (SCTP's), not a sum. */
 static __always_inline int is_crc(struct __sk_buff *skb)
 {
 #ifdef COLO_SKB_NOT_INET
@@ -95,7 +100,7 @@ static __always_inline int is_crc(struct __sk_buff *skb)
 #endif
 }
 
-/* virtio_net_hdr.gso_type that makes of the frame what it is; 0: no GSO; or GSO_REFUSED. */
+/* virtio_net_hdr.gso_type that describes the frame; 0: no GSO; or GSO_REFUSED. */
 static __always_inline u32 gso_type(struct __sk_buff *skb, const struct pkt *p)
 {
 	u64 tcp = p->is_tcp, udp = p->is_udp, v6 = p->is_v6;
@@ -113,8 +118,10 @@ static __always_inline u32 gso_type(struct __sk_buff *skb, const struct pkt *p)
 	return GSO_REFUSED;
 }
 
-/* The checksum is partial, and it is not that of the frame's own TCP or UDP header. One branch only:
- * each would double what the verifier has to walk behind it. */
+/*
+ * Whether the checksum is partial but not that of the frame's own TCP or UDP header. Uses one
+ * branch only: each doubles what the verifier has to walk afterwards.
+ */
 static __always_inline int sums_elsewhere(struct __sk_buff *skb, const struct pkt *p)
 {
 	u32 start, offset;
@@ -125,7 +132,10 @@ static __always_inline int sums_elsewhere(struct __sk_buff *skb, const struct pk
 	return wrong * is_partial(skb) != 0;
 }
 
-/* A TCP frame with a gso_size waits for something else than plain segmentation. As above. */
+/*
+ * Whether a TCP frame with a gso_size needs something other than plain segmentation. Branch-free
+ * for the same reason.
+ */
 static __always_inline int cut_elsewise(struct __sk_buff *skb, const struct pkt *p)
 {
 	u32 plain = COLO_GSO_TCPV4 + p->is_v6 * (COLO_GSO_TCPV6 - COLO_GSO_TCPV4);
@@ -133,7 +143,7 @@ static __always_inline int cut_elsewise(struct __sk_buff *skb, const struct pkt 
 	return (skb_gso_kind(skb) & ~(COLO_GSO_IGNORED | COLO_GSO_ANY_ECN)) != plain;
 }
 
-/* Fills in what user space must know of the frame's checksum; 0, or R_DROP_GSO_UNSUPPORTED. */
+/* Fill in what user space must know about the frame's checksum; 0 or R_DROP_GSO_UNSUPPORTED. */
 static __always_inline u32 csum_offload(struct __sk_buff *skb, const struct pkt *p,
 					struct colo_event *head)
 {
@@ -147,7 +157,7 @@ static __always_inline u32 csum_offload(struct __sk_buff *skb, const struct pkt 
 		head->flags |= EV_PARTIAL;
 		return 0;
 	}
-	/* Nobody segments by such a header, and where CRCs are computed we are not. */
+	/* No device segments with such a header, and CRCs are computed elsewhere. */
 	if (skb->gso_size || is_crc(skb) || start > 0xFFFF || offset > 0xFF)
 		return R_DROP_GSO_UNSUPPORTED;
 	head->flags |= EV_UNSUMMED;
@@ -156,7 +166,7 @@ static __always_inline u32 csum_offload(struct __sk_buff *skb, const struct pkt 
 	return 0;
 }
 #else
-/* Changes two bytes if it is not, and changes them back. */
+/* Changes two bytes if the checksum is not partial, and changes them back. */
 static __always_inline int is_partial(struct __sk_buff *skb)
 {
 	u16 before = 0, after = 0;
@@ -177,7 +187,7 @@ static __always_inline u32 gso_type(struct __sk_buff *skb, const struct pkt *p)
 	return !skb->gso_size || p->is_tcp ? 0 : GSO_REFUSED;
 }
 
-/* Not to be told without spoiling the frame: user space's capture will. */
+/* Cannot be determined without damaging the frame; user space's capture determines it. */
 static __always_inline int sums_elsewhere(struct __sk_buff *skb, const struct pkt *p)
 {
 	return is_partial(skb);
@@ -188,7 +198,10 @@ static __always_inline int cut_elsewise(struct __sk_buff *skb, const struct pkt 
 	return 0;
 }
 
-/* As above. The frame's bytes have been copied, and it is about to be dropped: it is cut short. */
+/*
+ * The same without BTF. The frame's bytes have been copied and it is about to be dropped, so it is
+ * truncated here.
+ */
 static __always_inline u32 csum_offload(struct __sk_buff *skb, const struct pkt *p,
 					struct colo_event *head)
 {
@@ -199,7 +212,7 @@ static __always_inline u32 csum_offload(struct __sk_buff *skb, const struct pkt 
 	if (!at)
 		return R_DROP_GSO_UNSUPPORTED;
 	head->flags |= EV_PARTIAL;
-#ifndef COLO_EVENTS_PERF /* which still has to copy the frame: a tunnel's would not be noticed */
+#ifndef COLO_EVENTS_PERF /* perf still has to copy the frame, so an inner checksum goes unnoticed */
 	if (!bpf_skb_change_tail(skb, at + 1, 0) || bpf_skb_change_tail(skb, at + 2, 0))
 		return R_DROP_GSO_UNSUPPORTED;
 #endif

@@ -1,21 +1,22 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * ICMP errors about what the guest has sent: path MTU, unreachable, time exceeded, parameter
- * problem. They quote the segment as the network saw it, in the PVM's numbers; a guest with others
- * would take it for a forgery (RFC 5927 4.1) and go on sending what never arrives. So the quoted
- * sequence number and TSval are moved as an ack would be, back to what the guest said.
+ * ICMP errors about segments that the guest has sent: path MTU, unreachable, time exceeded,
+ * parameter problem. They quote the segment as the network saw it, in the PVM's numbers. A guest
+ * with other numbers would take the error for a forgery (RFC 5927 section 4.1) and go on sending
+ * what never arrives. So the quoted sequence number and TSval are translated, like an ack, to what
+ * the guest sent.
  *
- * Left as they are: the quoted ack and TSecr, which are the client's own numbers; a TSval that is not
- * where it nearly always is (RFC 7323 appendix A), for no stack looks at it; pieces of a
- * fragmented segment but the first; quotes that end before the sequence number does; connections
- * that are not known. An error moves nothing in the entry: it is not the client's word.
+ * Left unchanged: the quoted ack and TSecr, which are the client's own numbers; a TSval that is not
+ * in its usual place (RFC 7323 appendix A), since no stack checks it; fragments of a segment other
+ * than the first; quotes that end before the sequence number does; connections that are not known.
+ * An error changes nothing in the entry: it does not come from the client.
  *
- * Of errors that the guest itself sends the quoted ack is in its own numbers. No client looks at it
- * (the sequence number is what a quote is checked by), and the comparison takes the first 8 bytes
- * of the quoted segment only, so it stays.
+ * In errors that the guest itself sends, the quoted ack is in the guest's own numbers. No client
+ * checks it (a quote is checked by its sequence number), and the comparison uses only the first 8
+ * bytes of the quoted segment, so it stays.
  *
- * Both checksums are moved by the change: that of the quoted segment where the quote reaches that
- * far, and ICMP's, which covers the quote. (IPv4's covers its own header.)
+ * Both checksums are updated by the change: that of the quoted segment, if the quote reaches that
+ * far, and ICMP's, which covers the quote. (IPv4's covers its own header only.)
  */
 #ifndef COLO_ICMP_H
 #define COLO_ICMP_H
@@ -23,8 +24,10 @@
 #define PROTO_ICMP   1
 #define PROTO_ICMPV6 58
 
-/* What may lie before the quoted sequence number, and all that is looked at behind it: two IPv6
- * headers, extensions, ICMP, and TCP with its options. */
+/*
+ * Everything before the quoted sequence number, and all that is read after it: two IPv6 headers,
+ * extensions, ICMP, and TCP with its options.
+ */
 #define QUOTE_PULL 512
 
 static __always_inline int is_icmp_error(const struct pkt *p, u8 type)
@@ -35,8 +38,10 @@ static __always_inline int is_icmp_error(const struct pkt *p, u8 type)
 	return p->l4_proto == PROTO_ICMP && (type == 3 || type == 4 || type == 11 || type == 12);
 }
 
-/* The quoted TCP segment as one that the guest sends; -1 if there is none to be moved. `stop`: end of
- * the quote; `zero`: as in parse_frame(). */
+/*
+ * Parse the quoted TCP segment as one that the guest sends; -1 if there is none to translate.
+ * `stop`: end of the quote; `zero`: as in parse_frame().
+ */
 static __always_inline int parse_quote(void *data, void *end, const struct pkt *p, u64 stop,
 				       u64 zero, struct pkt *q)
 {
@@ -100,7 +105,7 @@ static __always_inline int parse_quote(void *data, void *end, const struct pkt *
 	return 0;
 }
 
-/* How many bytes of IP's packet are in the frame, from its start; 0: none can be. */
+/* Offset in the frame at which the IP packet ends; 0: unknown. */
 static __always_inline u64 packet_end(void *data, void *end, const struct pkt *p, u64 len)
 {
 	u64 off = p->l3_off, stop;
@@ -115,7 +120,10 @@ static __always_inline u64 packet_end(void *data, void *end, const struct pkt *p
 	return stop < len ? stop : len;
 }
 
-/* R_PASS_REWRITTEN, `same`, or R_DROP_HELPER_FAILED: the frame must be dropped. Its pointers are stale after. */
+/*
+ * Translate the quoted segment. Returns R_PASS_REWRITTEN, `same`, or R_DROP_HELPER_FAILED, on which
+ * the frame must be dropped. Pointers into the frame are stale afterwards.
+ */
 static __always_inline u32 rewrite_quote(struct __sk_buff *skb, const struct pkt *p, u32 epoch,
 					 u32 same)
 {
@@ -132,7 +140,7 @@ static __always_inline u32 rewrite_quote(struct __sk_buff *skb, const struct pkt
 
 	if (p->frag || (p->l4_proto != PROTO_ICMP && p->l4_proto != PROTO_ICMPV6))
 		return same;
-	/* The parser has only looked at the outer header. */
+	/* The parser has examined only the outer header. */
 	if ((void *)(long)skb->data + QUOTE_PULL > (void *)(long)skb->data_end &&
 	    bpf_skb_pull_data(skb, len < QUOTE_PULL ? len : QUOTE_PULL))
 		return same;
@@ -150,7 +158,7 @@ static __always_inline u32 rewrite_quote(struct __sk_buff *skb, const struct pkt
 	if (!n)
 		return same;
 	flow_shift(n, &s, &isn_p);
-	/* As in rewrite(): what was sent unmoved is quoted so. */
+	/* As in rewrite(): what was sent unchanged is quoted unchanged. */
 	if ((q.flags & (TCP_RST | TCP_ACK)) == (TCP_RST | TCP_ACK) && !q.seq)
 		return same;
 	if (s.off)

@@ -1,12 +1,11 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
-/*
- * Every limit of the data path, overridable with -D by the loader, and what it costs.
- */
+/* Limits of the data path and what each costs. The loader can override them with -D. */
 #ifndef COLO_LIMITS_H
 #define COLO_LIMITS_H
 
 #ifndef COLO_MAX_FLOWS
-#define COLO_MAX_FLOWS 65536 /* tracked connections at S, and handshakes; 320 bytes for both */
+/* Tracked connections at S, and as many handshakes; 320 bytes for both. */
+#define COLO_MAX_FLOWS 65536
 #endif
 
 #ifndef COLO_MAX_UNMIRRORED
@@ -14,13 +13,11 @@
 #endif
 
 #ifndef COLO_MAX_CONNS
-#define COLO_MAX_CONNS                                                                             \
-	1000000 /* connections of the fast path; 350 bytes each, allocated when used */
+#define COLO_MAX_CONNS 1000000 /* offloaded connections; 350 bytes each, allocated when used */
 #endif
 
 #ifndef COLO_BUFFERS
-#define COLO_BUFFERS                                                                               \
-	512 /* connections of the fast path with bytes outstanding; COLO_BUFFER bytes each */
+#define COLO_BUFFERS 512 /* offloaded connections with bytes outstanding; COLO_BUFFER bytes each */
 #endif
 
 #ifndef COLO_MAX_CLIENTS
@@ -35,25 +32,25 @@
 #define COLO_MAX_ADDRESSES 256 /* IP addresses of the guest; about 110 bytes each */
 #endif
 
-#define COLO_MAX_PORTS 1024 /* of the tap's bridge; about 60 bytes each */
+#define COLO_MAX_PORTS 1024 /* ports of the tap's bridge; about 60 bytes each */
 
 /* Bytes that one guest may be ahead in the fast path; a power of two. */
 #define COLO_BUFFER (512 * 1024)
 
-/* Slots looked at for a free buffer: at half load one in 250 connections finds none. */
+/* Slots searched for a free buffer: at half load, one in 250 connections finds none. */
 #define COLO_BUFFER_PROBES 8
 
 /* Bytes compared or copied in one step; a power of two. More steps cost verifier time. */
 #define COLO_STEP	4096
-#define COLO_STEPS	20 /* a 64 KiB frame, and where a buffer wraps around */
-#define COLO_MAX_PIECES 50 /* segments rebuilt from one frame; more of them go to user space */
+#define COLO_STEPS	20 /* a 64 KiB frame, plus the steps where a buffer wraps */
+#define COLO_MAX_PIECES 50 /* segments built from one frame; if more are needed it is punted */
 
-#define COLO_MAX_PIECE 2047 /* bytes in each; a power of two less one */
+#define COLO_MAX_PIECE 2047 /* bytes in each; a power of two minus one */
 
-/* Payload that is certain to fit a path: Linux's least path MTU (min_pmtu, 552) less the headers. */
+/* Payload that fits any path: Linux's smallest path MTU (min_pmtu, 552) minus the headers. */
 #define COLO_SURE_MSS 500
 
-/* Tries to get a connection that another CPU works on, 200 ns each: twice the longest work. */
+/* Attempts to lock a connection that another CPU holds, 200 ns each: twice the longest hold. */
 #define COLO_SPINS 250
 
 #ifndef COLO_RING_PAGES
@@ -61,24 +58,23 @@
 #endif
 
 #ifndef COLO_MAX_CPUS
-#define COLO_MAX_CPUS                                                                              \
-	64 /* scratch frames of 64 KiB each; more CPUs than this: events fail, counted */
+/* Scratch frames of 64 KiB each; with more CPUs than this events fail and are counted. */
+#define COLO_MAX_CPUS 64
 #endif
 
-/* Largest frame that can be handed to user space: a 64 KiB GSO frame with its headers. */
+/* Largest frame that can be captured: a 64 KiB GSO frame with its headers. */
 #define COLO_MAX_FRAME 65600
 
 #ifndef COLO_VLAN_DEPTH
-#define COLO_VLAN_DEPTH 2 /* tags in the frame's bytes that the parser steps over; a few ns each */
+#define COLO_VLAN_DEPTH 2 /* tags in the frame's bytes that the parser skips; a few ns each */
 #endif
 
 #ifndef COLO_IP6_EXT_DEPTH
-#define COLO_IP6_EXT_DEPTH 4 /* IPv6 extension headers stepped over; verifier states, not time */
+#define COLO_IP6_EXT_DEPTH 4 /* IPv6 extension headers skipped; costs verifier states, not time */
 #endif
 
 #ifndef COLO_TCP_OPTIONS
-#define COLO_TCP_OPTIONS                                                                           \
-	12 /* TCP options looked at: 40 bytes hold no more useful ones; 5 ns each */
+#define COLO_TCP_OPTIONS 12 /* TCP options examined: 40 bytes hold no more useful ones; 5 ns each */
 #endif
 
 #endif

@@ -1,10 +1,10 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * All maps, and the only functions that touch them. Those that must outlive
- * the controller are pinned below PIN_DIR, which the loader defines.
+ * The maps that all programs share, and the functions that access them. Maps that must outlive the
+ * controller are pinned below PIN_DIR, which the loader defines.
  *
- * Access goes through inline functions, never macros: bcc rewrites map.lookup()
- * in the syntax tree and refuses to do so inside a macro expansion.
+ * Access goes through inline functions, never macros: bcc rewrites map.lookup() in the syntax tree
+ * and refuses to do so inside a macro expansion.
  */
 #ifndef COLO_MAPS_H
 #define COLO_MAPS_H
@@ -12,7 +12,7 @@
 /* key: enum colo_cfg. Writer: controller. Readers: all programs. */
 BPF_TABLE_PINNED("array", u32, u64, config, CFG_MAX, PIN_DIR "/config");
 
-/* key: prog * R_MAX + reason. Writer: the program. Reader: controller, at scrape. */
+/* key: prog * R_MAX + reason. Writer: the program. Reader: the controller, on each scrape. */
 BPF_TABLE_PINNED("percpu_array", u32, struct colo_count, counters, PROG_MAX *R_MAX,
 		 PIN_DIR "/counters");
 
@@ -24,9 +24,10 @@ static __always_inline u64 cfg(u32 slot)
 }
 
 /*
- * The guest must not speak: its host holds no lease. Read at the beginning of the programs that let
- * frames out; one that passed the check leaves later by what the stack below takes, for which
- * [failover] lease_margin is there. A slot that nobody has written is silence.
+ * Whether the guest must not transmit because its host holds no lease. Checked at the start of the
+ * programs that let frames out. A frame that has passed the check leaves later by the time the
+ * stack below needs, which [failover] lease_margin covers. A slot that has never been written means
+ * silence.
  */
 static __always_inline int silenced(void)
 {

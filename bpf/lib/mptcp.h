@@ -1,18 +1,19 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * Neither guest negotiates MPTCP (RFC 8684) while there are two of them. Each draws keys of its own
- * for a connection, so after a takeover the other one's data sequence numbers would mean nothing to
- * the client; and the comparison, which sees one subflow at a time, would not know.
+ * Prevents MPTCP (RFC 8684) from being negotiated while there are two guests. Each guest draws its
+ * own keys for a connection, so after a takeover the other guest's data sequence numbers would mean
+ * nothing to the client. The comparison, which sees one subflow at a time, would not notice.
  *
- * MP_CAPABLE is taken out of what a client says in its SYN, or in its SYN-ACK to the guest's, by pvm_in
- * before the frame is mirrored. That is enough for either direction: a guest that was not offered it
- * does not answer with it, and one whose offer was not answered goes on with plain TCP, which its
- * first ACK tells the other end (RFC 8684 3.7). So what the guests send stays as they made it.
+ * pvm_in removes MP_CAPABLE from a client's SYN, and from its SYN-ACK to the guest's SYN, before
+ * the frame is mirrored. That suffices for both directions: a guest that was not offered MPTCP does
+ * not answer with it, and one whose offer was not answered falls back to plain TCP, as its first
+ * ACK shows the other end (RFC 8684 section 3.7). So what the guests send stays as it is.
  *
- * What a guest has negotiated while it was alone is whole in its copy, and goes on. So MP_JOIN is
- * left: without its option it would open a new connection. For a token that no guest has (all that
- * is opened under protection is plain TCP) both answer RST; for one that both have the answers
- * differ by a random number (RFC 8684 3.2), and the new subflow costs a checkpoint.
+ * What a guest negotiated while it was alone is complete in its copy and continues. So MP_JOIN is
+ * left in place: without the option it would open a new connection. For a token that no guest has
+ * (everything opened under protection is plain TCP) both guests answer RST. For a token that both
+ * have, the answers differ by a random number (RFC 8684 section 3.2), and the new subflow costs a
+ * checkpoint.
  */
 #ifndef COLO_MPTCP_H
 #define COLO_MPTCP_H
@@ -21,8 +22,10 @@
 #define MP_CAPABLE   0 /* subtype, the high half of the third byte */
 #define TCPOPTS_MAX  40
 
-/* Which bytes of TCP's options, a bit for each, belong to MP_CAPABLE. In as many options as there are:
- * Linux takes the last one. */
+/*
+ * Bit mask of the bytes of TCP's options that belong to MP_CAPABLE. All MP_CAPABLE options are
+ * included, since Linux uses the last one.
+ */
 static __always_inline u64 mptcp_find(struct __sk_buff *skb, const struct pkt *p)
 {
 	void *data = (void *)(long)skb->data, *end = (void *)(long)skb->data_end;
@@ -31,7 +34,7 @@ static __always_inline u64 mptcp_find(struct __sk_buff *skb, const struct pkt *p
 
 	VERIFIER_BOUND(l4, 0x3FFF);
 	t = data + l4;
-	/* One option at most is looked at for each byte: none can hide behind NOPs. */
+	/* At most one option is examined per byte, so none can hide behind NOPs. */
 #pragma clang loop unroll(disable)
 	for (int n = 0; n < TCPOPTS_MAX; n++) {
 		u8 *opt;
@@ -55,9 +58,9 @@ static __always_inline u64 mptcp_find(struct __sk_buff *skb, const struct pkt *p
 }
 
 /*
- * Overwrites each MP_CAPABLE with NOPs. Returns 0 if there is none, 1 if all are gone, < 0 if the
- * frame must be dropped. Reads in place and writes by helper: in-place writes would make the kernel
- * copy the headers of each cloned frame, and nearly none is a SYN.
+ * Overwrite each MP_CAPABLE with NOPs. Returns 0 if there is none, 1 if all have been removed, < 0
+ * if the frame must be dropped. Reads in place and writes with a helper: in-place writes would make
+ * the kernel copy the headers of each cloned frame, and hardly any frame is a SYN.
  */
 static __always_inline int mptcp_off(struct __sk_buff *skb, const struct pkt *p)
 {
@@ -76,7 +79,7 @@ static __always_inline int mptcp_off(struct __sk_buff *skb, const struct pkt *p)
 		u8 *b = (u8 *)opts + k, keep = (gone >> k & 1) - 1; /* no bit, or all */
 
 		*b = (*b & keep) | (1 & ~keep);
-		asm volatile("" ::: "memory"); /* one byte after the other: else all are spilled */
+		asm volatile("" ::: "memory"); /* one byte at a time: else all are spilled */
 	}
 	sum = bpf_csum_diff(0, 0, opts, sizeof(opts), sum);
 	if (sum < 0 || bpf_skb_store_bytes(skb, at, opts, size, 0))

@@ -1,29 +1,30 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * From a frame to one `struct pkt`: the only place that steps through headers.
- * colo_xdp/net/packet.py stops at the same places (tests/bpf/test_parsers.py): what is compared as TCP
- * there has been translated as TCP here.
+ * Parses a frame into one `struct pkt`; the only place that walks headers. colo_xdp/net/packet.py
+ * stops at the same places (tests/bpf/test_parsers.py), so what is compared as TCP there has been
+ * translated as TCP here.
  *
- * parse_skb() and parse_xdp() share one body, so that both hooks decide alike.
- * Headers are read in place: a load helper costs more than the whole parser. A
- * GSO frame is mostly non-linear, but its headers nearly always are linear; if
- * they are not, they are pulled and the frame is parsed again.
+ * parse_skb() and parse_xdp() share one body, so that both hooks decide alike. Headers are read in
+ * place: a load helper costs more than the whole parser. A GSO frame is mostly non-linear, but its
+ * headers are nearly always linear; if they are not, they are pulled and the frame is parsed again.
  *
- * Lengths come from the IP header (Ethernet padding is not payload) and each is
- * checked against the frame. A frame that contradicts itself is unparsable: it
- * is handled as bytes and never translated.
+ * Lengths come from the IP header (Ethernet padding is not payload) and each is checked against the
+ * frame. A frame that contradicts itself is unparsable: it is treated as bytes and never
+ * translated.
  */
 #ifndef COLO_PARSING_H
 #define COLO_PARSING_H
 
 #define PARSE_BAD  -1
-#define PARSE_MORE -2 /* inside: the headers reach beyond the linear part */
+#define PARSE_MORE -2 /* internal: the headers reach beyond the linear part */
 
 /* Enough for two tags, IPv4 and TCP with all options, and for 130 bytes of IPv6 extensions. */
 #define PARSE_PULL 256
 
-/* IANA protocol numbers; by our own names, since some uapi headers have them as enumerators
- * in one file and as macros in another. */
+/*
+ * IANA protocol numbers under our own names, since uapi headers define some as enumerators in one
+ * file and as macros in another.
+ */
 #define PROTO_HOPOPTS  0
 #define PROTO_TCP      6
 #define PROTO_UDP      17
@@ -41,28 +42,30 @@ struct pkt {
 	__be32 src[4]; /* source, as in the frame; IPv4 is v4-mapped. Set for all IP frames */
 	__be32 dst[4];
 	__u32 vlan;	   /* as colo_flow_key.vlan; a tag in the skb's metadata is the outer one */
-	__u32 l3_off;	   /* from the start of the frame, behind all tags */
-	__u32 l4_off;	   /* behind IP options and extension headers; 0: not IP */
+	__u32 l3_off;	   /* from the start of the frame, after all tags */
+	__u32 l4_off;	   /* after IP options and extension headers; 0: not IP */
 	__u32 csum_at;	   /* TCP or UDP checksum field; 0: none, fragment, or unparsable */
-	__u32 payload_len; /* TCP, UDP: bytes of payload, of the whole GSO frame */
+	__u32 payload_len; /* TCP, UDP: payload bytes of the whole GSO frame */
 	__u32 seq;	   /* TCP, host order */
-	__u32 ack;	   /* TCP, host order; means something only with TCP_ACK */
+	__u32 ack;	   /* TCP, host order; valid only with TCP_ACK */
 	__be16 sport;	   /* TCP, UDP */
 	__be16 dport;
-	__be16 ethertype; /* behind all tags */
+	__be16 ethertype; /* after all tags */
 	__u8 l4_proto;	  /* PROTO_*, also of a fragment; 0: not IP (or PROTO_HOPOPTS) */
 	__u8 is_v6;
-	__u8 frag;   /* any fragment, the first too, but no atomic one: never translated */
-	__u8 is_tcp; /* whole TCP header is there: the TCP fields hold */
-	__u8 is_udp; /* whole UDP header is there: ports and payload_len hold */
-	__u8 flags;  /* TCP_*, the 14th byte of the TCP header */
-	__u8 doff;   /* TCP: bytes of the header, 20 to 60, all within the linear part */
+	__u8 frag;   /* any fragment, the first too, but not an atomic one: never translated */
+	__u8 is_tcp; /* the whole TCP header is present: the TCP fields are valid */
+	__u8 is_udp; /* the whole UDP header is present: ports and payload_len are valid */
+	__u8 flags;  /* TCP_*: the 14th byte of the TCP header */
+	__u8 doff;   /* TCP: header length, 20 to 60, all in the linear part */
 };
 
-/* LLVM folds range tests away that the verifier needs; it cannot fold this. Changes no value. */
+/*
+ * LLVM optimises away range tests that the verifier needs; it cannot do so here. Changes no value.
+ */
 #define VERIFIER_BOUND(x, mask) asm volatile("%0 &= %1" : "+r"(x) : "i"(mask))
 
-/* 0x9100: what QinQ was tagged with before 802.1ad; the kernel never takes it off. */
+/* 0x9100: the QinQ tag before 802.1ad; the kernel never strips it. */
 static __always_inline int is_tag(__be16 ethertype)
 {
 	return ethertype == bpf_htons(0x8100) || ethertype == bpf_htons(0x88A8) ||
@@ -70,35 +73,36 @@ static __always_inline int is_tag(__be16 ethertype)
 }
 
 /*
- * The VLAN of a frame (colo_flow_key.vlan) behind one more tag. VID 0 names none (IEEE 802.1Q 9.6: a
- * priority tag): such a frame is of the same network as one without the tag. A guest may send
- * either in one connection, as a segment has a priority or none. VID 4095 is reserved; to whoever
- * sends it, it is a VLAN as any. Without branches: nobody is to walk what follows twice. And worked
- * out here: what LLVM makes of it else costs the verifier 140,000 steps more in pvm_out.
+ * The VLAN of a frame (colo_flow_key.vlan) after one more tag. VID 0 names no VLAN (IEEE 802.1Q
+ * section 9.6, a priority tag): such a frame is in the same network as one without the tag, and a
+ * guest may send both within one connection, depending on each segment's priority. VID 4095 is
+ * reserved; if it is used, it counts as any other VLAN. There are no branches, so that the verifier
+ * does not walk what follows twice. The result is fixed here: with LLVM's own choice the verifier
+ * takes 140,000 more steps in pvm_out.
  */
 static __always_inline u32 vlan_within(u32 vlan, u16 tci)
 {
 	u32 vid = tci & 0x0FFF;
 
-	vlan = vlan << ((vid + 0x0FFF) >> 12 << 4) | vid; /* by 16, or not at all */
+	vlan = vlan << ((vid + 0x0FFF) >> 12 << 4) | vid; /* shift by 16 or by 0 */
 	asm volatile("" : "+r"(vlan));
 	return vlan;
 }
 
-/* `need` bytes are not all in the linear part: are they in the frame at all? */
+/* Called if `need` bytes are not all in the linear part: does the frame have them at all? */
 static __always_inline int parse_short(u64 need, u64 len)
 {
 	return need > len ? PARSE_BAD : PARSE_MORE;
 }
 
 /*
- * data..end: the linear part; len: the whole frame. tags, vlan: what was found
- * outside of the frame's bytes. Offsets are 64-bit scalars added to `data`
- * afresh, which the verifier follows better than a moving pointer.
+ * data..end: the linear part; len: the whole frame. tags, vlan: what was found outside the frame's
+ * bytes. Offsets are 64-bit scalars added to `data` each time, which the verifier follows better
+ * than a moving pointer.
  *
- * zero: is 0, and the verifier does not know. Added to an offset it makes the
- * verifier forget by which of some fifty paths (tags, extension headers) it was
- * reached; else it would walk all that follows once for each.
+ * zero: is 0, but the verifier does not know that. Added to an offset, it makes the verifier forget
+ * which of some fifty paths (tags, extension headers) led to it. Otherwise it would walk everything
+ * that follows once for each.
  */
 static __always_inline int parse_frame(void *data, void *end, u64 len, u32 tags, u32 vlan, u64 zero,
 				       struct pkt *p)
@@ -159,7 +163,7 @@ static __always_inline int parse_frame(void *data, void *end, u64 len, u32 tags,
 		p->is_v6 = 1 + zero;
 		proto = h[6];
 		off += 40;
-		/* A jumbogram says 0 here and then has no room for TCP: unparsable. */
+		/* A jumbogram has 0 here and then no room for TCP: unparsable. */
 		stop = off + bpf_ntohs(*(__be16 *)(h + 4));
 #pragma unroll
 		for (int i = 0; i < COLO_IP6_EXT_DEPTH; i++) {
@@ -176,14 +180,16 @@ static __always_inline int parse_frame(void *data, void *end, u64 len, u32 tags,
 		}
 		if (proto == PROTO_HOPOPTS || proto == PROTO_ROUTING || proto == PROTO_DSTOPTS)
 			return PARSE_BAD;
-		/* Behind it no other extension header is stepped over: RFC 8200 4.1 has none but one. */
+		/*
+		 * No extension headers are skipped after it: RFC 8200 section 4.1 allows only one.
+		 */
 		if (proto == PROTO_FRAGMENT) {
 			h = data + off;
 			if (off + 8 > stop)
 				return PARSE_BAD;
 			if ((void *)h + 8 > end)
 				return parse_short(off + 8, len);
-			/* Else an atomic one: a whole packet (RFC 6946). */
+			/* Otherwise an atomic fragment, which is a whole packet (RFC 6946). */
 			frag = (*(__be16 *)(h + 2) & bpf_htons(0xFFF9)) != 0;
 			proto = h[0];
 			off += 8;
@@ -213,7 +219,7 @@ static __always_inline int parse_frame(void *data, void *end, u64 len, u32 tags,
 		__builtin_memcpy(&p->sport, (u8 *)&ports, 2);
 		__builtin_memcpy(&p->dport, (u8 *)&ports + 2, 2);
 		p->payload_len = stop - off - 8;
-		stop = off + 6; /* of the same range whatever the protocol */
+		stop = off + 6; /* same range whatever the protocol */
 		VERIFIER_BOUND(stop, 0x3FFF);
 		p->csum_at = stop;
 		p->is_udp = 1 + zero;
@@ -246,30 +252,33 @@ static __always_inline int parse_frame(void *data, void *end, u64 len, u32 tags,
 	return 0;
 }
 
-/* Whether nothing follows what IP's length says, but padding that a wire may add (IEEE 802.3 3.2.8). */
+/*
+ * Whether nothing follows IP's length but the padding that a wire may add (IEEE 802.3 section
+ * 3.2.8).
+ */
 static __always_inline int is_whole(struct __sk_buff *skb, u32 end)
 {
 	return skb->len == end || (skb->len > end && skb->len <= ETH_ZLEN);
 }
 
 /*
- * Returns 0, also for what is not IP; PARSE_BAD for a frame that cannot be
- * parsed. May pull, so pointers into the frame are stale afterwards.
+ * Parse the frame. Returns 0, also for frames that are not IP, or PARSE_BAD for a frame that cannot
+ * be parsed. May pull, so pointers into the frame are stale afterwards.
  */
 static __always_inline int parse_skb(struct __sk_buff *skb, struct pkt *p)
 {
 	volatile struct __sk_buff *ctx = skb;
 	u32 tags = 0, vlan = 0;
-	u64 zero = ctx->len - ctx->len; /* two reads: nobody but us knows that they agree */
+	u64 zero = ctx->len - ctx->len; /* two reads: the verifier cannot know that they agree */
 	int err = PARSE_BAD;
 
 	p->csum_at = zero;
-	p->is_tcp = p->is_udp = zero; /* what is looked at behind a loop is to look alike */
+	p->is_tcp = p->is_udp = zero; /* what is read after a loop must look alike */
 	if (skb->vlan_present) {
 		tags = 1;
 		vlan = vlan_within(0, skb->vlan_tci);
 	}
-	/* A loop, so that the parser is in the program once. */
+	/* A loop, so that the parser is in the program only once. */
 #pragma clang loop unroll(disable)
 	for (int again = 0; again < 2; again++) {
 		err = parse_frame((void *)(long)skb->data, (void *)(long)skb->data_end, skb->len,
@@ -294,7 +303,7 @@ static __always_inline int parse_xdp(struct xdp_md *xdp, struct pkt *p)
 	return parse_frame(data, end, end - data, 0, 0, zero, p) ? PARSE_BAD : 0;
 }
 
-/* Where TCP options lie, from the start of the TCP header; 0: not there. */
+/* Offsets of TCP options from the start of the TCP header; 0: not present. */
 struct tcp_opts {
 	u64 ts;	  /* the timestamp option's kind byte */
 	u64 sack; /* the SACK option's kind byte */
@@ -302,9 +311,8 @@ struct tcp_opts {
 };
 
 /*
- * Reads the option list as Linux does (tcp_parse_options): stops at the first
- * malformed one, the last of a kind counts, a SACK option that does not hold
- * whole blocks is ignored.
+ * Read the option list as Linux does (tcp_parse_options): stop at the first malformed option; the
+ * last of a kind counts; ignore a SACK option that does not hold whole blocks.
  */
 static __always_inline void parse_tcp_options(void *data, void *end, const struct pkt *p,
 					      struct tcp_opts *o)
@@ -315,7 +323,7 @@ static __always_inline void parse_tcp_options(void *data, void *end, const struc
 	VERIFIER_BOUND(l4, 0x3FFF);
 	t = data + l4;
 	if ((void *)t + 32 <= end && doff == 32 && *(__be32 *)(t + 20) == bpf_htonl(0x0101080A)) {
-		o->ts = 22; /* RFC 7323 appendix A: nearly every segment looks like this */
+		o->ts = 22; /* RFC 7323 appendix A: nearly every segment */
 		return;
 	}
 #pragma clang loop unroll(disable)
@@ -345,7 +353,7 @@ static __always_inline void parse_tcp_options(void *data, void *end, const struc
 	}
 }
 
-/* Four bytes of the frame at an offset the verifier knows nothing of, or NULL. */
+/* Four bytes of the frame at an offset that the verifier cannot bound, or NULL. */
 static __always_inline __be32 *word_at(void *data, void *end, u64 at)
 {
 	void *w;

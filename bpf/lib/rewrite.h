@@ -1,15 +1,15 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * Moves a segment between the SVM's numbers and those that the client knows.
+ * Translates a segment between the SVM's numbers and those that the client knows.
  *
- * To the SVM: ack (if the segment has one), all SACK edges, TSecr. From the
- * SVM: sequence number, also of an RST, and TSval: after a failover the client
- * must not see the guest's clock go back (PAWS, RFC 7323 5), and it has only
- * seen the PVM's. The SVM's ack and TSecr are the client's own numbers.
+ * To the SVM: ack (if the segment has one), all SACK edges, TSecr. From the SVM: sequence number,
+ * also of an RST, and TSval. TSval is included because the client has seen only the PVM's clock,
+ * and after a failover it must not see that clock go back (PAWS, RFC 7323 section 5). The SVM's ack
+ * and TSecr are the client's own numbers.
  *
- * The frame is changed in place for both hooks. On tc that makes the kernel put
- * a prologue in front of the program, which makes a cloned skb's headers
- * private first; where there is no memory for that, it drops the frame.
+ * Both hooks change the frame in place. For tc, the kernel then puts a prologue in front of the
+ * program which makes the headers of a cloned skb private first; if there is no memory for that, it
+ * drops the frame.
  */
 #ifndef COLO_REWRITE_H
 #define COLO_REWRITE_H
@@ -17,18 +17,18 @@
 #define SACK_EDGES 8 /* four blocks fill the 40 bytes of options */
 
 struct change {
-	u64 sum;   /* what all moves add to the checksum's sum */
-	u32 moves; /* a move may well add 0, so they are counted */
+	u64 sum;   /* what all changes add to the checksum's sum */
+	u32 moves; /* number of changes; counted, since a change may add 0 */
 };
 
-/* Adds `by` to the word `at` bytes into the TCP header. */
+/* Add `by` to the word `at` bytes into the TCP header. */
 static __always_inline void move_word(void *data, void *end, const struct pkt *p, u64 at, u32 by,
 				      struct change *c)
 {
 	__be32 *w = word_at(data, end, p->l4_off + at), from, to;
 
 	if (!w)
-		return; /* cannot be: the parser saw the whole header */
+		return; /* cannot happen: the parser saw the whole header */
 	from = *w;
 	to = bpf_htonl(bpf_ntohl(from) + by);
 	*w = to;
@@ -36,7 +36,7 @@ static __always_inline void move_word(void *data, void *end, const struct pkt *p
 	c->moves++;
 }
 
-/* What the options of a TCP segment say; also the timestamps. */
+/* Options of a TCP segment, with the timestamps. */
 struct tcp_options {
 	struct tcp_opts o;
 	struct tcp_ts ts;
@@ -61,8 +61,8 @@ static __always_inline void read_options(void *data, void *end, const struct pkt
 }
 
 /*
- * Tracks and translates. Returns R_PASS_REWRITTEN with the checksum's change in
- * *diff; `same` if nothing had to move; or, also unmoved, R_PASS_FLOW_TABLE_FULL or R_PASS_OFFSET_UNKNOWN.
+ * Track and translate. Returns R_PASS_REWRITTEN with the checksum's change in *diff; `same` if
+ * nothing had to change; or, also unchanged, R_PASS_FLOW_TABLE_FULL or R_PASS_OFFSET_UNKNOWN.
  */
 static __always_inline u32 rewrite(void *data, void *end, const struct pkt *p,
 				   const struct tcp_options *t, int to_svm, u64 mode, u32 epoch,
@@ -87,10 +87,13 @@ static __always_inline u32 rewrite(void *data, void *end, const struct pkt *p,
 		return reason;
 
 	if (!to_svm) {
-		/* RFC 9293 3.10.7.1: 0 here is the answer to a segment without an ack, not a number. */
+		/*
+		 * RFC 9293 section 3.10.7.1: 0 answers a segment without an ack; it is no sequence
+		 * number.
+		 */
 		if ((p->flags & (TCP_RST | TCP_ACK)) == (TCP_RST | TCP_ACK) && !p->seq)
 			return reason;
-		/* To the primary, which tells a SYN that is sent again by its number. */
+		/* To the primary, which recognises a retransmitted SYN by its number. */
 		if ((p->flags & TCP_SYN) && mode != MODE_TAKEOVER && n->epoch != COLO_EPOCH_BASE)
 			return reason;
 		if (s.off)
@@ -117,7 +120,10 @@ static __always_inline u32 rewrite(void *data, void *end, const struct pkt *p,
 	return R_PASS_REWRITTEN;
 }
 
-/* On tc. The frame's pointers are stale afterwards. R_DROP_HELPER_FAILED: the frame must be dropped. */
+/*
+ * For tc. Pointers into the frame are stale afterwards. On R_DROP_HELPER_FAILED the frame must be
+ * dropped.
+ */
 static __always_inline u32 rewrite_skb(struct __sk_buff *skb, const struct pkt *p,
 				       const struct tcp_options *t, int to_svm, u64 mode, u32 epoch,
 				       u32 same)
@@ -131,7 +137,7 @@ static __always_inline u32 rewrite_skb(struct __sk_buff *skb, const struct pkt *
 	return reason;
 }
 
-/* On XDP; only where frames carry full checksums. */
+/* For XDP; only where frames carry full checksums. */
 static __always_inline u32 rewrite_xdp(struct xdp_md *xdp, const struct pkt *p, int to_svm,
 				       u64 mode, u32 epoch, u32 same)
 {

@@ -1,9 +1,11 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
-/* The rings for bytes that wait, and whose each one is. Under the lock of the connection. */
+/* The rings that hold waiting bytes, and their owners. Used under the lock of the connection. */
 #ifndef COLO_BUFFER_H
 #define COLO_BUFFER_H
 
-/* Slack around the ring, for what the verifier thinks possible and for differ(). */
+/*
+ * The slack around the ring is for offsets that the verifier considers possible, and for differ().
+ */
 struct colo_buffer {
 	__u8 before[64];
 	__u8 ring[COLO_BUFFER + 2 * COLO_STEP + 128];
@@ -14,14 +16,15 @@ BPF_F_TABLE("array:" PIN_DIR "/buffers", u32, struct colo_buffer, buffers, COLO_
 BPF_F_TABLE("array:" PIN_DIR "/owners", u32, struct colo_owner, owners, COLO_BUFFERS,
 	    BPF_F_MMAPABLE);
 
-/* How long released bytes have waited: log2 of microseconds. */
+/* Histogram of the time that released bytes have waited: log2 of microseconds. */
 #define WAIT_BUCKETS 24
 BPF_TABLE_PINNED("percpu_array", u32, u64, offload_waits, WAIT_BUCKETS, PIN_DIR "/offload_waits");
 
 /*
- * A buffer of one's own: a free one, or one that its owner has nothing outstanding in, but only
- * bytes that have left, kept in case the PVM sends them again. It is taken under the owner's
- * lock, for which nobody waits who holds another: no deadlock.
+ * Claim a buffer for the connection: a free one, or one whose owner has nothing outstanding in it
+ * and keeps only released bytes in case the PVM sends them again. That one is taken under its
+ * owner's lock. There is no deadlock, because a CPU that holds one connection's lock never waits
+ * for another's.
  */
 static __always_inline int buffer_claim(struct colo_conn *c, struct colo_flow_key *key)
 {
@@ -29,7 +32,7 @@ static __always_inline int buffer_claim(struct colo_conn *c, struct colo_flow_ke
 
 	if (c->buffer)
 		return 1;
-	/* MurmurHash3's last step: ports alone must spread. */
+	/* The final mixing step of MurmurHash3: keys that differ only in ports must spread. */
 	h ^= key->client[3] ^ key->client[0];
 	h ^= h >> 16;
 	h *= 0x85EBCA6Bu;
@@ -80,7 +83,7 @@ static __always_inline void buffer_free(struct colo_conn *c)
 	}
 }
 
-/* Something is outstanding from `now` on, or less than before; 0: nothing is. */
+/* Record that bytes are outstanding since `now`, or that fewer are than before; 0: none are. */
 static __always_inline void outstanding_since(struct colo_conn *c, u64 now)
 {
 	u32 slot = c->buffer - 1;
@@ -107,10 +110,15 @@ static __always_inline void note_wait(u64 ns)
 		(*n)++;
 }
 
-/* After each step. A buffer with nothing outstanding is kept, for others to take. */
+/*
+ * Update the times after each step. A buffer with nothing outstanding is kept until others take it.
+ */
 static __always_inline void settle(struct colo_conn *c, u64 now, int moved)
 {
-	/* Never 2 * COLO_BUFFER or more beyond org, so that differences do not wrap around. */
+	/*
+	 * Keep next less than 2 * COLO_BUFFER beyond base_seq, so that differences cannot wrap
+	 * around.
+	 */
 	if (c->next - c->base_seq >= 2 * COLO_BUFFER)
 		c->base_seq += COLO_BUFFER;
 	if (c->released == c->next && !c->ack_pending) {
@@ -121,7 +129,7 @@ static __always_inline void settle(struct colo_conn *c, u64 now, int moved)
 	}
 }
 
-/* The oldest byte in the buffer. */
+/* Sequence number of the oldest byte in the buffer. */
 static __always_inline u32 oldest(const struct colo_conn *c)
 {
 	return c->next - c->base_seq > COLO_BUFFER ? c->next - COLO_BUFFER : c->base_seq;

@@ -1,9 +1,12 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
-/* The connections that the fast path knows, and who works on one. The argument is in offload/offload.h. */
+/* The table of offloaded connections and the lock of each; offload/offload.h has the argument. */
 #ifndef COLO_CONN_H
 #define COLO_CONN_H
 
-/* key: the connection. Not preallocated. Writers: user space makes and deletes; fast_*. */
+/*
+ * key: the connection. Not preallocated. Writers: user space makes and deletes entries; the
+ * programs of the fast path change them.
+ */
 BPF_F_TABLE("hash:" PIN_DIR "/conns", struct colo_flow_key, struct colo_conn, conns, COLO_MAX_CONNS,
 	    BPF_F_NO_PREALLOC);
 
@@ -19,7 +22,7 @@ static __always_inline int conn_lock(struct colo_conn *c)
 		if (__sync_val_compare_and_swap(&c->lock, 0, 1) == 0)
 			return 1;
 #pragma unroll
-		for (int j = 0; j < 8; j++) /* passes time in few instructions */
+		for (int j = 0; j < 8; j++) /* burns time in few instructions */
 			bpf_ktime_get_ns();
 	}
 	return 0;
@@ -36,14 +39,15 @@ static __always_inline struct colo_conn *conn_find(struct colo_flow_key *key)
 }
 
 /*
- * A client's frame for the PVM: what it has acked it will not ask for again, so the fast path may forget
- * it. That is all that this word decides: whatever it says, no byte leaves uncompared. It is the
- * latest, not the highest: a forged or overtaken one holds until the client's next segment, and so
- * does one of an earlier connection of the same key.
+ * Note the ack of a client's frame for the PVM. The client will not ask again for what it has
+ * acked, so the fast path may forget those bytes. That is the only decision based on this value:
+ * whatever it is, no byte leaves uncompared. It is the latest ack, not the highest. A forged or
+ * overtaken one lasts until the client's next segment, and so does one of an earlier connection
+ * with the same key.
  *
- * Race. This is written without the lock, by any CPU: one aligned word, so that a reader has all of
- * an ack or of the one before. An older ack is as true as when it was sent, only less. Then more is
- * kept than is needed, or the PVM's repetition goes to user space.
+ * Race: any CPU writes this without the lock. It is one aligned word, so a reader gets either this
+ * ack or the one before it. An older ack is just as true, only less recent. The worst that follows
+ * is that more bytes are kept than needed, or that a retransmission of the PVM is punted.
  */
 static __always_inline void note_ack(const struct pkt *p)
 {

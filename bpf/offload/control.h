@@ -1,12 +1,12 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
-/* Connections given to the fast path and taken from it, by user space. */
+/* Control messages of user space: offload, reclaim and buffer operations on connections. */
 #ifndef COLO_CONTROL_H
 #define COLO_CONTROL_H
 
 struct colo_ctl {
 	__u8 eth[14];
 	__u16 op;
-	__u32 punt_seq; /* GIVE: the last one that user space has seen */
+	__u32 punt_seq; /* CTL_OFFLOAD: the last one that user space has seen */
 	struct colo_flow_key key;
 	__u32 epoch;
 	__u32 released;
@@ -25,7 +25,7 @@ struct colo_ctl {
 	__u8 doff;
 	__u8 hdr[128];
 	__u8 cookie[64];
-	__u64 since_ns; /* of what waits; 0: now */
+	__u64 since_ns; /* since when bytes wait; 0: now */
 } __attribute__((packed));
 
 static __always_inline int control(void *data, void *data_end)
@@ -54,10 +54,10 @@ static __always_inline int control(void *data, void *data_end)
 		c->next = c->released;
 		c->ack_pending = 0;
 		c->since_ns = 0;
-		c->epoch = 0; /* the words are void */
+		c->epoch = 0; /* the state is void */
 	} else if (m->op == CTL_CLAIM) {
 		c->since_ns = 0;
-		/* User space writes into it next: it is not for others to take. */
+		/* User space writes into it next, so no other connection may take it. */
 		if (buffer_claim(c, &key))
 			outstanding_since(c, bpf_ktime_get_ns());
 		else
@@ -65,7 +65,7 @@ static __always_inline int control(void *data, void *data_end)
 	} else if (c->punt_seq != m->punt_seq) {
 		r = CTL_REFUSED;
 	} else if ((m->next != m->base_seq || m->ack_pending) && !c->buffer) {
-		r = CTL_FULL; /* somebody has taken it meanwhile */
+		r = CTL_FULL; /* another connection has taken it meanwhile */
 	} else {
 		c->epoch = m->epoch;
 		c->released = m->released;

@@ -1,49 +1,49 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * The fast path: TCP in order, from behind the handshake to the FIN, is compared and
- * released here, and Python never sees it (UDP: offload/udp.h). tests/sim/offload_model.py is
- * the same in Python; tests/netns/test_offload_differential.py compares the two frame
- * by frame.
+ * The fast path. TCP segments that arrive in order, from the end of the handshake to the FIN, are
+ * compared and released here; Python never sees them. UDP is in offload/udp.h.
+ * tests/sim/offload_model.py implements the same rules in Python, and
+ * tests/netns/test_offload_differential.py compares the two frame by frame.
  *
- * One guest is ahead of the other. Its bytes, rel..next, are in a buffer; when the
- * other's arrive they are compared, and what is equal leaves at once:
- *  - the PVM is the late one: its own frame passes;
- *  - the SVM is the late one: its frame becomes the PVM's, the payload being
- *    the same, by writing the PVM's newest header over its own;
- *  - their segments end elsewhere: new ones are built from the buffer.
- * A header that leaves carries the smaller of both guests' acks and the smaller
- * of their window fields, so that the client is never told more than both have
- * said (I2). An ack that came too early for that leaves with the SVM's next
- * frame. Nothing verified ever waits: rel is both what has left and what is equal.
+ * One guest is ahead of the other. Its bytes, released..next, are in a buffer. When the other
+ * guest's bytes arrive they are compared, and what is equal leaves at once:
+ * - if the PVM is the late one, its own frame passes;
+ * - if the SVM is the late one, its frame is turned into the PVM's by writing the PVM's newest
+ *   header over its own, since the payload is the same;
+ * - if their segments end at different places, new segments are built from the buffer.
+ * A header that leaves carries the smaller of the two guests' acks and the smaller of their window
+ * fields, so the client is never promised more than both guests have. An ack that came too early
+ * for that leaves with the SVM's next frame. Verified bytes never wait: `released` is both the end
+ * of what has left and the end of what is known to be equal.
  *
- * Everything else is a surprise: the connection goes to user space, whole, with
- * the frame that surprised. Python takes over the words and the buffer, decides as
- * it always does, and gives the connection back when nothing is outstanding.
+ * Anything else is an exception. The whole connection is punted to user space together with the
+ * frame that caused it. Python takes over the connection state and the buffer, decides as it always
+ * does, and offloads the connection again when nothing is outstanding.
  *
- * Races. Frames of the two guests come on any CPU at the same time, and user
- * space wants to take connections away. Everything in colo_conn but the lock is
- * touched only by who has changed `lock` from 0 to 1. bpf_spin_lock() would not
- * do: no helper may be called under it.
- *  - No byte leaves uncompared: comparing, moving rel and deciding are one
- *    critical section, and a frame's verdict is taken from it alone.
- *  - No frame is lost: who does not get the lock in COLO_SPINS tries (its owner's
- *    virtual CPU has been stopped, say) captures its frame for user space, which
- *    takes the connection over before it looks at the frame.
- *  - The owner cannot wait for itself: programs run with bottom halves off, and
- *    offload_ctl, which may not, does little; whoever interrupts it goes to user space.
- *  - OWNER_USER is left by CTL_OFFLOAD only, under the lock, and only if no frame has been
- *    captured since the one user space has last seen (`captured`): no frame in the
- *    event ring can belong before those that the fast path decides from then on. A frame that
- *    went there without the lock, or before there was an entry, is not counted; it makes
- *    user space reclaim again, and until then its bytes are a gap here.
- *  - A frame that leaves here may overtake one that another CPU has just let go, as on
- *    every path with two CPUs; steer flows (RPS) where that matters. Released bytes stay
- *    released, so order is all that it can change.
- *  - The epoch is part of the words: what was learnt in another one is handed over,
- *    not used (I7). A checkpoint first sets MODE_CHECKPOINT, in which every connection that
- *    moves is handed over; user space then seizes those with a buffer before it commits.
- *  - Entries are made and deleted by user space, which deletes them in OWNER_USER only, when they
- *    have not been used for a long time.
+ * Concurrency. Frames of the two guests arrive on any CPU at the same time, and user space reclaims
+ * connections. Everything in colo_conn except client_ack is touched only by the CPU that changed
+ * `lock` from 0 to 1. bpf_spin_lock() does not work here: no helper may be called while it is held.
+ * - No byte leaves uncompared. Comparing, moving `released` and deciding are one critical section,
+ *   and a frame's verdict comes from it alone.
+ * - No frame is lost. A CPU that does not get the lock in COLO_SPINS tries (because the owner's
+ *   virtual CPU was stopped, for example) captures its frame for user space, which reclaims the
+ *   connection before it looks at the frame.
+ * - The lock cannot deadlock against itself. Programs run with bottom halves off. offload_ctl may
+ *   run with them on, but does little under the lock, and a program that interrupts it punts its
+ *   frame to user space.
+ * - A connection leaves OWNER_USER only by CTL_OFFLOAD, under the lock, and only if no frame has
+ *   been captured since the last one that user space has seen (`punt_seq`). So no frame in the
+ *   event ring can belong before those that the fast path decides from then on. A frame that was
+ *   captured without the lock, or before the entry existed, is not counted. It makes user space
+ *   reclaim the connection again, and until then its bytes are a gap here.
+ * - A frame that leaves here may overtake one that another CPU has just released, as on every path
+ *   with two CPUs. Steer flows (RPS) where that matters. Released bytes stay released, so only the
+ *   order can change.
+ * - The epoch is part of the connection state. State from another epoch is handed over, not used. A
+ *   checkpoint first sets MODE_CHECKPOINT, in which every connection that has traffic is handed
+ *   over; user space then reclaims those that have a buffer before it commits.
+ * - User space makes and deletes the entries. It deletes them only in OWNER_USER, when they have
+ *   not been used for a long time.
  */
 #ifndef COLO_OFFLOAD_H
 #define COLO_OFFLOAD_H
@@ -56,22 +56,28 @@
 
 #define CTL_SEEN_STEP_NS 1000000000ULL
 
-/* In place of a reason: not decided, or handed over (then c->punt_reason tells). */
+/*
+ * Returned in place of a reason: not decided here, or handed over (c->punt_reason has the reason).
+ */
 #define OFFLOAD_NO 0
 
-/* What the parser does not tell: `near` bytes from NEAR before TCP's header on, into w->old. */
+/*
+ * Header fields that the parser does not report: NEAR_SIZE bytes, from NEAR bytes before the TCP
+ * header, are loaded into w->old.
+ */
 #define NEAR	    14
 #define NEAR_FRAG   0		/* IPv4: flags and fragment offset */
-#define NEAR_DOFF   (NEAR + 12) /* TCP: header length; the low half is reserved, but for AE */
+#define NEAR_DOFF   (NEAR + 12) /* TCP header length; low half: reserved bits and AE */
 #define NEAR_WINDOW (NEAR + 14)
 #define NEAR_SIZE   (NEAR + 16)
 
 /*
- * Plain Ethernet, IP and TCP: no tags, no IP options, ACK, PSH and FIN, timestamps or no options.
- * Others belong to the frame that has them, and are not for a header that leaves with other bytes:
- * URG and its pointer; ECE, CWR and AE (RFC 3168, RFC 9768), which count what has arrived; a
- * signature (RFC 2385, RFC 5925). Nor is the IP id of a PVM that lets its packets be cut on their
- * way (no DF): there each one needs an id of its own (RFC 6864 4.2).
+ * Plain means: Ethernet, IP and TCP without tags or IP options; only ACK, PSH and FIN; timestamps
+ * or no TCP options. Everything else belongs to the frame that carries it and must not appear in a
+ * header that leaves with other bytes: URG and its pointer; ECE, CWR and AE (RFC 3168, RFC 9768),
+ * which count what has arrived; signatures (RFC 2385, RFC 5925). The IP ID of a PVM that allows
+ * fragmentation (no DF) is not plain either: each such packet needs an ID of its own (RFC 6864
+ * section 4.2).
  */
 static __always_inline int is_plain(struct __sk_buff *skb, const struct pkt *p,
 				    const struct colo_work *w, u32 side)
@@ -94,14 +100,14 @@ static __always_inline int is_plain(struct __sk_buff *skb, const struct pkt *p,
 }
 
 /*
- * The PVM sends segments of `n` bytes. c->mss is what it sends now, which no segment that is made
- * of its bytes may exceed: its path may have become narrower (RFC 1191, 8201), and only the PVM
- * need know. So it follows at once upwards, and downwards
- *  - with the first bytes that wait, since only what waits is sent from here on;
- *  - by a GSO frame, which says the size;
- *  - by a segment without PSH: it has not ended with what the application wrote, but is full.
- * A short one that only looks so makes more segments, and is over with the next longer one. Below
- * COLO_SURE_MSS it does not fall, if it has been there: no path is that narrow.
+ * Update c->mss, the segment size that the PVM uses now, from a segment of `n` bytes. No segment
+ * built from the PVM's bytes may be larger: its path may have become narrower (RFC 1191, RFC 8201),
+ * and only the PVM need know. The value follows upwards at once, and downwards on
+ * - the first bytes that wait, since only bytes that wait are ever sent from here;
+ * - a GSO frame, which states the size;
+ * - a segment without PSH, which did not end with what the application wrote but is full.
+ * A short segment that only looks full costs a few more segments until the next longer one. Once it
+ * has been at COLO_SURE_MSS or above, the value does not fall below that: no path is so narrow.
  */
 static __always_inline void note_size(struct colo_conn *c, u32 n, int surely)
 {
@@ -114,7 +120,8 @@ static __always_inline void note_size(struct colo_conn *c, u32 n, int surely)
 }
 
 /*
- * The PVM's ack and window, and its header where others will need it. 0, or a reason.
+ * Record the PVM's ack and window, and keep its header if others will need it. Returns 0 or a
+ * reason.
  */
 static __always_inline u32 note_pvm_header(struct __sk_buff *skb, const struct pkt *p,
 					   struct colo_conn *c, struct colo_flow_key *key, u32 span,
@@ -125,7 +132,9 @@ static __always_inline u32 note_pvm_header(struct __sk_buff *skb, const struct p
 
 	if (c->l4 && (c->l4 != p->l4_off || c->doff != p->doff))
 		return R_PUNT_EXCEPTION;
-	/* The client counts equal acks (RFC 5681 2): they must not melt into one. */
+	/*
+	 * The client counts duplicate acks (RFC 5681 section 2), so two of them must not be merged.
+	 */
 	if (!span && c->ack_pending && p->ack == c->p_ack && win == c->p_win)
 		return R_PUNT_EXCEPTION;
 	note_size(c, n,
@@ -133,7 +142,7 @@ static __always_inline u32 note_pvm_header(struct __sk_buff *skb, const struct p
 			  c->leader != SIDE_PVM);
 	if (early && !buffer_claim(c, key))
 		return R_PUNT_NO_BUFFER;
-	if (seq_later(c->p_ack, p->ack)) /* without a header the buffer's bytes could not leave */
+	if (seq_later(c->p_ack, p->ack)) /* without a header the buffered bytes could not leave */
 		return c->l4 || !span ? 0 : R_PUNT_EXCEPTION;
 	if ((early || span || win > c->s_win) && keep_header(skb, c, p))
 		return R_PUNT_HELPER_FAILED;
@@ -145,9 +154,9 @@ static __always_inline u32 note_pvm_header(struct __sk_buff *skb, const struct p
 }
 
 /*
- * Is it plain, the next one, and is there room? What is to be compared and kept, and w->act. 0, or
- * R_PUNT_* with all words such that user space can go on from them with this frame, or
- * R_OFFLOAD_DUPLICATE.
+ * Check that the segment is plain, is the next one, and fits. Fill in what is to be compared and
+ * stored, and w->act. Returns 0, R_OFFLOAD_DUPLICATE, or R_PUNT_* with the connection state such
+ * that user space can continue from it with this frame.
  */
 static __always_inline u32 prepare_segment(struct __sk_buff *skb, const struct pkt *p,
 					   struct colo_conn *c, struct colo_flow_key *key,
@@ -155,7 +164,7 @@ static __always_inline u32 prepare_segment(struct __sk_buff *skb, const struct p
 {
 	u32 len = p->payload_len, out = c->next - c->released, err, end;
 	u32 span;
-	/* Read once: pvm_in writes it on another CPU, and both uses must mean the same ack. */
+	/* Read once: pvm_in writes it on another CPU, and both uses must see the same ack. */
 	u64 acked = *(volatile __u64 *)&c->client_ack;
 	u32 client_ack = acked;
 	u32 have = out && c->leader == side ? c->next : c->released;
@@ -174,19 +183,20 @@ static __always_inline u32 prepare_segment(struct __sk_buff *skb, const struct p
 	win = w->old[NEAR_WINDOW] << 8 | w->old[NEAR_WINDOW + 1];
 	end = p->seq + span;
 	if (p->seq != have) {
-		/* Sent again? What the SVM has said counts already. */
+		/* A retransmission? The SVM's has already been accounted for. */
 		if (!len || w->fin || have - p->seq > COLO_BUFFER || seq_later(end, have))
 			return R_PUNT_OUT_OF_ORDER;
 		w->again = 1;
 		if (side == SIDE_PVM && seq_later(end, c->released)) {
 			if (seq_later(c->released, p->seq))
 				return R_PUNT_OUT_OF_ORDER;
-			return R_OFFLOAD_DUPLICATE; /* waits already */
+			return R_OFFLOAD_DUPLICATE; /* still waiting */
 		}
 		/*
-		 * Bytes of the PVM must still be here, or the client must have all of them: then
-		 * it only has to say so again, as an ack that nobody lost is on its way, or one
-		 * was lost behind pvm_in, and the PVM would never hear it.
+		 * A retransmission by the PVM must still be in the buffer, or the client must have
+		 * acked all of it. In the second case the client only has to ack again, because an
+		 * ack is still on its way or was lost behind pvm_in, where the PVM would never get
+		 * it.
 		 */
 		w->kept = c->buffer && p->seq - oldest(c) <= COLO_BUFFER;
 		if (side == SIDE_PVM && !w->kept &&
@@ -195,9 +205,10 @@ static __always_inline u32 prepare_segment(struct __sk_buff *skb, const struct p
 			return R_PUNT_OUT_OF_ORDER;
 	}
 	/*
-	 * A FIN has a place of its own, as one byte more. It leaves with the frame that has it, where
-	 * the other guest has it too; else, and if it were to be sent again, it is not plain. Nothing
-	 * comes behind it, and no byte in its place.
+	 * A FIN takes one sequence number. It leaves with the frame that carries it, provided the
+	 * other guest has its FIN at the same place; otherwise, or if it would have to be sent
+	 * again, the segment is not plain. Nothing may follow it, and no data byte may take its
+	 * place.
 	 */
 	if (c->fin_known && (seq_later(end, c->fin) || (!w->fin && len && end == c->fin)))
 		return R_PUNT_EXCEPTION;
@@ -217,7 +228,10 @@ static __always_inline u32 prepare_segment(struct __sk_buff *skb, const struct p
 	}
 	if (span && !w->again && !buffer_claim(c, key))
 		return R_PUNT_NO_BUFFER;
-	/* Nothing waits and the client has it all: begin anew, where the cache is warm. */
+	/*
+	 * Nothing waits and the client has acked everything: restart the ring where the cache is
+	 * warm.
+	 */
 	if (span && !w->again && !out && acked == (CLIENT_ACK_KNOWN | c->released))
 		c->base_seq = c->released;
 	w->len = len;
@@ -229,16 +243,17 @@ static __always_inline u32 prepare_segment(struct __sk_buff *skb, const struct p
 	w->at = p->l4_off + p->doff;
 	w->seq = p->seq;
 	w->equal = w->again ? len : w->meets ? (len < out ? len : out) : 0;
-	/* In pieces: what ends elsewhere, and segments of the SVM that are longer than the PVM's. */
+	/* Built in pieces: segments that end elsewhere, and SVM segments longer than the PVM's. */
 	w->upto = c->released;
 	if (!w->again && w->equal && (len > out || (side == SIDE_SVM && size > c->mss)))
 		w->upto = c->released + (u32)w->equal;
 	w->left = w->again && (side == SIDE_SVM || !w->kept) ? 0 : len;
 	w->probe =
-		w->again && side == SIDE_PVM && !w->kept; /* RFC 9293 3.8.4: one below the next */
+		/* RFC 9293 section 3.8.4: one below the next */
+		w->again && side == SIDE_PVM && !w->kept;
 	w->moves = w->again ? 0 : span;
 	w->meets = w->meets && span && !w->again;
-	/* Pieces need the PVM's header, and this skb must have one of its size. */
+	/* Pieces need the PVM's header, and this skb must have a header of the same size. */
 	if (w->meets && (side == SIDE_SVM || len > out) &&
 	    (c->l4 != p->l4_off || c->doff != p->doff ||
 	     (u32)w->upto - c->released > piece_size(c) * (COLO_MAX_PIECES - 2) ||
@@ -255,11 +270,11 @@ static __always_inline u32 prepare_segment(struct __sk_buff *skb, const struct p
 		 !seq_later(p->ack, c->s_ack))
 		w->act = ACT_PASS;
 	else if (side == SIDE_SVM && ack_due(c) && c->l4 == p->l4_off && c->doff == p->doff)
-		w->act = ACT_PIECES; /* of no byte */
+		w->act = ACT_PIECES; /* without payload */
 	return 0;
 }
 
-/* Nothing can go wrong from here on but helpers; the frame is decided. */
+/* From here on only helpers can fail; the frame is decided. */
 static __always_inline u32 finish_segment(struct __sk_buff *skb, struct colo_conn *c,
 					  struct colo_buffer *st, struct colo_work *w, int *verdict)
 {
@@ -288,7 +303,8 @@ static __always_inline u32 finish_segment(struct __sk_buff *skb, struct colo_con
 		reason = R_OFFLOAD_PASSED;
 	} else if (act == ACT_REWRITE) {
 		if (rewrite_as_pvm(skb, c, w)) {
-			reason = R_DROP_HELPER_FAILED; /* the bytes stay outstanding: sent again */
+			/* still outstanding: will be retransmitted */
+			reason = R_DROP_HELPER_FAILED;
 		} else {
 			note_advertised(c, allowed_ack(c), allowed_win(c));
 			c->released += len;
@@ -302,15 +318,16 @@ static __always_inline u32 finish_segment(struct __sk_buff *skb, struct colo_con
 		if (send_pieces(skb, c, st, w))
 			reason = R_DROP_HELPER_FAILED;
 	}
-	/* Acks that leave do not make bytes that wait any younger. */
+	/* An ack that leaves does not restart the age of bytes that wait. */
 	settle(c, w->now,
 	       c->released != w->released || (c->released == c->next && c->adv_ack != w->adv_ack));
 	return reason;
 }
 
 /*
- * A frame of a flow that is locked and in the fast path. Returns R_OFFLOAD_*, or R_PUNT_*. Both kinds of flows
- * take the same walk, in which the verifier is not to know of which kind it is: see colo_work.
+ * Decide on a frame of a flow that is locked and in the fast path. Returns R_OFFLOAD_* or R_PUNT_*.
+ * TCP and UDP share this path, and the verifier must not be able to tell which kind it follows: see
+ * colo_work.
  */
 static __always_inline u32 decide(struct __sk_buff *skb, const struct pkt *p, struct colo_conn *c,
 				  struct colo_flow_key *key, struct colo_work *w, u32 side,
@@ -326,7 +343,8 @@ static __always_inline u32 decide(struct __sk_buff *skb, const struct pkt *p, st
 		      : prepare_segment(skb, p, c, key, w, side);
 	if (r)
 		return r;
-	slot = c->buffer ? c->buffer - 1 : 0; /* a bare ack has none, but the verifier wants one */
+	/* a bare ack has no buffer, but the verifier needs one */
+	slot = c->buffer ? c->buffer - 1 : 0;
 	st = buffers.lookup(&slot);
 	if (!st)
 		return R_PUNT_HELPER_FAILED;
@@ -339,8 +357,9 @@ static __always_inline u32 decide(struct __sk_buff *skb, const struct pkt *p, st
 }
 
 /*
- * A TCP or UDP frame of the pair. Returns OFFLOAD_NO if the fast path has no say: captured is then what the
- * event must carry. Else the reason to count, *verdict being what to do with the frame.
+ * Process a TCP or UDP frame of either guest. Returns OFFLOAD_NO if the fast path does not decide;
+ * *punt_seq is then the number that the event must carry. Otherwise returns the reason to count,
+ * and sets *verdict.
  */
 static __always_inline u32 offload(struct __sk_buff *skb, const struct pkt *p, u32 side, u64 mode,
 				   u32 epoch, u32 *punt_seq, int *verdict)
@@ -378,7 +397,7 @@ static __always_inline u32 offload(struct __sk_buff *skb, const struct pkt *p, u
 			r = decide(skb, p, c, &key, w, side, verdict);
 		if (r >= R_PUNT_MODE) {
 			count(PROG_OFFLOAD, r, len);
-			/* The frame is user space's to judge, so it has not been here. */
+			/* User space will judge this frame, so undo what it changed. */
 			c->p_ack = w->p_ack;
 			c->p_win = w->p_win;
 			c->ack_pending = w->ack_pending;

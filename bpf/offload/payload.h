@@ -1,42 +1,48 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
-/* From a frame into a buffer, or against it. */
+/* Copy a frame's payload into a buffer, or compare the two. */
 #ifndef COLO_PAYLOAD_H
 #define COLO_PAYLOAD_H
 
-/* What decide() is about to do: w->act. */
+/* w->act: what decide() is about to do. */
 #define ACT_NOTHING 0
 #define ACT_PASS    1 /* the PVM's frame passes */
-#define ACT_REWRITE 2 /* the SVM's frame becomes the PVM's */
-#define ACT_PIECES  3 /* w->upto is reached in pieces, or a bare ack sent */
+#define ACT_REWRITE 2 /* the SVM's frame is turned into the PVM's */
+#define ACT_PIECES  3 /* send up to w->upto in pieces, or a bare ack */
 
 /*
- * What a frame is worked on with. What is stored here and read again is anything to the
- * verifier, however it came about: paths meet, and the loops are walked once instead of once
- * for each path that leads to them. Hence volatile, and hence decide() in three parts.
+ * Scratch space for one frame. A value that is stored here and read back is unknown to the
+ * verifier, wherever it came from. Different paths therefore merge, and each loop is verified once
+ * instead of once for each path that leads to it. That is why the fields are volatile, and why
+ * decide() is in three parts.
  */
 struct colo_work {
 	__u8 data[2 * COLO_STEP + 128];
 	__u8 old[128]; /* the frame's own header */
-	__u8 new[128]; /* what is written over it */
+	__u8 new[128]; /* the header to write over it */
 	volatile __u64 udp, side, len, flags, ack, win, l4, doff, partial; /* of the frame */
-	volatile __u64 at;    /* next byte of the frame to be looked at */
-	volatile __u64 seq;   /* its sequence number */
-	volatile __u64 equal; /* so many bytes are to be compared with the buffer */
-	volatile __u64 left;  /* so many in all; those behind `equal` are put into the buffer */
+	volatile __u64 at;    /* offset in the frame of the next byte to process */
+	volatile __u64 seq;   /* sequence number of that byte */
+	volatile __u64 equal; /* number of bytes to compare with the buffer */
+	volatile __u64 left;  /* bytes left in all; those after `equal` are put into the buffer */
 	volatile __u64 now, out, redirect_flags, mark; /* out: egress ifindex */
-	volatile __u64 moves; /* by how much `released` does, if it leaves */
+	/* how far `released` moves if the frame leaves */
+	volatile __u64 moves;
 	volatile __u64 released, adv_ack, p_ack, p_win,
-		ack_pending;	    /* of the connection, before all that */
-	volatile __u64 fin, meets;  /* it ends with a FIN; what it says meets what waits */
-	volatile __u64 probe;	    /* 1: a bare ack is to be answered */
-	volatile __u64 again, kept; /* sent again; of released bytes: are they still here? */
+		ack_pending;	   /* of the connection, as it was before this frame */
+	volatile __u64 fin, meets; /* carries a FIN; meets bytes that wait */
+	volatile __u64 probe;	   /* 1: send a bare ack that the client must answer */
+	/* a retransmission; and whether its released bytes are still in the buffer */
+	volatile __u64 again, kept;
 	volatile __u64 n, pos, err, upto, sum, addresses, act;
 };
 
-/* One per CPU; programs run with bottom halves off. */
+/* One per CPU: programs run with bottom halves off. */
 BPF_TABLE("array", u32, struct colo_work, works, COLO_MAX_CPUS);
 
-/* 1 <= x <= mask, for the verifier; mask + 1 is a power of two. Changes no value in range. */
+/*
+ * Tell the verifier that 1 <= x <= mask + 1, where mask + 1 is a power of two. Changes no value in
+ * that range.
+ */
 #define BOUND1(x, mask) asm volatile("%0 += -1\n%0 &= %1\n%0 += 1" : "+r"(x) : "i"(mask))
 
 #define DIFFER64(p, q)                                                                             \
@@ -44,10 +50,11 @@ BPF_TABLE("array", u32, struct colo_work, works, COLO_MAX_CPUS);
 	 ((p)[4] ^ (q)[4]) | ((p)[5] ^ (q)[5]) | ((p)[6] ^ (q)[6]) | ((p)[7] ^ (q)[7]))
 
 /*
- * w->n (1 to COLO_STEP) bytes at w->data + 64 against the buffer at `pos`: 0 if equal. The last 64
- * bytes are one more block, which overlaps the one before it; of fewer than 64 the block begins
- * with bytes before them, which are made equal first. So there is no tail, whose masks would
- * cost the verifier more than all the rest.
+ * Compare w->n (1 to COLO_STEP) bytes at w->data + 64 with the buffer at `pos`; returns 0 if they
+ * are equal. The last 64 bytes are compared as one more block, which overlaps the block before it.
+ * With fewer than 64 bytes, that block starts with bytes before the data, which are made equal
+ * first. So there is no tail to handle, whose masks would cost the verifier more than everything
+ * else.
  */
 static __always_inline u64 differ(struct colo_work *w, struct colo_buffer *st, u64 pos)
 {
@@ -69,8 +76,10 @@ static __always_inline u64 differ(struct colo_work *w, struct colo_buffer *st, u
 	return x | DIFFER64(p, q);
 }
 
-/* Walks the payload: compares the first w->equal bytes of w->left with the buffer, keeps the rest.
- * w->err: 0, or the reason to hand over. */
+/*
+ * Walk the payload: compare the first w->equal bytes of w->left with the buffer, and store the
+ * rest. Sets w->err to the reason for handing over; otherwise it stays 0.
+ */
 static __always_inline void compare_payload(struct __sk_buff *skb, struct colo_conn *c,
 					    struct colo_buffer *st, struct colo_work *w)
 {

@@ -1,10 +1,12 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
-/* What leaves: frames under the PVM's newest header, with no more than both guests have said. */
+/* Send frames under the PVM's newest header, with an ack and a window that both guests allow. */
 #ifndef COLO_TRANSMIT_H
 #define COLO_TRANSMIT_H
 
-/* By which way a frame leaves to `mac`: w->out, and if that is the bridge, the device to put it
- * into where it is `made` here and not the PVM's own. */
+/*
+ * Choose the egress for a frame to `mac`: w->out, or, if the frame goes by way of the bridge and
+ * was made here (it is not the PVM's own), the device whose ingress it is put into.
+ */
 static __always_inline void set_egress(struct colo_work *w, const void *mac, int made)
 {
 	w->out = egress_ifindex(mac, w->now);
@@ -14,7 +16,7 @@ static __always_inline void set_egress(struct colo_work *w, const void *mac, int
 		w->out = cfg(CFG_TAP);
 }
 
-/* The ack and the window that the client may be told. */
+/* The ack and the window that may be advertised to the client. */
 static __always_inline u32 allowed_ack(const struct colo_conn *c)
 {
 	return seq_later(c->p_ack, c->s_ack) ? c->s_ack : c->p_ack;
@@ -25,7 +27,7 @@ static __always_inline u16 allowed_win(const struct colo_conn *c)
 	return c->p_win < c->s_win ? c->p_win : c->s_win;
 }
 
-/* Something has left with them. */
+/* Record that a frame with this ack and window has left. */
 static __always_inline void note_advertised(struct colo_conn *c, u32 ack, u16 win)
 {
 	c->adv_ack = ack;
@@ -34,7 +36,10 @@ static __always_inline void note_advertised(struct colo_conn *c, u32 ack, u16 wi
 		c->ack_pending = 0;
 }
 
-/* Is there anything new for the client in an ack without data? As compare/window.py with no scale. */
+/*
+ * Whether an ack without data would tell the client anything new. Same rule as compare/window.py
+ * with a scale of 0.
+ */
 static __always_inline int ack_due(const struct colo_conn *c)
 {
 	u16 win = allowed_win(c);
@@ -47,7 +52,7 @@ static __always_inline int ack_due(const struct colo_conn *c)
 	       (win == c->p_win || win >= 2 * (u32)c->adv_win + 1);
 }
 
-/* The PVM's header, from now on that of all that leaves. */
+/* Keep the PVM's header for all frames that leave from now on. */
 static __always_inline u32 keep_header(struct __sk_buff *skb, struct colo_conn *c,
 				       const struct pkt *p)
 {
@@ -61,7 +66,7 @@ static __always_inline u32 keep_header(struct __sk_buff *skb, struct colo_conn *
 	return 0;
 }
 
-/* IP's length fields in w->new, for `len` bytes behind TCP's header, and IPv4's checksum. */
+/* Set IP's length fields in w->new for `len` bytes after the TCP header, and IPv4's checksum. */
 static __always_inline void set_lengths(const struct colo_conn *c, struct colo_work *w, u32 len)
 {
 	u64 sum;
@@ -78,8 +83,10 @@ static __always_inline void set_lengths(const struct colo_conn *c, struct colo_w
 	*(__be16 *)(w->new + 24) = ~sum;
 }
 
-/* Prepares w->new: the PVM's header for `len` bytes from `seq` on. TCP's checksum is left as it
- * was in the PVM's. */
+/*
+ * Build in w->new the PVM's header for `len` bytes from `seq` on. TCP's checksum stays as it was in
+ * the PVM's frame.
+ */
 static __always_inline void new_header(const struct colo_conn *c, struct colo_work *w, u32 seq,
 				       u32 len, u8 flags)
 {
@@ -96,7 +103,7 @@ static __always_inline void new_header(const struct colo_conn *c, struct colo_wo
 	*(__be16 *)(t + 14) = bpf_htons(allowed_win(c));
 }
 
-/* TCP's header length, for the verifier: at most 60, at least 1. */
+/* TCP header length, with a bound for the verifier: at most 60, at least 1. */
 static __always_inline u64 header_size(const struct colo_conn *c)
 {
 	u64 n = c->doff;
@@ -106,8 +113,8 @@ static __always_inline u64 header_size(const struct colo_conn *c)
 }
 
 /*
- * The SVM's frame becomes the PVM's: its header, the same payload. The pseudo header does not
- * change (same addresses, same length), so a partial checksum stays right untouched.
+ * Turn the SVM's frame into the PVM's: its header, the same payload. The pseudo header does not
+ * change (same addresses, same length), so a partial checksum stays correct as it is.
  */
 static __always_inline u32 rewrite_as_pvm(struct __sk_buff *skb, struct colo_conn *c,
 					  struct colo_work *w)
@@ -131,7 +138,7 @@ static __always_inline u32 rewrite_as_pvm(struct __sk_buff *skb, struct colo_con
 	return 0;
 }
 
-/* The PVM's own frame may leave, with no more of an ack and of a window than allowed. */
+/* Limit the ack and the window of the PVM's own frame to what is allowed. */
 static __always_inline void limit_pvm(struct __sk_buff *skb, struct colo_conn *c,
 				      struct colo_work *w)
 {
@@ -168,8 +175,8 @@ static __always_inline u32 fold16(u64 x)
 /* Older kernels sum at most 512 bytes in one call. */
 #define SUM_STEP 512
 
-/* Sum of w->n bytes of the buffer at `pos`, which do not wrap. */
-static __always_inline void sum_stash(struct colo_buffer *st, struct colo_work *w)
+/* Sum w->n bytes of the buffer at `pos`, which do not wrap. */
+static __always_inline void sum_buffer(struct colo_buffer *st, struct colo_work *w)
 {
 	u64 n, q;
 
@@ -195,15 +202,16 @@ static __always_inline void sum_stash(struct colo_buffer *st, struct colo_work *
 		w->sum += *(u32 *)(st->ring + q) & ((1ULL << ((w->n & 3) * 8)) - 1);
 }
 
-/* Of a segment that is made here, at most. */
+/* Largest payload of a segment that is built here. */
 static __always_inline u32 piece_size(const struct colo_conn *c)
 {
 	return c->mss < COLO_MAX_PIECE ? c->mss : COLO_MAX_PIECE;
 }
 
 /*
- * Sends w->n bytes (0: a bare ack) from c->released on as a frame of its own, made of this skb, the
- * buffer and the header in w->new. The skb is spoilt. 0, or R_PUNT_HELPER_FAILED.
+ * Send w->n bytes (0: a bare ack) from c->released on as a frame of its own, made from this skb,
+ * the buffer and the header in w->new. The skb is unusable afterwards. Returns 0 or
+ * R_PUNT_HELPER_FAILED.
  */
 static __always_inline u32 send_piece(struct __sk_buff *skb, struct colo_conn *c,
 				      struct colo_buffer *st, struct colo_work *w)
@@ -227,7 +235,7 @@ static __always_inline u32 send_piece(struct __sk_buff *skb, struct colo_conn *c
 	*(u16 *)(w->new + l4 + 16) = 0;
 	if (!w->partial) {
 		w->sum += (u32)bpf_csum_diff(0, 0, (void *)(w->new + l4), header_size(c), 0);
-		sum_stash(st, w);
+		sum_buffer(st, w);
 	}
 	check = fold16(w->sum);
 	l4 = c->l4;
@@ -244,8 +252,10 @@ static __always_inline u32 send_piece(struct __sk_buff *skb, struct colo_conn *c
 	return 0;
 }
 
-/* Sends rel..w->upto, which both guests have sent, in segments; none if they are the same: a bare
- * ack. 0, or R_PUNT_HELPER_FAILED. */
+/*
+ * Send released..w->upto, which both guests have sent, in segments; if the range is empty, send a
+ * bare ack. Returns 0 or R_PUNT_HELPER_FAILED.
+ */
 static __always_inline u32 send_pieces(struct __sk_buff *skb, struct colo_conn *c,
 				       struct colo_buffer *st, struct colo_work *w)
 {
@@ -260,8 +270,7 @@ static __always_inline u32 send_pieces(struct __sk_buff *skb, struct colo_conn *
 	}
 	w->addresses = sum;
 	new_header(c, w, c->released, 0, 0);
-	if ((u32)w->upto ==
-	    c->released) /* a bare ack is not of an ECN-capable transport (RFC 3168 6.1.4) */
+	if ((u32)w->upto == c->released) /* RFC 3168 section 6.1.4: a bare ack is not ECN-capable */
 		w->new[15] &= c->l4 == 34 ? 0xFC : 0xCF;
 #pragma clang loop unroll(disable)
 	for (int i = 0; i < COLO_MAX_PIECES; i++) {

@@ -1,22 +1,27 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * UDP in the fast path: whole datagrams, in order, in place of bytes by their numbers.
+ * UDP in the fast path: whole datagrams in order, instead of bytes by sequence number.
  *
- * What one guest is ahead is a queue of records in a buffer, oldest first: struct colo_dgram and the
- * payload. `rel` and `nxt` are places in it, and mean nothing outside. The other guest's next
- * datagram is compared with the oldest record, and if it is equal the PVM's leaves: as its own frame
- * if it is the late one, else as the SVM's frame under the PVM's Ethernet and IP headers. UDP's own
- * header stays: same ports and length, and a checksum (or half of one) that fits this very frame.
+ * The datagrams by which one guest is ahead are a queue of records in a buffer, oldest first; each
+ * record is struct colo_dgram and the payload. `released` and `next` are positions in it and mean
+ * nothing elsewhere. The other guest's next datagram is compared with the oldest record. If they
+ * are equal, the PVM's leaves: its own frame if the PVM is the late one, else the SVM's frame under
+ * the PVM's Ethernet and IP headers. UDP's own header stays: it has the same ports and length, and
+ * a checksum (or half of one) that fits this frame.
  *
- * Datagrams may be lost and overtake each other, so the first one that differs proves nothing. It is
- * a surprise like others: the flow goes to user space, which pairs in any order (compare/datagram.py).
- * There are no acks, no repetitions and no windows; the locks and the argument are offload/offload.h's.
+ * Datagrams may be lost or overtake each other, so the first one that differs proves nothing. It is
+ * an exception like any other: the flow goes to user space, which pairs datagrams in any order
+ * (compare/datagram.py). There are no acks, retransmissions or windows. Locking, and the argument
+ * for it, are those of offload/offload.h.
  */
 #ifndef COLO_UDP_H
 #define COLO_UDP_H
 
-/* Neither tagged nor in pieces nor several in one, all lengths say the same, and no other checksum
- * than its own is partial: not that of something within, which the SVM's copy may have in full. */
+/*
+ * A plain datagram has no tag, is neither a fragment nor a GSO frame, has consistent lengths, and
+ * has no partial checksum other than its own. In particular it has no partial checksum of an
+ * encapsulated packet, which the SVM's copy may carry in full.
+ */
 static __always_inline int is_plain_datagram(struct __sk_buff *skb, const struct pkt *p)
 {
 	__be16 size;
@@ -40,7 +45,7 @@ static __always_inline struct colo_dgram *record_at(struct colo_buffer *st,
 	return (struct colo_dgram *)(st->ring + pos);
 }
 
-/* Ethernet, IP and UDP header; constant sizes, for the verifier. */
+/* Load the Ethernet, IP and UDP headers; constant sizes, for the verifier. */
 static __always_inline long load_headers(struct __sk_buff *skb, const struct pkt *p, void *to)
 {
 	if (p->is_v6)
@@ -48,7 +53,7 @@ static __always_inline long load_headers(struct __sk_buff *skb, const struct pkt
 	return bpf_skb_load_bytes(skb, 0, to, 42);
 }
 
-/* As prepare_segment(). */
+/* The counterpart of prepare_segment() for UDP. */
 static __always_inline u32 prepare_datagram(struct __sk_buff *skb, const struct pkt *p,
 					    struct colo_conn *c, struct colo_flow_key *key,
 					    struct colo_work *w, u32 side)
@@ -65,7 +70,7 @@ static __always_inline u32 prepare_datagram(struct __sk_buff *skb, const struct 
 		return R_PUNT_BUFFER_FULL;
 	if (!meets && !buffer_claim(c, key))
 		return R_PUNT_NO_BUFFER;
-	if (!out) /* begin anew, where the cache is warm */
+	if (!out) /* restart where the cache is warm */
 		c->base_seq = c->next = c->released;
 	slot = c->buffer - 1;
 	st = buffers.lookup(&slot);
@@ -87,7 +92,7 @@ static __always_inline u32 prepare_datagram(struct __sk_buff *skb, const struct 
 	return 0;
 }
 
-/* As finish_segment(). */
+/* The counterpart of finish_segment() for UDP. */
 static __always_inline u32 finish_datagram(struct __sk_buff *skb, struct colo_conn *c,
 					   struct colo_buffer *st, struct colo_work *w,
 					   int *verdict)
@@ -107,7 +112,7 @@ static __always_inline u32 finish_datagram(struct __sk_buff *skb, struct colo_co
 	}
 	d = record_at(st, c, c->released);
 	if (turn) {
-		/* Fails before it writes if it does: no memory for headers of its own. */
+		/* If this fails, it fails before it writes: no memory for headers of its own. */
 		if (w->l4 == 54 ? bpf_skb_store_bytes(skb, 0, d->hdr, 54, 0)
 				: bpf_skb_store_bytes(skb, 0, d->hdr, 34, 0))
 			return R_PUNT_HELPER_FAILED;
@@ -117,7 +122,7 @@ static __always_inline u32 finish_datagram(struct __sk_buff *skb, struct colo_co
 	set_egress(w, turn ? d->hdr : w->new, turn);
 	note_wait(w->now - d->ts_ns);
 	c->released += (u32)w->moves;
-	d = record_at(st, c, c->released); /* the next one that waits, if any does */
+	d = record_at(st, c, c->released); /* the next record that waits, if any */
 	settle(c, d->ts_ns, 1);
 	if (!turn) {
 		*verdict = w->out ? bpf_redirect(w->out, 0) : TC_ACT_OK;

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""One flow: may the PVM's next frame leave? Pure."""
+"""Comparison of single flows: whether the PVM's next frame may leave. Pure."""

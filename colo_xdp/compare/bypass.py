@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Flows that the policy does not hold: passed ones, and ones that are only watched."""
+"""Flows that the policy does not hold: bypassed ones, and monitored ones.
+
+The engine's flow table makes them in place of compared flows, by the policy's verdict.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ from .timers import Timers
 
 
 class BypassedFlow:
-    """A flow of which nothing is compared: the PVM's frames leave, the SVM's are dropped."""
+    """Flow that is not compared: the PVM's frames leave, the SVM's are dropped."""
 
     __slots__ = ("direction", "epoch", "key", "last", "outbox", "verdict", "when")
 
@@ -34,97 +37,101 @@ class BypassedFlow:
         self.last = self.when = 0
 
     def pvm(self, rec: Frame, p: Packet, now_ns: int) -> None:
-        """A frame of the PVM leaves."""
+        """Release a frame of the PVM."""
         self.outbox.uncompared(self.verdict)
         self.outbox.release(rec)
 
     def svm(self, p: Packet, now_ns: int) -> None:
-        """A frame of the SVM ends here."""
+        """Drop a frame of the SVM."""
         self.outbox.count("svm_uncompared_dropped")
 
     def commit(self, p: Packet) -> None:
-        """A checkpoint contains it: nothing is to be remembered."""
+        """Ignore a frame that a checkpoint contains: no state is kept."""
 
     def release_ready(self, now_ns: int) -> None:
-        """Nothing waits."""
+        """Do nothing: no frame is held."""
 
     def forget_svm(self) -> None:
-        """Nothing is stashed."""
+        """Do nothing: no output of the SVM is kept."""
 
     def unhold(self) -> list[Held]:
-        """Nothing waits."""
+        """Return no frames: none is held."""
         return []
 
     def defer(self) -> list[Held]:
-        """Nothing waits."""
+        """Return no frames: none is held."""
         return []
 
     def pvm_in_checkpoint(self, rec: Frame, p: Packet, now_ns: int) -> bool:
-        """A frame of the PVM leaves, checkpoint or not."""
+        """Release a frame of the PVM although a checkpoint is under way."""
         self.pvm(rec, p, now_ns)
         return True
 
     def catch_up(self, rec: Frame, p: Packet, now_ns: int) -> None:
-        """A frame has left that was to be compared behind; the rules are others now."""
+        """Ignore a frame that left while the rules had it compared."""
 
     def miss(self) -> None:
-        """A frame of the SVM's next epoch was not kept; nobody wants it."""
+        """Ignore that a frame of the SVM's next epoch was not kept: it is not needed."""
 
     def outdate(self, epoch: int) -> None:
-        """Other rules are in force from this epoch on: be judged anew when next seen."""
+        """Have the flow judged again when it is next seen, by the rules of this epoch."""
         self.new_epoch(epoch)
         self.epoch = LONG_AGO
 
     def judged(self, verdict: Verdict) -> None:
-        """The rules in force want for it what those before did."""
+        """Take the verdict of the rules in force, which is the same action as before."""
         self.verdict = verdict
 
     def removed(self) -> None:
-        """Nothing was kept of its past."""
+        """Do nothing: no state is kept."""
 
     def reclaim(self) -> Comparer:
-        """The fast path never has it."""
+        """Return the flow itself: it is never offloaded."""
         return self
 
     def stands_for(self, flow: object) -> bool:
-        """Whether it is this one in the tables."""
+        """Return whether this object represents `flow` in the tables."""
         return flow is self
 
     def new_epoch(self, epoch: int) -> None:
-        """Nothing was remembered."""
+        """Begin an epoch; no state is kept."""
         self.epoch = epoch
 
     def expire(self, now_ns: int) -> int:
-        """Nothing waits."""
+        """Return 0: there is no deadline."""
         return 0
 
     def quiet(self) -> bool:
-        """Nothing waits."""
+        """Return True: no frame waits."""
         return True
 
     def closed(self) -> bool:
-        """Its end is not looked for; it ages like a closed one."""
+        """Return True: its end is not tracked, so it ages like a closed flow."""
         return True
 
 
 class MonitorBudget:
-    """What is kept to compare watched flows behind, of all of them together: nothing that leaves
-    waits for it, so it has no part in what may be held."""
+    """Budget for what monitored flows keep to compare later.
+
+    Nothing that leaves waits for it, so it does not count toward the limits on held frames.
+    """
 
     __slots__ = ("frames", "ledger")
 
     def __init__(self, ledger: Ledger) -> None:
         self.ledger = ledger
-        #: left in a checkpoint or shortly before, to be compared when it is over
+        #: frames that left in a checkpoint or shortly before, to be compared after it
         self.frames = HeldQueue(ledger)
 
     def host(self, host: FlowContext) -> FlowContext:
-        """What a watched flow is given, but for its outbox."""
+        """Return a monitored flow's context, except for its outbox."""
         return replace(host, ledger=self.ledger, backlog=self.frames)
 
     def commit(self, of: Callable[[Packet, bool], Comparer | None], stop_ns: int) -> list[Held]:
-        """A checkpoint contains what was captured at stop_ns or before; the rest of what is kept,
-        to be compared under the epoch that begins."""
+        """Commit what was captured at stop_ns (CLOCK_MONOTONIC) or before.
+
+        Returns the other frames, which are compared in the next epoch.
+        """
         kept = self.frames.drain()
         for rec, p, _ in kept:
             if rec.ts_ns <= stop_ns and (flow := of(p, False)) is not None:
@@ -133,7 +140,7 @@ class MonitorBudget:
 
 
 class MonitorOutbox:
-    """The outbox of a flow whose frames have left: nothing is released, nobody asked."""
+    """Outbox of a flow whose frames have already left: it releases nothing and requests nothing."""
 
     __slots__ = ("_flow", "_outbox")
 
@@ -141,10 +148,10 @@ class MonitorOutbox:
         self._outbox, self._flow = outbox, flow
 
     def release(self, rec: Frame) -> None:
-        """It has left long ago."""
+        """Do nothing: the frame left long ago."""
 
     def request(self, cause: Cause, flow: Source, evidence: Evidence = NO_EVIDENCE) -> None:
-        """A difference; or there is no room, and nobody knows."""
+        """Report a difference, or count that there was no room. The flow is lost for this epoch."""
         if cause is Cause.QUEUE_FULL:
             self._outbox.count("monitor_given_up")
         else:
@@ -152,43 +159,49 @@ class MonitorOutbox:
         self._flow.lose()
 
     def count(self, name: str, n: int = 1) -> None:
-        """Nothing is dropped for want of room, see request()."""
+        """Add to a counter. Frames are not dropped for lack of room; see request()."""
         if name not in ("queue_full_dropped", "svm_queue_full_dropped"):
             self._outbox.count(name, n)
 
     def part_verified(self, flow: Partial) -> None:
-        """Parts need not leave: the whole has."""
+        """Do nothing: the whole frame has left already."""
 
 
 class MonitoredFlow(BypassedFlow):
-    """A flow whose frames leave at once and are compared behind.
+    """Flow whose frames leave at once and are compared afterwards.
 
-    After a difference the two guests go apart with no checkpoint to bring them together, so
-    nothing more is learnt from it before the next one: `lost`. So it is if more waits to be
+    After a difference no checkpoint brings the guests together again. So nothing more can be learnt
+    from the flow before the next checkpoint: it is `lost`. The same holds if more waits to be
     compared than the budget has room for.
     """
 
     __slots__ = ("_budget", "_missed", "_timers", "inner", "lost")
 
-    inner: ComparedFlow  # an ordinary one, whose outbox is self.monitor()
+    inner: ComparedFlow  # an ordinary flow whose outbox is self.monitor()
 
     def __init__(
-        self, outbox: Reporter, key: FlowKey, epoch: int, verdict: Verdict, direction: str,
-        budget: MonitorBudget, timers: Timers[Flow],
-    ) -> None:  # fmt: skip
+        self,
+        outbox: Reporter,
+        key: FlowKey,
+        epoch: int,
+        verdict: Verdict,
+        direction: str,
+        budget: MonitorBudget,
+        timers: Timers[Flow],
+    ) -> None:
         super().__init__(outbox, key, epoch, verdict, direction)
         self.lost = False
-        self._missed = False  # frames of the epoch that begins next
+        self._missed = False  # frames of the next epoch were not kept
         self._budget, self._timers = budget, timers
 
     def monitor(self) -> MonitorOutbox:
-        """What becomes of the decisions of `inner`."""
+        """Return the outbox for `inner`."""
         return MonitorOutbox(self.outbox, self)
 
     def lose(self) -> None:
-        """Nothing more is learnt from it in this epoch."""
+        """Give the flow up for this epoch."""
         self.lost = True
-        self._timers.arm(self, 1)  # not here: the comparer is in the middle of something
+        self._timers.arm(self, 1)  # not here: the comparer is still running
 
     def pvm(self, rec: Frame, p: Packet, now_ns: int) -> None:
         super().pvm(rec, p, now_ns)
@@ -196,12 +209,12 @@ class MonitoredFlow(BypassedFlow):
         self.catch_up(rec, p, now_ns)
 
     def catch_up(self, rec: Frame, p: Packet, now_ns: int) -> None:
-        """Behind: it has left."""
+        """Compare a frame that has left."""
         if not self.lost:
             self.inner.pvm(rec, p, now_ns)
 
     def pvm_in_checkpoint(self, rec: Frame, p: Packet, now_ns: int) -> bool:
-        """It leaves at once, and is compared when the next epoch has begun."""
+        """Release the frame at once, and keep it to be compared when the next epoch has begun."""
         super().pvm(rec, p, now_ns)
         rec.sent = True
         if not self._budget.frames.offer(rec, p, now_ns):
@@ -209,7 +222,7 @@ class MonitoredFlow(BypassedFlow):
         return True
 
     def miss(self) -> None:
-        """A frame of the epoch that begins next was not kept."""
+        """Note that a frame of the next epoch was not kept."""
         if not self._missed:
             self._missed = True
             self.outbox.count("monitor_given_up")
@@ -221,7 +234,7 @@ class MonitoredFlow(BypassedFlow):
             self.inner.svm(p, now_ns)
 
     def expire(self, now_ns: int) -> int:
-        """After a difference: what was kept to compare with is of no more use."""
+        """Drop what was kept to compare with, after a difference."""
         if self.lost:
             self.inner.unhold()
             self.inner.forget_svm()

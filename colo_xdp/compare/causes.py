@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Why a checkpoint was asked for. The names are the metric's `reason` label."""
+"""Causes of checkpoints. The names are values of the metrics' label `cause`.
+
+Flows and the engine request checkpoints with a cause; the journal, the status document and
+`explain` show it.
+"""
 
 from __future__ import annotations
 
@@ -35,32 +39,35 @@ class Cause(StrEnum):
     GUEST_EVENT = "guest_event"
 
 
-#: one line for people, per cause
+#: one-line description per cause, for operators
 DESCRIPTIONS: dict[Cause, str] = {
-    Cause.PAYLOAD_DIFFERS: "the guests sent different bytes at the same place of a TCP stream",
-    Cause.FIN_DIFFERS: "the guests closed a TCP stream at different places",
+    Cause.PAYLOAD_DIFFERS: "the guests sent different bytes at the same position of a TCP stream",
+    Cause.FIN_DIFFERS: "the guests closed a TCP stream at different positions",
     Cause.RST_ONE_SIDED: "only one guest reset a TCP connection",
-    Cause.SYN_OPTIONS_DIFFER: "the guests offered different TCP options (MSS, wscale, SACK, ts, "
-    "ECN, signatures)",
+    Cause.SYN_OPTIONS_DIFFER: "the guests offered different TCP options (MSS, window scale, SACK, "
+    "timestamps, ECN, signatures)",
     Cause.URGENT_DIFFERS: "the guests marked different bytes of a TCP stream as urgent",
     Cause.DATAGRAM_DIFFERS: "the guests sent different datagrams in the same flow",
     Cause.OPENED_APART: "the guests opened flows to the same service from different ports",
-    Cause.COMPARE_TIMEOUT: "the primary guest's frame had no twin within compare_timeout",
-    Cause.SVM_AHEAD: "the secondary guest sent what the primary did not within compare_timeout",
-    Cause.RETRANSMIT_UNVERIFIABLE: "a retransmission was older than the history kept to verify it",
-    Cause.SIGNED_CONNECTION: "a TCP connection with signed segments (MD5, AO) began, or waits with "
-    "one that cannot be cut",
-    Cause.QUEUE_FULL: "max_queue_size frames were held, or the flow table was full",
+    Cause.COMPARE_TIMEOUT: "a frame of the primary guest had no counterpart within compare_timeout",
+    Cause.SVM_AHEAD: "the secondary guest sent something that the primary guest did not send "
+    "within compare_timeout",
+    Cause.RETRANSMIT_UNVERIFIABLE: "a retransmission was older than the history that is kept to "
+    "verify it",
+    Cause.SIGNED_CONNECTION: "a TCP connection with signed segments (MD5, AO) began, or such a "
+    "segment is verified in part and cannot be cut",
+    Cause.QUEUE_FULL: "max_queue_size frames or max_held_bytes were held, or the flow table was "
+    "full",
     Cause.STREAM_FULL: "the secondary guest was max_stream_bytes ahead in one connection",
-    Cause.EVENT_LOST: "the data path lost a captured frame (ring full)",
-    Cause.PEER_GAP: "frames of the secondary guest were lost on their way here",
-    Cause.CONTROLLER_RESTART: "the controller was restarted and knows nothing of what was held",
-    Cause.PEER_LINK: "output waited while nothing of the secondary guest arrives",
-    Cause.HOOKS_LOST: "programs of ours were taken off a device: frames were not seen",
-    Cause.POLICY: "the policy was changed: both guests have to be equal under the new rules",
-    Cause.OPERATOR: "an operator asked",
-    Cause.PERIODIC: "the configured period was over",
-    Cause.SWITCHOVER: "a switchover: the secondary guest serves from here on",
-    Cause.INITIAL: "the first synchronisation of the pair",
+    Cause.EVENT_LOST: "the data path lost a captured frame because the event buffer was full",
+    Cause.PEER_GAP: "frames of the secondary guest were lost on their way to the primary host",
+    Cause.CONTROLLER_RESTART: "the controller was restarted and does not know what was held",
+    Cause.PEER_LINK: "output waited while nothing of the secondary guest arrived",
+    Cause.HOOKS_LOST: "programs were removed from a device, so some frames were not seen",
+    Cause.POLICY: "the policy changed: both guests must be equal under the new rules",
+    Cause.OPERATOR: "an operator requested it",
+    Cause.PERIODIC: "the configured period had passed",
+    Cause.SWITCHOVER: "a switchover: the secondary guest goes on from here",
+    Cause.INITIAL: "the first synchronization of the pair",
     Cause.GUEST_EVENT: "a guest was reset, its power button was pressed, or it was stopped",
 }

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What all flows that are compared have in common, TCP or not."""
+"""Base class of the flows that are compared: TcpFlow and DatagramFlow."""
 
 from __future__ import annotations
 
@@ -16,95 +16,115 @@ from .policy import Verdict
 
 
 class ComparedFlow(ABC):
-    """One flow, one direction: what the guest sends."""
+    """One compared flow, in the direction in which the guest sends."""
 
     __slots__ = (
-        "asked", "codec", "direction", "epoch", "held", "host", "key", "last", "offload", "outbox",
-        "verdict", "when",
-    )  # fmt: skip
+        "asked",
+        "codec",
+        "direction",
+        "epoch",
+        "held",
+        "host",
+        "key",
+        "last",
+        "offload",
+        "outbox",
+        "verdict",
+        "when",
+    )
 
     bypassed = False
 
     def __init__(
-        self, host: FlowContext, key: FlowKey, epoch: int, verdict: Verdict, direction: str,
+        self,
+        host: FlowContext,
+        key: FlowKey,
+        epoch: int,
+        verdict: Verdict,
+        direction: str,
         codec: OffloadCodec[Self],
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.host, self.key = host, key
         self.epoch = epoch
         self.verdict, self.direction = verdict, direction
         self.last = self.when = 0
-        self.outbox = host.outbox  # another one while its frames are kept back for the fast path
+        self.outbox = host.outbox  # replaced while its frames are kept back for the fast path
         self.held = HeldQueue(host.ledger)  # of the PVM, not yet released
-        self.asked = False  # this flow has asked for a checkpoint in this epoch
+        self.asked = False  # the flow has requested a checkpoint in this epoch
         self.codec = codec
         self.offload = OffloadState()
 
     @abstractmethod
     def text(self) -> str:
-        """The flow's name for people."""
+        """Return the flow's name for operators."""
 
     @abstractmethod
     def service(self) -> tuple[str, int]:
-        """Protocol and the service's port; 0: it has none."""
+        """Return the protocol and the service's port; 0 if it has none."""
 
     @abstractmethod
     def pvm(self, rec: Frame, p: Packet, now_ns: int) -> None:
-        """A frame of the PVM in the current epoch: release it, hold it, or ask."""
+        """Release or hold a frame of the PVM in the current epoch, or request a checkpoint."""
 
     @abstractmethod
     def svm(self, p: Packet, now_ns: int) -> None:
-        """A frame of the SVM of the current epoch: only compared, never sent anywhere."""
+        """Compare a frame of the SVM in the current epoch. It is never sent anywhere."""
 
     @abstractmethod
     def commit(self, p: Packet) -> None:
-        """A frame that a complete checkpoint contains: released with no comparison."""
+        """Note a frame that a complete checkpoint contains; it leaves without comparison."""
 
     @abstractmethod
     def release_ready(self, now_ns: int) -> None:
-        """Release from the head what has become releasable."""
+        """Release from the head whatever has become releasable."""
 
     @abstractmethod
     def expire(self, now_ns: int) -> int:
-        """Ask if something is too old; the next deadline, 0 for none."""
+        """Request a checkpoint if something is overdue; return the next deadline, 0 for none."""
 
     @abstractmethod
     def closed(self) -> bool:
-        """The guest has closed it, or it never has an end; what comes now are stragglers."""
+        """Return whether the guest has closed the flow, or whether it never ends.
+
+        What follows are stragglers.
+        """
 
     @abstractmethod
     def svm_since(self) -> int:
-        """Arrival of the oldest thing the SVM sent and the PVM did not; 0 if none."""
+        """Return the arrival (ns) of the SVM's oldest unmatched output; 0 if none."""
 
     @abstractmethod
     def unhold(self) -> list[Held]:
-        """Give up the frames that wait."""
+        """Remove and return the held frames."""
 
     @abstractmethod
     def forget_svm(self) -> None:
-        """Forget what the SVM said, and has not been released."""
+        """Forget output of the SVM that has not been released."""
 
     @abstractmethod
     def new_epoch(self, epoch: int) -> None:
-        """Forget what the SVM of the old epoch said (I7)."""
+        """Begin an epoch: forget the output of the previous epoch's SVM."""
 
     def quiet(self) -> bool:
-        """Nothing of either side waits."""
+        """Return whether nothing of either guest waits."""
         return not self.held.frames and self.offload.backpressure is None and not self.svm_since()
 
     def release_part(self, now_ns: int, whole_segments: bool) -> bool:
-        """See compare/tcp.py; a datagram has no parts."""
+        """Release the verified part of the head (see compare/tcp.py); a datagram has no parts."""
         return False
 
     def unknown(self, epoch: int) -> None:
-        """Forget everything: the fast path had it, and has forgotten it."""
+        """Forget everything: the fast path had the flow and has forgotten it."""
         self.offload.reset()
         self.new_epoch(epoch)
 
-    # -- the engine's side
+    # -- called by the engine
 
     def defer(self) -> list[Held]:
-        """A checkpoint begins: give up the frames that wait, to be decided by it; those of a
-        watched flow wait elsewhere, for they have left."""
+        """Remove and return the held frames, as a checkpoint that will decide about them begins.
+
+        Those of a monitored flow have already left, and move to its backlog instead.
+        """
         frames = self.unhold()
         if self.host.backlog is None:
             return frames
@@ -112,32 +132,35 @@ class ComparedFlow(ABC):
         return []
 
     def pvm_in_checkpoint(self, rec: Frame, p: Packet, now_ns: int) -> bool:
-        """Whether the frame has been dealt with. It has not: the checkpoint decides about it."""
+        """Return whether the flow deals with the frame itself.
+
+        It does not: the checkpoint will decide.
+        """
         return False
 
     def catch_up(self, rec: Frame, p: Packet, now_ns: int) -> None:
-        """A frame that has left while a checkpoint was under way; the rules were others then."""
+        """Compare a frame that left during a checkpoint, under the rules in force then."""
         self.pvm(rec, p, now_ns)
 
     def miss(self) -> None:
-        """A frame of the SVM's next epoch was not kept; the engine asks."""
+        """Ignore a lost frame of the SVM's next epoch: the engine requests a checkpoint."""
 
     def outdate(self, epoch: int) -> None:
-        """Other rules are in force from this epoch on: be judged anew when next seen."""
+        """Have the flow judged again when it is next seen, by the rules of this epoch."""
         self.new_epoch(epoch)
         self.epoch = LONG_AGO
 
     def judged(self, verdict: Verdict) -> None:
-        """The rules in force want for it what those before did."""
+        """Take the verdict of the rules in force, which is the same action as before."""
         self.verdict = verdict
 
     def removed(self) -> None:
-        """The flow is out of the tables."""
+        """Note that the flow has been removed from the tables."""
 
     def reclaim(self) -> Comparer:
-        """The flow itself, which is here."""
+        """Return the flow itself, since it is not offloaded."""
         return self
 
     def stands_for(self, flow: object) -> bool:
-        """Whether it is this one in the tables."""
+        """Return whether this object represents `flow` in the tables."""
         return flow is self

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Compares the datagrams of one flow: UDP, ICMP, fragments, whatever is not a TCP segment.
+"""Compares the datagrams of one flow: UDP, ICMP, fragments, and everything else that is not TCP.
 
-The PVM's datagrams leave in the order they came (QEMU's colo-compare takes the newest
-first). The twin of a datagram is any datagram of the SVM in this epoch with an equal
-body that was not yet used: the order on the SVM's side and on the peer link is free.
-A frame of several UDP datagrams (GSO) leaves when each of them has its twin. Fragments
-come here as the datagram that they make up (compare/fragments.py).
+The PVM's datagrams leave in the order in which they came (QEMU's colo-compare takes the newest
+first). The counterpart of a datagram is any unused datagram of the SVM in this epoch with an equal
+body: the order of the SVM's output, and on the peer link, does not matter. A frame of several UDP
+datagrams (GSO) leaves when each of them has its counterpart. Fragments come here as the datagram
+that they make up (compare/fragments.py).
 """
 
 from __future__ import annotations
@@ -27,66 +27,74 @@ Bodies = tuple[bytes, ...]
 
 
 def bodies(p: Packet, size: int = 0) -> Bodies:
-    """What is compared of a frame: one body, or one for each datagram of a UDP frame that stands
-    for several, `size` bytes each (Record.datagram_size)."""
+    """Return what is compared of a frame: its body.
+
+    A UDP frame that stands for several datagrams of `size` bytes each (Frame.datagram_size) has one
+    body for each.
+    """
     if p.kind is Kind.UDP and 0 < size < p.end - p.off:
         return tuple(p.frame[i : min(i + size, p.end)] for i in range(p.off, p.end, size))
     return (datagram_body(p),)
 
 
 class DatagramFlow(ComparedFlow):
-    """One flow, one direction: what the guest sends."""
+    """One flow, in the direction in which the guest sends."""
 
     __slots__ = ("_frames", "bodies", "bytes_sent", "copies")
 
     def __init__(
-        self, host: FlowContext, key: FlowKey, epoch: int, verdict: Verdict, direction: str,
+        self,
+        host: FlowContext,
+        key: FlowKey,
+        epoch: int,
+        verdict: Verdict,
+        direction: str,
         codec: OffloadCodec[Self],
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__(host, key, epoch, verdict, direction, codec)
-        self.bytes_sent = 0  # bytes of payload, of the PVM
-        self.bodies: deque[Bodies] = deque()  # of `held`
+        self.bytes_sent = 0  # payload bytes of the PVM
+        self.bodies: deque[Bodies] = deque()  # parallel to `held`
         self.copies: dict[bytes, list[int]] = {}  # unused body of the SVM -> arrivals
-        self._frames: dict[bytes, bytes] = {}  # of the above, for the report
+        self._frames: dict[bytes, bytes] = {}  # frames of the above, for reports
 
     def text(self) -> str:
-        """The flow's name for people."""
+        """Return the flow's name for operators."""
         return describe_datagram(self.key)
 
     def service(self) -> tuple[str, int]:
-        """Protocol and the service's port; 0: it has none."""
+        """Return the protocol and the service's port; 0 if it has none."""
         return datagram_name(self.key)
 
     def svm_since(self) -> int:
-        """Arrival of the oldest thing the SVM sent and the PVM did not; 0 if none."""
+        """Return the arrival (ns) of the SVM's oldest unused datagram; 0 if none."""
         return min((times[0] for times in self.copies.values()), default=0)
 
     def closed(self) -> bool:
-        """Datagram flows have no end; they age like closed connections."""
+        """Return True: datagram flows have no end, so they age like closed connections."""
         return True
 
     def unhold(self) -> list[Held]:
-        """Give up the frames that wait."""
+        """Remove and return the held frames."""
         self.bodies.clear()
         return self.held.drain()
 
     def new_epoch(self, epoch: int) -> None:
-        """Forget what the SVM of the old epoch said (I7)."""
+        """Begin an epoch: forget the output of the previous epoch's SVM."""
         self.epoch = epoch
         self.asked = False
         self.forget_svm()
 
     def forget_svm(self) -> None:
-        """Forget what the SVM said, and has not been used."""
+        """Forget unused output of the SVM."""
         self.host.ledger.discharge_svm(sum(map(len, self.copies.values())))
         self.copies.clear()
         self._frames.clear()
 
     def commit(self, p: Packet) -> None:
-        """A checkpoint contains it: nothing is to be remembered."""
+        """Ignore a frame that a checkpoint contains: no state is kept."""
 
     def pvm(self, rec: Frame, p: Packet, now_ns: int) -> None:
-        """A frame of the PVM in the current epoch: release it or hold it."""
+        """Release or hold a frame of the PVM in the current epoch."""
         self.bytes_sent += p.end - p.off
         all_of_it = bodies(p, rec.datagram_size)
         if not self.held.frames and self._use(all_of_it):
@@ -99,14 +107,14 @@ class DatagramFlow(ComparedFlow):
         self.hold(rec, p, now_ns)
 
     def hold(self, rec: Frame, p: Packet, since_ns: int) -> None:
-        """Append to the frames that wait, whatever the limit."""
+        """Hold a frame regardless of the limit."""
         host = self.host
         self.held.push(rec, p, since_ns)
         self.bodies.append(bodies(p, rec.datagram_size))
         host.timers.arm(self, since_ns + (host.grace_ns if self.copies else host.timeout_ns))
 
     def svm(self, p: Packet, now_ns: int) -> None:
-        """A frame of the SVM of the current epoch: only compared, never sent anywhere."""
+        """Compare a frame of the SVM in the current epoch. It is never sent anywhere."""
         host = self.host
         for body in bodies(p, p.datagram_size):
             if not host.ledger.admit_svm():
@@ -120,7 +128,7 @@ class DatagramFlow(ComparedFlow):
             host.timers.arm(self, now_ns + (host.grace_ns if self.held else host.timeout_ns))
 
     def keep(self, p: Packet, since_ns: int) -> None:
-        """Add to what the SVM has said, whatever the limit."""
+        """Add a datagram of the SVM regardless of the limit."""
         self.host.ledger.charge_svm()
         self._keep(datagram_body(p), p, since_ns)
         self.host.timers.arm(self, since_ns + self.host.timeout_ns)
@@ -130,7 +138,7 @@ class DatagramFlow(ComparedFlow):
         self._frames[body] = p.frame
 
     def frame_of(self, body: bytes) -> bytes:
-        """The newest frame of the SVM with this unused body."""
+        """Return the newest frame of the SVM with this unused body."""
         return self._frames[body]
 
     def _use(self, wanted: Bodies) -> bool:
@@ -148,7 +156,7 @@ class DatagramFlow(ComparedFlow):
         return True
 
     def release_ready(self, now_ns: int) -> None:
-        """Release from the head what has its twin."""
+        """Release from the head whatever has its counterpart."""
         held = self.held
         while held.frames and self._use(self.bodies[0]):
             self.bodies.popleft()
@@ -156,7 +164,10 @@ class DatagramFlow(ComparedFlow):
             self.outbox.release(rec)
 
     def expire(self, now_ns: int) -> int:
-        """Ask if the head is too old or both sides differ; the next deadline, 0 for none."""
+        """Request a checkpoint if the head is overdue or both guests differ.
+
+        Returns the next deadline, 0 for none.
+        """
         host = self.host
         self._drop_old(now_ns - host.timeout_ns)
         if not self.held:
@@ -171,7 +182,7 @@ class DatagramFlow(ComparedFlow):
         if not self.asked:
             self.asked = True
             self.outbox.request(cause, self, self._evidence(other[0] if other else b""))
-        return now_ns + host.timeout_ns  # stay in the engine's list of flows that wait
+        return now_ns + host.timeout_ns  # keep the timer
 
     def _evidence(self, theirs: bytes) -> Evidence:
         mine = next((b for b in self.bodies[0] if b not in self.copies), self.bodies[0][0])
@@ -179,14 +190,18 @@ class DatagramFlow(ComparedFlow):
         i = next((i for i in both if mine[i] != theirs[i]), len(both))
         start = max(0, i - BEFORE)
         return Evidence(
-            i, i - start, mine[start : i + CONTEXT], theirs[start : i + CONTEXT],
-            self.held[0][0], self._frames.get(theirs, b""),
-        )  # fmt: skip
+            i,
+            i - start,
+            mine[start : i + CONTEXT],
+            theirs[start : i + CONTEXT],
+            self.held[0][0],
+            self._frames.get(theirs, b""),
+        )
 
     def _unpaired(self) -> tuple[bytes, int] | None:
-        """The SVM's oldest body that none of the PVM's waiting frames has, and its arrival.
+        """Return the SVM's oldest body that none of the held frames has, and its arrival.
 
-        Bodies that a frame behind the head has are only waiting for the head.
+        Bodies of frames behind the head are only waiting for the head.
         """
         waiting = Counter(body for each in self.bodies for body in each)
         for body, copies in self.copies.items():
@@ -196,7 +211,7 @@ class DatagramFlow(ComparedFlow):
         return None
 
     def _drop_old(self, before_ns: int) -> None:
-        # surplus of the SVM: nothing of it left this host, so it costs no checkpoint
+        # Surplus of the SVM: none of it has left this host, so it costs no checkpoint.
         for body in [b for b, c in self.copies.items() if c[0] <= before_ns]:
             copies = self.copies[body]
             keep = [at for at in copies if at > before_ns]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What the engine asks of its flows, and what it gives to them."""
+"""Interfaces between the engine and its flows."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from .policy import Verdict
 from .timers import Timers
 
 CONTEXT = 64  # bytes of evidence from the first difference on
-BEFORE = 32  # and before it
-LONG_AGO = -1  # no epoch
+BEFORE = 32  # bytes of evidence before it
+LONG_AGO = -1  # not a valid epoch
 
 
 class Source(Protocol):
-    """What can differ between the guests, as a divergence names it."""
+    """Something that can differ between the guests, as a divergence report names it."""
 
     @property
     def verdict(self) -> Verdict: ...  # of the policy
@@ -32,7 +32,7 @@ class Source(Protocol):
 
 
 class Flow(Protocol):
-    """What can wait."""
+    """Something that can hold frames."""
 
     when: int  # see Timers
 
@@ -40,7 +40,7 @@ class Flow(Protocol):
     def verdict(self) -> Verdict: ...
     @property
     def epoch(self) -> int:
-        """The last one that it was in; LONG_AGO: none that counts."""
+        """Return the last epoch in which the flow took part; LONG_AGO: none that is valid."""
         ...
 
     @property
@@ -55,20 +55,20 @@ class Flow(Protocol):
 
 
 class Partial(Flow, Protocol):
-    """A flow whose oldest frame can leave in parts."""
+    """Flow whose oldest frame can leave in parts."""
 
     def release_part(self, now_ns: int, whole_segments: bool) -> bool: ...
 
 
 class Outbox(Protocol):
-    """Where a flow puts what it has decided. Nothing comes back."""
+    """Receives a flow's decisions. Nothing is returned to the flow."""
 
     def release(self, rec: Frame) -> None:
-        """The frame may leave now."""
+        """Release the frame now."""
         ...
 
     def request(self, cause: Cause, flow: Source, evidence: Evidence = NO_EVIDENCE) -> None:
-        """Only a checkpoint can tell what may leave."""
+        """Request a checkpoint, which alone can decide what may leave."""
         ...
 
     def count(self, name: str, n: int = 1) -> None:
@@ -76,25 +76,25 @@ class Outbox(Protocol):
         ...
 
     def part_verified(self, flow: Partial) -> None:
-        """The flow's head is verified in part, which may leave when the batch is over."""
+        """Note that the verified part of the flow's head may leave at the end of the batch."""
         ...
 
 
 class Reporter(Outbox, Protocol):
-    """What flows use that the policy does not hold."""
+    """Outbox of flows that the policy does not hold."""
 
     def uncompared(self, verdict: Verdict) -> None:
-        """A frame is about to leave that is not held."""
+        """Note that a frame is about to leave without being held."""
         ...
 
     def noticed(self, cause: Cause, flow: Source, evidence: Evidence) -> None:
-        """A difference for which nobody is asked."""
+        """Report a difference that does not request a checkpoint."""
         ...
 
 
 @dataclass(slots=True)
 class FlowContext:
-    """What a flow is given. Times are ns, max_stream is bytes of the SVM ahead."""
+    """What a flow is given. Times are in ns; max_stream: bytes that the SVM may be ahead."""
 
     outbox: Outbox
     ledger: Ledger
@@ -103,17 +103,17 @@ class FlowContext:
     timeout_ns: int
     grace_ns: int
     max_stream: int
-    #: where frames wait while a checkpoint is under way; None: with those of all other flows
+    #: where frames wait during a checkpoint; None: with those of all other flows
     backlog: HeldQueue | None = None
 
 
 class Comparer(Flow, Protocol):
-    """A flow in the engine's tables."""
+    """Flow in the engine's tables."""
 
     key: FlowKey
-    last: int  # when it was seen last
-    direction: str  # who opened it: "in" a client, "out" the guest, "" unknown
-    bypassed: bool  # by the policy: its frames wait for nothing
+    last: int  # when it was last seen
+    direction: str  # which end opened it: "in" the client, "out" the guest, "" unknown
+    bypassed: bool  # by the policy: its frames are not held
 
     def pvm(self, rec: Frame, p: Packet, now_ns: int) -> None: ...
     def svm(self, p: Packet, now_ns: int) -> None: ...

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""IP fragments -> the datagram that they make up (RFC 791 3.2, RFC 8200 4.5). Pure.
+"""Reassembles IP fragments into datagrams (RFC 791 section 3.2, RFC 8200 section 4.5). Pure.
 
-Fragments are compared as datagrams, so that it does not matter how each guest cut them, and
-none leaves before all are proven: a client could put the half of one guest together with the
-half of the other. A set that overlaps itself is never complete (RFC 5722): it waits for the
-checkpoint that compare_timeout asks for.
+Fragments are compared as whole datagrams, so it does not matter how each guest fragmented them.
+None leaves before all are verified: a client could otherwise combine fragments of both guests. A
+set that overlaps itself is never complete (RFC 5722); it waits for the checkpoint that
+compare_timeout requests.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class _Set:
         body = p.frame[p.off : p.end]
         end = offset + len(body)
         if self.pieces.get(offset) == body and (more or self.total == end):
-            return  # the same again
+            return  # a duplicate
         overlaps = any(o < end and offset < o + len(b) for o, b in self.pieces.items())
         odd = more and len(body) % 8
         beyond = self.total is not None and (end > self.total or not more)
@@ -64,7 +64,7 @@ class _Set:
         self.pieces[offset] = body
 
     def whole(self) -> bytes | None:
-        """The frame that was fragmented; None while something is missing."""
+        """Return the frame that was fragmented; None while something is missing."""
         if self.broken or self.total is None or not self.first:
             return None
         if sum(map(len, self.pieces.values())) != self.total:
@@ -96,7 +96,7 @@ def _ident(p: Packet) -> _Key:
 
 
 class Fragments:
-    """Both guests' datagrams in assembly. To the engine it is a flow whose frames wait."""
+    """Datagrams in assembly, of both guests. To the engine it is a flow that holds frames."""
 
     def __init__(self, host: FlowContext, epoch: int, verdict: Verdict) -> None:
         self.host, self.outbox, self.verdict, self.epoch = host, host.outbox, verdict, epoch
@@ -104,12 +104,15 @@ class Fragments:
         self.asked = False
         self._pvm: dict[_Key, _Set] = {}
         self._svm: dict[_Key, _Set] = {}
-        self._waiting: dict[_Key, HeldQueue] = {}  # fragments of the PVM not yet released
+        self._waiting: dict[_Key, HeldQueue] = {}  # fragments of the PVM, not yet released
 
     # -- frames
 
     def pvm(self, rec: Frame, p: Packet, now_ns: int) -> Frame | None:
-        """A fragment of the PVM. The whole datagram, which leaves as its parts, if it is that."""
+        """Add a fragment of the PVM; return the datagram if it is complete.
+
+        It leaves as its fragments.
+        """
         host = self.host
         if not host.ledger.room():
             self.outbox.count("queue_full_dropped")
@@ -130,12 +133,12 @@ class Fragments:
         del self._pvm[key], self._waiting[key]
         parts = tuple(r for r, _, _ in waiting.drain())
         self.outbox.count("datagrams_assembled")
-        # TCP may have to leave in other segments than these: then as a GSO frame of their size
+        # TCP may have to leave in other segments than these: then as a GSO frame of their size.
         gso = max(536, max(map(len, s.pieces.values())) - 60) if p.proto == 6 else 0
         return Frame(frame, rec.ts_ns, gso_size=gso, sent=all(r.sent for r in parts), parts=parts)
 
     def svm(self, p: Packet, now_ns: int) -> Packet | None:
-        """A fragment of the SVM. The whole datagram if it is that."""
+        """Add a fragment of the SVM; return the datagram if it is complete."""
         host = self.host
         key = _ident(p)
         s = self._svm.get(key)
@@ -156,7 +159,7 @@ class Fragments:
         return parse(frame)
 
     def commit(self, p: Packet, now_ns: int) -> None:
-        """A fragment that a checkpoint contains has left: the rest may come from both guests."""
+        """Note a fragment that left with a checkpoint: both guests may send the rest."""
         key = _ident(p)
         s = self._pvm.setdefault(key, _Set(since=now_ns))
         s.add(p)
@@ -167,24 +170,24 @@ class Fragments:
             if old is not None:
                 del self._pvm[old]
 
-    # -- the engine's side
+    # -- called by the engine
 
     def text(self) -> str:
-        """The flow's name for people."""
+        """Return the flow's name for operators."""
         return "fragments"
 
     def service(self) -> tuple[str, int]:
-        """Protocol and port: it has none."""
+        """Return the protocol and port 0: there is none."""
         return "fragment", 0
 
     @property
     def held(self) -> list[Held]:
-        """What waits, oldest first."""
+        """Return the held frames, oldest first."""
         sets = (self._waiting[key] for key in self._pvm if key in self._waiting)
         return sorted((h for waiting in sets for h in waiting), key=lambda h: h[2])
 
     def unhold(self) -> list[Held]:
-        """Give up the frames that wait. What has left stays known."""
+        """Remove and return the held frames. Fragments that have left stay known."""
         held = self.held
         for key in [k for k in self._pvm if k in self._waiting]:
             s = self._pvm.pop(key)
@@ -201,7 +204,7 @@ class Fragments:
         return held
 
     def defer(self) -> list[Held]:
-        """A checkpoint begins, which decides about the frames that wait."""
+        """Remove and return the held frames, as a checkpoint that will decide about them begins."""
         return self.unhold()
 
     @staticmethod
@@ -210,25 +213,31 @@ class Fragments:
         return (p.seq & 0x1FFF) * 8 if v4 else p.seq & 0xFFF8
 
     def new_epoch(self, epoch: int) -> None:
-        """The SVM is a copy of a PVM that has sent what left."""
+        """Begin an epoch: the SVM is a copy of a PVM that has sent what left."""
         self.epoch = epoch
         self.asked = False
         self.forget_svm()
 
     def forget_svm(self) -> None:
-        """Forget what the SVM said."""
+        """Forget the SVM's output."""
         self.host.ledger.discharge_svm(len(self._svm))
         self._svm.clear()
 
     def begin(self) -> None:
-        """After the checkpoint's frames have left: the SVM will send the rest of these."""
+        """Expect the rest of partly sent datagrams from the SVM.
+
+        Called once the checkpoint's frames have left.
+        """
         for key, s in self._pvm.items():
             copy = _Set(dict(s.pieces), s.total, s.first, s.l3, s.broken, s.since)
             self._svm[key] = copy
             self.host.ledger.charge_svm()
 
     def expire(self, now_ns: int) -> int:
-        """Ask if a datagram is in pieces for too long; the next deadline, 0 for none."""
+        """Request a checkpoint if a datagram has been incomplete for too long.
+
+        Returns the next deadline, 0 for none.
+        """
         t = self.host.timeout_ns
         for key in [k for k, s in self._svm.items() if s.since + t <= now_ns]:
             del self._svm[key]
@@ -251,9 +260,9 @@ class Fragments:
         return min(due) if due else 0
 
     def quiet(self) -> bool:
-        """Nothing of either side waits."""
+        """Return whether nothing of either guest waits."""
         return not self._pvm and not self._svm
 
     def closed(self) -> bool:
-        """It is no connection."""
+        """Return True: it is not a connection."""
         return True

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The last verified bytes of each stream, to compare retransmissions with.
+"""The last verified bytes of each stream, against which retransmissions are compared.
 
-Pieces are kept as they came, so that a large frame's payload is not copied again; small
-ones are joined, so that a piece's overhead (some 60 bytes) stays small beside its bytes.
+Large pieces are kept as they came, so that their payload is not copied again. Small ones are
+joined, so that a piece's overhead (some 60 bytes) stays small relative to its bytes.
 """
 
 from __future__ import annotations
@@ -10,24 +10,24 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable
 
-JOIN = 8192  # bytes: pieces shorter than this are joined
+JOIN = 8192  # bytes: shorter pieces are joined
 
 
 class History:
-    """A byte string that grows at its end and is cut at both."""
+    """Byte string that grows at its end and is cut at both ends."""
 
     __slots__ = ("_pieces", "charged", "size")
 
     def __init__(self) -> None:
         self._pieces: list[bytes | bytearray] = []  # a deque takes 600 bytes when empty
         self.size = 0
-        self.charged = 0  # bytes that the budget has charged it with
+        self.charged = 0  # bytes charged to the budget
 
     def __len__(self) -> int:
         return self.size
 
     def add(self, data: bytes) -> None:
-        """Append."""
+        """Append bytes."""
         n = len(data)
         self.size += n
         if n < JOIN:
@@ -42,12 +42,12 @@ class History:
             self._pieces.append(data)
 
     def clear(self) -> None:
-        """Forget all."""
+        """Forget all bytes."""
         self._pieces.clear()
         self.size = 0
 
     def trim(self, keep: int) -> None:
-        """Forget the oldest bytes down to `keep`, or a piece above it."""
+        """Forget the oldest pieces, but keep at least `keep` bytes."""
         old = 0
         for piece in self._pieces:
             if self.size <= keep or self.size - len(piece) < keep:
@@ -68,7 +68,7 @@ class History:
             self.size -= len(last)
 
     def back(self, distance: int, n: int) -> bytes:
-        """At most `n` bytes from `distance` (at most the size) before the end on."""
+        """Return at most `n` bytes, starting `distance` (at most the size) before the end."""
         pieces: list[bytes | bytearray] = []  # newest first
         skip = 0
         for piece in reversed(self._pieces):
@@ -87,18 +87,18 @@ class History:
 
 
 class HistoryBudget:
-    """How much is kept of all streams: `each` of one, and a quarter of slack, `total` of all.
+    """Budget for histories: `each` per stream plus a quarter of slack, `total` for all.
 
-    evicted() is called when a stream's history is given up for those of others.
+    evicted() is called when one stream's history is given up in favour of others.
     """
 
     def __init__(self, each: int, total: int, evicted: Callable[[], None]) -> None:
         self._each, self._total, self._evicted = each, total, evicted
-        self._histories: OrderedDict[History, None] = OrderedDict()  # the last to grow at the end
+        self._histories: OrderedDict[History, None] = OrderedDict()  # last grown at the end
         self.charged = 0
 
     def charge(self, history: History) -> None:
-        """One has outgrown what it is charged with: charge it with more, or trim it."""
+        """Charge a history that has outgrown its charge, or trim it."""
         full = self._each + self._each // 4
         n = history.size
         if n > full:
@@ -114,7 +114,7 @@ class HistoryBudget:
             self.drop(next(iter(self._histories)))
 
     def drop(self, history: History) -> None:
-        """Give up what is kept in it."""
+        """Give up a history."""
         if history.charged:
             self.charged -= history.charged
             history.charged = 0
@@ -122,6 +122,6 @@ class HistoryBudget:
             del self._histories[history]
 
     def clear(self) -> None:
-        """All streams are forgotten."""
+        """Forget all histories."""
         self._histories.clear()
         self.charged = 0

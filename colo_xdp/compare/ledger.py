@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""How many frames wait, of all flows that share the room for them, and how many may (I10)."""
+"""Counts of the frames that wait, over all flows that share a limit."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ _NO_LIMIT = 1 << 62
 
 
 class Ledger:
-    """Counts what is held of the PVM and stashed of the SVM.
+    """Counts frames held of the PVM and buffered frames of the SVM.
 
-    Nobody else changes these numbers, and of the PVM's only compare/held_queue.py does.
-    `max_packets` is of either side, `max_bytes` of the PVM, with Ethernet headers.
+    Only this class changes the numbers, and compare/held_queue.py those of the PVM. `max_packets`
+    applies to each guest, `max_bytes` to the PVM, including Ethernet headers.
     """
 
     __slots__ = ("_limits", "max_bytes", "max_packets", "pvm_bytes", "pvm_packets", "svm_packets")
@@ -21,30 +21,30 @@ class Ledger:
         self.pvm_packets = self.pvm_bytes = self.svm_packets = 0
 
     def room(self, times: int = 1) -> bool:
-        """Whether one frame more of the PVM may wait, if so many times the limits may."""
+        """Return whether one more frame of the PVM fits into `times` the limits."""
         return (
             self.pvm_packets < times * self.max_packets and self.pvm_bytes < times * self.max_bytes
         )
 
     def admit_svm(self) -> bool:
-        """Charge one more of the SVM, if there is room for it."""
+        """Charge one frame of the SVM if there is room; return whether there was."""
         if self.svm_packets >= self.max_packets:
             return False
         self.svm_packets += 1
         return True
 
     def charge_svm(self, n: int = 1) -> None:
-        """Charge `n` more of the SVM, whatever the limit."""
+        """Charge `n` frames of the SVM regardless of the limit."""
         self.svm_packets += n
 
     def discharge_svm(self, n: int = 1) -> None:
-        """So many of the SVM are stashed no more."""
+        """Release the charge for `n` frames of the SVM."""
         self.svm_packets -= n
 
     def raise_limits(self, packets: int) -> None:
-        """Admit so many packets more, of any size: they were admitted before."""
+        """Admit `packets` more packets of any size, which were admitted once before."""
         self.max_packets, self.max_bytes = self._limits[0] + packets, _NO_LIMIT
 
     def restore_limits(self) -> None:
-        """End what raise_limits() has begun."""
+        """Undo raise_limits()."""
         self.max_packets, self.max_bytes = self._limits

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What a compared flow keeps for the kernel's fast path, and how its kind goes there and back."""
+"""Interface between compared flows and the kernel's fast path.
+
+It defines what a flow stores for offloading, and how flows of one kind are converted to the
+kernel's state and back.
+"""
 
 from __future__ import annotations
 
@@ -18,46 +22,49 @@ F = TypeVar("F", contravariant=True)
 
 
 class OffloadCodec(Protocol[F]):
-    """How flows of one kind go to the fast path and come back. It keeps nothing of them."""
+    """Converts flows of one kind to the fast path's state and back.
+
+    It stores nothing about them.
+    """
 
     def ready(self, flow: F) -> bool:
-        """Whether the fast path could go on from here."""
+        """Return whether the fast path could continue from here."""
         ...
 
     def young(self, flow: F) -> bool:
-        """Whether it has just begun, and is best given at once."""
+        """Return whether the flow has just begun, and is best offloaded at once."""
         ...
 
     def bytes_sent(self, flow: F) -> int:
-        """Bytes that the guest has said."""
+        """Return the number of bytes that the guest has sent."""
         ...
 
     def waits_since(self, flow: F) -> int:
-        """Since when anything of a ready one waits; 0: nothing does."""
+        """Return since when (ns) anything of a ready flow waits; 0: nothing does."""
         ...
 
     def pack(self, flow: F, epoch: int) -> OffloadRequest | None:
-        """A ready one for Fast.give() in this epoch; None: it cannot be given yet."""
+        """Return a ready flow's state for an offload in this epoch; None: not possible yet."""
         ...
 
     def on_offloaded(self, flow: F) -> None:
-        """The fast path has it now, and what waited in it."""
+        """Note that the fast path owns the flow now, and what waited in it."""
         ...
 
     def recall(self, flow: F, state: ConnState, now_ns: int) -> None:
-        """Let an empty or given one go on from what the kernel had."""
+        """Continue an empty or offloaded flow from the kernel's state."""
         ...
 
     def probe(self, key: FlowKey, state: ConnState) -> Packet:
-        """A frame of the flow, for the policy to judge."""
+        """Return a frame of the flow for the policy to judge."""
         ...
 
 
 class Backpressure:
-    """An outbox that keeps the frames of one flow, in order; until when at most.
+    """Outbox that keeps the frames of one flow back, in order, until `until_ns` at most.
 
-    They may leave. The fast path gets the flow when none of its frames is on its way here any more,
-    and no ack makes the guest send the next one meanwhile.
+    They may leave. While they are kept, no ack makes the guest send more. So the moment comes when
+    no frame of the flow is on its way to user space, and the fast path can take the flow.
     """
 
     __slots__ = ("_outbox", "frames", "size", "until_ns")
@@ -68,25 +75,25 @@ class Backpressure:
         self.size = 0  # bytes
 
     def release(self, rec: Frame) -> None:
-        """One more, the last to leave."""
+        """Keep one more frame, the last to leave."""
         self.frames.append(rec)
         self.size += len(rec.frame)
 
     def request(self, cause: Cause, flow: Source, evidence: Evidence = NO_EVIDENCE) -> None:
-        """See Outbox."""
+        """Pass the request on; see Outbox."""
         self._outbox.request(cause, flow, evidence)
 
     def count(self, name: str, n: int = 1) -> None:
-        """See Outbox."""
+        """Pass the count on; see Outbox."""
         self._outbox.count(name, n)
 
     def part_verified(self, flow: Partial) -> None:
-        """See Outbox."""
+        """Pass the note on; see Outbox."""
         self._outbox.part_verified(flow)
 
 
 class OffloadState:
-    """Where a flow is on its way to the fast path."""
+    """Progress of a flow toward the fast path."""
 
     __slots__ = (
         "backoff",
@@ -99,16 +106,16 @@ class OffloadState:
     )
 
     def __init__(self) -> None:
-        self.punt_seq = 0  # the newest frame that the fast path has counted
-        self.offloaded_ns = 0  # when it had the flow last
-        self.backpressure: Backpressure | None = (
-            None  # the flow's outbox, while its frames are kept back
-        )
-        self.backoff = 1  # settled batches wanted
-        self.refused = 0  # gifts, since frames were on their way here; since the last one taken
+        self.punt_seq = 0  # number of the newest frame that the fast path has counted
+        self.offloaded_ns = 0  # when it was last offloaded, ns
+        # the flow's outbox while its frames are kept back
+        self.backpressure: Backpressure | None = None
+        self.backoff = 1  # settled batches required before an offload
+        # offloads refused because frames were on their way here, since the last success
+        self.refused = 0
         self.reset()
 
     def reset(self) -> None:
-        """The fast path does not know the flow."""
+        """Note that the fast path does not know the flow."""
         self.offered = False
         self.settled_batches = 0  # settled batches seen

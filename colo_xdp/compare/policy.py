@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Which of the guest's flows are compared, by rule. Pure.
+"""Rules that decide which of the guest's flows are compared. Pure.
 
-The first rule that fits decides; a flow that none fits falls to the defaults at the end:
-ARP and NDP pass (both are answered from tables that differ for no reason a client sees),
-everything else is compared. A flow is judged once, when it is first seen; new rules judge
-all flows anew.
+The first rule that matches decides. A flow that none matches falls to the defaults at the end: ARP
+and NDP pass (both are answered from tables that differ for reasons no client sees), everything else
+is compared. A flow is judged once, when it is first seen; new rules judge all flows again.
 """
 
 from __future__ import annotations
@@ -23,15 +22,15 @@ IPNetwork = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 
 class Action(StrEnum):
-    """What is done with a flow. Clients' frames reach both guests in all of them."""
+    """What is done with a flow. Clients' frames reach both guests unless it is DROP_SECONDARY."""
 
-    COMPARE = "compare"  # held until the SVM has said the same
-    PASS = "pass"  # released at once; what the SVM says is dropped unseen
-    MIRROR_ONLY = "mirror-only"  # released at once, compared behind: differences only counted
-    DROP_SECONDARY = "drop-secondary"  # as pass, and its clients' frames do not reach the SVM
+    COMPARE = "compare"  # held until the SVM has sent the same
+    PASS = "pass"  # released at once; the SVM's output is dropped uncompared
+    MIRROR_ONLY = "mirror-only"  # released at once, compared later; differences are only counted
+    DROP_SECONDARY = "drop-secondary"  # as pass, and clients' frames do not reach the SVM
 
 
-#: names of the kinds in a rule's `protocol`
+#: kinds of frames by the names in a rule's `protocol`
 PROTOCOLS: dict[str, frozenset[Kind]] = {
     "any": frozenset(Kind),
     "tcp": frozenset((Kind.TCP,)),
@@ -39,16 +38,20 @@ PROTOCOLS: dict[str, frozenset[Kind]] = {
     "icmp": frozenset((Kind.ICMP,)),
     "arp": frozenset((Kind.ARP,)),
     "ndp": frozenset((Kind.NDP,)),
-    "other": frozenset((Kind.IP, Kind.ETHER, Kind.OPAQUE)),  # fragments: by what they make up
+    # fragments: by the datagram they make up
+    "other": frozenset((Kind.IP, Kind.ETHER, Kind.OPAQUE)),
 }
 
 
 def _network(v: object) -> str | None:
+    want = "expected an address or a network such as 10.0.0.0/8"
+    if not isinstance(v, str):
+        return want
     try:
-        ipaddress.ip_network(str(v))
+        ipaddress.ip_network(v)
     except ValueError as e:
-        return f"expected an address or a network such as 10.0.0.0/8 ({e})"
-    return None if isinstance(v, str) else "expected text"
+        return f"{want} ({e})"
+    return None
 
 
 def _port_range(text: str) -> tuple[int, int] | None:
@@ -67,19 +70,24 @@ def _ports(v: object) -> str | None:
 
 @dataclass(frozen=True, kw_only=True)
 class Rule:
-    """[[rule]]: what a flow must be to fit, and what is done with it."""
+    """One [[rule]]: which flows match, and what is done with them."""
 
     name: str = validate.key(
         validate.pattern(
             r"(?!default)[a-z0-9][a-z0-9-]{0,31}",
             "1 to 32 of a-z, 0-9 and -, not beginning with default",
         ),
-        "the rule's name, a label of its counters",
+        "name of the rule, and label of its counters",
     )
     action: str = validate.key(
-        validate.choice(*(str(a) for a in Action)), "what is done with the flow"
+        validate.choice(*(str(a) for a in Action)),
+        "what is done with the flow",
     )
-    protocol: str = validate.key(validate.choice(*PROTOCOLS), "protocol", default="any")
+    protocol: str = validate.key(
+        validate.choice(*PROTOCOLS),
+        "protocol of the flow",
+        default="any",
+    )
     address: str = validate.key(
         validate.or_empty(_network, "any"),
         'address or network of the other end; "": any',
@@ -87,20 +95,23 @@ class Rule:
     )
     port: str = validate.key(
         validate.or_empty(_ports, "any"),
-        'port or range of the guest (TCP, UDP); "": any',
+        'port or port range of the guest (TCP, UDP); "": any',
         default="",
     )
     peer_port: str = validate.key(
-        validate.or_empty(_ports, "any"), 'port or range of the other end; "": any', default=""
+        validate.or_empty(_ports, "any"),
+        'port or port range of the other end; "": any',
+        default="",
     )
     direction: str = validate.key(
         validate.choice("any", "in", "out"),
-        "who opened it: in, a client; out, the guest (no SYN seen: the lower port is the server's)",
+        'which side opened the connection: "in": a client, "out": the guest; if no SYN '
+        "was seen, the lower port is taken for the server's",
         default="any",
     )
 
     def contradiction(self) -> str:
-        """Why no flow can ever fit, or nothing."""
+        """Return why no flow can ever match, or an empty string."""
         ported = {"any", "tcp", "udp"}
         if (self.port or self.peer_port) and self.protocol not in ported:
             return f"{self.protocol} has no ports"
@@ -123,7 +134,7 @@ class Rule:
         return _port_range(self.peer_port)
 
     def fits(self, s: Subject) -> bool:
-        """Whether the rule speaks of this flow."""
+        """Return whether the rule matches this flow."""
         if s.kind not in PROTOCOLS[self.protocol]:
             return False
         if self._net is not None:
@@ -140,7 +151,7 @@ class Rule:
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """What a rule looks at. Ports are 0 where there are none; direction "" where none is known."""
+    """Properties that a rule can match. Ports are 0 and direction is "" if there are none."""
 
     kind: Kind
     address: ipaddress.IPv4Address | ipaddress.IPv6Address | None
@@ -150,7 +161,10 @@ class Subject:
 
 
 def subject(p: Packet, direction: str = "") -> Subject:
-    """What a frame that the guest sent tells of its flow; `direction` if it is known."""
+    """Return the properties of the flow of a frame that the guest sent.
+
+    direction: if it is known already.
+    """
     f, kind = p.frame, p.kind
     address: ipaddress.IPv4Address | ipaddress.IPv6Address | None = None
     if p.l3 and kind not in (Kind.ARP, Kind.ETHER, Kind.OPAQUE):
@@ -173,7 +187,7 @@ def subject(p: Packet, direction: str = "") -> Subject:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """A rule's decision."""
+    """Decision of a rule."""
 
     rule: str
     action: Action
@@ -190,7 +204,7 @@ def _defaults(arp: str, ndp: str, other: str) -> tuple[Rule, ...]:
 
 @dataclass(frozen=True)
 class Policy:
-    """The rules in force. `arp`, `ndp` and `other` are the actions of the defaults."""
+    """Rules in force. `arp`, `ndp` and `other` are the actions of the defaults."""
 
     rules: tuple[Rule, ...] = ()
     arp: str = "pass"
@@ -207,5 +221,5 @@ class Policy:
         )
 
     def judge(self, s: Subject) -> Verdict:
-        """What is done with a flow."""
+        """Return what is done with a flow."""
         return next(v for r, v in zip(self.order, self.verdicts, strict=True) if r.fits(s))

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What has left of one TCP connection, and what is proven besides. A checkpoint leaves it as it is.
+"""State of one TCP connection that has left or is verified. A checkpoint does not change it.
 
-base        next PVM byte to be released
-ver         next byte to be verified, base or later; the bytes below it, as far
-            as they are kept, are `hist`: produced by the SVM or in a checkpoint
+released_nxt  next byte of the PVM to be released
+verified      next byte to be verified, at or after released_nxt; the bytes before it, as far
+              as they are kept, are `history`: produced by the SVM or contained in a checkpoint
 """
 
 from __future__ import annotations
@@ -19,8 +19,10 @@ from .tcp_secondary import MAX_RSTS, MAX_URGENT, SvmStream
 
 @dataclass(frozen=True, slots=True)
 class Mismatch:
-    """Why bytes of the PVM cannot leave: the SVM's in their place and its frame; no bytes: nothing
-    proves them, as the history does not reach so far."""
+    """Why bytes of the PVM cannot leave: the SVM's bytes in their place, and its frame.
+
+    Without bytes: they cannot be verified, since the history does not reach that far.
+    """
 
     svm: bytes = b""
     svm_frame: bytes = b""
@@ -30,7 +32,7 @@ UNPROVEN = Mismatch()
 
 
 class ReleasedStream:
-    """Numbers are the primary guest's; None: not known."""
+    """What has left or is verified. Sequence numbers are the PVM's; None: not known."""
 
     __slots__ = (
         "committed_ack",
@@ -42,7 +44,7 @@ class ReleasedStream:
         "rst_done",
         "urg_done",
         "verified",
-    )  # fmt: skip
+    )
 
     def __init__(self) -> None:
         self.released_nxt: int | None = None
@@ -51,19 +53,19 @@ class ReleasedStream:
         self.isn: int | None = None  # of the SYN that was released
         self.origin = 0  # number of the stream's first byte, for reports
         self.committed_ack: int | None = None
-        self.fin_done: int | None = None  # place of the FIN that was released
+        self.fin_done: int | None = None  # position of the released FIN
         self.rst_done: set[tuple[bool, int]] = set()
         self.urg_done: tuple[int, ...] = ()  # where urgent data ended, the latest
 
     def forget(self) -> None:
-        """Forget everything, as of a connection that is met for the first time."""
+        """Forget everything, as if the connection were new."""
         self.released_nxt = self.isn = self.committed_ack = self.fin_done = None
         self.rst_done.clear()
         self.urg_done = ()
         self.history.clear()
 
     def roll_back(self) -> None:
-        """What is verified but not released the SVM of the next epoch will produce again."""
+        """Forget what is verified but not released: the next epoch's SVM will produce it again."""
         if self.released_nxt is None:
             self.verified = None
             self.history.clear()
@@ -74,29 +76,32 @@ class ReleasedStream:
             self.verified = self.released_nxt
 
     def over(self) -> bool:
-        """The guest has closed or reset it; what comes now are stragglers."""
+        """Return whether the guest has closed or reset it: what follows are stragglers."""
         return self.fin_done is not None or bool(self.rst_done)
 
     def data(self, e: int) -> None:
-        """Payload up to `e` leaves."""
+        """Note that payload up to `e` leaves."""
         base = self.released_nxt
         if base is None or 0 < (e - base) & MASK < HALF:
             self.released_nxt = e
 
     def fin(self, f: int) -> bool:
-        """The first FIN, or the same again, leaves. Whether it was the next to be verified."""
+        """Note that a FIN at `f` leaves.
+
+        Returns whether it is the first and was the next to be verified.
+        """
         if self.fin_done is not None:
             return False
         self.fin_done = f
         self.released_nxt = (f + 1) & MASK
         if self.verified != f:
             return False
-        self.history.add(b"\0")  # keeps the history's places; no payload may be there
+        self.history.add(b"\0")  # keeps the history's offsets right; no payload may be there
         self.verified = self.released_nxt
         return True
 
     def syn(self, seq: int, e: int, payload: bytes) -> None:
-        """A new incarnation's SYN leaves, of payload up to `e`."""
+        """Note that the SYN of a new incarnation leaves, with payload up to `e`."""
         self.isn = seq
         self.origin = (seq + 1) & MASK
         self.committed_ack = self.fin_done = None
@@ -107,26 +112,28 @@ class ReleasedStream:
         self.released_nxt = self.verified = (e + 1) & MASK
 
     def rst(self, ident: tuple[bool, int]) -> None:
-        """A reset leaves, or one like it has."""
+        """Note that a reset, or its counterpart, leaves."""
         if len(self.rst_done) >= MAX_RSTS:
             self.rst_done.clear()
         self.rst_done.add(ident)
 
     def urgent(self, end: int) -> None:
-        """A segment leaves that says where urgent data ends."""
+        """Note that a segment with this end of urgent data leaves."""
         if end not in self.urg_done:
             self.urg_done = (*self.urg_done[1 - MAX_URGENT :], end)
 
     # -- bytes of the SVM that become history
 
     def begin_at(self, seq: int, theirs: SvmStream) -> None:
-        """The stream is known from here on (no SYN was seen)."""
+        """Set the position from which on the stream is known (no SYN was seen)."""
         self.verified = self.origin = seq
         theirs.begin_at(seq)
 
     def verify(self, p: Packet, v: int, theirs: SvmStream) -> tuple[int, Mismatch | None]:
-        """Compare payload of the PVM from number `v` on; what agrees moves from `theirs` to `hist`.
-        Up to where it agrees, and what is wrong there; None: the SVM has not sent the rest."""
+        """Compare payload of the PVM from `v` on; move what agrees from `theirs` to `history`.
+
+        Returns up to where it agrees, and what is wrong there; None: the SVM has not sent the rest.
+        """
         frame, history, chunks = p.frame, self.history, theirs.chunks
         s, verified = p.seq, self.verified
         e = (s + p.end - p.off) & MASK
@@ -148,7 +155,7 @@ class ReleasedStream:
                 v = verified = self.verified = (verified + n) & MASK
                 theirs.used(coff + n)
             elif d < 0:
-                # a retransmission: only what was proven once may leave again
+                # A retransmission: only what was verified once may leave again.
                 n = min(-d, p.end - o)
                 proven = history.back(-d, n) if history.size + d >= 0 else theirs.sent_again(v, n)
                 if not proven:
@@ -159,8 +166,8 @@ class ReleasedStream:
                     return (v + i) & MASK, Mismatch(proven[i : i + CONTEXT])
                 v = (v + n) & MASK
             else:
-                # The PVM left a hole (we dropped a frame): take over the SVM's bytes, which
-                # the PVM's retransmission will be compared with.
+                # The PVM left a gap (a frame was dropped here): take over the SVM's bytes, with
+                # which the PVM's retransmission will be compared.
                 if theirs.svm_nxt is None or diff(theirs.svm_nxt, v) <= 0:
                     break
                 self._take(v, theirs)
@@ -168,7 +175,7 @@ class ReleasedStream:
         return v, None
 
     def _take(self, upto: int, theirs: SvmStream) -> None:
-        """Move the SVM's bytes below `upto` to the history, not compared."""
+        """Move the SVM's bytes below `upto` to the history without comparing them."""
         assert self.verified is not None
         theirs.move(diff(upto, self.verified), self.history)
         self.verified = upto
@@ -176,7 +183,7 @@ class ReleasedStream:
     # -- what a checkpoint contains
 
     def commit_data(self, p: Packet, theirs: SvmStream) -> None:
-        """Payload leaves that nobody has compared."""
+        """Note payload that leaves without comparison."""
         n = p.end - p.off
         e = (p.seq + n) & MASK
         if self.verified is None:
@@ -184,7 +191,7 @@ class ReleasedStream:
         assert self.verified is not None
         new = diff(e, self.verified)
         if new > 0:
-            if new > n:  # a frame in between was lost: nothing is known of its bytes
+            if new > n:  # a frame in between was lost: its bytes are unknown
                 self.history.clear()
                 new = n
             self.history.add(p.frame[p.end - new : p.end])
@@ -193,7 +200,7 @@ class ReleasedStream:
             self.released_nxt = e
 
     def jump(self, seq: int, theirs: SvmStream) -> None:
-        """All below `seq` has left, and is not known."""
+        """Note that everything below `seq` has left, with unknown bytes."""
         if self.verified is None:
             self.begin_at(seq, theirs)
         elif diff(seq, self.verified) > 0:
@@ -202,7 +209,7 @@ class ReleasedStream:
         self.released_nxt = seq
 
     def _forward(self, seq: int, theirs: SvmStream) -> None:
-        """The SVM's bytes below seq are of no more use."""
+        """Drop the SVM's bytes below `seq`, which are of no more use."""
         kept = self.history.size
         self._take(seq, theirs)
         self.history.cut(self.history.size - kept)

@@ -1,20 +1,22 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Compares one TCP connection's output of both guests, byte by byte.
 
-Numbers are the primary guest's (the secondary host translates, but for the SYN).
-The rules are I1 (bytes), I2 (acks) and I3 (flags) of the design:
+Sequence numbers are the PVM's (the secondary host translates all but the SYN). Payload, acks and
+flags follow the rules of docs/design/compare-rules.md:
 
-    base        next PVM byte to be released
-    ver         next byte to be verified, base or later; the bytes below it, as far
-                as they are kept, are `hist`: produced by the SVM or in a checkpoint
-    ver..send   bytes the SVM produced and the PVM not yet, in `chunks`
-    ooo         what the SVM produced beyond a hole (or before ver is known)
+    released_nxt        next byte of the PVM to be released
+    verified            next byte to be verified, at or after released_nxt; the bytes before it,
+                        as far as they are kept, are `history`: produced by the SVM or contained
+                        in a checkpoint
+    verified..svm_nxt   bytes that the SVM has produced and the PVM has not, in `chunks`
+    out_of_order        what the SVM has produced after a gap (or before `verified` is known)
 
 The first two are in `sent` (compare/released.py), the others in `theirs`
-(compare/tcp_secondary.py). A verified byte moves from `chunks` to `hist` at once, so that no byte
-is compared twice however the two guests cut their segments; retransmissions are then compared with
-`hist`. Held frames leave in the order they came, with the windows that compare/window.py allows.
-QEMU's net/colo-compare.c compares neither flags nor bytes below its position.
+(compare/tcp_secondary.py). A verified byte moves from `chunks` to `history` at once, so no byte is
+compared twice, however the two guests segment the stream. Retransmissions are compared with
+`history`. Held frames leave in the order in which they came, with the windows that
+compare/window.py allows. QEMU's net/colo-compare.c compares neither flags nor bytes below its
+position.
 """
 
 from __future__ import annotations
@@ -41,12 +43,12 @@ from .window import WindowGate
 
 FLAGS = FIN | SYN | RST
 _STORED = Push.STORED
-#: how long a verified part of a frame that is smaller than a segment waits for the rest
+#: How long (ns) a verified part of a frame that is smaller than a segment waits for the rest.
 PART_NS = 5_000_000
 
 
 class TcpFlow(ComparedFlow):
-    """One connection, one direction: what the guest sends."""
+    """One connection, in the direction in which the guest sends."""
 
     __slots__ = (
         "diverged",
@@ -57,40 +59,45 @@ class TcpFlow(ComparedFlow):
         "theirs",
         "unverifiable",
         "windows",
-    )  # fmt: skip
+    )
 
     def __init__(
-        self, host: FlowContext, key: FlowKey, epoch: int, verdict: Verdict, direction: str,
+        self,
+        host: FlowContext,
+        key: FlowKey,
+        epoch: int,
+        verdict: Verdict,
+        direction: str,
         codec: OffloadCodec[Self],
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__(host, key, epoch, verdict, direction, codec)
         self.sent = ReleasedStream()
         self.theirs = SvmStream(host.ledger)
         self.windows = WindowGate()
         self.marks = Marks()
-        self.spared = 0  # IP ids given out
+        self.spared = 0  # IP IDs handed out
         self.head_ok: int | None = None  # the head is verified up to here
         self.unverifiable = False
-        self.diverged = False  # a difference is proven: nothing leaves before the checkpoint
+        self.diverged = False  # a difference is certain: nothing leaves before the checkpoint
 
-    # -- the engine's side
+    # -- called by the engine
 
     def text(self) -> str:
-        """The flow's name for people."""
+        """Return the flow's name for operators."""
         return describe_tcp(self.key)
 
     def service(self) -> tuple[str, int]:
-        """Protocol and the service's port."""
+        """Return the protocol and the service's port."""
         return "tcp", tcp_port(self.key)
 
     def closed(self) -> bool:
-        """The guest has closed or reset it; what comes now are stragglers."""
+        """Return whether the guest has closed or reset it: what follows are stragglers."""
         return self.sent.over()
 
     def new_epoch(self, epoch: int) -> None:
-        """Forget what the SVM of the old epoch said (I7)."""
+        """Begin an epoch: forget the output of the previous epoch's SVM."""
         self.epoch = epoch
-        self.marks.deaf = False  # a copy has the same numbers: nothing is translated any more
+        self.marks.deaf = False  # a copy has the same numbers: nothing needs translation
         self.windows.new_epoch()
         self.asked = self.diverged = False
         self.unverifiable = False
@@ -100,37 +107,43 @@ class TcpFlow(ComparedFlow):
         self.theirs.svm_nxt = self.sent.verified
 
     def unknown(self, epoch: int) -> None:
-        """Forget everything, as of a connection that is met for the first time."""
+        """Forget everything, as if the connection were new."""
         self.sent.forget()
         self.windows = WindowGate()
         super().unknown(epoch)
 
     def removed(self) -> None:
-        """The flow is out of the tables: nobody asks for its past."""
+        """Drop the flow's history when it leaves the tables."""
         self.host.histories.drop(self.sent.history)
 
     def unhold(self) -> list[Held]:
-        """Give up the frames that wait."""
+        """Remove and return the held frames."""
         self.head_ok = None
         return self.held.drain()
 
     def svm_since(self) -> int:
-        """Arrival of the oldest thing the SVM sent and the PVM did not; 0 if none."""
+        """Return the arrival (ns) of the SVM's oldest unmatched output; 0 if none."""
         return self.theirs.since()
 
     def forget_svm(self) -> None:
-        """Forget what the SVM said, and has not been released."""
+        """Forget output of the SVM that has not been released."""
         self.theirs.forget()
 
     def spare_ids(self, p: Packet, n: int) -> int:
-        """See SpareIds. Half the numbers away: a guest that counts gets there last, and one that
-        draws its ids (RFC 7739) as seldom there as anywhere."""
+        """Return the first of `n` spare IP IDs (see SpareIds).
+
+        They are half the ID space away: a guest that counts gets there last, and one that draws its
+        IDs (RFC 7739) gets there no more often than anywhere.
+        """
         first = ip_id(p) + FAR + self.spared
         self.spared = (self.spared + n) % SPARE
         return first & 0xFFFF
 
     def expire(self, now_ns: int) -> int:
-        """Ask if the head or the SVM's surplus is too old; the next deadline, 0 for none."""
+        """Request a checkpoint if the head or the SVM's surplus is overdue.
+
+        Returns the next deadline, 0 for none.
+        """
         self.release_part(now_ns, False)
         t = self.host.timeout_ns
         frames = self.held.frames
@@ -154,13 +167,17 @@ class TcpFlow(ComparedFlow):
                 self.ask(cause, p)
             else:
                 self.ask(Cause.SVM_AHEAD)
-        return now_ns + t  # stay in the engine's list of flows that wait
+        return now_ns + t  # keep the timer
 
     def ask(
-        self, cause: Cause, p: Packet | None = None, at: int | None = None,
-        svm: bytes = b"", svm_frame: bytes = b"",
-    ) -> None:  # fmt: skip
-        """Ask for a checkpoint, once per epoch. What is below `at` in `p` is verified."""
+        self,
+        cause: Cause,
+        p: Packet | None = None,
+        at: int | None = None,
+        svm: bytes = b"",
+        svm_frame: bytes = b"",
+    ) -> None:
+        """Request a checkpoint, once per epoch. What lies below `at` in `p` is verified."""
         if self.asked:
             return
         self.asked = True
@@ -184,9 +201,13 @@ class TcpFlow(ComparedFlow):
         self.outbox.request(cause, self, evidence)
 
     def _differ(
-        self, cause: Cause, p: Packet, at: int | None = None, svm: bytes = b"",
+        self,
+        cause: Cause,
+        p: Packet,
+        at: int | None = None,
+        svm: bytes = b"",
         svm_frame: bytes = b"",
-    ) -> bool:  # fmt: skip
+    ) -> bool:
         self.diverged = True
         self.ask(cause, p, at, svm, svm_frame)
         return False
@@ -194,7 +215,7 @@ class TcpFlow(ComparedFlow):
     # -- the PVM's frames
 
     def pvm(self, rec: Frame, p: Packet, now_ns: int) -> None:
-        """A frame of the PVM in the current epoch: release it, hold it, or ask."""
+        """Release or hold a frame of the PVM in the current epoch, or request a checkpoint."""
         if p.off - p.l4 not in USUAL_HEADERS and is_signed(p):
             self._sign(p)
         held = self.held
@@ -204,7 +225,7 @@ class TcpFlow(ComparedFlow):
             return
         host = self.host
         if not held.offer(rec, p, now_ns):
-            # like loss on the network: the guest sends it again
+            # as a loss on the network: the guest retransmits
             self.outbox.count("queue_full_dropped")
             self.outbox.request(Cause.QUEUE_FULL, self)
             if not held.frames:
@@ -213,21 +234,29 @@ class TcpFlow(ComparedFlow):
             host.timers.arm(self, now_ns + host.timeout_ns)
 
     def _dry(self, p: Packet) -> bool:
-        """Plain new bytes, and nothing of the SVM to compare them with. Only for speed."""
+        """Return whether `p` is plain new payload with nothing of the SVM to compare.
+
+        For speed only.
+        """
         theirs, sent = self.theirs, self.sent
         return (
-            not theirs.chunks and p.seq == sent.verified and p.off != p.end and not p.flags & FLAGS
-            and not theirs.svm_rsts and theirs.svm_fin is None and sent.fin_done is None
-        )  # fmt: skip
+            not theirs.chunks
+            and p.seq == sent.verified
+            and p.off != p.end
+            and not p.flags & FLAGS
+            and not theirs.svm_rsts
+            and theirs.svm_fin is None
+            and sent.fin_done is None
+        )
 
     def hold(self, rec: Frame, p: Packet, now_ns: int) -> None:
-        """Append to the frames that wait, whatever the limit."""
+        """Hold a frame regardless of the limit."""
         self.held.push(rec, p, now_ns)
         if not self.when:
             self.host.timers.arm(self, now_ns + self.host.timeout_ns)
 
     def release_ready(self, now_ns: int) -> None:
-        """Release from the head what has become releasable."""
+        """Release from the head whatever has become releasable."""
         held, chunks = self.held, self.theirs.chunks
         frames = held.frames
         while frames and not self.diverged:
@@ -247,8 +276,9 @@ class TcpFlow(ComparedFlow):
     def _emit(self, rec: Frame, p: Packet) -> None:
         """Release a frame, with no more window than the SVM honours.
 
-        A signed one keeps its own. What the client sends beyond the SVM's window it sends again,
-        since the PVM's ack of it waits for the SVM's: that costs time, and a wrong signature more.
+        A signed frame keeps its window. What the client sends beyond the SVM's window it has to
+        send again, since the PVM's ack of it waits for the SVM's. That costs time; a wrong
+        signature would cost more.
         """
         if not self.marks.signed:
             rec, cut = self.windows.limit(rec, p, self.spare_ids)
@@ -257,7 +287,7 @@ class TcpFlow(ComparedFlow):
         self.outbox.release(rec)
 
     def release_part(self, now_ns: int, whole_segments: bool) -> bool:
-        """Let the verified part of a head that waits for its rest leave as a frame of its own.
+        """Release the verified part of a head that waits for its rest, as a frame of its own.
 
         The SVM may be waiting for the very acks that this part will bring (see net/segment.py).
         Returns whether some verified part is still held.
@@ -267,17 +297,17 @@ class TcpFlow(ComparedFlow):
             return False
         rec, p, _ = frames[0]
         n = ready = (v - p.seq) & MASK
-        # The urgent pointer counts from the frame's own sequence number (RFC 9293 3.8.5).
+        # The urgent pointer counts from the frame's own sequence number (RFC 9293 section 3.8.5).
         if p.flags & (SYN | RST | URG) or not 0 < n < p.end - p.off or not self._acked(p):
             return False
         if self.marks.signed:
-            return True  # expire() looks at it
+            return True  # expire() handles it
         if self.theirs.surg and not self._ready_urgent(p):
             return False
         if self.marks.ace is None:
             self.marks.ace = True if reserved(p) & 1 else None
             if self.marks.ace is None and p.flags & CWR:
-                return False  # of the first part only, or of each?
+                return False  # unknown whether CWR belongs to the first part only, or to each
         if whole_segments:
             n -= n % (rec.gso_size or p.end - p.off)
             if not n:
@@ -306,7 +336,7 @@ class TcpFlow(ComparedFlow):
         return self._acked(p)
 
     def _acked(self, p: Packet) -> bool:
-        """I2: the SVM has acked as much, or a released frame did."""
+        """Return whether the SVM, or a released frame, has acked as much."""
         if not p.flags & ACK:
             return True
         a = self.sent.committed_ack
@@ -316,23 +346,25 @@ class TcpFlow(ComparedFlow):
         return a is not None and (a - p.ack) & MASK < HALF
 
     def _reset_by_svm(self, p: Packet) -> bool:
-        # The head needs what a reset SVM will never produce. (If only an ack is missing,
-        # the PVM's reset may be next: wait.)
+        # The head needs something that an SVM which has reset will never produce. (If only an ack
+        # is missing, the PVM's own reset may be next: wait.)
         if self.theirs.svm_rsts and not self.diverged:
             self.ask(Cause.RST_ONE_SIDED, p)
         return False
 
     def _superseded(self, p: Packet) -> bool:
-        """A bare ACK that a reset SVM will never send, with the PVM's own reset behind it.
+        """Return whether `p` is a bare ACK that will not be matched before the PVM's reset.
 
-        To the client it is an ACK that the network lost, right before the RST.
+        The SVM has reset and will never send it, and the PVM's own reset is queued behind it.
+
+        To the client it is an ACK that the network lost right before the RST.
         """
         if p.off != p.end or p.flags & FLAGS or not self.theirs.svm_rsts or len(self.held) < 2:
             return False
         return any(q.flags & RST for _, q, _ in self.held)
 
     def _verified(self, p: Packet) -> bool:
-        """I1 for the payload of the head; moves what agrees from `chunks` to `hist`."""
+        """Verify the head's payload; move what agrees from `chunks` to `history`."""
         sent, theirs = self.sent, self.theirs
         s = p.seq
         e = (s + p.end - p.off) & MASK
@@ -366,9 +398,11 @@ class TcpFlow(ComparedFlow):
         return v == e
 
     def _whole(self, p: Packet, e: int) -> bool:
-        """The plain case, for speed: the SVM's next segment has the same boundaries and bytes.
+        """Verify the plain case fast: the SVM's next segment has the same boundaries and bytes.
 
-        A copy of what verify() does then, on purpose: nearly all payload comes through here."""
+        Deliberately duplicates what verify() does in that case, since nearly all payload passes
+        here.
+        """
         sent, theirs = self.sent, self.theirs
         frame, off, end, _ = theirs.chunks[0]
         payload = frame[off:end]
@@ -404,9 +438,10 @@ class TcpFlow(ComparedFlow):
         return self._differ(Cause.FIN_DIFFERS, p, f) if theirs.is_beyond(f) else False
 
     def _ready_rst(self, p: Packet) -> bool:
-        # Which bytes a RST carries (RFC 9293 3.10.7 allows text) is not part of the stream. Its ack
-        # is of no use to who gets it but where it answers a SYN (3.10.7.3): else the number alone
-        # is looked at, which depends on how far each guest was. So one RST is as good as another.
+        # The bytes that a RST carries (RFC 9293 section 3.10.7 allows text) are not part of the
+        # stream. Its ack is of no use to the receiver unless it answers a SYN (section 3.10.7.3).
+        # Otherwise only the number is checked, which depends on how far each guest was. So one RST
+        # is as good as another.
         if p.off != p.end:
             return False
         ident = rst_id(p)
@@ -414,7 +449,7 @@ class TcpFlow(ComparedFlow):
 
     def _ready_syn(self, p: Packet) -> bool:
         if self.sent.isn == p.seq:
-            return self._acked(p) and p.off == p.end  # sent again, its twin was seen
+            return self._acked(p) and p.off == p.end  # a retransmission whose counterpart was seen
         syn = self.theirs.svm_syn
         if syn is None or syn.matched:
             return self._reset_by_svm(p)
@@ -425,7 +460,7 @@ class TcpFlow(ComparedFlow):
         return d is None or self._differ(d.cause, p, d.at, d.svm, svm_syn.frame)
 
     def _settle(self, p: Packet) -> None:
-        """The head is released: what it said is committed."""
+        """Commit what the head carries, as it is released."""
         self.head_ok = None
         sent, flags = self.sent, p.flags
         e = (p.seq + p.end - p.off) & MASK
@@ -461,7 +496,7 @@ class TcpFlow(ComparedFlow):
             return
         svm_syn = None
         if theirs.svm_syn is not None and not theirs.svm_syn.matched:
-            # the SVM's state is of this incarnation
+            # the SVM's state belongs to this incarnation
             theirs.svm_syn.matched = True
             svm_syn = theirs.svm_syn.packet
         else:
@@ -477,12 +512,12 @@ class TcpFlow(ComparedFlow):
         sent, theirs = self.sent, self.theirs
         ident = rst_id(p)
         if theirs.svm_rsts:
-            svm_syn = ident if ident in theirs.svm_rsts else theirs.svm_rsts[0]
-            theirs.svm_rsts.remove(svm_syn)
-            sent.rst(svm_syn)
+            counterpart = ident if ident in theirs.svm_rsts else theirs.svm_rsts[0]
+            theirs.svm_rsts.remove(counterpart)
+            sent.rst(counterpart)
         sent.rst(ident)
         if not self.held.frames:
-            # the connection is over on both sides, whatever else the SVM had to say
+            # the connection has ended on both sides, whatever else the SVM had to send
             rest, syn = theirs.svm_rsts[:], theirs.svm_syn
             self.forget_svm()
             theirs.svm_rsts = rest
@@ -490,7 +525,7 @@ class TcpFlow(ComparedFlow):
             theirs.svm_nxt = sent.verified
 
     def commit(self, p: Packet) -> None:
-        """A frame that a complete checkpoint contains: released with no comparison."""
+        """Note a frame that a complete checkpoint contains; it leaves without comparison."""
         sent, theirs, flags = self.sent, self.theirs, p.flags
         if flags & RST:
             sent.rst(rst_id(p))
@@ -519,17 +554,17 @@ class TcpFlow(ComparedFlow):
     # -- urgent data
 
     def _ready_urgent(self, p: Packet) -> bool:
-        """Urgent data ends where the SVM has said that it does.
+        """Check that urgent data ends where the SVM's does.
 
-        Applications read by it (the byte out of band, SIOCATMARK), so it is output as bytes are. A
-        guest that has more to say may say so with the later place only (RFC 9293 3.8.5).
+        Applications depend on it (the out-of-band byte, SIOCATMARK), so it is output like payload.
+        A guest that has more urgent data may signal only the later end (RFC 9293 section 3.8.5).
         """
         sent, theirs = self.sent, self.theirs
         if p.flags & URG:
             u = urgent_position(p)
             if u in theirs.surg or u in sent.urg_done:
                 return True
-            # The first to carry the last urgent byte says so, or it never was one.
+            # The first segment with the last urgent byte signals it, or it never was urgent.
             passed = theirs.svm_nxt is not None and diff(theirs.svm_nxt, u) >= 0
             return self._differ(Cause.URGENT_DIFFERS, p) if passed else False
         size = p.end - p.off
@@ -547,10 +582,11 @@ class TcpFlow(ComparedFlow):
     # -- signed segments
 
     def _sign(self, p: Packet) -> None:
-        """A signed frame of the PVM.
+        """Note a signed frame of the PVM.
 
-        What the client signs is about the PVM's numbers. A SVM with others drops it once it is
-        translated, and says no more: only a checkpoint helps, from which on the numbers are equal.
+        The client's signatures cover the PVM's numbers. An SVM with other numbers drops such
+        segments once they are translated, and stops sending. Only a checkpoint helps, after which
+        the numbers are equal.
         """
         if not self.marks.signed:
             self.marks.signed = self.marks.unfit = True
@@ -559,7 +595,7 @@ class TcpFlow(ComparedFlow):
             self.ask(Cause.SIGNED_CONNECTION, p)
 
     def _signed_due(self, now_ns: int) -> int:
-        """When the head has waited for long enough as a whole of which a part is verified."""
+        """Return when a partly verified head that cannot be split has waited long enough."""
         v, (_, p, at) = self.head_ok, self.held[0]
         if v is None or not 0 < (v - p.seq) & MASK < p.end - p.off:
             return NEVER
@@ -570,13 +606,13 @@ class TcpFlow(ComparedFlow):
     # -- the SVM's frames
 
     def svm(self, p: Packet, now_ns: int) -> None:
-        """A frame of the SVM of the current epoch: only compared, never sent anywhere."""
+        """Compare a frame of the SVM in the current epoch. It is never sent anywhere."""
         flags, theirs = p.flags, self.theirs
         if flags & (SYN | RST):
             self._svm_control(p, now_ns)
         elif p.seq != theirs.svm_nxt and self._foreign(p.seq):
-            # Late, and of an earlier connection on these ports: its ack, its window and its FIN
-            # would be read in the numbers of this one.
+            # A late frame of an earlier connection on these ports: its ack, window and FIN would be
+            # misread in the numbers of this one.
             self.outbox.count("svm_out_of_window")
             return
         else:
@@ -602,26 +638,26 @@ class TcpFlow(ComparedFlow):
             update = windows.update(self.sent.released_nxt, self.spare_ids, self.marks.ace)
             if update is not None:
                 self.outbox.count("window_updates")
-                update.ts_ns = now_ns  # made now: nothing has waited
+                update.ts_ns = now_ns  # just made: it has not waited
                 self.outbox.release(update)
         if not self.when and (theirs.chunks or theirs.out_of_order or flags & FLAGS):
             self.host.timers.arm(self, now_ns + self.host.timeout_ns)
 
     def _foreign(self, seq: int) -> bool:
-        """Whether a number cannot be of this connection."""
+        """Return whether a sequence number cannot belong to this connection."""
         send = self.theirs.svm_nxt
         if send is None:
-            return False  # nothing is known of it
+            return False  # nothing is known about it
         reach = self.host.max_stream
         if (seq - send + reach) & MASK > 2 * reach:
             return True
-        # Below the ISN: what came before it had lower numbers (RFC 6528).
+        # Below the ISN: an earlier connection had lower numbers (RFC 6528).
         isn = self.sent.isn
         young = isn is not None and (send - isn) & MASK < HALF >> 1
         return isn is not None and young and (seq - isn) & MASK >= HALF
 
     def _svm_pushed(self, what: Push, p: Packet, place: int | None) -> None:
-        """Payload of the SVM is stored, or not. place: up to where all was known before."""
+        """Handle the result of storing payload of the SVM. place: end of what was known before."""
         sent, outbox = self.sent, self.outbox
         if what in (Push.STORED, Push.BEYOND):
             if sent.fin_done is not None and not self.diverged:
@@ -648,7 +684,7 @@ class TcpFlow(ComparedFlow):
         self.outbox.request(Cause.QUEUE_FULL, self)
 
     def _svm_urgent(self, end: int) -> None:
-        # Of bytes that have left the PVM's word counts, which was compared when they did.
+        # For bytes that have left, the PVM's pointer counts, which was compared when they left.
         sent, theirs = self.sent, self.theirs
         ahead = sent.released_nxt is None or diff(end, sent.released_nxt) > 0
         if ahead and end not in theirs.surg and end not in sent.urg_done:
@@ -656,7 +692,7 @@ class TcpFlow(ComparedFlow):
 
     def _svm_fin(self, f: int, now_ns: int) -> None:
         sent, theirs = self.sent, self.theirs
-        ours = theirs.svm_nxt is not None  # else the SVM is one incarnation ahead of the PVM
+        ours = theirs.svm_nxt is not None  # otherwise the SVM is one incarnation ahead of the PVM
         if f == theirs.svm_fin or (ours and f == sent.fin_done):
             self.outbox.count("svm_retransmit")
             return
@@ -678,7 +714,7 @@ class TcpFlow(ComparedFlow):
                 self._svm_full()
             return
         syn = theirs.svm_syn
-        # the latter: sent again by an SVM that a checkpoint made a clone in the handshake
+        # the second case: a retransmission by an SVM that a checkpoint cloned during the handshake
         if syn.packet.seq == p.seq if syn is not None else sent.isn == p.seq:
             self.outbox.count("svm_retransmit")
             if p.flags & ACK:

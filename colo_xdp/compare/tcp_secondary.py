@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What the SVM has said of one TCP connection, and the PVM not yet: in the order of the stream.
+"""Output of the SVM on one TCP connection that the PVM has not produced yet, in stream order.
 
-Nothing is compared here and nothing asked for: compare/tcp.py does that. Numbers are the primary
-guest's but for the SYN's.
+This module compares nothing and requests nothing; compare/tcp.py does. Sequence numbers are the
+PVM's, except for the SYN's.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ MAX_URGENT = 8
 
 @dataclass(slots=True)
 class Syn:
-    """The SVM's SYN of its newest incarnation. `seq` is its own ISN, never compared."""
+    """The SVM's SYN of its newest incarnation. `seq` is its own ISN, which is never compared."""
 
     packet: Packet
     at: int
@@ -32,24 +32,26 @@ class Syn:
 
 
 def rst_id(p: Packet) -> tuple[bool, int]:
-    # A RST with ACK answers a segment without one and may have seq 0: its ack names it.
+    # A RST with ACK answers a segment without one and may have seq 0: its ack identifies it.
     return (True, p.ack) if p.flags & ACK else (False, p.seq)
 
 
 class Push(Enum):
-    """What has become of payload of the SVM."""
+    """Result of storing payload of the SVM."""
 
     STORED = auto()
-    EARLY = auto()  # stored: there is a hole before it, or the stream's place is not known
-    KNOWN = auto()  # all of it is
-    FOREIGN = auto()  # so far from the stream's place that it is not of it
-    FULL = auto()  # there is no room for it
+    EARLY = auto()  # stored; follows a gap, or the position in the stream is not known
+    KNOWN = auto()  # all of it is already known
+    FOREIGN = auto()  # too far from the stream's position to belong to it
+    FULL = auto()  # no room
     BEYOND = auto()  # the SVM is too far ahead
 
 
 class SvmStream:
-    """`send` is the number of the next byte in order; None: not known. What is stashed, `chunks` in
-    order and `ooo` beyond a hole, is charged to the ledger."""
+    """What the SVM has sent. `svm_nxt` is the number of the next byte in order; None: not known.
+
+    The buffered frames (`chunks` in order, `out_of_order` after a gap) are charged to the ledger.
+    """
 
     __slots__ = (
         "_ledger",
@@ -64,7 +66,7 @@ class SvmStream:
         "svm_retransmits",
         "svm_rsts",
         "svm_syn",
-    )  # fmt: skip
+    )
 
     def __init__(self, ledger: Ledger) -> None:
         self._ledger = ledger
@@ -72,16 +74,16 @@ class SvmStream:
         self.chunks: deque[tuple[bytes, int, int, int]] = deque()  # frame, off, end, arrival
         self.out_of_order: list[tuple[int, bytes, int, int, int]] = []  # seq, then as above
         self.svm_ack: int | None = None  # highest ack
-        # what it sent again and the history does not reach: seq, frame, off, end
+        # retransmissions that the history does not reach: seq, frame, off, end
         self.svm_retransmits: list[tuple[int, bytes, int, int]] = []
-        self.surg: tuple[int, ...] = ()  # where urgent data ends of which the PVM has not spoken
+        self.surg: tuple[int, ...] = ()  # ends of urgent data that the PVM has not signalled
         self.svm_fin: int | None = None
         self.sfin_at = self.srst_at = 0
-        self.svm_rsts: list[tuple[bool, int]] = []  # resets with no twin yet
+        self.svm_rsts: list[tuple[bool, int]] = []  # resets without a counterpart yet
         self.svm_syn: Syn | None = None
 
     def forget(self) -> None:
-        """Forget what it said, but for its place in the stream."""
+        """Forget the SVM's output, but not its position in the stream."""
         self._ledger.discharge_svm(len(self.chunks) + len(self.out_of_order))
         self.chunks.clear()
         self.out_of_order.clear()
@@ -91,7 +93,7 @@ class SvmStream:
         self.svm_rsts.clear()
 
     def since(self) -> int:
-        """Arrival of the oldest thing that the PVM did not send; 0 if none."""
+        """Return the arrival (ns) of the oldest output without a counterpart; 0 if none."""
         old = []
         if self.chunks:
             old.append(self.chunks[0][3])
@@ -108,8 +110,10 @@ class SvmStream:
     # -- bytes
 
     def push(self, p: Packet, now_ns: int, verified: int | None, reach: int) -> Push:
-        """Store what is new of a segment's payload. ver: the next byte to be verified; reach: so
-        many bytes the SVM may be ahead of it."""
+        """Store what is new in a segment's payload.
+
+        verified: the next byte to be verified; reach: how many bytes the SVM may be ahead of it.
+        """
         send, off = self.svm_nxt, p.off
         if p.seq != send:
             if send is not None:
@@ -152,7 +156,7 @@ class SvmStream:
         return Push.EARLY
 
     def drain(self) -> None:
-        """Move what is no longer out of order."""
+        """Move to `chunks` what is no longer out of order."""
         out_of_order = self.out_of_order
         assert self.svm_nxt is not None
         while out_of_order:
@@ -168,7 +172,7 @@ class SvmStream:
             self.svm_nxt = (self.svm_nxt + end - off + d) & MASK
 
     def begin_at(self, seq: int) -> None:
-        """The stream is known from here on."""
+        """Set the position from which on the stream is known."""
         self.svm_nxt = seq
         self.drain()
 
@@ -178,12 +182,12 @@ class SvmStream:
         self.chunks.clear()
 
     def drop_first(self) -> None:
-        """The first chunk has been compared."""
+        """Drop the first chunk, which has been compared."""
         self.chunks.popleft()
         self._ledger.discharge_svm()
 
     def used(self, upto: int) -> None:
-        """The bytes of the first chunk below its offset `upto` have been compared."""
+        """Drop the bytes of the first chunk before its offset `upto`, which have been compared."""
         frame, _, end, at = self.chunks[0]
         if upto == end:
             self.drop_first()
@@ -200,14 +204,14 @@ class SvmStream:
             self.used(off + size)
 
     def keep_again(self, p: Packet) -> None:
-        """It has sent this again, and it is older than what the history reaches."""
+        """Keep a retransmission that is older than the history."""
         self.svm_retransmits.append((p.seq, p.frame, p.off, p.end))
         del self.svm_retransmits[:-MAX_AGAIN]
 
     def sent_again(self, seq: int, most: int) -> bytes:
-        """What it has lately sent from `seq` on, though it had before.
+        """Return what the SVM has lately retransmitted from `seq` on, at most `most` bytes.
 
-        It gets the same acks, so it often sends the same again as the PVM.
+        It gets the same acks as the PVM, so it often retransmits the same.
         """
         for first, frame, off, end in reversed(self.svm_retransmits):
             d = (seq - first) & MASK
@@ -216,7 +220,7 @@ class SvmStream:
         return b""
 
     def is_beyond(self, place: int) -> bool:
-        """Whether it has sent bytes beyond a place of the stream."""
+        """Return whether the SVM has sent bytes beyond a position of the stream."""
         assert self.svm_nxt is not None
         ends = (seq + end - off for seq, _, off, end, _ in self.out_of_order)
         return diff(self.svm_nxt, place) > 0 or any(diff(end, place) > 0 for end in ends)
@@ -224,19 +228,19 @@ class SvmStream:
     # -- flags
 
     def acked(self, ack: int) -> None:
-        """It has acked as much."""
+        """Note an ack of the SVM."""
         self.svm_ack = later(self.svm_ack, ack)
 
     def urgent(self, end: int) -> None:
-        """It says that urgent data ends here."""
+        """Note that the SVM's urgent data ends here."""
         self.surg = (*self.surg[1 - MAX_URGENT :], end)
 
     def finish(self, place: int, now_ns: int) -> None:
-        """Its FIN is here."""
+        """Note the SVM's FIN."""
         self.svm_fin, self.sfin_at = place, now_ns
 
     def reset(self, ident: tuple[bool, int], now_ns: int) -> bool:
-        """It has reset the connection; False: so often that this is not kept."""
+        """Note a reset by the SVM; return False if there are too many to keep."""
         if len(self.svm_rsts) >= MAX_RSTS:
             return False
         if not self.svm_rsts:
@@ -245,7 +249,7 @@ class SvmStream:
         return True
 
     def begin(self, syn: Packet, now_ns: int) -> None:
-        """A new incarnation; what it said of the old one has no use any more."""
+        """Start a new incarnation; output of the old one is of no more use."""
         self.forget()
         self.svm_nxt = None
         self.svm_syn = Syn(syn, now_ns)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""When each flow is to be looked at next. All times are CLOCK_MONOTONIC ns."""
+"""Timers of the engine's flows. All times are CLOCK_MONOTONIC ns."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Generic, Protocol, TypeVar
 
 from .limits import NEVER
 
-#: a timer shorter than this goes off when it should, a longer one up to a tenth of it late
+#: a timer shorter than this fires on time, a longer one up to a tenth of it late
 SOON_NS = 500_000_000
 
 
 class Clock:
-    """The time of the batch, and the epoch. The engine sets them, its parts read them."""
+    """Time of the batch, and the epoch. The engine sets them, its parts read them."""
 
     __slots__ = ("epoch", "now")
 
@@ -24,7 +24,7 @@ class Clock:
 
 
 class Timed(Protocol):
-    """What can have a timer. `when`: when it goes off, 0 for never; only Timers set it."""
+    """Something that can have a timer. `when`: when it fires, 0 for never; only Timers sets it."""
 
     when: int
 
@@ -33,10 +33,10 @@ T = TypeVar("T", bound=Timed)
 
 
 class Timers(Generic[T]):
-    """At most one timer for each flow; whoever holds or buffers anything has one.
+    """One timer at most per flow; every flow that holds or buffers anything has one.
 
-    A heap with one live entry per flow, lazy: an entry is a lower bound, the flow itself knows
-    better. So a timeout costs nothing per frame and no scan.
+    A lazy heap with one live entry per flow: an entry is a lower bound, and the flow itself knows
+    the exact time. So a timeout costs nothing per frame and needs no scan.
     """
 
     def __init__(self, clock: Clock) -> None:
@@ -46,7 +46,7 @@ class Timers(Generic[T]):
         self._soon_ns = NEVER
 
     def arm(self, flow: T, at_ns: int) -> None:
-        """Look at the flow at at_ns or before."""
+        """Have the flow examined at at_ns or earlier."""
         if not flow.when or at_ns < flow.when:
             flow.when = at_ns
             heappush(self._heap, (at_ns, next(self._serial), flow))
@@ -54,8 +54,11 @@ class Timers(Generic[T]):
                 self._soon_ns = at_ns
 
     def due(self, now_ns: int) -> Iterator[T]:
-        """The flows whose time has come, first those that wait for longest. Each is without a timer
-        then; one that is armed meanwhile, for now or before, is among them."""
+        """Yield the flows whose timer has fired, longest overdue first.
+
+        The timer of each is cleared. A flow that is armed meanwhile, for now or earlier, is yielded
+        too.
+        """
         heap = self._heap
         while heap and heap[0][0] <= now_ns:
             when, _, flow = heappop(heap)
@@ -69,15 +72,15 @@ class Timers(Generic[T]):
 
     @property
     def next_ns(self) -> int:
-        """The first of them that was armed to go off within SOON_NS; NEVER: there is none."""
+        """Return the first of the timers set for less than SOON_NS; NEVER if there is none."""
         return self._soon_ns
 
     def flows(self) -> list[T]:
-        """Each flow that has a timer, and some that had one."""
+        """Return each flow that has a timer, and some that had one."""
         return list({id(flow): flow for _, _, flow in self._heap}.values())
 
     def clear(self) -> None:
-        """Nobody has a timer any more."""
+        """Cancel all timers."""
         for _, _, flow in self._heap:
             flow.when = 0
         self._heap.clear()

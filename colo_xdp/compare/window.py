@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Keeps the client from being promised more window than both guests have offered.
+"""Limits the advertised window to what both guests offer.
 
-What a client sends beyond the SVM's window the SVM drops; the PVM takes and acks it, and
-then nobody sends it again. So a frame of the PVM leaves with the smaller window, and when
-the SVM's grows the client is told by a bare ACK (RFC 9293 3.8.6: a right edge never moves
-back). Edges are sequence numbers of the client's stream.
+Bytes that a client sends beyond the SVM's window are dropped by the SVM, while the PVM takes and
+acks them; then nobody sends them again. So a frame of the PVM leaves with the smaller of the two
+windows, and when the SVM's grows the client is informed by a bare ACK (RFC 9293 section 3.8.6: a
+right edge never moves back). Edges are sequence numbers of the client's stream.
 """
 
 from __future__ import annotations
@@ -16,28 +16,28 @@ from ..net.packet import ACK, RST, SYN, Packet, tcp_options
 from ..net.segment import SpareIds, bare_ack, with_window
 from ..net.seqnum import HALF, MASK, diff, later
 
-#: the client is told of a window that has grown by so many bytes since the last frame it got
+#: growth of the window, in bytes since the last frame to the client, that is worth an ACK
 _UPDATE = 4 * 1448
 
 
 @dataclass(frozen=True, slots=True)
 class WindowState:
-    """Windows as the fast path knows them: fields at the newest ack of each, not scaled."""
+    """Windows as the fast path knows them: unscaled fields at the newest ack of each guest."""
 
     scale: int | None
-    syn: int  # limit for the window field of this incarnation's SYN
+    syn: int  # limit of the window field in this incarnation's SYN
     pvm: int
     svm: int
     advertised: int
 
 
 class WindowGate:
-    """One connection's windows.
+    """Windows of one connection.
 
-    Where the scale is unknown (no SYN was seen: the connection is older than the pair, or than
-    this controller), window fields are compared as they are. Both guests have the same scale,
-    and a frame leaves only when the SVM has acked as much, so a field that is not above the
-    SVM's promises no more; it may promise less than it could.
+    If the scale is unknown (no SYN was seen, because the connection is older than the pair or than
+    this controller), window fields are compared as they are. Both guests have the same scale, and a
+    frame leaves only when the SVM has acked as much. So a field that is not above the SVM's
+    promises no more than the SVM does; it may promise less than it could.
     """
 
     __slots__ = (
@@ -50,23 +50,27 @@ class WindowGate:
         "_shift",
         "_syn",
         "shrunk",
-    )  # fmt: skip
+    )
 
     def __init__(self) -> None:
         self._shift: int | None = None
-        self._syn = 0xFFFF  # the window field that the SYN of this incarnation may have
-        self._offered: int | None = None  # right edge that the PVM has offered
-        self._edge: int | None = None  # as far as the SVM honours it
-        self._advertised: int | None = None  # as the client has been told
-        self.shrunk: tuple[Frame, Packet] | None = None  # the last frame, if it was cut
-        # with no scale: (ack, window field) that the PVM has offered last, the SVM honours; as told
+        self._syn = 0xFFFF  # largest window field for the SYN of this incarnation
+        self._offered: int | None = None  # right edge offered by the PVM
+        self._edge: int | None = None  # right edge that the SVM honours
+        self._advertised: int | None = None  # right edge advertised to the client
+        self.shrunk: tuple[Frame, Packet] | None = None  # the last frame, if its window was reduced
+        # Without a scale: (ack, window field) that the PVM offered last and that the SVM honours;
+        # and the field that was advertised.
         self._offer: tuple[int, int] | None = None
         self._seen: tuple[int, int] | None = None
         self._advertised_win = 0
 
     def open(self, syn: Packet, svm_syn: Packet | None) -> None:
-        """A new incarnation of the connection. `twin`: the SVM's SYN, None if a checkpoint
-        contains ours. Windows of SYNs are not scaled (RFC 7323 2.2)."""
+        """Start a new incarnation of the connection.
+
+        svm_syn: the SVM's SYN; None if a checkpoint contains ours. Windows of SYNs are not scaled
+        (RFC 7323 section 2.2).
+        """
         self._shift = tcp_options(syn).wscale or 0
         self._offered = self._edge = self._advertised = self.shrunk = None
         self._syn = syn.window if svm_syn is None else min(syn.window, svm_syn.window)
@@ -75,11 +79,11 @@ class WindowGate:
             self._edge = (syn.ack + self._syn) & MASK
 
     def new_epoch(self) -> None:
-        """The SVM is a copy of a PVM that had offered this much."""
+        """Begin an epoch: the SVM is a copy of a PVM that had offered this much."""
         self._edge, self._seen = self._offered, self._offer
 
     def commit(self, p: Packet) -> None:
-        """A frame that a checkpoint contains leaves as it is: the SVM will honour it."""
+        """Note the window of a frame that leaves with a checkpoint; the SVM will honour it."""
         if self._shift is None:
             self._offer = self._seen = (p.ack, p.window)
             self.shrunk = None
@@ -91,7 +95,7 @@ class WindowGate:
             self.shrunk = None
 
     def svm(self, p: Packet) -> None:
-        """A frame of the SVM that carries an ACK."""
+        """Note the window in a frame of the SVM that carries an ACK."""
         shift, edge = self._shift, self._edge
         if shift is not None:
             new = (p.ack + (p.window << shift)) & MASK
@@ -101,7 +105,10 @@ class WindowGate:
             self._seen = (p.ack, p.window)
 
     def state(self, p_ack: int, s_ack: int) -> WindowState | None:
-        """For the fast path, while nothing is cut. None: the PVM has not told any window yet."""
+        """Return the windows for the fast path, while no frame is reduced.
+
+        None: the PVM has not sent any window yet.
+        """
         shift = self._shift
         if shift is None:
             if self._offer is None:
@@ -122,8 +129,11 @@ class WindowGate:
     def resume(
         self, w: WindowState, acks: tuple[int, int, int], cut: tuple[Frame, Packet] | None
     ) -> None:
-        """Go on from the fast path. acks: the PVM's, the SVM's, as told; `cut`: a bare ACK of the
-        PVM that has not left with all its window."""
+        """Continue from the fast path's state.
+
+        acks: the PVM's, the SVM's, the advertised one. cut: a bare ACK of the PVM that has not left
+        with its full window.
+        """
         p_ack, s_ack, adv_ack = acks
         self._shift, self._syn, self.shrunk = w.scale, w.syn, cut
         if w.scale is None:
@@ -138,7 +148,7 @@ class WindowGate:
         self._advertised = (adv_ack + (w.advertised << w.scale)) & MASK
 
     def limit(self, rec: Frame, p: Packet, spare: SpareIds) -> tuple[Frame, bool]:
-        """A frame about to leave, and whether its window had to be cut."""
+        """Return the frame, which is about to leave, and whether its window had to be reduced."""
         shift = self._shift
         if shift is None or p.flags & (ACK | SYN | RST) != ACK:
             if p.flags & SYN and p.window > self._syn:
@@ -187,8 +197,10 @@ class WindowGate:
         return bare_ack(rec, p, p.seq if base is None else base, value, spare, ace)
 
     def update(self, base: int | None, spare: SpareIds, ace: bool | None) -> Frame | None:
-        """A bare ACK at sequence number `base`, if the client should be told of more room.
-        spare, ace: see net/segment.py."""
+        """Return a bare ACK at sequence number `base` if the client should learn of more room.
+
+        spare, ace: see net/segment.py.
+        """
         if self._shift is None:
             return self._update_unscaled(base, spare, ace)
         if self.shrunk is None or self._edge is None or self._advertised is None:

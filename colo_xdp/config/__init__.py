@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""One TOML file becomes one frozen Config. Pure."""
+"""Read one TOML file into one frozen Config. Pure."""

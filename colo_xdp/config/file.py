@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The configuration file: one TOML file per host and pair. Pure, nothing is looked up.
+"""Read and write the configuration file: one TOML file per host and pair. Pure, no look-ups.
 
-The reader, `as_toml` and DOCS are made from what config/schema.py declares. All mistakes of a file
-are reported together.
+The reader and `as_toml` follow the declarations in config/schema.py. All mistakes of a file are
+reported together. The command line loads the file once at the start.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import difflib
 import json
 import tomllib
 from collections.abc import Mapping
-from dataclasses import MISSING, Field, replace
+from dataclasses import MISSING, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from .schema import SECTIONS, Config, Disk
 
 MAX_DISKS = 64
 
-__all__ = ["DOCS", "Config", "ConfigError", "as_toml", "load", "parse"]
+__all__ = ["Config", "ConfigError", "as_toml", "load", "parse"]
 
 
 class ConfigError(ValueError):
@@ -36,7 +36,7 @@ class ConfigError(ValueError):
 
 
 def _show(value: Any) -> str:
-    """A value as TOML writes it, cut to a line's length."""
+    """Format a value as TOML writes it, cut to 80 characters."""
     if isinstance(value, bool | int | float | str | list | tuple):
         text = json.dumps(value, ensure_ascii=False, default=str)
     else:
@@ -50,7 +50,7 @@ def _near(name: str, names: list[str]) -> str:
 
 
 class _Reader:
-    """One pass over a parsed file: values that are right, sentences about those that are not."""
+    """One pass over a parsed file; collects valid values, and a sentence for each invalid one."""
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -61,7 +61,7 @@ class _Reader:
         self.errors.append(f"{self.path}: {where} = {_show(value)}: {want}")
 
     def table(self, section: str, cls: type[Any], data: Mapping[str, Any]) -> dict[str, Any]:
-        """The right values of one table; missing keys get their default."""
+        """Return the valid values of one table; missing keys get their default."""
         known = validate.keys(cls)
         out: dict[str, Any] = {}
         top = [*SECTIONS, "rule", "disk"] if cls is Config else []
@@ -95,7 +95,7 @@ class _Reader:
 
 
 def _elsewhere(key: str) -> str:
-    """A hint for a key that stands under the wrong heading."""
+    """Return a hint for a key that is in the wrong section."""
     homes = [s for s, cls in SECTIONS.items() if key in validate.keys(cls)]
     if not homes and key in validate.keys(Rule):
         return "; it belongs to a rule, under [[rule]]"
@@ -105,9 +105,9 @@ def _elsewhere(key: str) -> str:
 
 
 def parse(text: str, path: str = "<config>") -> Config:
-    """A configuration from TOML text; `path` is only for the messages.
+    """Parse a configuration from TOML text; `path` is used only in messages.
 
-    Raises ConfigError with every mistake of the text.
+    Raises ConfigError with every mistake in the text.
     """
     try:
         data = tomllib.loads(text)
@@ -132,7 +132,7 @@ def parse(text: str, path: str = "<config>") -> Config:
 
 
 def _rules(r: _Reader, data: Any) -> tuple[Rule, ...]:
-    """The [[rule]] tables, in order; the first one that fits a flow decides."""
+    """Read the [[rule]] tables in order; the first rule that matches a flow decides."""
     if not isinstance(data, list) or not all(isinstance(d, dict) for d in data):
         r.errors.append(f"{r.path}: rule = {_show(data)}: expected tables [[rule]]")
         return ()
@@ -156,7 +156,7 @@ def _rules(r: _Reader, data: Any) -> tuple[Rule, ...]:
 
 
 def _disks(r: _Reader, data: Any) -> tuple[Disk, ...]:
-    """The [[disk]] tables."""
+    """Read the [[disk]] tables."""
     if not isinstance(data, list) or not all(isinstance(d, dict) for d in data):
         r.errors.append(f"{r.path}: disk = {_show(data)}: expected tables [[disk]]")
         return ()
@@ -176,9 +176,9 @@ def _disks(r: _Reader, data: Any) -> tuple[Disk, ...]:
 
 
 def load(path: str | Path) -> Config:
-    """The configuration of a file.
+    """Load the configuration from a file.
 
-    Raises ConfigError: the file cannot be read, or with every mistake in it.
+    Raises ConfigError if the file cannot be read, or with every mistake in it.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
@@ -189,7 +189,7 @@ def load(path: str | Path) -> Config:
 
 
 def _cross_checks(r: _Reader, top: dict[str, Any], s: dict[str, dict[str, Any]]) -> None:
-    """Rules over more than one key; skipped where one of them is wrong by itself."""
+    """Check rules over more than one key; a rule is skipped if one of its keys is invalid."""
     net, qemu, peer = s.get("network", {}), s.get("qemu", {}), s.get("peer", {})
     for key in ("peer_link", "bridge", "uplink"):
         if net.get(key) and net[key] == net.get("tap"):
@@ -238,7 +238,7 @@ def _failover_checks(r: _Reader, f: dict[str, Any]) -> None:
 
 
 def _path_checks(r: _Reader, peer: dict[str, Any], control: tuple[Any, Any]) -> None:
-    """Further paths for heartbeats: each a way of its own."""
+    """Check that each heartbeat link is a path of its own."""
     paths = peer.get("heartbeat_links") or ()
     locals_: set[Any] = set()
     for text in paths:
@@ -248,13 +248,13 @@ def _path_checks(r: _Reader, peer: dict[str, Any], control: tuple[Any, Any]) -> 
         if ends[0] == ends[1]:
             r.error("peer", "heartbeat_links", text, "expected two different ends")
         if ends[0] in locals_:
-            r.error("peer", "heartbeat_links", text, "expected another local end for each path")
+            r.error("peer", "heartbeat_links", text, "expected another local end for each link")
         locals_.add(ends[0])
         same = None not in control and (ends[0][0], ends[1][0]) == (control[0][0], control[1][0])
         if same and not ends[0][0].is_loopback:
             r.error(
                 "peer", "heartbeat_links", text,
-                "expected other addresses than local and remote: that way is the control channel's",
+                "expected other addresses than local and remote, which the control channel uses",
             )  # fmt: skip
 
 
@@ -315,13 +315,13 @@ def _toml(value: Any) -> str:
     if isinstance(value, int):
         return str(value)
     if isinstance(value, str):
-        # A JSON string is a TOML basic string, but for DEL, which TOML wants escaped.
+        # A JSON string is a TOML basic string, except that TOML requires DEL to be escaped.
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     return "[" + ", ".join(_toml(v) for v in value) + "]"
 
 
 def as_toml(config: Config) -> str:
-    """The configuration as a file, every key written; `parse` gives the same Config back."""
+    """Format the configuration as a file with every key; `parse` returns the same Config."""
     lines = [f"{k} = {_toml(getattr(config, k))}" for k in validate.keys(Config)]
     for name, cls in SECTIONS.items():
         section = getattr(config, name)
@@ -334,17 +334,3 @@ def as_toml(config: Config) -> str:
         lines += ["", "[[disk]]"]
         lines += [f"{k} = {_toml(getattr(disk, k))}" for k in validate.keys(Disk)]
     return "\n".join(lines) + "\n"
-
-
-def _doc(f: Field[Any]) -> str:
-    if f.default is MISSING:
-        return f"{f.metadata['help']} (required)"
-    unit = f" {f.metadata['unit']}" if f.metadata["unit"] else ""
-    return f"{f.metadata['help']} (default {_toml(f.default)}{unit})"
-
-
-_TABLES: list[tuple[str, type[Any]]] = [*SECTIONS.items(), ("rule", Rule), ("disk", Disk)]
-#: "section.key" (top level: "key") -> one line of help with unit and default
-DOCS: dict[str, str] = {k: _doc(f) for k, f in validate.keys(Config).items()} | {
-    f"{name}.{k}": _doc(f) for name, cls in _TABLES for k, f in validate.keys(cls).items()
-}

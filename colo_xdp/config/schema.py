@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The keys of the configuration file: each declared once, with its default, its check and its help.
 
-config/file.py reads a file into these, writes it, and makes the documentation of them.
+config/file.py reads a file into these and writes it; tests/docs/generate.py makes
+docs/reference/config.md of them.
 """
 
 from __future__ import annotations
@@ -19,56 +20,65 @@ _DAY_MS = 86_400_000
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Network:
-    """[network]: devices of this host."""
+    """[network]: the devices of this host."""
 
-    tap: str = validate.key(validate.device, "tap device of this host's guest")
+    tap: str = validate.key(
+        validate.device,
+        "tap device of this host's guest",
+    )
     peer_link: str = validate.key(
-        validate.device, "device that leads to the other host, for guest frames only"
+        validate.device,
+        "device that leads to the other host; it carries the guests' frames",
     )
     vxlan_remote: str = validate.key(
-        validate.or_empty(validate.ip, "peer_link exists"),
-        "peer_link is a VXLAN to this address, made by the controller; encrypt what is below it",
+        validate.or_empty(validate.ip, "peer_link exists already"),
+        "remote address of a VXLAN that the controller creates and uses as peer_link; a VXLAN "
+        "is not encrypted, so encrypt the network below it",
         default="",
     )
     vxlan_local: str = validate.key(
-        validate.or_empty(validate.ip, "the kernel chooses"),
+        validate.or_empty(validate.ip, "the kernel chooses it"),
         "this host's address of that VXLAN",
         default="",
     )
     vxlan_vni: int = validate.key(
         validate.integer(1, (1 << 24) - 1, "(a VNI)"),
-        "its number, the same on both hosts, another one for each pair",
+        "VNI of that VXLAN: the same on both hosts, and a different one for each pair",
         default=9846,
     )
     vxlan_port: int = validate.key(
-        validate.integer(1, 65535, "(a port)"), "its UDP port", default=4789
+        validate.integer(1, 65535, "(a port)"),
+        "UDP port of that VXLAN",
+        default=4789,
     )
     bridge: str = validate.key(
         validate.or_empty(validate.device, "none"),
-        'bridge that the tap joins as soon as the guest may speak; "": the host routes, or the tap '
-        "is in a bridge by hand (primary only)",
+        'bridge that the tap joins as soon as the guest may transmit; "": the host routes the '
+        "traffic, or the tap is added to a bridge by hand (primary host only)",
         default="",
     )
     uplink: str = validate.key(
         validate.device,
-        "how the fast path's frames leave; auto: by the bridge's port where the client was last "
-        "heard, if the bridge does not filter; bridge: through it; a device: there, always",
+        'how frames released by the fast path leave; "auto": directly by the bridge port '
+        'where the client was last seen, if the bridge filters nothing; "bridge": through the '
+        "bridge; a device name: always by that device",
         default="auto",
     )
     hook: str = validate.key(
         validate.choice("auto", "xdp", "tc"),
-        "where the secondary guest's output is met; auto: xdp if the tap has no vnet_hdr, else tc",
+        'where the secondary guest\'s output is intercepted; "auto": XDP if the tap has no '
+        "vnet_hdr, else tc",
         default="auto",
     )
     guest_mac: str = validate.key(
-        validate.or_empty(validate.mac, "QEMU is asked"),
-        'the guest\'s MAC address, announced at a takeover; "": QEMU is asked',
+        validate.or_empty(validate.mac, "the controller asks QEMU"),
+        'MAC address of the guest, announced at a takeover; "": the controller asks QEMU',
         default="",
     )
     guest_addresses: tuple[str, ...] = validate.key(
         validate.ip_addresses,
-        "addresses of the guest that are announced at a takeover, besides those that it has itself "
-        "said to have (ARP, neighbour discovery)",
+        "IP addresses of the guest that are announced at a takeover, in addition to those "
+        "that the guest has claimed itself by ARP or neighbor discovery",
         default=(),
     )
 
@@ -77,10 +87,13 @@ class Network:
 class Qemu:
     """[qemu]: QMP and migration. Times in ms."""
 
-    qmp: str = validate.key(validate.socket_path, "unix socket of this host's QEMU (QMP)")
+    qmp: str = validate.key(
+        validate.socket_path,
+        "unix socket of this host's QEMU (QMP)",
+    )
     qmp_oob: str = validate.key(
-        validate.or_empty(validate.socket_path, "the first one's"),
-        "second QMP socket, for the way past a hung main loop (yank)",
+        validate.or_empty(validate.socket_path, "the same socket as qmp"),
+        "second QMP socket, for the out-of-band `yank` that frees a QEMU whose main loop hangs",
         default="",
     )
     migrate_uri: str = validate.key(
@@ -88,9 +101,9 @@ class Qemu:
             validate.pattern(
                 r"(tcp|unix|rdma|fd|exec|vsock):.+", "a migration URI such as tcp:10.0.0.2:4444"
             ),
-            "secondary",
+            "on the secondary",
         ),
-        "where the secondary's QEMU waits (-incoming); required on the primary",
+        "where the secondary's QEMU waits (its -incoming); required on the primary",
         default="",
     )
     reverse_uri: str = validate.key(
@@ -98,30 +111,35 @@ class Qemu:
             validate.pattern(
                 r"(tcp|unix|rdma|fd|exec|vsock):.+", "a migration URI such as tcp:10.0.0.1:4444"
             ),
-            "the survivor of the primary stays alone",
+            "a survivor on this host stays alone",
         ),
-        "where the primary host's QEMU waits (-incoming) after a takeover, to become the new "
-        "secondary; needed on the secondary",
+        "where the primary host's QEMU waits (its -incoming) after a takeover, to become the "
+        "new secondary; needed on the secondary",
         default="",
     )
     incoming: tuple[str, ...] = validate.key(
         validate.argv,
-        "command (argv, no shell) that starts this host's QEMU anew with -incoming, and ends what "
-        "is left of the old one; run when its guest is worthless and the other one speaks",
+        "command (argv, no shell) that restarts this host's QEMU with -incoming and ends what "
+        "is left of the old one; run when this host's guest has become useless because the "
+        "other one transmits",
         default=(),
     )
     qmp_timeout: int = validate.key(
-        validate.integer(1, _DAY_MS, "ms"), "deadline of one QMP command", default=5000, unit="ms"
+        validate.integer(1, _DAY_MS, "ms"),
+        "deadline of one QMP command",
+        default=5000,
+        unit="ms",
     )
     enter_timeout: int = validate.key(
         validate.integer(1, _DAY_MS, "ms"),
-        "deadline of the first synchronisation (all of the guest's memory is copied)",
+        "deadline of the first synchronization, which copies all of the guest's memory",
         default=120_000,
         unit="ms",
     )
     enter_stop: int = validate.key(
         validate.integer(100, 600_000, "ms"),
-        "how long the guest may stand still for it; then it is given up, and the guest runs on",
+        "how long the first synchronization may stop the guest; after that it is abandoned "
+        "and the guest runs on",
         default=5000,
         unit="ms",
     )
@@ -133,11 +151,16 @@ class Disk:
 
     name: str = validate.key(
         validate.pattern(r"[!-~]{1,255}", "a name (1 to 255 printable characters)"),
-        "QEMU's name of the disk: drive id, node name, or device id",
+        "QEMU's name of the disk: drive id, node name or device id",
     )
     external: bool = validate.key(
-        lambda v: None if v is True else "expected true: there is no other kind in this release",
-        "true: its two copies are kept equal by somebody else, on your word",
+        lambda v: (
+            None
+            if v is True
+            else "expected true: this release knows no other kind of writable disk"
+        ),
+        "must be true: you guarantee that something else keeps the two copies of the disk "
+        "identical",
     )
 
 
@@ -146,68 +169,78 @@ class Peer:
     """[peer]: the control channel. Times in ms."""
 
     local: str = validate.key(
-        validate.address, "this controller's address; the secondary listens on it"
+        validate.address,
+        "address of this controller; the secondary listens on it",
     )
     remote: str = validate.key(
         validate.address,
-        "the other controller's address: the primary connects to it, the secondary accepts it only",
+        "address of the other controller: the primary connects to it, and the secondary "
+        "accepts connections from its IP address only",
     )
     cert: str = validate.key(
         validate.or_empty(validate.path, "no TLS"),
-        "this host's certificate (PEM), with key and one of ca, peer_cert",
+        "certificate of this host (PEM); needs key, and either ca or peer_cert",
         default="",
     )
     key: str = validate.key(
-        validate.or_empty(validate.path, "no TLS"), "private key of cert (PEM)", default=""
+        validate.or_empty(validate.path, "no TLS"),
+        "private key of cert (PEM)",
+        default="",
     )
     ca: str = validate.key(
-        validate.or_empty(validate.path, "peer_cert decides"),
-        "the authority (PEM) whose certificates are accepted, if they carry the right identity",
+        validate.or_empty(validate.path, "peer_cert is used"),
+        "certificate authority (PEM) whose certificates are accepted if they carry the right "
+        "identity",
         default="",
     )
     identity: str = validate.key(
         validate.or_empty(validate.identity, "colo-xdp://PAIR/ROLE, as `colo-xdp pki` writes it"),
-        "with ca: who the peer's certificate has to name, as URI, DNS name or CN",
+        "with ca: the name that the peer's certificate must carry, as a URI, DNS name or CN",
         default="",
     )
     peer_cert: str = validate.key(
-        validate.or_empty(validate.path, "ca decides"),
-        "the other host's certificate, then the only one accepted",
+        validate.or_empty(validate.path, "ca is used"),
+        "certificate of the other host (PEM), which is then the only one accepted",
         default="",
     )
     min_version: int = validate.key(
         validate.integer(MIN_VERSION, VERSION, "versions"),
-        "oldest version of the protocol that is spoken with the peer",
+        "oldest protocol version that is accepted from the peer",
         default=MIN_VERSION,
     )
     insecure: bool = validate.key(
         validate.boolean,
-        "allow a channel without TLS between two hosts (laboratory only)",
+        "allow a control channel without TLS between two hosts (laboratory only)",
         default=False,
     )
     heartbeat_interval: int = validate.key(
-        validate.integer(10, 60_000, "ms"), "time between two heartbeats", default=100, unit="ms"
+        validate.integer(10, 60_000, "ms"),
+        "time between two heartbeats",
+        default=100,
+        unit="ms",
     )
     link_heartbeats: bool = validate.key(
         validate.boolean,
-        "heartbeats also go over network.peer_link, in frames of their own (ethertype 0x88B5)",
+        "whether heartbeats are also sent over network.peer_link, in Ethernet frames of their "
+        "own (EtherType 0x88B5)",
         default=True,
     )
     heartbeat_links: tuple[str, ...] = validate.key(
         validate.heartbeat_links,
-        'and over these (UDP): "local:port->remote:port", on the other host the other way round',
+        'further links for heartbeats (UDP), each as "local:port->remote:port"; the other '
+        "host lists the same links with the ends exchanged",
         default=(),
     )
     dead_after: int = validate.key(
         validate.integer(100, _DAY_MS, "ms"),
-        "silence on all paths after which a peer that gives no other sign is fenced; the secondary "
-        "waits twice",
+        "silence on all heartbeat links after which a peer that gives no other sign of death "
+        "is fenced; the secondary waits twice as long",
         default=5000,
         unit="ms",
     )
     heartbeat_timeout: int = validate.key(
         validate.integer(30, 600_000, "ms"),
-        "silence after which the peer is suspected; at least 3 heartbeat_interval",
+        "silence after which the peer is suspected; at least three times heartbeat_interval",
         default=1000,
         unit="ms",
     )
@@ -219,48 +252,54 @@ class Compare:
 
     compare_timeout: int = validate.key(
         validate.integer(1, 600_000, "ms"),
-        "how long a frame may wait for its twin before a checkpoint is asked for",
+        "how long a frame may wait for its counterpart before a checkpoint is requested",
         default=3000,
         unit="ms",
     )
     expired_scan_cycle: int = validate.key(
-        validate.integer(1, 600_000, "ms"), "period of the ageing of flows", default=1000, unit="ms"
+        validate.integer(1, 600_000, "ms"),
+        "interval between two scans for idle flows",
+        default=1000,
+        unit="ms",
     )
     max_queue_size: int = validate.key(
         validate.integer(1, 1 << 20, "packets"),
-        "frames held before a checkpoint is asked for, per guest",
+        "number of held frames, per guest, at which a checkpoint is requested",
         default=1024,
         unit="packets",
     )
     max_stream_bytes: int = validate.key(
         validate.integer(65536, 1 << 30, "bytes"),
-        "how far the secondary guest may be ahead in one connection",
+        "how far the secondary guest may be ahead in one connection before a checkpoint is "
+        "requested",
         default=4 << 20,
         unit="bytes",
     )
     max_flows: int = validate.key(
         validate.integer(16, 1 << 24, "flows"),
-        "connections the engine keeps",
+        "number of connections that the engine keeps",
         default=100_000,
         unit="flows",
     )
     max_held_bytes: int = validate.key(
         validate.integer(1 << 20, 1 << 34, "bytes"),
-        "bytes of frames held before a checkpoint is asked for",
+        "number of bytes in held frames at which a checkpoint is requested",
         default=64 << 20,
         unit="bytes",
     )
     arp: str = validate.key(
-        validate.choice("pass", "compare"), "ARP: released at once, or compared", default="pass"
+        validate.choice("pass", "compare"),
+        "ARP: released at once, or compared",
+        default="pass",
     )
     ndp: str = validate.key(
         validate.choice("pass", "compare"),
-        "IPv6 neighbour discovery, MLD, IGMP: released, or compared",
+        "IPv6 neighbor discovery, MLD and IGMP: released at once, or compared",
         default="pass",
     )
     other: str = validate.key(
         validate.choice("pass", "compare"),
-        "other protocols: released, or compared",
+        "other protocols: released at once, or compared",
         default="compare",
     )
 
@@ -271,20 +310,20 @@ class CheckpointKeys:
 
     deadline: int = validate.key(
         validate.integer(1, _DAY_MS, "ms"),
-        "a checkpoint that takes longer has failed",
+        "time after which an incomplete checkpoint counts as failed",
         default=10_000,
         unit="ms",
     )
     periodic: int = validate.key(
         validate.integer(0, _DAY_MS, "ms"),
-        "a checkpoint at least this often; 0: never",
+        "longest time between two checkpoints; 0: none is made just because of time",
         default=0,
         unit="ms",
     )
     share: int = validate.key(
         validate.integer(1, 100, "per cent"),
-        "time that checkpoints may take at most, over any longer while; those that are asked for "
-        "beyond wait, by compare_timeout at most",
+        "upper limit of the share of time that checkpoints take, over any longer period; "
+        "requests beyond it are delayed, by compare_timeout at most",
         default=50,
         unit="per cent",
     )
@@ -296,46 +335,58 @@ class FailoverKeys:
 
     automatic: bool = validate.key(
         validate.boolean,
-        "fail over without a person; requires an arbiter but manual",
+        'fail over without an operator; requires arbiter "fence" or "lease"',
         default=False,
     )
     arbiter: str = validate.key(
         validate.choice("fence", "lease", "manual"),
-        "what makes sure that only one guest speaks: the fence command, a lease in etcd, a person",
+        'what guarantees that only one guest transmits; "fence": the fence command; "lease": '
+        'a lease in etcd; "manual": an operator',
         default="fence",
     )
     fence: tuple[str, ...] = validate.key(
         validate.argv,
-        "command (argv, no shell) that makes the peer silent for certain; exit status 0 is success",
+        "command (argv, no shell) that makes sure that the peer is silent; exit status 0 "
+        "means that it certainly is",
         default=(),
     )
     fence_timeout: int = validate.key(
         validate.integer(1, 3_600_000, "ms"),
-        "a fence command that takes longer has failed",
+        "time after which a running fence command counts as failed",
         default=30_000,
         unit="ms",
     )
     etcd: tuple[str, ...] = validate.key(
-        validate.urls, "endpoints of the etcd cluster that holds the lease", default=()
+        validate.urls,
+        "endpoints of the etcd cluster that holds the lease",
+        default=(),
     )
     etcd_ca: str = validate.key(
-        validate.or_empty(validate.path, "the system's"), "its authority (PEM)", default=""
+        validate.or_empty(validate.path, "the system's authorities"),
+        "certificate authority of the etcd endpoints (PEM)",
+        default="",
     )
     etcd_cert: str = validate.key(
-        validate.or_empty(validate.path, "none"), "certificate (PEM) to show it", default=""
+        validate.or_empty(validate.path, "none"),
+        "client certificate that is shown to etcd (PEM)",
+        default="",
     )
     etcd_key: str = validate.key(
-        validate.or_empty(validate.path, "none"), "private key of etcd_cert (PEM)", default=""
+        validate.or_empty(validate.path, "none"),
+        "private key of etcd_cert (PEM)",
+        default="",
     )
     lease_ttl: int = validate.key(
         validate.integer(2000, 600_000, "ms"),
-        "how long a lease holds without renewal; the other host waits as long; whole seconds",
+        "how long a lease is valid without renewal; the other host waits as long before it "
+        "can acquire it; whole seconds",
         default=5000,
         unit="ms",
     )
     lease_margin: int = validate.key(
         validate.integer(100, 300_000, "ms"),
-        "how much earlier the holder falls silent; at most half of lease_ttl",
+        "how long before the lease expires its holder stops transmitting; at most half of "
+        "lease_ttl",
         default=1000,
         unit="ms",
     )
@@ -358,47 +409,52 @@ class DataPathKeys:
     )
     flow_table: int = validate.key(
         validate.integer(16, 1 << 22, "entries"),
-        "connections the secondary's rewriter tracks, and as many handshakes",
+        "number of connections that the secondary's rewriter tracks, and as many handshakes "
+        "in addition",
         default=65_536,
         unit="entries",
     )
     fast_path: str = validate.key(
         validate.choice("on", "off"),
-        "established TCP is compared in the kernel (needs Linux 5.12)",
+        "whether established TCP connections and UDP flows are compared in the kernel (needs "
+        "Linux 5.12)",
         default="on",
     )
     fast_path_memory: int = validate.key(
         validate.integer(1, 1 << 16, "MiB"),
-        "memory for what one guest is ahead in it, 512 KiB per connection while it is",
+        "memory for the buffers of the fast path: 512 KiB for each connection in which one "
+        "guest is ahead, as long as it is ahead",
         default=256,
         unit="MiB",
     )
     fast_path_flows: int = validate.key(
         validate.integer(16, 1 << 24, "entries"),
-        "connections it knows; 350 bytes each when used",
+        "number of connections that the fast path knows; each takes 350 bytes once it is used",
         default=1_000_000,
         unit="entries",
     )
     on_controller_loss: str = validate.key(
         validate.choice("hold", "release"),
-        "what the programs do with output while no controller lives",
+        'what the programs do with the guest\'s output while no controller runs; "hold": '
+        'drop it, like loss on the wire; "release": let it pass uncompared',
         default="hold",
     )
     controller_loss: int = validate.key(
         validate.integer(50, 3_600_000, "ms"),
-        "silence of the controller after which the programs count it as lost",
+        "silence of the controller after which the programs treat it as lost",
         default=1000,
         unit="ms",
     )
     bpffs: str = validate.key(
         validate.directory,
-        "bpf file system where programs and maps are pinned",
+        "BPF file system in which programs and maps are pinned",
         default="/sys/fs/bpf",
     )
     run_dir: str = validate.key(
-        validate.directory, "directory of the control socket and the list of what is attached",
+        validate.directory,
+        "directory of the control socket and of the record of what is attached",
         default="/run/colo-xdp",
-    )  # fmt: skip
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -407,25 +463,27 @@ class Metrics:
 
     listen: str = validate.key(
         validate.or_empty(validate.address, "off"),
-        'address of the endpoint; "": off',
+        'address of the metrics endpoint; "": no endpoint',
         default="127.0.0.1:9847",
     )
     cert: str = validate.key(
         validate.or_empty(validate.path, "no TLS"),
-        "certificate (PEM) of the endpoint, with key and client_ca: HTTPS",
+        "certificate of the endpoint (PEM); needs key and client_ca, and makes the endpoint HTTPS",
         default="",
     )
     key: str = validate.key(
-        validate.or_empty(validate.path, "no TLS"), "private key of cert (PEM)", default=""
+        validate.or_empty(validate.path, "no TLS"),
+        "private key of cert (PEM)",
+        default="",
     )
     client_ca: str = validate.key(
         validate.or_empty(validate.path, "no TLS"),
-        "the authority (PEM) of those who may read",
+        "certificate authority (PEM) of the clients that may read the metrics",
         default="",
     )
     allow_remote: bool = validate.key(
         validate.boolean,
-        "allow an address that is not loopback without TLS: everybody there can read",
+        "allow a non-loopback address without TLS: anyone who reaches it can read the metrics",
         default=False,
     )
 
@@ -439,7 +497,8 @@ class Config:
         "name of the pair, the same on both hosts",
     )
     role: Literal["primary", "secondary"] = validate.key(
-        validate.choice("primary", "secondary"), "which guest this host runs"
+        validate.choice("primary", "secondary"),
+        "which guest this host runs",
     )
     network: Network
     qemu: Qemu
@@ -462,7 +521,7 @@ class Config:
 
     @property
     def external_disks(self) -> tuple[str, ...]:
-        """Names of the disks that are somebody else's affair."""
+        """Names of the disks that something outside of colo_xdp keeps equal."""
         return tuple(d.name for d in self.disks)
 
     def limits(self) -> Limits:

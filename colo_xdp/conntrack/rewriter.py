@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The rewriter in Python: what bpf/{parsing,csum,flow,rewrite}.h do, on bytes.
+"""Python model of the rewriter in bpf/lib (parsing.h, csum.h, conntrack.h, rewrite.h, icmp.h).
 
-It is the readable statement of the rules and the other half of the differential
-tests: for the same frames both give the same bytes, reasons and connection
-entries. Rules and their reasons are told at the head of bpf/lib/conntrack.h. Nothing here
-is shared with the kernel's code but the transition table, on purpose.
+It is the readable form of the rules, and one side of the differential tests: for the same frames
+both sides produce the same bytes, reasons and connection entries. The rules and their reasons are
+at the head of bpf/lib/conntrack.h and in docs/design/conntrack.md. Nothing here is shared with the
+kernel's code except the transition table, on purpose.
 
-Numbers are translated by adding a difference modulo 2**32. Checksums follow RFC
-1624, equation 3 (HC' = ~(~HC + ~m + m')), all changes of a segment in one step.
+Numbers are translated by adding a difference modulo 2**32. Checksums follow RFC 1624, equation 3
+(HC' = ~(~HC + ~m + m')), all changes of a segment in one step.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ HAVE_ANY = HAVE_ISN_P | HAVE_ISN_S | HAVE_TS_P | HAVE_TS_S | HAVE_ISN_C
 
 
 class BadFrame(ValueError):
-    """The frame contradicts itself; the text says where."""
+    """A frame that contradicts itself; the text states where."""
 
 
 @dataclass(slots=True)
 class Segment:
-    """What the kernel's `struct pkt` holds of a frame; see bpf/lib/parsing.h."""
+    """The fields of the kernel's `struct pkt`; see bpf/lib/parsing.h."""
 
     vlan: int = 0
     l3_off: int = 0
@@ -76,13 +76,19 @@ def _need(length: int, end: int, what: str) -> None:
 
 
 def vlan_within(vlan: int, tci: int) -> int:
-    """FLOW_KEY's vlan behind one more tag; VID 0 names none (IEEE 802.1Q 9.6, a priority tag)."""
+    """Return FLOW_KEY's vlan after one more tag; VID 0 names no VLAN.
+
+    IEEE 802.1Q section 9.6: a priority tag.
+    """
     vid = tci & 0xFFF
     return (vlan << 16 | vid) & _M32 if vid else vlan
 
 
 def parse(frame: bytes, outer_tag: int | None = None) -> Segment:
-    """A frame's headers; raises BadFrame. `outer_tag`: VID of a tag that the kernel took off."""
+    """Parse a frame's headers. `outer_tag`: VID of a tag that the kernel has removed.
+
+    Raises BadFrame.
+    """
     n = len(frame)
     p = Segment()
     _need(n, 14, "Ethernet header")
@@ -164,17 +170,17 @@ def _ipv6(frame: bytes, off: int, p: Segment) -> tuple[int, int]:
         raise BadFrame("more IPv6 extension headers than are stepped over")
     if proto == 44:
         _need(min(n, stop), off + 8, "IPv6 fragment header")
-        p.frag = bool(_u16(frame, off + 2) & 0xFFF9)  # else an atomic one, a whole packet
+        p.frag = bool(_u16(frame, off + 2) & 0xFFF9)  # otherwise an atomic fragment, a whole packet
         proto, off = frame[off], off + 8
     p.l4_proto = proto
     return off, stop
 
 
 def parse_quote(frame: bytes, p: Segment) -> tuple[Segment, int] | None:
-    """The TCP segment that an ICMP error quotes, and where the quote ends; bpf/lib/icmp.h.
+    """Return the TCP segment that an ICMP error quotes, and where the quote ends (bpf/lib/icmp.h).
 
-    None if the frame is no error, or quotes none of which the sequence number can be read. `doff`
-    is 0 where the quote ends within the TCP header.
+    None if the frame is not an error, or quotes no segment whose sequence number can be read.
+    `doff` is 0 if the quote ends within the TCP header.
     """
     at = p.l4_off
     if p.frag or p.l4_proto not in (1, 58) or len(frame) < at + 8:
@@ -216,7 +222,7 @@ def parse_quote(frame: bytes, p: Segment) -> tuple[Segment, int] | None:
 
 @dataclass(slots=True)
 class TcpOptions:
-    """Offsets from the start of the TCP header; 0: not there."""
+    """Offsets of options from the start of the TCP header; 0: not present."""
 
     ts: int = 0
     sack: int = 0
@@ -224,7 +230,7 @@ class TcpOptions:
 
 
 def parse_options(header: bytes) -> TcpOptions:
-    """TCP options as Linux reads them: the last of a kind counts, a malformed one ends the list."""
+    """Parse TCP options as Linux does: the last of a kind counts, a malformed one ends the list."""
     o, i, doff = TcpOptions(), 20, len(header)
     if doff == 32 and header[20:24] == b"\x01\x01\x08\x0a":
         return TcpOptions(ts=22)
@@ -248,7 +254,7 @@ def parse_options(header: bytes) -> TcpOptions:
 
 
 def _timestamps(frame: bytes, p: Segment) -> tuple[int, int] | None:
-    """TSval and TSecr of a segment."""
+    """Return TSval and TSecr of a segment, if it has them."""
     o = parse_options(frame[p.l4_off : p.l4_off + p.doff])
     if not o.ts:
         return None
@@ -256,25 +262,28 @@ def _timestamps(frame: bytes, p: Segment) -> tuple[int, int] | None:
 
 
 def _key(p: Segment, *, to_svm: bool) -> bytes:
-    """struct colo_flow_key of a segment's connection."""
+    """Pack the key of a segment's connection as struct colo_flow_key."""
     if to_svm:
         return FLOW_KEY.pack(p.dst, p.src, p.dport, p.sport, p.vlan)
     return FLOW_KEY.pack(p.src, p.dst, p.sport, p.dport, p.vlan)
 
 
 def csum_change(total: int, old: int, new: int, at: int) -> int:
-    """Adds the change of a 32-bit word, `at` bytes into the checksummed range (RFC 1071 2(B))."""
-    # Sums are taken over the words as they lie in memory, here read big-endian.
+    """Add to `total` the change of a 32-bit word, `at` bytes into the checksummed range.
+
+    RFC 1071 section 2(B).
+    """
+    # Sums are over the words as they lie in memory, here read as big-endian.
     if at & 1:
         old, new = ((x << 8 | x >> 24) & _M32 for x in (old, new))
     return total + (~old & _M32) + new
 
 
 def csum_apply(check: int, total: int) -> int:
-    """The checksum after changes that add `total`: RFC 1624 equation 3.
+    """Return the checksum after changes that add `total`: RFC 1624, equation 3.
 
-    Zero has two forms in one's complement. As the kernel does, ~HC is taken
-    over 32 bits: the sum is then never 0, and the result never 0xFFFF.
+    Zero has two forms in one's complement. As in the kernel, ~HC is taken over 32 bits: then the
+    sum is never 0, and the result never 0xFFFF.
     """
     while total >> 32:
         total = (total & _M32) + (total >> 32)
@@ -285,7 +294,7 @@ def csum_apply(check: int, total: int) -> int:
 
 
 def _move(out: bytearray, l4_off: int, moves: dict[int, int]) -> int:
-    """Adds to words of a TCP header; what that adds to the checksum's sum."""
+    """Add to words of a TCP header; return what that adds to the checksum's sum."""
     total = 0
     for at, add in moves.items():
         old = _u32(out, l4_off + at)
@@ -297,7 +306,7 @@ def _move(out: bytearray, l4_off: int, moves: dict[int, int]) -> int:
 
 @dataclass(slots=True)
 class TrackedConnection:
-    """struct colo_flow without the time stamp, its fields in order."""
+    """The fields of struct colo_flow except the time, in order."""
 
     epoch: int = 0
     off: int = 0
@@ -318,30 +327,33 @@ class TrackedConnection:
     pvm_ts: int = 0
 
     def forget(self, epoch: int) -> None:
-        """Another connection begins on this key."""
+        """Reset the entry for another connection with this key."""
         self.epoch = epoch
         self.have = self.have_client = 0
         self.state = State.CLOSED
 
     @property
     def isn_known(self) -> bool:
-        """Whether the PVM has told its ISN for the connection that the entry is of."""
+        """Return whether the PVM's SYN has shown the ISN of this entry's connection."""
         return bool(
             self.have_pvm & PVM_ACK and self.have_client & HAVE_ISN_C and self.answers(self.pvm_c)
         )
 
     def answers(self, acked: int) -> bool:
-        """Whether a SYN-ACK that acks `acked` + 1 answers the client's SYN, which may have data."""
+        """Return whether a SYN-ACK that acks `acked` + 1 answers the client's SYN.
+
+        The SYN may have carried data.
+        """
         early = self.have_client & EARLY and (acked - self.isn_c) & _M32 <= LEARN_WINDOW
         return acked == self.isn_c or bool(early)
 
     @property
     def known(self) -> bool:
-        """Whether ISN_P is known."""
+        """Return whether ISN_P is known."""
         return bool(self.have_client & HAVE_ISN_P) or self.isn_known
 
     def note_pvm(self) -> None:
-        """ISN_P is what the PVM has told."""
+        """Take ISN_P from the PVM's SYN."""
         self.isn_p = self.pvm_isn
         self.have_client |= HAVE_ISN_P
         if self.have_pvm & PVM_TS:
@@ -349,7 +361,7 @@ class TrackedConnection:
             self.have_client |= HAVE_TS_P
 
     def shift(self) -> tuple[int, int, int]:
-        """(offset, timestamp's offset, ISN_P) as far as they are known, else 0."""
+        """Return (offset, timestamp offset, ISN_P) as far as they are known, else 0."""
         if not self.have & HAVE_ISN_S or not self.known:
             return 0, 0, 0
         if self.isn_known:
@@ -368,20 +380,19 @@ class Rewriter:
     mode: Mode = Mode.RUN
     limit: int = 65536
     flows: dict[bytes, TrackedConnection] = field(default_factory=dict)
-    opening: dict[bytes, TrackedConnection] = field(
-        default_factory=dict
-    )  # the least recently used first
+    # least recently used first
+    opening: dict[bytes, TrackedConnection] = field(default_factory=dict)
 
     def to_svm(self, frame: bytes, outer_tag: int | None = None) -> tuple[bytes, Reason]:
-        """A client's frame as the SVM must see it."""
+        """Return a client's frame as the SVM must see it."""
         return self._frame(frame, outer_tag, to_svm=True)
 
     def from_svm(self, frame: bytes, outer_tag: int | None = None) -> tuple[bytes, Reason]:
-        """A frame of the SVM in the PVM's numbers."""
+        """Return a frame of the SVM in the PVM's numbers."""
         return self._frame(frame, outer_tag, to_svm=False)
 
     def note_pvm_header(self, frame: bytes, outer_tag: int | None = None) -> Reason:
-        """A copy of a SYN of the PVM. It reaches no guest."""
+        """Note a copy of a SYN of the PVM, which reaches no guest."""
         if self.mode != Mode.RUN:
             return Reason.DROP_PVM_SYN_UNKNOWN
         try:
@@ -400,7 +411,7 @@ class Rewriter:
             return Reason.DROP_PVM_SYN_UNKNOWN
         ts = _timestamps(frame, p)
         had_ts = n.have_pvm & PVM_SYN and n.pvm_isn == p.seq and n.have_pvm & PVM_TS
-        if ts and not had_ts:  # a repeated one has a newer value, as has the guest's own
+        if ts and not had_ts:  # a retransmission has a newer value, like the guest's own
             n.pvm_ts = ts[0]
         n.have_pvm = PVM_SYN | (PVM_ACK if acks else 0) | (PVM_TS if ts or had_ts else 0)
         n.pvm_isn, n.pvm_c = p.seq, acked
@@ -438,9 +449,8 @@ class Rewriter:
             return frame, Reason.PASS_FLOW_TABLE_FULL
         if unknown:
             return frame, Reason.PASS_OFFSET_UNKNOWN
-        if (
-            not to_svm and p.flags & SYN and self.mode != Mode.TAKEOVER and n.epoch != EPOCH_BASE
-        ):  # the primary tells a SYN that is sent again by its number
+        # The primary recognises a retransmitted SYN by its number.
+        if not to_svm and p.flags & SYN and self.mode != Mode.TAKEOVER and n.epoch != EPOCH_BASE:
             return frame, reason
         moves = self._moves(p, o, off, tsoff, to_svm=to_svm)
         if not moves:
@@ -448,7 +458,7 @@ class Rewriter:
         return self._apply(frame, p, moves), Reason.PASS_REWRITTEN
 
     def _lookup(self, key: bytes) -> tuple[TrackedConnection | None, TrackedConnection | None]:
-        """(the entry that counts, else one that may be used again)."""
+        """Return (the valid entry, else one that may be reused)."""
         old = self.flows.get(key)
         if old is not None and old.epoch in (self.epoch, EPOCH_BASE):
             return old, None
@@ -479,7 +489,7 @@ class Rewriter:
 
     @staticmethod
     def _heard(n: TrackedConnection, p: Segment, isn_p: int) -> bool:
-        """Whether the client acks what it can know from the guest only."""
+        """Return whether the client acks what it can know only from the guest."""
         return bool(
             n.state >= State.ESTABLISHED
             and p.flags & (RST | ACK) == ACK
@@ -489,7 +499,10 @@ class Rewriter:
         )
 
     def _promote(self, key: bytes, n: TrackedConnection) -> bool:
-        """From `opening` to `flows`; False where there is no room: the connection is given up."""
+        """Move an entry from `opening` to `flows`.
+
+        Returns False if there is no room; the connection is then given up.
+        """
         room = key in self.flows or len(self.flows) < self.limit
         if room:
             self.flows[key] = replace(n)
@@ -497,11 +510,14 @@ class Rewriter:
         return room
 
     def _learn_client(self, n: TrackedConnection, p: Segment, ts: tuple[int, int] | None) -> bool:
-        """Returns whether the ack would have to teach the offset, and may not."""
+        """Learn from a client's segment.
+
+        Returns True if the offset would have to come from its ack, which is not usable.
+        """
         flags = p.flags & (SYN | RST | ACK)
         if flags == SYN:
             if n.have & HAVE_ISN_S and n.known:
-                return False  # may be a stray duplicate: the guest's answer will tell
+                return False  # may be a stray duplicate: the guest's answer will show
             if n.have_client & HAVE_ISN_C and n.isn_c != p.seq:
                 n.forget(self.epoch)
                 if self.mode == Mode.TAKEOVER:
@@ -511,9 +527,8 @@ class Rewriter:
             return False
         if not flags & ACK or flags & RST:
             return False
-        if (
-            n.isn_known
-        ):  # kept, since the next connection's SYN may be noted before this one is over
+        if n.isn_known:
+            # Copied, since the next connection's SYN may be noted before this one has ended.
             if not n.have_client & HAVE_ISN_P or n.isn_p != n.pvm_isn:
                 n.note_pvm()
             return False
@@ -555,7 +570,7 @@ class Rewriter:
         else:
             fresh = other
         if n.epoch == EPOCH_BASE and (not known or other):
-            fresh = True  # both guests have what it holds; another ISN is each one's own
+            fresh = True  # both guests share the ISN in it; another ISN is each guest's own
         if fresh:
             n.forget(self.epoch)
             known = False
@@ -600,11 +615,11 @@ class Rewriter:
 
     @staticmethod
     def _moves(p: Segment, o: TcpOptions, off: int, tsoff: int, *, to_svm: bool) -> dict[int, int]:
-        """{offset in the TCP header: what to add there}."""
+        """Return {offset in the TCP header: what to add there}."""
         moves: dict[int, int] = {}
         if not to_svm:
             if p.flags & (RST | ACK) == RST | ACK and p.seq == 0:
-                return moves  # RFC 9293 3.10.7.1: the answer to a segment without an ack
+                return moves  # RFC 9293 section 3.10.7.1: answers a segment without an ack
             if off:
                 moves[4] = -off
             if o.ts and tsoff:
@@ -620,7 +635,7 @@ class Rewriter:
         return moves
 
     def _quote(self, frame: bytes, p: Segment) -> tuple[bytes, Reason]:
-        """An ICMP error about a segment of the guest, in the guest's own numbers."""
+        """Translate an ICMP error about a segment of the guest to the guest's own numbers."""
         found = parse_quote(frame, p)
         if found is None:
             return frame, Reason.PASS_REDIRECTED

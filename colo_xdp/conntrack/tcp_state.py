@@ -1,19 +1,19 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """TCP connection states as data: one table for the kernel and for the model.
 
-How to read it: states are those of RFC 9293 3.3.2 as the *guest* sees them, and
-an event is a segment of one side, named by what it means to the connection
-(`EV_CLIENT_FIN_ACK`: the client's FIN, which also acks the guest's). `TABLE[s]`
-lists only the events that leave state `s`; any other event leaves it as it is.
+States are those of RFC 9293 section 3.3.2 as the *guest* sees them. An event is a segment of one
+side, named by what it means to the connection (`EV_CLIENT_FIN_ACK`: the client's FIN, which also
+acks the guest's). `TABLE[s]` lists only the events that leave state `s`; any other event leaves it
+as it is.
 
-The table decides how long a connection is remembered (`timeout`) and nothing
-else: which segments teach an offset is in `conntrack/rewriter.py`. It is therefore lenient.
-A segment that was seen is not proof that the guest took it, so where the two
-could differ the table goes on from what the guest says next: after an RST that
-the guest ignored, its next segment makes the connection established again.
+The table decides how long a connection is remembered (`timeout`) and nothing else: which segments
+teach an offset is in `conntrack/rewriter.py`. It is therefore lenient. A segment that was seen is
+no proof that the guest accepted it, so where the two could differ, the table follows what the guest
+sends next: after an RST that the guest ignored, its next segment makes the connection established
+again.
 
-The kernel walks the same table: the controller writes `transition_words()` into
-the map `transitions`, index `state * len(Event) + event`.
+The kernel walks the same table: the controller writes `transition_table()` into the map
+`transitions`, at index `state * len(Event) + event`.
 """
 
 from __future__ import annotations
@@ -58,13 +58,13 @@ class Event(IntEnum):
 
 _S, _E = State, Event
 
-#: An entry begins in CLOSED with a SYN or SYN-ACK. A client's SYN alone says nothing of the guest:
-#: it may be anybody's, to any port, so the guest is in LISTEN at most until it answers.
+#: An entry begins in CLOSED with a SYN or SYN-ACK. A client's SYN alone shows nothing about the
+#: guest: any host may send it, to any port, so the guest is at most in LISTEN until it answers.
 _FROM_CLOSED = {
     _E.CLIENT_SYN: _S.LISTEN,
     _E.GUEST_SYN: _S.SYN_SENT,
     _E.GUEST_SYNACK: _S.SYN_RECEIVED,  # its SYN was seen before the checkpoint
-    _E.GUEST_DATA: _S.ESTABLISHED,  # the guest did not take the RST
+    _E.GUEST_DATA: _S.ESTABLISHED,  # the guest did not accept the RST
     _E.GUEST_FIN: _S.FIN_WAIT_1,
 }
 
@@ -134,17 +134,17 @@ TABLE: Mapping[State, Mapping[Event, State]] = MappingProxyType(
 )
 
 #: Seconds without a segment after which a connection is forgotten. Too early breaks it after a
-#: failover, too late costs a slot: where the peers may rightly be silent, the numbers are large.
+#: failover, too late costs a slot: where the ends may rightly be silent, the numbers are large.
 TIMEOUTS: Mapping[State, int] = MappingProxyType(
     {
-        _S.CLOSED: 10,  # what is still under way
+        _S.CLOSED: 10,  # segments still under way
         _S.LISTEN: 10,  # the guest has not answered: its SYN-ACK would begin the entry anew
         _S.SYN_SENT: 130,  # Linux: tcp_syn_retries 6, 127 s
         _S.SYN_RECEIVED: 70,  # Linux: tcp_synack_retries 5, 63 s
         _S.ESTABLISHED: 432_000,  # nf_conntrack's 5 days
         _S.FIN_WAIT_1: 1_000,  # Linux: tcp_retries2 15, 924 s
-        _S.FIN_WAIT_2: 7_440,  # RFC 5382 REQ-5: the client's half may go on
-        _S.CLOSE_WAIT: 432_000,  # the guest's half may go on
+        _S.FIN_WAIT_2: 7_440,  # RFC 5382 REQ-5: the client's half may continue
+        _S.CLOSE_WAIT: 432_000,  # the guest's half may continue
         _S.CLOSING: 1_000,
         _S.LAST_ACK: 1_000,
         _S.TIME_WAIT: 120,  # twice Linux's 60 s
@@ -153,18 +153,18 @@ TIMEOUTS: Mapping[State, int] = MappingProxyType(
 
 
 def next_state(state: int, event: int) -> int:
-    """The state after `event`."""
+    """Return the state after `event`."""
     return TABLE[State(state)].get(Event(event), State(state))
 
 
 def transition_table() -> list[int]:
-    """The table as the map `transitions` holds it."""
+    """Return the table as the map `transitions` holds it."""
     return [int(next_state(s, e)) for s in State for e in Event]
 
 
 def timeout(state: int) -> int:
-    """Seconds of silence after which a connection in `state` is forgotten."""
+    """Return the seconds of silence after which a connection in `state` is forgotten."""
     try:
         return TIMEOUTS[State(state)]
-    except ValueError:  # a value that was torn or is from another version: not worth keeping
+    except ValueError:  # a torn value, or one of another version: not worth keeping
         return TIMEOUTS[State.CLOSED]

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The maps of bpf/lib/addresses.h as the controller sees them: what is announced, handed over,
-aged."""
+"""The maps of bpf/lib/addresses.h as the controller sees them.
+
+Decides which addresses are announced at a takeover, handed over with a checkpoint, and forgotten
+with age.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +16,11 @@ from .. import abi
 from ..net.address_claims import mac_bytes, mac_key
 from ..net.announce import Own
 
-#: An address that the guest has not spoken of for so long is not announced, a MAC not mirrored to.
-#: Guests say who they are each time a neighbour looks for them.
+#: An address that the guest has not claimed for this long is not announced, a MAC not mirrored to.
+#: Guests claim their addresses each time a neighbour looks for them.
 FORGET_S = 3600.0
-#: A MAC that has been silent for longer is in no switch's table (802.1D ageing), so nothing is to
-#: be renewed there.
+#: A MAC that has been silent for longer is in no switch's table (802.1D ageing), so there is
+#: nothing to refresh.
 SWITCHES_S = 300.0
 
 _KEY = abi.ADDRESS.size
@@ -25,7 +28,7 @@ _MAC = 6
 
 
 class Table(Protocol):
-    """A map of loader.Map's kind."""
+    """A map like loader.Map."""
 
     @property
     def info(self) -> Any: ...
@@ -36,18 +39,23 @@ class Table(Protocol):
 
 
 class AddressTable:
-    """The guest's addresses. `epoch` where it is asked for: what was noted in another one does not
-    count (a secondary); None: all counts (a primary)."""
+    """The guest's addresses.
+
+    Where a method takes `epoch`: only entries of that epoch count (secondary); None: all count
+    (primary).
+    """
 
     def __init__(self, addresses: Table, macs: Table) -> None:
         self._addresses, self._macs = addresses, macs
-        #: what told() has replaced, and the guest had said in the epoch that still runs
+        #: what announced() has replaced, and the guest had claimed in the epoch that still runs
         self._before: dict[bytes, bytes] = {}
 
     def own(self, first: bytes, epoch: int | None) -> list[Own]:
-        """Addresses that the guest has certainly; `first`: its MAC address that QEMU tells of.
+        """Return the addresses that are certainly the guest's.
 
-        One at a MAC that has moved to another machine is not the guest's any more.
+        first: the MAC address that QEMU reports.
+
+        One at a MAC that has moved to another machine is no longer the guest's.
         """
         macs = {m for m, _ in self._fresh_macs(epoch)} | {mac_key(first)}
         found = []
@@ -59,7 +67,7 @@ class AddressTable:
         return found
 
     def macs(self, epoch: int | None) -> list[bytes]:
-        """MAC addresses that the guest sends with, besides the first one, and lately."""
+        """Return the MAC addresses from which the guest has sent lately, besides the first one."""
         oldest = time.monotonic_ns() - int(SWITCHES_S * 1e9)
         return [mac_bytes(m) for m, seen in self._fresh_macs(epoch) if seen > oldest]
 
@@ -82,8 +90,10 @@ class AddressTable:
         return out
 
     def export(self, limit: int) -> tuple[bytes, bytes]:
-        """What the guest has said, for the host of its copy: struct colo_address with MAC address
-        and flags of each, and MAC addresses."""
+        """Return the guest's claims for the host of its copy.
+
+        That is struct colo_address with MAC address and flags of each, and the MAC addresses.
+        """
         out = b"".join(
             key + mac_bytes(mac) + bytes([flags])
             for key, (_, mac, _, flags) in self._fresh(None)[:limit]
@@ -92,10 +102,10 @@ class AddressTable:
         return out, macs
 
     def announced(self, epoch: int, addresses: bytes, macs: bytes, *, running: int) -> None:
-        """What a guest has said whose state this one has from `epoch` on: from export(). What
-        this one has said in the epoch `running` is kept, for undo().
+        """Store the claims, from export(), of a guest whose state this one has from `epoch` on.
 
-        Raises ValueError when it is not whole, OSError when there is no room.
+        What this guest has claimed in the epoch `running` is kept, for undo(). Raises ValueError if
+        the data is truncated, OSError if there is no room.
         """
         size, now = _KEY + _MAC + 1, time.monotonic_ns()
         if len(addresses) % size or len(macs) % _MAC:
@@ -114,28 +124,31 @@ class AddressTable:
 
     def _replace(self, table: Table, key: bytes, claim: bytes, running: int) -> None:
         old = table.get(key)
-        if old is None:  # another machine has it meanwhile
+        if old is None:  # another machine has claimed it meanwhile
             self._before.pop(key, None)
         elif abi.CLAIM.unpack(old)[2] == running:
             self._before[key] = old
         table.set(key, claim)
 
     def undo(self, epoch: int) -> None:
-        """The guest goes on in `epoch`: what was told for a later one was said by another state."""
+        """Continue in `epoch`: drop what was stored for a later one, a state that never came."""
         for table in (self._addresses, self._macs):
             for key, raw in list(table.items()):
                 if abi.CLAIM.unpack(raw)[2] <= epoch:
                     continue
-                was = self._before.get(key)  # in two tables, with keys of two sizes
+                was = self._before.get(key)  # of either table; their keys differ in size
                 if was is None or abi.CLAIM.unpack(was)[2] != epoch:
                     table.delete(key)
                     continue
-                with contextlib.suppress(OSError):  # moved and its place taken, since it was read
+                with contextlib.suppress(OSError):  # moved, and its place taken, since it was read
                     table.set(key, was)
         self._before.clear()
 
     def sweep(self, epoch: int | None) -> bool:
-        """Delete what is old, or of an epoch before `epoch`; whether `macs` is full then."""
+        """Delete entries that are old or of an epoch before `epoch`.
+
+        Returns whether `macs` is full then.
+        """
         oldest = time.monotonic_ns() - int(FORGET_S * 1e9)
         left = 0
         for table in (self._addresses, self._macs):
@@ -149,7 +162,7 @@ class AddressTable:
         return left >= int(self._macs.info.max_entries)
 
     def forget_all(self) -> None:
-        """Nobody sees any more what the guest and the network say."""
+        """Forget everything: the frames of the guest and the network are no longer seen."""
         self._before.clear()
         for table in (self._addresses, self._macs):
             for key, _ in list(table.items()):

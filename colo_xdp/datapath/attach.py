@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Devices and hooks, over netlink: the only module that imports pyroute2.
+"""Devices and hooks, over netlink; the only module that imports pyroute2.
 
-Everything that is put on a device carries our name, is replaced atomically by
-the next controller, and is written to a manifest, so that `detach` takes off
-exactly what was put on and nothing that belongs to somebody else.
+Everything that is put on a device carries our name, is replaced atomically by the next controller,
+and is recorded in a manifest. So `detach` removes exactly what was attached, and nothing that
+belongs to other tools.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from .loader import Program
 
 ETH_P_ALL = 0x0003
 INGRESS, EGRESS = 0xFFFFFFF2, 0xFFFFFFF3  # TC_H_CLSACT | TC_H_MIN_INGRESS/EGRESS
-#: Before any other filter: one that lets a frame pass first would be a leak. Ours come in the
+#: Before any other filter: one that passes a frame before ours would be a leak. Ours come in the
 #: order promoted_out, one of the role's programs, promoted_in.
 FIRST, PRIO, LAST = 1, 2, 3
 LABEL = "colo-xdp"
@@ -46,20 +46,23 @@ IFF_TAP, IFF_NO_PI, IFF_VNET_HDR = 0x0002, 0x1000, 0x4000
 
 
 class NoSuchDevice(RuntimeError):
-    """A network device named in the config does not exist in this namespace."""
+    """A network device named in the configuration does not exist in this namespace."""
 
 
 class AttachError(RuntimeError):
-    """A program cannot be put on a device; the text says what is in the way."""
+    """A program cannot be attached to a device; the text names the obstacle."""
 
 
 class Taken(AttachError):
-    """The device is another pair's, or another tool's program comes first: a person decides."""
+    """The device belongs to another pair, or another tool's program comes first.
+
+    The operator has to decide.
+    """
 
 
 @dataclass(frozen=True, slots=True)
 class LinkInfo:
-    """What the kernel says about a device."""
+    """The kernel's information about a device."""
 
     name: str
     index: int
@@ -110,7 +113,7 @@ def _info(msg: Any) -> LinkInfo:
 
 
 def link_info(name: str) -> LinkInfo:
-    """State of a device.
+    """Return the state of a device.
 
     Raises NoSuchDevice when it does not exist in this network namespace.
     """
@@ -131,19 +134,19 @@ def set_up(name: str, up: bool = True) -> None:
 
 
 def set_master(name: str, bridge: str | None) -> None:
-    """Put a device into a bridge, or take it out (None)."""
+    """Put a device into a bridge, or remove it (None)."""
     index = link_info(name).index
     master = link_info(bridge).index if bridge else 0
     with _netlink() as ipr:
         ipr.link("set", index=index, master=master)
 
 
-#: states of a port (PORT_STATES) in which a port with a carrier lets nothing through
+#: states (PORT_STATES) in which a port with a carrier forwards nothing
 PORT_WAITS = ("listening", "learning", "blocking")
 
 
 def port_state(name: str) -> str:
-    """State of a bridge's port (PORT_STATES); "" if the device is none.
+    """Return the state of a bridge port (PORT_STATES); "" if the device is not one.
 
     Raises NoSuchDevice.
     """
@@ -158,9 +161,10 @@ def port_state(name: str) -> str:
 
 
 def spanning_tree(bridge: str) -> tuple[int, float]:
-    """(0: no STP, 1: the kernel's, 2: a daemon's; forward delay in s) of a bridge of the kernel.
+    """Return a kernel bridge's spanning tree mode and its forward delay in seconds.
 
-    (0, 0.0) if it is none. Raises NoSuchDevice.
+    The mode is 0: no STP, 1: the kernel's, 2: a daemon's. Returns (0, 0.0) if the device is not a
+    bridge. Raises NoSuchDevice.
     """
     index = link_info(bridge).index
     with _netlink() as ipr:
@@ -176,27 +180,33 @@ _BRIDGE_CALLS = ("NF_CALL_IPTABLES", "NF_CALL_IP6TABLES", "NF_CALL_ARPTABLES")
 _NFPROTO_BRIDGE = 7
 _NUD_REACHABLE, _NUD_NOARP, _NUD_PERMANENT = 0x02, 0x40, 0x80
 _NTF_USE, _NTF_MASTER, _NTF_EXT_LEARNED, _NTF_STICKY = 0x01, 0x04, 0x10, 0x40
-#: of a port (IFLA_BRPORT_*): who is answered past the bridge would be answered past these
+#: Port attributes (IFLA_BRPORT_*) that frames would bypass if they were sent past the bridge.
 _PORT_RULES = (
-    "LOCKED", "ISOLATED", "NEIGH_SUPPRESS", "NEIGH_VLAN_SUPPRESS", "PROXYARP", "PROXYARP_WIFI",
-)  # fmt: skip
-#: shorter, and the bridge forgets a client before pvm_in does (CLIENT_FRESH_NS); in 1/100 s
+    "LOCKED",
+    "ISOLATED",
+    "NEIGH_SUPPRESS",
+    "NEIGH_VLAN_SUPPRESS",
+    "PROXYARP",
+    "PROXYARP_WIFI",
+)
+#: With a shorter ageing time the bridge forgets a client before pvm_in does (CLIENT_FRESH_NS); in
+#: 1/100 s.
 _MIN_AGEING = 100
-#: legacy ebtables: a table's module once loaded, nobody but its own ioctl tells of rules
+#: Legacy ebtables: once a table's module is loaded, only its own ioctl shows whether it has rules.
 EBTABLES = tuple(Path(f"/sys/module/ebtable_{x}") for x in ("filter", "nat", "broute"))
-#: what a kernel without nf_tables answers: to the socket, or to the request (nfnetlink_rcv_msg()
-#: says EINVAL of a subsystem that it does not have)
+#: Answers of a kernel without nf_tables, to the socket or to the request (nfnetlink_rcv_msg()
+#: answers EINVAL for a subsystem that it does not have).
 _NO_NFTABLES = frozenset(
     (errno.EPROTONOSUPPORT, errno.EAFNOSUPPORT, errno.EOPNOTSUPP, errno.ENOENT, errno.EINVAL)
 )
 
 
 def plain_ports(tap: str) -> frozenset[int]:
-    """ifindexes of the ports of the tap's bridge behind which a client can be answered past it.
+    """Return the ifindexes of bridge ports whose clients can be answered past the tap's bridge.
 
-    None if the tap is in no bridge, in one that filters (VLANs, netfilter), that keeps no
-    addresses, or if the tap's own port has rules; else those that learn and have no rules. What
-    somebody has entered by hand is refresh_fdb()'s to tell.
+    Empty if the tap is in no bridge, or in one that filters (VLANs, netfilter) or keeps no
+    addresses, or if the tap's own port has rules. Otherwise, the ports that learn and have no
+    rules. Entries made by hand are reported by refresh_fdb().
     """
     none: frozenset[int] = frozenset()
     try:
@@ -218,7 +228,7 @@ def plain_ports(tap: str) -> frozenset[int]:
 
 
 def _is_plain(port: Any) -> bool:
-    """Whether a port of a bridge learns addresses and has no rules of its own."""
+    """Return whether a bridge port learns addresses and has no rules of its own."""
     info = port.get_attr("IFLA_LINKINFO")
     data = info.get_attr("IFLA_INFO_SLAVE_DATA") if info else None
     if data is None or not hasattr(data, "get_attr"):
@@ -229,9 +239,11 @@ def _is_plain(port: Any) -> bool:
 
 
 def _is_filtered(calls: bool) -> bool:
-    """Whether anybody may have rules for bridged frames: legacy ebtables, nftables' family
-    `bridge`, or any at all where the bridge calls the other families (`calls`, or the sysctl says
-    so). What cannot be found out counts as a rule."""
+    """Return whether there may be rules for bridged frames.
+
+    That is legacy ebtables, nftables' family `bridge`, or any rules at all if the bridge calls the
+    other families (`calls`, or the sysctl). What cannot be determined counts as a rule.
+    """
     if any(path.exists() for path in EBTABLES):
         return True
     try:
@@ -249,11 +261,11 @@ def _is_filtered(calls: bool) -> bool:
 
 
 def refresh_fdb(port: str) -> frozenset[int]:
-    """As if a frame had come from each address that the bridge has learned at this port.
+    """Refresh each address that the bridge has learnt at this port, as a frame from it would.
 
-    Returns where the bridge has addresses that it has not learned (static, sticky, local but no
-    device's own, by another program): ifindexes of ports, or of the bridge. Who has such an
-    address is to be reached there, wherever it was heard.
+    Returns where the bridge has addresses that it has not learnt (static, sticky, local but no
+    device's own, or set by another program): ifindexes of ports, or of the bridge. Such an address
+    must be reached there, wherever it was seen.
     """
     own = link_info(port)
     fixed: set[int] = set()
@@ -273,17 +285,20 @@ def refresh_fdb(port: str) -> frozenset[int]:
                     fixed.add(m["ifindex"])
             elif m["ifindex"] == own.index and state & _NUD_REACHABLE and flags == 0:
                 ipr.fdb(
-                    "add", ifindex=own.index, lladdr=mac,
-                    state=_NUD_REACHABLE, flags=_NTF_USE | _NTF_MASTER,
-                )  # fmt: skip
+                    "add",
+                    ifindex=own.index,
+                    lladdr=mac,
+                    state=_NUD_REACHABLE,
+                    flags=_NTF_USE | _NTF_MASTER,
+                )
     return frozenset(fixed)
 
 
 def make_vxlan(name: str, vni: int, local: str, remote: str, port: int, manifest: Manifest) -> bool:
-    """The peer link as a unicast VXLAN, up, without addresses; False when it is there already.
+    """Create the peer link as a unicast VXLAN, up and without addresses; False if it exists.
 
-    No learning: all goes to `remote`. MTU: what the path of `remote` leaves. Raises AttachError
-    when a device of that name is another one.
+    No learning: everything goes to `remote`. MTU: what the path to `remote` leaves. Raises
+    AttachError if another device has that name.
     """
     suffix = "6" if ":" in remote else ""
     want = {"IFLA_VXLAN_ID": vni, f"IFLA_VXLAN_GROUP{suffix}": remote, "IFLA_VXLAN_PORT": port}
@@ -309,9 +324,14 @@ def make_vxlan(name: str, vni: int, local: str, remote: str, port: int, manifest
             addresses[f"vxlan_local{suffix}"] = local
         try:
             ipr.link(
-                "add", ifname=name, kind="vxlan", vxlan_id=vni, vxlan_port=port,
-                vxlan_learning=0, **addresses,
-            )  # fmt: skip
+                "add",
+                ifname=name,
+                kind="vxlan",
+                vxlan_id=vni,
+                vxlan_port=port,
+                vxlan_learning=0,
+                **addresses,
+            )
         except NetlinkError as e:
             raise AttachError(f"{name}: VXLAN {vni} to {remote}: {e}") from e
     manifest.add("links", name)
@@ -322,16 +342,16 @@ def make_vxlan(name: str, vni: int, local: str, remote: str, port: int, manifest
 
 
 def make_tap(name: str) -> int:
-    """A tap with vnet_hdr that lives as long as its descriptor (closed: gone); returns it.
+    """Create a tap with vnet_hdr that lives as long as its descriptor; return the descriptor.
 
-    Frames written to it carry a 10-byte struct virtio_net_hdr (little endian).
+    Frames written to it carry a 10-byte struct virtio_net_hdr (little-endian).
     """
     fd = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         flags = IFF_TAP | IFF_NO_PI | IFF_VNET_HDR
         fcntl.ioctl(fd, TUNSETIFF, struct.pack("16sH22x", name.encode(), flags))
         fcntl.ioctl(fd, TUNSETVNETHDRSZ, struct.pack("i", 10))
-        # The device is only ever written to. Without addresses the host sends nothing to it.
+        # The device is only written to. Without addresses the host sends nothing to it.
         with contextlib.suppress(FileNotFoundError):
             Path(f"/proc/sys/net/ipv6/conf/{name}/disable_ipv6").write_text("1")
         set_up(name)
@@ -342,13 +362,17 @@ def make_tap(name: str) -> int:
 
 
 class Manifest:
-    """What one controller has put on devices, kept on disk for the time after it."""
+    """Record of what one controller has attached to devices, kept on disk."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.data: dict[str, list[Any]] = {
-            "clsact": [], "filters": [], "xdp": [], "links": [], "ports": [],
-        }  # fmt: skip
+            "clsact": [],
+            "filters": [],
+            "xdp": [],
+            "links": [],
+            "ports": [],
+        }
         if path.exists():
             with contextlib.suppress(ValueError):
                 old = json.loads(path.read_text())
@@ -366,7 +390,7 @@ class Manifest:
 
 @dataclass(frozen=True, slots=True)
 class Filter:
-    """A tc filter at a hook; `name` and `prog_id` only of kind "bpf"."""
+    """A tc filter at a hook; `name` and `prog_id` only for kind "bpf"."""
 
     prio: int
     handle: int
@@ -376,13 +400,13 @@ class Filter:
 
     @property
     def pair(self) -> str:
-        """Whose it is, if a controller has put it there; else empty."""
+        """Return the pair that it belongs to, if a controller attached it; otherwise ""."""
         parts = self.name.split(":")
         return parts[1] if len(parts) == 3 and parts[0] == LABEL else ""
 
 
 def _filters(ipr: Any, index: int, parent: int) -> list[Filter]:
-    """The filters at a hook."""
+    """Return the filters at a hook."""
     out = []
     for m in ipr.get_filters(index=index, parent=parent):
         if not m["handle"]:
@@ -398,8 +422,11 @@ def _filters(ipr: Any, index: int, parent: int) -> list[Filter]:
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """A device and what is on its hooks: filters by direction ("ingress", "egress"), and how many
-    tcx programs (Linux 6.6), which run before any filter."""
+    """A device and what is on its hooks.
+
+    filters: by direction ("ingress", "egress"). tcx: the number of tcx programs (Linux 6.6), which
+    run before any filter.
+    """
 
     info: LinkInfo
     filters: dict[str, list[Filter]] = field(default_factory=dict)
@@ -410,7 +437,7 @@ _PARENTS = {"ingress": INGRESS, "egress": EGRESS}
 
 
 def look(names: Iterable[str]) -> dict[str, Seen | None]:
-    """What is on these devices now; None: there is no such device."""
+    """Return what is on these devices now; None: there is no such device."""
     out: dict[str, Seen | None] = {}
     with _netlink() as ipr:
         for name in names:
@@ -429,7 +456,7 @@ def look(names: Iterable[str]) -> dict[str, Seen | None]:
 
 
 def other_pair(dev: str, seen: Seen, pair: str) -> str:
-    """Which other pair has this device, as a sentence; empty: none."""
+    """Return a sentence that names the other pair which has this device; "": none."""
     for direction, filters in seen.filters.items():
         for f in filters:
             if f.pair not in ("", pair):
@@ -442,7 +469,7 @@ def other_pair(dev: str, seen: Seen, pair: str) -> str:
 
 
 def comes_first(dev: str, seen: Seen, direction: str) -> str:
-    """Whose program sees a frame there before ours and may let it pass, as a sentence."""
+    """Return a sentence about a program that sees frames before ours; "": none."""
     for f in seen.filters[direction]:
         if f.prio <= LAST and not f.name.startswith(LABEL + ":"):
             return (
@@ -456,22 +483,24 @@ def comes_first(dev: str, seen: Seen, direction: str) -> str:
 
 
 def changes() -> socket.socket:
-    """A socket that can be read when devices, qdiscs or filters of this namespace have changed.
-    What it says is of no use (it may overflow): look."""
+    """Return a socket that is readable when devices, qdiscs or filters here have changed.
+
+    Its messages are of no use, since it may overflow: call look().
+    """
     s = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK, 0)
     s.bind((0, 1 | 8))  # RTMGRP_LINK, RTMGRP_TC
     return s
 
 
 def drain(sock: socket.socket) -> None:
-    """Take all from a socket of changes(), which tells nothing but that there are some."""
-    with contextlib.suppress(OSError):  # there is nothing more, or it has overflowed
+    """Read everything from a socket of changes(). The messages only mean that something changed."""
+    with contextlib.suppress(OSError):  # nothing more to read, or it has overflowed
         while sock.recv(65536):
             pass
 
 
 def label(pair: str, prog: str) -> str:
-    """Name of our filter: whose it is, and which program."""
+    """Return the name of our filter, made of pair and program."""
     return f"{LABEL}:{pair}:{prog}"
 
 
@@ -483,11 +512,10 @@ def attach_tc(
     manifest: Manifest | None,
     prio: int = PRIO,
 ) -> None:
-    """Put a program on a device's clsact hook; replaces what we have at this place atomically.
+    """Attach a program to a device's clsact hook, atomically replacing ours at this place.
 
-    Without a manifest for devices that go with their descriptor.
-
-    Raises NoSuchDevice, and Taken when another pair is there or somebody else's filter comes first.
+    manifest: None for devices that vanish with their descriptor. Raises NoSuchDevice; Taken if
+    another pair is there or another tool's filter comes first; AttachError.
     """
     parent = _PARENTS[direction]
     name_of = label(pair, prog.name)
@@ -498,7 +526,7 @@ def attach_tc(
     if why:
         raise Taken(why)
     index = seen.info.index
-    # Only what is ours is replaced: another pair that has come meanwhile makes `add` fail.
+    # Replace only what is ours: if another pair has come meanwhile, `add` fails.
     mine = any(f.prio == prio and f.pair == pair for f in seen.filters[direction])
     with _netlink() as ipr:
         try:
@@ -512,10 +540,18 @@ def attach_tc(
             manifest.add("filters", [dev, direction, name_of])
         try:
             ipr.tc(
-                "replace-filter" if mine else "add-filter", "bpf", index, handle=1, prio=prio,
-                protocol=ETH_P_ALL, fd=prog.fd, name=name_of, parent=parent, classid=1,
+                "replace-filter" if mine else "add-filter",
+                "bpf",
+                index,
+                handle=1,
+                prio=prio,
+                protocol=ETH_P_ALL,
+                fd=prog.fd,
+                name=name_of,
+                parent=parent,
+                classid=1,
                 direct_action=True,
-            )  # fmt: skip
+            )
         except NetlinkError as e:
             if e.code == errno.EEXIST:
                 raise Taken(f"{dev} {direction}: another pair has just taken this device") from e
@@ -523,9 +559,9 @@ def attach_tc(
 
 
 def attach_xdp(dev: str, prog: Program, manifest: Manifest, *, generic: bool = False) -> None:
-    """Put an XDP program on a device, in native mode unless `generic` is asked for.
+    """Attach an XDP program to a device, in native mode unless `generic` is set.
 
-    Raises AttachError when a foreign program is there or the mode is refused.
+    Raises Taken if a foreign program is there, AttachError if the mode is refused.
     """
     info = link_info(dev)
     attrs: list[tuple[str, int]] = [("IFLA_XDP_FD", prog.fd)]
@@ -557,7 +593,7 @@ def attach_xdp(dev: str, prog: Program, manifest: Manifest, *, generic: bool = F
 
 
 def is_ours(prog_id: int) -> bool:
-    """Whether an XDP program is one that attach_xdp() has put somewhere."""
+    """Return whether an XDP program was attached by attach_xdp()."""
     try:
         return syscall.prog_info_by_id(prog_id).name == XDP_NAME[:15]
     except OSError:
@@ -565,7 +601,7 @@ def is_ours(prog_id: int) -> bool:
 
 
 def detach_tc(dev: str, direction: str, name_of: str) -> bool:
-    """Take one of our filters off; False when it (or the device) is not there any more."""
+    """Detach one of our filters; False if it (or the device) is not there any more."""
     try:
         index = link_info(dev).index
     except NoSuchDevice:
@@ -575,15 +611,20 @@ def detach_tc(dev: str, direction: str, name_of: str) -> bool:
         for f in _filters(ipr, index, parent):
             if f.name == name_of:
                 ipr.tc(
-                    "del-filter", "bpf", index, handle=f.handle, prio=f.prio,
-                    protocol=ETH_P_ALL, parent=parent,
-                )  # fmt: skip
+                    "del-filter",
+                    "bpf",
+                    index,
+                    handle=f.handle,
+                    prio=f.prio,
+                    protocol=ETH_P_ALL,
+                    parent=parent,
+                )
                 return True
     return False
 
 
 def detach_xdp(dev: str, name: str) -> bool:
-    """Take our XDP program off; one of another name stays."""
+    """Detach our XDP program; one of another name stays. Returns whether it was there."""
     try:
         info = link_info(dev)
     except NoSuchDevice:
@@ -611,7 +652,7 @@ def detach_xdp(dev: str, name: str) -> bool:
 
 
 def take_out_ports(manifest_path: Path) -> list[str]:
-    """Take taps out of the bridges into which a controller has put them; one line each."""
+    """Remove taps from the bridges into which a controller has put them; return one line each."""
     gone = []
     for tap, bridge in Manifest(manifest_path).data["ports"]:
         with contextlib.suppress(NoSuchDevice):
@@ -622,7 +663,7 @@ def take_out_ports(manifest_path: Path) -> list[str]:
 
 
 def tap_in_use(index: int) -> bool:
-    """Whether a tap of this index is here, and somebody (QEMU) holds it."""
+    """Return whether a tap with this index exists and is held open (by QEMU)."""
     with _netlink() as ipr:
         try:
             info = _info(ipr.link("get", index=index)[0])
@@ -632,9 +673,9 @@ def tap_in_use(index: int) -> bool:
 
 
 def detach_all(manifest_path: Path) -> list[str]:
-    """Take off all that the manifest lists; returns what was removed, one line each.
+    """Remove everything that the manifest lists; return what was removed, one line each.
 
-    A clsact qdisc goes only if we made it and nothing is left on it.
+    A clsact qdisc is removed only if we made it and nothing is left on it.
     """
     if not manifest_path.exists():
         return []

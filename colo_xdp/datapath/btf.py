@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Where the running kernel keeps a frame's offloads, from its own BTF.
+"""Finds where the running kernel keeps a frame's offloads, from its own BTF.
 
-BPF shows neither which kind of segmentation a frame waits for nor where its checksum begins
-(struct __sk_buff has gso_size and no more), but a program may read the kernel's struct sk_buff
-if it knows the places, and those are in /sys/kernel/btf/vmlinux. Format:
-Documentation/bpf/btf.rst; integers in the host's byte order.
+BPF shows neither what kind of segmentation a frame waits for nor where its checksum begins (struct
+__sk_buff has only gso_size). But a program may read the kernel's struct sk_buff if it knows the
+offsets, and those are in /sys/kernel/btf/vmlinux. datapath/loader.py compiles them into the
+programs (bpf/lib/gso.h). Format: Documentation/bpf/btf.rst; integers are in the host's byte order.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _MAGIC = 0xEB9F
 _INT, _ARRAY, _STRUCT, _UNION, _ENUM = 1, 3, 4, 5, 6
 _FUNC_PROTO, _VAR, _DATASEC, _DECL_TAG, _ENUM64 = 13, 14, 15, 17, 19
 _TYPEDEF, _MODIFIERS = 8, frozenset((8, 9, 10, 11, 18))
-#: bytes that follow a type's head: for the type, for each of its vlen entries
+#: bytes that follow a type's head: once per type, and for each of its vlen entries
 _EXTRA = {
     _INT: (4, 0), _ARRAY: (12, 0), _STRUCT: (0, 12), _UNION: (0, 12), _ENUM: (0, 8),
     _FUNC_PROTO: (0, 8), _VAR: (4, 0), _DATASEC: (0, 12), _DECL_TAG: (4, 0), _ENUM64: (0, 12),
@@ -40,18 +40,18 @@ _PLACES = {
     "COLO_SKB_CSUM_OFFSET": ("sk_buff", "csum_offset"),
     "COLO_SHINFO_GSO_TYPE": ("skb_shared_info", "gso_type"),
 }
-#: bits of skb_shared_info.gso_type; those behind are not in every kernel
+#: Bits of skb_shared_info.gso_type; those of the second line are not in every kernel.
 _KINDS = ("TCPV4", "TCPV6", "TCP_ECN", "DODGY", "UDP", "UDP_L4")
 _MORE_KINDS = ("TCP_FIXEDID", "TCP_FIXEDID_INNER", "FRAGLIST", "TCP_ACCECN")
 
 
 class BtfError(RuntimeError):
-    """The kernel does not say where it keeps what is wanted; the text says what is missing."""
+    """The kernel's BTF lacks something that is needed; the text states what."""
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """A member of a struct: bits from its start, and bits of a bit field (0: it is none)."""
+    """Position of a struct member: bits from its start, and bits of a bit field (0: it is none)."""
 
     bit: int
     width: int = 0
@@ -59,7 +59,7 @@ class Place:
 
 
 class Btf:
-    """Structs and enumerators by name. Raises BtfError when the bytes are no BTF."""
+    """Structs and enumerators by name. Raises BtfError if the bytes are not BTF."""
 
     def __init__(self, raw: bytes) -> None:
         try:
@@ -70,7 +70,7 @@ class Btf:
             raise BtfError("no BTF of this machine's byte order")
         self._raw = raw
         self._strings = raw[size + strings : size + strings + strings_len]
-        self._at = [0]  # by type id; 0 is void
+        self._at = [0]  # by type ID; 0 is void
         at, end = size + types, size + types + types_len
         try:
             while at < end:
@@ -99,7 +99,7 @@ class Btf:
             yield self._name(name), kind, place
 
     def _plain(self, kind: int) -> tuple[int, int]:
-        """Place and kind of a type without its typedefs and qualifiers."""
+        """Return offset and kind of a type without its typedefs and qualifiers."""
         at = self._at[kind]
         while at:
             _, info, ref = _TYPE.unpack_from(self._raw, at)
@@ -120,7 +120,10 @@ class Btf:
         return None
 
     def place(self, struct_name: str, member: str) -> Place:
-        """Where a member is, also one of an anonymous struct or union within."""
+        """Return the position of a member, which may be in an anonymous struct or union within.
+
+        Raises BtfError.
+        """
         for at in self._named(struct_name, (_STRUCT,)):
             found = self._find(at, member, 0)
             if found:
@@ -128,7 +131,7 @@ class Btf:
         raise BtfError(f"struct {struct_name} has no member {member}")
 
     def enumerators(self, prefix: str) -> dict[str, int]:
-        """All enumerators whose names begin so (32-bit ones)."""
+        """Return all 32-bit enumerators whose names start with `prefix`."""
         out = {}
         for at in self._at[1:]:
             _, info, _ = _TYPE.unpack_from(self._raw, at)
@@ -142,7 +145,7 @@ class Btf:
 
 
 def skb_flags(raw: bytes) -> tuple[str, ...]:
-    """What bpf/lib/gso.h has to be compiled with. Raises BtfError."""
+    """Return the compiler flags for bpf/lib/gso.h. Raises BtfError."""
     btf = Btf(raw)
     flags = ["-DCOLO_SKB"]
     for macro, (struct_name, member) in _PLACES.items():
@@ -154,9 +157,9 @@ def skb_flags(raw: bytes) -> tuple[str, ...]:
                 raise BtfError(f"sk_buff.ip_summed has {place.width} bits at {place.bit}")
         elif place.bit % 8 or place.width:
             raise BtfError(f"{struct_name}.{member} is at bit {place.bit}")
-        if member == "end":  # an offset from head, with 64-bit pointers
+        if member == "end":  # with 64-bit pointers: an offset from head
             flags.append(f"-DCOLO_SKB_END_SIZE={8 if place.pointer else 4}")
-    try:  # only where the kernel has SCTP or another user of CRC32c
+    try:  # only if the kernel has SCTP or another user of CRC32c
         place = btf.place("sk_buff", "csum_not_inet")
         flags.append(f"-DCOLO_SKB_NOT_INET={place.bit // 8}")
         flags.append(f"-DCOLO_SKB_NOT_INET_SHIFT={place.bit % 8}")
@@ -172,7 +175,7 @@ def skb_flags(raw: bytes) -> tuple[str, ...]:
 
 
 def why_not() -> str:
-    """Why programs cannot read the kernel's own struct here; "": as far as is known they can."""
+    """Return why programs cannot read the kernel's own struct here; "": they probably can."""
     if not VMLINUX.exists():
         return f"this kernel has no BTF ({VMLINUX})"
     if LOCKDOWN.exists() and "[confidentiality]" in LOCKDOWN.read_text():
@@ -181,5 +184,5 @@ def why_not() -> str:
 
 
 def kernel_flags() -> tuple[str, ...]:
-    """skb_flags() of the running kernel. Raises BtfError, OSError."""
+    """Return skb_flags() of the running kernel. Raises BtfError, OSError."""
     return skb_flags(VMLINUX.read_bytes())

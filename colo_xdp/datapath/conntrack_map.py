@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The secondary's connection table as the controller sees it: counting and ageing."""
+"""The secondary's connection table as the controller sees it: counting, ageing, export."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ _HALF = 0x80000000
 
 @dataclass(slots=True)
 class ConntrackEntry(rewriter.TrackedConnection):
-    """struct colo_flow; offsets in the 32-bit space of the header, times in ns."""
+    """Contents of struct colo_flow; offsets are 32-bit differences, times are in ns."""
 
     seen_ns: int = 0
 
     @property
     def certain(self) -> bool:
-        """Whether its offset is known."""
+        """Return whether its offset is known."""
         return bool(self.have & rewriter.HAVE_ISN_S) and self.known
 
     @property
     def wanted(self) -> bool:
-        """Whether it has an offset, or may have one at the end of a handshake."""
+        """Return whether it has an offset, or may have one at the end of a handshake."""
         begun = (self.have | self.have_client) & rewriter.HAVE_ANY  # a FIN begins nothing
         return bool(self.off or self.tsoff or (begun and not self.certain))
 
 
 def decode(raw: bytes) -> ConntrackEntry:
-    """A flow from its map value."""
+    """Decode a map value."""
     fields = abi.FLOW.unpack(raw)
     f = ConntrackEntry(*fields[1:])
     f.seen_ns = fields[0]
@@ -41,9 +41,9 @@ def decode(raw: bytes) -> ConntrackEntry:
 
 
 class ConntrackMap:
-    """Ageing by the timeouts of tcp_state; numbers for status and metrics.
+    """Ages entries by the timeouts of tcp_state, and counts them for status and metrics.
 
-    `opening`: connections whose client has not yet shown that it hears the guest
+    `opening`: connections whose client has not yet shown that it receives the guest's segments
     (bpf/lib/conntrack.h).
     """
 
@@ -57,16 +57,19 @@ class ConntrackMap:
         self.aged = 0
 
     def _all(self) -> Iterator[tuple[Map, bytes, bytes]]:
-        """Map, key and value of every entry. What moves meanwhile may come twice, or not at all."""
+        """Yield map, key and value of every entry.
+
+        What moves meanwhile may come twice, or not at all.
+        """
         for m in (self._opening, self._map):
             for key, raw in m.items():
                 yield m, key, raw
 
     def export(self, epoch: int) -> list[bytes]:
-        """Connections in the guest's own numbers, or about to be: key and value of each.
+        """Return key and value of each connection in the guest's own numbers, or about to be.
 
-        Those whose offset is of `epoch`, or for good (bpf/lib/conntrack.h), and is not known to be
-        0.
+        These are the entries whose offset belongs to `epoch`, or is permanent
+        (bpf/lib/conntrack.h), and is not known to be 0.
         """
         out = {}
         for _, key, raw in self._all():
@@ -76,10 +79,10 @@ class ConntrackMap:
         return list(out.values())
 
     def adopt(self, data: bytes, *, first: bool) -> None:
-        """Offsets for good, from export() of the host whose guest this one is a copy of.
+        """Add permanent offsets from export() of the host whose guest this one is a copy of.
 
-        `first`: they replace all. Raises ValueError when they are not whole, OSError when there is
-        no room.
+        first: they replace all entries. Raises ValueError if `data` is truncated, OSError if there
+        is no room.
         """
         size = abi.FLOW_KEY.size + abi.FLOW.size
         if len(data) % size:
@@ -95,31 +98,34 @@ class ConntrackMap:
             self._map.set(key, abi.FLOW.pack(*mine))
 
     def give_up(self, epoch: int) -> int:
-        """Nobody knows whether offsets of `epoch` still hold: no byte of such a connection may be
-        taken for one of another place. Returns how many there are.
+        """Give up connections whose offsets of `epoch` may no longer hold; return how many.
 
-        Offsets are small (clones have one secret and nearly one clock, RFC 6528), so both answers
-        can be in a client's window. Half of the sequence space away nothing is: the connection's
-        two ends ignore each other from now on. Only while no program translates.
+        No byte of such a connection may be taken for one of another position. Offsets are small
+        (clones have one secret and nearly one clock, RFC 6528), so both interpretations can be
+        within a client's window. Half of the sequence space away nothing is: the connection's two
+        ends ignore each other from now on. Call this only while no program translates.
         """
         given_up = 0
         for m, key, raw in list(self._all()):
             f = decode(raw)
             if f.epoch != epoch or not f.have & rewriter.HAVE_ISN_S:
-                continue  # what the guest has not said yet is learnt from whoever says it
+                continue  # what the guest has not sent yet is learnt from either guest
             if f.certain and not f.off and not f.tsoff:
                 continue  # the same numbers either way
             fields = list(abi.FLOW.unpack(raw))
             fields[2] = _HALF
             fields[4] = (f.isn_s + _HALF) & 0xFFFFFFFF
             fields[12] |= rewriter.HAVE_ISN_P
-            fields[13] = 0  # whatever the PVM has told
+            fields[13] = 0  # whatever the PVM's SYN has shown
             m.set(key, abi.FLOW.pack(*fields))
             given_up += 1
         return given_up
 
     def sweep(self, epoch: int) -> None:
-        """Delete what is old or closed. Entries of former epochs have offset 0: nothing is lost."""
+        """Delete entries that are old or closed.
+
+        Entries of former epochs have offset 0, so nothing is lost.
+        """
         now = time.monotonic_ns()
         tracked = opening = translated = wanted = 0
         for m, key, raw in self._all():

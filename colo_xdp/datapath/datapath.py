@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""One host's data path as an object: programs on their hooks, mode, epoch, counters, taps.
+"""One host's data path as an object: attached programs, mode, epoch, counters, taps.
 
-Start-up adopts what a former controller left pinned, so that the guest's
-frames meet a program at every moment.
+The controllers own one. On start-up it adopts what a former controller left pinned, so that the
+guest's frames meet a program at every moment.
 """
 
 from __future__ import annotations
@@ -33,21 +33,21 @@ log = logging.getLogger("colo_xdp.datapath.datapath")
 _U32 = struct.Struct("=I")
 _U64 = struct.Struct("=Q")
 
-ORDER_NS = 60_000_000_000  # for how long a person's word outlives the controller that heard it
-FDB_EVERY_S = 5.0  # bridges forget after 300 s, unless told otherwise; 35 us per address
+ORDER_NS = 60_000_000_000  # how long an operator request outlives the controller that received it
+FDB_EVERY_S = 5.0  # bridges forget after 300 s by default; costs 35 us per address
 
 PRIMARY_HOOKS = (("pvm_in", "tap", "egress"), ("svm_arrival", "peer", "ingress"))
 SECONDARY_HOOKS = (("svm_net", "tap", "egress"), ("svm_in", "peer", "ingress"))
-#: the programs of the taps that only the controller writes to
+#: the programs of the taps to which only the controller writes
 INJECTED = {"release": "pvm_release", "deliver": "svm_deliver", "forward": "svm_forward"}
 
 
 class DataPathError(RuntimeError):
-    """The data path cannot be set up as configured; names the device or key."""
+    """The data path cannot be set up as configured; the text names the device or key."""
 
 
 class DeviceMissing(DataPathError):
-    """A device is not there (yet); names its key."""
+    """A device does not exist (yet); the text names its key."""
 
     def __init__(self, why: str, device: str) -> None:
         super().__init__(why)
@@ -55,10 +55,10 @@ class DeviceMissing(DataPathError):
 
 
 def choose_hook(wanted: str, tap: attach.LinkInfo) -> str:
-    """`xdp` or `tc` for the SVM's output.
+    """Return `xdp` or `tc` for the SVM's output.
 
-    XDP sees neither GSO nor partial checksums, so it is only right on a tap without
-    vnet_hdr. Raises DataPathError when XDP is asked for where it would corrupt.
+    XDP sees neither GSO nor partial checksums, so it is correct only on a tap without vnet_hdr.
+    Raises DataPathError when XDP is requested where it would corrupt frames.
     """
     if wanted == "xdp" and tap.vnet_hdr:
         raise DataPathError(
@@ -71,27 +71,31 @@ def choose_hook(wanted: str, tap: attach.LinkInfo) -> str:
 
 
 def manifest_path(run_dir: str, pair: str, role: str) -> Path:
-    """Where the list of what is attached is kept."""
+    """Return the path of the list of what is attached."""
     return Path(run_dir) / f"{pair}.{role}.attached"
 
 
 class DataPath:
-    """Loaded, attached and pinned; `adopted` tells that a former controller's state goes on."""
+    """Loaded, attached and pinned programs; `adopted`: a former controller's state continues."""
 
     def __init__(self, config: Config) -> None:
         self.config = config
         net, dp = config.network, config.datapath
         self.manifest = attach.Manifest(manifest_path(dp.run_dir, config.pair, config.role))
         pins = loader.pin_dir(dp.bpffs, config.pair, config.role)
-        word = abi.HostRole(loader.pinned_slot(pins, Cfg.ROLE))
-        #: which guest this host runs now; `config.role` is how it began, and names what is pinned
-        self.role = config.role if word is abi.HostRole.CONFIGURED else word.name.lower()
+        stored = abi.HostRole(loader.pinned_slot(pins, Cfg.ROLE))
+        #: which guest this host runs now; `config.role` is the role at first, and names the pins
+        self.role = config.role if stored is abi.HostRole.CONFIGURED else stored.name.lower()
         tap = self._device("tap", net.tap)
         if net.vxlan_remote:
             attach.make_vxlan(
-                net.peer_link, net.vxlan_vni, net.vxlan_local, net.vxlan_remote, net.vxlan_port,
+                net.peer_link,
+                net.vxlan_vni,
+                net.vxlan_local,
+                net.vxlan_remote,
+                net.vxlan_port,
                 self.manifest,
-            )  # fmt: skip
+            )
         peer = self._device("peer_link", net.peer_link)
         self._refuse_others()
         pinned = (Path(pins) / "config").exists()
@@ -99,13 +103,14 @@ class DataPath:
             self._device("uplink", net.uplink)  # before anything is loaded
         if tap.kind != "tun":
             raise DataPathError(f"[network] tap: {net.tap} is not a tap device (kind {tap.kind!r})")
-        if self.role == "secondary" and tap.master and not word and not self._was_promoted():
+        if self.role == "secondary" and tap.master and not stored and not self._was_promoted():
             raise DataPathError(
                 f"[network] tap: {net.tap} is in a bridge; on the secondary it must be in none "
                 "(the bridge would learn the guest's address there)"
             )
         if net.bridge and not pinned:
-            self._device("bridge", net.bridge)  # not first missed at 3 a.m.
+            # a missing bridge should not first be noticed at a failover
+            self._device("bridge", net.bridge)
         primary = self.role == "primary"
         self.hook = "tc" if primary else choose_hook(net.hook, tap)
         options = loader.Options(
@@ -132,7 +137,7 @@ class DataPath:
         #: CFG_GUEST_MAC without MAC_ALL
         self._guest_mac = self._read(Cfg.GUEST_MAC) & ~abi.MAC_ALL
         self._macs_full = False
-        #: of the tap: a bridge's port is in it, if it is one (attach.PORT_STATES)
+        #: state of the tap's bridge port (attach.PORT_STATES), if it is one
         self.port_state = ""
         self.reader = open_reader(self.objects)
         self.injectors: dict[str, Injector] = {}
@@ -143,11 +148,12 @@ class DataPath:
         if primary and self._read(Cfg.PROMOTED_EPOCH):
             self.guest = loader.load("promoted", config.pair, dp.bpffs, options, config.role)
         if self.adopted and self.role == "secondary" and self.mode is Mode.DROP and tap.master:
-            attach.set_master(net.tap, None)  # as a primary it was there, and open_network puts it
+            # it was there as a primary; open_network() puts it back
+            attach.set_master(net.tap, None)
         self._write(Cfg.TAP, tap.index)
         self._write(Cfg.PEER, peer.index)
-        words = {"auto": abi.UPLINK_LEARNED, "bridge": abi.UPLINK_BRIDGE}
-        uplink = words.get(net.uplink)
+        uplinks = {"auto": abi.UPLINK_LEARNED, "bridge": abi.UPLINK_BRIDGE}
+        uplink = uplinks.get(net.uplink)
         if uplink is None:
             seen = attach.look((net.uplink,))[net.uplink]
             # A guest that waits for this controller does not wait for a device that it can do
@@ -164,42 +170,47 @@ class DataPath:
         self.fast: BpfKernelPath | None = None
         if options.fast:
             self.fast = BpfKernelPath(
-                self.objects, config.limits().flow_idle_ns, self._read(Cfg.OFFLOAD_SINCE),
+                self.objects,
+                config.limits().flow_idle_ns,
+                self._read(Cfg.OFFLOAD_SINCE),
                 lambda on: self._write(Cfg.OFFLOAD, on),
                 lambda epoch: self._write(Cfg.OFFLOAD_SINCE, epoch),
-            )  # fmt: skip
+            )
             self.fast.enabled = True
         self._ports: frozenset[int] | None = None
-        self._fixed: frozenset[int] = frozenset()  # where the bridge has addresses by hand
+        self._fixed: frozenset[int] = frozenset()  # where the bridge has entries made by hand
         self._fdb_set = 0.0
         self._bridge_unknown = False
         self.stepped_out = False  # taken over, and no program is needed any more
-        self._lock = threading.RLock()  # of what is attached
+        self._lock = threading.RLock()  # guards what is attached
         self.hooks = Hooks(self)
         self._attach()
         self.look_at_port()
         if self.guest:
-            # A later epoch than any other host has seen: see Primary._older_than(). Not before the
-            # secondary's programs are off: they would take their offsets for void.
+            # A later epoch than any other host has seen: see Primary._older_than(). Set only when
+            # the secondary's programs are detached, as they would take their offsets for void.
             self.epoch = max(self.epoch, self.promoted_epoch + 1)
 
     def _begin(self, primary: bool, lease: bool) -> None:
-        """Nothing was pinned, so nothing is known: nobody speaks before it has been decided."""
-        speaks = primary and lease  # in the kernel, no sooner than the lease lets it
+        """Set the initial state when nothing was pinned: no guest transmits before a decision."""
+        transmits = primary and lease  # in the kernel not before the lease allows it
         self.undecided = primary and not lease
-        # A guest that speaks while nobody compares: a copy made before must not take over.
-        self._write(Cfg.SYNC_STATE, abi.SyncState.STANDALONE if speaks else abi.SyncState.NONE)
-        self._write(Cfg.MODE, Mode.BYPASS if speaks else Mode.DROP)
+        # The guest is active while nothing is compared: a copy made before must not take over.
+        self._write(Cfg.SYNC_STATE, abi.SyncState.STANDALONE if transmits else abi.SyncState.NONE)
+        self._write(Cfg.MODE, Mode.BYPASS if transmits else Mode.DROP)
 
     def _lease(self, on: bool) -> None:
-        """The slot also says whether there is a lease (tools/cleanup.py): then it is never 0."""
+        """Set the lease slot, which also shows whether there is a lease: then it is never 0.
+
+        tools/cleanup.py reads it.
+        """
         if not on:
             self.lease_expiry(0)
         elif not self._read(Cfg.LEASE_EXPIRY_NS):
             self.lease_expiry(1)
 
     def _load(self, options: loader.Options) -> tuple[loader.Objects, loader.Options]:
-        """The programs of the role; without the fast path if this kernel does not take it."""
+        """Load the role's programs, without the fast path if this kernel refuses it."""
         c = self.config
 
         def load(options: loader.Options) -> loader.Objects:
@@ -229,7 +240,7 @@ class DataPath:
             raise DeviceMissing(f"[network] {key}: {e}", name) from e
 
     def _refuse_others(self) -> None:
-        """Before anything is loaded, attached or replaced: two pairs share no device."""
+        """Refuse devices of another pair, before anything is loaded, attached or replaced."""
         for dev, seen in attach.look(
             (self.config.network.tap, self.config.network.peer_link)
         ).items():
@@ -246,8 +257,8 @@ class DataPath:
 
         if self.role == "primary":
             if self.mode is Mode.TAKEOVER:
-                # Until now the SVM of a lost pair. A frame must not be translated twice, nor not
-                # at all: in MODE_BYPASS the programs that are there drop it, and those that
+                # Until now this was the SVM of a lost pair. A frame must be translated exactly
+                # once. In MODE_BYPASS the programs that are attached drop it, and those that
                 # replace them one by one let it pass.
                 self.mode = Mode.BYPASS
             if self.guest:
@@ -259,10 +270,10 @@ class DataPath:
             self._tap("release", f"cxr-{pair}")
             for h in PRIMARY_HOOKS:
                 hook(*h)
-            hook("pvm_out", "tap", "ingress")  # last: from here on output is in our hands
+            hook("pvm_out", "tap", "ingress")  # last: from here on output is under our control
             attach.detach_xdp(dev["tap"], "svm_out_xdp")
         else:
-            hook("svm_out", "tap", "ingress")  # first: the SVM is shut in before anything opens
+            hook("svm_out", "tap", "ingress")  # first: the SVM is isolated before anything opens
             self._detach_guest()
             self._attach_xdp()
             self._tap("deliver", f"cxd-{pair}")
@@ -271,8 +282,10 @@ class DataPath:
                 hook(*h)
 
     def places(self) -> list[Place]:
-        """Where programs of this role are to be now, in the order in which lost ones are put back:
-        first what keeps the guest's frames from leaving."""
+        """Return where this role's programs must be now, in the order of their restoration.
+
+        Those that keep the guest's frames from leaving come first.
+        """
         progs, net = self.objects.programs, self.config.network
         out: list[Place] = []
         dev = {"tap": net.tap, "peer": net.peer_link}
@@ -291,17 +304,19 @@ class DataPath:
         return out
 
     def look(self) -> Look:
-        """Put back what was taken off, and say what is not there. Blocks for some ms (netlink):
-        not for the event loop."""
+        """Restore what was removed, and report what is missing.
+
+        Blocks for some ms (netlink), so it must not run in the event loop.
+        """
         with self._lock:
             return self.hooks.look()
 
     def changes(self) -> socket.socket | None:
-        """Can be read when it is time to look; None: nobody tells."""
+        """Return a socket that is readable when it is time to look; None: there is none."""
         return attach.changes()
 
     def arrived(self) -> int:
-        """Tagged frames that have come over the peer link."""
+        """Return the number of tagged frames that have come over the peer link."""
         prog = Prog.SVM_ARRIVAL if self.role == "primary" else Prog.SVM_IN
         return sum(
             self._count(prog, r)[0] for r in Reason if r not in (Reason.PASS_FOREIGN, Reason.MAX)
@@ -338,11 +353,11 @@ class DataPath:
         self._cfg.set(_U32.pack(slot), _U64.pack(value))
 
     def slot(self, slot: Cfg) -> int:
-        """What the programs read there."""
+        """Return the value of a config slot."""
         return self._read(slot)
 
     def set_slot(self, slot: Cfg, value: int) -> None:
-        """What they read from now on."""
+        """Set the value of a config slot."""
         self._write(slot, value)
 
     @property
@@ -365,7 +380,7 @@ class DataPath:
 
     @property
     def shadowed(self) -> int:
-        """1 + the last epoch in which the primary is known to have spoken uncompared; 0: none."""
+        """Return 1 + the last epoch in which the primary transmitted uncompared; 0: none."""
         return self._read(Cfg.SHADOW)
 
     @shadowed.setter
@@ -374,7 +389,7 @@ class DataPath:
 
     @property
     def sync_state(self) -> abi.SyncState:
-        """What this host's guest is to the other one."""
+        """Return the relation of this host's guest to the other one."""
         return abi.SyncState(self._read(Cfg.SYNC_STATE))
 
     @sync_state.setter
@@ -383,8 +398,10 @@ class DataPath:
 
     @property
     def undecided(self) -> bool:
-        """Primary: nothing was known when this data path began, and nobody has said since that
-        its guest may speak."""
+        """Return whether it is undecided if the primary's guest may transmit.
+
+        True since this data path began with nothing known, until a decision is made.
+        """
         return bool(self._read(Cfg.UNDECIDED))
 
     @undecided.setter
@@ -393,9 +410,10 @@ class DataPath:
 
     @property
     def peer_stopped(self) -> int:
-        """Until when (CLOCK_BOOTTIME, ns) the peer's controller is away on purpose; 0: it is not.
+        """Return until when (CLOCK_BOOTTIME, ns) the peer is stopped on purpose; 0: it is not.
 
-        It has told one process of this host only, and that one may have been stopped since."""
+        The peer reported this to one process of this host, which may have been stopped since.
+        """
         return self._read(Cfg.PEER_STOPPED)
 
     @peer_stopped.setter
@@ -404,25 +422,24 @@ class DataPath:
 
     @property
     def promoted_epoch(self) -> int:
-        """Primary: the epoch whose offsets are the guest's for good; 0: it has none."""
+        """Return the epoch whose offsets are permanent (primary); 0: there are none."""
         return self._read(Cfg.PROMOTED_EPOCH)
 
     @property
     def in_bridge(self) -> bool:
-        """Whether the guest's tap is in a bridge."""
+        """Return whether the guest's tap is in a bridge."""
         return bool(attach.link_info(self.config.network.tap).master)
 
     def change_role(self) -> None:
-        """What the next controller of this host is: the other guest's.
+        """Change the role that this host's next controller will have.
 
-        The guest that took over keeps its offsets; one that is shut in has none that count.
+        A guest that took over keeps its offsets; one that is isolated has no valid ones.
         """
         to_primary = self.role == "secondary"
-        # Written last: the word alone decides, and a controller that dies here has changed nothing.
+        # Cfg.ROLE is written last: it alone decides, so a controller that dies here has changed
+        # nothing.
         self._write(Cfg.PROMOTED_EPOCH, max(1, self.epoch) if to_primary else 0)
-        self._write(
-            Cfg.OFFLOAD_SINCE, self.epoch + 1
-        )  # what an earlier pair's the fast path knew is void
+        self._write(Cfg.OFFLOAD_SINCE, self.epoch + 1)  # fast path state of an earlier pair is void
         self.shadowed, self.order = 0, ""
         if not to_primary:
             self.sync_state = abi.SyncState.NONE
@@ -431,10 +448,10 @@ class DataPath:
 
     @property
     def order(self) -> str:
-        """What a person asked for that may not be done yet: "", "failover" or "force".
+        """Return the operator request that cannot be carried out yet: "", "failover" or "force".
 
-        Kept where it dies with the data path, and dated: a controller that is started anew
-        within ORDER_NS goes on with it, a later one does not.
+        It is kept where it dies with the data path, and dated: a controller that is restarted
+        within ORDER_NS continues with it, a later one does not.
         """
         value = self._read(Cfg.ORDER)
         if not value or time.monotonic_ns() - value > ORDER_NS:
@@ -447,16 +464,15 @@ class DataPath:
         self._write(Cfg.ORDER, {"": 0, "failover": now & ~1, "force": now | 1}[what])
 
     def beat(self) -> None:
-        """Tell the programs that the controller lives."""
+        """Record that the controller is alive, for the programs."""
         self._write(Cfg.CONTROLLER_NS, time.monotonic_ns())
 
     def lease_expiry(self, boot_ns: int) -> None:
-        """The guest falls silent at this time of CLOCK_BOOTTIME (arbiter = "lease" only)."""
+        """Set the CLOCK_BOOTTIME (ns) at which the guest falls silent (arbiter = "lease" only)."""
         self._write(Cfg.LEASE_EXPIRY_NS, boot_ns)
 
     def unmirror(self, key: bytes | None) -> None:
-        """The SVM gets no more frames of this flow (struct colo_unmirrored_key); None: of every
-        flow again."""
+        """Stop mirroring a flow (struct colo_unmirrored_key) to the SVM; None: mirror all again."""
         table = self.objects.map("unmirrored")
         if key is None:
             self._write(Cfg.UNMIRRORED, 0)
@@ -467,9 +483,10 @@ class DataPath:
             self._write(Cfg.UNMIRRORED, 1)
 
     def is_at(self, first: bytes, *others: bytes) -> None:
-        """MAC addresses of the guest: what is for other machines is not mirrored from now on.
+        """Set the guest's MAC addresses: what is for other machines is not mirrored from now on.
 
-        Raises OSError when there is no room for the others."""
+        Raises OSError when there is no room for the others.
+        """
         self._guest_mac = abi.MAC_KNOWN | mac_key(first)
         self._set_mac()
         now = self.epoch
@@ -480,40 +497,43 @@ class DataPath:
         self._write(Cfg.GUEST_MAC, self._guest_mac | full if self._guest_mac else 0)
 
     def watch_guest(self) -> None:
-        """Forget addresses of the guest that are old, and look at its port. Blocks for some ms
-        (netlink)."""
+        """Forget old addresses of the guest, and check its bridge port.
+
+        Blocks for some ms (netlink).
+        """
         full = self.addresses.sweep(self.epoch if self.role == "secondary" else None)
         if full is not self._macs_full:
             level, what = (logging.ERROR, "everything is") if full else (logging.INFO, "not all is")
             log.log(level, "the guest's MAC addresses: %s mirrored to the other host", what)
         self._macs_full = full
         if not self._guest_mac and self.addresses.macs(None):
-            self._guest_mac = abi.MAC_KNOWN  # QEMU does not tell, but the guest has spoken
+            # QEMU does not report it, but the guest has sent frames
+            self._guest_mac = abi.MAC_KNOWN
         self._set_mac()
         self.look_at_port()
 
     def look_at_port(self) -> None:
-        """Renew port_state; blocks (netlink)."""
+        """Update port_state; blocks (netlink)."""
         try:
             self.port_state = attach.port_state(self.config.network.tap)
         except attach.NoSuchDevice:
             self.port_state = ""
-        except (attach.NetlinkError, OSError) as e:  # gone between two questions, or no memory
-            log.debug("the port of the guest's tap: %s", e)  # the next look tells
+        except (attach.NetlinkError, OSError) as e:  # vanished between two requests, or no memory
+            log.debug("the port of the guest's tap: %s", e)  # the next look will show
 
     @property
     def port_forwarding(self) -> bool:
-        """Whether the bridge lets the guest's frames through, as far as the last look has shown.
+        """Return whether the bridge forwards the guest's frames, as of the last look.
 
         A port without carrier is disabled: then there is no guest to wait for.
         """
         return self.port_state not in attach.PORT_WAITS
 
     def watch_bridge(self) -> None:
-        """Tell the fast path the ports of the tap's bridge, and the bridge that the guest is there.
+        """Give the fast path the ports of the tap's bridge, and refresh the guest in that bridge.
 
-        A bridge that cannot be looked at has none: frames go by way of it. Blocks for
-        some ms (netlink): not for the event loop.
+        A bridge that cannot be examined has no such ports: frames go through it. Blocks for some ms
+        (netlink), so it must not run in the event loop.
         """
         if self.fast is None or self.config.network.uplink != "auto":
             return
@@ -534,7 +554,7 @@ class DataPath:
             self._bridge_unknown = True
 
     def _set_ports(self, ports: frozenset[int]) -> None:
-        """Where a client was heard counts no more if they are others than before."""
+        """Set the ports; forget where clients were seen if they have changed."""
         if ports == self._ports:
             return
         self._ports = None
@@ -548,11 +568,11 @@ class DataPath:
         self._ports = ports
 
     def drain(self, sink: Callable[[CapturedFrame], None], limit: int = 1 << 30) -> int:
-        """Events that wait now, in order."""
+        """Pass the waiting events to `sink`, in order; return how many."""
         return self.reader.drain(sink, limit)
 
     def counters(self) -> dict[str, dict[str, tuple[int, int]]]:
-        """{program: {reason: (packets, bytes)}}, summed over CPUs; zeros included."""
+        """Return {program: {reason: (packets, bytes)}}, summed over CPUs; zeros included."""
         return {
             prog.name.lower(): {
                 reason.name.lower(): self._count(prog, reason)
@@ -564,7 +584,7 @@ class DataPath:
         }
 
     def _count(self, prog: Prog, reason: Reason) -> tuple[int, int]:
-        """Packets and bytes."""
+        """Return packets and bytes of one counter."""
         cpus = loader.possible_cpus()
         size = abi.COUNT.size * cpus
         raw = self._counters.get(_U32.pack(prog * Reason.MAX + reason), size)
@@ -575,7 +595,7 @@ class DataPath:
         return p, b
 
     def lost_events(self) -> int:
-        """Frames that did not fit into the event ring, or that it could not carry."""
+        """Return how many frames did not fit into the event ring, or could not be carried by it."""
         cpus = loader.possible_cpus()
         total = self.reader.lost
         for prog in (Prog.PVM_OUT, Prog.SVM_ARRIVAL, Prog.SVM_IN, Prog.SVM_OUT):
@@ -587,29 +607,30 @@ class DataPath:
         return total
 
     def tap_alive(self) -> bool:
-        """Whether somebody (QEMU) holds the tap: its carrier."""
+        """Return whether the tap is held open (by QEMU): its carrier."""
         try:
             return attach.link_info(self.config.network.tap).carrier
         except attach.NoSuchDevice:
             return False
 
     def open_network(self) -> None:
-        """The guest may speak: its tap joins the bridge, if one is configured."""
+        """Put the guest's tap into the configured bridge, if any: the guest may transmit."""
         net = self.config.network
         if net.bridge and attach.link_info(net.tap).master != attach.link_info(net.bridge).index:
             attach.set_master(net.tap, net.bridge)
             self.manifest.add("ports", [net.tap, net.bridge])
 
     def close_network(self) -> None:
-        """The other host's guest speaks: the tap leaves the configured bridge."""
+        """Remove the tap from the configured bridge: the other host's guest is active."""
         net = self.config.network
         if net.bridge and attach.link_info(net.tap).master == attach.link_info(net.bridge).index:
             attach.set_master(net.tap, None)
 
     def step_out(self) -> None:
-        """Secondary, after a takeover: the programs on the guest's tap are not needed any more.
+        """Detach the programs on the guest's tap, which a takeover makes needless (secondary).
 
-        Then nobody sees an address move: none is announced by a later controller."""
+        No address that moves is noticed afterwards, so a later controller announces none.
+        """
         tap, pair = self.config.network.tap, self.config.pair
         with self._lock:
             self.stepped_out = True
@@ -620,7 +641,7 @@ class DataPath:
         self.addresses.forget_all()
 
     def step_in(self) -> None:
-        """The programs that step_out() has taken off: the mode says again what leaves."""
+        """Attach the programs that step_out() has detached: the mode decides again what leaves."""
         progs, pair, tap = self.objects.programs, self.config.pair, self.config.network.tap
         with self._lock:
             self.stepped_out = False
@@ -629,18 +650,18 @@ class DataPath:
             attach.attach_tc(tap, "egress", progs["svm_net"], pair, self.manifest)
 
     def drop_guest(self) -> None:
-        """Primary: no connection in the guest's own numbers is left."""
+        """Stop translating: no connection in the guest's own numbers is left (primary)."""
         with self._lock:
             self._detach_guest()
             self._write(Cfg.PROMOTED_EPOCH, 0)
 
     def flows(self) -> tuple[loader.Map, loader.Map] | None:
-        """Connections with offsets, and those that begin; None where there can be none."""
+        """Return the maps of connections with offsets and of handshakes; None if there are none."""
         objects = self.guest if self.role == "primary" else self.objects
         return (objects.map("flows"), objects.map("opening")) if objects else None
 
     def close(self, *, detach: bool = False) -> None:
-        """Let go. What is attached and pinned stays, unless `detach`."""
+        """Release all resources. What is attached and pinned stays, unless `detach` is set."""
         for i in self.injectors.values():
             i.close()
         self.reader.close()

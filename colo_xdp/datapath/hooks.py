@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Whether the data path is still there: devices, and our programs on their hooks.
+"""Checks that the data path is still in place: devices, and our programs on their hooks.
 
-Devices come and go under a controller that lives: a tap or the peer link is deleted and made
-again, moved to another namespace and back, its clsact is taken off, another tool's filter is put
-before ours. What was lost is put back, the programs that keep the guest's frames from leaving
-first, and the device's new ifindex is told to the others only when they are there. What cannot be
-put back is a sentence.
+Devices come and go while a controller lives. A tap or the peer link is deleted and created again,
+or moved to another namespace and back; its clsact is removed; another tool's filter is put before
+ours. What was lost is restored, first the programs that keep the guest's frames from leaving. The
+device's new ifindex is given to the programs only when they are all in place. What cannot be
+restored is reported as a sentence. DataPath.look() runs this; controller/device_watch.py acts on
+the result.
 """
 
 from __future__ import annotations
@@ -25,15 +26,15 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("colo_xdp.datapath.hooks")
 
-TAG_BYTES = 4  # what a frame carries on the peer link besides
-#: without one of these the guest's frames leave as they are
+TAG_BYTES = 4  # what a frame carries in addition on the peer link
+#: without one of these the guest's frames leave unchecked
 GATES = frozenset(("pvm_out", "promoted_out", "svm_out"))
 _FAILURES = (attach.AttachError, attach.NoSuchDevice, attach.NetlinkError, OSError)
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a program is to be."""
+    """Where a program has to be attached."""
 
     dev: str
     direction: str
@@ -43,27 +44,28 @@ class Place:
 
 @dataclass(slots=True)
 class Look:
-    """What one look has found."""
+    """Result of one check."""
 
-    trouble: list[str] = field(default_factory=list)  # what is not there, a sentence each
-    restored: list[str] = field(default_factory=list)  # what was not there and is now
-    #: the guest's frames may have left unseen since the look before (`unseen`), or may still
+    trouble: list[str] = field(default_factory=list)  # what is missing, one sentence each
+    restored: list[str] = field(default_factory=list)  # what was missing and has been restored
+    #: The guest's frames may have left unseen since the previous check (`unseen`), or still may
+    #: (`exposed`).
     unseen: bool = False
     exposed: bool = False
-    #: frames between the guests, or of clients to them, may have been missed
+    #: frames between the guests, or from clients to them, may have been missed
     missed: bool = False
     cut: bool = False  # nothing arrives over the peer link now
 
 
 class Hooks:
-    """Looks after the hooks of one data path."""
+    """Checks and restores the hooks of one data path."""
 
     def __init__(self, dp: DataPath) -> None:
         self._dp = dp
         self._blind = False
 
     def look(self) -> Look:
-        """Put back what can be put back; never raises."""
+        """Restore what can be restored; never raises."""
         found = Look()
         try:
             self._look(found)
@@ -81,9 +83,13 @@ class Hooks:
         seen = attach.look(wanted)
         if seen[net.peer_link] is None and net.vxlan_remote:
             attach.make_vxlan(
-                net.peer_link, net.vxlan_vni, net.vxlan_local, net.vxlan_remote, net.vxlan_port,
+                net.peer_link,
+                net.vxlan_vni,
+                net.vxlan_local,
+                net.vxlan_remote,
+                net.vxlan_port,
                 dp.manifest,
-            )  # fmt: skip
+            )
             found.restored.append(f"device {net.peer_link}")
             seen |= attach.look((net.peer_link,))
         for role, i in dp.injectors.items():
@@ -100,7 +106,7 @@ class Hooks:
         if tap is not None and net.tap not in bad:
             self._xdp(tap, found)
             self._bridge(tap, found)
-        # Now that programs are there: what is sent to a device meets them.
+        # The programs are in place now, so frames sent to a device meet them.
         self._index(Cfg.TAP, tap if net.tap not in bad else None)
         if self._index(Cfg.PEER, peer) and tap is not None and peer is not None:
             need = tap.info.mtu + TAG_BYTES
@@ -109,7 +115,7 @@ class Hooks:
         self._uplink()
 
     def _devices(self, seen: dict[str, attach.Seen | None], found: Look) -> set[str]:
-        """What is wrong with the devices themselves; names of those that get no programs."""
+        """Check the devices themselves; return the names of those that must not get programs."""
         dp, net, bad = self._dp, self._dp.config.network, set()
         tap, peer = seen[net.tap], seen[net.peer_link]
         if tap is None:
@@ -120,7 +126,7 @@ class Hooks:
             bad.add(net.tap)
             found.trouble.append(f"[network] tap: {net.tap} is not a tap device any more")
         elif dp.hook == "xdp" and tap.info.vnet_hdr:
-            # XDP would corrupt checksums, and what is loaded translates there and nowhere else
+            # XDP would corrupt checksums, and the loaded programs translate only there.
             found.trouble.append(
                 f"[network] tap: {net.tap} has vnet_hdr now, which it had not at the start: "
                 "restart the controller"
@@ -190,10 +196,10 @@ class Hooks:
         found.restored.append(f"{prog.name} on {dev}")
 
     def _bridge(self, tap: attach.Seen, found: Look) -> None:
-        """A guest that clients know speaks in the bridge, also on a tap that is a new one."""
+        """Put the tap of an active guest into the bridge, also if the tap is a new one."""
         dp, net = self._dp, self._dp.config.network
-        speaks = not (sends_nothing(Role(dp.role), dp.mode) or dp.undecided)
-        if net.bridge and speaks and not tap.info.master:
+        transmits = not (sends_nothing(Role(dp.role), dp.mode) or dp.undecided)
+        if net.bridge and transmits and not tap.info.master:
             try:
                 dp.open_network()
             except _FAILURES as e:
@@ -202,8 +208,10 @@ class Hooks:
             found.restored.append(f"{net.tap} in {net.bridge}")
 
     def _index(self, slot: Cfg, seen: attach.Seen | None) -> bool:
-        """Tell the programs an ifindex; 0: nowhere, frames for it are dropped and counted. Whether
-        it is another one than before."""
+        """Give the programs an ifindex; return whether it has changed.
+
+        0 means nowhere: frames for the device are dropped and counted.
+        """
         index = seen.info.index if seen is not None else 0
         if self._dp.slot(slot) == index:
             return False
@@ -211,7 +219,7 @@ class Hooks:
         return True
 
     def _uplink(self) -> None:
-        """[network] uplink, where it is a device: one that is gone is not sent to."""
+        """Update [network] uplink if it is a device: nothing is sent to one that is gone."""
         dp, name = self._dp, self._dp.config.network.uplink
         if name in ("auto", "bridge"):
             return

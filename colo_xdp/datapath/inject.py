@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Puts frames back into the kernel through a tap that only we write to.
+"""Injects frames into the kernel through a tap to which only the controller writes.
 
-The program on that tap's ingress decides where they enter the stack. Offload
-state travels in struct virtio_net_hdr (linux/virtio_net.h): a 64 KiB frame with
-a partial checksum leaves as it came.
+The program on that tap's ingress decides where they enter the stack. Offload state travels in
+struct virtio_net_hdr (linux/virtio_net.h), so a 64 KiB frame with a partial checksum leaves as it
+came.
 """
 
 from __future__ import annotations
@@ -21,12 +21,14 @@ NEEDS_CSUM = 1
 
 
 def vnet_header(frame: bytes, gso_size: int, partial: bool, gso_type: int = 0) -> bytes:
-    """struct virtio_net_hdr, 10 bytes, for a frame as it was captured. `gso_type`: as there; of TCP
-    it may be 0, not known: then it is what the guests' stacks make of such a header.
+    """Return struct virtio_net_hdr, 10 bytes, for a frame as it was captured.
 
-    Raises ValueError when the frame claims an offload on something other than
-    TCP or UDP: the kernel would compute a checksum at the wrong place; and when it is UDP of which
-    nobody knows whether it is one datagram or several.
+    gso_type: as in the struct. For TCP it may be 0 (not known); it is then what the guests' stacks
+    make of such a header.
+
+    Raises ValueError when the frame has an offload on something other than TCP or UDP, for which
+    the kernel would compute a checksum at the wrong place; and for UDP of which it is not known
+    whether it is one datagram or several.
     """
     if not partial and not gso_size:
         return _PLAIN
@@ -54,7 +56,7 @@ def vnet_header(frame: bytes, gso_size: int, partial: bool, gso_type: int = 0) -
 
 
 class Injector:
-    """Writes frames to one tap (`name`); failures are counted by errno name, never raised."""
+    """Writes frames to one tap (`name`); failures are counted by errno text, never raised."""
 
     def __init__(self, fd: int, name: str = "") -> None:
         self.fd, self.name = fd, name
@@ -64,7 +66,7 @@ class Injector:
     def send(
         self, frame: bytes, gso_size: int = 0, partial: bool = False, gso_type: int = 0
     ) -> bool:
-        """One frame; False when the kernel did not take it (to a guest: loss on the wire)."""
+        """Write one frame; return False if the kernel refused it (to a guest: loss on the wire)."""
         try:
             head = _PLAIN
             if partial or gso_size:
@@ -80,13 +82,16 @@ class Injector:
         return True
 
     def reopen(self, fd: int) -> None:
-        """Write to another tap from now on, `fd` becomes this object's. Atomic: the number stays,
-        so that a write of another thread meets the one or the other."""
+        """Write to another tap from now on; `fd` becomes this object's.
+
+        Atomic: the descriptor's number stays, so a write of another thread goes to the one or the
+        other.
+        """
         os.dup2(fd, self.fd, inheritable=False)
         os.close(fd)
 
     def close(self) -> None:
-        """Close the descriptor: the tap goes with it."""
+        """Close the descriptor, which removes the tap."""
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1

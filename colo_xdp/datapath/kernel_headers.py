@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Finds kernel headers for bcc.
+"""Finds kernel headers for bcc; datapath/loader.py calls it before it compiles.
 
-bcc wants the build tree of the running kernel. Our programs use the user API
-headers only, so any recent tree serves. Order: the running kernel's own; the
-newest installed one. Debian splits a tree in two packages (-common and the
-flavour) and bcc looks into one directory only, so a merged view of links is
-made in a cache directory; nothing outside of it is touched.
+bcc expects the build tree of the running kernel. Our programs use user API headers only, so any
+recent tree works. The order is: the running kernel's own, then the newest installed one. Debian
+splits a tree into two packages (-common and the flavour), and bcc looks into one directory only. So
+a merged view made of links is built in a cache directory; nothing outside of it is touched.
 """
 
 from __future__ import annotations
@@ -21,12 +20,12 @@ IN_KERNEL = Path("/sys/kernel/kheaders.tar.xz")
 
 
 class NoHeaders(RuntimeError):
-    """No usable kernel headers; the text names the remedy."""
+    """There are no usable kernel headers; the text names the remedy."""
 
 
 @dataclass(frozen=True, slots=True)
 class Headers:
-    """A tree that bcc can use: `path` for BCC_KERNEL_SOURCE, None for bcc's own choice."""
+    """Header tree that bcc can use: `path` for BCC_KERNEL_SOURCE, None for bcc's own choice."""
 
     path: str | None
     origin: str
@@ -41,14 +40,14 @@ def _whole(tree: Path) -> bool:
 
 
 def _split_trees() -> list[tuple[Path, Path]]:
-    """(flavour, common) pairs of Debian's split packages, newest first."""
+    """Return (flavour, common) pairs of Debian's split packages, newest first."""
     pairs = []
     for flavour in SOURCES.glob("linux-headers-*"):
         if not (flavour / "include/generated/autoconf.h").exists():
             continue
         common = flavour
         if not _whole(flavour):
-            # ABI-FLAVOUR beside ABI-common (of rt flavours: ABI-common-rt), where the ABI is like
+            # ABI-FLAVOUR beside ABI-common (for rt flavours: ABI-common-rt), where the ABI is like
             # 6.1.0-13 or 6.12.111+deb12 and a flavour like amd64, cloud-amd64 or rt-amd64
             parts = flavour.name.split("-")
             abis = ["-".join(parts[:n]) for n in range(len(parts) - 1, 2, -1)]
@@ -73,7 +72,7 @@ def _link(src: Path, dst: Path) -> None:
 
 
 def _merge(flavour: Path, common: Path, cache: Path) -> Path:
-    """A tree of links that shows both halves as one."""
+    """Build a tree of links that shows both halves as one."""
     out = cache / flavour.name
     arch = {"x86_64": "x86", "aarch64": "arm64", "riscv64": "riscv"}.get(os.uname().machine, "x86")
     for half in (common, flavour):
@@ -85,9 +84,9 @@ def _merge(flavour: Path, common: Path, cache: Path) -> Path:
 
 
 def find(cache: Path | None = None) -> Headers:
-    """The headers to compile with.
+    """Return the headers to compile with.
 
-    Raises NoHeaders with the package to install when there are none.
+    Raises NoHeaders, with the package to install, when there are none.
     """
     release = os.uname().release
     if os.environ.get("BCC_KERNEL_SOURCE"):

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Compiles and loads bpf/*.bpf.c: the only module that imports bcc.
+"""Compiles and loads bpf/*.bpf.c; the only module that imports bcc.
 
-bcc rewrites map accesses in the main source only, so local includes are put
-into one text first. Maps whose state must outlive the controller are pinned
-below `<bpffs>/colo-xdp/<pair>-<role>/`; before they are reused their shape and
-ABI number are checked, since bcc itself would take a map of another size.
+bcc rewrites map accesses in the main source only, so local includes are first merged into one text.
+Maps whose state must outlive the controller are pinned below `<bpffs>/colo-xdp/<pair>-<role>/`.
+Before they are reused, their shape and ABI number are checked, since bcc itself would accept a map
+of another size.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from . import btf, kernel_headers, syscall
 
 log = logging.getLogger("colo_xdp.datapath.loader")
 
-#: Source file and programs (with their kind) of each role.
+#: source file and programs (tc, XDP) of each role
 OBJECTS: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
     "primary": (
         "primary.bpf.c",
@@ -41,14 +41,14 @@ OBJECTS: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
         ("svm_in", "svm_deliver", "svm_out", "svm_forward", "svm_net"),
         ("svm_out_xdp",),
     ),
-    # beside those of a primary whose guest has kept numbers of its own
+    # in addition to those of a primary whose guest has kept numbers of its own
     "promoted": ("promoted.bpf.c", ("promoted_in", "promoted_out"), ()),
 }
 
-#: Programs that the fast path has besides.
+#: additional programs for the fast path
 FAST: dict[str, tuple[str, ...]] = {"primary": ("offload_ctl",)}
 
-#: Shapes that a pinned map must have: key bytes, value bytes (None: any number of entries).
+#: key and value sizes that a pinned map must have, in bytes
 _PINNED_SHAPES = {
     "config": (4, 8),
     "counters": (4, abi.COUNT.size),
@@ -70,14 +70,14 @@ class LoadError(RuntimeError):
 
 
 class Refused(LoadError):
-    """The compiler or the verifier does not take a program."""
+    """The compiler or the verifier refuses a program."""
 
 
 def import_bcc() -> Any:
-    """The real bcc module.
+    """Return the real bcc module.
 
-    Raises LoadError when it is missing, or when it is the unrelated package of
-    the same name on PyPI.
+    Raises LoadError when it is missing, or when it is the unrelated package of the same name on
+    PyPI.
     """
     try:
         import bcc
@@ -96,7 +96,10 @@ def import_bcc() -> Any:
 
 
 def source_dir() -> Path:
-    """Where the C sources are: beside the package in a checkout, inside it in a wheel."""
+    """Return the directory of the C sources.
+
+    It is beside the package in a checkout, inside it in a wheel.
+    """
     here = Path(__file__).resolve().parents[1]
     for d in (here.parent / "bpf", Path(str(resources.files("colo_xdp"))) / "_bpf_src"):
         if (d / "lib/abi.h").exists():
@@ -105,7 +108,7 @@ def source_dir() -> Path:
 
 
 def flatten(path: Path, seen: set[str] | None = None) -> str:
-    """The source with each local `#include "x.h"` put in place, once."""
+    """Return the source with each local `#include "x.h"` inserted once."""
     seen = set() if seen is None else seen
     out = [f'#line 1 "{path.name}"']
     for no, line in enumerate(path.read_text().splitlines(), 1):
@@ -122,7 +125,7 @@ def flatten(path: Path, seen: set[str] | None = None) -> str:
 
 @contextlib.contextmanager
 def _stderr_to(sink: list[str]) -> Iterator[None]:
-    """clang and the verifier write to fd 2; collect it for the error message."""
+    """Collect what clang and the verifier write to fd 2, for the error message."""
     sys.stderr.flush()
     saved = os.dup(2)
     fd = os.memfd_create("colo-xdp-clang")
@@ -139,7 +142,7 @@ def _stderr_to(sink: list[str]) -> Iterator[None]:
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """A loaded program: its descriptor, and what the kernel calls it."""
+    """A loaded program: its descriptor, and its name, ID and tag in the kernel."""
 
     name: str
     fd: int
@@ -148,14 +151,17 @@ class Program:
 
 
 class Map:
-    """Access to one map by raw bytes; values as the kernel has them."""
+    """Access to one map by raw bytes; values as in the kernel."""
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
         self.info = syscall.map_info(self.fd)
 
     def set(self, key: bytes, value: bytes, *, new: bool = False) -> None:
-        """Insert or replace; raises OSError (E2BIG: full; EEXIST: `new`, and it is there)."""
+        """Insert or replace an entry.
+
+        Raises OSError: E2BIG if the map is full, EEXIST if `new` is set and the entry exists.
+        """
         k = ct.create_string_buffer(key, len(key))
         v = ct.create_string_buffer(value, len(value))
         lib = import_bcc().libbcc.lib
@@ -163,7 +169,7 @@ class Map:
             raise OSError(ct.get_errno(), f"map update: {os.strerror(ct.get_errno())}")
 
     def get(self, key: bytes, size: int | None = None) -> bytes | None:
-        """Value of `key`, or None. `size` overrides the value size (per-CPU maps)."""
+        """Return the value of `key`, or None. `size` overrides the value size (per-CPU maps)."""
         k = ct.create_string_buffer(key, len(key))
         v = ct.create_string_buffer(size or self.info.value_size)
         lib = import_bcc().libbcc.lib
@@ -172,12 +178,12 @@ class Map:
         return v.raw
 
     def delete(self, key: bytes) -> bool:
-        """Remove; False when it was not there."""
+        """Remove an entry; return False if it was not there."""
         k = ct.create_string_buffer(key, len(key))
         return bool(import_bcc().libbcc.lib.bpf_delete_elem(self.fd, k) == 0)
 
     def keys(self, limit: int | None = None) -> Iterator[bytes]:
-        """All keys; the map may change meanwhile, so at most `limit` (default: its size)."""
+        """Yield all keys, but at most `limit` (default: the map's size), as it may change."""
         lib = import_bcc().libbcc.lib
         size = self.info.key_size
         nxt = ct.create_string_buffer(size)
@@ -191,7 +197,7 @@ class Map:
                 return
 
     def items(self) -> Iterator[tuple[bytes, bytes]]:
-        """All pairs; a pair that vanished meanwhile is left out."""
+        """Yield all pairs, except those that vanish meanwhile."""
         for k in self.keys():
             v = self.get(k)
             if v is not None:
@@ -200,7 +206,7 @@ class Map:
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """Limits compiled into the programs (bpf/lib/limits.h)."""
+    """Options and limits compiled into the programs (bpf/lib/limits.h)."""
 
     flow_table: int = 65536
     ring_pages: int = 8192
@@ -210,13 +216,12 @@ class Options:
     events: str = "auto"
     rewrite_at_xdp: bool = False
     lease: bool = False  # nothing leaves after CFG_LEASE_EXPIRY_NS; needs Linux 5.8
-    btf: bool = (
-        True  # read offloads from the kernel's own structs, if it says where (datapath/btf.py)
-    )
+    # read offloads from the kernel's own structs, if its BTF describes them (datapath/btf.py)
+    btf: bool = True
 
 
 def compile_text(text: str) -> Any:
-    """A bcc object of a program that is none of ours (tests and benchmarks).
+    """Compile a program that is not one of ours (tests and benchmarks); return the bcc object.
 
     Raises LoadError when there are no kernel headers.
     """
@@ -234,7 +239,7 @@ def compile_text(text: str) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """What is compiled, and for which kernel: the same again need not be compiled again."""
+    """What is compiled, and for which kernel. The same source need not be compiled again."""
 
     role: str
     text: str
@@ -242,11 +247,11 @@ class Source:
     tc: tuple[str, ...]
     xdp: tuple[str, ...]
     events: str
-    btf: bool = False  # with btf.kernel_flags(), which the kernel in `tag` stands for
+    btf: bool = False  # compiled with btf.kernel_flags(), for which the kernel in `tag` stands
 
     @property
     def tag(self) -> str:
-        """Changes with the text, its flags and the kernel."""
+        """Return a hash of the text, its flags and the kernel."""
         kernel = f"{platform.release()} {platform.version()} {self.btf}"
         parts = (self.text, *self.flags, *self.tc, *self.xdp, self.events, kernel)
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
@@ -277,18 +282,18 @@ def _source(role: str, directory: str, options: Options, events: str) -> Source:
         flags.append("-DCOLO_REWRITE_AT_XDP")
     else:
         xdp = ()
-    text, with_btf = flatten(source_dir() / src), options.btf and not btf.why_not()
-    return Source(role, text, tuple(flags), tc, xdp, events, with_btf)
+    text, use_btf = flatten(source_dir() / src), options.btf and not btf.why_not()
+    return Source(role, text, tuple(flags), tc, xdp, events, use_btf)
 
 
 class Objects:
-    """The programs and maps of one role: compiled, or, `warm`, those of a former controller.
+    """Programs and maps of one role, either compiled or (`warm`) those of a former controller.
 
-    Beside the maps that the sources pin, everything is kept as prog_<role>_<tag>_<name> and
+    Besides the maps that the sources pin, everything is pinned as prog_<role>_<tag>_<name> and
     map_<role>_<tag>_<name>, and whole_<role>_<tag>_ last. The event ring is among them: what was
-    captured while there was no controller waits in it for the next one. What a host needs when its
-    role changes back is idle_<role>_<tag>_ meanwhile: compiling takes seconds of a CPU, at a time
-    when the guest has no copy.
+    captured while there was no controller waits in it for the next one. Objects that a host needs
+    when its role changes back are marked idle_<role>_<tag>_ meanwhile: compiling takes seconds of
+    CPU time, just when the guest has no copy.
     """
 
     def __init__(
@@ -299,7 +304,7 @@ class Objects:
         self.programs: dict[str, Program] = {}
         self.bpf: Any = None
         self.warm = headers is None
-        #: offloads are read where the kernel keeps them; else some are refused (bpf/lib/gso.h)
+        #: offloads are read from the kernel's structs; otherwise some are refused (bpf/lib/gso.h)
         self.btf = source.btf
         self._fds: list[int] = []
         self._maps: dict[str, int] = {}
@@ -318,14 +323,14 @@ class Objects:
                 raise Refused(f"{btf.VMLINUX}: {e}") from e
         if headers.path:
             os.environ["BCC_KERNEL_SOURCE"] = headers.path
-        said: list[str] = []
+        output: list[str] = []
         try:
-            with _stderr_to(said):
+            with _stderr_to(output):
                 self.bpf = bcc.BPF(text=source.text.encode(), cflags=list(flags))
                 funcs = {n: self.bpf.load_func(n.encode(), bcc.BPF.SCHED_CLS) for n in source.tc}
                 funcs |= {n: self.bpf.load_func(n.encode(), bcc.BPF.XDP) for n in source.xdp}
         except Exception as e:  # bcc raises bare Exception
-            text = "\n".join(said).strip()
+            text = "\n".join(output).strip()
             name = OBJECTS[source.role][0]
             raise Refused(f"{name} ({headers.origin}): {e}\n{text[-6000:]}".strip()) from e
         finally:
@@ -344,7 +349,10 @@ class Objects:
                 self._maps[name] = fd
 
     def keep(self, source: Source) -> None:
-        """Pin all, so that the next controller need not compile. Atomic: its mark comes last."""
+        """Pin everything, so that the next controller need not compile.
+
+        Atomic: the mark comes last.
+        """
         if self.events != "ring":
             return  # bcc's perf readers belong to a process
         base = f"{self.pin_dir}/{{}}_{source.role}_{source.tag}_"
@@ -355,7 +363,7 @@ class Objects:
         syscall.obj_pin(self._maps["config"], base.format("whole"))
 
     def map(self, name: str) -> Map:
-        """A map by its C name."""
+        """Return a map by its C name."""
         return Map(self._maps[name])
 
     def close(self) -> None:
@@ -368,7 +376,10 @@ class Objects:
 
 
 def _tables(lib: Any, module: Any) -> dict[str, int]:
-    """Descriptors of a compiled module's maps (bcc's Python does not declare these functions)."""
+    """Return the descriptors of a compiled module's maps.
+
+    bcc's Python does not declare these functions.
+    """
     lib.bpf_num_tables.argtypes, lib.bpf_num_tables.restype = [ct.c_void_p], ct.c_size_t
     lib.bpf_table_name.argtypes = [ct.c_void_p, ct.c_size_t]
     lib.bpf_table_name.restype = ct.c_char_p
@@ -382,7 +393,7 @@ def _program(name: str, fd: int) -> Program:
 
 
 def _pins(directory: str, source: Source) -> list[tuple[str, str, str]]:
-    """(prog or map, name, path) of what `keep` has pinned, all of it; else nothing."""
+    """Return (prog or map, name, path) of what keep() has pinned; empty unless it is complete."""
     found = []
     mark = f"whole_{source.role}_{source.tag}_"
     if not os.path.exists(f"{directory}/{mark}"):
@@ -396,11 +407,14 @@ def _pins(directory: str, source: Source) -> list[tuple[str, str, str]]:
 
 
 def _set_aside(directory: str, source: Source, beside: tuple[str, ...], *, whole: bool) -> None:
-    """Sets of other roles become idle, but for those that stand `beside` this one; what else is
-    left of this role is unpinned: all but this set if it is `whole`, else all, as a controller may
-    have died while it pinned it."""
+    """Retire other sets of pins: mark those of other roles idle, and unpin leftovers of this role.
+
+    Roles in `beside` coexist with this one and stay. If this set is complete (`whole`), all other
+    sets of this role are unpinned. Otherwise all of them are, since a controller may have died
+    while it pinned this one.
+    """
     mine = f"{source.role}_{source.tag}_"
-    # The marks first: what is half gone is neither whole nor idle.
+    # The marks first: what is half removed must be neither complete nor idle.
     for entry in sorted(os.listdir(directory), key=lambda e: e.startswith(("prog_", "map_"))):
         kind, _, rest = entry.partition("_")
         if kind not in ("whole", "idle", "prog", "map") or rest.startswith(beside):
@@ -413,8 +427,10 @@ def _set_aside(directory: str, source: Source, beside: tuple[str, ...], *, whole
 
 
 def _wake(directory: str, source: Source) -> bool:
-    """An idle set of this role is whole again. What its ring holds was captured before this host
-    had another role: nobody waits for it."""
+    """Mark an idle set of this role as complete again; return whether there was one.
+
+    What its ring holds was captured before this host had another role, and is of no more use.
+    """
     rest = f"{source.role}_{source.tag}_"
     if not os.path.exists(f"{directory}/idle_{rest}"):
         return False
@@ -431,18 +447,21 @@ def _wake(directory: str, source: Source) -> bool:
 
 @cache
 def possible_cpus() -> int:
-    """How many values a per-CPU map has for each key."""
+    """Return how many values a per-CPU map has for each key."""
     text = Path("/sys/devices/system/cpu/possible").read_text().strip()
     return int(re.split(r"[-,]", text)[-1]) + 1
 
 
 def pin_dir(bpffs: str, pair: str, role: str) -> str:
-    """Directory of a pair's pins (a bpffs allows no dot in names)."""
+    """Return the directory of a pair's pins (a bpffs allows no dot in names)."""
     return f"{bpffs}/colo-xdp/{pair}-{role}"
 
 
 def make_pins(bpffs: str, pair: str, role: str) -> str:
-    """The directory of a pair's pins, made if need be. Raises LoadError without a bpffs."""
+    """Return the directory of a pair's pins, created if necessary.
+
+    Raises LoadError without a bpffs.
+    """
     if not syscall.is_bpffs(bpffs):
         try:
             syscall.mount_bpffs(bpffs)
@@ -454,7 +473,7 @@ def make_pins(bpffs: str, pair: str, role: str) -> str:
 
 
 def check_pins(directory: str, options: Options) -> list[str]:
-    """Names of pinned maps that cannot be reused, each with the reason."""
+    """Return the names of pinned maps that cannot be reused, each with the reason."""
     bad = []
     for name, (key, value) in _PINNED_SHAPES.items():
         path = f"{directory}/{name}"
@@ -480,7 +499,7 @@ def check_pins(directory: str, options: Options) -> list[str]:
 
 
 def remove_pins(directory: str) -> list[str]:
-    """Unpin everything of one pair; returns what was removed."""
+    """Unpin everything of one pair; return what was removed."""
     gone = []
     if os.path.isdir(directory):
         for name in sorted(os.listdir(directory)):
@@ -491,7 +510,7 @@ def remove_pins(directory: str) -> list[str]:
 
 
 def ring_supported() -> bool:
-    """Whether this kernel has BPF ring buffers (5.8): tried, not guessed."""
+    """Return whether this kernel has BPF ring buffers (5.8), by trying one."""
     bcc = import_bcc()
     fd = bcc.libbcc.lib.bcc_create_map(27, b"colo_probe", 0, 0, 4096, 0)
     if fd < 0:
@@ -501,7 +520,7 @@ def ring_supported() -> bool:
 
 
 def pinned_slot(directory: str, slot: abi.Cfg) -> int:
-    """A slot of the pinned `config` map; 0 when there is none."""
+    """Return a slot of the pinned `config` map; 0 when there is none."""
     path = f"{directory}/config"
     if not os.path.exists(path):
         return 0
@@ -515,7 +534,7 @@ def pinned_slot(directory: str, slot: abi.Cfg) -> int:
 
 
 def events(options: Options) -> str:
-    """How frames reach user space here: "ring" or "perf"."""
+    """Return how frames reach user space here: "ring" or "perf"."""
     if options.events == "auto":
         return "ring" if ring_supported() else "perf"
     return options.events
@@ -524,8 +543,8 @@ def events(options: Options) -> str:
 def load(role: str, pair: str, bpffs: str, options: Options, home: str = "") -> Objects:
     """Compile and load a role's programs, taking over pinned maps of the same shape.
 
-    `home`: the host's role as configured, which names the pins, if it is another one.
-    Raises LoadError with the compiler's or verifier's words.
+    home: the host's role as configured, which names the pins, if it is another one. Raises
+    LoadError with the compiler's or verifier's output.
     """
     import_bcc()
     directory = make_pins(bpffs, pair, home or role)
@@ -536,7 +555,7 @@ def load(role: str, pair: str, bpffs: str, options: Options, home: str = "") -> 
             "would be lost): run `colo-xdp cleanup` first\n  " + "\n  ".join(bad)
         )
     source = _source(role, directory, options, events(options))
-    beside = ("primary_",) if role == "promoted" else ()  # it stands beside a primary
+    beside = ("primary_",) if role == "promoted" else ()  # it coexists with a primary
     for s in (source, replace(source, btf=False)):
         if _pins(directory, s) or _wake(directory, s):
             also = ("promoted_",) if role == "primary" else beside
@@ -551,9 +570,10 @@ def load(role: str, pair: str, bpffs: str, options: Options, home: str = "") -> 
     except Refused as e:
         if not source.btf or "Failed to compile" in str(e):
             raise
-        # bpf_probe_read_kernel() may be what this kernel does not allow (before 5.10, or locked).
+        # This kernel may not allow bpf_probe_read_kernel() (before 5.10, or locked down).
         blind = replace(source, btf=False)
-        objects = Objects(blind, directory, headers)  # its own error, if that was not it
+        # raises its own error if that was not the cause
+        objects = Objects(blind, directory, headers)
         log.warning("offloads are not read from the kernel: %s", str(e).splitlines()[0])
         source = blind
     _set_aside(directory, source, beside, whole=False)

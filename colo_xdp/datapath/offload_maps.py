@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The fast path's maps, and the program that takes connections from it and gives them back.
+"""The fast path's maps, and the program that offloads connections and reclaims them.
 
-The program is run by BPF_PROG_TEST_RUN, so that user space takes the same lock by the same
+The program is run with BPF_PROG_TEST_RUN, so that user space takes the same lock by the same
 compare and swap as the programs on the devices do (bpf/offload/offload.h).
 """
 
@@ -33,12 +33,13 @@ from .loader import Objects, possible_cpus
 log = logging.getLogger("colo_xdp.datapath.offload_maps")
 
 RECLAIM_S = 1.0  # a connection that stays locked for longer is given up
-#: between two walks: one through a table of a million buckets takes 3 ms, however few are used
+#: Pause between two walks: one through a table of a million buckets takes 3 ms, however few are
+#: used.
 REST_NS = 10_000_000_000
 _DONE = CtlResult.DONE
 _ANSWERS = {_DONE: OffloadResult.ACCEPTED, CtlResult.REFUSED: OffloadResult.IN_FLIGHT}
-#: in abi.CONN
-_SEEN, _CLIENT_ACK, _REL, _FIN_KNOWN, _FIN = 2, 3, 6, 23, 24
+#: indexes into abi.CONN
+_SEEN, _CLIENT_ACK, _RELEASED, _FIN_KNOWN, _FIN = 2, 3, 6, 23, 24
 _U32 = struct.Struct("=I")
 _EMPTY = bytes(abi.CONN.size)
 _NO_STATE = bytes(abi.OFFLOAD.size)
@@ -46,16 +47,20 @@ _BUFFER_SIZE = abi.BUFFER_BEFORE + abi.BUFFER + abi.BUFFER_SLACK
 
 
 class BpfKernelPath:
-    """fast_path.Fast on the kernel's maps."""
+    """kernel_format.KernelPath on the kernel's maps."""
 
     def __init__(
-        self, objects: Objects, idle_ns: int, since: int, switch: Callable[[bool], None],
+        self,
+        objects: Objects,
+        idle_ns: int,
+        since: int,
+        switch: Callable[[bool], None],
         keep_since: Callable[[int], None],
-    ) -> None:  # fmt: skip
+    ) -> None:
         self._conns, self._waits = objects.map("conns"), objects.map("offload_waits")
         buffers, owners = objects.map("buffers"), objects.map("owners")
         self.buffers = owners.info.max_entries
-        # BPF_F_MMAPABLE: the elements lie one behind the other
+        # BPF_F_MMAPABLE: the elements are contiguous
         self._rings = memoryview(mmap.mmap(buffers.fd, _pages(self.buffers * _BUFFER_SIZE)))
         table = memoryview(mmap.mmap(owners.fd, _pages(self.buffers * abi.OWNER.size)))
         self._table = table[: self.buffers * abi.OWNER.size]
@@ -71,7 +76,7 @@ class BpfKernelPath:
 
     @property
     def enabled(self) -> bool:
-        """Whether the kernel decides."""
+        """Return whether the kernel decides."""
         return self._on
 
     @enabled.setter
@@ -80,9 +85,13 @@ class BpfKernelPath:
         self._switch(on)
 
     def _control(
-        self, op: CtlOp, raw_key: bytes, punt_seq: int = 0, state: bytes = _NO_STATE,
+        self,
+        op: CtlOp,
+        raw_key: bytes,
+        punt_seq: int = 0,
+        state: bytes = _NO_STATE,
         since_ns: int = 0,
-    ) -> CtlResult:  # fmt: skip
+    ) -> CtlResult:
         message = abi.CTL.pack(op, punt_seq, raw_key, state, since_ns)
         end = time.monotonic() + RECLAIM_S
         while True:
@@ -91,7 +100,7 @@ class BpfKernelPath:
                 return r
 
     def offer(self, key: FlowKey) -> bool:
-        """Make the connection known; False: there are too many."""
+        """Make the connection known; return False if there are too many."""
         try:
             seen = struct.pack("=16xQ", time.monotonic_ns())
             self._conns.set(conn_key(key), seen + _EMPTY[len(seen) :], new=True)
@@ -103,7 +112,7 @@ class BpfKernelPath:
         return True
 
     def offload(self, key: FlowKey, request: OffloadRequest, punt_seq: int) -> OffloadResult:
-        """To the fast path, if `captured` is the last frame that was handed here."""
+        """Hand a flow to the fast path, if `punt_seq` is the last frame that was captured."""
         raw_key = conn_key(key)
         if request.buffer or request.pending:
             slot = self._slot(raw_key) if self._control(CtlOp.CLAIM, raw_key) is _DONE else 0
@@ -113,7 +122,7 @@ class BpfKernelPath:
             self._rings[at : at + len(request.buffer)] = request.buffer
         r = self._control(CtlOp.OFFLOAD, raw_key, punt_seq, request.state, request.since_ns)
         if r is CtlResult.UNKNOWN:
-            self.offer(key)  # deleted by sweep() meanwhile
+            self.offer(key)  # sweep() has deleted it meanwhile
         elif r is not _DONE and (request.buffer or request.pending):
             self._control(CtlOp.FREE, raw_key)  # the buffer that was claimed
         return _ANSWERS.get(r, OffloadResult.UNAVAILABLE)
@@ -123,11 +132,12 @@ class BpfKernelPath:
         return int(abi.CONN.unpack(raw)[9]) if raw else 0
 
     def reclaim(self, key: FlowKey) -> ConnState | None:
-        """To the slow path. None: unknown, or its words were read before."""
+        """Reclaim the flow from the kernel. None: unknown, or its state was read before."""
         if not known(key):
             return None
         raw_key = conn_key(key)
-        # Most that are asked for are new ones. Only user space makes entries, so the answer holds.
+        # Most flows that are looked up are new. Only user space makes entries, so the answer stays
+        # true.
         if self._conns.get(raw_key) is None:
             return None
         r = self._control(CtlOp.RECLAIM, raw_key)
@@ -144,32 +154,32 @@ class BpfKernelPath:
             at = (slot - 1) * _BUFFER_SIZE
             state = conn_state(raw, self._rings[at : at + _BUFFER_SIZE])
             if not state.buffer and self._slot(raw_key) != slot:
-                state = conn_state(raw, b"")  # taken meanwhile, for it held history only
+                state = conn_state(raw, b"")  # taken meanwhile, since it held history only
         if slot or state.epoch:
             self._control(CtlOp.FREE, raw_key)
         return state if state.epoch and state.epoch >= self._since else None
 
     def _waiting(self) -> Iterator[tuple[int, bytes]]:
-        """(since_ns, key) of the buffers in which anything waits."""
+        """Yield (since_ns, key) of the buffers in which anything waits."""
         for taken, since, key in abi.OWNER.iter_unpack(self._table):
             if taken and since:
                 yield since, key
 
     def outstanding(self) -> list[FlowKey]:
-        """Connections with anything in a buffer that has not left."""
+        """Return the connections that have anything in a buffer which has not left."""
         return [flow_key(k) for _, k in self._waiting()]
 
     def overdue(self, before_ns: int) -> list[FlowKey]:
-        """Those that have had it since before_ns."""
+        """Return those of them that have waited since before_ns or longer."""
         return [flow_key(k) for since, k in self._waiting() if since <= before_ns]
 
     def void(self, epoch: int) -> None:
-        """Nothing that was learnt before `epoch` counts any more."""
+        """Invalidate everything that was learnt before `epoch`."""
         self._since = epoch
         self._keep_since(epoch)
 
     def state(self) -> dict[str, Any]:
-        """For the status document."""
+        """Return the fast path's part of the status document."""
         return {
             "waits": self.waits(),
             "buffers": self.buffers,
@@ -178,7 +188,7 @@ class BpfKernelPath:
         }
 
     def waits(self) -> list[int]:
-        """How often released bytes had waited for less than 1, 2, 4, 8... us (not cumulated)."""
+        """Return how often released bytes had waited less than 1, 2, 4, ... us (not cumulative)."""
         size = 8 * possible_cpus()
         out = []
         for i in range(self._waits.info.max_entries):
@@ -187,9 +197,9 @@ class BpfKernelPath:
         return out
 
     def sweep(self, now_ns: int, most: int) -> None:
-        """Look at the next `most` connections; forget those long unused.
+        """Examine the next `most` connections; forget those long unused.
 
-        Seized in one call and deleted in the next: no program works on one any more.
+        They are reclaimed in one call and deleted in the next, when no program uses one any more.
         """
         reclaimed, self._reclaimed = self._reclaimed, []
         for key in reclaimed:
@@ -207,15 +217,16 @@ class BpfKernelPath:
                 break
             raw = self._conns.get(key_)
             if raw is not None and self._unused(key_, raw, now_ns):
-                self.reclaim(
-                    flow_key(key_)
-                )  # it is in the slow path from now on, and its buffer is free
+                self.reclaim(flow_key(key_))  # from now on in the slow path, with its buffer free
                 self._reclaimed.append(key_)
 
     def _unused(self, raw_key: bytes, raw: bytes, now_ns: int) -> bool:
-        """Long enough: less if it is over, or its client was not heard after the handshake."""
+        """Return whether a connection has been unused for long enough.
+
+        The time is shorter if it has ended, or if its client was not seen after the handshake.
+        """
         state = abi.CONN.unpack(raw)
-        over = state[_FIN_KNOWN] and state[_FIN] == state[_REL]
+        over = state[_FIN_KNOWN] and state[_FIN] == state[_RELEASED]
         udp = abi.FLOW_KEY.unpack(raw_key)[4] & abi.KEY_UDP
         short = over or not (state[_CLIENT_ACK] or udp)
         return now_ns - int(state[_SEEN]) >= (self._idle_ns // 5 if short else self._idle_ns)

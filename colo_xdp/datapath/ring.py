@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Reads the data path's events: frames with their capture time.
 
-The ring buffer is read through its own mapping (Documentation/bpf/ringbuf.rst),
-three times cheaper than one callback from C per record. Kernels without it get
-bcc's perf buffers. Producer and consumer positions are single aligned words and
-the kernel publishes a record by clearing its busy bit, so on x86 plain reads
-are enough; elsewhere the reader must be the only one and the interpreter's own
-locking orders the accesses.
+The ring buffer is read through its own mapping (Documentation/bpf/ringbuf.rst), which is three
+times cheaper than one callback from C per record. Kernels without ring buffers get bcc's perf
+buffers. Producer and consumer positions are single aligned words, and the kernel publishes a record
+by clearing its busy bit, so on x86 plain reads suffice. Elsewhere the reader must be the only one,
+and the interpreter's own locking orders the accesses. DataPath.drain() is the caller.
 """
 
 from __future__ import annotations
@@ -34,39 +33,53 @@ class CapturedFrame:
     frame: bytes
     gso_size: int
     partial: bool
-    punt_seq: int = 0  # number among the frames of a connection that the fast path knows; 0: none
-    gso_type: int = 0  # struct virtio_net_hdr's; 0: no GSO, or this kernel does not tell
+    punt_seq: int = 0  # number among the frames of an offloaded connection; 0: not one
+    gso_type: int = 0  # as in struct virtio_net_hdr; 0: no GSO, or this kernel does not show it
 
 
 def summed(frame: bytes, start: int, offset: int) -> bytes:
-    """The frame with its checksum completed: of all from `start` on, put at start + offset
-    (struct virtio_net_hdr). As skb_checksum_help() does it. Raises ValueError if it does not fit.
+    """Return the frame with its checksum completed.
+
+    The checksum covers everything from `start` on and is stored at start + offset (struct
+    virtio_net_hdr), as skb_checksum_help() does it. Raises ValueError if it does not fit.
     """
     at = start + offset
     if at + 2 > len(frame):
         raise ValueError(f"a checksum at {at} of a frame of {len(frame)} bytes")
     body = frame[start:]
     total = int.from_bytes(body + bytes(len(body) & 1), "big")
-    check = 0xFFFF - total % 0xFFFF  # never 0, which UDP has for none
+    check = 0xFFFF - total % 0xFFFF  # never 0, which means "none" for UDP
     return frame[:at] + check.to_bytes(2, "big") + frame[at + 2 :]
 
 
 def decode(raw: memoryview | bytes) -> CapturedFrame:
-    """An event from the bytes of struct colo_event and its frame.
+    """Decode struct colo_event and the frame that follows it.
 
-    Raises ValueError when the record is shorter than it says.
+    Raises ValueError if the record is shorter than it claims.
     """
     if len(raw) < _HEAD:
         raise ValueError(f"event of {len(raw)} bytes, its head alone has {_HEAD}")
     (
-        ts, length, epoch, gso, tci, proto, source, flags, punt_seq, start, offset, gso_type,
-    ) = abi.EVENT.unpack_from(raw)  # fmt: skip
+        ts,
+        length,
+        epoch,
+        gso,
+        tci,
+        proto,
+        source,
+        flags,
+        punt_seq,
+        start,
+        offset,
+        gso_type,
+    ) = abi.EVENT.unpack_from(raw)
     frame = bytes(raw[_HEAD : _HEAD + length])
     if len(frame) != length:
         raise ValueError(f"event says {length} bytes of frame and carries {len(frame)}")
     if flags & abi.EV_UNSUMMED:
-        # By some header within, or behind what nobody steps over: nobody who takes the frame later
-        # would know of it, and the other guest's copy may have it in full.
+        # The checksum belongs to an inner header, or lies behind something that no parser steps
+        # over. No later reader of the frame would know about it, and the other guest's copy may
+        # have it in full.
         frame = summed(frame, start, offset)
     if flags & abi.EV_VLAN:
         tag = proto.to_bytes(2, "little") + tci.to_bytes(2, "big")
@@ -76,30 +89,30 @@ def decode(raw: memoryview | bytes) -> CapturedFrame:
 
 
 class Reader(Protocol):
-    """What the daemon needs of an event source."""
+    """An event source, as the daemon uses it."""
 
     fds: list[int]
     capacity: int
     lost: int
 
     def drain(self, sink: Callable[[CapturedFrame], None], limit: int) -> int:
-        """Hand at most about `limit` events to `sink`; returns how many."""
+        """Pass at most about `limit` events to `sink`; return how many."""
         ...
 
     def close(self) -> None:
-        """Give the mapping back."""
+        """Release the mapping."""
         ...
 
 
 class RingReader:
-    """The consumer side of a BPF ring buffer."""
+    """Consumer side of a BPF ring buffer."""
 
     def __init__(self, objects: Objects) -> None:
         table = objects.map("events")
         page = mmap.PAGESIZE
         self.fds = [table.fd]
         self.capacity = table.info.max_entries
-        self.lost = 0  # of the ring, the programs count their own failed reservations
+        self.lost = 0  # stays 0: the programs count their own failed reservations
         self._mask = self.capacity - 1
         self._c = mmap.mmap(table.fd, page, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
         self._d = mmap.mmap(
@@ -112,7 +125,10 @@ class RingReader:
         self._u32 = self._data.cast("I")
 
     def drain(self, sink: Callable[[CapturedFrame], None], limit: int = 1 << 30) -> int:
-        """Events up to `limit`; the space of each is given back as soon as it is copied."""
+        """Pass up to `limit` events to `sink`.
+
+        The space of each is released as soon as it is copied.
+        """
         cons, n, mask, u32, data = self._cons.value, 0, self._mask, self._u32, self._data
         prod = self._prod[0]
         while n < limit:
@@ -132,7 +148,7 @@ class RingReader:
             try:
                 event = decode(data[o + 8 : o + 8 + length])
             finally:
-                self._cons.value = cons  # also of one that is not whole: it must not come again
+                self._cons.value = cons  # also after a malformed one, which must not come again
             sink(event)
             n += 1
         return n
@@ -146,7 +162,7 @@ class RingReader:
 
 
 class PerfReader:
-    """bcc's perf buffers, one per CPU, for kernels without a ring buffer."""
+    """bcc's perf buffers, one per CPU, for kernels without ring buffers."""
 
     PAGES = 1024
 
@@ -167,7 +183,7 @@ class PerfReader:
         self.lost += count
 
     def drain(self, sink: Callable[[CapturedFrame], None], limit: int = 1 << 30) -> int:
-        """All events that wait now; order of time across CPUs is restored within one call."""
+        """Pass all waiting events to `sink`, in order of time across CPUs within this call."""
         self._bpf.perf_buffer_consume()
         raw, self._queue = self._queue, []
         events = sorted((decode(r) for r in raw), key=lambda e: e.ts_ns)
@@ -176,9 +192,9 @@ class PerfReader:
         return len(events)
 
     def close(self) -> None:
-        """bcc closes the buffers with the module."""
+        """Do nothing: bcc closes the buffers with the module."""
 
 
 def open_reader(objects: Objects) -> RingReader | PerfReader:
-    """The reader that fits how the programs were compiled."""
+    """Return the reader that fits how the programs were compiled."""
     return RingReader(objects) if objects.events == "ring" else PerfReader(objects)

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The few bpf(2) commands that bcc 0.26 does not wrap.
 
-Object pins, what a map or program is, and BPF_PROG_TEST_RUN for the tests.
-Source: include/uapi/linux/bpf.h. Every function raises OSError with the
-kernel's errno and the command's name.
+These are object pins, information about maps and programs, ring buffer positions, and
+BPF_PROG_TEST_RUN for the fast path's control program and the tests. Source:
+include/uapi/linux/bpf.h. Every function raises OSError with the kernel's errno and the command's
+name.
 """
 
 from __future__ import annotations
@@ -104,7 +105,7 @@ class _TestRunAttr(ct.Structure):
 
 @dataclass(frozen=True, slots=True)
 class MapInfo:
-    """Shape of a map as the kernel has it; sizes in bytes."""
+    """Properties of a map in the kernel; sizes in bytes."""
 
     id: int
     type: int
@@ -115,7 +116,7 @@ class MapInfo:
 
 @dataclass(frozen=True, slots=True)
 class ProgInfo:
-    """A loaded program; `name` is at most 15 characters."""
+    """Properties of a loaded program; `name` has at most 15 characters."""
 
     id: int
     type: int
@@ -145,26 +146,26 @@ def _bpf(cmd: int, attr: ct.Structure, what: str) -> int:
 
 
 def obj_pin(fd: int, path: str) -> None:
-    """Pin a map or program at `path` (a bpffs)."""
+    """Pin a map or program at `path`, on a BPF file system."""
     buf = ct.create_string_buffer(path.encode())
     _bpf(_OBJ_PIN, _ObjAttr(ct.addressof(buf), fd, 0), f"pin {path}")
 
 
 def obj_get(path: str) -> int:
-    """File descriptor of a pinned object; the caller closes it."""
+    """Open a pinned object; the caller closes the file descriptor."""
     buf = ct.create_string_buffer(path.encode())
     return _bpf(_OBJ_GET, _ObjAttr(ct.addressof(buf), 0, 0), f"get {path}")
 
 
 def map_info(fd: int) -> MapInfo:
-    """What the map behind `fd` is."""
+    """Return the properties of the map behind `fd`."""
     info = _MapInfo()
     _bpf(_OBJ_GET_INFO_BY_FD, _InfoAttr(fd, ct.sizeof(info), ct.addressof(info)), "map info")
     return MapInfo(info.id, info.type, info.key_size, info.value_size, info.max_entries)
 
 
 def ring_skip(fd: int) -> None:
-    """What a BPF ring buffer holds is read: the consumer's position becomes the producer's.
+    """Discard what a BPF ring buffer holds: set the consumer's position to the producer's.
 
     Source: ringbuf_map_mmap_kern() and what follows it in kernel/bpf/ringbuf.c.
     """
@@ -172,23 +173,23 @@ def ring_skip(fd: int) -> None:
     with mmap.mmap(fd, page) as ours, mmap.mmap(fd, page, prot=mmap.PROT_READ, offset=page) as its:
         position = ct.c_uint64.from_buffer(ours)
         position.value = int.from_bytes(its[:8], sys.byteorder)
-        del position  # else the mapping has a user
+        del position  # otherwise the mapping is still in use
 
 
 def prog_info(fd: int) -> ProgInfo:
-    """What the program behind `fd` is."""
+    """Return the properties of the program behind `fd`."""
     info = _ProgInfo()
     _bpf(_OBJ_GET_INFO_BY_FD, _InfoAttr(fd, ct.sizeof(info), ct.addressof(info)), "prog info")
     return ProgInfo(info.id, info.type, info.name.decode(errors="replace"), bytes(info.tag).hex())
 
 
 def prog_fd_by_id(prog_id: int) -> int:
-    """Descriptor of a loaded program; needs CAP_SYS_ADMIN. The caller closes it."""
+    """Open a loaded program by its ID; needs CAP_SYS_ADMIN. The caller closes the descriptor."""
     return _bpf(_PROG_GET_FD_BY_ID, _IdAttr(prog_id, 0, 0), f"prog {prog_id}")
 
 
 def prog_info_by_id(prog_id: int) -> ProgInfo:
-    """What the program with this id is; needs CAP_SYS_ADMIN."""
+    """Return the properties of the program with this ID; needs CAP_SYS_ADMIN."""
     fd = prog_fd_by_id(prog_id)
     try:
         return prog_info(fd)
@@ -197,7 +198,7 @@ def prog_info_by_id(prog_id: int) -> ProgInfo:
 
 
 def tcx_programs(ifindex: int, direction: str) -> int:
-    """How many tcx programs a device has there; none where the kernel has no tcx (before 6.6)."""
+    """Return how many tcx programs a device has; 0 if the kernel has no tcx (before 6.6)."""
     a = _QueryAttr(ifindex=ifindex, attach_type=_TCX[direction])
     try:
         _bpf(_PROG_QUERY, a, "prog query")
@@ -217,7 +218,7 @@ def test_run(
     ctx_out: int = 0,
     data_out: int = 70000,
 ) -> TestRun:
-    """Run a program once (or `repeat` times) over `data`; a page is the largest input."""
+    """Run a program once (or `repeat` times) over `data`, which is at most a page."""
     src = ct.create_string_buffer(data, len(data))
     dst = ct.create_string_buffer(max(data_out, 1))
     cin = ct.create_string_buffer(ctx, len(ctx)) if ctx else None
@@ -240,7 +241,7 @@ def test_run(
 
 
 def is_bpffs(path: str) -> bool:
-    """Whether `path` lies on a BPF file system (statfs magic, linux/magic.h)."""
+    """Return whether `path` lies on a BPF file system (statfs magic, linux/magic.h)."""
     buf = (ct.c_uint64 * 32)()
     if _libc.statfs(path.encode(), ct.byref(buf)):
         return False

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What comes of both guests while a checkpoint is under way, and what it decides about it."""
+"""Frames of both guests that arrive during a checkpoint, until it decides about them."""
 
 from __future__ import annotations
 
@@ -15,37 +15,39 @@ _LONG_AGO = -1
 
 
 class CheckpointQueue:
-    """Frames of the PVM that are undecided, in the order of capture, and those of the SVM that are
-    of an epoch to come. `ledger` is what the PVM's are charged to."""
+    """Undecided frames of the PVM in capture order, and frames of the SVM of an epoch to come.
+
+    ledger: what the PVM's frames are charged to.
+    """
 
     def __init__(self, ledger: Ledger, max_packets: int) -> None:
         self._ledger, self._max_packets = ledger, max_packets
         self.held = HeldQueue(ledger)
-        #: when the PVM stopped, of the last checkpoint: what was captured until then is in it
+        #: When the PVM stopped for the last checkpoint (ns): what was captured until then is in it.
         self.stop_ns = _LONG_AGO
-        # each with its epoch modulo 4096; the latter of flows that hold nothing
+        # Each with its epoch modulo 4096; the second is of flows that hold nothing.
         self._next: deque[tuple[Frame, int]] = deque()
         self._next_bypassed: deque[tuple[Frame, int]] = deque()
-        self.lost = 0  # frames of the SVM's next epoch that are missing
+        self.lost = 0  # missing frames of the SVM's next epoch
 
     # -- of the PVM
 
     def offer(self, rec: Frame, p: Packet, now_ns: int) -> bool:
-        """Hold one more, if there is room: for some times what the flows may hold."""
+        """Hold one more frame if there is room: CHECKPOINT_QUEUE times what the flows may hold."""
         if not self._ledger.room(CHECKPOINT_QUEUE):
             return False
         self.held.push(rec, p, now_ns)
         return True
 
     def collect(self, frames: list[Held]) -> None:
-        """Take what the flows held, of each in its order; oldest first of all that is held."""
+        """Take over the frames that the flows held, and sort all held frames by age."""
         if frames:
             frames = [*frames, *self.held.drain()]
             frames.sort(key=lambda held: held[2])
             self.held.extend(frames)
 
     def take_until(self, ts_ns: int) -> list[Held]:
-        """Remove the frames that were captured at ts_ns or before."""
+        """Remove and return the frames that were captured at ts_ns or before."""
         frames = self.held.drain()
         self.held.extend(held for held in frames if held[0].ts_ns > ts_ns)
         return [held for held in frames if held[0].ts_ns <= ts_ns]
@@ -53,7 +55,7 @@ class CheckpointQueue:
     # -- of the SVM
 
     def buffer(self, rec: Frame, tag: int, bypassed: bool) -> bool:
-        """Keep a frame until its epoch begins, if there is room."""
+        """Keep a frame until its epoch begins; return False if there is no room."""
         kept = self._next_bypassed if bypassed else self._next
         if len(kept) >= self._max_packets:
             return False
@@ -61,13 +63,13 @@ class CheckpointQueue:
         return True
 
     def take_svm(self) -> list[tuple[Frame, int]]:
-        """Remove all of the SVM, with the tags of their epochs."""
+        """Remove and return all frames of the SVM, with the tags of their epochs."""
         kept = [*self._next, *self._next_bypassed]
         self._next.clear()
         self._next_bypassed.clear()
         return kept
 
     def forget_svm(self) -> int:
-        """Remove all of the SVM; how many were kept."""
+        """Remove all frames of the SVM; return how many were kept."""
         self.lost = 0
         return len(self.take_svm())

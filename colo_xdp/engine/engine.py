@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The compare engine: which of the primary guest's frames may leave, and when.
+"""The compare engine: decides which of the PVM's frames may leave, and when.
 
-Sans-IO: the caller brings frames and the time, the engine calls back. It holds the
-design's invariants I1 to I4, I7 and I10 for everything that the kernel does not decide
-itself. It runs in one thread; callbacks must not call into the engine.
+Sans-IO: the caller supplies frames and the time, and the engine calls back. The primary controller
+runs it for everything that the kernel does not decide itself (docs/design/compare-rules.md,
+docs/design/checkpoints.md). It runs in one thread; callbacks must not call into the engine.
 
 All times are CLOCK_MONOTONIC ns.
 """
@@ -40,20 +40,19 @@ __all__ = ["COUNTERS", "SOON_NS", "Divergence", "Engine", "Frame", "Limits", "Po
 
 _TCP, _FRAGMENT = Kind.TCP, Kind.FRAGMENT
 _TAG = 0xFFF
-#: epochs ahead of ours that may be the next one (a checkpoint that failed takes a number)
+#: how many epochs ahead the next one may be (a failed checkpoint uses up a number)
 _NEXT_EPOCHS = 16
 
 
 class Engine:
-    """Holds the primary guest's frames until the rules let them go.
+    """Holds the PVM's frames until the rules let them leave.
 
-    release(record) sends a frame. request_checkpoint(divergence) is called once per
-    epoch. on_wait(ns) gets the time from capture to release of each frame; in shadow
-    mode the time that it would have waited. on_divergence gets every difference, also
-    those that ask for nothing (one is asked for already, the flow is only watched).
-    unmirror(key) gets the flows (struct colo_unmirrored_key) whose clients' frames the SVM
-    is not to have, None when there is none any more. fast: the fast path, which gets settled
-    streams.
+    release(record) sends a frame. request_checkpoint(divergence) is called once per epoch.
+    on_wait(ns) gets the time from capture to release of each frame; in shadow mode, the time that
+    it would have waited. on_divergence gets every difference, also those that request nothing (a
+    checkpoint has already been requested, or the flow is only monitored). unmirror(key) gets the
+    flows (struct colo_unmirrored_key) whose clients' frames must not reach the SVM, and None when
+    there are none any more. fast: the fast path, which gets settled streams.
     """
 
     def __init__(
@@ -74,24 +73,37 @@ class Engine:
             self._clock, release, request_checkpoint, on_wait, on_divergence
         )
         self._counters = self._outbox.counters
-        self._n_pvm = self._n_svm = 0  # counters that are hot
+        self._n_pvm = self._n_svm = 0  # hot counters
         self.ledger = Ledger(limits.max_queue_size, limits.max_held_bytes)
         self._timers: Timers[Flow] = Timers(self._clock)
         self._histories = HistoryBudget(
-            limits.history_bytes, limits.history_total,
+            limits.history_bytes,
+            limits.history_total,
             partial(self._outbox.count, "history_evicted"),
-        )  # fmt: skip
+        )
         self._host = FlowContext(
-            self._outbox, self.ledger, self._timers, self._histories, limits.compare_timeout_ns,
-            limits.datagram_grace_ns, limits.max_stream_bytes,
-        )  # fmt: skip
+            self._outbox,
+            self.ledger,
+            self._timers,
+            self._histories,
+            limits.compare_timeout_ns,
+            limits.datagram_grace_ns,
+            limits.max_stream_bytes,
+        )
         self._watched = MonitorBudget(Ledger(limits.max_queue_size, limits.max_held_bytes))
         self.fast: KernelPath = NoKernelPath() if fast is None else fast
         self._offload_wanted = self.fast.enabled
         self._flows = FlowTable(
-            self._clock, self._host, self._outbox, self._watched, limits, policy,
-            lookup=self._lookup, restore=self._restore, unmirror=unmirror,
-        )  # fmt: skip
+            self._clock,
+            self._host,
+            self._outbox,
+            self._watched,
+            limits,
+            policy,
+            lookup=self._lookup,
+            restore=self._restore,
+            unmirror=unmirror,
+        )
         self._tcp = self._flows.tcp
         self._scheduler = OffloadScheduler(
             self._clock, self.fast, self._outbox, limits.compare_timeout_ns, self._flows.put
@@ -100,7 +112,7 @@ class Engine:
         self._fragments = self._no_fragments()
         self._queue = CheckpointQueue(self.ledger, limits.max_queue_size)
         self._next_policy: Policy | None = None  # in force from the next epoch on
-        self.shadow = False  # hold nothing: every frame leaves at once and is compared behind
+        self.shadow = False  # hold nothing: every frame leaves at once and is compared afterwards
         self._checkpointing = False
         self._solo = False
         self._void_ns = 0
@@ -109,7 +121,7 @@ class Engine:
     # -- frames
 
     def from_pvm(self, rec: Frame, now_ns: int) -> None:
-        """A frame of the primary guest, in the order of capture."""
+        """Process a frame of the PVM, in the order of capture."""
         clock = self._clock
         clock.now = now_ns
         self._n_pvm += 1
@@ -117,8 +129,8 @@ class Engine:
             self._outbox.release_ahead(rec)
         p = parse(rec.frame)
         if p.kind is _TCP and not self._checkpointing and rec.ts_ns > self._queue.stop_ns:
-            # A copy of _feed() and Flows.of(), on purpose: nearly all frames are TCP segments of
-            # flows that are known, and a call less for each counts (tests/bench/slow_path.py).
+            # Deliberately duplicates _feed() and FlowTable.of(): nearly all frames are TCP segments
+            # of known flows, and each saved call counts (tests/bench/slow_path.py).
             st = self._tcp.get(p.key)
             if st is None:
                 if self._solo or (st := self._flows.new(self._tcp, p)) is None:
@@ -145,12 +157,15 @@ class Engine:
             self._feed(rec, p)
 
     def set_shadow(self, on: bool, now_ns: int) -> None:
-        """In shadow every frame leaves at once and is compared behind; what is held leaves now."""
+        """Enter or leave shadow mode, in which frames leave at once and are compared later.
+
+        Held frames leave now.
+        """
         self._clock.now, self.shadow = now_ns, on
         self.fast.enabled = not on and self._offload_wanted
         if on:
             self._scheduler.end_all_backpressure()
-            self._recall_all(self.fast.outstanding())
+            self._reclaim_all(self.fast.outstanding())
             held = [h for flow in self._timers.flows() for h in flow.held]
             for rec, _, _ in sorted([*held, *self._queue.held], key=lambda h: h[2]):
                 self._outbox.release_ahead(rec)
@@ -170,11 +185,11 @@ class Engine:
                 self._note(flow, rec)
 
     def _no_flow(self, rec: Frame) -> None:
-        """A frame with no flow: the pair is lost, or the table is full."""
+        """Handle a frame without a flow: the pair is lost, or the table is full."""
         if self._solo:
             self._counters["released_solo"] += 1
             self._outbox.release(rec)
-        # else dropped and counted by _room(): like loss on the network
+        # otherwise dropped and counted by _room(): like loss on the network
 
     def _enqueue(self, rec: Frame, p: Packet) -> None:
         if not self._queue.offer(rec, p, self._clock.now):
@@ -182,8 +197,10 @@ class Engine:
             self._outbox.request(Cause.QUEUE_FULL, "checkpoint")
 
     def from_svm(self, rec: Frame, epoch12: int, now_ns: int) -> None:
-        """A frame of the secondary guest, TCP numbers translated; epoch12 is its epoch
-        modulo 4096. Never released."""
+        """Process a frame of the SVM, whose TCP numbers are translated. It is never released.
+
+        epoch12: its epoch modulo 4096.
+        """
         clock = self._clock
         clock.now = now_ns
         self._n_svm += 1
@@ -191,7 +208,7 @@ class Engine:
         if ahead == 0 and not self._checkpointing and not self._solo:
             p = parse(rec.frame)
             if p.kind is _TCP:
-                # a copy of _svm_datagram() and Flows.of(), as in from_pvm()
+                # duplicates _svm_datagram() and FlowTable.of(), as in from_pvm()
                 st = self._tcp.get(p.key)
                 if st is None:
                     st = self._flows.new(self._tcp, p)
@@ -214,7 +231,7 @@ class Engine:
             self._counters["svm_stale"] += 1
 
     def _buffer(self, rec: Frame, tag: int) -> None:
-        """A frame of the SVM that is of an epoch to come."""
+        """Keep a frame of the SVM that belongs to an epoch to come."""
         p = parse(rec.frame)
         flow = (self._tcp if p.kind is _TCP else self._flows.datagram).get(p.key)
         bypassed = flow is not None and flow.bypassed
@@ -248,8 +265,11 @@ class Engine:
     # -- checkpoints
 
     def begin_checkpoint(self) -> None:
-        """From now on the PVM's frames are queued undecided, the SVM's of this epoch dropped
-        and of the next one kept. Also ends a solo phase (re-protection)."""
+        """Begin a checkpoint; also ends a solo phase (re-protection).
+
+        From now on the PVM's frames are queued undecided. The SVM's are dropped if they are of this
+        epoch, and kept if they are of the next.
+        """
         self._scheduler.end_all_backpressure()
         self._set_phase(checkpointing=True)
         self._collect()
@@ -260,18 +280,20 @@ class Engine:
 
     def _collect(self) -> None:
         """Move what the flows hold to the queue, oldest first, each flow in its order."""
-        # whoever holds anything has a timer
+        # every flow that holds anything has a timer
         self._queue.collect([held for flow in self._timers.flows() for held in flow.defer()])
 
     def set_policy(self, policy: Policy) -> None:
-        """New rules. They take force with the next checkpoint, which this asks for."""
+        """Set new rules. They take effect with the next checkpoint, which this requests."""
         self._next_policy = policy
         self._flows.announce(policy)
         self._outbox.request(Cause.POLICY, "policy")
 
     def release_until(self, ts_ns: int) -> int:
-        """While checkpointing: release the queued frames captured at ts_ns or before, which
-        are proven to precede STOP. Returns how many."""
+        """Release queued frames captured at ts_ns or before; return how many.
+
+        Called during a checkpoint, for frames that are known to precede STOP.
+        """
         return self._release_queued(ts_ns, "released_by_checkpoint")
 
     def _release_queued(self, ts_ns: int, counter: str) -> int:
@@ -282,7 +304,8 @@ class Engine:
         return len(queued)
 
     def _committed(self, rec: Frame, p: Packet) -> None:
-        # with a full table it leaves untracked: the next frame is as of an unknown connection
+        # with a full table it leaves untracked: the next frame looks like one of an unknown
+        # connection
         if p.kind is _TCP and (st := self._flows.of(p, must=False)) is not None:
             st.commit(p)
             self._outbox.release(rec)
@@ -293,15 +316,15 @@ class Engine:
         self._outbox.release(rec)
 
     def commit_checkpoint(self, stop_ts_ns: int, epoch: int, now_ns: int) -> None:
-        """The checkpoint is complete on the SVM, which runs on under `epoch`.
+        """Commit a checkpoint that is complete on the SVM, which continues under `epoch`.
 
-        The PVM's frames captured at stop_ts_ns or before are in it and leave; newer ones
-        are compared under the new epoch, with the SVM's frames kept for it. Everything
-        that the SVM said before is forgotten (I7).
+        The PVM's frames captured at stop_ts_ns or before are contained in it and leave. Newer ones
+        are compared under the new epoch, with the SVM's frames kept for it. All earlier output of
+        the SVM is forgotten.
         """
         self._clock.now = now_ns
         self._counters["checkpoints"] += 1
-        self._recall_all(self.fast.outstanding())
+        self._reclaim_all(self.fast.outstanding())
         self._collect()
         self._clock.epoch, self._queue.stop_ns = epoch, stop_ts_ns
         for flow in self._timers.flows():
@@ -344,29 +367,35 @@ class Engine:
             self._outbox.request(Cause.PEER_GAP, f"{lost} frames of the new epoch")
 
     def void_flows(self, now_ns: int) -> None:
-        """Until now frames of the PVM may have left, or of the SVM gone by, unseen: with the next
-        commit, after which both guests are equal, every flow is met anew, until one whose STOP
-        came later."""
+        """Have every flow treated as new from the next commit on, when both guests are equal.
+
+        Frames of the PVM may have left until now, or frames of the SVM gone by, unseen. This stays
+        in force until a commit whose STOP came later.
+        """
         self._void_ns = now_ns
 
     def gather(self, now_ns: int) -> int:
-        """No twin is to be expected: what waits in the fast path comes here. How many frames
-        wait."""
+        """Reclaim what waits in the fast path, as no counterparts can be expected.
+
+        Returns how many frames wait.
+        """
         self._clock.now = now_ns
-        self._recall_all(self.fast.outstanding())
+        self._reclaim_all(self.fast.outstanding())
         return self.held_packets
 
     def abort_checkpoint(self, now_ns: int) -> None:
-        """The checkpoint failed: everything stays held until a commit or release_all."""
+        """Note a failed checkpoint: everything stays held until a commit or release_all()."""
         self._clock.now = now_ns
         self._counters["checkpoints_aborted"] += 1
         self._counters["svm_stale"] += self._queue.forget_svm()
 
     def release_all(self) -> int:
-        """The pair is lost and the PVM goes solo: release everything held, in order, and from
-        now on at once. The flows are forgotten. Returns how many were held."""
+        """Release all held frames in order, and later ones at once; return how many were held.
+
+        The pair is lost and the PVM goes solo. The flows are forgotten.
+        """
         self._scheduler.end_all_backpressure()
-        self._recall_all(self.fast.outstanding())
+        self._reclaim_all(self.fast.outstanding())
         self._collect()
         for flow in (*self._timers.flows(), self._fragments):
             flow.forget_svm()
@@ -380,7 +409,7 @@ class Engine:
         return len(queue)
 
     def _forget(self, epoch: int) -> None:
-        """All flows, and what the fast path has learnt before this epoch."""
+        """Forget all flows, and what the fast path learnt before this epoch."""
         self.fast.void(epoch)
         self._flows.clear()
         self._fragments = self._no_fragments()
@@ -398,7 +427,7 @@ class Engine:
     def flush(self, now_ns: int) -> None:
         """Release verified parts of frames that wait for their rest, in whole segments.
 
-        To be called when a batch of frames has been fed: most rests are in the same batch.
+        Called at the end of a batch of frames: most rests are in the same batch.
         """
         self._clock.now = now_ns
         self._scheduler.end_batch(self.fast.enabled and not self._checkpointing and not self._solo)
@@ -407,8 +436,10 @@ class Engine:
                 self._timers.arm(flow, now_ns + PART_NS)
 
     def tick(self, now_ns: int) -> None:
-        """Timeouts and ageing; cheap when nothing is due. To be called at tick_ns(), and without
-        that every 50 ms or so."""
+        """Handle timeouts and ageing; cheap when nothing is due.
+
+        Called at tick_ns(), and otherwise every 50 ms or so.
+        """
         self._clock.now = now_ns
         self._scheduler.look()
         if not self._checkpointing:
@@ -425,27 +456,31 @@ class Engine:
                     self._outbox.request(Cause.OPENED_APART, apart, evidence)
             if self.fast.enabled and now_ns >= self._next_look:
                 self._next_look = now_ns + self._host.timeout_ns // 8
-                self._recall_all(self.fast.overdue(now_ns - self._host.timeout_ns // 2))
+                self._reclaim_all(self.fast.overdue(now_ns - self._host.timeout_ns // 2))
         if now_ns >= self._next_scan:
             self._next_scan = now_ns + self.limits.expired_scan_cycle_ns
             self._flows.age(now_ns)
 
     def tick_ns(self) -> int:
-        """When tick() has something to do that cannot be late (NEVER: nothing): a timer of some
-        ms, a frame that is kept back. One of seconds may be late by 50 ms, and mostly its flow is
-        gone by then: it wakes nobody."""
+        """Return when tick() has something to do that cannot be late; NEVER: nothing.
+
+        That is a timer of some ms, or a frame that is kept back. A timer of seconds may be late by
+        50 ms, and mostly its flow has finished by then, so it causes no wake-up.
+        """
         return self._clock.now if self._scheduler.braking else self._timers.next_ns
 
     def end_backpressure(self, now_ns: int) -> None:
-        """In place of tick(), where no time runs out: what is kept back for the fast path
-        leaves."""
+        """Release what is kept back for the fast path.
+
+        Called in place of tick() where no time runs out.
+        """
         self._clock.now = now_ns
         self._scheduler.end_all_backpressure()
 
     # -- the fast path
 
     def _lookup(self, key: FlowKey) -> ConnState | None:
-        """What the fast path knows of a connection that is not in the tables."""
+        """Return the fast path's state of a connection that is not in the tables."""
         if not self.fast.enabled or self._solo:
             return None
         return self.fast.reclaim(key)
@@ -453,7 +488,7 @@ class Engine:
     def _restore(self, flow: ComparedFlow, state: ConnState) -> None:
         self._scheduler.reclaim(flow, state)
 
-    def _recall_all(self, keys: list[FlowKey]) -> None:
+    def _reclaim_all(self, keys: list[FlowKey]) -> None:
         for key in keys:
             flow = self._flows.table(key).get(key)
             if flow is not None:
@@ -463,16 +498,16 @@ class Engine:
             if state is not None:
                 self._flows.revive(key, state)
 
-    # -- to be looked at
+    # -- properties
 
     @property
     def now(self) -> int:
-        """The time of the last call."""
+        """Return the time of the last call."""
         return self._clock.now
 
     @property
     def epoch(self) -> int:
-        """Of the frames that are compared."""
+        """Return the epoch of the frames that are compared."""
         return self._clock.epoch
 
     @epoch.setter
@@ -481,17 +516,17 @@ class Engine:
 
     @property
     def policy(self) -> Policy:
-        """The rules in force."""
+        """Return the rules in force."""
         return self._flows.policy
 
     @property
     def rules(self) -> dict[str, RuleCount]:
-        """What each rule has done."""
+        """Return the counts of each rule."""
         return self._outbox.rules
 
     @property
     def counters(self) -> Counter[str]:
-        """All counters of COUNTERS; do not change it."""
+        """Return all counters of COUNTERS; read only."""
         c = self._counters
         c["pvm_frames"], c["svm_frames"] = self._n_pvm, self._n_svm
         c["released"] = self._outbox.released
@@ -499,25 +534,25 @@ class Engine:
 
     @property
     def pvm_packets(self) -> int:
-        """Frames of the PVM that wait to be compared, or for a checkpoint."""
+        """Return how many frames of the PVM wait to be compared or for a checkpoint."""
         return self.ledger.pvm_packets
 
     @property
     def svm_packets(self) -> int:
-        """Frames of the SVM that are stashed to be compared."""
+        """Return how many frames of the SVM are buffered to be compared."""
         return self.ledger.svm_packets
 
     @property
     def held_packets(self) -> int:
-        """Frames of the PVM that wait, also those that are kept back for the fast path."""
+        """Return how many frames of the PVM wait, including those kept back for the fast path."""
         return self.ledger.pvm_packets + self._scheduler.kept()[0]
 
     @property
     def held_bytes(self) -> int:
-        """Their bytes, Ethernet headers included."""
+        """Return the bytes of those frames, including Ethernet headers."""
         return self.ledger.pvm_bytes + self._scheduler.kept()[1]
 
     @property
     def flows(self) -> int:
-        """Flows known, TCP and others."""
+        """Return how many flows are known, TCP and others."""
         return len(self._flows)

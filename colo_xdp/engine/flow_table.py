@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The engine's flows: made as the policy wants them, aged, and evicted when there are too many."""
+"""The engine's flows: created as the policy demands, aged, and evicted when there are too many."""
 
 from __future__ import annotations
 
@@ -34,16 +34,24 @@ _TCP_CODEC, _UDP_CODEC = offload_tcp.TcpCodec(), offload_udp.UdpCodec()
 class FlowTable:
     """All flows of one engine, TCP and others. `limit` bounds their number.
 
-    lookup(key): what the fast path knows of a flow that is not in the tables. restore(flow, words)
-    lets a new one go on from that. unmirror: see Engine. watched: what is kept of watched flows.
+    lookup(key): returns the fast path's state of a flow that is not in the tables. restore(flow,
+    state): continues a new flow from it. unmirror: see Engine. watched: the budget of monitored
+    flows.
     """
 
     def __init__(
-        self, clock: Clock, host: FlowContext, outbox: EngineOutbox, watched: MonitorBudget,
-        limits: Limits, policy: Policy, *, lookup: Callable[[FlowKey], ConnState | None],
+        self,
+        clock: Clock,
+        host: FlowContext,
+        outbox: EngineOutbox,
+        watched: MonitorBudget,
+        limits: Limits,
+        policy: Policy,
+        *,
+        lookup: Callable[[FlowKey], ConnState | None],
         restore: Callable[[ComparedFlow, ConnState], None],
         unmirror: Callable[[bytes | None], None],
-    ) -> None:  # fmt: skip
+    ) -> None:
         self._clock, self._host, self._outbox = clock, host, outbox
         self._watched, self._watched_host = watched, watched.host(host)
         self._lookup, self._restore, self._set_unmirrored = lookup, restore, unmirror
@@ -52,8 +60,8 @@ class FlowTable:
         self.datagram: dict[FlowKey, Comparer] = {}
         self.policy, self._policy_epoch = policy, LONG_AGO
         self.announce(policy)
-        # A heap with one entry per flow, lazy: an entry is a lower bound, the flow itself knows
-        # better.
+        # A lazy heap with one entry per flow: an entry is a lower bound, and the flow itself knows
+        # the exact time.
         self._ages: list[tuple[int, int, Comparer]] = []
         self._serial = count()
         self.openings = GuestOpened()
@@ -62,19 +70,22 @@ class FlowTable:
         return len(self.tcp) + len(self.datagram)
 
     def clear(self) -> None:
-        """Forget all of them."""
+        """Forget all flows."""
         self.openings.clear()
         self.tcp.clear()
         self.datagram.clear()
         self._ages.clear()
 
     def announce(self, policy: Policy) -> None:
-        """Rules that will be in force soon are counted from now on."""
+        """Count rules that will be in force soon from now on."""
         for v in policy.verdicts:
             self._outbox.rules.setdefault(v.rule, RuleCount())
 
     def enforce(self, policy: Policy, epoch: int) -> None:
-        """New rules begin with an epoch, when nothing waits. Each flow is judged when next seen."""
+        """Enforce new rules from the start of an epoch, when nothing waits.
+
+        Each flow is judged when it is next seen.
+        """
         self.policy, self._policy_epoch = policy, epoch
         self._set_unmirrored(None)
         for table in (self.tcp, self.datagram):
@@ -82,19 +93,18 @@ class FlowTable:
                 flow.outdate(epoch)
 
     def table(self, key: FlowKey) -> dict[FlowKey, Comparer]:
-        """Where the flow of a key that the fast path knows is."""
+        """Return the table for a key that the fast path knows."""
         return self.tcp if is_stream(key) else self.datagram
 
     def put(self, flow: Comparer) -> None:
-        """Put a flow that the fast path can have in the place of what stands for it: it comes or
-        goes."""
+        """Put a flow into the place of its current entry, when it is offloaded or reclaimed."""
         table = self.table(flow.key)
         found = table.get(flow.key)
         if found is not None and (found.stands_for(flow) or flow.stands_for(found)):
-            table[flow.key] = flow  # else it has been evicted
+            table[flow.key] = flow  # otherwise it has been evicted
 
     def of(self, p: Packet, must: bool = True) -> Comparer | None:
-        """The frame's flow; None when the table is full."""
+        """Return the frame's flow; None when the table is full."""
         table = self.tcp if p.kind is _TCP else self.datagram
         flow = table.get(p.key)
         if flow is None:
@@ -118,7 +128,7 @@ class FlowTable:
         return flow
 
     def revive(self, key: FlowKey, state: ConnState) -> Comparer:
-        """A flow that the fast path knows, and the table no more."""
+        """Recreate a flow that the fast path knows and the table does not."""
         p = (_TCP_CODEC if is_stream(key) else _UDP_CODEC).probe(key, state)
         table = self.table(key)
         flow = table[key] = self._make(p, direction(state))
@@ -129,7 +139,7 @@ class FlowTable:
         return flow if flow.epoch == self._clock.epoch else self.renew(table, flow, p)
 
     def _make(self, p: Packet, direction: str = "") -> Comparer:
-        """What the policy wants for the flow of this frame."""
+        """Create the kind of flow that the policy demands for this frame."""
         what = subject(p, direction)
         verdict = self.policy.judge(what)
         if verdict.action is Action.COMPARE:
@@ -157,8 +167,10 @@ class FlowTable:
             self._set_unmirrored(key)
 
     def renew(self, table: dict[FlowKey, Comparer], flow: Comparer, p: Packet) -> Comparer:
-        """The flow's first frame in this epoch, or since the fast path had it: new rules may have
-        come."""
+        """Update a flow at its first frame in this epoch, or since it was offloaded.
+
+        New rules may have come into force, so the flow that is returned may be a new one.
+        """
         flow = flow.reclaim()
         if flow.epoch == self._clock.epoch:
             return flow
@@ -184,8 +196,10 @@ class FlowTable:
         heappush(self._ages, (when, next(self._serial), flow))
 
     def _room(self, must: bool = True) -> bool:
-        """Make room for one flow: evict about the longest idle ones where nothing waits.
-        If that fails and the flow `must` be known, its frame will be dropped: ask."""
+        """Make room for one flow by evicting roughly the longest idle one where nothing waits.
+
+        If that fails and the flow `must` be known, its frame will be dropped: request a checkpoint.
+        """
         while len(self.tcp) + len(self.datagram) >= self.limit:
             if not self._evict():
                 if must:
@@ -206,7 +220,7 @@ class FlowTable:
             if not flow.quiet():
                 busy.append((due, next(self._serial), entry))
             elif tries and ages and due > ages[0][0]:
-                tries -= 1  # its entry was out of date: another one is idle for longer
+                tries -= 1  # its entry was out of date: another one has been idle for longer
                 heappush(ages, (due, next(self._serial), entry))
             else:
                 self._remove(flow)
@@ -217,7 +231,7 @@ class FlowTable:
         return found
 
     def _current(self, flow: Comparer) -> Comparer | None:
-        """What stands in the tables for a flow; None: it is not in them any more."""
+        """Return the entry in the tables for a flow; None: it is not in them any more."""
         for table in (self.tcp, self.datagram):
             found = table.get(flow.key)
             if found is not None and found.stands_for(flow):

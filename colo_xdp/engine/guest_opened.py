@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Flows that the guests open themselves, each from a port that its own kernel draws (RFC 6056).
+"""Flows that the guests open themselves, each from a port that its own kernel chooses (RFC 6056).
 
-The primary's frame has then no twin in a flow of its own, and the secondary's in another one to
-the same service. Each alone could still be late, until compare_timeout; both of them say that the
-guests have gone apart. A SVM that is slow has said nothing instead.
+If the ports differ, the primary's frame has no counterpart in its flow, and the secondary's is in
+another flow to the same service. Each of them alone could just be late, until compare_timeout. Both
+together mean that the guests have diverged; an SVM that is merely slow would have sent nothing.
+FlowTable notes the flows, the engine's tick checks them.
 """
 
 from __future__ import annotations
@@ -11,14 +12,14 @@ from __future__ import annotations
 from ..compare.compared import ComparedFlow
 from ..offload.kernel_format import is_stream, known
 
-#: how long both have to be alone: so late, and in another order, frames of one guest seldom are
+#: How long (ns) both must be alone: frames of one guest are rarely so late and out of order.
 ALONE_NS = 50_000_000
-#: flows that are looked at; more wait for compare_timeout
+#: flows that are examined; further ones wait for compare_timeout
 MAX_OPENINGS = 256
 
 
 def _service(flow: ComparedFlow) -> bytes | None:
-    """The flow's key without the guest's port; None: it has none, or tags."""
+    """Return the flow's key without the guest's port; None: it has no port, or has tags."""
     key = flow.key
     if not known(key):
         return None
@@ -28,14 +29,14 @@ def _service(flow: ComparedFlow) -> bytes | None:
 
 
 class GuestOpened:
-    """Young flows by the service that they are to."""
+    """Young flows by the service that they go to."""
 
     def __init__(self) -> None:
         self._by: dict[bytes, dict[ComparedFlow, int]] = {}
         self._count = 0
 
     def note(self, flow: ComparedFlow, now_ns: int) -> None:
-        """A flow that one of the guests has just opened."""
+        """Note a flow that one of the guests has just opened."""
         if flow.direction != "out" or self._count >= MAX_OPENINGS:
             return
         service = _service(flow)
@@ -44,12 +45,12 @@ class GuestOpened:
             self._count += 1
 
     def clear(self) -> None:
-        """A checkpoint has made the guests equal."""
+        """Forget all flows: a checkpoint has made the guests equal."""
         self._by.clear()
         self._count = 0
 
     def apart(self, now_ns: int, timeout_ns: int) -> list[ComparedFlow]:
-        """The PVM's flows that the SVM has opened from another port."""
+        """Return flows of the PVM that the SVM has opened from another port."""
         found = []
         for service, flows in list(self._by.items()):
             mine: list[ComparedFlow] = []
@@ -57,7 +58,8 @@ class GuestOpened:
             for flow, since in list(flows.items()):
                 pvm, svm = bool(flow.held), bool(flow.svm_since())
                 if pvm == svm or now_ns - since > timeout_ns:
-                    del flows[flow]  # both have, nothing waits any more, or it is asked for
+                    # both have output, nothing waits any more, or it has been requested
+                    del flows[flow]
                     self._count -= 1
                 elif now_ns - since >= ALONE_NS:
                     theirs += svm

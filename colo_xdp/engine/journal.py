@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Why checkpoints were made: what `explain`, `capture` and `suggest` read. Pure, bounded.
+"""Journal of checkpoints and their causes, which `explain`, `capture` and `suggest` read.
 
-Times are unix seconds (`at`) or ms (`*_ms`).
+Pure and bounded. Times are unix seconds (`at`) or ms (`*_ms`).
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ MAX_FRAME = 65550
 
 @dataclass(frozen=True, slots=True)
 class Divergence:
-    """One difference that was found, and why it was looked for."""
+    """One difference that was found, with its evidence."""
 
     ts_ns: int
     cause: Cause
     flow: str
     proto: str
-    port: int  # of the service: the lower one; 0: has none
+    port: int  # of the service: the lower one; 0: it has none
     rule: str  # of the policy
     evidence: Evidence = NO_EVIDENCE
-    asked: bool = True  # for a checkpoint; False: the flow is only watched
+    asked: bool = True  # for a checkpoint; False: the flow is only monitored
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One checkpoint, or one that failed (`failed` says why)."""
+    """One checkpoint; `failed` is the reason if it failed."""
 
     at: float
     cause: str
@@ -45,13 +45,13 @@ class Entry:
     port: int
     rule: str
     pause_ms: float  # of the PVM: STOP to RESUME
-    total_ms: float  # from the request on: how long output was held
-    held_packets: int  # most of them wait while the checkpoint runs
+    total_ms: float  # since the request: how long output was held
+    held_packets: int  # most of them arrive while the checkpoint runs
     held_bytes: int
     failed: str = ""
 
     def to_json(self) -> dict[str, Any]:
-        """As the control socket sends it."""
+        """Return the entry as the control socket sends it."""
         return {name: getattr(self, name) for name in self.__dataclass_fields__}
 
 
@@ -69,17 +69,17 @@ class Group:
 
 @dataclass(slots=True)
 class Journal:
-    """What happened, as much as there is room for; `groups` forgets nothing but names."""
+    """The latest events, as far as there is room; `groups` forgets only names."""
 
     entries: deque[Entry] = field(default_factory=lambda: deque(maxlen=MAX_ENTRIES))
     groups: dict[tuple[str, str, int, str], Group] = field(default_factory=dict)
     pairs: deque[tuple[int, float, Divergence]] = field(
         default_factory=lambda: deque(maxlen=MAX_PAIRS)
     )
-    seen: int = 0  # divergences ever
+    seen: int = 0  # divergences ever seen
 
     def checkpoint(self, e: Entry) -> None:
-        """A checkpoint is over."""
+        """Note that a checkpoint is over."""
         self.entries.append(e)
         if e.failed:
             return
@@ -94,33 +94,40 @@ class Journal:
         g.last = e.at
 
     def divergence(self, d: Divergence, at: float) -> None:
-        """The guests differ."""
+        """Note that the guests differ."""
         self.seen += 1
         self.pairs.append((self.seen, at, d))
 
     def since(self, serial: int) -> Iterator[tuple[int, float, Divergence]]:
-        """The divergences after number `serial` that are still known."""
+        """Return the divergences after number `serial` that are still known."""
         return (entry for entry in self.pairs if entry[0] > serial)
 
     def to_json(self) -> dict[str, Any]:
-        """For `explain` and `suggest`: no frames."""
+        """Return the journal without frames, for `explain` and `suggest`."""
         return {
             "entries": [e.to_json() for e in self.entries],
             "groups": [
                 {
-                    "cause": cause, "proto": proto, "port": port, "rule": rule, "count": g.count,
-                    "pause_ms": g.pause_ms, "total_ms": g.total_ms, "held_bytes": g.held_bytes,
-                    "first": g.first, "last": g.last,
+                    "cause": cause,
+                    "proto": proto,
+                    "port": port,
+                    "rule": rule,
+                    "count": g.count,
+                    "pause_ms": g.pause_ms,
+                    "total_ms": g.total_ms,
+                    "held_bytes": g.held_bytes,
+                    "first": g.first,
+                    "last": g.last,
                 }
                 for (cause, proto, port, rule), g in self.groups.items()
             ],
             "divergences": [
                 {"serial": n, "at": at, **divergence_json(d)} for n, at, d in self.pairs
             ],
-        }  # fmt: skip
+        }
 
     def frames_json(self, after: int, limit: int) -> dict[str, Any]:
-        """For `capture`: the frames of the divergences after number `after`, a page of them."""
+        """Return a page of the frames of the divergences after number `after`, for `capture`."""
         page: list[dict[str, Any]] = []
         for n, at, d in self.since(after):
             if len(page) == limit:
@@ -139,10 +146,17 @@ class Journal:
 
 
 def divergence_json(d: Divergence) -> dict[str, Any]:
-    """As status and `explain` show it."""
+    """Return a divergence as status and `explain` show it."""
     e = d.evidence
     return {
-        "cause": d.cause.value, "flow": d.flow, "proto": d.proto, "port": d.port, "rule": d.rule,
-        "asked": d.asked, "offset": e.offset, "at_index": e.at,
-        "pvm": e.pvm.hex(), "svm": e.svm.hex(),
-    }  # fmt: skip
+        "cause": d.cause.value,
+        "flow": d.flow,
+        "proto": d.proto,
+        "port": d.port,
+        "rule": d.rule,
+        "asked": d.asked,
+        "offset": e.offset,
+        "at_index": e.at,
+        "pvm": e.pvm.hex(),
+        "svm": e.svm.hex(),
+    }

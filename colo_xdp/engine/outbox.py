@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Where the decisions of the flows go: out of the host, or to whoever makes checkpoints."""
+"""Receives the decisions of the flows: releases frames and requests checkpoints."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .journal import Divergence
 
 @dataclass(slots=True)
 class RuleCount:
-    """What one rule of the policy has done."""
+    """Counts of one rule of the policy."""
 
     flows: int = 0
     uncompared: int = 0  # frames of the PVM
@@ -26,27 +26,29 @@ class RuleCount:
 
 
 class EngineOutbox:
-    """The outbox of all flows but those that are only watched (comparer.Reporter). For the
-    callables see Engine."""
+    """Outbox (flow.Reporter) of all flows that are not monitored. For the callables see Engine."""
 
     def __init__(
-        self, clock: Clock, send: Callable[[Frame], None],
-        request_checkpoint: Callable[[Divergence], None], on_wait: Callable[[int], None],
+        self,
+        clock: Clock,
+        send: Callable[[Frame], None],
+        request_checkpoint: Callable[[Divergence], None],
+        on_wait: Callable[[int], None],
         on_divergence: Callable[[Divergence], None],
-    ) -> None:  # fmt: skip
+    ) -> None:
         self._clock, self._send, self._on_wait = clock, send, on_wait
         self._request_checkpoint, self._on_divergence = request_checkpoint, on_divergence
         self.counters: Counter[str] = Counter({name: 0 for name, _ in COUNTERS})
-        self.released = 0  # a counter that is hot
+        self.released = 0  # hot counter
         self.rules: dict[str, RuleCount] = {}
         self.asked = False  # for a checkpoint, in this epoch
-        self.may_ask = True  # none is under way, and there are two guests
+        self.may_ask = True  # no checkpoint is under way, and there are two guests
         self._parts: dict[Partial, None] = {}  # a verified part of their head may leave
 
     # -- for the flows
 
     def release(self, rec: Frame) -> None:
-        """Let a frame leave, unless it has left already."""
+        """Release a frame, unless it has left already."""
         self._on_wait(self._clock.now - rec.ts_ns)
         if rec.sent:
             return
@@ -60,7 +62,7 @@ class EngineOutbox:
                 self._send(part)
 
     def request(self, cause: Cause, flow: Source | str, evidence: Evidence = NO_EVIDENCE) -> None:
-        """Count a divergence; the first one of an epoch asks for a checkpoint."""
+        """Count a divergence; the first one of an epoch requests a checkpoint."""
         self.counters[f"cause_{cause}"] += 1
         d = self._divergence(cause, flow, evidence, True)
         if not self.asked and self.may_ask:
@@ -73,16 +75,16 @@ class EngineOutbox:
         self.counters[name] += n
 
     def part_verified(self, flow: Partial) -> None:
-        """The flow's head is verified in part: take_parts() has it."""
+        """Note that the flow's head is partly verified; take_parts() returns the flow."""
         self._parts[flow] = None
 
     def uncompared(self, verdict: Verdict) -> None:
-        """A frame is about to leave that the policy does not hold."""
+        """Count a frame that is about to leave and that the policy does not hold."""
         self.counters["uncompared"] += 1
         self.rules[verdict.rule].uncompared += 1
 
     def noticed(self, cause: Cause, flow: Source, evidence: Evidence) -> None:
-        """A difference in a flow that is only watched."""
+        """Report a difference in a monitored flow."""
         self.counters["differences_monitored"] += 1
         self._divergence(cause, flow, evidence, False)
 
@@ -101,7 +103,7 @@ class EngineOutbox:
     # -- for the engine
 
     def release_ahead(self, rec: Frame) -> None:
-        """Let a frame leave at once, to be compared behind (shadow mode)."""
+        """Release a frame at once, to be compared afterwards (shadow mode)."""
         if rec.sent:
             return
         for part in rec.parts or (rec,):
@@ -113,6 +115,6 @@ class EngineOutbox:
         rec.sent = True
 
     def take_parts(self) -> dict[Partial, None]:
-        """Forget the flows of which a part is verified, and return them."""
+        """Return the flows with a verified part, and forget them."""
         parts, self._parts = self._parts, {}
         return parts

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Which guest may be live: the decision table and the arbiters."""
+"""Decide which guest may be on the network: decision table, arbiters, lease."""

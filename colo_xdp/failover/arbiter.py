@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What makes sure that only one guest of a pair speaks alone: [failover] arbiter.
+"""Ensure that only one guest of a pair runs standalone ([failover] arbiter).
 
-The decision (failover/decision.py) sees an ArbiterView of it and knows no arbiter by name. A
-further one is a class here with its name in ARBITERS, and that name among the choices of the key in
-config/schema.py.
+The decision (failover/decision.py) reads an ArbiterView and does not know any arbiter by name. To
+add an arbiter, write a class here, list it in ARBITERS, and add its name to the choices of the key
+in config/schema.py. The controller creates the configured arbiter, runs it as a task and reports
+peer and decision events to it.
 """
 
 from __future__ import annotations
@@ -25,83 +26,86 @@ log = logging.getLogger("colo_xdp")
 
 
 class ArbiterError(RuntimeError):
-    """The arbiter cannot be asked now; says why."""
+    """The arbiter cannot be consulted now; the text gives the reason."""
 
 
 @dataclass(frozen=True, slots=True)
 class Host:
-    """What an arbiter has of the host that it works for."""
+    """What an arbiter needs from the host that it works for."""
 
     config: Config
-    boot: str  # which process this is, as the peer is told
-    transmitting: bool  # its guest was on the network when this process began
-    allow: Callable[[int], None]  # tell the programs how long the guest may speak (boot_ns)
-    changed: Callable[[], None]  # view() says something new
+    boot: str  # identifies this process to the peer
+    transmitting: bool  # the guest was already on the network when this process started
+    allow: Callable[[int], None]  # give the programs the permission's end, CLOCK_BOOTTIME in ns
+    changed: Callable[[], None]  # call when view() has changed
 
 
 class Arbiter(Protocol):
-    """What happens is told to it; what it makes of that is in view()."""
+    """Interface of an arbiter: events go in through the methods, the result is read from view()."""
 
-    #: no guest is on the network without its grant, and the programs see to that
+    #: no guest is on the network without the arbiter's grant, and the eBPF programs enforce that
     needs_grant: bool = False
 
     def view(self) -> ArbiterView:
-        """What it says now."""
+        """Return the arbiter's current view of the pair."""
         ...
 
     def follow(self, action: Action, *, wants: bool) -> None:
-        """What was decided; `wants`: this host's guest is to be on the network."""
+        """Take note of the decision; `wants`: this host's guest is to be on the network."""
 
     async def fence(self) -> bool:
-        """Make sure that the other host is silent. Whether that is certain now."""
+        """Make sure that the other host is silent; return whether that is certain now."""
         return False
 
     async def check(self) -> None:
-        """Whether it could let this host's guest speak. Raises ArbiterError."""
+        """Check that the arbiter could let this host's guest transmit. Raises ArbiterError."""
 
     def paired(self) -> None:
-        """No guest of the pair has anything that the other one lacks."""
+        """Note that neither guest of the pair has state that the other one lacks."""
 
     def new_guest(self) -> None:
-        """What it has read of the last pair says nothing of the guest that is here now."""
+        """Discard what was read about the last pair: it does not apply to the new guest."""
 
     def promise(self) -> bool:
-        """Whether the heartbeat that is sent now promises silence; this host's guest is silent."""
+        """Return whether the heartbeat being sent promises silence. This host's guest is silent."""
         return False
 
     def promised(self, sent_boot_ns: int) -> None:
-        """The peer promises silence, in answer to what was sent at that time."""
+        """Note that the peer promised silence in reply to what was sent at `sent_boot_ns`.
+
+        Time: CLOCK_BOOTTIME of this host, ns.
+        """
 
     def peer_shut(self, boot: str) -> None:
-        """That process of the peer has shut its data path."""
+        """Note that the peer's process with this boot id has shut its data path."""
 
     def peer_open(self) -> None:
-        """It may speak again one day."""
+        """Note that the peer, shut until now, may transmit again later."""
 
     @property
     def right(self) -> str:
-        """By which right the guest speaks (status/document.py, `permission.lease`)."""
+        """What entitles the guest to transmit (status/document.py, `permission.lease`)."""
         return ""
 
     @property
     def remaining_s(self) -> float | None:
-        """How long it may, if nothing more is heard; None: without end."""
+        """How long the guest may transmit with no further renewal, s; None: no limit."""
         return None
 
     @property
     def trouble(self) -> str:
-        """What keeps the arbiter from its work."""
+        """What keeps the arbiter from working; empty if nothing does."""
         return ""
 
     async def run(self) -> None:
-        """Until cancelled."""
+        """Run until cancelled."""
 
     async def close(self) -> None:
-        """No more."""
+        """Release all resources; the arbiter is not used afterwards."""
 
 
 class ManualArbiter(Arbiter):
-    """A person decides."""
+    """Leave the decision to the operator."""
 
     def __init__(self, host: Host) -> None:
         pass
@@ -111,7 +115,7 @@ class ManualArbiter(Arbiter):
 
 
 class FenceArbiter(Arbiter):
-    """A command that switches the other host off, or cuts it off."""
+    """Run a command that powers the other host off or isolates it."""
 
     def __init__(self, host: Host) -> None:
         self._pair, self._options = host.config.pair, host.config.failover
@@ -120,7 +124,7 @@ class FenceArbiter(Arbiter):
         return ArbiterView(fences=bool(self._options.fence))
 
     async def fence(self) -> bool:
-        """Run the command; only exit status 0 within its deadline is success."""
+        """Run the fence command; only exit status 0 within the deadline is success."""
         f = self._options
         try:
             proc = await asyncio.create_subprocess_exec(
@@ -136,14 +140,14 @@ class FenceArbiter(Arbiter):
         except TimeoutError:
             proc.kill()
             await proc.wait()
-            log.error("fence: no end after %d ms", f.fence_timeout)
+            log.error("fence: the command did not finish within %d ms", f.fence_timeout)
             return False
         log.info("fence: exit status %d", status)
         return status == 0
 
 
 class LeaseArbiter(Arbiter):
-    """A lease in a store that both hosts reach (failover/lease.py)."""
+    """Use a lease in a store that both hosts reach (failover/lease.py)."""
 
     needs_grant = True
 
@@ -152,7 +156,7 @@ class LeaseArbiter(Arbiter):
 
     @classmethod
     def of(cls, host: Host) -> LeaseArbiter:
-        """For a host, as its configuration says."""
+        """Create the arbiter from a host's configuration."""
         f = host.config.failover
         return cls(
             Leadership(
@@ -188,7 +192,10 @@ class LeaseArbiter(Arbiter):
             s.alone()
 
     async def check(self) -> None:
-        """With no lease to be had the guest would be silent on both hosts."""
+        """Check that the store answers: with no lease available both guests would be silent.
+
+        Raises ArbiterError.
+        """
         try:
             await self.leadership.look()
         except StoreError as e:
@@ -233,7 +240,7 @@ class LeaseArbiter(Arbiter):
 
 
 def make_store(config: Config) -> Store:
-    """The lease's store. Its library is imported only where it is used."""
+    """Create the lease's store; its library is imported only when it is used."""
     from .etcd import Etcd, EtcdStore
 
     f = config.failover
@@ -246,10 +253,10 @@ class Kind:
     """An arbiter that can be configured."""
 
     make: Callable[[Host], Arbiter]
-    needs_grant: bool = False  # as the class says; the programs are loaded for it
+    needs_grant: bool = False  # as in the class; the programs are loaded accordingly
 
 
-#: by the value of [failover] arbiter
+#: arbiters by the value of [failover] arbiter
 ARBITERS = {
     "fence": Kind(FenceArbiter),
     "lease": Kind(LeaseArbiter.of, needs_grant=LeaseArbiter.needs_grant),

@@ -1,30 +1,32 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The failover decision: a pure function from what is known to what to do, and why.
+"""Decide what to do about the pair: a pure function from facts to an action and a reason.
 
-Read the tables from the top: the first row whose conditions hold decides. Each
-answer carries one sentence, which goes to the log, the status and the history.
+Read the table from the top: the first row whose condition holds decides. Each answer carries one
+sentence, which goes to the log, the status and the history. The controller calls decide() whenever
+a fact changes and carries the action out.
 
-The one rule behind all rows: a guest may speak alone only if the other one is
-certain to be silent. Certain means: the other controller itself says so (its
-QEMU is gone and its data path is shut), a fence command has succeeded, or a
-person has said so. A timer alone never is. With a lease as the arbiter (failover/lease.py)
-it means that the lease is held, for a person too: the kernel of a host that does
-not hold it lets nothing out.
+One rule is behind all rows: a guest may run standalone only if the other one is certain to be
+silent. It is certain if the other controller reports that its QEMU is gone and its data path shut,
+if a fence command has succeeded, or if the operator has confirmed it. A timer alone never makes it
+certain. With a lease as the arbiter (failover/lease.py) certainty means holding the lease, even for
+an operator request: the kernel of a host without the lease lets nothing out.
 
-Suspicion is a state of its own (`degraded`), and so is what it is about. The controllers hear each
-other on the control channel and by beacons on further paths (peer/heartbeat.py). What is told
-apart:
+Suspicion is a state of its own (`degraded`). The controllers hear from each other on the control
+channel and through heartbeat datagrams on further links (peer/heartbeat.py). The decision
+distinguishes these causes:
 
-- *cut link*: the control channel is silent, beacons arrive. The peer lives; nobody is fenced.
-- *slow*: the same, and the peer's beacons say that its loop stood still.
-- *hung controller*: no word on any path, but its host still acknowledged the control channel.
+- *cut link*: the control channel is silent, heartbeat datagrams arrive. The peer lives; nobody is
+  fenced.
+- *slow*: the same, and the peer's heartbeats report that its event loop stalled.
+- *hung controller*: nothing arrives on any link, but its host still acknowledged data on the
+  control channel.
 - *ended controller*: its host closed the channel.
-- *hung or dead QEMU*: its own controller says which.
-- *dead host or all links cut*: silence on every path. Nobody can tell these apart from here.
+- *hung or dead QEMU*: its own controller reports which.
+- *dead host or all links cut*: silence everywhere. This host cannot tell the two apart.
 
-The last four have different sentences and the same consequences: the arbiter decides. Further paths
-only make a decision more careful: with them no facts lead to speaking alone, or to a fence, that
-would not without them (tests/property/test_paths.py).
+The last four have different sentences and the same consequence: the arbiter decides. Additional
+heartbeat links only make a decision more careful: no set of facts leads to standalone operation or
+to a fence with them that would not without them (tests/property/test_paths.py).
 """
 
 from __future__ import annotations
@@ -35,14 +37,14 @@ from enum import StrEnum
 
 
 class Role(StrEnum):
-    """Which guest this host runs."""
+    """The guest that this host runs."""
 
     PRIMARY = "primary"
     SECONDARY = "secondary"
 
 
 class State(StrEnum):
-    """State of the pair as this host sees it (DESIGN: roles and failover)."""
+    """State of the pair as this host sees it; legal transitions are in failover/states.py."""
 
     STARTING = "starting"
     PROTECTED = "protected"
@@ -59,111 +61,111 @@ class Action(StrEnum):
     """What to do now."""
 
     NONE = "none"
-    DEGRADE = "degrade"  # hold, suspect, wait
-    FENCE = "fence"  # run the fence command; its success is asked about again
+    DEGRADE = "degrade"  # suspect the peer: hold output and wait
+    FENCE = "fence"  # run the fence command; its result is a fact of the next decision
     GO_SOLO = "go_solo"  # primary: release what is held, leave COLO, bypass
     TAKE_OVER = "take_over"  # secondary: leave COLO, open the network side
-    STOP = "stop"  # own QEMU is gone: shut the data path, say so to the peer
-    REARM = "rearm"  # primary: the peer is back: checkpoint
-    ASK_SHUT = "ask_shut"  # primary: ask the secondary's controller to shut its guest in
-    ACQUIRE = "acquire"  # get the lease, and have it recorded that this guest speaks alone
-    WAIT = "wait"  # primary: stay silent, and say what is waited for
-    OPEN = "open"  # primary: this guest may speak, since the other one does not
+    STOP = "stop"  # own QEMU is gone: shut the data path and report that to the peer
+    REARM = "rearm"  # primary: the peer is back, so take a checkpoint
+    ASK_SHUT = "ask_shut"  # primary: ask the secondary's controller to demote its guest
+    ACQUIRE = "acquire"  # get the lease, and have it recorded that this guest runs standalone
+    WAIT = "wait"  # primary: stay silent and report what it waits for
+    OPEN = "open"  # primary: this guest may transmit, because the other one does not
 
 
 class Ending(StrEnum):
-    """How the silence on the control channel began, as the kernel's socket tells. A hint only."""
+    """How the silence on the control channel began, judged from the socket; only a hint."""
 
     UNKNOWN = ""
-    CLOSED = "closed"  # by the other host: the process has ended
-    HUNG = "hung"  # the other host acknowledged what nobody answered
+    CLOSED = "closed"  # the other host closed it: the process has ended
+    HUNG = "hung"  # the other host's kernel acknowledged data that no process answered
     LOST = "lost"  # nothing was acknowledged any more
-    STOPPED = "stopped"  # on purpose, as it said itself: its guest goes on
+    STOPPED = "stopped"  # stopped on purpose, as it announced: its guest keeps running
 
 
 class OtherGuest(StrEnum):
-    """What the peer's controller says of its guest, on the connection that there is now."""
+    """What the peer's controller reports about its guest, on the current connection."""
 
-    UNKNOWN = ""  # nothing was heard yet
+    UNKNOWN = ""  # nothing received yet
     IDLE = "idle"  # silent, and nobody has confirmed that it is a copy
-    COPY = "copy"  # silent, and a copy of what the pair's guest was
+    COPY = "copy"  # silent, and a copy of the pair's guest
     TRANSMITTING = "speaks"
-    ENDED = "ended"  # it spoke alone, and is gone
+    ENDED = "ended"  # it ran standalone and is gone
 
 
 def other_guest(role: str, state: str, *, alone: bool, shut: bool) -> OtherGuest:
-    """From the words of a heartbeat (peer/messages.py)."""
+    """Classify the other guest from the fields of a heartbeat (peer/messages.py)."""
     if shut:
         return OtherGuest.ENDED if alone else OtherGuest.IDLE
     if role == Role.PRIMARY and not alone and state == State.STARTING:
-        return OtherGuest.UNKNOWN  # undecided as well
+        return OtherGuest.UNKNOWN  # it is undecided as well
     if alone or role == Role.PRIMARY or state in (State.PROMOTED, State.SOLO):
         return OtherGuest.TRANSMITTING
     return OtherGuest.IDLE if state in (State.STARTING, State.STOPPED) else OtherGuest.COPY
 
 
 class OwnGuest(StrEnum):
-    """What this host's QEMU says of its guest."""
+    """What this host's QEMU reports about its guest."""
 
-    UNKNOWN = ""  # it does not answer, or is not there
-    NEW = "new"  # it has never been migrated: booted since
+    UNKNOWN = ""  # QEMU does not answer, or is not there
+    NEW = "new"  # booted, and never migrated since
     PAIRED = "paired"  # in COLO: this is the pair's PVM
-    OLD = "old"  # it once was
+    OLD = "old"  # it was once the pair's PVM
 
 
 @dataclass(frozen=True, slots=True)
 class Heard:
-    """A path besides the control channel. Times in ms; infinite: never."""
+    """A heartbeat link besides the control channel. Times in ms; infinite: never."""
 
     name: str
-    silent_ms: float  # since the peer's last beacon
-    echo_age_ms: float  # age of our newest beacon that the peer says it has heard
+    silent_ms: float  # since the peer's last heartbeat datagram
+    echo_age_ms: float  # age of our newest datagram that the peer reports as received
 
 
 @dataclass(frozen=True, slots=True)
 class ArbiterView:
-    """What the arbiter (failover/arbiter.py) says: who makes sure that only one guest speaks
-    alone."""
+    """What the arbiter knows (failover/arbiter.py)."""
 
-    name: str = ""  # of what it grants, for people
-    fences: bool = False  # it can make sure of the other host's silence
-    fenced: bool | None = None  # whether it has; None: not tried yet
-    needs_grant: bool = False  # no guest speaks without its grant; what follows is only meant then
+    name: str = ""  # name of the thing it grants, for messages
+    fences: bool = False  # it can make sure that the other host is silent
+    fenced: bool | None = None  # result of the last fence; None: not tried yet
+    # no guest transmits without its grant; the fields below are meaningful only then
+    needs_grant: bool = False
     granted: bool = False
-    may_transmit: bool = True  # by the grant, or by the peer's promise to be silent
-    peer_standalone: bool = False  # the other guest is recorded to have spoken alone
-    recorded: bool = False  # this one is
-    requested: bool = False  # that has been asked for, and may happen late
+    may_transmit: bool = True  # by the grant, or by the peer's promise of silence
+    peer_standalone: bool = False  # the store records that the other guest ran standalone
+    recorded: bool = False  # the store records that this guest runs standalone
+    requested: bool = False  # that record was requested and may be written late
 
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """What this host knows. Times in ms; None: never."""
+    """What this host knows. Times in ms; infinite: never."""
 
     role: Role
     state: State
     own_vm_alive: bool
-    own_qmp: bool  # QMP answers: without it nobody knows whether this host's guest lives
+    own_qmp: bool  # QMP answers; without it nobody knows whether this host's guest lives
     peer_connected: bool  # control channel up
-    peer_silent_ms: float  # since the last word from the peer's controller
+    peer_silent_ms: float  # since the last message from the peer's controller
     heartbeat_timeout_ms: float
-    peer_vm_gone: bool  # the peer's controller said: my QEMU is dead and my data path is shut
+    peer_vm_gone: bool  # the peer's controller reported: QEMU dead, data path shut
     colo_exit: bool  # our QEMU lost its COLO channel: a hint, not a decision
     automatic: bool
-    operator: bool  # a person asked for failover
+    operator: bool  # an operator requested failover
     checkpoint_overdue: bool = False
     dead_after_ms: float = float("inf")  # silence that counts as death with no other sign
-    shadow: bool = False  # clients may have seen what the SVM has never said
+    shadow: bool = False  # clients may have received data that the SVM never produced
     arbiter: ArbiterView = ArbiterView()
-    own_vm_hangs: bool = False  # not gone, with own_vm_alive False
-    own_vm_why: str = ""  # what it said before
-    peer_why: str = ""  # what the peer's controller said with peer_vm_gone
+    own_vm_hangs: bool = False  # not gone but hung; own_vm_alive is False then
+    own_vm_why: str = ""  # what QEMU reported before
+    peer_why: str = ""  # the reason that came with peer_vm_gone
     paths: tuple[Heard, ...] = ()
-    peer_slow: bool = False  # its beacons say that its loop stood still
+    peer_slow: bool = False  # its heartbeats report that its event loop stalled
     ending: Ending = Ending.UNKNOWN
     waiting: bool = False  # the primary needs a checkpoint, and output waits for it
-    #: nothing was pinned when the controller of this (primary's) host began, so nobody knows what
-    #: was before, and nobody has said yet that its guest may speak
+    #: nothing was pinned when the controller of this (the primary's) host started, so nobody knows
+    #: what happened before, and nobody has allowed its guest to transmit yet
     undecided: bool = False
     other_guest: OtherGuest = OtherGuest.UNKNOWN
     own_guest: OwnGuest = OwnGuest.UNKNOWN
@@ -171,7 +173,7 @@ class Facts:
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """The action, and the sentence that says why."""
+    """The action, and a sentence that gives the reason."""
 
     action: Action
     why: str
@@ -181,32 +183,32 @@ _Row = tuple[Callable[[Facts], bool], Action, str | Callable[[Facts], str]]
 
 
 def _last_heard_ms(f: Facts) -> float:
-    """Since the last word of the peer's controller, on any path."""
+    """Return the time since the peer's controller was last heard on any link, ms."""
     return min([f.peer_silent_ms, *(p.silent_ms for p in f.paths)])
 
 
 def _suspect(f: Facts) -> bool:
-    # Silence alone: a host that lost its power closes no connection.
+    # Silence alone is enough: a host that lost its power closes no connection.
     return _last_heard_ms(f) > f.heartbeat_timeout_ms
 
 
 def _no_control(f: Facts) -> bool:
-    """The control channel is silent, whatever the other paths say."""
+    """Return whether the control channel is silent, whatever the other links show."""
     return f.peer_silent_ms > f.heartbeat_timeout_ms
 
 
 def _cut(f: Facts) -> bool:
-    """Only the control channel is silent: the peer's controller lives."""
+    """Return whether only the control channel is silent: the peer's controller lives."""
     return _no_control(f) and not _suspect(f)
 
 
 def _needs_the_other(f: Facts) -> bool:
-    """A primary that cannot go on in COLO without a word of the secondary."""
+    """Return whether this is a primary that cannot continue in COLO without the secondary."""
     return f.role is Role.PRIMARY and f.own_qmp and (f.checkpoint_overdue or f.colo_exit)
 
 
 def _waits_too_long(f: Facts) -> bool:
-    """Output waits for a checkpoint that the cut does not let happen."""
+    """Return whether output waits for a checkpoint that the cut link prevents."""
     return (
         f.role is Role.PRIMARY
         and f.own_qmp
@@ -217,8 +219,11 @@ def _waits_too_long(f: Facts) -> bool:
 
 
 def _deaf(f: Facts) -> bool:
-    """A secondary that lives behind a cut and has not stood down, though asked for dead_after:
-    it does not hear this side. As for a dead one, the arbiter decides."""
+    """Return whether a live secondary behind a cut link ignored the request to demote itself.
+
+    It was asked for dead_after, so it does not receive this side's datagrams. The arbiter decides,
+    as it does for a dead secondary.
+    """
     return (
         f.role is Role.PRIMARY
         and f.own_qmp
@@ -228,19 +233,19 @@ def _deaf(f: Facts) -> bool:
 
 
 def _peer_dead(f: Facts) -> bool:
-    """Controller silent, and our QEMU has lost its COLO channel to the other QEMU.
+    """Return whether the controller is silent and our QEMU lost its COLO channel to the other QEMU.
 
-    A primary's QEMU notices a dead secondary only when it tries a checkpoint, so
-    an overdue checkpoint counts as the second sign there.
+    A primary's QEMU notices a dead secondary only when it attempts a checkpoint, so an overdue
+    checkpoint counts as the second sign on the primary.
     """
     return _suspect(f) and (f.colo_exit or (f.role is Role.PRIMARY and f.checkpoint_overdue))
 
 
 def _unreachable(f: Facts) -> bool:
-    """Silent for so long that a fence has to tell a dead host from a cut link.
+    """Return whether the silence is so long that a fence must tell a dead host from a cut link.
 
     A host that lost its power gives no other sign. The secondary waits longer (see
-    Controller.facts), so that over a cut link the guest that is being used wins.
+    Controller.facts), so that over a cut link the guest that is in use wins.
     """
     if _peer_dead(f) or (_stopped(f) and not _cannot_wait(f)):
         return False
@@ -248,13 +253,19 @@ def _unreachable(f: Facts) -> bool:
 
 
 def _stopped(f: Facts) -> bool:
-    """The silence is that of a controller which somebody has stopped: no sign of anything. What
-    follows is that one's affair, unless its QEMU gives a sign of death (_peer_dead)."""
+    """Return whether the silence is that of a controller that was stopped on purpose.
+
+    Such silence is a sign of nothing. Whoever stopped it is responsible for what follows, unless
+    its QEMU gives a sign of death (_peer_dead).
+    """
     return f.ending is Ending.STOPPED and not f.peer_connected
 
 
 def _cannot_wait(f: Facts) -> bool:
-    """With a lease nobody is fenced, and a primary without a controller is silent in any case."""
+    """Return whether a stopped controller cannot be waited for.
+
+    With a lease nobody is fenced, and a primary without a controller falls silent in any case.
+    """
     return f.arbiter.needs_grant and (f.role is Role.SECONDARY or f.waiting)
 
 
@@ -267,12 +278,15 @@ _ENDINGS = {
 
 
 def _silence(f: Facts) -> str:
-    """What the silence looks like."""
+    """Describe the silence."""
     if _cut(f):
-        return f"it lives ({_heard(f)}), but does not stand down when asked: it hears nothing"
+        return (
+            f"it lives ({_heard(f)}), but does not demote itself when asked: it receives nothing "
+            "from here"
+        )
     where = ""
     if f.paths:
-        where = f"silent on all paths (control channel, {', '.join(p.name for p in f.paths)}); "
+        where = f"silent on all links (control channel, {', '.join(p.name for p in f.paths)}); "
     if f.ending:
         return where + _ENDINGS[f.ending]
     if f.paths:
@@ -281,17 +295,17 @@ def _silence(f: Facts) -> str:
 
 
 def _heard(f: Facts) -> str:
-    """Over which paths the peer is heard."""
+    """Describe the links over which the peer is heard."""
     live = [p for p in f.paths if p.silent_ms <= f.heartbeat_timeout_ms]
-    text = "its beacons arrive over " + ", ".join(p.name for p in live)
+    text = "its heartbeats arrive over " + ", ".join(p.name for p in live)
     if all(p.echo_age_ms > f.heartbeat_timeout_ms for p in live):
-        text += ", where it does not hear this side's"
+        text += ", but it does not receive this side's"
     return text
 
 
 def _cut_why(f: Facts) -> str:
     if f.peer_slow:
-        return f"the peer's controller is slow, not dead: its loop stood still, and {_heard(f)}"
+        return f"the peer's controller is slow, not dead: its loop stalled, and {_heard(f)}"
     if f.ending is Ending.CLOSED:
         return f"the peer's controller is not on the control channel, but {_heard(f)}: it lives"
     return f"the control channel is cut, but the peer lives: {_heard(f)}"
@@ -300,13 +314,13 @@ def _cut_why(f: Facts) -> str:
 def _long_silence(f: Facts) -> str:
     if _cut(f):
         return f"the control channel was silent for twice dead_after; the peer: {_silence(f)}"
-    return f"nothing was heard of the peer for dead_after: {_silence(f)}"
+    return f"nothing was heard from the peer for dead_after: {_silence(f)}"
 
 
 def _shut_why(f: Facts) -> str:
     if f.peer_why:
-        return f"the peer's controller says that its data path is shut: {f.peer_why}"
-    return "the peer's controller says that its QEMU is dead and its data path is shut"
+        return f"the peer's controller reports that its data path is shut: {f.peer_why}"
+    return "the peer's controller reports that its QEMU is dead and its data path is shut"
 
 
 def _alone(f: Facts) -> bool:
@@ -317,21 +331,21 @@ def _gone_why(f: Facts) -> str:
     how = "hangs" if f.own_vm_hangs else "is gone"
     how += f" ({f.own_vm_why})" if f.own_vm_why else ""
     if _alone(f):
-        return f"the QEMU of this host {how} after its guest spoke alone: now nobody speaks"
-    return f"the QEMU of this host {how}: nothing more may leave from here"
+        return f"the QEMU of this host {how} after its guest ran standalone: no guest is active now"
+    return f"the QEMU of this host {how}: nothing more may leave this host"
 
 
 def _stopped_why(f: Facts) -> str:
-    text = "the peer's controller was stopped on purpose, which is no death: nobody is fenced"
+    text = "the peer's controller was stopped on purpose and did not die: nobody is fenced"
     if f.role is Role.PRIMARY:
         text += ", and what needs a checkpoint waits"
-    return f"{text}; start it again, or `colo-xdp failover` decides"
+    return f"{text}; start it again, or decide with `colo-xdp failover`"
 
 
 def _may_open(f: Facts) -> bool:
-    """Certain that no other guest speaks, nor one that knows more than this one."""
+    """Return whether no other guest can transmit or have newer state than this one."""
     if f.other_guest is OtherGuest.ENDED or f.peer_vm_gone:
-        # If this one is as old as the pair it lacks what the other one has said since.
+        # If this guest is as old as the pair, it lacks what the other one has sent since.
         return f.own_guest is OwnGuest.NEW or f.other_guest is OtherGuest.IDLE
     if f.other_guest is OtherGuest.COPY:
         return f.own_guest is OwnGuest.PAIRED
@@ -339,49 +353,49 @@ def _may_open(f: Facts) -> bool:
 
 
 _OPEN_WHY = {
-    OtherGuest.UNKNOWN: "the other host's controller says that its data path is shut",
-    OtherGuest.IDLE: "the other host's controller says that its guest does not speak",
-    OtherGuest.COPY: "this is the PVM of the pair, and the SVM does not speak",
+    OtherGuest.UNKNOWN: "the other host's controller reports that its data path is shut",
+    OtherGuest.IDLE: "the other host's controller reports that its guest does not transmit",
+    OtherGuest.COPY: "this is the PVM of the pair, and the SVM does not transmit",
     OtherGuest.ENDED: "the other host's guest is gone, and this one is new",
 }
-_NOTHING_KNOWN = "nothing is known here of what was before (a boot, or `cleanup`): "
+_NOTHING_KNOWN = "this host does not know what happened before (a boot, or `cleanup`): "
 
 
 def _undecided_why(f: Facts) -> str:
     if f.other_guest is OtherGuest.COPY:
         return (
-            f"{_NOTHING_KNOWN}the other host has a copy of the pair's guest, so neither speaks "
-            "until a person says which, by `colo-xdp failover` there or here"
+            f"{_NOTHING_KNOWN}the other host has a copy of the pair's guest, so neither transmits "
+            "until an operator chooses one with `colo-xdp failover` there or here"
         )
     if f.other_guest is OtherGuest.ENDED:
         return (
-            f"{_NOTHING_KNOWN}the other host's guest spoke alone and is gone; silent until QEMU "
-            "says that the guest here is a new one, or a person does by `colo-xdp failover`"
+            f"{_NOTHING_KNOWN}the other host's guest ran standalone and is gone; silent until QEMU "
+            "reports that the guest here is a new one, or an operator runs `colo-xdp failover`"
         )
     return (
-        f"{_NOTHING_KNOWN}silent until the other host's controller says that its guest does not "
-        "speak; if that one is silent for certain, `colo-xdp failover`"
+        f"{_NOTHING_KNOWN}silent until the other host's controller reports that its guest does not "
+        "transmit; if that guest is certainly silent, run `colo-xdp failover`"
     )
 
 
 _OVER = {Role.PRIMARY: Action.GO_SOLO, Role.SECONDARY: Action.TAKE_OVER}
 
 _ROWS: tuple[_Row, ...] = (
-    (lambda f: f.state is State.STOPPED, Action.NONE, "this host has decided before"),
+    (lambda f: f.state is State.STOPPED, Action.NONE, "this host has already decided"),
     (lambda f: not f.own_vm_alive, Action.STOP, _gone_why),
-    (_alone, Action.NONE, "this host has decided before"),
+    (_alone, Action.NONE, "this host has already decided"),
     (
         lambda f: f.arbiter.needs_grant and f.arbiter.peer_standalone and f.role is Role.PRIMARY,
         Action.STOP,
         lambda f: (
-            f"the {f.arbiter.name} store says that the secondary's guest has spoken alone: this "
-            "one's state is old"
+            f"the {f.arbiter.name} store records that the secondary's guest ran standalone: this "
+            "guest's state is outdated"
         ),
     ),
     (
         lambda f: f.undecided and f.other_guest is OtherGuest.TRANSMITTING,
         Action.STOP,
-        "the other host's guest speaks: this one must not",
+        "the other host's guest transmits: this one must not",
     ),
     (
         lambda f: f.undecided and _may_open(f),
@@ -391,7 +405,7 @@ _ROWS: tuple[_Row, ...] = (
     (
         lambda f: f.undecided and f.operator and f.other_guest is OtherGuest.COPY,
         Action.ASK_SHUT,
-        "failover asked by the operator: the secondary is asked to stand down first",
+        "failover requested by the operator: the secondary is asked to demote itself first",
     ),
     (lambda f: f.undecided and not f.operator, Action.WAIT, _undecided_why),
     (
@@ -407,15 +421,16 @@ _ROWS: tuple[_Row, ...] = (
             and (f.peer_vm_gone or f.colo_exit or _no_control(f))
         ),
         Action.DEGRADE,
-        "the peer is lost or cut off, but the PVM may have spoken uncompared (shadow mode, or its "
-        "host began anew): clients may know bytes that this guest never sent, so a person decides",
+        "the peer is lost or cut off, but the PVM's output may not have been compared (shadow "
+        "mode, or its host restarted): clients may have received bytes that this guest never sent, "
+        "so an operator decides",
     ),
     (
         lambda f: f.arbiter.needs_grant and f.arbiter.requested and f.role is Role.SECONDARY,
         Action.TAKE_OVER,
         lambda f: (
-            f"the {f.arbiter.name} store was asked to record a takeover, which may have happened: "
-            "it is finished"
+            f"the {f.arbiter.name} store was asked to record a takeover and may have done so: the "
+            "takeover is completed"
         ),
     ),
     (
@@ -426,20 +441,20 @@ _ROWS: tuple[_Row, ...] = (
     (
         lambda f: f.operator and f.arbiter.fences and f.arbiter.fenced is None,
         Action.FENCE,
-        "failover asked by the operator: fencing the peer first",
+        "failover requested by the operator: fencing the peer first",
     ),
     (
         lambda f: f.operator and f.arbiter.fences and f.arbiter.fenced is False,
         Action.DEGRADE,
-        "failover asked by the operator, but the fence command failed: the peer may be alive",
+        "failover requested by the operator, but the fence command failed: the peer may be alive",
     ),
-    (lambda f: f.operator, Action.TAKE_OVER, "failover asked by the operator"),
+    (lambda f: f.operator, Action.TAKE_OVER, "failover requested by the operator"),
     (
         lambda f: f.state is State.PAUSED and (_no_control(f) or f.colo_exit),
         Action.DEGRADE,
         lambda f: (
             f"{_cut_why(f) if _cut(f) else 'the peer is suspected'}, but the pair is paused: "
-            "a person decides"
+            "an operator decides"
         ),
     ),
     (
@@ -480,8 +495,8 @@ _ROWS: tuple[_Row, ...] = (
         lambda f: f.arbiter.needs_grant and not f.arbiter.may_transmit and f.role is Role.PRIMARY,
         Action.DEGRADE,
         lambda f: (
-            f"the {f.arbiter.name} could not be renewed and the peer promises nothing: nothing "
-            "leaves this host"
+            f"the {f.arbiter.name} could not be renewed and the peer does not promise silence: "
+            "nothing leaves this host"
         ),
     ),
     (
@@ -493,8 +508,8 @@ _ROWS: tuple[_Row, ...] = (
         lambda f: _unreachable(f) and f.automatic and f.arbiter.fenced is False,
         Action.DEGRADE,
         lambda f: (
-            f"{_long_silence(f)}; but the fence command failed: it may be alive, so nothing is "
-            "opened"
+            f"{_long_silence(f)}; but the fence command failed: the peer may be alive, so nothing "
+            "is opened"
         ),
     ),
     (
@@ -507,7 +522,7 @@ _ROWS: tuple[_Row, ...] = (
         _peer_dead,
         Action.DEGRADE,
         lambda f: (
-            "the peer looks dead; automatic failover is off: `colo-xdp failover` decides "
+            "the peer looks dead; automatic failover is off: decide with `colo-xdp failover` "
             f"({_silence(f)})"
         ),
     ),
@@ -522,7 +537,7 @@ _ROWS: tuple[_Row, ...] = (
     (
         lambda f: _cut(f) and (_needs_the_other(f) or _waits_too_long(f)),
         Action.ASK_SHUT,
-        lambda f: f"{_cut_why(f)}; output waits, so it is asked there to stand down",
+        lambda f: f"{_cut_why(f)}; output waits, so it is asked to demote itself over those links",
     ),
     (_cut, Action.DEGRADE, _cut_why),
     (
@@ -534,7 +549,7 @@ _ROWS: tuple[_Row, ...] = (
         ),
         Action.ASK_SHUT,
         "QEMU's COLO channel is lost or its checkpoint hangs while both controllers live: "
-        "the secondary is asked to stand down",
+        "the secondary is asked to demote itself",
     ),
     (
         lambda f: f.checkpoint_overdue or f.colo_exit,
@@ -555,15 +570,15 @@ _ROWS: tuple[_Row, ...] = (
 
 
 def _arbitrate(f: Facts, why: str) -> Decision:
-    """A guest is to speak alone; where that needs a grant, only who has it does."""
+    """Let this guest run standalone; where that needs a grant, only with the grant."""
     over = Decision(_OVER[f.role], why)
     if not f.arbiter.needs_grant or (f.role is Role.PRIMARY and f.peer_vm_gone):
-        return over  # a secondary that has shut itself does not take over, whoever holds the lease
+        return over  # a secondary that shut itself does not take over, whoever holds the lease
     if f.arbiter.peer_standalone:
         return Decision(
             Action.DEGRADE,
-            f"{why}; but the {f.arbiter.name} store says that its guest has spoken alone, so a "
-            "person decides",
+            f"{why}; but the {f.arbiter.name} store records that its guest ran standalone, so an "
+            "operator decides",
         )
     if f.arbiter.granted and f.arbiter.recorded:
         return Decision(over.action, f"{why}; the {f.arbiter.name} is held")
@@ -571,7 +586,7 @@ def _arbitrate(f: Facts, why: str) -> Decision:
 
 
 def decide(f: Facts) -> Decision:
-    """The action for these facts."""
+    """Return the action for these facts."""
     for cond, action, why in _ROWS:
         if cond(f):
             text = why if isinstance(why, str) else why(f)

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The key in etcd, over its JSON gateway: the only module that imports etcd3gw.
+"""Store the lease in etcd, over its JSON gateway: the only module that imports etcd3gw.
 
-All that decides is a transaction, so the cluster's quorum has agreed to it. The library blocks,
-so it works in a thread; one that does not come back is left behind, with its connection.
+Everything that decides is a transaction, so the cluster's quorum has agreed to it. The library
+blocks, so it runs in a thread; a thread that does not return is abandoned with its connection.
+make_store() (failover/arbiter.py) creates the store; the doctor calls probe().
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Etcd:
-    """Where the cluster is; paths of PEM files, "" for none."""
+    """Location of the cluster, and paths of PEM files; "" for none."""
 
     endpoints: tuple[str, ...]
     ca: str = ""
@@ -47,7 +48,7 @@ def _text(value: str) -> str:
 
 
 class _Attempt:
-    """One connection; `over` once nobody waits for its answers any more."""
+    """One connection; `over` is set once nobody waits for its answers any more."""
 
     def __init__(self, etcd: Etcd, endpoint: str, timeout: float) -> None:
         where = urlsplit(endpoint)
@@ -56,7 +57,8 @@ class _Attempt:
             ca_cert=etcd.ca or None, cert_cert=etcd.cert or None, cert_key=etcd.key or None,
             timeout=timeout, api_path="/v3/",  # etcd 3.4 and newer
         )  # fmt: skip
-        self.client.session.trust_env = False  # no proxy decides about this
+        # an environment's proxy must not get between host and store
+        self.client.session.trust_env = False
         self.pool = ThreadPoolExecutor(1, "colo-xdp-lease")
         self.over = False
 
@@ -79,11 +81,12 @@ class _Attempt:
 
 
 class EtcdStore:
-    """speaker.Store. `timeout`: seconds that one request may take.
+    """Implement lease.Store with etcd. `timeout`: the longest that one request may take, s.
 
-    A request that was given up can still change the key, but only against the revision that it
-    had read. Afterwards a new lease is used, which writes the key and so its revision: from then on
-    the late one changes nothing. Without this it could tie the key to its older lease.
+    A request that was given up can still change the key, but only against the revision that it had
+    read. Afterwards a new lease is used, which writes the key and thereby changes its revision, so
+    the late request has no effect from then on. Without this it could tie the key to its older
+    lease.
     """
 
     def __init__(self, etcd: Etcd, pair: str, timeout: float) -> None:
@@ -95,7 +98,7 @@ class EtcdStore:
         self._lease = 0
         self._attempt: _Attempt | None = None
 
-    # ---- in the loop
+    # ---- in the event loop
 
     async def hold(self, holder: str, ttl_ms: int, steal: str, claim: bool) -> StoreView:
         last = self._lease
@@ -138,7 +141,7 @@ class EtcdStore:
                 TypeError) as e:  # fmt: skip
             raise StoreError(f"etcd {endpoint}: {str(e) or type(e).__name__:.200}") from e
         finally:
-            if not done:  # also cancelled: the thread may still be at it
+            if not done:  # also when cancelled: the thread may still be running
                 self._lease = 0
                 self._at = (self._at + 1) % len(self._etcd.endpoints)
                 self._give_up()
@@ -151,13 +154,13 @@ class EtcdStore:
 
     @staticmethod
     def _value(response: dict[str, Any]) -> tuple[str, int]:
-        """Value and revision; "", 0 when there is no such key."""
+        """Return value and revision; ("", 0) if there is no such key."""
         kvs = response.get("response_range", {}).get("kvs", [])
         return (_text(kvs[0].get("value", "")), int(kvs[0]["mod_revision"])) if kvs else ("", 0)
 
     @staticmethod
     def _alive(a: _Attempt, lease: int, ttl_ms: int) -> int:
-        """A lease of at least the ttl: renewed, or a new one."""
+        """Return a lease of at least the ttl: the renewed one, or a new one."""
         seconds = -(-ttl_ms // 1000)
         if lease:
             r = a.post("/lease/keepalive", {"ID": lease})
@@ -165,21 +168,21 @@ class EtcdStore:
                 return lease
         r = a.post("/lease/grant", {"TTL": seconds, "ID": 0})
         if int(r["TTL"]) < seconds:
-            raise ValueError(f"a lease of {r['TTL']} s where {seconds} s were asked for")
+            raise ValueError(f"etcd granted a lease of {r['TTL']} s, {seconds} s were requested")
         return int(r["ID"])
 
     def _read(self) -> list[dict[str, Any]]:
         return [self._get(k) for k in (self._standalone_key, self._leader_key, self._last)]
 
     def _seen(self, found: list[dict[str, Any]]) -> tuple[StoreView, int]:
-        """What _read() has found, and the revision of the key."""
+        """Return what _read() found, and the revision of the key."""
         (alone, _), (now, revision), (last, since) = (self._value(r) for r in found[:3])
         return StoreView(now, alone, last, since), revision
 
     def _hold(
         self, a: _Attempt, last: int, holder: str, ttl_ms: int, steal: str, claim: bool
     ) -> tuple[int, StoreView]:
-        """The lease to renew next time, and what there is."""
+        """Return the lease to renew next time, and the contents of the store."""
         read = self._read()
         seen, revision = self._seen(a.txn([], read, [])[1])
         if not ours_to_take(seen, holder, steal, claim):
@@ -211,7 +214,10 @@ class EtcdStore:
         return self._seen(a.txn([], self._read(), [])[1])[0]
 
     def _release(self, a: _Attempt, lease: int) -> None:
-        """In words, too, so that nobody waits; but not of a key that another lease holds by now."""
+        """Delete the key and record that it was given up, so that nobody waits.
+
+        The transaction does nothing to a key that another lease holds by now.
+        """
         mine = {"key": self._leader_key, "target": "LEASE", "result": "EQUAL", "lease": lease}
         said = {"request_put": {"key": self._last, "value": _b64(GIVEN_UP)}}
         a.txn([mine], [{"request_delete_range": {"key": self._leader_key}}, said], [])
@@ -231,7 +237,7 @@ class EtcdStore:
 
 
 def probe(etcd: Etcd, timeout: float) -> str:
-    """Why the cluster does not answer a question that needs its quorum; "" if it does."""
+    """Return why the cluster does not answer a request that needs its quorum; "" if it does."""
     attempt = _Attempt(etcd, etcd.endpoints[0], timeout)
     try:
         attempt.txn([], [EtcdStore._get(_b64(PREFIX))], [])

@@ -1,42 +1,45 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Which of the two hosts may speak, with a lease as the arbiter ([failover] arbiter = "lease").
+"""Decide which host may transmit, with a lease as the arbiter ([failover] arbiter = "lease").
 
-One key per pair in a store that both hosts reach (etcd; failover/etcd.py), bound to a lease of
-`ttl`. A host's guest may speak until the later of two times, and the kernel itself enforces it: the
-programs drop what comes after CFG_LEASE_EXPIRY_NS, so a controller that hangs or dies falls silent
-with its guest.
+There is one key per pair in a store that both hosts reach (etcd; failover/etcd.py), bound to a
+lease of `ttl`. A host's guest may transmit until the later of two times. The kernel enforces this:
+the eBPF programs drop everything after CFG_LEASE_EXPIRY_NS, so if a controller hangs or dies, its
+guest falls silent too. LeaseArbiter (failover/arbiter.py) owns the Leadership object of this
+module.
 
-- *The key*: asked for at t, held, so nobody else gets it before t + ttl.
-- *A promise*: the other host's heartbeat says "my guest is silent, and stays so for `ttl`
-  from now"; it answers a heartbeat of ours that was sent at t, so until t + ttl. An unreachable
-  store alone stops nobody.
+- *The key*: requested at t and held, so nobody else gets it before t + ttl.
+- *A promise*: the other host's heartbeat says "my guest is silent and stays silent for `ttl` from
+  now". It answers a heartbeat that this host sent at t, so it is good until t + ttl. An unreachable
+  store alone therefore stops nobody.
 
-Both less `margin`. A host that has promised silence waits until its last promise is over, and gets
-the key, before its guest speaks. It counts a promise 1 % longer than it said.
+Both times are reduced by `margin`. A host that has promised silence waits until its last promise
+has expired, and gets the key, before its guest transmits. It keeps a promise 1 % longer than
+stated.
 
-Times are durations on CLOCK_BOOTTIME of one host each: it goes on while a host is suspended, and
-nobody sets it. The hosts need not agree on the time; what is assumed is that the rates of
-the clocks of both hosts and of the store differ by less than 1 %, that none of them stands still (a
-hypervisor that pauses a host and its clock breaks this), and that the way from the program's
-check to the wire takes less than `margin` less 1 % of `ttl`. etcd's side: the leader counts a lease
-from the moment it handled the renewal, later than t, and a new leader counts it anew
+Times are durations on each host's own CLOCK_BOOTTIME, which keeps running during suspend and which
+nobody sets. The hosts need not agree on the time. What is assumed is that the clock rates of both
+hosts and of the store differ by less than 1 %, that none of these clocks stops (a hypervisor that
+pauses a host together with its clock breaks this), and that a frame needs less than `margin` minus
+1 % of `ttl` from the program's check to the wire. On etcd's side the leader counts a lease from the
+moment it handled the renewal, which is later than t, and a new leader starts counting anew
 (lessor.Promote() in etcd's server/lease).
 
-*A key that is gone* proves nothing: a lease can end before its time (somebody revokes it, or
-etcd's leader hung and goes on), and its holder relies on it for up to `ttl`. So a third key,
-without lease, names whoever got the first one last; giving it up is written there. Who finds the
-key gone and the other host as its last holder waits for `ttl` from then, unless that one says
-that its path is shut. To be in time a host looks as soon as it suspects the other one.
+*A key that has vanished* proves nothing: a lease can end early (somebody revokes it, or etcd's
+leader hung and resumes), while its holder relies on it for up to `ttl`. A third key, without a
+lease, therefore names the last holder of the first one; giving the key up is recorded there. A host
+that finds the key gone and the other host as its last holder waits for `ttl` from then on, unless
+that host reports that its path is shut. To start this wait in time, a host looks at the key as soon
+as it suspects the other one.
 
-The second key, without lease, says whose guest has spoken alone. It is written while the key is
-held, before the guest speaks alone; the other host's guest, whose state is old from then on, never
-speaks after that, however long the survivor is dead. A new pair clears it.
+The second key, without a lease, records whose guest ran standalone. It is written while the first
+key is held and before the guest runs standalone. From then on the other host's guest is outdated
+and never transmits again, however long the survivor stays dead. A new pair clears the record.
 
-Late requests: one that is given up may be carried out by the store afterwards.
-A late acquisition only keeps the other side waiting; the holder is `node boot`, so it is never
-taken for somebody else's. A late release names a lease that is never used again. A key that is
-held is taken over only from the process that said itself that its path is shut, by its boot id. A
-late record binds: who has asked for it goes through with it.
+Late requests: the store may carry out a request after this host has given up on it. A late
+acquisition only makes the other side wait; the holder is `node boot`, so it is never mistaken for
+another one. A late release names a lease that is never used again. A held key is taken over only
+from the process, identified by its boot id, that reported its path shut. A late record is binding:
+the host that requested it goes through with it.
 """
 
 from __future__ import annotations
@@ -52,25 +55,25 @@ from typing import Protocol, TypeVar
 log = logging.getLogger("colo_xdp.failover.lease")
 
 MS = 1_000_000
-RATE = 100  # clocks differ by less than one part in so many
-STEPS = 5  # renewals in one ttl
+RATE = 100  # clocks differ by less than one part in this many
+STEPS = 5  # renewals per ttl
 T = TypeVar("T")
 
 
 class StoreError(RuntimeError):
-    """The store did not answer, or not in time; says which."""
+    """The store did not answer, or not in time; the text says which."""
 
 
-#: in place of the last holder: the key was given up, and nobody relies on it
+#: stored in place of the last holder: the key was given up, and nobody relies on it
 GIVEN_UP = "-"
 
 
 @dataclass(frozen=True, slots=True)
 class StoreView:
-    """What the store says: "node boot" of the key's holder, node that spoke alone; "": nobody.
+    """Contents of the store: the key's holder ("node boot") and the node that ran standalone.
 
-    `last`: whoever got it last, or GIVEN_UP; "": nothing is known. `since` is another one each
-    time that somebody gets it.
+    "" means nobody. `last` is the most recent holder, or GIVEN_UP; "" means that nothing is known.
+    `since` differs each time somebody acquires the key.
     """
 
     holder: str
@@ -80,15 +83,15 @@ class StoreView:
 
 
 def host_of(holder: str) -> str:
-    """Of "node@address boot" what names the host."""
+    """Return the part of "node@address boot" that names the host."""
     return holder.split(" ")[0]
 
 
 def ours_to_take(seen: StoreView, holder: str, steal: str, claim: bool) -> bool:
-    """Whether `holder` may get the key, or renew it: what each store has to ask first.
+    """Return whether `holder` may acquire or renew the key. Every store must check this first.
 
-    `steal`: the process of the other host whose path is shut; `claim`: the time of a key that has
-    vanished is over.
+    `steal`: the process of the other host whose path is shut. `claim`: the waiting time after the
+    key vanished is over.
     """
     who = seen.holder or seen.last
     if host_of(who) == host_of(holder) or (steal and who.endswith(f" {steal}")):
@@ -97,31 +100,35 @@ def ours_to_take(seen: StoreView, holder: str, steal: str, claim: bool) -> bool:
 
 
 class Store(Protocol):
-    """The key in the store. All of it may raise StoreError, and may be carried out late."""
+    """The key in the store. Every request may raise StoreError, and may be carried out late."""
 
     async def hold(self, holder: str, ttl_ms: int, steal: str, claim: bool) -> StoreView:
-        """Renew the key, or get it, if ours_to_take() says so."""
+        """Renew the key, or acquire it, if ours_to_take() allows."""
 
     async def record(self, holder: str, alone: str) -> bool:
-        """Write who has spoken alone, if `holder` holds the key; whether it did."""
+        """Record the node that runs standalone if `holder` holds the key; return whether it did."""
 
     async def look(self) -> StoreView:
-        """What it says, without asking for anything."""
+        """Read the store without requesting anything."""
 
     async def release(self) -> None:
-        """Give the key up, if it is held, and say so."""
+        """Give the key up if it is held, and record that."""
 
     async def close(self) -> None:
-        """No more."""
+        """Close the connection; the store is not used afterwards."""
 
 
 def boot_ns() -> int:
-    """CLOCK_BOOTTIME."""
+    """Return CLOCK_BOOTTIME in ns."""
     return time.clock_gettime_ns(time.CLOCK_BOOTTIME)
 
 
 class Leadership:
-    """One host's side. `allow` gives a new end of the permission, in ns, to the programs."""
+    """Maintain one host's permission to transmit.
+
+    `allow` passes a new end of the permission (CLOCK_BOOTTIME, ns) to the eBPF programs; `changed`
+    is called when `held` or `seen` has changed.
+    """
 
     def __init__(
         self,
@@ -141,11 +148,11 @@ class Leadership:
         self._usable = self._ttl - margin_ms * MS
         self._allow, self._changed = allow, changed
         self._key_until = self._promise_until = 0
-        # A former process of this host may have promised something just before it died, unless its
-        # guest was `speaking`.
+        # A former process of this host may have promised silence just before it died, unless its
+        # guest was `transmitting`.
         self._silent_until = 0 if transmitting else boot_ns() + self._ttl + self._ttl // RATE
         self._want = self._asked = self._watch = False
-        self._gone_ns = 0  # since when the key is known to have vanished (boot_ns)
+        self._gone_ns = 0  # when the key was first seen to be gone (boot_ns); 0: it is not
         self._record: str | None = None
         self.steal = ""  # boot id of a holder that is certain to be silent
         self.seen = StoreView("", "")
@@ -156,7 +163,7 @@ class Leadership:
 
     @property
     def held(self) -> bool:
-        """The key is ours, and so is the network, whatever the other side does."""
+        """Whether the key is held: this guest may then transmit whatever the other side does."""
         return boot_ns() < self._key_until
 
     @property
@@ -165,29 +172,29 @@ class Leadership:
 
     @property
     def remaining_s(self) -> float:
-        """How long the guest may speak from now on, s, if nothing more is heard."""
+        """How long the guest may still transmit without further renewal, s."""
         return max(0, max(self._key_until, self._promise_until) - boot_ns()) / 1e9
 
     @property
     def peer_standalone(self) -> bool:
-        """The other guest has spoken alone: ours must not."""
+        """Whether the other guest ran standalone, so that this one must not transmit."""
         return self.seen.alone not in ("", self.node)
 
     @property
     def recorded(self) -> bool:
-        """The store knows that this host's guest speaks alone."""
+        """Whether the store records that this host's guest runs standalone."""
         return self.seen.alone == self.node
 
     @property
     def committed(self) -> bool:
-        """The store has been asked to know it, and may do so late."""
+        """Whether that record was requested; the store may still write it late."""
         return self._record == self.node
 
     # ---- what is wanted
 
     @property
     def want(self) -> bool:
-        """Whether this host's guest speaks or wants to."""
+        """Whether this host's guest transmits or wants to."""
         return self._want
 
     @want.setter
@@ -202,7 +209,10 @@ class Leadership:
 
     @property
     def watch(self) -> bool:
-        """The other host is suspected: look, so that a key which vanishes is missed in time."""
+        """Whether the other host is suspected.
+
+        The store is then read regularly, so that a vanishing key is noticed in time.
+        """
         return self._watch
 
     @watch.setter
@@ -212,13 +222,13 @@ class Leadership:
         self._watch = watch
 
     def alone(self) -> None:
-        """Have it recorded that this host's guest speaks alone."""
+        """Request the record that this host's guest runs standalone."""
         if not self.committed:
             self._record = self.node
             self._wake.set()
 
     def paired(self) -> None:
-        """No guest of the pair has anything that the other one lacks: clear our own record."""
+        """Clear this host's record: neither guest has state that the other one lacks."""
         if self.recorded or self.committed:
             self._record = ""
             self._wake.set()
@@ -226,35 +236,43 @@ class Leadership:
     # ---- promises
 
     def promise(self) -> bool:
-        """Whether the heartbeat that is sent now promises silence; the caller's guest is silent."""
+        """Return whether the heartbeat being sent promises silence.
+
+        The caller's guest is silent at this time.
+        """
         if self._want:
             return False
         self._silent_until = max(self._silent_until, boot_ns() + self._ttl + self._ttl // RATE)
         return True
 
     def promised(self, sent_ns: int) -> None:
-        """The other side promises, in answer to what we sent at `sent_ns` (boot_ns)."""
+        """Note that the other side promised, in reply to what was sent at `sent_ns` (boot_ns)."""
         if sent_ns <= boot_ns():
             self._promise_until = max(self._promise_until, sent_ns + self._usable)
             self._publish()
 
     async def look(self) -> None:
-        """Ask what the store says, and for nothing. Raises StoreError, within its deadline."""
+        """Read the store without requesting anything. Raises StoreError within the deadline."""
         self._saw(await self._bounded(self._store.look()))
 
     def forget(self) -> None:
-        """This host's guest is a new one: what was read of the last pair says nothing of it. The
-        store is asked again before anybody speaks."""
+        """Discard the standalone record of the last pair, because this host's guest is a new one.
+
+        The store is read again before any guest transmits.
+        """
         self.seen = replace(self.seen, alone="")
 
     def freed(self, boot: str) -> None:
-        """That process of the other host has shut its data path: nobody relies on our promises,
-        and its key may be taken, until it says that it waits for a new guest (revived())."""
+        """Note that the other host's process with this boot id has shut its data path.
+
+        Nobody relies on this host's promises then, and the key may be taken over from that process,
+        until it reports that it waits for a new guest (revived()).
+        """
         self._silent_until, self.steal = 0, boot
         self._wake.set()
 
     def revived(self) -> None:
-        """The process that was silent may speak again one day: its key is its own."""
+        """Note that the silent process may transmit again later: its key is its own again."""
         self.steal = ""
 
     def _publish(self) -> None:
@@ -263,7 +281,10 @@ class Leadership:
     # ---- the loop
 
     async def run(self) -> None:
-        """Until cancelled; gives nothing up then: a controller may stop while its guest goes on."""
+        """Renew the lease until cancelled.
+
+        Cancellation gives nothing up: a controller may stop while its guest keeps running.
+        """
         every = self._ttl / 1e9 / STEPS
         while True:
             self._wake.clear()
@@ -303,7 +324,7 @@ class Leadership:
             if self._asked:
                 await self._bounded(self._store.release())
                 self._asked = self._want
-            if self.peer_standalone or self._watch:  # until it no longer is: a new pair clears it
+            if self.peer_standalone or self._watch:  # until the record is cleared by a new pair
                 await self.look()
             return
         if boot_ns() < self._silent_until:
@@ -312,14 +333,14 @@ class Leadership:
         began, self._asked = boot_ns(), True
         claim = self._may_claim()
         seen = await self._bounded(self._store.hold(self.holder, self._ttl_ms, self.steal, claim))
-        if not self._want:  # changed its mind meanwhile
+        if not self._want:  # no longer wanted
             return
         self._saw(seen)
         if seen.holder != self.holder or self.peer_standalone:
             self._key_until = 0
             self._publish()
             if not self.recorded:
-                self._record = None  # who holds it now has not let us
+                self._record = None  # the current holder kept us from recording it
             return
         self.steal = ""
         self._key_until = max(self._key_until, began + self._usable)
@@ -328,27 +349,37 @@ class Leadership:
 
     @property
     def _claim_ns(self) -> int:
-        """When a key that has vanished may be taken: its holder's last renewal is older."""
+        """When a vanished key may be taken (boot_ns).
+
+        Its holder's last renewal has expired by then.
+        """
         return self._gone_ns + self._ttl + self._ttl // RATE
 
     def _may_claim(self) -> bool:
-        # While ours holds, whoever finds it gone waits longer than it does.
+        # While our own key is valid, a host that finds it gone waits longer than ours lasts.
         return self.held or (self._gone_ns > 0 and boot_ns() >= self._claim_ns)
 
     def _saw(self, seen: StoreView) -> None:
-        """Counted from the answer: it may have been asked long before."""
+        """Take the store's answer; waiting times count from the answer.
+
+        The request may have been sent long before.
+        """
         if (seen.holder, seen.alone) != (self.seen.holder, self.seen.alone):
-            log.info("lease: held by %s, alone: %s", seen.holder or "nobody", seen.alone or "none")
+            log.info(
+                "lease: held by %s, standalone: %s", seen.holder or "nobody", seen.alone or "none"
+            )
         if seen.holder or seen.last == GIVEN_UP:
             self._gone_ns = 0
         elif not self._gone_ns or seen.since != self.seen.since:
             self._gone_ns = boot_ns()
             if seen.last and host_of(seen.last) != host_of(self.holder):
-                log.warning("lease: the key of %s has vanished: waiting for its end", seen.last)
+                log.warning(
+                    "lease: the key of %s has vanished: waiting until it expires", seen.last
+                )
         self.seen = seen
 
     async def _write_record(self) -> None:
-        """Bring the store's record to what is wanted; another node's is never touched."""
+        """Bring the store's record to the wanted value; another node's record is never changed."""
         want = self._record
         if want is None or want == self.seen.alone or self.peer_standalone:
             return
@@ -358,5 +389,5 @@ class Leadership:
                 self._record = None
 
     async def close(self) -> None:
-        """Stop using the store; what is held ends by itself."""
+        """Stop using the store; a held key expires by itself."""
         await self._store.close()

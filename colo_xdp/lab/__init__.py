@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A laboratory for one machine: namespaces as hosts, QEMU guests, clients that check each byte.
+"""Build a laboratory on one machine: namespaces as hosts, QEMU guests, clients that check each
+byte.
 
-Used by `colo-xdp demo` and the end-to-end tests. The product itself imports nothing from here.
+`colo-xdp demo` and the end-to-end tests use it. The product itself imports nothing from here.
 """

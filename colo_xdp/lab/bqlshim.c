@@ -9,22 +9,22 @@
  *    self-deadlock: the primary stays stopped and its monitor is dead.
  *    Here a pthread_cond_wait() on a mutex that the caller does not own takes
  *    the mutex, waits a short time (a spurious wake-up for the caller, which is
- *    allowed) and gives the mutex back. The kick of the vCPU thread is not under
+ *    allowed) and releases the mutex. The kick of the vCPU thread is not under
  *    the lock either and can be lost, so owned waits become 5 ms polls as well.
  *
- * 2. Secondary: the checkpoint's RAM is memcpy()d over the guest's memory, and
- *    nothing tells TCG, so it goes on running stale translations of code pages
- *    that changed. Here, when the secondary answers VMSTATE_RECEIVED (4 bytes,
- *    value 5, sent while the guest is stopped and before the memcpy), the shim
- *    queues a tb_flush().
+ * 2. Secondary: the checkpoint's RAM is memcpy()d over the guest's memory without
+ *    notifying TCG, which continues to run stale translations of changed code
+ *    pages. When the secondary answers VMSTATE_RECEIVED (4 bytes, value 5, sent
+ *    while the guest is stopped and before the memcpy), the shim therefore queues
+ *    a tb_flush().
  *
  * 3. Both, QEMU 7.2: the dirty-log sync clears the dirty bits but leaves TCG's
  *    TLB entries writable without a dirty mark, so later writes to those pages
  *    are missed. Here every large write to a socket (migration data) and every
- *    VMSTATE_SIZE message (4) queues a tlb_flush(); the guest is to be stopped
+ *    VMSTATE_SIZE message (4) queues a tlb_flush(); the guest must be stopped
  *    (QMP stop) before the first `migrate`.
  *
- * COLO_SHIM=lock leaves 2 and 3 out.
+ * COLO_SHIM=lock disables 2 and 3.
  *
  * cc -shared -fPIC -O2 -o bqlshim.so bqlshim.c -ldl -pthread
  */

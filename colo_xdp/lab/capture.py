@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Packet capture by tcpdump: the witness that does not ask our own counters."""
+"""Capture packets with tcpdump: a witness independent of our own counters."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ GUEST_MAC = bytes.fromhex("525400123456")
 
 
 class Capture:
-    """Everything that crosses a device, from start() to stop()."""
+    """Capture everything that crosses a device, from creation to stop()."""
 
     def __init__(
         self,
@@ -27,7 +27,8 @@ class Capture:
         whole: bool = False,
     ) -> None:
         self.path = path
-        self.dropped = 0  # after stop(): frames that tcpdump was too slow for; no witness then
+        # after stop(): frames that tcpdump lost because it was too slow; then it is no witness
+        self.dropped = 0
         self._log = path.with_suffix(".log")
         self._log.unlink(missing_ok=True)
         path.unlink(missing_ok=True)
@@ -37,7 +38,7 @@ class Capture:
         wait_for("listening tcpdump", lambda: b"listening on" in self._log.read_bytes(), 10)
 
     def stop(self) -> list[tuple[float, bytes]]:
-        """(time, first 128 bytes) of each frame."""
+        """Stop and return (time, first 128 bytes) of each frame; all bytes if `whole`."""
         stop_process(self._p)
         self._p = None
         m = re.search(r"(\d+) packets? dropped by kernel", self._log.read_text())
@@ -52,5 +53,5 @@ class Capture:
 
 
 def from_guest(frames: list[tuple[float, bytes]], before: float | None = None) -> int:
-    """How many frames carry the guest's source address (and are older than `before`)."""
+    """Count the frames with the guest's source address (that are older than `before`)."""
     return sum(f[6:12] == GUEST_MAC and (before is None or t < before) for t, f in frames)

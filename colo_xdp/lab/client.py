@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Clients of the lab guest. Each checks every byte that it is sent."""
+"""Run clients of the lab guest. Each checks every byte that it receives."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TIMEOUT_S = 30.0
 
 
 def wrong_bytes(got: bytes, want: bytes) -> int:
-    """Bytes that differ, missing and surplus ones included."""
+    """Count the bytes that differ, including missing and surplus ones."""
     if got == want:
         return 0
     n = min(len(got), len(want))
@@ -34,7 +34,7 @@ class Fetch:
     body: bytes
     seconds: float
     error: str = ""
-    port: int = 0  # the client's
+    port: int = 0  # the client's port
     head: int = 0  # bytes before the body
 
 
@@ -43,7 +43,7 @@ def _connect(port: int, v6: bool = False, timeout: float = TIMEOUT_S) -> socket.
 
 
 class Client:
-    """Workloads inside the client's namespace."""
+    """Run workloads inside the client's namespace."""
 
     def __init__(self, ns: str) -> None:
         self.ns = ns
@@ -51,7 +51,7 @@ class Client:
     def http(
         self, path: str, *, v6: bool = False, timeout: float = TIMEOUT_S, port: int = 80
     ) -> Fetch:
-        """GET; complete only if the server closed after as much as it announced."""
+        """Send a GET; the answer is complete only if the server closed at the announced length."""
 
         def run() -> Fetch:
             t, mine = time.monotonic(), 0
@@ -75,13 +75,13 @@ class Client:
         return in_ns(self.ns, run)
 
     def download(self, name: str, *, v6: bool = False) -> tuple[int, int]:
-        """(bytes received, wrong bytes) of a file whose content is known."""
+        """Return (bytes received, wrong bytes) for a file with known content."""
         f = self.http(name, v6=v6)
         want = content(name)
         return len(f.body), wrong_bytes(f.body, want) if f.ok else max(1, wrong_bytes(f.body, want))
 
     def uptime_page(self) -> tuple[bool, str]:
-        """Whether the page that no two guests agree on is one guest's page, and why not."""
+        """Return whether the page that differs on each guest came from one guest, and why not."""
         f = self.http("cgi-bin/uptime", port=8080)
         if not f.ok:
             return False, f.error
@@ -89,12 +89,12 @@ class Client:
         return (True, "") if m else (False, repr(f.body[:400]))
 
     def run(self, command: str) -> str:
-        """A shell command inside the guest, through its web server."""
+        """Run a shell command inside the guest, through its web server."""
         quoted = "".join(c if c.isalnum() else f"%{ord(c):02x}" for c in command)
         return self.http(f"cgi-bin/run?{quoted}", port=8080).body.decode(errors="replace")
 
     def upload(self, size: int, *, v6: bool = False, seed: int = 1) -> str:
-        """Send random bytes to the sink and compare its digest; "" if right, else what is wrong."""
+        """Send random bytes to the sink and compare its digest; return "" or what is wrong."""
         data = random.Random(seed).randbytes(size)
 
         def go() -> str:
@@ -114,7 +114,7 @@ class Client:
         return in_ns(self.ns, go)
 
     def udp_echo(self, count: int, *, v6: bool = False, size: int = 200) -> tuple[int, int]:
-        """(answered, wrong) of `count` datagrams, one at a time, 5 s for each."""
+        """Return (answered, wrong) of `count` datagrams, sent one at a time with 5 s for each."""
 
         def go() -> tuple[int, int]:
             answered = wrong = 0
@@ -138,17 +138,18 @@ class Client:
 
 @dataclass(slots=True)
 class EchoStats:
-    """What an echo stream has seen; times are unix seconds."""
+    """Statistics of an echo stream; times are unix time, s."""
 
     sent: int = 0
     received: int = 0
     wrong: int = 0
     dead: str = ""
-    odd: tuple[float, bytes, bytes] | None = None  # the first wrong answer: when, got, wanted
+    # the first wrong answer: when, received, expected
+    odd: tuple[float, bytes, bytes] | None = None
     answered_at: list[float] = field(default_factory=list)
 
     def max_gap(self) -> float:
-        """Longest time between two answers, seconds."""
+        """Return the longest time between two answers, s."""
         a = self.answered_at
         return max((y - x for x, y in zip(a, a[1:], strict=False)), default=0.0)
 
@@ -157,7 +158,7 @@ class EchoStats:
 
 
 class EchoStream:
-    """One long-lived TCP connection: a line every `period` seconds, each answer checked."""
+    """Keep one TCP connection: send a line every `period` seconds and check each answer."""
 
     def __init__(self, ns: str, *, v6: bool = False, period: float = 0.02) -> None:
         self.stats = EchoStats()
@@ -192,7 +193,7 @@ class EchoStream:
             st.dead = str(e) or type(e).__name__
 
     def stop(self) -> EchoStats:
-        """Stop and close; the statistics."""
+        """Stop, close and return the statistics."""
         self._stop.set()
         self._thread.join(TIMEOUT_S)
         self._socket.close()
@@ -200,13 +201,13 @@ class EchoStream:
 
 
 class LineStream:
-    """One long-lived connection on which the guest counts: "line N", nothing lost or repeated."""
+    """Keep one connection on which the guest counts: "line N", with nothing lost or repeated."""
 
     def __init__(self, ns: str) -> None:
         self.lines = 0
         self.wrong = 0
-        self.odd = ""  # the first wrong one
-        self.odd_line: tuple[float, bytes, bytes] | None = None  # when, got, wanted
+        self.odd = ""  # the first wrong line
+        self.odd_line: tuple[float, bytes, bytes] | None = None  # when, received, expected
         self.dead = ""
         self.times: list[float] = []
         self._stop = threading.Event()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""`colo-xdp demo`: a VM dies and a connection lives, with everything real but the wires."""
+"""Run `colo-xdp demo`: a VM dies, a connection survives, and all but the wires is real."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ STREAM_BEFORE_S, STREAM_AFTER_S = 1.5, 3.0
 
 
 class Show:
-    """Progress for people."""
+    """Show progress to the user."""
 
     def __init__(self) -> None:
         self.t0 = time.monotonic()
@@ -136,7 +136,7 @@ def _failover(lab: Lab, show: Show, report: dict[str, Any]) -> float:
 
 
 def _gap_around(times: list[float], at: float) -> float:
-    """The longest silence that ends after `at`."""
+    """Return the longest silence that ends after `at`, s."""
     return max((y - x for x, y in zip(times, times[1:], strict=False) if y > at), default=0.0)
 
 
@@ -155,7 +155,7 @@ def _lab(directory: Path, show: Show, keep: bool) -> Iterator[Lab]:
 
 
 def main(report_path: str = "build/demo-report.json", keep: bool = False) -> int:
-    """Run the demonstration; 0 if everything was right."""
+    """Run the demonstration; return 0 if everything was right."""
     if os.geteuid():
         print("the demo builds network namespaces and loads BPF programs: run it as root",
               file=sys.stderr)  # fmt: skip
@@ -168,8 +168,8 @@ def main(report_path: str = "build/demo-report.json", keep: bool = False) -> int
     try:
         with _lab(path.parent, show, keep) as lab:
             report |= {"qemu": lab.qemu_version, "accel": lab.accel}
-            # What comes out of the secondary host, seen at both ends of its wire. (The PVM's
-            # own broadcasts go in there: the switch floods them.)
+            # What comes out of the secondary host, captured at both ends of its wire. (The PVM's
+            # own broadcasts go into it, because the switch floods them.)
             on_s = lab.capture(lab.net.secondary, "uplink", "leaks-s", "out")
             on_c = lab.capture(lab.net.client, "to-s", "leaks-c", "in")
             show.say("two controllers, from two TOML files")

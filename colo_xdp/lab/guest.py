@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Builds the lab guest: Debian's cloud kernel and a busybox initramfs.
+"""Build the lab guest: Debian's cloud kernel and a busybox initramfs.
 
-The files that it serves are made here from a seed, so that a client can tell
-each right byte from each wrong one without asking a guest.
+The files that it serves are generated here from a seed, so that a client can tell right bytes from
+wrong ones without asking a guest.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ MODULES = (
     "virtio_net",
 )
 INDEX = b"<html>hello</html>\n"
-#: a page that cannot be the same on both guests; its lines must agree with each other
+#: a page that cannot be the same on both guests; its own lines must agree with each other
 UPTIME = """#!/bin/sh
 echo "Content-Type: text/plain"; echo
 # The kernel's clock in nanoseconds; its random numbers are the same ones on both guests for a
@@ -41,7 +41,7 @@ echo "token $t up $up"
 for i in 1 2 3 4 5 6 7 8; do echo "again $t $up"; done
 echo "end $t"
 """
-#: a web server that says nothing of the time: two guests can agree on every byte
+#: a web server that never mentions the time, so two guests can agree on every byte
 SERVE = """#!/bin/sh
 read -r method path rest
 while read -r line; do [ ${#line} -le 1 ] && break; done
@@ -60,7 +60,7 @@ eval "$(httpd -d "$QUERY_STRING")" 2>&1
 
 
 def content(name: str) -> bytes:
-    """What the guest serves as /index.html, /f100k, /f1m and /big."""
+    """Return what the guest serves as /index.html, /f100k, /f1m and /big."""
     if name == "index.html":
         return INDEX
     size = {"f100k": 100 << 10, "f1m": 1 << 20, "big": 8 << 20}[name]
@@ -76,7 +76,7 @@ class Guest:
 
 
 def _kernel_package() -> str:
-    """Name of the newest cloud kernel's package."""
+    """Return the package name of the newest cloud kernel."""
 
     def ask() -> str:
         text = sh("apt-cache", "depends", f"linux-image-cloud-{_arch()}", check=False)
@@ -113,12 +113,12 @@ def _unpack_kernel(build: Path, fresh: bool = False) -> Path:
         if r.returncode or not debs:
             if fresh:
                 raise LabError(f"apt-get download {package}: {r.stdout}{r.stderr}".strip())
-            sh("apt-get", "update")  # an old list names versions that are no longer there
+            sh("apt-get", "update")  # an outdated list names versions that no longer exist
             return _unpack_kernel(build, fresh=True)
         part = Path(tmp) / "root"
         sh("dpkg-deb", "-x", str(debs[0]), str(part))
         shutil.rmtree(root, ignore_errors=True)
-        part.rename(root)  # whole, or not there
+        part.rename(root)  # complete, or not there
     return root
 
 
@@ -138,7 +138,7 @@ def _initrd(root: Path, out: Path) -> None:
             if not found:
                 raise LabError(f"the kernel package has no module {m}")
             shutil.copy(found[0], d / "modules")
-        # Without these the resolver of a static busybox crashes, even for plain addresses.
+        # Without these files the resolver of a static busybox crashes, even for numeric addresses.
         (d / "etc/resolv.conf").write_text("nameserver 10.9.0.1\n")
         (d / "etc/hosts").write_text("127.0.0.1 localhost\n")
         for name in ("index.html", "f100k", "f1m", "big"):
@@ -164,7 +164,7 @@ def _initrd(root: Path, out: Path) -> None:
 
 
 def build(directory: Path) -> Guest:
-    """The guest's files, made anew only when something they are made from has changed.
+    """Return the guest's files, rebuilding them only when one of their sources has changed.
 
     Raises LabError naming the missing package or the failed step.
     """
@@ -186,7 +186,7 @@ def build(directory: Path) -> Guest:
 
 
 def build_shim(directory: Path) -> Path:
-    """The work-around for QEMU before 8 under TCG (bqlshim.c), compiled."""
+    """Compile the work-around for QEMU before 8 under TCG (bqlshim.c)."""
     source = Path(__file__).with_name("bqlshim.c")
     out = directory / "bqlshim.so"
     if not out.exists() or out.stat().st_mtime < source.stat().st_mtime:

@@ -1,6 +1,6 @@
 #!/bin/busybox sh
 # SPDX-License-Identifier: GPL-2.0-or-later
-# The lab guest: every service that the demo and the tests talk to.
+# Init of the lab guest: starts every service that the demo and the tests use.
 /bin/busybox --install -s /bin
 mount -t proc proc /proc
 mount -t sysfs sys /sys
@@ -10,25 +10,25 @@ for m in virtio_ring virtio virtio_pci_modern_dev virtio_pci_legacy_dev virtio_p
 done
 echo 0 > /proc/sys/net/ipv6/conf/all/accept_dad
 echo 0 > /proc/sys/net/ipv6/conf/default/accept_dad
-echo 0 > /proc/sys/net/ipv6/conf/eth0/accept_dad                # made before the default was
+echo 0 > /proc/sys/net/ipv6/conf/eth0/accept_dad                # created before the default was set
 ip link set lo up
 ip link set eth0 up
 ip addr add 10.9.0.2/24 dev eth0
 ip addr add fd09::2/64 dev eth0
-httpd -p 8080 -h /www                                           # with a clock in each answer
-nc -ll -p 80 -e /bin/serve &                                    # without: equal on both guests
+httpd -p 8080 -h /www                                           # its answers contain the time
+nc -ll -p 80 -e /bin/serve &                                    # no time: equal on both guests
 nc -ll -p 7 -e cat &                                            # echo
-nc -ll -p 9 -e md5sum &                                         # sink: the digest of what came
+nc -ll -p 9 -e md5sum &                                         # sink: returns the digest
 nc -ll -p 19 -e cat /www/big &                                  # source
 nc -ll -p 1234 -e sh -c 'i=0; while :; do i=$((i+1)); echo "line $i"; usleep 50000; done' &
 udpecho &                                                       # UDP echo on 7
-# Ready is when each service listens, not when it was started.
+# The guest is ready when each service listens, not when it was started.
 for p in 0007 0009 0013 0050 04D2 1F90; do
 	until grep -q ":$p [0-9A-F:]* 0A " /proc/net/tcp /proc/net/tcp6; do usleep 10000; done
 done
 until grep -q ":0007 " /proc/net/udp6; do usleep 10000; done
-# The secrets behind sequence numbers and timestamps are made at first use. Used before
-# the guest is copied, both copies have the same ones.
+# The secrets behind sequence numbers and timestamps are generated at first use. Using them
+# before the guest is copied gives both copies the same ones.
 wget -q -O /dev/null http://10.9.0.2/index.html
 wget -q -O /dev/null "http://[fd09::2]/index.html"
 echo GUEST-READY

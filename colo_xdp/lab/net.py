@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Three namespaces: a client with the switch, a primary host, a secondary host.
+"""Build three namespaces: a client with the switch, a primary host, a secondary host.
 
     <p>c   lan (bridge, 10.9.0.1, fd09::1) ----- to-p, to-s
     <p>p   uplink - br0 (tap0 is outside)  peer0 10.99.0.1
     <p>s   uplink - br0 (tap0 is outside)  peer0 10.99.0.2
 
-A tap joins its bridge when the controller there lets the guest speak (`join` without one).
+A tap joins its bridge when the controller there allows the guest to transmit (`join` without a
+controller).
 
-Processes enter by `nsenter --net`, never by `ip netns exec`, whose private mount
-namespace would hide the BPF file system.
+Processes enter by `nsenter --net`, never by `ip netns exec`, whose private mount namespace would
+hide the BPF file system.
 """
 
 from __future__ import annotations
@@ -36,11 +37,11 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 class LabError(RuntimeError):
-    """The laboratory could not be built or did not get where it should in time."""
+    """The laboratory could not be built, or did not reach the expected state in time."""
 
 
 def sh(*cmd: str, check: bool = True) -> str:
-    """Run a command; its output. Raises LabError with what it said."""
+    """Run a command and return its output. Raises LabError with the output on failure."""
     r = subprocess.run(cmd, capture_output=True, text=True, check=False, timeout=60)
     if check and r.returncode:
         raise LabError(f"{' '.join(cmd)}: {r.stdout}{r.stderr}".strip())
@@ -48,7 +49,7 @@ def sh(*cmd: str, check: bool = True) -> str:
 
 
 def wait_for(what: str, cond: Callable[[], T | None], timeout: float, poll: float = 0.02) -> T:
-    """The first true value of `cond`. Raises LabError at the deadline."""
+    """Return the first true value of `cond`. Raises LabError at the deadline."""
     end = time.monotonic() + timeout
     while True:
         v = cond()
@@ -60,7 +61,7 @@ def wait_for(what: str, cond: Callable[[], T | None], timeout: float, poll: floa
 
 
 def in_ns(name: str, fn: Callable[[], T]) -> T:
-    """Run fn in a thread of its own that has joined the namespace."""
+    """Run fn in its own thread that has joined the namespace."""
 
     def body() -> T:
         fd = os.open(f"/run/netns/{name}", os.O_RDONLY)
@@ -76,7 +77,7 @@ def in_ns(name: str, fn: Callable[[], T]) -> T:
 
 
 def _start_time(pid: int) -> str:
-    """Field 22 of /proc/PID/stat: with it a pid names one process for ever."""
+    """Return field 22 of /proc/PID/stat: with it a pid identifies one process for ever."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[19]
     except (OSError, IndexError):
@@ -84,7 +85,7 @@ def _start_time(pid: int) -> str:
 
 
 class Processes:
-    """What the lab has started, kept on disk so that the next run can end what a crash left."""
+    """Processes of the lab, recorded on disk so that the next run can end a crash's leftovers."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -101,7 +102,7 @@ class Processes:
         ns: str | None = None,
         env: dict[str, str] | None = None,
     ) -> subprocess.Popen[bytes]:
-        """Start in a namespace, output to a file."""
+        """Start a command in a namespace, with its output to a file."""
         if ns:
             cmd = ["nsenter", f"--net=/run/netns/{ns}", *cmd]
         with log.open("ab") as out:
@@ -118,7 +119,7 @@ class Processes:
         return p
 
     def end_leftovers(self) -> None:
-        """Kill what a former run has left, by pid and start time."""
+        """Kill what a former run left behind, by pid and start time."""
         with contextlib.suppress(OSError, ValueError):
             for pid, started in json.loads(self.path.read_text()).items():
                 if started and _start_time(int(pid)) == started:
@@ -128,7 +129,7 @@ class Processes:
 
 
 def stop_process(p: subprocess.Popen[bytes] | None, timeout: float = 5.0) -> None:
-    """Terminate, and kill at the deadline."""
+    """Terminate a process, and kill it at the deadline."""
     if p is None or p.poll() is not None:
         return
     p.terminate()
@@ -151,13 +152,13 @@ class Topology:
         return self.client, self.primary, self.secondary
 
     def down(self) -> None:
-        """Remove the namespaces, whoever made them."""
+        """Remove the namespaces, whoever created them."""
         for ns in self.all:
             if Path(f"/run/netns/{ns}").exists():
                 sh("ip", "netns", "del", ns, check=False)
 
     def up(self) -> None:
-        """Build everything anew."""
+        """Build everything from scratch."""
         self.down()
         for ns in self.all:
             sh("ip", "netns", "add", ns)
@@ -179,7 +180,7 @@ class Topology:
         self.peer_link()
 
     def peer_link(self) -> None:
-        """Make it, also anew."""
+        """Create the peer link, also again after it was removed."""
         self._ip(
             self.primary,
             f"link add peer0 mtu 1600 type veth peer name peer0 mtu 1600 netns {self.secondary}",
@@ -190,7 +191,11 @@ class Topology:
 
     @contextlib.contextmanager
     def control_cut(self) -> Iterator[None]:
-        """IP between the hosts goes to a MAC address that nobody has; frames on the link go on."""
+        """Cut the control channel only.
+
+        IP between the hosts goes to a MAC address that nobody has; frames on the link continue to
+        pass.
+        """
         ends = ((self.primary, PEER_S), (self.secondary, PEER_P))
         for ns, there in ends:
             self._ip(ns, f"neigh replace {there} lladdr 02:00:00:00:00:99 dev peer0 nud permanent")
@@ -201,14 +206,14 @@ class Topology:
                 self._ip(ns, f"neigh del {there} dev peer0")
 
     def join(self, ns: str) -> None:
-        """Put a guest's tap into its bridge by hand, where no controller does."""
+        """Add a guest's tap to its bridge by hand, where no controller does."""
         self._ip(ns, "link set dev tap0 master br0")
 
     def _ip(self, ns: str, args: str) -> None:
         sh("ip", "-n", ns, *args.split())
 
     def _sysctls(self, ns: str) -> None:
-        # The hosts say nothing of their own on these links; the client wants IPv6.
+        # The hosts send nothing of their own on these links; the client needs IPv6.
         off = "0" if ns == self.client else "1"
         for scope in ("all", "default"):
             base = Path(f"/proc/sys/net/ipv6/conf/{scope}")

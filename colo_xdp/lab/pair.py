@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A whole pair on one machine: namespaces, two QEMUs, two controllers from two TOML files."""
+"""Run a whole pair on one machine: namespaces, two QEMUs, two controllers from two TOML files."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PROTECT_S = 60.0
 
 
 class Lab:
-    """Builds on `up`, removes on `down`, also what a crashed run left."""
+    """A laboratory: `up` builds it, `down` removes it, including what a crashed run left behind."""
 
     def __init__(
         self,
@@ -62,7 +62,7 @@ class Lab:
         self.down()
 
     def up(self) -> None:
-        """Namespaces, certificates, both guests; the PVM is booted. No controller yet."""
+        """Set up namespaces, certificates and both guests; boot the PVM. No controller runs yet."""
         self.down()
         self.work.mkdir(parents=True, exist_ok=True)
         self.say("guest image")
@@ -107,7 +107,7 @@ class Lab:
     # ---- guests
 
     def start_vm(self, role: str, *, incoming: bool | None = None) -> vms.Vm:
-        """Start a host's QEMU; `incoming`: it waits for a migration (default: the secondary's)."""
+        """Start a host's QEMU; `incoming`: it waits for a migration (default: the secondary)."""
         waits = role == "secondary" if incoming is None else incoming
         v = vms.Vm(
             self.procs,
@@ -170,7 +170,7 @@ class Lab:
     def start_controller(
         self, role: str, env: dict[str, str] | None = None
     ) -> subprocess.Popen[bytes]:
-        """`colo-xdp run` in the host's namespace."""
+        """Run `colo-xdp run` in the host's namespace."""
         cmd = [sys.executable, "-m", "colo_xdp.cli", "run", str(self.config_path(role))]
         env = {"COLO_XDP_LOG": "INFO", "PYTHONUNBUFFERED": "1", **(env or {})}
         p = self.procs.start(cmd, self.controller_log(role), self.ns(role), env)
@@ -181,18 +181,18 @@ class Lab:
         return self.work / f"{role}.controller.log"
 
     def ask(self, role: str, command: str, **args: Any) -> dict[str, Any]:
-        """A command over the control socket, as the CLI sends it."""
+        """Send a command over the control socket, as the CLI does."""
         return control_socket.request(str(self.work / f"{PAIR}.{role}.sock"), command, args)
 
     def status(self, role: str) -> dict[str, Any]:
-        """The controller's status; raises LabError with its log when it has ended."""
+        """Return the controller's status; raise LabError with its log if it has exited."""
         p = self.controllers.get(role)
         try:
             return self.ask(role, "status")
         except control_socket.NotRunning as e:
             if p is not None and p.poll() is not None:
                 log = self.controller_log(role).read_text()[-3000:]
-                raise LabError(f"the {role}'s controller has ended ({p.returncode}): {log}") from e
+                raise LabError(f"the {role}'s controller has exited ({p.returncode}): {log}") from e
             return {}
 
     def wait_state(
@@ -221,7 +221,7 @@ class Lab:
             raise LabError(f"{e}: {last.get('state')}: {last.get('reason')}\n{log}") from e
 
     def protect(self) -> float:
-        """Start both controllers and wait for protection; seconds it took."""
+        """Start both controllers and wait for protection; return the time it took, s."""
         t = time.monotonic()
         for role in ("secondary", "primary"):
             self.start_controller(role)
@@ -230,19 +230,19 @@ class Lab:
         return time.monotonic() - t
 
     def checkpoints(self) -> int:
-        """Checkpoints of the primary so far."""
+        """Return the number of checkpoints of the primary so far."""
         return int(self.status("primary")["checkpoints"]["total"])
 
     def capture(
         self, ns: str, dev: str, name: str, direction: str = "inout", *, whole: bool = False
     ) -> Capture:
-        """A capture that ends with the lab; direction: in, out, inout as the device sees it."""
+        """Start a capture that ends with the lab; direction at the device: in, out, inout."""
         c = Capture(self.procs, ns, dev, self.work / f"{name}.pcap", direction, whole=whole)
         self._captures.append(c)
         return c
 
     def stop_capture(self, c: Capture) -> list[tuple[float, bytes]]:
-        """End a capture; its frames."""
+        """End a capture and return its frames."""
         self._captures.remove(c)
         return c.stop()
 

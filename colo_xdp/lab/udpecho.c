@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
-/* UDP echo on port 7, IPv4 and IPv6, for the lab guest: its busybox has none. */
+/* UDP echo on port 7, IPv4 and IPv6, for the lab guest, whose busybox has none. */
 #include <netinet/in.h>
 #include <sys/socket.h>
 

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""QEMU guests of the lab: under KVM if a guest boots there, else TCG (with the shim before 8)."""
+"""Run the lab's QEMU guests: under KVM if a guest boots there, else TCG (with the shim before
+8)."""
 
 from __future__ import annotations
 
@@ -26,15 +27,15 @@ KVM_PROBE_S = 10.0
 
 
 def qemu_version() -> tuple[int, int, int]:
-    """Version of the installed QEMU."""
+    """Return the version of the installed QEMU."""
     m = re.search(r"version (\d+)\.(\d+)\.(\d+)", sh("qemu-system-x86_64", "--version"))
     if not m:
-        raise LabError("qemu-system-x86_64 --version says nothing that looks like a version")
+        raise LabError("qemu-system-x86_64 --version prints nothing that looks like a version")
     return int(m[1]), int(m[2]), int(m[3])
 
 
 class Vm:
-    """One QEMU. Two QMP sockets: `qmp` for the controller, `lab_qmp` for the lab."""
+    """One QEMU with two QMP sockets: `qmp` for the controller, `lab_qmp` for the lab."""
 
     def __init__(
         self,
@@ -82,7 +83,7 @@ class Vm:
         return self.console.exists() and b"GUEST-READY" in self.console.read_bytes()
 
     def wait_boot(self, timeout: float = BOOT_S) -> None:
-        """Until the guest's services run."""
+        """Wait until the guest's services run."""
 
         def ready() -> bool:
             if self._p is None or self._p.poll() is not None:
@@ -96,7 +97,7 @@ class Vm:
         return self._p is not None and self._p.poll() is None
 
     def kill9(self) -> float:
-        """As a power cut; returns when (unix time)."""
+        """Kill QEMU as a power cut would; return the time (unix time, s)."""
         assert self._p is not None
         at = time.time()
         os.kill(self._p.pid, signal.SIGKILL)
@@ -110,7 +111,7 @@ class Vm:
         stop_process(self._p)
 
     def ask(self, command: str, *, seconds: float = 10, **args: Any) -> Any:
-        """A QMP command over the lab's own socket, for looking at the guest only."""
+        """Execute a QMP command over the lab's own socket, only to inspect the guest."""
         with socket.socket(socket.AF_UNIX) as s:
             s.settimeout(seconds)
             s.connect(str(self.lab_qmp))
@@ -129,7 +130,7 @@ class Vm:
 
 
 def choose_accel(procs: Processes, directory: Path, guest: Guest) -> str:
-    """`kvm` if a guest boots under it here, else `tcg`; tried once per kernel and QEMU."""
+    """Return `kvm` if a guest boots under it here, else `tcg`; tried once per kernel and QEMU."""
     if not os.access("/dev/kvm", os.R_OK | os.W_OK):
         return "tcg"
     note = directory / "accel"
@@ -152,5 +153,5 @@ def choose_accel(procs: Processes, directory: Path, guest: Guest) -> str:
 
 
 def shim_for(accel: str, directory: Path) -> Path | None:
-    """The shim that this QEMU needs, if it does (TCG before 8, see bqlshim.c)."""
+    """Return the shim if this QEMU needs it (TCG before 8, see bqlshim.c)."""
     return build_shim(directory) if accel == "tcg" and qemu_version() < (8, 0, 0) else None

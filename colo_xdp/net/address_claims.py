@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Which frames say that their sender has an address, and whose it is then.
+"""Finds frames that claim an address for their sender, and tracks the owners of addresses. Pure.
 
-bpf/lib/addresses.h is the same in C, and says why; a test compares the two frame by frame. Pure.
+bpf/lib/addresses.h does the same in C and gives the reasons; a test compares the two frame by
+frame. The kernel's maps are read by datapath/addresses.py.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from dataclasses import dataclass, field
 
 from ..abi import CLAIM_ROUTER, CLAIM_SAYS_ROUTER
 
-MAPPED = bytes(10) + b"\xff\xff"  # RFC 4291 2.5.5.2
+MAPPED = bytes(10) + b"\xff\xff"  # RFC 4291 section 2.5.5.2
 _TAGS = (0x8100, 0x88A8)
 _ARP, _IPV6 = 0x0806, 0x86DD
 _ICMPV6 = 58
@@ -20,19 +21,21 @@ _OVERRIDE, _ROUTER = 0x20, 0x80
 
 
 def mac_key(mac: bytes) -> int:
-    """A MAC address as the maps have it: mac_key() of bpf/lib/addresses.h, 48 bits."""
+    """Return a MAC address as the maps hold it: mac_key() of bpf/lib/addresses.h, 48 bits."""
     return int.from_bytes(mac[:4], "little") << 16 | int.from_bytes(mac[4:6], "little")
 
 
 def mac_bytes(key: int) -> bytes:
-    """The other way round."""
+    """Return the MAC address of a mac_key()."""
     return (key >> 16).to_bytes(4, "little") + (key & 0xFFFF).to_bytes(2, "little")
 
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """`address` (16 bytes, IPv4 mapped) in `vlan` (as in struct colo_flow_key) is at `mac`;
-    `flags`: CLAIM_*."""
+    """Claim that `address` in `vlan` is at `mac`.
+
+    address: 16 bytes, IPv4 mapped. vlan: as in struct colo_flow_key. flags: CLAIM_*.
+    """
 
     address: bytes
     vlan: int
@@ -41,10 +44,10 @@ class Claim:
 
 
 def claimed(frame: bytes) -> Claim | None:
-    """What a frame says of its sender, if it does.
+    """Return the address that a frame claims for its sender, if it claims one.
 
-    ARP (RFC 826) with a sender; neighbour discovery (RFC 4861): the source, or the target of an
-    advertisement that overrides.
+    ARP (RFC 826): the sender. Neighbour discovery (RFC 4861): the source, or the target of an
+    advertisement with the override flag.
     """
     if len(frame) < 14:
         return None
@@ -96,7 +99,7 @@ def _claimed_nd(ip: bytes, vlan: int, source: bytes) -> Claim | None:
 
 @dataclass(slots=True)
 class Entry:
-    """struct colo_claim, without its time."""
+    """Contents of struct colo_claim, except its time."""
 
     mac: bytes
     epoch: int
@@ -105,9 +108,9 @@ class Entry:
 
 @dataclass(slots=True)
 class Claims:
-    """The two maps of bpf/lib/addresses.h, and what frames do to them."""
+    """The two maps of bpf/lib/addresses.h, and what frames change in them."""
 
-    main: bytes | None = None  # CFG_GUEST_MAC; None: nothing is known, six zeros: no first one is
+    main: bytes | None = None  # CFG_GUEST_MAC; None: nothing is known; six zeros: there is none
     full: bool = False  # MAC_ALL
     max_macs: int = 1024
     max_addresses: int = 256
@@ -115,7 +118,7 @@ class Claims:
     addresses: dict[tuple[bytes, int], Entry] = field(default_factory=dict)
 
     def note(self, frame: bytes, epoch: int) -> None:
-        """A frame of the guest's own."""
+        """Note the addresses in a frame that the guest sends."""
         if len(frame) < 14:
             return
         source = frame[6:12]
@@ -138,7 +141,7 @@ class Claims:
             self.addresses[key] = Entry(c.mac, epoch, flags)
 
     def hear(self, frame: bytes) -> None:
-        """A frame from the network."""
+        """Drop the addresses that a frame from the network claims for another machine."""
         if len(frame) < 14:
             return
         if frame[0] & 1:
@@ -148,7 +151,7 @@ class Claims:
             self.addresses.pop((c.address, c.vlan), None)
 
     def is_for_guest(self, frame: bytes) -> bool:
-        """Whether pvm_in mirrors it."""
+        """Return whether pvm_in mirrors the frame."""
         if self.main is None or self.full or len(frame) < 14:
             return True
         return bool(frame[0] & 1) or frame[:6] == self.main or frame[:6] in self.macs

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What a guest that has moved says to its network, made by us since the guest does not know.
+"""Builds the frames that announce a guest on its new host: it does not know that it moved. Pure.
 
-RARP, as QEMU announces itself (net/announce.c), teaches switches the port. A gratuitous ARP
-request (RFC 5227 3, RFC 5944 4.6) and an unsolicited neighbour advertisement with the override
-flag (RFC 4861 7.2.6) make neighbours renew their entries. Pure.
+RARP, with which QEMU announces a migrated guest (net/announce.c), teaches switches the port. A
+gratuitous ARP request (RFC 5227 section 3, RFC 5944 section 4.6) and an unsolicited neighbour
+advertisement with the override flag (RFC 4861 section 7.2.6) make neighbours update their entries.
+The secondary sends them at a takeover.
 
-Whose addresses: bpf/lib/addresses.h. Each is announced with the MAC address that the guest has used
-for it. An advertisement also says whether its sender is a router, and hosts believe it (RFC 4861
-7.2.5): of an address of which the guest has not said that, none is made.
+Which addresses: see bpf/lib/addresses.h. Each is announced with the MAC address that the guest has
+used for it. An advertisement also states whether its sender is a router, and hosts believe it (RFC
+4861 section 7.2.5). So none is built for an address for which the guest has not stated that.
 """
 
 from __future__ import annotations
@@ -27,8 +28,11 @@ ROUTER, OVERRIDE = 0x80000000, 0x20000000
 
 @dataclass(frozen=True, slots=True)
 class Own:
-    """An address of the guest: 16 bytes, IPv4 mapped; struct colo_flow_key.vlan; its MAC address;
-    whether the guest says at it that it is a router (None: it has not said)."""
+    """An address of the guest.
+
+    address: 16 bytes, IPv4 mapped. vlan: as in struct colo_flow_key. mac: its MAC address. router:
+    whether the guest claims there to be a router (None: not stated).
+    """
 
     address: bytes
     vlan: int
@@ -39,10 +43,10 @@ class Own:
 def announcements(
     mac: str, own: Iterable[Own], macs: Iterable[bytes], configured: Iterable[str]
 ) -> list[bytes]:
-    """Frames that announce a guest: a RARP per MAC address and VLAN, then one per address.
+    """Return the frames that announce a guest: a RARP per MAC and VLAN, then one per address.
 
-    `mac`: the first one; `macs`: others that it sends with; `configured`: addresses as text,
-    untagged, at `mac` unless the guest has said otherwise.
+    mac: the first MAC address. macs: others from which it sends. configured: addresses as text,
+    untagged, at `mac` unless the guest has claimed otherwise.
     """
     first = bytes.fromhex(mac.replace(":", ""))
     known = {(o.address, o.vlan): o for o in own}
@@ -63,7 +67,8 @@ def announcements(
             ip4 = address[12:]
             out.append(_frame(BROADCAST, o.mac, vlan, 0x0806, _arp(1, o.mac, ip4, bytes(6), ip4)))
         elif o.router is not None or (o.mac, vlan) in routers:
-            # An interface forwards or not (RFC 4861 6.2.2), whichever of its addresses says so.
+            # An interface forwards or does not (RFC 4861 section 6.2.2), whichever of its addresses
+            # states it.
             router = o.router is None or o.router
             out.append(
                 _frame(ALL_NODES_MAC, o.mac, vlan, 0x86DD, _advertisement(o.mac, address, router))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Words of the kernel's bridge. Source: include/uapi/linux/if_bridge.h."""
+"""Names used by the kernel's bridge. Source: include/uapi/linux/if_bridge.h."""
 
 #: names of BR_STATE_*, by number
 PORT_STATES = ("disabled", "listening", "learning", "forwarding", "blocking")

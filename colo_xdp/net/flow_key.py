@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Flow keys of frames that a guest sent: cheap bytes, and their text for people.
+"""Flow keys of frames that a guest sent: compact bytes, and their text for operators.
 
-A key is what both guests' frames of one flow have in common. Guest first, peer
-second, everything in network byte order, VLANs (TPID and VID of each tag) at the end.
+A key is what both guests' frames of one flow have in common: guest first, peer second, everything
+in network byte order, VLANs (TPID and VID of each tag) at the end.
 
-TCP keys are kept in a table of their own and have no header: source, destination,
-ports, tags. Their length tells the address family (12..28 bytes for IPv4, 36..52
-for IPv6), so that an untagged IPv4 key is one slice of the frame. All other keys
-start with three bytes: class, IP version (0: none), number of VLANs.
+TCP keys are in a table of their own and have no header: source, destination, ports, tags. Their
+length identifies the address family (12..28 bytes for IPv4, 36..52 for IPv6), so an untagged IPv4
+key is one slice of the frame. All other keys start with three bytes: class, IP version (0: none),
+number of VLANs.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _NAMES |= {OPAQUE: "opaque", ARP: "arp", NDP: "ndp"}
 
 
 def datagram_key(cls: int, version: int, ident: bytes, tags: bytes) -> FlowKey:
-    """Key of a flow that is not TCP; `ident` is what follows the three header bytes."""
+    """Return the key of a flow that is not TCP; `ident` is what follows the three header bytes."""
     return bytes((cls, version, len(tags) >> 2)) + ident + tags
 
 
@@ -51,7 +51,7 @@ def _vlan(tags: bytes) -> str:
 
 
 def unmirrored_key(key: FlowKey, tcp: bool) -> bytes | None:
-    """struct colo_unmirrored_key of a TCP or UDP flow; None for any other."""
+    """Pack struct colo_unmirrored_key of a TCP or UDP flow; return None for any other."""
     if not tcp:
         if key[0] != UDP:
             return None
@@ -66,19 +66,23 @@ def unmirrored_key(key: FlowKey, tcp: bool) -> bytes | None:
     for at in range(0, len(tags), 4):
         vlan = vlan << 16 | int.from_bytes(tags[at + 2 : at + 4], "big")
     return UNMIRRORED_KEY.pack(
-        mapped + ends[:half], mapped + ends[half : 2 * half],
-        ends[2 * half : 2 * half + 2], ends[2 * half + 2 :], vlan, 6 if tcp else 17,
-    )  # fmt: skip
+        mapped + ends[:half],
+        mapped + ends[half : 2 * half],
+        ends[2 * half : 2 * half + 2],
+        ends[2 * half + 2 :],
+        vlan,
+        6 if tcp else 17,
+    )
 
 
 def describe_tcp(key: FlowKey) -> str:
-    """Text of a TCP key, as 'tcp 10.9.0.2:80 > 10.9.0.1:4000'."""
+    """Return the text of a TCP key, like 'tcp 10.9.0.2:80 > 10.9.0.1:4000'."""
     size, n = (4, 12) if len(key) < 36 else (16, 36)
     return f"tcp {_ends(key, size, key[2 * size : n])}{_vlan(key[n:])}"
 
 
 def describe_datagram(key: FlowKey) -> str:
-    """Text of any other key, as 'udp 10.9.0.2:53 > 10.9.0.1:4000'."""
+    """Return the text of any other key, like 'udp 10.9.0.2:53 > 10.9.0.1:4000'."""
     cls, version, tags = key[:3]
     end = len(key) - 4 * tags
     ident, vlan = key[3:end], _vlan(key[end:])
@@ -98,13 +102,13 @@ def describe_datagram(key: FlowKey) -> str:
 
 
 def tcp_port(key: FlowKey) -> int:
-    """The service's port of a TCP key: the lower one."""
+    """Return the service's port of a TCP key: the lower one."""
     n = 8 if len(key) < 36 else 32
     return min(int.from_bytes(key[n : n + 2], "big"), int.from_bytes(key[n + 2 : n + 4], "big"))
 
 
 def datagram_name(key: FlowKey) -> tuple[str, int]:
-    """Protocol name and the service's port (0: has none) of any other key."""
+    """Return the protocol name and the service's port (0: none) of any other key."""
     name = _NAMES.get(key[0], "?") if key else "?"
     if not key or key[0] != UDP:
         return name, 0

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Two byte strings one above the other, with the first difference marked."""
+"""Shows two byte strings one above the other, the first difference marked, for `explain`."""
 
 from __future__ import annotations
 
@@ -13,8 +13,11 @@ def _row(data: bytes, start: int) -> tuple[str, str]:
 
 
 def compare(pvm: bytes, svm: bytes, at: int, offset: int) -> list[str]:
-    """Lines. Both begin at the same place; `at` is the index of the first difference, `offset`
-    its place in the stream or the datagram."""
+    """Return the lines of the dump.
+
+    Both strings begin at the same position. at: index of the first difference; offset: its position
+    in the stream or datagram.
+    """
     lines: list[str] = []
     for start in range(0, max(len(pvm), len(svm), 1), ROW):
         place = offset - at + start

@@ -1,13 +1,11 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Bytes of an Ethernet frame -> Packet, parsed once; everything after works on Packet.
+"""Parses an Ethernet frame into a Packet, once; everything after works on the Packet.
 
-Never raises: a frame that cannot be understood becomes OPAQUE with a named defect.
-It stops where bpf/lib/parsing.h does (tests/bpf/test_parsers.py): a connection that the
-kernel does not translate is none that could be compared as TCP.
-Lengths come from the IP header, so Ethernet padding is no payload (QEMU's
-net/colo-compare.c takes the frame's size). Checksums are not looked at: with
-offloads they are not there yet. Sources: RFC 791, 8200, 9293, 7323, 2018, 6946,
-IEEE 802.1Q.
+Never raises: a frame that cannot be parsed becomes OPAQUE with a named defect. The parser stops
+where bpf/lib/parsing.h does (tests/bpf/test_parsers.py): a connection that the kernel does not
+translate cannot be compared as TCP. Lengths come from the IP header, so Ethernet padding is not
+payload (QEMU's net/colo-compare.c uses the frame's size). Checksums are not checked: with offloads
+they are not complete yet. Sources: RFC 791, 8200, 9293, 7323, 2018, 6946, IEEE 802.1Q.
 """
 
 from __future__ import annotations
@@ -23,7 +21,7 @@ MAX_EXTENSIONS = 4  # COLO_IP6_EXT_DEPTH
 
 FIN, SYN, RST, PSH, ACK, URG, ECE, CWR = 1, 2, 4, 8, 16, 32, 64, 128
 
-#: what can be wrong with a frame: Packet.defect, meaning
+#: possible defects of a frame: Packet.defect, meaning
 DEFECTS = {
     "runt": "shorter than an Ethernet header",
     "truncated_tag": "ends within an 802.1Q tag",
@@ -46,7 +44,7 @@ class Kind(IntEnum):
 
     TCP = 1
     UDP = 2
-    ICMP = 3  # ICMP and ICMPv6 but neighbour discovery
+    ICMP = 3  # ICMP and ICMPv6 except neighbour discovery
     FRAGMENT = 4  # any IP fragment
     IP = 5  # another protocol over IP
     ETHER = 6  # another ethertype
@@ -57,10 +55,12 @@ class Kind(IntEnum):
 
 @dataclass(slots=True)
 class Packet:
-    """One frame. Offsets count bytes from the frame's start; `off` and `end` enclose the
-    payload: for TCP and UDP what follows their header, for other kinds over IP what
-    follows the IP header, else what follows the ethertype. `seq` and `ack` are host
-    integers. `frame` is the caller's bytes, not a copy.
+    """One parsed frame.
+
+    Offsets are in bytes from the frame's start. `off` and `end` enclose the payload: for TCP and
+    UDP what follows their header, for other kinds over IP what follows the IP header, otherwise
+    what follows the ethertype. `seq` and `ack` are host integers. `frame` is the caller's bytes,
+    not a copy.
     """
 
     kind: Kind
@@ -71,17 +71,20 @@ class Packet:
     seq: int = 0
     ack: int = 0
     flags: int = 0
-    window: int = 0  # the field, not scaled
+    window: int = 0  # the field, unscaled
     l3: int = 14
     l4: int = 34
     proto: int = 6  # IP protocol; 0 if not IP
     defect: str = ""
-    datagram_size: int = 0  # of the record; set for UDP of the SVM only
+    datagram_size: int = 0  # as Frame.datagram_size; set for UDP of the SVM only
 
 
 @dataclass(frozen=True, slots=True)
 class TcpOptions:
-    """Options of one TCP header (RFC 9293 3.2, 7323, 2018); None or False if absent."""
+    """Options of one TCP header; None or False if absent.
+
+    RFC 9293 section 3.2, RFC 7323, RFC 2018.
+    """
 
     mss: int | None = None
     wscale: int | None = None
@@ -90,13 +93,15 @@ class TcpOptions:
     signed: bool = False  # TCP-MD5 or TCP-AO (RFC 2385, RFC 5925)
 
     def negotiated(self) -> tuple[int | None, int | None, bool, bool, bool]:
-        """What the connection depends on: MSS, window scale, SACK; whether there are timestamps,
-        and a signature."""
+        """Return what the connection depends on.
+
+        That is MSS, window scale, SACK, and whether there are timestamps and a signature.
+        """
         return (self.mss, self.wscale, self.sack_ok, self.ts is not None, self.signed)
 
 
-# ethertype, version/IHL, total length, fragment word, protocol, addresses and ports
-# (the flow key), seq, ack, data offset, flags
+# Ethertype, version/IHL, total length, fragment word, protocol, addresses and ports (the flow key),
+# seq, ack, data offset, flags.
 _V4_TCP = struct.Struct("!12xHBxHxxHxBxx12sIIBBH")
 _V4 = struct.Struct("!BxHxxHxBxx8s")
 _V6 = struct.Struct("!IHBx32s")
@@ -106,7 +111,7 @@ _TPIDS = frozenset((0x8100, 0x88A8, 0x9100))
 _HOP, _ROUTING, _FRAG, _DEST = 0, 43, 44, 60  # not AH: what it signs cannot be translated
 _ERRORS4 = frozenset((3, 4, 5, 11, 12))
 _QUERIES4 = frozenset((0, 8, 13, 14, 15, 16, 17, 18))
-#: with multicast listener discovery (RFC 3810): the reports' delays are random
+#: With multicast listener discovery (RFC 3810): the reports' delays are random.
 _NDP = frozenset((*range(130, 138), 143))
 _K_TCP = Kind.TCP
 
@@ -153,10 +158,11 @@ def _parse_any(frame: bytes) -> Packet:
 
 
 def _vlans(tags: bytes) -> bytes:
-    """What of the tags belongs to the flow: TPID and VID, but of a priority tag nothing.
+    """Return the part of the tags that belongs to the flow: TPID and VID, without priority tags.
 
-    The priority is each frame's own, and VID 0 names no VLAN (IEEE 802.1Q 6.9.3, 9.6): a guest may
-    send both in one connection, with a tag what has a priority and without what has none.
+    The priority is each frame's own, and VID 0 names no VLAN (IEEE 802.1Q sections 6.9.3, 9.6). A
+    guest may send both within one connection: segments with a priority tagged, those without
+    untagged.
     """
     out = b""
     for at in range(0, len(tags), 4):
@@ -190,7 +196,7 @@ def _parse_v6(frame: bytes, l3: int, tags: bytes) -> Packet:
         return _opaque(frame, "bad_ip_version")
     l4 = l3 + 40
     end = l4 + length
-    if end > len(frame) or (not length and nxt == _HOP):  # the latter: RFC 2675 jumbogram
+    if end > len(frame) or (not length and nxt == _HOP):  # the second case: an RFC 2675 jumbogram
         return _opaque(frame, "bad_ip_length")
     for _ in range(MAX_EXTENSIONS + 1):
         if nxt not in (_HOP, _ROUTING, _DEST):
@@ -207,7 +213,7 @@ def _parse_v6(frame: bytes, l3: int, tags: bytes) -> Packet:
             return _opaque(frame, "truncated_extension")
         nxt, word = frame[l4], int.from_bytes(frame[l4 + 2 : l4 + 4], "big") & 0xFFF9
         l4 += 8
-        if word:  # else an atomic fragment, a whole packet (RFC 6946)
+        if word:  # otherwise an atomic fragment, a whole packet (RFC 6946)
             return _fragment(frame, l3, l4, end, 6, addrs, nxt, word, tags)
     return _parse_l4(frame, l3, l4, end, 6, addrs, nxt, tags)
 
@@ -223,7 +229,7 @@ def _fragment(
     word: int,
     tags: bytes,
 ) -> Packet:
-    # the IP id is each guest's own; `seq` carries offset and more-fragments bit to the body
+    # the IP ID is each guest's own; `seq` carries offset and more-fragments bit to the body
     key = flow_key.datagram_key(flow_key.FRAGMENT, version, addrs + bytes((proto,)), tags)
     return Packet(Kind.FRAGMENT, frame, key, l4, end, word, l3=l3, l4=l4, proto=proto)
 
@@ -243,7 +249,7 @@ def _parse_l4(
     if proto == 17:
         if end < l4 + 8:
             return _opaque(frame, "truncated_udp")
-        # UDP's length is not the IP length's equal with UDP GSO; the IP length is the truth
+        # with UDP GSO, UDP's length differs from the IP length, which is the one to use
         key = flow_key.datagram_key(flow_key.UDP, version, addrs + frame[l4 : l4 + 4], tags)
         return Packet(Kind.UDP, frame, key, l4 + 8, end, l3=l3, l4=l4, proto=17)
     if proto == (1 if version == 4 else 58):
@@ -258,7 +264,7 @@ def _parse_l4(
             ident += frame[l4 + 4 : l4 + 6]
         key = flow_key.datagram_key(flow_key.ICMP, version, ident, tags)
         return Packet(Kind.ICMP, frame, key, l4, end, l3=l3, l4=l4, proto=proto)
-    if proto == 2 and version == 4 and end >= l4 + 8:  # IGMP: multicast listener discovery of IPv4
+    if proto == 2 and version == 4 and end >= l4 + 8:  # IGMP: IPv4's multicast listener discovery
         key = flow_key.datagram_key(flow_key.NDP, version, addrs + frame[l4 : l4 + 1], tags)
         return Packet(Kind.NDP, frame, key, l4, end, l3=l3, l4=l4, proto=proto)
     key = flow_key.datagram_key(flow_key.IP, version, addrs + bytes((proto,)), tags)
@@ -266,7 +272,7 @@ def _parse_l4(
 
 
 def tcp_options(p: Packet) -> TcpOptions:
-    """Walk the options of a TCP packet; stops without error at the first malformed one."""
+    """Parse the options of a TCP packet; stops without error at the first malformed one."""
     f, i, end = p.frame, p.l4 + 20, p.off
     mss: int | None = None
     wscale: int | None = None
@@ -296,14 +302,16 @@ def tcp_options(p: Packet) -> TcpOptions:
 
 
 def datagram_body(p: Packet) -> bytes:
-    """What two equal datagrams of one flow (same key) have in common.
+    """Return what two equal datagrams of one flow (same key) have in common.
 
-    UDP: payload. ICMP queries: code, sequence and data, but of a timestamp reply (RFC 792) not
-    the times at which a guest took and answered it: clocks are no state, as TCP's timestamps are
-    none, and a stranger could ask for a difference with each packet. ICMP errors: type, code, the
-    word after the checksum, and of the quoted packet addresses, protocol and 8 bytes
-    (the rest, as TTL and checksum, is the network's). Fragments: offset, the
-    more-fragments bit and payload. Others: all that follows the header in the key.
+    - UDP: the payload.
+    - ICMP queries: code, sequence and data, but of a timestamp reply (RFC 792) not the times at
+      which a guest received and answered it. Clocks are not state, just as TCP's timestamps are
+      not, and any host could provoke a difference with each packet.
+    - ICMP errors: type, code, the word after the checksum, and of the quoted packet addresses,
+      protocol and 8 bytes. The rest, like TTL and checksum, depends on the network.
+    - Fragments: offset, the more-fragments bit and payload.
+    - Others: everything that follows the header in the key.
     """
     f, off, end = p.frame, p.off, p.end
     kind = p.kind

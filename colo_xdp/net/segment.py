@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Makes frames that the PVM could have sent: parts of one, a smaller window, a window update.
+"""Builds frames that the PVM could have sent: parts of one, a smaller window, a window update.
 
-Parts are needed for liveness: a PVM may put 64 KiB into one frame while the SVM may send no
-more than its congestion window (or Nagle) allows before it sees an ack. The client
-acks only what it gets. If the frame left only as a whole, both would wait.
+Parts are needed for liveness. A PVM may put 64 KiB into one frame, while the SVM may send no more
+than its congestion window (or Nagle) allows before it sees an ack. The client acks only what it
+gets. If the frame left only as a whole, both guests would wait.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from .packet import ACK, CWR, ECE, FIN, PSH, Packet, parse
 from .seqnum import MASK
 from .tcp_headers import ip_id, is_atomic, reserved
 
-#: gives out so many IP ids in a row that the PVM has not used near this packet's; returns the first
+#: Reserves so many IP IDs in a row that the PVM has not used near this packet's; returns the first.
 SpareIds = Callable[[Packet, int], int]
 
 
 def _sum(data: bytes) -> int:
-    """RFC 1071 sum of 16-bit words, folded, not inverted."""
+    """Return the RFC 1071 sum of 16-bit words, folded, not inverted."""
     if len(data) % 2:
         data += b"\0"
     n = int.from_bytes(data, "big")
@@ -30,7 +30,7 @@ def _sum(data: bytes) -> int:
 
 
 def _put_id(head: bytearray, l3: int, ident: int) -> None:
-    """An IPv4 header's id, and its checksum anew (also for another length)."""
+    """Set an IPv4 header's ID and recompute its checksum (also for another length)."""
     struct.pack_into("!H", head, l3 + 4, ident & 0xFFFF)
     head[l3 + 10 : l3 + 12] = b"\0\0"
     ihl = (head[l3] & 15) * 4
@@ -38,7 +38,10 @@ def _put_id(head: bytearray, l3: int, ident: int) -> None:
 
 
 def _part(rec: Frame, p: Packet, start: int, stop: int, flags: int, ident: int) -> Frame:
-    """Bytes start..stop of the payload under the frame's header. ident: IPv4's."""
+    """Build a frame with bytes start..stop of the payload under the frame's header. ident:
+
+    IPv4's ID.
+    """
     head = bytearray(rec.frame[: p.off])
     body = rec.frame[p.off + start : p.off + stop]
     l3, l4 = p.l3, p.l4
@@ -63,8 +66,11 @@ def _part(rec: Frame, p: Packet, start: int, stop: int, flags: int, ident: int) 
 
 
 def finish(head: bytearray, l4: int, payload: bytes) -> bytes:
-    """A frame of these headers (Ethernet without tags, to TCP's options) and payload: lengths, the
-    IPv4 checksum, and TCP's as CHECKSUM_PARTIAL wants it (the pseudo header's sum)."""
+    """Build a frame from headers (untagged Ethernet up to TCP's options) and payload.
+
+    Sets the lengths, the IPv4 checksum, and TCP's checksum as CHECKSUM_PARTIAL requires it (the
+    pseudo header's sum).
+    """
     length = len(head) - l4 + len(payload)
     if head[14] >> 4 == 4:
         struct.pack_into("!H", head, 16, l4 - 14 + length)
@@ -79,7 +85,7 @@ def finish(head: bytearray, l4: int, payload: bytes) -> bytes:
 
 
 def with_window(rec: Frame, p: Packet, value: int, spare: SpareIds) -> Frame:
-    """The frame with another window field; the checksum follows by RFC 1624, eqn. 3."""
+    """Return the frame with another window field; the checksum follows RFC 1624, equation 3."""
     frame = bytearray(rec.frame)
     at = p.l4 + 14
     struct.pack_into("!H", frame, at, value)
@@ -89,7 +95,7 @@ def with_window(rec: Frame, p: Packet, value: int, spare: SpareIds) -> Frame:
         total = (total & 0xFFFF) + (total >> 16)
         total = (total & 0xFFFF) + (total >> 16)
         struct.pack_into("!H", frame, p.l4 + 16, 0xFFFF & ~total)
-    if rec.parts and not is_atomic(p):  # fragments have one id, its segments need one each
+    if rec.parts and not is_atomic(p):  # fragments share one ID, its segments need one each
         _put_id(frame, p.l3, spare(p, _segments(p.end - p.off, rec.gso_size)))
     return replace(rec, frame=bytes(frame), parts=())
 
@@ -97,11 +103,11 @@ def with_window(rec: Frame, p: Packet, value: int, spare: SpareIds) -> Frame:
 def bare_ack(
     rec: Frame, p: Packet, seq: int, value: int, spare: SpareIds, ace: bool | None
 ) -> Frame:
-    """A frame without payload that repeats this one's ack and options with another window.
+    """Return a frame without payload that repeats this one's ack and options with another window.
 
-    Its congestion signals are repeated too: ECE says the same until CWR answers it (RFC 3168
-    6.1.3), AccECN's counter in each segment. CWR alone speaks of data. A bare ACK is not of an
-    ECN-capable transport (RFC 3168 6.1.4).
+    Its congestion signals are repeated too: ECE stays set until CWR answers it (RFC 3168 section
+    6.1.3), and AccECN's counter is in each segment. CWR alone refers to data. A bare ACK is not
+    ECN-capable (RFC 3168 section 6.1.4).
     """
     head = bytearray(rec.frame[: p.off])
     if head[p.l3] >> 4 == 4:
@@ -110,7 +116,7 @@ def bare_ack(
         head[p.l3 + 1] &= 0xCF
     head[p.l4 + 14 : p.l4 + 16] = struct.pack("!H", value)
     head[p.l4 + 18 : p.l4 + 20] = b"\0\0"
-    counts = ace or reserved(p) & 1  # nobody sets AE for anything else
+    counts = ace or reserved(p) & 1  # AE is set for nothing else
     flags = ACK | p.flags & (ECE | CWR if counts else ECE)
     ident = 0 if p.frame[p.l3] >> 4 == 6 else ip_id(p) if is_atomic(p) else spare(p, 1)
     bare = replace(rec, frame=bytes(head), gso_size=0, partial=False, parts=())
@@ -118,13 +124,16 @@ def bare_ack(
 
 
 def _segments(size: int, gso_size: int) -> int:
-    """Packets that so many bytes of payload become on the wire."""
+    """Return the number of packets on the wire for `size` bytes of payload."""
     return -(-size // gso_size) if gso_size else 1
 
 
 def _ids(rec: Frame, p: Packet, n: int, spare: SpareIds) -> tuple[int, int]:
-    """First IPv4 id of each of the two parts. A device numbers the segments of a GSO frame one by
-    one, so the PVM has left as many ids free as there are."""
+    """Return the first IPv4 ID of each of the two parts.
+
+    A device numbers the segments of a GSO frame consecutively, so the PVM has left as many IDs free
+    as there are segments.
+    """
     if p.frame[p.l3] >> 4 == 6:
         return 0, 0
     total, size = p.end - p.off, rec.gso_size
@@ -140,16 +149,16 @@ def _ids(rec: Frame, p: Packet, n: int, spare: SpareIds) -> tuple[int, int]:
 def split(
     rec: Frame, p: Packet, n: int, spare: SpareIds, ace: bool | None = False
 ) -> tuple[tuple[Frame, Packet], tuple[Frame, Packet]]:
-    """The first n bytes of payload as one frame, what follows as another.
+    """Return the first n bytes of payload as one frame, and the rest as another.
 
-    PSH and FIN stay with the second. So does not CWR, which speaks of the first byte sent after a
-    reduction (RFC 3168 6.1.2), unless it is a digit of AccECN's counter (`ace`; None: not known),
-    which each segment has. 0 < n < length of the payload.
+    PSH and FIN stay with the second. CWR does not, as it refers to the first byte sent after a
+    reduction (RFC 3168 section 6.1.2), unless it is a digit of AccECN's counter (`ace`; None: not
+    known), which each segment carries. Raises ValueError unless 0 < n < length of the payload.
     """
     total = p.end - p.off
     if not 0 < n < total:
         raise ValueError(f"cannot cut {total} bytes at {n}")
-    counts = ace or reserved(p) & 1  # nobody sets AE for anything else
+    counts = ace or reserved(p) & 1  # AE is set for nothing else
     one, two = _ids(rec, p, n, spare)
     a = _part(rec, p, 0, n, p.flags & ~(FIN | PSH) & 0xFF, one)
     b = _part(rec, p, n, total, p.flags if counts else p.flags & ~CWR & 0xFF, two)

@@ -12,35 +12,35 @@ HALF = 0x80000000
 
 
 def add(a: int, n: int) -> int:
-    """The number n bytes after a; n may be negative."""
+    """Return the number n bytes after a; n may be negative."""
     return (a + n) & MASK
 
 
 def diff(a: int, b: int) -> int:
-    """Signed distance a - b in bytes, -2**31 .. 2**31-1."""
+    """Return the signed distance a - b in bytes, -2**31 .. 2**31-1."""
     return ((a - b + HALF) & MASK) - HALF
 
 
 def lt(a: int, b: int) -> bool:
-    """a comes before b."""
+    """Return whether a comes before b."""
     return diff(a, b) < 0
 
 
 def leq(a: int, b: int) -> bool:
-    """a is b or comes before it."""
+    """Return whether a is b or comes before it."""
     return diff(a, b) <= 0
 
 
 def gt(a: int, b: int) -> bool:
-    """a comes after b."""
+    """Return whether a comes after b."""
     return diff(a, b) > 0
 
 
 def geq(a: int, b: int) -> bool:
-    """a is b or comes after it."""
+    """Return whether a is b or comes after it."""
     return diff(a, b) >= 0
 
 
 def later(a: int | None, b: int) -> int:
-    """The later of both; None is before everything."""
+    """Return the later of both; None is before everything."""
     return b if a is None or diff(b, a) > 0 else a

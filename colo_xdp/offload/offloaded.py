@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Stands in the engine's tables for a flow that the fast path has: any call reclaims it and is
-passed on.
+"""Placeholder in the engine's tables for an offloaded flow: any call reclaims it and is passed on.
 
-To look at it reclaims nothing: what the kernel has waits for nothing here, and can be forgotten, as
-it can tell of itself.
+Reading its properties reclaims nothing. What waits in the kernel waits for nothing here, and the
+placeholder can be forgotten, since the kernel's state is complete.
 """
 
 from __future__ import annotations
@@ -18,8 +17,10 @@ from ..net.packet import Packet
 
 
 class OffloadedFlow:
-    """`flow` is what it was when it was given. reclaim(flow) puts it in its place again, and lets
-    it go on from what the kernel had."""
+    """Placeholder for `flow`, which is as it was when it was offloaded.
+
+    reclaim(flow) puts it back in its place, and continues it from the kernel's state.
+    """
 
     __slots__ = ("_reclaim", "direction", "epoch", "flow", "key")
 
@@ -31,25 +32,25 @@ class OffloadedFlow:
         self.flow = flow
         self._reclaim: Callable[[ComparedFlow], None] | None = reclaim
         self.key, self.direction = flow.key, flow.direction
-        self.epoch = flow.epoch  # in which it was given; of older rules than those that come
+        self.epoch = flow.epoch  # in which it was offloaded; older than any new rules
 
     def reclaim(self) -> ComparedFlow:
-        """The flow itself, in its place from now on."""
+        """Return the flow itself, which is back in its place from now on."""
         reclaim, self._reclaim = self._reclaim, None
         if reclaim is not None:
             reclaim(self.flow)
         return self.flow
 
-    # -- to be looked at
+    # -- properties
 
     @property
     def verdict(self) -> Verdict:
-        """Of the rules that were in force."""
+        """Return the verdict of the rules that were in force."""
         return self.flow.verdict
 
     @property
     def last(self) -> int:
-        """When it was seen here last."""
+        """Return when it was last seen here."""
         return self.flow.last
 
     @last.setter
@@ -57,22 +58,22 @@ class OffloadedFlow:
         self.flow.last = now_ns
 
     def quiet(self) -> bool:
-        """Nothing waits here."""
+        """Return True: nothing waits here."""
         return True
 
     def closed(self) -> bool:
-        """It ages as if it were."""
+        """Return True: it ages like a closed flow."""
         return True
 
     def stands_for(self, flow: object) -> bool:
-        """Whether it is this one that the kernel has."""
+        """Return whether `flow` is the one that the kernel has."""
         return flow is self or flow is self.flow
 
     def outdate(self, epoch: int) -> None:
-        """It is of an older epoch: it will be judged anew when it is reclaimed."""
+        """Do nothing: its epoch is older, so it is judged again when it is reclaimed."""
 
     def removed(self) -> None:
-        """The kernel still has it; what was kept of its past here is gone."""
+        """Drop the flow's history here. The kernel still has the flow."""
         self.flow.removed()
 
     # -- calls

@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""When a flow goes to the fast path: sans-IO. What it takes along is offload/tcp.py's, or
-offload/udp.py's.
+"""Decides when a flow goes to the fast path; tcp.py and udp.py decide what it takes along. Sans-IO.
 
-A flow that has been settled for some batches is offered, and given when no frame of it is on its
-way here. Of a busy one some always are: then its own frames, compared and ready, are kept back for
-a moment (the brake). No acks come for them, both guests' windows fill, the last frame arrives.
+A flow that has been settled for some batches is offered, and offloaded when no frame of it is on
+its way here. A busy flow always has some on their way. Its own frames, compared and ready, are then
+kept back for a moment (backpressure): no acks come for them, both guests' windows fill, and the
+last frame arrives.
 
-Datagrams have no windows; those who send many over a network listen to acks of their own (QUIC,
-RTP with feedback), and for them the brake does the same. Others are given when they pause.
+Datagrams have no windows. Applications that send many over a network depend on acks of their own
+(QUIC, RTP with feedback), so backpressure works for them too. Others are offloaded when they pause.
 
-All times are CLOCK_MONOTONIC ns.
+All times are CLOCK_MONOTONIC ns. The engine calls this module with each frame and batch; see
+docs/design/offload.md.
 """
 
 from __future__ import annotations
@@ -24,56 +25,61 @@ from ..net.frame import Frame
 from .kernel_format import ConnState, KernelPath, OffloadResult
 from .offloaded import OffloadedFlow
 
-#: settled batches before a connection is offered to the kernel, and at most between two stays there
+#: settled batches before a connection is offered to the kernel; at most, between two stays there
 OFFER_AFTER, MAX_BACKOFF = 12, 256
-#: but so many if only its handshake has been, or if it has said so much that there is more to come
+#: fewer if only the handshake has happened, or if so many bytes were sent that more will follow
 OFFER_SOON, OFFER_BYTES = 1, 8192
-#: a stay in the kernel that was shorter than this doubles the patience
+#: a shorter stay in the kernel doubles the number of batches before the next
 SHORT_STAY_NS = 50_000_000
-#: batches between two tries to give a stream of which frames are always on their way
+#: batches between two attempts to offload a stream that always has frames on their way
 RETRY = 4
-#: so many tries that failed for this reason, and the brake is put on
+#: attempts that fail for this reason before backpressure is applied
 BACKPRESSURE_AFTER = 3
-#: but for no longer than this, and for no more of its frames: what a guest sends without an ack
+#: Bounds of backpressure per stream: time, frames and bytes (what a guest sends without an ack).
 BACKPRESSURE_NS, BACKPRESSURE_FRAMES, BACKPRESSURE_BYTES = 20_000_000, 512, 8 << 20
-#: and for so many streams at a time: 128 MiB at most
+#: streams under backpressure at a time: 128 MiB at most
 BACKPRESSURE_STREAMS = 16
 
 
 def _wait(st: ComparedFlow) -> int:
-    """Settled batches before a flow that the kernel does not know is offered to it."""
+    """Return the settled batches needed before a flow that the kernel does not know is offered."""
     soon = st.codec.young(st) or st.codec.bytes_sent(st) >= OFFER_BYTES
     return OFFER_SOON if soon else OFFER_AFTER
 
 
 def _full(pressure: Backpressure) -> bool:
-    """Whether the guest sends on and on without an ack."""
+    """Return whether the guest keeps sending without an ack."""
     return len(pressure.frames) > BACKPRESSURE_FRAMES or pressure.size > BACKPRESSURE_BYTES
 
 
 class OffloadScheduler:
-    """The flows of one engine on their way to the fast path, and back.
+    """Moves the flows of one engine to the fast path and back.
 
-    put(flow) puts a flow into the engine's tables, in place of what stands there for it.
+    put(flow) puts a flow into the engine's tables, in place of its current entry.
     """
 
     def __init__(
-        self, clock: Clock, fast: KernelPath, outbox: Outbox, timeout_ns: int,
+        self,
+        clock: Clock,
+        fast: KernelPath,
+        outbox: Outbox,
+        timeout_ns: int,
         put: Callable[[Comparer], None],
-    ) -> None:  # fmt: skip
+    ) -> None:
         self._clock, self._kernel, self._outbox = clock, fast, outbox
         self._timeout_ns, self._put = timeout_ns, put
-        self._settled: dict[ComparedFlow, None] = {}  # anything came in this batch
+        self._settled: dict[ComparedFlow, None] = {}  # anything arrived in this batch
         self._backpressured: list[ComparedFlow] = []
-        self._back: ComparedFlow | None = None  # the last that has come back
+        self._back: ComparedFlow | None = None  # the last one that came back
 
     def note(self, st: Comparer, rec: Frame) -> None:
-        """A frame has been taken in; its stream may be settled at the end of the batch.
+        """Note that a frame has been processed: its stream may be settled at the end of the batch.
 
-        A frame that the fast path has not counted, as the connection was locked, has made user
-        space take it back: others may be on their way as it was, and no number would tell.
+        A frame that the fast path could not count, because the connection was locked, made user
+        space reclaim the connection. Other such frames may be on their way, and no number would
+        show it.
         """
-        st = st.reclaim()  # it has been, by the frame
+        st = st.reclaim()  # already reclaimed, by the frame
         if not isinstance(st, ComparedFlow):
             return
         if rec.punt_seq:
@@ -84,7 +90,7 @@ class OffloadScheduler:
         self._settled[st] = None
 
     def end_batch(self, may_offload: bool) -> None:
-        """All frames that came together have been noted."""
+        """Offload what is settled. All frames that came together have been noted."""
         if self._settled:
             settled, self._settled = self._settled, {}
             if may_offload:
@@ -97,7 +103,7 @@ class OffloadScheduler:
         for st in settled:
             state = st.offload
             if state.backpressure is not None:
-                continue  # look() has it
+                continue  # look() handles it
             state.settled_batches += 1
             if state.settled_batches < (state.backoff if state.offered else _wait(st)):
                 continue
@@ -127,11 +133,11 @@ class OffloadScheduler:
         return st.epoch == self._clock.epoch and st.codec.ready(st)
 
     def _gave(self, st: ComparedFlow) -> OffloadResult:
-        """The fast path's answer to a ready flow."""
+        """Offload a ready flow; return the fast path's answer."""
         now, state = self._clock.now, st.offload
         since = st.codec.waits_since(st)
         if since and now - since > self._timeout_ns // 2:
-            return OffloadResult.UNAVAILABLE  # the engine would take it back at once
+            return OffloadResult.UNAVAILABLE  # the engine would reclaim it at once
         request = st.codec.pack(st, self._clock.epoch)
         if request is None:
             return OffloadResult.UNAVAILABLE
@@ -145,11 +151,13 @@ class OffloadScheduler:
         return answer
 
     def reclaim(self, st: ComparedFlow, conn: ConnState | None = None) -> None:
-        """The fast path has handed the flow over, or has to. `conn`: what it had, if
-        that is known."""
+        """Reclaim a flow that the fast path has handed over, or has to.
+
+        conn: the kernel's state, if it is already known.
+        """
         self._put(st)
         conn = self._kernel.reclaim(st.key) if conn is None else conn
-        if conn is None:  # it has forgotten it: as one that is met for the first time
+        if conn is None:  # the kernel has forgotten it: treat it as new
             st.unknown(self._clock.epoch)
             return
         state, now = st.offload, self._clock.now
@@ -160,16 +168,18 @@ class OffloadScheduler:
         st.codec.recall(st, conn, now)
         self._outbox.count("offload_reclaimed")
 
-    # -- the brake
+    # -- backpressure
 
     @property
     def braking(self) -> bool:
-        """Whether frames of any flow are kept back."""
+        """Return whether frames of any flow are kept back."""
         return bool(self._backpressured)
 
     def look(self) -> None:
-        """Give what is braked and can be given now; let go what has been braked for long enough.
-        To be called with each batch and with each tick."""
+        """Offload the flows under backpressure that are ready; end it for those that took too long.
+
+        Called with each batch and each tick.
+        """
         now = self._clock.now
         for st in self._backpressured[:]:
             pressure = st.offload.backpressure
@@ -190,17 +200,17 @@ class OffloadScheduler:
             st.outbox.release(rec)
 
     def end_all_backpressure(self) -> None:
-        """What is kept back leaves: it may, and something else happens now."""
+        """Release everything that is kept back. It may leave, and something else happens now."""
         for st in self._backpressured[:]:
             self._end_backpressure(st)
 
     def clear(self) -> None:
-        """Forget all streams, of which none is braked."""
+        """Forget all streams. None is under backpressure."""
         self._settled.clear()
         self._back = None
 
     def kept(self) -> tuple[int, int]:
-        """Frames that are kept back, and their bytes."""
+        """Return the number of frames that are kept back, and their bytes."""
         pressures = [
             st.offload.backpressure
             for st in self._backpressured

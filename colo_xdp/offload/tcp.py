@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""TCP streams between the slow path (compare/tcp.py) and the fast path (bpf/offload/offload.h):
-sans-IO.
+"""TCP streams between the slow path (compare/tcp.py) and the fast path (bpf/offload/offload.h).
 
-A settled stream becomes the few words that the kernel goes on from; what the kernel had when
-a frame surprised it becomes a stream again: its buffer is what the SVM said and the PVM did not
-yet, or the PVM's frames that wait, built anew from the PVM's newest header.
+Sans-IO; offload/scheduler.py uses the codec. A settled stream becomes the state from which the
+kernel continues. When a frame is punted, the kernel's state becomes a stream again: its buffer is
+output of the SVM that the PVM has not produced yet, or held frames of the PVM, rebuilt under the
+PVM's newest header.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from ..net.seqnum import MASK, diff, later
 from ..net.tcp_headers import is_atomic, reserved
 from .kernel_format import ConnState, OffloadRequest, direction_number, known
 
-#: payload of one frame built from a buffer
+#: payload of one frame rebuilt from a buffer
 PIECE = 32 * 1024
-#: bytes of history that go with it: the PVM may be waiting for acks, and send again next
+#: Bytes of history handed over with a stream: the PVM may be waiting for acks, and retransmit next.
 HISTORY = 64 * 1024
 
 _MEMO = struct.Struct("=BBBxIIHH")  # flags, direction, scale, isn, origin, window of the SYN
 _NO_SCALE = 255
-_DEFAULT_MSS = 536  # RFC 9293 3.7.1
+_DEFAULT_MSS = 536  # RFC 9293 section 3.7.1
 
 
 def _plain(p: Packet) -> bool:
-    """A frame as the fast path takes them (is_plain() in bpf/offload/offload.h)."""
+    """Return whether the fast path takes the frame (is_plain() in bpf/offload/offload.h)."""
     frame, l4 = p.frame, p.l4
     size = p.off - l4
     return (
@@ -49,7 +49,7 @@ def _plain(p: Packet) -> bool:
 def _frame(
     key: FlowKey, state: ConnState, seq: int, payload: bytes, flags: int
 ) -> tuple[Frame, Packet]:
-    """A frame of the PVM as it might have come, under its newest header."""
+    """Build a frame of the PVM as it might have come, under its newest header."""
     mss = state.mss or _DEFAULT_MSS
     gso = mss if len(payload) > mss else 0
     head = bytearray(state.header or _header(key))
@@ -62,7 +62,7 @@ def _frame(
 
 
 def _header(key: FlowKey) -> bytes:
-    """For bytes of the SVM when the PVM has sent nothing yet: only compared, never released."""
+    """Build a header for bytes of the SVM while the PVM has sent nothing, to compare them only."""
     if len(key) == 12:
         ip = b"\x08\x00\x45" + bytes(8) + b"\x06\0\0" + key[:8]
     else:
@@ -71,37 +71,44 @@ def _header(key: FlowKey) -> bytes:
 
 
 class TcpCodec:
-    """offload_port.OffloadCodec of TCP streams."""
+    """offload_port.OffloadCodec for TCP streams."""
 
     def ready(self, st: TcpFlow) -> bool:
-        """Whether the fast path could go on from here: established, and nothing waits but plain
-        bytes."""
+        """Return whether the fast path could continue: established, and only plain bytes wait."""
         sent, theirs = st.sent, st.theirs
         return (
-            not theirs.out_of_order and not (st.held and theirs.chunks)
-            and sent.released_nxt is not None and sent.released_nxt == sent.verified
-            and sent.committed_ack is not None and not sent.over()
-            and theirs.svm_fin is None and not theirs.svm_rsts
+            not theirs.out_of_order
+            and not (st.held and theirs.chunks)
+            and sent.released_nxt is not None
+            and sent.released_nxt == sent.verified
+            and sent.committed_ack is not None
+            and not sent.over()
+            and theirs.svm_fin is None
+            and not theirs.svm_rsts
             and (theirs.svm_syn is None or theirs.svm_syn.matched)
-            and not st.diverged and not st.asked and not st.unverifiable
-            and not st.marks.unfit and not theirs.surg
-            and st.windows.shrunk is None and known(st.key)
-        )  # fmt: skip
+            and not st.diverged
+            and not st.asked
+            and not st.unverifiable
+            and not st.marks.unfit
+            and not theirs.surg
+            and st.windows.shrunk is None
+            and known(st.key)
+        )
 
     def young(self, st: TcpFlow) -> bool:
-        """Whether the handshake is all that has been: what comes next comes after a round trip."""
+        """Return whether only the handshake has happened: what follows comes a round trip later."""
         return st.sent.isn is not None and st.sent.released_nxt == (st.sent.isn + 1) & MASK
 
     def bytes_sent(self, st: TcpFlow) -> int:
-        """Bytes that the guest has said."""
+        """Return the number of bytes that the guest has sent."""
         return 0 if st.sent.released_nxt is None else diff(st.sent.released_nxt, st.sent.origin)
 
     def waits_since(self, st: TcpFlow) -> int:
-        """Since when anything of a ready stream waits; 0: nothing does."""
+        """Return since when (ns) anything of a ready stream waits; 0: nothing does."""
         return st.held[0][2] if st.held else st.svm_since()
 
     def pack(self, st: TcpFlow, epoch: int) -> OffloadRequest | None:
-        """A ready stream for Fast.give(); None: not plain, or no window is known yet."""
+        """Return a ready stream's state; None: it is not plain, or no window is known yet."""
         assert st.sent.released_nxt is not None and st.sent.committed_ack is not None
         s_ack = later(st.theirs.svm_ack, st.sent.committed_ack)
         w = st.windows.state(st.sent.committed_ack, s_ack)
@@ -113,7 +120,7 @@ class TcpCodec:
         for rec, p, _ in st.held:
             if not _plain(p) or (l4 and p.off - p.l4 != size):
                 return None
-            known = diff(nxt, p.seq)  # sent again while it waited: once is enough
+            known = diff(nxt, p.seq)  # retransmitted while it waited: once is enough
             if not 0 <= known <= diff(nxt, st.sent.released_nxt):
                 return None
             fresh = p.frame[p.off + known : p.end]
@@ -145,23 +152,37 @@ class TcpCodec:
         )
         return OffloadRequest(
             abi.OFFLOAD.pack(
-                epoch, st.sent.released_nxt, p_ack, s_ack, st.sent.committed_ack, p_win, w.svm,
-                w.advertised, mss, nxt, (st.sent.released_nxt - past) & MASK, ahead, pending,
-                l4, size, header, memo,
+                epoch,
+                st.sent.released_nxt,
+                p_ack,
+                s_ack,
+                st.sent.committed_ack,
+                p_win,
+                w.svm,
+                w.advertised,
+                mss,
+                nxt,
+                (st.sent.released_nxt - past) & MASK,
+                ahead,
+                pending,
+                l4,
+                size,
+                header,
+                memo,
             ),
             buffer,
             pending,
             self.waits_since(st),
-        )  # fmt: skip
+        )
 
     def on_offloaded(self, st: TcpFlow) -> None:
-        """The fast path has the stream, and what waited in it."""
+        """Note that the fast path owns the stream now, and what waited in it."""
         st.unhold()
         st.host.ledger.discharge_svm(len(st.theirs.chunks))
         st.theirs.chunks.clear()
 
     def recall(self, st: TcpFlow, state: ConnState, now_ns: int) -> None:
-        """Let an empty or given stream go on from what the kernel had."""
+        """Continue an empty or offloaded stream from the kernel's state."""
         has_isn, _, scale, isn, origin, syn, _ = _MEMO.unpack_from(state.cookie)
         st.sent.isn, st.sent.origin = (isn if has_isn else None), origin
         st.epoch = state.epoch
@@ -171,7 +192,7 @@ class TcpCodec:
             else (st.sent.verified - state.released + len(state.history)) & MASK
         )
         if known > len(state.history):
-            # there is a hole between what is in it and what the fast path has kept
+            # there is a gap between its contents and what the fast path has kept
             st.sent.history.clear()
             known = 0
         st.sent.history.add(state.history[known:])
@@ -218,5 +239,5 @@ class TcpCodec:
             host.timers.arm(st, since + host.timeout_ns)
 
     def probe(self, key: FlowKey, state: ConnState) -> Packet:
-        """A frame of the connection, for the policy to judge."""
+        """Return a frame of the connection for the policy to judge."""
         return _frame(key, state, state.released, b"", 0)[1]

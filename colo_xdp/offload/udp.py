@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Flows of UDP datagrams between the slow path (compare/datagram.py) and the fast path
-(bpf/offload/udp.h): sans-IO.
+"""Flows of UDP datagrams between compare/datagram.py and the fast path (bpf/offload/udp.h).
 
-What waits of one guest is a queue of records (abi.DGRAM and the payload) on both sides. The fast
-path compares in order only: whatever comes in another one comes back here.
+Sans-IO; offload/scheduler.py uses the codec. What waits of one guest is a queue of records
+(abi.DGRAM and the payload) on both sides. The fast path compares in order only, so whatever comes
+in another order comes back here.
 """
 
 from __future__ import annotations
@@ -18,25 +18,27 @@ from ..net.frame import Frame
 from ..net.packet import Packet, parse
 from .kernel_format import ConnState, OffloadRequest, direction_number, known
 
-_MEMO = struct.Struct("=xB62x")  # direction, where fast_path.direction() looks for it
+_MEMO = struct.Struct("=xB62x")  # direction, at the byte where kernel_format.direction() expects it
 _NO_SEGMENT = (0,) * 7  # acks and windows
 
 
 def _plain(p: Packet) -> bool:
-    """A frame as the fast path takes them (is_plain_datagram() in bpf/offload/udp.h)."""
+    """Return whether the fast path takes the frame (is_plain_datagram() in bpf/offload/udp.h)."""
     frame, l4 = p.frame, p.l4
     return (
         p.l3 == 14
         and l4 == (34 if frame[14] >> 4 == 4 else 54)
         and p.off == l4 + 8
-        and (p.end == len(frame) or len(frame) <= 60)  # padding, which does not go along
+        and (p.end == len(frame) or len(frame) <= 60)  # padding is not handed over
         and int.from_bytes(frame[l4 + 4 : l4 + 6], "big") == p.end - l4
     )
 
 
 def _waiting(flow: DatagramFlow) -> Iterator[tuple[int, bool, bytes]]:
-    """(since when, partial, frame) of what waits, in the order in which it came; an empty frame if
-    the fast path could not have it."""
+    """Yield (since when, partial, frame) of what waits, in order of arrival.
+
+    The frame is empty if the fast path cannot take it.
+    """
     for rec, p, at in flow.held:
         plain = _plain(p) and not rec.gso_size and not rec.parts
         yield at, rec.partial, rec.frame[: p.end] if plain else b""
@@ -48,7 +50,7 @@ def _waiting(flow: DatagramFlow) -> Iterator[tuple[int, bool, bytes]]:
 
 
 def records(queue: bytes) -> Iterator[tuple[int, bool, bytes]]:
-    """(since when, partial, frame) of each record."""
+    """Yield (since when, partial, frame) of each record."""
     at = 0
     while at < len(queue):
         ts, size, partial, head = abi.DGRAM.unpack_from(queue, at)
@@ -59,28 +61,28 @@ def records(queue: bytes) -> Iterator[tuple[int, bool, bytes]]:
 
 
 class UdpCodec:
-    """offload_port.OffloadCodec of flows of UDP datagrams."""
+    """offload_port.OffloadCodec for flows of UDP datagrams."""
 
     def ready(self, flow: DatagramFlow) -> bool:
-        """Whether the fast path could go on from here: UDP, and only one side is ahead, if any."""
+        """Return whether the fast path could continue: UDP, and at most one guest is ahead."""
         return known(flow.key) and not flow.asked and not (flow.held and flow.copies)
 
     def young(self, flow: DatagramFlow) -> bool:
-        """Nothing tells that there will be more than a question and an answer."""
+        """Return False: nothing indicates more than a question and an answer."""
         return False
 
     def bytes_sent(self, flow: DatagramFlow) -> int:
-        """Bytes that the guest has said in frames that came here."""
+        """Return the number of bytes that the guest has sent in frames that came here."""
         return flow.bytes_sent
 
     def waits_since(self, flow: DatagramFlow) -> int:
-        """Since when anything of a ready flow waits; 0: nothing does."""
+        """Return since when (ns) anything of a ready flow waits; 0: nothing does."""
         if flow.held:
             return flow.held[0][2]
         return min((times[0] for times in flow.copies.values()), default=0)
 
     def pack(self, flow: DatagramFlow, epoch: int) -> OffloadRequest | None:
-        """A ready flow for Fast.give(); None: something waits that is not plain, or too much."""
+        """Return a ready flow's state; None: what waits is not all plain, or is too much."""
         queue = bytearray()
         for at, partial, frame in _waiting(flow):
             if not frame:
@@ -99,12 +101,12 @@ class UdpCodec:
         )
 
     def on_offloaded(self, flow: DatagramFlow) -> None:
-        """The fast path has the flow, and what waited in it."""
+        """Note that the fast path owns the flow now, and what waited in it."""
         flow.unhold()
         flow.forget_svm()
 
     def recall(self, flow: DatagramFlow, state: ConnState, now_ns: int) -> None:
-        """Let an empty or given flow go on from what the kernel had."""
+        """Continue an empty or offloaded flow from the kernel's state."""
         flow.epoch = state.epoch
         for ts, partial, frame in records(state.buffer):
             p = parse(frame)
@@ -114,7 +116,7 @@ class UdpCodec:
                 flow.keep(p, ts)
 
     def probe(self, key: FlowKey, state: ConnState) -> Packet:
-        """A frame of the flow, for the policy to judge."""
+        """Return a frame of the flow for the policy to judge."""
         v6 = key[1] == 6
         ends, udp = key[3:-4], key[-4:] + struct.pack("!HH", 8, 0)
         if v6:

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The other host: control channel, TLS, heartbeats."""
+"""Talk to the other host: control channel, TLS, heartbeats."""

@@ -1,28 +1,27 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The control channel between the two controllers: TCP, mutual TLS, heartbeats.
+"""Run the control channel between the two controllers: TCP, mutual TLS, heartbeats.
 
-The secondary listens, the primary connects and keeps trying. With certificates
-configured both sides present one and accept only the other's (peer/tls.py): there is
-no way in for a stranger. Frames never travel here, only decisions.
+The secondary listens; the primary connects and keeps trying. With certificates configured both
+sides present one and accept only the other's (peer/tls.py), so nobody else gets in. Frames never
+travel here, only decisions. The controller owns one Peer and receives its callbacks.
 
-Strangers: who calls from another address than the peer's is turned away before TLS.
-From the peer's address at most PENDING connections may be without a hello, each
-for HANDSHAKE_S and HELLO_S; the oldest gives way to a new one, so that whoever
-fills the places cannot keep the peer out by waiting. A line has at most
-wire.MAX_LINE bytes, what is queued for a peer that does not read MAX_BACKLOG.
+Strangers: a caller from an address other than the peer's is turned away before TLS. From the peer's
+address at most PENDING connections may be without a hello, for HANDSHAKE_S and HELLO_S each. The
+oldest gives way to a new one, so that nobody can keep the peer out by occupying all places. A line
+has at most messages.MAX_LINE bytes, and at most MAX_BACKLOG bytes are queued for a peer that does
+not read.
 
-Replay: TLS keys are new for each connection (no resumption, no early data), so a recorded
-message is nobody's on another one. Nothing is queued over a reconnection: what was not
-read on one connection is never read on the next, and a connection that is replaced is not
-heard any more, even while its last lines are in the reader. What remains is a message that
-is right and late on its own connection. Those of checkpoints carry their epoch, which is used
-once. `gone` is final: the data path that it tells of is opened again only after a
-`ready` of a new guest. `solo` and `taken` shut a guest in, which is safe at any time. The rest
-of a heartbeat is overwritten by the next one.
-The hellos carry a nonce each, of which both sides make the key of the heartbeats on other paths
-(peer/heartbeat.py); an older release sends none.
-Two processes of one side cannot both be heard: the newer connection wins, and the
-lock of the controller (service/daemon.py) keeps two of them from running.
+Replay: TLS keys are new for each connection (no resumption, no early data), so a recorded message
+is useless on another one. Nothing is queued across a reconnection: what was not read on one
+connection is never read on the next, and a replaced connection is ignored even while its last lines
+are in the reader. What remains is a message that is valid but late on its own connection. Messages
+about checkpoints carry their epoch, which is used once. `shut` is final: the data path that it
+reports on is opened again only after a `ready` of a new guest. `demote` and `promoted` shut a guest
+in, which is safe at any time. The rest of a heartbeat is overwritten by the next one. Each hello
+carries a nonce; both sides derive the key of the heartbeats on other links from the two
+(peer/heartbeat.py). An older release sends none. Two processes of one side cannot both be
+connected: the newer connection wins, and the controller's lock (service/daemon.py) keeps two of
+them from running.
 """
 
 from __future__ import annotations
@@ -60,7 +59,7 @@ class PeerError(RuntimeError):
 
 
 def split_address(text: str) -> tuple[str, int]:
-    """ "ip:port" or "[ip6]:port"."""
+    """Split "ip:port" or "[ip6]:port"."""
     host, _, port = text.rpartition(":")
     return host.strip("[]"), int(port)
 
@@ -76,8 +75,11 @@ def _text(e: BaseException) -> str:
 
 
 def _ending(writer: asyncio.StreamWriter, silent_ms: float) -> Ending:
-    """Whether the other host's kernel was there to the end of a silence (struct tcp_info of
-    linux/tcp.h): a process that hangs leaves it to acknowledge what nobody reads."""
+    """Judge whether the other host's kernel was alive until the end of a silence.
+
+    It reads struct tcp_info (linux/tcp.h). If only the process hangs, its kernel still acknowledges
+    what nobody reads.
+    """
     sock = writer.get_extra_info("socket")
     try:
         info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 60)
@@ -108,12 +110,12 @@ class Peer:
         versions: tuple[int, int] = (messages.MIN_VERSION, messages.VERSION),
     ) -> None:
         self.pair, self.role = pair, role
-        self.versions, self.version = versions, 0  # offered; agreed on
+        self.versions, self.version = versions, 0  # offered; agreed
         self.local, self.remote, self.tls = local, remote, tls
         self._on_up, self._on_down, self._on_message = on_up, on_down, on_message
         self.boot, self.peer_boot = uuid.uuid4().hex, ""
         self.connected = False
-        self.heartbeat_key = b""  # of this connection; empty: the peer knows no beacons
+        self.heartbeat_key = b""  # of this connection; empty: the peer knows no heartbeat datagrams
         self.ending = Ending.UNKNOWN  # of the last connection
         self.last_seen_ns = 0
         self.rtt_ns = 0
@@ -121,7 +123,7 @@ class Peer:
         self._writer: asyncio.StreamWriter | None = None
         self._listener: socket.socket | None = None
         self._task: asyncio.Task[None] | None = None
-        self._pending: list[asyncio.Task[None]] = []  # have not said hello; oldest first
+        self._pending: list[asyncio.Task[None]] = []  # have not sent a hello yet; oldest first
         self._sessions: set[asyncio.Task[None]] = set()
         self._said: dict[str, str] = {}
 
@@ -160,7 +162,7 @@ class Peer:
                     CONNECT_S,
                 )
             except (OSError, TimeoutError, TlsError) as e:
-                self._note(self.remote, f"{_text(e)}; trying on")
+                self._note(self.remote, f"{_text(e)}; retrying")
             else:
                 await self._session(reader, writer, self.remote)
             await asyncio.sleep(RETRY_S)
@@ -170,17 +172,17 @@ class Peer:
         while True:
             try:
                 sock, where = await loop.sock_accept(listener)
-            except OSError as e:  # out of descriptors, or the caller has gone already
+            except OSError as e:  # out of descriptors, or the caller is gone already
                 self._note("accept", str(e))
                 await asyncio.sleep(RETRY_S)
                 continue
             if _ip(where[0]) != friend:
                 sock.close()
-                self._refuse(where[0], f"[peer] remote is {friend}, nobody else may call")
+                self._refuse(where[0], f"[peer] remote is {friend}, nobody else may connect")
                 continue
             while len(self._pending) >= PENDING:
                 self._pending.pop(0).cancel()
-                self._refuse(where[0], "too many connections that said nothing")
+                self._refuse(where[0], "too many connections without a hello")
             task = asyncio.create_task(self._incoming(sock, str(where[0])))
             self._pending.append(task)
             self._sessions.add(task)
@@ -221,7 +223,7 @@ class Peer:
         self._note(where, f"refused: {why}")
 
     def _note(self, where: str, why: str) -> None:
-        """To the log, once until something else is said of the same place."""
+        """Log a problem once per remote address, until it changes."""
         if self._said.get(where) == why:
             return
         if len(self._said) >= 64:
@@ -230,7 +232,7 @@ class Peer:
         log.warning("peer %s: %s", where, why)
 
     def _identify(self, writer: asyncio.StreamWriter) -> None:
-        """TLS has proved that the other end holds its certificate's key; whose is it?"""
+        """Check whose certificate it is; TLS has proved that the other end holds its key."""
         if self.tls is None:
             return
         tls = writer.get_extra_info("ssl_object")
@@ -254,12 +256,12 @@ class Peer:
             )  # fmt: skip
             line = await asyncio.wait_for(reader.readline(), HELLO_S)
             if not line:
-                raise OSError("closed without a word: it has refused us, see its log")
+                raise OSError("closed without a message: the peer refused this host, see its log")
             hello = messages.decode(line)
             self.version = self._greet(hello)
             self._admitted(asyncio.current_task())
             self._said.clear()
-            if self._writer is not None:  # a reconnecting peer: the old connection is dead
+            if self._writer is not None:  # the peer reconnected: the old connection is dead
                 self._drop("replaced by a new connection")
             self._writer, mine, self.connected = writer, True, True
             nonces = {self.role: nonce, OTHER[self.role]: str(hello.get("beacon", ""))}
@@ -297,7 +299,7 @@ class Peer:
                 await asyncio.wait_for(writer.wait_closed(), 1)
 
     def _greet(self, msg: dict[str, Any]) -> int:
-        """The version to speak with who says this hello; raises WireError."""
+        """Check a hello and return the version to use. Raises WireError."""
         if msg["type"] != "hello":
             raise messages.WireError(f"{msg['type']} before hello")
         version = messages.agree(self.versions, (msg["min"], msg["v"]))
@@ -313,13 +315,13 @@ class Peer:
         return version
 
     def drop(self, why: str) -> None:
-        """Give the connection up: no FIN comes from a host that lost its power."""
+        """Give the connection up: a host that lost its power sends no FIN."""
         if self._writer is not None:
             self.ending = _ending(self._writer, self.silent_ms())
         self._drop(why)
 
     def excuse(self, ns: int) -> None:
-        """This side was not listening for so long: that is not the peer's silence."""
+        """Do not count the last `ns` as the peer's silence: this side was not receiving."""
         if self.last_seen_ns:
             self.last_seen_ns += ns
 
@@ -332,7 +334,8 @@ class Peer:
             self._on_down(why)
 
     def send(self, kind: str, **fields: Any) -> bool:
-        """Queue a message; False when there is no connection. A peer that does not read is cut."""
+        """Queue a message; return False if there is no connection. Drop a peer that does not
+        read."""
         writer = self._writer
         if writer is None or writer.is_closing():
             return False
@@ -343,7 +346,7 @@ class Peer:
         return True
 
     def silent_ms(self) -> float:
-        """Time since the peer's last word; infinite when it has never spoken."""
+        """Return the time since the peer's last message, ms; infinite if there was none."""
         if not self.last_seen_ns:
             return float("inf")
         return (time.monotonic_ns() - self.last_seen_ns) / 1e6

@@ -1,38 +1,39 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Heartbeats beside the control channel: one small datagram, sent over each further path. Pure.
+"""Encode and judge heartbeat datagrams, which are sent besides the control channel. Pure.
 
-A beacon proves that the peer's controller lives when the control channel is silent, and carries
-the few words of a heartbeat that matter then. peer/heartbeat_links.py sends and receives them.
+One small datagram is sent over each heartbeat link. It proves that the peer's controller lives when
+the control channel is silent, and carries the fields of a heartbeat that matter then.
+peer/heartbeat_links.py owns the sockets that send and receive them.
 
     bytes
     0   4   magic and version, "CXB" 1
     4   8   pair: the first bytes of SHA-256 of its name
     12  4   key: the first bytes of SHA-256 of the session key
-    16  1   side: 0 the host whose file says primary, 1 the other
+    16  1   side: 0 the host configured as primary, 1 the other
     17  1   flags (Flag)
-    18  2   lag: ms that the sender's loop stood still since its last beacon, 65535: or more
-    20  8   counter: of this key and side, over all paths
+    18  2   lag: ms that the sender's loop stalled since its last datagram; 65535: or more
+    20  8   counter: of this key and side, over all links
     28  8   t: the sender's CLOCK_BOOTTIME, ns
-    36  8   echo: the last t that the sender has heard on this path, 0: none
-    44  4   held: us between hearing it and sending this
+    36  8   echo: the last t that the sender received on this link, 0: none
+    44  4   held: us between receiving that and sending this
     48  8   epoch
-    56  32  HMAC-SHA256 of all that is before it
+    56  32  HMAC-SHA256 of everything before it
 
-All in network byte order.
+All fields are in network byte order.
 
-*Key.* Both hellos on the control channel carry a nonce (peer/messages.py); the key is made of both,
-so it is secret if the channel is (TLS), new for each connection, and nothing has to be configured.
-When a connection is new one side may know its key and the other not, if the channel was cut again
-at once: until a beacon under the new key is heard, a side sends under the new one and the former
-one in turns, and takes both. The former one goes with the first beacon under the new one, and when
-the peer's process is another.
+*Key.* Both hellos on the control channel carry a nonce (peer/messages.py), and the key is derived
+from both. It is therefore as secret as the channel (TLS), new for each connection, and needs no
+configuration. If a new connection is cut again at once, one side may know its key and the other may
+not. Until a datagram under the new key arrives, a side therefore sends under the new and the former
+key in turns, and accepts both. It drops the former key when the first datagram under the new one
+arrives, or when the peer's process is another one.
 
-*Replay.* A counter is taken once, whatever the path; what lies more than WINDOW behind the newest
-is refused. That leaves beacons that somebody has kept from arriving and brings later. So what the
-flags say counts only with an echo that is recent (Word.after): the peer has sent it after it had
-heard what this side sent at that time; and only if it is newer, by Word.t, than all that was heard
-of the peer, heartbeats on the control channel included. That the peer lives counts without: it can
-only make decisions more careful.
+*Replay.* A counter is accepted once, on whatever link; a counter more than WINDOW behind the newest
+is refused. Datagrams that somebody held back and delivers later remain. The flags therefore count
+only with a recent echo (Heartbeat.after), which shows that the peer sent the datagram after it had
+received what this side sent at that time, and only if the datagram is newer, by Heartbeat.t, than
+everything else received from the peer, heartbeats on the control channel included. That the peer
+lives needs no such proof: this knowledge can only make decisions more careful.
 """
 
 from __future__ import annotations
@@ -52,28 +53,30 @@ MAC = 32
 _HEAD = struct.Struct("!4s8s4sBBHQQQIQ")
 SIZE = _HEAD.size + MAC
 SIDES = {"primary": 0, "secondary": 1}
-#: why a datagram was not taken
+#: reasons for refusing a datagram
 REFUSALS = ("stranger", "other_pair", "other_key", "forged", "own", "replayed")
 
 
 class Flag(IntFlag):
-    """What a beacon says; SHUT, ALONE and SHADOW mean what they do in a heartbeat
-    (peer/messages.py)."""
+    """Flags of a heartbeat datagram.
+
+    SHUT, ALONE and SHADOW mean the same as in a heartbeat (peer/messages.py).
+    """
 
     VM = 1  # the sender's QEMU lives
     SHUT = 2  # its data path drops everything, and opens only for a new guest
-    STANDALONE = 4  # its guest has run standalone
-    ASK = 8  # P: shut your guest in, as `solo`
+    STANDALONE = 4  # its guest ran standalone
+    ASK = 8  # from the primary: demote your guest, as the message `demote`
     SHADOW = 16
     SVM = 32  # it runs the SVM
-    HANGS = 64  # its QEMU is alive and answers nothing
-    PROMISE = 128  # its guest is silent, and stays so for lease_ttl (failover/lease.py)
+    HANGS = 64  # its QEMU is alive but answers nothing
+    PROMISE = 128  # its guest is silent and stays so for lease_ttl (failover/lease.py)
 
 
 def session_key(pair: str, primary: str, secondary: str) -> bytes:
-    """The key of one connection, from the nonces (hexadecimal) of both hosts' hellos.
+    """Derive the key of one connection from the nonces (hexadecimal) of both hosts' hellos.
 
-    Empty when one of them sent none, or what is none: an older release.
+    The key is empty if a nonce is missing or malformed, as with an older release.
     """
     try:
         nonces = [bytes.fromhex(n) for n in (primary, secondary)]
@@ -86,13 +89,13 @@ def session_key(pair: str, primary: str, secondary: str) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class Heartbeat:
-    """What one beacon says. Times: ns, `after` on this host's clock."""
+    """Content of one datagram. Times are in ns; `after` is on this host's clock."""
 
     flags: Flag
     lag_ms: int
     epoch: int
     t: int  # when it was sent, on the sender's clock
-    after: int  # sent after the peer had heard what this side sent then; 0: unknown
+    after: int  # it was sent after the peer received what this side sent at this time; 0: unknown
 
 
 @dataclass(slots=True)
@@ -102,10 +105,10 @@ class _Session:
     sent: int = 0
     heard: bool = False
     newest: int = 0
-    seen: int = 0  # bit i: counter newest - i has been taken
+    seen: int = 0  # bit i: counter newest - i was accepted
 
     def fresh(self, counter: int) -> bool:
-        """Whether this counter is new; then it is taken."""
+        """Return whether this counter is new, and mark it as used."""
         if counter > self.newest:
             self.seen = (self.seen << min(counter - self.newest, WINDOW) | 1) & ((1 << WINDOW) - 1)
             self.newest = counter
@@ -119,20 +122,20 @@ class _Session:
 
 @dataclass(slots=True)
 class HeartbeatLink:
-    """What is known of one path. Times: CLOCK_BOOTTIME, ns; 0: never."""
+    """What is known about one link. Times: CLOCK_BOOTTIME, ns; 0: never."""
 
     name: str
     sent: int = 0
     received: int = 0
     refused: Counter[str] = field(default_factory=Counter)
-    heard_ns: int = 0  # the last beacon that was taken
+    heard_ns: int = 0  # when the last datagram was accepted
     peer_t: int = 0  # its t
-    echo_ns: int = 0  # the newest of our own beacons that the peer has heard here was sent then
+    echo_ns: int = 0  # send time of our newest datagram that the peer received on this link
     rtt_ns: int = 0
 
 
 class HeartbeatSession:
-    """One side: makes beacons and judges what arrives."""
+    """Create datagrams for one side and judge those that arrive."""
 
     def __init__(self, pair: str, side: str, paths: Sequence[str]) -> None:
         self._pair = hashlib.sha256(pair.encode()).digest()[:8]
@@ -143,10 +146,10 @@ class HeartbeatSession:
         self._turn = False
 
     def rekey(self, key: bytes, *, same_peer: bool) -> None:
-        """A new connection. `key` may be empty: its peer knows no beacons."""
+        """Start a new connection; an empty `key`: its peer knows no heartbeat datagrams."""
         former = self._now if same_peer else None
         if former is not None and not former.heard and self._former is not None:
-            former = self._former  # never heard under: the peer may not know it
+            former = self._former  # no datagram arrived under it: the peer may not know it
         self._former = former
         self._now = _Session(key, hashlib.sha256(key).digest()[:4]) if key else None
         if not same_peer:
@@ -154,11 +157,11 @@ class HeartbeatSession:
                 p.peer_t = p.echo_ns = 0
 
     def round(self) -> None:
-        """Before the beacons of one moment are made, one for each path."""
+        """Prepare for one round of datagrams, one for each link."""
         self._turn = not self._turn
 
     def make(self, path: int, now_ns: int, flags: Flag, lag_ms: int, epoch: int) -> bytes:
-        """The next beacon for a path; empty while there is no key."""
+        """Return the next datagram for a link; empty while there is no key."""
         s = self._now
         if self._former is not None and (s is None or (not s.heard and self._turn)):
             s = self._former
@@ -175,7 +178,7 @@ class HeartbeatSession:
         return head + hmac.digest(s.key, head, "sha256")
 
     def receive(self, path: int, data: bytes, now_ns: int) -> Heartbeat | None:
-        """What has arrived on a path: its word, or None, and then counted."""
+        """Check a received datagram; return its content, or None after counting the refusal."""
         p = self.paths[path]
         heartbeat = self._judge(p, data, now_ns)
         if isinstance(heartbeat, str):
@@ -190,7 +193,7 @@ class HeartbeatSession:
         head = data[: _HEAD.size]
         (_, pair, key, side, flags, lag, counter, t, echo, held, epoch) = _HEAD.unpack(head)
         if pair != self._pair:
-            return "other_pair"  # they may share a link
+            return "other_pair"  # two pairs may share a link
         s = next((s for s in (self._now, self._former) if s is not None and s.id == key), None)
         if s is None:
             return "other_key"
@@ -206,23 +209,23 @@ class HeartbeatSession:
         if t > p.peer_t:
             p.heard_ns, p.peer_t = now_ns, t
         if echo > now_ns:
-            echo = 0  # not of this boot
+            echo = 0  # from another boot
         if echo > p.echo_ns:
             p.echo_ns = echo
             p.rtt_ns = max(0, now_ns - echo - held * 1000)
         return Heartbeat(Flag(flags), lag, epoch, t, echo)
 
     def excuse(self, ns: int) -> None:
-        """This side was not listening for so long."""
+        """Do not count the last `ns` as the peer's silence: this side was not receiving."""
         for p in self.paths:
             p.heard_ns += ns if p.heard_ns else 0
 
     def silent_ms(self, path: int, now_ns: int) -> float:
-        """Since the last beacon on a path; infinite when there was none."""
+        """Return the time since the last datagram on a link, ms; infinite if there was none."""
         at = self.paths[path].heard_ns
         return (now_ns - at) / 1e6 if at else float("inf")
 
     def echo_age_ms(self, path: int, now_ns: int) -> float:
-        """Age of the newest of our own beacons that the peer has heard; infinite: none."""
+        """Return the age of our newest datagram that the peer received, ms; infinite if none."""
         at = self.paths[path].echo_ns
         return (now_ns - at) / 1e6 if at else float("inf")

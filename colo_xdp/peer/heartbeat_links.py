@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Sockets of the heartbeats beside the control channel (peer/heartbeat.py says what they carry).
+"""Send and receive heartbeat datagrams on every heartbeat link (format: peer/heartbeat.py).
 
 *The peer link*: Ethernet frames of type 0x88B5 (IEEE 802, local experimental) to a group address.
-No address has to be configured, no firewall of the IP layers is in the way, and a link whose
-addresses were taken away still carries them. They have no 802.1ad tag, so the programs on the
-link let them pass.
+They need no configured address, no IP firewall can block them, and a link that has lost its
+addresses still carries them. They have no 802.1ad tag, so the eBPF programs on the link pass them.
 
-*Further paths*: UDP between two addresses each ([peer] heartbeat_links). A connected socket: the
-kernel takes nothing from other addresses, and tells of a host that refuses.
+*Further links*: UDP between two addresses each ([peer] heartbeat_links). The sockets are connected,
+so the kernel accepts nothing from other addresses and reports a host that refuses.
 
-Nothing here waits: sockets do not block, what cannot be sent is counted and told once, a socket
-whose device or address has gone is made anew with the next beacon. At most BUDGET datagrams of a
-path are looked at between two beacons, so that a flood costs the path and nothing else.
+Nothing here blocks: a datagram that cannot be sent is counted and reported once, and a socket whose
+device or address is gone is reopened with the next datagram. At most BUDGET datagrams are read from
+a link between two sends, so that a flood costs that link and nothing else. The controller's
+heartbeats task owns the HeartbeatLinks object.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ GROUP = bytes.fromhex("034358420000")  # locally administered, group
 LINK = "peer link"
 BUDGET = 64
 _SOL_PACKET, _ADD_MEMBERSHIP, _MR_MULTICAST = 263, 1, 0  # linux/if_packet.h
-#: the socket may work again by itself
+#: errors after which the socket may work again by itself
 _PASSING = {
     errno.EAGAIN, errno.ENOBUFS, errno.ECONNREFUSED, errno.EHOSTUNREACH, errno.ENETUNREACH,
     errno.ENETDOWN, errno.EPERM,
@@ -47,26 +47,27 @@ _PASSING = {
 
 
 class _Transport(ABC):
-    """One path's socket."""
+    """The socket of one link."""
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.sock: socket.socket | None = None
         self.trouble = ""
-        self.refused = False  # nobody listens there: told with a delay, so only a beacon ends it
+        # nobody listens there; the kernel reports that late, so only a received datagram clears it
+        self.refused = False
         self.reading = False
         self.left = BUDGET
 
     @abstractmethod
     def open(self) -> socket.socket:
-        """A socket that does not block. Raises OSError."""
+        """Return a non-blocking socket. Raises OSError."""
 
     def to(self) -> Any:
-        """Where to send; None: the socket knows."""
+        """Return where to send; None: the socket is connected."""
         return None
 
     def stale(self) -> bool:
-        """Whether the socket will never hear anything again, and the kernel does not tell."""
+        """Return whether the socket is permanently deaf without the kernel reporting it."""
         return False
 
 
@@ -91,8 +92,8 @@ class _Link(_Transport):
         return (self.device, ETHERTYPE, 0, 0, GROUP)
 
     def stale(self) -> bool:
-        # A device that was deleted, or left the namespace, takes the binding with it, also when it
-        # is made again under its name or comes back with its ifindex.
+        # A device that is deleted or leaves the namespace takes the binding with it, even if it is
+        # created again under its name or comes back with its ifindex.
         try:
             return self.sock is not None and self.sock.getsockname()[0] != self.device
         except OSError:
@@ -119,13 +120,16 @@ class _Udp(_Transport):
 
 
 def links_of(config: Config) -> list[_Transport]:
-    """The paths of a configuration, in the order of the status."""
+    """Return the links of a configuration, in the order of the status document."""
     out: list[_Transport] = [_Link(config.network.peer_link)] if config.peer.link_heartbeats else []
     return out + [_Udp(text) for text in config.peer.heartbeat_links]
 
 
 class HeartbeatLinks:
-    """All paths of one controller. `on_word` runs in the event loop and must not block."""
+    """All heartbeat links of one controller.
+
+    `on_heartbeat` runs in the event loop and must not block.
+    """
 
     def __init__(self, config: Config, on_heartbeat: Callable[[Heartbeat], None]) -> None:
         self._transports = links_of(config)
@@ -134,13 +138,13 @@ class HeartbeatLinks:
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def start(self) -> None:
-        """Begin to listen."""
+        """Begin to receive."""
         self._loop = asyncio.get_running_loop()
         for i in range(len(self._transports)):
             self._ready(i)
 
     def send(self, flags: Flag, lag_ms: int, epoch: int) -> None:
-        """A beacon over each path."""
+        """Send a datagram over each link."""
         if self._loop is None:
             return
         self.core.round()
@@ -160,7 +164,7 @@ class HeartbeatLinks:
                 self._failed(w, e)
 
     def _ready(self, i: int) -> bool:
-        """Whether the path has a socket that is listened to."""
+        """Return whether the link has a socket that is being read, opening it if necessary."""
         w, loop = self._transports[i], self._loop
         assert loop is not None
         if w.stale():
@@ -216,10 +220,10 @@ class HeartbeatLinks:
     def _say(self, w: _Transport, trouble: str) -> None:
         if trouble != w.trouble:
             w.trouble = trouble
-            log.warning("heartbeats over %s: %s", w.name, trouble or "they go on")
+            log.warning("heartbeats over %s: %s", w.name, trouble or "working again")
 
     def status(self) -> list[dict[str, Any]]:
-        """For the status document."""
+        """Return the links' state for the status document."""
         now, out = boot_ns(), []
         for i, (w, p) in enumerate(zip(self._transports, self.core.paths, strict=True)):
             silent, echo_age = self.core.silent_ms(i, now), self.core.echo_age_ms(i, now)
@@ -227,7 +231,7 @@ class HeartbeatLinks:
                 {
                     "name": w.name,
                     "silent_ms": None if silent == float("inf") else silent,
-                    "unheard_ms": None if echo_age == float("inf") else echo_age,
+                    "echo_age_ms": None if echo_age == float("inf") else echo_age,
                     "rtt_us": p.rtt_ns / 1000,
                     "sent": p.sent,
                     "received": p.received,
@@ -238,7 +242,7 @@ class HeartbeatLinks:
         return out
 
     def close(self) -> None:
-        """No more."""
+        """Close all sockets."""
         for w in self._transports:
             self._close(w)
         self._loop = None

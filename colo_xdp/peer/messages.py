@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Messages between the two controllers: one JSON object per line, checked on arrival.
+"""Define the messages between the two controllers: one JSON object per line, checked on arrival.
 
 Pure: bytes in, dicts out. peer/channel.py carries them.
 
-Versions: each side offers a range in its hello, both speak the newest that both know. The number
-counts the messages, and what crosses the peer link (tags, heartbeats). A hello may gain fields in
-later versions, so it alone may have unknown ones; all that follows is checked by the table of the
-version that was agreed on. The range travels inside TLS: who could change it could as well speak
-for the peer. A side refuses what is below its own minimum, so a peer that was made to offer only
-old versions gets no connection, not an old one.
+Versions: each side offers a range in its hello, and both use the newest version that both know. The
+number covers the messages and everything that crosses the peer link (tags, heartbeats). Later
+versions may add fields to a hello, so it alone may have unknown fields; all later messages are
+checked against the table of the agreed version. The range travels inside TLS: an attacker who could
+change it could impersonate the peer anyway. A side refuses versions below its own minimum, so a
+peer that was made to offer only old versions gets no connection rather than an old one.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import json
 from typing import Any
 
 VERSION = 5
-MIN_VERSION = 5  # of what this release can still speak
+MIN_VERSION = 5  # oldest version that this release can still use
 MAX_LINE = 65536
 MAX_TEXT = 4096
 MAX_FLOWS_TEXT = 61440
@@ -25,11 +25,13 @@ LONG = ("flows", "addresses")
 
 #: type -> {field: type}. Every field is required; unknown ones are refused (but in hello).
 MESSAGES: dict[str, dict[str, type]] = {
-    # first word of both sides; `min` to `v`: the versions that it speaks; `boot`: which process.
-    # Besides, since `v` alone does not need it, `beacon`: a nonce for the key of peer/heartbeat.py
+    # Opens the connection, from both sides. `min` to `v`: the versions it supports; `boot`:
+    # identifies the process. It also carries `beacon`, a nonce for the key of peer/heartbeat.py,
+    # which is not listed because `v` alone does not need it.
     "hello": {"v": int, "min": int, "pair": str, "role": str, "boot": str},
-    # heartbeat; `echo` is the peer's `t` (CLOCK_BOOTTIME, ns) sent back, for the round trip;
-    # `promise`: see failover/lease.py; `over`: its guest has ended itself, nobody is to go on
+    # Heartbeat. `echo` is the peer's `t` (CLOCK_BOOTTIME, ns) returned, for the round trip;
+    # `promise`: see failover/lease.py; `over`: its guest has shut itself down, and neither is to
+    # continue.
     "heartbeat": {
         "t": int,
         "echo": int,
@@ -43,59 +45,59 @@ MESSAGES: dict[str, dict[str, type]] = {
         "promise": bool,
         "role": str,
     },
-    # P, before `begin n`: addresses that its guest has said to have, and MAC addresses that it
-    # sends with, as AddressTable.export() gives them, in hexadecimal; not sent if there are none
+    # P, before `begin n`: addresses that its guest claims and MAC addresses that it sends from, in
+    # the format of AddressTable.export(), hexadecimal; not sent if there are none.
     "claims": {"n": int, "addresses": str, "macs": str},
-    # S: QEMU waits for the migration and the data path is ready; `qemu`: which one since this
-    # controller started
+    # S: QEMU waits for the migration and the data path is ready; `qemu`: number of this QEMU since
+    # the controller started.
     "ready": {"epoch": int, "qemu": int},
-    # P: a checkpoint to epoch n begins: hold everything
+    # P: a checkpoint to epoch n begins: hold everything.
     "begin": {"n": int, "cause": str, "initial": bool},
-    # S: held from here on
+    # S: output is held from here on.
     "begin_ack": {"n": int},
-    # P, at the end of the first checkpoint: offsets that its guest has kept, part n of them, as
-    # struct colo_flow_key and struct colo_flow in hexadecimal; the first part replaces all
+    # P, at the end of the first checkpoint: part n of the offsets that its guest has kept, as
+    # struct colo_flow_key and struct colo_flow in hexadecimal; the first part replaces all.
     "offsets": {"n": int, "last": bool, "flows": str},
-    # S: part n has been taken over
+    # S: part n is installed.
     "offsets_ack": {"n": int},
-    # the other host's guest goes on alone: start a QEMU that waits for its migration
+    # The other host's guest continues standalone: start a QEMU that waits for its migration.
     "reprotect": {"why": str},
-    # S: its guest runs again under epoch n
+    # S: its guest runs again in epoch n.
     "resumed": {"n": int, "pause_us": int},
-    # either: the checkpoint did not happen
+    # Either: the checkpoint did not happen.
     "failed": {"n": int, "why": str},
-    # either: my data path is shut; `alone`: my guest has spoken alone before
+    # Either: the sender's data path is shut; `alone`: its guest ran standalone before.
     "shut": {"why": str, "alone": bool},
-    # either: my guest has shut itself down: do not take over
+    # Either: the sender's guest has shut itself down: do not take over.
     "guest_off": {"why": str},
-    # S: my guest is another one than its copy: make a checkpoint
+    # S: its guest is no longer a copy: take a checkpoint.
     "request": {"why": str},
-    # P, with `gone` by plan: the time since its guest's last frame left
+    # P, with the `shut` of a planned switchover: the time since its guest's last frame left.
     "downtime_start": {"us": int},
-    # S: its guest's first frame has left; how long the network heard nothing
+    # S: its guest's first frame has left; `gap_us`: how long the network received nothing.
     "downtime": {"gap_us": int, "took_us": int},
-    # P: shut your guest in, mine speaks alone from now on or wants to
+    # P: demote your guest; the sender's guest runs standalone or wants to.
     "demote": {"why": str},
-    # S: programs or devices were gone there, frames between the guests were missed
+    # S: programs or devices were missing there, so frames between the guests were lost.
     "missed": {"why": str},
-    # S: hand over, as a planned failover asked for on this side
+    # S: hand over; a switchover was requested on this side.
     "switchover": {"why": str},
-    # S: it speaks for the guest from now on
+    # S: its guest has taken over.
     "promoted": {"why": str},
-    # the controller ends and the guests go on; `planned`: on purpose, and not for an error; `back`:
-    # when it expects to be here again, in ms from now (0: nobody knows)
+    # The controller exits and the guests keep running. `planned`: on purpose, not because of an
+    # error; `back`: when it expects to be back, ms from now (0: unknown).
     "bye": {"why": str, "planned": bool, "back": int},
 }
 
 
 class WireError(ValueError):
-    """A message that is not ours; the text says what is wrong with it."""
+    """A message that is not valid; the text describes the error."""
 
 
 def encode(kind: str, **fields: Any) -> bytes:
-    """One line. Raises WireError on a message that the table does not know.
+    """Encode one line. Raises WireError on a message that the table does not know.
 
-    A sentence is cut where it is too long: others' names are in it, of files for instance.
+    A `why` that is too long is cut: it contains names that others chose, such as file names.
     """
     if isinstance(fields.get("why"), str):
         fields["why"] = fields["why"][:MAX_TEXT]
@@ -123,7 +125,7 @@ def check(msg: dict[str, Any]) -> None:
 
 
 def decode(line: bytes) -> dict[str, Any]:
-    """A message from one line.
+    """Decode one line.
 
     Raises WireError for anything that is not a known, complete message.
     """
@@ -140,14 +142,14 @@ def decode(line: bytes) -> dict[str, Any]:
 
 
 def agree(mine: tuple[int, int], theirs: tuple[int, int]) -> int:
-    """The version to speak, from (oldest, newest) of both sides.
+    """Return the version to use, from (oldest, newest) of both sides.
 
-    Raises WireError when there is none; the text names both ranges.
+    Raises WireError if there is none; the text names both ranges.
     """
     version = min(mine[1], theirs[1])
     if theirs[0] > theirs[1] or version < max(mine[0], theirs[0]):
         raise WireError(
-            f"the peer speaks versions {theirs[0]} to {theirs[1]}, this side {mine[0]} to "
-            f"{mine[1]}: bring both hosts to releases that overlap"
+            f"the peer supports versions {theirs[0]} to {theirs[1]}, this side {mine[0]} to "
+            f"{mine[1]}: install releases on both hosts that overlap"
         )
     return version

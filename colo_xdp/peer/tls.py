@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Who the other end of a TLS connection is, and whether that is who was expected.
+"""Verify the identity of the other end of a TLS connection.
 
-Two ways to trust, both mutual, TLS 1.3 only:
+There are two ways to establish trust, both mutual and TLS 1.3 only:
 
-- `ca`: a certificate of that authority which names the expected identity. The default identity
-  is colo-xdp://PAIR/ROLE, so a certificate of another pair, or of the same role, gets nobody in.
-- `peer_cert`: exactly this certificate. What names a colo-xdp identity has to name the right one
-  here too; one that names none (the user's own) is its own identity.
+- `ca`: a certificate issued by that authority which names the expected identity. The default
+  identity is colo-xdp://PAIR/ROLE, so a certificate of another pair or of the same role is refused.
+- `peer_cert`: exactly this certificate. If it names a colo-xdp identity, that must be the expected
+  one; a certificate that names none (the user's own) is its own identity.
 
-No session tickets: a resumed session would not look at the certificate, which may have expired.
+There are no session tickets: a resumed session would skip the check of the certificate, which may
+have expired. peer/channel.py is the caller.
 """
 
 from __future__ import annotations
@@ -23,12 +24,12 @@ SCHEME = "colo-xdp://"
 
 
 class TlsError(RuntimeError):
-    """A file is missing or not what it should be, or the peer is not who was expected."""
+    """A file is missing or unusable, or the peer is not the expected one; the text says which."""
 
 
 @dataclass(frozen=True, slots=True)
 class Tls:
-    """Paths of PEM files; `ca` or `peer_cert`. `identity` overrides the one of pair and role."""
+    """Paths of PEM files; `ca` or `peer_cert`. `identity` overrides that of pair and role."""
 
     cert: str
     key: str
@@ -37,18 +38,19 @@ class Tls:
     identity: str = ""
 
     def context(self, *, server: bool) -> ssl.SSLContext:
-        """Made anew for each connection, so that renewed files need no restart.
+        """Create a context; new for each connection, so that renewed files need no restart.
 
         Raises TlsError when a file is missing or not what it should be.
         """
         ctx = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if server else ssl.PROTOCOL_TLS_CLIENT)
         ctx.minimum_version = ssl.TLSVersion.TLSv1_3
-        ctx.check_hostname = False  # hosts have addresses here; check() looks at the identity
+        ctx.check_hostname = False  # hosts have addresses here; check() verifies the identity
         ctx.verify_mode = ssl.CERT_REQUIRED
         if server:
             ctx.num_tickets = 0
         if self.peer_cert:
-            ctx.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN  # a pin need not be an authority's
+            # a pinned certificate need not be an authority's
+            ctx.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
         what = "ca" if self.ca else "peer_cert"
         try:
             ctx.load_cert_chain(self.cert, self.key)
@@ -58,9 +60,9 @@ class Tls:
         return ctx
 
     def check(self, found: Mapping[str, Any], der: bytes, pair: str, role: str) -> None:
-        """The certificate of the other end, as ssl gives it: that of `role` in `pair`?
+        """Check that the other end's certificate, as ssl returns it, is that of `role` in `pair`.
 
-        Raises TlsError, which says what was expected and what was found.
+        Raises TlsError, which names what was expected and what was found.
         """
         names = names_of(found)
         ours = [n for n in names if n.startswith(SCHEME)]
@@ -81,16 +83,16 @@ class Tls:
 
 
 def identity(pair: str, role: str) -> str:
-    """The name by which one host of a pair is known, a URI in its certificate."""
+    """Return the URI that identifies one host of a pair in its certificate."""
     return f"{SCHEME}{pair}/{role}"
 
 
 def names_of(found: Mapping[str, Any]) -> list[str]:
-    """URIs and DNS names of a certificate, then its CN."""
+    """Return a certificate's URIs and DNS names, then its CN."""
     alt = [v for kind, v in found.get("subjectAltName", ()) if kind in ("URI", "DNS")]
     subject = [v for rdn in found.get("subject", ()) for k, v in rdn if k == "commonName"]
     return [*alt, *subject]
 
 
 def _shown(names: list[str]) -> str:
-    return " alias ".join(f"{n!r:.80}" for n in names[:3]) or "nobody (it names no one)"
+    return " alias ".join(f"{n!r:.80}" for n in names[:3]) or "nobody (it has no name)"

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""One QEMU over QMP: commands, events, devices."""
+"""Control one QEMU over QMP: commands, events, devices."""

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Which disks keep a guest from being protected: writable ones that nobody keeps equal. Pure.
+"""Find disks that keep a guest from being protected: writable ones that nobody keeps equal. Pure.
 
-Both guests run and both write. Memory is copied with each checkpoint, what is on a disk is not: one
-image that both open is destroyed, and of two images each has only what its own guest wrote. Neither
-QEMU nor the guest's file system notices.
+Both guests run and both write. A checkpoint copies memory but not disks: an image that both open is
+destroyed, and of two images each holds only what its own guest wrote. Neither QEMU nor the guest's
+file system notices. The controller and the doctor call refusal().
 """
 
 from __future__ import annotations
@@ -13,7 +13,10 @@ from typing import Any
 
 
 def _names(entry: Mapping[str, Any]) -> list[str]:
-    """By which a person may call it: the drive's id, its node, its device in QEMU's tree."""
+    """Return the names by which an operator may call a disk.
+
+    They are the drive's id, its node name, and its device in QEMU's tree.
+    """
     inserted = entry.get("inserted") or {}
     names = [entry.get("device"), inserted.get("node-name"), entry.get("qdev")]
     qdev = str(entry.get("qdev") or "")
@@ -23,15 +26,21 @@ def _names(entry: Mapping[str, Any]) -> list[str]:
 
 
 def _firmware(entry: Mapping[str, Any]) -> bool:
-    """Parallel flash: it lives in the guest's memory, is copied with it, and QEMU writes all of it
-    to the file after each load (pflash_post_load() in hw/block/pflash_cfi01.c)."""
+    """Return whether this is parallel flash.
+
+    Flash lives in the guest's memory and is copied with it; QEMU writes all of it to the file after
+    each load (pflash_post_load() in hw/block/pflash_cfi01.c).
+    """
     last = str(entry.get("qdev") or "").rsplit("/", 1)[-1]
     return str(entry.get("device") or "").startswith("pflash") or last.startswith("system.flash")
 
 
 def uncovered(blocks: Any, external: Iterable[str]) -> list[str]:
-    """One sentence per writable disk of `query-block` (qapi/block-core.json) that is not one of
-    `external`. Media that are not there, read-only ones and the firmware's flash are no matter."""
+    """Return one sentence per writable disk of `query-block` that is not one of `external`.
+
+    The input is the answer of qapi/block-core.json. Missing media, read-only media and the
+    firmware's flash do not matter.
+    """
     known, out = set(external), []
     for entry in blocks if isinstance(blocks, list) else []:
         inserted = entry.get("inserted")
@@ -46,17 +55,18 @@ def uncovered(blocks: Any, external: Iterable[str]) -> list[str]:
 
 
 def missing(blocks: Any, external: Iterable[str]) -> list[str]:
-    """Names of `external` that QEMU knows no disk by."""
+    """Return the names in `external` that are no disk of this QEMU."""
     have = {n for entry in blocks if isinstance(blocks, list) for n in _names(entry)}
     return [name for name in external if name not in have]
 
 
 def refusal(blocks: Any, external: Iterable[str]) -> str:
-    """Why this guest is not to be protected, or an empty string."""
+    """Return why this guest must not be protected, or an empty string."""
     found = uncovered(blocks, external)
     if not found:
         return ""
     return (
         f"{'; '.join(found)}: both guests would write, and a failover would lose or destroy what "
-        "is on it. Take it off, or declare it with [[disk]] external = true (README, Disks)"
+        "is on it. Take it off, or declare it with [[disk]] external = true "
+        "(docs/operator/guests.md)"
     )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""QMP events as the wire has them. Pure."""
+"""Parse QMP events as they arrive on the wire. Pure."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class QmpEvent:
-    """An event; `ts_ns` is QEMU's own timestamp as CLOCK_MONOTONIC, `seen_ns` when we read it."""
+    """An event; `ts_ns` is QEMU's timestamp as CLOCK_MONOTONIC, `seen_ns` when it was read."""
 
     name: str
     data: dict[str, Any]
@@ -19,11 +19,11 @@ class QmpEvent:
 
 
 def read(msg: Any, offset_ns: int, seen_ns: int) -> QmpEvent | None:
-    """An event of the wire (docs/interop/qmp-spec.rst of QEMU, 2.5); None if it has no name.
+    """Parse an event (docs/interop/qmp-spec.rst of QEMU, 2.5); return None if it has no name.
 
-    offset_ns is CLOCK_REALTIME - CLOCK_MONOTONIC. QEMU gives -1 when its clock fails. What has
-    no usable time gets one in the future, which nobody takes for true: STOP then counts as
-    early, RESUME as late, as they may.
+    offset_ns is CLOCK_REALTIME - CLOCK_MONOTONIC. QEMU gives -1 when its clock fails. An event
+    without a usable time gets one in the future, which cannot be a real one: STOP then counts as
+    early and RESUME as late, which is the safe side for both.
     """
     name = msg.get("event") if isinstance(msg, Mapping) else None
     if not isinstance(name, str) or not name:

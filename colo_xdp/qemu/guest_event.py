@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What QEMU's events say of its guest's life, apart from STOP and RESUME. Pure.
+"""Interpret QEMU's events about its guest's life, apart from STOP and RESUME. Pure.
 
-Names, reasons and actions: qapi/run-state.json (SHUTDOWN, RESET, POWERDOWN, GUEST_PANICKED,
-GUEST_CRASHLOADED, ShutdownCause, GuestPanicAction) and qapi/block-core.json (BLOCK_IO_ERROR) of
-QEMU.
+Names, reasons and actions come from QEMU's qapi/run-state.json (SHUTDOWN, RESET, POWERDOWN,
+GUEST_PANICKED, GUEST_CRASHLOADED, ShutdownCause, GuestPanicAction) and qapi/block-core.json
+(BLOCK_IO_ERROR). controller/guest_lifecycle.py acts on the result.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from .event import QmpEvent
 class Fate(Enum):
     """What becomes of this guest."""
 
-    OFF = auto()  # it has ended by its own will: nobody is to go on
-    DEAD = auto()  # it goes on no more; the other one may
+    OFF = auto()  # it shut itself down: neither guest is to continue
+    DEAD = auto()  # it does not continue; the other one may
     ENDED = auto()  # its QEMU is being ended from outside: a death, as by kill
-    CHANGED = auto()  # it goes on as something that its copy is not
-    HALTED = auto()  # it is going to stand still until something on its host is repaired
+    CHANGED = auto()  # it continues in a state that its copy does not have
+    HALTED = auto()  # it is about to stop until something on its host is repaired
 
 
 @dataclass(frozen=True, slots=True)
 class News:
-    """The fate, and the sentence that says why."""
+    """The fate of the guest, and the sentence that gives the reason."""
 
     fate: Fate
     why: str
@@ -44,7 +44,7 @@ _BY_HOST = {
     "host-error": "QEMU ends because of an error on its host",
 }
 
-#: run states of a QEMU that stands still: who is not named here has been stopped by a person
+#: run states of a stopped QEMU; in any state not listed here a person has stopped it
 STANDS_STILL = {
     "io-error": Fate.HALTED,
     "internal-error": Fate.DEAD,
@@ -54,7 +54,7 @@ STANDS_STILL = {
 
 
 def news(event: QmpEvent, who: str) -> News | None:
-    """What an event says of the guest `who` ("PVM", "SVM"); None: nothing of this kind."""
+    """Return what an event means for the guest `who` ("PVM", "SVM"); None: not of this kind."""
     reason, by_guest = str(event.data.get("reason", "")), event.data.get("guest") is True
     action = str(event.data.get("action", ""))
     if event.name == "SHUTDOWN":

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Which of QEMU's network cards is at the guest's tap. Pure.
+"""Find which of QEMU's network cards is attached to the guest's tap. Pure.
 
-QMP does not tell (there is no query-netdev before QEMU 8, and none that names a tap); the monitor's
-`info network` does, a card per line with what it is connected to below:
+QMP does not report it (there is no query-netdev before QEMU 8, and none that names a tap). The
+monitor's `info network` does: it prints a line per card, and below it what the card is connected
+to:
 
     virtio-net-pci.0: index=0,type=nic,model=virtio-net-pci,macaddr=52:54:00:00:00:01
      \\ n0: index=0,type=tap,ifname=tap-web1,script=no,downscript=no
 
-A tap that was handed over as a descriptor (libvirt) says `fd=9` and no name.
+A tap that was passed as a descriptor (libvirt) is shown as `fd=9` without a name.
 """
 
 from __future__ import annotations
@@ -20,12 +21,12 @@ _PEER = re.compile(r" \\ \S[^:]*: index=\d+,type=tap,(?:.*,)?ifname=([^,]+)")
 
 
 class NicError(ValueError):
-    """It cannot be told which card it is; the text says what to do."""
+    """The card cannot be determined; the text says what to do."""
 
 
 @dataclass(slots=True)
 class Card:
-    """A card of the guest; `tap`: the device that it is at, if QEMU says so."""
+    """A card of the guest; `tap`: the device that it is attached to, if QEMU reports it."""
 
     name: str
     mac: str
@@ -33,7 +34,7 @@ class Card:
 
 
 def at_tap(text: str, tap: str) -> Card:
-    """The card that is at `tap`, from the answer to `info network`.
+    """Return the card attached to `tap`, from the answer to `info network`.
 
     Raises NicError when there is none, or when more than one might be it.
     """
@@ -54,6 +55,6 @@ def at_tap(text: str, tap: str) -> Card:
         return unknown[0]
     names = ", ".join(f"{c.name} {c.mac} at {c.tap or 'an unnamed device'}" for c in cards.values())
     raise NicError(
-        f"which of the guest's network cards is at {tap} cannot be told "
+        f"cannot determine which of the guest's network cards is attached to {tap} "
         f"({names or 'it has none'}): set [network] guest_mac"
     )

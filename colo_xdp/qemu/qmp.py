@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Drives one QEMU over QMP: the only module that imports qemu.qmp.
+"""Drive one QEMU over QMP: the only module that imports qemu.qmp.
 
-COLO needs no filter object and no patch: capabilities, `migrate`, and
-`x-checkpoint-delay` set once more to ask for a checkpoint (its setter raises
-the checkpoint event at once while in COLO state: migration/colo.c). STOP and
-RESUME mark a checkpoint; their timestamps, not the time they are read, are
-what packets are sorted by.
+COLO needs no filter object and no patch: it takes capabilities, `migrate`, and setting
+`x-checkpoint-delay` once more to request a checkpoint (while in COLO state its setter raises the
+checkpoint event at once: migration/colo.c). STOP and RESUME mark a checkpoint; packets are sorted
+by the timestamps of these events, not by the time at which they are read. qemu/supervisor.py and
+the controller use the Qmp object; the doctor calls probe().
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ from .nic import at_tap
 
 log = logging.getLogger("colo_xdp.qemu.qmp")
 
-#: x-checkpoint-delay: an hour, so that checkpoints happen on request only.
+#: x-checkpoint-delay, ms: an hour, so that checkpoints happen on request only
 IDLE_DELAY_MS = 3_600_000
 MAX_BANDWIDTH = 8 << 30
 
-#: what a guest may hand over for others to do and that is not carried everywhere (bpf/lib/gso.h):
-#: properties of virtio-net devices
+#: properties of virtio-net devices: offloads that a guest may leave to the host and that not every
+#: network path carries (bpf/lib/gso.h)
 HOST_OFFLOADS = ("host_tunnel", "host_tunnel_csum", "host_ufo", "host_uso")
 
 
 class QmpError(RuntimeError):
-    """A QMP command failed, timed out or could not be sent; names the command and the QEMU."""
+    """A QMP command failed, timed out or could not be sent; the text names command and QEMU."""
 
 
 class QmpTimeout(QmpError):
@@ -47,17 +47,17 @@ class QmpTimeout(QmpError):
 
 @dataclass(frozen=True, slots=True)
 class QemuInfo:
-    """What a QEMU says of itself."""
+    """What a QEMU reports about itself."""
 
     version: tuple[int, int, int]
     kvm: bool
     status: str
-    machine: str = ""  # its type, such as pc-i440fx-7.2-machine
-    offers: frozenset[str] = frozenset()  # of HOST_OFFLOADS, those that a network card offers
+    machine: str = ""  # machine type, such as pc-i440fx-7.2-machine
+    offers: frozenset[str] = frozenset()  # those of HOST_OFFLOADS that a network card offers
 
 
 def realtime_offset_ns() -> int:
-    """CLOCK_REALTIME - CLOCK_MONOTONIC now: the tightest of five readings."""
+    """Return CLOCK_REALTIME - CLOCK_MONOTONIC now, ns: the tightest of five readings."""
     best, width = 0, 1 << 62
     for _ in range(5):
         a = time.monotonic_ns()
@@ -69,7 +69,7 @@ def realtime_offset_ns() -> int:
 
 
 def refusal(info: QemuInfo) -> str | None:
-    """Why this QEMU cannot do COLO, or None."""
+    """Return why this QEMU cannot do COLO, or None."""
     major, minor, micro = info.version
     if (major, minor) == (10, 0) and micro < 13:
         return (
@@ -77,7 +77,7 @@ def refusal(info: QemuInfo) -> str | None:
             "use 7.2, 10.0.13 or newer"
         )
     if major < 7:
-        return f"QEMU {major}.{minor}.{micro} is older than any that was tried (7.2)"
+        return f"QEMU {major}.{minor}.{micro} is older than the oldest tested version (7.2)"
     if major < 11 and info.machine.startswith("pc-q35"):
         return (
             f"machine {info.machine.removesuffix('-machine')}: before QEMU 11 (this is "
@@ -108,7 +108,7 @@ class Qmp:
         return self._client is not None and self._client.runstate is Runstate.RUNNING
 
     async def connect(self) -> QemuInfo:
-        """Connect and ask who it is.
+        """Connect and query version, accelerator and run state.
 
         Raises QmpError when nobody answers at the path within the deadline.
         """
@@ -121,7 +121,7 @@ class Qmp:
         Raises QmpError when nobody answers at the path within the deadline.
         """
         client = QMPClient(self.name)
-        client.logger.setLevel(logging.CRITICAL)  # it logs what we report ourselves
+        client.logger.setLevel(logging.CRITICAL)  # the library logs what we report ourselves
         listener = EventListener(event_filter=self._dispatch)
         client.register_listener(listener)
         try:
@@ -135,7 +135,7 @@ class Qmp:
         self._watch = asyncio.create_task(self._watch_close(client))
 
     def _dispatch(self, msg: Any) -> bool:
-        """Called in the order of the wire, before any later reply is. Keeps nothing queued."""
+        """Handle an event, in wire order and before any later reply; nothing stays queued."""
         event = read(msg, realtime_offset_ns(), time.monotonic_ns())
         if event is None:
             log.warning("%s: an event without a name: %.200s", self.name, msg)
@@ -163,15 +163,16 @@ class Qmp:
         *,
         oob: bool = False,
     ) -> Any:
-        """One command; `oob`: out of band, past a main loop that hangs (qmp-spec, 2.3.1).
+        """Execute one command; `oob`: out of band, past a hanging main loop (qmp-spec, 2.3.1).
 
-        Raises QmpError on QEMU's error, on the deadline, or when not connected.
+        Raises QmpError on an error from QEMU, at the deadline, or when not connected.
         """
         client = self._client
         if client is None:
             raise QmpError(f"{self.name}: {command}: not connected")
         try:
-            # Not wait_for(): that of Python 3.11 forgets a cancellation that meets its result.
+            # Not wait_for(): Python 3.11's version loses a cancellation that coincides with the
+            # result.
             async with asyncio.timeout(timeout or self.timeout):
                 return await client.execute(command, args, oob=oob)
         except ExecuteError as e:
@@ -182,7 +183,7 @@ class Qmp:
             raise QmpError(f"{self.name}: {command}: {str(e) or type(e).__name__}") from e
 
     async def info(self) -> QemuInfo:
-        """Version, accelerator and run state."""
+        """Query version, accelerator, run state and machine type. Raises QmpError."""
         v = (await self.execute("query-version"))["qemu"]
         kvm = (await self.execute("query-kvm"))["enabled"]
         status = (await self.execute("query-status"))["status"]
@@ -190,7 +191,8 @@ class Qmp:
         return QemuInfo((v["major"], v["minor"], v["micro"]), kvm, status, str(machine))
 
     async def offers(self) -> frozenset[str]:
-        """Which of HOST_OFFLOADS the guest's virtio-net devices offer it."""
+        """Return those of HOST_OFFLOADS that the guest's virtio-net devices offer. Raises
+        QmpError."""
         found = set()
         for place in ("/machine/peripheral", "/machine/peripheral-anon"):
             for child in await self.execute("qom-list", {"path": place}):
@@ -204,31 +206,34 @@ class Qmp:
         return frozenset(found)
 
     async def status(self, timeout: float | None = None) -> str:
-        """Run state (`running`, `colo`, `inmigrate`, ...)."""
+        """Return the run state (`running`, `colo`, `inmigrate`, ...). Raises QmpError."""
         return str((await self.execute("query-status", timeout=timeout))["status"])
 
     async def migration_status(self, timeout: float | None = None) -> str:
-        """State of the migration (`colo` while in COLO), empty when there was none."""
+        """Return the state of the migration (`colo` while in COLO); empty when there was none."""
         return str((await self.execute("query-migrate", timeout=timeout)).get("status", ""))
 
     async def guest_macs(self, tap: str) -> list[str]:
-        """MAC addresses of the guest's card at this tap: the first one, then those that its driver
-        asks for besides.
+        """Return the MAC addresses of the guest's card at this tap.
 
-        Raises QmpError, or NicError when it cannot be told which card that is.
+        The first is the main one; the others are those that the guest's driver requested in
+        addition. Raises QmpError, or NicError when the card cannot be determined.
         """
         text = await self.execute("human-monitor-command", {"command-line": "info network"})
         card = at_tap(str(text), tap)
-        try:  # also what the guest has set itself
+        try:  # includes addresses that the guest set itself
             seen = (await self.execute("query-rx-filter", {"name": card.name}))[0]
             return [str(seen["main-mac"]), *map(str, seen["unicast-table"])]
-        except (QmpError, LookupError):  # a model that has no such filter
+        except (QmpError, LookupError):  # this model has no such filter
             return [card.mac]
 
     async def prepare(self, *, primary: bool) -> None:
-        """Capabilities and parameters that COLO needs, on either side; what another tool has left
-        on is turned off: with return-path before 11, or pause-before-switchover, the PVM would
-        stay stopped, and with others the entry would fail."""
+        """Set the capabilities and parameters that COLO needs, on either side. Raises QmpError.
+
+        Capabilities that another tool left on are turned off: with return-path before QEMU 11, or
+        with pause-before-switchover, the PVM would stay stopped, and others would make the entry
+        fail.
+        """
         wanted = {"x-colo", "events"}
         have = await self.execute("query-migrate-capabilities")
         known = {str(c["capability"]): c["state"] is True for c in have}
@@ -236,10 +241,14 @@ class Qmp:
             raise QmpError(f"{self.name}: this QEMU is built without COLO (no capability x-colo)")
         info = await self.info()
         if info.version >= (11, 0, 0):
-            wanted.add("return-path")  # 11 refuses x-colo without it
+            wanted.add("return-path")  # QEMU 11 refuses x-colo without it
         change = {c: False for c, on in known.items() if on and c not in wanted}
         if change:
-            log.warning("%s: left on by another tool, turned off: %s", self.name, ", ".join(change))
+            log.warning(
+                "%s: turned off capabilities that another tool left on: %s",
+                self.name,
+                ", ".join(change),
+            )
         change |= dict.fromkeys(sorted(wanted), True)
         await self.execute(
             "migrate-set-capabilities",
@@ -251,36 +260,37 @@ class Qmp:
                 {"x-checkpoint-delay": IDLE_DELAY_MS, "max-bandwidth": MAX_BANDWIDTH},
             )
             if not info.kvm and info.version < (11, 0, 0):
-                # QEMU before 11 under TCG misses writes to pages that are dirty-logged while
-                # translated code runs (FACTS: needs the guest stopped for the first copy).
+                # Under TCG, QEMU before 11 misses writes to pages whose dirty logging starts while
+                # translated code runs, so the guest must be stopped for the first copy.
                 await self.execute("stop")
         else:
-            # Announcements belong to the controller: a RARP too early would move the switch.
+            # Announcements belong to the controller: a RARP sent too early would make the switch
+            # learn the address at the wrong port.
             await self.execute("migrate-set-parameters", {"announce-rounds": 0})
 
     async def migrate(self, uri: str) -> None:
-        """Start the initial synchronisation; completion is the RESUME event."""
+        """Start the initial synchronisation; the RESUME event completes it. Raises QmpError."""
         await self.execute("migrate", {"uri": uri})
 
     async def trigger_checkpoint(self) -> None:
-        """Ask the PVM's QEMU for a checkpoint now."""
+        """Request a checkpoint from the PVM's QEMU now. Raises QmpError."""
         await self.execute("migrate-set-parameters", {"x-checkpoint-delay": IDLE_DELAY_MS})
 
     async def lost_heartbeat(self, timeout: float | None = None) -> None:
-        """Tell QEMU that its COLO peer is gone: it goes on alone."""
+        """Tell QEMU that its COLO peer is gone, so that it continues alone. Raises QmpError."""
         await self.execute("x-colo-lost-heartbeat", timeout=timeout)
 
     async def yank(self, timeout: float | None = None) -> None:
-        """Cut QEMU's migration channel, out of band: a main loop that waits for it goes on.
+        """Cut QEMU's migration channel out of band: a main loop that waits for it continues.
 
         A secondary that loads a checkpoint holds QEMU's big lock while it reads from the channel
-        (colo_incoming_process_checkpoint() in migration/colo.c), so a primary that hangs there
-        hangs the secondary's QMP too.
+        (colo_incoming_process_checkpoint() in migration/colo.c), so a primary that hangs there also
+        blocks the secondary's QMP. Raises QmpError.
         """
         await self.execute("yank", {"instances": [{"type": "migration"}]}, timeout, oob=True)
 
     async def quit(self) -> None:
-        """End QEMU; its guest is worthless."""
+        """End QEMU, whose guest is worthless. Raises QmpError."""
         await self.execute("quit")
 
     async def close(self) -> None:
@@ -296,7 +306,7 @@ class Qmp:
 
 
 def probe(path: str, timeout: float) -> tuple[QemuInfo, Any]:
-    """Connect, ask, disconnect (for `doctor`): who it is, and its `query-block`.
+    """Connect, query and disconnect (for `doctor`); return QEMU's info and its `query-block`.
 
     Raises QmpError.
     """

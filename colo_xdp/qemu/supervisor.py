@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""One QEMU over QMP: found, kept in touch with, missed when it is gone, and started anew."""
+"""Supervise one QEMU over QMP: find it, stay connected, notice its end, and start a new one.
+
+The controller implements Owner and receives what happens; it calls leave_colo() and
+start_incoming().
+"""
 
 from __future__ import annotations
 
@@ -21,38 +25,39 @@ from .qmp import QemuInfo, Qmp, QmpError, QmpTimeout, refusal
 log = logging.getLogger("colo_xdp")
 
 QMP_RETRY_S = 0.2
-DEATH_S = 2.0  # how long a lost QMP connection may wait for the tap's carrier to tell why
+# how long after a lost QMP connection the tap's carrier may take to show whether QEMU is dead
+DEATH_S = 2.0
 WATCH_S = 0.5
-HUNG_S = 1.0  # QEMU answers x-colo-lost-heartbeat in 0.1 s; after this its main loop hangs
-IN_COLO = ("colo", "active")  # states of the migration that x-colo-lost-heartbeat ends
-INCOMING_S = 10.0  # deadline of the command that starts a QEMU, and the time between two tries
+HUNG_S = 1.0  # QEMU answers x-colo-lost-heartbeat in 0.1 s; after this time its main loop hangs
+IN_COLO = ("colo", "active")  # migration states that x-colo-lost-heartbeat ends
+INCOMING_S = 10.0  # deadline of the command that starts a QEMU, and the time between two attempts
 
 
 @dataclass(frozen=True, slots=True)
 class QemuOptions:
-    """What the configuration says of it."""
+    """What the configuration specifies about this QEMU."""
 
     pair: str
-    name: str  # of its guest, for people: PVM or SVM
+    name: str  # of its guest, for messages: PVM or SVM
     qmp: str
     qmp_oob: str  # the second socket, or empty
     timeout_s: float
     tap: str
-    guest_mac: str  # empty: QEMU is asked
-    incoming: tuple[str, ...]  # the command that starts one which waits
+    guest_mac: str  # empty: ask QEMU
+    incoming: tuple[str, ...]  # the command that starts a QEMU waiting for its migration
 
 
 class Stakes(Enum):
-    """What depends on the QEMU that is there."""
+    """What depends on the current QEMU."""
 
-    NOTHING_YET = "nothing yet"  # one that is gone is waited for
+    NOTHING_YET = "nothing yet"  # if it is gone, the next one is waited for
     GUEST = "guest"  # its end is a death
-    WATCHED = "watched"  # that too, and it is to answer at any time
-    OVER = "over"  # somebody else looks for the next one
+    WATCHED = "watched"  # the same, and it must answer at any time
+    OVER = "over"  # something else takes care of the next one
 
 
 class Owner(Protocol):
-    """Who the guest belongs to, and what is told to it."""
+    """The guest's owner, which is informed of what happens."""
 
     @property
     def stakes(self) -> Stakes:
@@ -60,26 +65,26 @@ class Owner(Protocol):
         ...
 
     def spawn(self, coro: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
-        """Run a task whose failure is looked at."""
+        """Run a task whose failure is handled."""
         ...
 
     def on_qmp_event(self, event: QmpEvent) -> None:
-        """QEMU says something."""
+        """Handle an event from QEMU."""
 
     async def on_qemu(self) -> None:
-        """QMP is (again) connected. Raises QmpError."""
+        """QMP is connected (again). Raises QmpError."""
 
     def on_qemu_found(self, *, there: bool) -> None:
-        """Somebody has looked for one."""
+        """Take note of whether a QEMU was found."""
 
     def on_qemu_refused(self, why: str) -> None:
-        """It is none that this release can work with."""
+        """This release cannot work with this QEMU."""
 
     def on_qemu_gone(self) -> None:
-        """The one that nothing depended on yet is gone; the next one is waited for."""
+        """The QEMU that nothing depended on yet is gone; the next one is waited for."""
 
     def on_guest_gone(self, *, hung: bool = False) -> None:
-        """It is dead, or `hung` for good."""
+        """The guest is dead, or `hung` for good."""
 
     @property
     def needs_copy(self) -> bool:
@@ -87,11 +92,11 @@ class Owner(Protocol):
         ...
 
     def reconsider(self) -> None:
-        """Something has changed."""
+        """Decide again: something has changed."""
 
 
 class QemuSupervisor:
-    """Looks after this host's QEMU."""
+    """Supervise this host's QEMU."""
 
     def __init__(
         self,
@@ -100,15 +105,19 @@ class QemuSupervisor:
         tap_alive: Callable[[], bool],
         is_at: Callable[..., None],
     ) -> None:
-        """`tap_alive`: the kernel's word that somebody holds the guest's tap. `is_at`: tell the
-        data path the guest's MAC addresses; may raise OSError."""
+        """Set the callbacks up; nothing is connected yet.
+
+        `tap_alive`: whether the kernel reports that a process holds the guest's tap. `is_at`: pass
+        the guest's MAC addresses to the data path; may raise OSError.
+        """
         self.options, self._owner = options, owner
         self._tap_alive, self._is_at = tap_alive, is_at
         self.info: QemuInfo | None = None
-        self.first_mac = ""  # of the guest, as QEMU or the configuration has told
-        self._starting: asyncio.subprocess.Process | None = None  # the command qemu.incoming
+        self.first_mac = ""  # of the guest, as QEMU or the configuration gave it
+        # the running command [qemu] incoming
+        self._starting: asyncio.subprocess.Process | None = None
         self.qmp = self._new_qmp()
-        self.oob: Qmp | None = None  # the second socket, if one is configured
+        self.oob: Qmp | None = None  # the second socket, if configured
 
     # ---- connecting
 
@@ -117,7 +126,7 @@ class QemuSupervisor:
         return Qmp(o.qmp, o.name, o.timeout_s, self.on_event, self._on_closed)
 
     def on_event(self, event: QmpEvent) -> None:
-        """QEMU says something."""
+        """Handle an event from QEMU."""
         log.debug("%s %s %s", self.qmp.name, event.name, event.data)
         if event.name == "NIC_RX_FILTER_CHANGED":
             self._owner.spawn(self.learn_macs())
@@ -130,7 +139,8 @@ class QemuSupervisor:
         self._owner.spawn(self._after_loss()).add_done_callback(lambda _t: self._owner.reconsider())
 
     async def _after_loss(self) -> None:
-        """QMP is gone: dead QEMU (its tap has no carrier) or only a lost socket (connect again)."""
+        """Find out if QEMU is dead (its tap has no carrier) or only the socket was lost
+        (reconnect)."""
         end = time.monotonic() + DEATH_S
         while time.monotonic() < end:
             if not await asyncio.to_thread(self._tap_alive):
@@ -147,11 +157,11 @@ class QemuSupervisor:
                 await self._owner.on_qemu()
                 return
             await asyncio.sleep(TICK_S)
-        # neither QMP nor a word from the kernel: shut the path, then say so
+        # neither QMP nor the kernel shows it alive: shut the path, then report
         self._owner.on_guest_gone()
 
     async def reconnect(self) -> None:
-        """A connection in place of the one that was lost. Raises QmpError."""
+        """Replace a lost connection. Raises QmpError."""
         self.qmp = self._new_qmp()
         self.info = await self.qmp.connect()
         await self._connect_oob()
@@ -174,7 +184,7 @@ class QemuSupervisor:
                 there = await asyncio.to_thread(self._tap_alive)
                 self._owner.on_qemu_found(there=there)
                 if self._owner.stakes is not Stakes.NOTHING_YET and not there:
-                    self._owner.on_guest_gone()  # it died while nobody looked
+                    self._owner.on_guest_gone()  # it died unobserved
                     self._owner.reconsider()
                     return
                 if str(e) != said:
@@ -194,7 +204,7 @@ class QemuSupervisor:
             if why:
                 self._owner.on_qemu_refused(why)
                 return
-            while self.qmp.connected:  # else it has died meanwhile: _after_loss() goes on
+            while self.qmp.connected:  # otherwise it has died meanwhile: _after_loss() continues
                 try:
                     await self._owner.on_qemu()
                     return
@@ -212,14 +222,16 @@ class QemuSupervisor:
         name = f"{self.qmp.name} (oob)"
         self.oob = Qmp(o.qmp_oob, name, o.timeout_s, lambda e: None, lambda why: None)
         try:
-            await self.oob.open()  # now: a QEMU that hangs accepts nobody
+            await self.oob.open()  # now, because a hanging QEMU accepts no connection
         except QmpError as e:
             self.oob = None
             log.warning("[qemu] qmp_oob: %s", e)
 
     async def learn_macs(self) -> str:
-        """Tell the data path which frames are for the guest; returns its first MAC address, as it
-        was last told, "" if nobody can say it."""
+        """Pass the guest's MAC addresses to the data path.
+
+        Returns its first MAC address as last reported, "" if it is unknown.
+        """
         macs = [self.options.guest_mac]
         if not macs[0]:
             try:
@@ -230,12 +242,12 @@ class QemuSupervisor:
         self.first_mac = macs[0]
         try:
             self._is_at(*(bytes.fromhex(m.replace(":", "")) for m in macs))
-        except OSError as e:  # no room: everything is mirrored then, and the first one is known
-            log.warning("not all MAC addresses of the guest are known: %s", e)
+        except OSError as e:  # no room: everything is mirrored then, and the first address is known
+            log.warning("not all MAC addresses of the guest could be stored: %s", e)
         return self.first_mac
 
     async def close(self) -> None:
-        """Let it alone."""
+        """Disconnect; QEMU keeps running."""
         await self.qmp.close()
         if self.oob is not None:
             await self.oob.close()
@@ -243,7 +255,8 @@ class QemuSupervisor:
     # ---- its guest
 
     async def leave_colo(self) -> None:
-        """x-colo-lost-heartbeat. A main loop that waits for the dead peer is freed by yank first.
+        """Execute x-colo-lost-heartbeat; first free a main loop that waits for the dead peer, by
+        yank.
 
         Raises QmpError when QEMU answers neither way.
         """
@@ -252,14 +265,15 @@ class QemuSupervisor:
         except QmpTimeout as e:
             log.warning("%s: cutting its migration channel (yank)", e)
             await (self.oob or self.qmp).yank()
-            # The first one may have been carried out since.
+            # The first command may have been executed since.
             if await self.qmp.migration_status() in IN_COLO:
                 await self.qmp.lost_heartbeat()
 
     async def hangs(self) -> bool:
-        """Whether this host's QEMU, which has let a deadline pass, hangs of its own.
+        """Return whether this host's QEMU, which missed a deadline, hangs by itself.
 
-        It may wait for the other one: then it goes on when its migration channel is cut.
+        It may only be waiting for the other QEMU; then it continues when its migration channel is
+        cut.
         """
         log.warning("%s does not answer: cutting its migration channel (yank)", self.qmp.name)
         try:
@@ -267,7 +281,7 @@ class QemuSupervisor:
         except QmpTimeout:
             return True
         except QmpError as e:
-            log.info("%s", e)  # but it answers
+            log.info("%s", e)  # an error is an answer, too
         try:
             await self.qmp.status()
         except QmpTimeout:
@@ -277,7 +291,7 @@ class QemuSupervisor:
         return False
 
     async def watch(self) -> None:
-        """A QEMU that hangs gives no sign of its own. Until cancelled."""
+        """Poll QEMU until cancelled, because a hanging QEMU gives no sign by itself."""
         while True:
             await asyncio.sleep(WATCH_S)
             if self._owner.stakes is not Stakes.WATCHED or not self.qmp.connected:
@@ -285,22 +299,24 @@ class QemuSupervisor:
             try:
                 await self.qmp.status()
             except QmpTimeout:
-                # While a checkpoint runs it may well be busy; that has a deadline of its own.
+                # It may well be busy during a checkpoint, which has a deadline of its own.
                 if self._owner.stakes is Stakes.WATCHED and await self.hangs():
                     self._owner.on_guest_gone(hung=True)
                     self._owner.reconsider()
             except QmpError:
                 continue
 
-    # ---- the next one
+    # ---- the next QEMU
 
     async def start_incoming(self) -> None:
         """Run the command that starts a QEMU which waits for the other guest's state."""
         argv = self.options.incoming
         if self._starting is not None and self._starting.returncode is None:
-            log.error("[qemu] incoming: the command still runs, process %d", self._starting.pid)
+            log.error(
+                "[qemu] incoming: the command is still running, process %d", self._starting.pid
+            )
             return
-        log.info("starting this host's QEMU anew: %s", " ".join(argv))
+        log.info("starting a new QEMU on this host: %s", " ".join(argv))
         try:
             self._starting = await asyncio.create_subprocess_exec(
                 *user_command.incoming(self.options.pair, argv), env=user_command.environment()
@@ -308,7 +324,7 @@ class QemuSupervisor:
             async with asyncio.timeout(INCOMING_S):
                 status = await self._starting.wait()
         except (OSError, TimeoutError) as e:
-            log.error("[qemu] incoming: %s", str(e) or f"no end within {INCOMING_S:g} s")
+            log.error("[qemu] incoming: %s", str(e) or f"not finished within {INCOMING_S:g} s")
             return
         if status:
             log.error("[qemu] incoming: exit status %d", status)

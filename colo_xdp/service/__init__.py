@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""One process: signals, systemd, control socket, wiring."""
+"""Run one controller as a service: daemon, systemd, control socket, start limit."""

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The control socket: one JSON object per line, a request and its answer.
+"""Serve the control socket: one JSON object per line, a request and its answer.
 
-{"command": "status", "args": {}}  ->  {"ok": true, "result": {...}}
-                                       {"ok": false, "error": "..."}
+    {"command": "status", "args": {}}  ->  {"ok": true, "result": {...}}
+                                           {"ok": false, "error": "..."}
+
+The controller runs a ControlServer; the command line calls request().
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ Handler = Callable[[str, dict[str, Any]], Awaitable[dict[str, Any]]]
 
 
 class ControlError(RuntimeError):
-    """A request was refused, or the socket cannot be served; the text is for people."""
+    """A request was refused, or the socket cannot be served; the text is for the operator."""
 
 
 class NotRunning(ControlError):
@@ -41,7 +43,7 @@ def _answers(path: str) -> bool:
 
 
 class ControlServer:
-    """Serves a handler on a unix socket, mode 0660: root and the socket's group."""
+    """Serve a handler on a Unix socket, mode 0660: root and the socket's group."""
 
     def __init__(self, path: str, handler: Handler) -> None:
         self.path, self._handler = path, handler
@@ -50,8 +52,8 @@ class ControlServer:
     async def start(self) -> None:
         """Begin to serve.
 
-        Raises ControlError when another controller answers there, OSError when the
-        socket cannot be made.
+        Raises ControlError when another controller answers there, OSError when the socket cannot be
+        created.
         """
         if os.path.exists(self.path):
             if _answers(self.path):
@@ -71,7 +73,7 @@ class ControlServer:
             writer.write(json.dumps(answer).encode() + b"\n")
             await asyncio.wait_for(writer.drain(), READ_TIMEOUT_S)
         except (OSError, TimeoutError):
-            pass  # the client has gone; nothing was promised to it
+            pass  # the client is gone; nothing was promised to it
         finally:
             writer.close()
 
@@ -104,9 +106,9 @@ class ControlServer:
 def request(
     path: str, command: str, args: dict[str, Any] | None = None, timeout: float = 60.0
 ) -> dict[str, Any]:
-    """One request, synchronously.
+    """Send one request and wait for the answer, `timeout` in s.
 
-    Raises NotRunning when nobody answers, ControlError with the controller's words otherwise.
+    Raises NotRunning when nobody answers, ControlError with the controller's text otherwise.
     """
     with socket.socket(socket.AF_UNIX) as s:
         s.settimeout(timeout)

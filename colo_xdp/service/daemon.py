@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""One controller process: wiring, signals, systemd, control socket, metrics.
+"""Run one controller process: wiring, signals, systemd, control socket, metrics.
 
-Stopping it leaves the data path as it is, pinned: the guests go on, and the
-next controller takes over. `colo-xdp cleanup` is what removes it.
+Stopping it leaves the data path pinned as it is: the guests keep running, and the next controller
+takes the data path over. `colo-xdp cleanup` removes it. The command line calls run().
 """
 
 from __future__ import annotations
@@ -41,17 +41,17 @@ log = logging.getLogger("colo_xdp")
 
 FAILED, REFUSED = 1, 2
 ROLE_CHANGED = -1
-LOAD_S = 60  # to compile and load the programs of the other role
-#: a controller that hangs is ended after this share of dead_after: its successor needs the rest
+LOAD_S = 60  # time to compile and load the programs of the other role, s
+#: a hanging controller is ended after this share of dead_after; its successor needs the rest
 HUNG_SHARE = 0.6
 STATUS_S = 1.0
 SCRAPE_S = 2.0
-#: a frame may wait for a thread that works on other things (netlink, a scrape) no longer than this
+#: longest time, s, that a frame may wait for a thread busy with something else (netlink, a scrape)
 SWITCH_S = 0.0005
 
 
 def setup_logging() -> None:
-    """Lines for people; priorities for the journal when it reads us."""
+    """Log lines for people; with priorities if the journal reads them."""
     journal = bool(os.environ.get("JOURNAL_STREAM"))
     fmt = "%(message)s" if journal else "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
@@ -66,12 +66,12 @@ def setup_logging() -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(Priority(fmt))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
-    # Ours only: at DEBUG pyroute2 writes out each netlink message, which takes a while.
+    # Ours only: at DEBUG pyroute2 prints each netlink message, which takes time.
     logging.getLogger("colo_xdp").setLevel(os.environ.get("COLO_XDP_LOG", "INFO").upper())
 
 
 def _reload(ctl: Controller) -> None:
-    """SIGHUP has nobody to answer: a file that is wrong is logged, and the old rules stay."""
+    """Reload on SIGHUP. Nobody waits for an answer: errors are logged and the old rules stay."""
     try:
         ctl.commands.reload()
     except ValueError as e:
@@ -97,7 +97,7 @@ async def _serve(config: Config, datapath: DataPath) -> int:
     try:
 
         def fresh_status() -> dict[str, Any]:
-            """For the HTTP thread: the loop's thread builds it."""
+            """Return the status for the HTTP thread; the event loop's thread builds it."""
             future = asyncio.run_coroutine_threadsafe(ctl.commands.run(Command.STATUS, {}), loop)
             try:
                 return future.result(timeout=SCRAPE_S)
@@ -113,7 +113,7 @@ async def _serve(config: Config, datapath: DataPath) -> int:
             except OSError as e:
                 raise OSError(e.errno, f"[metrics] listen {m.listen}: {e.strerror or e}") from e
         await ctl.start()
-        # Long-lived objects are not looked at again: no pause while packets wait.
+        # Long-lived objects are not scanned again: no pause while packets wait.
         gc.freeze()
         notifier.patience(None)
         notifier.send(READY="1", STATUS=ctl.announced_state()[1])
@@ -149,17 +149,23 @@ async def _serve(config: Config, datapath: DataPath) -> int:
 
 
 def _is_needed(config: Config) -> bool:
-    """Whether a former controller's data path is here: its guest depends on there being another,
-    while what is in its way may be gone before a person is there (a file that is being replaced, a
-    port that somebody's connection has, a filter put there for a while)."""
+    """Return whether a former controller's data path is pinned here.
+
+    Its guest depends on a new controller, and what keeps that from starting may disappear before a
+    person can act: a file that is being replaced, a port used by another connection, a temporary
+    filter.
+    """
     d = config.datapath
     return (Path(loader.pin_dir(d.bpffs, config.pair, config.role)) / "config").exists()
 
 
 def run(config: Config) -> int:
-    """Run until SIGTERM or SIGINT. Exit status: 0 stopped, 1 failed, 2 refused: what is in the
-    way is for a person, and starting again cures nothing. Where a former controller's data path is
-    pinned nothing is given up: that is 1, too."""
+    """Run until SIGTERM or SIGINT.
+
+    Exit status: 0 stopped, 1 failed, 2 refused: a person must resolve the conflict, and restarting
+    does not help. Where a former controller's data path is pinned nothing is given up, so a refusal
+    is 1, too.
+    """
     setup_logging()
     sys.setswitchinterval(SWITCH_S)
     service, needed = user_command.is_service(), _is_needed(config)
@@ -179,7 +185,7 @@ def run(config: Config) -> int:
         return FAILED
     except AlreadyRuns as e:
         log.error("refused: %s", e)
-        # The predecessor of a service may be on its way out, in a call that does not return.
+        # The service's predecessor may be exiting, stuck in a call that does not return.
         return FAILED if service else REFUSED
     except (Refusal, Taken, LoadError, DataPathError, ControlError) as e:
         log.error("refused: %s", e)
@@ -191,7 +197,7 @@ def run(config: Config) -> int:
 
 def _run(config: Config) -> int:
     while True:
-        # Before the loop: pyroute2 runs one of its own and cannot work inside of ours.
+        # Before the event loop: pyroute2 runs its own and cannot work inside ours.
         try:
             datapath = DataPath(config)
         except DeviceMissing as e:
@@ -204,4 +210,4 @@ def _run(config: Config) -> int:
             datapath.close()
         if status != ROLE_CHANGED:
             return status
-        # The next controller finds what this one has left as it would after a crash.
+        # The next controller adopts what this one has left, as it would after a crash.

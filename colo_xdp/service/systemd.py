@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""sd_notify(3): readiness, status line and watchdog, over the datagram socket systemd names."""
+"""Implement sd_notify(3): readiness, status line and watchdog, over systemd's datagram socket."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ log = logging.getLogger("colo_xdp.service.systemd")
 
 
 class Notifier:
-    """Silent where there is no systemd.
+    """Send notifications to systemd; does nothing where there is no systemd.
 
-    `longest_s`: what hangs for longer is to be ended, whatever longer time the unit has.
+    `longest_s`: a process that hangs for longer must be ended, even if the unit allows more time.
     """
 
     def __init__(self, longest_s: float = math.inf) -> None:
@@ -25,17 +25,17 @@ class Notifier:
             self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
             self._sock.setblocking(False)
         usec = os.environ.get("WATCHDOG_USEC", "")
-        #: seconds between signs of life that systemd wants, 0 for none
+        #: interval at which systemd wants signs of life, s; 0: no watchdog
         self.watchdog_s = min(int(usec) / 1e6, longest_s) / 2 if usec.isdigit() else 0.0
 
     def patience(self, seconds: float | None) -> None:
-        """Another time without a sign of life, or (None) the usual one again (WATCHDOG_USEC)."""
+        """Set another watchdog timeout, or (None) the usual one again (WATCHDOG_USEC)."""
         if self.watchdog_s:
             usec = int((self.watchdog_s * 2 if seconds is None else seconds) * 1e6)
             self.send(WATCHDOG="1", WATCHDOG_USEC=str(usec))
 
     def send(self, **fields: str) -> None:
-        """READY="1", STATUS="...", WATCHDOG="1", STOPPING="1", EXTEND_TIMEOUT_USEC="..."."""
+        """Send fields such as READY="1", STATUS="...", WATCHDOG="1", EXTEND_TIMEOUT_USEC="..."."""
         if self._sock is None:
             return
         text = "\n".join(f"{k}={v}" for k, v in fields.items())

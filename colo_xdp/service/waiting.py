@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A controller whose device is not there yet: it says so, and goes on when it is.
+"""Let a controller wait for a device that does not exist yet.
 
-After a boot the tap may be made later than the controller starts, by whoever starts the guest.
-Nothing is loaded and nothing is attached meanwhile.
+After a boot the tap may be created after the controller starts, by whatever starts the guest. The
+controller reports that it waits and loads and attaches nothing meanwhile. service/daemon.py calls
+wait_for().
 """
 
 from __future__ import annotations
@@ -76,8 +77,8 @@ async def _wait(config: Config, device: str, why: str) -> bool:
         while not stop.is_set():
             changed.clear()
             if await asyncio.to_thread(_there, device):
-                log.info("%s is there", device)
-                notifier.patience(LOAD_S)  # it is ready for systemd, so the watchdog is at work
+                log.info("%s exists now", device)
+                notifier.patience(LOAD_S)  # systemd considers it ready, so the watchdog is active
                 return True
             notifier.send(WATCHDOG="1")
             heard = asyncio.ensure_future(changed.wait())
@@ -91,5 +92,5 @@ async def _wait(config: Config, device: str, why: str) -> bool:
 
 
 def wait_for(config: Config, device: str, why: str) -> bool:
-    """Until there is a device of this name; False: told to stop by a signal."""
+    """Wait until a device of this name exists; return False if a signal asked to stop."""
     return asyncio.run(_wait(config, device, why))

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The status document, its builder, metrics and health paths."""
+"""Build and export the status document."""

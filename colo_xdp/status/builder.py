@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Documents about a live controller: its status (status/document.py), and what it has seen
-differ."""
+"""Build documents about a live controller: its status (status/document.py), and what differed.
+
+service/daemon.py registers them as commands of the control socket.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,7 @@ from .document import empty
 
 
 def answers(c: Controller) -> dict[Command, Callable[[dict[str, Any]], dict[str, Any]]]:
-    """The commands of the control socket that only ask for a document."""
+    """Return the control socket commands that only return a document."""
     return {
         Command.STATUS: lambda args: status(c),
         Command.EXPLAIN: lambda args: explain(c),
@@ -27,7 +29,7 @@ def answers(c: Controller) -> dict[Command, Callable[[dict[str, Any]], dict[str,
 
 
 def status(c: Controller) -> dict[str, Any]:
-    """The documented status (status/document.py)."""
+    """Return the status document (status/document.py)."""
     if isinstance(c, Primary):
         return primary_status(c)
     assert isinstance(c, Secondary)
@@ -36,18 +38,18 @@ def status(c: Controller) -> dict[str, Any]:
 
 def _who_compares(c: Controller, command: str) -> Primary:
     if not isinstance(c, Primary):
-        raise ValueError(f"{command}: ask the primary host, which compares")
+        raise ValueError(f"{command}: ask the primary host, which does the comparing")
     return c
 
 
 def explain(c: Controller) -> dict[str, Any]:
-    """What differed, and what the rules of the policy have done. Raises ValueError."""
+    """Return what differed, and what the policy's rules have done. Raises ValueError."""
     p = _who_compares(c, "explain")
     return p.journal.to_json() | {"rules": rules_json(p.output.engine)}
 
 
 def capture(c: Controller, args: dict[str, Any]) -> dict[str, Any]:
-    """Frames that differed, a page of them. Raises ValueError."""
+    """Return one page of frames that differed. Raises ValueError."""
     p = _who_compares(c, "capture")
     after, limit = args.get("after", 0), args.get("limit", 8)
     if type(after) is not int or type(limit) is not int or not 1 <= limit <= 64:
@@ -56,7 +58,7 @@ def capture(c: Controller, args: dict[str, Any]) -> dict[str, Any]:
 
 
 def active_json(c: Controller) -> dict[str, Any]:
-    """Whether this host's guest reaches the network, and by which right."""
+    """Return whether this host's guest reaches the network, and what entitles it to."""
     return {
         "transmitting": c.transmits,
         "undecided": c.undecided,
@@ -120,7 +122,7 @@ def _common(c: Controller) -> dict[str, Any]:
 
 
 def primary_status(c: Primary) -> dict[str, Any]:
-    """The primary controller's document."""
+    """Return the primary controller's document."""
     doc = _common(c)
     e, cks = c.output.engine, c.checkpoints
     doc["engine"] |= dict(e.counters)
@@ -146,7 +148,7 @@ def primary_status(c: Primary) -> dict[str, Any]:
 
 
 def rules_json(e: Engine) -> list[dict[str, Any]]:
-    """The rules of the policy in their order, and what each has done; former ones last."""
+    """Return the policy's rules in order with what each has done; former rules last."""
     now = {r.name: r.action for r in e.policy.order}
     gone = {name: "" for name in e.rules if name not in now}
     return [
@@ -162,7 +164,7 @@ def rules_json(e: Engine) -> list[dict[str, Any]]:
 
 
 def secondary_status(c: Secondary) -> dict[str, Any]:
-    """The secondary controller's document."""
+    """Return the secondary controller's document."""
     doc = _common(c)
     doc["engine"] |= {"svm_stale": c.held.stale, "hold_overflow": c.held.overflow}
     doc["held"]["packets"] = c.held.count

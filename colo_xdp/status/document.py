@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The status document: what `colo-xdp status --json` prints and the metrics are made of. Pure.
+"""Define the status document: the output of `colo-xdp status --json`, and the metrics' source.
+Pure.
 
-SCHEMA grows when a key changes its meaning or goes away; new keys do not change
-it, and readers must ignore keys they do not know.
+SCHEMA grows when a key changes its meaning or is removed; new keys do not change it, and readers
+must ignore keys they do not know. status/builder.py fills the document from a live controller.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from .. import abi
@@ -22,23 +23,19 @@ from ..peer.heartbeat import REFUSALS
 
 SCHEMA = 1
 
-#: states of a bridge's port, as the kernel numbers them (linux/if_bridge.h)
-
-#: upper bounds of the histogram of waiting times in the kernel, in seconds; one more as above
+#: upper bounds of the histogram of waiting times in the fast path, in seconds; one more bucket is
+#: above the last
 OFFLOAD_WAIT_BUCKETS: tuple[float, ...] = tuple(2.0**i / 1e6 for i in range(23))
 
-#: counters of the secondary's controller, in `engine`: name, meaning
+#: counters of the secondary's controller in `engine`: name, meaning
 SECONDARY_COUNTERS: tuple[tuple[str, str], ...] = (
-    ("hold_overflow", "frames given up during a checkpoint as too many were waiting"),
-    ("svm_stale", "frames of the secondary guest from before its RESUME: void"),
+    ("hold_overflow", "frames dropped during a checkpoint because too many were waiting"),
+    ("svm_stale", "frames that the secondary guest sent before it resumed after a checkpoint"),
 )
 
 
 class StatusError(ValueError):
-    """The document is not one; names the key."""
-
-
-_Check = Callable[[str, Any], None]
+    """The document is malformed; the text names the key."""
 
 
 def _fail(key: str, want: str, value: Any) -> StatusError:
@@ -46,51 +43,85 @@ def _fail(key: str, want: str, value: Any) -> StatusError:
     return StatusError(f"{key}: expected {want}, got {shown[:60]}")
 
 
-def _text(key: str, v: Any) -> None:
-    if not isinstance(v, str):
-        raise _fail(key, "a string", v)
+@dataclass(frozen=True, slots=True)
+class Field:
+    """A value of the document: its type, its meaning and its check.
+
+    `keys` are the fields of an object, `items` describes the elements of a list and the values of
+    a map. tests/docs/generate.py makes docs/reference/status.md of these.
+    """
+
+    type: str
+    meaning: str
+    check: Callable[[str, Any], None]
+    keys: Mapping[str, Field] = field(default_factory=dict)
+    items: Field | None = None
 
 
-def _one_of(*names: str) -> _Check:
+def _text(meaning: str = "") -> Field:
     def check(key: str, v: Any) -> None:
-        if not isinstance(v, str) or v not in names:
-            raise _fail(key, "one of " + ", ".join(names), v)
+        if not isinstance(v, str):
+            raise _fail(key, "a string", v)
 
-    return check
-
-
-def _count(key: str, v: Any) -> None:
-    if type(v) is not int or v < 0:
-        raise _fail(key, "a count", v)
+    return Field("string", meaning, check)
 
 
-def _number(key: str, v: Any) -> None:
-    if type(v) not in (int, float) or not math.isfinite(v):
-        raise _fail(key, "a finite number", v)
+def _one_of(names: Iterable[str], meaning: str) -> Field:
+    values = tuple(names)
+
+    def check(key: str, v: Any) -> None:
+        if not isinstance(v, str) or v not in values:
+            raise _fail(key, "one of " + ", ".join(values), v)
+
+    return Field(", ".join(f'"{n}"' for n in values), meaning, check)
 
 
-def _flag(key: str, v: Any) -> None:
-    if not isinstance(v, bool):
-        raise _fail(key, "true or false", v)
+def _count(meaning: str = "") -> Field:
+    def check(key: str, v: Any) -> None:
+        if type(v) is not int or v < 0:
+            raise _fail(key, "a count", v)
+
+    return Field("count", meaning, check)
 
 
-def _hex(key: str, v: Any) -> None:
-    _text(key, v)
-    try:
-        bytes.fromhex(v)
-    except ValueError:
-        raise _fail(key, "bytes in hexadecimal", v) from None
+def _number(meaning: str) -> Field:
+    def check(key: str, v: Any) -> None:
+        if type(v) not in (int, float) or not math.isfinite(v):
+            raise _fail(key, "a finite number", v)
+
+    return Field("number", meaning, check)
 
 
-def _or_null(inner: _Check) -> _Check:
+def _flag(meaning: str) -> Field:
+    def check(key: str, v: Any) -> None:
+        if not isinstance(v, bool):
+            raise _fail(key, "true or false", v)
+
+    return Field("boolean", meaning, check)
+
+
+def _hex(meaning: str) -> Field:
+    text = _text()
+
+    def check(key: str, v: Any) -> None:
+        text.check(key, v)
+        try:
+            bytes.fromhex(v)
+        except ValueError:
+            raise _fail(key, "bytes in hexadecimal", v) from None
+
+    return Field("bytes in hexadecimal", meaning, check)
+
+
+def _or_null(inner: Field) -> Field:
     def check(key: str, v: Any) -> None:
         if v is not None:
-            inner(key, v)
+            inner.check(key, v)
 
-    return check
+    return Field(f"{inner.type} or null", inner.meaning, check, inner.keys)
 
 
-def _object(**keys: _Check) -> _Check:
+def _object(meaning: str, **keys: Field) -> Field:
     """An object with at least these keys."""
 
     def check(key: str, v: Any) -> None:
@@ -100,201 +131,324 @@ def _object(**keys: _Check) -> _Check:
             name = f"{key}.{k}" if key else k
             if k not in v:
                 raise StatusError(f"{name}: missing")
-            inner(name, v[k])
+            inner.check(name, v[k])
 
-    return check
+    return Field("object", meaning, check, keys)
 
 
-def _map(inner: _Check) -> _Check:
+def _map(meaning: str, inner: Field) -> Field:
     """An object with any keys, all values alike."""
+    text = _text()
 
     def check(key: str, v: Any) -> None:
         if not isinstance(v, dict):
             raise _fail(key, "an object", v)
         for k, item in v.items():
-            _text(f"{key} (a key)", k)
-            inner(f"{key}.{k}", item)
+            text.check(f"{key} (a key)", k)
+            inner.check(f"{key}.{k}", item)
 
-    return check
+    return Field("map", meaning, check, items=inner)
 
 
-def _list(inner: _Check, length: int | None = None) -> _Check:
+def _list(meaning: str, inner: Field, length: int | None = None) -> Field:
     def check(key: str, v: Any) -> None:
         if not isinstance(v, list):
             raise _fail(key, "a list", v)
         if length is not None and len(v) != length:
             raise StatusError(f"{key}: expected {length} entries, got {len(v)}")
         for i, item in enumerate(v):
-            inner(f"{key}[{i}]", item)
+            inner.check(f"{key}[{i}]", item)
 
-    return check
-
-
-def _schema(key: str, v: Any) -> None:
-    if type(v) is not int or v != SCHEMA:
-        raise _fail(key, f"{SCHEMA} (this release's schema)", v)
+    return Field("list" if length is None else f"list of {length}", meaning, check, items=inner)
 
 
-_CHECKS: dict[str, _Check] = {
-    "schema": _schema,
-    "pair": _text,
-    "role": _one_of(*Role),
-    "state": _one_of(*State),
-    "reason": _text,
-    "since": _number,
-    "epoch": _count,
-    "mode": _one_of(*(m.name.lower() for m in abi.Mode)),
-    "hook": _one_of("xdp", "tc", ""),
-    "events": _one_of("ring", "perf", ""),
-    "paused": _flag,
+def _schema(meaning: str) -> Field:
+    def check(key: str, v: Any) -> None:
+        if type(v) is not int or v != SCHEMA:
+            raise _fail(key, f"{SCHEMA} (this release's schema)", v)
+
+    return Field("count", meaning, check)
+
+
+_REFUSED = {
+    "stranger": "not a heartbeat datagram of this version",
+    "other_pair": "of another pair, which may share the link",
+    "other_key": "signed under the key of another connection",
+    "forged": "the signature is wrong",
+    "own": "sent by this host itself",
+    "replayed": "its counter was used before, or is too old to tell",
+}
+
+FIELDS: dict[str, Field] = {
+    "schema": _schema(f"version of this document; {SCHEMA} in this release"),
+    "pair": _text("name of the pair"),
+    "role": _one_of(Role, "which guest this host runs now"),
+    "state": _one_of(State, "state of the pair as this host sees it"),
+    "reason": _text("why the pair is in this state, in one sentence"),
+    "since": _number("Unix time of the last change of state, in seconds"),
+    "epoch": _count("number of the checkpoint from which both guests started"),
+    "mode": _one_of((m.name.lower() for m in abi.Mode), "mode of the data path"),
+    "hook": _one_of(
+        ("xdp", "tc", ""), 'where the SVM\'s output is intercepted; "": no program is loaded'
+    ),
+    "events": _one_of(
+        ("ring", "perf", ""), 'buffer that carries frames to the controller; "": none is loaded'
+    ),
+    "paused": _flag("failover decisions are left to an operator"),
     "active": _object(
-        transmitting=_flag,
-        undecided=_flag,
-        lease=_one_of("", "held", "promised", "none"),
-        remaining_s=_or_null(_number),
-        sync=_one_of(*(b.name.lower() for b in abi.SyncState)),
-    ),
-    "port": _one_of("", *PORT_STATES),
-    "qemu": _object(connected=_flag, version=_text, accel=_text, gone=_flag),
-    "peer": _object(
-        connected=_flag,
-        silent_ms=_or_null(_number),
-        state=_text,
-        rtt_us=_number,
-        gone=_flag,
-        ending=_one_of(*Ending),
-    ),
-    "heartbeat_links": _list(
-        _object(
-            name=_text,
-            silent_ms=_or_null(_number),
-            echo_age_ms=_or_null(_number),
-            rtt_us=_number,
-            sent=_count,
-            received=_count,
-            refused=_object(**dict.fromkeys(REFUSALS, _count)),
-            trouble=_text,
-        )
-    ),
-    "data_path": _object(trouble=_text, restored=_count, silent_checkpoints=_count),
-    "programs": _map(_map(_list(_count, 2))),
-    "engine": _map(_count),
-    "held": _object(packets=_count, bytes=_count, limit=_count),
-    "wait": _object(buckets=_list(_count, len(WAIT_BUCKETS) + 1), sum=_number),
-    "offload": _object(
-        waits=_list(_count, len(OFFLOAD_WAIT_BUCKETS) + 1),
-        buffers=_count,
-        waiting=_count,
-        forgotten=_count,
-    ),
-    "flows": _object(tracked=_count, opening=_count, limit=_count, translated=_count, aged=_count),
-    "checkpoints": _object(
-        total=_count,
-        failed=_count,
-        delayed=_count,
-        delay_s=_number,
-        folded=_count,
-        by_cause=_map(_count),
-        last=_or_null(
-            _object(cause=_text, detail=_text, pause_ms=_number, total_ms=_number, at=_number)
+        "whether this host's guest reaches the network, and by which right",
+        transmitting=_flag("the guest reaches the network"),
+        undecided=_flag(
+            "nothing was pinned when the controller started, so it is not decided yet "
+            "whether the guest may transmit"
+        ),
+        lease=_one_of(
+            ("", "held", "promised", "none"),
+            "with a lease as the arbiter: the lease is held, or the other host promises to stay "
+            'silent, or neither; "": the arbiter is not a lease',
+        ),
+        remaining_s=_or_null(
+            _number("seconds for which the right holds; null: the arbiter is not a lease")
+        ),
+        sync=_one_of(
+            (b.name.lower() for b in abi.SyncState),
+            "what the guest is to the other one: nothing is known (none), a checkpoint was "
+            "confirmed and nobody has run alone since (in_sync), it has run alone (standalone)",
         ),
     ),
-    "ring": _object(lost=_count, capacity_bytes=_count),
-    "inject": _object(sent=_count, failed=_count),
-    "history": _list(_object(at=_number, state=_one_of(*State), reason=_text)),
-    "divergences": _list(
+    "port": _one_of(
+        ("", *PORT_STATES), 'state of the tap as a bridge port; "": the tap is in no bridge'
+    ),
+    "qemu": _object(
+        "this host's QEMU",
+        connected=_flag("QMP is connected"),
+        version=_text("version of QEMU"),
+        accel=_text('"kvm" or "tcg"; "": not known'),
+        gone=_flag("this host's guest is lost"),
+    ),
+    "peer": _object(
+        "the other host's controller",
+        connected=_flag("the control channel is up"),
+        silent_ms=_or_null(_number("time since its last message, in ms; null: there was none")),
+        state=_text("the state that it reported last"),
+        rtt_us=_number("round-trip time of the last heartbeat on the control channel, in µs"),
+        gone=_flag("it reported that its data path is shut, so its guest is certainly silent"),
+        ending=_one_of(
+            Ending,
+            "how the silence on the control channel began: its host closed the connection, "
+            "acknowledged data that nobody answered, acknowledged nothing any more, or the "
+            'controller was stopped on purpose; "": not known',
+        ),
+    ),
+    "heartbeat_links": _list(
+        "the links that carry heartbeats in addition to the control channel",
         _object(
-            cause=_text,
-            flow=_text,
-            proto=_text,
-            port=_count,
-            rule=_text,
-            asked=_flag,
-            offset=_count,
-            at_index=_count,
-            pvm=_hex,
-            svm=_hex,
-        )
+            "",
+            name=_text("name of the link"),
+            silent_ms=_or_null(
+                _number("time since the last heartbeat, in ms; null: there was none")
+            ),
+            echo_age_ms=_or_null(
+                _number(
+                    "age of the newest of this host's heartbeats that the peer has "
+                    "acknowledged on this link, in ms; null: none"
+                )
+            ),
+            rtt_us=_number("round-trip time of the last heartbeat, in µs"),
+            sent=_count("heartbeats sent"),
+            received=_count("heartbeats accepted"),
+            refused=_object(
+                "datagrams that were not accepted, by reason",
+                **{name: _count(_REFUSED[name]) for name in REFUSALS},
+            ),
+            trouble=_text('why the link cannot be used; "": it can'),
+        ),
+    ),
+    "data_path": _object(
+        "whether devices and programs are complete",
+        trouble=_text('what is missing or does not arrive; "": the data path is whole'),
+        restored=_count("programs and devices that were missing and have been restored"),
+        silent_checkpoints=_count(
+            "consecutive checkpoints for waiting output during which no frame of the SVM arrived"
+        ),
+    ),
+    "programs": _map(
+        "for each program and reason, [packets, bytes]; see reasons.md",
+        _map("", _list("", _count(), 2)),
+    ),
+    "engine": _map("counters of the compare engine, by name; see metrics.md", _count()),
+    "held": _object(
+        "frames that wait: on the primary host frames of the PVM, on the secondary host what a "
+        "checkpoint holds",
+        packets=_count("number of frames"),
+        bytes=_count("their bytes"),
+        limit=_count("limit of `packets`"),
+    ),
+    "wait": _object(
+        "how long frames of the PVM were held by the controller",
+        buckets=_list(
+            "frames per bucket of WAIT_BUCKETS, not cumulative; the last one counts what is above",
+            _count(),
+            len(WAIT_BUCKETS) + 1,
+        ),
+        sum=_number("sum of the waiting times, in seconds"),
+    ),
+    "offload": _object(
+        "the fast path",
+        waits=_list(
+            "as wait.buckets, with the bounds OFFLOAD_WAIT_BUCKETS",
+            _count(),
+            len(OFFLOAD_WAIT_BUCKETS) + 1,
+        ),
+        buffers=_count("number of buffers: connections that can wait at the same time"),
+        waiting=_count("buffers in use"),
+        forgotten=_count("connections removed after long disuse"),
+    ),
+    "flows": _object(
+        "tracked connections",
+        tracked=_count("number of connections"),
+        opening=_count("handshakes of the SVM in progress, in addition"),
+        limit=_count("limit of `tracked`"),
+        translated=_count("connections of the SVM whose sequence numbers are translated"),
+        aged=_count("connections removed because of their age"),
+    ),
+    "checkpoints": _object(
+        "checkpoints since the controller started",
+        total=_count("completed"),
+        failed=_count("not completed"),
+        delayed=_count("delayed to keep within checkpoint.share"),
+        delay_s=_number("sum of these delays, in seconds"),
+        folded=_count("requests that were served by a checkpoint already requested"),
+        by_cause=_map("completed, by cause", _count()),
+        last=_or_null(
+            _object(
+                "the last one; null: there was none",
+                cause=_text("its cause; see reasons.md"),
+                detail=_text("what exactly caused it"),
+                pause_ms=_number("how long the PVM was stopped, in ms"),
+                total_ms=_number("time from the request to the end, in ms"),
+                at=_number("Unix time, in seconds"),
+            )
+        ),
+    ),
+    "ring": _object(
+        "the event buffer",
+        lost=_count("frames that did not fit"),
+        capacity_bytes=_count("its size"),
+    ),
+    "inject": _object(
+        "frames that the controller released to the kernel",
+        sent=_count("frames that the kernel accepted"),
+        failed=_count("frames that the kernel refused"),
+    ),
+    "history": _list(
+        "changes of state, oldest first",
+        _object(
+            "",
+            at=_number("Unix time, in seconds"),
+            state=_one_of(State, "the new state"),
+            reason=_text("why"),
+        ),
+    ),
+    "divergences": _list(
+        "the last differences between the guests, oldest first",
+        _object(
+            "",
+            cause=_text("kind of the difference; see reasons.md"),
+            flow=_text("the flow, as text"),
+            proto=_text("its protocol"),
+            port=_count("port of the service; 0: there is none"),
+            rule=_text("rule of the policy that judged the flow"),
+            asked=_flag("it counted as a reason for a checkpoint; false: the flow is only watched"),
+            offset=_count("position in the stream or datagram"),
+            at_index=_count("index of the first differing byte in `pvm` and `svm`"),
+            pvm=_hex("bytes of the PVM around the difference"),
+            svm=_hex("bytes of the SVM around the difference"),
+        ),
     ),
     "rules": _list(
-        _object(name=_text, action=_text, flows=_count, uncompared=_count, differences=_count)
+        "the rules of the policy in their order, then former ones",
+        _object(
+            "",
+            name=_text("name of the rule"),
+            action=_text('its action; "": the rule is no longer in force'),
+            flows=_count("connections and datagram flows under it"),
+            uncompared=_count("frames that left uncompared"),
+            differences=_count("differences found"),
+        ),
     ),
-    "failures": _list(_text),
-    "last_failover": _or_null(_object(gap_ms=_number, took_ms=_number)),
+    "failures": _list("the last internal errors", _text()),
+    "last_failover": _or_null(
+        _object(
+            "the last switchover; null: there was none",
+            gap_ms=_number("how long the network received nothing from the guest, in ms"),
+            took_ms=_number("duration of the switchover, in ms"),
+        )
+    ),
 }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Status:
-    """One controller's status.
+    """One controller's status. FIELDS has the meaning of each key.
 
-    since, history[].at, checkpoints.last.at: unix time, s; wait.sum: s; ring.capacity_bytes,
-    held.bytes: bytes. wait.buckets are not cumulative: one count per bound of WAIT_BUCKETS and
-    one for what is above. Counters begin at 0 with the controller, those of `programs` with the
-    data path. What only the other role has is zero.
+    Counters begin at 0 with the controller, those of `programs` with the data path. What only the
+    other role has is zero.
     """
 
     schema: int
     pair: str
     role: str
     state: str
-    reason: str  # one sentence
+    reason: str
     since: float
     epoch: int
-    mode: str  # of the data path: abi.Mode, lower case
-    hook: str  # "xdp" or "tc"; "": not loaded
-    events: str  # "ring" or "perf"; "": not loaded
+    mode: str
+    hook: str
+    events: str
     paused: bool
-    #: whether the network hears the guest; undecided: nobody has said yet that it may; by which
-    #: right and how long, if a lease is the arbiter (promised: the other host keeps silent); bond:
-    #: what it is to the other guest (abi.Bond)
     active: dict[str, Any]
-    port: str  # of the tap's bridge: PORT_STATES; "": it is in none
+    port: str
     qemu: dict[str, Any]
-    peer: dict[str, Any]  # silent_ms: null when it has never spoken; ending: of the channel
-    heartbeat_links: list[dict[str, Any]]  # of heartbeats, besides the control channel; null: never
-    #: trouble: why the data path is not whole, "": it is; restored: programs and devices that were
-    #: put back; silent_checkpoints: in a row, for output that waited, with no frame of the SVM
+    peer: dict[str, Any]
+    heartbeat_links: list[dict[str, Any]]
     data_path: dict[str, Any]
-    programs: dict[str, dict[str, list[int]]]  # {program: {reason: [packets, bytes]}}
+    programs: dict[str, dict[str, list[int]]]
     engine: dict[str, int]
     held: dict[str, int]
     wait: dict[str, Any]
-    #: waits: as wait.buckets, of OFFLOAD_WAIT_BUCKETS; waiting: of the buffers
     offload: dict[str, Any]
     flows: dict[str, int]
-    #: last: null before the first; delayed: had to wait for checkpoint.share, delay_s in all;
-    #: folded: requests that came while one was wanted
     checkpoints: dict[str, Any]
     ring: dict[str, int]
     inject: dict[str, int]
-    history: list[dict[str, Any]]  # oldest first
-    divergences: list[dict[str, Any]]  # oldest first; pvm, svm: hexadecimal
-    rules: list[dict[str, Any]]  # in their order; action "": a former one
+    history: list[dict[str, Any]]
+    divergences: list[dict[str, Any]]
+    rules: list[dict[str, Any]]
     failures: list[str]
-    last_failover: dict[str, float] | None  # of the last planned one
+    last_failover: dict[str, float] | None
 
     def to_json(self) -> dict[str, Any]:
-        """The document; shares its parts with this object."""
+        """Return the document; it shares its parts with this object."""
         return {f.name: getattr(self, f.name) for f in fields(self)}
 
     @classmethod
     def from_json(cls, document: Mapping[str, Any]) -> Status:
-        """The status of a document; unknown keys are ignored.
+        """Parse a document; unknown keys are ignored.
 
-        Raises StatusError, naming the key, when it is malformed.
+        Raises StatusError, which names the key, if it is malformed.
         """
         if not isinstance(document, Mapping):
             raise _fail("document", "an object", document)
-        for key, check in _CHECKS.items():
+        for key, f in FIELDS.items():
             if key not in document:
                 raise StatusError(f"{key}: missing")
-            check(key, document[key])
-        return cls(**{key: document[key] for key in _CHECKS})
+            f.check(key, document[key])
+        return cls(**{key: document[key] for key in FIELDS})
 
 
 def empty(pair: str, role: str) -> Status:
-    """A status with every counter there is, at zero."""
+    """Return a status with every counter at zero."""
     names = COUNTERS if role == Role.PRIMARY else SECONDARY_COUNTERS
     return Status(
         schema=SCHEMA,

@@ -37,69 +37,151 @@ Document = dict[str, Any]
 
 #: name -> (kind, help, labels beyond `pair` and `role`); the dashboard and the alerts use these.
 METRICS: dict[str, tuple[str, str, tuple[str, ...]]] = {
-    "build_info": ("gauge", "1; version of the controller", ("version", "kernel", "abi")),
-    "state": ("gauge", "1 for the state the pair is in as this host sees it", ("state",)),
-    "state_since_seconds": ("gauge", "unix time of the last change of state", ()),
-    "epoch": ("gauge", "number of the checkpoint both guests started from", ()),
-    "paused": ("gauge", "1 while failover decisions are left to people", ()),
+    "build_info": (
+        "gauge",
+        "always 1; the labels are the versions of the controller, the kernel and the BPF interface",
+        ("version", "kernel", "abi"),
+    ),
+    "state": (
+        "gauge",
+        "1 for the state of the pair as this host sees it, 0 for all others",
+        ("state",),
+    ),
+    "state_since_seconds": ("gauge", "Unix time of the last change of state", ()),
+    "epoch": ("gauge", "number of the checkpoint from which both guests started", ()),
+    "paused": ("gauge", "1 while failover decisions are left to an operator", ()),
     "active": ("gauge", "1 while this host's guest reaches the network", ()),
-    "lease_remaining_seconds": ("gauge", "how long it still may; -1: no lease is the arbiter", ()),
-    "packets": ("counter", "frames by program and what became of them", ("program", "reason")),
-    "bytes": ("counter", "bytes by program and what became of them", ("program", "reason")),
-    "engine_events": ("counter", "decisions of the compare engine by kind", ("event",)),
-    "rule_flows": ("gauge", "connections and datagram flows under each policy rule", ("rule",)),
+    "lease_remaining_seconds": (
+        "gauge",
+        "how long this host's guest may still transmit; -1: the arbiter is not a lease",
+        (),
+    ),
+    "packets": ("counter", "frames, by program and by what became of them", ("program", "reason")),
+    "bytes": ("counter", "bytes, by program and by what became of them", ("program", "reason")),
+    "engine_events": ("counter", "decisions of the compare engine, by kind", ("event",)),
+    "rule_flows": (
+        "gauge",
+        "connections and datagram flows under each rule of the policy",
+        ("rule",),
+    ),
     "rule_uncompared": ("counter", "frames that left uncompared, by rule", ("rule",)),
     "rule_differences": ("counter", "differences found, by rule", ("rule",)),
-    "checkpoints": ("counter", "checkpoints by cause", ("cause",)),
-    "mismatches": ("counter", "divergences found by cause, those of one epoch each", ("cause",)),
+    "checkpoints": ("counter", "completed checkpoints, by cause", ("cause",)),
+    "mismatches": (
+        "counter",
+        "reasons for a checkpoint that the compare engine found, by cause; the first one of an "
+        "epoch requests it",
+        ("cause",),
+    ),
     "checkpoints_failed": ("counter", "checkpoints that did not complete", ()),
-    "checkpoints_delayed": ("counter", "checkpoints that had to wait for their share of time", ()),
-    "checkpoint_delay_seconds": ("counter", "how long they waited in all", ()),
-    "checkpoint_requests_folded": ("counter", "requests that another one's checkpoint served", ()),
-    "last_checkpoint_pause_seconds": ("gauge", "how long the PVM stood still", ()),
-    "last_checkpoint_timestamp_seconds": ("gauge", "unix time of the last checkpoint", ()),
-    "held_packets": ("gauge", "PVM frames that wait for their twin", ()),
-    "held_bytes": ("gauge", "bytes of the PVM frames that wait", ()),
-    "held_packets_limit": ("gauge", "max_queue_size", ()),
-    "wait_seconds": ("histogram", "time from capture to release of a PVM frame", ()),
-    "offload_wait_seconds": ("histogram", "time that bytes waited in the kernel's fast path", ()),
-    "offload_buffers": ("gauge", "connections that may wait in the fast path at a time", ()),
-    "offload_buffers_waiting": ("gauge", "connections of which something waits in it", ()),
-    "offload_expired": ("counter", "connections unused for long that it has forgotten", ()),
-    "flows": ("gauge", "connections tracked", ()),
-    "flows_opening": ("gauge", "handshakes of the SVM under way, beside those", ()),
-    "flows_limit": ("gauge", "room for connections", ()),
-    "flows_translated": ("gauge", "connections of the SVM with an offset", ()),
-    "ring_lost": ("counter", "frames that did not fit into the event buffer", ()),
+    "checkpoints_delayed": (
+        "counter",
+        "checkpoints that were delayed to keep within checkpoint.share",
+        (),
+    ),
+    "checkpoint_delay_seconds": ("counter", "total time for which checkpoints were delayed", ()),
+    "checkpoint_requests_folded": (
+        "counter",
+        "requests that were served by a checkpoint already requested",
+        (),
+    ),
+    "last_checkpoint_pause_seconds": ("gauge", "how long the last checkpoint stopped the PVM", ()),
+    "last_checkpoint_timestamp_seconds": ("gauge", "Unix time of the last checkpoint", ()),
+    "held_packets": ("gauge", "frames of the PVM that wait for their counterpart", ()),
+    "held_bytes": ("gauge", "bytes in the frames of the PVM that wait", ()),
+    "held_packets_limit": ("gauge", "limit of held_packets (max_queue_size)", ()),
+    "wait_seconds": (
+        "histogram",
+        "time from the capture of a frame of the PVM to its release by the controller",
+        (),
+    ),
+    "offload_wait_seconds": ("histogram", "time that bytes waited in the fast path", ()),
+    "offload_buffers": (
+        "gauge",
+        "number of connections that can wait in the fast path at the same time",
+        (),
+    ),
+    "offload_buffers_waiting": (
+        "gauge",
+        "connections of which something waits in the fast path now",
+        (),
+    ),
+    "offload_expired": ("counter", "connections removed from the fast path after long disuse", ()),
+    "flows": ("gauge", "tracked connections", ()),
+    "flows_opening": (
+        "gauge",
+        "handshakes of the SVM in progress, in addition to the tracked connections",
+        (),
+    ),
+    "flows_limit": ("gauge", "limit of tracked connections", ()),
+    "flows_translated": (
+        "gauge",
+        "connections of the SVM whose sequence numbers are translated",
+        (),
+    ),
+    "ring_lost": (
+        "counter",
+        "frames that did not fit into the event buffer; each loss costs a checkpoint",
+        (),
+    ),
     "ring_capacity_bytes": ("gauge", "size of the event buffer", ()),
-    "inject_failed": ("counter", "frames that the kernel did not take back", ()),
+    "inject_failed": (
+        "counter",
+        "frames that the kernel refused when the controller released them",
+        (),
+    ),
     "peer_up": ("gauge", "1 while the control channel to the peer is up", ()),
-    "peer_silent_seconds": ("gauge", "time since the peer's last word; -1: never", ()),
-    "peer_round_trip_seconds": ("gauge", "round trip of the last heartbeat", ()),
+    "peer_silent_seconds": (
+        "gauge",
+        "time since the last message of the peer; -1: there was none",
+        (),
+    ),
+    "peer_round_trip_seconds": (
+        "gauge",
+        "round-trip time of the last heartbeat on the control channel",
+        (),
+    ),
     "heartbeat_link_silent_seconds": (
         "gauge",
-        "time since the last beacon on a path; -1: never",
+        "time since the last heartbeat received on the link; -1: there was none",
         ("link",),
     ),
     "heartbeat_link_echo_age_seconds": (
         "gauge",
-        "age of our newest beacon that the peer has heard there; -1: none",
+        "age of the newest of this host's heartbeats that the peer has acknowledged on the "
+        "link; -1: none",
         ("link",),
     ),
-    "heartbeat_link_round_trip_seconds": ("gauge", "round trip of the last beacon", ("link",)),
-    "heartbeat_link_sent": ("counter", "beacons sent", ("link",)),
-    "heartbeat_link_received": ("counter", "beacons taken", ("link",)),
+    "heartbeat_link_round_trip_seconds": (
+        "gauge",
+        "round-trip time of the last heartbeat on the link",
+        ("link",),
+    ),
+    "heartbeat_link_sent": ("counter", "heartbeats sent on the link", ("link",)),
+    "heartbeat_link_received": ("counter", "heartbeats accepted on the link", ("link",)),
     "heartbeat_link_refused": (
         "counter",
-        "datagrams not taken for beacons, by reason",
+        "datagrams on the link that were not accepted as heartbeats, by reason",
         ("link", "reason"),
     ),
-    "data_path_whole": ("gauge", "0 while devices or programs are missing, or nothing arrives", ()),
-    "data_path_restored": ("counter", "programs and devices that were gone and put back", ()),
-    "silent_checkpoints": ("gauge", "in a row, with no frame of the secondary guest", ()),
+    "data_path_whole": (
+        "gauge",
+        "0 while a device or a program is missing, or nothing arrives from the peer",
+        (),
+    ),
+    "data_path_restored": (
+        "counter",
+        "programs and devices that were missing and have been restored",
+        (),
+    ),
+    "silent_checkpoints": (
+        "gauge",
+        "consecutive checkpoints during which no frame of the SVM arrived",
+        (),
+    ),
     "qemu_up": ("gauge", "1 while QMP to this host's QEMU is connected", ()),
-    "scrape_errors": ("counter", "scrapes that could not be answered from fresh numbers", ()),
-    "scrape_duration_seconds": ("gauge", "time the last scrape took", ()),
+    "scrape_errors": ("counter", "scrapes that could not be answered with fresh numbers", ()),
+    "scrape_duration_seconds": ("gauge", "duration of the last scrape", ()),
 }
 
 
@@ -221,21 +303,21 @@ class Collector:
             history.add_metric(base, buckets, seconds)  # the kernel keeps no sum
             yield history
 
-    def _link_families(self, paths: list[Document], base: list[str]) -> Iterator[Metric]:
+    def _link_families(self, links: list[Document], base: list[str]) -> Iterator[Metric]:
         for name, field, scale in (
             ("heartbeat_link_silent_seconds", "silent_ms", 1e-3),
-            ("heartbeat_link_echo_age_seconds", "unheard_ms", 1e-3),
+            ("heartbeat_link_echo_age_seconds", "echo_age_ms", 1e-3),
             ("heartbeat_link_round_trip_seconds", "rtt_us", 1e-6),
             ("heartbeat_link_sent", "sent", 1),
             ("heartbeat_link_received", "received", 1),
         ):  # fmt: skip
             f = self._family(name)
-            for p in paths:
+            for p in links:
                 value = p[field]
                 f.add_metric([*base, p["name"]], -1.0 if value is None else value * scale)
             yield f
         f = self._family("heartbeat_link_refused")
-        for p in paths:
+        for p in links:
             for reason, n in p["refused"].items():
                 f.add_metric([*base, p["name"], reason], n)
         yield f

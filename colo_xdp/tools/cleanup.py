@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Takes everything of a pair off this host, and nothing else.
+"""Remove everything of a pair from this host, and nothing else (`colo-xdp cleanup`).
 
-What is pinned may be all that keeps a guest silent, so it goes only from under a guest that speaks
-by right, and alone: else two guests could speak, or one that lacks what the other has said.
+The pinned data path may be all that keeps a guest silent. It is therefore removed only under a
+guest that is entitled to transmit, standalone: otherwise two guests could transmit, or one that
+lacks what the other one has sent.
 """
 
 from __future__ import annotations
@@ -23,21 +24,21 @@ class StillRunning(RuntimeError):
 
 
 class GuestWouldTransmit(RuntimeError):
-    """A guest that has no right to speak alone would, without what is pinned."""
+    """A guest that is not entitled to run standalone would transmit without the pins."""
 
 
 @dataclass(frozen=True, slots=True)
 class Pinned:
-    """What the last controller has left, and whether a QEMU is there."""
+    """State that the last controller left behind, and whether a QEMU is running."""
 
-    role: str  # of the guest that this host runs now
+    role: str  # of the guest that this host currently runs
     mode: Mode
-    lease_expiry: int  # CLOCK_BOOTTIME, ns; 0: no lease is the arbiter
+    lease_expiry: int  # CLOCK_BOOTTIME, ns; 0: the arbiter is not a lease
     in_use: bool  # a QEMU holds the tap
 
 
 def refusal(p: Pinned, now_ns: int) -> str:
-    """Why the guest must not be let go, as a sentence; "" if it may.
+    """Return why the guest must not be released, as a sentence; "" if it may.
 
     `now_ns`: CLOCK_BOOTTIME.
     """
@@ -45,20 +46,24 @@ def refusal(p: Pinned, now_ns: int) -> str:
         return ""
     if p.mode is Mode.DROP:
         return (
-            "the guest here is shut in, and its QEMU lives: the other host's guest may be speaking"
+            "the guest here is kept off the network and its QEMU lives: the other host's guest may "
+            "be transmitting"
         )
     if p.mode in (Mode.RUN, Mode.CHECKPOINT):
         if p.role == "primary":
             return (
                 "the guest here is compared with a copy on the other host, which could take over "
-                "later without what this one says alone: first `colo-xdp failover`, with the "
-                "controller running"
+                "later without what this guest sends standalone: run `colo-xdp failover` first, "
+                "with the controller running"
             )
-        return "the guest here is a copy that is shut in, and its QEMU lives: end it first"
+        return (
+            "the guest here is a copy that is kept off the network, and its QEMU lives: end it "
+            "first"
+        )
     if p.lease_expiry and now_ns >= p.lease_expiry:
         return (
-            "the guest here has no lease, and its QEMU lives: the other host's guest may be "
-            "speaking"
+            "the guest here has no lease and its QEMU lives: the other host's guest may be "
+            "transmitting"
         )
     return ""
 
@@ -90,17 +95,17 @@ def _served(sock: Path) -> bool:
 
 
 def cleanup(pair: str, bpffs: str, run_dir: str, *, force: bool = False) -> list[str]:
-    """Detach programs, remove pins and the control socket; one line for each thing removed.
+    """Detach programs, remove pins and the control socket; return a line per removed item.
 
-    A tap that a controller has put into a bridge leaves it, unless its guest speaks by right.
-    Idempotent. Raises StillRunning while a controller of the pair runs, GuestWouldSpeak unless
-    `force`.
+    A tap that a controller added to a bridge is taken out, unless its guest is entitled to
+    transmit. Idempotent. Raises StillRunning while a controller of the pair runs,
+    GuestWouldTransmit unless `force`.
     """
     gone: list[str] = []
     roles = ("primary", "secondary")
     for role in roles:
         if is_running(run_dir, bpffs, pair, role) or _served(Path(run_dir) / f"{pair}.{role}.sock"):
-            raise StillRunning(f"the {role}'s controller of {pair} still runs: stop it first")
+            raise StillRunning(f"the {role}'s controller of {pair} is still running: stop it first")
     found = {role: _pinned(loader.pin_dir(bpffs, pair, role), role) for role in roles}
     why = {role: refusal(p, boot_ns()) for role, p in found.items() if p is not None}
     for text in why.values():

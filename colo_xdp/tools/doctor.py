@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Preflight: what would stop a pair on this host, found before anything depends on it."""
+"""Check what would keep a pair from working on this host, before anything depends on it.
+
+`colo-xdp doctor` prints the findings; nothing is changed.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,7 @@ MIN_KERNEL = (5, 4)
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One finding; `remedy` is what to do about it."""
+    """One finding; `remedy` says what to do about it."""
 
     name: str
     level: int
@@ -34,7 +37,7 @@ class Check:
 
 
 def examine(path: Path) -> Iterator[Check]:
-    """All checks for one config file, in the order in which they matter."""
+    """Run all checks for one config file, in the order in which they matter."""
     try:
         config = load(path)
     except (ConfigError, OSError) as e:
@@ -81,7 +84,7 @@ def _compiler(config: Config) -> Iterator[Check]:
 
 
 def _offloads(offers: frozenset[str]) -> Iterator[Check]:
-    """`offers`: of qmp.HOST_OFFLOADS, what the guest may use."""
+    """Check what becomes of offloads that the guest may use (`offers`, of qmp.HOST_OFFLOADS)."""
     from ..datapath import btf
 
     why = btf.why_not()
@@ -90,10 +93,10 @@ def _offloads(offers: frozenset[str]) -> Iterator[Check]:
             btf.kernel_flags()
         except (btf.BtfError, OSError) as e:
             why = str(e)
-    # What a tunnel's inner frame is to be cut by is carried nowhere; how UDP is, where BTF tells.
+    # A tunnel's inner segment size is carried nowhere; UDP's is, where BTF is available.
     lost = sorted(n for n in offers if n.startswith("host_tunnel") or why)
     if lost:
-        yield Check("offloads", WARN, f"{', '.join(lost)}: what the guest sends with it is dropped"
+        yield Check("offloads", WARN, f"{', '.join(lost)}: frames that use it are dropped"
                     + (f" ({why})" if why else ""),
                     f"-device virtio-net-pci,...,{','.join(f'{n}=off' for n in lost)}")  # fmt: skip
     elif why:
@@ -110,7 +113,7 @@ def _bpffs(config: Config) -> Iterator[Check]:
     if syscall.is_bpffs(where):
         yield Check("bpffs", OK, where)
     else:
-        yield Check("bpffs", WARN, f"{where} is not mounted", "`run` mounts it; or add it to fstab")
+        yield Check("bpffs", WARN, f"{where} is not mounted", "`run` mounts it, or add it to fstab")
 
 
 def _devices(config: Config) -> Iterator[Check]:
@@ -131,36 +134,36 @@ def _devices(config: Config) -> Iterator[Check]:
     if config.role == "secondary":
         if tap.master:
             yield Check("isolation", FAIL, f"{net.tap} is in a bridge",
-                        f"ip link set {net.tap} nomaster: it joins at failover")  # fmt: skip
+                        f"ip link set {net.tap} nomaster; it joins at failover")  # fmt: skip
         try:
             yield Check("hook", OK, choose_hook(net.hook, tap))
         except DataPathError as e:
             yield Check("hook", FAIL, str(e))
         if not net.bridge:
-            yield Check("bridge", WARN, "none: after a failover the host has to route the guest")
+            yield Check("bridge", WARN, "none: after a failover the host must route for the guest")
     elif tap.master and not _decided(config):
         yield Check(
-            "isolation", WARN, f"{net.tap} is in a bridge, and no controller has decided that its "
-            "guest may speak: after a boot it does, whoever else speaks",
-            f"ip link set {net.tap} nomaster, and [network] bridge: the controller puts it there",
+            "isolation", WARN, f"{net.tap} is in a bridge, but no controller has allowed its guest "
+            "to transmit: after a boot it transmits even if the other guest does",
+            f"ip link set {net.tap} nomaster, and set [network] bridge: the controller adds it",
         )  # fmt: skip
     elif not tap.master and not net.bridge:
-        yield Check("bridge", WARN, f"{net.tap} is in none, and nobody puts it into one",
+        yield Check("bridge", WARN, f"{net.tap} is in no bridge, and none is configured",
                     "[network] bridge")  # fmt: skip
     yield from _spanning_tree(net.bridge, tap)
     if tap.xdp_prog_id and not attach.is_ours(tap.xdp_prog_id):
         name = syscall.prog_info_by_id(tap.xdp_prog_id).name
-        yield Check("XDP", FAIL, f"{net.tap} has a program of somebody else ({name})", "remove it")
+        yield Check("XDP", FAIL, f"{net.tap} has a program of another tool ({name})", "remove it")
     try:
         peer = attach.link_info(net.peer_link)
     except attach.NoSuchDevice as e:
         if net.vxlan_remote:
-            yield Check("peer link", OK, f"{net.peer_link}: a VXLAN that `run` makes")
+            yield Check("peer link", OK, f"{net.peer_link}: a VXLAN that `run` creates")
         else:
             yield Check("peer link", FAIL, str(e))
         return
     if net.vxlan_remote and peer.kind != "vxlan":
-        yield Check("peer link", FAIL, f"{net.peer_link} exists and is no VXLAN ({peer.kind})",
+        yield Check("peer link", FAIL, f"{net.peer_link} exists and is not a VXLAN ({peer.kind})",
                     "another name for [network] peer_link, or no vxlan_remote")  # fmt: skip
     if not peer.up:
         yield Check(
@@ -174,7 +177,7 @@ def _devices(config: Config) -> Iterator[Check]:
 
 
 def _spanning_tree(bridge: str, tap: LinkInfo) -> Iterator[Check]:
-    """A port that has just joined a bridge with STP listens and learns before it forwards."""
+    """Check STP: a port that has just joined a bridge listens and learns before it forwards."""
     from ..datapath import attach
 
     if bridge:
@@ -191,7 +194,7 @@ def _spanning_tree(bridge: str, tap: LinkInfo) -> Iterator[Check]:
             )  # fmt: skip
         elif stp and delay:
             yield Check(
-                "bridge", WARN, f"a daemon does STP on {bridge}: the tap has to forward at once",
+                "bridge", WARN, f"a daemon runs STP on {bridge}: the tap must forward at once",
                 f"mstpctl setportadminedge {bridge} {tap.name} yes, whenever the tap joins",
             )  # fmt: skip
         else:
@@ -199,11 +202,11 @@ def _spanning_tree(bridge: str, tap: LinkInfo) -> Iterator[Check]:
     state = attach.port_state(tap.name)
     if state in attach.PORT_WAITS:
         yield Check("bridge", FAIL, f"{tap.name} is {state} in its bridge: the guest is cut off",
-                    "STP has to let it forward, or off with it")  # fmt: skip
+                    "let STP forward on this port, or turn STP off")  # fmt: skip
 
 
 def _decided(config: Config) -> bool:
-    """Whether a controller has pinned here that the primary's guest may speak."""
+    """Return whether a controller has pinned here that the primary's guest may transmit."""
     from ..abi import Cfg, Mode
     from ..datapath import loader
 
@@ -212,7 +215,7 @@ def _decided(config: Config) -> bool:
 
 
 def _neighbours(config: Config) -> Iterator[Check]:
-    """Other pairs, and other tools, on what this pair needs."""
+    """Check for other pairs and other tools that use what this pair needs."""
     from ..datapath import attach
     from . import preflight
 
@@ -230,7 +233,7 @@ def _neighbours(config: Config) -> Iterator[Check]:
             yield Check("filters", FAIL, first)
     pid = preflight.running(config)
     found = preflight.conflicts(config)
-    if pid:  # its own controller has them
+    if pid:  # its own controller uses these ports
         own = [a for _, a, _ in preflight.ports(config)]
         found = [x for x in found if not any(f"{a}: in use by another socket" in x for a in own)]
     for text in found:
@@ -259,7 +262,7 @@ def _qemu(config: Config) -> Iterator[Check]:
     yield from _offloads(info.offers)
     if not info.kvm and info.version < (8, 0, 0):
         yield Check("QEMU", WARN, "COLO under TCG hangs with this version at the first checkpoint",
-                    "use KVM, or for a trial the shim in colo_xdp/lab/bqlshim.c")  # fmt: skip
+                    "use KVM, or for a test the shim in colo_xdp/lab/bqlshim.c")  # fmt: skip
     yield from _disks(config, blocks)
 
 
@@ -267,12 +270,14 @@ def _disks(config: Config, blocks: Any) -> Iterator[Check]:
     external = config.external_disks
     found = disks.uncovered(blocks, external)
     for text in found:
-        yield Check("disk", FAIL, f"{text}, and nobody keeps its two copies equal",
-                    "take it off, or [[disk]] external = true (README, Disks)")  # fmt: skip
+        yield Check(
+            "disk", FAIL, f"{text}, and nobody keeps its two copies equal",
+            "remove it, or set [[disk]] external = true (docs/operator/guests.md)",
+        )  # fmt: skip
     for name in disks.missing(blocks, external):
-        yield Check("disk", WARN, f"[[disk]] {name}: QEMU has none of that name")
+        yield Check("disk", WARN, f"[[disk]] {name}: QEMU has no disk of that name")
     if not found:
-        yield Check("disks", OK, "none that is writable and not declared external")
+        yield Check("disks", OK, "no writable disk that is not declared external")
 
 
 def _failover(config: Config) -> Iterator[Check]:
@@ -311,12 +316,12 @@ def _certificates(config: Config) -> Iterator[Check]:
         for path in filter(None, (p.cert, p.ca, p.peer_cert)):
             seen = pki.look(Path(path))
             days = (seen.ends.timestamp() - time.time()) / 86400
-            text = f"{path} {'ends in' if days >= 0 else 'has ended'} {abs(days):.0f} days"
+            text = f"{path} {'expires in' if days >= 0 else 'expired for'} {abs(days):.0f} days"
             level = FAIL if days < 0 else WARN if days < CERT_DAYS else OK
             yield Check("certificate", level, text, "" if days >= CERT_DAYS else "renew it")
         mine, want = pki.ours(pki.look(Path(p.cert))), identity(config.pair, config.role)
         if mine and mine != want:
-            yield Check("certificate", FAIL, f"{p.cert} is that of {mine}, this is {want}",
+            yield Check("certificate", FAIL, f"{p.cert} identifies {mine}, this host is {want}",
                         f"colo-xdp pki issue --role {config.role}")  # fmt: skip
     except (TlsError, pki.PkiError, OSError) as e:
         yield Check("certificate", FAIL, str(e), "[peer] cert, key, ca")
@@ -327,15 +332,15 @@ def _paths(config: Config) -> Iterator[Check]:
 
     found = links_of(config)
     if not found:
-        yield Check("heartbeats", WARN, "over the control channel only: if it is cut, a peer that "
-                    "lives looks dead", "[peer] link_heartbeats or heartbeat_links")  # fmt: skip
+        yield Check("heartbeats", WARN, "over the control channel only: if it is cut, a live peer "
+                    "looks dead", "[peer] link_heartbeats or heartbeat_links")  # fmt: skip
     for link in found:
         try:
             link.open().close()
         except OSError as e:
             if config.network.vxlan_remote and e.errno == errno.ENODEV:
-                continue  # `run` makes it
-            if e.errno != errno.EADDRINUSE:  # by a controller that runs
+                continue  # `run` creates it
+            if e.errno != errno.EADDRINUSE:  # in use by a running controller
                 yield Check(
                     "heartbeats", FAIL, f"{link.name}: {e.strerror}", "[peer] heartbeat_links"
                 )

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Why checkpoints were made, for people. Pure: from the document of the command `explain`."""
+"""Explain to an operator why checkpoints were taken. Pure.
+
+The input is the document that the controller returns for the command `explain`.
+"""
 
 from __future__ import annotations
 
@@ -10,39 +13,41 @@ from typing import Any
 from ..compare.causes import DESCRIPTIONS, Cause
 from ..net import hexdump
 
-#: cause -> what an operator can do about it
+#: what an operator can do about each cause
 ADVICE = {
-    Cause.PAYLOAD_DIFFERS: "what differs is shown below: a clock, a random id? Make the guests "
-    "agree, or let the port pass by a [[rule]] (its bytes are then not protected)",
+    Cause.PAYLOAD_DIFFERS: "look at the differing bytes: a clock or a random id? Make the guests "
+    "agree, or let the port pass with a [[rule]] (its connections are then not protected)",
     Cause.FIN_DIFFERS: "timeouts inside the guest close connections at different moments",
-    Cause.RST_ONE_SIDED: "timeouts or firewalls inside the guest; often follows another difference",
+    Cause.RST_ONE_SIDED: "look for timeouts or firewalls inside the guest; often this follows "
+    "another difference",
     Cause.SYN_OPTIONS_DIFFER: "sysctls of the two guests differ, or ECN or SYN cookies are random",
-    Cause.URGENT_DIFFERS: "an application that sends out of band, at its own times",
-    Cause.DATAGRAM_DIFFERS: "as for payload_differs; for DNS and NTP a [[rule]] is usual",
-    Cause.OPENED_APART: "guests draw ports at random: let what they open themselves (DNS, updates) "
-    'pass by a [[rule]] with direction = "out", or use a resolver outside of them',
+    Cause.URGENT_DIFFERS: "an application sends out-of-band data at times of its own",
+    Cause.DATAGRAM_DIFFERS: "see payload_differs; for DNS and NTP a [[rule]] is usual",
+    Cause.OPENED_APART: "each guest draws its ports at random: let the flows that the guest opens "
+    '(DNS, updates) pass with a [[rule]] with direction = "out", or use a resolver outside of it',
     Cause.COMPARE_TIMEOUT: "the SVM is slower than compare_timeout, or does not answer at all",
-    Cause.SVM_AHEAD: "the PVM is slower than compare_timeout, or the SVM says more",
-    Cause.RETRANSMIT_UNVERIFIABLE: "very late retransmissions: a client far behind",
-    Cause.SIGNED_CONNECTION: "one per connection of BGP, LDP or MSDP with a password",
-    Cause.QUEUE_FULL: "raise max_queue_size or max_held_bytes, or find what is slow",
-    Cause.STREAM_FULL: "raise max_stream_bytes, or find why the PVM is behind",
+    Cause.SVM_AHEAD: "the PVM is slower than compare_timeout, or the SVM sends more",
+    Cause.RETRANSMIT_UNVERIFIABLE: "a client that is far behind causes very late retransmissions",
+    Cause.SIGNED_CONNECTION: "expect one per connection of BGP, LDP or MSDP with a password",
+    Cause.QUEUE_FULL: "raise max_queue_size or max_held_bytes, or find out what is slow",
+    Cause.STREAM_FULL: "raise max_stream_bytes, or find out why the PVM is behind",
     Cause.EVENT_LOST: "raise ring_pages, or give the controller a CPU of its own",
     Cause.PEER_GAP: "the peer link loses frames, or was down",
-    Cause.CONTROLLER_RESTART: "one per restart of a controller",
-    Cause.POLICY: "one per reload of the rules",
-    Cause.PEER_LINK: "see the status of both hosts: the peer link, or the secondary guest itself",
-    Cause.HOOKS_LOST: "another tool makes the device anew or takes filters off: see the log",
-    Cause.OPERATOR: "somebody asked",
-    Cause.PERIODIC: "[checkpoint] periodic",
-    Cause.SWITCHOVER: "somebody asked",
-    Cause.INITIAL: "one per pair",
-    Cause.GUEST_EVENT: "somebody's `stop`, system_reset or system_powerdown, or the guest rebooted",
+    Cause.CONTROLLER_RESTART: "expect one per restart of a controller",
+    Cause.POLICY: "expect one per reload of the rules",
+    Cause.PEER_LINK: "check the peer link and the secondary guest: see the status on both hosts",
+    Cause.HOOKS_LOST: "another tool recreates the device or removes filters: see the log",
+    Cause.OPERATOR: "nothing to do",
+    Cause.PERIODIC: "see [checkpoint] periodic",
+    Cause.SWITCHOVER: "nothing to do",
+    Cause.INITIAL: "expect one per pair",
+    Cause.GUEST_EVENT: "someone used `stop`, system_reset or system_powerdown, or the guest "
+    "rebooted",
 }
 
 
 def duration(text: str) -> float:
-    """Seconds of "90s", "15m", "2h", "1d" or a number. Raises ValueError."""
+    """Return the seconds in "90s", "15m", "2h", "1d" or a number. Raises ValueError."""
     units = {"s": 1, "m": 60, "h": 3600, "d": 86400}
     n, unit = (text[:-1], text[-1]) if text[-1:] in units else (text, "s")
     seconds = float(n) * units[unit]
@@ -93,8 +98,8 @@ def _over_time(entries: list[dict[str, Any]]) -> list[str]:
 
 
 def difference(d: dict[str, Any], title: str) -> list[str]:
-    """One of them, with the bytes of both guests."""
-    head = f"{title} {d['cause']}{'' if d['asked'] else ' (only watched)'}: {d['flow']}"
+    """Format one difference, with the bytes of both guests."""
+    head = f"{title} {d['cause']}{'' if d['asked'] else ' (observed only)'}: {d['flow']}"
     head += f", byte {d['offset']}" + (f", rule {d['rule']}" if d["rule"] else "")
     pvm, svm = bytes.fromhex(d["pvm"]), bytes.fromhex(d["svm"])
     if not pvm and not svm:
@@ -103,7 +108,10 @@ def difference(d: dict[str, Any], title: str) -> list[str]:
 
 
 def text(doc: dict[str, Any], *, last: int = 3, since: float = 0.0) -> str:
-    """The answer to "why did we checkpoint?". `since`: unix time of the oldest that counts."""
+    """Format the answer to "why was a checkpoint taken?".
+
+    `since`: unix time of the oldest checkpoint that counts, s.
+    """
     entries = [e for e in doc["entries"] if e["at"] >= since]
     if not entries:
         return "no checkpoint in this time"
@@ -127,7 +135,7 @@ def text(doc: dict[str, Any], *, last: int = 3, since: float = 0.0) -> str:
 
 
 def rules_text(rules: list[dict[str, Any]]) -> str:
-    """The policy as a table."""
+    """Format the policy as a table."""
     lines = [f"{'rule':<32} {'action':<15} {'flows':>8} {'uncompared':>11} {'differences':>11}"]
     for r in rules:
         lines.append(
@@ -138,7 +146,7 @@ def rules_text(rules: list[dict[str, Any]]) -> str:
 
 
 def comment(d: dict[str, Any]) -> str:
-    """What Wireshark shows beside a captured frame."""
+    """Return the comment that Wireshark shows for a captured frame."""
     pvm, svm, at = bytes.fromhex(d["pvm"]), bytes.fromhex(d["svm"]), d["at_index"]
     both = f"{_byte(pvm, at)} of the PVM, {_byte(svm, at)} of the SVM"
     return (

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Capture files: the only module that imports scapy, and only its readers and writers."""
+"""Read and write capture files: the only module that imports scapy, for its readers and writers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ ETHERNET = 1  # LINKTYPE_ETHERNET
 
 
 class _Complaints(logging.Handler):
-    """scapy only warns of a damaged block and goes on, or ends, as if nothing were."""
+    """Collect scapy's warnings.
+
+    scapy only warns about a damaged block, and continues or ends as if nothing had happened.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -25,22 +28,22 @@ class _Complaints(logging.Handler):
 
 
 class PcapError(ValueError):
-    """A capture that cannot be read; the text names the file and what is wrong."""
+    """A capture cannot be read; the text names the file and the error."""
 
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """One captured frame. `ts_ns` is unix time."""
+    """One captured frame. `ts_ns` is unix time, ns."""
 
     ts_ns: int
     data: bytes
 
 
 def read(path: str | Path) -> Iterator[Frame]:
-    """The frames of a pcap or pcapng file, also gzipped.
+    """Yield the frames of a pcap or pcapng file, also gzipped.
 
-    Raises PcapError: no such file, not a capture, not Ethernet, or a frame that was cut
-    (take captures with the full length: tcpdump -s 0).
+    Raises PcapError: no such file, not a capture, not Ethernet, or a truncated frame (take captures
+    with the full length: tcpdump -s 0).
     """
     from scapy.error import Scapy_Exception
     from scapy.utils import RawPcapNgReader, RawPcapReader
@@ -73,7 +76,7 @@ def read(path: str | Path) -> Iterator[Frame]:
         if isinstance(e, PcapError):
             raise
         raise PcapError(f"{path}: not a capture, or damaged after packet {n}: {e}") from e
-    except Exception as e:  # struct.error and what else damaged blocks make of the reader
+    except Exception as e:  # struct.error, and whatever else damaged blocks cause in the reader
         raise PcapError(f"{path}: damaged after packet {n}: {e!r}") from e
     finally:
         log.handlers, log.propagate = handlers, propagate
@@ -89,8 +92,10 @@ def _time(meta: Any, ng: bool, nano: bool) -> int:
 
 
 class Writer:
-    """A pcapng file with one interface per guest and comments on packets, as Wireshark shows
-    them. It appears under its name when it is complete."""
+    """Write a pcapng file with one interface per guest and comments on packets, for Wireshark.
+
+    The file appears under its name when it is complete.
+    """
 
     def __init__(self, path: str | Path) -> None:
         from scapy.utils import RawPcapNgWriter
@@ -106,7 +111,7 @@ class Writer:
         self.frames = 0
 
     def put(self, guest: str, ts_ns: int, frame: bytes, comment: str = "") -> None:
-        """One frame; `guest` names the interface ("pvm", "svm")."""
+        """Write one frame; `guest` names the interface ("pvm", "svm")."""
         self._writer._write_packet(
             frame,
             linktype=ETHERNET,
@@ -122,7 +127,7 @@ class Writer:
         os.replace(self._part, self.path)
 
     def abandon(self) -> None:
-        """Leave no file."""
+        """Leave no file behind."""
         self._writer.close()
         self._part.unlink(missing_ok=True)
 

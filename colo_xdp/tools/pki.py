@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A small certificate authority for one pair: the only module that imports cryptography.
+"""Run a small certificate authority for one pair: the only module that imports cryptography.
 
-DIR/ca.crt, DIR/ca.key; then primary.crt, primary.key and secondary.crt, secondary.key, each with
-the host's identity as URI (tls.identity). Nothing is overwritten unless that is asked for, and
-keys are readable by their owner only from the first byte on. EC P-256, RFC 5280 profiles.
+It writes DIR/ca.crt and DIR/ca.key, then primary.crt, primary.key and secondary.crt, secondary.key,
+each with the host's identity as URI (tls.identity). Nothing is overwritten unless requested, and
+keys are readable only by their owner from the first byte on. EC P-256, RFC 5280 profiles. `colo-xdp
+pki` calls init() and issue(), the doctor look().
 """
 
 from __future__ import annotations
@@ -23,16 +24,16 @@ from ..peer.tls import SCHEME, identity
 
 ROLES = ("primary", "secondary")
 _CA_NAME = "colo-xdp pair "
-_EARLY = datetime.timedelta(hours=1)  # a host whose clock is a little behind accepts it too
+_EARLY = datetime.timedelta(hours=1)  # so that a host whose clock is slightly behind accepts it
 
 
 class PkiError(RuntimeError):
-    """A file is there already, missing or unreadable; names it."""
+    """A file exists already, is missing or unreadable; the text names it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """What a certificate says: its names, its end (UTC)."""
+    """Names and end of validity (UTC) of a certificate."""
 
     names: tuple[str, ...]
     ends: datetime.datetime
@@ -43,7 +44,7 @@ def _now() -> datetime.datetime:
 
 
 def _write(path: Path, data: bytes, mode: int, *, renew: bool) -> None:
-    """All of it or nothing; over an existing file only to renew it."""
+    """Write the file atomically; replace an existing one only to renew it."""
     new = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
@@ -55,7 +56,7 @@ def _write(path: Path, data: bytes, mode: int, *, renew: bool) -> None:
             if renew:
                 os.replace(new, path)
             else:
-                os.link(new, path)  # fails if it exists, whoever made it meanwhile
+                os.link(new, path)  # fails if the file exists, even if it was created meanwhile
         except FileExistsError as e:
             raise PkiError(f"{path} exists already; it is not overwritten") from e
         finally:
@@ -96,9 +97,9 @@ def _usage(*, ca: bool) -> x509.KeyUsage:
 
 
 def init(directory: Path, pair: str, days: int = 3650) -> list[Path]:
-    """Make the authority of a pair; returns the files written.
+    """Create the authority of a pair; return the files written.
 
-    Raises PkiError: there is one already, or the directory cannot be written.
+    Raises PkiError if there is one already, or if the directory cannot be written.
     """
     crt, private = directory / "ca.crt", directory / "ca.key"
     for path in (crt, private):
@@ -127,7 +128,7 @@ def _authority(directory: Path) -> tuple[x509.Certificate, ec.EllipticCurvePriva
         cert = x509.load_pem_x509_certificate((directory / "ca.crt").read_bytes())
         key = serialization.load_pem_private_key((directory / "ca.key").read_bytes(), None)
     except OSError as e:
-        raise PkiError(f"{e.filename}: {e.strerror}; `colo-xdp pki init` makes it") from e
+        raise PkiError(f"{e.filename}: {e.strerror}; create it with `colo-xdp pki init`") from e
     except (ValueError, TypeError) as e:
         raise PkiError(f"{directory}/ca.crt, ca.key: {e}") from e
     name = str(cert.subject.get_attributes_for_oid(NameOID.COMMON_NAME)[0].value)
@@ -139,9 +140,9 @@ def _authority(directory: Path) -> tuple[x509.Certificate, ec.EllipticCurvePriva
 
 
 def issue(directory: Path, role: str, days: int = 3650, *, renew: bool = False) -> list[Path]:
-    """A key and a certificate for one host of the pair; returns the files written.
+    """Create a key and a certificate for one host of the pair; return the files written.
 
-    Raises PkiError: they exist and `renew` is not set, or there is no authority.
+    Raises PkiError if they exist and `renew` is not set, or if there is no authority.
     """
     if role not in ROLES:
         raise PkiError(f"role {role!r}: primary or secondary")
@@ -172,7 +173,7 @@ def issue(directory: Path, role: str, days: int = 3650, *, renew: bool = False) 
 
 
 def look(path: Path) -> Seen:
-    """What is in a certificate's file (for `doctor`).
+    """Read a certificate's file (for `doctor`).
 
     Raises PkiError.
     """
@@ -194,12 +195,15 @@ def look(path: Path) -> Seen:
 
 
 def _end(cert: x509.Certificate) -> datetime.datetime:
-    """Until when it is valid (UTC). cryptography 42 has a name for it that says so, and warns of
-    the old one; Debian 12 has 38, which knows the old one only."""
+    """Return the end of validity (UTC).
+
+    cryptography 42 has an attribute that includes the time zone and warns about the old one; Debian
+    12 has version 38, which knows only the old one.
+    """
     end: datetime.datetime | None = getattr(cert, "not_valid_after_utc", None)
     return end if end is not None else cert.not_valid_after.replace(tzinfo=datetime.UTC)
 
 
 def ours(seen: Seen) -> str:
-    """The colo-xdp identity of a certificate; "" if it has none."""
+    """Return the colo-xdp identity of a certificate; "" if it has none."""
     return next((n for n in seen.names if n.startswith(SCHEME)), "")

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What has to be free on this host before a controller touches anything: its name, its devices,
-its ports.
+"""Check that what a controller needs is free on this host: its name, its devices, its ports.
 
-Each controller holds a lock (flock, so that it dies with its process) on a file that says what it
-uses, and one on the directory of its pins, which two run_dirs may share. What stands in the way is
-a Refusal: a person decides, and starting again cures nothing.
+It runs before the controller touches anything. Each controller holds a lock (flock, so that it ends
+with its process) on a file that lists what it uses, and one on the directory of its pins, which two
+run_dirs may share. A conflict raises a Refusal: a person must resolve it, and restarting does not
+help. service/daemon.py calls claim(); the doctor and cleanup use the queries.
 """
 
 from __future__ import annotations
@@ -26,19 +26,20 @@ from ..datapath import loader
 from ..peer.channel import split_address
 from ..peer.tls import Tls, TlsError
 
-LOCK_S = 1.0  # how long a lock may be somebody else's before that one counts as a controller
+# how long somebody else may hold the lock, s, before the holder counts as a controller
+LOCK_S = 1.0
 
 
 class Refusal(RuntimeError):
-    """This controller cannot run here as configured; names what is in the way."""
+    """This controller cannot run here as configured; the text names the conflict."""
 
 
 class AlreadyRuns(Refusal):
-    """Another controller of this pair and role lives."""
+    """Another controller of this pair and role is running."""
 
 
 def lock_path(run_dir: str, pair: str, role: str) -> Path:
-    """The file that a controller locks, and that says what it uses."""
+    """Return the file that a controller locks, and that lists what it uses."""
     return Path(run_dir) / f"{pair}.{role}.lock"
 
 
@@ -47,7 +48,7 @@ def _netns() -> int:
 
 
 def _locked(path: Path) -> bool:
-    """Whether a living process holds a lock on a file or directory."""
+    """Return whether a living process holds a lock on a file or directory."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
@@ -62,7 +63,7 @@ def _locked(path: Path) -> bool:
 
 
 def ports(config: Config) -> list[tuple[str, str, int]]:
-    """(key, "address:port", kind of socket) of all that this controller listens on."""
+    """Return (key, "address:port", kind of socket) for everything this controller listens on."""
     out: list[tuple[str, str, int]] = []
     if config.metrics.listen:
         out.append(("[metrics] listen", config.metrics.listen, socket.SOCK_STREAM))
@@ -78,7 +79,7 @@ def ports(config: Config) -> list[tuple[str, str, int]]:
 
 
 def is_taken(address: str, kind: int) -> bool:
-    """Whether another socket of this host has the address."""
+    """Return whether another socket of this host uses the address."""
     host, port = split_address(address)
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, kind) as s:
@@ -92,7 +93,7 @@ def is_taken(address: str, kind: int) -> bool:
 
 
 def others(config: Config) -> list[dict[str, Any]]:
-    """What the other controllers that run here, in this network namespace, have said they use."""
+    """Return what the other controllers running in this network namespace use."""
     own, here, out = lock_path(config.datapath.run_dir, config.pair, config.role), _netns(), []
     for path in sorted(own.parent.glob("*.lock")):
         if path == own or not _locked(path):
@@ -105,7 +106,7 @@ def others(config: Config) -> list[dict[str, Any]]:
 
 
 def conflicts(config: Config) -> list[str]:
-    """What of this configuration is in use by others: a sentence each."""
+    """Return a sentence for each thing in this configuration that somebody else uses."""
     running, found = others(config), []
     net = config.network
     for key, name in (("tap", net.tap), ("peer_link", net.peer_link)):
@@ -114,7 +115,7 @@ def conflicts(config: Config) -> list[str]:
                 if o.get(theirs) == name:
                     found.append(
                         f"[network] {key}: {name} is the {theirs} of pair {o['pair']}, whose "
-                        f"controller runs here (process {o['pid']}): a device serves one pair"
+                        f"controller runs here (process {o['pid']}): a device serves only one pair"
                     )
     for key, address, kind in ports(config):
         if is_taken(address, kind):
@@ -125,7 +126,7 @@ def conflicts(config: Config) -> list[str]:
 
 
 def running(config: Config) -> int:
-    """Process that is the controller of this pair and role here; 0: none is."""
+    """Return the process id of the controller of this pair and role; 0: none, -1: unknown."""
     path = lock_path(config.datapath.run_dir, config.pair, config.role)
     if not _locked(path):
         return 0
@@ -135,13 +136,16 @@ def running(config: Config) -> int:
 
 
 def is_running(run_dir: str, bpffs: str, pair: str, role: str) -> bool:
-    """Whether a controller holds one of its locks, whatever it answers."""
+    """Return whether a controller holds one of its locks, even if it does not answer."""
     pins = Path(loader.pin_dir(bpffs, pair, role))
     return _locked(lock_path(run_dir, pair, role)) or _locked(pins)
 
 
 def _flock(fd: int, path: str, config: Config, pid: str = "") -> None:
-    """Who only asks whether a controller runs (_locked()) holds the lock for a moment, too."""
+    """Take the lock, waiting LOCK_S: a process that only checks (_locked()) holds it briefly, too.
+
+    Raises AlreadyRuns.
+    """
     end = time.monotonic() + LOCK_S
     while True:
         try:
@@ -158,9 +162,9 @@ def _flock(fd: int, path: str, config: Config, pid: str = "") -> None:
 
 @contextlib.contextmanager
 def claim(config: Config) -> Iterator[None]:
-    """Hold what this controller needs; before anything is loaded, attached or replaced.
+    """Hold what this controller needs; called before anything is loaded, attached or replaced.
 
-    Raises Refusal, OSError when the directories cannot be made, LoadError without a bpffs.
+    Raises Refusal, OSError when the directories cannot be created, LoadError without a bpffs.
     """
     path = lock_path(config.datapath.run_dir, config.pair, config.role)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Two captures through the engine, in their own time: what would have happened. Pure.
+"""Replay two captures through the engine, in their own time, to see what would have happened. Pure.
 
-A capture cannot answer for a guest whose state a checkpoint has replaced. So a TCP connection
-that has differed is not judged any further, and all else goes on as if both had agreed.
+A capture cannot answer for a guest whose state a checkpoint has replaced. A TCP connection that has
+differed is therefore not judged any further; everything else continues as if both guests had
+agreed. `colo-xdp replay` reads the files (tools/pcap.py) and prints the report.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ Capture = Sequence[tuple[int, bytes]]  # unix time in ns, frame
 MS = 1_000_000
 TICK_NS = 10 * MS
 MAX_LISTED = 1000
-_SAME_NUMBERS = 1 << 20  # bytes: two captures of one connection that begin this far apart
+# bytes; one connection in two captures that start further apart than this is renumbered
+_SAME_NUMBERS = 1 << 20
 _FINAL = (
     Cause.PAYLOAD_DIFFERS, Cause.FIN_DIFFERS, Cause.RST_ONE_SIDED, Cause.SYN_OPTIONS_DIFFER,
     Cause.URGENT_DIFFERS,
@@ -35,22 +37,25 @@ _FINAL = (
 
 
 class ReplayError(ValueError):
-    """The captures cannot be replayed; the text says which and why."""
+    """The captures cannot be replayed; the text says which one and why."""
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """How to replay."""
+    """Options of a replay."""
 
     limits: Limits = field(default_factory=Limits)
     policy: Policy = field(default_factory=Policy)
-    checkpoint_ns: int = 20 * MS  # what one takes
-    offset_ns: int = 0  # to add to the SVM's times
+    checkpoint_ns: int = 20 * MS  # duration of a checkpoint
+    offset_ns: int = 0  # added to the SVM's times
 
 
 def guest_mac(pvm: Capture, svm: Capture) -> bytes:
-    """The source address of both that every unicast frame is from or to, as on the guest's own
-    interface. Raises ReplayError if that is not one: with a single client it may be either."""
+    """Find the source address in both captures that every unicast frame is from or to.
+
+    That is the guest's own interface. Raises ReplayError if it is not unique: with a single client
+    it may be either address.
+    """
     both = {f[6:12] for _, f in pvm} & {f[6:12] for _, f in svm}
     if len(both) > 1:
         for _, f in (*pvm, *svm):
@@ -65,12 +70,12 @@ def guest_mac(pvm: Capture, svm: Capture) -> bytes:
 
 
 def output_of(mac: bytes, capture: Capture) -> list[tuple[int, bytes]]:
-    """What the guest sent."""
+    """Return what the guest sent."""
     return [(ts, f) for ts, f in capture if f[6:12] == mac]
 
 
 class _Numbers:
-    """The SVM's sequence numbers in the PVM's: each guest has drawn its own initial ones."""
+    """Translate the SVM's sequence numbers: each guest has chosen its own initial ones."""
 
     def __init__(self, pvm: Capture, svm: Capture) -> None:
         ours, theirs = self._first(pvm), self._first(svm)
@@ -99,7 +104,7 @@ class _Numbers:
         return found
 
     def move(self, frame: bytes, p: Packet) -> bytes:
-        """The frame with the PVM's sequence number; its checksum, which nobody reads, is left."""
+        """Return the frame with the PVM's sequence number; its checksum is not read and stays."""
         isns, moves = self._isns.get(p.key, []), self._moves.get(p.key, [0])
         at = self._at.get(p.key, 0)
         if p.flags & SYN and at + 1 < len(isns) and isns[at + 1] == p.seq:
@@ -112,7 +117,7 @@ class _Numbers:
 
 
 class Replay:
-    """One run. `report` is the answer, `pairs` the differences with their frames."""
+    """One run. `report` returns the result, `pairs` has the differences with their frames."""
 
     def __init__(self, pvm: Capture, svm: Capture, options: Options) -> None:
         if not pvm or not svm:
@@ -137,7 +142,7 @@ class Replay:
         self._lost_names: list[str] = []
         self._flows: set[FlowKey] = set()
         self._skipped = [0, 0]
-        self._said: deque[tuple[int, FlowKey, Frame]] = deque(maxlen=1000)  # the SVM's TCP
+        self._said: deque[tuple[int, FlowKey, Frame]] = deque(maxlen=1000)  # the SVM's TCP frames
         self._now = 0
 
     # -- the engine's side
@@ -160,7 +165,7 @@ class Replay:
     # -- time
 
     def run(self) -> Replay:
-        """Play all of it."""
+        """Play everything."""
         timeline = sorted([*self._pvm, *self._svm], key=lambda x: x[:2])
         self._began = self._now = timeline[0][0]
         for ts, who, frame in timeline:
@@ -187,13 +192,14 @@ class Replay:
             if self._engine.held_packets or self._engine.svm_packets:
                 self._now += min(step, TICK_NS)
             else:
-                self._now = ts  # nothing waits: no deadline can pass
+                self._now = ts  # nothing waits, so no deadline can pass
             self._engine.tick(self._now)
 
     def _commit(self) -> None:
         self._commit_at, self._want = None, False
         epoch = self._engine.epoch + 1
-        # A real SVM goes on from the PVM's state. The captured one said these already.
+        # A real SVM would continue from the PVM's state. The captured one sent these frames
+        # already.
         since = self._now - self.o.limits.compare_timeout_ns
         for ts, key, rec in self._said:
             if since < ts <= self._stop and key not in self._lost:
@@ -217,10 +223,10 @@ class Replay:
         epoch = self._engine.epoch + (self._commit_at is not None)
         self._engine.from_svm(rec, epoch & 0xFFF, ts)
 
-    # -- the answer
+    # -- the result
 
     def report(self) -> dict[str, Any]:
-        """For `--json`."""
+        """Return the result, for `--json`."""
         c, waits = self._engine.counters, sorted(self._waits)
 
         def wait(q: float) -> float:
@@ -251,14 +257,14 @@ def replay(
     options: Options | None = None,
     mac: bytes = b"",
 ) -> Replay:
-    """Replay what the guest with this address sent (found out if empty). Raises ReplayError."""
+    """Replay what the guest with this address sent (detected if empty). Raises ReplayError."""
     p, s = list(pvm), list(svm)
     mac = mac or guest_mac(p, s)
     return Replay(output_of(mac, p), output_of(mac, s), options or Options()).run()
 
 
 def text(r: dict[str, Any]) -> str:
-    """The report for people, without the differences."""
+    """Format the report for an operator, without the differences."""
     w = r["wait_ms"]
     lines = [
         f"{r['seconds']} s, {r['connections']} TCP connections; "
@@ -272,13 +278,14 @@ def text(r: dict[str, Any]) -> str:
     if r["not_judged"]:
         lines.append(
             f"not judged   {r['not_judged']} frames of {len(r['connections_that_differed'])} "
-            "connections after they had differed: a checkpoint would have made the guests equal"
+            "connections after their first difference: a checkpoint would have made the guests "
+            "equal"
         )
     if r["aligned_by_first_frame"]:
         lines.append(
-            f"assumed      {len(r['aligned_by_first_frame'])} connections are seen from their "
-            "middle with unlike numbers: matched by the first frame of each"
+            f"assumed      {len(r['aligned_by_first_frame'])} connections have no start in the "
+            "captures and differ in their numbers: matched by the first frame of each"
         )
     if r["held_at_the_end"]:
-        lines.append(f"still held   {r['held_at_the_end']} frames when the captures end")
+        lines.append(f"still held   {r['held_at_the_end']} frames at the end of the captures")
     return "\n".join(lines)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Changes to the configuration that would have saved checkpoints. Pure; nothing is applied.
+"""Suggest configuration changes that would have saved checkpoints. Pure; nothing is applied.
 
-Cautious on purpose: a cause counts from MIN_SEEN checkpoints on, and what lowers the
-protection says so.
+The suggestions are cautious on purpose: a cause counts from MIN_SEEN checkpoints on, and a change
+that lowers the protection says so. `colo-xdp suggest` prints them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _DIFFERS = (Cause.PAYLOAD_DIFFERS, Cause.DATAGRAM_DIFFERS, Cause.FIN_DIFFERS)
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """One change: why, and either a key of a section or lines to append."""
+    """One change: the reason, and either a key of a section or lines to append."""
 
     why: str
     section: str = ""
@@ -33,7 +33,7 @@ class Change:
 
 
 def _quantile(buckets: list[int], q: float) -> float | None:
-    """Upper bound in seconds of the bucket where the quantile lies; None: above all, or empty."""
+    """Return the upper bound (s) of the bucket with the quantile; None: above all, or empty."""
     left: float = q * sum(buckets)
     for n, bound in zip(buckets, WAIT_BUCKETS, strict=False):
         left -= n
@@ -45,7 +45,10 @@ def _quantile(buckets: list[int], q: float) -> float | None:
 def changes(
     explain: dict[str, Any], status: dict[str, Any], config: dict[str, int]
 ) -> list[Change]:
-    """What to change. `config` has compare_timeout, max_queue_size, ring_pages."""
+    """Return the suggested changes.
+
+    `config` has compare_timeout, max_queue_size and ring_pages.
+    """
     out: list[Change] = []
     done = [e for e in explain["entries"] if not e["failed"]]
     causes = Counter(e["cause"] for e in done)
@@ -88,7 +91,7 @@ def _limits(causes: Counter[str], status: dict[str, Any], config: dict[str, int]
         out.append(
             Change(
                 f"{late} checkpoints waited the whole compare_timeout, while all but one frame in "
-                f"a thousand leave within {slow * 1000:.1f} ms: ask sooner",
+                f"a thousand leave within {slow * 1000:.1f} ms: request the checkpoint sooner",
                 "compare", "compare_timeout", str(max(100, int(slow * 1000 * 20))),
             )
         )  # fmt: skip
@@ -112,7 +115,7 @@ def _limits(causes: Counter[str], status: dict[str, Any], config: dict[str, int]
 
 
 def _set(lines: list[str], c: Change) -> list[str]:
-    """The lines with one key of one section set, where it stands or at the section's start."""
+    """Set one key of one section: where it already is, or at the start of the section."""
     head = re.compile(rf"^\s*\[{c.section}\]\s*(#.*)?$")
     new = f"{c.key} = {c.value}"
     why = f"# {c.why}"
@@ -131,7 +134,7 @@ def _set(lines: list[str], c: Change) -> list[str]:
 
 
 def apply(text: str, wanted: list[Change]) -> str:
-    """The configuration with the changes in it.
+    """Return the configuration with the changes applied.
 
     Raises ConfigError when the result could not be loaded.
     """
@@ -147,7 +150,7 @@ def apply(text: str, wanted: list[Change]) -> str:
 
 
 def diff(text: str, path: str, wanted: list[Change]) -> str:
-    """The changes as a unified diff of the file; empty if there is nothing to suggest."""
+    """Return the changes as a unified diff of the file; empty if there is nothing to suggest."""
     if not wanted:
         return ""
     new = apply(text, wanted)

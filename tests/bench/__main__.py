@@ -4,7 +4,7 @@
 python -m tests.bench [--quick] [--publish] [--out DIR] [PART...]
 
 A part that fails is an entry with "error" in the report; the others still run, and the exit
-status is 1. A missed goal is no failure. --publish puts table and plots into README and
+status is 1. A missed goal is no failure. --publish puts table and plots into docs/benchmarks.md and
 tests/bench/report.
 """
 
@@ -100,7 +100,9 @@ def main() -> int:
     p = argparse.ArgumentParser(prog="python -m tests.bench")
     p.add_argument("parts", nargs="*", metavar="PART", help=f"default all: {' '.join(PARTS)}")
     p.add_argument("--quick", action="store_true", help="few runs; under 3 minutes")
-    p.add_argument("--publish", action="store_true", help="into README and tests/bench/report")
+    p.add_argument(
+        "--publish", action="store_true", help="into docs/benchmarks.md and tests/bench/report"
+    )
     p.add_argument("--out", type=Path, default=BUILD)
     args = p.parse_args()
     unknown = set(args.parts) - set(PARTS)

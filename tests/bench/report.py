@@ -18,7 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-README = Path(__file__).parents[2] / "README.md"
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "benchmarks.md"
 PUBLISHED = Path(__file__).parent / "report"
 BEGIN, END = "<!-- bench: by make bench PUBLISH=1 -->", "<!-- bench: end -->"
 
@@ -157,7 +158,7 @@ def machine(**more: Any) -> dict[str, Any]:
     ).stdout.splitlines()
     head = subprocess.run(
         ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False,
-        cwd=README.parent,
+        cwd=ROOT,
     ).stdout.strip()  # fmt: skip
     return {
         "cpu": model, "cpus": os.cpu_count(), "kernel": platform.release(),
@@ -257,7 +258,7 @@ def write(parts: list[Part], about: dict[str, Any], build: Path) -> None:
     (build / "bench-report.md").write_text(as_markdown(parts, about))
 
 
-#: parts that README shows, and what the rows that it shows have in their name or unit
+#: parts that PAGE shows, and what the rows that it shows have in their name or unit
 _SHORT = {"held": "behind by 1", "goodput": "Gbit/s", "peer": "", "guests": ""}
 
 
@@ -270,7 +271,7 @@ def groups_of(rows: list[Row]) -> list[list[Row]]:
 
 
 def publish(parts: list[Part], about: dict[str, Any], build: Path, plots: list[Path]) -> None:
-    """README's section between the marks, and its copies in the tree."""
+    """The section of PAGE between the marks, and its copies in the tree."""
     PUBLISHED.mkdir(exist_ok=True)
     (PUBLISHED / "bench-report.md").write_text((build / "bench-report.md").read_text())
     for p in plots:
@@ -283,8 +284,8 @@ def publish(parts: list[Part], about: dict[str, Any], build: Path, plots: list[P
                 [r for r in p.rows if r.base and _SHORT[p.key] in r.name + r.unit]
             ):
                 lines += [*_table(rows, short=True), ""]
-    lines += [f"![{p.stem}](tests/bench/report/{p.name})" for p in plots]
-    text = README.read_text()
+    lines += [f"![{p.stem}](../tests/bench/report/{p.name})" for p in plots]
+    text = PAGE.read_text()
     head, rest = text.split(BEGIN, 1)
     tail = rest.split(END, 1)[1]
-    README.write_text(head + BEGIN + "\n".join([*lines, ""]) + END + tail)
+    PAGE.write_text(head + BEGIN + "\n".join([*lines, ""]) + END + tail)

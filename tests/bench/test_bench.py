@@ -123,9 +123,9 @@ def test_goals_and_ratios() -> None:
 
 
 def test_published_text_replaces_what_was_there(tmp_path: Path, monkeypatch: Any) -> None:
-    readme, copies = tmp_path / "README.md", tmp_path / "report"
-    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
-    monkeypatch.setattr(report, "README", readme)
+    page, copies = tmp_path / "benchmarks.md", tmp_path / "report"
+    page.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    monkeypatch.setattr(report, "PAGE", page)
     monkeypatch.setattr(report, "PUBLISHED", copies)
     part = Part("held", "title")
     part.add(
@@ -135,7 +135,7 @@ def test_published_text_replaces_what_was_there(tmp_path: Path, monkeypatch: Any
     about = {"cpu": "c", "cpus": 2, "kernel": "k", "qemu": "q", "commit": "x"}
     report.write([part], about, tmp_path)
     report.publish([part], about, tmp_path, [])
-    text = readme.read_text()
+    text = page.read_text()
     assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
     assert "| reach | ≥ 0.85 | 0.5 | **missed** |" in text and "**0.50**" in text
     assert (copies / "bench-report.md").exists()

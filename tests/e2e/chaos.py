@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A real pair under load, of which in each round something dies, hangs or is cut, and is repaired.
+"""Run a real pair under load; in each round something dies, hangs or is cut, and is repaired.
 
     python -m tests.e2e.chaos --rounds 20 --seed 1
 
-Judged from outside: every byte that the clients get, and who speaks for the guest, captured on
-the wires of both hosts. Writes build/chaos-report.json. Exit status 0: nothing was wrong.
+It is judged from outside: every byte that the clients receive, and which guest transmits, captured
+on the wires of both hosts. Writes build/chaos-report.json. Exit status 0: nothing was wrong.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ from colo_xdp.lab.pair import Lab
 from .evidence import Evidence, Wrong
 
 BUILD = Path(__file__).parents[2] / "build"
-HOSTS = ("primary", "secondary")  # by their role in the files; who runs which guest changes
-STREAMS = 8  # connections that are kept open; from then on one is renewed per round
+HOSTS = ("primary", "secondary")  # by their role in the files; which one runs which guest changes
+STREAMS = 8  # connections kept open; once there are so many, one is renewed per round
 HEARTBEAT_TIMEOUT_MS = 1000
 DEAD_AFTER_MS = 4000
 QMP_TIMEOUT_MS = 1000
 CHECKPOINT_MS = 2000
 SLACK_MS = 100
-REPAIR_S = 180  # until a pair is protected again; two sets of programs are compiled on the way
-DISTURBED = 0.3  # of the repairs: something dies in them too
+REPAIR_S = 180  # until a pair is protected again; two sets of programs are compiled meanwhile
+DISTURBED = 0.3  # share of the repairs during which something else dies
 
 OVERRIDES: dict[str, dict[str, Any]] = {
     "compare": {"compare_timeout": 1000},
@@ -54,13 +54,13 @@ def other(host: str) -> str:
 
 
 def differs_at(got: bytes, want: bytes) -> int:
-    """Place of the first byte that is not as it should be."""
+    """Return the position of the first wrong byte."""
     pairs = enumerate(zip(got, want, strict=False))
     return next((i for i, (x, y) in pairs if x != y), min(len(got), len(want)))
 
 
 class Downloads:
-    """New connections all the time; a failed one counts only if no host died for it."""
+    """Open new connections all the time; a failed one counts only if no host died during it."""
 
     def __init__(self, lab: Lab) -> None:
         self.count = self.wrong = self.failed = 0
@@ -78,7 +78,7 @@ class Downloads:
             f = self._lab.client.http(name, v6=bool(n % 2))
             self.count += 1
             want = content(name)
-            # What did come of one that failed has to be right all the same.
+            # What a failed one has received must be right all the same.
             wrong = wrong_bytes(f.body, want if f.ok else want[: len(f.body)])
             self.wrong += wrong
             if not f.ok:
@@ -102,7 +102,7 @@ class Downloads:
 
 @dataclass
 class Tally:
-    """What the report is made of. Gaps in ms, one per round: the worst of all connections."""
+    """Data of the report. Gaps in ms, one per round: the worst of all connections."""
 
     rounds: int = 0
     kills: int = 0
@@ -111,9 +111,9 @@ class Tally:
     lost_connections: int = 0
     split_brain: int = 0
     gaps: list[float] = field(default_factory=list)
-    fenced: int = 0  # hosts whose controller took longer than dead_after to be there again
-    over: int = 0  # rounds whose gap was beyond the detection deadline of what was done
-    pauses: list[float] = field(default_factory=list)  # while a new secondary was made equal
+    fenced: int = 0  # hosts whose controller took longer than dead_after to come back
+    over: int = 0  # rounds whose gap exceeded the detection deadline of the fault
+    pauses: list[float] = field(default_factory=list)  # while a new secondary was synchronized
     by_action: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
     problems: list[str] = field(default_factory=list)
 
@@ -140,18 +140,18 @@ class Tally:
         }
 
 
-#: what is done -> the time after which it is noticed at the latest, ms
+#: fault -> time by which it is noticed at the latest, ms
 DEADLINE_MS: dict[str, int] = {
     "kill_pvm": HEARTBEAT_TIMEOUT_MS,
     "kill_svm": HEARTBEAT_TIMEOUT_MS,
     "kill_pvm_in_checkpoint": HEARTBEAT_TIMEOUT_MS,
     "kill_pvm_host": HEARTBEAT_TIMEOUT_MS,
-    # a primary's QEMU notices nothing before a checkpoint, so there is silence only
+    # a primary's QEMU notices nothing before a checkpoint, so there is only silence
     "kill_svm_host": DEAD_AFTER_MS,
-    # asked every half a second; one deadline of QMP, and one of the way past its main loop
+    # polled every half second; one QMP deadline, and one for the way past its main loop
     "hang_pvm": 500 + QMP_TIMEOUT_MS + 1000,
     "hang_svm": 500 + QMP_TIMEOUT_MS + 1000 + CHECKPOINT_MS,
-    "kill_pvm_controller": 2000,  # until the next one is there
+    "kill_pvm_controller": 2000,  # until the next controller is ready
     "kill_svm_controller": 2000,
     "cut_link": 2000 + HEARTBEAT_TIMEOUT_MS,
     "cut_control": 2000 + HEARTBEAT_TIMEOUT_MS,
@@ -172,10 +172,10 @@ AT_ONCE = {
 
 
 def limit_ms(action: str) -> int:
-    """The longest gap that is to be expected.
+    """Return the longest gap to be expected, ms.
 
-    Clients try again after 0.2, 0.4, 0.8 s ... (RFC 6298 5.5), so that they notice the end of a
-    silence late, when it has been up to twice as long.
+    Clients retransmit after 0.2, 0.4, 0.8 s ... (RFC 6298 5.5), so they notice the end of a silence
+    late, when it has lasted up to twice as long.
     """
     d = DEADLINE_MS[action]
     return (d if action in AT_ONCE else 2 * d) + SLACK_MS
@@ -187,14 +187,14 @@ class Chaos:
     def __init__(self, lab: ChaosLab, seed: int, say: Callable[[str], None]) -> None:
         self.lab, self.rng, self.say = lab, random.Random(seed), say
         self.tally = Tally()
-        self.pvm = "primary"  # host that runs it
+        self.pvm = "primary"  # the host that runs it
         self.streams: list[EchoStream] = []
         self.actions: list[str] = []
         self.downloads: Downloads | None = None
         self.lines: LineStream | None = None
         self.explained = False
         self.evidence: Evidence | None = None
-        self._judged = time.time()  # what came before has been looked at
+        self._judged = time.time()  # everything before has been checked
         self._errors = 0
 
     @property
@@ -222,7 +222,7 @@ class Chaos:
                 self._retire(s)
 
     def _moving(self, since: float) -> None:
-        """Until every connection has had answers since then."""
+        """Wait until every connection has received answers since then."""
         for s in list(self.streams):
             with contextlib.suppress(LabError):
                 wait_for(
@@ -233,7 +233,7 @@ class Chaos:
             self._retire(s)
 
     def _gap(self, begin: float, end: float) -> float:
-        """The longest silence of any connection that ends in this time, ms."""
+        """Return the longest silence of any connection that ends in this time, ms."""
         worst = 0.0
         for s in self.streams:
             t = [x for x in list(s.stats.answered_at) if x > begin - 5]
@@ -242,7 +242,7 @@ class Chaos:
                     worst = max(worst, b - max(a, begin - 0.02))
         return worst * 1000
 
-    # -- what is done
+    # -- faults
 
     def _kill(self, host: str) -> None:
         self.tally.kills += 1
@@ -263,7 +263,7 @@ class Chaos:
         elif action == "kill_pvm_in_checkpoint":
             asked = threading.Thread(target=self._checkpoint, daemon=True)
             asked.start()
-            time.sleep(self.rng.uniform(0, 0.02))  # anywhere in it
+            time.sleep(self.rng.uniform(0, 0.02))  # at any point of it
             self._kill(pvm)
             asked.join(20)
         elif action in ("kill_pvm_host", "kill_svm_host"):
@@ -297,7 +297,7 @@ class Chaos:
             self.lab.ask(self.pvm, "checkpoint")
 
     def _survivor(self) -> str:
-        """The host whose guest is alone."""
+        """Return the host whose guest runs standalone."""
 
         def alone() -> str:
             for host in HOSTS:
@@ -320,7 +320,7 @@ class Chaos:
             lab.start_controller(dead)
         lab.start_vm(dead, incoming=True)
         self.pvm = survivor
-        if self.rng.random() < DISTURBED:  # anywhere in the change of roles or the first copy
+        if self.rng.random() < DISTURBED:  # at any point of the change of roles or the first copy
             time.sleep(self.rng.uniform(0, 4))
             what = self.rng.choice(("QEMU", *HOSTS))
             self.say(f"     repair disturbed: kill -9 of {what}")
@@ -334,7 +334,7 @@ class Chaos:
             self.repair(again)
 
     def _protected(self) -> None:
-        """Until both say so and hear each other: a cut may have ended before it was noticed."""
+        """Wait until both report it and hear each other: a cut may have ended unnoticed."""
 
         def fine() -> bool:
             seen = [self.lab.status(host) for host in HOSTS]
@@ -357,8 +357,11 @@ class Chaos:
             self.lab.start_vm(other(self.pvm), incoming=True)
 
     def _unless_fenced(self) -> str:
-        """Wait until the pair is protected again; or who has gone on alone and fenced the other
-        host, as it does with one whose controller is not back within dead_after."""
+        """Wait until the pair is protected again, or one host runs standalone and has fenced the
+        other.
+
+        It does so with a host whose controller is not back within dead_after.
+        """
         fences = self.lab.fences()
         try:
             self._protected()
@@ -412,11 +415,11 @@ class Chaos:
         t.over += over
         self.say(f"{n:4} {action:<24} gap {gap:6.0f} ms{' BEYOND' * over}, PVM on {self.pvm}")
         if len(self.streams) >= STREAMS:
-            self._retire(self.rng.choice(self.streams[1:]))  # the first one sees it all
+            self._retire(self.rng.choice(self.streams[1:]))  # the first one stays throughout
         self._open()
 
     def _speakers(self, n: int, action: str, evidence: Evidence, takeovers: int) -> int:
-        """How often the speaker on the wire changed more than the guest did."""
+        """Return how often the transmitting host on the wire changed more than the guest did."""
         seen, lost = evidence.stop()
         self.tally.problems += [f"round {n}: {x}" for x in lost]
         changes = sum(a[1] != b[1] for a, b in zip(seen, seen[1:], strict=False))
@@ -427,7 +430,7 @@ class Chaos:
         return max(0, changes - takeovers)
 
     def _judge(self, n: int, action: str, evidence: Evidence, problems: int) -> None:
-        """Explain what was wrong and keep the captures of it; forget those of a clean round."""
+        """Explain what was wrong and keep its captures; discard those of a clean round."""
         since, self._judged = self._judged, time.time()
         wrong = self._wrong(since)
         for w in wrong:
@@ -444,7 +447,7 @@ class Chaos:
             evidence.forget()
 
     def _wrong(self, since: float) -> list[Wrong]:
-        """Wrong bytes that clients have got since then; of each client the first."""
+        """Return the wrong bytes that clients received since then; the first of each client."""
         found = list(self.downloads.found) if self.downloads else []
         for s in self.streams:
             if (odd := s.stats.odd) is not None:
@@ -493,7 +496,7 @@ class Chaos:
 
 
 def fence(lab: Lab) -> list[str]:
-    """A fence that does what it says: it kills whatever still runs of the other host."""
+    """Fence for real: kill whatever still runs of the other host."""
     lab.work.mkdir(parents=True, exist_ok=True)
     script = lab.work / "fence.sh"
     script.write_text(
@@ -510,10 +513,10 @@ def fence(lab: Lab) -> list[str]:
 
 
 class ChaosLab(Lab):
-    """Notes for the fence which processes belong to which host."""
+    """Record for the fence which processes belong to which host."""
 
     def fences(self) -> int:
-        """How often a host was fenced."""
+        """Return how often a host was fenced."""
         path = self.work / "fences"
         return len(path.read_text().split()) if path.exists() else 0
 
@@ -548,7 +551,7 @@ def run(
 
 
 def clean(report: dict[str, Any]) -> bool:
-    """Whether nothing was wrong."""
+    """Return whether nothing was wrong."""
     bad = ("wrong_bytes", "lost_connections", "split_brain")
     return not any(report[k] for k in bad) and not report["problems"]
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Real pairs: two QEMU guests, two controllers, a client. One lab at a time."""
+"""Provide real pairs: two QEMU guests, two controllers, a client. One lab at a time."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ LabMaker = Callable[..., Lab]
 
 @pytest.fixture
 def make_lab() -> Iterator[LabMaker]:
-    """Makes labs that are gone after the test, whatever happened."""
+    """Create labs that are removed after the test, whatever happened."""
     made: list[Lab] = []
 
     def make(**options: Any) -> Lab:
@@ -55,7 +55,7 @@ def make_lab() -> Iterator[LabMaker]:
 
 @pytest.fixture(scope="module")
 def pair() -> Iterator[Lab]:
-    """A protected pair for the tests of a module that leave it protected."""
+    """Provide a protected pair for the tests of a module, which leave it protected."""
     lab = Lab(BUILD, tag="cxe2e")
     try:
         lab.up()

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What a round of chaos leaves behind when a client got a wrong byte: who sent it, and when.
+"""Keep evidence of a chaos round in which a client got a wrong byte: who sent it, and when.
 
-Each round is captured whole on both taps, both ends of the peer link and both client wires. A round
-that is found clean loses its captures; those of another one are kept, with the controllers' logs,
-and `explain` says which frame brought the byte, from which guest, under which epoch and mode.
+Each round is captured completely on both taps, both ends of the peer link and both client wires. A
+clean round loses its captures; those of any other are kept with the controllers' logs, and
+`explain` reports which frame brought the byte, from which guest, in which epoch and mode.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from colo_xdp.lab.capture import GUEST_MAC, Capture, from_guest
 from colo_xdp.lab.pair import Lab
 
 HOSTS = ("primary", "secondary")  # by their role in the files
-AROUND_S = 5.0  # frames of the connection are looked for so long before the byte was read
-SHOWN = 40  # of the story's lines
+AROUND_S = 5.0  # how long before the byte was read frames of the connection are searched
+SHOWN = 40  # number of lines in the story
 EPOCH_TAG = 0x88A8  # of the peer link: kind << 13 | epoch
 EPOCH_BITS = 0x0FFF
 M32 = 0xFFFFFFFF
@@ -31,7 +31,7 @@ _MODE = re.compile(r"^(\S+ \S+),(\d{3}) \w+ \S+ data path: (.*)$", re.M)
 
 @dataclass(frozen=True, slots=True)
 class Wrong:
-    """A byte that a client should not have got. `at`: unix time of the read, s."""
+    """A byte that a client should not have received. `at`: unix time of the read, s."""
 
     what: str
     at: float
@@ -39,12 +39,12 @@ class Wrong:
     client_port: int
     got: bytes  # from the wrong byte on
     want: bytes
-    position: int | None = None  # of that byte in the server's stream; None: not known
+    position: int | None = None  # of that byte in the server's stream; None: unknown
 
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """A TCP segment of the guest in a capture. `epoch`: of the peer link's tag; -1: no tag."""
+    """A TCP segment of the guest in a capture. `epoch`: from the peer link's tag; -1: no tag."""
 
     at: float
     where: str
@@ -61,7 +61,7 @@ class Segment:
 
 
 def frames(raw: bytes) -> Iterator[tuple[float, bytes]]:
-    """(unix time in s, frame) of a nanosecond pcap; one cut by a kill ends it."""
+    """Yield (unix time in s, frame) of a nanosecond pcap; a truncated one ends it."""
     at = 24
     while at + 16 <= len(raw):
         s, ns, have, _len = struct.unpack_from("<IIII", raw, at)
@@ -72,7 +72,7 @@ def frames(raw: bytes) -> Iterator[tuple[float, bytes]]:
 
 
 def segment(where: str, at: float, f: bytes) -> Segment | None:
-    """The guest's TCP segment in a frame; None: something else."""
+    """Return the guest's TCP segment in a frame; None: something else."""
     if len(f) < 54 or f[6:12] != GUEST_MAC:
         return None
     epoch, pos = -1, 12
@@ -99,7 +99,7 @@ def segment(where: str, at: float, f: bytes) -> Segment | None:
 
 
 def modes(log: str) -> list[tuple[float, str]]:
-    """(unix time, "mode M, epoch N") of a controller's log at level DEBUG."""
+    """Return (unix time, "mode M, epoch N") from a controller's log at level DEBUG."""
     out = []
     for day, ms, what in _MODE.findall(log):
         out.append((datetime.fromisoformat(day).timestamp() + int(ms) / 1000, what))
@@ -112,7 +112,7 @@ def _mode_at(log: str, at: float) -> str:
 
 
 def _place(segs: list[Segment], w: Wrong) -> int | None:
-    """Sequence number of the wrong byte in the client's numbers."""
+    """Return the wrong byte's sequence number, in the client's numbers."""
     wire = [s for s in segs if s.where.startswith("client")]
     if w.position is not None:
         for s in wire:
@@ -126,10 +126,10 @@ def _place(segs: list[Segment], w: Wrong) -> int | None:
 
 
 def explain(captures: Iterable[tuple[str, bytes]], logs: dict[str, str], w: Wrong) -> list[str]:
-    """The story of a wrong byte, for people.
+    """Tell the story of a wrong byte.
 
-    captures: ("tap primary", pcap) and so on; "client primary" is the wire of the client to that
-    host. logs: of the controllers, by host.
+    captures: ("tap primary", pcap) and so on; "client primary" is the client's wire to that host.
+    logs: the controllers' logs, by host.
     """
     segs = [
         s
@@ -151,7 +151,7 @@ def explain(captures: Iterable[tuple[str, bytes]], logs: dict[str, str], w: Wron
             n = min(16, len(s.data) - ((seq - s.seq) & M32))
             have = s.data[(seq - s.seq) & M32 :][:n]
         elif s.where == "tap secondary" or s.where == "tap primary":
-            # a guest with numbers of its own: by what it says
+            # a guest with numbers of its own: identified by content
             found = max(s.data.find(w.got[:16]) if w.got else -1, s.data.find(w.want[:16] or b"?"))
             if found < 0:
                 continue
@@ -199,8 +199,11 @@ class Evidence:
         self.began = time.time()
 
     def stop(self) -> tuple[list[tuple[float, str]], list[str]]:
-        """End the captures: (time, host) of each frame of a guest on the clients' wires, in order;
-        and what is no witness since frames were lost."""
+        """End the captures; return (time, host) of each frame of a guest on the clients' wires, in
+        order.
+
+        It also returns which captures are no witness because frames were lost.
+        """
         seen: list[tuple[float, str]] = []
         lost = []
         for name, c in self._captures.items():
@@ -226,7 +229,7 @@ class Evidence:
         return explain(files, self._logs(), w)
 
     def keep(self, to: Path) -> None:
-        """What there is, for a later look."""
+        """Keep everything there is for later inspection."""
         to.mkdir(parents=True, exist_ok=True)
         for c in self._captures.values():
             shutil.copy(c.path, to / c.path.name)
@@ -234,6 +237,6 @@ class Evidence:
             (to / f"{host}.controller.log").write_text(text)
 
     def forget(self) -> None:
-        """The round is judged and clean."""
+        """Discard the captures of a clean round."""
         for c in self._captures.values():
             c.path.unlink(missing_ok=True)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What systemd does for deploy/systemd/colo-xdp@.service, as far as our controllers can tell.
+"""Do what systemd does for deploy/systemd/colo-xdp@.service, as far as our controllers can see.
 
-Type=notify, Restart=always, RestartSec=100ms and WatchdogSec, which systemd tells the process by
-NOTIFY_SOCKET and WATCHDOG_USEC (sd_notify(3), sd_watchdog_enabled(3)).
+Type=notify, Restart=always, RestartSec=100ms and WatchdogSec, which systemd passes to the process
+in NOTIFY_SOCKET and WATCHDOG_USEC (sd_notify(3), sd_watchdog_enabled(3)).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ RESTART_S = 0.1
 
 
 class Supervisor:
-    """Keeps one controller running until stop()."""
+    """Keep one controller running until stop()."""
 
     def __init__(self, lab: Lab, role: str, watchdog_s: float) -> None:
         self.lab, self.role, self.watchdog_s = lab, role, watchdog_s
@@ -62,7 +62,7 @@ class Supervisor:
             self._stop.wait(RESTART_S)
 
     def kill(self) -> float:
-        """kill -9, and until the next one is ready; the seconds that it took."""
+        """Kill -9 and wait until the next one is ready; return the time it took, s."""
         n, at = len(self.ready_after), time.monotonic()
         self.lab.controllers[self.role].send_signal(signal.SIGKILL)
         wait_for("the next controller", lambda: len(self.ready_after) > n, 30)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A real pair whose peer link is deleted and made again, or pulled while the controllers talk."""
+"""Test a real pair whose peer link is deleted and recreated, or pulled under traffic."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from colo_xdp.lab.net import GUEST_IP, sh, wait_for
 from colo_xdp.lab.pair import Lab
 from tests.e2e.conftest import LabMaker
 
-CUT_S = 6.0  # with a checkpoint for each of its round trips, of which there are some ten
-FAST_S = 1.5  # a request, on a machine that is busy; compare_timeout is 3 s
+CUT_S = 6.0  # with a checkpoint for each of its round trips, of which there are about ten
+FAST_S = 1.5  # a request on a busy machine; compare_timeout is 3 s
 
 
 def requests(lab: Lab, n: int) -> float:
-    """Requests on connections of their own; the slowest one (s)."""
+    """Send requests on connections of their own; return the slowest one's time, s."""
     slowest = 0.0
     for _ in range(n):
         began = time.monotonic()
@@ -26,7 +26,7 @@ def requests(lab: Lab, n: int) -> float:
 
 
 def test_a_peer_link_that_was_made_again_serves_again(make_lab: LabMaker) -> None:
-    """Under its name and with its addresses; the control channel goes over it too."""
+    """Under its name and with its addresses; the control channel uses it too."""
     lab = make_lab()
     lab.protect()
     stream = EchoStream(lab.net.client)
@@ -44,7 +44,7 @@ def test_a_peer_link_that_was_made_again_serves_again(make_lab: LabMaker) -> Non
         wait_for(
             "beacons", lambda r=role: lab.status(r)["heartbeat_links"][0]["silent_ms"] < 500, 5
         )  # type: ignore[misc]
-    requests(lab, 2)  # what was missed meanwhile may cost a checkpoint more
+    requests(lab, 2)  # frames lost meanwhile may cost one more checkpoint
     before = lab.checkpoints()
     assert requests(lab, 10) < FAST_S
     assert lab.checkpoints() - before <= 2
@@ -53,7 +53,7 @@ def test_a_peer_link_that_was_made_again_serves_again(make_lab: LabMaker) -> Non
 
 
 def test_a_pulled_peer_link_costs_checkpoints_and_not_timeouts(make_lab: LabMaker) -> None:
-    """The control channel takes another way and lives."""
+    """The control channel uses another link and survives."""
     lab = make_lab()
     base = GUEST_IP.rpartition(".")[0]
     for role, n in (("primary", 101), ("secondary", 102)):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Entries into COLO that fail, and what they cost the guest."""
+"""Test entries into COLO that fail, and what they cost the guest."""
 
 from __future__ import annotations
 
@@ -37,8 +37,11 @@ def left_on(lab: Lab, role: str, *names: str) -> None:
 def test_an_entry_that_leads_nowhere_costs_the_guest_seconds(
     make_lab: LabMaker, capability: str
 ) -> None:
-    """QEMU before 11: the one ends in `completed`, the PVM in `postmigrate`; the other waits in
-    `pre-switchover`. The guest runs on, and what fails twice is not tried for ever."""
+    """QEMU before 11: one ends in `completed`, the PVM in `postmigrate`; the other waits in
+    `pre-switchover`.
+
+    The guest keeps running, and an entry that fails twice is not retried for ever.
+    """
     if vms.qemu_version() >= (11, 0, 0):
         pytest.skip("QEMU 11 enters COLO with both")
     lab = make_lab()
@@ -64,14 +67,14 @@ def test_an_entry_that_leads_nowhere_costs_the_guest_seconds(
     print(f"ran on {ran_s:.2f} s after: {s['reason']}")
     wait_for("the secondary's word", lambda: given_up(lab), 10)
     wait_for("the end of its QEMU", lambda: not lab.vm["secondary"].alive, 10)
-    lab.start_vm("secondary")  # a person starts another one
+    lab.start_vm("secondary")  # an operator starts another one
     wait_for("a second failure", lambda: "2 times" in lab.status("primary")["reason"], 60)
     assert lab.vm["primary"].ask("query-status")["status"] == "running"
     assert lab.client.http("index.html", timeout=5).ok
 
 
 def given_up(lab: Lab) -> bool:
-    """Its QEMU is of no use any more: it has loaded the guest, or has ended by itself."""
+    """Return whether its QEMU is useless now: it has loaded the guest, or exited by itself."""
     s = lab.status("secondary")
     stopped = s["state"] == "stopped" and "has given up entering COLO" in s["reason"]
     return stopped or "waiting for another one" in s["reason"]
@@ -121,7 +124,7 @@ def test_a_disk_that_nobody_keeps_equal_is_refused_by_name(
     s = lab.status("primary")
     assert s["state"] == "starting" and str(image) in s["reason"] and s["active"]["transmitting"]
     assert lab.client.http("index.html", timeout=5).ok
-    lab.vm["primary"].ask("device_del", id="vd9")  # the guest answers, and the pair is made
+    lab.vm["primary"].ask("device_del", id="vd9")  # the guest answers, and the pair is protected
     for role in ("primary", "secondary"):
         lab.wait_state(role, "protected")
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Deaths of every part of a pair, with a client's connections open."""
+"""Test the death of every part of a pair, with a client's connections open."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.e2e.conftest import LabMaker
 
 
 def streams(lab: Lab) -> list[EchoStream]:
-    """Two connections, IPv4 and IPv6, made before the death."""
+    """Open two connections, IPv4 and IPv6, before the death."""
     made = [EchoStream(lab.net.client), EchoStream(lab.net.client, v6=True)]
     for s in made:
         wait_for("echoes", lambda s=s: len(s.stats.answered_at) > 20, 10)  # type: ignore[misc]
@@ -26,7 +26,7 @@ def streams(lab: Lab) -> list[EchoStream]:
 
 
 def live_on(lab: Lab, made: list[EchoStream], since: float) -> None:
-    """The old connections go on without a wrong byte, and new ones are made."""
+    """Check that old connections continue without a wrong byte, and that new ones work."""
     for s in made:
         wait_for(
             "echoes afterwards",
@@ -95,7 +95,7 @@ def test_a_controller_is_stopped_and_nobody_is_fenced(make_lab: LabMaker, tmp_pa
     live_on(lab, made, time.time())
     lab.vm["secondary"].kill9()
     s = lab.wait_state("secondary", "stopped", 15)
-    assert "now nobody speaks" in s["reason"] and not s["active"]["transmitting"]
+    assert "no guest is active now" in s["reason"] and not s["active"]["transmitting"]
     assert s["mode"] == "drop"
 
 
@@ -110,7 +110,7 @@ def test_secondary_qemu_dies(make_lab: LabMaker) -> None:
 
 
 def fence(tmp_path: Path, status: int) -> tuple[Path, list[str]]:
-    """A fence command that leaves a note and ends with this exit status."""
+    """Create a fence command that leaves a note and exits with this status."""
     note = tmp_path / "fenced"
     script = tmp_path / "fence.sh"
     script.write_text(f"#!/bin/sh\ndate >> {note}\nexit {status}\n")
@@ -145,14 +145,14 @@ def test_no_fence_no_takeover_until_a_person_says_so(make_lab: LabMaker, tmp_pat
     assert from_guest(lab.stop_capture(leak)) == 0
     steps = lab.ask("secondary", "failover", dry_run=True)["steps"]
     assert any("x-colo-lost-heartbeat" in x for x in steps)
-    fence(tmp_path, 0)  # the operator repairs it, and asks
+    fence(tmp_path, 0)  # the operator repairs it, and requests failover
     r = lab.ask("secondary", "failover")
     assert r["done"] and r["state"] == "promoted"
     live_on(lab, made, time.time())
 
 
 def test_a_copy_that_missed_something_never_speaks(make_lab: LabMaker) -> None:
-    """A cut link, a person who opens the primary, the link is back, and then the PVM dies."""
+    """A cut link, an operator who opens the primary, the link is back, and then the PVM dies."""
     lab = make_lab(overrides={"failover": {"arbiter": "manual"}})
     lab.protect()
     wire = lab.capture(lab.net.secondary, "uplink", "svm", "out")
@@ -175,7 +175,7 @@ def test_a_copy_that_missed_something_never_speaks(make_lab: LabMaker) -> None:
 
 
 def test_secondary_hangs(make_lab: LabMaker) -> None:
-    """A QEMU that does not answer costs the pair, not the service."""
+    """A hanging QEMU costs the pair, not the service."""
     lab = make_lab(overrides={"checkpoint": {"deadline": 2000}})
     lab.protect()
     made = streams(lab)
@@ -202,13 +202,17 @@ def test_primary_dies_inside_a_checkpoint(make_lab: LabMaker) -> None:
 
 
 def test_a_guest_that_restarts_before_protection_keeps_its_network(make_lab: LabMaker) -> None:
-    """Nor has it one before the other host's controller has said that its guest does not speak."""
+    """It gets none before the other host's controller reports that its guest does not transmit."""
     lab = make_lab()
     lab.vm["secondary"].kill9()  # so that nothing is protected yet
     wire = lab.capture(lab.net.primary, "uplink", "pvm", "out")
     lab.start_controller("primary")
     s = lab.wait_state("primary", "starting", 60)
-    wait_for("the reason", lambda: "nothing is known" in lab.status("primary")["reason"], 10)
+    wait_for(
+        "the reason",
+        lambda: "does not know what happened before" in lab.status("primary")["reason"],
+        10,
+    )
     assert s["mode"] == "drop" and not s["active"]["transmitting"]
     assert not lab.client.http("f100k", timeout=1).ok
     assert from_guest(lab.stop_capture(wire)) == 0

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What a guest does to itself, and what a person does to one QEMU of a pair."""
+"""Test what a guest does to itself, and what an operator does to one QEMU of a pair."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_a_reset_is_a_checkpoint(make_lab: LabMaker, how: str) -> None:
         assert not {"solo", "promoted"} & set(states(lab, role))
     assert lab.vm["secondary"].alive
     print(f"served again after {time.time() - at:.1f} s, {lab.checkpoints()} checkpoints")
-    # and the copy is one: it goes on
+    # and the copy is a real one: it continues
     stream = EchoStream(lab.net.client)
     wait_for("echoes", lambda: len(stream.stats.answered_at) > 20, 10)
     died = lab.vm["primary"].kill9()

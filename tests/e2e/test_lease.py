@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A real pair whose arbiter is a lease in a real etcd, in a namespace of its own."""
+"""Test a real pair whose arbiter is a lease in a real etcd, in a namespace of its own."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ OVERRIDES = {
 
 @pytest.fixture
 def lab(make_lab: LabMaker, tmp_path: Path) -> Iterator[Lab]:
-    """The pair, protected, with ways from both hosts to the store."""
+    """Provide the pair, protected, with links from both hosts to the store."""
     if not shutil.which("etcd") and not os.environ.get("CI"):
         pytest.skip("etcd is not installed (package etcd-server)")
     sh("ip", "netns", "del", WITNESS, check=False)
@@ -61,7 +61,7 @@ def lab(make_lab: LabMaker, tmp_path: Path) -> Iterator[Lab]:
 
 
 def test_a_hung_controller_is_silenced_by_its_kernel(lab: Lab) -> None:
-    """SIGSTOP: its QEMU runs and sends on. The SVM speaks only when the PVM cannot any more."""
+    """SIGSTOP: its QEMU runs and sends on. The SVM transmits only when the PVM no longer can."""
     wire = lab.capture(lab.net.primary, "uplink", "pvm", "out")
     made = streams(lab)
     hung = lab.controllers["primary"]
@@ -81,7 +81,7 @@ def test_a_hung_controller_is_silenced_by_its_kernel(lab: Lab) -> None:
 
 
 def test_a_cut_between_the_hosts_leaves_one(lab: Lab) -> None:
-    """Both live, both reach the store: the holder goes on alone, the other one stands down."""
+    """Both live and reach the store: the holder continues standalone, the other is demoted."""
     made = streams(lab)
     sh("ip", "-n", lab.net.primary, "link", "set", "peer0", "down")
     lab.wait_state("primary", "solo", 30)
@@ -95,7 +95,7 @@ def test_a_cut_between_the_hosts_leaves_one(lab: Lab) -> None:
 
 
 def test_the_lease_goes_on_with_the_pair(lab: Lab) -> None:
-    """After a cut, a new secondary and a change of roles each guest may speak in its turn."""
+    """After a cut, a new secondary and a change of roles, each guest may transmit in its turn."""
     made = streams(lab)
     sh("ip", "-n", lab.net.primary, "link", "set", "peer0", "down")
     lab.wait_state("primary", "solo", 30)

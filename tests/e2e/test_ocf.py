@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The OCF agent on a real pair, its actions in the order in which a cluster asks for them."""
+"""Test the OCF agent on a real pair, its actions in the order in which a cluster requests them."""
 
 from __future__ import annotations
 
@@ -106,14 +106,14 @@ def story(lab: Lab, p: Node, s: Node) -> None:
     assert s.score() == "--update=100"
     work = Work(lab)
 
-    # The first host is put into standby.
+    # The first host is put on standby.
     assert p("stop") == 0
     assert p("monitor", interval=0) == NOT_RUNNING
     assert s("promote") == 0 and s("monitor") == PROMOTED
     work.moves(time.time())
     work.open()
 
-    # And comes back: its guest is over, a new QEMU waits there, the roles have changed.
+    # It comes back: its guest is over, a new QEMU waits there, the roles have changed.
     assert p("start") == 0 and p.score() == "--delete"
     wait_for("the end of the old PVM", lambda: not lab.vm["primary"].alive, 20)
     lab.start_vm("primary", incoming=True)
@@ -124,7 +124,7 @@ def story(lab: Lab, p: Node, s: Node) -> None:
     wait_for("its score", lambda: p("monitor") == 0 and p.score() == "--update=100", 20)
     work.open()
 
-    # The controller of the guest that speaks dies for good: the cluster moves the guest back.
+    # The active guest's controller dies for good: the cluster moves the guest back.
     lab.controllers["secondary"].send_signal(signal.SIGKILL)
     lab.controllers["secondary"].wait()
     assert s("monitor", timeout=5) == 1

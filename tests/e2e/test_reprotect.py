@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A survivor gets a new secondary, again and again, with the clients' connections open."""
+"""Test that a survivor gets a new secondary repeatedly, with clients' connections open."""
 
 from __future__ import annotations
 

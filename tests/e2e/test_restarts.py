@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Controllers under a supervisor as systemd is one: killed at any moment, hung, changing roles."""
+"""Test controllers under a supervisor like systemd: killed at any moment, hung, changing roles."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ KILLS = 6
 def supervised() -> Iterator[tuple[Lab, dict[str, Supervisor]]]:
     script = BUILD / "run-cxe2e" / "incoming.sh"
     script.parent.mkdir(parents=True, exist_ok=True)
-    # stands for "start QEMU": whoever runs the test does it, and so can end it again
+    # stands for "start QEMU": the test itself does it, so that it can end it again
     script.write_text(f'#!/bin/sh\ntouch "{script.parent}/wanted-$(ip netns identify $$)"\n')
     script.chmod(0o755)
     lab = Lab(BUILD, tag="cxe2e", overrides={"qemu": {"incoming": [str(script)]}})
@@ -54,14 +54,16 @@ def answered(s: EchoStream, since: float) -> None:
 
 
 def gap(s: EchoStream, since: float) -> float:
-    """The longest time between two answers that ends after this."""
+    """Return the longest time between two answers that ends after this."""
     t = list(s.stats.answered_at)
     return max((b - a for a, b in zip(t, t[1:], strict=False) if b > since), default=0.0)
 
 
 def test_killed_at_any_moment_under_load(supervised: tuple[Lab, dict[str, Supervisor]]) -> None:
-    """Nothing is lost or wrong, and nothing of the SVM gets out; the data path never pauses for
-    longer than the next controller takes."""
+    """Nothing is lost or wrong, and no frame of the SVM gets out.
+
+    The data path never pauses for longer than the next controller needs to take it over.
+    """
     lab, guards = supervised
     rng = random.Random(5)
     leak = lab.capture(lab.net.client, "to-s", "restarts", "in")
@@ -83,7 +85,7 @@ def test_killed_at_any_moment_under_load(supervised: tuple[Lab, dict[str, Superv
     thread.start()
     for n in range(KILLS):
         role = ("primary", "secondary")[n % 2]
-        time.sleep(rng.uniform(0.2, 1.5))  # anywhere in what goes on
+        time.sleep(rng.uniform(0.2, 1.5))  # at any point of what is going on
         at = time.time()
         away = guards[role].kill()
         protected(lab)
@@ -119,8 +121,10 @@ def test_a_controller_that_hangs_is_replaced(
 
 
 def test_drill(supervised: tuple[Lab, dict[str, Supervisor]]) -> None:
-    """Roles change and the pair is protected again, with the operator's commands alone; the
-    controllers keep their processes."""
+    """Roles change and the pair is protected again, with the operator's commands alone.
+
+    The controllers keep their processes.
+    """
     lab, guards = supervised
     stream = EchoStream(lab.net.client)
     for pvm in ("primary", "secondary"):
@@ -134,7 +138,7 @@ def test_drill(supervised: tuple[Lab, dict[str, Supervisor]]) -> None:
         out, _ = r.communicate(timeout=90)
         print(out)
         assert r.returncode == 0, out
-        assert "heard nothing of the guest for" in out and "roles changed" in out
+        assert "received nothing from the guest for" in out and "roles changed" in out
         protected(lab)
     stats = stream.stop()
     assert (stats.dead, stats.wrong) == ("", 0)

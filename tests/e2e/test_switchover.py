@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Failover that a person asks for: by plan, on either host, and by force past a hung QEMU."""
+"""Test failover at an operator's request: planned, on either host, and forced past a hung QEMU."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_switchover(make_lab: LabMaker, asked: str) -> None:
 
 
 def dirty(lab: Lab) -> None:
-    """Much to copy for the next checkpoint."""
+    """Create much to copy for the next checkpoint."""
     lab.client.run("dd if=/dev/zero of=/tmp/dirty bs=1M count=24; rm /tmp/dirty")
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A protected pair at work: what clients do, byte by byte, and why checkpoints happen."""
+"""Test a protected pair at work: what clients do, byte by byte, and why checkpoints happen."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from colo_xdp.lab.pair import Lab
 
 
 def settled(lab: Lab) -> dict[str, Any]:
-    """Protected, and nothing held: the end of whatever was going on."""
+    """Wait until the pair is protected and nothing is held."""
     wait_for(
         "an idle pair",
         lambda: (s := lab.status("primary"))["state"] == "protected" and not s["held"]["packets"],
@@ -33,7 +33,7 @@ def settled(lab: Lab) -> dict[str, Any]:
 
 
 def by_fast_path(lab: Lab) -> int:
-    """Frames of the PVM that it has let go."""
+    """Return the number of the PVM's frames that the fast path has released."""
     programs = lab.status("primary")["programs"]
     return sum(
         programs[p].get(r, [0])[0]
@@ -90,7 +90,7 @@ def test_a_page_that_differs_costs_one_checkpoint_each(pair: Lab) -> None:
 
 @contextmanager
 def client_server(ns: str) -> Iterator[int]:
-    """An HTTP server on the client's side, for connections that the guest opens."""
+    """Run an HTTP server on the client's side, for connections that the guest opens."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -183,7 +183,7 @@ def test_a_second_controller_is_turned_away_and_harms_nothing(pair: Lab, role: s
 
 
 def stays_up(lab: Lab, role: str) -> None:
-    """kill -9 of a controller while a stream runs; the next one takes over."""
+    """Kill -9 a controller while a stream runs; the next one takes over."""
     stream = EchoStream(lab.net.client, period=0.05)
     wait_for("echoes", lambda: len(stream.stats.answered_at) > 10, 10)
     lab.controllers[role].send_signal(signal.SIGKILL)

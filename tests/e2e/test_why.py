@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Why a real pair made checkpoints, by the commands that an operator has, and what saves them."""
+"""Test the operator's commands that show why a real pair took checkpoints, and how to save them."""
 
 from __future__ import annotations
 

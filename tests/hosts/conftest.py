@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Two hosts with systemd for a module's tests; their journals when one of these fails."""
+"""Provide two hosts with systemd for a module's tests, and their journals when a test fails."""
 
 from __future__ import annotations
 

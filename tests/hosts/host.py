@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Two hosts that boot systemd, each in a container with namespaces of its own, and a client.
+"""Run two hosts that boot systemd, each in a container with its own namespaces, and a client.
 
     <tag>c   lan (bridge, 10.9.0.1, fd09::1)   sw1 (peer link)   sw2 (management)
     host     eth0 - br0                        eth1              eth2, 192.0.2.1 or .2
 
-systemd-nspawn needs no systemd around it: each host gets control groups of its own, without which
-both would share one tree, and a BPF file system. A power cut is SIGKILL for its PID 1.
+systemd-nspawn needs no systemd around it: each host gets control groups of its own (without them
+both would share one tree) and a BPF file system. A power cut is SIGKILL for its PID 1.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def _disable_ipv6(ns: str) -> None:
 
 
 def client_up() -> None:
-    """The clients' network, and the switches of the other two."""
+    """Create the clients' network, and the switches of the other two."""
     sh("ip", "netns", "add", CLIENT)
     _ip(CLIENT, "link set lo up")
     for bridge in ("lan", "sw1", "sw2"):
@@ -73,7 +73,7 @@ def client_down() -> None:
 
 
 def _control_groups() -> list[Path]:
-    """Mount points of the trees in which systemd keeps its units."""
+    """Return the mount points of the trees in which systemd keeps its units."""
     out = []
     for line in Path("/proc/self/mounts").read_text().splitlines():
         _, where, kind, options, *_ = line.split(" ")
@@ -102,21 +102,21 @@ class Host:
     # ---- life
 
     def make(self, base: Path) -> None:
-        """A fresh root on top of the base."""
+        """Create a fresh root on top of the base."""
         self.root = roots.overlay(base, self.dir)
         self.write("/etc/hostname", f"host{self.name}\n")
-        self.write("/etc/machine-id", "")  # a new one at the first boot
+        self.write("/etc/machine-id", "")  # a new id at the first boot
         self.write("/etc/systemd/journald.conf.d/10.conf", "[Journal]\nStorage=persistent\n")
 
     def write(self, path: str, text: str, mode: int = 0o644) -> None:
-        """A file of this host."""
+        """Write a file of this host."""
         p = self.root / path.lstrip("/")
         p.parent.mkdir(parents=True, exist_ok=True)
         p.write_text(text)
         p.chmod(mode)
 
     def enable(self, *units: str) -> None:
-        """As `systemctl enable` with no systemd running."""
+        """Enable a unit as `systemctl enable` does without a running systemd."""
         sh("systemctl", f"--root={self.root}", "enable", *units)
 
     def _wires(self) -> None:
@@ -131,7 +131,7 @@ class Host:
             _ip(self.ns, f"link set dev eth{i} mtu {1500 if i == 0 else 1600}")
 
     def wire(self, i: int) -> str:
-        """The switch's end of the host's eth`i`."""
+        """Connect the switch's end of the host's eth`i`."""
         return f"w{i}{self.name}"
 
     def boot(self) -> None:
@@ -142,7 +142,7 @@ class Host:
         sh("mount", "-t", "bpf", "bpf", str(self._bpf))
         if not self._tun.exists():
             os.mknod(self._tun, 0o666 | 0o020000, os.makedev(10, 200))
-            self._tun.chmod(0o666)  # as udev has it
+            self._tun.chmod(0o666)  # as udev sets it
         devices = [f"--bind={self._tun}:/dev/net/tun"]
         if os.access("/dev/kvm", os.R_OK | os.W_OK):
             devices.append("--bind=/dev/kvm")
@@ -175,7 +175,7 @@ class Host:
             )  # fmt: skip
 
     def booted(self) -> None:
-        """Until systemd says that it runs. Raises LabError with the console."""
+        """Wait until systemd reports that it runs. Raises LabError with the console output."""
         try:
             self.pid1 = wait_for(f"PID 1 of host{self.name}", self._find_pid1, BOOT_S)
             wait_for(f"systemd of host{self.name}", self._running, BOOT_S, poll=0.1)
@@ -206,7 +206,7 @@ class Host:
         return sorted(out)
 
     def cut(self) -> None:
-        """As a power cut: all of it ends at once, devices and pins are gone."""
+        """Cut the power: everything ends at once, devices and pins are gone."""
         if self.pid1:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid1, signal.SIGKILL)
@@ -216,7 +216,7 @@ class Host:
         self._sweep()
 
     def _sweep(self) -> None:
-        """What is left of this host, whoever has made it."""
+        """Remove whatever is left of this host."""
 
         def gone() -> bool:
             for pid in self._processes():
@@ -234,7 +234,8 @@ class Host:
         if Path(f"/run/netns/{self.ns}").exists():
             sh("ip", "netns", "del", self.ns)
         if Path(f"/run/netns/{CLIENT}").exists():
-            for i in range(3):  # their other ends go with a namespace that may live a little longer
+            # their other ends belong to a namespace that may live slightly longer
+            for i in range(3):
                 sh("ip", "-n", CLIENT, "link", "del", self.wire(i), check=False)
         while self._bpf.is_mount():
             sh("umount", str(self._bpf))
@@ -250,7 +251,7 @@ class Host:
     # ---- inside
 
     def run(self, *cmd: str, check: bool = True, timeout: float = 60.0) -> str:
-        """A command inside; its output. Raises LabError with what it said."""
+        """Run a command inside and return its output. Raises LabError with it on failure."""
         r = subprocess.run(
             ["nsenter", "-t", str(self.pid1), "-m", "-u", "-i", "-n", "-p", "-C", "--", *cmd],
             capture_output=True, text=True, check=False, timeout=timeout, env=ENV,
@@ -261,7 +262,7 @@ class Host:
         return r.stdout
 
     def show(self, unit: str, *properties: str) -> dict[str, str]:
-        """Properties of a unit, as `systemctl show` prints them."""
+        """Return properties of a unit, as `systemctl show` prints them."""
         text = self.run("systemctl", "show", unit, f"--property={','.join(properties)}")
         return dict(line.split("=", 1) for line in text.splitlines())
 
@@ -272,7 +273,7 @@ class Host:
         return self.run(*cmd)
 
     def status(self, pair: str, role: str) -> dict[str, Any]:
-        """The controller's status; {} while there is no controller. `role`: that of its file."""
+        """Return the controller's status; {} if there is none. `role`: that of its file."""
         sock = f"/proc/{self.pid1}/root/run/colo-xdp/{pair}.{role}.sock"
         try:
             return control_socket.request(sock, "status", {})
@@ -280,17 +281,17 @@ class Host:
             return {}
 
     def unit_of(self, pid: int) -> str:
-        """The unit in whose control group a process of this host is."""
+        """Return the unit in whose control group a process of this host is."""
         return self.run("ps", "-o", "unit=", "-p", str(pid)).strip()
 
     def pids(self, pattern: str) -> list[int]:
-        """Processes of this host, by command line."""
+        """Return the processes of this host, by command line."""
         return [int(x) for x in self.run("pgrep", "-f", pattern, check=False).split()]
 
 
 @contextlib.contextmanager
 def unplugged(host: Host, i: int) -> Iterator[None]:
-    """The cable of the host's eth`i` is out of the switch."""
+    """Unplug the cable of the host's eth`i` from the switch."""
     _ip(CLIENT, f"link set dev {host.wire(i)} down")
     try:
         yield
@@ -299,7 +300,7 @@ def unplugged(host: Host, i: int) -> Iterator[None]:
 
 
 def never(what: str, cond: Callable[[], Any], seconds: float) -> None:
-    """Raises LabError if `cond` becomes true within so long."""
+    """Raise LabError if `cond` becomes true within this time."""
     end = time.monotonic() + seconds
 
     def look() -> str:

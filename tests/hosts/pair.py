@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The pair web1 on two such hosts, set up from what `make install` has put there."""
+"""Set the pair web1 up on two such hosts, from what `make install` has installed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CONTROLLER = f"colo-xdp@{PAIR}.service"
 SHIPPED = "/usr/share/doc/colo-xdp"
 ROLES = {"a": "primary", "b": "secondary"}
 PROTECT_S = 120.0
-#: status 0 only if the other host is off for certain, which the test says; each question is noted
+#: status 0 only if the other host is certainly off, which the test decides; each call is recorded
 FENCE = """#!/bin/sh
 echo $(hostname) >> /exchange/fenced
 [ -e /exchange/off-{other} ]
@@ -38,13 +38,13 @@ exec qemu-system-x86_64 -accel {accel} -cpu {cpu} -m 128 -nodefaults \\
 	-device virtio-net-pci,netdev=n0,mac={mac},guest_announce=off,romfile= \\
 	"$@"
 """
-#: host a's `qemu.incoming`: a script as somebody may write it, which leaves its QEMU behind
+#: host a's `qemu.incoming`: a script as a user may write it, which leaves its QEMU running
 INCOMING = """#!/bin/sh
 systemctl stop vm@web1 vm-incoming@web1
 mkdir -p /run/colo-vm
 setsid /etc/colo-xdp/web1/qemu -incoming tcp:0:9998 < /dev/null &
 """
-#: the hosts' network, as an administrator has it
+#: the hosts' network, as an administrator configures it
 NETWORK = {
     "10-br0.netdev": "[NetDev]\nName=br0\nKind=bridge\n",
     "20-br0.network": "[Match]\nName=br0\n[Network]\nLinkLocalAddressing=no\n"
@@ -71,9 +71,10 @@ class Pair:
         return self.a, self.b
 
     def up(self) -> None:
-        """Both hosts run, with files in place and networks up; no unit of the pair is started."""
-        fcntl.flock(self._lock, fcntl.LOCK_EX)  # the names are the same for all who run this
-        self._remove()  # what a crash has left
+        """Boot both hosts, with files in place and networks up; no unit of the pair is started."""
+        # all processes that run these tests use the same names
+        fcntl.flock(self._lock, fcntl.LOCK_EX)
+        self._remove()  # leftovers of a crash
         base = roots.base(self.dir)
         roots.install(base)
         self.exchange.mkdir(exist_ok=True)
@@ -94,7 +95,7 @@ class Pair:
             h.boot()
         for h in self.hosts:
             h.booted()
-        # The first start of all: on the host of the primary guest the network hears the tap.
+        # The very first start: on the primary guest's host the tap reaches the network.
         self.a.run("ip", "link", "set", "tap-web1", "master", "br0")
         console = Path(f"/proc/{self.a.pid1}/root/run/colo-vm/web1.console")
         wait_for(
@@ -135,7 +136,7 @@ class Pair:
             h.remove()
         client_down()
 
-    # ---- what is seen
+    # ---- observations
 
     def status(self, h: Host) -> dict[str, Any]:
         return h.status(PAIR, ROLES[h.name])
@@ -143,7 +144,7 @@ class Pair:
     def wait(
         self, h: Host, what: str, cond: Callable[[dict[str, Any]], Any], seconds: float = PROTECT_S
     ) -> dict[str, Any]:
-        """Until `cond` is true of the controller's status; that status."""
+        """Wait until `cond` is true for the controller's status, and return that status."""
         last: dict[str, Any] = {}
 
         def look() -> dict[str, Any]:
@@ -162,7 +163,7 @@ class Pair:
 
     @property
     def fences(self) -> list[str]:
-        """Hosts that have run their fence command, in that order."""
+        """Return the hosts that have run their fence command, in that order."""
         f = self.exchange / "fenced"
         return f.read_text().split() if f.exists() else []
 
@@ -170,7 +171,7 @@ class Pair:
         (self.exchange / "fenced").unlink(missing_ok=True)
 
     def power_off(self, h: Host) -> None:
-        """A power cut, of which the other host's fence command can be sure."""
+        """Cut the power, so that the other host's fence command can be sure of it."""
         h.cut()
         (self.exchange / f"off-{h.name}").touch()
 
@@ -180,7 +181,7 @@ class Pair:
         h.booted()
 
     def logs(self) -> str:
-        """The end of both hosts' journals, for a test that has failed."""
+        """Return the end of both hosts' journals, for a failed test."""
         out = []
         for h in self.hosts:
             try:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The root file system of a host: Debian's packages as README names them, and `make install`."""
+"""Build a host's root file system: the packages of docs/operator/install.md, and `make install`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from colo_xdp.lab.net import LabError
 
 ROOT = Path(__file__).parents[2]
 SUITE = "bookworm"
-#: what README's first step installs, a QEMU, and what makes it a host that boots
+#: what docs/operator/install.md installs first, a QEMU, and what makes it a bootable host
 PACKAGES = (
     "systemd", "systemd-sysv", "dbus", "iproute2", "procps",
     "python3-bpfcc", "python3-venv", "linux-headers-amd64", "qemu-system-x86",
@@ -32,9 +32,9 @@ def _run(*cmd: str) -> None:
 
 
 def base(directory: Path) -> Path:
-    """Debian 12 with PACKAGES; made once, and again when the list changes.
+    """Build Debian 12 with PACKAGES; once, and again when the list changes.
 
-    Raises LabError with what mmdebstrap said.
+    Raises LabError with mmdebstrap's output.
     """
     root, stamp = directory / "base", directory / "base.stamp"
     want = hashlib.sha256(repr((SUITE, PACKAGES, LEFT_OUT)).encode()).hexdigest()
@@ -57,12 +57,12 @@ def base(directory: Path) -> Path:
 
 
 def install(root: Path) -> None:
-    """This tree into that root, as README says."""
+    """Install this tree into that root, as docs/operator/install.md describes."""
     _run("make", "--no-print-directory", "install", f"DESTDIR={root}")
 
 
 def overlay(base_: Path, directory: Path) -> Path:
-    """A root of its own on top of the base; what a former one has changed is gone."""
+    """Provide a root on top of the base; changes of a former one are gone."""
     for sub in ("upper", "work", "root"):
         shutil.rmtree(directory / sub, ignore_errors=True)
         (directory / sub).mkdir(parents=True)
@@ -73,7 +73,7 @@ def overlay(base_: Path, directory: Path) -> Path:
 
 
 def missing() -> str:
-    """Why hosts cannot be booted here; "" if they can."""
+    """Return why hosts cannot be booted here; "" if they can."""
     if os.geteuid():
         return "needs root"
     absent = [c for c in ("systemd-nspawn", "mmdebstrap", "nsenter", "ip") if not shutil.which(c)]

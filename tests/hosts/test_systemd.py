@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The shipped unit and examples on two hosts that boot systemd, with a real pair of guests.
+"""Test the shipped unit and examples on two hosts that boot systemd, with a real pair of guests.
 
-The tests go on from what the one before has left, a protected pair.
+Each test continues with what the previous one has left, a protected pair.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from .pair import CONTROLLER, Pair
 
 pytestmark = pytest.mark.usefixtures("pair")
 
-DEAD_AFTER_S = 5.0  # the default, which the examples leave as it is
+DEAD_AFTER_S = 5.0  # the default, which the examples do not change
 QEMU = "qemu-system-x86_64.*-qmp"
 
 
 @pytest.fixture
 def protected(pair: Pair) -> Pair:
-    """A pair that every test begins with; nobody is fenced yet."""
+    """Provide a pair for every test to start with; nobody is fenced yet."""
     pair.wait_protected()
     pair.forget_fences()
     return pair
@@ -32,7 +32,7 @@ def protected(pair: Pair) -> Pair:
 
 @pytest.fixture
 def echo() -> Iterator[EchoStream]:
-    """A client's connection that lives through the test and never gets a wrong byte."""
+    """Open a client's connection that lives through the test and never gets a wrong byte."""
     e = EchoStream(CLIENT)
     try:
         wait_for("an answer", lambda: e.stats.answered_at, 30)
@@ -43,7 +43,7 @@ def echo() -> Iterator[EchoStream]:
 
 
 def test_units_as_shipped_make_a_protected_pair(pair: Pair) -> None:
-    """Nothing but boots: networkd makes the taps, the units start controllers and guests."""
+    """Only the boot happens: networkd creates the taps, the units start controllers and guests."""
     pair.wait_protected()
     for h in pair.hosts:
         s = h.show(CONTROLLER, "ActiveState", "NRestarts")
@@ -67,7 +67,7 @@ def test_heartbeats_pass_the_peer_link(protected: Pair) -> None:
 
 
 def test_only_the_management_network_is_cut(protected: Pair, echo: EchoStream) -> None:
-    """The control channel goes over it. The peer lives, says its peer link: nobody is fenced."""
+    """The control channel uses it. The peer lives, as its peer link shows: nobody is fenced."""
     p = protected
     with unplugged(p.a, 2):
         for h in p.hosts:
@@ -105,7 +105,7 @@ def test_stopping_the_standbys_controller_fences_nobody(protected: Pair, echo: E
 
 
 def test_the_primarys_host_loses_power_and_comes_back(protected: Pair, echo: EchoStream) -> None:
-    """The other one takes over; after the boot the tap is there and the pair is made again."""
+    """The other one takes over; after the boot the tap exists and the pair is protected again."""
     p = protected
     before = len(echo.stats.answered_at)
     p.power_off(p.a)
@@ -122,7 +122,7 @@ def test_the_primarys_host_loses_power_and_comes_back(protected: Pair, echo: Ech
 def test_a_restart_leaves_the_qemu_that_incoming_has_started(
     protected: Pair, echo: EchoStream
 ) -> None:
-    """The controller has started it, with a command that just leaves it behind."""
+    """The controller has started it, with a command that simply leaves it running."""
     p = protected
     (qemu,) = p.a.pids(QEMU)
     assert p.a.unit_of(qemu).startswith("colo-xdp-web1-incoming-")

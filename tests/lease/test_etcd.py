@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The lease in a real etcd: one server, and a proxy for each host that can be cut either way.
+"""Test the lease in a real etcd: one server, and a proxy per host that can be cut in either
+direction.
 
-Both speakers are the product's, with its store. Their permissions are read from outside, as the
-programs would: never two at a time.
+Both Leadership objects are the product's, with its store. Their permissions are read from outside,
+as the programs would: never two at a time.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def free_port() -> int:
 
 @pytest.fixture(scope="module")
 def etcd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A server of one member on loopback; its URL."""
+    """Run an etcd server with one member on loopback; return its URL."""
     if not shutil.which("etcd"):
         if os.environ.get("CI"):
             pytest.fail("etcd is not installed (package etcd-server)")
@@ -85,7 +86,7 @@ def wait_for(url: str, server: subprocess.Popen[bytes], log: Path) -> None:
 
 
 class Wire:
-    """A TCP proxy to the server: `out` loses what the host sends, `inn` what it gets."""
+    """A TCP proxy to the server: `out` loses what the host sends, `inn` what it receives."""
 
     def __init__(self, url: str) -> None:
         self._to = int(url.rpartition(":")[2])
@@ -116,7 +117,7 @@ class Wire:
     ) -> None:
         try:
             while data := await reader.read(65536):
-                if not cut():  # else it is lost: whoever waits for it waits for ever
+                if not cut():  # otherwise it is lost, and the request never gets an answer
                     writer.write(data)
                     await writer.drain()
         finally:
@@ -134,7 +135,7 @@ class Wire:
 
 
 class Host:
-    """One host: its speaker, its way to the server, and what its kernel was told last."""
+    """One host: its Leadership, its link to the server, and the permission its kernel has."""
 
     def __init__(
         self, node: str, url: str, boot: str = "b1", *, transmitting: bool = False
@@ -155,7 +156,7 @@ class Host:
 
     @property
     def transmits(self) -> bool:
-        """As COLO_LEASE in the programs."""
+        """Return whether the guest may transmit, as COLO_LEASE in the programs decides."""
         return boot_ns() < self.until
 
     async def stop(self) -> None:
@@ -214,7 +215,7 @@ def test_one_holds_the_other_waits(etcd: str) -> None:
             x.s.speaker.want = True
             await x.until(lambda: x.s.speaker.seen.holder == f"{P}@{P} b1")
             await x.stays(lambda: x.p.transmits and not x.s.transmits, 1.5 * TTL_MS / 1000)
-            x.p.speaker.want = False  # it gives it back
+            x.p.speaker.want = False  # it gives the key up
             assert not x.p.transmits
             await x.until(lambda: x.s.transmits, TTL_MS / 1000)
 
@@ -223,7 +224,7 @@ def test_one_holds_the_other_waits(etcd: str) -> None:
 
 @pytest.mark.parametrize("how", ["out", "in", "both"])
 def test_a_holder_that_is_cut_off_falls_silent_first(etcd: str, how: str) -> None:
-    """P-store cut in either direction: S gets the key, P has been silent before."""
+    """P-store is cut in either direction: S gets the key only after P has fallen silent."""
 
     async def go() -> None:
         async with pair(etcd, f"cut-{how}") as x:
@@ -232,7 +233,7 @@ def test_a_holder_that_is_cut_off_falls_silent_first(etcd: str, how: str) -> Non
             x.p.wire.cut(how)
             x.s.speaker.want = True
             if how == "in":
-                # Its renewals arrive, so the key stays with it; nobody speaks until it is back.
+                # Its renewals arrive, so the key stays with it; nobody transmits until it is back.
                 await x.until(lambda: not x.p.transmits)
                 await x.stays(lambda: not x.p.transmits, 0.5)
                 x.p.wire.cut("")
@@ -261,7 +262,8 @@ def test_the_store_is_gone_and_a_promise_keeps_the_primary_speaking(etcd: str) -
                 assert x.p.transmits
                 await asyncio.sleep(0.05)
             assert not x.p.speaker.held
-            # The heartbeats end. S may not speak before its last promise is over, nor without key.
+            # The heartbeats end. S must not transmit before its last promise is over, nor without
+            # the key.
             x.s.wire.cut("")
             x.s.speaker.want = True
             assert not x.s.speaker.promise()
@@ -272,7 +274,7 @@ def test_the_store_is_gone_and_a_promise_keeps_the_primary_speaking(etcd: str) -
 
 @pytest.mark.parametrize("seed", range(2))
 def test_flapping_cuts_of_all_edges(etcd: str, seed: int) -> None:
-    """Both want to speak all the time, over links that come and go."""
+    """Both want to transmit all the time, over links that flap."""
     import random
 
     rnd = random.Random(seed)
@@ -322,7 +324,7 @@ def test_the_record_outlives_the_lease_and_its_holder(etcd: str) -> None:
             await x.until(lambda: x.p.speaker.held and x.p.speaker.recorded)
             x.p.speaker.paired()
             await x.until(lambda: x.p.speaker.seen.alone == "")
-            await x.until(lambda: not x.s.speaker.peer_standalone)  # it looks, and wants nothing
+            await x.until(lambda: not x.s.speaker.peer_standalone)  # it watches, and wants nothing
             assert not x.s.transmits
 
     asyncio.run(go())
@@ -352,12 +354,12 @@ def test_a_key_is_taken_from_who_said_that_it_is_shut(etcd: str) -> None:
         async with pair(etcd, "steal") as x:
             x.p.speaker.want = True
             await x.until(lambda: x.p.transmits)
-            x.p.task.cancel()  # says `gone`, shuts its path, and dies: its lease lives on
+            x.p.task.cancel()  # reports `shut`, shuts its path, and dies: its lease lives on
             x.p.until = 0
             assert x.s.speaker.promise()
             began = time.monotonic()
             x.s.speaker.want = True
-            x.s.speaker.freed("b0")  # another process of that host: not this key's
+            x.s.speaker.freed("b0")  # another process of that host: not the one that holds the key
             await x.stays(lambda: not x.s.transmits, 0.3)
             x.s.speaker.freed("b1")
             await x.until(lambda: x.s.transmits)
@@ -367,7 +369,7 @@ def test_a_key_is_taken_from_who_said_that_it_is_shut(etcd: str) -> None:
 
 
 def revoke_all(etcd: str) -> int:
-    """As an administrator's `etcdctl lease revoke`, or a leader that hung (etcd #15247)."""
+    """Revoke all leases, as an administrator or a hung leader does (etcd #15247)."""
     post = partial(requests.post, timeout=5)
     leases = post(f"{etcd}/v3/lease/leases", json={}).json().get("leases", [])
     for lease in leases:
@@ -379,7 +381,7 @@ def revoke_all(etcd: str) -> int:
 def test_a_lease_that_is_revoked_gives_its_holder_the_time_that_it_had(
     etcd: str, hangs: bool
 ) -> None:
-    """Its kernel lets it speak until the old end, so the other host waits for a whole ttl."""
+    """Its kernel lets it transmit until the old end, so the other host waits for a whole ttl."""
 
     async def go() -> None:
         async with pair(etcd, f"revoked-{hangs}") as x:
@@ -401,7 +403,7 @@ def test_a_lease_that_is_revoked_gives_its_holder_the_time_that_it_had(
 
 
 def test_a_key_that_was_given_up_is_free_at_once(etcd: str) -> None:
-    """In words; one that has only vanished is not, nor one of which nothing is known."""
+    """If that is recorded; a key that merely vanished is not, nor one that is unknown."""
 
     async def go() -> None:
         store = EtcdStore(Etcd((etcd,)), "words", 5)
@@ -425,7 +427,7 @@ def test_a_key_that_was_given_up_is_free_at_once(etcd: str) -> None:
 
 
 def test_a_request_that_was_given_up_ties_the_key_to_no_old_lease(etcd: str) -> None:
-    """Its last write is late: it comes when another attempt has got the key."""
+    """Its last write is late: it arrives when another attempt has got the key."""
 
     async def go() -> None:
         store = EtcdStore(Etcd((etcd,)), "late", 5)
@@ -457,7 +459,7 @@ def test_a_request_that_was_given_up_ties_the_key_to_no_old_lease(etcd: str) -> 
 
 
 def test_a_server_that_hangs_is_left(etcd: str) -> None:
-    """Of two endpoints the first takes connections and says nothing."""
+    """Of two endpoints, the first accepts connections and never answers."""
 
     async def go() -> None:
         with socket.create_server(("127.0.0.1", 0)) as dead:
@@ -472,7 +474,7 @@ def test_a_server_that_hangs_is_left(etcd: str) -> None:
 
 
 def test_a_stopped_server_stops_nobody_for_longer_than_asked(etcd: str) -> None:
-    """SIGSTOP: connections stay, answers do not come; the loop goes on, the permission ends."""
+    """SIGSTOP: connections stay, answers do not come; the loop continues, the permission ends."""
 
     async def go() -> None:
         async with pair(etcd, "stop") as x:

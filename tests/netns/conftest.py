@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Namespaces for one test: made by it, removed after it, also when it fails."""
+"""Provide namespaces for one test: created by it, removed after it, also when it fails."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CLONE_NEWNET = 0x40000000
 
 
 def own(name: str) -> str:
-    """A name of a pair or a namespace that no other run of the tests uses."""
+    """Return a name of a pair or a namespace that no other test run uses."""
     return f"{name}{os.getpid() % 100000}"
 
 
@@ -48,7 +48,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @contextlib.contextmanager
 def inside(name: str) -> Iterator[None]:
-    """This thread works in the namespace."""
+    """Run this thread in the namespace."""
     old = os.open("/proc/thread-self/ns/net", os.O_RDONLY)
     new = os.open(f"/run/netns/{name}", os.O_RDONLY)
     try:
@@ -62,7 +62,7 @@ def inside(name: str) -> Iterator[None]:
 
 
 class Tap:
-    """Stands in for a guest: the far end of a tap, with a 10-byte virtio_net_hdr or without."""
+    """Stand in for a guest: the far end of a tap, with or without a 10-byte virtio_net_hdr."""
 
     def __init__(self, name: str, vnet: bool = True) -> None:
         self.vnet = vnet
@@ -77,7 +77,7 @@ class Tap:
         os.write(self.fd, (head if self.vnet else b"") + frame)
 
     def read(self) -> bytes:
-        """The next frame that waits, with its virtio_net_hdr; empty if there is none."""
+        """Return the next waiting frame with its virtio_net_hdr; empty if there is none."""
         try:
             return os.read(self.fd, 70000)
         except BlockingIOError:
@@ -110,7 +110,7 @@ class Sniffer:
         self.s.bind((dev, 0))
 
     def frames(self, timeout: float) -> Iterator[tuple[bytes, bytes]]:
-        """(virtio_net_hdr, frame with its tag in place) until the time is up."""
+        """Yield (virtio_net_hdr, frame with its tag in place) until the time is up."""
         end = time.monotonic() + timeout
         while (left := end - time.monotonic()) > 0:
             self.s.settimeout(left)

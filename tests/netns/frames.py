@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Frames for the namespace tests, built by hand so that every checksum is known."""
+"""Build frames for the namespace tests by hand, so that every checksum is known."""
 
 from __future__ import annotations
 
@@ -67,8 +67,10 @@ def tcp(
     ident: int = 1,
     df: bool = True,
 ) -> bytes:
-    """A TCP frame of the guest (reverse: of the client). reserved: the bits behind the header's
-    length, AE being 1."""
+    """Build a TCP frame of the guest (reverse: of the client).
+
+    reserved: the bits behind the header's length, AE being 1.
+    """
     if reverse:
         sport, dport = dport, sport
     doff = (20 + len(options)) // 4 << 4 | reserved
@@ -87,13 +89,13 @@ def udp(
     v6: bool = False,
     vlan: int = 0,
 ) -> bytes:
-    """A UDP frame of the guest."""
+    """Build a UDP frame of the guest."""
     head = struct.pack("!HHHH", sport, dport, 8 + len(payload), 0)
     return _frame(17, head + payload, 6, partial, v6, vlan, False)
 
 
 def checksum_fits(frame: bytes, l4: int, partial: bool) -> bool:
-    """IPv4's header checksum and TCP's or UDP's, which is the pseudo header's sum if `partial`."""
+    """Check IPv4's header checksum and TCP's or UDP's (the pseudo header's sum if `partial`)."""
     udp = frame[23 if l4 == 34 else 20] == 17
     at = l4 + (6 if udp else 16)
     addresses = frame[26:34] if l4 == 34 else frame[22:54]
@@ -106,7 +108,7 @@ def checksum_fits(frame: bytes, l4: int, partial: bool) -> bool:
 
 
 def tcp_checksum_ok(frame: bytes) -> bool:
-    """Whether an untagged IPv4 TCP frame's checksum is complete and right."""
+    """Return whether an untagged IPv4 TCP frame's checksum is complete and correct."""
     if frame[12:14] != b"\x08\x00" or frame[23] != 6:
         return False
     l4 = frame[34 : 14 + struct.unpack_from("!H", frame, 16)[0]]

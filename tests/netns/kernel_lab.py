@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The fast path's programs on real taps, and the conversations that the differential test puts
-through.
+"""Run the fast path's programs on real taps, with the conversations of the differential test.
 
-Not under BPF_PROG_TEST_RUN, which knows neither partial checksums, nor tags in the metadata, nor
-frames beyond a page, and shows only one frame that leaves. A write to a tap runs its program before
-it returns; all that leaves is read from one tap, which is the bridge's other port and the uplink at
-once.
+It does not use BPF_PROG_TEST_RUN, which supports neither partial checksums, nor tags in the
+metadata, nor frames beyond a page, and shows only one frame that leaves. A write to a tap runs its
+program before it returns; everything that leaves is read from one tap, which is both the bridge's
+other port and the uplink.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ SIZES = (1, 7, 63, 64, 65, 127, 300, 536, 1448, 1448, 2000, 3000, 3900, 5000, 90
 
 
 def packet(frame: bytes) -> bytes:
-    """Without Ethernet padding, which a bridge may take off."""
+    """Return the frame without Ethernet padding, which a bridge may remove."""
     if frame[12:14] == b"\x86\xdd":
         return frame[: 54 + int.from_bytes(frame[18:20], "big")]
     return frame[: 14 + int.from_bytes(frame[16:18], "big")]
@@ -90,7 +89,7 @@ class Lab:
         return out
 
     def counted(self, prog: Prog) -> Counter[str]:
-        """What has been counted since the last time."""
+        """Return what has been counted since the last call."""
         before, now = self.before[prog], self.counts(prog)
         self.before[prog] = now
         return now - before
@@ -99,7 +98,8 @@ class Lab:
         self, side: int, frame: bytes, gso: int, partial: bool, epoch: int, *,
         elsewhere: bool = False,
     ) -> None:  # fmt: skip
-        """`elsewhere`: to be summed from the payload on, as an inner UDP header's checksum is."""
+        """Send a frame; `elsewhere`: its checksum covers the payload only, as an inner UDP
+        header's does."""
         shift, tap = 0, self.pvm
         if side == SIDE_SVM:
             tci = abi.KIND_SVM << abi.KIND_SHIFT | epoch & abi.EPOCH_MASK
@@ -117,7 +117,7 @@ class Lab:
         tap.send(frame, head)
 
     def client(self, frame: bytes) -> None:
-        """A client's frame; it has reached the PVM's tap when this returns."""
+        """Send a client's frame; it has reached the PVM's tap when this returns."""
         self.up.send(frame)
         end = time.monotonic() + 2
         while not self.pvm.recv(lambda got: packet(got) == packet(frame), 0.1):
@@ -126,7 +126,7 @@ class Lab:
             pass
 
     def leaving(self, n: int, timeout: float = 2.0) -> list[tuple[bytes, int, bool]]:
-        """(frame, gso_size, partial) of the next n that leave, or fewer if they do not come."""
+        """Return (frame, gso_size, partial) of the next n that leave; fewer if they do not come."""
         out = []
         while len(out) < n and select.select([self.up.fd], [], [], timeout)[0]:
             while len(out) < n and (raw := self.up.read()):
@@ -155,7 +155,7 @@ class Lab:
 
 
 class Talk:
-    """Two guests who say the same at their own pace, one connection."""
+    """Two guests that send the same on one connection, each at its own pace."""
 
     def __init__(self, rnd: random.Random, port: int) -> None:
         self.port, self.v6 = port, rnd.random() < 0.4
@@ -171,12 +171,12 @@ class Talk:
 
     @property
     def over(self) -> bool:
-        """Both have closed it."""
+        """Return whether both have closed it."""
         return self.end is not None and min(self.pos) > self.end
 
     @staticmethod
     def ends(v6: bool) -> Iterator[bytes]:
-        """Addresses of the guest and of the client, as in struct colo_flow_key."""
+        """Return addresses of the guest and of the client, as in struct colo_flow_key."""
         if v6:
             return (bytes.fromhex("fd09" + "00" * 13 + x) for x in ("02", "01"))
         return (bytes(10) + b"\xff\xff" + bytes((10, 9, 0, x)) for x in (2, 1))
@@ -188,7 +188,7 @@ class Talk:
 
 
 class Datagrams:
-    """The same over UDP: both say datagram after datagram, each of its number."""
+    """The same over UDP: both send numbered datagrams one after another."""
 
     def __init__(self, rnd: random.Random, port: int) -> None:
         self.port, self.v6, self.seed = port, rnd.random() < 0.4, rnd.getrandbits(32)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Two stand-in guests that send the same streams from two processes, and a client that checks.
+"""Run two stand-in guests that send the same streams from two processes, and a client that checks.
 
-The guests cut their streams where they like, run ahead of each other, send again, and ack as
-they go. What the client receives must be the streams, byte by byte, and acks that both have
-given. Positions are shared memory: nobody knows more than that.
+The guests segment their streams arbitrarily, run ahead of each other, retransmit, and acknowledge
+as they go. What the client receives must be the streams, byte by byte, and acks that both have
+given. Positions are in shared memory; nobody knows more than that.
 """
 
 from __future__ import annotations
@@ -34,30 +34,30 @@ SEQ, ACK = 0xFFFFF000, 5000  # the streams wrap around early
 MASK = 0xFFFFFFFF
 WINDOW = 150_000  # of the client
 RTO = 0.03  # s
-LEAD = 64  # datagrams that one guest is ahead at most
+LEAD = 64  # datagrams by which one guest may be ahead
 REST_AFTER, REST = 15, 0.01  # datagrams of a flow, then s in which nothing of it is on its way
 MSS = 1428  # of IPv6 with timestamps
 _FORK = mp.get_context("fork")
 
 
 def stream(port: int, length: int) -> bytes:
-    """What both guests say on the connection to this port."""
+    """Return what both guests send on the connection to this port."""
     return random.Random(port).randbytes(length)
 
 
 def datagram(i: int, number: int) -> bytes:
-    """What both guests say in the datagram of this number on flow i."""
+    """Return what both guests send in the datagram of this number on flow i."""
     rnd = random.Random(number << 8 | i)
     return number.to_bytes(4, "big") + rnd.randbytes(rnd.choice((0, 20, 200, 1180, 1400)))
 
 
 def ack_at(pos: int) -> int:
-    """What a guest acks with the bytes from `pos` on."""
+    """Return what a guest acknowledges with the bytes from `pos` on."""
     return ACK + pos // 3000
 
 
 class Shared:
-    """What the processes know of each other; index: 0 PVM, 1 SVM."""
+    """What the processes share; index: 0 PVM, 1 SVM."""
 
     def __init__(self, conns: int) -> None:
         self.pos: list[Any] = [_FORK.Array(ctypes.c_uint64, conns, lock=False) for _ in range(2)]
@@ -113,7 +113,7 @@ class Guest:
                     self._pause()
                 i = rnd.randrange(self.conns)
                 at = mine[i]
-                # Sent again from time to time; the last bytes until somebody says stop.
+                # Retransmit from time to time; the last bytes until the end of the run.
                 have = shared.have[i]
                 if have != moved[i][0]:
                     moved[i] = have, time.monotonic()
@@ -135,13 +135,13 @@ class Guest:
                     data, seq=(SEQ + at) & MASK, ack=ack, dport=40000 + i,
                     v6=bool(i & 1), partial=partial,
                 )  # fmt: skip
-                # Before it is sent: what the client gets must never be beyond this.
+                # Before it is sent: what the client has received must never be beyond this.
                 mine[i] = max(mine[i], at + len(data))
                 acked[i] = ack
                 self._send(frame, MSS if len(data) > MSS else 0)
 
     def _chat(self) -> None:
-        """Datagrams, each of its number, as far as the other guest and the client follow."""
+        """Send numbered datagrams as far as the other guest and the client follow."""
         mine, other, heard = *self._both_pos(), self.shared.have
         rnd, shared = self.rnd, self.shared
         rests = [(-1, 0.0)] * self.conns  # at which number, and until when
@@ -150,15 +150,15 @@ class Guest:
                 self._pause()
             i = rnd.randrange(self.conns)
             at = mine[i]
-            # With several flows on few CPUs one guest's lead never ends by itself, and only what
-            # is settled is given to the fast path.
+            # With several flows on few CPUs one guest's lead never ends by itself, and only what is
+            # settled is offloaded.
             if at % REST_AFTER == 0 and other[i] <= at:
                 if other[i] == at and rests[i][0] != at:
                     rests[i] = at, time.monotonic() + REST
                 if other[i] < at or time.monotonic() < rests[i][1]:
                     time.sleep(0.00005)
                     continue
-            # What got lost is never heard: a slower pace, and on.
+            # A lost datagram never arrives: slow down and continue.
             if at > other[i] + LEAD or at > heard[i] + LEAD:
                 time.sleep(0.00005)
                 if at > other[i] + LEAD or rnd.random() < 0.999:
@@ -181,7 +181,7 @@ class Guest:
 
 
 class Client:
-    """Receives, in a process of its own, and says at the end what was wrong."""
+    """Receive, in its own process, and report at the end what was wrong."""
 
     def __init__(self, net: Net, shared: Shared, conns: int, length: int) -> None:
         self.sniffer = Sniffer(net.client, "c0")
@@ -284,7 +284,7 @@ class Proxy:
         self.engine.tick(time.monotonic_ns())
 
     def checkpoint(self) -> None:
-        """The SVM becomes what the PVM is; both stand still meanwhile."""
+        """Make the SVM a copy of the PVM; both are stopped meanwhile."""
         s = self.shared
         self.engine.begin_checkpoint()
         self.dp.mode = Mode.CHECKPOINT
@@ -312,8 +312,10 @@ def run(
     net: Net, dp: DataPath, *, conns: int, length: int, seed: int, seconds: float,
     checkpoint_every: float = 0.0,
 ) -> tuple[Proxy, int, list[int], list[str]]:  # fmt: skip
-    """Until the client has everything, something is wrong, or time is up; length 0: datagrams, of
-    which there is no end."""
+    """Run until the client has everything, something is wrong, or time is up.
+
+    length 0: datagrams, which never end.
+    """
     shared = Shared(conns)
     proxy = Proxy(dp, shared)
     client = Client(net, shared, conns, length)

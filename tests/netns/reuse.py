@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""One test's programs serve the next one: compiling them takes seconds, emptying maps does not.
+"""Let one test's programs serve the next: compiling them takes seconds, emptying maps does not.
 
-What a test unpins is put aside below the same BPF file system. The next one that loads the same
+What a test unpins is set aside in the same BPF file system. The next test that loads the same
 source with the same options finds it where a former controller would have left it, with every map
-as the kernel makes it: zeros, no entry, and an empty ring.
+as the kernel creates it: zeros, no entry, and an empty ring.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ import pytest
 
 from colo_xdp.datapath import loader, syscall
 
-KEPT = 8  # sets of programs that are put aside; one has up to 100 MiB of maps
+KEPT = 8  # sets of programs that are set aside; one has up to 100 MiB of maps
 _HASH, _ARRAY, _PERCPU_HASH, _PERCPU_ARRAY, _LRU_HASH, _RINGBUF = 1, 2, 5, 6, 9, 27
 
 
 class Reuse:
-    """In place of loader.load() and loader.remove_pins() for one session."""
+    """Replace loader.load() and loader.remove_pins() for one session."""
 
     def __init__(self) -> None:
         self._load, self._remove = loader.load, loader.remove_pins
@@ -77,7 +77,7 @@ class Reuse:
 
 
 def _empty(path: str) -> None:
-    """What is pinned here becomes as it was made, if it is a map."""
+    """Reset everything pinned here to its initial state, if it is a map."""
     if Path(path).name.startswith("prog_"):
         return
     fd = syscall.obj_get(path)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A Linux kernel as the guest: a namespace whose eth0 is wired to the host's tap."""
+"""Use a Linux kernel as the guest: a namespace whose eth0 is wired to the host's tap."""
 
 from __future__ import annotations
 
@@ -22,8 +22,11 @@ def until(what: Callable[[], bool], why: str) -> None:
 
 
 class Stack:
-    """The guest's namespace `ns`. `tap`: QEMU's end of the host's tap. `far`: the last parts of the
-    addresses, 10.9.0.n or fd09::n, that are at `mac`."""
+    """The guest's namespace `ns`.
+
+    `tap`: QEMU's end of the host's tap. `far`: the last parts of the addresses, 10.9.0.n or
+    fd09::n, that are at `mac`.
+    """
 
     def __init__(
         self, tap: Tap, v6: bool, far: Iterable[int] = (1,), mac: bytes = CLIENT_MAC
@@ -45,7 +48,7 @@ class Stack:
         self.thread.start()
 
     def seen(self, frame: bytes, to_guest: bool) -> None:
-        """Of each frame, virtio_net_hdr included if the tap has it. In the wire's thread."""
+        """Note each frame, with its virtio_net_hdr if the tap has it. Runs in the wire's thread."""
 
     def _wire(self) -> None:
         ends = {self.host_tap.fd: self.tap.fd, self.tap.fd: self.host_tap.fd}
@@ -59,7 +62,7 @@ class Stack:
                     continue
 
     def counter(self, group: str, name: str) -> int:
-        """Of this namespace, as nstat has them: TcpExt and OutOfWindowIcmps, for one."""
+        """Return a counter of this namespace by its nstat name, such as OutOfWindowIcmps."""
         with inside(self.ns):
             text = "".join(
                 Path(f"/proc/thread-self/net/{file}").read_text() for file in ("snmp", "netstat")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Whose addresses a takeover announces and whose frames are mirrored, on real devices."""
+"""Test which addresses a takeover announces and which frames are mirrored, on real devices."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_what_the_bridge_has_flooded_stays_here(primary: tuple[Net, DataPath, Ta
     dp.is_at(GUEST_MAC)
 
     def sent(dst: bytes, mark: bytes) -> bool:
-        """Whether a client's frame is mirrored; the PVM sees it either way."""
+        """Return whether a client's frame is mirrored; the PVM receives it either way."""
         test_primary_path.from_client(net, dst + tcp(mark, reverse=True)[6:])
         assert guest.recv(lambda f: mark in f)
         test_primary_path.from_client(net, ALL + tcp(mark + b" last", reverse=True)[6:])
@@ -96,21 +96,21 @@ def test_what_the_bridge_has_flooded_stays_here(primary: tuple[Net, DataPath, Ta
     assert sent(GUEST_MAC, b"guest")
     assert not sent(OTHER_MAC, b"flooded")
     assert dp.counters()["pvm_in"]["pass_other_mac"][0] == 1
-    # A virtual router, or a machine behind the guest: it is the guest's as soon as it has sent.
+    # A virtual router, or a machine behind the guest: it belongs to the guest once it has sent.
     guest.send(arp("10.9.0.100", VRRP_MAC))
     until(lambda: dp.addresses.macs(None) == [VRRP_MAC], "its MAC is not known")
     fdb = ("bridge", "-n", net.host, "fdb", "del", VRRP_MAC.hex(":"), "dev", "tap0", "master")
     with contextlib.suppress(RuntimeError):  # flooded: the bridge need not have learned it
         sh(*fdb)
     assert sent(VRRP_MAC, b"virtual")
-    # The router's next master speaks: no more.
+    # The router's next master transmits: it no longer belongs to the guest.
     test_primary_path.from_client(net, arp("10.9.0.100", VRRP_MAC))
     until(lambda: not dp.addresses.macs(None), "the virtual MAC has moved")
     peer.close()
 
 
 def test_a_guest_whose_card_nobody_knows(primary: tuple[Net, DataPath, Tap]) -> None:
-    """Everything is mirrored until it has sent: nothing that is for it is missed."""
+    """Everything is mirrored until the guest has sent, so that no frame for it is missed."""
     net, dp, guest = primary
     peer = Sniffer(net.other, "peer0")
     dp.mode = Mode.RUN
@@ -132,7 +132,7 @@ def test_a_guest_whose_card_nobody_knows(primary: tuple[Net, DataPath, Tap]) -> 
 
 
 class FakeQmp:
-    """Of a QEMU that tells which card is at the tap."""
+    """Stand in for the QMP of a QEMU that reports which card is attached to the tap."""
 
     name, connected = "SVM", True
 
@@ -182,7 +182,7 @@ def hears(h: Host, frame: bytes) -> None:
 
 
 def take_over(h: Host) -> set[tuple[str, str]]:
-    """(address, MAC or MAC and R flag) of each announcement that a client sees; RARP: ("", MAC)."""
+    """Return (address, MAC, R flag if set) of each announcement a client sees; RARP: ("", MAC)."""
     client = Sniffer(h.net.client, "c0")
     h.dp.mode = Mode.TAKEOVER
     with inside(h.net.host):
@@ -245,7 +245,7 @@ def test_an_address_that_has_moved_is_not_taken_back(host: Host) -> None:
 
 
 def test_what_a_state_said_that_is_gone_does_not_count(host: Host) -> None:
-    """The SVM had missed its master's advertisements; the PVM, whose copy it is now, had not."""
+    """The SVM had missed its master's advertisements; the PVM, whose copy it now is, had not."""
     h, me = host, GUEST_MAC.hex(":")
     says(h, arp("10.9.0.100"), arp("10.9.0.2"))
     told = abi.ADDRESS.pack(MAPPED + socket.inet_aton("10.9.0.3"), 0) + GUEST_MAC + b"\0"

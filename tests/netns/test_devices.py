@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Devices and hooks that come and go under a data path that lives, and two pairs on one host."""
+"""Test devices and hooks that come and go under a live data path, and two pairs on one host."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def make_link(net: Net) -> None:
 
 
 def compared(net: Net, dp: DataPath, guest: Tap) -> bool:
-    """The guest's frame comes here and nowhere else, and leaves when it is let go."""
+    """Check that the guest's frame comes here and nowhere else, and leaves when it is released."""
     client = Sniffer(net.client, "c0")
     guest.send(tcp(b"is anybody there"))
     got = [e for e in events(dp) if b"anybody" in e.frame]
@@ -67,7 +67,7 @@ def compared(net: Net, dp: DataPath, guest: Tap) -> bool:
 
 
 def arrives(net: Net, dp: DataPath) -> bool:
-    """What the secondary's guest says comes here."""
+    """Return whether what the secondary's guest sends arrives here."""
     frame = tcp(b"the other guest")
     tagged = frame[:12] + struct.pack("!HH", abi.TPID, abi.KIND_SVM << 13 | dp.epoch) + frame[12:]
     before = dp.arrived()
@@ -159,7 +159,7 @@ def test_another_tools_filter_before_ours(net: Net, path: DataPath) -> None:
 
 
 def test_a_tcx_program_of_somebody_else(path: DataPath) -> None:
-    """They run before every filter, and no priority says so."""
+    """They run before every filter, and no priority shows it."""
 
     class Attr(ct.Structure):
         _fields_ = [(n, ct.c_uint32) for n in ("ifindex", "fd", "type", "flags", "a", "b")]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The way past the bridge: learned as the bridge learns, and not taken where it would be wrong."""
+"""Test the egress past the bridge: learned as the bridge learns, unused where it is wrong."""
 
 from __future__ import annotations
 
@@ -38,8 +38,7 @@ def path(net: Net, tmp_path: Path) -> Iterator[DataPath]:
 
 
 class Pair:
-    """A connection in the fast path of which the SVM is the late one: each frame has to find a
-    way."""
+    """A connection in the fast path whose SVM is always late, so each frame needs an egress."""
 
     def __init__(self, net: Net, dp: DataPath) -> None:
         self.dp, self.at = dp, 1000
@@ -67,12 +66,12 @@ class Pair:
         self.client.close()
 
     def client_speaks(self) -> None:
-        """A frame for the guest, by way of the bridge."""
+        """Send a frame to the guest through the bridge."""
         self.client.send(GUEST_MAC + CLIENT_MAC + b"\x88\xb5" + bytes(46))
         assert self.tap.recv(lambda f: f[12:14] == b"\x88\xb5") is not None
 
     def direct(self) -> bool:
-        """Whether the next frame leaves past the bridge; it must leave, whatever the way."""
+        """Return whether the next frame bypasses the bridge; it must leave in either case."""
         before = self.dp.counters()["pvm_out"]["pass_released"][0]
         data = b"%06d" % self.at
         frame = tcp(data, seq=self.at)
@@ -135,7 +134,7 @@ def test_a_bridge_that_filters_is_not_passed_by(net: Net, pair: Pair, what: str)
     elif what == "left":
         sh("ip", "link", "set", "uplink", "nomaster")
         sh("ip", "link", "set", "uplink", "master", "br0")
-        pair.dp._ports = frozenset()  # as a look in between would have found
+        pair.dp._ports = frozenset()  # as a check in between would have found
         pair.dp.watch_bridge()
         assert not pair.direct(), "what was learned before counts no more"
         return
@@ -178,7 +177,7 @@ def test_what_a_person_has_set_for_a_port_or_an_address_is_kept(
     pair.client_speaks()
     assert pair.direct()
     sh(*rule.split())
-    pair.dp._fdb_set = 0.0  # the time of the next look at the addresses has come
+    pair.dp._fdb_set = 0.0  # the next check of the addresses is due
     pair.dp.watch_bridge()
     ports = {int.from_bytes(k, sys.byteorder) for k, _ in pair.dp.objects.map("ports").items()}
     assert socket.if_nametoindex("uplink") not in ports
@@ -196,7 +195,7 @@ def test_an_address_by_hand_at_the_clients_own_port_is_in_no_ones_way(net: Net, 
 def test_ebtables_are_not_passed_by(
     pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of a kernel that has them as modules; this one need not."""
+    """For a kernel that has them as modules; this one need not."""
     pair.client_speaks()
     assert pair.direct()
     module = tmp_path / "ebtable_filter"
@@ -211,7 +210,7 @@ def test_ebtables_are_not_passed_by(
 
 
 class Tables:
-    """A kernel that answers a question for nftables' tables with an error."""
+    """A kernel that answers the query for nftables' tables with an error."""
 
     def __init__(self, error: Exception) -> None:
         self.error = error
@@ -281,7 +280,7 @@ def test_a_bridge_that_cannot_be_looked_at_is_not_passed_by(
 def test_a_client_that_comes_by_another_way_is_not_taken_for_a_neighbour(
     net: Net, pair: Pair
 ) -> None:
-    """Its frames come from the host's own stack: they have no port of the bridge."""
+    """Its frames come from the host's own stack and therefore have no port of the bridge."""
     pair.client_speaks()
     assert pair.direct()
     s = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)  # in the host's namespace

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Beacons over a real peer link, which has no address; and what a socket knows of a cut."""
+"""Test heartbeats over a real peer link without addresses, and how a socket notices a cut."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ KEY = session_key("web1", "11" * NONCE, "22" * NONCE)
 
 
 class End:
-    """One host's side; its sockets are made in its namespace."""
+    """One host's side; its sockets are created in its namespace."""
 
     def __init__(self, ns: str, role: str) -> None:
         self.ns = ns
@@ -83,7 +83,7 @@ def test_the_peer_link_carries_beacons_without_an_address(net: Net) -> None:
         await until(heard, both)
         await until(lambda: not p.trouble, both)
 
-        # it is made anew, as a VXLAN may be
+        # it is created again, as a VXLAN may be
         sh("ip", "-n", net.host, "link", "del", "peer0")
         await until(lambda: p.trouble and s.trouble, both)
         forget()
@@ -93,7 +93,7 @@ def test_the_peer_link_carries_beacons_without_an_address(net: Net) -> None:
             sh("ip", "-n", ns, "link", "set", "peer0", "up")
         await until(heard, both)
 
-        # so quickly that no beacon meets its absence; and away, and back with its old ifindex
+        # so quickly that no datagram meets its absence; and away, and back with its old ifindex
         sh("ip", "-n", net.host, "link", "del", "peer0")
         sh("ip", "-n", net.host, "link", "add", "peer0", "type", "veth", "peer", "name", "peer0",
            "netns", net.other)  # fmt: skip
@@ -113,7 +113,7 @@ def test_the_peer_link_carries_beacons_without_an_address(net: Net) -> None:
 
 
 def test_a_cut_is_no_hung_controller(net: Net) -> None:
-    """Nothing is acknowledged: the kernel of the other host is not there."""
+    """Nothing is acknowledged: the other host's kernel is not reachable."""
     here, there = "198.51.100.1", "198.51.100.2"
     for ns, address in ((net.host, here), (net.other, there)):
         sh("ip", "-n", ns, "addr", "add", f"{address}/24", "dev", "peer0")

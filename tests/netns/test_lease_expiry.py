@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Who may speak, on real devices: a tap outside of the bridge, a start with nothing, cleanup."""
+"""Test which guest may transmit, on real devices: tap outside the bridge, fresh start, cleanup."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def config(tmp_path: Path, bridge: str = "br0", more: str = "") -> Config:
 
 
 class Host:
-    """A primary's host whose guest sends; `heard`: whether the clients' network gets it."""
+    """A primary's host whose guest sends; `heard`: whether the clients' network receives it."""
 
     def __init__(self, net: Net, tmp: Path) -> None:
         self.net, self.tmp = net, tmp
@@ -109,7 +109,7 @@ def test_a_start_with_nothing_is_silent_until_it_is_decided(host: Host) -> None:
     dp = host.start()
     assert (dp.mode, dp.undecided, dp.sync_state) == (Mode.DROP, True, SyncState.NONE)
     assert not host.heard and not host.in_bridge
-    sh("ip", "link", "set", "dev", "tap0", "master", "br0")  # by hand, as some do
+    sh("ip", "link", "set", "dev", "tap0", "master", "br0")  # by hand, as some people do
     assert not host.heard
     sh("ip", "link", "set", "dev", "tap0", "nomaster")
     host.stop()
@@ -126,7 +126,7 @@ def test_a_start_with_nothing_is_silent_until_it_is_decided(host: Host) -> None:
 
 
 def test_a_tap_that_comes_back_is_put_where_its_guest_may_speak(host: Host) -> None:
-    """One that was deleted and made again, or was in another namespace, is in no bridge."""
+    """A tap that was deleted and recreated, or was in another namespace, is in no bridge."""
     dp = host.start()
     assert not dp.look().restored and not host.in_bridge, "nobody has said that it may"
     dp.mode, dp.undecided = Mode.BYPASS, False
@@ -139,7 +139,7 @@ def test_a_tap_that_comes_back_is_put_where_its_guest_may_speak(host: Host) -> N
 
 
 def test_a_guest_that_waits_for_a_controller_waits_for_no_device_besides(host: Host) -> None:
-    """The next controller goes on without an uplink, as the last one did when it was lost."""
+    """The next controller continues without an uplink, as the last one did when it was lost."""
     dp = host.start()
     host.stop()
     net = replace(dp.config.network, uplink="up9", bridge="br9")
@@ -175,7 +175,7 @@ def test_a_port_that_is_not_ours_stays(host: Host) -> None:
     assert host.in_bridge
 
 
-SHUT = "shut in"
+SHUT = "kept off the network"
 
 
 @pytest.mark.parametrize(
@@ -227,15 +227,15 @@ def test_doctor_warns_of_a_tap_that_is_in_a_bridge_too_early(host: Host) -> None
 
     assert not [t for t in found() if "bridge" in t]
     sh("ip", "link", "set", "dev", "tap0", "master", "br0")
-    assert [t for t in found() if "no controller has decided" in t]
+    assert [t for t in found() if "no controller has allowed" in t]
     dp = host.start()
-    assert [t for t in found() if "no controller has decided" in t]
+    assert [t for t in found() if "no controller has allowed" in t]
     dp.mode = Mode.RUN
     assert not [t for t in found() if "bridge" in t]
 
 
 def test_a_frame_of_another_host_is_not_ours(host: Host) -> None:
-    """The pins say which device is meant; a device of that number elsewhere is somebody else's."""
+    """The pins name the device; a device with the same number elsewhere is not ours."""
     dp = host.start()
     dp.mode = Mode.RUN
     index = attach.link_info("tap0").index

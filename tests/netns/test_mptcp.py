@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Two Linux kernels that speak MPTCP to each other do not while there are two guests.
+"""Test that two Linux kernels do not use MPTCP with each other while there are two guests.
 
-Real sockets of either end, IPPROTO_MPTCP (RFC 8684), with the primary's data path between them.
+The sockets on either end are real ones, IPPROTO_MPTCP (RFC 8684), with the primary's data path
+between them.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ TAG = struct.pack("!H", abi.TPID)
 
 
 def mptcp_options(frame: bytes) -> list[int]:
-    """The subtypes of a TCP frame's MPTCP options."""
+    """Return the subtypes of a TCP frame's MPTCP options."""
     p, found = parse(frame), []
     options = frame[p.l4 + 20 : p.off] if p.kind is Kind.TCP else b""
     while options and options[0]:
@@ -67,14 +68,14 @@ class Guest(Stack):
                 self.wrong_sums.append(frame)
 
     def spoken(self, port: int, to_guest: bool) -> set[int]:
-        """Subtypes of all MPTCP options of a connection in one direction."""
+        """Return the subtypes of all MPTCP options of a connection in one direction."""
         frames = [f for f, way in list(self.passed) if way == to_guest and port in ports(f)]
         assert frames
         return {x for f in frames for x in mptcp_options(f)}
 
 
 class Lab:
-    """A client that is a Linux kernel, too, and a controller that lets everything go."""
+    """A client that is a Linux kernel, too, and a controller that releases everything."""
 
     def __init__(self, net: Net, dp: DataPath, tap: Tap, v6: bool, offloads: bool) -> None:
         self.net, self.dp, self.v6 = net, dp, v6
@@ -91,8 +92,8 @@ class Lab:
         sh(*ip, "neigh", "add", self.guest.address, "lladdr", GUEST_MAC.hex(":"), "dev", "c0")
         if not offloads:
             sh("ip", "netns", "exec", net.client, "ethtool", "-K", "c0", "tx", "off")
-        self.network = Sniffer(net.host, "uplink")  # what the client says
-        self.beyond = Sniffer(net.client, "c0")  # what the guest says, there
+        self.network = Sniffer(net.host, "uplink")  # what the client sends
+        self.beyond = Sniffer(net.client, "c0")  # what the guest sends, at the client
         self.mirror = Sniffer(net.other, "peer0")
         self.stop = threading.Event()
         self.thread = threading.Thread(target=self._release, daemon=True)
@@ -108,13 +109,13 @@ class Lab:
             self.dp.drain(let_go)
 
     def ends(self, of_guest: bool) -> tuple[tuple[str, str], tuple[str, str]]:
-        """(namespace, address) of who opens and of who listens."""
+        """Return (namespace, address) of the end that opens and of the end that listens."""
         ends = ((self.net.client, self.address), (self.guest.ns, self.guest.address))
         return ends[::-1] if of_guest else ends
 
     @contextlib.contextmanager
     def connection(self, of_guest: bool, port: int) -> Iterator[tuple[socket.socket, ...]]:
-        """Of sockets that ask for MPTCP on either side; the guest opens it or the client."""
+        """Open a connection, from the guest or the client, with MPTCP sockets on either side."""
         (near, _), (far, address) = self.ends(of_guest)
         with contextlib.ExitStack() as all_:
             made = []
@@ -157,7 +158,7 @@ def speak_mptcp(ends: tuple[socket.socket, ...]) -> list[bool]:
 
 
 def carries(one: socket.socket, other: socket.socket) -> None:
-    """200 KB there, and as many back."""
+    """Send 200 KB in one direction, and as much back."""
     for a, b in ((one, other), (other, one)):
         data, got = random.Random(5).randbytes(200_000), bytearray()
         sender = threading.Thread(target=a.sendall, args=(data,), daemon=True)
@@ -169,7 +170,7 @@ def carries(one: socket.socket, other: socket.socket) -> None:
 
 
 def opens(sniffer: Sniffer, port: int, flags: int) -> bytes:
-    """The first frame of a connection with these of the flags SYN and ACK."""
+    """Return the first frame of a connection with these SYN and ACK flags."""
 
     def fits(frame: bytes) -> bool:
         p = parse(frame)
@@ -188,7 +189,7 @@ def test_two_kernels_fall_back_to_plain_tcp(lab: Lab, of_guest: bool) -> None:
     with lab.connection(of_guest, alone) as ends:
         assert speak_mptcp(ends) == [True, True], "else this test says nothing"
         assert count(dp, "pvm_in", "note_mptcp_removed") == 0
-        # It goes on under protection: both guests have its keys.
+        # It continues under protection: both guests have its keys.
         dp.mode = Mode.RUN
         carries(*ends)
         assert speak_mptcp(ends) == [True, True]

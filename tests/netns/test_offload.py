@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The fast path on real devices: what leaves is what both guests have sent, on any CPU, at any
-speed."""
+"""Test the fast path on real devices: only what both guests sent leaves, on any CPU."""
 
 from __future__ import annotations
 
@@ -20,7 +19,7 @@ from tests.netns.conftest import Net
 from tests.netns.offload_lab import run
 from tests.netns.test_primary_path import PAIR, config
 
-STRESS = int(os.environ.get("STRESS", "1"))  # so many times longer
+STRESS = int(os.environ.get("STRESS", "1"))  # runs this many times longer
 
 
 @pytest.fixture
@@ -62,7 +61,7 @@ def test_two_guests_at_once(
 @pytest.mark.timeout(60 * STRESS + 60)
 @pytest.mark.parametrize(("flows", "every"), [(1, 0.0), (6, 0.5)])
 def test_two_guests_send_datagrams(net: Net, path: DataPath, flows: int, every: float) -> None:
-    """None of one guest only, none twice, none changed; few lost, and most are the kernel's."""
+    """None of one guest only, none twice, none changed; few are lost, and most are the kernel's."""
     proxy, got, each, wrong = run(
         net, path, conns=flows, length=0, seed=flows, seconds=4 * STRESS, checkpoint_every=every
     )
@@ -80,7 +79,7 @@ def test_two_guests_send_datagrams(net: Net, path: DataPath, flows: int, every: 
 
 
 def test_connections_long_unused_are_forgotten(net: Net, path: DataPath) -> None:
-    """In walks with a rest between them: a table of a million buckets takes 3 ms, though empty."""
+    """The table is walked with rests in between: a million buckets take 3 ms, even if empty."""
     fast = path.fast
     assert fast is not None
     idle = fast._idle_ns
@@ -103,7 +102,7 @@ def test_connections_long_unused_are_forgotten(net: Net, path: DataPath) -> None
     assert walks == 0, "the walk before has just ended"
     for k in keys:
         raw = bytearray(fast._conns.get(conn_key(k)) or b"")
-        raw[24] = 1  # client_ack: it has been heard
+        raw[24] = 1  # client_ack: the client has sent something
         fast._conns.set(conn_key(k), bytes(raw))
     fast.sweep(now + 2 * idle, 7)
     for _ in range(2):
@@ -112,7 +111,7 @@ def test_connections_long_unused_are_forgotten(net: Net, path: DataPath) -> None
 
 
 def test_connections_that_are_over_are_forgotten_sooner(net: Net, path: DataPath) -> None:
-    """So are handshakes whose client is never heard, as in a flood of them."""
+    """So are handshakes whose client never answers, as in a SYN flood."""
     fast = path.fast
     assert fast is not None
     idle, now = fast._idle_ns, time.monotonic_ns()

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The fast path of the kernel and tests/sim/offload_model.py, frame by frame: reasons, frames,
-words, buffers."""
+"""Compare the kernel's fast path with tests/sim/offload_model.py, frame by frame.
+
+Compared are reasons, frames, connection state and buffers.
+"""
 
 from __future__ import annotations
 
@@ -95,7 +97,8 @@ class Run:
         self.compare(t)
 
     def client_says(self, t: Talk) -> None:
-        """Mostly that it has all that has left; or that, forged or overtaken, and odd flags."""
+        """Send a client's frame: mostly an ack of all that has left; or a forged or reordered
+        one, and odd flags."""
         rnd, rel = self.rnd, self.model.conns[t.key].rel
         ack = rel + rnd.choice((0, 0, 0, 0, 0, -1, -700, -5000, 1, 5000, 1 << 31))
         flags = rnd.choice((ACK, ACK, ACK, ACK | PSH, ACK | FIN, ACK | RST, ACK | SYN, RST, 0))
@@ -121,7 +124,7 @@ class Run:
         return ours
 
     def offload(self, t: Talk) -> None:
-        """Any words that make sense, and any history."""
+        """Offload a connection with any state that makes sense, and any history."""
         rnd, c = self.rnd, self.model.conns[t.key]
         rel = min(t.pos)
         out = rnd.choice((0, 0, 0, 0, 1, 100, 2000, 30_000, 200_000, BUFFER - 2000))
@@ -204,7 +207,7 @@ class Run:
                 ):
                     k["flags"] = ACK | FIN | PSH * rnd.randrange(2)
             t.pos[side] = pos + n + ("flags" in k)
-        elif x < 0.72:  # again; rarely from before the history, or across the edge
+        elif x < 0.72:  # again; rarely from before the history, or across its edge
             n = rnd.choice(SIZES)
             if rnd.random() < 0.05:
                 k["flags"] = ACK | FIN
@@ -225,7 +228,7 @@ class Run:
                 (ACK | FIN, SYN, RST, ACK | RST, 0, ACK | URG, ACK | ECE, ACK | CWR)
             )
         elif x < 0.023:
-            k["reserved"] = rnd.choice((1, 1, 8))  # AE, and what nobody has named
+            k["reserved"] = rnd.choice((1, 1, 8))  # AE, and bits without a name
         elif x < 0.026:
             k["df"] = False
         elif x < 0.031:
@@ -244,7 +247,7 @@ class Run:
     # -- datagrams
 
     def give_datagrams(self, t: Datagrams) -> None:
-        """Some of one side wait, or none."""
+        """Offload a flow of which some datagrams of one side wait, or none."""
         rnd, m, lab = self.rnd, self.model, self.lab
         first, ahead = min(t.said), rnd.choice((SIDE_PVM, SIDE_SVM))
         number = rnd.choice((0, 0, 1, 5, 100, 4000))
@@ -263,7 +266,7 @@ class Run:
         t.said = [first, first]
         t.said[ahead] += number
         start = rnd.choice((0, M32 - 127, rnd.getrandbits(25) * 128))
-        # As if the ring had been in use: what waits may go on at its beginning.
+        # As if the ring had been in use: what waits may continue at its beginning.
         past = rnd.choice((0, 0, BUFFER - 128, BUFFER - 256, BUFFER - 4096)) if data else 0
         if data:
             if self.control(CtlOp.CLAIM, t) is CtlResult.FULL:
@@ -279,7 +282,7 @@ class Run:
         self.control(CtlOp.OFFLOAD, t, m.conns[t.key].punt_seq + (rnd.random() < 0.1), words)
 
     def datagram(self, t: Datagrams) -> None:
-        """The next one of either, mostly."""
+        """Send a datagram, mostly the next one of either guest."""
         rnd = self.rnd
         side = rnd.choice((SIDE_PVM, SIDE_SVM))
         if t.said[side] - t.said[1 - side] > rnd.choice((0, 3, 40, 400, 10_000)):
@@ -287,7 +290,7 @@ class Run:
         number, x = t.said[side], rnd.random()
         t.said[side] += 1
         if x < 0.01:
-            number += 1  # overtaken
+            number += 1  # reordered
         elif x < 0.015:
             t.said[side] += 1  # lost
         body = bytearray(t.body(number))
@@ -316,7 +319,7 @@ class Run:
         self, t: Talk | Datagrams, side: int, frame: bytes, gso: int, partial: bool,
         elsewhere: bool = False,
     ) -> None:  # fmt: skip
-        """One frame, by both, under any circumstances."""
+        """Put one frame through both, under any circumstances."""
         rnd, lab, m = self.rnd, self.lab, self.model
         x = rnd.random()
         epoch, busy = m.epoch, False
@@ -415,7 +418,7 @@ class Run:
         c = self.model.conns[t.key]
         if not c.buffer or not c.epoch or (c.owner != OWNER_KERNEL and isinstance(t, Datagrams)):
             return
-        whole = outstanding or isinstance(t, Datagrams)  # of which nothing is history
+        whole = outstanding or isinstance(t, Datagrams)  # none of it is history
         first = c.released if whole else self.model.oldest(c)
         n, at = (c.next - first) & M32, (first - c.base_seq) % BUFFER
         one, two = self.model.ring(c.buffer), self.lab.ring(c.buffer)

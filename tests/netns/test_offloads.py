@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What a guest hands over with an offload reaches the client byte for byte as without us, or not at
-all. The uplink does no offload here, so the kernel completes and segments each frame, and what the
-client's wire carries is what any receiver would get."""
+"""Test that frames sent with an offload reach the client byte for byte as without us, or not at
+all.
+
+The uplink has no offloads here, so the kernel completes and segments each frame, and the client's
+wire carries what any receiver would get.
+"""
 
 from __future__ import annotations
 
@@ -39,12 +42,12 @@ BODY = bytes(range(1, 241)) * 30
 def header(
     *, partial: bool = True, kind: int = 0, size: int = 0, l4: int = 34, at: int = 16, head: int = 0
 ) -> bytes:
-    """struct virtio_net_hdr, as a guest writes it."""
+    """Build struct virtio_net_hdr as a guest writes it."""
     return struct.pack("<BBHHHH", int(partial), kind, head, size, l4, at)
 
 
 def no_checksums(ns: str, dev: str) -> None:
-    """The device sends nothing that is not complete."""
+    """Turn the device's offloads off, so that it sends only complete frames."""
     value = ctypes.create_string_buffer(struct.pack("II", ETHTOOL_STXCSUM, 0))
     request = struct.pack("16sQ16x", dev.encode(), ctypes.addressof(value))
     with inside(ns), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
@@ -52,7 +55,7 @@ def no_checksums(ns: str, dev: str) -> None:
 
 
 def within(outer: bytes, proto: int, *, udp_port: int = 0) -> bytes:
-    """An IPv4 frame of the guest around `outer`, in UDP (without a checksum) or directly."""
+    """Build an IPv4 frame of the guest around `outer`, in UDP (without a checksum) or directly."""
     body = outer
     if udp_port:
         body = struct.pack("!HHHH", 50000, udp_port, 8 + len(outer), 0) + outer
@@ -62,12 +65,12 @@ def within(outer: bytes, proto: int, *, udp_port: int = 0) -> bytes:
 
 
 def retagged(frame: bytes, lead: bytes) -> bytes:
-    """`lead` in place of nothing between the addresses and the ethertype."""
+    """Insert `lead` between the addresses and the ethertype."""
     return frame[:12] + lead + frame[12:]
 
 
 def extended(frame: bytes, chain: list[int], last: int) -> bytes:
-    """An IPv6 frame with eight bytes for each extension header, the upper layer's being `last`."""
+    """Build an IPv6 frame with eight bytes per extension header; the upper layer is `last`."""
     ext = b"".join(
         bytes([nxt, 0]) + bytes(6) for nxt in [*chain[1:], last]
     )  # of zeros: padding options, no segments left, an atomic fragment
@@ -77,7 +80,7 @@ def extended(frame: bytes, chain: list[int], last: int) -> bytes:
 
 @dataclass(frozen=True)
 class Case:
-    """A frame, its virtio_net_hdr, and what must be of it: does it leave, in how many frames."""
+    """A frame, its virtio_net_hdr, and the expectation: does it leave, and in how many frames."""
 
     name: str
     frame: bytes
@@ -135,7 +138,7 @@ def cases() -> list[Case]:
 
 
 class Lab:
-    """A primary host whose uplink does nothing for others."""
+    """A primary host whose uplink has no offloads."""
 
     def __init__(self, tmp: Path, extra: str = "") -> None:
         self.net = Net(PAIR)
@@ -168,7 +171,7 @@ class Lab:
         return engine
 
     def events(self, last: bytes) -> list[CapturedFrame]:
-        """What was captured, up to the event of this frame."""
+        """Return what was captured, up to the event of this frame."""
         got: list[CapturedFrame] = []
         end = time.monotonic() + 5
         while time.monotonic() < end and not any(e.frame == last for e in got):
@@ -177,8 +180,10 @@ class Lab:
         return got
 
     def through(self, case: Case, twins: list[bytes] | None = None, end: bytes = bytes(10)) -> None:
-        """The guest sends it and both guests say the same; `twins`: as the SVM's copy arrives;
-        `end`: the last frame's virtio_net_hdr."""
+        """Let both guests send the frame.
+
+        `twins`: how the SVM's copy arrives; `end`: the last frame's virtio_net_hdr.
+        """
         self.dp.beat()
         self.guest.send(case.frame, case.head)
         self.guest.send(END, end)
@@ -194,7 +199,7 @@ class Lab:
         self.engine.flush(now)
 
     def arrives(self) -> list[bytes]:
-        """What the client's wire has carried of the case."""
+        """Return what the client's wire has carried of this case."""
         out = []
         for head, frame in self.client.frames(5):
             if frame[6:12] == GUEST_MAC:
@@ -205,7 +210,7 @@ class Lab:
         raise AssertionError("the case has no end")
 
     def forget(self) -> None:
-        """What the client's wire has carried until now counts for nobody."""
+        """Discard what the client's wire has carried until now."""
         self.client.close()
         self.client = Sniffer(self.net.client, "c0")
 
@@ -234,7 +239,8 @@ def lab(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
         lab.close()
 
 
-#: without BTF nobody can tell how UDP is cut, nor where a checksum is that is not TCP's or UDP's
+#: without BTF it is unknown how UDP is segmented, and where a checksum is that is not TCP's or
+#: UDP's
 BLIND = {
     "ufo", "ufo6", "uso", "uso6", "three-tags", "pppoe", "six-extensions", "icmp6", "gre-inner",
     "vxlan-inner",
@@ -256,7 +262,7 @@ def test_it_leaves_as_without_us_or_not_at_all(lab: Lab, case: Case) -> None:
     assert not lab.engine.counters["checkpoint_requests"]
     if (
         case.name == "ufo6" and got
-    ):  # the kernel of the last sender draws its fragments' identification
+    ):  # the last sender's kernel chooses its fragments' identification
         assert len({f[58:62] for f in got}) == 1
         plain, got = ([f[:58] + f[62:] for f in each] for each in (plain, got))
     if case.leaves and (lab.dp.objects.btf or case.name not in BLIND):
@@ -271,7 +277,7 @@ def test_it_leaves_as_without_us_or_not_at_all(lab: Lab, case: Case) -> None:
 
 
 def test_a_datagram_of_4000_bytes_is_one_to_a_socket(lab: Lab) -> None:
-    """UFO, as an ordinary receiver sees it: through us as without us, or not at all."""
+    """UFO as an ordinary receiver sees it: through us as without us, or not at all."""
     ufo = next(c for c in cases() if c.name == "ufo")
     with contextlib.suppress(RuntimeError):  # it is there already
         sh("ip", "-n", lab.net.client, "addr", "add", "10.9.0.1/24", "dev", "c0")
@@ -297,7 +303,7 @@ def test_a_datagram_of_4000_bytes_is_one_to_a_socket(lab: Lab) -> None:
 
 
 def test_the_svms_copy_may_come_as_its_link_made_it(lab: Lab) -> None:
-    """A device that does no offload completes the checksum of an inner header, and fragments."""
+    """A device without offloads completes the checksum of an inner header, and fragments."""
     for case in cases():
         if case.name not in ("ufo", "vxlan-inner", "gre-inner", "pppoe", "icmp6"):
             continue
@@ -313,7 +319,7 @@ def test_the_svms_copy_may_come_as_its_link_made_it(lab: Lab) -> None:
 
 
 def tunnelled() -> Case:
-    """TCP to be segmented within a VXLAN (Linux 6.17; struct virtio_net_hdr_v1_hash_tunnel)."""
+    """Build TCP to be segmented within a VXLAN (Linux 6.17: virtio_net_hdr_v1_hash_tunnel)."""
     inner = tcp(BODY[:4000], partial=True)
     frame = within(struct.pack("!II", 0x08000000, 7 << 8) + inner, 17, udp_port=4789)
     at = 34 + 8 + 8  # where the inner frame begins
@@ -324,7 +330,7 @@ def tunnelled() -> Case:
 
 
 def test_what_is_segmented_within_a_tunnel_is_refused(lab: Lab) -> None:
-    """It would be UDP of several datagrams by its headers. Without us it is four VXLAN frames."""
+    """By its headers it would be UDP of several datagrams. Without us it is four VXLAN frames."""
     case = tunnelled()
     try:
         fcntl.ioctl(lab.guest.fd, 0x400454D8, struct.pack("i", 24))  # TUNSETVNETHDRSZ

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A router says that the guest's packets are too big: a real Linux TCP stack hears it, though the
-error quotes numbers that it never used. Mirrored, after a takeover, and as the next pair's PVM."""
+"""Test ICMP "packet too big" with a real Linux TCP stack as the guest.
+
+The guest accepts the error although it quotes numbers that the guest never used: mirrored, after a
+takeover, and as the next pair's PVM.
+"""
 
 from __future__ import annotations
 
@@ -24,13 +27,13 @@ from tests.netns.frames import CLIENT_MAC, GUEST_MAC
 from tests.netns.stack import Stack, until
 from tests.netns.test_secondary_path import Host, config
 
-ISN_C, FARTHER = 700_000, 500_000  # the guest's ISN is so far from the PVM's
+ISN_C, FARTHER = 700_000, 500_000  # distance of the guest's ISN from the PVM's
 SMALL = 1400
 SYN, ACK = craft.SYN, craft.ACK
 
 
 class Server(Stack):
-    """The guest, and a socket of it that listens."""
+    """The guest, with a listening socket."""
 
     def __init__(self, host: Host, v6: bool) -> None:
         super().__init__(host.guest, v6, (1, 3, 5, 9))
@@ -48,7 +51,7 @@ class Server(Stack):
 
 
 class Client:
-    """A client that is made of frames, and a connection of it with the guest."""
+    """A client built from frames, and its connection with the guest."""
 
     def __init__(self, stack: Server, n: int) -> None:
         self.stack, self.address = stack, f"{stack.net}{n}"
@@ -66,7 +69,7 @@ class Client:
             b"\2\4\5\xb4\4\2" + struct.pack("!BBII", 8, 10, self.ts, 1),
         )  # fmt: skip
         self.mirror(self.frame(stack.address, self.address, told), abi.KIND_SYN)
-        # It covers nothing; a first ack that was lost would be as good.
+        # It acknowledges no data; a lost first ack would have the same effect.
         self.mirror(self.ack(0))
         self.socket, _ = stack.server.accept()
 
@@ -102,7 +105,7 @@ class Client:
         return frame[6:12] == GUEST_MAC and to in frame[p.l3 : p.l4] and p.proto == 6
 
     def too_big(self, frame: bytes, gso: int) -> bytes:
-        """What a router says to the first packet of this frame."""
+        """Build a router's answer to the first packet of this frame."""
         p = parse(frame)
         payload = frame[p.off : p.off + (gso or 1 << 16)]
         src, dst = self.stack.address, self.address
@@ -120,7 +123,7 @@ class Client:
         tell: Callable[[bytes], None],
         sent: Callable[[Callable[[bytes], bool]], tuple[bytes, int]],
     ) -> None:
-        """The guest sends, hears that it is too much, sends less, and all of it is acked."""
+        """Check that the guest sends, learns the limit, sends less, and all is acknowledged."""
         stack = self.stack
         before = stack.counter("TcpExt", "OutOfWindowIcmps")
         assert not stack.mtu_to(self.address)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The primary host's programs on real devices: what leaves, what does not, what is handed over."""
+"""Test the primary host's programs on real devices: what leaves, what does not, what is punted."""
 
 from __future__ import annotations
 
@@ -116,8 +116,10 @@ def test_bypass_passes_and_mirrors_nothing(net: Net, path: DataPath, guest: Tap)
 
 
 def test_output_is_held_and_released_as_it_was(net: Net, path: DataPath, guest: Tap) -> None:
-    """Small, 64 KiB GSO with partial checksum, v4 and v6, VLAN-tagged: nothing leaves by itself,
-    and what is released arrives with its offload state."""
+    """Small, 64 KiB GSO with partial checksum, v4 and v6, VLAN-tagged: nothing leaves by itself.
+
+    What is released arrives with its offload state.
+    """
     path.mode = Mode.RUN
     seen = Sniffer(net.client, "c0")
     cases = [
@@ -146,7 +148,7 @@ def test_output_is_held_and_released_as_it_was(net: Net, path: DataPath, guest: 
         flags, _typ, _hl, size, _s, _o = struct.unpack("<BBHHHH", head)
         assert arrived == frame
         assert (size, flags & 1) == (gso, int(partial))
-    # Learnt on the guest's port, so that the switch sends the guest's frames there.
+    # Learned on the guest's port, so that the switch sends the guest's frames there.
     fdb = sh("bridge", "-n", net.host, "fdb", "show", "dev", "tap0")
     assert GUEST_MAC.hex(":") in fdb
     assert count(path, "pvm_out", "punt") == len(cases)
@@ -275,7 +277,7 @@ def test_without_a_controller_the_policy_decides(
 
 
 def test_next_controller_adopts(net: Net, tmp_path: Path, guest: Tap) -> None:
-    """Mode, epoch and counters go on; at no moment does a frame meet no program."""
+    """Mode, epoch and counters persist; at no moment does a frame meet no program."""
     cleanup.cleanup(PAIR, "/sys/fs/bpf", str(tmp_path), force=True)
     first = DataPath(config(tmp_path))
     first.mode, first.epoch = Mode.RUN, 41
@@ -316,7 +318,7 @@ def test_perf_buffers_do_the_same(net: Net, tmp_path: Path, guest: Tap) -> None:
 
 
 def foreign(monkeypatch: pytest.MonkeyPatch, dp: DataPath, dev: str, direction: str) -> None:
-    """A filter that is not ours, as another tool would put it there."""
+    """Attach a filter that is not ours, as another tool would."""
     with monkeypatch.context() as m:
         m.setattr(attach, "LABEL", "somebody")
         attach.attach_tc(dev, direction, dp.objects.programs["pvm_release"], "else", None)
@@ -355,7 +357,7 @@ def test_a_filter_of_somebody_else_is_reported(
 
 
 def test_a_syn_of_the_pvm_is_told_to_the_secondary(net: Net, path: DataPath, guest: Tap) -> None:
-    """When it is said and as it leaves; what is held and what leaves is as the guest made it."""
+    """When it is sent and as it leaves; what is held and what leaves is as the guest sent it."""
     peer, seen = Sniffer(net.other, "peer0"), Sniffer(net.client, "c0")
     path.epoch = 9
     for flags, vlan, mode in ((0x12, 0, Mode.RUN), (0x02, 7, Mode.CHECKPOINT)):
@@ -386,7 +388,7 @@ def test_a_syn_of_the_pvm_is_told_to_the_secondary(net: Net, path: DataPath, gue
 def test_no_client_offers_mptcp(
     net: Net, path: DataPath, guest: Tap, lead: bytes, v6: bool
 ) -> None:
-    """MP_CAPABLE becomes NOPs, at even and odd places, for the guest and for its mirror."""
+    """MP_CAPABLE becomes NOPs, at even and odd offsets, for the guest and for its mirror."""
     path.mode = Mode.RUN
     peer = Sniffer(net.other, "peer0")
     capable = (b"\x1e\x04\x01\x81", b"\x1e\x0c\x01\x81" + bytes(range(200, 208)))
@@ -403,9 +405,9 @@ def test_no_client_offers_mptcp(
         assert count(path, "pvm_in", "note_mptcp_removed") == before + 1
     join = b"\x1e\x0c\x10\x01" + bytes(8)
     for option, flags, mode in (
-        (join, 0x02, Mode.RUN),  # to the guest, who has the token or has not
+        (join, 0x02, Mode.RUN),  # to the guest, which may or may not have the token
         (capable[0], 0x10, Mode.RUN),
-        (capable[0], 0x02, Mode.BYPASS),  # what a guest agrees to alone its copy has too
+        (capable[0], 0x02, Mode.BYPASS),  # what a guest agrees to alone, its copy has too
     ):
         path.mode = mode
         head = lead + option

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A host whose guest has taken over becomes the primary, and later the secondary again."""
+"""Test a host whose guest has taken over: it becomes the primary, and later the secondary again."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def events(dp: DataPath, n: int, timeout: float = 2) -> list[CapturedFrame]:
 
 
 class Talk(threading.Thread):
-    """The guest talks all the time, on its old connection."""
+    """Keep the guest talking on its old connection."""
 
     def __init__(self, guest: Tap) -> None:
         super().__init__(daemon=True)
@@ -194,7 +194,7 @@ def test_and_back_to_the_secondary(survivor: Host) -> None:
     h.dp.change_role()
     next_controller(h)
     second = programs(h)
-    h.dp.mode = Mode.DROP  # its guest has died, the other one speaks
+    h.dp.mode = Mode.DROP  # its guest has died, the other one is active
     h.dp.change_role()
     next_controller(h)
     assert h.dp.role == "secondary" and h.dp.mode is Mode.DROP

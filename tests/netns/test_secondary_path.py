@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The secondary host's programs on real devices: translation with offloads, isolation, takeover."""
+"""Test the secondary host's programs on real devices: offloads, isolation, takeover."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ class Host:
         self.net.close()
 
     def mirrored(self, frame: bytes, epoch: int = 0) -> bytes:
-        """A client's frame arrives over the peer link; what the guest sees of it."""
+        """Send a client's frame over the peer link; return what the guest receives of it."""
         tagged = frame[:12] + struct.pack("!HH", abi.TPID, 1 << 13 | epoch) + frame[12:]
         with inside(self.net.other), socket.socket(socket.AF_PACKET, socket.SOCK_RAW) as s:
             s.bind(("peer0", 0))
@@ -91,7 +91,7 @@ class Host:
         return seen
 
     def says(self, frame: bytes, gso: int = 0, partial: bool = False) -> tuple[bytes, bytes]:
-        """The guest sends; (virtio_net_hdr, frame) at the primary's end, the tag taken off."""
+        """Let the guest send; return (virtio_net_hdr, frame) at the primary's end, untagged."""
         self.guest.send(frame, vnet_header(frame, gso, partial))
         got = self.peer.wait(lambda f: GUEST_MAC in f[6:12])
         assert got is not None
@@ -123,7 +123,7 @@ def ts(val: int, ecr: int) -> bytes:
 
 
 def right(frame: bytes, partial: bool = False) -> bool:
-    """Whether the TCP checksum is complete (or the pseudo header's sum)."""
+    """Return whether the TCP checksum is complete (or the pseudo header's sum)."""
     p = parse(frame)
     l4 = frame[p.l4 : p.end]
     v6 = frame[p.l3] >> 4 == 6
@@ -240,7 +240,7 @@ def test_takeover_keeps_offsets_and_opens_the_network(host: Host) -> None:
 
 
 def test_what_has_stepped_out_steps_in_again(host: Host) -> None:
-    """A guest that stands down when no program is left at its tap."""
+    """A guest that is demoted when no program is left at its tap."""
     host.dp.mode = Mode.TAKEOVER
     with inside(host.net.host):
         host.dp.open_network()
@@ -304,7 +304,7 @@ class _Closed:
 
 @pytest.mark.parametrize("host", [True], indirect=True, ids=["tc"])
 def test_what_waited_for_a_checkpoint_goes_on_as_the_guest_handed_it_over(host: Host) -> None:
-    """UFO as UFO and USO as USO; a checksum within a tunnel is complete; both ways."""
+    """UFO as UFO and USO as USO; a checksum within a tunnel is complete; in both directions."""
     ufo = udp(bytes(range(250)) * 16, partial=True)
     inner = udp(b"within", partial=True)
     tunnel = udp(struct.pack("!II", 0x08000000, 7 << 8) + inner, dport=4789)
@@ -317,7 +317,7 @@ def test_what_waited_for_a_checkpoint_goes_on_as_the_guest_handed_it_over(host: 
     last = tcp(b"the end")
 
     def over_the_link() -> list[tuple[int, bytes]]:
-        """(gso_size, frame) up to the last one; the link fragments what is UFO."""
+        """Return (gso_size, frame) up to the last one; the link fragments UFO frames."""
         out = []
         for head, raw in host.peer.frames(5):
             if raw[6:12] == GUEST_MAC:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Two pairs, or two controllers of one, on one host: nobody takes what is another's."""
+"""Test two pairs, or two controllers of one, on one host: nobody takes what belongs to another."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ A, B = own("nsta"), own("nstb")
 
 
 def write(tmp: Path, pair: str, n: int, **other: Any) -> Path:
-    """The file of a primary; `n` keeps what it uses apart from the other one's."""
+    """Write a primary's file; `n` keeps what it uses apart from the other one's."""
     keys = {"tap": f"tap{n}", "peer_link": f"peer{n}", "metrics": f"127.0.0.1:{19850 + n}"} | other
     path = tmp / f"{pair}.toml"
     path.write_text(
@@ -58,7 +58,7 @@ def write(tmp: Path, pair: str, n: int, **other: Any) -> Path:
 
 @pytest.fixture
 def two(net: Net, tmp_path: Path) -> Iterator[Net]:
-    """A host with room for two pairs."""
+    """Provide a host with room for two pairs."""
     for text in (
         "link set lo up",
         "tuntap add tap1 mode tap vnet_hdr",
@@ -74,7 +74,7 @@ def two(net: Net, tmp_path: Path) -> Iterator[Net]:
 
 
 class Run:
-    """`colo-xdp run` in the host's namespace."""
+    """Run `colo-xdp run` in the host's namespace."""
 
     def __init__(self, net: Net, path: Path) -> None:
         self.path, self.sock = path, path.parent / f"{path.stem}.primary.sock"
@@ -92,7 +92,7 @@ class Run:
             return {}
 
     def until(self, what: str, seconds: float = 60.0) -> dict[str, Any]:
-        """Until the status' reason has these words."""
+        """Wait until the status' reason contains these words."""
         end = time.monotonic() + seconds
         while what not in (s := self.status()).get("reason", ""):
             assert time.monotonic() < end and self.p.poll() is None, (s, self.log.read_text())
@@ -100,7 +100,7 @@ class Run:
         return s
 
     def until_on(self, dev: str, prog: str, seconds: float = 60.0) -> None:
-        """Until a program is on the device."""
+        """Wait until a program is on the device."""
         end = time.monotonic() + seconds
         while prog not in filters(dev):
             assert time.monotonic() < end and self.p.poll() is None, self.log.read_text()
@@ -126,7 +126,11 @@ def filters(dev: str) -> str:
 
 
 def test_another_pairs_devices_are_refused_and_stay_its_own(two: Net, tmp_path: Path) -> None:
-    """By what is on them: the other controller need not run. Nothing is loaded or replaced."""
+    """Recognized by what is attached to them, even if the other controller does not run. Nothing is
+    loaded
+
+    or replaced.
+    """
     a = DataPath(load(write(tmp_path, A, 0)))
     try:
         a.mode = Mode.RUN
@@ -155,7 +159,7 @@ def test_another_pairs_devices_are_refused_and_stay_its_own(two: Net, tmp_path: 
 
 
 def test_another_pair_that_takes_a_device_is_told(two: Net, tmp_path: Path) -> None:
-    """An older release replaces the filter: it is not taken back from it, and it is said."""
+    """An older release replaces the filter: it is not replaced in turn, and that is reported."""
     a = DataPath(load(write(tmp_path, A, 0)))
     try:
         attach.detach_tc("peer0", "ingress", attach.label(A, "svm_arrival"))
@@ -170,8 +174,10 @@ def test_another_pair_that_takes_a_device_is_told(two: Net, tmp_path: Path) -> N
 
 
 def test_who_runs_and_what_is_taken(two: Net, tmp_path: Path) -> None:
-    """Exit status 2 and a sentence that names the pair and the key, before anything is attached;
-    a device that is not there is waited for; kill -9 leaves no lock."""
+    """Exit status 2 and a sentence that names the pair and the key, before anything is attached.
+
+    A missing device is waited for; kill -9 leaves no lock.
+    """
     sh("ip", "-n", two.host, "link", "del", "tap0")
     first = write(tmp_path, A, 0)
     a, more = Run(two, first), []
@@ -181,7 +187,7 @@ def test_who_runs_and_what_is_taken(two: Net, tmp_path: Path) -> None:
         sh("ip", "-n", two.host, "tuntap", "add", "tap0", "mode", "tap", "vnet_hdr")
         sh("ip", "-n", two.host, "link", "set", "tap0", "up")
         a.until_on("tap0", "pvm_out")
-        # under a controller that lives: while the tap is gone it says so
+        # under a live controller: while the tap is gone, the status reports it
         sh("ip", "-n", two.host, "link", "del", "tap0")
         assert a.until("tap0 does not exist, the guest is cut off")["state"] != "protected"
         sh("ip", "-n", two.host, "tuntap", "add", "tap0", "mode", "tap", "vnet_hdr")
@@ -214,7 +220,7 @@ def test_who_runs_and_what_is_taken(two: Net, tmp_path: Path) -> None:
         a.p.kill()
         a.p.wait()
         more.append(Run(two, first))
-        assert more[-1].until("nothing is known here")["pair"] == A
+        assert more[-1].until("does not know what happened before")["pair"] == A
     finally:
         for run in (a, *more):
             run.stop()

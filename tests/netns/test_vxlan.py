@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The peer link as a VXLAN that the controller makes: made once, used, removed by cleanup."""
+"""Test the peer link as a VXLAN made by the controller: created once, used, removed by cleanup."""
 
 from __future__ import annotations
 

@@ -41,11 +41,11 @@ def test_the_table_is_up_to_date() -> None:
 @pytest.mark.parametrize(
     ("line", "what"),
     [
-        ("", "begins with none"),
-        ("tpc 0:1", "begins with none"),
-        ("tcp 0:1 sqe=1", "'sqe=1' means nothing"),
+        ("", "does not begin with one"),
+        ("tpc 0:1", "does not begin with one"),
+        ("tcp 0:1 sqe=1", "'sqe=1' is unknown"),
         ("tcp 0:1 seq=one", "not a number"),
-        ("udp hello", "means nothing"),
+        ("udp hello", "is unknown"),
     ],
 )
 def test_a_line_that_means_no_frame_is_refused(line: str, what: str) -> None:

@@ -115,7 +115,7 @@ def test_who_is_heard_is_not_fenced_unless_he_is_deaf() -> None:
             deaf += 1
             assert f.role is Role.PRIMARY and f.peer_silent_ms > 2 * f.dead_after_ms
             assert f.colo_exit or f.checkpoint_overdue or f.waiting
-            assert "does not stand down" in d.why
+            assert "does not demote itself" in d.why
         if d.action is Action.ASK_SHUT:
             asked += 1
             assert f.role is Role.PRIMARY and f.own_qmp

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""An asyncio loop whose time is a number: it jumps to the next timer when nothing is ready."""
+"""Provide an asyncio loop with virtual time: it jumps to the next timer when nothing is ready."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ START_NS = 1_000_000_000_000
 
 
 class Stuck(AssertionError):
-    """Nothing will ever happen again, and somebody still waits."""
+    """Nothing can happen any more, but something still waits."""
 
 
 class _Selector(selectors.SelectSelector):
-    """Polls nothing: waiting is what makes the time go on."""
+    """Poll nothing: waiting is what advances the time."""
 
     loop: VirtualLoop
 
@@ -29,7 +29,7 @@ class _Selector(selectors.SelectSelector):
 
 
 class VirtualLoop(asyncio.SelectorEventLoop):
-    """Deterministic: one thread, no I/O, no clock but `now_ns`."""
+    """A deterministic loop: one thread, no I/O, no clock but `now_ns`."""
 
     def __init__(self) -> None:
         self.now_ns = START_NS
@@ -52,7 +52,7 @@ class VirtualLoop(asyncio.SelectorEventLoop):
 
 
 class FakeTime:
-    """Stands in for the module `time` in the controllers' modules."""
+    """Replace the module `time` in the controllers' modules."""
 
     def __init__(self, loop: VirtualLoop) -> None:
         self._loop = loop

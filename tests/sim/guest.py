@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A guest: a server over TCP and UDP whose state can be copied, and the client that uses it.
+"""Simulate a guest: a server over TCP and UDP whose state can be copied, and the client that uses
+it.
 
-A request is a kind, a size and a number. What is random in a guest (initial sequence
-numbers, answers of kind N, moods) comes from its host, as the time and the entropy of a real
-one do, and is not copied by a checkpoint.
+A request is a kind, a size and a number. Everything random in a guest (initial sequence numbers,
+answers of kind N, moods) comes from its host, as the time and the entropy of a real guest do, and
+is not copied by a checkpoint.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ Out = tuple[bytes, int]  # frame, gso_size
 
 
 def answer(number: int, size: int) -> bytes:
-    """What any honest guest answers to a request of kind G."""
+    """Return what any honest guest answers to a request of kind G."""
     at = number * 2654435761 % (len(TABLE) - 4096)
     return TABLE[at : at + size]
 
@@ -43,7 +44,7 @@ class Guest:
     ident: int = 0
 
     def clone(self, rnd: random.Random) -> Guest:
-        """The copy that runs on the other host from now on."""
+        """Return the copy that runs on the other host from now on."""
         return Guest(
             rnd,
             self.ts_base,
@@ -55,10 +56,11 @@ class Guest:
         )  # fmt: skip
 
     def find(self, v6: bool, port: int, irs: int) -> Tcp | None:
-        """The connection that a client began with this sequence number.
+        """Return the connection that a client opened with this sequence number.
 
-        The older one, if two have: what came into a checkpoint is delivered again after it, and
-        a SYN whose connection is over opens a second one, which its client resets (RFC 9293 3.5).
+        If two match, it is the older one: what arrived during a checkpoint is delivered again after
+        it, and a SYN whose connection is over opens a second one, which its client resets (RFC 9293
+        3.5).
         """
         old = self.archive.get((v6, port, irs))
         if old is not None:
@@ -77,14 +79,14 @@ class Guest:
         return out
 
     def receive(self, frame: bytes, now_ms: int) -> list[Out]:
-        """A frame from the network."""
+        """Handle a frame from the network."""
         s = read(frame)
         if s is None:
             return self._datagram(frame)
         key, ts = (s.v6, s.sport), self._ts(now_ms)
         c = self.conns.get(key)
         if s.flags & (SYN | ACK | RST) == SYN:
-            # A half-open one stays, whatever SYN comes: see Tcp.receive().
+            # A half-open connection stays, whatever SYN arrives: see Tcp.receive().
             fresh = c is None or c.state in ("closed", "reset")
             if fresh and not (c is not None and c.irs == s.seq and c.state != "reset"):
                 near = s.seq * 2_654_435_761  # clones have one secret and nearly one clock
@@ -113,7 +115,7 @@ class Guest:
         return self._frames(segs)
 
     def tick(self, now_ms: int) -> list[Out]:
-        """Timers, and what the application had put off."""
+        """Run timers, and what the application had deferred."""
         segs: list[Seg] = []
         for c in self.conns.values():
             if c.state in ("closed", "reset"):
@@ -175,17 +177,17 @@ class Guest:
 
 @dataclass(eq=False)
 class Plan:
-    """What a connection of the client does: (kind, size) one after another."""
+    """What a client's connection does: (kind, size) one after another."""
 
     steps: list[tuple[bytes, int]]
     pause_ms: int
     half_close: bool
-    until_told: bool = False  # it ends when the client is told
+    until_told: bool = False  # it repeats until the client's `told` is set
     not_before: int = 0  # ms
 
 
 class Client:
-    """Opens connections, asks, checks what must be true of any answer."""
+    """Open connections, send requests, check what must hold for any answer."""
 
     def __init__(self, rnd: random.Random, plans: list[Plan], ports: int) -> None:
         self.rnd, self.plans, self.ports = rnd, plans, ports
@@ -194,7 +196,7 @@ class Client:
         self.done: list[Tcp] = []
         self.numbers = 0
         self.last: dict[Key, Tcp] = {}  # on each port
-        self.opened: dict[tuple[bool, int, int], Tcp] = {}  # with its own ISN
+        self.opened: dict[tuple[bool, int, int], Tcp] = {}  # by the client's own ISN
         self.told = False
         self.expect: dict[int, list[tuple[bytes, int, int]]] = {}  # id(conn) -> kind, size, number
         self.got_udp: list[bytes] = []
@@ -204,7 +206,7 @@ class Client:
         self.last_ms = 0
 
     def tick(self, now_ms: int) -> list[bytes]:
-        """Open, ask, send again."""
+        """Open connections, send requests, retransmit."""
         segs: list[Seg] = []
         ts = now_ms & 0xFFFFFFFF
         free = [
@@ -262,18 +264,18 @@ class Client:
         self.scripts[key] = (plan, i + 1, now_ms + plan.pause_ms)
 
     def _waits(self, c: Tcp) -> bool:
-        """Whether answers are still under way (requests are sometimes sent ahead of them)."""
+        """Return whether answers are outstanding (requests are sometimes sent ahead of them)."""
         return len(c.inn) < self.wanted(c) and self.rnd.random() < 0.8
 
     def wanted(self, c: Tcp) -> int:
-        """Bytes of answers to what was asked."""
+        """Return the number of answer bytes expected for the requests so far."""
         n = 0
         for kind, size, _ in self.expect[id(c)]:
             n += {b"G": size, b"N": size + 2, b"U": 8, b"a": size}.get(kind, 0)
         return n
 
     def receive(self, frame: bytes, now_ms: int) -> list[bytes]:
-        """A frame from the network."""
+        """Handle a frame from the network."""
         s = read(frame)
         if s is None:
             return []
@@ -298,7 +300,7 @@ class Client:
         return [build(x, True, 0) for x in segs]
 
     def check_answers(self, c: Tcp, fail: type[AssertionError]) -> None:
-        """What honest guests can have answered, in order, as far as it has come."""
+        """Check that honest guests can have sent these answers, in order, as far as received."""
         want = bytearray()
         for kind, size, number in self.expect[id(c)]:
             if kind in b"G":

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""One host: its kernel's programs, its QEMU, and what stands in for QMP, peer channel and fence.
+"""Simulate one host: its kernel's programs, its QEMU, and stand-ins for QMP, peer channel and
+fence.
 
-The controllers are the product's own. What is simulated here is what they talk to: the
-verdicts of bpf/*.bpf.c (the numbers are translated by the product's model of them, the fast path is
-fast.py; tests/bpf holds both equal to them), QEMU's COLO as DESIGN 4 tells it, and a channel.
+The controllers are the product's own. Simulated is what they talk to: the verdicts of bpf/*.bpf.c
+(numbers are translated by the product's model of the rewriter, the fast path is offload_model.py;
+tests/bpf holds both equal to the programs), QEMU's COLO, and a channel.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ BUSY = 0.003  # another CPU has the connection of a frame
 
 
 class Tracker(Rewriter):
-    """The rewriter's model; also knows when each connection was last seen."""
+    """The rewriter's model, which also records when each connection was last seen."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -64,17 +65,19 @@ class Tracker(Rewriter):
 
 
 class Side:
-    """One host, named `P` or `S` by the role in its file; `primary` is what it runs now."""
+    """One host, named `P` or `S` by the role in its file; `primary` is what it currently runs."""
 
     def __init__(self, world: World, primary: bool, guest: Guest | None) -> None:
         self.world, self.guest = world, guest
         self.name, self._file_primary = "P" if primary else "S", primary
         self.fast: KernelModel | None = None
-        self.tap: deque[bytes] = deque(maxlen=500)  # frames that a stopped guest has not taken
-        self.off = False  # no power
+        # frames that a stopped guest has not received yet
+        self.tap: deque[bytes] = deque(maxlen=500)
+        self.off = False  # powered off
         self.failed_start = False  # of its QEMU, the last time
         self.arrived = 0  # frames over the peer link
-        self.stale = False  # the other guest has said to the network what this one does not know
+        # the other guest has sent something to the network that this one does not know
+        self.stale = False
         self._forget()
         self.qemu = Qemu(self, incoming=not primary)
         # of the controller that runs now
@@ -89,7 +92,7 @@ class Side:
         self.store: SimStore | None = None
 
     def _forget(self) -> None:
-        """The kernel's state, which outlives controllers, as it is after a boot."""
+        """Reset the kernel's state, which outlives controllers, to that after a boot."""
         world, primary = self.world, self._file_primary
         self.primary, self.role_word, self.promoted_epoch = primary, "", 0
         self.mode, self.epoch, self.beat_ns = Mode.DROP, 0, 0
@@ -115,14 +118,14 @@ class Side:
         return self.world.s if self is self.world.p else self.world.p
 
     def power_on(self) -> None:
-        """The host boots: nothing that was pinned is left, and no QEMU runs."""
+        """Boot the host: nothing is pinned, and no QEMU runs."""
         self._forget()
         self.off = False
 
     # -- the guest
 
     def new_guest(self) -> None:
-        """QEMU without -incoming: a guest that boots and knows nothing of any pair."""
+        """Start QEMU without -incoming: a guest that boots and knows of no pair."""
         self.qemu.die()
         self.tap.clear()
         world = self.world
@@ -131,14 +134,14 @@ class Side:
         self.qemu = Qemu(self, incoming=False)
 
     def new_qemu(self) -> None:
-        """QEMU -incoming, in place of the one that is gone."""
+        """Start QEMU with -incoming, in place of the one that is gone."""
         self.qemu.die()
         self.tap.clear()
         self.guest, self.stale = None, False
         self.qemu = Qemu(self, incoming=True)
 
     def deliver(self, frame: bytes) -> None:
-        """To the guest, over its tap."""
+        """Deliver a frame to the guest over its tap."""
         if not self.qemu.alive or self.guest is None:
             return
         if not self.qemu.running:
@@ -147,7 +150,7 @@ class Side:
         self.sent(self.guest.receive(frame, self.world.ms()))
 
     def resume(self) -> None:
-        """The guest runs (again)."""
+        """Let the guest run (again)."""
         self.qemu.running, self.qemu.still = True, ""
         waiting = list(self.tap)
         self.tap.clear()
@@ -186,7 +189,7 @@ class Side:
         return self.world.ns() - self.beat_ns > LOSS_NS
 
     def silenced(self) -> bool:
-        """COLO_LEASE in the programs."""
+        """Return whether the lease has expired (COLO_LEASE in the programs)."""
         return self.world.scene.lease and self.world.ns() >= self.lease_expiry
 
     def pvm_in(self, frame: bytes) -> None:
@@ -197,7 +200,7 @@ class Side:
         self.deliver(self._own(frame, True))
 
     def _own(self, frame: bytes, to_guest: bool) -> bytes:
-        """promoted_in, promoted_out: the numbers that a guest has kept since it took over."""
+        """Translate as promoted_in and promoted_out do: by the numbers kept since the takeover."""
         if not self.promoted_epoch:
             return frame
         r = self.rewriter
@@ -222,7 +225,7 @@ class Side:
             self.world.link(self, PVM_SYN, self.epoch, frame, 0)
 
     def _fast(self, side: int, epoch: int, frame: bytes, gso: int) -> int | None:
-        """The fast path: None if it has decided, else the number of the frame's event."""
+        """Run the fast path: None if it has decided, else the number of the frame's event."""
         k = self.fast
         if k is None:
             return 0
@@ -239,7 +242,7 @@ class Side:
         return None
 
     def link_in(self, kind: int, epoch: int, frame: bytes, gso: int) -> None:
-        """From the peer link: svm_arrival or svm_in."""
+        """Handle a frame from the peer link: svm_arrival or svm_in."""
         if self.off:
             return
         self.arrived += 1
@@ -266,7 +269,7 @@ class Side:
 
     def svm_out(self, frame: bytes, gso: int) -> None:
         if self.stepped_out:
-            self.world.to_network(self, frame)  # no program is there to ask for the mode
+            self.world.to_network(self, frame)  # no program is attached that would check the mode
         elif self.mode is Mode.CHECKPOINT:
             self.capture(Source.SVM, self.epoch, frame, gso)
         elif self.mode is Mode.RUN:
@@ -275,7 +278,7 @@ class Side:
             self.world.to_network(self, self._translate(frame, False))
 
     def network_in(self, frame: bytes) -> None:
-        """A client's frame that the bridge brings to this host's tap."""
+        """Handle a client's frame that the bridge forwards to this host's tap."""
         if self.off or not self.in_bridge:
             return
         if self.primary:
@@ -302,7 +305,7 @@ class Side:
     # -- the controller's life
 
     def kill_controller(self, *, silently: bool = False) -> None:
-        """kill -9: what it holds is gone, what is pinned stays. A power cut is silent."""
+        """Kill -9: what it holds is gone, what is pinned stays. A power cut is silent."""
         c, self.controller = self.controller, None
         if c is None:
             return
@@ -322,7 +325,7 @@ class Side:
 
 
 class SimDataPath:
-    """What a controller sees of its host's programs and maps."""
+    """The controller's view of its host's programs and maps."""
 
     hook = "tc"
 
@@ -347,12 +350,12 @@ class SimDataPath:
         self.injectors = {n: _Injector(self, n) for n in names}
         self.objects = SimpleNamespace(map=lambda name: _Flows(side, name), events="ring")
         self.reader = SimpleNamespace(fds=[], capacity=0)
-        self.addresses = AddressTable(MapDict(), MapDict())  # the guests here do without ARP
+        self.addresses = AddressTable(MapDict(), MapDict())  # the simulated guests do without ARP
         self.port_state, self.port_forwarding = "", True
 
     @staticmethod
     def begin(side: Side) -> None:
-        """Nothing was pinned (DataPath._begin())."""
+        """Start with nothing pinned (DataPath._begin())."""
         speaks = side.primary and side.world.scene.lease
         side.undecided = side.primary and not speaks
         side.sync_state = SyncState.STANDALONE if speaks else SyncState.NONE
@@ -360,9 +363,9 @@ class SimDataPath:
 
     @staticmethod
     def wanted(side: Side) -> bool:
-        """Whether the host is to run the PVM; its programs are replaced by those of the role.
+        """Return whether the host is to run the PVM; the role's programs then replace the others.
 
-        A frame must not be translated twice: first the old ones let nothing pass any more.
+        A frame must not be translated twice, so the old programs first stop passing anything.
         """
         primary = side.role_word == "primary" if side.role_word else side.name == "P"
         if primary and side.mode is Mode.TAKEOVER:
@@ -603,12 +606,12 @@ class Qemu:
 
     def __init__(self, side: Side, *, incoming: bool) -> None:
         self.side, self.alive, self.running = side, True, not incoming
-        self.incoming = incoming  # of the pair that it is in, it runs the SVM
+        self.incoming = incoming  # whether it runs the pair's SVM
         self.migration = ""
         self.hung = self.channel_lost = self.loading = self.leaving = False
         self.client: SimQmp | None = None
         self._busy = self.cancelled = False
-        self.still = ""  # the run state of a guest that stands still, if it is an odd one
+        self.still = ""  # the run state of a stopped guest, if it is an unusual one
 
     def status(self) -> str:
         if self.running:
@@ -619,7 +622,7 @@ class Qemu:
         return "inmigrate" if self.incoming and not self.migration else "paused"
 
     def event(self, name: str, **data: Any) -> None:
-        """To whoever is connected, late, in order."""
+        """Send an event to whoever is connected: late, but in order."""
         if self.client is not None:
             self.client.event(name, self.side.world.ns(), data)
 
@@ -634,14 +637,14 @@ class Qemu:
         if self.client is not None:
             self.client.closed()
         if self.incoming and self.migration == "colo":
-            return  # a primary's QEMU notices only when it tries a checkpoint
+            return  # a primary's QEMU notices only when it attempts a checkpoint
         if other.alive and other.migration == "colo":
             self.side.world.later(self.side.world.rnd.uniform(0.1, 3), other.lose_channel)
 
-    # -- what a guest, or a person at a QMP socket of his own, does
+    # -- what a guest does, or a person at another QMP socket
 
     def guest_off(self) -> None:
-        """The guest shuts itself down, and QEMU ends."""
+        """Let the guest shut itself down, which ends QEMU."""
         if self.alive and self.running:
             self.running, self.still = False, "shutdown"
             self.event("SHUTDOWN", guest=True, reason="guest-shutdown")
@@ -650,18 +653,18 @@ class Qemu:
             world.later(read + world.rnd.uniform(0.2, 5), self.die)
 
     def reset(self) -> None:
-        """system_reset, or the guest reboots; for the controllers it is only the event."""
+        """Execute system_reset, or let the guest reboot; the controllers see only the event."""
         if self.alive and self.running:
             self.event("RESET", guest=False, reason="host-qmp-system-reset")
 
     def stop(self) -> None:
-        """`stop`."""
+        """Execute `stop`."""
         if self.alive and self.running and not self._busy and not self.side.other.qemu._busy:
             self.running, self.still = False, "paused"
             self.event("STOP")
 
     def cont(self) -> None:
-        """`cont`."""
+        """Execute `cont`."""
         if self.still == "finish-migrate":
             raise QmpError("Migration is not finalized yet")
         if not self.running:
@@ -669,23 +672,24 @@ class Qemu:
             self.side.resume()
 
     def cancel(self) -> None:
-        """`migrate_cancel`."""
+        """Execute `migrate_cancel`."""
         if self.migration == "active":
             self.cancelled = True
 
     def lose_channel(self) -> None:
         if self.alive and self.migration == "colo" and not self.channel_lost:
-            self.channel_lost = True  # and it stays in `colo`, as it is, until it is told
+            # and it stays in `colo` unchanged until lost-heartbeat arrives
+            self.channel_lost = True
             self.event("COLO_EXIT")
 
     def checkpoint(self, *, first: bool) -> None:
-        """Ask for one; asks while one runs fold into it."""
+        """Request a checkpoint; requests during one are folded into it."""
         if not self._busy and (first or (self.migration == "colo" and not self.channel_lost)):
             self._busy = True
             self.side.world.spawn(self._checkpoint(first))
 
     async def _wait(self, other: Qemu, low: float, high: float) -> bool:
-        """Some ms; False when either QEMU has died meanwhile."""
+        """Wait some ms; return False when either QEMU has died meanwhile."""
         world = self.side.world
         await asyncio.sleep(world.rnd.uniform(low, high) / 1000)
         while self.hung and self.alive:
@@ -718,7 +722,7 @@ class Qemu:
             svm.loading = True
             whole = await self._wait(svm, 0.5, world.rnd.choice((4, 4, 25, 300)))
             if not whole and not first and not self.alive and svm.alive:
-                whole = world.rnd.random() < 0.5  # all of it may have been on its way already
+                whole = world.rnd.random() < 0.5  # all of it may already have been on its way
             if not whole:
                 return self._failed(svm, first)
             s.guest, s.stale = image.clone(world.entropy_s), p.stale
@@ -735,15 +739,18 @@ class Qemu:
             self._busy = svm.loading = False
 
     def halt(self) -> None:
-        """vm_stop_force_state(): a guest that stands still is not stopped another time."""
+        """Stop as vm_stop_force_state() does: a stopped guest is not stopped again."""
         if self.running:
             self.running = False
             self.event("STOP")
         self.still = ""
 
     def _goes_wrong(self, image: Guest) -> None:
-        """An entry that leads nowhere, and nobody says so: the capability return-path left on
-        before QEMU 11, or pause-before-switchover, or a secondary that cannot go on."""
+        """Let an entry fail without anybody reporting it.
+
+        Causes: the capability return-path left on before QEMU 11, pause-before-switchover, or a
+        secondary that cannot continue.
+        """
         world, svm = self.side.world, self.side.other.qemu
         how, world.entry_trap = world.entry_trap, ""
         world.note("the entry ends as %s", how)
@@ -761,13 +768,13 @@ class Qemu:
         if first and self.migration != "colo":
             self.migration = "cancelled" if self.cancelled else "failed"
             if self.side.world.scene.roles and svm.migration == "active":
-                svm.die()  # QEMU ends when an incoming migration breaks off
+                svm.die()  # QEMU exits when an incoming migration is cut off
             return
         for q in (self, svm):
             q.lose_channel()
 
     def lost_heartbeat(self) -> None:
-        """x-colo-lost-heartbeat."""
+        """Execute x-colo-lost-heartbeat."""
         if self.migration not in ("colo", "failed", "active"):
             raise QmpError("not in COLO")
         if self.leaving:  # failover_request_active() in QEMU's migration/colo-failover.c
@@ -793,7 +800,7 @@ class Qemu:
 
 
 class SimQmp:
-    """colo_xdp.qemu.qmp.Qmp."""
+    """Stand in for colo_xdp.qemu.qmp.Qmp."""
 
     def __init__(
         self,
@@ -828,7 +835,7 @@ class SimQmp:
 
     @property
     def last(self) -> float:
-        """When the last event will have been read, ms."""
+        """Return when the last event will have been read, ms."""
         return self._last
 
     async def _call(self, what: str) -> Qemu:
@@ -894,7 +901,7 @@ class SimQmp:
 
 
 class SimPeer:
-    """colo_xdp.peer.channel.Peer: an ordered channel that can be cut with nobody being told."""
+    """Stand in for colo_xdp.peer.channel.Peer: an ordered channel that can be cut silently."""
 
     def __init__(
         self,
@@ -959,11 +966,11 @@ class SimPeer:
         partner._on_message(msg)
 
     def drop(self, why: str) -> None:
-        """As the real one closes a connection of its own accord."""
+        """Close a connection as the real channel does by itself."""
         self.cut(why)
 
     def cut(self, why: str) -> None:
-        """The connection is gone; both ends learn it unless they are dead."""
+        """Drop the connection; both ends notice unless they are dead."""
         partner, self._partner = self._partner, None
         ends = [self] if partner is None else [self, partner]
         if partner is not None:
@@ -986,9 +993,11 @@ class SimPeer:
 
 
 class SimPaths:
-    """colo_xdp.peer.heartbeat_links.HeartbeatLinks with one path, the peer link: the product's own
-    beacons, which are lost, late and in any order. The chances are its own, so that a scene is the
-    same without them."""
+    """Stand in for HeartbeatLinks with one link, the peer link.
+
+    It carries the product's own heartbeat datagrams, which may be lost, late and reordered. Its
+    random numbers are separate, so that a scene is the same without it.
+    """
 
     def __init__(self, side: Side, pair: str, on_heartbeat: Callable[[Heartbeat], None]) -> None:
         self._side, self.dead, self._on_heartbeat = side, False, on_heartbeat
@@ -1022,7 +1031,7 @@ class SimPaths:
 
 
 class Witness:
-    """What etcd keeps for a pair. Its clock is a little faster or slower than the hosts'."""
+    """What etcd stores for a pair. Its clock is slightly faster or slower than the hosts'."""
 
     def __init__(self, world: World) -> None:
         self._world = world
@@ -1033,7 +1042,7 @@ class Witness:
         self._serial = 0
 
     def look(self) -> None:
-        """What has ended by now."""
+        """Expire the leases that have ended by now."""
         now = self._world.ns()
         self.leases = {n: v for n, v in self.leases.items() if v[0] > now}
         if self.holder and self.lease not in self.leases:
@@ -1062,14 +1071,14 @@ class Witness:
         self.since = self.revision
 
     def give_up(self, lease: int) -> None:
-        """In words, if it is still this lease that holds the key."""
+        """Record that the key was given up, if this lease still holds it."""
         if self.holder and self.lease == lease:
             self.revision += 1
             self.holder, self.last, self.since = "", GIVEN_UP, self.revision
         self.leases.pop(lease, None)
 
     def revoke(self) -> None:
-        """Somebody, or a fault of the store, ends all leases before their time."""
+        """End all leases early, as an administrator or a fault of the store does."""
         self._world.note("the store's leases are revoked")
         self.leases.clear()
 
@@ -1078,7 +1087,8 @@ class Witness:
 
 
 class SimStore:
-    """lease.EtcdStore, request for request: each may be lost, late, or carried out unheard."""
+    """Stand in for EtcdStore, request for request: each may be lost, late, or executed without
+    an answer."""
 
     def __init__(self, side: Side) -> None:
         self._side, self._world, self._lease = side, side.world, 0
@@ -1086,7 +1096,7 @@ class SimStore:
         side.store = self
 
     async def _ask(self, what: Callable[[], Any]) -> Any:
-        """One request and its answer, over a network that is cut in one direction or in both."""
+        """Send one request and its answer over a network that is cut in one or both directions."""
         world, side = self._world, self._side
         if self.dead:
             raise StoreError("closed")

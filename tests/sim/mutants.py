@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Deliberate faults, by name: each must be noticed by the simulator, or it proves nothing.
+"""Break the product deliberately, by name: the simulator must notice each mutant, or it proves
+nothing.
 
-Each is a function that breaks the product in one place, with what pytest's monkeypatch gives.
+Each mutant is a function that breaks the product in one place, with pytest's monkeypatch.
 """
 
 from __future__ import annotations
@@ -43,21 +44,21 @@ from .offload_model import Conn, KernelModel, Out, Work
 from .world import Fault, Scene, lease_scene, roles_scene, scene
 
 MUTANTS: dict[str, Callable[[Any], None]] = {}
-#: faults in the fast path's model which cost time only, or which nobody outside can see: the
+#: mutants of the fast path's model which only cost time, or which cannot be seen from outside: the
 #: differential test against the kernel has to notice them
 #: (tests/netns/test_offload_differential.py)
 KERNEL_MUTANTS: dict[str, Callable[[Any], None]] = {}
-#: faults between fast and slow path that heal by retransmission:
+#: mutants between fast and slow path that heal by retransmission:
 #: tests/property/test_offload_equivalence.py notices them
 OFFLOAD_MUTANTS: dict[str, Callable[[Any], None]] = {}
-#: what a mutant's scenes have to have, where random ones seldom do
+#: what a mutant's scenes must contain where random ones seldom do
 _ALONE_THEN_DEAD: dict[str, Any] = {
     "conns": 4, "loss": 0.0, "dup": 0.0, "jitter": 0.0, "link_loss": 0.0, "link_jitter": 0.0,
     "odd": 0.0, "beacons": True, "manual": False,
     "faults": (Fault(1800, "cut_ps", 4000), Fault(4200, "power_p", 0)),
 }  # fmt: skip
-#: faults in the rewriter's model that take more connections on one entry than schedules make:
-#: tests/unit/test_rewrite.py notices them
+#: mutants of the rewriter's model that need more connections on one entry than schedules create:
+#: tests/unit/conntrack/test_rewriter.py notices them
 REWRITER_MUTANTS: dict[str, Callable[[Any], None]] = {}
 #: seeds that have shown them, tried first: a search from 0 on takes up to minutes
 FIRST = {
@@ -86,8 +87,8 @@ FIRST = {
     "fast_path_sends_pieces_with_a_wrong_number": 7,
     "who_asks_by_beacon_takes_it_for_granted": 15,
 }
-#: what the violation has to be about, where those scenes have another one without the mutant: the
-#: only guest that may speak has died
+#: what the violation must be about, where those scenes violate something else without the mutant:
+#: the only guest that may transmit has died
 ABOUT = {
     "nobody_records_who_speaks_alone": "two guests speak",
     "the_lease_is_not_waited_for": "two guests speak",
@@ -142,7 +143,7 @@ SCENES: dict[str, dict[str, Any]] = {
 LEASE: set[str] = set()
 
 
-#: mutants of what makes a pair anew
+#: mutants of creating a pair again
 ROLES: set[str] = set()
 
 
@@ -177,7 +178,7 @@ def _offload_mutant(f: Callable[[Any], None]) -> Callable[[Any], None]:
 
 
 def scenes(name: str, runs: int) -> Iterator[Scene]:
-    """Scenes in which the mutant has a chance to do harm."""
+    """Return scenes in which the mutant has a chance to do harm."""
     random_one = lease_scene if name in LEASE else roles_scene if name in ROLES else scene
     for seed in (*((FIRST[name],) if name in FIRST else ()), *range(runs)):
         yield replace(random_one(seed), fast=name.startswith("fast_path"), **SCENES.get(name, {}))
@@ -441,7 +442,7 @@ def frames_after_stop_leave_with_the_checkpoint(mp: Any) -> None:
 
 @_mutant
 def the_oldest_svm_bytes_win(mp: Any) -> None:
-    """Bytes of the SVM's next epoch, kept while the checkpoint ran, are dropped."""
+    """Drop bytes of the SVM's next epoch that were kept during the checkpoint."""
     real = Engine.commit_checkpoint
 
     def commit(self: Engine, stop_ts_ns: int, epoch: int, now_ns: int) -> None:
@@ -453,14 +454,14 @@ def the_oldest_svm_bytes_win(mp: Any) -> None:
 
 @_mutant
 def a_secondary_needs_no_confirmation(mp: Any) -> None:
-    """It counts as protected as soon as its own QEMU has loaded the first checkpoint."""
+    """Consider the secondary protected as soon as its own QEMU has loaded the first checkpoint."""
     always = property(lambda self: True, lambda self, value: None)
     mp.setattr(pair_view.PairLife, "confirmed", always)
 
 
 @_mutant
 def a_shadow_ends_with_a_word(mp: Any) -> None:
-    """Without a checkpoint: a primary controller that is started anew says so."""
+    """End shadow mode without a checkpoint, when a primary controller restarts."""
 
     def word(self: Secondary, on: bool, epoch: int) -> None:
         self.view.shadow = on
@@ -608,7 +609,7 @@ def fast_path_says_that_the_svm_has_acked_as_much(mp: Any) -> None:
 
 @_offload_mutant
 def fast_path_is_never_looked_at(mp: Any) -> None:
-    """What waits there for too long asks for nothing."""
+    """Request nothing for output that waits there too long."""
     mp.setattr(offload_maps.BpfKernelPath, "overdue", lambda self, before_ns: [])
 
 
@@ -639,7 +640,7 @@ def early_acks_never_leave(mp: Any) -> None:
 
 @_kernel_mutant
 def the_ring_is_thought_to_be_endless(mp: Any) -> None:
-    """Bytes that were written over count as history."""
+    """Count overwritten bytes as history."""
     mp.setattr(KernelModel, "oldest", staticmethod(lambda c: c.base_seq))
 
 
@@ -823,7 +824,7 @@ def datagrams_of_the_svm_leave_under_its_own_headers(mp: Any) -> None:
 
 @_kernel_mutant
 def the_oldest_datagram_gives_the_time(mp: Any) -> None:
-    """What waits is as old as what has left."""
+    """Let what waits be as old as what has left."""
     real = KernelModel.settle
 
     def settle(self: KernelModel, c: Conn, now: int, moved: bool) -> None:
@@ -832,7 +833,7 @@ def the_oldest_datagram_gives_the_time(mp: Any) -> None:
     mp.setattr(KernelModel, "settle", settle)
 
 
-# -- beacons
+# -- heartbeat datagrams
 
 
 @_mutant
@@ -857,7 +858,7 @@ def who_asks_by_beacon_takes_it_for_granted(mp: Any) -> None:
     mp.setattr(Primary, "perform", perform)
 
 
-# -- the lease; its times are tried in test_leadership.py, where no decision hides them
+# -- the lease; its timing is tested in test_leadership.py, where no decision hides it
 
 
 @_lease_mutant
@@ -873,7 +874,7 @@ def the_lease_is_not_waited_for(mp: Any) -> None:
 
 @_lease_mutant
 def a_solo_primary_does_not_tell(mp: Any) -> None:
-    """The secondary that comes back takes itself for a standby."""
+    """Let the returning secondary consider itself a standby."""
     original = Secondary.on_message
 
     def on_message(self: Secondary, msg: dict[str, Any]) -> None:
@@ -885,7 +886,7 @@ def a_solo_primary_does_not_tell(mp: Any) -> None:
     mp.setattr(Leadership, "peer_standalone", property(lambda self: False))
 
 
-# -- pairs made anew
+# -- pairs created again
 
 
 @_roles_mutant
@@ -908,7 +909,7 @@ def handed_offsets_end_with_the_next_checkpoint(mp: Any) -> None:
 
 @_roles_mutant
 def offsets_of_a_former_pair_are_not_exported(mp: Any) -> None:
-    """Only those of the last takeover, not those that were handed over before."""
+    """Export only the offsets of the last takeover, not those handed over before."""
     real = ConntrackMap.export
 
     def export(self: ConntrackMap, epoch: int) -> list[bytes]:
@@ -942,7 +943,7 @@ def released_frames_are_translated_again(mp: Any) -> None:
 
 @_roles_mutant
 def the_epoch_of_the_takeover_is_forgotten(mp: Any) -> None:
-    """What was learnt in it does not count after the change of roles."""
+    """Ignore what was learned in that epoch after the change of roles."""
     real = SimDataPath.change_role
 
     def change_role(self: SimDataPath) -> None:
@@ -966,7 +967,7 @@ def a_primary_that_was_alone_goes_on_comparing_nothing(mp: Any) -> None:
 
 @_roles_mutant
 def only_a_first_checkpoint_hands_offsets_over(mp: Any) -> None:
-    """Not the one that ends an entry into COLO which another controller began."""
+    """Skip the checkpoint that completes an entry into COLO which another controller began."""
     mp.setattr(
         PermanentOffsets, "sent", property(lambda self: True, lambda self, on: None), raising=False
     )
@@ -974,7 +975,7 @@ def only_a_first_checkpoint_hands_offsets_over(mp: Any) -> None:
 
 @_roles_mutant
 def both_hosts_stay_primaries(mp: Any) -> None:
-    """Neither what the other host says of its guest nor its epoch keeps a host silent."""
+    """Let neither what the other host reports about its guest nor its epoch keep a host silent."""
     real = pair_view.other_guest
 
     def silent(*args: Any, **kwargs: Any) -> Any:
@@ -987,7 +988,7 @@ def both_hosts_stay_primaries(mp: Any) -> None:
 
 @_roles_mutant
 def the_first_checkpoint_of_a_pair_needs_no_state(mp: Any) -> None:
-    """The new secondary counts as in COLO as soon as it is asked."""
+    """Consider the new secondary in COLO as soon as it is asked."""
     real = Secondary._on_begin
 
     def begin(
@@ -1024,7 +1025,7 @@ def a_demotion_is_only_said(mp: Any) -> None:
 
 @_rewriter_mutant
 def an_entry_for_good_learns_whatever_comes(mp: Any) -> None:
-    """What is left of a closed connection is handed over, and the next one is learnt into it."""
+    """Hand over leftovers of a closed connection, and learn the next one into the same entry."""
     real = Rewriter._learn_guest
 
     def learn(self: Rewriter, n: Any, p: Any, ts: Any) -> None:

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The fast path in Python: what bpf/offload/offload.h does, on bytes; same names, same order, same
-words.
+"""Model the fast path in Python: what bpf/offload/offload.h does, on bytes, with the same names.
 
-It is the readable statement of the rules there, the other half of the differential test
-(tests/netns/test_offload_differential.py) and the kernel of the simulated primary host. Sans-IO.
-User space reaches it as it reaches the kernel, by colo_xdp.datapath.offload_maps.FastMap itself:
-`Objects` stands in for the loaded programs and maps, `Bpf` for bpf(2).
+The order and the connection state are the same, too. The model is the readable statement of the
+rules, the other half of the differential test (tests/netns/test_offload_differential.py) and the
+kernel of the simulated primary host. Sans-IO. User space reaches it as it reaches the kernel,
+through colo_xdp.datapath.offload_maps.FastMap itself: `Objects` stands in for the loaded programs
+and maps, `Bpf` for bpf(2).
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def fold(data: bytes) -> int:
 
 
 def replaced(check: int, old: bytes, new: bytes) -> int:
-    """What bpf_l4_csum_replace() makes of a full checksum (RFC 1624, equation 3)."""
+    """Return what bpf_l4_csum_replace() makes of a full checksum (RFC 1624, equation 3)."""
     total = (0xFFFF & ~check) + (0xFFFF - fold(old)) + fold(new)
     return 0xFFFF & ~((total - 1) % 0xFFFF + 1 if total else 0)
 
@@ -111,7 +111,7 @@ class Conn:
 
 @dataclass(frozen=True, slots=True)
 class Out:
-    """A frame that leaves. `partial`: its checksum is the pseudo header's sum."""
+    """A frame that leaves. `partial`: its checksum field holds the pseudo header's sum."""
 
     frame: bytes
     gso_size: int = 0
@@ -119,7 +119,7 @@ class Out:
 
 
 def completed(out: Out) -> bytes:
-    """The frame with its whole checksum, as the device makes it of a partial one."""
+    """Return the frame with its full checksum, as the device completes a partial one."""
     if not out.partial:
         return out.frame
     p = parse(out.frame)
@@ -140,7 +140,7 @@ class Fate:
 
 @dataclass(slots=True)
 class Work:
-    """The frame in hand, and struct colo_work."""
+    """The current frame, and struct colo_work."""
 
     frame: bytes
     gso_size: int
@@ -164,10 +164,10 @@ class Work:
 
 
 class KernelModel:
-    """The maps of bpf/offload/offload.h, and what the programs do with them. Survives its
-    controllers.
+    """The maps of bpf/offload/offload.h, and what the programs do with them.
 
-    mode, epoch and on are the slots of `config`. busy(): another CPU keeps the connection.
+    It survives its controllers. mode, epoch and on are the slots of `config`; busy(): another CPU
+    holds the connection.
     """
 
     def __init__(self, buffers: int, busy: Callable[[], bool] = lambda: False) -> None:
@@ -258,7 +258,7 @@ class KernelModel:
         return (c.next - BUFFER) & M32 if (c.next - c.base_seq) & M32 > BUFFER else c.base_seq
 
     def compare_payload(self, c: Conn, w: Work) -> int:
-        """0, or the reason to hand over."""
+        """Return 0, or the reason to punt."""
         ring = self.ring(c.buffer or 1)
         for _ in range(STEPS):
             if not w.left:
@@ -415,7 +415,7 @@ class KernelModel:
 
     @staticmethod
     def larger(c: Conn, w: Work) -> bool:
-        """Whether the SVM's segments are longer than the PVM's."""
+        """Return whether the SVM's segments are longer than the PVM's."""
         return w.side == SIDE_SVM and (w.gso_size or w.p.payload_len) > c.mss
 
     def note_pvm_header(self, c: Conn, w: Work) -> int:
@@ -552,7 +552,7 @@ class KernelModel:
         return (c.buffer - 1) * BUFFER_SIZE + abi.BUFFER_BEFORE + (place - c.base_seq) % BUFFER
 
     def head_at(self, c: Conn, place: int) -> tuple[int, int, int, bytes]:
-        """ts_ns, length, partial, header of the record there"""
+        """Return ts_ns, length, partial and header of the record there."""
         return abi.DGRAM.unpack_from(self.rings, self.record_at(c, place))
 
     def prepare_datagram(self, c: Conn, w: Work) -> int:
@@ -604,12 +604,12 @@ class KernelModel:
         return self.finish_datagram(c, w) if udp else self.finish_segment(c, w)
 
     def kept(self, c: Conn, seq: int) -> bool:
-        """Whether released bytes from seq on are still in the buffer."""
+        """Return whether released bytes from seq on are still in the buffer."""
         return bool(c.buffer) and (seq - self.oldest(c)) & M32 <= BUFFER
 
     @staticmethod
     def acked(c: Conn, end: int) -> bool:
-        """Whether the client says that it has all released bytes below end."""
+        """Return whether the client has acknowledged all released bytes below end."""
         known, ack = c.client_ack & abi.CLIENT_ACK_KNOWN, c.client_ack & M32
         return bool(known) and not seq_later(end, ack) and not seq_later(ack, c.released)
 
@@ -618,7 +618,7 @@ class KernelModel:
         return c.client_ack == abi.CLIENT_ACK_KNOWN | c.released
 
     def note_ack(self, frame: bytes) -> None:
-        """A client's frame for the PVM."""
+        """Handle a client's frame for the PVM."""
         try:
             p = parse(frame)
         except BadFrame:
@@ -629,7 +629,7 @@ class KernelModel:
                 c.client_ack = abi.CLIENT_ACK_KNOWN | p.ack
 
     def in_force(self, c: Conn, mode: Mode, epoch: int) -> bool:
-        """Whether what it knows of the connection may be used for a frame of this epoch."""
+        """Return whether the connection's state is valid for a frame of this epoch."""
         seen = mode is Mode.RUN and c.epoch == epoch
         return seen and self.epoch == epoch and self.mode is Mode.RUN and self.on
 
@@ -637,8 +637,11 @@ class KernelModel:
         self, side: int, frame: bytes, now: int, *, gso_size: int = 0, partial: bool = False,
         epoch: int | None = None, elsewhere: bool = False,
     ) -> Fate:  # fmt: skip
-        """A frame of the pair, its epoch (ours if None; another one's is never equal). `elsewhere`:
-        a checksum of something within is partial."""
+        """Handle a frame of the pair.
+
+        `epoch` is its epoch (ours if None; a different one never matches). `elsewhere`: the
+        checksum of an inner header is partial.
+        """
         try:
             p = parse(frame)
         except BadFrame:
@@ -723,14 +726,14 @@ class KernelModel:
     def frames_on_their_way(c: Conn, punt_seq: int) -> bool:
         return c.punt_seq != punt_seq
 
-    # -- to be looked at
+    # -- for inspection
 
     def waiting(self) -> list[tuple[int, bytes]]:
-        """(since_ns, key) of what is outstanding."""
+        """Return (since_ns, key) of what is outstanding."""
         return [(s, k) for t, s, k in (self.owner(i) for i in range(self.buffers)) if t and s]
 
     def decided(self) -> int:
-        """Frames that never reached user space."""
+        """Return the number of frames that never reached user space."""
         return sum(n for r, n in self.counts.items() if r < Reason.PUNT_MODE)
 
 
@@ -757,7 +760,7 @@ class _Conns:
 
 
 class Objects:
-    """colo_xdp.datapath.loader.Objects, as far as FastMap needs it."""
+    """Stand in for colo_xdp.datapath.loader.Objects, as far as FastMap needs it."""
 
     def __init__(self, k: KernelModel) -> None:
         buffers = SimpleNamespace(max_entries=k.buffers)
@@ -774,8 +777,10 @@ class Objects:
 
 
 class Bpf:
-    """Stands in for colo_xdp.datapath.syscall in datapath/offload_maps.py: the program's descriptor
-    is the kernel itself."""
+    """Stand in for colo_xdp.datapath.syscall in datapath/offload_maps.py.
+
+    The program's descriptor is the kernel model itself.
+    """
 
     def __init__(self, now: Callable[[], int]) -> None:
         self._now = now
@@ -787,7 +792,7 @@ class Bpf:
 def user_space(
     k: KernelModel, alive: Callable[[], bool] = lambda: True
 ) -> offload_maps.BpfKernelPath:
-    """What a controller has of it. While not alive() it switches nothing any more."""
+    """Return what a controller has of it; while not alive(), it does not switch anything."""
 
     def switch(on: bool) -> None:
         if alive():

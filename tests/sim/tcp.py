@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A small TCP endpoint on plain data, so that a guest can be copied as a checkpoint copies it.
+"""Implement a small TCP endpoint on plain data, which can be copied as a checkpoint copies a guest.
 
-Positions count bytes of the stream from 0; the wire's numbers are made at the edge. It
-shares no code with the product: it is the outside.
+Positions count bytes of the stream from 0; wire numbers are computed at the edge. It shares no code
+with the product: it is the outside.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 M32 = 0xFFFFFFFF
 FIN, SYN, RST, PSH, ACK = 1, 2, 4, 8, 16
-SHIFT = 3  # window scale of everybody
+SHIFT = 3  # window scale of every endpoint
 GUEST4, CLIENT4 = bytes((10, 9, 0, 2)), bytes((10, 9, 0, 1))
 GUEST6, CLIENT6 = bytes(15) + b"\2", bytes(15) + b"\1"
 GUEST_MAC, CLIENT_MAC = b"\x52\x54\0\0\0\2", b"\x52\x54\0\0\0\1"
@@ -34,7 +34,7 @@ def diff(a: int, b: int) -> int:
 
 @dataclass(slots=True)
 class Seg:
-    """A TCP segment as the wire has it; the window is scaled already but in a SYN."""
+    """A TCP segment as on the wire; the window is already scaled, except in a SYN."""
 
     v6: bool
     sport: int
@@ -70,7 +70,7 @@ def pseudo(v6: bool, proto: int, length: int) -> int:
 
 
 def build(s: Seg, to_guest: bool, ident: int) -> bytes:
-    """The frame of a segment, checksum right."""
+    """Build the frame of a segment, with a correct checksum."""
     if s.flags & SYN:
         options = b"\2\4\5\xb4\4\2\x08\x0a" + struct.pack("!II", s.tsval, s.tsecr)
         options += bytes((1, 3, 3, SHIFT))
@@ -85,7 +85,7 @@ def build(s: Seg, to_guest: bool, ident: int) -> bytes:
     raw = head + options + s.data
     total = fold(raw) + pseudo(s.v6, 6, len(raw))
     check = 0xFFFF & ~((total - 1) % 0xFFFF + 1)
-    # One connection in eight lets its packets be cut on their way: each of them needs an id.
+    # One connection in eight allows fragmentation of its packets, so each of them needs an id.
     df = 0 if s.v6 or (s.sport ^ s.dport) % 8 == 0 else 0x4000
     return ip(s.v6, to_guest, 6, raw[:16] + struct.pack("!H", check) + raw[18:], ident, df)
 
@@ -95,7 +95,7 @@ class BadChecksum(AssertionError):
 
 
 def read(frame: bytes) -> Seg | None:
-    """The segment of a frame; None if it is no TCP. Raises BadChecksum."""
+    """Parse a frame; return its segment, or None if it is not TCP. Raises BadChecksum."""
     v6 = frame[12:14] == b"\x86\xdd"
     l4 = 54 if v6 else 34
     if not v6 and frame[12:14] != b"\x08\x00":
@@ -120,7 +120,7 @@ def read(frame: bytes) -> Seg | None:
 
 
 class Tcp:
-    """One end of one connection. `port` is the client's; who sends is told by `server`."""
+    """One end of one connection. `port` is the client's; `server` tells which end sends."""
 
     __slots__ = (
         "aborted",
@@ -187,7 +187,7 @@ class Tcp:
         self.ts_off = rnd.randrange(1 << 32)  # each host draws its own
 
     def clone(self) -> Tcp:
-        """What a checkpoint copies."""
+        """Return what a checkpoint copies."""
         c = copy.copy(self)
         c.out, c.inn, c.out_of_order, c.app = (
             self.out[:],
@@ -200,7 +200,7 @@ class Tcp:
     # -- sending
 
     def _window(self) -> int:
-        """The window to advertise; its right edge never moves back."""
+        """Return the window to advertise; its right edge never moves back."""
         free = max(0, self.room - (len(self.inn) - self.read))
         edge = max(self.adv, len(self.inn) + (free >> SHIFT << SHIFT))
         self.adv = edge
@@ -220,7 +220,7 @@ class Tcp:
         )  # fmt: skip
 
     def output(self, now_ms: int, ts: int, rnd: random.Random, gso: bool) -> list[Seg]:
-        """What may be sent now."""
+        """Return what may be sent now."""
         made: list[Seg] = []
         if self.state in ("closed", "reset"):
             return made
@@ -297,8 +297,11 @@ class Tcp:
     # -- receiving
 
     def _challenge(self, s: Seg, now_ms: int, ts: int) -> list[Seg]:
-        """The answer to a segment that cannot be right: an ACK. To those without data not too
-        often (Linux: tcp_invalid_ratelimit), or two ends that disagree would do nothing else."""
+        """Answer a segment that cannot be right: with an ACK.
+
+        Segments without data are answered only now and then (Linux: tcp_invalid_ratelimit), or two
+        ends that disagree would do nothing else.
+        """
         if not s.data:
             if now_ms < self.quiet_until:
                 return []
@@ -306,7 +309,7 @@ class Tcp:
         return [self.seg(ACK, self.nxt, tsval=ts)]
 
     def receive(self, s: Seg, now_ms: int, ts: int, rnd: random.Random) -> list[Seg]:
-        """A segment of the other end, which knows this connection."""
+        """Handle a segment of the other end, which knows this connection."""
         if self.state in ("closed", "reset"):
             return []
         if s.flags & SYN:
@@ -315,8 +318,9 @@ class Tcp:
                     return [self.seg(ACK, self.nxt, tsval=ts)]
                 if self.server and not self.acked and s.seq == self.irs:
                     return [self.seg(SYN | ACK, 0, tsval=ts)]
-                # In SYN-RECEIVED too: Linux acks a SYN with another number (tcp_check_req()), and
-                # a client that has begun anew answers with the RST that ends the old one.
+                # In SYN-RECEIVED too: Linux acknowledges a SYN with another number
+                # (tcp_check_req()), and a client that has started over answers with the RST that
+                # ends the old connection.
                 return [self.seg(ACK, self.nxt, tsval=ts)]  # challenge
             if not s.flags & ACK:
                 return []

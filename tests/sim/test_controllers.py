@@ -1,18 +1,19 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The control plane alone: both controllers, no traffic, and all that can go wrong between them.
+"""Test the control plane alone: both controllers, no traffic, and everything that can go wrong.
 
-Narrower than the simulator of the whole pair, so deeper. Looked at is what lets a guest speak (the
-mode, who is compared, the lease, the fence), at each change and every 20 ms:
+This is narrower than the simulator of the whole pair, and therefore deeper. What allows a guest to
+transmit (the mode, which guest is compared, the lease, the fence) is checked at each change and
+every 20 ms:
 
 - never do both guests reach the network uncompared;
-- never does a guest reach it that lacks what the other one has said alone.
+- never does a guest reach it that lacks what the other one has sent standalone.
 
-A fence that succeeds switches the other host off, or only takes it off the clients' network: its
-controller lives then, and will be heard again, but fences nobody meanwhile. (Else it would speak
-with an old state some day: no controller can know better without a third place.) A person says
-`--force` only after he has done that by hand, and gives the network back to a host when its guest
-is shut in, or is the only one and knows everything, or when both controllers have heard each other
-for a while: it is theirs to know then.
+A successful fence either powers the other host off or only isolates it from the clients' network.
+In the latter case its controller lives and is heard again, but fences nobody meanwhile. (Otherwise
+it would transmit with an outdated state one day: no controller can know better without a third
+place.) The operator uses `--force` only after isolating the other host by hand, and reconnects a
+host when its guest is shut in, when it is the only one and knows everything, or when both
+controllers have heard each other for a while, so that they are in a position to know.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ from .torture import failure, shrink, trace
 from .world import Fault, Scene, Violation, World
 
 RUNS, BLOCKS = 300, 3
-AFTER_MS = 2500  # what the last fault has set off
+AFTER_MS = 2500  # how long the consequences of the last fault may take
 
 KINDS = (
     "cut", "cut", "cut", "cut", "cut_p", "cut_s", "cut_colo",
@@ -55,7 +56,7 @@ STORE_CUTS = ("cut_e", "cut_pe", "cut_se", "cut_pe_in", "cut_se_out", "revoke")
 
 
 def control_scene(seed: int) -> Scene:
-    """A random sequence; every third has a lease, every third a person as its arbiter."""
+    """Return a random sequence; every third has a lease, every third an operator as arbiter."""
     rnd = random.Random(seed * 32_452_843 + 5)
     lease, manual = seed % 3 == 1, seed % 3 == 2
     kinds = KINDS + STORE_CUTS * 2 if lease else KINDS
@@ -70,7 +71,7 @@ def control_scene(seed: int) -> Scene:
 
 
 def old_state_scene(seed: int) -> Scene:
-    """The PVM goes on alone where nothing can be heard of it, and its host dies when it can."""
+    """Let the PVM run standalone unknown to the other host, and its host die as soon as it can."""
     rnd = random.Random(seed * 49_979_687 + 6)
     s = control_scene(seed * 3)
     cut, gone = rnd.choice((800, 1500)), rnd.randrange(200, 3500)
@@ -85,7 +86,7 @@ def old_state_scene(seed: int) -> Scene:
 
 
 def stopped_scene(seed: int) -> Scene:
-    """Somebody stops a controller, and perhaps the other one is started anew meanwhile."""
+    """Stop a controller, and perhaps restart the other one meanwhile."""
     rnd = random.Random(seed * 67_867_979 + 7)
     one, other = rnd.choice(("ps", "sp"))
     faults = [Fault(rnd.randrange(300, 900), f"stop_{one}_controller", rnd.choice((1500, 4000)))]
@@ -96,22 +97,23 @@ def stopped_scene(seed: int) -> Scene:
 
 
 class Gates(World):
-    """A pair that nobody talks to."""
+    """A pair without any clients."""
 
     def __init__(self, s: Scene, *, trace: bool = False) -> None:
         super().__init__(s, trace=trace)
         self.client.plans.clear()
         self.client.udp_left = 0
-        self.fresh = 0  # guests that were booted with their host
-        self.isolated: set[str] = set()  # hosts that the clients' network does not reach
+        self.fresh = 0  # guests that booted with their host
+        self.isolated: set[str] = set()  # hosts isolated from the clients' network
         self.alone: Counter[str] = Counter()
         self._opened: tuple[str, ...] = ()
         self._heard_ms = 0  # how long each controller has heard the other one
 
-    # -- what is looked at
+    # -- what is checked
 
     def open(self, side: Side) -> bool:
-        """What this guest says would reach the network, and no other one has said it."""
+        """Return whether this guest's output would reach the network without the other's
+        matching it."""
         q = side.qemu
         if side.off or not (q.alive and q.running) or side.guest is None or side.silenced():
             return False
@@ -158,8 +160,11 @@ class Gates(World):
             self.isolated.add(side.name)
 
     def _power_on(self, side: Side) -> None:
-        """Whatever the other host has made of it. The primary's VM may be one that is enabled: then
-        it speaks from its boot on, if it is let, and some time before its controller is there."""
+        """Boot the host, whatever the other host has done with its guest.
+
+        The primary's VM may be enabled at boot: then it transmits from its boot on if it is allowed
+        to, and some time before its controller is there.
+        """
         if not side.off:
             return
         self.note("%s boots", side.name)
@@ -199,13 +204,13 @@ class Gates(World):
         self.mute = +self.mute
 
     def _force(self, side: Side) -> None:
-        """A person has made sure that the other one is silent, and says so."""
+        """Let an operator make sure that the other guest is silent, and confirm that."""
         c = side.controller
         if self.scene.lease or c is None or c.state is State.STOPPED:
             return
         if c.state is State.STARTING and not c.undecided:
             return
-        if side.stale:  # he looks at both before he silences one
+        if side.stale:  # the operator looks at both before silencing one
             return
         off = self.rnd.random() < 0.4
         how = "switches off" if off else "takes off the network"
@@ -259,7 +264,7 @@ def quiet() -> Iterator[None]:
 
 
 def story(s: Scene) -> str:
-    """The shortest sequence that fails too, and what happened."""
+    """Return the shortest sequence that also fails, and what happened."""
     small = shrink(s, 20, Gates)
     steps = ", ".join(f"{f.kind} at {f.at} for {f.span}" for f in small.faults)
     arbiter = "lease" if s.lease else "manual" if s.manual else "fence"
@@ -281,7 +286,7 @@ def test_never_a_stale_guest(block: int) -> None:
         pairs += world.pairs
         fresh += world.fresh
         stops += world.stops
-    # else nothing was tried
+    # otherwise nothing was tested
     assert fresh > 3 and stops > 5, (fresh, stops)
     assert alone["S"] > RUNS // BLOCKS / 8 and pairs > 1.2 * RUNS / BLOCKS, (alone, pairs)
 
@@ -313,7 +318,8 @@ def test_never_a_state_that_was_old_when_the_other_one_died() -> None:
     assert alone["P"] > 100, alone
 
 
-#: a planned failover whose last word comes with the decision to go solo: shrunk from a random one
+#: a switchover whose last message coincides with the decision to go solo: shrunk from a
+#: random one
 # ---- deliberate faults: each must be noticed
 
 

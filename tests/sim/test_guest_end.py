@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Both controllers with a guest that ends itself, entries that lead nowhere, and a flood of
-differences: what the random runs have now and then is here in each."""
+"""Test controllers with a guest that ends itself, entries that fail, and a flood of differences.
+
+The random runs contain these now and then; here each case contains them.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,7 @@ def quiet() -> Iterator[None]:
 
 
 def gates(seed: int, *faults: Fault, **other: Any) -> Gates:
-    """A pair that nobody talks to, after the faults."""
+    """Return a pair without clients, after the faults."""
     w = Gates(Scene(seed, conns=0, loss=0, dup=0, link_loss=0, fast=False, faults=faults, **other))
     w.run()
     return w
@@ -80,7 +82,7 @@ def both_run_on() -> None:
 
 
 def a_flood_gets_its_share(share: int = 5) -> None:
-    """Clients whose every request is answered differently; each of them gets his answers."""
+    """Run clients whose every request is answered differently; each of them gets its answers."""
     real = config
 
     def paced(role: str, s: Scene) -> Any:

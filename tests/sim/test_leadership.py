@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Two speakers, the store and the wires between them in virtual time: never two permissions.
+"""Test two hosts' leadership, the store and the wires in virtual time: never two permissions.
 
-Narrower than the simulator of the whole pair, so deeper: no decision hides a permission that is
-too long. Hosts want the network at random, hang, die and come back; every edge of the graph is cut
-in either direction; requests are late or carried out unheard.
+This is narrower than the simulator of the whole pair, and therefore deeper: no decision hides a
+permission that lasts too long. Hosts want the network at random, hang, die and come back; every
+edge of the graph is cut in either direction; requests are late or executed without an answer.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ RUNS, BLOCKS = 240, 4
 
 
 class Overlap(AssertionError):
-    """Two hosts may speak."""
+    """Two hosts may transmit."""
 
 
 class Host:
@@ -86,7 +86,7 @@ class Host:
             if (self.boots, other.boots) != (boot, there) or other.speaker is None:
                 return  # the connection is gone
             if self.name in self.ring.beats_cut or other.hung:
-                self.ring.later(10, arrive)  # TCP sends it again; a hung one reads it later
+                self.ring.later(10, arrive)  # TCP sends it again; a hung process reads it later
                 return
             other.heard = t
             if echo and promise:
@@ -95,7 +95,7 @@ class Host:
         self.ring.later(rnd.uniform(0.05, rnd.choice((2, 2, 400))), arrive)
 
     def choose(self) -> None:
-        """As a controller would: the path is open only with the key, and shut before it is left."""
+        """Act as a controller: open the path only with the key, and shut it before leaving."""
         if self.speaker is None or self.hung:
             return
         if self.speaker.want and not self.open and self.speaker.held:
@@ -115,7 +115,7 @@ class Ring:
         self.loop = VirtualLoop()
         self.store_cut_out: Counter[str] = Counter()
         self.store_cut_in: Counter[str] = Counter()
-        self.beats_cut: Counter[str] = Counter()  # senders whose beats are lost
+        self.beats_cut: Counter[str] = Counter()  # senders whose heartbeats are lost
         self.witness = Witness(self)  # type: ignore[arg-type]
         self.p, self.s = Host(self, "P"), Host(self, "S")
         self.spoke: Counter[str] = Counter()
@@ -157,7 +157,7 @@ class Ring:
             host.kill()
             self.later(span, host.start)
         elif kind == "hang" and not host.hung and host.task is not None:
-            host.hung = True  # SIGSTOP: nothing of it runs
+            host.hung = True  # SIGSTOP: none of its tasks runs
             host.task.cancel()
             self.later(span, lambda: self._wake(host))
         elif kind == "swap" and host.speaker is not None and not host.hung:
@@ -166,7 +166,7 @@ class Ring:
             else:
                 host.speaker.want = True
         elif kind == "shut" and host.speaker is not None and not host.hung:
-            host.shut()  # for good: only a new process opens it again
+            host.shut()  # permanently: only a new process opens it again
             boot = host.boots
             self.later(rnd.uniform(0.1, 2), lambda: self._freed(host, boot))
             host.kill()
@@ -235,17 +235,17 @@ def test_never_two_permissions(block: int) -> None:
             spoke += Ring(seed).run().spoke
         except Overlap as e:
             pytest.fail(f"seed {seed}: {e}")
-    assert spoke["P"] > 1000 and spoke["S"] > 1000  # else nothing was tried
+    assert spoke["P"] > 1000 and spoke["S"] > 1000  # otherwise nothing was tested
 
 
 async def _promise_then_restart(ring: Ring) -> None:
-    """P lives on a promise of S, whose controller dies right after it and wants to speak."""
+    """Let P rely on a promise of S, whose controller dies right after it and wants to transmit."""
     ring.store_cut_out["P"] = 1
-    ring.witness.last = lease.GIVEN_UP  # else S waits for as long because of the key
+    ring.witness.last = lease.GIVEN_UP  # otherwise S waits as long because of the key
     for h in (ring.p, ring.s):
         h.start()
     end = ring.ns() + 1500 * MS
-    while ring.ns() < end:  # the first wait of S is over, and P has beats only
+    while ring.ns() < end:  # the first wait of S is over, and P has only heartbeats
         for h in (ring.p, ring.s):
             h.beat()
         await asyncio.sleep(0.02)
@@ -337,7 +337,7 @@ def any_process_of_the_other_host_is_robbed(mp: Any) -> None:
 
 
 def what_is_given_back_is_kept(mp: Any) -> None:
-    """The permission goes on after the key was released."""
+    """Let the permission continue after the key was released."""
 
     def want(self: Leadership, value: bool) -> None:
         self.checkpoints.wanted = value
@@ -352,7 +352,7 @@ def a_key_that_vanished_is_free(mp: Any) -> None:
 
 
 def it_has_vanished_when_it_was_asked_for(mp: Any) -> None:
-    """Counted from the question: the answer may tell of a later time."""
+    """Count from the request, though the answer may describe a later time."""
     original = Leadership._step
 
     async def step(self: Leadership) -> None:
@@ -385,7 +385,7 @@ FAULTS = (
 def test_faults_are_noticed(fault: Callable[[Any], None]) -> None:
     with pytest.MonkeyPatch.context() as mp:
         fault(mp)
-        # 490 shows the third, which a search from 0 on finds after minutes
+        # 490 shows the third one, which a search from 0 on finds only after minutes
         for seed in (490, *range(600)):
             try:
                 Ring(seed).run()
@@ -398,7 +398,7 @@ def test_faults_are_noticed(fault: Callable[[Any], None]) -> None:
 def test_a_key_counts_from_when_it_was_asked_for(
     fault: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Seen only where nobody waits for a key that has vanished: that wait hides it."""
+    """Visible only where nobody waits for a key that has vanished: that wait hides it."""
     a_key_that_vanished_is_free(monkeypatch)
     monkeypatch.setattr(Witness, "revoke", lambda self: None)
     if not fault:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Both controllers and both guests in virtual time, and proof that the judge sees faults."""
+"""Test both controllers and both guests in virtual time, and prove that the judge sees faults."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_random_schedules(block: int) -> None:
         fast += world.fast
         ALONE.append(world.fast_alone)
         without += world.p.fast is None
-    # else nothing was tried
+    # otherwise nothing was tested
     assert took_over > 5 and solo > 5 and checkpoints > RUNS / BLOCKS
     assert fast > 4500 and without > 20
 
@@ -71,7 +71,7 @@ def test_the_fast_path_has_decided_without_a_controller() -> None:
 
 @pytest.mark.parametrize("block", range(2))
 def test_random_schedules_with_a_lease(block: int) -> None:
-    """Every cut of the graph of both hosts and the store, one-sided and flapping ones too."""
+    """Every cut of the graph of both hosts and the store, including one-way and flapping ones."""
     took_over = solo = 0
     for seed in range(block * 300, (block + 1) * 300):
         s = lease_scene(seed)
@@ -86,7 +86,7 @@ def test_random_schedules_with_a_lease(block: int) -> None:
 
 
 def test_random_schedules_of_pairs_made_anew() -> None:
-    """Takeovers and what follows them, with trouble meanwhile, until the hosts have lost count."""
+    """Takeovers and what follows, with faults meanwhile, until the hosts have lost count."""
     pairs, oldest = 0, 0
     for seed in range(70):
         s = roles_scene(seed)
@@ -106,7 +106,8 @@ def test_random_schedules_of_pairs_made_anew() -> None:
 def test_mutants_are_noticed(name: str) -> None:
     with pytest.MonkeyPatch.context() as mp:
         MUTANTS[name](mp)
-        # Not until the test's own timeout: a controller's task may take that for a failure of its.
+        # Not until the test's own timeout: a controller's task may take that for one of its own
+        # failures.
         end = time.monotonic() + MUTANT_S
         for n, s in enumerate(scenes(name, MUTANT_RUNS)):
             found = failure(s)
@@ -122,7 +123,7 @@ def test_there_are_enough_mutants() -> None:
 
 
 def test_an_entry_that_was_given_up_and_succeeded_in_qemu_is_compared() -> None:
-    """The channel is cut in the first checkpoint; QEMU completes it all the same."""
+    """The channel is cut during the first checkpoint; QEMU completes it nevertheless."""
     World(
         Scene(
             5002, conns=5, loss=0, dup=0, jitter=0, link_loss=0.01, link_jitter=3, odd=0.4,
@@ -198,8 +199,9 @@ def test_a_failing_scene_is_shrunk() -> None:
 
 
 def test_a_half_open_connection_of_a_guest_outlives_an_old_syn() -> None:
-    # As Linux does it. A guest that let an old SYN, which came again after a checkpoint, replace
-    # it had two connections of one number, and the judge looked at the wrong one (seed 961561).
+    # As Linux does. A guest that let an old SYN, repeated after a checkpoint, replace its
+    # connection had two connections of one number, and the judge looked at the wrong one (seed
+    # 961561).
     guest = Guest(random.Random(1), 0)
 
     def syn(seq: int) -> Seg:

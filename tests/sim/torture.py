@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Many random schedules; a failing one is shrunk and printed so that it can be run again.
+"""Run many random schedules; minimize a failing one and print it so that it can be run again.
 
 python -m tests.sim.torture --runs 100000 --seed 0
 python -m tests.sim.torture --scene '{"seed":7,...}'     one run, with its trace
@@ -21,12 +21,12 @@ from functools import partial
 from .world import Scene, World, roles_scene, scene
 
 BLOCK = 100
-ROLES = 8  # one schedule of so many makes pairs anew and changes the roles
+ROLES = 8  # one schedule in this many creates pairs again and changes the roles
 DATAGRAMS = 5  # and with many of them
 
 
 class _Trace(logging.Handler):
-    """What the controllers log becomes part of the trace."""
+    """Add what the controllers log to the trace."""
 
     def __init__(self, world: World) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class _Trace(logging.Handler):
 
 
 def failure(s: Scene, kind: type[World] = World) -> str:
-    """What is wrong with a run; empty if nothing is."""
+    """Return what is wrong with a run; empty if nothing is."""
     try:
         kind(s).run()
     except Exception as e:
@@ -61,7 +61,7 @@ def _simpler(s: Scene) -> Iterator[Scene]:
 
 
 def shrink(s: Scene, seconds: float = 60, kind: type[World] = World) -> Scene:
-    """A simpler scene that fails too (in whatever way)."""
+    """Return a simpler scene that fails too (in whatever way)."""
     end = time.monotonic() + seconds
     found = True
     while found and time.monotonic() < end:
@@ -74,7 +74,7 @@ def shrink(s: Scene, seconds: float = 60, kind: type[World] = World) -> Scene:
 
 
 def trace(s: Scene, lines: int, kind: type[World] = World) -> str:
-    """The last lines of a run's story."""
+    """Return the last lines of a run's story."""
     world = kind(s, trace=True)
     root = logging.getLogger()
     handler, level, disabled = _Trace(world), root.level, logging.root.manager.disable
@@ -94,7 +94,7 @@ def trace(s: Scene, lines: int, kind: type[World] = World) -> str:
 
 
 def report(s: Scene, what: str, lines: int = 60) -> str:
-    """A failing scene, for people."""
+    """Format a failing scene."""
     small = shrink(s)
     return (
         f"seed {s.seed}: {what}\n"

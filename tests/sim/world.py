@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A pair, its client and its network in virtual time, and the invariants seen from outside.
+"""Simulate a pair, its client and its network in virtual time, and check invariants from outside.
 
-Both controllers are the product's own, on a loop whose time jumps from event to event.
-`Scene` says all that chance decides for a run; the same scene gives the same run.
+Both controllers are the product's own, on a loop whose time jumps from event to event. `Scene`
+holds everything that chance decides for a run; the same scene gives the same run.
 
-What is checked: at each frame of the PVM that reaches the network, that the SVM of this
-moment has said the same (I1, I2, I3, and the windows); that no more than one guest speaks and
-the SVM only after a takeover (I6); checksums; at the end, that what the client got and was
-acked is what the survivor believes (I8), that everybody got his answers (I4), that nothing is
-held and every queue is within its limits (I10).
+Checked are: at each frame of the PVM that reaches the network, that the SVM of this moment has sent
+the same (I1, I2, I3, and the windows); that no more than one guest transmits, and the SVM only
+after a takeover (I6); checksums; at the end, that what the client received and had acknowledged is
+what the survivor believes (I8), that all clients got their answers (I4), that nothing is held and
+every queue is within its limits (I10).
 """
 
 from __future__ import annotations
@@ -60,9 +60,9 @@ EXAMPLES = Path(__file__).parents[2] / "deploy/examples"
 SETTLE_MS = 15_000
 TICK_MS = 20
 MAX_FRAMES = 20_000
-PATIENCE_MS = 30_000  # until a pair has to be whole again
+PATIENCE_MS = 30_000  # until a pair must be protected again
 ENTER_STOP_MS = 800
-TS_SLACK = 1000  # ms of a guest's clock that a frame which was held may be behind
+TS_SLACK = 1000  # ms by which the clock in a held frame may lag behind the guest's
 
 
 def _holds_nothing(side: Side) -> bool:
@@ -72,7 +72,7 @@ def _holds_nothing(side: Side) -> bool:
 
 
 class _Excused(Exception):
-    """What follows is a known limit: the run ends."""
+    """What follows is a known limitation: the run ends."""
 
 
 class Violation(AssertionError):
@@ -86,11 +86,11 @@ class Fault:
     at: int
     kind: str
     span: int = 0
-    #: its time counts from when the pair was protected again, after the faults of the one before
+    #: its time counts from when the pair was protected again after the faults of the previous round
     round: int = 0
 
 
-#: faults that leave the pair whole once they have healed
+#: faults that leave the pair intact once they have healed
 HEALING = (
     "kill_p_controller", "kill_s_controller", "cut_channel", "cut_link", "lose_events",
     "checkpoint", "hang_p_qemu", "shadow", "reload", "flip_p", "flip_s",
@@ -101,20 +101,20 @@ CUTS = (
     "cut_ps", "cut_pe", "cut_pe_out", "cut_pe_in", "cut_se", "cut_se_out", "cut_se_in",
     "cut_p", "cut_s", "cut_e", "cut_channel", "cut_link",
 )  # fmt: skip
-#: faults that end the pair: somebody has to speak alone
+#: faults that end the pair: one guest has to run standalone
 ENDING = (
     "kill_p_qemu", "kill_s_qemu", "kill_p_host", "kill_s_host", "power_p", "power_s", "failover",
     "kill_p_in_checkpoint", "kill_p_qemu_in_checkpoint", "cut_colo",
 )  # fmt: skip
 
 
-#: "pvm", "svm": whoever is that by then. One of these ends a pair, and another one has to be made
+#: "pvm", "svm": whichever guest that is by then. One of these ends a pair, and a new one is created
 ROUNDS = (
     "kill_pvm_qemu", "kill_pvm_qemu", "kill_pvm_host", "power_pvm", "kill_pvm_in_checkpoint",
     "kill_svm_qemu", "kill_svm_host", "power_svm", "failover_pvm", "failover_svm", "switchover",
     "switchover", "cut_colo", "demote_pvm", "demote_svm",
 )  # fmt: skip
-#: what goes wrong while it is being made
+#: what goes wrong while it is being created
 HINDRANCES = (
     "kill_p_controller", "kill_s_controller", "kill_p_controller", "kill_s_controller",
     "cut_channel", "cut_link", "lose_events", "checkpoint", "kill_waiting_qemu", "cut_colo",
@@ -124,11 +124,11 @@ HINDRANCES = (
 
 @dataclass(frozen=True)
 class Scene:
-    """All the parameters of one run."""
+    """All parameters of one run."""
 
     seed: int
     conns: int = 4
-    loss: float = 0.01  # client's network, either way
+    loss: float = 0.01  # client's network, in either direction
     dup: float = 0.01
     jitter: float = 1.0  # ms
     link_loss: float = 0.005
@@ -143,21 +143,22 @@ class Scene:
     lease: bool = False  # the arbiter; else a fence
     fast: bool = True  # the fast path decides, too
     buffers: int = 16
-    eager: bool = False  # it gets connections as soon as it may
-    manual: bool = False  # a person is the arbiter
-    roles: bool = False  # whoever is alone gets a new secondary, in whichever role his host began
-    beacons: bool = True  # heartbeats on the peer link too
+    eager: bool = False  # connections are offloaded as soon as allowed
+    manual: bool = False  # the operator is the arbiter
+    # a standalone guest gets a new secondary, in whichever role its host started
+    roles: bool = False
+    beacons: bool = True  # heartbeats on the peer link, too
 
     def calm(self) -> bool:
-        """Nothing in it is a reason for a checkpoint that nobody asked for."""
+        """Return whether nothing in the scene is a reason for an unrequested checkpoint."""
         kinds = {f.kind for f in self.faults}
         lossless = not self.loss and not self.link_loss and not self.odd and not self.odd_udp
         roomy = self.ring > 1000 and self.queue > 1000 and self.compare_timeout >= 400
-        roomy &= self.link_jitter < 10  # ms that a datagram which nothing equals has
+        roomy &= self.link_jitter < 10  # ms that a datagram without a match may wait
         return lossless and roomy and kinds <= {"checkpoint", "reload"}
 
     def to_json(self) -> str:
-        """One line; `from_json` gives it back."""
+        """Return one line; `from_json` parses it."""
         return json.dumps(asdict(self), separators=(",", ":"))
 
     @classmethod
@@ -168,7 +169,7 @@ class Scene:
 
 
 def scene(seed: int) -> Scene:
-    """A random one; in one of eight a guest, or a person, does something to QEMU besides."""
+    """Return a random scene; in one of eight, a guest or a person also does something to QEMU."""
     rnd, s = random.Random(seed * 86_028_121 + 7), _network_scene(seed)
     if rnd.random() > 0.125 or s.calm():
         return s
@@ -179,14 +180,15 @@ def scene(seed: int) -> Scene:
 
 
 def _network_scene(seed: int) -> Scene:
-    """In three of four the fast path decides, with many buffers or few."""
+    """Choose the network; in three of four scenes the fast path decides, with few buffers or
+    many."""
     rnd = random.Random(seed * 104_729 + 2)
     fast, buffers, eager = rnd.random() < 0.75, rnd.choice((1, 4, 16)), rnd.random() < 0.5
     s = replace(_scene(seed), fast=fast, buffers=buffers, eager=eager)
     s = _stopped(replace(s, beacons=rnd.random() < 0.7))
     if not s.beacons or s.calm() or rnd.random() < 0.7:
         return s
-    # the control channel alone is cut, for long, and perhaps one side hears no beacons either
+    # only the control channel is cut, for long, and perhaps one side receives no heartbeats either
     faults = [Fault(rnd.randrange(60, 900), "cut_channel", rnd.choice((600, 1500, 4000)))]
     if rnd.random() < 0.4:
         kind = rnd.choice(("deafen_p", "deafen_s"))
@@ -195,7 +197,7 @@ def _network_scene(seed: int) -> Scene:
 
 
 def _stopped(s: Scene) -> Scene:
-    """In one of eight somebody stops a controller, for a while or for longer than dead_after."""
+    """Stop a controller in one of eight scenes, for a while or for longer than dead_after."""
     rnd = random.Random(s.seed * 86_028_121 + 8)
     if s.calm() or rnd.random() >= 0.125:
         return s
@@ -238,7 +240,7 @@ def _scene(seed: int) -> Scene:
 
 
 def lease_scene(seed: int) -> Scene:
-    """A random one with a lease as the arbiter: the same, and cuts, which may flap."""
+    """Return a random scene with a lease as the arbiter: the same, with cuts that may flap."""
     rnd = random.Random(seed * 104729 + 3)
     s = scene(seed)
     if s.calm():
@@ -256,10 +258,10 @@ def lease_scene(seed: int) -> Scene:
 
 
 def roles_scene(seed: int) -> Scene:
-    """A random one of several failovers, with pairs made anew between them, and trouble."""
+    """Return a random scene of several failovers, with pairs created again, and faults."""
     rnd = random.Random(seed * 15_485_863 + 4)
     s = replace(scene(seed), roles=True, conns=rnd.choice((2, 3, 6)))
-    if rnd.random() < 0.7:  # offsets, which each checkpoint ends, live for longer
+    if rnd.random() < 0.7:  # offsets, which each checkpoint ends, live longer
         s = replace(s, odd=0, odd_udp=False, link_loss=0, compare_timeout=400)
     faults = []
     for n in range(rnd.choice((1, 2, 3, 4))):
@@ -280,7 +282,7 @@ def _config(role: str) -> Config:
 
 
 def config(role: str, s: Scene) -> Config:
-    """The example's, with deadlines that suit a short run."""
+    """Return the example's configuration, with deadlines that suit a short run."""
     c = _config(role)
     if s.roles:
         c = replace(c, qemu=replace(c.qemu, incoming=("qemu",)))
@@ -309,8 +311,8 @@ class World:
         self.rnd_beacons = random.Random(s.seed + 1)
         self.rnd_person = random.Random(s.seed + 2)
         self.sessions = 0
-        self.stops = 0  # of controllers, on purpose
-        self.deaf: set[str] = set()  # sides that hear no beacons
+        self.stops = 0  # number of controllers stopped on purpose
+        self.deaf: set[str] = set()  # sides that receive no heartbeats
         self.loop = VirtualLoop()
         self.start = self.loop.now_ns
         self.trace: deque[str] = deque(maxlen=200000)
@@ -321,14 +323,14 @@ class World:
         self.ps_cut = 0
         self.entry_trap = ""  # how the next entry goes wrong
         self.off = False  # the guest has shut itself down
-        self._still_ms: dict[str, int] = {}  # since when a guest that should run stands still
-        self.trap = 0  # ms without a controller, as soon as a new SVM has got its state
-        self.mute: Counter[str] = Counter()  # sides of which the other one hears nothing
+        self._still_ms: dict[str, int] = {}  # since when a guest that should run is stopped
+        self.trap = 0  # ms without a controller, as soon as a new SVM has received its state
+        self.mute: Counter[str] = Counter()  # sides from which the other one receives nothing
         self.channel_cut = self.colo_cut = self.ring_broken = False
         self.was_solo = False
-        #: the secondary's controller died inside a checkpoint and QMP does not repeat its events:
-        #: until the next one nobody knows which guest runs. After a takeover then connections of
-        #: that time may end (`given_up`), but nobody gets a wrong byte.
+        #: the secondary's controller died during a checkpoint, and QMP does not repeat its events:
+        #: until the next checkpoint nobody knows which guest runs. After a takeover in that time
+        #: its connections may end (`given_up`), but no client gets a wrong byte.
         self.epoch_uncertain = self.given_up = self.excused = False
         self.flipped: set[int] = set()  # connections that a guest has damaged
         self.protected = self.shadow = False  # once; the primary holds nothing
@@ -339,19 +341,21 @@ class World:
         self.spoke: set[str] = set()
         self.udp_out: Counter[bytes] = Counter()
         self._pieces: dict[tuple[bool, int], dict[int, tuple[bytes, bool]]] = {}
-        self.ordered = False  # a failover, by a person
-        self.clones = self.pairs = 0  # checkpoints; how often the pair was protected anew
-        self.round, self.round_at = 0, 0  # faults of this one count from then, ms
+        self.ordered = False  # a failover, by the operator
+        self.clones = self.pairs = 0  # checkpoints; how often the pair was protected again
+        self.round, self.round_at = 0, 0  # faults of this round count from then, ms
         self.lost = False  # the last guest that knew everything has died
-        #: what has left of each connection that a client began: bytes by their place, highest ack
+        #: what has left of each connection that a client opened: bytes by position, highest ack
         self.said: dict[tuple[bool, int, int], bytearray] = {}
         self.acked: dict[tuple[bool, int, int], int] = {}
         self.newest: dict[tuple[bool, int, int], int] = {}  # TSval
-        self.turns: list[int] = []  # ms: the network has heard the other host's guest from then on
+        # ms: from then on the network has received the other host's guest
+        self.turns: list[int] = []
         self.heard = "P"
         self.frames = 0
-        self.fast = self.fast_alone = 0  # frames that the fast path decided, and with no controller
-        self.fast_udp = 0  # of them datagrams
+        # frames that the fast path decided, and of these without a controller
+        self.fast = self.fast_alone = 0
+        self.fast_udp = 0  # of these, datagrams
         self.broken: BaseException | None = None
         plans = [self._plan() for _ in range(s.conns)]
         if s.roles:
@@ -372,7 +376,7 @@ class World:
         return Plan(steps, rnd.choice((0, 20, 100)), rnd.random() < 0.2)
 
     def _long_plan(self, opened: int) -> Plan:
-        """A connection that lives as long as faults happen."""
+        """Return a connection that lives as long as faults happen."""
         rnd = self.rnd
         steps = [(rnd.choice((b"G", b"U")), rnd.choice((1, 50, 400))) for _ in range(400)]
         return Plan(
@@ -391,7 +395,7 @@ class World:
         return (self.loop.now_ns - self.start) / 1e6
 
     def later(self, ms: float, what: Callable[[], None]) -> None:
-        """After some ms; what it raises ends the run."""
+        """Call something after some ms; an exception in it ends the run."""
         self.loop.call_later(ms / 1000, self._guarded, what)
 
     def _guarded(self, what: Callable[[], None]) -> None:
@@ -415,7 +419,7 @@ class World:
             self.broken = task.exception()
 
     def note(self, text: str, *args: Any) -> None:
-        """A line of the trace."""
+        """Add a line to the trace."""
         if self._tracing:
             shown = [_frame(a) if isinstance(a, bytes) else a for a in args]
             self.trace.append(f"{self.ms_exact():10.3f} ms  {text % tuple(shown)}")
@@ -429,7 +433,7 @@ class World:
                 self.later(0.05 + rnd.random() * jitter, what)
 
     def link(self, sender: Side, kind: int, epoch: int, frame: bytes, gso: int) -> None:
-        """The peer link; it neither duplicates nor keeps the order."""
+        """Send over the peer link, which neither duplicates nor keeps the order."""
         if self.link_cut or sender.off or self.rnd.random() < self.scene.link_loss:
             self.note("lost on the link from %s: %s", sender.name, frame)
             return
@@ -445,7 +449,7 @@ class World:
         self._carry(self.scene.loss, self.scene.jitter, lambda: self.where.network_in(frame))
 
     def to_network(self, side: Side, frame: bytes) -> None:
-        """A guest's frame leaves its host."""
+        """Let a guest's frame leave its host."""
         if not side.primary and not side.in_bridge and side.mode is not Mode.TAKEOVER:
             raise Violation(f"I6: a frame of the SVM: {_frame(frame)}")
         if side.off:
@@ -462,7 +466,7 @@ class World:
         if self.shadow and not side.primary:
             if not self.ordered:
                 raise Violation("S has taken over from shadow mode, and nobody has asked for it")
-            self.excused = True  # a person took over from shadow, as warned
+            self.excused = True  # an operator took over from shadow mode, despite the warning
             raise _Excused
         self.given_up |= self.epoch_uncertain and not side.primary
         if self.frames > MAX_FRAMES:
@@ -481,7 +485,8 @@ class World:
                 self._judge(side, frame)
             elif self._alone(side):
                 side.other.stale = True
-            elif not side.other.stale:  # entering, or shadow's end: what was sent before STOP
+            # entering, or the end of shadow mode: what was sent before STOP
+            elif not side.other.stale:
                 try:
                     self._judge(side, frame)
                 except Violation:
@@ -496,7 +501,7 @@ class World:
         for out in client.receive(frame, self.ms()):
             self.from_client(out)
 
-    # -- the outside's judgement
+    # -- the judgement from outside
 
     def _held(self, side: Side) -> bool:
         c = side.controller
@@ -504,8 +509,10 @@ class World:
         return side.protected and not self.shadow and not alone and side.mode is not Mode.BYPASS
 
     def _ended(self, side: Side) -> bool:
-        """The guest has shut itself down and its copy is silent for good: what it said last may
-        leave. If the copy speaks after that, it is the second guest."""
+        """Excuse a guest that has shut itself down while its copy is silent for good.
+
+        What it sent last may leave. If the copy transmits after that, it is the second guest.
+        """
         c, other = side.controller, side.other
         silent = other.guest is None or other.mode is Mode.DROP
         return self.off and c is not None and bool(c.view.guest.over) and silent
@@ -518,7 +525,7 @@ class World:
         )
 
     def _judge(self, side: Side, frame: bytes) -> None:
-        """I1 to I3 for a frame of the PVM that leaves while the pair holds together."""
+        """Check I1 to I3 for a frame of the PVM that leaves while the pair holds together."""
         guest, copy = side.guest, side.other.guest
         assert guest is not None
         if copy is None:
@@ -529,7 +536,7 @@ class World:
             return
         mine = self._incarnation(guest, s.v6, s.dport, s.seq, s.flags)
         if mine is None:
-            return  # a RST for nothing
+            return  # a RST that answers nothing
         c = copy.find(s.v6, s.dport, mine.irs)
         what = _frame(frame)
         if s.flags & RST:
@@ -557,7 +564,7 @@ class World:
             raise Violation(f"I3: {what}: the SVM's FIN is at {c.fin_at}")
 
     def _isn(self, c: Tcp) -> int:
-        """The guest's ISN of this connection as its client knows it."""
+        """Return the guest's ISN of this connection as its client knows it."""
         k = self.client.opened.get((c.v6, c.port, c.irs))
         return k.irs if k is not None and k.acked else c.iss
 
@@ -574,7 +581,8 @@ class World:
         return None
 
     def _account(self, side: Side, frame: bytes) -> None:
-        """I8 at once: whoever speaks knows all that was said before, and says nothing else."""
+        """Check I8 at once: a transmitting guest knows everything sent before, and contradicts
+        none of it."""
         s = read(frame)
         if s is None or s.flags & (RST | SYN):
             return
@@ -615,7 +623,7 @@ class World:
             raise Violation(f"I1: a datagram that the SVM has not sent: {body[:20].hex()}")
 
     def _assemble(self, frame: bytes) -> bytes | None:
-        """The UDP packet that a frame completes."""
+        """Return the UDP packet that a frame completes."""
         v6 = frame[12:14] == b"\x86\xdd"
         if v6:
             if frame[20] == 17:
@@ -640,9 +648,9 @@ class World:
         return b"".join(pieces[a][0] for a in sorted(pieces))
 
     def cloned(self, to: Side, *, first: bool) -> None:
-        """A checkpoint has copied the PVM: what it had sent counts as the SVM's."""
+        """Note that a checkpoint has copied the PVM: what it had sent counts as the SVM's."""
         self.clones += 1
-        # A controller that is started anew may not know of a shadow: this ends it.
+        # A restarted controller may not know of a shadow mode: this ends it.
         self.shadow &= _holds_nothing(to.other)
         to.tap.clear()
         if first and self.trap:
@@ -651,19 +659,19 @@ class World:
             self.later(self.rnd.uniform(0, 16), lambda: self._restart(side, span))
 
     async def _stop(self, side: Side, span: int) -> None:
-        """SIGTERM, and a start `span` ms later."""
+        """Send SIGTERM, and start the controller `span` ms later."""
         c = side.controller
         if c is None or side.name in self.deaths:
             return
         await c.stop("stopped by a signal")
-        await asyncio.sleep(0.003)  # the last word arrives before the end of the channel
+        await asyncio.sleep(0.003)  # the last message arrives before the end of the channel
         if side.controller is c:
             side.kill_controller()
             self.stops += 1
             self.later(span, lambda: None if side.name in self.deaths else self.boot(side))
 
     def _excusable(self, side: Side) -> None:
-        """A fence is under way. Nobody is fenced because somebody has stopped its controller."""
+        """Check that a fence does not follow from stopping a controller on purpose."""
         c = side.controller
         known = side.peer_stopped > self.ns() and side.other.controller is None
         if (
@@ -679,7 +687,7 @@ class World:
             self.later(span, lambda: None if side.name in self.deaths else self.boot(side))
 
     def gates_moved(self) -> None:
-        """A data path has another mode."""
+        """Check the gates: a data path has changed its mode."""
 
     # -- controllers
 
@@ -688,7 +696,7 @@ class World:
         if side.controller is not None or self.broken is not None or side.off:
             return
         if side.loaded and SimDataPath.wanted(side) is not side.primary and not turned:
-            # the other role's programs are loaded, and replace those that are there
+            # the other role's programs are loaded and replace the current ones
             self.later(self.rnd.uniform(0.5, 60), lambda: self.boot(side, turned=True))
             return
         self.note("%s controller starts", side.name)
@@ -712,7 +720,7 @@ class World:
             self.boot(side)
 
     async def _start_qemu(self, side: Side) -> None:
-        """[qemu] incoming, which may fail once; then it is seconds until the next try."""
+        """Run [qemu] incoming, which may fail once; the next attempt is seconds later."""
         await asyncio.sleep(self.rnd.uniform(5, 80) / 1000)
         side.failed_start = self.rnd.random() < 0.1 and not side.failed_start
         if not side.failed_start and not side.off:
@@ -720,7 +728,7 @@ class World:
             side.new_qemu()
 
     async def _fence(self, side: Side) -> bool:
-        """The other host is switched off, for certain."""
+        """Power the other host off, for certain."""
         self._excusable(side)
         await asyncio.sleep(self.rnd.uniform(0.2, self.rnd.choice((2, 30))) / 1000)
         if self.rnd.random() < 0.1:
@@ -745,7 +753,7 @@ class World:
         other = side.other
         alone = other.mode is (Mode.BYPASS if other.primary else Mode.TAKEOVER)
         if not self.lost and other.qemu.alive and not alone:
-            # One that is back before the other one has made sure of its death is a person's affair.
+            # A host that is back before the other one has made sure of its death needs an operator.
             self.later(200, lambda: self._power_on(side))
         else:
             self.note("%s boots", side.name)
@@ -771,7 +779,7 @@ class World:
 
     @contextlib.contextmanager
     def _installed(self) -> Iterator[None]:
-        """The stand-ins in the product's modules."""
+        """Install the stand-ins in the product's modules."""
         clock = FakeTime(self.loop)
         modules = (
             controller_module, commands, ticker, checkpoint_coordinator, primary, secondary,
@@ -795,7 +803,7 @@ class World:
             if self.scene.eager:
                 scheduler.OFFER_AFTER = scheduler.MAX_BACKOFF = 1
             offload_maps.syscall = Bpf(self.ns)  # type: ignore[assignment]
-            # A QEMU that hangs here refuses its commands, which tells the watch nothing.
+            # A QEMU that hangs here refuses its commands, which the watch cannot interpret.
             supervisor.WATCH_S = 1e9
             supervisor.Qmp = self._make_qmp  # type: ignore[misc,assignment]
             controller_module.Peer = self._make_peer  # type: ignore[misc,assignment]
@@ -809,7 +817,7 @@ class World:
     # -- faults
 
     def strike(self, f: Fault) -> None:
-        """The fault happens."""
+        """Apply the fault."""
         self.note("FAULT %s for %d ms", f.kind, f.span)
         p, s = self.p, self.s
         pvm = self.pvm()
@@ -835,7 +843,7 @@ class World:
             qemu = (p if f.kind.endswith("_p") else s).qemu
             if f.kind.startswith("reset"):
                 qemu.reset()
-            elif self.whole():  # a guest that is alone stays stopped
+            elif self.whole():  # a standalone guest stays stopped
                 qemu.stop()
         elif f.kind == "cut_channel":
             self.channel_cut = True
@@ -896,7 +904,7 @@ class World:
         elif f.kind == "cut_colo":
             self.colo_cut = True
             self.later(1, pvm.other.qemu.lose_channel)
-            if self.scene.roles:  # the PVM's QEMU notices with the next checkpoint
+            if self.scene.roles:  # the PVM's QEMU notices at the next checkpoint
                 self.spawn(self._command(pvm, "checkpoint"))
                 self.later(f.span, lambda: setattr(self, "colo_cut", False))
         elif f.kind == "kill_waiting_qemu":
@@ -925,7 +933,7 @@ class World:
                 self.spawn(self._command(side, "failover"))
 
     def _cut(self, kind: str, by: int) -> None:
-        """Edges of the graph P, S, store."""
+        """Cut edges of the graph P, S, store."""
         for name in "ps":
             both = kind in (f"cut_{name}e", f"cut_{name}", "cut_e")
             if both or kind == f"cut_{name}e_out":
@@ -940,7 +948,7 @@ class World:
                 del c[name]
 
     def _flip(self, side: Side) -> None:
-        """A bit of what a guest has not sent yet turns over in its memory."""
+        """Flip a bit, in the guest's memory, of what it has not sent yet."""
         if side.guest is None:
             return
         for c in side.guest.conns.values():
@@ -971,32 +979,32 @@ class World:
         if c is side.controller and not (side.mode is Mode.DROP and not side.stepped_out):
             raise Violation(f"{side.name} has stood down, and {side.mode.name} lets it speak")
 
-    # -- pairs made anew
+    # -- pairs created again
 
     def pvm(self) -> Side:
-        """The host whose guest the network hears, or would."""
+        """Return the host whose guest reaches the network, or would."""
         speaks = self.speaker()
         return speaks if speaks is not None else self.s if self.s.primary else self.p
 
     def whole(self) -> bool:
-        """Whether the pair is protected: each of its guests can go on without the other."""
+        """Return whether the pair is protected: either guest can continue without the other."""
         for side in (self.p, self.s):
             c = side.controller
             if c is None or c.view.guest.colo_exit or side.mode is not Mode.RUN:
                 return False
-            # A secondary whose fence has failed says "degraded" until the next checkpoint.
+            # A secondary whose fence has failed reports "degraded" until the next checkpoint.
             fit = (State.PROTECTED,) if side.primary else (State.PROTECTED, State.DEGRADED)
             if c.state not in fit:
                 return False
         return self.p.primary is not self.s.primary
 
     def oldest(self) -> int:
-        """Takeovers that the connection which has seen most of them lived through."""
+        """Return the number of takeovers survived by the connection that has seen most of them."""
         alive = [c for c in self.client.done if c.state == "closed"]
         return max((sum(c.opened < at <= c.heard for at in self.turns) for c in alive), default=0)
 
     def _doom(self, side: Side) -> None:
-        """A guest dies: is there another one that can go on?"""
+        """Return whether another guest can continue when this one dies."""
         other = side.other
         fit = other.guest is not None and not other.stale and other.qemu.alive and not other.off
         if side.stale or side.guest is None or not side.qemu.alive:
@@ -1007,7 +1015,7 @@ class World:
             self.lost = True
 
     def _rounds(self) -> None:
-        """Begin the next round of faults when the pair is whole again."""
+        """Start the next round of faults when the pair is protected again."""
         faults = self.scene.faults
         over = max((f.at + f.span for f in faults if f.round == self.round), default=0)
         if self.ms() < self.round_at + over + 20 or self.lost:
@@ -1037,8 +1045,11 @@ class World:
                 side.new_qemu()
 
     def _decide_for_the_stopped(self) -> None:
-        """A person decides where a controller was stopped and its host or QEMU has died since, and
-        where a guest waits for the word of a host that is dead."""
+        """Let an operator decide where no controller can.
+
+        That is where a controller was stopped and its host or QEMU has died since, and where a
+        guest waits for a message from a dead host.
+        """
         for side in (self.p, self.s):
             c, other = side.controller, side.other
             dead = other.off or not other.qemu.alive
@@ -1113,8 +1124,8 @@ class World:
                 raise Violation("a count of what is held is negative")
 
     def _check_still(self, side: Side) -> None:
-        """A guest that is its clients' only one stands still for no longer than an entry may take,
-        and for a second more."""
+        """Check that the clients' only guest is not stopped for longer than an entry may take,
+        plus 1 s."""
         q, c = side.qemu, side.controller
         alone = side.mode is Mode.BYPASS or (side.mode is Mode.CHECKPOINT and not side.protected)
         still = side.primary and alone and q.alive and not q.running
@@ -1138,12 +1149,12 @@ class World:
 
     @staticmethod
     def _held_in_kernel(side: Side) -> int:
-        """Connections of the fast path that wait; what it knows of a pair that is lost is void."""
+        """Return the fast path's waiting connections; its state of a lost pair is void."""
         k = side.fast
         return len(k.waiting()) if k is not None and side.mode is Mode.RUN else 0
 
     def speaker(self) -> Side | None:
-        """Whose guest is on the network at the end."""
+        """Return the side whose guest is on the network at the end."""
         for side in (self.s, self.p):
             if not side.primary and side.mode is Mode.TAKEOVER:
                 return side if side.qemu.alive else None
@@ -1195,19 +1206,19 @@ class World:
             )
 
     def _must_survive(self, side: Side) -> bool:
-        """Whether this side's guest has to go on alone by itself."""
+        """Return whether this side's guest has to continue standalone by itself."""
         c = side.controller
         if c is None or not side.qemu.alive or not self.protected:
             return False
-        # where the pair was not held together a person decides
+        # where the pair was not held together, the operator decides
         if side is self.s and self.was_solo:
-            return False  # clients know what only the PVM ever said
+            return False  # clients know what only the PVM ever sent
         if c.view.guest.demoted:
-            return False  # asked to, by a primary that died before it said what it then did
+            return False  # requested by a primary that died before it reported what it then did
         return not c.view.shadow and c.state is not State.STARTING
 
     def _check_survivor(self, side: Side) -> None:
-        """I8: what clients know is what the guest that speaks believes."""
+        """Check I8: what clients know is what the transmitting guest believes."""
         g = side.guest
         assert g is not None
         for c in [*self.client.done, *self.client.conns.values()]:
@@ -1231,7 +1242,7 @@ class World:
                 raise Violation(f"I8: {name} was reset, {side.name} says {mine.state}")
 
     def run(self) -> World:
-        """Raises Violation."""
+        """Run the scene. Raises Violation."""
         with self._installed():
             try:
                 self.loop.run_until_complete(self._main())
@@ -1252,7 +1263,7 @@ class World:
 
 
 def _frame(frame: bytes) -> str:
-    """A frame for people."""
+    """Format a frame for the trace."""
     try:
         s = read(frame)
     except BadChecksum:

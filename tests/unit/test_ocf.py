@@ -185,7 +185,7 @@ def test_a_life_of_the_first_primary(host: Host) -> None:
     assert host("start") == 0 and host("monitor") == 8, "again: nothing changes"
     assert host("demote") == 0
     assert host.calls()[1:] == [
-        "colo-xdp switchover", "colo-xdp demote --yes --why asked by the cluster",
+        "colo-xdp switchover", "colo-xdp demote --yes --why requested by the cluster",
     ]  # fmt: skip
     assert host.score() == "--delete"
     assert host("monitor") == 0
@@ -240,8 +240,8 @@ def test_a_probe_finds_who_speaks(host: Host) -> None:
 
 def test_a_dead_controller_is_an_error_while_its_guest_lives(host: Host) -> None:
     host.world(None, started=PVM)
-    assert host("monitor", timeout=5) == 1 and "has died" in host.said
-    # To stop it the controller has to be there once more, to say that the guest is silent.
+    assert host("monitor", timeout=5) == 1 and "the controller died" in host.said
+    # To stop it, the controller must be started once more, to report that the guest is silent.
     assert host("stop", timeout=5) == 0
     assert [c.split()[1] for c in host.calls()] == ["start", "switchover", "demote", "stop"]
 

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Scenarios: what each guest sends, and what must leave. Data, pure; also for `replay --corpus`.
+"""Load scenarios: what each guest sends, and what must leave. Pure data; also for `replay
+--corpus`.
 
-A step is `WHO frame -> what happens`. WHO is P or S (a frame of the PVM, of the SVM), C or G (to
+A step is `WHO frame -> what happens`. WHO is P or S (a frame of the PVM, of the SVM), C or G (for
 the rewriter: from the client, from the SVM), or one of the words `wait MS` and `checkpoint`. What
-happens is a list of frames that leave, by number ("P2"), and of causes of checkpoints. A part of
-a frame is "P2[0:50]"; "P2'" has another window. For the rewriter it is what changed: "seq+5",
+happens is a list of frames that leave, by number ("P2"), and of causes of checkpoints. A part of a
+frame is "P2[0:50]"; "P2'" has another window. For the rewriter it is what changed: "seq+5",
 "ack-5", "tsval+5", "tsecr-5", or the reason why nothing did.
 """
 
@@ -23,17 +24,17 @@ FILES = ("compare", "rewrite")
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One step and what must follow."""
+    """One step and its expected result."""
 
     who: str  # P, S, C, G, wait, checkpoint
-    text: str  # of the frame, or the number of ms
+    text: str  # the frame, or the number of ms
     then: str
 
     def frames(self) -> Iterator[bytes]:
-        """One frame, or `repeat` of them, each with the next bytes of the stream."""
+        """Yield one frame, or `repeat` frames, each with the next bytes of the stream."""
         s = craft.spec(self.text)
         if self.who == "S" and s["kind"] in ("tcp", "udp", "icmp") and "frag" not in s:
-            s.setdefault("id", 2)  # two guests do not agree on IP identifications
+            s.setdefault("id", 2)  # two guests do not use the same IP identifications
         if self.who == "C":
             s.setdefault("sport", 40000)
             s.setdefault("dport", 80)
@@ -49,18 +50,18 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Scenario:
-    """A story with a name."""
+    """A named sequence of steps."""
 
     name: str
     about: str  # the case, and the rule that decides it
     steps: tuple[Step, ...]
-    why: str  # ours is right where QEMU does something else
+    why: str  # why this result is right where QEMU's differs
     compare_timeout: int  # ms
     max_queue_size: int
 
     @property
     def rewrites(self) -> bool:
-        """For the rewriter, not for the engine."""
+        """Whether the scenario is for the rewriter rather than the engine."""
         return self.steps[0].who in ("C", "G")
 
 
@@ -68,7 +69,7 @@ def _step(text: str, where: str) -> Step:
     left, _, then = text.partition("->")
     who, _, rest = left.strip().partition(" ")
     if who not in ("P", "S", "C", "G", "wait", "checkpoint"):
-        raise craft.SpecError(f"{where}: {text!r}: nobody is called {who!r}")
+        raise craft.SpecError(f"{where}: {text!r}: unknown sender {who!r}")
     step = Step(who, rest.strip(), " ".join(then.split()))
     if len(who) == 1:
         try:
@@ -79,7 +80,7 @@ def _step(text: str, where: str) -> Step:
 
 
 def parse(text: str, file: str = "corpus") -> list[Scenario]:
-    """The scenarios of a file. Raises craft.SpecError (a ValueError) that names the step."""
+    """Parse the scenarios of a file. Raises craft.SpecError (a ValueError) that names the step."""
     out: list[Scenario] = []
     for raw in tomllib.loads(text)["scenario"]:
         entry: dict[str, Any] = dict(raw)
@@ -92,11 +93,11 @@ def parse(text: str, file: str = "corpus") -> list[Scenario]:
             )
         )  # fmt: skip
         if entry:
-            raise craft.SpecError(f"{file}: {name}: {', '.join(entry)} means nothing")
+            raise craft.SpecError(f"{file}: {name}: {', '.join(entry)} is unknown")
     return out
 
 
 def load() -> list[Scenario]:
-    """All of them."""
+    """Load all scenarios."""
     here = files(__package__)
     return [s for f in FILES for s in parse((here / f"{f}.toml").read_text(), f)]

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Ethernet frames from one line of text, right or wrong on purpose. Network byte order throughout.
+"""Build Ethernet frames from one line of text, valid or deliberately invalid (network byte order).
 
     tcp 0:100 PA vlan=5        bytes 0 to 100 of a fixed stream, at sequence number isn + 1
-    udp 'hello' dport=53       a payload in so many words
+    udp 'hello' dport=53       a literal payload
     raw hex=0011               these bytes
 
-The first word is the protocol, upper-case letters are TCP flags, `v6` asks for IPv6, the rest are
-`name=value`: see DEFAULTS and build().
+The first word is the protocol, upper-case letters are TCP flags, `v6` selects IPv6, and the rest
+are `name=value`: see DEFAULTS and build(). The corpus and the tests build their frames with it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import struct
 from collections.abc import Callable, Mapping
 from typing import Any
 
-#: what every stream of the corpus says; the same range is the same bytes in both guests
+#: content of every stream in the corpus; the same range is the same bytes in both guests
 STREAM = b"".join(hashlib.sha256(b"%d" % i).digest() for i in range(3000))
 GUEST, CLIENT = bytes.fromhex("525400000001"), bytes.fromhex("525400000002")
 FLAGS = {"F": 1, "S": 2, "R": 4, "P": 8, "A": 16, "U": 32, "E": 64, "C": 128}
@@ -33,14 +33,14 @@ _PROTOCOLS = {"tcp", "udp", "icmp", "icmp6", "arp", "proto", "raw", "ether"}
 
 
 class SpecError(ValueError):
-    """A line that means no frame; the text says which word."""
+    """A line that describes no frame; the text names the wrong word."""
 
 
 def spec(line: str) -> dict[str, Any]:
-    """The words of a line. Raises SpecError."""
+    """Parse the words of a line. Raises SpecError."""
     words = re.findall(r"'[^']*'|\S+", line)
     if not words or words[0] not in _PROTOCOLS:
-        raise SpecError(f"{line!r}: begins with none of {', '.join(sorted(_PROTOCOLS))}")
+        raise SpecError(f"{line!r}: does not begin with one of {', '.join(sorted(_PROTOCOLS))}")
     s: dict[str, Any] = {"kind": words[0]}
     for w in words[1:]:
         name, _, value = w.partition("=")
@@ -61,12 +61,12 @@ def spec(line: str) -> dict[str, Any]:
             except ValueError:
                 raise SpecError(f"{line!r}: {w}: not a number") from None
         else:
-            raise SpecError(f"{line!r}: {w!r} means nothing")
+            raise SpecError(f"{line!r}: {w!r} is unknown")
     return s
 
 
 def checksum(data: bytes) -> int:
-    """RFC 1071."""
+    """Return the Internet checksum (RFC 1071)."""
     data += b"\0" * (len(data) & 1)
     total: int = sum(struct.unpack(f"!{len(data) // 2}H", data))
     while total >> 16:
@@ -159,7 +159,7 @@ def _ipv6(s: dict[str, Any]) -> bytes:
 
 
 def build(s: dict[str, Any]) -> bytes:
-    """The frame of a spec()."""
+    """Build the frame of a spec()."""
     kind = s["kind"]
     macs = GUEST + CLIENT if s.get("src") == "10.0.0.2" else CLIENT + GUEST
     if kind == "raw":

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What our engine and our rewriter make of a scenario, step by step. Pure, in virtual time."""
+"""Run a scenario through the engine or the rewriter model, step by step. Pure, in virtual time."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from . import Scenario, Step
 from .craft import checksum
 
 MS = 1_000_000
-STEP_MS = 60  # passes after each frame
+STEP_MS = 60  # time that passes after each frame
 
 
 def play(s: Scenario) -> list[str]:
-    """What happened at each step, as its `then` says what must."""
+    """Return what happened at each step, in the notation of the step's `then`."""
     return list(_rewrite(s) if s.rewrites else _compare(s))
 
 
 class Labels:
-    """Names for the frames that come out: by the PVM's frame that they are, or are a part of."""
+    """Name the frames that come out after the PVM's frame that they are, or are a part of."""
 
     def __init__(self) -> None:
         self.sent: list[bytes] = []
         self._left: set[int] = set()
 
     def name(self, frame: bytes) -> str:
-        """Such as P2; P2[0:50] for bytes 0 to 50 of its payload; P2' with another window."""
+        """Return a name: P2; P2[0:50] for bytes 0 to 50 of its payload; P2' with another window."""
         same = [i for i, f in enumerate(self.sent, 1) if f == frame]
         for i in same:
             if i not in self._left:
@@ -109,7 +109,7 @@ def _rewrite(s: Scenario) -> Iterator[str]:
 
 
 def changed(before: bytes, after: bytes) -> str:
-    """What a rewriter did to a frame: "seq+76000 ack-5", "same", "badsum" where it broke it."""
+    """Describe what a rewriter changed: "seq+76000 ack-5", "same", "badsum" for a bad checksum."""
     if before == after:
         return "same"
     a, b = _numbers(before), _numbers(after)

@@ -422,7 +422,11 @@ def test_a_guest_of_which_nothing_is_known_speaks_at_a_word(
     async def body() -> None:
         c, dp, sent = undecided()
         c.reconsider()
-        assert dp.mode is Mode.DROP and not c.transmits and "nothing is known" in c.reason
+        assert (
+            dp.mode is Mode.DROP
+            and not c.transmits
+            and "does not know what happened before" in c.reason
+        )
         assert sent[-1]["type"] == "heartbeat" and not sent[-1]["alone"] and not sent[-1]["shut"]
         if words is not None:
             c._peer_message(words)
@@ -531,7 +535,7 @@ def test_a_guest_that_spoke_alone_and_dies_does_not_speak(side: str) -> None:
         c.reconsider()
         await c._busy
         assert c.state is State.STOPPED and dp.mode is Mode.DROP and c.path_shut
-        assert "now nobody speaks" in c.reason
+        assert "no guest is active now" in c.reason
         assert sent[-1]["type"] == "shut" and sent[-1]["alone"]
         c.replacement._search.cancel()
 
@@ -1335,7 +1339,7 @@ def test_a_first_checkpoint_nobody_finished_sets_the_guest_free() -> None:
 
 
 class Leased:
-    """Of speaker.Speaker what a planned failover asks."""
+    """Of speaker.Speaker what a switchover asks."""
 
     def __init__(self, held: bool, trouble: str, *, may: bool = True) -> None:
         self.held, self.trouble = held, trouble

@@ -78,8 +78,8 @@ ROWS = [
     (LONG, Action.DEGRADE, "slow or cut link"),
     ({**LONG, "automatic": True}, Action.DEGRADE, "slow or cut link"),
     ({**LONG, **ARMED, "state": State.PAUSED}, Action.DEGRADE, "paused"),
-    ({**LONG, **ARMED, "shadow": True}, Action.DEGRADE, "a person decides"),
-    ({"peer_vm_gone": True, "shadow": True}, Action.DEGRADE, "a person decides"),
+    ({**LONG, **ARMED, "shadow": True}, Action.DEGRADE, "an operator decides"),
+    ({"peer_vm_gone": True, "shadow": True}, Action.DEGRADE, "an operator decides"),
     ({"peer_vm_gone": True, "shadow": True, "operator": True}, Action.TAKE_OVER, "data path"),
     ({"peer_vm_gone": True, "shadow": True, **P}, Action.GO_SOLO, "data path"),
     (DEAD, Action.DEGRADE, "automatic failover is off"),
@@ -97,8 +97,8 @@ ROWS = [
     ({"operator": True, "fences": True, "fenced": True}, Action.TAKE_OVER, "oper"),
     ({"state": State.DEGRADED, **P}, Action.REARM, "re-arms"),
     ({"state": State.DEGRADED}, Action.NONE, ""),
-    ({"checkpoint_overdue": True, **P}, Action.ASK_SHUT, "stand down"),
-    ({"colo_exit": True, **P}, Action.ASK_SHUT, "stand down"),
+    ({"checkpoint_overdue": True, **P}, Action.ASK_SHUT, "demote itself"),
+    ({"colo_exit": True, **P}, Action.ASK_SHUT, "demote itself"),
     ({"checkpoint_overdue": True, "own_qmp": False, **P}, Action.DEGRADE, "still answers"),
     ({"colo_exit": True}, Action.DEGRADE, "still answers"),
     ({**DEAD, **LEASE}, Action.ACQUIRE, "waiting for the lease"),
@@ -107,22 +107,22 @@ ROWS = [
     ({**LONG, **HELD}, Action.TAKE_OVER, "the lease is held"),
     ({**LONG, **HELD, **P}, Action.GO_SOLO, "the lease is held"),
     ({**SILENT, **LEASE}, Action.DEGRADE, "slow or cut link"),
-    ({**LONG, **HELD, "peer_standalone": True}, Action.DEGRADE, "has spoken alone"),
-    ({**LEASE, **P, "peer_standalone": True}, Action.STOP, "state is old"),
+    ({**LONG, **HELD, "peer_standalone": True}, Action.DEGRADE, "ran standalone"),
+    ({**LEASE, **P, "peer_standalone": True}, Action.STOP, "state is outdated"),
     ({**LEASE, "operator": True}, Action.ACQUIRE, "operator"),
     ({**LEASE, "peer_vm_gone": True}, Action.ACQUIRE, "data path is shut"),
     ({**LEASE, "peer_vm_gone": True, **P}, Action.GO_SOLO, "data path is shut"),
-    ({**LEASE, "requested": True}, Action.ACQUIRE, "finished"),
+    ({**LEASE, "requested": True}, Action.ACQUIRE, "is completed"),
     ({**LEASE, "may_transmit": False, **P}, Action.DEGRADE, "could not be renewed"),
     (
         CUT,
         Action.DEGRADE,
-        "control channel is cut, but the peer lives: its beacons arrive over peer",
+        "control channel is cut, but the peer lives: its heartbeats arrive over peer",
     ),
     (
         {**CUT, "paths": (replace(LINK, echo_age_ms=1e9),)},
         Action.DEGRADE,
-        "does not hear this side",
+        "does not receive this side",
     ),
     ({**CUT, "peer_slow": True}, Action.DEGRADE, "slow, not dead"),
     ({**CUT, "ending": Ending.CLOSED}, Action.DEGRADE, "not on the control channel"),
@@ -131,19 +131,23 @@ ROWS = [
     ({**LONG_CUT, **ARMED, **P}, Action.DEGRADE, "the peer lives"),  # the guests agree
     ({**LONG_CUT, **HELD}, Action.DEGRADE, "the peer lives"),
     ({**CUT, **ARMED, **P, "waiting": True}, Action.DEGRADE, "the peer lives"),  # not yet
-    ({**LONG_CUT, **ARMED, **P, "waiting": True}, Action.ASK_SHUT, "asked there to stand down"),
+    ({**LONG_CUT, **ARMED, **P, "waiting": True}, Action.ASK_SHUT, "asked to demote itself over"),
     ({**LONG_CUT, **P, "waiting": True}, Action.DEGRADE, "the peer lives"),  # or paused
-    ({**CUT, **P, "colo_exit": True}, Action.ASK_SHUT, "asked there to stand down"),
-    ({**CUT, **P, "checkpoint_overdue": True}, Action.ASK_SHUT, "asked there"),
+    ({**CUT, **P, "colo_exit": True}, Action.ASK_SHUT, "asked to demote itself over"),
+    ({**CUT, **P, "checkpoint_overdue": True}, Action.ASK_SHUT, "asked to demote itself over"),
     ({**CUT, **P, "checkpoint_overdue": True, "own_qmp": False}, Action.DEGRADE, "lives"),
     (
         {**CUT, **ARMED, **P, "colo_exit": True, "peer_silent_ms": 10_001},
         Action.FENCE,
-        "does not stand down when asked: it hears nothing",
+        "does not demote itself when asked: it receives nothing",
     ),
-    ({**CUT, **P, "colo_exit": True, "peer_silent_ms": 10_001}, Action.ASK_SHUT, "asked there"),
+    (
+        {**CUT, **P, "colo_exit": True, "peer_silent_ms": 10_001},
+        Action.ASK_SHUT,
+        "asked to demote itself over",
+    ),
     ({**CUT, "peer_vm_gone": True}, Action.TAKE_OVER, "data path is shut"),
-    ({**LONG, **QUIET, **ARMED}, Action.FENCE, "silent on all paths (control channel, peer link)"),
+    ({**LONG, **QUIET, **ARMED}, Action.FENCE, "silent on all links (control channel, peer link)"),
     ({**LONG, **QUIET, **ARMED}, Action.FENCE, "cannot be told apart"),
     ({**DEAD, **QUIET, **ARMED}, Action.FENCE, "cannot be told apart"),
     ({**SILENT, **QUIET}, Action.DEGRADE, "cannot be told apart"),
@@ -175,15 +179,15 @@ ROWS = [
     ({**STOPPED, **LEASE, **P}, Action.DEGRADE, "stopped on purpose"),
     ({**STOPPED, **LEASE, **P, "waiting": True}, Action.ACQUIRE, "waiting for the lease"),
     # A primary of which nothing is known.
-    (NEW, Action.WAIT, "silent until the other host's controller says"),
-    ({**NEW, **LONG, **ARMED}, Action.WAIT, "silent until"),  # who has just booted fences nobody
-    ({**NEW, "other_guest": OtherGuest.IDLE}, Action.OPEN, "does not speak"),
+    (NEW, Action.WAIT, "silent until the other host's controller reports"),
+    ({**NEW, **LONG, **ARMED}, Action.WAIT, "silent until"),  # just booted: fences nobody
+    ({**NEW, "other_guest": OtherGuest.IDLE}, Action.OPEN, "does not transmit"),
     (
         {**NEW, "other_guest": OtherGuest.TRANSMITTING},
         Action.STOP,
-        "guest speaks: this one must not",
+        "guest transmits: this one must not",
     ),
-    ({**NEW, "other_guest": OtherGuest.COPY}, Action.WAIT, "until a person says which"),
+    ({**NEW, "other_guest": OtherGuest.COPY}, Action.WAIT, "until an operator chooses one"),
     (
         {**NEW, "other_guest": OtherGuest.COPY, "own_guest": OwnGuest.NEW},
         Action.WAIT,
@@ -198,7 +202,7 @@ ROWS = [
     (
         {**NEW, "other_guest": OtherGuest.ENDED, "own_guest": OwnGuest.OLD},
         Action.WAIT,
-        "spoke alone and is gone",
+        "ran standalone and is gone",
     ),
     (
         {**NEW, "other_guest": OtherGuest.ENDED, "own_guest": OwnGuest.NEW},
@@ -222,15 +226,15 @@ ROWS = [
     (
         {**NEW, "operator": True, "fences": True, "other_guest": OtherGuest.COPY},
         Action.ASK_SHUT,
-        "asked to stand down first",
+        "asked to demote itself first",
     ),
     ({**NEW, "own_vm_alive": False}, Action.STOP, "is gone"),
-    # Who spoke alone and has lost its QEMU does not speak any more.
-    ({"state": State.SOLO, "own_vm_alive": False, **P}, Action.STOP, "now nobody speaks"),
-    ({"state": State.PROMOTED, "own_vm_alive": False}, Action.STOP, "now nobody speaks"),
-    ({"state": State.SOLO, **DEAD, **P}, Action.NONE, "decided before"),
-    ({"state": State.PROMOTED, "operator": True}, Action.NONE, "decided before"),
-    ({"state": State.STOPPED, "own_vm_alive": False}, Action.NONE, "decided before"),
+    # A guest that ran standalone and has lost its QEMU does not transmit any more.
+    ({"state": State.SOLO, "own_vm_alive": False, **P}, Action.STOP, "no guest is active now"),
+    ({"state": State.PROMOTED, "own_vm_alive": False}, Action.STOP, "no guest is active now"),
+    ({"state": State.SOLO, **DEAD, **P}, Action.NONE, "already decided"),
+    ({"state": State.PROMOTED, "operator": True}, Action.NONE, "already decided"),
+    ({"state": State.STOPPED, "own_vm_alive": False}, Action.NONE, "already decided"),
 ]
 
 

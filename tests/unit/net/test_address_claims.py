@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Which addresses are the guest's: the cases that ARCHITECTURE.md lists, on scapy's frames."""
+"""Which addresses are the guest's: the cases of docs/design/addresses.md, on scapy's frames."""
 
 from __future__ import annotations
 

@@ -241,17 +241,17 @@ def test_facts_of_a_cut_come_from_the_beacons() -> None:
         c.peer.last_seen_ns = time.monotonic_ns() - 2 * 10**9
         c.view.born_ns = 0
         c.peer.ending = Ending.LOST
-        c._decide()
+        c.reconsider()
         assert "acknowledged nothing" in c.reason and f"control channel, {LINK}" in c.reason
         far.round()
         assert c.paths.core.receive(0, far.make(0, boot_ns(), Flag.VM, 0, 7), boot_ns()) is not None
-        c._decide()
+        c.reconsider()
         assert c.state is State.DEGRADED
         assert "the control channel is cut, but the peer lives" in c.reason
-        assert "does not hear this side's" in c.reason
+        assert "does not receive this side's" in c.reason
         far.receive(0, c.paths.core.make(0, boot_ns(), Flag.VM, 0, 7), boot_ns())
         c.paths.core.receive(0, far.make(0, boot_ns(), Flag.VM, 0, 7), boot_ns())
-        c._decide()
-        assert c.reason.endswith(f"its beacons arrive over {LINK}")
+        c.reconsider()
+        assert c.reason.endswith(f"its heartbeats arrive over {LINK}")
 
     run(body)

@@ -70,7 +70,7 @@ def test_beacons_over_udp(host: str) -> None:
         await until(lambda: p.words)
         (st,) = p.paths.status()
         assert st["received"] == 1 and 0 <= st["silent_ms"] < 5000 and 0 < st["rtt_us"] < 5e6
-        assert st["unheard_ms"] < 5000 and st["trouble"] == ""
+        assert st["echo_age_ms"] < 5000 and st["trouble"] == ""
         for e in (p, s):
             e.paths.close()
         p.say()  # closed: nothing happens
@@ -184,7 +184,7 @@ def test_a_configuration_with_paths() -> None:
         ('["a:1->b:2"]', "is none"),
         ("[7]", "is none"),
         ('["198.51.100.1:1->198.51.100.1:1"]', "two different ends"),
-        ('["192.0.2.1:9850->192.0.2.2:9850"]', "that way is the control channel's"),
+        ('["192.0.2.1:9850->192.0.2.2:9850"]', "which the control channel uses"),
         ('["198.51.100.1:1->198.51.100.2:1", "198.51.100.1:1->198.51.100.3:1"]', "another local"),
         (str([f"198.51.100.1:{i}->198.51.100.2:{i}" for i in range(1, 6)]), "at most 4"),
     ],

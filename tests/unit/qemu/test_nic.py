@@ -53,5 +53,7 @@ def test_the_card_at_the_tap() -> None:
     ],
 )
 def test_what_cannot_be_told_is_refused(text: str, tap: str) -> None:
-    with pytest.raises(NicError, match=rf"{tap} cannot be told.*set \[network\] guest_mac"):
+    with pytest.raises(
+        NicError, match=rf"cannot determine.*attached to {tap} .*set \[network\] guest_mac"
+    ):
         at_tap(text, tap)

@@ -18,7 +18,7 @@ import pytest
 from colo_xdp import abi
 from colo_xdp.compare.causes import Cause
 from colo_xdp.engine.waits import WAIT_BUCKETS
-from colo_xdp.failover.decision import State
+from colo_xdp.failover.decision import Role, State
 from colo_xdp.peer.heartbeat import REFUSALS
 from colo_xdp.status import metrics
 from colo_xdp.status.document import empty
@@ -89,7 +89,7 @@ def test_numbers_are_the_documents(served: tuple[Source, str]) -> None:
     source.doc["peer"]["silent_ms"] = 250.0
     refused = dict.fromkeys(REFUSALS, 0) | {"forged": 4}
     source.doc["heartbeat_links"] = [
-        {"name": "peer link", "silent_ms": 80.0, "unheard_ms": None, "rtt_us": 500.0, "sent": 9,
+        {"name": "peer link", "silent_ms": 80.0, "echo_age_ms": None, "rtt_us": 500.0, "sent": 9,
          "received": 8, "refused": refused, "trouble": ""},
     ]  # fmt: skip
     text = get(url + "/metrics")[1]
@@ -185,12 +185,74 @@ def test_strangers_cannot_read_over_tls(tmp_path: Path) -> None:
         server.close()
 
 
-def test_dashboard_and_alerts_name_only_metrics_that_exist() -> None:
-    suffix = {"counter": ("_total",), "gauge": ("",), "histogram": ("_bucket", "_sum", "_count")}
-    known = {
-        f"colo_xdp_{n}{s}" for n, (kind, _, _) in metrics.METRICS.items() for s in suffix[kind]
-    }
-    for path in (DEPLOY / "grafana/colo-xdp.json", DEPLOY / "prometheus/alerts.yml"):
-        used = set(re.findall(r"colo_xdp_\w+", path.read_text()))
-        assert len(used) > 8
-        assert used <= known, used - known
+SHIPPED = ("deploy/grafana/colo-xdp.json", "deploy/prometheus/alerts.yml")
+QUERIES = (*SHIPPED, "docs/reference/metrics.md", "docs/reference/reasons.md")
+SUFFIX = {"counter": ("_total",), "gauge": ("",), "histogram": ("_bucket", "_sum", "_count")}
+#: metric, as it is scraped -> its labels
+SCRAPED = {
+    f"colo_xdp_{n}{s}": {"pair", "role", *labels, *(("le",) if kind == "histogram" else ())}
+    for n, (kind, _, labels) in metrics.METRICS.items()
+    for s in SUFFIX[kind]
+}
+#: label -> its values
+VALUES = {
+    "reason": {*abi.REASONS, *REFUSALS},
+    "program": {*abi.PROGRAMS},
+    "state": {*map(str, State)},
+    "cause": {*map(str, Cause)},
+    "role": {*map(str, Role)},
+}
+
+
+def text_of(path: str) -> str:
+    text = (DEPLOY.parent / path).read_text()
+    return text.replace('\\"', '"') if path.endswith(".json") else text
+
+
+def alternatives(pattern: str) -> list[str]:
+    """A regular expression with groups of one level, as the expressions that it offers."""
+    m = re.search(r"\(([^()]*)\)", pattern)
+    if m:
+        parts = [pattern[: m.start()] + x + pattern[m.end() :] for x in m[1].split("|")]
+        return [y for x in parts for y in alternatives(x)]
+    return pattern.split("|")
+
+
+@pytest.mark.parametrize("path", QUERIES)
+def test_queries_name_only_metrics_and_labels_that_exist(path: str) -> None:
+    text = text_of(path)
+    used = set(re.findall(r"colo_xdp_\w+", text)) - {"colo_xdp_rule_"}
+    documented = {f"colo_xdp_{n}" for n in metrics.METRICS} if path.endswith(".md") else set()
+    assert len(used) > 1 and used <= {*SCRAPED} | documented, used - {*SCRAPED}
+    for metric, matchers in re.findall(r"(colo_xdp_\w+)\{([^{}]*[=~][^{}]*)\}", text):
+        for label, op, value in re.findall(r'(\w+)\s*(=~|!~|!=|=)\s*"([^"]*)"', matchers):
+            assert label in SCRAPED[metric], f"{metric}{{{label}}}"
+            if label not in VALUES or value.startswith("$"):
+                continue
+            for one in alternatives(value) if "~" in op else [re.escape(value)]:
+                assert any(re.fullmatch(one, v) for v in VALUES[label]), f"{label}{op}{value!r}"
+
+
+@pytest.mark.parametrize("path", SHIPPED)
+def test_what_is_shipped_shows_only_labels_that_the_query_has(path: str) -> None:
+    text = text_of(path)
+    split = r'"refId"' if path.endswith(".json") else r"- alert:"
+    for part in re.split(split, text)[1:]:
+        shown = set(re.findall(r"\{\{\s*(?:\$labels\.)?(\w+)\s*\}\}", part))
+        by = re.search(r"(?:sum|max|min) by \(([^)]*)\)", part)
+        if by:
+            has = {x.strip() for x in by[1].split(",")}
+        else:
+            has = set().union(*(SCRAPED[m] for m in re.findall(r"colo_xdp_\w+", part)))
+        assert shown <= has, (shown - has, part[:200])
+
+
+def test_the_dashboard_and_the_alerts_sum_by_prefix() -> None:
+    for path in SHIPPED:
+        for prefix in ("drop_", "offload_", "punt_", "note_"):
+            assert re.search(rf'reason=~"{prefix}', text_of(path)), (path, prefix)
+
+
+def test_a_wrong_reason_would_be_seen() -> None:
+    assert alternatives("a_(b|c)_d|e") == ["a_b_d", "e", "a_c_d", "e"]
+    assert not any(re.fullmatch("dropped_.*", v) for v in VALUES["reason"])
