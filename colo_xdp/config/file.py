@@ -2,7 +2,7 @@
 """Read and write the configuration file: one TOML file per host and pair. Pure, no look-ups.
 
 The reader, `as_toml` and DOCS are generated from the declarations in config/schema.py. All mistakes
-of a file are reported together. The command line loads the file once at the start.
+of a file are reported together. The command line and the controller's reload call load().
 """
 
 from __future__ import annotations

@@ -433,7 +433,7 @@ def scenes() -> list[Scene]:
         Scene(
             "svm_arrival", "ack lets the PVM's go", "offload_acked", (_acks(0, 200), _acks(1, 200))
         ),
-    ]  # fmt: skip
+    ]
     return out
 
 
