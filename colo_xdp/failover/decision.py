@@ -2,8 +2,8 @@
 """Decide what to do about the pair: a pure function from facts to an action and a reason.
 
 Read the table from the top: the first row whose condition holds decides. Each answer carries one
-sentence, which goes to the log, the status and the history. The controller calls decide() whenever
-a fact changes and carries the action out.
+sentence, which goes to the log, the status and the history. The controller calls decide() on its
+timer and when a fact has changed, and carries the action out.
 
 One rule is behind all rows: a guest may run standalone only if the other one is certain to be
 silent. It is certain if the other controller reports that its QEMU is gone and its data path shut,

@@ -10,8 +10,8 @@ so the kernel accepts nothing from other addresses and reports a host that refus
 
 Nothing here blocks: a datagram that cannot be sent is counted and reported once, and a socket whose
 device or address is gone is reopened with the next datagram. At most BUDGET datagrams are read from
-a link between two sends, so that a flood costs that link and nothing else. The controller's
-heartbeats task owns the HeartbeatLinks object.
+a link between two sends, so that a flood costs that link and nothing else. The controller owns the
+HeartbeatLinks object.
 """
 
 from __future__ import annotations

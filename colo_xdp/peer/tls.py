@@ -9,7 +9,7 @@ There are two ways to establish trust, both mutual and TLS 1.3 only:
   one; a certificate that names none (the user's own) is its own identity.
 
 There are no session tickets: a resumed session would skip the check of the certificate, which may
-have expired. peer/channel.py is the caller.
+have expired. peer/channel.py uses it for each connection.
 """
 
 from __future__ import annotations

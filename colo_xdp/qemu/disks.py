@@ -3,7 +3,7 @@
 
 Both guests run and both write. A checkpoint copies memory but not disks: an image that both open is
 destroyed, and of two images each holds only what its own guest wrote. Neither QEMU nor the guest's
-file system notices. The controller and the doctor call refusal().
+file system notices. The controller calls refusal(), the doctor uncovered() and missing().
 """
 
 from __future__ import annotations

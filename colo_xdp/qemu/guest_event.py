@@ -3,7 +3,7 @@
 
 Names, reasons and actions come from QEMU's qapi/run-state.json (SHUTDOWN, RESET, POWERDOWN,
 GUEST_PANICKED, GUEST_CRASHLOADED, ShutdownCause, GuestPanicAction) and qapi/block-core.json
-(BLOCK_IO_ERROR). controller/guest_lifecycle.py acts on the result.
+(BLOCK_IO_ERROR). The controller acts on the result.
 """
 
 from __future__ import annotations

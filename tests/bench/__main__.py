@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""`make bench`: every part, a report, a table and plots in build/.
+"""Run `make bench`: every part, a report, a table and plots in build/.
 
-python -m tests.bench [--quick] [--publish] [--out DIR] [PART...]
+    python -m tests.bench [--quick] [--publish] [--out DIR] [PART...]
 
 A part that fails is an entry with "error" in the report; the others still run, and the exit
 status is 1. A missed goal is no failure. --publish puts table and plots into docs/benchmarks.md and
@@ -30,7 +30,7 @@ from .report import Part
 
 Run = Callable[[Part, bool, Path], None]
 
-#: key, title, what measures it
+#: key, title, measuring function
 PARTS: dict[str, tuple[str, Run]] = {
     "programs": ("ns per frame of each program and path, the empty program as zero", programs.run),
     "held": (
@@ -51,8 +51,10 @@ BUILD = Path(__file__).parents[2] / "build"
 
 
 def leftovers() -> None:
-    """Remove what a run that was killed may have left: processes, namespaces with all that is in
-    them, pins. Ordinary children die with their parent (stats.child)."""
+    """Remove what a killed run may have left: processes, namespaces with their contents, pins.
+
+    Ordinary children die with their parent (stats.child).
+    """
     listed = subprocess.run(["ip", "netns"], capture_output=True, text=True, check=True).stdout
     mine = ("cxb", "cxg")
     for line in listed.splitlines():
@@ -73,7 +75,7 @@ def leftovers() -> None:
 
 
 def measure(names: list[str], quick: bool, build: Path) -> list[Part]:
-    """The parts, one after the other."""
+    """Run the parts one after the other."""
     out = []
     for name in names:
         title, run = PARTS[name]

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Three proxies around the same real guests: none, QEMU's own, ours (fast path on and off).
+"""Compare three proxies around the same real guests: none, QEMU's, ours (fast path on and off).
 
-The laboratory of the demo builds each arm anew: the same images, the same taps with vnet_hdr, the
-same client. With no proxy only one guest works, with a proxy two do, on the same CPUs. QEMU's own
-proxy is set up as its docs/COLO-FT.txt does it, with vnet_hdr_support on every object and unix
-sockets instead of TCP ones. Both kinds of proxy may ask for checkpoints at any time; periodic ones
-are put off to an hour in all arms, so that only needed ones are counted. What a proxy loses is
-counted from outside: UDP echoes that are never answered, and segments that the guest's TCP had to
-send again.
+The demo's laboratory builds each arm from scratch: the same images, the same taps with vnet_hdr,
+the same client. Without a proxy only one guest works, with a proxy two do, on the same CPUs. QEMU's
+own proxy is set up as its docs/COLO-FT.txt describes, with vnet_hdr_support on every object and
+Unix sockets instead of TCP ones. Both kinds of proxy may request checkpoints at any time; periodic
+ones are deferred by an hour in all arms, so that only needed ones are counted. What a proxy loses
+is counted from outside: UDP echoes that are never answered, and segments that the guest's TCP had
+to retransmit.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ BULK, SMALL, PAGE = "big", "index.html", "f100k"
 
 
 class Events:
-    """Counts STOP events of a QEMU on the QMP socket that the controller would use."""
+    """Count STOP events of a QEMU on the QMP socket that the controller would use."""
 
     def __init__(self, path: Path) -> None:
         self.stops = 0
@@ -103,7 +103,7 @@ class QemuLab(Lab):
         return v
 
     def protect(self) -> float:
-        """Enter COLO as the documentation does, by QMP alone."""
+        """Enter COLO as the documentation describes, by QMP alone."""
         t = time.monotonic()
         p, s = self.vm["primary"], self.vm["secondary"]
         caps = [{"capability": c, "state": True} for c in ("x-colo", "events")]
@@ -125,7 +125,7 @@ class QemuLab(Lab):
 
 @dataclass
 class Seen:
-    """What the client saw of one arm; times in seconds, one entry per request."""
+    """What the client saw of one arm; times in s, one entry per request."""
 
     bulk: list[float] = field(default_factory=list)
     bulk_cpu: list[float] = field(default_factory=list)
@@ -137,8 +137,8 @@ class Seen:
     udp_sent: int = 0
     udp_lost: int = 0
     resent: int = 0
-    proxy_lost: int = 0  # as the proxy itself says
-    by_k: int = 0  # frames that the fast path let go
+    proxy_lost: int = 0  # as the proxy itself reports
+    by_k: int = 0  # frames that the fast path released
     waited: list[int] = field(default_factory=list)  # frames of the slow path by U_BUCKETS
     waited_k: list[int] = field(default_factory=list)  # frames of the fast path by K_BUCKETS
 
@@ -150,7 +150,7 @@ def _lab(arm: str, directory: Path) -> Iterator[Lab]:
     lab = kind(directory, tag=TAG, overrides=fast)
     try:
         lab.up()
-        if arm in ("none", "QEMU"):  # no controller of ours puts the tap there
+        if arm in ("none", "QEMU"):  # no controller of ours adds the tap there
             lab.net.join(lab.net.primary)
         yield lab
     finally:
@@ -172,14 +172,14 @@ def _sum(a: list[int], b: list[int]) -> list[int]:
 
 
 def _resent(lab: Lab) -> int:
-    """RetransSegs of the guest that answers."""
+    """Return RetransSegs of the guest that answers."""
     text = lab.client.run("cat /proc/net/snmp")
     rows = [line.split() for line in text.splitlines() if line.startswith("Tcp:")]
     return int(dict(zip(*rows, strict=True))["RetransSegs"]) if len(rows) == 2 else 0
 
 
 def _prove(lab: Lab, events: Events | None) -> None:
-    """That the proxy was in the way: a page that differs must cost a checkpoint."""
+    """Prove that the proxy was in the path: a page that differs must cost a checkpoint."""
 
     def count() -> int:
         return events.stops if events else lab.checkpoints()
@@ -190,7 +190,7 @@ def _prove(lab: Lab, events: Events | None) -> None:
 
 
 def once(arm: str, directory: Path, bulk: int, small: int, seen: Seen) -> None:
-    """One life of one arm."""
+    """Run one life of one arm."""
     with _lab(arm, directory) as lab:
         events: Events | None = None
         if arm != "none":
@@ -214,7 +214,7 @@ def once(arm: str, directory: Path, bulk: int, small: int, seen: Seen) -> None:
             seen.checkpoints += after - before
             if arm != "none":
                 _prove(lab, events)
-            # Not before: the question itself is a page that two guests do not answer alike.
+            # Not before: the question itself is a page that two guests answer differently.
             seen.resent += _resent(lab) - (resent or 0)
             if arm == "QEMU":
                 log = lab.vm["primary"].log.read_text(errors="replace")
@@ -235,8 +235,8 @@ def once(arm: str, directory: Path, bulk: int, small: int, seen: Seen) -> None:
 
 
 def run(part: Part, quick: bool, build: Path) -> None:
-    """All arms in turns."""
-    # The speed of a guest's whole life differs by more than the proxies do: many short ones.
+    """Run all arms in turns."""
+    # The speed of a guest differs more between its lives than the proxies do: many short ones.
     rounds, bulk, small = (1, 5, 20) if quick else (8, 4, 60)
     seen: dict[str, Seen] = {a: Seen() for a in ARMS}
     errors: dict[str, str] = {}
@@ -289,13 +289,13 @@ def run(part: Part, quick: bool, build: Path) -> None:
     _goals(part, good, size, p99)
 
 
-#: upper ends of the histograms' buckets, seconds
+#: upper bounds of the histograms' buckets, s
 U_BUCKETS = (*WAIT_BUCKETS, 60.0)
 K_BUCKETS = tuple(1e-6 * 2**i for i in range(24))
 
 
 def _bound(bounds: tuple[float, ...], histogram: list[int], p: float) -> float:
-    """Upper end of the bucket in which the percentile lies, seconds."""
+    """Return the upper bound of the bucket with the percentile, s."""
     need, total = sum(histogram) * p / 100, 0
     for bound, n in zip(bounds, histogram, strict=True):
         total += n
@@ -305,8 +305,10 @@ def _bound(bounds: tuple[float, ...], histogram: list[int], p: float) -> float:
 
 
 def _fast_path_waits() -> list[int]:
-    """The pinned map offload_waits (bpf/offload/offload.h) of the laboratory's pair; all zero
-    without the fast path."""
+    """Read the pinned map offload_waits (bpf/offload/offload.h) of the laboratory's pair.
+
+    All values are zero without the fast path.
+    """
     path = f"{loader.pin_dir('/sys/fs/bpf', PAIR, 'primary')}/offload_waits"
     if not Path(path).exists():
         return [0] * len(K_BUCKETS)

@@ -1,16 +1,15 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * Plays a prepared schedule of frames into two stream sockets and counts the frames that a third
- * one gives back. Fast enough to keep QEMU's colo-compare or filter chain busy all the time; what
- * comes out is read at once by a thread of its own, since QEMU drops what it cannot write.
+ * Play a prepared schedule of frames into two stream sockets and count the frames that a third one
+ * returns. It is fast enough to keep QEMU's colo-compare or filter chain busy all the time. A thread
+ * of its own reads the output at once, because QEMU drops what it cannot write.
  *
  * feed FILE PVM SVM OUT LIMIT VNET   (descriptors of connected sockets; VNET: 1 or 0)
  *
  * FILE: records of one byte (0: to PVM, 1: to SVM), the length of what follows (32 bits, network
- * order), and bytes that are written as they are (QEMU's own framing included). At most LIMIT
- * frames of the PVM are on their way at a time; VNET: QEMU's framing has a second length. Prints
- * how many frames came out and went in, and the seconds from the first byte in to the last frame
- * out.
+ * order), and bytes that are written unchanged (QEMU's own framing included). At most LIMIT frames
+ * of the PVM are in flight at a time; VNET: QEMU's framing has a second length. Prints the number of
+ * frames that came out and went in, and the seconds from the first byte in to the last frame out.
  */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
@@ -80,7 +79,7 @@ static void *reader(void *unused)
 	return 0;
 }
 
-/* Until fewer than `limit` of `sent` frames are on their way. 0: nothing came out for long. */
+/* Wait until fewer than `limit` of `sent` frames are in flight; 0: nothing came out for long. */
 static int wait_for(long sent, long limit)
 {
 	double end = now() + PATIENCE_S;

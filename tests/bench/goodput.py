@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""TCP goodput (iperf3) of a real sender whose own frames, copied, play the SVM.
+"""Measure TCP goodput (iperf3) of a real sender whose own frames, copied, play the SVM.
 
-guest ns: e0 --- gv :host: bridge --- uplink --- c0 :client
-          copies: e0 egress -> d0 - d1 -> s0 --- peer0 :host
-The copy takes one hop more than the frame, so the PVM is ahead, as it is with real guests.
+    guest ns: e0 --- gv :host: bridge --- uplink --- c0 :client
+              copies: e0 egress -> d0 - d1 -> s0 --- peer0 :host
 
-Steering (RPS) says on which CPU all that the sender's side and the host receive is worked on: on
-one, or spread over all by the hash of the flow. Without it the sender's moves from CPU to CPU would
-reorder the copies and the acks, which no wire does. The client stays as it is.
+The copy takes one hop more than the frame, so the PVM is ahead, as with real guests.
+
+Steering (RPS) determines on which CPU everything that the sender's side and the host receive is
+processed: on one, or spread over all by the hash of the flow. Without it the sender's moves from
+CPU to CPU would reorder the copies and the acks, which no wire does. The client stays as it is.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ def _index(ns: str, dev: str) -> int:
 
 @contextmanager
 def network(offloads: bool) -> Iterator[None]:
-    """The three namespaces."""
+    """Create the three namespaces."""
     close()
     try:
         for ns in (HOST, GUEST, CLIENT):
@@ -121,8 +122,11 @@ def _copies() -> Iterator[Any]:
 
 @contextmanager
 def _proxy(bridge: bool) -> Iterator[TierU]:
-    """Our programs on gv and peer0: a veth, so not by way of DataPath. pvm_in is not there (in the
-    plain arm nothing is mirrored either), so the fast path is told where the client is."""
+    """Attach our programs to gv and peer0: a veth, so not through DataPath.
+
+    pvm_in is not attached (nothing is mirrored in the plain arm either), so the fast path is told
+    where the client is.
+    """
     work = tempfile.mkdtemp(prefix="colo-bench.")
     with inside(HOST):
         cleanup.cleanup(PAIR, "/sys/fs/bpf", work, force=True)
@@ -165,14 +169,14 @@ def _proxy(bridge: bool) -> Iterator[TierU]:
 
 
 def _steer(cpus: int) -> None:
-    """Bit mask of the CPUs that work on what these devices receive."""
+    """Set the mask of the CPUs that process what these devices receive."""
     for ns, dev in ((HOST, "gv"), (HOST, "peer0"), (HOST, "uplink"), (GUEST, "d1"), (GUEST, "e0")):
         path = f"/sys/class/net/{dev}/queues/rx-0/rps_cpus"
         sh("ip", "netns", "exec", ns, "sh", "-c", f"echo {cpus:x} > {path}")
 
 
 def once(arm: str, offloads: bool, seconds: int, flows: int = 1, cpus: int = 1) -> dict[str, float]:
-    """Gbit/s, segments sent again and CPU seconds of the machine; `cpus`: see _steer()."""
+    """Return Gbit/s, retransmitted segments and the machine's CPU seconds; `cpus`: see _steer()."""
     with network(offloads), nullcontext() if arm == "plain" else _copies() as put:
         _steer(cpus)
         if arm == "mirror only":
@@ -211,7 +215,7 @@ def once(arm: str, offloads: bool, seconds: int, flows: int = 1, cpus: int = 1) 
 
 
 SHARE = "left by the fast path, % of the bytes"
-#: begins the names of what explains a figure
+#: prefix of the names of what explains a figure
 HANDED, ASKED, DROPPED = (
     "handed to the slow path: ",
     "asked for a checkpoint: ",
@@ -220,8 +224,10 @@ HANDED, ASKED, DROPPED = (
 
 
 def _offsets_sent(slow: TierU | None) -> dict[str, float]:
-    """How often the fast path handed a connection over and the slow path asked for a checkpoint, by
-    reason."""
+    """Return how often the fast path punted a connection and the slow path requested a checkpoint.
+
+    Both by reason.
+    """
     if slow is None:
         return {}
     out = {ASKED + cause: float(n) for cause, n in Counter(slow.asked).items()}
@@ -247,13 +253,13 @@ def _offsets_sent(slow: TierU | None) -> dict[str, float]:
 
 
 def _dropped() -> int:
-    """Frames that found the queue of a CPU full (net.core.netdev_max_backlog), on any device."""
+    """Return the frames that met a full CPU queue (net.core.netdev_max_backlog), on any device."""
     text = Path("/proc/net/softnet_stat").read_text()
     return sum(int(line.split()[1], 16) for line in text.splitlines())
 
 
 def with_deadline(p: subprocess.Popen[str]) -> None:
-    """Wait a little for its end."""
+    """Wait a limited time for its end."""
     try:
         p.wait(0.05)
     except subprocess.TimeoutExpired:
@@ -281,7 +287,7 @@ def measure(
     flows: int = 1,
     cpus: int = 1,
 ) -> dict[str, float]:
-    """Ratios by arm; the arms take turns. Empty if it could not be measured."""
+    """Return ratios by arm; the arms take turns. Empty if it could not be measured."""
     runs: dict[str, list[dict[str, float]]] = {a: [] for a in arms}
     try:
         for _ in range(repeats):
@@ -311,12 +317,12 @@ def measure(
     return {a: s.median for a, s in gbit.items()}
 
 
-#: an issue names no number for this one
+#: the goals set no number for this one
 TOGETHER = 0.95
 
 
 def run(part: Part, quick: bool, _build: Path) -> None:
-    """One flow with and without offloads; several on one CPU and on all."""
+    """Measure one flow with and without offloads; several on one CPU and on all."""
     n, t = (1, 1) if quick else (5, 2)
     got = {
         on: measure(part, f"one flow, offloads {'on' if on else 'off'}", ALL, n, t, offloads=on)

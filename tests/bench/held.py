@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What it costs to hold, compare and release, on real devices.
+"""Measure what it costs to hold, compare and release, on real devices.
 
-Stand-in guests: this process writes the PVM's frames to a tap and the SVM's to the peer link,
-everything that the kernel does with them it does on the CPU that writes. The floor is the same
-with no program of ours: the PVM's frames are forwarded, the SVM's dropped, which any COLO proxy
-has to pay. What Python needs to call write() is measured with /dev/null and taken off everywhere.
-The client acks what has left, as pvm_in sees it (with_acks()); what that costs is in no figure
-here, but in part `programs`.
+Stand-in guests: this process writes the PVM's frames to a tap and the SVM's to the peer link, and
+everything that the kernel does with them it does on the CPU that writes. The lower bound is the
+same with no program of ours: the PVM's frames are forwarded, the SVM's dropped, which any COLO
+proxy has to pay. Python's own cost of calling write() is measured with /dev/null and subtracted
+everywhere. The client acknowledges what has left, as pvm_in sees it (with_acks()); that cost is in
+no figure here, but in the part `programs`.
 
-All arms are built once and take turns; each run begins with connections that are new to the proxy.
+All arms are built once and take turns; each run starts with connections that are new to the proxy.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from .report import Part, Spread
 
 PAIR = "bench"
 MASK = 0xFFFFFFFF
-BATCH = 32  # frames between two looks of the slow path at its events
+BATCH = 32  # frames between two reads of the event ring by the slow path
 PORT = 10_000  # of the first connection
 ARMS = ("floor", "K", "K bridge", "U")
 
@@ -57,14 +57,14 @@ class Case:
     payload: int
     svm_payload: int = 0  # 0: the same
     conns: int = 1
-    lag: int = 1  # frames that one guest is behind
+    lag: int = 1  # frames by which one guest lags behind
     frames: int = 12_000
     svm_first: bool = False  # the PVM is the late one
     udp: bool = False
 
     @property
     def kind(self) -> str:
-        """Which goal it belongs to."""
+        """The goal that it belongs to."""
         if self.udp:
             return "datagrams"
         if self.svm_payload:
@@ -73,7 +73,7 @@ class Case:
 
 
 def cases() -> list[Case]:
-    """Sizes, boundaries, connections, and by how much who is late."""
+    """Yield sizes, boundaries, connections, and which guest is late by how much."""
     out = []
     for name, payload, svm, few in (
         ("MTU", 1448, 0, 12_000), ("64 KB", 64_000, 0, 1_500),
@@ -112,7 +112,7 @@ def quick_cases() -> list[Case]:
 
 
 def frame(port: int, at: int, n: int, tagged: bool, datagram: bool = False) -> bytes:
-    """virtio_net_hdr and frame; `tagged`: as the secondary's controller sends it."""
+    """Build virtio_net_hdr and frame; `tagged`: as the secondary's controller sends it."""
     if datagram:
         data = udp(bytes(n), dport=port, partial=True)
     else:
@@ -131,9 +131,9 @@ Write = tuple[int, bytes]  # PVM, SVM or CLIENT; what
 
 
 def plan(case: Case) -> list[Write]:
-    """Both guests' frames, in the order in which they are written."""
-    # With other boundaries every connection has bytes outstanding almost always: no more of them
-    # at a time than there are buffers for.
+    """Return both guests' frames in the order in which they are written."""
+    # With other boundaries every connection has bytes outstanding almost always: no more
+    # connections at a time than there are buffers.
     block = 128 if case.svm_payload else case.conns
     out: list[Write] = []
     for first in range(0, case.conns, block):
@@ -165,10 +165,10 @@ def _plan(case: Case, conns: range) -> list[Write]:
 
 
 def with_acks(case: Case, writes: list[Write]) -> list[Write]:
-    """The same, and the client acks what both guests have sent, as if it were near.
+    """Return the same with acks by the client of what both guests have sent, as if it were near.
 
-    After 32 frames of the late guest, or 4 large ones of one connection: in each connection that
-    has moved since, all of it.
+    They come after 32 frames of the late guest, or 4 large ones of one connection: everything, in
+    each connection that has moved since.
     """
     if case.udp:
         return writes
@@ -195,14 +195,14 @@ def with_acks(case: Case, writes: list[Write]) -> list[Write]:
 
 
 def client_ack(port: int, ack: int) -> bytes:
-    """A client's frame, as it writes it to its device."""
+    """Build a client's frame as it writes it to its device."""
     return tcp(seq=5000, ack=ack & MASK, flags=0x10, dport=port, reverse=True)
 
 
 def write_all(
     writes: list[Write], fds: tuple[int, ...], each: Callable[[], None] | None = None
 ) -> tuple[int, int]:
-    """(CPU ns, wall ns) of the guests' writes, and of each(), called after BATCH of them."""
+    """Return (CPU ns, wall ns) of the guests' writes, and of each(), called after BATCH of them."""
     write = os.write
     for fd in fds:
         os.set_blocking(fd, True)
@@ -225,7 +225,7 @@ def write_all(
 
 
 def calls(writes: list[Write]) -> tuple[int, int]:
-    """What Python needs for as many writes."""
+    """Return what Python needs for as many writes."""
     null = os.open("/dev/null", os.O_WRONLY)
     try:
         return min(write_all(writes, (null, null, null)) for _ in range(3))
@@ -235,7 +235,7 @@ def calls(writes: list[Write]) -> tuple[int, int]:
 
 @contextmanager
 def bench_net(tag: str = "cxb") -> Iterator[tuple[Net, Tap, Tap]]:
-    """tap0 in a bridge with the client, and a tap that stands in for the peer link."""
+    """Create tap0 in a bridge with the client, and a tap that stands in for the peer link."""
     net = Net(tag)
     try:
         sh("ip", "-n", net.host, "link", "del", "peer0")
@@ -268,7 +268,7 @@ def sink() -> SimpleNamespace:
 
 
 def config_text(run_dir: str, fast: str, memory: int, uplink: str, pair: str) -> str:
-    """As short as the daemon takes it."""
+    """Return the shortest configuration that the daemon accepts."""
     return f"""
         pair = "{pair}"
         role = "primary"
@@ -297,7 +297,7 @@ def config_text(run_dir: str, fast: str, memory: int, uplink: str, pair: str) ->
 def data_path(
     net: Net, fast: str, memory: int = 256, uplink: str = "auto", pair: str = PAIR
 ) -> Iterator[DataPath]:
-    """Ours, on the devices of the namespace, with no controller."""
+    """Load our data path on the devices of the namespace, without a controller."""
     with tempfile.TemporaryDirectory(prefix="colo-bench.") as work:
         path = Path(work) / "pair.toml"
         path.write_text(config_text(work, fast, memory, uplink, pair))
@@ -314,7 +314,7 @@ def data_path(
 
 
 def words(datagrams: bool = False) -> bytes:
-    """A connection at the numbers where frame() begins; or a flow of UDP."""
+    """Return a connection's state at the numbers where frame() begins; or that of a UDP flow."""
     if datagrams:
         return abi.OFFLOAD.pack(1, *[0] * 14, b"", b"")
     return abi.OFFLOAD.pack(
@@ -323,7 +323,7 @@ def words(datagrams: bool = False) -> bytes:
 
 
 def give_all(dp: DataPath, case: Case) -> None:
-    """All connections of a case to the fast path, as if it had never seen them."""
+    """Offload all connections of a case, as if the fast path had never seen them."""
     assert dp.fast is not None
     request = OffloadRequest(words(case.udp), b"")
     for c in range(case.conns):
@@ -333,14 +333,14 @@ def give_all(dp: DataPath, case: Case) -> None:
         dp.fast.reclaim(key)
         if (
             dp.fast.give(key, request, 0) is not OffloadResult.ACCEPTED
-        ):  # frames of it have been to user space
+        ):  # frames of it have been punted to user space
             dp.objects.map("conns").delete(conn_key(key))
             if not (dp.fast.offer(key) and dp.fast.give(key, request, 0) is OffloadResult.ACCEPTED):
                 raise RuntimeError("a connection was not taken")
 
 
 def hear_client(dp: DataPath, net: Net) -> None:
-    """As its acks would tell all the time: the client is at the uplink."""
+    """Note that the client is at the uplink, as its acks would report all the time."""
     with inside(net.host):
         dp.watch_bridge()
         port = attach.link_info("uplink").index
@@ -349,14 +349,14 @@ def hear_client(dp: DataPath, net: Net) -> None:
 
 
 def tell_port(objects: loader.Objects, mac: bytes, port: int) -> None:
-    """The fast path's note that a client is at a port of the bridge, for a quarter of an hour."""
+    """Set the fast path's note that a client is at a port of the bridge, for 15 minutes."""
     key = struct.unpack("=I", mac[:4])[0] << 16 | struct.unpack("=H", mac[4:])[0]
     ever = time.monotonic_ns() + 10**12
     objects.map("clients").set(struct.pack("=Q", key), abi.CLIENT.pack(ever, port, 0))
 
 
 class TierU:
-    """Engine and data path as the primary's controller runs them."""
+    """Run engine and data path as the primary's controller does (the slow path)."""
 
     def __init__(self, dp: DataPath) -> None:
         self.dp = dp
@@ -372,7 +372,7 @@ class TierU:
         self.dp.injectors["release"].send(rec.frame, rec.gso_size, rec.partial, rec.gso_type)
 
     def wait(self, seconds: float) -> None:
-        """Until there may be something to do."""
+        """Wait until there may be something to do."""
         select.select(self.dp.reader.fds, [], [], seconds)
 
     def __call__(self) -> None:
@@ -395,13 +395,13 @@ class TierU:
 
 
 def received(net: Net) -> int:
-    """Bytes that the client got."""
+    """Return the number of bytes that the client received."""
     path = "/sys/class/net/c0/statistics/rx_bytes"
     return int(sh("ip", "netns", "exec", net.client, "cat", path))
 
 
 def handed(dp: DataPath) -> dict[str, int]:
-    """Why the fast path has handed connections over, if it has."""
+    """Return why the fast path has punted connections, if it has."""
     return {r: n for r, (n, _) in dp.counters()["offload"].items() if n}
 
 
@@ -416,7 +416,7 @@ class Arm:
     handed: dict[str, int] = field(default_factory=dict)
 
     def begin(self, case: Case) -> TierU | None:
-        """New connections; the slow path if it is its turn."""
+        """Start new connections, and the slow path if this is its arm."""
         if self.name == "U":
             assert self.dp is not None
             return TierU(self.dp)
@@ -427,7 +427,7 @@ class Arm:
         return None
 
     def check(self, what: str, slow: TierU | None, got: int, expected: int) -> None:
-        """A figure of frames that did not take the way in question is none."""
+        """Reject a figure whose frames did not take the path in question."""
         if slow is not None and slow.asked:
             raise RuntimeError(f"{what}: the slow path asked for a checkpoint: {slow.asked[:3]}")
         if slow is None and self.dp is not None and handed(self.dp) != self.handed:
@@ -438,7 +438,7 @@ class Arm:
 
 @contextmanager
 def arm(name: str) -> Iterator[Arm]:
-    """One of ARMS, in namespaces of its own."""
+    """Build one of ARMS, in namespaces of its own."""
     n = ARMS.index(name)
     with bench_net(f"cxb{n}") as (net, guest, peer), ExitStack() as stack:
         dp = None
@@ -458,13 +458,13 @@ def arm(name: str) -> Iterator[Arm]:
 
 
 def rotated(arms: list[Arm], turn: int) -> list[Arm]:
-    """Another one first each time: who comes after what must not matter."""
+    """Put another one first each time: the order must not matter."""
     n = turn % len(arms)
     return arms[n:] + arms[:n]
 
 
 def once(a: Arm, case: Case, writes: list[Write], expected: int) -> tuple[int, int]:
-    """CPU and wall ns of one run."""
+    """Return CPU and wall ns of one run."""
     before = received(a.net)
     slow = a.begin(case)
     ns = write_all(writes, a.fds, slow)
@@ -473,7 +473,7 @@ def once(a: Arm, case: Case, writes: list[Write], expected: int) -> tuple[int, i
 
 
 def measure(case: Case, arms: list[Arm], repeats: int) -> tuple[dict[str, Spread], ...]:
-    """ns of CPU and of wall per frame of the PVM, Python's calls taken off, by arm."""
+    """Return ns of CPU and of wall time per frame of the PVM, without Python's calls, by arm."""
     writes = with_acks(case, plan(case))
     frames = sum(1 for side, _ in writes if side == PVM)
     expected = sum(len(d) - 10 for side, d in writes if side == PVM)
@@ -492,7 +492,7 @@ GOALS = {"MTU frames": 0.85, "64 KB frames": 0.75, "different boundaries": 0.6}
 
 
 def run(part: Part, quick: bool, _build: Path) -> None:
-    """All cases; a case that fails is reported and the others go on."""
+    """Run all cases; a case that fails is reported and the others continue."""
     todo = quick_cases() if quick else cases()
     reached: dict[tuple[str, int], float] = {}
     with ExitStack() as stack:

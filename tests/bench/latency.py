@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What a released frame waits, once both guests have sent it.
+"""Measure how long a released frame waits once both guests have sent it.
 
 One frame at a time: the early guest's, then a reading of the clock, then the late guest's; the
-kernel stamps what reaches the client. The floor is plain forwarding, from the clock to the client's
-stamp of the PVM's frame. The late frame's write() is in both. In the slow path this process is the
-controller too, awake and idle when the event comes.
+kernel timestamps what reaches the client. The lower bound is plain forwarding, from the clock to
+the client's timestamp of the PVM's frame. The late frame's write() is in both. In the slow path
+this process is the controller too, awake and idle when the event comes.
 
 The histogram that the product keeps (colo_xdp_wait_seconds, the fast path's included) is read from
-a real pair in arms.py; it counts the other guest's time too.
+a real pair in arms.py; it includes the other guest's time.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def _sniffer(ns: str) -> socket.socket:
 
 
 def _arrival(s: socket.socket) -> int:
-    """CLOCK_REALTIME ns of the next frame."""
+    """Return the CLOCK_REALTIME ns of the next frame."""
     try:
         _, anc, _, _ = s.recvmsg(100, 128)
     except TimeoutError as e:
@@ -76,13 +76,13 @@ def _round(a: held.Arm, sniffer: socket.socket, svm_late: bool, count: int) -> l
 
 
 def percentile(values: list[int], p: float) -> float:
-    """The value below which p percent are."""
+    """Return the value below which p percent are."""
     ordered = sorted(values)
     return float(ordered[min(len(ordered) - 1, int(len(ordered) * p / 100))])
 
 
 def run(part: Part, quick: bool, _build: Path) -> None:
-    """Floor, K and U, the SVM late and the PVM late."""
+    """Measure lower bound, fast path and slow path, with the SVM late and with the PVM late."""
     count, rounds = (500, 3) if quick else (4000, 5)
     with ExitStack() as stack:
         arms = [stack.enter_context(held.arm(n)) for n in held.ARMS]

@@ -1,17 +1,18 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""CPU per frame against the installed QEMU's colo-compare and filter-rewriter, on the same frames.
+"""Compare CPU per frame with the installed QEMU's colo-compare and filter-rewriter, on equal
+frames.
 
-colo-compare runs in a QEMU without a machine; feed.c gives it both guests' frames by unix sockets
-and takes what it releases. Counted is the CPU time of all of QEMU's threads, per released frame,
-with vnet_hdr_support on. Against it stands the fast path's own share: the CPU time of the same
-frames on real devices less the floor (held.py), that is, less what forwarding the PVM's frames and
-dropping the SVM's costs without us. QEMU's figure has the reading and writing of its sockets in
-it, which is how frames come to it; it does not have the two filters that feed these sockets.
+colo-compare runs in a QEMU without a machine; feed.c passes it both guests' frames through Unix
+sockets and takes what it releases. Counted is the CPU time of all of QEMU's threads, per released
+frame, with vnet_hdr_support on. It is compared with the fast path's own share: the CPU time of the
+same frames on real devices minus the lower bound (held.py), that is, minus the cost of forwarding
+the PVM's frames and dropping the SVM's without us. QEMU's figure includes reading and writing its
+sockets, which is how frames reach it; it does not include the two filters that feed these sockets.
 
-The rewriter stands in a chain of redirectors, without a guest, with it and without it: the
-difference is its own share. Ours is svm_out and svm_in by single test runs, the empty program
-taken off; our own share is what they cost over a program that only tags (untags) and redirects.
-The chain against ours as a whole: what it costs on devices from the guest's tap to the peer link.
+The rewriter is measured in a chain of redirectors, without a guest, with it and without it: the
+difference is its own share. Ours is svm_out and svm_in by single test runs, minus the empty
+program; our own share is what they cost over a program that only tags (untags) and redirects. The
+whole chain is compared with our cost on devices from the guest's tap to the peer link.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ VNET = 10  # bytes of virtio_net_hdr
 
 
 def feeder(build: Path) -> Path:
-    """feed.c, compiled."""
+    """Compile feed.c."""
     out = build / "feed"
     if not out.exists() or out.stat().st_mtime < SOURCE.stat().st_mtime:
         subprocess.run(["gcc", "-O2", "-Wall", "-pthread", "-o", str(out), str(SOURCE)], check=True)
@@ -55,7 +56,7 @@ def _record(side: int, data: bytes) -> bytes:
 
 
 def schedule(writes: list[held.Write]) -> bytes:
-    """held.plan()'s frames as colo-compare wants them: no tag, lengths in front."""
+    """Return held.plan()'s frames as colo-compare wants them: no tag, lengths in front."""
     out = []
     for side, data in writes:
         head, frame = data[:VNET], data[VNET:]
@@ -68,7 +69,7 @@ def schedule(writes: list[held.Write]) -> bytes:
 
 
 def _feed(build: Path, file: Path, fds: tuple[int, int, int], vnet: int) -> tuple[int, int, float]:
-    """(frames out, frames in, seconds)."""
+    """Return (frames out, frames in, seconds)."""
     r = subprocess.run(
         [str(feeder(build)), str(file), *map(str, fds), "256", str(vnet)],
         capture_output=True, text=True, timeout=120, check=False, pass_fds=set(fds),
@@ -82,7 +83,7 @@ def _feed(build: Path, file: Path, fds: tuple[int, int, int], vnet: int) -> tupl
 
 
 class Wire:
-    """A chardev of QEMU's, connected once: its filters do not take a second connection."""
+    """A chardev of QEMU, connected once: its filters do not accept a second connection."""
 
     def __init__(self, path: Path) -> None:
         self.s = socket.socket(socket.AF_UNIX)
@@ -106,7 +107,7 @@ class Wire:
 
 
 def _for_feed(*wires: Wire) -> tuple[int, int, int]:
-    """Their descriptors, blocking."""
+    """Return their descriptors, blocking."""
     for w in wires:
         w.s.settimeout(None)
     a, b, c = (w.s.fileno() for w in wires)
@@ -115,7 +116,7 @@ def _for_feed(*wires: Wire) -> tuple[int, int, int]:
 
 @contextmanager
 def _qemu(where: Path, arguments: list[str], sockets: str) -> Iterator[tuple[int, dict[str, Wire]]]:
-    """QEMU with these socket chardevs: its pid and the connections, once it idles."""
+    """Start QEMU with these socket chardevs; return its pid and the connections, once it idles."""
     chardevs = [
         x for n in sockets
         for x in ("-chardev", f"socket,id={n},path={where}/{n},server=on,wait=off")
@@ -161,7 +162,7 @@ COMPARE = [
 
 
 def _compare_once(build: Path, where: Path, file: Path) -> tuple[float, float, float]:
-    """(CPU ns, wall ns) per frame that colo-compare released, and how many it lost."""
+    """Return (CPU ns, wall ns) per frame that colo-compare released, and how many it lost."""
     for n in "pso":
         (where / n).unlink(missing_ok=True)
     with _qemu(where, COMPARE, "pso") as (pid, wires):
@@ -171,7 +172,7 @@ def _compare_once(build: Path, where: Path, file: Path) -> tuple[float, float, f
 
 
 def compare(part: Part, quick: bool, build: Path) -> None:
-    """The fast path's own share against all of colo-compare's."""
+    """Compare the fast path's own share with all of colo-compare's."""
     mtu, large = (3_000, 600) if quick else (30_000, 3_000)
     cases = (
         (held.Case("MTU, 1 connection", 1448, frames=mtu, lag=8), 1 / 8),
@@ -222,9 +223,10 @@ def compare(part: Part, quick: bool, build: Path) -> None:
 
 
 def _chain(rewriter: bool) -> list[str]:
-    """The secondary's filters as the documentation has them, on a netdev without a guest.
+    """Set up the secondary's filters as documented, on a netdev without a guest.
 
-    `a` to `b` is the client's way to the guest, `c` to `d` the guest's way out."""
+    `a` to `b` is the client's path to the guest, `c` to `d` the guest's output path.
+    """
     out = [
         "-M", "pc", "-accel", "tcg", "-m", "16", "-device", "rtl8139,netdev=n,romfile=",
         "-netdev", "stream,id=n,server=on,addr.type=unix,addr.path=net",
@@ -243,7 +245,7 @@ def _chain(rewriter: bool) -> list[str]:
 def _rewriter_once(
     build: Path, where: Path, files: dict[str, Path], rewriter: bool
 ) -> dict[str, float]:
-    """CPU ns per frame and direction; the connection is learnt first."""
+    """Return CPU ns per frame and direction; the connection is learned first."""
     for n in ("a", "b", "c", "d", "net"):
         (where / n).unlink(missing_ok=True)
     arguments = [x.replace("addr.path=net", f"addr.path={where}/net") for x in _chain(rewriter)]
@@ -269,8 +271,11 @@ def _rewriter_once(
 
 @contextmanager
 def _out_path(tag: str, ours: bool) -> Iterator[tuple[int, int]]:
-    """(descriptor of the SVM's tap, descriptor whose writes cost the same with nothing behind):
-    the way from the guest's tap to the peer link, by svm_out or by nothing but tag and redirect."""
+    """Set up the path from the guest's tap to the peer link, by svm_out or only by tag and
+    redirect.
+
+    Return (descriptor of the SVM's tap, descriptor whose writes cost the same with nothing behind).
+    """
     from tests.netns.conftest import Net, Tap
 
     net = Net(tag)
@@ -297,7 +302,7 @@ def _out_path(tag: str, ours: bool) -> Iterator[tuple[int, int]]:
 
 
 def _way_out(runs: int) -> dict[str, list[tuple[float, float]]]:
-    """CPU and wall ns per frame from the SVM's tap to the peer link."""
+    """Return CPU and wall ns per frame from the SVM's tap to the peer link."""
     writes = [(0, bytes(10) + programs.Ends(False).guests(1448))] * 20_000
     out: dict[str, list[tuple[float, float]]] = {"svm_out": [], "relay": []}
     with _out_path("cxb7", True) as ours, _out_path("cxb8", False) as plain:
@@ -310,7 +315,7 @@ def _way_out(runs: int) -> dict[str, list[tuple[float, float]]]:
 
 
 def _own(runs: int) -> dict[str, dict[str, list[float]]]:
-    """ns of our programs: whole, and over a program that only tags and redirects."""
+    """Return ns of our programs: whole, and over a program that only tags and redirects."""
     ends = programs.Ends(False)
     frames = {
         "svm_out": ends.guests(1448),
@@ -335,7 +340,7 @@ def _own(runs: int) -> dict[str, dict[str, list[float]]]:
 
 
 def rewriter(part: Part, quick: bool, build: Path) -> None:
-    """filter-rewriter's share and chain against svm_in and svm_out."""
+    """Compare filter-rewriter's share and chain with svm_in and svm_out."""
     runs, count = (3, 5_000) if quick else (9, 80_000)
     ends = programs.Ends(False)
     mine = _own(runs)
@@ -381,7 +386,7 @@ def rewriter(part: Part, quick: bool, build: Path) -> None:
 
 
 def run(part: Part, quick: bool, build: Path) -> None:
-    """Both; one that fails does not take the other with it."""
+    """Run both; if one fails, the other still runs."""
     for name, what in (("colo-compare", compare), ("filter-rewriter", rewriter)):
         try:
             what(part, quick, build)

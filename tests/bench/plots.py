@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The report's pictures; the only module that imports matplotlib."""
+"""Draw the report's pictures; the only module that imports matplotlib."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ COLOURS = ("#4c72b0", "#dd8452", "#55a868", "#c44e52", "#8172b3")
 
 
 def _bars(ax: Any, rows: list[Row], value: Callable[[Row, str], float | None]) -> None:
-    """One group of horizontal bars for each row."""
+    """Draw one group of horizontal bars for each row."""
     arms = [a for a in dict.fromkeys(a for r in rows for a in r.arms)
             if any(value(r, a) is not None for r in rows)]  # fmt: skip
     height = 0.8 / max(1, len(arms))
@@ -111,7 +111,7 @@ def _goals(plt: Any, parts: list[Part]) -> Any:
 
 
 def draw(parts: list[Part], build: Path) -> list[Path]:
-    """Every picture for which there are figures."""
+    """Draw every picture for which there are figures."""
     import matplotlib
 
     matplotlib.use("Agg")

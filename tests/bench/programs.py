@@ -1,21 +1,21 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""ns per frame of every program on every path, with the empty program as zero.
+"""Measure ns per frame of every program on every path, with the empty program as zero.
 
-Three ways, since no one of them reaches all paths:
+There are three ways, because none of them reaches all paths:
 
- - BPF_PROG_TEST_RUN, repeated: the kernel's mean over 20,000 runs of one frame. Only where a run
-   leaves frame and maps as it found them.
- - BPF_PROG_TEST_RUN, single: each run has a fresh frame, and the kernel reports the duration of
-   that run alone; the median of 300. Caches and branch predictors have seen a system call in
-   between, as they have between two frames of a real guest. For what pushes or pops a tag. The
-   zero of this way is the empty program run singly.
- - On devices: the kernel adds up the time that a program runs (BPF_ENABLE_STATS) while batches of
-   frames are written, chosen such that all of a batch take the same path; the counters prove it.
-   Each batch meets new connections. For the fast path, whose every frame changes what the next one
-   meets; for the event ring; for frames larger than a page; for tags that only a device puts into
-   the metadata. The zero is the empty program on the same device.
+- BPF_PROG_TEST_RUN, repeated: the kernel's mean over 20,000 runs of one frame. Only where a run
+  leaves frame and maps as it found them.
+- BPF_PROG_TEST_RUN, single: each run has a fresh frame, and the kernel reports the duration of that
+  run alone; the median of 300. Caches and branch predictors have seen a system call in between, as
+  they have between two frames of a real guest. For programs that push or pop a tag. The zero of
+  this way is the empty program run singly.
+- On devices: the kernel adds up the time that a program runs (BPF_ENABLE_STATS) while batches of
+  frames are written, chosen such that all of a batch take the same path; the counters prove it.
+  Each batch meets new connections. For the fast path, where every frame changes what the next one
+  meets; for the event ring; for frames larger than a page; for tags that only a device puts into
+  the metadata. The zero is the empty program on the same device.
 
-All figures are medians of 5 or more such measurements, the zero taken off.
+All figures are medians of 5 or more such measurements, minus the zero.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ int relay_in(struct __sk_buff *skb)
 
 @contextmanager
 def empties(peer: int = 1) -> Iterator[dict[str, SimpleNamespace]]:
-    """The programs of EMPTY, by name."""
+    """Return the programs of EMPTY, by name."""
     bpf = loader.compile_text(EMPTY.replace("PEER", str(peer)))
     out = {}
     for name in ("empty", "empty_shot", "empty_xdp", "relay_out", "relay_in"):
@@ -94,7 +94,7 @@ def empties(peer: int = 1) -> Iterator[dict[str, SimpleNamespace]]:
 
 
 def repeated(fd: int, data: bytes, mark: int = 0, runs: int = 5) -> list[float]:
-    """ns of one run, the mean of 20,000 on the same frame."""
+    """Return ns of one run, the mean of 20,000 on the same frame."""
     ctx = struct.pack("=III", 0, 0, mark) if mark else b""
     return [
         float(syscall.test_run(fd, data, ctx=ctx, repeat=20_000, data_out=0).ns)
@@ -105,7 +105,7 @@ def repeated(fd: int, data: bytes, mark: int = 0, runs: int = 5) -> list[float]:
 def single(
     fd: int, data: bytes, mark: int = 0, runs: int = 5, verdict: int | None = None
 ) -> list[float]:
-    """ns of one run on a fresh frame, medians of 300."""
+    """Return ns of one run on a fresh frame, the median of 300."""
     ctx = struct.pack("=III", 0, 0, mark) if mark else b""
     out = []
     for _ in range(runs):
@@ -121,7 +121,7 @@ def single(
 
 @contextmanager
 def bpffs() -> Iterator[str]:
-    """A BPF file system of our own."""
+    """Provide a BPF file system of our own."""
     with tempfile.TemporaryDirectory(prefix="colo-bench-bpf.") as path:
         syscall.mount_bpffs(path)
         try:
@@ -131,7 +131,7 @@ def bpffs() -> Iterator[str]:
 
 
 class Loaded:
-    """One role's programs, attached to nothing; everything goes to the loopback device."""
+    """One role's programs, not attached; everything goes to the loopback device."""
 
     def __init__(self, role: str, name: str, where: str, **options: Any) -> None:
         o = loader.Options(flow_table=1024, ring_pages=64, **options)
@@ -156,12 +156,12 @@ class Loaded:
 
 
 def tagged(data: bytes, kind: int, epoch: int = 7) -> bytes:
-    """A frame of the peer link."""
+    """Return a frame of the peer link."""
     return data[:12] + struct.pack("!HH", abi.TPID, kind << abi.KIND_SHIFT | epoch) + data[12:]
 
 
 def untagged(data: bytes) -> bytes:
-    """The frame that a guest or client sent."""
+    """Return the frame that a guest or client sent."""
     return data[:12] + data[16:]
 
 
@@ -171,7 +171,7 @@ STAMPS = timestamps(1000, 2000)
 
 @dataclass(frozen=True)
 class Ends:
-    """A connection of the SVM, whose offset the secondary has learnt."""
+    """A connection of the SVM, whose offset the secondary has learned."""
 
     v6: bool
 
@@ -184,7 +184,7 @@ class Ends:
         return ip(src, dst, 6, tcp_segment(src, dst, sport, dport, *args))
 
     def handshake(self) -> Iterator[tuple[bool, bytes]]:
-        """As the SVM and its client have it; True: the guest's frame."""
+        """Yield the handshake between the SVM and its client; True: the guest's frame."""
         for of_guest, args in (
             (False, (ISN_C, 0, SYN, b"", timestamps(2000, 0))),
             (True, (ISN_S, ISN_C + 1, SYN | ACK, b"", timestamps(1000, 2000))),
@@ -205,13 +205,13 @@ class Ends:
         return self._frame(True, ISN_S + 1, ISN_C + 1, ACK, bytes(payload), options)
 
     def clients(self, payload: int, options: bytes = STAMPS) -> bytes:
-        """A segment of the client, with an ack that has to be moved."""
+        """Return a segment of the client, with an ack that must be translated."""
         return self._frame(False, ISN_C + 1, ISN_P + 1, ACK, bytes(payload), options)
 
 
 @dataclass(frozen=True)
 class Path_:
-    """One way through one program."""
+    """One path through one program."""
 
     prog: str
     name: str
@@ -285,7 +285,7 @@ def _off(ns: list[float], zero: float) -> Spread:
 
 
 def test_runs(part: Part) -> None:
-    """All that BPF_PROG_TEST_RUN reaches."""
+    """Measure everything that BPF_PROG_TEST_RUN reaches."""
     with bpffs() as where, empties() as e:
         data = tcp(bytes(1448))
         zero: dict[Callable[..., list[float]], float] = {}
@@ -343,7 +343,7 @@ Frames = list[held.Write]
 
 
 def _stream(side: int, size: int, upto: int, v6: bool = False, start: int = 0) -> Frames:
-    """One guest's segments of `size` bytes, `upto` bytes in all, to the first connection."""
+    """Return one guest's segments of `size` bytes, `upto` bytes in all, on the first connection."""
     if not v6:
         return [
             (side, held.frame(held.PORT, at, min(size, upto - at), bool(side)))
@@ -362,12 +362,12 @@ def _stream(side: int, size: int, upto: int, v6: bool = False, start: int = 0) -
 
 
 def _datagrams(side: int, size: int, count: int = 300) -> Frames:
-    """One guest's, all of the same flow."""
+    """Return one guest's datagrams, all of the same flow."""
     return [(side, held.frame(held.PORT, 0, size, bool(side), True))] * count
 
 
 def _acks(side: int, count: int) -> Frames:
-    """Bare acks, each of 1000 bytes more."""
+    """Return bare acks, each of 1000 bytes more."""
     out = []
     for i in range(1, count + 1):
         data = tcp(b"", ack=5000 + 1000 * i, dport=held.PORT, flags=ACK)
@@ -389,7 +389,7 @@ class Scene:
 
 
 def scenes() -> list[Scene]:
-    """Every path of the fast path, and what the slow path has instead."""
+    """Return every path of the fast path, and the slow path's counterparts."""
     out = []
     few = 300 * 1448
     for name, size, upto, v6 in (
@@ -433,7 +433,7 @@ def scenes() -> list[Scene]:
         Scene(
             "svm_arrival", "ack lets the PVM's go", "offload_acked", (_acks(0, 200), _acks(1, 200))
         ),
-    ]  # fmt: skip
+    ]
     return out
 
 
@@ -451,7 +451,7 @@ def _new_connection(dp: Any, sc: Scene) -> None:
 
 
 def _scene(a: held.Arm, sc: Scene, runs: int) -> list[float]:
-    """ns of the program per frame of the last batch."""
+    """Return ns of the program per frame of the last batch."""
     dp = a.dp
     assert dp is not None
     out: list[float] = []
@@ -459,7 +459,7 @@ def _scene(a: held.Arm, sc: Scene, runs: int) -> list[float]:
         dp.drain(lambda e: None)
         dp.beat()
         if dp.fast is not None:
-            dp.fast.reclaim(_key(sc))  # gives its buffer back
+            dp.fast.reclaim(_key(sc))  # returns its buffer
             _new_connection(dp, sc)
         for batch in sc.batches[:-1]:
             held.write_all(batch, a.fds)
@@ -476,7 +476,7 @@ def _scene(a: held.Arm, sc: Scene, runs: int) -> list[float]:
 
 
 def on_devices(part: Part, runs: int) -> None:
-    """All that needs a device, or changes with each frame."""
+    """Measure everything that needs a device, or changes with each frame."""
     with ExitStack() as stack:
         stack.enter_context(run_stats())
         arms = {n: stack.enter_context(held.arm(n)) for n in ("K", "U")}
@@ -501,7 +501,7 @@ def on_devices(part: Part, runs: int) -> None:
 
 
 def mirror(part: Part, runs: int) -> None:
-    """pvm_in, with the clone's way to the peer link, by frames that a client sends."""
+    """Measure pvm_in, with the clone's path to the peer link, by frames that a client sends."""
     with run_stats(), held.arm("K") as k:
         assert k.dp is not None
         fd = k.dp.objects.programs["pvm_in"].fd
@@ -533,7 +533,7 @@ def mirror(part: Part, runs: int) -> None:
 
 
 def run(part: Part, quick: bool, _build: Path) -> None:
-    """All of it."""
+    """Run everything."""
     test_runs(part)
     on_devices(part, 5)
     mirror(part, 5)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What the benchmark has found: figures with their spread, goals, and how they are written.
+"""Hold what the benchmark has found: figures with their spread, goals, and how they are written.
 
-A figure counts only beside another one of the same run. `ratio` is the arm against the row's
-base, turned so that more is better and 1 is as good as the base.
+A figure counts only beside another one of the same run. `ratio` is the arm against the row's base,
+turned so that more is better and 1 is as good as the base.
 """
 
 from __future__ import annotations
@@ -48,14 +48,14 @@ class Spread:
 
 
 def _round(x: float) -> float:
-    """Four digits are more than any of these figures is worth."""
+    """Round to four digits, which is more than any of these figures is worth."""
     if not x or not math.isfinite(x):
         return x
     return round(x, max(0, 3 - math.floor(math.log10(abs(x)))))
 
 
 def cpu_seconds() -> float:
-    """CPU time of the whole machine so far, interrupts included, stolen time not."""
+    """Return the whole machine's CPU time so far, s; interrupts included, stolen time not."""
     with open("/proc/stat") as f:
         user, nice, system, _idle, _iowait, irq, softirq = map(int, f.readline().split()[1:8])
     return (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK")
@@ -73,7 +73,7 @@ class Row:
     wall: dict[str, Spread] = field(default_factory=dict)
 
     def ratio(self, arm: str) -> float | None:
-        """The arm against the base; None if there is nothing to compare."""
+        """Return the arm against the base; None if there is nothing to compare."""
         if self.base not in self.arms or arm not in self.arms:
             return None
         mine, base = self.arms[arm].median, self.arms[self.base].median
@@ -96,7 +96,7 @@ class Row:
 
 @dataclass
 class Goal:
-    """`value` None: it could not be measured, and is not met."""
+    """A goal. `value` None: it could not be measured, and is not met."""
 
     name: str
     value: float | None
@@ -133,22 +133,22 @@ class Part:
         self, name: str, unit: str, arms: Mapping[str, Spread], *, base: str = "",
         higher_is_better: bool = False, wall: Mapping[str, Spread] | None = None,
     ) -> Row:  # fmt: skip
-        """A line of the table."""
+        """Add a line to the table."""
         row = Row(name, unit, dict(arms), base, higher_is_better, dict(wall or {}))
         self.rows.append(row)
         return row
 
     def error(self, name: str, why: str) -> None:
-        """Something that could not be measured, in the words of who said so."""
+        """Note something that could not be measured, with its original error."""
         self.errors.append((name, why))
 
     def goal(self, name: str, value: float | None, goal: float, *, at_least: bool = True) -> None:
-        """A goal and what was reached."""
+        """Add a goal and what was reached."""
         self.goals.append(Goal(name, value, goal, at_least))
 
 
 def machine(**more: Any) -> dict[str, Any]:
-    """What it was measured on."""
+    """Describe the machine that it was measured on."""
     model = next(
         (x.split(":", 1)[1].strip() for x in Path("/proc/cpuinfo").read_text().splitlines()
          if x.startswith("model name")), platform.machine(),
@@ -167,7 +167,7 @@ def machine(**more: Any) -> dict[str, Any]:
 
 
 def as_json(parts: list[Part], about: dict[str, Any]) -> dict[str, Any]:
-    """build/bench-report.json."""
+    """Return build/bench-report.json."""
     results: list[dict[str, Any]] = []
     for p in parts:
         results += [r.json(p.key) for r in p.rows]
@@ -180,7 +180,7 @@ def as_json(parts: list[Part], about: dict[str, Any]) -> dict[str, Any]:
 
 
 def number(x: float) -> str:
-    """As people read it."""
+    """Format a number for people."""
     if abs(x) >= 100:
         return f"{x:,.0f}"
     if abs(x) >= 10:
@@ -216,7 +216,7 @@ def _value(g: Goal) -> str:
 
 
 def goal_table(parts: list[Part]) -> list[str]:
-    """All goals, the missed ones too."""
+    """Return all goals, including the missed ones."""
     out = ["| goal | wanted | reached | |", "|---|---|---|---|"]
     for g in (g for p in parts for g in p.goals):
         sign = "≥" if g.at_least else "≤"
@@ -234,7 +234,7 @@ def _about(about: dict[str, Any]) -> str:
 
 
 def as_markdown(parts: list[Part], about: dict[str, Any]) -> str:
-    """build/bench-report.md."""
+    """Return build/bench-report.md."""
     out = [
         "# Benchmark", "", _about(about), "",
         "Each cell: median [lowest..highest run] **ratio to the row's base** (1: as good, more is "
@@ -251,7 +251,7 @@ def as_markdown(parts: list[Part], about: dict[str, Any]) -> str:
 
 
 def write(parts: list[Part], about: dict[str, Any], build: Path) -> None:
-    """Report, table and plots."""
+    """Write report, table and plots."""
     build.mkdir(parents=True, exist_ok=True)
     text = json.dumps(as_json(parts, about), indent=1, allow_nan=False)
     (build / "bench-report.json").write_text(text + "\n")
@@ -263,7 +263,7 @@ _SHORT = {"held": "behind by 1", "goodput": "Gbit/s", "peer": "", "guests": ""}
 
 
 def groups_of(rows: list[Row]) -> list[list[Row]]:
-    """Rows with the same columns make one table."""
+    """Group rows with the same columns into one table."""
     groups: dict[tuple[str, ...], list[Row]] = {}
     for r in rows:
         groups.setdefault(tuple(r.arms), []).append(r)

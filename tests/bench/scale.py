@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""ns per packet and memory against the number of connections in the fast path's table.
+"""Measure ns per packet and memory against the number of connections in the fast path's table.
 
 Frames of connections drawn at random from all of them, one of the PVM and one of the SVM each: cold
-entries, as with many clients that each say little. Time by held.py's way (CPU ns per frame of the
-PVM, Python's calls taken off), and by the kernel's clock on the two programs. Memory is what the
-kernel charges to the map, and by how much the machine's slabs have grown; the rings for bytes
-that wait (fast_path_memory) are a pool of fixed size and not in it.
+entries, as with many clients that each send little. Time is measured as in held.py (CPU ns per
+frame of the PVM, without Python's calls), and by the kernel's clock on the two programs. Memory is
+what the kernel charges to the map, and by how much the machine's slabs have grown; the rings for
+waiting bytes (fast_path_memory) are a pool of fixed size and not included.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _GUEST = socket.inet_aton("10.9.0.2")
 
 
 def frame(number: int, svm: bool) -> bytes:
-    """The first segment of connection `number`, each from a client of its own."""
+    """Return the first segment of connection `number`, each from a client of its own."""
     data = bytearray(_TEMPLATE)
     client = struct.pack("!I", 0x0B000000 + number)
     data[30:34] = client
@@ -48,12 +48,12 @@ _TEMPLATE = tcp(bytes(PAYLOAD), seq=1000, dport=held.PORT, partial=True)
 
 
 def _key(number: int) -> bytes:
-    """FlowKey of an IPv4 connection without VLANs."""
+    """Return the FlowKey of an IPv4 connection without VLANs."""
     return _GUEST + struct.pack("!IHH", 0x0B000000 + number, 80, held.PORT)
 
 
 def _evict() -> None:
-    """Leave nothing of the table in the caches."""
+    """Evict the table from the caches."""
     bytes(bytearray(128 << 20))
 
 
@@ -74,13 +74,13 @@ def _give(a: held.Arm, i: int, request: OffloadRequest) -> None:
 
 
 def _slab_kib() -> int:
-    """What the kernel has allocated in small pieces and cannot give back."""
+    """Return what the kernel has allocated in small pieces and cannot reclaim."""
     text = Path("/proc/meminfo").read_text()
     return int(next(x for x in text.splitlines() if x.startswith("SUnreclaim")).split()[1])
 
 
 def _round(a: held.Arm, conns: int, rnd: random.Random) -> tuple[float, float]:
-    """(CPU ns per frame of the PVM in all, ns of the two programs), connections at random."""
+    """Return (CPU ns per frame of the PVM in all, ns of both programs), connections at random."""
     assert a.dp is not None and a.dp.fast is not None
     chosen = (
         rnd.sample(range(conns), SAMPLE) if conns >= SAMPLE
@@ -117,7 +117,7 @@ def _round(a: held.Arm, conns: int, rnd: random.Random) -> tuple[float, float]:
 
 
 def run(part: Part, quick: bool, _build: Path) -> None:
-    """1 to 1,000,000 connections (quick: 10,000)."""
+    """Measure 1 to 1,000,000 connections (quick: 10,000)."""
     steps = [1, 100, 10_000] if quick else [1, 100, 10_000, 100_000, 300_000, 1_000_000]
     rnd = random.Random(1)
     with held.arm("K") as a:

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What the engine costs per frame of the PVM, by stage, in one process.
+"""Measure what the engine costs per frame of the PVM, by stage, in one process.
 
-python -m tests.bench.slow_path   prints a table and writes build/slow-path-bench.json
+    python -m tests.bench.slow_path   prints a table and writes build/slow-path-bench.json
 
-Both guests' events lie in a ring buffer of the kernel's layout. They are read as the controller
-reads them, compared, and released by writing to a real tap in a namespace of its own. The
-reference in the same run is the least that Python can do: the same reads and writes around a
-dictionary from sequence number to frame and one `==` (no order, no acks, no timeouts, no windows,
-no retransmissions).
+Both guests' events are in a ring buffer of the kernel's layout. They are read as the controller
+reads them, compared, and released by writing to a real tap in a namespace of its own. The reference
+in the same run is the least that Python can do: the same reads and writes around a dictionary from
+sequence number to frame and one `==` (no order, no acks, no timeouts, no windows, no
+retransmissions).
 """
 
 from __future__ import annotations
@@ -55,8 +55,11 @@ FLOOD = 20_000
 
 
 class Ring:
-    """A BPF ring buffer in plain memory (kernel/bpf/ringbuf.c): consumer page, producer page,
-    data twice. Filled again and again with little, as a controller that keeps up finds it."""
+    """A BPF ring buffer in plain memory (kernel/bpf/ringbuf.c): consumer page, producer page, data
+    twice.
+
+    It is filled again and again with little, as a controller that keeps up finds it.
+    """
 
     SIZE = 8 << 20
     ROUND = 256  # events
@@ -69,7 +72,7 @@ class Ring:
         self._at = 0
 
     def drain(self, events: list[bytes], sink: Callable[[CapturedFrame], None]) -> int:
-        """Fill it, and read it; CPU ns of the latter."""
+        """Fill the ring and read it; return CPU ns of the latter."""
         data = b"".join(struct.pack("=II", len(e), 0) + e + bytes(-len(e) % 8) for e in events)
         place = self._at % self.SIZE
         wraps = max(0, place + len(data) - self.SIZE)
@@ -90,14 +93,14 @@ class Ring:
 
 
 def event(source: abi.Source, frame: bytes, gso: int = 0) -> bytes:
-    """struct colo_event and its frame."""
+    """Build struct colo_event and its frame."""
     flags = abi.EV_PARTIAL if gso else 0
     now = time.monotonic_ns()
     return abi.EVENT.pack(now, len(frame), 0, gso, 0, 0, int(source), flags, 0, 0, 0, 0) + frame
 
 
 def frame(conn: int, index: int, size: int) -> bytes:
-    """The index-th segment of a connection, `size` bytes of payload."""
+    """Build the index-th segment of a connection, `size` bytes of payload."""
     src = f"src=10.0.0.1 dst=10.1.{conn >> 8 & 255}.{conn & 255} dport={4000 + (conn >> 16)}"
     s = craft.spec(f"tcp A seq={1000 + index * size} {src}")
     s["body"] = _BODY[:size]
@@ -108,7 +111,7 @@ _BODY = random.Random(1).randbytes(65_000)
 
 
 def traffic(connections: int, frames: int, size: int) -> list[bytes]:
-    """Events of both guests in batches; the connections take turns."""
+    """Return events of both guests in batches; the connections take turns."""
     gso = 1448 if size > 1460 else 0
     sent = [frame(i % connections, i // connections, size) for i in range(frames)]
     out: list[bytes] = []
@@ -138,7 +141,7 @@ def reference(release: Callable[[Frame], None]) -> Callable[[CapturedFrame], Non
 
 
 def engine(release: Callable[[Frame], None], limits: Limits | None = None) -> tuple[Any, Any]:
-    """As in controller/primary.py; and the engine itself."""
+    """Return a handler of events as in controller/primary.py, and its engine."""
 
     def never(d: Any) -> None:
         raise AssertionError(d)
@@ -173,8 +176,10 @@ def _time(ring: Ring, events: list[bytes], sink: Callable[[CapturedFrame], None]
 def stages(
     send: Callable[[Frame], None], connections: int, frames: int, size: int
 ) -> dict[str, Any]:
-    """CPU ns per frame of the PVM (its event and the SVM's), medians. The connections are open
-    when it begins."""
+    """Return CPU ns per frame of the PVM (its event and the SVM's), medians.
+
+    The connections are open when it begins.
+    """
     warm = -(-connections // BATCH) * BATCH
     events = traffic(connections, frames + warm, size)
     first, events = events[: 2 * warm], events[2 * warm :]
@@ -188,7 +193,7 @@ def stages(
     }
     took: dict[str, list[float]] = {k: [] for k in kinds}
     try:
-        for _ in range(REPEATS):  # in turns: what disturbs the machine disturbs all of them
+        for _ in range(REPEATS):  # in turns, so that what disturbs the machine disturbs all of them
             for name, make in kinds.items():
                 sink = make()
                 if first:
@@ -215,8 +220,10 @@ def stages(
 
 
 def memory(connections: int) -> dict[str, Any]:
-    """Resident bytes of so many connections, each with some bytes of history, in a process of
-    its own."""
+    """Return the resident bytes of this many connections with some bytes of history each.
+
+    It runs in its own process.
+    """
     code = f"from tests.bench import slow_path; slow_path.memory_child({connections})"
     r = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300
@@ -226,7 +233,7 @@ def memory(connections: int) -> dict[str, Any]:
 
 
 def memory_child(connections: int) -> None:
-    """Prints what memory() returns."""
+    """Print what memory() returns."""
     out: list[Frame] = []
     on, e = engine(out.append)
     before = _resident()
@@ -244,8 +251,12 @@ def _resident() -> int:
 
 
 def flood() -> dict[str, Any]:
-    """One honest connection among new ones of either guest without a twin, with little room. Each
-    checkpoint that is asked for is made at once. What the honest one gets, and the cost."""
+    """Run one honest connection among new ones of either guest without a counterpart, with little
+    room.
+
+    Each requested checkpoint is taken at once. Return what the honest connection gets, and the
+    cost.
+    """
     released: list[bytes] = []
     asked: list[str] = []
     limits = Limits(max_queue_size=512, max_flows=1000, compare_timeout_ns=1 << 62)
@@ -283,7 +294,7 @@ def flood() -> dict[str, Any]:
 
 @contextmanager
 def tap() -> Iterator[Callable[[Frame], None]]:
-    """Releases by writing to a tap of a namespace of its own, whose stack drops it."""
+    """Release by writing to a tap in a namespace of its own, whose stack drops it."""
     subprocess.run(["ip", "netns", "add", NAMESPACE], check=True, timeout=10)
     try:
         fd = in_ns(NAMESPACE, lambda: make_tap("release0"))
@@ -298,7 +309,7 @@ def tap() -> Iterator[Callable[[Frame], None]]:
 
 
 def measure(quick: bool = False) -> dict[str, Any]:
-    """All of it."""
+    """Measure everything."""
     n = 2000 if quick else 20_000
     with tap() as send:
         rows = [
@@ -317,7 +328,7 @@ def measure(quick: bool = False) -> dict[str, Any]:
 
 
 def run(part: Part, quick: bool, _build: Path) -> None:
-    """As a part of `make bench`."""
+    """Run as a part of `make bench`."""
     found = measure(quick)
     for row in [*found["stages"], *found["scale"]]:
         took = row["runs"]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The kernel's own clock on BPF programs, and processes that end with this one."""
+"""Read the kernel's own clock on BPF programs, and run processes that end with this one."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class _StatsAttr(ctypes.Structure):
 
 @contextmanager
 def run_stats() -> Iterator[None]:
-    """run_time_ns and run_cnt are counted meanwhile; ends with this process at the latest."""
+    """Let the kernel count run_time_ns and run_cnt; ends with this process at the latest."""
     fd = syscall._bpf(_ENABLE_STATS, _StatsAttr(0), "enable stats")
     try:
         yield
@@ -34,7 +34,7 @@ def run_stats() -> Iterator[None]:
 
 
 def fdinfo(fd: int) -> dict[str, int]:
-    """Numbers of /proc/self/fdinfo: run_time_ns and run_cnt of a program, memlock of a map."""
+    """Return numbers from /proc/self/fdinfo: a program's run_time_ns, run_cnt; a map's memlock."""
     out = {}
     for line in Path(f"/proc/self/fdinfo/{fd}").read_text().splitlines():
         name, _, value = line.partition(":")
@@ -44,7 +44,7 @@ def fdinfo(fd: int) -> dict[str, int]:
 
 
 def ran(fd: int) -> tuple[int, int]:
-    """(ns, runs) of a program so far."""
+    """Return (ns, runs) of a program so far."""
     info = fdinfo(fd)
     return info["run_time_ns"], info["run_cnt"]
 
@@ -55,7 +55,7 @@ def _die_with_parent() -> None:
 
 @contextmanager
 def child(cmd: list[str], **options: Any) -> Iterator[subprocess.Popen[Any]]:
-    """A process that is killed at the end of the block, or of this process."""
+    """Run a process that is killed at the end of the block, or of this process."""
     p = subprocess.Popen(cmd, preexec_fn=_die_with_parent, **options)
     try:
         yield p
@@ -65,7 +65,7 @@ def child(cmd: list[str], **options: Any) -> Iterator[subprocess.Popen[Any]]:
 
 
 def process_ns(pid: int) -> int:
-    """CPU ns of all threads of a process, to the nanosecond."""
+    """Return CPU ns of all threads of a process, to the nanosecond."""
     total = 0
     for task in Path(f"/proc/{pid}/task").iterdir():
         total += int((task / "schedstat").read_text().split()[0])

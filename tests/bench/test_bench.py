@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The harness: that every figure is one, and that failures and missed goals are seen.
+"""Test the harness: every figure is one, and failures and missed goals are seen.
 
-How fast anything is, is never asserted here.
+Speed is never asserted here.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ rooted = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def parts() -> Iterator[list[Part]]:
-    """The parts that need no QEMU, with few frames."""
+    """Return the parts that need no QEMU, with few frames."""
     leftovers()
     try:
         few = [

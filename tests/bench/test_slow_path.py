@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The benchmark of the engine runs, and what it says of memory, scale and floods holds."""
+"""Test that the engine's benchmark runs, and what it reports on memory, scale and floods."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_the_benchmark() -> None:
         assert row["ns"]["all"] > 0 and row["ratio"] > 1  # nothing is cheaper than the least
     f = r["flood"]
     assert f["in_order"] and f["checkpoints"] > 10
-    assert f["lost"] <= f["checkpoints"]  # a full table costs a frame, which TCP sends again
+    assert f["lost"] <= f["checkpoints"]  # a full table costs a frame, which TCP retransmits
     few, many = r["scale"]
     assert many["ns"]["all"] < 4 * few["ns"]["all"], "the cost grows with the connections"
 

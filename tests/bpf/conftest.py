@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Programs loaded once per session into a BPF file system of their own, for BPF_PROG_TEST_RUN."""
+"""Load programs once per session into their own BPF file system, for BPF_PROG_TEST_RUN."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @dataclass(frozen=True)
 class Ran:
-    """One frame through one program."""
+    """Result of one frame in one program."""
 
     verdict: int
     frame: bytes
@@ -88,7 +88,7 @@ class Kernel:
         return out
 
     def bare(self, prog: str, frame: bytes, mark: int = 0) -> tuple[int, bytes]:
-        """Verdict and frame; the quick way."""
+        """Return verdict and frame; the quick way."""
         ctx = struct.pack("=III", 0, 0, mark) if mark else b""
         r = syscall.test_run(self.objects.programs[prog].fd, frame, ctx=ctx, data_out=4200)
         return r.retval, r.data
@@ -101,7 +101,7 @@ class Kernel:
         return Ran(verdict, out, {k: n - before[k] for k, n in after.items() if n != before[k]})
 
     def keep_for_good(self, key: bytes) -> None:
-        """An offset that checkpoints do not end."""
+        """Add an offset that checkpoints do not end."""
         words = list(abi.FLOW.unpack(self.flow_map.get(key) or b""))
         words[1] = abi.EPOCH_BASE
         self.flow_map.set(key, abi.FLOW.pack(*words))
@@ -113,7 +113,7 @@ class Kernel:
     def tables(
         self,
     ) -> tuple[dict[bytes, rewriter.TrackedConnection], dict[bytes, rewriter.TrackedConnection]]:
-        """Connections, and those that begin."""
+        """Return the connections, and those being opened."""
         both = (self.flow_map, self.opening_map)
         return tuple({k: decode_flow(raw) for k, raw in m.items()} for m in both)  # type: ignore[return-value]
 
@@ -169,7 +169,7 @@ def _guest_kernel(bpffs: Path) -> Iterator[Kernel]:
 
 @pytest.fixture
 def guest(_guest_kernel: Kernel) -> Kernel:
-    """The programs of a PVM with numbers of its own, which are those of epoch 7."""
+    """Provide the programs of a PVM with numbers of its own, which are those of epoch 7."""
     _guest_kernel.reset(abi.Mode.RUN, 9)
     _guest_kernel.set(abi.Cfg.PROMOTED_EPOCH, 7)
     return _guest_kernel
@@ -177,13 +177,13 @@ def guest(_guest_kernel: Kernel) -> Kernel:
 
 @pytest.fixture
 def tc(_tc_kernel: Kernel) -> Kernel:
-    """Translation at tc; mode RUN, epoch 7, no connection known."""
+    """Provide translation at tc; mode RUN, epoch 7, no connection known."""
     _tc_kernel.reset()
     return _tc_kernel
 
 
 @pytest.fixture
 def xdp(_xdp_kernel: Kernel) -> Kernel:
-    """Translation of the SVM's output at XDP (compiled with COLO_REWRITE_AT_XDP)."""
+    """Provide translation of the SVM's output at XDP (compiled with COLO_REWRITE_AT_XDP)."""
     _xdp_kernel.reset()
     return _xdp_kernel

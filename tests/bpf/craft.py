@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Frames for tests, built byte by byte; nothing of the product is used."""
+"""Build frames for tests byte by byte, without using the product."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def tcp_segment(
     spoil: int = 0,
     partial: bool = False,
 ) -> bytes:
-    """A TCP segment; `spoil` is XORed into its checksum, `partial`: pseudo header's sum only."""
+    """Build a TCP segment; `spoil` is XORed into its checksum, `partial`: pseudo header only."""
     options = pad(options)
     m = 0xFFFFFFFF
     doff = 5 + len(options) // 4
@@ -121,7 +121,7 @@ def icmp_error(
     vlans: Sequence[tuple[int, int]] = (),
     spoil: int = 0,
 ) -> bytes:
-    """An ICMP or ICMPv6 error of `src` that quotes a packet (from its IP header on)."""
+    """Build an ICMP or ICMPv6 error of `src` that quotes a packet (from its IP header on)."""
     body = struct.pack("!BBHI", typ, 0, 0, 1400) + quote
     check = l4_sum(src, dst, 58, body) if ":" in src else ones_sum(body)
     body = body[:2] + struct.pack("!H", (0xFFFF & ~check) ^ spoil) + body[4:]
@@ -129,7 +129,7 @@ def icmp_error(
 
 
 def l4_at(frame: bytes) -> tuple[int, int]:
-    """(offset of the transport header, end of the IP packet) of a frame without extensions."""
+    """Return (offset of the transport header, end of the IP packet); no extension headers."""
     off = 12
     while frame[off : off + 2] in (b"\x81\x00", b"\x88\xa8"):
         off += 4
@@ -142,7 +142,7 @@ def l4_at(frame: bytes) -> tuple[int, int]:
 
 
 def l4_residue(frame: bytes) -> int:
-    """Sum over pseudo header and segment: 0xFFFF when the checksum is right."""
+    """Return the sum over pseudo header and segment: 0xFFFF when the checksum is right."""
     off, end = l4_at(frame)
     v6 = frame[off - 40 : off - 39] == b"\x60" and end - off > 0 and _is_v6(frame)
     ends = frame[off - 32 : off] if v6 else _v4_addresses(frame)

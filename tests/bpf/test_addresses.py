@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""bpf/lib/addresses.h against its model, frame by frame; what pvm_in mirrors."""
+"""Compare bpf/lib/addresses.h with its model, frame by frame, and test what pvm_in mirrors."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def frame(rnd: random.Random) -> bytes:
 
 
 def words(objects: loader.Objects) -> tuple[dict[bytes, tuple[int, int]], dict[int, int]]:
-    """{address and vlan: (MAC, epoch, flags)}, {MAC: epoch}."""
+    """Return {address and vlan: (MAC, epoch, flags)} and {MAC: epoch}."""
     addresses, macs = {}, {}
     for key, raw in objects.map("addresses").items():
         _, mac, epoch, flags = abi.CLAIM.unpack(raw)
@@ -186,7 +186,7 @@ def test_only_what_is_for_the_guest_is_mirrored(primary: loader.Objects) -> None
         syscall.test_run(primary.programs["pvm_out"].fd, f)
         model.note(f, 0)
     assert [mirrored(m) for m in MACS] == [True, True, True, False]
-    known(bytes(6))  # QEMU does not tell, and the guest has spoken
+    known(bytes(6))  # QEMU does not report it, but the guest has transmitted
     assert [mirrored(m) for m in MACS] == [False, True, True, False]
     known(GUEST, full=True)
     assert all(mirrored(m) for m in MACS)
@@ -194,7 +194,7 @@ def test_only_what_is_for_the_guest_is_mirrored(primary: loader.Objects) -> None
 
 
 def test_nothing_is_noted_of_a_table_that_is_full(primary: loader.Objects) -> None:
-    """Only the guest itself can fill it; it is counted, and nothing else happens."""
+    """Only the guest itself can fill it; that is counted, and nothing else happens."""
     clear(primary)
     set_slot(primary, Cfg.MODE, Mode.RUN)
     set_slot(primary, Cfg.GUEST_MAC, abi.MAC_KNOWN | mac_key(GUEST))

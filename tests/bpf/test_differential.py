@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Random traffic through the kernel and through the model: bytes, reasons, entries are equal."""
+"""Send random traffic through kernel and model: bytes, reasons and entries must be equal."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ M = 0xFFFFFFFF
 
 
 class Conn:
-    """A connection whose two guests chose different numbers, with mischief."""
+    """A connection whose two guests chose different numbers, with faults."""
 
     def __init__(self, rng: random.Random, port: int) -> None:
         self.rng = rng
@@ -62,7 +62,7 @@ class Conn:
                 open_ = [("C", SYN), ("C", ACK), ("G", SYN | ACK), ("C", ACK)]
             if r.random() < 0.2:  # RFC 7413: the guest answers before it has an ack
                 open_[2:2] = [("G", ACK)] * r.randrange(1, 3)
-        for _ in range(r.choice((0, 1, 1, 2))):  # of the PVM, when it says it and as it leaves
+        for _ in range(r.choice((0, 1, 1, 2))):  # of the PVM, when it is sent and as it leaves
             open_.insert(r.randrange(1, 4), ("P", SYN if self.active else SYN | ACK))
         data = [(r.choice("CG"), r.choice((ACK, ACK | PSH))) for _ in range(r.randrange(8))]
         close = r.choice(
@@ -107,7 +107,7 @@ class Conn:
         return out
 
     def quoting(self) -> bytes:
-        """An ICMP error about a segment of the guest, as the network has seen it."""
+        """Build an ICMP error about a segment of the guest, as the network has seen it."""
         r = self.rng
         seq = self.p + 1 + r.randrange(-2, 3000)
         flags = r.choice((ACK, ACK, SYN | ACK, RST | ACK, FIN | ACK))
@@ -147,9 +147,9 @@ class Conn:
         side, flags = self.script[0]
         if r.random() < 0.85:
             self.script.pop(0)
-        if r.random() < 0.04:  # something out of place
+        if r.random() < 0.04:  # something out of order
             side, flags = r.choice("CG"), r.choice((SYN, SYN | ACK, ACK, RST, FIN | ACK, 0, 0x3F))
-        if r.random() < 0.03:  # a guest that chooses again
+        if r.random() < 0.03:  # a guest that chooses its numbers again
             self.s = r.getrandbits(32)
         if r.random() < 0.03:
             self.c = r.getrandbits(32)
@@ -198,7 +198,7 @@ class Conn:
 
 
 def spoil(rng: random.Random, frame: bytes) -> bytes:
-    """A malformed relative of the frame."""
+    """Return a malformed variant of the frame."""
     out = bytearray(frame)
     kind = rng.randrange(4)
     if kind == 0:
@@ -217,7 +217,7 @@ def spoil(rng: random.Random, frame: bytes) -> bytes:
 
 
 def compare(kernel: Kernel, out_prog: str, seed: int, frames: int) -> Counter[str]:
-    """Feeds both; the programs' counters are compared at the end."""
+    """Feed both; the programs' counters are compared at the end."""
     rng = random.Random(seed)
     model = rewriter.Rewriter(epoch=7)
     conns = [Conn(rng, 1000 + i) for i in range(12)]
@@ -241,7 +241,7 @@ def compare(kernel: Kernel, out_prog: str, seed: int, frames: int) -> Counter[st
         side, frame = conn.next()
         if frame[12:14] in (b"\x08\x00", b"\x86\xdd") and rng.random() < 0.02:
             frame += bytes(rng.randrange(20))  # padding
-        if rng.random() < 0.1 and side != "P":  # a tag alone cannot be taken off
+        if rng.random() < 0.1 and side != "P":  # a tag alone cannot be removed
             frame = spoil(rng, frame)
         prog = {"C": "svm_deliver", "P": "svm_in"}.get(side, out_prog)
         if side == "P":
@@ -324,7 +324,7 @@ def test_xdp(xdp: Kernel, seed: int) -> None:
     ("isn_p", "isn_s"), [(0, 0), (0, 1), (1, 0), (0, M), (M, 0), (1000, 1000 + 0x10000), (5, 77000)]
 )
 def test_checksum_corners(tc: Kernel, xdp: Kernel, check: int, isn_p: int, isn_s: int) -> None:
-    """0x0000 and 0xFFFF, and moves that add nothing to the sum."""
+    """0x0000 and 0xFFFF, and changes that add nothing to the sum."""
     for kernel, prog in ((tc, "svm_out"), (xdp, "svm_out_xdp")):
         kernel.reset()
         model = rewriter.Rewriter(epoch=7)
@@ -353,7 +353,7 @@ def encode_flow(f: rewriter.TrackedConnection) -> bytes:
 
 @pytest.mark.parametrize("seed", range(4))
 def test_a_guest_with_numbers_of_its_own(guest: Kernel, seed: int) -> None:
-    """As the PVM it is translated by what it took over with, and nothing new begins."""
+    """As the PVM it is translated by what it took over with, and no new entry is created."""
     rng = random.Random(900 + seed)
     model = rewriter.Rewriter(epoch=7)
     conns = [Conn(rng, 1000 + i) for i in range(40)]
@@ -372,7 +372,7 @@ def test_a_guest_with_numbers_of_its_own(guest: Kernel, seed: int) -> None:
     reasons: dict[str, Counter[str]] = {p: Counter() for p in progs}
     for i in range(2500):
         if i % 500 == 250:
-            mode = rng.choice(list(Mode))  # it is all the same here
+            mode = rng.choice(list(Mode))  # the mode makes no difference here
             guest.set(abi.Cfg.MODE, mode)
         side, frame = rng.choice(conns).next()
         if side == "P":

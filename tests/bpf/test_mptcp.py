@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""bpf/lib/mptcp.h against its rule written in Python: options of a SYN, sound and not."""
+"""Compare bpf/lib/mptcp.h with its rule in Python: options of a SYN, valid and invalid."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ NOP = b"\1"
 
 
 def without(options: bytes) -> bytes:
-    """NOPs instead of each MP_CAPABLE that tcp_parse_options() of Linux would come to."""
+    """Return the options with NOPs for each MP_CAPABLE that tcp_parse_options() would reach."""
     out, i = bytearray(options), 0
     while i < len(options) and options[i]:
         if options[i] == 1:
@@ -44,7 +44,7 @@ def mptcp(rng: random.Random, subtype: int, size: int) -> bytes:
 
 
 def some_options(rng: random.Random) -> bytes:
-    """Up to 40 bytes, in whole words."""
+    """Return up to 40 bytes, in whole words."""
     out = b""
     for _ in range(rng.randrange(1, 9)):
         out += rng.choice((
@@ -97,13 +97,13 @@ def syn(options: bytes, v6: bool, flags: int = SYN, spoil: int = 0) -> bytes:
 
 @pytest.mark.parametrize("v6", [False, True], ids=["ipv4", "ipv6"])
 def test_a_second_mp_capable_is_taken_out_too(primary: Primary, v6: bool) -> None:
-    """Linux takes the last one that it meets: what is left of two is negotiated."""
+    """Linux takes the last one that it meets: what remains of two is negotiated."""
     one, two = b"\x1e\x04\x01\x81", b"\x1e\x0c\x01\x81" + bytes(range(200, 208))
     before = primary.taken_out()
     for options in (
         one + one,
         one + two,
-        two + b"\1" + one + b"\1\1\1",  # at an odd place
+        two + b"\1" + one + b"\1\1\1",  # at an odd offset
         one + b"\2\4\5\xb4" + one + b"\3\3\7\4\2" + b"\1\1\1" + one,
         one * 10,
     ):

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""bpf/lib/parsing.h, colo_xdp/net/packet.py and colo_xdp/conntrack/rewriter.py see the same in a
-frame.
+"""Test that the three parsers see the same in a frame.
 
-The first says which connections are translated and where a checksum is, the second what is compared
-as what. Random frames of every kind that any of them steps through, whole, cut and spoilt.
+They are bpf/lib/parsing.h, colo_xdp/net/packet.py and colo_xdp/conntrack/rewriter.py. The first
+decides which connections are translated and where a checksum is, the second what is compared as
+what. The frames are random, of every kind that any of them parses: whole, truncated and damaged.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def look() -> Iterator[Look]:
 
 
 def upper(rng: random.Random, proto: int, ends: tuple[str, str]) -> bytes:
-    """What follows the IP header."""
+    """Return what follows the IP header."""
     if rng.random() < 0.06:
         return rng.randbytes(rng.randrange(20))  # too short for some
     data = rng.randbytes(rng.choice((0, 0, 1, 7, 8, 20, 100)))
@@ -102,7 +102,7 @@ def upper(rng: random.Random, proto: int, ends: tuple[str, str]) -> bytes:
 
 
 def frame_of(rng: random.Random) -> bytes:
-    """A frame that contradicts itself nowhere, or seldom."""
+    """Return a frame that contradicts itself nowhere, or rarely."""
     tpids = (0x8100, 0x8100, 0x88A8, 0x9100)
     depth = rng.choice((0, 0, 0, 0, 1, 1, 1, 2, 2, 3))
     vids = (0, 0, 5, 0xFFF, rng.getrandbits(12))
@@ -140,14 +140,14 @@ def mapped(address: bytes) -> bytes:
 
 
 def vids(frame: bytes, l3: int) -> int:
-    """As colo_flow_key.vlan: outer << 16 | inner, but for priority tags, which name none."""
+    """Return colo_flow_key.vlan: outer << 16 | inner, without priority tags, which name none."""
     tags = range(14, l3, 4)
     found = [v for at in tags if (v := int.from_bytes(frame[at : at + 2], "big") & 0xFFF)]
     return sum(vid << 16 * i for i, vid in enumerate(reversed(found)))
 
 
 def as_packet(p: Packet) -> tuple[Any, ...]:
-    """What net/packet.py has found, in the words of `as_kernel`."""
+    """Return what net/packet.py has found, in the terms of `as_kernel`."""
     if p.defect and p.defect != "truncated_icmp":
         return ("bad",)
     f = p.frame

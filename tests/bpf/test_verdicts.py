@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Every program in every mode: the verdict, the frame, and the one reason that is counted."""
+"""Test every program in every mode: the verdict, the frame, and the one reason that is counted."""
 
 from __future__ import annotations
 
@@ -215,12 +215,12 @@ def test_a_released_frame_is_marked_and_sent_to_the_tap(primary: Primary) -> Non
     assert (verdict, reasons, mark) == (TC_REDIRECT, {"PASS_REDIRECTED": 1}, abi.MARK)
 
 
-# ---- [failover] arbiter = "lease": the kernel ends the permission to speak
+# ---- [failover] arbiter = "lease": the kernel ends the permission to transmit
 
 
 @pytest.fixture(scope="module")
 def leased(bpffs: Path) -> Iterator[tuple[Primary, Kernel]]:
-    """Both hosts' programs, compiled with COLO_LEASE; the primary's with the fast path."""
+    """Provide both hosts' programs, compiled with COLO_LEASE; the primary's with the fast path."""
     o = loader.Options(ring_pages=64, flow_table=1024, lease=True)
     p = loader.load("primary", "leasep", str(bpffs), replace(o, fast=True))
     s = loader.load("secondary", "leases", str(bpffs), o)
@@ -246,7 +246,7 @@ def test_nothing_leaves_the_pvm_after_its_time(
             assert p.run("pvm_out", frame, mark)[:2] == (TC_SHOT, {"DROP_LEASE_EXPIRED": 1})
     p.set(Cfg.LEASE_EXPIRY_NS, boot_ns() + 10**10)
     assert "DROP_LEASE_EXPIRED" not in p.run("pvm_out", GUEST, mark)[1]
-    p.set(Cfg.LEASE_EXPIRY_NS, boot_ns() + 30_000_000)  # by itself, with nobody there
+    p.set(Cfg.LEASE_EXPIRY_NS, boot_ns() + 30_000_000)  # by itself, without a controller
     end = time.monotonic() + 5
     while "DROP_LEASE_EXPIRED" not in p.run("pvm_out", GUEST, mark)[1]:
         assert time.monotonic() < end
@@ -260,7 +260,7 @@ def test_nothing_leaves_the_svm_after_its_time(leased: tuple[Primary, Kernel]) -
         for mark in (0, abi.MARK):
             ran = s.run("svm_out", GUEST, mark)
             assert (ran.verdict, ran.reasons) == (TC_SHOT, {"DROP_LEASE_EXPIRED": 1})
-    s.set(Cfg.MODE, Mode.RUN)  # to the primary it may speak
+    s.set(Cfg.MODE, Mode.RUN)  # towards the primary it may transmit
     assert s.run("svm_out", GUEST).verdict == TC_REDIRECT
     s.set(Cfg.MODE, Mode.TAKEOVER)
     s.set(Cfg.LEASE_EXPIRY_NS, boot_ns() + 10**10)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""One target under atheris: python -m tests.fuzz.run TARGET [libFuzzer's arguments]
+"""Run one target under atheris: python -m tests.fuzz.run TARGET [libFuzzer's arguments]
 
-Begins with the corpus in the tree; what is new goes to build/fuzz/TARGET, a crash to the same
-place. A crash that is understood becomes a file of the corpus.
+It starts with the corpus in the tree; new inputs go to build/fuzz/TARGET, and so does a crash. A
+crash that is understood becomes a file of the corpus.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ FOUND = HERE.parents[1] / "build" / "fuzz"
 
 
 def main() -> None:
-    """Run until the arguments say stop."""
+    """Run until the arguments' limit is reached."""
     with atheris.instrument_imports(
         include=["colo_xdp", "tests.fuzz.targets", "tomllib", "scapy.utils"]
     ):

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What is fuzzed: each function takes any bytes and raises only if the product is wrong.
+"""Define the fuzz targets: each takes arbitrary bytes and raises only if the product is wrong.
 
-Each has its corpus in corpus/NAME: small inputs that a fuzzer begins with, and what it has
-found (`make fuzz TARGET=packet`).
+Each has its corpus in corpus/NAME: small inputs to start with, and what the fuzzer has found (`make
+fuzz TARGET=packet`).
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def packet(data: bytes) -> None:
 
 
 def frames(data: bytes) -> list[tuple[int, bytes]]:
-    """A script: a byte that says who, two of length, the frame."""
+    """Decode a script: a byte for the sender, two for the length, then the frame."""
     out = []
     while len(data) > 3:
         n = int.from_bytes(data[1:3], "big") % 1600
@@ -103,7 +103,7 @@ def peer(data: bytes) -> None:
 
 @target
 def beacon(data: bytes) -> None:
-    """Datagrams on a heartbeat path: as they are, and signed with the right key."""
+    """Datagrams on a heartbeat link: as they are, and signed with the right key."""
     key = session_key("web1", "11" * NONCE, "22" * NONCE)
     b, other = (HeartbeatSession("web1", side, ["a", "b"]) for side in ("secondary", "primary"))
     for x in (b, other):
@@ -133,7 +133,7 @@ def qmp(data: bytes) -> None:
 
 @target
 def config(data: bytes) -> None:
-    """A configuration file: errors by name, and what is good reads the same again."""
+    """A configuration file: errors are ConfigError, and a valid file reads the same again."""
     try:
         text = data.decode()
     except UnicodeDecodeError:

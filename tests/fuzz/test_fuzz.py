@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The corpora by themselves, and a bounded run of the fuzzer on each target."""
+"""Run the corpora by themselves, and a bounded run of the fuzzer on each target."""
 
 from __future__ import annotations
 

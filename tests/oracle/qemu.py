@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The corpus through the colo-compare and filter-rewriter of the installed QEMU, with no guest.
+"""Run the corpus through the installed QEMU's colo-compare and filter-rewriter, without a guest.
 
 python -m tests.oracle.qemu   writes qemu-decisions.toml (what QEMU did) and DECISIONS.md
 """
@@ -32,11 +32,11 @@ GONE = "QEMU aborts"
 
 
 class Gone(Exception):
-    """QEMU has ended."""
+    """QEMU has exited."""
 
 
 class Channel:
-    """A socket chardev that carries frames behind their length (net/socket.c's framing)."""
+    """A socket chardev that carries frames with a length in front (net/socket.c's framing)."""
 
     def __init__(self, path: Path, qemu: subprocess.Popen[bytes]) -> None:
         self._data = b""
@@ -61,7 +61,7 @@ class Channel:
             raise Gone from e
 
     def receive(self) -> list[bytes]:
-        """What is readable now, whole frames only. Raises Gone at the end of file."""
+        """Return what is readable now, whole frames only. Raises Gone at the end of file."""
         try:
             got = self.socket.recv(1 << 18)
         except ConnectionError as e:
@@ -135,7 +135,7 @@ def _compare(s: Scenario) -> Iterator[str]:
             for name, frame in _listen(heard, seconds):
                 if name == "o":
                     words.append(labels.name(frame))
-                elif "checkpoint" not in words:  # it repeats itself every scan cycle
+                elif "checkpoint" not in words:  # it repeats the request every scan cycle
                     words.append("checkpoint")
             yield " ".join(words)
 
@@ -167,7 +167,7 @@ def _rewrite(s: Scenario) -> Iterator[str]:
     with _qemu(arguments, "abcd") as ch:
         list(_listen({"b": ch["b"], "d": ch["d"]}, WINDOW_S))
         for step in s.steps:
-            if step.who == "checkpoint":  # reaches it by COLO migration only
+            if step.who == "checkpoint":  # only a COLO migration triggers it
                 yield ""
                 continue
             words = []
@@ -180,7 +180,7 @@ def _rewrite(s: Scenario) -> Iterator[str]:
 
 
 def decide(s: Scenario) -> list[str]:
-    """What happened at each step; it ends with GONE if QEMU did."""
+    """Return what happened at each step; it ends with GONE if QEMU exited."""
     out: list[str] = []
     try:
         for what in _rewrite(s) if s.rewrites else _compare(s):
@@ -191,19 +191,19 @@ def decide(s: Scenario) -> list[str]:
 
 
 def version() -> str:
-    """Of the installed QEMU."""
+    """Return the version of the installed QEMU."""
     text = subprocess.run([QEMU, "--version"], capture_output=True, text=True, timeout=30).stdout
     return text.splitlines()[0]
 
 
 def decide_all(scenarios: list[Scenario], jobs: int = 4) -> dict[str, list[str]]:
-    """By name. QEMU idles most of the time, so several run at once."""
+    """Return the decisions by scenario. QEMU idles most of the time, so several run at once."""
     with ThreadPoolExecutor(jobs) as pool:
         return dict(zip((s.name for s in scenarios), pool.map(decide, scenarios), strict=True))
 
 
 def main() -> None:
-    """Record."""
+    """Record the decisions."""
     chosen = [s for s in corpus.load() if not sys.argv[1:] or s.name in sys.argv[1:]]
     found = decide_all(chosen)
     if sys.argv[1:]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""DECISIONS.md: what we do, what QEMU did, and why where that differs."""
+"""Generate DECISIONS.md: what we do, what QEMU did, and why where that differs."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ TABLE = HERE / "DECISIONS.md"
 
 
 def recorded() -> dict[str, list[str]]:
-    """What the QEMU of the file's first line did, by scenario."""
+    """Return what the QEMU named in the file's first line did, by scenario."""
     return tomllib.loads(RECORDED.read_text())
 
 
 def _plain(then: str) -> str:
-    """Our outcome in QEMU's words: it has one cause for everything."""
+    """Return our outcome in QEMU's terms: it has one cause for everything."""
     words = ["checkpoint" if w in list(Cause) else w for w in then.split()]
     return " ".join(words)
 
 
 def same(s: Scenario, qemu: list[str]) -> bool:
-    """Whether QEMU lets the same leave at the same steps and asks at the same ones."""
+    """Return whether QEMU releases the same and requests checkpoints at the same steps."""
     return [_plain(step.then) for step in s.steps] == qemu
 
 
@@ -35,7 +35,7 @@ def _cell(words: list[str]) -> str:
 
 
 def text() -> str:
-    """The document."""
+    """Return the document."""
     found, scenarios = recorded(), corpus.load()
     version = RECORDED.read_text().splitlines()[0].removeprefix("# What ").split(" did;")[0]
     differ = [s for s in scenarios if not same(s, found[s.name])]
@@ -71,7 +71,7 @@ def text() -> str:
 
 
 def write() -> None:
-    """Generate it."""
+    """Generate the file."""
     TABLE.write_text(text())
 
 

@@ -56,8 +56,10 @@ def test_a_line_that_means_no_frame_is_refused(line: str, what: str) -> None:
 @pytest.mark.e2e
 @pytest.mark.timeout(300)
 def test_the_installed_qemu_still_decides_so() -> None:
-    """What is recorded is what it does: else the table lies. Its timers are real, so what
-    differs is asked about once more, alone."""
+    """QEMU still does what is recorded; otherwise the table is wrong.
+
+    Its timers are real, so whatever differs is tried once more, alone.
+    """
     if shutil.which(qemu.QEMU) is None:
         assert not os.environ.get("CI"), "no QEMU here"
         pytest.skip(f"{qemu.QEMU} is not installed")

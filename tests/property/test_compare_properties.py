@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What neither segmentation nor order nor a flipped bit can do to what is released."""
+"""Test what neither segmentation nor order nor a flipped bit can do to what is released."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def cases(draw: Any, shuffled: bool = False) -> Case:
 
 
 class Run:
-    """The case through an engine that knows the connection from its SYN on."""
+    """Run the case through an engine that knows the connection from its SYN on."""
 
     def __init__(self, case: Case, pvm_body: bytes = b"", svm_body: bytes = b"") -> None:
         self.case, self.now = case, 1000 * MS
@@ -90,7 +90,7 @@ class Run:
         del self.out[:1]
 
     def pieces(self) -> list[tuple[int, bytes]]:
-        """What has left: place in the stream and bytes."""
+        """Return what has left: position in the stream and bytes."""
         found = []
         for rec in self.out:
             p = parse(rec.frame)
@@ -99,7 +99,7 @@ class Run:
         return found
 
     def client(self) -> bytes:
-        """What a client makes of it."""
+        """Return what a client makes of it."""
         stream: dict[int, int] = {}
         for place, data in self.pieces():
             for i, byte in enumerate(data):
@@ -141,12 +141,12 @@ def test_a_flipped_byte_is_never_released(case: Case, data: Any) -> None:
     for place, piece in r.pieces():
         assert not place <= at < place + len(piece)
     assert r.asked and r.asked[0] in ("payload_differs", "fin_differs")
-    r.e.tick(r.now + 10_000 * MS)  # nor with time
+    r.e.tick(r.now + 10_000 * MS)  # nor later
     assert all(not place <= at < place + len(piece) for place, piece in r.pieces())
 
 
 def assert_counts_are_exact(e: Engine) -> None:
-    """What the engine has counted is what its flows hold and buffer."""
+    """Check that what the engine has counted is what its flows hold and buffer."""
     flows = [*e._flows.tcp.values(), *e._flows.datagram.values(), e._fragments]
     held = [*e._queue.held, *(h for flow in flows for h in flow.held)]
     assert e.pvm_packets == len(held)
@@ -218,7 +218,7 @@ def test_no_input_takes_more_than_the_limits(events: list[tuple[int, bytes, int]
         e.flush(now)
         queue = 16 if checkpointing else 1
         assert_counts_are_exact(e)
-        # what a checkpoint had accepted stays, over the limit, until it is compared or leaves
+        # what a checkpoint had accepted stays, even over the limit, until it is compared or leaves
         spare = 16 * LIMITS.max_queue_size
         assert 0 <= e.held_packets <= queue * LIMITS.max_queue_size + spare
         assert 0 <= e.svm_packets <= 2 * LIMITS.max_queue_size + 1

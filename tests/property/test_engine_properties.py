@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Two simulated guests, a bad link, checkpoints at any time: the invariants from outside.
+"""Run two simulated guests, a bad link, checkpoints at any time; check the invariants from outside.
 
-`Oracle` knows what each guest said and when a checkpoint was complete, and judges each
-released frame byte by byte with dicts; it shares no code with the engine. The second
-half breaks the engine on purpose and asks that the oracle says so.
+`Oracle` knows what each guest sent and when a checkpoint was complete, and judges each released
+frame byte by byte with dicts; it shares no code with the engine. The second half breaks the engine
+deliberately and requires the oracle to notice.
 """
 
 from __future__ import annotations
@@ -56,17 +56,17 @@ class Meta:
 class View:
     """One connection's incarnation as the oracle sees it."""
 
-    seen: dict[int, set[int]] = field(default_factory=dict)  # place -> bytes the client got
-    said: dict[int, int] = field(default_factory=dict)  # of the SVM in this epoch
+    seen: dict[int, set[int]] = field(default_factory=dict)  # position -> bytes the client received
+    said: dict[int, int] = field(default_factory=dict)  # by the SVM in this epoch
     end: int = 0
     ack: int = -1
     sack: int = -1
     done: set[tuple[str, int]] = field(default_factory=set)  # flags the client has
-    flags: set[tuple[str, int]] = field(default_factory=set)  # of the SVM in this epoch
+    flags: set[tuple[str, int]] = field(default_factory=set)  # by the SVM in this epoch
 
 
 class Oracle:
-    """Judges releases (I1, I2, I3, I7) and order."""
+    """Judge releases (I1, I2, I3, I7) and their order."""
 
     def __init__(self) -> None:
         self.views: dict[tuple[int, int], View] = {}
@@ -78,7 +78,7 @@ class Oracle:
         return self.views.setdefault((m.conn, m.inc), View())
 
     def svm(self, m: Meta) -> None:
-        """A frame of the current epoch's SVM reached the engine."""
+        """Note that a frame of the current epoch's SVM reached the engine."""
         if m.kind == "udp":
             self.bodies.setdefault(m.conn, []).append(m.data)
             return
@@ -164,7 +164,7 @@ class Conn:
     def reopen(self, mid: bool = False) -> None:
         rnd = self.rnd
         self.inc += 1
-        self.mid = mid  # known only from its middle on
+        self.mid = mid  # known only from the middle on
         self.text = rnd.randbytes(rnd.choice((0, 300, 3000)))
         self.isn = rnd.choice((rnd.randrange(1 << 32), (1 << 32) - rnd.randrange(1500)))
         self.cisn = rnd.choice((rnd.randrange(1 << 32), (1 << 32) - rnd.randrange(1500)))
@@ -174,7 +174,7 @@ class Conn:
 
 
 class World:
-    """Schedules everything from one seed."""
+    """Schedule everything from one seed."""
 
     def __init__(
         self, seed: int, *, faults: bool = True, limits: Limits | None = None, steps: int = 350
@@ -216,7 +216,7 @@ class World:
             self.waiting.pop(id(rec), None)
             self.oracle.released(entry[0], entry[2])
             return
-        # A part of a frame: judged as what it carries, at its place in the whole.
+        # A part of a frame is judged as what it carries, at its position in the whole.
         part = parse(rec.frame)
         for key, (m, whole, number) in self.meta.items():
             w = parse(whole.frame)
@@ -257,7 +257,7 @@ class World:
         if m.kind == "udp":
             return f.udp(m.data, dport=9)
         dport = 4000 + c.number
-        first = c.isn + 1  # the secondary host has translated
+        first = c.isn + 1  # the secondary host has translated it
         ack = c.cisn + 1 + m.ack
         tos = self.rnd.randrange(1 << 16)  # IP id: each guest's own
         if m.kind == "syn":
@@ -283,7 +283,7 @@ class World:
                 self.link.append((rec, m))
 
     def emit(self, c: Conn, who: str) -> None:
-        """One guest does what comes next, or again something it did."""
+        """Let one guest do what comes next, or repeat something."""
         g, rnd = (c.p if who == "p" else c.s), self.rnd
         if who == "s" and self.phase == "stopped":
             return
@@ -305,7 +305,7 @@ class World:
             b = min(g.pos, a + rnd.randrange(1, 400))
             data = g.data(c.text, a, b)
             if who == "p" and self.faults and rnd.random() < 0.1:
-                data = bytes([data[0] ^ 1]) + data[1:]  # it sends something else again
+                data = bytes([data[0] ^ 1]) + data[1:]  # it retransmits something different
             self.send(c, who, "data", a, data)
         elif g.pos < g.length:
             n = min(rnd.choice((1, 7, 100, 536, 2000)), g.length - g.pos)
@@ -440,7 +440,7 @@ class World:
             self.checkpoint_step()
 
     def forget_moot(self) -> None:
-        """Bare ACKs that were given up before the RST of both guests."""
+        """Forget bare ACKs that were given up before the RST of both guests."""
         n = self.engine.counters["acks_superseded"] - self.moot
         if not n:
             return
@@ -472,7 +472,7 @@ class World:
             self.step()
             if self.rnd.random() < 0.5:  # the end of a batch
                 self.engine.flush(self.now)
-        # whatever is left must leave within the timeout and one checkpoint
+        # whatever remains must leave within the timeout and one checkpoint
         while self.ring or self.link:
             self.deliver_pvm()
             self.deliver_svm()
@@ -574,7 +574,7 @@ def test_mutated_frames_never_raise(frame: bytes, changes: list[tuple[int, int]]
     assert len(out) == 1
 
 
-# -- does the oracle see what it should? break the engine in one place at a time
+# -- does the oracle notice? break the engine in one place at a time
 
 
 def _no_ack_gate(mp: pytest.MonkeyPatch) -> None:

@@ -1,17 +1,16 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The engine alone, and the engine with the fast path before it: the same traffic, the same
-outcome.
+"""Compare the engine alone with the engine behind the fast path: same traffic, same outcome.
 
-Same are, for each flow: the bytes that leave and where, the flags, the highest ack, and the right
-edge of the window; for all: the causes of checkpoints. Different may be, and is not compared:
- - where frames begin and end: the fast path rebuilds segments, the engine cuts its own;
- - how often the same has left: the engine lets a retransmission leave that a frame of the fast path
-   has made needless, and the other way round; bare acks with nothing new may melt into one;
- - UDP's checksum, if the guests' are not the same: from the fast path it is the late guest's,
-   always;
- - acks while bytes wait: the engine keeps the PVM's order, the fast path lets them leave;
- - when: what is verified leaves from the fast path at once, from the engine with a batch. So both
-   are compared when all of that time has passed.
+Equal must be, for each flow: the bytes that leave and their positions, the flags, the highest ack,
+and the right edge of the window; for all flows: the causes of checkpoints. The following may differ
+and is not compared:
+- where frames begin and end: the fast path rebuilds segments, the engine cuts its own;
+- how often the same has left: the engine releases a retransmission that a frame of the fast path
+  has made needless, and vice versa; bare acks with nothing new may be merged into one;
+- UDP's checksum, if the guests' checksums differ: from the fast path it is always the late guest's;
+- acks while bytes wait: the engine keeps the PVM's order, the fast path releases them;
+- the time: the fast path releases verified data at once, the engine with a batch. So both are
+  compared when all of that time has passed.
 """
 
 from __future__ import annotations
@@ -43,19 +42,19 @@ from tests.sim.offload_model import Bpf, Conn, KernelModel, completed, user_spac
 from ..unit import frames as f
 
 M32 = 0xFFFFFFFF
-#: bytes of each connection that come before a scenario, so that the fast path has it when it begins
+#: bytes of each connection that precede a scenario, so that the fast path has it when it begins
 BEFORE = 20
 
 
 @dataclass
 class Flow:
-    """What a client has got of one."""
+    """What a client has received of one flow."""
 
-    bytes: dict[int, int] = field(default_factory=dict)  # place -> byte
+    bytes: dict[int, int] = field(default_factory=dict)  # position -> byte
     flags: set[tuple[int, int]] = field(default_factory=set)
     ack: int | None = None
     edge: int | None = None
-    frames: list[bytes] = field(default_factory=list)  # if it is no TCP
+    frames: list[bytes] = field(default_factory=list)  # if it is not TCP
 
     def tcp(self, p: Any) -> None:
         for i, b in enumerate(p.frame[p.off : p.end]):
@@ -109,7 +108,7 @@ class Host:
             flow.frames.append(frame)
 
     def frame(self, side: int, frame: bytes, gso_size: int = 0) -> None:
-        """A guest's frame reaches pvm_out or svm_arrival."""
+        """Let a guest's frame reach pvm_out or svm_arrival."""
         punt_seq, ts = 0, self.now
         p = parse(frame)
         if side == SIDE_PVM and p.kind is Kind.TCP:
@@ -128,7 +127,7 @@ class Host:
             self.ring.append(lambda: self.engine.from_svm(rec, epoch, self.now))
 
     def read(self) -> None:
-        """The controller reads the ring."""
+        """Let the controller read the ring."""
         ring, self.ring = self.ring, []
         for event in ring:
             event()
@@ -153,7 +152,7 @@ class Host:
 
 @contextmanager
 def quick(hosts: list[Host]) -> Iterator[None]:
-    """The fast path gets a connection as soon as it may; user space is in the hosts' time."""
+    """Offload connections as soon as allowed; user space runs in the hosts' time."""
 
     class Clock:
         monotonic = staticmethod(lambda: hosts[-1].now / 1e9)
@@ -192,17 +191,16 @@ def same(alone: Host, fast: Host) -> None:
 
 # -- the scenarios
 
-#: the fast path's bound is its buffer, not the number of frames
+#: the fast path's limit is its buffer, not the number of frames
 OTHER_LIMITS = tuple(f"overflow-of-{who}" for who in ("tcp-primary", "primary", "secondary"))
-#: the fast path lets the bytes before a FIN go that waits, the engine the frame as a whole
+#: the fast path releases the bytes before a waiting FIN, the engine the frame as a whole
 FIN_APART = ("fin-on-data-of-primary-only",)
 OTHERWISE = OTHER_LIMITS + FIN_APART
 SCENARIOS = {s.name: s for s in corpus.load() if not s.rewrites and s.name not in OTHERWISE}
 
 
 def before(s: corpus.Scenario) -> list[bytes]:
-    """A frame for each TCP connection of the scenario, right before its first byte, and for each
-    flow of UDP."""
+    """Return a frame per TCP connection, right before its first byte, and per UDP flow."""
     found: dict[tuple[Any, ...], bytes] = {}
     for step in s.steps:
         if step.who not in ("P", "S"):
@@ -225,7 +223,7 @@ def before(s: corpus.Scenario) -> list[bytes]:
 
 
 def play(s: corpus.Scenario, host: Host, first: list[bytes]) -> None:
-    for _ in range(2 if first else 0):  # made known, and given
+    for _ in range(2 if first else 0):  # registered, and offloaded
         for frame in first:
             for side in (SIDE_PVM, SIDE_SVM):
                 host.frame(side, frame)
@@ -301,8 +299,7 @@ def test_acks_that_go_on_hide_no_byte_that_waits(side: int) -> None:
 
 
 def test_jumbo_segments_of_a_frame_that_waits() -> None:
-    """Pieces are of 2047 bytes at most, whatever the PVM's MTU (send_piece() in
-    bpf/offload/offload.h)."""
+    """Pieces have at most 2047 bytes at any MTU (send_piece() in bpf/offload/offload.h)."""
 
     def play(host: Host) -> None:
         guests = Guests(host, 1000, f.TS)
@@ -362,7 +359,7 @@ def test_a_claimed_stash_is_nobody_elses(monkeypatch: pytest.MonkeyPatch) -> Non
         host.read()
         assert k.owner(0)[2] == kernel_format.conn_key(parse(f.tcp(1, 1, b"x")).key)
 
-    # given when there is something to take along
+    # offloaded when there is something to take along
     monkeypatch.setattr(TcpCodec, "young", lambda self, st: False)
     hosts: list[Host] = []
     with quick(hosts):
@@ -372,7 +369,7 @@ def test_a_claimed_stash_is_nobody_elses(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_new_rules_while_tier_k_has_a_connection() -> None:
-    """The engine forgets its timers then: what waits later must set one again."""
+    """The engine then forgets its timers: what waits later must set one again."""
 
     def play(host: Host) -> None:
         guests = Guests(host, 1000, f.TS)
@@ -413,8 +410,9 @@ def schedules(draw: Any) -> list[Op]:
         st.tuples(st.just("ack"), side, size),
         st.tuples(st.just("hear"), side, size),
         st.tuples(st.just("again"), side, size, size),
-        # Not both: bytes of the SVM in the place of what the PVM has lost are history, and are what
-        # they are when a checkpoint makes the SVM another one. Which bytes, is a matter of time.
+        # Not both: bytes of the SVM in the place of what the PVM has lost are history, and stay
+        # what they are when a checkpoint replaces the SVM. Which bytes these are is a matter of
+        # time.
         st.tuples(st.just(draw(st.sampled_from(("lose", "flip")))), side, size),
         st.tuples(st.just("window"), side, st.sampled_from((0, 10, 500, 5000))),
         st.tuples(st.just("read")),
@@ -426,7 +424,7 @@ def schedules(draw: Any) -> list[Op]:
 
 
 class Guests:
-    """Two of them with one connection; the same operations, whatever the host."""
+    """Two guests with one connection; the same operations, whatever the host."""
 
     def __init__(self, host: Host, isn: int, opts: bytes) -> None:
         self.host, self.isn, self.opts = host, isn, opts
@@ -438,7 +436,7 @@ class Guests:
         host.read()
 
     def send(self, side: int, at: int, n: int) -> None:
-        """Bytes at..at+n, or an ack."""
+        """Send bytes at..at+n, or an ack."""
         frame = f.tcp(
             (self.isn + 1 + at) & M32, 1 + self.ack[side], bytes(self.text[side][at : at + n]),
             opts=self.opts, win=self.win[side],
@@ -462,7 +460,7 @@ class Guests:
         elif what == "ack":
             self.ack[side] += args[1]
             self.send(side, self.pos[side], 0)
-        elif what == "hear":  # the ack rides on what is sent next
+        elif what == "hear":  # the ack travels with what is sent next
             self.ack[side] += args[1]
         elif what == "again" and self.pos[side]:
             at = max(0, self.pos[side] - args[2])
@@ -489,7 +487,7 @@ class Guests:
         self.host.checkpoint()
 
     def finish(self) -> None:
-        """Everything is said and heard by both, as TCP sees to it."""
+        """Let both send and receive everything, as TCP would ensure."""
         for _ in range(2):
             self.host.read()
             self.host.wait(1000)
@@ -520,8 +518,8 @@ def test_any_schedule(ops: list[Op], isn: int, opts: bytes) -> None:
 
     alone, fast = both(LIMITS, play)
     # Which cause is first is a matter of time: the fast path compares bytes behind an ack that
-    # waits, and knows one time for whatever waits. So it may find a difference before a checkpoint
-    # heals it.
+    # waits, and has one time for everything that waits. It may therefore find a difference before a
+    # checkpoint heals it.
     assert fast.causes or not alone.causes
     assert alone.causes or not fast.causes or any(op[0] == "flip" for op in ops)
     fast.causes = alone.causes
@@ -548,7 +546,7 @@ def ends(draw: Any) -> list[Op]:
 
 
 class Closing(Guests):
-    """Both say LAST bytes more and close; then they only ack."""
+    """Both guests send LAST bytes more and close; then they only acknowledge."""
 
     LAST = 6000
 
@@ -562,7 +560,7 @@ class Closing(Guests):
         self.closed = [False, False]
 
     def fin(self, side: int, n: int) -> None:
-        """The last n bytes and the FIN."""
+        """Send the last n bytes and the FIN."""
         self.host.now += MS // 10
         at = self.end - n
         body = bytes(self.text[side][at : self.end])
@@ -627,7 +625,7 @@ def test_any_end(ops: list[Op], isn: int, opts: bytes) -> None:
 
 
 def test_a_short_connection_is_the_kernels() -> None:
-    """All but the SYN: nothing is taken back for its end."""
+    """Everything but the SYN: it is not reclaimed for its end."""
 
     def play(host: Host) -> None:
         guests = Closing(host, 1000, f.TS)
@@ -669,7 +667,7 @@ def datagram_schedules(draw: Any) -> list[Op]:
 
 
 class Speakers:
-    """Two guests and one flow of UDP; the same operations, whatever the host."""
+    """Two guests and one UDP flow; the same operations, whatever the host."""
 
     def __init__(self, host: Host, sizes: int) -> None:
         self.host, self.rnd_size = host, sizes
@@ -677,7 +675,7 @@ class Speakers:
         self.skipped: list[set[int]] = [set(), set()]
 
     def begin(self) -> None:
-        """Until the fast path may have the flow."""
+        """Wait until the fast path may have the flow."""
         for _ in range(3):
             self.do(("both", SIDE_SVM))
             self.host.read()
@@ -764,8 +762,7 @@ def test_any_schedule_of_datagrams(ops: list[Op], sizes: int) -> None:
 
 
 def test_datagrams_of_a_frame_that_the_svm_has_offloaded() -> None:
-    """Each waits on its own; the frame that they came in is none that the fast path could
-    compare."""
+    """Each waits separately; the fast path could not have compared the frame that they came in."""
 
     def play(host: Host) -> None:
         speakers = Speakers(host, 0)
@@ -785,7 +782,7 @@ def test_datagrams_of_a_frame_that_the_svm_has_offloaded() -> None:
 
 
 def test_datagrams_that_wait_go_along(monkeypatch: pytest.MonkeyPatch) -> None:
-    """To the fast path and back, whichever guest is ahead; none is lost, none changes places."""
+    """To the fast path and back, whichever guest is ahead; none is lost, none is reordered."""
     gifts: list[int] = []
     real = offload_maps.BpfKernelPath.offload
     monkeypatch.setattr(

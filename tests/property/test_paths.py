@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""More paths for heartbeats make a decision more careful, never less."""
+"""Test that more heartbeat links make a decision more careful, never less."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ TIMES = (0.0, 5.0, 999.0, 1000.0, 1001.0, 5000.0, 5001.0, 10_000.0, 10_001.0, fl
 
 
 def cases(seed: int) -> Iterator[tuple[Facts, tuple[Heard, ...]]]:
-    """Any facts, and one to three paths."""
+    """Yield arbitrary facts, with one to three links."""
     rnd = random.Random(seed)
     flags = (
         "own_vm_alive", "own_qmp", "peer_connected", "peer_vm_gone", "colo_exit", "automatic",
@@ -37,7 +37,7 @@ def cases(seed: int) -> Iterator[tuple[Facts, tuple[Heard, ...]]]:
         "requested",
     )  # fmt: skip
     for _ in range(CASES):
-        # most of them are such as an earlier row of the table decides: no more of these than needed
+        # most of them are decided by an earlier row of the table: no more of these than needed
         rare = {
             "operator", "peer_vm_gone", "shadow", "needs_grant", "requested", "peer_standalone",
         }  # fmt: skip
@@ -63,7 +63,7 @@ def some_paths(rnd: random.Random, n: int) -> Iterator[Heard]:
         yield Heard("way", rnd.choice(TIMES), rnd.choice(TIMES))
 
 
-#: what cannot be called back
+#: what cannot be undone
 GRAVE = (Action.TAKE_OVER, Action.GO_SOLO, Action.FENCE, Action.ACQUIRE, Action.OPEN)
 
 
@@ -89,7 +89,7 @@ def test_nor_does_one_more() -> None:
 
 
 def test_a_silent_path_changes_no_action() -> None:
-    """Nor does it make anything slower: what is decided, is decided at the same time."""
+    """Nor does it delay anything: what is decided is decided at the same time."""
     for f, paths in cases(4):
         dead = tuple(replace(p, silent_ms=max(p.silent_ms, f.peer_silent_ms)) for p in paths)
         assert decide(replace(f, paths=dead)).action is decide(f).action
@@ -123,7 +123,7 @@ def test_who_is_heard_is_not_fenced_unless_he_is_deaf() -> None:
 
 
 def test_there_is_always_a_sentence() -> None:
-    """And it has no number that changes by itself: it would be logged over and over."""
+    """It contains no number that changes by itself: it would be logged over and over."""
     for f, paths in cases(7):
         d = decide(replace(f, paths=paths))
         assert len(d.why) > 10 and not any(c.isdigit() for c in d.why)

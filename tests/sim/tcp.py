@@ -160,7 +160,7 @@ class Tcp:
         "ts_off",
         "una",
         "v6",
-    )  # fmt: skip
+    )
 
     def __init__(self, port: int, v6: bool, server: bool, iss: int, rnd: random.Random) -> None:
         self.port, self.v6, self.server, self.iss = port, v6, server, iss
