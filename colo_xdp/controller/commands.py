@@ -218,6 +218,11 @@ class OperatorCommands:
                 if c.state in (State.SOLO, State.PROMOTED, State.STOPPED):
                     break
                 opened = undecided and not c.undecided and c.acting is None
+                if not undecided and c.state is State.STARTING and c.view.guest.standalone:
+                    # A first copy was given up meanwhile: the guest serves alone, and the next copy
+                    # is not to be fenced by this order.
+                    c.view.order_withdrawn()
+                    opened = True
                 if opened:
                     break
                 if c.view.pair.fence.result is False and not c.view.forced:

@@ -13,17 +13,14 @@ import asyncio
 import contextlib
 import logging
 import time
-from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Coroutine
 from typing import Any
 
 from ..abi import Mode
-from ..compare.limits import NEVER
 from ..config.file import Config
 from ..datapath import attach
 from ..datapath.datapath import DataPath
-from ..datapath.ring import CapturedFrame
 from ..failover import states
 from ..failover.arbiter import ARBITERS, Arbiter
 from ..failover.arbiter import Host as ArbiterHost
@@ -34,7 +31,6 @@ from ..failover.decision import (
     Facts,
     Heard,
     OtherGuest,
-    OwnGuest,
     Role,
     State,
     decide,
@@ -42,7 +38,6 @@ from ..failover.decision import (
 from ..failover.lease import boot_ns
 from ..failover.states import sends_nothing
 from ..peer.channel import Peer
-from ..peer.heartbeat import Flag
 from ..peer.heartbeat_links import HeartbeatLinks
 from ..peer.messages import VERSION
 from ..peer.tls import Tls
@@ -56,6 +51,7 @@ from .guest_lifecycle import GuestLifecycle
 from .heartbeats import Heartbeats
 from .pair_view import PairView, Surroundings
 from .replacement import Replacement
+from .role import RoleSteps
 from .ticker import IDLE_S, Ticker
 
 log = logging.getLogger("colo_xdp")
@@ -66,7 +62,7 @@ FOR_EVER_NS = (1 << 63) - 1
 GUEST_S = 5.0  # between two looks at what is known of the guest's addresses, and at its port
 
 
-class Controller(ABC):
+class Controller(RoleSteps):
     """One host's guest, what is known of the pair, and what is done about it."""
 
     role: Role
@@ -102,7 +98,7 @@ class Controller(ABC):
             is_at=datapath.is_at,
         )
         self._busy: asyncio.Task[Any] | None = None  # the one action in progress
-        self.asks = False  # by beacon: the secondary is to shut its guest in
+        self.asks = False  # by heartbeat datagram: the secondary is to demote its guest
         #: of the last switchover: gap_ms (the network heard nothing of the guest), took_ms
         self.last_failover: dict[str, float] | None = None
         p = config.peer
@@ -136,132 +132,26 @@ class Controller(ABC):
         )
         self.commands = OperatorCommands(self)
 
-    # ---- what the two roles do
-
-    @abstractmethod
-    async def perform(self, action: Action, why: str) -> None:
-        """Carry out GO_SOLO, TAKE_OVER, STOP or REARM."""
-
-    @abstractmethod
-    def failover_steps(self, *, force: bool) -> list[str]:
-        """Return what a failover would do now, step by step."""
-
-    @abstractmethod
-    def switchover_steps(self) -> list[str]:
-        """Return what a switchover would do now, step by step."""
-
-    @abstractmethod
-    async def switch_over(self, deadline: float) -> bool:
-        """Make the SVM the live guest by a checkpoint; whether it is, by `deadline` (monotonic, s).
-
-        Raises ValueError when it cannot begin.
-        """
-
-    async def keep_shut(self) -> None:
-        """The mode says that nothing leaves: see to it that a program is there that obeys."""
-
-    def may_demote(self) -> None:
-        """Raises ValueError where this guest must not fall silent now."""
-
-    async def command_checkpoint(self, args: dict[str, Any]) -> dict[str, Any]:
-        """One checkpoint. Raises ValueError where there is none."""
-        raise ValueError("checkpoints are asked for on the primary host")
-
-    def new_policy(self) -> None:
-        """The rules have changed."""
-
-    def asked_again(self) -> None:
-        """A person wants the pair protected: what was given up is tried again."""
-
-    def set_shadow(self, on: bool) -> None:
-        """Hold nothing, or hold again."""
-        if on:
-            raise ValueError("shadow mode is set on the primary host, which holds the frames")
-
-    @property
-    def undecided(self) -> bool:
-        """Nobody has said yet that this host's guest may speak (datapath/datapath.py)."""
-        return False
-
-    @abstractmethod
-    def on_frame(self, event: CapturedFrame) -> None:
-        """A captured frame."""
-
-    def on_batch(self) -> None:
-        """All frames that were waiting have been handed to on_frame."""
-
-    def on_message(self, msg: dict[str, Any]) -> None:
-        """A peer message that the base does not handle itself."""
-
-    def on_heartbeat_flags(self, flags: Flag) -> None:
-        """A beacon, while the control channel is down and its flags are as good as a heartbeat."""
+    # ---- what is known
 
     @property
     def uncompared(self) -> bool:
-        """Clients may know what the SVM has never said: in shadow mode, or nobody knows."""
+        """Whether clients may know what the SVM never sent: in shadow mode, or nobody knows."""
         return self.view.shadow or (self.undecided and self.view.peer.guest is OtherGuest.COPY)
-
-    @property
-    def own_guest(self) -> OwnGuest:
-        """What QEMU says of this host's guest; asked for only while it matters."""
-        return OwnGuest.UNKNOWN
-
-    @property
-    def waiting(self) -> bool:
-        """Output waits for a checkpoint that needs the peer's controller."""
-        return False
-
-    def on_tick(self, now_ns: int) -> None:
-        """Every IDLE_S at least, and TICK_S after tick_ns() at most."""
-
-    def tick_ns(self) -> int:
-        """When on_tick() has something to do that cannot wait for IDLE_S."""
-        return NEVER
-
-    def on_arbiter(self) -> None:
-        """The arbiter says something new: a lease is got or lost, or the like."""
-
-    def on_qmp(self, event: QmpEvent) -> None:
-        """STOP, RESUME and the like."""
-
-    async def on_qemu(self) -> None:
-        """QMP is (again) connected."""
-
-    def on_qemu_gone(self) -> None:
-        """The QEMU that nothing depended on yet is gone; the next one is waited for."""
-        why = self.view.guest.why or "the QEMU of this host is gone"
-        self.become(State.STARTING, f"{why}: waiting for another one")
-
-    @property
-    def needs_copy(self) -> bool:
-        """Whether the other guest serves the clients and this host lacks a QEMU for its copy."""
-        return False
-
-    @abstractmethod
-    def guest_changed(self, why: str) -> None:
-        """Note that this guest no longer equals its copy."""
 
     def guest_halts(self, why: str) -> None:
         """Note that the guest is about to stand still, with its memory intact."""
         self.life.halted(why)
 
-    def release_last(self) -> int:
-        """Release what is held of a guest that is off and has no successor; how many frames."""
-        return 0
-
-    @abstractmethod
-    def forget_copy(self) -> None:
-        """Stop counting either guest as the other's copy: one of them has ended itself."""
-
-    @property
-    @abstractmethod
-    def ends_the_pair(self) -> bool:
-        """Whether this guest is the one that clients know: the service ends with it."""
+    def on_qemu_gone(self) -> None:
+        """Wait for another QEMU: nothing depended yet on the one that is gone."""
+        why = self.view.guest.why or "the QEMU of this host is gone"
+        self.become(State.STARTING, f"{why}: waiting for another one")
 
     # ---- state
 
     def become(self, state: State, why: str) -> None:
-        """Change the state, and tell the story."""
+        """Change the state, and record why."""
         if state is self.state and why == self.reason:
             return
         if state is not self.state:
@@ -276,7 +166,7 @@ class Controller(ABC):
         log.info("%s %s: %s: %s", self.config.pair, self.role.value, state.value, why)
 
     def _check_transition(self, state: State, why: str) -> None:
-        """Raises IllegalTransition in tests; elsewhere it is counted, and carried out."""
+        """Report an illegal transition; raise IllegalTransition in tests."""
         if states.legal(self.role, self.state, state):
             return
         text = f"internal error: state {self.state.value} to {state.value}: {why}"
@@ -286,7 +176,7 @@ class Controller(ABC):
             raise states.IllegalTransition(text)
 
     def shown_state(self) -> State:
-        """The state for people and for the decision: two are views of `protected`."""
+        """Return the state for people and for the decision: two are views of `protected`."""
         if self.state is not State.PROTECTED:
             return self.state
         return (
@@ -294,7 +184,7 @@ class Controller(ABC):
         )
 
     def spawn(self, coro: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
-        """A background task whose failure is logged and ends the controller."""
+        """Run a background task whose failure is logged and ends the controller."""
         task = asyncio.ensure_future(coro)
         self._tasks.add(task)
         task.add_done_callback(self._task_done)
@@ -321,7 +211,7 @@ class Controller(ABC):
         return Stakes.WATCHED if self.state is State.PROTECTED else Stakes.GUEST
 
     def on_qmp_event(self, event: QmpEvent) -> None:
-        """QEMU says something."""
+        """Handle an event from QEMU."""
         if event.name == "COLO_EXIT":
             self.view.colo_lost()
         self.on_qmp(event)
@@ -330,37 +220,28 @@ class Controller(ABC):
             self.life.on_news(what)
 
     def on_qemu_found(self, *, there: bool) -> None:
-        """Somebody has looked for one."""
+        """Take note of whether a QEMU was found."""
         self.view.qemu_found(there=there)
         if there:
             self.view.guest_event("")
 
     def on_qemu_refused(self, why: str) -> None:
-        """It is none that this release can work with."""
+        """Stop: this release cannot work with this QEMU."""
         self.become(State.STOPPED, why)
 
     def on_guest_gone(self, *, hung: bool = False) -> None:
-        """Its QEMU is dead, or `hung` for good."""
+        """Note that the guest's QEMU is dead, or `hung` for good."""
         self.view.guest_gone(hung=hung)
 
-    # ---- the data path (controller/device_watch.py)
-
-    def hooks_lost(self, what: str, *, unseen: bool, still: bool) -> None:
-        """Programs were not where they should be, and are again, unless `still`. `unseen`: the
-        guest's frames may have left as they were."""
-
-    def data_path_back(self) -> None:
-        """It is whole again."""
-
     def own_state(self) -> State:
-        """The state, as far as it depends on this host: never `protected` over a data path that
-        is not there."""
+        """Return the state as far as it depends on this host: never `protected` over a data path
+        that is not there."""
         state = self.shown_state()
         good = (State.PROTECTED, State.CHECKPOINTING, State.PAUSED, State.SHADOW)
         return State.DEGRADED if state in good and self.devices.trouble else state
 
     def announced_state(self) -> tuple[State, str]:
-        """State and reason, for people."""
+        """Return state and reason, for people."""
         state, trouble = self.own_state(), self.devices.trouble
         if trouble:
             whole = state is not self.shown_state()
@@ -394,13 +275,10 @@ class Controller(ABC):
         self.peer_connected()
 
     def peer_lives(self, why: str) -> None:
-        """Whatever the fence command has said."""
+        """Void the result of the fence command: the peer lives, and has to be fenced again."""
         if self.view.pair.fence.result and self.state is State.DEGRADED:
             log.warning("the fence command had succeeded, but the peer lives: %s", why)
         self.view.fence_is_void()
-
-    def peer_connected(self) -> None:
-        """The channel is up."""
 
     def _peer_down(self, why: str) -> None:
         log.warning("peer connection lost: %s", why)
@@ -439,52 +317,46 @@ class Controller(ABC):
 
     @property
     def path_shut(self) -> bool:
-        """Nothing leaves, or will without a new guest: what `shut` means."""
+        """Whether nothing leaves, or will without a new guest: what `shut` means."""
         return self.state is State.STOPPED and self.dp.mode is Mode.DROP
 
     def _on_peer_shadow(self, on: bool, epoch: int) -> None:
-        """Only a later checkpoint ends a shadow: a new primary controller may not know of it."""
+        """Follow the primary's shadow mode.
+
+        Only a later checkpoint ends it: a new primary controller may not know of it."""
         if on:
             news = not self.view.shadow
             self.view.set_shadow(True)
             self.dp.shadowed = epoch + 1
             if news:
-                self.beat()  # the primary waits for this word
+                self.beat()  # the primary waits for this confirmation
         elif self.view.shadow and epoch >= self.dp.shadowed:
             self.view.set_shadow(False)
             self.dp.shadowed = 0
 
     def peer_shut(self, was_standalone: bool) -> None:
-        """The peer's data path drops everything: certain silence, its guest alive or not."""
+        """Note that the peer's path drops everything: certain silence, its guest alive or not."""
         self.arbiter.peer_shut(self.peer.peer_boot)
         if was_standalone and not self.view.guest.standalone and self.paired():
-            self.outdated("the other guest spoke alone and is gone: this one lacks what it said")
+            self.outdated("the other guest ran standalone and is gone: this one lacks what it sent")
             return
         self.view.peer_shut()
         if self.view.guest.demoted and not was_standalone and not self.view.guest.gone:
-            # It asked us to stand down and then died itself, without having spoken alone: what
+            # It asked for this guest's demotion and then died, without having run standalone: what
             # this side had when it was asked is still all that any client knows.
             self.view.promise_ends()
-            self.become(State.DEGRADED, "the peer is gone and has never spoken alone")
-
-    @abstractmethod
-    def paired(self) -> bool:
-        """Whether this host's guest counts as a copy of the other one, or the other of it."""
-
-    @abstractmethod
-    def outdated(self, why: str) -> None:
-        """The other guest has spoken alone: this one must never speak."""
+            self.become(State.DEGRADED, "the peer is gone and has never run standalone")
 
     @property
     def transmits(self) -> bool:
-        """Whether the network hears this host's guest: what status, metrics, the health paths and
-        the cluster's agent say."""
+        """Whether the network receives this host's guest: the one answer for status, metrics, the
+        health paths and the cluster's agent."""
         permitted = self.arbiter.view().may_transmit
         forwarding = self.dp.port_forwarding
         return self.view.heard(self.dp.mode, forwarding=forwarding, permitted=permitted)
 
     def silent(self) -> bool:
-        """The data path lets nothing of this host's guest reach the network, whatever it says."""
+        """Return whether the data path keeps everything of this host's guest from the network."""
         return sends_nothing(self.role, self.dp.mode)
 
     async def _watch_guest(self) -> None:
@@ -495,7 +367,7 @@ class Controller(ABC):
     # ---- the decision
 
     def facts(self) -> Facts:
-        """What is known now."""
+        """Return what is known now."""
         core, boot = self.paths.core, boot_ns()
         return self.view.facts(
             Surroundings(
@@ -525,7 +397,7 @@ class Controller(ABC):
 
     @property
     def acting(self) -> asyncio.Task[Any] | None:
-        """The one action that is being carried out now."""
+        """The one action in progress."""
         return self._busy if self._busy is not None and not self._busy.done() else None
 
     def reconsider(self) -> None:
@@ -551,8 +423,8 @@ class Controller(ABC):
         self.reconsider()
 
     def _update_arbiter(self, action: Action) -> None:
-        """A primary's guest wants to be heard while its path is not shut, a secondary's when it is
-        to go on alone."""
+        """Tell the arbiter what this guest wants: a primary's to transmit while its path is not
+        shut, a secondary's when it is to go on alone."""
         alone = action in (Action.ACQUIRE, Action.GO_SOLO, Action.TAKE_OVER)
         if self.role is Role.PRIMARY:
             wants = self.dp.mode is not Mode.DROP
@@ -572,14 +444,14 @@ class Controller(ABC):
 
     @property
     def migrate_to(self) -> str:
-        """Where the other host's QEMU waits, when this host runs the PVM."""
+        """The URI where the other host's QEMU waits, when this host runs the PVM."""
         q = self.config.qemu
         return q.migrate_uri if self.config.role == "primary" else q.reverse_uri
 
     def superseded(self) -> bool:
-        """Whether this host's guest is worthless, since the other one is certain to speak alone."""
+        """Return whether this guest is worthless, since the other one certainly serves alone."""
         transmits = [State.SOLO.value]
-        # else it waits for a word, and is silent itself
+        # else it waits for a decision, and is silent itself
         if self.view.peer.guest is OtherGuest.TRANSMITTING:
             transmits.append(State.STARTING.value)
         return self.peer.connected and (
@@ -589,15 +461,8 @@ class Controller(ABC):
 
     # ---- the guest after this one
 
-    @abstractmethod
-    async def on_replacement_qemu(self) -> None:
-        """Accept a new QEMU, which waits for the other guest's state."""
-
-    async def leave_network(self) -> None:
-        """Take the tap of a worthless guest out of the bridge."""
-
     def change_role(self, why: str) -> None:
-        """End this controller; the next one on this host is that of the other guest."""
+        """End this controller; the next one on this host has the other role."""
         log.info("%s: %s: the roles change", self.config.pair, why)
         self.dp.change_role()
         self.role_changed = True
@@ -623,7 +488,7 @@ class Controller(ABC):
         self.spawn(self._watch_guest())
 
     def drain(self) -> None:
-        """Hand on what is in the ring."""
+        """Hand on what is in the event ring."""
         if self.dp.drain(self.on_frame, RING_BATCH):
             self.on_batch()
             self.ticker.look()
@@ -647,7 +512,7 @@ class Controller(ABC):
         return self._next_beat - now
 
     async def open_network(self) -> None:
-        """The tap joins the bridge; what stands in the way is said, and tried again on restart."""
+        """Let the tap join the bridge; a failure is reported, and tried again at the next start."""
         try:
             await asyncio.to_thread(self.dp.open_network)
             await asyncio.to_thread(self.dp.look_at_port)
@@ -674,11 +539,11 @@ class Controller(ABC):
         await self.arbiter.close()
 
     async def finished(self) -> None:
-        """Until an internal error ends the controller."""
+        """Wait until an internal error, or a change of roles, ends the controller."""
         await self._finished.wait()
 
     def link_up(self, name: str) -> bool:
-        """Whether a device is up (for status)."""
+        """Return whether a device is up (for status)."""
         with contextlib.suppress(attach.NoSuchDevice):
             return attach.link_info(name).up
         return False

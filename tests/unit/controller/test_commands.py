@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 
 from colo_xdp import cli
+from colo_xdp.abi import Mode
 from colo_xdp.controller.command import Command
 from colo_xdp.controller.primary import Primary
+from colo_xdp.failover.decision import State
 from colo_xdp.status import builder
 from tests.unit.controller.test_controllers import primary, secondary
 
@@ -22,7 +24,7 @@ BOTH = pytest.mark.parametrize("make", [primary, secondary])
 def asked(path: Path) -> set[str]:
     """Commands that the CLI sends."""
     calls = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call)]
-    names = [c.args[2] for c in calls if getattr(c.func, "id", "") == "_ask"]
+    names = [c.args[2] for c in calls if getattr(c.func, "id", "") in ("_ask", "_change")]
     return {n.value for n in names if isinstance(n, ast.Constant)}
 
 
@@ -57,6 +59,23 @@ def test_what_only_one_side_knows_is_asked_there(make: Any) -> None:
             asyncio.run(c.commands.run("checkpoint", {}))
         with pytest.raises(ValueError, match="set on the primary"):
             asyncio.run(c.commands.run("mode", {"mode": "shadow"}))
+
+
+def test_a_failover_is_done_when_the_copy_that_it_is_about_is_given_up() -> None:
+    """Asked for while COLO is entered, which fails: the order must not fence the next copy."""
+
+    async def body() -> None:
+        c, _, _ = primary(Mode.CHECKPOINT)
+        c.state, c.view.guest.standalone = State.CHECKPOINTING, True
+        c.reconsider = lambda: None  # type: ignore[method-assign]
+        asked = asyncio.create_task(c.commands.run("failover", {}))
+        await asyncio.sleep(0)
+        assert c.view.operator and not asked.done()
+        c.state = State.STARTING
+        assert (await asyncio.wait_for(asked, 5))["done"]
+        assert not c.view.operator
+
+    asyncio.run(body())
 
 
 def test_a_page_of_frames_has_a_size() -> None:

@@ -200,7 +200,7 @@ def test_timeouts_go_on_over_a_cut_so_that_waiting_is_known(
     assert c.facts().waiting, "held for a checkpoint that the cut has ended"
     dp.mode = Mode.RUN
     assert not c.facts().waiting
-    c._want = CheckpointRequest("payload_differs", "here")  # type: ignore[attr-defined]
+    c.checkpoints.wanted = CheckpointRequest("payload_differs", "here")
     assert c.facts().waiting
 
 
@@ -214,8 +214,8 @@ def test_a_loop_that_stood_still_says_so_and_blames_nobody() -> None:
     assert c.peer.last_seen_ns == before + 2 * 10**9
     sent: list[tuple[Flag, int]] = []
     c.paths.send = lambda flags, lag, epoch: sent.append((flags, lag))  # type: ignore[method-assign]
-    c._beat()
-    c._beat()
+    c.beat()
+    c.beat()
     assert [lag for _, lag in sent] == [2000, 0]
 
 
