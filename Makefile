@@ -9,6 +9,8 @@ PACKAGES := python3-bpfcc python3-venv linux-headers-amd64 clang-format-14 gcc l
 TESTS ?=
 # Tests that need the kernel, QEMU or real time. The others run beside them at a lower priority.
 KERNEL_TESTS := tests/bench tests/bpf tests/netns tests/e2e tests/lease tests/hosts
+# Tests of the pure packages, for the loop while writing
+CHECK_TESTS := $(addprefix tests/unit/,compare conntrack engine failover net offload test_abi.py test_layers.py)
 N ?=
 DESTDIR ?=
 PREFIX ?= /usr
@@ -16,11 +18,18 @@ INSTALLED := $(PREFIX)/lib/colo-xdp
 
 export DEBIAN_FRONTEND := noninteractive
 
-.PHONY: all setup demo test test-lower-bounds torture stress chaos fuzz bench docs lint format clean \
-	install uninstall
+.PHONY: all help setup demo check test test-lower-bounds torture stress chaos fuzz bench docs layers \
+	lint format hooks clean install uninstall
 
 all: test
 
+# Print this list
+help:
+	@awk '/^# /{if (text == "") text = substr($$0, 3)} /^[a-z-]+:( |$$)/{split($$1, t, ":"); \
+		if (text != "" && t[1] != "all") printf "make %-18s %s\n", t[1], text; text = ""} \
+		!/^#/{text = ""}' Makefile
+
+# Install what the other targets need: Debian packages (as root), .venv
 setup: $(STAMP)
 
 $(STAMP): pyproject.toml Makefile
@@ -35,8 +44,8 @@ $(STAMP): pyproject.toml Makefile
 	$(PY) -m pip install --quiet --disable-pip-version-check -e '.[dev]'
 	@touch $@
 
-# Install the command in its own virtual environment, the unit, the examples and the documents. Needs
-# root. DESTDIR: another root directory, with the same Python. PREFIX: /usr or /usr/local. The
+# Install the command in an environment of its own, the unit, examples and documents (as root).
+# DESTDIR: another root directory, with the same Python. PREFIX: /usr or /usr/local. The
 # environment must not be below /root or /home, which the unit cannot see.
 install:
 	[ -x $(DESTDIR)$(INSTALLED)/bin/python ] || /usr/bin/python3 -m venv $(DESTDIR)$(INSTALLED)
@@ -51,19 +60,28 @@ install:
 	sed 's|/usr/bin/|$(PREFIX)/bin/|; s|/usr/share/|$(PREFIX)/share/|' 'deploy/systemd/colo-xdp@.service' \
 		> '$(DESTDIR)$(PREFIX)/lib/systemd/system/colo-xdp@.service'
 	install -d $(DESTDIR)$(PREFIX)/share/doc/colo-xdp
-	cp -r README.md ARCHITECTURE.md CHANGELOG.md LICENSE docs deploy/* $(DESTDIR)$(PREFIX)/share/doc/colo-xdp/
+	cp -r README.md ARCHITECTURE.md CHANGELOG.md CONTRIBUTING.md LICENSE docs \
+		deploy/* $(DESTDIR)$(PREFIX)/share/doc/colo-xdp/
 	install -d -m 0755 $(DESTDIR)/etc/colo-xdp
 	[ -n '$(DESTDIR)' ] || [ ! -d /run/systemd/system ] || systemctl daemon-reload
 
+# Remove what `make install` has installed
 uninstall:
 	rm -rf $(DESTDIR)$(INSTALLED) $(DESTDIR)$(PREFIX)/share/doc/colo-xdp
 	rm -f $(DESTDIR)$(PREFIX)/bin/colo-xdp $(DESTDIR)$(PREFIX)/lib/systemd/system/colo-xdp@.service
 	[ -n '$(DESTDIR)' ] || [ ! -d /run/systemd/system ] || systemctl daemon-reload
 
+# Build a pair on this machine, kill its primary, show a connection that lives
 demo: setup
 	.venv/bin/colo-xdp demo
 
-# Run all tests, or only TESTS
+# Lint what changes fastest, and run the tests of the pure packages: seconds, no root
+check: setup
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m pytest -q $(CHECK_TESTS)
+
+# Run all tests, or only TESTS (as root)
 test: setup
 ifeq ($(TESTS),)
 	@nice -n 10 $(PY) -m pytest tests $(addprefix --ignore=,$(KERNEL_TESTS)) \
@@ -110,20 +128,32 @@ build/.setup-bench: $(STAMP)
 	$(PY) -m pip install --quiet --disable-pip-version-check -e '.[bench]'
 	@touch $@
 
-# the tables of docs/reference, from the code
+# Write the tables of docs/reference from the code
 docs: setup
 	$(PY) -m tests.docs.generate
 
+# Show the packages from the highest to the lowest, and what each imports
+layers: setup
+	@$(PY) -m tests.unit.test_layers
+
+# Check style and types: ruff, mypy (strict), clang-format
 lint: setup
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 	clang-format-14 --dry-run -Werror bpf/*.c bpf/*/*.h
 
+# Let ruff and clang-format change the files
 format: setup
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 	clang-format-14 -i bpf/*.c bpf/*/*.h
 
+# Have git run the pre-commit checks (.pre-commit-config.yaml) at each commit
+hooks: setup
+	$(PY) -m pip install --quiet --disable-pip-version-check pre-commit
+	$(PY) -m pre_commit install
+
+# Remove what was built
 clean:
 	rm -rf build .venv *.egg-info

@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Who may import what: packages as floors, a pure core, one importer per library, no circles."""
+"""Who may import what: packages as floors, a pure core, one importer per library, no circles.
+
+`python -m tests.unit.test_layers` (`make layers`) prints the floors with what each imports.
+"""
 
 from __future__ import annotations
 
 import ast
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -81,6 +85,7 @@ def _of_types(tree: ast.AST) -> set[int]:
     }
 
 
+@cache
 def imports(name: str) -> tuple[set[str], set[str]]:
     """Top-level names of absolute imports, and our modules, of what is there when it runs."""
     path = MODULES[name]
@@ -163,3 +168,23 @@ def test_pure_modules_import_the_standard_library_and_each_other(name: str) -> N
 @pytest.mark.parametrize(("library", "module"), EDGES.items())
 def test_each_library_has_one_importer(library: str, module: str) -> None:
     assert {name for name in MODULES if library in imports(name)[0]} == {module}
+
+
+def drawing() -> str:
+    """One line per floor, the highest first: its modules, lines of code, charter and arrows."""
+    lines = []
+    for name, below in reversed(LAYERS.items()):
+        paths = [p for m, p in MODULES.items() if room(m) == name]
+        size = sum(p.read_text().count("\n") for p in paths)
+        charter = ast.get_docstring(ast.parse(MODULES[name].read_text())) or ""
+        lines.append(f"{name:13}{len(paths):3} modules {size:6} lines  {charter.splitlines()[0]}")
+        lines.append(f"{'':13}-> {', '.join(sorted(below)) or 'nothing'}")
+    return "\n".join(lines)
+
+
+def test_the_drawing_has_every_floor() -> None:
+    assert [x.split()[0] for x in drawing().splitlines()[::2]] == list(reversed(LAYERS))
+
+
+if __name__ == "__main__":
+    print(drawing())
