@@ -147,9 +147,9 @@ class Takeover:
         return status
 
     async def _in_colo(self) -> bool:
-        """Return whether QEMU has to be told to leave COLO.
+        """Return whether QEMU has to be made to leave COLO.
 
-        A QEMU that hangs is told too, by a way that does not need its main loop.
+        That includes a QEMU that hangs: leave_colo() has a way past its main loop.
         """
         try:
             return await self._c.qemu.qmp.migration_status(HUNG_S) in IN_COLO
