@@ -1678,7 +1678,7 @@ def test_a_persons_word_does_not_count_for_ever(
     assert c.facts().operator and c.view.forced is force
     c.view.ordered(forced=force, until_s=time.monotonic() - 1)
     assert not c.facts().operator and not c.view.forced
-    assert "ask for it again" in caplog.text
+    assert "request it again" in caplog.text
     caplog.clear()
     c.commands.order("failover", -1)
     c.state = State.PROMOTED
