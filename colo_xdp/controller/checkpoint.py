@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A checkpoint: what is wanted, what is under way and how far, and how it fails."""
+"""A checkpoint: the request, its progress and its failure."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ log = logging.getLogger("colo_xdp.controller.primary")
 
 
 class CheckpointFailed(RuntimeError):
-    """A checkpoint did not complete; what is held stays held.
+    """Reports that a checkpoint did not complete; what is held stays held.
 
-    `refused`: the secondary's controller said no before QEMU was asked, so it can be tried again.
-    `channel`: its controller cannot be heard, which says nothing of its QEMU.
+    `refused`: the secondary's controller refused before QEMU was asked, so it can be tried again.
+    `channel`: nothing arrives from that controller, which proves nothing about its QEMU.
     """
 
     def __init__(self, why: str, *, refused: bool = False, channel: bool = False) -> None:
@@ -29,10 +29,10 @@ class CheckpointFailed(RuntimeError):
 
 
 class Step(StrEnum):
-    """How far a checkpoint has come."""
+    """The steps of a checkpoint."""
 
     PREPARING = "preparing"  # the secondary is asked to hold everything
-    HELD = "held"  # both hosts do
+    HELD = "held"  # both hosts hold
     TRIGGERED = "triggered"  # QEMU has been asked
     STOPPED = "stopped"  # the PVM stands still
     RESUMED = "resumed"  # both guests run the same state
@@ -42,7 +42,7 @@ class Step(StrEnum):
 
 @dataclass(slots=True)
 class Checkpoint:
-    """One checkpoint in progress. Times: CLOCK_MONOTONIC, ns."""
+    """Tracks one checkpoint in progress. Times: CLOCK_MONOTONIC, ns."""
 
     n: int
     cause: str
@@ -59,8 +59,11 @@ class Checkpoint:
 
     @property
     def step(self) -> Step:
-        """The state of this run. What is heard of both hosts comes in any order; it counts when
-        what has to be before it is."""
+        """How far this checkpoint has come.
+
+        The reports of the two hosts come in any order. Each counts once everything that has to
+        come before it is known.
+        """
         if self.ended is not None:
             return self.ended
         if not self.begun:
@@ -73,30 +76,36 @@ class Checkpoint:
 
     @property
     def initial(self) -> bool:
-        """The first one of a pair: QEMU enters COLO by it."""
+        """Whether this is the first checkpoint of a pair, by which QEMU enters COLO."""
         return self.cause == Cause.INITIAL
 
     def trigger(self, still_ns: int) -> None:
-        """QEMU is about to be asked. Of a guest that stands still there is no STOP; one before this
-        is not of it."""
+        """Note that QEMU is about to be asked for the checkpoint.
+
+        A STOP from before this call does not belong to it. A guest that stands still already sends
+        no STOP: `still_ns` takes its place.
+        """
         self.stop_ns, self.resume_ns = still_ns, 0
 
     def pvm_stopped(self, event: QmpEvent) -> None:
-        """Its STOP: what it sent until then is in the checkpoint."""
+        """Note the PVM's STOP: the checkpoint includes what it sent until then."""
         self.stop_ns = event.ts_ns
         if not self.began_ns <= event.ts_ns <= event.seen_ns:
-            # The clock was set meanwhile. Too early a STOP only costs a checkpoint more.
-            log.warning("STOP has an impossible time stamp: the clock was set")
+            # The clock was set meanwhile. A STOP that is dated too early only costs one more
+            # checkpoint.
+            log.warning("STOP has an impossible timestamp: the clock was set")
             self.stop_ns = self.began_ns
 
     def pvm_resumed(self, event: QmpEvent) -> None:
-        """Its RESUME, of a STOP that is known."""
+        """Note the PVM's RESUME, if its STOP is known."""
         if self.stop_ns and not self.resume_ns:
             self.resume_ns = event.ts_ns
 
     def heard(self, msg: dict[str, Any]) -> None:
-        """What the secondary says of it: `begun`, `done`, `failed` or `based`
-        (peer/messages.py)."""
+        """Handle a message of the secondary about this checkpoint (peer/messages.py).
+
+        These are `begin_ack`, `resumed`, `failed` and `offsets_ack`.
+        """
         kind = msg["type"]
         if kind == "offsets_ack":
             self.based = max(self.based, msg["n"] + 1)
@@ -113,7 +122,7 @@ class Checkpoint:
 
 @dataclass(frozen=True, slots=True)
 class CheckpointRequest:
-    """A checkpoint that is asked for; `why`: the divergence that did, if one did."""
+    """A request for a checkpoint; `why`: the divergence that caused it, if one did."""
 
     cause: str
     detail: str

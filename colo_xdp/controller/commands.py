@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What a person, or a cluster manager, asks of a controller: the commands of its control socket.
+"""The commands that an operator or a cluster manager sends to the control socket of a controller.
 
-Each is an entry of one table, by the names that the CLI sends (service/control_socket.py).
+Each is an entry of one table; the keys are the names that the CLI sends
+(service/control_socket.py).
 """
 
 from __future__ import annotations
@@ -23,16 +24,16 @@ from .replacement import Replacement
 
 log = logging.getLogger("colo_xdp")
 
-FAILOVER_S = 30.0  # for one that a person asks for, and the fence on top
-ORDER_S = 60.0  # for one that a former controller was asked for
-DEMOTE_S = 30.0  # for a decision that is being carried out
+FAILOVER_S = 30.0  # for an operator request; the time of the fence command is added
+ORDER_S = 60.0  # for a request that was made to a former controller
+DEMOTE_S = 30.0  # for the action in progress to end
 
 Handler = Callable[[dict[str, Any]], Awaitable[dict[str, Any]]]
 Document = Callable[[dict[str, Any]], dict[str, Any]]
 
 
 class Commandable(Protocol):
-    """A controller, as far as commands reach into it."""
+    """The part of a controller that commands use."""
 
     config: Config
     role: Role
@@ -45,38 +46,38 @@ class Commandable(Protocol):
 
     @property
     def undecided(self) -> bool:
-        """Nobody has said yet that this host's guest may speak (datapath/datapath.py)."""
+        """Whether nobody has decided yet that this host's guest may transmit."""
         ...
 
     @property
     def path_shut(self) -> bool:
-        """Nothing leaves, or will without a new guest: what `shut` means."""
+        """Whether nothing leaves, or will without a new guest: what `shut` means."""
         ...
 
     @property
     def acting(self) -> asyncio.Task[Any] | None:
-        """The one action that is being carried out now."""
+        """The one action in progress."""
         ...
 
     def reconsider(self) -> None:
-        """Something has changed: decide anew."""
+        """Decide anew, since something has changed."""
 
     def shown_state(self) -> State:
-        """The state for people."""
+        """Return the state that operators see."""
         ...
 
     def superseded(self) -> bool:
-        """Whether this host's guest is worthless, since the other one is certain to speak alone."""
+        """Return whether this guest is worthless, since the other one certainly serves alone."""
         ...
 
     async def perform(self, action: Action, why: str) -> None:
         """Carry out an action."""
 
     async def keep_shut(self) -> None:
-        """The mode says that nothing leaves: see to it that a program is there that obeys."""
+        """See to it that a program is attached which obeys a mode in which nothing leaves."""
 
     def may_demote(self) -> None:
-        """Raises ValueError where this guest must not fall silent now."""
+        """Raise ValueError where this guest must not fall silent now."""
 
     def failover_steps(self, *, force: bool) -> list[str]:
         """Return what a failover would do now, step by step."""
@@ -94,21 +95,21 @@ class Commandable(Protocol):
         ...
 
     async def command_checkpoint(self, args: dict[str, Any]) -> dict[str, Any]:
-        """One checkpoint. Raises ValueError where there is none."""
+        """Make one checkpoint. Raises ValueError where there is none."""
         ...
 
     def set_shadow(self, on: bool) -> None:
         """Hold nothing, or hold again. Raises ValueError."""
 
     def asked_again(self) -> None:
-        """A person wants the pair protected: what was given up is tried again."""
+        """Try again what was given up: an operator wants the pair protected."""
 
     def new_policy(self) -> None:
-        """The rules have changed."""
+        """Take over changed rules."""
 
 
 class OperatorCommands:
-    """Carries commands out on one controller, within the rules of its side."""
+    """Carries out commands on one controller, within the rules of its role."""
 
     def __init__(self, controller: Commandable) -> None:
         self._c = c = controller
@@ -122,11 +123,12 @@ class OperatorCommands:
             Command.RELOAD: self._reload,
         }
         if c.dp.adopted and c.dp.order:
-            # Whoever was asked has died on the way. Every step of it can be done twice.
+            # The controller that got the request died while it carried it out. Every step of a
+            # failover can be done twice, so this one carries it out again.
             self.order("force" if c.dp.order == "force" else "failover", ORDER_S)
 
     def answer(self, command: Command, document: Document) -> None:
-        """One whose answer is a document that somebody else writes (status/builder.py)."""
+        """Register a command whose answer is a document built elsewhere (status/builder.py)."""
 
         async def handler(args: dict[str, Any]) -> dict[str, Any]:
             return document(args)
@@ -136,7 +138,7 @@ class OperatorCommands:
     async def run(self, name: str, args: dict[str, Any]) -> dict[str, Any]:
         """Carry out a command of the CLI.
 
-        Raises ValueError for what is unknown or impossible now.
+        Raises ValueError when the command is unknown or impossible now.
         """
         handler = self._table.get(Command(name)) if name in set(Command) else None
         if handler is None:
@@ -147,9 +149,9 @@ class OperatorCommands:
         return self.reload()
 
     def reload(self) -> dict[str, Any]:
-        """Read the file again and take over what can change while running: the rules.
+        """Read the configuration file again and take over what may change at run time: the rules.
 
-        Raises ValueError: the file is wrong, or something else in it has changed.
+        Raises ValueError when the file is invalid, or when something else in it has changed.
         """
         c = self._c
         if c.config.path is None:
@@ -167,7 +169,7 @@ class OperatorCommands:
         return {"rules": len(new.rules)}
 
     async def mode(self, args: dict[str, Any]) -> dict[str, Any]:
-        """Say or change the mode: protected, paused or shadow. Raises ValueError."""
+        """Report or change the mode: protected, paused or shadow. Raises ValueError."""
         c = self._c
         mode = args.get("mode")
         if mode is not None:
@@ -180,13 +182,13 @@ class OperatorCommands:
         return {"mode": c.shown_state().value}
 
     def order(self, what: str, seconds: float) -> float:
-        """A person's word, which counts until the time that is returned (monotonic, s)."""
+        """Record an operator request. Returns the time until which it counts (monotonic, s)."""
         until = time.monotonic() + seconds
         self._c.view.ordered(forced=what == "force", until_s=until)
         return until
 
     async def switchover(self, args: dict[str, Any]) -> dict[str, Any]:
-        """Change the guest that clients hear while both live. Raises ValueError."""
+        """Change the guest that serves the clients, while both live. Raises ValueError."""
         c = self._c
         steps = c.switchover_steps()
         if args.get("dry_run"):
@@ -197,7 +199,7 @@ class OperatorCommands:
         return {"steps": steps, "done": done, "state": c.state.value, "reason": c.reason}
 
     async def failover(self, args: dict[str, Any]) -> dict[str, Any]:
-        """Let this host's guest go on alone. Raises ValueError."""
+        """Make this host's guest serve standalone. Raises ValueError."""
         c = self._c
         force = args.get("force", False)
         steps = c.failover_steps(force=bool(force))
@@ -219,8 +221,8 @@ class OperatorCommands:
                     break
                 opened = undecided and not c.undecided and c.acting is None
                 if not undecided and c.state is State.STARTING and c.view.guest.standalone:
-                    # A first copy was given up meanwhile: the guest serves alone, and the next copy
-                    # is not to be fenced by this order.
+                    # The entry into COLO was given up meanwhile, so the guest serves alone. The
+                    # request ends here: it must not fence the next copy.
                     c.view.order_withdrawn()
                     opened = True
                 if opened:
@@ -228,7 +230,7 @@ class OperatorCommands:
                 if c.view.pair.fence.result is False and not c.view.forced:
                     c.view.order_withdrawn()
                     raise ValueError(
-                        "the fence command failed: the peer may be alive, nothing is opened"
+                        "the fence command failed: the peer may be alive, so nothing is opened"
                     )
                 await asyncio.sleep(TICK_S)
         finally:
@@ -237,12 +239,12 @@ class OperatorCommands:
         return {"steps": steps, "done": done, "state": c.state.value, "reason": c.reason}
 
     async def demote(self, args: dict[str, Any]) -> dict[str, Any]:
-        """This host's guest is silent for certain when this returns; the other one may go on."""
+        """Silence this host's guest. On return it is certain to be silent: the other may go on."""
         c = self._c
         why = str(args.get("why", "asked by the operator"))[:200]
         c.may_demote()
         if (acting := c.acting) is not None:
-            # It may be a takeover, which opens the data path at its end.
+            # The action may be a takeover, which opens the data path at its end.
             await asyncio.wait({acting}, timeout=DEMOTE_S)
             if not acting.done():
                 raise ValueError(f"a decision is still being carried out: {c.reason}")
@@ -254,11 +256,11 @@ class OperatorCommands:
         return {"state": c.state.value, "reason": c.reason, "peer": c.view.peer.state}
 
     async def reprotect(self, args: dict[str, Any]) -> dict[str, Any]:
-        """Make room for a new copy. Raises ValueError."""
+        """Make room here for a new copy, or ask the other host to. Raises ValueError."""
         c = self._c
         if c.state is State.STOPPED:
             if not c.superseded():
-                raise ValueError(f"the other guest is not known to speak: {c.reason}")
+                raise ValueError(f"the other guest is not known to run standalone: {c.reason}")
             c.replacement.wanted = True
             c.replacement.begin()
             here = True

@@ -1,19 +1,20 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Whether the data path of a controller that lives is there and brings anything.
+"""Checks whether the data path is attached and delivers anything.
 
-Three questions, asked as long as the controller lives:
+A controller asks three questions as long as it lives:
 
-- Are the devices and our programs there (datapath/hooks.py)? Looked at when netlink says that
-  something has changed, and each LOOK_S.
-- Does the peer link bring anything? Heartbeats go over it too: while the control channel lives and
-  they do not arrive, nor a frame of the data path, the link is out.
-- Does the secondary's guest say anything? Checkpoints in a row for output that found no twin,
-  without one frame of it, mean that its output does not arrive, whatever the devices look like.
+- Are the devices and our programs there (datapath/hooks.py)? It looks when netlink reports a
+  change, and every LOOK_S.
+- Does the peer link deliver anything? Heartbeat datagrams use it too. The link has failed when the
+  control channel lives, but neither heartbeat datagrams nor frames of the data path arrive.
+- Does the secondary's guest send anything? When several checkpoints in a row were made for output
+  without a counterpart, and not one frame of that guest came in between, its output does not
+  arrive, whatever the devices look like.
 
-The answer is a sentence (`trouble`), by which `protected` becomes `degraded` for everybody who
-asks. It is no state of the decision: both guests live, both controllers say so, and nobody may
-speak alone for it. What waits meanwhile leaves by checkpoints (`cut`), one after the other, and not
-by compare_timeout each.
+The answer is a sentence (`trouble`) that turns `protected` into `degraded` in every report. It is
+no state of the decision: both guests live, both controllers report that, and neither guest may run
+standalone because of it. Output that waits meanwhile leaves by checkpoints (`cut`), one right after
+the other, instead of after compare_timeout each.
 """
 
 from __future__ import annotations
@@ -37,32 +38,32 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("colo_xdp")
 
-LOOK_S = 5.0  # netlink tells of changes; this is for what it may not have told
-REST_S = 0.05  # between two looks: changes come in bursts
+LOOK_S = 5.0  # netlink reports changes; this is for those that it may have missed
+REST_S = 0.05  # between two looks, since changes come in bursts
 SILENT_CHECKPOINTS = 3
-PACE_S = 0.02  # between two checkpoints while nothing arrives, at least
+PACE_S = 0.02  # the least time between two checkpoints while nothing arrives
 
 
 class DeviceWatch:
-    """What one controller knows of its data path."""
+    """Holds what one controller knows of its data path."""
 
     def __init__(self, controller: Controller) -> None:
         self._c = controller
         self.look = Look()
         self.restored = 0  # programs and devices put back
-        self.link = ""  # what is wrong with what the peer link brings
+        self.link = ""  # why the peer link delivers nothing; empty: it delivers
         self.silent_checkpoints = 0
         self._trouble = ""
         self._arrived = self._first = -1
         self._arrived_ns = 0  # when a frame of the data path last came (boot_ns)
-        self._up_ns = 0  # since when the control channel is there (boot_ns)
+        self._up_ns = 0  # since when the control channel is up (boot_ns)
         self._changed = asyncio.Event()
 
     # ---- answers
 
     @property
     def trouble(self) -> str:
-        """Why the data path is not whole; empty: it is."""
+        """Why the data path is not whole, or an empty string."""
         text = list(self.look.trouble)
         if not self.look.cut:
             text += [self.link] if self.link else []
@@ -76,18 +77,18 @@ class DeviceWatch:
 
     @property
     def cut(self) -> bool:
-        """Nothing of the other guest arrives: waiting for it is of no use."""
+        """Whether nothing of the other guest arrives, so that waiting for it is of no use."""
         return self.look.cut or bool(self.link) or self.svm_silent
 
     @property
     def svm_silent(self) -> bool:
-        """Its output is missed, checkpoint after checkpoint."""
+        """Whether the SVM's output was missed in SILENT_CHECKPOINTS checkpoints in a row."""
         return self.silent_checkpoints >= SILENT_CHECKPOINTS
 
     # ---- hooks
 
     async def run(self) -> None:
-        """Look, for ever."""
+        """Look at the hooks, for ever."""
         loop = asyncio.get_running_loop()
         sock = self._c.dp.changes()
         if sock is not None:
@@ -97,7 +98,8 @@ class DeviceWatch:
                 self._changed.clear()
                 began = time.monotonic()
                 self._found(await asyncio.to_thread(self._c.dp.look))
-                # The first change is looked at at once, a host that is never at rest costs little.
+                # A first change is looked at at once. The rest grows with the cost of a look, so
+                # that a host whose devices change all the time costs little.
                 await asyncio.sleep(max(REST_S, 10 * (time.monotonic() - began)))
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(LOOK_S):
@@ -126,11 +128,11 @@ class DeviceWatch:
     # ---- the peer link
 
     def connected(self) -> None:
-        """The control channel is there: beacons have a key from now on."""
+        """Note that the control channel is up: heartbeat datagrams have a key from now on."""
         self._up_ns = boot_ns()
 
     def listen(self) -> None:
-        """With each heartbeat: is the link silent?"""
+        """Check whether the peer link is silent; called with each heartbeat."""
         self.link = self._link()
         if self.silent_checkpoints:
             self._count(boot_ns())
@@ -147,25 +149,25 @@ class DeviceWatch:
         if up_ms <= limit:
             return ""
         if silent == float("inf") and self._arrived != self._first:
-            return ""  # heartbeats do not get through, frames do: a path less, and nothing more
+            return ""  # frames get through, heartbeat datagrams do not: only one link less
         link = c.config.network.peer_link
         if silent > limit and quiet > limit / 2:
             return (
-                f"nothing arrives over {link}: no heartbeat and no frame of the other host for "
+                f"nothing arrives over {link}: no heartbeat and no frame from the other host for "
                 f"{limit} ms, while its controller answers"
             )
         echo_age = core.echo_age_ms(i, now)
         if silent <= limit < echo_age < float("inf"):
-            return f"the other host hears nothing over {link}, while its controller answers"
+            return f"the other host receives nothing over {link}, while its controller answers"
         return ""
 
     def _quiet_ms(self, now: int) -> float:
-        """Since a frame of the data path came, or since it is looked for."""
+        """Return how long ago the last frame came, or the first look for one if none came (ms)."""
         self._count(now)
         return (now - self._arrived_ns) / 1e6
 
     def _count(self, now: int) -> bool:
-        """Whether frames of the data path have come since the last time: then it is not silent."""
+        """Return whether frames of the data path came since the last call, which ends a silence."""
         n = self._c.dp.arrived()
         if self._first < 0:
             self._first = self._arrived = n
@@ -178,17 +180,17 @@ class DeviceWatch:
     # ---- the secondary's guest
 
     def checkpointed(self, cause: str) -> None:
-        """A checkpoint is complete."""
+        """Note a complete checkpoint: count it if output was missed and no frame came."""
         if not self._count(boot_ns()) and cause in (Cause.COMPARE_TIMEOUT, Cause.PEER_LINK):
             self.silent_checkpoints += 1
-        elif cause == Cause.INITIAL:  # another guest
+        elif cause == Cause.INITIAL:  # there is another guest now
             self.silent_checkpoints = 0
         self.report()
 
-    # ---- the story
+    # ---- the log and the history
 
     def report(self) -> None:
-        """To the log and the history, when the sentence is another one."""
+        """Write `trouble` to the log and to the history when it has changed."""
         trouble = self.trouble
         if trouble == self._trouble:
             return

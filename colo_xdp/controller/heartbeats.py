@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What this host says of itself, on the control channel and by beacons, and what beacons say."""
+"""Heartbeats: what this host reports of itself, and what the peer's heartbeat datagrams report.
+
+This host sends each heartbeat on the control channel, and as datagrams over the heartbeat links.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ log = logging.getLogger("colo_xdp")
 
 
 class Beating(Protocol):
-    """A controller, as far as heartbeats tell of it or change it."""
+    """The part of a controller that heartbeats report or change."""
 
     config: Config
     role: Role
@@ -34,44 +37,44 @@ class Beating(Protocol):
 
     @property
     def path_shut(self) -> bool:
-        """Nothing leaves, or will without a new guest: what `shut` means."""
+        """Whether nothing leaves, or will without a new guest: what `shut` means."""
         ...
 
     @property
     def uncompared(self) -> bool:
-        """Clients may know what the SVM has never said: in shadow mode, or nobody knows."""
+        """Whether clients may know what the SVM never sent: in shadow mode, or nobody knows."""
         ...
 
     def own_state(self) -> State:
-        """The state, as far as it depends on this host."""
+        """Return the state as far as it depends on this host."""
         ...
 
     def silent(self) -> bool:
-        """The data path lets nothing of this host's guest reach the network."""
+        """Return whether the data path keeps everything of this host's guest from the network."""
         ...
 
     def peer_shut(self, was_standalone: bool) -> None:
-        """The peer's data path drops everything."""
+        """Note that the peer's data path drops everything."""
 
     def peer_lives(self, why: str) -> None:
-        """Whatever the fence command has said."""
+        """Note that the peer lives, whatever the fence command has reported."""
 
     def on_heartbeat_flags(self, flags: Flag) -> None:
-        """A beacon, while the control channel is down and its flags are as good as a heartbeat."""
+        """React to a heartbeat datagram that stands in for a heartbeat on the control channel."""
 
     def reconsider(self) -> None:
-        """Something has changed: decide anew."""
+        """Decide anew, since something has changed."""
 
 
 class Heartbeats:
-    """Sends them, and hears the beacons."""
+    """Sends heartbeats, and handles the peer's heartbeat datagrams."""
 
     def __init__(self, controller: Beating) -> None:
         self._c = controller
         self._lag_ns = 0  # how long this loop stood still since the last heartbeat
 
     def beat(self) -> None:
-        """Say what is true now."""
+        """Send a heartbeat that reports the current state."""
         c = self._c
         promise = c.silent() and c.arbiter.promise()
         c.peer.send(
@@ -84,7 +87,7 @@ class Heartbeats:
             shut=c.path_shut,
             over=bool(c.view.guest.over),
             alone=c.view.guest.standalone,
-            shadow=c.uncompared,  # the primary's word; of the secondary: it has heard it
+            shadow=c.uncompared,  # the secondary repeats what the primary reported
             promise=promise,
             role=c.role.value,
         )
@@ -93,11 +96,11 @@ class Heartbeats:
         c.paths.send(flags, lag // 1_000_000, c.dp.epoch)
 
     def flags(self) -> Flag:
-        """What the beacons say, but for a promise."""
+        """Return the flags of a heartbeat datagram, except for a promise."""
         c, guest = self._c, self._c.view.guest
         flags = Flag(0) if guest.gone else Flag.VM
         for flag, on in (
-            (Flag.SHUT, c.path_shut and not guest.over),  # over: no reason to take over
+            (Flag.SHUT, c.path_shut and not guest.over),  # a pair that is over: no takeover
             (Flag.STANDALONE, guest.standalone), (Flag.ASK, c.asks),
             (Flag.SHADOW, c.role is Role.PRIMARY and c.uncompared),
             (Flag.SVM, c.role is Role.SECONDARY), (Flag.HANGS, guest.hung),
@@ -107,7 +110,7 @@ class Heartbeats:
         return flags
 
     def stood_still(self, late: float, interval: float) -> None:
-        """This loop is late (s). While it did not listen nobody was silent."""
+        """Note that this loop is `late` (s): a peer does not count as silent while nobody read."""
         if late <= 0:
             return
         ns = int(late * 1e9)
@@ -119,9 +122,12 @@ class Heartbeats:
             log.warning("this controller stood still for %.0f ms", ns / 1e6)
 
     def on_heartbeat(self, heartbeat: Heartbeat) -> None:
-        """What a beacon says counts only where the control channel cannot say it, if it is newer
-        than all that was heard, recent, and of the guest that there is. A promise has its time in
-        itself."""
+        """Handle a heartbeat datagram.
+
+        Its flags count only while the control channel is down, and only if the datagram is recent,
+        newer than every heartbeat so far, and sent since the peer has its present guest. A promise
+        always counts: it carries its own time.
+        """
         c, view = self._c, self._c.view
         limit = c.config.peer.heartbeat_timeout
         if Flag.PROMISE in heartbeat.flags and heartbeat.after:
@@ -130,14 +136,14 @@ class Heartbeats:
             view.peer_slow(time.monotonic_ns())
         since = max(view.peer.guest_since_boot_ns, boot_ns() - limit * 1_000_000)
         if view.pair.fence.result and heartbeat.after > view.pair.fence.ended_boot_ns:
-            c.peer_lives("it has heard what was sent since")
+            c.peer_lives("it has received what was sent since")
         if c.peer.connected or heartbeat.after <= since or heartbeat.t <= view.peer.heard_boot_ns:
             return
         view.beacon(heartbeat.t, heartbeat.epoch)
         if Flag.SHUT in heartbeat.flags:
             if not view.peer.shut:
                 view.peer_gave_reason("its QEMU hangs" if Flag.HANGS in heartbeat.flags else "")
-                log.warning("the peer's beacons say that its data path is shut")
+                log.warning("the peer's heartbeat datagrams say that its data path is shut")
             c.peer_shut(Flag.STANDALONE in heartbeat.flags)
         c.on_heartbeat_flags(heartbeat.flags)
         c.reconsider()

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Frames that the secondary has in hand while a checkpoint runs, and what becomes of them.
+"""The frames that the secondary holds while a checkpoint runs, and what becomes of them.
 
-What the SVM sent before it resumed is void: the checkpoint has replaced the guest that sent it.
-What the clients sent waits until the new guest runs, since it has to meet the new guest's sequence
-numbers. While nothing is held every frame goes on at once.
+Frames that the SVM sent before it resumed are void: the checkpoint has replaced the guest that sent
+them. Frames from clients wait until the new guest runs, since they have to meet the new guest's
+sequence numbers. Outside a checkpoint every frame goes on at once.
 """
 
 from __future__ import annotations
@@ -23,61 +23,64 @@ Send = Callable[[CapturedFrame], None]
 
 @dataclass(slots=True)
 class Hold:
-    """Those of one checkpoint. Times: CLOCK_MONOTONIC, ns; `deadline` in s."""
+    """The frames held for one checkpoint. Times: CLOCK_MONOTONIC, ns; `deadline` in s."""
 
-    n: int  # the epoch that it leads to
+    n: int  # the epoch that the checkpoint leads to
     began_ns: int
-    deadline: float  # the SVM is to stop before
+    deadline: float  # the SVM must stop before this time
     stop_ns: int = 0
-    resume: QmpEvent | None = None  # the SVM runs the new state, the primary has not said it does
-    stopped: bool = False  # by somebody, not by a checkpoint: it runs on as it was
-    planned: bool = False  # the primary falls silent at the end: held until the takeover
+    resume: QmpEvent | None = None  # the SVM runs the new state, the primary has not confirmed it
+    stopped: bool = False  # somebody, no checkpoint, stopped the SVM: it runs on unchanged
+    planned: bool = False  # a switchover: the PVM falls silent, frames wait for the takeover
     client: deque[CapturedFrame] = field(default_factory=deque)
     svm: deque[CapturedFrame] = field(default_factory=deque)
 
     def again(self, n: int, deadline: float) -> None:
-        """Asked for again after a failure: go on holding what is held."""
+        """Go on holding: the checkpoint is asked for again after a failure."""
         self.n, self.deadline = n, deadline
         self.stop_ns, self.resume, self.stopped = 0, None, False
 
     @property
     def pause_ms(self) -> float:
-        """How long the SVM stood still; 0: it is not known."""
+        """How long the SVM stood still; 0 when that is unknown."""
         return (self.resume.ts_ns - self.stop_ns) / 1e6 if self.resume and self.stop_ns else 0.0
 
 
 class HeldFrames:
-    """Frames of the SVM and for it, on their way through this process."""
+    """Passes on or holds the frames from and to the SVM that come through this process."""
 
     def __init__(
         self, deliver: Send, forward: Send, transmits: Callable[[], bool], limit: int
     ) -> None:
-        """`deliver`: to the SVM; `forward`: of it. `speaks`: the guest does so for itself by now,
-        and what it said as a copy is void. `limit`: frames of each side."""
+        """Set the outputs: `deliver` sends to the SVM, `forward` sends on what the SVM sent.
+
+        `transmits`: whether the guest has been promoted, so that what it sent as a copy is void.
+        `limit`: the frames that may wait, for each direction.
+        """
         self._deliver, self._forward, self._transmits = deliver, forward, transmits
         self.limit = limit
         self.hold: Hold | None = None
-        self.resume_ns = 0  # of the guest that runs: what it sent before is void
-        self.overflow = 0  # given up because too many were waiting
-        self.stale = 0  # of the SVM from before its RESUME: void
+        self.resume_ns = 0  # RESUME of the guest that runs; frames sent before it are void
+        self.overflow = 0  # dropped because too many were waiting
+        self.stale = 0  # void frames of the SVM, for example from before its RESUME
 
     @property
     def count(self) -> int:
-        """Frames that wait for the end of a checkpoint."""
+        """The number of frames that wait for the end of a checkpoint."""
         h = self.hold
         return len(h.client) + len(h.svm) if h else 0
 
     # ---- frames
 
     def from_client(self, event: CapturedFrame) -> None:
-        """One for the SVM."""
+        """Deliver a frame from a client to the SVM, or hold it."""
         if self.hold is None:
             self._deliver(event)
         else:
             self._keep(self.hold.client, event)
 
     def from_svm(self, event: CapturedFrame) -> None:
-        """One of the SVM."""
+        """Forward a frame of the SVM, or hold it."""
         if self.hold is None:
             self._let_out(event, late=False)
         else:
@@ -106,28 +109,32 @@ class HeldFrames:
         self.hold.planned = planned
 
     def take(self) -> Hold | None:
-        """Hold nothing any more. What was held is the caller's; dropped, it is void."""
+        """End the hold. The caller gets the frames; if it drops them, they are void."""
         h, self.hold = self.hold, None
         return h
 
     def resumed(self, h: Hold, event: QmpEvent) -> None:
-        """The SVM runs the state of that checkpoint: what it sends from here on is valid."""
+        """Note that the SVM runs the checkpoint's state: what it sends from now on is valid."""
         self.resume_ns = event.ts_ns
         if not h.began_ns <= event.ts_ns <= event.seen_ns:
-            # The clock was set meanwhile. Too late a RESUME only drops what TCP sends again.
-            log.warning("RESUME has an impossible time stamp: the clock was set")
+            # The clock was set meanwhile. A RESUME that is dated too late only drops frames,
+            # which TCP retransmits.
+            log.warning("RESUME has an impossible timestamp: the clock was set")
             self.resume_ns = event.seen_ns
 
     def let_go(self, h: Hold) -> None:
-        """The guest that runs gets what clients sent, and they what it said."""
+        """Pass on the held frames: those of clients to the guest that runs, and its own to them."""
         for event in h.client:
             self._deliver(event)
         for event in h.svm:
             self._let_out(event, late=False)
 
     def let_go_standalone(self, h: Hold) -> None:
-        """The same at a takeover, when the guest speaks for itself already. Without its RESUME
-        nobody knows which state said what is here: void, and TCP says it again."""
+        """Pass on the held frames at a takeover, when the guest transmits already.
+
+        Without its RESUME nobody knows which state sent the frames of the SVM that are held here.
+        They are void then, and TCP retransmits their data.
+        """
         for event in h.client:
             self._deliver(event)
         if h.resume is not None:

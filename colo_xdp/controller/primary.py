@@ -296,7 +296,7 @@ class Primary(Controller):
 
     def _on_downtime(self, msg: dict[str, Any]) -> None:
         self.last_failover = {"gap_ms": msg["gap_us"] / 1e3, "took_ms": msg["took_us"] / 1e3}
-        log.info("the network heard nothing of the guest for %.1f ms", msg["gap_us"] / 1e3)
+        log.info("no frame of the guest reached the network for %.1f ms", msg["gap_us"] / 1e3)
 
     def _on_failed(self, msg: dict[str, Any]) -> None:
         if self.checkpoints.running is None and self.state is State.STARTING:

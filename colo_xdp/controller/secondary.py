@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The secondary host: isolate the SVM, hold frames during a checkpoint, take over.
 
-In MODE_RUN the kernel does everything and no frame comes here. During a checkpoint the frames of
-both directions do. What the SVM sent before it resumed is void, since the checkpoint has replaced
-the guest that sent it; what the clients sent waits until the new guest runs, since it has to meet
-the new guest's sequence numbers.
+In MODE_RUN the kernel does everything and no frame comes to this process. During a checkpoint the
+frames of both directions do. Those that the SVM sent before it resumed are void, since the
+checkpoint has replaced the guest that sent them. Those of clients wait until the new guest runs,
+since they have to meet the new guest's sequence numbers.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ from .takeover import Takeover
 log = logging.getLogger("colo_xdp.controller.secondary")
 
 SWEEP_S = 5.0
-REMIND_S = 2.0  # longer than the primary needs from `ready` to its next state
+REMIND_S = 2.0  # longer than the primary takes from `ready` to its next state
 
 
 class Secondary(Controller):
-    """Controller of the SVM's host."""
+    """The controller on the SVM's host."""
 
     role = Role.SECONDARY
 
@@ -58,13 +58,13 @@ class Secondary(Controller):
         self.takeover = Takeover(self)
         self._ready_wanted = False
         self._remind_at = 0.0
-        self._missed = ""  # hooks that were lost, still to be reported to the primary
-        self._qemus = 0  # that have waited here
+        self._missed = ""  # a loss of hooks that is still to be reported to the primary
+        self._qemus = 0  # how many QEMUs have waited here
         self.view.adopted(confirmed=datapath.adopted and datapath.sync_state is not SyncState.NONE)
         self.checkpoints_loaded = 0
         self.last_pause_ms = 0.0
         self.stepped_out = False
-        self._hooks = asyncio.Lock()  # programs are being taken off or put back
+        self._hooks = asyncio.Lock()  # held while programs are detached or attached again
         self._handlers: dict[str, Callable[[dict[str, Any]], None]] = {
             "begin": lambda msg: self._on_begin(
                 msg["n"], msg["initial"], msg["cause"] == Cause.SWITCHOVER
@@ -80,21 +80,21 @@ class Secondary(Controller):
         self._adopt()
 
     def _adopt(self) -> None:
-        """Begin in the state in which a former controller left the data path."""
+        """Start from the state in which a former controller left the data path."""
         datapath = self.dp
         if datapath.adopted:
             self.view.set_shadow(datapath.shadowed > 0)
             if datapath.mode is Mode.TAKEOVER:
                 self.view.went_standalone()
                 self.state = State.PROMOTED
-                self.reason = "taken over by a former controller"
+                self.reason = "promoted by a former controller"
             elif datapath.mode in (Mode.RUN, Mode.CHECKPOINT):
                 if datapath.epoch > 0:
                     self.view.in_colo()
                 self.state = State.DEGRADED if self.view.pair.confirmed else State.STARTING
                 self.reason = "a former controller's data path was taken over"
                 if datapath.mode is Mode.CHECKPOINT:
-                    # It died with frames in hand. Holding goes on; the primary asks anew.
+                    # It died while it held frames. Holding goes on; the primary asks anew.
                     self._begin_hold(datapath.epoch + 1)
                     self.takeover.epoch_uncertain = datapath.epoch
             elif datapath.epoch > 0:
@@ -146,16 +146,16 @@ class Secondary(Controller):
             elif not self._ready_wanted and self.qemu.qmp.connected:
                 self.spawn(self._look_for_abandoned())
         if msg["alone"] and not msg["shut"] and self.view.pair.confirmed:
-            self.outdated("the PVM has run standalone")  # while its messages did not arrive
+            self.outdated("the PVM has run standalone")  # while no message of it arrived
         elif self._was_not_missed(msg):
-            self.become(State.PROTECTED, "the primary is heard again, and has missed nothing")
+            self.become(State.PROTECTED, "the primary answers again, and noticed no silence")
 
     def _was_given_up(self, beat: dict[str, Any]) -> bool:
-        """Return whether the entry that is held for is over without this side having heard of it.
+        """Return whether the entry that this side holds for has ended without a message about it.
 
-        A primary is `checkpointing` from before its `begin` until the entry ends, so a heartbeat
-        in between never says `starting`. Its `failed` may have met a controller that was dead, or
-        one that was still looking whether the SVM is fit.
+        A primary is `checkpointing` from before its `begin` until the entry ends, so no heartbeat
+        in between carries `starting`. Its `failed` may have reached no controller, or one that was
+        still checking whether the SVM is fit.
         """
         return (
             self.state is State.STARTING
@@ -174,15 +174,17 @@ class Secondary(Controller):
         if self.migrate_to:
             self.change_role("a new QEMU waits on the other host for this guest's state")
         else:
-            log.error("a new secondary waits, but [qemu] reverse_uri does not say where")
+            log.error("a new secondary waits, but [qemu] reverse_uri is not set")
 
     def _on_failed(self, msg: dict[str, Any]) -> None:
         if self.state is State.STARTING and not self.view.pair.confirmed:
             self._given_up(msg["why"])
 
     def _was_not_missed(self, beat: dict[str, Any]) -> bool:
-        """Whether only this side has noticed a silence that is over: the primary, which arms a
-        pair again by a checkpoint, sees no reason for one."""
+        """Return whether only this side has noticed a silence that is over.
+
+        The primary rearms a pair by a checkpoint, but sees no reason for one here.
+        """
         return (
             self.state is State.DEGRADED
             and self.view.pair.confirmed
@@ -221,23 +223,23 @@ class Secondary(Controller):
             self.dp.sync_state = SyncState.NONE
 
     def _demote(self, why: str) -> None:
-        """The primary speaks alone, or wants to: shut the SVM in, and say so."""
+        """Shut the SVM in and report that: the primary runs standalone, or is about to."""
         if self.state is State.PROMOTED:
             return
-        # A checkpoint under way is not forgotten: QEMU may load it all the same.
+        # The checkpoint in progress is not dropped: QEMU may load it all the same.
         self.dp.mode = Mode.DROP
         self.view.demoted()
         self.become(State.STOPPED, f"demoted for the primary: {why}")
         self.peer.send("shut", why="the secondary has shut its data path", alone=False)
 
     def _on_offsets(self, n: int, text: str) -> None:
-        """Offsets of the guest that this one is a copy of; they count when the copy speaks."""
+        """Store offsets of the guest that this one copies; they count once the copy transmits."""
         h = self.held.hold
-        if self.view.pair.confirmed:  # a new primary controller does not know that they are here
+        if self.view.pair.confirmed:  # a new primary controller does not know that they arrived
             self.peer.send("offsets_ack", n=n)
             return
         if h is None:
-            log.warning("offsets that nobody waits for: left alone")
+            log.warning("unexpected offsets are ignored: no checkpoint is in progress")
             return
         try:
             self.flows.adopt(bytes.fromhex(text), first=n == 0)
@@ -247,8 +249,11 @@ class Secondary(Controller):
         self.peer.send("offsets_ack", n=n)
 
     def _given_up(self, why: str) -> None:
-        """The primary has given up entering COLO. A QEMU that has begun to load is of no use any
-        more: as for any guest that is over, its successor is waited for."""
+        """Stop holding: the primary has given up entering COLO.
+
+        A QEMU that has begun to load is of no use any more. This controller waits for its
+        successor, as it does after the end of any guest.
+        """
         if self.held.hold is None:
             return
         self.held.take()
@@ -263,7 +268,7 @@ class Secondary(Controller):
                 and not await self.qemu.qmp.migration_status()
             )
         except QmpError:
-            return  # gone: on_qemu_gone() says so
+            return  # it is gone, which on_qemu_gone() reports
         if self.state is not State.STARTING or self.held.hold is not None:
             return
         if waits:
@@ -277,7 +282,7 @@ class Secondary(Controller):
             )
 
     async def _look_for_abandoned(self) -> None:
-        """Replace a QEMU that was left in COLO by an entry of which this controller knows nothing.
+        """Replace a QEMU that an entry unknown to this controller has left in COLO.
 
         Such a QEMU waits for ever (colo_process_incoming_thread() in QEMU's migration/colo.c). One
         that runs outside COLO is left alone: somebody has started it without -incoming.
@@ -295,7 +300,7 @@ class Secondary(Controller):
             )
 
     async def _check_entry(self, n: int) -> None:
-        """What may have changed since this host said that it is ready."""
+        """Check what may have changed since this host sent `ready`, then begin to hold."""
         try:
             why = await self.life.unfit()
             status = await self.qemu.qmp.status()
@@ -326,18 +331,18 @@ class Secondary(Controller):
             self.peer.send("failed", n=h.n, why=self.view.guest.why or "the SVM's QEMU is gone")
 
     def _on_claims(self, n: int, addresses: str, macs: str) -> None:
-        """What the PVM has said of itself: from epoch n on this guest has said it."""
+        """Store addresses that the PVM claims. From epoch n on they are this guest's claims."""
         running = self.dp.epoch
         if n <= running:
             return
         try:
             own, hw = bytes.fromhex(addresses), bytes.fromhex(macs)
             self.dp.addresses.announced(n, own, hw, running=running)
-        except (ValueError, OSError) as e:  # then it is not announced at a takeover
-            log.warning("addresses of the PVM: %s", e)
+        except (ValueError, OSError) as e:  # then a takeover does not announce them
+            log.warning("the addresses of the PVM cannot be stored: %s", e)
 
     async def _ask_arbiter(self, n: int) -> None:
-        """Planned: this guest is to be the one that speaks."""
+        """Check for a switchover that the arbiter can permit this guest to transmit."""
         try:
             await self.arbiter.check()
         except ArbiterError as e:
@@ -381,14 +386,14 @@ class Secondary(Controller):
             return
         if event.name == "STOP" and self.view.pair.in_colo:
             if self.held.hold is None and self.state is State.PROTECTED:
-                # Nobody told us: somebody else asked QEMU for a checkpoint. Hold at once.
+                # There was no `begin`: somebody else asked QEMU for a checkpoint. Hold at once.
                 log.warning("STOP of the SVM without a checkpoint of ours")
                 self._begin_hold(self.dp.epoch + 1)
                 self.spawn(self._stopped_by_whom(self.held.hold))
             if self.held.hold is not None:
                 self.held.hold.stop_ns = event.ts_ns
         elif event.name == "RESUME" and self.held.hold is not None and self.held.hold.stopped:
-            self.held.hold.stop_ns, self.held.hold.deadline = 0, 0.0  # as one that never came
+            self.held.hold.stop_ns, self.held.hold.deadline = 0, 0.0  # as if none had come
             self.on_tick(time.monotonic_ns())
         elif event.name == "RESUME" and self.held.hold is not None:
             h = self.held.hold
@@ -400,14 +405,14 @@ class Secondary(Controller):
             self.peer.send("resumed", n=h.n, pause_us=int(self.last_pause_ms * 1000))
 
     async def _stopped_by_whom(self, h: Hold | None) -> None:
-        """The SVM stands still, and nobody has told of a checkpoint."""
+        """Find out why the SVM has stopped without a `begin`, and react to that."""
         status, fate = await self.life.stands_still()
         if h is None or self.held.hold is not h or h.resume is not None or not status:
             return
         if fate is None or status == "guest-panicked":
             h.stopped = True
             self.peer.send("request", why=f"the SVM was stopped (`{status}`) by no checkpoint")
-            if status == "guest-panicked":  # a state in which QEMU can load none
+            if status == "guest-panicked":  # QEMU can load no checkpoint in this state
                 with contextlib.suppress(QmpError):
                     await self.qemu.qmp.execute("cont")
         else:
@@ -420,8 +425,11 @@ class Secondary(Controller):
             )  # else the checkpoint under way makes it a copy again
 
     def guest_halts(self, why: str) -> None:
-        """What its guest waits for the other one has done: it is no copy, and the next checkpoint
-        would end its QEMU (io-error to colo is no transition that QEMU allows)."""
+        """Count a copy that is about to stand still as gone.
+
+        The other guest has completed what this one waits for, so this one is no copy any more. The
+        next checkpoint would end its QEMU, which allows no transition from io-error to colo.
+        """
         if self.state is State.PROMOTED:
             super().guest_halts(why)
         elif self.state is not State.STARTING:
@@ -439,10 +447,10 @@ class Secondary(Controller):
         self.view.no_copy()
 
     def _finish(self, h: Hold, event: QmpEvent) -> None:
-        """The SVM runs the new state: what it sends from its RESUME on is of the next epoch."""
+        """Enter the next epoch: the SVM runs the new state from its RESUME on."""
         self.drain()
         self.held.take()
-        if self.dp.mode is Mode.DROP:  # stood down meanwhile: silent, but in the PVM's numbers
+        if self.dp.mode is Mode.DROP:  # demoted meanwhile: silent, with the PVM's sequence numbers
             self.dp.epoch = h.n
             return
         self.held.resumed(h, event)
@@ -462,8 +470,8 @@ class Secondary(Controller):
         if self.dp.mode is not Mode.CHECKPOINT or h is None:
             return
         if not h.stop_ns and time.monotonic() > h.deadline:
-            # Asked for, and the SVM never stopped: it is still the guest that it was (or see
-            # Takeover.unsure).
+            # The checkpoint was asked for, but the SVM never stopped: it is still the guest that
+            # it was (or see Takeover.epoch_uncertain).
             self.drain()
             self.held.take()
             self.held.let_go(h)
@@ -474,7 +482,7 @@ class Secondary(Controller):
     # ---- entering
 
     def _remind(self) -> None:
-        """A primary that has given up an entry is told again that a QEMU still waits here."""
+        """Send `ready` again to a primary that gave up an entry, while a QEMU waits here."""
         now = time.monotonic()
         waits = self._ready_wanted and self.view.peer.state == State.STARTING.value
         if not waits or not self.peer.connected or not self.qemu.qmp.connected:
@@ -489,7 +497,7 @@ class Secondary(Controller):
                 await self._send_ready()
 
     async def _send_ready(self) -> None:
-        """A QEMU waits here, and nothing speaks against it."""
+        """Send `ready`: a QEMU waits here. If the SVM is unfit, send `failed` instead."""
         why = await self.life.unfit()
         if why:
             self.become(State.STARTING, why)
@@ -499,7 +507,7 @@ class Secondary(Controller):
 
     async def start(self) -> None:
         await super().start()
-        if self.state is State.PROMOTED:  # the former controller may have died half-way
+        if self.state is State.PROMOTED:  # the former controller may have died during the takeover
             await self.open_network()
             self.spawn(self.takeover.announce())
 
@@ -510,7 +518,7 @@ class Secondary(Controller):
             self.spawn(self._ready_again())
 
     async def on_replacement_qemu(self) -> None:
-        """Another guest than the one that is over: nothing of that counts any more."""
+        """Start over with a new QEMU: nothing of the former guest counts any more."""
         self.view.new_guest()
         self.held.take()
         self.takeover = Takeover(self)
@@ -539,7 +547,7 @@ class Secondary(Controller):
             self.become(State.STARTING, "the SVM waits for the primary's migration")
             await self._send_ready()
         elif self.view.pair.in_colo and await self.qemu.qmp.migration_status() == "colo":
-            # It may have stood down meanwhile, and the primary relies on that.
+            # The guest may have been demoted meanwhile, and the primary relies on that.
             if self.held.hold is None and self.view.pair.confirmed and not self.path_shut:
                 self.become(State.PROTECTED, "the SVM is in COLO, its offsets were kept")
         elif self.held.hold is None and not self.view.pair.in_colo and not self.path_shut:
@@ -582,7 +590,7 @@ class Secondary(Controller):
         net, qmp = self.config.network, self.config.qemu.qmp
         return [
             f"QMP {qmp}: x-colo-lost-heartbeat",
-            f"QMP {self.config.qemu.qmp_oob or qmp}: yank migration, out of band, should it hang",
+            f"QMP {self.config.qemu.qmp_oob or qmp}: yank migration, out of band, if it hangs",
             f"QMP {qmp}: query-migrate, query-status until `running`",
             "data path: takeover (sequence offsets of live connections are kept)",
             f"{net.tap} joins {net.bridge}" if net.bridge else f"{net.tap} is routed by the host",
@@ -592,7 +600,7 @@ class Secondary(Controller):
     # ---- ageing
 
     async def _sweep(self) -> None:
-        """Age tracked connections; taken over, step out when the last rewritten one is gone."""
+        """Age tracked connections. Once promoted, step out when the last rewritten one is gone."""
         while True:
             await asyncio.sleep(SWEEP_S)
             epoch = self.dp.epoch
@@ -611,12 +619,12 @@ class Secondary(Controller):
             if self.state is State.PROMOTED:
                 await asyncio.to_thread(self.dp.step_out)
                 self.stepped_out = True
-                log.info("the last rewritten connection is gone: the rewriting programs are off")
+                log.info("the last rewritten connection is gone: rewriting programs are detached")
 
     def may_demote(self) -> None:
         if self.held.hold is not None and self.held.hold.planned:
-            # The PVM may be silent already: then nobody would speak.
-            raise ValueError("a switchover to this guest is under way: wait for its end")
+            # The PVM may be silent already: then no guest would transmit.
+            raise ValueError("a switchover to this guest is in progress: wait for its end")
 
     async def keep_shut(self) -> None:
         async with self._hooks:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The secondary's takeover: QEMU leaves COLO, the data path opens, the network is told.
+"""The secondary's takeover: QEMU leaves COLO, the data path opens, the guest is announced.
 
-What a checkpoint under way has in hand is part of it: whether its state is the one that runs
-decides which offsets count.
+A takeover also settles the checkpoint in progress: which offsets count depends on whether the SVM
+runs the state of that checkpoint.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ log = logging.getLogger("colo_xdp.controller.secondary")
 
 TAKEOVER_S = 10.0
 GAP_S = 5.0
-MAX_ANNOUNCED = 256  # addresses of the guest, and MAC addresses
-FORWARDING_S = 90.0  # a port listens and learns for forward_delay each: 30 s at most
+MAX_ANNOUNCED = 256  # IP addresses of the guest, and as many MAC addresses
+FORWARDING_S = 90.0  # a port listens, then learns, for forward_delay each: at most 30 s
 PORT_S = 0.1  # between two looks at a port that does not forward yet
 ANNOUNCE_TIMES = (0.0, 0.05, 0.2, 0.45, 0.8)  # seconds after the takeover, as QEMU's own RARPs
 
 
 class Standby(Protocol):
-    """The controller whose guest is to go on alone."""
+    """The controller whose guest is to run standalone."""
 
     config: Config
     dp: DataPath
@@ -56,51 +56,52 @@ class Standby(Protocol):
         """Change the state."""
 
     def spawn(self, coro: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
-        """Run a task whose failure is looked at."""
+        """Run a background task whose failure ends the controller."""
         ...
 
     def drain(self) -> None:
-        """Read what is in the ring."""
+        """Read what is in the event ring."""
 
     async def open_network(self) -> None:
-        """The tap joins the bridge."""
+        """Put the tap into the bridge."""
 
 
 class Takeover:
-    """The way of one guest from a copy to the one that clients talk to."""
+    """Turns the copy into the guest that serves the clients."""
 
     def __init__(self, standby: Standby) -> None:
         self._c = standby
         self.under_way = False
-        #: the last controller died in a checkpoint of this epoch: QMP does not repeat its events,
-        #: so the SVM may run either state until the next one is complete
+        #: the last controller died in a checkpoint of this epoch, or -1. QMP does not repeat its
+        #: events, so the SVM may run either state until the next checkpoint is complete
         self.epoch_uncertain = -1
-        self._silent_ns = 0  # since when the PVM has been, by plan
-        self._events: list[QmpEvent] = []  # of QEMU, meanwhile
+        self._silent_ns = 0  # since when the PVM has been silent in a switchover; 0: in none
+        self._events: list[QmpEvent] = []  # that QEMU sent during the takeover
 
     def saw(self, event: QmpEvent) -> None:
-        """QEMU says something while this is under way."""
+        """Keep an event that QEMU sends during the takeover."""
         self._events.append(event)
 
     def primary_silent(self, since_ns: int) -> None:
-        """By plan, since then (CLOCK_MONOTONIC)."""
+        """Note since when the PVM has been silent in a switchover (CLOCK_MONOTONIC)."""
         self._silent_ns = since_ns
 
     async def run(self, why: str) -> None:
-        """The peer is certain to be silent. Idempotent: each step may have been done before."""
+        """Take over. The peer is certain to be silent; each step may have been done before."""
         c, began = self._c, time.monotonic()
         if not self.under_way:
             self._events.clear()
         self.under_way = True
         status = await self._leave_colo()
         if c.state is State.STOPPED:
-            # Shut in meanwhile, and the primary was told: it may speak alone because of that word.
+            # The guest was shut in meanwhile. The primary got a message about it, and may run
+            # standalone because of that.
             self.under_way = False
             log.warning("no takeover: %s", c.reason)
             return
         if status != "running":
             c.failures.append(f"takeover: the SVM is `{status}`")
-            c.become(State.DEGRADED, f"takeover: the SVM does not run (`{status}`); trying on")
+            c.become(State.DEGRADED, f"takeover: the SVM does not run (`{status}`); trying again")
             return
         c.drain()
         hold = c.held.take()
@@ -109,14 +110,14 @@ class Takeover:
         self._settle_epoch(hold)
         if hold is not None and hold.resume is not None:
             c.held.resume_ns = hold.resume.ts_ns
-        c.dp.addresses.undo(c.dp.epoch)  # what the primary told for a checkpoint to come
+        c.dp.addresses.undo(c.dp.epoch)  # claims that the primary sent for a checkpoint to come
         said = self._frames_out()
         c.dp.mode = Mode.TAKEOVER
         c.become(State.PROMOTED, why)
         c.peer.send("promoted", why=why)
         await c.open_network()
         c.spawn(self.announce())
-        if hold is not None:  # the primary died, or fell silent, inside a checkpoint
+        if hold is not None:  # the primary died, or fell silent, during a checkpoint
             c.held.let_go_standalone(hold)
         c.drain()
         log.info("takeover took %.1f ms", (time.monotonic() - began) * 1000)
@@ -124,7 +125,7 @@ class Takeover:
             c.spawn(self._measure_gap(said, began))
 
     async def _leave_colo(self) -> str:
-        """Until QEMU has left COLO and its guest runs; returns its run state."""
+        """Wait until QEMU has left COLO and its guest runs. Returns its run state."""
         qemu = self._c.qemu
         try:
             if await self._in_colo():
@@ -135,7 +136,7 @@ class Takeover:
         status = ""
         while time.monotonic() < end:
             try:
-                # In this order: QEMU may load a checkpoint to its end, and run, before it leaves.
+                # Ask in this order: QEMU may still finish a checkpoint, and run, before it leaves.
                 left = await qemu.qmp.migration_status() not in IN_COLO
                 status = await qemu.qmp.status() if left else "leaving COLO"
             except QmpError as e:
@@ -146,15 +147,22 @@ class Takeover:
         return status
 
     async def _in_colo(self) -> bool:
-        """Whether QEMU has to be told. One that hangs is told too, past its main loop."""
+        """Return whether QEMU has to be made to leave COLO.
+
+        That includes a QEMU that hangs: leave_colo() has a way past its main loop.
+        """
         try:
             return await self._c.qemu.qmp.migration_status(HUNG_S) in IN_COLO
         except QmpTimeout:
             return True
 
     def _settle_epoch(self, hold: Hold | None) -> None:
-        """What runs is a copy of the PVM, in its numbers: no offset is left. The primary's word
-        counts too, since it says `n` only after this side's `done n`."""
+        """Set the epoch of the state that the SVM runs, which voids the offsets of earlier ones.
+
+        A state that was loaded is a copy of the PVM and has its sequence numbers. The epoch that
+        the primary reported counts too, since it reports `n` only after this side has sent
+        `resumed` for `n`.
+        """
         c = self._c
         loaded = hold is not None and (hold.resume is not None or self.loaded())
         was = c.dp.epoch
@@ -162,57 +170,59 @@ class Takeover:
         if c.dp.epoch == was == self.epoch_uncertain:
             lost = c.flows.give_up(was)
             log.error(
-                "the last controller here died in a checkpoint, the primary before the next: which"
-                " state runs is not known. %d connections opened since the one before are given up",
+                "the last controller here died in a checkpoint, the primary before the next one: it"
+                " is not known which state runs. %d connections opened since the checkpoint before"
+                " are given up",
                 lost,
             )
 
     def _frames_out(self) -> int:
-        """Frames of the guest that have left to the network."""
+        """Return how many frames of the guest have left to the network."""
         row = self._c.dp.counters()["svm_out"]
         return sum(row[r][0] for r in ("pass", "pass_rewritten", "pass_released"))
 
     async def _measure_gap(self, said: int, began: float) -> None:
-        """Until the guest's first frame after the primary's last one; the clients' share of it."""
+        """Measure the gap that clients see: from the PVM's last frame to the SVM's first one."""
         since, self._silent_ns = self._silent_ns, 0
         took = int((time.monotonic() - began) * 1e6)
         end = time.monotonic() + GAP_S
         while self._frames_out() == said:
             if time.monotonic() > end:
-                log.info("the guest had nothing to say for %g s: no gap was measured", GAP_S)
+                log.info("the guest sent nothing for %g s: no gap was measured", GAP_S)
                 return
             await asyncio.sleep(0.001)
         gap = max(0, time.monotonic_ns() - since)
         self._c.last_failover = {"gap_ms": gap / 1e6, "took_ms": took / 1e3}
-        log.info("the network heard nothing of the guest for %.1f ms", gap / 1e6)
+        log.info("no frame of the guest reached the network for %.1f ms", gap / 1e6)
         self._c.peer.send("downtime", gap_us=gap // 1000, took_us=took)
 
     def loaded(self) -> bool:
-        """Whether the checkpoint in which the primary died has reached the SVM all the same.
+        """Return whether the SVM has loaded the checkpoint during which the primary died.
 
-        lost-heartbeat ends with a RESUME, before which QEMU sends a STOP if the guest was
+        x-colo-lost-heartbeat ends with a RESUME; QEMU sends a STOP before it if the guest was
         running (vm_prepare_start() in QEMU's system/cpus.c). If the guest had loaded the
-        checkpoint there was another RESUME before. QMP keeps the order, so both were read
-        when the state `running` was.
+        checkpoint, another RESUME came before. QMP keeps the order, so both events had been read
+        when the state `running` was read.
         """
         return sum(e.name == "RESUME" for e in self._events) > 1
 
     async def announce(self) -> None:
-        """Tell switches and neighbours where the guest is now, as its QEMU would: RARP for the
-        switches, gratuitous ARP and unsolicited neighbour advertisements for the addresses.
+        """Announce the guest's new place to switches and neighbours, as its QEMU would.
 
-        Again when the bridge lets frames through, if it does not yet (STP).
+        RARP is for the switches; gratuitous ARP and unsolicited neighbour advertisements are for
+        the addresses. If the bridge does not let frames through yet (STP), the announcement is
+        repeated when it does.
         """
         mac = await self._c.qemu.learn_macs()
         if not mac:
-            log.warning("no guest_mac configured and QEMU does not tell: no announcement")
+            log.warning("no guest_mac is configured and QEMU reports none: no announcement")
             return
         await self._announce_now(mac)
         end = time.monotonic() + FORWARDING_S
         waited = self._c.reason
         while not self._c.dp.port_forwarding and self._c.state is State.PROMOTED:
             if time.monotonic() > end:
-                log.error("%s; nobody is told where the guest is any more", self._deaf())
+                log.error("%s; the guest is not announced again", self._deaf())
                 self._c.failures.append(self._deaf())
                 return
             self._c.become(State.PROMOTED, self._deaf())

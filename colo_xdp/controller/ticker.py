@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The clock of a controller: it runs when something is due, and now and then.
+"""The clock of a controller: it ticks when something is due, and now and then.
 
-What an idle controller costs is its wake-ups, 0.3 ms each: so they are few, and whoever has
-something that cannot wait says so.
+An idle controller's cost is its wake-ups, 0.3 ms each. So there are few of them, and a part that
+has something urgent to do reports when (`due_ns`, look()).
 """
 
 from __future__ import annotations
@@ -13,13 +13,16 @@ from collections.abc import Callable
 
 from ..clock import TICK_S
 
-IDLE_S = 0.05  # and at most, or less
+IDLE_S = 0.05  # the longest time between two ticks, unless the controller asks for less
 
 
 class Ticker:
-    """Calls tick(late): s behind its time. It returns the most that may go by until the next (s),
-    or None at the end. `due_ns` says when a tick has something to do (CLOCK_MONOTONIC); without
-    that there is one each `idle_s`."""
+    """Calls tick(late); `late` is how far the tick is behind its time (s).
+
+    tick() returns the longest time that may pass until the next one (s), or None to end.
+    `due_ns` returns when a tick will have something to do (CLOCK_MONOTONIC); while nothing is due,
+    there is a tick every `idle_s`.
+    """
 
     def __init__(
         self,
@@ -28,12 +31,12 @@ class Ticker:
         idle_s: float = IDLE_S,
     ) -> None:
         self._tick, self._due_ns, self._idle_s = tick, due_ns, idle_s
-        self.at_ns = 0  # when the next tick is to come
-        self._rest: asyncio.Future[None] | None = None  # until then
+        self.at_ns = 0  # when the next tick is due
+        self._rest: asyncio.Future[None] | None = None  # done at the next tick
         self._alarm: asyncio.TimerHandle | None = None
 
     async def run(self) -> None:
-        """Until tick() says that it is over. What a tick itself takes makes the next one late."""
+        """Tick until tick() returns None. The time that a tick takes makes the next one late."""
         late, began = 0.0, time.monotonic_ns()
         while (most := self._tick(late)) is not None:
             worked = time.monotonic_ns() - began
@@ -42,7 +45,7 @@ class Ticker:
             late = (worked + began - self.at_ns) / 1e9
 
     async def rest(self, most_s: float) -> None:
-        """Until the next tick."""
+        """Wait until the next tick."""
         due_s = (self._due_ns() - time.monotonic_ns()) / 1e9
         rest = self._rest = asyncio.get_running_loop().create_future()
         self._wake_in(max(TICK_S, min(self._idle_s, most_s, due_s)))
@@ -54,8 +57,11 @@ class Ticker:
                 self._alarm.cancel()
 
     def look(self) -> None:
-        """Something may have become due: do not sleep through it. The next tick is only ever
-        brought forward, or one that is overdue would be put off as long as frames come."""
+        """Bring the next tick forward if something has become due.
+
+        A tick is only ever brought forward. If it could be put off, an overdue one would wait for
+        as long as frames come.
+        """
         rest, soonest = self._rest, time.monotonic_ns() + int(TICK_S * 1e9)
         if rest is None or rest.done() or max(soonest, self._due_ns()) >= self.at_ns:
             return

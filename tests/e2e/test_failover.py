@@ -164,10 +164,10 @@ def test_a_copy_that_missed_something_never_speaks(make_lab: LabMaker) -> None:
     live_on(lab, made, time.time())
     sh("ip", "-n", lab.net.primary, "link", "set", "peer0", "up")
     s = lab.wait_state("secondary", "stopped", 15)
-    assert "spoken alone" in s["reason"]
+    assert "run standalone" in s["reason"]
     lab.vm["primary"].kill9()
     wait_for("its end", lambda: lab.status("primary")["qemu"]["gone"], 15)
-    with pytest.raises(ControlError, match="spoken alone"):
+    with pytest.raises(ControlError, match="run standalone"):
         lab.ask("secondary", "failover", force=True)
     s = lab.status("secondary")
     assert (s["state"], s["mode"]) == ("stopped", "drop")

@@ -1093,7 +1093,7 @@ def test_a_guest_is_worthless_only_if_the_other_speaks(
 
 def test_what_stands_in_the_way_of_a_new_pair_is_said() -> None:
     c, _, _ = primary(Mode.DROP, adopted=True)
-    with pytest.raises(ValueError, match="not known to speak"):
+    with pytest.raises(ValueError, match="not known to run standalone"):
         asyncio.run(c.commands.run("reprotect", {}))
     c.state = State.PROTECTED
     with pytest.raises(ValueError, match="nothing to do"):
@@ -1678,7 +1678,7 @@ def test_a_persons_word_does_not_count_for_ever(
     assert c.facts().operator and c.view.forced is force
     c.view.ordered(forced=force, until_s=time.monotonic() - 1)
     assert not c.facts().operator and not c.view.forced
-    assert "ask for it again" in caplog.text
+    assert "request it again" in caplog.text
     caplog.clear()
     c.commands.order("failover", -1)
     c.state = State.PROMOTED

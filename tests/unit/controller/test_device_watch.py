@@ -128,7 +128,7 @@ def test_what_the_other_host_does_not_hear(clock: Clock) -> None:
         clock.go(100)
         c.paths.core.paths[0].heard_ns = clock.ns
         c.devices.listen()
-    assert "the other host hears nothing over" in shown(c)[1]
+    assert "the other host receives nothing over" in shown(c)[1]
 
 
 def test_a_secondary_that_says_nothing_is_none() -> None:
