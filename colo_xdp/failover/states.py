@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Define which state may follow which, as data. Pure.
 
-become() (controller/host.py) looks each transition up. A transition that is not listed is an
+become() (controller/controller.py) looks each transition up. A transition that is not listed is an
 internal error: it is logged, counted among the `failures` of the status, and carried out all the
 same. The state informs people and the decision of what the data path already does; a controller
 that refused the transition, or exited because of it, would hold a wrong belief or leave a guest
 silent unexpectedly. Tests and the simulator set STRICT, which makes it raise.
 
 diagram() draws the table. `paused` and `shadow` are not states of a controller: they are how
-`protected` is displayed (Node.shown_state).
+`protected` is displayed (Controller.shown_state).
 """
 
 from __future__ import annotations

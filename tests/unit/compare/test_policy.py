@@ -14,7 +14,7 @@ from colo_xdp.net.frame import Frame
 from colo_xdp.net.packet import parse as packet
 from tests.unit import frames as f
 from tests.unit.compare.test_datagram import A, B, Pair
-from tests.unit.controller.test_controllers import EXAMPLES
+from tests.unit.controller.fakes import EXAMPLES
 
 SYN_ACK = f.tcp(100, 1, b"", f.SYN | f.ACK, opts=f.SYN_OPTS)
 SYN = f.tcp(100, 0, b"", f.SYN, opts=f.SYN_OPTS, sport=40000, dport=25)

@@ -17,7 +17,7 @@ from colo_xdp.controller.colo_entry import BACKOFF_FREE_S, BACKOFF_S, Tries
 from colo_xdp.failover.decision import State
 from colo_xdp.qemu.event import QmpEvent
 from colo_xdp.qemu.qmp import QmpError
-from tests.unit.controller.test_controllers import in_loop, primary, secondary, undecided
+from tests.unit.controller.fakes import in_loop, primary, secondary, undecided
 from tests.unit.controller.test_guest_lifecycle import OFF, says
 
 DISK = {"device": "d0", "inserted": {"ro": False, "file": "/a.qcow2", "node-name": "n0"}}

@@ -16,7 +16,7 @@ from colo_xdp.controller.command import Command
 from colo_xdp.controller.primary import Primary
 from colo_xdp.failover.decision import State
 from colo_xdp.status import builder
-from tests.unit.controller.test_controllers import primary, secondary
+from tests.unit.controller.fakes import primary, secondary
 
 BOTH = pytest.mark.parametrize("make", [primary, secondary])
 

@@ -19,7 +19,7 @@ from colo_xdp.failover import lease
 from colo_xdp.failover.decision import Action, State, decide
 from colo_xdp.peer.heartbeat import NONCE, session_key
 from tests.netns.frames import tcp
-from tests.unit.controller.test_controllers import primary, secondary
+from tests.unit.controller.fakes import primary, secondary
 
 KEY = session_key("web1", "11" * NONCE, "22" * NONCE)
 GONE = "[network] peer_link: network device eth1 does not exist"

@@ -20,7 +20,7 @@ from colo_xdp.failover.decision import State
 from colo_xdp.peer.heartbeat import Flag
 from colo_xdp.qemu.event import QmpEvent
 from tests.netns.frames import udp
-from tests.unit.controller.test_controllers import BEAT, FakeQmp, in_loop, primary, secondary
+from tests.unit.controller.fakes import BEAT, FakeQmp, in_loop, primary, secondary
 
 OFF = {"guest": True, "reason": "guest-shutdown"}
 

@@ -16,7 +16,7 @@ from colo_xdp.failover.decision import OtherGuest, Role
 from colo_xdp.failover.states import sends_nothing
 from colo_xdp.status.builder import active_json
 from colo_xdp.status.metrics import health
-from tests.unit.controller.test_controllers import (
+from tests.unit.controller.fakes import (
     FakeDataPath,
     WaitingQmp,
     in_loop,

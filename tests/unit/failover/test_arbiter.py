@@ -16,7 +16,7 @@ from colo_xdp.failover import arbiter
 from colo_xdp.failover.arbiter import ARBITERS, Arbiter, ArbiterError, Host, Kind
 from colo_xdp.failover.decision import Action, ArbiterView, State
 from colo_xdp.status.builder import active_json
-from tests.unit.controller.test_controllers import (
+from tests.unit.controller.fakes import (
     EXAMPLES,
     FakeDataPath,
     FakeQmp,

@@ -12,7 +12,7 @@ import pytest
 from colo_xdp.failover import states
 from colo_xdp.failover.decision import Role, State
 from colo_xdp.failover.states import TRANSITIONS, IllegalTransition, diagram, legal
-from tests.unit.controller.test_controllers import in_loop, primary, secondary
+from tests.unit.controller.fakes import in_loop, primary, secondary
 
 SHOWN_ONLY = {State.PAUSED, State.SHADOW}
 

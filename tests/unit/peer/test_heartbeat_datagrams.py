@@ -20,7 +20,7 @@ from colo_xdp.failover.lease import boot_ns
 from colo_xdp.peer.channel import OTHER
 from colo_xdp.peer.heartbeat import NONCE, Flag, Heartbeat, HeartbeatSession, session_key
 from colo_xdp.peer.heartbeat_links import LINK
-from tests.unit.controller.test_controllers import FakeDataPath, Sent, primary, secondary
+from tests.unit.controller.fakes import FakeDataPath, Sent, primary, secondary
 
 Made = tuple[Controller, FakeDataPath, list[Action]]
 

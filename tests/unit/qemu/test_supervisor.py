@@ -17,7 +17,7 @@ from colo_xdp.qemu import supervisor
 from colo_xdp.qemu.event import QmpEvent
 from colo_xdp.qemu.qmp import QmpError
 from colo_xdp.qemu.supervisor import QemuOptions, QemuSupervisor, Stakes
-from tests.unit.controller.test_controllers import in_loop, primary, secondary
+from tests.unit.controller.fakes import in_loop, primary, secondary
 
 OPTIONS = QemuOptions(
     pair="web1", name="PVM", qmp="/nowhere", qmp_oob="", timeout_s=1, tap="tap0", guest_mac="",

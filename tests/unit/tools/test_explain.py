@@ -17,7 +17,7 @@ from colo_xdp.net.frame import Evidence, Frame
 from colo_xdp.status.document import empty
 from colo_xdp.tools.explain import ADVICE, comment, duration, rules_text, text
 from colo_xdp.tools.suggest import MIN_SEEN, Change, _set, apply, changes, diff
-from tests.unit.controller.test_controllers import EXAMPLES
+from tests.unit.controller.fakes import EXAMPLES
 
 CONFIG = (EXAMPLES / "primary.toml").read_text()
 KNOWN = {"compare_timeout": 3000, "max_queue_size": 1024, "ring_pages": 1024}
