@@ -99,7 +99,7 @@ class Run:
     def client_says(self, t: Talk) -> None:
         """Send a client's frame: mostly an ack of all that has left; or a forged or reordered
         one, and odd flags."""
-        rnd, rel = self.rnd, self.model.conns[t.key].rel
+        rnd, rel = self.rnd, self.model.conns[t.key].released
         ack = rel + rnd.choice((0, 0, 0, 0, 0, -1, -700, -5000, 1, 5000, 1 << 31))
         flags = rnd.choice((ACK, ACK, ACK, ACK | PSH, ACK | FIN, ACK | RST, ACK | SYN, RST, 0))
         frame = tcp(
@@ -334,7 +334,7 @@ class Run:
         elif x < 0.012:
             busy, m.conns[t.key].lock = True, 1
             lab.conns.set(t.key, struct.pack("=Q", 1) + (lab.conns.get(t.key) or b"")[8:])
-        rel = m.conns[t.key].rel
+        rel = m.conns[t.key].released
         fate = m.fast(
             side, frame, self.now, gso_size=gso, partial=partial,
             epoch=epoch if epoch == m.epoch else -1, elsewhere=elsewhere,
@@ -354,7 +354,7 @@ class Run:
         elif frame[(54 if t.v6 else 34) + 13] & (FIN | SYN | RST) == FIN:
             self.seen.update(f"fin {name}" for name in expected)
         if side == SIDE_SVM and fate.reason == Reason.OFFLOAD_REBUILT:
-            whole = (m.conns[t.key].rel - rel) & M32 == parse(frame).payload_len
+            whole = (m.conns[t.key].released - rel) & M32 == parse(frame).payload_len
             self.seen["cut to the PVM's size"] += whole
         if side == SIDE_PVM and fate.reason == Reason.OFFLOAD_ACKED:
             self.seen["asked the client"] += 1
