@@ -120,8 +120,8 @@ class Qemu:
     incoming: tuple[str, ...] = validate.key(
         validate.argv,
         "command (argv, no shell) that restarts this host's QEMU with -incoming and ends what "
-        "is left of the old one; run when this host's guest has become useless because the "
-        "other one transmits",
+        "is left of the old one; run when the other host's guest serves the clients and this host "
+        "has no usable copy of it: its own guest is outdated, or the copy's QEMU has exited",
         default=(),
     )
     qmp_timeout: int = validate.key(
