@@ -7,7 +7,7 @@
 #ifndef COLO_ABI_H
 #define COLO_ABI_H
 
-#define COLO_ABI 6
+#define COLO_ABI 7
 
 /*
  * skb->mark of a frame that has been decided elsewhere: the controller released it, or the mirror

@@ -275,6 +275,7 @@ class ColoEntry:
         self._bypass()
         c.become(State.STARTING, f"COLO was not entered: {why}")
         c.peer.send("failed", n=max(c.dp.epoch, c.view.peer.epoch) + 1, why=why[:1000])
+        c.view.order_withdrawn()  # it was about the copy that is given up, not about the next one
         began, tried = time.monotonic(), ""
         while c.state is State.STARTING:
             try:

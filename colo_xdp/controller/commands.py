@@ -55,6 +55,11 @@ class Commandable(Protocol):
         ...
 
     @property
+    def transmits(self) -> bool:
+        """Whether the network receives this host's guest."""
+        ...
+
+    @property
     def acting(self) -> asyncio.Task[Any] | None:
         """The one action in progress."""
         ...
@@ -201,6 +206,8 @@ class OperatorCommands:
     async def failover(self, args: dict[str, Any]) -> dict[str, Any]:
         """Make this host's guest serve standalone. Raises ValueError."""
         c = self._c
+        if args.get("planned"):
+            raise ValueError("a planned failover is another command: `switchover`")
         force = args.get("force", False)
         steps = c.failover_steps(force=bool(force))
         if args.get("dry_run"):
@@ -220,10 +227,12 @@ class OperatorCommands:
                 if c.state in (State.SOLO, State.PROMOTED, State.STOPPED):
                     break
                 opened = undecided and not c.undecided and c.acting is None
-                if not undecided and c.state is State.STARTING and c.view.guest.standalone:
-                    # The entry into COLO was given up meanwhile, so the guest serves alone. The
-                    # request ends here: it must not fence the next copy.
+                given_up = c.state is State.STARTING and c.view.guest.standalone
+                if given_up and not undecided and c.acting is None and c.transmits:
+                    # The entry into COLO was given up meanwhile, so the guest serves alone. Neither
+                    # this request nor the fence that it began is about the next copy.
                     c.view.order_withdrawn()
+                    c.view.fence_is_void()
                     opened = True
                 if opened:
                     break

@@ -61,10 +61,11 @@ class Replacement:
             if not c.qemu.qmp.connected:
                 with contextlib.suppress(QmpError):
                     await c.qemu.reconnect()
-            status = ""
+            status, waits = "", False
             with contextlib.suppress(QmpError):
                 status = await c.qemu.qmp.status()
-            if status == "inmigrate":
+                waits = await c.qemu.waits()
+            if waits:
                 await c.on_replacement_qemu()
                 continue
             with contextlib.suppress(QmpError):

@@ -30,7 +30,6 @@ from ..peer.heartbeat import Flag
 from ..qemu.event import QmpEvent
 from ..qemu.guest_event import News
 from ..qemu.qmp import QmpError
-from ..qemu.supervisor import IN_COLO
 from .controller import Controller
 from .held_frames import HeldFrames, Hold
 from .takeover import Takeover
@@ -59,6 +58,7 @@ class Secondary(Controller):
         self._ready_wanted = False
         self._remind_at = 0.0
         self._missed = ""  # a loss of hooks that is still to be reported to the primary
+        self._looking = False  # for an SVM that an entry has left behind
         self._qemus = 0  # how many QEMUs have waited here
         self.view.adopted(confirmed=datapath.adopted and datapath.sync_state is not SyncState.NONE)
         self.checkpoints_loaded = 0
@@ -143,7 +143,8 @@ class Secondary(Controller):
         elif self._was_given_up(msg):
             if h is not None:
                 self._given_up("it is not entering it any more")
-            elif not self._ready_wanted and self.qemu.qmp.connected:
+            elif not self._ready_wanted and self.qemu.qmp.connected and not self._looking:
+                self._looking = True
                 self.spawn(self._look_for_abandoned())
         if msg["alone"] and not msg["shut"] and self.view.pair.confirmed:
             self.outdated("the PVM has run standalone")  # while no message of it arrived
@@ -259,22 +260,20 @@ class Secondary(Controller):
         self.held.take()
         self.view.not_in_colo()
         self.dp.mode = Mode.DROP
+        self._ready_wanted = False  # until it is certain that this QEMU can be used again
         self.spawn(self._after_given_up(why[:500]))
 
     async def _after_given_up(self, why: str) -> None:
         try:
-            waits = (
-                await self.qemu.qmp.status() == "inmigrate"
-                and not await self.qemu.qmp.migration_status()
-            )
+            waits = await self.qemu.waits()
         except QmpError:
-            return  # it is gone, which on_qemu_gone() reports
+            return  # gone, which on_qemu_gone() reports; or it hangs: _look_for_abandoned() goes on
         if self.state is not State.STARTING or self.held.hold is not None:
             return
         if waits:
+            self._ready_wanted = True
             self.become(State.STARTING, f"the primary has given up entering COLO: {why}")
         else:
-            self._ready_wanted = False
             self.become(
                 State.STOPPED,
                 f"the primary has given up entering COLO: {why}; a new QEMU with -incoming is "
@@ -285,14 +284,20 @@ class Secondary(Controller):
         """Replace a QEMU that an entry unknown to this controller has left in COLO.
 
         Such a QEMU waits for ever (colo_process_incoming_thread() in QEMU's migration/colo.c). One
-        that runs outside COLO is left alone: somebody has started it without -incoming.
+        that runs outside COLO is left alone, whatever it migrates: somebody has started it without
+        -incoming.
         """
         try:
             migration = await self.qemu.qmp.migration_status()
+            loading = migration == "active" and await self.qemu.qmp.status() == "inmigrate"
         except QmpError:
             return
-        if self.state is State.STARTING and self.held.hold is None and migration in IN_COLO:
+        finally:
+            self._looking = False
+        left = migration == "colo" or loading
+        if self.state is State.STARTING and self.held.hold is None and left:
             self.view.not_in_colo()
+            self.dp.mode = Mode.DROP
             self.become(
                 State.STOPPED,
                 "the SVM was left behind by an entry into COLO that the primary has given up; "
@@ -319,7 +324,8 @@ class Secondary(Controller):
 
     @property
     def needs_copy(self) -> bool:
-        return self.state is State.STARTING and self.superseded()
+        had_one = self._qemus > 0 or self.dp.adopted  # else whoever sets the host up starts it
+        return had_one and self.state is State.STARTING and self.superseded()
 
     def on_qemu_gone(self) -> None:
         h = self.held.take()
@@ -493,7 +499,7 @@ class Secondary(Controller):
 
     async def _ready_again(self) -> None:
         with contextlib.suppress(QmpError):
-            if await self.qemu.qmp.status() == "inmigrate":
+            if await self.qemu.waits():
                 await self._send_ready()
 
     async def _send_ready(self) -> None:

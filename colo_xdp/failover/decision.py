@@ -89,7 +89,7 @@ class OtherGuest(StrEnum):
     UNKNOWN = ""  # nothing received yet
     IDLE = "idle"  # silent, and nobody has confirmed that it is a copy
     COPY = "copy"  # silent, and a copy of the pair's guest
-    TRANSMITTING = "speaks"
+    TRANSMITTING = "transmits"
     ENDED = "ended"  # it ran standalone and is gone
 
 

@@ -178,9 +178,9 @@ def main(report_path: str = "build/demo-report.json", keep: bool = False) -> int
             for step in steps:
                 step(lab, show, report)
             over = _failover(lab, show, report)
-            punt_seq = [lab.stop_capture(c) for c in (on_s, on_c)]
-            leaked = sum(from_guest(f, before=over) for f in punt_seq)
-            after = sum(from_guest(f) for f in punt_seq) - leaked
+            captures = [lab.stop_capture(c) for c in (on_s, on_c)]
+            leaked = sum(from_guest(f, before=over) for f in captures)
+            after = sum(from_guest(f) for f in captures) - leaked
             report["svm_frames_leaked"] = leaked
             show.row(
                 "frames of the SVM on the network before the takeover",

@@ -60,7 +60,7 @@ REFUSALS = ("stranger", "other_pair", "other_key", "forged", "own", "replayed")
 class Flag(IntFlag):
     """Flags of a heartbeat datagram.
 
-    SHUT, ALONE and SHADOW mean the same as in a heartbeat (peer/messages.py).
+    SHUT, STANDALONE and SHADOW mean the same as in a heartbeat (peer/messages.py).
     """
 
     VM = 1  # the sender's QEMU lives

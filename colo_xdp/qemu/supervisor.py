@@ -115,6 +115,7 @@ class QemuSupervisor:
         self.info: QemuInfo | None = None
         self.first_mac = ""  # of the guest, as QEMU or the configuration gave it
         # the running command [qemu] incoming
+        self._launching = False
         self._starting: asyncio.subprocess.Process | None = None
         self.qmp = self._new_qmp()
         self.oob: Qmp | None = None  # the second socket, if configured
@@ -194,8 +195,8 @@ class QemuSupervisor:
                 if there or not self.options.incoming or not self._owner.needs_copy:
                     missing_since = now
                 elif now - missing_since > INCOMING_S:
-                    missing_since = now
                     await self.start_incoming()
+                    missing_since = time.monotonic()
                 await asyncio.sleep(QMP_RETRY_S)
                 continue
             await self._connect_oob()
@@ -245,6 +246,16 @@ class QemuSupervisor:
         except OSError as e:  # no room: everything is mirrored then, and the first address is known
             log.warning("not all MAC addresses of the guest could be stored: %s", e)
         return self.first_mac
+
+    async def waits(self) -> bool:
+        """Return whether this QEMU waits for a migration, and none has begun. Raises QmpError.
+
+        A QEMU whose incoming migration broke off may stay in the run state `inmigrate`, but its
+        listener has accepted its one connection. One that waits says `setup` from QEMU 8.2 on.
+        """
+        if await self.qmp.status() != "inmigrate":
+            return False
+        return await self.qmp.migration_status() in ("", "none", "setup")
 
     async def close(self) -> None:
         """Disconnect; QEMU keeps running."""
@@ -311,12 +322,15 @@ class QemuSupervisor:
     async def start_incoming(self) -> None:
         """Run the command that starts a QEMU which waits for the other guest's state."""
         argv = self.options.incoming
+        if self._launching:
+            return
         if self._starting is not None and self._starting.returncode is None:
             log.error(
                 "[qemu] incoming: the command is still running, process %d", self._starting.pid
             )
             return
         log.info("starting a new QEMU on this host: %s", " ".join(argv))
+        self._launching = True
         try:
             self._starting = await asyncio.create_subprocess_exec(
                 *user_command.incoming(self.options.pair, argv), env=user_command.environment()
@@ -326,5 +340,7 @@ class QemuSupervisor:
         except (OSError, TimeoutError) as e:
             log.error("[qemu] incoming: %s", str(e) or f"not finished within {INCOMING_S:g} s")
             return
+        finally:
+            self._launching = False
         if status:
             log.error("[qemu] incoming: exit status %d", status)

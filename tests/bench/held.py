@@ -332,10 +332,12 @@ def give_all(dp: DataPath, case: Case) -> None:
             raise RuntimeError("the table is full")
         dp.fast.reclaim(key)
         if (
-            dp.fast.give(key, request, 0) is not OffloadResult.ACCEPTED
+            dp.fast.offload(key, request, 0) is not OffloadResult.ACCEPTED
         ):  # frames of it have been punted to user space
             dp.objects.map("conns").delete(conn_key(key))
-            if not (dp.fast.offer(key) and dp.fast.give(key, request, 0) is OffloadResult.ACCEPTED):
+            if not (
+                dp.fast.offer(key) and dp.fast.offload(key, request, 0) is OffloadResult.ACCEPTED
+            ):
                 raise RuntimeError("a connection was not taken")
 
 

@@ -446,7 +446,7 @@ def _new_connection(dp: Any, sc: Scene) -> None:
     key = _key(sc)
     request = OffloadRequest(held.words(sc.udp), b"")
     dp.objects.map("conns").delete(conn_key(key))
-    if not (dp.fast.offer(key) and dp.fast.give(key, request, 0) is OffloadResult.ACCEPTED):
+    if not (dp.fast.offer(key) and dp.fast.offload(key, request, 0) is OffloadResult.ACCEPTED):
         raise RuntimeError("the connection was not taken")
 
 

@@ -69,7 +69,7 @@ def _fill(a: held.Arm, first: int, upto: int) -> None:
 def _give(a: held.Arm, i: int, request: OffloadRequest) -> None:
     assert a.dp is not None and a.dp.fast is not None
     key = _key(i)
-    if not (a.dp.fast.offer(key) and a.dp.fast.give(key, request, 0) is OffloadResult.ACCEPTED):
+    if not (a.dp.fast.offer(key) and a.dp.fast.offload(key, request, 0) is OffloadResult.ACCEPTED):
         raise RuntimeError(f"connection {i} was not taken")
 
 

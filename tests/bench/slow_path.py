@@ -32,7 +32,7 @@ from typing import Any
 from colo_xdp import abi
 from colo_xdp.compare.limits import Limits
 from colo_xdp.compare.policy import Policy
-from colo_xdp.controller.primary import Primary
+from colo_xdp.controller.pvm_output import PvmOutput
 from colo_xdp.datapath.attach import make_tap
 from colo_xdp.datapath.inject import Injector
 from colo_xdp.datapath.ring import CapturedFrame, RingReader
@@ -149,7 +149,7 @@ def engine(release: Callable[[Frame], None], limits: Limits | None = None) -> tu
     waits: Any = SimpleNamespace(waits=[0] * (len(WAIT_BUCKETS) + 1), wait_sum=0.0)
     e = Engine(
         limits or Limits(max_flows=200_000), Policy(), release, request_checkpoint=never,
-        on_wait=partial(Primary._on_wait, waits),
+        on_wait=partial(PvmOutput._on_wait, waits),
     )  # fmt: skip
     now = time.monotonic_ns
 

@@ -17,7 +17,8 @@ from tests.e2e.conftest import LabMaker
 
 #: a controller beside which another tool turns a capability on, just before `migrate`
 MEDDLED = """
-from colo_xdp import cli, qmp
+from colo_xdp import cli
+from colo_xdp.qemu import qmp
 prepare = qmp.Qmp.prepare
 async def meddled(self, *, primary):
     await prepare(self, primary=primary)

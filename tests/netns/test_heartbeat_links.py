@@ -135,7 +135,7 @@ def test_a_cut_is_no_hung_controller(net: Net) -> None:
             sh("ip", "-n", ns, "neigh", "replace", far, "lladdr", "02:00:00:00:00:99", "dev",
                "peer0", "nud", "permanent")  # fmt: skip
         before = p.last_seen_ns
-        await until(lambda: p.silent_ms() > 500, lambda: p.send("plan", why="x") and None)
+        await until(lambda: p.silent_ms() > 500, lambda: p.send("switchover", why="x") and None)
         assert p.last_seen_ns == before
         p.drop("silent")
         assert p.ending is Ending.LOST

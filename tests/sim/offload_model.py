@@ -4,7 +4,7 @@
 The order and the connection state are the same, too. The model is the readable statement of the
 rules, the other half of the differential test (tests/netns/test_offload_differential.py) and the
 kernel of the simulated primary host. Sans-IO. User space reaches it as it reaches the kernel,
-through colo_xdp.datapath.offload_maps.FastMap itself: `Objects` stands in for the loaded programs
+through colo_xdp.datapath.offload_maps.BpfKernelPath itself: `Objects` stands in for the loaded programs
 and maps, `Bpf` for bpf(2).
 """
 
@@ -680,7 +680,7 @@ class KernelModel:
     # -- user space
 
     def control(self, message: bytes, now: int) -> CtlResult:
-        """fast_ctl."""
+        """offload_ctl."""
         op, punt_seq, key, state, since = abi.CTL.unpack(message)
         c = self.conns.get(key)
         if c is None:
@@ -760,7 +760,7 @@ class _Conns:
 
 
 class Objects:
-    """Stand in for colo_xdp.datapath.loader.Objects, as far as FastMap needs it."""
+    """Stand in for colo_xdp.datapath.loader.Objects, as far as BpfKernelPath needs it."""
 
     def __init__(self, k: KernelModel) -> None:
         buffers = SimpleNamespace(max_entries=k.buffers)

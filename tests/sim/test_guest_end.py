@@ -111,7 +111,7 @@ def a_flood_gets_its_share(share: int = 5) -> None:
             assert len(made) > 3, "nothing was tried"
             if used > share / 100 * span + BURST_NS / 1e6 + longest:
                 raise Violation(f"seed {seed}: {used:.0f} of {span} ms in {len(made)} checkpoints")
-            if used > share / 100 * span + BURST_NS / 1e6 and not p.delayed:
+            if used > share / 100 * span + BURST_NS / 1e6 and not p.checkpoints.delayed:
                 raise Violation(f"seed {seed}: {used:.0f} ms of checkpoints, none delayed")
     finally:
         world_module.config = real
@@ -150,7 +150,7 @@ def a_failed_entry_lets_nobody_run(mp: Any) -> None:
 
 def only_cont(mp: Any) -> None:
     async def run_on(self: Any, since_s: float) -> bool:
-        return bool(await self._cont())
+        return bool(await self.cont())
 
     mp.setattr(ColoEntry, "_run_on", run_on)
 
@@ -159,7 +159,7 @@ def an_entry_waits_for_its_deadline(mp: Any) -> None:
     async def watch(self: Any, ck: Any) -> None:
         await self._release_proven(ck)
 
-    mp.setattr(ColoEntry, "_watch_entry", watch)
+    mp.setattr(ColoEntry, "watch", watch)
 
 
 def a_stop_is_a_checkpoint(mp: Any) -> None:

@@ -280,7 +280,7 @@ def test_a_new_process_keeps_its_hosts_promises(fault: bool, monkeypatch: Any) -
 
 
 def the_kernel_forgets(mp: Any) -> None:
-    mp.setattr(Host, "speaks", property(lambda self: self.open))
+    mp.setattr(Host, "transmits", property(lambda self: self.open))
 
 
 def counted_from_the_answer(mp: Any) -> None:
@@ -340,10 +340,10 @@ def what_is_given_back_is_kept(mp: Any) -> None:
     """Let the permission continue after the key was released."""
 
     def want(self: Leadership, value: bool) -> None:
-        self.checkpoints.wanted = value
+        self._want = value
         self._wake.set()
 
-    mp.setattr(Leadership, "want", property(lambda self: self.checkpoints.wanted, want))
+    mp.setattr(Leadership, "want", property(lambda self: self._want, want))
     mp.setattr(Host, "shut", lambda self: self.speaker and want(self.speaker, False))
 
 

@@ -977,7 +977,7 @@ class World:
         except ValueError:
             return
         if c is side.controller and not (side.mode is Mode.DROP and not side.stepped_out):
-            raise Violation(f"{side.name} has stood down, and {side.mode.name} lets it speak")
+            raise Violation(f"{side.name} has demoted, and {side.mode.name} lets it speak")
 
     # -- pairs created again
 

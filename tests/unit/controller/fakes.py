@@ -217,6 +217,9 @@ class WaitingQmp(FakeQmp):
     async def status(self, timeout: float | None = None) -> str:
         return "inmigrate" if "quit" in self.said else "running"
 
+    async def migration_status(self, timeout: float | None = None) -> str:
+        return "" if "quit" in self.said else "completed"
+
     async def quit(self) -> None:
         self.said.append("quit")
 

@@ -345,7 +345,7 @@ def test_a_secondary_that_has_not_heard_of_the_end_of_an_entry_concludes_it(
 
 @pytest.mark.parametrize(
     ("migration", "announced", "over"),
-    [("colo", False, True), ("active", False, True), ("", False, False), ("colo", True, False)],
+    [("colo", False, True), ("active", False, False), ("", False, False), ("colo", True, False)],
 )
 def test_an_svm_that_an_unknown_entry_has_left_in_colo_is_replaced(
     migration: str, announced: bool, over: bool

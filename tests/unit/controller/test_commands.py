@@ -65,17 +65,27 @@ def test_a_failover_is_done_when_the_copy_that_it_is_about_is_given_up() -> None
     """Asked for while COLO is entered, which fails: the order must not fence the next copy."""
 
     async def body() -> None:
-        c, _, _ = primary(Mode.CHECKPOINT)
+        c, dp, _ = primary(Mode.CHECKPOINT)
         c.state, c.view.guest.standalone = State.CHECKPOINTING, True
         c.reconsider = lambda: None  # type: ignore[method-assign]
         asked = asyncio.create_task(c.commands.run("failover", {}))
         await asyncio.sleep(0)
         assert c.view.operator and not asked.done()
-        c.state = State.STARTING
+        c.state, dp.mode = State.STARTING, Mode.DROP
+        await asyncio.wait({asked}, timeout=0.1)
+        assert not asked.done(), "the network does not receive the guest yet"
+        dp.mode = Mode.BYPASS
         assert (await asyncio.wait_for(asked, 5))["done"]
-        assert not c.view.operator
+        assert not c.view.operator and c.view.pair.fence.result is None
 
     asyncio.run(body())
+
+
+def test_a_failover_that_is_to_be_planned_is_refused() -> None:
+    """What an older command line sends must not become a failover that fences the peer."""
+    c, _, _ = primary()
+    with pytest.raises(ValueError, match="`switchover`"):
+        asyncio.run(c.commands.run("failover", {"planned": True}))
 
 
 def test_a_page_of_frames_has_a_size() -> None:

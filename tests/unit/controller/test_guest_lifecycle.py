@@ -197,7 +197,7 @@ def test_no_checkpoint_while_an_io_error_has_stopped_the_pvm() -> None:
         says(c, "STOP")
         await asyncio.sleep(0)
         assert c.checkpoints.wanted is None and "disk d0" in c.reason and c.state is State.PROTECTED
-        c._sleep_or_wake = lambda seconds: asyncio.sleep(0)  # type: ignore[method-assign]
+        c.checkpoints.sleep_or_wake = lambda seconds: asyncio.sleep(0)  # type: ignore[method-assign]
         assert await c.checkpoints._delayed(CheckpointRequest(Cause.PAYLOAD_DIFFERS, "x"))
         assert await c.checkpoints._delayed(CheckpointRequest(Cause.SWITCHOVER, "x"))
         with pytest.raises(ValueError, match="disk d0"):

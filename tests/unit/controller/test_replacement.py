@@ -48,6 +48,7 @@ def test_a_tap_that_is_gone_with_its_guest_ends_no_controller(error: Exception) 
         c.qemu.qmp = FakeQmp()  # type: ignore[assignment]
         c.qemu.qmp.connected = True
         c.qemu.qmp.status = lambda: asyncio.sleep(0, "inmigrate")  # type: ignore[method-assign]
+        c.qemu.qmp.migration_status = lambda: asyncio.sleep(0, "")  # type: ignore[method-assign]
         assert c.replacement._search is not None
         await asyncio.wait({c.replacement._search}, timeout=2)
         assert c.role_changed and not c.failures

@@ -34,8 +34,11 @@ def test_a_primary_that_gave_up_is_told_again_who_waits(
         async def no_disks(command: str) -> list[Any]:
             return []
 
+        async def no_migration() -> str:
+            return ""
+
         c.qemu.qmp = SimpleNamespace(  # type: ignore[assignment]
-            connected=True, status=state_of_qemu, execute=no_disks
+            connected=True, status=state_of_qemu, execute=no_disks, migration_status=no_migration
         )
         c.peer = SimpleNamespace(connected=True, send=sent)  # type: ignore[assignment]
         c._ready_wanted, c.view.peer.state = True, "checkpointing"
@@ -49,6 +52,7 @@ def test_a_primary_that_gave_up_is_told_again_who_waits(
         while not asked:
             c.on_tick(0)
             await asyncio.sleep(0)
+        await asyncio.gather(*c._tasks)
         assert sent.kinds() == ["ready"] * told
 
     in_loop(body)
