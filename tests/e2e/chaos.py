@@ -39,6 +39,7 @@ QMP_TIMEOUT_MS = 1000
 CHECKPOINT_MS = 2000
 SLACK_MS = 100
 REPAIR_S = 180  # until a pair is protected again; two sets of programs are compiled meanwhile
+STALLED_S = 4.0  # at the end of a round, when the pair is protected again
 DISTURBED = 0.3  # share of the repairs during which something else dies
 
 OVERRIDES: dict[str, dict[str, Any]] = {
@@ -192,6 +193,7 @@ class Chaos:
         self.actions: list[str] = []
         self.downloads: Downloads | None = None
         self.lines: LineStream | None = None
+        self._stalled = False
         self.explained = False
         self.evidence: Evidence | None = None
         self._judged = time.time()  # everything before has been checked
@@ -439,12 +441,27 @@ class Chaos:
             for x in story:
                 self.say(f"     {x}")
         self.explained = bool(wrong)
+        self._look_at_lines(n, action)
         errors = len(self.downloads.errors) if self.downloads else 0
         if wrong or len(self.tally.problems) > problems or errors > self._errors:
             self._errors = errors
             evidence.keep(self.lab.dir / f"chaos-evidence-{n}")
         else:
             evidence.forget()
+
+    def _look_at_lines(self, n: int, action: str) -> None:
+        """Report a line stream that stands still, in the round in which it began to.
+
+        The client gives it up only TIMEOUT_S later, when the captures of that round are gone.
+        """
+        times = self.lines.times if self.lines is not None else []
+        stalled = bool(times) and time.time() - times[-1] > STALLED_S
+        if stalled and not self._stalled:
+            since = time.strftime("%H:%M:%S", time.localtime(times[-1]))
+            self.tally.problems.append(
+                f"round {n} {action}: the line stream stands still since {since}"
+            )
+        self._stalled = stalled
 
     def _wrong(self, since: float) -> list[Wrong]:
         """Return the wrong bytes that clients received since then; the first of each client."""

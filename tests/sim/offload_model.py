@@ -4,8 +4,8 @@
 The order and the connection state are the same, too. The model is the readable statement of the
 rules, the other half of the differential test (tests/netns/test_offload_differential.py) and the
 kernel of the simulated primary host. Sans-IO. User space reaches it as it reaches the kernel,
-through colo_xdp.datapath.offload_maps.BpfKernelPath itself: `Objects` stands in for the loaded programs
-and maps, `Bpf` for bpf(2).
+through BpfKernelPath (colo_xdp/datapath/offload_maps.py) itself: `Objects` stands in for the loaded
+programs and maps, `Bpf` for bpf(2).
 """
 
 from __future__ import annotations

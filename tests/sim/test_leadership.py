@@ -304,7 +304,7 @@ def a_new_process_forgets_promises(mp: Any) -> None:
     original = Leadership.__init__
 
     def init(self: Leadership, *args: Any, **kw: Any) -> None:
-        original(self, *args, **kw | {"speaking": True})
+        original(self, *args, **kw | {"transmitting": True})
 
     mp.setattr(Leadership, "__init__", init)
 
