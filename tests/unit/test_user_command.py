@@ -60,7 +60,7 @@ def fence(*argv: str) -> bool:
 
 def start_incoming(*argv: str) -> int | None:
     options = SimpleNamespace(pair="web1", incoming=argv)
-    n = SimpleNamespace(options=options, _starting=None)
+    n = SimpleNamespace(options=options, _starting=None, _launching=False)
     asyncio.run(QemuSupervisor.start_incoming(cast(QemuSupervisor, n)))
     return cast(int, n._starting.returncode)
 
