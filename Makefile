@@ -10,7 +10,7 @@ TESTS ?=
 # Tests that need the kernel, QEMU or real time. The others run beside them at a lower priority.
 KERNEL_TESTS := tests/bench tests/bpf tests/netns tests/e2e tests/lease tests/hosts
 # Tests of the pure packages, for the loop while writing
-CHECK_TESTS := $(addprefix tests/unit/,compare conntrack engine failover net offload test_abi.py test_layers.py)
+CHECK_TESTS := $(addprefix tests/unit/,compare conntrack engine net offload test_abi.py test_layers.py)
 N ?=
 DESTDIR ?=
 PREFIX ?= /usr
