@@ -73,6 +73,8 @@ class Replacement:
                     await c.qemu.qmp.quit()
             wanted, self.wanted = self.wanted, False
             now = time.monotonic()
+            # also by QemuSupervisor.connect(), where a copy was missing
+            started = max(started, c.qemu.last_start)
             if c.config.qemu.incoming and (wanted or now - started > INCOMING_S):
                 started = now
                 await c.qemu.start_incoming()

@@ -116,6 +116,7 @@ class QemuSupervisor:
         self.first_mac = ""  # of the guest, as QEMU or the configuration gave it
         # the running command [qemu] incoming
         self._launching = False
+        self.last_start = float("-inf")  # of the command qemu.incoming (monotonic, s)
         self._starting: asyncio.subprocess.Process | None = None
         self.qmp = self._new_qmp()
         self.oob: Qmp | None = None  # the second socket, if configured
@@ -331,6 +332,7 @@ class QemuSupervisor:
             return
         log.info("starting a new QEMU on this host: %s", " ".join(argv))
         self._launching = True
+        self.last_start = time.monotonic()
         try:
             self._starting = await asyncio.create_subprocess_exec(
                 *user_command.incoming(self.options.pair, argv), env=user_command.environment()

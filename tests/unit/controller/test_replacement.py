@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -14,6 +15,7 @@ from colo_xdp.datapath.attach import NetlinkError, NoSuchDevice
 from colo_xdp.failover.arbiter import LeaseArbiter
 from colo_xdp.failover.decision import State, other_guest
 from colo_xdp.failover.lease import Leadership
+from colo_xdp.qemu.qmp import QmpError
 from tests.unit.controller.fakes import FakeQmp, HungQmp, WaitingQmp, in_loop, primary, secondary
 
 
@@ -102,6 +104,43 @@ def test_what_stands_in_the_way_of_a_new_pair_is_said() -> None:
     c.peer.send = lambda kind, **fields: False  # type: ignore[method-assign]
     with pytest.raises(ValueError, match="does not answer"):
         asyncio.run(c.commands.run("reprotect", {}))
+
+
+@pytest.mark.parametrize("wanted", [False, True])
+def test_a_qemu_that_is_coming_up_is_not_started_again(
+    wanted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The search for a copy has just run the command; a person may ask for it all the same."""
+    monkeypatch.setattr("colo_xdp.controller.replacement.QMP_RETRY_S", 0.001)
+
+    async def body() -> None:
+        c, _, _ = secondary(Mode.DROP)
+        object.__setattr__(c.config.qemu, "incoming", ("/bin/true",))
+        c.peer.connected, c.view.peer.role, c.view.peer.state = True, "primary", "solo"
+        looks = 0
+
+        async def nobody() -> None:
+            nonlocal looks
+            looks += 1
+            raise QmpError("nobody is there")
+
+        started = asyncio.Event()
+
+        async def start() -> None:
+            started.set()
+            c.role_changed = True
+
+        c.qemu.reconnect, c.qemu.start_incoming = nobody, start  # type: ignore[method-assign]
+        c.qemu.last_start, c.replacement.wanted = time.monotonic(), wanted
+        c.become(State.STOPPED, "demoted")
+        search = c.replacement._search
+        assert search is not None
+        while looks < 5 and not started.is_set():
+            await asyncio.sleep(0)
+        assert started.is_set() == wanted
+        search.cancel()
+
+    in_loop(body)
 
 
 def test_a_worthless_guest_makes_room_for_one_that_waits() -> None:
