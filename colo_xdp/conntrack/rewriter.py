@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Python model of the rewriter in bpf/lib (parsing.h, csum.h, conntrack.h, rewrite.h, icmp.h).
+"""Python model of the rewriter in bpf/lib (conntrack.h, rewrite.h; headers.py has what it reads).
 
 It is the readable form of the rules, and one side of the differential tests: for the same frames
 both sides produce the same bytes, reasons and connection entries. The rules and their reasons are
 at the head of bpf/lib/conntrack.h and in docs/design/conntrack.md. Nothing here is shared with the
 kernel's code except the transition table, on purpose.
 
-Numbers are translated by adding a difference modulo 2**32. Checksums follow RFC 1624, equation 3
-(HC' = ~(~HC + ~m + m')), all changes of a segment in one step.
+Numbers are translated by adding a difference modulo 2**32.
 """
 
 from __future__ import annotations
@@ -15,16 +14,25 @@ from __future__ import annotations
 import struct
 from dataclasses import dataclass, field, replace
 
-from ..abi import EPOCH_BASE, FLOW_KEY, Mode, Reason
+from ..abi import EPOCH_BASE, Mode, Reason
+from .headers import (
+    BadFrame,
+    Segment,
+    TcpOptions,
+    connection_key,
+    csum_apply,
+    move,
+    parse,
+    parse_options,
+    parse_quote,
+    timestamps,
+    u16,
+)
 from .tcp_state import Event, State, next_state
 
 FIN, SYN, RST, ACK = 0x01, 0x02, 0x04, 0x10
 _M32 = 0xFFFFFFFF
 
-VLAN_DEPTH = 2  # COLO_VLAN_DEPTH
-IP6_EXT_DEPTH = 4  # COLO_IP6_EXT_DEPTH
-TCP_OPTIONS = 12  # COLO_TCP_OPTIONS
-TAGS = frozenset((0x8100, 0x88A8, 0x9100))
 LEARN_WINDOW = 65535
 
 HAVE_ISN_P, HAVE_ISN_S, HAVE_TS_P, HAVE_TS_S = 1, 2, 4, 8
@@ -32,276 +40,6 @@ FIN_GUEST, FIN_CLIENT, HAVE_ISN_C, EARLY = 16, 32, 64, 128
 PVM_SYN, PVM_ACK, PVM_TS = 1, 2, 4
 VOID = 0x40000000  # EPOCH_VOID
 HAVE_ANY = HAVE_ISN_P | HAVE_ISN_S | HAVE_TS_P | HAVE_TS_S | HAVE_ISN_C
-
-
-class BadFrame(ValueError):
-    """A frame that contradicts itself; the text states where."""
-
-
-@dataclass(slots=True)
-class Segment:
-    """The fields of the kernel's `struct pkt`; see bpf/lib/parsing.h."""
-
-    vlan: int = 0
-    l3_off: int = 0
-    is_v6: bool = False
-    src: bytes = b""
-    dst: bytes = b""
-    l4_off: int = 0
-    l4_proto: int = 0
-    frag: bool = False
-    is_tcp: bool = False
-    is_udp: bool = False
-    csum_at: int = 0
-    sport: bytes = b""
-    dport: bytes = b""
-    seq: int = 0
-    ack: int = 0
-    flags: int = 0
-    doff: int = 0
-    payload_len: int = 0
-
-
-def _u16(b: bytes | bytearray, at: int) -> int:
-    return int.from_bytes(b[at : at + 2], "big")
-
-
-def _u32(b: bytes | bytearray, at: int) -> int:
-    return int.from_bytes(b[at : at + 4], "big")
-
-
-def _need(length: int, end: int, what: str) -> None:
-    if end > length:
-        raise BadFrame(f"{what} ends at {end}, behind {length}")
-
-
-def vlan_within(vlan: int, tci: int) -> int:
-    """Return FLOW_KEY's vlan after one more tag; VID 0 names no VLAN.
-
-    IEEE 802.1Q section 9.6: a priority tag.
-    """
-    vid = tci & 0xFFF
-    return (vlan << 16 | vid) & _M32 if vid else vlan
-
-
-def parse(frame: bytes, outer_tag: int | None = None) -> Segment:
-    """Parse a frame's headers. `outer_tag`: VID of a tag that the kernel has removed.
-
-    Raises BadFrame.
-    """
-    n = len(frame)
-    p = Segment()
-    _need(n, 14, "Ethernet header")
-    tags = 0
-    if outer_tag is not None:
-        tags, p.vlan = 1, vlan_within(0, outer_tag)
-    proto, off = _u16(frame, 12), 14
-    for _ in range(VLAN_DEPTH):
-        if proto not in TAGS:
-            break
-        tags += 1
-        if tags > 2:
-            raise BadFrame("more than two VLAN tags")
-        _need(n, off + 4, "VLAN tag")
-        p.vlan = vlan_within(p.vlan, _u16(frame, off))
-        proto, off = _u16(frame, off + 2), off + 4
-    if proto in TAGS:
-        raise BadFrame("more than two VLAN tags")
-    p.l3_off = off
-    if proto == 0x0800:
-        off, stop = _ipv4(frame, off, p)
-    elif proto == 0x86DD:
-        off, stop = _ipv6(frame, off, p)
-    else:
-        return p
-    if stop > n or off > stop:
-        raise BadFrame(f"IP length: {off} to {stop} of {n}")
-    p.l4_off = off
-    if p.frag:
-        return p
-    if p.l4_proto == 17:
-        _need(stop, off + 8, "UDP header")
-        p.sport, p.dport = frame[off : off + 2], frame[off + 2 : off + 4]
-        p.payload_len = stop - off - 8
-        p.csum_at = off + 6
-        p.is_udp = True
-    elif p.l4_proto == 6:
-        _need(stop, off + 20, "TCP header")
-        p.doff = (frame[off + 12] >> 4) * 4
-        if p.doff < 20:
-            raise BadFrame("TCP data offset below 5")
-        _need(stop, off + p.doff, "TCP options")
-        p.sport, p.dport = frame[off : off + 2], frame[off + 2 : off + 4]
-        p.seq, p.ack, p.flags = _u32(frame, off + 4), _u32(frame, off + 8), frame[off + 13]
-        p.payload_len = stop - off - p.doff
-        p.csum_at = off + 16
-        p.is_tcp = True
-    return p
-
-
-def _ipv4(frame: bytes, off: int, p: Segment) -> tuple[int, int]:
-    _need(len(frame), off + 20, "IPv4 header")
-    ihl, total = (frame[off] & 15) * 4, _u16(frame, off + 2)
-    if frame[off] >> 4 != 4 or ihl < 20 or total < ihl:
-        raise BadFrame("IPv4 version or lengths")
-    mapped = bytes(10) + b"\xff\xff"
-    p.src, p.dst = mapped + frame[off + 12 : off + 16], mapped + frame[off + 16 : off + 20]
-    p.l4_proto = frame[off + 9]
-    p.frag = bool(_u16(frame, off + 6) & 0x3FFF)
-    return off + ihl, off + total
-
-
-def _ipv6(frame: bytes, off: int, p: Segment) -> tuple[int, int]:
-    n = len(frame)
-    _need(n, off + 40, "IPv6 header")
-    if frame[off] >> 4 != 6:
-        raise BadFrame("IPv6 version")
-    p.is_v6 = True
-    p.src, p.dst = frame[off + 8 : off + 24], frame[off + 24 : off + 40]
-    proto, stop = frame[off + 6], off + 40 + _u16(frame, off + 4)
-    off += 40
-    extensions = (0, 43, 60)
-    for _ in range(IP6_EXT_DEPTH):
-        if proto not in extensions:
-            break
-        _need(min(n, stop), off + 8, "IPv6 extension header")
-        proto, off = frame[off], off + (frame[off + 1] + 1) * 8
-    if proto in extensions:
-        raise BadFrame("more IPv6 extension headers than are stepped over")
-    if proto == 44:
-        _need(min(n, stop), off + 8, "IPv6 fragment header")
-        p.frag = bool(_u16(frame, off + 2) & 0xFFF9)  # otherwise an atomic fragment, a whole packet
-        proto, off = frame[off], off + 8
-    p.l4_proto = proto
-    return off, stop
-
-
-def parse_quote(frame: bytes, p: Segment) -> tuple[Segment, int] | None:
-    """Return the TCP segment that an ICMP error quotes, and where the quote ends (bpf/lib/icmp.h).
-
-    None if the frame is not an error, or quotes no segment whose sequence number can be read.
-    `doff` is 0 if the quote ends within the TCP header.
-    """
-    at = p.l4_off
-    if p.frag or p.l4_proto not in (1, 58) or len(frame) < at + 8:
-        return None
-    errors = (1, 2, 3, 4) if p.is_v6 else (3, 4, 11, 12)
-    if p.l4_proto != (58 if p.is_v6 else 1) or frame[at] not in errors:
-        return None
-    size = 40 + _u16(frame, p.l3_off + 4) if p.is_v6 else _u16(frame, p.l3_off + 2)
-    stop = min(len(frame), p.l3_off + size)
-    q, off = Segment(vlan=p.vlan, is_v6=p.is_v6), at + 8
-    if not p.is_v6:
-        if len(frame) < off + 20 or frame[off] >> 4 != 4 or frame[off] & 15 < 5:
-            return None
-        if _u16(frame, off + 6) & 0x1FFF:
-            return None
-        proto, mapped = frame[off + 9], bytes(10) + b"\xff\xff"
-        q.src, q.dst = mapped + frame[off + 12 : off + 16], mapped + frame[off + 16 : off + 20]
-        off += (frame[off] & 15) * 4
-    else:
-        if len(frame) < off + 40 or frame[off] >> 4 != 6:
-            return None
-        proto = frame[off + 6]
-        q.src, q.dst = frame[off + 8 : off + 24], frame[off + 24 : off + 40]
-        off += 40
-        for _ in range(IP6_EXT_DEPTH + 1):
-            if proto not in (0, 43, 60, 44):
-                break
-            if len(frame) < off + 8 or (proto == 44 and _u16(frame, off + 2) & 0xFFF8):
-                return None
-            step = 8 if proto == 44 else (frame[off + 1] + 1) * 8
-            proto, off = frame[off], off + step
-    if proto != 6 or off + 8 > stop:
-        return None
-    q.l4_off, q.sport, q.dport = off, frame[off : off + 2], frame[off + 2 : off + 4]
-    if off + 20 <= stop:
-        q.doff, q.flags, q.seq = (frame[off + 12] >> 4) * 4, frame[off + 13], _u32(frame, off + 4)
-    return q, stop
-
-
-@dataclass(slots=True)
-class TcpOptions:
-    """Offsets of options from the start of the TCP header; 0: not present."""
-
-    ts: int = 0
-    sack: int = 0
-    sack_blocks: int = 0
-
-
-def parse_options(header: bytes) -> TcpOptions:
-    """Parse TCP options as Linux does: the last of a kind counts, a malformed one ends the list."""
-    o, i, doff = TcpOptions(), 20, len(header)
-    if doff == 32 and header[20:24] == b"\x01\x01\x08\x0a":
-        return TcpOptions(ts=22)
-    for _ in range(TCP_OPTIONS):
-        if i + 1 > doff or header[i] == 0:
-            break
-        if header[i] == 1:
-            i += 1
-            continue
-        if i + 2 > doff:
-            break
-        kind, size = header[i], header[i + 1]
-        if size < 2 or i + size > doff:
-            break
-        if kind == 8 and size == 10:
-            o.ts = i
-        if kind == 5 and size >= 10 and (size - 2) % 8 == 0:
-            o.sack, o.sack_blocks = i, (size - 2) // 8
-        i += size
-    return o
-
-
-def _timestamps(frame: bytes, p: Segment) -> tuple[int, int] | None:
-    """Return TSval and TSecr of a segment, if it has them."""
-    o = parse_options(frame[p.l4_off : p.l4_off + p.doff])
-    if not o.ts:
-        return None
-    return _u32(frame, p.l4_off + o.ts + 2), _u32(frame, p.l4_off + o.ts + 6)
-
-
-def _key(p: Segment, *, to_svm: bool) -> bytes:
-    """Pack the key of a segment's connection as struct colo_flow_key."""
-    if to_svm:
-        return FLOW_KEY.pack(p.dst, p.src, p.dport, p.sport, p.vlan)
-    return FLOW_KEY.pack(p.src, p.dst, p.sport, p.dport, p.vlan)
-
-
-def csum_change(total: int, old: int, new: int, at: int) -> int:
-    """Add to `total` the change of a 32-bit word, `at` bytes into the checksummed range.
-
-    RFC 1071 section 2(B).
-    """
-    # Sums are over the words as they lie in memory, here read as big-endian.
-    if at & 1:
-        old, new = ((x << 8 | x >> 24) & _M32 for x in (old, new))
-    return total + (~old & _M32) + new
-
-
-def csum_apply(check: int, total: int) -> int:
-    """Return the checksum after changes that add `total`: RFC 1624, equation 3.
-
-    Zero has two forms in one's complement. As in the kernel, ~HC is taken over 32 bits: then the
-    sum is never 0, and the result never 0xFFFF.
-    """
-    while total >> 32:
-        total = (total & _M32) + (total >> 32)
-    s = total + (~check & _M32)
-    while s >> 16:
-        s = (s & 0xFFFF) + (s >> 16)
-    return ~s & 0xFFFF
-
-
-def _move(out: bytearray, l4_off: int, moves: dict[int, int]) -> int:
-    """Add to words of a TCP header; return what that adds to the checksum's sum."""
-    total = 0
-    for at, add in moves.items():
-        old = _u32(out, l4_off + at)
-        new = (old + add) & _M32
-        struct.pack_into("!I", out, l4_off + at, new)
-        total = csum_change(total, old, new, at)
-    return total
 
 
 @dataclass(slots=True)
@@ -401,7 +139,7 @@ class Rewriter:
             return Reason.NOTE_UNPARSED
         if not p.is_tcp or p.flags & (SYN | RST) != SYN:
             return Reason.NOTE_UNPARSED
-        n, _ = self._lookup(_key(p, to_svm=False))
+        n, _ = self._lookup(connection_key(p, to_svm=False))
         acks = bool(p.flags & ACK)
         acked = (p.ack - 1) & _M32 if acks else 0
         if n is None:
@@ -409,7 +147,7 @@ class Rewriter:
         another = acks and n.have_client & HAVE_ISN_C and not n.answers(acked)
         if n.epoch == EPOCH_BASE and not another:
             return Reason.DROP_PVM_SYN_UNKNOWN
-        ts = _timestamps(frame, p)
+        ts = timestamps(frame, p)
         had_ts = n.have_pvm & PVM_SYN and n.pvm_isn == p.seq and n.have_pvm & PVM_TS
         if ts and not had_ts:  # a retransmission has a newer value, like the guest's own
             n.pvm_ts = ts[0]
@@ -424,12 +162,12 @@ class Rewriter:
             return frame, Reason.NOTE_UNPARSED
         if not p.is_tcp:
             return self._quote(frame, p) if to_svm else (frame, Reason.PASS_REDIRECTED)
-        key = _key(p, to_svm=to_svm)
+        key = connection_key(p, to_svm=to_svm)
         n, reason = self._find(key, p, to_svm=to_svm)
         if n is None:
             return frame, reason
         o = parse_options(frame[p.l4_off : p.l4_off + p.doff])
-        ts = _timestamps(frame, p)
+        ts = timestamps(frame, p)
         unknown = False
         if to_svm:
             unknown = self._learn_client(n, p, ts)
@@ -640,7 +378,7 @@ class Rewriter:
         if found is None:
             return frame, Reason.PASS_REDIRECTED
         q, stop = found
-        n, _ = self._lookup(_key(q, to_svm=False))
+        n, _ = self._lookup(connection_key(q, to_svm=False))
         if n is None:
             return frame, Reason.PASS_REDIRECTED
         off, tsoff, _ = n.shift()
@@ -651,20 +389,20 @@ class Rewriter:
         if not moves:
             return frame, Reason.PASS_REDIRECTED
         out = bytearray(frame)
-        total = _move(out, q.l4_off, moves)
+        total = move(out, q.l4_off, moves)
         at = q.l4_off + 16
         if at + 2 <= stop:
-            old = _u16(out, at)
+            old = u16(out, at)
             struct.pack_into("!H", out, at, csum_apply(old, total))
-            total += (~old & 0xFFFF) + _u16(out, at)
-        check = csum_apply(_u16(frame, p.l4_off + 2), total)
+            total += (~old & 0xFFFF) + u16(out, at)
+        check = csum_apply(u16(frame, p.l4_off + 2), total)
         struct.pack_into("!H", out, p.l4_off + 2, check)
         return bytes(out), Reason.PASS_REWRITTEN
 
     @staticmethod
     def _apply(frame: bytes, p: Segment, moves: dict[int, int]) -> bytes:
         out = bytearray(frame)
-        total = _move(out, p.l4_off, moves)
-        check = csum_apply(_u16(frame, p.csum_at), total)
+        total = move(out, p.l4_off, moves)
+        check = csum_apply(u16(frame, p.csum_at), total)
         struct.pack_into("!H", out, p.csum_at, check)
         return bytes(out)

@@ -13,7 +13,7 @@ import pytest
 
 from colo_xdp import abi
 from colo_xdp.abi import Mode, Reason
-from colo_xdp.conntrack import rewriter
+from colo_xdp.conntrack import headers, rewriter
 
 from . import craft
 from .conftest import TC_OK, TC_REDIRECT, TC_SHOT, TC_UNSPEC, XDP_PASS, Kernel
@@ -279,11 +279,11 @@ def compare(kernel: Kernel, out_prog: str, seed: int, frames: int) -> Counter[st
             reason = Reason.PASS
         reasons[prog][reason.name] += 1
         seen[reason.name] += 1
-        seen["quote moved"] += reason is Reason.PASS_REWRITTEN and not rewriter.parse(frame).is_tcp
+        seen["quote moved"] += reason is Reason.PASS_REWRITTEN and not headers.parse(frame).is_tcp
         p = None
         try:
-            p = rewriter.parse(frame)
-        except rewriter.BadFrame:
+            p = headers.parse(frame)
+        except headers.BadFrame:
             continue
         if p.is_tcp:
             ends = (p.dst, p.src, p.dport, p.sport) if side == "C" else (

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Test that the three parsers see the same in a frame.
 
-They are bpf/lib/parsing.h, colo_xdp/net/packet.py and colo_xdp/conntrack/rewriter.py. The first
+They are bpf/lib/parsing.h, colo_xdp/net/packet.py and colo_xdp/conntrack/headers.py. The first
 decides which connections are translated and where a checksum is, the second what is compared as
 what. The frames are random, of every kind that any of them parses: whole, truncated and damaged.
 """
@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from colo_xdp import abi
-from colo_xdp.conntrack import rewriter
+from colo_xdp.conntrack import headers
 from colo_xdp.datapath import loader, syscall
 from colo_xdp.net.flow_key import unmirrored_key
 from colo_xdp.net.packet import DEFECTS, Kind, Packet, parse
@@ -194,8 +194,8 @@ def as_kernel(words: tuple[Any, ...]) -> tuple[Any, ...]:
 
 def as_model(frame: bytes) -> tuple[Any, ...]:
     try:
-        s = rewriter.parse(frame)
-    except rewriter.BadFrame:
+        s = headers.parse(frame)
+    except headers.BadFrame:
         return ("bad",)
     if not s.l4_off:
         return ("ether", s.vlan)

@@ -16,7 +16,7 @@ import pytest
 
 from colo_xdp import abi
 from colo_xdp.abi import OWNER_KERNEL, SIDE_PVM, SIDE_SVM, Cfg, CtlOp, CtlResult, Mode, Prog, Reason
-from colo_xdp.conntrack.rewriter import parse
+from colo_xdp.conntrack.headers import parse
 from colo_xdp.datapath import syscall
 from colo_xdp.datapath.ring import CapturedFrame, summed
 from tests.netns.conftest import Net, inside, own, sh

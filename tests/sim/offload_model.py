@@ -31,7 +31,7 @@ from colo_xdp.abi import (
     Mode,
     Reason,
 )
-from colo_xdp.conntrack.rewriter import BadFrame, Segment, parse
+from colo_xdp.conntrack.headers import BadFrame, Segment, parse
 from colo_xdp.datapath import offload_maps
 
 M32 = 0xFFFFFFFF

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from ...compare.limits import Limits
 from ...compare.policy import Policy
-from ...conntrack import rewriter
+from ...conntrack import headers, rewriter
 from ...engine.engine import Engine
 from ...engine.journal import Divergence
 from ...net.frame import Frame
@@ -129,14 +129,14 @@ def changed(before: bytes, after: bytes) -> str:
 
 def _numbers(frame: bytes) -> dict[str, int]:
     try:
-        p = rewriter.parse(frame)
-    except rewriter.BadFrame:
+        p = headers.parse(frame)
+    except headers.BadFrame:
         return {}
     if not p.is_tcp and not p.frag:
         return {}
     seq, ack = struct.unpack_from("!II", frame, p.l4_off + 4)
     found = {"seq": seq, "ack": ack}
-    o = rewriter.parse_options(frame[p.l4_off : p.l4_off + p.doff]) if p.is_tcp else None
+    o = headers.parse_options(frame[p.l4_off : p.l4_off + p.doff]) if p.is_tcp else None
     if o and o.ts:
         found["tsval"], found["tsecr"] = struct.unpack_from("!II", frame, p.l4_off + o.ts + 2)
     if o and o.sack:
@@ -146,8 +146,8 @@ def _numbers(frame: bytes) -> dict[str, int]:
 
 def _valid(frame: bytes) -> bool:
     try:
-        p = rewriter.parse(frame)
-    except rewriter.BadFrame:
+        p = headers.parse(frame)
+    except headers.BadFrame:
         return False
     if not p.is_tcp:
         return True
