@@ -36,6 +36,7 @@ WINDOW = 150_000  # of the client
 RTO = 0.03  # s
 LEAD = 64  # datagrams by which one guest may be ahead
 REST_AFTER, REST = 15, 0.01  # datagrams of a flow, then s in which nothing of it is on its way
+REST_BYTES = 256 << 10  # the same of a connection, of the upper half of several
 MSS = 1428  # of IPv6 with timestamps
 _FORK = mp.get_context("fork")
 
@@ -108,6 +109,9 @@ class Guest:
             mine, other = self.shared.pos[self.side], self.shared.pos[1 - self.side]
             rnd, shared = self.rnd, self.shared
             moved = [(0, time.monotonic())] * self.conns  # where the client is, and since when
+            # On a busy machine, no connection that never rests is offloaded for a long time.
+            stops = [REST_BYTES if i > self.conns // 2 else self.length for i in range(self.conns)]
+            rests: list[float | None] = [None] * self.conns  # until when
             while not shared.stop.value:
                 if shared.pause.value:
                     self._pause()
@@ -117,17 +121,21 @@ class Guest:
                 have = shared.have[i]
                 if have != moved[i][0]:
                     moved[i] = have, time.monotonic()
-                blocked = at >= self.length or at > min(other[i] + 100_000, have + WINDOW)
+                if have >= stops[i] < self.length:
+                    rests[i] = end = rests[i] or time.monotonic() + REST
+                    if time.monotonic() > end:
+                        stops[i], rests[i] = stops[i] + REST_BYTES, None
+                blocked = at >= stops[i] or at > min(other[i] + 100_000, have + WINDOW)
                 if blocked and time.monotonic() - moved[i][1] < RTO:
                     time.sleep(0.00005)
                     continue
                 if blocked or rnd.random() < 0.0005:
                     moved[i] = have, time.monotonic()
-                    back = max(0, min(at, self.length) - rnd.randrange(1, 20000))
+                    back = max(0, min(at, stops[i]) - rnd.randrange(1, 20000))
                     at = rnd.choice((back, have))
                 big = self.side == 0 and rnd.random() < 0.2
                 n = rnd.randrange(1500, 50000) if big else rnd.choice((1, 200, MSS, MSS, MSS))
-                data = streams[i][at : at + n]
+                data = streams[i][at : min(at + n, stops[i])]
                 partial = self.side == 0
                 acked = shared.acked[self.side]
                 ack = max(acked[i], ack_at(at))
