@@ -5,7 +5,7 @@ PY := .venv/bin/python
 STAMP := build/.setup
 PACKAGES := python3-bpfcc python3-venv linux-headers-amd64 clang-format-14 gcc libc6-dev \
 	qemu-system-x86 iproute2 busybox-static cpio tcpdump ethtool iperf3 openssl etcd-server procps make git \
-	systemd-container mmdebstrap
+	systemd-container mmdebstrap qemu-utils e2fsprogs
 TESTS ?=
 # Tests that need the kernel, QEMU or real time. The others run beside them at a lower priority.
 KERNEL_TESTS := tests/bench tests/bpf tests/netns tests/e2e tests/lease tests/hosts

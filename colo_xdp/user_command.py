@@ -5,7 +5,9 @@ A QEMU inside the controller's unit would share its sandbox and its control grou
 create its sockets under /run, and ending the unit could end the guest. A fence command would find
 neither /root nor a writable /var. A controller started by systemd therefore lets systemd start the
 commands, each in a transient unit of its own; any other controller starts them itself.
-qemu/supervisor.py and failover/arbiter.py are the callers.
+The same holds for the commands that make and remove overlays of disks, whose directory the
+controller's unit may not write to. qemu/supervisor.py, qemu/replication.py and failover/arbiter.py
+are the callers.
 """
 
 from __future__ import annotations
@@ -76,3 +78,16 @@ def fence(pair: str, argv: Sequence[str], timeout_ms: int) -> list[str]:
         return list(argv)
     deadline = (f"TimeoutStartSec={timeout_ms}ms", "TimeoutStopSec=2s")
     return _run(f"colo-xdp-{pair}-fence", argv, "Type=oneshot", *deadline)
+
+
+def overlays(pair: str, argv: Sequence[str], timeout_ms: int, owner: tuple[int, int]) -> list[str]:
+    """Return the command that runs `argv` as this user and group, and has its success or failure.
+
+    Outside a service the caller changes the user itself.
+    """
+    if not is_service():
+        return list(argv)
+    who = (f"User={owner[0]}", f"Group={owner[1]}", "UMask=0077")
+    return _run(
+        f"colo-xdp-{pair}-overlays", argv, "Type=oneshot", f"TimeoutStartSec={timeout_ms}ms", *who
+    )

@@ -37,6 +37,7 @@ class Cause(StrEnum):
     SWITCHOVER = "switchover"
     INITIAL = "initial"
     GUEST_EVENT = "guest_event"
+    OVERLAY_FULL = "overlay_full"
 
 
 #: one-line description per cause, for operators
@@ -70,4 +71,5 @@ DESCRIPTIONS: dict[Cause, str] = {
     Cause.SWITCHOVER: "a switchover: the secondary guest goes on from here",
     Cause.INITIAL: "the first synchronization of the pair",
     Cause.GUEST_EVENT: "a guest was reset, its power button was pressed, or it was stopped",
+    Cause.OVERLAY_FULL: "an overlay of a disk on the secondary's host reached overlay_limit",
 }

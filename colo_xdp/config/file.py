@@ -125,6 +125,7 @@ def parse(text: str, path: str = "<config>") -> Config:
     rules = _rules(r, data.get("rule", []))
     disks = _disks(r, data.get("disk", []))
     _cross_checks(r, top, sections)
+    _replication_checks(r, sections, disks)
     if r.errors:
         raise ConfigError(r.errors)
     made = {name: cls(**sections[name]) for name, cls in SECTIONS.items()}
@@ -171,8 +172,31 @@ def _disks(r: _Reader, data: Any) -> tuple[Disk, ...]:
         if any(d.name == values["name"] for d in out):
             r.error(f"disk {i}", "name", values["name"], "expected a name of its own")
             continue
-        out.append(Disk(**values))
+        disk = Disk(**values)
+        if disk.external and disk.overlays:
+            r.error(f"disk {i}", "overlays", disk.overlays, "expected only without external = true")
+        elif not disk.external and not disk.overlays:
+            r.error(f"disk {i}", "overlays", "", "required, such as /var/lib/colo-xdp/overlays")
+        out.append(disk)
     return tuple(out)
+
+
+def _replication_checks(r: _Reader, s: dict[str, dict[str, Any]], disks: tuple[Disk, ...]) -> None:
+    """Check what replicated disks need besides their own tables."""
+    nbd = s.get("nbd", {})
+    if all(d.external for d in disks):
+        return
+    for key in ("local", "remote"):
+        if nbd.get(key) == "":
+            r.error("nbd", key, "", "required with a [[disk]], such as 10.0.0.1:10809")
+    if nbd.get("local") and nbd.get("local") == nbd.get("remote"):
+        r.error("nbd", "remote", nbd["remote"], "expected another address than local")
+    if s.get("qemu", {}).get("qmp_oob") == "":
+        r.error(
+            "qemu", "qmp_oob", "",
+            "required with a [[disk]]: a write that waits for a dead host makes QEMU hang, and "
+            "only this socket ends that",
+        )  # fmt: skip
 
 
 def load(path: str | Path) -> Config:

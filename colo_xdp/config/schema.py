@@ -147,20 +147,54 @@ class Qemu:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Disk:
-    """[[disk]]: a disk of the guest that both hosts may write to."""
+    """[[disk]]: a writable disk of the guest."""
 
     name: str = validate.key(
         validate.pattern(r"[!-~]{1,255}", "a name (1 to 255 printable characters)"),
-        "QEMU's name of the disk: drive id, node name or device id",
+        "QEMU's name of the disk, the same on both hosts: drive id, node name or device id; also "
+        "the name of its NBD export",
+    )
+    overlays: str = validate.key(
+        validate.or_empty(validate.directory, "with external = true"),
+        "directory of this host in which QEMU may make files, for the overlays (active and hidden "
+        "disk) that the secondary guest needs; they grow by what is written between two "
+        "checkpoints",
+        default="",
+    )
+    overlay_limit: int = validate.key(
+        validate.integer(1, 1 << 24, "MiB"),
+        "size of an overlay at which a checkpoint is requested, which empties both overlays of "
+        "the disk",
+        default=256,
+        unit="MiB",
     )
     external: bool = validate.key(
-        lambda v: (
-            None
-            if v is True
-            else "expected true: this release knows no other kind of writable disk"
-        ),
-        "must be true: you guarantee that something else keeps the two copies of the disk "
-        "identical",
+        validate.boolean,
+        "you guarantee that something else keeps the two copies of the disk identical, and "
+        "nothing is done for it",
+        default=False,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Nbd:
+    """[nbd]: how the primary's writes reach the secondary's disks; needed with a [[disk]]."""
+
+    local: str = validate.key(
+        validate.or_empty(validate.address, "no disk is replicated"),
+        "address where this host's QEMU serves its images while its guest is the secondary",
+        default="",
+    )
+    remote: str = validate.key(
+        validate.or_empty(validate.address, "no disk is replicated"),
+        "the same of the other host's QEMU",
+        default="",
+    )
+    speed: int = validate.key(
+        validate.integer(0, 1 << 20, "MiB/s"),
+        "upper limit of the rate at which a disk is copied before the pair is protected; 0: none",
+        default=0,
+        unit="MiB/s",
     )
 
 
@@ -508,6 +542,7 @@ class Config:
     failover: FailoverKeys = field(default_factory=FailoverKeys)
     datapath: DataPathKeys = field(default_factory=DataPathKeys)
     metrics: Metrics = field(default_factory=Metrics)
+    nbd: Nbd = field(default_factory=Nbd)
     rules: tuple[Rule, ...] = ()
     disks: tuple[Disk, ...] = ()
     path: str | None = None  # where it was read from
@@ -522,7 +557,12 @@ class Config:
     @property
     def external_disks(self) -> tuple[str, ...]:
         """Names of the disks that something outside of colo_xdp keeps equal."""
-        return tuple(d.name for d in self.disks)
+        return tuple(d.name for d in self.disks if d.external)
+
+    @property
+    def replicated_disks(self) -> tuple[Disk, ...]:
+        """The disks that the controllers keep equal."""
+        return tuple(d for d in self.disks if not d.external)
 
     def limits(self) -> Limits:
         """Of the engine."""
@@ -551,6 +591,7 @@ SECTIONS: dict[str, type[Any]] = {
     "failover": FailoverKeys,
     "datapath": DataPathKeys,
     "metrics": Metrics,
+    "nbd": Nbd,
 }
 
 

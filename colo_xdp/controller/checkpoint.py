@@ -52,6 +52,7 @@ class Checkpoint:
     stop_ns: int = 0
     resume_ns: int = 0
     done: bool = False
+    disks_whole: bool = False  # the secondary's images have what the PVM wrote until its STOP
     based: int = 0  # parts of the guest's own offsets that the secondary has taken over
     failed: str = ""
     ended: Step | None = None
@@ -85,7 +86,7 @@ class Checkpoint:
         A STOP from before this call does not belong to it. A guest that stands still already sends
         no STOP: `still_ns` takes its place.
         """
-        self.stop_ns, self.resume_ns = still_ns, 0
+        self.stop_ns, self.resume_ns, self.disks_whole = still_ns, 0, False
 
     def pvm_stopped(self, event: QmpEvent) -> None:
         """Note the PVM's STOP: the checkpoint includes what it sent until then."""

@@ -306,6 +306,8 @@ class CheckpointCoordinator:
             raise CheckpointFailed(f"the secondary: {ck.failed}", refused=not ck.triggered)
         if c.view.guest.colo_exit:
             raise CheckpointFailed("QEMU has lost the COLO channel (COLO_EXIT)")
+        if c.view.guest.mirror_lost:
+            raise CheckpointFailed(c.view.guest.mirror_lost)
         if not c.peer.connected:
             raise CheckpointFailed("the control channel to the secondary is down", channel=True)
         if c.view.guest.gone or not c.qemu.qmp.connected:
@@ -360,6 +362,8 @@ class CheckpointCoordinator:
     async def _trigger(self, ck: Checkpoint) -> None:
         """Ask QEMU for it: for the first one, to enter COLO."""
         c = self._c
+        if why := await c.qemu.disks.whole():  # QEMU would empty the overlays all the same
+            raise CheckpointFailed(why)
         if ck.initial:
             await self.entry.start()
         elif c.view.guest.halted:  # meanwhile: QEMU would abort
@@ -374,9 +378,25 @@ class CheckpointCoordinator:
         while ck.step is not Step.RESUMED:
             if ck.initial:
                 await self.entry.watch(ck)
+            await self._prove_disks(ck)
             await self._await(ck, "STOP and RESUME of both guests", deadline)
         if ck.initial or not self.offsets.sent:
             await self._send_offsets(ck, deadline)
+
+    async def _prove_disks(self, ck: Checkpoint) -> None:
+        """Once the PVM stands still, tell the secondary whether its images are of this checkpoint.
+
+        STOP comes after the guest's last write has ended (vm_stop() drains), and a mirror that is
+        whole after that was whole all the time. QEMU empties the secondary's overlays in any case,
+        so the secondary counts the checkpoint only with this word. Raises CheckpointFailed.
+        """
+        c = self._c
+        if not c.qemu.disks.any or not ck.stop_ns or ck.disks_whole:
+            return
+        if why := await c.qemu.disks.whole():
+            raise CheckpointFailed(why)
+        ck.disks_whole = True
+        c.peer.send("disks_whole", n=ck.n)
 
     async def _send_offsets(self, ck: Checkpoint, deadline: float) -> None:
         """Send the guest's own offsets to the host of its new copy.
@@ -397,6 +417,7 @@ class CheckpointCoordinator:
         Returns what was held: frames and bytes.
         """
         c = self._c
+        await self._prove_disks(ck)
         c.drain()  # frames from before STOP may still be in the ring
         held = c.output.held
         if c.view.guest.standalone:

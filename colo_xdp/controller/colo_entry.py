@@ -13,7 +13,7 @@ import contextlib
 import logging
 import re
 import time
-from typing import Protocol
+from typing import Any, Protocol
 
 from ..abi import Mode
 from ..compare.causes import Cause
@@ -22,6 +22,7 @@ from ..datapath.datapath import DataPath
 from ..failover.arbiter import Arbiter
 from ..failover.decision import State
 from ..peer.channel import Peer
+from ..qemu.disks import DiskError
 from ..qemu.qmp import QmpError
 from ..qemu.supervisor import IN_COLO, QemuSupervisor
 from .checkpoint import Checkpoint, CheckpointFailed, CheckpointRequest
@@ -144,6 +145,8 @@ class ColoEntry:
         self.tries = Tries()
         self.peer_ready = False  # a QEMU waits on the secondary, and nothing speaks against it
         self.peer_qemu = (-1, "")  # which QEMU waits there, of which controller
+        self.peer_disks: dict[str, Any] = {}  # sizes of the images that it exports, bytes
+        self._copied_to = (-1, "")  # which QEMU has the disks, or gets them now
         self.peer_lacks = ""  # why the secondary is not ready
         self.guest_stopped = False  # the guest was stopped for the entry in progress
 
@@ -160,6 +163,7 @@ class ColoEntry:
         Returns whether the guest was in COLO before: only a checkpoint makes the pair equal then.
         """
         c = self._c
+        await self._drop_mirrors()
         while c.state is not State.STOPPED:
             migration = await self.migration()
             # Undecided: a checkpoint would make it transmit, and nobody would decide any more.
@@ -176,9 +180,10 @@ class ColoEntry:
             elif migration is None:
                 c.become(c.state, c.view.guest.why or "waiting for this host's QEMU (QMP)")
             elif c.peer.connected and self.peer_ready:
-                if await self._try():
+                if await self._copy_disks() and await self._try():
                     return False
             else:
+                await self._drop_mirrors()
                 lacks = f": {self.peer_lacks}" if self.peer_lacks else ""
                 before = f"; {self.tries.story}" if self.tries.count else ""
                 c.become(
@@ -186,6 +191,40 @@ class ColoEntry:
                     f"waiting for the secondary (controller, and QEMU -incoming){lacks}{before}",
                 )
             await self._checkpoints.sleep_or_wake(REARM_S)
+        return False
+
+    async def _drop_mirrors(self) -> None:
+        """End mirrors that lead nowhere, but not those of a guest that is in COLO."""
+        c = self._c
+        if not c.qemu.disks.mirroring or await self.migration() in (None, "colo"):
+            return
+        with contextlib.suppress(QmpError):
+            await c.qemu.disks.cut()
+
+    async def _copy_disks(self) -> bool:
+        """Copy the guest's disks to the secondary, a step at a time. Returns whether it is done."""
+        c, disks = self._c, self._c.qemu.disks
+        if not disks.any:
+            return True
+        try:
+            if disks.mirroring and self._copied_to != self.peer_qemu:
+                await disks.cut()
+            if not disks.mirroring:
+                why = await c.life.unfit()
+                why = why or self.tries.held_back(self.peer_qemu, time.monotonic())
+                if why:
+                    c.become(c.state, why)
+                    return False
+                self._copied_to = self.peer_qemu
+                await disks.start(self.peer_disks)
+            if await disks.copied():
+                return True
+            c.become(c.state, str(disks.copying))
+        except (DiskError, QmpError) as e:
+            self.tries.failed(str(e), self.peer_qemu, time.monotonic(), stopped=False)
+            with contextlib.suppress(QmpError):
+                await disks.cut()
+            c.become(c.state, f"COLO was not entered: {e}")
         return False
 
     async def _try(self) -> bool:
@@ -276,6 +315,8 @@ class ColoEntry:
         c.become(State.STARTING, f"COLO was not entered: {why}")
         c.peer.send("failed", n=max(c.dp.epoch, c.view.peer.epoch) + 1, why=why[:1000])
         c.view.order_withdrawn()  # it was about the copy that is given up, not about the next one
+        with contextlib.suppress(QmpError):  # leaving COLO tries it again
+            await c.qemu.disks.cut()
         began, tried = time.monotonic(), ""
         while c.state is State.STARTING:
             try:
@@ -302,7 +343,7 @@ class ColoEntry:
         elif migration in CANCELLABLE or migration == "cancelling":
             if since_s > YANK_S:
                 with contextlib.suppress(QmpError):  # there may be nothing to cut any more
-                    await (qemu.oob or qemu.qmp).yank()
+                    await qemu.yank()
             if migration != "cancelling":
                 await qemu.qmp.execute("migrate_cancel")
             elif await qemu.qmp.status() != "running":

@@ -43,6 +43,7 @@ from ..peer.messages import VERSION
 from ..peer.tls import Tls
 from ..qemu.event import QmpEvent
 from ..qemu.guest_event import news
+from ..qemu.replication import ReplicatedDisk, ReplicationOptions
 from ..qemu.supervisor import QemuOptions, QemuSupervisor, Stakes
 from .commands import OperatorCommands
 from .device_watch import DeviceWatch
@@ -60,6 +61,20 @@ log = logging.getLogger("colo_xdp")
 RING_BATCH = 512
 FOR_EVER_NS = (1 << 63) - 1
 GUEST_S = 5.0  # between two looks at what is known of the guest's addresses, and at its port
+
+
+def _replication(config: Config) -> ReplicationOptions:
+    """Return what the configuration says of disks, in bytes."""
+    return ReplicationOptions(
+        config.pair,
+        tuple(
+            ReplicatedDisk(d.name, d.overlays, d.overlay_limit << 20)
+            for d in config.replicated_disks
+        ),
+        config.nbd.local,
+        config.nbd.remote,
+        config.nbd.speed << 20,
+    )
 
 
 class Controller(RoleSteps):
@@ -92,6 +107,7 @@ class Controller(RoleSteps):
                 tap=net.tap,
                 guest_mac=net.guest_mac,
                 incoming=q.incoming,
+                replication=_replication(config),
             ),
             self,
             tap_alive=datapath.tap_alive,
@@ -388,6 +404,7 @@ class Controller(RoleSteps):
                 dead_after_ms=self.config.peer.dead_after,
                 automatic=self.config.failover.automatic,
                 arbiter=self.arbiter.view(),
+                disk_unproven=self.disk_unproven,
             )
         )
 

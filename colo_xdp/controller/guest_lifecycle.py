@@ -172,7 +172,7 @@ class GuestLifecycle:
             blocks = await self._c.qemu.qmp.execute("query-block")
         except QmpError as e:
             return str(e)
-        why = refusal(blocks, self._c.config.external_disks)
+        why = refusal(blocks, [d.name for d in self._c.config.disks])
         return f"COLO is not entered: {why}" if why else ""
 
     # ---- the end
@@ -239,4 +239,4 @@ class GuestLifecycle:
         with contextlib.suppress(QmpError):
             if await c.qemu.qmp.status() != "inmigrate":
                 log.info("this guest did not end itself with the other one: quit")
-                await c.qemu.qmp.quit()
+                await c.qemu.quit()

@@ -43,6 +43,7 @@ class LocalGuest:
     why: str = ""  # what QEMU reported before it went
     halted: str = ""  # why it stands still until somebody repairs something
     colo_exit: bool = False  # QEMU has lost its COLO channel
+    mirror_lost: str = ""  # why a disk of the PVM is no longer mirrored to the SVM's host
     #: clients may know bytes of this guest that the other one never received (abi.SyncState)
     standalone: bool = False
     demoted: bool = False  # shut in because the primary asked
@@ -120,6 +121,7 @@ class Surroundings:
     dead_after_ms: int
     automatic: bool
     arbiter: ArbiterView
+    disk_unproven: bool
 
 
 class PairView:
@@ -172,7 +174,7 @@ class PairView:
             heartbeat_timeout_ms=s.heartbeat_timeout_ms,
             dead_after_ms=s.dead_after_ms * (1 + (self.role is Role.SECONDARY)),
             peer_vm_gone=peer.shut,
-            colo_exit=guest.colo_exit,
+            colo_exit=guest.colo_exit or bool(guest.mirror_lost),
             automatic=s.automatic and not self.paused,
             operator=self.operator,
             checkpoint_overdue=pair.checkpoint_overdue,
@@ -192,6 +194,7 @@ class PairView:
             undecided=s.undecided,
             other_guest=peer.guest if s.peer_connected else OtherGuest.UNKNOWN,
             own_guest=s.own_guest,
+            disk_unproven=s.disk_unproven,
         )
 
     def _expire(self, s: Surroundings) -> None:
@@ -230,6 +233,10 @@ class PairView:
         """Record that QEMU has lost its COLO channel (COLO_EXIT)."""
         self.guest.colo_exit = True
 
+    def mirror_lost(self, why: str) -> None:
+        """Record that a disk is no longer mirrored: no later checkpoint makes the guests equal."""
+        self.guest.mirror_lost = why
+
     def went_standalone(self) -> None:
         """Record that clients may know from now on what the other guest does not."""
         self.guest.standalone = True
@@ -249,7 +256,7 @@ class PairView:
 
     def entering(self) -> None:
         """Record that the first checkpoint begins, and drop the signs of an earlier pair."""
-        self.guest.colo_exit = False
+        self.guest.colo_exit, self.guest.mirror_lost = False, ""
         if self.role is Role.SECONDARY:
             self.peer.shut = False
 

@@ -20,6 +20,7 @@ from ..datapath.ring import CapturedFrame
 from ..engine.journal import Journal
 from ..failover.decision import Action, OwnGuest, Role, State
 from ..peer.heartbeat import Flag
+from ..qemu.disks import DiskError
 from ..qemu.event import QmpEvent
 from ..qemu.guest_event import STANDS_STILL, News
 from ..qemu.qmp import QmpError
@@ -35,6 +36,7 @@ from .shadow import ShadowMode
 
 log = logging.getLogger("colo_xdp.controller.primary")
 
+PROBES = 2  # unanswered ones in a row, after which the mirrors count as lost
 LOOK_S = 0.2  # between two looks at a guest of which nothing is known
 BRIDGE_S = 1.0  # between two looks at the ports of the tap's bridge
 LOSS_CHECK_NS = 100_000_000
@@ -74,9 +76,7 @@ class Primary(Controller):
             ),
             "switchover": self._on_switchover,
             "downtime": self._on_downtime,
-            "request": lambda msg: self.checkpoints.request(
-                Cause.GUEST_EVENT, f"the secondary: {msg['why'][:200]}"
-            ),
+            "request": self._on_request,
             "failed": self._on_failed,
             **dict.fromkeys(("begin_ack", "resumed", "offsets_ack"), self.checkpoints.on_message),
         }
@@ -203,6 +203,8 @@ class Primary(Controller):
     def on_qmp(self, event: QmpEvent) -> None:
         if self.state is State.SOLO:
             self.life.on_event_alone(event)
+        if why := self.qemu.disks.on_event(event):
+            self._mirror_lost(why)
         if event.name == "STOP":
             ours = self.checkpoints.on_stop(event)
             if not ours and self.state is State.PROTECTED and not self.view.guest.halted:
@@ -212,6 +214,17 @@ class Primary(Controller):
             self.checkpoints.on_resume(event)
         else:
             self.checkpoints.on_qmp_event()
+
+    def _mirror_lost(self, why: str) -> None:
+        """Count the SVM as lost: no checkpoint can make it a copy any more.
+
+        It stays one of the last checkpoint, so it may still take over if this host dies now.
+        """
+        log.warning("%s", why)
+        if self.state in (State.PROTECTED, State.CHECKPOINTING, State.DEGRADED):
+            self.view.mirror_lost(why)
+            self.become(State.DEGRADED, why)
+            self.reconsider()
 
     async def _find_out_who_stopped_it(self) -> None:
         """React to a PVM that stands still though no checkpoint of ours has stopped it."""
@@ -273,6 +286,7 @@ class Primary(Controller):
         self.entry.peer_ready = True
         self.view.peer_open()
         self.entry.peer_qemu = (msg.get("qemu", 0), self.peer.peer_boot)
+        self.entry.peer_disks = msg["disks"]
         self.entry.peer_lacks = ""
         self.arbiter.peer_open()
         self.checkpoints.wake()
@@ -287,6 +301,11 @@ class Primary(Controller):
             self._demote("the secondary transmits for the guest")
         elif self._older_than(msg):
             self._demote("the other host runs the PVM: this data path knows less of it")
+
+    def _on_request(self, msg: dict[str, Any]) -> None:
+        full = msg["cause"] == Cause.OVERLAY_FULL
+        cause = Cause.OVERLAY_FULL if full else Cause.GUEST_EVENT
+        self.checkpoints.request(cause, f"the secondary: {msg['why'][:200]}")
 
     def _on_switchover(self, msg: dict[str, Any]) -> None:
         try:
@@ -385,6 +404,26 @@ class Primary(Controller):
         self.spawn(self._watch_bridge())
         cks = self.checkpoints
         self.spawn(cks.offsets.sweep(lambda: cks.running is not None))
+        self.spawn(self._watch_mirrors())
+
+    async def _watch_mirrors(self) -> None:
+        """Look whether the secondary's NBD server answers.
+
+        A write to one that is silent never ends, and QEMU reports nothing.
+        """
+        limit, failures = self.config.peer.heartbeat_timeout / 1000, 0
+        while self.qemu.disks.any:
+            await asyncio.sleep(limit / 2)
+            if self.state is not State.PROTECTED or self.checkpoints.running is not None:
+                failures = 0
+                continue
+            try:
+                await self.qemu.disks.probe(limit)
+                failures = 0
+            except DiskError as e:
+                failures += 1
+                if failures >= PROBES and self.state is State.PROTECTED:
+                    self._mirror_lost(str(e))
 
     async def _watch_bridge(self) -> None:
         while True:
@@ -393,6 +432,7 @@ class Primary(Controller):
             await asyncio.sleep(BRIDGE_S)
 
     async def on_qemu(self) -> None:
+        await self.qemu.disks.adopt()
         await self._find_out_whether_it_runs()
         if self.state is State.SOLO:
             migration = await self.entry.migration()

@@ -70,7 +70,7 @@ class Replacement:
                 continue
             with contextlib.suppress(QmpError):
                 if status:
-                    await c.qemu.qmp.quit()
+                    await c.qemu.quit()
             wanted, self.wanted = self.wanted, False
             now = time.monotonic()
             # also by QemuSupervisor.connect(), where a copy was missing

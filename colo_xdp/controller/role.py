@@ -57,6 +57,11 @@ class RoleSteps(ABC):
         """Whether output waits for a checkpoint, which needs the peer's controller."""
         return False
 
+    @property
+    def disk_unproven(self) -> bool:
+        """Whether this guest runs a checkpoint whose disks may not be whole on this host."""
+        return False
+
     def on_arbiter(self) -> None:
         """React to news of the arbiter: a lease is granted or lost, for example."""
 

@@ -27,16 +27,19 @@ from ..datapath.ring import CapturedFrame
 from ..failover.arbiter import ArbiterError
 from ..failover.decision import Action, Role, State
 from ..peer.heartbeat import Flag
+from ..qemu.disks import DiskError
 from ..qemu.event import QmpEvent
 from ..qemu.guest_event import News
 from ..qemu.qmp import QmpError
 from .controller import Controller
+from .disk_proof import DiskProof
 from .held_frames import HeldFrames, Hold
 from .takeover import Takeover
 
 log = logging.getLogger("colo_xdp.controller.secondary")
 
 SWEEP_S = 5.0
+OVERLAY_S = 1.0  # between two looks at the size of the overlays
 REMIND_S = 2.0  # longer than the primary takes from `ready` to its next state
 
 
@@ -63,6 +66,11 @@ class Secondary(Controller):
         self.view.adopted(confirmed=datapath.adopted and datapath.sync_state is not SyncState.NONE)
         self.checkpoints_loaded = 0
         self.last_pause_ms = 0.0
+        self.proof = DiskProof()
+        self.overlays: dict[str, int] = {}  # size of the larger one of each disk, bytes
+        self._loaded_ns = 0  # RESUME of the state that the SVM runs
+        self._unsaid: tuple[int, int] | None = None  # `resumed` that waits for `disks_whole`: n, us
+        self.disk_proof_ms = 0.0  # how long the last checkpoint waited for that
         self.stepped_out = False
         self._hooks = asyncio.Lock()  # held while programs are detached or attached again
         self._handlers: dict[str, Callable[[dict[str, Any]], None]] = {
@@ -70,6 +78,7 @@ class Secondary(Controller):
                 msg["n"], msg["initial"], msg["cause"] == Cause.SWITCHOVER
             ),
             "heartbeat": self._on_beat,
+            "disks_whole": lambda msg: self._on_disks_whole(msg["n"]),
             "downtime_start": self._on_downtime_start,
             "claims": lambda msg: self._on_claims(msg["n"], msg["addresses"], msg["macs"]),
             "offsets": lambda msg: self._on_offsets(msg["n"], msg["flows"]),
@@ -126,6 +135,7 @@ class Secondary(Controller):
     def _begin_hold(self, n: int, *, planned: bool = False) -> None:
         limit = self.config.checkpoint.deadline / 1000 if self.view.pair.confirmed else float("inf")
         deadline = time.monotonic() + limit
+        self.proof.begin(n)
         self.held.begin(n, time.monotonic_ns(), deadline, planned=planned)
         self.dp.mode = Mode.CHECKPOINT
 
@@ -390,6 +400,9 @@ class Secondary(Controller):
         if self.takeover.under_way:
             self.takeover.saw(event)
             return
+        failed = event.name == "BLOCK_IO_ERROR" and event.data.get("operation") == "write"
+        if failed and self.qemu.disks.any and event.data.get("action") != "stop":
+            self._on_disk_error(event)
         if event.name == "STOP" and self.view.pair.in_colo:
             if self.held.hold is None and self.state is State.PROTECTED:
                 # There was no `begin`: somebody else asked QEMU for a checkpoint. Hold at once.
@@ -404,11 +417,58 @@ class Secondary(Controller):
         elif event.name == "RESUME" and self.held.hold is not None:
             h = self.held.hold
             self.view.in_colo()
-            h.resume = event
+            h.resume, self._loaded_ns = event, event.ts_ns
             self.last_pause_ms = h.pause_ms
-            if self.view.pair.confirmed and not h.planned:
-                self._finish(h, event)
-            self.peer.send("resumed", n=h.n, pause_us=int(self.last_pause_ms * 1000))
+            self._on_loaded(h, event)
+
+    def _on_loaded(self, h: Hold, resume: QmpEvent) -> None:
+        """Count the state that the SVM runs, and report it once its disks are of it as well."""
+        n, self._unsaid = h.n, (h.n, int(self.last_pause_ms * 1000))
+        self.proof.loaded(n)
+        if self.view.pair.confirmed and not h.planned:
+            self._finish(h, resume)
+        if self.proof.said(n) or not self.qemu.disks.any:
+            self.disk_proof_ms = 0.0
+            self._say_resumed()
+
+    def _on_disks_whole(self, n: int) -> None:
+        self.proof.whole(n)
+        if self._unsaid is not None and self._unsaid[0] == n:
+            self.disk_proof_ms = max(0.0, (time.monotonic_ns() - self._loaded_ns) / 1e6)
+            self._say_resumed()
+
+    def _say_resumed(self) -> None:
+        if self._unsaid is not None:
+            (n, pause_us), self._unsaid = self._unsaid, None
+            self.peer.send("resumed", n=n, pause_us=pause_us)
+
+    @property
+    def disk_unproven(self) -> bool:
+        if not self.qemu.disks.any or self.state is State.PROMOTED:
+            return False
+        return self.proof.missing or self.takeover.epoch_uncertain == self.dp.epoch
+
+    def _on_disk_error(self, event: QmpEvent) -> None:
+        """Count a copy whose disk fails as lost: its guest has seen what the PVM did not see."""
+        if self.state in (State.PROTECTED, State.CHECKPOINTING, State.DEGRADED):
+            name = event.data.get("device") or event.data.get("node-name")
+            self.view.guest_event(f"a write of the SVM to disk {name} failed")
+            self.view.guest_gone()
+            self.reconsider()
+
+    async def _watch_overlays(self) -> None:
+        """Ask for a checkpoint, which empties the overlays, before one of them is too large."""
+        limits = {d.name: d.overlay_limit for d in self.qemu.disks.options.disks}
+        while limits:
+            await asyncio.sleep(OVERLAY_S)
+            if self.state is not State.PROTECTED:
+                continue
+            with contextlib.suppress(QmpError):
+                self.overlays = await self.qemu.disks.overlay_sizes()
+                full = [n for n, size in self.overlays.items() if size > limits[n]]
+                if full:
+                    why = f"the overlay of disk {full[0]} has {self.overlays[full[0]] >> 20} MiB"
+                    self.peer.send("request", cause=Cause.OVERLAY_FULL.value, why=why)
 
     async def _stopped_by_whom(self, h: Hold | None) -> None:
         """Find out why the SVM has stopped without a `begin`, and react to that."""
@@ -417,7 +477,8 @@ class Secondary(Controller):
             return
         if fate is None or status == "guest-panicked":
             h.stopped = True
-            self.peer.send("request", why=f"the SVM was stopped (`{status}`) by no checkpoint")
+            why = f"the SVM was stopped (`{status}`) by no checkpoint"
+            self.peer.send("request", cause=Cause.GUEST_EVENT.value, why=why)
             if status == "guest-panicked":  # QEMU can load no checkpoint in this state
                 with contextlib.suppress(QmpError):
                     await self.qemu.qmp.execute("cont")
@@ -426,9 +487,8 @@ class Secondary(Controller):
 
     def guest_changed(self, why: str) -> None:
         if self.held.hold is None and self.state is State.PROTECTED:
-            self.peer.send(
-                "request", why=why
-            )  # else the checkpoint under way makes it a copy again
+            # else the checkpoint under way makes it a copy again
+            self.peer.send("request", cause=Cause.GUEST_EVENT.value, why=why)
 
     def guest_halts(self, why: str) -> None:
         """Count a copy that is about to stand still as gone.
@@ -504,18 +564,25 @@ class Secondary(Controller):
 
     async def _send_ready(self) -> None:
         """Send `ready`: a QEMU waits here. If the SVM is unfit, send `failed` instead."""
-        why = await self.life.unfit()
+        why, sizes = await self.life.unfit(), {}
+        if not why:
+            try:
+                sizes = await self.qemu.disks.serve()
+            except DiskError as e:
+                why = f"COLO is not entered: {e}"
         if why:
             self.become(State.STARTING, why)
             self.peer.send("failed", n=0, why=why)
         else:
-            self.peer.send("ready", epoch=self.dp.epoch, qemu=self._qemus)
+            self.peer.send("ready", epoch=self.dp.epoch, qemu=self._qemus, disks=sizes)
 
     async def start(self) -> None:
         await super().start()
+        self.spawn(self._watch_overlays())
         if self.state is State.PROMOTED:  # the former controller may have died during the takeover
             await self.open_network()
             self.spawn(self.takeover.announce())
+            self.spawn(self.takeover.settle_disks())
 
     def peer_connected(self) -> None:
         if self._missed:
@@ -527,7 +594,7 @@ class Secondary(Controller):
         """Start over with a new QEMU: nothing of the former guest counts any more."""
         self.view.new_guest()
         self.held.take()
-        self.takeover = Takeover(self)
+        self.takeover, self.proof = Takeover(self), DiskProof()
         self.dp.sync_state = SyncState.NONE
         self.arbiter.new_guest()
         self.become(State.STARTING, "a new QEMU is here")
@@ -548,6 +615,7 @@ class Secondary(Controller):
                 return
             self._ready_wanted = True
             self.view.waits_for_migration()
+            self.proof = DiskProof()
             self.dp.sync_state = SyncState.NONE
             self._qemus += 1
             self.become(State.STARTING, "the SVM waits for the primary's migration")
@@ -595,6 +663,7 @@ class Secondary(Controller):
     def _takeover_steps(self) -> list[str]:
         net, qmp = self.config.network, self.config.qemu.qmp
         return [
+            *([f"QMP {qmp}: nbd-server-stop"] if self.qemu.disks.any else []),
             f"QMP {qmp}: x-colo-lost-heartbeat",
             f"QMP {self.config.qemu.qmp_oob or qmp}: yank migration, out of band, if it hangs",
             f"QMP {qmp}: query-migrate, query-status until `running`",

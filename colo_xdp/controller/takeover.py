@@ -8,6 +8,7 @@ runs the state of that checkpoint.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Coroutine
@@ -24,6 +25,7 @@ from ..peer.channel import Peer
 from ..qemu.event import QmpEvent
 from ..qemu.qmp import QmpError, QmpTimeout
 from ..qemu.supervisor import HUNG_S, IN_COLO, QemuSupervisor
+from .disk_proof import DiskProof
 from .held_frames import HeldFrames, Hold
 from .pair_view import PairView
 
@@ -33,6 +35,7 @@ TAKEOVER_S = 10.0
 GAP_S = 5.0
 MAX_ANNOUNCED = 256  # IP addresses of the guest, and as many MAC addresses
 FORWARDING_S = 90.0  # a port listens, then learns, for forward_delay each: at most 30 s
+COMMIT_S = 0.2  # between two looks at overlays that QEMU merges into the image
 PORT_S = 0.1  # between two looks at a port that does not forward yet
 ANNOUNCE_TIMES = (0.0, 0.05, 0.2, 0.45, 0.8)  # seconds after the takeover, as QEMU's own RARPs
 
@@ -46,6 +49,7 @@ class Standby(Protocol):
     peer: Peer
     qemu: QemuSupervisor
     held: HeldFrames
+    proof: DiskProof
     flows: ConntrackMap
     failures: list[str]
     state: State
@@ -75,6 +79,7 @@ class Takeover:
         #: the last controller died in a checkpoint of this epoch, or -1. QMP does not repeat its
         #: events, so the SVM may run either state until the next checkpoint is complete
         self.epoch_uncertain = -1
+        self.committing = False  # QEMU still merges the overlays into the guest's images
         self._silent_ns = 0  # since when the PVM has been silent in a switchover; 0: in none
         self._events: list[QmpEvent] = []  # that QEMU sent during the takeover
 
@@ -104,6 +109,9 @@ class Takeover:
             c.become(State.DEGRADED, f"takeover: the SVM does not run (`{status}`); trying again")
             return
         c.drain()
+        if self._unproven():
+            log.error("no takeover: the disks here may lack what was written before the checkpoint")
+            return  # the decision says what is to be done (failover/decision.py)
         hold = c.held.take()
         c.view.went_standalone()
         c.dp.sync_state = SyncState.STANDALONE
@@ -117,6 +125,7 @@ class Takeover:
         c.peer.send("promoted", why=why)
         await c.open_network()
         c.spawn(self.announce())
+        c.spawn(self.settle_disks())
         if hold is not None:  # the primary died, or fell silent, during a checkpoint
             c.held.let_go_standalone(hold)
         c.drain()
@@ -127,6 +136,11 @@ class Takeover:
     async def _leave_colo(self) -> str:
         """Wait until QEMU has left COLO and its guest runs. Returns its run state."""
         qemu = self._c.qemu
+        try:
+            await self._close_images()
+        except QmpError as e:
+            log.error("%s: a primary that still lives could write to the disks here", e)
+            return "its disks are open to the primary"
         try:
             if await self._in_colo():
                 await qemu.leave_colo()
@@ -145,6 +159,45 @@ class Takeover:
                 break
             await asyncio.sleep(TICK_S / 5)
         return status
+
+    async def _close_images(self) -> None:
+        """Close the disks to the primary; a QEMU that waits for it is freed first. Raises
+        QmpError."""
+        qemu = self._c.qemu
+        try:
+            await qemu.disks.stop_serving(HUNG_S)
+        except QmpTimeout as e:
+            log.warning("%s: cutting its migration channel (yank)", e)
+            await qemu.yank()
+            await qemu.disks.stop_serving()
+
+    def _unproven(self) -> bool:
+        """Return whether the SVM runs a checkpoint whose disks may not be whole here.
+
+        An operator may accept that.
+        """
+        c = self._c
+        h = c.held.hold
+        if h is not None and (h.resume is not None or self.loaded()):
+            c.proof.loaded(h.n)
+        return c.qemu.disks.any and c.proof.missing and not c.view.operator
+
+    async def settle_disks(self) -> None:
+        """Wait until QEMU has merged the overlays, on which the guest's disks depend until then."""
+        disks = self._c.qemu.disks
+        if not disks.any:
+            return
+        self.committing = True
+        began = time.monotonic()
+        while self._c.state is State.PROMOTED:
+            with contextlib.suppress(QmpError):
+                await disks.stop_serving()  # also for a controller that died before
+                if not await disks.committing():
+                    await disks.remove_overlays()
+                    self.committing = False
+                    log.info("the overlays are committed, %.1f s", time.monotonic() - began)
+                    return
+            await asyncio.sleep(COMMIT_S)
 
     async def _in_colo(self) -> bool:
         """Return whether QEMU has to be made to leave COLO.

@@ -150,7 +150,8 @@ class Facts:
     peer_silent_ms: float  # since the last message from the peer's controller
     heartbeat_timeout_ms: float
     peer_vm_gone: bool  # the peer's controller reported: QEMU dead, data path shut
-    colo_exit: bool  # our QEMU lost its COLO channel: a hint, not a decision
+    # our QEMU lost its COLO channel, or the primary's a mirror of its disks: a hint, not a decision
+    colo_exit: bool
     automatic: bool
     operator: bool  # an operator requested failover
     checkpoint_overdue: bool = False
@@ -169,6 +170,8 @@ class Facts:
     undecided: bool = False
     other_guest: OtherGuest = OtherGuest.UNKNOWN
     own_guest: OwnGuest = OwnGuest.UNKNOWN
+    #: the SVM runs a checkpoint of which the primary has not said that its disks were whole
+    disk_unproven: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -426,6 +429,17 @@ _ROWS: tuple[_Row, ...] = (
         "so an operator decides",
     ),
     (
+        lambda f: (
+            f.disk_unproven
+            and f.role is Role.SECONDARY
+            and not f.operator
+            and (f.peer_vm_gone or f.colo_exit or _no_control(f))
+        ),
+        Action.DEGRADE,
+        "the peer was lost between a checkpoint and its confirmation that the disks here have all "
+        "that was written before: some of it may be missing, so an operator decides",
+    ),
+    (
         lambda f: f.arbiter.needs_grant and f.arbiter.requested and f.role is Role.SECONDARY,
         Action.TAKE_OVER,
         lambda f: (
@@ -548,13 +562,14 @@ _ROWS: tuple[_Row, ...] = (
             and (f.checkpoint_overdue or f.colo_exit)
         ),
         Action.ASK_SHUT,
-        "QEMU's COLO channel is lost or its checkpoint hangs while both controllers live: "
+        "QEMU's COLO channel or a disk's mirror is lost, or its checkpoint hangs, while both "
+        "controllers live: "
         "the secondary is asked to demote itself",
     ),
     (
         lambda f: f.checkpoint_overdue or f.colo_exit,
         Action.DEGRADE,
-        "the last checkpoint did not complete or the COLO channel is lost, "
+        "the last checkpoint did not complete, or the COLO channel or a disk's mirror is lost, "
         "and the peer's controller still answers",
     ),
     (

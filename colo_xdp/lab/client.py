@@ -242,3 +242,47 @@ class LineStream:
             self._socket.shutdown(socket.SHUT_RDWR)
         self._thread.join(TIMEOUT_S)
         self._socket.close()
+
+
+class RecordStream:
+    """Have the guest write records durably, one after the other, on one connection.
+
+    What it has confirmed must be on the disk that survives (lab/disk.py checks that).
+    """
+
+    def __init__(self, ns: str, port: int = 2001, first: int = 1) -> None:
+        self.first, self.last = first, first - 1  # the last record that the guest has confirmed
+        self.dead = ""
+        self.longest_s = 0.0  # from a record to its confirmation
+        self._stop = threading.Event()
+        self._socket = in_ns(ns, lambda: _connect(port))
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    @property
+    def confirmed(self) -> range:
+        return range(self.first, self.last + 1)
+
+    def _run(self) -> None:
+        try:
+            with self._socket.makefile("rb") as f:
+                while not self._stop.is_set():
+                    began, n = time.monotonic(), self.last + 1
+                    self._socket.sendall(b"%d\n" % n)
+                    line = f.readline()
+                    if line != b"ok %d\n" % n:
+                        if not self._stop.is_set():
+                            self.dead = f"{line!r} in place of a confirmation of record {n}"
+                        return
+                    self.last = n
+                    self.longest_s = max(self.longest_s, time.monotonic() - began)
+        except OSError as e:
+            if not self._stop.is_set():
+                self.dead = str(e) or type(e).__name__
+
+    def stop(self) -> None:
+        self._stop.set()
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+        self._thread.join(TIMEOUT_S)
+        self._socket.close()

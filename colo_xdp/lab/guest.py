@@ -28,7 +28,10 @@ MODULES = (
     "failover",
     "net_failover",
     "virtio_net",
+    "virtio_blk",
 )
+PROGRAMS = ("udpecho", "recordd")
+MOUNTS = ("mnt/vda", "mnt/vdb")  # where disks are mounted, if the guest has them
 INDEX = b"<html>hello</html>\n"
 #: a page that cannot be the same on both guests; its own lines must agree with each other
 UPTIME = """#!/bin/sh
@@ -128,11 +131,12 @@ def _initrd(root: Path, out: Path) -> None:
         raise LabError("busybox is missing: install busybox-static")
     with tempfile.TemporaryDirectory() as tmp:
         d = Path(tmp)
-        for sub in ("bin", "dev", "proc", "sys", "tmp", "modules", "www/cgi-bin", "etc"):
+        for sub in ("bin", "dev", "proc", "sys", "tmp", "modules", "www/cgi-bin", "etc", *MOUNTS):
             (d / sub).mkdir(parents=True)
         shutil.copy(busybox, d / "bin/busybox")
-        source = Path(__file__).with_name("udpecho.c")
-        sh(_cc(), "-static", "-O2", "-o", str(d / "bin/udpecho"), str(source))
+        for name in PROGRAMS:
+            source = Path(__file__).with_name(f"{name}.c")
+            sh(_cc(), "-static", "-O2", "-o", str(d / "bin" / name), str(source))
         for m in MODULES:
             found = list(root.glob(f"lib/modules/**/{m}.ko"))
             if not found:
@@ -172,7 +176,7 @@ def build(directory: Path) -> Guest:
     kernel, initrd, stamp = (directory / n for n in ("vmlinuz", "initrd.gz", "stamp"))
     here = Path(__file__)
     h = hashlib.sha256(here.read_bytes())
-    for name in ("init.sh", "udpecho.c"):
+    for name in ("init.sh", *(f"{p}.c" for p in PROGRAMS)):
         h.update(here.with_name(name).read_bytes())
     want = h.hexdigest()
     if stamp.exists() and stamp.read_text() == want and kernel.exists() and initrd.exists():

@@ -5,7 +5,7 @@
 mount -t proc proc /proc
 mount -t sysfs sys /sys
 mount -t devtmpfs dev /dev
-for m in virtio_ring virtio virtio_pci_modern_dev virtio_pci_legacy_dev virtio_pci failover net_failover virtio_net; do
+for m in virtio_ring virtio virtio_pci_modern_dev virtio_pci_legacy_dev virtio_pci failover net_failover virtio_net virtio_blk; do
 	insmod /modules/$m.ko || echo "no module $m"
 done
 echo 0 > /proc/sys/net/ipv6/conf/all/accept_dad
@@ -22,11 +22,22 @@ nc -ll -p 9 -e md5sum &                                         # sink: returns 
 nc -ll -p 19 -e cat /www/big &                                  # source
 nc -ll -p 1234 -e sh -c 'i=0; while :; do i=$((i+1)); echo "line $i"; usleep 50000; done' &
 udpecho &                                                       # UDP echo on 7
+port=2000
+for d in vda vdb; do                                            # durable records on 2001 and 2002
+	port=$((port + 1))
+	[ -b /dev/$d ] && mount -t ext4 /dev/$d /mnt/$d && recordd /mnt/$d $port &
+done
 # The guest is ready when each service listens, not when it was started.
 for p in 0007 0009 0013 0050 04D2 1F90; do
 	until grep -q ":$p [0-9A-F:]* 0A " /proc/net/tcp /proc/net/tcp6; do usleep 10000; done
 done
 until grep -q ":0007 " /proc/net/udp6; do usleep 10000; done
+port=2000
+for d in vda vdb; do
+	port=$((port + 1))
+	[ -b /dev/$d ] || continue
+	until grep -q ":$(printf %04X $port) [0-9A-F:]* 0A " /proc/net/tcp6; do usleep 10000; done
+done
 # The secrets behind sequence numbers and timestamps are generated at first use. Using them
 # before the guest is copied gives both copies the same ones.
 wget -q -O /dev/null http://10.9.0.2/index.html

@@ -12,6 +12,7 @@ from typing import Any
 
 from ..service import control_socket
 from ..tools import cleanup, pki
+from . import disk as disk_files
 from . import guest as guest_files
 from . import vm as vms
 from .capture import Capture
@@ -20,6 +21,7 @@ from .net import PEER_P, PEER_S, LabError, Processes, Topology, stop_process, wa
 
 PAIR = "lab"
 PROTECT_S = 60.0
+NBD_PORT = 10809
 
 
 class Lab:
@@ -32,12 +34,14 @@ class Lab:
         tag: str = "cxl",
         vnet_hdr: bool = True,
         overrides: dict[str, dict[str, Any]] | None = None,
+        disks: int = 0,
         say: Callable[[str], None] = lambda text: None,
     ) -> None:
         self.dir = directory.absolute()
         self.build = self.dir / "guest"
         self.work = self.dir / f"run-{tag}"
         self.overrides = overrides or {}
+        self.disks = [f"d{i}" for i in range(disks)]
         self.say = say
         self.net = Topology(tag, vnet_hdr)
         self.procs = Processes(self.dir / f"{tag}.pids.json")
@@ -72,6 +76,9 @@ class Lab:
         self.say("namespaces")
         self.net.up()
         self._certificates()
+        for name in self.disks:
+            disk_files.make_filesystem(self.image("primary", name))
+            disk_files.make_blank(self.image("secondary", name))
         for role in ("primary", "secondary"):
             self.config_path(role).write_text(self._config(role))
         self.say(f"booting both guests (QEMU {self.qemu_version}, {self.accel})")
@@ -119,9 +126,19 @@ class Lab:
             vnet_hdr=self.net.vnet_hdr,
             incoming=self._migrate_uri if waits else "",
             shim=self._shim,
+            extra=[arg for name in self.disks for arg in self._drive(role, name)],
         )
         self.vm[role] = v
         return v
+
+    def image(self, role: str, disk: str) -> Path:
+        """Return where a host keeps its copy of a disk."""
+        return self.work / f"{role}.{disk}.qcow2"
+
+    def _drive(self, role: str, disk: str) -> list[str]:
+        """Return the QEMU options of a disk, as a user writes them who knows of no pair."""
+        drive = f"file={self.image(role, disk)},format=qcow2,if=none,id={disk}"
+        return ["-drive", drive, "-device", f"virtio-blk-pci,drive={disk},id=v{disk}"]
 
     @property
     def _migrate_uri(self) -> str:
@@ -159,12 +176,18 @@ class Lab:
             "datapath": {"run_dir": str(self.work), "fast_path_memory": 32},
             "metrics": {"listen": f"127.0.0.1:{port}"},
         }
+        if self.disks:
+            sections["nbd"] = {"local": f"{local}:{NBD_PORT}", "remote": f"{remote}:{NBD_PORT}"}
         for section, keys in self.overrides.items():
             sections.setdefault(section, {}).update(keys)
         lines = [f'pair = "{PAIR}"', f'role = "{role}"']
         for section, keys in sections.items():
             lines.append(f"[{section}]")
             lines += [f"{k} = {_toml(v)}" for k, v in keys.items()]
+        for name in self.disks:
+            overlays = self.work / f"{role}.overlays"
+            overlays.mkdir(exist_ok=True)
+            lines += ["[[disk]]", f'name = "{name}"', f'overlays = "{overlays}"']
         return "\n".join(lines) + "\n"
 
     def start_controller(

@@ -16,8 +16,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
-VERSION = 5
-MIN_VERSION = 5  # oldest version that this release can still use
+VERSION = 6
+MIN_VERSION = 6  # oldest version that this release can still use
 MAX_LINE = 65536
 MAX_TEXT = 4096
 MAX_FLOWS_TEXT = 61440
@@ -49,8 +49,8 @@ MESSAGES: dict[str, dict[str, type]] = {
     # the format of AddressTable.export(), hexadecimal; not sent if there are none.
     "claims": {"n": int, "addresses": str, "macs": str},
     # S: QEMU waits for the migration and the data path is ready; `qemu`: number of this QEMU since
-    # the controller started.
-    "ready": {"epoch": int, "qemu": int},
+    # the controller started; `disks`: sizes in bytes of the images that it exports, by name.
+    "ready": {"epoch": int, "qemu": int, "disks": dict},
     # P: a checkpoint to epoch n begins: hold everything.
     "begin": {"n": int, "cause": str, "initial": bool},
     # S: output is held from here on.
@@ -62,7 +62,10 @@ MESSAGES: dict[str, dict[str, type]] = {
     "offsets_ack": {"n": int},
     # The other host's guest continues standalone: start a QEMU that waits for its migration.
     "reprotect": {"why": str},
-    # S: its guest runs again in epoch n.
+    # P, after its guest's STOP for checkpoint n: what the guest wrote until then is in the
+    # secondary's images.
+    "disks_whole": {"n": int},
+    # S: its guest runs again in epoch n, and its disks are of that epoch.
     "resumed": {"n": int, "pause_us": int},
     # Either: the checkpoint did not happen.
     "failed": {"n": int, "why": str},
@@ -70,8 +73,8 @@ MESSAGES: dict[str, dict[str, type]] = {
     "shut": {"why": str, "alone": bool},
     # Either: the sender's guest has shut itself down: do not take over.
     "guest_off": {"why": str},
-    # S: its guest is no longer a copy: take a checkpoint.
-    "request": {"why": str},
+    # S: take a checkpoint; `cause` as in compare/causes.py.
+    "request": {"cause": str, "why": str},
     # P, with the `shut` of a planned switchover: the time since its guest's last frame left.
     "downtime_start": {"us": int},
     # S: its guest's first frame has left; `gap_us`: how long the network received nothing.

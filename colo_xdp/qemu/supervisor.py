@@ -21,6 +21,7 @@ from ..clock import TICK_S
 from .event import QmpEvent
 from .nic import NicError
 from .qmp import QemuInfo, Qmp, QmpError, QmpTimeout, refusal
+from .replication import DiskReplication, ReplicationOptions
 
 log = logging.getLogger("colo_xdp")
 
@@ -30,6 +31,7 @@ DEATH_S = 2.0
 WATCH_S = 0.5
 HUNG_S = 1.0  # QEMU answers x-colo-lost-heartbeat in 0.1 s; after this time its main loop hangs
 IN_COLO = ("colo", "active")  # migration states that x-colo-lost-heartbeat ends
+NO_DISKS = ReplicationOptions("")
 INCOMING_S = 10.0  # deadline of the command that starts a QEMU, and the time between two attempts
 
 
@@ -45,6 +47,7 @@ class QemuOptions:
     tap: str
     guest_mac: str  # empty: ask QEMU
     incoming: tuple[str, ...]  # the command that starts a QEMU waiting for its migration
+    replication: ReplicationOptions = NO_DISKS
 
 
 class Stakes(Enum):
@@ -120,6 +123,7 @@ class QemuSupervisor:
         self._starting: asyncio.subprocess.Process | None = None
         self.qmp = self._new_qmp()
         self.oob: Qmp | None = None  # the second socket, if configured
+        self.disks = DiskReplication(options.replication, self)
 
     # ---- connecting
 
@@ -270,16 +274,30 @@ class QemuSupervisor:
         """Execute x-colo-lost-heartbeat; first free a main loop that waits for the dead peer, by
         yank.
 
-        Raises QmpError when QEMU answers neither way.
+        It drains the guest's disks, so their mirrors end before. Raises QmpError when QEMU answers
+        neither way.
         """
+        await self.disks.cut()
         try:
             await self.qmp.lost_heartbeat(HUNG_S)
         except QmpTimeout as e:
             log.warning("%s: cutting its migration channel (yank)", e)
-            await (self.oob or self.qmp).yank()
+            await self.yank()
             # The first command may have been executed since.
             if await self.qmp.migration_status() in IN_COLO:
                 await self.qmp.lost_heartbeat()
+
+    async def yank(self, timeout: float | None = None) -> None:
+        """Cut QEMU's connections to the other QEMU, out of band. Raises QmpError."""
+        if self.disks.any:
+            await self.disks.yank(timeout)
+        else:
+            await (self.oob or self.qmp).yank(timeout)
+
+    async def quit(self) -> None:
+        """End a QEMU whose guest is worthless. Raises QmpError."""
+        await self.disks.cut()
+        await self.qmp.quit()
 
     async def hangs(self) -> bool:
         """Return whether this host's QEMU, which missed a deadline, hangs by itself.
@@ -289,7 +307,7 @@ class QemuSupervisor:
         """
         log.warning("%s does not answer: cutting its migration channel (yank)", self.qmp.name)
         try:
-            await (self.oob or self.qmp).yank(HUNG_S)
+            await self.yank(HUNG_S)
         except QmpTimeout:
             return True
         except QmpError as e:

@@ -115,6 +115,7 @@ def _common(c: Controller) -> dict[str, Any]:
             "failed": sum(sum(i.failed.values()) for i in injectors),
         },
         history=list(c.history),
+        disks=disks_json(c),
         failures=c.failures[-16:],
         last_failover=c.last_failover,
     )
@@ -144,6 +145,36 @@ def primary_status(c: Primary) -> dict[str, Any]:
     }
     doc["divergences"] = [divergence_json(d) for _, _, d in c.journal.pairs]
     doc["rules"] = rules_json(e)
+    return doc
+
+
+def disks_json(c: Controller) -> dict[str, Any]:
+    """Return the state of the replicated disks."""
+    disks = c.qemu.disks
+    copying = disks.copying
+    doc = {
+        "names": list(disks.nodes),
+        "mirrored": disks.mirroring and copying is None and not disks.lost,
+        "lost": disks.lost,
+        "copying": None
+        if copying is None
+        else {
+            "done": copying.done,
+            "total": copying.total,
+            "rate": copying.rate,
+            "left_s": copying.left_s,
+        },
+        "exported": disks.serving,
+        "committing": False,
+        "overlays": {},
+        "proof_ms": 0.0,
+    }
+    if isinstance(c, Secondary):
+        doc |= {
+            "committing": c.takeover.committing,
+            "overlays": c.overlays,
+            "proof_ms": c.disk_proof_ms,
+        }
     return doc
 
 

@@ -377,6 +377,28 @@ FIELDS: dict[str, Field] = {
             differences=_count("differences found"),
         ),
     ),
+    "disks": _object(
+        "the replicated disks of this host's guest",
+        names=_list("their names", _text()),
+        mirrored=_flag("whether each write goes to both hosts' images (primary)"),
+        lost=_text("why a disk is no longer mirrored (primary)"),
+        copying=_or_null(
+            _object(
+                "the first copy, as long as it takes (primary); null: none",
+                done=_count("bytes copied"),
+                total=_count("bytes to copy"),
+                rate=_number("bytes per second so far"),
+                left_s=_or_null(_number("seconds left at that rate; null: unknown")),
+            )
+        ),
+        exported=_flag("whether the other host can write to the images (secondary)"),
+        committing=_flag("whether QEMU still merges the overlays after a takeover"),
+        overlays=_map("size of the larger overlay of each disk, in bytes", _count()),
+        proof_ms=_number(
+            "how long the last checkpoint waited here for the primary's confirmation that its "
+            "disks were whole, in ms; meanwhile this guest could not take over"
+        ),
+    ),
     "failures": _list("the last internal errors", _text()),
     "last_failover": _or_null(
         _object(
@@ -426,6 +448,7 @@ class Status:
     divergences: list[dict[str, Any]]
     rules: list[dict[str, Any]]
     failures: list[str]
+    disks: dict[str, Any]
     last_failover: dict[str, float] | None
 
     def to_json(self) -> dict[str, Any]:
@@ -507,5 +530,15 @@ def empty(pair: str, role: str) -> Status:
         divergences=[],
         rules=[],
         failures=[],
+        disks={
+            "names": [],
+            "mirrored": False,
+            "lost": "",
+            "copying": None,
+            "exported": False,
+            "committing": False,
+            "overlays": {},
+            "proof_ms": 0.0,
+        },
         last_failover=None,
     )

@@ -179,6 +179,25 @@ METRICS: dict[str, tuple[str, str, tuple[str, ...]]] = {
         "consecutive checkpoints during which no frame of the SVM arrived",
         (),
     ),
+    "disks_mirrored": (
+        "gauge",
+        "1 while each write to a replicated disk goes to both hosts' images (primary)",
+        (),
+    ),
+    "disks_copied_bytes": ("gauge", "bytes copied in the first copy of the disks", ()),
+    "disks_copy_bytes": ("gauge", "size of that copy; 0: none is in progress", ()),
+    "disks_committing": (
+        "gauge",
+        "1 while QEMU merges the overlays after a takeover",
+        (),
+    ),
+    "disk_overlay_bytes": ("gauge", "size of the larger overlay of a disk (secondary)", ("disk",)),
+    "disk_proof_seconds": (
+        "gauge",
+        "how long the last checkpoint waited for the primary's confirmation of its disks, during "
+        "which the secondary could not take over",
+        (),
+    ),
     "qemu_up": ("gauge", "1 while QMP to this host's QEMU is connected", ()),
     "scrape_errors": ("counter", "scrapes that could not be answered with fresh numbers", ()),
     "scrape_duration_seconds": ("gauge", "duration of the last scrape", ()),
@@ -254,6 +273,9 @@ class Collector:
         yield from self._link_families(s["heartbeat_links"], base)
         ck, peer, left = s["checkpoints"], s["peer"], s["active"]["remaining_s"]
         yield many("checkpoints", ck["by_cause"])
+        disks = s["disks"]
+        yield many("disk_overlay_bytes", disks["overlays"])
+        copying = disks["copying"] or {"done": 0, "total": 0}
         last = ck["last"] or {"pause_ms": 0.0, "at": 0.0}
         silent = peer["silent_ms"]
         plain = {
@@ -287,6 +309,11 @@ class Collector:
             "data_path_whole": float(not s["data_path"]["trouble"]),
             "data_path_restored": s["data_path"]["restored"],
             "silent_checkpoints": s["data_path"]["silent_checkpoints"],
+            "disks_mirrored": float(disks["mirrored"]),
+            "disks_copied_bytes": copying["done"],
+            "disks_copy_bytes": copying["total"],
+            "disks_committing": float(disks["committing"]),
+            "disk_proof_seconds": disks["proof_ms"] / 1000,
             "qemu_up": float(s["qemu"]["connected"]),
         }
         for name, value in plain.items():

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import platform
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..config.file import Config, ConfigError, load
 from ..qemu import disks
+from ..qemu.replication import directory_trouble
 
 if TYPE_CHECKING:
     from ..datapath.attach import LinkInfo
@@ -267,17 +269,30 @@ def _qemu(config: Config) -> Iterator[Check]:
 
 
 def _disks(config: Config, blocks: Any) -> Iterator[Check]:
-    external = config.external_disks
-    found = disks.uncovered(blocks, external)
+    names = [d.name for d in config.disks]
+    found = disks.uncovered(blocks, names)
     for text in found:
         yield Check(
             "disk", FAIL, f"{text}, and nobody keeps its two copies equal",
-            "remove it, or set [[disk]] external = true (docs/operator/guests.md)",
+            "remove it, or declare it with a [[disk]] (docs/operator/disks.md)",
         )  # fmt: skip
-    for name in disks.missing(blocks, external):
+    for name in disks.missing(blocks, names):
         yield Check("disk", WARN, f"[[disk]] {name}: QEMU has no disk of that name")
     if not found:
-        yield Check("disks", OK, "no writable disk that is not declared external")
+        yield Check("disks", OK, "every writable disk has a [[disk]]")
+    yield from _replication(config)
+
+
+def _replication(config: Config) -> Iterator[Check]:
+    """Check what replicated disks need on this host."""
+    if config.replicated_disks and not shutil.which("qemu-img"):
+        yield Check("disks", FAIL, "qemu-img is missing", "apt install qemu-utils")
+    for d in config.replicated_disks:
+        why = directory_trouble(d.name, d.overlays, d.overlay_limit << 20)
+        if why:
+            yield Check("disk", FAIL, why)
+        else:
+            yield Check("disk", OK, f"{d.name}: room for overlays in {d.overlays}")
 
 
 def _failover(config: Config) -> Iterator[Check]:

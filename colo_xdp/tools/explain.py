@@ -43,6 +43,8 @@ ADVICE = {
     Cause.INITIAL: "expect one per pair",
     Cause.GUEST_EVENT: "someone used `stop`, system_reset or system_powerdown, or the guest "
     "rebooted",
+    Cause.OVERLAY_FULL: "the guest writes much between two checkpoints: a larger [[disk]] "
+    "overlay_limit, or [checkpoint] periodic",
 }
 
 

@@ -14,14 +14,15 @@ import pytest
 
 from colo_xdp import user_command
 from colo_xdp.failover.arbiter import FenceArbiter, Host
+from colo_xdp.qemu.replication import DiskReplication, ReplicatedDisk, ReplicationOptions
 from colo_xdp.qemu.supervisor import QemuSupervisor
 
 #: stands in for systemd-run: what it was asked for, and the command as systemd would start it
-FAKE = """#!/bin/sh
-printf '%s\\n' "$@" > "$(dirname "$0")/asked"
-while [ "$1" != -- ]; do shift; done
-shift
-exec "$@"
+FAKE = """#!/usr/bin/python3
+import os, pathlib, sys
+pathlib.Path(__file__).with_name("asked").write_text("\\n".join(sys.argv[1:]) + "\\n")
+argv = [a.replace("$$", "$") for a in sys.argv[sys.argv.index("--") + 1 :]]
+os.execvp(argv[0], argv)
 """
 
 
@@ -81,6 +82,19 @@ def test_a_qemu_stays_in_a_unit_that_lives_on(service: Path) -> None:
     assert len(names) == 1
 
 
+def test_overlays_are_made_by_the_owner_of_their_directory(service: Path) -> None:
+    (service / "o").mkdir()
+    os.chown(service / "o", 12345, 12346)
+    disk = ReplicatedDisk("d0", str(service / "o"), 1 << 20)
+    d = DiskReplication(ReplicationOptions("web1", (disk,)), cast(Any, None))
+    active, hidden = asyncio.run(d.make_overlays(disk, 1 << 20))
+    said = asked(service)
+    assert "--property=User=12345" in said and "--property=Group=12346" in said
+    assert "--property=Type=oneshot" in said and active.exists() and hidden.exists()
+    asyncio.run(d.remove_overlays())
+    assert not active.exists() and not hidden.exists()
+
+
 def test_systemd_expands_nothing_in_the_command(service: Path) -> None:
     argv = user_command.fence("web1", ("sh", "-c", "echo $HOME $$"), 1000)
     assert argv[argv.index("--") + 1 :] == ["sh", "-c", "echo $$HOME $$$$"]
@@ -122,7 +136,7 @@ def test_every_child_of_the_controller_is_started_by_way_of_it() -> None:
         "tools/doctor.py",
     }
     users = {x for x in users if not x.startswith("lab/")}
-    assert users == {"qemu/supervisor.py", "failover/arbiter.py"}
+    assert users == {"qemu/supervisor.py", "qemu/replication.py", "failover/arbiter.py"}
     for name in users:
         text = (root / name).read_text()
         assert text.count("create_subprocess_exec(") == text.count("env=user_command.environment()")

@@ -146,7 +146,7 @@ def test_a_checkpoint_is_refused_by_name(change: dict[str, Any], why: str) -> No
 def test_signs_of_an_earlier_secondary_are_forgotten_with_the_next_one() -> None:
     c, _, _ = primary(Mode.BYPASS)
     c.view.peer.shut = True
-    c.on_message({"type": "ready", "epoch": 0})
+    c.on_message({"type": "ready", "epoch": 0, "disks": {}})
     assert not c.view.peer.shut
 
 

@@ -43,7 +43,7 @@ def test_only_what_is_writable_and_undeclared_is_named() -> None:
     assert "d0" in found[0] and "#block126" in found[0] and "/a/d.qcow2" in found[0]
     assert "n1" in found[1] and "/a/n1.raw" in found[1]
     why = disks.refusal(BLOCKS, ("d0",))
-    assert "n1" in why and "d.qcow2" not in why and "external = true" in why
+    assert "n1" in why and "d.qcow2" not in why and "[[disk]]" in why
 
 
 @pytest.mark.parametrize("names", [("d0", "n1"), ("vd0", "vd1"), ("#block126", "vd1")])
@@ -68,8 +68,11 @@ def test_the_config_declares_them() -> None:
 @pytest.mark.parametrize(
     ("body", "says"),
     [
-        ('name = "a"\nexternal = false', "no other kind"),
-        ('name = "a"', "external is missing"),
+        ('name = "a"\nexternal = false', 'overlays = "": required'),
+        ('name = "a"\nexternal = 3', "expected true or false"),
+        ('name = "a"\noverlays = "/o"', '\\[nbd\\] local = "": required'),
+        ('name = "a"\noverlays = "/o"\nexternal = true', "only without external"),
+        ('name = "a"\noverlays = "o"', "absolute path"),
         ("external = true", "name is missing"),
         ('name = "a"\nexternal = true\n[[disk]]\nname = "a"\nexternal = true', "of its own"),
         ('nam = "a"\nexternal = true', "did you mean 'name'"),
@@ -80,6 +83,31 @@ def test_mistakes_are_named(body: str, says: str) -> None:
         parse(f"{EXAMPLE}\n[[disk]]\n{body}\n")
     with pytest.raises(ConfigError, match=r"\[\[disk\]\]"):
         parse(f"disk = 3\n{EXAMPLE}")
+
+
+NBD = '[nbd]\nlocal = "10.0.0.1:10809"\nremote = "10.0.0.2:10809"\n'
+
+
+def test_a_replicated_disk_needs_a_server_and_a_way_past_a_hanging_qemu() -> None:
+    example = 'qmp_oob = "/run/oob"\nqmp ='.join(EXAMPLE.split("qmp =", 1))
+    text = f'{example}\n{NBD}[[disk]]\nname = "d0"\noverlays = "/var/lib/o"\n'
+    c = parse(text)
+    assert [d.name for d in c.replicated_disks] == ["d0"] and not c.external_disks
+    assert parse(as_toml(c)) == c
+    with pytest.raises(ConfigError, match="another address than local"):
+        parse(text.replace("10.0.0.2:10809", "10.0.0.1:10809"))
+    no_way = "\n".join(x for x in text.splitlines() if not x.startswith("qmp_oob"))
+    with pytest.raises(ConfigError, match="only this socket ends that"):
+        parse(no_way)
+
+
+def test_names_of_nodes_fit_into_qemu_and_do_not_depend_on_the_order() -> None:
+    assert disks.Nodes.of("d0").active == "colo-d0-active"
+    for name in ("d0", "x" * 255, "#block126", "/machine/peripheral/vd0/virtio-backend", "a.b_c-9"):
+        n = disks.Nodes.of(name)
+        for node in (n.replication, n.active, n.hidden, n.target):
+            assert len(node) <= 31 and node[0].isalpha(), node
+    assert disks.Nodes.of("#block126") != disks.Nodes.of("block126")
 
 
 def test_doctor_says_which() -> None:

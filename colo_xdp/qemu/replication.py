@@ -1,0 +1,548 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Keep the disks of two guests equal, by QEMU's own block layer over QMP.
+
+On the secondary the guest's device gets a `replication` node over two overlays over its image, and
+the image is exported over NBD: the SVM's writes go to the active disk, what the PVM overwrites is
+kept in the hidden disk, and QEMU empties both when a checkpoint is loaded (block/replication.c). On
+the primary a mirror with copy-mode=write-blocking copies the disk to that export and then stays:
+from its end of the copy on, a write of the guest ends when it is on both images. It needs nothing
+of the primary's command line, and no stop of the guest.
+
+QEMU neither compares the images nor ties the mirror to its checkpoints. whole() has to be asked
+after each STOP of the PVM: only then the image of the secondary is the disk of that checkpoint.
+
+A request to a host that is silent never ends, and then any command that drains makes QEMU hang.
+Hence cut() first ends the connections out of band. docs/design/disks.md has the reasons.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from .. import user_command
+from .disks import PREFIX, DiskError, Mirror, Nodes, find, missing
+from .event import QmpEvent
+from .qmp import QemuInfo, Qmp, QmpError, QmpTimeout
+
+log = logging.getLogger("colo_xdp.qemu.replication")
+
+PROBE_S = 1.0  # the port and QEMU's NBD greeting; a connection that hangs in QEMU stops the guest
+CREATE_S = 10.0  # qemu-img
+CUT_S = 3.0
+GREETING = b"NBDMAGIC"  # the protocol's first bytes (NBD proto.md, "fixed newstyle")
+#: file systems without reliable locks, or that may hang: not for overlays
+NETWORK_FS = ("nfs", "nfs4", "cifs", "smb3", "9p", "fuse.sshfs", "ceph", "glusterfs")
+ENDS = ("BLOCK_JOB_ERROR", "BLOCK_JOB_COMPLETED", "BLOCK_JOB_CANCELLED")
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicatedDisk:
+    """One disk; `overlay_limit` in bytes."""
+
+    name: str
+    overlays: str
+    overlay_limit: int
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicationOptions:
+    """What the configuration says of the disks; `speed` of the first copy, bytes/s, 0: no limit."""
+
+    pair: str
+    disks: tuple[ReplicatedDisk, ...] = ()
+    local: str = ""
+    remote: str = ""
+    speed: int = 0
+
+
+class Connected(Protocol):
+    """The QEMU whose disks these are (qemu/supervisor.py)."""
+
+    qmp: Qmp
+    oob: Qmp | None
+    info: QemuInfo | None
+
+
+@dataclass(slots=True)
+class Copying:
+    """The progress of the mirrors of all disks. Bytes, bytes/s, s."""
+
+    done: int = 0
+    total: int = 0
+    rate: float = 0.0
+    began: float = field(default_factory=time.monotonic)
+
+    def update(self, mirrors: list[Mirror]) -> None:
+        """Take the newest figures."""
+        self.done = sum(m.done for m in mirrors)
+        self.total = sum(m.total for m in mirrors)
+        self.rate = self.done / max(0.001, time.monotonic() - self.began)
+
+    @property
+    def left_s(self) -> float | None:
+        """How long it takes on, at the rate so far; None: unknown."""
+        return (self.total - self.done) / self.rate if self.rate else None
+
+    def __str__(self) -> str:
+        percent = 100 * self.done // self.total if self.total else 0
+        left = "" if self.left_s is None else f", {self.left_s:.0f} s left"
+        return (
+            f"copying disks: {percent} % of {self.total / (1 << 20):.0f} MiB, "
+            f"{self.rate / (1 << 20):.0f} MiB/s{left}"
+        )
+
+
+class DiskReplication:
+    """The replicated disks of one QEMU. Without any, nothing is asked of QEMU."""
+
+    def __init__(self, options: ReplicationOptions, qemu: Connected) -> None:
+        self.options, self._qemu = options, qemu
+        self.nodes = {d.name: Nodes.of(d.name) for d in options.disks}
+        self._jobs = {n.job: name for name, n in self.nodes.items()}
+        self.mirroring = False  # there are mirrors, made here or by a former controller
+        self.copying: Copying | None = None  # a first copy is in progress
+        self.lost = ""  # why a disk is no longer mirrored
+        self._cutting = False
+        self.serving = False
+
+    @property
+    def any(self) -> bool:
+        """Whether there is a disk to replicate."""
+        return bool(self.options.disks)
+
+    async def _ask(self, command: str, args: dict[str, Any] | None = None) -> Any:
+        return await self._qemu.qmp.execute(command, args)
+
+    async def _node_table(self) -> dict[str, Mapping[str, Any]]:
+        nodes = await self._ask("query-named-block-nodes", {"flat": True})
+        return {str(n["node-name"]): n for n in nodes}
+
+    # ---- either side
+
+    async def refuse_iothreads(self, blocks: Any) -> None:
+        """Raise DiskError for a disk in an I/O thread where QEMU aborts with that.
+
+        Before QEMU 11 (tried: 7.2) the secondary's QEMU aborts when the primary's NBD connection
+        ends (blockdev-nbd.c), that is whenever the primary dies. The roles change, so this holds
+        for both hosts.
+        """
+        info = self._qemu.info
+        if info is None or info.version >= (11, 0, 0):
+            return
+        for name in self.nodes:
+            entry = find(blocks, name)
+            path = str((entry or {}).get("qdev") or "")
+            try:
+                thread = await self._ask("qom-get", {"path": path, "property": "iothread"})
+            except QmpTimeout:
+                raise
+            except QmpError:
+                continue  # this kind of device has none
+            if thread:
+                raise DiskError(
+                    f"disk {name} is in an iothread: before QEMU 11 the secondary's QEMU aborts "
+                    "with that when the primary dies"
+                )
+
+    async def yank(self, timeout: float | None = None) -> None:
+        """Cut QEMU's connections to the other QEMU out of band. Raises QmpError."""
+        q = self._qemu.oob or self._qemu.qmp
+        there = await q.execute("query-yank", None, timeout, oob=True)
+        instances = [
+            i for i in there
+            if i.get("type") == "migration" or str(i.get("node-name", "")).startswith(PREFIX)
+        ]  # fmt: skip
+        if instances:
+            await q.execute("yank", {"instances": instances}, timeout, oob=True)
+
+    # ---- the secondary
+
+    async def serve(self) -> dict[str, int]:
+        """Put overlays under the guest's disks and export their images, unless that is done.
+
+        The QEMU waits for a migration. Returns the sizes in bytes, by name. Raises DiskError, or
+        QmpError.
+        """
+        if not self.any:
+            return {}
+        blocks = await self._ask("query-block")
+        absent = missing(blocks, self.nodes)
+        if absent:
+            raise DiskError(f"the guest here has no disk {', '.join(absent)}")
+        await self.refuse_iothreads(blocks)
+        there = await self._node_table()
+        images: dict[str, str] = {}
+        sizes: dict[str, int] = {}
+        for disk in self.options.disks:
+            n, entry = self.nodes[disk.name], find(blocks, disk.name)
+            assert entry is not None
+            sizes[disk.name] = int(entry["inserted"]["image"]["virtual-size"])
+            if n.replication not in there:
+                images[disk.name] = str(entry["inserted"]["node-name"])
+                await self._add_overlays(disk, entry, sizes[disk.name])
+        await self._export(images)
+        self.serving = True
+        return sizes
+
+    async def _add_overlays(
+        self, disk: ReplicatedDisk, entry: Mapping[str, Any], size: int
+    ) -> None:
+        if entry["inserted"].get("ro") is True:
+            raise DiskError(f"disk {disk.name} is read-only: it needs no [[disk]]")
+        if not entry.get("qdev"):
+            raise DiskError(f"disk {disk.name} belongs to no device of the guest")
+        try:
+            await self._build(disk, entry, size)
+        except QmpTimeout:
+            raise
+        except QmpError as e:
+            raise DiskError(f"disk {disk.name} gets no overlays: {e}") from e
+        log.info("disk %s: overlays in %s", disk.name, disk.overlays)
+
+    async def _build(self, disk: ReplicatedDisk, entry: Mapping[str, Any], size: int) -> None:
+        inserted, n = entry["inserted"], self.nodes[disk.name]
+        active, hidden = await self.make_overlays(disk, size)
+        backing = {
+            "driver": "qcow2", "node-name": n.hidden, "backing": str(inserted["node-name"]),
+            "file": {"driver": "file", "filename": str(hidden)},
+        }  # fmt: skip
+        await self._ask(
+            "blockdev-add",
+            {
+                "driver": "replication", "node-name": n.replication, "mode": "secondary",
+                "top-id": n.replication,
+                "file": {
+                    "driver": "qcow2", "node-name": n.active, "backing": backing,
+                    "file": {"driver": "file", "filename": str(active)},
+                },
+            },
+        )  # fmt: skip
+        try:
+            where = {"path": entry["qdev"], "property": "drive", "value": n.replication}
+            await self._ask("qom-set", where)
+        except QmpError:
+            with contextlib.suppress(QmpError):
+                await self._ask("blockdev-del", {"node-name": n.replication})
+            raise
+
+    def _paths(self, disk: ReplicatedDisk) -> tuple[Path, Path]:
+        stem = f"{self.options.pair}-{self.nodes[disk.name].stem}"
+        where = Path(disk.overlays)
+        return where / f"{stem}-active.qcow2", where / f"{stem}-hidden.qcow2"
+
+    async def make_overlays(self, disk: ReplicatedDisk, size: int) -> tuple[Path, Path]:
+        """Make empty overlays of `size` bytes; return the active and the hidden disk.
+
+        They belong to the owner of their directory, as whom QEMU may run. Raises DiskError.
+        """
+        if why := directory_trouble(disk.name, disk.overlays, disk.overlay_limit):
+            raise DiskError(why)
+        paths = self._paths(disk)
+        create = "qemu-img create -q -f qcow2"  # QEMU writes no file while it waits for a migration
+        await self._as_owner(
+            disk,
+            'rm -f -- "$1" "$2" || exit 1; command -v qemu-img > /dev/null || exit 127; '
+            f'{create} "$1" "$3" && exec {create} "$2" "$3"',
+            *map(str, paths), str(size),
+        )  # fmt: skip
+        return paths
+
+    async def remove_overlays(self) -> None:
+        """Remove the files of overlays that QEMU has committed and closed; failure is no harm."""
+        for disk in self.options.disks:
+            with contextlib.suppress(DiskError):
+                await self._as_owner(disk, 'rm -f -- "$1" "$2"', *map(str, self._paths(disk)))
+
+    async def _as_owner(self, disk: ReplicatedDisk, script: str, *args: str) -> None:
+        """Run a shell command as the owner of the overlays' directory. Raises DiskError."""
+        try:
+            st = os.stat(disk.overlays)
+            owner = st.st_uid, st.st_gid
+            argv = ["/bin/sh", "-c", script, "sh", *args]
+            command = user_command.overlays(self.options.pair, argv, int(CREATE_S * 1000), owner)
+            change = command == argv and os.geteuid() == 0
+            process = await asyncio.create_subprocess_exec(
+                *command, env=user_command.environment(), stdin=asyncio.subprocess.DEVNULL,
+                stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT, umask=0o077,
+                user=owner[0] if change else None, group=owner[1] if change else None,
+                extra_groups=() if change else None,
+            )  # fmt: skip
+            try:
+                async with asyncio.timeout(CREATE_S + 1):
+                    text, _ = await process.communicate()
+            except TimeoutError:
+                process.kill()
+                raise
+        except (OSError, TimeoutError) as e:
+            what = "the command does not end" if isinstance(e, TimeoutError) else str(e)
+            raise DiskError(f"disk {disk.name}: overlays in {disk.overlays}: {what}") from e
+        if process.returncode == 127:
+            raise DiskError("qemu-img is missing (Debian: qemu-utils)")
+        if process.returncode:
+            said = " ".join(text.decode(errors="replace").split()) or "the journal may have why"
+            raise DiskError(
+                f"disk {disk.name}: overlays in {disk.overlays} cannot be made as their owner "
+                f"(uid {owner[0]}): {said}"
+            )
+
+    async def _export(self, images: Mapping[str, str]) -> None:
+        host, _, port = self.options.local.rpartition(":")
+        address = {"type": "inet", "data": {"host": host.strip("[]"), "port": port}}
+        exports = {str(e["id"]) for e in await self._ask("query-block-exports")}
+        try:
+            await self._ask("nbd-server-start", {"addr": address})
+        except QmpTimeout:
+            raise
+        except QmpError as e:
+            if "already running" not in str(e):
+                raise DiskError(f"NBD server at {self.options.local}: {e}") from e
+        for name, n in self.nodes.items():
+            if n.stem in exports:
+                continue
+            if name not in images:
+                raise DiskError(
+                    f"disk {name} has overlays, but its image is not exported, as after a "
+                    "controller that died: start this host's QEMU anew"
+                )
+            try:
+                await self._ask(
+                    "block-export-add",
+                    {"type": "nbd", "id": n.stem, "node-name": images[name], "name": name[:255],
+                     "writable": True},
+                )  # fmt: skip
+            except QmpTimeout:
+                raise
+            except QmpError as e:
+                raise DiskError(f"disk {name} cannot be exported: {e}") from e
+
+    async def stop_serving(self, timeout: float | None = None) -> None:
+        """Close the images to the other host for good; done before this guest is promoted.
+
+        A primary that still lives would write into them. Raises QmpError.
+        """
+        if not self.any:
+            return
+        try:
+            await self._qemu.qmp.execute("nbd-server-stop", timeout=timeout)
+        except QmpTimeout:
+            raise
+        except QmpError as e:
+            if "not running" not in str(e):
+                raise
+        self.serving = False
+
+    async def committing(self) -> bool:
+        """Return whether overlays of a former secondary still belong to a disk. Raises QmpError."""
+        there = await self._node_table() if self.any else {}
+        return any(n.active in there or n.hidden in there for n in self.nodes.values())
+
+    async def overlay_sizes(self) -> dict[str, int]:
+        """Return the size of the larger overlay of each disk, bytes. Raises QmpError."""
+        there = await self._node_table() if self.any else {}
+        sizes = {}
+        for name, n in self.nodes.items():
+            both = (there.get(n.active), there.get(n.hidden))
+            sizes[name] = max(int(o["image"].get("actual-size", 0)) if o else 0 for o in both)
+        return sizes
+
+    # ---- the primary
+
+    async def adopt(self) -> None:
+        """Find out whether a former controller has left mirrors in this QEMU. Raises QmpError."""
+        if self.any:
+            there = await self._node_table()
+            self.mirroring = any(n.target in there for n in self.nodes.values())
+            self.lost = ""
+
+    def on_event(self, event: QmpEvent) -> str:
+        """Take an event from QEMU; return why a disk is no longer mirrored, if it says that."""
+        if event.name not in ENDS or self._cutting:
+            return ""
+        name = self._jobs.get(str(event.data.get("device") or event.data.get("id") or ""))
+        if name is None or self.lost:
+            return ""
+        why = event.data.get("error") or event.data.get("operation") or "the mirror has ended"
+        self.lost = f"disk {name} is no longer mirrored: {why}"
+        return self.lost
+
+    async def probe(self, timeout: float = PROBE_S) -> None:
+        """Make sure that the other QEMU's NBD server answers. Raises DiskError."""
+        host, _, port = self.options.remote.rpartition(":")
+        where = f"the NBD server of the secondary ({self.options.remote})"
+        writer = None
+        try:
+            async with asyncio.timeout(timeout):
+                reader, writer = await asyncio.open_connection(host.strip("[]"), int(port))
+                got = await reader.readexactly(len(GREETING))
+        except (OSError, TimeoutError, asyncio.IncompleteReadError) as e:
+            what = "no answer in time" if isinstance(e, TimeoutError) else str(e)
+            raise DiskError(f"{where}: {what}") from e
+        finally:
+            if writer is not None:
+                writer.close()
+        if got != GREETING:
+            raise DiskError(f"{where} is no NBD server")
+
+    async def start(self, theirs: Mapping[str, Any]) -> None:
+        """Begin to copy the disks to the secondary, whose sizes are `theirs` (bytes, by name).
+
+        Raises DiskError, or QmpError; then nothing is left of it.
+        """
+        blocks = await self._ask("query-block")
+        await self.refuse_iothreads(blocks)
+        entries = {name: find(blocks, name) for name in self.nodes}
+        self._check_sizes(entries, theirs)
+        if await self.committing():
+            raise DiskError("the overlays of this guest's disks are still being committed")
+        await self.probe()
+        self.lost, self.mirroring, self.copying = "", True, Copying()
+        host, _, port = self.options.remote.rpartition(":")
+        server = {"type": "inet", "host": host.strip("[]"), "port": port}
+        try:
+            for name, n in self.nodes.items():
+                entry = entries[name]
+                assert entry is not None
+                target = {"driver": "nbd", "node-name": n.target, "server": server, "export": name}
+                await self._ask("blockdev-add", target)
+                await self._ask(
+                    "blockdev-mirror",
+                    {
+                        "job-id": n.job, "device": str(entry["inserted"]["node-name"]),
+                        "target": n.target, "sync": "full", "copy-mode": "write-blocking",
+                        "on-target-error": "report", "speed": self.options.speed,
+                    },
+                )  # fmt: skip
+                log.info("disk %s: copying to %s", name, self.options.remote)
+        except QmpError as e:
+            with contextlib.suppress(QmpError):
+                await self.cut()
+            raise DiskError(f"disk {name} cannot be copied to the secondary: {e}") from e
+
+    def _check_sizes(
+        self, entries: Mapping[str, Mapping[str, Any] | None], theirs: Mapping[str, Any]
+    ) -> None:
+        extra = sorted(set(theirs) - set(self.nodes))
+        if extra:
+            raise DiskError(f"the secondary replicates a disk {extra[0]} that this host does not")
+        for name, entry in entries.items():
+            if entry is None:
+                raise DiskError(f"the guest here has no disk {name}")
+            size = int(entry["inserted"]["image"]["virtual-size"])
+            if name not in theirs:
+                raise DiskError(f"the secondary does not replicate disk {name}")
+            if theirs[name] != size:
+                raise DiskError(f"disk {name} has {size} bytes here, {theirs[name]} there")
+
+    async def _mirrors(self) -> list[Mirror]:
+        jobs = [Mirror.read(j) for j in await self._ask("query-block-jobs")]
+        return [j for j in jobs if j.job in self._jobs]
+
+    async def copied(self) -> bool:
+        """Return whether each disk is copied, so that its writes go to both images from now on.
+
+        Raises DiskError when a mirror has failed, or QmpError.
+        """
+        if not self.any:
+            return True
+        mirrors = await self._mirrors()
+        if why := self._not_whole(mirrors, ready=False):
+            raise DiskError(why)
+        if self.copying is not None:
+            self.copying.update(mirrors)
+        if not all(m.ready for m in mirrors):
+            return False
+        self.copying = None
+        return True
+
+    async def whole(self) -> str:
+        """Return an empty string if the secondary's images have all that the guest has written.
+
+        Else: why not. To be asked after the PVM's STOP. Raises QmpError.
+        """
+        return self._not_whole(await self._mirrors(), ready=True) if self.any else ""
+
+    def _not_whole(self, mirrors: list[Mirror], *, ready: bool) -> str:
+        if self.lost:
+            return self.lost
+        found = {self._jobs[m.job]: m for m in mirrors}
+        for name in self.nodes:
+            m = found.get(name)
+            if m is None:
+                return f"disk {name} is not mirrored"
+            if m.trouble:
+                return f"disk {name} is not mirrored: {m.trouble}"
+            if ready and not m.ready:
+                return f"disk {name} is not copied yet"
+        return ""
+
+    async def cut(self) -> None:
+        """End the mirrors and their connections, whatever state the other host is in.
+
+        Nothing that waits for it may be sent to QEMU before. Raises QmpError.
+        """
+        if not self.mirroring:
+            return
+        self._cutting = True
+        try:
+            await self.yank()
+            end = time.monotonic() + CUT_S
+            while left := await self._cut_once():
+                if time.monotonic() > end:
+                    raise QmpError(f"the mirrors do not end: {', '.join(left)} still there")
+                await asyncio.sleep(0.02)
+            self.mirroring, self.copying = False, None
+        finally:
+            self._cutting = False
+
+    async def _cut_once(self) -> list[str]:
+        """Try once; return what is left."""
+        jobs = [m.job for m in await self._mirrors()]
+        for job in jobs:
+            with contextlib.suppress(QmpError):  # it may just have ended
+                await self._ask("job-cancel", {"id": job})
+        there = await self._node_table()
+        targets = [n.target for n in self.nodes.values() if n.target in there]
+        if not jobs:
+            for target in targets:
+                with contextlib.suppress(QmpError):  # in use for a moment longer
+                    await self._ask("blockdev-del", {"node-name": target})
+            targets = [t for t in targets if t in await self._node_table()]
+        return jobs + targets
+
+
+def directory_trouble(name: str, where: str, limit: int) -> str:
+    """Return why overlays of disk `name`, each up to `limit` bytes, cannot be in a directory."""
+    if not Path(where).is_dir():
+        return f"disk {name}: {where} is no directory (overlays)"
+    kind = file_system(Path(where))
+    if kind in NETWORK_FS:
+        return f"disk {name}: {where} is on a network ({kind}): use a local one"
+    st = os.statvfs(where)
+    free = st.f_bavail * st.f_frsize
+    if free < 2 * limit:
+        return (
+            f"disk {name}: {where} has {free >> 20} MiB free, and two overlays may take "
+            f"{2 * limit >> 20} MiB (overlay_limit)"
+        )
+    return ""
+
+
+def file_system(path: Path) -> str:
+    """Return the type of the file system of a path (proc(5), mountinfo), or an empty string."""
+    real, best = os.path.realpath(path), ("", "")
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/mountinfo").read_text().splitlines():
+            left, _, right = line.partition(" - ")
+            mount = left.split()[4]
+            below = real == mount or real.startswith(mount.rstrip("/") + "/")
+            if below and len(mount) >= len(best[0]):
+                best = mount, right.split()[0]
+    return best[1]

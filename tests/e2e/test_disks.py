@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Test that a guest with disks keeps what it has confirmed, whichever host dies."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from colo_xdp.lab import disk
+from colo_xdp.lab.client import RecordStream
+from colo_xdp.lab.net import wait_for
+from colo_xdp.lab.pair import Lab
+from tests.e2e.conftest import LabMaker
+from tests.e2e.test_reprotect import other, protected
+
+
+class Writer:
+    """A client of each disk's records, and the check of the image that survives."""
+
+    def __init__(self, lab: Lab) -> None:
+        self.lab = lab
+        self.streams = {
+            name: RecordStream(lab.net.client, 2001 + i) for i, name in enumerate(lab.disks)
+        }
+
+    def moves(self, records: int = 20) -> None:
+        """Wait until further records are confirmed on each disk."""
+        for name, s in self.streams.items():
+            want = s.last + records
+            wait_for(f"records on {name}", lambda s=s, w=want: s.dead or s.last >= w, 40)  # type: ignore[misc]
+            assert s.dead == ""
+
+    def check(self, role: str) -> None:
+        """End the guest's QEMU and look at its images."""
+        for s in self.streams.values():
+            s.stop()
+            assert s.dead == ""
+        self.lab.vm[role].stop()
+        for name, s in self.streams.items():
+            verdict = disk.check(self.lab.image(role, name), s.confirmed)
+            print(f"{name}: {s.last} records, longest {s.longest_s * 1e3:.0f} ms, {verdict}")
+            assert verdict.good and s.last > 50
+
+
+def committed(lab: Lab, role: str) -> None:
+    wait_for("overlays to be committed", lambda: not lab.status(role)["disks"]["committing"], 30)
+
+
+def test_records_survive_three_takeovers(make_lab: LabMaker) -> None:
+    lab = make_lab(disks=2)
+    lab.protect()
+    w = Writer(lab)
+    pvm = "primary"
+    for _ in range(3):
+        svm = other(pvm)
+        for _ in range(3):
+            w.moves()
+            lab.ask(pvm, "checkpoint")
+        w.moves()
+        lab.vm[pvm].kill9()
+        lab.wait_state(svm, "promoted", 15)
+        w.moves()
+        committed(lab, svm)
+        lab.start_vm(pvm, incoming=True)
+        protected(lab)
+        w.moves()
+        pvm = svm
+    w.check(pvm)
+
+
+@pytest.mark.parametrize("how", ["killed", "hung"])
+def test_a_primary_goes_on_without_its_secondary(make_lab: LabMaker, how: str) -> None:
+    """A secondary that hangs blocks each write until it is cut off."""
+    lab = make_lab(disks=1)
+    lab.protect()
+    w = Writer(lab)
+    w.moves()
+    lab.ask("primary", "checkpoint")
+    if how == "killed":
+        lab.vm["secondary"].kill9()
+    else:
+        lab.vm["secondary"].signal(19)  # SIGSTOP
+    lab.wait_state("primary", "solo", 30)
+    w.moves()
+    if how == "hung":
+        lab.vm["secondary"].signal(18)
+        lab.vm["secondary"].stop()
+    lab.start_vm("secondary")
+    protected(lab)
+    w.moves()
+    w.check("primary")
+
+
+def test_a_switchover_and_back(make_lab: LabMaker) -> None:
+    lab = make_lab(disks=1)
+    lab.protect()
+    w = Writer(lab)
+    pvm = "primary"
+    for _ in range(2):
+        w.moves()
+        began = time.monotonic()
+        lab.ask(pvm, "switchover")
+        lab.wait_state(other(pvm), "promoted", 15)
+        print(f"switchover took {time.monotonic() - began:.2f} s")
+        w.moves()
+        committed(lab, other(pvm))
+        lab.vm[pvm].stop()
+        lab.start_vm(pvm, incoming=True)
+        protected(lab)
+        pvm = other(pvm)
+    w.moves()
+    w.check(pvm)

@@ -1,0 +1,416 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Replicated disks over a stand-in for QEMU's block layer: order, errors, what is left behind."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from colo_xdp.qemu import replication
+from colo_xdp.qemu.disks import DiskError, Mirror
+from colo_xdp.qemu.event import QmpEvent
+from colo_xdp.qemu.qmp import QemuInfo, QmpError, QmpTimeout
+from colo_xdp.qemu.replication import (
+    Copying,
+    DiskReplication,
+    ReplicatedDisk,
+    ReplicationOptions,
+    directory_trouble,
+    file_system,
+)
+
+SIZE = 64 << 20
+
+
+class Block:
+    """A QEMU's block layer, as far as it is asked; one object is both QMP connections."""
+
+    def __init__(self, *disks: str) -> None:
+        self.said: list[str] = []
+        self.disks = {d: {"node-name": f"#block{i}", "ro": False} for i, d in enumerate(disks)}
+        self.nodes: set[str] = set()
+        self.jobs: dict[str, dict[str, Any]] = {}
+        self.exports: dict[str, str] = {}
+        self.server = False
+        self.iothread: set[str] = set()
+        self.refuse: dict[str, str] = {}  # command: error
+        self.silent: set[str] = set()  # commands without an answer
+        self.hangs = False  # the main loop waits for the other host
+
+    async def execute(
+        self, command: str, args: Any = None, timeout: float | None = None, *, oob: bool = False
+    ) -> Any:
+        args = args or {}
+        if not command.startswith("query") and command != "qom-get":
+            self.said.append(command)
+        if command in self.silent or (self.hangs and not oob):
+            raise QmpTimeout(f"{command}: no answer in time")
+        if command in self.refuse:
+            raise QmpError(self.refuse[command])
+        return getattr(self, command.replace("-", "_"))(args)
+
+    def query_block(self, args: Any) -> Any:
+        return [
+            {"device": d, "qdev": f"/machine/peripheral/v{d}/virtio-backend",
+             "inserted": {**i, "image": {"virtual-size": SIZE}}}
+            for d, i in self.disks.items()
+        ]  # fmt: skip
+
+    def query_named_block_nodes(self, args: Any) -> Any:
+        return [{"node-name": n, "image": {"actual-size": 1000}} for n in self.nodes]
+
+    def query_block_exports(self, args: Any) -> Any:
+        return [{"id": e} for e in self.exports]
+
+    def query_block_jobs(self, args: Any) -> Any:
+        return list(self.jobs.values())
+
+    def query_yank(self, args: Any) -> Any:
+        targets = [n for n in self.nodes if n.endswith("-target")]
+        return [{"type": "migration"}, {"type": "chardev", "id": "c"}] + [
+            {"type": "block-node", "node-name": n} for n in targets
+        ]
+
+    def yank(self, args: Any) -> None:
+        self.yanked = args["instances"]
+        self.hangs = False
+
+    def qom_get(self, args: Any) -> Any:
+        return "/objects/io0" if args["path"].split("/")[3][1:] in self.iothread else ""
+
+    def qom_set(self, args: Any) -> None:
+        disk = args["path"].split("/")[3][1:]
+        self.disks[disk]["node-name"] = args["value"]
+
+    def blockdev_add(self, args: Any) -> None:
+        assert args["node-name"] not in self.nodes
+        self.nodes.add(args["node-name"])
+        if args["driver"] == "replication":
+            self.nodes |= {args["file"]["node-name"], args["file"]["backing"]["node-name"]}
+
+    def blockdev_del(self, args: Any) -> None:
+        if any(args["node-name"] == j["target"] for j in self.jobs.values()):
+            raise QmpError("Block device is in use")
+        self.nodes.discard(args["node-name"])
+
+    def blockdev_mirror(self, args: Any) -> None:
+        assert args["copy-mode"] == "write-blocking" and args["sync"] == "full"
+        self.jobs[args["job-id"]] = {
+            "device": args["job-id"], "type": "mirror", "len": SIZE, "offset": 0, "ready": False,
+            "io-status": "ok", "target": args["target"], "source": args["device"],
+        }  # fmt: skip
+
+    def job_cancel(self, args: Any) -> None:
+        self.jobs.pop(args["id"], None)
+
+    def nbd_server_start(self, args: Any) -> None:
+        if self.server:
+            raise QmpError("nbd-server-start: GenericError: NBD server already running")
+        self.server = True
+
+    def nbd_server_stop(self, args: Any) -> None:
+        if not self.server:
+            raise QmpError("nbd-server-stop: GenericError: NBD server not running")
+        self.server = False
+        self.exports.clear()
+
+    def block_export_add(self, args: Any) -> None:
+        assert args["writable"] is True
+        self.exports[args["id"]] = args["node-name"]
+
+    def copied(self) -> None:
+        for j in self.jobs.values():
+            j.update(offset=SIZE, ready=True)
+
+
+def make(
+    tmp_path: Path, *names: str, version: tuple[int, int, int] = (7, 2, 0)
+) -> tuple[DiskReplication, Block]:
+    block = Block(*names)
+    disks = tuple(ReplicatedDisk(n, str(tmp_path), 1 << 20) for n in names)
+    options = ReplicationOptions("p", disks, "127.0.0.1:10809", "127.0.0.1:10810")
+    qemu = SimpleNamespace(qmp=block, oob=block, info=QemuInfo(version, False, "running"))
+    d = DiskReplication(options, qemu)  # type: ignore[arg-type]
+
+    async def answers(timeout: float = 1) -> None:
+        if not block.server:
+            raise DiskError("no answer")
+
+    d.probe = answers  # type: ignore[method-assign]
+    return d, block
+
+
+@pytest.fixture(autouse=True)
+def no_qemu_img(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def nothing(self: Any, *args: Any) -> None: ...
+
+    monkeypatch.setattr(DiskReplication, "_as_owner", nothing)
+
+
+def run(body: Coroutine[Any, Any, None]) -> None:
+    asyncio.run(asyncio.wait_for(body, 10))
+
+
+def event(name: str, **data: Any) -> QmpEvent:
+    return QmpEvent(name, data, 1, 1)
+
+
+def test_a_qemu_without_replicated_disks_is_asked_nothing(tmp_path: Path) -> None:
+    async def body() -> None:
+        d, block = make(tmp_path)
+        block.silent = {"query-block", "query-block-jobs", "query-yank", "nbd-server-stop"}
+        assert await d.serve() == {} and await d.copied() and await d.whole() == ""
+        await d.cut()
+        await d.stop_serving()
+        assert not await d.committing() and not block.said
+
+    run(body())
+
+
+def test_the_secondary_is_set_up_once(tmp_path: Path) -> None:
+    async def body() -> None:
+        d, block = make(tmp_path, "d0", "d1")
+        assert await d.serve() == {"d0": SIZE, "d1": SIZE}
+        assert block.exports == {"colo-d0": "#block0", "colo-d1": "#block1"}, "the images"
+        assert block.disks["d0"]["node-name"] == "colo-d0" and d.serving
+        said = list(block.said)
+        assert await d.serve() == {"d0": SIZE, "d1": SIZE}, "as `ready` is sent again"
+        assert block.said == [*said, "nbd-server-start"]
+        other, _ = make(tmp_path, "d0", "d1")  # the next controller of this host
+        other._qemu.qmp = block  # type: ignore[assignment]
+        assert await other.serve() == {"d0": SIZE, "d1": SIZE}
+        await d.stop_serving()
+        await d.stop_serving()
+        assert not block.server and not d.serving
+
+    run(body())
+
+
+@pytest.mark.parametrize(
+    ("what", "says"),
+    [
+        ("absent", "no disk d1"),
+        ("iothread", "in an iothread"),
+        ("read-only", "read-only"),
+        ("blockdev-add", "gets no overlays: .*of another size"),
+        ("qom-set", "gets no overlays: busy"),
+        ("nbd-server-start", "NBD server at 127.0.0.1:10809: Address in use"),
+        ("block-export-add", "cannot be exported: lock"),
+    ],
+)
+def test_what_the_secondary_cannot_do_is_named(tmp_path: Path, what: str, says: str) -> None:
+    async def body() -> None:
+        d, block = make(tmp_path, "d0", "d1")
+        if what == "absent":
+            del block.disks["d1"]
+        elif what == "iothread":
+            block.iothread = {"d1"}
+        elif what == "read-only":
+            block.disks["d0"]["ro"] = True
+        else:
+            block.refuse[what] = {
+                "blockdev-add": "of another size", "qom-set": "busy",
+                "nbd-server-start": "Address in use", "block-export-add": "lock",
+            }[what]  # fmt: skip
+        with pytest.raises(DiskError, match=says):
+            await d.serve()
+        if what == "qom-set":
+            assert "colo-d0" not in block.nodes, "it can be tried again"
+
+    run(body())
+
+
+def test_iothreads_are_fine_from_qemu_11_on(tmp_path: Path) -> None:
+    async def body() -> None:
+        d, block = make(tmp_path, "d0", version=(11, 0, 0))
+        block.iothread = {"d0"}
+        await d.serve()
+
+    run(body())
+
+
+def test_the_primary_copies_and_then_every_write_is_on_both(tmp_path: Path) -> None:
+    async def body() -> None:
+        d, block = make(tmp_path, "d0", "d1")
+        block.server = True
+        await d.start({"d0": SIZE, "d1": SIZE})
+        assert not await d.copied() and "0 % of 128 MiB" in str(d.copying)
+        assert "not copied yet" in await d.whole()
+        block.jobs["colo-d0-mirror"].update(ready=True, offset=SIZE)
+        assert not await d.copied() and "50 %" in str(d.copying)
+        block.copied()
+        assert await d.copied() and d.copying is None and await d.whole() == ""
+        block.jobs["colo-d1-mirror"]["actively-synced"] = False  # QEMU 8.2 and newer
+        assert "d1" in await d.whole()
+        block.jobs["colo-d1-mirror"]["actively-synced"] = True
+        assert await d.whole() == ""
+        await d.cut()
+        assert not block.jobs and not block.nodes and not d.mirroring
+
+    run(body())
+
+
+@pytest.mark.parametrize(
+    ("theirs", "says"),
+    [
+        ({"d0": SIZE - 512}, f"has {SIZE} bytes here, {SIZE - 512} there"),
+        ({"d0": SIZE + 512}, "bytes here"),
+        ({}, "does not replicate disk d0"),
+        ({"d0": SIZE, "d9": 1}, "replicates a disk d9"),
+    ],
+)
+def test_disks_that_differ_are_refused_before_anything_changes(
+    tmp_path: Path, theirs: dict[str, int], says: str
+) -> None:
+    async def body() -> None:
+        d, block = make(tmp_path, "d0")
+        block.server = True
+        with pytest.raises(DiskError, match=says):
+            await d.start(theirs)
+        assert not block.said
+
+    run(body())
+
+
+def test_a_server_that_does_not_answer_is_found_before_qemu_waits_for_it(tmp_path: Path) -> None:
+    async def body() -> None:
+        d, block = make(tmp_path, "d0")
+        with pytest.raises(DiskError, match="no answer"):
+            await d.start({"d0": SIZE})
+        assert not block.said
+
+    run(body())
+
+
+def test_overlays_that_are_still_committed_keep_the_next_copy_waiting(tmp_path: Path) -> None:
+    async def body() -> None:
+        d, block = make(tmp_path, "d0")
+        block.server, block.nodes = True, {"colo-d0", "colo-d0-active", "colo-d0-hidden"}
+        with pytest.raises(DiskError, match="still being committed"):
+            await d.start({"d0": SIZE})
+        block.nodes = {"colo-d0"}  # what a takeover leaves
+        await d.start({"d0": SIZE})
+
+    run(body())
+
+
+def test_a_copy_that_begins_in_part_leaves_nothing(tmp_path: Path) -> None:
+    async def body() -> None:
+        d, block = make(tmp_path, "d0", "d1")
+        block.server = True
+        block.refuse["blockdev-mirror"] = "no permission"
+        with pytest.raises(DiskError, match="d0 cannot be copied.*no permission"):
+            await d.start({"d0": SIZE, "d1": SIZE})
+        assert not block.nodes and not d.mirroring
+
+    run(body())
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        ("BLOCK_JOB_ERROR", {"device": "colo-d0-mirror", "operation": "write"}),
+        ("BLOCK_JOB_COMPLETED", {"device": "colo-d0-mirror", "error": "No space left on device"}),
+        ("BLOCK_JOB_COMPLETED", {"device": "colo-d0-mirror"}),
+        ("BLOCK_JOB_CANCELLED", {"device": "colo-d0-mirror"}),
+    ],
+)
+def test_a_mirror_that_ends_is_lost_for_good(tmp_path: Path, how: tuple[str, Any]) -> None:
+    async def body() -> None:
+        d, block = make(tmp_path, "d0")
+        block.server = True
+        await d.start({"d0": SIZE})
+        block.copied()
+        assert not d.on_event(event("BLOCK_JOB_COMPLETED", device="backup0")), "not ours"
+        why = d.on_event(event(how[0], **how[1]))
+        assert "disk d0" in why and await d.whole() == why, "though the job may be there still"
+        assert not d.on_event(event(how[0], **how[1])), "said once"
+        with pytest.raises(DiskError, match="d0"):
+            await d.copied()
+        await d.cut()
+        await d.start({"d0": SIZE})
+        assert d.lost == ""
+
+    run(body())
+
+
+@pytest.mark.parametrize("job", [{"error": "x"}, {"io-status": "failed"}, {"paused": True}])
+def test_a_mirror_in_trouble_is_not_whole(tmp_path: Path, job: dict[str, Any]) -> None:
+    async def body() -> None:
+        d, block = make(tmp_path, "d0")
+        block.server = True
+        await d.start({"d0": SIZE})
+        block.copied()
+        block.jobs["colo-d0-mirror"].update(job)
+        assert "d0" in await d.whole()
+        block.jobs.clear()
+        assert await d.whole() == "disk d0 is not mirrored"
+
+    run(body())
+
+
+def test_a_qemu_that_hangs_on_a_write_is_freed_first(tmp_path: Path) -> None:
+    async def body() -> None:
+        d, block = make(tmp_path, "d0")
+        block.server = True
+        await d.start({"d0": SIZE})
+        block.hangs = True
+        await d.cut()
+        kinds = {(i["type"], i.get("node-name")) for i in block.yanked}
+        assert kinds == {("migration", None), ("block-node", "colo-d0-target")}, "not the chardev"
+        assert not block.jobs and not block.nodes
+        assert d.on_event(event("BLOCK_JOB_ERROR", device="colo-d0-mirror"))
+
+    run(body())
+
+
+def test_mirrors_that_do_not_end_are_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def body() -> None:
+        d, block = make(tmp_path, "d0")
+        block.server = True
+        await d.start({"d0": SIZE})
+        block.refuse["job-cancel"] = "no"
+        with pytest.raises(QmpError, match="colo-d0-mirror, colo-d0-target still there"):
+            await d.cut()
+        assert d.mirroring
+
+    monkeypatch.setattr(replication, "CUT_S", 0.1)
+    run(body())
+
+
+def test_the_next_controller_finds_the_mirrors(tmp_path: Path) -> None:
+    async def body() -> None:
+        d, block = make(tmp_path, "d0")
+        block.server = True
+        await d.start({"d0": SIZE})
+        block.copied()
+        other, _ = make(tmp_path, "d0")
+        other._qemu.qmp = other._qemu.oob = block  # type: ignore[assignment]
+        await other.adopt()
+        assert other.mirroring and await other.whole() == ""
+        await other.cut()
+        assert not block.nodes
+
+    run(body())
+
+
+def test_progress_in_words() -> None:
+    c = Copying()
+    assert "0 %" in str(c)
+    c.began -= 10
+    c.update([Mirror("j", 50 << 20, 100 << 20, False, "")])
+    assert "50 % of 100 MiB, 5 MiB/s, 10 s left" in str(c)
+
+
+def test_where_overlays_may_be(tmp_path: Path) -> None:
+    assert directory_trouble("d0", str(tmp_path), 1 << 20) == ""
+    assert "no directory" in directory_trouble("d0", str(tmp_path / "x"), 1)
+    assert "MiB free" in directory_trouble("d0", str(tmp_path), 1 << 60)
+    assert file_system(Path("/proc/self")) == "proc"
