@@ -58,6 +58,7 @@ class Cfg(IntEnum):
     GUEST_MAC = 24
     UNDECIDED = 26
     PEER_STOPPED = 27
+    DISKS_WHOLE = 28
     MAX = 32
 
 

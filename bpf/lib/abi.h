@@ -59,6 +59,7 @@ enum colo_cfg {
 	/* user space's: 1: it is still undecided whether this guest may transmit */
 	CFG_UNDECIDED = 26,
 	CFG_PEER_STOPPED = 27, /* user space's: until when the peer is stopped on purpose, ns */
+	CFG_DISKS_WHOLE = 28,  /* user space's: last epoch whose disks are whole on this host */
 	CFG_MAX = 32,
 };
 

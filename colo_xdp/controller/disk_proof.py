@@ -13,8 +13,8 @@ from __future__ import annotations
 class DiskProof:
     """Which checkpoint the SVM runs, and for which its disks are vouched for."""
 
-    def __init__(self) -> None:
-        self._runs = self._whole = 0
+    def __init__(self, runs: int = 0, whole: int = 0) -> None:
+        self._runs, self._whole = runs, whole
 
     def begin(self, n: int) -> None:
         """Note that a checkpoint to epoch n begins; what was said of an earlier try is void."""

@@ -92,6 +92,7 @@ class Secondary(Controller):
         """Start from the state in which a former controller left the data path."""
         datapath = self.dp
         if datapath.adopted:
+            self.proof = DiskProof(datapath.epoch, datapath.disks_whole)
             self.view.set_shadow(datapath.shadowed > 0)
             if datapath.mode is Mode.TAKEOVER:
                 self.view.went_standalone()
@@ -146,6 +147,8 @@ class Secondary(Controller):
 
     def _on_beat(self, msg: dict[str, Any]) -> None:
         h = self.held.hold
+        if msg["role"] == Role.PRIMARY.value:  # it commits no checkpoint whose disks are not whole
+            self._disks_are_whole(msg["epoch"])
         # A switchover's hold ends with the takeover, unless the primary went on all the same.
         over = h is not None and msg["epoch"] >= h.n and not (h.planned and msg["shut"])
         if h is not None and h.resume is not None and over:
@@ -432,10 +435,15 @@ class Secondary(Controller):
             self._say_resumed()
 
     def _on_disks_whole(self, n: int) -> None:
-        self.proof.whole(n)
+        self._disks_are_whole(n)
         if self._unsaid is not None and self._unsaid[0] == n:
             self.disk_proof_ms = max(0.0, (time.monotonic_ns() - self._loaded_ns) / 1e6)
             self._say_resumed()
+
+    def _disks_are_whole(self, n: int) -> None:
+        self.proof.whole(n)
+        if self.qemu.disks.any and n > self.dp.disks_whole:
+            self.dp.disks_whole = n
 
     def _say_resumed(self) -> None:
         if self._unsaid is not None:

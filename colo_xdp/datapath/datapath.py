@@ -421,6 +421,15 @@ class DataPath:
         self._write(Cfg.PEER_STOPPED, boot_ns)
 
     @property
+    def disks_whole(self) -> int:
+        """Return the last epoch of which the primary has said that its disks are whole here."""
+        return self._read(Cfg.DISKS_WHOLE)
+
+    @disks_whole.setter
+    def disks_whole(self, epoch: int) -> None:
+        self._write(Cfg.DISKS_WHOLE, epoch)
+
+    @property
     def promoted_epoch(self) -> int:
         """Return the epoch whose offsets are permanent (primary); 0: there are none."""
         return self._read(Cfg.PROMOTED_EPOCH)

@@ -35,6 +35,7 @@ class Lab:
         vnet_hdr: bool = True,
         overrides: dict[str, dict[str, Any]] | None = None,
         disks: int = 0,
+        overlay_limit: int = 64,
         say: Callable[[str], None] = lambda text: None,
     ) -> None:
         self.dir = directory.absolute()
@@ -42,6 +43,7 @@ class Lab:
         self.work = self.dir / f"run-{tag}"
         self.overrides = overrides or {}
         self.disks = [f"d{i}" for i in range(disks)]
+        self.overlay_limit = overlay_limit  # MiB
         self.say = say
         self.net = Topology(tag, vnet_hdr)
         self.procs = Processes(self.dir / f"{tag}.pids.json")
@@ -188,6 +190,7 @@ class Lab:
             overlays = self.work / f"{role}.overlays"
             overlays.mkdir(exist_ok=True)
             lines += ["[[disk]]", f'name = "{name}"', f'overlays = "{overlays}"']
+            lines.append(f"overlay_limit = {self.overlay_limit}")
         return "\n".join(lines) + "\n"
 
     def start_controller(

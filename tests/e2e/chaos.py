@@ -3,8 +3,9 @@
 
     python -m tests.e2e.chaos --rounds 20 --seed 1
 
-It is judged from outside: every byte that the clients receive, and which guest transmits, captured
-on the wires of both hosts. Writes build/chaos-report.json. Exit status 0: nothing was wrong.
+It is judged from outside: every byte that the clients receive, which guest transmits, captured on
+the wires of both hosts, and what the guest has confirmed to have written, on the image that has
+survived at the end. Writes build/chaos-report.json. Exit status 0: nothing was wrong.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from colo_xdp.lab.client import EchoStream, LineStream, wrong_bytes
+from colo_xdp.lab import disk
+from colo_xdp.lab.client import EchoStream, LineStream, RecordStream, wrong_bytes
 from colo_xdp.lab.guest import content
 from colo_xdp.lab.net import LabError, sh, wait_for
 from colo_xdp.lab.pair import Lab
@@ -112,6 +114,10 @@ class Tally:
     lost_connections: int = 0
     split_brain: int = 0
     gaps: list[float] = field(default_factory=list)
+    records: int = 0  # that the guest has confirmed to have written
+    lost_writes: int = 0  # those of them that are not on the disk at the end
+    fsck_errors: int = 0
+    fsync_stall: float = 0.0  # the longest time from a record to its confirmation, ms
     fenced: int = 0  # hosts whose controller took longer than dead_after to come back
     over: int = 0  # rounds whose gap exceeded the detection deadline of the fault
     pauses: list[float] = field(default_factory=list)  # while a new secondary was synchronized
@@ -130,6 +136,10 @@ class Tally:
             "split_brain": self.split_brain,
             "max_gap_ms": round(max(g, default=0.0)),
             "p99_gap_ms": round(p99),
+            "records": self.records,
+            "lost_writes": self.lost_writes,
+            "fsck_errors": self.fsck_errors,
+            "max_fsync_stall_ms": round(self.fsync_stall),
             "fenced": self.fenced,
             "beyond_deadline": self.over,
             "reprotect_pause_max_ms": round(max(self.pauses, default=0.0)),
@@ -159,16 +169,20 @@ DEADLINE_MS: dict[str, int] = {
     "switchover": HEARTBEAT_TIMEOUT_MS,
     "demote_pvm": HEARTBEAT_TIMEOUT_MS,
     "demote_svm": HEARTBEAT_TIMEOUT_MS,
+    "cut_disk": HEARTBEAT_TIMEOUT_MS,  # the primary's connection to an image, alone
 }
 ALONE = {
     "kill_pvm", "kill_svm", "kill_pvm_in_checkpoint", "kill_pvm_host", "kill_svm_host",
-    "hang_pvm", "hang_svm", "switchover", "demote_pvm", "demote_svm",
+    "hang_pvm", "hang_svm", "switchover", "demote_pvm", "demote_svm", "cut_disk",
 }  # fmt: skip
+#: the secondary is lost, so the same guest goes on
+STAYS = {"kill_svm", "kill_svm_host", "hang_svm", "demote_svm", "cut_disk"}
 
 
 #: its own controller notices at once
 AT_ONCE = {
     "kill_pvm", "kill_svm", "kill_pvm_in_checkpoint", "switchover", "demote_pvm", "demote_svm",
+    "cut_disk",
 }  # fmt: skip
 
 
@@ -193,6 +207,7 @@ class Chaos:
         self.actions: list[str] = []
         self.downloads: Downloads | None = None
         self.lines: LineStream | None = None
+        self.records: list[RecordStream] = []
         self._stalled = False
         self.explained = False
         self.evidence: Evidence | None = None
@@ -291,6 +306,9 @@ class Chaos:
             r = lab.ask(self.rng.choice(HOSTS), "switchover")
             if not r["done"]:
                 raise LabError(f"switchover: {r}")
+        elif action == "cut_disk":
+            name = self.rng.choice(self.lab.disks)
+            lab.vm[svm].ask("block-export-del", id=f"colo-{name}", mode="hard")
         elif action in ("demote_pvm", "demote_svm"):
             lab.ask(pvm if action == "demote_pvm" else svm, "demote")
 
@@ -380,6 +398,8 @@ class Chaos:
         lab, t = self.lab, self.tally
         if not self.actions:
             self.actions = sorted(DEADLINE_MS)
+            if not lab.disks:
+                self.actions.remove("cut_disk")
             self.rng.shuffle(self.actions)
         action = self.actions.pop()
         evidence = self.evidence = Evidence(lab)
@@ -393,7 +413,7 @@ class Chaos:
             survivor = self._survivor()
             t.failovers += 1
             takeovers = survivor != before
-            wanted = before if "svm" in action else other(before)
+            wanted = before if action in STAYS else other(before)
             if survivor != wanted:
                 t.problems.append(f"round {n} {action}: the wrong guest goes on")
         else:
@@ -475,10 +495,33 @@ class Chaos:
             found.append(Wrong("line", odd[0], 1234, self.lines.port, odd[1][at:], odd[2][at:]))
         return [w for w in found if w.at >= since]
 
+    def _look_at_disks(self) -> None:
+        """End the guest that is left and look for each record that was confirmed."""
+        t = self.tally
+        for s in self.records:
+            s.stop()
+            t.records += s.last
+            t.fsync_stall = max(t.fsync_stall, s.longest_s * 1000)
+            if s.dead:
+                t.lost_connections += 1
+                t.problems.append(f"a record stream was lost: {s.dead}")
+        if not self.records:
+            return
+        self.lab.vm[self.pvm].stop()
+        for name, s in zip(self.lab.disks, self.records, strict=True):
+            found = disk.check(self.lab.image(self.pvm, name), s.confirmed)
+            t.lost_writes += len(found.lost) + len(found.wrong_blocks)
+            t.fsck_errors += bool(found.fsck_errors)
+            if not found.good:
+                t.problems.append(f"disk {name} of {s.last} records: {found}"[:2000])
+
     def run(self, rounds: int, seconds: float) -> dict[str, Any]:
         end = time.monotonic() + seconds
         lines, downloads = LineStream(self.lab.net.client), Downloads(self.lab)
         self.lines, self.downloads = lines, downloads
+        self.records = [
+            RecordStream(self.lab.net.client, 2001 + i) for i in range(len(self.lab.disks))
+        ]
         try:
             for _ in range(3):
                 self._open()
@@ -498,6 +541,7 @@ class Chaos:
         finally:
             downloads.stop()
             lines.stop()
+            self._look_at_disks()
             for s in list(self.streams):
                 self._retire(s)
         t = self.tally
@@ -555,10 +599,15 @@ class ChaosLab(Lab):
 
 
 def run(
-    rounds: int, seed: int, *, seconds: float = 1e9, say: Callable[[str], None] = print
+    rounds: int,
+    seed: int,
+    *,
+    seconds: float = 1e9,
+    disks: int = 1,
+    say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Build a pair, run the rounds, write the report."""
-    lab = ChaosLab(BUILD, tag="cxch", overrides=dict(OVERRIDES))
+    lab = ChaosLab(BUILD, tag="cxch", overrides=dict(OVERRIDES), disks=disks)
     lab.overrides["failover"] = {"automatic": True, "fence": fence(lab)}
     with lab:
         lab.protect()
@@ -569,7 +618,7 @@ def run(
 
 def clean(report: dict[str, Any]) -> bool:
     """Return whether nothing was wrong."""
-    bad = ("wrong_bytes", "lost_connections", "split_brain")
+    bad = ("wrong_bytes", "lost_connections", "split_brain", "lost_writes", "fsck_errors")
     return not any(report[k] for k in bad) and not report["problems"]
 
 
@@ -577,9 +626,12 @@ def main() -> int:
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     p.add_argument("--rounds", type=int, default=20)
     p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--disks", type=int, default=1, help="of the guest, 0 to 2")
     p.add_argument("--seconds", type=float, default=1e9, help="begin no round after this time")
     a = p.parse_args()
-    report = run(a.rounds, a.seed, seconds=a.seconds, say=lambda s: print(s, flush=True))
+    report = run(
+        a.rounds, a.seed, seconds=a.seconds, disks=a.disks, say=lambda s: print(s, flush=True)
+    )
     print(json.dumps(report, indent=2))
     return 0 if clean(report) else 1
 

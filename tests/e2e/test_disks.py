@@ -111,3 +111,76 @@ def test_a_switchover_and_back(make_lab: LabMaker) -> None:
         pvm = other(pvm)
     w.moves()
     w.check(pvm)
+
+
+def test_a_mirror_that_is_lost_alone_is_a_lost_secondary(make_lab: LabMaker) -> None:
+    """QEMU goes on with its checkpoints as if nothing were, over disks that are old."""
+    lab = make_lab(disks=1)
+    lab.protect()
+    w = Writer(lab)
+    w.moves()
+    lab.vm["secondary"].ask("block-export-del", id="colo-d0", mode="hard")
+    said = lab.wait_state("primary", "solo", 15)
+    assert said["disks"]["mirrored"] is False
+    log = lab.controller_log("primary").read_text()
+    assert "disk d0 is no longer mirrored" in log
+    w.moves()
+    lab.wait_state("secondary", "stopped", 15)
+    lab.vm["secondary"].stop()
+    lab.start_vm("secondary")
+    protected(lab)
+    w.moves()
+    lab.vm["primary"].kill9()
+    lab.wait_state("secondary", "promoted", 15)
+    w.moves()
+    committed(lab, "secondary")
+    w.check("secondary")
+
+
+def fill(lab: Lab, mib: int) -> None:
+    """Let the guest write a file beside the records."""
+    where = f"of=/mnt/vda/fill bs=1M count={mib} conv=fsync"
+    lab.client.run(f"dd if=/dev/urandom {where} && rm /mnt/vda/fill")
+
+
+def test_overlays_are_emptied_before_they_are_too_large(make_lab: LabMaker) -> None:
+    lab = make_lab(disks=1, overlay_limit=12)
+    lab.protect()
+    w = Writer(lab)
+    w.moves()
+    before = lab.status("primary")["checkpoints"]["by_cause"]["overlay_full"]
+    fill(lab, 24)
+    wait_for(
+        "a checkpoint for the overlays",
+        lambda: lab.status("primary")["checkpoints"]["by_cause"]["overlay_full"] > before,
+        20,
+    )
+    wait_for(
+        "small overlays", lambda: lab.status("secondary")["disks"]["overlays"]["d0"] < 12 << 20, 20
+    )
+    protected(lab)
+    w.moves()
+    w.check("primary")
+
+
+def test_what_cannot_be_replicated_is_refused_by_name(make_lab: LabMaker) -> None:
+    """Before anything is changed, and the guest runs on; what is mended is used by itself."""
+    lab = make_lab(disks=1)
+    disk.make_blank(lab.image("secondary", "d0").with_suffix(".small"), disk.SIZE_MIB - 1)
+    small = lab.image("secondary", "d0").with_suffix(".small")
+    right = lab.image("secondary", "d0").read_bytes()
+    lab.vm["secondary"].stop()
+    lab.image("secondary", "d0").write_bytes(small.read_bytes())
+    lab.start_vm("secondary")
+    for role in ("secondary", "primary"):
+        lab.start_controller(role)
+    why = f"disk d0 has {disk.SIZE_MIB << 20} bytes here, {disk.SIZE_MIB - 1 << 20} there"
+    wait_for("a refusal", lambda: why in lab.status("primary").get("reason", ""), 60)
+    w = Writer(lab)
+    w.moves()
+    lab.vm["secondary"].stop()
+    lab.image("secondary", "d0").write_bytes(right)
+    lab.start_vm("secondary")
+    protected(lab)
+    w.moves()
+    w.check("primary")

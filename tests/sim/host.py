@@ -328,6 +328,7 @@ class SimDataPath:
     """The controller's view of its host's programs and maps."""
 
     hook = "tc"
+    disks_whole = 0  # its guests have no disks
 
     def __init__(self, side: Side) -> None:
         self._side, self.dead = side, False

@@ -54,7 +54,7 @@ class FakeDataPath:
         self.found, self.came = Look(), 0
         self.opened = self.changed = self.stepped_in = 0
         self.in_bridge = False
-        self.promoted_epoch = self.peer_stopped = self.closed = 0
+        self.promoted_epoch = self.peer_stopped = self.closed = self.disks_whole = 0
         self.undecided = False
         self.unmirrored: set[bytes] = set()
         self.addresses = AddressTable(MapDict(), MapDict())

@@ -19,7 +19,7 @@ from colo_xdp.failover.decision import Action, State, decide
 from colo_xdp.qemu.disks import DiskError
 from colo_xdp.qemu.event import QmpEvent
 from colo_xdp.qemu.qmp import QmpError, QmpTimeout
-from tests.unit.controller.fakes import FakeQmp, event, in_loop, primary, secondary
+from tests.unit.controller.fakes import FakeQmp, beat, event, in_loop, primary, secondary
 
 
 class Disks:
@@ -80,6 +80,7 @@ def a_secondary() -> tuple[Secondary, Any, Any, Disks]:
     c, dp, sent = secondary()
     c.qemu.qmp, c.qemu.disks = FakeQmp(), Disks()  # type: ignore[assignment]
     c.state, c.view.pair.in_colo, c.view.pair.confirmed = State.PROTECTED, True, True
+    c.proof.whole(dp.epoch)
     return c, dp, sent, c.qemu.disks  # type: ignore[return-value]
 
 
@@ -161,10 +162,28 @@ def test_a_new_try_of_a_checkpoint_needs_a_new_word() -> None:
     assert not p.missing, "the SVM runs 8, whose disks are whole"
 
 
+@pytest.mark.parametrize("word", [False, True])
+def test_a_controller_that_dies_between_checkpoint_and_word(word: bool) -> None:
+    c, dp, _, _ = a_secondary()
+    load(c, 8)
+    if word:
+        c.on_message({"type": "disks_whole", "n": 8})
+    assert dp.disks_whole == 8 * word and dp.mode is Mode.RUN
+    dp.adopted = True
+    n = Secondary(c.config, dp)
+    n.qemu.disks = Disks()  # type: ignore[assignment]
+    assert n.disk_unproven != word
+    n.on_message(beat("protected", role="primary", epoch=7))
+    assert n.disk_unproven != word
+    n.on_message(beat("protected", role="primary", epoch=8))
+    assert not n.disk_unproven, "it has committed that checkpoint"
+
+
 def test_the_next_controller_does_not_know_what_was_loaded() -> None:
     c, dp, _ = secondary(Mode.CHECKPOINT)
     c.qemu.disks = Disks()  # type: ignore[assignment]
-    assert c.disk_unproven
+    c.proof.whole(dp.epoch)
+    assert c.disk_unproven, "it may run the state after that"
     dp.epoch += 1
     assert not c.disk_unproven
 

@@ -73,7 +73,14 @@ def test_a_silence_that_only_the_secondary_noticed(
     s, dp, _ = secondary()
     dp.epoch, s.state, s.view.pair.in_colo, s.view.guest.colo_exit = 7, State.DEGRADED, True, exited
     s.on_message(
-        {"type": "heartbeat", "state": state, "epoch": epoch, "shut": False, "alone": False}
+        {
+            "type": "heartbeat",
+            "role": "primary",
+            "state": state,
+            "epoch": epoch,
+            "shut": False,
+            "alone": False,
+        }
     )
     assert (s.state is State.PROTECTED) == again
 
@@ -161,7 +168,13 @@ def test_a_first_checkpoint_counts_when_the_primary_has_confirmed_it() -> None:
     c.on_frame(CapturedFrame(Source.CLIENT, t, 0, tcp(b"client"), 0, False))
     c.on_qmp(event("RESUME", t, t))
     assert sent.kinds() == ["begin_ack", "resumed"]
-    beat = {"type": "heartbeat", "state": "checkpointing", "epoch": 0, "shadow": False}
+    beat = {
+        "type": "heartbeat",
+        "role": "primary",
+        "state": "checkpointing",
+        "epoch": 0,
+        "shadow": False,
+    }
     beat |= {"shut": False, "role": "primary", "alone": True}
     c.on_message(beat)
     assert c.state is State.STARTING and dp.mode is Mode.CHECKPOINT and dp.epoch == 0

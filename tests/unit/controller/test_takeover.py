@@ -112,7 +112,14 @@ def test_a_takeover_does_not_break_a_promise_of_silence(word: str) -> None:
             c._peer_message({"type": "demote", "why": "the PVM goes on alone"})
         elif word == "beat":
             c.on_message(
-                {"type": "heartbeat", "state": "solo", "epoch": 7, "shut": False, "alone": True}
+                {
+                    "type": "heartbeat",
+                    "role": "primary",
+                    "state": "solo",
+                    "epoch": 7,
+                    "shut": False,
+                    "alone": True,
+                }
             )
         else:
             asked = asyncio.ensure_future(c.commands.run("demote", {}))
