@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Run `colo-xdp demo`: a VM dies, a connection survives, and all but the wires is real."""
+"""Run `colo-xdp demo`: a VM dies twice; its connections and its disk survive. All is real but the
+wires."""
 
 from __future__ import annotations
 
@@ -12,13 +13,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from . import disk
 from .capture import from_guest
-from .client import EchoStream
+from .client import EchoStream, RecordStream
 from .net import LabError, wait_for
 from .pair import Lab
 
 SMALL, MIDDLE, BIG = 20, 5, 2
 PAGES = 5
+RECORDS = 50
 STREAM_BEFORE_S, STREAM_AFTER_S = 1.5, 3.0
 
 
@@ -135,6 +138,52 @@ def _failover(lab: Lab, show: Show, report: dict[str, Any]) -> float:
     return over
 
 
+def _second_death(lab: Lab, show: Show, records: RecordStream) -> None:
+    """Give the survivor a new secondary, and let that one survive as well."""
+    lab.start_vm("primary", incoming=True)
+    t = time.monotonic()
+    for role in ("secondary", "primary"):
+        lab.wait_state(role, "protected")
+    show.row(
+        "protected again, on the former primary host",
+        f"after {time.monotonic() - t:.1f} s, with a full copy of the disk",
+        True,
+    )
+    _more_records(records)
+    show.say("kill -9 of the other QEMU")
+    lab.vm["secondary"].kill9()
+    lab.wait_state("primary", "promoted", 30)
+    _more_records(records)
+
+
+def _more_records(records: RecordStream) -> None:
+    want = records.last + RECORDS
+    with contextlib.suppress(LabError):
+        wait_for("records", lambda: records.dead or records.last >= want, 30)
+
+
+def _disk(lab: Lab, show: Show, report: dict[str, Any], records: RecordStream) -> None:
+    """Look for each record on the image of the host that is left, from outside."""
+    name = lab.disks[0]
+    wait_for("merged overlays", lambda: not lab.status("primary")["disks"]["committing"], 30)
+    records.stop()
+    lab.vm["primary"].stop()
+    found = disk.check(lab.image("primary", name), records.confirmed)
+    report["disk"] = {
+        "records": records.last,
+        "lost": len(found.lost) + len(found.wrong_blocks),
+        "fsck_errors": len(found.fsck_errors),
+        "max_fsync_stall_ms": round(records.longest_s * 1e3, 1),
+    }
+    show.row(
+        "records written with fsync, through both deaths",
+        f"{records.last} confirmed on one connection, {report['disk']['lost']} lost, "
+        f"{report['disk']['fsck_errors']} file system errors, longest wait "
+        f"{records.longest_s * 1e3:.0f} ms {records.dead}",
+        found.good and not records.dead and records.last > 3 * RECORDS,
+    )
+
+
 def _gap_around(times: list[float], at: float) -> float:
     """Return the longest silence that ends after `at`, s."""
     return max((y - x for x, y in zip(times, times[1:], strict=False) if y > at), default=0.0)
@@ -142,7 +191,7 @@ def _gap_around(times: list[float], at: float) -> float:
 
 @contextlib.contextmanager
 def _lab(directory: Path, show: Show, keep: bool) -> Iterator[Lab]:
-    lab = Lab(directory, tag="cxdemo", say=show.say)
+    lab = Lab(directory, tag="cxdemo", disks=1, say=show.say)
     try:
         lab.up()
         yield lab
@@ -177,6 +226,8 @@ def main(report_path: str = "build/demo-report.json", keep: bool = False) -> int
             show.row("entering COLO", f"protected after {took:.1f} s", True)
             for step in steps:
                 step(lab, show, report)
+            records = RecordStream(lab.net.client)
+            _more_records(records)
             over = _failover(lab, show, report)
             captures = [lab.stop_capture(c) for c in (on_s, on_c)]
             leaked = sum(from_guest(f, before=over) for f in captures)
@@ -189,6 +240,9 @@ def main(report_path: str = "build/demo-report.json", keep: bool = False) -> int
             )
             losses = report["ring_losses"]
             show.row("events lost", str(losses), losses == 0)
+            _more_records(records)
+            _second_death(lab, show, records)
+            _disk(lab, show, report, records)
     except (LabError, OSError, KeyError, StopIteration) as e:
         show.row("the demo itself", f"{type(e).__name__}: {e}", False)
     report["ok"] = show.ok
