@@ -102,6 +102,7 @@ class Qmp:
         self._on_event, self._on_close = on_event, on_close
         self._client: QMPClient | None = None
         self._watch: asyncio.Task[None] | None = None
+        self._ending: asyncio.Future[None] | None = None  # the end of the connection
 
     @property
     def connected(self) -> bool:
@@ -131,7 +132,7 @@ class Qmp:
             raise QmpError(
                 f"{self.name}: no QMP at {self.path}: {str(e) or type(e).__name__}"
             ) from e
-        self._client = client
+        self._client, self._ending = client, None
         self._watch = asyncio.create_task(self._watch_close(client))
 
     def _dispatch(self, msg: Any) -> bool:
@@ -148,12 +149,21 @@ class Qmp:
             await client.runstate_changed()
         reason = "closed"
         try:
-            await client.disconnect()
+            await self._disconnect(client)
         except (EOFError, OSError, QMPError) as e:
             reason = str(e) or type(e).__name__
         if self._client is client:
             self._client = None
             self._on_close(f"{self.name}: QMP connection lost ({reason})")
+
+    async def _disconnect(self, client: QMPClient) -> None:
+        """Disconnect once, for all who want that: two calls at a time break the library's state.
+
+        A QEMU that dies while close() is called would make the controller fail.
+        """
+        if self._ending is None:
+            self._ending = asyncio.ensure_future(client.disconnect())
+        await asyncio.shield(self._ending)
 
     async def execute(
         self,
@@ -298,7 +308,7 @@ class Qmp:
         client, self._client = self._client, None
         if client is not None:
             try:
-                await asyncio.wait_for(client.disconnect(), 2)
+                await asyncio.wait_for(self._disconnect(client), 2)
             except (EOFError, OSError, QMPError, TimeoutError) as e:
                 log.debug("%s: disconnect: %s", self.name, e)
         if self._watch is not None:

@@ -112,6 +112,7 @@ class DiskReplication:
         self.lost = ""  # why a disk is no longer mirrored
         self._cutting = False
         self.serving = False
+        self._setting_up = asyncio.Lock()
 
     @property
     def any(self) -> bool:
@@ -173,6 +174,10 @@ class DiskReplication:
         """
         if not self.any:
             return {}
+        async with self._setting_up:  # a peer may connect while it is done for a new QEMU
+            return await self._serve()
+
+    async def _serve(self) -> dict[str, int]:
         blocks = await self._ask("query-block")
         absent = missing(blocks, self.nodes)
         if absent:

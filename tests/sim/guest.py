@@ -13,6 +13,7 @@ import random
 import struct
 import zlib
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from .tcp import ACK, RST, SYN, BadChecksum, Seg, Tcp, build, diff, ip, read
@@ -42,6 +43,9 @@ class Guest:
     archive: dict[tuple[bool, int, int], Tcp] = field(default_factory=dict)
     udp: Counter[bytes] = field(default_factory=Counter)
     ident: int = 0
+    written: set[int] = field(default_factory=set)  # what it takes for being on its disk
+    #: writes a number to its disk; whether that has ended
+    write: Callable[[int], bool] | None = None
 
     def clone(self, rnd: random.Random) -> Guest:
         """Return the copy that runs on the other host from now on."""
@@ -53,6 +57,7 @@ class Guest:
              for k, c in self.archive.items()},
             Counter(self.udp),
             self.ident,
+            set(self.written),
         )  # fmt: skip
 
     def find(self, v6: bool, port: int, irs: int) -> Tcp | None:
@@ -133,8 +138,12 @@ class Guest:
             end = pos + 7 + (size if kind == b"U" else 0)
             if end > c.read:
                 break
+            if kind == b"W" and self.write is not None:
+                if not self.write(number):
+                    break  # its process waits for the disk
+                self.written.add(number)
             c.app["pos"] = end
-            if kind == b"G":
+            if kind in (b"G", b"W"):
                 c.out += answer(number, size)
             elif kind == b"N":
                 c.out += self.rnd.randbytes(2) + answer(number, size)
@@ -271,7 +280,7 @@ class Client:
         """Return the number of answer bytes expected for the requests so far."""
         n = 0
         for kind, size, _ in self.expect[id(c)]:
-            n += {b"G": size, b"N": size + 2, b"U": 8, b"a": size}.get(kind, 0)
+            n += {b"G": size, b"W": size, b"N": size + 2, b"U": 8, b"a": size}.get(kind, 0)
         return n
 
     def receive(self, frame: bytes, now_ms: int) -> list[bytes]:
@@ -299,11 +308,24 @@ class Client:
             segs += c.output(now_ms, ts, self.rnd, False)
         return [build(x, True, 0) for x in segs]
 
+    def confirmed(self) -> set[int]:
+        """Return the numbers of all writes that the guest has confirmed."""
+        out = set()
+        for c in [*self.done, *self.conns.values()]:
+            at = 0
+            for kind, size, number in self.expect[id(c)]:
+                at += {b"G": size, b"W": size, b"N": size + 2, b"U": 8, b"a": size}.get(kind, 0)
+                if at > len(c.inn):
+                    break
+                if kind == b"W":
+                    out.add(number)
+        return out
+
     def check_answers(self, c: Tcp, fail: type[AssertionError]) -> None:
         """Check that honest guests can have sent these answers, in order, as far as received."""
         want = bytearray()
         for kind, size, number in self.expect[id(c)]:
-            if kind in b"G":
+            if kind in (b"G", b"W"):
                 want += answer(number, size)
             elif kind == b"N":
                 want += bytes(c.inn[len(want) : len(want) + 2]) + answer(number, size)

@@ -30,6 +30,7 @@ from colo_xdp.peer.heartbeat import Flag, Heartbeat, HeartbeatSession, session_k
 from colo_xdp.qemu.event import QmpEvent
 from colo_xdp.qemu.qmp import QemuInfo, QmpError
 
+from .disk import SimBlock
 from .guest import Guest, Out
 from .offload_model import OFFLOAD_NO, KernelModel, completed, user_space
 from .offload_model import Out as Leaving
@@ -78,8 +79,11 @@ class Side:
         self.arrived = 0  # frames over the peer link
         # the other guest has sent something to the network that this one does not know
         self.stale = False
+        #: the numbers on this host's image; what the secondary's has at first is anything
+        self.image: set[int] = set() if primary else {-1}
         self._forget()
         self.qemu = Qemu(self, incoming=not primary)
+        self._attach()
         # of the controller that runs now
         self.controller: Any = None
         self.dp = SimDataPath(self)
@@ -97,7 +101,7 @@ class Side:
         self.primary, self.role_word, self.promoted_epoch = primary, "", 0
         self.mode, self.epoch, self.beat_ns = Mode.DROP, 0, 0
         self.loaded = self.protected = False
-        self.shadowed = 0
+        self.shadowed = self.disks_whole = 0
         self.sync_state = SyncState.NONE
         self.undecided, self.peer_stopped = False, 0
         self.order = ""
@@ -124,6 +128,11 @@ class Side:
 
     # -- the guest
 
+    def _attach(self) -> None:
+        """Give the guest its disk."""
+        if self.guest is not None:
+            self.guest.write = self.qemu.block.write if self.world.scene.disk else None
+
     def new_guest(self) -> None:
         """Start QEMU without -incoming: a guest that boots and knows of no pair."""
         self.qemu.die()
@@ -131,7 +140,9 @@ class Side:
         world = self.world
         self.guest = Guest(random.Random(world.entropy_s.random()), world.ms())
         self.stale = False
+        self.guest.written = set(self.image)
         self.qemu = Qemu(self, incoming=False)
+        self._attach()
 
     def new_qemu(self) -> None:
         """Start QEMU with -incoming, in place of the one that is gone."""
@@ -328,7 +339,6 @@ class SimDataPath:
     """The controller's view of its host's programs and maps."""
 
     hook = "tc"
-    disks_whole = 0  # its guests have no disks
 
     def __init__(self, side: Side) -> None:
         self._side, self.dead = side, False
@@ -465,6 +475,15 @@ class SimDataPath:
     def peer_stopped(self, boot_ns: int) -> None:
         if not self.dead:
             self._side.peer_stopped = boot_ns
+
+    @property
+    def disks_whole(self) -> int:
+        return self._side.disks_whole
+
+    @disks_whole.setter
+    def disks_whole(self, epoch: int) -> None:
+        if not self.dead:
+            self._side.disks_whole = epoch
 
     @property
     def order(self) -> str:
@@ -613,6 +632,8 @@ class Qemu:
         self.client: SimQmp | None = None
         self._busy = self.cancelled = False
         self.still = ""  # the run state of a stopped guest, if it is an unusual one
+        self.block = SimBlock(side, lambda: self.alive)
+        self.draining = False  # the main loop waits for the disks, and answers nothing
 
     def status(self) -> str:
         if self.running:
@@ -715,6 +736,7 @@ class Qemu:
                 svm.halt()
                 if not await self._wait(svm, 0.05, 1):
                     return self._failed(svm, first)
+            await self._drain()
             self.halt()
             image = p.guest
             assert image is not None
@@ -727,6 +749,8 @@ class Qemu:
             if not whole:
                 return self._failed(svm, first)
             s.guest, s.stale = image.clone(world.entropy_s), p.stale
+            svm.block.load()
+            s._attach()
             world.cloned(s, first=first)
             svm.migration = self.migration = "colo"
             svm.event("RESUME")
@@ -738,6 +762,15 @@ class Qemu:
             p.resume()
         finally:
             self._busy = svm.loading = False
+
+    async def _drain(self) -> None:
+        """Wait for the end of all writes, as vm_stop() does; nothing else is done meanwhile."""
+        self.draining = True
+        try:
+            while self.block.flying and self.alive:
+                await asyncio.sleep(0.0005)
+        finally:
+            self.draining = False
 
     def halt(self) -> None:
         """Stop as vm_stop_force_state() does: a stopped guest is not stopped again."""
@@ -786,6 +819,8 @@ class Qemu:
     async def _leave(self) -> None:
         while self.loading and self.alive:  # QEMU: FAILOVER_STATUS_RELAUNCH
             await asyncio.sleep(0.0002)
+        await self._drain()
+        self.block.leave()
         self.migration, self.leaving = "completed", False
         if self.still == "finish-migrate":
             self.still = "paused"
@@ -809,12 +844,16 @@ class SimQmp:
         name: str,
         on_event: Callable[[QmpEvent], None],
         on_close: Callable[[str], None],
+        *,
+        oob: bool = False,
     ) -> None:
+        self._oob = oob
         self._side, self.name, self.dead, self.connected = side, name, False, False
         self._on_event, self._on_close = on_event, on_close
         self._last = 0.0
         self._to = side.qemu
-        side.qmp = self
+        if not oob:
+            side.qmp = self
 
     def event(self, name: str, ts_ns: int, data: dict[str, Any]) -> None:
         world = self._side.world
@@ -845,13 +884,21 @@ class SimQmp:
         world, q = self._side.world, self._to
         await asyncio.sleep(world.rnd.uniform(0.05, 1) / 1000)
         end = world.ns() + 1_000_000_000
-        while q.hung and q.alive and world.ns() < end:
-            await asyncio.sleep(0.01)
+        while (q.hung or self._waits_for_disks(q)) and q.alive and world.ns() < end:
+            await asyncio.sleep(0.01 if q.hung else 0.001)
         while self._last > world.ms_exact():  # answers do not overtake events
             await asyncio.sleep((self._last - world.ms_exact()) / 1000)
-        if self.dead or not q.alive or q.hung or (what != "connect" and not self.connected):
+        hung = q.hung or self._waits_for_disks(q)
+        if self.dead or not q.alive or hung or (what != "connect" and not self.connected):
             raise QmpError(f"{self.name}: {what}: no answer")
         return q
+
+    def _waits_for_disks(self, q: Qemu) -> bool:
+        return q.draining and bool(q.block.flying) and not self._oob
+
+    async def open(self) -> None:
+        await self._call("connect")
+        self.connected = True
 
     async def connect(self) -> QemuInfo:
         q = await self._call("connect")
@@ -885,8 +932,12 @@ class SimQmp:
     async def guest_macs(self, tap: str) -> list[str]:
         return ["52:54:00:00:00:02"]
 
-    async def execute(self, command: str, args: Any = None, timeout: Any = None) -> Any:
+    async def execute(
+        self, command: str, args: Any = None, timeout: Any = None, *, oob: bool = False
+    ) -> Any:
         q = await self._call(command)
+        if self._side.world.scene.disk and hasattr(q.block, command.replace("-", "_")):
+            return q.block.command(command, args or {})
         if command == "query-block":
             return []
         if command == "query-migrate":

@@ -26,6 +26,7 @@ from typing import Any
 
 from colo_xdp.abi import Mode
 from colo_xdp.config.file import Config, load
+from colo_xdp.config.schema import Disk, Nbd
 from colo_xdp.controller import (
     checkpoint_coordinator,
     colo_entry,
@@ -48,7 +49,8 @@ from colo_xdp.failover import arbiter, states
 from colo_xdp.failover import lease as lease_module
 from colo_xdp.failover.decision import State
 from colo_xdp.offload import scheduler
-from colo_xdp.qemu import supervisor
+from colo_xdp.qemu import replication, supervisor
+from colo_xdp.qemu.disks import DiskError
 
 from .clock import FakeTime, VirtualLoop
 from .guest import Client, Guest, Plan
@@ -148,6 +150,7 @@ class Scene:
     # a standalone guest gets a new secondary, in whichever role its host started
     roles: bool = False
     beacons: bool = True  # heartbeats on the peer link, too
+    disk: bool = False  # the guest has a disk, and confirms what it has written
 
     def calm(self) -> bool:
         """Return whether nothing in the scene is a reason for an unrequested checkpoint."""
@@ -276,6 +279,24 @@ def roles_scene(seed: int) -> Scene:
     return replace(s, faults=tuple(order), ring=max(s.ring, 1000), queue=max(s.queue, 64))
 
 
+def disk_scene(seed: int) -> Scene:
+    """Return a random scene of a guest with a disk, whose mirror is lost now and then."""
+    rnd = random.Random(seed * 32_452_843 + 5)
+    s = replace((roles_scene if seed % 2 else scene)(seed), disk=True, manual=False)
+    if s.calm():
+        return s
+    faults = list(s.faults)
+    for _ in range(rnd.choice((0, 1, 1, 2))):
+        kind = rnd.choice(("lose_disk", "cut_disk", "cut_disk", "kill_p_in_checkpoint"))
+        if s.roles and kind.startswith("kill"):
+            kind = "lose_disk"
+        last = max((f.round for f in faults), default=0)
+        span = rnd.choice((5, 60, 700, 2500))
+        faults.append(Fault(rnd.randrange(60, 1200), kind, span, rnd.randrange(last + 1)))
+    order = sorted(faults, key=lambda f: (f.round, f.at))
+    return replace(s, faults=tuple(order))
+
+
 @cache
 def _config(role: str) -> Config:
     return load(EXAMPLES / f"{role}.toml")
@@ -286,6 +307,13 @@ def config(role: str, s: Scene) -> Config:
     c = _config(role)
     if s.roles:
         c = replace(c, qemu=replace(c.qemu, incoming=("qemu",)))
+    if s.disk:
+        c = replace(
+            c,
+            disks=(Disk(name="d0", overlays="/"),),
+            nbd=Nbd(local="10.0.0.1:10809", remote="10.0.0.2:10809"),
+            qemu=replace(c.qemu, qmp_oob=f"{role} oob"),
+        )
     return replace(
         c,
         peer=replace(c.peer, heartbeat_interval=50, heartbeat_timeout=300, dead_after=900),
@@ -310,6 +338,9 @@ class World:
         self.rnd = random.Random(s.seed)
         self.rnd_beacons = random.Random(s.seed + 1)
         self.rnd_person = random.Random(s.seed + 2)
+        self.rnd_disk = random.Random(s.seed + 3)
+        self.disk_cut = False  # the NBD connection is silent
+        self.unproven = False  # a guest could not take over: its disks may not be whole
         self.sessions = 0
         self.stops = 0  # number of controllers stopped on purpose
         self.deaf: set[str] = set()  # sides that receive no heartbeats
@@ -369,6 +400,7 @@ class World:
         rnd, steps = self.rnd, []
         for _ in range(rnd.choice((1, 2, 5))):
             kind = b"N" if rnd.random() < self.scene.odd else rnd.choice((b"G", b"G", b"U"))
+            kind = b"W" if self.scene.disk and kind == b"G" else kind
             steps.append((kind, rnd.choice((1, 50, 400, 3000))))
         if rnd.random() < 0.25:
             moods = (b"Q", b"A", b"a") if self.scene.odd else (b"Q",)
@@ -379,6 +411,8 @@ class World:
         """Return a connection that lives as long as faults happen."""
         rnd = self.rnd
         steps = [(rnd.choice((b"G", b"U")), rnd.choice((1, 50, 400))) for _ in range(400)]
+        if self.scene.disk:
+            steps = [(b"W" if kind == b"G" else kind, size) for kind, size in steps]
         return Plan(
             steps, rnd.choice((40, 150)), rnd.random() < 0.2, until_told=True, not_before=opened
         )
@@ -477,6 +511,7 @@ class World:
             self.turns.append(self.ms())
         if side.stale:
             raise Violation(f"two guests speak: {_frame(frame)} of {side.name} after the other one")
+        self._check_disk(side)
         if not side.primary:
             self.where = side
             side.other.stale = True
@@ -496,6 +531,17 @@ class World:
         self._account(side, frame)
         now = self.client
         self._carry(self.scene.loss, self.scene.jitter, lambda: self._to_client(now, frame))
+
+    def _check_disk(self, side: Side) -> None:
+        """Check I11: the disk of a guest that is heard has what it wrote, and nothing else."""
+        if not self.scene.disk or side.guest is None or self.ordered:
+            return
+        has, wrote = side.qemu.block.view(), side.guest.written
+        if has != wrote:
+            raise Violation(
+                f"I11: the disk of {side.name} lacks {sorted(wrote - has)[:5]} and has "
+                f"{sorted(has - wrote)[:5]} besides"
+            )
 
     def _to_client(self, client: Client, frame: bytes) -> None:
         for out in client.receive(frame, self.ms()):
@@ -764,7 +810,22 @@ class World:
     def _make_qmp(
         self, path: str, name: str, timeout: float, on_event: Any, on_close: Any
     ) -> SimQmp:
-        return SimQmp(self.p if path == "primary" else self.s, name, on_event, on_close)
+        side = self.p if path.startswith("primary") else self.s
+        return SimQmp(side, name, on_event, on_close, oob=path.endswith("oob"))
+
+    async def _probe(self, disks: Any, timeout: float = 1.0) -> None:
+        """Stand in for DiskReplication.probe()."""
+        mine = next(
+            x for x in (self.p, self.s)
+            if x.controller is not None and x.controller.qemu.disks is disks
+        )  # fmt: skip
+        q = mine.other.qemu
+        await asyncio.sleep(self.rnd_disk.uniform(0.1, 2) / 1000)
+        if self.disk_cut or q.hung or mine.other.off:
+            await asyncio.sleep(timeout)
+            raise DiskError("no answer in time")
+        if not q.alive or not q.block.server:
+            raise DiskError("connection refused")
 
     def _make_store(self, c: Config) -> SimStore:
         return SimStore(self.p if c.role == "primary" else self.s)
@@ -785,8 +846,11 @@ class World:
             controller_module, commands, ticker, checkpoint_coordinator, primary, secondary,
             conntrack_map,
             offload_maps, lease_module, takeover, device_watch, colo_entry, guest_lifecycle,
-            supervisor, heartbeats, pvm_output, replacement, shadow, switchover,
+            supervisor, heartbeats, pvm_output, replacement, shadow, switchover, replication,
         )  # fmt: skip
+        stood_in = ("probe", "make_overlays", "remove_overlays")
+        disks = replication.DiskReplication
+        kept_disks = [(disks, n, getattr(disks, n)) for n in stood_in]
         kept = [(m, "time", m.time) for m in modules]  # type: ignore[attr-defined]
         kept += [
             (controller_module, n, getattr(controller_module, n))
@@ -796,7 +860,17 @@ class World:
         kept += [(supervisor, n, getattr(supervisor, n)) for n in ("Qmp", "WATCH_S")]
         kept += [(offload_maps, "syscall", offload_maps.syscall), (states, "STRICT", states.STRICT)]
         kept += [(scheduler, n, getattr(scheduler, n)) for n in ("OFFER_AFTER", "MAX_BACKOFF")]
+        kept += kept_disks  # type: ignore[arg-type]
+
+        async def overlays(disk: Any, of: Any, size: int) -> tuple[Path, Path]:
+            return Path("/active"), Path("/hidden")
+
+        async def nothing(disks: Any) -> None: ...
+
         try:
+            disks.probe = lambda d, timeout=1.0: self._probe(d, timeout)  # type: ignore[method-assign]
+            disks.make_overlays = overlays  # type: ignore[method-assign]
+            disks.remove_overlays = nothing  # type: ignore[method-assign]
             states.STRICT = True
             for m in modules:
                 m.time = clock  # type: ignore[attr-defined]
@@ -858,6 +932,11 @@ class World:
         elif f.kind in CUTS:
             self._cut(f.kind, 1)
             self.later(f.span, lambda: self._cut(f.kind, -1))
+        elif f.kind == "cut_disk":  # silently
+            self.disk_cut = True
+            self.later(f.span, lambda: setattr(self, "disk_cut", False))
+        elif f.kind == "lose_disk":
+            pvm.qemu.block.fail("No space left on device")
         elif f.kind == "lose_events":
             self.ring_broken = True
             self.later(min(f.span, 60), lambda: setattr(self, "ring_broken", False))
@@ -1106,6 +1185,10 @@ class World:
         for side in (self.p, self.s):
             side.tick()
             self._check_still(side)
+            c, other = side.controller, side.other
+            dead = other.off or not other.qemu.alive
+            if self.scene.disk and c is not None and not side.primary and dead and c.disk_unproven:
+                self.unproven = self.lost = True  # an operator decides
         for side in (self.p, self.s):
             c = side.controller
             if c is None or not side.primary:
@@ -1213,6 +1296,8 @@ class World:
         # where the pair was not held together, the operator decides
         if side is self.s and self.was_solo:
             return False  # clients know what only the PVM ever sent
+        if self.unproven:
+            return False  # an operator decides
         if c.view.guest.demoted:
             return False  # requested by a primary that died before it reported what it then did
         return not c.view.shadow and c.state is not State.STARTING
@@ -1221,6 +1306,10 @@ class World:
         """Check I8: what clients know is what the transmitting guest believes."""
         g = side.guest
         assert g is not None
+        self._check_disk(side)
+        missing = self.client.confirmed() - side.qemu.block.view()
+        if self.scene.disk and missing and not self.ordered:
+            raise Violation(f"I11: {side.name} has lost {sorted(missing)[:5]}")
         for c in [*self.client.done, *self.client.conns.values()]:
             if c.iss not in self.flipped:
                 self.client.check_answers(c, Violation)

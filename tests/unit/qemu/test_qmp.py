@@ -168,6 +168,24 @@ def caps(*names: str) -> list[dict[str, Any]]:
     return [{"capability": n, "state": False} for n in names]
 
 
+@pytest.mark.parametrize("turns", range(12))
+def test_a_qemu_may_die_while_the_connection_is_closed(tmp_path: Path, turns: int) -> None:
+    """Two calls of disconnect() at a time fail within the library, at some of these points."""
+
+    async def body() -> None:
+        async with FakeQemu(tmp_path / "s") as qemu:
+            q = Qmp(str(qemu.path), "PVM", 1, lambda e: None, lambda why: None)
+            await q.connect()
+            assert qemu.writer is not None
+            qemu.writer.close()
+            for _ in range(turns):  # of the loop: the death is noticed meanwhile
+                await asyncio.sleep(0)
+            await q.close()
+            await q.close()
+
+    asyncio.run(body())
+
+
 def test_a_qemu_without_colo_is_refused(tmp_path: Path) -> None:
     async def body(fake: FakeQemu, q: Qmp, heard: Heard) -> None:
         with pytest.raises(QmpError, match="without COLO"):

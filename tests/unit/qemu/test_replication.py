@@ -191,6 +191,27 @@ def test_the_secondary_is_set_up_once(tmp_path: Path) -> None:
     run(body())
 
 
+def test_two_who_set_it_up_at_a_time(tmp_path: Path) -> None:
+    """A peer connects while a new QEMU is looked at: each has a reason to send `ready`."""
+
+    async def body() -> None:
+        d, block = make(tmp_path, "d0")
+        d.make_overlays = slow = SlowOverlays()  # type: ignore[method-assign,assignment]
+        assert await asyncio.gather(d.serve(), d.serve()) == [{"d0": SIZE}] * 2
+        assert slow.made == 1 and block.exports == {"colo-d0": "#block0"}
+
+    run(body())
+
+
+class SlowOverlays:
+    made = 0
+
+    async def __call__(self, disk: ReplicatedDisk, size: int) -> tuple[Path, Path]:
+        self.made += 1
+        await asyncio.sleep(0.01)
+        return Path("/active"), Path("/hidden")
+
+
 @pytest.mark.parametrize(
     ("what", "says"),
     [
