@@ -80,6 +80,8 @@ class Tries:
         """Why the next entry is not tried now, or an empty string."""
         if self.count < 2:
             return ""
+        if qemu != self._qemu and self._free:
+            return ""  # what failed may have been that QEMU, and a try costs the guest nothing
         longest = BACKOFF_FREE_S if self._free else BACKOFF_S[1]
         wait = min(longest, BACKOFF_S[0] * 2.0 ** (self.count - 2))
         if qemu == self._qemu and not self._free:

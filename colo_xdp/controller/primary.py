@@ -435,6 +435,7 @@ class Primary(Controller):
         await self.qemu.disks.adopt()
         await self._find_out_whether_it_runs()
         if self.state is State.SOLO:
+            await self.qemu.disks.cut()  # a write to a dead host would wait for ever
             migration = await self.entry.migration()
             if migration in IN_COLO:  # a former controller died before this
                 try:

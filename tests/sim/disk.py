@@ -54,7 +54,7 @@ class SimBlock:
     def view(self) -> set[int]:
         """Return what the guest would read, without writes that have not ended."""
         if self.active is not None and self.snapshot is not None:
-            return self.snapshot | self.active
+            return (self.snapshot | self.active) - self._done
         return self.side.image - self.flying - self._done
 
     def write(self, n: int) -> bool:
@@ -109,8 +109,12 @@ class SimBlock:
 
     # -- COLO
 
-    def load(self) -> None:
-        """Load a checkpoint: QEMU empties the overlays, whatever the image is."""
+    def load(self, origin: SimBlock) -> None:
+        """Load a checkpoint: QEMU empties the overlays, whatever the image is.
+
+        The device's state is part of it, with the writes whose end the guest has not seen.
+        """
+        self._done = set(origin._done)
         if f"{STEM}-active" in self.nodes:
             self.snapshot, self.active = set(self.side.image), set()
 

@@ -737,6 +737,8 @@ class Qemu:
                 if not await self._wait(svm, 0.05, 1):
                     return self._failed(svm, first)
             await self._drain()
+            if not first and svm.migration != "colo":  # the SVM has left meanwhile
+                return self._failed(svm, first)
             self.halt()
             image = p.guest
             assert image is not None
@@ -749,7 +751,7 @@ class Qemu:
             if not whole:
                 return self._failed(svm, first)
             s.guest, s.stale = image.clone(world.entropy_s), p.stale
-            svm.block.load()
+            svm.block.load(self.block)
             s._attach()
             world.cloned(s, first=first)
             svm.migration = self.migration = "colo"

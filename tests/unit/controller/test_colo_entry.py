@@ -221,6 +221,7 @@ def test_what_costs_the_guest_nothing_is_tried_again_by_itself() -> None:
         t.failed("connection refused", one, 100.0, stopped=False)
     assert t.held_back(one, 100.0 + BACKOFF_FREE_S - 1)
     assert not t.held_back(one, 100.0 + BACKOFF_FREE_S)
+    assert not t.held_back((2, "s"), 100.0), "another QEMU"
 
 
 def test_a_person_asks_again() -> None:
