@@ -168,14 +168,15 @@ class Secondary(Controller):
         """Return whether the entry that this side holds for has ended without a message about it.
 
         A primary is `checkpointing` from before its `begin` until the entry ends, so no heartbeat
-        in between carries `starting`. Its `failed` may have reached no controller, or one that was
-        still checking whether the SVM is fit.
+        in between carries `starting`, or `solo`, which is what its next controller finds. Its
+        `failed` may have reached no controller, or one that was still checking whether the SVM is
+        fit.
         """
         return (
             self.state is State.STARTING
             and not self.view.pair.confirmed
             and beat["role"] == Role.PRIMARY.value
-            and beat["state"] == State.STARTING.value
+            and beat["state"] in (State.STARTING.value, State.SOLO.value)
         )
 
     def _on_downtime_start(self, msg: dict[str, Any]) -> None:

@@ -168,6 +168,12 @@ FOUND = {
             Fault(237, "kill_p_in_checkpoint", 0), Fault(249, "kill_s_controller", 700),
         ),
     ),
+    "an entry ends while the SVM's controller is away, and the PVM's controller dies": replace(
+        _QUIET, seed=4402424, conns=3, jitter=1.0, compare_timeout=400, roles=True, faults=(
+            Fault(402, "demote_svm", 400), Fault(462, "trap", 700),
+            Fault(1148, "kill_p_controller", 700),
+        ),
+    ),
 }  # fmt: skip
 
 

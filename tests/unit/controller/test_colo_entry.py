@@ -315,6 +315,7 @@ def test_a_secondary_learns_that_the_entry_was_given_up(
     ("role", "state", "confirmed", "over"),
     [
         ("primary", "starting", False, True),
+        ("primary", "solo", False, True),  # its controller too is another one by now
         ("primary", "checkpointing", False, False),
         ("primary", "starting", True, False),
         ("secondary", "starting", False, False),
