@@ -733,13 +733,13 @@ class Qemu:
             if not await self._wait(svm, 0.1, 3):
                 return self._failed(svm, first)
             if not first:
-                svm.halt()
+                svm.halt("colo")
                 if not await self._wait(svm, 0.05, 1):
                     return self._failed(svm, first)
             await self._drain()
             if not first and svm.migration != "colo":  # the SVM has left meanwhile
                 return self._failed(svm, first)
-            self.halt()
+            self.halt("" if first else "colo")
             image = p.guest
             assert image is not None
             if first and world.entry_trap:
@@ -774,12 +774,13 @@ class Qemu:
         finally:
             self.draining = False
 
-    def halt(self) -> None:
-        """Stop as vm_stop_force_state() does: a stopped guest is not stopped again."""
+    def halt(self, still: str) -> None:
+        """Stop as vm_stop_force_state() does: a stopped guest is not stopped again, but its run
+        state changes. For a checkpoint that is `colo` on both sides (migration/colo.c)."""
         if self.running:
             self.running = False
             self.event("STOP")
-        self.still = ""
+        self.still = still
 
     def _goes_wrong(self, image: Guest) -> None:
         """Let an entry fail without anybody reporting it.
