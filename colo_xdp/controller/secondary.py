@@ -138,7 +138,8 @@ class Secondary(Controller):
         deadline = time.monotonic() + limit
         self.proof.begin(n)
         self.held.begin(n, time.monotonic_ns(), deadline, planned=planned)
-        self.dp.mode = Mode.CHECKPOINT
+        if not self.path_shut:
+            self.dp.mode = Mode.CHECKPOINT
 
     def on_message(self, msg: dict[str, Any]) -> None:
         handler = self._handlers.get(msg["type"])
@@ -408,8 +409,10 @@ class Secondary(Controller):
         if failed and self.qemu.disks.any and event.data.get("action") != "stop":
             self._on_disk_error(event)
         if event.name == "STOP" and self.view.pair.in_colo:
-            if self.held.hold is None and self.state is State.PROTECTED:
-                # There was no `begin`: somebody else asked QEMU for a checkpoint. Hold at once.
+            if self.held.hold is None and self.state is not State.STARTING:
+                # Somebody else asked QEMU for a checkpoint, or one that was given up comes after
+                # all. Hold at once. A guest that is shut in (path_shut) has nothing to hold, but
+                # what it loads decides which offsets count, should it take over in spite of that.
                 log.warning("STOP of the SVM without a checkpoint of ours")
                 self._begin_hold(self.dp.epoch + 1)
                 self.spawn(self._stopped_by_whom(self.held.hold))
@@ -418,6 +421,8 @@ class Secondary(Controller):
         elif event.name == "RESUME" and self.held.hold is not None and self.held.hold.stopped:
             self.held.hold.stop_ns, self.held.hold.deadline = 0, 0.0  # as if none had come
             self.on_tick(time.monotonic_ns())
+            if self.path_shut:  # there is nothing to give back
+                self.held.take()
         elif event.name == "RESUME" and self.held.hold is not None:
             h = self.held.hold
             self.view.in_colo()

@@ -174,6 +174,16 @@ FOUND = {
             Fault(1148, "kill_p_controller", 700),
         ),
     ),
+    "a demoted SVM loads a checkpoint that comes after its deadline, and the PVM dies": replace(
+        _QUIET, seed=15, conns=5, odd=0.1, faults=(
+            Fault(226, "hang_p_qemu", 800), Fault(1036, "kill_p_qemu_in_checkpoint", 0),
+        ),
+    ),
+    "the same, and QEMU has completed it": replace(
+        _QUIET, seed=501, conns=5, jitter=0.5, link_jitter=15.0, odd=0.1, faults=(
+            Fault(447, "hang_p_qemu", 700), Fault(1187, "kill_p_qemu", 0),
+        ),
+    ),
 }  # fmt: skip
 
 

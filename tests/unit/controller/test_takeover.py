@@ -56,6 +56,59 @@ def test_the_primarys_epoch_tells_a_new_secondary_controller_what_its_guest_has_
     in_loop(body)
 
 
+@pytest.mark.parametrize("demoted", [False, True])
+def test_a_checkpoint_that_comes_after_its_deadline_counts(demoted: bool) -> None:
+    """The PVM's QEMU hung, sent the checkpoint in the end, and died: the SVM runs it."""
+
+    async def body() -> None:
+        c, dp, _ = secondary()
+        c.state, c.qemu.qmp = State.PROTECTED, FakeQmp()  # type: ignore[assignment]
+        c.on_message({"type": "begin", "n": 8, "cause": "operator", "initial": False})
+        assert c.held.hold is not None
+        c.held.hold.deadline = 0.0
+        c.on_tick(time.monotonic_ns())
+        assert c.state is State.DEGRADED and dp.mode is Mode.RUN
+        if demoted:
+            c.on_message({"type": "demote", "why": "its checkpoint hangs"})
+        shut = Mode.DROP if demoted else Mode.CHECKPOINT
+        t = time.monotonic_ns()
+        c.on_qmp(event("STOP", t, t))
+        assert dp.mode is shut
+        c.on_qmp(event("RESUME", t + 1, t + 1))
+        assert dp.epoch == 8 and dp.mode is (shut if demoted else Mode.RUN)
+        c._peer_message(BEAT | {"state": "stopped", "epoch": 7, "shut": True})
+        assert c._busy is not None
+        await c._busy
+        assert c.state is State.PROMOTED and dp.epoch == 8
+
+    in_loop(body)
+
+
+def test_a_demoted_guest_that_a_person_stops_loads_nothing_by_that() -> None:
+    async def body() -> None:
+        c, dp, _ = secondary()
+        q = c.qemu.qmp = FakeQmp()  # type: ignore[assignment]
+        c.replacement.begin = lambda: None  # type: ignore[method-assign]
+        c.on_message({"type": "demote", "why": "the primary asks"})
+
+        async def status(timeout: float | None = None) -> str:
+            return "paused"
+
+        t = time.monotonic_ns()
+        running, q.status = q.status, status  # type: ignore[method-assign]
+        c.on_qmp(event("STOP", t, t))
+        await asyncio.gather(*c._tasks)
+        q.status = running  # type: ignore[method-assign]
+        c.on_qmp(event("RESUME", t + 1, t + 1))
+        assert dp.epoch == 7 and c.held.hold is None and dp.mode is Mode.DROP
+        c.on_qmp(event("STOP", t + 2, t + 2))  # a checkpoint
+        await asyncio.gather(*c._tasks)
+        c.on_qmp(event("RESUME", t + 3, t + 3))
+        assert dp.epoch == 8 and dp.mode is Mode.DROP
+
+    in_loop(body)
+
+
 def test_a_takeover_under_way_is_waited_for() -> None:
     """It opens the data path at its end: a silence that was promised before would not last."""
 
