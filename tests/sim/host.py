@@ -427,6 +427,7 @@ class SimDataPath:
                     self._side.world.protected = self._side.protected = True
                 elif mode is Mode.BYPASS:
                     self._side.protected = False
+                    self._side.world.went_solo()
             self._side.world.gates_moved()
 
     @property

@@ -184,6 +184,10 @@ FOUND = {
             Fault(447, "hang_p_qemu", 700), Fault(1187, "kill_p_qemu", 0),
         ),
     ),
+    "a PVM whose QEMU hangs is let out, and dies before it has sent anything": replace(
+        _QUIET, seed=157, conns=5, jitter=4.0, link_jitter=3.0, odd=0.1, odd_udp=True, queue=8,
+        beacons=False, faults=(Fault(433, "hang_p_qemu", 650), Fault(1084, "power_p", 0)),
+    ),
 }  # fmt: skip
 
 

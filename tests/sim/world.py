@@ -735,6 +735,13 @@ class World:
     def gates_moved(self) -> None:
         """Check the gates: a data path has changed its mode."""
 
+    def went_solo(self) -> None:
+        """Note that what the PVM sends passes uncompared from now on.
+
+        The SVM is informed of that, not of whether anything was sent, so it must not take over.
+        """
+        self.was_solo |= self.protected
+
     # -- controllers
 
     def boot(self, side: Side, *, turned: bool = False) -> None:
@@ -1295,7 +1302,7 @@ class World:
             return False
         # where the pair was not held together, the operator decides
         if side is self.s and self.was_solo:
-            return False  # clients know what only the PVM ever sent
+            return False  # clients may know what only the PVM ever sent
         if self.unproven:
             return False  # an operator decides
         if c.view.guest.demoted:
