@@ -164,15 +164,27 @@ class ColoEntry:
 
         Returns whether the guest was in COLO before: only a checkpoint makes the pair equal then.
         """
-        c = self._c
+        c, ran_s = self._c, time.monotonic()
         await self._drop_mirrors()
         while c.state is not State.STOPPED:
             migration = await self.migration()
-            # Undecided: a checkpoint would make it transmit, and nobody would decide any more.
-            if migration == "colo" and not c.undecided:
-                return True
+            awaits_svm = await self._awaits_svm(migration)
+            if not awaits_svm:
+                ran_s = time.monotonic()
+                # Undecided: a checkpoint would make it transmit, and nobody would decide any more.
+                if migration == "colo" and not c.undecided:
+                    return True
+            elif time.monotonic() - ran_s <= c.config.qemu.enter_stop / 1000:
+                if c.peer.connected:  # else the reason is what the decision makes of that
+                    c.become(
+                        c.state,
+                        "a former controller began to enter COLO: the PVM stands still until QEMU "
+                        "reports that the SVM has its state",
+                    )
+                await self._checkpoints.sleep_or_wake(RUN_ON_S)
+                continue
             lost = migration is not None and migration not in IN_COLO
-            if lost and c.view.guest.standalone and c.dp.mode is Mode.CHECKPOINT:
+            if awaits_svm or (lost and c.view.guest.standalone and c.dp.mode is Mode.CHECKPOINT):
                 # Nobody has confirmed the copy of the first checkpoint: the guest may go on alone.
                 await self._failed("a former controller did not finish it")
             if c.undecided:
@@ -198,7 +210,7 @@ class ColoEntry:
     async def _drop_mirrors(self) -> None:
         """End mirrors that lead nowhere, but not those of a guest that is in COLO."""
         c = self._c
-        if not c.qemu.disks.mirroring or await self.migration() in (None, "colo"):
+        if not c.qemu.disks.mirroring or await self.migration() in (None, *IN_COLO):
             return
         with contextlib.suppress(QmpError):
             await c.qemu.disks.cut()
@@ -228,6 +240,19 @@ class ColoEntry:
                 await disks.cut()
             c.become(c.state, f"COLO was not entered: {e}")
         return False
+
+    async def _awaits_svm(self, migration: str | None) -> bool:
+        """Return whether an entry of a former controller still keeps the guest stopped.
+
+        QEMU's run state is `finish-migrate` until the SVM's QEMU reports that it has the whole
+        state (colo_process_checkpoint() in QEMU's migration/colo.c). It may never report that.
+        """
+        if self._c.undecided or migration not in IN_COLO or not self._c.view.guest.standalone:
+            return False
+        try:
+            return await self._c.qemu.qmp.status() == "finish-migrate"
+        except QmpError:
+            return True  # ask again
 
     async def _try(self) -> bool:
         """Enter, unless something speaks against it. Returns whether the entry is over for good:

@@ -188,6 +188,18 @@ FOUND = {
         _QUIET, seed=157, conns=5, jitter=4.0, link_jitter=3.0, odd=0.1, odd_udp=True, queue=8,
         beacons=False, faults=(Fault(433, "hang_p_qemu", 650), Fault(1084, "power_p", 0)),
     ),
+    "an entry gets stuck in QEMU, its controller dies, and the control channel is cut": replace(
+        _QUIET, seed=4401130, conns=1, compare_timeout=400, faults=(
+            Fault(0, "entry_stuck", 0), Fault(63, "kill_p_controller", 250),
+            Fault(427, "cut_channel", 1500), Fault(1176, "deafen_s", 3000),
+        ),
+    ),
+    "the same, and the secondary's controller is stopped on purpose": replace(
+        _QUIET, seed=4404727, conns=1, faults=(
+            Fault(0, "entry_stuck", 0), Fault(740, "kill_p_controller", 5),
+            Fault(881, "stop_s_controller", 4000),
+        ),
+    ),
 }  # fmt: skip
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -429,6 +430,35 @@ def test_a_pair_of_which_nothing_is_known_is_no_pair_before_it_has_been_decided(
         c._open("a word")
         await asyncio.wait({task}, timeout=1)
         assert task.done() and task.result() and dp.mode is Mode.BYPASS
+
+    in_loop(body)
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+def test_an_entry_that_a_former_controller_began_stops_the_pvm_for_enter_stop_at_most(
+    loaded: bool,
+) -> None:
+    """QEMU is in COLO, and waits for the SVM's QEMU to report that it has the state."""
+
+    async def body() -> None:
+        c, dp, sent = primary(Mode.CHECKPOINT, adopted=True)
+        c.config = replace(c.config, qemu=replace(c.config.qemu, enter_stop=200))
+        c.view.guest.standalone, c.peer.connected = True, True  # no checkpoint has counted
+        q = c.qemu.qmp = Qemu("finish-migrate", "colo")  # type: ignore[assignment]
+        task = asyncio.ensure_future(c.entry.until_entered())
+        await asyncio.wait({task}, timeout=0.1)
+        assert not task.done() and not q.said and "stands still" in c.reason
+        if loaded:
+            q.now = "running"
+            assert await asyncio.wait_for(task, 1), "a checkpoint makes the pair equal"
+            assert dp.mode is Mode.CHECKPOINT and not q.said
+            return
+        end = time.monotonic() + 2
+        while q.now != "running" and time.monotonic() < end:
+            await asyncio.sleep(0.02)
+        assert q.said == ["x-colo-lost-heartbeat", "cont"] and dp.mode is Mode.BYPASS
+        assert c.state is State.STARTING and "failed" in sent.kinds() and not task.done()
+        task.cancel()
 
     in_loop(body)
 
