@@ -237,12 +237,15 @@ class Primary(Controller):
         else:
             self.life.on_news(News(fate, f"the PVM stands still (`{status}`)"))
 
-    async def _find_out_whether_it_runs(self) -> None:
-        """Ask: QMP does not repeat the events that it had while nobody listened."""
+    async def _find_out_whether_it_runs(self) -> str:
+        """Ask: QMP does not repeat the events that it had while nobody listened.
+
+        Returns the run state; an empty string when QEMU does not answer.
+        """
         try:
             status = await self.qemu.qmp.status()
         except QmpError:
-            return
+            return ""
         if status == "running":
             self.checkpoints.stands_still(0)
             self._guest_runs()
@@ -251,6 +254,7 @@ class Primary(Controller):
             if status in STANDS_STILL and not self.view.guest.halted:
                 news = News(STANDS_STILL[status], f"the PVM stands still (`{status}`)")
                 self.life.on_news(news)
+        return status
 
     def guest_changed(self, why: str) -> None:
         self.checkpoints.request(Cause.GUEST_EVENT, why)
@@ -433,7 +437,7 @@ class Primary(Controller):
 
     async def on_qemu(self) -> None:
         await self.qemu.disks.adopt()
-        await self._find_out_whether_it_runs()
+        status = await self._find_out_whether_it_runs()
         if self.state is State.SOLO:
             await self.qemu.disks.cut()  # a write to a dead host would wait for ever
             migration = await self.entry.migration()
@@ -442,7 +446,8 @@ class Primary(Controller):
                     await self.qemu.leave_colo()
                 except QmpError as e:  # or QEMU was just about to
                     log.warning("%s (the PVM goes on all the same)", e)
-            if migration in (*IN_COLO, "failed"):
+            # `postmigrate`: an entry did not lead to COLO, and its controller has died since
+            if migration in (*IN_COLO, "failed") or status == "postmigrate":
                 self.spawn(self._let_run())
         elif (
             not self.checkpoints.serving

@@ -200,6 +200,12 @@ FOUND = {
             Fault(881, "stop_s_controller", 4000),
         ),
     ),
+    "an entry ends in `completed`, QEMU hangs, and the controller that waits for it dies": replace(
+        _QUIET, seed=748, conns=2, compare_timeout=40, faults=(
+            Fault(0, "entry_completed", 0), Fault(54, "hang_p_qemu", 700),
+            Fault(320, "kill_p_controller", 1500),
+        ),
+    ),
 }  # fmt: skip
 
 

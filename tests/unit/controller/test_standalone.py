@@ -84,16 +84,18 @@ def test_a_primary_that_is_alone_protects_again() -> None:
     in_loop(body)
 
 
-@pytest.mark.parametrize("migration", ["failed", "completed"])
+@pytest.mark.parametrize(
+    ("migration", "first"), [("failed", ""), ("completed", ""), ("completed", "postmigrate")]
+)
 def test_a_guest_that_is_alone_runs_whatever_a_broken_checkpoint_has_left(
-    migration: str, monkeypatch: pytest.MonkeyPatch
+    migration: str, first: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also when QEMU hangs for a while, or the controller is another one by then. One that a
     person has paused stays so."""
     monkeypatch.setattr("colo_xdp.controller.primary.REARM_S", 0.001)
 
     class Stopped(FakeQmp):
-        answers = iter(["", "", "colo", "paused", "running"])
+        answers = iter([first, "", "colo", "paused", "running"])
 
         async def migration_status(self, timeout: float | None = None) -> str:
             return migration
@@ -115,8 +117,9 @@ def test_a_guest_that_is_alone_runs_whatever_a_broken_checkpoint_has_left(
         c.qemu.qmp = Stopped()  # type: ignore[assignment]
         await c.on_qemu()
         await asyncio.gather(*c._tasks)
-        want = ["", "colo", "paused", "cont", "running"] if migration == "failed" else []
-        assert c.qemu.qmp.said == ["", *want]  # type: ignore[attr-defined]
+        stopped_by_it = migration == "failed" or first == "postmigrate"
+        want = ["", "colo", "paused", "cont", "running"] if stopped_by_it else []
+        assert c.qemu.qmp.said == [first, *want]  # type: ignore[attr-defined]
 
     in_loop(body)
 
