@@ -249,7 +249,8 @@ class Primary(Controller):
         if status == "running":
             self.checkpoints.stands_still(0)
             self._guest_runs()
-        elif status == "paused" or status in STANDS_STILL:
+        # `colo`: by a checkpoint that a former controller has asked for
+        elif status in ("paused", "colo") or status in STANDS_STILL:
             self.checkpoints.stands_still(time.monotonic_ns())
             if status in STANDS_STILL and not self.view.guest.halted:
                 news = News(STANDS_STILL[status], f"the PVM stands still (`{status}`)")

@@ -214,6 +214,17 @@ def test_what_was_found_once(name: str) -> None:
     World(FOUND[name]).run()
 
 
+def test_a_new_primary_controller_joins_the_checkpoint_that_it_finds_under_way() -> None:
+    """QEMU folds its request into that one, and has sent the STOP to nobody."""
+    joined = 0
+    for seed in range(12):
+        kill = Fault(401 + seed, "kill_p_controller", 2)
+        world = World(replace(_QUIET, seed=seed, faults=(Fault(400, "checkpoint"), kill))).run()
+        assert not world.was_solo and world.states == ("protected", "protected")
+        joined += world.clones == 2
+    assert joined > 2
+
+
 def test_a_scene_is_replayed_exactly() -> None:
     s = scene(11)
     runs = []

@@ -309,14 +309,18 @@ def test_a_pvm_that_a_person_stopped_has_no_second_stop() -> None:
     in_loop(body)
 
 
-@pytest.mark.parametrize("adopted", [False, True])
-def test_a_pvm_that_was_stopped_while_nobody_listened_has_no_stop(adopted: bool) -> None:
+@pytest.mark.parametrize(
+    ("adopted", "status"), [(False, "paused"), (True, "paused"), (True, "colo")]
+)
+def test_a_pvm_that_was_stopped_while_nobody_listened_has_no_stop(
+    adopted: bool, status: str
+) -> None:
     """The controller was started anew, or has lost QMP for a moment: its checkpoint ends all the
     same, and what is compared with it begins no later than it did."""
 
     async def body() -> None:
         c, _, _ = primary(Mode.RUN, adopted=adopted)
-        c.state, c.qemu.qmp = State.DEGRADED, Status("paused")  # type: ignore[assignment]
+        c.state, c.qemu.qmp = State.DEGRADED, Status(status)  # type: ignore[assignment]
         c.checkpoints._serving = asyncio.ensure_future(asyncio.sleep(0))
         await c.on_qemu()
         before = time.monotonic_ns()
