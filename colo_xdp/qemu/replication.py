@@ -193,6 +193,8 @@ class DiskReplication:
             if n.replication not in there:
                 images[disk.name] = str(entry["inserted"]["node-name"])
                 await self._add_overlays(disk, entry, sizes[disk.name])
+            elif entry["inserted"]["node-name"] != n.replication:
+                await self._put_under_device(disk, entry)  # a former controller died before that
         await self._export(images)
         self.serving = True
         return sizes
@@ -231,12 +233,28 @@ class DiskReplication:
             },
         )  # fmt: skip
         try:
-            where = {"path": entry["qdev"], "property": "drive", "value": n.replication}
-            await self._ask("qom-set", where)
+            await self._put_under_device(disk, entry)
         except QmpError:
             with contextlib.suppress(QmpError):
                 await self._ask("blockdev-del", {"node-name": n.replication})
             raise
+
+    async def _put_under_device(self, disk: ReplicatedDisk, entry: Mapping[str, Any]) -> None:
+        node = self.nodes[disk.name].replication
+        await self._ask("qom-set", {"path": entry["qdev"], "property": "drive", "value": node})
+
+    async def _image_below(self, n: Nodes) -> str:
+        """Return the image below overlays that a former controller has made, or an empty string.
+
+        It died before it exported the image, and no other command tells which node that is.
+        """
+        graph = await self._ask("x-debug-query-block-graph")
+        names = {node["id"]: node["name"] for node in graph["nodes"]}
+        return next(
+            (str(names[e["child"]]) for e in graph["edges"]
+             if names[e["parent"]] == n.hidden and e["name"] == "backing"),
+            "",
+        )  # fmt: skip
 
     def _paths(self, disk: ReplicatedDisk) -> tuple[Path, Path]:
         stem = f"{self.options.pair}-{self.nodes[disk.name].stem}"
@@ -312,15 +330,13 @@ class DiskReplication:
         for name, n in self.nodes.items():
             if n.stem in exports:
                 continue
-            if name not in images:
-                raise DiskError(
-                    f"disk {name} has overlays, but its image is not exported, as after a "
-                    "controller that died: start this host's QEMU anew"
-                )
+            image = images.get(name) or await self._image_below(n)
+            if not image:
+                raise DiskError(f"disk {name}: the image below its overlays is not found")
             try:
                 await self._ask(
                     "block-export-add",
-                    {"type": "nbd", "id": n.stem, "node-name": images[name], "name": name[:255],
+                    {"type": "nbd", "id": n.stem, "node-name": image, "name": name[:255],
                      "writable": True},
                 )  # fmt: skip
             except QmpTimeout:

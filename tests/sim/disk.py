@@ -143,6 +143,10 @@ class SimBlock:
     def query_named_block_nodes(self, args: Any) -> Any:
         return [{"node-name": n, "image": {"actual-size": 1}} for n in sorted(self.nodes)]
 
+    def x_debug_query_block_graph(self, args: Any) -> Any:
+        nodes = [{"id": 1, "name": f"{STEM}-hidden"}, {"id": 2, "name": "#block0"}]
+        return {"nodes": nodes, "edges": [{"parent": 1, "child": 2, "name": "backing"}]}
+
     def query_block_exports(self, args: Any) -> Any:
         return [{"id": e} for e in sorted(self.exports)]
 

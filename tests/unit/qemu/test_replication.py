@@ -64,6 +64,14 @@ class Block:
     def query_named_block_nodes(self, args: Any) -> Any:
         return [{"node-name": n, "image": {"actual-size": 1000}} for n in self.nodes]
 
+    def x_debug_query_block_graph(self, args: Any) -> Any:
+        names = ["colo-d0-hidden", "#block0", "colo-d1-hidden", "#block1", "#block0-file"]
+        edges = [(0, 1, "backing"), (2, 3, "backing"), (1, 4, "file")]
+        return {
+            "nodes": [{"id": i, "name": n} for i, n in enumerate(names)],
+            "edges": [{"parent": p, "child": c, "name": n} for p, c, n in edges],
+        }
+
     def query_block_exports(self, args: Any) -> Any:
         return [{"id": e} for e in self.exports]
 
@@ -210,6 +218,30 @@ class SlowOverlays:
         self.made += 1
         await asyncio.sleep(0.01)
         return Path("/active"), Path("/hidden")
+
+
+@pytest.mark.parametrize("died", ["qom-set", "nbd-server-start", "block-export-add"])
+def test_a_controller_that_dies_on_the_way_is_continued(tmp_path: Path, died: str) -> None:
+    async def body() -> None:
+        d, block = make(tmp_path, "d0", "d1")
+        real = block.execute
+
+        async def execute(command: str, *args: Any, **kw: Any) -> Any:
+            if command == died:
+                raise asyncio.CancelledError
+            return await real(command, *args, **kw)
+
+        block.execute = execute  # type: ignore[method-assign]
+        with pytest.raises(asyncio.CancelledError):
+            await d.serve()
+        block.execute = real  # type: ignore[method-assign]
+        other, _ = make(tmp_path, "d0", "d1")
+        other._qemu.qmp = block  # type: ignore[assignment]
+        assert await other.serve() == {"d0": SIZE, "d1": SIZE}
+        assert block.exports == {"colo-d0": "#block0", "colo-d1": "#block1"}
+        assert {i["node-name"] for i in block.disks.values()} == {"colo-d0", "colo-d1"}
+
+    run(body())
 
 
 @pytest.mark.parametrize(
