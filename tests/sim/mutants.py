@@ -24,6 +24,7 @@ from colo_xdp.conntrack.rewriter import Rewriter
 from colo_xdp.controller import controller, pair_view, secondary
 from colo_xdp.controller.checkpoint_coordinator import CheckpointCoordinator
 from colo_xdp.controller.commands import OperatorCommands
+from colo_xdp.controller.disk_proof import DiskProof
 from colo_xdp.controller.heartbeats import Heartbeats
 from colo_xdp.controller.permanent_offsets import PermanentOffsets
 from colo_xdp.controller.primary import Primary
@@ -38,10 +39,11 @@ from colo_xdp.failover.lease import Leadership
 from colo_xdp.offload import udp as offload_udp
 from colo_xdp.offload.udp import UdpCodec
 from colo_xdp.peer.heartbeat import Flag
+from colo_xdp.qemu.replication import DiskReplication
 
 from .host import Side, SimDataPath
 from .offload_model import Conn, KernelModel, Out, Work
-from .world import Fault, Scene, lease_scene, roles_scene, scene
+from .world import Fault, Scene, disk_scene, lease_scene, roles_scene, scene
 
 MUTANTS: dict[str, Callable[[Any], None]] = {}
 #: mutants of the fast path's model which only cost time, or which cannot be seen from outside: the
@@ -57,15 +59,28 @@ _ALONE_THEN_DEAD: dict[str, Any] = {
     "odd": 0.0, "beacons": True, "manual": False,
     "faults": (Fault(1800, "cut_ps", 4000), Fault(4200, "power_p", 0)),
 }  # fmt: skip
+#: a mirror is lost within a checkpoint, and then the primary, too
+_DISKS: dict[str, Any] = {
+    "loss": 0.0, "dup": 0.0, "odd": 0.0, "link_loss": 0.0, "compare_timeout": 400, "roles": True,
+    "lease": False, "manual": False,
+}  # fmt: skip
+_LOST_WITHIN: dict[str, Any] = _DISKS | {
+    "faults": (
+        Fault(20, "checkpoint"), Fault(600, "kill_pvm_in_checkpoint", 50, 1),
+        *(Fault(600 + at, "lose_disk", 0, 1) for at in (2, 3, 4, 5, 6)),
+    ),
+}  # fmt: skip
 #: mutants of the rewriter's model that need more connections on one entry than schedules create:
 #: tests/unit/conntrack/test_rewriter.py notices them
 REWRITER_MUTANTS: dict[str, Callable[[Any], None]] = {}
 #: seeds that have shown them, tried first: a search from 0 on takes up to minutes
 FIRST = {
     "a_dead_host_is_taken_for_a_cut_link": 8,
+    "a_takeover_needs_no_word_about_the_disks": 216,
     "a_handed_over_guest_speaks_on": 4,
     "a_restarted_primary_goes_on_comparing": 62,
     "both_hosts_stay_primaries": 3,
+    "disks_are_vouched_for_unseen": 201,
     "epoch_ignored": 95,
     "frames_after_stop_leave_with_the_checkpoint": 57,
     "network_opens_before_the_primary_is_silent": 69,
@@ -96,6 +111,14 @@ ABOUT = {
 SCENES: dict[str, dict[str, Any]] = {
     "nobody_records_who_speaks_alone": _ALONE_THEN_DEAD,
     "the_lease_is_not_waited_for": _ALONE_THEN_DEAD,
+    "a_takeover_needs_no_word_about_the_disks": _LOST_WITHIN,
+    "disks_are_vouched_for_unseen": _LOST_WITHIN,
+    "a_lost_mirror_is_not_noticed": _DISKS | {
+        "faults": (
+            Fault(20, "checkpoint"), Fault(400, "lose_disk", 0, 1), Fault(600, "checkpoint", 0, 1),
+            Fault(800, "power_pvm", 50, 1),
+        ),
+    },
     "fast_path_compares_no_datagrams": {"udp": 100, "odd_udp": True},
     "fast_path_releases_datagrams_that_wait": {"udp": 100},
     "a_shadow_begins_before_the_secondary_knows": {
@@ -147,6 +170,15 @@ LEASE: set[str] = set()
 ROLES: set[str] = set()
 
 
+#: mutants of replicated disks
+DISKS: set[str] = set()
+
+
+def _disk_mutant(f: Callable[[Any], None]) -> Callable[[Any], None]:
+    DISKS.add(f.__name__)
+    return _mutant(f)
+
+
 def _rewriter_mutant(f: Callable[[Any], None]) -> Callable[[Any], None]:
     REWRITER_MUTANTS[f.__name__] = f
     return f
@@ -180,6 +212,7 @@ def _offload_mutant(f: Callable[[Any], None]) -> Callable[[Any], None]:
 def scenes(name: str, runs: int) -> Iterator[Scene]:
     """Return scenes in which the mutant has a chance to do harm."""
     random_one = lease_scene if name in LEASE else roles_scene if name in ROLES else scene
+    random_one = disk_scene if name in DISKS else random_one
     for seed in (*((FIRST[name],) if name in FIRST else ()), *range(runs)):
         yield replace(random_one(seed), fast=name.startswith("fast_path"), **SCENES.get(name, {}))
 
@@ -1042,3 +1075,65 @@ def an_entry_for_good_learns_whatever_comes(mp: Any) -> None:
 
     mp.setattr(Rewriter, "_learn_guest", learn)
     mp.setattr(ConntrackEntry, "wanted", property(wanted))
+
+
+# -- disks
+
+
+async def _nothing(self: Any, *args: Any) -> None: ...
+
+
+async def _all_is_well(self: Any) -> str:
+    return ""
+
+
+@_disk_mutant
+def images_stay_open_at_a_takeover(mp: Any) -> None:
+    mp.setattr(DiskReplication, "stop_serving", _nothing)
+
+
+@_disk_mutant
+def a_lost_mirror_is_not_noticed(mp: Any) -> None:
+    mp.setattr(DiskReplication, "whole", _all_is_well)
+    mp.setattr(DiskReplication, "on_event", lambda self, event: "")
+
+
+@_disk_mutant
+def disks_are_vouched_for_unseen(mp: Any) -> None:
+    """The primary asks about its mirrors before a checkpoint, and no more after the STOP."""
+
+    async def prove(self: CheckpointCoordinator, ck: Any) -> None:
+        if self._c.qemu.disks.any and ck.stop_ns and not ck.disks_whole:
+            ck.disks_whole = True
+            self._c.peer.send("disks_whole", n=ck.n)
+
+    mp.setattr(CheckpointCoordinator, "_prove_disks", prove)
+    real = Primary._mirror_lost
+
+    def late(self: Primary, why: str) -> None:
+        if self.checkpoints.running is None:
+            real(self, why)
+
+    mp.setattr(Primary, "_mirror_lost", late)
+
+
+@_disk_mutant
+def a_takeover_needs_no_word_about_the_disks(mp: Any) -> None:
+    mp.setattr(DiskProof, "missing", property(lambda self: False))
+    mp.setattr(CheckpointCoordinator, "_prove_disks", _nothing)
+    mp.setattr(DiskProof, "said", lambda self, n: True)
+
+
+@_disk_mutant
+def colo_is_entered_before_the_disks_are_copied(mp: Any) -> None:
+    async def copied(self: DiskReplication) -> bool:
+        self.copying = None
+        return True
+
+    mp.setattr(DiskReplication, "copied", copied)
+    mp.setattr(DiskReplication, "whole", _all_is_well)
+
+
+@_disk_mutant
+def mirrors_are_left_to_a_dead_host(mp: Any) -> None:
+    mp.setattr(DiskReplication, "cut", _nothing)

@@ -15,7 +15,7 @@ from .guest import Guest
 from .mutants import ABOUT, KERNEL_MUTANTS, MUTANTS, scenes
 from .tcp import ACK, SYN, Seg, build, read
 from .torture import failure, report, shrink, trace
-from .world import Fault, Scene, World, lease_scene, roles_scene, scene
+from .world import Fault, Scene, World, disk_scene, lease_scene, roles_scene, scene
 
 RUNS, BLOCKS = 1600, 8
 #: more schedules than any of them needs
@@ -99,6 +99,22 @@ def test_random_schedules_of_pairs_made_anew() -> None:
         oldest = max(oldest, world.oldest())
     assert pairs > 100
     assert oldest >= 3, "no connection lived through three takeovers"
+
+
+@pytest.mark.parametrize("block", range(2))
+def test_random_schedules_of_disks(block: int) -> None:
+    """A guest that writes, mirrors that are lost or silent, and takeovers."""
+    confirmed = pairs = 0
+    for seed in range(block * 150, (block + 1) * 150):
+        s = disk_scene(seed)
+        world = World(s)
+        try:
+            world.run()
+        except Exception as e:
+            pytest.fail(report(s, f"{type(e).__name__}: {e}"))
+        confirmed += len(world.client.confirmed())
+        pairs += world.pairs
+    assert confirmed > 5000 and pairs > 50
 
 
 @pytest.mark.timeout(300)

@@ -18,11 +18,12 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 
-from .world import Scene, World, roles_scene, scene
+from .world import Scene, World, disk_scene, roles_scene, scene
 
 BLOCK = 100
 ROLES = 8  # one schedule in this many creates pairs again and changes the roles
 DATAGRAMS = 5  # and with many of them
+DISKS = 7  # and with a disk
 
 
 class _Trace(logging.Handler):
@@ -105,6 +106,8 @@ def report(s: Scene, what: str, lines: int = 60) -> str:
 
 def _scene(seed: int, path: str) -> Scene:
     s = (roles_scene if seed % ROLES == 0 else scene)(seed)
+    if seed % DISKS == 3:
+        s = disk_scene(seed)
     if seed % DATAGRAMS == 1:
         s = replace(s, udp=100)
     return s if path == "both" else replace(s, fast=path == "fast")
@@ -130,6 +133,8 @@ def _block(first: int, path: str = "both") -> tuple[int, list[tuple[int, str]], 
         seen["runs that went solo"] += world.was_solo
         seen["runs with a connection older than two takeovers"] += world.oldest() > 2
         seen["pairs made anew"] += world.pairs
+        seen["confirmed writes"] += len(world.client.confirmed()) if world.scene.disk else 0
+        seen["runs that an operator decides, for the disks"] += world.unproven
         seen["virtual seconds"] += world.ms() // 1000
     return first, bad, seen
 
