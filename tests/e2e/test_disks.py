@@ -3,9 +3,7 @@
 
 from __future__ import annotations
 
-import time
-
-import pytest
+import signal
 
 from colo_xdp.lab import disk
 from colo_xdp.lab.client import RecordStream
@@ -47,21 +45,25 @@ def committed(lab: Lab, role: str) -> None:
     wait_for("overlays to be committed", lambda: not lab.status(role)["disks"]["committing"], 30)
 
 
-def test_records_survive_three_takeovers(make_lab: LabMaker) -> None:
+def test_records_survive_takeovers_and_a_switchover(make_lab: LabMaker) -> None:
     lab = make_lab(disks=2)
     lab.protect()
     w = Writer(lab)
     pvm = "primary"
-    for _ in range(3):
+    for how in ("kill", "switchover", "kill"):
         svm = other(pvm)
-        for _ in range(3):
+        for _ in range(2):
             w.moves()
             lab.ask(pvm, "checkpoint")
         w.moves()
-        lab.vm[pvm].kill9()
+        if how == "kill":
+            lab.vm[pvm].kill9()
+        else:
+            lab.ask(pvm, "switchover")
         lab.wait_state(svm, "promoted", 15)
         w.moves()
         committed(lab, svm)
+        lab.vm[pvm].stop()
         lab.start_vm(pvm, incoming=True)
         protected(lab)
         w.moves()
@@ -69,48 +71,21 @@ def test_records_survive_three_takeovers(make_lab: LabMaker) -> None:
     w.check(pvm)
 
 
-@pytest.mark.parametrize("how", ["killed", "hung"])
-def test_a_primary_goes_on_without_its_secondary(make_lab: LabMaker, how: str) -> None:
-    """A secondary that hangs blocks each write until it is cut off."""
+def test_a_primary_goes_on_without_a_secondary_that_hangs(make_lab: LabMaker) -> None:
+    """Each write waits for it until it is cut off."""
     lab = make_lab(disks=1)
     lab.protect()
     w = Writer(lab)
     w.moves()
     lab.ask("primary", "checkpoint")
-    if how == "killed":
-        lab.vm["secondary"].kill9()
-    else:
-        lab.vm["secondary"].signal(19)  # SIGSTOP
+    lab.vm["secondary"].signal(signal.SIGSTOP)
     lab.wait_state("primary", "solo", 30)
     w.moves()
-    if how == "hung":
-        lab.vm["secondary"].signal(18)
-        lab.vm["secondary"].stop()
+    lab.vm["secondary"].kill9()
     lab.start_vm("secondary")
     protected(lab)
     w.moves()
     w.check("primary")
-
-
-def test_a_switchover_and_back(make_lab: LabMaker) -> None:
-    lab = make_lab(disks=1)
-    lab.protect()
-    w = Writer(lab)
-    pvm = "primary"
-    for _ in range(2):
-        w.moves()
-        began = time.monotonic()
-        lab.ask(pvm, "switchover")
-        lab.wait_state(other(pvm), "promoted", 15)
-        print(f"switchover took {time.monotonic() - began:.2f} s")
-        w.moves()
-        committed(lab, other(pvm))
-        lab.vm[pvm].stop()
-        lab.start_vm(pvm, incoming=True)
-        protected(lab)
-        pvm = other(pvm)
-    w.moves()
-    w.check(pvm)
 
 
 def test_a_mirror_that_is_lost_alone_is_a_lost_secondary(make_lab: LabMaker) -> None:
