@@ -386,15 +386,18 @@ class CheckpointCoordinator:
     async def _prove_disks(self, ck: Checkpoint) -> None:
         """Once the PVM stands still, tell the secondary whether its images are of this checkpoint.
 
-        STOP comes after the guest's last write has ended (vm_stop() drains), and a mirror that is
-        whole after that was whole all the time. QEMU empties the secondary's overlays in any case,
-        so the secondary counts the checkpoint only with this word. Raises CheckpointFailed.
+        STOP comes after the guest's last write has ended (vm_stop() drains). QEMU empties the
+        secondary's overlays in any case, so the secondary counts the checkpoint only with this
+        word. It must not wait for QEMU, which answers nothing while it sends the guest's state: if
+        it dies then, the secondary has that state, and would not have the word. Raises
+        CheckpointFailed.
         """
-        c = self._c
-        if not c.qemu.disks.any or not ck.stop_ns or ck.disks_whole:
+        disks = self._c.qemu.disks
+        if not disks.any or not ck.stop_ns or ck.disks_whole:
             return
-        if why := await c.qemu.disks.whole():
+        if not disks.still_whole and (why := await disks.whole()):
             raise CheckpointFailed(why)
+        c = self._c
         ck.disks_whole = True
         c.peer.send("disks_whole", n=ck.n)
 
@@ -418,6 +421,8 @@ class CheckpointCoordinator:
         """
         c = self._c
         await self._prove_disks(ck)
+        if why := await c.qemu.disks.whole():  # by asking, too
+            raise CheckpointFailed(why)
         c.drain()  # frames from before STOP may still be in the ring
         held = c.output.held
         if c.view.guest.standalone:

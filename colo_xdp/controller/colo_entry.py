@@ -22,6 +22,7 @@ from ..datapath.datapath import DataPath
 from ..failover.arbiter import Arbiter
 from ..failover.decision import State
 from ..peer.channel import Peer
+from ..qemu import hardware
 from ..qemu.disks import DiskError
 from ..qemu.qmp import QmpError
 from ..qemu.supervisor import IN_COLO, QemuSupervisor
@@ -148,6 +149,7 @@ class ColoEntry:
         self.peer_ready = False  # a QEMU waits on the secondary, and nothing speaks against it
         self.peer_qemu = (-1, "")  # which QEMU waits there, of which controller
         self.peer_disks: dict[str, Any] = {}  # sizes of the images that it exports, bytes
+        self.peer_hardware = ""  # what it reports of its machine
         self._copied_to = (-1, "")  # which QEMU has the disks, or gets them now
         self.peer_lacks = ""  # why the secondary is not ready
         self.guest_stopped = False  # the guest was stopped for the entry in progress
@@ -194,7 +196,7 @@ class ColoEntry:
             elif migration is None:
                 c.become(c.state, c.view.guest.why or "waiting for this host's QEMU (QMP)")
             elif c.peer.connected and self.peer_ready:
-                if await self._copy_disks() and await self._try():
+                if await self._alike() and await self._copy_disks() and await self._try():
                     return False
             else:
                 await self._drop_mirrors()
@@ -214,6 +216,20 @@ class ColoEntry:
             return
         with contextlib.suppress(QmpError):
             await c.qemu.disks.cut()
+
+    async def _alike(self) -> bool:
+        """Return whether both QEMUs are built alike; else the state has the differences."""
+        c = self._c
+        try:
+            why = hardware.refusal(await c.qemu.qmp.hardware(), hardware.decode(self.peer_hardware))
+        except ValueError as e:
+            why = f"COLO is not entered: the secondary's report: {e}"
+        except QmpError as e:
+            why = str(e)
+        if why:
+            await self._drop_mirrors()
+            c.become(c.state, why)
+        return not why
 
     async def _copy_disks(self) -> bool:
         """Copy the guest's disks to the secondary, a step at a time. Returns whether it is done."""

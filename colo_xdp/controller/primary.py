@@ -292,6 +292,7 @@ class Primary(Controller):
         self.view.peer_open()
         self.entry.peer_qemu = (msg.get("qemu", 0), self.peer.peer_boot)
         self.entry.peer_disks = msg["disks"]
+        self.entry.peer_hardware = msg["hardware"]
         self.entry.peer_lacks = ""
         self.arbiter.peer_open()
         self.checkpoints.wake()

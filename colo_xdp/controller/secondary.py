@@ -30,6 +30,7 @@ from ..peer.heartbeat import Flag
 from ..qemu.disks import DiskError
 from ..qemu.event import QmpEvent
 from ..qemu.guest_event import News
+from ..qemu.hardware import encode
 from ..qemu.qmp import QmpError
 from .controller import Controller
 from .disk_proof import DiskProof
@@ -588,7 +589,10 @@ class Secondary(Controller):
             self.become(State.STARTING, why)
             self.peer.send("failed", n=0, why=why)
         else:
-            self.peer.send("ready", epoch=self.dp.epoch, qemu=self._qemus, disks=sizes)
+            seen = encode(await self.qemu.qmp.hardware())
+            self.peer.send(
+                "ready", epoch=self.dp.epoch, qemu=self._qemus, disks=sizes, hardware=seen
+            )
 
     async def start(self) -> None:
         await super().start()

@@ -54,7 +54,7 @@ class Client:
         """Send a GET; the answer is complete only if the server closed at the announced length."""
 
         def run() -> Fetch:
-            t, mine = time.monotonic(), 0
+            t, mine, broken = time.monotonic(), 0, ""
             data = bytearray()
             try:
                 with _connect(port, v6, timeout) as s:
@@ -63,13 +63,12 @@ class Client:
                     while part := s.recv(1 << 17):
                         data += part
             except OSError as e:
-                why = str(e) or type(e).__name__
-                return Fetch(False, bytes(data), time.monotonic() - t, why, mine)
+                broken = str(e) or type(e).__name__
             head, body, *_ = [*re.split(rb"\r?\n\r?\n", bytes(data), maxsplit=1), b""]
             m = re.search(rb"Content-Length: (\d+)", head, re.I)
             whole = m is None or int(m[1]) == len(body)
-            ok = b" 200 " in head[:16] and whole
-            why = "" if ok else repr(head[:80])
+            ok = b" 200 " in head[:16] and whole and not broken
+            why = "" if ok else broken or repr(head[:80])
             return Fetch(ok, body, time.monotonic() - t, why, mine, len(data) - len(body))
 
         return in_ns(self.ns, run)

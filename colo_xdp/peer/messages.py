@@ -21,7 +21,7 @@ MIN_VERSION = 6  # oldest version that this release can still use
 MAX_LINE = 65536
 MAX_TEXT = 4096
 MAX_FLOWS_TEXT = 61440
-LONG = ("flows", "addresses")
+LONG = ("flows", "addresses", "hardware")
 
 #: type -> {field: type}. Every field is required; unknown ones are refused (but in hello).
 MESSAGES: dict[str, dict[str, type]] = {
@@ -49,8 +49,9 @@ MESSAGES: dict[str, dict[str, type]] = {
     # the format of AddressTable.export(), hexadecimal; not sent if there are none.
     "claims": {"n": int, "addresses": str, "macs": str},
     # S: QEMU waits for the migration and the data path is ready; `qemu`: number of this QEMU since
-    # the controller started; `disks`: sizes in bytes of the images that it exports, by name.
-    "ready": {"epoch": int, "qemu": int, "disks": dict},
+    # the controller started; `disks`: sizes in bytes of the images that it exports, by name;
+    # `hardware`: what its guest will see (qemu/hardware.py).
+    "ready": {"epoch": int, "qemu": int, "disks": dict, "hardware": str},
     # P: a checkpoint to epoch n begins: hold everything.
     "begin": {"n": int, "cause": str, "initial": bool},
     # S: output is held from here on.

@@ -24,6 +24,7 @@ from qemu.qmp.protocol import Runstate
 from qemu.qmp.qmp_client import ExecuteError
 
 from .event import QmpEvent, read
+from .hardware import Hardware, parse_qtree
 from .nic import at_tap
 
 log = logging.getLogger("colo_xdp.qemu.qmp")
@@ -214,6 +215,22 @@ class Qmp:
                     if await self.execute("qom-get", {"path": path, "property": name}):
                         found.add(name)
         return frozenset(found)
+
+    async def hardware(self) -> Hardware:
+        """Return what the guest sees of its machine (qemu/hardware.py). Raises QmpError."""
+        info = await self.info()
+        cpus = await self.execute("query-cpus-fast")
+        memory = await self.execute("query-memory-size-summary")
+        model = await self.execute("qom-get", {"path": cpus[0]["qom-path"], "property": "type"})
+        tree = await self.execute("human-monitor-command", {"command-line": "info qtree"})
+        return {
+            "QEMU": ".".join(map(str, info.version[:2])),
+            "machine": info.machine.removesuffix("-machine"),
+            "CPU model": str(model),
+            "vCPUs": str(len(cpus)),
+            "memory": f"{memory['base-memory'] >> 20} MiB",
+            **parse_qtree(str(tree)),
+        }
 
     async def status(self, timeout: float | None = None) -> str:
         """Return the run state (`running`, `colo`, `inmigrate`, ...). Raises QmpError."""

@@ -8,8 +8,8 @@ the primary a mirror with copy-mode=write-blocking copies the disk to that expor
 from its end of the copy on, a write of the guest ends when it is on both images. It needs nothing
 of the primary's command line, and no stop of the guest.
 
-QEMU neither compares the images nor ties the mirror to its checkpoints. whole() has to be asked
-after each STOP of the PVM: only then the image of the secondary is the disk of that checkpoint.
+QEMU neither compares the images nor ties the mirror to its checkpoints. The mirrors have to be
+whole at the STOP of the PVM: only then the image of the secondary is the disk of that checkpoint.
 
 A request to a host that is silent never ends, and then any command that drains makes QEMU hang.
 Hence cut() first ends the connections out of band. docs/design/disks.md has the reasons.
@@ -111,6 +111,7 @@ class DiskReplication:
         self.copying: Copying | None = None  # a first copy is in progress
         self.lost = ""  # why a disk is no longer mirrored
         self._cutting = False
+        self._asked: object = None  # the QMP connection on which all mirrors were whole
         self.serving = False
         self._setting_up = asyncio.Lock()
 
@@ -486,9 +487,25 @@ class DiskReplication:
     async def whole(self) -> str:
         """Return an empty string if the secondary's images have all that the guest has written.
 
-        Else: why not. To be asked after the PVM's STOP. Raises QmpError.
+        Else: why not. Raises QmpError.
         """
-        return self._not_whole(await self._mirrors(), ready=True) if self.any else ""
+        if not self.any:
+            return ""
+        qmp = self._qemu.qmp
+        why = self._not_whole(await self._mirrors(), ready=True)
+        self._asked = None if why else qmp
+        return why
+
+    @property
+    def still_whole(self) -> bool:
+        """Whether nothing has happened to the mirrors since whole() said that they are whole.
+
+        QEMU reports a failed write by BLOCK_JOB_ERROR at once (block_job_error_action()), and QMP
+        keeps the order: an error from before the STOP of the guest has been read before it. So the
+        answer needs no time, and QEMU none to give it. It does not hold for another connection.
+        """
+        qmp = self._qemu.qmp
+        return self._asked is qmp and qmp.connected and not self.lost
 
     def _not_whole(self, mirrors: list[Mirror], *, ready: bool) -> str:
         if self.lost:

@@ -933,6 +933,9 @@ class SimQmp:
     async def lost_heartbeat(self, timeout: float | None = None) -> None:
         (await self._call("x-colo-lost-heartbeat")).lost_heartbeat()
 
+    async def hardware(self) -> dict[str, str]:
+        return {}  # both are alike
+
     async def guest_macs(self, tap: str) -> list[str]:
         return ["52:54:00:00:00:02"]
 

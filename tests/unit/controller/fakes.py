@@ -193,6 +193,9 @@ class FakeQmp:
     async def status(self, timeout: float | None = None) -> str:
         return "running"
 
+    async def hardware(self) -> dict[str, str]:
+        return {"vCPUs": "1"}
+
     async def trigger_checkpoint(self) -> None:
         self.said.append("checkpoint")
 

@@ -167,7 +167,7 @@ def test_a_pair_is_not_entered_twice_at_a_time() -> None:
         c.state = State.SOLO
         old = c.checkpoints._serving = c.spawn(asyncio.sleep(60))
         await asyncio.sleep(0)
-        c.on_message({"type": "ready", "epoch": 1, "qemu": 1, "disks": {}})
+        c.on_message({"type": "ready", "epoch": 1, "qemu": 1, "disks": {}, "hardware": ""})
         assert c.state is State.STARTING and c.checkpoints._serving is not old
         c.checkpoints._serving.cancel()
         await asyncio.wait([old], timeout=5)

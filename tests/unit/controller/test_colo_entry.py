@@ -17,6 +17,7 @@ from colo_xdp.controller.checkpoint import Checkpoint, CheckpointFailed
 from colo_xdp.controller.colo_entry import BACKOFF_FREE_S, BACKOFF_S, Tries
 from colo_xdp.failover.decision import State
 from colo_xdp.qemu.event import QmpEvent
+from colo_xdp.qemu.hardware import encode
 from colo_xdp.qemu.qmp import QmpError
 from tests.unit.controller.fakes import in_loop, primary, secondary, undecided
 from tests.unit.controller.test_guest_lifecycle import OFF, says
@@ -46,6 +47,9 @@ class Qemu:
     async def yank(self, timeout: float | None = None) -> None:
         self.said.append("yank")
         self.migration = "failed"
+
+    async def hardware(self) -> dict[str, str]:
+        return {"vCPUs": "1"}
 
     async def prepare(self, *, primary: bool) -> None:
         self.said.append("prepare")
@@ -274,6 +278,33 @@ def test_a_secondary_says_ready_only_if_it_is(disk: bool) -> None:
     in_loop(body)
 
 
+def test_machines_that_differ_are_no_pair() -> None:
+    """The difference is named before anything is changed."""
+
+    async def body() -> None:
+        c, _, _ = primary(Mode.BYPASS)
+        c.qemu.qmp = Qemu("running", "")  # type: ignore[assignment]
+        c.state = State.STARTING
+        for theirs, text in (
+            (encode({"vCPUs": "2"}), "vCPUs: 1 here, 2 there"),
+            ("no report", "the secondary's report"),
+        ):
+            c.on_message({"type": "ready", "epoch": 0, "qemu": 1, "disks": {}, "hardware": theirs})
+            assert not await c.entry._alike() and text in c.reason
+        c.on_message(
+            {
+                "type": "ready",
+                "epoch": 0,
+                "qemu": 2,
+                "disks": {},
+                "hardware": encode({"vCPUs": "1"}),
+            }
+        )
+        assert await c.entry._alike() and not c.qemu.qmp.said  # type: ignore[attr-defined]
+
+    in_loop(body)
+
+
 @pytest.mark.parametrize(("status", "begun"), [("inmigrate", True), ("running", False)])
 def test_an_entry_begins_with_a_look(status: str, begun: bool) -> None:
     """Capabilities that another tool has set since are set back."""
@@ -399,6 +430,7 @@ def test_a_guest_that_is_off_is_not_let_out_by_the_entry_that_ends_with_it() -> 
         c, dp, _ = primary(Mode.BYPASS)
         q = c.qemu.qmp = Qemu("running", "active")  # type: ignore[assignment]
         c.peer.connected = c.entry.peer_ready = True
+        c.entry.peer_hardware = encode({"vCPUs": "1"})
         c.checkpoints._serving = c.spawn(c.checkpoints._serve())
         while "migrate" not in q.said:
             if c.checkpoints.running is not None and not c.checkpoints.running.begun:
@@ -470,6 +502,7 @@ def test_an_entry_whose_checkpoint_counts_is_no_entry_that_failed(answer: str) -
     async def body() -> None:
         c, dp, sent = primary(Mode.BYPASS)
         c.view.guest.standalone, c.peer.connected, c.entry.peer_ready = True, True, True
+        c.entry.peer_hardware = encode({"vCPUs": "1"})
         q = c.qemu.qmp = Qemu("running", "")  # type: ignore[assignment]
 
         async def checkpoint(want: Any) -> None:

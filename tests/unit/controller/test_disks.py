@@ -34,6 +34,7 @@ class Disks:
         self.copying = "copying disks: 7 %"
         self.fails: list[Exception] = []  # of the next calls
         self.overlays_there = False
+        self.still_whole = False
 
     def _do(self, what: str) -> None:
         self.said.append(what)
@@ -344,6 +345,24 @@ def test_the_word_follows_the_stop() -> None:
         assert sent.kinds() == ["disks_whole"] and sent[0]["n"] == 8
         ck.trigger(0)
         assert not ck.disks_whole, "another try"
+
+    in_loop(body)
+
+
+def test_the_word_does_not_wait_for_a_qemu_that_is_busy() -> None:
+    async def body() -> None:
+        c, _, sent, disks = a_primary()
+        disks.still_whole = True
+
+        async def whole() -> str:
+            await asyncio.sleep(60)
+            return ""
+
+        disks.whole = whole  # type: ignore[method-assign]
+        ck = Checkpoint(8, "operator", 1)
+        ck.stop_ns = 5
+        await c.checkpoints._prove_disks(ck)
+        assert sent.kinds() == ["disks_whole"]
 
     in_loop(body)
 

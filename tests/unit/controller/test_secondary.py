@@ -37,8 +37,15 @@ def test_a_primary_that_gave_up_is_told_again_who_waits(
         async def no_migration() -> str:
             return ""
 
+        async def nothing_special() -> dict[str, str]:
+            return {}
+
         c.qemu.qmp = SimpleNamespace(  # type: ignore[assignment]
-            connected=True, status=state_of_qemu, execute=no_disks, migration_status=no_migration
+            connected=True,
+            status=state_of_qemu,
+            execute=no_disks,
+            migration_status=no_migration,
+            hardware=nothing_special,
         )
         c.peer = SimpleNamespace(connected=True, send=sent)  # type: ignore[assignment]
         c._ready_wanted, c.view.peer.state = True, "checkpointing"
@@ -153,7 +160,7 @@ def test_a_checkpoint_is_refused_by_name(change: dict[str, Any], why: str) -> No
 def test_signs_of_an_earlier_secondary_are_forgotten_with_the_next_one() -> None:
     c, _, _ = primary(Mode.BYPASS)
     c.view.peer.shut = True
-    c.on_message({"type": "ready", "epoch": 0, "disks": {}})
+    c.on_message({"type": "ready", "epoch": 0, "disks": {}, "hardware": ""})
     assert not c.view.peer.shut
 
 

@@ -77,7 +77,7 @@ def test_only_a_fresh_word_counts_and_only_when_the_channel_is_down(make: Any, w
         elif why == "kept back":
             said = word(said.flags, late_ms=c.config.peer.heartbeat_timeout + 1)
         elif why == "before the guest":
-            c._peer_message({"type": "ready", "epoch": 7, "disks": {}})
+            c._peer_message({"type": "ready", "epoch": 7, "disks": {}, "hardware": ""})
             c.peer.connected = False
         elif why == "overtaken":  # by what the control channel brought before it was cut
             beat = {"t": said.t, "echo": 0, "state": "protected", "epoch": 7, "vm": True,

@@ -31,6 +31,7 @@ class Block:
     """A QEMU's block layer, as far as it is asked; one object is both QMP connections."""
 
     def __init__(self, *disks: str) -> None:
+        self.connected = True
         self.said: list[str] = []
         self.disks = {d: {"node-name": f"#block{i}", "ro": False} for i, d in enumerate(disks)}
         self.nodes: set[str] = set()
@@ -388,6 +389,27 @@ def test_a_mirror_that_ends_is_lost_for_good(tmp_path: Path, how: tuple[str, Any
         await d.cut()
         await d.start({"d0": SIZE})
         assert d.lost == ""
+
+    run(body())
+
+
+def test_what_was_whole_is_so_until_qemu_reports_something(tmp_path: Path) -> None:
+    async def body() -> None:
+        d, block = make(tmp_path, "d0")
+        block.server = True
+        await d.start({"d0": SIZE})
+        assert not d.still_whole, "nobody has asked"
+        assert await d.whole() and not d.still_whole
+        block.copied()
+        assert not await d.whole() and d.still_whole
+        d._qemu.qmp, kept = Block("d0"), block  # type: ignore[assignment]
+        assert not d.still_whole, "another connection: an event may have been missed"
+        d._qemu.qmp = kept  # type: ignore[assignment]
+        block.connected = False
+        assert not d.still_whole
+        block.connected = True
+        d.on_event(event("BLOCK_JOB_ERROR", device="colo-d0-mirror"))
+        assert not d.still_whole
 
     run(body())
 
