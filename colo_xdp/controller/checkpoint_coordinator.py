@@ -386,18 +386,22 @@ class CheckpointCoordinator:
     async def _prove_disks(self, ck: Checkpoint) -> None:
         """Once the PVM stands still, tell the secondary whether its images are of this checkpoint.
 
-        STOP comes after the guest's last write has ended (vm_stop() drains). QEMU empties the
-        secondary's overlays in any case, so the secondary counts the checkpoint only with this
-        word. It must not wait for QEMU, which answers nothing while it sends the guest's state: if
-        it dies then, the secondary has that state, and would not have the word. Raises
-        CheckpointFailed.
+        QEMU empties the secondary's overlays in any case, so the secondary counts the checkpoint
+        only with this word. It should not wait for QEMU, which answers little while it sends the
+        guest's state: if it dies then, the secondary has that state, and must have the word. Raises
+        CheckpointFailed, QmpError.
         """
         disks = self._c.qemu.disks
         if not disks.any or not ck.stop_ns or ck.disks_whole:
             return
-        if not disks.still_whole and (why := await disks.whole()):
-            raise CheckpointFailed(why)
         c = self._c
+        try:
+            if not disks.still_whole and (why := await disks.whole()):
+                raise CheckpointFailed(why)
+        except QmpError:
+            if disks.ended_whole:
+                c.peer.send("disks_whole", n=ck.n)
+            raise
         ck.disks_whole = True
         c.peer.send("disks_whole", n=ck.n)
 

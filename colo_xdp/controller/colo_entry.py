@@ -149,6 +149,7 @@ class ColoEntry:
         self.peer_ready = False  # a QEMU waits on the secondary, and nothing speaks against it
         self.peer_qemu = (-1, "")  # which QEMU waits there, of which controller
         self.peer_disks: dict[str, Any] = {}  # sizes of the images that it exports, bytes
+        self._compared = ((-1, ""), "")  # the QEMU there that is built like the one here
         self.peer_hardware = ""  # what it reports of its machine
         self._copied_to = (-1, "")  # which QEMU has the disks, or gets them now
         self.peer_lacks = ""  # why the secondary is not ready
@@ -220,6 +221,8 @@ class ColoEntry:
     async def _alike(self) -> bool:
         """Return whether both QEMUs are built alike; else the state has the differences."""
         c = self._c
+        if self._compared == (self.peer_qemu, self.peer_hardware):
+            return True
         try:
             why = hardware.refusal(await c.qemu.qmp.hardware(), hardware.decode(self.peer_hardware))
         except ValueError as e:
@@ -227,8 +230,9 @@ class ColoEntry:
         except QmpError as e:
             why = str(e)
         if why:
-            await self._drop_mirrors()
             c.become(c.state, why)
+        else:
+            self._compared = self.peer_qemu, self.peer_hardware
         return not why
 
     async def _copy_disks(self) -> bool:
@@ -279,7 +283,7 @@ class ColoEntry:
         if why:
             c.become(c.state, why)
             return False
-        self.peer_ready = False  # the next SVM says it anew, possibly during this entry
+        self.peer_ready, self._compared = False, ((-1, ""), "")
         self.guest_stopped = False
         try:
             await self._enter()

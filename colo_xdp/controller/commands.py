@@ -88,6 +88,11 @@ class Commandable(Protocol):
         """Return what a failover would do now, step by step."""
         ...
 
+    @property
+    def disk_unproven(self) -> bool:
+        """Whether this guest runs a checkpoint whose disks may not be whole on this host."""
+        ...
+
     def switchover_steps(self) -> list[str]:
         """Return what a switchover would do now, step by step."""
         ...
@@ -217,6 +222,11 @@ class OperatorCommands:
         undecided = c.undecided
         if c.state is State.STOPPED or (c.state is State.STARTING and not undecided):
             raise ValueError(f"no failover from state {c.state.value}: {c.reason}")
+        if c.disk_unproven and not force:
+            raise ValueError(
+                "the disks here may lack what was written before the last checkpoint: make sure "
+                "that the other guest is silent, and use --force to accept that"
+            )
         c.view.fence_is_void()
         c.dp.order = "force" if force else "failover"
         fence_s = c.config.failover.fence_timeout / 1000

@@ -404,7 +404,7 @@ class Controller(RoleSteps):
                 dead_after_ms=self.config.peer.dead_after,
                 automatic=self.config.failover.automatic,
                 arbiter=self.arbiter.view(),
-                disk_unproven=self.disk_unproven,
+                disk_unproven=self.disk_unproven and not self.view.forced,
             )
         )
 

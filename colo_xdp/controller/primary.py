@@ -36,6 +36,7 @@ from .shadow import ShadowMode
 
 log = logging.getLogger("colo_xdp.controller.primary")
 
+PROBE_S = 3.0  # for an answer of the secondary's NBD server that includes its storage
 PROBES = 2  # unanswered ones in a row, after which the mirrors count as lost
 LOOK_S = 0.2  # between two looks at a guest of which nothing is known
 BRIDGE_S = 1.0  # between two looks at the ports of the tap's bridge
@@ -324,7 +325,7 @@ class Primary(Controller):
         log.info("no frame of the guest reached the network for %.1f ms", msg["gap_us"] / 1e3)
 
     def _on_failed(self, msg: dict[str, Any]) -> None:
-        if self.checkpoints.running is None and self.state is State.STARTING:
+        if self.checkpoints.running is None and self.state in (State.STARTING, State.SOLO):
             self.entry.peer_lacks = msg["why"][:300]
         else:
             self.checkpoints.on_message(msg)
@@ -413,22 +414,24 @@ class Primary(Controller):
         self.spawn(self._watch_mirrors())
 
     async def _watch_mirrors(self) -> None:
-        """Look whether the secondary's NBD server answers.
+        """Look whether the secondary's images take writes, as long as there are mirrors.
 
-        A write to one that is silent never ends, and QEMU reports nothing.
+        A write to a silent server, or to storage that hangs, never ends, and QEMU reports nothing.
         """
         limit, failures = self.config.peer.heartbeat_timeout / 1000, 0
-        while self.qemu.disks.any:
-            await asyncio.sleep(limit / 2)
-            if self.state is not State.PROTECTED or self.checkpoints.running is not None:
+        disks = self.qemu.disks
+        while disks.any:
+            await asyncio.sleep(limit)
+            if not disks.mirroring or self.checkpoints.running is not None:
                 failures = 0
                 continue
             try:
-                await self.qemu.disks.probe(limit)
+                await disks.probe(PROBE_S)
                 failures = 0
             except DiskError as e:
                 failures += 1
-                if failures >= PROBES and self.state is State.PROTECTED:
+                if failures >= PROBES and disks.mirroring and self.checkpoints.running is None:
+                    disks.lost = disks.lost or str(e)  # a copy in progress fails with that
                     self._mirror_lost(str(e))
 
     async def _watch_bridge(self) -> None:
@@ -462,6 +465,9 @@ class Primary(Controller):
         """See to it that a guest which is alone runs, also when QEMU has to be waited for."""
         while self.state is State.SOLO:
             with contextlib.suppress(QmpError):
+                await self.qemu.disks.cut()
+                if await self.qemu.qmp.migration_status() in IN_COLO:
+                    await self.qemu.leave_colo()  # what was tried before has failed
                 if await self.entry.cont():
                     return
             await asyncio.sleep(REARM_S)

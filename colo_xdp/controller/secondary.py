@@ -138,6 +138,8 @@ class Secondary(Controller):
         limit = self.config.checkpoint.deadline / 1000 if self.view.pair.confirmed else float("inf")
         deadline = time.monotonic() + limit
         self.proof.begin(n)
+        if self.dp.disks_whole >= n:
+            self.dp.disks_whole = n - 1
         self.held.begin(n, time.monotonic_ns(), deadline, planned=planned)
         if not self.path_shut:
             self.dp.mode = Mode.CHECKPOINT
@@ -563,9 +565,13 @@ class Secondary(Controller):
     # ---- entering
 
     def _remind(self) -> None:
-        """Send `ready` again to a primary that gave up an entry, while a QEMU waits here."""
+        """Send `ready` again to a primary that gave up an entry, while a QEMU waits here.
+
+        Also to a guest that is alone: what kept this host from being ready may be mended.
+        """
         now = time.monotonic()
-        waits = self._ready_wanted and self.view.peer.state == State.STARTING.value
+        alone = (State.STARTING.value, State.SOLO.value, State.PROMOTED.value)
+        waits = self._ready_wanted and self.view.peer.state in alone
         if not waits or not self.peer.connected or not self.qemu.qmp.connected:
             self._remind_at = now + REMIND_S
         elif now >= self._remind_at:
@@ -626,6 +632,7 @@ class Secondary(Controller):
             return
         if not any(t.get_name() == "sweep" for t in self._tasks):
             self.spawn(self._sweep()).set_name("sweep")
+        await self.qemu.disks.adopt()
         status = await self.qemu.qmp.status()
         if status == "inmigrate":
             await self.qemu.qmp.prepare(primary=False)

@@ -35,6 +35,11 @@ TAKEOVER_S = 10.0
 GAP_S = 5.0
 MAX_ANNOUNCED = 256  # IP addresses of the guest, and as many MAC addresses
 FORWARDING_S = 90.0  # a port listens, then learns, for forward_delay each: at most 30 s
+COMMIT_LATE_S = 120.0
+COMMIT_LATE = (
+    "QEMU does not finish merging the overlays into the guest's images, as without room there: the "
+    "guest's disks depend on the overlays, and no new secondary can be made"
+)
 COMMIT_S = 0.2  # between two looks at overlays that QEMU merges into the image
 PORT_S = 0.1  # between two looks at a port that does not forward yet
 ANNOUNCE_TIMES = (0.0, 0.05, 0.2, 0.45, 0.8)  # seconds after the takeover, as QEMU's own RARPs
@@ -180,14 +185,14 @@ class Takeover:
         h = c.held.hold
         if h is not None and (h.resume is not None or self.loaded()):
             c.proof.loaded(h.n)
-        return c.qemu.disks.any and c.proof.missing and not c.view.operator
+        return c.qemu.disks.any and c.proof.missing and not c.view.forced
 
     async def settle_disks(self) -> None:
         """Wait until QEMU has merged the overlays, on which the guest's disks depend until then."""
         disks = self._c.qemu.disks
         if not disks.any:
             return
-        self.committing = True
+        self.committing, said = True, False
         began = time.monotonic()
         while self._c.state is State.PROMOTED:
             with contextlib.suppress(QmpError):
@@ -197,6 +202,10 @@ class Takeover:
                     self.committing = False
                     log.info("the overlays are committed, %.1f s", time.monotonic() - began)
                     return
+            if not said and time.monotonic() - began > COMMIT_LATE_S:
+                said = True
+                log.error(COMMIT_LATE)
+                self._c.failures.append(COMMIT_LATE)
             await asyncio.sleep(COMMIT_S)
 
     async def _in_colo(self) -> bool:

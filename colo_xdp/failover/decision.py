@@ -170,7 +170,8 @@ class Facts:
     undecided: bool = False
     other_guest: OtherGuest = OtherGuest.UNKNOWN
     own_guest: OwnGuest = OwnGuest.UNKNOWN
-    #: the SVM runs a checkpoint of which the primary has not said that its disks were whole
+    #: the SVM runs a checkpoint of which the primary has not said that its disks were whole, and
+    #: no operator has accepted that
     disk_unproven: bool = False
 
 
@@ -432,12 +433,12 @@ _ROWS: tuple[_Row, ...] = (
         lambda f: (
             f.disk_unproven
             and f.role is Role.SECONDARY
-            and not f.operator
             and (f.peer_vm_gone or f.colo_exit or _no_control(f))
         ),
         Action.DEGRADE,
         "the peer was lost between a checkpoint and its confirmation that the disks here have all "
-        "that was written before: some of it may be missing, so an operator decides",
+        "that was written before: some of it may be missing, so an operator decides "
+        "(`colo-xdp failover --force`)",
     ),
     (
         lambda f: f.arbiter.needs_grant and f.arbiter.requested and f.role is Role.SECONDARY,

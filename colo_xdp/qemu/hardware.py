@@ -21,6 +21,19 @@ OF_THE_HOST = frozenset(
         "filename", "evdev", "audiodev", "cgroup", "backend", "display", "hostdev",
     )
 )  # fmt: skip
+#: devices whose properties are the user's choice; those of others may be set by the firmware
+CHOSEN = (
+    "virtio-",
+    "vhost-",
+    "e1000",
+    "igb",
+    "rtl8139",
+    "vmxnet3",
+    "ide-",
+    "scsi-",
+    "nvme",
+    "usb-",
+)
 MAX_BYTES = 1 << 20  # of a peer's report
 SHOWN = 6  # differences in one message
 
@@ -58,7 +71,8 @@ def parse_qtree(text: str) -> Hardware:
         found[name] = "there"
         for line in block[1:]:
             p = _PROPERTY.match(line)
-            if p and p[1] not in OF_THE_HOST and not p[1].startswith("x-"):
+            chosen = kind.startswith(CHOSEN) and not (p and p[1].startswith("x-"))
+            if p and chosen and p[1] not in OF_THE_HOST:
                 found[f"{name}, {p[1]}"] = p[2].strip()
     return found
 

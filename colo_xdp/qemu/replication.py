@@ -28,18 +28,21 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from .. import user_command
-from .disks import PREFIX, DiskError, Mirror, Nodes, find, missing
+from . import nbd
+from .disks import PREFIX, DiskError, Mirror, Nodes, find
 from .event import QmpEvent
 from .qmp import QemuInfo, Qmp, QmpError, QmpTimeout
 
 log = logging.getLogger("colo_xdp.qemu.replication")
 
-PROBE_S = 1.0  # the port and QEMU's NBD greeting; a connection that hangs in QEMU stops the guest
+PROBE_S = 2.0  # a connection that hangs within QEMU would stop the guest
 CREATE_S = 10.0  # qemu-img
 CUT_S = 3.0
-GREETING = b"NBDMAGIC"  # the protocol's first bytes (NBD proto.md, "fixed newstyle")
 #: file systems without reliable locks, or that may hang: not for overlays
-NETWORK_FS = ("nfs", "nfs4", "cifs", "smb3", "9p", "fuse.sshfs", "ceph", "glusterfs")
+NETWORK_FS = (
+    "nfs", "nfs4", "cifs", "smb3", "9p", "fuse.sshfs", "ceph", "fuse.glusterfs", "gfs2", "ocfs2",
+    "lustre",
+)  # fmt: skip
 ENDS = ("BLOCK_JOB_ERROR", "BLOCK_JOB_COMPLETED", "BLOCK_JOB_CANCELLED")
 
 
@@ -67,8 +70,12 @@ class Connected(Protocol):
     """The QEMU whose disks these are (qemu/supervisor.py)."""
 
     qmp: Qmp
-    oob: Qmp | None
     info: QemuInfo | None
+
+    @property
+    def way_past(self) -> Qmp:
+        """The connection for out-of-band commands."""
+        ...
 
 
 @dataclass(slots=True)
@@ -111,6 +118,7 @@ class DiskReplication:
         self.copying: Copying | None = None  # a first copy is in progress
         self.lost = ""  # why a disk is no longer mirrored
         self._cutting = False
+        self._early = False  # STOP comes after the last write of each disk
         self._asked: object = None  # the QMP connection on which all mirrors were whole
         self.serving = False
         self._setting_up = asyncio.Lock()
@@ -122,6 +130,10 @@ class DiskReplication:
 
     async def _ask(self, command: str, args: dict[str, Any] | None = None) -> Any:
         return await self._qemu.qmp.execute(command, args)
+
+    def _export_name(self, disk: str) -> str:
+        """Return the name of a disk's export: the pair is part of it, as ports are mistaken."""
+        return f"{self.options.pair}.{disk}"[:255]
 
     async def _node_table(self) -> dict[str, Mapping[str, Any]]:
         nodes = await self._ask("query-named-block-nodes", {"flat": True})
@@ -137,7 +149,7 @@ class DiskReplication:
         for both hosts.
         """
         info = self._qemu.info
-        if info is None or info.version >= (11, 0, 0):
+        if info is None or info.version >= (11, 0, 0) or not await self._ask("query-iothreads"):
             return
         for name in self.nodes:
             entry = find(blocks, name)
@@ -146,17 +158,17 @@ class DiskReplication:
                 thread = await self._ask("qom-get", {"path": path, "property": "iothread"})
             except QmpTimeout:
                 raise
-            except QmpError:
-                continue  # this kind of device has none
+            except QmpError:  # its controller may be in one (virtio-scsi)
+                thread = "cannot be told"
             if thread:
                 raise DiskError(
-                    f"disk {name} is in an iothread: before QEMU 11 the secondary's QEMU aborts "
-                    "with that when the primary dies"
+                    f"disk {name} is, or may be, in an iothread: before QEMU 11 the secondary's "
+                    "QEMU aborts with that when the primary dies"
                 )
 
     async def yank(self, timeout: float | None = None) -> None:
         """Cut QEMU's connections to the other QEMU out of band. Raises QmpError."""
-        q = self._qemu.oob or self._qemu.qmp
+        q = self._qemu.way_past
         there = await q.execute("query-yank", None, timeout, oob=True)
         instances = [
             i for i in there
@@ -180,7 +192,7 @@ class DiskReplication:
 
     async def _serve(self) -> dict[str, int]:
         blocks = await self._ask("query-block")
-        absent = missing(blocks, self.nodes)
+        absent = [name for name in self.nodes if find(blocks, name) is None]
         if absent:
             raise DiskError(f"the guest here has no disk {', '.join(absent)}")
         await self.refuse_iothreads(blocks)
@@ -267,13 +279,14 @@ class DiskReplication:
 
         They belong to the owner of their directory, as whom QEMU may run. Raises DiskError.
         """
+        await self._remove(disk)  # those of a former QEMU take room
         if why := directory_trouble(disk.name, disk.overlays, disk.overlay_limit):
             raise DiskError(why)
         paths = self._paths(disk)
         create = "qemu-img create -q -f qcow2"  # QEMU writes no file while it waits for a migration
         await self._as_owner(
             disk,
-            'rm -f -- "$1" "$2" || exit 1; command -v qemu-img > /dev/null || exit 127; '
+            'command -v qemu-img > /dev/null || exit 127; '
             f'{create} "$1" "$3" && exec {create} "$2" "$3"',
             *map(str, paths), str(size),
         )  # fmt: skip
@@ -283,7 +296,10 @@ class DiskReplication:
         """Remove the files of overlays that QEMU has committed and closed; failure is no harm."""
         for disk in self.options.disks:
             with contextlib.suppress(DiskError):
-                await self._as_owner(disk, 'rm -f -- "$1" "$2"', *map(str, self._paths(disk)))
+                await self._remove(disk)
+
+    async def _remove(self, disk: ReplicatedDisk) -> None:
+        await self._as_owner(disk, 'rm -f -- "$1" "$2"', *map(str, self._paths(disk)))
 
     async def _as_owner(self, disk: ReplicatedDisk, script: str, *args: str) -> None:
         """Run a shell command as the owner of the overlays' directory. Raises DiskError."""
@@ -337,8 +353,8 @@ class DiskReplication:
             try:
                 await self._ask(
                     "block-export-add",
-                    {"type": "nbd", "id": n.stem, "node-name": image, "name": name[:255],
-                     "writable": True},
+                    {"type": "nbd", "id": n.stem, "node-name": image,
+                     "name": self._export_name(name), "writable": True},
                 )  # fmt: skip
             except QmpTimeout:
                 raise
@@ -378,11 +394,13 @@ class DiskReplication:
     # ---- the primary
 
     async def adopt(self) -> None:
-        """Find out whether a former controller has left mirrors in this QEMU. Raises QmpError."""
+        """Find out what a former controller has left in this QEMU. Raises QmpError."""
         if self.any:
             there = await self._node_table()
             self.mirroring = any(n.target in there for n in self.nodes.values())
-            self.lost = ""
+            self.lost, self._early = "", False
+            exports = {e["id"] for e in await self._ask("query-block-exports")}
+            self.serving = any(n.stem in exports for n in self.nodes.values())
 
     def on_event(self, event: QmpEvent) -> str:
         """Take an event from QEMU; return why a disk is no longer mirrored, if it says that."""
@@ -396,22 +414,16 @@ class DiskReplication:
         return self.lost
 
     async def probe(self, timeout: float = PROBE_S) -> None:
-        """Make sure that the other QEMU's NBD server answers. Raises DiskError."""
+        """Make sure that the other QEMU's images take writes. Raises DiskError."""
         host, _, port = self.options.remote.rpartition(":")
-        where = f"the NBD server of the secondary ({self.options.remote})"
-        writer = None
         try:
             async with asyncio.timeout(timeout):
-                reader, writer = await asyncio.open_connection(host.strip("[]"), int(port))
-                got = await reader.readexactly(len(GREETING))
-        except (OSError, TimeoutError, asyncio.IncompleteReadError) as e:
+                for name in self.nodes:
+                    await nbd.flush(host.strip("[]"), int(port), self._export_name(name))
+        except (OSError, TimeoutError, EOFError, nbd.NbdError) as e:
             what = "no answer in time" if isinstance(e, TimeoutError) else str(e)
+            where = f"the NBD server of the secondary ({self.options.remote})"
             raise DiskError(f"{where}: {what}") from e
-        finally:
-            if writer is not None:
-                writer.close()
-        if got != GREETING:
-            raise DiskError(f"{where} is no NBD server")
 
     async def start(self, theirs: Mapping[str, Any]) -> None:
         """Begin to copy the disks to the secondary, whose sizes are `theirs` (bytes, by name).
@@ -425,6 +437,7 @@ class DiskReplication:
         if await self.committing():
             raise DiskError("the overlays of this guest's disks are still being committed")
         await self.probe()
+        self._early = await self._stop_is_late(entries)
         self.lost, self.mirroring, self.copying = "", True, Copying()
         host, _, port = self.options.remote.rpartition(":")
         server = {"type": "inet", "host": host.strip("[]"), "port": port}
@@ -432,7 +445,10 @@ class DiskReplication:
             for name, n in self.nodes.items():
                 entry = entries[name]
                 assert entry is not None
-                target = {"driver": "nbd", "node-name": n.target, "server": server, "export": name}
+                target = {
+                    "driver": "nbd", "node-name": n.target, "server": server,
+                    "export": self._export_name(name),
+                }  # fmt: skip
                 await self._ask("blockdev-add", target)
                 await self._ask(
                     "blockdev-mirror",
@@ -447,6 +463,22 @@ class DiskReplication:
             with contextlib.suppress(QmpError):
                 await self.cut()
             raise DiskError(f"disk {name} cannot be copied to the secondary: {e}") from e
+
+    async def _stop_is_late(self, entries: Mapping[str, Mapping[str, Any] | None]) -> bool:
+        """Return whether QEMU sends STOP only after the last write of each disk (still_whole)."""
+        for entry in entries.values():
+            qdev = str((entry or {}).get("qdev") or "")
+            if not qdev.endswith("/virtio-backend"):
+                return False
+            where = {"path": qdev.removesuffix("/virtio-backend"), "property": "ioeventfd"}
+            try:
+                if await self._ask("qom-get", where) is not True:
+                    return False
+            except QmpTimeout:
+                raise
+            except QmpError:
+                return False
+        return True
 
     def _check_sizes(
         self, entries: Mapping[str, Mapping[str, Any] | None], theirs: Mapping[str, Any]
@@ -474,7 +506,10 @@ class DiskReplication:
         """
         if not self.any:
             return True
-        mirrors = await self._mirrors()
+        try:
+            mirrors = await self._mirrors()
+        except QmpTimeout:
+            return False  # a slow answer is no reason to begin anew
         if why := self._not_whole(mirrors, ready=False):
             raise DiskError(why)
         if self.copying is not None:
@@ -498,14 +533,25 @@ class DiskReplication:
 
     @property
     def still_whole(self) -> bool:
-        """Whether nothing has happened to the mirrors since whole() said that they are whole.
+        """Whether a STOP alone tells that the mirrors are whole, as whole() said before it.
 
         QEMU reports a failed write by BLOCK_JOB_ERROR at once (block_job_error_action()), and QMP
-        keeps the order: an error from before the STOP of the guest has been read before it. So the
-        answer needs no time, and QEMU none to give it. It does not hold for another connection.
+        keeps the order: what failed before the STOP has been read before it. That covers all writes
+        of the guest if its devices have ended theirs by then, as virtio-blk with ioeventfd does
+        (virtio_blk_data_plane_stop()). For others QEMU drains after the event (do_vm_stop()).
         """
         qmp = self._qemu.qmp
-        return self._asked is qmp and qmp.connected and not self.lost
+        return self._early and self._asked is qmp and qmp.connected and not self.lost
+
+    @property
+    def ended_whole(self) -> bool:
+        """Whether the mirrors were whole until QEMU died, on the connection that asked before.
+
+        All that it has reported was read before the end of that connection. A secondary that has
+        the whole state of a checkpoint has it from after the drain.
+        """
+        qmp = self._qemu.qmp
+        return self._asked is qmp and not qmp.connected and not self.lost
 
     def _not_whole(self, mirrors: list[Mirror], *, ready: bool) -> str:
         if self.lost:
@@ -558,12 +604,15 @@ class DiskReplication:
 
 def directory_trouble(name: str, where: str, limit: int) -> str:
     """Return why overlays of disk `name`, each up to `limit` bytes, cannot be in a directory."""
-    if not Path(where).is_dir():
-        return f"disk {name}: {where} is no directory (overlays)"
-    kind = file_system(Path(where))
-    if kind in NETWORK_FS:
-        return f"disk {name}: {where} is on a network ({kind}): use a local one"
-    st = os.statvfs(where)
+    try:
+        if not Path(where).is_dir():
+            return f"disk {name}: {where} is no directory (overlays)"
+        kind = file_system(Path(where))
+        if kind in NETWORK_FS:
+            return f"disk {name}: {where} is on a network ({kind}): use a local one"
+        st = os.statvfs(where)
+    except OSError as e:
+        return f"disk {name}: {where}: {e.strerror or e} (overlays)"
     free = st.f_bavail * st.f_frsize
     if free < 2 * limit:
         return (

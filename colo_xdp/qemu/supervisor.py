@@ -226,12 +226,18 @@ class QemuSupervisor:
         if self.oob is not None:
             await self.oob.close()
         name = f"{self.qmp.name} (oob)"
-        self.oob = Qmp(o.qmp_oob, name, o.timeout_s, lambda e: None, lambda why: None)
+        self.oob = Qmp(o.qmp_oob, name, o.timeout_s, lambda e: None, self._on_oob_closed)
         try:
             await self.oob.open()  # now, because a hanging QEMU accepts no connection
         except QmpError as e:
             self.oob = None
             log.warning("[qemu] qmp_oob: %s", e)
+
+    def _on_oob_closed(self, why: str) -> None:
+        """Open it again, if only that connection was lost."""
+        if self.qmp.connected:
+            log.warning("%s", why)
+            self._owner.spawn(self._connect_oob())
 
     async def learn_macs(self) -> str:
         """Pass the guest's MAC addresses to the data path.
@@ -287,12 +293,17 @@ class QemuSupervisor:
             if await self.qmp.migration_status() in IN_COLO:
                 await self.qmp.lost_heartbeat()
 
+    @property
+    def way_past(self) -> Qmp:
+        """The connection for out-of-band commands, which pass a main loop that hangs."""
+        return self.oob if self.oob is not None and self.oob.connected else self.qmp
+
     async def yank(self, timeout: float | None = None) -> None:
         """Cut QEMU's connections to the other QEMU, out of band. Raises QmpError."""
         if self.disks.any:
             await self.disks.yank(timeout)
         else:
-            await (self.oob or self.qmp).yank(timeout)
+            await self.way_past.yank(timeout)
 
     async def quit(self) -> None:
         """End a QEMU whose guest is worthless. Raises QmpError."""

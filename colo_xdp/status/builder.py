@@ -62,6 +62,7 @@ def active_json(c: Controller) -> dict[str, Any]:
     return {
         "transmitting": c.transmits,
         "undecided": c.undecided,
+        "disks_unproven": c.disk_unproven,
         "lease": c.arbiter.right,
         "remaining_s": c.arbiter.remaining_s,
         "sync": c.dp.sync_state.name.lower(),
@@ -151,10 +152,10 @@ def primary_status(c: Primary) -> dict[str, Any]:
 def disks_json(c: Controller) -> dict[str, Any]:
     """Return the state of the replicated disks."""
     disks = c.qemu.disks
-    copying = disks.copying
+    copying, connected = disks.copying, c.qemu.qmp.connected
     doc = {
         "names": list(disks.nodes),
-        "mirrored": disks.mirroring and copying is None and not disks.lost,
+        "mirrored": disks.mirroring and copying is None and not disks.lost and connected,
         "lost": disks.lost,
         "copying": None
         if copying is None
@@ -164,7 +165,7 @@ def disks_json(c: Controller) -> dict[str, Any]:
             "rate": copying.rate,
             "left_s": copying.left_s,
         },
-        "exported": disks.serving,
+        "exported": disks.serving and connected,
         "committing": False,
         "overlays": {},
         "proof_ms": 0.0,

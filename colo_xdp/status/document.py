@@ -202,6 +202,10 @@ FIELDS: dict[str, Field] = {
             "nothing was pinned when the controller started, so it is not decided yet "
             "whether the guest may transmit"
         ),
+        disks_unproven=_flag(
+            "whether the disks here may lack what was written before the last checkpoint, so that "
+            "only an operator may let this guest take over"
+        ),
         lease=_one_of(
             ("", "held", "promised", "none"),
             "with a lease as the arbiter: the lease is held, or the other host promises to stay "
@@ -488,6 +492,7 @@ def empty(pair: str, role: str) -> Status:
         active={
             "transmitting": False,
             "undecided": False,
+            "disks_unproven": False,
             "lease": "",
             "remaining_s": None,
             "sync": "none",

@@ -163,6 +163,9 @@ class SimBlock:
         if any(i["type"] == "block-node" for i in args["instances"]):
             self.fail("yanked")
 
+    def query_iothreads(self, args: Any) -> Any:
+        return []
+
     def qom_get(self, args: Any) -> str:
         return ""
 

@@ -83,7 +83,7 @@ def test_a_controller_that_idles_is_not_taken_for_a_dead_one() -> None:
 )
 def test_who_reaches_the_network_and_by_which_right(held: bool, may: bool, lease: str) -> None:
     c, dp, _ = primary()
-    rest = {"undecided": False, "sync": "in_sync"}
+    rest = {"undecided": False, "disks_unproven": False, "sync": "in_sync"}
     assert active_json(c) == {"transmitting": True, "lease": "", "remaining_s": None, **rest}
     c.arbiter = LeaseArbiter(Leased(held, "", may=may))  # type: ignore[arg-type]
     want = {"transmitting": may, "lease": lease, "remaining_s": 1.5 * may, **rest}

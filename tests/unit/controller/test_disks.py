@@ -34,7 +34,10 @@ class Disks:
         self.copying = "copying disks: 7 %"
         self.fails: list[Exception] = []  # of the next calls
         self.overlays_there = False
-        self.still_whole = False
+        self.still_whole = self.ended_whole = False
+        self.lost = ""
+
+    async def adopt(self) -> None: ...
 
     def _do(self, what: str) -> None:
         self.said.append(what)
@@ -141,6 +144,10 @@ def test_between_the_checkpoint_and_the_word_an_operator_decides() -> None:
     lost_peer(c)
     d = decide(c.facts())
     assert d.action is Action.DEGRADE and "disks" in d.why
+    c.view.ordered(forced=False, until_s=time.monotonic() + 60)
+    assert decide(c.facts()).action is Action.DEGRADE, "as a cluster manager orders it"
+    with pytest.raises(ValueError, match="--force"):
+        asyncio.run(c.commands.failover({}))
     c.view.ordered(forced=True, until_s=time.monotonic() + 60)
     assert decide(c.facts()).action is Action.TAKE_OVER
     c.view.order_withdrawn()
@@ -367,6 +374,27 @@ def test_the_word_does_not_wait_for_a_qemu_that_is_busy() -> None:
     in_loop(body)
 
 
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_qemu_that_dies_before_it_answers(whole: bool) -> None:
+    """A secondary that has the whole state of the checkpoint has whole disks, too."""
+
+    async def body() -> None:
+        c, _, sent, disks = a_primary()
+
+        async def dies() -> str:
+            disks.ended_whole = whole
+            raise QmpError("PVM: query-block-jobs: Disconnected")
+
+        disks.whole = dies  # type: ignore[method-assign]
+        ck = Checkpoint(8, "operator", 1)
+        ck.stop_ns = 5
+        with pytest.raises(QmpError):
+            await c.checkpoints._prove_disks(ck)
+        assert sent.kinds() == ["disks_whole"] * whole
+
+    in_loop(body)
+
+
 def test_nothing_is_released_by_a_checkpoint_whose_disks_are_not_whole() -> None:
     async def body() -> None:
         c, dp, sent, disks = a_primary(Mode.CHECKPOINT)
@@ -459,7 +487,7 @@ def test_a_silent_nbd_server_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None
             if probes != 2:
                 raise DiskError("the NBD server: no answer in time")
 
-        disks.probe = probe  # type: ignore[attr-defined]
+        disks.probe, disks.mirroring = probe, True  # type: ignore[attr-defined]
         lost: list[str] = []
 
         def note(why: str) -> None:

@@ -37,8 +37,10 @@ class Block:
         self.nodes: set[str] = set()
         self.jobs: dict[str, dict[str, Any]] = {}
         self.exports: dict[str, str] = {}
+        self.names: list[str] = []
         self.server = False
         self.iothread: set[str] = set()
+        self.scsi, self.ioeventfd = False, True
         self.refuse: dict[str, str] = {}  # command: error
         self.silent: set[str] = set()  # commands without an answer
         self.hangs = False  # the main loop waits for the other host
@@ -89,7 +91,14 @@ class Block:
         self.yanked = args["instances"]
         self.hangs = False
 
+    def query_iothreads(self, args: Any) -> Any:
+        return [{"id": "io0"}] * bool(self.iothread)
+
     def qom_get(self, args: Any) -> Any:
+        if args["property"] == "ioeventfd":
+            return self.ioeventfd
+        if self.scsi:
+            raise QmpError("Property 'scsi-hd.iothread' not found")
         return "/objects/io0" if args["path"].split("/")[3][1:] in self.iothread else ""
 
     def qom_set(self, args: Any) -> None:
@@ -130,6 +139,7 @@ class Block:
 
     def block_export_add(self, args: Any) -> None:
         assert args["writable"] is True
+        self.names.append(args["name"])
         self.exports[args["id"]] = args["node-name"]
 
     def copied(self) -> None:
@@ -143,7 +153,7 @@ def make(
     block = Block(*names)
     disks = tuple(ReplicatedDisk(n, str(tmp_path), 1 << 20) for n in names)
     options = ReplicationOptions("p", disks, "127.0.0.1:10809", "127.0.0.1:10810")
-    qemu = SimpleNamespace(qmp=block, oob=block, info=QemuInfo(version, False, "running"))
+    qemu = SimpleNamespace(qmp=block, way_past=block, info=QemuInfo(version, False, "running"))
     d = DiskReplication(options, qemu)  # type: ignore[arg-type]
 
     async def answers(timeout: float = 1) -> None:
@@ -188,10 +198,11 @@ def test_the_secondary_is_set_up_once(tmp_path: Path) -> None:
         assert block.exports == {"colo-d0": "#block0", "colo-d1": "#block1"}, "the images"
         assert block.disks["d0"]["node-name"] == "colo-d0" and d.serving
         said = list(block.said)
+        assert block.names == ["p.d0", "p.d1"], "the pair is part of the name"
         assert await d.serve() == {"d0": SIZE, "d1": SIZE}, "as `ready` is sent again"
         assert block.said == [*said, "nbd-server-start"]
         other, _ = make(tmp_path, "d0", "d1")  # the next controller of this host
-        other._qemu.qmp = block  # type: ignore[assignment]
+        other._qemu = d._qemu
         assert await other.serve() == {"d0": SIZE, "d1": SIZE}
         await d.stop_serving()
         await d.stop_serving()
@@ -237,7 +248,7 @@ def test_a_controller_that_dies_on_the_way_is_continued(tmp_path: Path, died: st
             await d.serve()
         block.execute = real  # type: ignore[method-assign]
         other, _ = make(tmp_path, "d0", "d1")
-        other._qemu.qmp = block  # type: ignore[assignment]
+        other._qemu = d._qemu
         assert await other.serve() == {"d0": SIZE, "d1": SIZE}
         assert block.exports == {"colo-d0": "#block0", "colo-d1": "#block1"}
         assert {i["node-name"] for i in block.disks.values()} == {"colo-d0", "colo-d1"}
@@ -250,6 +261,7 @@ def test_a_controller_that_dies_on_the_way_is_continued(tmp_path: Path, died: st
     [
         ("absent", "no disk d1"),
         ("iothread", "in an iothread"),
+        ("scsi", "may be, in an iothread"),
         ("read-only", "read-only"),
         ("blockdev-add", "gets no overlays: .*of another size"),
         ("qom-set", "gets no overlays: busy"),
@@ -262,8 +274,8 @@ def test_what_the_secondary_cannot_do_is_named(tmp_path: Path, what: str, says: 
         d, block = make(tmp_path, "d0", "d1")
         if what == "absent":
             del block.disks["d1"]
-        elif what == "iothread":
-            block.iothread = {"d1"}
+        elif what in ("iothread", "scsi"):
+            block.iothread, block.scsi = {"d1"}, what == "scsi"
         elif what == "read-only":
             block.disks["d0"]["ro"] = True
         else:
@@ -407,9 +419,13 @@ def test_what_was_whole_is_so_until_qemu_reports_something(tmp_path: Path) -> No
         d._qemu.qmp = kept  # type: ignore[assignment]
         block.connected = False
         assert not d.still_whole
+        assert d.ended_whole, "QEMU died, and had reported no error"
         block.connected = True
+        assert d.still_whole and not d.ended_whole
         d.on_event(event("BLOCK_JOB_ERROR", device="colo-d0-mirror"))
         assert not d.still_whole
+        block.connected = False
+        assert not d.ended_whole
 
     run(body())
 
@@ -467,11 +483,44 @@ def test_the_next_controller_finds_the_mirrors(tmp_path: Path) -> None:
         await d.start({"d0": SIZE})
         block.copied()
         other, _ = make(tmp_path, "d0")
-        other._qemu.qmp = other._qemu.oob = block  # type: ignore[assignment]
+        other._qemu = d._qemu
         await other.adopt()
         assert other.mirroring and await other.whole() == ""
         await other.cut()
         assert not block.nodes
+
+    run(body())
+
+
+@pytest.mark.parametrize("device", ["scsi", "no ioeventfd"])
+def test_a_stop_that_comes_before_the_last_write_tells_nothing(tmp_path: Path, device: str) -> None:
+    """QEMU drains the disks of most devices after the event."""
+
+    async def body() -> None:
+        d, block = make(tmp_path, "d0")
+        block.server, block.ioeventfd = True, device == "scsi"
+        real = block.query_block
+
+        def query_block(args: Any) -> Any:
+            found = real(args)
+            if device == "scsi":
+                found[0]["qdev"] = "/machine/peripheral/vd0"
+            return found
+
+        block.query_block = query_block  # type: ignore[method-assign]
+        await d.start({"d0": SIZE})
+        block.copied()
+        assert not await d.whole() and not d.still_whole
+
+    run(body())
+
+
+def test_a_drive_without_a_medium_is_no_disk(tmp_path: Path) -> None:
+    async def body() -> None:
+        d, block = make(tmp_path, "d0")
+        block.query_block = lambda args: [{"device": "d0", "qdev": "x"}]  # type: ignore[method-assign]
+        with pytest.raises(DiskError, match="no disk d0"):
+            await d.serve()
 
     run(body())
 
@@ -487,5 +536,7 @@ def test_progress_in_words() -> None:
 def test_where_overlays_may_be(tmp_path: Path) -> None:
     assert directory_trouble("d0", str(tmp_path), 1 << 20) == ""
     assert "no directory" in directory_trouble("d0", str(tmp_path / "x"), 1)
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    assert directory_trouble("d0", str(tmp_path / "loop"), 1)
     assert "MiB free" in directory_trouble("d0", str(tmp_path), 1 << 60)
     assert file_system(Path("/proc/self")) == "proc"

@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Ask an NBD server to flush an export: whether it and its storage still answer.
+
+The messages are those of the NBD protocol (doc/proto.md of the NetworkBlockDevice project): fixed
+newstyle negotiation with NBD_OPT_GO, then one NBD_CMD_FLUSH. All numbers are big-endian.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import struct
+
+GREETING, OPTION, REPLY = b"NBDMAGIC", b"IHAVEOPT", 0x3E889045565A9
+FIXED_NEWSTYLE, NO_ZEROES = 1, 2
+OPT_ABORT, OPT_GO = 2, 7
+REP_ACK, REP_INFO, REP_ERROR = 1, 3, 1 << 31
+REQUEST, SIMPLE_REPLY = 0x25609513, 0x67446698
+CMD_DISC, CMD_FLUSH = 2, 3
+MAX_DATA = 65536  # of one answer in the negotiation
+
+
+class NbdError(RuntimeError):
+    """The server does not do what it is asked for; the text says why."""
+
+
+async def flush(host: str, port: int, export: str) -> None:
+    """Connect, flush the export and disconnect.
+
+    Raises NbdError, OSError, or EOFError when the server hangs up. The deadline is the caller's.
+    """
+    reader, writer = await asyncio.open_connection(host, port)
+    try:
+        await _negotiate(reader, writer, export)
+        writer.write(struct.pack("!IHHQQI", REQUEST, 0, CMD_FLUSH, 1, 0, 0))
+        magic, error, _ = struct.unpack("!IIQ", await reader.readexactly(16))
+        if magic != SIMPLE_REPLY:
+            raise NbdError("no NBD server: its answer to a flush is not one")
+        if error:
+            raise NbdError(f"export {export} cannot be flushed (error {error})")
+        writer.write(struct.pack("!IHHQQI", REQUEST, 0, CMD_DISC, 2, 0, 0))
+        await writer.drain()
+    finally:
+        writer.close()
+        with contextlib.suppress(OSError):
+            await writer.wait_closed()
+
+
+async def _negotiate(
+    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, export: str
+) -> None:
+    greeting, option, flags = struct.unpack("!8s8sH", await reader.readexactly(18))
+    if (greeting, option) != (GREETING, OPTION) or not flags & FIXED_NEWSTYLE:
+        raise NbdError("no NBD server (fixed newstyle)")
+    name = export.encode()
+    body = struct.pack(f"!I{len(name)}sH", len(name), name, 0)
+    writer.write(struct.pack("!I", FIXED_NEWSTYLE | flags & NO_ZEROES))
+    writer.write(struct.pack("!8sII", OPTION, OPT_GO, len(body)) + body)
+    while True:
+        magic, _, kind, size = struct.unpack("!QIII", await reader.readexactly(20))
+        if magic != REPLY or size > MAX_DATA:
+            raise NbdError("no NBD server: its answer to NBD_OPT_GO is not one")
+        data = await reader.readexactly(size)
+        if kind & REP_ERROR:
+            writer.write(struct.pack("!8sII", OPTION, OPT_ABORT, 0))
+            await writer.drain()
+            said = data.decode(errors="replace") or f"error {kind - REP_ERROR}"
+            raise NbdError(f"export {export}: {said}")
+        if kind == REP_ACK:
+            return
+        if kind != REP_INFO:
+            raise NbdError(f"no NBD server: an answer of type {kind}")
