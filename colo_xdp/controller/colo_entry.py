@@ -224,7 +224,9 @@ class ColoEntry:
         if self._compared == (self.peer_qemu, self.peer_hardware):
             return True
         try:
-            why = hardware.refusal(await c.qemu.qmp.hardware(), hardware.decode(self.peer_hardware))
+            why = await c.life.unfit() or hardware.refusal(
+                await c.qemu.qmp.hardware(), hardware.decode(self.peer_hardware)
+            )
         except ValueError as e:
             why = f"COLO is not entered: the secondary's report: {e}"
         except QmpError as e:

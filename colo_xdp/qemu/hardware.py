@@ -19,6 +19,7 @@ OF_THE_HOST = frozenset(
     (
         "netdev", "drive", "chardev", "memdev", "iothread", "romfile", "romsize", "vhostfd",
         "filename", "evdev", "audiodev", "cgroup", "backend", "display", "hostdev",
+        "cyls", "heads", "secs",  # of the image's size, which is compared by itself
     )
 )  # fmt: skip
 #: devices whose properties are the user's choice; those of others may be set by the firmware
