@@ -76,11 +76,11 @@ REWRITER_MUTANTS: dict[str, Callable[[Any], None]] = {}
 #: seeds that have shown them, tried first: a search from 0 on takes up to minutes
 FIRST = {
     "a_dead_host_is_taken_for_a_cut_link": 8,
-    "a_takeover_needs_no_word_about_the_disks": 216,
+    "a_takeover_needs_no_word_about_the_disks": 112,
     "a_handed_over_guest_speaks_on": 4,
     "a_restarted_primary_goes_on_comparing": 62,
     "both_hosts_stay_primaries": 3,
-    "disks_are_vouched_for_unseen": 201,
+    "disks_are_vouched_for_unseen": 102,
     "epoch_ignored": 95,
     "frames_after_stop_leave_with_the_checkpoint": 57,
     "network_opens_before_the_primary_is_silent": 69,
