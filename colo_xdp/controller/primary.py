@@ -414,7 +414,7 @@ class Primary(Controller):
         self.spawn(self._watch_mirrors())
 
     async def _watch_mirrors(self) -> None:
-        """Look whether the secondary's images take writes, as long as there are mirrors.
+        """Look whether the secondary's images answer, as long as there are mirrors.
 
         A write to a silent server, or to storage that hangs, never ends, and QEMU reports nothing.
         """

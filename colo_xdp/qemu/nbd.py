@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Ask an NBD server to flush an export: whether it and its storage still answer.
+"""Read a block of an NBD export: whether the server and its storage still answer.
 
 The messages are those of the NBD protocol (doc/proto.md of the NetworkBlockDevice project): fixed
-newstyle negotiation with NBD_OPT_GO, then one NBD_CMD_FLUSH. All numbers are big-endian.
+newstyle negotiation with NBD_OPT_GO, then one NBD_CMD_READ. All numbers are big-endian.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ FIXED_NEWSTYLE, NO_ZEROES = 1, 2
 OPT_ABORT, OPT_GO = 2, 7
 REP_ACK, REP_INFO, REP_ERROR = 1, 3, 1 << 31
 REQUEST, SIMPLE_REPLY = 0x25609513, 0x67446698
-CMD_DISC, CMD_FLUSH = 2, 3
+CMD_READ, CMD_DISC = 0, 2
+INFO_EXPORT = 0
+BLOCK = 4096
 MAX_DATA = 65536  # of one answer in the negotiation
 
 
@@ -24,20 +26,23 @@ class NbdError(RuntimeError):
     """The server does not do what it is asked for; the text says why."""
 
 
-async def flush(host: str, port: int, export: str) -> None:
-    """Connect, flush the export and disconnect.
+async def read(host: str, port: int, export: str, place: float) -> None:
+    """Connect, read a block at this place (0 to 1) of the export, and disconnect.
 
-    Raises NbdError, OSError, or EOFError when the server hangs up. The deadline is the caller's.
+    Not a flush: after the first copy that may take minutes, though nothing is wrong. Raises
+    NbdError, OSError, or EOFError when the server hangs up. The deadline is the caller's.
     """
     reader, writer = await asyncio.open_connection(host, port)
     try:
-        await _negotiate(reader, writer, export)
-        writer.write(struct.pack("!IHHQQI", REQUEST, 0, CMD_FLUSH, 1, 0, 0))
+        size = await _negotiate(reader, writer, export)
+        at, length = int(size * place) // BLOCK * BLOCK, min(BLOCK, size)
+        writer.write(struct.pack("!IHHQQI", REQUEST, 0, CMD_READ, 1, at, length))
         magic, error, _ = struct.unpack("!IIQ", await reader.readexactly(16))
         if magic != SIMPLE_REPLY:
-            raise NbdError("no NBD server: its answer to a flush is not one")
+            raise NbdError("no NBD server: its answer to a read is not one")
         if error:
-            raise NbdError(f"export {export} cannot be flushed (error {error})")
+            raise NbdError(f"export {export} cannot be read (error {error})")
+        await reader.readexactly(length)
         writer.write(struct.pack("!IHHQQI", REQUEST, 0, CMD_DISC, 2, 0, 0))
         await writer.drain()
     finally:
@@ -48,7 +53,8 @@ async def flush(host: str, port: int, export: str) -> None:
 
 async def _negotiate(
     reader: asyncio.StreamReader, writer: asyncio.StreamWriter, export: str
-) -> None:
+) -> int:
+    """Ask for the export; return its size in bytes."""
     greeting, option, flags = struct.unpack("!8s8sH", await reader.readexactly(18))
     if (greeting, option) != (GREETING, OPTION) or not flags & FIXED_NEWSTYLE:
         raise NbdError("no NBD server (fixed newstyle)")
@@ -56,6 +62,7 @@ async def _negotiate(
     body = struct.pack(f"!I{len(name)}sH", len(name), name, 0)
     writer.write(struct.pack("!I", FIXED_NEWSTYLE | flags & NO_ZEROES))
     writer.write(struct.pack("!8sII", OPTION, OPT_GO, len(body)) + body)
+    size_of_export = 0
     while True:
         magic, _, kind, size = struct.unpack("!QIII", await reader.readexactly(20))
         if magic != REPLY or size > MAX_DATA:
@@ -67,6 +74,8 @@ async def _negotiate(
             said = data.decode(errors="replace") or f"error {kind - REP_ERROR}"
             raise NbdError(f"export {export}: {said}")
         if kind == REP_ACK:
-            return
+            return size_of_export
         if kind != REP_INFO:
             raise NbdError(f"no NBD server: an answer of type {kind}")
+        if size >= 10 and data[:2] == INFO_EXPORT.to_bytes(2, "big"):
+            size_of_export = int.from_bytes(data[2:10], "big")

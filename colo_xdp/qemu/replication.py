@@ -21,6 +21,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import random
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -414,16 +415,17 @@ class DiskReplication:
         return self.lost
 
     async def probe(self, timeout: float = PROBE_S) -> None:
-        """Make sure that the other QEMU's images take writes. Raises DiskError."""
+        """Make sure that the other QEMU's images, and their storage, answer. Raises DiskError."""
         host, _, port = self.options.remote.rpartition(":")
         try:
             async with asyncio.timeout(timeout):
                 for name in self.nodes:
-                    await nbd.flush(host.strip("[]"), int(port), self._export_name(name))
+                    where, export = host.strip("[]"), self._export_name(name)
+                    await nbd.read(where, int(port), export, random.random())
         except (OSError, TimeoutError, EOFError, nbd.NbdError) as e:
             what = "no answer in time" if isinstance(e, TimeoutError) else str(e)
-            where = f"the NBD server of the secondary ({self.options.remote})"
-            raise DiskError(f"{where}: {what}") from e
+            server = f"the NBD server of the secondary ({self.options.remote})"
+            raise DiskError(f"{server}: {what}") from e
 
     async def start(self, theirs: Mapping[str, Any]) -> None:
         """Begin to copy the disks to the secondary, whose sizes are `theirs` (bytes, by name).

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The flush of an NBD export: against qemu-nbd, and against servers that misbehave."""
+"""A read of an NBD export: against qemu-nbd, and against servers that misbehave."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def free_port() -> int:
 @pytest.mark.skipif(QEMU_NBD is None and not os.environ.get("CI"), reason="no qemu-nbd")
 def test_a_real_server(tmp_path: Path) -> None:
     image, port = tmp_path / "a.raw", free_port()
-    image.write_bytes(bytes(1 << 20))
+    image.write_bytes(bytes((1 << 20) + 512))
     p = subprocess.Popen(
         [QEMU_NBD or "", "-f", "raw", "-t", "-e", "8", "-x", "web1.d0", "-b", "127.0.0.1", "-p",
          str(port), str(image)],
@@ -38,14 +38,15 @@ def test_a_real_server(tmp_path: Path) -> None:
         end = time.monotonic() + 20
         while True:
             try:
-                asyncio.run(nbd.flush("127.0.0.1", port, "web1.d0"))
+                asyncio.run(nbd.read("127.0.0.1", port, "web1.d0", 0.5))
                 break
             except OSError:
                 assert time.monotonic() < end
                 time.sleep(0.05)
-        asyncio.run(nbd.flush("127.0.0.1", port, "web1.d0"))
+        for place in (0.0, 0.3, 0.999):
+            asyncio.run(nbd.read("127.0.0.1", port, "web1.d0", place))
         with pytest.raises(nbd.NbdError, match=r"web2\.d0"):
-            asyncio.run(nbd.flush("127.0.0.1", port, "web2.d0"))
+            asyncio.run(nbd.read("127.0.0.1", port, "web2.d0", 0.5))
     finally:
         p.terminate()
         said = p.communicate(timeout=10)[1]
@@ -81,7 +82,7 @@ def test_a_server_that_is_none_or_fails(answer: bytes) -> None:
         port = server.sockets[0].getsockname()[1]
         try:
             with pytest.raises((nbd.NbdError, EOFError, OSError)):
-                await asyncio.wait_for(nbd.flush("127.0.0.1", port, "web1.d0"), 5)
+                await asyncio.wait_for(nbd.read("127.0.0.1", port, "web1.d0", 0.5), 5)
         finally:
             server.close()
 
