@@ -47,8 +47,8 @@ from ..qemu.replication import ReplicatedDisk, ReplicationOptions
 from ..qemu.supervisor import QemuOptions, QemuSupervisor, Stakes
 from .commands import OperatorCommands
 from .device_watch import DeviceWatch
+from .guest_lifecycle import ENDED, GuestLifecycle
 from .guest_lifecycle import Action as LastAction
-from .guest_lifecycle import GuestLifecycle
 from .heartbeats import Heartbeats
 from .pair_view import PairView, Surroundings
 from .replacement import Replacement
@@ -307,7 +307,7 @@ class Controller(RoleSteps):
                 word = msg["shadow"] and msg["role"] == Role.PRIMARY.value
                 self._on_peer_shadow(word, msg["epoch"])
             if msg.get("over"):
-                self.life.pair_over("the other guest has ended itself")
+                self.life.pair_over(ENDED)
             elif msg["shut"]:
                 self.peer_shut(msg["alone"])
             if msg["echo"]:

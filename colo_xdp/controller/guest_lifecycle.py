@@ -30,6 +30,7 @@ from .pair_view import PairView
 
 log = logging.getLogger("colo_xdp")
 
+ENDED = "the other guest has ended itself"  # as heartbeats say it, without a reason
 OFF_S = 0.3  # how long a guest that is off may wait until its copy confirms that it is silent
 GRACE_S = 5.0  # until a copy of a guest that is off is ended, if it does not end itself
 
@@ -218,6 +219,9 @@ class GuestLifecycle:
         c = self._c
         if c.view.guest.over:  # the other host was told the same of this one, and is silent
             c.view.peer_shut()
+            if c.view.guest.over == ENDED != why and c.state is State.STOPPED:
+                c.view.guest_over(why)  # a heartbeat overtook the message with the reason
+                c.become(State.STOPPED, f"{why}: the pair is over")
             return
         if c.state in (State.STOPPED, State.PROMOTED, State.STARTING, State.SOLO):
             return

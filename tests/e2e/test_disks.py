@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 
 from colo_xdp.lab import disk
@@ -154,6 +155,14 @@ def test_what_cannot_be_replicated_is_refused_by_name(make_lab: LabMaker) -> Non
     w = Writer(lab)
     w.moves()
     lab.vm["secondary"].stop()
+    lab.image("secondary", "d0").unlink()
+    os.link(lab.image("primary", "d0"), lab.image("secondary", "d0"))  # one file on both hosts
+    lab.start_vm("secondary")
+    wait_for("a refusal", lambda: "lock" in lab.status("secondary").get("reason", ""), 60)
+    assert "disk d0 cannot be exported" in lab.status("secondary")["reason"]
+    w.moves()
+    lab.vm["secondary"].stop()
+    lab.image("secondary", "d0").unlink()
     lab.image("secondary", "d0").write_bytes(right)
     lab.start_vm("secondary")
     protected(lab)

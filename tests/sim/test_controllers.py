@@ -404,6 +404,8 @@ SCENES: dict[str, Callable[[int], Scene]] = {
     "a_stopped_controller_is_a_dead_one": stopped_scene,
     "the_next_controller_forgets_who_was_stopped": stopped_scene,
 }
+#: seeds that have shown those that random scenes seldom show
+FIRST = {"a_stale_guest_may_hold_the_lease": (1152,)}
 FAULTS: tuple[Callable[[Any], None], ...] = (
     a_data_path_that_began_with_nothing_speaks, a_stopped_controller_is_a_dead_one,
     the_next_controller_forgets_who_was_stopped,
@@ -418,4 +420,5 @@ def test_faults_are_noticed(fault: Callable[[Any], None]) -> None:
     with pytest.MonkeyPatch.context() as mp:
         fault(mp)
         make = SCENES.get(fault.__name__, control_scene)
-        assert any(failure(make(seed), Gates) for seed in range(600)), fault.__name__
+        seeds = (*FIRST.get(fault.__name__, ()), *range(600))
+        assert any(failure(make(seed), Gates) for seed in seeds), fault.__name__

@@ -13,6 +13,7 @@ import pytest
 from colo_xdp.abi import Mode, Source, SyncState
 from colo_xdp.compare.causes import Cause
 from colo_xdp.controller.checkpoint import CheckpointFailed, CheckpointRequest
+from colo_xdp.controller.guest_lifecycle import ENDED
 from colo_xdp.controller.primary import Primary
 from colo_xdp.controller.secondary import Secondary
 from colo_xdp.datapath.ring import CapturedFrame
@@ -364,3 +365,15 @@ def begun(c: Primary, kind: str, fields: dict[str, Any]) -> bool:
     if kind == "begin":
         asyncio.get_running_loop().call_soon(c.on_message, {"type": "begin_ack", "n": fields["n"]})
     return True
+
+
+def test_a_heartbeat_may_come_before_the_reason() -> None:
+    c, _, _ = secondary()
+    c.state, c.view.pair.in_colo, c.view.pair.confirmed = State.PROTECTED, True, True
+    c.spawn = lambda coro: coro.close()  # type: ignore[method-assign,assignment]
+    c.life.pair_over(ENDED)
+    assert c.state is State.STOPPED and ENDED in c.reason
+    c.life.pair_over("the guest has shut itself down")
+    assert "shut itself down" in c.reason
+    c.life.pair_over(ENDED)
+    assert "shut itself down" in c.reason
