@@ -421,12 +421,12 @@ class Primary(Controller):
         limit, failures = self.config.peer.heartbeat_timeout / 1000, 0
         disks = self.qemu.disks
         while disks.any:
-            await asyncio.sleep(limit)
+            await asyncio.sleep(limit / 2)
             if not disks.mirroring or self.checkpoints.running is not None:
                 failures = 0
                 continue
             try:
-                await disks.probe(PROBE_S)
+                await disks.probe(PROBE_S, limit)
                 failures = 0
             except DiskError as e:
                 failures += 1

@@ -26,15 +26,18 @@ class NbdError(RuntimeError):
     """The server does not do what it is asked for; the text says why."""
 
 
-async def read(host: str, port: int, export: str, place: float) -> None:
+async def read(host: str, port: int, export: str, place: float, answer_s: float) -> None:
     """Connect, read a block at this place (0 to 1) of the export, and disconnect.
 
-    Not a flush: after the first copy that may take minutes, though nothing is wrong. Raises
-    NbdError, OSError, or EOFError when the server hangs up. The deadline is the caller's.
+    The server has to answer within `answer_s`; for its storage the deadline is the caller's. Not a
+    flush: after the first copy that may take minutes, though nothing is wrong. Raises NbdError,
+    OSError (TimeoutError), or EOFError when the server hangs up.
     """
-    reader, writer = await asyncio.open_connection(host, port)
+    async with asyncio.timeout(answer_s):
+        reader, writer = await asyncio.open_connection(host, port)
     try:
-        size = await _negotiate(reader, writer, export)
+        async with asyncio.timeout(answer_s):
+            size = await _negotiate(reader, writer, export)
         at, length = int(size * place) // BLOCK * BLOCK, min(BLOCK, size)
         writer.write(struct.pack("!IHHQQI", REQUEST, 0, CMD_READ, 1, at, length))
         magic, error, _ = struct.unpack("!IIQ", await reader.readexactly(16))

@@ -414,14 +414,17 @@ class DiskReplication:
         self.lost = f"disk {name} is no longer mirrored: {why}"
         return self.lost
 
-    async def probe(self, timeout: float = PROBE_S) -> None:
-        """Make sure that the other QEMU's images, and their storage, answer. Raises DiskError."""
+    async def probe(self, timeout: float = PROBE_S, answer_s: float = PROBE_S) -> None:
+        """Make sure that the other QEMU's images, and their storage, answer. Raises DiskError.
+
+        `answer_s`: deadline of the server alone, which may hang.
+        """
         host, _, port = self.options.remote.rpartition(":")
         try:
             async with asyncio.timeout(timeout):
                 for name in self.nodes:
                     where, export = host.strip("[]"), self._export_name(name)
-                    await nbd.read(where, int(port), export, random.random())
+                    await nbd.read(where, int(port), export, random.random(), answer_s)
         except (OSError, TimeoutError, EOFError, nbd.NbdError) as e:
             what = "no answer in time" if isinstance(e, TimeoutError) else str(e)
             server = f"the NBD server of the secondary ({self.options.remote})"

@@ -875,7 +875,7 @@ class World:
         async def nothing(disks: Any) -> None: ...
 
         try:
-            disks.probe = lambda d, timeout=1.0: self._probe(d, timeout)  # type: ignore[method-assign]
+            disks.probe = lambda d, timeout=1.0, answer_s=1.0: self._probe(d, answer_s)  # type: ignore[method-assign]
             disks.make_overlays = overlays  # type: ignore[method-assign]
             disks.remove_overlays = nothing  # type: ignore[method-assign]
             states.STRICT = True

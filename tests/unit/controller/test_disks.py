@@ -481,7 +481,7 @@ def test_a_silent_nbd_server_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None
         object.__setattr__(c.config.peer, "heartbeat_timeout", 20)
         probes = 0
 
-        async def probe(timeout: float) -> None:
+        async def probe(timeout: float, answer_s: float) -> None:
             nonlocal probes
             probes += 1
             if probes != 2:

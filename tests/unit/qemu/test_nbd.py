@@ -38,15 +38,15 @@ def test_a_real_server(tmp_path: Path) -> None:
         end = time.monotonic() + 20
         while True:
             try:
-                asyncio.run(nbd.read("127.0.0.1", port, "web1.d0", 0.5))
+                asyncio.run(nbd.read("127.0.0.1", port, "web1.d0", 0.5, 5))
                 break
             except OSError:
                 assert time.monotonic() < end
                 time.sleep(0.05)
         for place in (0.0, 0.3, 0.999):
-            asyncio.run(nbd.read("127.0.0.1", port, "web1.d0", place))
+            asyncio.run(nbd.read("127.0.0.1", port, "web1.d0", place, 5))
         with pytest.raises(nbd.NbdError, match=r"web2\.d0"):
-            asyncio.run(nbd.read("127.0.0.1", port, "web2.d0", 0.5))
+            asyncio.run(nbd.read("127.0.0.1", port, "web2.d0", 0.5, 5))
     finally:
         p.terminate()
         said = p.communicate(timeout=10)[1]
@@ -82,7 +82,7 @@ def test_a_server_that_is_none_or_fails(answer: bytes) -> None:
         port = server.sockets[0].getsockname()[1]
         try:
             with pytest.raises((nbd.NbdError, EOFError, OSError)):
-                await asyncio.wait_for(nbd.read("127.0.0.1", port, "web1.d0", 0.5), 5)
+                await asyncio.wait_for(nbd.read("127.0.0.1", port, "web1.d0", 0.5, 5), 5)
         finally:
             server.close()
 

@@ -156,7 +156,7 @@ def make(
     qemu = SimpleNamespace(qmp=block, way_past=block, info=QemuInfo(version, False, "running"))
     d = DiskReplication(options, qemu)  # type: ignore[arg-type]
 
-    async def answers(timeout: float = 1) -> None:
+    async def answers(timeout: float = 1, answer_s: float = 1) -> None:
         if not block.server:
             raise DiskError("no answer")
 
