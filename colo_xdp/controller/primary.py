@@ -20,7 +20,6 @@ from ..datapath.ring import CapturedFrame
 from ..engine.journal import Journal
 from ..failover.decision import Action, OwnGuest, Role, State
 from ..peer.heartbeat import Flag
-from ..qemu.disks import DiskError
 from ..qemu.event import QmpEvent
 from ..qemu.guest_event import STANDS_STILL, News
 from ..qemu.qmp import QmpError
@@ -36,8 +35,6 @@ from .shadow import ShadowMode
 
 log = logging.getLogger("colo_xdp.controller.primary")
 
-PROBE_S = 3.0  # for an answer of the secondary's NBD server that includes its storage
-PROBES = 2  # unanswered ones in a row, after which the mirrors count as lost
 LOOK_S = 0.2  # between two looks at a guest of which nothing is known
 BRIDGE_S = 1.0  # between two looks at the ports of the tap's bridge
 LOSS_CHECK_NS = 100_000_000
@@ -411,28 +408,6 @@ class Primary(Controller):
         self.spawn(self._watch_bridge())
         cks = self.checkpoints
         self.spawn(cks.offsets.sweep(lambda: cks.running is not None))
-        self.spawn(self._watch_mirrors())
-
-    async def _watch_mirrors(self) -> None:
-        """Look whether the secondary's images answer, as long as there are mirrors.
-
-        A write to a silent server, or to storage that hangs, never ends, and QEMU reports nothing.
-        """
-        limit, failures = self.config.peer.heartbeat_timeout / 1000, 0
-        disks = self.qemu.disks
-        while disks.any:
-            await asyncio.sleep(limit / 2)
-            if not disks.mirroring or self.checkpoints.running is not None:
-                failures = 0
-                continue
-            try:
-                await disks.probe(PROBE_S, limit)
-                failures = 0
-            except DiskError as e:
-                failures += 1
-                if failures >= PROBES and disks.mirroring and self.checkpoints.running is None:
-                    disks.lost = disks.lost or str(e)  # a copy in progress fails with that
-                    self._mirror_lost(str(e))
 
     async def _watch_bridge(self) -> None:
         while True:

@@ -474,33 +474,6 @@ def test_leaving_colo_ends_the_mirrors_first() -> None:
     in_loop(body)
 
 
-def test_a_silent_nbd_server_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def body() -> None:
-        c, _, _, disks = a_primary()
-        c.state = State.PROTECTED
-        object.__setattr__(c.config.peer, "heartbeat_timeout", 20)
-        probes = 0
-
-        async def probe(timeout: float, answer_s: float) -> None:
-            nonlocal probes
-            probes += 1
-            if probes != 2:
-                raise DiskError("the NBD server: no answer in time")
-
-        disks.probe, disks.mirroring = probe, True  # type: ignore[attr-defined]
-        lost: list[str] = []
-
-        def note(why: str) -> None:
-            lost.append(f"{probes}: {why}")
-            disks.any = False
-
-        monkeypatch.setattr(c, "_mirror_lost", note)
-        await c._watch_mirrors()
-        assert lost == ["4: the NBD server: no answer in time"], "one may be late"
-
-    in_loop(body)
-
-
 def test_ready_carries_the_sizes_of_the_images() -> None:
     async def body() -> None:
         s, _, sent, disks = a_secondary()
