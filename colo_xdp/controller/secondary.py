@@ -688,7 +688,7 @@ class Secondary(Controller):
     def _takeover_steps(self) -> list[str]:
         net, qmp = self.config.network, self.config.qemu.qmp
         return [
-            *([f"QMP {qmp}: nbd-server-stop"] if self.qemu.disks.any else []),
+            *([f"QMP {qmp}: block-export-del"] if self.qemu.disks.any else []),
             f"QMP {qmp}: x-colo-lost-heartbeat",
             f"QMP {self.config.qemu.qmp_oob or qmp}: yank migration, out of band, if it hangs",
             f"QMP {qmp}: query-migrate, query-status until `running`",

@@ -39,6 +39,7 @@ log = logging.getLogger("colo_xdp.qemu.replication")
 PROBE_S = 2.0  # a connection that hangs within QEMU would stop the guest
 CREATE_S = 10.0  # qemu-img
 CUT_S = 3.0
+CLOSE_S = 2.0
 #: file systems without reliable locks, or that may hang: not for overlays
 NETWORK_FS = (
     "nfs", "nfs4", "cifs", "smb3", "9p", "fuse.sshfs", "ceph", "fuse.glusterfs", "gfs2", "ocfs2",
@@ -362,21 +363,30 @@ class DiskReplication:
             except QmpError as e:
                 raise DiskError(f"disk {name} cannot be exported: {e}") from e
 
-    async def stop_serving(self, timeout: float | None = None) -> None:
+    async def stop_serving(self, timeout: float = CLOSE_S) -> None:
         """Close the images to the other host for good; done before this guest is promoted.
 
-        A primary that still lives would write into them. Raises QmpError.
+        A primary that still lives would write into them. Not by nbd-server-stop: QEMU's main loop
+        (tried: 7.2) hangs in that while any client is in its handshake, a port scanner for example.
+        Without an export such a client can write nothing. Raises QmpError.
         """
         if not self.any:
             return
-        try:
-            await self._qemu.qmp.execute("nbd-server-stop", timeout=timeout)
-        except QmpTimeout:
-            raise
-        except QmpError as e:
-            if "not running" not in str(e):
-                raise
+        end = time.monotonic() + timeout
+        while left := await self._exports(timeout):
+            for export in left:
+                with contextlib.suppress(QmpError):  # it may be on its way out
+                    args = {"id": export, "mode": "hard"}
+                    await self._qemu.qmp.execute("block-export-del", args, timeout)
+            if time.monotonic() > end:
+                raise QmpError(f"the exports {', '.join(left)} are still there")
+            await asyncio.sleep(0.005)
         self.serving = False
+
+    async def _exports(self, timeout: float | None = None) -> list[str]:
+        exports = await self._qemu.qmp.execute("query-block-exports", None, timeout)
+        ours = {n.stem for n in self.nodes.values()}
+        return [str(e["id"]) for e in exports if e["id"] in ours]
 
     async def committing(self) -> bool:
         """Return whether overlays of a former secondary still belong to a disk. Raises QmpError."""

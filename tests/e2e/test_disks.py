@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 
 from colo_xdp.lab import disk
 from colo_xdp.lab.client import RecordStream
-from colo_xdp.lab.net import wait_for
-from colo_xdp.lab.pair import Lab
+from colo_xdp.lab.net import PEER_S, in_ns, wait_for
+from colo_xdp.lab.pair import NBD_PORT, Lab
 from tests.e2e.conftest import LabMaker
 from tests.e2e.test_reprotect import other, protected
 
@@ -106,9 +107,14 @@ def test_a_mirror_that_is_lost_alone_is_a_lost_secondary(make_lab: LabMaker) -> 
     lab.start_vm("secondary")
     protected(lab)
     w.moves()
-    lab.vm["primary"].kill9()
-    lab.wait_state("secondary", "promoted", 15)
-    w.moves()
+    # A stranger's handshake with the NBD server must not be in the way of the takeover.
+    with in_ns(
+        lab.net.primary, lambda: socket.create_connection((PEER_S, NBD_PORT), 5)
+    ) as stranger:
+        assert stranger.recv(8) == b"NBDMAGIC"
+        lab.vm["primary"].kill9()
+        lab.wait_state("secondary", "promoted", 15)
+        w.moves()
     committed(lab, "secondary")
     w.check("secondary")
 

@@ -226,5 +226,9 @@ class SimBlock:
         self.server = False
         self.exports.clear()
 
+    def block_export_del(self, args: Any) -> None:
+        self.exports.discard(args["id"])
+        self.server = bool(self.exports)  # of one without exports nobody gets anything
+
     def block_export_add(self, args: Any) -> None:
         self.exports.add(args["id"])
