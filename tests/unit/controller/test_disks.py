@@ -362,7 +362,7 @@ def test_the_word_does_not_wait_for_a_qemu_that_is_busy() -> None:
         disks.still_whole = True
 
         async def whole() -> str:
-            await asyncio.sleep(60)
+            await asyncio.Event().wait()
             return ""
 
         disks.whole = whole  # type: ignore[method-assign]
