@@ -235,7 +235,9 @@ class Secondary(Controller):
         return self.view.pair.confirmed
 
     def outdated(self, why: str) -> None:
-        if self.state not in (State.PROMOTED, State.STOPPED):
+        if self.state is State.STOPPED and self.view.guest.demoted:  # before it was known why
+            self.become(State.STOPPED, f"demoted for the primary: {why}")
+        elif self.state not in (State.PROMOTED, State.STOPPED):
             self._demote(why)
         if not self.view.guest.standalone:  # whatever becomes of the peer
             self.view.no_copy()
