@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -19,7 +20,8 @@ from .capture import Capture
 from .client import Client
 from .net import PEER_P, PEER_S, LabError, Processes, Topology, stop_process, wait_for
 
-PAIR = "lab"
+#: two laboratories can be up at a time if they have different names
+PAIR = os.environ.get("COLO_LAB", "lab")
 PROTECT_S = 60.0
 NBD_PORT = 10809
 
@@ -38,6 +40,7 @@ class Lab:
         overlay_limit: int = 64,
         say: Callable[[str], None] = lambda text: None,
     ) -> None:
+        tag = tag if PAIR == "lab" else f"{PAIR}{tag[-1]}"
         self.dir = directory.absolute()
         self.build = self.dir / "guest"
         self.work = self.dir / f"run-{tag}"
