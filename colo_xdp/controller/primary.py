@@ -15,7 +15,7 @@ from ..compare.causes import Cause
 from ..compare.limits import NEVER
 from ..config.file import Config
 from ..datapath import attach
-from ..datapath.datapath import DataPath
+from ..datapath.host import HostDataPath
 from ..datapath.ring import CapturedFrame
 from ..engine.journal import Journal
 from ..failover.decision import Action, OwnGuest, Role, State
@@ -46,7 +46,7 @@ class Primary(Controller):
 
     role = Role.PRIMARY
 
-    def __init__(self, config: Config, datapath: DataPath) -> None:
+    def __init__(self, config: Config, datapath: HostDataPath) -> None:
         super().__init__(config, datapath)
         if datapath.sync_state is SyncState.STANDALONE:
             self.view.went_standalone()
@@ -58,7 +58,7 @@ class Primary(Controller):
             lambda d: self.journal.divergence(d, time.time()),
             uncompared=self.view.guest.standalone and datapath.mode is Mode.BYPASS,
         )
-        self.shadow = ShadowMode(self.view, self.output.engine)
+        self.shadow = ShadowMode(self.view, self.output)
         self.checkpoints = CheckpointCoordinator(self)
         self.entry = self.checkpoints.entry
         self._going_solo = False  # decided and in progress: no checkpoint may begin
@@ -90,7 +90,7 @@ class Primary(Controller):
             # A former controller held frames that are lost with it; only a checkpoint
             # makes both sides equal again. Until then nothing is decided.
             dp.mode = Mode.CHECKPOINT
-            self.output.engine.begin_checkpoint()
+            self.output.begin_checkpoint()
             self.state = State.DEGRADED
             self.reason = "a former controller's data path was taken over: a checkpoint is needed"
         elif dp.mode is Mode.DROP and not self.undecided:
@@ -146,18 +146,16 @@ class Primary(Controller):
     def on_tick(self, now_ns: int) -> None:
         # While the control channel is cut timeouts go on: what waits too long has to be known.
         cut = self.state is State.DEGRADED and self.dp.mode is Mode.RUN and not self.peer.connected
-        engine = self.output.engine
         if self.state is State.PROTECTED or cut:
-            engine.tick(now_ns)
-            if self._hurry_ns() <= now_ns and engine.gather(now_ns):
+            self.output.tick(now_ns)
+            if self._hurry_ns() <= now_ns and self.output.gather(now_ns):
                 self.checkpoints.request(Cause.PEER_LINK, self.devices.trouble)
         else:
-            engine.end_backpressure(now_ns)
+            self.output.end_backpressure(now_ns)
         if now_ns - self._lost_checked >= LOSS_CHECK_NS:
             self._lost_checked = now_ns
             lost = self.dp.lost_events()
-            if self.dp.fast is not None:
-                self.dp.fast.sweep(now_ns, SWEEP)
+            self.output.sweep(now_ns, SWEEP)
             if lost > self._lost:
                 missing, self._lost = lost - self._lost, lost
                 self.checkpoints.request(
@@ -165,7 +163,7 @@ class Primary(Controller):
                 )
 
     def tick_ns(self) -> int:
-        return min(self.output.engine.tick_ns(), self._hurry_ns())
+        return min(self.output.tick_ns(), self._hurry_ns())
 
     # ---- a data path that is not whole (controller/device_watch.py)
 
@@ -187,7 +185,7 @@ class Primary(Controller):
         """
         if self.state not in (State.PROTECTED, State.CHECKPOINTING, State.DEGRADED):
             return
-        self.output.engine.void_flows(time.monotonic_ns())
+        self.output.void_flows(time.monotonic_ns())
         if not still:
             self.checkpoints.request(Cause.HOOKS_LOST, what)
         if unseen and self.shadow.expose(still=still):
@@ -291,6 +289,7 @@ class Primary(Controller):
         self.entry.peer_qemu = (msg.get("qemu", 0), self.peer.peer_boot)
         self.entry.peer_disks = msg["disks"]
         self.entry.peer_hardware = msg["hardware"]
+        self.entry.peer_nics = msg["nics"]
         self.entry.peer_lacks = ""
         self.arbiter.peer_open()
         self.checkpoints.wake()
@@ -392,9 +391,11 @@ class Primary(Controller):
         self.checkpoints.wanted = None
 
     async def on_replacement_qemu(self) -> None:
-        net = self.config.network
-        if not net.bridge and self.dp.in_bridge:
-            log.error("[network] bridge is needed to become the secondary: %s is in one", net.tap)
+        if taps := self.dp.in_bridge:
+            log.error(
+                "[network] bridge is needed to become the secondary: %s is in one",
+                " and ".join(taps),
+            )
             await asyncio.sleep(INCOMING_S)
             return
         self.change_role("the other guest serves, and a new QEMU waits here for its state")
@@ -524,7 +525,7 @@ class Primary(Controller):
             self.checkpoints.wake()
 
     def new_policy(self) -> None:
-        self.output.engine.set_policy(self.config.policy())
+        self.output.set_policy(self.config)
 
     def set_shadow(self, on: bool) -> None:
         if on == self.view.shadow and not self.shadow.leaving:

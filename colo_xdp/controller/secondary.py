@@ -22,7 +22,7 @@ from ..clock import TICK_S
 from ..compare.causes import Cause
 from ..config.file import Config
 from ..datapath.conntrack_map import ConntrackMap
-from ..datapath.datapath import DataPath
+from ..datapath.host import HostDataPath
 from ..datapath.ring import CapturedFrame
 from ..failover.arbiter import ArbiterError
 from ..failover.decision import Action, Role, State
@@ -49,9 +49,13 @@ class Secondary(Controller):
 
     role = Role.SECONDARY
 
-    def __init__(self, config: Config, datapath: DataPath) -> None:
+    def __init__(self, config: Config, datapath: HostDataPath) -> None:
         super().__init__(config, datapath)
-        self.flows = ConntrackMap(datapath.objects.map("flows"), datapath.objects.map("opening"))
+        #: of each NIC
+        self.flows = tuple(
+            ConntrackMap(nic.objects.map("flows"), nic.objects.map("opening"))
+            for nic in datapath.nics
+        )
         self.held = HeldFrames(
             self._deliver,
             self._forward,
@@ -81,8 +85,8 @@ class Secondary(Controller):
             "heartbeat": self._on_beat,
             "disks_whole": lambda msg: self._on_disks_whole(msg["n"]),
             "downtime_start": self._on_downtime_start,
-            "claims": lambda msg: self._on_claims(msg["n"], msg["addresses"], msg["macs"]),
-            "offsets": lambda msg: self._on_offsets(msg["n"], msg["flows"]),
+            "claims": self._on_claims,
+            "offsets": self._on_offsets,
             "ready": self._on_ready,
             "demote": lambda msg: self._demote(msg["why"]),
             "failed": self._on_failed,
@@ -121,10 +125,12 @@ class Secondary(Controller):
     # ---- frames
 
     def _deliver(self, e: CapturedFrame) -> None:
-        self.dp.injectors["deliver"].send(e.frame, e.gso_size, e.partial, e.gso_type)
+        injectors = self.dp.nics[e.nic].injectors
+        injectors["deliver"].send(e.frame, e.gso_size, e.partial, e.gso_type)
 
     def _forward(self, e: CapturedFrame) -> None:
-        self.dp.injectors["forward"].send(e.frame, e.gso_size, e.partial, e.gso_type)
+        injectors = self.dp.nics[e.nic].injectors
+        injectors["forward"].send(e.frame, e.gso_size, e.partial, e.gso_type)
 
     def on_frame(self, event: CapturedFrame) -> None:
         if event.source == abi.Source.CLIENT:
@@ -253,9 +259,9 @@ class Secondary(Controller):
         self.become(State.STOPPED, f"demoted for the primary: {why}")
         self.peer.send("shut", why="the secondary has shut its data path", alone=False)
 
-    def _on_offsets(self, n: int, text: str) -> None:
+    def _on_offsets(self, msg: dict[str, Any]) -> None:
         """Store offsets of the guest that this one copies; they count once the copy transmits."""
-        h = self.held.hold
+        h, n = self.held.hold, msg["n"]
         if self.view.pair.confirmed:  # a new primary controller does not know that they arrived
             self.peer.send("offsets_ack", n=n)
             return
@@ -263,8 +269,8 @@ class Secondary(Controller):
             log.warning("unexpected offsets are ignored: no checkpoint is in progress")
             return
         try:
-            self.flows.adopt(bytes.fromhex(text), first=n == 0)
-        except (ValueError, OSError) as e:
+            self.flows[msg["nic"]].adopt(bytes.fromhex(msg["flows"]), first=msg["first"])
+        except (IndexError, ValueError, OSError) as e:
             self.peer.send("failed", n=h.n, why=f"offsets of old connections: {e}")
             return
         self.peer.send("offsets_ack", n=n)
@@ -356,15 +362,15 @@ class Secondary(Controller):
             self.dp.mode = Mode.DROP
             self.peer.send("failed", n=h.n, why=self.view.guest.why or "the SVM's QEMU is gone")
 
-    def _on_claims(self, n: int, addresses: str, macs: str) -> None:
+    def _on_claims(self, msg: dict[str, Any]) -> None:
         """Store addresses that the PVM claims. From epoch n on they are this guest's claims."""
-        running = self.dp.epoch
+        running, n = self.dp.epoch, msg["n"]
         if n <= running:
             return
         try:
-            own, hw = bytes.fromhex(addresses), bytes.fromhex(macs)
-            self.dp.addresses.announced(n, own, hw, running=running)
-        except (ValueError, OSError) as e:  # then a takeover does not announce them
+            own, hw = bytes.fromhex(msg["addresses"]), bytes.fromhex(msg["macs"])
+            self.dp.nics[msg["nic"]].addresses.announced(n, own, hw, running=running)
+        except (IndexError, ValueError, OSError) as e:  # then a takeover does not announce them
             log.warning("the addresses of the PVM cannot be stored: %s", e)
 
     async def _ask_arbiter(self, n: int) -> None:
@@ -599,7 +605,12 @@ class Secondary(Controller):
         else:
             seen = encode(await self.qemu.qmp.hardware())
             self.peer.send(
-                "ready", epoch=self.dp.epoch, qemu=self._qemus, disks=sizes, hardware=seen
+                "ready",
+                epoch=self.dp.epoch,
+                qemu=self._qemus,
+                disks=sizes,
+                hardware=seen,
+                nics={net.name: i for i, net in enumerate(self.config.networks)},
             )
 
     async def start(self) -> None:
@@ -688,14 +699,17 @@ class Secondary(Controller):
         return [*fence, *self._takeover_steps()]
 
     def _takeover_steps(self) -> list[str]:
-        net, qmp = self.config.network, self.config.qemu.qmp
+        qmp = self.config.qemu.qmp
         return [
             *([f"QMP {qmp}: block-export-del"] if self.qemu.disks.any else []),
             f"QMP {qmp}: x-colo-lost-heartbeat",
             f"QMP {self.config.qemu.qmp_oob or qmp}: yank migration, out of band, if it hangs",
             f"QMP {qmp}: query-migrate, query-status until `running`",
             "data path: takeover (sequence offsets of live connections are kept)",
-            f"{net.tap} joins {net.bridge}" if net.bridge else f"{net.tap} is routed by the host",
+            *(
+                f"{n.tap} joins {n.bridge}" if n.bridge else f"{n.tap} is routed by the host"
+                for n in self.config.networks
+            ),
             "announce the guest (RARP, gratuitous ARP, unsolicited NDP)",
         ]
 
@@ -706,10 +720,11 @@ class Secondary(Controller):
         while True:
             await asyncio.sleep(SWEEP_S)
             epoch = self.dp.epoch
-            await asyncio.to_thread(self.flows.sweep, epoch)
+            for flows in self.flows:
+                await asyncio.to_thread(flows.sweep, epoch)
             if (
                 self.state is State.PROMOTED
-                and not self.flows.wanted
+                and not any(flows.wanted for flows in self.flows)
                 and not self.stepped_out
                 and self.dp.port_forwarding  # announcements are still to be made
                 and not self.arbiter.needs_grant  # the programs enforce the end of a grant

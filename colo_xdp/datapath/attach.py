@@ -372,6 +372,7 @@ class Manifest:
             "xdp": [],
             "links": [],
             "ports": [],
+            "nics": [],  # their names
         }
         if path.exists():
             with contextlib.suppress(ValueError):
@@ -380,8 +381,14 @@ class Manifest:
                     v.extend(old.get(k, []))
 
     def add(self, kind: str, item: Any) -> None:
+        """Record one more item."""
         if item not in self.data[kind]:
-            self.data[kind].append(item)
+            self.replace(kind, [*self.data[kind], item])
+
+    def replace(self, kind: str, items: list[Any]) -> None:
+        """Record these items in place of the former ones."""
+        if items != self.data[kind]:
+            self.data[kind] = items
             self.path.parent.mkdir(parents=True, exist_ok=True)
             tmp = self.path.with_suffix(".tmp")
             tmp.write_text(json.dumps(self.data))

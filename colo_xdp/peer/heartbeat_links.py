@@ -31,12 +31,12 @@ from .heartbeat import REFUSALS, SIZE, Flag, Heartbeat, HeartbeatSession
 
 if TYPE_CHECKING:
     from ..config.file import Config
+    from ..config.schema import Network
 
 log = logging.getLogger("colo_xdp.peer.heartbeat_links")
 
 ETHERTYPE = 0x88B5
 GROUP = bytes.fromhex("034358420000")  # locally administered, group
-LINK = "peer link"
 BUDGET = 64
 _SOL_PACKET, _ADD_MEMBERSHIP, _MR_MULTICAST = 263, 1, 0  # linux/if_packet.h
 #: errors after which the socket may work again by itself
@@ -72,9 +72,9 @@ class _Transport(ABC):
 
 
 class _Link(_Transport):
-    def __init__(self, device: str) -> None:
-        super().__init__(LINK)
-        self.device = device
+    def __init__(self, network: Network) -> None:
+        super().__init__(network.link_name)
+        self.device = network.peer_link
 
     def open(self) -> socket.socket:
         s = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK, 0)
@@ -121,7 +121,9 @@ class _Udp(_Transport):
 
 def links_of(config: Config) -> list[_Transport]:
     """Return the links of a configuration, in the order of the status document."""
-    out: list[_Transport] = [_Link(config.network.peer_link)] if config.peer.link_heartbeats else []
+    out: list[_Transport] = []
+    if config.peer.link_heartbeats:
+        out += [_Link(network) for network in config.networks]
     return out + [_Udp(text) for text in config.peer.heartbeat_links]
 
 

@@ -14,10 +14,12 @@ A tap that was passed as a descriptor (libvirt) is shown as `fd=9` without a nam
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 _CARD = re.compile(r"(\S[^:]*): index=\d+,type=nic,.*?macaddr=([0-9a-fA-F:]{17})")
-_PEER = re.compile(r" \\ \S[^:]*: index=\d+,type=tap,(?:.*,)?ifname=([^,]+)")
+_BACKEND = re.compile(r" \\ \S[^:]*: index=\d+,type=([^,]+)(?:,(.*))?")
+_IFNAME = re.compile(r"(?:^|,)ifname=([^,]+)")
 
 
 class NicError(ValueError):
@@ -26,35 +28,72 @@ class NicError(ValueError):
 
 @dataclass(slots=True)
 class Card:
-    """A card of the guest; `tap`: the device that it is attached to, if QEMU reports it."""
+    """A card of the guest.
+
+    `backend`: the type of what it is attached to, such as "tap"; "": nothing. `tap`: the device, if
+    QEMU reports it.
+    """
 
     name: str
     mac: str
+    backend: str = ""
     tap: str = ""
 
+    def __str__(self) -> str:
+        at = self.tap or (f"an unnamed {self.backend} device" if self.backend else "no device")
+        return f"{self.name} {self.mac} at {at}"
 
-def at_tap(text: str, tap: str) -> Card:
-    """Return the card attached to `tap`, from the answer to `info network`.
 
-    Raises NicError when there is none, or when more than one might be it.
-    """
+def parse(text: str) -> list[Card]:
+    """Return the guest's cards, from the answer to `info network`."""
     cards: dict[str, Card] = {}
     last: Card | None = None
     for line in text.splitlines():
         if m := _CARD.match(line):
             last = cards.setdefault(m[1], Card(m[1], m[2]))
-        elif (m := _PEER.match(line)) and last is not None:
-            last.tap = m[1]
+        elif (m := _BACKEND.match(line)) and last is not None:
+            last.backend = m[1]
+            if m[1] == "tap" and (named := _IFNAME.search(m[2] or "")):
+                last.tap = named[1]
         elif not line.startswith(" "):
             last = None
-    there = [c for c in cards.values() if c.tap == tap]
+    return list(cards.values())
+
+
+def at_tap(cards: list[Card], tap: str) -> Card:
+    """Return the card attached to `tap`.
+
+    Raises NicError when there is none, or when more than one might be it.
+    """
+    there = [c for c in cards if c.tap == tap]
     if len(there) == 1:
         return there[0]
-    unknown = [c for c in cards.values() if not c.tap]
+    unknown = [c for c in cards if not c.tap]
     if not there and len(unknown) == 1 == len(cards):
         return unknown[0]
-    names = ", ".join(f"{c.name} {c.mac} at {c.tap or 'an unnamed device'}" for c in cards.values())
+    names = ", ".join(map(str, cards))
     raise NicError(
         f"cannot determine which of the guest's network cards is attached to {tap} "
         f"({names or 'it has none'}): set [network] guest_mac"
+    )
+
+
+def refusal(cards: list[Card], taps: Mapping[str, str]) -> str:
+    """Return why a guest with these cards cannot be one of a pair, or an empty string.
+
+    `taps`: the configured taps with their guest_mac ("" if there is none). What a card that is not
+    among them sends would leave both hosts, uncompared.
+    """
+    macs = {mac.lower() for mac in taps.values() if mac}
+    unnamed = [c for c in cards if c.backend == "tap" and not c.tap and c.mac.lower() not in macs]
+    if len(unnamed) == 1 and len(taps) == 1 and len([c for c in cards if c.backend]) == 1:
+        unnamed = []  # the only card, at the only tap
+    lost = [c for c in cards if c.backend and (c in unnamed or not (c.tap or c.backend == "tap"))]
+    lost += [c for c in cards if c.tap and c.tap not in taps]
+    if not lost:
+        return ""
+    return (
+        "these network cards of the guest are at no tap of the configuration, so both hosts would "
+        f"let out what they send: {', '.join(map(str, lost))}; give each a [[network]] (with "
+        "guest_mac where QEMU does not name the tap), or take it away"
     )

@@ -25,7 +25,7 @@ from qemu.qmp.qmp_client import ExecuteError
 
 from .event import QmpEvent, read
 from .hardware import Hardware, parse_qtree
-from .nic import at_tap
+from .nic import Card, at_tap, parse
 
 log = logging.getLogger("colo_xdp.qemu.qmp")
 
@@ -240,14 +240,18 @@ class Qmp:
         """Return the state of the migration (`colo` while in COLO); empty when there was none."""
         return str((await self.execute("query-migrate", timeout=timeout)).get("status", ""))
 
+    async def cards(self) -> list[Card]:
+        """Return the guest's network cards. Raises QmpError."""
+        text = await self.execute("human-monitor-command", {"command-line": "info network"})
+        return parse(str(text))
+
     async def guest_macs(self, tap: str) -> list[str]:
         """Return the MAC addresses of the guest's card at this tap.
 
         The first is the main one; the others are those that the guest's driver requested in
         addition. Raises QmpError, or NicError when the card cannot be determined.
         """
-        text = await self.execute("human-monitor-command", {"command-line": "info network"})
-        card = at_tap(str(text), tap)
+        card = at_tap(await self.cards(), tap)
         try:  # includes addresses that the guest set itself
             seen = (await self.execute("query-rx-filter", {"name": card.name}))[0]
             return [str(seen["main-mac"]), *map(str, seen["unicast-table"])]

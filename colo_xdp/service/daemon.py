@@ -26,7 +26,8 @@ from ..controller.primary import Primary
 from ..controller.secondary import Secondary
 from ..datapath import loader
 from ..datapath.attach import AttachError, NoSuchDevice, Taken
-from ..datapath.datapath import DataPath, DataPathError, DeviceMissing
+from ..datapath.datapath import DataPathError, DeviceMissing
+from ..datapath.host import HostDataPath
 from ..datapath.loader import LoadError, Refused
 from ..peer.channel import PeerError
 from ..status import builder
@@ -78,7 +79,7 @@ def _reload(ctl: Controller) -> None:
         log.error("not reloaded: %s", e)
 
 
-async def _serve(config: Config, datapath: DataPath) -> int:
+async def _serve(config: Config, datapath: HostDataPath) -> int:
     ctl: Controller = (Primary if datapath.role == "primary" else Secondary)(config, datapath)
     notifier = Notifier(HUNG_SHARE * config.peer.dead_after / 1000)
     stop = asyncio.Event()
@@ -199,7 +200,7 @@ def _run(config: Config) -> int:
     while True:
         # Before the event loop: pyroute2 runs its own and cannot work inside ours.
         try:
-            datapath = DataPath(config)
+            datapath = HostDataPath(config)
         except DeviceMissing as e:
             if not wait_for(config, e.device, str(e)):
                 return 0

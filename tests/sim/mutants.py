@@ -504,7 +504,7 @@ def a_shadow_begins_before_the_secondary_knows(mp: Any) -> None:
 
     def set_shadow(self: Primary, on: bool) -> None:
         real(self, on)
-        self.output.engine.set_shadow(on, self.output.engine.now)
+        self.output.nics[0].engine.set_shadow(on, self.output.nics[0].engine.now)
 
     mp.setattr(Primary, "set_shadow", set_shadow)
 

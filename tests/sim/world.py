@@ -70,7 +70,7 @@ TS_SLACK = 1000  # ms by which the clock in a held frame may lag behind the gues
 def _holds_nothing(side: Side) -> bool:
     """Its controller is a primary's, in shadow mode."""
     c = side.controller
-    return isinstance(c, primary.Primary) and c.output.engine.shadow
+    return isinstance(c, primary.Primary) and c.output.nics[0].engine.shadow
 
 
 class _Excused(Exception):
@@ -1200,7 +1200,7 @@ class World:
             c = side.controller
             if c is None or not side.primary:
                 continue
-            e = c.output.engine
+            e = c.output.nics[0].engine
             kept = e.held_packets - e.pvm_packets
             if (
                 e.pvm_packets > 17 * self.scene.queue
@@ -1234,7 +1234,7 @@ class World:
         c = side.controller if side.primary else None
         settled = c is None or c.state in (State.PROTECTED, State.SOLO, State.STOPPED)
         return settled and (
-            c is None or not (c.output.engine.held_packets or self._held_in_kernel(side))
+            c is None or not (c.output.nics[0].engine.held_packets or self._held_in_kernel(side))
         )
 
     @staticmethod
@@ -1288,8 +1288,10 @@ class World:
             }
             if made:
                 raise Violation(f"checkpoints for no reason: {made}: {list(c.journal.entries)[-1]}")
-        if c.output.engine.held_packets:
-            raise Violation(f"I4: {c.output.engine.held_packets} frames are held for ever, {ctl}")
+        if c.output.nics[0].engine.held_packets:
+            raise Violation(
+                f"I4: {c.output.nics[0].engine.held_packets} frames are held for ever, {ctl}"
+            )
         if self._held_in_kernel(side):
             raise Violation(
                 f"I4: {self._held_in_kernel(side)} connections wait for ever in the fast path"

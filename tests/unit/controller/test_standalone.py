@@ -74,7 +74,9 @@ def test_a_primary_that_is_alone_protects_again() -> None:
             raise asyncio.CancelledError
 
         c.entry.until_entered = entered  # type: ignore[method-assign]
-        c.on_message({"type": "ready", "epoch": 3, "disks": {}, "hardware": ""})
+        c.on_message(
+            {"type": "ready", "epoch": 3, "disks": {}, "hardware": "", "nics": {"net0": 0}}
+        )
         assert c.checkpoints._serving is not None
         await asyncio.wait({c.checkpoints._serving}, timeout=5)
         assert went == ["starting"] and c.qemu.qmp.said == ["lost_heartbeat"]  # type: ignore[attr-defined]

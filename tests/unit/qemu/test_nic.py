@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 
-from colo_xdp.qemu.nic import NicError, at_tap
+from colo_xdp.qemu.nic import NicError, at_tap, parse, refusal
 
 ONE = """\
 virtio-net-pci.0: index=0,type=nic,model=virtio-net-pci,macaddr=52:54:00:00:00:01
@@ -31,15 +31,15 @@ net0: index=0,type=nic,model=virtio-net-pci,macaddr=52:54:00:00:00:05
 
 
 def test_the_card_at_the_tap() -> None:
-    found = {t: (c.name, c.mac) for t in ("tapA", "tapB", "tapC") for c in [at_tap(MANY, t)]}
+    found = {t: (c.name, c.mac) for t in ("tapA", "tapB", "tapC") for c in [at_tap(parse(MANY), t)]}
     assert found == {
         "tapA": ("virtio-net-pci.0", "52:54:00:00:00:01"),
         "tapB": ("eth1", "52:54:00:00:00:02"),
         "tapC": ("e1000.0", "52:54:00:00:00:03"),
     }
-    assert at_tap(LIBVIRT, "vnet3").mac == "52:54:00:00:00:05", "there is no other"
+    assert at_tap(parse(LIBVIRT), "vnet3").mac == "52:54:00:00:00:05", "there is no other"
     queues = ONE + ONE.replace("index=0", "index=1")
-    assert at_tap(queues, "tapA").mac == "52:54:00:00:00:01"
+    assert at_tap(parse(queues), "tapA").mac == "52:54:00:00:00:01"
 
 
 @pytest.mark.parametrize(
@@ -56,4 +56,34 @@ def test_what_cannot_be_told_is_refused(text: str, tap: str) -> None:
     with pytest.raises(
         NicError, match=rf"cannot determine.*attached to {tap} .*set \[network\] guest_mac"
     ):
-        at_tap(text, tap)
+        at_tap(parse(text), tap)
+
+
+TAPS = {"tapA": "", "tapB": "", "tapC": ""}
+
+
+def test_a_card_at_no_configured_tap_is_refused_by_name() -> None:
+    three = "\n".join(line for line in MANY.splitlines() if "eth4" not in line and "n4" not in line)
+    assert refusal(parse(three), TAPS) == "", "e1000.1 is at nothing, and sends nothing"
+    assert "e1000.0 52:54:00:00:00:03 at tapC" in refusal(parse(three), {"tapA": "", "tapB": ""})
+    assert "eth4 52:54:00:12:34:57 at an unnamed tap device" in refusal(parse(MANY), TAPS)
+    named = TAPS | {"vnet9": "52:54:00:12:34:57"}
+    assert refusal(parse(MANY), named) == "", "QEMU names no tap, the configuration its address"
+    user = (
+        ONE
+        + """\
+e1000.0: index=0,type=nic,model=e1000,macaddr=52:54:00:00:00:03
+ \\ u: index=0,type=user,net=10.0.2.0,restrict=off
+"""
+    )
+    assert "e1000.0 52:54:00:00:00:03 at an unnamed user device" in refusal(
+        parse(user), {"tapA": ""}
+    )
+
+
+def test_the_only_card_of_a_guest_needs_no_name() -> None:
+    assert refusal(parse(LIBVIRT), {"vnet3": ""}) == ""
+    two = LIBVIRT + LIBVIRT.replace("net0", "net1").replace("00:05", "00:06")
+    assert "net0" in refusal(parse(two), {"vnet3": ""})
+    assert refusal(parse(two), {"vnet3": "52:54:00:00:00:05", "vnet4": "52:54:00:00:00:06"}) == ""
+    assert refusal([], {"vnet3": ""}) == ""
