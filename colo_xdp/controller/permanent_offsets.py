@@ -70,4 +70,4 @@ class PermanentOffsets:
                 if not table.wanted and not busy():
                     del self.tables[i]
                     await asyncio.to_thread(nic.drop_guest)
-                    log.info("no connection in the guest's own numbers is left at %s", nic.net.tap)
+                    log.info("no connection in the guest's own numbers is left at NIC %d", i)

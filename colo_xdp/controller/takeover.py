@@ -303,8 +303,8 @@ class Takeover:
 
     def _deaf(self) -> str:
         waiting = [
-            f"{nic.net.tap} is {nic.port_state} in {nic.net.bridge}"
-            for nic in self._c.dp.nics
+            f"{net.tap} is {nic.port_state} in {net.bridge}"
+            for nic, net in zip(self._c.dp.nics, self._c.config.networks, strict=True)
             if not nic.port_forwarding
         ]
         return (
@@ -315,13 +315,13 @@ class Takeover:
         """Announce each NIC on its own network; `macs`: the first address of each, "": unknown."""
         epoch = self._c.dp.epoch
         out: list[tuple[Injector, list[bytes]]] = []
-        for nic, mac in zip(self._c.dp.nics, macs, strict=True):
+        for nic, net, mac in zip(self._c.dp.nics, self._c.config.networks, macs, strict=True):
             if not mac:
                 continue
             first, table = bytes.fromhex(mac.replace(":", "")), nic.addresses
             own = (await asyncio.to_thread(table.own, first, epoch))[:MAX_ANNOUNCED]
             more = table.macs(epoch)[:MAX_ANNOUNCED]
-            frames = announcements(mac, own, more, nic.net.guest_addresses)
+            frames = announcements(mac, own, more, net.guest_addresses)
             out.append((nic.injectors["forward"], frames))
         count = sum(len(frames) for _, frames in out)
         log.info("announcing the guest: %d frames, %d times", count, len(ANNOUNCE_TIMES))

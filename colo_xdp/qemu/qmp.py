@@ -336,17 +336,18 @@ class Qmp:
             self._watch.cancel()
 
 
-def probe(path: str, timeout: float) -> tuple[QemuInfo, Any]:
-    """Connect, query and disconnect (for `doctor`); return QEMU's info and its `query-block`.
+def probe(path: str, timeout: float) -> tuple[QemuInfo, Any, list[Card]]:
+    """Connect, query and disconnect (for `doctor`).
 
-    Raises QmpError.
+    Returns QEMU's info, its `query-block` and the guest's network cards. Raises QmpError.
     """
 
-    async def ask() -> tuple[QemuInfo, Any]:
+    async def ask() -> tuple[QemuInfo, Any, list[Card]]:
         q = Qmp(path, "qemu", timeout, lambda e: None, lambda why: None)
         try:
             info = await q.connect()
-            return replace(info, offers=await q.offers()), await q.execute("query-block")
+            info = replace(info, offers=await q.offers())
+            return info, await q.execute("query-block"), await q.cards()
         finally:
             await q.close()
 

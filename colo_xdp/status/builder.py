@@ -217,10 +217,10 @@ def nics_json(c: Controller) -> list[dict[str, Any]]:
     """Return what is of each NIC."""
     return [
         {
-            "name": nic.net.name,
-            "tap": nic.net.tap,
-            "peer_link": nic.net.peer_link,
-            "bridge": nic.net.bridge,
+            "name": net.name,
+            "tap": net.tap,
+            "peer_link": net.peer_link,
+            "bridge": net.bridge,
             "mac": mac,
             "hook": nic.hook,
             "port": nic.port_state,
@@ -231,7 +231,9 @@ def nics_json(c: Controller) -> list[dict[str, Any]]:
             "flows": 0,
             "trouble": link.trouble,
         }
-        for nic, mac, link in zip(c.dp.nics, c.qemu.first_macs, c.devices.links, strict=True)
+        for nic, net, mac, link in zip(
+            c.dp.nics, c.config.networks, c.qemu.first_macs, c.devices.links, strict=True
+        )
     ]
 
 

@@ -12,12 +12,13 @@ import platform
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..config.file import Config, ConfigError, load
-from ..qemu import disks
+from ..config.schema import Network
+from ..qemu import disks, nic
 from ..qemu.replication import directory_trouble
 
 if TYPE_CHECKING:
@@ -119,11 +120,17 @@ def _bpffs(config: Config) -> Iterator[Check]:
 
 
 def _devices(config: Config) -> Iterator[Check]:
+    for net in config.networks:
+        for check in _nic(config, net):
+            yield check if not config.further else replace(check, name=f"{check.name} ({net.name})")
+
+
+def _nic(config: Config, net: Network) -> Iterator[Check]:
+    """Check the devices of one NIC of the guest."""
     from ..datapath import attach, syscall
     from ..datapath.datapath import DataPathError, choose_hook
     from ..datapath.hooks import TAG_BYTES
 
-    net = config.network
     try:
         tap = attach.link_info(net.tap)
     except attach.NoSuchDevice as e:
@@ -221,8 +228,9 @@ def _neighbours(config: Config) -> Iterator[Check]:
     from ..datapath import attach
     from . import preflight
 
-    net, clean = config.network, True
-    for dev, seen in attach.look((net.tap, net.peer_link)).items():
+    clean = True
+    devices = [dev for net in config.networks for dev in (net.tap, net.peer_link)]
+    for dev, seen in attach.look(devices).items():
         if seen is None:
             continue
         why = attach.other_pair(dev, seen, config.pair)
@@ -242,14 +250,14 @@ def _neighbours(config: Config) -> Iterator[Check]:
         yield Check("in use", FAIL, text)
     if clean and not found:
         who = f"; a controller of this pair runs (process {pid})" if pid else ""
-        yield Check("other pairs", OK, f"none on {net.tap} and {net.peer_link}, ports free{who}")
+        yield Check("other pairs", OK, f"none on {' and '.join(devices)}, ports free{who}")
 
 
 def _qemu(config: Config) -> Iterator[Check]:
     from ..qemu.qmp import QmpError, probe, refusal
 
     try:
-        info, blocks = probe(config.qemu.qmp, config.qemu.qmp_timeout / 1000)
+        info, blocks, cards = probe(config.qemu.qmp, config.qemu.qmp_timeout / 1000)
     except QmpError as e:
         yield Check("QEMU", FAIL, str(e),
                     f"-qmp unix:{config.qemu.qmp},server=on,wait=off (one client at a time: "
@@ -265,6 +273,11 @@ def _qemu(config: Config) -> Iterator[Check]:
     if not info.kvm and info.version < (8, 0, 0):
         yield Check("QEMU", WARN, "COLO under TCG hangs with this version at the first checkpoint",
                     "use KVM, or for a test the shim in colo_xdp/lab/bqlshim.c")  # fmt: skip
+    taps = {net.tap: net.guest_mac for net in config.networks}
+    if why := nic.refusal(cards, taps):
+        yield Check("NICs", FAIL, why)
+    else:
+        yield Check("NICs", OK, "each network card of the guest has a [network]")
     yield from _disks(config, blocks)
 
 
@@ -353,7 +366,8 @@ def _paths(config: Config) -> Iterator[Check]:
         try:
             link.open().close()
         except OSError as e:
-            if config.network.vxlan_remote and e.errno == errno.ENODEV:
+            made = any(n.vxlan_remote and n.link_name == link.name for n in config.networks)
+            if made and e.errno == errno.ENODEV:
                 continue  # `run` creates it
             if e.errno != errno.EADDRINUSE:  # in use by a running controller
                 yield Check(
