@@ -44,6 +44,7 @@ class HostDataPath(PairSlots):
         self.role, self.adopted = lead.role, lead.adopted
         # Every NIC has its role's programs now. The first one's epoch may be behind: see DataPath.
         self.epoch = max(nic.epoch for nic in nics)
+        self.beat()  # the last NIC's programs may have taken seconds to compile
 
     def slot(self, slot: Cfg) -> int:
         return self.nics[0].slot(slot)
