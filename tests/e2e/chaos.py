@@ -221,8 +221,9 @@ class Chaos:
     # -- load
 
     def _open(self) -> None:
-        v6 = bool(len(self.streams) % 2)
-        self.streams.append(EchoStream(self.lab.net.client, v6=v6))
+        n, nics = len(self.streams), self.lab.net.nics
+        v6 = bool(n // nics % 2)
+        self.streams.append(EchoStream(self.lab.net.client, v6=v6, nic=n % nics))
 
     def _retire(self, s: EchoStream) -> None:
         self.streams.remove(s)
@@ -604,10 +605,11 @@ def run(
     *,
     seconds: float = 1e9,
     disks: int = 1,
+    nics: int = 1,
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Build a pair, run the rounds, write the report."""
-    lab = ChaosLab(BUILD, tag="cxch", overrides=dict(OVERRIDES), disks=disks)
+    lab = ChaosLab(BUILD, tag="cxch", overrides=dict(OVERRIDES), disks=disks, nics=nics)
     lab.overrides["failover"] = {"automatic": True, "fence": fence(lab)}
     with lab:
         lab.protect()
@@ -627,10 +629,11 @@ def main() -> int:
     p.add_argument("--rounds", type=int, default=20)
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--disks", type=int, default=1, help="of the guest, 0 to 2")
+    p.add_argument("--nics", type=int, default=1, help="of the guest, 1 or 2")
     p.add_argument("--seconds", type=float, default=1e9, help="begin no round after this time")
     a = p.parse_args()
     report = run(
-        a.rounds, a.seed, seconds=a.seconds, disks=a.disks, say=lambda s: print(s, flush=True)
+        a.rounds, a.seed, seconds=a.seconds, disks=a.disks, nics=a.nics, say=lambda s: print(s, flush=True)
     )
     print(json.dumps(report, indent=2))
     return 0 if clean(report) else 1
