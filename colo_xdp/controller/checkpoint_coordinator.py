@@ -478,6 +478,8 @@ class CheckpointCoordinator:
         }
         c.view.checkpoint_due(False)
         self.ended_ns = time.monotonic_ns()
+        if not ck.initial:
+            c.output.patience.checkpointed(self.ended_ns - ck.began_ns)
         c.devices.checkpointed(want.cause)
         c.arbiter.paired()
         if want.cause != Cause.SWITCHOVER:

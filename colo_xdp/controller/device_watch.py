@@ -8,7 +8,8 @@ A controller asks three questions as long as it lives:
 - Does the peer link deliver anything? Heartbeat datagrams use it too. The link has failed when the
   control channel lives, but neither heartbeat datagrams nor frames of the data path arrive.
 - Does the secondary's guest send anything? When several checkpoints in a row were made for output
-  without a counterpart, and not one frame of that guest came in between, its output does not
+  without a counterpart, and not one frame of that guest came in between, for compare_timeout at
+  least (with a short patience such checkpoints follow each other quickly), its output does not
   arrive, whatever the devices look like.
 
 The answer is a sentence (`trouble`) that turns `protected` into `degraded` in every report. It is
@@ -41,6 +42,8 @@ log = logging.getLogger("colo_xdp")
 LOOK_S = 5.0  # netlink reports changes; this is for those that it may have missed
 REST_S = 0.05  # between two looks, since changes come in bursts
 SILENT_CHECKPOINTS = 3
+#: causes of checkpoints for output without a counterpart
+_MISSED = (Cause.COMPARE_TIMEOUT, Cause.REPEATED, Cause.PEER_LINK)
 PACE_S = 0.02  # the least time between two checkpoints while nothing arrives
 
 
@@ -76,6 +79,8 @@ class DeviceWatch:
         networks = controller.config.networks
         self.links = [PeerLink(network.peer_link, network.link_name) for network in networks]
         self.silent_checkpoints = 0
+        self._silent_ns = 0  # when the first of them was complete (boot_ns)
+        self._silent_for_long = False
         self._trouble = ""
         self._up_ns = 0  # since when the control channel is up (boot_ns)
         self._changed = asyncio.Event()
@@ -110,7 +115,7 @@ class DeviceWatch:
     @property
     def svm_silent(self) -> bool:
         """Whether the SVM's output was missed in SILENT_CHECKPOINTS checkpoints in a row."""
-        return self.silent_checkpoints >= SILENT_CHECKPOINTS
+        return self.silent_checkpoints >= SILENT_CHECKPOINTS and self._silent_for_long
 
     # ---- hooks
 
@@ -206,11 +211,19 @@ class DeviceWatch:
 
     def checkpointed(self, cause: str) -> None:
         """Note a complete checkpoint: count it if output was missed and no frame came."""
-        if not self._count(boot_ns()) and cause in (Cause.COMPARE_TIMEOUT, Cause.PEER_LINK):
-            self.silent_checkpoints += 1
+        if not self._count(boot_ns()) and cause in _MISSED:
+            self._silent_since(boot_ns())
         elif cause == Cause.INITIAL:  # there is another guest now
             self.silent_checkpoints = 0
         self.report()
+
+    def _silent_since(self, now: int) -> None:
+        self.silent_checkpoints += 1
+        if self.silent_checkpoints == 1:
+            self._silent_ns = now
+        least_ns = self._c.config.compare.compare_timeout * 1_000_000
+        fixed = self._c.config.compare.wait == "fixed"  # each has waited for as long already
+        self._silent_for_long = fixed or now - self._silent_ns >= least_ns
 
     # ---- the log and the history
 

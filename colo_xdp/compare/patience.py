@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""How long a frame of the PVM waits for its counterpart before a checkpoint is requested. Pure.
+
+There is one object per pair, which the engines of all NICs share. Patience is the largest of
+
+- the floor,
+- what a checkpoint costs now (smoothed): whoever waits as long as the remedy costs pays at most
+  twice what the best choice in hindsight would have cost,
+- LAGS times the lag with which the SVM has answered lately: a checkpoint that is requested while
+  the counterpart is on its way is needless, and makes a slow SVM slower,
+
+and never more than the ceiling, compare_timeout. The lag is the second longest of the longest waits
+of the last WINDOWS windows of WINDOW_NS in which anything was released: one outlier does not count,
+and many frames that hardly wait (a download) do not hide a few that do. A wait counts if its
+counterpart has ended it, also one that came while a checkpoint was already requested; a wait that a
+checkpoint ended says nothing about the SVM.
+
+A frame costs one comparison (see EngineOutbox.release), a window a sort of WINDOWS numbers.
+
+docs/design/checkpoints.md has the argument, and where it does not hold. All times in ns.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from heapq import nlargest
+
+#: What the lag is taken from: 8 s of traffic at most.
+WINDOW_NS, WINDOWS = 250_000_000, 32
+#: patience as a multiple of the lag
+LAGS = 3
+#: until FEW windows are known the lag counts as at least this
+UNKNOWN_LAG_NS, FEW = 100_000_000, 4
+#: the cost of a checkpoint until one was made, and the weight of a new one in the mean
+UNKNOWN_COST_NS, WEIGHT = 50_000_000, 0.25
+#: The guests are quiet when neither has sent anything for this long, and for longer than the lag.
+QUIET_NS = 15_000_000
+#: what patience can come from, as the status document names it
+SOURCES = ("fixed", "ceiling", "lag", "checkpoint", "floor")
+
+
+class Patience:
+    """Patience of one pair.
+
+    adaptive: False: always the ceiling, whatever is measured.
+    """
+
+    __slots__ = (
+        "_cost_ns",
+        "_floor_ns",
+        "_kernel",
+        "_next_ns",
+        "_windows",
+        "adaptive",
+        "ceiling_ns",
+        "lag_ns",
+        "longest_ns",
+        "moved_ns",
+        "ns",
+        "quiet_ns",
+        "source",
+    )
+
+    def __init__(self, ceiling_ns: int, floor_ns: int = 0, *, adaptive: bool = False) -> None:
+        self.ceiling_ns, self._floor_ns = ceiling_ns, floor_ns
+        self.adaptive = adaptive
+        self._windows: deque[int] = deque(maxlen=WINDOWS)
+        self._kernel: dict[int, list[int]] = {}  # the fast path's histograms, by NIC
+        self._cost_ns = 0.0  # 0: not known
+        self._next_ns = 0
+        #: the longest wait of this window that a counterpart has ended; 0: none
+        self.longest_ns = 0
+        #: when a frame of either guest last came to user space, at any NIC
+        self.moved_ns = 0
+        self.ns = self.lag_ns = self.quiet_ns = 0
+        self.source = "fixed"
+        self._update()
+
+    @property
+    def cost_ns(self) -> int:
+        """Return what a checkpoint costs, as far as is known."""
+        return int(self._cost_ns) or UNKNOWN_COST_NS
+
+    def waited(self, ns: int) -> None:
+        """Note a wait that a counterpart has ended."""
+        if ns > self.longest_ns:
+            self.longest_ns = ns
+
+    def kernel_waits(self, nic: int, waits: Sequence[int]) -> None:
+        """Note the fast path's histogram of a NIC: counts of waits below 1, 2, 4, ... us.
+
+        The upper bound of the highest bucket that has grown counts as a wait.
+        """
+        before = self._kernel.get(nic)
+        self._kernel[nic] = list(waits)
+        if before is None or len(before) != len(waits):
+            return
+        for i in range(len(waits) - 1, -1, -1):
+            if waits[i] > before[i]:
+                self.waited(1000 << i)
+                return
+
+    def checkpointed(self, took_ns: int) -> None:
+        """Note a checkpoint, from its beginning to its end."""
+        if self._cost_ns:
+            self._cost_ns += WEIGHT * (took_ns - self._cost_ns)
+        else:
+            self._cost_ns = float(max(1, took_ns))
+        self._update()
+
+    def due(self, now_ns: int) -> bool:
+        """Return whether a window has ended; end_window() is to be called then."""
+        return self.adaptive and now_ns >= self._next_ns
+
+    def end_window(self, now_ns: int) -> None:
+        """End a window. One in which nothing was released does not count."""
+        self._next_ns = now_ns + WINDOW_NS
+        if self.longest_ns:
+            self._windows.append(self.longest_ns)
+            self.longest_ns = 0
+            self._update()
+
+    def _update(self) -> None:
+        top = nlargest(2, self._windows)
+        self.lag_ns = top[-1] if top else 0
+        if len(self._windows) < FEW:
+            self.lag_ns = max(UNKNOWN_LAG_NS, *top, 0)
+        wanted, self.source = max(
+            (LAGS * self.lag_ns, "lag"), (self.cost_ns, "checkpoint"), (self._floor_ns, "floor")
+        )
+        if not self.adaptive:
+            wanted, self.source = self.ceiling_ns, "fixed"
+        elif wanted >= self.ceiling_ns:
+            wanted, self.source = self.ceiling_ns, "ceiling"
+        self.ns = wanted
+        self.quiet_ns = min(wanted, max(QUIET_NS, self.lag_ns))
