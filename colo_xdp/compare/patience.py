@@ -9,11 +9,16 @@ There is one object per pair, which the engines of all NICs share. Patience is t
 - LAGS times the lag with which the SVM has answered lately: a checkpoint that is requested while
   the counterpart is on its way is needless, and makes a slow SVM slower,
 
-and never more than the ceiling, compare_timeout. The lag is the second longest of the longest waits
-of the last WINDOWS windows of WINDOW_NS in which anything was released: one outlier does not count,
-and many frames that hardly wait (a download) do not hide a few that do. A wait counts if its
-counterpart has ended it, also one that came while a checkpoint was already requested; a wait that a
-checkpoint ended says nothing about the SVM.
+and never more than the ceiling, compare_timeout. An SVM that has not even acked what the PVM's
+frame acks has not decided otherwise (its kernel acks, not an application): it does not run, or has
+not got the client's frame. That is worth `stalled_ns`.
+
+The lag is the second longest of the longest waits of the last WINDOWS windows of WINDOW_NS in which
+anything was released: one outlier does not count, and many frames that hardly wait (a download) do
+not hide a few that do. A wait counts if its counterpart has ended it, also one that came while a
+checkpoint was already requested; a wait that a checkpoint ended says nothing about the SVM. So
+patience could stay too short for ever where the SVM always needs a little longer: after EXPLORE - 1
+checkpoints for waiting output, the next wait may be LONGER times as long, and what it shows counts.
 
 A frame costs one comparison (see EngineOutbox.release), a window a sort of WINDOWS numbers.
 
@@ -30,6 +35,10 @@ from heapq import nlargest
 WINDOW_NS, WINDOWS = 250_000_000, 32
 #: patience as a multiple of the lag
 LAGS = 3
+#: each of so many waits that end in a checkpoint is so many times as long, to learn
+EXPLORE, LONGER = 4, 4
+#: the least patience with an SVM that has not acked
+STALLED_NS = 1_000_000_000
 #: until FEW windows are known the lag counts as at least this
 UNKNOWN_LAG_NS, FEW = 100_000_000, 4
 #: the cost of a checkpoint until one was made, and the weight of a new one in the mean
@@ -48,8 +57,10 @@ class Patience:
 
     __slots__ = (
         "_cost_ns",
+        "_exploring",
         "_floor_ns",
         "_kernel",
+        "_missed",
         "_next_ns",
         "_windows",
         "adaptive",
@@ -60,6 +71,8 @@ class Patience:
         "ns",
         "quiet_ns",
         "source",
+        "stalled_ns",
+        "usual_ns",
     )
 
     def __init__(self, ceiling_ns: int, floor_ns: int = 0, *, adaptive: bool = False) -> None:
@@ -69,11 +82,13 @@ class Patience:
         self._kernel: dict[int, list[int]] = {}  # the fast path's histograms, by NIC
         self._cost_ns = 0.0  # 0: not known
         self._next_ns = 0
+        self._missed = 0  # checkpoints for output that had waited
+        self._exploring = False
         #: the longest wait of this window that a counterpart has ended; 0: none
         self.longest_ns = 0
         #: when a frame of either guest last came to user space, at any NIC
         self.moved_ns = 0
-        self.ns = self.lag_ns = self.quiet_ns = 0
+        self.ns = self.usual_ns = self.stalled_ns = self.lag_ns = self.quiet_ns = 0
         self.source = "fixed"
         self._update()
 
@@ -90,7 +105,7 @@ class Patience:
     def kernel_waits(self, nic: int, waits: Sequence[int]) -> None:
         """Note the fast path's histogram of a NIC: counts of waits below 1, 2, 4, ... us.
 
-        The upper bound of the highest bucket that has grown counts as a wait.
+        The middle of the highest bucket that has grown counts as a wait.
         """
         before = self._kernel.get(nic)
         self._kernel[nic] = list(waits)
@@ -98,11 +113,17 @@ class Patience:
             return
         for i in range(len(waits) - 1, -1, -1):
             if waits[i] > before[i]:
-                self.waited(1000 << i)
+                self.waited(750 << i)
                 return
 
-    def checkpointed(self, took_ns: int) -> None:
-        """Note a checkpoint, from its beginning to its end."""
+    def checkpointed(self, took_ns: int, *, missed: bool = False) -> None:
+        """Note a checkpoint, from its beginning to its end.
+
+        missed: it was requested because output of the PVM had no counterpart in time.
+        """
+        if missed:
+            self._missed += 1
+            self._exploring = self._missed % EXPLORE == EXPLORE - 1
         if self._cost_ns:
             self._cost_ns += WEIGHT * (took_ns - self._cost_ns)
         else:
@@ -117,6 +138,9 @@ class Patience:
         """End a window. One in which nothing was released does not count."""
         self._next_ns = now_ns + WINDOW_NS
         if self.longest_ns:
+            if self._exploring and self.longest_ns > self.usual_ns:  # no outlier
+                self._windows.append(self.longest_ns)
+                self._exploring = False
             self._windows.append(self.longest_ns)
             self.longest_ns = 0
             self._update()
@@ -133,5 +157,8 @@ class Patience:
             wanted, self.source = self.ceiling_ns, "fixed"
         elif wanted >= self.ceiling_ns:
             wanted, self.source = self.ceiling_ns, "ceiling"
-        self.ns = wanted
+        ceiling = self.ceiling_ns
+        self.usual_ns = wanted
+        self.ns = min(ceiling, wanted * LONGER) if self._exploring else wanted
+        self.stalled_ns = min(ceiling, max(self.ns, LONGER * wanted, STALLED_NS))
         self.quiet_ns = min(wanted, max(QUIET_NS, self.lag_ns))

@@ -245,9 +245,20 @@ class TcpFlow(ComparedFlow):
         has reset, will never produce.
         """
         patience = self.host.patience
-        if p.flags & RST and patience.adaptive and self.svm_since():
-            return patience.quiet_ns
-        return patience.ns
+        if not patience.adaptive:
+            return patience.ns
+        if p.flags & RST:
+            return patience.quiet_ns if self.svm_since() else patience.ns
+        return patience.ns if self._acked(p) else patience.stalled_ns
+
+    def waits_in_vain(self, before_ns: int) -> bool:
+        """Return whether the head has waited since before_ns for more than an ack, although the SVM
+        runs and has got what the PVM has got."""
+        if not self.held.frames:
+            return False
+        _, p, since = self.held.frames[0]
+        payload = p.off != p.end or p.flags & FLAGS
+        return bool(payload) and since <= before_ns and self._acked(p)
 
     def _repeated(self, p: Packet, now_ns: int) -> None:
         """Request a checkpoint if the PVM repeats what the head carries: it misses an answer.
@@ -261,6 +272,7 @@ class TcpFlow(ComparedFlow):
             and (p.off != p.end or p.flags & FLAGS)
             and not (p.flags ^ first.flags) & FLAGS
             and now_ns - since >= patience.quiet_ns
+            and self._acked(first)
         ):
             self.ask(Cause.REPEATED, first)
 

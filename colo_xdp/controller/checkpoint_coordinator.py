@@ -479,7 +479,9 @@ class CheckpointCoordinator:
         c.view.checkpoint_due(False)
         self.ended_ns = time.monotonic_ns()
         if not ck.initial:
-            c.output.patience.checkpointed(self.ended_ns - ck.began_ns)
+            c.output.patience.checkpointed(
+                self.ended_ns - ck.began_ns, missed=want.cause == Cause.COMPARE_TIMEOUT
+            )
         c.devices.checkpointed(want.cause)
         c.arbiter.paired()
         if want.cause != Cause.SWITCHOVER:

@@ -8,7 +8,8 @@ output of the SVM in another, and neither guest sends anything any more. A slow 
 for a moment, so the silence must be longer than the lag with which the SVM usually answers.
 
 Only TCP counts, and only what is more than an ack: datagrams of the SVM that the PVM never sends
-are usual, and acks are sent late on purpose.
+are usual, and acks are sent late on purpose. The SVM's kernel must have acked what the PVM's has:
+otherwise it does not run, or has not got what the client sent.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from collections.abc import Sequence
 
 from ..compare.flow import Flow
 from ..compare.patience import Patience
-from ..compare.tcp import FLAGS, TcpFlow
+from ..compare.tcp import TcpFlow
 
 
 class Silence:
@@ -62,8 +63,7 @@ class Silence:
             if not isinstance(flow, TcpFlow) or flow.epoch != epoch:
                 continue
             if flow.held.frames:
-                _, p, since = flow.held.frames[0]
-                if since <= before_ns and (p.off != p.end or p.flags & FLAGS):
+                if flow.waits_in_vain(before_ns):
                     pvm = flow
             elif 0 < flow.svm_since() <= before_ns:
                 svm = True

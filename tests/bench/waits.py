@@ -41,10 +41,10 @@ t=$(cat /proc/timer_list /dev/null | grep -m 1 "^now at" | tr -dc 0-9)
 echo answer $n
 """
 LOCK = """read n
-until mkdir /tmp/lock 2> /dev/null; do usleep 2000; done
+until mkdir /tmp/held 2> /dev/null; do usleep 2000; done
 echo got $n
 read end
-rmdir /tmp/lock
+rmdir /tmp/held
 echo bye $n
 """
 

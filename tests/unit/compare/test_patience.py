@@ -10,8 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from colo_xdp.compare.patience import (
+    EXPLORE,
     FEW,
     LAGS,
+    LONGER,
     QUIET_NS,
     UNKNOWN_LAG_NS,
     WINDOW_NS,
@@ -91,10 +93,30 @@ def test_the_fast_paths_waits_count_by_what_was_added() -> None:
     waits[3] += 1000
     waits[14] += 1
     p.kernel_waits(1, waits)
-    assert p.longest_ns == (1000 << 14)
+    assert p.longest_ns == (750 << 14)
     p.kernel_waits(1, waits)
     p.end_window(WINDOW_NS)
     assert not p.longest_ns
+
+
+def test_each_fourth_wait_that_ends_in_a_checkpoint_is_longer_and_shows_whether_that_helps() -> None:
+    p = Patience(CEILING, FLOOR, adaptive=True)
+    now, usual = windows(p, *[2] * WINDOWS), []
+    for _ in range(2 * EXPLORE):
+        p.checkpointed(20 * MS, missed=True)
+        usual.append(p.ns)
+    longer = LONGER * FLOOR
+    assert usual == [FLOOR, FLOOR, longer, FLOOR] * 2
+    p.checkpointed(20 * MS)
+    assert p.ns == FLOOR, "others say nothing about waits"
+    for _ in range(3):
+        p.checkpointed(20 * MS, missed=True)
+    assert p.ns == longer
+    now = windows(p, 5, now=now)
+    assert p.ns == longer, "nothing has waited for as long yet"
+    windows(p, 110, now=now)
+    assert (p.ns, p.source) == (LAGS * 110 * MS, "lag"), "one is enough then"
+    assert p.stalled_ns == LONGER * p.ns
 
 
 @given(
@@ -109,12 +131,13 @@ def test_it_is_never_more_than_the_ceiling_nor_less_than_the_floor(
         if kind == "wait":
             p.waited(n)
         elif kind == "checkpoint":
-            p.checkpointed(n)
+            p.checkpointed(n, missed=bool(n & 1))
         else:
             now += WINDOW_NS
             p.end_window(now)
         assert min(floor, ceiling) * MS <= p.ns <= ceiling * MS
-        assert min(QUIET_NS, p.ns) <= p.quiet_ns <= p.ns
+        assert min(QUIET_NS, p.ns) <= p.quiet_ns <= p.usual_ns <= p.ns
+        assert p.ns <= p.stalled_ns <= ceiling * MS
         assert len(p._windows) <= WINDOWS
 
 

@@ -147,6 +147,24 @@ def test_an_svm_that_is_ahead_has_compare_timeout_since_nobody_waits() -> None:
     assert w.asked == ["svm_ahead"]
 
 
+def test_an_svm_that_has_not_even_acked_is_slow_and_not_different() -> None:
+    w = Pair()
+    w.both(f.tcp(0, 1, b"aa"))
+    w.s(f.tcp(2, 9))  # this client's request has been acked, but not answered
+    w.p(f.tcp(2, 9, b"bb"))
+    assert 60 <= w.until_asked() <= 61
+    w.checkpoint()
+    w.p(f.tcp(4, 20, b"bb"))
+    assert 1000 <= w.until_asked() <= 1050
+    w.checkpoint()
+    w.p(other(0, b"", f.SYN | f.ACK))
+    assert 1000 <= w.until_asked() <= 1050
+    w.checkpoint()
+    w.p(f.tcp(6, 40, b"bb"))
+    w.s(other(1, b"x"))
+    assert 999 <= w.until_asked() <= 1050, "nor have they crossed"
+
+
 def test_waits_of_a_moment_wake_nobody() -> None:
     w = Pair()
     for i in range(100):
