@@ -264,14 +264,14 @@ class TcpFlow(ComparedFlow):
         """Request a checkpoint if the PVM repeats what the head carries: it misses an answer.
 
         A guest may do that within milliseconds (RFC 8985). So it counts only if the head has waited
-        for longer than the SVM usually takes.
+        for twice as long as the SVM usually takes.
         """
         patience, (_, first, since) = self.host.patience, self.held[0]
         if (
             patience.adaptive
             and (p.off != p.end or p.flags & FLAGS)
             and not (p.flags ^ first.flags) & FLAGS
-            and now_ns - since >= patience.quiet_ns
+            and now_ns - since >= min(patience.usual_ns, 2 * patience.quiet_ns)
             and self._acked(first)
         ):
             self.ask(Cause.REPEATED, first)

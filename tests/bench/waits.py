@@ -194,8 +194,12 @@ def run(part: Part, quick: bool, build: Path) -> None:
                 errors[arm] = f"{type(e).__name__}: {e}"
     for arm, kinds in seen.items():
         for kind, s in kinds.items():
-            print(f"{arm:9} {kind:6} n {len(s.times):4} p50 {s.at(0.5):.3f} p90 {s.at(0.9):.3f} "
-                  f"p99 {s.at(0.99):.3f} max {max(s.times, default=0):.3f} wrong {s.wrong} "
-                  f"needless {s.needless} of {s.released} released, {s.checkpoints}, "
-                  f"patience {s.patience_ms}", file=sys.stderr, flush=True)
+            print(
+                f"{arm:9} {kind:6} n {len(s.times):4} p50 {s.at(0.5):.3f} p90 {s.at(0.9):.3f} "
+                f"p99 {s.at(0.99):.3f} max {max(s.times, default=0):.3f} wrong {s.wrong} "
+                f"needless {s.needless} of {s.released} released, {s.checkpoints}, "
+                f"patience {s.patience_ms}",
+                file=sys.stderr,
+                flush=True,
+            )
     print(errors, file=sys.stderr)

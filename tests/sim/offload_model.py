@@ -679,7 +679,8 @@ class KernelModel:
             return Fate(punt_seq=c.punt_seq)
         self.counts[Reason(r)] += 1
         if w.out and since and c.released != released:
-            self.waits[min(((now - since) // 1000).bit_length(), WAIT_BUCKETS - 1)] += 1
+            waited = now - since if side == SIDE_SVM else 0  # only the PVM's counts
+            self.waits[min((waited // 1000).bit_length(), WAIT_BUCKETS - 1)] += 1
         return Fate(r, 0, w.out)
 
     # -- user space

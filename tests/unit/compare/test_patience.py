@@ -99,7 +99,7 @@ def test_the_fast_paths_waits_count_by_what_was_added() -> None:
     assert not p.longest_ns
 
 
-def test_each_fourth_wait_that_ends_in_a_checkpoint_is_longer_and_shows_whether_that_helps() -> None:
+def test_each_fourth_wait_that_a_checkpoint_ends_is_longer_and_is_learnt_from() -> None:
     p = Patience(CEILING, FLOOR, adaptive=True)
     now, usual = windows(p, *[2] * WINDOWS), []
     for _ in range(2 * EXPLORE):

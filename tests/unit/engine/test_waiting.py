@@ -258,7 +258,7 @@ def test_a_pvm_that_repeats_what_waits_has_noticed_itself() -> None:
     w.p(f.tcp(2, 1, b"bb"))  # a probe, long before the SVM can be called late
     w.p(f.tcp(2, 1))  # repeats nothing
     assert not w.asked
-    w.now += 90 * MS
+    w.now += 190 * MS
     w.p(f.tcp(2, 1, b"bb"))
     assert w.asked == ["repeated"]
 
