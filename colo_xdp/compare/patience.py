@@ -16,7 +16,9 @@ not got the client's frame. That is worth `stalled_ns`.
 The lag is the second longest of the longest waits of the last WINDOWS windows of WINDOW_NS in which
 anything was released: one outlier does not count, and many frames that hardly wait (a download) do
 not hide a few that do. A wait counts if its counterpart has ended it, also one that came while a
-checkpoint was already requested; a wait that a checkpoint ended says nothing about the SVM. So
+checkpoint was already requested; a wait that a checkpoint ended says nothing about the SVM, nor
+does one that only `stalled_ns` allowed (a client's frame that was lost to the SVM comes again after
+a second). So
 patience could stay too short for ever where the SVM always needs a little longer: after EXPLORE - 1
 checkpoints for waiting output, the next wait may be LONGER times as long, and what it shows counts.
 
@@ -52,7 +54,7 @@ SOURCES = ("fixed", "ceiling", "lag", "checkpoint", "floor")
 class Patience:
     """Patience of one pair.
 
-    adaptive: False: always the ceiling, whatever is measured.
+    adaptive: False: always the ceiling, but it is measured all the same.
     """
 
     __slots__ = (
@@ -132,7 +134,7 @@ class Patience:
 
     def due(self, now_ns: int) -> bool:
         """Return whether a window has ended; end_window() is to be called then."""
-        return self.adaptive and now_ns >= self._next_ns
+        return now_ns >= self._next_ns
 
     def end_window(self, now_ns: int) -> None:
         """End a window. One in which nothing was released does not count."""

@@ -63,8 +63,11 @@ class EngineOutbox:
         """Release a frame, unless it has left already."""
         wait = self._clock.now - rec.ts_ns
         self._on_wait(wait)
-        if wait > self._patience.longest_ns and rec.ts_ns > self.count_since_ns:
-            self._patience.longest_ns = wait
+        patience = self._patience
+        if wait > patience.longest_ns and rec.ts_ns > self.count_since_ns:
+            # A longer one was the wait for an SVM that did not run, or had not got a client's frame.
+            if wait <= patience.ns or self.asked:
+                patience.longest_ns = wait
         if rec.sent:
             return
         if not rec.parts:

@@ -25,22 +25,32 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from colo_xdp.engine.outbox import WAITS
 from colo_xdp.lab.guest import content
 from colo_xdp.lab.net import LabError, in_ns, wait_for
 from colo_xdp.lab.pair import Lab
 
-from .report import Part
+from .report import Part, Spread
 
 TAG = "cxbn"
 LATE_S, LATE_PORT, LOCK_PORT = 6, 90, 91
 BURNERS = 4
 ARMS: dict[str, dict[str, Any]] = {"fixed": {"wait": "fixed"}, "adaptive": {"wait": "adaptive"}}
+KINDS = {
+    "agree": "guests that agree",
+    "lock": "two clients, one lock",
+    "late": "an SVM that answers late",
+    "busy": f"guests that agree beside {BURNERS} burners",
+}
+CLOCK = 't=$(cat /proc/timer_list /dev/null | grep -m 1 "^now at" | tr -dc 0-9)'
 LATE = f"""read n
-t=$(cat /proc/timer_list /dev/null | grep -m 1 "^now at" | tr -dc 0-9)
+{CLOCK}
 [ $((${{t:-1}} / 1000 % 4)) != 0 ] || sleep {LATE_S}
 echo answer $n
 """
-LOCK = """read n
+LOCK = f"""read n
+{CLOCK}
+usleep $((${{t:-1}} / 1000 % 100000))
 until mkdir /tmp/held 2> /dev/null; do usleep 2000; done
 echo got $n
 read end
@@ -56,9 +66,9 @@ class Seen:
     times: list[float] = field(default_factory=list)
     wrong: int = 0
     checkpoints: dict[str, int] = field(default_factory=dict)
-    needless: int = 0
+    waited: int = 0  # checkpoints because something had waited, whatever became of it
+    needless: int = 0  # of these, whose counterpart was seen to come
     released: int = 0
-    patience_ms: list[float] = field(default_factory=list)
 
     def at(self, q: float) -> float:
         """Return a quantile of the latencies."""
@@ -129,12 +139,11 @@ def _counted(lab: Lab, seen: Seen, what: Callable[[], None]) -> None:
         made = n - before["checkpoints"]["by_cause"].get(cause, 0)
         if made:
             seen.checkpoints[cause] = seen.checkpoints.get(cause, 0) + made
+            seen.waited += made * (cause in WAITS)
     seen.needless += after["patience"]["needless"] - before["patience"]["needless"]
     seen.released += after["engine"]["released"] - before["engine"]["released"]
     for prog, reason in (("pvm_out", "offload_passed"), ("svm_arrival", "offload_released")):
         seen.released += after["programs"][prog][reason][0] - before["programs"][prog][reason][0]
-    seen.patience_ms.append(after["patience"]["ms"])
-    print(f"   {after['patience']}", file=sys.stderr, flush=True)
 
 
 @contextmanager
@@ -183,8 +192,8 @@ def once(arm: str, directory: Path, rounds: int, seen: dict[str, Seen]) -> None:
 
 def run(part: Part, quick: bool, build: Path) -> None:
     """Run both arms in turns."""
-    lives, rounds = (1, 10) if quick else (3, 30)
-    seen = {arm: {k: Seen() for k in ("agree", "lock", "late", "busy")} for arm in ARMS}
+    lives, rounds = (1, 8) if quick else (3, 30)
+    seen = {arm: {k: Seen() for k in KINDS} for arm in ARMS}
     errors: dict[str, str] = {}
     for turn in range(lives):
         for arm in ARMS if turn % 2 == 0 else tuple(ARMS)[::-1]:
@@ -192,14 +201,28 @@ def run(part: Part, quick: bool, build: Path) -> None:
                 once(arm, build, rounds, seen[arm])
             except (LabError, OSError, RuntimeError, ValueError) as e:
                 errors[arm] = f"{type(e).__name__}: {e}"
-    for arm, kinds in seen.items():
-        for kind, s in kinds.items():
-            print(
-                f"{arm:9} {kind:6} n {len(s.times):4} p50 {s.at(0.5):.3f} p90 {s.at(0.9):.3f} "
-                f"p99 {s.at(0.99):.3f} max {max(s.times, default=0):.3f} wrong {s.wrong} "
-                f"needless {s.needless} of {s.released} released, {s.checkpoints}, "
-                f"patience {s.patience_ms}",
-                file=sys.stderr,
-                flush=True,
-            )
-    print(errors, file=sys.stderr)
+    for arm, why in errors.items():
+        part.error(f"waiting guests, {arm}", why)
+    for kind, title in KINDS.items():
+        good = {arm: kinds[kind] for arm, kinds in seen.items() if kinds[kind].times}
+        for q in (0.5, 0.99):
+            times = {a: Spread.of([s.at(q) * 1e3]) for a, s in good.items()}
+            part.add(f"{title}: p{q * 100:g}", "ms", times, base="fixed")
+        counts: tuple[tuple[str, Callable[[Seen], float]], ...] = (
+            ("checkpoints", lambda s: sum(s.checkpoints.values())),
+            ("of these, for what had waited", lambda s: s.waited),
+            ("of these, seen to be needless", lambda s: s.needless),
+            ("answers failed or wrong", lambda s: s.wrong),
+        )
+        for name, count in counts:
+            values = {a: Spread.of([float(count(s))]) for a, s in good.items()}
+            part.add(f"{title}: {name}", "count", values)
+    for kind, most in (("agree", 1e-3), ("busy", 1e-2)):
+        s = seen["adaptive"][kind]
+        value = s.waited / s.released if s.released else None
+        part.goal(
+            f"{KINDS[kind]}: checkpoints for what had waited per released frame",
+            value,
+            most,
+            at_least=False,
+        )

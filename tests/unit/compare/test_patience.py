@@ -41,7 +41,8 @@ def test_a_fixed_wait_is_the_ceiling_whatever_is_measured() -> None:
     p.waited(7 * MS)
     p.checkpointed(20 * MS)
     p.end_window(WINDOW_NS)
-    assert (p.ns, p.source) == (CEILING, "fixed") and not p.due(1 << 62)
+    windows(p, *[7] * FEW, now=WINDOW_NS)
+    assert (p.ns, p.source, p.lag_ns) == (CEILING, "fixed", 7 * MS)
 
 
 def test_it_begins_with_a_guess() -> None:
