@@ -518,8 +518,11 @@ class Engine:
 
     def _ask_if_crossed(self, now_ns: int) -> None:
         """Request a checkpoint if the guests wait for each other's clients (engine/silence.py)."""
-        nothing_waits = not self.ledger.pvm_packets and self._kernel_ns == NEVER
-        if nothing_waits or not self._silence.due(now_ns):
+        if not self.ledger.pvm_packets and self._kernel_ns == NEVER:
+            return
+        if self.fast.enabled:
+            self._silence.note(self.fast.decided(), now_ns)
+        if not self._silence.due(now_ns):
             return
         before = now_ns - self.patience.quiet_ns
         late: list[Overdue] = []
@@ -527,8 +530,6 @@ class Engine:
             late = [x for x in self.fast.overdue(before) if x.payload and is_stream(x.key)]
         pvm, svm = self._silence.waiting(self._timers.flows(), self.epoch, before)
         if not (pvm or any(x.held for x in late)) or not (svm or any(not x.held for x in late)):
-            return
-        if self.fast.enabled and not self._silence.undisturbed(self.fast.decided(), now_ns):
             return
         self._reclaim_all([x.key for x in late])
         pvm, svm = self._silence.waiting(self._timers.flows(), self.epoch, before)

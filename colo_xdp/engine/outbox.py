@@ -64,10 +64,13 @@ class EngineOutbox:
         wait = self._clock.now - rec.ts_ns
         self._on_wait(wait)
         patience = self._patience
-        if wait > patience.longest_ns and rec.ts_ns > self.count_since_ns:
-            # A longer one was the wait for an SVM that did not run, or had not got a client's frame.
-            if wait <= patience.ns or self.asked:
-                patience.longest_ns = wait
+        if (
+            wait > patience.longest_ns
+            and rec.ts_ns > self.count_since_ns
+            # A longer wait was one for an SVM that did not run, or had not got a client's frame.
+            and (wait <= patience.ns or self.asked)
+        ):
+            patience.longest_ns = wait
         if rec.sent:
             return
         if not rec.parts:

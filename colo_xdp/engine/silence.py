@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..compare.flow import Flow
+from ..compare.limits import NEVER
 from ..compare.patience import Patience
 from ..compare.tcp import TcpFlow
 
@@ -26,33 +27,30 @@ class Silence:
 
     def __init__(self, patience: Patience) -> None:
         self._patience = patience
-        self._looked_ns = -1  # the silence (by its beginning) that has been looked at
-        self._decided = -1  # frames of the fast path, when it was last asked
-        self._again_ns = 0  # it had decided some since: the silence began later
+        self._decided = -1  # frames that the fast path had decided
+        self._decided_ns = 0  # when more of them were seen
+        self._looked_ns = -1  # the silence (by its beginning) that due() has reported
+
+    @property
+    def _since_ns(self) -> int:
+        return max(self._patience.moved_ns, self._decided_ns)
+
+    def note(self, decided: int, now_ns: int) -> None:
+        """Note how many frames the fast path has decided, which user space does not see."""
+        if decided != self._decided:
+            self._decided, self._decided_ns = decided, now_ns
 
     def look_ns(self) -> int:
-        """Return when due() will say so if no frame comes meanwhile."""
-        moved = self._patience.moved_ns
-        since = max(moved, self._again_ns) if moved == self._looked_ns else moved
-        return since + self._patience.quiet_ns
+        """Return when due() will say so if no frame comes meanwhile; NEVER: it has."""
+        since = self._since_ns
+        return NEVER if since == self._looked_ns else since + self._patience.quiet_ns
 
     def due(self, now_ns: int) -> bool:
-        """Return whether the guests are silent and that has not been looked at yet."""
-        moved = self._patience.moved_ns
-        if now_ns - moved < self._patience.quiet_ns:
-            return False
-        if moved == self._looked_ns and now_ns < self._again_ns + self._patience.quiet_ns:
-            return False
-        self._looked_ns, self._again_ns = moved, now_ns
-        return True
-
-    def undisturbed(self, decided: int, now_ns: int) -> bool:
-        """Return whether the fast path, too, has decided nothing since the last look.
-
-        The first look only takes the count.
-        """
-        same, self._decided, self._again_ns = decided == self._decided, decided, now_ns
-        return same
+        """Return whether the guests are silent and that has not been reported yet."""
+        due = self.look_ns() <= now_ns
+        if due:
+            self._looked_ns = self._since_ns
+        return due
 
     @staticmethod
     def waiting(flows: Sequence[Flow], epoch: int, before_ns: int) -> tuple[TcpFlow | None, bool]:

@@ -111,7 +111,11 @@ METRICS: dict[str, tuple[str, str, tuple[str, ...]]] = {
         (),
     ),
     "checkpoint_cost_seconds": ("gauge", "what a checkpoint takes (smoothed)", ()),
-    "offload_wait_seconds": ("histogram", "time that output of the PVM waited in the fast path", ()),
+    "offload_wait_seconds": (
+        "histogram",
+        "time that output of the PVM waited in the fast path",
+        (),
+    ),
     "offload_buffers": (
         "gauge",
         "number of connections that can wait in the fast path at the same time",

@@ -106,7 +106,8 @@ def _exchange(port: int, number: int, seen: Seen, *, lock: bool) -> None:
     seen.times.append(time.monotonic() - t)
 
 
-def _pair_of_clients(n: int, seen: Seen) -> None:
+def pair_of_clients(n: int, seen: Seen) -> None:
+    """Have two clients want the lock at the same moment."""
     threads = [
         threading.Thread(target=_exchange, args=(LOCK_PORT, 2 * n + i, seen), kwargs={"lock": True})
         for i in range(2)
@@ -178,7 +179,7 @@ def once(arm: str, directory: Path, rounds: int, seen: dict[str, Seen]) -> None:
 
         kinds: dict[str, Callable[[], None]] = {
             "agree": lambda: _work(lab, 4 * rounds, seen["agree"]),
-            "lock": all_of(lambda n: _pair_of_clients(n, seen["lock"])),
+            "lock": all_of(lambda n: pair_of_clients(n, seen["lock"])),
             "late": all_of(lambda n: _exchange(LATE_PORT, n, seen["late"], lock=False)),
         }
         for kind, what in kinds.items():
