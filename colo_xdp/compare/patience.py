@@ -33,8 +33,8 @@ from collections import deque
 from collections.abc import Sequence
 from heapq import nlargest
 
-#: What the lag is taken from: 8 s of traffic at most.
-WINDOW_NS, WINDOWS = 250_000_000, 32
+#: What the lag is taken from: 8 s of traffic at most, of the last minute.
+WINDOW_NS, WINDOWS, MEMORY_NS = 250_000_000, 32, 60_000_000_000
 #: patience as a multiple of the lag
 LAGS = 3
 #: each of so many waits that end in a checkpoint is so many times as long, to learn
@@ -80,7 +80,8 @@ class Patience:
     def __init__(self, ceiling_ns: int, floor_ns: int = 0, *, adaptive: bool = False) -> None:
         self.ceiling_ns, self._floor_ns = ceiling_ns, floor_ns
         self.adaptive = adaptive
-        self._windows: deque[int] = deque(maxlen=WINDOWS)
+        # the end and the longest wait of each, the oldest first
+        self._windows: deque[tuple[int, int]] = deque(maxlen=WINDOWS)
         self._kernel: dict[int, list[int]] = {}  # the fast path's histograms, by NIC
         self._cost_ns = 0.0  # 0: not known
         self._next_ns = 0
@@ -139,16 +140,20 @@ class Patience:
     def end_window(self, now_ns: int) -> None:
         """End a window. One in which nothing was released does not count."""
         self._next_ns = now_ns + WINDOW_NS
+        known = len(self._windows)
+        while self._windows and self._windows[0][0] < now_ns - MEMORY_NS:
+            self._windows.popleft()
         if self.longest_ns:
             if self._exploring and self.longest_ns > self.usual_ns:  # no outlier
-                self._windows.append(self.longest_ns)
+                self._windows.append((now_ns, self.longest_ns))
                 self._exploring = False
-            self._windows.append(self.longest_ns)
+            self._windows.append((now_ns, self.longest_ns))
+        if self.longest_ns or len(self._windows) != known:
             self.longest_ns = 0
             self._update()
 
     def _update(self) -> None:
-        top = nlargest(2, self._windows)
+        top = nlargest(2, (wait for _, wait in self._windows))
         self.lag_ns = top[-1] if top else 0
         if len(self._windows) < FEW:
             self.lag_ns = max(UNKNOWN_LAG_NS, *top, 0)

@@ -48,9 +48,7 @@ LATE = f"""read n
 [ $((${{t:-1}} / 1000 % 4)) != 0 ] || sleep {LATE_S}
 echo answer $n
 """
-LOCK = f"""read n
-{CLOCK}
-usleep $((${{t:-1}} / 1000 % 100000))
+LOCK = """read n
 until mkdir /tmp/held 2> /dev/null; do usleep 2000; done
 echo got $n
 read end

@@ -14,6 +14,7 @@ from colo_xdp.compare.patience import (
     FEW,
     LAGS,
     LONGER,
+    MEMORY_NS,
     QUIET_NS,
     UNKNOWN_LAG_NS,
     WINDOW_NS,
@@ -74,12 +75,17 @@ def test_one_outlier_is_none_and_windows_without_frames_do_not_count() -> None:
     p = Patience(CEILING, FLOOR, adaptive=True)
     now = windows(p, *[5] * 10, 900, *[5] * 10)
     assert p.lag_ns == 5 * MS
-    for _ in range(1000):
+    for _ in range(100):
         now += WINDOW_NS
         p.end_window(now)
     assert p.lag_ns == 5 * MS
-    windows(p, 900, now=now)
+    now = windows(p, 900, now=now)
     assert p.lag_ns == 900 * MS
+    now += MEMORY_NS
+    p.end_window(now)
+    assert p.lag_ns == 900 * MS, "what is known of the last minute is too little"
+    p.end_window(now + 1)
+    assert p.lag_ns == UNKNOWN_LAG_NS
 
 
 def test_the_fast_paths_waits_count_by_what_was_added() -> None:
