@@ -161,6 +161,7 @@ class DatagramFlow(ComparedFlow):
         while held.frames and self._use(self.bodies[0]):
             self.bodies.popleft()
             rec, _, _ = held.pop()
+            self.host.patience.answered(rec.ts_ns, self.asked)
             self.outbox.release(rec)
 
     def expire(self, now_ns: int) -> int:

@@ -22,7 +22,7 @@ a second). So
 patience could stay too short for ever where the SVM always needs a little longer: after EXPLORE - 1
 checkpoints for waiting output, the next wait may be LONGER times as long, and what it shows counts.
 
-A frame costs one comparison (see EngineOutbox.release), a window a sort of WINDOWS numbers.
+A frame that waits costs a call of answered(), a window a sort of WINDOWS numbers.
 
 docs/design/checkpoints.md has the argument, and where it does not hold. All times in ns.
 """
@@ -67,11 +67,13 @@ class Patience:
         "_windows",
         "adaptive",
         "ceiling_ns",
+        "heard_ns",
         "lag_ns",
         "longest_ns",
         "moved_ns",
         "ns",
         "quiet_ns",
+        "since_ns",
         "source",
         "stalled_ns",
         "usual_ns",
@@ -89,6 +91,10 @@ class Patience:
         self._exploring = False
         #: the longest wait of this window that a counterpart has ended; 0: none
         self.longest_ns = 0
+        #: when the last frame of the SVM was captured
+        self.heard_ns = 0
+        #: when the last checkpoint was complete: waits of older frames are not the SVM's doing
+        self.since_ns = 0
         #: when a frame of either guest last came to user space, at any NIC
         self.moved_ns = 0
         self.ns = self.usual_ns = self.stalled_ns = self.lag_ns = self.quiet_ns = 0
@@ -104,6 +110,18 @@ class Patience:
         """Note a wait that a counterpart has ended."""
         if ns > self.longest_ns:
             self.longest_ns = ns
+
+    def answered(self, sent_ns: int, asked: bool) -> None:
+        """Note that the frame of the SVM that was heard last has ended the wait of one of the PVM.
+
+        sent_ns: when that was captured; asked: its flow has requested a checkpoint. A wait that is
+        longer than patience without that was one for an SVM that does not run, or has not got what
+        its client sent. The times of capture count: what this host's controller is late by is not
+        the SVM's lag.
+        """
+        lag = self.heard_ns - sent_ns
+        if lag > self.longest_ns and sent_ns > self.since_ns and (lag <= self.ns or asked):
+            self.longest_ns = lag
 
     def kernel_waits(self, nic: int, waits: Sequence[int]) -> None:
         """Note the fast path's histogram of a NIC: counts of waits below 1, 2, 4, ... us.

@@ -312,6 +312,7 @@ class TcpFlow(ComparedFlow):
                 self.outbox.count("acks_superseded")
                 continue
             held.pop()
+            self.host.patience.answered(rec.ts_ns, self.asked)
             self._settle(p)
             self._emit(rec, p)
 

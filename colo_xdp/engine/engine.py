@@ -213,6 +213,7 @@ class Engine:
         """
         clock = self._clock
         clock.now = self.patience.moved_ns = now_ns
+        self.patience.heard_ns = rec.ts_ns
         self._n_svm += 1
         ahead = (epoch12 - clock.epoch) & _TAG
         if ahead == 0 and not self._checkpointing and not self._solo:
@@ -236,7 +237,7 @@ class Engine:
         elif ahead == 0:
             self._counters["svm_superseded"] += 1
             if self._suspect:
-                self._acquit(rec, now_ns)
+                self._acquit(rec)
         elif ahead <= _NEXT_EPOCHS and not self._solo:
             self._buffer(rec, epoch12 & _TAG)
         else:
@@ -286,12 +287,11 @@ class Engine:
         if self._outbox.asked_for is not None and not self._suspect.begin(self._outbox.asked_for):
             self._counters["checkpoints_needless"] += 1
         self._set_phase(checkpointing=True)
-        self._outbox.learn()
         self._collect()
 
-    def _acquit(self, rec: Frame, now_ns: int) -> None:
+    def _acquit(self, rec: Frame) -> None:
         """Look whether the SVM's frame is what a checkpoint was requested for in vain."""
-        waited = self._suspect.answered(parse(rec.frame), now_ns)
+        waited = self._suspect.answered(parse(rec.frame), rec.ts_ns)
         if waited:
             self._counters["checkpoints_needless"] += 1
             self.patience.waited(waited)
@@ -386,7 +386,7 @@ class Engine:
                 self._counters["svm_stale"] += 1
             else:
                 self.from_svm(rec, tag, now_ns)
-        self._outbox.learn(now_ns)
+        self.patience.since_ns = now_ns
         lost, self._queue.lost = self._queue.lost, 0
         if lost:
             self._outbox.request(Cause.PEER_GAP, f"{lost} frames of the new epoch")
@@ -426,7 +426,6 @@ class Engine:
             flow.forget_svm()
         queue = self._queue.held.drain()
         self._set_phase(solo=True)
-        self._outbox.learn()
         self._suspect.clear()
         self._counters["released_solo"] += len(queue)
         self._forget(self.epoch + 1)

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 from ..compare.causes import Cause
 from ..compare.flow import Partial, Source
-from ..compare.limits import NEVER
 from ..compare.patience import Patience
 from ..compare.policy import Verdict
 from ..compare.timers import Clock
@@ -43,9 +42,6 @@ class EngineOutbox:
         patience: Patience,
     ) -> None:
         self._patience = patience
-        #: Waits of older frames are not the SVM's doing: a checkpoint was under way, or there is no
-        #: SVM.
-        self.count_since_ns = 0
         self._clock, self._send, self._on_wait = clock, send, on_wait
         self._request_checkpoint, self._on_divergence = request_checkpoint, on_divergence
         self.counters: Counter[str] = Counter({name: 0 for name, _ in COUNTERS})
@@ -61,16 +57,9 @@ class EngineOutbox:
 
     def release(self, rec: Frame) -> None:
         """Release a frame, unless it has left already."""
-        wait = self._clock.now - rec.ts_ns
-        self._on_wait(wait)
-        patience = self._patience
-        if (
-            wait > patience.longest_ns
-            and rec.ts_ns > self.count_since_ns
-            # A longer wait was one for an SVM that did not run, or had not got a client's frame.
-            and (wait <= patience.ns or self.asked)
-        ):
-            patience.longest_ns = wait
+        self._on_wait(self._clock.now - rec.ts_ns)
+        if not self._patience.longest_ns:
+            self._patience.longest_ns = 1  # something was released in this window
         if rec.sent:
             return
         if not rec.parts:
@@ -123,10 +112,6 @@ class EngineOutbox:
         return d
 
     # -- for the engine
-
-    def learn(self, since_ns: int = NEVER) -> None:
-        """Count the waits of frames that are captured later than since_ns (NEVER: of none)."""
-        self.count_since_ns = since_ns
 
     def release_ahead(self, rec: Frame) -> None:
         """Release a frame at once, to be compared afterwards (shadow mode)."""

@@ -49,15 +49,19 @@ class Suspect:
             return True  # fragments: nobody looks
         if not flow.held:
             return False
-        _, self._head, self._since_ns = flow.held[0]
+        rec, self._head, _ = flow.held[0]
+        self._since_ns = rec.ts_ns
         return True
 
-    def answered(self, theirs: Packet, now_ns: int) -> int:
-        """Return how long the head has waited, if this is what it waited for; else 0."""
+    def answered(self, theirs: Packet, ts_ns: int) -> int:
+        """Return how long the head has waited if this, captured at ts_ns, is what it waited for.
+
+        Otherwise 0.
+        """
         if self._head is None or not _answers(theirs, self._head):
             return 0
         self._head = None
-        return now_ns - self._since_ns
+        return max(1, ts_ns - self._since_ns)
 
     def clear(self) -> None:
         """Forget it: the checkpoint is complete."""
