@@ -126,14 +126,17 @@ class Patience:
     def kernel_waits(self, nic: int, waits: Sequence[int]) -> None:
         """Note the fast path's histogram of a NIC: counts of waits below 1, 2, 4, ... us.
 
-        The middle of the highest bucket that has grown counts as a wait.
+        The middle of the highest bucket that has grown counts as a wait. Output of the PVM does not
+        wait there for more than half of patience, and then waits in the slow path. The kernel
+        counts from when anything of the connection began to wait, so larger values also arise
+        where a late ack is followed by data.
         """
         before = self._kernel.get(nic)
         self._kernel[nic] = list(waits)
         if before is None or len(before) != len(waits):
             return
         for i in range(len(waits) - 1, -1, -1):
-            if waits[i] > before[i]:
+            if waits[i] > before[i] and 1000 << i <= self.ns:
                 self.waited(750 << i)
                 return
 
