@@ -20,7 +20,7 @@ checkpoint was already requested; a wait that a checkpoint ended says nothing ab
 does one that only `stalled_ns` allowed (a client's frame that was lost to the SVM comes again after
 a second). So
 patience could stay too short for ever where the SVM always needs a little longer: after EXPLORE - 1
-checkpoints for waiting output, the next wait may be LONGER times as long, and what it shows counts.
+checkpoints for waiting output, the next wait may be LONGER times as long.
 
 A frame that waits costs a call of answered(), a window a sort of WINDOWS numbers.
 
@@ -38,7 +38,7 @@ WINDOW_NS, WINDOWS, MEMORY_NS = 250_000_000, 32, 60_000_000_000
 #: patience as a multiple of the lag
 LAGS = 3
 #: each of so many waits that end in a checkpoint is so many times as long, to learn
-EXPLORE, LONGER = 4, 4
+EXPLORE, LONGER = 4, 2
 #: the least patience with an SVM that has not acked
 STALLED_NS = 1_000_000_000
 #: until FEW windows are known the lag counts as at least this
@@ -165,9 +165,6 @@ class Patience:
         while self._windows and self._windows[0][0] < now_ns - MEMORY_NS:
             self._windows.popleft()
         if self.longest_ns:
-            if self._exploring and self.longest_ns > self.usual_ns:  # no outlier
-                self._windows.append((now_ns, self.longest_ns))
-                self._exploring = False
             self._windows.append((now_ns, self.longest_ns))
         if self.longest_ns or len(self._windows) != known:
             self.longest_ns = 0
