@@ -41,8 +41,9 @@ LAGS = 3
 EXPLORE, LONGER = 4, 2
 #: the least patience with an SVM that has not acked
 STALLED_NS = 1_000_000_000
-#: until FEW windows are known the lag counts as at least this
-UNKNOWN_LAG_NS, FEW = 100_000_000, 4
+#: Until FEW windows are known the lag counts as at least this: a new copy is slow at first (TCG has
+#: to translate all of its code).
+UNKNOWN_LAG_NS, FEW = 330_000_000, 8
 #: the cost of a checkpoint until one was made, and the weight of a new one in the mean
 UNKNOWN_COST_NS, WEIGHT = 50_000_000, 0.25
 #: The guests are quiet when neither has sent anything for this long, and for longer than the lag.
@@ -154,6 +155,12 @@ class Patience:
             self._cost_ns = float(max(1, took_ns))
         self._update()
 
+    def new_copy(self) -> None:
+        """Forget the lag: there is another SVM."""
+        self._windows.clear()
+        self._exploring = False
+        self._update()
+
     def due(self, now_ns: int) -> bool:
         """Return whether a window has ended; end_window() is to be called then."""
         return now_ns >= self._next_ns
@@ -162,7 +169,7 @@ class Patience:
         """End a window. One in which nothing was released does not count."""
         self._next_ns = now_ns + WINDOW_NS
         known = len(self._windows)
-        while self._windows and self._windows[0][0] < now_ns - MEMORY_NS:
+        while len(self._windows) > FEW and self._windows[0][0] < now_ns - MEMORY_NS:
             self._windows.popleft()
         if self.longest_ns:
             self._windows.append((now_ns, self.longest_ns))

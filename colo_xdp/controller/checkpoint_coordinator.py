@@ -478,7 +478,9 @@ class CheckpointCoordinator:
         }
         c.view.checkpoint_due(False)
         self.ended_ns = time.monotonic_ns()
-        if not ck.initial:
+        if ck.initial:
+            c.output.patience.new_copy()
+        else:
             c.output.patience.checkpointed(
                 self.ended_ns - ck.began_ns, missed=want.cause == Cause.COMPARE_TIMEOUT
             )

@@ -507,12 +507,13 @@ class Engine:
         """Reclaim what has waited in the fast path for half of the time that it may wait."""
         patience, timeout = self.patience, self._host.timeout_ns
         half = patience.ns // 2
-        late = self.fast.overdue(now_ns - half)
+        oldest = self.fast.oldest_ns()
+        late = self.fast.overdue(now_ns - half) if 0 < oldest <= now_ns - half else []
         self._reclaim_all([x.key for x in late if x.held or x.since_ns <= now_ns - timeout // 2])
         self._next_look = now_ns + patience.ns // 8
         if patience.adaptive:
             self._next_look = now_ns + min(patience.ns // 8, patience.quiet_ns)
-            oldest, soon = self.fast.oldest_ns(), min(half, patience.quiet_ns)
+            soon = min(half, patience.quiet_ns)
             self._kernel_ns = max(oldest + soon, now_ns + soon) if oldest else NEVER
 
     def _ask_if_crossed(self, now_ns: int) -> None:

@@ -82,10 +82,12 @@ def test_one_outlier_is_none_and_windows_without_frames_do_not_count() -> None:
     assert p.lag_ns == 5 * MS
     now = windows(p, 900, now=now)
     assert p.lag_ns == 900 * MS
-    now += MEMORY_NS
+    now += MEMORY_NS + 1
     p.end_window(now)
-    assert p.lag_ns == 900 * MS, "what is known of the last minute is too little"
-    p.end_window(now + 1)
+    assert len(p._windows) == FEW, "what is older than a minute, but for a few"
+    now = windows(p, *[5] * WINDOWS, now=now)
+    assert p.lag_ns == 5 * MS
+    p.new_copy()
     assert p.lag_ns == UNKNOWN_LAG_NS
 
 
