@@ -294,10 +294,14 @@ def test_only_waits_that_a_counterpart_has_ended_count() -> None:
     w.now += 3 * MS
     w.s(f.tcp(6, 1, b"dd"))
     assert w.patience.longest_ns == 3 * MS + 1
+    w.p(f.tcp(8, 40))
+    w.now += 30 * MS
+    w.s(f.tcp(8, 40))  # a delayed ack
+    assert w.patience.longest_ns == 3 * MS + 1
     w.p(f.tcp(8, 50, b"ee"))  # acks what the SVM has got only when its client sent it again
     w.now += 900 * MS
     w.s(f.tcp(8, 50, b"ee"))
-    assert len(w.out) == 5
+    assert len(w.out) == 6
     assert w.patience.longest_ns == 3 * MS + 1
 
 
