@@ -31,6 +31,10 @@ def _answers(theirs: Packet, mine: Packet) -> bool:
     return n > 0 and theirs.frame[at : at + n] == mine.frame[mine.off : mine.off + n]
 
 
+def _is_bare_ack(p: Packet) -> bool:
+    return p.kind is Kind.TCP and p.off == p.end and not p.flags & FLAGS
+
+
 class Suspect:
     """The head of the flow that requested the checkpoint which has begun, if it did by waiting."""
 
@@ -56,12 +60,12 @@ class Suspect:
     def answered(self, theirs: Packet, ts_ns: int) -> int:
         """Return how long the head has waited if this, captured at ts_ns, is what it waited for.
 
-        Otherwise 0.
+        Otherwise 0; 1 for a bare ack, whose wait shows nothing.
         """
         if self._head is None or not _answers(theirs, self._head):
             return 0
-        self._head = None
-        return max(1, ts_ns - self._since_ns)
+        bare, self._head = _is_bare_ack(self._head), None
+        return 1 if bare else max(1, ts_ns - self._since_ns)
 
     def clear(self) -> None:
         """Forget it: the checkpoint is complete."""
