@@ -46,7 +46,8 @@ STALLED_NS = 1_000_000_000
 UNKNOWN_LAG_NS, FEW = 330_000_000, 8
 #: the cost of a checkpoint until one was made, and the weight of a new one in the mean
 UNKNOWN_COST_NS, WEIGHT = 50_000_000, 0.25
-#: The guests are quiet when neither has sent anything for this long, and for longer than the lag.
+#: The guests are quiet when neither has sent anything for this long, and for twice as long as the
+#: longest wait of a usual window.
 QUIET_NS = 15_000_000
 #: what patience can come from, as the status document names it
 SOURCES = ("fixed", "ceiling", "lag", "checkpoint", "floor")
@@ -74,6 +75,7 @@ class Patience:
         "moved_ns",
         "ns",
         "quiet_ns",
+        "repeat_ns",
         "since_ns",
         "source",
         "stalled_ns",
@@ -99,6 +101,7 @@ class Patience:
         #: when a frame of either guest last came to user space, at any NIC
         self.moved_ns = 0
         self.ns = self.usual_ns = self.stalled_ns = self.lag_ns = self.quiet_ns = 0
+        self.repeat_ns = 0  # least age of output whose repetition by the PVM counts
         self.source = "fixed"
         self._update()
 
@@ -193,4 +196,7 @@ class Patience:
         self.usual_ns = wanted
         self.ns = min(ceiling, wanted * LONGER) if self._exploring else wanted
         self.stalled_ns = min(ceiling, max(self.ns, LONGER * wanted, STALLED_NS))
-        self.quiet_ns = min(wanted, max(QUIET_NS, self.lag_ns))
+        waits = sorted(wait for _, wait in self._windows)
+        usual = waits[len(waits) // 2] if len(waits) >= FEW else self.lag_ns
+        self.quiet_ns = min(wanted, max(QUIET_NS, min(self.lag_ns, 2 * usual)))
+        self.repeat_ns = min(wanted, 2 * max(QUIET_NS, self.lag_ns))

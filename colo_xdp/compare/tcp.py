@@ -271,7 +271,7 @@ class TcpFlow(ComparedFlow):
             patience.adaptive
             and (p.off != p.end or p.flags & FLAGS)
             and not (p.flags ^ first.flags) & FLAGS
-            and now_ns - since >= min(patience.usual_ns, 2 * patience.quiet_ns)
+            and now_ns - since >= patience.repeat_ns
             and self._acked(first)
         ):
             self.ask(Cause.REPEATED, first)

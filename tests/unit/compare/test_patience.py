@@ -61,6 +61,11 @@ def test_it_follows_the_lag_the_cost_and_the_floor() -> None:
     now = windows(p, *[2] * WINDOWS)
     p.checkpointed(20 * MS)
     assert (p.ns, p.source, p.lag_ns) == (FLOOR, "floor", 2 * MS)
+    assert (p.quiet_ns, p.repeat_ns) == (QUIET_NS, 2 * QUIET_NS)
+    windows(p, *[20] * 20, 25, 90, 91, now=now)
+    assert p.quiet_ns == 40 * MS, "twice what is usual"
+    assert p.repeat_ns == 180 * MS and p.ns == 270 * MS
+    now = windows(p, *[2] * WINDOWS, now=2 * now)
     for _ in range(40):
         p.checkpointed(90 * MS)
     assert p.source == "checkpoint" and 80 * MS < p.ns <= 90 * MS
@@ -149,6 +154,7 @@ def test_it_is_never_more_than_the_ceiling_nor_less_than_the_floor(
             p.end_window(now)
         assert min(floor, ceiling) * MS <= p.ns <= ceiling * MS
         assert min(QUIET_NS, p.ns) <= p.quiet_ns <= p.usual_ns <= p.ns
+        assert p.quiet_ns <= p.repeat_ns <= p.usual_ns
         assert p.ns <= p.stalled_ns <= ceiling * MS
         assert len(p._windows) <= WINDOWS
 
