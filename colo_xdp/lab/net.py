@@ -143,9 +143,9 @@ def stop_process(p: subprocess.Popen[bytes] | None, timeout: float = 5.0) -> Non
 class Topology:
     """The namespaces of one lab; `tag` keeps labs apart."""
 
-    def __init__(self, tag: str, vnet_hdr: bool = True) -> None:
+    def __init__(self, tag: str, vnet_hdr: bool = True, queues: int = 1) -> None:
         self.client, self.primary, self.secondary = (f"{tag}{x}" for x in "cps")
-        self.vnet_hdr = vnet_hdr
+        self.vnet_hdr, self.queues = vnet_hdr, queues
 
     @property
     def all(self) -> tuple[str, str, str]:
@@ -175,7 +175,8 @@ class Topology:
             self._ip(ns, "link add br0 type bridge")
             self._ip(ns, "link set br0 up")
             self._ip(ns, "link set dev uplink master br0 up")
-            self._ip(ns, f"tuntap add dev tap0 mode tap {'vnet_hdr' if self.vnet_hdr else ''}")
+            flags = " vnet_hdr" * self.vnet_hdr + " multi_queue" * (self.queues > 1)
+            self._ip(ns, f"tuntap add dev tap0 mode tap{flags}")
             self._ip(ns, "link set tap0 up")
         self.peer_link()
 

@@ -35,6 +35,8 @@ class Lab:
         *,
         tag: str = "cxl",
         vnet_hdr: bool = True,
+        queues: int = 1,
+        vhost: bool = False,
         overrides: dict[str, dict[str, Any]] | None = None,
         disks: int = 0,
         overlay_limit: int = 64,
@@ -48,7 +50,8 @@ class Lab:
         self.disks = [f"d{i}" for i in range(disks)]
         self.overlay_limit = overlay_limit  # MiB
         self.say = say
-        self.net = Topology(tag, vnet_hdr)
+        self.vhost = vhost
+        self.net = Topology(tag, vnet_hdr, queues)
         self.procs = Processes(self.dir / f"{tag}.pids.json")
         self.client = Client(self.net.client)
         self.vm: dict[str, vms.Vm] = {}
@@ -129,6 +132,8 @@ class Lab:
             self.accel,
             ns=self.ns(role),
             vnet_hdr=self.net.vnet_hdr,
+            queues=self.net.queues,
+            vhost=self.vhost,
             incoming=self._migrate_uri if waits else "",
             shim=self._shim,
             extra=[arg for name in self.disks for arg in self._drive(role, name)],
