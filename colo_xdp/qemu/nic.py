@@ -8,7 +8,8 @@ to:
     virtio-net-pci.0: index=0,type=nic,model=virtio-net-pci,macaddr=52:54:00:00:00:01
      \\ n0: index=0,type=tap,ifname=tap-web1,script=no,downscript=no
 
-A tap that was passed as a descriptor (libvirt) is shown as `fd=9` without a name.
+A tap that was passed as a descriptor (libvirt) is shown as `fd=9` without a name. A card with
+several queues has a pair of lines for each; only the first names its MAC address.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ import re
 from dataclasses import dataclass
 
 _CARD = re.compile(r"(\S[^:]*): index=\d+,type=nic,.*?macaddr=([0-9a-fA-F:]{17})")
-_PEER = re.compile(r" \\ \S[^:]*: index=\d+,type=tap,(?:.*,)?ifname=([^,]+)")
+_MORE = re.compile(r"\S[^:]*: index=[1-9]\d*,type=nic,")  # another queue of the card before
+_PEER = re.compile(r" \\ \S[^:]*: index=\d+,type=tap,(?:(?:.*,)?ifname=([^,]+))?")
 
 
 class NicError(ValueError):
@@ -26,11 +28,15 @@ class NicError(ValueError):
 
 @dataclass(slots=True)
 class Card:
-    """A card of the guest; `tap`: the device that it is attached to, if QEMU reports it."""
+    """A card of the guest; `tap`: the device that it is attached to, if QEMU reports it.
+
+    `queues`: pairs of queues between QEMU and the tap. The guest is offered them with `mq=on` only.
+    """
 
     name: str
     mac: str
     tap: str = ""
+    queues: int = 0
 
 
 def at_tap(text: str, tap: str) -> Card:
@@ -43,8 +49,11 @@ def at_tap(text: str, tap: str) -> Card:
     for line in text.splitlines():
         if m := _CARD.match(line):
             last = cards.setdefault(m[1], Card(m[1], m[2]))
+        elif _MORE.match(line):
+            continue
         elif (m := _PEER.match(line)) and last is not None:
-            last.tap = m[1]
+            last.tap = m[1] or ""
+            last.queues += 1
         elif not line.startswith(" "):
             last = None
     there = [c for c in cards.values() if c.tap == tap]

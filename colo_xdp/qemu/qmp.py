@@ -24,7 +24,7 @@ from qemu.qmp.protocol import Runstate
 from qemu.qmp.qmp_client import ExecuteError
 
 from .event import QmpEvent, read
-from .hardware import Hardware, parse_qtree
+from .hardware import Hardware, parse_qtree, tap_queues
 from .nic import at_tap
 
 log = logging.getLogger("colo_xdp.qemu.qmp")
@@ -104,6 +104,7 @@ class Qmp:
         self._client: QMPClient | None = None
         self._watch: asyncio.Task[None] | None = None
         self._ending: asyncio.Future[None] | None = None  # the end of the connection
+        self._queues: Hardware = {}  # as guest_macs() has seen them
 
     @property
     def connected(self) -> bool:
@@ -230,6 +231,7 @@ class Qmp:
             "vCPUs": str(len(cpus)),
             "memory": f"{memory['base-memory'] >> 20} MiB",
             **parse_qtree(str(tree)),
+            **self._queues,
         }
 
     async def status(self, timeout: float | None = None) -> str:
@@ -248,6 +250,7 @@ class Qmp:
         """
         text = await self.execute("human-monitor-command", {"command-line": "info network"})
         card = at_tap(str(text), tap)
+        self._queues.update(tap_queues(card.mac, card.queues))
         try:  # includes addresses that the guest set itself
             seen = (await self.execute("query-rx-filter", {"name": card.name}))[0]
             return [str(seen["main-mac"]), *map(str, seen["unicast-table"])]
