@@ -15,6 +15,7 @@ several queues has a pair of lines for each; only the first names its MAC addres
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 _CARD = re.compile(r"(\S[^:]*): index=\d+,type=nic,.*?macaddr=([0-9a-fA-F:]{17})")
@@ -66,4 +67,45 @@ def at_tap(text: str, tap: str) -> Card:
     raise NicError(
         f"cannot determine which of the guest's network cards is attached to {tap} "
         f"({names or 'it has none'}): set [network] guest_mac"
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Multiqueue:
+    """How many queues lie between the guest and the tap, and what the guest can use of them."""
+
+    queues: int  # QEMU's at the tap
+    mq: bool  # whether the card offers more than one
+    vectors: int  # interrupts of the card; 0: not known
+    vcpus: int
+
+    def obstacles(self) -> list[tuple[str, str]]:
+        """Return what keeps the guest from using all queues, each with a remedy."""
+        n = self.queues
+        if n <= 1:
+            return []
+        device = f"-device virtio-net-pci,...,mq=on,vectors={2 * n + 2}"
+        found = []
+        if not self.mq:
+            found.append((f"the tap has {n}, and the card offers the guest one (mq=off)", device))
+        elif 0 < self.vectors < 2 * n + 2:
+            found.append((f"{self.vectors} interrupts for {n} queues: they share them", device))
+        if self.vcpus < n:
+            found.append(
+                (f"{n} for a guest with {self.vcpus} vCPUs, which uses no more than those",
+                 f"queues={self.vcpus}, or -smp {n}; alike on both hosts")
+            )  # fmt: skip
+        return found
+
+
+def multiqueue(card: Card, hardware: Mapping[str, str], vcpus: int) -> Multiqueue:
+    """Return what is known of a card's queues, from parse_qtree()'s answer."""
+    mac = f'"{card.mac}"'
+    name = next((k[:-5] for k, v in hardware.items() if k.endswith(", mac") and v == mac), "")
+    vectors = hardware.get(f"{name.partition(' / ')[0]}, vectors", "0").split()[0]
+    return Multiqueue(
+        card.queues,
+        hardware.get(f"{name}, mq") == "true",
+        int(vectors) if vectors.isdecimal() else 0,
+        vcpus,
     )

@@ -25,7 +25,7 @@ from qemu.qmp.qmp_client import ExecuteError
 
 from .event import QmpEvent, read
 from .hardware import Hardware, parse_qtree, tap_queues
-from .nic import at_tap
+from .nic import Multiqueue, NicError, at_tap, multiqueue
 
 log = logging.getLogger("colo_xdp.qemu.qmp")
 
@@ -55,6 +55,7 @@ class QemuInfo:
     status: str
     machine: str = ""  # machine type, such as pc-i440fx-7.2-machine
     offers: frozenset[str] = frozenset()  # those of HOST_OFFLOADS that a network card offers
+    queues: Multiqueue | None = None  # of the card at the tap, if that is known
 
 
 def realtime_offset_ns() -> int:
@@ -234,6 +235,21 @@ class Qmp:
             **self._queues,
         }
 
+    async def queues(self, tap: str) -> Multiqueue | None:
+        """Return the queues of the card at this tap; None if it cannot be determined.
+
+        Raises QmpError.
+        """
+        text, tree = [
+            str(await self.execute("human-monitor-command", {"command-line": f"info {what}"}))
+            for what in ("network", "qtree")
+        ]
+        vcpus = len(await self.execute("query-cpus-fast"))
+        try:
+            return multiqueue(at_tap(text, tap), parse_qtree(tree), vcpus)
+        except NicError:
+            return None
+
     async def status(self, timeout: float | None = None) -> str:
         """Return the run state (`running`, `colo`, `inmigrate`, ...). Raises QmpError."""
         return str((await self.execute("query-status", timeout=timeout))["status"])
@@ -335,8 +351,10 @@ class Qmp:
             self._watch.cancel()
 
 
-def probe(path: str, timeout: float) -> tuple[QemuInfo, Any]:
+def probe(path: str, timeout: float, tap: str = "") -> tuple[QemuInfo, Any]:
     """Connect, query and disconnect (for `doctor`); return QEMU's info and its `query-block`.
+
+    `tap`: the guest's, to ask for its queues.
 
     Raises QmpError.
     """
@@ -345,7 +363,10 @@ def probe(path: str, timeout: float) -> tuple[QemuInfo, Any]:
         q = Qmp(path, "qemu", timeout, lambda e: None, lambda why: None)
         try:
             info = await q.connect()
-            return replace(info, offers=await q.offers()), await q.execute("query-block")
+            info = replace(info, offers=await q.offers())
+            if tap:
+                info = replace(info, queues=await q.queues(tap))
+            return info, await q.execute("query-block")
         finally:
             await q.close()
 
