@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import os
 import random
-import select
 import socket
 import struct
 import threading
@@ -22,8 +21,9 @@ from queue import SimpleQueue
 
 import pytest
 
+from colo_xdp import abi
 from colo_xdp.abi import Mode
-from colo_xdp.datapath import attach, loader
+from colo_xdp.datapath import attach
 from colo_xdp.datapath.datapath import DataPath
 from colo_xdp.datapath.ring import CapturedFrame
 from colo_xdp.tools import cleanup
@@ -146,3 +146,104 @@ def test_events_come_in_the_order_of_the_writes(
     assert sorted(map(sorted, got)) == sorted(list(range(n)) for n in sent), "lost"
     assert got == [list(range(n)) for n in sent]
     assert stamps == sorted(stamps), "they tell the order in which the guest sent"
+
+
+class Wire:
+    """What a device transmits, in the order of transmission."""
+
+    def __init__(self, device: str) -> None:
+        self.s = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(3))
+        self.s.setsockopt(socket.SOL_SOCKET, 33, 64 << 20)  # SO_RCVBUFFORCE
+        self.s.bind((device, 0))
+        self.s.settimeout(0.3)
+
+    def frames(self) -> Iterator[bytes]:
+        while True:
+            try:
+                frame, address = self.s.recvfrom(70_000)
+            except TimeoutError:
+                return
+            if address[2] == socket.PACKET_OUTGOING:
+                yield frame
+
+    def close(self) -> None:
+        self.s.close()
+
+
+@contextmanager
+def pinned() -> Iterator[None]:
+    """Keep this thread on one CPU, as an interrupt of the peer link's card would."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(before)})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+@pytest.mark.parametrize("uplink", ["past the bridge", "through the bridge"])
+@pytest.mark.parametrize("late", ["PVM", "SVM"])
+def test_the_fast_path_keeps_the_order_of_a_flow_that_moves(
+    net: Net, guest: Guest, tmp_path: Path, late: str, uplink: str
+) -> None:
+    rnd, count, size = random.Random(2), 4000, 400
+    at = [0] * FLOWS
+    with data_path(tmp_path, fast_path_memory=16) as dp, inside(net.other):
+        peer = socket.socket(socket.AF_PACKET, socket.SOCK_RAW)
+        peer.bind(("peer0", 0))
+        if uplink == "past the bridge":
+            held.hear_client(dp, net)
+        with inside(net.host), pinned():
+            held.give_all(dp, held.Case("", size, conns=FLOWS))
+            wire = Wire("uplink")
+            for _ in range(count):
+                flow = rnd.randrange(FLOWS)
+                data = rnd.randbytes(size)
+                frame = tcp(data, seq=1000 + at[flow], dport=held.PORT + flow)
+                tagged = frame[:12] + struct.pack("!HH", abi.TPID, abi.KIND_SVM << 13 | 1)
+                at[flow] += size
+                if late == "PVM":
+                    peer.send(tagged + frame[12:])
+                guest.send(rnd.randrange(QUEUES), bytes(10) + frame)
+                if late == "SVM":
+                    peer.send(tagged + frame[12:])
+                dp.beat()
+            left: list[list[int]] = [[] for _ in range(FLOWS)]
+            for frame in wire.frames():
+                port, seq = struct.unpack_from("!HI", frame, 36)
+                if held.PORT <= port < held.PORT + FLOWS:
+                    left[port - held.PORT].append(seq - 1000)
+        wire.close()
+        peer.close()
+        assert held.handed(dp) == {}, "the kernel has decided all"
+    assert left == [list(range(0, n, size)) for n in at]
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("every", [0.0, 0.5], ids=["no checkpoint", "checkpoints"])
+def test_a_flow_in_two_queues_at_once_is_reordered_and_whole(
+    net: Net, tmp_path: Path, every: float
+) -> None:
+    """Each segment overtakes others: retransmitted or held, never a wrong byte."""
+    conns, length = 4, 3 << 20
+    with data_path(tmp_path, fast_path_memory=16) as dp:
+        proxy, _, have, wrong = run(
+            net, dp, conns=conns, length=length, seed=7, seconds=60, checkpoint_every=every,
+            queues=QUEUES,
+        )  # fmt: skip
+        handed = held.handed(dp)
+    said = {k: v for k, v in proxy.engine.counters.items() if v}
+    assert not wrong, (wrong, said, handed)
+    assert have == [length] * conns, (have, said, handed)
+    assert handed.get("punt_out_of_order"), f"nothing was reordered: {handed}"
+
+
+@pytest.mark.timeout(60)
+def test_datagrams_in_two_queues_at_once(net: Net, tmp_path: Path) -> None:
+    with data_path(tmp_path, fast_path_memory=16) as dp:
+        proxy, got, each, wrong = run(
+            net, dp, conns=4, length=0, seed=8, seconds=5, queues=QUEUES
+        )  # fmt: skip
+    said = {k: v for k, v in proxy.engine.counters.items() if v}
+    assert not wrong, (wrong, said)
+    assert got > 0.9 * sum(proxy.shared.pos[0][:]), (each, said)
