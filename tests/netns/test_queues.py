@@ -28,7 +28,8 @@ from colo_xdp.datapath.datapath import DataPath
 from colo_xdp.datapath.ring import CapturedFrame
 from colo_xdp.tools import cleanup
 from tests.bench import held
-from tests.netns.conftest import Net, Tap, inside, own
+from tests.netns import test_secondary_path as secondary
+from tests.netns.conftest import Net, Tap, inside, own, sh
 from tests.netns.frames import tcp, udp
 from tests.netns.offload_lab import run
 from tests.netns.test_primary_path import PAIR, config
@@ -217,6 +218,34 @@ def test_the_fast_path_keeps_the_order_of_a_flow_that_moves(
         peer.close()
         assert held.handed(dp) == {}, "the kernel has decided all"
     assert left == [list(range(0, n, size)) for n in at]
+
+
+def test_the_svms_output_keeps_its_order(net: Net, tmp_path: Path) -> None:
+    """On its way to the peer link, where the tap's program redirects it."""
+    rnd, count = random.Random(3), 4000
+    sh("ip", "-n", net.host, "link", "set", "dev", "tap0", "nomaster")
+    cleanup.cleanup(secondary.PAIR, "/sys/fs/bpf", str(tmp_path), force=True)
+    dp = DataPath(secondary.config(tmp_path))
+    guest = Guest()
+    wire = Wire("peer0")
+    sent = [0] * FLOWS
+    try:
+        dp.epoch, dp.mode = 1, Mode.RUN
+        for _ in range(count):
+            flow = rnd.randrange(FLOWS)
+            guest.send(rnd.randrange(QUEUES), bytes(10) + numbered(flow, sent[flow]))
+            sent[flow] += 1
+        left: list[list[int]] = [[] for _ in range(FLOWS)]
+        for frame in wire.frames():
+            port, number = struct.unpack_from("!H", frame, 36)[0], frame[42:46]
+            if BASE <= port < BASE + FLOWS:
+                left[port - BASE].append(int.from_bytes(number, "big"))
+    finally:
+        wire.close()
+        guest.close()
+        dp.close()
+        cleanup.cleanup(secondary.PAIR, "/sys/fs/bpf", str(tmp_path), force=True)
+    assert left == [list(range(n)) for n in sent]
 
 
 @pytest.mark.timeout(120)
