@@ -92,7 +92,7 @@ class DataPath(PairSlots):
         stored = abi.HostRole(loader.pinned_slot(first, Cfg.ROLE))
         #: which guest this host runs now; `config.role` is the role at first, and names the pins
         self.role = config.role if stored is abi.HostRole.CONFIGURED else stored.name.lower()
-        tap = self._device("tap", net.tap)
+        tap = self.device("tap", net.tap)
         if net.vxlan_remote:
             attach.make_vxlan(
                 net.peer_link,
@@ -102,11 +102,11 @@ class DataPath(PairSlots):
                 net.vxlan_port,
                 self.manifest,
             )
-        peer = self._device("peer_link", net.peer_link)
+        peer = self.device("peer_link", net.peer_link)
         self._refuse_others()
         pinned = (Path(pins) / "config").exists()
         if net.uplink not in ("auto", "bridge") and not pinned:
-            self._device("uplink", net.uplink)  # before anything is loaded
+            self.device("uplink", net.uplink)  # before anything is loaded
         if tap.kind != "tun":
             raise DataPathError(f"[network] tap: {net.tap} is not a tap device (kind {tap.kind!r})")
         if self.role == "secondary" and tap.master and not stored and not self._was_promoted():
@@ -116,7 +116,7 @@ class DataPath(PairSlots):
             )
         if net.bridge and not pinned:
             # a missing bridge should not first be noticed at a failover
-            self._device("bridge", net.bridge)
+            self.device("bridge", net.bridge)
         primary = self.role == "primary"
         self.hook = "tc" if primary else choose_hook(net.hook, tap)
         options = loader.Options(
@@ -272,7 +272,8 @@ class DataPath(PairSlots):
             self.set_slot(which, lead.slot(which))
 
     @staticmethod
-    def _device(key: str, name: str) -> attach.LinkInfo:
+    def device(key: str, name: str) -> attach.LinkInfo:
+        """Return the state of a device that [network] names. Raises DeviceMissing."""
         try:
             return attach.link_info(name)
         except attach.NoSuchDevice as e:

@@ -28,6 +28,10 @@ class HostDataPath(PairSlots):
 
     def __init__(self, config: Config) -> None:
         self.config = config
+        for net in config.networks:  # before anything is loaded for another NIC
+            DataPath.device("tap", net.tap)
+            if not net.vxlan_remote:
+                DataPath.device("peer_link", net.peer_link)
         lead = DataPath(config)
         nics = [lead]
         try:
@@ -134,23 +138,30 @@ class HostDataPath(PairSlots):
 
     def open_network(self) -> None:
         """Put the guest's taps into their bridges, if any: the guest may transmit."""
-        for nic in self.nics:
-            nic.open_network()
+        self._each(DataPath.open_network)
 
     def close_network(self) -> None:
         """Remove the taps from their bridges: the other host's guest is active."""
-        for nic in self.nics:
-            nic.close_network()
+        self._each(DataPath.close_network)
 
     def step_out(self) -> None:
         """Detach the programs on the guest's taps, which a takeover makes needless (secondary)."""
-        for nic in self.nics:
-            nic.step_out()
+        self._each(DataPath.step_out)
 
     def step_in(self) -> None:
         """Attach the programs that step_out() has detached: the mode decides again what leaves."""
+        self._each(DataPath.step_in)
+
+    def _each(self, act: Callable[[DataPath], None]) -> None:
+        """Do something for each NIC, also if it fails for another one; raise what came first."""
+        failed: Exception | None = None
         for nic in self.nics:
-            nic.step_in()
+            try:
+                act(nic)
+            except (attach.AttachError, attach.NoSuchDevice, attach.NetlinkError, OSError) as e:
+                failed = failed or e
+        if failed is not None:
+            raise failed
 
     def close(self, *, detach: bool = False) -> None:
         """Release all resources. What is attached and pinned stays, unless `detach` is set."""

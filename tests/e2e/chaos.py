@@ -633,7 +633,12 @@ def main() -> int:
     p.add_argument("--seconds", type=float, default=1e9, help="begin no round after this time")
     a = p.parse_args()
     report = run(
-        a.rounds, a.seed, seconds=a.seconds, disks=a.disks, nics=a.nics, say=lambda s: print(s, flush=True)
+        a.rounds,
+        a.seed,
+        seconds=a.seconds,
+        disks=a.disks,
+        nics=a.nics,
+        say=lambda s: print(s, flush=True),
     )
     print(json.dumps(report, indent=2))
     return 0 if clean(report) else 1

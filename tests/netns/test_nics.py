@@ -16,8 +16,8 @@ import pytest
 from colo_xdp.abi import Cfg, Mode, SyncState
 from colo_xdp.config.file import Config, as_toml, load
 from colo_xdp.config.schema import Network
-from colo_xdp.datapath import loader
-from colo_xdp.datapath.datapath import DataPathError
+from colo_xdp.datapath import attach, loader
+from colo_xdp.datapath.datapath import DataPathError, DeviceMissing
 from colo_xdp.datapath.host import HostDataPath
 from colo_xdp.datapath.pair_slots import OF_THE_PAIR
 from colo_xdp.datapath.ring import CapturedFrame
@@ -196,3 +196,30 @@ def test_cleanup_removes_every_nic(host: HostDataPath, two: Net, tmp_path: Path)
     assert not Path(loader.pin_dir("/sys/fs/bpf", PAIR, "primary")).exists()
     with inside(two.host):
         assert "colo" not in sh("tc", "filter", "show", "dev", "tap1", "ingress")
+
+
+def test_what_fails_for_one_nic_is_done_for_the_other(two: Net, tmp_path: Path) -> None:
+    for i in range(2):
+        sh("ip", "-n", two.host, "link", "add", f"br2{i}", "type", "bridge")
+    sh("ip", "-n", two.host, "link", "set", "tap0", "nomaster")
+    c = config(tmp_path, "lan", "san")
+    c = replace(
+        c,
+        network=replace(c.network, bridge="br20"),
+        further=(replace(c.further[0], bridge="br21"),),
+    )
+    dp = HostDataPath(c)
+    try:
+        sh("ip", "-n", two.host, "link", "del", "br20")
+        with pytest.raises(attach.NoSuchDevice, match="br20"):
+            dp.open_network()
+        assert attach.link_info("tap1").master == attach.link_info("br21").index
+    finally:
+        dp.close()
+
+
+def test_nothing_is_loaded_while_a_device_of_any_nic_is_missing(two: Net, tmp_path: Path) -> None:
+    sh("ip", "-n", two.host, "link", "del", "tap1")
+    with pytest.raises(DeviceMissing, match="tap1"):
+        HostDataPath(config(tmp_path, "lan", "san"))
+    assert not Path(loader.pin_dir("/sys/fs/bpf", PAIR, "primary")).exists()
