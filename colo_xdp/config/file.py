@@ -156,6 +156,7 @@ def _nics(r: _Reader, first: dict[str, Any], data: Any) -> list[dict[str, Any]]:
 def _nic_checks(r: _Reader, nics: list[dict[str, Any]], rules: tuple[Rule, ...]) -> None:
     """Check that each NIC has a name and devices of its own."""
     seen: dict[str, str] = {}
+    taps = {net.get("tap"): i for i, net in enumerate(nics, 1)}
     for i, net in enumerate(nics, 1):
         section = "network" if len(nics) == 1 else f"network {i}"
         own = {key: net.get(key) for key in ("tap", "peer_link")}
@@ -165,9 +166,15 @@ def _nic_checks(r: _Reader, nics: list[dict[str, Any]], rules: tuple[Rule, ...])
         name = net.get("name")
         if name and seen.setdefault(f"name {name}", section) != section:
             r.error(section, "name", name, "expected a name of its own for each NIC")
-        tunnel = tuple(net.get(k) for k in ("vxlan_remote", "vxlan_port", "vxlan_vni"))
-        if tunnel[0] and seen.setdefault(f"vxlan {tunnel}", section) != section:
-            r.error(section, "vxlan_vni", tunnel[2], "expected a VNI of its own for each NIC")
+        for key in ("bridge", "uplink"):
+            if net.get(key) in taps and taps[net[key]] != i:
+                r.error(section, key, net[key], "expected no tap of the guest")
+        mac = net.get("guest_mac")
+        if mac and seen.setdefault(f"MAC {mac.lower()}", section) != section:
+            r.error(section, "guest_mac", mac, "expected an address of its own for each NIC")
+        tunnel = tuple(net.get(k) for k in ("vxlan_port", "vxlan_vni"))
+        if net.get("vxlan_remote") and seen.setdefault(f"vxlan {tunnel}", section) != section:
+            r.error(section, "vxlan_vni", tunnel[1], "expected a VNI of its own for each NIC")
         _device_checks(r, section, net)
     names = [net.get("name") for net in nics]
     for i, rule in enumerate(rules, 1):

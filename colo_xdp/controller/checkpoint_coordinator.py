@@ -478,7 +478,7 @@ class CheckpointCoordinator:
         }
         c.view.checkpoint_due(False)
         self.ended_ns = time.monotonic_ns()
-        c.devices.checkpointed(want.cause)
+        c.devices.checkpointed(want.cause, want.why.nic if want.why else "")
         c.arbiter.paired()
         if want.cause != Cause.SWITCHOVER:
             c.become(State.PROTECTED, f"both guests are equal as of epoch {ck.n} ({want.cause})")

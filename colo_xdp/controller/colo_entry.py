@@ -243,6 +243,13 @@ class ColoEntry:
         """Return why the two configurations do not name the same NICs, or an empty string."""
         mine, theirs = [net.name for net in self._c.config.networks], list(self.peer_nics)
         if mine == theirs:
+            for name, mac in zip(mine, self._c.qemu.first_macs, strict=True):
+                there = self.peer_nics[name]
+                if isinstance(there, str) and mac and there and mac.lower() != there.lower():
+                    return (
+                        f"COLO is not entered: the NIC {name} is the card {mac} here and {there} "
+                        "on the secondary's host: the taps are exchanged, here or there"
+                    )
             return ""
         return (
             f"COLO is not entered: [network] here has the NICs {', '.join(mine)} in this order, on "

@@ -530,8 +530,10 @@ class Controller(RoleSteps):
     async def open_network(self) -> None:
         """Let the tap join the bridge; a failure is reported, and tried again at the next start."""
         try:
-            await asyncio.to_thread(self.dp.open_network)
-            await asyncio.to_thread(self.dp.look_at_port)
+            try:
+                await asyncio.to_thread(self.dp.open_network)
+            finally:
+                await asyncio.to_thread(self.dp.look_at_port)
         except (attach.NoSuchDevice, attach.NetlinkError, OSError) as e:
             log.error("the guest's tap cannot join the bridge: %s", e)
             self.failures.append(f"open network: {e}")

@@ -148,7 +148,7 @@ class Primary(Controller):
         cut = self.state is State.DEGRADED and self.dp.mode is Mode.RUN and not self.peer.connected
         if self.state is State.PROTECTED or cut:
             self.output.tick(now_ns)
-            if self._hurry_ns() <= now_ns and self.output.gather(now_ns):
+            if self._hurry_ns() <= now_ns and self.output.gather(now_ns, self.devices.cut_nics):
                 self.checkpoints.request(Cause.PEER_LINK, self.devices.trouble)
         else:
             self.output.end_backpressure(now_ns)

@@ -604,13 +604,14 @@ class Secondary(Controller):
             self.peer.send("failed", n=0, why=why)
         else:
             seen = encode(await self.qemu.qmp.hardware())
+            names = [net.name for net in self.config.networks]
             self.peer.send(
                 "ready",
                 epoch=self.dp.epoch,
                 qemu=self._qemus,
                 disks=sizes,
                 hardware=seen,
-                nics={net.name: i for i, net in enumerate(self.config.networks)},
+                nics=dict(zip(names, self.qemu.first_macs, strict=True)),
             )
 
     async def start(self) -> None:
@@ -726,7 +727,8 @@ class Secondary(Controller):
                 self.state is State.PROMOTED
                 and not any(flows.wanted for flows in self.flows)
                 and not self.stepped_out
-                and self.dp.port_forwarding  # announcements are still to be made
+                # else announcements are still to be made
+                and all(nic.port_forwarding for nic in self.dp.nics)
                 and not self.arbiter.needs_grant  # the programs enforce the end of a grant
             ):
                 await self._step_out()

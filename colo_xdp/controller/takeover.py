@@ -289,7 +289,7 @@ class Takeover:
         await self._announce_now(macs)
         end = time.monotonic() + FORWARDING_S
         waited = self._c.reason
-        while not self._c.dp.port_forwarding and self._c.state is State.PROMOTED:
+        while not self._forwarding() and self._c.state is State.PROMOTED:
             if time.monotonic() > end:
                 log.error("%s; the guest is not announced again", self._deaf())
                 self._c.failures.append(self._deaf())
@@ -297,9 +297,12 @@ class Takeover:
             self._c.become(State.PROMOTED, self._deaf())
             await asyncio.sleep(PORT_S)
             await asyncio.to_thread(self._c.dp.look_at_port)
-            if self._c.dp.port_forwarding and self._c.state is State.PROMOTED:
+            if self._forwarding() and self._c.state is State.PROMOTED:
                 self._c.become(State.PROMOTED, waited)
                 await self._announce_now(macs)
+
+    def _forwarding(self) -> bool:
+        return all(nic.port_forwarding for nic in self._c.dp.nics)
 
     def _deaf(self) -> str:
         waiting = [

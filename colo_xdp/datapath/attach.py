@@ -15,6 +15,7 @@ import json
 import os
 import socket
 import struct
+import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -366,6 +367,7 @@ class Manifest:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._lock = threading.RLock()  # devices are looked at in threads
         self.data: dict[str, list[Any]] = {
             "clsact": [],
             "filters": [],
@@ -382,17 +384,19 @@ class Manifest:
 
     def add(self, kind: str, item: Any) -> None:
         """Record one more item."""
-        if item not in self.data[kind]:
-            self.replace(kind, [*self.data[kind], item])
+        with self._lock:
+            if item not in self.data[kind]:
+                self.replace(kind, [*self.data[kind], item])
 
     def replace(self, kind: str, items: list[Any]) -> None:
         """Record these items in place of the former ones."""
-        if items != self.data[kind]:
-            self.data[kind] = items
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            tmp = self.path.with_suffix(".tmp")
-            tmp.write_text(json.dumps(self.data))
-            tmp.replace(self.path)
+        with self._lock:
+            if items != self.data[kind]:
+                self.data[kind] = items
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                tmp = self.path.with_suffix(".tmp")
+                tmp.write_text(json.dumps(self.data))
+                tmp.replace(self.path)
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,7 @@ from . import attach, loader
 from .datapath import DataPath
 from .hooks import Look
 from .pair_slots import PairSlots
+from .prepare import prepare, record
 from .ring import CapturedFrame
 
 Counters = dict[str, dict[str, tuple[int, int]]]
@@ -28,18 +29,16 @@ class HostDataPath(PairSlots):
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        for net in config.networks:  # before anything is loaded for another NIC
-            DataPath.device("tap", net.tap)
-            if not net.vxlan_remote:
-                DataPath.device("peer_link", net.peer_link)
-        lead = DataPath(config)
+        manifest = record(config)
+        ready = [prepare(config, i, manifest) for i in range(len(config.networks))]
+        lead = DataPath(config, 0, ready[0])
         nics = [lead]
         try:
             for i in range(1, len(config.networks)):
                 if not lead.adopted:  # left by an interrupted cleanup: the offsets are of no use
                     d = config.datapath
                     loader.remove_pins(loader.pin_dir(d.bpffs, config.pair, config.role, i))
-                nics.append(DataPath(config, i, lead))
+                nics.append(DataPath(config, i, ready[i], lead))
         except BaseException:
             for nic in nics:
                 nic.close()
@@ -93,8 +92,9 @@ class HostDataPath(PairSlots):
         Blocks for some ms (netlink), so it must not run in the event loop.
         """
         found = Look()
-        for nic in self.nics:
+        for i, nic in enumerate(self.nics):
             one = nic.look()
+            found.cut_nics |= {i} if one.cut else set()
             found.trouble += one.trouble
             found.restored += one.restored
             found.unseen |= one.unseen
@@ -128,8 +128,8 @@ class HostDataPath(PairSlots):
 
     @property
     def port_forwarding(self) -> bool:
-        """Return whether every bridge forwards the guest's frames, as of the last look."""
-        return all(nic.port_forwarding for nic in self.nics)
+        """Return whether a bridge forwards the guest's frames, as of the last look."""
+        return any(nic.port_forwarding for nic in self.nics)
 
     @property
     def in_bridge(self) -> list[str]:

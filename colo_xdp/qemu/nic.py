@@ -8,7 +8,8 @@ to:
     virtio-net-pci.0: index=0,type=nic,model=virtio-net-pci,macaddr=52:54:00:00:00:01
      \\ n0: index=0,type=tap,ifname=tap-web1,script=no,downscript=no
 
-A tap that was passed as a descriptor (libvirt) is shown as `fd=9` without a name.
+A tap that was passed as a descriptor (libvirt) is shown as `fd=9` without a name. Cards at a hub
+are listed below it (`hub 0`), with the port in front of the name.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-_CARD = re.compile(r"(\S[^:]*): index=\d+,type=nic,.*?macaddr=([0-9a-fA-F:]{17})")
+_CARD = re.compile(
+    r"( \\ \S+?: )?(\S[^:]*): index=\d+,type=nic(?:,(?:.*?macaddr=([0-9a-fA-F:]{17}))?|$)"
+)
 _BACKEND = re.compile(r" \\ \S[^:]*: index=\d+,type=([^,]+)(?:,(.*))?")
 _IFNAME = re.compile(r"(?:^|,)ifname=([^,]+)")
 
@@ -50,7 +53,8 @@ def parse(text: str) -> list[Card]:
     last: Card | None = None
     for line in text.splitlines():
         if m := _CARD.match(line):
-            last = cards.setdefault(m[1], Card(m[1], m[2]))
+            last = cards.setdefault(m[2], Card(m[2], m[3] or "", "hubport" if m[1] else ""))
+            last = None if m[1] else last
         elif (m := _BACKEND.match(line)) and last is not None:
             last.backend = m[1]
             if m[1] == "tap" and (named := _IFNAME.search(m[2] or "")):
@@ -85,11 +89,15 @@ def refusal(cards: list[Card], taps: Mapping[str, str]) -> str:
     among them sends would leave both hosts, uncompared.
     """
     macs = {mac.lower() for mac in taps.values() if mac}
-    unnamed = [c for c in cards if c.backend == "tap" and not c.tap and c.mac.lower() not in macs]
-    if len(unnamed) == 1 and len(taps) == 1 and len([c for c in cards if c.backend]) == 1:
+    alive = [c for c in cards if c.backend]
+    unnamed = [c for c in alive if c.backend == "tap" and not c.tap and c.mac.lower() not in macs]
+    if len(unnamed) == len(taps) == len(alive) == 1:
         unnamed = []  # the only card, at the only tap
-    lost = [c for c in cards if c.backend and (c in unnamed or not (c.tap or c.backend == "tap"))]
-    lost += [c for c in cards if c.tap and c.tap not in taps]
+    lost = [c for c in alive if c in unnamed or c.backend != "tap" or (c.tap and c.tap not in taps)]
+    here = {c.tap for c in alive} | {c.mac.lower() for c in alive}
+    empty = [tap for tap, mac in taps.items() if tap not in here and mac.lower() not in here]
+    if empty and not lost and cards and len(taps) > 1:
+        return f"no network card of the guest is at {' and '.join(empty)}, which [network] names"
     if not lost:
         return ""
     return (

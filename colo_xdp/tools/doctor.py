@@ -128,8 +128,8 @@ def _devices(config: Config) -> Iterator[Check]:
 def _nic(config: Config, net: Network) -> Iterator[Check]:
     """Check the devices of one NIC of the guest."""
     from ..datapath import attach, syscall
-    from ..datapath.datapath import DataPathError, choose_hook
     from ..datapath.hooks import TAG_BYTES
+    from ..datapath.prepare import DataPathError, choose_hook
 
     try:
         tap = attach.link_info(net.tap)

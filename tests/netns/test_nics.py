@@ -17,9 +17,9 @@ from colo_xdp.abi import Cfg, Mode, SyncState
 from colo_xdp.config.file import Config, as_toml, load
 from colo_xdp.config.schema import Network
 from colo_xdp.datapath import attach, loader
-from colo_xdp.datapath.datapath import DataPathError, DeviceMissing
 from colo_xdp.datapath.host import HostDataPath
 from colo_xdp.datapath.pair_slots import OF_THE_PAIR
+from colo_xdp.datapath.prepare import DataPathError, DeviceMissing
 from colo_xdp.datapath.ring import CapturedFrame
 from colo_xdp.tools import cleanup
 from tests.netns import test_primary_path

@@ -60,7 +60,7 @@ class FakeDataPath:
         self.undecided = False
         self.unmirrored: set[bytes] = set()
         self.addresses = AddressTable(MapDict(), MapDict())
-        self.port_state, self.port_forwarding = "", True
+        self.port_state, self.port_forwarding, self.hook = "", True, "tc"
         self.macs: list[bytes] = []
 
     def is_at(self, *macs: bytes) -> None:

@@ -17,7 +17,7 @@ from colo_xdp import user_command
 from colo_xdp.config.file import Config, load
 from colo_xdp.datapath import loader
 from colo_xdp.datapath.attach import Taken
-from colo_xdp.datapath.datapath import DataPathError
+from colo_xdp.datapath.prepare import DataPathError
 from colo_xdp.service import daemon
 from colo_xdp.tools import preflight
 from colo_xdp.tools.preflight import AlreadyRuns, Refusal
