@@ -167,7 +167,7 @@ def _nic_checks(r: _Reader, nics: list[dict[str, Any]], rules: tuple[Rule, ...])
         if name and seen.setdefault(f"name {name}", section) != section:
             r.error(section, "name", name, "expected a name of its own for each NIC")
         for key in ("bridge", "uplink"):
-            if net.get(key) in taps and taps[net[key]] != i:
+            if net.get(key) and taps.get(net[key], i) != i:
                 r.error(section, key, net[key], "expected no tap of the guest")
         mac = net.get("guest_mac")
         if mac and seen.setdefault(f"MAC {mac.lower()}", section) != section:
