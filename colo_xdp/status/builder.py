@@ -173,8 +173,8 @@ def disks_json(c: Controller) -> dict[str, Any]:
     if isinstance(c, Secondary):
         doc |= {
             "committing": c.takeover.committing,
-            "overlays": c.overlays,
-            "proof_ms": c.disk_proof_ms,
+            "overlays": c.disks.overlays,
+            "proof_ms": c.disks.proof_ms,
         }
     return doc
 

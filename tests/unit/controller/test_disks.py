@@ -84,7 +84,7 @@ def a_secondary() -> tuple[Secondary, Any, Any, Disks]:
     c, dp, sent = secondary()
     c.qemu.qmp, c.qemu.disks = FakeQmp(), Disks()  # type: ignore[assignment]
     c.state, c.view.pair.in_colo, c.view.pair.confirmed = State.PROTECTED, True, True
-    c.proof.whole(dp.epoch)
+    c.disks.proof.whole(dp.epoch)
     return c, dp, sent, c.qemu.disks  # type: ignore[return-value]
 
 
@@ -124,7 +124,7 @@ def test_a_checkpoint_is_reported_with_its_disks(first: str) -> None:
         c.on_message({"type": "disks_whole", "n": 7})
         assert c.disk_unproven, "of another checkpoint"
         c.on_message({"type": "disks_whole", "n": 8})
-        assert c.disk_proof_ms >= 0
+        assert c.disks.proof_ms >= 0
     assert not c.disk_unproven and sent.kinds() == ["begin_ack", "resumed"]
     c.on_message({"type": "disks_whole", "n": 8})
     assert sent.kinds().count("resumed") == 1
@@ -190,7 +190,7 @@ def test_a_controller_that_dies_between_checkpoint_and_word(word: bool) -> None:
 def test_the_next_controller_does_not_know_what_was_loaded() -> None:
     c, dp, _ = secondary(Mode.CHECKPOINT)
     c.qemu.disks = Disks()  # type: ignore[assignment]
-    c.proof.whole(dp.epoch)
+    c.disks.proof.whole(dp.epoch)
     assert c.disk_unproven, "it may run the state after that"
     dp.epoch += 1
     assert not c.disk_unproven
