@@ -30,6 +30,7 @@ from .checkpoint_coordinator import CheckpointCoordinator
 from .colo_entry import REARM_S
 from .controller import Controller
 from .device_watch import PACE_S
+from .mirror_watch import MirrorWatch
 from .pvm_output import PvmOutput
 from .shadow import ShadowMode
 
@@ -61,6 +62,7 @@ class Primary(Controller):
         self.shadow = ShadowMode(self.view, self.output.engine)
         self.checkpoints = CheckpointCoordinator(self)
         self.entry = self.checkpoints.entry
+        self.mirrors = MirrorWatch(self)
         self._going_solo = False  # decided and in progress: no checkpoint may begin
         self._lost = datapath.lost_events()
         self._lost_checked = 0
@@ -202,7 +204,7 @@ class Primary(Controller):
         if self.state is State.SOLO:
             self.life.on_event_alone(event)
         if why := self.qemu.disks.on_event(event):
-            self._mirror_lost(why)
+            self.mirror_lost(why)
         if event.name == "STOP":
             ours = self.checkpoints.on_stop(event)
             if not ours and self.state is State.PROTECTED and not self.view.guest.halted:
@@ -213,7 +215,7 @@ class Primary(Controller):
         else:
             self.checkpoints.on_qmp_event()
 
-    def _mirror_lost(self, why: str) -> None:
+    def mirror_lost(self, why: str) -> None:
         """Count the SVM as lost: no checkpoint can make it a copy any more.
 
         It stays one of the last checkpoint, so it may still take over if this host dies now.
@@ -406,6 +408,7 @@ class Primary(Controller):
         elif self.dp.mode is not Mode.DROP:  # a former controller may have died before this
             self.spawn(self.open_network())
         self.spawn(self._watch_bridge())
+        self.spawn(self.mirrors.run())
         cks = self.checkpoints
         self.spawn(cks.offsets.sweep(lambda: cks.running is not None))
 

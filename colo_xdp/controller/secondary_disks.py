@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import time
 from collections.abc import Coroutine
 from typing import Any, Protocol
@@ -26,7 +27,10 @@ from .disk_proof import DiskProof
 from .pair_view import PairView
 from .takeover import Takeover
 
+log = logging.getLogger("colo_xdp.controller.secondary")
+
 OVERLAY_S = 1.0  # between two looks at the size of the overlays
+SHORT_S = 0.2  # while there is less room than they may take
 
 
 class Copied(Protocol):
@@ -54,6 +58,7 @@ class SecondaryDisks:
         self._c = controller
         self.proof = DiskProof()
         self.overlays: dict[str, int] = {}  # size of the larger one of each disk, bytes
+        self.room_trouble = ""  # why there may be too little room for them
         self.proof_ms = 0.0  # how long the last checkpoint waited for the primary's word
         self._loaded_ns = 0  # RESUME of the state that the SVM runs
         self._unsaid: tuple[int, int] | None = None  # `resumed` that waits for the word: n, us
@@ -132,16 +137,40 @@ class SecondaryDisks:
             c.reconsider()
 
     async def watch(self) -> None:
-        """Ask for a checkpoint, which empties the overlays, before one of them is too large."""
+        """Ask for a checkpoint, which empties the overlays, before one of them is too large or
+        their file system is full."""
         c = self._c
-        limits = {d.name: d.overlay_limit for d in c.qemu.disks.options.disks}
-        while limits:
-            await asyncio.sleep(OVERLAY_S)
+        while c.qemu.disks.any:
+            await asyncio.sleep(SHORT_S if self.room_trouble else OVERLAY_S)
             if c.state is not State.PROTECTED:
                 continue
             with contextlib.suppress(QmpError):
                 self.overlays = await c.qemu.disks.overlay_sizes()
-                full = [n for n, size in self.overlays.items() if size > limits[n]]
-                if full:
-                    why = f"the overlay of disk {full[0]} has {self.overlays[full[0]] >> 20} MiB"
+                if why := self._too_large() or self._running_out():
                     c.peer.send("request", cause=Cause.OVERLAY_FULL.value, why=why)
+
+    def _too_large(self) -> str:
+        for disk in self._c.qemu.disks.options.disks:
+            size = self.overlays[disk.name]
+            if size > disk.overlay_limit:
+                return f"the overlay of disk {disk.name} has {size >> 20} MiB"
+        return ""
+
+    def _running_out(self) -> str:
+        """Return why the file system of overlays is about to be full; report one that is small.
+
+        QEMU would stop the SVM at a write without room, and abort at the next checkpoint.
+        """
+        rooms = self._c.qemu.disks.rooms()
+        before, self.room_trouble = (
+            self.room_trouble,
+            "; ".join(r.trouble for r in rooms if r.trouble),
+        )
+        if bool(before) is not bool(self.room_trouble):
+            log.warning("%s", self.room_trouble or "there is room for the overlays again")
+        for r in rooms:
+            if r.running_out:
+                return (
+                    f"{r.where} has {r.free >> 20} MiB free, its overlays have {r.taken >> 20} MiB"
+                )
+        return ""
