@@ -170,11 +170,15 @@ class GuestLifecycle:
     async def unfit(self) -> str:
         """Return what keeps this guest from being one of a pair, or an empty string."""
         try:
-            blocks = await self._c.qemu.qmp.execute("query-block")
+            why = await self.uncovered()
         except QmpError as e:
             return str(e)
-        why = refusal(blocks, [d.name for d in self._c.config.disks])
         return f"COLO is not entered: {why}" if why else ""
+
+    async def uncovered(self) -> str:
+        """Return which writable disks nobody keeps equal, or an empty string. Raises QmpError."""
+        blocks = await self._c.qemu.qmp.execute("query-block")
+        return refusal(blocks, [d.name for d in self._c.config.disks])
 
     # ---- the end
 

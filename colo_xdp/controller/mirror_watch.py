@@ -19,7 +19,7 @@ from ..qemu.supervisor import QemuSupervisor
 
 log = logging.getLogger("colo_xdp.controller.primary")
 
-LOOK_S = 0.1
+LOOK_S = 0.05
 
 
 class Mirroring(Protocol):

@@ -27,7 +27,7 @@ from ..qemu.supervisor import IN_COLO, INCOMING_S
 from . import switchover
 from .checkpoint import CheckpointRequest
 from .checkpoint_coordinator import CheckpointCoordinator
-from .colo_entry import REARM_S
+from .colo_entry import CANCELLABLE, REARM_S
 from .controller import Controller
 from .device_watch import PACE_S
 from .mirror_watch import MirrorWatch
@@ -38,6 +38,7 @@ log = logging.getLogger("colo_xdp.controller.primary")
 
 LOOK_S = 0.2  # between two looks at a guest of which nothing is known
 BRIDGE_S = 1.0  # between two looks at the ports of the tap's bridge
+PLUGGED_S = 1.0  # between two looks at the guest's disks
 LOSS_CHECK_NS = 100_000_000
 SWEEP = 400  # connections of the fast path looked at in that time: a million in 4 minutes
 
@@ -409,8 +410,23 @@ class Primary(Controller):
             self.spawn(self.open_network())
         self.spawn(self._watch_bridge())
         self.spawn(self.mirrors.run())
+        self.spawn(self._watch_disks())
         cks = self.checkpoints
         self.spawn(cks.offsets.sweep(lambda: cks.running is not None))
+
+    async def _watch_disks(self) -> None:
+        """Give the pair up when a disk is plugged in that nobody keeps equal.
+
+        QEMU fails the next checkpoint if the secondary has no such device; if a person has plugged
+        one in there as well, it notices nothing, and both guests write.
+        """
+        while True:
+            await asyncio.sleep(PLUGGED_S)
+            if self.state is not State.PROTECTED or not self.qemu.qmp.connected:
+                continue
+            with contextlib.suppress(QmpError):
+                if why := await self.life.uncovered():
+                    self.mirror_lost(why)
 
     async def _watch_bridge(self) -> None:
         while True:
@@ -429,8 +445,9 @@ class Primary(Controller):
                     await self.qemu.leave_colo()
                 except QmpError as e:  # or QEMU was just about to
                     log.warning("%s (the PVM goes on all the same)", e)
-            # `postmigrate`: an entry did not lead to COLO, and its controller has died since
-            if migration in (*IN_COLO, "failed") or status == "postmigrate":
+            # an entry did not lead to COLO, and its controller has died since
+            stopped = status in ("postmigrate", "finish-migrate")
+            if migration in (*IN_COLO, "failed") or stopped:
                 self.spawn(self._let_run())
         elif (
             not self.checkpoints.serving
@@ -441,12 +458,21 @@ class Primary(Controller):
 
     async def _let_run(self) -> None:
         """See to it that a guest which is alone runs, also when QEMU has to be waited for."""
+        began = time.monotonic()
         while self.state is State.SOLO:
             with contextlib.suppress(QmpError):
                 await self.qemu.disks.cut()
-                if await self.qemu.qmp.migration_status() in IN_COLO:
+                migration = await self.qemu.qmp.migration_status()
+                if migration in IN_COLO:
                     await self.qemu.leave_colo()  # what was tried before has failed
-                if await self.entry.cont():
+                    runs = await self.entry.cont()
+                elif migration not in CANCELLABLE:
+                    runs = await self.entry.cont()
+                elif await self.qemu.qmp.enters_colo():
+                    runs = await self.entry.run_on(time.monotonic() - began)
+                else:
+                    return  # somebody moves the guest to another host
+                if runs:
                     return
             await asyncio.sleep(REARM_S)
 

@@ -240,6 +240,11 @@ class Qmp:
         """Return the state of the migration (`colo` while in COLO); empty when there was none."""
         return str((await self.execute("query-migrate", timeout=timeout)).get("status", ""))
 
+    async def enters_colo(self) -> bool:
+        """Return whether a migration of this QEMU would enter COLO. Raises QmpError."""
+        known = await self.execute("query-migrate-capabilities")
+        return any(c.get("capability") == "x-colo" and c["state"] is True for c in known)
+
     async def guest_macs(self, tap: str) -> list[str]:
         """Return the MAC addresses of the guest's card at this tap.
 

@@ -3,13 +3,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
 import signal
 import socket
 
+import pytest
+
 from colo_xdp.lab import disk
 from colo_xdp.lab.client import RecordStream
-from colo_xdp.lab.net import PEER_S, in_ns, wait_for
+from colo_xdp.lab.net import PEER_S, in_ns, sh, wait_for
 from colo_xdp.lab.pair import NBD_PORT, Lab
 from tests.e2e.conftest import LabMaker
 from tests.e2e.test_reprotect import other, protected
@@ -172,5 +176,101 @@ def test_what_cannot_be_replicated_is_refused_by_name(make_lab: LabMaker) -> Non
     lab.image("secondary", "d0").write_bytes(right)
     lab.start_vm("secondary")
     protected(lab)
+    w.moves()
+    w.check("primary")
+
+
+def test_a_silent_nbd_connection_costs_its_deadline(make_lab: LabMaker) -> None:
+    """Its packets are dropped, and everything else between the hosts lives."""
+    lab = make_lab(disks=1, overrides={"nbd": {"write_timeout": 1000}})
+    lab.protect()
+    w = Writer(lab)
+    w.moves()
+    lab.ask("primary", "checkpoint")
+    w.moves()
+    (s,) = w.streams.values()
+    s.longest_s = 0.0
+    with lab.net.port_cut(NBD_PORT):
+        lab.wait_state("primary", "solo", 15)
+        w.moves()
+        log = lab.controller_log("primary").read_text()
+        assert "disk d0 is no longer mirrored: a write has waited for the secondary" in log
+        assert lab.status("secondary")["state"] == "stopped"
+        print(f"the longest record took {s.longest_s * 1e3:.0f} ms")
+        assert s.longest_s < 2
+    lab.vm["secondary"].stop()
+    lab.start_vm("secondary")
+    protected(lab)
+    w.moves()
+    w.check("primary")
+
+
+def test_a_full_file_system_of_overlays_costs_the_copy_only(make_lab: LabMaker) -> None:
+    lab = make_lab(disks=2, overlay_limit=8)
+    where = lab.work / "secondary.overlays"
+    sh("mount", "-t", "tmpfs", "-o", "size=30m", "overlays", str(where))
+    try:
+        for role in ("secondary", "primary"):
+            lab.start_controller(role)
+        why = "disks d0, d1: .* has (29|30) MiB free, .* may take 32 MiB more"
+        wait_for("a refusal", lambda: re.search(why, lab.status("primary").get("reason", "")), 60)
+        sh("mount", "-o", "remount,size=40m", str(where))
+        for role in ("primary", "secondary"):
+            lab.wait_state(role, "protected")
+        w = Writer(lab)
+        w.moves()
+        assert lab.status("secondary")["disks"]["room_trouble"] == ""
+        (where / "other").write_bytes(bytes(32 << 20))
+        wait_for(
+            "a warning", lambda: "d0, d1" in lab.status("secondary")["disks"]["room_trouble"], 20
+        )
+        before = lab.status("primary")["checkpoints"]["by_cause"]["overlay_full"]
+        wait_for(
+            "checkpoints that empty the overlays",
+            lambda: lab.status("primary")["checkpoints"]["by_cause"]["overlay_full"] > before + 1,
+            40,
+        )
+        assert lab.status("primary")["state"] in ("protected", "checkpointing")
+
+        def full() -> bool:
+            with (where / "other").open("ab", buffering=0) as f, contextlib.suppress(OSError):
+                while True:
+                    f.write(bytes(1 << 16))
+            return bool(lab.status("primary").get("state") == "solo")
+
+        wait_for("the loss of the copy", full, 40)
+        (where / "other").unlink()
+        w.moves()
+        lab.vm["secondary"].stop()
+        lab.start_vm("secondary")
+        protected(lab)
+        w.moves()
+        w.check("primary")
+    finally:
+        lab.down()
+        sh("umount", "-l", str(where))
+
+
+@pytest.mark.parametrize("both", [False, True])
+def test_a_disk_that_is_plugged_in_ends_the_protection(make_lab: LabMaker, both: bool) -> None:
+    """Nobody keeps its copies equal. On one host it is also a difference of the machines, which
+    QEMU notices when it loads the next state; on both hosts QEMU notices nothing."""
+    lab = make_lab(disks=1)
+    lab.protect()
+    w = Writer(lab)
+    w.moves()
+    for role in ("secondary", "primary") if both else ("primary",):
+        image = lab.work / f"{role}.new.raw"
+        image.write_bytes(bytes(1 << 20))
+        vm = lab.vm[role]
+        vm.ask("blockdev-add", driver="file", filename=str(image), **{"node-name": "new"})
+        vm.ask("device_add", driver="virtio-blk-pci", drive="new", id="vnew", addr="0x10")
+    said = lab.wait_state("primary", "solo", 40)
+    print(said["reason"])
+    w.moves()
+    lab.vm["secondary"].stop()
+    lab.start_vm("secondary")
+    wait_for("a refusal", lambda: "disk new" in lab.status("primary").get("reason", ""), 60)
+    assert "is writable" in lab.status("primary")["reason"]
     w.moves()
     w.check("primary")

@@ -555,6 +555,38 @@ def test_a_disk_that_cannot_be_cut_off_is_left_to_the_way_out() -> None:
     in_loop(body)
 
 
+@pytest.mark.parametrize("covered", [True, False])
+def test_a_disk_that_is_plugged_in_ends_the_protection(
+    monkeypatch: pytest.MonkeyPatch, covered: bool
+) -> None:
+    monkeypatch.setattr("colo_xdp.controller.primary.PLUGGED_S", 0.001)
+
+    async def body() -> None:
+        c, _, _, _ = a_primary()
+        c.state, c.peer.connected = State.PROTECTED, True
+        c.peer.silent_ms = lambda: 0.0  # type: ignore[method-assign]
+        blocks = [{"device": "", "qdev": "/machine/peripheral/vnew/virtio-backend",
+                   "inserted": {"node-name": "new", "ro": covered, "file": "f"}}]  # fmt: skip
+        c.qemu.qmp.execute = answers(blocks)  # type: ignore[method-assign]
+        task = asyncio.ensure_future(c._watch_disks())
+        await asyncio.sleep(0.02)
+        assert (c.state is State.PROTECTED) == covered
+        if not covered:
+            assert "disk new" in c.view.guest.mirror_lost
+        for t in (task, *c._tasks):
+            t.cancel()
+
+    in_loop(body)
+
+
+def answers(what: Any) -> Any:
+    async def execute(command: str) -> Any:
+        assert command == "query-block"
+        return what
+
+    return execute
+
+
 # ---- room
 
 
