@@ -38,7 +38,7 @@ log = logging.getLogger("colo_xdp.controller.primary")
 
 LOOK_S = 0.2  # between two looks at a guest of which nothing is known
 BRIDGE_S = 1.0  # between two looks at the ports of the tap's bridge
-PLUGGED_S = 1.0  # between two looks at the guest's disks
+PLUGGED_S = 5.0  # between two looks at the guest's disks
 LOSS_CHECK_NS = 100_000_000
 SWEEP = 400  # connections of the fast path looked at in that time: a million in 4 minutes
 
@@ -415,10 +415,10 @@ class Primary(Controller):
         self.spawn(cks.offsets.sweep(lambda: cks.running is not None))
 
     async def _watch_disks(self) -> None:
-        """Give the pair up when a disk is plugged in that nobody keeps equal.
+        """Give the pair up when the guest gets a writable disk that nobody keeps equal.
 
-        QEMU fails the next checkpoint if the secondary has no such device; if a person has plugged
-        one in there as well, it notices nothing, and both guests write.
+        In COLO QEMU plugs no device in, but it changes the medium of one; and notices nothing if a
+        person does so on both hosts, whose guests write to it each by itself.
         """
         while True:
             await asyncio.sleep(PLUGGED_S)

@@ -878,7 +878,7 @@ class World:
         ]
         kept += [(arbiter, "make_store", arbiter.make_store)]
         kept += [(supervisor, n, getattr(supervisor, n)) for n in ("Qmp", "WATCH_S")]
-        kept += [(primary, "PLUGGED_S", primary.PLUGGED_S)]
+        kept += [(primary.Primary, "_watch_disks", primary.Primary._watch_disks)]
         kept += [(offload_maps, "syscall", offload_maps.syscall), (states, "STRICT", states.STRICT)]
         kept += [(scheduler, n, getattr(scheduler, n)) for n in ("OFFER_AFTER", "MAX_BACKOFF")]
         kept += kept_disks  # type: ignore[arg-type]
@@ -894,6 +894,7 @@ class World:
             disks.remove_overlays = nothing  # type: ignore[method-assign]
             disks.look = lambda d: self._look(d)  # type: ignore[method-assign]
             disks._need_room = nothing  # type: ignore[method-assign]
+            primary.Primary._watch_disks = nothing  # type: ignore[method-assign]
             disks.rooms = lambda d: []  # type: ignore[method-assign]
             states.STRICT = True
             for m in modules:
@@ -902,7 +903,7 @@ class World:
                 scheduler.OFFER_AFTER = scheduler.MAX_BACKOFF = 1
             offload_maps.syscall = Bpf(self.ns)  # type: ignore[assignment]
             # A QEMU that hangs here refuses its commands, which the watch cannot interpret.
-            supervisor.WATCH_S = primary.PLUGGED_S = 1e9
+            supervisor.WATCH_S = 1e9
             supervisor.Qmp = self._make_qmp  # type: ignore[misc,assignment]
             controller_module.Peer = self._make_peer  # type: ignore[misc,assignment]
             controller_module.HeartbeatLinks = self._make_paths  # type: ignore[misc,assignment]
