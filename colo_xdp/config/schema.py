@@ -207,6 +207,13 @@ class Nbd:
         default=0,
         unit="MiB/s",
     )
+    write_timeout: int = validate.key(
+        validate.integer(100, 600_000, "ms"),
+        "how long writes of the guest may wait for the secondary's image, none of them ending, "
+        "before the secondary is given up; 15 s at least while a disk is copied",
+        default=2000,
+        unit="ms",
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

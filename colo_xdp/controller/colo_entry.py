@@ -388,7 +388,7 @@ class ColoEntry:
         began, tried = time.monotonic(), ""
         while c.state is State.STARTING:
             try:
-                if await self._run_on(time.monotonic() - began):
+                if await self.run_on(time.monotonic() - began):
                     return
                 tried = await c.qemu.qmp.status()
             except QmpError as e:
@@ -402,7 +402,7 @@ class ColoEntry:
                 )
             await asyncio.sleep(RUN_ON_S)
 
-    async def _run_on(self, since_s: float) -> bool:
+    async def run_on(self, since_s: float) -> bool:
         """Try once to let the guest run, whatever the entry has left behind; whether it does."""
         qemu = self._c.qemu
         migration = await qemu.qmp.migration_status()

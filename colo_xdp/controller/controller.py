@@ -43,7 +43,8 @@ from ..peer.messages import VERSION
 from ..peer.tls import Tls
 from ..qemu.event import QmpEvent
 from ..qemu.guest_event import news
-from ..qemu.replication import ReplicatedDisk, ReplicationOptions
+from ..qemu.overlays import ReplicatedDisk
+from ..qemu.replication import ReplicationOptions
 from ..qemu.supervisor import QemuOptions, QemuSupervisor, Stakes
 from .commands import OperatorCommands
 from .device_watch import DeviceWatch
@@ -74,6 +75,7 @@ def _replication(config: Config) -> ReplicationOptions:
         config.nbd.local,
         config.nbd.remote,
         config.nbd.speed << 20,
+        config.nbd.write_timeout / 1000,
     )
 
 

@@ -171,13 +171,19 @@ class GuestLifecycle:
     async def unfit(self) -> str:
         """Return what keeps this guest from being one of a pair, or an empty string."""
         try:
-            blocks = await self._c.qemu.qmp.execute("query-block")
-            cards = await self._c.qemu.qmp.cards()
+            why = await self.uncovered()
         except QmpError as e:
             return str(e)
-        why = refusal(blocks, [d.name for d in self._c.config.disks])
-        why = why or nic.refusal(cards, self._c.qemu.options.taps)
         return f"COLO is not entered: {why}" if why else ""
+
+    async def uncovered(self) -> str:
+        """Return which writable disks nobody keeps equal, or which network cards nobody compares.
+
+        An empty string: none. Raises QmpError.
+        """
+        blocks = await self._c.qemu.qmp.execute("query-block")
+        why = refusal(blocks, [d.name for d in self._c.config.disks])
+        return why or nic.refusal(await self._c.qemu.qmp.cards(), self._c.qemu.options.taps)
 
     # ---- the end
 

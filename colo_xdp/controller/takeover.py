@@ -46,6 +46,12 @@ PORT_S = 0.1  # between two looks at a port that does not forward yet
 ANNOUNCE_TIMES = (0.0, 0.05, 0.2, 0.45, 0.8)  # seconds after the takeover, as QEMU's own RARPs
 
 
+class Vouched(Protocol):
+    """Disks of which somebody may have said that they are whole."""
+
+    proof: DiskProof
+
+
 class Standby(Protocol):
     """The controller whose guest is to run standalone."""
 
@@ -55,12 +61,16 @@ class Standby(Protocol):
     peer: Peer
     qemu: QemuSupervisor
     held: HeldFrames
-    proof: DiskProof
     flows: tuple[ConntrackMap, ...]
     failures: list[str]
     state: State
     reason: str
     last_failover: dict[str, float] | None
+
+    @property
+    def disks(self) -> Vouched:
+        """What is known of the disks here."""
+        ...
 
     def become(self, state: State, why: str) -> None:
         """Change the state."""
@@ -186,8 +196,8 @@ class Takeover:
         c = self._c
         h = c.held.hold
         if h is not None and (h.resume is not None or self.loaded()):
-            c.proof.loaded(h.n)
-        return c.qemu.disks.any and c.proof.missing and not c.view.forced
+            c.disks.proof.loaded(h.n)
+        return c.qemu.disks.any and c.disks.proof.missing and not c.view.forced
 
     async def settle_disks(self) -> None:
         """Wait until QEMU has merged the overlays, on which the guest's disks depend until then."""

@@ -216,6 +216,36 @@ class Topology:
             for ns, there in ends:
                 self._ip(ns, f"neigh del {there} dev peer0")
 
+    @contextlib.contextmanager
+    def port_cut(self, port: int) -> Iterator[None]:
+        """Drop what the hosts send to this TCP port of each other; nothing else is cut."""
+        rule = f"pref 1 ipproto tcp dport {port} blackhole"
+        for ns in (self.primary, self.secondary):
+            self._ip(ns, f"rule add {rule}")
+        try:
+            yield
+        finally:
+            for ns in (self.primary, self.secondary):
+                self._ip(ns, f"rule del {rule}")
+
+    @contextlib.contextmanager
+    def port_slow(self, port: int, rate: str) -> Iterator[None]:
+        """Slow down what the hosts send to this TCP port of each other, to a rate of tc(8)."""
+        ends = (self.primary, self.secondary)
+        for ns in ends:
+            for what in (
+                "qdisc add dev peer0 root handle 1: htb",  # what has no class is not slowed
+                f"class add dev peer0 parent 1: classid 1:1 htb rate {rate}",
+                "filter add dev peer0 parent 1: protocol ip u32 "
+                f"match ip dport {port} 0xffff flowid 1:1",
+            ):
+                sh("tc", "-n", ns, *what.split())
+        try:
+            yield
+        finally:
+            for ns in ends:
+                sh("tc", "-n", ns, "qdisc", "del", "dev", "peer0", "root")
+
     def join(self, ns: str) -> None:
         """Add a guest's tap to its bridge by hand, where no controller does."""
         self._ip(ns, "link set dev tap0 master br0")

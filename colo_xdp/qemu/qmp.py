@@ -245,6 +245,11 @@ class Qmp:
         text = await self.execute("human-monitor-command", {"command-line": "info network"})
         return parse(str(text))
 
+    async def enters_colo(self) -> bool:
+        """Return whether a migration of this QEMU would enter COLO. Raises QmpError."""
+        known = await self.execute("query-migrate-capabilities")
+        return any(c.get("capability") == "x-colo" and c["state"] is True for c in known)
+
     async def guest_macs(self, tap: str) -> list[str]:
         """Return the MAC addresses of the guest's card at this tap.
 

@@ -184,13 +184,15 @@ def disks_json(c: Controller) -> dict[str, Any]:
         "exported": disks.serving and connected,
         "committing": False,
         "overlays": {},
+        "room_trouble": "",
         "proof_ms": 0.0,
     }
     if isinstance(c, Secondary):
         doc |= {
             "committing": c.takeover.committing,
-            "overlays": c.overlays,
-            "proof_ms": c.disk_proof_ms,
+            "overlays": c.disks.overlays,
+            "room_trouble": c.disks.room_trouble,
+            "proof_ms": c.disks.proof_ms,
         }
     return doc
 

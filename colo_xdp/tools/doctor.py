@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from ..config.file import Config, ConfigError, load
 from ..config.schema import Network
 from ..qemu import disks, nic
-from ..qemu.replication import directory_trouble
+from ..qemu.overlays import ReplicatedDisk, directory_trouble, overlay_paths, rooms
 
 if TYPE_CHECKING:
     from ..datapath.attach import LinkInfo
@@ -301,11 +301,16 @@ def _replication(config: Config) -> Iterator[Check]:
     if config.replicated_disks and not shutil.which("qemu-img"):
         yield Check("disks", FAIL, "qemu-img is missing", "apt install qemu-utils")
     for d in config.replicated_disks:
-        why = directory_trouble(d.name, d.overlays, d.overlay_limit << 20)
-        if why:
+        if why := directory_trouble(d.name, d.overlays):
             yield Check("disk", FAIL, why)
-        else:
-            yield Check("disk", OK, f"{d.name}: room for overlays in {d.overlays}")
+            return
+    found = [
+        ReplicatedDisk(d.name, d.overlays, d.overlay_limit << 20) for d in config.replicated_disks
+    ]
+    for room in rooms(found, lambda d: overlay_paths(config.pair, d)):
+        names = ", ".join(room.disks)
+        level = FAIL if room.trouble else OK
+        yield Check("disk", level, room.trouble or f"{names}: room for overlays in {room.where}")
 
 
 def _failover(config: Config) -> Iterator[Check]:

@@ -924,6 +924,10 @@ class SimQmp:
     async def prepare(self, *, primary: bool) -> None:
         await self._call("prepare")
 
+    async def enters_colo(self) -> bool:
+        await self._call("query-migrate-capabilities")
+        return True
+
     async def migrate(self, uri: str) -> None:
         (await self._call("migrate")).checkpoint(first=True)
 
