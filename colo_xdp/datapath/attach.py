@@ -63,7 +63,10 @@ class Taken(AttachError):
 
 @dataclass(frozen=True, slots=True)
 class LinkInfo:
-    """The kernel's information about a device."""
+    """The kernel's information about a device.
+
+    `queues`: of a tap with multi_queue, how many descriptors are open, used by the guest or not.
+    """
 
     name: str
     index: int
@@ -77,6 +80,7 @@ class LinkInfo:
     multi_queue: bool
     xdp_prog_id: int
     xdp_mode: str
+    queues: int = 0
 
 
 @contextlib.contextmanager
@@ -90,9 +94,12 @@ def _info(msg: Any) -> LinkInfo:
     kind = (linkinfo.get_attr("IFLA_INFO_KIND") if linkinfo else None) or ""
     data = linkinfo.get_attr("IFLA_INFO_DATA") if linkinfo else None
     vnet = mq = False
+    queues = 0
     if kind == "tun" and data is not None:
         vnet = bool(data.get_attr("IFTUN_VNET_HDR") or data.get_attr("IFLA_TUN_VNET_HDR"))
         mq = bool(data.get_attr("IFTUN_MULTI_QUEUE") or data.get_attr("IFLA_TUN_MULTI_QUEUE"))
+        for name in ("NUM_QUEUES", "NUM_DISABLED_QUEUES"):
+            queues += data.get_attr(f"IFLA_TUN_{name}") or 0
     xdp = msg.get_attr("IFLA_XDP")
     mode = (xdp.get_attr("IFLA_XDP_ATTACHED") if xdp else 0) or 0
     mode = int(mode) if not isinstance(mode, str) else 1
@@ -110,6 +117,7 @@ def _info(msg: Any) -> LinkInfo:
         multi_queue=mq,
         xdp_prog_id=int(prog),
         xdp_mode=XDP_MODES.get(mode, str(mode)),
+        queues=queues,
     )
 
 

@@ -148,9 +148,9 @@ def stop_process(p: subprocess.Popen[bytes] | None, timeout: float = 5.0) -> Non
 class Topology:
     """The namespaces of one lab; `tag` keeps labs apart."""
 
-    def __init__(self, tag: str, vnet_hdr: bool = True, nics: int = 1) -> None:
+    def __init__(self, tag: str, vnet_hdr: bool = True, nics: int = 1, queues: int = 1) -> None:
         self.client, self.primary, self.secondary = (f"{tag}{x}" for x in "cps")
-        self.vnet_hdr, self.nics = vnet_hdr, nics
+        self.vnet_hdr, self.nics, self.queues = vnet_hdr, nics, queues
 
     @property
     def all(self) -> tuple[str, str, str]:
@@ -186,8 +186,8 @@ class Topology:
             self._ip(ns, f"link add br{nic} type bridge")
             self._ip(ns, f"link set br{nic} up")
             self._ip(ns, f"link set dev uplink{n} master br{nic} up")
-            hdr = "vnet_hdr" if self.vnet_hdr else ""
-            self._ip(ns, f"tuntap add dev tap{nic} mode tap {hdr}")
+            flags = " vnet_hdr" * self.vnet_hdr + " multi_queue" * (self.queues > 1)
+            self._ip(ns, f"tuntap add dev tap{nic} mode tap{flags}")
             self._ip(ns, f"link set tap{nic} up")
 
     def peer_link(self) -> None:

@@ -35,6 +35,8 @@ class Lab:
         *,
         tag: str = "cxl",
         vnet_hdr: bool = True,
+        queues: int = 1,
+        vhost: bool = False,
         overrides: dict[str, dict[str, Any]] | None = None,
         nics: int = 1,
         disks: int = 0,
@@ -49,7 +51,8 @@ class Lab:
         self.disks = [f"d{i}" for i in range(disks)]
         self.overlay_limit = overlay_limit  # MiB
         self.say = say
-        self.net = Topology(tag, vnet_hdr, nics)
+        self.vhost = vhost
+        self.net = Topology(tag, vnet_hdr, nics, queues)
         self.patience_s = PROTECT_S * nics  # each NIC has programs of its own to compile
         self.procs = Processes(self.dir / f"{tag}.pids.json")
         self.client = Client(self.net.client)
@@ -132,6 +135,8 @@ class Lab:
             ns=self.ns(role),
             vnet_hdr=self.net.vnet_hdr,
             nics=self.net.nics,
+            queues=self.net.queues,
+            vhost=self.vhost,
             incoming=self._migrate_uri if waits else "",
             shim=self._shim,
             extra=[arg for name in self.disks for arg in self._drive(role, name)],

@@ -35,7 +35,11 @@ def qemu_version() -> tuple[int, int, int]:
 
 
 class Vm:
-    """One QEMU with two QMP sockets: `qmp` for the controller, `lab_qmp` for the lab."""
+    """One QEMU with two QMP sockets: `qmp` for the controller, `lab_qmp` for the lab.
+
+    `queues`: of its network card, with as many vCPUs, since a Linux guest uses no more queues than
+    it has vCPUs. Under TCG these share one thread: with a thread each, the SVM's kernel panics.
+    """
 
     def __init__(
         self,
@@ -48,6 +52,8 @@ class Vm:
         ns: str | None,
         vnet_hdr: bool = True,
         nics: int = 1,
+        queues: int = 1,
+        vhost: bool = False,
         incoming: str = "",
         shim: Path | None = None,
         extra: Sequence[str] = (),
@@ -60,7 +66,9 @@ class Vm:
         self.log = directory / f"{name}.log"
         for p in (self.qmp, self.qmp_oob, self.lab_qmp, self.console):
             p.unlink(missing_ok=True)
-        cmd = ["qemu-system-x86_64", "-accel", accel]
+        several = queues > 1
+        thread = ",thread=single" if several and accel == "tcg" else ""
+        cmd = ["qemu-system-x86_64", "-accel", f"{accel}{thread}", "-smp", str(queues)]
         cmd += ["-cpu", "max" if accel == "tcg" else "host", "-m", str(MEMORY_MIB)]
         cmd += ["-nodefaults", "-nographic", "-no-user-config"]
         cmd += ["-kernel", str(guest.kernel), "-initrd", str(guest.initrd)]
@@ -73,9 +81,10 @@ class Vm:
             hdr = "on" if vnet_hdr else "off"
             for i, mac in enumerate(MACS[:nics]):
                 tap = f"tap,id=n{i},ifname=tap{i},script=no,downscript=no,vnet_hdr={hdr}"
-                cmd += ["-netdev", tap]
+                tap += f",queues={queues}" * several + ",vhost=on" * vhost
                 card = f"virtio-net-pci,netdev=n{i},mac={mac},romfile=,guest_announce=off"
-                cmd += ["-device", card]
+                card += f",mq=on,vectors={2 * queues + 2}" * several
+                cmd += ["-netdev", tap, "-device", card]
         if incoming:
             cmd += ["-incoming", incoming]
         cmd += extra

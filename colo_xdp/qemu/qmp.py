@@ -13,8 +13,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from qemu.qmp import QMPClient
@@ -24,8 +24,8 @@ from qemu.qmp.protocol import Runstate
 from qemu.qmp.qmp_client import ExecuteError
 
 from .event import QmpEvent, read
-from .hardware import Hardware, parse_qtree
-from .nic import Card, at_tap, parse
+from .hardware import Hardware, parse_qtree, tap_queues
+from .nic import Card, Multiqueue, NicError, at_tap, multiqueue, parse
 
 log = logging.getLogger("colo_xdp.qemu.qmp")
 
@@ -55,6 +55,7 @@ class QemuInfo:
     status: str
     machine: str = ""  # machine type, such as pc-i440fx-7.2-machine
     offers: frozenset[str] = frozenset()  # those of HOST_OFFLOADS that a network card offers
+    queues: Mapping[str, Multiqueue] = field(default_factory=dict)  # of a card, by its tap
 
 
 def realtime_offset_ns() -> int:
@@ -104,6 +105,7 @@ class Qmp:
         self._client: QMPClient | None = None
         self._watch: asyncio.Task[None] | None = None
         self._ending: asyncio.Future[None] | None = None  # the end of the connection
+        self._queues: Hardware = {}  # as cards() has seen them
 
     @property
     def connected(self) -> bool:
@@ -230,7 +232,21 @@ class Qmp:
             "vCPUs": str(len(cpus)),
             "memory": f"{memory['base-memory'] >> 20} MiB",
             **parse_qtree(str(tree)),
+            **self._queues,
         }
+
+    async def queues(self, tap: str) -> Multiqueue | None:
+        """Return the queues of the card at this tap; None if it cannot be determined.
+
+        Raises QmpError.
+        """
+        cards = await self.cards()
+        tree = await self.execute("human-monitor-command", {"command-line": "info qtree"})
+        vcpus = len(await self.execute("query-cpus-fast"))
+        try:
+            return multiqueue(at_tap(cards, tap), parse_qtree(str(tree)), vcpus)
+        except NicError:
+            return None
 
     async def status(self, timeout: float | None = None) -> str:
         """Return the run state (`running`, `colo`, `inmigrate`, ...). Raises QmpError."""
@@ -243,7 +259,10 @@ class Qmp:
     async def cards(self) -> list[Card]:
         """Return the guest's network cards. Raises QmpError."""
         text = await self.execute("human-monitor-command", {"command-line": "info network"})
-        return parse(str(text))
+        cards = parse(str(text))
+        for card in cards:
+            self._queues.update(tap_queues(card.mac, card.queues))
+        return cards
 
     async def enters_colo(self) -> bool:
         """Return whether a migration of this QEMU would enter COLO. Raises QmpError."""
@@ -341,10 +360,11 @@ class Qmp:
             self._watch.cancel()
 
 
-def probe(path: str, timeout: float) -> tuple[QemuInfo, Any, list[Card]]:
+def probe(path: str, timeout: float, taps: Iterable[str] = ()) -> tuple[QemuInfo, Any, list[Card]]:
     """Connect, query and disconnect (for `doctor`).
 
-    Returns QEMU's info, its `query-block` and the guest's network cards. Raises QmpError.
+    Returns QEMU's info, its `query-block` and the guest's network cards. `taps`: the guest's, to
+    ask for their queues. Raises QmpError.
     """
 
     async def ask() -> tuple[QemuInfo, Any, list[Card]]:
@@ -352,6 +372,8 @@ def probe(path: str, timeout: float) -> tuple[QemuInfo, Any, list[Card]]:
         try:
             info = await q.connect()
             info = replace(info, offers=await q.offers())
+            queues = {tap: found for tap in taps if (found := await q.queues(tap))}
+            info = replace(info, queues=queues)
             return info, await q.execute("query-block"), await q.cards()
         finally:
             await q.close()

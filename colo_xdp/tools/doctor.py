@@ -23,6 +23,7 @@ from ..qemu.overlays import ReplicatedDisk, directory_trouble, overlay_paths, ro
 
 if TYPE_CHECKING:
     from ..datapath.attach import LinkInfo
+    from ..qemu.nic import Multiqueue
 
 OK, WARN, FAIL = 0, 1, 2
 CERT_DAYS = 30
@@ -257,7 +258,8 @@ def _qemu(config: Config) -> Iterator[Check]:
     from ..qemu.qmp import QmpError, probe, refusal
 
     try:
-        info, blocks, cards = probe(config.qemu.qmp, config.qemu.qmp_timeout / 1000)
+        wait_s, names = config.qemu.qmp_timeout / 1000, [net.tap for net in config.networks]
+        info, blocks, cards = probe(config.qemu.qmp, wait_s, names)
     except QmpError as e:
         yield Check("QEMU", FAIL, str(e),
                     f"-qmp unix:{config.qemu.qmp},server=on,wait=off (one client at a time: "
@@ -278,7 +280,52 @@ def _qemu(config: Config) -> Iterator[Check]:
         yield Check("NICs", FAIL, why)
     else:
         yield Check("NICs", OK, "each network card of the guest has a [network]")
+    for tap, queues in info.queues.items():
+        yield from _queues(queues, tap)
+    yield from _vhost(config)
     yield from _disks(config, blocks)
+
+
+def _queues(card: Multiqueue, tap: str) -> Iterator[Check]:
+    """Check the queues between the guest and its tap."""
+    from ..datapath import attach
+
+    try:
+        opened = attach.link_info(tap).queues
+    except attach.NoSuchDevice:
+        opened = 0
+    found = card.obstacles()
+    if opened > card.queues:
+        yield Check(
+            "queues", FAIL, f"{tap} has {opened} open, and QEMU {card.queues} of them: what the "
+            "network sends to the guest may end up in another process",
+            "end the other process that has opened the tap",
+        )  # fmt: skip
+    for text, remedy in found:
+        yield Check("queues", WARN, text, remedy)
+    if not found and opened <= card.queues:
+        yield Check("queues", OK, f"{card.queues} between QEMU and {tap}")
+
+
+def _vhost(config: Config) -> Iterator[Check]:
+    """Check whether the kernel (vhost-net) moves the guest's frames in QEMU's place."""
+    from . import vhost
+
+    try:
+        opened = vhost.opened(vhost.listener(config.qemu.qmp))
+    except OSError as e:
+        yield Check("vhost", WARN, f"not known: {e.strerror}")
+        return
+    if not opened:
+        yield Check("vhost", OK, "off: QEMU itself moves the guest's frames")
+        return
+    if vhost.zero_copy():
+        yield Check(
+            "vhost", FAIL, "vhost_net sends from the guest's own memory: the guest can change a "
+            "frame after it has been compared", "experimental_zcopytx=0 for the module vhost_net",
+        )  # fmt: skip
+    yield Check("vhost", WARN, f"on ({opened} queues): no release has been tried with it",
+                "`colo-xdp vhost-drill` on this kind of host, or vhost=off")  # fmt: skip
 
 
 def _disks(config: Config, blocks: Any) -> Iterator[Check]:

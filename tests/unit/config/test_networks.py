@@ -28,7 +28,7 @@ def test_several_are_kept_in_order() -> None:
     assert parse(as_toml(c)) == c
     names = [[r.name for r in c.policy(nic).order] for nic in ("lan", "san")]
     assert "x" not in names[0] and names[1][0] == "x"
-    assert [r.name for r in c.policy_of_all().order][0] == "x"
+    assert next(r.name for r in c.policy_of_all().order) == "x"
 
 
 @pytest.mark.parametrize("text", [LAN, LAN.replace("[[network]]", "[network]")])
