@@ -169,6 +169,14 @@ def _text(s: dict[str, Any]) -> str:
             + (f" ({w['trouble']})" if w["trouble"] else "")
             for w in s["heartbeat_links"]
         ),
+        *(
+            f"  NIC {n['name']:<8} {n['tap']}{' in ' + n['bridge'] if n['bridge'] else ''}, "
+            f"{n['mac'] or 'address not known yet'}, peer link {n['peer_link']}: {n['flows']} "
+            f"connections, {n['held']} packets held"
+            + (f" ({n['trouble']})" if n["trouble"] else "")
+            for n in s["nics"]
+            if len(s["nics"]) > 1
+        ),
         f"  hook         {s['hook']}, events by {s['events']} buffer, {s['ring']['lost']} lost",
         f"  held         {held['packets']} of {held['limit']} packets, {held['bytes']} bytes",
         f"  checkpoints  {ck['total']} ({causes}), {ck['failed']} failed"

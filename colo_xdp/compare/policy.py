@@ -110,6 +110,12 @@ class Rule:
         default="any",
     )
 
+    nic: str = validate.key(
+        validate.or_empty(validate.pattern(r"[a-z0-9-]{1,10}", "a name"), "any"),
+        'name of the NIC ([[network]]) whose flows match; "": any',
+        default="",
+    )
+
     def contradiction(self) -> str:
         """Return why no flow can ever match, or an empty string."""
         ported = {"any", "tcp", "udp"}

@@ -17,9 +17,10 @@ from typing import Any
 
 from .. import validate
 from ..compare.policy import MAX_RULES, Rule
-from .schema import SECTIONS, Config, Disk
+from .schema import SECTIONS, Config, Disk, Network
 
 MAX_DISKS = 64
+MAX_NICS = 8
 
 __all__ = ["Config", "ConfigError", "as_toml", "load", "parse"]
 
@@ -118,18 +119,77 @@ def parse(text: str, path: str = "<config>") -> Config:
     sections: dict[str, dict[str, Any]] = {}
     for name, cls in SECTIONS.items():
         body = data.get(name, {})
+        if name == "network" and isinstance(body, list) and body:
+            body = body[0]  # the others: _nics()
         if not isinstance(body, dict):
             r.errors.append(f"{path}: {name} = {_show(body)}: expected a section [{name}]")
             continue
         sections[name] = r.table(name, cls, body)
     rules = _rules(r, data.get("rule", []))
     disks = _disks(r, data.get("disk", []))
+    nics = _nics(r, sections.get("network", {}), data.get("network"))
     _cross_checks(r, top, sections)
+    _nic_checks(r, nics, rules)
     _replication_checks(r, sections, disks)
     if r.errors:
         raise ConfigError(r.errors)
     made = {name: cls(**sections[name]) for name, cls in SECTIONS.items()}
-    return Config(**top, **made, rules=rules, disks=disks)
+    further = tuple(Network(**values) for values in nics[1:])
+    return Config(**top, **made, rules=rules, disks=disks, further=further)
+
+
+def _nics(r: _Reader, first: dict[str, Any], data: Any) -> list[dict[str, Any]]:
+    """Return the valid values of each [[network]] table; of the first one they are read already."""
+    found = [first]
+    if not isinstance(data, list):
+        return found
+    if len(data) > MAX_NICS:
+        r.errors.append(f"{r.path}: {len(data)} NICs: expected at most {MAX_NICS}")
+    for i, body in enumerate(data[1:], 2):
+        if isinstance(body, dict):
+            found.append(r.table(f"network {i}", Network, body))
+        else:
+            r.errors.append(f"{r.path}: network = {_show(data)}: expected tables [[network]]")
+    return found
+
+
+def _nic_checks(r: _Reader, nics: list[dict[str, Any]], rules: tuple[Rule, ...]) -> None:
+    """Check that each NIC has a name and devices of its own."""
+    seen: dict[str, str] = {}
+    taps = {net.get("tap"): i for i, net in enumerate(nics, 1)}
+    for i, net in enumerate(nics, 1):
+        section = "network" if len(nics) == 1 else f"network {i}"
+        own = {key: net.get(key) for key in ("tap", "peer_link")}
+        for key, value in own.items():
+            if value and seen.setdefault(f"device {value}", section) != section:
+                r.error(section, key, value, "expected a device of its own for each NIC")
+        name = net.get("name")
+        if name and seen.setdefault(f"name {name}", section) != section:
+            r.error(section, "name", name, "expected a name of its own for each NIC")
+        for key in ("bridge", "uplink"):
+            if net.get(key) and taps.get(net[key], i) != i:
+                r.error(section, key, net[key], "expected no tap of the guest")
+        mac = net.get("guest_mac")
+        if mac and seen.setdefault(f"MAC {mac.lower()}", section) != section:
+            r.error(section, "guest_mac", mac, "expected an address of its own for each NIC")
+        tunnel = tuple(net.get(k) for k in ("vxlan_port", "vxlan_vni"))
+        if net.get("vxlan_remote") and seen.setdefault(f"vxlan {tunnel}", section) != section:
+            r.error(section, "vxlan_vni", tunnel[1], "expected a VNI of its own for each NIC")
+        _device_checks(r, section, net)
+    names = [net.get("name") for net in nics]
+    for i, rule in enumerate(rules, 1):
+        if rule.nic and rule.nic not in names:
+            r.error(f"rule {i}", "nic", rule.nic, "expected the name of a NIC: a [[network]]")
+
+
+def _device_checks(r: _Reader, section: str, net: dict[str, Any]) -> None:
+    for key in ("peer_link", "bridge", "uplink"):
+        if net.get(key) and net[key] == net.get("tap"):
+            r.error(section, key, net[key], "expected another device than tap")
+    if net.get("vxlan_local") and not net.get("vxlan_remote"):
+        r.error(section, "vxlan_local", net["vxlan_local"], "expected only with vxlan_remote")
+    if net.get("bridge") and net["bridge"] == net.get("peer_link"):
+        r.error(section, "bridge", net["bridge"], "expected another device than peer_link")
 
 
 def _rules(r: _Reader, data: Any) -> tuple[Rule, ...]:
@@ -214,14 +274,7 @@ def load(path: str | Path) -> Config:
 
 def _cross_checks(r: _Reader, top: dict[str, Any], s: dict[str, dict[str, Any]]) -> None:
     """Check rules over more than one key; a rule is skipped if one of its keys is invalid."""
-    net, qemu, peer = s.get("network", {}), s.get("qemu", {}), s.get("peer", {})
-    for key in ("peer_link", "bridge", "uplink"):
-        if net.get(key) and net[key] == net.get("tap"):
-            r.error("network", key, net[key], "expected another device than tap")
-    if net.get("vxlan_local") and not net.get("vxlan_remote"):
-        r.error("network", "vxlan_local", net["vxlan_local"], "expected only with vxlan_remote")
-    if net.get("bridge") and net["bridge"] == net.get("peer_link"):
-        r.error("network", "bridge", net["bridge"], "expected another device than peer_link")
+    qemu, peer = s.get("qemu", {}), s.get("peer", {})
     if top.get("role") == "primary" and qemu.get("migrate_uri") == "":
         r.error("qemu", "migrate_uri", "", "required on the primary, such as tcp:10.0.0.2:4444")
     failover = s.get("failover", {})
@@ -348,9 +401,10 @@ def as_toml(config: Config) -> str:
     """Format the configuration as a file with every key; `parse` returns the same Config."""
     lines = [f"{k} = {_toml(getattr(config, k))}" for k in validate.keys(Config)]
     for name, cls in SECTIONS.items():
-        section = getattr(config, name)
-        lines += ["", f"[{name}]"]
-        lines += [f"{k} = {_toml(getattr(section, k))}" for k in validate.keys(cls)]
+        several = name == "network" and bool(config.further)
+        for section in config.networks if several else (getattr(config, name),):
+            lines += ["", f"[[{name}]]" if several else f"[{name}]"]
+            lines += [f"{k} = {_toml(getattr(section, k))}" for k in validate.keys(cls)]
     for rule in config.rules:
         lines += ["", "[[rule]]"]
         lines += [f"{k} = {_toml(getattr(rule, k))}" for k in validate.keys(Rule)]

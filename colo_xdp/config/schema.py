@@ -16,12 +16,18 @@ from ..compare.policy import Policy, Rule
 from ..peer.messages import MIN_VERSION, VERSION
 
 _DAY_MS = 86_400_000
+DEFAULT_NIC = "net0"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Network:
-    """[network]: the devices of this host."""
+    """[network]: the devices of this host; a [[network]] for each NIC of a guest with several."""
 
+    name: str = validate.key(
+        validate.pattern(r"[a-z0-9-]{1,10}", "1 to 10 of a-z, 0-9 and -"),
+        "name of the NIC, the same on both hosts; required with several NICs",
+        default=DEFAULT_NIC,
+    )
     tap: str = validate.key(
         validate.device,
         "tap device of this host's guest",
@@ -81,6 +87,11 @@ class Network:
         "that the guest has claimed itself by ARP or neighbor discovery",
         default=(),
     )
+
+    @property
+    def link_name(self) -> str:
+        """The name of the peer link among the heartbeat links."""
+        return "peer link" if self.name == DEFAULT_NIC else f"peer link {self.name}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -195,6 +206,13 @@ class Nbd:
         "upper limit of the rate at which a disk is copied before the pair is protected; 0: none",
         default=0,
         unit="MiB/s",
+    )
+    write_timeout: int = validate.key(
+        validate.integer(100, 600_000, "ms"),
+        "how long writes of the guest may wait for the secondary's image, none of them ending, "
+        "before the secondary is given up; 15 s at least while a disk is copied",
+        default=2000,
+        unit="ms",
     )
 
 
@@ -545,6 +563,7 @@ class Config:
     nbd: Nbd = field(default_factory=Nbd)
     rules: tuple[Rule, ...] = ()
     disks: tuple[Disk, ...] = ()
+    further: tuple[Network, ...] = ()  # NICs of the guest besides `network`
     path: str | None = None  # where it was read from
 
     def differences(self, other: Config) -> list[str]:
@@ -552,7 +571,13 @@ class Config:
         mine, theirs = flat(self), flat(other)
         free = {"compare.arp", "compare.ndp", "compare.other"}
         found = [k for k in mine if mine[k] != theirs[k] and k not in free]
+        found += ["network"] * (self.further != other.further)
         return found + ["disk"] * (self.disks != other.disks)
+
+    @property
+    def networks(self) -> tuple[Network, ...]:
+        """The devices of each NIC of the guest, in the order of the file."""
+        return (self.network, *self.further)
 
     @property
     def external_disks(self) -> tuple[str, ...]:
@@ -576,8 +601,17 @@ class Config:
             max_flows=c.max_flows,
         )
 
-    def policy(self) -> Policy:
-        """What is compared: the file's rules, then the defaults of [compare]."""
+    def policy(self, nic: str = "") -> Policy:
+        """What is compared at a NIC: the file's rules, then the defaults of [compare].
+
+        An empty name means the first NIC.
+        """
+        c, name = self.compare, nic or self.network.name
+        rules = tuple(r for r in self.rules if r.nic in ("", name))
+        return Policy(rules, arp=c.arp, ndp=c.ndp, other=c.other)
+
+    def policy_of_all(self) -> Policy:
+        """All rules in their order, for reports."""
         c = self.compare
         return Policy(self.rules, arp=c.arp, ndp=c.ndp, other=c.other)
 

@@ -20,7 +20,7 @@ from ..abi import Mode, SyncState
 from ..clock import TICK_S
 from ..compare.causes import Cause
 from ..config.file import Config
-from ..datapath.datapath import DataPath
+from ..datapath.host import HostDataPath
 from ..engine.journal import Divergence, Entry, Journal
 from ..failover.arbiter import Arbiter
 from ..failover.decision import State
@@ -50,7 +50,7 @@ class Checkpointed(Protocol):
     """The controller of the PVM, as far as its checkpoints concern it."""
 
     config: Config
-    dp: DataPath
+    dp: HostDataPath
     view: PairView
     peer: Peer
     qemu: QemuSupervisor
@@ -97,7 +97,7 @@ class CheckpointCoordinator:
         self._c = c = controller
         self.entry = ColoEntry(c, self)
         self.switchover = Switchover(c, self)
-        self.offsets = PermanentOffsets(c.dp)
+        self.offsets = PermanentOffsets(c.dp.nics)
         self.pacer = Pacer(c.config.checkpoint.share, c.config.compare.compare_timeout * 1_000_000)
         self._serving: asyncio.Task[Any] | None = None
         self._wake = asyncio.Event()  # look at what is wanted
@@ -349,9 +349,10 @@ class CheckpointCoordinator:
         c = self._c
         if not ck.initial:  # an unprotected PVM is not held up by a peer that is slow to answer
             c.output.hold()
-        own, macs = c.dp.addresses.export(MAX_CLAIMS)
-        if own or macs:
-            c.peer.send("claims", n=ck.n, addresses=own.hex(), macs=macs.hex())
+        for i, nic in enumerate(c.dp.nics):
+            own, macs = nic.addresses.export(MAX_CLAIMS)
+            if own or macs:
+                c.peer.send("claims", n=ck.n, nic=i, addresses=own.hex(), macs=macs.hex())
         c.peer.send("begin", n=ck.n, cause=ck.cause, initial=ck.initial)
         answer = min(deadline, time.monotonic() + c.config.checkpoint.deadline / 1000)
         while ck.step is Step.PREPARING:
@@ -413,7 +414,14 @@ class CheckpointCoordinator:
         """
         parts = await self.offsets.parts()
         for n, part in enumerate(parts):
-            self._c.peer.send("offsets", n=n, last=n == len(parts) - 1, flows=part.hex())
+            self._c.peer.send(
+                "offsets",
+                n=n,
+                nic=part.nic,
+                first=part.first,
+                last=n == len(parts) - 1,
+                flows=part.flows.hex(),
+            )
             while ck.based <= n:
                 await self._await(ck, "confirmation of the old connections' offsets", deadline)
         self.offsets.sent = True
@@ -431,7 +439,7 @@ class CheckpointCoordinator:
         held = c.output.held
         if c.view.guest.standalone:
             await self._clear_record()
-        c.output.engine.commit_checkpoint(ck.stop_ns, ck.n, time.monotonic_ns())
+        c.output.commit_checkpoint(ck.stop_ns, ck.n, time.monotonic_ns())
         # Before the epoch, which tells the secondary that its guest counts.
         c.view.checkpointed()
         c.dp.sync_state = SyncState.IN_SYNC
@@ -470,7 +478,7 @@ class CheckpointCoordinator:
         }
         c.view.checkpoint_due(False)
         self.ended_ns = time.monotonic_ns()
-        c.devices.checkpointed(want.cause)
+        c.devices.checkpointed(want.cause, want.why.nic if want.why else "")
         c.arbiter.paired()
         if want.cause != Cause.SWITCHOVER:
             c.become(State.PROTECTED, f"both guests are equal as of epoch {ck.n} ({want.cause})")

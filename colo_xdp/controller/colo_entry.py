@@ -18,7 +18,7 @@ from typing import Any, Protocol
 from ..abi import Mode
 from ..compare.causes import Cause
 from ..config.file import Config
-from ..datapath.datapath import DataPath
+from ..datapath.host import HostDataPath
 from ..failover.arbiter import Arbiter
 from ..failover.decision import State
 from ..peer.channel import Peer
@@ -104,7 +104,7 @@ class Enterer(Protocol):
     """The controller whose guest is to be copied for the first time."""
 
     config: Config
-    dp: DataPath
+    dp: HostDataPath
     view: PairView
     peer: Peer
     qemu: QemuSupervisor
@@ -151,6 +151,7 @@ class ColoEntry:
         self.peer_disks: dict[str, Any] = {}  # sizes of the images that it exports, bytes
         self._compared = ((-1, ""), "")  # the QEMU there that is built like the one here
         self.peer_hardware = ""  # what it reports of its machine
+        self.peer_nics: dict[str, Any] = {}  # the NICs that its configuration names, in order
         self._copied_to = (-1, "")  # which QEMU has the disks, or gets them now
         self.peer_lacks = ""  # why the secondary is not ready
         self.guest_stopped = False  # the guest was stopped for the entry in progress
@@ -224,7 +225,8 @@ class ColoEntry:
         if self._compared == (self.peer_qemu, self.peer_hardware):
             return True
         try:
-            why = await c.life.unfit() or hardware.refusal(
+            why = self._other_nics() or await c.life.unfit()
+            why = why or hardware.refusal(
                 await c.qemu.qmp.hardware(), hardware.decode(self.peer_hardware)
             )
         except ValueError as e:
@@ -236,6 +238,23 @@ class ColoEntry:
         else:
             self._compared = self.peer_qemu, self.peer_hardware
         return not why
+
+    def _other_nics(self) -> str:
+        """Return why the two configurations do not name the same NICs, or an empty string."""
+        mine, theirs = [net.name for net in self._c.config.networks], list(self.peer_nics)
+        if mine == theirs:
+            for name, mac in zip(mine, self._c.qemu.first_macs, strict=True):
+                there = self.peer_nics[name]
+                if isinstance(there, str) and mac and there and mac.lower() != there.lower():
+                    return (
+                        f"COLO is not entered: the NIC {name} is the card {mac} here and {there} "
+                        "on the secondary's host: the taps are exchanged, here or there"
+                    )
+            return ""
+        return (
+            f"COLO is not entered: [network] here has the NICs {', '.join(mine)} in this order, on "
+            f"the secondary's host {', '.join(theirs)}"
+        )
 
     async def _copy_disks(self) -> bool:
         """Copy the guest's disks to the secondary, a step at a time. Returns whether it is done."""
@@ -348,7 +367,7 @@ class ColoEntry:
         self._c.drain()
         mark = time.monotonic_ns()
         await self._c.qemu.qmp.status()
-        self._c.output.engine.release_until(ck.stop_ns or mark)
+        self._c.output.release_until(ck.stop_ns or mark)
 
     def _bypass(self) -> None:
         """Hold nothing any more, nor what is still on its way to this process."""
@@ -369,7 +388,7 @@ class ColoEntry:
         began, tried = time.monotonic(), ""
         while c.state is State.STARTING:
             try:
-                if await self._run_on(time.monotonic() - began):
+                if await self.run_on(time.monotonic() - began):
                     return
                 tried = await c.qemu.qmp.status()
             except QmpError as e:
@@ -383,7 +402,7 @@ class ColoEntry:
                 )
             await asyncio.sleep(RUN_ON_S)
 
-    async def _run_on(self, since_s: float) -> bool:
+    async def run_on(self, since_s: float) -> bool:
         """Try once to let the guest run, whatever the entry has left behind; whether it does."""
         qemu = self._c.qemu
         migration = await qemu.qmp.migration_status()

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from ..clock import TICK_S
 from ..config.file import Config, ConfigError, load
-from ..datapath.datapath import DataPath
+from ..datapath.host import HostDataPath
 from ..failover.decision import Action, Role, State
 from ..peer.channel import Peer
 from .command import Command
@@ -37,7 +37,7 @@ class Commandable(Protocol):
 
     config: Config
     role: Role
-    dp: DataPath
+    dp: HostDataPath
     view: PairView
     peer: Peer
     state: State

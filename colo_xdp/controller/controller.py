@@ -20,7 +20,7 @@ from typing import Any
 from ..abi import Mode
 from ..config.file import Config
 from ..datapath import attach
-from ..datapath.datapath import DataPath
+from ..datapath.host import HostDataPath
 from ..failover import states
 from ..failover.arbiter import ARBITERS, Arbiter
 from ..failover.arbiter import Host as ArbiterHost
@@ -43,7 +43,8 @@ from ..peer.messages import VERSION
 from ..peer.tls import Tls
 from ..qemu.event import QmpEvent
 from ..qemu.guest_event import news
-from ..qemu.replication import ReplicatedDisk, ReplicationOptions
+from ..qemu.overlays import ReplicatedDisk
+from ..qemu.replication import ReplicationOptions
 from ..qemu.supervisor import QemuOptions, QemuSupervisor, Stakes
 from .commands import OperatorCommands
 from .device_watch import DeviceWatch
@@ -74,6 +75,7 @@ def _replication(config: Config) -> ReplicationOptions:
         config.nbd.local,
         config.nbd.remote,
         config.nbd.speed << 20,
+        config.nbd.write_timeout / 1000,
     )
 
 
@@ -82,7 +84,7 @@ class Controller(RoleSteps):
 
     role: Role
 
-    def __init__(self, config: Config, datapath: DataPath) -> None:
+    def __init__(self, config: Config, datapath: HostDataPath) -> None:
         self.config, self.dp = config, datapath
         self.state = State.STARTING
         self.reason = "starting"
@@ -96,7 +98,7 @@ class Controller(RoleSteps):
         self.failures: list[str] = []
         self._tasks: set[asyncio.Task[Any]] = set()
         self._finished = asyncio.Event()
-        q, net = config.qemu, config.network
+        q = config.qemu
         self.qemu = QemuSupervisor(
             QemuOptions(
                 pair=config.pair,
@@ -104,14 +106,13 @@ class Controller(RoleSteps):
                 qmp=q.qmp,
                 qmp_oob=q.qmp_oob,
                 timeout_s=q.qmp_timeout / 1000,
-                tap=net.tap,
-                guest_mac=net.guest_mac,
+                taps={net.tap: net.guest_mac for net in config.networks},
                 incoming=q.incoming,
                 replication=_replication(config),
             ),
             self,
             tap_alive=datapath.tap_alive,
-            is_at=datapath.is_at,
+            is_at=lambda nic, *macs: datapath.nics[nic].is_at(*macs),
         )
         self._busy: asyncio.Task[Any] | None = None  # the one action in progress
         self.asks = False  # by heartbeat datagram: the secondary is to demote its guest
@@ -492,7 +493,7 @@ class Controller(RoleSteps):
         await self.peer.start()
         self.paths.start()
         loop = asyncio.get_running_loop()
-        for fd in self.dp.reader.fds:
+        for fd in self.dp.fds:
             loop.add_reader(fd, self.drain)
         self.spawn(self.arbiter.run())
         if self.state is State.STOPPED:
@@ -531,8 +532,10 @@ class Controller(RoleSteps):
     async def open_network(self) -> None:
         """Let the tap join the bridge; a failure is reported, and tried again at the next start."""
         try:
-            await asyncio.to_thread(self.dp.open_network)
-            await asyncio.to_thread(self.dp.look_at_port)
+            try:
+                await asyncio.to_thread(self.dp.open_network)
+            finally:
+                await asyncio.to_thread(self.dp.look_at_port)
         except (attach.NoSuchDevice, attach.NetlinkError, OSError) as e:
             log.error("the guest's tap cannot join the bridge: %s", e)
             self.failures.append(f"open network: {e}")
@@ -545,7 +548,7 @@ class Controller(RoleSteps):
         """
         self.peer.send("bye", why=why, planned=planned, back=back_ms)
         loop = asyncio.get_running_loop()
-        for fd in self.dp.reader.fds:
+        for fd in self.dp.fds:
             loop.remove_reader(fd)
         for t in list(self._tasks):
             t.cancel()

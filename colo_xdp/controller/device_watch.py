@@ -24,6 +24,7 @@ import contextlib
 import logging
 import socket
 import time
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..compare.causes import Cause
@@ -31,7 +32,6 @@ from ..datapath import attach
 from ..datapath.hooks import Look
 from ..failover.decision import Role
 from ..failover.lease import boot_ns
-from ..peer.heartbeat_links import LINK
 
 if TYPE_CHECKING:
     from .controller import Controller
@@ -44,6 +44,35 @@ SILENT_CHECKPOINTS = 3
 PACE_S = 0.02  # the least time between two checkpoints while nothing arrives
 
 
+@dataclass(slots=True)
+class PeerLink:
+    """What is known of the peer link of one NIC."""
+
+    nic: str  # name of the NIC
+    device: str
+    name: str  # as a heartbeat link
+    silent_checkpoints: int = 0  # made in a row for output of the NIC that was missed
+    trouble: str = ""  # why it delivers nothing; empty: it delivers
+    first: int = -1  # frames of the data path that had come at the first look
+    arrived: int = -1  # and at the last one
+    arrived_ns: int = 0  # when one last came (boot_ns)
+
+    def count(self, arrived: int, now: int) -> bool:
+        """Return whether frames of the data path came since the last call."""
+        if self.first < 0:
+            self.first = self.arrived = arrived
+            self.arrived_ns = now
+        if arrived == self.arrived:
+            return False
+        self.arrived, self.arrived_ns, self.silent_checkpoints = arrived, now, 0
+        return True
+
+    @property
+    def svm_silent(self) -> bool:
+        """Whether the SVM's output was missed in SILENT_CHECKPOINTS checkpoints in a row."""
+        return self.silent_checkpoints >= SILENT_CHECKPOINTS
+
+
 class DeviceWatch:
     """Holds what one controller knows of its data path."""
 
@@ -51,15 +80,18 @@ class DeviceWatch:
         self._c = controller
         self.look = Look()
         self.restored = 0  # programs and devices put back
-        self.link = ""  # why the peer link delivers nothing; empty: it delivers
-        self.silent_checkpoints = 0
+        networks = controller.config.networks
+        self.links = [PeerLink(n.name, n.peer_link, n.link_name) for n in networks]
         self._trouble = ""
-        self._arrived = self._first = -1
-        self._arrived_ns = 0  # when a frame of the data path last came (boot_ns)
         self._up_ns = 0  # since when the control channel is up (boot_ns)
         self._changed = asyncio.Event()
 
     # ---- answers
+
+    @property
+    def link(self) -> str:
+        """Why a peer link delivers nothing, or an empty string."""
+        return "; ".join(link.trouble for link in self.links if link.trouble)
 
     @property
     def trouble(self) -> str:
@@ -68,22 +100,38 @@ class DeviceWatch:
         if not self.look.cut:
             text += [self.link] if self.link else []
             if not self.link and self.svm_silent:
+                devices = " or ".join(link.device for link in self.links if link.svm_silent)
                 text.append(
-                    "the secondary's output does not arrive over "
-                    f"{self._c.config.network.peer_link}: {SILENT_CHECKPOINTS} checkpoints in a "
-                    "row or more for output that waited, and not one frame of its guest"
+                    f"the secondary's output does not arrive over {devices}: {SILENT_CHECKPOINTS} "
+                    "checkpoints in a row or more for output that waited, and not one frame of its "
+                    "guest"
                 )
         return "; ".join(text)
 
     @property
     def cut(self) -> bool:
         """Whether nothing of the other guest arrives, so that waiting for it is of no use."""
-        return self.look.cut or bool(self.link) or self.svm_silent
+        return bool(self.cut_nics)
+
+    @property
+    def cut_nics(self) -> set[int]:
+        """The numbers of the NICs of which that is so."""
+        gone, every = self.look.cut_nics, self.look.cut and not self.look.cut_nics
+        return {
+            i
+            for i, link in enumerate(self.links)
+            if every or i in gone or link.trouble or link.svm_silent
+        }
 
     @property
     def svm_silent(self) -> bool:
-        """Whether the SVM's output was missed in SILENT_CHECKPOINTS checkpoints in a row."""
-        return self.silent_checkpoints >= SILENT_CHECKPOINTS
+        """Whether the SVM's output was missed at one of the NICs."""
+        return any(link.svm_silent for link in self.links)
+
+    @property
+    def silent_checkpoints(self) -> int:
+        """Checkpoints in a row that were made for output of one NIC that was missed."""
+        return max(link.silent_checkpoints for link in self.links)
 
     # ---- hooks
 
@@ -133,24 +181,25 @@ class DeviceWatch:
 
     def listen(self) -> None:
         """Check whether the peer link is silent; called with each heartbeat."""
-        self.link = self._link()
+        for i, link in enumerate(self.links):
+            link.trouble = self._link(i, link)
         if self.silent_checkpoints:
             self._count(boot_ns())
         self.report()
 
-    def _link(self) -> str:
+    def _link(self, nic: int, peer_link: PeerLink) -> str:
         c, core = self._c, self._c.paths.core
         names = [p.name for p in core.paths]
-        if not c.peer.connected or not c.peer.heartbeat_key or LINK not in names:
+        if not c.peer.connected or not c.peer.heartbeat_key or peer_link.name not in names:
             return ""
-        i, now, limit = names.index(LINK), boot_ns(), c.config.peer.heartbeat_timeout
+        i, now, limit = names.index(peer_link.name), boot_ns(), c.config.peer.heartbeat_timeout
         silent, up_ms = core.silent_ms(i, now), (now - self._up_ns) / 1e6
-        quiet = self._quiet_ms(now) if silent > limit / 2 else 0.0
+        quiet = self._quiet_ms(nic, now) if silent > limit / 2 else 0.0
         if up_ms <= limit:
             return ""
-        if silent == float("inf") and self._arrived != self._first:
+        if silent == float("inf") and peer_link.arrived != peer_link.first:
             return ""  # frames get through, heartbeat datagrams do not: only one link less
-        link = c.config.network.peer_link
+        link = peer_link.device
         if silent > limit and quiet > limit / 2:
             return (
                 f"nothing arrives over {link}: no heartbeat and no frame from the other host for "
@@ -161,30 +210,31 @@ class DeviceWatch:
             return f"the other host receives nothing over {link}, while its controller answers"
         return ""
 
-    def _quiet_ms(self, now: int) -> float:
+    def _quiet_ms(self, nic: int, now: int) -> float:
         """Return how long ago the last frame came, or the first look for one if none came (ms)."""
         self._count(now)
-        return (now - self._arrived_ns) / 1e6
+        return (now - self.links[nic].arrived_ns) / 1e6
 
-    def _count(self, now: int) -> bool:
-        """Return whether frames of the data path came since the last call, which ends a silence."""
-        n = self._c.dp.arrived()
-        if self._first < 0:
-            self._first = self._arrived = n
-            self._arrived_ns = now
-        if n == self._arrived:
-            return False
-        self._arrived, self._arrived_ns, self.silent_checkpoints = n, now, 0
-        return True
+    def _count(self, now: int) -> None:
+        """Count frames of the data path; those that came since the last call end a silence."""
+        for link, nic in zip(self.links, self._c.dp.nics, strict=True):
+            link.count(nic.arrived(), now)
 
     # ---- the secondary's guest
 
-    def checkpointed(self, cause: str) -> None:
-        """Note a complete checkpoint: count it if output was missed and no frame came."""
-        if not self._count(boot_ns()) and cause in (Cause.COMPARE_TIMEOUT, Cause.PEER_LINK):
-            self.silent_checkpoints += 1
-        elif cause == Cause.INITIAL:  # there is another guest now
-            self.silent_checkpoints = 0
+    def checkpointed(self, cause: str, nic: str = "") -> None:
+        """Note a complete checkpoint: count it if output was missed and no frame came.
+
+        `nic`: the name of the NIC whose output waited; "": not known.
+        """
+        cut = self.cut_nics
+        for i, (link, path) in enumerate(zip(self.links, self._c.dp.nics, strict=True)):
+            came = link.count(path.arrived(), boot_ns())
+            late = cause == Cause.COMPARE_TIMEOUT and nic in ("", link.nic)
+            if not came and (late or (cause == Cause.PEER_LINK and i in cut)):
+                link.silent_checkpoints += 1
+            elif cause == Cause.INITIAL:  # there is another guest now
+                link.silent_checkpoints = 0
         self.report()
 
     # ---- the log and the history

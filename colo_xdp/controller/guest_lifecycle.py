@@ -18,9 +18,10 @@ from typing import Any, Protocol
 from ..abi import Mode, SyncState
 from ..clock import TICK_S
 from ..config.file import Config
-from ..datapath.datapath import DataPath
+from ..datapath.host import HostDataPath
 from ..failover.decision import State
 from ..peer.channel import Peer
+from ..qemu import nic
 from ..qemu.disks import refusal
 from ..qemu.event import QmpEvent
 from ..qemu.guest_event import STANDS_STILL, Fate, News
@@ -41,7 +42,7 @@ class GuestOwner(Protocol):
     """A controller, as far as its guest's life concerns it; the two roles differ in the rest."""
 
     config: Config
-    dp: DataPath
+    dp: HostDataPath
     view: PairView
     peer: Peer
     qemu: QemuSupervisor
@@ -170,11 +171,19 @@ class GuestLifecycle:
     async def unfit(self) -> str:
         """Return what keeps this guest from being one of a pair, or an empty string."""
         try:
-            blocks = await self._c.qemu.qmp.execute("query-block")
+            why = await self.uncovered()
         except QmpError as e:
             return str(e)
-        why = refusal(blocks, [d.name for d in self._c.config.disks])
         return f"COLO is not entered: {why}" if why else ""
+
+    async def uncovered(self) -> str:
+        """Return which writable disks nobody keeps equal, or which network cards nobody compares.
+
+        An empty string: none. Raises QmpError.
+        """
+        blocks = await self._c.qemu.qmp.execute("query-block")
+        why = refusal(blocks, [d.name for d in self._c.config.disks])
+        return why or nic.refusal(await self._c.qemu.qmp.cards(), self._c.qemu.options.taps)
 
     # ---- the end
 

@@ -11,7 +11,7 @@ import time
 from typing import Protocol
 
 from ..config.file import Config
-from ..datapath.datapath import DataPath
+from ..datapath.host import HostDataPath
 from ..failover.arbiter import Arbiter
 from ..failover.decision import Role, State
 from ..failover.lease import boot_ns
@@ -28,7 +28,7 @@ class Beating(Protocol):
 
     config: Config
     role: Role
-    dp: DataPath
+    dp: HostDataPath
     view: PairView
     peer: Peer
     paths: HeartbeatLinks

@@ -10,15 +10,15 @@ from __future__ import annotations
 
 import time
 
-from ..engine.engine import Engine
 from .pair_view import PairView
+from .pvm_output import PvmOutput
 
 
 class ShadowMode:
     """Whether, and until when, clients may know what the SVM does not."""
 
-    def __init__(self, view: PairView, engine: Engine) -> None:
-        self._view, self._engine = view, engine
+    def __init__(self, view: PairView, output: PvmOutput) -> None:
+        self._view, self._output = view, output
         self.leaving = False  # over with the next checkpoint that stops later than `_since_ns`
         self.exposed = False
         self._since_ns = 0
@@ -31,15 +31,15 @@ class ShadowMode:
 
     def confirmed(self) -> None:
         """Hold nothing from now on: the secondary knows."""
-        waits = self._view.shadow and not self.leaving and not self._engine.shadow
+        waits = self._view.shadow and not self.leaving and not self._output.shadow
         if waits and not self.exposed:
-            self._engine.set_shadow(True, time.monotonic_ns())
+            self._output.set_shadow(True, time.monotonic_ns())
 
     def leave(self) -> None:
         """End by order: hold everything, and wait for the checkpoint that ends it."""
         self.leaving = True
         self._since_ns = time.monotonic_ns()
-        self._engine.set_shadow(False, time.monotonic_ns())
+        self._output.set_shadow(False, time.monotonic_ns())
 
     def expose(self, *, still: bool) -> bool:
         """Note that frames of the PVM may have left uncompared; `still`: they still may.

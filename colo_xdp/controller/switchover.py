@@ -12,7 +12,7 @@ from ..abi import Mode
 from ..clock import TICK_S
 from ..compare.causes import Cause
 from ..config.file import Config
-from ..datapath.datapath import DataPath
+from ..datapath.host import HostDataPath
 from ..failover.arbiter import Arbiter
 from ..failover.decision import State
 from ..peer.channel import Peer
@@ -35,7 +35,7 @@ class Yielding(Protocol):
     """The controller whose guest is to fall silent in favour of its copy."""
 
     config: Config
-    dp: DataPath
+    dp: HostDataPath
     view: PairView
     peer: Peer
     arbiter: Arbiter

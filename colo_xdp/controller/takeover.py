@@ -11,14 +11,15 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from typing import Any, Protocol
 
 from ..abi import Mode, SyncState
 from ..clock import TICK_S
 from ..config.file import Config
 from ..datapath.conntrack_map import ConntrackMap
-from ..datapath.datapath import DataPath
+from ..datapath.host import HostDataPath
+from ..datapath.inject import Injector
 from ..failover.decision import State
 from ..net.announce import announcements
 from ..peer.channel import Peer
@@ -45,21 +46,31 @@ PORT_S = 0.1  # between two looks at a port that does not forward yet
 ANNOUNCE_TIMES = (0.0, 0.05, 0.2, 0.45, 0.8)  # seconds after the takeover, as QEMU's own RARPs
 
 
+class Vouched(Protocol):
+    """Disks of which somebody may have said that they are whole."""
+
+    proof: DiskProof
+
+
 class Standby(Protocol):
     """The controller whose guest is to run standalone."""
 
     config: Config
-    dp: DataPath
+    dp: HostDataPath
     view: PairView
     peer: Peer
     qemu: QemuSupervisor
     held: HeldFrames
-    proof: DiskProof
-    flows: ConntrackMap
+    flows: tuple[ConntrackMap, ...]
     failures: list[str]
     state: State
     reason: str
     last_failover: dict[str, float] | None
+
+    @property
+    def disks(self) -> Vouched:
+        """What is known of the disks here."""
+        ...
 
     def become(self, state: State, why: str) -> None:
         """Change the state."""
@@ -123,7 +134,8 @@ class Takeover:
         self._settle_epoch(hold)
         if hold is not None and hold.resume is not None:
             c.held.resume_ns = hold.resume.ts_ns
-        c.dp.addresses.undo(c.dp.epoch)  # claims that the primary sent for a checkpoint to come
+        for nic in c.dp.nics:  # claims that the primary sent for a checkpoint to come
+            nic.addresses.undo(c.dp.epoch)
         said = self._frames_out()
         c.dp.mode = Mode.TAKEOVER
         c.become(State.PROMOTED, why)
@@ -184,8 +196,8 @@ class Takeover:
         c = self._c
         h = c.held.hold
         if h is not None and (h.resume is not None or self.loaded()):
-            c.proof.loaded(h.n)
-        return c.qemu.disks.any and c.proof.missing and not c.view.forced
+            c.disks.proof.loaded(h.n)
+        return c.qemu.disks.any and c.disks.proof.missing and not c.view.forced
 
     async def settle_disks(self) -> None:
         """Wait until QEMU has merged the overlays, on which the guest's disks depend until then."""
@@ -230,7 +242,7 @@ class Takeover:
         was = c.dp.epoch
         c.dp.epoch = max(was, c.view.peer.epoch, hold.n if hold is not None and loaded else 0)
         if c.dp.epoch == was == self.epoch_uncertain:
-            lost = c.flows.give_up(was)
+            lost = sum(flows.give_up(was) for flows in c.flows)
             log.error(
                 "the last controller here died in a checkpoint, the primary before the next one: it"
                 " is not known which state runs. %d connections opened since the checkpoint before"
@@ -275,14 +287,19 @@ class Takeover:
         the addresses. If the bridge does not let frames through yet (STP), the announcement is
         repeated when it does.
         """
-        mac = await self._c.qemu.learn_macs()
-        if not mac:
-            log.warning("no guest_mac is configured and QEMU reports none: no announcement")
+        macs = await self._c.qemu.learn_macs()
+        for net, mac in zip(self._c.config.networks, macs, strict=True):
+            if not mac:
+                log.warning(
+                    "no guest_mac is configured for %s and QEMU reports none: no announcement",
+                    net.tap,
+                )
+        if not any(macs):
             return
-        await self._announce_now(mac)
+        await self._announce_now(macs)
         end = time.monotonic() + FORWARDING_S
         waited = self._c.reason
-        while not self._c.dp.port_forwarding and self._c.state is State.PROMOTED:
+        while not self._forwarding() and self._c.state is State.PROMOTED:
             if time.monotonic() > end:
                 log.error("%s; the guest is not announced again", self._deaf())
                 self._c.failures.append(self._deaf())
@@ -290,26 +307,40 @@ class Takeover:
             self._c.become(State.PROMOTED, self._deaf())
             await asyncio.sleep(PORT_S)
             await asyncio.to_thread(self._c.dp.look_at_port)
-            if self._c.dp.port_forwarding and self._c.state is State.PROMOTED:
+            if self._forwarding() and self._c.state is State.PROMOTED:
                 self._c.become(State.PROMOTED, waited)
-                await self._announce_now(mac)
+                await self._announce_now(macs)
+
+    def _forwarding(self) -> bool:
+        return all(nic.port_forwarding for nic in self._c.dp.nics)
 
     def _deaf(self) -> str:
-        net = self._c.config.network
+        waiting = [
+            f"{net.tap} is {nic.port_state} in {net.bridge}"
+            for nic, net in zip(self._c.dp.nics, self._c.config.networks, strict=True)
+            if not nic.port_forwarding
+        ]
         return (
-            f"{net.tap} is {self._c.dp.port_state} in {net.bridge}: nothing of the guest leaves "
-            "before the bridge's STP lets it"
+            f"{' and '.join(waiting)}: nothing of the guest leaves before the bridge's STP lets it"
         )
 
-    async def _announce_now(self, mac: str) -> None:
-        first, epoch = bytes.fromhex(mac.replace(":", "")), self._c.dp.epoch
-        table = self._c.dp.addresses
-        own = (await asyncio.to_thread(table.own, first, epoch))[:MAX_ANNOUNCED]
-        macs = table.macs(epoch)[:MAX_ANNOUNCED]
-        frames = announcements(mac, own, macs, self._c.config.network.guest_addresses)
-        log.info("announcing the guest: %d frames, %d times", len(frames), len(ANNOUNCE_TIMES))
+    async def _announce_now(self, macs: Sequence[str]) -> None:
+        """Announce each NIC on its own network; `macs`: the first address of each, "": unknown."""
+        epoch = self._c.dp.epoch
+        out: list[tuple[Injector, list[bytes]]] = []
+        for nic, net, mac in zip(self._c.dp.nics, self._c.config.networks, macs, strict=True):
+            if not mac:
+                continue
+            first, table = bytes.fromhex(mac.replace(":", "")), nic.addresses
+            own = (await asyncio.to_thread(table.own, first, epoch))[:MAX_ANNOUNCED]
+            more = table.macs(epoch)[:MAX_ANNOUNCED]
+            frames = announcements(mac, own, more, net.guest_addresses)
+            out.append((nic.injectors["forward"], frames))
+        count = sum(len(frames) for _, frames in out)
+        log.info("announcing the guest: %d frames, %d times", count, len(ANNOUNCE_TIMES))
         start = time.monotonic()
         for at in ANNOUNCE_TIMES:
             await asyncio.sleep(max(0.0, start + at - time.monotonic()))
-            for frame in frames:
-                self._c.dp.injectors["forward"].send(frame)
+            for injector, frames in out:
+                for frame in frames:
+                    injector.send(frame)

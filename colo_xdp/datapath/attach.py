@@ -15,6 +15,7 @@ import json
 import os
 import socket
 import struct
+import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -374,12 +375,14 @@ class Manifest:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._lock = threading.RLock()  # devices are looked at in threads
         self.data: dict[str, list[Any]] = {
             "clsact": [],
             "filters": [],
             "xdp": [],
             "links": [],
             "ports": [],
+            "nics": [],  # their names
         }
         if path.exists():
             with contextlib.suppress(ValueError):
@@ -388,12 +391,20 @@ class Manifest:
                     v.extend(old.get(k, []))
 
     def add(self, kind: str, item: Any) -> None:
-        if item not in self.data[kind]:
-            self.data[kind].append(item)
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            tmp = self.path.with_suffix(".tmp")
-            tmp.write_text(json.dumps(self.data))
-            tmp.replace(self.path)
+        """Record one more item."""
+        with self._lock:
+            if item not in self.data[kind]:
+                self.replace(kind, [*self.data[kind], item])
+
+    def replace(self, kind: str, items: list[Any]) -> None:
+        """Record these items in place of the former ones."""
+        with self._lock:
+            if items != self.data[kind]:
+                self.data[kind] = items
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                tmp = self.path.with_suffix(".tmp")
+                tmp.write_text(json.dumps(self.data))
+                tmp.replace(self.path)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""One host's data path as an object: attached programs, mode, epoch, counters, taps.
+"""The data path of one NIC as an object: attached programs, mode, epoch, counters, taps.
 
-The controllers own one. On start-up it adopts what a former controller left pinned, so that the
-guest's frames meet a program at every moment.
+The controllers own one for each NIC (datapath/host.py). On start-up it adopts what a former
+controller left pinned, so that the guest's frames meet a program at every moment.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 from .. import abi
 from ..abi import Cfg, Mode, Prog, Reason
@@ -26,6 +25,8 @@ from .addresses import AddressTable
 from .hooks import Hooks, Look, Place
 from .inject import Injector
 from .offload_maps import BpfKernelPath
+from .pair_slots import OF_THE_PAIR, PairSlots
+from .prepare import DataPathError, Prepared, note_nics, prepare, record
 from .ring import CapturedFrame, open_reader
 
 log = logging.getLogger("colo_xdp.datapath.datapath")
@@ -33,7 +34,6 @@ log = logging.getLogger("colo_xdp.datapath.datapath")
 _U32 = struct.Struct("=I")
 _U64 = struct.Struct("=Q")
 
-ORDER_NS = 60_000_000_000  # how long an operator request outlives the controller that received it
 FDB_EVERY_S = 5.0  # bridges forget after 300 s by default; costs 35 us per address
 
 PRIMARY_HOOKS = (("pvm_in", "tap", "egress"), ("svm_arrival", "peer", "ingress"))
@@ -42,116 +42,74 @@ SECONDARY_HOOKS = (("svm_net", "tap", "egress"), ("svm_in", "peer", "ingress"))
 INJECTED = {"release": "pvm_release", "deliver": "svm_deliver", "forward": "svm_forward"}
 
 
-class DataPathError(RuntimeError):
-    """The data path cannot be set up as configured; the text names the device or key."""
+class DataPath(PairSlots):
+    """Programs and maps of one NIC, loaded, attached and pinned.
 
-
-class DeviceMissing(DataPathError):
-    """A device does not exist (yet); the text names its key."""
-
-    def __init__(self, why: str, device: str) -> None:
-        super().__init__(why)
-        self.device = device
-
-
-def choose_hook(wanted: str, tap: attach.LinkInfo) -> str:
-    """Return `xdp` or `tc` for the SVM's output.
-
-    XDP sees neither GSO nor partial checksums, so it is correct only on a tap without vnet_hdr.
-    Raises DataPathError when XDP is requested where it would corrupt frames.
+    `adopted`: a former controller's state continues.
     """
-    if wanted == "xdp" and tap.vnet_hdr:
-        raise DataPathError(
-            f'[network] hook = "xdp": tap {tap.name} has vnet_hdr, its frames carry offloads that '
-            'XDP cannot see (checksums would be corrupted); use "tc" or a tap with vnet_hdr=off'
-        )
-    if wanted == "auto":
-        return "tc" if tap.vnet_hdr else "xdp"
-    return wanted
 
+    def __init__(
+        self,
+        config: Config,
+        nic: int = 0,
+        ready: Prepared | None = None,
+        lead: DataPath | None = None,
+    ) -> None:
+        """Set up the NIC of that number.
 
-def manifest_path(run_dir: str, pair: str, role: str) -> Path:
-    """Return the path of the list of what is attached."""
-    return Path(run_dir) / f"{pair}.{role}.attached"
-
-
-class DataPath:
-    """Loaded, attached and pinned programs; `adopted`: a former controller's state continues."""
-
-    def __init__(self, config: Config) -> None:
-        self.config = config
-        net, dp = config.network, config.datapath
-        self.manifest = attach.Manifest(manifest_path(dp.run_dir, config.pair, config.role))
-        pins = loader.pin_dir(dp.bpffs, config.pair, config.role)
-        stored = abi.HostRole(loader.pinned_slot(pins, Cfg.ROLE))
-        #: which guest this host runs now; `config.role` is the role at first, and names the pins
-        self.role = config.role if stored is abi.HostRole.CONFIGURED else stored.name.lower()
-        tap = self._device("tap", net.tap)
-        if net.vxlan_remote:
-            attach.make_vxlan(
-                net.peer_link,
-                net.vxlan_vni,
-                net.vxlan_local,
-                net.vxlan_remote,
-                net.vxlan_port,
-                self.manifest,
-            )
-        peer = self._device("peer_link", net.peer_link)
-        self._refuse_others()
-        pinned = (Path(pins) / "config").exists()
-        if net.uplink not in ("auto", "bridge") and not pinned:
-            self._device("uplink", net.uplink)  # before anything is loaded
-        if tap.kind != "tun":
-            raise DataPathError(f"[network] tap: {net.tap} is not a tap device (kind {tap.kind!r})")
-        if self.role == "secondary" and tap.master and not stored and not self._was_promoted():
-            raise DataPathError(
-                f"[network] tap: {net.tap} is in a bridge; on the secondary it must be in none "
-                "(the bridge would learn the guest's address there)"
-            )
-        if net.bridge and not pinned:
-            # a missing bridge should not first be noticed at a failover
-            self._device("bridge", net.bridge)
-        primary = self.role == "primary"
-        self.hook = "tc" if primary else choose_hook(net.hook, tap)
+        `ready`: the result of prepare(), which is called if there is none; `lead`: the first NIC's
+        data path, whose pair slots this one follows.
+        """
+        self.config, self.nic = config, nic
+        ready = ready or prepare(config, nic, record(config))
+        self.net, self.manifest, self.role, self.hook = (
+            config.networks[nic], ready.manifest, ready.role, ready.hook,
+        )  # fmt: skip
+        net, dp, tap, primary = self.net, config.datapath, ready.tap, self.role == "primary"
         options = loader.Options(
             flow_table=dp.flow_table,
             ring_pages=dp.ring_pages,
             events=dp.events,
             rewrite_at_xdp=self.hook == "xdp",
             fast=dp.fast_path == "on" and primary,
-            buffers=dp.fast_path_memory * (1 << 20) // abi.BUFFER,
+            buffers=max(1, dp.fast_path_memory * (1 << 20) // abi.BUFFER // len(config.networks)),
             conns=dp.fast_path_flows,
             lease=ARBITERS[config.failover.arbiter].needs_grant,
         )
+        note_nics(config, self.manifest)
         self.objects, options = self._load(options)
         self._cfg = self.objects.map("config")
         self._counters = self.objects.map("counters")
-        found = self._read(Cfg.ABI)
+        found = self.slot(Cfg.ABI)
         if found not in (0, abi.ABI):
             raise DataPathError(
                 f"the pinned data path speaks ABI {found}, this release {abi.ABI}: "
                 "run `colo-xdp cleanup` once the guest may lose its connections"
             )
         self.adopted = found == abi.ABI
+        if lead is not None:
+            self._follow(lead)
         self.addresses = AddressTable(self.objects.map("addresses"), self.objects.map("macs"))
         #: CFG_GUEST_MAC without MAC_ALL
-        self._guest_mac = self._read(Cfg.GUEST_MAC) & ~abi.MAC_ALL
+        self._guest_mac = self.slot(Cfg.GUEST_MAC) & ~abi.MAC_ALL
         self._macs_full = False
         #: state of the tap's bridge port (attach.PORT_STATES), if it is one
         self.port_state = ""
         self.reader = open_reader(self.objects)
         self.injectors: dict[str, Injector] = {}
-        if not self.adopted or (self.undecided and options.lease):
-            self._begin(primary, options.lease)
-        self._lease(options.lease)
+        if lead is None:
+            if not self.adopted or (self.undecided and options.lease):
+                self._begin(primary, options.lease)
+            self._lease(options.lease)
         self.guest: loader.Objects | None = None
-        if primary and self._read(Cfg.PROMOTED_EPOCH):
-            self.guest = loader.load("promoted", config.pair, dp.bpffs, options, config.role)
-        if self.adopted and self.role == "secondary" and self.mode is Mode.DROP and tap.master:
+        if primary and self.slot(Cfg.PROMOTED_EPOCH):
+            self.guest = loader.load("promoted", config.pair, dp.bpffs, options, config.role, nic)
+        mode = (lead or self).mode
+        if self.adopted and self.role == "secondary" and mode is Mode.DROP and tap.master:
             # it was there as a primary; open_network() puts it back
             attach.set_master(net.tap, None)
-        self._write(Cfg.TAP, tap.index)
-        self._write(Cfg.PEER, peer.index)
+        self.set_slot(Cfg.TAP, tap.index)
+        self.set_slot(Cfg.PEER, ready.peer.index)
         uplinks = {"auto": abi.UPLINK_LEARNED, "bridge": abi.UPLINK_BRIDGE}
         uplink = uplinks.get(net.uplink)
         if uplink is None:
@@ -159,22 +117,22 @@ class DataPath:
             # A guest that waits for this controller does not wait for a device that it can do
             # without (datapath/hooks.py).
             uplink = seen.info.index if seen is not None else abi.UPLINK_BRIDGE
-        self._write(Cfg.UPLINK, uplink)
+        self.set_slot(Cfg.UPLINK, uplink)
         policy = abi.LossPolicy[dp.on_controller_loss.upper()]
-        self._write(Cfg.LOSS_POLICY, policy)
-        self._write(Cfg.LOSS_NS, dp.controller_loss * 1_000_000)
+        self.set_slot(Cfg.LOSS_POLICY, policy)
+        self.set_slot(Cfg.LOSS_NS, dp.controller_loss * 1_000_000)
         self.beat()
         if not primary or self.guest:
             self._fill_transitions(self.guest or self.objects)
-        self._write(Cfg.ABI, abi.ABI)
+        self.set_slot(Cfg.ABI, abi.ABI)
         self.fast: BpfKernelPath | None = None
         if options.fast:
             self.fast = BpfKernelPath(
                 self.objects,
                 config.limits().flow_idle_ns,
-                self._read(Cfg.OFFLOAD_SINCE),
-                lambda on: self._write(Cfg.OFFLOAD, on),
-                lambda epoch: self._write(Cfg.OFFLOAD_SINCE, epoch),
+                self.slot(Cfg.OFFLOAD_SINCE),
+                lambda on: self.set_slot(Cfg.OFFLOAD, on),
+                lambda epoch: self.set_slot(Cfg.OFFLOAD_SINCE, epoch),
             )
             self.fast.enabled = True
         self._ports: frozenset[int] | None = None
@@ -184,6 +142,10 @@ class DataPath:
         self.stepped_out = False  # taken over, and no program is needed any more
         self._lock = threading.RLock()  # guards what is attached
         self.hooks = Hooks(self)
+        if lead is not None:
+            # Not sooner: in the mode of another role the programs that are attached drop all, and
+            # what was loaded above may have taken seconds to compile.
+            self.mode = lead.mode
         self._attach()
         self.look_at_port()
         if self.guest:
@@ -196,8 +158,8 @@ class DataPath:
         transmits = primary and lease  # in the kernel not before the lease allows it
         self.undecided = primary and not lease
         # The guest is active while nothing is compared: a copy made before must not take over.
-        self._write(Cfg.SYNC_STATE, abi.SyncState.STANDALONE if transmits else abi.SyncState.NONE)
-        self._write(Cfg.MODE, Mode.BYPASS if transmits else Mode.DROP)
+        self.set_slot(Cfg.SYNC_STATE, abi.SyncState.STANDALONE if transmits else abi.SyncState.NONE)
+        self.set_slot(Cfg.MODE, Mode.BYPASS if transmits else Mode.DROP)
 
     def _lease(self, on: bool) -> None:
         """Set the lease slot, which also shows whether there is a lease: then it is never 0.
@@ -206,7 +168,7 @@ class DataPath:
         """
         if not on:
             self.lease_expiry(0)
-        elif not self._read(Cfg.LEASE_EXPIRY_NS):
+        elif not self.slot(Cfg.LEASE_EXPIRY_NS):
             self.lease_expiry(1)
 
     def _load(self, options: loader.Options) -> tuple[loader.Objects, loader.Options]:
@@ -214,7 +176,7 @@ class DataPath:
         c = self.config
 
         def load(options: loader.Options) -> loader.Objects:
-            return loader.load(self.role, c.pair, c.datapath.bpffs, options, c.role)
+            return loader.load(self.role, c.pair, c.datapath.bpffs, options, c.role, self.nic)
 
         if not options.fast:
             return load(options), options
@@ -228,29 +190,20 @@ class DataPath:
         options = replace(options, fast=False)
         return load(options), options
 
-    def _was_promoted(self) -> bool:
-        pinned = Path(loader.pin_dir(self.config.datapath.bpffs, self.config.pair, "secondary"))
-        return (pinned / "config").exists()
+    def _follow(self, lead: DataPath) -> None:
+        """Take over what the first NIC's data path says of the pair.
 
-    @staticmethod
-    def _device(key: str, name: str) -> attach.LinkInfo:
-        try:
-            return attach.link_info(name)
-        except attach.NoSuchDevice as e:
-            raise DeviceMissing(f"[network] {key}: {e}", name) from e
-
-    def _refuse_others(self) -> None:
-        """Refuse devices of another pair, before anything is loaded, attached or replaced."""
-        for dev, seen in attach.look(
-            (self.config.network.tap, self.config.network.peer_link)
-        ).items():
-            why = attach.other_pair(dev, seen, self.config.pair) if seen is not None else ""
-            if why:
-                raise attach.Taken(why)
+        HostDataPath writes each slot to the first NIC first. Where a controller died between two
+        NICs, this one is a step behind, as it would be if that controller had died a moment
+        sooner. The epoch follows once every NIC has its programs: see HostDataPath.
+        """
+        for which in OF_THE_PAIR:
+            if which is not Cfg.MODE:  # see __init__
+                self.set_slot(which, lead.slot(which))
 
     def _attach(self) -> None:
         progs, pair, m = self.objects.programs, self.config.pair, self.manifest
-        dev = {"tap": self.config.network.tap, "peer": self.config.network.peer_link}
+        dev = {"tap": self.net.tap, "peer": self.net.peer_link}
 
         def hook(name: str, where: str, direction: str) -> None:
             attach.attach_tc(dev.get(where, where), direction, progs[name], pair, m)
@@ -267,7 +220,7 @@ class DataPath:
                     dev["tap"], "ingress", guest["promoted_out"], pair, m, attach.FIRST
                 )
                 attach.attach_tc(dev["tap"], "egress", guest["promoted_in"], pair, m, attach.LAST)
-            self._tap("release", f"cxr-{pair}")
+            self._tap("release", self._tap_name("r"))
             for h in PRIMARY_HOOKS:
                 hook(*h)
             hook("pvm_out", "tap", "ingress")  # last: from here on output is under our control
@@ -276,8 +229,8 @@ class DataPath:
             hook("svm_out", "tap", "ingress")  # first: the SVM is isolated before anything opens
             self._detach_guest()
             self._attach_xdp()
-            self._tap("deliver", f"cxd-{pair}")
-            self._tap("forward", f"cxf-{pair}")
+            self._tap("deliver", self._tap_name("d"))
+            self._tap("forward", self._tap_name("f"))
             for h in SECONDARY_HOOKS:
                 hook(*h)
 
@@ -286,7 +239,7 @@ class DataPath:
 
         Those that keep the guest's frames from leaving come first.
         """
-        progs, net = self.objects.programs, self.config.network
+        progs, net = self.objects.programs, self.net
         out: list[Place] = []
         dev = {"tap": net.tap, "peer": net.peer_link}
         primary = self.role == "primary"
@@ -325,7 +278,11 @@ class DataPath:
     def _attach_xdp(self) -> None:
         if self.hook == "xdp":
             prog = self.objects.programs["svm_out_xdp"]
-            attach.attach_xdp(self.config.network.tap, prog, self.manifest)
+            attach.attach_xdp(self.net.tap, prog, self.manifest)
+
+    def _tap_name(self, kind: str) -> str:
+        """Return the name of an injector's tap, such as cxr-web, or cxr1web for the second NIC."""
+        return f"cx{kind}{self.nic or '-'}{self.config.pair}"
 
     def _tap(self, role: str, name: str) -> None:
         self.injectors[role] = Injector(attach.make_tap(name), name)
@@ -333,7 +290,7 @@ class DataPath:
         attach.attach_tc(name, "ingress", prog, self.config.pair, None)
 
     def _detach_guest(self) -> None:
-        tap, pair = self.config.network.tap, self.config.pair
+        tap, pair = self.net.tap, self.config.pair
         attach.detach_tc(tap, "ingress", attach.label(pair, "promoted_out"))
         attach.detach_tc(tap, "egress", attach.label(pair, "promoted_in"))
 
@@ -345,151 +302,28 @@ class DataPath:
         for i, nxt in enumerate(transition_table()):
             table.set(_U32.pack(i), _U32.pack(nxt))
 
-    def _read(self, slot: Cfg) -> int:
+    def slot(self, slot: Cfg) -> int:
         raw = self._cfg.get(_U32.pack(slot))
         return _U64.unpack(raw)[0] if raw else 0
 
-    def _write(self, slot: Cfg, value: int) -> None:
-        self._cfg.set(_U32.pack(slot), _U64.pack(value))
-
-    def slot(self, slot: Cfg) -> int:
-        """Return the value of a config slot."""
-        return self._read(slot)
-
     def set_slot(self, slot: Cfg, value: int) -> None:
-        """Set the value of a config slot."""
-        self._write(slot, value)
-
-    @property
-    def mode(self) -> Mode:
-        return Mode(self._read(Cfg.MODE))
-
-    @mode.setter
-    def mode(self, mode: Mode) -> None:
-        self._write(Cfg.MODE, mode)
-        log.debug("data path: %s, epoch %d", mode.name, self.epoch)
-
-    @property
-    def epoch(self) -> int:
-        return self._read(Cfg.EPOCH)
-
-    @epoch.setter
-    def epoch(self, epoch: int) -> None:
-        self._write(Cfg.EPOCH, epoch)
-        log.debug("data path: %s, epoch %d", self.mode.name, epoch)
-
-    @property
-    def shadowed(self) -> int:
-        """Return 1 + the last epoch in which the primary transmitted uncompared; 0: none."""
-        return self._read(Cfg.SHADOW)
-
-    @shadowed.setter
-    def shadowed(self, value: int) -> None:
-        self._write(Cfg.SHADOW, value)
-
-    @property
-    def sync_state(self) -> abi.SyncState:
-        """Return the relation of this host's guest to the other one."""
-        return abi.SyncState(self._read(Cfg.SYNC_STATE))
-
-    @sync_state.setter
-    def sync_state(self, sync_state: abi.SyncState) -> None:
-        self._write(Cfg.SYNC_STATE, sync_state)
-
-    @property
-    def undecided(self) -> bool:
-        """Return whether it is undecided if the primary's guest may transmit.
-
-        True since this data path began with nothing known, until a decision is made.
-        """
-        return bool(self._read(Cfg.UNDECIDED))
-
-    @undecided.setter
-    def undecided(self, value: bool) -> None:
-        self._write(Cfg.UNDECIDED, int(value))
-
-    @property
-    def peer_stopped(self) -> int:
-        """Return until when (CLOCK_BOOTTIME, ns) the peer is stopped on purpose; 0: it is not.
-
-        The peer reported this to one process of this host, which may have been stopped since.
-        """
-        return self._read(Cfg.PEER_STOPPED)
-
-    @peer_stopped.setter
-    def peer_stopped(self, boot_ns: int) -> None:
-        self._write(Cfg.PEER_STOPPED, boot_ns)
-
-    @property
-    def disks_whole(self) -> int:
-        """Return the last epoch of which the primary has said that its disks are whole here."""
-        return self._read(Cfg.DISKS_WHOLE)
-
-    @disks_whole.setter
-    def disks_whole(self, epoch: int) -> None:
-        self._write(Cfg.DISKS_WHOLE, epoch)
-
-    @property
-    def promoted_epoch(self) -> int:
-        """Return the epoch whose offsets are permanent (primary); 0: there are none."""
-        return self._read(Cfg.PROMOTED_EPOCH)
+        self._cfg.set(_U32.pack(slot), _U64.pack(value))
 
     @property
     def in_bridge(self) -> bool:
         """Return whether the guest's tap is in a bridge."""
-        return bool(attach.link_info(self.config.network.tap).master)
-
-    def change_role(self) -> None:
-        """Change the role that this host's next controller will have.
-
-        A guest that took over keeps its offsets; one that is isolated has no valid ones.
-        """
-        to_primary = self.role == "secondary"
-        # Cfg.ROLE is written last: it alone decides, so a controller that dies here has changed
-        # nothing.
-        self._write(Cfg.PROMOTED_EPOCH, max(1, self.epoch) if to_primary else 0)
-        self._write(Cfg.OFFLOAD_SINCE, self.epoch + 1)  # fast path state of an earlier pair is void
-        self.shadowed, self.order = 0, ""
-        if not to_primary:
-            self.sync_state = abi.SyncState.NONE
-        role = abi.HostRole.PRIMARY if to_primary else abi.HostRole.SECONDARY
-        self._write(Cfg.ROLE, role)
-
-    @property
-    def order(self) -> str:
-        """Return the operator request that cannot be carried out yet: "", "failover" or "force".
-
-        It is kept where it dies with the data path, and dated: a controller that is restarted
-        within ORDER_NS continues with it, a later one does not.
-        """
-        value = self._read(Cfg.ORDER)
-        if not value or time.monotonic_ns() - value > ORDER_NS:
-            return ""
-        return "force" if value & 1 else "failover"
-
-    @order.setter
-    def order(self, what: str) -> None:
-        now = time.monotonic_ns()
-        self._write(Cfg.ORDER, {"": 0, "failover": now & ~1, "force": now | 1}[what])
-
-    def beat(self) -> None:
-        """Record that the controller is alive, for the programs."""
-        self._write(Cfg.CONTROLLER_NS, time.monotonic_ns())
-
-    def lease_expiry(self, boot_ns: int) -> None:
-        """Set the CLOCK_BOOTTIME (ns) at which the guest falls silent (arbiter = "lease" only)."""
-        self._write(Cfg.LEASE_EXPIRY_NS, boot_ns)
+        return bool(attach.link_info(self.net.tap).master)
 
     def unmirror(self, key: bytes | None) -> None:
         """Stop mirroring a flow (struct colo_unmirrored_key) to the SVM; None: mirror all again."""
         table = self.objects.map("unmirrored")
         if key is None:
-            self._write(Cfg.UNMIRRORED, 0)
+            self.set_slot(Cfg.UNMIRRORED, 0)
             for old in list(table.keys()):
                 table.delete(old)
         else:
             table.set(key, _U64.pack(1))
-            self._write(Cfg.UNMIRRORED, 1)
+            self.set_slot(Cfg.UNMIRRORED, 1)
 
     def is_at(self, first: bytes, *others: bytes) -> None:
         """Set the guest's MAC addresses: what is for other machines is not mirrored from now on.
@@ -503,7 +337,7 @@ class DataPath:
 
     def _set_mac(self) -> None:
         full = abi.MAC_ALL if self._macs_full else 0
-        self._write(Cfg.GUEST_MAC, self._guest_mac | full if self._guest_mac else 0)
+        self.set_slot(Cfg.GUEST_MAC, self._guest_mac | full if self._guest_mac else 0)
 
     def watch_guest(self) -> None:
         """Forget old addresses of the guest, and check its bridge port.
@@ -524,7 +358,7 @@ class DataPath:
     def look_at_port(self) -> None:
         """Update port_state; blocks (netlink)."""
         try:
-            self.port_state = attach.port_state(self.config.network.tap)
+            self.port_state = attach.port_state(self.net.tap)
         except attach.NoSuchDevice:
             self.port_state = ""
         except (attach.NetlinkError, OSError) as e:  # vanished between two requests, or no memory
@@ -544,9 +378,9 @@ class DataPath:
         A bridge that cannot be examined has no such ports: frames go through it. Blocks for some ms
         (netlink), so it must not run in the event loop.
         """
-        if self.fast is None or self.config.network.uplink != "auto":
+        if self.fast is None or self.net.uplink != "auto":
             return
-        tap = self.config.network.tap
+        tap = self.net.tap
         try:
             ports = attach.plain_ports(tap)
             if ports and (now := time.monotonic()) - self._fdb_set > FDB_EVERY_S:
@@ -578,7 +412,14 @@ class DataPath:
 
     def drain(self, sink: Callable[[CapturedFrame], None], limit: int = 1 << 30) -> int:
         """Pass the waiting events to `sink`, in order; return how many."""
-        return self.reader.drain(sink, limit)
+        if not self.nic:
+            return self.reader.drain(sink, limit)
+
+        def mark(event: CapturedFrame) -> None:
+            event.nic = self.nic
+            sink(event)
+
+        return self.reader.drain(mark, limit)
 
     def counters(self) -> dict[str, dict[str, tuple[int, int]]]:
         """Return {program: {reason: (packets, bytes)}}, summed over CPUs; zeros included."""
@@ -618,20 +459,20 @@ class DataPath:
     def tap_alive(self) -> bool:
         """Return whether the tap is held open (by QEMU): its carrier."""
         try:
-            return attach.link_info(self.config.network.tap).carrier
+            return attach.link_info(self.net.tap).carrier
         except attach.NoSuchDevice:
             return False
 
     def open_network(self) -> None:
         """Put the guest's tap into the configured bridge, if any: the guest may transmit."""
-        net = self.config.network
+        net = self.net
         if net.bridge and attach.link_info(net.tap).master != attach.link_info(net.bridge).index:
             attach.set_master(net.tap, net.bridge)
             self.manifest.add("ports", [net.tap, net.bridge])
 
     def close_network(self) -> None:
         """Remove the tap from the configured bridge: the other host's guest is active."""
-        net = self.config.network
+        net = self.net
         if net.bridge and attach.link_info(net.tap).master == attach.link_info(net.bridge).index:
             attach.set_master(net.tap, None)
 
@@ -640,7 +481,7 @@ class DataPath:
 
         No address that moves is noticed afterwards, so a later controller announces none.
         """
-        tap, pair = self.config.network.tap, self.config.pair
+        tap, pair = self.net.tap, self.config.pair
         with self._lock:
             self.stepped_out = True
             attach.detach_tc(tap, "ingress", attach.label(pair, "svm_out"))
@@ -651,7 +492,7 @@ class DataPath:
 
     def step_in(self) -> None:
         """Attach the programs that step_out() has detached: the mode decides again what leaves."""
-        progs, pair, tap = self.objects.programs, self.config.pair, self.config.network.tap
+        progs, pair, tap = self.objects.programs, self.config.pair, self.net.tap
         with self._lock:
             self.stepped_out = False
             attach.attach_tc(tap, "ingress", progs["svm_out"], pair, self.manifest)
@@ -662,7 +503,7 @@ class DataPath:
         """Stop translating: no connection in the guest's own numbers is left (primary)."""
         with self._lock:
             self._detach_guest()
-            self._write(Cfg.PROMOTED_EPOCH, 0)
+            self.set_slot(Cfg.PROMOTED_EPOCH, 0)
 
     def flows(self) -> tuple[loader.Map, loader.Map] | None:
         """Return the maps of connections with offsets and of handshakes; None if there are none."""

@@ -54,7 +54,8 @@ class Look:
     exposed: bool = False
     #: frames between the guests, or from clients to them, may have been missed
     missed: bool = False
-    cut: bool = False  # nothing arrives over the peer link now
+    cut: bool = False  # nothing arrives over the peer link now, or over one of several
+    cut_nics: set[int] = field(default_factory=set)  # the NICs whose it is, if there are several
 
 
 class Hooks:
@@ -78,7 +79,7 @@ class Hooks:
         return found
 
     def _look(self, found: Look) -> None:
-        dp, net = self._dp, self._dp.config.network
+        dp, net = self._dp, self._dp.net
         wanted = [net.tap, net.peer_link, *(i.name for i in dp.injectors.values())]
         seen = attach.look(wanted)
         if seen[net.peer_link] is None and net.vxlan_remote:
@@ -116,7 +117,7 @@ class Hooks:
 
     def _devices(self, seen: dict[str, attach.Seen | None], found: Look) -> set[str]:
         """Check the devices themselves; return the names of those that must not get programs."""
-        dp, net, bad = self._dp, self._dp.config.network, set()
+        dp, net, bad = self._dp, self._dp.net, set()
         tap, peer = seen[net.tap], seen[net.peer_link]
         if tap is None:
             found.trouble.append(
@@ -174,7 +175,7 @@ class Hooks:
         found.restored.append(f"{name} on {place.dev}")
 
     def _xdp(self, tap: attach.Seen, found: Look) -> None:
-        dp, dev, there = self._dp, self._dp.config.network.tap, tap.info.xdp_prog_id
+        dp, dev, there = self._dp, self._dp.net.tap, tap.info.xdp_prog_id
         wanted = dp.hook == "xdp" and not dp.stepped_out and not tap.info.vnet_hdr
         if not wanted:
             if there and not attach.is_ours(there):
@@ -197,7 +198,7 @@ class Hooks:
 
     def _bridge(self, tap: attach.Seen, found: Look) -> None:
         """Put the tap of an active guest into the bridge, also if the tap is a new one."""
-        dp, net = self._dp, self._dp.config.network
+        dp, net = self._dp, self._dp.net
         transmits = not (sends_nothing(Role(dp.role), dp.mode) or dp.undecided)
         if net.bridge and transmits and not tap.info.master:
             try:
@@ -220,7 +221,7 @@ class Hooks:
 
     def _uplink(self) -> None:
         """Update [network] uplink if it is a device: nothing is sent to one that is gone."""
-        dp, name = self._dp, self._dp.config.network.uplink
+        dp, name = self._dp, self._dp.net.uplink
         if name in ("auto", "bridge"):
             return
         seen = attach.look((name,))[name]

@@ -452,12 +452,22 @@ def possible_cpus() -> int:
     return int(re.split(r"[-,]", text)[-1]) + 1
 
 
-def pin_dir(bpffs: str, pair: str, role: str) -> str:
-    """Return the directory of a pair's pins (a bpffs allows no dot in names)."""
-    return f"{bpffs}/colo-xdp/{pair}-{role}"
+def pin_dir(bpffs: str, pair: str, role: str, nic: int = 0) -> str:
+    """Return the directory of a pair's pins for one NIC (a bpffs allows no dot in names).
+
+    That of the first NIC has those of the others in it.
+    """
+    first = f"{bpffs}/colo-xdp/{pair}-{role}"
+    return f"{first}/nic{nic}" if nic else first
 
 
-def make_pins(bpffs: str, pair: str, role: str) -> str:
+def nic_pins(directory: str) -> list[str]:
+    """Return the directories with a pair's pins, given the first NIC's."""
+    inner = sorted(Path(directory).glob("nic*/")) if os.path.isdir(directory) else []
+    return [directory, *(str(path) for path in inner if path.is_dir())]
+
+
+def make_pins(bpffs: str, pair: str, role: str, nic: int = 0) -> str:
     """Return the directory of a pair's pins, created if necessary.
 
     Raises LoadError without a bpffs.
@@ -467,7 +477,7 @@ def make_pins(bpffs: str, pair: str, role: str) -> str:
             syscall.mount_bpffs(bpffs)
         except OSError as e:
             raise LoadError(f"{bpffs} is not a BPF file system and cannot be mounted: {e}") from e
-    directory = pin_dir(bpffs, pair, role)
+    directory = pin_dir(bpffs, pair, role, nic)
     os.makedirs(directory, exist_ok=True)
     return directory
 
@@ -499,12 +509,17 @@ def check_pins(directory: str, options: Options) -> list[str]:
 
 
 def remove_pins(directory: str) -> list[str]:
-    """Unpin everything of one pair; return what was removed."""
+    """Unpin everything of one pair, the first NIC's last; return what was removed."""
     gone = []
     if os.path.isdir(directory):
-        for name in sorted(os.listdir(directory)):
-            os.unlink(f"{directory}/{name}")
-            gone.append(f"{directory}/{name}")
+        names = sorted(os.listdir(directory))
+        for name in names:
+            if os.path.isdir(f"{directory}/{name}"):
+                gone += remove_pins(f"{directory}/{name}")
+        for name in names:
+            if os.path.exists(f"{directory}/{name}"):
+                os.unlink(f"{directory}/{name}")
+                gone.append(f"{directory}/{name}")
         os.rmdir(directory)
     return gone
 
@@ -540,14 +555,16 @@ def events(options: Options) -> str:
     return options.events
 
 
-def load(role: str, pair: str, bpffs: str, options: Options, home: str = "") -> Objects:
-    """Compile and load a role's programs, taking over pinned maps of the same shape.
+def load(
+    role: str, pair: str, bpffs: str, options: Options, home: str = "", nic: int = 0
+) -> Objects:
+    """Compile and load a role's programs for a NIC, taking over pinned maps of the same shape.
 
     home: the host's role as configured, which names the pins, if it is another one. Raises
     LoadError with the compiler's or verifier's output.
     """
     import_bcc()
-    directory = make_pins(bpffs, pair, home or role)
+    directory = make_pins(bpffs, pair, home or role, nic)
     bad = check_pins(directory, options)
     if bad:
         raise LoadError(

@@ -37,6 +37,7 @@ class CapturedFrame:
     partial: bool
     punt_seq: int = 0  # number among the frames of an offloaded connection; 0: not one
     gso_type: int = 0  # as in struct virtio_net_hdr; 0: no GSO, or this kernel does not show it
+    nic: int = 0  # number of the guest's NIC
 
 
 def summed(frame: bytes, start: int, offset: int) -> bytes:

@@ -32,6 +32,7 @@ class Divergence:
     rule: str  # of the policy
     evidence: Evidence = NO_EVIDENCE
     asked: bool = True  # for a checkpoint; False: the flow is only monitored
+    nic: str = ""  # name of the guest's NIC
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +155,7 @@ def divergence_json(d: Divergence) -> dict[str, Any]:
         "proto": d.proto,
         "port": d.port,
         "rule": d.rule,
+        "nic": d.nic,
         "asked": d.asked,
         "offset": e.offset,
         "at_index": e.at,

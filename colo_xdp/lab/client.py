@@ -13,7 +13,7 @@ import time
 from dataclasses import dataclass, field
 
 from .guest import content
-from .net import GUEST_IP, GUEST_IP6, in_ns
+from .net import NETWORKS, in_ns
 
 TIMEOUT_S = 30.0
 
@@ -38,15 +38,24 @@ class Fetch:
     head: int = 0  # bytes before the body
 
 
-def _connect(port: int, v6: bool = False, timeout: float = TIMEOUT_S) -> socket.socket:
-    return socket.create_connection((GUEST_IP6 if v6 else GUEST_IP, port), timeout)
+def guest_address(v6: bool = False, nic: int = 0) -> str:
+    """Return the address of one of the guest's NICs."""
+    _, v4, prefix = NETWORKS[nic]
+    return f"{prefix}:2" if v6 else f"{v4}.2"
+
+
+def _connect(
+    port: int, v6: bool = False, timeout: float = TIMEOUT_S, nic: int = 0
+) -> socket.socket:
+    return socket.create_connection((guest_address(v6, nic), port), timeout)
 
 
 class Client:
     """Run workloads inside the client's namespace."""
 
-    def __init__(self, ns: str) -> None:
-        self.ns = ns
+    def __init__(self, ns: str, nic: int = 0) -> None:
+        """`nic`: the number of the guest's NIC, on whose network the client is."""
+        self.ns, self.nic = ns, nic
 
     def http(
         self, path: str, *, v6: bool = False, timeout: float = TIMEOUT_S, port: int = 80
@@ -57,7 +66,7 @@ class Client:
             t, mine, broken = time.monotonic(), 0, ""
             data = bytearray()
             try:
-                with _connect(port, v6, timeout) as s:
+                with _connect(port, v6, timeout, self.nic) as s:
                     mine = s.getsockname()[1]
                     s.sendall(f"GET /{path} HTTP/1.0\r\nHost: guest\r\n\r\n".encode())
                     while part := s.recv(1 << 17):
@@ -98,7 +107,7 @@ class Client:
 
         def go() -> str:
             try:
-                with _connect(9, v6) as s:
+                with _connect(9, v6, nic=self.nic) as s:
                     s.sendall(data)
                     s.shutdown(socket.SHUT_WR)
                     answer = b""
@@ -120,7 +129,7 @@ class Client:
             family = socket.AF_INET6 if v6 else socket.AF_INET
             with socket.socket(family, socket.SOCK_DGRAM) as s:
                 s.settimeout(5)
-                s.connect((GUEST_IP6 if v6 else GUEST_IP, 7))
+                s.connect((guest_address(v6, self.nic), 7))
                 for i in range(count):
                     data = random.Random(i).randbytes(size)
                     s.send(data)
@@ -159,11 +168,11 @@ class EchoStats:
 class EchoStream:
     """Keep one TCP connection: send a line every `period` seconds and check each answer."""
 
-    def __init__(self, ns: str, *, v6: bool = False, period: float = 0.02) -> None:
+    def __init__(self, ns: str, *, v6: bool = False, period: float = 0.02, nic: int = 0) -> None:
         self.stats = EchoStats()
         self._period = period
         self._stop = threading.Event()
-        self._socket = in_ns(ns, lambda: _connect(7, v6))
+        self._socket = in_ns(ns, lambda: _connect(7, v6, nic=nic))
         self.port = int(self._socket.getsockname()[1])
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()

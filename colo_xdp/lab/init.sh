@@ -15,6 +15,12 @@ ip link set lo up
 ip link set eth0 up
 ip addr add 10.9.0.2/24 dev eth0
 ip addr add fd09::2/64 dev eth0
+if [ -d /sys/class/net/eth1 ]; then                             # the second NIC, on another network
+	echo 0 > /proc/sys/net/ipv6/conf/eth1/accept_dad
+	ip link set eth1 up
+	ip addr add 10.8.0.2/24 dev eth1
+	ip addr add fd08::2/64 dev eth1
+fi
 httpd -p 8080 -h /www                                           # its answers contain the time
 nc -ll -p 80 -e /bin/serve &                                    # no time: equal on both guests
 nc -ll -p 7 -e cat &                                            # echo

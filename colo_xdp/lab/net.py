@@ -5,6 +5,9 @@
     <p>p   uplink - br0 (tap0 is outside)  peer0 10.99.0.1
     <p>s   uplink - br0 (tap0 is outside)  peer0 10.99.0.2
 
+A second NIC of the guest is on a network of its own: san (10.8.0.1, fd08::1), br1 and tap1. Its
+frames go between the hosts on the same wire, in a VXLAN that the controllers create: peer1.
+
 A tap joins its bridge when the controller there allows the guest to transmit (`join` without a
 controller).
 
@@ -30,6 +33,8 @@ T = TypeVar("T")
 
 GUEST_IP, CLIENT_IP = "10.9.0.2", "10.9.0.1"
 GUEST_IP6, CLIENT_IP6 = "fd09::2", "fd09::1"
+#: the networks of the guest's NICs: the client's bridge, and the first part of the addresses
+NETWORKS = (("lan", "10.9.0", "fd09:"), ("san", "10.8.0", "fd08:"))
 PEER_P, PEER_S = "10.99.0.1", "10.99.0.2"
 CLONE_NEWNET = 0x40000000
 
@@ -143,9 +148,9 @@ def stop_process(p: subprocess.Popen[bytes] | None, timeout: float = 5.0) -> Non
 class Topology:
     """The namespaces of one lab; `tag` keeps labs apart."""
 
-    def __init__(self, tag: str, vnet_hdr: bool = True, queues: int = 1) -> None:
+    def __init__(self, tag: str, vnet_hdr: bool = True, nics: int = 1, queues: int = 1) -> None:
         self.client, self.primary, self.secondary = (f"{tag}{x}" for x in "cps")
-        self.vnet_hdr, self.queues = vnet_hdr, queues
+        self.vnet_hdr, self.nics, self.queues = vnet_hdr, nics, queues
 
     @property
     def all(self) -> tuple[str, str, str]:
@@ -164,21 +169,26 @@ class Topology:
             sh("ip", "netns", "add", ns)
             in_ns(ns, lambda ns=ns: self._sysctls(ns))  # type: ignore[misc]
             self._ip(ns, "link set lo up")
-        c = self.client
-        self._ip(c, "link add lan type bridge")
-        self._ip(c, f"addr add {CLIENT_IP}/24 dev lan")
-        self._ip(c, f"addr add {CLIENT_IP6}/64 dev lan nodad")
-        self._ip(c, "link set lan up")
-        for ns, port in ((self.primary, "to-p"), (self.secondary, "to-s")):
-            self._ip(ns, f"link add uplink type veth peer name {port} netns {c}")
-            self._ip(c, f"link set dev {port} master lan up")
-            self._ip(ns, "link add br0 type bridge")
-            self._ip(ns, "link set br0 up")
-            self._ip(ns, "link set dev uplink master br0 up")
-            flags = " vnet_hdr" * self.vnet_hdr + " multi_queue" * (self.queues > 1)
-            self._ip(ns, f"tuntap add dev tap0 mode tap{flags}")
-            self._ip(ns, "link set tap0 up")
+        for i, (lan, v4, v6) in enumerate(NETWORKS[: self.nics]):
+            self._network(i, lan, v4, v6)
         self.peer_link()
+
+    def _network(self, nic: int, lan: str, v4: str, v6: str) -> None:
+        """Create a client's network, and on each host the bridge and the tap of the guest's NIC."""
+        c, n = self.client, nic or ""
+        self._ip(c, f"link add {lan} type bridge")
+        self._ip(c, f"addr add {v4}.1/24 dev {lan}")
+        self._ip(c, f"addr add {v6}:1/64 dev {lan} nodad")
+        self._ip(c, f"link set {lan} up")
+        for ns, port in ((self.primary, f"to-p{n}"), (self.secondary, f"to-s{n}")):
+            self._ip(ns, f"link add uplink{n} type veth peer name {port} netns {c}")
+            self._ip(c, f"link set dev {port} master {lan} up")
+            self._ip(ns, f"link add br{nic} type bridge")
+            self._ip(ns, f"link set br{nic} up")
+            self._ip(ns, f"link set dev uplink{n} master br{nic} up")
+            flags = " vnet_hdr" * self.vnet_hdr + " multi_queue" * (self.queues > 1)
+            self._ip(ns, f"tuntap add dev tap{nic} mode tap{flags}")
+            self._ip(ns, f"link set tap{nic} up")
 
     def peer_link(self) -> None:
         """Create the peer link, also again after it was removed."""
@@ -205,6 +215,36 @@ class Topology:
         finally:
             for ns, there in ends:
                 self._ip(ns, f"neigh del {there} dev peer0")
+
+    @contextlib.contextmanager
+    def port_cut(self, port: int) -> Iterator[None]:
+        """Drop what the hosts send to this TCP port of each other; nothing else is cut."""
+        rule = f"pref 1 ipproto tcp dport {port} blackhole"
+        for ns in (self.primary, self.secondary):
+            self._ip(ns, f"rule add {rule}")
+        try:
+            yield
+        finally:
+            for ns in (self.primary, self.secondary):
+                self._ip(ns, f"rule del {rule}")
+
+    @contextlib.contextmanager
+    def port_slow(self, port: int, rate: str) -> Iterator[None]:
+        """Slow down what the hosts send to this TCP port of each other, to a rate of tc(8)."""
+        ends = (self.primary, self.secondary)
+        for ns in ends:
+            for what in (
+                "qdisc add dev peer0 root handle 1: htb",  # what has no class is not slowed
+                f"class add dev peer0 parent 1: classid 1:1 htb rate {rate}",
+                "filter add dev peer0 parent 1: protocol ip u32 "
+                f"match ip dport {port} 0xffff flowid 1:1",
+            ):
+                sh("tc", "-n", ns, *what.split())
+        try:
+            yield
+        finally:
+            for ns in ends:
+                sh("tc", "-n", ns, "qdisc", "del", "dev", "peer0", "root")
 
     def join(self, ns: str) -> None:
         """Add a guest's tap to its bridge by hand, where no controller does."""

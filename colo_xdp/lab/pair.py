@@ -18,7 +18,7 @@ from . import guest as guest_files
 from . import vm as vms
 from .capture import Capture
 from .client import Client
-from .net import PEER_P, PEER_S, LabError, Processes, Topology, stop_process, wait_for
+from .net import NETWORKS, PEER_P, PEER_S, LabError, Processes, Topology, stop_process, wait_for
 
 #: two laboratories can be up at a time if they have different names
 PAIR = os.environ.get("COLO_LAB", "lab")
@@ -38,6 +38,7 @@ class Lab:
         queues: int = 1,
         vhost: bool = False,
         overrides: dict[str, dict[str, Any]] | None = None,
+        nics: int = 1,
         disks: int = 0,
         overlay_limit: int = 64,
         say: Callable[[str], None] = lambda text: None,
@@ -51,7 +52,8 @@ class Lab:
         self.overlay_limit = overlay_limit  # MiB
         self.say = say
         self.vhost = vhost
-        self.net = Topology(tag, vnet_hdr, queues)
+        self.net = Topology(tag, vnet_hdr, nics, queues)
+        self.patience_s = PROTECT_S * nics  # each NIC has programs of its own to compile
         self.procs = Processes(self.dir / f"{tag}.pids.json")
         self.client = Client(self.net.client)
         self.vm: dict[str, vms.Vm] = {}
@@ -132,6 +134,7 @@ class Lab:
             self.accel,
             ns=self.ns(role),
             vnet_hdr=self.net.vnet_hdr,
+            nics=self.net.nics,
             queues=self.net.queues,
             vhost=self.vhost,
             incoming=self._migrate_uri if waits else "",
@@ -168,8 +171,16 @@ class Lab:
     def _config(self, role: str) -> str:
         local, remote = (PEER_P, PEER_S) if role == "primary" else (PEER_S, PEER_P)
         port = 9847 if role == "primary" else 9848
+        networks = [
+            {"name": name, "tap": f"tap{i}", "peer_link": f"peer{i}", "bridge": f"br{i}"}
+            for i, (name, _, _) in enumerate(NETWORKS[: self.net.nics])
+        ]
+        if len(networks) == 1:
+            del networks[0]["name"]
+        for network in networks[1:]:
+            network |= {"vxlan_local": local, "vxlan_remote": remote}
         sections: dict[str, dict[str, Any]] = {
-            "network": {"tap": "tap0", "peer_link": "peer0", "bridge": "br0"},
+            "network": dict[str, Any](networks[0]),
             "qemu": {
                 "qmp": str(self.work / f"{role}.qmp"),
                 "qmp_oob": str(self.work / f"{role}.oob.qmp"),
@@ -191,9 +202,12 @@ class Lab:
         for section, keys in self.overrides.items():
             sections.setdefault(section, {}).update(keys)
         lines = [f'pair = "{PAIR}"', f'role = "{role}"']
+        several = len(networks) > 1
         for section, keys in sections.items():
-            lines.append(f"[{section}]")
+            lines.append("[[network]]" if several and section == "network" else f"[{section}]")
             lines += [f"{k} = {_toml(v)}" for k, v in keys.items()]
+        for network in networks[1:]:
+            lines += ["[[network]]", *(f"{k} = {_toml(v)}" for k, v in network.items())]
         for name in self.disks:
             overlays = self.work / f"{role}.overlays"
             overlays.mkdir(exist_ok=True)
@@ -233,7 +247,7 @@ class Lab:
         self,
         role: str,
         state: str,
-        timeout: float = PROTECT_S,
+        timeout: float | None = None,
         meanwhile: Callable[[], None] = lambda: None,
     ) -> dict[str, Any]:
         """Wait until a controller is in a state and return its status; call `meanwhile` in between.
@@ -249,7 +263,7 @@ class Lab:
             return last if last.get("state") == state else None
 
         try:
-            return wait_for(f"state {state} of the {role}", there, timeout)
+            return wait_for(f"state {state} of the {role}", there, timeout or self.patience_s)
         except LabError as e:
             log = self.controller_log(role).read_text()[-2000:]
             raise LabError(f"{e}: {last.get('state')}: {last.get('reason')}\n{log}") from e

@@ -20,7 +20,7 @@ from typing import Any
 from .guest import Guest, build_shim
 from .net import LabError, Processes, sh, stop_process, wait_for
 
-MAC = "52:54:00:12:34:56"
+MACS = ("52:54:00:12:34:56", "52:54:00:12:34:57")  # of the guest's NICs
 MEMORY_MIB = 128
 BOOT_S = 60.0
 KVM_PROBE_S = 10.0
@@ -51,6 +51,7 @@ class Vm:
         *,
         ns: str | None,
         vnet_hdr: bool = True,
+        nics: int = 1,
         queues: int = 1,
         vhost: bool = False,
         incoming: str = "",
@@ -78,11 +79,12 @@ class Vm:
         cmd += ["-qmp", f"unix:{self.qmp_oob},server=on,wait=off"]
         if ns:
             hdr = "on" if vnet_hdr else "off"
-            tap = f"tap,id=n0,ifname=tap0,script=no,downscript=no,vnet_hdr={hdr}"
-            tap += f",queues={queues}" * several + ",vhost=on" * vhost
-            card = f"virtio-net-pci,netdev=n0,mac={MAC},romfile=,guest_announce=off"
-            card += f",mq=on,vectors={2 * queues + 2}" * several
-            cmd += ["-netdev", tap, "-device", card]
+            for i, mac in enumerate(MACS[:nics]):
+                tap = f"tap,id=n{i},ifname=tap{i},script=no,downscript=no,vnet_hdr={hdr}"
+                tap += f",queues={queues}" * several + ",vhost=on" * vhost
+                card = f"virtio-net-pci,netdev=n{i},mac={mac},romfile=,guest_announce=off"
+                card += f",mq=on,vectors={2 * queues + 2}" * several
+                cmd += ["-netdev", tap, "-device", card]
         if incoming:
             cmd += ["-incoming", incoming]
         cmd += extra

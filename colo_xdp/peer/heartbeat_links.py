@@ -31,12 +31,12 @@ from .heartbeat import REFUSALS, SIZE, Flag, Heartbeat, HeartbeatSession
 
 if TYPE_CHECKING:
     from ..config.file import Config
+    from ..config.schema import Network
 
 log = logging.getLogger("colo_xdp.peer.heartbeat_links")
 
 ETHERTYPE = 0x88B5
 GROUP = bytes.fromhex("034358420000")  # locally administered, group
-LINK = "peer link"
 BUDGET = 64
 _SOL_PACKET, _ADD_MEMBERSHIP, _MR_MULTICAST = 263, 1, 0  # linux/if_packet.h
 #: errors after which the socket may work again by itself
@@ -49,8 +49,8 @@ _PASSING = {
 class _Transport(ABC):
     """The socket of one link."""
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    def __init__(self, name: str, label: str = "") -> None:
+        self.name, self.label = name, label
         self.sock: socket.socket | None = None
         self.trouble = ""
         # nobody listens there; the kernel reports that late, so only a received datagram clears it
@@ -72,9 +72,9 @@ class _Transport(ABC):
 
 
 class _Link(_Transport):
-    def __init__(self, device: str) -> None:
-        super().__init__(LINK)
-        self.device = device
+    def __init__(self, network: Network) -> None:
+        super().__init__(network.link_name, network.link_name.removeprefix("peer link"))
+        self.device = network.peer_link
 
     def open(self) -> socket.socket:
         s = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK, 0)
@@ -121,7 +121,9 @@ class _Udp(_Transport):
 
 def links_of(config: Config) -> list[_Transport]:
     """Return the links of a configuration, in the order of the status document."""
-    out: list[_Transport] = [_Link(config.network.peer_link)] if config.peer.link_heartbeats else []
+    out: list[_Transport] = []
+    if config.peer.link_heartbeats:
+        out += [_Link(network) for network in config.networks]
     return out + [_Udp(text) for text in config.peer.heartbeat_links]
 
 
@@ -134,7 +136,8 @@ class HeartbeatLinks:
     def __init__(self, config: Config, on_heartbeat: Callable[[Heartbeat], None]) -> None:
         self._transports = links_of(config)
         self._on_heartbeat = on_heartbeat
-        self.core = HeartbeatSession(config.pair, config.role, [w.name for w in self._transports])
+        names, labels = ([w.name for w in self._transports], [w.label for w in self._transports])
+        self.core = HeartbeatSession(config.pair, config.role, names, labels)
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def start(self) -> None:

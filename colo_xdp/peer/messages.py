@@ -16,8 +16,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
-VERSION = 6
-MIN_VERSION = 6  # oldest version that this release can still use
+VERSION = 7
+MIN_VERSION = 7  # oldest version that this release can still use
 MAX_LINE = 65536
 MAX_TEXT = 4096
 MAX_FLOWS_TEXT = 61440
@@ -47,18 +47,20 @@ MESSAGES: dict[str, dict[str, type]] = {
     },
     # P, before `begin n`: addresses that its guest claims and MAC addresses that it sends from, in
     # the format of AddressTable.export(), hexadecimal; not sent if there are none.
-    "claims": {"n": int, "addresses": str, "macs": str},
+    "claims": {"n": int, "nic": int, "addresses": str, "macs": str},
     # S: QEMU waits for the migration and the data path is ready; `qemu`: number of this QEMU since
     # the controller started; `disks`: sizes in bytes of the images that it exports, by name;
-    # `hardware`: what its guest will see (qemu/hardware.py).
-    "ready": {"epoch": int, "qemu": int, "disks": dict, "hardware": str},
+    # `hardware`: what its guest will see (qemu/hardware.py); `nics`: the MAC address of each
+    # configured NIC by name, in their order ("": unknown). `nic` elsewhere is a place in it.
+    "ready": {"epoch": int, "qemu": int, "disks": dict, "hardware": str, "nics": dict},
     # P: a checkpoint to epoch n begins: hold everything.
     "begin": {"n": int, "cause": str, "initial": bool},
     # S: output is held from here on.
     "begin_ack": {"n": int},
     # P, at the end of the first checkpoint: part n of the offsets that its guest has kept, as
-    # struct colo_flow_key and struct colo_flow in hexadecimal; the first part replaces all.
-    "offsets": {"n": int, "last": bool, "flows": str},
+    # struct colo_flow_key and struct colo_flow in hexadecimal; the `first` part of a NIC replaces
+    # all that is known of it.
+    "offsets": {"n": int, "nic": int, "first": bool, "last": bool, "flows": str},
     # S: part n is installed.
     "offsets_ack": {"n": int},
     # The other host's guest continues standalone: start a QEMU that waits for its migration.

@@ -9,7 +9,8 @@ to:
      \\ n0: index=0,type=tap,ifname=tap-web1,script=no,downscript=no
 
 A tap that was passed as a descriptor (libvirt) is shown as `fd=9` without a name. A card with
-several queues has a pair of lines for each; only the first names its MAC address.
+several queues has a pair of lines for each; only the first names its MAC address. Cards at a hub
+are listed below it (`hub 0`), with the port in front of the name.
 """
 
 from __future__ import annotations
@@ -18,9 +19,12 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-_CARD = re.compile(r"(\S[^:]*): index=\d+,type=nic,.*?macaddr=([0-9a-fA-F:]{17})")
+_CARD = re.compile(
+    r"( \\ \S+?: )?(\S[^:]*): index=0,type=nic(?:,(?:.*?macaddr=([0-9a-fA-F:]{17}))?|$)"
+)
 _MORE = re.compile(r"\S[^:]*: index=[1-9]\d*,type=nic,")  # another queue of the card before
-_PEER = re.compile(r" \\ \S[^:]*: index=\d+,type=tap,(?:(?:.*,)?ifname=([^,]+))?")
+_BACKEND = re.compile(r" \\ \S[^:]*: index=\d+,type=([^,]+)(?:,(.*))?")
+_IFNAME = re.compile(r"(?:^|,)ifname=([^,]+)")
 
 
 class NicError(ValueError):
@@ -29,44 +33,85 @@ class NicError(ValueError):
 
 @dataclass(slots=True)
 class Card:
-    """A card of the guest; `tap`: the device that it is attached to, if QEMU reports it.
+    """A card of the guest.
 
-    `queues`: pairs of queues between QEMU and the tap. The guest is offered them with `mq=on` only.
+    `backend`: the type of what it is attached to, such as "tap"; "": nothing. `tap`: the device, if
+    QEMU reports it. `queues`: pairs of queues between QEMU and the tap; the guest is offered them
+    with `mq=on` only.
     """
 
     name: str
     mac: str
+    backend: str = ""
     tap: str = ""
     queues: int = 0
 
+    def __str__(self) -> str:
+        at = self.tap or (f"an unnamed {self.backend} device" if self.backend else "no device")
+        return f"{self.name} {self.mac} at {at}"
 
-def at_tap(text: str, tap: str) -> Card:
-    """Return the card attached to `tap`, from the answer to `info network`.
 
-    Raises NicError when there is none, or when more than one might be it.
-    """
+def parse(text: str) -> list[Card]:
+    """Return the guest's cards, from the answer to `info network`."""
     cards: dict[str, Card] = {}
     last: Card | None = None
     for line in text.splitlines():
         if m := _CARD.match(line):
-            last = cards.setdefault(m[1], Card(m[1], m[2]))
+            last = cards.setdefault(m[2], Card(m[2], m[3] or "", "hubport" if m[1] else ""))
+            last = None if m[1] else last
         elif _MORE.match(line):
             continue
-        elif (m := _PEER.match(line)) and last is not None:
-            last.tap = m[1] or ""
-            last.queues += 1
+        elif (m := _BACKEND.match(line)) and last is not None:
+            last.backend = m[1]
+            if m[1] == "tap":
+                last.queues += 1
+                if named := _IFNAME.search(m[2] or ""):
+                    last.tap = named[1]
         elif not line.startswith(" "):
             last = None
-    there = [c for c in cards.values() if c.tap == tap]
+    return list(cards.values())
+
+
+def at_tap(cards: list[Card], tap: str) -> Card:
+    """Return the card attached to `tap`.
+
+    Raises NicError when there is none, or when more than one might be it.
+    """
+    there = [c for c in cards if c.tap == tap]
     if len(there) == 1:
         return there[0]
-    unknown = [c for c in cards.values() if not c.tap]
+    unknown = [c for c in cards if not c.tap]
     if not there and len(unknown) == 1 == len(cards):
         return unknown[0]
-    names = ", ".join(f"{c.name} {c.mac} at {c.tap or 'an unnamed device'}" for c in cards.values())
+    names = ", ".join(map(str, cards))
     raise NicError(
         f"cannot determine which of the guest's network cards is attached to {tap} "
         f"({names or 'it has none'}): set [network] guest_mac"
+    )
+
+
+def refusal(cards: list[Card], taps: Mapping[str, str]) -> str:
+    """Return why a guest with these cards cannot be one of a pair, or an empty string.
+
+    `taps`: the configured taps with their guest_mac ("" if there is none). What a card that is not
+    among them sends would leave both hosts, uncompared.
+    """
+    macs = {mac.lower() for mac in taps.values() if mac}
+    alive = [c for c in cards if c.backend]
+    unnamed = [c for c in alive if c.backend == "tap" and not c.tap and c.mac.lower() not in macs]
+    if len(unnamed) == len(taps) == len(alive) == 1:
+        unnamed = []  # the only card, at the only tap
+    lost = [c for c in alive if c in unnamed or c.backend != "tap" or (c.tap and c.tap not in taps)]
+    here = {c.tap for c in alive} | {c.mac.lower() for c in alive}
+    empty = [tap for tap, mac in taps.items() if tap not in here and mac.lower() not in here]
+    if empty and not lost and cards and len(taps) > 1:
+        return f"no network card of the guest is at {' and '.join(empty)}, which [network] names"
+    if not lost:
+        return ""
+    return (
+        "these network cards of the guest are at no tap of the configuration, so both hosts would "
+        f"let out what they send: {', '.join(map(str, lost))}; give each a [[network]] (with "
+        "guest_mac where QEMU does not name the tap), or take it away"
     )
 
 

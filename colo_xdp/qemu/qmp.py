@@ -13,8 +13,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from qemu.qmp import QMPClient
@@ -25,7 +25,7 @@ from qemu.qmp.qmp_client import ExecuteError
 
 from .event import QmpEvent, read
 from .hardware import Hardware, parse_qtree, tap_queues
-from .nic import Multiqueue, NicError, at_tap, multiqueue
+from .nic import Card, Multiqueue, NicError, at_tap, multiqueue, parse
 
 log = logging.getLogger("colo_xdp.qemu.qmp")
 
@@ -55,7 +55,7 @@ class QemuInfo:
     status: str
     machine: str = ""  # machine type, such as pc-i440fx-7.2-machine
     offers: frozenset[str] = frozenset()  # those of HOST_OFFLOADS that a network card offers
-    queues: Multiqueue | None = None  # of the card at the tap, if that is known
+    queues: Mapping[str, Multiqueue] = field(default_factory=dict)  # of a card, by its tap
 
 
 def realtime_offset_ns() -> int:
@@ -105,7 +105,7 @@ class Qmp:
         self._client: QMPClient | None = None
         self._watch: asyncio.Task[None] | None = None
         self._ending: asyncio.Future[None] | None = None  # the end of the connection
-        self._queues: Hardware = {}  # as guest_macs() has seen them
+        self._queues: Hardware = {}  # as cards() has seen them
 
     @property
     def connected(self) -> bool:
@@ -240,13 +240,11 @@ class Qmp:
 
         Raises QmpError.
         """
-        text, tree = [
-            str(await self.execute("human-monitor-command", {"command-line": f"info {what}"}))
-            for what in ("network", "qtree")
-        ]
+        cards = await self.cards()
+        tree = await self.execute("human-monitor-command", {"command-line": "info qtree"})
         vcpus = len(await self.execute("query-cpus-fast"))
         try:
-            return multiqueue(at_tap(text, tap), parse_qtree(tree), vcpus)
+            return multiqueue(at_tap(cards, tap), parse_qtree(str(tree)), vcpus)
         except NicError:
             return None
 
@@ -258,15 +256,26 @@ class Qmp:
         """Return the state of the migration (`colo` while in COLO); empty when there was none."""
         return str((await self.execute("query-migrate", timeout=timeout)).get("status", ""))
 
+    async def cards(self) -> list[Card]:
+        """Return the guest's network cards. Raises QmpError."""
+        text = await self.execute("human-monitor-command", {"command-line": "info network"})
+        cards = parse(str(text))
+        for card in cards:
+            self._queues.update(tap_queues(card.mac, card.queues))
+        return cards
+
+    async def enters_colo(self) -> bool:
+        """Return whether a migration of this QEMU would enter COLO. Raises QmpError."""
+        known = await self.execute("query-migrate-capabilities")
+        return any(c.get("capability") == "x-colo" and c["state"] is True for c in known)
+
     async def guest_macs(self, tap: str) -> list[str]:
         """Return the MAC addresses of the guest's card at this tap.
 
         The first is the main one; the others are those that the guest's driver requested in
         addition. Raises QmpError, or NicError when the card cannot be determined.
         """
-        text = await self.execute("human-monitor-command", {"command-line": "info network"})
-        card = at_tap(str(text), tap)
-        self._queues.update(tap_queues(card.mac, card.queues))
+        card = at_tap(await self.cards(), tap)
         try:  # includes addresses that the guest set itself
             seen = (await self.execute("query-rx-filter", {"name": card.name}))[0]
             return [str(seen["main-mac"]), *map(str, seen["unicast-table"])]
@@ -351,22 +360,21 @@ class Qmp:
             self._watch.cancel()
 
 
-def probe(path: str, timeout: float, tap: str = "") -> tuple[QemuInfo, Any]:
-    """Connect, query and disconnect (for `doctor`); return QEMU's info and its `query-block`.
+def probe(path: str, timeout: float, taps: Iterable[str] = ()) -> tuple[QemuInfo, Any, list[Card]]:
+    """Connect, query and disconnect (for `doctor`).
 
-    `tap`: the guest's, to ask for its queues.
-
-    Raises QmpError.
+    Returns QEMU's info, its `query-block` and the guest's network cards. `taps`: the guest's, to
+    ask for their queues. Raises QmpError.
     """
 
-    async def ask() -> tuple[QemuInfo, Any]:
+    async def ask() -> tuple[QemuInfo, Any, list[Card]]:
         q = Qmp(path, "qemu", timeout, lambda e: None, lambda why: None)
         try:
             info = await q.connect()
             info = replace(info, offers=await q.offers())
-            if tap:
-                info = replace(info, queues=await q.queues(tap))
-            return info, await q.execute("query-block")
+            queues = {tap: found for tap in taps if (found := await q.queues(tap))}
+            info = replace(info, queues=queues)
+            return info, await q.execute("query-block"), await q.cards()
         finally:
             await q.close()
 

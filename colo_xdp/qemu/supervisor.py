@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Protocol
@@ -44,8 +44,8 @@ class QemuOptions:
     qmp: str
     qmp_oob: str  # the second socket, or empty
     timeout_s: float
-    tap: str
-    guest_mac: str  # empty: ask QEMU
+    #: of each NIC, in order: its tap, and its MAC address (empty: ask QEMU)
+    taps: Mapping[str, str]
     incoming: tuple[str, ...]  # the command that starts a QEMU waiting for its migration
     replication: ReplicationOptions = NO_DISKS
 
@@ -110,13 +110,14 @@ class QemuSupervisor:
     ) -> None:
         """Set the callbacks up; nothing is connected yet.
 
-        `tap_alive`: whether the kernel reports that a process holds the guest's tap. `is_at`: pass
-        the guest's MAC addresses to the data path; may raise OSError.
+        `tap_alive`: whether the kernel reports that a process holds the guest's tap.
+        `is_at(nic, *macs)`: pass a NIC's MAC addresses to the data path; may raise OSError.
         """
         self.options, self._owner = options, owner
         self._tap_alive, self._is_at = tap_alive, is_at
         self.info: QemuInfo | None = None
-        self.first_mac = ""  # of the guest, as QEMU or the configuration gave it
+        #: of each NIC, as QEMU or the configuration gave it
+        self.first_macs = [""] * len(options.taps)
         # the running command [qemu] incoming
         self._launching = False
         self.last_start = float("-inf")  # of the command qemu.incoming (monotonic, s)
@@ -239,24 +240,25 @@ class QemuSupervisor:
             log.warning("%s", why)
             self._owner.spawn(self._connect_oob())
 
-    async def learn_macs(self) -> str:
-        """Pass the guest's MAC addresses to the data path.
+    async def learn_macs(self) -> list[str]:
+        """Pass the MAC addresses of the guest's NICs to the data path.
 
-        Returns its first MAC address as last reported, "" if it is unknown.
+        Returns the first one of each NIC as last reported, "" if it is unknown.
         """
-        macs = [self.options.guest_mac]
-        if not macs[0]:
+        for nic, (tap, mac) in enumerate(self.options.taps.items()):
+            macs = [mac]
+            if not mac:
+                try:
+                    macs = await self.qmp.guest_macs(tap)
+                except (QmpError, NicError) as e:
+                    log.warning("%s", e)
+                    continue
+            self.first_macs[nic] = macs[0]
             try:
-                macs = await self.qmp.guest_macs(self.options.tap)
-            except (QmpError, NicError) as e:
-                log.warning("%s", e)
-                return self.first_mac
-        self.first_mac = macs[0]
-        try:
-            self._is_at(*(bytes.fromhex(m.replace(":", "")) for m in macs))
-        except OSError as e:  # no room: everything is mirrored then, and the first address is known
-            log.warning("not all MAC addresses of the guest could be stored: %s", e)
-        return self.first_mac
+                self._is_at(nic, *(bytes.fromhex(m.replace(":", "")) for m in macs))
+            except OSError as e:  # no room: all is mirrored then, and the first address is known
+                log.warning("not all MAC addresses of the guest could be stored: %s", e)
+        return self.first_macs
 
     async def waits(self) -> bool:
         """Return whether this QEMU waits for a migration, and none has begun. Raises QmpError.

@@ -14,7 +14,6 @@ from ..controller.command import Command
 from ..controller.controller import Controller
 from ..controller.primary import Primary
 from ..controller.secondary import Secondary
-from ..engine.engine import Engine
 from ..engine.journal import divergence_json
 from .document import empty
 
@@ -45,7 +44,7 @@ def _who_compares(c: Controller, command: str) -> Primary:
 def explain(c: Controller) -> dict[str, Any]:
     """Return what differed, and what the policy's rules have done. Raises ValueError."""
     p = _who_compares(c, "explain")
-    return p.journal.to_json() | {"rules": rules_json(p.output.engine)}
+    return p.journal.to_json() | {"rules": rules_json(p)}
 
 
 def capture(c: Controller, args: dict[str, Any]) -> dict[str, Any]:
@@ -74,18 +73,19 @@ def _common(c: Controller) -> dict[str, Any]:
     info = c.qemu.info
     silent = c.peer.silent_ms()
     state, reason = c.announced_state()
-    injectors = c.dp.injectors.values()
+    injectors = [i for nic in c.dp.nics for i in nic.injectors.values()]
+    lead = c.dp.nics[0]
     doc.update(
         state=state.value,
         reason=reason,
         since=c.since,
         epoch=c.dp.epoch,
         mode=c.dp.mode.name.lower(),
-        hook=c.dp.hook,
-        events=c.dp.objects.events,
+        hook=lead.hook,
+        events=lead.objects.events,
         paused=c.view.paused,
         active=active_json(c),
-        port=c.dp.port_state,
+        port=lead.port_state,
         qemu={
             "connected": c.qemu.qmp.connected,
             "version": ".".join(map(str, info.version)) if info else "",
@@ -110,13 +110,17 @@ def _common(c: Controller) -> dict[str, Any]:
             prog: {reason: list(v) for reason, v in row.items()}
             for prog, row in c.dp.counters().items()
         },
-        ring={"lost": c.dp.lost_events(), "capacity_bytes": c.dp.reader.capacity},
+        ring={
+            "lost": c.dp.lost_events(),
+            "capacity_bytes": sum(nic.reader.capacity for nic in c.dp.nics),
+        },
         inject={
             "sent": sum(i.sent for i in injectors),
             "failed": sum(sum(i.failed.values()) for i in injectors),
         },
         history=list(c.history),
         disks=disks_json(c),
+        nics=nics_json(c),
         failures=c.failures[-16:],
         last_failover=c.last_failover,
     )
@@ -126,15 +130,27 @@ def _common(c: Controller) -> dict[str, Any]:
 def primary_status(c: Primary) -> dict[str, Any]:
     """Return the primary controller's document."""
     doc = _common(c)
-    e, cks = c.output.engine, c.checkpoints
-    doc["engine"] |= dict(e.counters)
+    nics, cks = c.output.nics, c.checkpoints
+    engines = [nic.engine for nic in nics]
+    for e in engines:
+        for name, value in e.counters.items():
+            doc["engine"][name] += value
+    packets, size = c.output.held
     doc["held"] = {
-        "packets": e.held_packets, "bytes": e.held_bytes, "limit": e.limits.max_queue_size,
-    }  # fmt: skip
+        "packets": packets,
+        "bytes": size,
+        "limit": sum(e.limits.max_queue_size for e in engines),
+    }
     doc["wait"] = {"buckets": list(c.output.waits), "sum": c.output.wait_sum}
-    doc["flows"] |= {"tracked": e.flows, "limit": e.limits.max_flows}
-    if c.dp.fast is not None:
-        doc["offload"] = c.dp.fast.state()
+    doc["flows"] |= {
+        "tracked": sum(e.flows for e in engines),
+        "limit": sum(e.limits.max_flows for e in engines),
+    }
+    for nic, row in zip(nics, doc["nics"], strict=True):
+        row["held"] = nic.engine.held_packets
+        row["flows"] = nic.engine.flows
+        if nic.fast is not None:
+            _add(doc["offload"], nic.fast.state())
     doc["checkpoints"] = {
         "total": sum(cks.by_cause.values()),
         "failed": cks.failures,
@@ -145,7 +161,7 @@ def primary_status(c: Primary) -> dict[str, Any]:
         "last": cks.last or None,
     }
     doc["divergences"] = [divergence_json(d) for _, _, d in c.journal.pairs]
-    doc["rules"] = rules_json(e)
+    doc["rules"] = rules_json(c)
     return doc
 
 
@@ -168,31 +184,68 @@ def disks_json(c: Controller) -> dict[str, Any]:
         "exported": disks.serving and connected,
         "committing": False,
         "overlays": {},
+        "room_trouble": "",
         "proof_ms": 0.0,
     }
     if isinstance(c, Secondary):
         doc |= {
             "committing": c.takeover.committing,
-            "overlays": c.overlays,
-            "proof_ms": c.disk_proof_ms,
+            "overlays": c.disks.overlays,
+            "room_trouble": c.disks.room_trouble,
+            "proof_ms": c.disks.proof_ms,
         }
     return doc
 
 
-def rules_json(e: Engine) -> list[dict[str, Any]]:
+def rules_json(c: Primary) -> list[dict[str, Any]]:
     """Return the policy's rules in order with what each has done; former rules last."""
-    now = {r.name: r.action for r in e.policy.order}
-    gone = {name: "" for name in e.rules if name not in now}
+    engines = [nic.engine for nic in c.output.nics]
+    now = {r.name: r.action for r in c.config.policy_of_all().order}
+    done = [(name, rule) for e in engines for name, rule in e.rules.items()]
+    gone = {name: "" for name, _ in done if name not in now}
     return [
         {
             "name": name,
             "action": action,
-            "flows": e.rules[name].flows,
-            "uncompared": e.rules[name].uncompared,
-            "differences": e.rules[name].differences,
+            "flows": sum(r.flows for n, r in done if n == name),
+            "uncompared": sum(r.uncompared for n, r in done if n == name),
+            "differences": sum(r.differences for n, r in done if n == name),
         }
         for name, action in (now | gone).items()
     ]
+
+
+def nics_json(c: Controller) -> list[dict[str, Any]]:
+    """Return what is of each NIC."""
+    return [
+        {
+            "name": net.name,
+            "tap": net.tap,
+            "peer_link": net.peer_link,
+            "bridge": net.bridge,
+            "mac": mac,
+            "hook": nic.hook,
+            "port": nic.port_state,
+            "arrived": nic.arrived(),
+            "lost": nic.lost_events(),
+            "sent": sum(i.sent for i in nic.injectors.values()),
+            "held": 0,
+            "flows": 0,
+            "trouble": link.trouble,
+        }
+        for nic, net, mac, link in zip(
+            c.dp.nics, c.config.networks, c.qemu.first_macs, c.devices.links, strict=True
+        )
+    ]
+
+
+def _add(total: dict[str, Any], more: dict[str, Any]) -> None:
+    """Add up what two fast paths report."""
+    for key, value in more.items():
+        if isinstance(value, list):
+            total[key] = [a + b for a, b in zip(total[key], value, strict=True)]
+        else:
+            total[key] += value
 
 
 def secondary_status(c: Secondary) -> dict[str, Any]:
@@ -202,11 +255,10 @@ def secondary_status(c: Secondary) -> dict[str, Any]:
     doc["held"]["packets"] = c.held.count
     doc["held"]["limit"] = c.held.limit
     doc["flows"] = {
-        "tracked": c.flows.tracked,
-        "opening": c.flows.opening,
-        "limit": c.flows.limit,
-        "translated": c.flows.translated,
-        "aged": c.flows.aged,
+        key: sum(getattr(flows, key) for flows in c.flows)
+        for key in ("tracked", "opening", "limit", "translated", "aged")
     }
+    for flows, row in zip(c.flows, doc["nics"], strict=True):
+        row["flows"] = flows.tracked
     doc["checkpoints"]["total"] = c.checkpoints_loaded
     return doc

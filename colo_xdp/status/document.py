@@ -363,6 +363,7 @@ FIELDS: dict[str, Field] = {
             proto=_text("its protocol"),
             port=_count("port of the service; 0: there is none"),
             rule=_text("rule of the policy that judged the flow"),
+            nic=_text("name of the guest's NIC"),
             asked=_flag("it counted as a reason for a checkpoint; false: the flow is only watched"),
             offset=_count("position in the stream or datagram"),
             at_index=_count("index of the first differing byte in `pvm` and `svm`"),
@@ -379,6 +380,28 @@ FIELDS: dict[str, Field] = {
             flows=_count("connections and datagram flows under it"),
             uncompared=_count("frames that left uncompared"),
             differences=_count("differences found"),
+        ),
+    ),
+    "nics": _list(
+        "the guest's NICs: what is of one of them alone; the keys above are sums over all, and "
+        "`hook` and `port` the first one's",
+        _object(
+            "",
+            name=_text("name of the NIC"),
+            tap=_text("its tap"),
+            peer_link=_text("device that carries its frames to the other host"),
+            bridge=_text('bridge that its tap joins; "": none'),
+            mac=_text('MAC address; "": not known yet'),
+            hook=_one_of(("xdp", "tc"), "where the SVM's output is intercepted"),
+            port=_one_of(
+                ("", *PORT_STATES), 'state of the tap as a bridge port; "": it is in no bridge'
+            ),
+            arrived=_count("tagged frames that have come over the peer link"),
+            lost=_count("frames that did not fit into its event buffer"),
+            sent=_count("frames that the controller released to the kernel"),
+            held=_count("frames of the PVM that wait (primary)"),
+            flows=_count("tracked connections"),
+            trouble=_text('why its peer link delivers nothing; "": it delivers'),
         ),
     ),
     "disks": _object(
@@ -398,6 +421,7 @@ FIELDS: dict[str, Field] = {
         exported=_flag("whether the other host can write to the images (secondary)"),
         committing=_flag("whether QEMU still merges the overlays after a takeover"),
         overlays=_map("size of the larger overlay of each disk, in bytes", _count()),
+        room_trouble=_text("why there may be too little room for the overlays (secondary)"),
         proof_ms=_number(
             "how long the last checkpoint waited here for the primary's confirmation that its "
             "disks were whole, in ms; meanwhile this guest could not take over"
@@ -453,6 +477,7 @@ class Status:
     rules: list[dict[str, Any]]
     failures: list[str]
     disks: dict[str, Any]
+    nics: list[dict[str, Any]]
     last_failover: dict[str, float] | None
 
     def to_json(self) -> dict[str, Any]:
@@ -543,7 +568,9 @@ def empty(pair: str, role: str) -> Status:
             "exported": False,
             "committing": False,
             "overlays": {},
+            "room_trouble": "",
             "proof_ms": 0.0,
         },
+        nics=[],
         last_failover=None,
     )

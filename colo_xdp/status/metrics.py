@@ -47,6 +47,11 @@ METRICS: dict[str, tuple[str, str, tuple[str, ...]]] = {
         "1 for the state of the pair as this host sees it, 0 for all others",
         ("state",),
     ),
+    "nic_flows": ("gauge", "tracked connections of one of the guest's NICs", ("nic",)),
+    "nic_held_packets": ("gauge", "frames of the PVM that wait at one of its NICs", ("nic",)),
+    "nic_arrived": ("counter", "tagged frames that have come over a NIC's peer link", ("nic",)),
+    "nic_lost": ("counter", "frames that did not fit into a NIC's event buffer", ("nic",)),
+    "nic_link_up": ("gauge", "0 while a NIC's peer link delivers nothing", ("nic",)),
     "state_since_seconds": ("gauge", "Unix time of the last change of state", ()),
     "epoch": ("gauge", "number of the checkpoint from which both guests started", ()),
     "paused": ("gauge", "1 while failover decisions are left to an operator", ()),
@@ -273,6 +278,10 @@ class Collector:
         yield from self._link_families(s["heartbeat_links"], base)
         ck, peer, left = s["checkpoints"], s["peer"], s["active"]["remaining_s"]
         yield many("checkpoints", ck["by_cause"])
+        for key in ("flows", "held_packets", "arrived", "lost"):
+            field = key.removesuffix("_packets")
+            yield many(f"nic_{key}", {n["name"]: n[field] for n in s["nics"]})
+        yield many("nic_link_up", {n["name"]: float(not n["trouble"]) for n in s["nics"]})
         disks = s["disks"]
         yield many("disk_overlay_bytes", disks["overlays"])
         copying = disks["copying"] or {"done": 0, "total": 0}

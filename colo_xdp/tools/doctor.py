@@ -12,13 +12,14 @@ import platform
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..config.file import Config, ConfigError, load
-from ..qemu import disks
-from ..qemu.replication import directory_trouble
+from ..config.schema import Network
+from ..qemu import disks, nic
+from ..qemu.overlays import ReplicatedDisk, directory_trouble, overlay_paths, rooms
 
 if TYPE_CHECKING:
     from ..datapath.attach import LinkInfo
@@ -120,11 +121,17 @@ def _bpffs(config: Config) -> Iterator[Check]:
 
 
 def _devices(config: Config) -> Iterator[Check]:
-    from ..datapath import attach, syscall
-    from ..datapath.datapath import DataPathError, choose_hook
-    from ..datapath.hooks import TAG_BYTES
+    for net in config.networks:
+        for check in _nic(config, net):
+            yield check if not config.further else replace(check, name=f"{check.name} ({net.name})")
 
-    net = config.network
+
+def _nic(config: Config, net: Network) -> Iterator[Check]:
+    """Check the devices of one NIC of the guest."""
+    from ..datapath import attach, syscall
+    from ..datapath.hooks import TAG_BYTES
+    from ..datapath.prepare import DataPathError, choose_hook
+
     try:
         tap = attach.link_info(net.tap)
     except attach.NoSuchDevice as e:
@@ -222,8 +229,9 @@ def _neighbours(config: Config) -> Iterator[Check]:
     from ..datapath import attach
     from . import preflight
 
-    net, clean = config.network, True
-    for dev, seen in attach.look((net.tap, net.peer_link)).items():
+    clean = True
+    devices = [dev for net in config.networks for dev in (net.tap, net.peer_link)]
+    for dev, seen in attach.look(devices).items():
         if seen is None:
             continue
         why = attach.other_pair(dev, seen, config.pair)
@@ -243,15 +251,15 @@ def _neighbours(config: Config) -> Iterator[Check]:
         yield Check("in use", FAIL, text)
     if clean and not found:
         who = f"; a controller of this pair runs (process {pid})" if pid else ""
-        yield Check("other pairs", OK, f"none on {net.tap} and {net.peer_link}, ports free{who}")
+        yield Check("other pairs", OK, f"none on {' and '.join(devices)}, ports free{who}")
 
 
 def _qemu(config: Config) -> Iterator[Check]:
     from ..qemu.qmp import QmpError, probe, refusal
 
     try:
-        tap = config.network.tap
-        info, blocks = probe(config.qemu.qmp, config.qemu.qmp_timeout / 1000, tap)
+        wait_s, names = config.qemu.qmp_timeout / 1000, [net.tap for net in config.networks]
+        info, blocks, cards = probe(config.qemu.qmp, wait_s, names)
     except QmpError as e:
         yield Check("QEMU", FAIL, str(e),
                     f"-qmp unix:{config.qemu.qmp},server=on,wait=off (one client at a time: "
@@ -267,8 +275,13 @@ def _qemu(config: Config) -> Iterator[Check]:
     if not info.kvm and info.version < (8, 0, 0):
         yield Check("QEMU", WARN, "COLO under TCG hangs with this version at the first checkpoint",
                     "use KVM, or for a test the shim in colo_xdp/lab/bqlshim.c")  # fmt: skip
-    if info.queues is not None:
-        yield from _queues(info.queues, tap)
+    taps = {net.tap: net.guest_mac for net in config.networks}
+    if why := nic.refusal(cards, taps):
+        yield Check("NICs", FAIL, why)
+    else:
+        yield Check("NICs", OK, "each network card of the guest has a [network]")
+    for tap, queues in info.queues.items():
+        yield from _queues(queues, tap)
     yield from _vhost(config)
     yield from _disks(config, blocks)
 
@@ -335,11 +348,16 @@ def _replication(config: Config) -> Iterator[Check]:
     if config.replicated_disks and not shutil.which("qemu-img"):
         yield Check("disks", FAIL, "qemu-img is missing", "apt install qemu-utils")
     for d in config.replicated_disks:
-        why = directory_trouble(d.name, d.overlays, d.overlay_limit << 20)
-        if why:
+        if why := directory_trouble(d.name, d.overlays):
             yield Check("disk", FAIL, why)
-        else:
-            yield Check("disk", OK, f"{d.name}: room for overlays in {d.overlays}")
+            return
+    found = [
+        ReplicatedDisk(d.name, d.overlays, d.overlay_limit << 20) for d in config.replicated_disks
+    ]
+    for room in rooms(found, lambda d: overlay_paths(config.pair, d)):
+        names = ", ".join(room.disks)
+        level = FAIL if room.trouble else OK
+        yield Check("disk", level, room.trouble or f"{names}: room for overlays in {room.where}")
 
 
 def _failover(config: Config) -> Iterator[Check]:
@@ -400,7 +418,8 @@ def _paths(config: Config) -> Iterator[Check]:
         try:
             link.open().close()
         except OSError as e:
-            if config.network.vxlan_remote and e.errno == errno.ENODEV:
+            made = any(n.vxlan_remote and n.link_name == link.name for n in config.networks)
+            if made and e.errno == errno.ENODEV:
                 continue  # `run` creates it
             if e.errno != errno.EADDRINUSE:  # in use by a running controller
                 yield Check(

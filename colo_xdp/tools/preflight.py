@@ -105,18 +105,21 @@ def others(config: Config) -> list[dict[str, Any]]:
     return out
 
 
+def _devices(config: Config) -> dict[str, str]:
+    """Return the devices that serve this pair alone, with the key of [network] that names each."""
+    return {getattr(net, key): key for net in config.networks for key in ("tap", "peer_link")}
+
+
 def conflicts(config: Config) -> list[str]:
     """Return a sentence for each thing in this configuration that somebody else uses."""
     running, found = others(config), []
-    net = config.network
-    for key, name in (("tap", net.tap), ("peer_link", net.peer_link)):
+    for name, key in _devices(config).items():
         for o in running:
-            for theirs in ("tap", "peer_link"):
-                if o.get(theirs) == name:
-                    found.append(
-                        f"[network] {key}: {name} is the {theirs} of pair {o['pair']}, whose "
-                        f"controller runs here (process {o['pid']}): a device serves only one pair"
-                    )
+            if theirs := o.get("devices", {}).get(name):
+                found.append(
+                    f"[network] {key}: {name} is the {theirs} of pair {o['pair']}, whose "
+                    f"controller runs here (process {o['pid']}): a device serves only one pair"
+                )
     for key, address, kind in ports(config):
         if is_taken(address, kind):
             by = [o for o in running if address in o.get("ports", [])]
@@ -191,8 +194,7 @@ def claim(config: Config) -> Iterator[None]:
             json.dumps(
                 {
                     "pair": config.pair, "role": config.role, "pid": os.getpid(),
-                    "netns": _netns(), "tap": config.network.tap,
-                    "peer_link": config.network.peer_link,
+                    "netns": _netns(), "devices": _devices(config),
                     "ports": [address for _, address, _ in ports(config)],
                 }
             )

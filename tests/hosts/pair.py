@@ -123,7 +123,7 @@ class Pair:
         h.write("/usr/local/sbin/fence-web1-peer", FENCE.format(other=other), 0o755)
         preload = f"export LD_PRELOAD=/share/{self.shim.name}" if self.shim else ""
         cpu = "max" if self.accel == "tcg" else "host"
-        qemu = QEMU.format(preload=preload, accel=self.accel, cpu=cpu, mac=vms.MAC)
+        qemu = QEMU.format(preload=preload, accel=self.accel, cpu=cpu, mac=vms.MACS[0])
         h.write("/etc/colo-xdp/web1/qemu", qemu, 0o755)
         h.enable("systemd-networkd", CONTROLLER, f"vm{'' if h is self.a else '-incoming'}@{PAIR}")
 

@@ -36,12 +36,13 @@ class Reuse:
         mp.setattr(loader, "remove_pins", self.remove_pins)
 
     def load(
-        self, role: str, pair: str, bpffs: str, options: loader.Options, home: str = ""
-    ) -> loader.Objects:
-        directory = loader.pin_dir(bpffs, pair, home or role)
+        self, role: str, pair: str, bpffs: str, options: loader.Options, home: str = "",
+        nic: int = 0,
+    ) -> loader.Objects:  # fmt: skip
+        directory = loader.pin_dir(bpffs, pair, home or role, nic)
         if not os.path.exists(directory):
             self._fetch(directory, loader._source(role, directory, options, loader.events(options)))
-        return self._load(role, pair, bpffs, options, home)
+        return self._load(role, pair, bpffs, options, home, nic)
 
     def _fetch(self, directory: str, source: loader.Source) -> None:
         marks = [f"{kind}_{source.role}_{source.tag}_" for kind in ("whole", "idle")]
@@ -55,7 +56,8 @@ class Reuse:
     def remove_pins(self, directory: str) -> list[str]:
         path = Path(directory)
         gone = sorted(map(str, path.iterdir())) if path.is_dir() else []
-        if not any(Path(p).name.startswith(("whole_", "idle_")) for p in gone):
+        several = any(Path(p).is_dir() for p in gone)
+        if several or not any(Path(p).name.startswith(("whole_", "idle_")) for p in gone):
             return self._remove(directory)
         for p in gone:
             _empty(p)

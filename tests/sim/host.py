@@ -28,6 +28,7 @@ from colo_xdp.failover.lease import GIVEN_UP, StoreError, StoreView, ours_to_tak
 from colo_xdp.peer import messages
 from colo_xdp.peer.heartbeat import Flag, Heartbeat, HeartbeatSession, session_key
 from colo_xdp.qemu.event import QmpEvent
+from colo_xdp.qemu.nic import Card
 from colo_xdp.qemu.qmp import QemuInfo, QmpError
 
 from .disk import SimBlock
@@ -361,6 +362,7 @@ class SimDataPath:
         self.injectors = {n: _Injector(self, n) for n in names}
         self.objects = SimpleNamespace(map=lambda name: _Flows(side, name), events="ring")
         self.reader = SimpleNamespace(fds=[], capacity=0)
+        self.fds: list[int] = []
         self.addresses = AddressTable(MapDict(), MapDict())  # the simulated guests do without ARP
         self.port_state, self.port_forwarding = "", True
 
@@ -392,8 +394,12 @@ class SimDataPath:
         return self._side.promoted_epoch
 
     @property
-    def in_bridge(self) -> bool:
-        return self._side.in_bridge
+    def nics(self) -> tuple[SimDataPath]:
+        return (self,)
+
+    @property
+    def in_bridge(self) -> list[str]:
+        return []  # [network] bridge is set, else another controller could not take it out
 
     def change_role(self) -> None:
         side = self._side
@@ -918,6 +924,10 @@ class SimQmp:
     async def prepare(self, *, primary: bool) -> None:
         await self._call("prepare")
 
+    async def enters_colo(self) -> bool:
+        await self._call("query-migrate-capabilities")
+        return True
+
     async def migrate(self, uri: str) -> None:
         (await self._call("migrate")).checkpoint(first=True)
 
@@ -935,6 +945,9 @@ class SimQmp:
 
     async def hardware(self) -> dict[str, str]:
         return {}  # both are alike
+
+    async def cards(self) -> list[Card]:
+        return []
 
     async def guest_macs(self, tap: str) -> list[str]:
         return ["52:54:00:00:00:02"]

@@ -38,6 +38,7 @@ from colo_xdp.controller import (
     pvm_output,
     replacement,
     secondary,
+    secondary_disks,
     shadow,
     switchover,
     takeover,
@@ -70,7 +71,7 @@ TS_SLACK = 1000  # ms by which the clock in a held frame may lag behind the gues
 def _holds_nothing(side: Side) -> bool:
     """Its controller is a primary's, in shadow mode."""
     c = side.controller
-    return isinstance(c, primary.Primary) and c.output.engine.shadow
+    return isinstance(c, primary.Primary) and c.output.nics[0].engine.shadow
 
 
 class _Excused(Exception):
@@ -311,7 +312,7 @@ def config(role: str, s: Scene) -> Config:
         c = replace(
             c,
             disks=(Disk(name="d0", overlays="/"),),
-            nbd=Nbd(local="10.0.0.1:10809", remote="10.0.0.2:10809"),
+            nbd=Nbd(local="10.0.0.1:10809", remote="10.0.0.2:10809", write_timeout=400),
             qemu=replace(c.qemu, qmp_oob=f"{role} oob"),
         )
     return replace(
@@ -834,6 +835,17 @@ class World:
         if not q.alive or not q.block.server:
             raise DiskError("connection refused")
 
+    async def _look(self, disks: Any) -> None:
+        """Stand in for DiskReplication.look(), without a random time as that of a command."""
+        q = next(
+            x for x in (self.p, self.s)
+            if x.controller is not None and x.controller.qemu.disks is disks
+        ).qemu  # fmt: skip
+        if q.hung or (q.draining and q.block.flying):
+            await asyncio.sleep(0.1)
+        else:
+            disks._waits.saw(q.block.mirrors(), self.ns() / 1e9)
+
     def _make_store(self, c: Config) -> SimStore:
         return SimStore(self.p if c.role == "primary" else self.s)
 
@@ -854,8 +866,9 @@ class World:
             conntrack_map,
             offload_maps, lease_module, takeover, device_watch, colo_entry, guest_lifecycle,
             supervisor, heartbeats, pvm_output, replacement, shadow, switchover, replication,
+            secondary_disks,
         )  # fmt: skip
-        stood_in = ("probe", "make_overlays", "remove_overlays")
+        stood_in = ("probe", "make_overlays", "remove_overlays", "look", "rooms", "_need_room")
         disks = replication.DiskReplication
         kept_disks = [(disks, n, getattr(disks, n)) for n in stood_in]
         kept = [(m, "time", m.time) for m in modules]  # type: ignore[attr-defined]
@@ -865,6 +878,7 @@ class World:
         ]
         kept += [(arbiter, "make_store", arbiter.make_store)]
         kept += [(supervisor, n, getattr(supervisor, n)) for n in ("Qmp", "WATCH_S")]
+        kept += [(primary.Primary, "_watch_disks", primary.Primary._watch_disks)]
         kept += [(offload_maps, "syscall", offload_maps.syscall), (states, "STRICT", states.STRICT)]
         kept += [(scheduler, n, getattr(scheduler, n)) for n in ("OFFER_AFTER", "MAX_BACKOFF")]
         kept += kept_disks  # type: ignore[arg-type]
@@ -872,12 +886,16 @@ class World:
         async def overlays(disk: Any, of: Any, size: int) -> tuple[Path, Path]:
             return Path("/active"), Path("/hidden")
 
-        async def nothing(disks: Any) -> None: ...
+        async def nothing(disks: Any, *args: Any) -> None: ...
 
         try:
             disks.probe = lambda d, timeout=1.0, answer_s=1.0: self._probe(d, answer_s)  # type: ignore[method-assign]
             disks.make_overlays = overlays  # type: ignore[method-assign]
             disks.remove_overlays = nothing  # type: ignore[method-assign]
+            disks.look = lambda d: self._look(d)  # type: ignore[method-assign]
+            disks._need_room = nothing  # type: ignore[method-assign]
+            primary.Primary._watch_disks = nothing  # type: ignore[method-assign]
+            disks.rooms = lambda d: []  # type: ignore[method-assign]
             states.STRICT = True
             for m in modules:
                 m.time = clock  # type: ignore[attr-defined]
@@ -1200,7 +1218,7 @@ class World:
             c = side.controller
             if c is None or not side.primary:
                 continue
-            e = c.output.engine
+            e = c.output.nics[0].engine
             kept = e.held_packets - e.pvm_packets
             if (
                 e.pvm_packets > 17 * self.scene.queue
@@ -1234,7 +1252,7 @@ class World:
         c = side.controller if side.primary else None
         settled = c is None or c.state in (State.PROTECTED, State.SOLO, State.STOPPED)
         return settled and (
-            c is None or not (c.output.engine.held_packets or self._held_in_kernel(side))
+            c is None or not (c.output.nics[0].engine.held_packets or self._held_in_kernel(side))
         )
 
     @staticmethod
@@ -1288,8 +1306,10 @@ class World:
             }
             if made:
                 raise Violation(f"checkpoints for no reason: {made}: {list(c.journal.entries)[-1]}")
-        if c.output.engine.held_packets:
-            raise Violation(f"I4: {c.output.engine.held_packets} frames are held for ever, {ctl}")
+        if c.output.nics[0].engine.held_packets:
+            raise Violation(
+                f"I4: {c.output.nics[0].engine.held_packets} frames are held for ever, {ctl}"
+            )
         if self._held_in_kernel(side):
             raise Violation(
                 f"I4: {self._held_in_kernel(side)} connections wait for ever in the fast path"

@@ -18,6 +18,7 @@ from colo_xdp.datapath.hooks import Look
 from colo_xdp.datapath.ring import CapturedFrame
 from colo_xdp.failover.lease import StoreError, StoreView
 from colo_xdp.qemu.event import QmpEvent
+from colo_xdp.qemu.nic import Card
 from colo_xdp.qemu.qmp import QmpTimeout
 from tests.sim.host import MapDict
 
@@ -53,12 +54,13 @@ class FakeDataPath:
         self.waiting: list[CapturedFrame] = []
         self.found, self.came = Look(), 0
         self.opened = self.changed = self.stepped_in = 0
-        self.in_bridge = False
+        self.in_bridge: list[str] = []
+        self.nics, self.fds = (self,), list[int]()
         self.promoted_epoch = self.peer_stopped = self.closed = self.disks_whole = 0
         self.undecided = False
         self.unmirrored: set[bytes] = set()
         self.addresses = AddressTable(MapDict(), MapDict())
-        self.port_state, self.port_forwarding = "", True
+        self.port_state, self.port_forwarding, self.hook = "", True, "tc"
         self.macs: list[bytes] = []
 
     def is_at(self, *macs: bytes) -> None:
@@ -198,6 +200,9 @@ class FakeQmp:
 
     async def trigger_checkpoint(self) -> None:
         self.said.append("checkpoint")
+
+    async def cards(self) -> list[Card]:
+        return []
 
     async def guest_macs(self, tap: str) -> list[str]:
         return ["52:54:00:12:34:56", "52:54:00:12:34:57"]

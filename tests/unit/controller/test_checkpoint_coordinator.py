@@ -49,7 +49,7 @@ def test_what_is_kept_back_for_tier_k_leaves_also_where_no_time_runs_out(state: 
     dp.mode = Mode.CHECKPOINT
     pair = Pair()
     sent = pair.until_braked()
-    c.output.engine, c.state = pair.e, state
+    c.output.nics[0].engine, c.state = pair.e, state
     c.on_tick(pair.now)
     assert pair.out == sent
 
@@ -112,7 +112,7 @@ def test_an_adopted_data_path_decides_nothing_before_a_checkpoint() -> None:
     assert dp.mode is Mode.CHECKPOINT
     c.on_frame(CapturedFrame(Source.PVM, time.monotonic_ns(), 7, tcp(b"x"), 0, False))
     c.on_frame(CapturedFrame(Source.SVM, time.monotonic_ns(), 7, tcp(b"x"), 0, False))
-    assert c.output.engine.held_packets == 1 and not dp.injectors["release"].frames
+    assert c.output.nics[0].engine.held_packets == 1 and not dp.injectors["release"].frames
 
 
 def test_offsets_of_its_own_are_handed_over_in_parts() -> None:
@@ -120,7 +120,7 @@ def test_offsets_of_its_own_are_handed_over_in_parts() -> None:
         c, dp, sent = primary(Mode.CHECKPOINT)
         dp.promoted_epoch = 7
         entries = [bytes([i % 256]) * 104 for i in range(700)]
-        c.checkpoints.offsets.table = SimpleNamespace(export=lambda epoch: entries)  # type: ignore[assignment]
+        c.checkpoints.offsets.tables[0] = SimpleNamespace(export=lambda epoch: entries)  # type: ignore[assignment]
         c.peer.connected = True
         c.qemu.qmp = FakeQmp()  # type: ignore[assignment]
         ck = c.checkpoints.running = Checkpoint(8, "initial", time.monotonic_ns())
@@ -134,6 +134,7 @@ def test_offsets_of_its_own_are_handed_over_in_parts() -> None:
         await asyncio.gather(c.checkpoints._send_offsets(ck, time.monotonic() + 5), answer())
         parts = [m for m in sent if m["type"] == "offsets"]
         assert [(m["n"], m["last"]) for m in parts] == [(0, False), (1, False), (2, True)]
+        assert [(m["nic"], m["first"]) for m in parts] == [(0, True), (0, False), (0, False)]
         assert b"".join(bytes.fromhex(m["flows"]) for m in parts) == b"".join(entries)
         for m in parts:
             encode(m["type"], **{k: v for k, v in m.items() if k != "type"})
@@ -167,7 +168,16 @@ def test_a_pair_is_not_entered_twice_at_a_time() -> None:
         c.state = State.SOLO
         old = c.checkpoints._serving = c.spawn(asyncio.sleep(60))
         await asyncio.sleep(0)
-        c.on_message({"type": "ready", "epoch": 1, "qemu": 1, "disks": {}, "hardware": ""})
+        c.on_message(
+            {
+                "type": "ready",
+                "epoch": 1,
+                "qemu": 1,
+                "disks": {},
+                "hardware": "",
+                "nics": {"net0": 0},
+            }
+        )
         assert c.state is State.STARTING and c.checkpoints._serving is not old
         c.checkpoints._serving.cancel()
         await asyncio.wait([old], timeout=5)

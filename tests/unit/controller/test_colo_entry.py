@@ -18,6 +18,7 @@ from colo_xdp.controller.colo_entry import BACKOFF_FREE_S, BACKOFF_S, Tries
 from colo_xdp.failover.decision import State
 from colo_xdp.qemu.event import QmpEvent
 from colo_xdp.qemu.hardware import encode
+from colo_xdp.qemu.nic import Card
 from colo_xdp.qemu.qmp import QmpError
 from tests.unit.controller.fakes import in_loop, primary, secondary, undecided
 from tests.unit.controller.test_guest_lifecycle import OFF, says
@@ -47,6 +48,9 @@ class Qemu:
     async def yank(self, timeout: float | None = None) -> None:
         self.said.append("yank")
         self.migration = "failed"
+
+    async def cards(self) -> list[Card]:
+        return []
 
     async def hardware(self) -> dict[str, str]:
         return {"vCPUs": "1"}
@@ -289,7 +293,16 @@ def test_machines_that_differ_are_no_pair() -> None:
             (encode({"vCPUs": "2"}), "vCPUs: 1 here, 2 there"),
             ("no report", "the secondary's report"),
         ):
-            c.on_message({"type": "ready", "epoch": 0, "qemu": 1, "disks": {}, "hardware": theirs})
+            c.on_message(
+                {
+                    "type": "ready",
+                    "epoch": 0,
+                    "qemu": 1,
+                    "disks": {},
+                    "hardware": theirs,
+                    "nics": {"net0": 0},
+                }
+            )
             assert not await c.entry._alike() and text in c.reason
         c.on_message(
             {
@@ -298,6 +311,7 @@ def test_machines_that_differ_are_no_pair() -> None:
                 "qemu": 2,
                 "disks": {},
                 "hardware": encode({"vCPUs": "1"}),
+                "nics": {"net0": 0},
             }
         )
         assert await c.entry._alike() and not c.qemu.qmp.said  # type: ignore[attr-defined]
@@ -431,6 +445,7 @@ def test_a_guest_that_is_off_is_not_let_out_by_the_entry_that_ends_with_it() -> 
         q = c.qemu.qmp = Qemu("running", "active")  # type: ignore[assignment]
         c.peer.connected = c.entry.peer_ready = True
         c.entry.peer_hardware = encode({"vCPUs": "1"})
+        c.entry.peer_nics = {"net0": 0}
         c.checkpoints._serving = c.spawn(c.checkpoints._serve())
         while "migrate" not in q.said:
             if c.checkpoints.running is not None and not c.checkpoints.running.begun:
@@ -503,6 +518,7 @@ def test_an_entry_whose_checkpoint_counts_is_no_entry_that_failed(answer: str) -
         c, dp, sent = primary(Mode.BYPASS)
         c.view.guest.standalone, c.peer.connected, c.entry.peer_ready = True, True, True
         c.entry.peer_hardware = encode({"vCPUs": "1"})
+        c.entry.peer_nics = {"net0": 0}
         q = c.qemu.qmp = Qemu("running", "")  # type: ignore[assignment]
 
         async def checkpoint(want: Any) -> None:

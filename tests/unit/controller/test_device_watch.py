@@ -161,16 +161,18 @@ def wants(c: Primary) -> str:
 def test_what_waits_while_nothing_arrives_does_not_wait_for_a_timeout() -> None:
     c, _, _ = primary()
     protected(c)
-    c.output.engine.epoch = 7
+    c.output.nics[0].engine.epoch = 7
     c.on_frame(frame(0))
-    assert c.output.engine.held_packets == 1
+    assert c.output.nics[0].engine.held_packets == 1
     c.on_tick(time.monotonic_ns())
     assert wants(c) == "", "the twin may come"
     c.devices._found(Look(trouble=[GONE], cut=True))
     assert c.tick_ns() <= time.monotonic_ns()
     c.on_tick(time.monotonic_ns())
     assert wants(c) == Cause.PEER_LINK
-    assert c.output.engine.held_packets == 1, "it leaves with the checkpoint, and not before"
+    assert c.output.nics[0].engine.held_packets == 1, (
+        "it leaves with the checkpoint, and not before"
+    )
     c.checkpoints.ended_ns, c.checkpoints.last = time.monotonic_ns(), {"total_ms": 9000.0}
     c.on_tick(time.monotonic_ns())
     assert wants(c) == "", "paced: at most half of the time"
@@ -186,7 +188,7 @@ def test_programs_that_were_gone_cost_one_checkpoint() -> None:
     assert wants(c) == Cause.HOOKS_LOST
     beat = next(m for m in sent if m["type"] == "heartbeat")
     assert beat["shadow"], "the secondary may lack what clients know, and is told at once"
-    assert c.shadow.leaving and not c.output.engine.shadow, "everything is held"
+    assert c.shadow.leaving and not c.output.nics[0].engine.shadow, "everything is held"
     sent.clear()
     c.devices._found(Look(restored=["svm_arrival on eth1"], missed=True))
     assert wants(c) == Cause.HOOKS_LOST
@@ -207,7 +209,7 @@ def test_a_filter_before_ours_is_as_a_shadow_that_nobody_asked_for() -> None:
         "epoch": 7,
     }
     c.on_message(word | {"shut": False, "alone": False})
-    assert not c.output.engine.shadow, "what passes us is bad enough"
+    assert not c.output.nics[0].engine.shadow, "what passes us is bad enough"
     c.devices._found(Look())
     assert c.shadow.leaving and wants(c) == Cause.HOOKS_LOST
 
@@ -216,9 +218,9 @@ def test_a_shadow_that_was_asked_for_stays() -> None:
     c, _, _ = primary()
     protected(c)
     c.view.shadow = True
-    c.output.engine.set_shadow(True, time.monotonic_ns())
+    c.output.nics[0].engine.set_shadow(True, time.monotonic_ns())
     c.devices._found(Look(restored=["pvm_out on tap0"], unseen=True))
-    assert c.view.shadow and not c.shadow.leaving and c.output.engine.shadow
+    assert c.view.shadow and not c.shadow.leaving and c.output.nics[0].engine.shadow
 
 
 def test_the_secondary_says_what_it_missed() -> None:
@@ -252,7 +254,7 @@ def test_flows_are_met_anew_after_what_nobody_saw() -> None:
     """The guest has sent 5,000 bytes past us; after the checkpoint both go on behind them."""
     c, dp, _ = primary()
     protected(c)
-    e = c.output.engine
+    e = c.output.nics[0].engine
     e.epoch = 7
     out = dp.injectors["release"].frames
     c.on_frame(frame(0))

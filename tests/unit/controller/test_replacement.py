@@ -62,10 +62,14 @@ def test_a_survivor_becomes_the_primary_when_a_new_qemu_waits() -> None:
     async def body() -> None:
         c, dp, _ = secondary(Mode.TAKEOVER)
         object.__setattr__(c.config.qemu, "reverse_uri", "")
-        c.on_message({"type": "ready", "epoch": 3, "disks": {}, "hardware": ""})
+        c.on_message(
+            {"type": "ready", "epoch": 3, "disks": {}, "hardware": "", "nics": {"net0": 0}}
+        )
         assert not c.role_changed, "nothing says where the other QEMU waits"
         object.__setattr__(c.config.qemu, "reverse_uri", "tcp:192.0.2.1:9998")
-        c.on_message({"type": "ready", "epoch": 3, "disks": {}, "hardware": ""})
+        c.on_message(
+            {"type": "ready", "epoch": 3, "disks": {}, "hardware": "", "nics": {"net0": 0}}
+        )
         assert c.role_changed and dp.changed == 1
         await asyncio.wait_for(c.finished(), 1)
 
@@ -211,5 +215,5 @@ def test_a_host_that_waits_for_a_new_guest_keeps_its_key() -> None:
     c.arbiter = LeaseArbiter(speaker)
     speaker.freed("1")
     assert speaker.steal == "1"
-    c.on_message({"type": "ready", "epoch": 7, "disks": {}, "hardware": ""})
+    c.on_message({"type": "ready", "epoch": 7, "disks": {}, "hardware": "", "nics": {"net0": 0}})
     assert not speaker.steal

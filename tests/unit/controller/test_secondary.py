@@ -37,6 +37,9 @@ def test_a_primary_that_gave_up_is_told_again_who_waits(
         async def no_migration() -> str:
             return ""
 
+        async def no_cards() -> list[Any]:
+            return []
+
         async def nothing_special() -> dict[str, str]:
             return {}
 
@@ -46,6 +49,7 @@ def test_a_primary_that_gave_up_is_told_again_who_waits(
             execute=no_disks,
             migration_status=no_migration,
             hardware=nothing_special,
+            cards=no_cards,
         )
         c.peer = SimpleNamespace(connected=True, send=sent)  # type: ignore[assignment]
         c._ready_wanted, c.view.peer.state = True, "checkpointing"
@@ -96,7 +100,7 @@ def test_a_shut_data_path_stays_shut_for_the_next_controller() -> None:
     c, dp, _ = primary(Mode.DROP, adopted=True)
     assert c.state is State.STOPPED and dp.mode is Mode.DROP
     c.on_frame(CapturedFrame(Source.PVM, 1, 7, tcp(b"x"), 0, False))
-    assert c.output.engine.held_packets == 0
+    assert c.output.nics[0].engine.held_packets == 0
 
 
 def test_frames_of_a_checkpoint_go_where_their_time_says() -> None:
@@ -160,7 +164,7 @@ def test_a_checkpoint_is_refused_by_name(change: dict[str, Any], why: str) -> No
 def test_signs_of_an_earlier_secondary_are_forgotten_with_the_next_one() -> None:
     c, _, _ = primary(Mode.BYPASS)
     c.view.peer.shut = True
-    c.on_message({"type": "ready", "epoch": 0, "disks": {}, "hardware": ""})
+    c.on_message({"type": "ready", "epoch": 0, "disks": {}, "hardware": "", "nics": {"net0": 0}})
     assert not c.view.peer.shut
 
 

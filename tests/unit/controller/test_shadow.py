@@ -41,13 +41,13 @@ def test_a_shadow_begins_when_the_secondary_has_heard_of_it() -> None:
     c, _, sent = primary()
     c.state = State.PROTECTED
     c.set_shadow(True)
-    assert sent[-1]["shadow"] and not c.output.engine.shadow
+    assert sent[-1]["shadow"] and not c.output.nics[0].engine.shadow
     said = BEAT | {"epoch": 7, "state": "protected", "shut": False}
     c._peer_message(said | {"role": "secondary"})
     c._peer_message(said | {"role": "primary", "shadow": True})
-    assert not c.output.engine.shadow
+    assert not c.output.nics[0].engine.shadow
     c._peer_message(said | {"role": "secondary", "state": "paused", "shadow": True})
-    assert c.output.engine.shadow
+    assert c.output.nics[0].engine.shadow
     other, _, answers = secondary()
     other.view.paused = True
     other._peer_message(said | {"shadow": True})

@@ -74,7 +74,9 @@ def test_a_primary_that_is_alone_protects_again() -> None:
             raise asyncio.CancelledError
 
         c.entry.until_entered = entered  # type: ignore[method-assign]
-        c.on_message({"type": "ready", "epoch": 3, "disks": {}, "hardware": ""})
+        c.on_message(
+            {"type": "ready", "epoch": 3, "disks": {}, "hardware": "", "nics": {"net0": 0}}
+        )
         assert c.checkpoints._serving is not None
         await asyncio.wait({c.checkpoints._serving}, timeout=5)
         assert went == ["starting"] and c.qemu.qmp.said == ["lost_heartbeat"]  # type: ignore[attr-defined]
@@ -120,6 +122,41 @@ def test_a_guest_that_is_alone_runs_whatever_a_broken_checkpoint_has_left(
         stopped_by_it = migration == "failed" or first == "postmigrate"
         want = ["", "colo", "paused", "cont", "running"] if stopped_by_it else []
         assert c.qemu.qmp.said == [first, *want]  # type: ignore[attr-defined]
+
+    in_loop(body)
+
+
+@pytest.mark.parametrize("ours", [True, False])
+def test_an_entry_that_waits_before_its_switchover_is_cancelled(ours: bool) -> None:
+    """`pre-switchover` waits for a command that nobody sends; the guest stands still meanwhile."""
+
+    class Waits(FakeQmp):
+        migration, now = "pre-switchover", "finish-migrate"
+
+        async def migration_status(self, timeout: float | None = None) -> str:
+            return self.migration
+
+        async def status(self, timeout: float | None = None) -> str:
+            return self.now
+
+        async def enters_colo(self) -> bool:
+            return ours
+
+        async def execute(self, command: str) -> list[Any]:
+            self.said.append(command)
+            if command == "migrate_cancel":
+                self.migration = "cancelled"
+            elif command == "cont":
+                self.now = "running"
+            return []
+
+    async def body() -> None:
+        c, _, _ = primary(Mode.BYPASS, adopted=True)
+        c.state, c.qemu.qmp = State.SOLO, Waits()  # type: ignore[assignment]
+        await c.on_qemu()
+        await asyncio.gather(*c._tasks)
+        assert c.qemu.qmp.said == ["migrate_cancel", "cont"] * ours  # type: ignore[attr-defined]
+        assert (await c.qemu.qmp.status() == "running") == ours
 
     in_loop(body)
 

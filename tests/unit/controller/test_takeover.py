@@ -29,7 +29,7 @@ def test_a_checkpoint_that_nobody_saw_is_in_doubt_until_the_next(
         c, dp, _ = secondary(Mode.CHECKPOINT)
         c.qemu.qmp = FakeQmp()  # type: ignore[assignment]
         lost: list[int] = []
-        monkeypatch.setattr(c.flows, "give_up", lambda epoch: lost.append(epoch) or 0)
+        monkeypatch.setattr(c.flows[0], "give_up", lambda epoch: lost.append(epoch) or 0)
         for _ in range(2):  # the former controller's, and one that this one was asked for
             assert c.held.hold is not None
             c.held.hold.deadline = 0.0
@@ -200,7 +200,7 @@ def test_a_primary_that_dies_in_a_checkpoint_leaves_the_svm_its_addresses() -> N
             claim = abi.CLAIM.pack(time.monotonic_ns(), mac_key(GUEST_MAC), epoch, 0)
             dp.addresses._addresses.set(key, claim)
         told, _ = dp.addresses.export(256)
-        c.on_message({"type": "claims", "n": 8, "addresses": told.hex(), "macs": ""})
+        c.on_message({"type": "claims", "n": 8, "nic": 0, "addresses": told.hex(), "macs": ""})
         c.on_message({"type": "begin", "n": 8, "cause": "operator", "initial": False})
         await c.takeover.run("the primary is dead")
         assert dp.epoch == 7
@@ -217,10 +217,10 @@ def test_the_data_path_learns_whose_frames_it_mirrors() -> None:
 
     async def body() -> None:
         c, dp, _ = primary()
-        c.qemu.options = replace(c.qemu.options, guest_mac="")
+        c.qemu.options = replace(c.qemu.options, taps={"tap0": ""})
         c.qemu.qmp = FakeQmp()  # type: ignore[assignment]
         known, c.qemu.qmp = c.qemu.qmp, Unsure()  # type: ignore[assignment]
-        assert await c.qemu.learn_macs() == "" and not dp.macs, "it goes on mirroring everything"
+        assert await c.qemu.learn_macs() == [""] and not dp.macs, "it goes on mirroring everything"
         c.qemu.qmp = known
         c.qemu.on_event(event("NIC_RX_FILTER_CHANGED", 1, 1))
         while not dp.macs:
@@ -228,10 +228,10 @@ def test_the_data_path_learns_whose_frames_it_mirrors() -> None:
         assert [m.hex(":") for m in dp.macs] == ["52:54:00:12:34:56", "52:54:00:12:34:57"]
         c.qemu.qmp = Unsure()  # type: ignore[assignment]
         dp.macs = []
-        assert await c.qemu.learn_macs() == "52:54:00:12:34:56", "as it was last told"
+        assert await c.qemu.learn_macs() == ["52:54:00:12:34:56"], "as it was last told"
         assert not dp.macs
-        c.qemu.options = replace(c.qemu.options, guest_mac="02:00:00:00:00:09")
-        assert await c.qemu.learn_macs() == "02:00:00:00:00:09"
+        c.qemu.options = replace(c.qemu.options, taps={"tap0": "02:00:00:00:00:09"})
+        assert await c.qemu.learn_macs() == ["02:00:00:00:00:09"]
         assert dp.macs == [bytes.fromhex("020000000009")]
 
     in_loop(body)
@@ -245,13 +245,13 @@ def test_a_guest_with_too_many_mac_addresses_is_announced(
     async def body() -> None:
         c, _, _ = primary()
 
-        def full(*macs: bytes) -> None:
+        def full(nic: int, *macs: bytes) -> None:
             raise OSError(errno.E2BIG, "map update")
 
         monkeypatch.setattr(c.qemu, "_is_at", full)
-        c.qemu.options = replace(c.qemu.options, guest_mac="")
+        c.qemu.options = replace(c.qemu.options, taps={"tap0": ""})
         c.qemu.qmp = FakeQmp()  # type: ignore[assignment]
-        assert await c.qemu.learn_macs() == "52:54:00:12:34:56"
+        assert await c.qemu.learn_macs() == ["52:54:00:12:34:56"]
         assert "not all MAC addresses" in caplog.text
 
     in_loop(body)

@@ -112,7 +112,9 @@ def test_a_persons_word_that_opened_a_guest_does_not_break_the_pair_that_follows
         assert c._busy is not None
         await c._busy
         assert c.state is State.STARTING and not c.undecided
-        c.on_message({"type": "ready", "epoch": 0, "disks": {}, "hardware": ""})
+        c.on_message(
+            {"type": "ready", "epoch": 0, "disks": {}, "hardware": "", "nics": {"net0": 0}}
+        )
         c.state = State.PROTECTED
         assert decide(c.facts()).action is Action.NONE
 

@@ -19,9 +19,9 @@ from colo_xdp.failover.decision import Action, Ending, State
 from colo_xdp.failover.lease import boot_ns
 from colo_xdp.peer.channel import OTHER
 from colo_xdp.peer.heartbeat import NONCE, Flag, Heartbeat, HeartbeatSession, session_key
-from colo_xdp.peer.heartbeat_links import LINK
 from tests.unit.controller.fakes import FakeDataPath, Sent, primary, secondary
 
+LINK = "peer link"
 Made = tuple[Controller, FakeDataPath, list[Action]]
 
 
@@ -77,7 +77,9 @@ def test_only_a_fresh_word_counts_and_only_when_the_channel_is_down(make: Any, w
         elif why == "kept back":
             said = word(said.flags, late_ms=c.config.peer.heartbeat_timeout + 1)
         elif why == "before the guest":
-            c._peer_message({"type": "ready", "epoch": 7, "disks": {}, "hardware": ""})
+            c._peer_message(
+                {"type": "ready", "epoch": 7, "disks": {}, "hardware": "", "nics": {"net0": 0}}
+            )
             c.peer.connected = False
         elif why == "overtaken":  # by what the control channel brought before it was cut
             beat = {"t": said.t, "echo": 0, "state": "protected", "epoch": 7, "vm": True,

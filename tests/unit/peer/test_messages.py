@@ -69,10 +69,10 @@ def test_wrong_shapes_never_escape(value: object, kind: str) -> None:
 
 def test_offsets_may_be_long_and_nothing_else() -> None:
     text = "ab" * (messages.MAX_FLOWS_TEXT // 2)
-    line = messages.encode("offsets", n=0, last=True, flows=text)
+    line = messages.encode("offsets", n=0, nic=0, first=True, last=True, flows=text)
     assert len(line) <= messages.MAX_LINE and messages.decode(line)["flows"] == text
     with pytest.raises(messages.WireError, match="characters"):
-        messages.encode("offsets", n=0, last=True, flows=text + "ab")
+        messages.encode("offsets", n=0, nic=0, first=True, last=True, flows=text + "ab")
     with pytest.raises(messages.WireError, match="characters"):
         messages.encode("begin", n=1, cause=text, initial=False)
 

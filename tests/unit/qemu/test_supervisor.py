@@ -20,7 +20,7 @@ from colo_xdp.qemu.supervisor import QemuOptions, QemuSupervisor, Stakes
 from tests.unit.controller.fakes import in_loop, primary, secondary
 
 OPTIONS = QemuOptions(
-    pair="web1", name="PVM", qmp="/nowhere", qmp_oob="", timeout_s=1, tap="tap0", guest_mac="",
+    pair="web1", name="PVM", qmp="/nowhere", qmp_oob="", timeout_s=1, taps={"tap0": ""},
     incoming=(),
 )  # fmt: skip
 
@@ -90,7 +90,7 @@ def test_what_a_lost_connection_means_is_a_matter_of_what_depends_on_it(
 
     async def body() -> None:
         owner = Owner(stakes)
-        q = QemuSupervisor(OPTIONS, owner, tap_alive=lambda: alive, is_at=lambda *macs: None)
+        q = QemuSupervisor(OPTIONS, owner, tap_alive=lambda: alive, is_at=lambda nic, *macs: None)
         if alive:
 
             async def refused(self: Any) -> None:
@@ -118,7 +118,7 @@ def test_a_copy_that_died_in_the_entry_is_started_again(
         owner = Owner(Stakes.NOTHING_YET)
         q = QemuSupervisor(
             replace(OPTIONS, incoming=("qemu",)), owner, tap_alive=lambda: held,
-            is_at=lambda *macs: None,
+            is_at=lambda nic, *macs: None,
         )  # fmt: skip
         loop = asyncio.get_running_loop()
 
@@ -162,7 +162,7 @@ def test_a_secondary_needs_a_copy_while_the_other_guest_serves_alone() -> None:
 def test_where_the_next_one_is_looked_for_elsewhere_a_lost_connection_means_nothing() -> None:
     async def body() -> None:
         owner = Owner(Stakes.OVER)
-        q = QemuSupervisor(OPTIONS, owner, tap_alive=lambda: False, is_at=lambda *macs: None)
+        q = QemuSupervisor(OPTIONS, owner, tap_alive=lambda: False, is_at=lambda nic, *macs: None)
         q._on_closed("closed")
         await asyncio.sleep(0)
         assert owner.said == []

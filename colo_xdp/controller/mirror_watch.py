@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Notice on the primary that the secondary's disks have fallen silent, whatever else answers there.
+
+A write that is mirrored ends when it is on both images. If the connection, the other QEMU or the
+storage below it falls silent nobody is told, and the guest's writes wait for ever. QEMU tells how
+many bytes are on their way, so a look now and then shows that none of them arrives.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from typing import Protocol
+
+from ..config.file import Config
+from ..qemu.qmp import QmpError
+from ..qemu.supervisor import QemuSupervisor
+
+log = logging.getLogger("colo_xdp.controller.primary")
+
+LOOK_S = 0.05
+
+
+class Mirroring(Protocol):
+    """The controller of the guest whose disks are mirrored."""
+
+    config: Config
+    qemu: QemuSupervisor
+
+    def mirror_lost(self, why: str) -> None:
+        """Count the SVM as lost."""
+
+
+class MirrorWatch:
+    """Gives a silent secondary up, so that the guest's writes go on."""
+
+    def __init__(self, controller: Mirroring) -> None:
+        self._c = controller
+
+    async def run(self) -> None:
+        """Look until cancelled."""
+        c = self._c
+        while c.qemu.disks.any:
+            await asyncio.sleep(min(LOOK_S, c.config.nbd.write_timeout / 4000))
+            await self.look()
+
+    async def look(self) -> None:
+        """Look once."""
+        c = self._c
+        disks = c.qemu.disks
+        if not disks.mirroring or disks.lost or not c.qemu.qmp.connected:
+            return
+        with contextlib.suppress(QmpError):  # if it hangs, what was seen before counts
+            await disks.look()
+        if not (why := disks.silent()):
+            return
+        c.mirror_lost(why)
+        try:
+            await disks.give_up(why)
+        except QmpError as e:  # leaving COLO tries it again
+            log.warning("%s", e)
