@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ..service import control_socket
 from ..tools import cleanup, pki
@@ -26,7 +26,8 @@ from .net import NETWORKS, PEER_P, PEER_S, LabError, Processes, Topology, stop_p
 PAIR = os.environ.get("COLO_LAB", "lab")
 PROTECT_S = 60.0
 POWER_OFF_S = 120.0
-ENTER_STOP_MS = 30_000  # of the Debian guest
+#: of the Debian guest, which stands while its memory is copied: long, where the machine is busy
+ENTER_STOP_MS = 30_000
 NBD_PORT = 10809
 
 
@@ -41,7 +42,7 @@ class Lab:
         vnet_hdr: bool = True,
         overrides: dict[str, dict[str, Any]] | None = None,
         nics: int = 1,
-        guest: str = "small",
+        guest: Literal["small", "debian"] = "small",
         disks: int = 0,
         overlay_limit: int = 64,
         say: Callable[[str], None] = lambda text: None,
@@ -225,9 +226,7 @@ class Lab:
             "datapath": {"run_dir": str(self.work), "fast_path_memory": 32},
             "metrics": {"listen": f"127.0.0.1:{port}"},
         }
-        if (
-            self.guest.root
-        ):  # more memory is copied while the guest stands, on a busy machine slowly
+        if self.guest.root:
             sections["qemu"]["enter_stop"] = ENTER_STOP_MS
         if self.disks:
             sections["nbd"] = {"local": f"{local}:{NBD_PORT}", "remote": f"{remote}:{NBD_PORT}"}
