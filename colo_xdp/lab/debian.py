@@ -2,7 +2,8 @@
 """Build Debian roots: a directory of packages, and from one the disk image of the Debian guest.
 
 The guest is Debian 12 with systemd, its root an ext4 file system on the first disk, with the
-services of the small guest as a unit. It boots the same kernel and initramfs.
+services of the small guest as a unit. It boots the same kernel and initramfs. The image is the same
+one, byte for byte, for the same versions of the packages.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from . import guest
+from . import ext4, guest
 from .net import LabError, sh
 
 SUITE = "bookworm"
@@ -28,8 +29,7 @@ LEFT_OUT = ("/usr/share/man/*", "/usr/share/doc/*", "/usr/share/locale/*")
 PROGRAMS = "usr/local/bin"
 APPLETS = ("httpd", "nc", "usleep", "wget")  # of busybox, which the services need
 BUILD_S = 900.0
-#: the image is the same one for the same packages; both are as good as any other
-UUID = "c0109d0a-0000-4000-8000-000000000001"
+#: as good as any other, and the same in each image
 MACHINE_ID = "c0109d0a000040008000000000000001"
 #: units that would find nothing to do and cost seconds of a boot under TCG: nobody logs in, nothing
 #: is on the root that they would load or mount
@@ -78,7 +78,7 @@ GUEST = Packages(
 def _run(*cmd: str) -> None:
     r = subprocess.run(
         cmd, capture_output=True, text=True, check=False, timeout=BUILD_S,
-        stdin=subprocess.DEVNULL,
+        stdin=subprocess.DEVNULL, env={**os.environ, "SOURCE_DATE_EPOCH": str(ext4.TIME)},
     )  # fmt: skip
     if r.returncode:
         raise LabError(f"{' '.join(cmd)}: {(r.stdout + r.stderr)[-4000:]}")
@@ -142,17 +142,6 @@ def prepare(root: Path) -> None:
         (units / name).symlink_to("/dev/null")
 
 
-def make_image(root: Path, image: Path, size_mib: int = SIZE_MIB) -> None:
-    """Make a qcow2 image with the contents of a directory, on ext4. Raises LabError."""
-    with tempfile.NamedTemporaryFile(dir=image.parent, suffix=".raw") as raw:
-        raw.truncate(size_mib << 20)
-        _run(
-            "mke2fs", "-q", "-F", "-t", "ext4", "-U", UUID, "-E", f"hash_seed={UUID}",
-            "-d", str(root), raw.name,
-        )  # fmt: skip
-        _run("qemu-img", "convert", "-f", "raw", "-O", "qcow2", raw.name, str(image))
-
-
 def build(
     directory: Path, small: guest.Guest, say: Callable[[str], None] = lambda text: None
 ) -> guest.Guest:
@@ -162,7 +151,10 @@ def build(
     """
     image = directory / "debian.qcow2"
     digest = hashlib.sha256(
-        GUEST.digest.encode() + guest.sources() + Path(__file__).read_bytes()
+        GUEST.digest.encode()
+        + guest.sources()
+        + Path(__file__).read_bytes()
+        + Path(ext4.__file__).read_bytes()
     ).hexdigest()
 
     def make(part: Path) -> None:
@@ -171,7 +163,7 @@ def build(
             root = Path(tmp) / "root"
             sh("cp", "-a", str(base), str(root))
             prepare(root)
-            make_image(root, part)
+            ext4.make_image(root, part, SIZE_MIB)
 
     if not fresh(image, digest):
         say("a Debian root for the guest, from packages: once, about a minute")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from colo_xdp.lab import debian, disk
+from colo_xdp.lab import debian, disk, ext4
 from colo_xdp.lab.debian import Packages
 from colo_xdp.lab.net import LabError
 
@@ -66,7 +66,7 @@ def image(tmp_path: Path) -> Path:
     (root / HERE / "log").write_bytes(log)
     (root / HERE / "data").write_bytes(data)
     out = tmp_path / "d0.qcow2"
-    debian.make_image(root, out, 32)
+    ext4.make_image(root, out, 32)
     return out
 
 
@@ -87,3 +87,44 @@ def test_what_was_acknowledged_and_is_not_there_is_lost(tmp_path: Path) -> None:
 def test_an_image_without_the_records_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(LabError, match="no file /log"):
         disk.check(image(tmp_path), [1])
+
+
+def tree(root: Path, names: list[str]) -> Path:
+    (root / "etc").mkdir(parents=True)
+    for name in names:
+        (root / "etc" / name).write_text(name)
+    (root / "etc/a").chmod(0o4711)
+    (root / "lib").symlink_to("usr/lib")
+    return root
+
+
+def test_what_debugfs_is_told_has_one_order_and_one_time(tmp_path: Path) -> None:
+    one = list(ext4.commands(tree(tmp_path / "x", ["a", "b b"])))
+    two = list(ext4.commands(tree(tmp_path / "y", ["b b", "a"])))
+    assert [c.replace(f"{tmp_path}/y", f"{tmp_path}/x") for c in two] == one
+    assert one[:3] == ['cd "/"', 'mkdir "etc"', 'sif "etc" mode 040755']
+    assert 'sif "a" mode 0104711' in one and 'symlink "lib" "usr/lib"' in one
+    assert f'write "{tmp_path}/x/etc/b b" "b b"' in one
+    assert f'sif "b b" ctime @{ext4.TIME}' in one
+
+
+def test_a_file_that_debugfs_cannot_be_told_of_is_refused(tmp_path: Path) -> None:
+    (tmp_path / 'a"b').touch()
+    with pytest.raises(LabError, match="cannot be told"):
+        list(ext4.commands(tmp_path))
+
+
+@needs_tools
+def test_an_image_is_the_same_byte_for_byte(tmp_path: Path) -> None:
+    images = [tmp_path / "1.qcow2", tmp_path / "2.qcow2"]
+    for i, names in enumerate((["a", "b b"], ["b b", "a"])):
+        ext4.make_image(tree(tmp_path / str(i), names), images[i], 16)
+    assert images[0].read_bytes() == images[1].read_bytes()
+
+
+@needs_tools
+def test_an_image_that_is_too_small_is_an_error(tmp_path: Path) -> None:
+    root = tree(tmp_path / "root", ["a"])
+    (root / "etc/large").write_bytes(bytes(range(256)) * (6 << 12))
+    with pytest.raises(LabError, match="debugfs"):
+        ext4.make_image(root, tmp_path / "image", 4)
