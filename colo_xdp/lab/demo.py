@@ -28,7 +28,7 @@ ECHOES = 50  # after the takeover, on each network
 NICS = 2
 STREAM_BEFORE_S = 1.5
 PROGRESS_S, REPEAT_S = 2.0, 10.0
-REASON_LENGTH = 100
+TEXT_LENGTH = 100
 
 
 class Show:
@@ -57,21 +57,26 @@ class Show:
         return bool(self.rows) and all(r[2] for r in self.rows)
 
 
-def _progress(lab: Lab, show: Show, role: str) -> Callable[[], None]:
-    """Return a function that shows what a controller waits for, now and then."""
+def _progress(lab: Lab, show: Show) -> Callable[[], None]:
+    """Return a function that shows what the controllers wait for, now and then."""
     looked = said = time.monotonic()
-    last = ""
+    last: dict[str, str] = {}
 
     def look() -> None:
-        nonlocal looked, said, last
+        nonlocal looked, said
         now = time.monotonic()
         if now - looked < PROGRESS_S:
             return
         looked = now
-        reason = str(lab.status(role).get("reason") or "programs are compiled and loaded")
-        if reason != last or now - said > REPEAT_S:
-            show.say(f"{role}: {shorten(reason, REASON_LENGTH, placeholder=' ...')}")
-            last, said = reason, now
+        for role in ("primary", "secondary"):
+            seen = lab.status(role)
+            text = f"{seen['state']}: {seen['reason']}" if seen else "compiles its programs"
+            if text != last.get(role):
+                show.say(f"{role}: {shorten(text, TEXT_LENGTH, placeholder=' ...')}")
+                last[role], said = text, now
+        if now - said > REPEAT_S:
+            show.say("no change yet")
+            said = now
 
     return look
 
@@ -173,9 +178,10 @@ def _stream(show: Show, over: float, at: float, nic: int, stream: EchoStream) ->
 def _second_death(lab: Lab, show: Show, records: RecordStream) -> None:
     """Give the survivor a new secondary, and let that one survive as well."""
     lab.start_vm("primary", incoming=True)
-    t = time.monotonic()
+    t, look = time.monotonic(), _progress(lab, show)
     for role in ("secondary", "primary"):
-        lab.wait_state(role, "protected", meanwhile=_progress(lab, show, "secondary"))
+        # Both controllers change their roles, one after the other.
+        lab.wait_state(role, "protected", lab.patience_s * 2, look)
     show.row(
         "protected again, on the former primary host",
         f"after {time.monotonic() - t:.1f} s, with a full copy of the disk",
@@ -265,7 +271,7 @@ def main(report_path: str = "build/demo-report.json", keep: bool = False) -> int
                 )
             ]  # fmt: skip
             show.say("two controllers, from two TOML files")
-            took = lab.protect(_progress(lab, show, "primary"))
+            took = lab.protect(_progress(lab, show))
             show.row("entering COLO", f"protected after {took:.1f} s", True)
             for step in steps:
                 step(lab, show, report)
