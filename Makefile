@@ -71,7 +71,7 @@ uninstall:
 	rm -f $(DESTDIR)$(PREFIX)/bin/colo-xdp $(DESTDIR)$(PREFIX)/lib/systemd/system/colo-xdp@.service
 	[ -n '$(DESTDIR)' ] || [ ! -d /run/systemd/system ] || systemctl daemon-reload
 
-# Build a pair on this machine, kill its primary, show a connection that lives
+# Protect a Debian guest on this machine, kill one QEMU after the other, show what lives
 demo: setup
 	.venv/bin/colo-xdp demo
 

@@ -608,7 +608,7 @@ def demo(
     ),
     keep: Annotated[bool, typer.Option(help="Leave everything running afterwards.")] = False,
 ) -> None:
-    """Build a pair on this machine, kill its primary, and show a connection that survives."""
+    """Protect a Debian guest on this machine, kill its QEMUs in turn, and show what lives."""
     from .lab.demo import main as demo_main
 
     raise typer.Exit(demo_main(report, keep))

@@ -4,15 +4,17 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ..service import control_socket
 from ..tools import cleanup, pki
+from . import debian
 from . import disk as disk_files
 from . import guest as guest_files
 from . import vm as vms
@@ -23,6 +25,9 @@ from .net import NETWORKS, PEER_P, PEER_S, LabError, Processes, Topology, stop_p
 #: two laboratories can be up at a time if they have different names
 PAIR = os.environ.get("COLO_LAB", "lab")
 PROTECT_S = 60.0
+POWER_OFF_S = 120.0
+#: of the Debian guest, which stands while its memory is copied: long, where the machine is busy
+ENTER_STOP_MS = 30_000
 NBD_PORT = 10809
 
 
@@ -39,6 +44,7 @@ class Lab:
         vhost: bool = False,
         overrides: dict[str, dict[str, Any]] | None = None,
         nics: int = 1,
+        guest: Literal["small", "debian"] = "small",
         disks: int = 0,
         overlay_limit: int = 64,
         say: Callable[[str], None] = lambda text: None,
@@ -48,6 +54,10 @@ class Lab:
         self.build = self.dir / "guest"
         self.work = self.dir / f"run-{tag}"
         self.overrides = overrides or {}
+        #: "debian": the first disk is the guest's root
+        self.kind = guest
+        if guest == "debian" and not disks:
+            raise LabError("the root of the Debian guest is a disk")
         self.disks = [f"d{i}" for i in range(disks)]
         self.overlay_limit = overlay_limit  # MiB
         self.say = say
@@ -82,19 +92,21 @@ class Lab:
         self.say("guest image")
         self.guest = guest_files.build(self.build)
         self.accel = vms.choose_accel(self.procs, self.build, self.guest)
+        if self.kind == "debian":
+            self.guest = debian.build(self.build, self.guest, self.say)
         self._shim = vms.shim_for(self.accel, self.build)
         self.say("namespaces")
         self.net.up()
         self._certificates()
         for name in self.disks:
-            disk_files.make_filesystem(self.image("primary", name))
-            disk_files.make_blank(self.image("secondary", name))
+            self._make_disk(name)
         for role in ("primary", "secondary"):
             self.config_path(role).write_text(self._config(role))
         self.say(f"booting both guests (QEMU {self.qemu_version}, {self.accel})")
         self.start_vm("primary")
         self.start_vm("secondary")
         self.vm["primary"].wait_boot()
+        self.say("the guest's services run")
 
     def down(self) -> None:
         """End every process of this lab and remove its namespaces and pins."""
@@ -148,6 +160,28 @@ class Lab:
         """Return where a host keeps its copy of a disk."""
         return self.work / f"{role}.{disk}.qcow2"
 
+    def _make_disk(self, name: str) -> None:
+        """Make a disk as the primary's guest finds it; the secondary's copy is blank."""
+        here, there = self.image("primary", name), self.image("secondary", name)
+        if self.guest.root and name == self.disks[0]:
+            shutil.copyfile(self.guest.root, here)
+            disk_files.make_blank(there, debian.SIZE_MIB)
+        else:
+            disk_files.make_filesystem(here)
+            disk_files.make_blank(there)
+
+    def check_disk(self, role: str, name: str, acknowledged: Iterable[int]) -> disk_files.Verdict:
+        """Look for records on a host's image that no QEMU uses any more. Raises LabError."""
+        root = self.guest.root and name == self.disks[0]
+        return disk_files.check(
+            self.image(role, name), acknowledged, debian.RECORDS if root else ""
+        )
+
+    def power_off(self, role: str, timeout: float = POWER_OFF_S) -> None:
+        """Have the Debian guest shut itself down. Raises LabError if its QEMU does not end."""
+        self.client.run("systemctl poweroff")
+        wait_for(f"the guest's shutdown on the {role}", lambda: not self.vm[role].alive, timeout)
+
     def _drive(self, role: str, disk: str) -> list[str]:
         """Return the QEMU options of a disk, as a user writes them who knows of no pair."""
         drive = f"file={self.image(role, disk)},format=qcow2,if=none,id={disk}"
@@ -197,6 +231,8 @@ class Lab:
             "datapath": {"run_dir": str(self.work), "fast_path_memory": 32},
             "metrics": {"listen": f"127.0.0.1:{port}"},
         }
+        if self.guest.root:
+            sections["qemu"]["enter_stop"] = ENTER_STOP_MS
         if self.disks:
             sections["nbd"] = {"local": f"{local}:{NBD_PORT}", "remote": f"{remote}:{NBD_PORT}"}
         for section, keys in self.overrides.items():
@@ -268,13 +304,13 @@ class Lab:
             log = self.controller_log(role).read_text()[-2000:]
             raise LabError(f"{e}: {last.get('state')}: {last.get('reason')}\n{log}") from e
 
-    def protect(self) -> float:
+    def protect(self, meanwhile: Callable[[], None] = lambda: None) -> float:
         """Start both controllers and wait for protection; return the time it took, s."""
         t = time.monotonic()
         for role in ("secondary", "primary"):
             self.start_controller(role)
         for role in ("primary", "secondary"):
-            self.wait_state(role, "protected")
+            self.wait_state(role, "protected", meanwhile=meanwhile)
         return time.monotonic() - t
 
     def checkpoints(self) -> int:

@@ -21,8 +21,7 @@ from .guest import Guest, build_shim
 from .net import LabError, Processes, sh, stop_process, wait_for
 
 MACS = ("52:54:00:12:34:56", "52:54:00:12:34:57")  # of the guest's NICs
-MEMORY_MIB = 128
-BOOT_S = 60.0
+BOOT_S = 120.0
 KVM_PROBE_S = 10.0
 
 
@@ -69,10 +68,10 @@ class Vm:
         several = queues > 1
         thread = ",thread=single" if several and accel == "tcg" else ""
         cmd = ["qemu-system-x86_64", "-accel", f"{accel}{thread}", "-smp", str(queues)]
-        cmd += ["-cpu", "max" if accel == "tcg" else "host", "-m", str(MEMORY_MIB)]
+        cmd += ["-cpu", "max" if accel == "tcg" else "host", "-m", str(guest.memory_mib)]
         cmd += ["-nodefaults", "-nographic", "-no-user-config"]
         cmd += ["-kernel", str(guest.kernel), "-initrd", str(guest.initrd)]
-        cmd += ["-append", "console=ttyS0 quiet panic=1"]
+        cmd += ["-append", f"console=ttyS0 quiet panic=1 {guest.append}".rstrip()]
         cmd += ["-chardev", f"file,id=s0,path={self.console}", "-serial", "chardev:s0"]
         cmd += ["-qmp", f"unix:{self.qmp},server=on,wait=off"]
         cmd += ["-qmp", f"unix:{self.lab_qmp},server=on,wait=off"]
