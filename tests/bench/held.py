@@ -347,7 +347,7 @@ def hear_client(dp: DataPath, net: Net) -> None:
         dp.watch_bridge()
         port = attach.link_info("uplink").index
     tell_port(dp.objects, CLIENT_MAC, port)
-    dp._write(abi.Cfg.LOSS_NS, 0)  # there is no controller
+    dp.set_slot(abi.Cfg.LOSS_NS, 0)  # there is no controller
 
 
 def tell_port(objects: loader.Objects, mac: bytes, port: int) -> None:

@@ -62,8 +62,10 @@ class Arm:
         ]  # fmt: skip
 
     def _descriptors(self, writes: list[Write], queue: int) -> Iterator[tuple[int, bytes]]:
-        for i, (side, data) in enumerate(writes):
-            q = i % len(self.queues) if self.moving else queue
+        turn = 0
+        for side, data in writes:
+            turn += side == PVM
+            q = turn % len(self.queues) if self.moving else queue
             yield (self.queues[q].fd, self.peer.fd, self.client.fileno())[side], data
 
 

@@ -121,7 +121,7 @@ def test_a_guest_whose_card_nobody_knows(primary: tuple[Net, DataPath, Tap]) -> 
     guest.send(tcp(b"here I am"))
     until(lambda: dp.addresses.macs(None) == [GUEST_MAC], "its MAC is not known")
     dp.watch_guest()
-    assert dp._read(abi.Cfg.GUEST_MAC) == abi.MAC_KNOWN
+    assert dp.slot(abi.Cfg.GUEST_MAC) == abi.MAC_KNOWN
     test_primary_path.from_client(net, OTHER_MAC + tcp(b"elsewhere", reverse=True)[6:])
     assert guest.recv(lambda f: b"elsewhere" in f)
     assert dp.counters()["pvm_in"]["pass_other_mac"][0] == 1

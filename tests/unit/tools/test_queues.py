@@ -17,7 +17,7 @@ from colo_xdp.qemu.nic import Card, Multiqueue, multiqueue
 from colo_xdp.tools import doctor, vhost
 from tests.unit.qemu.test_hardware import TREE
 
-CARD = Card("virtio-net-pci.0", "52:54:00:12:34:56", "tap0", 4)
+CARD = Card("virtio-net-pci.0", "52:54:00:12:34:56", tap="tap0", queues=4)
 
 
 def test_what_is_known_of_a_card() -> None:
