@@ -41,6 +41,7 @@ PROBE_S = 2.0  # a connection that hangs within QEMU would stop the guest
 CREATE_S = 10.0  # qemu-img
 CUT_S = 3.0
 CLOSE_S = 2.0
+GIVE_UP_S = 0.5
 COPY_S = 15.0  # without progress, a first copy has failed: storage that is being filled is slow
 ENDS = ("BLOCK_JOB_ERROR", "BLOCK_JOB_COMPLETED", "BLOCK_JOB_CANCELLED")
 
@@ -110,6 +111,7 @@ class DiskReplication:
         self.lost = ""  # why a disk is no longer mirrored
         self._cutting = False
         self._waits = Waits()
+        self._why = ""  # why the mirrors' connections were cut
         self._early = False  # STOP comes after the last write of each disk
         self._asked: object = None  # the QMP connection on which all mirrors were whole
         self.serving = False
@@ -420,7 +422,7 @@ class DiskReplication:
             there = await self._node_table()
             self.mirroring = any(n.target in there for n in self.nodes.values())
             self.lost, self._early = "", False
-            self._waits.forget()
+            self._forget_waits()
             exports = {e["id"] for e in await self._ask("query-block-exports")}
             self.serving = any(n.stem in exports for n in self.nodes.values())
 
@@ -431,8 +433,8 @@ class DiskReplication:
         name = self._jobs.get(str(event.data.get("device") or event.data.get("id") or ""))
         if name is None or self.lost:
             return ""
-        why = event.data.get("error") or event.data.get("operation") or "the mirror has ended"
-        self.lost = f"disk {name} is no longer mirrored: {why}"
+        why = self._why or event.data.get("error") or event.data.get("operation")
+        self.lost = f"disk {name} is no longer mirrored: {why or 'the mirror has ended'}"
         return self.lost
 
     async def probe(self, timeout: float = PROBE_S, answer_s: float = PROBE_S) -> None:
@@ -465,7 +467,7 @@ class DiskReplication:
         await self.probe()
         self._early = await self._stop_is_late(entries)
         self.lost, self.mirroring, self.copying = "", True, Copying()
-        self._waits.forget()
+        self._forget_waits()
         host, _, port = self.options.remote.rpartition(":")
         server = {"type": "inet", "host": host.strip("[]"), "port": port}
         try:
@@ -537,30 +539,35 @@ class DiskReplication:
         mirrors = [Mirror.read(j) for j in jobs]
         self._waits.saw([m for m in mirrors if m.job in self._jobs], asked)
 
+    def _forget_waits(self) -> None:
+        self._waits.forget()
+        self._why = ""
+
     @property
     def _limit_s(self) -> float:
         least = 0.0 if self.copying is None else COPY_S
         return max(least, self.options.write_s)
 
     def silent(self) -> str:
-        """Return that a disk's writes have waited for the secondary for too long, if so."""
+        """Return that the writes to a disk have waited for the secondary for too long, if so."""
         if self.lost or self._cutting or not self.mirroring:
             return ""
         job, waited_s = self._waits.longest(time.monotonic())
         if waited_s < self._limit_s:
             return ""
         return (
-            f"disk {self._jobs[job]} is no longer mirrored: a write has waited for the secondary "
-            f"for {waited_s:.1f} s (its image's storage, its QEMU, or the NBD connection)"
+            f"a write to disk {self._jobs[job]} has waited for the secondary for {waited_s:.1f} s "
+            "(its image's storage, its QEMU, or the NBD connection)"
         )
 
     async def give_up(self, why: str) -> None:
         """End the wait of the guest's writes: the mirrors' connections are cut, and nothing else.
 
-        Raises QmpError.
+        The writes that wait end the mirrors with an error, whose event reports `why`. A QEMU that
+        hangs by itself does nothing of that. Raises QmpError.
         """
-        self.lost = self.lost or why
-        await self.yank(migration=False)
+        self._why = why
+        await self.yank(GIVE_UP_S, migration=False)
 
     async def copied(self) -> bool:
         """Return whether each disk is copied, so that its writes go to both images from now on.

@@ -407,7 +407,7 @@ class Chaos:
             what = self.rng.choice(("QEMU", "QEMU in the copy of its disk", *HOSTS))
             if what.endswith("disk") and lab.disks:
                 with contextlib.suppress(LabError):
-                    wait_for("copy", lambda: lab.status(survivor)["disks"]["copying"], 40)
+                    wait_for("copy", lambda: self._copying(survivor), 40)
                 what = "QEMU"
                 time.sleep(self.rng.uniform(0, 1))
             else:
@@ -421,6 +421,10 @@ class Chaos:
                 lab.start_controller(what)
         if again := self._unless_fenced():
             self.repair(again)
+
+    def _copying(self, survivor: str) -> bool:
+        disks = self.lab.status(survivor).get("disks", {})  # none while its controller is replaced
+        return bool(disks.get("copying"))
 
     def _protected(self) -> None:
         """Wait until both report it and hear each other: a cut may have ended unnoticed."""

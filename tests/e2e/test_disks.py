@@ -195,7 +195,9 @@ def test_a_silent_nbd_connection_costs_its_deadline(make_lab: LabMaker) -> None:
         lab.wait_state("primary", "solo", 15)
         w.moves()
         log = lab.controller_log("primary").read_text()
-        assert "disk d0 is no longer mirrored: a write has waited for the secondary" in log
+        assert (
+            "disk d0 is no longer mirrored: a write to disk d0 has waited for the secondary" in log
+        )
         assert lab.status("secondary")["state"] == "stopped"
         print(f"the longest record took {s.longest_s * 1e3:.0f} ms")
         assert s.longest_s < 2

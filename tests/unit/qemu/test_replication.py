@@ -581,7 +581,10 @@ def test_writes_that_none_ends_are_noticed(tmp_path: Path, monkeypatch: pytest.M
         assert "disk d1" in d.silent() and "2.1 s" in d.silent()
         await d.give_up(d.silent())
         assert {i["type"] for i in block.yanked} == {"block-node"}, "the migration goes on"
-        assert "d1" in await d.whole() and d.silent() == "", "once"
+        assert d.lost == ""
+        why = d.on_event(event("BLOCK_JOB_ERROR", device="colo-d0-mirror", operation="write"))
+        assert "d0 is no longer mirrored: a write to disk d1" in why
+        assert await d.whole() == why and d.silent() == "", "once"
 
     run(body())
 
@@ -599,6 +602,7 @@ def test_a_first_copy_may_be_slow(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         assert d.silent() == ""
         clock.now += 6
         await d.give_up(d.silent())
+        assert d.on_event(event("BLOCK_JOB_ERROR", device="colo-d0-mirror"))
         with pytest.raises(DiskError, match="has waited for the secondary"):
             await d.copied()
         await d.cut()
