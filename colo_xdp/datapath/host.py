@@ -10,7 +10,7 @@ moment sooner, and the next controller makes them follow the first (DataPath).
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from ..abi import Cfg
 from ..config.file import Config
@@ -27,27 +27,33 @@ Counters = dict[str, dict[str, tuple[int, int]]]
 class HostDataPath(PairSlots):
     """What a controller owns: the pair's slots, and `nics` with all that is of one NIC."""
 
-    def __init__(self, config: Config) -> None:
-        self.config = config
-        manifest = record(config)
+    def __init__(self, config: Config, nics: Sequence[DataPath]) -> None:
+        """Take the data paths of the NICs, in the order of the configuration."""
+        self.config, self.nics = config, tuple(nics)
+        self.role, self.adopted = nics[0].role, nics[0].adopted
+        # Every NIC has its role's programs now. The first one's epoch may be behind: see DataPath.
+        self.epoch = max(nic.epoch for nic in nics)
+        self.beat()  # the last NIC's programs may have taken seconds to compile
+
+    @classmethod
+    def load(cls, config: Config) -> HostDataPath:
+        """Load and attach, once everything that every NIC needs is there.
+
+        Raises what prepare() and DataPath() raise.
+        """
+        manifest, d = record(config), config.datapath
         ready = [prepare(config, i, manifest) for i in range(len(config.networks))]
-        lead = DataPath(config, 0, ready[0])
-        nics = [lead]
+        nics = [DataPath(config, 0, ready[0])]
         try:
-            for i in range(1, len(config.networks)):
-                if not lead.adopted:  # left by an interrupted cleanup: the offsets are of no use
-                    d = config.datapath
+            for i in range(1, len(ready)):
+                if not nics[0].adopted:  # left by an interrupted cleanup: of no use
                     loader.remove_pins(loader.pin_dir(d.bpffs, config.pair, config.role, i))
-                nics.append(DataPath(config, i, ready[i], lead))
+                nics.append(DataPath(config, i, ready[i], nics[0]))
         except BaseException:
             for nic in nics:
                 nic.close()
             raise
-        self.nics = tuple(nics)
-        self.role, self.adopted = lead.role, lead.adopted
-        # Every NIC has its role's programs now. The first one's epoch may be behind: see DataPath.
-        self.epoch = max(nic.epoch for nic in nics)
-        self.beat()  # the last NIC's programs may have taken seconds to compile
+        return cls(config, nics)
 
     def slot(self, slot: Cfg) -> int:
         return self.nics[0].slot(slot)

@@ -200,7 +200,7 @@ def _run(config: Config) -> int:
     while True:
         # Before the event loop: pyroute2 runs its own and cannot work inside ours.
         try:
-            datapath = HostDataPath(config)
+            datapath = HostDataPath.load(config)
         except DeviceMissing as e:
             if not wait_for(config, e.device, str(e)):
                 return 0

@@ -151,4 +151,4 @@ def test_the_nics_of_a_pinned_pair_cannot_change(make_lab: LabMaker, change: str
     p = lab.start_controller("primary")
     assert p.wait(30) != 0
     log = lab.controller_log("primary").read_text()
-    assert "the pinned data path has the NICs lan, san" in log, log[-500:]
+    assert "the pinned data path has the NICs lan (tap0), san (tap1)" in log, log[-500:]

@@ -44,7 +44,7 @@ def test_a_change_of_roles_makes_a_new_controller(
         story.append("serve")
         return ends.pop(0)
 
-    monkeypatch.setattr(daemon, "HostDataPath", FakeDataPath)
+    monkeypatch.setattr(daemon.HostDataPath, "load", FakeDataPath)
     monkeypatch.setattr(daemon, "_serve", serve)
     assert daemon._run(load(EXAMPLES / "secondary.toml")) == last
     assert story == ["load", "serve", "close"] * 3
