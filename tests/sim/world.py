@@ -34,6 +34,7 @@ from colo_xdp.controller import (
     device_watch,
     guest_lifecycle,
     heartbeats,
+    mirror_watch,
     primary,
     pvm_output,
     replacement,
@@ -866,7 +867,7 @@ class World:
             conntrack_map,
             offload_maps, lease_module, takeover, device_watch, colo_entry, guest_lifecycle,
             supervisor, heartbeats, pvm_output, replacement, shadow, switchover, replication,
-            secondary_disks,
+            secondary_disks, mirror_watch,
         )  # fmt: skip
         stood_in = ("probe", "make_overlays", "remove_overlays", "look", "rooms", "_need_room")
         disks = replication.DiskReplication

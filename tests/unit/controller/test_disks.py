@@ -12,7 +12,7 @@ import pytest
 
 from colo_xdp.abi import Mode
 from colo_xdp.compare.causes import Cause
-from colo_xdp.controller import secondary_disks
+from colo_xdp.controller import mirror_watch, secondary_disks
 from colo_xdp.controller.checkpoint import Checkpoint, CheckpointFailed
 from colo_xdp.controller.disk_proof import DiskProof
 from colo_xdp.controller.primary import Primary
@@ -527,13 +527,46 @@ def test_a_silent_secondary_is_given_up() -> None:
     in_loop(body)
 
 
-@pytest.mark.parametrize("why", ["no mirror", "lost before", "no QMP"])
+def hear(c: Primary, silent_ms: float = 0.0) -> None:
+    c.peer.connected = True
+    c.peer.silent_ms = lambda: silent_ms  # type: ignore[method-assign]
+
+
+def test_a_cut_link_is_no_silent_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """TCP sends again by itself, up to as long after the cut as that has lasted."""
+    clock = SimpleNamespace(now=100.0)
+    monkeypatch.setattr(mirror_watch, "time", SimpleNamespace(monotonic=lambda: clock.now))
+
+    async def body() -> None:
+        c, _, _, disks = a_primary()
+        c.state, disks.mirroring, disks.waits = State.PROTECTED, True, "silent"
+        hear(c, 600.0)
+        await c.mirrors.look()
+        clock.now += 1.5
+        c.peer.connected = False
+        await c.mirrors.look()
+        assert disks.said == []
+        hear(c)
+        await c.mirrors.look()
+        clock.now += 1.9
+        await c.mirrors.look()
+        assert "give up" not in disks.said
+        clock.now += 0.2
+        await c.mirrors.look()
+        assert disks.said[-1] == "give up"
+
+    in_loop(body)
+
+
+@pytest.mark.parametrize("why", ["no mirror", "lost before", "no QMP", "no peer"])
 def test_nobody_looks_for_mirrors_that_are_not_there(why: str) -> None:
     async def body() -> None:
         c, _, _, disks = a_primary()
         disks.mirroring = why != "no mirror"
         disks.lost = "so it is" if why == "lost before" else ""
         c.qemu.qmp.connected = why != "no QMP"  # type: ignore[misc]
+        hear(c)
+        c.peer.connected = why != "no peer"
         await c.mirrors.look()
         assert disks.said == []
         disks.any = False
@@ -548,6 +581,7 @@ def test_a_qemu_that_hangs_by_itself_is_no_fault_of_the_secondary() -> None:
     async def body() -> None:
         c, _, sent, disks = a_primary()
         c.state, disks.mirroring, disks.waits = State.PROTECTED, True, "silent"
+        hear(c)
         disks.fails = [QmpTimeout("query-block-jobs"), QmpTimeout("query-yank: no answer")]
         await c.mirrors.look()
         assert c.state is State.PROTECTED and not c.view.guest.mirror_lost and not sent
