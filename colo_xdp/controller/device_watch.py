@@ -108,6 +108,12 @@ class DeviceWatch:
                 )
         return "; ".join(text)
 
+    def trouble_of(self, nic: int) -> str:
+        """Return why nothing arrives over the peer link of one NIC, or an empty string."""
+        link = self.links[nic]
+        why = "nothing of the other guest arrives"
+        return link.trouble or (f"{link.device}: {why}" if nic in self.cut_nics else "")
+
     @property
     def cut(self) -> bool:
         """Whether nothing of the other guest arrives, so that waiting for it is of no use."""

@@ -231,10 +231,10 @@ def nics_json(c: Controller) -> list[dict[str, Any]]:
             "sent": sum(i.sent for i in nic.injectors.values()),
             "held": 0,
             "flows": 0,
-            "trouble": link.trouble,
+            "trouble": c.devices.trouble_of(i),
         }
-        for nic, net, mac, link in zip(
-            c.dp.nics, c.config.networks, c.qemu.first_macs, c.devices.links, strict=True
+        for i, (nic, net, mac) in enumerate(
+            zip(c.dp.nics, c.config.networks, c.qemu.first_macs, strict=True)
         )
     ]
 
