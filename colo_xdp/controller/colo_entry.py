@@ -225,7 +225,7 @@ class ColoEntry:
             return True
         try:
             why = await c.life.unfit() or hardware.refusal(
-                await c.qemu.qmp.hardware(), hardware.decode(self.peer_hardware)
+                await c.qemu.hardware(), hardware.decode(self.peer_hardware)
             )
         except ValueError as e:
             why = f"COLO is not entered: the secondary's report: {e}"
@@ -316,7 +316,7 @@ class ColoEntry:
 
     async def start(self) -> None:
         """Ask QEMU to enter COLO. Raises QmpError."""
-        await self._c.qemu.qmp.prepare(primary=True)
+        await self._c.qemu.prepare(primary=True)
         await self._c.qemu.qmp.migrate(self._c.migrate_to)
 
     async def watch(self, ck: Checkpoint) -> None:

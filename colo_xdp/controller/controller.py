@@ -43,6 +43,7 @@ from ..peer.messages import VERSION
 from ..peer.tls import Tls
 from ..qemu.event import QmpEvent
 from ..qemu.guest_event import news
+from ..qemu.migration import MigrationOptions
 from ..qemu.replication import ReplicatedDisk, ReplicationOptions
 from ..qemu.supervisor import QemuOptions, QemuSupervisor, Stakes
 from .commands import OperatorCommands
@@ -108,6 +109,7 @@ class Controller(RoleSteps):
                 guest_mac=net.guest_mac,
                 incoming=q.incoming,
                 replication=_replication(config),
+                migration=MigrationOptions(**config.migration_options(self.role.value)),
             ),
             self,
             tap_alive=datapath.tap_alive,

@@ -19,7 +19,7 @@ from ..abi import Mode, SyncState
 from ..clock import TICK_S
 from ..config.file import Config
 from ..datapath.datapath import DataPath
-from ..failover.decision import State
+from ..failover.decision import Role, State
 from ..peer.channel import Peer
 from ..qemu.disks import refusal
 from ..qemu.event import QmpEvent
@@ -46,6 +46,7 @@ class GuestOwner(Protocol):
     peer: Peer
     qemu: QemuSupervisor
     state: State
+    role: Role
 
     @property
     def ends_the_pair(self) -> bool:
@@ -171,9 +172,11 @@ class GuestLifecycle:
         """Return what keeps this guest from being one of a pair, or an empty string."""
         try:
             blocks = await self._c.qemu.qmp.execute("query-block")
+            why = refusal(blocks, [d.name for d in self._c.config.disks])
+            primary = self._c.role is Role.PRIMARY
+            why = why or await self._c.qemu.migration_trouble(primary=primary)
         except QmpError as e:
             return str(e)
-        why = refusal(blocks, [d.name for d in self._c.config.disks])
         return f"COLO is not entered: {why}" if why else ""
 
     # ---- the end
