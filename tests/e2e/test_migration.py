@@ -36,15 +36,26 @@ def parameters(lab: Lab, role: str) -> tuple[str, int, bool]:
     return str(p["tls-creds"]), int(p["multifd-channels"]), multifd
 
 
+def digest(lab: Lab) -> str:
+    """Return the MD5 sum of the guest's file."""
+    return lab.client.run("md5sum < /tmp/x | cut -c 1-32").split()[-1]
+
+
 def lives(lab: Lab) -> None:
     """Checkpoints, a takeover and a new secondary, with a connection open."""
     echo = EchoStream(lab.net.client)
     wait_for("echoes", lambda: len(echo.stats.answered_at) > 10, 10)
+    # Each guest writes other bytes: what the secondary has afterwards came over the channel.
+    lab.client.run("dd if=/dev/urandom of=/tmp/x bs=1M count=16")
     for _ in range(5):
+        lab.client.run("dd if=/dev/urandom of=/tmp/x bs=1M count=3 seek=5 conv=notrunc")
         lab.ask("primary", "checkpoint")
     assert lab.client.uptime_page()[0]
+    written = digest(lab)
+    lab.ask("primary", "checkpoint")
     at = lab.vm["primary"].kill9()
     lab.wait_state("secondary", "promoted", 15)
+    assert digest(lab) == written
     lab.start_vm("primary", incoming=True)
     protected(lab)
     lab.ask("secondary", "checkpoint")

@@ -62,6 +62,12 @@ class TestTraffic:
         assert pair.vm["primary"].ask("query-version")["qemu"]["major"] >= 11
         print(f"QEMU {pair.qemu_version}, {pair.accel}")
 
+    def test_under_kvm(self, pair: Lab) -> None:
+        """Where a guest boots under KVM, all of these tests run under it."""
+        if pair.accel != "kvm":
+            pytest.skip("no guest boots under KVM here (tried by the laboratory): these ran on TCG")
+        assert pair.vm["primary"].ask("query-kvm")["enabled"]
+
 
 @pytest.mark.parametrize("machine", ["pc", "q35"])
 def test_takeover(make_lab: LabMaker, machine: str) -> None:
