@@ -277,6 +277,7 @@ def _cross_checks(r: _Reader, top: dict[str, Any], s: dict[str, dict[str, Any]])
     qemu, peer = s.get("qemu", {}), s.get("peer", {})
     if top.get("role") == "primary" and qemu.get("migrate_uri") == "":
         r.error("qemu", "migrate_uri", "", "required on the primary, such as tcp:10.0.0.2:4444")
+    _migration_checks(r, top, qemu, s.get("migration", {}))
     failover = s.get("failover", {})
     _peer_checks(r, peer, lease=failover.get("arbiter") == "lease")
     _failover_checks(r, failover)
@@ -290,6 +291,36 @@ def _cross_checks(r: _Reader, top: dict[str, Any], s: dict[str, dict[str, Any]])
             "metrics", "listen", metrics["listen"],
             "expected a loopback address, or cert, key and client_ca, or allow_remote = true",
         )  # fmt: skip
+
+
+def _migration_checks(
+    r: _Reader, top: dict[str, Any], qemu: dict[str, Any], m: dict[str, Any]
+) -> None:
+    """Check what further channels and TLS need besides their own keys."""
+    if m.get("multifd"):
+        for key in ("migrate_uri", "reverse_uri"):
+            if qemu.get(key) and not qemu[key].startswith(("tcp:", "unix:", "vsock:")):
+                r.error("qemu", key, qemu[key], "expected tcp:, unix: or vsock: with multifd")
+        if top.get("role") == "secondary" and qemu.get("migrate_uri") == "":
+            r.error(
+                "qemu", "migrate_uri", "",
+                "required with multifd: this host's QEMU is told where to wait",
+            )  # fmt: skip
+    creds, incoming = m.get("tls_creds"), m.get("tls_creds_incoming")
+    if creds and incoming == "":
+        r.error(
+            "migration", "tls_creds_incoming", "",
+            "required with tls_creds: after a takeover the guests have changed places, and QEMU's "
+            "credentials are for one direction",
+        )  # fmt: skip
+    elif creds and creds == incoming:
+        r.error(
+            "migration", "tls_creds_incoming", incoming, "expected another object than tls_creds"
+        )
+    elif incoming and creds == "":
+        r.error("migration", "tls_creds_incoming", incoming, "expected only with tls_creds")
+    if m.get("tls_hostname") and creds == "":
+        r.error("migration", "tls_hostname", m["tls_hostname"], "expected only with tls_creds")
 
 
 def _failover_checks(r: _Reader, f: dict[str, Any]) -> None:

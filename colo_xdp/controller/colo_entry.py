@@ -227,7 +227,7 @@ class ColoEntry:
         try:
             why = self._other_nics() or await c.life.unfit()
             why = why or hardware.refusal(
-                await c.qemu.qmp.hardware(), hardware.decode(self.peer_hardware)
+                await c.qemu.hardware(), hardware.decode(self.peer_hardware)
             )
         except ValueError as e:
             why = f"COLO is not entered: the secondary's report: {e}"
@@ -335,7 +335,7 @@ class ColoEntry:
 
     async def start(self) -> None:
         """Ask QEMU to enter COLO. Raises QmpError."""
-        await self._c.qemu.qmp.prepare(primary=True)
+        await self._c.qemu.prepare(primary=True)
         await self._c.qemu.qmp.migrate(self._c.migrate_to)
 
     async def watch(self, ck: Checkpoint) -> None:

@@ -43,6 +43,7 @@ from ..peer.messages import VERSION
 from ..peer.tls import Tls
 from ..qemu.event import QmpEvent
 from ..qemu.guest_event import news
+from ..qemu.migration import MigrationOptions
 from ..qemu.overlays import ReplicatedDisk
 from ..qemu.replication import ReplicationOptions
 from ..qemu.supervisor import QemuOptions, QemuSupervisor, Stakes
@@ -109,6 +110,7 @@ class Controller(RoleSteps):
                 taps={net.tap: net.guest_mac for net in config.networks},
                 incoming=q.incoming,
                 replication=_replication(config),
+                migration=MigrationOptions(**config.migration_options(self.role.value)),
             ),
             self,
             tap_alive=datapath.tap_alive,

@@ -19,7 +19,7 @@ from ..abi import Mode, SyncState
 from ..clock import TICK_S
 from ..config.file import Config
 from ..datapath.host import HostDataPath
-from ..failover.decision import State
+from ..failover.decision import Role, State
 from ..peer.channel import Peer
 from ..qemu import nic
 from ..qemu.disks import refusal
@@ -47,6 +47,7 @@ class GuestOwner(Protocol):
     peer: Peer
     qemu: QemuSupervisor
     state: State
+    role: Role
 
     @property
     def ends_the_pair(self) -> bool:
@@ -172,6 +173,8 @@ class GuestLifecycle:
         """Return what keeps this guest from being one of a pair, or an empty string."""
         try:
             why = await self.uncovered()
+            primary = self._c.role is Role.PRIMARY
+            why = why or await self._c.qemu.migration_trouble(primary=primary)
         except QmpError as e:
             return str(e)
         return f"COLO is not entered: {why}" if why else ""

@@ -331,7 +331,7 @@ class Secondary(Controller):
             if not why and status != "inmigrate":
                 why = f"the SVM's QEMU is `{status}`, not waiting (-incoming)"
             if not why:
-                await self.qemu.qmp.prepare(primary=False)
+                await self.qemu.prepare(primary=False)
         except QmpError as e:
             why = str(e)
         if why:
@@ -547,7 +547,7 @@ class Secondary(Controller):
             self.become(State.STARTING, why)
             self.peer.send("failed", n=0, why=why)
         else:
-            seen = encode(await self.qemu.qmp.hardware())
+            seen = encode(await self.qemu.hardware())
             names = [net.name for net in self.config.networks]
             self.peer.send(
                 "ready",
@@ -594,7 +594,7 @@ class Secondary(Controller):
         await self.qemu.disks.adopt()
         status = await self.qemu.qmp.status()
         if status == "inmigrate":
-            await self.qemu.qmp.prepare(primary=False)
+            await self.qemu.prepare(primary=False)
             if self.path_shut:
                 return
             self._ready_wanted = True

@@ -45,9 +45,13 @@ class LabError(RuntimeError):
     """The laboratory could not be built, or did not reach the expected state in time."""
 
 
-def sh(*cmd: str, check: bool = True) -> str:
-    """Run a command and return its output. Raises LabError with the output on failure."""
-    r = subprocess.run(cmd, capture_output=True, text=True, check=False, timeout=60)
+def sh(*cmd: str, check: bool = True, timeout: float = 60) -> str:
+    """Run a command and return its output. Raises LabError with the output on failure, or at the
+    deadline."""
+    try:
+        r = subprocess.run(cmd, capture_output=True, text=True, check=False, timeout=timeout)
+    except subprocess.TimeoutExpired as e:
+        raise LabError(f"{' '.join(cmd)}: not finished within {timeout:g} s") from e
     if check and r.returncode:
         raise LabError(f"{' '.join(cmd)}: {r.stdout}{r.stderr}".strip())
     return r.stdout

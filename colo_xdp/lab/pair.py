@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,6 +29,7 @@ POWER_OFF_S = 120.0
 #: of the Debian guest, which stands while its memory is copied: long, where the machine is busy
 ENTER_STOP_MS = 30_000
 NBD_PORT = 10809
+MIGRATE_PORT = 9998
 
 
 class Lab:
@@ -47,6 +48,9 @@ class Lab:
         guest: Literal["small", "debian"] = "small",
         disks: int = 0,
         overlay_limit: int = 64,
+        qemu: str = "",
+        tcp: bool = False,
+        qemu_options: Sequence[str] = (),
         say: Callable[[str], None] = lambda text: None,
     ) -> None:
         tag = tag if PAIR == "lab" else f"{PAIR}{tag[-1]}"
@@ -60,6 +64,9 @@ class Lab:
             raise LabError("the root of the Debian guest is a disk")
         self.disks = [f"d{i}" for i in range(disks)]
         self.overlay_limit = overlay_limit  # MiB
+        self.qemu = qemu or vms.chosen_qemu()
+        self.tcp = tcp  # the migration channel: TCP over the peer link, or a unix socket
+        self.qemu_options = qemu_options
         self.say = say
         self.vhost = vhost
         self.net = Topology(tag, vnet_hdr, nics, queues)
@@ -91,10 +98,10 @@ class Lab:
         self.work.mkdir(parents=True, exist_ok=True)
         self.say("guest image")
         self.guest = guest_files.build(self.build)
-        self.accel = vms.choose_accel(self.procs, self.build, self.guest)
+        self.accel = vms.choose_accel(self.procs, self.build, self.guest, self.qemu)
         if self.kind == "debian":
             self.guest = debian.build(self.build, self.guest, self.say)
-        self._shim = vms.shim_for(self.accel, self.build)
+        self._shim = vms.shim_for(self.accel, self.build, self.qemu)
         self.say("namespaces")
         self.net.up()
         self._certificates()
@@ -128,7 +135,7 @@ class Lab:
 
     @property
     def qemu_version(self) -> str:
-        return ".".join(map(str, vms.qemu_version()))
+        return ".".join(map(str, vms.qemu_version(self.qemu)))
 
     def ns(self, role: str) -> str:
         return self.net.primary if role == "primary" else self.net.secondary
@@ -144,14 +151,18 @@ class Lab:
             self.work,
             self.guest,
             self.accel,
+            qemu=self.qemu,
             ns=self.ns(role),
             vnet_hdr=self.net.vnet_hdr,
             nics=self.net.nics,
             queues=self.net.queues,
             vhost=self.vhost,
-            incoming=self._migrate_uri if waits else "",
+            incoming=self._incoming(role) if waits else "",
             shim=self._shim,
-            extra=[arg for name in self.disks for arg in self._drive(role, name)],
+            extra=[
+                *(arg for name in self.disks for arg in self._drive(role, name)),
+                *self.qemu_options,
+            ],
         )
         self.vm[role] = v
         return v
@@ -187,9 +198,16 @@ class Lab:
         drive = f"file={self.image(role, disk)},format=qcow2,if=none,id={disk}"
         return ["-drive", drive, "-device", f"virtio-blk-pci,drive={disk},id=v{disk}"]
 
-    @property
-    def _migrate_uri(self) -> str:
+    def _migrate_uri(self, role: str) -> str:
+        """Return where a host's QEMU waits for the other one's state."""
+        if self.tcp:
+            return f"tcp:{PEER_P if role == 'primary' else PEER_S}:{MIGRATE_PORT}"
         return f"unix:{self.work}/migrate.sock"
+
+    def _incoming(self, role: str) -> str:
+        """Return a host's -incoming: with multifd its controller says where to wait."""
+        multifd = self.overrides.get("migration", {}).get("multifd")
+        return "defer" if multifd else self._migrate_uri(role)
 
     # ---- controllers
 
@@ -218,8 +236,8 @@ class Lab:
             "qemu": {
                 "qmp": str(self.work / f"{role}.qmp"),
                 "qmp_oob": str(self.work / f"{role}.oob.qmp"),
-                "migrate_uri": self._migrate_uri,
-                "reverse_uri": self._migrate_uri,
+                "migrate_uri": self._migrate_uri("secondary"),
+                "reverse_uri": self._migrate_uri("primary"),
             },
             "peer": {
                 "local": f"{local}:9846",

@@ -23,13 +23,19 @@ from .net import LabError, Processes, sh, stop_process, wait_for
 MACS = ("52:54:00:12:34:56", "52:54:00:12:34:57")  # of the guest's NICs
 BOOT_S = 120.0
 KVM_PROBE_S = 10.0
+INSTALLED = "qemu-system-x86_64"
 
 
-def qemu_version() -> tuple[int, int, int]:
-    """Return the version of the installed QEMU."""
-    m = re.search(r"version (\d+)\.(\d+)\.(\d+)", sh("qemu-system-x86_64", "--version"))
+def chosen_qemu() -> str:
+    """Return the command of the QEMU that COLO_QEMU names, or of the installed one."""
+    return os.environ.get("COLO_QEMU") or INSTALLED
+
+
+def qemu_version(qemu: str = INSTALLED) -> tuple[int, int, int]:
+    """Return the version of a QEMU (its command)."""
+    m = re.search(r"version (\d+)\.(\d+)\.(\d+)", sh(qemu, "--version"))
     if not m:
-        raise LabError("qemu-system-x86_64 --version prints nothing that looks like a version")
+        raise LabError(f"{qemu} --version prints nothing that looks like a version")
     return int(m[1]), int(m[2]), int(m[3])
 
 
@@ -48,6 +54,7 @@ class Vm:
         guest: Guest,
         accel: str,
         *,
+        qemu: str = INSTALLED,
         ns: str | None,
         vnet_hdr: bool = True,
         nics: int = 1,
@@ -67,7 +74,7 @@ class Vm:
             p.unlink(missing_ok=True)
         several = queues > 1
         thread = ",thread=single" if several and accel == "tcg" else ""
-        cmd = ["qemu-system-x86_64", "-accel", f"{accel}{thread}", "-smp", str(queues)]
+        cmd = [qemu, "-accel", f"{accel}{thread}", "-smp", str(queues)]
         cmd += ["-cpu", "max" if accel == "tcg" else "host", "-m", str(guest.memory_mib)]
         cmd += ["-nodefaults", "-nographic", "-no-user-config"]
         cmd += ["-kernel", str(guest.kernel), "-initrd", str(guest.initrd)]
@@ -141,18 +148,19 @@ class Vm:
         return answer["return"]
 
 
-def choose_accel(procs: Processes, directory: Path, guest: Guest) -> str:
+def choose_accel(procs: Processes, directory: Path, guest: Guest, qemu: str = INSTALLED) -> str:
     """Return `kvm` if a guest boots under it here, else `tcg`; tried once per kernel and QEMU."""
     if not os.access("/dev/kvm", os.R_OK | os.W_OK):
         return "tcg"
-    note = directory / "accel"
-    here = f"{platform.release()} {'.'.join(map(str, qemu_version()))}"
+    version = ".".join(map(str, qemu_version(qemu)))
+    note = directory / f"accel-{version}"
+    here = f"{platform.release()} {version}"
     with contextlib.suppress(OSError, ValueError):
         accel, where = note.read_text().split(" ", 1)
         if where == here:
             return accel
     accel = "tcg"
-    vm = Vm(procs, "probe", directory, guest, "kvm", ns=None)
+    vm = Vm(procs, "probe", directory, guest, "kvm", qemu=qemu, ns=None)
     try:
         vm.wait_boot(KVM_PROBE_S)
         accel = "kvm"
@@ -164,6 +172,6 @@ def choose_accel(procs: Processes, directory: Path, guest: Guest) -> str:
     return accel
 
 
-def shim_for(accel: str, directory: Path) -> Path | None:
+def shim_for(accel: str, directory: Path, qemu: str = INSTALLED) -> Path | None:
     """Return the shim if this QEMU needs it (TCG before 8, see bqlshim.c)."""
-    return build_shim(directory) if accel == "tcg" and qemu_version() < (8, 0, 0) else None
+    return build_shim(directory) if accel == "tcg" and qemu_version(qemu) < (8, 0, 0) else None

@@ -131,6 +131,9 @@ def refusal(mine: Mapping[str, str], theirs: Mapping[str, str]) -> str:
     found = differences(mine, theirs)
     if not found:
         return ""
+    settings = [d for d in found if d.startswith("[")]
+    if settings:  # of the two configurations (qemu/migration.py)
+        return f"COLO is not entered: both hosts must have the same: {'; '.join(settings)}"
     more = f" and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
     return (
         "COLO is not entered: the QEMU there (the secondary's) is built in another way than the "

@@ -16,9 +16,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .. import validate
 from ..config.file import Config, ConfigError, load
 from ..config.schema import Network
 from ..qemu import disks, nic
+from ..qemu.migration import MigrationOptions
 from ..qemu.overlays import ReplicatedDisk, directory_trouble, overlay_paths, rooms
 
 if TYPE_CHECKING:
@@ -258,8 +260,13 @@ def _qemu(config: Config) -> Iterator[Check]:
     from ..qemu.qmp import QmpError, probe, refusal
 
     try:
-        wait_s, names = config.qemu.qmp_timeout / 1000, [net.tap for net in config.networks]
-        info, blocks, cards = probe(config.qemu.qmp, wait_s, names)
+        info, blocks, cards = probe(
+            config.qemu.qmp,
+            config.qemu.qmp_timeout / 1000,
+            [net.tap for net in config.networks],
+            MigrationOptions(**config.migration_options(config.role)),
+            primary=config.role == "primary",
+        )
     except QmpError as e:
         yield Check("QEMU", FAIL, str(e),
                     f"-qmp unix:{config.qemu.qmp},server=on,wait=off (one client at a time: "
@@ -271,6 +278,8 @@ def _qemu(config: Config) -> Iterator[Check]:
         yield Check("QEMU", FAIL, why)
         return
     yield Check("QEMU", OK, f"{version}, {'KVM' if info.kvm else 'TCG'}, {info.status}")
+    if info.trouble:
+        yield Check("migration", FAIL, info.trouble)
     yield from _offloads(info.offers)
     if not info.kvm and info.version < (8, 0, 0):
         yield Check("QEMU", WARN, "COLO under TCG hangs with this version at the first checkpoint",
@@ -326,6 +335,35 @@ def _vhost(config: Config) -> Iterator[Check]:
         )  # fmt: skip
     yield Check("vhost", WARN, f"on ({opened} queues): no release has been tried with it",
                 "`colo-xdp vhost-drill` on this kind of host, or vhost=off")  # fmt: skip
+
+
+def _migration_route(config: Config) -> Iterator[Check]:
+    """Check what a checkpoint waits for on the migration channel."""
+    from ..datapath import attach
+
+    address = migration_peer(config)
+    route = attach.route_to(address) if address else None
+    if route is None:
+        return
+    if route.quickack:
+        yield Check("migration", OK, f"the route to {address} has quickack")
+    else:
+        yield Check(
+            "migration", WARN, f"the route to {address} ({route.dev}) has no quickack: each "
+            "checkpoint over TCP takes some 40 ms longer (Nagle, delayed acknowledgements)",
+            f"{route.with_quickack(address)}, on both hosts and at each boot "
+            "(docs/operator/install.md)",
+        )  # fmt: skip
+
+
+def migration_peer(config: Config) -> str:
+    """Return the IP address of the other host's QEMU, or "" if it is not reached by TCP."""
+    q = config.qemu
+    uri = q.migrate_uri if config.role == "primary" else q.reverse_uri
+    if not uri and (not q.migrate_uri or q.migrate_uri.startswith("tcp:")):
+        uri = f"tcp:{config.peer.remote}"
+    end = validate.split(uri.removeprefix("tcp:")) if uri.startswith("tcp:") else None
+    return "" if end is None or end[0].is_loopback else str(end[0])
 
 
 def _disks(config: Config, blocks: Any) -> Iterator[Check]:
@@ -440,6 +478,7 @@ CHECKS: tuple[Callable[[Config], Iterator[Check]], ...] = (
     _devices,
     _neighbours,
     _qemu,
+    _migration_route,
     _failover,
     _certificates,
     _paths,

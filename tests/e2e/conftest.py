@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Provide real pairs: two QEMU guests, two controllers, a client. One lab at a time."""
+"""Provide real pairs: two QEMU guests, two controllers, a client. One lab at a time.
+
+They run the installed QEMU, or the one that COLO_QEMU names (`make test-qemu-11`).
+"""
 
 from __future__ import annotations
 
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -53,13 +57,19 @@ def make_lab() -> Iterator[LabMaker]:
         lab.down()
 
 
-@pytest.fixture(scope="module")
-def pair() -> Iterator[Lab]:
-    """Provide a protected pair for the tests of a module, which leave it protected."""
-    lab = Lab(BUILD, tag="cxe2e")
+@contextmanager
+def protected_pair(**options: Any) -> Iterator[Lab]:
+    lab = Lab(BUILD, tag="cxe2e", **options)
     try:
         lab.up()
         lab.protect()
         yield lab
     finally:
         lab.down()
+
+
+@pytest.fixture(scope="module")
+def pair() -> Iterator[Lab]:
+    """Provide a protected pair for the tests of a module, which leave it protected."""
+    with protected_pair() as lab:
+        yield lab
