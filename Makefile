@@ -18,14 +18,14 @@ INSTALLED := $(PREFIX)/lib/colo-xdp
 
 export DEBIAN_FRONTEND := noninteractive
 
-.PHONY: all help setup demo check test test-lower-bounds torture stress chaos fuzz bench docs layers \
+.PHONY: all help setup demo check test test-lower-bounds test-qemu-11 torture stress chaos fuzz bench docs layers \
 	lint format hooks clean install uninstall
 
 all: test
 
 # Print this list
 help:
-	@awk '/^# /{if (text == "") text = substr($$0, 3)} /^[a-z-]+:( |$$)/{split($$1, t, ":"); \
+	@awk '/^# /{if (text == "") text = substr($$0, 3)} /^[a-z0-9-]+:( |$$)/{split($$1, t, ":"); \
 		if (text != "" && t[1] != "all") printf "make %-18s %s\n", t[1], text; text = ""} \
 		!/^#/{text = ""}' Makefile
 
@@ -71,7 +71,7 @@ uninstall:
 	rm -f $(DESTDIR)$(PREFIX)/bin/colo-xdp $(DESTDIR)$(PREFIX)/lib/systemd/system/colo-xdp@.service
 	[ -n '$(DESTDIR)' ] || [ ! -d /run/systemd/system ] || systemctl daemon-reload
 
-# Build a pair on this machine, kill its primary, show a connection that lives
+# Protect a Debian guest on this machine, kill one QEMU after the other, show what lives
 demo: setup
 	.venv/bin/colo-xdp demo
 
@@ -97,6 +97,12 @@ endif
 # plot, lint
 test-lower-bounds: setup
 	$(PY) -m tests.lower_bounds
+
+# Run the end-to-end tests, or only TESTS, on the QEMU of Debian sid (11 or newer), fetched into
+# build/qemu-sid (as root). `make test` runs a small part of them on it.
+test-qemu-11: setup
+	qemu=$$($(PY) -m colo_xdp.lab.newer_qemu build/qemu-sid) && \
+		COLO_QEMU=$$qemu $(PY) -m pytest $(or $(TESTS),tests/e2e)
 
 # Run N schedules of the simulator from SEED on; a failing one is minimized and printed
 torture: setup

@@ -67,6 +67,8 @@
  *
  * Races. svm_in (softirq) and svm_out (QEMU's thread, or XDP) access one value on two CPUs without
  * a lock: bpf_spin_lock needs BTF, which bcc does not generate.
+ * With several queues (docs/design/queues.md) a side may be on two CPUs itself; frames of one
+ * connection come one after the other unless the guest reorders them.
  * - Each field has one writing side. isn_c, isn_p, ts_p, fin_client and have_client are written by
  *   the client's; isn_s, ts_s, fin_guest and have by the guest's; have_pvm and pvm_* by the PVM's
  *   SYN. A value is written before its bit.

@@ -38,7 +38,8 @@
  *   reclaim the connection again, and until then its bytes are a gap here.
  * - A frame that leaves here may overtake one that another CPU has just released, as on every path
  *   with two CPUs. Steer flows (RPS) where that matters. Released bytes stay released, so only the
- *   order can change.
+ *   order can change. A guest that moves a flow to another queue of its tap does so when the frame
+ *   before has left: docs/design/queues.md.
  * - The epoch is part of the connection state. State from another epoch is handed over, not used. A
  *   checkpoint first sets MODE_CHECKPOINT, in which every connection that has traffic is handed
  *   over; user space then reclaims those that have a buffer before it commits.

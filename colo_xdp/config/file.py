@@ -156,6 +156,7 @@ def _nics(r: _Reader, first: dict[str, Any], data: Any) -> list[dict[str, Any]]:
 def _nic_checks(r: _Reader, nics: list[dict[str, Any]], rules: tuple[Rule, ...]) -> None:
     """Check that each NIC has a name and devices of its own."""
     seen: dict[str, str] = {}
+    taps = {net.get("tap"): i for i, net in enumerate(nics, 1)}
     for i, net in enumerate(nics, 1):
         section = "network" if len(nics) == 1 else f"network {i}"
         own = {key: net.get(key) for key in ("tap", "peer_link")}
@@ -165,9 +166,15 @@ def _nic_checks(r: _Reader, nics: list[dict[str, Any]], rules: tuple[Rule, ...])
         name = net.get("name")
         if name and seen.setdefault(f"name {name}", section) != section:
             r.error(section, "name", name, "expected a name of its own for each NIC")
-        tunnel = tuple(net.get(k) for k in ("vxlan_remote", "vxlan_port", "vxlan_vni"))
-        if tunnel[0] and seen.setdefault(f"vxlan {tunnel}", section) != section:
-            r.error(section, "vxlan_vni", tunnel[2], "expected a VNI of its own for each NIC")
+        for key in ("bridge", "uplink"):
+            if net.get(key) and taps.get(net[key], i) != i:
+                r.error(section, key, net[key], "expected no tap of the guest")
+        mac = net.get("guest_mac")
+        if mac and seen.setdefault(f"MAC {mac.lower()}", section) != section:
+            r.error(section, "guest_mac", mac, "expected an address of its own for each NIC")
+        tunnel = tuple(net.get(k) for k in ("vxlan_port", "vxlan_vni"))
+        if net.get("vxlan_remote") and seen.setdefault(f"vxlan {tunnel}", section) != section:
+            r.error(section, "vxlan_vni", tunnel[1], "expected a VNI of its own for each NIC")
         _device_checks(r, section, net)
     names = [net.get("name") for net in nics]
     for i, rule in enumerate(rules, 1):
@@ -270,6 +277,7 @@ def _cross_checks(r: _Reader, top: dict[str, Any], s: dict[str, dict[str, Any]])
     qemu, peer = s.get("qemu", {}), s.get("peer", {})
     if top.get("role") == "primary" and qemu.get("migrate_uri") == "":
         r.error("qemu", "migrate_uri", "", "required on the primary, such as tcp:10.0.0.2:4444")
+    _migration_checks(r, top, qemu, s.get("migration", {}))
     failover = s.get("failover", {})
     _peer_checks(r, peer, lease=failover.get("arbiter") == "lease")
     _failover_checks(r, failover)
@@ -283,6 +291,36 @@ def _cross_checks(r: _Reader, top: dict[str, Any], s: dict[str, dict[str, Any]])
             "metrics", "listen", metrics["listen"],
             "expected a loopback address, or cert, key and client_ca, or allow_remote = true",
         )  # fmt: skip
+
+
+def _migration_checks(
+    r: _Reader, top: dict[str, Any], qemu: dict[str, Any], m: dict[str, Any]
+) -> None:
+    """Check what further channels and TLS need besides their own keys."""
+    if m.get("multifd"):
+        for key in ("migrate_uri", "reverse_uri"):
+            if qemu.get(key) and not qemu[key].startswith(("tcp:", "unix:", "vsock:")):
+                r.error("qemu", key, qemu[key], "expected tcp:, unix: or vsock: with multifd")
+        if top.get("role") == "secondary" and qemu.get("migrate_uri") == "":
+            r.error(
+                "qemu", "migrate_uri", "",
+                "required with multifd: this host's QEMU is told where to wait",
+            )  # fmt: skip
+    creds, incoming = m.get("tls_creds"), m.get("tls_creds_incoming")
+    if creds and incoming == "":
+        r.error(
+            "migration", "tls_creds_incoming", "",
+            "required with tls_creds: after a takeover the guests have changed places, and QEMU's "
+            "credentials are for one direction",
+        )  # fmt: skip
+    elif creds and creds == incoming:
+        r.error(
+            "migration", "tls_creds_incoming", incoming, "expected another object than tls_creds"
+        )
+    elif incoming and creds == "":
+        r.error("migration", "tls_creds_incoming", incoming, "expected only with tls_creds")
+    if m.get("tls_hostname") and creds == "":
+        r.error("migration", "tls_hostname", m["tls_hostname"], "expected only with tls_creds")
 
 
 def _failover_checks(r: _Reader, f: dict[str, Any]) -> None:

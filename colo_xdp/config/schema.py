@@ -18,6 +18,7 @@ from ..peer.messages import MIN_VERSION, VERSION
 
 _DAY_MS = 86_400_000
 DEFAULT_NIC = "net0"
+_QOM_ID = validate.pattern(r"[A-Za-z][A-Za-z0-9._-]{0,254}", "the id of a QEMU object")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,7 +116,8 @@ class Qemu:
             ),
             "on the secondary",
         ),
-        "where the secondary's QEMU waits (its -incoming); required on the primary",
+        "where the secondary's QEMU waits (its -incoming); required on the primary, and on the "
+        "secondary with multifd",
         default="",
     )
     reverse_uri: str = validate.key(
@@ -154,6 +156,44 @@ class Qemu:
         "and the guest runs on",
         default=5000,
         unit="ms",
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Migration:
+    """[migration]: parameters of QEMU's migration channel, which checkpoints use too."""
+
+    max_bandwidth: int = validate.key(
+        validate.integer(0, 1 << 20, "MiB/s"),
+        "upper limit of the rate at which QEMU sends the guest's memory; 0: none",
+        default=0,
+        unit="MiB/s",
+    )
+    multifd: int = validate.key(
+        validate.integer(0, 255, "channels"),
+        "number of further connections that carry the guest's memory (QEMU's multifd), the same "
+        "on both hosts; 0: off; needs QEMU 11, and `-incoming defer`",
+        default=0,
+        unit="channels",
+    )
+    tls_creds: str = validate.key(
+        validate.or_empty(_QOM_ID, "those that QEMU has been given otherwise, if any"),
+        "id of the TLS credentials (`-object tls-creds-...,endpoint=client`) with which this "
+        "host's QEMU sends its guest's state",
+        default="",
+    )
+    tls_creds_incoming: str = validate.key(
+        validate.or_empty(_QOM_ID, "without tls_creds"),
+        "id of those with which it receives the other guest's (endpoint=server); required with "
+        "tls_creds, since the guests may change places",
+        default="",
+    )
+    tls_hostname: str = validate.key(
+        validate.or_empty(
+            validate.pattern(r"[!-~]{1,255}", "a host name"), "the host in the migration URI"
+        ),
+        "name that the certificate of the other host's QEMU must carry",
+        default="",
     )
 
 
@@ -207,6 +247,13 @@ class Nbd:
         "upper limit of the rate at which a disk is copied before the pair is protected; 0: none",
         default=0,
         unit="MiB/s",
+    )
+    write_timeout: int = validate.key(
+        validate.integer(100, 600_000, "ms"),
+        "how long writes of the guest may wait for the secondary's image, none of them ending, "
+        "before the secondary is given up; 15 s at least while a disk is copied",
+        default=2000,
+        unit="ms",
     )
 
 
@@ -568,6 +615,7 @@ class Config:
     datapath: DataPathKeys = field(default_factory=DataPathKeys)
     metrics: Metrics = field(default_factory=Metrics)
     nbd: Nbd = field(default_factory=Nbd)
+    migration: Migration = field(default_factory=Migration)
     rules: tuple[Rule, ...] = ()
     disks: tuple[Disk, ...] = ()
     further: tuple[Network, ...] = ()  # NICs of the guest besides `network`
@@ -595,6 +643,19 @@ class Config:
     def replicated_disks(self) -> tuple[Disk, ...]:
         """The disks that the controllers keep equal."""
         return tuple(d for d in self.disks if not d.external)
+
+    def migration_options(self, role: str) -> dict[str, Any]:
+        """How this host's QEMU migrates while its guest has that role: the fields of
+        qemu.migration.MigrationOptions."""
+        m = self.migration
+        return {
+            "max_bandwidth": m.max_bandwidth << 20,
+            "multifd": m.multifd,
+            "tls_creds": m.tls_creds if role == "primary" else m.tls_creds_incoming,
+            "tls_hostname": m.tls_hostname,
+            # where a QEMU of this host waits, if it is told so
+            "listen": self.qemu.reverse_uri if self.role == "primary" else self.qemu.migrate_uri,
+        }
 
     def limits(self) -> Limits:
         """Of the engine."""
@@ -639,6 +700,7 @@ SECTIONS: dict[str, type[Any]] = {
     "datapath": DataPathKeys,
     "metrics": Metrics,
     "nbd": Nbd,
+    "migration": Migration,
 }
 
 

@@ -484,7 +484,7 @@ class CheckpointCoordinator:
             c.output.patience.checkpointed(
                 self.ended_ns - ck.began_ns, missed=want.cause == Cause.COMPARE_TIMEOUT
             )
-        c.devices.checkpointed(want.cause)
+        c.devices.checkpointed(want.cause, want.why.nic if want.why else "")
         c.arbiter.paired()
         if want.cause != Cause.SWITCHOVER:
             c.become(State.PROTECTED, f"both guests are equal as of epoch {ck.n} ({want.cause})")

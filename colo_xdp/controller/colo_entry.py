@@ -227,7 +227,7 @@ class ColoEntry:
         try:
             why = self._other_nics() or await c.life.unfit()
             why = why or hardware.refusal(
-                await c.qemu.qmp.hardware(), hardware.decode(self.peer_hardware)
+                await c.qemu.hardware(), hardware.decode(self.peer_hardware)
             )
         except ValueError as e:
             why = f"COLO is not entered: the secondary's report: {e}"
@@ -243,6 +243,13 @@ class ColoEntry:
         """Return why the two configurations do not name the same NICs, or an empty string."""
         mine, theirs = [net.name for net in self._c.config.networks], list(self.peer_nics)
         if mine == theirs:
+            for name, mac in zip(mine, self._c.qemu.first_macs, strict=True):
+                there = self.peer_nics[name]
+                if isinstance(there, str) and mac and there and mac.lower() != there.lower():
+                    return (
+                        f"COLO is not entered: the NIC {name} is the card {mac} here and {there} "
+                        "on the secondary's host: the taps are exchanged, here or there"
+                    )
             return ""
         return (
             f"COLO is not entered: [network] here has the NICs {', '.join(mine)} in this order, on "
@@ -328,7 +335,7 @@ class ColoEntry:
 
     async def start(self) -> None:
         """Ask QEMU to enter COLO. Raises QmpError."""
-        await self._c.qemu.qmp.prepare(primary=True)
+        await self._c.qemu.prepare(primary=True)
         await self._c.qemu.qmp.migrate(self._c.migrate_to)
 
     async def watch(self, ck: Checkpoint) -> None:
@@ -381,7 +388,7 @@ class ColoEntry:
         began, tried = time.monotonic(), ""
         while c.state is State.STARTING:
             try:
-                if await self._run_on(time.monotonic() - began):
+                if await self.run_on(time.monotonic() - began):
                     return
                 tried = await c.qemu.qmp.status()
             except QmpError as e:
@@ -395,7 +402,7 @@ class ColoEntry:
                 )
             await asyncio.sleep(RUN_ON_S)
 
-    async def _run_on(self, since_s: float) -> bool:
+    async def run_on(self, since_s: float) -> bool:
         """Try once to let the guest run, whatever the entry has left behind; whether it does."""
         qemu = self._c.qemu
         migration = await qemu.qmp.migration_status()

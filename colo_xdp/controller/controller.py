@@ -43,7 +43,9 @@ from ..peer.messages import VERSION
 from ..peer.tls import Tls
 from ..qemu.event import QmpEvent
 from ..qemu.guest_event import news
-from ..qemu.replication import ReplicatedDisk, ReplicationOptions
+from ..qemu.migration import MigrationOptions
+from ..qemu.overlays import ReplicatedDisk
+from ..qemu.replication import ReplicationOptions
 from ..qemu.supervisor import QemuOptions, QemuSupervisor, Stakes
 from .commands import OperatorCommands
 from .device_watch import DeviceWatch
@@ -74,6 +76,7 @@ def _replication(config: Config) -> ReplicationOptions:
         config.nbd.local,
         config.nbd.remote,
         config.nbd.speed << 20,
+        config.nbd.write_timeout / 1000,
     )
 
 
@@ -107,6 +110,7 @@ class Controller(RoleSteps):
                 taps={net.tap: net.guest_mac for net in config.networks},
                 incoming=q.incoming,
                 replication=_replication(config),
+                migration=MigrationOptions(**config.migration_options(self.role.value)),
             ),
             self,
             tap_alive=datapath.tap_alive,
@@ -530,8 +534,10 @@ class Controller(RoleSteps):
     async def open_network(self) -> None:
         """Let the tap join the bridge; a failure is reported, and tried again at the next start."""
         try:
-            await asyncio.to_thread(self.dp.open_network)
-            await asyncio.to_thread(self.dp.look_at_port)
+            try:
+                await asyncio.to_thread(self.dp.open_network)
+            finally:
+                await asyncio.to_thread(self.dp.look_at_port)
         except (attach.NoSuchDevice, attach.NetlinkError, OSError) as e:
             log.error("the guest's tap cannot join the bridge: %s", e)
             self.failures.append(f"open network: {e}")

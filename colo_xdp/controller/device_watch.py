@@ -51,8 +51,12 @@ PACE_S = 0.02  # the least time between two checkpoints while nothing arrives
 class PeerLink:
     """What is known of the peer link of one NIC."""
 
+    nic: str  # name of the NIC
     device: str
     name: str  # as a heartbeat link
+    silent_checkpoints: int = 0  # made in a row for output of the NIC that was missed
+    silent_ns: int = 0  # when the first of them was complete (boot_ns)
+    silent_for_long: bool = False
     trouble: str = ""  # why it delivers nothing; empty: it delivers
     first: int = -1  # frames of the data path that had come at the first look
     arrived: int = -1  # and at the last one
@@ -65,8 +69,20 @@ class PeerLink:
             self.arrived_ns = now
         if arrived == self.arrived:
             return False
-        self.arrived, self.arrived_ns = arrived, now
+        self.arrived, self.arrived_ns, self.silent_checkpoints = arrived, now, 0
         return True
+
+    @property
+    def svm_silent(self) -> bool:
+        """Whether the SVM's output was missed in SILENT_CHECKPOINTS checkpoints in a row."""
+        return self.silent_checkpoints >= SILENT_CHECKPOINTS and self.silent_for_long
+
+    def missed(self, now: int, least_ns: int) -> None:
+        """Count a checkpoint for output that was missed; they count after `least_ns`."""
+        self.silent_checkpoints += 1
+        if self.silent_checkpoints == 1:
+            self.silent_ns = now
+        self.silent_for_long = now - self.silent_ns >= least_ns
 
 
 class DeviceWatch:
@@ -77,10 +93,7 @@ class DeviceWatch:
         self.look = Look()
         self.restored = 0  # programs and devices put back
         networks = controller.config.networks
-        self.links = [PeerLink(network.peer_link, network.link_name) for network in networks]
-        self.silent_checkpoints = 0
-        self._silent_ns = 0  # when the first of them was complete (boot_ns)
-        self._silent_for_long = False
+        self.links = [PeerLink(n.name, n.peer_link, n.link_name) for n in networks]
         self._trouble = ""
         self._up_ns = 0  # since when the control channel is up (boot_ns)
         self._changed = asyncio.Event()
@@ -99,7 +112,7 @@ class DeviceWatch:
         if not self.look.cut:
             text += [self.link] if self.link else []
             if not self.link and self.svm_silent:
-                devices = " or ".join(link.device for link in self.links)
+                devices = " or ".join(link.device for link in self.links if link.svm_silent)
                 text.append(
                     f"the secondary's output does not arrive over {devices}: {SILENT_CHECKPOINTS} "
                     "checkpoints in a row or more for output that waited, and not one frame of its "
@@ -107,15 +120,36 @@ class DeviceWatch:
                 )
         return "; ".join(text)
 
+    def trouble_of(self, nic: int) -> str:
+        """Return why nothing arrives over the peer link of one NIC, or an empty string."""
+        link = self.links[nic]
+        why = "nothing of the other guest arrives"
+        return link.trouble or (f"{link.device}: {why}" if nic in self.cut_nics else "")
+
     @property
     def cut(self) -> bool:
         """Whether nothing of the other guest arrives, so that waiting for it is of no use."""
-        return self.look.cut or bool(self.link) or self.svm_silent
+        return bool(self.cut_nics)
+
+    @property
+    def cut_nics(self) -> set[int]:
+        """The numbers of the NICs of which that is so."""
+        gone, every = self.look.cut_nics, self.look.cut and not self.look.cut_nics
+        return {
+            i
+            for i, link in enumerate(self.links)
+            if every or i in gone or link.trouble or link.svm_silent
+        }
 
     @property
     def svm_silent(self) -> bool:
-        """Whether the SVM's output was missed in SILENT_CHECKPOINTS checkpoints in a row."""
-        return self.silent_checkpoints >= SILENT_CHECKPOINTS and self._silent_for_long
+        """Whether the SVM's output was missed at one of the NICs."""
+        return any(link.svm_silent for link in self.links)
+
+    @property
+    def silent_checkpoints(self) -> int:
+        """Checkpoints in a row that were made for output of one NIC that was missed."""
+        return max(link.silent_checkpoints for link in self.links)
 
     # ---- hooks
 
@@ -199,31 +233,29 @@ class DeviceWatch:
         self._count(now)
         return (now - self.links[nic].arrived_ns) / 1e6
 
-    def _count(self, now: int) -> bool:
-        """Return whether frames of the data path came since the last call, which ends a silence."""
-        paths = zip(self.links, self._c.dp.nics, strict=True)
-        came = any([link.count(nic.arrived(), now) for link, nic in paths])
-        if came:
-            self.silent_checkpoints = 0
-        return came
+    def _count(self, now: int) -> None:
+        """Count frames of the data path; those that came since the last call end a silence."""
+        for link, nic in zip(self.links, self._c.dp.nics, strict=True):
+            link.count(nic.arrived(), now)
 
     # ---- the secondary's guest
 
-    def checkpointed(self, cause: str) -> None:
-        """Note a complete checkpoint: count it if output was missed and no frame came."""
-        if not self._count(boot_ns()) and cause in _MISSED:
-            self._silent_since(boot_ns())
-        elif cause == Cause.INITIAL:  # there is another guest now
-            self.silent_checkpoints = 0
-        self.report()
+    def checkpointed(self, cause: str, nic: str = "") -> None:
+        """Note a complete checkpoint: count it if output was missed and no frame came.
 
-    def _silent_since(self, now: int) -> None:
-        self.silent_checkpoints += 1
-        if self.silent_checkpoints == 1:
-            self._silent_ns = now
-        least_ns = self._c.config.compare.compare_timeout * 1_000_000
-        fixed = self._c.config.compare.wait == "fixed"  # each has waited for as long already
-        self._silent_for_long = fixed or now - self._silent_ns >= least_ns
+        `nic`: the name of the NIC whose output waited; "": not known.
+        """
+        cut, now, compare = self.cut_nics, boot_ns(), self._c.config.compare
+        fixed = compare.wait == "fixed"  # each has waited for as long already
+        least_ns = 0 if fixed else compare.compare_timeout * 1_000_000
+        for i, (link, path) in enumerate(zip(self.links, self._c.dp.nics, strict=True)):
+            came = link.count(path.arrived(), now)
+            late = cause in _MISSED and cause != Cause.PEER_LINK and nic in ("", link.nic)
+            if not came and (late or (cause == Cause.PEER_LINK and i in cut)):
+                link.missed(now, least_ns)
+            elif cause == Cause.INITIAL:  # there is another guest now
+                link.silent_checkpoints = 0
+        self.report()
 
     # ---- the log and the history
 

@@ -19,7 +19,7 @@ from ..abi import Mode, SyncState
 from ..clock import TICK_S
 from ..config.file import Config
 from ..datapath.host import HostDataPath
-from ..failover.decision import State
+from ..failover.decision import Role, State
 from ..peer.channel import Peer
 from ..qemu import nic
 from ..qemu.disks import refusal
@@ -47,6 +47,7 @@ class GuestOwner(Protocol):
     peer: Peer
     qemu: QemuSupervisor
     state: State
+    role: Role
 
     @property
     def ends_the_pair(self) -> bool:
@@ -171,13 +172,21 @@ class GuestLifecycle:
     async def unfit(self) -> str:
         """Return what keeps this guest from being one of a pair, or an empty string."""
         try:
-            blocks = await self._c.qemu.qmp.execute("query-block")
-            cards = await self._c.qemu.qmp.cards()
+            why = await self.uncovered()
+            primary = self._c.role is Role.PRIMARY
+            why = why or await self._c.qemu.migration_trouble(primary=primary)
         except QmpError as e:
             return str(e)
-        why = refusal(blocks, [d.name for d in self._c.config.disks])
-        why = why or nic.refusal(cards, self._c.qemu.options.taps)
         return f"COLO is not entered: {why}" if why else ""
+
+    async def uncovered(self) -> str:
+        """Return which writable disks nobody keeps equal, or which network cards nobody compares.
+
+        An empty string: none. Raises QmpError.
+        """
+        blocks = await self._c.qemu.qmp.execute("query-block")
+        why = refusal(blocks, [d.name for d in self._c.config.disks])
+        return why or nic.refusal(await self._c.qemu.qmp.cards(), self._c.qemu.options.taps)
 
     # ---- the end
 

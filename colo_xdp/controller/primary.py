@@ -27,9 +27,10 @@ from ..qemu.supervisor import IN_COLO, INCOMING_S
 from . import switchover
 from .checkpoint import CheckpointRequest
 from .checkpoint_coordinator import CheckpointCoordinator
-from .colo_entry import REARM_S
+from .colo_entry import CANCELLABLE, REARM_S
 from .controller import Controller
 from .device_watch import PACE_S
+from .mirror_watch import MirrorWatch
 from .pvm_output import PvmOutput
 from .shadow import ShadowMode
 
@@ -37,6 +38,7 @@ log = logging.getLogger("colo_xdp.controller.primary")
 
 LOOK_S = 0.2  # between two looks at a guest of which nothing is known
 BRIDGE_S = 1.0  # between two looks at the ports of the tap's bridge
+PLUGGED_S = 5.0  # between two looks at the guest's disks
 LOSS_CHECK_NS = 100_000_000
 SWEEP = 400  # connections of the fast path looked at in that time: a million in 4 minutes
 
@@ -61,6 +63,7 @@ class Primary(Controller):
         self.shadow = ShadowMode(self.view, self.output)
         self.checkpoints = CheckpointCoordinator(self)
         self.entry = self.checkpoints.entry
+        self.mirrors = MirrorWatch(self)
         self._going_solo = False  # decided and in progress: no checkpoint may begin
         self._lost = datapath.lost_events()
         self._lost_checked = 0
@@ -148,7 +151,7 @@ class Primary(Controller):
         cut = self.state is State.DEGRADED and self.dp.mode is Mode.RUN and not self.peer.connected
         if self.state is State.PROTECTED or cut:
             self.output.tick(now_ns)
-            if self._hurry_ns() <= now_ns and self.output.gather(now_ns):
+            if self._hurry_ns() <= now_ns and self.output.gather(now_ns, self.devices.cut_nics):
                 self.checkpoints.request(Cause.PEER_LINK, self.devices.trouble)
         else:
             self.output.end_backpressure(now_ns)
@@ -200,7 +203,7 @@ class Primary(Controller):
         if self.state is State.SOLO:
             self.life.on_event_alone(event)
         if why := self.qemu.disks.on_event(event):
-            self._mirror_lost(why)
+            self.mirror_lost(why)
         if event.name == "STOP":
             ours = self.checkpoints.on_stop(event)
             if not ours and self.state is State.PROTECTED and not self.view.guest.halted:
@@ -211,7 +214,7 @@ class Primary(Controller):
         else:
             self.checkpoints.on_qmp_event()
 
-    def _mirror_lost(self, why: str) -> None:
+    def mirror_lost(self, why: str) -> None:
         """Count the SVM as lost: no checkpoint can make it a copy any more.
 
         It stays one of the last checkpoint, so it may still take over if this host dies now.
@@ -407,8 +410,24 @@ class Primary(Controller):
         elif self.dp.mode is not Mode.DROP:  # a former controller may have died before this
             self.spawn(self.open_network())
         self.spawn(self._watch_bridge())
+        self.spawn(self.mirrors.run())
+        self.spawn(self._watch_disks())
         cks = self.checkpoints
         self.spawn(cks.offsets.sweep(lambda: cks.running is not None))
+
+    async def _watch_disks(self) -> None:
+        """Give the pair up when the guest gets a writable disk that nobody keeps equal.
+
+        In COLO QEMU plugs no device in, but it changes the medium of one; and notices nothing if a
+        person does so on both hosts, whose guests write to it each by itself.
+        """
+        while True:
+            await asyncio.sleep(PLUGGED_S)
+            if self.state is not State.PROTECTED or not self.qemu.qmp.connected:
+                continue
+            with contextlib.suppress(QmpError):
+                if why := await self.life.uncovered():
+                    self.mirror_lost(why)
 
     async def _watch_bridge(self) -> None:
         while True:
@@ -427,8 +446,9 @@ class Primary(Controller):
                     await self.qemu.leave_colo()
                 except QmpError as e:  # or QEMU was just about to
                     log.warning("%s (the PVM goes on all the same)", e)
-            # `postmigrate`: an entry did not lead to COLO, and its controller has died since
-            if migration in (*IN_COLO, "failed") or status == "postmigrate":
+            # an entry did not lead to COLO, and its controller has died since
+            stopped = status in ("postmigrate", "finish-migrate")
+            if migration in (*IN_COLO, "failed") or stopped:
                 self.spawn(self._let_run())
         elif (
             not self.checkpoints.serving
@@ -439,12 +459,21 @@ class Primary(Controller):
 
     async def _let_run(self) -> None:
         """See to it that a guest which is alone runs, also when QEMU has to be waited for."""
+        began = time.monotonic()
         while self.state is State.SOLO:
             with contextlib.suppress(QmpError):
                 await self.qemu.disks.cut()
-                if await self.qemu.qmp.migration_status() in IN_COLO:
+                migration = await self.qemu.qmp.migration_status()
+                if migration in IN_COLO:
                     await self.qemu.leave_colo()  # what was tried before has failed
-                if await self.entry.cont():
+                    runs = await self.entry.cont()
+                elif migration not in CANCELLABLE:
+                    runs = await self.entry.cont()
+                elif await self.qemu.qmp.enters_colo():
+                    runs = await self.entry.run_on(time.monotonic() - began)
+                else:
+                    return  # somebody moves the guest to another host
+                if runs:
                     return
             await asyncio.sleep(REARM_S)
 

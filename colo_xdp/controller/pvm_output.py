@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 from .. import abi
@@ -171,9 +171,9 @@ class PvmOutput:
         """Return when tick() has something to do (monotonic)."""
         return min(nic.engine.tick_ns() for nic in self.nics)
 
-    def gather(self, now_ns: int) -> bool:
-        """Take over what waits in the kernel; return whether anything waits."""
-        return any([nic.engine.gather(now_ns) for nic in self.nics])
+    def gather(self, now_ns: int, nics: Iterable[int]) -> bool:
+        """Take over what waits in the kernel at these NICs; return whether anything waits."""
+        return any([self.nics[i].engine.gather(now_ns) for i in nics])
 
     def end_backpressure(self, now_ns: int) -> None:
         """Let clients' acknowledgements pass that wait for the SVM."""

@@ -33,14 +33,13 @@ from ..qemu.guest_event import News
 from ..qemu.hardware import encode
 from ..qemu.qmp import QmpError
 from .controller import Controller
-from .disk_proof import DiskProof
 from .held_frames import HeldFrames, Hold
+from .secondary_disks import SecondaryDisks
 from .takeover import Takeover
 
 log = logging.getLogger("colo_xdp.controller.secondary")
 
 SWEEP_S = 5.0
-OVERLAY_S = 1.0  # between two looks at the size of the overlays
 REMIND_S = 2.0  # longer than the primary takes from `ready` to its next state
 
 
@@ -71,11 +70,7 @@ class Secondary(Controller):
         self.view.adopted(confirmed=datapath.adopted and datapath.sync_state is not SyncState.NONE)
         self.checkpoints_loaded = 0
         self.last_pause_ms = 0.0
-        self.proof = DiskProof()
-        self.overlays: dict[str, int] = {}  # size of the larger one of each disk, bytes
-        self._loaded_ns = 0  # RESUME of the state that the SVM runs
-        self._unsaid: tuple[int, int] | None = None  # `resumed` that waits for `disks_whole`: n, us
-        self.disk_proof_ms = 0.0  # how long the last checkpoint waited for that
+        self.disks = SecondaryDisks(self)
         self.stepped_out = False
         self._hooks = asyncio.Lock()  # held while programs are detached or attached again
         self._handlers: dict[str, Callable[[dict[str, Any]], None]] = {
@@ -83,7 +78,7 @@ class Secondary(Controller):
                 msg["n"], msg["initial"], msg["cause"] == Cause.SWITCHOVER
             ),
             "heartbeat": self._on_beat,
-            "disks_whole": lambda msg: self._on_disks_whole(msg["n"]),
+            "disks_whole": lambda msg: self.disks.on_whole(msg["n"]),
             "downtime_start": self._on_downtime_start,
             "claims": self._on_claims,
             "offsets": self._on_offsets,
@@ -97,7 +92,7 @@ class Secondary(Controller):
         """Start from the state in which a former controller left the data path."""
         datapath = self.dp
         if datapath.adopted:
-            self.proof = DiskProof(datapath.epoch, datapath.disks_whole)
+            self.disks.adopt()
             self.view.set_shadow(datapath.shadowed > 0)
             if datapath.mode is Mode.TAKEOVER:
                 self.view.went_standalone()
@@ -143,9 +138,7 @@ class Secondary(Controller):
     def _begin_hold(self, n: int, *, planned: bool = False) -> None:
         limit = self.config.checkpoint.deadline / 1000 if self.view.pair.confirmed else float("inf")
         deadline = time.monotonic() + limit
-        self.proof.begin(n)
-        if self.dp.disks_whole >= n:
-            self.dp.disks_whole = n - 1
+        self.disks.begin(n)
         self.held.begin(n, time.monotonic_ns(), deadline, planned=planned)
         if not self.path_shut:
             self.dp.mode = Mode.CHECKPOINT
@@ -158,7 +151,7 @@ class Secondary(Controller):
     def _on_beat(self, msg: dict[str, Any]) -> None:
         h = self.held.hold
         if msg["role"] == Role.PRIMARY.value:  # it commits no checkpoint whose disks are not whole
-            self._disks_are_whole(msg["epoch"])
+            self.disks.are_whole(msg["epoch"])
         # A switchover's hold ends with the takeover, unless the primary went on all the same.
         over = h is not None and msg["epoch"] >= h.n and not (h.planned and msg["shut"])
         if h is not None and h.resume is not None and over:
@@ -338,7 +331,7 @@ class Secondary(Controller):
             if not why and status != "inmigrate":
                 why = f"the SVM's QEMU is `{status}`, not waiting (-incoming)"
             if not why:
-                await self.qemu.qmp.prepare(primary=False)
+                await self.qemu.prepare(primary=False)
         except QmpError as e:
             why = str(e)
         if why:
@@ -416,9 +409,7 @@ class Secondary(Controller):
         if self.takeover.under_way:
             self.takeover.saw(event)
             return
-        failed = event.name == "BLOCK_IO_ERROR" and event.data.get("operation") == "write"
-        if failed and self.qemu.disks.any and event.data.get("action") != "stop":
-            self._on_disk_error(event)
+        self.disks.on_qmp(event)
         if event.name == "STOP" and self.view.pair.in_colo:
             if self.held.hold is None and self.state is not State.STARTING:
                 # Somebody else asked QEMU for a checkpoint, or one that was given up comes after
@@ -437,63 +428,16 @@ class Secondary(Controller):
         elif event.name == "RESUME" and self.held.hold is not None:
             h = self.held.hold
             self.view.in_colo()
-            h.resume, self._loaded_ns = event, event.ts_ns
+            h.resume = event
             self.last_pause_ms = h.pause_ms
-            self._on_loaded(h, event)
-
-    def _on_loaded(self, h: Hold, resume: QmpEvent) -> None:
-        """Count the state that the SVM runs, and report it once its disks are of it as well."""
-        n, self._unsaid = h.n, (h.n, int(self.last_pause_ms * 1000))
-        self.proof.loaded(n)
-        if self.view.pair.confirmed and not h.planned:
-            self._finish(h, resume)
-        if self.proof.said(n) or not self.qemu.disks.any:
-            self.disk_proof_ms = 0.0
-            self._say_resumed()
-
-    def _on_disks_whole(self, n: int) -> None:
-        self._disks_are_whole(n)
-        if self._unsaid is not None and self._unsaid[0] == n:
-            self.disk_proof_ms = max(0.0, (time.monotonic_ns() - self._loaded_ns) / 1e6)
-            self._say_resumed()
-
-    def _disks_are_whole(self, n: int) -> None:
-        self.proof.whole(n)
-        if self.qemu.disks.any and n > self.dp.disks_whole:
-            self.dp.disks_whole = n
-
-    def _say_resumed(self) -> None:
-        if self._unsaid is not None:
-            (n, pause_us), self._unsaid = self._unsaid, None
-            self.peer.send("resumed", n=n, pause_us=pause_us)
+            self.disks.loaded(h.n, event.ts_ns, h.pause_ms)
+            if self.view.pair.confirmed and not h.planned:
+                self._finish(h, event)
+            self.disks.report()
 
     @property
     def disk_unproven(self) -> bool:
-        if not self.qemu.disks.any or self.state is State.PROMOTED:
-            return False
-        return self.proof.missing or self.takeover.epoch_uncertain == self.dp.epoch
-
-    def _on_disk_error(self, event: QmpEvent) -> None:
-        """Count a copy whose disk fails as lost: its guest has seen what the PVM did not see."""
-        if self.state in (State.PROTECTED, State.CHECKPOINTING, State.DEGRADED):
-            name = event.data.get("device") or event.data.get("node-name")
-            self.view.guest_event(f"a write of the SVM to disk {name} failed")
-            self.view.guest_gone()
-            self.reconsider()
-
-    async def _watch_overlays(self) -> None:
-        """Ask for a checkpoint, which empties the overlays, before one of them is too large."""
-        limits = {d.name: d.overlay_limit for d in self.qemu.disks.options.disks}
-        while limits:
-            await asyncio.sleep(OVERLAY_S)
-            if self.state is not State.PROTECTED:
-                continue
-            with contextlib.suppress(QmpError):
-                self.overlays = await self.qemu.disks.overlay_sizes()
-                full = [n for n, size in self.overlays.items() if size > limits[n]]
-                if full:
-                    why = f"the overlay of disk {full[0]} has {self.overlays[full[0]] >> 20} MiB"
-                    self.peer.send("request", cause=Cause.OVERLAY_FULL.value, why=why)
+        return self.disks.unproven
 
     async def _stopped_by_whom(self, h: Hold | None) -> None:
         """Find out why the SVM has stopped without a `begin`, and react to that."""
@@ -603,19 +547,20 @@ class Secondary(Controller):
             self.become(State.STARTING, why)
             self.peer.send("failed", n=0, why=why)
         else:
-            seen = encode(await self.qemu.qmp.hardware())
+            seen = encode(await self.qemu.hardware())
+            names = [net.name for net in self.config.networks]
             self.peer.send(
                 "ready",
                 epoch=self.dp.epoch,
                 qemu=self._qemus,
                 disks=sizes,
                 hardware=seen,
-                nics={net.name: i for i, net in enumerate(self.config.networks)},
+                nics=dict(zip(names, self.qemu.first_macs, strict=True)),
             )
 
     async def start(self) -> None:
         await super().start()
-        self.spawn(self._watch_overlays())
+        self.spawn(self.disks.watch())
         if self.state is State.PROMOTED:  # the former controller may have died during the takeover
             await self.open_network()
             self.spawn(self.takeover.announce())
@@ -631,7 +576,8 @@ class Secondary(Controller):
         """Start over with a new QEMU: nothing of the former guest counts any more."""
         self.view.new_guest()
         self.held.take()
-        self.takeover, self.proof = Takeover(self), DiskProof()
+        self.takeover = Takeover(self)
+        self.disks.new_guest()
         self.dp.sync_state = SyncState.NONE
         self.arbiter.new_guest()
         self.become(State.STARTING, "a new QEMU is here")
@@ -648,12 +594,12 @@ class Secondary(Controller):
         await self.qemu.disks.adopt()
         status = await self.qemu.qmp.status()
         if status == "inmigrate":
-            await self.qemu.qmp.prepare(primary=False)
+            await self.qemu.prepare(primary=False)
             if self.path_shut:
                 return
             self._ready_wanted = True
             self.view.waits_for_migration()
-            self.proof = DiskProof()
+            self.disks.new_guest()
             self.dp.sync_state = SyncState.NONE
             self._qemus += 1
             self.become(State.STARTING, "the SVM waits for the primary's migration")
@@ -726,7 +672,8 @@ class Secondary(Controller):
                 self.state is State.PROMOTED
                 and not any(flows.wanted for flows in self.flows)
                 and not self.stepped_out
-                and self.dp.port_forwarding  # announcements are still to be made
+                # else announcements are still to be made
+                and all(nic.port_forwarding for nic in self.dp.nics)
                 and not self.arbiter.needs_grant  # the programs enforce the end of a grant
             ):
                 await self._step_out()

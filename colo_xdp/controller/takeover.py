@@ -46,6 +46,12 @@ PORT_S = 0.1  # between two looks at a port that does not forward yet
 ANNOUNCE_TIMES = (0.0, 0.05, 0.2, 0.45, 0.8)  # seconds after the takeover, as QEMU's own RARPs
 
 
+class Vouched(Protocol):
+    """Disks of which somebody may have said that they are whole."""
+
+    proof: DiskProof
+
+
 class Standby(Protocol):
     """The controller whose guest is to run standalone."""
 
@@ -55,12 +61,16 @@ class Standby(Protocol):
     peer: Peer
     qemu: QemuSupervisor
     held: HeldFrames
-    proof: DiskProof
     flows: tuple[ConntrackMap, ...]
     failures: list[str]
     state: State
     reason: str
     last_failover: dict[str, float] | None
+
+    @property
+    def disks(self) -> Vouched:
+        """What is known of the disks here."""
+        ...
 
     def become(self, state: State, why: str) -> None:
         """Change the state."""
@@ -186,8 +196,8 @@ class Takeover:
         c = self._c
         h = c.held.hold
         if h is not None and (h.resume is not None or self.loaded()):
-            c.proof.loaded(h.n)
-        return c.qemu.disks.any and c.proof.missing and not c.view.forced
+            c.disks.proof.loaded(h.n)
+        return c.qemu.disks.any and c.disks.proof.missing and not c.view.forced
 
     async def settle_disks(self) -> None:
         """Wait until QEMU has merged the overlays, on which the guest's disks depend until then."""
@@ -289,7 +299,7 @@ class Takeover:
         await self._announce_now(macs)
         end = time.monotonic() + FORWARDING_S
         waited = self._c.reason
-        while not self._c.dp.port_forwarding and self._c.state is State.PROMOTED:
+        while not self._forwarding() and self._c.state is State.PROMOTED:
             if time.monotonic() > end:
                 log.error("%s; the guest is not announced again", self._deaf())
                 self._c.failures.append(self._deaf())
@@ -297,9 +307,12 @@ class Takeover:
             self._c.become(State.PROMOTED, self._deaf())
             await asyncio.sleep(PORT_S)
             await asyncio.to_thread(self._c.dp.look_at_port)
-            if self._c.dp.port_forwarding and self._c.state is State.PROMOTED:
+            if self._forwarding() and self._c.state is State.PROMOTED:
                 self._c.become(State.PROMOTED, waited)
                 await self._announce_now(macs)
+
+    def _forwarding(self) -> bool:
+        return all(nic.port_forwarding for nic in self._c.dp.nics)
 
     def _deaf(self) -> str:
         waiting = [

@@ -15,6 +15,7 @@ import json
 import os
 import socket
 import struct
+import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,6 +43,7 @@ XDP_MODES = {0: "none", 1: "drv", 2: "skb", 3: "hw", 4: "multi"}
 TUNSETIFF = 0x400454CA
 TUNSETOFFLOAD = 0x400454D0
 TUNSETVNETHDRSZ = 0x400454D8
+RTN_UNICAST = 1
 IFF_TAP, IFF_NO_PI, IFF_VNET_HDR = 0x0002, 0x1000, 0x4000
 
 
@@ -62,7 +64,10 @@ class Taken(AttachError):
 
 @dataclass(frozen=True, slots=True)
 class LinkInfo:
-    """The kernel's information about a device."""
+    """The kernel's information about a device.
+
+    `queues`: of a tap with multi_queue, how many descriptors are open, used by the guest or not.
+    """
 
     name: str
     index: int
@@ -76,6 +81,7 @@ class LinkInfo:
     multi_queue: bool
     xdp_prog_id: int
     xdp_mode: str
+    queues: int = 0
 
 
 @contextlib.contextmanager
@@ -89,9 +95,12 @@ def _info(msg: Any) -> LinkInfo:
     kind = (linkinfo.get_attr("IFLA_INFO_KIND") if linkinfo else None) or ""
     data = linkinfo.get_attr("IFLA_INFO_DATA") if linkinfo else None
     vnet = mq = False
+    queues = 0
     if kind == "tun" and data is not None:
         vnet = bool(data.get_attr("IFTUN_VNET_HDR") or data.get_attr("IFLA_TUN_VNET_HDR"))
         mq = bool(data.get_attr("IFTUN_MULTI_QUEUE") or data.get_attr("IFLA_TUN_MULTI_QUEUE"))
+        for name in ("NUM_QUEUES", "NUM_DISABLED_QUEUES"):
+            queues += data.get_attr(f"IFLA_TUN_{name}") or 0
     xdp = msg.get_attr("IFLA_XDP")
     mode = (xdp.get_attr("IFLA_XDP_ATTACHED") if xdp else 0) or 0
     mode = int(mode) if not isinstance(mode, str) else 1
@@ -109,6 +118,7 @@ def _info(msg: Any) -> LinkInfo:
         multi_queue=mq,
         xdp_prog_id=int(prog),
         xdp_mode=XDP_MODES.get(mode, str(mode)),
+        queues=queues,
     )
 
 
@@ -124,6 +134,44 @@ def link_info(name: str) -> LinkInfo:
             if e.code in (errno.ENODEV, errno.ENOENT):
                 raise NoSuchDevice(f"network device {name} does not exist") from e
             raise
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """How the kernel reaches another host."""
+
+    dev: str
+    gateway: str  # empty: it is on the same network
+    source: str  # empty: any
+    quickack: bool
+
+    def with_quickack(self, address: str) -> str:
+        """Return the command that makes this a route of its own, with quickack, to one host."""
+        via = f" via {self.gateway}" if self.gateway else ""
+        src = f" src {self.source}" if self.source else ""
+        return f"ip route replace {address}{via} dev {self.dev}{src} quickack 1"
+
+
+def route_to(address: str) -> Route | None:
+    """Return the route to an IP address; None if there is none, or if it is this host's own."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    with _netlink() as ipr:
+        try:
+            found = next(iter(ipr.route("get", dst=address, family=family)))
+        except NetlinkError as e:
+            if e.code in (errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EACCES, errno.EINVAL):
+                return None
+            raise
+        if found["type"] != RTN_UNICAST:
+            return None
+        dev = ipr.link("get", index=found.get_attr("RTA_OIF"))[0].get_attr("IFLA_IFNAME")
+    metrics = found.get_attr("RTA_METRICS")
+    return Route(
+        dev,
+        found.get_attr("RTA_GATEWAY") or "",
+        found.get_attr("RTA_PREFSRC") or "",
+        bool(metrics and metrics.get_attr("RTAX_QUICKACK")),
+    )
 
 
 def set_up(name: str, up: bool = True) -> None:
@@ -366,6 +414,7 @@ class Manifest:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._lock = threading.RLock()  # devices are looked at in threads
         self.data: dict[str, list[Any]] = {
             "clsact": [],
             "filters": [],
@@ -382,17 +431,19 @@ class Manifest:
 
     def add(self, kind: str, item: Any) -> None:
         """Record one more item."""
-        if item not in self.data[kind]:
-            self.replace(kind, [*self.data[kind], item])
+        with self._lock:
+            if item not in self.data[kind]:
+                self.replace(kind, [*self.data[kind], item])
 
     def replace(self, kind: str, items: list[Any]) -> None:
         """Record these items in place of the former ones."""
-        if items != self.data[kind]:
-            self.data[kind] = items
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            tmp = self.path.with_suffix(".tmp")
-            tmp.write_text(json.dumps(self.data))
-            tmp.replace(self.path)
+        with self._lock:
+            if items != self.data[kind]:
+                self.data[kind] = items
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                tmp = self.path.with_suffix(".tmp")
+                tmp.write_text(json.dumps(self.data))
+                tmp.replace(self.path)
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,6 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 from .. import abi
 from ..abi import Cfg, Mode, Prog, Reason
@@ -27,6 +26,7 @@ from .hooks import Hooks, Look, Place
 from .inject import Injector
 from .offload_maps import BpfKernelPath
 from .pair_slots import OF_THE_PAIR, PairSlots
+from .prepare import DataPathError, Prepared, note_nics, prepare, record
 from .ring import CapturedFrame, open_reader
 
 log = logging.getLogger("colo_xdp.datapath.datapath")
@@ -46,83 +46,30 @@ SECONDARY_HOOKS = (("svm_net", "tap", "egress"), ("svm_in", "peer", "ingress"))
 INJECTED = {"release": "pvm_release", "deliver": "svm_deliver", "forward": "svm_forward"}
 
 
-class DataPathError(RuntimeError):
-    """The data path cannot be set up as configured; the text names the device or key."""
-
-
-class DeviceMissing(DataPathError):
-    """A device does not exist (yet); the text names its key."""
-
-    def __init__(self, why: str, device: str) -> None:
-        super().__init__(why)
-        self.device = device
-
-
-def choose_hook(wanted: str, tap: attach.LinkInfo) -> str:
-    """Return `xdp` or `tc` for the SVM's output.
-
-    XDP sees neither GSO nor partial checksums, so it is correct only on a tap without vnet_hdr.
-    Raises DataPathError when XDP is requested where it would corrupt frames.
-    """
-    if wanted == "xdp" and tap.vnet_hdr:
-        raise DataPathError(
-            f'[network] hook = "xdp": tap {tap.name} has vnet_hdr, its frames carry offloads that '
-            'XDP cannot see (checksums would be corrupted); use "tc" or a tap with vnet_hdr=off'
-        )
-    if wanted == "auto":
-        return "tc" if tap.vnet_hdr else "xdp"
-    return wanted
-
-
-def manifest_path(run_dir: str, pair: str, role: str) -> Path:
-    """Return the path of the list of what is attached."""
-    return Path(run_dir) / f"{pair}.{role}.attached"
-
-
 class DataPath(PairSlots):
     """Programs and maps of one NIC, loaded, attached and pinned.
 
     `adopted`: a former controller's state continues.
     """
 
-    def __init__(self, config: Config, nic: int = 0, lead: DataPath | None = None) -> None:
-        """Set up the NIC of that number; `lead`: the first NIC's, whose pair slots this follows."""
+    def __init__(
+        self,
+        config: Config,
+        nic: int = 0,
+        ready: Prepared | None = None,
+        lead: DataPath | None = None,
+    ) -> None:
+        """Set up the NIC of that number.
+
+        `ready`: the result of prepare(), which is called if there is none; `lead`: the first NIC's
+        data path, whose pair slots this one follows.
+        """
         self.config, self.nic = config, nic
-        self.net = net = config.networks[nic]
-        dp = config.datapath
-        self.manifest: attach.Manifest = lead.manifest if lead else self._record()
-        pins = loader.pin_dir(dp.bpffs, config.pair, config.role, nic)
-        first = loader.pin_dir(dp.bpffs, config.pair, config.role)
-        stored = abi.HostRole(loader.pinned_slot(first, Cfg.ROLE))
-        #: which guest this host runs now; `config.role` is the role at first, and names the pins
-        self.role = config.role if stored is abi.HostRole.CONFIGURED else stored.name.lower()
-        tap = self._device("tap", net.tap)
-        if net.vxlan_remote:
-            attach.make_vxlan(
-                net.peer_link,
-                net.vxlan_vni,
-                net.vxlan_local,
-                net.vxlan_remote,
-                net.vxlan_port,
-                self.manifest,
-            )
-        peer = self._device("peer_link", net.peer_link)
-        self._refuse_others()
-        pinned = (Path(pins) / "config").exists()
-        if net.uplink not in ("auto", "bridge") and not pinned:
-            self._device("uplink", net.uplink)  # before anything is loaded
-        if tap.kind != "tun":
-            raise DataPathError(f"[network] tap: {net.tap} is not a tap device (kind {tap.kind!r})")
-        if self.role == "secondary" and tap.master and not stored and not self._was_promoted():
-            raise DataPathError(
-                f"[network] tap: {net.tap} is in a bridge; on the secondary it must be in none "
-                "(the bridge would learn the guest's address there)"
-            )
-        if net.bridge and not pinned:
-            # a missing bridge should not first be noticed at a failover
-            self._device("bridge", net.bridge)
-        primary = self.role == "primary"
-        self.hook = "tc" if primary else choose_hook(net.hook, tap)
+        ready = ready or prepare(config, nic, record(config))
+        self.net, self.manifest, self.role, self.hook = (
+            config.networks[nic], ready.manifest, ready.role, ready.hook,
+        )  # fmt: skip
+        net, dp, tap, primary = self.net, config.datapath, ready.tap, self.role == "primary"
         options = loader.Options(
             flow_table=dp.flow_table,
             ring_pages=dp.ring_pages,
@@ -133,6 +80,7 @@ class DataPath(PairSlots):
             conns=dp.fast_path_flows,
             lease=ARBITERS[config.failover.arbiter].needs_grant,
         )
+        note_nics(config, self.manifest)
         self.objects, options = self._load(options)
         self._cfg = self.objects.map("config")
         self._counters = self.objects.map("counters")
@@ -160,11 +108,12 @@ class DataPath(PairSlots):
         self.guest: loader.Objects | None = None
         if primary and self.slot(Cfg.PROMOTED_EPOCH):
             self.guest = loader.load("promoted", config.pair, dp.bpffs, options, config.role, nic)
-        if self.adopted and self.role == "secondary" and self.mode is Mode.DROP and tap.master:
+        mode = (lead or self).mode
+        if self.adopted and self.role == "secondary" and mode is Mode.DROP and tap.master:
             # it was there as a primary; open_network() puts it back
             attach.set_master(net.tap, None)
         self.set_slot(Cfg.TAP, tap.index)
-        self.set_slot(Cfg.PEER, peer.index)
+        self.set_slot(Cfg.PEER, ready.peer.index)
         uplinks = {"auto": abi.UPLINK_LEARNED, "bridge": abi.UPLINK_BRIDGE}
         uplink = uplinks.get(net.uplink)
         if uplink is None:
@@ -198,6 +147,10 @@ class DataPath(PairSlots):
         self.stepped_out = False  # taken over, and no program is needed any more
         self._lock = threading.RLock()  # guards what is attached
         self.hooks = Hooks(self)
+        if lead is not None:
+            # Not sooner: in the mode of another role the programs that are attached drop all, and
+            # what was loaded above may have taken seconds to compile.
+            self.mode = lead.mode
         self._attach()
         self.look_at_port()
         if self.guest:
@@ -242,30 +195,6 @@ class DataPath(PairSlots):
         options = replace(options, fast=False)
         return load(options), options
 
-    def _was_promoted(self) -> bool:
-        pinned = Path(
-            loader.pin_dir(self.config.datapath.bpffs, self.config.pair, "secondary", self.nic)
-        )
-        return (pinned / "config").exists()
-
-    def _record(self) -> attach.Manifest:
-        """Return the record of what is attached. Raises DataPathError if it has other NICs.
-
-        The pins of a NIC are found by its number, and hold the offsets of its connections.
-        """
-        c, names = self.config, [net.name for net in self.config.networks]
-        manifest = attach.Manifest(manifest_path(c.datapath.run_dir, c.pair, c.role))
-        pins = Path(loader.pin_dir(c.datapath.bpffs, c.pair, c.role))
-        was = manifest.data["nics"]
-        if was and was != names and (pins / "config").exists():
-            raise DataPathError(
-                f"[network]: the pinned data path has the NICs {', '.join(was)}, the configuration "
-                f"{', '.join(names)}; a pair's NICs and their order stay as they are: stop both "
-                "controllers and run `colo-xdp cleanup` once the guest may lose its connections"
-            )
-        manifest.replace("nics", names)
-        return manifest
-
     def _follow(self, lead: DataPath) -> None:
         """Take over what the first NIC's data path says of the pair.
 
@@ -274,21 +203,8 @@ class DataPath(PairSlots):
         sooner. The epoch follows once every NIC has its programs: see HostDataPath.
         """
         for which in OF_THE_PAIR:
-            self.set_slot(which, lead.slot(which))
-
-    @staticmethod
-    def _device(key: str, name: str) -> attach.LinkInfo:
-        try:
-            return attach.link_info(name)
-        except attach.NoSuchDevice as e:
-            raise DeviceMissing(f"[network] {key}: {e}", name) from e
-
-    def _refuse_others(self) -> None:
-        """Refuse devices of another pair, before anything is loaded, attached or replaced."""
-        for dev, seen in attach.look((self.net.tap, self.net.peer_link)).items():
-            why = attach.other_pair(dev, seen, self.config.pair) if seen is not None else ""
-            if why:
-                raise attach.Taken(why)
+            if which is not Cfg.MODE:  # see __init__
+                self.set_slot(which, lead.slot(which))
 
     def _attach(self) -> None:
         progs, pair, m = self.objects.programs, self.config.pair, self.manifest

@@ -54,7 +54,8 @@ class Look:
     exposed: bool = False
     #: frames between the guests, or from clients to them, may have been missed
     missed: bool = False
-    cut: bool = False  # nothing arrives over the peer link now
+    cut: bool = False  # nothing arrives over the peer link now, or over one of several
+    cut_nics: set[int] = field(default_factory=set)  # the NICs whose it is, if there are several
 
 
 class Hooks:

@@ -10,7 +10,7 @@ moment sooner, and the next controller makes them follow the first (DataPath).
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from ..abi import Cfg
 from ..config.file import Config
@@ -18,6 +18,7 @@ from . import attach, loader
 from .datapath import DataPath
 from .hooks import Look
 from .pair_slots import PairSlots
+from .prepare import prepare, record
 from .ring import CapturedFrame
 
 Counters = dict[str, dict[str, tuple[int, int]]]
@@ -26,25 +27,33 @@ Counters = dict[str, dict[str, tuple[int, int]]]
 class HostDataPath(PairSlots):
     """What a controller owns: the pair's slots, and `nics` with all that is of one NIC."""
 
-    def __init__(self, config: Config) -> None:
-        self.config = config
-        lead = DataPath(config)
-        nics = [lead]
+    def __init__(self, config: Config, nics: Sequence[DataPath]) -> None:
+        """Take the data paths of the NICs, in the order of the configuration."""
+        self.config, self.nics = config, tuple(nics)
+        self.role, self.adopted = nics[0].role, nics[0].adopted
+        # Every NIC has its role's programs now. The first one's epoch may be behind: see DataPath.
+        self.epoch = max(nic.epoch for nic in nics)
+        self.beat()  # the last NIC's programs may have taken seconds to compile
+
+    @classmethod
+    def load(cls, config: Config) -> HostDataPath:
+        """Load and attach, once everything that every NIC needs is there.
+
+        Raises what prepare() and DataPath() raise.
+        """
+        manifest, d = record(config), config.datapath
+        ready = [prepare(config, i, manifest) for i in range(len(config.networks))]
+        nics = [DataPath(config, 0, ready[0])]
         try:
-            for i in range(1, len(config.networks)):
-                if not lead.adopted:  # left by an interrupted cleanup: the offsets are of no use
-                    d = config.datapath
+            for i in range(1, len(ready)):
+                if not nics[0].adopted:  # left by an interrupted cleanup: of no use
                     loader.remove_pins(loader.pin_dir(d.bpffs, config.pair, config.role, i))
-                nics.append(DataPath(config, i, lead))
+                nics.append(DataPath(config, i, ready[i], nics[0]))
         except BaseException:
             for nic in nics:
                 nic.close()
             raise
-        self.nics = tuple(nics)
-        self.role, self.adopted = lead.role, lead.adopted
-        # Every NIC has its role's programs now. The first one's epoch may be behind: see DataPath.
-        self.epoch = max(nic.epoch for nic in nics)
-        self.beat()  # the last NIC's programs may have taken seconds to compile
+        return cls(config, nics)
 
     def slot(self, slot: Cfg) -> int:
         return self.nics[0].slot(slot)
@@ -89,8 +98,9 @@ class HostDataPath(PairSlots):
         Blocks for some ms (netlink), so it must not run in the event loop.
         """
         found = Look()
-        for nic in self.nics:
+        for i, nic in enumerate(self.nics):
             one = nic.look()
+            found.cut_nics |= {i} if one.cut else set()
             found.trouble += one.trouble
             found.restored += one.restored
             found.unseen |= one.unseen
@@ -124,8 +134,8 @@ class HostDataPath(PairSlots):
 
     @property
     def port_forwarding(self) -> bool:
-        """Return whether every bridge forwards the guest's frames, as of the last look."""
-        return all(nic.port_forwarding for nic in self.nics)
+        """Return whether a bridge forwards the guest's frames, as of the last look."""
+        return any(nic.port_forwarding for nic in self.nics)
 
     @property
     def in_bridge(self) -> list[str]:
@@ -134,23 +144,30 @@ class HostDataPath(PairSlots):
 
     def open_network(self) -> None:
         """Put the guest's taps into their bridges, if any: the guest may transmit."""
-        for nic in self.nics:
-            nic.open_network()
+        self._each(DataPath.open_network)
 
     def close_network(self) -> None:
         """Remove the taps from their bridges: the other host's guest is active."""
-        for nic in self.nics:
-            nic.close_network()
+        self._each(DataPath.close_network)
 
     def step_out(self) -> None:
         """Detach the programs on the guest's taps, which a takeover makes needless (secondary)."""
-        for nic in self.nics:
-            nic.step_out()
+        self._each(DataPath.step_out)
 
     def step_in(self) -> None:
         """Attach the programs that step_out() has detached: the mode decides again what leaves."""
+        self._each(DataPath.step_in)
+
+    def _each(self, act: Callable[[DataPath], None]) -> None:
+        """Do something for each NIC, also if it fails for another one; raise what came first."""
+        failed: Exception | None = None
         for nic in self.nics:
-            nic.step_in()
+            try:
+                act(nic)
+            except (attach.AttachError, attach.NoSuchDevice, attach.NetlinkError, OSError) as e:
+                failed = failed or e
+        if failed is not None:
+            raise failed
 
     def close(self, *, detach: bool = False) -> None:
         """Release all resources. What is attached and pinned stays, unless `detach` is set."""

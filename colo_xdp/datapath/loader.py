@@ -461,6 +461,12 @@ def pin_dir(bpffs: str, pair: str, role: str, nic: int = 0) -> str:
     return f"{first}/nic{nic}" if nic else first
 
 
+def nic_pins(directory: str) -> list[str]:
+    """Return the directories with a pair's pins, given the first NIC's."""
+    inner = sorted(Path(directory).glob("nic*/")) if os.path.isdir(directory) else []
+    return [directory, *(str(path) for path in inner if path.is_dir())]
+
+
 def make_pins(bpffs: str, pair: str, role: str, nic: int = 0) -> str:
     """Return the directory of a pair's pins, created if necessary.
 

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import ctypes as ct
 import mmap
+import time
+from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -170,6 +172,7 @@ class PerfReader:
     def __init__(self, objects: Objects) -> None:
         self._bpf = objects.bpf
         self._queue: list[bytes] = []
+        self._early: list[CapturedFrame] = []  # captured after the last round had begun
         self.lost = 0
         table = self._bpf[b"events"]
         table.open_perf_buffer(self._on_event, page_cnt=self.PAGES, lost_cb=self._on_lost)
@@ -184,13 +187,26 @@ class PerfReader:
         self.lost += count
 
     def drain(self, sink: Callable[[CapturedFrame], None], limit: int = 1 << 30) -> int:
-        """Pass all waiting events to `sink`, in order of time across CPUs within this call."""
-        self._bpf.perf_buffer_consume()
-        raw, self._queue = self._queue, []
-        events = sorted((decode(r) for r in raw), key=lambda e: e.ts_ns)
-        for e in events:
-            sink(e)
-        return len(events)
+        """Pass all waiting events to `sink`, in the order of their capture across CPUs.
+
+        The buffers are read one after the other. While the last is read, a guest that has moved to
+        another CPU may fill the first again: an event that is missing in this round would come
+        behind its successor. A guest that sends in order begins a frame after the one before was
+        captured, so what is younger than the round waits for the next one. There is a next round
+        until nothing waits, or `limit` is reached: what then waits costs a tick at most.
+        """
+        count = 0
+        while True:
+            began = time.monotonic_ns()
+            self._bpf.perf_buffer_consume()
+            raw, self._queue = self._queue, []
+            events = sorted((*self._early, *map(decode, raw)), key=lambda e: e.ts_ns)
+            n = bisect_right(events, began, key=lambda e: e.ts_ns)
+            self._early, count = events[n:], count + n
+            for e in events[:n]:
+                sink(e)
+            if not self._early or count >= limit:
+                return count
 
     def close(self) -> None:
         """Do nothing: bcc closes the buffers with the module."""

@@ -21,8 +21,10 @@
  * 3. Both, QEMU 7.2: the dirty-log sync clears the dirty bits but leaves TCG's
  *    TLB entries writable without a dirty mark, so later writes to those pages
  *    are missed. Here every large write to a socket (migration data) and every
- *    VMSTATE_SIZE message (4) queues a tlb_flush(); the guest must be stopped
- *    (QMP stop) before the first `migrate`.
+ *    VMSTATE_SIZE message (4) queues a tlb_flush() of each vCPU (they all have a
+ *    TLB: with that of the first alone, what the others wrote was missing in the
+ *    SVM, whose kernel then panicked); the guest must be stopped (QMP stop) before
+ *    the first `migrate`.
  *
  * COLO_SHIM=lock disables 2 and 3.
  *
@@ -58,6 +60,7 @@ ssize_t sendmsg(int fd, const struct msghdr *h, int flags)
     static void (*flush)(void *), (*tlb)(void *);
     static void *(*getcpu)(int);
     static int tb = -1;
+    void *cpu;
 
     if (!real) {
         const char *e = getenv("COLO_SHIM");
@@ -75,6 +78,7 @@ ssize_t sendmsg(int fd, const struct msghdr *h, int flags)
     ssize_t r = real(fd, h, flags);
     if (tb && tlb && (r > 4096 || (h->msg_iovlen == 1 && h->msg_iov[0].iov_len == 4 &&
                                    !memcmp(h->msg_iov[0].iov_base, "\0\0\0\4", 4))))
-        tlb(getcpu(0));
+        for (int i = 0; (cpu = getcpu(i)); i++)
+            tlb(cpu);
     return r;
 }

@@ -47,6 +47,7 @@ def make_blank(path: Path, size_mib: int = SIZE_MIB) -> None:
 class Verdict:
     """What an image that has survived contains."""
 
+    clean: bool = False  # unmounted: there was no journal to be replayed
     fsck_errors: list[str] = field(default_factory=list)
     lost: list[int] = field(default_factory=list)  # acknowledged, and not there
     wrong_blocks: list[int] = field(default_factory=list)
@@ -56,16 +57,19 @@ class Verdict:
         return not (self.fsck_errors or self.lost or self.wrong_blocks)
 
 
-def check(image: Path, acknowledged: Iterable[int]) -> Verdict:
+def check(image: Path, acknowledged: Iterable[int], directory: str = "") -> Verdict:
     """Check an image that no QEMU uses: its file system, each record, each block.
 
-    The journal is replayed on a copy first, as a mount would do.
+    The journal is replayed on a copy first, as a mount would do, unless the guest has unmounted it.
+    `directory`: where the records are on it, "" for the top.
     """
     verdict = Verdict()
     with tempfile.TemporaryDirectory(dir=image.parent) as tmp:
         raw = Path(tmp) / "raw"
         sh("qemu-img", "convert", "-U", "-O", "raw", str(image), str(raw))
-        sh("e2fsck", "-y", "-E", "journal_only", str(raw), check=False)
+        verdict.clean = "needs_recovery" not in sh("dumpe2fs", "-h", str(raw))
+        if not verdict.clean:
+            sh("e2fsck", "-y", "-E", "journal_only", str(raw), check=False)
         fsck = subprocess.run(
             ["e2fsck", "-fn", str(raw)], capture_output=True, text=True, check=False
         )
@@ -74,9 +78,9 @@ def check(image: Path, acknowledged: Iterable[int]) -> Verdict:
         files = {}
         for name in ("log", "data"):
             out = Path(tmp) / name
-            sh("debugfs", "-R", f"dump /{name} {out}", str(raw), check=False)
+            sh("debugfs", "-R", f"dump {directory}/{name} {out}", str(raw), check=False)
             if not out.exists():
-                raise LabError(f"{image}: no file {name}")
+                raise LabError(f"{image}: no file {directory}/{name}")
             files[name] = out.read_bytes()
     newest: dict[int, int] = {}
     for n in sorted(acknowledged):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Build the lab guest: Debian's cloud kernel and a busybox initramfs.
+"""Build the small lab guest: Debian's cloud kernel and a busybox initramfs.
 
 The files that it serves are generated here from a seed, so that a client can tell right bytes from
 wrong ones without asking a guest.
@@ -31,6 +31,7 @@ MODULES = (
     "virtio_blk",
 )
 PROGRAMS = ("udpecho", "recordd")
+SCRIPTS = ("initrd.sh", "services.sh")
 MOUNTS = ("mnt/vda", "mnt/vdb")  # where disks are mounted, if the guest has them
 INDEX = b"<html>hello</html>\n"
 #: a page that cannot be the same on both guests; its own lines must agree with each other
@@ -72,10 +73,13 @@ def content(name: str) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class Guest:
-    """Kernel image and initramfs."""
+    """Kernel image, initramfs, and the image of a root file system if the guest has one."""
 
     kernel: Path
     initrd: Path
+    root: Path | None = None  # to be copied for each run; the initramfs alone without it
+    append: str = ""  # to the kernel's command line
+    memory_mib: int = 128
 
 
 def _kernel_package() -> str:
@@ -125,37 +129,53 @@ def _unpack_kernel(build: Path, fresh: bool = False) -> Path:
     return root
 
 
+def script(path: Path, text: str) -> None:
+    """Write an executable file."""
+    path.write_text(text)
+    path.chmod(0o755)
+
+
+def add_services(root: Path, programs: str) -> None:
+    """Add what services.sh needs to a root directory, with the executables in `programs`."""
+    for sub in (programs, "www/cgi-bin", "etc", *MOUNTS):
+        (root / sub).mkdir(parents=True, exist_ok=True)
+    for name in PROGRAMS:
+        source = Path(__file__).with_name(f"{name}.c")
+        sh(_cc(), "-static", "-O2", "-o", str(root / programs / name), str(source))
+    # Without these files the resolver of a static busybox crashes, even for numeric addresses.
+    (root / "etc/resolv.conf").write_text("nameserver 10.9.0.1\n")
+    (root / "etc/hosts").write_text("127.0.0.1 localhost\n")
+    for name in ("index.html", "f100k", "f1m", "big"):
+        (root / "www" / name).write_bytes(content(name))
+    script(root / programs / "services", Path(__file__).with_name("services.sh").read_text())
+    script(root / programs / "serve", SERVE)
+    script(root / "www/cgi-bin/uptime", UPTIME)
+    script(root / "www/cgi-bin/run", RUN)
+
+
+def sources() -> bytes:
+    """Return everything here that goes into a guest, to tell whether one is up to date."""
+    here = Path(__file__)
+    names = (*SCRIPTS, *(f"{p}.c" for p in PROGRAMS))
+    return here.read_bytes() + b"".join(here.with_name(n).read_bytes() for n in names)
+
+
 def _initrd(root: Path, out: Path) -> None:
     busybox = shutil.which("busybox")
     if not busybox:
         raise LabError("busybox is missing: install busybox-static")
     with tempfile.TemporaryDirectory() as tmp:
         d = Path(tmp)
-        for sub in ("bin", "dev", "proc", "sys", "tmp", "modules", "www/cgi-bin", "etc", *MOUNTS):
+        for sub in ("bin", "dev", "proc", "sys", "tmp", "modules", "root"):
             (d / sub).mkdir(parents=True)
         shutil.copy(busybox, d / "bin/busybox")
-        for name in PROGRAMS:
-            source = Path(__file__).with_name(f"{name}.c")
-            sh(_cc(), "-static", "-O2", "-o", str(d / "bin" / name), str(source))
         for m in MODULES:
             found = list(root.glob(f"lib/modules/**/{m}.ko"))
             if not found:
                 raise LabError(f"the kernel package has no module {m}")
             shutil.copy(found[0], d / "modules")
-        # Without these files the resolver of a static busybox crashes, even for numeric addresses.
-        (d / "etc/resolv.conf").write_text("nameserver 10.9.0.1\n")
-        (d / "etc/hosts").write_text("127.0.0.1 localhost\n")
-        for name in ("index.html", "f100k", "f1m", "big"):
-            (d / "www" / name).write_bytes(content(name))
-        scripts = (
-            ("init", Path(__file__).with_name("init.sh").read_text()),
-            ("www/cgi-bin/uptime", UPTIME),
-            ("www/cgi-bin/run", RUN),
-            ("bin/serve", SERVE),
-        )
-        for path, text in scripts:
-            (d / path).write_text(text)
-            (d / path).chmod(0o755)
+        add_services(d, "bin")
+        script(d / "init", Path(__file__).with_name("initrd.sh").read_text())
         names = "\n".join(str(p.relative_to(d)) for p in sorted(d.rglob("*"))).encode()
         archive = subprocess.run(
             ["cpio", "-o", "-H", "newc", "--quiet"],
@@ -174,11 +194,7 @@ def build(directory: Path) -> Guest:
     """
     directory.mkdir(parents=True, exist_ok=True)
     kernel, initrd, stamp = (directory / n for n in ("vmlinuz", "initrd.gz", "stamp"))
-    here = Path(__file__)
-    h = hashlib.sha256(here.read_bytes())
-    for name in ("init.sh", *(f"{p}.c" for p in PROGRAMS)):
-        h.update(here.with_name(name).read_bytes())
-    want = h.hexdigest()
+    want = hashlib.sha256(sources()).hexdigest()
     if stamp.exists() and stamp.read_text() == want and kernel.exists() and initrd.exists():
         return Guest(kernel, initrd)
     root = _unpack_kernel(directory)

@@ -45,9 +45,13 @@ class LabError(RuntimeError):
     """The laboratory could not be built, or did not reach the expected state in time."""
 
 
-def sh(*cmd: str, check: bool = True) -> str:
-    """Run a command and return its output. Raises LabError with the output on failure."""
-    r = subprocess.run(cmd, capture_output=True, text=True, check=False, timeout=60)
+def sh(*cmd: str, check: bool = True, timeout: float = 60) -> str:
+    """Run a command and return its output. Raises LabError with the output on failure, or at the
+    deadline."""
+    try:
+        r = subprocess.run(cmd, capture_output=True, text=True, check=False, timeout=timeout)
+    except subprocess.TimeoutExpired as e:
+        raise LabError(f"{' '.join(cmd)}: not finished within {timeout:g} s") from e
     if check and r.returncode:
         raise LabError(f"{' '.join(cmd)}: {r.stdout}{r.stderr}".strip())
     return r.stdout
@@ -148,9 +152,9 @@ def stop_process(p: subprocess.Popen[bytes] | None, timeout: float = 5.0) -> Non
 class Topology:
     """The namespaces of one lab; `tag` keeps labs apart."""
 
-    def __init__(self, tag: str, vnet_hdr: bool = True, nics: int = 1) -> None:
+    def __init__(self, tag: str, vnet_hdr: bool = True, nics: int = 1, queues: int = 1) -> None:
         self.client, self.primary, self.secondary = (f"{tag}{x}" for x in "cps")
-        self.vnet_hdr, self.nics = vnet_hdr, nics
+        self.vnet_hdr, self.nics, self.queues = vnet_hdr, nics, queues
 
     @property
     def all(self) -> tuple[str, str, str]:
@@ -186,8 +190,8 @@ class Topology:
             self._ip(ns, f"link add br{nic} type bridge")
             self._ip(ns, f"link set br{nic} up")
             self._ip(ns, f"link set dev uplink{n} master br{nic} up")
-            hdr = "vnet_hdr" if self.vnet_hdr else ""
-            self._ip(ns, f"tuntap add dev tap{nic} mode tap {hdr}")
+            flags = " vnet_hdr" * self.vnet_hdr + " multi_queue" * (self.queues > 1)
+            self._ip(ns, f"tuntap add dev tap{nic} mode tap{flags}")
             self._ip(ns, f"link set tap{nic} up")
 
     def peer_link(self) -> None:
@@ -215,6 +219,36 @@ class Topology:
         finally:
             for ns, there in ends:
                 self._ip(ns, f"neigh del {there} dev peer0")
+
+    @contextlib.contextmanager
+    def port_cut(self, port: int) -> Iterator[None]:
+        """Drop what the hosts send to this TCP port of each other; nothing else is cut."""
+        rule = f"pref 1 ipproto tcp dport {port} blackhole"
+        for ns in (self.primary, self.secondary):
+            self._ip(ns, f"rule add {rule}")
+        try:
+            yield
+        finally:
+            for ns in (self.primary, self.secondary):
+                self._ip(ns, f"rule del {rule}")
+
+    @contextlib.contextmanager
+    def port_slow(self, port: int, rate: str) -> Iterator[None]:
+        """Slow down what the hosts send to this TCP port of each other, to a rate of tc(8)."""
+        ends = (self.primary, self.secondary)
+        for ns in ends:
+            for what in (
+                "qdisc add dev peer0 root handle 1: htb",  # what has no class is not slowed
+                f"class add dev peer0 parent 1: classid 1:1 htb rate {rate}",
+                "filter add dev peer0 parent 1: protocol ip u32 "
+                f"match ip dport {port} 0xffff flowid 1:1",
+            ):
+                sh("tc", "-n", ns, *what.split())
+        try:
+            yield
+        finally:
+            for ns in ends:
+                sh("tc", "-n", ns, "qdisc", "del", "dev", "peer0", "root")
 
     def join(self, ns: str) -> None:
         """Add a guest's tap to its bridge by hand, where no controller does."""

@@ -4,15 +4,17 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ..service import control_socket
 from ..tools import cleanup, pki
+from . import debian
 from . import disk as disk_files
 from . import guest as guest_files
 from . import vm as vms
@@ -23,7 +25,11 @@ from .net import NETWORKS, PEER_P, PEER_S, LabError, Processes, Topology, stop_p
 #: two laboratories can be up at a time if they have different names
 PAIR = os.environ.get("COLO_LAB", "lab")
 PROTECT_S = 60.0
+POWER_OFF_S = 120.0
+#: of the Debian guest, which stands while its memory is copied: long, where the machine is busy
+ENTER_STOP_MS = 30_000
 NBD_PORT = 10809
+MIGRATE_PORT = 9998
 
 
 class Lab:
@@ -35,10 +41,16 @@ class Lab:
         *,
         tag: str = "cxl",
         vnet_hdr: bool = True,
+        queues: int = 1,
+        vhost: bool = False,
         overrides: dict[str, dict[str, Any]] | None = None,
         nics: int = 1,
+        guest: Literal["small", "debian"] = "small",
         disks: int = 0,
         overlay_limit: int = 64,
+        qemu: str = "",
+        tcp: bool = False,
+        qemu_options: Sequence[str] = (),
         say: Callable[[str], None] = lambda text: None,
     ) -> None:
         tag = tag if PAIR == "lab" else f"{PAIR}{tag[-1]}"
@@ -46,10 +58,18 @@ class Lab:
         self.build = self.dir / "guest"
         self.work = self.dir / f"run-{tag}"
         self.overrides = overrides or {}
+        #: "debian": the first disk is the guest's root
+        self.kind = guest
+        if guest == "debian" and not disks:
+            raise LabError("the root of the Debian guest is a disk")
         self.disks = [f"d{i}" for i in range(disks)]
         self.overlay_limit = overlay_limit  # MiB
+        self.qemu = qemu or vms.chosen_qemu()
+        self.tcp = tcp  # the migration channel: TCP over the peer link, or a unix socket
+        self.qemu_options = qemu_options
         self.say = say
-        self.net = Topology(tag, vnet_hdr, nics)
+        self.vhost = vhost
+        self.net = Topology(tag, vnet_hdr, nics, queues)
         self.patience_s = PROTECT_S * nics  # each NIC has programs of its own to compile
         self.procs = Processes(self.dir / f"{tag}.pids.json")
         self.client = Client(self.net.client)
@@ -78,20 +98,22 @@ class Lab:
         self.work.mkdir(parents=True, exist_ok=True)
         self.say("guest image")
         self.guest = guest_files.build(self.build)
-        self.accel = vms.choose_accel(self.procs, self.build, self.guest)
-        self._shim = vms.shim_for(self.accel, self.build)
+        self.accel = vms.choose_accel(self.procs, self.build, self.guest, self.qemu)
+        if self.kind == "debian":
+            self.guest = debian.build(self.build, self.guest, self.say)
+        self._shim = vms.shim_for(self.accel, self.build, self.qemu)
         self.say("namespaces")
         self.net.up()
         self._certificates()
         for name in self.disks:
-            disk_files.make_filesystem(self.image("primary", name))
-            disk_files.make_blank(self.image("secondary", name))
+            self._make_disk(name)
         for role in ("primary", "secondary"):
             self.config_path(role).write_text(self._config(role))
         self.say(f"booting both guests (QEMU {self.qemu_version}, {self.accel})")
         self.start_vm("primary")
         self.start_vm("secondary")
         self.vm["primary"].wait_boot()
+        self.say("the guest's services run")
 
     def down(self) -> None:
         """End every process of this lab and remove its namespaces and pins."""
@@ -113,7 +135,7 @@ class Lab:
 
     @property
     def qemu_version(self) -> str:
-        return ".".join(map(str, vms.qemu_version()))
+        return ".".join(map(str, vms.qemu_version(self.qemu)))
 
     def ns(self, role: str) -> str:
         return self.net.primary if role == "primary" else self.net.secondary
@@ -129,12 +151,18 @@ class Lab:
             self.work,
             self.guest,
             self.accel,
+            qemu=self.qemu,
             ns=self.ns(role),
             vnet_hdr=self.net.vnet_hdr,
             nics=self.net.nics,
-            incoming=self._migrate_uri if waits else "",
+            queues=self.net.queues,
+            vhost=self.vhost,
+            incoming=self._incoming(role) if waits else "",
             shim=self._shim,
-            extra=[arg for name in self.disks for arg in self._drive(role, name)],
+            extra=[
+                *(arg for name in self.disks for arg in self._drive(role, name)),
+                *self.qemu_options,
+            ],
         )
         self.vm[role] = v
         return v
@@ -143,14 +171,43 @@ class Lab:
         """Return where a host keeps its copy of a disk."""
         return self.work / f"{role}.{disk}.qcow2"
 
+    def _make_disk(self, name: str) -> None:
+        """Make a disk as the primary's guest finds it; the secondary's copy is blank."""
+        here, there = self.image("primary", name), self.image("secondary", name)
+        if self.guest.root and name == self.disks[0]:
+            shutil.copyfile(self.guest.root, here)
+            disk_files.make_blank(there, debian.SIZE_MIB)
+        else:
+            disk_files.make_filesystem(here)
+            disk_files.make_blank(there)
+
+    def check_disk(self, role: str, name: str, acknowledged: Iterable[int]) -> disk_files.Verdict:
+        """Look for records on a host's image that no QEMU uses any more. Raises LabError."""
+        root = self.guest.root and name == self.disks[0]
+        return disk_files.check(
+            self.image(role, name), acknowledged, debian.RECORDS if root else ""
+        )
+
+    def power_off(self, role: str, timeout: float = POWER_OFF_S) -> None:
+        """Have the Debian guest shut itself down. Raises LabError if its QEMU does not end."""
+        self.client.run("systemctl poweroff")
+        wait_for(f"the guest's shutdown on the {role}", lambda: not self.vm[role].alive, timeout)
+
     def _drive(self, role: str, disk: str) -> list[str]:
         """Return the QEMU options of a disk, as a user writes them who knows of no pair."""
         drive = f"file={self.image(role, disk)},format=qcow2,if=none,id={disk}"
         return ["-drive", drive, "-device", f"virtio-blk-pci,drive={disk},id=v{disk}"]
 
-    @property
-    def _migrate_uri(self) -> str:
+    def _migrate_uri(self, role: str) -> str:
+        """Return where a host's QEMU waits for the other one's state."""
+        if self.tcp:
+            return f"tcp:{PEER_P if role == 'primary' else PEER_S}:{MIGRATE_PORT}"
         return f"unix:{self.work}/migrate.sock"
+
+    def _incoming(self, role: str) -> str:
+        """Return a host's -incoming: with multifd its controller says where to wait."""
+        multifd = self.overrides.get("migration", {}).get("multifd")
+        return "defer" if multifd else self._migrate_uri(role)
 
     # ---- controllers
 
@@ -179,8 +236,8 @@ class Lab:
             "qemu": {
                 "qmp": str(self.work / f"{role}.qmp"),
                 "qmp_oob": str(self.work / f"{role}.oob.qmp"),
-                "migrate_uri": self._migrate_uri,
-                "reverse_uri": self._migrate_uri,
+                "migrate_uri": self._migrate_uri("secondary"),
+                "reverse_uri": self._migrate_uri("primary"),
             },
             "peer": {
                 "local": f"{local}:9846",
@@ -192,6 +249,8 @@ class Lab:
             "datapath": {"run_dir": str(self.work), "fast_path_memory": 32},
             "metrics": {"listen": f"127.0.0.1:{port}"},
         }
+        if self.guest.root:
+            sections["qemu"]["enter_stop"] = ENTER_STOP_MS
         if self.disks:
             sections["nbd"] = {"local": f"{local}:{NBD_PORT}", "remote": f"{remote}:{NBD_PORT}"}
         for section, keys in self.overrides.items():
@@ -263,13 +322,13 @@ class Lab:
             log = self.controller_log(role).read_text()[-2000:]
             raise LabError(f"{e}: {last.get('state')}: {last.get('reason')}\n{log}") from e
 
-    def protect(self) -> float:
+    def protect(self, meanwhile: Callable[[], None] = lambda: None) -> float:
         """Start both controllers and wait for protection; return the time it took, s."""
         t = time.monotonic()
         for role in ("secondary", "primary"):
             self.start_controller(role)
         for role in ("primary", "secondary"):
-            self.wait_state(role, "protected")
+            self.wait_state(role, "protected", meanwhile=meanwhile)
         return time.monotonic() - t
 
     def checkpoints(self) -> int:

@@ -21,21 +21,30 @@ from .guest import Guest, build_shim
 from .net import LabError, Processes, sh, stop_process, wait_for
 
 MACS = ("52:54:00:12:34:56", "52:54:00:12:34:57")  # of the guest's NICs
-MEMORY_MIB = 128
-BOOT_S = 60.0
+BOOT_S = 120.0
 KVM_PROBE_S = 10.0
+INSTALLED = "qemu-system-x86_64"
 
 
-def qemu_version() -> tuple[int, int, int]:
-    """Return the version of the installed QEMU."""
-    m = re.search(r"version (\d+)\.(\d+)\.(\d+)", sh("qemu-system-x86_64", "--version"))
+def chosen_qemu() -> str:
+    """Return the command of the QEMU that COLO_QEMU names, or of the installed one."""
+    return os.environ.get("COLO_QEMU") or INSTALLED
+
+
+def qemu_version(qemu: str = INSTALLED) -> tuple[int, int, int]:
+    """Return the version of a QEMU (its command)."""
+    m = re.search(r"version (\d+)\.(\d+)\.(\d+)", sh(qemu, "--version"))
     if not m:
-        raise LabError("qemu-system-x86_64 --version prints nothing that looks like a version")
+        raise LabError(f"{qemu} --version prints nothing that looks like a version")
     return int(m[1]), int(m[2]), int(m[3])
 
 
 class Vm:
-    """One QEMU with two QMP sockets: `qmp` for the controller, `lab_qmp` for the lab."""
+    """One QEMU with two QMP sockets: `qmp` for the controller, `lab_qmp` for the lab.
+
+    `queues`: of its network card, with as many vCPUs, since a Linux guest uses no more queues than
+    it has vCPUs. Under TCG these share one thread: with a thread each, the SVM's kernel panics.
+    """
 
     def __init__(
         self,
@@ -45,9 +54,12 @@ class Vm:
         guest: Guest,
         accel: str,
         *,
+        qemu: str = INSTALLED,
         ns: str | None,
         vnet_hdr: bool = True,
         nics: int = 1,
+        queues: int = 1,
+        vhost: bool = False,
         incoming: str = "",
         shim: Path | None = None,
         extra: Sequence[str] = (),
@@ -60,11 +72,13 @@ class Vm:
         self.log = directory / f"{name}.log"
         for p in (self.qmp, self.qmp_oob, self.lab_qmp, self.console):
             p.unlink(missing_ok=True)
-        cmd = ["qemu-system-x86_64", "-accel", accel]
-        cmd += ["-cpu", "max" if accel == "tcg" else "host", "-m", str(MEMORY_MIB)]
+        several = queues > 1
+        thread = ",thread=single" if several and accel == "tcg" else ""
+        cmd = [qemu, "-accel", f"{accel}{thread}", "-smp", str(queues)]
+        cmd += ["-cpu", "max" if accel == "tcg" else "host", "-m", str(guest.memory_mib)]
         cmd += ["-nodefaults", "-nographic", "-no-user-config"]
         cmd += ["-kernel", str(guest.kernel), "-initrd", str(guest.initrd)]
-        cmd += ["-append", "console=ttyS0 quiet panic=1"]
+        cmd += ["-append", f"console=ttyS0 quiet panic=1 {guest.append}".rstrip()]
         cmd += ["-chardev", f"file,id=s0,path={self.console}", "-serial", "chardev:s0"]
         cmd += ["-qmp", f"unix:{self.qmp},server=on,wait=off"]
         cmd += ["-qmp", f"unix:{self.lab_qmp},server=on,wait=off"]
@@ -73,9 +87,10 @@ class Vm:
             hdr = "on" if vnet_hdr else "off"
             for i, mac in enumerate(MACS[:nics]):
                 tap = f"tap,id=n{i},ifname=tap{i},script=no,downscript=no,vnet_hdr={hdr}"
-                cmd += ["-netdev", tap]
+                tap += f",queues={queues}" * several + ",vhost=on" * vhost
                 card = f"virtio-net-pci,netdev=n{i},mac={mac},romfile=,guest_announce=off"
-                cmd += ["-device", card]
+                card += f",mq=on,vectors={2 * queues + 2}" * several
+                cmd += ["-netdev", tap, "-device", card]
         if incoming:
             cmd += ["-incoming", incoming]
         cmd += extra
@@ -133,18 +148,19 @@ class Vm:
         return answer["return"]
 
 
-def choose_accel(procs: Processes, directory: Path, guest: Guest) -> str:
+def choose_accel(procs: Processes, directory: Path, guest: Guest, qemu: str = INSTALLED) -> str:
     """Return `kvm` if a guest boots under it here, else `tcg`; tried once per kernel and QEMU."""
     if not os.access("/dev/kvm", os.R_OK | os.W_OK):
         return "tcg"
-    note = directory / "accel"
-    here = f"{platform.release()} {'.'.join(map(str, qemu_version()))}"
+    version = ".".join(map(str, qemu_version(qemu)))
+    note = directory / f"accel-{version}"
+    here = f"{platform.release()} {version}"
     with contextlib.suppress(OSError, ValueError):
         accel, where = note.read_text().split(" ", 1)
         if where == here:
             return accel
     accel = "tcg"
-    vm = Vm(procs, "probe", directory, guest, "kvm", ns=None)
+    vm = Vm(procs, "probe", directory, guest, "kvm", qemu=qemu, ns=None)
     try:
         vm.wait_boot(KVM_PROBE_S)
         accel = "kvm"
@@ -156,6 +172,6 @@ def choose_accel(procs: Processes, directory: Path, guest: Guest) -> str:
     return accel
 
 
-def shim_for(accel: str, directory: Path) -> Path | None:
+def shim_for(accel: str, directory: Path, qemu: str = INSTALLED) -> Path | None:
     """Return the shim if this QEMU needs it (TCG before 8, see bqlshim.c)."""
-    return build_shim(directory) if accel == "tcg" and qemu_version() < (8, 0, 0) else None
+    return build_shim(directory) if accel == "tcg" and qemu_version(qemu) < (8, 0, 0) else None

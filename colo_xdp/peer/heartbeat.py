@@ -125,6 +125,8 @@ class HeartbeatLink:
     """What is known about one link. Times: CLOCK_BOOTTIME, ns; 0: never."""
 
     name: str
+    #: signed with each datagram, so that links of two NICs which are crossed do not look whole
+    label: bytes = b""
     sent: int = 0
     received: int = 0
     refused: Counter[str] = field(default_factory=Counter)
@@ -137,10 +139,14 @@ class HeartbeatLink:
 class HeartbeatSession:
     """Create datagrams for one side and judge those that arrive."""
 
-    def __init__(self, pair: str, side: str, paths: Sequence[str]) -> None:
+    def __init__(
+        self, pair: str, side: str, paths: Sequence[str], labels: Sequence[str] = ()
+    ) -> None:
+        """Set up the links `paths`; `labels`: for each, what both ends must agree on."""
         self._pair = hashlib.sha256(pair.encode()).digest()[:8]
         self._side = SIDES[side]
-        self.paths = [HeartbeatLink(name) for name in paths]
+        texts = [*labels, *[""] * (len(paths) - len(labels))]
+        self.paths = [HeartbeatLink(n, text.encode()) for n, text in zip(paths, texts, strict=True)]
         self._now: _Session | None = None
         self._former: _Session | None = None
         self._turn = False
@@ -175,7 +181,7 @@ class HeartbeatSession:
             p.peer_t, held, epoch,
         )  # fmt: skip
         p.sent += 1
-        return head + hmac.digest(s.key, head, "sha256")
+        return head + hmac.digest(s.key, head + p.label, "sha256")
 
     def receive(self, path: int, data: bytes, now_ns: int) -> Heartbeat | None:
         """Check a received datagram; return its content, or None after counting the refusal."""
@@ -197,7 +203,9 @@ class HeartbeatSession:
         s = next((s for s in (self._now, self._former) if s is not None and s.id == key), None)
         if s is None:
             return "other_key"
-        if not hmac.compare_digest(hmac.digest(s.key, head, "sha256"), data[_HEAD.size :]):
+        if not hmac.compare_digest(
+            hmac.digest(s.key, head + p.label, "sha256"), data[_HEAD.size :]
+        ):
             return "forged"
         if side == self._side:
             return "own"

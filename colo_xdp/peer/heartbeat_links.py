@@ -49,8 +49,8 @@ _PASSING = {
 class _Transport(ABC):
     """The socket of one link."""
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    def __init__(self, name: str, label: str = "") -> None:
+        self.name, self.label = name, label
         self.sock: socket.socket | None = None
         self.trouble = ""
         # nobody listens there; the kernel reports that late, so only a received datagram clears it
@@ -73,7 +73,7 @@ class _Transport(ABC):
 
 class _Link(_Transport):
     def __init__(self, network: Network) -> None:
-        super().__init__(network.link_name)
+        super().__init__(network.link_name, network.link_name.removeprefix("peer link"))
         self.device = network.peer_link
 
     def open(self) -> socket.socket:
@@ -136,7 +136,8 @@ class HeartbeatLinks:
     def __init__(self, config: Config, on_heartbeat: Callable[[Heartbeat], None]) -> None:
         self._transports = links_of(config)
         self._on_heartbeat = on_heartbeat
-        self.core = HeartbeatSession(config.pair, config.role, [w.name for w in self._transports])
+        names, labels = ([w.name for w in self._transports], [w.label for w in self._transports])
+        self.core = HeartbeatSession(config.pair, config.role, names, labels)
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def start(self) -> None:

@@ -50,8 +50,8 @@ MESSAGES: dict[str, dict[str, type]] = {
     "claims": {"n": int, "nic": int, "addresses": str, "macs": str},
     # S: QEMU waits for the migration and the data path is ready; `qemu`: number of this QEMU since
     # the controller started; `disks`: sizes in bytes of the images that it exports, by name;
-    # `hardware`: what its guest will see (qemu/hardware.py); `nics`: the number of each configured
-    # NIC by name, in their order. `nic` in other messages is such a number.
+    # `hardware`: what its guest will see (qemu/hardware.py); `nics`: the MAC address of each
+    # configured NIC by name, in their order ("": unknown). `nic` elsewhere is a place in it.
     "ready": {"epoch": int, "qemu": int, "disks": dict, "hardware": str, "nics": dict},
     # P: a checkpoint to epoch n begins: hold everything.
     "begin": {"n": int, "cause": str, "initial": bool},

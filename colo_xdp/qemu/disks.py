@@ -95,6 +95,37 @@ class Mirror:
         )  # fmt: skip
 
 
+class Waits:
+    """Since when each mirror has had requests on their way without an answer to any.
+
+    A mirror counts the bytes of a write when it begins (`len`) and when it has ended (`offset`,
+    do_sync_target_write() in QEMU's block/mirror.c), so what lies between is on its way.
+    """
+
+    def __init__(self) -> None:
+        self._since: dict[str, tuple[int, float]] = {}  # bytes done by then, time of that look
+
+    def saw(self, mirrors: Iterable[Mirror], now: float) -> None:
+        """Take all mirrors as they were at `now` (monotonic, s)."""
+        known, self._since = self._since, {}
+        for m in mirrors:
+            if m.done >= m.total:
+                continue
+            done, since = known.get(m.job, (-1, now))
+            self._since[m.job] = (m.done, since if done == m.done else now)
+
+    def forget(self) -> None:
+        """The mirrors are others from now on."""
+        self._since.clear()
+
+    def longest(self, now: float) -> tuple[str, float]:
+        """Return the job that has waited the longest, and for how long, s; "" and 0: none does."""
+        if not self._since:
+            return "", 0.0
+        job = min(self._since, key=lambda j: self._since[j][1])
+        return job, now - self._since[job][1]
+
+
 def find(blocks: Any, name: str) -> Mapping[str, Any] | None:
     """Return the entry of `query-block` of a disk.
 

@@ -13,8 +13,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from qemu.qmp import QMPClient
@@ -24,14 +24,15 @@ from qemu.qmp.protocol import Runstate
 from qemu.qmp.qmp_client import ExecuteError
 
 from .event import QmpEvent, read
-from .hardware import Hardware, parse_qtree
-from .nic import Card, at_tap, parse
+from .hardware import Hardware, parse_qtree, tap_queues
+from .migration import MULTIFD_SINCE, MigrationOptions, creds_refusal, is_deferred
+from .nic import Card, Multiqueue, NicError, at_tap, multiqueue, parse
 
 log = logging.getLogger("colo_xdp.qemu.qmp")
 
 #: x-checkpoint-delay, ms: an hour, so that checkpoints happen on request only
 IDLE_DELAY_MS = 3_600_000
-MAX_BANDWIDTH = 8 << 30
+DEFAULTS = MigrationOptions()
 
 #: properties of virtio-net devices: offloads that a guest may leave to the host and that not every
 #: network path carries (bpf/lib/gso.h)
@@ -55,6 +56,8 @@ class QemuInfo:
     status: str
     machine: str = ""  # machine type, such as pc-i440fx-7.2-machine
     offers: frozenset[str] = frozenset()  # those of HOST_OFFLOADS that a network card offers
+    queues: Mapping[str, Multiqueue] = field(default_factory=dict)  # of a card, by its tap
+    trouble: str = ""  # why it cannot migrate as the configuration wants; for the doctor
 
 
 def realtime_offset_ns() -> int:
@@ -104,6 +107,7 @@ class Qmp:
         self._client: QMPClient | None = None
         self._watch: asyncio.Task[None] | None = None
         self._ending: asyncio.Future[None] | None = None  # the end of the connection
+        self._queues: Hardware = {}  # as cards() has seen them
 
     @property
     def connected(self) -> bool:
@@ -230,7 +234,21 @@ class Qmp:
             "vCPUs": str(len(cpus)),
             "memory": f"{memory['base-memory'] >> 20} MiB",
             **parse_qtree(str(tree)),
+            **self._queues,
         }
+
+    async def queues(self, tap: str) -> Multiqueue | None:
+        """Return the queues of the card at this tap; None if it cannot be determined.
+
+        Raises QmpError.
+        """
+        cards = await self.cards()
+        tree = await self.execute("human-monitor-command", {"command-line": "info qtree"})
+        vcpus = len(await self.execute("query-cpus-fast"))
+        try:
+            return multiqueue(at_tap(cards, tap), parse_qtree(str(tree)), vcpus)
+        except NicError:
+            return None
 
     async def status(self, timeout: float | None = None) -> str:
         """Return the run state (`running`, `colo`, `inmigrate`, ...). Raises QmpError."""
@@ -243,7 +261,15 @@ class Qmp:
     async def cards(self) -> list[Card]:
         """Return the guest's network cards. Raises QmpError."""
         text = await self.execute("human-monitor-command", {"command-line": "info network"})
-        return parse(str(text))
+        cards = parse(str(text))
+        for card in cards:
+            self._queues.update(tap_queues(card.mac, card.queues))
+        return cards
+
+    async def enters_colo(self) -> bool:
+        """Return whether a migration of this QEMU would enter COLO. Raises QmpError."""
+        known = await self.execute("query-migrate-capabilities")
+        return any(c.get("capability") == "x-colo" and c["state"] is True for c in known)
 
     async def guest_macs(self, tap: str) -> list[str]:
         """Return the MAC addresses of the guest's card at this tap.
@@ -258,7 +284,46 @@ class Qmp:
         except (QmpError, LookupError):  # this model has no such filter
             return [card.mac]
 
-    async def prepare(self, *, primary: bool) -> None:
+    async def migration_trouble(self, options: MigrationOptions, *, primary: bool) -> str:
+        """Return why this QEMU cannot migrate with these options, or an empty string.
+
+        Without options nothing is asked. Raises QmpError.
+        """
+        name = options.tls_creds
+        if name:
+            # QEMU takes any id, and fails only when the migration begins.
+            listed = await self.execute("qom-list", {"path": "/objects"})
+            types = {str(x["name"]): str(x["type"]) for x in listed}
+            endpoint = ""
+            if name in types:
+                where = {"path": f"/objects/{name}", "property": "endpoint"}
+                endpoint = str(await self.execute("qom-get", where))
+            why = creds_refusal(options, types, endpoint, sends=primary)
+            if why:
+                return why
+        if not options.multifd:
+            return ""
+        version = (await self.info()).version
+        if version < MULTIFD_SINCE:
+            return f"[migration] multifd needs QEMU 11, this is {'.'.join(map(str, version))}"
+        if primary:
+            return ""
+        have = await self.execute("query-migrate-capabilities")
+        if any(c["capability"] == "multifd" and c["state"] is True for c in have):
+            return ""
+        if not is_deferred(await self.execute("query-migrate")):
+            return (
+                "[migration] multifd: this QEMU waits already, and takes no further channels: "
+                "start it with `-incoming defer`"
+            )
+        if not options.listen:
+            return (
+                "[migration] multifd: this QEMU has to be told where to wait: set [qemu] "
+                "migrate_uri on the secondary (reverse_uri on the primary) as on the other host"
+            )
+        return ""
+
+    async def prepare(self, *, primary: bool, migration: MigrationOptions = DEFAULTS) -> None:
         """Set the capabilities and parameters that COLO needs, on either side. Raises QmpError.
 
         Capabilities that another tool left on are turned off: with return-path before QEMU 11, or
@@ -273,6 +338,10 @@ class Qmp:
         info = await self.info()
         if info.version >= (11, 0, 0):
             wanted.add("return-path")  # QEMU 11 refuses x-colo without it
+        deferred = False
+        if migration.multifd and not await self.migration_trouble(migration, primary=primary):
+            wanted.add("multifd")
+            deferred = not primary and is_deferred(await self.execute("query-migrate"))
         change = {c: False for c, on in known.items() if on and c not in wanted}
         if change:
             log.warning(
@@ -285,10 +354,10 @@ class Qmp:
             "migrate-set-capabilities",
             {"capabilities": [{"capability": c, "state": on} for c, on in change.items()]},
         )
+        parameters = migration.parameters(sends=primary)
         if primary:
             await self.execute(
-                "migrate-set-parameters",
-                {"x-checkpoint-delay": IDLE_DELAY_MS, "max-bandwidth": MAX_BANDWIDTH},
+                "migrate-set-parameters", {"x-checkpoint-delay": IDLE_DELAY_MS, **parameters}
             )
             if not info.kvm and info.version < (11, 0, 0):
                 # Under TCG, QEMU before 11 misses writes to pages whose dirty logging starts while
@@ -297,7 +366,9 @@ class Qmp:
         else:
             # Announcements belong to the controller: a RARP sent too early would make the switch
             # learn the address at the wrong port.
-            await self.execute("migrate-set-parameters", {"announce-rounds": 0})
+            await self.execute("migrate-set-parameters", {"announce-rounds": 0, **parameters})
+        if deferred:
+            await self.execute("migrate-incoming", {"uri": migration.listen})
 
     async def migrate(self, uri: str) -> None:
         """Start the initial synchronisation; the RESUME event completes it. Raises QmpError."""
@@ -336,17 +407,31 @@ class Qmp:
             self._watch.cancel()
 
 
-def probe(path: str, timeout: float) -> tuple[QemuInfo, Any, list[Card]]:
+def probe(
+    path: str,
+    timeout: float,
+    taps: Iterable[str] = (),
+    migration: MigrationOptions = DEFAULTS,
+    *,
+    primary: bool = True,
+) -> tuple[QemuInfo, Any, list[Card]]:
     """Connect, query and disconnect (for `doctor`).
 
-    Returns QEMU's info, its `query-block` and the guest's network cards. Raises QmpError.
+
+    Returns QEMU's info, its `query-block` and the guest's network cards. `taps`: the guest's, to
+    ask for their queues. Raises QmpError.
     """
 
     async def ask() -> tuple[QemuInfo, Any, list[Card]]:
         q = Qmp(path, "qemu", timeout, lambda e: None, lambda why: None)
         try:
             info = await q.connect()
-            info = replace(info, offers=await q.offers())
+            info = replace(
+                info,
+                offers=await q.offers(),
+                queues={tap: found for tap in taps if (found := await q.queues(tap))},
+                trouble=await q.migration_trouble(migration, primary=primary),
+            )
             return info, await q.execute("query-block"), await q.cards()
         finally:
             await q.close()

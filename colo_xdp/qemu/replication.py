@@ -30,8 +30,9 @@ from typing import Any, Protocol
 
 from .. import user_command
 from . import nbd
-from .disks import PREFIX, DiskError, Mirror, Nodes, find
+from .disks import PREFIX, DiskError, Mirror, Nodes, Waits, find
 from .event import QmpEvent
+from .overlays import ReplicatedDisk, Room, directory_trouble, overlay_paths, rooms
 from .qmp import QemuInfo, Qmp, QmpError, QmpTimeout
 
 log = logging.getLogger("colo_xdp.qemu.replication")
@@ -40,32 +41,21 @@ PROBE_S = 2.0  # a connection that hangs within QEMU would stop the guest
 CREATE_S = 10.0  # qemu-img
 CUT_S = 3.0
 CLOSE_S = 2.0
-#: file systems without reliable locks, or that may hang: not for overlays
-NETWORK_FS = (
-    "nfs", "nfs4", "cifs", "smb3", "9p", "fuse.sshfs", "ceph", "fuse.glusterfs", "gfs2", "ocfs2",
-    "lustre",
-)  # fmt: skip
+GIVE_UP_S = 0.5
+COPY_S = 15.0  # without progress, a first copy has failed: storage that is being filled is slow
 ENDS = ("BLOCK_JOB_ERROR", "BLOCK_JOB_COMPLETED", "BLOCK_JOB_CANCELLED")
 
 
 @dataclass(frozen=True, slots=True)
-class ReplicatedDisk:
-    """One disk; `overlay_limit` in bytes."""
-
-    name: str
-    overlays: str
-    overlay_limit: int
-
-
-@dataclass(frozen=True, slots=True)
 class ReplicationOptions:
-    """What the configuration says of the disks; `speed` of the first copy, bytes/s, 0: no limit."""
+    """What the configuration says of the disks; `speed` of the first copy: bytes/s, 0: no limit."""
 
     pair: str
     disks: tuple[ReplicatedDisk, ...] = ()
     local: str = ""
     remote: str = ""
     speed: int = 0
+    write_s: float = 2.0  # how long a write may wait for the secondary
 
 
 class Connected(Protocol):
@@ -120,6 +110,8 @@ class DiskReplication:
         self.copying: Copying | None = None  # a first copy is in progress
         self.lost = ""  # why a disk is no longer mirrored
         self._cutting = False
+        self._waits = Waits()
+        self._why = ""  # why the mirrors' connections were cut
         self._early = False  # STOP comes after the last write of each disk
         self._asked: object = None  # the QMP connection on which all mirrors were whole
         self.serving = False
@@ -168,14 +160,17 @@ class DiskReplication:
                     "QEMU aborts with that when the primary dies"
                 )
 
-    async def yank(self, timeout: float | None = None) -> None:
-        """Cut QEMU's connections to the other QEMU out of band. Raises QmpError."""
+    async def yank(self, timeout: float | None = None, *, migration: bool = True) -> None:
+        """Cut QEMU's connections to the other QEMU out of band; not `migration`: those of the
+        disks only. Raises QmpError."""
         q = self._qemu.way_past
         there = await q.execute("query-yank", None, timeout, oob=True)
         instances = [
-            i for i in there
-            if i.get("type") == "migration" or str(i.get("node-name", "")).startswith(PREFIX)
-        ]  # fmt: skip
+            i
+            for i in there
+            if (migration and i.get("type") == "migration")
+            or str(i.get("node-name", "")).startswith(PREFIX)
+        ]
         if instances:
             await q.execute("yank", {"instances": instances}, timeout, oob=True)
 
@@ -199,6 +194,8 @@ class DiskReplication:
             raise DiskError(f"the guest here has no disk {', '.join(absent)}")
         await self.refuse_iothreads(blocks)
         there = await self._node_table()
+        new = [d for d in self.options.disks if self.nodes[d.name].replication not in there]
+        await self._need_room(new)
         images: dict[str, str] = {}
         sizes: dict[str, int] = {}
         for disk in self.options.disks:
@@ -213,6 +210,26 @@ class DiskReplication:
         await self._export(images)
         self.serving = True
         return sizes
+
+    async def _need_room(self, new: list[ReplicatedDisk]) -> None:
+        """Raise DiskError if there is no room for the overlays of these disks beside the others."""
+        for disk in new:
+            if why := directory_trouble(disk.name, disk.overlays):
+                raise DiskError(why)
+            await self._remove(disk)  # those of a former QEMU take room
+        if not new:
+            return
+        for room in self.rooms():
+            if room.trouble and set(room.disks).intersection(d.name for d in new):
+                raise DiskError(room.trouble)
+
+    def rooms(self) -> list[Room]:
+        """Return the file systems of the overlays, and what is left there."""
+        try:
+            return rooms(self.options.disks, self._paths)
+        except OSError as e:
+            log.warning("overlays: %s", e)
+            return []
 
     async def _add_overlays(
         self, disk: ReplicatedDisk, entry: Mapping[str, Any], size: int
@@ -272,18 +289,13 @@ class DiskReplication:
         )  # fmt: skip
 
     def _paths(self, disk: ReplicatedDisk) -> tuple[Path, Path]:
-        stem = f"{self.options.pair}-{self.nodes[disk.name].stem}"
-        where = Path(disk.overlays)
-        return where / f"{stem}-active.qcow2", where / f"{stem}-hidden.qcow2"
+        return overlay_paths(self.options.pair, disk)
 
     async def make_overlays(self, disk: ReplicatedDisk, size: int) -> tuple[Path, Path]:
         """Make empty overlays of `size` bytes; return the active and the hidden disk.
 
         They belong to the owner of their directory, as whom QEMU may run. Raises DiskError.
         """
-        await self._remove(disk)  # those of a former QEMU take room
-        if why := directory_trouble(disk.name, disk.overlays, disk.overlay_limit):
-            raise DiskError(why)
         paths = self._paths(disk)
         create = "qemu-img create -q -f qcow2"  # QEMU writes no file while it waits for a migration
         await self._as_owner(
@@ -410,6 +422,7 @@ class DiskReplication:
             there = await self._node_table()
             self.mirroring = any(n.target in there for n in self.nodes.values())
             self.lost, self._early = "", False
+            self._forget_waits()
             exports = {e["id"] for e in await self._ask("query-block-exports")}
             self.serving = any(n.stem in exports for n in self.nodes.values())
 
@@ -420,8 +433,8 @@ class DiskReplication:
         name = self._jobs.get(str(event.data.get("device") or event.data.get("id") or ""))
         if name is None or self.lost:
             return ""
-        why = event.data.get("error") or event.data.get("operation") or "the mirror has ended"
-        self.lost = f"disk {name} is no longer mirrored: {why}"
+        why = self._why or event.data.get("error") or event.data.get("operation")
+        self.lost = f"disk {name} is no longer mirrored: {why or 'the mirror has ended'}"
         return self.lost
 
     async def probe(self, timeout: float = PROBE_S, answer_s: float = PROBE_S) -> None:
@@ -454,6 +467,7 @@ class DiskReplication:
         await self.probe()
         self._early = await self._stop_is_late(entries)
         self.lost, self.mirroring, self.copying = "", True, Copying()
+        self._forget_waits()
         host, _, port = self.options.remote.rpartition(":")
         server = {"type": "inet", "host": host.strip("[]"), "port": port}
         try:
@@ -513,6 +527,47 @@ class DiskReplication:
     async def _mirrors(self) -> list[Mirror]:
         jobs = [Mirror.read(j) for j in await self._ask("query-block-jobs")]
         return [j for j in jobs if j.job in self._jobs]
+
+    async def look(self) -> None:
+        """See which mirrors wait for the secondary. Raises QmpError.
+
+        QEMU's main loop may wait for it, too, so its answer is not waited for longer than that.
+        """
+        asked = time.monotonic()
+        left_s = max(0.01, self._limit_s - self._waits.longest(asked)[1])
+        jobs = await self._qemu.qmp.execute("query-block-jobs", None, left_s)
+        mirrors = [Mirror.read(j) for j in jobs]
+        self._waits.saw([m for m in mirrors if m.job in self._jobs], asked)
+
+    def _forget_waits(self) -> None:
+        self._waits.forget()
+        self._why = ""
+
+    @property
+    def _limit_s(self) -> float:
+        least = 0.0 if self.copying is None else COPY_S
+        return max(least, self.options.write_s)
+
+    def silent(self) -> str:
+        """Return that the writes to a disk have waited for the secondary for too long, if so."""
+        if self.lost or self._cutting or not self.mirroring:
+            return ""
+        job, waited_s = self._waits.longest(time.monotonic())
+        if waited_s < self._limit_s:
+            return ""
+        return (
+            f"a write to disk {self._jobs[job]} has waited for the secondary for {waited_s:.1f} s "
+            "(its image's storage, its QEMU, or the NBD connection)"
+        )
+
+    async def give_up(self, why: str) -> None:
+        """End the wait of the guest's writes: the mirrors' connections are cut, and nothing else.
+
+        The writes that wait end the mirrors with an error, whose event reports `why`. A QEMU that
+        hangs by itself does nothing of that. Raises QmpError.
+        """
+        self._why = why
+        await self.yank(GIVE_UP_S, migration=False)
 
     async def copied(self) -> bool:
         """Return whether each disk is copied, so that its writes go to both images from now on.
@@ -615,36 +670,3 @@ class DiskReplication:
                     await self._ask("blockdev-del", {"node-name": target})
             targets = [t for t in targets if t in await self._node_table()]
         return jobs + targets
-
-
-def directory_trouble(name: str, where: str, limit: int) -> str:
-    """Return why overlays of disk `name`, each up to `limit` bytes, cannot be in a directory."""
-    try:
-        if not Path(where).is_dir():
-            return f"disk {name}: {where} is no directory (overlays)"
-        kind = file_system(Path(where))
-        if kind in NETWORK_FS:
-            return f"disk {name}: {where} is on a network ({kind}): use a local one"
-        st = os.statvfs(where)
-    except OSError as e:
-        return f"disk {name}: {where}: {e.strerror or e} (overlays)"
-    free = st.f_bavail * st.f_frsize
-    if free < 2 * limit:
-        return (
-            f"disk {name}: {where} has {free >> 20} MiB free, and two overlays may take "
-            f"{2 * limit >> 20} MiB (overlay_limit)"
-        )
-    return ""
-
-
-def file_system(path: Path) -> str:
-    """Return the type of the file system of a path (proc(5), mountinfo), or an empty string."""
-    real, best = os.path.realpath(path), ("", "")
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/self/mountinfo").read_text().splitlines():
-            left, _, right = line.partition(" - ")
-            mount = left.split()[4]
-            below = real == mount or real.startswith(mount.rstrip("/") + "/")
-            if below and len(mount) >= len(best[0]):
-                best = mount, right.split()[0]
-    return best[1]

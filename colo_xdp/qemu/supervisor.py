@@ -19,8 +19,10 @@ from typing import Any, Protocol
 from .. import user_command
 from ..clock import TICK_S
 from .event import QmpEvent
+from .hardware import Hardware
+from .migration import MigrationOptions
 from .nic import NicError
-from .qmp import QemuInfo, Qmp, QmpError, QmpTimeout, refusal
+from .qmp import DEFAULTS, QemuInfo, Qmp, QmpError, QmpTimeout, refusal
 from .replication import DiskReplication, ReplicationOptions
 
 log = logging.getLogger("colo_xdp")
@@ -48,6 +50,7 @@ class QemuOptions:
     taps: Mapping[str, str]
     incoming: tuple[str, ...]  # the command that starts a QEMU waiting for its migration
     replication: ReplicationOptions = NO_DISKS
+    migration: MigrationOptions = DEFAULTS
 
 
 class Stakes(Enum):
@@ -259,6 +262,21 @@ class QemuSupervisor:
             except OSError as e:  # no room: all is mirrored then, and the first address is known
                 log.warning("not all MAC addresses of the guest could be stored: %s", e)
         return self.first_macs
+
+    async def hardware(self) -> Hardware:
+        """Return what both QEMUs must agree on: their machines, and how they migrate. Raises
+        QmpError."""
+        return {**await self.qmp.hardware(), **self.options.migration.report()}
+
+    async def migration_trouble(self, *, primary: bool) -> str:
+        """Return why this QEMU cannot migrate as configured, or an empty string. Raises
+        QmpError."""
+        o = self.options.migration
+        return await self.qmp.migration_trouble(o, primary=primary) if o.report() else ""
+
+    async def prepare(self, *, primary: bool) -> None:
+        """Set what a migration into COLO needs, on either side. Raises QmpError."""
+        await self.qmp.prepare(primary=primary, migration=self.options.migration)
 
     async def waits(self) -> bool:
         """Return whether this QEMU waits for a migration, and none has begun. Raises QmpError.

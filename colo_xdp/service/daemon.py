@@ -26,9 +26,9 @@ from ..controller.primary import Primary
 from ..controller.secondary import Secondary
 from ..datapath import loader
 from ..datapath.attach import AttachError, NoSuchDevice, Taken
-from ..datapath.datapath import DataPathError, DeviceMissing
 from ..datapath.host import HostDataPath
 from ..datapath.loader import LoadError, Refused
+from ..datapath.prepare import DataPathError, DeviceMissing
 from ..peer.channel import PeerError
 from ..status import builder
 from ..status.metrics import start as start_metrics
@@ -42,7 +42,7 @@ log = logging.getLogger("colo_xdp")
 
 FAILED, REFUSED = 1, 2
 ROLE_CHANGED = -1
-LOAD_S = 60  # time to compile and load the programs of the other role, s
+LOAD_S = 60  # time to compile and load a NIC's programs of the other role, s
 #: a hanging controller is ended after this share of dead_after; its successor needs the rest
 HUNG_SHARE = 0.6
 STATUS_S = 1.0
@@ -135,11 +135,11 @@ async def _serve(config: Config, datapath: HostDataPath) -> int:
         for t in (watcher, stopping):
             t.cancel()
         if changed:  # the next role's programs may take a while to compile
-            notifier.patience(LOAD_S)
+            notifier.patience(LOAD_S * len(config.networks))
         else:
             notifier.send(STOPPING="1")
         why = "the roles change" if changed else "stopped by a signal"
-        back_ms = LOAD_S * 1000 if changed else 0
+        back_ms = LOAD_S * len(config.networks) * 1000 if changed else 0
         await ctl.stop("internal error" if failed else why, planned=not failed, back_ms=back_ms)
         return ROLE_CHANGED if changed else int(failed)
     finally:
@@ -200,7 +200,7 @@ def _run(config: Config) -> int:
     while True:
         # Before the event loop: pyroute2 runs its own and cannot work inside ours.
         try:
-            datapath = HostDataPath(config)
+            datapath = HostDataPath.load(config)
         except DeviceMissing as e:
             if not wait_for(config, e.device, str(e)):
                 return 0

@@ -192,13 +192,15 @@ def disks_json(c: Controller) -> dict[str, Any]:
         "exported": disks.serving and connected,
         "committing": False,
         "overlays": {},
+        "room_trouble": "",
         "proof_ms": 0.0,
     }
     if isinstance(c, Secondary):
         doc |= {
             "committing": c.takeover.committing,
-            "overlays": c.overlays,
-            "proof_ms": c.disk_proof_ms,
+            "overlays": c.disks.overlays,
+            "room_trouble": c.disks.room_trouble,
+            "proof_ms": c.disks.proof_ms,
         }
     return doc
 
@@ -237,10 +239,10 @@ def nics_json(c: Controller) -> list[dict[str, Any]]:
             "sent": sum(i.sent for i in nic.injectors.values()),
             "held": 0,
             "flows": 0,
-            "trouble": link.trouble,
+            "trouble": c.devices.trouble_of(i),
         }
-        for nic, net, mac, link in zip(
-            c.dp.nics, c.config.networks, c.qemu.first_macs, c.devices.links, strict=True
+        for i, (nic, net, mac) in enumerate(
+            zip(c.dp.nics, c.config.networks, c.qemu.first_macs, strict=True)
         )
     ]
 

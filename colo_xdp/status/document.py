@@ -434,6 +434,7 @@ FIELDS: dict[str, Field] = {
         exported=_flag("whether the other host can write to the images (secondary)"),
         committing=_flag("whether QEMU still merges the overlays after a takeover"),
         overlays=_map("size of the larger overlay of each disk, in bytes", _count()),
+        room_trouble=_text("why there may be too little room for the overlays (secondary)"),
         proof_ms=_number(
             "how long the last checkpoint waited here for the primary's confirmation that its "
             "disks were whole, in ms; meanwhile this guest could not take over"
@@ -582,6 +583,7 @@ def empty(pair: str, role: str) -> Status:
             "exported": False,
             "committing": False,
             "overlays": {},
+            "room_trouble": "",
             "proof_ms": 0.0,
         },
         nics=[],

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ..abi import Cfg, HostRole, Mode
 from ..datapath import attach, loader
-from ..datapath.datapath import manifest_path
+from ..datapath.prepare import manifest_path
 from ..failover.lease import boot_ns
 from .preflight import is_running
 
@@ -34,7 +34,7 @@ class Pinned:
     role: str  # of the guest that this host currently runs
     mode: Mode
     lease_expiry: int  # CLOCK_BOOTTIME, ns; 0: the arbiter is not a lease
-    in_use: bool  # a QEMU holds the tap
+    in_use: bool  # a QEMU holds a tap
 
 
 def refusal(p: Pinned, now_ns: int) -> str:
@@ -80,7 +80,7 @@ def _pinned(pins: str, role: str) -> Pinned | None:
         role if word is HostRole.CONFIGURED else word.name.lower(),
         Mode(slot(Cfg.MODE)),
         slot(Cfg.LEASE_EXPIRY_NS),
-        attach.tap_in_use(slot(Cfg.TAP)),
+        any(attach.tap_in_use(loader.pinned_slot(nic, Cfg.TAP)) for nic in loader.nic_pins(pins)),
     )
 
 

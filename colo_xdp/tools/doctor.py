@@ -16,13 +16,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .. import validate
 from ..config.file import Config, ConfigError, load
 from ..config.schema import Network
 from ..qemu import disks, nic
-from ..qemu.replication import directory_trouble
+from ..qemu.migration import MigrationOptions
+from ..qemu.overlays import ReplicatedDisk, directory_trouble, overlay_paths, rooms
 
 if TYPE_CHECKING:
     from ..datapath.attach import LinkInfo
+    from ..qemu.nic import Multiqueue
 
 OK, WARN, FAIL = 0, 1, 2
 CERT_DAYS = 30
@@ -128,8 +131,8 @@ def _devices(config: Config) -> Iterator[Check]:
 def _nic(config: Config, net: Network) -> Iterator[Check]:
     """Check the devices of one NIC of the guest."""
     from ..datapath import attach, syscall
-    from ..datapath.datapath import DataPathError, choose_hook
     from ..datapath.hooks import TAG_BYTES
+    from ..datapath.prepare import DataPathError, choose_hook
 
     try:
         tap = attach.link_info(net.tap)
@@ -257,7 +260,13 @@ def _qemu(config: Config) -> Iterator[Check]:
     from ..qemu.qmp import QmpError, probe, refusal
 
     try:
-        info, blocks, cards = probe(config.qemu.qmp, config.qemu.qmp_timeout / 1000)
+        info, blocks, cards = probe(
+            config.qemu.qmp,
+            config.qemu.qmp_timeout / 1000,
+            [net.tap for net in config.networks],
+            MigrationOptions(**config.migration_options(config.role)),
+            primary=config.role == "primary",
+        )
     except QmpError as e:
         yield Check("QEMU", FAIL, str(e),
                     f"-qmp unix:{config.qemu.qmp},server=on,wait=off (one client at a time: "
@@ -269,6 +278,8 @@ def _qemu(config: Config) -> Iterator[Check]:
         yield Check("QEMU", FAIL, why)
         return
     yield Check("QEMU", OK, f"{version}, {'KVM' if info.kvm else 'TCG'}, {info.status}")
+    if info.trouble:
+        yield Check("migration", FAIL, info.trouble)
     yield from _offloads(info.offers)
     if not info.kvm and info.version < (8, 0, 0):
         yield Check("QEMU", WARN, "COLO under TCG hangs with this version at the first checkpoint",
@@ -278,7 +289,81 @@ def _qemu(config: Config) -> Iterator[Check]:
         yield Check("NICs", FAIL, why)
     else:
         yield Check("NICs", OK, "each network card of the guest has a [network]")
+    for tap, queues in info.queues.items():
+        yield from _queues(queues, tap)
+    yield from _vhost(config)
     yield from _disks(config, blocks)
+
+
+def _queues(card: Multiqueue, tap: str) -> Iterator[Check]:
+    """Check the queues between the guest and its tap."""
+    from ..datapath import attach
+
+    try:
+        opened = attach.link_info(tap).queues
+    except attach.NoSuchDevice:
+        opened = 0
+    found = card.obstacles()
+    if opened > card.queues:
+        yield Check(
+            "queues", FAIL, f"{tap} has {opened} open, and QEMU {card.queues} of them: what the "
+            "network sends to the guest may end up in another process",
+            "end the other process that has opened the tap",
+        )  # fmt: skip
+    for text, remedy in found:
+        yield Check("queues", WARN, text, remedy)
+    if not found and opened <= card.queues:
+        yield Check("queues", OK, f"{card.queues} between QEMU and {tap}")
+
+
+def _vhost(config: Config) -> Iterator[Check]:
+    """Check whether the kernel (vhost-net) moves the guest's frames in QEMU's place."""
+    from . import vhost
+
+    try:
+        opened = vhost.opened(vhost.listener(config.qemu.qmp))
+    except OSError as e:
+        yield Check("vhost", WARN, f"not known: {e.strerror}")
+        return
+    if not opened:
+        yield Check("vhost", OK, "off: QEMU itself moves the guest's frames")
+        return
+    if vhost.zero_copy():
+        yield Check(
+            "vhost", FAIL, "vhost_net sends from the guest's own memory: the guest can change a "
+            "frame after it has been compared", "experimental_zcopytx=0 for the module vhost_net",
+        )  # fmt: skip
+    yield Check("vhost", WARN, f"on ({opened} queues): no release has been tried with it",
+                "`colo-xdp vhost-drill` on this kind of host, or vhost=off")  # fmt: skip
+
+
+def _migration_route(config: Config) -> Iterator[Check]:
+    """Check what a checkpoint waits for on the migration channel."""
+    from ..datapath import attach
+
+    address = migration_peer(config)
+    route = attach.route_to(address) if address else None
+    if route is None:
+        return
+    if route.quickack:
+        yield Check("migration", OK, f"the route to {address} has quickack")
+    else:
+        yield Check(
+            "migration", WARN, f"the route to {address} ({route.dev}) has no quickack: each "
+            "checkpoint over TCP takes some 40 ms longer (Nagle, delayed acknowledgements)",
+            f"{route.with_quickack(address)}, on both hosts and at each boot "
+            "(docs/operator/install.md)",
+        )  # fmt: skip
+
+
+def migration_peer(config: Config) -> str:
+    """Return the IP address of the other host's QEMU, or "" if it is not reached by TCP."""
+    q = config.qemu
+    uri = q.migrate_uri if config.role == "primary" else q.reverse_uri
+    if not uri and (not q.migrate_uri or q.migrate_uri.startswith("tcp:")):
+        uri = f"tcp:{config.peer.remote}"
+    end = validate.split(uri.removeprefix("tcp:")) if uri.startswith("tcp:") else None
+    return "" if end is None or end[0].is_loopback else str(end[0])
 
 
 def _disks(config: Config, blocks: Any) -> Iterator[Check]:
@@ -301,11 +386,16 @@ def _replication(config: Config) -> Iterator[Check]:
     if config.replicated_disks and not shutil.which("qemu-img"):
         yield Check("disks", FAIL, "qemu-img is missing", "apt install qemu-utils")
     for d in config.replicated_disks:
-        why = directory_trouble(d.name, d.overlays, d.overlay_limit << 20)
-        if why:
+        if why := directory_trouble(d.name, d.overlays):
             yield Check("disk", FAIL, why)
-        else:
-            yield Check("disk", OK, f"{d.name}: room for overlays in {d.overlays}")
+            return
+    found = [
+        ReplicatedDisk(d.name, d.overlays, d.overlay_limit << 20) for d in config.replicated_disks
+    ]
+    for room in rooms(found, lambda d: overlay_paths(config.pair, d)):
+        names = ", ".join(room.disks)
+        level = FAIL if room.trouble else OK
+        yield Check("disk", level, room.trouble or f"{names}: room for overlays in {room.where}")
 
 
 def _failover(config: Config) -> Iterator[Check]:
@@ -388,6 +478,7 @@ CHECKS: tuple[Callable[[Config], Iterator[Check]], ...] = (
     _devices,
     _neighbours,
     _qemu,
+    _migration_route,
     _failover,
     _certificates,
     _paths,

@@ -25,7 +25,20 @@ from pathlib import Path
 from colo_xdp.datapath import loader
 from colo_xdp.lab.pair import Lab
 
-from . import arms, goodput, held, latency, peer, plots, programs, report, scale, slow_path, waits
+from . import (
+    arms,
+    goodput,
+    held,
+    latency,
+    peer,
+    plots,
+    programs,
+    queues,
+    report,
+    scale,
+    slow_path,
+    waits,
+)  # fmt: skip
 from .report import Part
 
 Run = Callable[[Part, bool, Path], None]
@@ -42,6 +55,7 @@ PARTS: dict[str, tuple[str, Run]] = {
         slow_path.run,
     ),
     "goodput": ("TCP goodput of a copied sender (iperf3)", goodput.run),
+    "queues": ("A tap with several queues against one", queues.run),
     "peer": ("CPU per frame against QEMU's colo-compare and filter-rewriter", peer.run),
     "guests": ("Real guests: no proxy, QEMU's own, ours", arms.run),
     "waits": ("Real guests that disagree by waiting: a fixed and an adaptive wait", waits.run),

@@ -96,7 +96,7 @@ class QemuLab(Lab):
             ]  # fmt: skip
         v = vms.Vm(
             self.procs, role, self.work, self.guest, self.accel, ns=self.ns(role),
-            incoming=self._migrate_uri if role == "secondary" else "", shim=self._shim,
+            incoming=self._migrate_uri(role) if role == "secondary" else "", shim=self._shim,
             extra=extra,
         )  # fmt: skip
         self.vm[role] = v
@@ -112,7 +112,7 @@ class QemuLab(Lab):
         p.ask("migrate-set-parameters", **{"x-checkpoint-delay": 3600000, "max-bandwidth": 8 << 30})
         if self._shim:
             p.ask("stop")
-        p.ask("migrate", uri=self._migrate_uri)
+        p.ask("migrate", uri=self._migrate_uri("secondary"))
         for v in (p, s):
             wait_for(
                 f"COLO of the {v.name}",

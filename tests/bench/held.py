@@ -234,14 +234,14 @@ def calls(writes: list[Write]) -> tuple[int, int]:
 
 
 @contextmanager
-def bench_net(tag: str = "cxb") -> Iterator[tuple[Net, Tap, Tap]]:
+def bench_net(tag: str = "cxb", multi_queue: bool = False) -> Iterator[tuple[Net, Tap, Tap]]:
     """Create tap0 in a bridge with the client, and a tap that stands in for the peer link."""
-    net = Net(tag)
+    net = Net(tag, multi_queue=multi_queue)
     try:
         sh("ip", "-n", net.host, "link", "del", "peer0")
         sh("ip", "-n", net.host, "tuntap", "add", "peer0", "mode", "tap", "vnet_hdr")
         with inside(net.host):
-            guest, peer = Tap("tap0"), Tap("peer0")
+            guest, peer = Tap("tap0", multi_queue=multi_queue), Tap("peer0")
         sh("ip", "-n", net.host, "link", "set", "dev", "peer0", "mtu", "1600", "up")
         mac = CLIENT_MAC.hex(":")
         fdb = f"fdb add {mac} dev uplink master static".split()
@@ -347,7 +347,7 @@ def hear_client(dp: DataPath, net: Net) -> None:
         dp.watch_bridge()
         port = attach.link_info("uplink").index
     tell_port(dp.objects, CLIENT_MAC, port)
-    dp._write(abi.Cfg.LOSS_NS, 0)  # there is no controller
+    dp.set_slot(abi.Cfg.LOSS_NS, 0)  # there is no controller
 
 
 def tell_port(objects: loader.Objects, mac: bytes, port: int) -> None:

@@ -11,11 +11,12 @@ import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from tests.bench import held, programs, report
+from tests.bench import held, programs, queues, report
 from tests.bench.__main__ import PARTS, leftovers, measure
 from tests.bench.report import Part, Spread
 
@@ -150,3 +151,23 @@ def test_plans_give_both_guests_the_same_bytes() -> None:
             ahead = sent[case.svm_first] >= sent[not case.svm_first]
             assert ahead or case.svm_payload, case
         assert sent[0] == sent[1] > 0
+
+
+def test_each_frame_has_one_writer() -> None:
+    """Whether each queue has its connections, or each connection all queues."""
+    case = held.Case("x", 1448, conns=8, frames=64)
+    writes = held.plan(case)
+
+    def plans(count: int, moving: bool = False) -> list[list[tuple[int, bytes]]]:
+        taps: Any = [SimpleNamespace(fd=i) for i in range(count)]
+        peer: Any = SimpleNamespace(fd=10)
+        client: Any = SimpleNamespace(fileno=lambda: 11)
+        return queues.Arm("", None, taps, peer, client, None, moving).plans(case, writes)  # type: ignore[arg-type]
+
+    everything = sorted(data for _, data in writes)
+    for found in (plans(1), plans(4), plans(4, moving=True)):
+        assert sorted(d for p in found for fd, d in p if fd != 11) == everything
+    split = plans(4)
+    assert [{fd for fd, _ in p} - {10, 11} for p in split] == [{0}, {1}, {2}, {3}]
+    (one,) = plans(4, moving=True)
+    assert {fd for fd, _ in one} - {10, 11} == {0, 1, 2, 3}

@@ -19,7 +19,7 @@ import sys
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from colo_xdp.lab import disk
 from colo_xdp.lab.client import EchoStream, LineStream, RecordStream, wrong_bytes
 from colo_xdp.lab.guest import content
 from colo_xdp.lab.net import LabError, sh, wait_for
-from colo_xdp.lab.pair import Lab
+from colo_xdp.lab.pair import NBD_PORT, Lab
 
 from .evidence import Evidence, Wrong
 
@@ -39,6 +39,7 @@ HEARTBEAT_TIMEOUT_MS = 1000
 DEAD_AFTER_MS = 4000
 QMP_TIMEOUT_MS = 1000
 CHECKPOINT_MS = 2000
+WRITE_MS = 800  # shorter than compare_timeout: a checkpoint would wait for the write, too
 SLACK_MS = 100
 REPAIR_S = 180  # until a pair is protected again; two sets of programs are compiled meanwhile
 STALLED_S = 4.0  # at the end of a round, when the pair is protected again
@@ -48,6 +49,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "compare": {"compare_timeout": 1000},
     "checkpoint": {"deadline": CHECKPOINT_MS},
     "qemu": {"qmp_timeout": QMP_TIMEOUT_MS},
+    "nbd": {"write_timeout": WRITE_MS, "speed": 32},
     "peer": {"heartbeat_timeout": HEARTBEAT_TIMEOUT_MS, "dead_after": DEAD_AFTER_MS},
 }
 
@@ -122,6 +124,7 @@ class Tally:
     over: int = 0  # rounds whose gap exceeded the detection deadline of the fault
     pauses: list[float] = field(default_factory=list)  # while a new secondary was synchronized
     by_action: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+    stalls: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))  # of fsync
     problems: list[str] = field(default_factory=list)
 
     def report(self) -> dict[str, Any]:
@@ -144,7 +147,12 @@ class Tally:
             "beyond_deadline": self.over,
             "reprotect_pause_max_ms": round(max(self.pauses, default=0.0)),
             "by_action": {
-                k: {"rounds": len(v), "max_gap_ms": round(max(v)), "deadline_ms": DEADLINE_MS[k]}
+                k: {
+                    "rounds": len(v),
+                    "max_gap_ms": round(max(v)),
+                    "deadline_ms": DEADLINE_MS[k],
+                    "max_fsync_stall_ms": round(max(self.stalls[k], default=0.0)),
+                }
                 for k, v in sorted(self.by_action.items())
             },
             "problems": self.problems,
@@ -170,19 +178,32 @@ DEADLINE_MS: dict[str, int] = {
     "demote_pvm": HEARTBEAT_TIMEOUT_MS,
     "demote_svm": HEARTBEAT_TIMEOUT_MS,
     "cut_disk": HEARTBEAT_TIMEOUT_MS,  # the primary's connection to an image, alone
+    "silence_disk": WRITE_MS + 200,  # the same, but its packets are dropped
+    "slow_disk": 2000,
+    "fill_overlays": HEARTBEAT_TIMEOUT_MS + CHECKPOINT_MS,
+    "kill_pvm_in_switchover": HEARTBEAT_TIMEOUT_MS,
+    "kill_pvm_and_controller": HEARTBEAT_TIMEOUT_MS,  # while QEMU merges the overlays
 }
+#: those that need a disk
+DISK_FAULTS = {
+    "cut_disk", "silence_disk", "slow_disk", "fill_overlays", "kill_pvm_and_controller",
+}  # fmt: skip
 ALONE = {
     "kill_pvm", "kill_svm", "kill_pvm_in_checkpoint", "kill_pvm_host", "kill_svm_host",
-    "hang_pvm", "hang_svm", "switchover", "demote_pvm", "demote_svm", "cut_disk",
+    "hang_pvm", "hang_svm", "switchover", "demote_pvm", "demote_svm", "cut_disk", "silence_disk",
+    "fill_overlays", "kill_pvm_in_switchover", "kill_pvm_and_controller",
 }  # fmt: skip
 #: the secondary is lost, so the same guest goes on
-STAYS = {"kill_svm", "kill_svm_host", "hang_svm", "demote_svm", "cut_disk"}
+STAYS = {
+    "kill_svm", "kill_svm_host", "hang_svm", "demote_svm", "cut_disk", "silence_disk",
+    "fill_overlays",
+}  # fmt: skip
 
 
 #: its own controller notices at once
 AT_ONCE = {
     "kill_pvm", "kill_svm", "kill_pvm_in_checkpoint", "switchover", "demote_pvm", "demote_svm",
-    "cut_disk",
+    "cut_disk", "kill_pvm_in_switchover", "kill_pvm_and_controller",
 }  # fmt: skip
 
 
@@ -199,7 +220,9 @@ def limit_ms(action: str) -> int:
 class Chaos:
     """One lab, many rounds."""
 
-    def __init__(self, lab: ChaosLab, seed: int, say: Callable[[str], None]) -> None:
+    def __init__(
+        self, lab: ChaosLab, seed: int, say: Callable[[str], None], only: Collection[str] = ()
+    ) -> None:
         self.lab, self.rng, self.say = lab, random.Random(seed), say
         self.tally = Tally()
         self.pvm = "primary"  # the host that runs it
@@ -208,7 +231,9 @@ class Chaos:
         self.downloads: Downloads | None = None
         self.lines: LineStream | None = None
         self.records: list[RecordStream] = []
+        self.kinds = sorted(only or DEADLINE_MS)
         self._stalled = False
+        self._until_repair = contextlib.ExitStack()  # ends faults that last until then
         self.explained = False
         self.evidence: Evidence | None = None
         self._judged = time.time()  # everything before has been checked
@@ -312,6 +337,42 @@ class Chaos:
             lab.vm[svm].ask("block-export-del", id=f"colo-{name}", mode="hard")
         elif action in ("demote_pvm", "demote_svm"):
             lab.ask(pvm if action == "demote_pvm" else svm, "demote")
+        elif action == "silence_disk":
+            self._until_repair.enter_context(lab.net.port_cut(NBD_PORT))
+        elif action == "slow_disk":
+            with lab.net.port_slow(NBD_PORT, self.rng.choice(("1mbit", "5mbit"))):
+                time.sleep(self.rng.uniform(0.5, 3.0))
+        elif action == "fill_overlays":
+            self._fill_overlays(svm)
+        elif action == "kill_pvm_in_switchover":
+            asked = threading.Thread(target=self._switchover, daemon=True)
+            asked.start()
+            time.sleep(self.rng.uniform(0, 0.05))
+            self._kill(pvm)
+            asked.join(20)
+        elif action == "kill_pvm_and_controller":
+            self._kill(pvm)
+            lab.wait_state(svm, "promoted", 40)
+            time.sleep(self.rng.uniform(0, 0.3))
+            self._kill_controller(svm)
+            lab.start_controller(svm)
+
+    def _switchover(self) -> None:
+        with contextlib.suppress(Exception):
+            self.lab.ask(self.pvm, "switchover")
+
+    def _fill_overlays(self, svm: str) -> None:
+        """Take all room beside the overlays, until the copy is lost: checkpoints free some."""
+        path = self.lab.overlays(svm) / "filler"
+        self._until_repair.callback(path.unlink, missing_ok=True)
+
+        def lost() -> bool:
+            with path.open("ab", buffering=0) as f, contextlib.suppress(OSError):
+                while True:
+                    f.write(bytes(1 << 16))
+            return self.lab.status(self.pvm).get("state") in ("solo", "promoted")
+
+        wait_for("a copy without room to be lost", lost, 40)
 
     def _checkpoint(self) -> None:
         with contextlib.suppress(Exception):
@@ -333,6 +394,7 @@ class Chaos:
 
     def repair(self, survivor: str) -> None:
         lab, dead = self.lab, other(survivor)
+        self._until_repair.close()
         vm = lab.vm[dead]
         if vm.alive:
             vm.kill9()
@@ -342,10 +404,16 @@ class Chaos:
         lab.start_vm(dead, incoming=True)
         self.pvm = survivor
         if self.rng.random() < DISTURBED:  # at any point of the change of roles or the first copy
-            time.sleep(self.rng.uniform(0, 4))
-            what = self.rng.choice(("QEMU", *HOSTS))
+            what = self.rng.choice(("QEMU", "QEMU in the copy of its disk", *HOSTS))
+            if what.endswith("disk") and lab.disks:
+                with contextlib.suppress(LabError):
+                    wait_for("copy", lambda: self._copying(survivor), 40)
+                what = "QEMU"
+                time.sleep(self.rng.uniform(0, 1))
+            else:
+                time.sleep(self.rng.uniform(0, 4))
             self.say(f"     repair disturbed: kill -9 of {what}")
-            if what == "QEMU":
+            if what.startswith("QEMU"):
                 self._kill(dead)
                 lab.start_vm(dead, incoming=True)
             else:
@@ -353,6 +421,10 @@ class Chaos:
                 lab.start_controller(what)
         if again := self._unless_fenced():
             self.repair(again)
+
+    def _copying(self, survivor: str) -> bool:
+        disks = self.lab.status(survivor).get("disks", {})  # none while its controller is replaced
+        return bool(disks.get("copying"))
 
     def _protected(self) -> None:
         """Wait until both report it and hear each other: a cut may have ended unnoticed."""
@@ -398,15 +470,15 @@ class Chaos:
     def round(self, n: int) -> None:
         lab, t = self.lab, self.tally
         if not self.actions:
-            self.actions = sorted(DEADLINE_MS)
-            if not lab.disks:
-                self.actions.remove("cut_disk")
+            self.actions = [a for a in self.kinds if lab.disks or a not in DISK_FAULTS]
             self.rng.shuffle(self.actions)
         action = self.actions.pop()
         evidence = self.evidence = Evidence(lab)
         problems = len(t.problems)
         self._moving(time.time())
         begin = time.time()
+        for s in self.records:
+            s.longest_s = 0.0
         before = self.pvm
         self.do(action)
         takeovers, survivor = 0, ""
@@ -423,6 +495,7 @@ class Chaos:
         self._moving(time.time())
         end = time.time()
         gap = self._gap(begin, end)
+        stall = self._fsync_stall(action)
         if survivor:
             self.repair(survivor)
             self._moving(time.time())
@@ -436,10 +509,25 @@ class Chaos:
         t.by_action[action].append(gap)
         over = gap > limit_ms(action)
         t.over += over
-        self.say(f"{n:4} {action:<24} gap {gap:6.0f} ms{' BEYOND' * over}, PVM on {self.pvm}")
+        self.say(
+            f"{n:4} {action:<24} gap {gap:6.0f} ms{' BEYOND' * over}, fsync {stall:6.0f} ms, "
+            f"PVM on {self.pvm}"
+        )
         if len(self.streams) >= STREAMS:
             self._retire(self.rng.choice(self.streams[1:]))  # the first one stays throughout
         self._open()
+
+    def _fsync_stall(self, action: str) -> float:
+        """Return the longest wait for a record since the fault, ms; wait until records are again
+        confirmed."""
+        for s in self.records:
+            last = s.last
+            with contextlib.suppress(LabError):  # _look_at_disks() has the reason
+                wait_for("a record", lambda s=s, n=last: s.dead or s.last > n, 30)  # type: ignore[misc]
+        stall = max((s.longest_s * 1000 for s in self.records), default=0.0)
+        self.tally.fsync_stall = max(self.tally.fsync_stall, stall)
+        self.tally.stalls[action].append(stall)
+        return stall
 
     def _speakers(self, n: int, action: str, evidence: Evidence, takeovers: int) -> int:
         """Return how often the transmitting host on the wire changed more than the guest did."""
@@ -540,6 +628,7 @@ class Chaos:
                 self.evidence.stop()
                 self._judge(n, "broken off", self.evidence, -1)
         finally:
+            self._until_repair.close()
             downloads.stop()
             lines.stop()
             self._look_at_disks()
@@ -577,6 +666,21 @@ def fence(lab: Lab) -> list[str]:
 class ChaosLab(Lab):
     """Record for the fence which processes belong to which host."""
 
+    def overlays(self, role: str) -> Path:
+        """Return where a host keeps its overlays: a file system of its own, which can be full."""
+        return self.work / f"{role}.overlays"
+
+    def up(self) -> None:
+        super().up()
+        size = (2 * self.overlay_limit * len(self.disks) + 32) << 20
+        for role in HOSTS if self.disks else ():
+            sh("mount", "-t", "tmpfs", "-o", f"size={size}", "overlays", str(self.overlays(role)))
+
+    def down(self) -> None:
+        super().down()
+        for role in HOSTS:
+            sh("umount", "-l", str(self.overlays(role)), check=False)
+
     def fences(self) -> int:
         """Return how often a host was fenced."""
         path = self.work / "fences"
@@ -607,13 +711,14 @@ def run(
     disks: int = 1,
     nics: int = 1,
     say: Callable[[str], None] = print,
+    only: Collection[str] = (),
 ) -> dict[str, Any]:
     """Build a pair, run the rounds, write the report."""
     lab = ChaosLab(BUILD, tag="cxch", overrides=dict(OVERRIDES), disks=disks, nics=nics)
     lab.overrides["failover"] = {"automatic": True, "fence": fence(lab)}
     with lab:
         lab.protect()
-        report = Chaos(lab, seed, say).run(rounds, seconds)
+        report = Chaos(lab, seed, say, only).run(rounds, seconds)
     (BUILD / "chaos-report.json").write_text(json.dumps(report, indent=2) + "\n")
     return report
 
@@ -631,15 +736,12 @@ def main() -> int:
     p.add_argument("--disks", type=int, default=1, help="of the guest, 0 to 2")
     p.add_argument("--nics", type=int, default=1, help="of the guest, 1 or 2")
     p.add_argument("--seconds", type=float, default=1e9, help="begin no round after this time")
+    p.add_argument("--only", nargs="*", default=[], choices=sorted(DEADLINE_MS), metavar="FAULT")
     a = p.parse_args()
     report = run(
-        a.rounds,
-        a.seed,
-        seconds=a.seconds,
-        disks=a.disks,
-        nics=a.nics,
+        a.rounds, a.seed, seconds=a.seconds, disks=a.disks, nics=a.nics, only=a.only,
         say=lambda s: print(s, flush=True),
-    )
+    )  # fmt: skip
     print(json.dumps(report, indent=2))
     return 0 if clean(report) else 1
 

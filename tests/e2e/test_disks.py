@@ -3,13 +3,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
 import signal
 import socket
+from pathlib import Path
+
+import pytest
 
 from colo_xdp.lab import disk
 from colo_xdp.lab.client import RecordStream
-from colo_xdp.lab.net import PEER_S, in_ns, wait_for
+from colo_xdp.lab.net import PEER_S, LabError, in_ns, sh, wait_for
 from colo_xdp.lab.pair import NBD_PORT, Lab
 from tests.e2e.conftest import LabMaker
 from tests.e2e.test_reprotect import other, protected
@@ -172,5 +177,120 @@ def test_what_cannot_be_replicated_is_refused_by_name(make_lab: LabMaker) -> Non
     lab.image("secondary", "d0").write_bytes(right)
     lab.start_vm("secondary")
     protected(lab)
+    w.moves()
+    w.check("primary")
+
+
+def test_a_silent_nbd_connection_costs_its_deadline(make_lab: LabMaker) -> None:
+    """Its packets are dropped, and everything else between the hosts lives."""
+    lab = make_lab(disks=1, overrides={"nbd": {"write_timeout": 1000}})
+    lab.protect()
+    w = Writer(lab)
+    w.moves()
+    lab.ask("primary", "checkpoint")
+    w.moves()
+    (s,) = w.streams.values()
+    s.longest_s = 0.0
+    with lab.net.port_cut(NBD_PORT):
+        lab.wait_state("primary", "solo", 15)
+        w.moves()
+        log = lab.controller_log("primary").read_text()
+        assert (
+            "disk d0 is no longer mirrored: a write to disk d0 has waited for the secondary" in log
+        )
+        assert lab.status("secondary")["state"] == "stopped"
+        print(f"the longest record took {s.longest_s * 1e3:.0f} ms")
+        assert s.longest_s < 2
+    lab.vm["secondary"].stop()
+    lab.start_vm("secondary")
+    protected(lab)
+    w.moves()
+    w.check("primary")
+
+
+def test_a_full_file_system_of_overlays_costs_the_copy_only(make_lab: LabMaker) -> None:
+    lab = make_lab(disks=2, overlay_limit=8)
+    where = lab.work / "secondary.overlays"
+    sh("mount", "-t", "tmpfs", "-o", "size=30m", "overlays", str(where))
+    try:
+        for role in ("secondary", "primary"):
+            lab.start_controller(role)
+        why = "disks d0, d1: .* has (29|30) MiB free, .* may take 32 MiB more"
+        wait_for("a refusal", lambda: re.search(why, lab.status("primary").get("reason", "")), 60)
+        sh("mount", "-o", "remount,size=40m", str(where))
+        for role in ("primary", "secondary"):
+            lab.wait_state(role, "protected")
+        w = Writer(lab)
+        w.moves()
+        assert lab.status("secondary")["disks"]["room_trouble"] == ""
+        (where / "other").write_bytes(bytes(32 << 20))
+        wait_for(
+            "a warning", lambda: "d0, d1" in lab.status("secondary")["disks"]["room_trouble"], 20
+        )
+        before = lab.status("primary")["checkpoints"]["by_cause"]["overlay_full"]
+        wait_for(
+            "checkpoints that empty the overlays",
+            lambda: lab.status("primary")["checkpoints"]["by_cause"]["overlay_full"] > before + 1,
+            40,
+        )
+        assert lab.status("primary")["state"] in ("protected", "checkpointing")
+
+        def full() -> bool:
+            with (where / "other").open("ab", buffering=0) as f, contextlib.suppress(OSError):
+                while True:
+                    f.write(bytes(1 << 16))
+            return bool(lab.status("primary").get("state") == "solo")
+
+        wait_for("the loss of the copy", full, 40)
+        (where / "other").unlink()
+        w.moves()
+        lab.vm["secondary"].stop()
+        lab.start_vm("secondary")
+        protected(lab)
+        w.moves()
+        w.check("primary")
+    finally:
+        lab.down()
+        sh("umount", "-l", str(where))
+
+
+def test_a_disk_that_comes_while_protected_ends_the_protection(
+    make_lab: LabMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """QEMU refuses a device, but not another medium, and nobody keeps its copies equal."""
+    medium = tmp_path / "medium.raw"
+    medium.write_bytes(bytes(1 << 20))
+    drive = f"file={medium},format=raw,if=none,id=m0,readonly=on"
+    removable = ["-device", "virtio-scsi-pci,id=sc0", "-drive", drive]
+    removable += ["-device", "scsi-hd,drive=m0,id=vm0,bus=sc0.0,removable=on"]
+    plain = Lab._drive
+    monkeypatch.setattr(Lab, "_drive", lambda lab, role, d: [*plain(lab, role, d), *removable])
+    lab = make_lab(disks=1)
+    lab.protect()
+    w = Writer(lab)
+    w.moves()
+    pvm = lab.vm["primary"]
+    new = {role: lab.work / f"{role}.new.raw" for role in ("primary", "secondary")}
+    for image in new.values():
+        image.write_bytes(bytes(1 << 20))
+    pvm.ask("blockdev-add", driver="file", filename=str(new["primary"]), **{"node-name": "new"})
+    with pytest.raises(LabError, match="not allowed while migrating"):
+        pvm.ask("device_add", driver="virtio-blk-pci", drive="new", id="vnew", addr="0x10")
+    pvm.ask("blockdev-del", **{"node-name": "new"})
+    assert lab.status("primary")["state"] in ("protected", "checkpointing")
+    for role in ("secondary", "primary"):
+        lab.vm[role].ask(
+            "blockdev-change-medium", id="vm0", filename=str(new[role]),
+            **{"format": "raw", "read-only-mode": "read-write"},
+        )  # fmt: skip
+    lab.wait_state("primary", "solo", 40)
+    log = lab.controller_log("primary").read_text()
+    assert re.search("disk (m0|vm0|#block[0-9]+) .*new.raw, is writable", log)
+    w.moves()
+    lab.vm["secondary"].stop()
+    lab.start_vm("secondary")
+    wait_for(
+        "a refusal", lambda: "new.raw, is writable" in lab.status("primary").get("reason", ""), 60
+    )
     w.moves()
     w.check("primary")

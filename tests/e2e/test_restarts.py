@@ -25,12 +25,13 @@ KILLS = 6
 
 @pytest.fixture
 def supervised() -> Iterator[tuple[Lab, dict[str, Supervisor]]]:
-    script = BUILD / "run-cxe2e" / "incoming.sh"
+    lab = Lab(BUILD, tag="cxe2e")
+    script = lab.work / "incoming.sh"
     script.parent.mkdir(parents=True, exist_ok=True)
     # stands for "start QEMU": the test itself does it, so that it can end it again
     script.write_text(f'#!/bin/sh\ntouch "{script.parent}/wanted-$(ip netns identify $$)"\n')
     script.chmod(0o755)
-    lab = Lab(BUILD, tag="cxe2e", overrides={"qemu": {"incoming": [str(script)]}})
+    lab.overrides = {"qemu": {"incoming": [str(script)]}}
     guards: dict[str, Supervisor] = {}
     try:
         lab.up()

@@ -20,7 +20,7 @@ from colo_xdp.engine.outbox import WAITS
 from colo_xdp.lab.capture import from_guest
 from colo_xdp.lab.client import EchoStream, LineStream
 from colo_xdp.lab.net import CLIENT_IP, in_ns, wait_for
-from colo_xdp.lab.pair import Lab
+from colo_xdp.lab.pair import PAIR, Lab
 
 
 def settled(lab: Lab) -> dict[str, Any]:
@@ -171,7 +171,7 @@ def test_status_and_metrics_tell_the_same(pair: Lab) -> None:
 
     text = scrape("/metrics")
     total = pair.checkpoints()
-    assert 'colo_xdp_state{pair="lab",role="primary",state="protected"} 1.0' in text
+    assert f'colo_xdp_state{{pair="{PAIR}",role="primary",state="protected"}} 1.0' in text
     found = [x for x in text.splitlines() if x.startswith("colo_xdp_checkpoints_total")]
     assert sum(float(x.split()[-1]) for x in found) == total
     assert "protected" in scrape("/readyz")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from colo_xdp.lab.net import wait_for
 from colo_xdp.lab.pair import Lab
-from colo_xdp.lab.vm import MAC
+from colo_xdp.lab.vm import MACS
 from colo_xdp.tools.pcap import read
 from colo_xdp.tools.suggest import MIN_SEEN
 
@@ -93,6 +93,6 @@ def test_captures_of_both_taps_replayed_need_no_checkpoint(pair: Lab) -> None:
     args = [str(c.path) for c in taps]
     code, out = cli("replay", *args)
     if "--guest-mac" in out:  # one client: either could be the guest
-        code, out = cli("replay", *args, "--guest-mac", MAC)
+        code, out = cli("replay", *args, "--guest-mac", MACS[0])
 
     assert code == 0 and "checkpoints  0" in out, out

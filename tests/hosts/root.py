@@ -3,22 +3,19 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
 import shutil
 import subprocess
 from pathlib import Path
 
+from colo_xdp.lab import debian
 from colo_xdp.lab.net import LabError
 
 ROOT = Path(__file__).parents[2]
-SUITE = "bookworm"
 #: what docs/operator/install.md installs first, a QEMU, and what makes it a bootable host
-PACKAGES = (
+PACKAGES = debian.Packages((
     "systemd", "systemd-sysv", "dbus", "iproute2", "procps",
     "python3-bpfcc", "python3-venv", "linux-headers-amd64", "qemu-system-x86",
-)  # fmt: skip
-LEFT_OUT = ("/usr/share/man/*", "/usr/share/doc/*", "/usr/share/locale/*")
+))  # fmt: skip
 BUILD_S = 900.0
 
 
@@ -32,28 +29,8 @@ def _run(*cmd: str) -> None:
 
 
 def base(directory: Path) -> Path:
-    """Build Debian 12 with PACKAGES; once, and again when the list changes.
-
-    Raises LabError with mmdebstrap's output.
-    """
-    root, stamp = directory / "base", directory / "base.stamp"
-    want = hashlib.sha256(repr((SUITE, PACKAGES, LEFT_OUT)).encode()).hexdigest()
-    if root.is_dir() and stamp.exists() and stamp.read_text() == want:
-        return root
-    stamp.unlink(missing_ok=True)
-    part = directory / "base.part"
-    for old in (root, part):
-        shutil.rmtree(old, ignore_errors=True)
-    directory.mkdir(parents=True, exist_ok=True)
-    _run(
-        "mmdebstrap", "--quiet", "--variant=minbase", f"--include={','.join(PACKAGES)}",
-        '--aptopt=APT::Install-Recommends "false"', '--aptopt=Acquire::Languages "none"',
-        *(f"--dpkgopt=path-exclude={p}" for p in LEFT_OUT),
-        SUITE, str(part),
-    )  # fmt: skip
-    part.rename(root)
-    stamp.write_text(want)
-    return root
+    """Build Debian 12 with PACKAGES; once, and again when the list changes."""
+    return debian.bootstrap(directory / "base", PACKAGES)
 
 
 def install(root: Path) -> None:
@@ -74,7 +51,4 @@ def overlay(base_: Path, directory: Path) -> Path:
 
 def missing() -> str:
     """Return why hosts cannot be booted here; "" if they can."""
-    if os.geteuid():
-        return "needs root"
-    absent = [c for c in ("systemd-nspawn", "mmdebstrap", "nsenter", "ip") if not shutil.which(c)]
-    return f"not installed: {', '.join(absent)}" if absent else ""
+    return debian.missing(("systemd-nspawn", "mmdebstrap", "nsenter", "ip"))

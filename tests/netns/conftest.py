@@ -62,12 +62,15 @@ def inside(name: str) -> Iterator[None]:
 
 
 class Tap:
-    """Stand in for a guest: the far end of a tap, with or without a 10-byte virtio_net_hdr."""
+    """Stand in for a guest: the far end of a tap, with or without a 10-byte virtio_net_hdr.
 
-    def __init__(self, name: str, vnet: bool = True) -> None:
+    `multi_queue`: one queue of a tap that has several.
+    """
+
+    def __init__(self, name: str, vnet: bool = True, multi_queue: bool = False) -> None:
         self.vnet = vnet
         self.fd = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK)
-        flags = 0x0002 | 0x1000 | (0x4000 if vnet else 0)
+        flags = 0x0002 | 0x1000 | 0x4000 * vnet | 0x0100 * multi_queue
         fcntl.ioctl(self.fd, 0x400454CA, struct.pack("16sH22x", name.encode(), flags))
         if vnet:
             fcntl.ioctl(self.fd, 0x400454D8, struct.pack("i", 10))
@@ -144,7 +147,7 @@ class Sniffer:
 class Net:
     """Host namespace: bridge br0 with tap0 and the client's veth; peer0 leads to `other`."""
 
-    def __init__(self, tag: str, vnet: bool = True) -> None:
+    def __init__(self, tag: str, vnet: bool = True, multi_queue: bool = False) -> None:
         self.host, self.client, self.other = (f"{tag}{x}" for x in "hco")
         self.close()
         for ns in (self.host, self.client, self.other):
@@ -156,7 +159,7 @@ class Net:
             f"link add uplink type veth peer name c0 netns {self.client}",
             f"link add peer0 type veth peer name peer0 netns {self.other}",
             "link add br0 type bridge",
-            f"tuntap add tap0 mode tap {'vnet_hdr' if vnet else ''}",
+            "tuntap add tap0 mode tap" + " vnet_hdr" * vnet + " multi_queue" * multi_queue,
             "link set dev uplink master br0",
             "link set dev tap0 master br0",
             "link set peer0 mtu 1600",

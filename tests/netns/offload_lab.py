@@ -16,9 +16,11 @@ import random
 import select
 import socket
 import struct
+import threading
 import time
 from multiprocessing.connection import Connection
 from multiprocessing.sharedctypes import Synchronized
+from queue import Queue
 from typing import Any
 
 from colo_xdp import abi
@@ -70,16 +72,53 @@ class Shared:
         self.stop: Synchronized[int] = _FORK.Value(ctypes.c_int, 0)
 
 
-class Guest:
-    """One guest's sending process."""
+class Queues:
+    """The queues of a tap, each with a thread and a CPU: what is put in one overtakes the others.
 
-    def __init__(self, net: Net, side: int, shared: Shared, conns: int, length: int, seed: int):
+    No guest that is well behaved has frames of one flow in two queues at once.
+    """
+
+    def __init__(self, count: int) -> None:
+        self.taps = [Tap("tap0", multi_queue=True) for _ in range(count)]
+        self.work: list[Queue[bytes]] = [Queue(8) for _ in range(count)]
+        for i in range(count):
+            threading.Thread(target=self._serve, args=(i,), daemon=True).start()
+
+    def _serve(self, i: int) -> None:
+        cpus = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {cpus[i % len(cpus)]})
+        os.set_blocking(self.taps[i].fd, True)
+        while True:
+            raw = self.work[i].get()
+            os.write(self.taps[i].fd, raw)
+            self.work[i].task_done()
+
+    def send(self, queue: int, raw: bytes) -> None:
+        self.work[queue].put(raw)
+
+    def flush(self) -> None:
+        for w in self.work:
+            w.join()
+
+
+class Guest:
+    """One guest's sending process. `queues`: of the PVM's tap, with frames in all of them."""
+
+    def __init__(
+        self, net: Net, side: int, shared: Shared, conns: int, length: int, seed: int,
+        queues: int = 1,
+    ) -> None:  # fmt: skip
         self.net, self.side, self.shared, self.conns, self.length = net, side, shared, conns, length
+        self.count = queues
+        self.queues: Queues | None = None
         self.rnd = random.Random(seed * 2 + side)
         self.process = _FORK.Process(target=self._run, daemon=True)
 
     def _open(self) -> None:
-        if self.side == 0:
+        if self.side == 0 and self.count > 1:
+            with inside(self.net.host):
+                self.queues = Queues(self.count)
+        elif self.side == 0:
             with inside(self.net.host):
                 self.tap = Tap("tap0")
             os.set_blocking(self.tap.fd, True)
@@ -95,7 +134,10 @@ class Guest:
             kind = (4 if v6 else 1) if gso else 0
             at = 6 if frame[20 if v6 else 23] == 17 else 16
             head = struct.pack("<BBHHHH", 1, kind, l4 + 32 if gso else 0, gso, l4, at)
-            os.write(self.tap.fd, head + frame)
+            if self.queues:
+                self.queues.send(self.rnd.randrange(self.count), head + frame)
+            else:
+                os.write(self.tap.fd, head + frame)
         else:
             tci = abi.KIND_SVM << abi.KIND_SHIFT | self.shared.epoch.value & abi.EPOCH_MASK
             self.sock.send(frame[:12] + struct.pack("!HH", abi.TPID, tci) + frame[12:])
@@ -182,6 +224,8 @@ class Guest:
         return self.shared.pos[self.side], self.shared.pos[1 - self.side]
 
     def _pause(self) -> None:
+        if self.queues:
+            self.queues.flush()
         self.shared.paused[self.side] = 1
         while self.shared.pause.value and not self.shared.stop.value:
             time.sleep(0.0002)
@@ -318,16 +362,16 @@ class Proxy:
 
 def run(
     net: Net, dp: DataPath, *, conns: int, length: int, seed: int, seconds: float,
-    checkpoint_every: float = 0.0,
+    checkpoint_every: float = 0.0, queues: int = 1,
 ) -> tuple[Proxy, int, list[int], list[str]]:  # fmt: skip
     """Run until the client has everything, something is wrong, or time is up.
 
-    length 0: datagrams, which never end.
+    length 0: datagrams, which never end. queues: of the PVM, see Queues.
     """
     shared = Shared(conns)
     proxy = Proxy(dp, shared)
     client = Client(net, shared, conns, length)
-    guests = [Guest(net, side, shared, conns, length, seed) for side in (0, 1)]
+    guests = [Guest(net, side, shared, conns, length, seed, queues) for side in (0, 1)]
     everybody = [client.process, *(g.process for g in guests)]
     for p in everybody:
         p.start()

@@ -20,6 +20,7 @@ from colo_xdp.abi import Mode
 from colo_xdp.controller.secondary import Secondary
 from colo_xdp.datapath import attach
 from colo_xdp.datapath.datapath import DataPath
+from colo_xdp.datapath.host import HostDataPath
 from colo_xdp.failover.decision import State
 from colo_xdp.net.address_claims import MAPPED
 from colo_xdp.status.builder import active_json
@@ -121,7 +122,7 @@ def test_a_guest_whose_card_nobody_knows(primary: tuple[Net, DataPath, Tap]) -> 
     guest.send(tcp(b"here I am"))
     until(lambda: dp.addresses.macs(None) == [GUEST_MAC], "its MAC is not known")
     dp.watch_guest()
-    assert dp._read(abi.Cfg.GUEST_MAC) == abi.MAC_KNOWN
+    assert dp.slot(abi.Cfg.GUEST_MAC) == abi.MAC_KNOWN
     test_primary_path.from_client(net, OTHER_MAC + tcp(b"elsewhere", reverse=True)[6:])
     assert guest.recv(lambda f: b"elsewhere" in f)
     assert dp.counters()["pvm_in"]["pass_other_mac"][0] == 1
@@ -152,7 +153,8 @@ def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Host]:
 
 
 def controller(h: Host) -> Secondary:
-    c = Secondary(test_secondary_path.config(h.tmp), h.dp)
+    config = test_secondary_path.config(h.tmp)
+    c = Secondary(config, HostDataPath(config, (h.dp,)))
     c.qemu.qmp = FakeQmp()  # type: ignore[assignment]
     c.state, c.reason = State.PROMOTED, "the test says so"
     return c
@@ -251,7 +253,7 @@ def test_what_a_state_said_that_is_gone_does_not_count(host: Host) -> None:
     told = abi.ADDRESS.pack(MAPPED + socket.inet_aton("10.9.0.3"), 0) + GUEST_MAC + b"\0"
     with inside(h.net.host):
         c = controller(h)
-        c.on_message({"type": "claims", "n": 6, "addresses": told.hex(), "macs": ""})
+        c.on_message({"type": "claims", "n": 6, "nic": 0, "addresses": told.hex(), "macs": ""})
     h.dp.epoch = 6
     says(h, arp("10.9.0.2"))
     assert take_over(h) == {("", me), ("10.9.0.2", me), ("10.9.0.3", me)}

@@ -115,10 +115,10 @@ def test_nothing_leaves_past_the_bridge_without_a_controller(pair: Pair) -> None
     pair.client_speaks()
     assert pair.direct()
     beat, pair.dp.beat = pair.dp.beat, lambda: None  # type: ignore[method-assign]
-    pair.dp._write(abi.Cfg.LOSS_NS, 1)
+    pair.dp.set_slot(abi.Cfg.LOSS_NS, 1)
     pair.client_speaks()
     assert not pair.direct()
-    pair.dp._write(abi.Cfg.LOSS_NS, 10**9)
+    pair.dp.set_slot(abi.Cfg.LOSS_NS, 10**9)
     beat()
     assert pair.direct()
 

@@ -13,7 +13,8 @@ from colo_xdp import abi
 from colo_xdp.abi import Cfg, Mode, SyncState
 from colo_xdp.config.file import Config, load
 from colo_xdp.datapath import attach
-from colo_xdp.datapath.datapath import DataPath, DeviceMissing
+from colo_xdp.datapath.datapath import DataPath
+from colo_xdp.datapath.prepare import DeviceMissing
 from colo_xdp.failover.lease import boot_ns
 from colo_xdp.tools import cleanup
 from colo_xdp.tools.doctor import WARN, _devices

@@ -16,10 +16,10 @@ import pytest
 from colo_xdp.abi import Cfg, Mode, SyncState
 from colo_xdp.config.file import Config, as_toml, load
 from colo_xdp.config.schema import Network
-from colo_xdp.datapath import loader
-from colo_xdp.datapath.datapath import DataPathError
+from colo_xdp.datapath import attach, loader
 from colo_xdp.datapath.host import HostDataPath
 from colo_xdp.datapath.pair_slots import OF_THE_PAIR
+from colo_xdp.datapath.prepare import DataPathError, DeviceMissing
 from colo_xdp.datapath.ring import CapturedFrame
 from colo_xdp.tools import cleanup
 from tests.netns import test_primary_path
@@ -55,7 +55,7 @@ def two(net: Net, tmp_path: Path) -> Iterator[Net]:
 
 @pytest.fixture
 def host(two: Net, tmp_path: Path) -> Iterator[HostDataPath]:
-    dp = HostDataPath(config(tmp_path, "lan", "san"))
+    dp = HostDataPath.load(config(tmp_path, "lan", "san"))
     yield dp
     if dp.nics[0].reader is not None:
         stop(dp)
@@ -154,7 +154,7 @@ def test_a_controller_that_dies_between_two_nics(
                 dp.set_slot(slot, value)
         want = {slot: dp.nics[0].slot(slot) for slot in (*OF_THE_PAIR, Cfg.EPOCH)}
         stop(dp)
-        dp = HostDataPath(config(tmp_path, "lan", "san"))
+        dp = HostDataPath.load(config(tmp_path, "lan", "san"))
         assert dp.adopted
         for nic in dp.nics:
             assert {slot: nic.slot(slot) for slot in want} == want
@@ -166,9 +166,9 @@ def test_the_nics_of_a_pinned_data_path_cannot_change(
     host: HostDataPath, tmp_path: Path, names: tuple[str, ...]
 ) -> None:
     stop(host)
-    with pytest.raises(DataPathError, match="has the NICs lan, san"):
-        HostDataPath(config(tmp_path, *names))
-    again = HostDataPath(config(tmp_path, "lan", "san"))
+    with pytest.raises(DataPathError, match=r"has the NICs lan \(tap0\), san \(tap1\)"):
+        HostDataPath.load(config(tmp_path, *names))
+    again = HostDataPath.load(config(tmp_path, "lan", "san"))
     assert again.adopted, "the refusal has changed nothing"
     again.close()
 
@@ -183,7 +183,7 @@ def test_an_interrupted_cleanup_leaves_nothing_that_counts(
     for path in first.iterdir():
         if not path.is_dir():
             os.unlink(path)
-    again = HostDataPath(config(tmp_path, "lan", "san"))
+    again = HostDataPath.load(config(tmp_path, "lan", "san"))
     assert not again.adopted and again.mode is Mode.DROP and again.undecided
     assert [nic.epoch for nic in again.nics] == [0, 0]
     again.close()
@@ -196,3 +196,30 @@ def test_cleanup_removes_every_nic(host: HostDataPath, two: Net, tmp_path: Path)
     assert not Path(loader.pin_dir("/sys/fs/bpf", PAIR, "primary")).exists()
     with inside(two.host):
         assert "colo" not in sh("tc", "filter", "show", "dev", "tap1", "ingress")
+
+
+def test_what_fails_for_one_nic_is_done_for_the_other(two: Net, tmp_path: Path) -> None:
+    for i in range(2):
+        sh("ip", "-n", two.host, "link", "add", f"br2{i}", "type", "bridge")
+    sh("ip", "-n", two.host, "link", "set", "tap0", "nomaster")
+    c = config(tmp_path, "lan", "san")
+    c = replace(
+        c,
+        network=replace(c.network, bridge="br20"),
+        further=(replace(c.further[0], bridge="br21"),),
+    )
+    dp = HostDataPath.load(c)
+    try:
+        sh("ip", "-n", two.host, "link", "del", "br20")
+        with pytest.raises(attach.NoSuchDevice, match="br20"):
+            dp.open_network()
+        assert attach.link_info("tap1").master == attach.link_info("br21").index
+    finally:
+        dp.close()
+
+
+def test_nothing_is_loaded_while_a_device_of_any_nic_is_missing(two: Net, tmp_path: Path) -> None:
+    sh("ip", "-n", two.host, "link", "del", "tap1")
+    with pytest.raises(DeviceMissing, match="tap1"):
+        HostDataPath.load(config(tmp_path, "lan", "san"))
+    assert not Path(loader.pin_dir("/sys/fs/bpf", PAIR, "primary")).exists()

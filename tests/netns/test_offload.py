@@ -133,10 +133,12 @@ def test_a_kernel_that_refuses_the_fast_path_gets_the_slow_one(
 ) -> None:
     real = loader.load
 
-    def load(role: str, pair: str, bpffs: str, options: loader.Options, home: str = "") -> object:
+    def load(
+        role: str, pair: str, bpffs: str, options: loader.Options, home: str = "", nic: int = 0
+    ) -> object:
         if options.fast:
             raise loader.Refused("pvm_out: too large\nmore words of the verifier")
-        return real(role, pair, bpffs, options, home)
+        return real(role, pair, bpffs, options, home, nic)
 
     monkeypatch.setattr(loader, "load", load)
     cleanup.cleanup(PAIR, "/sys/fs/bpf", str(tmp_path), force=True)

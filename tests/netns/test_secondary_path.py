@@ -17,8 +17,9 @@ from colo_xdp import abi
 from colo_xdp.abi import Mode
 from colo_xdp.config.file import Config, load
 from colo_xdp.datapath import attach, loader
-from colo_xdp.datapath.datapath import DataPath, DataPathError
+from colo_xdp.datapath.datapath import DataPath
 from colo_xdp.datapath.inject import vnet_header
+from colo_xdp.datapath.prepare import DataPathError
 from colo_xdp.datapath.ring import CapturedFrame, summed
 from colo_xdp.net.packet import parse
 from colo_xdp.tools import cleanup

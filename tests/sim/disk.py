@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from colo_xdp.qemu.disks import Mirror
 from colo_xdp.qemu.qmp import QmpError
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ class SimBlock:
         self.connection: Connection | None = None
         self.flying: set[int] = set()  # writes that wait for the other host
         self._done: set[int] = set()  # whose end the guest has not seen
+        self._ended = 0  # writes that have ended on both
         self.snapshot: set[int] | None = None  # the image as of the checkpoint: the hidden disk
         self.active: set[int] | None = None
         self.left = False  # replication has ended: the guest goes on alone
@@ -96,6 +98,7 @@ class SimBlock:
         if n in self.flying:
             self.flying.discard(n)
             self._done.add(n)
+            self._ended += 1
 
     def fail(self, why: str) -> None:
         """End the mirror with an error; the guest's writes end as they would without it."""
@@ -129,6 +132,14 @@ class SimBlock:
         self.world.later(
             self.world.rnd_disk.choice((1, 50, 600)), lambda: self.nodes.difference_update(gone)
         )
+
+    def mirrors(self) -> list[Mirror]:
+        """Return the mirror job with what is on its way."""
+        if self.job is None:
+            return []
+        on_its_way = len(self.flying) if self.job["ready"] else 1
+        done = self._ended
+        return [Mirror(self.job["device"], done, done + on_its_way, self.job["ready"], "")]
 
     # -- QMP
 

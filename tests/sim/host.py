@@ -28,6 +28,7 @@ from colo_xdp.failover.lease import GIVEN_UP, StoreError, StoreView, ours_to_tak
 from colo_xdp.peer import messages
 from colo_xdp.peer.heartbeat import Flag, Heartbeat, HeartbeatSession, session_key
 from colo_xdp.qemu.event import QmpEvent
+from colo_xdp.qemu.migration import MigrationOptions
 from colo_xdp.qemu.nic import Card
 from colo_xdp.qemu.qmp import QemuInfo, QmpError
 
@@ -921,8 +922,12 @@ class SimQmp:
     async def migration_status(self, timeout: float | None = None) -> str:
         return (await self._call("query-migrate")).migration
 
-    async def prepare(self, *, primary: bool) -> None:
+    async def prepare(self, *, primary: bool, migration: MigrationOptions) -> None:
         await self._call("prepare")
+
+    async def enters_colo(self) -> bool:
+        await self._call("query-migrate-capabilities")
+        return True
 
     async def migrate(self, uri: str) -> None:
         (await self._call("migrate")).checkpoint(first=True)

@@ -28,6 +28,7 @@ from colo_xdp.controller.checkpoint_coordinator import CheckpointCoordinator
 from colo_xdp.controller.commands import OperatorCommands
 from colo_xdp.controller.disk_proof import DiskProof
 from colo_xdp.controller.heartbeats import Heartbeats
+from colo_xdp.controller.mirror_watch import MirrorWatch
 from colo_xdp.controller.permanent_offsets import PermanentOffsets
 from colo_xdp.controller.primary import Primary
 from colo_xdp.controller.secondary import Secondary
@@ -1125,13 +1126,14 @@ def disks_are_vouched_for_unseen(mp: Any) -> None:
             self._c.peer.send("disks_whole", n=ck.n)
 
     mp.setattr(CheckpointCoordinator, "_prove_disks", prove)
-    real = Primary._mirror_lost
+    real = Primary.mirror_lost
 
     def late(self: Primary, why: str) -> None:
         if self.checkpoints.running is None:
             real(self, why)
 
-    mp.setattr(Primary, "_mirror_lost", late)
+    mp.setattr(Primary, "mirror_lost", late)
+    mp.setattr(MirrorWatch, "run", _nothing)  # its timers shift the few schedules that show this
 
 
 @_disk_mutant
@@ -1139,6 +1141,7 @@ def a_takeover_needs_no_word_about_the_disks(mp: Any) -> None:
     mp.setattr(DiskProof, "missing", property(lambda self: False))
     mp.setattr(CheckpointCoordinator, "_prove_disks", _nothing)
     mp.setattr(DiskProof, "said", lambda self, n: True)
+    mp.setattr(MirrorWatch, "run", _nothing)  # its timers shift the few schedules that show this
 
 
 @_disk_mutant

@@ -166,14 +166,14 @@ def a_failed_entry_lets_nobody_run(mp: Any) -> None:
     async def run_on(self: Any, since_s: float) -> bool:
         return True
 
-    mp.setattr(ColoEntry, "_run_on", run_on)
+    mp.setattr(ColoEntry, "run_on", run_on)
 
 
 def only_cont(mp: Any) -> None:
     async def run_on(self: Any, since_s: float) -> bool:
         return bool(await self.cont())
 
-    mp.setattr(ColoEntry, "_run_on", run_on)
+    mp.setattr(ColoEntry, "run_on", run_on)
 
 
 def an_entry_waits_for_its_deadline(mp: Any) -> None:

@@ -34,10 +34,12 @@ from colo_xdp.controller import (
     device_watch,
     guest_lifecycle,
     heartbeats,
+    mirror_watch,
     primary,
     pvm_output,
     replacement,
     secondary,
+    secondary_disks,
     shadow,
     switchover,
     takeover,
@@ -325,7 +327,7 @@ def config(role: str, s: Scene) -> Config:
         c = replace(
             c,
             disks=(Disk(name="d0", overlays="/"),),
-            nbd=Nbd(local="10.0.0.1:10809", remote="10.0.0.2:10809"),
+            nbd=Nbd(local="10.0.0.1:10809", remote="10.0.0.2:10809", write_timeout=400),
             qemu=replace(c.qemu, qmp_oob=f"{role} oob"),
         )
     return replace(
@@ -855,6 +857,17 @@ class World:
         if not q.alive or not q.block.server:
             raise DiskError("connection refused")
 
+    async def _look(self, disks: Any) -> None:
+        """Stand in for DiskReplication.look(), without a random time as that of a command."""
+        q = next(
+            x for x in (self.p, self.s)
+            if x.controller is not None and x.controller.qemu.disks is disks
+        ).qemu  # fmt: skip
+        if q.hung or (q.draining and q.block.flying):
+            await asyncio.sleep(0.1)
+        else:
+            disks._waits.saw(q.block.mirrors(), self.ns() / 1e9)
+
     def _make_store(self, c: Config) -> SimStore:
         return SimStore(self.p if c.role == "primary" else self.s)
 
@@ -875,8 +888,9 @@ class World:
             conntrack_map,
             offload_maps, lease_module, takeover, device_watch, colo_entry, guest_lifecycle,
             supervisor, heartbeats, pvm_output, replacement, shadow, switchover, replication,
+            secondary_disks, mirror_watch,
         )  # fmt: skip
-        stood_in = ("probe", "make_overlays", "remove_overlays")
+        stood_in = ("probe", "make_overlays", "remove_overlays", "look", "rooms", "_need_room")
         disks = replication.DiskReplication
         kept_disks = [(disks, n, getattr(disks, n)) for n in stood_in]
         kept = [(m, "time", m.time) for m in modules]  # type: ignore[attr-defined]
@@ -886,6 +900,7 @@ class World:
         ]
         kept += [(arbiter, "make_store", arbiter.make_store)]
         kept += [(supervisor, n, getattr(supervisor, n)) for n in ("Qmp", "WATCH_S")]
+        kept += [(primary.Primary, "_watch_disks", primary.Primary._watch_disks)]
         kept += [(offload_maps, "syscall", offload_maps.syscall), (states, "STRICT", states.STRICT)]
         kept += [(scheduler, n, getattr(scheduler, n)) for n in ("OFFER_AFTER", "MAX_BACKOFF")]
         kept += kept_disks  # type: ignore[arg-type]
@@ -893,12 +908,16 @@ class World:
         async def overlays(disk: Any, of: Any, size: int) -> tuple[Path, Path]:
             return Path("/active"), Path("/hidden")
 
-        async def nothing(disks: Any) -> None: ...
+        async def nothing(disks: Any, *args: Any) -> None: ...
 
         try:
             disks.probe = lambda d, timeout=1.0, answer_s=1.0: self._probe(d, answer_s)  # type: ignore[method-assign]
             disks.make_overlays = overlays  # type: ignore[method-assign]
             disks.remove_overlays = nothing  # type: ignore[method-assign]
+            disks.look = lambda d: self._look(d)  # type: ignore[method-assign]
+            disks._need_room = nothing  # type: ignore[method-assign]
+            primary.Primary._watch_disks = nothing  # type: ignore[method-assign]
+            disks.rooms = lambda d: []  # type: ignore[method-assign]
             states.STRICT = True
             for m in modules:
                 m.time = clock  # type: ignore[attr-defined]

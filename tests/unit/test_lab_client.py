@@ -36,7 +36,7 @@ def test_the_header_of_a_download_that_stalls_is_no_wrong_byte(
     thread = threading.Thread(target=serve)
     thread.start()
 
-    def connect(port: int, v6: bool = False, timeout: float = 0) -> socket.socket:
+    def connect(port: int, v6: bool, timeout: float, nic: int) -> socket.socket:
         return socket.create_connection(listener.getsockname(), 0.3)
 
     def here(ns: str, run: Callable[[], Any]) -> Any:

@@ -51,7 +51,8 @@ LAYERS: dict[str, set[str]] = {
 PURE = (
     "abi", "clock", "validate", "net", "conntrack", "compare", "offload", "engine", "config",
     "failover.decision", "failover.states", "peer.messages", "peer.heartbeat", "qemu.event",
-    "qemu.disks", "qemu.nic", "qemu.guest_event", "datapath.btf", "status.document",
+    "qemu.disks", "qemu.migration", "qemu.nic", "qemu.guest_event", "datapath.btf",
+    "status.document",
     "controller.command", "controller.pacing", "controller.pair_view", "tools.explain",
     "tools.suggest", "tools.replay",
     "tools.corpus",

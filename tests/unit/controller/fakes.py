@@ -18,6 +18,7 @@ from colo_xdp.datapath.hooks import Look
 from colo_xdp.datapath.ring import CapturedFrame
 from colo_xdp.failover.lease import StoreError, StoreView
 from colo_xdp.qemu.event import QmpEvent
+from colo_xdp.qemu.migration import MigrationOptions
 from colo_xdp.qemu.nic import Card
 from colo_xdp.qemu.qmp import QmpTimeout
 from tests.sim.host import MapDict
@@ -60,7 +61,7 @@ class FakeDataPath:
         self.undecided = False
         self.unmirrored: set[bytes] = set()
         self.addresses = AddressTable(MapDict(), MapDict())
-        self.port_state, self.port_forwarding = "", True
+        self.port_state, self.port_forwarding, self.hook = "", True, "tc"
         self.macs: list[bytes] = []
 
     def is_at(self, *macs: bytes) -> None:
@@ -231,7 +232,7 @@ class WaitingQmp(FakeQmp):
     async def quit(self) -> None:
         self.said.append("quit")
 
-    async def prepare(self, *, primary: bool) -> None:
+    async def prepare(self, *, primary: bool, migration: MigrationOptions) -> None:
         self.said.append("prepare")
 
     async def execute(self, command: str, args: Any = None, timeout: Any = None) -> Any:

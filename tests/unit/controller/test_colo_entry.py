@@ -18,6 +18,7 @@ from colo_xdp.controller.colo_entry import BACKOFF_FREE_S, BACKOFF_S, Tries
 from colo_xdp.failover.decision import State
 from colo_xdp.qemu.event import QmpEvent
 from colo_xdp.qemu.hardware import encode
+from colo_xdp.qemu.migration import MigrationOptions
 from colo_xdp.qemu.nic import Card
 from colo_xdp.qemu.qmp import QmpError
 from tests.unit.controller.fakes import in_loop, primary, secondary, undecided
@@ -55,8 +56,11 @@ class Qemu:
     async def hardware(self) -> dict[str, str]:
         return {"vCPUs": "1"}
 
-    async def prepare(self, *, primary: bool) -> None:
+    async def prepare(self, *, primary: bool, migration: MigrationOptions) -> None:
         self.said.append("prepare")
+
+    async def migration_trouble(self, options: MigrationOptions, *, primary: bool) -> str:
+        return "no such credentials" if options.tls_creds else ""
 
     async def migrate(self, uri: str) -> None:
         self.said.append("migrate")
@@ -278,6 +282,38 @@ def test_a_secondary_says_ready_only_if_it_is(disk: bool) -> None:
             assert "is writable" in p.entry.peer_lacks
         else:
             assert sent[0]["qemu"] == 1
+
+    in_loop(body)
+
+
+def test_credentials_that_are_missing_keep_either_side_from_entering() -> None:
+    async def body() -> None:
+        for make, status in ((primary, "running"), (secondary, "inmigrate")):
+            c, _, sent = make(Mode.DROP, adopted=False)  # type: ignore[operator]
+            c.qemu.options = replace(c.qemu.options, migration=MigrationOptions(tls_creds="c"))
+            c.qemu.qmp = Qemu(status, "")
+            assert await c.life.unfit() == "COLO is not entered: no such credentials"
+        await c.on_qemu()
+        assert sent.kinds() == ["failed"] and "no such credentials" in c.reason
+
+    in_loop(body)
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_further_channels_on_one_side_are_refused_by_name(there: bool) -> None:
+    async def body() -> None:
+        c, _, _ = primary(Mode.BYPASS)
+        c.qemu.qmp = Qemu("running", "")  # type: ignore[assignment]
+        c.qemu.options = replace(c.qemu.options, migration=MigrationOptions(multifd=4))
+        c.state = State.STARTING
+        s, _, sent = secondary(Mode.DROP, adopted=False)
+        s.qemu.qmp = Qemu("inmigrate", "")  # type: ignore[assignment]
+        if there:
+            s.qemu.options = replace(s.qemu.options, migration=MigrationOptions(multifd=4))
+        await s.on_qemu()
+        c.on_message(sent[0])
+        assert await c.entry._alike() == there
+        assert ("[migration] multifd: 4 here, none there" in c.reason) != there
 
     in_loop(body)
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import asyncio
 import time
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from colo_xdp.abi import Mode
 from colo_xdp.compare.causes import Cause
+from colo_xdp.controller import mirror_watch, secondary_disks
 from colo_xdp.controller.checkpoint import Checkpoint, CheckpointFailed
 from colo_xdp.controller.disk_proof import DiskProof
 from colo_xdp.controller.primary import Primary
@@ -18,6 +20,7 @@ from colo_xdp.controller.secondary import Secondary
 from colo_xdp.failover.decision import Action, State, decide
 from colo_xdp.qemu.disks import DiskError
 from colo_xdp.qemu.event import QmpEvent
+from colo_xdp.qemu.overlays import ReplicatedDisk, Room
 from colo_xdp.qemu.qmp import QmpError, QmpTimeout
 from tests.unit.controller.fakes import FakeQmp, beat, event, in_loop, primary, secondary
 
@@ -35,7 +38,24 @@ class Disks:
         self.fails: list[Exception] = []  # of the next calls
         self.overlays_there = False
         self.still_whole = self.ended_whole = False
-        self.lost = ""
+        self.lost = self.waits = ""
+        self.sizes: dict[str, int] = {}
+        self.room = Room("/", (), 0, 0, 0)
+
+    async def look(self) -> None:
+        self._do("look")
+
+    def silent(self) -> str:
+        return self.waits
+
+    async def give_up(self, why: str) -> None:
+        self._do("give up")
+
+    async def overlay_sizes(self) -> dict[str, int]:
+        return self.sizes
+
+    def rooms(self) -> list[Room]:
+        return [self.room]
 
     async def adopt(self) -> None: ...
 
@@ -84,7 +104,7 @@ def a_secondary() -> tuple[Secondary, Any, Any, Disks]:
     c, dp, sent = secondary()
     c.qemu.qmp, c.qemu.disks = FakeQmp(), Disks()  # type: ignore[assignment]
     c.state, c.view.pair.in_colo, c.view.pair.confirmed = State.PROTECTED, True, True
-    c.proof.whole(dp.epoch)
+    c.disks.proof.whole(dp.epoch)
     return c, dp, sent, c.qemu.disks  # type: ignore[return-value]
 
 
@@ -124,7 +144,7 @@ def test_a_checkpoint_is_reported_with_its_disks(first: str) -> None:
         c.on_message({"type": "disks_whole", "n": 7})
         assert c.disk_unproven, "of another checkpoint"
         c.on_message({"type": "disks_whole", "n": 8})
-        assert c.disk_proof_ms >= 0
+        assert c.disks.proof_ms >= 0
     assert not c.disk_unproven and sent.kinds() == ["begin_ack", "resumed"]
     c.on_message({"type": "disks_whole", "n": 8})
     assert sent.kinds().count("resumed") == 1
@@ -190,7 +210,7 @@ def test_a_controller_that_dies_between_checkpoint_and_word(word: bool) -> None:
 def test_the_next_controller_does_not_know_what_was_loaded() -> None:
     c, dp, _ = secondary(Mode.CHECKPOINT)
     c.qemu.disks = Disks()  # type: ignore[assignment]
-    c.proof.whole(dp.epoch)
+    c.disks.proof.whole(dp.epoch)
     assert c.disk_unproven, "it may run the state after that"
     dp.epoch += 1
     assert not c.disk_unproven
@@ -484,5 +504,162 @@ def test_ready_carries_the_sizes_of_the_images() -> None:
         await s._send_ready()
         assert sent[-1]["type"] == "failed" and "no room" in sent[-1]["why"]
         assert "no room" in s.reason
+
+    in_loop(body)
+
+
+# ---- silence
+
+
+def test_a_silent_secondary_is_given_up() -> None:
+    async def body() -> None:
+        c, _, _, disks = a_primary()
+        c.state, c.peer.connected, disks.mirroring = State.PROTECTED, True, True
+        c.peer.silent_ms = lambda: 0.0  # type: ignore[method-assign]
+        await c.mirrors.look()
+        assert c.state is State.PROTECTED and disks.said == ["look"]
+        disks.waits = "a write to disk d0 has waited"
+        disks.fails = [QmpError("look: no answer")]
+        await c.mirrors.look()
+        assert disks.said == ["look", "look", "give up"]
+        assert c.state is State.PROTECTED, "until QEMU reports the end of the mirror"
+
+    in_loop(body)
+
+
+def hear(c: Primary, silent_ms: float = 0.0) -> None:
+    c.peer.connected = True
+    c.peer.silent_ms = lambda: silent_ms  # type: ignore[method-assign]
+
+
+def test_a_cut_link_is_no_silent_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """TCP sends again by itself, up to as long after the cut as that has lasted."""
+    clock = SimpleNamespace(now=100.0)
+    monkeypatch.setattr(mirror_watch, "time", SimpleNamespace(monotonic=lambda: clock.now))
+
+    async def body() -> None:
+        c, _, _, disks = a_primary()
+        c.state, disks.mirroring, disks.waits = State.PROTECTED, True, "silent"
+        hear(c, 600.0)
+        await c.mirrors.look()
+        clock.now += 1.5
+        c.peer.connected = False
+        await c.mirrors.look()
+        assert disks.said == []
+        hear(c)
+        await c.mirrors.look()
+        clock.now += 1.9
+        await c.mirrors.look()
+        assert "give up" not in disks.said
+        clock.now += 0.2
+        await c.mirrors.look()
+        assert disks.said[-1] == "give up"
+
+    in_loop(body)
+
+
+@pytest.mark.parametrize("why", ["no mirror", "lost before", "no QMP", "no peer"])
+def test_nobody_looks_for_mirrors_that_are_not_there(why: str) -> None:
+    async def body() -> None:
+        c, _, _, disks = a_primary()
+        disks.mirroring = why != "no mirror"
+        disks.lost = "so it is" if why == "lost before" else ""
+        c.qemu.qmp.connected = why != "no QMP"  # type: ignore[misc]
+        hear(c)
+        c.peer.connected = why != "no peer"
+        await c.mirrors.look()
+        assert disks.said == []
+        disks.any = False
+        await c.mirrors.run()  # ends
+
+    in_loop(body)
+
+
+def test_a_qemu_that_hangs_by_itself_is_no_fault_of_the_secondary() -> None:
+    """Nor does its copy fall silent for that: it is the one to take over."""
+
+    async def body() -> None:
+        c, _, sent, disks = a_primary()
+        c.state, disks.mirroring, disks.waits = State.PROTECTED, True, "silent"
+        hear(c)
+        disks.fails = [QmpTimeout("query-block-jobs"), QmpTimeout("query-yank: no answer")]
+        await c.mirrors.look()
+        assert c.state is State.PROTECTED and not c.view.guest.mirror_lost and not sent
+
+    in_loop(body)
+
+
+@pytest.mark.parametrize("covered", [True, False])
+def test_a_disk_that_is_plugged_in_ends_the_protection(
+    monkeypatch: pytest.MonkeyPatch, covered: bool
+) -> None:
+    monkeypatch.setattr("colo_xdp.controller.primary.PLUGGED_S", 0.001)
+
+    async def body() -> None:
+        c, _, _, _ = a_primary()
+        c.state, c.peer.connected = State.PROTECTED, True
+        c.peer.silent_ms = lambda: 0.0  # type: ignore[method-assign]
+        blocks = [{"device": "", "qdev": "/machine/peripheral/vnew/virtio-backend",
+                   "inserted": {"node-name": "new", "ro": covered, "file": "f"}}]  # fmt: skip
+        c.qemu.qmp.execute = answers(blocks)  # type: ignore[method-assign]
+        task = asyncio.ensure_future(c._watch_disks())
+        await asyncio.sleep(0.02)
+        assert (c.state is State.PROTECTED) == covered
+        if not covered:
+            assert "disk new" in c.view.guest.mirror_lost
+        for t in (task, *c._tasks):
+            t.cancel()
+
+    in_loop(body)
+
+
+def answers(what: Any) -> Any:
+    async def execute(command: str) -> Any:
+        assert command == "query-block"
+        return what
+
+    return execute
+
+
+# ---- room
+
+
+async def looks(c: Secondary, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the secondary look at its overlays once."""
+    c.qemu.disks.options = SimpleNamespace(  # type: ignore[misc]
+        disks=(ReplicatedDisk("d0", "/", 8 << 20),)
+    )
+    monkeypatch.setattr(secondary_disks, "OVERLAY_S", 0.001)
+    monkeypatch.setattr(secondary_disks, "SHORT_S", 0.001)
+    task = asyncio.ensure_future(c.disks.watch())
+    await asyncio.sleep(0.02)
+    task.cancel()
+
+
+@pytest.mark.parametrize(
+    ("size", "room", "asks"),
+    [
+        (1 << 20, Room("/o", ("d0",), 99 << 20, 1 << 20, 15 << 20), ""),
+        (9 << 20, Room("/o", ("d0",), 99 << 20, 9 << 20, 7 << 20), "the overlay of disk d0 has 9"),
+        (1 << 20, Room("/o", ("d0",), 3 << 20, 2 << 20, 14 << 20), ""),
+        (2 << 20, Room("/o", ("d0",), 3 << 20, 4 << 20, 12 << 20), "/o has 3 MiB free"),
+    ],
+)
+def test_overlays_that_run_out_of_room_are_emptied(
+    monkeypatch: pytest.MonkeyPatch, size: int, room: Room, asks: str
+) -> None:
+    async def body() -> None:
+        c, _, sent, disks = a_secondary()
+        disks.sizes, disks.room = {"d0": size}, room
+        await looks(c, monkeypatch)
+        assert bool(sent) == bool(asks)
+        if asks:
+            assert sent[0]["cause"] == Cause.OVERLAY_FULL and asks in sent[0]["why"]
+        if asks.startswith("/o") or not asks:
+            assert c.disks.room_trouble == room.trouble
+        sent.clear()
+        c.state = State.DEGRADED
+        await looks(c, monkeypatch)
+        assert not sent
 
     in_loop(body)

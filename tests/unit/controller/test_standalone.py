@@ -126,6 +126,41 @@ def test_a_guest_that_is_alone_runs_whatever_a_broken_checkpoint_has_left(
     in_loop(body)
 
 
+@pytest.mark.parametrize("ours", [True, False])
+def test_an_entry_that_waits_before_its_switchover_is_cancelled(ours: bool) -> None:
+    """`pre-switchover` waits for a command that nobody sends; the guest stands still meanwhile."""
+
+    class Waits(FakeQmp):
+        migration, now = "pre-switchover", "finish-migrate"
+
+        async def migration_status(self, timeout: float | None = None) -> str:
+            return self.migration
+
+        async def status(self, timeout: float | None = None) -> str:
+            return self.now
+
+        async def enters_colo(self) -> bool:
+            return ours
+
+        async def execute(self, command: str) -> list[Any]:
+            self.said.append(command)
+            if command == "migrate_cancel":
+                self.migration = "cancelled"
+            elif command == "cont":
+                self.now = "running"
+            return []
+
+    async def body() -> None:
+        c, _, _ = primary(Mode.BYPASS, adopted=True)
+        c.state, c.qemu.qmp = State.SOLO, Waits()  # type: ignore[assignment]
+        await c.on_qemu()
+        await asyncio.gather(*c._tasks)
+        assert c.qemu.qmp.said == ["migrate_cancel", "cont"] * ours  # type: ignore[attr-defined]
+        assert (await c.qemu.qmp.status() == "running") == ours
+
+    in_loop(body)
+
+
 @pytest.mark.parametrize(
     ("beat", "stopped"),
     [

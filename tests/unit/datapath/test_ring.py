@@ -6,12 +6,13 @@ from __future__ import annotations
 import mmap
 import os
 import struct
+import time
 from types import SimpleNamespace
 
 import pytest
 
 from colo_xdp import abi
-from colo_xdp.datapath.ring import CapturedFrame, RingReader
+from colo_xdp.datapath.ring import CapturedFrame, PerfReader, RingReader
 
 SIZE = mmap.PAGESIZE
 
@@ -38,3 +39,47 @@ def test_a_record_that_is_not_whole_comes_once() -> None:
         reader.close()
     finally:
         os.close(fd)
+
+
+def perf_event(ts: int, frame: bytes) -> bytes:
+    return abi.EVENT.pack(ts, len(frame), 7, 0, 0, 0, 0, 0, 0, 0, 0, 0) + frame
+
+
+def test_a_guest_that_moves_to_another_cpu_keeps_its_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A successor that one CPU's buffer has while the other's has been read already waits."""
+    clock = iter((100, 200, 300))
+    monkeypatch.setattr(time, "monotonic_ns", lambda: next(clock))
+    rounds = iter(
+        (
+            [perf_event(90, b"first"), perf_event(120, b"third"), perf_event(95, b"second")],
+            [perf_event(115, b"meanwhile"), perf_event(250, b"later")],
+            [],
+        )
+    )
+    reader = PerfReader.__new__(PerfReader)
+    reader._queue, reader._early = [], []
+    consume = SimpleNamespace(perf_buffer_consume=lambda: reader._queue.extend(next(rounds)))
+    reader._bpf = consume
+    got: list[bytes] = []
+    assert reader.drain(lambda e: got.append(e.frame)) == 5
+    assert got == [b"first", b"second", b"meanwhile", b"third", b"later"]
+
+
+def test_events_never_keep_the_controller(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0
+
+    def clock() -> int:
+        nonlocal now
+        now += 10
+        return now
+
+    monkeypatch.setattr(time, "monotonic_ns", clock)
+    reader = PerfReader.__new__(PerfReader)
+    reader._queue, reader._early = [], []
+    reader._bpf = SimpleNamespace(
+        perf_buffer_consume=lambda: reader._queue.append(perf_event(now + 5, b"more"))
+    )
+    got: list[CapturedFrame] = []
+    assert reader.drain(got.append, 20) == 20 == len(got)
+    reader.drain(got.append, 20)
+    assert [e.ts_ns for e in got] == list(range(15, 10 * len(got) + 15, 10)), "none is lost"

@@ -173,3 +173,19 @@ def test_a_real_qemu_tells(tmp_path: Path) -> None:
             assert (why is not None) == old
         else:
             assert why is None
+
+
+def mirror(job: str, done: int, total: int) -> disks.Mirror:
+    return disks.Mirror(job, done, total, True, "")
+
+
+def test_a_wait_begins_where_nothing_ends_any_more() -> None:
+    w = disks.Waits()
+    assert w.longest(1.0) == ("", 0.0)
+    w.saw([mirror("a", 5, 5), mirror("b", 5, 9)], 1.0)
+    w.saw([mirror("a", 5, 6), mirror("b", 5, 12)], 2.0)
+    assert w.longest(3.0) == ("b", 2.0), "further writes are no end of the first"
+    w.saw([mirror("a", 5, 6), mirror("b", 6, 12)], 3.0)
+    assert w.longest(3.5) == ("a", 1.5), "one has ended"
+    w.saw([mirror("a", 6, 6)], 4.0)
+    assert w.longest(9.0) == ("", 0.0)

@@ -8,7 +8,7 @@ import zlib
 
 import pytest
 
-from colo_xdp.qemu.hardware import decode, differences, encode, parse_qtree, refusal
+from colo_xdp.qemu.hardware import decode, differences, encode, parse_qtree, refusal, tap_queues
 
 TREE = """\
 bus: main-system-bus
@@ -80,6 +80,16 @@ def test_a_difference_is_named(a: str, b: str, says: str) -> None:
 )
 def test_what_belongs_to_the_host_may_differ(a: str, b: str) -> None:
     assert not differences(parse_qtree(TREE), parse_qtree(TREE.replace(a, b)))
+
+
+def test_queues_are_compared_where_both_hosts_know_them() -> None:
+    mac = "52:54:00:12:34:56"
+    four, one = tap_queues(mac, 4), tap_queues(mac, 1)
+    assert differences(four, one) == [f"network card {mac}, queues of its tap: 4 here, 1 there"]
+    assert not differences(four, four)
+    assert not differences(four, {})
+    assert not differences({}, four)
+    assert tap_queues(mac, 0) == {}, "[network] guest_mac: nobody has asked"
 
 
 def test_many_differences_are_cut() -> None:

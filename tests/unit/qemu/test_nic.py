@@ -38,8 +38,25 @@ def test_the_card_at_the_tap() -> None:
         "tapC": ("e1000.0", "52:54:00:00:00:03"),
     }
     assert at_tap(parse(LIBVIRT), "vnet3").mac == "52:54:00:00:00:05", "there is no other"
-    queues = ONE + ONE.replace("index=0", "index=1")
-    assert at_tap(parse(queues), "tapA").mac == "52:54:00:00:00:01"
+
+
+QUEUES = """\
+virtio-net-pci.0: index=0,type=nic,model=virtio-net-pci,macaddr=52:54:00:00:00:01
+ \\ n0: index=0,type=tap,ifname=tapA,script=no,downscript=no
+virtio-net-pci.1: index=1,type=nic,
+ \\ n0: index=1,type=tap,ifname=tapA,script=no,downscript=no
+virtio-net-pci.2: index=2,type=nic,
+ \\ n0: index=2,type=tap,ifname=tapA,script=no,downscript=no
+"""
+
+
+def test_a_card_with_several_queues_is_one_card() -> None:
+    other = MANY.replace("virtio-net-pci.0", "eth9").replace("tapA", "tapD")
+    found = at_tap(parse(QUEUES + other), "tapA")
+    assert (found.mac, found.queues) == ("52:54:00:00:00:01", 3)
+    assert at_tap(parse(other + QUEUES), "tapC").queues == 1
+    by_fd = LIBVIRT + "net0.1: index=1,type=nic,\n \\ hostnet0: index=1,type=tap,fd=33\n"
+    assert at_tap(parse(by_fd), "vnet3").queues == 2
 
 
 @pytest.mark.parametrize(
@@ -87,3 +104,26 @@ def test_the_only_card_of_a_guest_needs_no_name() -> None:
     assert "net0" in refusal(parse(two), {"vnet3": ""})
     assert refusal(parse(two), {"vnet3": "52:54:00:00:00:05", "vnet4": "52:54:00:00:00:06"}) == ""
     assert refusal([], {"vnet3": ""}) == ""
+
+
+def test_a_card_at_a_hub_is_one_too() -> None:
+    """They are listed below their hub, with its port in front of the name."""
+    hub = (
+        ONE
+        + """\
+hub 0
+ \\ hub0port1: e1000.0: index=0,type=nic,model=e1000,macaddr=52:54:00:00:00:09
+ \\ hub0port0: tap.0: index=0,type=tap,ifname=tap9,script=no,downscript=no
+"""
+    )
+    assert [c.name for c in parse(hub)] == ["virtio-net-pci.0", "e1000.0"]
+    assert "e1000.0 52:54:00:00:00:09 at an unnamed hubport device" in refusal(
+        parse(hub), {"tapA": ""}
+    )
+    bare = "lan9118.0: index=0,type=nic\n \\ n0: index=0,type=user,net=10.0.2.0\n"
+    assert refusal(parse(bare), {"tapA": ""}) != "", "a model that tells no address"
+
+
+def test_a_configured_nic_without_a_card_is_named() -> None:
+    assert "at tapB, which [network] names" in refusal(parse(ONE), {"tapA": "", "tapB": ""})
+    assert refusal(parse(ONE), {"tapA": "", "tapB": "52:54:00:00:00:01"}) == ""

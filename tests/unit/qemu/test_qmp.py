@@ -194,6 +194,15 @@ def test_a_qemu_without_colo_is_refused(tmp_path: Path) -> None:
     with_fake(tmp_path, body, {"query-migrate-capabilities": caps("events")})
 
 
+@pytest.mark.parametrize("on", [True, False])
+def test_whether_a_migration_is_an_entry(tmp_path: Path, on: bool) -> None:
+    async def body(fake: FakeQemu, q: Qmp, heard: Heard) -> None:
+        assert await q.enters_colo() == on
+
+    known = [{"capability": "events", "state": True}, {"capability": "x-colo", "state": on}]
+    with_fake(tmp_path, body, {"query-migrate-capabilities": known})
+
+
 @pytest.mark.parametrize(
     ("version", "kvm", "stops", "return_path"),
     [((7, 2), True, False, False), ((7, 2), False, True, False), ((11, 1), False, False, True)],

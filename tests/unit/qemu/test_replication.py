@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Coroutine
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,15 +15,9 @@ import pytest
 from colo_xdp.qemu import replication
 from colo_xdp.qemu.disks import DiskError, Mirror
 from colo_xdp.qemu.event import QmpEvent
+from colo_xdp.qemu.overlays import ReplicatedDisk
 from colo_xdp.qemu.qmp import QemuInfo, QmpError, QmpTimeout
-from colo_xdp.qemu.replication import (
-    Copying,
-    DiskReplication,
-    ReplicatedDisk,
-    ReplicationOptions,
-    directory_trouble,
-    file_system,
-)
+from colo_xdp.qemu.replication import Copying, DiskReplication, ReplicationOptions
 
 SIZE = 64 << 20
 
@@ -538,10 +533,105 @@ def test_progress_in_words() -> None:
     assert "50 % of 100 MiB, 5 MiB/s, 10 s left" in str(c)
 
 
-def test_where_overlays_may_be(tmp_path: Path) -> None:
-    assert directory_trouble("d0", str(tmp_path), 1 << 20) == ""
-    assert "no directory" in directory_trouble("d0", str(tmp_path / "x"), 1)
-    (tmp_path / "loop").symlink_to(tmp_path / "loop")
-    assert directory_trouble("d0", str(tmp_path / "loop"), 1)
-    assert "MiB free" in directory_trouble("d0", str(tmp_path), 1 << 60)
-    assert file_system(Path("/proc/self")) == "proc"
+def protected(tmp_path: Path) -> tuple[DiskReplication, Block]:
+    d, block = make(tmp_path, "d0", "d1")
+    block.server = True
+
+    async def body() -> None:
+        await d.start({"d0": SIZE, "d1": SIZE})
+        block.copied()
+        assert await d.copied()
+
+    run(body())
+    return d, block
+
+
+class At:
+    """A clock that stands where it is put."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+def test_writes_that_none_ends_are_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    d, block = protected(tmp_path)
+    clock = At()
+    monkeypatch.setattr(replication, "time", clock)
+    job = block.jobs["colo-d1-mirror"]
+
+    async def body() -> None:
+        for _ in range(50):  # one after the other
+            job["len"] += 4096
+            await d.look()
+            clock.now += 0.1
+            job["offset"] = job["len"]
+            assert d.silent() == ""
+        job["len"] += 4096
+        await d.look()
+        clock.now += 1.9
+        await d.look()
+        assert d.silent() == ""
+        block.hangs = True  # a checkpoint drains the disks
+        with pytest.raises(QmpTimeout):
+            await d.look()
+        clock.now += 0.2
+        assert "disk d1" in d.silent() and "2.1 s" in d.silent()
+        await d.give_up(d.silent())
+        assert {i["type"] for i in block.yanked} == {"block-node"}, "the migration goes on"
+        assert d.lost == ""
+        why = d.on_event(event("BLOCK_JOB_ERROR", device="colo-d0-mirror", operation="write"))
+        assert "d0 is no longer mirrored: a write to disk d1" in why
+        assert await d.whole() == why and d.silent() == "", "once"
+
+    run(body())
+
+
+def test_a_first_copy_may_be_slow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    d, block = make(tmp_path, "d0")
+    block.server = True
+    clock = At()
+    monkeypatch.setattr(replication, "time", clock)
+
+    async def body() -> None:
+        await d.start({"d0": SIZE})
+        await d.look()
+        clock.now += 10
+        assert d.silent() == ""
+        clock.now += 6
+        await d.give_up(d.silent())
+        assert d.on_event(event("BLOCK_JOB_ERROR", device="colo-d0-mirror"))
+        with pytest.raises(DiskError, match="has waited for the secondary"):
+            await d.copied()
+        await d.cut()
+        await d.start({"d0": SIZE})
+        assert d.silent() == "", "another mirror"
+
+    run(body())
+
+
+def test_a_qemu_that_serves_has_no_writes_that_wait(tmp_path: Path) -> None:
+    d, _ = make(tmp_path, "d0")
+    assert d.silent() == ""
+
+
+def test_no_overlay_is_made_without_room_for_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    d, block = make(tmp_path, "d0", "d1")
+    st = os.statvfs(tmp_path)
+    small = SimpleNamespace(f_bavail=3, f_frsize=1 << 20)  # each of both would fit
+    monkeypatch.setattr(os, "statvfs", lambda path: small)
+    with pytest.raises(DiskError, match="disks d0, d1: .* has 3 MiB free, .* 4 MiB more"):
+        run(_serve(d))
+    assert block.said == []
+    monkeypatch.setattr(os, "statvfs", lambda path: st)
+    run(_serve(d))
+    monkeypatch.setattr(os, "statvfs", lambda path: small)
+    run(_serve(d))  # a new controller refuses nothing that is there
+
+
+async def _serve(d: DiskReplication) -> None:
+    await d.serve()

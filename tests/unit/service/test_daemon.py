@@ -17,7 +17,7 @@ from colo_xdp import user_command
 from colo_xdp.config.file import Config, load
 from colo_xdp.datapath import loader
 from colo_xdp.datapath.attach import Taken
-from colo_xdp.datapath.datapath import DataPathError
+from colo_xdp.datapath.prepare import DataPathError
 from colo_xdp.service import daemon
 from colo_xdp.tools import preflight
 from colo_xdp.tools.preflight import AlreadyRuns, Refusal
@@ -44,7 +44,7 @@ def test_a_change_of_roles_makes_a_new_controller(
         story.append("serve")
         return ends.pop(0)
 
-    monkeypatch.setattr(daemon, "HostDataPath", FakeDataPath)
+    monkeypatch.setattr(daemon.HostDataPath, "load", FakeDataPath)
     monkeypatch.setattr(daemon, "_serve", serve)
     assert daemon._run(load(EXAMPLES / "secondary.toml")) == last
     assert story == ["load", "serve", "close"] * 3

@@ -1,13 +1,7 @@
 #!/bin/busybox sh
 # SPDX-License-Identifier: GPL-2.0-or-later
-# Init of the lab guest: starts every service that the demo and the tests use.
-/bin/busybox --install -s /bin
-mount -t proc proc /proc
-mount -t sysfs sys /sys
-mount -t devtmpfs dev /dev
-for m in virtio_ring virtio virtio_pci_modern_dev virtio_pci_legacy_dev virtio_pci failover net_failover virtio_net virtio_blk; do
-	insmod /modules/$m.ko || echo "no module $m"
-done
+# Starts every service of a lab guest that the demo and the tests use: in the small guest from its
+# initramfs, in the Debian guest as a unit of systemd.
 echo 0 > /proc/sys/net/ipv6/conf/all/accept_dad
 echo 0 > /proc/sys/net/ipv6/conf/default/accept_dad
 echo 0 > /proc/sys/net/ipv6/conf/eth0/accept_dad                # created before the default was set
@@ -22,7 +16,7 @@ if [ -d /sys/class/net/eth1 ]; then                             # the second NIC
 	ip addr add fd08::2/64 dev eth1
 fi
 httpd -p 8080 -h /www                                           # its answers contain the time
-nc -ll -p 80 -e /bin/serve &                                    # no time: equal on both guests
+nc -ll -p 80 -e serve &                                         # no time: equal on both guests
 nc -ll -p 7 -e cat &                                            # echo
 nc -ll -p 9 -e md5sum &                                         # sink: returns the digest
 nc -ll -p 19 -e cat /www/big &                                  # source
@@ -31,7 +25,10 @@ udpecho &                                                       # UDP echo on 7
 port=2000
 for d in vda vdb; do                                            # durable records on 2001 and 2002
 	port=$((port + 1))
-	[ -b /dev/$d ] && mount -t ext4 /dev/$d /mnt/$d && recordd /mnt/$d $port &
+	[ -b /dev/$d ] || continue
+	# What the root is on is a directory of it there.
+	grep -q "root=/dev/$d" /proc/cmdline || mount -t ext4 /dev/$d /mnt/$d || continue
+	recordd /mnt/$d $port &
 done
 # The guest is ready when each service listens, not when it was started.
 for p in 0007 0009 0013 0050 04D2 1F90; do
@@ -49,4 +46,3 @@ done
 wget -q -O /dev/null http://10.9.0.2/index.html
 wget -q -O /dev/null "http://[fd09::2]/index.html"
 echo GUEST-READY
-exec sh < /dev/console > /dev/console 2>&1
