@@ -12,7 +12,7 @@ from .conftest import LabMaker
 
 def test_a_client_does_not_wait_for_compare_timeout(make_lab: LabMaker) -> None:
     # The longest wait is so long that a slow machine cannot be taken for it.
-    lab = make_lab(overrides={"compare": {"compare_timeout": 20_000}})
+    lab = make_lab(overrides={"compare": {"wait": "adaptive", "compare_timeout": 20_000}})
     lab.protect()
     waits.install(lab, "lock", waits.LOCK, waits.LOCK_PORT)
     seen = waits.Seen()
