@@ -143,7 +143,7 @@ def run(config: ConfigArg) -> None:
 
 def _text(s: dict[str, Any]) -> str:
     q, p, ck, held = s["qemu"], s["peer"], s["checkpoints"], s["held"]
-    age = time.time() - s["since"]
+    pa, age = s["patience"], time.time() - s["since"]
 
     def no(x: dict[str, Any]) -> str:
         return "" if x["connected"] else "NOT "
@@ -179,6 +179,14 @@ def _text(s: dict[str, Any]) -> str:
         ),
         f"  hook         {s['hook']}, events by {s['events']} buffer, {s['ring']['lost']} lost",
         f"  held         {held['packets']} of {held['limit']} packets, {held['bytes']} bytes",
+        *(
+            [
+                f"  patience     {pa['ms']:.0f} ms ({pa['source']}); the SVM lags by "
+                f"{pa['lag_ms']:.0f} ms, a checkpoint takes {pa['checkpoint_ms']:.0f} ms, "
+                f"{pa['needless']} were needless"
+            ]
+            * bool(pa["source"])
+        ),
         f"  checkpoints  {ck['total']} ({causes}), {ck['failed']} failed"
         + (f", {ck['delayed']} delayed by {ck['delay_s']:.1f} s in all" * bool(ck["delayed"])),
     ]

@@ -293,8 +293,8 @@ static __always_inline u32 finish_segment(struct __sk_buff *skb, struct colo_con
 		c->fin = end;
 		c->fin_known = 1;
 	}
-	if (act && len && c->since_ns)
-		note_wait(w->now - c->since_ns);
+	if (act && len && c->since_ns) /* a frame of the PVM that passes has not waited */
+		note_wait(act == ACT_PASS ? 0 : w->now - c->since_ns);
 	if (act)
 		set_egress(w, c->hdr, act > ACT_PASS);
 	if (act == ACT_PASS) {

@@ -120,7 +120,7 @@ static __always_inline u32 finish_datagram(struct __sk_buff *skb, struct colo_co
 		return R_PUNT_HELPER_FAILED;
 	}
 	set_egress(w, turn ? d->hdr : w->new, turn);
-	note_wait(w->now - d->ts_ns);
+	note_wait(turn ? w->now - d->ts_ns : 0);
 	c->released += (u32)w->moves;
 	d = record_at(st, c, c->released); /* the next record that waits, if any */
 	settle(c, d->ts_ns, 1);

@@ -21,6 +21,8 @@ class Cause(StrEnum):
     DATAGRAM_DIFFERS = "datagram_differs"
     OPENED_APART = "opened_apart"
     COMPARE_TIMEOUT = "compare_timeout"
+    CROSSED = "crossed"
+    REPEATED = "repeated"
     SVM_AHEAD = "svm_ahead"
     RETRANSMIT_UNVERIFIABLE = "retransmit_unverifiable"
     SIGNED_CONNECTION = "signed_connection"
@@ -50,7 +52,12 @@ DESCRIPTIONS: dict[Cause, str] = {
     Cause.URGENT_DIFFERS: "the guests marked different bytes of a TCP stream as urgent",
     Cause.DATAGRAM_DIFFERS: "the guests sent different datagrams in the same flow",
     Cause.OPENED_APART: "the guests opened flows to the same service from different ports",
-    Cause.COMPARE_TIMEOUT: "a frame of the primary guest had no counterpart within compare_timeout",
+    Cause.COMPARE_TIMEOUT: "a frame of the primary guest had no counterpart for as long as it may "
+    "wait (compare.wait)",
+    Cause.CROSSED: "each guest had sent what the other had not, in different connections, and both "
+    "had fallen silent",
+    Cause.REPEATED: "the primary guest repeated what had no counterpart for longer than the "
+    "secondary guest usually takes",
     Cause.SVM_AHEAD: "the secondary guest sent something that the primary guest did not send "
     "within compare_timeout",
     Cause.RETRANSMIT_UNVERIFIABLE: "a retransmission was older than the history that is kept to "

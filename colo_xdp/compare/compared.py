@@ -113,6 +113,15 @@ class ComparedFlow(ABC):
         """Release the verified part of the head (see compare/tcp.py); a datagram has no parts."""
         return False
 
+    def wait_for(self, due_ns: int) -> None:
+        """Have the flow examined at due_ns, unless it will be earlier.
+
+        Patience may have become shorter since the timer was set. If it becomes longer, expire()
+        sets a new one.
+        """
+        if not self.when or due_ns < self.when:
+            self.host.timers.arm(self, due_ns)
+
     def unknown(self, epoch: int) -> None:
         """Forget everything: the fast path had the flow and has forgotten it."""
         self.offload.reset()

@@ -111,7 +111,7 @@ class DatagramFlow(ComparedFlow):
         host = self.host
         self.held.push(rec, p, since_ns)
         self.bodies.append(bodies(p, rec.datagram_size))
-        host.timers.arm(self, since_ns + (host.grace_ns if self.copies else host.timeout_ns))
+        self.wait_for(since_ns + (host.grace_ns if self.copies else host.patience.ns))
 
     def svm(self, p: Packet, now_ns: int) -> None:
         """Compare a frame of the SVM in the current epoch. It is never sent anywhere."""
@@ -161,6 +161,7 @@ class DatagramFlow(ComparedFlow):
         while held.frames and self._use(self.bodies[0]):
             self.bodies.popleft()
             rec, _, _ = held.pop()
+            self.host.patience.answered(rec.ts_ns, self.asked)
             self.outbox.release(rec)
 
     def expire(self, now_ns: int) -> int:
@@ -173,7 +174,7 @@ class DatagramFlow(ComparedFlow):
         if not self.held:
             return next(iter(self.copies.values()))[0] + host.timeout_ns if self.copies else 0
         at = self.held[0][2]
-        due, cause = at + host.timeout_ns, Cause.COMPARE_TIMEOUT
+        due, cause = at + host.patience.ns, Cause.COMPARE_TIMEOUT
         other = self._unpaired()
         if other is not None and max(at, other[1]) + host.grace_ns < due:
             due, cause = max(at, other[1]) + host.grace_ns, Cause.DATAGRAM_DIFFERS

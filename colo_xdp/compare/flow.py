@@ -14,6 +14,7 @@ from .causes import Cause
 from .held_queue import Held, HeldQueue
 from .history import HistoryBudget
 from .ledger import Ledger
+from .patience import Patience
 from .policy import Verdict
 from .timers import Timers
 
@@ -94,7 +95,10 @@ class Reporter(Outbox, Protocol):
 
 @dataclass(slots=True)
 class FlowContext:
-    """What a flow is given. Times are in ns; max_stream: bytes that the SVM may be ahead."""
+    """What a flow is given. Times are in ns; max_stream: bytes that the SVM may be ahead.
+
+    timeout_ns: how long the SVM may be ahead; how long a frame of the PVM waits is `patience`.
+    """
 
     outbox: Outbox
     ledger: Ledger
@@ -103,6 +107,7 @@ class FlowContext:
     timeout_ns: int
     grace_ns: int
     max_stream: int
+    patience: Patience
     #: where frames wait during a checkpoint; None: with those of all other flows
     backlog: HeldQueue | None = None
 

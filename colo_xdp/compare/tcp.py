@@ -147,17 +147,18 @@ class TcpFlow(ComparedFlow):
         self.release_part(now_ns, False)
         t = self.host.timeout_ns
         frames = self.held.frames
-        head = frames[0][2] if frames else 0
         ahead = self.svm_since()
-        if not head and not ahead:
+        if not frames and not ahead:
             return 0
-        due = min(x for x in (head, ahead) if x) + t
-        if self.marks.signed and head and not self.asked:
+        head_due = frames[0][2] + self._patience(frames[0][1]) if frames else NEVER
+        ahead_due = ahead + t if ahead else NEVER
+        due = min(head_due, ahead_due)
+        if self.marks.signed and frames and not self.asked:
             due = min(due, self._signed_due(now_ns))
         if due > now_ns:
             return due
         if not self.asked:
-            if head and (head <= ahead or not ahead):
+            if head_due <= ahead_due:
                 p = frames[0][1]
                 cause = Cause.COMPARE_TIMEOUT
                 if self.unverifiable:
@@ -230,8 +231,50 @@ class TcpFlow(ComparedFlow):
             self.outbox.request(Cause.QUEUE_FULL, self)
             if not held.frames:
                 self.head_ok = None
-        elif not self.when:
-            host.timers.arm(self, now_ns + host.timeout_ns)
+            return
+        due = now_ns + (self._patience(p) if p.flags & RST else host.patience.ns)
+        if not self.when or due < self.when:  # wait_for(), without the call
+            host.timers.arm(self, due)
+        if len(held.frames) > 1 and p.seq == held.frames[0][1].seq:
+            self._repeated(p, now_ns)
+
+    def _patience(self, p: Packet) -> int:
+        """Return how long a head may wait (ns).
+
+        A RST needs no longer than the SVM usually takes if the SVM has output that the PVM, which
+        has reset, will never produce.
+        """
+        patience = self.host.patience
+        if not patience.adaptive:
+            return patience.ns
+        if p.flags & RST:
+            return patience.quiet_ns if self.svm_since() else patience.ns
+        return patience.ns if self._acked(p) else patience.stalled_ns
+
+    def waits_in_vain(self, before_ns: int) -> bool:
+        """Return whether the head has waited since before_ns for more than an ack, although the SVM
+        runs and has got what the PVM has got."""
+        if not self.held.frames:
+            return False
+        _, p, since = self.held.frames[0]
+        payload = p.off != p.end or p.flags & FLAGS
+        return bool(payload) and since <= before_ns and self._acked(p)
+
+    def _repeated(self, p: Packet, now_ns: int) -> None:
+        """Request a checkpoint if the PVM repeats what the head carries: it misses an answer.
+
+        A guest may do that within milliseconds (RFC 8985). So it counts only if the head has waited
+        for twice as long as the SVM usually takes.
+        """
+        patience, (_, first, since) = self.host.patience, self.held[0]
+        if (
+            patience.adaptive
+            and (p.off != p.end or p.flags & FLAGS)
+            and not (p.flags ^ first.flags) & FLAGS
+            and now_ns - since >= patience.repeat_ns
+            and self._acked(first)
+        ):
+            self.ask(Cause.REPEATED, first)
 
     def _dry(self, p: Packet) -> bool:
         """Return whether `p` is plain new payload with nothing of the SVM to compare.
@@ -252,8 +295,7 @@ class TcpFlow(ComparedFlow):
     def hold(self, rec: Frame, p: Packet, now_ns: int) -> None:
         """Hold a frame regardless of the limit."""
         self.held.push(rec, p, now_ns)
-        if not self.when:
-            self.host.timers.arm(self, now_ns + self.host.timeout_ns)
+        self.wait_for(now_ns + self._patience(p))
 
     def release_ready(self, now_ns: int) -> None:
         """Release from the head whatever has become releasable."""
@@ -270,6 +312,8 @@ class TcpFlow(ComparedFlow):
                 self.outbox.count("acks_superseded")
                 continue
             held.pop()
+            if p.off != p.end or p.flags & FLAGS:  # kernels delay their acks by 200 ms
+                self.host.patience.answered(rec.ts_ns, self.asked)
             self._settle(p)
             self._emit(rec, p)
 

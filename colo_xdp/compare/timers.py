@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from heapq import heappop, heappush
 from itertools import count
 from typing import Generic, Protocol, TypeVar
@@ -74,6 +74,22 @@ class Timers(Generic[T]):
     def next_ns(self) -> int:
         """Return the first of the timers set for less than SOON_NS; NEVER if there is none."""
         return self._soon_ns
+
+    def next_waiting_ns(self, waits: Callable[[T], bool]) -> int:
+        """Return the first of all timers that belongs to a flow for which something waits.
+
+        The timers of others before it are cancelled, since nobody needs them: with a short patience
+        each frame that is held for a moment sets one. NEVER if there is none.
+        """
+        heap = self._heap
+        while heap:
+            when, _, flow = heap[0]
+            if when == flow.when:
+                if waits(flow):
+                    return when
+                flow.when = 0
+            heappop(heap)
+        return NEVER
 
     def flows(self) -> list[T]:
         """Return each flow that has a timer, and some that had one."""

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from .. import validate
 from ..compare.limits import Limits
+from ..compare.patience import Patience
 from ..compare.policy import Policy, Rule
 from ..peer.messages import MIN_VERSION, VERSION
 
@@ -344,8 +345,21 @@ class Compare:
 
     compare_timeout: int = validate.key(
         validate.integer(1, 600_000, "ms"),
-        "how long a frame may wait for its counterpart before a checkpoint is requested",
+        "the longest time that a frame waits for its counterpart before a checkpoint is requested",
         default=3000,
+        unit="ms",
+    )
+    wait: str = validate.key(
+        validate.choice("adaptive", "fixed"),
+        'how long a frame waits; "adaptive": as long as the measured lag of the secondary guest '
+        'and the cost of a checkpoint suggest, between min_wait and compare_timeout; "fixed": '
+        "always compare_timeout",
+        default="adaptive",
+    )
+    min_wait: int = validate.key(
+        validate.integer(1, 600_000, "ms"),
+        'the shortest time that a frame waits with wait = "adaptive"',
+        default=50,
         unit="ms",
     )
     expired_scan_cycle: int = validate.key(
@@ -416,7 +430,7 @@ class CheckpointKeys:
         validate.integer(1, 100, "per cent"),
         "upper limit of the share of time that checkpoints take, over any longer period; "
         "requests beyond it are delayed, by compare_timeout at most",
-        default=50,
+        default=25,
         unit="per cent",
     )
 
@@ -654,6 +668,12 @@ class Config:
             max_stream_bytes=c.max_stream_bytes,
             max_flows=c.max_flows,
         )
+
+    def patience(self) -> Patience:
+        """What the engines of a new pair share."""
+        c = self.compare
+        adaptive = c.wait == "adaptive"
+        return Patience(c.compare_timeout * 1_000_000, c.min_wait * 1_000_000, adaptive=adaptive)
 
     def policy(self, nic: str = "") -> Policy:
         """What is compared at a NIC: the file's rules, then the defaults of [compare].

@@ -478,6 +478,12 @@ class CheckpointCoordinator:
         }
         c.view.checkpoint_due(False)
         self.ended_ns = time.monotonic_ns()
+        if ck.initial:
+            c.output.patience.new_copy()
+        else:
+            c.output.patience.checkpointed(
+                self.ended_ns - ck.began_ns, missed=want.cause == Cause.COMPARE_TIMEOUT
+            )
         c.devices.checkpointed(want.cause, want.why.nic if want.why else "")
         c.arbiter.paired()
         if want.cause != Cause.SWITCHOVER:

@@ -8,7 +8,8 @@ A controller asks three questions as long as it lives:
 - Does the peer link deliver anything? Heartbeat datagrams use it too. The link has failed when the
   control channel lives, but neither heartbeat datagrams nor frames of the data path arrive.
 - Does the secondary's guest send anything? When several checkpoints in a row were made for output
-  without a counterpart, and not one frame of that guest came in between, its output does not
+  without a counterpart, and not one frame of that guest came in between, for compare_timeout at
+  least (with a short patience such checkpoints follow each other quickly), its output does not
   arrive, whatever the devices look like.
 
 The answer is a sentence (`trouble`) that turns `protected` into `degraded` in every report. It is
@@ -41,6 +42,8 @@ log = logging.getLogger("colo_xdp")
 LOOK_S = 5.0  # netlink reports changes; this is for those that it may have missed
 REST_S = 0.05  # between two looks, since changes come in bursts
 SILENT_CHECKPOINTS = 3
+#: causes of checkpoints for output without a counterpart
+_MISSED = (Cause.COMPARE_TIMEOUT, Cause.REPEATED, Cause.PEER_LINK)
 PACE_S = 0.02  # the least time between two checkpoints while nothing arrives
 
 
@@ -52,6 +55,8 @@ class PeerLink:
     device: str
     name: str  # as a heartbeat link
     silent_checkpoints: int = 0  # made in a row for output of the NIC that was missed
+    silent_ns: int = 0  # when the first of them was complete (boot_ns)
+    silent_for_long: bool = False
     trouble: str = ""  # why it delivers nothing; empty: it delivers
     first: int = -1  # frames of the data path that had come at the first look
     arrived: int = -1  # and at the last one
@@ -70,7 +75,14 @@ class PeerLink:
     @property
     def svm_silent(self) -> bool:
         """Whether the SVM's output was missed in SILENT_CHECKPOINTS checkpoints in a row."""
-        return self.silent_checkpoints >= SILENT_CHECKPOINTS
+        return self.silent_checkpoints >= SILENT_CHECKPOINTS and self.silent_for_long
+
+    def missed(self, now: int, least_ns: int) -> None:
+        """Count a checkpoint for output that was missed; they count after `least_ns`."""
+        self.silent_checkpoints += 1
+        if self.silent_checkpoints == 1:
+            self.silent_ns = now
+        self.silent_for_long = now - self.silent_ns >= least_ns
 
 
 class DeviceWatch:
@@ -233,12 +245,14 @@ class DeviceWatch:
 
         `nic`: the name of the NIC whose output waited; "": not known.
         """
-        cut = self.cut_nics
+        cut, now, compare = self.cut_nics, boot_ns(), self._c.config.compare
+        fixed = compare.wait == "fixed"  # each has waited for as long already
+        least_ns = 0 if fixed else compare.compare_timeout * 1_000_000
         for i, (link, path) in enumerate(zip(self.links, self._c.dp.nics, strict=True)):
-            came = link.count(path.arrived(), boot_ns())
-            late = cause == Cause.COMPARE_TIMEOUT and nic in ("", link.nic)
+            came = link.count(path.arrived(), now)
+            late = cause in _MISSED and cause != Cause.PEER_LINK and nic in ("", link.nic)
             if not came and (late or (cause == Cause.PEER_LINK and i in cut)):
-                link.silent_checkpoints += 1
+                link.missed(now, least_ns)
             elif cause == Cause.INITIAL:  # there is another guest now
                 link.silent_checkpoints = 0
         self.report()

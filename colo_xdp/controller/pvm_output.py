@@ -16,6 +16,7 @@ from dataclasses import replace
 from .. import abi
 from ..abi import Mode
 from ..compare.causes import Cause
+from ..compare.patience import Patience
 from ..config.file import Config
 from ..datapath.datapath import DataPath
 from ..datapath.host import HostDataPath
@@ -40,6 +41,7 @@ class NicOutput:
         request: Request,
         on_divergence: Callable[[Divergence], None],
         on_wait: Callable[[int], None],
+        patience: Patience,
     ) -> None:
         self.name = config.networks[number].name
         self._several = len(config.networks) > 1
@@ -55,6 +57,7 @@ class NicOutput:
             on_divergence=lambda d: on_divergence(self._named(d)),
             unmirror=datapath.unmirror,
             fast=datapath.fast,
+            patience=patience,
         )
         self.engine.epoch = datapath.epoch
         self._injector = datapath.injectors["release"]
@@ -91,8 +94,9 @@ class PvmOutput:
         self.uncompared = uncompared
         self.waits = [0] * (len(WAIT_BUCKETS) + 1)
         self.wait_sum = 0.0
+        self.patience = config.patience()
         self.nics = tuple(
-            NicOutput(config, nic, i, request, on_divergence, self._on_wait)
+            NicOutput(config, nic, i, request, on_divergence, self._on_wait, self.patience)
             for i, nic in enumerate(datapath.nics)
         )
 
@@ -155,6 +159,11 @@ class PvmOutput:
 
     def tick(self, now_ns: int) -> None:
         """Look for what has waited too long."""
+        if self.patience.due(now_ns):
+            for i, nic in enumerate(self.nics):
+                if nic.fast is not None:
+                    self.patience.kernel_waits(i, nic.fast.waits())
+            self.patience.end_window(now_ns)
         for nic in self.nics:
             nic.engine.tick(now_ns)
 

@@ -32,6 +32,10 @@ from .ring import CapturedFrame, open_reader
 log = logging.getLogger("colo_xdp.datapath.datapath")
 
 _U32 = struct.Struct("=I")
+_DECIDED = (
+    Reason.OFFLOAD_HELD, Reason.OFFLOAD_PASSED, Reason.OFFLOAD_RELEASED, Reason.OFFLOAD_REBUILT,
+    Reason.OFFLOAD_ACKED, Reason.OFFLOAD_DUPLICATE,
+)  # fmt: skip
 _U64 = struct.Struct("=Q")
 
 FDB_EVERY_S = 5.0  # bridges forget after 300 s by default; costs 35 us per address
@@ -133,6 +137,7 @@ class DataPath(PairSlots):
                 self.slot(Cfg.OFFLOAD_SINCE),
                 lambda on: self.set_slot(Cfg.OFFLOAD, on),
                 lambda epoch: self.set_slot(Cfg.OFFLOAD_SINCE, epoch),
+                self._decided,
             )
             self.fast.enabled = True
         self._ports: frozenset[int] | None = None
@@ -443,6 +448,14 @@ class DataPath(PairSlots):
             x, y = abi.COUNT.unpack_from(raw or b"", i * abi.COUNT.size)
             p, b = p + x, b + y
         return p, b
+
+    def _decided(self) -> int:
+        """Return how many frames of both guests the fast path has decided."""
+        return sum(
+            self._count(prog, reason)[0]
+            for prog in (Prog.PVM_OUT, Prog.SVM_ARRIVAL)
+            for reason in _DECIDED
+        )
 
     def lost_events(self) -> int:
         """Return how many frames did not fit into the event ring, or could not be carried by it."""

@@ -22,6 +22,7 @@ from ..offload.kernel_format import (
     ConnState,
     OffloadRequest,
     OffloadResult,
+    Overdue,
     conn_key,
     conn_state,
     flow_key,
@@ -39,7 +40,9 @@ REST_NS = 10_000_000_000
 _DONE = CtlResult.DONE
 _ANSWERS = {_DONE: OffloadResult.ACCEPTED, CtlResult.REFUSED: OffloadResult.IN_FLIGHT}
 #: indexes into abi.CONN
-_SEEN, _CLIENT_ACK, _RELEASED, _FIN_KNOWN, _FIN = 2, 3, 6, 23, 24
+_SEEN, _CLIENT_ACK, _RELEASED, _NEXT, _LEADER, _PENDING, _FIN_KNOWN, _FIN = (
+    2, 3, 6, 7, 18, 19, 23, 24,
+)  # fmt: skip
 _U32 = struct.Struct("=I")
 _EMPTY = bytes(abi.CONN.size)
 _NO_STATE = bytes(abi.OFFLOAD.size)
@@ -56,7 +59,9 @@ class BpfKernelPath:
         since: int,
         switch: Callable[[bool], None],
         keep_since: Callable[[int], None],
+        decided: Callable[[], int] = lambda: 0,
     ) -> None:
+        self._decided = decided
         self._conns, self._waits = objects.map("conns"), objects.map("offload_waits")
         buffers, owners = objects.map("buffers"), objects.map("owners")
         self.buffers = owners.info.max_entries
@@ -169,9 +174,24 @@ class BpfKernelPath:
         """Return the connections that have anything in a buffer which has not left."""
         return [flow_key(k) for _, k in self._waiting()]
 
-    def overdue(self, before_ns: int) -> list[FlowKey]:
-        """Return those of them that have waited since before_ns or longer."""
-        return [flow_key(k) for since, k in self._waiting() if since <= before_ns]
+    def overdue(self, before_ns: int) -> list[Overdue]:
+        """Return those of them that have waited since before_ns or longer, and who waits."""
+        found = []
+        for since, key in self._waiting():
+            if since <= before_ns:
+                state = abi.CONN.unpack(self._conns.get(key) or _EMPTY)
+                pvm, payload = state[_LEADER] == abi.SIDE_PVM, state[_RELEASED] != state[_NEXT]
+                held = (pvm and payload) or bool(state[_PENDING])
+                found.append(Overdue(since, flow_key(key), held, payload))
+        return found
+
+    def oldest_ns(self) -> int:
+        """Return since when (ns) the first of them has waited; 0: there is none."""
+        return min((since for since, _ in self._waiting()), default=0)
+
+    def decided(self) -> int:
+        """Return how many frames of both guests the kernel has decided itself."""
+        return self._decided()
 
     def void(self, epoch: int) -> None:
         """Invalidate everything that was learnt before `epoch`."""

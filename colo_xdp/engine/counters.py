@@ -84,6 +84,11 @@ COUNTERS: tuple[tuple[str, str], ...] = (
     ("checkpoints", "checkpoints committed"),
     ("checkpoints_aborted", "checkpoints aborted"),
     ("checkpoint_requests", "checkpoints that the engine requested"),
+    (
+        "checkpoints_needless",
+        "checkpoints requested because a frame had waited, whose counterpart came before they were "
+        "complete",
+    ),
     ("opaque", "malformed frames of either guest; see the defects"),
     *((f"defect_{d}", f"malformed: {text}") for d, text in DEFECTS.items()),
     *((f"cause_{c}", text) for c, text in DESCRIPTIONS.items()),

@@ -21,20 +21,23 @@ from ..compare.flow import Flow, FlowContext
 from ..compare.fragments import Fragments
 from ..compare.history import HistoryBudget
 from ..compare.ledger import Ledger
-from ..compare.limits import Limits
+from ..compare.limits import NEVER, Limits
+from ..compare.patience import Patience
 from ..compare.policy import Policy
 from ..compare.tcp import PART_NS
 from ..compare.timers import SOON_NS, Clock, Timers
 from ..net.flow_key import FlowKey
 from ..net.frame import Evidence, Frame
 from ..net.packet import Kind, Packet, parse
-from ..offload.kernel_format import ConnState, KernelPath, NoKernelPath
+from ..offload.kernel_format import ConnState, KernelPath, NoKernelPath, Overdue, is_stream
 from ..offload.scheduler import OffloadScheduler
 from .checkpoint_queue import CheckpointQueue
 from .counters import COUNTERS
 from .flow_table import FlowTable, RuleCount
 from .journal import Divergence
 from .outbox import EngineOutbox
+from .silence import Silence
+from .suspect import Suspect
 
 __all__ = ["COUNTERS", "SOON_NS", "Divergence", "Engine", "Frame", "Limits", "Policy"]
 
@@ -52,7 +55,8 @@ class Engine:
     it would have waited. on_divergence gets every difference, also those that request nothing (a
     checkpoint has already been requested, or the flow is only monitored). unmirror(key) gets the
     flows (struct colo_unmirrored_key) whose clients' frames must not reach the SVM, and None when
-    there are none any more. fast: the fast path, which gets settled streams.
+    there are none any more. fast: the fast path, which gets settled streams. patience: how long
+    frames wait, shared by the engines of a pair; None: compare_timeout.
     """
 
     def __init__(
@@ -66,11 +70,13 @@ class Engine:
         on_divergence: Callable[[Divergence], None] = lambda d: None,
         unmirror: Callable[[bytes | None], None] = lambda key: None,
         fast: KernelPath | None = None,
+        patience: Patience | None = None,
     ) -> None:
         self.limits = limits
+        self.patience = patience or Patience(limits.compare_timeout_ns)
         self._clock = Clock()
         self._outbox = EngineOutbox(
-            self._clock, release, request_checkpoint, on_wait, on_divergence
+            self._clock, release, request_checkpoint, on_wait, on_divergence, self.patience
         )
         self._counters = self._outbox.counters
         self._n_pvm = self._n_svm = 0  # hot counters
@@ -89,6 +95,7 @@ class Engine:
             limits.compare_timeout_ns,
             limits.datagram_grace_ns,
             limits.max_stream_bytes,
+            self.patience,
         )
         self._watched = MonitorBudget(Ledger(limits.max_queue_size, limits.max_held_bytes))
         self.fast: KernelPath = NoKernelPath() if fast is None else fast
@@ -106,7 +113,7 @@ class Engine:
         )
         self._tcp = self._flows.tcp
         self._scheduler = OffloadScheduler(
-            self._clock, self.fast, self._outbox, limits.compare_timeout_ns, self._flows.put
+            self._clock, self.fast, self._outbox, self.patience, self._flows.put
         )
         self._note = self._scheduler.note
         self._fragments = self._no_fragments()
@@ -117,13 +124,16 @@ class Engine:
         self._solo = False
         self._void_ns = 0
         self._next_scan = self._next_look = 0
+        self._kernel_ns = NEVER  # when something that waits in the fast path is to be looked at
+        self._silence = Silence(self.patience)
+        self._suspect = Suspect()
 
     # -- frames
 
     def from_pvm(self, rec: Frame, now_ns: int) -> None:
         """Process a frame of the PVM, in the order of capture."""
         clock = self._clock
-        clock.now = now_ns
+        clock.now = self.patience.moved_ns = now_ns
         self._n_pvm += 1
         if self.shadow and not self._solo:
             self._outbox.release_ahead(rec)
@@ -202,7 +212,8 @@ class Engine:
         epoch12: its epoch modulo 4096.
         """
         clock = self._clock
-        clock.now = now_ns
+        clock.now = self.patience.moved_ns = now_ns
+        self.patience.heard_ns = rec.ts_ns
         self._n_svm += 1
         ahead = (epoch12 - clock.epoch) & _TAG
         if ahead == 0 and not self._checkpointing and not self._solo:
@@ -225,6 +236,8 @@ class Engine:
             self._svm_datagram(rec, p)
         elif ahead == 0:
             self._counters["svm_superseded"] += 1
+            if self._suspect:
+                self._acquit(rec)
         elif ahead <= _NEXT_EPOCHS and not self._solo:
             self._buffer(rec, epoch12 & _TAG)
         else:
@@ -271,8 +284,17 @@ class Engine:
         epoch, and kept if they are of the next.
         """
         self._scheduler.end_all_backpressure()
+        if self._outbox.asked_for is not None and not self._suspect.begin(self._outbox.asked_for):
+            self._counters["checkpoints_needless"] += 1
         self._set_phase(checkpointing=True)
         self._collect()
+
+    def _acquit(self, rec: Frame) -> None:
+        """Look whether the SVM's frame is what a checkpoint was requested for in vain."""
+        waited = self._suspect.answered(parse(rec.frame), rec.ts_ns)
+        if waited:
+            self._counters["checkpoints_needless"] += 1
+            self.patience.waited(waited)
 
     def _set_phase(self, *, checkpointing: bool = False, solo: bool = False) -> None:
         self._checkpointing, self._solo = checkpointing, solo
@@ -333,6 +355,8 @@ class Engine:
         self._flows.openings.clear()
         self._set_phase()
         self._outbox.asked = False
+        self._outbox.asked_for = None
+        self._suspect.clear()
         self._release_queued(stop_ts_ns, "released_by_checkpoint")
         behind = self._watched.commit(self._flows.of, stop_ts_ns)
         if self._void_ns:
@@ -362,6 +386,7 @@ class Engine:
                 self._counters["svm_stale"] += 1
             else:
                 self.from_svm(rec, tag, now_ns)
+        self.patience.since_ns = now_ns
         lost, self._queue.lost = self._queue.lost, 0
         if lost:
             self._outbox.request(Cause.PEER_GAP, f"{lost} frames of the new epoch")
@@ -401,6 +426,7 @@ class Engine:
             flow.forget_svm()
         queue = self._queue.held.drain()
         self._set_phase(solo=True)
+        self._suspect.clear()
         self._counters["released_solo"] += len(queue)
         self._forget(self.epoch + 1)
         self._queue.forget_svm()
@@ -455,8 +481,9 @@ class Engine:
                     evidence = Evidence(pvm_frame=apart.held[0][0])
                     self._outbox.request(Cause.OPENED_APART, apart, evidence)
             if self.fast.enabled and now_ns >= self._next_look:
-                self._next_look = now_ns + self._host.timeout_ns // 8
-                self._reclaim_all(self.fast.overdue(now_ns - self._host.timeout_ns // 2))
+                self._look(now_ns)
+            if self.patience.adaptive and self._outbox.may_ask and not self._outbox.asked:
+                self._ask_if_crossed(now_ns)
         if now_ns >= self._next_scan:
             self._next_scan = now_ns + self.limits.expired_scan_cycle_ns
             self._flows.age(now_ns)
@@ -467,7 +494,47 @@ class Engine:
         That is a timer of some ms, or a frame that is kept back. A timer of seconds may be late by
         50 ms, and mostly its flow has finished by then, so it causes no wake-up.
         """
-        return self._clock.now if self._scheduler.braking else self._timers.next_ns
+        if self._scheduler.braking:
+            return self._clock.now
+        if not self.patience.adaptive:
+            return self._timers.next_ns
+        due = self._timers.next_waiting_ns(lambda flow: not flow.quiet())
+        if self.ledger.pvm_packets and self._outbox.may_ask and not self._outbox.asked:
+            due = min(due, self._silence.look_ns())
+        return min(due, self._kernel_ns)
+
+    def _look(self, now_ns: int) -> None:
+        """Reclaim what has waited in the fast path for half of the time that it may wait."""
+        patience, timeout = self.patience, self._host.timeout_ns
+        half = patience.ns // 2
+        oldest = self.fast.oldest_ns()
+        late = self.fast.overdue(now_ns - half) if 0 < oldest <= now_ns - half else []
+        self._reclaim_all([x.key for x in late if x.held or x.since_ns <= now_ns - timeout // 2])
+        self._next_look = now_ns + patience.ns // 8
+        if patience.adaptive:
+            self._next_look = now_ns + min(patience.ns // 8, patience.quiet_ns)
+            soon = min(half, patience.quiet_ns)
+            self._kernel_ns = max(oldest + soon, now_ns + soon) if oldest else NEVER
+
+    def _ask_if_crossed(self, now_ns: int) -> None:
+        """Request a checkpoint if the guests wait for each other's clients (engine/silence.py)."""
+        if not self.ledger.pvm_packets and self._kernel_ns == NEVER:
+            return
+        if self.fast.enabled:
+            self._silence.note(self.fast.decided(), now_ns)
+        if not self._silence.due(now_ns):
+            return
+        before = now_ns - self.patience.quiet_ns
+        late: list[Overdue] = []
+        if self.fast.enabled:
+            late = [x for x in self.fast.overdue(before) if x.payload and is_stream(x.key)]
+        pvm, svm = self._silence.waiting(self._timers.flows(), self.epoch, before)
+        if not (pvm or any(x.held for x in late)) or not (svm or any(not x.held for x in late)):
+            return
+        self._reclaim_all([x.key for x in late])
+        pvm, svm = self._silence.waiting(self._timers.flows(), self.epoch, before)
+        if pvm is not None and svm:
+            pvm.ask(Cause.CROSSED, pvm.held[0][1])
 
     def end_backpressure(self, now_ns: int) -> None:
         """Release what is kept back for the fast path.

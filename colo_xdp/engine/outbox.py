@@ -9,11 +9,15 @@ from dataclasses import dataclass
 
 from ..compare.causes import Cause
 from ..compare.flow import Partial, Source
+from ..compare.patience import Patience
 from ..compare.policy import Verdict
 from ..compare.timers import Clock
 from ..net.frame import NO_EVIDENCE, Evidence, Frame
 from .counters import COUNTERS
 from .journal import Divergence
+
+#: Causes that are no difference yet: the counterpart may be on its way.
+WAITS = frozenset({Cause.COMPARE_TIMEOUT, Cause.CROSSED, Cause.REPEATED, Cause.RST_ONE_SIDED})
 
 
 @dataclass(slots=True)
@@ -35,13 +39,17 @@ class EngineOutbox:
         request_checkpoint: Callable[[Divergence], None],
         on_wait: Callable[[int], None],
         on_divergence: Callable[[Divergence], None],
+        patience: Patience,
     ) -> None:
+        self._patience = patience
         self._clock, self._send, self._on_wait = clock, send, on_wait
         self._request_checkpoint, self._on_divergence = request_checkpoint, on_divergence
         self.counters: Counter[str] = Counter({name: 0 for name, _ in COUNTERS})
         self.released = 0  # hot counter
         self.rules: dict[str, RuleCount] = {}
         self.asked = False  # for a checkpoint, in this epoch
+        #: the flow that did, if it was because something had waited
+        self.asked_for: Source | str | None = None
         self.may_ask = True  # no checkpoint is under way, and there are two guests
         self._parts: dict[Partial, None] = {}  # a verified part of their head may leave
 
@@ -50,6 +58,8 @@ class EngineOutbox:
     def release(self, rec: Frame) -> None:
         """Release a frame, unless it has left already."""
         self._on_wait(self._clock.now - rec.ts_ns)
+        if not self._patience.longest_ns:
+            self._patience.longest_ns = 1  # something was released in this window
         if rec.sent:
             return
         if not rec.parts:
@@ -67,6 +77,7 @@ class EngineOutbox:
         d = self._divergence(cause, flow, evidence, True)
         if not self.asked and self.may_ask:
             self.asked = True
+            self.asked_for = flow if cause in WAITS else None
             self.counters["checkpoint_requests"] += 1
             self._request_checkpoint(d)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from .. import abi
 from ..net.flow_key import UDP, FlowKey, unmirrored_key
@@ -56,6 +56,18 @@ class OffloadResult(Enum):
     UNAVAILABLE = "not now"  # no buffer is free, it is locked, or it is no longer known
 
 
+class Overdue(NamedTuple):
+    """A connection of which something has waited for long in the kernel.
+
+    held: the PVM's output waits; otherwise only the SVM is ahead.
+    """
+
+    since_ns: int
+    key: FlowKey
+    held: bool
+    payload: bool  # more than an ack waits
+
+
 class KernelPath(Protocol):
     """The fast path as the engine sees it. Keys are of known() flows, except for reclaim()."""
 
@@ -80,8 +92,20 @@ class KernelPath(Protocol):
         """Return the connections that have anything outstanding."""
         ...
 
-    def overdue(self, before_ns: int) -> list[FlowKey]:
+    def overdue(self, before_ns: int) -> list[Overdue]:
         """Return those of them that have waited since before_ns or longer."""
+        ...
+
+    def oldest_ns(self) -> int:
+        """Return since when (ns) the first of them has waited; 0: there is none."""
+        ...
+
+    def decided(self) -> int:
+        """Return how many frames of both guests the kernel has decided itself."""
+        ...
+
+    def waits(self) -> list[int]:
+        """Return how often released bytes had waited less than 1, 2, 4, ... us (not cumulative)."""
         ...
 
     def void(self, epoch: int) -> None:
@@ -106,7 +130,16 @@ class NoKernelPath:
     def outstanding(self) -> list[FlowKey]:
         return []
 
-    def overdue(self, before_ns: int) -> list[FlowKey]:
+    def overdue(self, before_ns: int) -> list[Overdue]:
+        return []
+
+    def oldest_ns(self) -> int:
+        return 0
+
+    def decided(self) -> int:
+        return 0
+
+    def waits(self) -> list[int]:
         return []
 
     def void(self, epoch: int) -> None:

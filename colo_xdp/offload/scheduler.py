@@ -20,6 +20,7 @@ from collections.abc import Callable
 from ..compare.compared import ComparedFlow
 from ..compare.flow import Comparer, Outbox
 from ..compare.offload_port import Backpressure
+from ..compare.patience import Patience
 from ..compare.timers import Clock
 from ..net.frame import Frame
 from .kernel_format import ConnState, KernelPath, OffloadResult
@@ -63,11 +64,11 @@ class OffloadScheduler:
         clock: Clock,
         fast: KernelPath,
         outbox: Outbox,
-        timeout_ns: int,
+        patience: Patience,
         put: Callable[[Comparer], None],
     ) -> None:
         self._clock, self._kernel, self._outbox = clock, fast, outbox
-        self._timeout_ns, self._put = timeout_ns, put
+        self._patience, self._put = patience, put
         self._settled: dict[ComparedFlow, None] = {}  # anything arrived in this batch
         self._backpressured: list[ComparedFlow] = []
         self._back: ComparedFlow | None = None  # the last one that came back
@@ -136,7 +137,8 @@ class OffloadScheduler:
         """Offload a ready flow; return the fast path's answer."""
         now, state = self._clock.now, st.offload
         since = st.codec.waits_since(st)
-        if since and now - since > self._timeout_ns // 2:
+        limit = self._patience.ns if st.held else self._patience.ceiling_ns
+        if since and now - since > limit // 2:
             return OffloadResult.UNAVAILABLE  # the engine would reclaim it at once
         request = st.codec.pack(st, self._clock.epoch)
         if request is None:

@@ -142,6 +142,14 @@ def primary_status(c: Primary) -> dict[str, Any]:
         "limit": sum(e.limits.max_queue_size for e in engines),
     }
     doc["wait"] = {"buckets": list(c.output.waits), "sum": c.output.wait_sum}
+    patience = c.output.patience
+    doc["patience"] = {
+        "ms": patience.ns / 1e6,
+        "source": patience.source,
+        "lag_ms": patience.lag_ns / 1e6,
+        "checkpoint_ms": patience.cost_ns / 1e6,
+        "needless": doc["engine"]["checkpoints_needless"],
+    }
     doc["flows"] |= {
         "tracked": sum(e.flows for e in engines),
         "limit": sum(e.limits.max_flows for e in engines),

@@ -15,6 +15,7 @@ from typing import Any
 
 from .. import abi
 from ..compare.causes import Cause
+from ..compare.patience import SOURCES
 from ..engine.engine import COUNTERS
 from ..engine.waits import WAIT_BUCKETS
 from ..failover.decision import Ending, Role, State
@@ -297,6 +298,18 @@ FIELDS: dict[str, Field] = {
         ),
         sum=_number("sum of the waiting times, in seconds"),
     ),
+    "patience": _object(
+        "how long a frame of the PVM waits for its counterpart before a checkpoint is requested",
+        ms=_number("the time, in ms"),
+        source=_one_of(
+            ("", *SOURCES),
+            "what it comes from: compare.wait is fixed, compare_timeout is the ceiling, the lag of "
+            'the SVM, the cost of a checkpoint, or min_wait; "": this host runs no PVM',
+        ),
+        lag_ms=_number("lag with which the SVM has answered lately (a high quantile), in ms"),
+        checkpoint_ms=_number("what a checkpoint takes (smoothed), in ms"),
+        needless=_count("checkpoints for waiting output whose counterpart was on its way"),
+    ),
     "offload": _object(
         "the fast path",
         waits=_list(
@@ -467,6 +480,7 @@ class Status:
     engine: dict[str, int]
     held: dict[str, int]
     wait: dict[str, Any]
+    patience: dict[str, Any]
     offload: dict[str, Any]
     flows: dict[str, int]
     checkpoints: dict[str, Any]
@@ -538,6 +552,7 @@ def empty(pair: str, role: str) -> Status:
         engine={name: 0 for name, _ in names},
         held={"packets": 0, "bytes": 0, "limit": 0},
         wait={"buckets": [0] * (len(WAIT_BUCKETS) + 1), "sum": 0.0},
+        patience={"ms": 0.0, "source": "", "lag_ms": 0.0, "checkpoint_ms": 0.0, "needless": 0},
         offload={
             "waits": [0] * (len(OFFLOAD_WAIT_BUCKETS) + 1),
             "buffers": 0,

@@ -100,7 +100,22 @@ METRICS: dict[str, tuple[str, str, tuple[str, ...]]] = {
         "time from the capture of a frame of the PVM to its release by the controller",
         (),
     ),
-    "offload_wait_seconds": ("histogram", "time that bytes waited in the fast path", ()),
+    "patience_seconds": (
+        "gauge",
+        "how long a frame of the PVM waits for its counterpart before a checkpoint is requested",
+        (),
+    ),
+    "svm_lag_seconds": (
+        "gauge",
+        "lag with which the SVM has answered lately (a high quantile)",
+        (),
+    ),
+    "checkpoint_cost_seconds": ("gauge", "what a checkpoint takes (smoothed)", ()),
+    "offload_wait_seconds": (
+        "histogram",
+        "time that output of the PVM waited in the fast path",
+        (),
+    ),
     "offload_buffers": (
         "gauge",
         "number of connections that can wait in the fast path at the same time",
@@ -302,6 +317,9 @@ class Collector:
             "held_packets": s["held"]["packets"],
             "held_bytes": s["held"]["bytes"],
             "held_packets_limit": s["held"]["limit"],
+            "patience_seconds": s["patience"]["ms"] / 1000,
+            "svm_lag_seconds": s["patience"]["lag_ms"] / 1000,
+            "checkpoint_cost_seconds": s["patience"]["checkpoint_ms"] / 1000,
             "offload_buffers": s["offload"]["buffers"],
             "offload_buffers_waiting": s["offload"]["waiting"],
             "offload_expired": s["offload"]["forgotten"],

@@ -25,7 +25,11 @@ ADVICE = {
     Cause.DATAGRAM_DIFFERS: "see payload_differs; for DNS and NTP a [[rule]] is usual",
     Cause.OPENED_APART: "each guest draws its ports at random: let the flows that the guest opens "
     '(DNS, updates) pass with a [[rule]] with direction = "out", or use a resolver outside of it',
-    Cause.COMPARE_TIMEOUT: "the SVM is slower than compare_timeout, or does not answer at all",
+    Cause.COMPARE_TIMEOUT: "the SVM does not answer at all, or is much slower than it was: compare "
+    "with the needless checkpoints of the status; [compare] min_wait sets the least patience",
+    Cause.CROSSED: "threads or locks inside the guests were granted in another order (a database, "
+    "several vCPUs): each costs about one checkpoint, and no setting avoids it",
+    Cause.REPEATED: "the peer link loses frames, or the SVM does not answer what the PVM answers",
     Cause.SVM_AHEAD: "the PVM is slower than compare_timeout, or the SVM sends more",
     Cause.RETRANSMIT_UNVERIFIABLE: "a client that is far behind causes very late retransmissions",
     Cause.SIGNED_CONNECTION: "expect one per connection of BGP, LDP or MSDP with a password",

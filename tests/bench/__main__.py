@@ -25,7 +25,20 @@ from pathlib import Path
 from colo_xdp.datapath import loader
 from colo_xdp.lab.pair import Lab
 
-from . import arms, goodput, held, latency, peer, plots, programs, queues, report, scale, slow_path
+from . import (
+    arms,
+    goodput,
+    held,
+    latency,
+    peer,
+    plots,
+    programs,
+    queues,
+    report,
+    scale,
+    slow_path,
+    waits,
+)  # fmt: skip
 from .report import Part
 
 Run = Callable[[Part, bool, Path], None]
@@ -45,6 +58,7 @@ PARTS: dict[str, tuple[str, Run]] = {
     "queues": ("A tap with several queues against one", queues.run),
     "peer": ("CPU per frame against QEMU's colo-compare and filter-rewriter", peer.run),
     "guests": ("Real guests: no proxy, QEMU's own, ours", arms.run),
+    "waits": ("Real guests that disagree by waiting: a fixed and an adaptive wait", waits.run),
     "latency": ("Added latency of a released frame, one at a time", latency.run),
     "scale": ("Connections against time and memory", scale.run),
 }

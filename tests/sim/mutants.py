@@ -16,8 +16,10 @@ from colo_xdp.abi import SIDE_PVM, Mode, Reason
 from colo_xdp.compare import fragments, tcp
 from colo_xdp.compare.datagram import DatagramFlow
 from colo_xdp.compare.fragments import Fragments
+from colo_xdp.compare.patience import Patience
 from colo_xdp.compare.tcp import TcpFlow
 from colo_xdp.compare.tcp_secondary import SvmStream
+from colo_xdp.compare.timers import Timers
 from colo_xdp.compare.window import WindowGate
 from colo_xdp.conntrack import rewriter
 from colo_xdp.conntrack.rewriter import Rewriter
@@ -106,6 +108,8 @@ ABOUT = {
     "the_lease_is_not_waited_for": "two guests speak",
 }
 SCENES: dict[str, dict[str, Any]] = {
+    "patience_has_no_end": {"wait": 20},
+    "timers_of_what_waits_are_cancelled": {"wait": 20, "odd": 0.4},
     "nobody_records_who_speaks_alone": _ALONE_THEN_DEAD,
     "the_lease_is_not_waited_for": _ALONE_THEN_DEAD,
     "a_takeover_needs_no_word_about_the_disks": _DISKS | {"faults": (*_DIES_WITHIN, *_LOST_WITHIN)},
@@ -215,6 +219,23 @@ def scenes(name: str, runs: int) -> Iterator[Scene]:
 
 
 # -- the engine
+
+
+@_mutant
+def patience_has_no_end(mp: Any) -> None:
+    """Let frames wait for longer than compare_timeout where the SVM is slow."""
+    real = Patience.__init__
+
+    def init(self: Patience, ceiling_ns: int, floor_ns: int = 0, *, adaptive: bool = False) -> None:
+        real(self, 100 * ceiling_ns, floor_ns, adaptive=adaptive)
+
+    mp.setattr(Patience, "__init__", init)
+
+
+@_mutant
+def timers_of_what_waits_are_cancelled(mp: Any) -> None:
+    real = Timers.next_waiting_ns
+    mp.setattr(Timers, "next_waiting_ns", lambda self, waits: real(self, lambda flow: False))
 
 
 @_mutant

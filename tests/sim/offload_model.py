@@ -41,6 +41,7 @@ STEP, STEPS = 4096, 20  # COLO_STEP, COLO_STEPS
 MAX_PIECE, SURE_MSS = 2047, 500  # COLO_MAX_PIECE, COLO_SURE_MSS
 SEEN_STEP_NS = 1_000_000_000
 OFFLOAD_NO = 0
+WAIT_BUCKETS = 24
 TIMESTAMPS = b"\x01\x01\x08\x0a"  # RFC 7323 appendix A
 
 BUFFER_SIZE = abi.BUFFER_BEFORE + abi.BUFFER + abi.BUFFER_SLACK
@@ -175,6 +176,7 @@ class KernelModel:
         self.buffers, self.busy = buffers, busy
         self.mode, self.epoch, self.on, self.since = Mode.BYPASS, 0, False, 0
         self.counts: Counter[Reason] = Counter()  # as PROG_FAST
+        self.waits = [0] * WAIT_BUCKETS
         self.fds = [os.memfd_create(n) for n in ("buffers", "owners")]
         sizes = (buffers * BUFFER_SIZE, buffers * abi.OWNER.size)
         whole = [-(-n // mmap.PAGESIZE) * mmap.PAGESIZE for n in sizes]
@@ -662,6 +664,7 @@ class KernelModel:
         r = OFFLOAD_NO
         if c.owner == OWNER_KERNEL:
             p_ack, p_win, pending = c.p_ack, c.p_win, c.ack_pending
+            since, released = c.since_ns, c.released
             if self.in_force(c, self.mode, self.epoch if epoch is None else epoch):
                 r = self.decide(c, w)
             else:
@@ -675,6 +678,9 @@ class KernelModel:
             c.punt_seq = (c.punt_seq + 1) & M32
             return Fate(punt_seq=c.punt_seq)
         self.counts[Reason(r)] += 1
+        if w.out and since and c.released != released:
+            waited = now - since if side == SIDE_SVM else 0  # only the PVM's counts
+            self.waits[min((waited // 1000).bit_length(), WAIT_BUCKETS - 1)] += 1
         return Fate(r, 0, w.out)
 
     # -- user space
@@ -759,6 +765,18 @@ class _Conns:
         return iter(list(self._k.conns))
 
 
+class _Waits:
+    """The map `offload_waits`."""
+
+    info = SimpleNamespace(max_entries=WAIT_BUCKETS)
+
+    def __init__(self, k: KernelModel) -> None:
+        self._k = k
+
+    def get(self, key: bytes, size: int | None = None) -> bytes | None:
+        return struct.pack("=Q", self._k.waits[struct.unpack("=I", key)[0]])
+
+
 class Objects:
     """Stand in for colo_xdp.datapath.loader.Objects, as far as BpfKernelPath needs it."""
 
@@ -766,7 +784,7 @@ class Objects:
         buffers = SimpleNamespace(max_entries=k.buffers)
         self.maps: dict[str, Any] = {
             "conns": _Conns(k),
-            "offload_waits": SimpleNamespace(),
+            "offload_waits": _Waits(k),
             "buffers": SimpleNamespace(fd=k.fds[0], info=buffers),
             "owners": SimpleNamespace(fd=k.fds[1], info=buffers),
         }
@@ -803,4 +821,6 @@ def user_space(
             k.since = epoch
 
     objects: Any = Objects(k)
-    return offload_maps.BpfKernelPath(objects, 300_000_000_000, k.since, switch, keep_since)
+    return offload_maps.BpfKernelPath(
+        objects, 300_000_000_000, k.since, switch, keep_since, k.decided
+    )

@@ -15,7 +15,7 @@ from .guest import Guest
 from .mutants import ABOUT, KERNEL_MUTANTS, MUTANTS, scenes
 from .tcp import ACK, SYN, Seg, build, read
 from .torture import failure, report, shrink, trace
-from .world import Fault, Scene, World, disk_scene, lease_scene, roles_scene, scene
+from .world import Fault, Scene, World, adaptive, disk_scene, lease_scene, roles_scene, scene
 
 RUNS, BLOCKS = 1600, 8
 #: more schedules than any of them needs
@@ -36,11 +36,12 @@ def quiet() -> Iterator[None]:
 def test_random_schedules(block: int) -> None:
     took_over = solo = checkpoints = fast = without = 0
     for seed in range(block * RUNS // BLOCKS, (block + 1) * RUNS // BLOCKS):
-        world = World(scene(seed))
+        s = adaptive(scene(seed))
+        world = World(s)
         try:
             world.run()
         except Exception as e:
-            pytest.fail(report(scene(seed), f"{type(e).__name__}: {e}"))
+            pytest.fail(report(s, f"{type(e).__name__}: {e}"))
         took_over += "S" in world.spoke
         solo += world.was_solo
         checkpoints += world.clones
@@ -74,7 +75,7 @@ def test_random_schedules_with_a_lease(block: int) -> None:
     """Every cut of the graph of both hosts and the store, including one-way and flapping ones."""
     took_over = solo = 0
     for seed in range(block * 300, (block + 1) * 300):
-        s = lease_scene(seed)
+        s = adaptive(lease_scene(seed))
         world = World(s)
         try:
             world.run()
@@ -89,7 +90,7 @@ def test_random_schedules_of_pairs_made_anew() -> None:
     """Takeovers and what follows, with faults meanwhile, until the hosts have lost count."""
     pairs, oldest = 0, 0
     for seed in range(70):
-        s = roles_scene(seed)
+        s = adaptive(roles_scene(seed))
         world = World(s)
         try:
             world.run()
@@ -106,7 +107,7 @@ def test_random_schedules_of_disks(block: int) -> None:
     """A guest that writes, mirrors that are lost or silent, and takeovers."""
     confirmed = pairs = 0
     for seed in range(block * 150, (block + 1) * 150):
-        s = disk_scene(seed)
+        s = adaptive(disk_scene(seed))
         world = World(s)
         try:
             world.run()

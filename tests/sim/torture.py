@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 
-from .world import Scene, World, disk_scene, roles_scene, scene
+from .world import Scene, World, adaptive, disk_scene, roles_scene, scene
 
 BLOCK = 100
 ROLES = 8  # one schedule in this many creates pairs again and changes the roles
@@ -110,6 +110,7 @@ def _scene(seed: int, path: str) -> Scene:
         s = disk_scene(seed)
     if seed % DATAGRAMS == 1:
         s = replace(s, udp=100)
+    s = adaptive(s)
     return s if path == "both" else replace(s, fast=path == "fast")
 
 

@@ -66,6 +66,7 @@ TICK_MS = 20
 MAX_FRAMES = 20_000
 PATIENCE_MS = 30_000  # until a pair must be protected again
 ENTER_STOP_MS = 800
+PATIENCE_TICKS = 8  # until something that waits for too long must have been noticed
 TS_SLACK = 1000  # ms by which the clock in a held frame may lag behind the guest's
 
 
@@ -153,6 +154,7 @@ class Scene:
     roles: bool = False
     beacons: bool = True  # heartbeats on the peer link, too
     disk: bool = False  # the guest has a disk, and confirms what it has written
+    wait: int = 0  # the wait is adaptive, with this floor (ms); 0: it is fixed
 
     def calm(self) -> bool:
         """Return whether nothing in the scene is a reason for an unrequested checkpoint."""
@@ -182,6 +184,18 @@ def scene(seed: int) -> Scene:
                        "entry_stuck"))  # fmt: skip
     at = 0 if kind.startswith("entry") else rnd.randrange(60, 1000)
     return replace(s, faults=tuple(sorted([*s.faults, Fault(at, kind)], key=lambda f: f.at)))
+
+
+def adaptive(s: Scene) -> Scene:
+    """Return the scene, with an adaptive wait in one of four.
+
+    It draws from numbers of its own, so that the other scenes stay as they are.
+    """
+    rnd = random.Random(s.seed * 49_979_687 + 9)
+    if rnd.random() >= 0.25:
+        return s
+    # a floor below the lag of a calm scene would make checkpoints there
+    return replace(s, wait=50 if s.calm() else rnd.choice((5, 20, 50)))
 
 
 def _network_scene(seed: int) -> Scene:
@@ -319,8 +333,14 @@ def config(role: str, s: Scene) -> Config:
     return replace(
         c,
         peer=replace(c.peer, heartbeat_interval=50, heartbeat_timeout=300, dead_after=900),
-        compare=replace(c.compare, compare_timeout=s.compare_timeout, max_queue_size=s.queue),
-        checkpoint=replace(c.checkpoint, deadline=600),
+        compare=replace(
+            c.compare,
+            compare_timeout=s.compare_timeout,
+            max_queue_size=s.queue,
+            wait="adaptive" if s.wait else "fixed",
+            min_wait=s.wait or c.compare.min_wait,
+        ),
+        checkpoint=replace(c.checkpoint, deadline=600, share=25 if s.wait else 50),
         qemu=replace(
             c.qemu, qmp=role, enter_timeout=3000, enter_stop=ENTER_STOP_MS, qmp_timeout=1000
         ),
@@ -341,6 +361,7 @@ class World:
         self.rnd_beacons = random.Random(s.seed + 1)
         self.rnd_person = random.Random(s.seed + 2)
         self.rnd_disk = random.Random(s.seed + 3)
+        self._overdue = 0  # ticks in a row in which something had waited for too long
         self.disk_cut = False  # the NBD connection is silent
         self.unproven = False  # a guest could not take over: its disks may not be whole
         self.sessions = 0
@@ -1229,8 +1250,27 @@ class World:
                 * (scheduler.BACKPRESSURE_FRAMES + controller_module.RING_BATCH)
             ):
                 raise Violation(f"I10: {e.held_packets} held, {e.svm_packets} of the SVM")
+            self._check_patience(side)
             if e.held_packets < 0 or e.held_bytes < 0 or e.svm_packets < 0:
                 raise Violation("a count of what is held is negative")
+
+    def _check_patience(self, side: Side) -> None:
+        """Check that nothing waits for longer than compare_timeout before somebody asks, and that
+        patience is never more than that."""
+        c = side.controller
+        e, limit = c.output.nics[0].engine, self.scene.compare_timeout * 1_000_000
+        if not 0 < e.patience.ns <= limit or e.patience.quiet_ns > e.patience.ns:
+            raise Violation(f"patience of {e.patience.ns / 1e6} ms, and {limit / 1e6} is the most")
+        cks = c.checkpoints
+        asked = cks.wanted is not None or cks.running is not None or e._outbox.asked
+        heads = [] if asked or c.state is not State.PROTECTED else e._timers.flows()
+        since = [flow.held[0][2] for flow in heads if flow.epoch == e.epoch and len(flow.held)]
+        if not since or self.ns() - min(since) <= limit:
+            self._overdue = 0
+        elif (overdue := self._overdue + 1) > PATIENCE_TICKS:
+            raise Violation(f"I4: a frame waits for {(self.ns() - min(since)) / 1e6} ms")
+        else:
+            self._overdue = overdue
 
     def _check_still(self, side: Side) -> None:
         """Check that the clients' only guest is not stopped for longer than an entry may take,

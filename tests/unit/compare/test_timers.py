@@ -77,3 +77,17 @@ def test_a_flow_that_lost_its_timer_can_have_another(clock: Clock) -> None:
     timers.clear()
     timers.arm(flow, 20)
     assert list(timers.due(20)) == [flow]
+
+
+def test_the_first_timer_of_something_that_waits() -> None:
+    clock = Clock()
+    timers: Timers[Flow] = Timers(clock)
+    busy, idle, other = Flow(), Flow(), Flow()
+    for flow, at in ((idle, 10), (other, 20), (busy, 30)):
+        timers.arm(flow, at)
+    assert timers.next_waiting_ns(lambda flow: flow is busy) == 30
+    assert idle.when == other.when == 0 and busy.when == 30, "nobody needs the others'"
+    timers.arm(busy, 25)
+    assert timers.next_waiting_ns(lambda flow: True) == 25
+    assert list(timers.due(30)) == [busy]
+    assert timers.next_waiting_ns(lambda flow: True) == NEVER

@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Notices that the guests wait for each other's clients: nothing that waits will ever be matched.
+
+Two threads of a guest want one lock (a row of a database). The PVM grants it to the first client's
+and the SVM to the second client's. The PVM has answered the first client, the SVM the second, and
+both wait for their client, who has got no answer. So output of the PVM waits in one connection,
+output of the SVM in another, and neither guest sends anything any more. A slow guest looks the same
+for a moment, so the silence must be longer than the lag with which the SVM usually answers.
+
+Only TCP counts, and only what is more than an ack: datagrams of the SVM that the PVM never sends
+are usual, and acks are sent late on purpose. The SVM's kernel must have acked what the PVM's has:
+otherwise it does not run, or has not got what the client sent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ..compare.flow import Flow
+from ..compare.limits import NEVER
+from ..compare.patience import Patience
+from ..compare.tcp import TcpFlow
+
+
+class Silence:
+    """Says when no frame of either guest has come for long enough, once each time."""
+
+    def __init__(self, patience: Patience) -> None:
+        self._patience = patience
+        self._decided = -1  # frames that the fast path had decided
+        self._decided_ns = 0  # when more of them were seen
+        self._looked_ns = -1  # the silence (by its beginning) that due() has reported
+
+    @property
+    def _since_ns(self) -> int:
+        return max(self._patience.moved_ns, self._decided_ns)
+
+    def note(self, decided: int, now_ns: int) -> None:
+        """Note how many frames the fast path has decided, which user space does not see."""
+        if decided != self._decided:
+            self._decided, self._decided_ns = decided, now_ns
+
+    def look_ns(self) -> int:
+        """Return when due() will say so if no frame comes meanwhile; NEVER: it has."""
+        since = self._since_ns
+        return NEVER if since == self._looked_ns else since + self._patience.quiet_ns
+
+    def due(self, now_ns: int) -> bool:
+        """Return whether the guests are silent and that has not been reported yet."""
+        due = self.look_ns() <= now_ns
+        if due:
+            self._looked_ns = self._since_ns
+        return due
+
+    @staticmethod
+    def waiting(flows: Sequence[Flow], epoch: int, before_ns: int) -> tuple[TcpFlow | None, bool]:
+        """Return a flow in which the PVM waits, and whether the SVM is ahead in another one."""
+        pvm: TcpFlow | None = None
+        svm = False
+        for flow in flows:
+            if not isinstance(flow, TcpFlow) or flow.epoch != epoch:
+                continue
+            if flow.held.frames:
+                if flow.waits_in_vain(before_ns):
+                    pvm = flow
+            elif 0 < flow.svm_since() <= before_ns:
+                svm = True
+        return pvm, svm

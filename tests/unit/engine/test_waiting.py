@@ -1,0 +1,346 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""An adaptive wait in the engine: deadlines, certain disagreement, needless checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from colo_xdp.compare.limits import NEVER
+from colo_xdp.compare.patience import QUIET_NS, Patience
+from colo_xdp.engine.engine import Engine, Frame, Limits, Policy
+from colo_xdp.net.flow_key import FlowKey
+from colo_xdp.net.packet import parse
+from colo_xdp.offload.kernel_format import ConnState, NoKernelPath, Overdue
+from tests.unit import frames as f
+
+MS = 1_000_000
+CEILING, FLOOR = 3000 * MS, 60 * MS
+
+
+class Kernel(NoKernelPath):
+    """A fast path of which only what waits there is played."""
+
+    enabled = True
+
+    def __init__(self) -> None:
+        self.late: list[Overdue] = []
+        self.frames = 0
+        self.reclaimed: list[FlowKey] = []
+
+    def overdue(self, before_ns: int) -> list[Overdue]:
+        return [x for x in self.late if x.since_ns <= before_ns]
+
+    def oldest_ns(self) -> int:
+        return min((x.since_ns for x in self.late), default=0)
+
+    def decided(self) -> int:
+        return self.frames
+
+    def reclaim(self, key: FlowKey) -> ConnState | None:
+        self.reclaimed.append(key)
+        return None
+
+
+class Pair:
+    def __init__(self, *, adaptive: bool = True, fast: Kernel | None = None) -> None:
+        self.now = 10_000 * MS
+        self.out: list[Frame] = []
+        self.asked: list[str] = []
+        self.patience = Patience(CEILING, FLOOR, adaptive=adaptive)
+        for _ in range(8):
+            self.patience.waited(MS)
+            self.patience.end_window(self.now)
+        self.patience.checkpointed(20 * MS)
+        self.e = Engine(
+            Limits(), Policy(), self.out.append,
+            request_checkpoint=lambda d: self.asked.append(d.cause),
+            on_wait=lambda ns: None, patience=self.patience, fast=fast,
+        )  # fmt: skip
+
+    def p(self, raw: bytes) -> Frame:
+        self.now += 1
+        rec = Frame(raw, self.now)
+        self.e.from_pvm(rec, self.now)
+        return rec
+
+    def s(self, raw: bytes) -> None:
+        self.now += 1
+        self.e.from_svm(Frame(raw, self.now), self.e.epoch & 0xFFF, self.now)
+
+    def both(self, raw: bytes) -> None:
+        self.p(raw)
+        self.s(raw)
+
+    def until_asked(self, most_ms: int = 4000) -> float:
+        """Tick when the engine says so, and every 50 ms; ms until it asks."""
+        start = self.now
+        while not self.asked and self.now - start < most_ms * MS:
+            self.now = min(max(self.e.tick_ns(), self.now + MS), self.now + 50 * MS)
+            self.e.tick(self.now)
+        return (self.now - start) / MS
+
+    def checkpoint(self) -> None:
+        self.e.begin_checkpoint()
+        self.now += 20 * MS
+        self.e.commit_checkpoint(self.now, self.e.epoch + 1, self.now)
+        self.asked.clear()
+
+
+def other(seq: int, data: bytes = b"", flags: int = f.ACK) -> bytes:
+    """A frame of another connection."""
+    return f.tcp(seq, 1, data, flags, dport=4001)
+
+
+@pytest.mark.parametrize("adaptive, ms", [(True, 60), (False, 3000)])
+def test_a_frame_waits_as_long_as_patience_says(adaptive: bool, ms: float) -> None:
+    w = Pair(adaptive=adaptive)
+    w.both(f.tcp(0, 1, b"aa"))
+    w.p(f.tcp(2, 1, b"bb"))
+    took = w.until_asked()
+    assert ms <= took <= ms + (1 if adaptive else 50)
+    assert w.asked == ["compare_timeout"]
+
+
+def test_a_datagram_too() -> None:
+    w = Pair()
+    w.p(f.udp(b"a"))
+    assert 60 <= w.until_asked() <= 61
+
+
+def test_a_frame_that_came_before_patience_became_shorter_has_its_own() -> None:
+    w = Pair()
+    w.both(f.tcp(0, 1, b"aa"))
+    for _ in range(8):
+        w.patience.waited(400 * MS)
+        w.patience.end_window(w.now)
+    w.p(f.tcp(2, 1, b"bb"))
+    for _ in range(40):
+        w.patience.waited(MS)
+        w.patience.end_window(w.now)
+    w.p(other(0, b"x"))  # one that comes later has the shorter patience
+    assert 60 <= w.until_asked() <= 61
+
+
+def test_a_frame_waits_longer_if_patience_has_become_longer_meanwhile() -> None:
+    w = Pair()
+    w.both(f.tcp(0, 1, b"aa"))
+    w.p(f.tcp(2, 1, b"bb"))
+    for _ in range(8):
+        w.patience.waited(400 * MS)
+        w.patience.end_window(w.now)
+    assert 1200 <= w.until_asked() <= 1201
+    for _ in range(8):
+        w.patience.waited(40_000 * MS)
+        w.patience.end_window(w.now)
+    w.checkpoint()
+    w.p(f.tcp(4, 1, b"cc"))
+    assert 3000 <= w.until_asked() <= 3050, "and never longer than compare_timeout"
+
+
+def test_an_svm_that_is_ahead_has_compare_timeout_since_nobody_waits() -> None:
+    w = Pair()
+    w.both(f.tcp(0, 1, b"aa"))
+    w.s(f.tcp(2, 1, b"bb"))
+    assert 3000 <= w.until_asked() <= 3050
+    assert w.asked == ["svm_ahead"]
+
+
+def test_an_svm_that_has_not_even_acked_is_slow_and_not_different() -> None:
+    w = Pair()
+    w.both(f.tcp(0, 1, b"aa"))
+    w.s(f.tcp(2, 9))  # this client's request has been acked, but not answered
+    w.p(f.tcp(2, 9, b"bb"))
+    assert 60 <= w.until_asked() <= 61
+    w.checkpoint()
+    w.p(f.tcp(4, 20, b"bb"))
+    assert 1000 <= w.until_asked() <= 1050
+    w.checkpoint()
+    w.p(other(0, b"", f.SYN | f.ACK))
+    assert 1000 <= w.until_asked() <= 1050
+    w.checkpoint()
+    w.p(f.tcp(6, 40, b"bb"))
+    w.s(other(1, b"x"))
+    assert 999 <= w.until_asked() <= 1050, "nor have they crossed"
+
+
+def test_waits_of_a_moment_wake_nobody() -> None:
+    w = Pair()
+    for i in range(100):
+        w.both(f.tcp(2 * i, 1, b"aa"))
+    assert w.e.tick_ns() == NEVER
+
+
+# -- certain disagreement
+
+
+def test_guests_that_wait_for_each_others_client() -> None:
+    w = Pair()
+    w.both(f.tcp(0, 1, b"aa"))
+    w.both(other(0, b"aa"))
+    w.p(f.tcp(2, 1, b"granted"))
+    w.s(other(2, b"granted"))
+    assert QUIET_NS / MS <= w.until_asked() <= QUIET_NS / MS + 1
+    assert w.asked == ["crossed"]
+
+
+def test_they_may_not_be_silent_yet_or_one_has_only_an_ack() -> None:
+    w = Pair()
+    w.both(f.tcp(0, 1, b"aa"))
+    w.both(other(0, b"aa"))
+    w.p(f.tcp(2, 1, b"granted"))
+    w.s(other(2, b"granted"))
+    for i in range(3):  # another connection is served
+        w.now += 10 * MS
+        w.both(f.tcp(2 * i, 1, b"aa", dport=4002))
+        w.e.tick(w.now)
+    assert not w.asked
+    w = Pair()
+    w.both(f.tcp(0, 1, b"aa"))
+    w.both(other(0, b"aa"))
+    w.p(f.tcp(2, 2))  # a delayed ack is no disagreement
+    w.s(other(2, b"granted"))
+    assert w.until_asked() >= 60
+    assert w.asked == ["compare_timeout"]
+
+
+def test_with_a_fixed_wait_nothing_is_guessed() -> None:
+    w = Pair(adaptive=False)
+    w.both(f.tcp(0, 1, b"aa"))
+    w.both(other(0, b"aa"))
+    w.p(f.tcp(2, 1, b"granted"))
+    w.s(other(2, b"granted"))
+    w.p(f.tcp(2, 1, b"granted"))
+    assert w.until_asked() >= 3000
+
+
+def test_what_waits_in_the_fast_path_obeys_the_same_patience() -> None:
+    kernel = Kernel()
+    w = Pair(fast=kernel)
+    key = parse(f.tcp(0, 1, b"aa")).key
+    for held, limit in ((True, 60), (False, 3000)):
+        start = w.now
+        kernel.late = [Overdue(start, key, held, True)]
+        kernel.reclaimed.clear()
+        while not kernel.reclaimed:
+            w.now = min(max(w.e.tick_ns(), w.now + MS), w.now + 50 * MS)
+            w.e.tick(w.now)
+            assert w.now - start < limit * MS, "there must be time left for the slow path"
+        assert w.now - start >= limit * MS // 2
+
+
+def test_guests_that_cross_in_the_fast_path_are_looked_at_in_the_slow_one() -> None:
+    kernel = Kernel()
+    w = Pair(fast=kernel)
+    w.patience.moved_ns = w.now
+    a, b = parse(f.tcp(0, 1, b"a")).key, parse(other(0, b"a")).key
+    kernel.late = [Overdue(w.now, a, True, True), Overdue(w.now, b, False, True)]
+    for _ in range(8):  # the kernel is busy with others
+        w.now += 5 * MS
+        kernel.frames += 1
+        w.e.tick(w.now)
+    assert b not in kernel.reclaimed
+    for _ in range(8):
+        w.now += 5 * MS
+        w.e.tick(w.now)
+    assert {a, b} <= set(kernel.reclaimed)
+
+
+def test_a_pvm_that_repeats_what_waits_has_noticed_itself() -> None:
+    w = Pair()
+    for _ in range(8):
+        w.patience.waited(100 * MS)
+        w.patience.end_window(w.now)
+    w.both(f.tcp(0, 1, b"aa"))
+    w.p(f.tcp(2, 1, b"bb"))
+    w.now += 20 * MS
+    w.p(f.tcp(2, 1, b"bb"))  # a probe, long before the SVM can be called late
+    w.p(f.tcp(2, 1))  # repeats nothing
+    assert not w.asked
+    w.now += 190 * MS
+    w.p(f.tcp(2, 1, b"bb"))
+    assert w.asked == ["repeated"]
+
+
+def test_a_reset_where_the_other_guest_has_data() -> None:
+    w = Pair()
+    w.both(f.tcp(0, 1, b"aa"))
+    w.s(f.tcp(2, 1, b"more"))
+    w.p(f.tcp(2, 1, b"", f.RST | f.ACK))
+    assert w.until_asked() <= QUIET_NS / MS + 1
+    assert w.asked == ["rst_one_sided"]
+
+
+# -- what is learnt
+
+
+def test_only_waits_that_a_counterpart_has_ended_count() -> None:
+    w = Pair()
+    w.both(f.tcp(0, 1, b"aa"))
+    w.patience.end_window(w.now)
+    w.p(f.tcp(2, 1, b"bb"))
+    w.until_asked()
+    w.e.begin_checkpoint()
+    w.now += 20 * MS
+    stop = w.now
+    w.now += 20 * MS
+    w.p(f.tcp(4, 1, b"cc"))  # after STOP: it waits for the checkpoint's end
+    w.now += 20 * MS
+    w.e.commit_checkpoint(stop, 1, w.now)
+    w.s(f.tcp(4, 1, b"cc"))
+    assert len(w.out) == 3 and w.patience.longest_ns <= 1
+    w.p(f.tcp(6, 1, b"dd"))
+    w.now += 3 * MS
+    w.s(f.tcp(6, 1, b"dd"))
+    assert w.patience.longest_ns == 3 * MS + 1
+    w.p(f.tcp(8, 40))
+    w.now += 30 * MS
+    w.s(f.tcp(8, 40))  # a delayed ack
+    assert w.patience.longest_ns == 3 * MS + 1
+    w.p(f.tcp(8, 50, b"ee"))  # acks what the SVM has got only when its client sent it again
+    w.now += 900 * MS
+    w.s(f.tcp(8, 50, b"ee"))
+    assert len(w.out) == 6
+    assert w.patience.longest_ns == 3 * MS + 1
+
+
+@pytest.mark.parametrize(
+    "mine, late",
+    [
+        (f.tcp(2, 1, b"bb"), f.tcp(0, 1, b"aabb")),
+        (f.tcp(2, 7), f.tcp(2, 9)),
+        (f.tcp(2, 1, b"", f.FIN | f.ACK), f.tcp(2, 1, b"", f.FIN | f.ACK)),
+        (f.udp(b"a"), f.udp(b"a")),
+    ],
+)
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_checkpoint_whose_counterpart_was_on_its_way_was_needless(
+    mine: bytes, late: bytes, begun: bool
+) -> None:
+    w = Pair()
+    w.both(f.tcp(0, 1, b"aa"))
+    w.p(mine)
+    w.until_asked()
+    steps: list[Callable[[], None]] = [w.e.begin_checkpoint, lambda: w.s(late)]
+    for step in steps if begun else steps[::-1]:
+        step()
+    assert w.e.counters["checkpoints_needless"] == 1
+    if parse(mine).off != parse(mine).end:
+        assert w.patience.longest_ns >= 60 * MS, "and shows how long the SVM needs"
+    w.s(late)
+    w.e.commit_checkpoint(w.now, 1, w.now)
+    assert w.e.counters["checkpoints_needless"] == 1
+
+
+@pytest.mark.parametrize(
+    "late", [f.tcp(2, 1, b"xx"), f.tcp(0, 1, b"aa"), f.tcp(4, 1, b"cc"), other(2, b"bb")]
+)
+def test_any_other_frame_proves_nothing(late: bytes) -> None:
+    w = Pair()
+    w.both(f.tcp(0, 1, b"aa"))
+    w.p(f.tcp(2, 1, b"bb"))
+    w.until_asked()
+    w.e.begin_checkpoint()
+    w.s(late)
+    assert not w.e.counters["checkpoints_needless"]
