@@ -5,8 +5,6 @@ from __future__ import annotations
 
 import time
 
-import pytest
-
 from colo_xdp.lab.capture import from_guest
 from colo_xdp.lab.client import Client, EchoStream
 from colo_xdp.lab.net import sh, wait_for
@@ -139,23 +137,3 @@ def test_a_peer_link_of_one_nic_that_is_cut_is_named(make_lab: LabMaker) -> None
     sh("ip", "-n", lab.net.secondary, "link", "set", "peer1", "up")
     for role in ("primary", "secondary"):
         lab.wait_state(role, "protected", 30)
-
-
-@pytest.mark.parametrize("change", ["order", "name"])
-def test_the_nics_of_a_pinned_pair_cannot_change(make_lab: LabMaker, change: str) -> None:
-    """The pins of a NIC hold its connections' offsets, and are found by its number."""
-    lab = make_lab(nics=2)
-    lab.protect()
-    lab.controllers["primary"].terminate()
-    lab.controllers["primary"].wait(10)
-    path = lab.config_path("primary")
-    text = path.read_text()
-    path.write_text(
-        text.replace('name = "san"', 'name = "dmz"')
-        if change == "name"
-        else text.replace('"lan"', '"x"').replace('"san"', '"lan"').replace('"x"', '"san"')
-    )
-    p = lab.start_controller("primary")
-    assert p.wait(30) != 0
-    log = lab.controller_log("primary").read_text()
-    assert "the pinned data path has the NICs lan (tap0), san (tap1)" in log, log[-500:]
