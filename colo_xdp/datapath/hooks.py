@@ -20,6 +20,7 @@ from ..failover.decision import Role
 from ..failover.states import sends_nothing
 from . import attach
 from .loader import Program
+from .prepare import make_peer_link
 
 if TYPE_CHECKING:
     from .datapath import DataPath
@@ -83,14 +84,7 @@ class Hooks:
         wanted = [net.tap, net.peer_link, *(i.name for i in dp.injectors.values())]
         seen = attach.look(wanted)
         if seen[net.peer_link] is None and net.vxlan_remote:
-            attach.make_vxlan(
-                net.peer_link,
-                net.vxlan_vni,
-                net.vxlan_local,
-                net.vxlan_remote,
-                net.vxlan_port,
-                dp.manifest,
-            )
+            make_peer_link(net, dp.manifest)
             found.restored.append(f"device {net.peer_link}")
             seen |= attach.look((net.peer_link,))
         for role, i in dp.injectors.items():

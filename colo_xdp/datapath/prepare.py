@@ -9,6 +9,7 @@ from pathlib import Path
 from .. import abi
 from ..abi import Cfg
 from ..config.file import Config
+from ..config.schema import Network
 from . import attach, loader
 
 
@@ -64,6 +65,18 @@ def device(key: str, name: str) -> attach.LinkInfo:
         raise DeviceMissing(f"[network] {key}: {e}", name) from e
 
 
+def make_peer_link(net: Network, manifest: attach.Manifest) -> None:
+    """Create the peer link that is a VXLAN. Raises attach.AttachError."""
+    attach.make_vxlan(
+        net.peer_link,
+        net.vxlan_vni,
+        net.vxlan_local,
+        net.vxlan_remote,
+        net.vxlan_port,
+        manifest,
+    )
+
+
 def prepare(config: Config, nic: int, manifest: attach.Manifest) -> Prepared:
     """Check what the NIC of that number needs; create its VXLAN.
 
@@ -79,14 +92,7 @@ def prepare(config: Config, nic: int, manifest: attach.Manifest) -> Prepared:
         if seen is not None and (why := attach.other_pair(dev, seen, config.pair)):
             raise attach.Taken(why)
     if net.vxlan_remote:
-        attach.make_vxlan(
-            net.peer_link,
-            net.vxlan_vni,
-            net.vxlan_local,
-            net.vxlan_remote,
-            net.vxlan_port,
-            manifest,
-        )
+        make_peer_link(net, manifest)
     peer = device("peer_link", net.peer_link)
     pinned = (Path(pins) / "config").exists()
     if net.uplink not in ("auto", "bridge") and not pinned:
