@@ -80,8 +80,13 @@ def install(lab: Lab, name: str, script: str, port: int) -> None:
         quoted = line.replace("'", "'\\''")
         lab.client.run(f"echo '{quoted}' >> /tmp/{name}")
     lab.client.run(f"chmod +x /tmp/{name}; nc -ll -p {port} -e /tmp/{name} <&- >&- 2>&- &")
-    time.sleep(0.5)
-    lab.ask("primary", "checkpoint")
+    listens = f":{port:04X} "
+    wait_for(
+        f"a service on port {port}",
+        lambda: listens in lab.client.run("cat /proc/net/tcp /proc/net/tcp6"),
+        10,
+    )
+    lab.ask("primary", "checkpoint")  # the SVM has it, too
 
 
 def _exchange(port: int, number: int, seen: Seen, *, lock: bool) -> None:
