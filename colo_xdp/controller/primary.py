@@ -416,7 +416,7 @@ class Primary(Controller):
         self.spawn(cks.offsets.sweep(lambda: cks.running is not None))
 
     async def _watch_disks(self) -> None:
-        """Give the pair up when the guest gets a writable disk that nobody keeps equal.
+        """Give the pair up when the guest gets a disk or a network card that nobody looks after.
 
         In COLO QEMU plugs no device in, but it changes the medium of one; and notices nothing if a
         person does so on both hosts, whose guests write to it each by itself.
