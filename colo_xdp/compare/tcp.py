@@ -251,6 +251,9 @@ class TcpFlow(ComparedFlow):
             return patience.quiet_ns if self.svm_since() else patience.ns
         return patience.ns if self._acked(p) else patience.stalled_ns
 
+    def svm_deaf(self) -> bool:
+        return bool(self.held) and not self._acked(self.held[0][1])
+
     def waits_in_vain(self, before_ns: int) -> bool:
         """Return whether the head has waited since before_ns for more than an ack, although the SVM
         runs and has got what the PVM has got."""

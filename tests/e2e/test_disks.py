@@ -4,19 +4,21 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import shutil
 import signal
 import socket
-from collections.abc import Iterator
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from colo_xdp.lab import disk
 from colo_xdp.lab.client import RecordStream
-from colo_xdp.lab.net import PEER_S, LabError, in_ns, sh, wait_for
+from colo_xdp.lab.net import PEER_S, LabError, in_ns, sh, stop_process, wait_for
 from colo_xdp.lab.pair import NBD_PORT, PAIR, Lab
 from tests.e2e.conftest import LabMaker
 from tests.e2e.test_reprotect import other, protected
@@ -359,29 +361,71 @@ def merge_by_hand(image: Path, overlays: Path) -> str:
     return commands.replace("web1-", f"{PAIR}-")
 
 
+@contextlib.contextmanager
+def slow_storage(lab: Lab, role: str) -> Iterator[Callable[[int], None]]:
+    """Put a host's only image behind a limit; yields what sets it (bytes/s; 0: none)."""
+    (name,) = lab.disks
+    image = lab.image(role, name)
+    store = image.with_suffix(".store")
+    lab.vm[role].stop()
+    image.rename(store)
+    image.touch()
+    sock = lab.work / "storage.qmp"
+    daemon = subprocess.Popen(
+        [
+            "qemu-storage-daemon",
+            "--object", "throttle-group,id=limit",
+            "--blockdev", f"driver=file,node-name=store,filename={store}",
+            "--blockdev", "driver=throttle,node-name=slow,throttle-group=limit,file=store",
+            "--export", f"fuse,id=e,node-name=slow,mountpoint={image},writable=on,growable=on",
+            "--chardev", f"socket,id=c,path={sock},server=on,wait=off",
+            "--monitor", "chardev=c",
+        ]
+    )  # fmt: skip
+
+    def limit(rate: int) -> None:
+        value = {"bps-total": rate, "bps-total-max": rate}
+        arguments = {"path": "/objects/limit", "property": "limits", "value": value}
+        with socket.socket(socket.AF_UNIX) as s:
+            s.settimeout(10)
+            s.connect(str(sock))
+            for name, args in (("qmp_capabilities", {}), ("qom-set", arguments)):
+                s.sendall(json.dumps({"execute": name, "arguments": args}).encode())
+                while b'"return"' not in (answer := s.recv(65536)):
+                    assert answer and b'"error"' not in answer, answer
+
+    try:
+        wait_for("the image", lambda: sock.exists() and image.stat().st_size > 0, 10)
+        lab.start_vm(role)
+        yield limit
+    finally:
+        lab.down()
+        stop_process(daemon)
+        sh("umount", "-l", str(image), check=False)
+        store.unlink()
+
+
 def test_a_survivor_that_dies_while_it_merges_is_mended_by_hand(make_lab: LabMaker) -> None:
     """What docs/operator/disks.md says brings back every record, from an image half merged."""
     lab = make_lab(disks=1)
-    with own_file_system(lab, "secondary") as where:
+    with slow_storage(lab, "secondary") as limit:
         lab.protect()
         w = Writer(lab)
         w.moves()
         lab.ask("primary", "checkpoint")
-        w.moves(100)
+        fill(lab, 16)
+        w.moves()
         (s,) = w.streams.values()
-        s.stop()
-        lab.client.run("sync")  # with a write on its way the image could not be closed to the PVM
-        sh("fsfreeze", "-f", str(where))  # the merge begins, and reaches nothing
         lab.vm["primary"].kill9()
+        limit(256 << 10)
         lab.wait_state("secondary", "promoted", 30)
-        wait_for("a merge", lambda: lab.status("secondary")["disks"]["committing"], 10)
-        later = RecordStream(lab.net.client, 2001, s.last + 1)
-        wait_for("records of the survivor", lambda: later.dead or later.last > s.last + 100, 40)
-        lab.vm["secondary"].signal(signal.SIGKILL)
-        sh("fsfreeze", "-u", str(where))
-        lab.vm["secondary"].stop()
-        later.stop()
-        image, confirmed = lab.image("secondary", "d0"), range(1, later.last + 1)
-        assert set(disk.check(image, confirmed).lost) & set(later.confirmed)
-        sh("sh", "-ec", merge_by_hand(image.resolve(), lab.work / "secondary.overlays"))
-        assert disk.check(image, confirmed).good
+        taken_over = s.last
+        wait_for("records of the survivor", lambda: s.dead or s.last > taken_over + 10, 40)
+        assert lab.status("secondary")["disks"]["committing"] and not s.dead
+        lab.vm["secondary"].kill9()
+        s.stop()
+        limit(0)
+        image = lab.image("secondary", "d0")
+        assert disk.check(image, s.confirmed).lost, "nothing was left to be merged"
+        sh("sh", "-ec", merge_by_hand(image, lab.work / "secondary.overlays"))
+        assert disk.check(image, s.confirmed).good
