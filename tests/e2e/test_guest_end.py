@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import pytest
 
@@ -95,8 +96,13 @@ def test_a_copy_that_answers_nothing_is_given_up(make_lab: LabMaker, wait: str) 
     # come back with the state of a checkpoint.
     lab.vm["secondary"].ask("set_link", name="n0", up=False)
     began = time.monotonic()
-    solo = wait_for("the PVM to go on alone", lambda: lab.client.http("index.html", timeout=5)
-                    and lab.status("primary")["state"] == "solo" and lab.status("primary"), 60)  # fmt: skip
+
+    def alone() -> dict[str, Any]:
+        lab.client.http("index.html", timeout=5)
+        said = lab.status("primary")
+        return said if said["state"] == "solo" else {}
+
+    solo = wait_for("the PVM to go on alone", alone, 60)
     print(f"{wait}: given up after {time.monotonic() - began:.1f} s")
     assert "the SVM has sent nothing over 3 checkpoints" in solo["reason"]
     lab.wait_state("secondary", "stopped", 10)

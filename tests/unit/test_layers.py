@@ -53,7 +53,8 @@ PURE = (
     "failover.decision", "failover.states", "peer.messages", "peer.heartbeat", "qemu.event",
     "qemu.disks", "qemu.migration", "qemu.nic", "qemu.guest_event", "datapath.btf",
     "status.document",
-    "controller.command", "controller.pacing", "controller.pair_view", "tools.explain",
+    "controller.command", "controller.copy_health", "controller.pacing", "controller.pair_view",
+    "tools.explain",
     "tools.suggest", "tools.replay",
     "tools.corpus",
 )  # fmt: skip

@@ -176,7 +176,8 @@ def beat(state: str, **fields: Any) -> dict[str, Any]:
     return {
         "type": "heartbeat", "t": 1, "echo": 0, "state": state, "epoch": 5, "vm": True,
         "shut": False,
-        "alone": False, "shadow": False, "delivered": 0, "sent": 0, "promise": False, "role": "secondary", **fields,
+        "alone": False, "shadow": False,
+        "delivered": 0, "sent": 0, "promise": False, "role": "secondary", **fields,
     }  # fmt: skip
 
 
