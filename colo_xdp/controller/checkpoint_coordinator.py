@@ -23,7 +23,7 @@ from ..config.file import Config
 from ..datapath.host import HostDataPath
 from ..engine.journal import Divergence, Entry, Journal
 from ..failover.arbiter import Arbiter
-from ..failover.decision import State
+from ..failover.states import State
 from ..peer.channel import Peer
 from ..qemu.event import QmpEvent
 from ..qemu.qmp import QmpError, QmpTimeout

@@ -20,7 +20,7 @@ from ..compare.causes import Cause
 from ..config.file import Config
 from ..datapath.host import HostDataPath
 from ..failover.arbiter import Arbiter
-from ..failover.decision import State
+from ..failover.states import State
 from ..peer.channel import Peer
 from ..qemu import hardware
 from ..qemu.disks import DiskError

@@ -24,19 +24,10 @@ from ..datapath.host import HostDataPath
 from ..failover import states
 from ..failover.arbiter import ARBITERS, Arbiter
 from ..failover.arbiter import Host as ArbiterHost
-from ..failover.decision import (
-    Action,
-    Decision,
-    Ending,
-    Facts,
-    Heard,
-    OtherGuest,
-    Role,
-    State,
-    decide,
-)
+from ..failover.decision import Action, Decision, decide
+from ..failover.facts import Ending, Facts, Heard, OtherGuest
 from ..failover.lease import boot_ns
-from ..failover.states import sends_nothing
+from ..failover.states import Role, State, sends_nothing
 from ..peer.channel import Peer
 from ..peer.heartbeat_links import HeartbeatLinks
 from ..peer.messages import VERSION

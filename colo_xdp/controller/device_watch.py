@@ -31,8 +31,8 @@ from typing import TYPE_CHECKING
 from ..compare.causes import Cause
 from ..datapath import attach
 from ..datapath.hooks import Look
-from ..failover.decision import Role
 from ..failover.lease import boot_ns
+from ..failover.states import Role
 
 if TYPE_CHECKING:
     from .controller import Controller

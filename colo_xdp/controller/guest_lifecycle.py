@@ -19,7 +19,7 @@ from ..abi import Mode, SyncState
 from ..clock import TICK_S
 from ..config.file import Config
 from ..datapath.host import HostDataPath
-from ..failover.decision import Role, State
+from ..failover.states import Role, State
 from ..peer.channel import Peer
 from ..qemu import nic
 from ..qemu.disks import refusal

@@ -13,8 +13,8 @@ from typing import Protocol
 from ..config.file import Config
 from ..datapath.host import HostDataPath
 from ..failover.arbiter import Arbiter
-from ..failover.decision import Role, State
 from ..failover.lease import boot_ns
+from ..failover.states import Role, State
 from ..peer.channel import Peer
 from ..peer.heartbeat import Flag, Heartbeat
 from ..peer.heartbeat_links import HeartbeatLinks

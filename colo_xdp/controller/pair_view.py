@@ -17,18 +17,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..abi import Mode
-from ..failover.decision import (
-    ArbiterView,
-    Ending,
-    Facts,
-    Heard,
-    OtherGuest,
-    OwnGuest,
-    Role,
-    State,
-    other_guest,
-)
-from ..failover.states import sends_nothing
+from ..failover.facts import ArbiterView, Ending, Facts, Heard, OtherGuest, OwnGuest, other_guest
+from ..failover.states import Role, State, sends_nothing
 
 log = logging.getLogger("colo_xdp")
 

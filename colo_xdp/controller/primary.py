@@ -18,7 +18,9 @@ from ..datapath import attach
 from ..datapath.host import HostDataPath
 from ..datapath.ring import CapturedFrame
 from ..engine.journal import Journal
-from ..failover.decision import Action, OwnGuest, Role, State
+from ..failover.decision import Action
+from ..failover.facts import OwnGuest
+from ..failover.states import Role, State
 from ..peer.heartbeat import Flag
 from ..qemu.event import QmpEvent
 from ..qemu.guest_event import STANDS_STILL, News

@@ -25,7 +25,8 @@ from ..datapath.conntrack_map import ConntrackMap
 from ..datapath.host import HostDataPath
 from ..datapath.ring import CapturedFrame
 from ..failover.arbiter import ArbiterError
-from ..failover.decision import Action, Role, State
+from ..failover.decision import Action
+from ..failover.states import Role, State
 from ..peer.heartbeat import Flag
 from ..qemu.disks import DiskError
 from ..qemu.event import QmpEvent

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 from ..compare.causes import Cause
 from ..datapath.host import HostDataPath
-from ..failover.decision import State
+from ..failover.states import State
 from ..peer.channel import Peer
 from ..qemu.event import QmpEvent
 from ..qemu.qmp import QmpError

@@ -20,7 +20,7 @@ from ..config.file import Config
 from ..datapath.conntrack_map import ConntrackMap
 from ..datapath.host import HostDataPath
 from ..datapath.inject import Injector
-from ..failover.decision import State
+from ..failover.states import State
 from ..net.announce import announcements
 from ..peer.channel import Peer
 from ..qemu.event import QmpEvent

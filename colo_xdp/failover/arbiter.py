@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from .. import user_command
-from .decision import Action, ArbiterView
+from .decision import Action
+from .facts import ArbiterView
 from .lease import Leadership, Store, StoreError
 
 if TYPE_CHECKING:

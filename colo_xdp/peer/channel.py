@@ -39,7 +39,7 @@ import uuid
 from collections.abc import Callable
 from typing import Any
 
-from ..failover.decision import Ending
+from ..failover.facts import Ending
 from . import heartbeat, messages
 from .tls import Tls, TlsError
 

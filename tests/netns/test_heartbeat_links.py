@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from colo_xdp.config.file import load
-from colo_xdp.failover.decision import Ending
+from colo_xdp.failover.facts import Ending
 from colo_xdp.peer.channel import Peer
 from colo_xdp.peer.heartbeat import NONCE, Flag, Heartbeat, session_key
 from colo_xdp.peer.heartbeat_links import ETHERTYPE, GROUP, HeartbeatLinks

@@ -8,18 +8,9 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from colo_xdp.failover.decision import (
-    Action,
-    ArbiterView,
-    Ending,
-    Facts,
-    Heard,
-    OtherGuest,
-    OwnGuest,
-    Role,
-    State,
-    decide,
-)
+from colo_xdp.failover.decision import Action, decide
+from colo_xdp.failover.facts import ArbiterView, Ending, Facts, Heard, OtherGuest, OwnGuest
+from colo_xdp.failover.states import Role, State
 
 CASES = 15_000
 TIMES = (0.0, 5.0, 999.0, 1000.0, 1001.0, 5000.0, 5001.0, 10_000.0, 10_001.0, float("inf"))

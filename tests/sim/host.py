@@ -23,7 +23,7 @@ from colo_xdp.conntrack.rewriter import Rewriter, TrackedConnection
 from colo_xdp.datapath.addresses import AddressTable
 from colo_xdp.datapath.hooks import Look
 from colo_xdp.datapath.ring import CapturedFrame
-from colo_xdp.failover.decision import Ending
+from colo_xdp.failover.facts import Ending
 from colo_xdp.failover.lease import GIVEN_UP, StoreError, StoreView, ours_to_take
 from colo_xdp.peer import messages
 from colo_xdp.peer.heartbeat import Flag, Heartbeat, HeartbeatSession, session_key

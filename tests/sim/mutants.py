@@ -38,7 +38,9 @@ from colo_xdp.datapath.conntrack_map import ConntrackEntry, ConntrackMap
 from colo_xdp.engine.engine import Engine
 from colo_xdp.failover import decision
 from colo_xdp.failover.decision import Action
+from colo_xdp.failover.facts import OtherGuest
 from colo_xdp.failover.lease import Leadership
+from colo_xdp.failover.states import State
 from colo_xdp.offload import udp as offload_udp
 from colo_xdp.offload.udp import UdpCodec
 from colo_xdp.peer.heartbeat import Flag
@@ -384,7 +386,7 @@ def takeover_forgets_the_offsets(mp: Any) -> None:
     real = Secondary.become
 
     def become(self: Secondary, state: Any, why: str) -> None:
-        if state is decision.State.PROMOTED:
+        if state is State.PROMOTED:
             self.dp.epoch += 1
         real(self, state, why)
 
@@ -431,7 +433,7 @@ def a_restarted_primary_goes_on_comparing(mp: Any) -> None:
         real(self, config, datapath)
         datapath.adopted = adopted
         if adopted and datapath.mode is Mode.RUN:
-            self.state = decision.State.PROTECTED
+            self.state = State.PROTECTED
 
     mp.setattr(Primary, "__init__", init)
 
@@ -892,7 +894,7 @@ def a_beacon_says_shut_before_it_is(mp: Any) -> None:
     real = Heartbeats.flags
 
     def flags(self: Any) -> Flag:
-        early = self._c.state is decision.State.DEGRADED
+        early = self._c.state is State.DEGRADED
         return real(self) | (Flag.SHUT if early else Flag(0))
 
     mp.setattr(Heartbeats, "flags", flags)
@@ -1031,7 +1033,7 @@ def both_hosts_stay_primaries(mp: Any) -> None:
 
     def silent(*args: Any, **kwargs: Any) -> Any:
         known = real(*args, **kwargs)
-        return decision.OtherGuest.IDLE if known is decision.OtherGuest.TRANSMITTING else known
+        return OtherGuest.IDLE if known is OtherGuest.TRANSMITTING else known
 
     mp.setattr(pair_view, "other_guest", silent)
     mp.setattr(Primary, "_older_than", lambda self, msg: False)
@@ -1048,7 +1050,7 @@ def the_first_checkpoint_of_a_pair_needs_no_state(mp: Any) -> None:
         real(self, n, initial, planned, asked=asked)
         if initial and self.held.hold is not None:
             self.view.pair.in_colo = self.view.pair.confirmed = True
-            self.state = decision.State.PROTECTED
+            self.state = State.PROTECTED
 
     mp.setattr(Secondary, "_on_begin", begin)
 

@@ -33,8 +33,9 @@ from colo_xdp.controller import controller
 from colo_xdp.controller.primary import Primary
 from colo_xdp.controller.secondary import Secondary
 from colo_xdp.failover import decision
-from colo_xdp.failover.decision import Action, State, decide
+from colo_xdp.failover.decision import Action, decide
 from colo_xdp.failover.lease import Leadership
+from colo_xdp.failover.states import State
 
 from .host import Side, SimDataPath
 from .torture import failure, shrink, trace

@@ -49,7 +49,7 @@ from colo_xdp.controller import controller as controller_module
 from colo_xdp.datapath import conntrack_map, offload_maps
 from colo_xdp.failover import arbiter, states
 from colo_xdp.failover import lease as lease_module
-from colo_xdp.failover.decision import State
+from colo_xdp.failover.states import State
 from colo_xdp.offload import scheduler
 from colo_xdp.qemu import replication, supervisor
 from colo_xdp.qemu.disks import DiskError

@@ -50,8 +50,8 @@ LAYERS: dict[str, set[str]] = {
 #: standard library nothing that reaches out
 PURE = (
     "abi", "clock", "validate", "net", "conntrack", "compare", "offload", "engine", "config",
-    "failover.decision", "failover.states", "peer.messages", "peer.heartbeat", "qemu.event",
-    "qemu.disks", "qemu.migration", "qemu.nic", "qemu.guest_event", "datapath.btf",
+    "failover.decision", "failover.facts", "failover.states", "peer.messages", "peer.heartbeat",
+    "qemu.event", "qemu.disks", "qemu.migration", "qemu.nic", "qemu.guest_event", "datapath.btf",
     "status.document",
     "controller.command", "controller.pacing", "controller.pair_view", "tools.explain",
     "tools.suggest", "tools.replay",

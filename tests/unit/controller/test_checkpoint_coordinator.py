@@ -18,7 +18,7 @@ from colo_xdp.controller.checkpoint_coordinator import (
 )
 from colo_xdp.controller.primary import Primary
 from colo_xdp.datapath.ring import CapturedFrame
-from colo_xdp.failover.decision import State
+from colo_xdp.failover.states import State
 from colo_xdp.peer.messages import encode
 from tests.netns.frames import GUEST_MAC, tcp
 from tests.unit.controller.fakes import EXAMPLES, FakeQmp, event, in_loop, primary, secondary

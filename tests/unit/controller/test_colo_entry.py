@@ -15,7 +15,7 @@ from colo_xdp.abi import Mode, SyncState
 from colo_xdp.config.schema import Disk
 from colo_xdp.controller.checkpoint import Checkpoint, CheckpointFailed
 from colo_xdp.controller.colo_entry import BACKOFF_FREE_S, BACKOFF_S, Tries
-from colo_xdp.failover.decision import State
+from colo_xdp.failover.states import State
 from colo_xdp.qemu.event import QmpEvent
 from colo_xdp.qemu.hardware import encode
 from colo_xdp.qemu.migration import MigrationOptions

@@ -16,8 +16,9 @@ from colo_xdp.controller.secondary import Secondary
 from colo_xdp.controller.ticker import TICK_S
 from colo_xdp.datapath.ring import CapturedFrame
 from colo_xdp.failover.arbiter import LeaseArbiter
-from colo_xdp.failover.decision import Action, State, decide
+from colo_xdp.failover.decision import Action, decide
 from colo_xdp.failover.lease import boot_ns
+from colo_xdp.failover.states import State
 from colo_xdp.peer.heartbeat import Flag, Heartbeat
 from colo_xdp.status.builder import active_json
 from tests.netns.frames import tcp, udp

@@ -12,7 +12,7 @@ import pytest
 from colo_xdp.abi import Mode
 from colo_xdp.controller.primary import Primary
 from colo_xdp.controller.secondary import Secondary
-from colo_xdp.failover.decision import State
+from colo_xdp.failover.states import State
 from colo_xdp.status.builder import active_json
 from tests.unit.controller.fakes import FakeDataPath, Sent, primary, secondary
 

@@ -16,7 +16,8 @@ from colo_xdp.controller.secondary import Secondary
 from colo_xdp.datapath.hooks import Look
 from colo_xdp.datapath.ring import CapturedFrame
 from colo_xdp.failover import lease
-from colo_xdp.failover.decision import Action, State, decide
+from colo_xdp.failover.decision import Action, decide
+from colo_xdp.failover.states import State
 from colo_xdp.peer.heartbeat import NONCE, session_key
 from tests.netns.frames import tcp
 from tests.unit.controller.fakes import primary, secondary

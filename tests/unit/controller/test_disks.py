@@ -17,7 +17,8 @@ from colo_xdp.controller.checkpoint import Checkpoint, CheckpointFailed
 from colo_xdp.controller.disk_proof import DiskProof
 from colo_xdp.controller.primary import Primary
 from colo_xdp.controller.secondary import Secondary
-from colo_xdp.failover.decision import Action, State, decide
+from colo_xdp.failover.decision import Action, decide
+from colo_xdp.failover.states import State
 from colo_xdp.qemu.disks import DiskError
 from colo_xdp.qemu.event import QmpEvent
 from colo_xdp.qemu.overlays import ReplicatedDisk, Room

@@ -17,7 +17,7 @@ from colo_xdp.controller.guest_lifecycle import ENDED
 from colo_xdp.controller.primary import Primary
 from colo_xdp.controller.secondary import Secondary
 from colo_xdp.datapath.ring import CapturedFrame
-from colo_xdp.failover.decision import State
+from colo_xdp.failover.states import State
 from colo_xdp.peer.heartbeat import Flag
 from colo_xdp.qemu.event import QmpEvent
 from tests.netns.frames import udp

@@ -12,8 +12,8 @@ import pytest
 
 from colo_xdp.abi import Mode
 from colo_xdp.controller.pair_view import LocalGuest, PairLife, PairView
-from colo_xdp.failover.decision import OtherGuest, Role
-from colo_xdp.failover.states import sends_nothing
+from colo_xdp.failover.facts import OtherGuest
+from colo_xdp.failover.states import Role, sends_nothing
 from colo_xdp.status.builder import active_json
 from colo_xdp.status.metrics import health
 from tests.unit.controller.fakes import (

@@ -13,8 +13,9 @@ import pytest
 from colo_xdp.abi import Mode
 from colo_xdp.datapath.attach import NetlinkError, NoSuchDevice
 from colo_xdp.failover.arbiter import LeaseArbiter
-from colo_xdp.failover.decision import State, other_guest
+from colo_xdp.failover.facts import other_guest
 from colo_xdp.failover.lease import Leadership
+from colo_xdp.failover.states import State
 from colo_xdp.qemu.qmp import QmpError
 from tests.unit.controller.fakes import FakeQmp, HungQmp, WaitingQmp, in_loop, primary, secondary
 

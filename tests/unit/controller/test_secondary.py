@@ -12,7 +12,7 @@ import pytest
 
 from colo_xdp.abi import Mode, Source, SyncState
 from colo_xdp.datapath.ring import CapturedFrame
-from colo_xdp.failover.decision import State
+from colo_xdp.failover.states import State
 from tests.netns.frames import tcp
 from tests.unit.controller.fakes import event, in_loop, primary, secondary
 

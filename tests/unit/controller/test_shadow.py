@@ -10,7 +10,7 @@ from colo_xdp.controller.checkpoint_coordinator import (
     CheckpointRequest,
 )
 from colo_xdp.controller.secondary import Secondary
-from colo_xdp.failover.decision import State
+from colo_xdp.failover.states import State
 from tests.unit.controller.fakes import BEAT, FakeQmp, event, in_loop, primary, secondary
 
 

@@ -13,8 +13,8 @@ from colo_xdp.abi import Mode, SyncState
 from colo_xdp.config.file import load
 from colo_xdp.controller.primary import Primary
 from colo_xdp.controller.secondary import Secondary
-from colo_xdp.failover.decision import State
 from colo_xdp.failover.lease import Leadership, StoreView
+from colo_xdp.failover.states import State
 from colo_xdp.qemu.qmp import QmpTimeout
 from colo_xdp.status.builder import active_json
 from tests.unit.controller.fakes import (

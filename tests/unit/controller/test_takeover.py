@@ -14,7 +14,7 @@ import pytest
 
 from colo_xdp import abi
 from colo_xdp.abi import Mode
-from colo_xdp.failover.decision import State
+from colo_xdp.failover.states import State
 from colo_xdp.net.address_claims import mac_key
 from colo_xdp.qemu.nic import NicError
 from colo_xdp.status.builder import active_json

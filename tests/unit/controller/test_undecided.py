@@ -14,7 +14,8 @@ from colo_xdp.abi import Mode, SyncState
 from colo_xdp.config.file import load
 from colo_xdp.controller.primary import Primary
 from colo_xdp.failover.arbiter import FenceArbiter
-from colo_xdp.failover.decision import Action, State, decide
+from colo_xdp.failover.decision import Action, decide
+from colo_xdp.failover.states import State
 from tests.unit.controller.fakes import (
     BEAT,
     EXAMPLES,

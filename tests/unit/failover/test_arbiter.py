@@ -14,7 +14,9 @@ from colo_xdp.config.file import load
 from colo_xdp.controller.secondary import Secondary
 from colo_xdp.failover import arbiter
 from colo_xdp.failover.arbiter import ARBITERS, Arbiter, ArbiterError, Host, Kind
-from colo_xdp.failover.decision import Action, ArbiterView, State
+from colo_xdp.failover.decision import Action
+from colo_xdp.failover.facts import ArbiterView
+from colo_xdp.failover.states import State
 from colo_xdp.status.builder import active_json
 from tests.unit.controller.fakes import (
     EXAMPLES,

@@ -9,19 +9,17 @@ from typing import Any
 
 import pytest
 
-from colo_xdp.failover.decision import (
-    Action,
+from colo_xdp.failover.decision import Action, decide
+from colo_xdp.failover.facts import (
     ArbiterView,
     Ending,
     Facts,
     Heard,
     OtherGuest,
     OwnGuest,
-    Role,
-    State,
-    decide,
     other_guest,
 )
+from colo_xdp.failover.states import Role, State
 
 CALM = Facts(
     role=Role.SECONDARY,

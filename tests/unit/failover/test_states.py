@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 
 from colo_xdp.failover import states
-from colo_xdp.failover.decision import Role, State
-from colo_xdp.failover.states import TRANSITIONS, IllegalTransition, diagram, legal
+from colo_xdp.failover.states import TRANSITIONS, IllegalTransition, Role, State, diagram, legal
 from tests.unit.controller.fakes import in_loop, primary, secondary
 
 SHOWN_ONLY = {State.PAUSED, State.SHADOW}

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from colo_xdp.failover.decision import Ending
+from colo_xdp.failover.facts import Ending
 from colo_xdp.peer import channel as peer_module
 from colo_xdp.peer import messages
 from colo_xdp.peer.channel import Peer, PeerError, split_address

@@ -15,8 +15,10 @@ from colo_xdp.abi import Mode
 from colo_xdp.controller.checkpoint_coordinator import CheckpointRequest
 from colo_xdp.controller.controller import Controller
 from colo_xdp.engine.engine import Engine
-from colo_xdp.failover.decision import Action, Ending, State
+from colo_xdp.failover.decision import Action
+from colo_xdp.failover.facts import Ending
 from colo_xdp.failover.lease import boot_ns
+from colo_xdp.failover.states import State
 from colo_xdp.peer.channel import OTHER
 from colo_xdp.peer.heartbeat import NONCE, Flag, Heartbeat, HeartbeatSession, session_key
 from tests.unit.controller.fakes import FakeDataPath, Sent, primary, secondary

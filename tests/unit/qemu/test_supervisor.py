@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from colo_xdp.failover.decision import State
+from colo_xdp.failover.states import State
 from colo_xdp.qemu import supervisor
 from colo_xdp.qemu.event import QmpEvent
 from colo_xdp.qemu.qmp import QmpError
