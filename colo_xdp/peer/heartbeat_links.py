@@ -31,7 +31,7 @@ from .heartbeat import REFUSALS, SIZE, Flag, Heartbeat, HeartbeatSession
 
 if TYPE_CHECKING:
     from ..config.file import Config
-    from ..config.schema import Network
+    from ..config.network import Network
 
 log = logging.getLogger("colo_xdp.peer.heartbeat_links")
 

@@ -27,7 +27,8 @@ from typer.models import ArgumentInfo, OptionInfo
 from colo_xdp import abi, cli, validate
 from colo_xdp.compare.causes import DESCRIPTIONS, Cause
 from colo_xdp.compare.policy import Rule
-from colo_xdp.config.schema import SECTIONS, Config, Disk
+from colo_xdp.config.qemu import Disk
+from colo_xdp.config.schema import SECTIONS, Config
 from colo_xdp.engine.counters import COUNTERS
 from colo_xdp.failover import states
 from colo_xdp.failover.states import Role, State

@@ -26,7 +26,7 @@ from typing import Any
 
 from colo_xdp.abi import Mode
 from colo_xdp.config.file import Config, load
-from colo_xdp.config.schema import Disk, Nbd
+from colo_xdp.config.qemu import Disk, Nbd
 from colo_xdp.controller import (
     checkpoint_coordinator,
     colo_entry,

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from colo_xdp.abi import Mode, SyncState
-from colo_xdp.config.schema import Disk
+from colo_xdp.config.qemu import Disk
 from colo_xdp.controller.checkpoint import Checkpoint, CheckpointFailed
 from colo_xdp.controller.colo_entry import BACKOFF_FREE_S, BACKOFF_S, Tries
 from colo_xdp.failover.states import State
