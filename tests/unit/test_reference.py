@@ -172,7 +172,7 @@ TEXTS = [
     *sorted((ROOT / "docs").rglob("*.md")),
     *(ROOT / "colo_xdp" / p for p in (
         "config/schema.py", "config/network.py", "config/qemu.py",
-        "status/metrics.py", "status/document.py", "cli.py",
+        "status/metrics.py", "status/document.py", "status/text.py", "cli.py",
         "compare/causes.py", "compare/policy.py", "engine/counters.py", "tools/explain.py",
     )),
     *sorted(p for p in (ROOT / "deploy").rglob("*") if p.is_file()),
