@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Exchange the roles of a pair's hosts and protect it again (`colo-xdp drill`), as an operator would.
+"""Exchange the roles of a pair and protect it again, as an operator would (`colo-xdp drill`).
 
 It only talks to the control socket of this host. The controller behind that is replaced meanwhile,
 by that of the other role, so for a while nobody answers.
