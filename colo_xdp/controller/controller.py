@@ -32,11 +32,11 @@ from ..peer.channel import Peer
 from ..peer.heartbeat_links import HeartbeatLinks
 from ..peer.messages import VERSION
 from ..peer.tls import Tls
+from ..qemu.block_layer import ReplicationOptions
 from ..qemu.event import QmpEvent
 from ..qemu.guest_event import news
 from ..qemu.migration import MigrationOptions
 from ..qemu.overlays import ReplicatedDisk
-from ..qemu.replication import ReplicationOptions
 from ..qemu.supervisor import QemuOptions, QemuSupervisor, Stakes
 from .commands import OperatorCommands
 from .device_watch import DeviceWatch

@@ -204,7 +204,7 @@ class Primary(Controller):
     def on_qmp(self, event: QmpEvent) -> None:
         if self.state is State.SOLO:
             self.life.on_event_alone(event)
-        if why := self.qemu.disks.on_event(event):
+        if why := self.qemu.disks.mirrors.on_event(event):
             self.mirror_lost(why)
         if event.name == "STOP":
             ours = self.checkpoints.on_stop(event)
@@ -441,7 +441,7 @@ class Primary(Controller):
         await self.qemu.disks.adopt()
         status = await self._find_out_whether_it_runs()
         if self.state is State.SOLO:
-            await self.qemu.disks.cut()  # a write to a dead host would wait for ever
+            await self.qemu.disks.mirrors.cut()  # a write to a dead host would wait for ever
             migration = await self.entry.migration()
             if migration in IN_COLO:  # a former controller died before this
                 try:
@@ -464,7 +464,7 @@ class Primary(Controller):
         began = time.monotonic()
         while self.state is State.SOLO:
             with contextlib.suppress(QmpError):
-                await self.qemu.disks.cut()
+                await self.qemu.disks.mirrors.cut()
                 migration = await self.qemu.qmp.migration_status()
                 if migration in IN_COLO:
                     await self.qemu.leave_colo()  # what was tried before has failed

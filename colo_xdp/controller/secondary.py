@@ -541,7 +541,7 @@ class Secondary(Controller):
         why, sizes = await self.life.unfit(), {}
         if not why:
             try:
-                sizes = await self.qemu.disks.serve()
+                sizes = await self.qemu.disks.replica.serve()
             except DiskError as e:
                 why = f"COLO is not entered: {e}"
         if why:

@@ -145,7 +145,7 @@ class SecondaryDisks:
             if c.state is not State.PROTECTED:
                 continue
             with contextlib.suppress(QmpError):
-                self.overlays = await c.qemu.disks.overlay_sizes()
+                self.overlays = await c.qemu.disks.replica.overlay_sizes()
                 if why := self._too_large() or self._running_out():
                     c.peer.send("request", cause=Cause.OVERLAY_FULL.value, why=why)
 
@@ -161,7 +161,7 @@ class SecondaryDisks:
 
         QEMU would stop the SVM at a write without room, and abort at the next checkpoint.
         """
-        rooms = self._c.qemu.disks.rooms()
+        rooms = self._c.qemu.disks.replica.files.rooms()
         before, self.room_trouble = (
             self.room_trouble,
             "; ".join(r.trouble for r in rooms if r.trouble),

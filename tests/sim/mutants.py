@@ -44,7 +44,8 @@ from colo_xdp.failover.states import State
 from colo_xdp.offload import udp as offload_udp
 from colo_xdp.offload.udp import UdpCodec
 from colo_xdp.peer.heartbeat import Flag
-from colo_xdp.qemu.replication import DiskReplication
+from colo_xdp.qemu.mirrors import Mirrors
+from colo_xdp.qemu.replica import Replica
 
 from .host import Side, SimDataPath
 from .offload_model import Conn, KernelModel, Out, Work
@@ -1109,13 +1110,13 @@ async def _all_is_well(self: Any) -> str:
 
 @_disk_mutant
 def images_stay_open_at_a_takeover(mp: Any) -> None:
-    mp.setattr(DiskReplication, "stop_serving", _nothing)
+    mp.setattr(Replica, "stop_serving", _nothing)
 
 
 @_disk_mutant
 def a_lost_mirror_is_not_noticed(mp: Any) -> None:
-    mp.setattr(DiskReplication, "whole", _all_is_well)
-    mp.setattr(DiskReplication, "on_event", lambda self, event: "")
+    mp.setattr(Mirrors, "whole", _all_is_well)
+    mp.setattr(Mirrors, "on_event", lambda self, event: "")
 
 
 @_disk_mutant
@@ -1148,14 +1149,14 @@ def a_takeover_needs_no_word_about_the_disks(mp: Any) -> None:
 
 @_disk_mutant
 def colo_is_entered_before_the_disks_are_copied(mp: Any) -> None:
-    async def copied(self: DiskReplication) -> bool:
+    async def copied(self: Mirrors) -> bool:
         self.copying = None
         return True
 
-    mp.setattr(DiskReplication, "copied", copied)
-    mp.setattr(DiskReplication, "whole", _all_is_well)
+    mp.setattr(Mirrors, "copied", copied)
+    mp.setattr(Mirrors, "whole", _all_is_well)
 
 
 @_disk_mutant
 def mirrors_are_left_to_a_dead_host(mp: Any) -> None:
-    mp.setattr(DiskReplication, "cut", _nothing)
+    mp.setattr(Mirrors, "cut", _nothing)

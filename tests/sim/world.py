@@ -51,7 +51,7 @@ from colo_xdp.failover import arbiter, states
 from colo_xdp.failover import lease as lease_module
 from colo_xdp.failover.states import State
 from colo_xdp.offload import scheduler
-from colo_xdp.qemu import replication, supervisor
+from colo_xdp.qemu import mirrors, overlays, replica, supervisor
 from colo_xdp.qemu.disks import DiskError
 
 from .clock import FakeTime, VirtualLoop
@@ -844,10 +844,10 @@ class World:
         return SimQmp(side, name, on_event, on_close, oob=path.endswith("oob"))
 
     async def _probe(self, disks: Any, timeout: float = 1.0) -> None:
-        """Stand in for DiskReplication.probe()."""
+        """Stand in for Mirrors.probe()."""
         mine = next(
             x for x in (self.p, self.s)
-            if x.controller is not None and x.controller.qemu.disks is disks
+            if x.controller is not None and x.controller.qemu.disks.mirrors is disks
         )  # fmt: skip
         q = mine.other.qemu
         await asyncio.sleep(self.rnd_disk.uniform(0.1, 2) / 1000)
@@ -858,10 +858,10 @@ class World:
             raise DiskError("connection refused")
 
     async def _look(self, disks: Any) -> None:
-        """Stand in for DiskReplication.look(), without a random time as that of a command."""
+        """Stand in for Mirrors.look(), without a random time as that of a command."""
         q = next(
             x for x in (self.p, self.s)
-            if x.controller is not None and x.controller.qemu.disks is disks
+            if x.controller is not None and x.controller.qemu.disks.mirrors is disks
         ).qemu  # fmt: skip
         if q.hung or (q.draining and q.block.flying):
             await asyncio.sleep(0.1)
@@ -887,12 +887,13 @@ class World:
             controller_module, commands, ticker, checkpoint_coordinator, primary, secondary,
             conntrack_map,
             offload_maps, lease_module, takeover, device_watch, colo_entry, guest_lifecycle,
-            supervisor, heartbeats, pvm_output, replacement, shadow, switchover, replication,
+            supervisor, heartbeats, pvm_output, replacement, shadow, switchover, mirrors, replica,
             secondary_disks, mirror_watch,
         )  # fmt: skip
-        stood_in = ("probe", "make_overlays", "remove_overlays", "look", "rooms", "_need_room")
-        disks = replication.DiskReplication
-        kept_disks = [(disks, n, getattr(disks, n)) for n in stood_in]
+        disks, copies, files = mirrors.Mirrors, replica.Replica, overlays.OverlayFiles
+        stood_in = {disks: ("probe", "look"), copies: ("_need_room",),
+                    files: ("make", "remove_all", "rooms")}  # fmt: skip
+        kept_disks = [(cls, n, getattr(cls, n)) for cls, names in stood_in.items() for n in names]
         kept = [(m, "time", m.time) for m in modules]  # type: ignore[attr-defined]
         kept += [
             (controller_module, n, getattr(controller_module, n))
@@ -905,19 +906,19 @@ class World:
         kept += [(scheduler, n, getattr(scheduler, n)) for n in ("OFFER_AFTER", "MAX_BACKOFF")]
         kept += kept_disks  # type: ignore[arg-type]
 
-        async def overlays(disk: Any, of: Any, size: int) -> tuple[Path, Path]:
+        async def made(disk: Any, of: Any, size: int) -> tuple[Path, Path]:
             return Path("/active"), Path("/hidden")
 
         async def nothing(disks: Any, *args: Any) -> None: ...
 
         try:
             disks.probe = lambda d, timeout=1.0, answer_s=1.0: self._probe(d, answer_s)  # type: ignore[method-assign]
-            disks.make_overlays = overlays  # type: ignore[method-assign]
-            disks.remove_overlays = nothing  # type: ignore[method-assign]
+            files.make = made  # type: ignore[method-assign]
+            files.remove_all = nothing  # type: ignore[method-assign]
             disks.look = lambda d: self._look(d)  # type: ignore[method-assign]
-            disks._need_room = nothing  # type: ignore[method-assign]
+            copies._need_room = nothing  # type: ignore[method-assign]
             primary.Primary._watch_disks = nothing  # type: ignore[method-assign]
-            disks.rooms = lambda d: []  # type: ignore[method-assign]
+            files.rooms = lambda d: []  # type: ignore[method-assign]
             states.STRICT = True
             for m in modules:
                 m.time = clock  # type: ignore[attr-defined]

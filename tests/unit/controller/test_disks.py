@@ -27,7 +27,7 @@ from tests.unit.controller.fakes import FakeQmp, beat, event, in_loop, primary, 
 
 
 class Disks:
-    """DiskReplication that says what it is told to."""
+    """DiskReplication that says what it is told to, in one with its parts."""
 
     any = True
 
@@ -42,6 +42,7 @@ class Disks:
         self.lost = self.waits = ""
         self.sizes: dict[str, int] = {}
         self.room = Room("/", (), 0, 0, 0)
+        self.block = self.mirrors = self.replica = self.files = self
 
     async def look(self) -> None:
         self._do("look")
@@ -94,7 +95,7 @@ class Disks:
     async def committing(self) -> bool:
         return self.overlays_there
 
-    async def remove_overlays(self) -> None:
+    async def remove_all(self) -> None:
         self.said.append("remove")
 
     def on_event(self, e: QmpEvent) -> str:
