@@ -40,6 +40,7 @@ from colo_xdp.controller import (
     replacement,
     secondary,
     secondary_disks,
+    secondary_entry,
     shadow,
     switchover,
     takeover,
@@ -888,7 +889,7 @@ class World:
             conntrack_map,
             offload_maps, lease_module, takeover, device_watch, colo_entry, guest_lifecycle,
             supervisor, heartbeats, pvm_output, replacement, shadow, switchover, mirrors, replica,
-            secondary_disks, mirror_watch,
+            secondary_disks, secondary_entry, mirror_watch,
         )  # fmt: skip
         disks, copies, files = mirrors.Mirrors, replica.Replica, overlays.OverlayFiles
         stood_in = {disks: ("probe", "look"), copies: ("_need_room",),

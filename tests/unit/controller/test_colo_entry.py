@@ -438,7 +438,7 @@ def test_an_svm_that_an_unknown_entry_has_left_in_colo_is_replaced(
 
     async def body() -> None:
         c, dp, _ = secondary(Mode.DROP, adopted=False)
-        c.state, c._ready_wanted = State.STARTING, announced
+        c.state, c.entry.wanted = State.STARTING, announced
         c.replacement.begin = lambda: None  # type: ignore[method-assign]
         c.qemu.qmp = Qemu("running", migration)  # type: ignore[assignment]
         c.on_message(

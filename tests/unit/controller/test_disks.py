@@ -500,10 +500,10 @@ def test_ready_carries_the_sizes_of_the_images() -> None:
     async def body() -> None:
         s, _, sent, disks = a_secondary()
         s.life, s.state = Fit(), State.STARTING  # type: ignore[assignment]
-        await s._send_ready()
+        await s.entry.send_ready()
         assert sent[-1]["type"] == "ready" and sent[-1]["disks"] == {"d0": 1}
         disks.fails = [DiskError("no room")]
-        await s._send_ready()
+        await s.entry.send_ready()
         assert sent[-1]["type"] == "failed" and "no room" in sent[-1]["why"]
         assert "no room" in s.reason
 

@@ -22,7 +22,7 @@ def test_a_primary_that_gave_up_is_told_again_who_waits(
     status: str, told: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def body() -> None:
-        monkeypatch.setattr("colo_xdp.controller.secondary.REMIND_S", 0.05)
+        monkeypatch.setattr("colo_xdp.controller.secondary_entry.REMIND_S", 0.05)
         c, _, sent = secondary(adopted=False)
         asked = 0
 
@@ -52,7 +52,7 @@ def test_a_primary_that_gave_up_is_told_again_who_waits(
             cards=no_cards,
         )
         c.peer = SimpleNamespace(connected=True, send=sent)  # type: ignore[assignment]
-        c._ready_wanted, c.view.peer.state = True, "checkpointing"
+        c.entry.wanted, c.view.peer.state = True, "checkpointing"
         end = time.monotonic() + 0.1
         while time.monotonic() < end:
             c.on_tick(0)
@@ -190,7 +190,7 @@ def test_a_first_checkpoint_counts_when_the_primary_has_confirmed_it() -> None:
     c.on_message(beat)
     assert c.state is State.STARTING and dp.mode is Mode.CHECKPOINT and dp.epoch == 0
     assert not dp.injectors["deliver"].frames
-    c._ready_wanted = True
+    c.entry.wanted = True
     c.on_message(beat | {"epoch": 1, "alone": False})
     assert dp.sync_state is SyncState.IN_SYNC
     c.peer_connected()

@@ -218,7 +218,7 @@ def test_a_copy_of_a_guest_that_spoke_alone_never_speaks(state: State, words: li
 
 def test_a_guest_that_waits_for_one_that_speaks_alone_stays() -> None:
     c, dp, _ = secondary(Mode.DROP, adopted=False)
-    c._ready_wanted = True
+    c.entry.wanted = True
     c.on_message(SPOKE)
     c.peer_shut(True)
     assert c.state is State.STARTING and dp.mode is Mode.DROP
