@@ -90,7 +90,7 @@ class TcpCodec:
             and not st.asked
             and not st.unverifiable
             and not st.marks.unfit
-            and not theirs.surg
+            and not theirs.svm_urgent
             and st.windows.shrunk is None
             and known(st.key)
         )
@@ -217,7 +217,7 @@ class TcpCodec:
         if state.fin is not None and waits is None:
             st.sent.fin_done = state.fin
         if waits is not None and not state.pvm_ahead:
-            st.theirs.svm_fin, st.theirs.sfin_at = waits, since
+            st.theirs.svm_fin, st.theirs.svm_fin_at = waits, since
         if state.buffer and not state.pvm_ahead:
             for at in range(0, len(state.buffer), PIECE):
                 piece = state.buffer[at : at + PIECE]

@@ -243,7 +243,7 @@ def timers_of_what_waits_are_cancelled(mp: Any) -> None:
 
 @_mutant
 def no_ack_gate(mp: Any) -> None:
-    mp.setattr(TcpFlow, "_acked", lambda self, p: True)
+    mp.setattr(TcpFlow, "acked", lambda self, p: True)
 
 
 @_mutant
