@@ -303,7 +303,7 @@ class Controller(RoleSteps):
             if msg.get("over"):
                 self.life.pair_over(ENDED)
             elif msg["shut"]:
-                self.peer_shut(msg["alone"])
+                self.peer_shut(msg["standalone"])
             if msg["echo"]:
                 self.peer.rtt_ns = max(0, boot_ns() - msg["echo"])
                 if msg["promise"]:
@@ -311,7 +311,7 @@ class Controller(RoleSteps):
             self.view.heartbeat_read(msg["t"])
         elif kind == "shut":
             self.view.peer_gave_reason(f'"{msg["why"][:200]}"')
-            self.peer_shut(msg["alone"])
+            self.peer_shut(msg["standalone"])
         elif kind == "guest_off":
             self.life.pair_over(msg["why"][:200])
         elif kind == "ready" or (kind == "begin" and msg["initial"]):

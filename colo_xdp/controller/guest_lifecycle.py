@@ -241,7 +241,7 @@ class GuestLifecycle:
         c.dp.mode, c.dp.sync_state = Mode.DROP, SyncState.NONE
         c.forget_copy()
         c.become(State.STOPPED, f"{why}: the pair is over")
-        c.peer.send("shut", why="the copy of a guest that is off is silent", alone=False)
+        c.peer.send("shut", why="the copy of a guest that is off is silent", standalone=False)
         c.spawn(self._end_copy())
 
     async def _end_copy(self) -> None:

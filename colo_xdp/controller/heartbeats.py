@@ -86,7 +86,7 @@ class Heartbeats:
             vm=not c.view.guest.gone,
             shut=c.path_shut,
             over=bool(c.view.guest.over),
-            alone=c.view.guest.standalone,
+            standalone=c.view.guest.standalone,
             shadow=c.uncompared,  # the secondary repeats what the primary reported
             promise=promise,
             role=c.role.value,
@@ -116,8 +116,8 @@ class Heartbeats:
         ns = int(late * 1e9)
         self._lag_ns = max(self._lag_ns, ns)
         if late > interval:
-            self._c.peer.excuse(ns)
-            self._c.paths.core.excuse(ns)
+            self._c.peer.discount(ns)
+            self._c.paths.core.discount(ns)
         if late > self._c.config.peer.heartbeat_timeout / 2000:
             log.warning("this controller stood still for %.0f ms", ns / 1e6)
 
@@ -139,7 +139,7 @@ class Heartbeats:
             c.peer_lives("it has received what was sent since")
         if c.peer.connected or heartbeat.after <= since or heartbeat.t <= view.peer.heard_boot_ns:
             return
-        view.beacon(heartbeat.t, heartbeat.epoch)
+        view.datagram(heartbeat.t, heartbeat.epoch)
         if Flag.SHUT in heartbeat.flags:
             if not view.peer.shut:
                 view.peer_gave_reason("its QEMU hangs" if Flag.HANGS in heartbeat.flags else "")

@@ -329,7 +329,9 @@ class PairView:
         """Record a heartbeat on the control channel (peer/messages.py)."""
         peer = self.peer
         peer.state, peer.epoch, peer.role = msg["state"], msg["epoch"], msg["role"]
-        peer.guest = other_guest(msg["role"], msg["state"], alone=msg["alone"], shut=msg["shut"])
+        peer.guest = other_guest(
+            msg["role"], msg["state"], standalone=msg["standalone"], shut=msg["shut"]
+        )
 
     def heartbeat_read(self, t: int) -> None:
         """Record that a heartbeat has been acted upon and has to be answered."""
@@ -340,7 +342,7 @@ class PairView:
         t, self.peer.answer_boot_ns = self.peer.answer_boot_ns, 0
         return t
 
-    def beacon(self, t: int, epoch: int) -> None:
+    def datagram(self, t: int, epoch: int) -> None:
         """Record a heartbeat datagram that is newer than all that the control channel brought."""
         self.peer.heard_boot_ns, self.peer.epoch = t, epoch
 

@@ -488,7 +488,7 @@ class Primary(Controller):
             self._open(why)
         elif action is Action.STOP:
             self._demote(why)
-            self.peer.send("shut", why=why, alone=self.view.guest.standalone)
+            self.peer.send("shut", why=why, standalone=self.view.guest.standalone)
         elif action is Action.ASK_SHUT:
             self.become(self.state if self.undecided else State.DEGRADED, why)
             self.asks = not self.peer.send("demote", why=why)

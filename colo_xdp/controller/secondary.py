@@ -154,7 +154,7 @@ class Secondary(Controller):
             self._finish(h, h.resume)
         else:
             self.entry.on_beat(msg)
-        if msg["alone"] and not msg["shut"] and self.view.pair.confirmed:
+        if msg["standalone"] and not msg["shut"] and self.view.pair.confirmed:
             self.outdated("the PVM has run standalone")  # while no message of it arrived
         elif self._was_not_missed(msg):
             self.become(State.PROTECTED, "the primary answers again, and noticed no silence")
@@ -223,7 +223,7 @@ class Secondary(Controller):
         self.dp.mode = Mode.DROP
         self.view.demoted()
         self.become(State.STOPPED, f"demoted for the primary: {why}")
-        self.peer.send("shut", why="the secondary has shut its data path", alone=False)
+        self.peer.send("shut", why="the secondary has shut its data path", standalone=False)
 
     def _on_offsets(self, msg: dict[str, Any]) -> None:
         """Store offsets of the guest that this one copies; they count once the copy transmits."""
@@ -478,7 +478,7 @@ class Secondary(Controller):
         elif action is Action.STOP:
             self.dp.mode = Mode.DROP
             self.become(State.STOPPED, why)
-            self.peer.send("shut", why=why, alone=self.view.guest.standalone)
+            self.peer.send("shut", why=why, standalone=self.view.guest.standalone)
 
     async def switch_over(self, deadline: float) -> bool:
         if self.state not in (State.PROTECTED, State.CHECKPOINTING) or not self.peer.connected:

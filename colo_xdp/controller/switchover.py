@@ -120,4 +120,4 @@ class Switchover:
         now = time.monotonic_ns()
         last = now if released else ck.stop_ns  # what was held left with the commit
         c.peer.send("downtime_start", us=max(0, now - last) // 1000)
-        c.peer.send("shut", why="switchover", alone=c.view.guest.standalone)
+        c.peer.send("shut", why="switchover", standalone=c.view.guest.standalone)

@@ -494,7 +494,7 @@ class Engine:
         That is a timer of some ms, or a frame that is kept back. A timer of seconds may be late by
         50 ms, and mostly its flow has finished by then, so it causes no wake-up.
         """
-        if self._scheduler.braking:
+        if self._scheduler.under_backpressure:
             return self._clock.now
         if not self.patience.adaptive:
             return self._timers.next_ns

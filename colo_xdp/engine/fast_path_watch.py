@@ -100,4 +100,4 @@ class FastPathWatch:
                 continue
             state = self._fast.reclaim(key)
             if state is not None:
-                self._flows.revive(key, state)
+                self._flows.restore_evicted(key, state)

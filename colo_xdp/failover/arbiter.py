@@ -190,7 +190,7 @@ class LeaseArbiter(Arbiter):
         s.watch = action is not Action.NONE
         s.want = wants
         if action is Action.ACQUIRE and s.held:
-            s.alone()
+            s.ran_standalone()
 
     async def check(self) -> None:
         """Check that the store answers: with no lease available both guests would be silent.
@@ -218,7 +218,7 @@ class LeaseArbiter(Arbiter):
         self.leadership.freed(boot)
 
     def peer_open(self) -> None:
-        self.leadership.revived()
+        self.leadership.new_guest()
 
     @property
     def right(self) -> str:

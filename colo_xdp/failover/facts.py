@@ -33,13 +33,13 @@ class OtherGuest(StrEnum):
     ENDED = "ended"  # it ran standalone and is gone
 
 
-def other_guest(role: str, state: str, *, alone: bool, shut: bool) -> OtherGuest:
+def other_guest(role: str, state: str, *, standalone: bool, shut: bool) -> OtherGuest:
     """Classify the other guest from the fields of a heartbeat (peer/messages.py)."""
     if shut:
-        return OtherGuest.ENDED if alone else OtherGuest.IDLE
-    if role == Role.PRIMARY and not alone and state == State.STARTING:
+        return OtherGuest.ENDED if standalone else OtherGuest.IDLE
+    if role == Role.PRIMARY and not standalone and state == State.STARTING:
         return OtherGuest.UNKNOWN  # it is undecided as well
-    if alone or role == Role.PRIMARY or state in (State.PROMOTED, State.SOLO):
+    if standalone or role == Role.PRIMARY or state in (State.PROMOTED, State.SOLO):
         return OtherGuest.TRANSMITTING
     return OtherGuest.IDLE if state in (State.STARTING, State.STOPPED) else OtherGuest.COPY
 

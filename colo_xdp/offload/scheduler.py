@@ -173,7 +173,7 @@ class OffloadScheduler:
     # -- backpressure
 
     @property
-    def braking(self) -> bool:
+    def under_backpressure(self) -> bool:
         """Return whether frames of any flow are kept back."""
         return bool(self._backpressured)
 

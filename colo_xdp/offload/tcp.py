@@ -27,7 +27,7 @@ PIECE = 32 * 1024
 #: Bytes of history handed over with a stream: the PVM may be waiting for acks, and retransmit next.
 HISTORY = 64 * 1024
 
-_MEMO = struct.Struct("=BBBxIIHH")  # flags, direction, scale, isn, origin, window of the SYN
+_COOKIE = struct.Struct("=BBBxIIHH")  # flags, direction, scale, isn, origin, window of the SYN
 _NO_SCALE = 255
 _DEFAULT_MSS = 536  # RFC 9293 section 3.7.1
 
@@ -141,7 +141,7 @@ class TcpCodec:
         if len(buffer) > abi.BUFFER // 2:
             return None
         scale, pending = _NO_SCALE if w.scale is None else w.scale, diff(p_ack, s_ack) > 0
-        memo = _MEMO.pack(
+        cookie = _COOKIE.pack(
             st.sent.isn is not None,
             direction_number(st.direction),
             scale,
@@ -168,7 +168,7 @@ class TcpCodec:
                 l4,
                 size,
                 header,
-                memo,
+                cookie,
             ),
             buffer,
             pending,
@@ -183,7 +183,7 @@ class TcpCodec:
 
     def recall(self, st: TcpFlow, state: ConnState, now_ns: int) -> None:
         """Continue an empty or offloaded stream from the kernel's state."""
-        has_isn, _, scale, isn, origin, syn, _ = _MEMO.unpack_from(state.cookie)
+        has_isn, _, scale, isn, origin, syn, _ = _COOKIE.unpack_from(state.cookie)
         st.sent.isn, st.sent.origin = (isn if has_isn else None), origin
         st.epoch = state.epoch
         known = (

@@ -84,7 +84,7 @@ def session_key(pair: str, primary: str, secondary: str) -> bytes:
         return b""
     if any(len(n) != NONCE for n in nonces):
         return b""
-    return hmac.digest(b"".join(nonces), b"colo_xdp beacon 1 " + pair.encode(), "sha256")
+    return hmac.digest(b"".join(nonces), b"colo_xdp heartbeat 1 " + pair.encode(), "sha256")
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,7 +223,7 @@ class HeartbeatSession:
             p.rtt_ns = max(0, now_ns - echo - held * 1000)
         return Heartbeat(Flag(flags), lag, epoch, t, echo)
 
-    def excuse(self, ns: int) -> None:
+    def discount(self, ns: int) -> None:
         """Do not count the last `ns` as the peer's silence: this side was not receiving."""
         for p in self.paths:
             p.heard_ns += ns if p.heard_ns else 0

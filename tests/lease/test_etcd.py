@@ -310,20 +310,20 @@ def test_the_record_outlives_the_lease_and_its_holder(etcd: str) -> None:
         async with pair(etcd, "alone") as x:
             x.p.speaker.want = True
             await x.until(lambda: x.p.transmits)
-            x.p.speaker.alone()
+            x.p.speaker.ran_standalone()
             await x.until(lambda: x.p.speaker.recorded)
             x.p.wire.cut("both")
             x.s.speaker.want = True
             await x.until(lambda: x.s.speaker.peer_standalone)
             await x.stays(lambda: not x.s.transmits, 0.3)  # though nobody else has the key
             # its own record cannot replace the other's
-            x.s.speaker.alone()
+            x.s.speaker.ran_standalone()
             await x.stays(lambda: not x.s.speaker.recorded, 1.0)
             x.s.speaker.want = False
             x.p.wire.cut("")
             await x.until(lambda: x.p.speaker.held and x.p.speaker.recorded)
             x.p.speaker.paired()
-            await x.until(lambda: x.p.speaker.seen.alone == "")
+            await x.until(lambda: x.p.speaker.seen.standalone == "")
             await x.until(lambda: not x.s.speaker.peer_standalone)  # it watches, and wants nothing
             assert not x.s.transmits
 

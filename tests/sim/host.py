@@ -1053,7 +1053,7 @@ class SimPeer:
             if was and not end.dead:
                 end._on_down(why)
 
-    def excuse(self, ns: int) -> None:
+    def discount(self, ns: int) -> None:
         raise AssertionError("nobody stands still in virtual time")
 
     def silent_ms(self) -> float:

@@ -933,7 +933,7 @@ def a_solo_primary_does_not_tell(mp: Any) -> None:
 
     def on_message(self: Secondary, msg: dict[str, Any]) -> None:
         if msg["type"] == "heartbeat":
-            msg = msg | {"alone": False}
+            msg = msg | {"standalone": False}
         original(self, msg)
 
     mp.setattr(Secondary, "on_message", on_message)

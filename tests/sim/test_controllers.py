@@ -344,7 +344,7 @@ def a_beat_does_not_say_alone(mp: Any) -> None:
     real = controller.Controller._peer_message
     mp.setattr(
         controller.Controller, "_peer_message", lambda self, msg: real(
-            self, msg | {"alone": False} if "alone" in msg else msg
+            self, msg | {"standalone": False} if "standalone" in msg else msg
         ),
     )  # fmt: skip
 

@@ -155,7 +155,7 @@ RETIRED = {
     r"giv(?:e|en|ing) (?:to|back to) (?:K|the kernel|the fast path)|gifts?": "offload",
     r"recall(?:s|ed)?|seiz(?:e|es|ed)": "reclaim",
     r"stash(?:es|ed)?": "buffer",
-    r"brakes?|braking": "backpressure",
+    r"brakes?|under_backpressure": "backpressure",
     r"twins?": "counterpart",
     r"beacons?": "heartbeat, heartbeat datagram",
     r"speakers?": "leadership, arbiter",

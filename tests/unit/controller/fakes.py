@@ -173,7 +173,7 @@ def beat(state: str, **fields: Any) -> dict[str, Any]:
     return {
         "type": "heartbeat", "t": 1, "echo": 0, "state": state, "epoch": 5, "vm": True,
         "shut": False,
-        "alone": False, "shadow": False, "promise": False, "role": "secondary", **fields,
+        "standalone": False, "shadow": False, "promise": False, "role": "secondary", **fields,
     }  # fmt: skip
 
 
@@ -213,7 +213,7 @@ BEAT = {
     "t": 1,
     "echo": 0,
     "vm": True,
-    "alone": False,
+    "standalone": False,
     "shadow": False,
     "type": "heartbeat",
     "role": "primary",
@@ -262,7 +262,7 @@ class HungQmp(FakeQmp):
 SPOKE = {
     "type": "heartbeat", "t": 1, "echo": 0, "epoch": 7, "vm": True, "promise": False,
     "shadow": False,
-    "role": "primary", "state": "solo", "shut": False, "alone": True,
+    "role": "primary", "state": "solo", "shut": False, "standalone": True,
 }  # fmt: skip
 
 
@@ -293,7 +293,7 @@ class ToldStore:
 
     async def hold(self, holder: str, ttl_ms: int, steal: str, claim: bool) -> StoreView:
         self.asked += 1
-        return StoreView(holder, self.seen.alone)
+        return StoreView(holder, self.seen.standalone)
 
     async def look(self) -> StoreView:
         return self.seen

@@ -416,7 +416,7 @@ def test_a_secondary_that_has_not_heard_of_the_end_of_an_entry_concludes_it(
         c.qemu.qmp = Qemu("running", "colo")  # type: ignore[assignment]
         c.on_message(
             {"type": "heartbeat", "role": role, "state": state, "epoch": 7, "shut": False,
-             "alone": False}
+             "standalone": False}
         )  # fmt: skip
         await asyncio.gather(*c._tasks)
         assert (c.state is State.STOPPED) == over and (c.held.hold is None) == over
@@ -443,7 +443,7 @@ def test_an_svm_that_an_unknown_entry_has_left_in_colo_is_replaced(
         c.qemu.qmp = Qemu("running", migration)  # type: ignore[assignment]
         c.on_message(
             {"type": "heartbeat", "role": "primary", "state": "starting", "epoch": 7,
-             "shut": False, "alone": False}
+             "shut": False, "standalone": False}
         )  # fmt: skip
         await asyncio.gather(*c._tasks)
         assert (c.state is State.STOPPED) == over and dp.mode is Mode.DROP

@@ -32,7 +32,7 @@ def test_standing_down_and_coming_back() -> None:
         c.qemu.qmp = SimpleNamespace(connected=True)  # type: ignore[assignment]
         c._peer_message({"type": "demote", "why": "hang"})
         assert c.state is State.STOPPED and dp.mode is Mode.DROP and sent.kinds() == ["shut"]
-        c._peer_message({"type": "shut", "why": "dead", "alone": alone})
+        c._peer_message({"type": "shut", "why": "dead", "standalone": alone})
         await asyncio.sleep(0)
         assert done == ([] if alone else ["take_over"])
         return c.state
@@ -70,7 +70,7 @@ def test_a_guest_whose_programs_have_stepped_out_stands_down() -> None:
         c.state = State.PROMOTED
         await c.commands.run("demote", {})
         assert dp.mode is Mode.DROP and not c.stepped_out and dp.stepped_in == 1
-        assert sent[0]["alone"]
+        assert sent[0]["standalone"]
 
     asyncio.run(body())
 

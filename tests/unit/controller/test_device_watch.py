@@ -213,7 +213,7 @@ def test_a_filter_before_ours_is_as_a_shadow_that_nobody_asked_for() -> None:
         "state": "protected",
         "epoch": 7,
     }
-    c.on_message(word | {"shut": False, "alone": False})
+    c.on_message(word | {"shut": False, "standalone": False})
     assert not c.output.nics[0].engine.shadow, "what passes us is bad enough"
     c.devices._found(Look())
     assert c.shadow.leaving and wants(c) == Cause.HOOKS_LOST

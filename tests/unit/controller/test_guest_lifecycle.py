@@ -64,7 +64,7 @@ def test_a_pvm_that_is_off_ends_the_pair(answers: str) -> None:
         assert "guest_off" in sent.kinds() and "shut" not in sent.kinds()
         assert dp.mode is Mode.CHECKPOINT and not dp.injectors["release"].frames
         if answers == "gone":
-            c._peer_message({"type": "shut", "why": "silent", "alone": False})
+            c._peer_message({"type": "shut", "why": "silent", "standalone": False})
         elif answers:
             beat = {"role": "secondary", "state": "stopped", "epoch": 7, "shut": True}
             c._peer_message(BEAT | beat | {"over": True, "promise": False})

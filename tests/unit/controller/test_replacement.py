@@ -94,7 +94,7 @@ def test_a_guest_is_worthless_only_if_the_other_speaks(
 ) -> None:
     c, _, _ = primary(Mode.DROP, adopted=True)
     c.view.peer.role, c.view.peer.state, c.peer.connected = role, state, connected
-    c.view.peer.guest = other_guest(role, state, alone=over, shut=False)
+    c.view.peer.guest = other_guest(role, state, standalone=over, shut=False)
     assert c.superseded() is over
 
 

@@ -90,7 +90,7 @@ def test_a_silence_that_only_the_secondary_noticed(
             "state": state,
             "epoch": epoch,
             "shut": False,
-            "alone": False,
+            "standalone": False,
         }
     )
     assert (s.state is State.PROTECTED) == again
@@ -186,12 +186,12 @@ def test_a_first_checkpoint_counts_when_the_primary_has_confirmed_it() -> None:
         "epoch": 0,
         "shadow": False,
     }
-    beat |= {"shut": False, "role": "primary", "alone": True}
+    beat |= {"shut": False, "role": "primary", "standalone": True}
     c.on_message(beat)
     assert c.state is State.STARTING and dp.mode is Mode.CHECKPOINT and dp.epoch == 0
     assert not dp.injectors["deliver"].frames
     c.entry.wanted = True
-    c.on_message(beat | {"epoch": 1, "alone": False})
+    c.on_message(beat | {"epoch": 1, "standalone": False})
     assert dp.sync_state is SyncState.IN_SYNC
     c.peer_connected()
     assert "ready" not in sent.kinds(), "the guest is in use: none that waits"

@@ -23,7 +23,7 @@ def test_a_shadow_ends_with_a_later_checkpoint_only() -> None:
         "state": "protected",
         "vm": True,
         "shut": False,
-        "alone": False,
+        "standalone": False,
         "role": "primary",
     }
     beat |= {"type": "heartbeat"}

@@ -42,7 +42,7 @@ def test_a_guest_that_spoke_alone_and_dies_does_not_speak(side: str) -> None:
         await c._busy
         assert c.state is State.STOPPED and dp.mode is Mode.DROP and c.path_shut
         assert "no guest is active now" in c.reason
-        assert sent[-1]["type"] == "shut" and sent[-1]["alone"]
+        assert sent[-1]["type"] == "shut" and sent[-1]["standalone"]
         c.replacement._search.cancel()
 
     in_loop(body)
@@ -54,7 +54,7 @@ def test_a_primary_never_speaks_against_a_secondary_that_took_over(kind: str) ->
         c, dp, _ = primary()
         c.state = State.PROTECTED
         beat = {"t": 1, "echo": 0, "state": "promoted", "epoch": 7, "vm": True,
-                "shut": False, "alone": True, "role": "secondary"}  # fmt: skip
+                "shut": False, "standalone": True, "role": "secondary"}  # fmt: skip
         c._peer_message({"type": kind, **({"why": "x"} if kind == "promoted" else beat)})
         assert c.state is State.STOPPED and dp.mode is Mode.DROP
 
@@ -206,7 +206,7 @@ def test_a_copy_of_a_guest_that_spoke_alone_never_speaks(state: State, words: li
             c._peer_message(SPOKE | shut)
             await asyncio.sleep(0)
         assert c.state is State.STOPPED and dp.mode is Mode.DROP and not done
-        c._peer_message({"type": "shut", "why": "dead", "alone": False})
+        c._peer_message({"type": "shut", "why": "dead", "standalone": False})
         await asyncio.sleep(0)
         assert c.state is State.STOPPED and not done, "whatever is said later"
         again = Secondary(c.config, dp)  # type: ignore[arg-type]
@@ -228,7 +228,7 @@ def test_a_pvm_is_outdated_when_the_svm_spoke_alone_and_died() -> None:
     async def body() -> None:
         c, dp, _ = primary()
         c.state = State.DEGRADED
-        c._peer_message({"type": "shut", "why": "dead", "alone": True})
+        c._peer_message({"type": "shut", "why": "dead", "standalone": True})
         assert c.state is State.STOPPED and dp.mode is Mode.DROP
 
     in_loop(body)
@@ -259,7 +259,7 @@ def test_who_spoke_alone_outlives_the_primarys_controller(
     c.peer.send = sent  # type: ignore[method-assign]
     assert c.state is state
     c.beat()
-    assert sent[-1]["alone"] == alone
+    assert sent[-1]["standalone"] == alone
 
 
 def test_a_host_learns_that_the_other_is_not_alone_any_more() -> None:

@@ -171,7 +171,7 @@ def test_a_takeover_does_not_break_a_promise_of_silence(word: str) -> None:
                     "state": "solo",
                     "epoch": 7,
                     "shut": False,
-                    "alone": True,
+                    "standalone": True,
                 }
             )
         else:

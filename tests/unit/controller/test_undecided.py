@@ -34,9 +34,9 @@ from tests.unit.controller.fakes import (
         (beat("starting"), True, State.STARTING),
         (beat("stopped", shut=True), True, State.STARTING),
         (beat("protected"), False, State.STARTING),
-        (beat("promoted", alone=True), False, State.STOPPED),
-        (beat("solo", alone=True, role="primary"), False, State.STOPPED),
-        (beat("stopped", alone=True, shut=True), False, State.STARTING),
+        (beat("promoted", standalone=True), False, State.STOPPED),
+        (beat("solo", standalone=True, role="primary"), False, State.STOPPED),
+        (beat("stopped", standalone=True, shut=True), False, State.STARTING),
     ],
 )
 def test_a_guest_of_which_nothing_is_known_speaks_at_a_word(
@@ -50,7 +50,9 @@ def test_a_guest_of_which_nothing_is_known_speaks_at_a_word(
             and not c.transmits
             and "does not know what happened before" in c.reason
         )
-        assert sent[-1]["type"] == "heartbeat" and not sent[-1]["alone"] and not sent[-1]["shut"]
+        assert (
+            sent[-1]["type"] == "heartbeat" and not sent[-1]["standalone"] and not sent[-1]["shut"]
+        )
         if words is not None:
             c._peer_message(words)
         if c._busy is not None:
@@ -79,7 +81,7 @@ def test_a_primary_that_waits_for_a_word_supersedes_nobody(alone: bool) -> None:
     is not ended for one that is silent itself."""
     c, _, _ = secondary()
     c.state, c.peer.connected = State.STOPPED, True
-    c._peer_message(BEAT | beat("starting", role="primary", alone=alone))
+    c._peer_message(BEAT | beat("starting", role="primary", standalone=alone))
     assert c.superseded() is alone
 
 

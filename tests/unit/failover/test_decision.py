@@ -341,7 +341,7 @@ def test_a_guest_of_which_nothing_is_known_speaks_at_a_word_only() -> None:
 def test_what_a_heartbeat_says_of_the_other_guest(
     role: str, state: str, alone: bool, shut: bool, what: OtherGuest
 ) -> None:
-    assert other_guest(role, state, alone=alone, shut=shut) is what
+    assert other_guest(role, state, standalone=alone, shut=shut) is what
 
 
 def test_nobody_speaks_alone_without_the_lease() -> None:

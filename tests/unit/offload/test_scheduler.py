@@ -63,12 +63,12 @@ class Busy(NoKernelPath):
         """What was given last, of which nothing is outstanding."""
         if not self.taken:
             return None
-        epoch, rel, p_ack, s_ack, adv_ack, p_win, s_win, adv_win, mss, *_, memo = (
+        epoch, rel, p_ack, s_ack, adv_ack, p_win, s_win, adv_win, mss, *_, cookie = (
             abi.OFFLOAD.unpack(self.taken[-1].state)
         )
         return ConnState(
             abi.OWNER_USER, epoch, rel, 0, p_ack, s_ack, adv_ack, p_win, s_win, adv_win, mss, True,
-            False, b"", 0, 0, 0, memo, b"", b"",
+            False, b"", 0, 0, 0, cookie, b"", b"",
         )  # fmt: skip
 
 

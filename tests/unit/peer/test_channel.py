@@ -111,7 +111,7 @@ def test_both_make_the_same_key_for_beacons_and_another_one_each_time() -> None:
     asyncio.run(go())
 
 
-@pytest.mark.parametrize("nonce", [{}, {"beacon": "00"}, {"beacon": 7}])
+@pytest.mark.parametrize("nonce", [{}, {"nonce": "00"}, {"nonce": 7}])
 def test_a_peer_that_knows_no_beacons_is_welcome(nonce: dict[str, Any]) -> None:
     async def go() -> None:
         port = free_port()
@@ -164,10 +164,10 @@ def test_how_a_silence_began() -> None:
 
 def test_time_without_listening_is_no_silence() -> None:
     p = End("primary", free_port()).peer
-    p.excuse(10**9)
+    p.discount(10**9)
     assert p.silent_ms() == float("inf"), "never heard"
     p.last_seen_ns = time.monotonic_ns() - 3 * 10**9
-    p.excuse(2 * 10**9)
+    p.discount(2 * 10**9)
     assert 999 < p.silent_ms() < 60_000
 
 

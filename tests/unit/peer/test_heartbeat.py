@@ -177,7 +177,7 @@ def test_another_process_of_the_peer_ends_the_former_key() -> None:
 def test_time_without_listening_is_no_silence() -> None:
     p, s = two(1)
     s.receive(0, sent(p), T0)
-    s.excuse(1000 * MS)
+    s.discount(1000 * MS)
     assert s.silent_ms(0, T0 + 1100 * MS) == 100
 
 

@@ -85,7 +85,7 @@ def test_only_a_fresh_word_counts_and_only_when_the_channel_is_down(make: Any, w
             c.peer.connected = False
         elif why == "overtaken":  # by what the control channel brought before it was cut
             beat = {"t": said.t, "echo": 0, "state": "protected", "epoch": 7, "vm": True,
-                    "shut": False, "alone": False, "shadow": False, "promise": False,
+                    "shut": False, "standalone": False, "shadow": False, "promise": False,
                     "role": OTHER[c.role.value]}  # fmt: skip
             c._peer_message({"type": "heartbeat", **beat})
         else:
