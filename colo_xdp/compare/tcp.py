@@ -106,11 +106,11 @@ class TcpFlow(ComparedFlow):
         self.sent.roll_back()
         self.theirs.svm_nxt = self.sent.verified
 
-    def unknown(self, epoch: int) -> None:
+    def reset(self, epoch: int) -> None:
         """Forget everything, as if the connection were new."""
         self.sent.forget()
         self.windows = WindowGate()
-        super().unknown(epoch)
+        super().reset(epoch)
 
     def removed(self) -> None:
         """Drop the flow's history when it leaves the tables."""

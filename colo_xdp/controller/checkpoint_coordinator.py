@@ -388,8 +388,8 @@ class CheckpointCoordinator:
         """Once the PVM stands still, tell the secondary whether its images are of this checkpoint.
 
         QEMU empties the secondary's overlays in any case, so the secondary counts the checkpoint
-        only with this word. It should not wait for QEMU, which answers little while it sends the
-        guest's state: if it dies then, the secondary has that state, and must have the word. Raises
+        only with this message. It should not wait for QEMU, which answers little while it sends
+        the guest's state: if it dies then, the secondary has that state, and must be told. Raises
         CheckpointFailed, QmpError.
         """
         c, mirrors = self._c, self._c.qemu.disks.mirrors

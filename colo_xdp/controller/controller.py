@@ -298,8 +298,8 @@ class Controller(RoleSteps):
         if kind == "heartbeat":
             self.view.heartbeat(msg)
             if self.role is Role.SECONDARY:
-                word = msg["shadow"] and msg["role"] == Role.PRIMARY.value
-                self._on_peer_shadow(word, msg["epoch"])
+                shadow = msg["shadow"] and msg["role"] == Role.PRIMARY.value
+                self._on_peer_shadow(shadow, msg["epoch"])
             if msg.get("over"):
                 self.life.pair_over(ENDED)
             elif msg["shut"]:

@@ -181,7 +181,7 @@ class TcpCodec:
         st.host.ledger.discharge_svm(len(st.theirs.chunks))
         st.theirs.chunks.clear()
 
-    def recall(self, st: TcpFlow, state: ConnState, now_ns: int) -> None:
+    def restore(self, st: TcpFlow, state: ConnState, now_ns: int) -> None:
         """Continue an empty or offloaded stream from the kernel's state."""
         has_isn, _, scale, isn, origin, syn, _ = _COOKIE.unpack_from(state.cookie)
         st.sent.isn, st.sent.origin = (isn if has_isn else None), origin

@@ -107,7 +107,7 @@ class UdpCodec:
         flow.unhold()
         flow.forget_svm()
 
-    def recall(self, flow: DatagramFlow, state: ConnState, now_ns: int) -> None:
+    def restore(self, flow: DatagramFlow, state: ConnState, now_ns: int) -> None:
         """Continue an empty or offloaded flow from the kernel's state."""
         flow.epoch = state.epoch
         for ts, partial, frame in records(state.buffer):

@@ -49,7 +49,7 @@ async def until(cond: Callable[[], object], again: Callable[[], None] = lambda: 
             await asyncio.sleep(0.01)
 
 
-def test_the_peer_link_carries_beacons_without_an_address(net: Net) -> None:
+def test_the_peer_link_carries_datagrams_without_an_address(net: Net) -> None:
     async def go() -> None:
         p, s = End(net.host, "primary"), End(net.other, "secondary")
 

@@ -86,7 +86,7 @@ def test_a_silent_path_changes_no_action() -> None:
         assert decide(replace(f, paths=dead)).action is decide(f).action
 
 
-def test_paths_say_nothing_while_the_control_channel_speaks() -> None:
+def test_links_change_nothing_while_the_control_channel_is_up() -> None:
     for f, paths in cases(5):
         f = replace(f, peer_silent_ms=5.0)
         assert decide(replace(f, paths=paths)) == decide(f)

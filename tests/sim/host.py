@@ -370,10 +370,10 @@ class SimDataPath:
     @staticmethod
     def begin(side: Side) -> None:
         """Start with nothing pinned (DataPath._begin())."""
-        speaks = side.primary and side.world.scene.lease
-        side.undecided = side.primary and not speaks
-        side.sync_state = SyncState.STANDALONE if speaks else SyncState.NONE
-        side.mode = Mode.BYPASS if speaks else Mode.DROP
+        transmits = side.primary and side.world.scene.lease
+        side.undecided = side.primary and not transmits
+        side.sync_state = SyncState.STANDALONE if transmits else SyncState.NONE
+        side.mode = Mode.BYPASS if transmits else Mode.DROP
 
     @staticmethod
     def wanted(side: Side) -> bool:
@@ -462,9 +462,9 @@ class SimDataPath:
         return self._side.sync_state
 
     @sync_state.setter
-    def sync_state(self, bond: SyncState) -> None:
+    def sync_state(self, sync: SyncState) -> None:
         if not self.dead:
-            self._side.sync_state = bond
+            self._side.sync_state = sync
 
     @property
     def undecided(self) -> bool:
@@ -1074,7 +1074,7 @@ class SimPaths:
 
     def __init__(self, side: Side, pair: str, on_heartbeat: Callable[[Heartbeat], None]) -> None:
         self._side, self.dead, self._on_heartbeat = side, False, on_heartbeat
-        names = ["peer link"] if side.world.scene.beacons else []
+        names = ["peer link"] if side.world.scene.datagrams else []
         self.core = HeartbeatSession(pair, "primary" if side.primary else "secondary", names)
         side.paths = self
 
@@ -1082,7 +1082,7 @@ class SimPaths:
         pass
 
     def send(self, flags: Flag, lag_ms: int, epoch: int) -> None:
-        world, rnd = self._side.world, self._side.world.rnd_beacons
+        world, rnd = self._side.world, self._side.world.rnd_datagrams
         self.core.round()
         for i in range(len(self.core.paths)):
             data = self.core.make(i, world.ns(), flags, lag_ms, epoch)

@@ -125,18 +125,18 @@ class Gates(World):
         return side.mode is Mode.TAKEOVER and side.in_bridge
 
     def gates_moved(self) -> None:
-        speak = [x for x in (self.p, self.s) if self.open(x) and x.name not in self.isolated]
-        names = tuple(x.name for x in speak)
+        transmit = [x for x in (self.p, self.s) if self.open(x) and x.name not in self.isolated]
+        names = tuple(x.name for x in transmit)
         if names != self._opened:
             self.note("the network hears %s", " and ".join(names) or "nobody")
             self._opened = names
             self.alone.update(names)
-        if len(speak) > 1:
+        if len(transmit) > 1:
             raise Violation("both guests reach the network")
-        for side in speak:
+        for side in transmit:
             if side.stale:
                 raise Violation(
-                    f"{side.name}'s guest speaks, and lacks what the other one has said alone"
+                    f"{side.name}'s guest transmits, and lacks what the other one has said alone"
                 )
             side.other.stale = True
 
@@ -144,7 +144,7 @@ class Gates(World):
 
     async def _fence(self, side: Side) -> bool:
         await asyncio.sleep(self.rnd.uniform(0.2, self.rnd.choice((2, 30, 400))) / 1000)
-        self._excusable(side)
+        self._discountable(side)
         fate = self.rnd.choice(("fails", "off", "off", "isolated", "isolated"))
         if side.name in self.isolated:
             fate = "fails"
@@ -370,7 +370,7 @@ def silence_is_death(mp: Any) -> None:
     mp.setattr(controller, "decide", wrong)
 
 
-def a_data_path_that_began_with_nothing_speaks(mp: Any) -> None:
+def a_data_path_that_began_with_nothing_transmits(mp: Any) -> None:
     def begin(side: Side) -> None:
         side.sync_state = SyncState.STANDALONE if side.primary else SyncState.NONE
         side.mode = Mode.BYPASS if side.primary else Mode.DROP
@@ -408,7 +408,7 @@ SCENES: dict[str, Callable[[int], Scene]] = {
 #: seeds that have shown those that random scenes seldom show
 FIRST = {"a_stale_guest_may_hold_the_lease": (1152,)}
 FAULTS: tuple[Callable[[Any], None], ...] = (
-    a_data_path_that_began_with_nothing_speaks, a_stopped_controller_is_a_dead_one,
+    a_data_path_that_began_with_nothing_transmits, a_stopped_controller_is_a_dead_one,
     the_next_controller_forgets_who_was_stopped,
     nobody_hears_that_the_other_was_alone, a_new_controller_forgets_that_its_guest_was_alone,
     a_beat_does_not_say_alone, a_failed_fence_is_a_fence, silence_is_death,

@@ -153,7 +153,7 @@ class Scene:
     manual: bool = False  # the operator is the arbiter
     # a standalone guest gets a new secondary, in whichever role its host started
     roles: bool = False
-    beacons: bool = True  # heartbeats on the peer link, too
+    datagrams: bool = True  # heartbeats on the peer link, too
     disk: bool = False  # the guest has a disk, and confirms what it has written
     wait: int = 0  # the wait is adaptive, with this floor (ms); 0: it is fixed
 
@@ -205,8 +205,8 @@ def _network_scene(seed: int) -> Scene:
     rnd = random.Random(seed * 104_729 + 2)
     fast, buffers, eager = rnd.random() < 0.75, rnd.choice((1, 4, 16)), rnd.random() < 0.5
     s = replace(_scene(seed), fast=fast, buffers=buffers, eager=eager)
-    s = _stopped(replace(s, beacons=rnd.random() < 0.7))
-    if not s.beacons or s.calm() or rnd.random() < 0.7:
+    s = _stopped(replace(s, datagrams=rnd.random() < 0.7))
+    if not s.datagrams or s.calm() or rnd.random() < 0.7:
         return s
     # only the control channel is cut, for long, and perhaps one side receives no heartbeats either
     faults = [Fault(rnd.randrange(60, 900), "cut_channel", rnd.choice((600, 1500, 4000)))]
@@ -359,7 +359,7 @@ class World:
     def __init__(self, s: Scene, *, trace: bool = False) -> None:
         self.scene = s
         self.rnd = random.Random(s.seed)
-        self.rnd_beacons = random.Random(s.seed + 1)
+        self.rnd_datagrams = random.Random(s.seed + 1)
         self.rnd_person = random.Random(s.seed + 2)
         self.rnd_disk = random.Random(s.seed + 3)
         self._overdue = 0  # ticks in a row in which something had waited for too long
@@ -393,7 +393,7 @@ class World:
         guest = Guest(random.Random(self.rnd.random()), self.rnd.randrange(1 << 32))
         self.p, self.s = Side(self, True, guest), Side(self, False, None)
         self.where = self.p
-        self.spoke: set[str] = set()
+        self.transmitted: set[str] = set()
         self.udp_out: Counter[bytes] = Counter()
         self._pieces: dict[tuple[bool, int], dict[int, tuple[bytes, bool]]] = {}
         self.ordered = False  # a failover, by the operator
@@ -529,12 +529,14 @@ class World:
         self.given_up |= self.epoch_uncertain and not side.primary
         if self.frames > MAX_FRAMES:
             raise Violation(f"{MAX_FRAMES} frames: guest and client do not understand each other")
-        self.spoke.add(side.name)
+        self.transmitted.add(side.name)
         if side.name != self.heard:
             self.heard = side.name
             self.turns.append(self.ms())
         if side.stale:
-            raise Violation(f"two guests speak: {_frame(frame)} of {side.name} after the other one")
+            raise Violation(
+                f"two guests transmit: {_frame(frame)} of {side.name} after the other one"
+            )
         self._check_disk(side)
         if not side.primary:
             self.where = side
@@ -740,7 +742,7 @@ class World:
             self.stops += 1
             self.later(span, lambda: None if side.name in self.deaths else self.boot(side))
 
-    def _excusable(self, side: Side) -> None:
+    def _discountable(self, side: Side) -> None:
         """Check that a fence does not follow from stopping a controller on purpose."""
         c = side.controller
         known = side.peer_stopped > self.ns() and side.other.controller is None
@@ -806,7 +808,7 @@ class World:
 
     async def _fence(self, side: Side) -> bool:
         """Power the other host off, for certain."""
-        self._excusable(side)
+        self._discountable(side)
         await asyncio.sleep(self.rnd.uniform(0.2, self.rnd.choice((2, 30))) / 1000)
         if self.rnd.random() < 0.1:
             return False
@@ -1105,14 +1107,14 @@ class World:
         except ValueError:
             return
         if c is side.controller and not (side.mode is Mode.DROP and not side.stepped_out):
-            raise Violation(f"{side.name} has demoted, and {side.mode.name} lets it speak")
+            raise Violation(f"{side.name} has demoted, and {side.mode.name} lets it transmit")
 
     # -- pairs created again
 
     def pvm(self) -> Side:
         """Return the host whose guest reaches the network, or would."""
-        speaks = self.speaker()
-        return speaks if speaks is not None else self.s if self.s.primary else self.p
+        transmits = self.transmitter()
+        return transmits if transmits is not None else self.s if self.s.primary else self.p
 
     def whole(self) -> bool:
         """Return whether the pair is protected: either guest can continue without the other."""
@@ -1213,7 +1215,7 @@ class World:
                     last = self.ms() + 200
                     continue
                 self.client.told = True
-            if self.lost and self.speaker() is None and self.ms() > self.round_at + PATIENCE_MS:
+            if self.lost and self.transmitter() is None and self.ms() > self.round_at + PATIENCE_MS:
                 break
             idle = not self.client.plans and not self.client.conns and not self.client.udp_left
             calm = calm + 1 if idle and self.ms() > last and self._quiet() else 0
@@ -1289,7 +1291,7 @@ class World:
             )
 
     def _quiet(self) -> bool:
-        if self.speaker() is None and any(x.qemu.alive for x in (self.p, self.s)):
+        if self.transmitter() is None and any(x.qemu.alive for x in (self.p, self.s)):
             return False
         side = self.pvm()
         c = side.controller if side.primary else None
@@ -1304,7 +1306,7 @@ class World:
         k = side.fast
         return len(k.waiting()) if k is not None and side.mode is Mode.RUN else 0
 
-    def speaker(self) -> Side | None:
+    def transmitter(self) -> Side | None:
         """Return the side whose guest is on the network at the end."""
         for side in (self.s, self.p):
             if not side.primary and side.mode is Mode.TAKEOVER:
@@ -1316,18 +1318,18 @@ class World:
 
     def _finish(self) -> None:
         self.note("END")
-        side = self.speaker()
+        side = self.transmitter()
         ctl = [x.controller.state.value if x.controller else "-" for x in (self.p, self.s)]
         self.states = tuple(ctl)
         if side is None:
             if self.lost:
                 return
             if not self.deaths:
-                raise Violation(f"nobody died and nobody speaks: {ctl}")
+                raise Violation(f"nobody died and nobody transmits: {ctl}")
             if len({d[0] for d in self.deaths}) < 2:
                 alive = self.s if any(d[0] == "P" for d in self.deaths) else self.p
                 if self._must_survive(alive):
-                    raise Violation(f"{alive.name} lives and does not speak: {ctl}")
+                    raise Violation(f"{alive.name} lives and does not transmit: {ctl}")
             return
         if not side.qemu.running:
             raise Violation(f"{side.name} is on the network and does not run: {ctl}")

@@ -100,7 +100,7 @@ def test_systemd_expands_nothing_in_the_command(service: Path) -> None:
     assert argv[argv.index("--") + 1 :] == ["sh", "-c", "echo $$HOME $$$$"]
 
 
-def test_the_units_own_words_stay_with_the_controller(service: Path) -> None:
+def test_the_units_own_variables_stay_with_the_controller(service: Path) -> None:
     out = service / "env"
     assert start_incoming("sh", "-c", f"env > {out}") == 0
     names = {line.split("=")[0] for line in out.read_text().splitlines()}

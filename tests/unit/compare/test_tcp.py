@@ -222,7 +222,7 @@ def test_fin_of_the_svm_only(pair: Pair) -> None:
     opened(pair).s(0, flags=f.FIN | f.ACK).wait(2999).is_now([0]).wait(2).is_now([0], "svm_ahead")
 
 
-def test_rst_needs_its_twin(pair: Pair) -> None:
+def test_rst_needs_its_counterpart(pair: Pair) -> None:
     opened(pair).p(0, flags=f.RST | f.ACK, ack=99).is_now([0]).s(0, flags=f.RST | f.ACK, ack=98)
     pair.is_now([0, 1]).p(0, flags=f.RST | f.ACK, ack=99).is_now([0, 1, 2])
     pair.s(0, flags=f.RST | f.ACK, ack=98).s(0, b"x", ack=98).is_now([0, 1, 2])

@@ -259,7 +259,7 @@ class HungQmp(FakeQmp):
         self.loop = self.after
 
 
-SPOKE = {
+RAN_STANDALONE = {
     "type": "heartbeat", "t": 1, "echo": 0, "epoch": 7, "vm": True, "promise": False,
     "shadow": False,
     "role": "primary", "state": "solo", "shut": False, "standalone": True,
@@ -267,7 +267,7 @@ SPOKE = {
 
 
 class Leased:
-    """Of speaker.Speaker what a switchover asks."""
+    """Of Leadership what a switchover asks."""
 
     def __init__(self, held: bool, trouble: str, *, may: bool = True) -> None:
         self.held, self.trouble = held, trouble
@@ -286,7 +286,7 @@ class Leased:
 
 
 class ToldStore:
-    """speaker.Store that says what it is told to."""
+    """Store that says what it is told to."""
 
     def __init__(self, seen: StoreView) -> None:
         self.seen, self.asked = seen, 0

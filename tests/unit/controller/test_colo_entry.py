@@ -502,7 +502,7 @@ def test_a_guest_that_is_off_is_not_let_out_by_the_entry_that_ends_with_it() -> 
 
 
 def test_a_pair_of_which_nothing_is_known_is_no_pair_before_it_has_been_decided() -> None:
-    """QEMU is in COLO, but a checkpoint is not what lets its guest speak."""
+    """QEMU is in COLO, but a checkpoint is not what lets its guest transmit."""
 
     async def body() -> None:
         c, dp, _ = undecided()

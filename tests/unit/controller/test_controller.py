@@ -129,7 +129,7 @@ def test_a_controller_that_said_when_it_comes_back_is_waited_for_until_then() ->
 
 
 @pytest.mark.parametrize("order", ["failover", "force"])
-def test_a_persons_word_outlives_the_controller_that_heard_it(order: str) -> None:
+def test_an_operators_request_outlives_the_controller_that_received_it(order: str) -> None:
     async def body() -> None:
         c, dp, _ = secondary()
         dp.order = order
@@ -160,7 +160,7 @@ def test_a_fence_holds_until_the_peer_is_heard_again() -> None:
         word = Heartbeat(Flag.VM, 0, 7, boot_ns(), c.view.pair.fence.ended_boot_ns - 1)
         c.heartbeats.on_heartbeat(word)  # sent before, and late
         assert c.view.pair.fence.result
-        if heard == "beacon":
+        if heard == "datagram":
             c.heartbeats.on_heartbeat(replace(word, t=boot_ns(), after=boot_ns()))
         else:
             c._peer_up()
@@ -171,12 +171,12 @@ def test_a_fence_holds_until_the_peer_is_heard_again() -> None:
         facts = replace(facts, arbiter=replace(facts.arbiter, fenced=True))
         assert decide(facts).action is Action.TAKE_OVER, "or else it would be enough"
 
-    for heard in ("beacon", "channel"):
+    for heard in ("datagram", "channel"):
         asyncio.run(body(heard))
 
 
 @pytest.mark.parametrize("force", [False, True])
-def test_a_persons_word_does_not_count_for_ever(
+def test_an_operators_request_does_not_count_for_ever(
     force: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     """It was told that nothing came of it, and the other host may be alive again by then."""

@@ -72,7 +72,7 @@ def test_a_path_that_is_not_there_is_never_protected(make: Any) -> None:
     c.state, c.reason = State.STARTING, "waiting for the secondary"
     assert shown(c) == (State.STARTING, f"waiting for the secondary; {GONE}")
     c.state = State.PROTECTED
-    assert decide(c.facts()).action is Action.NONE, "no reason to speak alone, nor for a fence"
+    assert decide(c.facts()).action is Action.NONE, "no reason to run standalone, nor for a fence"
     assert [h["reason"] for h in c.history] == [GONE]
     c.devices._found(Look())
     assert shown(c)[0] is State.PROTECTED
@@ -170,7 +170,7 @@ def test_what_waits_while_nothing_arrives_does_not_wait_for_a_timeout() -> None:
     c.on_frame(frame(0))
     assert c.output.nics[0].engine.held_packets == 1
     c.on_tick(time.monotonic_ns())
-    assert wants(c) == "", "the twin may come"
+    assert wants(c) == "", "the counterpart may come"
     c.devices._found(Look(trouble=[GONE], cut=True))
     assert c.tick_ns() <= time.monotonic_ns()
     c.on_tick(time.monotonic_ns())
@@ -263,9 +263,9 @@ def test_flows_are_met_anew_after_what_nobody_saw() -> None:
     e.epoch = 7
     out = dp.injectors["release"].frames
     c.on_frame(frame(0))
-    twin = frame(0)
-    twin.source = 1
-    c.on_frame(twin)
+    counterpart = frame(0)
+    counterpart.source = 1
+    c.on_frame(counterpart)
     assert len(out) == 1 and e.held_packets == 0
     c.hooks_lost("pvm_out on tap0", unseen=True, still=False)
     e.begin_checkpoint()

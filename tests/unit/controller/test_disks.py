@@ -152,14 +152,14 @@ def test_a_checkpoint_is_reported_with_its_disks(first: str) -> None:
     assert sent.kinds().count("resumed") == 1
 
 
-def test_a_guest_without_disks_waits_for_no_word() -> None:
+def test_a_guest_without_disks_waits_for_no_disks_whole() -> None:
     c, _, sent, disks = a_secondary()
     disks.any = False
     load(c, 8)
     assert sent.kinds() == ["begin_ack", "resumed"] and not c.disk_unproven
 
 
-def test_between_the_checkpoint_and_the_word_an_operator_decides() -> None:
+def test_between_the_checkpoint_and_disks_whole_an_operator_decides() -> None:
     c, _, _, _ = a_secondary()
     load(c, 8)
     assert decide(c.facts()).action is not Action.TAKE_OVER, "the primary lives"
@@ -177,7 +177,7 @@ def test_between_the_checkpoint_and_the_word_an_operator_decides() -> None:
     assert decide(c.facts()).action is Action.TAKE_OVER
 
 
-def test_a_new_try_of_a_checkpoint_needs_a_new_word() -> None:
+def test_a_new_try_of_a_checkpoint_needs_a_new_disks_whole() -> None:
     p = DiskProof()
     p.begin(8)
     p.whole(8)
@@ -193,7 +193,7 @@ def test_a_new_try_of_a_checkpoint_needs_a_new_word() -> None:
 
 
 @pytest.mark.parametrize("word", [False, True])
-def test_a_controller_that_dies_between_checkpoint_and_word(word: bool) -> None:
+def test_a_controller_that_dies_between_checkpoint_and_disks_whole(word: bool) -> None:
     c, dp, _, _ = a_secondary()
     load(c, 8)
     if word:
@@ -362,7 +362,7 @@ def test_no_checkpoint_is_asked_of_qemu_without_its_mirrors() -> None:
     in_loop(body)
 
 
-def test_the_word_follows_the_stop() -> None:
+def test_disks_whole_follows_the_stop() -> None:
     async def body() -> None:
         c, _, sent, _disks = a_primary()
         ck = Checkpoint(8, "operator", 1)
@@ -378,7 +378,7 @@ def test_the_word_follows_the_stop() -> None:
     in_loop(body)
 
 
-def test_the_word_does_not_wait_for_a_qemu_that_is_busy() -> None:
+def test_disks_whole_does_not_wait_for_a_qemu_that_is_busy() -> None:
     async def body() -> None:
         c, _, sent, disks = a_primary()
         disks.still_whole = True

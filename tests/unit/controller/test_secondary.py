@@ -169,7 +169,7 @@ def test_signs_of_an_earlier_secondary_are_forgotten_with_the_next_one() -> None
 
 
 def test_a_first_checkpoint_counts_when_the_primary_has_confirmed_it() -> None:
-    """Until then the primary may give up entering, and its guest speaks uncompared."""
+    """Until then the primary may give up entering, and its guest transmits uncompared."""
     c, dp, sent = secondary()
     dp.mode, dp.epoch, c.state = Mode.RUN, 0, State.STARTING
     c.view.pair.in_colo = c.view.pair.confirmed = False

@@ -20,7 +20,7 @@ from colo_xdp.status.builder import active_json
 from tests.unit.controller.fakes import (
     BEAT,
     EXAMPLES,
-    SPOKE,
+    RAN_STANDALONE,
     FakeQmp,
     Sent,
     ToldStore,
@@ -31,7 +31,7 @@ from tests.unit.controller.fakes import (
 
 
 @pytest.mark.parametrize("side", ["solo", "promoted"])
-def test_a_guest_that_spoke_alone_and_dies_does_not_speak(side: str) -> None:
+def test_a_guest_that_ran_standalone_and_dies_does_not_transmit(side: str) -> None:
     async def body() -> None:
         make = primary if side == "solo" else secondary
         mode = Mode.BYPASS if side == "solo" else Mode.TAKEOVER
@@ -49,7 +49,7 @@ def test_a_guest_that_spoke_alone_and_dies_does_not_speak(side: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["promoted", "heartbeat"])
-def test_a_primary_never_speaks_against_a_secondary_that_took_over(kind: str) -> None:
+def test_a_primary_never_transmits_against_a_secondary_that_took_over(kind: str) -> None:
     async def body() -> None:
         c, dp, _ = primary()
         c.state = State.PROTECTED
@@ -188,7 +188,9 @@ def test_of_two_primaries_the_one_that_knows_less_is_silent(
 
 @pytest.mark.parametrize("state", [State.PROTECTED, State.DEGRADED])
 @pytest.mark.parametrize("words", [["alive", "dead"], ["dead"]])
-def test_a_copy_of_a_guest_that_spoke_alone_never_speaks(state: State, words: list[str]) -> None:
+def test_a_copy_of_a_guest_that_ran_standalone_never_transmits(
+    state: State, words: list[str]
+) -> None:
     """Also without a lease: a link was cut, a person opened the primary, and then it died."""
 
     async def body() -> None:
@@ -203,7 +205,7 @@ def test_a_copy_of_a_guest_that_spoke_alone_never_speaks(state: State, words: li
         c.perform = perform  # type: ignore[method-assign]
         for word in words:
             shut = {"state": "stopped", "shut": True, "vm": False} if word == "dead" else {}
-            c._peer_message(SPOKE | shut)
+            c._peer_message(RAN_STANDALONE | shut)
             await asyncio.sleep(0)
         assert c.state is State.STOPPED and dp.mode is Mode.DROP and not done
         c._peer_message({"type": "shut", "why": "dead", "standalone": False})
@@ -216,15 +218,15 @@ def test_a_copy_of_a_guest_that_spoke_alone_never_speaks(state: State, words: li
     in_loop(body)
 
 
-def test_a_guest_that_waits_for_one_that_speaks_alone_stays() -> None:
+def test_a_guest_that_waits_for_a_standalone_one_stays() -> None:
     c, dp, _ = secondary(Mode.DROP, adopted=False)
     c.entry.wanted = True
-    c.on_message(SPOKE)
+    c.on_message(RAN_STANDALONE)
     c.peer_shut(True)
     assert c.state is State.STARTING and dp.mode is Mode.DROP
 
 
-def test_a_pvm_is_outdated_when_the_svm_spoke_alone_and_died() -> None:
+def test_a_pvm_is_outdated_when_the_svm_ran_standalone_and_died() -> None:
     async def body() -> None:
         c, dp, _ = primary()
         c.state = State.DEGRADED
@@ -235,7 +237,7 @@ def test_a_pvm_is_outdated_when_the_svm_spoke_alone_and_died() -> None:
 
 
 @pytest.mark.parametrize(
-    ("mode", "bond", "state", "alone"),
+    ("mode", "sync", "state", "alone"),
     [
         (Mode.BYPASS, SyncState.STANDALONE, State.SOLO, True),
         (Mode.DROP, SyncState.STANDALONE, State.STOPPED, True),
@@ -249,11 +251,11 @@ def test_a_pvm_is_outdated_when_the_svm_spoke_alone_and_died() -> None:
         ),  # died in the first checkpoint
     ],
 )
-def test_who_spoke_alone_outlives_the_primarys_controller(
-    mode: Mode, bond: SyncState, state: State, alone: bool
+def test_who_ran_standalone_outlives_the_primarys_controller(
+    mode: Mode, sync: SyncState, state: State, alone: bool
 ) -> None:
     _, dp, _ = primary(mode)
-    dp.sync_state, dp.adopted = bond, True
+    dp.sync_state, dp.adopted = sync, True
     c = Primary(load(EXAMPLES / "primary.toml"), dp)  # type: ignore[arg-type]
     sent = Sent()
     c.peer.send = sent  # type: ignore[method-assign]
@@ -274,7 +276,7 @@ def test_a_host_learns_that_the_other_is_not_alone_any_more() -> None:
         s.want = True
         while not s.peer_standalone:
             await asyncio.sleep(0.001)
-        assert not any(until), "the key is no permission while the other one spoke alone"
+        assert not any(until), "the key is no permission while the other one transmitted alone"
         s.want = False
         store.seen = StoreView("", "")  # the pair was made anew
         while s.peer_standalone:

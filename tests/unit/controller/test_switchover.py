@@ -22,7 +22,7 @@ from tests.netns.frames import tcp
 from tests.unit.controller.fakes import BEAT, FakeQmp, Leased, event, in_loop, primary, secondary
 
 
-def test_a_planned_failover_holds_until_this_side_speaks() -> None:
+def test_a_planned_failover_holds_until_this_side_transmits() -> None:
     """What both said after the last checkpoint is neither lost nor translated."""
 
     async def body() -> None:

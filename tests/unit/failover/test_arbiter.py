@@ -29,7 +29,7 @@ from tests.unit.controller.fakes import (
 
 
 class Witness(Arbiter):
-    """A third place that lets one of the two hosts speak."""
+    """A third place that lets one of the two hosts transmit."""
 
     needs_grant = True
 
@@ -79,7 +79,7 @@ def with_a_third() -> tuple[Secondary, Witness, FakeDataPath, Sent]:
     return c, c.arbiter, dp, sent
 
 
-def test_a_third_arbiter_is_asked_before_a_guest_speaks(third: None) -> None:
+def test_a_third_arbiter_is_asked_before_a_guest_transmits(third: None) -> None:
     async def body() -> None:
         c, witness, dp, _ = with_a_third()
         c.view.colo_lost()  # and nothing is heard of the peer

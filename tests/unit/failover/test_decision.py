@@ -53,7 +53,7 @@ LEASE = {"automatic": True, "needs_grant": True, "name": "lease"}
 HELD = {**LEASE, "granted": True, "recorded": True}
 
 LINK = Heard("peer link", 5, 5)
-CUT = {**SILENT, "paths": (LINK,)}  # beacons arrive
+CUT = {**SILENT, "paths": (LINK,)}  # datagrams arrive
 LONG_CUT = {**CUT, "peer_silent_ms": 5001}
 STOPPED = {**LONG, "ending": Ending.STOPPED}  # its controller, on purpose
 NEW = {**P, "state": State.STARTING, "undecided": True}  # nothing was pinned
@@ -244,7 +244,7 @@ def test_rows(change: dict[str, Any], action: Action, words: str) -> None:
     assert d.why
 
 
-def test_nobody_speaks_alone_on_a_timer() -> None:
+def test_nobody_runs_standalone_on_a_timer() -> None:
     """Over all facts: TAKE_OVER and GO_SOLO need an attestation, a fence or a person."""
     bools = (False, True)
     for (
@@ -294,7 +294,7 @@ def test_nobody_speaks_alone_on_a_timer() -> None:
             assert qmp, "a host that does not know whether its guest lives asks nobody to be silent"
 
 
-def test_a_guest_of_which_nothing_is_known_speaks_at_a_word_only() -> None:
+def test_a_guest_of_which_nothing_is_known_transmits_only_when_allowed() -> None:
     """Over all facts: the other host's, or a person's. No time, no sign of death and no fence."""
     bools = (False, True)
     for conn, silent, gone, colo, auto, fence, result, op in itertools.product(
@@ -344,7 +344,7 @@ def test_what_a_heartbeat_says_of_the_other_guest(
     assert other_guest(role, state, standalone=alone, shut=shut) is what
 
 
-def test_nobody_speaks_alone_without_the_lease() -> None:
+def test_nobody_runs_standalone_without_the_lease() -> None:
     """Over all facts, a person's wish included; but for a primary whose peer has shut itself."""
     bools = (False, True)
     for role, state, conn, silent, gone, colo, op, late in itertools.product(

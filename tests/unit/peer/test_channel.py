@@ -91,7 +91,7 @@ def test_messages_and_loss() -> None:
     asyncio.run(go())
 
 
-def test_both_make_the_same_key_for_beacons_and_another_one_each_time() -> None:
+def test_both_make_the_same_key_for_datagrams_and_another_one_each_time() -> None:
     async def go() -> None:
         port = free_port()
         keys = set()
@@ -112,7 +112,7 @@ def test_both_make_the_same_key_for_beacons_and_another_one_each_time() -> None:
 
 
 @pytest.mark.parametrize("nonce", [{}, {"nonce": "00"}, {"nonce": 7}])
-def test_a_peer_that_knows_no_beacons_is_welcome(nonce: dict[str, Any]) -> None:
+def test_a_peer_that_knows_no_datagrams_is_welcome(nonce: dict[str, Any]) -> None:
     async def go() -> None:
         port = free_port()
         s = End("secondary", port)

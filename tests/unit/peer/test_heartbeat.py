@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Beacons: what is taken, what is refused, and what a side knows of the way back."""
+"""Heartbeat datagrams: what is taken, what is refused, and what a side knows of the way back."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def refusals(b: HeartbeatSession) -> dict[str, int]:
     return {r: n for p in b.paths for r, n in p.refused.items() if n}
 
 
-def test_a_word_and_its_way_back() -> None:
+def test_a_datagram_and_its_echo() -> None:
     p, s = two()
     data = sent(p, at=T0, flags=Flag.VM | Flag.STANDALONE)
     assert len(data) == SIZE
@@ -124,7 +124,7 @@ def test_strangers_are_counted_by_kind() -> None:
     assert s.receive(0, good, T0) is not None, "a forgery does not use its counter up"
 
 
-def test_no_key_no_beacons() -> None:
+def test_no_key_no_datagrams() -> None:
     b = HeartbeatSession("web1", "primary", ["way 0"])
     assert sent(b) == b""
     for mine, theirs in (("11" * NONCE, ""), ("", ""), ("11" * NONCE, "zz"), ("11", "11" * NONCE)):
@@ -136,7 +136,7 @@ def test_no_key_no_beacons() -> None:
 
 
 def hears(a: HeartbeatSession, b: HeartbeatSession, at: int) -> bool:
-    """Whether one of two beacons in a row is taken."""
+    """Whether one of two datagrams in a row is taken."""
     return any([b.receive(0, sent(a, at=at + i), at + i) is not None for i in range(2)])
 
 

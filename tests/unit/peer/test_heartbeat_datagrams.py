@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What both controllers make of beacons, and of their own loop standing still."""
+"""What both controllers make of datagrams, and of their own loop standing still."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_a_shut_data_path_is_certain_silence(make: Any, over: Action) -> None:
     "why", ["connected", "kept back", "before the guest", "hears nothing", "overtaken"]
 )
 @pytest.mark.parametrize("make", [primary, secondary])
-def test_only_a_fresh_word_counts_and_only_when_the_channel_is_down(make: Any, why: str) -> None:
+def test_only_a_fresh_datagram_counts_and_only_without_the_channel(make: Any, why: str) -> None:
     async def body() -> None:
         c, _, done = cut(make)
         said = word(Flag.SHUT | Flag.ASK | Flag.STANDALONE | Flag.SVM)
@@ -97,20 +97,20 @@ def test_only_a_fresh_word_counts_and_only_when_the_channel_is_down(make: Any, w
     run(body)
 
 
-def test_asked_by_beacon_a_secondary_stands_down_and_says_so() -> None:
+def test_asked_by_datagram_a_secondary_is_demoted_and_reports_it() -> None:
     async def body() -> None:
         c, dp, _ = cut(secondary)
         c.heartbeats.on_heartbeat(word(Flag.VM | Flag.ASK))
         assert c.state is State.STOPPED and dp.mode is Mode.DROP and c.view.guest.demoted
         assert Flag.SHUT in c.heartbeats.flags() and Flag.STANDALONE not in c.heartbeats.flags()
-        # and comes back if the primary dies without having spoken alone, as on the channel
+        # and comes back if the primary dies without having transmitted alone, as on the channel
         c.heartbeats.on_heartbeat(word(Flag.SHUT))
         assert c.state is State.DEGRADED
 
     run(body)
 
 
-def test_a_primary_that_has_spoken_alone_leaves_nothing_to_come_back_to() -> None:
+def test_a_primary_that_ran_standalone_leaves_nothing_to_come_back_to() -> None:
     async def body() -> None:
         c, _, done = cut(secondary)
         c.heartbeats.on_heartbeat(word(Flag.VM | Flag.ASK))
@@ -121,7 +121,7 @@ def test_a_primary_that_has_spoken_alone_leaves_nothing_to_come_back_to() -> Non
     run(body)
 
 
-def test_a_secondary_stands_down_when_the_primary_has_spoken_alone() -> None:
+def test_a_secondary_is_demoted_when_the_primary_has_run_standalone() -> None:
     async def body() -> None:
         c, dp, done = cut(secondary)
         c.heartbeats.on_heartbeat(word(Flag.VM | Flag.STANDALONE))
@@ -133,7 +133,7 @@ def test_a_secondary_stands_down_when_the_primary_has_spoken_alone() -> None:
     run(body)
 
 
-def test_a_primary_asks_no_primary_to_stand_down() -> None:
+def test_a_primary_asks_no_primary_to_be_demoted() -> None:
     async def body() -> None:
         c, _, _ = cut(primary)
         c.heartbeats.on_heartbeat(word(Flag.VM | Flag.ASK))
@@ -145,7 +145,7 @@ def test_a_primary_asks_no_primary_to_stand_down() -> None:
     run(body)
 
 
-def test_a_primary_never_speaks_against_a_secondary_that_took_over() -> None:
+def test_a_primary_never_transmits_against_a_secondary_that_took_over() -> None:
     async def body() -> None:
         c, dp, _ = cut(primary)
         c.heartbeats.on_heartbeat(word(Flag.VM | Flag.SVM))
@@ -156,7 +156,7 @@ def test_a_primary_never_speaks_against_a_secondary_that_took_over() -> None:
     run(body)
 
 
-def test_shadow_is_told_by_beacon_too() -> None:
+def test_shadow_is_reported_by_datagram_too() -> None:
     async def body() -> None:
         c, _, done = cut(secondary)
         c.heartbeats.on_heartbeat(word(Flag.VM | Flag.SHADOW))
@@ -233,7 +233,7 @@ def test_a_slow_peer_is_known_by_what_it_says() -> None:
     run(body)
 
 
-def test_facts_of_a_cut_come_from_the_beacons() -> None:
+def test_facts_of_a_cut_come_from_the_datagrams() -> None:
     """From datagram to sentence."""
 
     async def body() -> None:

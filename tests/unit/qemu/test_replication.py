@@ -535,7 +535,7 @@ def test_a_drive_without_a_medium_is_no_disk(tmp_path: Path) -> None:
     run(body())
 
 
-def test_progress_in_words() -> None:
+def test_progress_as_text() -> None:
     c = Copying()
     assert "0 %" in str(c)
     c.began -= 10
