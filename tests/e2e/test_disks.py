@@ -6,8 +6,10 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shutil
 import signal
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,7 @@ import pytest
 from colo_xdp.lab import disk
 from colo_xdp.lab.client import RecordStream
 from colo_xdp.lab.net import PEER_S, LabError, in_ns, sh, wait_for
-from colo_xdp.lab.pair import NBD_PORT, Lab
+from colo_xdp.lab.pair import NBD_PORT, PAIR, Lab
 from tests.e2e.conftest import LabMaker
 from tests.e2e.test_reprotect import other, protected
 
@@ -294,3 +296,92 @@ def test_a_disk_that_comes_while_protected_ends_the_protection(
     )
     w.moves()
     w.check("primary")
+
+
+@contextlib.contextmanager
+def own_file_system(lab: Lab, role: str, size_mib: int = 200) -> Iterator[Path]:
+    """Put a host's images on a file system of their own, which `fsfreeze` can let hang."""
+    where, store = lab.work / f"{role}.images", lab.work / f"{role}.store"
+    where.mkdir(exist_ok=True)
+    with store.open("wb") as f:
+        f.truncate(size_mib << 20)
+    sh("mke2fs", "-q", "-F", "-t", "ext4", str(store))
+    sh("mount", "-o", "loop", str(store), str(where))
+    lab.vm[role].stop()
+    for name in lab.disks:
+        image = lab.image(role, name)
+        shutil.copyfile(image, where / image.name)
+        image.unlink()
+        image.symlink_to(where / image.name)
+    lab.start_vm(role)
+    try:
+        yield where
+    finally:
+        sh("fsfreeze", "-u", str(where), check=False)
+        lab.down()
+        sh("umount", "-l", str(where), check=False)
+
+
+def test_storage_of_the_secondary_that_hangs_costs_its_deadline(make_lab: LabMaker) -> None:
+    """Its QEMU and the connection live; only the file system of its image takes no more writes."""
+    lab = make_lab(disks=1, overrides={"nbd": {"write_timeout": 1000}})
+    with own_file_system(lab, "secondary") as where:
+        lab.protect()
+        w = Writer(lab)
+        w.moves()
+        lab.ask("primary", "checkpoint")
+        w.moves()
+        (s,) = w.streams.values()
+        s.longest_s = 0.0
+        sh("fsfreeze", "-f", str(where))
+        lab.wait_state("primary", "solo", 15)
+        w.moves()
+        print(f"the longest record took {s.longest_s * 1e3:.0f} ms")
+        assert s.longest_s < 3
+        sh("fsfreeze", "-u", str(where))
+        lab.vm["secondary"].stop()
+        lab.start_vm("secondary")
+        protected(lab)
+        w.moves()
+        w.check("primary")
+
+
+def merge_by_hand(image: Path, overlays: Path) -> str:
+    """Return the commands of docs/operator/disks.md, for these files."""
+    text = (Path(__file__).parents[2] / "docs/operator/disks.md").read_text()
+    _, _, after = text.partition("### A survivor that dies before it has merged")
+    block = re.search(r"(?:^    .*\n)+", after, re.M)
+    assert block
+    commands = block[0]
+    for old, new in (("/var/lib/vm/web1.qcow2", image), ("/var/lib/colo-xdp/overlays", overlays)):
+        assert old in commands
+        commands = commands.replace(old, str(new))
+    return commands.replace("web1-", f"{PAIR}-")
+
+
+def test_a_survivor_that_dies_while_it_merges_is_mended_by_hand(make_lab: LabMaker) -> None:
+    """What docs/operator/disks.md says brings back every record, from an image half merged."""
+    lab = make_lab(disks=1)
+    with own_file_system(lab, "secondary") as where:
+        lab.protect()
+        w = Writer(lab)
+        w.moves()
+        lab.ask("primary", "checkpoint")
+        w.moves(100)
+        (s,) = w.streams.values()
+        s.stop()
+        lab.client.run("sync")  # with a write on its way the image could not be closed to the PVM
+        sh("fsfreeze", "-f", str(where))  # the merge begins, and reaches nothing
+        lab.vm["primary"].kill9()
+        lab.wait_state("secondary", "promoted", 30)
+        wait_for("a merge", lambda: lab.status("secondary")["disks"]["committing"], 10)
+        later = RecordStream(lab.net.client, 2001, s.last + 1)
+        wait_for("records of the survivor", lambda: later.dead or later.last > s.last + 100, 40)
+        lab.vm["secondary"].signal(signal.SIGKILL)
+        sh("fsfreeze", "-u", str(where))
+        lab.vm["secondary"].stop()
+        later.stop()
+        image, confirmed = lab.image("secondary", "d0"), range(1, later.last + 1)
+        assert set(disk.check(image, confirmed).lost) & set(later.confirmed)
+        sh("sh", "-ec", merge_by_hand(image.resolve(), lab.work / "secondary.overlays"))
+        assert disk.check(image, confirmed).good

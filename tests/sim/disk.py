@@ -42,7 +42,7 @@ class SimBlock:
         self.connection: Connection | None = None
         self.flying: set[int] = set()  # writes that wait for the other host
         self._done: set[int] = set()  # whose end the guest has not seen
-        self._ended = 0  # writes that have ended on both
+        self.ended = 0  # writes that have ended on both
         self.snapshot: set[int] | None = None  # the image as of the checkpoint: the hidden disk
         self.active: set[int] | None = None
         self.left = False  # replication has ended: the guest goes on alone
@@ -98,7 +98,7 @@ class SimBlock:
         if n in self.flying:
             self.flying.discard(n)
             self._done.add(n)
-            self._ended += 1
+            self.ended += 1
 
     def fail(self, why: str) -> None:
         """End the mirror with an error; the guest's writes end as they would without it."""
@@ -138,7 +138,7 @@ class SimBlock:
         if self.job is None:
             return []
         on_its_way = len(self.flying) if self.job["ready"] else 1
-        done = self._ended
+        done = self.ended
         return [Mirror(self.job["device"], done, done + on_its_way, self.job["ready"], "")]
 
     # -- QMP

@@ -990,6 +990,7 @@ class SimPeer:
         self.boot, self.peer_boot = f"{side.name}{side.boots}", ""
         self.heartbeat_key, self.ending = b"", Ending.UNKNOWN
         self._last = 0.0
+        self._waiting: list[tuple[SimPeer, bytes]] = []  # sent, and not received for a cut
         self._partner: SimPeer | None = None
         side.peer = self
 
@@ -1029,9 +1030,27 @@ class SimPeer:
         world = self._side.world
         if partner.dead or not partner.connected or partner._partner is not self:
             return
-        if world.channel_cut or self._side.name in world.mute:  # TCP sends it again
-            world.later(5, lambda: self._arrive(partner, line))
+        if self._waiting or self._is_cut():  # TCP sends it again, in its order
+            self._waiting.append((partner, line))
+            if len(self._waiting) == 1:
+                world.later(5, self._again)
             return
+        self._deliver(partner, line)
+
+    def _is_cut(self) -> bool:
+        return self._side.world.channel_cut or self._side.name in self._side.world.mute
+
+    def _again(self) -> None:
+        if self._is_cut():
+            self._side.world.later(5, self._again)
+            return
+        waiting, self._waiting = self._waiting, []
+        for partner, line in waiting:
+            if not partner.dead and partner.connected and partner._partner is self:
+                self._deliver(partner, line)
+
+    def _deliver(self, partner: SimPeer, line: bytes) -> None:
+        world = self._side.world
         partner.last_seen_ns = world.ns()
         msg = messages.decode(line)
         if msg["type"] != "heartbeat":

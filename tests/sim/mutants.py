@@ -123,6 +123,9 @@ SCENES: dict[str, dict[str, Any]] = {
             Fault(800, "power_pvm", 50, 1),
         ),
     },
+    "a_silent_disk_is_waited_for": _DISKS | {
+        "conns": 4, "compare_timeout": 3000, "faults": (Fault(300, "cut_disk", 20000),),
+    },
     "fast_path_compares_no_datagrams": {"udp": 100, "odd_udp": True},
     "fast_path_releases_datagrams_that_wait": {"udp": 100},
     "a_shadow_begins_before_the_secondary_knows": {
@@ -1117,6 +1120,11 @@ def images_stay_open_at_a_takeover(mp: Any) -> None:
 def a_lost_mirror_is_not_noticed(mp: Any) -> None:
     mp.setattr(Mirrors, "whole", _all_is_well)
     mp.setattr(Mirrors, "on_event", lambda self, event: "")
+
+
+@_disk_mutant
+def a_silent_disk_is_waited_for(mp: Any) -> None:
+    mp.setattr(MirrorWatch, "run", _nothing)
 
 
 @_disk_mutant

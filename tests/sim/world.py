@@ -67,6 +67,7 @@ TICK_MS = 20
 MAX_FRAMES = 20_000
 PATIENCE_MS = 30_000  # until a pair must be protected again
 ENTER_STOP_MS = 800
+WRITE_SLACK_MS = 500  # beside nbd.write_timeout: looks, and a QMP command that waits
 PATIENCE_TICKS = 8  # until something that waits for too long must have been noticed
 TS_SLACK = 1000  # ms by which the clock in a held frame may lag behind the guest's
 
@@ -364,6 +365,7 @@ class World:
         self.rnd_disk = random.Random(s.seed + 3)
         self._overdue = 0  # ticks in a row in which something had waited for too long
         self.disk_cut = False  # the NBD connection is silent
+        self._writes: dict[str, tuple[int, int]] = {}  # side -> writes that have ended, since when
         self.unproven = False  # a guest could not take over: its disks may not be whole
         self.sessions = 0
         self.stops = 0  # number of controllers stopped on purpose
@@ -1236,6 +1238,7 @@ class World:
         for side in (self.p, self.s):
             side.tick()
             self._check_still(side)
+            self._check_writes(side)
             c, other = side.controller, side.other
             dead = other.off or not other.qemu.alive
             if self.scene.disk and c is not None and not side.primary and dead and c.disk_unproven:
@@ -1288,6 +1291,30 @@ class World:
             raise Violation(
                 f"{side.name} stands still (`{q.status()}`, {q.migration}): {c.state.value}, "
                 f"{c.reason}"
+            )
+
+    def _check_writes(self, side: Side) -> None:
+        """Check I11: a guest's writes end in time while the two controllers hear each other.
+
+        Whatever the secondary's disk does then, it is given up after `nbd.write_timeout`.
+        """
+        block, c = side.qemu.block, side.controller
+        calm = (
+            c is not None
+            and side.other.controller is not None
+            and c.peer.connected
+            and c.peer.silent_ms() < 150
+            and side.other.qemu.alive
+            and side.qemu.alive
+            and not side.qemu.hung
+        )
+        ended, since = self._writes.get(side.name, (0, 0))
+        if not calm or not block.flying or block.ended != ended:
+            self._writes[side.name] = (block.ended, self.ms())
+        elif c is not None and self.ms() - since > c.config.nbd.write_timeout + WRITE_SLACK_MS:
+            raise Violation(
+                f"I11: {len(block.flying)} writes of {side.name} wait for the other host's disk "
+                f"since {since} ms: {c.state.value}, {c.reason}"
             )
 
     def _quiet(self) -> bool:
