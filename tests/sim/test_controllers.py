@@ -406,7 +406,7 @@ SCENES: dict[str, Callable[[int], Scene]] = {
     "the_next_controller_forgets_who_was_stopped": stopped_scene,
 }
 #: seeds that have shown those that random scenes seldom show
-FIRST = {"a_stale_guest_may_hold_the_lease": (1152,)}
+FIRST = {"a_stale_guest_may_hold_the_lease": (1152,), "a_failed_fence_is_a_fence": (435, 471)}
 FAULTS: tuple[Callable[[Any], None], ...] = (
     a_data_path_that_began_with_nothing_transmits, a_stopped_controller_is_a_dead_one,
     the_next_controller_forgets_who_was_stopped,
