@@ -25,7 +25,7 @@ from ..failover import states
 from ..failover.arbiter import ARBITERS, Arbiter
 from ..failover.arbiter import Host as ArbiterHost
 from ..failover.decision import Action, Decision, decide
-from ..failover.facts import Ending, Facts, Heard, OtherGuest
+from ..failover.facts import Ending, Facts, LinkView, OtherGuest
 from ..failover.lease import boot_ns
 from ..failover.states import Role, State, sends_nothing
 from ..peer.channel import Peer
@@ -125,7 +125,7 @@ class Controller(RoleSteps):
             versions=(p.min_version, VERSION),
         )
         self.heartbeats = Heartbeats(self)
-        self.paths = HeartbeatLinks(config, self.heartbeats.on_heartbeat)
+        self.heartbeat_links = HeartbeatLinks(config, self.heartbeats.on_heartbeat)
         self.devices = DeviceWatch(self)
         # The programs must not take a controller that idles for a dead one.
         idle_s = min(IDLE_S, config.datapath.controller_loss / 4000)
@@ -277,7 +277,7 @@ class Controller(RoleSteps):
         self.dp.peer_stopped = 0
         same_peer = self.peer.peer_boot == self.view.peer.boot
         self.view.connected(self.peer.peer_boot)
-        self.paths.core.rekey(self.peer.heartbeat_key, same_peer=same_peer)
+        self.heartbeat_links.core.rekey(self.peer.heartbeat_key, same_peer=same_peer)
         # It lives, whatever the fence command has said: it has to be fenced another time.
         self.peer_lives("it connects")
         self.devices.connected()
@@ -378,7 +378,7 @@ class Controller(RoleSteps):
 
     def facts(self) -> Facts:
         """Return what is known now."""
-        core, boot = self.paths.core, boot_ns()
+        core, boot = self.heartbeat_links.core, boot_ns()
         return self.view.facts(
             Surroundings(
                 now_ns=time.monotonic_ns(),
@@ -390,9 +390,9 @@ class Controller(RoleSteps):
                 peer_connected=self.peer.connected,
                 peer_silent_ms=self.peer.silent_ms(),
                 ending=Ending.STOPPED if self.dp.peer_stopped > boot else self.peer.ending,
-                paths=tuple(
-                    Heard(p.name, core.silent_ms(i, boot), core.echo_age_ms(i, boot))
-                    for i, p in enumerate(core.paths)
+                links=tuple(
+                    LinkView(p.name, core.silent_ms(i, boot), core.echo_age_ms(i, boot))
+                    for i, p in enumerate(core.links)
                 ),
                 heartbeat_timeout_ms=self.config.peer.heartbeat_timeout,
                 dead_after_ms=self.config.peer.dead_after,
@@ -484,7 +484,7 @@ class Controller(RoleSteps):
     async def start(self) -> None:
         """Open the channel, begin to look for QEMU, read the ring."""
         await self.peer.start()
-        self.paths.start()
+        self.heartbeat_links.start()
         loop = asyncio.get_running_loop()
         for fd in self.dp.fds:
             loop.add_reader(fd, self.drain)
@@ -547,7 +547,7 @@ class Controller(RoleSteps):
             t.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self.peer.close()
-        self.paths.close()
+        self.heartbeat_links.close()
         await self.qemu.close()
         await self.arbiter.close()
 

@@ -31,7 +31,7 @@ class Beating(Protocol):
     dp: HostDataPath
     view: PairView
     peer: Peer
-    paths: HeartbeatLinks
+    heartbeat_links: HeartbeatLinks
     arbiter: Arbiter
     asks: bool
 
@@ -93,7 +93,7 @@ class Heartbeats:
         )
         lag, self._lag_ns = self._lag_ns, 0
         flags = self.flags() | (Flag.PROMISE if promise else Flag(0))
-        c.paths.send(flags, lag // 1_000_000, c.dp.epoch)
+        c.heartbeat_links.send(flags, lag // 1_000_000, c.dp.epoch)
 
     def flags(self) -> Flag:
         """Return the flags of a heartbeat datagram, except for a promise."""
@@ -117,7 +117,7 @@ class Heartbeats:
         self._lag_ns = max(self._lag_ns, ns)
         if late > interval:
             self._c.peer.discount(ns)
-            self._c.paths.core.discount(ns)
+            self._c.heartbeat_links.core.discount(ns)
         if late > self._c.config.peer.heartbeat_timeout / 2000:
             log.warning("this controller stood still for %.0f ms", ns / 1e6)
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..abi import Mode
-from ..failover.facts import ArbiterView, Ending, Facts, Heard, OtherGuest, OwnGuest, other_guest
+from ..failover.facts import ArbiterView, Ending, Facts, LinkView, OtherGuest, OwnGuest, other_guest
 from ..failover.states import Role, State, sends_nothing
 
 log = logging.getLogger("colo_xdp")
@@ -106,7 +106,7 @@ class Surroundings:
     peer_connected: bool
     peer_silent_ms: float
     ending: Ending
-    paths: tuple[Heard, ...]
+    links: tuple[LinkView, ...]
     heartbeat_timeout_ms: int
     dead_after_ms: int
     automatic: bool
@@ -177,7 +177,7 @@ class PairView:
             own_vm_hangs=guest.hung,
             own_vm_why=guest.why,
             peer_why=peer.shut_why,
-            paths=s.paths,
+            links=s.links,
             peer_slow=s.now_ns - peer.slow_ns < 3 * s.heartbeat_timeout_ms * 1_000_000,
             ending=s.ending,
             waiting=s.waiting,

@@ -26,7 +26,7 @@ distinguishes these causes:
 
 The last four have different sentences and the same consequence: the arbiter decides. Additional
 heartbeat links only make a decision more careful: no set of facts leads to standalone operation or
-to a fence with them that would not without them (tests/property/test_paths.py).
+to a fence with them that would not without them (tests/property/test_heartbeat_links.py).
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ _Row = tuple[Callable[[Facts], bool], Action, str | Callable[[Facts], str]]
 
 def _last_heard_ms(f: Facts) -> float:
     """Return the time since the peer's controller was last heard on any link, ms."""
-    return min([f.peer_silent_ms, *(p.silent_ms for p in f.paths)])
+    return min([f.peer_silent_ms, *(p.silent_ms for p in f.links)])
 
 
 def _suspect(f: Facts) -> bool:
@@ -169,18 +169,18 @@ def _silence(f: Facts) -> str:
             "from here"
         )
     where = ""
-    if f.paths:
-        where = f"silent on all links (control channel, {', '.join(p.name for p in f.paths)}); "
+    if f.links:
+        where = f"silent on all links (control channel, {', '.join(p.name for p in f.links)}); "
     if f.ending:
         return where + _ENDINGS[f.ending]
-    if f.paths:
+    if f.links:
         return where + "a dead host, or every link is cut: these cannot be told apart from here"
     return "a dead host or a cut link"
 
 
 def _heard(f: Facts) -> str:
     """Describe the links over which the peer is heard."""
-    live = [p for p in f.paths if p.silent_ms <= f.heartbeat_timeout_ms]
+    live = [p for p in f.links if p.silent_ms <= f.heartbeat_timeout_ms]
     text = "its heartbeats arrive over " + ", ".join(p.name for p in live)
     if all(p.echo_age_ms > f.heartbeat_timeout_ms for p in live):
         text += ", but it does not receive this side's"
@@ -426,7 +426,7 @@ _ROWS: tuple[_Row, ...] = (
         Action.DEGRADE,
         lambda f: (
             "the peer's controller is silent, but its QEMU still holds the COLO channel: "
-            + ("a slow or cut link, not a death" if not (f.paths or f.ending) else _silence(f))
+            + ("a slow or cut link, not a death" if not (f.links or f.ending) else _silence(f))
         ),
     ),
     (

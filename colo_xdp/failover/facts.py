@@ -54,7 +54,7 @@ class OwnGuest(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Heard:
+class LinkView:
     """A heartbeat link besides the control channel. Times in ms; infinite: never."""
 
     name: str
@@ -101,7 +101,7 @@ class Facts:
     own_vm_hangs: bool = False  # not gone but hung; own_vm_alive is False then
     own_vm_why: str = ""  # what QEMU reported before
     peer_why: str = ""  # the reason that came with peer_vm_gone
-    paths: tuple[Heard, ...] = ()
+    links: tuple[LinkView, ...] = ()
     peer_slow: bool = False  # its heartbeats report that its event loop stalled
     ending: Ending = Ending.UNKNOWN
     waiting: bool = False  # the primary needs a checkpoint, and output waits for it

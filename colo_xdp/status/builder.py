@@ -100,7 +100,7 @@ def _common(c: Controller) -> dict[str, Any]:
             "gone": c.view.peer.shut,
             "ending": c.peer.ending.value,
         },
-        heartbeat_links=c.paths.status(),
+        heartbeat_links=c.heartbeat_links.status(),
         data_path={
             "trouble": c.devices.trouble,
             "restored": c.devices.restored,

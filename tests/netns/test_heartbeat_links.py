@@ -72,7 +72,7 @@ def test_the_peer_link_carries_datagrams_without_an_address(net: Net) -> None:
             kind = ETHERTYPE.to_bytes(2, "big")
             stranger.send(GROUP + bytes(6) + kind + b"x" * 88)
             stranger.send(b"\xff" * 6 + bytes(6) + kind + b"x" * 1400)
-            refused = s.paths.core.paths[0].refused
+            refused = s.paths.core.links[0].refused
             await until(lambda: refused["stranger"] == 2, lambda: s.say())
 
         # the link goes down and comes back

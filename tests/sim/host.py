@@ -91,7 +91,7 @@ class Side:
         self.dp = SimDataPath(self)
         self.loaded = False  # no controller has loaded anything yet
         self.peer: SimPeer | None = None
-        self.paths: SimPaths | None = None
+        self.heartbeat_links: SimHeartbeatLinks | None = None
         self.qmp: SimQmp | None = None
         self._drain_set = False
         self.boots = 0
@@ -324,7 +324,7 @@ class Side:
             return
         if not self.primary and self.mode is Mode.CHECKPOINT:
             self.world.epoch_uncertain = True
-        for stand_in in (self.dp, self.peer, self.paths, self.qmp, self.store):
+        for stand_in in (self.dp, self.peer, self.heartbeat_links, self.qmp, self.store):
             if stand_in is not None:
                 stand_in.dead = True
         for t in list(c._tasks):
@@ -1084,7 +1084,7 @@ class SimPeer:
         self.connected = False
 
 
-class SimPaths:
+class SimHeartbeatLinks:
     """Stand in for HeartbeatLinks with one link, the peer link.
 
     It carries the product's own heartbeat datagrams, which may be lost, late and reordered. Its
@@ -1095,7 +1095,7 @@ class SimPaths:
         self._side, self.dead, self._on_heartbeat = side, False, on_heartbeat
         names = ["peer link"] if side.world.scene.datagrams else []
         self.core = HeartbeatSession(pair, "primary" if side.primary else "secondary", names)
-        side.paths = self
+        side.heartbeat_links = self
 
     def start(self) -> None:
         pass
@@ -1103,7 +1103,7 @@ class SimPaths:
     def send(self, flags: Flag, lag_ms: int, epoch: int) -> None:
         world, rnd = self._side.world, self._side.world.rnd_datagrams
         self.core.round()
-        for i in range(len(self.core.paths)):
+        for i in range(len(self.core.links)):
             data = self.core.make(i, world.ns(), flags, lag_ms, epoch)
             if data and not self.dead and rnd.random() >= world.scene.link_loss:
                 for _ in range(2 if rnd.random() < 0.02 else 1):
@@ -1112,11 +1112,16 @@ class SimPaths:
 
     def _arrive(self, i: int, data: bytes) -> None:
         world, other = self._side.world, self._side.other
-        if world.link_cut or other.name in world.deaf or other.paths is None or other.paths.dead:
+        if (
+            world.link_cut
+            or other.name in world.deaf
+            or other.heartbeat_links is None
+            or other.heartbeat_links.dead
+        ):
             return
-        word = other.paths.core.receive(i, data, world.ns())
+        word = other.heartbeat_links.core.receive(i, data, world.ns())
         if word is not None:
-            other.paths._on_heartbeat(word)
+            other.heartbeat_links._on_heartbeat(word)
 
     def close(self) -> None:
         pass

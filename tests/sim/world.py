@@ -57,7 +57,7 @@ from colo_xdp.qemu.disks import DiskError
 
 from .clock import FakeTime, VirtualLoop
 from .guest import Client, Guest, Plan
-from .host import Side, SimDataPath, SimPaths, SimPeer, SimQmp, SimStore, Witness
+from .host import Side, SimDataPath, SimHeartbeatLinks, SimPeer, SimQmp, SimStore, Witness
 from .offload_model import Bpf
 from .tcp import FIN, RST, SYN, BadChecksum, Tcp, diff, read
 
@@ -876,8 +876,10 @@ class World:
     def _make_store(self, c: Config) -> SimStore:
         return SimStore(self.p if c.role == "primary" else self.s)
 
-    def _make_paths(self, c: Config, on_heartbeat: Callable[[Any], None]) -> SimPaths:
-        return SimPaths(self.p if c.role == "primary" else self.s, c.pair, on_heartbeat)
+    def _make_heartbeat_links(
+        self, c: Config, on_heartbeat: Callable[[Any], None]
+    ) -> SimHeartbeatLinks:
+        return SimHeartbeatLinks(self.p if c.role == "primary" else self.s, c.pair, on_heartbeat)
 
     def _make_peer(
         self, *, role: str, on_up: Any, on_down: Any, on_message: Any, **_: Any
@@ -934,7 +936,7 @@ class World:
             supervisor.WATCH_S = 1e9
             supervisor.Qmp = self._make_qmp  # type: ignore[misc,assignment]
             controller_module.Peer = self._make_peer  # type: ignore[misc,assignment]
-            controller_module.HeartbeatLinks = self._make_paths  # type: ignore[misc,assignment]
+            controller_module.HeartbeatLinks = self._make_heartbeat_links  # type: ignore[misc,assignment]
             arbiter.make_store = self._make_store  # type: ignore[assignment]
             yield
         finally:

@@ -165,7 +165,7 @@ def test_a_fence_holds_until_the_peer_is_heard_again() -> None:
         else:
             c._peer_up()
         c.view.guest.colo_exit = True
-        facts = replace(c.facts(), peer_connected=False, peer_silent_ms=1e6, paths=())
+        facts = replace(c.facts(), peer_connected=False, peer_silent_ms=1e6, links=())
         assert decide(facts).action is Action.FENCE
         c.view.pair.fence.result = True
         facts = replace(facts, arbiter=replace(facts.arbiter, fenced=True))

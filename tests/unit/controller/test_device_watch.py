@@ -93,7 +93,9 @@ def beats(c: Primary | Secondary, clock: Clock, n: int, *, heard: bool) -> None:
         clock.go(100)
         c.peer.last_seen_ns = time.monotonic_ns()
         if heard:
-            c.paths.core.paths[0].heard_ns = c.paths.core.paths[0].echo_ns = clock.ns
+            c.heartbeat_links.core.links[0].heard_ns = c.heartbeat_links.core.links[0].echo_ns = (
+                clock.ns
+            )
         c.devices.listen()
 
 
@@ -127,7 +129,7 @@ def test_what_the_other_host_does_not_hear(clock: Clock) -> None:
     beats(c, clock, 5, heard=True)
     for _ in range(20):
         clock.go(100)
-        c.paths.core.paths[0].heard_ns = clock.ns
+        c.heartbeat_links.core.links[0].heard_ns = clock.ns
         c.devices.listen()
     assert "the other host receives nothing over" in shown(c)[1]
 

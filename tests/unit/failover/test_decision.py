@@ -14,7 +14,7 @@ from colo_xdp.failover.facts import (
     ArbiterView,
     Ending,
     Facts,
-    Heard,
+    LinkView,
     OtherGuest,
     OwnGuest,
     other_guest,
@@ -52,12 +52,12 @@ P = {"role": Role.PRIMARY}
 LEASE = {"automatic": True, "needs_grant": True, "name": "lease"}
 HELD = {**LEASE, "granted": True, "recorded": True}
 
-LINK = Heard("peer link", 5, 5)
-CUT = {**SILENT, "paths": (LINK,)}  # datagrams arrive
+LINK = LinkView("peer link", 5, 5)
+CUT = {**SILENT, "links": (LINK,)}  # datagrams arrive
 LONG_CUT = {**CUT, "peer_silent_ms": 5001}
 STOPPED = {**LONG, "ending": Ending.STOPPED}  # its controller, on purpose
 NEW = {**P, "state": State.STARTING, "undecided": True}  # nothing was pinned
-QUIET = {"paths": (replace(LINK, silent_ms=5001),)}
+QUIET = {"links": (replace(LINK, silent_ms=5001),)}
 
 ROWS = [
     ({}, Action.NONE, "both guests run"),
@@ -118,7 +118,7 @@ ROWS = [
         "control channel is cut, but the peer lives: its heartbeats arrive over peer",
     ),
     (
-        {**CUT, "paths": (replace(LINK, echo_age_ms=1e9),)},
+        {**CUT, "links": (replace(LINK, echo_age_ms=1e9),)},
         Action.DEGRADE,
         "does not receive this side",
     ),

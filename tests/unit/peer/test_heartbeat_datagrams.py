@@ -217,7 +217,7 @@ def test_a_loop_that_stood_still_says_so_and_blames_nobody() -> None:
     c.heartbeats.stood_still(2.0, 0.1)
     assert c.peer.last_seen_ns == before + 2 * 10**9
     sent: list[tuple[Flag, int]] = []
-    c.paths.send = lambda flags, lag, epoch: sent.append((flags, lag))  # type: ignore[method-assign]
+    c.heartbeat_links.send = lambda flags, lag, epoch: sent.append((flags, lag))  # type: ignore[method-assign]
     c.beat()
     c.beat()
     assert [lag for _, lag in sent] == [2000, 0]
@@ -240,7 +240,7 @@ def test_facts_of_a_cut_come_from_the_datagrams() -> None:
         c, _, _ = cut(secondary)
         key = session_key("web1", "11" * NONCE, "22" * NONCE)
         far = HeartbeatSession("web1", "primary", [LINK])
-        for core in (c.paths.core, far):
+        for core in (c.heartbeat_links.core, far):
             core.rekey(key, same_peer=False)
         c.peer.last_seen_ns = time.monotonic_ns() - 2 * 10**9
         c.view.born_ns = 0
@@ -248,13 +248,16 @@ def test_facts_of_a_cut_come_from_the_datagrams() -> None:
         c.reconsider()
         assert "acknowledged nothing" in c.reason and f"control channel, {LINK}" in c.reason
         far.round()
-        assert c.paths.core.receive(0, far.make(0, boot_ns(), Flag.VM, 0, 7), boot_ns()) is not None
+        assert (
+            c.heartbeat_links.core.receive(0, far.make(0, boot_ns(), Flag.VM, 0, 7), boot_ns())
+            is not None
+        )
         c.reconsider()
         assert c.state is State.DEGRADED
         assert "the control channel is cut, but the peer lives" in c.reason
         assert "does not receive this side's" in c.reason
-        far.receive(0, c.paths.core.make(0, boot_ns(), Flag.VM, 0, 7), boot_ns())
-        c.paths.core.receive(0, far.make(0, boot_ns(), Flag.VM, 0, 7), boot_ns())
+        far.receive(0, c.heartbeat_links.core.make(0, boot_ns(), Flag.VM, 0, 7), boot_ns())
+        c.heartbeat_links.core.receive(0, far.make(0, boot_ns(), Flag.VM, 0, 7), boot_ns())
         c.reconsider()
         assert c.reason.endswith(f"its heartbeats arrive over {LINK}")
 

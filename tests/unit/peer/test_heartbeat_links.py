@@ -124,7 +124,7 @@ def test_a_flood_costs_the_path_and_nothing_else() -> None:
             where = ("127.0.0.1", int(b.split(":")[1]))
             for _ in range(3 * BUDGET):
                 flood.sendto(b"x" * SIZE, where)
-            refused = s.paths.core.paths[0].refused
+            refused = s.paths.core.links[0].refused
             await until(lambda: refused["stranger"] == BUDGET)
             end = time.monotonic() + 0.05
             while time.monotonic() < end:
