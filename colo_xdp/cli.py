@@ -10,7 +10,6 @@ tests/docs/generate.py writes.
 
 from __future__ import annotations
 
-import glob
 import json
 import sys
 import time
@@ -93,27 +92,21 @@ def _load(path: Path) -> Any:
 
 def _socket(where: str | None, run_dir: str) -> str:
     """The control socket meant: named, of a config, or the only one there is."""
-    if where is None:
-        found = sorted(Path(run_dir).glob("*.sock")) if Path(run_dir).is_dir() else []
-        if not found:
-            raise _fail(f"no controller runs here (no control socket in {run_dir})", NOT_RUNNING)
-        if len(found) > 1:
-            names = "\n  ".join(f"{p.stem.rpartition('.')[0]}  ({p})" for p in found)
-            raise _fail(f"several controllers run here; name a pair:\n  {names}", USAGE)
-        return str(found[0])
-    path = Path(where)
-    if path.suffix == ".sock" or path.is_socket():
-        return where
-    if "/" not in where and path.suffix != ".toml" and not path.exists():  # a pair's name
-        found = sorted(Path(run_dir).glob(f"{glob.escape(where)}.*.sock"))
-        if not found:
-            raise _fail(f"no controller of pair {where} runs here (none in {run_dir})", NOT_RUNNING)
-        if len(found) > 1:
-            names = "\n  ".join(map(str, found))
-            raise _fail(f"both roles of {where} run here; name one:\n  {names}", USAGE)
-        return str(found[0])
-    config = _load(path)
-    return f"{config.datapath.run_dir}/{config.pair}.{config.role}.sock"
+    from .service.control_socket import NotRunning, SeveralRun, find
+
+    if where is not None:
+        path = Path(where)
+        if path.suffix == ".sock" or path.is_socket():
+            return where
+        if "/" in where or path.suffix == ".toml" or path.exists():
+            config = _load(path)
+            return f"{config.datapath.run_dir}/{config.pair}.{config.role}.sock"
+    try:
+        return find(run_dir, where or "")
+    except NotRunning as e:
+        raise _fail(str(e), NOT_RUNNING) from e
+    except SeveralRun as e:
+        raise _fail(str(e), USAGE) from e
 
 
 def _ask(where: str | None, run_dir: str, command: str, **args: Any) -> dict[str, Any]:
@@ -141,64 +134,6 @@ def run(config: ConfigArg) -> None:
     raise typer.Exit(daemon(c))
 
 
-def _text(s: dict[str, Any]) -> str:
-    q, p, ck, held = s["qemu"], s["peer"], s["checkpoints"], s["held"]
-    pa, age = s["patience"], time.time() - s["since"]
-
-    def no(x: dict[str, Any]) -> str:
-        return "" if x["connected"] else "NOT "
-
-    def ms(v: float | None) -> str:
-        return "never" if v is None else f"{v:.0f} ms ago"
-
-    may = s["active"]
-    right = {"held": "the lease is held", "promised": "the other host stays silent"}
-    why = right.get(may["lease"], "no lease") if may["lease"] else ""
-    left = f", {may['remaining_s']:.1f} s left" if may["remaining_s"] else ""
-    causes = ", ".join(f"{k} {v}" for k, v in ck["by_cause"].items() if v) or "none"
-    lines = [
-        f"{s['pair']} {s['role']}: {s['state']} for {age:.0f} s (epoch {s['epoch']}, {s['mode']})",
-        f"  why          {s['reason']}",
-        f"  guest        {'transmits' if may['transmitting'] else 'is silent'}"
-        + (f" ({why}{left})" if why else ""),
-        f"  QEMU         {no(q)}connected {q['version']} {q['accel']}".rstrip(),
-        f"  peer         {no(p)}connected {p['state']}".rstrip(),
-        *(
-            f"  heartbeats   {w['name']}: received {ms(w['silent_ms'])}, round trip "
-            f"{w['rtt_us'] / 1000:.1f} ms, acknowledged {ms(w['echo_age_ms'])}"
-            + (f" ({w['trouble']})" if w["trouble"] else "")
-            for w in s["heartbeat_links"]
-        ),
-        *(
-            f"  NIC {n['name']:<8} {n['tap']}{' in ' + n['bridge'] if n['bridge'] else ''}, "
-            f"{n['mac'] or 'address not known yet'}, peer link {n['peer_link']}: {n['flows']} "
-            f"connections, {n['held']} packets held"
-            + (f" ({n['trouble']})" if n["trouble"] else "")
-            for n in s["nics"]
-            if len(s["nics"]) > 1
-        ),
-        f"  hook         {s['hook']}, events by {s['events']} buffer, {s['ring']['lost']} lost",
-        f"  held         {held['packets']} of {held['limit']} packets, {held['bytes']} bytes",
-        *(
-            [
-                f"  patience     {pa['ms']:.0f} ms ({pa['source']}); the SVM lags by "
-                f"{pa['lag_ms']:.0f} ms, a checkpoint takes {pa['checkpoint_ms']:.0f} ms, "
-                f"{pa['needless']} were needless"
-            ]
-            * bool(pa["source"])
-        ),
-        f"  checkpoints  {ck['total']} ({causes}), {ck['failed']} failed"
-        + (f", {ck['delayed']} delayed by {ck['delay_s']:.1f} s in all" * bool(ck["delayed"])),
-    ]
-    if ck["last"]:
-        last = ck["last"]
-        lines.append(
-            f"  last         {last['cause']}: {last['detail']}; pause {last['pause_ms']:.1f} ms, "
-            f"{last['total_ms']:.1f} ms in all"
-        )
-    return "\n".join(lines)
-
-
 @app.command()
 def status(
     where: Where = None,
@@ -209,9 +144,11 @@ def status(
     run_dir: RunDir = RUN_DIR,
 ) -> None:
     """Show what the pair is doing, and why. Exit code 4 if it is not protected."""
+    from .status.text import text
+
     while True:
         s = _ask(where, run_dir, "status")
-        typer.echo(json.dumps(s, indent=2) if as_json else _text(s))
+        typer.echo(json.dumps(s, indent=2) if as_json else text(s, time.time()))
         if not watch:
             break
         time.sleep(1)
@@ -339,39 +276,17 @@ def drill(
     A switchover and a re-protection. This host's QEMU has to be started anew in between:
     by `[qemu] incoming`, or by you.
     """
-    from .service.control_socket import ControlError, request
+    from .service.control_socket import ControlError, NotRunning
+    from .service.drill import DrillError
+    from .service.drill import drill as steps
 
-    path = _socket(where, run_dir)
-    s = _ask(path, run_dir, "status")
-    if (s["role"], s["state"]) != ("primary", "protected"):
-        raise _fail(f"a drill begins on the primary of a protected pair; this is {s['role']}, "
-                    f"{s['state']}: {s['reason']}")  # fmt: skip
-    began = time.monotonic()
-    r = _ask(path, run_dir, "switchover")
-    if not r["done"]:
-        raise _fail(f"no switchover: {r['state']}: {r['reason']}")
-    typer.echo(
-        f"the guest transmits on the other host after {(time.monotonic() - began) * 1e3:.0f} ms"
-    )
-    gap, last, end = None, "", began + wait
-    _ask(path, run_dir, "reprotect")
-    while time.monotonic() < end:
-        try:
-            s = request(path, "status", {}, timeout=5)
-        except ControlError:
-            time.sleep(0.2)  # the controller of the other role is being made
-            continue
-        if gap is None and s["last_failover"]:
-            gap = s["last_failover"]["gap_ms"]
-            typer.echo(f"the network received nothing from the guest for {gap:.0f} ms")
-        if s["reason"] != last:
-            last = s["reason"]
-            typer.echo(f"  {s['role']}, {s['state']}: {last}")
-        if (s["role"], s["state"]) == ("secondary", "protected"):
-            typer.echo(f"protected again after {time.monotonic() - began:.1f} s, roles changed")
-            return
-        time.sleep(0.02)
-    raise _fail(f"not protected again within {wait:g} s: {last}")
+    try:
+        for line in steps(_socket(where, run_dir), wait):
+            typer.echo(line)
+    except NotRunning as e:
+        raise _fail(str(e), NOT_RUNNING) from e
+    except (ControlError, DrillError) as e:
+        raise _fail(str(e)) from e
 
 
 @app.command()
@@ -444,27 +359,20 @@ def capture(
 
     A comment on each frame gives the position of the difference.
     """
-    from .tools.explain import comment
-    from .tools.pcap import PcapError, Writer
+    from .tools.differences import from_controller
+    from .tools.pcap import PcapError
 
-    end, after, n = time.monotonic() + seconds, 0, 0
+    def page(after: int, limit: int) -> list[dict[str, Any]]:
+        pairs: list[dict[str, Any]] = _ask(where, run_dir, "capture", after=after, limit=limit)[
+            "pairs"
+        ]
+        return pairs
+
     try:
-        with Writer(out) as w:
-            while n < count:
-                page = _ask(where, run_dir, "capture", after=after, limit=8)["pairs"]
-                for d in page[: count - n]:
-                    after, n = d["serial"], n + 1
-                    at = int(d["at"] * 1e9)
-                    for guest in ("pvm", "svm"):
-                        if d[f"{guest}_frame"]:
-                            w.put(guest, at, bytes.fromhex(d[f"{guest}_frame"]), comment(d))
-                if not page:
-                    if time.monotonic() >= end:
-                        break
-                    time.sleep(0.2)
+        n, frames = from_controller(out, page, seconds, count)
     except PcapError as e:
         raise _fail(str(e)) from e
-    typer.echo(f"{out}: {n} differences, {w.frames} frames")
+    typer.echo(f"{out}: {n} differences, {frames} frames")
 
 
 @app.command()
@@ -529,6 +437,7 @@ def replay(
         raise _fail("two captures are needed: of the PVM's tap and of the SVM's", USAGE)
     from dataclasses import replace
 
+    from .tools.differences import from_replay
     from .tools.pcap import PcapError, read
     from .tools.replay import MS, Options, ReplayError, text
     from .tools.replay import replay as play
@@ -549,7 +458,7 @@ def replay(
         frames = [[(f.ts_ns, f.data) for f in read(path)] for path in (pvm, svm)]
         r = play(frames[0], frames[1], o, mac)
         if write is not None:
-            _write_pairs(write, r)
+            from_replay(write, r)
     except (PcapError, ReplayError) as e:
         raise _fail(str(e)) from e
     report = r.report()
@@ -563,20 +472,6 @@ def replay(
             typer.echo("\n" + "\n".join(difference(d, f"#{n} at {d['at_s']:.3f} s")))
     if report["checkpoints"]:
         raise typer.Exit(DIFFER)
-
-
-def _write_pairs(out: Path, r: Any) -> None:
-    from .engine.journal import divergence_json
-    from .tools.explain import comment
-    from .tools.pcap import Writer
-
-    with Writer(out) as w:
-        for n, (ts, d) in enumerate(r.pairs, 1):
-            note = comment({"serial": n, **divergence_json(d)})
-            e = d.evidence
-            for guest, frame in (("pvm", e.pvm_frame and e.pvm_frame.frame), ("svm", e.svm_frame)):
-                if frame:
-                    w.put(guest, ts, frame, note)
 
 
 def _corpus() -> int:

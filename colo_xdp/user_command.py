@@ -6,7 +6,7 @@ create its sockets under /run, and ending the unit could end the guest. A fence 
 neither /root nor a writable /var. A controller started by systemd therefore lets systemd start the
 commands, each in a transient unit of its own; any other controller starts them itself.
 The same holds for the commands that make and remove overlays of disks, whose directory the
-controller's unit may not write to. qemu/supervisor.py, qemu/replication.py and failover/arbiter.py
+controller's unit may not write to. qemu/supervisor.py, qemu/overlays.py and failover/arbiter.py
 are the callers.
 """
 

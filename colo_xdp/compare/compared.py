@@ -126,7 +126,7 @@ class ComparedFlow(ABC):
         if not self.when or due_ns < self.when:
             self.host.timers.arm(self, due_ns)
 
-    def unknown(self, epoch: int) -> None:
+    def reset(self, epoch: int) -> None:
         """Forget everything: the fast path had the flow and has forgotten it."""
         self.offload.reset()
         self.new_epoch(epoch)

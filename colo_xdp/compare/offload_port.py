@@ -51,7 +51,7 @@ class OffloadCodec(Protocol[F]):
         """Note that the fast path owns the flow now, and what waited in it."""
         ...
 
-    def recall(self, flow: F, state: ConnState, now_ns: int) -> None:
+    def restore(self, flow: F, state: ConnState, now_ns: int) -> None:
         """Continue an empty or offloaded flow from the kernel's state."""
         ...
 

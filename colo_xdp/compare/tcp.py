@@ -31,17 +31,17 @@ from ..net.seqnum import HALF, MASK, diff, later
 from ..net.tcp_headers import FAR, SPARE, USUAL_HEADERS, ip_id, is_signed, reserved, urgent_position
 from .causes import Cause
 from .compared import ComparedFlow
-from .flow import BEFORE, CONTEXT, FlowContext
+from .evidence import of_segment
+from .flow import CONTEXT, FlowContext
 from .held_queue import Held
-from .limits import NEVER
 from .offload_port import OffloadCodec
 from .policy import Verdict
 from .released import UNPROVEN, ReleasedStream
-from .tcp_headers import SIGNED_PART_NS, Marks, syns_differ
+from .tcp_headers import Marks, syns_differ
 from .tcp_secondary import Push, SvmStream, rst_id
+from .tcp_wait import FLAGS, limit_ns, overdue, repeats
 from .window import WindowGate
 
-FLAGS = FIN | SYN | RST
 _STORED = Push.STORED
 #: How long (ns) a verified part of a frame that is smaller than a segment waits for the rest.
 PART_NS = 5_000_000
@@ -106,11 +106,11 @@ class TcpFlow(ComparedFlow):
         self.sent.roll_back()
         self.theirs.svm_nxt = self.sent.verified
 
-    def unknown(self, epoch: int) -> None:
+    def reset(self, epoch: int) -> None:
         """Forget everything, as if the connection were new."""
         self.sent.forget()
         self.windows = WindowGate()
-        super().unknown(epoch)
+        super().reset(epoch)
 
     def removed(self) -> None:
         """Drop the flow's history when it leaves the tables."""
@@ -145,30 +145,7 @@ class TcpFlow(ComparedFlow):
         Returns the next deadline, 0 for none.
         """
         self.release_part(now_ns, False)
-        t = self.host.timeout_ns
-        frames = self.held.frames
-        ahead = self.svm_since()
-        if not frames and not ahead:
-            return 0
-        head_due = frames[0][2] + self._patience(frames[0][1]) if frames else NEVER
-        ahead_due = ahead + t if ahead else NEVER
-        due = min(head_due, ahead_due)
-        if self.marks.signed and frames and not self.asked:
-            due = min(due, self._signed_due(now_ns))
-        if due > now_ns:
-            return due
-        if not self.asked:
-            if head_due <= ahead_due:
-                p = frames[0][1]
-                cause = Cause.COMPARE_TIMEOUT
-                if self.unverifiable:
-                    cause = Cause.RETRANSMIT_UNVERIFIABLE
-                elif p.flags & RST:
-                    cause = Cause.RST_ONE_SIDED
-                self.ask(cause, p)
-            else:
-                self.ask(Cause.SVM_AHEAD)
-        return now_ns + t  # keep the timer
+        return overdue(self, now_ns)
 
     def ask(
         self,
@@ -182,23 +159,13 @@ class TcpFlow(ComparedFlow):
         if self.asked:
             return
         self.asked = True
-        evidence = NO_EVIDENCE
         if not svm_frame and self.theirs.chunks:
             svm_frame = self.theirs.chunks[0][0]
-        if p is not None:
-            o = p.off + (0 if at is None else max(0, diff(at, p.seq)))
-            before = p.frame[max(p.off, o - BEFORE) : o]
+        if p is None:
+            evidence = Evidence(svm=svm, svm_frame=svm_frame) if svm or svm_frame else NO_EVIDENCE
+        else:
             rec = next((h[0] for h in self.held if h[1] is p), None)
-            evidence = Evidence(
-                ((p.seq if at is None else at) - self.sent.origin) & MASK,
-                len(before),
-                p.frame[o - len(before) : min(o + CONTEXT, p.end)],
-                before + svm,
-                rec if rec is not None else Frame(p.frame, 0),
-                svm_frame,
-            )
-        elif svm or svm_frame:
-            evidence = Evidence(svm=svm, svm_frame=svm_frame)
+            evidence = of_segment(p, rec, self.sent.origin, at, svm, svm_frame)
         self.outbox.request(cause, self, evidence)
 
     def _differ(
@@ -232,52 +199,15 @@ class TcpFlow(ComparedFlow):
             if not held.frames:
                 self.head_ok = None
             return
-        due = now_ns + (self._patience(p) if p.flags & RST else host.patience.ns)
+        due = now_ns + (limit_ns(self, p) if p.flags & RST else host.patience.ns)
         if not self.when or due < self.when:  # wait_for(), without the call
             host.timers.arm(self, due)
-        if len(held.frames) > 1 and p.seq == held.frames[0][1].seq:
-            self._repeated(p, now_ns)
-
-    def _patience(self, p: Packet) -> int:
-        """Return how long a head may wait (ns).
-
-        A RST needs no longer than the SVM usually takes if the SVM has output that the PVM, which
-        has reset, will never produce.
-        """
-        patience = self.host.patience
-        if not patience.adaptive:
-            return patience.ns
-        if p.flags & RST:
-            return patience.quiet_ns if self.svm_since() else patience.ns
-        return patience.ns if self._acked(p) else patience.stalled_ns
+        if len(held.frames) > 1 and p.seq == held.frames[0][1].seq and repeats(self, p, now_ns):
+            self.ask(Cause.REPEATED, held.frames[0][1])
 
     def svm_deaf(self) -> bool:
-        return bool(self.held) and not self._acked(self.held[0][1])
+        return bool(self.held) and not self.acked(self.held[0][1])
 
-    def waits_in_vain(self, before_ns: int) -> bool:
-        """Return whether the head has waited since before_ns for more than an ack, although the SVM
-        runs and has got what the PVM has got."""
-        if not self.held.frames:
-            return False
-        _, p, since = self.held.frames[0]
-        payload = p.off != p.end or p.flags & FLAGS
-        return bool(payload) and since <= before_ns and self._acked(p)
-
-    def _repeated(self, p: Packet, now_ns: int) -> None:
-        """Request a checkpoint if the PVM repeats what the head carries: it misses an answer.
-
-        A guest may do that within milliseconds (RFC 8985). So it counts only if the head has waited
-        for twice as long as the SVM usually takes.
-        """
-        patience, (_, first, since) = self.host.patience, self.held[0]
-        if (
-            patience.adaptive
-            and (p.off != p.end or p.flags & FLAGS)
-            and not (p.flags ^ first.flags) & FLAGS
-            and now_ns - since >= patience.repeat_ns
-            and self._acked(first)
-        ):
-            self.ask(Cause.REPEATED, first)
 
     def _dry(self, p: Packet) -> bool:
         """Return whether `p` is plain new payload with nothing of the SVM to compare.
@@ -298,7 +228,7 @@ class TcpFlow(ComparedFlow):
     def hold(self, rec: Frame, p: Packet, now_ns: int) -> None:
         """Hold a frame regardless of the limit."""
         self.held.push(rec, p, now_ns)
-        self.wait_for(now_ns + self._patience(p))
+        self.wait_for(now_ns + limit_ns(self, p))
 
     def release_ready(self, now_ns: int) -> None:
         """Release from the head whatever has become releasable."""
@@ -345,11 +275,11 @@ class TcpFlow(ComparedFlow):
         rec, p, _ = frames[0]
         n = ready = (v - p.seq) & MASK
         # The urgent pointer counts from the frame's own sequence number (RFC 9293 section 3.8.5).
-        if p.flags & (SYN | RST | URG) or not 0 < n < p.end - p.off or not self._acked(p):
+        if p.flags & (SYN | RST | URG) or not 0 < n < p.end - p.off or not self.acked(p):
             return False
         if self.marks.signed:
             return True  # expire() handles it
-        if self.theirs.surg and not self._ready_urgent(p):
+        if self.theirs.svm_urgent and not self._ready_urgent(p):
             return False
         if self.marks.ace is None:
             self.marks.ace = True if reserved(p) & 1 else None
@@ -378,11 +308,11 @@ class TcpFlow(ComparedFlow):
                 return self._reset_by_svm(p)
         elif p.off != p.end and not self._verified(p):
             return self._reset_by_svm(p)
-        if (flags & URG or self.theirs.surg) and not self._ready_urgent(p):
+        if (flags & URG or self.theirs.svm_urgent) and not self._ready_urgent(p):
             return False
-        return self._acked(p)
+        return self.acked(p)
 
-    def _acked(self, p: Packet) -> bool:
+    def acked(self, p: Packet) -> bool:
         """Return whether the SVM, or a released frame, has acked as much."""
         if not p.flags & ACK:
             return True
@@ -496,7 +426,7 @@ class TcpFlow(ComparedFlow):
 
     def _ready_syn(self, p: Packet) -> bool:
         if self.sent.isn == p.seq:
-            return self._acked(p) and p.off == p.end  # a retransmission whose counterpart was seen
+            return self.acked(p) and p.off == p.end  # a retransmission whose counterpart was seen
         syn = self.theirs.svm_syn
         if syn is None or syn.matched:
             return self._reset_by_svm(p)
@@ -524,7 +454,7 @@ class TcpFlow(ComparedFlow):
             base = sent.released_nxt
             if base is None or 0 < (e - base) & MASK < HALF:
                 sent.released_nxt = e
-        if flags & URG or self.theirs.surg:
+        if flags & URG or self.theirs.svm_urgent:
             self._settle_urgent(p, e)
         if flags & ACK:
             a = sent.committed_ack
@@ -609,13 +539,13 @@ class TcpFlow(ComparedFlow):
         sent, theirs = self.sent, self.theirs
         if p.flags & URG:
             u = urgent_position(p)
-            if u in theirs.surg or u in sent.urg_done:
+            if u in theirs.svm_urgent or u in sent.urg_done:
                 return True
             # The first segment with the last urgent byte signals it, or it never was urgent.
             passed = theirs.svm_nxt is not None and diff(theirs.svm_nxt, u) >= 0
             return self._differ(Cause.URGENT_DIFFERS, p) if passed else False
         size = p.end - p.off
-        for u in theirs.surg:
+        for u in theirs.svm_urgent:
             if 0 < (u - p.seq) & MASK <= size:
                 return self._differ(Cause.URGENT_DIFFERS, p, (u - 1) & MASK)
         return True
@@ -624,7 +554,9 @@ class TcpFlow(ComparedFlow):
         sent, theirs = self.sent, self.theirs
         if p.flags & URG:
             sent.urgent(urgent_position(p))
-        theirs.surg = tuple(u for u in theirs.surg if u not in sent.urg_done and diff(u, e) > 0)
+        theirs.svm_urgent = tuple(
+            u for u in theirs.svm_urgent if u not in sent.urg_done and diff(u, e) > 0
+        )
 
     # -- signed segments
 
@@ -641,15 +573,6 @@ class TcpFlow(ComparedFlow):
         if self.marks.deaf and not p.flags & SYN:
             self.ask(Cause.SIGNED_CONNECTION, p)
 
-    def _signed_due(self, now_ns: int) -> int:
-        """Return when a partly verified head that cannot be split has waited long enough."""
-        v, (_, p, at) = self.head_ok, self.held[0]
-        if v is None or not 0 < (v - p.seq) & MASK < p.end - p.off:
-            return NEVER
-        if at + SIGNED_PART_NS <= now_ns:
-            self.ask(Cause.SIGNED_CONNECTION, p)
-        return at + SIGNED_PART_NS
-
     # -- the SVM's frames
 
     def svm(self, p: Packet, now_ns: int) -> None:
@@ -657,7 +580,9 @@ class TcpFlow(ComparedFlow):
         flags, theirs = p.flags, self.theirs
         if flags & (SYN | RST):
             self._svm_control(p, now_ns)
-        elif p.seq != theirs.svm_nxt and self._foreign(p.seq):
+        elif p.seq != theirs.svm_nxt and theirs.is_foreign(
+            p.seq, self.host.max_stream, self.sent.isn
+        ):
             # A late frame of an earlier connection on these ports: its ack, window and FIN would be
             # misread in the numbers of this one.
             self.outbox.count("svm_out_of_window")
@@ -669,7 +594,7 @@ class TcpFlow(ComparedFlow):
                     theirs.svm_ack = p.ack
                 self.windows.svm(p)
             if flags & URG:
-                self._svm_urgent(urgent_position(p))
+                theirs.urgent(urgent_position(p), self.sent.released_nxt, self.sent.urg_done)
             if p.off != p.end:
                 place, sent = theirs.svm_nxt, self.sent
                 what = theirs.push(p, now_ns, sent.verified, self.host.max_stream)
@@ -689,19 +614,6 @@ class TcpFlow(ComparedFlow):
                 self.outbox.release(update)
         if not self.when and (theirs.chunks or theirs.out_of_order or flags & FLAGS):
             self.host.timers.arm(self, now_ns + self.host.timeout_ns)
-
-    def _foreign(self, seq: int) -> bool:
-        """Return whether a sequence number cannot belong to this connection."""
-        send = self.theirs.svm_nxt
-        if send is None:
-            return False  # nothing is known about it
-        reach = self.host.max_stream
-        if (seq - send + reach) & MASK > 2 * reach:
-            return True
-        # Below the ISN: an earlier connection had lower numbers (RFC 6528).
-        isn = self.sent.isn
-        young = isn is not None and (send - isn) & MASK < HALF >> 1
-        return isn is not None and young and (seq - isn) & MASK >= HALF
 
     def _svm_pushed(self, what: Push, p: Packet, place: int | None) -> None:
         """Handle the result of storing payload of the SVM. place: end of what was known before."""
@@ -730,13 +642,6 @@ class TcpFlow(ComparedFlow):
         self.outbox.count("svm_queue_full_dropped")
         self.outbox.request(Cause.QUEUE_FULL, self)
 
-    def _svm_urgent(self, end: int) -> None:
-        # For bytes that have left, the PVM's pointer counts, which was compared when they left.
-        sent, theirs = self.sent, self.theirs
-        ahead = sent.released_nxt is None or diff(end, sent.released_nxt) > 0
-        if ahead and end not in theirs.surg and end not in sent.urg_done:
-            theirs.urgent(end)
-
     def _svm_fin(self, f: int, now_ns: int) -> None:
         sent, theirs = self.sent, self.theirs
         ours = theirs.svm_nxt is not None  # otherwise the SVM is one incarnation ahead of the PVM
@@ -750,21 +655,9 @@ class TcpFlow(ComparedFlow):
         theirs.finish(f, now_ns)
 
     def _svm_control(self, p: Packet, now_ns: int) -> None:
-        sent, theirs = self.sent, self.theirs
-        if p.flags & RST:
-            if p.flags & ACK:
-                theirs.acked(p.ack)
-            ident = rst_id(p)
-            if ident in sent.rst_done or ident in theirs.svm_rsts:
-                self.outbox.count("svm_retransmit")
-            elif not theirs.reset(ident, now_ns):
-                self._svm_full()
-            return
-        syn = theirs.svm_syn
-        # the second case: a retransmission by an SVM that a checkpoint cloned during the handshake
-        if syn.packet.seq == p.seq if syn is not None else sent.isn == p.seq:
+        sent = self.sent
+        what = self.theirs.control(p, now_ns, sent.isn, sent.rst_done)
+        if what is Push.KNOWN:
             self.outbox.count("svm_retransmit")
-            if p.flags & ACK:
-                theirs.acked(p.ack)
-            return
-        theirs.begin(p, now_ns)
+        elif what is Push.FULL:
+            self._svm_full()

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from bisect import insort
 from collections import deque
+from collections.abc import Container
 from dataclasses import dataclass
 from enum import Enum, auto
 
-from ..net.packet import ACK, Packet
-from ..net.seqnum import MASK, diff, later
+from ..net.packet import ACK, RST, Packet
+from ..net.seqnum import HALF, MASK, diff, later
 from .history import History
 from .ledger import Ledger
 
@@ -57,15 +58,15 @@ class SvmStream:
         "_ledger",
         "chunks",
         "out_of_order",
-        "sfin_at",
-        "srst_at",
-        "surg",
         "svm_ack",
         "svm_fin",
+        "svm_fin_at",
         "svm_nxt",
         "svm_retransmits",
+        "svm_rst_at",
         "svm_rsts",
         "svm_syn",
+        "svm_urgent",
     )
 
     def __init__(self, ledger: Ledger) -> None:
@@ -76,9 +77,9 @@ class SvmStream:
         self.svm_ack: int | None = None  # highest ack
         # retransmissions that the history does not reach: seq, frame, off, end
         self.svm_retransmits: list[tuple[int, bytes, int, int]] = []
-        self.surg: tuple[int, ...] = ()  # ends of urgent data that the PVM has not signalled
+        self.svm_urgent: tuple[int, ...] = ()  # ends of urgent data that the PVM has not signalled
         self.svm_fin: int | None = None
-        self.sfin_at = self.srst_at = 0
+        self.svm_fin_at = self.svm_rst_at = 0
         self.svm_rsts: list[tuple[bool, int]] = []  # resets without a counterpart yet
         self.svm_syn: Syn | None = None
 
@@ -89,7 +90,7 @@ class SvmStream:
         self.out_of_order.clear()
         self.svm_retransmits.clear()
         self.svm_ack = self.svm_fin = self.svm_syn = None
-        self.surg = ()
+        self.svm_urgent = ()
         self.svm_rsts.clear()
 
     def since(self) -> int:
@@ -100,9 +101,9 @@ class SvmStream:
         if self.out_of_order:
             old.append(self.out_of_order[0][4])
         if self.svm_fin is not None:
-            old.append(self.sfin_at)
+            old.append(self.svm_fin_at)
         if self.svm_rsts:
-            old.append(self.srst_at)
+            old.append(self.svm_rst_at)
         if self.svm_syn is not None and not self.svm_syn.matched:
             old.append(self.svm_syn.at)
         return min(old) if old else 0
@@ -225,26 +226,68 @@ class SvmStream:
         ends = (seq + end - off for seq, _, off, end, _ in self.out_of_order)
         return diff(self.svm_nxt, place) > 0 or any(diff(end, place) > 0 for end in ends)
 
+    def is_foreign(self, seq: int, reach: int, isn: int | None) -> bool:
+        """Return whether a sequence number cannot belong to this connection.
+
+        reach: how far it may be from the next byte; isn: of the PVM's SYN that was released.
+        """
+        send = self.svm_nxt
+        if send is None:
+            return False  # nothing is known about it
+        if (seq - send + reach) & MASK > 2 * reach:
+            return True
+        # Below the ISN: an earlier connection had lower numbers (RFC 6528).
+        young = isn is not None and (send - isn) & MASK < HALF >> 1
+        return isn is not None and young and (seq - isn) & MASK >= HALF
+
     # -- flags
+
+    def control(
+        self, p: Packet, now_ns: int, isn: int | None, resets: Container[tuple[bool, int]]
+    ) -> Push:
+        """Note a SYN or a reset; return STORED, KNOWN or FULL.
+
+        isn, resets: the SYN and the resets of the PVM that were released.
+        """
+        if p.flags & RST:
+            if p.flags & ACK:
+                self.acked(p.ack)
+            ident = rst_id(p)
+            if ident in resets or ident in self.svm_rsts:
+                return Push.KNOWN
+            return Push.STORED if self.reset(ident, now_ns) else Push.FULL
+        syn = self.svm_syn
+        # the second case: a retransmission by an SVM that a checkpoint cloned during the handshake
+        if syn.packet.seq == p.seq if syn is not None else isn == p.seq:
+            if p.flags & ACK:
+                self.acked(p.ack)
+            return Push.KNOWN
+        self.begin(p, now_ns)
+        return Push.STORED
 
     def acked(self, ack: int) -> None:
         """Note an ack of the SVM."""
         self.svm_ack = later(self.svm_ack, ack)
 
-    def urgent(self, end: int) -> None:
-        """Note that the SVM's urgent data ends here."""
-        self.surg = (*self.surg[1 - MAX_URGENT :], end)
+    def urgent(self, end: int, released_nxt: int | None, done: tuple[int, ...]) -> None:
+        """Note that the SVM's urgent data ends here, unless that has left (`done`).
+
+        For bytes that have left, the PVM's pointer counts, which was compared when they left.
+        """
+        ahead = released_nxt is None or diff(end, released_nxt) > 0
+        if ahead and end not in self.svm_urgent and end not in done:
+            self.svm_urgent = (*self.svm_urgent[1 - MAX_URGENT :], end)
 
     def finish(self, place: int, now_ns: int) -> None:
         """Note the SVM's FIN."""
-        self.svm_fin, self.sfin_at = place, now_ns
+        self.svm_fin, self.svm_fin_at = place, now_ns
 
     def reset(self, ident: tuple[bool, int], now_ns: int) -> bool:
         """Note a reset by the SVM; return False if there are too many to keep."""
         if len(self.svm_rsts) >= MAX_RSTS:
             return False
         if not self.svm_rsts:
-            self.srst_at = now_ns
+            self.svm_rst_at = now_ns
         self.svm_rsts.append(ident)
         return True
 

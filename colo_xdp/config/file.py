@@ -17,7 +17,9 @@ from typing import Any
 
 from .. import validate
 from ..compare.policy import MAX_RULES, Rule
-from .schema import SECTIONS, Config, Disk, Network
+from .network import Network
+from .qemu import Disk
+from .schema import SECTIONS, Config
 
 MAX_DISKS = 64
 MAX_NICS = 8

@@ -23,7 +23,7 @@ from ..config.file import Config
 from ..datapath.host import HostDataPath
 from ..engine.journal import Divergence, Entry, Journal
 from ..failover.arbiter import Arbiter
-from ..failover.decision import State
+from ..failover.states import State
 from ..peer.channel import Peer
 from ..qemu.event import QmpEvent
 from ..qemu.qmp import QmpError, QmpTimeout
@@ -368,7 +368,7 @@ class CheckpointCoordinator:
     async def _trigger(self, ck: Checkpoint) -> None:
         """Ask QEMU for it: for the first one, to enter COLO."""
         c = self._c
-        if why := await c.qemu.disks.whole():  # QEMU would empty the overlays all the same
+        if why := await c.qemu.disks.mirrors.whole():  # QEMU would empty the overlays all the same
             raise CheckpointFailed(why)
         if ck.initial:
             await self.entry.start()
@@ -393,19 +393,18 @@ class CheckpointCoordinator:
         """Once the PVM stands still, tell the secondary whether its images are of this checkpoint.
 
         QEMU empties the secondary's overlays in any case, so the secondary counts the checkpoint
-        only with this word. It should not wait for QEMU, which answers little while it sends the
-        guest's state: if it dies then, the secondary has that state, and must have the word. Raises
+        only with this message. It should not wait for QEMU, which answers little while it sends
+        the guest's state: if it dies then, the secondary has that state, and must be told. Raises
         CheckpointFailed, QmpError.
         """
-        disks = self._c.qemu.disks
-        if not disks.any or not ck.stop_ns or ck.disks_whole:
+        c, mirrors = self._c, self._c.qemu.disks.mirrors
+        if not c.qemu.disks.any or not ck.stop_ns or ck.disks_whole:
             return
-        c = self._c
         try:
-            if not disks.still_whole and (why := await disks.whole()):
+            if not mirrors.still_whole and (why := await mirrors.whole()):
                 raise CheckpointFailed(why)
         except QmpError:
-            if disks.ended_whole:
+            if mirrors.ended_whole:
                 c.peer.send("disks_whole", n=ck.n)
             raise
         ck.disks_whole = True
@@ -438,7 +437,7 @@ class CheckpointCoordinator:
         """
         c = self._c
         await self._prove_disks(ck)
-        if why := await c.qemu.disks.whole():  # by asking, too
+        if why := await c.qemu.disks.mirrors.whole():  # by asking, too
             raise CheckpointFailed(why)
         c.drain()  # frames from before STOP may still be in the ring
         held = c.output.held

@@ -20,7 +20,7 @@ from ..compare.causes import Cause
 from ..config.file import Config
 from ..datapath.host import HostDataPath
 from ..failover.arbiter import Arbiter
-from ..failover.decision import State
+from ..failover.states import State
 from ..peer.channel import Peer
 from ..qemu import hardware
 from ..qemu.disks import DiskError
@@ -228,10 +228,10 @@ class ColoEntry:
     async def _drop_mirrors(self) -> None:
         """End mirrors that lead nowhere, but not those of a guest that is in COLO."""
         c = self._c
-        if not c.qemu.disks.mirroring or await self.migration() in (None, *IN_COLO):
+        if not c.qemu.disks.mirrors.mirroring or await self.migration() in (None, *IN_COLO):
             return
         with contextlib.suppress(QmpError):
-            await c.qemu.disks.cut()
+            await c.qemu.disks.mirrors.cut()
 
     async def _alike(self) -> bool:
         """Return whether both QEMUs are built alike; else the state has the differences."""
@@ -272,27 +272,27 @@ class ColoEntry:
 
     async def _copy_disks(self) -> bool:
         """Copy the guest's disks to the secondary, a step at a time. Returns whether it is done."""
-        c, disks = self._c, self._c.qemu.disks
-        if not disks.any:
+        c, mirrors = self._c, self._c.qemu.disks.mirrors
+        if not c.qemu.disks.any:
             return True
         try:
-            if disks.mirroring and self._copied_to != self.peer_qemu:
-                await disks.cut()
-            if not disks.mirroring:
+            if mirrors.mirroring and self._copied_to != self.peer_qemu:
+                await mirrors.cut()
+            if not mirrors.mirroring:
                 why = await c.life.unfit()
                 why = why or self.tries.held_back(self.peer_qemu, time.monotonic())
                 if why:
                     c.become(c.state, why)
                     return False
                 self._copied_to = self.peer_qemu
-                await disks.start(self.peer_disks)
-            if await disks.copied():
+                await mirrors.start(self.peer_disks)
+            if await mirrors.copied():
                 return True
-            c.become(c.state, str(disks.copying))
+            c.become(c.state, str(mirrors.copying))
         except (DiskError, QmpError) as e:
             self.tries.failed(str(e), self.peer_qemu, time.monotonic(), stopped=False)
             with contextlib.suppress(QmpError):
-                await disks.cut()
+                await mirrors.cut()
             c.become(c.state, f"COLO was not entered: {e}")
         return False
 
@@ -398,7 +398,7 @@ class ColoEntry:
         c.peer.send("failed", n=max(c.dp.epoch, c.view.peer.epoch) + 1, why=why[:1000])
         c.view.order_withdrawn()  # it was about the copy that is given up, not about the next one
         with contextlib.suppress(QmpError):  # leaving COLO tries it again
-            await c.qemu.disks.cut()
+            await c.qemu.disks.mirrors.cut()
         began, tried = time.monotonic(), ""
         while c.state is State.STARTING:
             try:

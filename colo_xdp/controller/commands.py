@@ -16,7 +16,8 @@ from typing import Any, Protocol
 from ..clock import TICK_S
 from ..config.file import Config, ConfigError, load
 from ..datapath.host import HostDataPath
-from ..failover.decision import Action, Role, State
+from ..failover.decision import Action
+from ..failover.states import Role, State
 from ..peer.channel import Peer
 from .command import Command
 from .pair_view import PairView

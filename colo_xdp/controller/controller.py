@@ -24,28 +24,19 @@ from ..datapath.host import HostDataPath
 from ..failover import states
 from ..failover.arbiter import ARBITERS, Arbiter
 from ..failover.arbiter import Host as ArbiterHost
-from ..failover.decision import (
-    Action,
-    Decision,
-    Ending,
-    Facts,
-    Heard,
-    OtherGuest,
-    Role,
-    State,
-    decide,
-)
+from ..failover.decision import Action, Decision, decide
+from ..failover.facts import Ending, Facts, LinkView, OtherGuest
 from ..failover.lease import boot_ns
-from ..failover.states import sends_nothing
+from ..failover.states import Role, State, sends_nothing
 from ..peer.channel import Peer
 from ..peer.heartbeat_links import HeartbeatLinks
 from ..peer.messages import VERSION
 from ..peer.tls import Tls
+from ..qemu.block_layer import ReplicationOptions
 from ..qemu.event import QmpEvent
 from ..qemu.guest_event import news
 from ..qemu.migration import MigrationOptions
 from ..qemu.overlays import ReplicatedDisk
-from ..qemu.replication import ReplicationOptions
 from ..qemu.supervisor import QemuOptions, QemuSupervisor, Stakes
 from .commands import OperatorCommands
 from .device_watch import DeviceWatch
@@ -134,7 +125,7 @@ class Controller(RoleSteps):
             versions=(p.min_version, VERSION),
         )
         self.heartbeats = Heartbeats(self)
-        self.paths = HeartbeatLinks(config, self.heartbeats.on_heartbeat)
+        self.heartbeat_links = HeartbeatLinks(config, self.heartbeats.on_heartbeat)
         self.devices = DeviceWatch(self)
         # The programs must not take a controller that idles for a dead one.
         idle_s = min(IDLE_S, config.datapath.controller_loss / 4000)
@@ -286,7 +277,7 @@ class Controller(RoleSteps):
         self.dp.peer_stopped = 0
         same_peer = self.peer.peer_boot == self.view.peer.boot
         self.view.connected(self.peer.peer_boot)
-        self.paths.core.rekey(self.peer.heartbeat_key, same_peer=same_peer)
+        self.heartbeat_links.core.rekey(self.peer.heartbeat_key, same_peer=same_peer)
         # It lives, whatever the fence command has said: it has to be fenced another time.
         self.peer_lives("it connects")
         self.devices.connected()
@@ -307,12 +298,12 @@ class Controller(RoleSteps):
         if kind == "heartbeat":
             self.view.heartbeat(msg)
             if self.role is Role.SECONDARY:
-                word = msg["shadow"] and msg["role"] == Role.PRIMARY.value
-                self._on_peer_shadow(word, msg["epoch"])
+                shadow = msg["shadow"] and msg["role"] == Role.PRIMARY.value
+                self._on_peer_shadow(shadow, msg["epoch"])
             if msg.get("over"):
                 self.life.pair_over(ENDED)
             elif msg["shut"]:
-                self.peer_shut(msg["alone"])
+                self.peer_shut(msg["standalone"])
             if msg["echo"]:
                 self.peer.rtt_ns = max(0, boot_ns() - msg["echo"])
                 if msg["promise"]:
@@ -320,7 +311,7 @@ class Controller(RoleSteps):
             self.view.heartbeat_read(msg["t"])
         elif kind == "shut":
             self.view.peer_gave_reason(f'"{msg["why"][:200]}"')
-            self.peer_shut(msg["alone"])
+            self.peer_shut(msg["standalone"])
         elif kind == "guest_off":
             self.life.pair_over(msg["why"][:200])
         elif kind == "ready" or (kind == "begin" and msg["initial"]):
@@ -387,7 +378,7 @@ class Controller(RoleSteps):
 
     def facts(self) -> Facts:
         """Return what is known now."""
-        core, boot = self.paths.core, boot_ns()
+        core, boot = self.heartbeat_links.core, boot_ns()
         return self.view.facts(
             Surroundings(
                 now_ns=time.monotonic_ns(),
@@ -399,9 +390,9 @@ class Controller(RoleSteps):
                 peer_connected=self.peer.connected,
                 peer_silent_ms=self.peer.silent_ms(),
                 ending=Ending.STOPPED if self.dp.peer_stopped > boot else self.peer.ending,
-                paths=tuple(
-                    Heard(p.name, core.silent_ms(i, boot), core.echo_age_ms(i, boot))
-                    for i, p in enumerate(core.paths)
+                links=tuple(
+                    LinkView(p.name, core.silent_ms(i, boot), core.echo_age_ms(i, boot))
+                    for i, p in enumerate(core.links)
                 ),
                 heartbeat_timeout_ms=self.config.peer.heartbeat_timeout,
                 dead_after_ms=self.config.peer.dead_after,
@@ -493,7 +484,7 @@ class Controller(RoleSteps):
     async def start(self) -> None:
         """Open the channel, begin to look for QEMU, read the ring."""
         await self.peer.start()
-        self.paths.start()
+        self.heartbeat_links.start()
         loop = asyncio.get_running_loop()
         for fd in self.dp.fds:
             loop.add_reader(fd, self.drain)
@@ -556,7 +547,7 @@ class Controller(RoleSteps):
             t.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self.peer.close()
-        self.paths.close()
+        self.heartbeat_links.close()
         await self.qemu.close()
         await self.arbiter.close()
 

@@ -31,8 +31,8 @@ from typing import TYPE_CHECKING
 from ..compare.causes import Cause
 from ..datapath import attach
 from ..datapath.hooks import Look
-from ..failover.decision import Role
 from ..failover.lease import boot_ns
+from ..failover.states import Role
 from .copy_health import MISSED
 
 if TYPE_CHECKING:
@@ -205,8 +205,8 @@ class DeviceWatch:
         self.report()
 
     def _link(self, nic: int, peer_link: PeerLink) -> str:
-        c, core = self._c, self._c.paths.core
-        names = [p.name for p in core.paths]
+        c, core = self._c, self._c.heartbeat_links.core
+        names = [p.name for p in core.links]
         if not c.peer.connected or not c.peer.heartbeat_key or peer_link.name not in names:
             return ""
         i, now, limit = names.index(peer_link.name), boot_ns(), c.config.peer.heartbeat_timeout

@@ -3,8 +3,8 @@
 
 QEMU empties the SVM's overlays whenever it loads a checkpoint, whatever has become of the mirrors
 of the PVM's disks. Only the primary knows that they were whole up to its STOP, and says so
-(`disks_whole`). A SVM that has loaded a checkpoint without that word has new memory over disks that
-may be old, and cannot go back: until the word comes it must not take over by itself.
+(`disks_whole`). An SVM that has loaded a checkpoint without that message has new memory over disks
+that may be old, and cannot go back: until the message comes it must not take over by itself.
 """
 
 from __future__ import annotations

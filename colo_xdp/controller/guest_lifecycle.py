@@ -19,7 +19,7 @@ from ..abi import Mode, SyncState
 from ..clock import TICK_S
 from ..config.file import Config
 from ..datapath.host import HostDataPath
-from ..failover.decision import Role, State
+from ..failover.states import Role, State
 from ..peer.channel import Peer
 from ..qemu import nic
 from ..qemu.disks import refusal
@@ -241,7 +241,7 @@ class GuestLifecycle:
         c.dp.mode, c.dp.sync_state = Mode.DROP, SyncState.NONE
         c.forget_copy()
         c.become(State.STOPPED, f"{why}: the pair is over")
-        c.peer.send("shut", why="the copy of a guest that is off is silent", alone=False)
+        c.peer.send("shut", why="the copy of a guest that is off is silent", standalone=False)
         c.spawn(self._end_copy())
 
     async def _end_copy(self) -> None:

@@ -13,8 +13,8 @@ from typing import Protocol
 from ..config.file import Config
 from ..datapath.host import HostDataPath
 from ..failover.arbiter import Arbiter
-from ..failover.decision import Role, State
 from ..failover.lease import boot_ns
+from ..failover.states import Role, State
 from ..peer.channel import Peer
 from ..peer.heartbeat import Flag, Heartbeat
 from ..peer.heartbeat_links import HeartbeatLinks
@@ -31,7 +31,7 @@ class Beating(Protocol):
     dp: HostDataPath
     view: PairView
     peer: Peer
-    paths: HeartbeatLinks
+    heartbeat_links: HeartbeatLinks
     arbiter: Arbiter
     asks: bool
 
@@ -87,7 +87,7 @@ class Heartbeats:
             vm=not c.view.guest.gone,
             shut=c.path_shut,
             over=bool(c.view.guest.over),
-            alone=c.view.guest.standalone,
+            standalone=c.view.guest.standalone,
             shadow=c.uncompared,  # the secondary repeats what the primary reported
             promise=promise,
             role=c.role.value,
@@ -96,7 +96,7 @@ class Heartbeats:
         )
         lag, self._lag_ns = self._lag_ns, 0
         flags = self.flags() | (Flag.PROMISE if promise else Flag(0))
-        c.paths.send(flags, lag // 1_000_000, c.dp.epoch)
+        c.heartbeat_links.send(flags, lag // 1_000_000, c.dp.epoch)
 
     def flags(self) -> Flag:
         """Return the flags of a heartbeat datagram, except for a promise."""
@@ -119,8 +119,8 @@ class Heartbeats:
         ns = int(late * 1e9)
         self._lag_ns = max(self._lag_ns, ns)
         if late > interval:
-            self._c.peer.excuse(ns)
-            self._c.paths.core.excuse(ns)
+            self._c.peer.discount(ns)
+            self._c.heartbeat_links.core.discount(ns)
         if late > self._c.config.peer.heartbeat_timeout / 2000:
             log.warning("this controller stood still for %.0f ms", ns / 1e6)
 
@@ -142,7 +142,7 @@ class Heartbeats:
             c.peer_lives("it has received what was sent since")
         if c.peer.connected or heartbeat.after <= since or heartbeat.t <= view.peer.heard_boot_ns:
             return
-        view.beacon(heartbeat.t, heartbeat.epoch)
+        view.datagram(heartbeat.t, heartbeat.epoch)
         if Flag.SHUT in heartbeat.flags:
             if not view.peer.shut:
                 view.peer_gave_reason("its QEMU hangs" if Flag.HANGS in heartbeat.flags else "")

@@ -51,17 +51,17 @@ class MirrorWatch:
     async def look(self) -> None:
         """Look once."""
         c = self._c
-        disks = c.qemu.disks
-        if not disks.mirroring or disks.lost or not c.qemu.qmp.connected:
+        mirrors = c.qemu.disks.mirrors
+        if not mirrors.mirroring or mirrors.lost or not c.qemu.qmp.connected:
             return
         if not self._heard():
             return
         with contextlib.suppress(QmpError):  # if it hangs, what was seen before counts
-            await disks.look()
-        if time.monotonic() < self._until or not (why := disks.silent()):
+            await mirrors.look()
+        if time.monotonic() < self._until or not (why := mirrors.silent()):
             return
         try:
-            await disks.give_up(why)
+            await mirrors.give_up(why)
         except QmpError as e:
             log.warning("%s; this QEMU may hang by itself: %s", why, e)
 

@@ -17,18 +17,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..abi import Mode
-from ..failover.decision import (
-    ArbiterView,
-    Ending,
-    Facts,
-    Heard,
-    OtherGuest,
-    OwnGuest,
-    Role,
-    State,
-    other_guest,
-)
-from ..failover.states import sends_nothing
+from ..failover.facts import ArbiterView, Ending, Facts, LinkView, OtherGuest, OwnGuest, other_guest
+from ..failover.states import Role, State, sends_nothing
 from .copy_health import NO_TRAFFIC, Traffic
 
 log = logging.getLogger("colo_xdp")
@@ -118,7 +108,7 @@ class Surroundings:
     peer_connected: bool
     peer_silent_ms: float
     ending: Ending
-    paths: tuple[Heard, ...]
+    links: tuple[LinkView, ...]
     heartbeat_timeout_ms: int
     dead_after_ms: int
     automatic: bool
@@ -189,7 +179,7 @@ class PairView:
             own_vm_hangs=guest.hung,
             own_vm_why=guest.why,
             peer_why=peer.shut_why,
-            paths=s.paths,
+            links=s.links,
             peer_slow=s.now_ns - peer.slow_ns < 3 * s.heartbeat_timeout_ms * 1_000_000,
             ending=s.ending,
             waiting=s.waiting,
@@ -341,7 +331,9 @@ class PairView:
         """Record a heartbeat on the control channel (peer/messages.py)."""
         peer = self.peer
         peer.state, peer.epoch, peer.role = msg["state"], msg["epoch"], msg["role"]
-        peer.guest = other_guest(msg["role"], msg["state"], alone=msg["alone"], shut=msg["shut"])
+        peer.guest = other_guest(
+            msg["role"], msg["state"], standalone=msg["standalone"], shut=msg["shut"]
+        )
         if msg["role"] == Role.SECONDARY.value:
             peer.traffic = Traffic(msg["delivered"], msg["sent"])
 
@@ -354,7 +346,7 @@ class PairView:
         t, self.peer.answer_boot_ns = self.peer.answer_boot_ns, 0
         return t
 
-    def beacon(self, t: int, epoch: int) -> None:
+    def datagram(self, t: int, epoch: int) -> None:
         """Record a heartbeat datagram that is newer than all that the control channel brought."""
         self.peer.heard_boot_ns, self.peer.epoch = t, epoch
 

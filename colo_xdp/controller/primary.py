@@ -18,7 +18,9 @@ from ..datapath import attach
 from ..datapath.host import HostDataPath
 from ..datapath.ring import CapturedFrame
 from ..engine.journal import Journal
-from ..failover.decision import Action, OwnGuest, Role, State
+from ..failover.decision import Action
+from ..failover.facts import OwnGuest
+from ..failover.states import Role, State
 from ..peer.heartbeat import Flag
 from ..qemu.event import QmpEvent
 from ..qemu.guest_event import STANDS_STILL, News
@@ -202,7 +204,7 @@ class Primary(Controller):
     def on_qmp(self, event: QmpEvent) -> None:
         if self.state is State.SOLO:
             self.life.on_event_alone(event)
-        if why := self.qemu.disks.on_event(event):
+        if why := self.qemu.disks.mirrors.on_event(event):
             self.copy_lost(why)
         if event.name == "STOP":
             ours = self.checkpoints.on_stop(event)
@@ -441,7 +443,7 @@ class Primary(Controller):
         await self.qemu.disks.adopt()
         status = await self._find_out_whether_it_runs()
         if self.state is State.SOLO:
-            await self.qemu.disks.cut()  # a write to a dead host would wait for ever
+            await self.qemu.disks.mirrors.cut()  # a write to a dead host would wait for ever
             migration = await self.entry.migration()
             if migration in IN_COLO:  # a former controller died before this
                 try:
@@ -464,7 +466,7 @@ class Primary(Controller):
         began = time.monotonic()
         while self.state is State.SOLO:
             with contextlib.suppress(QmpError):
-                await self.qemu.disks.cut()
+                await self.qemu.disks.mirrors.cut()
                 migration = await self.qemu.qmp.migration_status()
                 if migration in IN_COLO:
                     await self.qemu.leave_colo()  # what was tried before has failed
@@ -488,7 +490,7 @@ class Primary(Controller):
             self._open(why)
         elif action is Action.STOP:
             self._demote(why)
-            self.peer.send("shut", why=why, alone=self.view.guest.standalone)
+            self.peer.send("shut", why=why, standalone=self.view.guest.standalone)
         elif action is Action.ASK_SHUT:
             self.become(self.state if self.undecided else State.DEGRADED, why)
             self.asks = not self.peer.send("demote", why=why)

@@ -10,7 +10,7 @@ from collections.abc import Coroutine
 from typing import Any, Protocol
 
 from ..config.file import Config
-from ..failover.decision import State
+from ..failover.states import State
 from ..qemu.qmp import QmpError
 from ..qemu.supervisor import INCOMING_S, QMP_RETRY_S, QemuSupervisor
 

@@ -12,7 +12,8 @@ from typing import Any
 
 from ..compare.limits import NEVER
 from ..datapath.ring import CapturedFrame
-from ..failover.decision import Action, OwnGuest
+from ..failover.decision import Action
+from ..failover.facts import OwnGuest
 from ..peer.heartbeat import Flag
 from ..qemu.event import QmpEvent
 

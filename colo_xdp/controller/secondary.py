@@ -25,22 +25,21 @@ from ..datapath.conntrack_map import ConntrackMap
 from ..datapath.host import HostDataPath
 from ..datapath.ring import CapturedFrame
 from ..failover.arbiter import ArbiterError
-from ..failover.decision import Action, Role, State
+from ..failover.decision import Action
+from ..failover.states import Role, State
 from ..peer.heartbeat import Flag
-from ..qemu.disks import DiskError
 from ..qemu.event import QmpEvent
 from ..qemu.guest_event import News
-from ..qemu.hardware import encode
 from ..qemu.qmp import QmpError
 from .controller import Controller
 from .held_frames import HeldFrames, Hold
 from .secondary_disks import SecondaryDisks
+from .secondary_entry import SecondaryEntry
 from .takeover import Takeover
 
 log = logging.getLogger("colo_xdp.controller.secondary")
 
 SWEEP_S = 5.0
-REMIND_S = 2.0  # longer than the primary takes from `ready` to its next state
 
 
 class Secondary(Controller):
@@ -62,11 +61,8 @@ class Secondary(Controller):
             16 * config.compare.max_queue_size,
         )
         self.takeover = Takeover(self)
-        self._ready_wanted = False
-        self._remind_at = 0.0
+        self.entry = SecondaryEntry(self)
         self._missed = ""  # a loss of hooks that is still to be reported to the primary
-        self._looking = False  # for an SVM that an entry has left behind
-        self._qemus = 0  # how many QEMUs have waited here
         self.view.adopted(confirmed=datapath.adopted and datapath.sync_state is not SyncState.NONE)
         self.checkpoints_loaded = 0
         self.last_pause_ms = 0.0
@@ -84,7 +80,7 @@ class Secondary(Controller):
             "offsets": self._on_offsets,
             "ready": self._on_ready,
             "demote": lambda msg: self._demote(msg["why"]),
-            "failed": self._on_failed,
+            "failed": lambda msg: self.entry.on_failed(msg["why"]),
         }
         self._adopt()
 
@@ -156,31 +152,12 @@ class Secondary(Controller):
         over = h is not None and msg["epoch"] >= h.n and not (h.planned and msg["shut"])
         if h is not None and h.resume is not None and over:
             self._finish(h, h.resume)
-        elif self._was_given_up(msg):
-            if h is not None:
-                self._given_up("it is not entering it any more")
-            elif not self._ready_wanted and self.qemu.qmp.connected and not self._looking:
-                self._looking = True
-                self.spawn(self._look_for_abandoned())
-        if msg["alone"] and not msg["shut"] and self.view.pair.confirmed:
+        else:
+            self.entry.on_beat(msg)
+        if msg["standalone"] and not msg["shut"] and self.view.pair.confirmed:
             self.outdated("the PVM has run standalone")  # while no message of it arrived
         elif self._was_not_missed(msg):
             self.become(State.PROTECTED, "the primary answers again, and noticed no silence")
-
-    def _was_given_up(self, beat: dict[str, Any]) -> bool:
-        """Return whether the entry that this side holds for has ended without a message about it.
-
-        A primary is `checkpointing` from before its `begin` until the entry ends, so no heartbeat
-        in between carries `starting`, or `solo`, which is what its next controller finds. Its
-        `failed` may have reached no controller, or one that was still checking whether the SVM is
-        fit.
-        """
-        return (
-            self.state is State.STARTING
-            and not self.view.pair.confirmed
-            and beat["role"] == Role.PRIMARY.value
-            and beat["state"] in (State.STARTING.value, State.SOLO.value)
-        )
 
     def _on_downtime_start(self, msg: dict[str, Any]) -> None:
         since = time.monotonic_ns() - msg["us"] * 1000 - self.peer.rtt_ns // 2
@@ -193,10 +170,6 @@ class Secondary(Controller):
             self.change_role("a new QEMU waits on the other host for this guest's state")
         else:
             log.error("a new secondary waits, but [qemu] reverse_uri is not set")
-
-    def _on_failed(self, msg: dict[str, Any]) -> None:
-        if self.state is State.STARTING and not self.view.pair.confirmed:
-            self._given_up(msg["why"])
 
     def _was_not_missed(self, beat: dict[str, Any]) -> bool:
         """Return whether only this side has noticed a silence that is over.
@@ -250,7 +223,7 @@ class Secondary(Controller):
         self.dp.mode = Mode.DROP
         self.view.demoted()
         self.become(State.STOPPED, f"demoted for the primary: {why}")
-        self.peer.send("shut", why="the secondary has shut its data path", alone=False)
+        self.peer.send("shut", why="the secondary has shut its data path", standalone=False)
 
     def _on_offsets(self, msg: dict[str, Any]) -> None:
         """Store offsets of the guest that this one copies; they count once the copy transmits."""
@@ -268,88 +241,15 @@ class Secondary(Controller):
             return
         self.peer.send("offsets_ack", n=n)
 
-    def _given_up(self, why: str) -> None:
-        """Stop holding: the primary has given up entering COLO.
-
-        A QEMU that has begun to load is of no use any more. This controller waits for its
-        successor, as it does after the end of any guest.
-        """
-        if self.held.hold is None:
-            return
-        self.held.take()
-        self.view.not_in_colo()
-        self.dp.mode = Mode.DROP
-        self._ready_wanted = False  # until it is certain that this QEMU can be used again
-        self.spawn(self._after_given_up(why[:500]))
-
-    async def _after_given_up(self, why: str) -> None:
-        try:
-            waits = await self.qemu.waits()
-        except QmpError:
-            return  # gone, which on_qemu_gone() reports; or it hangs: _look_for_abandoned() goes on
-        if self.state is not State.STARTING or self.held.hold is not None:
-            return
-        if waits:
-            self._ready_wanted = True
-            self.become(State.STARTING, f"the primary has given up entering COLO: {why}")
-        else:
-            self.become(
-                State.STOPPED,
-                f"the primary has given up entering COLO: {why}; a new QEMU with -incoming is "
-                "needed here",
-            )
-
-    async def _look_for_abandoned(self) -> None:
-        """Replace a QEMU that an entry unknown to this controller has left in COLO.
-
-        Such a QEMU waits for ever (colo_process_incoming_thread() in QEMU's migration/colo.c). One
-        that runs outside COLO is left alone, whatever it migrates: somebody has started it without
-        -incoming.
-        """
-        try:
-            migration = await self.qemu.qmp.migration_status()
-            loading = migration == "active" and await self.qemu.qmp.status() == "inmigrate"
-        except QmpError:
-            return
-        finally:
-            self._looking = False
-        left = migration == "colo" or loading
-        if self.state is State.STARTING and self.held.hold is None and left:
-            self.view.not_in_colo()
-            self.dp.mode = Mode.DROP
-            self.become(
-                State.STOPPED,
-                "the SVM was left behind by an entry into COLO that the primary has given up; "
-                "a new QEMU with -incoming is needed here",
-            )
-
-    async def _check_entry(self, n: int) -> None:
-        """Check what may have changed since this host sent `ready`, then begin to hold."""
-        try:
-            why = await self.life.unfit()
-            status = await self.qemu.qmp.status()
-            if not why and status != "inmigrate":
-                why = f"the SVM's QEMU is `{status}`, not waiting (-incoming)"
-            if not why:
-                await self.qemu.prepare(primary=False)
-        except QmpError as e:
-            why = str(e)
-        if why:
-            self.peer.send("failed", n=n, why=why)
-            if self.state is State.STARTING:
-                self.become(State.STARTING, why)
-            return
-        self._on_begin(n, initial=True, planned=False, asked=True)
-
     @property
     def needs_copy(self) -> bool:
-        had_one = self._qemus > 0 or self.dp.adopted  # else whoever sets the host up starts it
+        had_one = self.entry.qemus > 0 or self.dp.adopted  # else whoever sets the host up starts it
         return had_one and self.state is State.STARTING and self.superseded()
 
     def on_qemu_gone(self) -> None:
         h = self.held.take()
         super().on_qemu_gone()
-        self._ready_wanted = False
+        self.entry.wanted = False
         self.view.not_in_colo()
         if h is not None:
             self.dp.mode = Mode.DROP
@@ -376,6 +276,9 @@ class Secondary(Controller):
             return
         self._on_begin(n, initial=False, planned=True, asked=True)
 
+    def begin_entry(self, n: int) -> None:
+        self._on_begin(n, initial=True, planned=False, asked=True)
+
     def _on_begin(self, n: int, initial: bool, planned: bool, *, asked: bool = False) -> None:
         why = ""
         if n <= self.dp.epoch:
@@ -393,7 +296,7 @@ class Secondary(Controller):
             self.spawn(self._ask_arbiter(n))
             return
         if initial and not asked:
-            self.spawn(self._check_entry(n))
+            self.spawn(self.entry.check(n))
             return
         if initial:
             self.view.entering()
@@ -495,12 +398,12 @@ class Secondary(Controller):
         self.dp.mode = Mode.RUN
         self.drain()
         self.view.copy_confirmed()
-        self._ready_wanted = False
+        self.entry.wanted = False
         self.checkpoints_loaded += 1
         self.become(State.PROTECTED, f"the SVM runs epoch {h.n}")
 
     def on_tick(self, now_ns: int) -> None:
-        self._remind()
+        self.entry.remind()
         h = self.held.hold
         if self.dp.mode is not Mode.CHECKPOINT or h is None:
             return
@@ -514,50 +417,6 @@ class Secondary(Controller):
             self.peer.send("failed", n=h.n, why="the SVM did not stop within the deadline")
             self.become(State.DEGRADED, f"checkpoint to epoch {h.n} was asked for and never came")
 
-    # ---- entering
-
-    def _remind(self) -> None:
-        """Send `ready` again to a primary that gave up an entry, while a QEMU waits here.
-
-        Also to a guest that is alone: what kept this host from being ready may be mended.
-        """
-        now = time.monotonic()
-        alone = (State.STARTING.value, State.SOLO.value, State.PROMOTED.value)
-        waits = self._ready_wanted and self.view.peer.state in alone
-        if not waits or not self.peer.connected or not self.qemu.qmp.connected:
-            self._remind_at = now + REMIND_S
-        elif now >= self._remind_at:
-            self._remind_at = now + REMIND_S
-            self.spawn(self._ready_again())
-
-    async def _ready_again(self) -> None:
-        with contextlib.suppress(QmpError):
-            if await self.qemu.waits():
-                await self._send_ready()
-
-    async def _send_ready(self) -> None:
-        """Send `ready`: a QEMU waits here. If the SVM is unfit, send `failed` instead."""
-        why, sizes = await self.life.unfit(), {}
-        if not why:
-            try:
-                sizes = await self.qemu.disks.serve()
-            except DiskError as e:
-                why = f"COLO is not entered: {e}"
-        if why:
-            self.become(State.STARTING, why)
-            self.peer.send("failed", n=0, why=why)
-        else:
-            seen = encode(await self.qemu.hardware())
-            names = [net.name for net in self.config.networks]
-            self.peer.send(
-                "ready",
-                epoch=self.dp.epoch,
-                qemu=self._qemus,
-                disks=sizes,
-                hardware=seen,
-                nics=dict(zip(names, self.qemu.first_macs, strict=True)),
-            )
-
     async def start(self) -> None:
         await super().start()
         self.spawn(self.disks.watch())
@@ -569,8 +428,7 @@ class Secondary(Controller):
     def peer_connected(self) -> None:
         if self._missed:
             self.hooks_lost(self._missed, unseen=False, still=False)
-        if self._ready_wanted:
-            self.spawn(self._ready_again())
+        self.entry.peer_connected()
 
     async def on_replacement_qemu(self) -> None:
         """Start over with a new QEMU: nothing of the former guest counts any more."""
@@ -597,13 +455,10 @@ class Secondary(Controller):
             await self.qemu.prepare(primary=False)
             if self.path_shut:
                 return
-            self._ready_wanted = True
             self.view.waits_for_migration()
             self.disks.new_guest()
             self.dp.sync_state = SyncState.NONE
-            self._qemus += 1
-            self.become(State.STARTING, "the SVM waits for the primary's migration")
-            await self._send_ready()
+            await self.entry.announce()
         elif self.view.pair.in_colo and await self.qemu.qmp.migration_status() == "colo":
             # The guest may have been demoted meanwhile, and the primary relies on that.
             if self.held.hold is None and self.view.pair.confirmed and not self.path_shut:
@@ -618,12 +473,12 @@ class Secondary(Controller):
 
     async def perform(self, action: Action, why: str) -> None:
         if action is Action.TAKE_OVER:
-            self._ready_wanted = False
+            self.entry.wanted = False
             await self.takeover.run(why)
         elif action is Action.STOP:
             self.dp.mode = Mode.DROP
             self.become(State.STOPPED, why)
-            self.peer.send("shut", why=why, alone=self.view.guest.standalone)
+            self.peer.send("shut", why=why, standalone=self.view.guest.standalone)
 
     async def switch_over(self, deadline: float) -> bool:
         if self.state not in (State.PROTECTED, State.CHECKPOINTING) or not self.peer.connected:

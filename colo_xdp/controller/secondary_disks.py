@@ -2,8 +2,8 @@
 """The disks of the secondary's host: whether they are of the checkpoint that the SVM runs, and
 whether its overlays have room.
 
-A checkpoint is reported to the primary once both the SVM's RESUME and the primary's word about its
-disks are there (controller/disk_proof.py). An overlay is emptied by a checkpoint, so this asks for
+A checkpoint is reported to the primary once both the SVM's RESUME and the primary's `disks_whole`
+are there (controller/disk_proof.py). An overlay is emptied by a checkpoint, so this asks for
 one before it is too large.
 """
 
@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 from ..compare.causes import Cause
 from ..datapath.host import HostDataPath
-from ..failover.decision import State
+from ..failover.states import State
 from ..peer.channel import Peer
 from ..qemu.event import QmpEvent
 from ..qemu.qmp import QmpError
@@ -59,11 +59,11 @@ class SecondaryDisks:
         self.proof = DiskProof()
         self.overlays: dict[str, int] = {}  # size of the larger one of each disk, bytes
         self.room_trouble = ""  # why there may be too little room for them
-        self.proof_ms = 0.0  # how long the last checkpoint waited for the primary's word
+        self.proof_ms = 0.0  # how long the last checkpoint waited for `disks_whole`
         self._loaded_ns = 0  # RESUME of the state that the SVM runs
-        self._unsaid: tuple[int, int] | None = None  # `resumed` that waits for the word: n, us
+        self._unsaid: tuple[int, int] | None = None  # `resumed` that waits for `disks_whole`: n, us
 
-    # ---- the word
+    # ---- what the primary confirms
 
     def adopt(self) -> None:
         """Start from what a former controller has left in the data path."""
@@ -94,7 +94,7 @@ class SecondaryDisks:
             self._say_resumed()
 
     def on_whole(self, n: int) -> None:
-        """Take the primary's word that the disks here are those of checkpoint n."""
+        """Take the primary's confirmation that the disks here are those of checkpoint n."""
         self.are_whole(n)
         if self._unsaid is not None and self._unsaid[0] == n:
             self.proof_ms = max(0.0, (time.monotonic_ns() - self._loaded_ns) / 1e6)
@@ -145,7 +145,7 @@ class SecondaryDisks:
             if c.state is not State.PROTECTED:
                 continue
             with contextlib.suppress(QmpError):
-                self.overlays = await c.qemu.disks.overlay_sizes()
+                self.overlays = await c.qemu.disks.replica.overlay_sizes()
                 if why := self._too_large() or self._running_out():
                     c.peer.send("request", cause=Cause.OVERLAY_FULL.value, why=why)
 
@@ -161,7 +161,7 @@ class SecondaryDisks:
 
         QEMU would stop the SVM at a write without room, and abort at the next checkpoint.
         """
-        rooms = self._c.qemu.disks.rooms()
+        rooms = self._c.qemu.disks.replica.files.rooms()
         before, self.room_trouble = (
             self.room_trouble,
             "; ".join(r.trouble for r in rooms if r.trouble),

@@ -14,7 +14,7 @@ from ..compare.causes import Cause
 from ..config.file import Config
 from ..datapath.host import HostDataPath
 from ..failover.arbiter import Arbiter
-from ..failover.decision import State
+from ..failover.states import State
 from ..peer.channel import Peer
 from .checkpoint import Checkpoint, CheckpointRequest
 from .pair_view import PairView
@@ -120,4 +120,4 @@ class Switchover:
         now = time.monotonic_ns()
         last = now if released else ck.stop_ns  # what was held left with the commit
         c.peer.send("downtime_start", us=max(0, now - last) // 1000)
-        c.peer.send("shut", why="switchover", alone=c.view.guest.standalone)
+        c.peer.send("shut", why="switchover", standalone=c.view.guest.standalone)

@@ -20,7 +20,7 @@ from ..config.file import Config
 from ..datapath.conntrack_map import ConntrackMap
 from ..datapath.host import HostDataPath
 from ..datapath.inject import Injector
-from ..failover.decision import State
+from ..failover.states import State
 from ..net.announce import announcements
 from ..peer.channel import Peer
 from ..qemu.event import QmpEvent
@@ -182,11 +182,11 @@ class Takeover:
         QmpError."""
         qemu = self._c.qemu
         try:
-            await qemu.disks.stop_serving(HUNG_S)
+            await qemu.disks.replica.stop_serving(HUNG_S)
         except QmpTimeout as e:
             log.warning("%s: cutting its migration channel (yank)", e)
             await qemu.yank()
-            await qemu.disks.stop_serving()
+            await qemu.disks.replica.stop_serving()
 
     def _unproven(self) -> bool:
         """Return whether the SVM runs a checkpoint whose disks may not be whole here.
@@ -208,9 +208,9 @@ class Takeover:
         began = time.monotonic()
         while self._c.state is State.PROMOTED:
             with contextlib.suppress(QmpError):
-                await disks.stop_serving()  # also for a controller that died before
-                if not await disks.committing():
-                    await disks.remove_overlays()
+                await disks.replica.stop_serving()  # also for a controller that died before
+                if not await disks.block.committing():
+                    await disks.replica.files.remove_all()
                     self.committing = False
                     log.info("the overlays are committed, %.1f s", time.monotonic() - began)
                     return

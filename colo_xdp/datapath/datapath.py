@@ -87,7 +87,7 @@ class DataPath(PairSlots):
         found = self.slot(Cfg.ABI)
         if found not in (0, abi.ABI):
             raise DataPathError(
-                f"the pinned data path speaks ABI {found}, this release {abi.ABI}: "
+                f"the pinned data path has ABI {found}, this release {abi.ABI}: "
                 "run `colo-xdp cleanup` once the guest may lose its connections"
             )
         self.adopted = found == abi.ABI

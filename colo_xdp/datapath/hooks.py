@@ -16,8 +16,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from ..abi import Cfg
-from ..failover.decision import Role
-from ..failover.states import sends_nothing
+from ..failover.states import Role, sends_nothing
 from . import attach
 from .loader import Program
 from .prepare import make_peer_link

@@ -9,7 +9,7 @@ from pathlib import Path
 from .. import abi
 from ..abi import Cfg
 from ..config.file import Config
-from ..config.schema import Network
+from ..config.network import Network
 from . import attach, loader
 
 

@@ -21,7 +21,7 @@ from ..compare.flow import Flow, FlowContext
 from ..compare.fragments import Fragments
 from ..compare.history import HistoryBudget
 from ..compare.ledger import Ledger
-from ..compare.limits import NEVER, Limits
+from ..compare.limits import Limits
 from ..compare.patience import Patience
 from ..compare.policy import Policy
 from ..compare.tcp import PART_NS
@@ -29,14 +29,14 @@ from ..compare.timers import SOON_NS, Clock, Timers
 from ..net.flow_key import FlowKey
 from ..net.frame import Evidence, Frame
 from ..net.packet import Kind, Packet, parse
-from ..offload.kernel_format import ConnState, KernelPath, NoKernelPath, Overdue, is_stream
+from ..offload.kernel_format import ConnState, KernelPath, NoKernelPath
 from ..offload.scheduler import OffloadScheduler
 from .checkpoint_queue import CheckpointQueue
 from .counters import COUNTERS
+from .fast_path_watch import FastPathWatch
 from .flow_table import FlowTable, RuleCount
 from .journal import Divergence
 from .outbox import EngineOutbox
-from .silence import Silence
 from .suspect import Suspect
 
 __all__ = ["COUNTERS", "SOON_NS", "Divergence", "Engine", "Frame", "Limits", "Policy"]
@@ -123,9 +123,10 @@ class Engine:
         self._checkpointing = False
         self._solo = False
         self._void_ns = 0
-        self._next_scan = self._next_look = 0
-        self._kernel_ns = NEVER  # when something that waits in the fast path is to be looked at
-        self._silence = Silence(self.patience)
+        self._next_scan = 0
+        self._watch = FastPathWatch(
+            self._clock, self.fast, self._flows, self._timers, self.patience, self._host.timeout_ns
+        )
         self._suspect = Suspect()
 
     # -- frames
@@ -175,7 +176,7 @@ class Engine:
         self.fast.enabled = not on and self._offload_wanted
         if on:
             self._scheduler.end_all_backpressure()
-            self._reclaim_all(self.fast.outstanding())
+            self._watch.reclaim_all()
             held = [h for flow in self._timers.flows() for h in flow.held]
             for rec, _, _ in sorted([*held, *self._queue.held], key=lambda h: h[2]):
                 self._outbox.release_ahead(rec)
@@ -346,7 +347,7 @@ class Engine:
         """
         self._clock.now = now_ns
         self._counters["checkpoints"] += 1
-        self._reclaim_all(self.fast.outstanding())
+        self._watch.reclaim_all()
         self._collect()
         self._clock.epoch, self._queue.stop_ns = epoch, stop_ts_ns
         for flow in self._timers.flows():
@@ -405,7 +406,7 @@ class Engine:
         Returns how many frames wait.
         """
         self._clock.now = now_ns
-        self._reclaim_all(self.fast.outstanding())
+        self._watch.reclaim_all()
         return self.held_packets
 
     def abort_checkpoint(self, now_ns: int) -> None:
@@ -420,7 +421,7 @@ class Engine:
         The pair is lost and the PVM goes solo. The flows are forgotten.
         """
         self._scheduler.end_all_backpressure()
-        self._reclaim_all(self.fast.outstanding())
+        self._watch.reclaim_all()
         self._collect()
         for flow in (*self._timers.flows(), self._fragments):
             flow.forget_svm()
@@ -480,8 +481,7 @@ class Engine:
                     apart.asked = True
                     evidence = Evidence(pvm_frame=apart.held[0][0])
                     self._outbox.request(Cause.OPENED_APART, apart, evidence)
-            if self.fast.enabled and now_ns >= self._next_look:
-                self._look(now_ns)
+            self._watch.look(now_ns)
             if self.patience.adaptive and self._outbox.may_ask and not self._outbox.asked:
                 self._ask_if_crossed(now_ns)
         if now_ns >= self._next_scan:
@@ -494,47 +494,21 @@ class Engine:
         That is a timer of some ms, or a frame that is kept back. A timer of seconds may be late by
         50 ms, and mostly its flow has finished by then, so it causes no wake-up.
         """
-        if self._scheduler.braking:
+        if self._scheduler.under_backpressure:
             return self._clock.now
         if not self.patience.adaptive:
             return self._timers.next_ns
         due = self._timers.next_waiting_ns(lambda flow: not flow.quiet())
         if self.ledger.pvm_packets and self._outbox.may_ask and not self._outbox.asked:
-            due = min(due, self._silence.look_ns())
-        return min(due, self._kernel_ns)
-
-    def _look(self, now_ns: int) -> None:
-        """Reclaim what has waited in the fast path for half of the time that it may wait."""
-        patience, timeout = self.patience, self._host.timeout_ns
-        half = patience.ns // 2
-        oldest = self.fast.oldest_ns()
-        late = self.fast.overdue(now_ns - half) if 0 < oldest <= now_ns - half else []
-        self._reclaim_all([x.key for x in late if x.held or x.since_ns <= now_ns - timeout // 2])
-        self._next_look = now_ns + patience.ns // 8
-        if patience.adaptive:
-            self._next_look = now_ns + min(patience.ns // 8, patience.quiet_ns)
-            soon = min(half, patience.quiet_ns)
-            self._kernel_ns = max(oldest + soon, now_ns + soon) if oldest else NEVER
+            due = min(due, self._watch.silent_ns())
+        return min(due, self._watch.due_ns)
 
     def _ask_if_crossed(self, now_ns: int) -> None:
         """Request a checkpoint if the guests wait for each other's clients (engine/silence.py)."""
-        if not self.ledger.pvm_packets and self._kernel_ns == NEVER:
-            return
-        if self.fast.enabled:
-            self._silence.note(self.fast.decided(), now_ns)
-        if not self._silence.due(now_ns):
-            return
-        before = now_ns - self.patience.quiet_ns
-        late: list[Overdue] = []
-        if self.fast.enabled:
-            late = [x for x in self.fast.overdue(before) if x.payload and is_stream(x.key)]
-        pvm, svm = self._silence.waiting(self._timers.flows(), self.epoch, before)
-        if not (pvm or any(x.held for x in late)) or not (svm or any(not x.held for x in late)):
-            return
-        self._reclaim_all([x.key for x in late])
-        pvm, svm = self._silence.waiting(self._timers.flows(), self.epoch, before)
-        if pvm is not None and svm:
-            pvm.ask(Cause.CROSSED, pvm.held[0][1])
+        if self.ledger.pvm_packets or self._watch.waits:
+            pvm = self._watch.crossed(now_ns)
+            if pvm is not None:
+                pvm.ask(Cause.CROSSED, pvm.held[0][1])
 
     def end_backpressure(self, now_ns: int) -> None:
         """Release what is kept back for the fast path.
@@ -554,16 +528,6 @@ class Engine:
 
     def _restore(self, flow: ComparedFlow, state: ConnState) -> None:
         self._scheduler.reclaim(flow, state)
-
-    def _reclaim_all(self, keys: list[FlowKey]) -> None:
-        for key in keys:
-            flow = self._flows.table(key).get(key)
-            if flow is not None:
-                flow.reclaim()
-                continue
-            state = self.fast.reclaim(key)
-            if state is not None:
-                self._flows.revive(key, state)
 
     # -- properties
 

@@ -119,7 +119,7 @@ class FlowTable:
             return None
         state = self._lookup(p.key) if known(p.key) else None
         if state is not None:
-            return self.revive(p.key, state)
+            return self.restore_evicted(p.key, state)
         flow = table[p.key] = self._make(p)
         self._outbox.rules[flow.verdict.rule].flows += 1
         self._born(flow)
@@ -127,7 +127,7 @@ class FlowTable:
             self.openings.note(flow, self._clock.now)
         return flow
 
-    def revive(self, key: FlowKey, state: ConnState) -> Comparer:
+    def restore_evicted(self, key: FlowKey, state: ConnState) -> Comparer:
         """Recreate a flow that the fast path knows and the table does not."""
         p = (_TCP_CODEC if is_stream(key) else _UDP_CODEC).probe(key, state)
         table = self.table(key)

@@ -20,6 +20,7 @@ from ..compare.flow import Flow
 from ..compare.limits import NEVER
 from ..compare.patience import Patience
 from ..compare.tcp import TcpFlow
+from ..compare.tcp_wait import in_vain
 
 
 class Silence:
@@ -61,7 +62,7 @@ class Silence:
             if not isinstance(flow, TcpFlow) or flow.epoch != epoch:
                 continue
             if flow.held.frames:
-                if flow.waits_in_vain(before_ns):
+                if in_vain(flow, before_ns):
                     pvm = flow
             elif 0 < flow.svm_since() <= before_ns:
                 svm = True

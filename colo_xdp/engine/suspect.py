@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from ..compare.compared import ComparedFlow
 from ..compare.flow import Source
-from ..compare.tcp import FLAGS
+from ..compare.tcp_wait import FLAGS
 from ..net.packet import Kind, Packet, datagram_body
 from ..net.seqnum import HALF, MASK
 

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from .. import user_command
-from .decision import Action, ArbiterView
+from .decision import Action
+from .facts import ArbiterView
 from .lease import Leadership, Store, StoreError
 
 if TYPE_CHECKING:
@@ -189,7 +190,7 @@ class LeaseArbiter(Arbiter):
         s.watch = action is not Action.NONE
         s.want = wants
         if action is Action.ACQUIRE and s.held:
-            s.alone()
+            s.ran_standalone()
 
     async def check(self) -> None:
         """Check that the store answers: with no lease available both guests would be silent.
@@ -217,7 +218,7 @@ class LeaseArbiter(Arbiter):
         self.leadership.freed(boot)
 
     def peer_open(self) -> None:
-        self.leadership.revived()
+        self.leadership.new_guest()
 
     @property
     def right(self) -> str:

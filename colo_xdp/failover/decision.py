@@ -26,7 +26,7 @@ distinguishes these causes:
 
 The last four have different sentences and the same consequence: the arbiter decides. Additional
 heartbeat links only make a decision more careful: no set of facts leads to standalone operation or
-to a fence with them that would not without them (tests/property/test_paths.py).
+to a fence with them that would not without them (tests/property/test_heartbeat_links.py).
 """
 
 from __future__ import annotations
@@ -35,26 +35,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 
-
-class Role(StrEnum):
-    """The guest that this host runs."""
-
-    PRIMARY = "primary"
-    SECONDARY = "secondary"
-
-
-class State(StrEnum):
-    """State of the pair as this host sees it; legal transitions are in failover/states.py."""
-
-    STARTING = "starting"
-    PROTECTED = "protected"
-    CHECKPOINTING = "checkpointing"
-    DEGRADED = "degraded"
-    SOLO = "solo"
-    PROMOTED = "promoted"
-    PAUSED = "paused"
-    SHADOW = "shadow"  # compared, but nothing is held
-    STOPPED = "stopped"
+from .facts import Ending, Facts, OtherGuest, OwnGuest
+from .states import Role, State
 
 
 class Action(StrEnum):
@@ -73,108 +55,6 @@ class Action(StrEnum):
     OPEN = "open"  # primary: this guest may transmit, because the other one does not
 
 
-class Ending(StrEnum):
-    """How the silence on the control channel began, judged from the socket; only a hint."""
-
-    UNKNOWN = ""
-    CLOSED = "closed"  # the other host closed it: the process has ended
-    HUNG = "hung"  # the other host's kernel acknowledged data that no process answered
-    LOST = "lost"  # nothing was acknowledged any more
-    STOPPED = "stopped"  # stopped on purpose, as it announced: its guest keeps running
-
-
-class OtherGuest(StrEnum):
-    """What the peer's controller reports about its guest, on the current connection."""
-
-    UNKNOWN = ""  # nothing received yet
-    IDLE = "idle"  # silent, and nobody has confirmed that it is a copy
-    COPY = "copy"  # silent, and a copy of the pair's guest
-    TRANSMITTING = "transmits"
-    ENDED = "ended"  # it ran standalone and is gone
-
-
-def other_guest(role: str, state: str, *, alone: bool, shut: bool) -> OtherGuest:
-    """Classify the other guest from the fields of a heartbeat (peer/messages.py)."""
-    if shut:
-        return OtherGuest.ENDED if alone else OtherGuest.IDLE
-    if role == Role.PRIMARY and not alone and state == State.STARTING:
-        return OtherGuest.UNKNOWN  # it is undecided as well
-    if alone or role == Role.PRIMARY or state in (State.PROMOTED, State.SOLO):
-        return OtherGuest.TRANSMITTING
-    return OtherGuest.IDLE if state in (State.STARTING, State.STOPPED) else OtherGuest.COPY
-
-
-class OwnGuest(StrEnum):
-    """What this host's QEMU reports about its guest."""
-
-    UNKNOWN = ""  # QEMU does not answer, or is not there
-    NEW = "new"  # booted, and never migrated since
-    PAIRED = "paired"  # in COLO: this is the pair's PVM
-    OLD = "old"  # it was once the pair's PVM
-
-
-@dataclass(frozen=True, slots=True)
-class Heard:
-    """A heartbeat link besides the control channel. Times in ms; infinite: never."""
-
-    name: str
-    silent_ms: float  # since the peer's last heartbeat datagram
-    echo_age_ms: float  # age of our newest datagram that the peer reports as received
-
-
-@dataclass(frozen=True, slots=True)
-class ArbiterView:
-    """What the arbiter knows (failover/arbiter.py)."""
-
-    name: str = ""  # name of the thing it grants, for messages
-    fences: bool = False  # it can make sure that the other host is silent
-    fenced: bool | None = None  # result of the last fence; None: not tried yet
-    # no guest transmits without its grant; the fields below are meaningful only then
-    needs_grant: bool = False
-    granted: bool = False
-    may_transmit: bool = True  # by the grant, or by the peer's promise of silence
-    peer_standalone: bool = False  # the store records that the other guest ran standalone
-    recorded: bool = False  # the store records that this guest runs standalone
-    requested: bool = False  # that record was requested and may be written late
-
-
-@dataclass(frozen=True, slots=True)
-class Facts:
-    """What this host knows. Times in ms; infinite: never."""
-
-    role: Role
-    state: State
-    own_vm_alive: bool
-    own_qmp: bool  # QMP answers; without it nobody knows whether this host's guest lives
-    peer_connected: bool  # control channel up
-    peer_silent_ms: float  # since the last message from the peer's controller
-    heartbeat_timeout_ms: float
-    peer_vm_gone: bool  # the peer's controller reported: QEMU dead, data path shut
-    # our QEMU lost its COLO channel, or the primary's a mirror of its disks: a hint, not a decision
-    colo_exit: bool
-    automatic: bool
-    operator: bool  # an operator requested failover
-    checkpoint_overdue: bool = False
-    dead_after_ms: float = float("inf")  # silence that counts as death with no other sign
-    shadow: bool = False  # clients may have received data that the SVM never produced
-    arbiter: ArbiterView = ArbiterView()
-    own_vm_hangs: bool = False  # not gone but hung; own_vm_alive is False then
-    own_vm_why: str = ""  # what QEMU reported before
-    peer_why: str = ""  # the reason that came with peer_vm_gone
-    paths: tuple[Heard, ...] = ()
-    peer_slow: bool = False  # its heartbeats report that its event loop stalled
-    ending: Ending = Ending.UNKNOWN
-    waiting: bool = False  # the primary needs a checkpoint, and output waits for it
-    #: nothing was pinned when the controller of this (the primary's) host started, so nobody knows
-    #: what happened before, and nobody has allowed its guest to transmit yet
-    undecided: bool = False
-    other_guest: OtherGuest = OtherGuest.UNKNOWN
-    own_guest: OwnGuest = OwnGuest.UNKNOWN
-    #: the SVM runs a checkpoint of which the primary has not said that its disks were whole, and
-    #: no operator has accepted that
-    disk_unproven: bool = False
-
-
 @dataclass(frozen=True, slots=True)
 class Decision:
     """The action, and a sentence that gives the reason."""
@@ -188,7 +68,7 @@ _Row = tuple[Callable[[Facts], bool], Action, str | Callable[[Facts], str]]
 
 def _last_heard_ms(f: Facts) -> float:
     """Return the time since the peer's controller was last heard on any link, ms."""
-    return min([f.peer_silent_ms, *(p.silent_ms for p in f.paths)])
+    return min([f.peer_silent_ms, *(p.silent_ms for p in f.links)])
 
 
 def _suspect(f: Facts) -> bool:
@@ -289,18 +169,18 @@ def _silence(f: Facts) -> str:
             "from here"
         )
     where = ""
-    if f.paths:
-        where = f"silent on all links (control channel, {', '.join(p.name for p in f.paths)}); "
+    if f.links:
+        where = f"silent on all links (control channel, {', '.join(p.name for p in f.links)}); "
     if f.ending:
         return where + _ENDINGS[f.ending]
-    if f.paths:
+    if f.links:
         return where + "a dead host, or every link is cut: these cannot be told apart from here"
     return "a dead host or a cut link"
 
 
 def _heard(f: Facts) -> str:
     """Describe the links over which the peer is heard."""
-    live = [p for p in f.paths if p.silent_ms <= f.heartbeat_timeout_ms]
+    live = [p for p in f.links if p.silent_ms <= f.heartbeat_timeout_ms]
     text = "its heartbeats arrive over " + ", ".join(p.name for p in live)
     if all(p.echo_age_ms > f.heartbeat_timeout_ms for p in live):
         text += ", but it does not receive this side's"
@@ -546,7 +426,7 @@ _ROWS: tuple[_Row, ...] = (
         Action.DEGRADE,
         lambda f: (
             "the peer's controller is silent, but its QEMU still holds the COLO channel: "
-            + ("a slow or cut link, not a death" if not (f.paths or f.ending) else _silence(f))
+            + ("a slow or cut link, not a death" if not (f.links or f.ending) else _silence(f))
         ),
     ),
     (

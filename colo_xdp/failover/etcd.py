@@ -92,7 +92,7 @@ class EtcdStore:
     def __init__(self, etcd: Etcd, pair: str, timeout: float) -> None:
         self._etcd, self._timeout = etcd, timeout
         self._leader_key, self._standalone_key, self._last = (
-            _b64(f"{PREFIX}{pair}/{n}") for n in ("speaker", "alone", "last")
+            _b64(f"{PREFIX}{pair}/{n}") for n in ("holder", "standalone", "last")
         )
         self._at = 0
         self._lease = 0
@@ -110,8 +110,8 @@ class EtcdStore:
     async def look(self) -> StoreView:
         return await self._run(self._look)
 
-    async def record(self, holder: str, alone: str) -> bool:
-        return await self._run(lambda a: self._record(a, holder, alone))
+    async def record(self, holder: str, standalone: str) -> bool:
+        return await self._run(lambda a: self._record(a, holder, standalone))
 
     async def release(self) -> None:
         lease, self._lease = self._lease, 0  # never used again, however late it is revoked
@@ -176,8 +176,8 @@ class EtcdStore:
 
     def _seen(self, found: list[dict[str, Any]]) -> tuple[StoreView, int]:
         """Return what _read() found, and the revision of the key."""
-        (alone, _), (now, revision), (last, since) = (self._value(r) for r in found[:3])
-        return StoreView(now, alone, last, since), revision
+        (standalone, _), (now, revision), (last, since) = (self._value(r) for r in found[:3])
+        return StoreView(now, standalone, last, since), revision
 
     def _hold(
         self, a: _Attempt, last: int, holder: str, ttl_ms: int, steal: str, claim: bool
@@ -223,15 +223,17 @@ class EtcdStore:
         a.txn([mine], [{"request_delete_range": {"key": self._leader_key}}, said], [])
         a.post("/lease/revoke", {"ID": lease})
 
-    def _record(self, a: _Attempt, holder: str, alone: str) -> bool:
+    def _record(self, a: _Attempt, holder: str, standalone: str) -> bool:
         mine = {
             "key": self._leader_key,
             "target": "VALUE",
             "result": "EQUAL",
             "value": _b64(holder),
         }
-        put: dict[str, Any] = {"request_put": {"key": self._standalone_key, "value": _b64(alone)}}
-        if not alone:
+        put: dict[str, Any] = {
+            "request_put": {"key": self._standalone_key, "value": _b64(standalone)}
+        }
+        if not standalone:
             put = {"request_delete_range": {"key": self._standalone_key}}
         return a.txn([mine], [put], [])[0]
 

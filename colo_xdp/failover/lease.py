@@ -77,7 +77,7 @@ class StoreView:
     """
 
     holder: str
-    alone: str
+    standalone: str
     last: str = ""
     since: int = 0
 
@@ -105,7 +105,7 @@ class Store(Protocol):
     async def hold(self, holder: str, ttl_ms: int, steal: str, claim: bool) -> StoreView:
         """Renew the key, or acquire it, if ours_to_take() allows."""
 
-    async def record(self, holder: str, alone: str) -> bool:
+    async def record(self, holder: str, standalone: str) -> bool:
         """Record the node that runs standalone if `holder` holds the key; return whether it did."""
 
     async def look(self) -> StoreView:
@@ -178,12 +178,12 @@ class Leadership:
     @property
     def peer_standalone(self) -> bool:
         """Whether the other guest ran standalone, so that this one must not transmit."""
-        return self.seen.alone not in ("", self.node)
+        return self.seen.standalone not in ("", self.node)
 
     @property
     def recorded(self) -> bool:
         """Whether the store records that this host's guest runs standalone."""
-        return self.seen.alone == self.node
+        return self.seen.standalone == self.node
 
     @property
     def committed(self) -> bool:
@@ -221,7 +221,7 @@ class Leadership:
             self._wake.set()
         self._watch = watch
 
-    def alone(self) -> None:
+    def ran_standalone(self) -> None:
         """Request the record that this host's guest runs standalone."""
         if not self.committed:
             self._record = self.node
@@ -260,18 +260,18 @@ class Leadership:
 
         The store is read again before any guest transmits.
         """
-        self.seen = replace(self.seen, alone="")
+        self.seen = replace(self.seen, standalone="")
 
     def freed(self, boot: str) -> None:
         """Note that the other host's process with this boot id has shut its data path.
 
         Nobody relies on this host's promises then, and the key may be taken over from that process,
-        until it reports that it waits for a new guest (revived()).
+        until it reports that it waits for a new guest (new_guest()).
         """
         self._silent_until, self.steal = 0, boot
         self._wake.set()
 
-    def revived(self) -> None:
+    def new_guest(self) -> None:
         """Note that the silent process may transmit again later: its key is its own again."""
         self.steal = ""
 
@@ -364,9 +364,11 @@ class Leadership:
 
         The request may have been sent long before.
         """
-        if (seen.holder, seen.alone) != (self.seen.holder, self.seen.alone):
+        if (seen.holder, seen.standalone) != (self.seen.holder, self.seen.standalone):
             log.info(
-                "lease: held by %s, standalone: %s", seen.holder or "nobody", seen.alone or "none"
+                "lease: held by %s, standalone: %s",
+                seen.holder or "nobody",
+                seen.standalone or "none",
             )
         if seen.holder or seen.last == GIVEN_UP:
             self._gone_ns = 0
@@ -381,10 +383,10 @@ class Leadership:
     async def _write_record(self) -> None:
         """Bring the store's record to the wanted value; another node's record is never changed."""
         want = self._record
-        if want is None or want == self.seen.alone or self.peer_standalone:
+        if want is None or want == self.seen.standalone or self.peer_standalone:
             return
         if await self._bounded(self._store.record(self.holder, want)):
-            self.seen = replace(self.seen, holder=self.holder, alone=want)
+            self.seen = replace(self.seen, holder=self.holder, standalone=want)
             if want == "" and self._record == "":
                 self._record = None
 

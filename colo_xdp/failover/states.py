@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Define which state may follow which, as data. Pure.
+"""The roles, the states of a pair, and which state may follow which, as data. Pure.
 
 become() (controller/controller.py) looks each transition up. A transition that is not listed is an
 internal error: it is logged, counted among the `failures` of the status, and carried out all the
@@ -14,15 +14,36 @@ diagram() draws the table. `paused` and `shadow` are not states of a controller:
 from __future__ import annotations
 
 from collections.abc import Mapping
+from enum import StrEnum
 
 from ..abi import Mode
-from .decision import Role, State
 
 STRICT = False  # raise IllegalTransition instead of only logging
 
 
 class IllegalTransition(RuntimeError):
     """A state was about to follow one that it cannot follow; the text names both."""
+
+
+class Role(StrEnum):
+    """The guest that this host runs."""
+
+    PRIMARY = "primary"
+    SECONDARY = "secondary"
+
+
+class State(StrEnum):
+    """State of the pair as this host sees it; TRANSITIONS has the legal ones."""
+
+    STARTING = "starting"
+    PROTECTED = "protected"
+    CHECKPOINTING = "checkpointing"
+    DEGRADED = "degraded"
+    SOLO = "solo"
+    PROMOTED = "promoted"
+    PAUSED = "paused"
+    SHADOW = "shadow"  # compared, but nothing is held
+    STOPPED = "stopped"
 
 
 _S = State

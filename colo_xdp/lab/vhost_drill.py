@@ -58,7 +58,7 @@ class Seen:
 
     error: str = ""  # what ended it, with the step
     opened: tuple[int, int] | None = None  # how often each QEMU has /dev/vhost-net open
-    moves: bool | None = None  # QEMU's own word that vhost moves the PVM's frames
+    moves: bool | None = None  # whether QEMU itself reports that vhost moves the PVM's frames
     silent: tuple[int, int] | None = None  # frames of a guest in MODE_DROP; dropped by pvm_out
     frames: tuple[int, int] | None = None  # of the guest to its tap; judged by pvm_out
     unsegmented: tuple[int, int] | None = None  # largest mean frame; frames with a lost offload

@@ -160,20 +160,20 @@ class OffloadScheduler:
         self._put(st)
         conn = self._kernel.reclaim(st.key) if conn is None else conn
         if conn is None:  # the kernel has forgotten it: treat it as new
-            st.unknown(self._clock.epoch)
+            st.reset(self._clock.epoch)
             return
         state, now = st.offload, self._clock.now
         short = now - state.offloaded_ns < SHORT_STAY_NS
         state.backoff = min(2 * state.backoff, MAX_BACKOFF) if short else 1
         state.offered, state.settled_batches, state.punt_seq = True, 0, conn.punt_seq
         self._back = st
-        st.codec.recall(st, conn, now)
+        st.codec.restore(st, conn, now)
         self._outbox.count("offload_reclaimed")
 
     # -- backpressure
 
     @property
-    def braking(self) -> bool:
+    def under_backpressure(self) -> bool:
         """Return whether frames of any flow are kept back."""
         return bool(self._backpressured)
 

@@ -27,7 +27,7 @@ PIECE = 32 * 1024
 #: Bytes of history handed over with a stream: the PVM may be waiting for acks, and retransmit next.
 HISTORY = 64 * 1024
 
-_MEMO = struct.Struct("=BBBxIIHH")  # flags, direction, scale, isn, origin, window of the SYN
+_COOKIE = struct.Struct("=BBBxIIHH")  # flags, direction, scale, isn, origin, window of the SYN
 _NO_SCALE = 255
 _DEFAULT_MSS = 536  # RFC 9293 section 3.7.1
 
@@ -90,7 +90,7 @@ class TcpCodec:
             and not st.asked
             and not st.unverifiable
             and not st.marks.unfit
-            and not theirs.surg
+            and not theirs.svm_urgent
             and st.windows.shrunk is None
             and known(st.key)
         )
@@ -141,7 +141,7 @@ class TcpCodec:
         if len(buffer) > abi.BUFFER // 2:
             return None
         scale, pending = _NO_SCALE if w.scale is None else w.scale, diff(p_ack, s_ack) > 0
-        memo = _MEMO.pack(
+        cookie = _COOKIE.pack(
             st.sent.isn is not None,
             direction_number(st.direction),
             scale,
@@ -168,7 +168,7 @@ class TcpCodec:
                 l4,
                 size,
                 header,
-                memo,
+                cookie,
             ),
             buffer,
             pending,
@@ -181,9 +181,9 @@ class TcpCodec:
         st.host.ledger.discharge_svm(len(st.theirs.chunks))
         st.theirs.chunks.clear()
 
-    def recall(self, st: TcpFlow, state: ConnState, now_ns: int) -> None:
+    def restore(self, st: TcpFlow, state: ConnState, now_ns: int) -> None:
         """Continue an empty or offloaded stream from the kernel's state."""
-        has_isn, _, scale, isn, origin, syn, _ = _MEMO.unpack_from(state.cookie)
+        has_isn, _, scale, isn, origin, syn, _ = _COOKIE.unpack_from(state.cookie)
         st.sent.isn, st.sent.origin = (isn if has_isn else None), origin
         st.epoch = state.epoch
         known = (
@@ -217,7 +217,7 @@ class TcpCodec:
         if state.fin is not None and waits is None:
             st.sent.fin_done = state.fin
         if waits is not None and not state.pvm_ahead:
-            st.theirs.svm_fin, st.theirs.sfin_at = waits, since
+            st.theirs.svm_fin, st.theirs.svm_fin_at = waits, since
         if state.buffer and not state.pvm_ahead:
             for at in range(0, len(state.buffer), PIECE):
                 piece = state.buffer[at : at + PIECE]

@@ -18,7 +18,9 @@ from ..net.frame import Frame
 from ..net.packet import Packet, parse
 from .kernel_format import ConnState, OffloadRequest, direction_number, known
 
-_MEMO = struct.Struct("=xB62x")  # direction, at the byte where kernel_format.direction() expects it
+_COOKIE = struct.Struct(
+    "=xB62x"
+)  # direction, at the byte where kernel_format.direction() expects it
 _NO_SEGMENT = (0,) * 7  # acks and windows
 
 
@@ -93,9 +95,9 @@ class UdpCodec:
             if len(queue) > abi.BUFFER // 2:
                 return None
         ahead = abi.SIDE_PVM if flow.held else abi.SIDE_SVM
-        memo = _MEMO.pack(direction_number(flow.direction))
+        cookie = _COOKIE.pack(direction_number(flow.direction))
         return OffloadRequest(
-            abi.OFFLOAD.pack(epoch, 0, *_NO_SEGMENT, len(queue), 0, ahead, 0, 0, 0, b"", memo),
+            abi.OFFLOAD.pack(epoch, 0, *_NO_SEGMENT, len(queue), 0, ahead, 0, 0, 0, b"", cookie),
             bytes(queue),
             since_ns=self.waits_since(flow),
         )
@@ -105,7 +107,7 @@ class UdpCodec:
         flow.unhold()
         flow.forget_svm()
 
-    def recall(self, flow: DatagramFlow, state: ConnState, now_ns: int) -> None:
+    def restore(self, flow: DatagramFlow, state: ConnState, now_ns: int) -> None:
         """Continue an empty or offloaded flow from the kernel's state."""
         flow.epoch = state.epoch
         for ts, partial, frame in records(state.buffer):

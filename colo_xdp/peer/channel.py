@@ -39,7 +39,7 @@ import uuid
 from collections.abc import Callable
 from typing import Any
 
-from ..failover.decision import Ending
+from ..failover.facts import Ending
 from . import heartbeat, messages
 from .tls import Tls, TlsError
 
@@ -251,7 +251,7 @@ class Peer:
             writer.write(
                 messages.encode(
                     "hello", v=newest, min=oldest, pair=self.pair, role=self.role, boot=self.boot,
-                    beacon=nonce,
+                    nonce=nonce,
                 )
             )  # fmt: skip
             line = await asyncio.wait_for(reader.readline(), HELLO_S)
@@ -264,7 +264,7 @@ class Peer:
             if self._writer is not None:  # the peer reconnected: the old connection is dead
                 self._drop("replaced by a new connection")
             self._writer, mine, self.connected = writer, True, True
-            nonces = {self.role: nonce, OTHER[self.role]: str(hello.get("beacon", ""))}
+            nonces = {self.role: nonce, OTHER[self.role]: str(hello.get("nonce", ""))}
             self.heartbeat_key = heartbeat.session_key(
                 self.pair, nonces["primary"], nonces["secondary"]
             )
@@ -320,7 +320,7 @@ class Peer:
             self.ending = _ending(self._writer, self.silent_ms())
         self._drop(why)
 
-    def excuse(self, ns: int) -> None:
+    def discount(self, ns: int) -> None:
         """Do not count the last `ns` as the peer's silence: this side was not receiving."""
         if self.last_seen_ns:
             self.last_seen_ns += ns

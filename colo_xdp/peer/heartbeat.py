@@ -84,7 +84,7 @@ def session_key(pair: str, primary: str, secondary: str) -> bytes:
         return b""
     if any(len(n) != NONCE for n in nonces):
         return b""
-    return hmac.digest(b"".join(nonces), b"colo_xdp beacon 1 " + pair.encode(), "sha256")
+    return hmac.digest(b"".join(nonces), b"colo_xdp heartbeat 1 " + pair.encode(), "sha256")
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,13 +140,13 @@ class HeartbeatSession:
     """Create datagrams for one side and judge those that arrive."""
 
     def __init__(
-        self, pair: str, side: str, paths: Sequence[str], labels: Sequence[str] = ()
+        self, pair: str, side: str, links: Sequence[str], labels: Sequence[str] = ()
     ) -> None:
-        """Set up the links `paths`; `labels`: for each, what both ends must agree on."""
+        """Set up these links. `labels`: for each, what both ends must agree on."""
         self._pair = hashlib.sha256(pair.encode()).digest()[:8]
         self._side = SIDES[side]
-        texts = [*labels, *[""] * (len(paths) - len(labels))]
-        self.paths = [HeartbeatLink(n, text.encode()) for n, text in zip(paths, texts, strict=True)]
+        texts = [*labels, *[""] * (len(links) - len(labels))]
+        self.links = [HeartbeatLink(n, text.encode()) for n, text in zip(links, texts, strict=True)]
         self._now: _Session | None = None
         self._former: _Session | None = None
         self._turn = False
@@ -159,21 +159,21 @@ class HeartbeatSession:
         self._former = former
         self._now = _Session(key, hashlib.sha256(key).digest()[:4]) if key else None
         if not same_peer:
-            for p in self.paths:  # its clock may be that of another boot
+            for p in self.links:  # its clock may be that of another boot
                 p.peer_t = p.echo_ns = 0
 
     def round(self) -> None:
         """Prepare for one round of datagrams, one for each link."""
         self._turn = not self._turn
 
-    def make(self, path: int, now_ns: int, flags: Flag, lag_ms: int, epoch: int) -> bytes:
+    def make(self, link: int, now_ns: int, flags: Flag, lag_ms: int, epoch: int) -> bytes:
         """Return the next datagram for a link; empty while there is no key."""
         s = self._now
         if self._former is not None and (s is None or (not s.heard and self._turn)):
             s = self._former
         if s is None:
             return b""
-        p = self.paths[path]
+        p = self.links[link]
         s.sent += 1
         held = min(max(0, now_ns - p.heard_ns) // 1000, 0xFFFFFFFF) if p.peer_t else 0
         head = _HEAD.pack(
@@ -183,9 +183,9 @@ class HeartbeatSession:
         p.sent += 1
         return head + hmac.digest(s.key, head + p.label, "sha256")
 
-    def receive(self, path: int, data: bytes, now_ns: int) -> Heartbeat | None:
+    def receive(self, link: int, data: bytes, now_ns: int) -> Heartbeat | None:
         """Check a received datagram; return its content, or None after counting the refusal."""
-        p = self.paths[path]
+        p = self.links[link]
         heartbeat = self._judge(p, data, now_ns)
         if isinstance(heartbeat, str):
             p.refused[heartbeat] += 1
@@ -223,17 +223,17 @@ class HeartbeatSession:
             p.rtt_ns = max(0, now_ns - echo - held * 1000)
         return Heartbeat(Flag(flags), lag, epoch, t, echo)
 
-    def excuse(self, ns: int) -> None:
+    def discount(self, ns: int) -> None:
         """Do not count the last `ns` as the peer's silence: this side was not receiving."""
-        for p in self.paths:
+        for p in self.links:
             p.heard_ns += ns if p.heard_ns else 0
 
-    def silent_ms(self, path: int, now_ns: int) -> float:
+    def silent_ms(self, link: int, now_ns: int) -> float:
         """Return the time since the last datagram on a link, ms; infinite if there was none."""
-        at = self.paths[path].heard_ns
+        at = self.links[link].heard_ns
         return (now_ns - at) / 1e6 if at else float("inf")
 
-    def echo_age_ms(self, path: int, now_ns: int) -> float:
+    def echo_age_ms(self, link: int, now_ns: int) -> float:
         """Return the age of our newest datagram that the peer received, ms; infinite if none."""
-        at = self.paths[path].echo_ns
+        at = self.links[link].echo_ns
         return (now_ns - at) / 1e6 if at else float("inf")

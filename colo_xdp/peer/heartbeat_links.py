@@ -31,7 +31,7 @@ from .heartbeat import REFUSALS, SIZE, Flag, Heartbeat, HeartbeatSession
 
 if TYPE_CHECKING:
     from ..config.file import Config
-    from ..config.schema import Network
+    from ..config.network import Network
 
 log = logging.getLogger("colo_xdp.peer.heartbeat_links")
 
@@ -228,7 +228,7 @@ class HeartbeatLinks:
     def status(self) -> list[dict[str, Any]]:
         """Return the links' state for the status document."""
         now, out = boot_ns(), []
-        for i, (w, p) in enumerate(zip(self._transports, self.core.paths, strict=True)):
+        for i, (w, p) in enumerate(zip(self._transports, self.core.links, strict=True)):
             silent, echo_age = self.core.silent_ms(i, now), self.core.echo_age_ms(i, now)
             out.append(
                 {

@@ -26,7 +26,7 @@ LONG = ("flows", "addresses", "hardware")
 #: type -> {field: type}. Every field is required; unknown ones are refused (but in hello).
 MESSAGES: dict[str, dict[str, type]] = {
     # Opens the connection, from both sides. `min` to `v`: the versions it supports; `boot`:
-    # identifies the process. It also carries `beacon`, a nonce for the key of peer/heartbeat.py,
+    # identifies the process. It also carries `nonce`, for the key of peer/heartbeat.py,
     # which is not listed because `v` alone does not need it.
     "hello": {"v": int, "min": int, "pair": str, "role": str, "boot": str},
     # Heartbeat. `echo` is the peer's `t` (CLOCK_BOOTTIME, ns) returned, for the round trip;
@@ -40,7 +40,7 @@ MESSAGES: dict[str, dict[str, type]] = {
         "vm": bool,
         "shut": bool,
         "over": bool,
-        "alone": bool,
+        "standalone": bool,
         "shadow": bool,
         "promise": bool,
         "role": str,
@@ -74,8 +74,8 @@ MESSAGES: dict[str, dict[str, type]] = {
     "resumed": {"n": int, "pause_us": int},
     # Either: the checkpoint did not happen.
     "failed": {"n": int, "why": str},
-    # Either: the sender's data path is shut; `alone`: its guest ran standalone before.
-    "shut": {"why": str, "alone": bool},
+    # Either: the sender's data path is shut; `standalone`: its guest ran standalone before.
+    "shut": {"why": str, "standalone": bool},
     # Either: the sender's guest has shut itself down: do not take over.
     "guest_off": {"why": str},
     # S: take a checkpoint; `cause` as in compare/causes.py.

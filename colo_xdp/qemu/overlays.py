@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Where the overlays of the secondary's disks are: their files, and the room for them.
+"""The files of the overlays of the secondary's disks: made, removed, and the room for them.
 
 Overlays of several disks may share a file system, and a full one ends the secondary's QEMU. So what
 all of them may take is compared with what is free.
@@ -7,13 +7,20 @@ all of them may take is compared with what is free.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import logging
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from .disks import Nodes
+from .. import user_command
+from .disks import DiskError, Nodes
+
+log = logging.getLogger("colo_xdp.qemu.overlays")
+
+CREATE_S = 10.0  # qemu-img
 
 #: file systems without reliable locks, or that may hang: not for overlays
 NETWORK_FS = (
@@ -109,6 +116,81 @@ def _allocated(path: Path) -> int:
         return path.stat().st_blocks * 512
     except FileNotFoundError:
         return 0
+
+
+class OverlayFiles:
+    """The overlays' files of all disks of one guest."""
+
+    def __init__(self, pair: str, disks: tuple[ReplicatedDisk, ...]) -> None:
+        self._pair, self._disks = pair, disks
+
+    def rooms(self) -> list[Room]:
+        """Return the file systems of the overlays, and what is left there."""
+        try:
+            return rooms(self._disks, self._paths)
+        except OSError as e:
+            log.warning("overlays: %s", e)
+            return []
+
+    def _paths(self, disk: ReplicatedDisk) -> tuple[Path, Path]:
+        return overlay_paths(self._pair, disk)
+
+    async def make(self, disk: ReplicatedDisk, size: int) -> tuple[Path, Path]:
+        """Make empty overlays of `size` bytes; return the active and the hidden disk.
+
+        They belong to the owner of their directory, as whom QEMU may run. Raises DiskError.
+        """
+        paths = self._paths(disk)
+        create = "qemu-img create -q -f qcow2"  # QEMU writes no file while it waits for a migration
+        await self._as_owner(
+            disk,
+            'command -v qemu-img > /dev/null || exit 127; '
+            f'{create} "$1" "$3" && exec {create} "$2" "$3"',
+            *map(str, paths), str(size),
+        )  # fmt: skip
+        return paths
+
+    async def remove_all(self) -> None:
+        """Remove the files of overlays that QEMU has committed and closed; failure is no harm."""
+        for disk in self._disks:
+            with contextlib.suppress(DiskError):
+                await self.remove(disk)
+
+    async def remove(self, disk: ReplicatedDisk) -> None:
+        """Remove the files of a disk's overlays. Raises DiskError."""
+        await self._as_owner(disk, 'rm -f -- "$1" "$2"', *map(str, self._paths(disk)))
+
+    async def _as_owner(self, disk: ReplicatedDisk, script: str, *args: str) -> None:
+        """Run a shell command as the owner of the overlays' directory. Raises DiskError."""
+        try:
+            st = os.stat(disk.overlays)
+            owner = st.st_uid, st.st_gid
+            argv = ["/bin/sh", "-c", script, "sh", *args]
+            command = user_command.overlays(self._pair, argv, int(CREATE_S * 1000), owner)
+            change = command == argv and os.geteuid() == 0
+            process = await asyncio.create_subprocess_exec(
+                *command, env=user_command.environment(), stdin=asyncio.subprocess.DEVNULL,
+                stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT, umask=0o077,
+                user=owner[0] if change else None, group=owner[1] if change else None,
+                extra_groups=() if change else None,
+            )  # fmt: skip
+            try:
+                async with asyncio.timeout(CREATE_S + 1):
+                    text, _ = await process.communicate()
+            except TimeoutError:
+                process.kill()
+                raise
+        except (OSError, TimeoutError) as e:
+            what = "the command does not end" if isinstance(e, TimeoutError) else str(e)
+            raise DiskError(f"disk {disk.name}: overlays in {disk.overlays}: {what}") from e
+        if process.returncode == 127:
+            raise DiskError("qemu-img is missing (Debian: qemu-utils)")
+        if process.returncode:
+            said = " ".join(text.decode(errors="replace").split()) or "the journal may have why"
+            raise DiskError(
+                f"disk {disk.name}: overlays in {disk.overlays} cannot be made as their owner "
+                f"(uid {owner[0]}): {said}"
+            )
 
 
 def file_system(path: Path) -> str:

@@ -18,12 +18,13 @@ from typing import Any, Protocol
 
 from .. import user_command
 from ..clock import TICK_S
+from .block_layer import ReplicationOptions
 from .event import QmpEvent
 from .hardware import Hardware
 from .migration import MigrationOptions
 from .nic import NicError
 from .qmp import DEFAULTS, QemuInfo, Qmp, QmpError, QmpTimeout, refusal
-from .replication import DiskReplication, ReplicationOptions
+from .replication import DiskReplication
 
 log = logging.getLogger("colo_xdp")
 
@@ -303,7 +304,7 @@ class QemuSupervisor:
         It drains the guest's disks, so their mirrors end before. Raises QmpError when QEMU answers
         neither way.
         """
-        await self.disks.cut()
+        await self.disks.mirrors.cut()
         try:
             await self.qmp.lost_heartbeat(HUNG_S)
         except QmpTimeout as e:
@@ -321,13 +322,13 @@ class QemuSupervisor:
     async def yank(self, timeout: float | None = None) -> None:
         """Cut QEMU's connections to the other QEMU, out of band. Raises QmpError."""
         if self.disks.any:
-            await self.disks.yank(timeout)
+            await self.disks.block.yank(timeout)
         else:
             await self.way_past.yank(timeout)
 
     async def quit(self) -> None:
         """End a QEMU whose guest is worthless. Raises QmpError."""
-        await self.disks.cut()
+        await self.disks.mirrors.cut()
         await self.qmp.quit()
 
     async def hangs(self) -> bool:

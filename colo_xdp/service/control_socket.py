@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import glob
 import json
 import os
 import socket
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
 MAX_MESSAGE = 1 << 20
@@ -30,6 +32,10 @@ class ControlError(RuntimeError):
 
 class NotRunning(ControlError):
     """Nobody answers on the socket."""
+
+
+class SeveralRun(ControlError):
+    """Several controllers run here, and nobody said which one is meant."""
 
 
 def _answers(path: str) -> bool:
@@ -101,6 +107,25 @@ class ControlServer:
             self._server.close()
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(self.path)
+
+
+def find(run_dir: str, pair: str = "") -> str:
+    """Return the control socket of the only controller here, or the only one of that pair.
+
+    Raises NotRunning, or SeveralRun.
+    """
+    found = sorted(Path(run_dir).glob(f"{glob.escape(pair)}.*.sock" if pair else "*.sock"))
+    if len(found) == 1:
+        return str(found[0])
+    if not found and pair:
+        raise NotRunning(f"no controller of pair {pair} runs here (none in {run_dir})")
+    if not found:
+        raise NotRunning(f"no controller runs here (no control socket in {run_dir})")
+    if pair:
+        names = "\n  ".join(map(str, found))
+        raise SeveralRun(f"both roles of {pair} run here; name one:\n  {names}")
+    names = "\n  ".join(f"{p.stem.rpartition('.')[0]}  ({p})" for p in found)
+    raise SeveralRun(f"several controllers run here; name a pair:\n  {names}")
 
 
 def request(

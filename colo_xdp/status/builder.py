@@ -100,7 +100,7 @@ def _common(c: Controller) -> dict[str, Any]:
             "gone": c.view.peer.shut,
             "ending": c.peer.ending.value,
         },
-        heartbeat_links=c.paths.status(),
+        heartbeat_links=c.heartbeat_links.status(),
         data_path={
             "trouble": c.devices.trouble,
             "restored": c.devices.restored,
@@ -176,11 +176,14 @@ def primary_status(c: Primary) -> dict[str, Any]:
 def disks_json(c: Controller) -> dict[str, Any]:
     """Return the state of the replicated disks."""
     disks = c.qemu.disks
-    copying, connected = disks.copying, c.qemu.qmp.connected
+    copying, connected = disks.mirrors.copying, c.qemu.qmp.connected
     doc = {
-        "names": list(disks.nodes),
-        "mirrored": disks.mirroring and copying is None and not disks.lost and connected,
-        "lost": disks.lost,
+        "names": list(disks.block.nodes),
+        "mirrored": disks.mirrors.mirroring
+        and copying is None
+        and not disks.mirrors.lost
+        and connected,
+        "lost": disks.mirrors.lost,
         "copying": None
         if copying is None
         else {
@@ -189,7 +192,7 @@ def disks_json(c: Controller) -> dict[str, Any]:
             "rate": copying.rate,
             "left_s": copying.left_s,
         },
-        "exported": disks.serving and connected,
+        "exported": disks.replica.serving and connected,
         "committing": False,
         "overlays": {},
         "room_trouble": "",

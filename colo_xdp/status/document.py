@@ -18,7 +18,8 @@ from ..compare.causes import Cause
 from ..compare.patience import SOURCES
 from ..engine.engine import COUNTERS
 from ..engine.waits import WAIT_BUCKETS
-from ..failover.decision import Ending, Role, State
+from ..failover.facts import Ending
+from ..failover.states import Role, State
 from ..net.bridge import PORT_STATES
 from ..peer.heartbeat import REFUSALS
 

@@ -28,7 +28,7 @@ from prometheus_client.core import (
 
 from .. import __version__, abi
 from ..engine.waits import WAIT_BUCKETS
-from ..failover.decision import State
+from ..failover.states import State
 from .document import OFFLOAD_WAIT_BUCKETS
 
 log = logging.getLogger("colo_xdp.status.metrics")

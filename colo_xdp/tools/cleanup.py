@@ -75,9 +75,9 @@ def _pinned(pins: str, role: str) -> Pinned | None:
     def slot(which: Cfg) -> int:
         return loader.pinned_slot(pins, which)
 
-    word = HostRole(slot(Cfg.ROLE))
+    now = HostRole(slot(Cfg.ROLE))
     return Pinned(
-        role if word is HostRole.CONFIGURED else word.name.lower(),
+        role if now is HostRole.CONFIGURED else now.name.lower(),
         Mode(slot(Cfg.MODE)),
         slot(Cfg.LEASE_EXPIRY_NS),
         any(attach.tap_in_use(loader.pinned_slot(nic, Cfg.TAP)) for nic in loader.nic_pins(pins)),

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import validate
 from ..config.file import Config, ConfigError, load
-from ..config.schema import Network
+from ..config.network import Network
 from ..qemu import disks, nic
 from ..qemu.migration import MigrationOptions
 from ..qemu.overlays import ReplicatedDisk, directory_trouble, overlay_paths, rooms

@@ -322,7 +322,7 @@ def words(datagrams: bool = False) -> bytes:
     )
 
 
-def give_all(dp: DataPath, case: Case) -> None:
+def offload_all(dp: DataPath, case: Case) -> None:
     """Offload all connections of a case, as if the fast path had never seen them."""
     assert dp.fast is not None
     request = OffloadRequest(words(case.udp), b"")
@@ -424,7 +424,7 @@ class Arm:
             return TierU(self.dp)
         if self.dp is not None:
             self.dp.drain(lambda e: None)
-            give_all(self.dp, case)
+            offload_all(self.dp, case)
             self.handed = handed(self.dp)
         return None
 

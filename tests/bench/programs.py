@@ -442,7 +442,7 @@ def _key(sc: Scene) -> FlowKey:
 
 
 def _new_connection(dp: Any, sc: Scene) -> None:
-    """As held.give_all(), for either family."""
+    """As held.offload_all(), for either family."""
     key = _key(sc)
     request = OffloadRequest(held.words(sc.udp), b"")
     dp.objects.map("conns").delete(conn_key(key))

@@ -105,7 +105,7 @@ def once(
 ) -> tuple[float, float]:
     """Return the Gbit/s that reached the client, and the guests' CPU ns per frame of the PVM."""
     if a.dp is not None:
-        held.give_all(a.dp, case)
+        held.offload_all(a.dp, case)
     before, handed = held.received(a.net), held.handed(a.dp) if a.dp else {}
     ready, go = _FORK.Barrier(len(plans) + 1), _FORK.Barrier(len(plans) + 1)
     clocks = _FORK.Array("q", 3 * len(plans), lock=False)  # begin, end, CPU of each process

@@ -27,10 +27,11 @@ from typer.models import ArgumentInfo, OptionInfo
 from colo_xdp import abi, cli, validate
 from colo_xdp.compare.causes import DESCRIPTIONS, Cause
 from colo_xdp.compare.policy import Rule
-from colo_xdp.config.schema import SECTIONS, Config, Disk
+from colo_xdp.config.qemu import Disk
+from colo_xdp.config.schema import SECTIONS, Config
 from colo_xdp.engine.counters import COUNTERS
 from colo_xdp.failover import states
-from colo_xdp.failover.decision import Role, State
+from colo_xdp.failover.states import Role, State
 from colo_xdp.peer import heartbeat, messages
 from colo_xdp.status import document, metrics
 from colo_xdp.tools.explain import ADVICE

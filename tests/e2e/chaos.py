@@ -501,7 +501,7 @@ class Chaos:
             self._moving(time.time())
             t.pauses.append(self._gap(end, time.time()))
         self._check_streams(f"round {n} {action}")
-        t.split_brain += self._speakers(n, action, evidence, takeovers)
+        t.split_brain += self._transmitters(n, action, evidence, takeovers)
         self._judge(n, action, evidence, problems)
         self.evidence = None
         t.rounds += 1
@@ -529,14 +529,14 @@ class Chaos:
         self.tally.stalls[action].append(stall)
         return stall
 
-    def _speakers(self, n: int, action: str, evidence: Evidence, takeovers: int) -> int:
+    def _transmitters(self, n: int, action: str, evidence: Evidence, takeovers: int) -> int:
         """Return how often the transmitting host on the wire changed more than the guest did."""
         seen, lost = evidence.stop()
         self.tally.problems += [f"round {n}: {x}" for x in lost]
         changes = sum(a[1] != b[1] for a, b in zip(seen, seen[1:], strict=False))
         if changes > takeovers:
             self.tally.problems.append(
-                f"round {n} {action}: {changes} changes of the speaker, {takeovers} of the guest"
+                f"round {n} {action}: {changes} changes of who transmits, {takeovers} of the guest"
             )
         return max(0, changes - takeovers)
 

@@ -42,7 +42,7 @@ def test_a_peer_link_that_was_made_again_serves_again(make_lab: LabMaker) -> Non
         s = lab.wait_state(role, "protected", 20)
         assert s["data_path"]["trouble"] == "" and s["data_path"]["restored"] > old[role]
         wait_for(
-            "beacons", lambda r=role: lab.status(r)["heartbeat_links"][0]["silent_ms"] < 500, 5
+            "datagrams", lambda r=role: lab.status(r)["heartbeat_links"][0]["silent_ms"] < 500, 5
         )  # type: ignore[misc]
     requests(lab, 2)  # frames lost meanwhile may cost one more checkpoint
     before = lab.checkpoints()

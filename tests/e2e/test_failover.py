@@ -151,7 +151,7 @@ def test_no_fence_no_takeover_until_a_person_says_so(make_lab: LabMaker, tmp_pat
     live_on(lab, made, time.time())
 
 
-def test_a_copy_that_missed_something_never_speaks(make_lab: LabMaker) -> None:
+def test_a_copy_that_missed_something_never_transmits(make_lab: LabMaker) -> None:
     """A cut link, an operator who opens the primary, the link is back, and then the PVM dies."""
     lab = make_lab(overrides={"failover": {"arbiter": "manual"}})
     lab.protect()

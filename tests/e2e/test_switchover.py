@@ -44,7 +44,7 @@ def test_switchover(make_lab: LabMaker, asked: str) -> None:
     ours, theirs = lab.stop_capture(of_p), lab.stop_capture(of_s)
     last = max(t for t, f in ours if from_guest([(t, f)]))
     first = min(t for t, f in theirs if from_guest([(t, f)]))
-    assert first > last, "one speaks after the other"
+    assert first > last, "one transmits after the other"
     arp = bytes.fromhex("0806 0001 0800 0604 0001 525400123456") + bytes(
         int(x) for x in GUEST_IP.split(".")
     )

@@ -102,7 +102,7 @@ def peer(data: bytes) -> None:
 
 
 @target
-def beacon(data: bytes) -> None:
+def datagram(data: bytes) -> None:
     """Datagrams on a heartbeat link: as they are, and signed with the right key."""
     key = session_key("web1", "11" * NONCE, "22" * NONCE)
     b, other = (HeartbeatSession("web1", side, ["a", "b"]) for side in ("secondary", "primary"))

@@ -141,18 +141,18 @@ class Host:
         self, node: str, url: str, boot: str = "b1", *, transmitting: bool = False
     ) -> None:
         self.node, self.wire, self.until = node, Wire(url), 0
-        self._boot, self._speaking = boot, transmitting
-        self.speaker: Leadership | None = None
+        self._boot, self._transmitting = boot, transmitting
+        self.leadership: Leadership | None = None
 
     async def start(self, pair: str) -> None:
         await self.wire.start()
         self.store = EtcdStore(Etcd((self.wire.url,)), pair, TTL_MS / 10_000)
-        self.speaker = Leadership(
+        self.leadership = Leadership(
             self.store, node=self.node, address=self.node, boot=self._boot,
-            ttl_ms=TTL_MS, margin_ms=MARGIN_MS, transmitting=self._speaking,
+            ttl_ms=TTL_MS, margin_ms=MARGIN_MS, transmitting=self._transmitting,
             allow=lambda ns: setattr(self, "until", ns), changed=lambda: None,
         )  # fmt: skip
-        self.task = asyncio.create_task(self.speaker.run())
+        self.task = asyncio.create_task(self.leadership.run())
 
     @property
     def transmits(self) -> bool:
@@ -210,12 +210,12 @@ async def pair(etcd: str, name: str) -> AsyncIterator[Pair]:
 def test_one_holds_the_other_waits(etcd: str) -> None:
     async def go() -> None:
         async with pair(etcd, "one") as x:
-            x.p.speaker.want = True
+            x.p.leadership.want = True
             await x.until(lambda: x.p.transmits)
-            x.s.speaker.want = True
-            await x.until(lambda: x.s.speaker.seen.holder == f"{P}@{P} b1")
+            x.s.leadership.want = True
+            await x.until(lambda: x.s.leadership.seen.holder == f"{P}@{P} b1")
             await x.stays(lambda: x.p.transmits and not x.s.transmits, 1.5 * TTL_MS / 1000)
-            x.p.speaker.want = False  # it gives the key up
+            x.p.leadership.want = False  # it gives the key up
             assert not x.p.transmits
             await x.until(lambda: x.s.transmits, TTL_MS / 1000)
 
@@ -228,10 +228,10 @@ def test_a_holder_that_is_cut_off_falls_silent_first(etcd: str, how: str) -> Non
 
     async def go() -> None:
         async with pair(etcd, f"cut-{how}") as x:
-            x.p.speaker.want = True
+            x.p.leadership.want = True
             await x.until(lambda: x.p.transmits)
             x.p.wire.cut(how)
-            x.s.speaker.want = True
+            x.s.leadership.want = True
             if how == "in":
                 # Its renewals arrive, so the key stays with it; nobody transmits until it is back.
                 await x.until(lambda: not x.p.transmits)
@@ -241,32 +241,32 @@ def test_a_holder_that_is_cut_off_falls_silent_first(etcd: str, how: str) -> Non
                 return
             await x.until(lambda: x.s.transmits)
             x.p.wire.cut("")
-            await x.until(lambda: x.p.speaker.seen.holder == f"{S}@{S} b1")
+            await x.until(lambda: x.p.leadership.seen.holder == f"{S}@{S} b1")
             await x.stays(lambda: x.s.transmits and not x.p.transmits, 1.0)
 
     asyncio.run(go())
 
 
-def test_the_store_is_gone_and_a_promise_keeps_the_primary_speaking(etcd: str) -> None:
+def test_the_store_is_gone_and_a_promise_keeps_the_primary_transmitting(etcd: str) -> None:
     async def go() -> None:
         async with pair(etcd, "gone") as x:
-            x.p.speaker.want = True
+            x.p.leadership.want = True
             await x.until(lambda: x.p.transmits)
             for h in (x.p, x.s):
                 h.wire.cut("both")
             end = time.monotonic() + 2 * TTL_MS / 1000
             while time.monotonic() < end:  # heartbeats
                 sent = boot_ns()
-                assert x.s.speaker.promise()
-                x.p.speaker.promised(sent)
+                assert x.s.leadership.promise()
+                x.p.leadership.promised(sent)
                 assert x.p.transmits
                 await asyncio.sleep(0.05)
-            assert not x.p.speaker.held
+            assert not x.p.leadership.held
             # The heartbeats end. S must not transmit before its last promise is over, nor without
             # the key.
             x.s.wire.cut("")
-            x.s.speaker.want = True
-            assert not x.s.speaker.promise()
+            x.s.leadership.want = True
+            assert not x.s.leadership.promise()
             await x.until(lambda: x.s.transmits)
 
     asyncio.run(go())
@@ -281,26 +281,26 @@ def test_flapping_cuts_of_all_edges(etcd: str, seed: int) -> None:
 
     async def go() -> None:
         async with pair(etcd, f"flap{seed}") as x:
-            x.p.speaker.want = x.s.speaker.want = True
-            spoke = {"p": 0, "s": 0}
+            x.p.leadership.want = x.s.leadership.want = True
+            transmitted = {"p": 0, "s": 0}
             end = time.monotonic() + 8
             while time.monotonic() < end:
                 host = rnd.choice((x.p, x.s))
                 host.wire.cut(rnd.choice(("", "", "out", "in", "both")))
                 if rnd.random() < 0.15:
-                    host.speaker.want = False
+                    host.leadership.want = False
                     await asyncio.sleep(0.05)
-                    host.speaker.want = True
+                    host.leadership.want = True
                 stop = time.monotonic() + rnd.choice((0.1, 0.5, 1.5))
                 while time.monotonic() < stop:
-                    spoke["p"] += x.p.transmits
-                    spoke["s"] += x.s.transmits
+                    transmitted["p"] += x.p.transmits
+                    transmitted["s"] += x.s.transmits
                     assert not (x.p.transmits and x.s.transmits)
                     await asyncio.sleep(0.005)
             for h in (x.p, x.s):
                 h.wire.cut("")
             await x.until(lambda: x.p.transmits or x.s.transmits)
-            assert spoke["p"] + spoke["s"] > 0
+            assert transmitted["p"] + transmitted["s"] > 0
 
     asyncio.run(go())
 
@@ -308,23 +308,23 @@ def test_flapping_cuts_of_all_edges(etcd: str, seed: int) -> None:
 def test_the_record_outlives_the_lease_and_its_holder(etcd: str) -> None:
     async def go() -> None:
         async with pair(etcd, "alone") as x:
-            x.p.speaker.want = True
+            x.p.leadership.want = True
             await x.until(lambda: x.p.transmits)
-            x.p.speaker.alone()
-            await x.until(lambda: x.p.speaker.recorded)
+            x.p.leadership.ran_standalone()
+            await x.until(lambda: x.p.leadership.recorded)
             x.p.wire.cut("both")
-            x.s.speaker.want = True
-            await x.until(lambda: x.s.speaker.peer_standalone)
+            x.s.leadership.want = True
+            await x.until(lambda: x.s.leadership.peer_standalone)
             await x.stays(lambda: not x.s.transmits, 0.3)  # though nobody else has the key
             # its own record cannot replace the other's
-            x.s.speaker.alone()
-            await x.stays(lambda: not x.s.speaker.recorded, 1.0)
-            x.s.speaker.want = False
+            x.s.leadership.ran_standalone()
+            await x.stays(lambda: not x.s.leadership.recorded, 1.0)
+            x.s.leadership.want = False
             x.p.wire.cut("")
-            await x.until(lambda: x.p.speaker.held and x.p.speaker.recorded)
-            x.p.speaker.paired()
-            await x.until(lambda: x.p.speaker.seen.alone == "")
-            await x.until(lambda: not x.s.speaker.peer_standalone)  # it watches, and wants nothing
+            await x.until(lambda: x.p.leadership.held and x.p.leadership.recorded)
+            x.p.leadership.paired()
+            await x.until(lambda: x.p.leadership.seen.standalone == "")
+            await x.until(lambda: not x.s.leadership.peer_standalone)  # it only watches
             assert not x.s.transmits
 
     asyncio.run(go())
@@ -333,16 +333,16 @@ def test_the_record_outlives_the_lease_and_its_holder(etcd: str) -> None:
 def test_a_controller_started_anew_keeps_the_key(etcd: str) -> None:
     async def go() -> None:
         async with pair(etcd, "again") as x:
-            x.p.speaker.want = True
+            x.p.leadership.want = True
             await x.until(lambda: x.p.transmits)
             x.p.task.cancel()
             again = Host(P, etcd, "b2", transmitting=True)
             await again.start("again")
-            again.speaker.want = True  # type: ignore[union-attr]
+            again.leadership.want = True  # type: ignore[union-attr]
             async with asyncio.timeout(TTL_MS / 1000):
                 while not again.transmits:
                     await asyncio.sleep(0.01)
-            seen = again.speaker.seen  # type: ignore[union-attr]
+            seen = again.leadership.seen  # type: ignore[union-attr]
             assert (seen.holder, seen.alone, seen.last) == (f"{P}@{P} b2", "", f"{P}@{P} b2")
             await again.stop()
 
@@ -352,16 +352,16 @@ def test_a_controller_started_anew_keeps_the_key(etcd: str) -> None:
 def test_a_key_is_taken_from_who_said_that_it_is_shut(etcd: str) -> None:
     async def go() -> None:
         async with pair(etcd, "steal") as x:
-            x.p.speaker.want = True
+            x.p.leadership.want = True
             await x.until(lambda: x.p.transmits)
             x.p.task.cancel()  # reports `shut`, shuts its path, and dies: its lease lives on
             x.p.until = 0
-            assert x.s.speaker.promise()
+            assert x.s.leadership.promise()
             began = time.monotonic()
-            x.s.speaker.want = True
-            x.s.speaker.freed("b0")  # another process of that host: not the one that holds the key
+            x.s.leadership.want = True
+            x.s.leadership.freed("b0")  # another process of that host
             await x.stays(lambda: not x.s.transmits, 0.3)
-            x.s.speaker.freed("b1")
+            x.s.leadership.freed("b1")
             await x.until(lambda: x.s.transmits)
             assert time.monotonic() - began < TTL_MS / 1000
 
@@ -385,10 +385,10 @@ def test_a_lease_that_is_revoked_gives_its_holder_the_time_that_it_had(
 
     async def go() -> None:
         async with pair(etcd, f"revoked-{hangs}") as x:
-            x.p.speaker.want = True
+            x.p.leadership.want = True
             await x.until(lambda: x.p.transmits)
-            x.s.speaker.want = True
-            await x.until(lambda: x.s.speaker.seen.holder == f"{P}@{P} b1")
+            x.s.leadership.want = True
+            await x.until(lambda: x.s.leadership.seen.holder == f"{P}@{P} b1")
             if hangs:
                 x.p.task.cancel()
             assert await asyncio.to_thread(revoke_all, etcd) > 0
@@ -478,7 +478,7 @@ def test_a_stopped_server_stops_nobody_for_longer_than_asked(etcd: str) -> None:
 
     async def go() -> None:
         async with pair(etcd, "stop") as x:
-            x.p.speaker.want = True
+            x.p.leadership.want = True
             await x.until(lambda: x.p.transmits)
             os.kill(PIDS[etcd], signal.SIGSTOP)
             try:

@@ -21,7 +21,7 @@ from colo_xdp.controller.secondary import Secondary
 from colo_xdp.datapath import attach
 from colo_xdp.datapath.datapath import DataPath
 from colo_xdp.datapath.host import HostDataPath
-from colo_xdp.failover.decision import State
+from colo_xdp.failover.states import State
 from colo_xdp.net.address_claims import MAPPED
 from colo_xdp.status.builder import active_json
 from colo_xdp.tools import cleanup, doctor

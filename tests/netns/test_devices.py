@@ -81,7 +81,7 @@ def test_all_is_there(path: DataPath) -> None:
     assert whole(path.look()) and whole(path.look())
 
 
-def test_a_tap_made_again_speaks_through_us(net: Net, path: DataPath) -> None:
+def test_a_tap_made_again_transmits_through_us(net: Net, path: DataPath) -> None:
     sh("ip", "-n", net.host, "link", "del", "tap0")
     gone = path.look()
     assert "tap0 does not exist, the guest is cut off" in gone.trouble[0]

@@ -65,7 +65,7 @@ class Pair:
         self.peer.close()
         self.client.close()
 
-    def client_speaks(self) -> None:
+    def client_sends(self) -> None:
         """Send a frame to the guest through the bridge."""
         self.client.send(GUEST_MAC + CLIENT_MAC + b"\x88\xb5" + bytes(46))
         assert self.tap.recv(lambda f: f[12:14] == b"\x88\xb5") is not None
@@ -94,7 +94,7 @@ def pair(net: Net, path: DataPath) -> Iterator[Pair]:
 
 def test_a_client_that_was_heard_is_answered_past_the_bridge(pair: Pair) -> None:
     assert not pair.direct(), "nothing was heard of it yet"
-    pair.client_speaks()
+    pair.client_sends()
     assert pair.direct()
 
 
@@ -106,17 +106,17 @@ def until(what: Callable[[], bool], seconds: float = 3.0) -> None:
 
 
 def test_a_client_that_is_silent_is_answered_through_the_bridge(pair: Pair) -> None:
-    pair.client_speaks()
+    pair.client_sends()
     assert pair.direct()
     until(lambda: not pair.direct())
 
 
 def test_nothing_leaves_past_the_bridge_without_a_controller(pair: Pair) -> None:
-    pair.client_speaks()
+    pair.client_sends()
     assert pair.direct()
     beat, pair.dp.beat = pair.dp.beat, lambda: None  # type: ignore[method-assign]
     pair.dp.set_slot(abi.Cfg.LOSS_NS, 1)
-    pair.client_speaks()
+    pair.client_sends()
     assert not pair.direct()
     pair.dp.set_slot(abi.Cfg.LOSS_NS, 10**9)
     beat()
@@ -125,7 +125,7 @@ def test_nothing_leaves_past_the_bridge_without_a_controller(pair: Pair) -> None
 
 @pytest.mark.parametrize("what", ["iptables", "nftables", "left", "other bridge"])
 def test_a_bridge_that_filters_is_not_passed_by(net: Net, pair: Pair, what: str) -> None:
-    pair.client_speaks()
+    pair.client_sends()
     assert pair.direct()
     if what in ("iptables", "nftables"):  # family ip with the sysctl's default, or bridge
         sh("ip", "link", "set", "br0", "type", "bridge", "nf_call_iptables", "1")
@@ -144,7 +144,7 @@ def test_a_bridge_that_filters_is_not_passed_by(net: Net, pair: Pair, what: str)
         assert not list(pair.dp.objects.map("clients").keys())
         return
     pair.dp.watch_bridge()
-    pair.client_speaks()
+    pair.client_sends()
     assert not pair.direct()
 
 
@@ -174,7 +174,7 @@ def test_what_a_person_has_set_for_a_port_or_an_address_is_kept(
     sh(*["ip", "link", "add", "other0", "type", "veth", "peer", "name", "other1"])
     sh(*["ip", "link", "set", "other0", "master", "br0", "up"])
     pair.dp.watch_bridge()
-    pair.client_speaks()
+    pair.client_sends()
     assert pair.direct()
     sh(*rule.split())
     pair.dp._fdb_set = 0.0  # the next check of the addresses is due
@@ -188,7 +188,7 @@ def test_an_address_by_hand_at_the_clients_own_port_is_in_no_ones_way(net: Net, 
     sh("bridge", "fdb", "replace", CLIENT, "dev", "uplink", "master", "static")
     pair.dp._fdb_set = 0.0
     pair.dp.watch_bridge()
-    pair.client_speaks()
+    pair.client_sends()
     assert pair.direct()
 
 
@@ -196,16 +196,16 @@ def test_ebtables_are_not_passed_by(
     pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """For a kernel that has them as modules; this one need not."""
-    pair.client_speaks()
+    pair.client_sends()
     assert pair.direct()
     module = tmp_path / "ebtable_filter"
     monkeypatch.setattr(attach, "EBTABLES", (module,))
     pair.dp.watch_bridge()
-    pair.client_speaks()
+    pair.client_sends()
     assert pair.direct()
     module.mkdir()
     pair.dp.watch_bridge()
-    pair.client_speaks()
+    pair.client_sends()
     assert not pair.direct()
 
 
@@ -262,18 +262,18 @@ def test_a_bridge_that_cannot_be_looked_at_is_not_passed_by(
     def fails(_: str) -> frozenset[int]:
         raise error
 
-    pair.client_speaks()
+    pair.client_sends()
     assert pair.direct()
     with monkeypatch.context() as mp:
         mp.setattr(attach, where, fails)
         for _ in range(3):
             pair.dp._fdb_set = 0.0
             pair.dp.watch_bridge()
-        pair.client_speaks()
+        pair.client_sends()
         assert not pair.direct()
     assert len([r for r in caplog.records if "bridge of tap0" in r.message]) == 1
     pair.dp.watch_bridge()
-    pair.client_speaks()
+    pair.client_sends()
     assert pair.direct(), "and again as soon as it can be"
 
 
@@ -281,7 +281,7 @@ def test_a_client_that_comes_by_another_way_is_not_taken_for_a_neighbour(
     net: Net, pair: Pair
 ) -> None:
     """Its frames come from the host's own stack and therefore have no port of the bridge."""
-    pair.client_speaks()
+    pair.client_sends()
     assert pair.direct()
     s = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)  # in the host's namespace
     s.bind(("br0", 0))

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from colo_xdp.config.file import load
-from colo_xdp.failover.decision import Ending
+from colo_xdp.failover.facts import Ending
 from colo_xdp.peer.channel import Peer
 from colo_xdp.peer.heartbeat import NONCE, Flag, Heartbeat, session_key
 from colo_xdp.peer.heartbeat_links import ETHERTYPE, GROUP, HeartbeatLinks
@@ -49,7 +49,7 @@ async def until(cond: Callable[[], object], again: Callable[[], None] = lambda: 
             await asyncio.sleep(0.01)
 
 
-def test_the_peer_link_carries_beacons_without_an_address(net: Net) -> None:
+def test_the_peer_link_carries_datagrams_without_an_address(net: Net) -> None:
     async def go() -> None:
         p, s = End(net.host, "primary"), End(net.other, "secondary")
 
@@ -72,7 +72,7 @@ def test_the_peer_link_carries_beacons_without_an_address(net: Net) -> None:
             kind = ETHERTYPE.to_bytes(2, "big")
             stranger.send(GROUP + bytes(6) + kind + b"x" * 88)
             stranger.send(b"\xff" * 6 + bytes(6) + kind + b"x" * 1400)
-            refused = s.paths.core.paths[0].refused
+            refused = s.paths.core.links[0].refused
             await until(lambda: refused["stranger"] == 2, lambda: s.say())
 
         # the link goes down and comes back

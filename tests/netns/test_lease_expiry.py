@@ -126,7 +126,7 @@ def test_a_start_with_nothing_is_silent_until_it_is_decided(host: Host) -> None:
     assert not host.in_bridge
 
 
-def test_a_tap_that_comes_back_is_put_where_its_guest_may_speak(host: Host) -> None:
+def test_a_tap_that_comes_back_is_put_where_its_guest_may_transmit(host: Host) -> None:
     """A tap that was deleted and recreated, or was in another namespace, is in no bridge."""
     dp = host.start()
     assert not dp.look().restored and not host.in_bridge, "nobody has said that it may"
@@ -191,7 +191,7 @@ SHUT = "kept off the network"
         (Mode.DROP, None, SHUT),
     ],
 )
-def test_cleanup_lets_nobody_speak_who_must_not(
+def test_cleanup_lets_nobody_transmit_who_must_not(
     host: Host, mode: Mode, lease_s: int | None, why: str
 ) -> None:
     dp = host.start(LEASE if lease_s is not None else "")

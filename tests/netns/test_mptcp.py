@@ -67,7 +67,7 @@ class Guest(Stack):
             if not checksum_fits(frame, p.l4, bool(head[0] & 1)):
                 self.wrong_sums.append(frame)
 
-    def spoken(self, port: int, to_guest: bool) -> set[int]:
+    def transmitted(self, port: int, to_guest: bool) -> set[int]:
         """Return the subtypes of all MPTCP options of a connection in one direction."""
         frames = [f for f, way in list(self.passed) if way == to_guest and port in ports(f)]
         assert frames
@@ -153,7 +153,7 @@ def lab(
     made.close()
 
 
-def speak_mptcp(ends: tuple[socket.socket, ...]) -> list[bool]:
+def use_mptcp(ends: tuple[socket.socket, ...]) -> list[bool]:
     return [bool(s.getsockopt(socket.IPPROTO_TCP, TCP_IS_MPTCP)) for s in ends]
 
 
@@ -187,25 +187,25 @@ def test_two_kernels_fall_back_to_plain_tcp(lab: Lab, of_guest: bool) -> None:
     dp.mode = Mode.BYPASS
     alone, protected = 80, 81
     with lab.connection(of_guest, alone) as ends:
-        assert speak_mptcp(ends) == [True, True], "else this test says nothing"
+        assert use_mptcp(ends) == [True, True], "else this test says nothing"
         assert count(dp, "pvm_in", "note_mptcp_removed") == 0
         # It continues under protection: both guests have its keys.
         dp.mode = Mode.RUN
         carries(*ends)
-        assert speak_mptcp(ends) == [True, True]
-        assert DSS in g.spoken(alone, True) and DSS in g.spoken(alone, False)
+        assert use_mptcp(ends) == [True, True]
+        assert DSS in g.transmitted(alone, True) and DSS in g.transmitted(alone, False)
 
     with lab.connection(of_guest, protected) as ends:
         carries(*ends)
-        assert speak_mptcp(ends) == [False, False]
+        assert use_mptcp(ends) == [False, False]
     offered = opens(lab.beyond if of_guest else lab.network, protected, SYN)
     assert mptcp_options(offered) == [CAPABLE]
     if of_guest:
         assert mptcp_options(opens(lab.network, protected, SYN | ACK)) == [CAPABLE]
         first = next(f for f, _ in g.passed if protected in ports(f))
         assert offered == first, "what the guest says is left as it was"
-    assert g.spoken(protected, True) == set()
-    assert g.spoken(protected, False) == ({CAPABLE} if of_guest else set())
+    assert g.transmitted(protected, True) == set()
+    assert g.transmitted(protected, False) == ({CAPABLE} if of_guest else set())
     assert count(dp, "pvm_in", "note_mptcp_removed") > 0
 
     def mirrored() -> list[bytes]:

@@ -15,7 +15,7 @@ import pytest
 
 from colo_xdp.abi import Cfg, Mode, SyncState
 from colo_xdp.config.file import Config, as_toml, load
-from colo_xdp.config.schema import Network
+from colo_xdp.config.network import Network
 from colo_xdp.datapath import attach, loader
 from colo_xdp.datapath.host import HostDataPath
 from colo_xdp.datapath.pair_slots import OF_THE_PAIR

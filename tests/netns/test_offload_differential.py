@@ -87,7 +87,7 @@ class Run:
             if rnd.random() < 0.8:
                 self.control(CtlOp.RECLAIM, t)
                 self.control(CtlOp.FREE, t)
-            self.give_datagrams(t) if isinstance(t, Datagrams) else self.offload(t)
+            self.offload_datagrams(t) if isinstance(t, Datagrams) else self.offload(t)
         elif isinstance(t, Datagrams):
             self.datagram(t)
         elif rnd.random() < 0.2:
@@ -246,7 +246,7 @@ class Run:
 
     # -- datagrams
 
-    def give_datagrams(self, t: Datagrams) -> None:
+    def offload_datagrams(self, t: Datagrams) -> None:
         """Offload a flow of which some datagrams of one side wait, or none."""
         rnd, m, lab = self.rnd, self.model, self.lab
         first, ahead = min(t.said), rnd.choice((SIDE_PVM, SIDE_SVM))
@@ -412,9 +412,9 @@ class Run:
         for i, (taken, since, key) in enumerate(abi.OWNER.iter_unpack(self.lab.maps._table)):
             ours = self.model.owner(i)
             assert (taken, bool(since), key) == (ours[0], bool(ours[1]), ours[2]), f"owner {i}"
-        self.compare_stash(last, outstanding=True)
+        self.compare_buffer(last, outstanding=True)
 
-    def compare_stash(self, t: Talk | Datagrams, *, outstanding: bool) -> None:
+    def compare_buffer(self, t: Talk | Datagrams, *, outstanding: bool) -> None:
         c = self.model.conns[t.key]
         if not c.buffer or not c.epoch or (c.owner != OWNER_KERNEL and isinstance(t, Datagrams)):
             return
@@ -449,7 +449,7 @@ class Run:
             for _ in range(steps):
                 self.step()
             for t in self.talks:
-                self.compare_stash(t, outstanding=False)
+                self.compare_buffer(t, outstanding=False)
         finally:
             self.model.close()
         return self.seen

@@ -179,10 +179,12 @@ class Lab:
             self.dp.drain(got.append)
         return got
 
-    def through(self, case: Case, twins: list[bytes] | None = None, end: bytes = bytes(10)) -> None:
+    def through(
+        self, case: Case, counterparts: list[bytes] | None = None, end: bytes = bytes(10)
+    ) -> None:
         """Let both guests send the frame.
 
-        `twins`: how the SVM's copy arrives; `end`: the last frame's virtio_net_hdr.
+        `counterparts`: how the SVM's copy arrives; `end`: the last frame's virtio_net_hdr.
         """
         self.dp.beat()
         self.guest.send(case.frame, case.head)
@@ -191,8 +193,8 @@ class Lab:
         for e in self.events(END):
             rec = Frame(e.frame, e.ts_ns, e.gso_size, e.partial, gso_type=e.gso_type)
             copies = [Frame(e.frame, e.ts_ns, e.gso_size, e.partial, gso_type=e.gso_type)]
-            if twins is not None and e.frame != END:
-                copies = [Frame(f, e.ts_ns) for f in twins]
+            if counterparts is not None and e.frame != END:
+                copies = [Frame(f, e.ts_ns) for f in counterparts]
             for copy in copies:
                 self.engine.from_svm(copy, 1, now)
             self.engine.from_pvm(rec, now)
@@ -313,7 +315,7 @@ def test_the_svms_copy_may_come_as_its_link_made_it(lab: Lab) -> None:
         plain = lab.arrives()
         lab.dp.mode = Mode.RUN
         lab.engine = lab.new_engine()
-        lab.through(case, twins=plain)
+        lab.through(case, counterparts=plain)
         assert lab.arrives() == (plain if lab.dp.objects.btf else []), case
         assert not lab.engine.counters["checkpoint_requests"], case
 

@@ -202,7 +202,7 @@ def test_the_fast_path_keeps_the_order_of_a_flow_that_moves(
     ):
         if uplink == "past the bridge":
             held.hear_client(dp, net)
-        held.give_all(dp, held.Case("", size, conns=FLOWS))
+        held.offload_all(dp, held.Case("", size, conns=FLOWS))
         guest, wire = Guest(), Wire("uplink")
         for _ in range(count):
             flow = rnd.randrange(FLOWS)

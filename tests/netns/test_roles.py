@@ -134,7 +134,9 @@ def test_the_comparison_sees_the_clients_numbers(survivor: Host) -> None:
     client.close()
 
 
-def test_a_tap_that_lost_its_programs_speaks_in_the_clients_numbers_again(survivor: Host) -> None:
+def test_a_tap_that_lost_its_programs_sends_in_the_clients_numbers_again(
+    survivor: Host,
+) -> None:
     h = survivor
     h.dp.change_role()
     next_controller(h)

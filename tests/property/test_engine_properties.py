@@ -578,7 +578,7 @@ def test_mutated_frames_never_raise(frame: bytes, changes: list[tuple[int, int]]
 
 
 def _no_ack_gate(mp: pytest.MonkeyPatch) -> None:
-    mp.setattr(TcpFlow, "_acked", lambda self, p: True)
+    mp.setattr(TcpFlow, "acked", lambda self, p: True)
 
 
 def _rst_uncompared(mp: pytest.MonkeyPatch) -> None:

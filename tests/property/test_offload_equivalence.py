@@ -251,7 +251,7 @@ def test_scenarios(name: str, known: bool) -> None:
     same(*outcome(name, known=known))
 
 
-def test_tier_k_takes_part_in_them() -> None:
+def test_the_fast_path_takes_part_in_them() -> None:
     decided: Counter[str] = Counter()
     for name in SCENARIOS:
         _, fast = outcome(name, known=True)
@@ -261,7 +261,7 @@ def test_tier_k_takes_part_in_them() -> None:
 
 
 @pytest.mark.parametrize("name", OFFLOAD_MUTANTS)
-def test_faults_between_the_tiers_are_noticed(name: str) -> None:
+def test_faults_between_the_paths_are_noticed(name: str) -> None:
     def differ() -> bool:
         for s in SCENARIOS:
             try:
@@ -334,7 +334,7 @@ def test_an_ack_that_rides_on_a_retransmission_of_the_svm() -> None:
     assert fast.k is not None and fast.k.counts[Reason.OFFLOAD_ACKED] and not fast.causes
 
 
-def test_a_claimed_stash_is_nobody_elses(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_claimed_buffer_is_nobody_elses(monkeypatch: pytest.MonkeyPatch) -> None:
     """Between CLAIM and OFFLOAD user space writes into it while another CPU may look for one."""
     found: list[int] = []
 
@@ -368,7 +368,7 @@ def test_a_claimed_stash_is_nobody_elses(monkeypatch: pytest.MonkeyPatch) -> Non
     assert found == [False]
 
 
-def test_new_rules_while_tier_k_has_a_connection() -> None:
+def test_new_rules_while_the_fast_path_has_a_connection() -> None:
     """The engine then forgets its timers: what waits later must set one again."""
 
     def play(host: Host) -> None:
@@ -666,7 +666,7 @@ def datagram_schedules(draw: Any) -> list[Op]:
     return list(draw(st.lists(op, max_size=40)))
 
 
-class Speakers:
+class Senders:
     """Two guests and one UDP flow; the same operations, whatever the host."""
 
     def __init__(self, host: Host, sizes: int) -> None:
@@ -745,14 +745,14 @@ class Speakers:
 @given(datagram_schedules(), st.sampled_from((0, 1, 37, 701)))
 def test_any_schedule_of_datagrams(ops: list[Op], sizes: int) -> None:
     def play(host: Host) -> None:
-        speakers = Speakers(host, sizes)
-        speakers.begin()
+        senders = Senders(host, sizes)
+        senders.begin()
         for op in ops:
-            speakers.do(op)
+            senders.do(op)
         host.read()
         host.wait(1000)
-        speakers.checkpoint()
-        speakers.begin()
+        senders.checkpoint()
+        senders.begin()
 
     alone, fast = both(LIMITS, play)
     same(alone, fast)
@@ -765,14 +765,14 @@ def test_datagrams_of_a_frame_that_the_svm_has_offloaded() -> None:
     """Each waits separately; the fast path could not have compared the frame that they came in."""
 
     def play(host: Host) -> None:
-        speakers = Speakers(host, 0)
-        speakers.begin()
-        speakers.do(("offloaded", SIDE_SVM))
+        senders = Senders(host, 0)
+        senders.begin()
+        senders.do(("offloaded", SIDE_SVM))
         for _ in range(3):
-            speakers.do(("both", SIDE_PVM))
+            senders.do(("both", SIDE_PVM))
             host.read()
             host.wait(20)
-        speakers.do(("offloaded", SIDE_PVM))
+        senders.do(("offloaded", SIDE_PVM))
         host.read()
         host.wait(1000)
 
@@ -783,31 +783,31 @@ def test_datagrams_of_a_frame_that_the_svm_has_offloaded() -> None:
 
 def test_datagrams_that_wait_go_along(monkeypatch: pytest.MonkeyPatch) -> None:
     """To the fast path and back, whichever guest is ahead; none is lost, none is reordered."""
-    gifts: list[int] = []
+    requests: list[int] = []
     real = offload_maps.BpfKernelPath.offload
     monkeypatch.setattr(
         offload_maps.BpfKernelPath, "offload",
         lambda self, key, request, n: (
-            gifts.append(len(request.buffer)) or real(self, key, request, n)
+            requests.append(len(request.buffer)) or real(self, key, request, n)
         ),
     )  # fmt: skip
 
     def play(host: Host) -> None:
         for side in (SIDE_PVM, SIDE_SVM):
-            speakers = Speakers(host, 37)
-            speakers.begin()
+            senders = Senders(host, 37)
+            senders.begin()
             for other in (side, 1 - side):
-                speakers.say(side, 4)
+                senders.say(side, 4)
                 host.read()
                 host.wait(20)
-                speakers.say(1 - side, 2)
-                speakers.do(("twice", other))  # a surprise
-                speakers.catch_up(side)
-                speakers.catch_up(1 - side)
+                senders.say(1 - side, 2)
+                senders.do(("twice", other))  # a surprise
+                senders.catch_up(side)
+                senders.catch_up(1 - side)
                 host.read()
                 host.wait(400)
-                speakers.checkpoint()
+                senders.checkpoint()
 
     alone, fast = both(LIMITS, play)
     same(alone, fast)
-    assert max(gifts) >= 4 * abi.DGRAM.size and fast.engine.counters["offload_reclaimed"]
+    assert max(requests) >= 4 * abi.DGRAM.size and fast.engine.counters["offload_reclaimed"]

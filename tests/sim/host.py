@@ -23,7 +23,7 @@ from colo_xdp.conntrack.rewriter import Rewriter, TrackedConnection
 from colo_xdp.datapath.addresses import AddressTable
 from colo_xdp.datapath.hooks import Look
 from colo_xdp.datapath.ring import CapturedFrame
-from colo_xdp.failover.decision import Ending
+from colo_xdp.failover.facts import Ending
 from colo_xdp.failover.lease import GIVEN_UP, StoreError, StoreView, ours_to_take
 from colo_xdp.peer import messages
 from colo_xdp.peer.heartbeat import Flag, Heartbeat, HeartbeatSession, session_key
@@ -92,7 +92,7 @@ class Side:
         self.dp = SimDataPath(self)
         self.loaded = False  # no controller has loaded anything yet
         self.peer: SimPeer | None = None
-        self.paths: SimPaths | None = None
+        self.heartbeat_links: SimHeartbeatLinks | None = None
         self.qmp: SimQmp | None = None
         self._drain_set = False
         self.boots = 0
@@ -326,7 +326,7 @@ class Side:
             return
         if not self.primary and self.mode is Mode.CHECKPOINT:
             self.world.epoch_uncertain = True
-        for stand_in in (self.dp, self.peer, self.paths, self.qmp, self.store):
+        for stand_in in (self.dp, self.peer, self.heartbeat_links, self.qmp, self.store):
             if stand_in is not None:
                 stand_in.dead = True
         for t in list(c._tasks):
@@ -372,10 +372,10 @@ class SimDataPath:
     @staticmethod
     def begin(side: Side) -> None:
         """Start with nothing pinned (DataPath._begin())."""
-        speaks = side.primary and side.world.scene.lease
-        side.undecided = side.primary and not speaks
-        side.sync_state = SyncState.STANDALONE if speaks else SyncState.NONE
-        side.mode = Mode.BYPASS if speaks else Mode.DROP
+        transmits = side.primary and side.world.scene.lease
+        side.undecided = side.primary and not transmits
+        side.sync_state = SyncState.STANDALONE if transmits else SyncState.NONE
+        side.mode = Mode.BYPASS if transmits else Mode.DROP
 
     @staticmethod
     def wanted(side: Side) -> bool:
@@ -464,9 +464,9 @@ class SimDataPath:
         return self._side.sync_state
 
     @sync_state.setter
-    def sync_state(self, bond: SyncState) -> None:
+    def sync_state(self, sync: SyncState) -> None:
         if not self.dead:
-            self._side.sync_state = bond
+            self._side.sync_state = sync
 
     @property
     def undecided(self) -> bool:
@@ -1077,7 +1077,7 @@ class SimPeer:
             if was and not end.dead:
                 end._on_down(why)
 
-    def excuse(self, ns: int) -> None:
+    def discount(self, ns: int) -> None:
         raise AssertionError("nobody stands still in virtual time")
 
     def silent_ms(self) -> float:
@@ -1089,7 +1089,7 @@ class SimPeer:
         self.connected = False
 
 
-class SimPaths:
+class SimHeartbeatLinks:
     """Stand in for HeartbeatLinks with one link, the peer link.
 
     It carries the product's own heartbeat datagrams, which may be lost, late and reordered. Its
@@ -1098,17 +1098,17 @@ class SimPaths:
 
     def __init__(self, side: Side, pair: str, on_heartbeat: Callable[[Heartbeat], None]) -> None:
         self._side, self.dead, self._on_heartbeat = side, False, on_heartbeat
-        names = ["peer link"] if side.world.scene.beacons else []
+        names = ["peer link"] if side.world.scene.datagrams else []
         self.core = HeartbeatSession(pair, "primary" if side.primary else "secondary", names)
-        side.paths = self
+        side.heartbeat_links = self
 
     def start(self) -> None:
         pass
 
     def send(self, flags: Flag, lag_ms: int, epoch: int) -> None:
-        world, rnd = self._side.world, self._side.world.rnd_beacons
+        world, rnd = self._side.world, self._side.world.rnd_datagrams
         self.core.round()
-        for i in range(len(self.core.paths)):
+        for i in range(len(self.core.links)):
             data = self.core.make(i, world.ns(), flags, lag_ms, epoch)
             if data and not self.dead and rnd.random() >= world.scene.link_loss:
                 for _ in range(2 if rnd.random() < 0.02 else 1):
@@ -1117,11 +1117,16 @@ class SimPaths:
 
     def _arrive(self, i: int, data: bytes) -> None:
         world, other = self._side.world, self._side.other
-        if world.link_cut or other.name in world.deaf or other.paths is None or other.paths.dead:
+        if (
+            world.link_cut
+            or other.name in world.deaf
+            or other.heartbeat_links is None
+            or other.heartbeat_links.dead
+        ):
             return
-        word = other.paths.core.receive(i, data, world.ns())
+        word = other.heartbeat_links.core.receive(i, data, world.ns())
         if word is not None:
-            other.paths._on_heartbeat(word)
+            other.heartbeat_links._on_heartbeat(word)
 
     def close(self) -> None:
         pass

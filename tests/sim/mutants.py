@@ -38,11 +38,14 @@ from colo_xdp.datapath.conntrack_map import ConntrackEntry, ConntrackMap
 from colo_xdp.engine.engine import Engine
 from colo_xdp.failover import decision
 from colo_xdp.failover.decision import Action
+from colo_xdp.failover.facts import OtherGuest
 from colo_xdp.failover.lease import Leadership
+from colo_xdp.failover.states import State
 from colo_xdp.offload import udp as offload_udp
 from colo_xdp.offload.udp import UdpCodec
 from colo_xdp.peer.heartbeat import Flag
-from colo_xdp.qemu.replication import DiskReplication
+from colo_xdp.qemu.mirrors import Mirrors
+from colo_xdp.qemu.replica import Replica
 
 from .host import Side, SimDataPath
 from .offload_model import Conn, KernelModel, Out, Work
@@ -59,7 +62,7 @@ OFFLOAD_MUTANTS: dict[str, Callable[[Any], None]] = {}
 #: what a mutant's scenes must contain where random ones seldom do
 _ALONE_THEN_DEAD: dict[str, Any] = {
     "conns": 4, "loss": 0.0, "dup": 0.0, "jitter": 0.0, "link_loss": 0.0, "link_jitter": 0.0,
-    "odd": 0.0, "beacons": True, "manual": False,
+    "odd": 0.0, "datagrams": True, "manual": False,
     "faults": (Fault(1800, "cut_ps", 4000), Fault(4200, "power_p", 0)),
 }  # fmt: skip
 #: a mirror is lost within a checkpoint, and then the primary, too
@@ -75,8 +78,8 @@ REWRITER_MUTANTS: dict[str, Callable[[Any], None]] = {}
 #: seeds that have shown them, tried first: a search from 0 on takes up to minutes
 FIRST = {
     "a_dead_host_is_taken_for_a_cut_link": 8,
-    "a_takeover_needs_no_word_about_the_disks": 371,
-    "a_handed_over_guest_speaks_on": 4,
+    "a_takeover_needs_no_whole_disks": 371,
+    "a_handed_over_guest_transmits_on": 4,
     "a_restarted_primary_goes_on_comparing": 62,
     "both_hosts_stay_primaries": 3,
     "disks_are_vouched_for_unseen": 299,
@@ -99,20 +102,20 @@ FIRST = {
     "fast_path_lets_early_acks_pass": 47,
     "fast_path_limits_no_window": 6,
     "fast_path_sends_pieces_with_a_wrong_number": 7,
-    "who_asks_by_beacon_takes_it_for_granted": 15,
+    "who_asks_by_datagram_takes_it_for_granted": 15,
 }
 #: what the violation must be about, where those scenes violate something else without the mutant:
 #: the only guest that may transmit has died
 ABOUT = {
-    "nobody_records_who_speaks_alone": "two guests speak",
-    "the_lease_is_not_waited_for": "two guests speak",
+    "nobody_records_who_runs_standalone": "two guests transmit",
+    "the_lease_is_not_waited_for": "two guests transmit",
 }
 SCENES: dict[str, dict[str, Any]] = {
     "patience_has_no_end": {"wait": 20},
     "timers_of_what_waits_are_cancelled": {"wait": 20, "odd": 0.4},
-    "nobody_records_who_speaks_alone": _ALONE_THEN_DEAD,
+    "nobody_records_who_runs_standalone": _ALONE_THEN_DEAD,
     "the_lease_is_not_waited_for": _ALONE_THEN_DEAD,
-    "a_takeover_needs_no_word_about_the_disks": _DISKS | {"faults": (*_DIES_WITHIN, *_LOST_WITHIN)},
+    "a_takeover_needs_no_whole_disks": _DISKS | {"faults": (*_DIES_WITHIN, *_LOST_WITHIN)},
     "disks_are_vouched_for_unseen": _DISKS | {"faults": (*_DIES_WITHIN, _LOST_WITHIN[2])},
     "a_lost_mirror_is_not_noticed": _DISKS | {
         "faults": (
@@ -126,11 +129,11 @@ SCENES: dict[str, dict[str, Any]] = {
     "fast_path_compares_no_datagrams": {"udp": 100, "odd_udp": True},
     "fast_path_releases_datagrams_that_wait": {"udp": 100},
     "a_shadow_begins_before_the_secondary_knows": {
-        "conns": 4, "loss": 0.0, "lease": False, "manual": False, "beacons": False, "faults": (
+        "conns": 4, "loss": 0.0, "lease": False, "manual": False, "datagrams": False, "faults": (
             Fault(95, "cut_channel", 3000), Fault(100, "shadow", 2000),
         ),
     },
-    "a_shadow_ends_with_a_word": {
+    "a_shadow_ends_with_a_message": {
         "conns": 4, "loss": 0.0, "link_jitter": 3.0, "faults": (
             Fault(67, "shadow", 60), Fault(115, "kill_p_qemu", 0),
             Fault(635, "kill_p_controller", 60),
@@ -145,16 +148,16 @@ SCENES: dict[str, dict[str, Any]] = {
     "a_primary_that_was_alone_goes_on_comparing_nothing": {
         "faults": (Fault(400, "kill_svm_qemu", 50), Fault(400, "kill_pvm_qemu", 50, 1)),
     },
-    "a_beacon_says_shut_before_it_is": {
-        "conns": 6, "beacons": True, "faults": (Fault(150, "cut_channel", 6000),),
+    "a_datagram_says_shut_before_it_is": {
+        "conns": 6, "datagrams": True, "faults": (Fault(150, "cut_channel", 6000),),
     },
-    "who_asks_by_beacon_takes_it_for_granted": {
-        "conns": 6, "odd": 0.4, "beacons": True, "lease": False, "faults": (
+    "who_asks_by_datagram_takes_it_for_granted": {
+        "conns": 6, "odd": 0.4, "datagrams": True, "lease": False, "faults": (
             Fault(150, "cut_channel", 6000), Fault(150, "deafen_s", 6000), Fault(200, "cut_colo"),
         ),
     },
     "a_solo_primary_does_not_tell": {  # the store loses its answers, the peer its word
-        "conns": 4, "odd": 0, "compare_timeout": 400, "beacons": False, "faults": (
+        "conns": 4, "odd": 0, "compare_timeout": 400, "datagrams": False, "faults": (
             Fault(108, "cut_pe_out", 40), Fault(248, "cut_pe_out", 3000),
             Fault(764, "cut_channel", 3000), Fault(3848, "cut_pe_out", 300),
             Fault(3864, "cut_channel", 3000), Fault(4248, "cut_pe_out", 3000),
@@ -243,7 +246,7 @@ def timers_of_what_waits_are_cancelled(mp: Any) -> None:
 
 @_mutant
 def no_ack_gate(mp: Any) -> None:
-    mp.setattr(TcpFlow, "_acked", lambda self, p: True)
+    mp.setattr(TcpFlow, "acked", lambda self, p: True)
 
 
 @_mutant
@@ -387,7 +390,7 @@ def takeover_forgets_the_offsets(mp: Any) -> None:
     real = Secondary.become
 
     def become(self: Secondary, state: Any, why: str) -> None:
-        if state is decision.State.PROMOTED:
+        if state is State.PROMOTED:
             self.dp.epoch += 1
         real(self, state, why)
 
@@ -412,7 +415,7 @@ def network_opens_before_the_primary_is_silent(mp: Any) -> None:
 
 
 @_mutant
-def solo_with_no_word_of_the_secondary(mp: Any) -> None:
+def solo_without_a_report_of_the_secondary(mp: Any) -> None:
     real = controller.decide
 
     def decide(f: Any) -> Any:
@@ -434,7 +437,7 @@ def a_restarted_primary_goes_on_comparing(mp: Any) -> None:
         real(self, config, datapath)
         datapath.adopted = adopted
         if adopted and datapath.mode is Mode.RUN:
-            self.state = decision.State.PROTECTED
+            self.state = State.PROTECTED
 
     mp.setattr(Primary, "__init__", init)
 
@@ -472,7 +475,7 @@ def a_failed_fence_is_never_tried_again(mp: Any) -> None:
 def syn_windows_ungated(mp: Any) -> None:
     real = WindowGate.open
 
-    def open_(self: WindowGate, syn: Any, twin: Any) -> None:
+    def open_(self: WindowGate, syn: Any, counterpart: Any) -> None:
         real(self, syn, None)
         self._edge = None
 
@@ -514,7 +517,7 @@ def a_secondary_needs_no_confirmation(mp: Any) -> None:
 
 
 @_mutant
-def a_shadow_ends_with_a_word(mp: Any) -> None:
+def a_shadow_ends_with_a_message(mp: Any) -> None:
     """End shadow mode without a checkpoint, when a primary controller restarts."""
 
     def word(self: Secondary, on: bool, epoch: int) -> None:
@@ -668,7 +671,7 @@ def fast_path_is_never_looked_at(mp: Any) -> None:
 
 
 @_kernel_mutant
-def give_ignores_captured(mp: Any) -> None:
+def offload_ignores_punt_seq(mp: Any) -> None:
     mp.setattr(KernelModel, "frames_on_their_way", staticmethod(lambda c, punt_seq: False))
 
 
@@ -699,12 +702,12 @@ def the_ring_is_thought_to_be_endless(mp: Any) -> None:
 
 
 @_kernel_mutant
-def a_stash_begins_anew_whatever_the_client_has(mp: Any) -> None:
+def a_buffer_begins_anew_whatever_the_client_has(mp: Any) -> None:
     mp.setattr(KernelModel, "all_acked", staticmethod(lambda c: True))
 
 
 @_kernel_mutant
-def a_stash_never_begins_anew(mp: Any) -> None:
+def a_buffer_never_begins_anew(mp: Any) -> None:
     mp.setattr(KernelModel, "all_acked", staticmethod(lambda c: False))
 
 
@@ -727,7 +730,7 @@ def only_a_higher_ack_of_the_client_counts(mp: Any) -> None:
 
 
 @_kernel_mutant
-def stashes_are_never_taken_from_others(mp: Any) -> None:
+def buffers_are_never_taken_from_others(mp: Any) -> None:
     real = KernelModel.owner
 
     def owner(self: KernelModel, slot: int) -> tuple[int, int, bytes]:
@@ -841,12 +844,12 @@ def datagrams_that_wait_are_lost_on_their_way_back(mp: Any) -> None:
 
 @_offload_mutant
 def datagrams_of_the_svm_come_back_as_the_pvms(mp: Any) -> None:
-    real = UdpCodec.recall
+    real = UdpCodec.restore
 
-    def recall(self: UdpCodec, flow: DatagramFlow, words: Any, now_ns: int) -> None:
+    def restore(self: UdpCodec, flow: DatagramFlow, words: Any, now_ns: int) -> None:
         real(self, flow, replace(words, pvm_ahead=True), now_ns)
 
-    mp.setattr(UdpCodec, "recall", recall)
+    mp.setattr(UdpCodec, "restore", restore)
 
 
 @_kernel_mutant
@@ -891,18 +894,18 @@ def the_oldest_datagram_gives_the_time(mp: Any) -> None:
 
 
 @_mutant
-def a_beacon_says_shut_before_it_is(mp: Any) -> None:
+def a_datagram_says_shut_before_it_is(mp: Any) -> None:
     real = Heartbeats.flags
 
     def flags(self: Any) -> Flag:
-        early = self._c.state is decision.State.DEGRADED
+        early = self._c.state is State.DEGRADED
         return real(self) | (Flag.SHUT if early else Flag(0))
 
     mp.setattr(Heartbeats, "flags", flags)
 
 
 @_mutant
-def who_asks_by_beacon_takes_it_for_granted(mp: Any) -> None:
+def who_asks_by_datagram_takes_it_for_granted(mp: Any) -> None:
     real = Primary.perform
 
     async def perform(self: Primary, action: Action, why: str) -> None:
@@ -916,7 +919,7 @@ def who_asks_by_beacon_takes_it_for_granted(mp: Any) -> None:
 
 
 @_lease_mutant
-def nobody_records_who_speaks_alone(mp: Any) -> None:
+def nobody_records_who_runs_standalone(mp: Any) -> None:
     mp.setattr(Leadership, "recorded", property(lambda self: True))
 
 
@@ -933,7 +936,7 @@ def a_solo_primary_does_not_tell(mp: Any) -> None:
 
     def on_message(self: Secondary, msg: dict[str, Any]) -> None:
         if msg["type"] == "heartbeat":
-            msg = msg | {"alone": False}
+            msg = msg | {"standalone": False}
         original(self, msg)
 
     mp.setattr(Secondary, "on_message", on_message)
@@ -1034,7 +1037,7 @@ def both_hosts_stay_primaries(mp: Any) -> None:
 
     def silent(*args: Any, **kwargs: Any) -> Any:
         known = real(*args, **kwargs)
-        return decision.OtherGuest.IDLE if known is decision.OtherGuest.TRANSMITTING else known
+        return OtherGuest.IDLE if known is OtherGuest.TRANSMITTING else known
 
     mp.setattr(pair_view, "other_guest", silent)
     mp.setattr(Primary, "_older_than", lambda self, msg: False)
@@ -1051,13 +1054,13 @@ def the_first_checkpoint_of_a_pair_needs_no_state(mp: Any) -> None:
         real(self, n, initial, planned, asked=asked)
         if initial and self.held.hold is not None:
             self.view.pair.in_colo = self.view.pair.confirmed = True
-            self.state = decision.State.PROTECTED
+            self.state = State.PROTECTED
 
     mp.setattr(Secondary, "_on_begin", begin)
 
 
 @_roles_mutant
-def a_handed_over_guest_speaks_on(mp: Any) -> None:
+def a_handed_over_guest_transmits_on(mp: Any) -> None:
     """The PVM of a switchover is not shut in."""
     real = CheckpointCoordinator.make
 
@@ -1110,13 +1113,13 @@ async def _all_is_well(self: Any) -> str:
 
 @_disk_mutant
 def images_stay_open_at_a_takeover(mp: Any) -> None:
-    mp.setattr(DiskReplication, "stop_serving", _nothing)
+    mp.setattr(Replica, "stop_serving", _nothing)
 
 
 @_disk_mutant
 def a_lost_mirror_is_not_noticed(mp: Any) -> None:
-    mp.setattr(DiskReplication, "whole", _all_is_well)
-    mp.setattr(DiskReplication, "on_event", lambda self, event: "")
+    mp.setattr(Mirrors, "whole", _all_is_well)
+    mp.setattr(Mirrors, "on_event", lambda self, event: "")
 
 
 @_disk_mutant
@@ -1145,7 +1148,7 @@ def disks_are_vouched_for_unseen(mp: Any) -> None:
 
 
 @_disk_mutant
-def a_takeover_needs_no_word_about_the_disks(mp: Any) -> None:
+def a_takeover_needs_no_whole_disks(mp: Any) -> None:
     mp.setattr(DiskProof, "missing", property(lambda self: False))
     mp.setattr(CheckpointCoordinator, "_prove_disks", _nothing)
     mp.setattr(DiskProof, "said", lambda self, n: True)
@@ -1154,14 +1157,14 @@ def a_takeover_needs_no_word_about_the_disks(mp: Any) -> None:
 
 @_disk_mutant
 def colo_is_entered_before_the_disks_are_copied(mp: Any) -> None:
-    async def copied(self: DiskReplication) -> bool:
+    async def copied(self: Mirrors) -> bool:
         self.copying = None
         return True
 
-    mp.setattr(DiskReplication, "copied", copied)
-    mp.setattr(DiskReplication, "whole", _all_is_well)
+    mp.setattr(Mirrors, "copied", copied)
+    mp.setattr(Mirrors, "whole", _all_is_well)
 
 
 @_disk_mutant
 def mirrors_are_left_to_a_dead_host(mp: Any) -> None:
-    mp.setattr(DiskReplication, "cut", _nothing)
+    mp.setattr(Mirrors, "cut", _nothing)

@@ -713,7 +713,7 @@ class KernelModel:
     def offload(self, c: Conn, punt_seq: int, state: bytes, since: int, now: int) -> CtlResult:
         (
             epoch, rel, p_ack, s_ack, adv_ack, p_win, s_win, adv_win, mss, nxt, org, ahead, pending,
-            l4, doff, hdr, memo,
+            l4, doff, hdr, cookie,
         ) = abi.OFFLOAD.unpack(state)  # fmt: skip
         if self.frames_on_their_way(c, punt_seq):
             return CtlResult.REFUSED
@@ -722,7 +722,14 @@ class KernelModel:
         c.epoch, c.released, c.base_seq, c.next, c.leader = epoch, rel, org, nxt, ahead
         c.p_ack, c.s_ack, c.adv_ack = p_ack, s_ack, adv_ack
         c.p_win, c.s_win, c.adv_win, c.mss = p_win, s_win, adv_win, mss
-        c.ack_pending, c.l4, c.doff, c.hdr, c.cookie, c.seen_ns = pending, l4, doff, hdr, memo, now
+        c.ack_pending, c.l4, c.doff, c.hdr, c.cookie, c.seen_ns = (
+            pending,
+            l4,
+            doff,
+            hdr,
+            cookie,
+            now,
+        )
         c.fin_known = 0
         self.outstanding_since(c, since if nxt != rel or pending else 0)
         c.owner = OWNER_KERNEL

@@ -20,7 +20,7 @@ from colo_xdp.controller.colo_entry import ColoEntry
 from colo_xdp.controller.guest_lifecycle import GuestLifecycle
 from colo_xdp.controller.pacing import BURST_NS
 from colo_xdp.controller.primary import Primary
-from colo_xdp.failover.decision import State
+from colo_xdp.failover.states import State
 
 from . import world as world_module
 from .test_controllers import Gates

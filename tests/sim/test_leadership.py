@@ -39,7 +39,7 @@ class Host:
         self.ring, self.name, self.open, self.until, self.boots = ring, name, name == "P", 0, 0
         self.world = ring  # for SimStore
         self.store: SimStore | None = None
-        self.speaker: Any = None
+        self.leadership: Any = None
         self.task: asyncio.Task[None] | None = None
         self.heard = 0  # the other's `t`, not echoed yet
         self.hung = False
@@ -55,7 +55,7 @@ class Host:
 
     def start(self) -> None:
         self.boots += 1
-        self.speaker = made = Leadership(
+        self.leadership = made = Leadership(
             SimStore(self), node=self.name, address=self.name, boot=str(self.boots), ttl_ms=TTL_MS,  # type: ignore[arg-type]
             margin_ms=MARGIN_MS, transmitting=self.open and not self.fresh,
             allow=lambda ns: self._allow(made, ns), changed=self.ring.check,
@@ -65,46 +65,46 @@ class Host:
         self.task = asyncio.ensure_future(made.run())
 
     def _allow(self, who: Leadership, ns: int) -> None:
-        if who is self.speaker:
+        if who is self.leadership:
             self.until = ns
 
     def kill(self) -> None:
         if self.task is not None:
             self.task.cancel()
-        self.speaker = self.task = None
+        self.leadership = self.task = None
 
     def beat(self) -> None:
-        if self.speaker is None or self.hung:
+        if self.leadership is None or self.hung:
             return
-        promise = not self.open and self.speaker.promise()
+        promise = not self.open and self.leadership.promise()
         t, echo, boot = self.ring.ns(), self.heard, self.boots
         self.heard = 0
         other, there = self.other, self.other.boots
         rnd = self.ring.rnd
 
         def arrive() -> None:
-            if (self.boots, other.boots) != (boot, there) or other.speaker is None:
+            if (self.boots, other.boots) != (boot, there) or other.leadership is None:
                 return  # the connection is gone
             if self.name in self.ring.beats_cut or other.hung:
                 self.ring.later(10, arrive)  # TCP sends it again; a hung process reads it later
                 return
             other.heard = t
             if echo and promise:
-                other.speaker.promised(echo)
+                other.leadership.promised(echo)
 
         self.ring.later(rnd.uniform(0.05, rnd.choice((2, 2, 400))), arrive)
 
     def choose(self) -> None:
         """Act as a controller: open the path only with the key, and shut it before leaving."""
-        if self.speaker is None or self.hung:
+        if self.leadership is None or self.hung:
             return
-        if self.speaker.want and not self.open and self.speaker.held:
+        if self.leadership.want and not self.open and self.leadership.held:
             self.open = True
 
     def shut(self) -> None:
         self.open = False
-        if self.speaker is not None:
-            self.speaker.want = False
+        if self.leadership is not None:
+            self.leadership.want = False
 
 
 class Ring:
@@ -118,7 +118,7 @@ class Ring:
         self.beats_cut: Counter[str] = Counter()  # senders whose heartbeats are lost
         self.witness = Witness(self)  # type: ignore[arg-type]
         self.p, self.s = Host(self, "P"), Host(self, "S")
-        self.spoke: Counter[str] = Counter()
+        self.transmitted: Counter[str] = Counter()
         self.broken: BaseException | None = None
 
     def ns(self) -> int:
@@ -132,7 +132,7 @@ class Ring:
 
     def check(self) -> None:
         if self.p.transmits and self.s.transmits and self.broken is None:
-            self.broken = Overlap("both hosts may speak")
+            self.broken = Overlap("both hosts may transmit")
 
     def strike(self) -> None:
         rnd, host = self.rnd, self.rnd.choice((self.p, self.s))
@@ -153,19 +153,19 @@ class Ring:
         for c, name in cuts:
             c[name] += 1
             self.later(span, lambda c=c, name=name: self._heal(c, name))  # type: ignore[misc]
-        if kind == "kill" and host.speaker is not None:
+        if kind == "kill" and host.leadership is not None:
             host.kill()
             self.later(span, host.start)
         elif kind == "hang" and not host.hung and host.task is not None:
             host.hung = True  # SIGSTOP: none of its tasks runs
             host.task.cancel()
             self.later(span, lambda: self._wake(host))
-        elif kind == "swap" and host.speaker is not None and not host.hung:
-            if host.open or host.speaker.want:
+        elif kind == "swap" and host.leadership is not None and not host.hung:
+            if host.open or host.leadership.want:
                 host.shut()
             else:
-                host.speaker.want = True
-        elif kind == "shut" and host.speaker is not None and not host.hung:
+                host.leadership.want = True
+        elif kind == "shut" and host.leadership is not None and not host.hung:
             host.shut()  # permanently: only a new process opens it again
             boot = host.boots
             self.later(rnd.uniform(0.1, 2), lambda: self._freed(host, boot))
@@ -180,12 +180,12 @@ class Ring:
 
     def _wake(self, host: Host) -> None:
         host.hung = False
-        if host.speaker is not None:
-            host.task = asyncio.ensure_future(host.speaker.run())
+        if host.leadership is not None:
+            host.task = asyncio.ensure_future(host.leadership.run())
 
     def _freed(self, host: Host, boot: int) -> None:
-        if host.boots == boot and host.other.speaker is not None:
-            host.other.speaker.freed(str(boot))
+        if host.boots == boot and host.other.leadership is not None:
+            host.other.leadership.freed(str(boot))
 
     async def main(self) -> None:
         for h in (self.p, self.s):
@@ -201,7 +201,7 @@ class Ring:
                 self.strike()
             for h in (self.p, self.s):
                 h.choose()
-                self.spoke[h.name] += h.transmits
+                self.transmitted[h.name] += h.transmits
             self.check()
             if self.broken is not None:
                 raise self.broken
@@ -229,13 +229,13 @@ def quiet(caplog: pytest.LogCaptureFixture) -> None:
 
 @pytest.mark.parametrize("block", range(BLOCKS))
 def test_never_two_permissions(block: int) -> None:
-    spoke: Counter[str] = Counter()
+    transmitted: Counter[str] = Counter()
     for seed in range(block * RUNS // BLOCKS, (block + 1) * RUNS // BLOCKS):
         try:
-            spoke += Ring(seed).run().spoke
+            transmitted += Ring(seed).run().transmitted
         except Overlap as e:
             pytest.fail(f"seed {seed}: {e}")
-    assert spoke["P"] > 1000 and spoke["S"] > 1000  # otherwise nothing was tested
+    assert transmitted["P"] > 1000 and transmitted["S"] > 1000  # otherwise nothing was tested
 
 
 async def _promise_then_restart(ring: Ring) -> None:
@@ -252,7 +252,7 @@ async def _promise_then_restart(ring: Ring) -> None:
     assert ring.p.transmits
     ring.s.kill()
     ring.s.start()
-    ring.s.speaker.want = True
+    ring.s.leadership.want = True
     end = ring.ns() + 5000 * MS
     while not ring.s.transmits and ring.ns() < end:
         ring.s.choose()
@@ -317,7 +317,7 @@ def a_promise_counts_from_its_arrival(mp: Any) -> None:
     mp.setattr(Leadership, "promised", promised)
 
 
-def who_wants_to_speak_promises(mp: Any) -> None:
+def who_wants_to_transmit_promises(mp: Any) -> None:
     def promise(self: Leadership) -> bool:
         return True
 
@@ -344,7 +344,7 @@ def what_is_given_back_is_kept(mp: Any) -> None:
         self._wake.set()
 
     mp.setattr(Leadership, "want", property(lambda self: self._want, want))
-    mp.setattr(Host, "shut", lambda self: self.speaker and want(self.speaker, False))
+    mp.setattr(Host, "shut", lambda self: self.leadership and want(self.leadership, False))
 
 
 def a_key_that_vanished_is_free(mp: Any) -> None:
@@ -376,7 +376,7 @@ FAULTS = (
     a_key_that_vanished_is_free,
     the_kernel_forgets, promises_are_forgotten,
     a_promise_counts_from_its_arrival,
-    who_wants_to_speak_promises, any_process_of_the_other_host_is_robbed,
+    who_wants_to_transmit_promises, any_process_of_the_other_host_is_robbed,
     what_is_given_back_is_kept,
 )  # fmt: skip
 

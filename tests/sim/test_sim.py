@@ -42,7 +42,7 @@ def test_random_schedules(block: int) -> None:
             world.run()
         except Exception as e:
             pytest.fail(report(s, f"{type(e).__name__}: {e}"))
-        took_over += "S" in world.spoke
+        took_over += "S" in world.transmitted
         solo += world.was_solo
         checkpoints += world.clones
         fast += world.fast
@@ -81,7 +81,7 @@ def test_random_schedules_with_a_lease(block: int) -> None:
             world.run()
         except Exception as e:
             pytest.fail(f"{s.to_json()}: {type(e).__name__}: {e}")
-        took_over += "S" in world.spoke
+        took_over += "S" in world.transmitted
         solo += world.was_solo
     assert took_over > 4 and solo > 10, "the schedules do not come to what they are for"
 
@@ -167,7 +167,7 @@ FOUND = {
         ),
     ),
     "a PVM goes on alone that a broken first checkpoint stops, and its controller dies": replace(
-        _QUIET, seed=910759, conns=2, odd_udp=True, compare_timeout=40, beacons=False, faults=(
+        _QUIET, seed=910759, conns=2, odd_udp=True, compare_timeout=40, datagrams=False, faults=(
             Fault(197, "hang_p_qemu", 700), Fault(224, "failover", 0),
             Fault(705, "kill_p_controller", 700),
         ),
@@ -203,7 +203,7 @@ FOUND = {
     ),
     "a PVM whose QEMU hangs is let out, and dies before it has sent anything": replace(
         _QUIET, seed=157, conns=5, jitter=4.0, link_jitter=3.0, odd=0.1, odd_udp=True, queue=8,
-        beacons=False, faults=(Fault(433, "hang_p_qemu", 650), Fault(1084, "power_p", 0)),
+        datagrams=False, faults=(Fault(433, "hang_p_qemu", 650), Fault(1084, "power_p", 0)),
     ),
     "an entry gets stuck in QEMU, its controller dies, and the control channel is cut": replace(
         _QUIET, seed=4401130, conns=1, compare_timeout=400, faults=(

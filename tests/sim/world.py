@@ -26,7 +26,7 @@ from typing import Any
 
 from colo_xdp.abi import Mode
 from colo_xdp.config.file import Config, load
-from colo_xdp.config.schema import Disk, Nbd
+from colo_xdp.config.qemu import Disk, Nbd
 from colo_xdp.controller import (
     checkpoint_coordinator,
     colo_entry,
@@ -40,6 +40,7 @@ from colo_xdp.controller import (
     replacement,
     secondary,
     secondary_disks,
+    secondary_entry,
     shadow,
     switchover,
     takeover,
@@ -49,14 +50,14 @@ from colo_xdp.controller import controller as controller_module
 from colo_xdp.datapath import conntrack_map, offload_maps
 from colo_xdp.failover import arbiter, states
 from colo_xdp.failover import lease as lease_module
-from colo_xdp.failover.decision import State
+from colo_xdp.failover.states import State
 from colo_xdp.offload import scheduler
-from colo_xdp.qemu import replication, supervisor
+from colo_xdp.qemu import mirrors, overlays, replica, supervisor
 from colo_xdp.qemu.disks import DiskError
 
 from .clock import FakeTime, VirtualLoop
 from .guest import Client, Guest, Plan
-from .host import Side, SimDataPath, SimPaths, SimPeer, SimQmp, SimStore, Witness
+from .host import Side, SimDataPath, SimHeartbeatLinks, SimPeer, SimQmp, SimStore, Witness
 from .offload_model import Bpf
 from .tcp import FIN, RST, SYN, BadChecksum, Tcp, diff, read
 
@@ -153,7 +154,7 @@ class Scene:
     manual: bool = False  # the operator is the arbiter
     # a standalone guest gets a new secondary, in whichever role its host started
     roles: bool = False
-    beacons: bool = True  # heartbeats on the peer link, too
+    datagrams: bool = True  # heartbeats on the peer link, too
     disk: bool = False  # the guest has a disk, and confirms what it has written
     wait: int = 0  # the wait is adaptive, with this floor (ms); 0: it is fixed
 
@@ -205,8 +206,8 @@ def _network_scene(seed: int) -> Scene:
     rnd = random.Random(seed * 104_729 + 2)
     fast, buffers, eager = rnd.random() < 0.75, rnd.choice((1, 4, 16)), rnd.random() < 0.5
     s = replace(_scene(seed), fast=fast, buffers=buffers, eager=eager)
-    s = _stopped(replace(s, beacons=rnd.random() < 0.7))
-    if not s.beacons or s.calm() or rnd.random() < 0.7:
+    s = _stopped(replace(s, datagrams=rnd.random() < 0.7))
+    if not s.datagrams or s.calm() or rnd.random() < 0.7:
         return s
     # only the control channel is cut, for long, and perhaps one side receives no heartbeats either
     faults = [Fault(rnd.randrange(60, 900), "cut_channel", rnd.choice((600, 1500, 4000)))]
@@ -359,7 +360,7 @@ class World:
     def __init__(self, s: Scene, *, trace: bool = False) -> None:
         self.scene = s
         self.rnd = random.Random(s.seed)
-        self.rnd_beacons = random.Random(s.seed + 1)
+        self.rnd_datagrams = random.Random(s.seed + 1)
         self.rnd_person = random.Random(s.seed + 2)
         self.rnd_disk = random.Random(s.seed + 3)
         self._overdue = 0  # ticks in a row in which something had waited for too long
@@ -394,7 +395,7 @@ class World:
         guest = Guest(random.Random(self.rnd.random()), self.rnd.randrange(1 << 32))
         self.p, self.s = Side(self, True, guest), Side(self, False, None)
         self.where = self.p
-        self.spoke: set[str] = set()
+        self.transmitted: set[str] = set()
         self.udp_out: Counter[bytes] = Counter()
         self._pieces: dict[tuple[bool, int], dict[int, tuple[bytes, bool]]] = {}
         self.ordered = False  # a failover, by the operator
@@ -530,12 +531,14 @@ class World:
         self.given_up |= self.epoch_uncertain and not side.primary
         if self.frames > MAX_FRAMES:
             raise Violation(f"{MAX_FRAMES} frames: guest and client do not understand each other")
-        self.spoke.add(side.name)
+        self.transmitted.add(side.name)
         if side.name != self.heard:
             self.heard = side.name
             self.turns.append(self.ms())
         if side.stale:
-            raise Violation(f"two guests speak: {_frame(frame)} of {side.name} after the other one")
+            raise Violation(
+                f"two guests transmit: {_frame(frame)} of {side.name} after the other one"
+            )
         self._check_disk(side)
         if not side.primary:
             self.where = side
@@ -741,7 +744,7 @@ class World:
             self.stops += 1
             self.later(span, lambda: None if side.name in self.deaths else self.boot(side))
 
-    def _excusable(self, side: Side) -> None:
+    def _discountable(self, side: Side) -> None:
         """Check that a fence does not follow from stopping a controller on purpose."""
         c = side.controller
         known = side.peer_stopped > self.ns() and side.other.controller is None
@@ -807,7 +810,7 @@ class World:
 
     async def _fence(self, side: Side) -> bool:
         """Power the other host off, for certain."""
-        self._excusable(side)
+        self._discountable(side)
         await asyncio.sleep(self.rnd.uniform(0.2, self.rnd.choice((2, 30))) / 1000)
         if self.rnd.random() < 0.1:
             return False
@@ -846,10 +849,10 @@ class World:
         return SimQmp(side, name, on_event, on_close, oob=path.endswith("oob"))
 
     async def _probe(self, disks: Any, timeout: float = 1.0) -> None:
-        """Stand in for DiskReplication.probe()."""
+        """Stand in for Mirrors.probe()."""
         mine = next(
             x for x in (self.p, self.s)
-            if x.controller is not None and x.controller.qemu.disks is disks
+            if x.controller is not None and x.controller.qemu.disks.mirrors is disks
         )  # fmt: skip
         q = mine.other.qemu
         await asyncio.sleep(self.rnd_disk.uniform(0.1, 2) / 1000)
@@ -860,10 +863,10 @@ class World:
             raise DiskError("connection refused")
 
     async def _look(self, disks: Any) -> None:
-        """Stand in for DiskReplication.look(), without a random time as that of a command."""
+        """Stand in for Mirrors.look(), without a random time as that of a command."""
         q = next(
             x for x in (self.p, self.s)
-            if x.controller is not None and x.controller.qemu.disks is disks
+            if x.controller is not None and x.controller.qemu.disks.mirrors is disks
         ).qemu  # fmt: skip
         if q.hung or (q.draining and q.block.flying):
             await asyncio.sleep(0.1)
@@ -873,8 +876,10 @@ class World:
     def _make_store(self, c: Config) -> SimStore:
         return SimStore(self.p if c.role == "primary" else self.s)
 
-    def _make_paths(self, c: Config, on_heartbeat: Callable[[Any], None]) -> SimPaths:
-        return SimPaths(self.p if c.role == "primary" else self.s, c.pair, on_heartbeat)
+    def _make_heartbeat_links(
+        self, c: Config, on_heartbeat: Callable[[Any], None]
+    ) -> SimHeartbeatLinks:
+        return SimHeartbeatLinks(self.p if c.role == "primary" else self.s, c.pair, on_heartbeat)
 
     def _make_peer(
         self, *, role: str, on_up: Any, on_down: Any, on_message: Any, **_: Any
@@ -889,12 +894,13 @@ class World:
             controller_module, commands, ticker, checkpoint_coordinator, primary, secondary,
             conntrack_map,
             offload_maps, lease_module, takeover, device_watch, colo_entry, guest_lifecycle,
-            supervisor, heartbeats, pvm_output, replacement, shadow, switchover, replication,
-            secondary_disks, mirror_watch,
+            supervisor, heartbeats, pvm_output, replacement, shadow, switchover, mirrors, replica,
+            secondary_disks, secondary_entry, mirror_watch,
         )  # fmt: skip
-        stood_in = ("probe", "make_overlays", "remove_overlays", "look", "rooms", "_need_room")
-        disks = replication.DiskReplication
-        kept_disks = [(disks, n, getattr(disks, n)) for n in stood_in]
+        disks, copies, files = mirrors.Mirrors, replica.Replica, overlays.OverlayFiles
+        stood_in = {disks: ("probe", "look"), copies: ("_need_room",),
+                    files: ("make", "remove_all", "rooms")}  # fmt: skip
+        kept_disks = [(cls, n, getattr(cls, n)) for cls, names in stood_in.items() for n in names]
         kept = [(m, "time", m.time) for m in modules]  # type: ignore[attr-defined]
         kept += [
             (controller_module, n, getattr(controller_module, n))
@@ -907,19 +913,19 @@ class World:
         kept += [(scheduler, n, getattr(scheduler, n)) for n in ("OFFER_AFTER", "MAX_BACKOFF")]
         kept += kept_disks  # type: ignore[arg-type]
 
-        async def overlays(disk: Any, of: Any, size: int) -> tuple[Path, Path]:
+        async def made(disk: Any, of: Any, size: int) -> tuple[Path, Path]:
             return Path("/active"), Path("/hidden")
 
         async def nothing(disks: Any, *args: Any) -> None: ...
 
         try:
             disks.probe = lambda d, timeout=1.0, answer_s=1.0: self._probe(d, answer_s)  # type: ignore[method-assign]
-            disks.make_overlays = overlays  # type: ignore[method-assign]
-            disks.remove_overlays = nothing  # type: ignore[method-assign]
+            files.make = made  # type: ignore[method-assign]
+            files.remove_all = nothing  # type: ignore[method-assign]
             disks.look = lambda d: self._look(d)  # type: ignore[method-assign]
-            disks._need_room = nothing  # type: ignore[method-assign]
+            copies._need_room = nothing  # type: ignore[method-assign]
             primary.Primary._watch_disks = nothing  # type: ignore[method-assign]
-            disks.rooms = lambda d: []  # type: ignore[method-assign]
+            files.rooms = lambda d: []  # type: ignore[method-assign]
             states.STRICT = True
             for m in modules:
                 m.time = clock  # type: ignore[attr-defined]
@@ -930,7 +936,7 @@ class World:
             supervisor.WATCH_S = 1e9
             supervisor.Qmp = self._make_qmp  # type: ignore[misc,assignment]
             controller_module.Peer = self._make_peer  # type: ignore[misc,assignment]
-            controller_module.HeartbeatLinks = self._make_paths  # type: ignore[misc,assignment]
+            controller_module.HeartbeatLinks = self._make_heartbeat_links  # type: ignore[misc,assignment]
             arbiter.make_store = self._make_store  # type: ignore[assignment]
             yield
         finally:
@@ -1105,14 +1111,14 @@ class World:
         except ValueError:
             return
         if c is side.controller and not (side.mode is Mode.DROP and not side.stepped_out):
-            raise Violation(f"{side.name} has demoted, and {side.mode.name} lets it speak")
+            raise Violation(f"{side.name} has demoted, and {side.mode.name} lets it transmit")
 
     # -- pairs created again
 
     def pvm(self) -> Side:
         """Return the host whose guest reaches the network, or would."""
-        speaks = self.speaker()
-        return speaks if speaks is not None else self.s if self.s.primary else self.p
+        transmits = self.transmitter()
+        return transmits if transmits is not None else self.s if self.s.primary else self.p
 
     def whole(self) -> bool:
         """Return whether the pair is protected: either guest can continue without the other."""
@@ -1213,7 +1219,7 @@ class World:
                     last = self.ms() + 200
                     continue
                 self.client.told = True
-            if self.lost and self.speaker() is None and self.ms() > self.round_at + PATIENCE_MS:
+            if self.lost and self.transmitter() is None and self.ms() > self.round_at + PATIENCE_MS:
                 break
             idle = not self.client.plans and not self.client.conns and not self.client.udp_left
             calm = calm + 1 if idle and self.ms() > last and self._quiet() else 0
@@ -1314,7 +1320,7 @@ class World:
             )
 
     def _quiet(self) -> bool:
-        if self.speaker() is None and any(x.qemu.alive for x in (self.p, self.s)):
+        if self.transmitter() is None and any(x.qemu.alive for x in (self.p, self.s)):
             return False
         side = self.pvm()
         c = side.controller if side.primary else None
@@ -1329,7 +1335,7 @@ class World:
         k = side.fast
         return len(k.waiting()) if k is not None and side.mode is Mode.RUN else 0
 
-    def speaker(self) -> Side | None:
+    def transmitter(self) -> Side | None:
         """Return the side whose guest is on the network at the end."""
         for side in (self.s, self.p):
             if not side.primary and side.mode is Mode.TAKEOVER:
@@ -1341,18 +1347,18 @@ class World:
 
     def _finish(self) -> None:
         self.note("END")
-        side = self.speaker()
+        side = self.transmitter()
         ctl = [x.controller.state.value if x.controller else "-" for x in (self.p, self.s)]
         self.states = tuple(ctl)
         if side is None:
             if self.lost:
                 return
             if not self.deaths:
-                raise Violation(f"nobody died and nobody speaks: {ctl}")
+                raise Violation(f"nobody died and nobody transmits: {ctl}")
             if len({d[0] for d in self.deaths}) < 2:
                 alive = self.s if any(d[0] == "P" for d in self.deaths) else self.p
                 if self._must_survive(alive):
-                    raise Violation(f"{alive.name} lives and does not speak: {ctl}")
+                    raise Violation(f"{alive.name} lives and does not transmit: {ctl}")
             return
         if not side.qemu.running:
             raise Violation(f"{side.name} is on the network and does not run: {ctl}")

@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from colo_xdp.cli import DEGRADED, FAILED, NOT_RUNNING, USAGE, _text, app
-from colo_xdp.status.document import empty
+from colo_xdp.cli import DEGRADED, EXIT_CODES, FAILED, NOT_RUNNING, USAGE, app
 
 ROOT = Path(__file__).parents[2]
 EXAMPLE = str(ROOT / "deploy/examples/primary.toml")
@@ -85,10 +84,5 @@ def test_of_several_pairs_one_is_named(tmp_path: Path) -> None:
     assert run(app, ["status", "web2.toml", *where]).exit_code == USAGE, "a file that is not there"
 
 
-def test_status_text_tells_why() -> None:
-    doc = empty("web1", "secondary").to_json()
-    doc["reason"] = "waiting for the primary"
-    text = _text(doc)
-    assert "web1 secondary: starting" in text and "waiting for the primary" in text
-    assert "NOT connected" in text
-    assert DEGRADED == 4
+def test_the_exit_code_of_a_pair_that_is_not_protected() -> None:
+    assert DEGRADED == 4 and "not protected" in EXIT_CODES[DEGRADED]

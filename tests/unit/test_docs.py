@@ -74,8 +74,9 @@ def test_the_operators_pages_are_all_in_readme() -> None:
         assert f"]({page.relative_to(ROOT)})" in text, page
 
 
-def test_readme_is_short() -> None:
-    assert len((ROOT / "README.md").read_bytes()) <= 8192
+@pytest.mark.parametrize(("name", "most"), [("README", 8192), ("ARCHITECTURE", 10_240)])
+def test_what_everybody_reads_is_short(name: str, most: int) -> None:
+    assert len((ROOT / f"{name}.md").read_bytes()) <= most
 
 
 # ---- figures

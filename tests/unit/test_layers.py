@@ -44,15 +44,15 @@ LAYERS: dict[str, set[str]] = {
         "config", "controller", "datapath", "peer", "status", "tools", "user_command",
     },
     "lab": {"service", "tools"},
-    "cli": {"config", "controller", "engine", "lab", "service", "tools", "validate"},
+    "cli": {"config", "controller", "lab", "service", "status", "tools", "validate"},
 }  # fmt: skip
 #: packages, or modules of others, that import the standard library and each other only, and of the
 #: standard library nothing that reaches out
 PURE = (
     "abi", "clock", "validate", "net", "conntrack", "compare", "offload", "engine", "config",
-    "failover.decision", "failover.states", "peer.messages", "peer.heartbeat", "qemu.event",
-    "qemu.disks", "qemu.migration", "qemu.nic", "qemu.guest_event", "datapath.btf",
-    "status.document",
+    "failover.decision", "failover.facts", "failover.states", "peer.messages", "peer.heartbeat",
+    "qemu.event", "qemu.disks", "qemu.migration", "qemu.nic", "qemu.guest_event", "datapath.btf",
+    "status.document", "status.text",
     "controller.command", "controller.copy_health", "controller.pacing", "controller.pair_view",
     "tools.explain",
     "tools.suggest", "tools.replay",

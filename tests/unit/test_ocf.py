@@ -53,14 +53,14 @@ sys.exit(code)
 """
 
 
-def status(role: str, state: str, *, transmitting: bool, bond: str = "in_sync") -> dict[str, Any]:
+def status(role: str, state: str, *, transmitting: bool, sync: str = "in_sync") -> dict[str, Any]:
     return {"role": role, "state": state, "reason": "because",
-            "active": {"transmitting": transmitting, "sync": bond}}  # fmt: skip
+            "active": {"transmitting": transmitting, "sync": sync}}  # fmt: skip
 
 
 PVM = status("primary", "protected", transmitting=True)
 SVM = status("secondary", "protected", transmitting=False)
-NEW_SVM = status("secondary", "starting", transmitting=False, bond="none")
+NEW_SVM = status("secondary", "starting", transmitting=False, sync="none")
 
 
 class Host:
@@ -179,7 +179,7 @@ def test_a_life_of_the_first_primary(host: Host) -> None:
     assert host("monitor", interval=0) == 7
     assert host("start") == 0 and host.calls() == ["systemctl start colo-xdp@web1.service"]
     assert host.score() == "--update=1000"
-    assert host("monitor") == 0, "it speaks, but the cluster has not promoted it"
+    assert host("monitor") == 0, "it transmits, but the cluster has not promoted it"
     assert host("promote") == 0 and len(host.calls()) == 1, "there was nothing to do"
     assert host("monitor") == 8
     assert host("start") == 0 and host("monitor") == 8, "again: nothing changes"
@@ -214,7 +214,7 @@ def test_only_an_equal_standby_is_promoted(host: Host) -> None:
 def test_a_promoted_guest_that_is_silent_has_failed(host: Host) -> None:
     host.world(PVM)
     assert host("promote") == 0
-    host.world(status("primary", "stopped", transmitting=False, bond="none"))
+    host.world(status("primary", "stopped", transmitting=False, sync="none"))
     assert host("monitor") == 9 and "promoted, but silent: stopped: because" in host.said
     assert host("demote") == 0 and host("monitor") == 0
 
@@ -222,7 +222,7 @@ def test_a_promoted_guest_that_is_silent_has_failed(host: Host) -> None:
 def test_a_guest_of_which_nothing_is_known_may_be_promoted_where_there_is_no_other(
     host: Host,
 ) -> None:
-    waits = status("primary", "starting", transmitting=False, bond="none")
+    waits = status("primary", "starting", transmitting=False, sync="none")
     waits["active"]["undecided"] = True
     host.world(waits)
     assert host("monitor") == 0 and host.score() == "--update=10"
@@ -230,7 +230,7 @@ def test_a_guest_of_which_nothing_is_known_may_be_promoted_where_there_is_no_oth
     assert "colo-xdp failover" in host.calls()[-1]
 
 
-def test_a_probe_finds_who_speaks(host: Host) -> None:
+def test_a_probe_finds_who_transmits(host: Host) -> None:
     host.world(PVM)
     assert host("monitor", interval=0) == 8 and host("monitor") == 8
     host.world(SVM)

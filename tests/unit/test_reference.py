@@ -13,7 +13,7 @@ from colo_xdp import abi, validate
 from colo_xdp.cli import EXIT_CODES
 from colo_xdp.compare.causes import Cause
 from colo_xdp.failover import states
-from colo_xdp.failover.decision import State
+from colo_xdp.failover.states import State
 from colo_xdp.peer.heartbeat import REFUSALS
 from colo_xdp.peer.messages import MESSAGES
 from colo_xdp.status.document import FIELDS, Status, StatusError, empty
@@ -155,7 +155,7 @@ RETIRED = {
     r"giv(?:e|en|ing) (?:to|back to) (?:K|the kernel|the fast path)|gifts?": "offload",
     r"recall(?:s|ed)?|seiz(?:e|es|ed)": "reclaim",
     r"stash(?:es|ed)?": "buffer",
-    r"brakes?|braking": "backpressure",
+    r"brakes?|under_backpressure": "backpressure",
     r"twins?": "counterpart",
     r"beacons?": "heartbeat, heartbeat datagram",
     r"speakers?": "leadership, arbiter",
@@ -171,7 +171,8 @@ TEXTS = [
     *(ROOT / f"{name}.md" for name in ("README", "ARCHITECTURE", "CONTRIBUTING")),
     *sorted((ROOT / "docs").rglob("*.md")),
     *(ROOT / "colo_xdp" / p for p in (
-        "config/schema.py", "status/metrics.py", "status/document.py", "cli.py",
+        "config/schema.py", "config/network.py", "config/qemu.py",
+        "status/metrics.py", "status/document.py", "status/text.py", "cli.py",
         "compare/causes.py", "compare/policy.py", "engine/counters.py", "tools/explain.py",
     )),
     *sorted(p for p in (ROOT / "deploy").rglob("*") if p.is_file()),

@@ -14,7 +14,7 @@ import pytest
 
 from colo_xdp import user_command
 from colo_xdp.failover.arbiter import FenceArbiter, Host
-from colo_xdp.qemu.replication import DiskReplication, ReplicatedDisk, ReplicationOptions
+from colo_xdp.qemu.overlays import OverlayFiles, ReplicatedDisk
 from colo_xdp.qemu.supervisor import QemuSupervisor
 
 #: stands in for systemd-run: what it was asked for, and the command as systemd would start it
@@ -86,12 +86,12 @@ def test_overlays_are_made_by_the_owner_of_their_directory(service: Path) -> Non
     (service / "o").mkdir()
     os.chown(service / "o", 12345, 12346)
     disk = ReplicatedDisk("d0", str(service / "o"), 1 << 20)
-    d = DiskReplication(ReplicationOptions("web1", (disk,)), cast(Any, None))
-    active, hidden = asyncio.run(d.make_overlays(disk, 1 << 20))
+    files = OverlayFiles("web1", (disk,))
+    active, hidden = asyncio.run(files.make(disk, 1 << 20))
     said = asked(service)
     assert "--property=User=12345" in said and "--property=Group=12346" in said
     assert "--property=Type=oneshot" in said and active.exists() and hidden.exists()
-    asyncio.run(d.remove_overlays())
+    asyncio.run(files.remove_all())
     assert not active.exists() and not hidden.exists()
 
 
@@ -100,7 +100,7 @@ def test_systemd_expands_nothing_in_the_command(service: Path) -> None:
     assert argv[argv.index("--") + 1 :] == ["sh", "-c", "echo $$HOME $$$$"]
 
 
-def test_the_units_own_words_stay_with_the_controller(service: Path) -> None:
+def test_the_units_own_variables_stay_with_the_controller(service: Path) -> None:
     out = service / "env"
     assert start_incoming("sh", "-c", f"env > {out}") == 0
     names = {line.split("=")[0] for line in out.read_text().splitlines()}
@@ -136,7 +136,7 @@ def test_every_child_of_the_controller_is_started_by_way_of_it() -> None:
         "tools/doctor.py",
     }
     users = {x for x in users if not x.startswith("lab/")}
-    assert users == {"qemu/supervisor.py", "qemu/replication.py", "failover/arbiter.py"}
+    assert users == {"qemu/supervisor.py", "qemu/overlays.py", "failover/arbiter.py"}
     for name in users:
         text = (root / name).read_text()
         assert text.count("create_subprocess_exec(") == text.count("env=user_command.environment()")

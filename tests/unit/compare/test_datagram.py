@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Datagram flows through the engine: twins, order, grace and timeouts."""
+"""Datagram flows through the engine: counterparts, order, grace and timeouts."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_difference_after_grace_and_once() -> None:
     pair.p(C).wait(4000).is_now([], "datagram_differs")
 
 
-def test_twin_behind_the_head_is_no_difference() -> None:
+def test_counterpart_behind_the_head_is_no_difference() -> None:
     pair = Pair().p(A, B).s(B).wait(100).is_now([])
     pair.wait(2901).is_now([], "compare_timeout")
 
@@ -109,7 +109,7 @@ def test_flows_are_independent() -> None:
         (b"", b""),
     ],
 )
-def test_twins(p: bytes, s: bytes) -> None:
+def test_counterparts(p: bytes, s: bytes) -> None:
     Pair().p(p).is_now([]).s(s).is_now([p]).wait(4000).is_now([p])
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from colo_xdp.compare.causes import Cause
-from colo_xdp.compare.tcp import TcpFlow
+from colo_xdp.compare.tcp_secondary import SvmStream
 from colo_xdp.engine.engine import Engine, Frame, Limits, Policy
 from colo_xdp.engine.journal import Divergence
 from colo_xdp.net.packet import parse
@@ -222,7 +222,7 @@ def test_fin_of_the_svm_only(pair: Pair) -> None:
     opened(pair).s(0, flags=f.FIN | f.ACK).wait(2999).is_now([0]).wait(2).is_now([0], "svm_ahead")
 
 
-def test_rst_needs_its_twin(pair: Pair) -> None:
+def test_rst_needs_its_counterpart(pair: Pair) -> None:
     opened(pair).p(0, flags=f.RST | f.ACK, ack=99).is_now([0]).s(0, flags=f.RST | f.ACK, ack=98)
     pair.is_now([0, 1]).p(0, flags=f.RST | f.ACK, ack=99).is_now([0, 1, 2])
     pair.s(0, flags=f.RST | f.ACK, ack=98).s(0, b"x", ack=98).is_now([0, 1, 2])
@@ -271,7 +271,7 @@ def test_late_segments_of_an_old_incarnation_move_nothing(pair: Pair) -> None:
 
 
 def test_and_the_test_notices_if_they_do(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(TcpFlow, "_foreign", lambda self, seq: False)
+    monkeypatch.setattr(SvmStream, "is_foreign", lambda *args: False)
     with pytest.raises(AssertionError):
         late_of_an_old_incarnation(pair)
 

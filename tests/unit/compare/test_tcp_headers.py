@@ -179,7 +179,7 @@ def test_urgent_data_may_be_overtaken_by_more_of_it() -> None:
     pair.s(0, 10, flags=u, urgent=10).s(10, 10, flags=u, urgent=10)
     pair.p(0, 20, flags=u, urgent=20)
     assert len(pair.took()) == 1 and not pair.asked
-    assert not pair.stream.theirs.surg
+    assert not pair.stream.theirs.svm_urgent
     pair.p(20, 5).s(20, 5)
     assert len(pair.took()) == 1
     assert TcpCodec().ready(pair.stream)

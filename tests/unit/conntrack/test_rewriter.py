@@ -291,7 +291,7 @@ def test_fast_open_of_a_client() -> None:
     x.translates()
 
 
-def test_a_guest_that_has_spoken_is_not_learnt_from_acks() -> None:
+def test_a_guest_that_has_sent_is_not_learnt_from_acks() -> None:
     x = Link()
     x.c(SYN, C)
     x.g(SYN | ACK, S, C + 1)

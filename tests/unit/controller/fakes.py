@@ -176,8 +176,8 @@ def beat(state: str, **fields: Any) -> dict[str, Any]:
     return {
         "type": "heartbeat", "t": 1, "echo": 0, "state": state, "epoch": 5, "vm": True,
         "shut": False,
-        "alone": False, "shadow": False,
-        "delivered": 0, "sent": 0, "promise": False, "role": "secondary", **fields,
+        "standalone": False, "shadow": False, "promise": False, "role": "secondary",
+        "delivered": 0, "sent": 0, **fields,
     }  # fmt: skip
 
 
@@ -217,7 +217,7 @@ BEAT = {
     "t": 1,
     "echo": 0,
     "vm": True,
-    "alone": False,
+    "standalone": False,
     "shadow": False,
     "delivered": 0,
     "sent": 0,
@@ -265,15 +265,16 @@ class HungQmp(FakeQmp):
         self.loop = self.after
 
 
-SPOKE = {
+RAN_STANDALONE = {
     "type": "heartbeat", "t": 1, "echo": 0, "epoch": 7, "vm": True, "promise": False,
     "shadow": False,
-    "role": "primary", "state": "solo", "shut": False, "alone": True, "delivered": 0, "sent": 0,
+    "role": "primary", "state": "solo", "shut": False, "standalone": True,
+    "delivered": 0, "sent": 0,
 }  # fmt: skip
 
 
 class Leased:
-    """Of speaker.Speaker what a switchover asks."""
+    """Of Leadership what a switchover asks."""
 
     def __init__(self, held: bool, trouble: str, *, may: bool = True) -> None:
         self.held, self.trouble = held, trouble
@@ -292,14 +293,14 @@ class Leased:
 
 
 class ToldStore:
-    """speaker.Store that says what it is told to."""
+    """Store that says what it is told to."""
 
     def __init__(self, seen: StoreView) -> None:
         self.seen, self.asked = seen, 0
 
     async def hold(self, holder: str, ttl_ms: int, steal: str, claim: bool) -> StoreView:
         self.asked += 1
-        return StoreView(holder, self.seen.alone)
+        return StoreView(holder, self.seen.standalone)
 
     async def look(self) -> StoreView:
         return self.seen

@@ -34,7 +34,7 @@ def test_its_steps() -> None:
     assert steps == [s for s in Step if s is not Step.FAILED]
 
 
-def test_words_of_both_hosts_count_in_any_order() -> None:
+def test_messages_of_both_hosts_count_in_any_order() -> None:
     def both(ck: Checkpoint) -> None:
         ck.pvm_stopped(event("STOP", 20))
         ck.pvm_resumed(event("RESUME", 30))
@@ -72,7 +72,7 @@ def test_a_stop_at_an_impossible_time_counts_as_early_as_can_be(ts: int, stop: i
     assert ck.stop_ns == stop
 
 
-def test_each_word_wakes_whoever_waits() -> None:
+def test_each_message_wakes_whoever_waits() -> None:
     for msg in (
         {"type": "begin_ack", "n": 8}, {"type": "resumed", "n": 8}, {"type": "offsets_ack", "n": 0},
         {"type": "failed", "n": 8, "why": "no"},

@@ -18,7 +18,7 @@ from colo_xdp.controller.checkpoint_coordinator import (
 )
 from colo_xdp.controller.primary import Primary
 from colo_xdp.datapath.ring import CapturedFrame
-from colo_xdp.failover.decision import State
+from colo_xdp.failover.states import State
 from colo_xdp.peer.messages import encode
 from tests.netns.frames import GUEST_MAC, tcp
 from tests.unit.controller.fakes import EXAMPLES, FakeQmp, event, in_loop, primary, secondary
@@ -44,17 +44,19 @@ def test_requests_are_kept_where_a_checkpoint_can_follow(state: State, wanted: b
 
 
 @pytest.mark.parametrize("state", [State.DEGRADED, State.STARTING, State.SOLO])
-def test_what_is_kept_back_for_tier_k_leaves_also_where_no_time_runs_out(state: State) -> None:
+def test_what_backpressure_keeps_leaves_also_where_no_time_runs_out(
+    state: State,
+) -> None:
     c, dp, _ = primary()
     dp.mode = Mode.CHECKPOINT
     pair = Pair()
-    sent = pair.until_braked()
+    sent = pair.until_backpressure()
     c.output.nics[0].engine, c.state = pair.e, state
     c.on_tick(pair.now)
     assert pair.out == sent
 
 
-def test_a_checkpoint_that_is_cancelled_with_its_last_word_goes_no_further() -> None:
+def test_a_checkpoint_that_is_cancelled_with_its_last_message_goes_no_further() -> None:
     """What follows would commit a pair that was given up. (wait_for() forgets such an end.)"""
 
     async def body() -> None:

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 from colo_xdp.abi import Mode, SyncState
-from colo_xdp.config.schema import Disk
+from colo_xdp.config.qemu import Disk
 from colo_xdp.controller.checkpoint import Checkpoint, CheckpointFailed
 from colo_xdp.controller.colo_entry import BACKOFF_FREE_S, BACKOFF_S, Tries
-from colo_xdp.failover.decision import State
+from colo_xdp.failover.states import State
 from colo_xdp.qemu.event import QmpEvent
 from colo_xdp.qemu.hardware import encode
 from colo_xdp.qemu.migration import MigrationOptions
@@ -416,7 +416,7 @@ def test_a_secondary_that_has_not_heard_of_the_end_of_an_entry_concludes_it(
         c.qemu.qmp = Qemu("running", "colo")  # type: ignore[assignment]
         c.on_message(
             {"type": "heartbeat", "role": role, "state": state, "epoch": 7, "shut": False,
-             "alone": False}
+             "standalone": False}
         )  # fmt: skip
         await asyncio.gather(*c._tasks)
         assert (c.state is State.STOPPED) == over and (c.held.hold is None) == over
@@ -438,12 +438,12 @@ def test_an_svm_that_an_unknown_entry_has_left_in_colo_is_replaced(
 
     async def body() -> None:
         c, dp, _ = secondary(Mode.DROP, adopted=False)
-        c.state, c._ready_wanted = State.STARTING, announced
+        c.state, c.entry.wanted = State.STARTING, announced
         c.replacement.begin = lambda: None  # type: ignore[method-assign]
         c.qemu.qmp = Qemu("running", migration)  # type: ignore[assignment]
         c.on_message(
             {"type": "heartbeat", "role": "primary", "state": "starting", "epoch": 7,
-             "shut": False, "alone": False}
+             "shut": False, "standalone": False}
         )  # fmt: skip
         await asyncio.gather(*c._tasks)
         assert (c.state is State.STOPPED) == over and dp.mode is Mode.DROP
@@ -502,7 +502,7 @@ def test_a_guest_that_is_off_is_not_let_out_by_the_entry_that_ends_with_it() -> 
 
 
 def test_a_pair_of_which_nothing_is_known_is_no_pair_before_it_has_been_decided() -> None:
-    """QEMU is in COLO, but a checkpoint is not what lets its guest speak."""
+    """QEMU is in COLO, but a checkpoint is not what lets its guest transmit."""
 
     async def body() -> None:
         c, dp, _ = undecided()

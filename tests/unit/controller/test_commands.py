@@ -14,7 +14,7 @@ from colo_xdp import cli
 from colo_xdp.abi import Mode
 from colo_xdp.controller.command import Command
 from colo_xdp.controller.primary import Primary
-from colo_xdp.failover.decision import State
+from colo_xdp.failover.states import State
 from colo_xdp.status import builder
 from tests.unit.controller.fakes import primary, secondary
 

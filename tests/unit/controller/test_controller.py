@@ -16,8 +16,9 @@ from colo_xdp.controller.secondary import Secondary
 from colo_xdp.controller.ticker import TICK_S
 from colo_xdp.datapath.ring import CapturedFrame
 from colo_xdp.failover.arbiter import LeaseArbiter
-from colo_xdp.failover.decision import Action, State, decide
+from colo_xdp.failover.decision import Action, decide
 from colo_xdp.failover.lease import boot_ns
+from colo_xdp.failover.states import State
 from colo_xdp.peer.heartbeat import Flag, Heartbeat
 from colo_xdp.status.builder import active_json
 from tests.netns.frames import tcp, udp
@@ -128,7 +129,7 @@ def test_a_controller_that_said_when_it_comes_back_is_waited_for_until_then() ->
 
 
 @pytest.mark.parametrize("order", ["failover", "force"])
-def test_a_persons_word_outlives_the_controller_that_heard_it(order: str) -> None:
+def test_an_operators_request_outlives_the_controller_that_received_it(order: str) -> None:
     async def body() -> None:
         c, dp, _ = secondary()
         dp.order = order
@@ -159,23 +160,23 @@ def test_a_fence_holds_until_the_peer_is_heard_again() -> None:
         word = Heartbeat(Flag.VM, 0, 7, boot_ns(), c.view.pair.fence.ended_boot_ns - 1)
         c.heartbeats.on_heartbeat(word)  # sent before, and late
         assert c.view.pair.fence.result
-        if heard == "beacon":
+        if heard == "datagram":
             c.heartbeats.on_heartbeat(replace(word, t=boot_ns(), after=boot_ns()))
         else:
             c._peer_up()
         c.view.guest.colo_exit = True
-        facts = replace(c.facts(), peer_connected=False, peer_silent_ms=1e6, paths=())
+        facts = replace(c.facts(), peer_connected=False, peer_silent_ms=1e6, links=())
         assert decide(facts).action is Action.FENCE
         c.view.pair.fence.result = True
         facts = replace(facts, arbiter=replace(facts.arbiter, fenced=True))
         assert decide(facts).action is Action.TAKE_OVER, "or else it would be enough"
 
-    for heard in ("beacon", "channel"):
+    for heard in ("datagram", "channel"):
         asyncio.run(body(heard))
 
 
 @pytest.mark.parametrize("force", [False, True])
-def test_a_persons_word_does_not_count_for_ever(
+def test_an_operators_request_does_not_count_for_ever(
     force: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     """It was told that nothing came of it, and the other host may be alive again by then."""

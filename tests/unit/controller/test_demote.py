@@ -12,13 +12,13 @@ import pytest
 from colo_xdp.abi import Mode
 from colo_xdp.controller.primary import Primary
 from colo_xdp.controller.secondary import Secondary
-from colo_xdp.failover.decision import State
+from colo_xdp.failover.states import State
 from colo_xdp.status.builder import active_json
 from tests.unit.controller.fakes import FakeDataPath, Sent, primary, secondary
 
 
-def test_standing_down_and_coming_back() -> None:
-    """Asked to be silent it is; it speaks again only if the primary died without having spoken."""
+def test_demotion_and_coming_back() -> None:
+    """Asked to be silent it is; it transmits again only if the primary died before it did."""
 
     async def body(alone: bool) -> State:
         c, dp, sent = secondary()
@@ -32,7 +32,7 @@ def test_standing_down_and_coming_back() -> None:
         c.qemu.qmp = SimpleNamespace(connected=True)  # type: ignore[assignment]
         c._peer_message({"type": "demote", "why": "hang"})
         assert c.state is State.STOPPED and dp.mode is Mode.DROP and sent.kinds() == ["shut"]
-        c._peer_message({"type": "shut", "why": "dead", "alone": alone})
+        c._peer_message({"type": "shut", "why": "dead", "standalone": alone})
         await asyncio.sleep(0)
         assert done == ([] if alone else ["take_over"])
         return c.state
@@ -41,7 +41,7 @@ def test_standing_down_and_coming_back() -> None:
     assert asyncio.run(body(False)) is State.DEGRADED
 
 
-def test_a_guest_stands_down_at_a_word() -> None:
+def test_a_guest_is_demoted_on_request() -> None:
     """Silent when the command returns, whoever it is; the peer is told, and may go on."""
 
     async def body(c: Primary | Secondary, dp: FakeDataPath, sent: Sent) -> None:
@@ -61,7 +61,7 @@ def test_a_guest_stands_down_at_a_word() -> None:
     asyncio.run(body(s, sd, ss))
 
 
-def test_a_guest_whose_programs_have_stepped_out_stands_down() -> None:
+def test_a_guest_whose_programs_have_stepped_out_is_demoted() -> None:
     """After a takeover nothing may be left at the tap that obeys the mode."""
 
     async def body() -> None:
@@ -70,13 +70,13 @@ def test_a_guest_whose_programs_have_stepped_out_stands_down() -> None:
         c.state = State.PROMOTED
         await c.commands.run("demote", {})
         assert dp.mode is Mode.DROP and not c.stepped_out and dp.stepped_in == 1
-        assert sent[0]["alone"]
+        assert sent[0]["standalone"]
 
     asyncio.run(body())
 
 
 @pytest.mark.parametrize("status", ["colo", "inmigrate", "running"])
-def test_qmp_that_comes_back_does_not_undo_a_stand_down(status: str) -> None:
+def test_qmp_that_comes_back_does_not_undo_a_demotion(status: str) -> None:
     async def body() -> None:
         c, dp, sent = secondary()
         c.state, c.view.pair.confirmed, c.view.pair.in_colo = (

@@ -16,7 +16,8 @@ from colo_xdp.controller.secondary import Secondary
 from colo_xdp.datapath.hooks import Look
 from colo_xdp.datapath.ring import CapturedFrame
 from colo_xdp.failover import lease
-from colo_xdp.failover.decision import Action, State, decide
+from colo_xdp.failover.decision import Action, decide
+from colo_xdp.failover.states import State
 from colo_xdp.peer.heartbeat import NONCE, session_key
 from tests.netns.frames import tcp
 from tests.unit.controller.fakes import primary, secondary
@@ -71,7 +72,7 @@ def test_a_path_that_is_not_there_is_never_protected(make: Any) -> None:
     c.state, c.reason = State.STARTING, "waiting for the secondary"
     assert shown(c) == (State.STARTING, f"waiting for the secondary; {GONE}")
     c.state = State.PROTECTED
-    assert decide(c.facts()).action is Action.NONE, "no reason to speak alone, nor for a fence"
+    assert decide(c.facts()).action is Action.NONE, "no reason to run standalone, nor for a fence"
     assert [h["reason"] for h in c.history] == [GONE]
     c.devices._found(Look())
     assert shown(c)[0] is State.PROTECTED
@@ -92,7 +93,9 @@ def beats(c: Primary | Secondary, clock: Clock, n: int, *, heard: bool) -> None:
         clock.go(100)
         c.peer.last_seen_ns = time.monotonic_ns()
         if heard:
-            c.paths.core.paths[0].heard_ns = c.paths.core.paths[0].echo_ns = clock.ns
+            c.heartbeat_links.core.links[0].heard_ns = c.heartbeat_links.core.links[0].echo_ns = (
+                clock.ns
+            )
         c.devices.listen()
 
 
@@ -126,7 +129,7 @@ def test_what_the_other_host_does_not_hear(clock: Clock) -> None:
     beats(c, clock, 5, heard=True)
     for _ in range(20):
         clock.go(100)
-        c.paths.core.paths[0].heard_ns = clock.ns
+        c.heartbeat_links.core.links[0].heard_ns = clock.ns
         c.devices.listen()
     assert "the other host receives nothing over" in shown(c)[1]
 
@@ -169,7 +172,7 @@ def test_what_waits_while_nothing_arrives_does_not_wait_for_a_timeout() -> None:
     c.on_frame(frame(0))
     assert c.output.nics[0].engine.held_packets == 1
     c.on_tick(time.monotonic_ns())
-    assert wants(c) == "", "the twin may come"
+    assert wants(c) == "", "the counterpart may come"
     c.devices._found(Look(trouble=[GONE], cut=True))
     assert c.tick_ns() <= time.monotonic_ns()
     c.on_tick(time.monotonic_ns())
@@ -212,7 +215,7 @@ def test_a_filter_before_ours_is_as_a_shadow_that_nobody_asked_for() -> None:
         "state": "protected",
         "epoch": 7,
     }
-    c.on_message(word | {"shut": False, "alone": False})
+    c.on_message(word | {"shut": False, "standalone": False})
     assert not c.output.nics[0].engine.shadow, "what passes us is bad enough"
     c.devices._found(Look())
     assert c.shadow.leaving and wants(c) == Cause.HOOKS_LOST
@@ -262,9 +265,9 @@ def test_flows_are_met_anew_after_what_nobody_saw() -> None:
     e.epoch = 7
     out = dp.injectors["release"].frames
     c.on_frame(frame(0))
-    twin = frame(0)
-    twin.source = 1
-    c.on_frame(twin)
+    counterpart = frame(0)
+    counterpart.source = 1
+    c.on_frame(counterpart)
     assert len(out) == 1 and e.held_packets == 0
     c.hooks_lost("pvm_out on tap0", unseen=True, still=False)
     e.begin_checkpoint()

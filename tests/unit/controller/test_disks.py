@@ -17,7 +17,8 @@ from colo_xdp.controller.checkpoint import Checkpoint, CheckpointFailed
 from colo_xdp.controller.disk_proof import DiskProof
 from colo_xdp.controller.primary import Primary
 from colo_xdp.controller.secondary import Secondary
-from colo_xdp.failover.decision import Action, State, decide
+from colo_xdp.failover.decision import Action, decide
+from colo_xdp.failover.states import State
 from colo_xdp.qemu.disks import DiskError
 from colo_xdp.qemu.event import QmpEvent
 from colo_xdp.qemu.overlays import ReplicatedDisk, Room
@@ -26,7 +27,7 @@ from tests.unit.controller.fakes import FakeQmp, beat, event, in_loop, primary, 
 
 
 class Disks:
-    """DiskReplication that says what it is told to."""
+    """DiskReplication that says what it is told to, in one with its parts."""
 
     any = True
 
@@ -41,6 +42,7 @@ class Disks:
         self.lost = self.waits = ""
         self.sizes: dict[str, int] = {}
         self.room = Room("/", (), 0, 0, 0)
+        self.block = self.mirrors = self.replica = self.files = self
 
     async def look(self) -> None:
         self._do("look")
@@ -93,7 +95,7 @@ class Disks:
     async def committing(self) -> bool:
         return self.overlays_there
 
-    async def remove_overlays(self) -> None:
+    async def remove_all(self) -> None:
         self.said.append("remove")
 
     def on_event(self, e: QmpEvent) -> str:
@@ -150,14 +152,14 @@ def test_a_checkpoint_is_reported_with_its_disks(first: str) -> None:
     assert sent.kinds().count("resumed") == 1
 
 
-def test_a_guest_without_disks_waits_for_no_word() -> None:
+def test_a_guest_without_disks_waits_for_no_disks_whole() -> None:
     c, _, sent, disks = a_secondary()
     disks.any = False
     load(c, 8)
     assert sent.kinds() == ["begin_ack", "resumed"] and not c.disk_unproven
 
 
-def test_between_the_checkpoint_and_the_word_an_operator_decides() -> None:
+def test_between_the_checkpoint_and_disks_whole_an_operator_decides() -> None:
     c, _, _, _ = a_secondary()
     load(c, 8)
     assert decide(c.facts()).action is not Action.TAKE_OVER, "the primary lives"
@@ -175,7 +177,7 @@ def test_between_the_checkpoint_and_the_word_an_operator_decides() -> None:
     assert decide(c.facts()).action is Action.TAKE_OVER
 
 
-def test_a_new_try_of_a_checkpoint_needs_a_new_word() -> None:
+def test_a_new_try_of_a_checkpoint_needs_a_new_disks_whole() -> None:
     p = DiskProof()
     p.begin(8)
     p.whole(8)
@@ -191,7 +193,7 @@ def test_a_new_try_of_a_checkpoint_needs_a_new_word() -> None:
 
 
 @pytest.mark.parametrize("word", [False, True])
-def test_a_controller_that_dies_between_checkpoint_and_word(word: bool) -> None:
+def test_a_controller_that_dies_between_checkpoint_and_disks_whole(word: bool) -> None:
     c, dp, _, _ = a_secondary()
     load(c, 8)
     if word:
@@ -360,7 +362,7 @@ def test_no_checkpoint_is_asked_of_qemu_without_its_mirrors() -> None:
     in_loop(body)
 
 
-def test_the_word_follows_the_stop() -> None:
+def test_disks_whole_follows_the_stop() -> None:
     async def body() -> None:
         c, _, sent, _disks = a_primary()
         ck = Checkpoint(8, "operator", 1)
@@ -376,7 +378,7 @@ def test_the_word_follows_the_stop() -> None:
     in_loop(body)
 
 
-def test_the_word_does_not_wait_for_a_qemu_that_is_busy() -> None:
+def test_disks_whole_does_not_wait_for_a_qemu_that_is_busy() -> None:
     async def body() -> None:
         c, _, sent, disks = a_primary()
         disks.still_whole = True
@@ -498,10 +500,10 @@ def test_ready_carries_the_sizes_of_the_images() -> None:
     async def body() -> None:
         s, _, sent, disks = a_secondary()
         s.life, s.state = Fit(), State.STARTING  # type: ignore[assignment]
-        await s._send_ready()
+        await s.entry.send_ready()
         assert sent[-1]["type"] == "ready" and sent[-1]["disks"] == {"d0": 1}
         disks.fails = [DiskError("no room")]
-        await s._send_ready()
+        await s.entry.send_ready()
         assert sent[-1]["type"] == "failed" and "no room" in sent[-1]["why"]
         assert "no room" in s.reason
 

@@ -17,7 +17,7 @@ from colo_xdp.controller.guest_lifecycle import ENDED
 from colo_xdp.controller.primary import Primary
 from colo_xdp.controller.secondary import Secondary
 from colo_xdp.datapath.ring import CapturedFrame
-from colo_xdp.failover.decision import State
+from colo_xdp.failover.states import State
 from colo_xdp.peer.heartbeat import Flag
 from colo_xdp.qemu.event import QmpEvent
 from tests.netns.frames import udp
@@ -64,7 +64,7 @@ def test_a_pvm_that_is_off_ends_the_pair(answers: str) -> None:
         assert "guest_off" in sent.kinds() and "shut" not in sent.kinds()
         assert dp.mode is Mode.CHECKPOINT and not dp.injectors["release"].frames
         if answers == "gone":
-            c._peer_message({"type": "shut", "why": "silent", "alone": False})
+            c._peer_message({"type": "shut", "why": "silent", "standalone": False})
         elif answers:
             beat = {"role": "secondary", "state": "stopped", "epoch": 7, "shut": True}
             c._peer_message(BEAT | beat | {"over": True, "promise": False})

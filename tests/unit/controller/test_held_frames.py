@@ -12,7 +12,7 @@ from colo_xdp.qemu.event import QmpEvent
 
 
 class Wires:
-    """Where frames go; `speaks`: the guest does for itself."""
+    """Where frames go; `transmits`: the guest does for itself."""
 
     def __init__(self, limit: int = 3) -> None:
         self.to_svm: list[bytes] = []

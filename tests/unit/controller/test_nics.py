@@ -20,7 +20,7 @@ from colo_xdp.controller.primary import Primary
 from colo_xdp.controller.secondary import Secondary
 from colo_xdp.datapath.hooks import Look
 from colo_xdp.datapath.ring import CapturedFrame
-from colo_xdp.failover.decision import State
+from colo_xdp.failover.states import State
 from colo_xdp.net.address_claims import mac_key
 from colo_xdp.status import builder
 from tests.netns.frames import GUEST_MAC, tcp

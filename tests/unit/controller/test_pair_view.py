@@ -12,8 +12,8 @@ import pytest
 
 from colo_xdp.abi import Mode
 from colo_xdp.controller.pair_view import LocalGuest, PairLife, PairView
-from colo_xdp.failover.decision import OtherGuest, Role
-from colo_xdp.failover.states import sends_nothing
+from colo_xdp.failover.facts import OtherGuest
+from colo_xdp.failover.states import Role, sends_nothing
 from colo_xdp.status.builder import active_json
 from colo_xdp.status.metrics import health
 from tests.unit.controller.fakes import (
@@ -81,7 +81,7 @@ def test_a_new_pair_keeps_the_guest_that_is_there() -> None:
 
 @pytest.mark.parametrize(("sign", "value"), [("absent", True), ("halted", "its disk is full")])
 def test_a_guest_that_follows_a_dead_one_is_heard_like_any_other(sign: str, value: Any) -> None:
-    """Whatever became of the one before: the next one takes over, and is said to speak."""
+    """Whatever became of the one before: the next one takes over, and is said to transmit."""
 
     async def body() -> None:
         c, dp, _ = secondary(Mode.DROP)

@@ -13,13 +13,14 @@ import pytest
 from colo_xdp.abi import Mode
 from colo_xdp.datapath.attach import NetlinkError, NoSuchDevice
 from colo_xdp.failover.arbiter import LeaseArbiter
-from colo_xdp.failover.decision import State, other_guest
+from colo_xdp.failover.facts import other_guest
 from colo_xdp.failover.lease import Leadership
+from colo_xdp.failover.states import State
 from colo_xdp.qemu.qmp import QmpError
 from tests.unit.controller.fakes import FakeQmp, HungQmp, WaitingQmp, in_loop, primary, secondary
 
 
-def test_a_tap_leaves_the_bridge_when_the_other_guest_speaks() -> None:
+def test_a_tap_leaves_the_bridge_when_the_other_guest_transmits() -> None:
     async def body() -> None:
         c, dp, _ = primary()
         c._demote("the secondary took over")
@@ -88,12 +89,12 @@ def test_a_survivor_becomes_the_primary_when_a_new_qemu_waits() -> None:
         ("primary", "degraded", True, False),
     ],
 )
-def test_a_guest_is_worthless_only_if_the_other_speaks(
+def test_a_guest_is_worthless_only_if_the_other_transmits(
     role: str, state: str, connected: bool, over: bool
 ) -> None:
     c, _, _ = primary(Mode.DROP, adopted=True)
     c.view.peer.role, c.view.peer.state, c.peer.connected = role, state, connected
-    c.view.peer.guest = other_guest(role, state, alone=over, shut=False)
+    c.view.peer.guest = other_guest(role, state, standalone=over, shut=False)
     assert c.superseded() is over
 
 
@@ -206,14 +207,14 @@ def test_a_pvm_that_hangs_is_shut_in_and_the_other_told(monkeypatch: pytest.Monk
 
 
 def test_a_host_that_waits_for_a_new_guest_keeps_its_key() -> None:
-    """It was silent, and its key free to be taken; as a secondary it may speak again."""
+    """It was silent, and its key free to be taken; as a secondary it may transmit again."""
     c, _, _ = primary()
-    speaker = Leadership(
+    leadership = Leadership(
         SimpleNamespace(), node="p", address="a", boot="1", ttl_ms=2000, margin_ms=500,
         transmitting=False, allow=lambda ns: None, changed=lambda: None,
     )  # type: ignore[arg-type]  # fmt: skip
-    c.arbiter = LeaseArbiter(speaker)
-    speaker.freed("1")
-    assert speaker.steal == "1"
+    c.arbiter = LeaseArbiter(leadership)
+    leadership.freed("1")
+    assert leadership.steal == "1"
     c.on_message({"type": "ready", "epoch": 7, "disks": {}, "hardware": "", "nics": {"net0": 0}})
-    assert not speaker.steal
+    assert not leadership.steal

@@ -12,7 +12,7 @@ import pytest
 
 from colo_xdp.abi import Mode, Source, SyncState
 from colo_xdp.datapath.ring import CapturedFrame
-from colo_xdp.failover.decision import State
+from colo_xdp.failover.states import State
 from tests.netns.frames import tcp
 from tests.unit.controller.fakes import event, in_loop, primary, secondary
 
@@ -22,7 +22,7 @@ def test_a_primary_that_gave_up_is_told_again_who_waits(
     status: str, told: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def body() -> None:
-        monkeypatch.setattr("colo_xdp.controller.secondary.REMIND_S", 0.05)
+        monkeypatch.setattr("colo_xdp.controller.secondary_entry.REMIND_S", 0.05)
         c, _, sent = secondary(adopted=False)
         asked = 0
 
@@ -52,7 +52,7 @@ def test_a_primary_that_gave_up_is_told_again_who_waits(
             cards=no_cards,
         )
         c.peer = SimpleNamespace(connected=True, send=sent)  # type: ignore[assignment]
-        c._ready_wanted, c.view.peer.state = True, "checkpointing"
+        c.entry.wanted, c.view.peer.state = True, "checkpointing"
         end = time.monotonic() + 0.1
         while time.monotonic() < end:
             c.on_tick(0)
@@ -90,7 +90,7 @@ def test_a_silence_that_only_the_secondary_noticed(
             "state": state,
             "epoch": epoch,
             "shut": False,
-            "alone": False,
+            "standalone": False,
         }
     )
     assert (s.state is State.PROTECTED) == again
@@ -169,7 +169,7 @@ def test_signs_of_an_earlier_secondary_are_forgotten_with_the_next_one() -> None
 
 
 def test_a_first_checkpoint_counts_when_the_primary_has_confirmed_it() -> None:
-    """Until then the primary may give up entering, and its guest speaks uncompared."""
+    """Until then the primary may give up entering, and its guest transmits uncompared."""
     c, dp, sent = secondary()
     dp.mode, dp.epoch, c.state = Mode.RUN, 0, State.STARTING
     c.view.pair.in_colo = c.view.pair.confirmed = False
@@ -188,12 +188,12 @@ def test_a_first_checkpoint_counts_when_the_primary_has_confirmed_it() -> None:
         "delivered": 0,
         "sent": 0,
     }
-    beat |= {"shut": False, "role": "primary", "alone": True}
+    beat |= {"shut": False, "role": "primary", "standalone": True}
     c.on_message(beat)
     assert c.state is State.STARTING and dp.mode is Mode.CHECKPOINT and dp.epoch == 0
     assert not dp.injectors["deliver"].frames
-    c._ready_wanted = True
-    c.on_message(beat | {"epoch": 1, "alone": False})
+    c.entry.wanted = True
+    c.on_message(beat | {"epoch": 1, "standalone": False})
     assert dp.sync_state is SyncState.IN_SYNC
     c.peer_connected()
     assert "ready" not in sent.kinds(), "the guest is in use: none that waits"

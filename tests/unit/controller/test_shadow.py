@@ -10,7 +10,7 @@ from colo_xdp.controller.checkpoint_coordinator import (
     CheckpointRequest,
 )
 from colo_xdp.controller.secondary import Secondary
-from colo_xdp.failover.decision import State
+from colo_xdp.failover.states import State
 from tests.unit.controller.fakes import BEAT, FakeQmp, event, in_loop, primary, secondary
 
 
@@ -23,7 +23,7 @@ def test_a_shadow_ends_with_a_later_checkpoint_only() -> None:
         "state": "protected",
         "vm": True,
         "shut": False,
-        "alone": False,
+        "standalone": False,
         "role": "primary",
     }
     beat |= {"type": "heartbeat"}

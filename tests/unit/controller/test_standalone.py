@@ -13,14 +13,14 @@ from colo_xdp.abi import Mode, SyncState
 from colo_xdp.config.file import load
 from colo_xdp.controller.primary import Primary
 from colo_xdp.controller.secondary import Secondary
-from colo_xdp.failover.decision import State
 from colo_xdp.failover.lease import Leadership, StoreView
+from colo_xdp.failover.states import State
 from colo_xdp.qemu.qmp import QmpTimeout
 from colo_xdp.status.builder import active_json
 from tests.unit.controller.fakes import (
     BEAT,
     EXAMPLES,
-    SPOKE,
+    RAN_STANDALONE,
     FakeQmp,
     Sent,
     ToldStore,
@@ -31,7 +31,7 @@ from tests.unit.controller.fakes import (
 
 
 @pytest.mark.parametrize("side", ["solo", "promoted"])
-def test_a_guest_that_spoke_alone_and_dies_does_not_speak(side: str) -> None:
+def test_a_guest_that_ran_standalone_and_dies_does_not_transmit(side: str) -> None:
     async def body() -> None:
         make = primary if side == "solo" else secondary
         mode = Mode.BYPASS if side == "solo" else Mode.TAKEOVER
@@ -42,20 +42,20 @@ def test_a_guest_that_spoke_alone_and_dies_does_not_speak(side: str) -> None:
         await c._busy
         assert c.state is State.STOPPED and dp.mode is Mode.DROP and c.path_shut
         assert "no guest is active now" in c.reason
-        assert sent[-1]["type"] == "shut" and sent[-1]["alone"]
+        assert sent[-1]["type"] == "shut" and sent[-1]["standalone"]
         c.replacement._search.cancel()
 
     in_loop(body)
 
 
 @pytest.mark.parametrize("kind", ["promoted", "heartbeat"])
-def test_a_primary_never_speaks_against_a_secondary_that_took_over(kind: str) -> None:
+def test_a_primary_never_transmits_against_a_secondary_that_took_over(kind: str) -> None:
     async def body() -> None:
         c, dp, _ = primary()
         c.state = State.PROTECTED
         beat = {"t": 1, "echo": 0, "state": "promoted", "epoch": 7, "vm": True,
-                "shut": False, "alone": True, "role": "secondary", "delivered": 0,
-                "sent": 0}  # fmt: skip
+                "shut": False, "standalone": True, "role": "secondary",
+                "delivered": 0, "sent": 0}  # fmt: skip
         c._peer_message({"type": kind, **({"why": "x"} if kind == "promoted" else beat)})
         assert c.state is State.STOPPED and dp.mode is Mode.DROP
 
@@ -189,7 +189,9 @@ def test_of_two_primaries_the_one_that_knows_less_is_silent(
 
 @pytest.mark.parametrize("state", [State.PROTECTED, State.DEGRADED])
 @pytest.mark.parametrize("words", [["alive", "dead"], ["dead"]])
-def test_a_copy_of_a_guest_that_spoke_alone_never_speaks(state: State, words: list[str]) -> None:
+def test_a_copy_of_a_guest_that_ran_standalone_never_transmits(
+    state: State, words: list[str]
+) -> None:
     """Also without a lease: a link was cut, a person opened the primary, and then it died."""
 
     async def body() -> None:
@@ -204,10 +206,10 @@ def test_a_copy_of_a_guest_that_spoke_alone_never_speaks(state: State, words: li
         c.perform = perform  # type: ignore[method-assign]
         for word in words:
             shut = {"state": "stopped", "shut": True, "vm": False} if word == "dead" else {}
-            c._peer_message(SPOKE | shut)
+            c._peer_message(RAN_STANDALONE | shut)
             await asyncio.sleep(0)
         assert c.state is State.STOPPED and dp.mode is Mode.DROP and not done
-        c._peer_message({"type": "shut", "why": "dead", "alone": False})
+        c._peer_message({"type": "shut", "why": "dead", "standalone": False})
         await asyncio.sleep(0)
         assert c.state is State.STOPPED and not done, "whatever is said later"
         again = Secondary(c.config, dp)  # type: ignore[arg-type]
@@ -217,26 +219,26 @@ def test_a_copy_of_a_guest_that_spoke_alone_never_speaks(state: State, words: li
     in_loop(body)
 
 
-def test_a_guest_that_waits_for_one_that_speaks_alone_stays() -> None:
+def test_a_guest_that_waits_for_a_standalone_one_stays() -> None:
     c, dp, _ = secondary(Mode.DROP, adopted=False)
-    c._ready_wanted = True
-    c.on_message(SPOKE)
+    c.entry.wanted = True
+    c.on_message(RAN_STANDALONE)
     c.peer_shut(True)
     assert c.state is State.STARTING and dp.mode is Mode.DROP
 
 
-def test_a_pvm_is_outdated_when_the_svm_spoke_alone_and_died() -> None:
+def test_a_pvm_is_outdated_when_the_svm_ran_standalone_and_died() -> None:
     async def body() -> None:
         c, dp, _ = primary()
         c.state = State.DEGRADED
-        c._peer_message({"type": "shut", "why": "dead", "alone": True})
+        c._peer_message({"type": "shut", "why": "dead", "standalone": True})
         assert c.state is State.STOPPED and dp.mode is Mode.DROP
 
     in_loop(body)
 
 
 @pytest.mark.parametrize(
-    ("mode", "bond", "state", "alone"),
+    ("mode", "sync", "state", "alone"),
     [
         (Mode.BYPASS, SyncState.STANDALONE, State.SOLO, True),
         (Mode.DROP, SyncState.STANDALONE, State.STOPPED, True),
@@ -250,17 +252,17 @@ def test_a_pvm_is_outdated_when_the_svm_spoke_alone_and_died() -> None:
         ),  # died in the first checkpoint
     ],
 )
-def test_who_spoke_alone_outlives_the_primarys_controller(
-    mode: Mode, bond: SyncState, state: State, alone: bool
+def test_who_ran_standalone_outlives_the_primarys_controller(
+    mode: Mode, sync: SyncState, state: State, alone: bool
 ) -> None:
     _, dp, _ = primary(mode)
-    dp.sync_state, dp.adopted = bond, True
+    dp.sync_state, dp.adopted = sync, True
     c = Primary(load(EXAMPLES / "primary.toml"), dp)  # type: ignore[arg-type]
     sent = Sent()
     c.peer.send = sent  # type: ignore[method-assign]
     assert c.state is state
     c.beat()
-    assert sent[-1]["alone"] == alone
+    assert sent[-1]["standalone"] == alone
 
 
 def test_a_host_learns_that_the_other_is_not_alone_any_more() -> None:
@@ -275,7 +277,7 @@ def test_a_host_learns_that_the_other_is_not_alone_any_more() -> None:
         s.want = True
         while not s.peer_standalone:
             await asyncio.sleep(0.001)
-        assert not any(until), "the key is no permission while the other one spoke alone"
+        assert not any(until), "the key is no permission while the other one transmitted alone"
         s.want = False
         store.seen = StoreView("", "")  # the pair was made anew
         while s.peer_standalone:

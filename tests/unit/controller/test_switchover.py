@@ -17,12 +17,12 @@ from colo_xdp.controller.checkpoint_coordinator import (
 )
 from colo_xdp.datapath.ring import CapturedFrame
 from colo_xdp.failover.arbiter import LeaseArbiter
-from colo_xdp.failover.decision import State
+from colo_xdp.failover.states import State
 from tests.netns.frames import tcp
 from tests.unit.controller.fakes import BEAT, FakeQmp, Leased, event, in_loop, primary, secondary
 
 
-def test_a_planned_failover_holds_until_this_side_speaks() -> None:
+def test_a_planned_failover_holds_until_this_side_transmits() -> None:
     """What both said after the last checkpoint is neither lost nor translated."""
 
     async def body() -> None:

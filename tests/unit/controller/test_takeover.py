@@ -14,7 +14,7 @@ import pytest
 
 from colo_xdp import abi
 from colo_xdp.abi import Mode
-from colo_xdp.failover.decision import State
+from colo_xdp.failover.states import State
 from colo_xdp.net.address_claims import mac_key
 from colo_xdp.qemu.nic import NicError
 from colo_xdp.status.builder import active_json
@@ -135,7 +135,7 @@ def test_a_takeover_under_way_is_waited_for() -> None:
 @pytest.mark.parametrize("word", ["solo", "demote", "beat"])
 def test_a_takeover_does_not_break_a_promise_of_silence(word: str) -> None:
     """While QEMU leaves COLO the primary may ask this side to shut its guest in. It has said then
-    that it did, and the PVM speaks alone because of that."""
+    that it did, and the PVM transmits alone because of that."""
 
     async def body() -> None:
         c, dp, sent = secondary()
@@ -171,7 +171,7 @@ def test_a_takeover_does_not_break_a_promise_of_silence(word: str) -> None:
                     "state": "solo",
                     "epoch": 7,
                     "shut": False,
-                    "alone": True,
+                    "standalone": True,
                 }
             )
         else:
@@ -257,7 +257,7 @@ def test_a_guest_with_too_many_mac_addresses_is_announced(
     in_loop(body)
 
 
-def test_a_guest_behind_a_port_that_does_not_forward_does_not_speak() -> None:
+def test_a_guest_behind_a_port_that_does_not_forward_does_not_transmit() -> None:
     c, dp, _ = primary(Mode.BYPASS)
     assert active_json(c)["transmitting"] is True
     dp.port_forwarding = False

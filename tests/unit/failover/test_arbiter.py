@@ -14,7 +14,9 @@ from colo_xdp.config.file import load
 from colo_xdp.controller.secondary import Secondary
 from colo_xdp.failover import arbiter
 from colo_xdp.failover.arbiter import ARBITERS, Arbiter, ArbiterError, Host, Kind
-from colo_xdp.failover.decision import Action, ArbiterView, State
+from colo_xdp.failover.decision import Action
+from colo_xdp.failover.facts import ArbiterView
+from colo_xdp.failover.states import State
 from colo_xdp.status.builder import active_json
 from tests.unit.controller.fakes import (
     EXAMPLES,
@@ -27,7 +29,7 @@ from tests.unit.controller.fakes import (
 
 
 class Witness(Arbiter):
-    """A third place that lets one of the two hosts speak."""
+    """A third place that lets one of the two hosts transmit."""
 
     needs_grant = True
 
@@ -77,7 +79,7 @@ def with_a_third() -> tuple[Secondary, Witness, FakeDataPath, Sent]:
     return c, c.arbiter, dp, sent
 
 
-def test_a_third_arbiter_is_asked_before_a_guest_speaks(third: None) -> None:
+def test_a_third_arbiter_is_asked_before_a_guest_transmits(third: None) -> None:
     async def body() -> None:
         c, witness, dp, _ = with_a_third()
         c.view.colo_lost()  # and nothing is heard of the peer

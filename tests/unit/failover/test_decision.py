@@ -9,19 +9,17 @@ from typing import Any
 
 import pytest
 
-from colo_xdp.failover.decision import (
-    Action,
+from colo_xdp.failover.decision import Action, decide
+from colo_xdp.failover.facts import (
     ArbiterView,
     Ending,
     Facts,
-    Heard,
+    LinkView,
     OtherGuest,
     OwnGuest,
-    Role,
-    State,
-    decide,
     other_guest,
 )
+from colo_xdp.failover.states import Role, State
 
 CALM = Facts(
     role=Role.SECONDARY,
@@ -54,12 +52,12 @@ P = {"role": Role.PRIMARY}
 LEASE = {"automatic": True, "needs_grant": True, "name": "lease"}
 HELD = {**LEASE, "granted": True, "recorded": True}
 
-LINK = Heard("peer link", 5, 5)
-CUT = {**SILENT, "paths": (LINK,)}  # beacons arrive
+LINK = LinkView("peer link", 5, 5)
+CUT = {**SILENT, "links": (LINK,)}  # datagrams arrive
 LONG_CUT = {**CUT, "peer_silent_ms": 5001}
 STOPPED = {**LONG, "ending": Ending.STOPPED}  # its controller, on purpose
 NEW = {**P, "state": State.STARTING, "undecided": True}  # nothing was pinned
-QUIET = {"paths": (replace(LINK, silent_ms=5001),)}
+QUIET = {"links": (replace(LINK, silent_ms=5001),)}
 
 ROWS = [
     ({}, Action.NONE, "both guests run"),
@@ -120,7 +118,7 @@ ROWS = [
         "control channel is cut, but the peer lives: its heartbeats arrive over peer",
     ),
     (
-        {**CUT, "paths": (replace(LINK, echo_age_ms=1e9),)},
+        {**CUT, "links": (replace(LINK, echo_age_ms=1e9),)},
         Action.DEGRADE,
         "does not receive this side",
     ),
@@ -246,7 +244,7 @@ def test_rows(change: dict[str, Any], action: Action, words: str) -> None:
     assert d.why
 
 
-def test_nobody_speaks_alone_on_a_timer() -> None:
+def test_nobody_runs_standalone_on_a_timer() -> None:
     """Over all facts: TAKE_OVER and GO_SOLO need an attestation, a fence or a person."""
     bools = (False, True)
     for (
@@ -296,7 +294,7 @@ def test_nobody_speaks_alone_on_a_timer() -> None:
             assert qmp, "a host that does not know whether its guest lives asks nobody to be silent"
 
 
-def test_a_guest_of_which_nothing_is_known_speaks_at_a_word_only() -> None:
+def test_a_guest_of_which_nothing_is_known_transmits_only_when_allowed() -> None:
     """Over all facts: the other host's, or a person's. No time, no sign of death and no fence."""
     bools = (False, True)
     for conn, silent, gone, colo, auto, fence, result, op in itertools.product(
@@ -343,10 +341,10 @@ def test_a_guest_of_which_nothing_is_known_speaks_at_a_word_only() -> None:
 def test_what_a_heartbeat_says_of_the_other_guest(
     role: str, state: str, alone: bool, shut: bool, what: OtherGuest
 ) -> None:
-    assert other_guest(role, state, alone=alone, shut=shut) is what
+    assert other_guest(role, state, standalone=alone, shut=shut) is what
 
 
-def test_nobody_speaks_alone_without_the_lease() -> None:
+def test_nobody_runs_standalone_without_the_lease() -> None:
     """Over all facts, a person's wish included; but for a primary whose peer has shut itself."""
     bools = (False, True)
     for role, state, conn, silent, gone, colo, op, late in itertools.product(

@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 
 from colo_xdp.failover import states
-from colo_xdp.failover.decision import Role, State
-from colo_xdp.failover.states import TRANSITIONS, IllegalTransition, diagram, legal
+from colo_xdp.failover.states import TRANSITIONS, IllegalTransition, Role, State, diagram, legal
 from tests.unit.controller.fakes import in_loop, primary, secondary
 
 SHOWN_ONLY = {State.PAUSED, State.SHADOW}
@@ -30,7 +29,7 @@ def test_each_state_is_reached_from_the_first_and_none_is_unknown(role: Role) ->
 
 
 @pytest.mark.parametrize("role", Role)
-def test_who_has_spoken_alone_is_protected_by_a_first_checkpoint_only(role: Role) -> None:
+def test_who_ran_standalone_is_protected_by_a_first_checkpoint_only(role: Role) -> None:
     for state in set(TRANSITIONS[role]) & {State.SOLO, State.PROMOTED, State.STOPPED}:
         assert not legal(role, state, State.PROTECTED)
         assert not legal(role, state, State.CHECKPOINTING)

@@ -72,7 +72,7 @@ def test_the_sender_of_arp(op: int) -> None:
     assert noted(arp("10.9.0.2", op)) == {"10.9.0.2": (GUEST, 0)}
 
 
-def test_what_is_no_word_about_oneself() -> None:
+def test_what_claims_nothing_about_the_sender() -> None:
     syn = TCP(dport=443, flags="S")
     nothing = [
         arp("0.0.0.0"),  # a probe (RFC 5227 2.1.1)
@@ -113,7 +113,7 @@ def test_what_it_has_said_of_being_a_router_is_kept_until_it_says_otherwise() ->
     assert noted(router, host, asks) == {"fd09::2": (GUEST, abi.CLAIM_SAYS_ROUTER)}
 
 
-def test_a_mac_address_of_another_machine_is_not_spoken_for() -> None:
+def test_a_mac_address_of_another_machine_is_not_announced() -> None:
     assert noted(arp("10.9.0.9", 2, mac=OTHER, src=GUEST)) == {}
     assert noted(nd(na() / ICMPv6NDOptDstLLAddr(lladdr=OTHER))) == {}
     # VRRP (RFC 5798 7.3): the virtual MAC is the guest's, since it sends with it.

@@ -63,12 +63,12 @@ class Busy(NoKernelPath):
         """What was given last, of which nothing is outstanding."""
         if not self.taken:
             return None
-        epoch, rel, p_ack, s_ack, adv_ack, p_win, s_win, adv_win, mss, *_, memo = (
+        epoch, rel, p_ack, s_ack, adv_ack, p_win, s_win, adv_win, mss, *_, cookie = (
             abi.OFFLOAD.unpack(self.taken[-1].state)
         )
         return ConnState(
             abi.OWNER_USER, epoch, rel, 0, p_ack, s_ack, adv_ack, p_win, s_win, adv_win, mss, True,
-            False, b"", 0, 0, 0, memo, b"", b"",
+            False, b"", 0, 0, 0, cookie, b"", b"",
         )  # fmt: skip
 
 
@@ -109,7 +109,7 @@ class Pair:
         self.end()
         return raw
 
-    def until_braked(self) -> list[bytes]:
+    def until_backpressure(self) -> list[bytes]:
         """What was sent until frames are kept back, the last of it being the first of those."""
         sent: list[bytes] = []
         for _ in range(10 * (OFFER_AFTER + BACKPRESSURE_AFTER * RETRY)):
@@ -133,7 +133,7 @@ def test_a_settled_connection_is_given(pair: Pair) -> None:
     assert not pair.e.counters["offload_backpressured"]
 
 
-def test_one_that_has_said_much_is_given_sooner(pair: Pair) -> None:
+def test_one_that_has_sent_much_is_offloaded_sooner(pair: Pair) -> None:
     pair.fast.answer = OffloadResult.ACCEPTED
     segments = 0
     while not pair.fast.taken:
@@ -145,7 +145,7 @@ def test_one_that_has_said_much_is_given_sooner(pair: Pair) -> None:
 
 
 def test_a_busy_one_is_kept_back_until_it_is_taken(pair: Pair) -> None:
-    sent = pair.until_braked()
+    sent = pair.until_backpressure()
     pair.fast.answer = OffloadResult.ACCEPTED
     sent.append(pair.both())
     assert len(pair.fast.taken) == 1 and pair.out == sent
@@ -153,7 +153,7 @@ def test_a_busy_one_is_kept_back_until_it_is_taken(pair: Pair) -> None:
 
 
 def test_but_not_for_long(pair: Pair) -> None:
-    sent = pair.until_braked()
+    sent = pair.until_backpressure()
     assert pair.e.tick_ns() <= pair.now, "it has to be looked at soon"
     pair.now += BACKPRESSURE_NS
     pair.e.tick(pair.now)
@@ -167,7 +167,7 @@ def test_but_not_for_long(pair: Pair) -> None:
 
 
 def test_and_not_many_frames(pair: Pair) -> None:
-    sent = pair.until_braked()
+    sent = pair.until_backpressure()
     for _ in range(BACKPRESSURE_FRAMES):
         pair.now -= 10_000  # no time goes by
         sent.append(pair.both())
@@ -176,7 +176,7 @@ def test_and_not_many_frames(pair: Pair) -> None:
 
 @pytest.mark.parametrize("what", ["checkpoint", "solo", "shadow"])
 def test_what_is_kept_back_leaves_before_anything_else_happens(pair: Pair, what: str) -> None:
-    sent = pair.until_braked()
+    sent = pair.until_backpressure()
     if what == "checkpoint":
         pair.e.begin_checkpoint()
     elif what == "solo":
@@ -188,7 +188,7 @@ def test_what_is_kept_back_leaves_before_anything_else_happens(pair: Pair, what:
 
 
 def test_what_is_kept_back_is_held(pair: Pair) -> None:
-    sent = pair.until_braked()
+    sent = pair.until_backpressure()
     for _ in range(3):
         sent.append(pair.both())
     kept = sent[len(pair.out) :]
@@ -200,7 +200,7 @@ def test_what_is_kept_back_is_held(pair: Pair) -> None:
 
 
 def test_nor_many_bytes(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    sent = pair.until_braked()
+    sent = pair.until_backpressure()
     monkeypatch.setattr(scheduler, "BACKPRESSURE_BYTES", 2 * len(sent[-1]))
     sent.append(pair.both())
     assert len(pair.out) == len(sent) - 2
@@ -224,14 +224,14 @@ def test_nor_of_many_connections(pair: Pair) -> None:
     assert pair.e.counters["offload_backpressured"] == len(ports), "the others have their turn"
 
 
-def test_the_brake_is_for_frames_on_their_way_only(pair: Pair) -> None:
+def test_backpressure_is_for_frames_on_their_way_only(pair: Pair) -> None:
     pair.fast.answer = OffloadResult.UNAVAILABLE  # no buffer is free
     sent = [pair.both() for _ in range(OFFER_AFTER + 20 * BACKPRESSURE_AFTER * RETRY)]
     assert pair.fast.asked > 3 * BACKPRESSURE_AFTER
     assert pair.out == sent and not pair.e.counters["offload_backpressured"]
 
 
-def test_a_frame_that_tier_k_has_not_counted_gives_nothing_back(pair: Pair) -> None:
+def test_a_frame_that_the_fast_path_has_not_counted_reclaims_nothing(pair: Pair) -> None:
     """It went here as the connection was locked; there may be more of them."""
     pair.fast.answer = OffloadResult.ACCEPTED
     while not pair.fast.taken:
@@ -253,7 +253,7 @@ def test_a_frame_that_tier_k_has_not_counted_gives_nothing_back(pair: Pair) -> N
     assert pair.e.counters["offload_reclaimed"] == 2
 
 
-def test_a_priority_tag_is_not_for_tier_k() -> None:
+def test_a_priority_tag_is_not_for_the_fast_path() -> None:
     """The connection is one without tags, this frame of it has one. What IP's version is read from
     must not be the tag, nor may IP options make up for the tag's length."""
     for tag in (b"\x81\0\x40\0", b"\x81\0\xa0\0", b"\x88\xa8\x60\0\x81\0\0\0"):
@@ -286,7 +286,7 @@ CALLS: dict[str, tuple[Any, ...]] = {
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_any_call_to_a_given_connection_reclaims_it(
+def test_any_call_to_an_offloaded_connection_reclaims_it(
     pair: Pair, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pair.fast.answer = OffloadResult.ACCEPTED

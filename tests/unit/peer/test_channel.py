@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from colo_xdp.failover.decision import Ending
+from colo_xdp.failover.facts import Ending
 from colo_xdp.peer import channel as peer_module
 from colo_xdp.peer import messages
 from colo_xdp.peer.channel import Peer, PeerError, split_address
@@ -91,7 +91,7 @@ def test_messages_and_loss() -> None:
     asyncio.run(go())
 
 
-def test_both_make_the_same_key_for_beacons_and_another_one_each_time() -> None:
+def test_both_make_the_same_key_for_datagrams_and_another_one_each_time() -> None:
     async def go() -> None:
         port = free_port()
         keys = set()
@@ -111,8 +111,8 @@ def test_both_make_the_same_key_for_beacons_and_another_one_each_time() -> None:
     asyncio.run(go())
 
 
-@pytest.mark.parametrize("nonce", [{}, {"beacon": "00"}, {"beacon": 7}])
-def test_a_peer_that_knows_no_beacons_is_welcome(nonce: dict[str, Any]) -> None:
+@pytest.mark.parametrize("nonce", [{}, {"nonce": "00"}, {"nonce": 7}])
+def test_a_peer_that_knows_no_datagrams_is_welcome(nonce: dict[str, Any]) -> None:
     async def go() -> None:
         port = free_port()
         s = End("secondary", port)
@@ -164,10 +164,10 @@ def test_how_a_silence_began() -> None:
 
 def test_time_without_listening_is_no_silence() -> None:
     p = End("primary", free_port()).peer
-    p.excuse(10**9)
+    p.discount(10**9)
     assert p.silent_ms() == float("inf"), "never heard"
     p.last_seen_ns = time.monotonic_ns() - 3 * 10**9
-    p.excuse(2 * 10**9)
+    p.discount(2 * 10**9)
     assert 999 < p.silent_ms() < 60_000
 
 

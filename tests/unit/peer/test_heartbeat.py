@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Beacons: what is taken, what is refused, and what a side knows of the way back."""
+"""Heartbeat datagrams: what is taken, what is refused, and what a side knows of the way back."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ KEY = session_key("web1", "11" * NONCE, "22" * NONCE)
 T0 = 10**12
 
 
-def two(paths: int = 2) -> tuple[HeartbeatSession, HeartbeatSession]:
-    names = [f"way {i}" for i in range(paths)]
+def two(links: int = 2) -> tuple[HeartbeatSession, HeartbeatSession]:
+    names = [f"link {i}" for i in range(links)]
     p, s = HeartbeatSession("web1", "primary", names), HeartbeatSession("web1", "secondary", names)
     for x in (p, s):
         x.rekey(KEY, same_peer=False)
@@ -38,10 +38,10 @@ def sent(b: HeartbeatSession, path: int = 0, at: int = T0, flags: Flag = Flag.VM
 
 
 def refusals(b: HeartbeatSession) -> dict[str, int]:
-    return {r: n for p in b.paths for r, n in p.refused.items() if n}
+    return {r: n for p in b.links for r, n in p.refused.items() if n}
 
 
-def test_a_word_and_its_way_back() -> None:
+def test_a_datagram_and_its_echo() -> None:
     p, s = two()
     data = sent(p, at=T0, flags=Flag.VM | Flag.STANDALONE)
     assert len(data) == SIZE
@@ -52,7 +52,7 @@ def test_a_word_and_its_way_back() -> None:
     # 2 ms later it answers; the clocks of both hosts have nothing in common
     back = p.receive(0, sent(s, at=T0 + 7 * MS), T0 + 9 * MS)
     assert back is not None and back.after == T0
-    assert p.paths[0].rtt_ns == 7 * MS and p.echo_age_ms(0, T0 + 9 * MS) == 9
+    assert p.links[0].rtt_ns == 7 * MS and p.echo_age_ms(0, T0 + 9 * MS) == 9
     assert p.echo_age_ms(1, T0) == float("inf")
 
 
@@ -102,15 +102,15 @@ def test_no_byte_can_be_changed(at: int) -> None:
     data = bytearray(sent(p))
     data[at] ^= 1
     assert s.receive(0, bytes(data), T0) is None
-    assert sum(refusals(s).values()) == 1 and s.paths[0].received == 0
+    assert sum(refusals(s).values()) == 1 and s.links[0].received == 0
     assert s.silent_ms(0, T0) == float("inf")
 
 
 def test_strangers_are_counted_by_kind() -> None:
     p, s = two(1)
-    other = HeartbeatSession("web2", "primary", ["way 0"])
+    other = HeartbeatSession("web2", "primary", ["link 0"])
     other.rekey(KEY, same_peer=False)
-    stale = HeartbeatSession("web1", "primary", ["way 0"])
+    stale = HeartbeatSession("web1", "primary", ["link 0"])
     stale.rekey(session_key("web1", "33" * NONCE, "22" * NONCE), same_peer=False)
     own = sent(s)
     good = sent(p)
@@ -124,8 +124,8 @@ def test_strangers_are_counted_by_kind() -> None:
     assert s.receive(0, good, T0) is not None, "a forgery does not use its counter up"
 
 
-def test_no_key_no_beacons() -> None:
-    b = HeartbeatSession("web1", "primary", ["way 0"])
+def test_no_key_no_datagrams() -> None:
+    b = HeartbeatSession("web1", "primary", ["link 0"])
     assert sent(b) == b""
     for mine, theirs in (("11" * NONCE, ""), ("", ""), ("11" * NONCE, "zz"), ("11", "11" * NONCE)):
         assert session_key("web1", mine, theirs) == b""
@@ -136,7 +136,7 @@ def test_no_key_no_beacons() -> None:
 
 
 def hears(a: HeartbeatSession, b: HeartbeatSession, at: int) -> bool:
-    """Whether one of two beacons in a row is taken."""
+    """Whether one of two datagrams in a row is taken."""
     return any([b.receive(0, sent(a, at=at + i), at + i) is not None for i in range(2)])
 
 
@@ -165,7 +165,7 @@ def test_another_process_of_the_peer_ends_the_former_key() -> None:
     assert hears(p, s, T0) and hears(s, p, T0)
     kept = sent(p, at=T0 + MS)
     new = session_key("web1", "44" * NONCE, "55" * NONCE)
-    p = HeartbeatSession("web1", "primary", ["way 0"])
+    p = HeartbeatSession("web1", "primary", ["link 0"])
     for b in (p, s):
         b.rekey(new, same_peer=False)
     assert s.receive(0, kept, T0 + 2 * MS) is None
@@ -177,7 +177,7 @@ def test_another_process_of_the_peer_ends_the_former_key() -> None:
 def test_time_without_listening_is_no_silence() -> None:
     p, s = two(1)
     s.receive(0, sent(p), T0)
-    s.excuse(1000 * MS)
+    s.discount(1000 * MS)
     assert s.silent_ms(0, T0 + 1100 * MS) == 100
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What both controllers make of beacons, and of their own loop standing still."""
+"""What both controllers make of datagrams, and of their own loop standing still."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ from colo_xdp.abi import Mode
 from colo_xdp.controller.checkpoint_coordinator import CheckpointRequest
 from colo_xdp.controller.controller import Controller
 from colo_xdp.engine.engine import Engine
-from colo_xdp.failover.decision import Action, Ending, State
+from colo_xdp.failover.decision import Action
+from colo_xdp.failover.facts import Ending
 from colo_xdp.failover.lease import boot_ns
+from colo_xdp.failover.states import State
 from colo_xdp.peer.channel import OTHER
 from colo_xdp.peer.heartbeat import NONCE, Flag, Heartbeat, HeartbeatSession, session_key
 from tests.unit.controller.fakes import FakeDataPath, Sent, primary, secondary
@@ -68,7 +70,7 @@ def test_a_shut_data_path_is_certain_silence(make: Any, over: Action) -> None:
     "why", ["connected", "kept back", "before the guest", "hears nothing", "overtaken"]
 )
 @pytest.mark.parametrize("make", [primary, secondary])
-def test_only_a_fresh_word_counts_and_only_when_the_channel_is_down(make: Any, why: str) -> None:
+def test_only_a_fresh_datagram_counts_and_only_without_the_channel(make: Any, why: str) -> None:
     async def body() -> None:
         c, _, done = cut(make)
         said = word(Flag.SHUT | Flag.ASK | Flag.STANDALONE | Flag.SVM)
@@ -83,7 +85,7 @@ def test_only_a_fresh_word_counts_and_only_when_the_channel_is_down(make: Any, w
             c.peer.connected = False
         elif why == "overtaken":  # by what the control channel brought before it was cut
             beat = {"t": said.t, "echo": 0, "state": "protected", "epoch": 7, "vm": True,
-                    "shut": False, "alone": False, "shadow": False, "promise": False,
+                    "shut": False, "standalone": False, "shadow": False, "promise": False,
                     "delivered": 0, "sent": 0,
                     "role": OTHER[c.role.value]}  # fmt: skip
             c._peer_message({"type": "heartbeat", **beat})
@@ -96,20 +98,20 @@ def test_only_a_fresh_word_counts_and_only_when_the_channel_is_down(make: Any, w
     run(body)
 
 
-def test_asked_by_beacon_a_secondary_stands_down_and_says_so() -> None:
+def test_asked_by_datagram_a_secondary_is_demoted_and_reports_it() -> None:
     async def body() -> None:
         c, dp, _ = cut(secondary)
         c.heartbeats.on_heartbeat(word(Flag.VM | Flag.ASK))
         assert c.state is State.STOPPED and dp.mode is Mode.DROP and c.view.guest.demoted
         assert Flag.SHUT in c.heartbeats.flags() and Flag.STANDALONE not in c.heartbeats.flags()
-        # and comes back if the primary dies without having spoken alone, as on the channel
+        # and comes back if the primary dies without having transmitted alone, as on the channel
         c.heartbeats.on_heartbeat(word(Flag.SHUT))
         assert c.state is State.DEGRADED
 
     run(body)
 
 
-def test_a_primary_that_has_spoken_alone_leaves_nothing_to_come_back_to() -> None:
+def test_a_primary_that_ran_standalone_leaves_nothing_to_come_back_to() -> None:
     async def body() -> None:
         c, _, done = cut(secondary)
         c.heartbeats.on_heartbeat(word(Flag.VM | Flag.ASK))
@@ -120,7 +122,7 @@ def test_a_primary_that_has_spoken_alone_leaves_nothing_to_come_back_to() -> Non
     run(body)
 
 
-def test_a_secondary_stands_down_when_the_primary_has_spoken_alone() -> None:
+def test_a_secondary_is_demoted_when_the_primary_has_run_standalone() -> None:
     async def body() -> None:
         c, dp, done = cut(secondary)
         c.heartbeats.on_heartbeat(word(Flag.VM | Flag.STANDALONE))
@@ -132,7 +134,7 @@ def test_a_secondary_stands_down_when_the_primary_has_spoken_alone() -> None:
     run(body)
 
 
-def test_a_primary_asks_no_primary_to_stand_down() -> None:
+def test_a_primary_asks_no_primary_to_be_demoted() -> None:
     async def body() -> None:
         c, _, _ = cut(primary)
         c.heartbeats.on_heartbeat(word(Flag.VM | Flag.ASK))
@@ -144,7 +146,7 @@ def test_a_primary_asks_no_primary_to_stand_down() -> None:
     run(body)
 
 
-def test_a_primary_never_speaks_against_a_secondary_that_took_over() -> None:
+def test_a_primary_never_transmits_against_a_secondary_that_took_over() -> None:
     async def body() -> None:
         c, dp, _ = cut(primary)
         c.heartbeats.on_heartbeat(word(Flag.VM | Flag.SVM))
@@ -155,7 +157,7 @@ def test_a_primary_never_speaks_against_a_secondary_that_took_over() -> None:
     run(body)
 
 
-def test_shadow_is_told_by_beacon_too() -> None:
+def test_shadow_is_reported_by_datagram_too() -> None:
     async def body() -> None:
         c, _, done = cut(secondary)
         c.heartbeats.on_heartbeat(word(Flag.VM | Flag.SHADOW))
@@ -216,7 +218,7 @@ def test_a_loop_that_stood_still_says_so_and_blames_nobody() -> None:
     c.heartbeats.stood_still(2.0, 0.1)
     assert c.peer.last_seen_ns == before + 2 * 10**9
     sent: list[tuple[Flag, int]] = []
-    c.paths.send = lambda flags, lag, epoch: sent.append((flags, lag))  # type: ignore[method-assign]
+    c.heartbeat_links.send = lambda flags, lag, epoch: sent.append((flags, lag))  # type: ignore[method-assign]
     c.beat()
     c.beat()
     assert [lag for _, lag in sent] == [2000, 0]
@@ -232,14 +234,14 @@ def test_a_slow_peer_is_known_by_what_it_says() -> None:
     run(body)
 
 
-def test_facts_of_a_cut_come_from_the_beacons() -> None:
+def test_facts_of_a_cut_come_from_the_datagrams() -> None:
     """From datagram to sentence."""
 
     async def body() -> None:
         c, _, _ = cut(secondary)
         key = session_key("web1", "11" * NONCE, "22" * NONCE)
         far = HeartbeatSession("web1", "primary", [LINK])
-        for core in (c.paths.core, far):
+        for core in (c.heartbeat_links.core, far):
             core.rekey(key, same_peer=False)
         c.peer.last_seen_ns = time.monotonic_ns() - 2 * 10**9
         c.view.born_ns = 0
@@ -247,13 +249,16 @@ def test_facts_of_a_cut_come_from_the_beacons() -> None:
         c.reconsider()
         assert "acknowledged nothing" in c.reason and f"control channel, {LINK}" in c.reason
         far.round()
-        assert c.paths.core.receive(0, far.make(0, boot_ns(), Flag.VM, 0, 7), boot_ns()) is not None
+        assert (
+            c.heartbeat_links.core.receive(0, far.make(0, boot_ns(), Flag.VM, 0, 7), boot_ns())
+            is not None
+        )
         c.reconsider()
         assert c.state is State.DEGRADED
         assert "the control channel is cut, but the peer lives" in c.reason
         assert "does not receive this side's" in c.reason
-        far.receive(0, c.paths.core.make(0, boot_ns(), Flag.VM, 0, 7), boot_ns())
-        c.paths.core.receive(0, far.make(0, boot_ns(), Flag.VM, 0, 7), boot_ns())
+        far.receive(0, c.heartbeat_links.core.make(0, boot_ns(), Flag.VM, 0, 7), boot_ns())
+        c.heartbeat_links.core.receive(0, far.make(0, boot_ns(), Flag.VM, 0, 7), boot_ns())
         c.reconsider()
         assert c.reason.endswith(f"its heartbeats arrive over {LINK}")
 

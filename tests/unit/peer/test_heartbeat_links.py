@@ -53,7 +53,7 @@ async def until(cond: Callable[[], object]) -> None:
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "[::1]"])
-def test_beacons_over_udp(host: str) -> None:
+def test_datagrams_over_udp(host: str) -> None:
     async def go() -> None:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         a, b = (f"{host}:{free_port(family)}" for _ in range(2))
@@ -96,7 +96,7 @@ def test_a_host_that_refuses_and_comes_back(caplog: pytest.LogCaptureFixture) ->
 
     asyncio.run(go())
     said = [r.getMessage() for r in caplog.records]
-    assert len(said) <= 4, "told once, not with each beacon"
+    assert len(said) <= 4, "told once, not with each datagram"
 
 
 def test_an_address_that_is_not_there_yet() -> None:
@@ -124,12 +124,12 @@ def test_a_flood_costs_the_path_and_nothing_else() -> None:
             where = ("127.0.0.1", int(b.split(":")[1]))
             for _ in range(3 * BUDGET):
                 flood.sendto(b"x" * SIZE, where)
-            refused = s.paths.core.paths[0].refused
+            refused = s.paths.core.links[0].refused
             await until(lambda: refused["stranger"] == BUDGET)
             end = time.monotonic() + 0.05
             while time.monotonic() < end:
                 await asyncio.sleep(0.005)
-            assert refused["stranger"] == BUDGET, "no more until the next beacon"
+            assert refused["stranger"] == BUDGET, "no more until the next datagram"
             for _ in range(2):
                 s.say()
                 seen = refused["stranger"]

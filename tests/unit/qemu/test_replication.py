@@ -12,12 +12,14 @@ from typing import Any
 
 import pytest
 
-from colo_xdp.qemu import replication
+from colo_xdp.qemu import mirrors
+from colo_xdp.qemu.block_layer import ReplicationOptions
 from colo_xdp.qemu.disks import DiskError, Mirror
 from colo_xdp.qemu.event import QmpEvent
-from colo_xdp.qemu.overlays import ReplicatedDisk
+from colo_xdp.qemu.mirrors import Copying
+from colo_xdp.qemu.overlays import OverlayFiles, ReplicatedDisk
 from colo_xdp.qemu.qmp import QemuInfo, QmpError, QmpTimeout
-from colo_xdp.qemu.replication import Copying, DiskReplication, ReplicationOptions
+from colo_xdp.qemu.replication import DiskReplication
 
 SIZE = 64 << 20
 
@@ -159,7 +161,7 @@ def make(
         if not block.server:
             raise DiskError("no answer")
 
-    d.probe = answers  # type: ignore[method-assign]
+    d.mirrors.probe = answers  # type: ignore[method-assign]
     return d, block
 
 
@@ -167,7 +169,7 @@ def make(
 def no_qemu_img(monkeypatch: pytest.MonkeyPatch) -> None:
     async def nothing(self: Any, *args: Any) -> None: ...
 
-    monkeypatch.setattr(DiskReplication, "_as_owner", nothing)
+    monkeypatch.setattr(OverlayFiles, "_as_owner", nothing)
 
 
 def run(body: Coroutine[Any, Any, None]) -> None:
@@ -182,10 +184,14 @@ def test_a_qemu_without_replicated_disks_is_asked_nothing(tmp_path: Path) -> Non
     async def body() -> None:
         d, block = make(tmp_path)
         block.silent = {"query-block", "query-block-jobs", "query-yank", "query-block-exports"}
-        assert await d.serve() == {} and await d.copied() and await d.whole() == ""
-        await d.cut()
-        await d.stop_serving()
-        assert not await d.committing() and not block.said
+        assert (
+            await d.replica.serve() == {}
+            and await d.mirrors.copied()
+            and await d.mirrors.whole() == ""
+        )
+        await d.mirrors.cut()
+        await d.replica.stop_serving()
+        assert not await d.block.committing() and not block.said
 
     run(body())
 
@@ -193,19 +199,19 @@ def test_a_qemu_without_replicated_disks_is_asked_nothing(tmp_path: Path) -> Non
 def test_the_secondary_is_set_up_once(tmp_path: Path) -> None:
     async def body() -> None:
         d, block = make(tmp_path, "d0", "d1")
-        assert await d.serve() == {"d0": SIZE, "d1": SIZE}
+        assert await d.replica.serve() == {"d0": SIZE, "d1": SIZE}
         assert block.exports == {"colo-d0": "#block0", "colo-d1": "#block1"}, "the images"
-        assert block.disks["d0"]["node-name"] == "colo-d0" and d.serving
+        assert block.disks["d0"]["node-name"] == "colo-d0" and d.replica.serving
         said = list(block.said)
         assert block.names == ["p.d0", "p.d1"], "the pair is part of the name"
-        assert await d.serve() == {"d0": SIZE, "d1": SIZE}, "as `ready` is sent again"
+        assert await d.replica.serve() == {"d0": SIZE, "d1": SIZE}, "as `ready` is sent again"
         assert block.said == [*said, "nbd-server-start"]
         other, _ = make(tmp_path, "d0", "d1")  # the next controller of this host
-        other._qemu = d._qemu
-        assert await other.serve() == {"d0": SIZE, "d1": SIZE}
-        await d.stop_serving()
-        await d.stop_serving()
-        assert not block.exports and not d.serving
+        other.block.qemu = d.block.qemu
+        assert await other.replica.serve() == {"d0": SIZE, "d1": SIZE}
+        await d.replica.stop_serving()
+        await d.replica.stop_serving()
+        assert not block.exports and not d.replica.serving
         assert "nbd-server-stop" not in block.said, "it hangs while a client is in its handshake"
 
     run(body())
@@ -216,8 +222,8 @@ def test_two_who_set_it_up_at_a_time(tmp_path: Path) -> None:
 
     async def body() -> None:
         d, block = make(tmp_path, "d0")
-        d.make_overlays = slow = SlowOverlays()  # type: ignore[method-assign,assignment]
-        assert await asyncio.gather(d.serve(), d.serve()) == [{"d0": SIZE}] * 2
+        d.replica.files.make = slow = SlowOverlays()  # type: ignore[method-assign,assignment]
+        assert await asyncio.gather(d.replica.serve(), d.replica.serve()) == [{"d0": SIZE}] * 2
         assert slow.made == 1 and block.exports == {"colo-d0": "#block0"}
 
     run(body())
@@ -245,11 +251,11 @@ def test_a_controller_that_dies_on_the_way_is_continued(tmp_path: Path, died: st
 
         block.execute = execute  # type: ignore[method-assign]
         with pytest.raises(asyncio.CancelledError):
-            await d.serve()
+            await d.replica.serve()
         block.execute = real  # type: ignore[method-assign]
         other, _ = make(tmp_path, "d0", "d1")
-        other._qemu = d._qemu
-        assert await other.serve() == {"d0": SIZE, "d1": SIZE}
+        other.block.qemu = d.block.qemu
+        assert await other.replica.serve() == {"d0": SIZE, "d1": SIZE}
         assert block.exports == {"colo-d0": "#block0", "colo-d1": "#block1"}
         assert {i["node-name"] for i in block.disks.values()} == {"colo-d0", "colo-d1"}
 
@@ -284,7 +290,7 @@ def test_what_the_secondary_cannot_do_is_named(tmp_path: Path, what: str, says: 
                 "nbd-server-start": "Address in use", "block-export-add": "lock",
             }[what]  # fmt: skip
         with pytest.raises(DiskError, match=says):
-            await d.serve()
+            await d.replica.serve()
         if what == "qom-set":
             assert "colo-d0" not in block.nodes, "it can be tried again"
 
@@ -295,7 +301,7 @@ def test_iothreads_are_fine_from_qemu_11_on(tmp_path: Path) -> None:
     async def body() -> None:
         d, block = make(tmp_path, "d0", version=(11, 0, 0))
         block.iothread = {"d0"}
-        await d.serve()
+        await d.replica.serve()
 
     run(body())
 
@@ -304,19 +310,21 @@ def test_the_primary_copies_and_then_every_write_is_on_both(tmp_path: Path) -> N
     async def body() -> None:
         d, block = make(tmp_path, "d0", "d1")
         block.server = True
-        await d.start({"d0": SIZE, "d1": SIZE})
-        assert not await d.copied() and "0 % of 128 MiB" in str(d.copying)
-        assert "not copied yet" in await d.whole()
+        await d.mirrors.start({"d0": SIZE, "d1": SIZE})
+        assert not await d.mirrors.copied() and "0 % of 128 MiB" in str(d.mirrors.copying)
+        assert "not copied yet" in await d.mirrors.whole()
         block.jobs["colo-d0-mirror"].update(ready=True, offset=SIZE)
-        assert not await d.copied() and "50 %" in str(d.copying)
+        assert not await d.mirrors.copied() and "50 %" in str(d.mirrors.copying)
         block.copied()
-        assert await d.copied() and d.copying is None and await d.whole() == ""
+        assert (
+            await d.mirrors.copied() and d.mirrors.copying is None and await d.mirrors.whole() == ""
+        )
         block.jobs["colo-d1-mirror"]["actively-synced"] = False  # QEMU 8.2 and newer
-        assert "d1" in await d.whole()
+        assert "d1" in await d.mirrors.whole()
         block.jobs["colo-d1-mirror"]["actively-synced"] = True
-        assert await d.whole() == ""
-        await d.cut()
-        assert not block.jobs and not block.nodes and not d.mirroring
+        assert await d.mirrors.whole() == ""
+        await d.mirrors.cut()
+        assert not block.jobs and not block.nodes and not d.mirrors.mirroring
 
     run(body())
 
@@ -337,7 +345,7 @@ def test_disks_that_differ_are_refused_before_anything_changes(
         d, block = make(tmp_path, "d0")
         block.server = True
         with pytest.raises(DiskError, match=says):
-            await d.start(theirs)
+            await d.mirrors.start(theirs)
         assert not block.said
 
     run(body())
@@ -347,7 +355,7 @@ def test_a_server_that_does_not_answer_is_found_before_qemu_waits_for_it(tmp_pat
     async def body() -> None:
         d, block = make(tmp_path, "d0")
         with pytest.raises(DiskError, match="no answer"):
-            await d.start({"d0": SIZE})
+            await d.mirrors.start({"d0": SIZE})
         assert not block.said
 
     run(body())
@@ -358,9 +366,9 @@ def test_overlays_that_are_still_committed_keep_the_next_copy_waiting(tmp_path: 
         d, block = make(tmp_path, "d0")
         block.server, block.nodes = True, {"colo-d0", "colo-d0-active", "colo-d0-hidden"}
         with pytest.raises(DiskError, match="still being committed"):
-            await d.start({"d0": SIZE})
+            await d.mirrors.start({"d0": SIZE})
         block.nodes = {"colo-d0"}  # what a takeover leaves
-        await d.start({"d0": SIZE})
+        await d.mirrors.start({"d0": SIZE})
 
     run(body())
 
@@ -371,8 +379,8 @@ def test_a_copy_that_begins_in_part_leaves_nothing(tmp_path: Path) -> None:
         block.server = True
         block.refuse["blockdev-mirror"] = "no permission"
         with pytest.raises(DiskError, match="d0 cannot be copied.*no permission"):
-            await d.start({"d0": SIZE, "d1": SIZE})
-        assert not block.nodes and not d.mirroring
+            await d.mirrors.start({"d0": SIZE, "d1": SIZE})
+        assert not block.nodes and not d.mirrors.mirroring
 
     run(body())
 
@@ -390,17 +398,19 @@ def test_a_mirror_that_ends_is_lost_for_good(tmp_path: Path, how: tuple[str, Any
     async def body() -> None:
         d, block = make(tmp_path, "d0")
         block.server = True
-        await d.start({"d0": SIZE})
+        await d.mirrors.start({"d0": SIZE})
         block.copied()
-        assert not d.on_event(event("BLOCK_JOB_COMPLETED", device="backup0")), "not ours"
-        why = d.on_event(event(how[0], **how[1]))
-        assert "disk d0" in why and await d.whole() == why, "though the job may be there still"
-        assert not d.on_event(event(how[0], **how[1])), "said once"
+        assert not d.mirrors.on_event(event("BLOCK_JOB_COMPLETED", device="backup0")), "not ours"
+        why = d.mirrors.on_event(event(how[0], **how[1]))
+        assert "disk d0" in why and await d.mirrors.whole() == why, (
+            "though the job may be there still"
+        )
+        assert not d.mirrors.on_event(event(how[0], **how[1])), "said once"
         with pytest.raises(DiskError, match="d0"):
-            await d.copied()
-        await d.cut()
-        await d.start({"d0": SIZE})
-        assert d.lost == ""
+            await d.mirrors.copied()
+        await d.mirrors.cut()
+        await d.mirrors.start({"d0": SIZE})
+        assert d.mirrors.lost == ""
 
     run(body())
 
@@ -409,23 +419,23 @@ def test_what_was_whole_is_so_until_qemu_reports_something(tmp_path: Path) -> No
     async def body() -> None:
         d, block = make(tmp_path, "d0")
         block.server = True
-        await d.start({"d0": SIZE})
-        assert not d.still_whole, "nobody has asked"
-        assert await d.whole() and not d.still_whole
+        await d.mirrors.start({"d0": SIZE})
+        assert not d.mirrors.still_whole, "nobody has asked"
+        assert await d.mirrors.whole() and not d.mirrors.still_whole
         block.copied()
-        assert not await d.whole() and d.still_whole
-        d._qemu.qmp, kept = Block("d0"), block  # type: ignore[assignment]
-        assert not d.still_whole, "another connection: an event may have been missed"
-        d._qemu.qmp = kept  # type: ignore[assignment]
+        assert not await d.mirrors.whole() and d.mirrors.still_whole
+        d.block.qemu.qmp, kept = Block("d0"), block  # type: ignore[assignment]
+        assert not d.mirrors.still_whole, "another connection: an event may have been missed"
+        d.block.qemu.qmp = kept  # type: ignore[assignment]
         block.connected = False
-        assert not d.still_whole
-        assert d.ended_whole, "QEMU died, and had reported no error"
+        assert not d.mirrors.still_whole
+        assert d.mirrors.ended_whole, "QEMU died, and had reported no error"
         block.connected = True
-        assert d.still_whole and not d.ended_whole
-        d.on_event(event("BLOCK_JOB_ERROR", device="colo-d0-mirror"))
-        assert not d.still_whole
+        assert d.mirrors.still_whole and not d.mirrors.ended_whole
+        d.mirrors.on_event(event("BLOCK_JOB_ERROR", device="colo-d0-mirror"))
+        assert not d.mirrors.still_whole
         block.connected = False
-        assert not d.ended_whole
+        assert not d.mirrors.ended_whole
 
     run(body())
 
@@ -435,12 +445,12 @@ def test_a_mirror_in_trouble_is_not_whole(tmp_path: Path, job: dict[str, Any]) -
     async def body() -> None:
         d, block = make(tmp_path, "d0")
         block.server = True
-        await d.start({"d0": SIZE})
+        await d.mirrors.start({"d0": SIZE})
         block.copied()
         block.jobs["colo-d0-mirror"].update(job)
-        assert "d0" in await d.whole()
+        assert "d0" in await d.mirrors.whole()
         block.jobs.clear()
-        assert await d.whole() == "disk d0 is not mirrored"
+        assert await d.mirrors.whole() == "disk d0 is not mirrored"
 
     run(body())
 
@@ -449,13 +459,13 @@ def test_a_qemu_that_hangs_on_a_write_is_freed_first(tmp_path: Path) -> None:
     async def body() -> None:
         d, block = make(tmp_path, "d0")
         block.server = True
-        await d.start({"d0": SIZE})
+        await d.mirrors.start({"d0": SIZE})
         block.hangs = True
-        await d.cut()
+        await d.mirrors.cut()
         kinds = {(i["type"], i.get("node-name")) for i in block.yanked}
         assert kinds == {("migration", None), ("block-node", "colo-d0-target")}, "not the chardev"
         assert not block.jobs and not block.nodes
-        assert d.on_event(event("BLOCK_JOB_ERROR", device="colo-d0-mirror"))
+        assert d.mirrors.on_event(event("BLOCK_JOB_ERROR", device="colo-d0-mirror"))
 
     run(body())
 
@@ -466,13 +476,13 @@ def test_mirrors_that_do_not_end_are_reported(
     async def body() -> None:
         d, block = make(tmp_path, "d0")
         block.server = True
-        await d.start({"d0": SIZE})
+        await d.mirrors.start({"d0": SIZE})
         block.refuse["job-cancel"] = "no"
         with pytest.raises(QmpError, match="colo-d0-mirror, colo-d0-target still there"):
-            await d.cut()
-        assert d.mirroring
+            await d.mirrors.cut()
+        assert d.mirrors.mirroring
 
-    monkeypatch.setattr(replication, "CUT_S", 0.1)
+    monkeypatch.setattr(mirrors, "CUT_S", 0.1)
     run(body())
 
 
@@ -480,13 +490,13 @@ def test_the_next_controller_finds_the_mirrors(tmp_path: Path) -> None:
     async def body() -> None:
         d, block = make(tmp_path, "d0")
         block.server = True
-        await d.start({"d0": SIZE})
+        await d.mirrors.start({"d0": SIZE})
         block.copied()
         other, _ = make(tmp_path, "d0")
-        other._qemu = d._qemu
+        other.block.qemu = d.block.qemu
         await other.adopt()
-        assert other.mirroring and await other.whole() == ""
-        await other.cut()
+        assert other.mirrors.mirroring and await other.mirrors.whole() == ""
+        await other.mirrors.cut()
         assert not block.nodes
 
     run(body())
@@ -508,9 +518,9 @@ def test_a_stop_that_comes_before_the_last_write_tells_nothing(tmp_path: Path, d
             return found
 
         block.query_block = query_block  # type: ignore[method-assign]
-        await d.start({"d0": SIZE})
+        await d.mirrors.start({"d0": SIZE})
         block.copied()
-        assert not await d.whole() and not d.still_whole
+        assert not await d.mirrors.whole() and not d.mirrors.still_whole
 
     run(body())
 
@@ -520,12 +530,12 @@ def test_a_drive_without_a_medium_is_no_disk(tmp_path: Path) -> None:
         d, block = make(tmp_path, "d0")
         block.query_block = lambda args: [{"device": "d0", "qdev": "x"}]  # type: ignore[method-assign]
         with pytest.raises(DiskError, match="no disk d0"):
-            await d.serve()
+            await d.replica.serve()
 
     run(body())
 
 
-def test_progress_in_words() -> None:
+def test_progress_as_text() -> None:
     c = Copying()
     assert "0 %" in str(c)
     c.began -= 10
@@ -538,9 +548,9 @@ def protected(tmp_path: Path) -> tuple[DiskReplication, Block]:
     block.server = True
 
     async def body() -> None:
-        await d.start({"d0": SIZE, "d1": SIZE})
+        await d.mirrors.start({"d0": SIZE, "d1": SIZE})
         block.copied()
-        assert await d.copied()
+        assert await d.mirrors.copied()
 
     run(body())
     return d, block
@@ -559,32 +569,34 @@ class At:
 def test_writes_that_none_ends_are_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     d, block = protected(tmp_path)
     clock = At()
-    monkeypatch.setattr(replication, "time", clock)
+    monkeypatch.setattr(mirrors, "time", clock)
     job = block.jobs["colo-d1-mirror"]
 
     async def body() -> None:
         for _ in range(50):  # one after the other
             job["len"] += 4096
-            await d.look()
+            await d.mirrors.look()
             clock.now += 0.1
             job["offset"] = job["len"]
-            assert d.silent() == ""
+            assert d.mirrors.silent() == ""
         job["len"] += 4096
-        await d.look()
+        await d.mirrors.look()
         clock.now += 1.9
-        await d.look()
-        assert d.silent() == ""
+        await d.mirrors.look()
+        assert d.mirrors.silent() == ""
         block.hangs = True  # a checkpoint drains the disks
         with pytest.raises(QmpTimeout):
-            await d.look()
+            await d.mirrors.look()
         clock.now += 0.2
-        assert "disk d1" in d.silent() and "2.1 s" in d.silent()
-        await d.give_up(d.silent())
+        assert "disk d1" in d.mirrors.silent() and "2.1 s" in d.mirrors.silent()
+        await d.mirrors.give_up(d.mirrors.silent())
         assert {i["type"] for i in block.yanked} == {"block-node"}, "the migration goes on"
-        assert d.lost == ""
-        why = d.on_event(event("BLOCK_JOB_ERROR", device="colo-d0-mirror", operation="write"))
+        assert d.mirrors.lost == ""
+        why = d.mirrors.on_event(
+            event("BLOCK_JOB_ERROR", device="colo-d0-mirror", operation="write")
+        )
         assert "d0 is no longer mirrored: a write to disk d1" in why
-        assert await d.whole() == why and d.silent() == "", "once"
+        assert await d.mirrors.whole() == why and d.mirrors.silent() == "", "once"
 
     run(body())
 
@@ -593,28 +605,28 @@ def test_a_first_copy_may_be_slow(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     d, block = make(tmp_path, "d0")
     block.server = True
     clock = At()
-    monkeypatch.setattr(replication, "time", clock)
+    monkeypatch.setattr(mirrors, "time", clock)
 
     async def body() -> None:
-        await d.start({"d0": SIZE})
-        await d.look()
+        await d.mirrors.start({"d0": SIZE})
+        await d.mirrors.look()
         clock.now += 10
-        assert d.silent() == ""
+        assert d.mirrors.silent() == ""
         clock.now += 6
-        await d.give_up(d.silent())
-        assert d.on_event(event("BLOCK_JOB_ERROR", device="colo-d0-mirror"))
+        await d.mirrors.give_up(d.mirrors.silent())
+        assert d.mirrors.on_event(event("BLOCK_JOB_ERROR", device="colo-d0-mirror"))
         with pytest.raises(DiskError, match="has waited for the secondary"):
-            await d.copied()
-        await d.cut()
-        await d.start({"d0": SIZE})
-        assert d.silent() == "", "another mirror"
+            await d.mirrors.copied()
+        await d.mirrors.cut()
+        await d.mirrors.start({"d0": SIZE})
+        assert d.mirrors.silent() == "", "another mirror"
 
     run(body())
 
 
 def test_a_qemu_that_serves_has_no_writes_that_wait(tmp_path: Path) -> None:
     d, _ = make(tmp_path, "d0")
-    assert d.silent() == ""
+    assert d.mirrors.silent() == ""
 
 
 def test_no_overlay_is_made_without_room_for_all(
@@ -634,4 +646,4 @@ def test_no_overlay_is_made_without_room_for_all(
 
 
 async def _serve(d: DiskReplication) -> None:
-    await d.serve()
+    await d.replica.serve()

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from colo_xdp.failover.decision import State
+from colo_xdp.failover.states import State
 from colo_xdp.qemu import supervisor
 from colo_xdp.qemu.event import QmpEvent
 from colo_xdp.qemu.qmp import QmpError
@@ -149,7 +149,7 @@ def test_a_secondary_needs_a_copy_while_the_other_guest_serves_alone() -> None:
     assert not c.needs_copy, "nothing is known of the other guest"
     c.view.peer.role, c.view.peer.state = "primary", State.SOLO.value
     assert not c.needs_copy, "none was here yet: whoever sets the host up starts it"
-    c._qemus = 1
+    c.entry.qemus = 1
     assert c.needs_copy
     c.state = State.PROTECTED
     assert not c.needs_copy

@@ -18,7 +18,7 @@ import pytest
 from colo_xdp import abi
 from colo_xdp.compare.causes import Cause
 from colo_xdp.engine.waits import WAIT_BUCKETS
-from colo_xdp.failover.decision import Role, State
+from colo_xdp.failover.states import Role, State
 from colo_xdp.peer.heartbeat import REFUSALS
 from colo_xdp.status import metrics
 from colo_xdp.status.document import empty
@@ -120,7 +120,7 @@ def test_a_controller_that_does_not_answer_is_counted(served: tuple[Source, str]
 
 
 @pytest.mark.parametrize(
-    ("role", "state", "speaks", "ready", "secondary"),
+    ("role", "state", "transmits", "ready", "secondary"),
     [
         ("primary", "protected", True, 200, 503),
         ("primary", "solo", True, 503, 503),
@@ -136,17 +136,18 @@ def test_a_controller_that_does_not_answer_is_counted(served: tuple[Source, str]
     ],
 )
 def test_health(
-    served: tuple[Source, str], role: str, state: str, speaks: bool, ready: int, secondary: int
+    served: tuple[Source, str], role: str, state: str, transmits: bool, ready: int, secondary: int
 ) -> None:
     """/primary is the fact that colo_xdp_active and the status give, whatever the state is."""
     source, url = served
     source.doc.update(role=role, state=state, reason="because")
-    source.doc["active"]["transmitting"] = speaks
+    source.doc["active"]["transmitting"] = transmits
     assert get(url + "/healthz") == (200, f"{role} {state}: because\n")
     got = tuple(get(url + p)[0] for p in ("/readyz", "/primary", "/secondary"))
-    assert got == (ready, 200 if speaks else 503, secondary)
+    assert got == (ready, 200 if transmits else 503, secondary)
     assert (
-        value(get(url + "/metrics")[1], f'colo_xdp_active{{pair="web1",role="{role}"}}') == speaks
+        value(get(url + "/metrics")[1], f'colo_xdp_active{{pair="web1",role="{role}"}}')
+        == transmits
     )
     assert json.loads(get(url + "/status.json")[1])["state"] == state
     assert get(url + "/else")[0] == 404

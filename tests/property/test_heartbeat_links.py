@@ -8,24 +8,15 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from colo_xdp.failover.decision import (
-    Action,
-    ArbiterView,
-    Ending,
-    Facts,
-    Heard,
-    OtherGuest,
-    OwnGuest,
-    Role,
-    State,
-    decide,
-)
+from colo_xdp.failover.decision import Action, decide
+from colo_xdp.failover.facts import ArbiterView, Ending, Facts, LinkView, OtherGuest, OwnGuest
+from colo_xdp.failover.states import Role, State
 
 CASES = 15_000
 TIMES = (0.0, 5.0, 999.0, 1000.0, 1001.0, 5000.0, 5001.0, 10_000.0, 10_001.0, float("inf"))
 
 
-def cases(seed: int) -> Iterator[tuple[Facts, tuple[Heard, ...]]]:
+def cases(seed: int) -> Iterator[tuple[Facts, tuple[LinkView, ...]]]:
     """Yield arbitrary facts, with one to three links."""
     rnd = random.Random(seed)
     flags = (
@@ -55,12 +46,12 @@ def cases(seed: int) -> Iterator[tuple[Facts, tuple[Heard, ...]]]:
             own_guest=rnd.choice(list(OwnGuest)),
             **drawn,  # type: ignore[arg-type]
         )  # fmt: skip
-        yield f, tuple(some_paths(rnd, rnd.choice((1, 2, 3))))
+        yield f, tuple(some_links(rnd, rnd.choice((1, 2, 3))))
 
 
-def some_paths(rnd: random.Random, n: int) -> Iterator[Heard]:
+def some_links(rnd: random.Random, n: int) -> Iterator[LinkView]:
     for _ in range(n):
-        yield Heard("way", rnd.choice(TIMES), rnd.choice(TIMES))
+        yield LinkView("way", rnd.choice(TIMES), rnd.choice(TIMES))
 
 
 #: what cannot be undone
@@ -69,10 +60,10 @@ GRAVE = (Action.TAKE_OVER, Action.GO_SOLO, Action.FENCE, Action.ACQUIRE, Action.
 
 def test_no_path_leads_to_what_cannot_be_called_back() -> None:
     careful = 0
-    for f, paths in cases(1):
-        one, more = decide(f), decide(replace(f, paths=paths))
+    for f, links in cases(1):
+        one, more = decide(f), decide(replace(f, links=links))
         if more.action in GRAVE:
-            assert one.action is more.action, (f, paths)
+            assert one.action is more.action, (f, links)
         if one.action in (Action.NONE, Action.DEGRADE, Action.REARM, Action.WAIT):
             assert more.action in (one.action, Action.NONE, Action.DEGRADE, Action.ASK_SHUT)
         careful += one.action in GRAVE and more.action not in GRAVE
@@ -81,32 +72,32 @@ def test_no_path_leads_to_what_cannot_be_called_back() -> None:
 
 def test_nor_does_one_more() -> None:
     rnd = random.Random(3)
-    for f, paths in cases(2):
-        a = decide(replace(f, paths=paths))
-        b = decide(replace(f, paths=(*paths, *some_paths(rnd, 1))))
+    for f, links in cases(2):
+        a = decide(replace(f, links=links))
+        b = decide(replace(f, links=(*links, *some_links(rnd, 1))))
         if b.action in GRAVE:
-            assert a.action is b.action, (f, paths)
+            assert a.action is b.action, (f, links)
 
 
 def test_a_silent_path_changes_no_action() -> None:
     """Nor does it delay anything: what is decided is decided at the same time."""
-    for f, paths in cases(4):
-        dead = tuple(replace(p, silent_ms=max(p.silent_ms, f.peer_silent_ms)) for p in paths)
-        assert decide(replace(f, paths=dead)).action is decide(f).action
+    for f, links in cases(4):
+        dead = tuple(replace(p, silent_ms=max(p.silent_ms, f.peer_silent_ms)) for p in links)
+        assert decide(replace(f, links=dead)).action is decide(f).action
 
 
-def test_paths_say_nothing_while_the_control_channel_speaks() -> None:
-    for f, paths in cases(5):
+def test_links_change_nothing_while_the_control_channel_is_up() -> None:
+    for f, links in cases(5):
         f = replace(f, peer_silent_ms=5.0)
-        assert decide(replace(f, paths=paths)) == decide(f)
+        assert decide(replace(f, links=links)) == decide(f)
 
 
 def test_who_is_heard_is_not_fenced_unless_he_is_deaf() -> None:
     deaf = asked = 0
-    for f, paths in cases(6):
+    for f, links in cases(6):
         f = replace(
             f,
-            paths=(*paths, Heard("heard", 5.0, 5.0)),
+            links=(*links, LinkView("heard", 5.0, 5.0)),
             operator=False,
             arbiter=replace(f.arbiter, requested=False),
         )
@@ -124,6 +115,6 @@ def test_who_is_heard_is_not_fenced_unless_he_is_deaf() -> None:
 
 def test_there_is_always_a_sentence() -> None:
     """It contains no number that changes by itself: it would be logged over and over."""
-    for f, paths in cases(7):
-        d = decide(replace(f, paths=paths))
+    for f, links in cases(7):
+        d = decide(replace(f, links=links))
         assert len(d.why) > 10 and not any(c.isdigit() for c in d.why)
