@@ -208,7 +208,6 @@ class TcpFlow(ComparedFlow):
     def svm_deaf(self) -> bool:
         return bool(self.held) and not self.acked(self.held[0][1])
 
-
     def _dry(self, p: Packet) -> bool:
         """Return whether `p` is plain new payload with nothing of the SVM to compare.
 

@@ -417,10 +417,10 @@ def test_a_survivor_that_dies_while_it_merges_is_mended_by_hand(make_lab: LabMak
         w.moves()
         (s,) = w.streams.values()
         lab.vm["primary"].kill9()
-        limit(256 << 10)
+        limit(2 << 20)  # the guest waits for blocks that are being merged
         lab.wait_state("secondary", "promoted", 30)
         taken_over = s.last
-        wait_for("records of the survivor", lambda: s.dead or s.last > taken_over + 10, 40)
+        wait_for("records of the survivor", lambda: s.dead or s.last > taken_over + 3, 40)
         assert lab.status("secondary")["disks"]["committing"] and not s.dead
         lab.vm["secondary"].kill9()
         s.stop()
