@@ -277,9 +277,9 @@ def run(part: Part, quick: bool, build: Path) -> None:
         part.add(name, "count", {a: Spread.of([float(count(s))]) for a, s in good.items()})
     for p in (50, 99, 99.9):
         waited = {
-            f"{a}: {tier}": Spread.of([_bound(bounds, h, p) * 1e3])
+            f"{a}: {path}": Spread.of([_bound(bounds, h, p) * 1e3])
             for a, s in good.items()
-            for tier, bounds, h in (
+            for path, bounds, h in (
                 ("the fast path", K_BUCKETS, s.waited_k),
                 ("the slow path", U_BUCKETS, s.waited),
             )
