@@ -513,5 +513,6 @@ def run(part: Part, quick: bool, _build: Path) -> None:
     for (kind, conns), value in reached.items():
         if kind not in GOALS:
             continue
-        name = f"K to the floor, {kind}, {conns:,} connection{'s' * (conns > 1)}, the worst case"
+        many = f"{conns:,} connection{'s' * (conns > 1)}"
+        name = f"fast path to the floor, {kind}, {many}, the worst case"
         part.goal(name, None if value != value else value, GOALS[kind])
