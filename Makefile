@@ -44,7 +44,7 @@ $(STAMP): pyproject.toml Makefile
 	$(PY) -m pip install --quiet --disable-pip-version-check -e '.[dev]'
 	@touch $@
 
-# Install the command in an environment of its own, the unit, examples and documents (as root).
+# Install the command in an environment of its own, the unit, examples and documents (as root)
 # DESTDIR: another root directory, with the same Python. PREFIX: /usr or /usr/local. The
 # environment must not be below /root or /home, which the unit cannot see.
 install:
@@ -93,13 +93,13 @@ else
 	$(PY) -m pytest $(TESTS)
 endif
 
-# Test with the oldest libraries that pyproject.toml allows: unit tests, data path, a fuzz target, a
-# plot, lint
+# Test with the oldest libraries that pyproject.toml allows
+# (unit tests, data path, a fuzz target, a plot, lint)
 test-lower-bounds: setup
 	$(PY) -m tests.lower_bounds
 
-# Run the end-to-end tests, or only TESTS, on the QEMU of Debian sid (11 or newer), fetched into
-# build/qemu-sid (as root). `make test` runs a small part of them on it.
+# Run the end-to-end tests, or only TESTS, on the QEMU of Debian sid (as root)
+# (11 or newer, fetched into build/qemu-sid; `make test` runs a small part of them on it)
 test-qemu-11: setup
 	qemu=$$($(PY) -m colo_xdp.lab.newer_qemu build/qemu-sid) && \
 		COLO_QEMU=$$qemu $(PY) -m pytest $(or $(TESTS),tests/e2e)
@@ -123,10 +123,10 @@ fuzz: setup
 		$(PY) -m tests.fuzz.run $$t -max_total_time=$(or $(TIME),60) || exit 1; \
 	done
 
-# Measure against the lower bound and against QEMU's proxy: build/bench-report.{json,md},
-# build/bench-*.png. QUICK=1: few runs; PARTS="held peer": only these parts; PUBLISH=1: also update
-# docs/benchmarks.md and tests/bench/report. README's few figures are updated by hand
-# (tests/unit/test_docs.py compares them).
+# Measure against the lower bound and against QEMU's proxy
+# Writes build/bench-report.{json,md} and build/bench-*.png. QUICK=1: few runs; PARTS="held peer": only
+# these parts; PUBLISH=1: also update docs/benchmarks.md and tests/bench/report. README's few figures
+# are updated by hand (tests/unit/test_docs.py compares them).
 bench: setup build/.setup-bench
 	$(PY) -m tests.bench $(if $(QUICK),--quick) $(if $(PUBLISH),--publish) $(PARTS)
 

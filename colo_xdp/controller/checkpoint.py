@@ -11,7 +11,7 @@ from typing import Any
 
 from ..compare.causes import Cause
 from ..engine.journal import Divergence
-from ..qemu.event import QmpEvent
+from ..qemu.events import QmpEvent
 
 log = logging.getLogger("colo_xdp.controller.primary")
 

@@ -25,7 +25,7 @@ from ..engine.journal import Divergence, Entry, Journal
 from ..failover.arbiter import Arbiter
 from ..failover.states import State
 from ..peer.channel import Peer
-from ..qemu.event import QmpEvent
+from ..qemu.events import QmpEvent
 from ..qemu.qmp import QmpError, QmpTimeout
 from ..qemu.supervisor import QemuSupervisor
 from .checkpoint import Checkpoint, CheckpointFailed, CheckpointRequest, Step

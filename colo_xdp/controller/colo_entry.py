@@ -160,7 +160,7 @@ class ColoEntry:
     def __init__(self, controller: Enterer, checkpoints: Checkpoints) -> None:
         self._c, self._checkpoints = controller, checkpoints
         self.tries = Tries()
-        self.peer_ready = False  # a QEMU waits on the secondary, and nothing speaks against it
+        self.peer_ready = False  # a QEMU waits on the secondary, and nothing is against it
         self.peer_qemu = (-1, "")  # which QEMU waits there, of which controller
         self.peer_disks: dict[str, Any] = {}  # sizes of the images that it exports, bytes
         self._compared = ((-1, ""), "")  # the QEMU there that is built like the one here
@@ -310,7 +310,7 @@ class ColoEntry:
             return True  # ask again
 
     async def _try(self) -> bool:
-        """Enter, unless something speaks against it. Returns whether the entry is over for good:
+        """Enter, unless something is against it. Returns whether the entry is over for good:
         the guest is in COLO, or it has a copy that counts and COLO has ended."""
         c = self._c
         why = await c.life.unfit()

@@ -33,8 +33,7 @@ from ..peer.heartbeat_links import HeartbeatLinks
 from ..peer.messages import VERSION
 from ..peer.tls import Tls
 from ..qemu.block_layer import ReplicationOptions
-from ..qemu.event import QmpEvent
-from ..qemu.guest_event import news
+from ..qemu.events import QmpEvent, news
 from ..qemu.migration import MigrationOptions
 from ..qemu.overlays import ReplicatedDisk
 from ..qemu.supervisor import QemuOptions, QemuSupervisor, Stakes

@@ -23,8 +23,7 @@ from ..failover.states import Role, State
 from ..peer.channel import Peer
 from ..qemu import nic
 from ..qemu.disks import refusal
-from ..qemu.event import QmpEvent
-from ..qemu.guest_event import STANDS_STILL, Fate, News
+from ..qemu.events import STANDS_STILL, Fate, News, QmpEvent
 from ..qemu.qmp import QmpError
 from ..qemu.supervisor import QemuSupervisor
 from .pair_view import PairView
@@ -97,7 +96,7 @@ class GuestLifecycle:
     # ---- events
 
     def on_news(self, news: News) -> None:
-        """React to what QEMU reports of its guest's life (qemu/guest_event.py)."""
+        """React to what QEMU reports of its guest's life (qemu/events.py)."""
         c = self._c
         log.warning("%s", news.why)
         if c.state is State.STOPPED:

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from ..datapath.ring import CapturedFrame
-from ..qemu.event import QmpEvent
+from ..qemu.events import QmpEvent
 
 log = logging.getLogger("colo_xdp.controller.secondary")
 

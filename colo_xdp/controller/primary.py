@@ -22,8 +22,7 @@ from ..failover.decision import Action
 from ..failover.facts import OwnGuest
 from ..failover.states import Role, State
 from ..peer.heartbeat import Flag
-from ..qemu.event import QmpEvent
-from ..qemu.guest_event import STANDS_STILL, News
+from ..qemu.events import STANDS_STILL, News, QmpEvent
 from ..qemu.qmp import QmpError
 from ..qemu.supervisor import IN_COLO, INCOMING_S
 from . import switchover

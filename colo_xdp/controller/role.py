@@ -15,7 +15,7 @@ from ..datapath.ring import CapturedFrame
 from ..failover.decision import Action
 from ..failover.facts import OwnGuest
 from ..peer.heartbeat import Flag
-from ..qemu.event import QmpEvent
+from ..qemu.events import QmpEvent
 
 
 class RoleSteps(ABC):

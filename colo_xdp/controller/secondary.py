@@ -28,8 +28,7 @@ from ..failover.arbiter import ArbiterError
 from ..failover.decision import Action
 from ..failover.states import Role, State
 from ..peer.heartbeat import Flag
-from ..qemu.event import QmpEvent
-from ..qemu.guest_event import News
+from ..qemu.events import News, QmpEvent
 from ..qemu.qmp import QmpError
 from .controller import Controller
 from .held_frames import HeldFrames, Hold

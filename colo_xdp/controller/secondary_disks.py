@@ -20,7 +20,7 @@ from ..compare.causes import Cause
 from ..datapath.host import HostDataPath
 from ..failover.states import State
 from ..peer.channel import Peer
-from ..qemu.event import QmpEvent
+from ..qemu.events import QmpEvent
 from ..qemu.qmp import QmpError
 from ..qemu.supervisor import QemuSupervisor
 from .disk_proof import DiskProof

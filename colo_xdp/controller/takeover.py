@@ -21,9 +21,9 @@ from ..datapath.conntrack_map import ConntrackMap
 from ..datapath.host import HostDataPath
 from ..datapath.inject import Injector
 from ..failover.states import State
-from ..net.announce import announcements
+from ..net.announce import ANNOUNCE_TIMES, announcements
 from ..peer.channel import Peer
-from ..qemu.event import QmpEvent
+from ..qemu.events import QmpEvent
 from ..qemu.qmp import QmpError, QmpTimeout
 from ..qemu.supervisor import HUNG_S, IN_COLO, QemuSupervisor
 from .disk_proof import DiskProof
@@ -43,7 +43,6 @@ COMMIT_LATE = (
 )
 COMMIT_S = 0.2  # between two looks at overlays that QEMU merges into the image
 PORT_S = 0.1  # between two looks at a port that does not forward yet
-ANNOUNCE_TIMES = (0.0, 0.05, 0.2, 0.45, 0.8)  # seconds after the takeover, as QEMU's own RARPs
 
 
 class Vouched(Protocol):

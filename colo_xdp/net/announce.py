@@ -4,7 +4,7 @@
 RARP, with which QEMU announces a migrated guest (net/announce.c), teaches switches the port. A
 gratuitous ARP request (RFC 5227 section 3, RFC 5944 section 4.6) and an unsolicited neighbour
 advertisement with the override flag (RFC 4861 section 7.2.6) make neighbours update their entries.
-The secondary sends them at a takeover.
+The secondary sends them at a takeover (controller/takeover.py), several times, as one may be lost.
 
 Which addresses: see bpf/lib/addresses.h. Each is announced with the MAC address that the guest has
 used for it. An advertisement also states whether its sender is a router, and hosts believe it (RFC
@@ -19,6 +19,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from .address_claims import MAPPED
+
+#: when, in seconds after the takeover, as QEMU's own RARPs
+ANNOUNCE_TIMES = (0.0, 0.05, 0.2, 0.45, 0.8)
 
 BROADCAST = b"\xff" * 6
 ALL_NODES_MAC = bytes.fromhex("333300000001")

@@ -26,7 +26,7 @@ from typing import Any
 from . import nbd
 from .block_layer import BlockLayer
 from .disks import DiskError, Mirror, Waits, find
-from .event import QmpEvent
+from .events import QmpEvent
 from .qmp import QmpError, QmpTimeout
 
 log = logging.getLogger("colo_xdp.qemu.mirrors")

@@ -23,7 +23,7 @@ from qemu.qmp.events import EventListener
 from qemu.qmp.protocol import Runstate
 from qemu.qmp.qmp_client import ExecuteError
 
-from .event import QmpEvent, read
+from .events import QmpEvent, read
 from .hardware import Hardware, parse_qtree, tap_queues
 from .migration import MULTIFD_SINCE, MigrationOptions, creds_refusal, is_deferred
 from .nic import Card, Multiqueue, NicError, at_tap, multiqueue, parse

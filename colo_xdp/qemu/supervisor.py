@@ -19,7 +19,7 @@ from typing import Any, Protocol
 from .. import user_command
 from ..clock import TICK_S
 from .block_layer import ReplicationOptions
-from .event import QmpEvent
+from .events import QmpEvent
 from .hardware import Hardware
 from .migration import MigrationOptions
 from .nic import NicError

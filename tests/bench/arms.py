@@ -139,8 +139,8 @@ class Seen:
     resent: int = 0
     proxy_lost: int = 0  # as the proxy itself reports
     by_k: int = 0  # frames that the fast path released
-    waited: list[int] = field(default_factory=list)  # frames of the slow path by U_BUCKETS
-    waited_k: list[int] = field(default_factory=list)  # frames of the fast path by K_BUCKETS
+    waited: list[int] = field(default_factory=list)  # frames of the slow path by SLOW_BUCKETS
+    waited_fast: list[int] = field(default_factory=list)  # frames of the fast path by FAST_BUCKETS
 
 
 @contextmanager
@@ -228,7 +228,7 @@ def once(arm: str, directory: Path, bulk: int, small: int, seen: Seen) -> None:
                     for prog in ("pvm_out", "svm_arrival")
                     for reason in ("offload_passed", "offload_released", "offload_rebuilt")
                 )
-                seen.waited_k = _sum(seen.waited_k, _fast_path_waits())
+                seen.waited_fast = _sum(seen.waited_fast, _fast_path_waits())
         finally:
             if events:
                 events.close()
@@ -277,11 +277,11 @@ def run(part: Part, quick: bool, build: Path) -> None:
         part.add(name, "count", {a: Spread.of([float(count(s))]) for a, s in good.items()})
     for p in (50, 99, 99.9):
         waited = {
-            f"{a}: {tier}": Spread.of([_bound(bounds, h, p) * 1e3])
+            f"{a}: {path}": Spread.of([_bound(bounds, h, p) * 1e3])
             for a, s in good.items()
-            for tier, bounds, h in (
-                ("the fast path", K_BUCKETS, s.waited_k),
-                ("the slow path", U_BUCKETS, s.waited),
+            for path, bounds, h in (
+                ("the fast path", FAST_BUCKETS, s.waited_fast),
+                ("the slow path", SLOW_BUCKETS, s.waited),
             )
             if sum(h)
         }
@@ -290,8 +290,8 @@ def run(part: Part, quick: bool, build: Path) -> None:
 
 
 #: upper bounds of the histograms' buckets, s
-U_BUCKETS = (*WAIT_BUCKETS, 60.0)
-K_BUCKETS = tuple(1e-6 * 2**i for i in range(24))
+SLOW_BUCKETS = (*WAIT_BUCKETS, 60.0)
+FAST_BUCKETS = tuple(1e-6 * 2**i for i in range(24))
 
 
 def _bound(bounds: tuple[float, ...], histogram: list[int], p: float) -> float:
@@ -311,14 +311,14 @@ def _fast_path_waits() -> list[int]:
     """
     path = f"{loader.pin_dir('/sys/fs/bpf', PAIR, 'primary')}/offload_waits"
     if not Path(path).exists():
-        return [0] * len(K_BUCKETS)
+        return [0] * len(FAST_BUCKETS)
     size = 8 * loader.possible_cpus()
     value = ctypes.create_string_buffer(size)
     out = []
     fd = syscall.obj_get(path)
     try:
         lib = loader.import_bcc().libbcc.lib
-        for i in range(len(K_BUCKETS)):
+        for i in range(len(FAST_BUCKETS)):
             key = ctypes.create_string_buffer(struct.pack("=I", i), 4)
             if lib.bpf_lookup_elem(fd, key, value):
                 raise OSError(ctypes.get_errno(), path)

@@ -35,7 +35,7 @@ from colo_xdp.tools import cleanup
 from tests.netns.conftest import inside, sh
 
 from . import held
-from .held import PAIR, TierU
+from .held import PAIR, SlowPath
 from .report import Part, Spread, cpu_seconds
 from .stats import child
 
@@ -121,7 +121,7 @@ def _copies() -> Iterator[Any]:
 
 
 @contextmanager
-def _proxy(bridge: bool) -> Iterator[TierU]:
+def _proxy(bridge: bool) -> Iterator[SlowPath]:
     """Attach our programs to gv and peer0: a veth, so not through DataPath.
 
     pvm_in is not attached (nothing is mirrored in the plain arm either), so the fast path is told
@@ -160,7 +160,7 @@ def _proxy(bridge: bool) -> Iterator[TierU]:
             reader=reader, objects=objects,
         )  # fmt: skip
         try:
-            yield TierU(dp)
+            yield SlowPath(dp)
         finally:
             reader.close()
             os.close(fd)
@@ -223,7 +223,7 @@ HANDED, ASKED, DROPPED = (
 )
 
 
-def _offsets_sent(slow: TierU | None) -> dict[str, float]:
+def _offsets_sent(slow: SlowPath | None) -> dict[str, float]:
     """Return how often the fast path punted a connection and the slow path requested a checkpoint.
 
     Both by reason.

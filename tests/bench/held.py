@@ -357,7 +357,7 @@ def tell_port(objects: loader.Objects, mac: bytes, port: int) -> None:
     objects.map("clients").set(struct.pack("=Q", key), abi.CLIENT.pack(ever, port, 0))
 
 
-class TierU:
+class SlowPath:
     """Run engine and data path as the primary's controller does (the slow path)."""
 
     def __init__(self, dp: DataPath) -> None:
@@ -417,18 +417,18 @@ class Arm:
     dp: DataPath | None
     handed: dict[str, int] = field(default_factory=dict)
 
-    def begin(self, case: Case) -> TierU | None:
+    def begin(self, case: Case) -> SlowPath | None:
         """Start new connections, and the slow path if this is its arm."""
         if self.name == "U":
             assert self.dp is not None
-            return TierU(self.dp)
+            return SlowPath(self.dp)
         if self.dp is not None:
             self.dp.drain(lambda e: None)
             offload_all(self.dp, case)
             self.handed = handed(self.dp)
         return None
 
-    def check(self, what: str, slow: TierU | None, got: int, expected: int) -> None:
+    def check(self, what: str, slow: SlowPath | None, got: int, expected: int) -> None:
         """Reject a figure whose frames did not take the path in question."""
         if slow is not None and slow.asked:
             raise RuntimeError(f"{what}: the slow path asked for a checkpoint: {slow.asked[:3]}")
@@ -513,5 +513,6 @@ def run(part: Part, quick: bool, _build: Path) -> None:
     for (kind, conns), value in reached.items():
         if kind not in GOALS:
             continue
-        name = f"K to the floor, {kind}, {conns:,} connection{'s' * (conns > 1)}, the worst case"
+        many = f"{conns:,} connection{'s' * (conns > 1)}"
+        name = f"fast path to the floor, {kind}, {many}, the worst case"
         part.goal(name, None if value != value else value, GOALS[kind])

@@ -23,7 +23,7 @@ from colo_xdp.net.packet import parse as parse_packet
 from colo_xdp.net.packet import tcp_options
 from colo_xdp.peer import messages
 from colo_xdp.peer.heartbeat import MAC, NONCE, SIZE, Flag, HeartbeatSession, session_key
-from colo_xdp.qemu import event
+from colo_xdp.qemu import events
 from colo_xdp.tools.pcap import PcapError, read
 
 TARGETS: dict[str, Callable[[bytes], None]] = {}
@@ -127,7 +127,7 @@ def qmp(data: bytes) -> None:
         msg = json.loads(data)
     except (ValueError, RecursionError):
         return
-    e = event.read(msg, 10**18, 10**12)
+    e = events.read(msg, 10**18, 10**12)
     assert e is None or (e.name and isinstance(e.ts_ns, int) and isinstance(e.data, dict))
 
 

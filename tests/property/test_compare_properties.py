@@ -151,13 +151,13 @@ def assert_counts_are_exact(e: Engine) -> None:
     held = [*e._queue.held, *(h for flow in flows for h in flow.held)]
     assert e.pvm_packets == len(held)
     assert e.ledger.pvm_bytes == sum(len(rec.frame) for rec, _, _ in held)
-    stashed = len(e._fragments._svm)
+    buffered = len(e._fragments._svm)
     for flow in flows:
         if isinstance(flow, TcpFlow):
-            stashed += len(flow.theirs.chunks) + len(flow.theirs.out_of_order)
+            buffered += len(flow.theirs.chunks) + len(flow.theirs.out_of_order)
         elif isinstance(flow, DatagramFlow):
-            stashed += sum(map(len, flow.copies.values()))
-    assert e.svm_packets == stashed
+            buffered += sum(map(len, flow.copies.values()))
+    assert e.svm_packets == buffered
 
 
 LIMITS = Limits(

@@ -204,7 +204,7 @@ class World:
         self.early: list[Meta] = []  # of the next epoch, read before the commit
         self.phase = "run"
         self.stop = -1
-        self.numbers = self.moot = 0
+        self.numbers = self.superseded = 0
         self.lossy = True
 
     # -- callbacks
@@ -439,12 +439,12 @@ class World:
         elif rnd.random() < (0.2 if self.asked else 0.004):
             self.checkpoint_step()
 
-    def forget_moot(self) -> None:
+    def forget_superseded(self) -> None:
         """Forget bare ACKs that were given up before the RST of both guests."""
-        n = self.engine.counters["acks_superseded"] - self.moot
+        n = self.engine.counters["acks_superseded"] - self.superseded
         if not n:
             return
-        self.moot += n
+        self.superseded += n
         flows = list(self.engine._tcp.values())
         held = {id(rec) for flow in flows for rec, _, _ in flow.held}
         held |= {id(rec) for rec, _, _ in self.engine._queue.held}
@@ -459,7 +459,7 @@ class World:
 
     def tick(self) -> None:
         self.engine.tick(self.now)
-        self.forget_moot()
+        self.forget_superseded()
         if self.phase == "run" and self.asked is None:
             late = [i for i, since in self.waiting.items() if since + TIMEOUT <= self.now]
             if late:
@@ -484,7 +484,7 @@ class World:
                 self.checkpoint_step()
                 while self.phase != "run":
                     self.checkpoint_step()
-        self.forget_moot()
+        self.forget_superseded()
         if self.waiting or self.engine.held_packets or self.engine.held_bytes:
             raise Violation(f"I4: {len(self.waiting)} frames never left")
         unknown = set(self.engine.counters) - set(NAMES)

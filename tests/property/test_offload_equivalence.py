@@ -801,7 +801,7 @@ def test_datagrams_that_wait_go_along(monkeypatch: pytest.MonkeyPatch) -> None:
                 host.read()
                 host.wait(20)
                 senders.say(1 - side, 2)
-                senders.do(("twice", other))  # a surprise
+                senders.do(("twice", other))  # an exception
                 senders.catch_up(side)
                 senders.catch_up(1 - side)
                 host.read()

@@ -84,11 +84,11 @@ def test_what_everybody_reads_is_short(name: str, most: int) -> None:
 #: rows of README's table "How fast", and the goals of the published report that they are
 HEADLINES = {
     "CPU of plain forwarding to that of the fast path: MTU frames, 64 connections":
-        "K to the floor, MTU frames, 64 connections, the worst case",
+        "fast path to the floor, MTU frames, 64 connections, the worst case",
     "the same, 64 KB frames, 64 connections":
-        "K to the floor, 64 KB frames, 64 connections, the worst case",
+        "fast path to the floor, 64 KB frames, 64 connections, the worst case",
     "the same, guests that cut their segments differently, 64 connections":
-        "K to the floor, different boundaries, 64 connections, the worst case",
+        "fast path to the floor, different boundaries, 64 connections, the worst case",
     "TCP goodput to plain forwarding's, offloads on": "goodput to plain, offloads on",
     "real guests: bulk throughput to that of QEMU's own proxy":
         "real guests, ours to QEMU's proxy: bulk throughput",

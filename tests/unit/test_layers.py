@@ -51,7 +51,7 @@ LAYERS: dict[str, set[str]] = {
 PURE = (
     "abi", "clock", "validate", "net", "conntrack", "compare", "offload", "engine", "config",
     "failover.decision", "failover.facts", "failover.states", "peer.messages", "peer.heartbeat",
-    "qemu.event", "qemu.disks", "qemu.migration", "qemu.nic", "qemu.guest_event", "datapath.btf",
+    "qemu.events", "qemu.disks", "qemu.migration", "qemu.nic", "datapath.btf",
     "status.document", "status.text",
     "controller.command", "controller.copy_health", "controller.pacing", "controller.pair_view",
     "tools.explain",

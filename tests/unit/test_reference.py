@@ -185,3 +185,31 @@ def test_no_retired_word(path: Path) -> None:
     for pattern, now in RETIRED.items():
         m = re.search(rf"\b(?:{pattern})\b", text, re.I)
         assert m is None, f"{m[0]!r} in {path.name}: say {now}"
+
+
+#: parts of names that none has any more, in code and in tests
+RETIRED_PARTS = {
+    "tier", "tiers", "gift", "gifts", "twin", "twins", "beacon", "beacons", "speak", "speaks",
+    "spoke", "speaker", "speakers", "bond", "bonds", "stash", "stashes", "brake", "brakes",
+    "braking", "seize", "seized",
+}  # fmt: skip
+CODE = [
+    p for d in ("colo_xdp", "bpf", "tests") for p in sorted((ROOT / d).rglob("*"))
+    if p.suffix in (".py", ".c", ".h", ".toml") and p != Path(__file__)
+]  # fmt: skip
+
+
+def parts(name: str) -> set[str]:
+    """Of snake_case and CamelCase."""
+    return {x.lower() for x in re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])", name)}
+
+
+def test_no_name_has_a_retired_word() -> None:
+    found = {
+        f"{name} ({path.relative_to(ROOT)})"
+        for path in CODE
+        for name in set(re.findall(r"[A-Za-z_]\w*", path.read_text()))
+        if not RETIRED_PARTS.isdisjoint(parts(name))
+    }
+    assert not found
+    assert parts("TierU") == {"tier", "u"} and "twin" in parts("test_rst_needs_its_twin")

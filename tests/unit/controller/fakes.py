@@ -17,7 +17,7 @@ from colo_xdp.datapath.addresses import AddressTable
 from colo_xdp.datapath.hooks import Look
 from colo_xdp.datapath.ring import CapturedFrame
 from colo_xdp.failover.lease import StoreError, StoreView
-from colo_xdp.qemu.event import QmpEvent
+from colo_xdp.qemu.events import QmpEvent
 from colo_xdp.qemu.migration import MigrationOptions
 from colo_xdp.qemu.nic import Card
 from colo_xdp.qemu.qmp import QmpTimeout

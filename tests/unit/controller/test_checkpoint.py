@@ -8,7 +8,7 @@ import itertools
 import pytest
 
 from colo_xdp.controller.checkpoint import Checkpoint, Step
-from colo_xdp.qemu.event import QmpEvent
+from colo_xdp.qemu.events import QmpEvent
 
 
 def event(name: str, ts: int, seen: int = 1000) -> QmpEvent:

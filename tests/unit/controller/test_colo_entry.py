@@ -16,7 +16,7 @@ from colo_xdp.config.qemu import Disk
 from colo_xdp.controller.checkpoint import Checkpoint, CheckpointFailed
 from colo_xdp.controller.colo_entry import BACKOFF_FREE_S, BACKOFF_S, Tries
 from colo_xdp.failover.states import State
-from colo_xdp.qemu.event import QmpEvent
+from colo_xdp.qemu.events import QmpEvent
 from colo_xdp.qemu.hardware import encode
 from colo_xdp.qemu.migration import MigrationOptions
 from colo_xdp.qemu.nic import Card

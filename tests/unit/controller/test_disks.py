@@ -20,7 +20,7 @@ from colo_xdp.controller.secondary import Secondary
 from colo_xdp.failover.decision import Action, decide
 from colo_xdp.failover.states import State
 from colo_xdp.qemu.disks import DiskError
-from colo_xdp.qemu.event import QmpEvent
+from colo_xdp.qemu.events import QmpEvent
 from colo_xdp.qemu.overlays import ReplicatedDisk, Room
 from colo_xdp.qemu.qmp import QmpError, QmpTimeout
 from tests.unit.controller.fakes import FakeQmp, beat, event, in_loop, primary, secondary

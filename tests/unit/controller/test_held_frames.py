@@ -8,7 +8,7 @@ import pytest
 from colo_xdp.abi import Source
 from colo_xdp.controller.held_frames import HeldFrames
 from colo_xdp.datapath.ring import CapturedFrame
-from colo_xdp.qemu.event import QmpEvent
+from colo_xdp.qemu.events import QmpEvent
 
 
 class Wires:

@@ -292,7 +292,7 @@ def test_any_call_to_an_offloaded_connection_reclaims_it(
     pair.fast.answer = OffloadResult.ACCEPTED
     while not pair.fast.taken:
         pair.both()
-    table, recalled = pair.e._flows.tcp, pair.e.counters["offload_reclaimed"]
+    table, reclaimed = pair.e._flows.tcp, pair.e.counters["offload_reclaimed"]
     ((key, offloaded),) = table.items()
     assert isinstance(offloaded, OffloadedFlow) and offloaded.key == key
     assert (
@@ -300,14 +300,14 @@ def test_any_call_to_an_offloaded_connection_reclaims_it(
     )
     assert offloaded.stands_for(offloaded.flow) and offloaded.epoch == pair.e.epoch
     offloaded.outdate(1)
-    assert table[key] is offloaded and pair.e.counters["offload_reclaimed"] == recalled
+    assert table[key] is offloaded and pair.e.counters["offload_reclaimed"] == reclaimed
     passed_on = []
     monkeypatch.setattr(TcpFlow, name, lambda self, *args: passed_on.append((self, args)))
     getattr(offloaded, name)(*CALLS[name])
     assert passed_on == [(offloaded.flow, CALLS[name])]
-    assert table[key] is offloaded.flow and pair.e.counters["offload_reclaimed"] == recalled + 1
+    assert table[key] is offloaded.flow and pair.e.counters["offload_reclaimed"] == reclaimed + 1
     getattr(offloaded, name)(*CALLS[name])  # by somebody who has not noticed
-    assert len(passed_on) == 2 and pair.e.counters["offload_reclaimed"] == recalled + 1
+    assert len(passed_on) == 2 and pair.e.counters["offload_reclaimed"] == reclaimed + 1
 
 
 def test_every_call_is_tried() -> None:

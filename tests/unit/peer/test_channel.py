@@ -514,7 +514,7 @@ def test_a_handshake_that_stalls_ends(web1: Path, tls: bool, monkeypatch: Any) -
      ((4, 4), (3, 3), 0)],
 )  # fmt: skip
 def test_versions(server: tuple[int, int], client: tuple[int, int], version: int) -> None:
-    """The newest that both speak; below one's minimum nothing is spoken."""
+    """The newest that both support; below one's minimum there is no connection."""
 
     async def go() -> None:
         port = free_port()

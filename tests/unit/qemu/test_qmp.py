@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from colo_xdp.qemu.event import QmpEvent
+from colo_xdp.qemu.events import QmpEvent
 from colo_xdp.qemu.qmp import QemuInfo, Qmp, QmpError, probe, refusal
 
 MACHINE = "pc-i440fx-7.2-machine"

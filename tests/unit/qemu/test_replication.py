@@ -15,7 +15,7 @@ import pytest
 from colo_xdp.qemu import mirrors
 from colo_xdp.qemu.block_layer import ReplicationOptions
 from colo_xdp.qemu.disks import DiskError, Mirror
-from colo_xdp.qemu.event import QmpEvent
+from colo_xdp.qemu.events import QmpEvent
 from colo_xdp.qemu.mirrors import Copying
 from colo_xdp.qemu.overlays import OverlayFiles, ReplicatedDisk
 from colo_xdp.qemu.qmp import QemuInfo, QmpError, QmpTimeout

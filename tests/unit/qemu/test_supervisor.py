@@ -14,7 +14,7 @@ import pytest
 
 from colo_xdp.failover.states import State
 from colo_xdp.qemu import supervisor
-from colo_xdp.qemu.event import QmpEvent
+from colo_xdp.qemu.events import QmpEvent
 from colo_xdp.qemu.qmp import QmpError
 from colo_xdp.qemu.supervisor import QemuOptions, QemuSupervisor, Stakes
 from tests.unit.controller.fakes import in_loop, primary, secondary

@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 
-from colo_xdp.qemu.event import QmpEvent
-from colo_xdp.qemu.guest_event import Fate, news
+from colo_xdp.qemu.events import Fate, QmpEvent, news
 
 IO = {"operation": "write", "device": "drive0", "node-name": "#block1", "nospace": True}
 

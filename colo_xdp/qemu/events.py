@@ -1,17 +1,47 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Interpret QEMU's events about its guest's life, apart from STOP and RESUME. Pure.
+"""QMP events: read as they arrive, and what they report of the guest's life. Pure.
 
 Names, reasons and actions come from QEMU's qapi/run-state.json (SHUTDOWN, RESET, POWERDOWN,
 GUEST_PANICKED, GUEST_CRASHLOADED, ShutdownCause, GuestPanicAction) and qapi/block-core.json
-(BLOCK_IO_ERROR). The controller acts on the result.
+(BLOCK_IO_ERROR). STOP and RESUME are not interpreted here: they belong to a checkpoint. The
+controller acts on the result.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum, auto
+from typing import Any
 
-from .event import QmpEvent
+
+@dataclass(frozen=True, slots=True)
+class QmpEvent:
+    """An event; `ts_ns` is QEMU's timestamp as CLOCK_MONOTONIC, `seen_ns` when it was read."""
+
+    name: str
+    data: dict[str, Any]
+    ts_ns: int
+    seen_ns: int
+
+
+def read(msg: Any, offset_ns: int, seen_ns: int) -> QmpEvent | None:
+    """Parse an event (docs/interop/qmp-spec.rst of QEMU, 2.5); return None if it has no name.
+
+    offset_ns is CLOCK_REALTIME - CLOCK_MONOTONIC. QEMU gives -1 when its clock fails. An event
+    without a usable time gets one in the future, which cannot be a real one: STOP then counts as
+    early and RESUME as late, which is the safe side for both.
+    """
+    name = msg.get("event") if isinstance(msg, Mapping) else None
+    if not isinstance(name, str) or not name:
+        return None
+    ts, ts_ns = msg.get("timestamp"), seen_ns + 1
+    if isinstance(ts, dict):
+        s, us = ts.get("seconds"), ts.get("microseconds")
+        if type(s) is int and type(us) is int and 0 <= s < 1 << 40 and 0 <= us < 1_000_000:
+            ts_ns = s * 1_000_000_000 + us * 1000 - offset_ns
+    data = msg.get("data")
+    return QmpEvent(name, data if isinstance(data, dict) else {}, ts_ns, seen_ns)
 
 
 class Fate(Enum):
