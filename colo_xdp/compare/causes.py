@@ -23,6 +23,7 @@ class Cause(StrEnum):
     COMPARE_TIMEOUT = "compare_timeout"
     CROSSED = "crossed"
     REPEATED = "repeated"
+    FRAME_LOST = "frame_lost"
     SVM_AHEAD = "svm_ahead"
     RETRANSMIT_UNVERIFIABLE = "retransmit_unverifiable"
     SIGNED_CONNECTION = "signed_connection"
@@ -58,6 +59,8 @@ DESCRIPTIONS: dict[Cause, str] = {
     "had fallen silent",
     Cause.REPEATED: "the primary guest repeated what had no counterpart for longer than the "
     "secondary guest usually takes",
+    Cause.FRAME_LOST: "a frame of the secondary guest was lost between the hosts: later ones "
+    "of the same connection had arrived",
     Cause.SVM_AHEAD: "the secondary guest sent something that the primary guest did not send "
     "within compare_timeout",
     Cause.RETRANSMIT_UNVERIFIABLE: "a retransmission was older than the history that is kept to "

@@ -35,6 +35,10 @@ class ComparedFlow(ABC):
 
     bypassed = False
 
+    def svm_deaf(self) -> bool:
+        """Return whether the head acks what the SVM has not acked; only TCP tells."""
+        return False
+
     def __init__(
         self,
         host: FlowContext,

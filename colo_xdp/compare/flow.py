@@ -30,6 +30,9 @@ class Requester(Protocol):
     def verdict(self) -> Verdict: ...  # of the policy
     def text(self) -> str: ...
     def service(self) -> tuple[str, int]: ...
+    def svm_deaf(self) -> bool:
+        """Return whether what waits shows that the SVM has not got what the PVM has got."""
+        ...
 
 
 class Flow(Protocol):

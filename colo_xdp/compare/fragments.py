@@ -176,6 +176,10 @@ class Fragments:
         """Return the flow's name for operators."""
         return "fragments"
 
+    def svm_deaf(self) -> bool:
+        """Return False: fragments show nothing of that kind."""
+        return False
+
     def service(self) -> tuple[str, int]:
         """Return the protocol and port 0: there is none."""
         return "fragment", 0

@@ -200,10 +200,24 @@ class TcpFlow(ComparedFlow):
                 self.head_ok = None
             return
         due = now_ns + (limit_ns(self, p) if p.flags & RST else host.patience.ns)
+        if self.theirs.out_of_order:
+            due = min(due, now_ns + host.patience.quiet_ns)
         if not self.when or due < self.when:  # wait_for(), without the call
             host.timers.arm(self, due)
         if len(held.frames) > 1 and p.seq == held.frames[0][1].seq and repeats(self, p, now_ns):
             self.ask(Cause.REPEATED, held.frames[0][1])
+
+    def svm_deaf(self) -> bool:
+        return bool(self.held) and not self.acked(self.held[0][1])
+
+    def svm_hole(self) -> int:
+        """Return the arrival (ns) of the SVM's output beyond a hole that the head waits for."""
+        theirs, frames = self.theirs, self.held.frames
+        if not frames or not theirs.out_of_order or theirs.chunks or theirs.svm_nxt is None:
+            return 0
+        p = frames[0][1]
+        needs = p.off != p.end and diff((p.seq + p.end - p.off) & MASK, theirs.svm_nxt) > 0
+        return theirs.out_of_order[0][4] if needs else 0
 
     def _dry(self, p: Packet) -> bool:
         """Return whether `p` is plain new payload with nothing of the SVM to compare.
@@ -631,6 +645,8 @@ class TcpFlow(ComparedFlow):
             self._svm_full()
         elif what is Push.EARLY:
             outbox.count("svm_out_of_order")
+            if self.held.frames:
+                self.wait_for(self.theirs.out_of_order[0][4] + self.host.patience.quiet_ns)
         else:
             outbox.count("svm_out_of_window")  # if it was needed, the PVM's frame will time out
 

@@ -38,6 +38,11 @@ class Waiting(Protocol):
         """Return the arrival (ns) of the SVM's oldest unmatched output; 0 if none."""
         ...
 
+    def svm_hole(self) -> int:
+        """Return the arrival (ns) of the SVM's output beyond a hole that the head waits for; 0: no
+        such hole."""
+        ...
+
     def acked(self, p: Packet) -> bool:
         """Return whether the SVM, or a released frame, has acked as much."""
         ...
@@ -72,13 +77,16 @@ def overdue(flow: Waiting, now_ns: int) -> int:
         return 0
     head_due = frames[0][2] + limit_ns(flow, frames[0][1]) if frames else NEVER
     ahead_due = ahead + t if ahead else NEVER
-    due = min(head_due, ahead_due)
+    hole_due = _hole_due(flow)
+    due = min(head_due, ahead_due, hole_due)
     if flow.marks.signed and frames and not flow.asked:
         due = min(due, _signed_due(flow, now_ns))
     if due > now_ns:
         return due
     if not flow.asked:
-        if head_due <= ahead_due:
+        if hole_due == due:
+            flow.ask(Cause.FRAME_LOST, frames[0][1])
+        elif head_due <= ahead_due:
             p = frames[0][1]
             cause = Cause.COMPARE_TIMEOUT
             if flow.unverifiable:
@@ -89,6 +97,16 @@ def overdue(flow: Waiting, now_ns: int) -> int:
         else:
             flow.ask(Cause.SVM_AHEAD)
     return now_ns + t  # keep the timer
+
+
+def _hole_due(flow: Waiting) -> int:
+    """Return when a hole in the SVM's stream counts as a frame that was lost between the hosts.
+
+    The peer link keeps the order of a connection, so what is missing behind it does not come any
+    more, until the SVM repeats it. It has no acks for it, so that takes an RTO or more.
+    """
+    patience, since = flow.host.patience, flow.svm_hole()
+    return since + patience.quiet_ns if since and patience.adaptive else NEVER
 
 
 def _signed_due(flow: Waiting, now_ns: int) -> int:

@@ -30,6 +30,7 @@ from ..qemu.qmp import QmpError, QmpTimeout
 from ..qemu.supervisor import QemuSupervisor
 from .checkpoint import Checkpoint, CheckpointFailed, CheckpointRequest, Step
 from .colo_entry import REARM_S, ColoEntry
+from .copy_health import CopyHealth
 from .device_watch import DeviceWatch
 from .guest_lifecycle import GuestLifecycle
 from .pacing import URGENT, Pacer
@@ -79,6 +80,9 @@ class Checkpointed(Protocol):
     def reconsider(self) -> None:
         """Decide anew."""
 
+    def copy_lost(self, why: str) -> None:
+        """Count the SVM as lost."""
+
     def drain(self) -> None:
         """Read what is in the event ring."""
 
@@ -98,6 +102,7 @@ class CheckpointCoordinator:
         self.entry = ColoEntry(c, self)
         self.switchover = Switchover(c, self)
         self.offsets = PermanentOffsets(c.dp.nics)
+        self.health = CopyHealth(self.entry.tries.forget)
         self.pacer = Pacer(c.config.checkpoint.share, c.config.compare.compare_timeout * 1_000_000)
         self._serving: asyncio.Task[Any] | None = None
         self._wake = asyncio.Event()  # look at what is wanted
@@ -306,8 +311,8 @@ class CheckpointCoordinator:
             raise CheckpointFailed(f"the secondary: {ck.failed}", refused=not ck.triggered)
         if c.view.guest.colo_exit:
             raise CheckpointFailed("QEMU has lost the COLO channel (COLO_EXIT)")
-        if c.view.guest.mirror_lost:
-            raise CheckpointFailed(c.view.guest.mirror_lost)
+        if c.view.guest.copy_lost:
+            raise CheckpointFailed(c.view.guest.copy_lost)
         if not c.peer.connected:
             raise CheckpointFailed("the control channel to the secondary is down", channel=True)
         if c.view.guest.gone or not c.qemu.qmp.connected:
@@ -487,6 +492,24 @@ class CheckpointCoordinator:
         c.arbiter.paired()
         if want.cause != Cause.SWITCHOVER:
             c.become(State.PROTECTED, f"both guests are equal as of epoch {ck.n} ({want.cause})")
+        self._judge_copy(ck, deaf=want.why is not None and want.why.svm_deaf)
+
+    def _judge_copy(self, ck: Checkpoint, *, deaf: bool) -> None:
+        """Give an SVM up that goes wrong again after each checkpoint."""
+        c = self._c
+        agreed = c.output.agreed()
+        if ck.initial:
+            self.health.new_copy(agreed)
+            return
+        arrived = sum(nic.arrived() for nic in c.dp.nics)
+        traffic = c.view.peer.traffic
+        if why := self.health.checkpointed(
+            ck.cause, deaf=deaf, agreed=agreed, arrived=arrived, traffic=traffic
+        ):
+            self.entry.tries.failed(
+                why, self.entry.peer_qemu, time.monotonic(), stopped=True, proven=False
+            )
+            c.copy_lost(why)
 
     def _record(
         self, want: CheckpointRequest, ck: Checkpoint, held: tuple[int, int], failed: str = ""

@@ -60,11 +60,24 @@ class Tries:
         self.forget()
 
     def forget(self) -> None:
-        """The pair is protected, or a person has asked."""
+        """The copy has agreed with its original, or a person has asked."""
         self.first, self.count, self._qemu, self._at, self._free = "", 0, (-1, ""), 0.0, True
+        self._proven = True
 
-    def failed(self, why: str, qemu: tuple[int, str], now: float, *, stopped: bool) -> None:
-        """`stopped`: the guest stood still for it. `now`: monotonic, s."""
+    def entered(self) -> None:
+        """The pair is protected. That says nothing about a copy that proved to be none."""
+        if self._proven:
+            self.forget()
+
+    def failed(
+        self, why: str, qemu: tuple[int, str], now: float, *, stopped: bool, proven: bool = True
+    ) -> None:
+        """Note what came of an entry.
+
+        stopped: the guest stood still for it. proven: False: it succeeded, but the copy was none.
+        now: monotonic, s.
+        """
+        self._proven = proven
         if _alike(why) == _alike(self.first):
             self.count += 1
         else:
@@ -75,7 +88,8 @@ class Tries:
     def story(self) -> str:
         """What came of the entries so far: the first cause, and how often."""
         often = f", {self.count} times in the same way" if self.count > 1 else ""
-        return f"COLO was not entered{often}: {self.first}" if self.count else ""
+        what = "COLO was not entered" if self._proven else "COLO was left"
+        return f"{what}{often}: {self.first}" if self.count else ""
 
     def held_back(self, qemu: tuple[int, str], now: float) -> str:
         """Why the next entry is not tried now, or an empty string."""
@@ -308,7 +322,7 @@ class ColoEntry:
         self.guest_stopped = False
         try:
             await self._enter()
-            self.tries.forget()
+            self.tries.entered()
             return True
         except (CheckpointFailed, QmpError) as e:
             if not c.view.guest.standalone:  # the copy counts, and could take over

@@ -33,6 +33,7 @@ from ..datapath import attach
 from ..datapath.hooks import Look
 from ..failover.lease import boot_ns
 from ..failover.states import Role
+from .copy_health import MISSED
 
 if TYPE_CHECKING:
     from .controller import Controller
@@ -42,8 +43,6 @@ log = logging.getLogger("colo_xdp")
 LOOK_S = 5.0  # netlink reports changes; this is for those that it may have missed
 REST_S = 0.05  # between two looks, since changes come in bursts
 SILENT_CHECKPOINTS = 3
-#: causes of checkpoints for output without a counterpart
-_MISSED = (Cause.COMPARE_TIMEOUT, Cause.REPEATED, Cause.PEER_LINK)
 PACE_S = 0.02  # the least time between two checkpoints while nothing arrives
 
 
@@ -250,7 +249,7 @@ class DeviceWatch:
         least_ns = 0 if fixed else compare.compare_timeout * 1_000_000
         for i, (link, path) in enumerate(zip(self.links, self._c.dp.nics, strict=True)):
             came = link.count(path.arrived(), now)
-            late = cause in _MISSED and cause != Cause.PEER_LINK and nic in ("", link.nic)
+            late = cause in MISSED and nic in ("", link.nic)
             if not came and (late or (cause == Cause.PEER_LINK and i in cut)):
                 link.missed(now, least_ns)
             elif cause == Cause.INITIAL:  # there is another guest now

@@ -77,6 +77,7 @@ class Heartbeats:
         """Send a heartbeat that reports the current state."""
         c = self._c
         promise = c.silent() and c.arbiter.promise()
+        delivered, sent = c.dp.guest_traffic() if c.role is Role.SECONDARY else (0, 0)
         c.peer.send(
             "heartbeat",
             t=boot_ns(),
@@ -90,6 +91,8 @@ class Heartbeats:
             shadow=c.uncompared,  # the secondary repeats what the primary reported
             promise=promise,
             role=c.role.value,
+            delivered=delivered,
+            sent=sent,
         )
         lag, self._lag_ns = self._lag_ns, 0
         flags = self.flags() | (Flag.PROMISE if promise else Flag(0))

@@ -19,6 +19,7 @@ from typing import Any
 from ..abi import Mode
 from ..failover.facts import ArbiterView, Ending, Facts, LinkView, OtherGuest, OwnGuest, other_guest
 from ..failover.states import Role, State, sends_nothing
+from .copy_health import NO_TRAFFIC, Traffic
 
 log = logging.getLogger("colo_xdp")
 
@@ -33,7 +34,7 @@ class LocalGuest:
     why: str = ""  # what QEMU reported before it went
     halted: str = ""  # why it stands still until somebody repairs something
     colo_exit: bool = False  # QEMU has lost its COLO channel
-    mirror_lost: str = ""  # why a disk of the PVM is no longer mirrored to the SVM's host
+    copy_lost: str = ""  # why the SVM is no copy: its disks are not mirrored, or it answers nothing
     #: clients may know bytes of this guest that the other one never received (abi.SyncState)
     standalone: bool = False
     demoted: bool = False  # shut in because the primary asked
@@ -60,6 +61,7 @@ class PeerView:
     slow_ns: int = 0  # when it last reported that its loop stood still
     answer_boot_ns: int = 0  # its clock in the newest heartbeat, until that is answered
     heard_boot_ns: int = 0  # its clock in the newest heartbeat, whatever carried it
+    traffic: Traffic = NO_TRAFFIC  # of its guest, while that is the SVM
 
 
 @dataclass
@@ -164,7 +166,7 @@ class PairView:
             heartbeat_timeout_ms=s.heartbeat_timeout_ms,
             dead_after_ms=s.dead_after_ms * (1 + (self.role is Role.SECONDARY)),
             peer_vm_gone=peer.shut,
-            colo_exit=guest.colo_exit or bool(guest.mirror_lost),
+            colo_exit=guest.colo_exit or bool(guest.copy_lost),
             automatic=s.automatic and not self.paused,
             operator=self.operator,
             checkpoint_overdue=pair.checkpoint_overdue,
@@ -223,9 +225,9 @@ class PairView:
         """Record that QEMU has lost its COLO channel (COLO_EXIT)."""
         self.guest.colo_exit = True
 
-    def mirror_lost(self, why: str) -> None:
-        """Record that a disk is no longer mirrored: no later checkpoint makes the guests equal."""
-        self.guest.mirror_lost = why
+    def copy_lost(self, why: str) -> None:
+        """Record that no later checkpoint makes the guests equal: a lost mirror, a sick SVM."""
+        self.guest.copy_lost = why
 
     def went_standalone(self) -> None:
         """Record that clients may know from now on what the other guest does not."""
@@ -246,7 +248,7 @@ class PairView:
 
     def entering(self) -> None:
         """Record that the first checkpoint begins, and drop the signs of an earlier pair."""
-        self.guest.colo_exit, self.guest.mirror_lost = False, ""
+        self.guest.colo_exit, self.guest.copy_lost = False, ""
         if self.role is Role.SECONDARY:
             self.peer.shut = False
 
@@ -332,6 +334,8 @@ class PairView:
         peer.guest = other_guest(
             msg["role"], msg["state"], standalone=msg["standalone"], shut=msg["shut"]
         )
+        if msg["role"] == Role.SECONDARY.value:
+            peer.traffic = Traffic(msg["delivered"], msg["sent"])
 
     def heartbeat_read(self, t: int) -> None:
         """Record that a heartbeat has been acted upon and has to be answered."""

@@ -204,7 +204,7 @@ class Primary(Controller):
         if self.state is State.SOLO:
             self.life.on_event_alone(event)
         if why := self.qemu.disks.mirrors.on_event(event):
-            self.mirror_lost(why)
+            self.copy_lost(why)
         if event.name == "STOP":
             ours = self.checkpoints.on_stop(event)
             if not ours and self.state is State.PROTECTED and not self.view.guest.halted:
@@ -215,14 +215,14 @@ class Primary(Controller):
         else:
             self.checkpoints.on_qmp_event()
 
-    def mirror_lost(self, why: str) -> None:
+    def copy_lost(self, why: str) -> None:
         """Count the SVM as lost: no checkpoint can make it a copy any more.
 
         It stays one of the last checkpoint, so it may still take over if this host dies now.
         """
         log.warning("%s", why)
         if self.state in (State.PROTECTED, State.CHECKPOINTING, State.DEGRADED):
-            self.view.mirror_lost(why)
+            self.view.copy_lost(why)
             self.become(State.DEGRADED, why)
             self.reconsider()
 
@@ -312,6 +312,8 @@ class Primary(Controller):
     def _on_request(self, msg: dict[str, Any]) -> None:
         full = msg["cause"] == Cause.OVERLAY_FULL
         cause = Cause.OVERLAY_FULL if full else Cause.GUEST_EVENT
+        if not full:
+            self.checkpoints.health.svm_changed()
         self.checkpoints.request(cause, f"the secondary: {msg['why'][:200]}")
 
     def _on_switchover(self, msg: dict[str, Any]) -> None:
@@ -428,7 +430,7 @@ class Primary(Controller):
                 continue
             with contextlib.suppress(QmpError):
                 if why := await self.life.uncovered():
-                    self.mirror_lost(why)
+                    self.copy_lost(why)
 
     async def _watch_bridge(self) -> None:
         while True:
@@ -504,6 +506,7 @@ class Primary(Controller):
             self._going_solo = False
 
     async def _leave_pair(self, why: str) -> None:
+        lost = self.view.guest.copy_lost
         self.checkpoints.cancel()
         self.entry.peer_ready = False
         self.peer.send("demote", why=why)
@@ -523,6 +526,7 @@ class Primary(Controller):
             log.warning("%s (the PVM goes on all the same)", e)
         if self.state is State.STOPPED:  # the secondary has taken over meanwhile
             return
+        why = f"{lost} ({why})" if lost else why
         self.become(State.SOLO, f"{why}; {released} held frames released")
         self.spawn(self._let_run())
         self._protect_again()

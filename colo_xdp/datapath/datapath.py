@@ -280,6 +280,10 @@ class DataPath(PairSlots):
             self._count(prog, r)[0] for r in Reason if r not in (Reason.PASS_FOREIGN, Reason.MAX)
         )
 
+    def sent(self) -> int:
+        """Return the number of frames of the secondary's guest that have come from its tap."""
+        return sum(self._count(Prog.SVM_OUT, r)[0] for r in Reason if r is not Reason.MAX)
+
     def _attach_xdp(self) -> None:
         if self.hook == "xdp":
             prog = self.objects.programs["svm_out_xdp"]

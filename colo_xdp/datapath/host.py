@@ -10,6 +10,7 @@ moment sooner, and the next controller makes them follow the first (DataPath).
 from __future__ import annotations
 
 import socket
+import time
 from collections.abc import Callable, Sequence
 
 from ..abi import Cfg
@@ -21,6 +22,7 @@ from .pair_slots import PairSlots
 from .prepare import prepare, record
 from .ring import CapturedFrame
 
+TRAFFIC_S = 0.5
 Counters = dict[str, dict[str, tuple[int, int]]]
 
 
@@ -33,6 +35,7 @@ class HostDataPath(PairSlots):
         self.role, self.adopted = nics[0].role, nics[0].adopted
         # Every NIC has its role's programs now. The first one's epoch may be behind: see DataPath.
         self.epoch = max(nic.epoch for nic in nics)
+        self._traffic, self._traffic_due = (0, 0), 0.0
         self.beat()  # the last NIC's programs may have taken seconds to compile
 
     @classmethod
@@ -79,6 +82,20 @@ class HostDataPath(PairSlots):
     def lost_events(self) -> int:
         """Return how many frames did not fit into an event ring, or could not be carried by it."""
         return sum(nic.lost_events() for nic in self.nics)
+
+    def guest_traffic(self) -> tuple[int, int]:
+        """Return how many frames have come for the SVM and from it, at most TRAFFIC_S ago.
+
+        Counters are summed for it, which is too much for each heartbeat.
+        """
+        now = time.monotonic()
+        if now >= self._traffic_due:
+            self._traffic = (
+                sum(nic.arrived() for nic in self.nics),
+                sum(nic.sent() for nic in self.nics),
+            )
+            self._traffic_due = now + TRAFFIC_S
+        return self._traffic
 
     def counters(self) -> Counters:
         """Return {program: {reason: (packets, bytes)}}, summed over the NICs."""

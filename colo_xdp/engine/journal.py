@@ -33,6 +33,8 @@ class Divergence:
     evidence: Evidence = NO_EVIDENCE
     asked: bool = True  # for a checkpoint; False: the flow is only monitored
     nic: str = ""  # name of the guest's NIC
+    #: the SVM's kernel has not even acked what the PVM acks: it does not run, or has not got it
+    svm_deaf: bool = False
 
 
 @dataclass(frozen=True, slots=True)

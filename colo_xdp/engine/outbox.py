@@ -104,12 +104,14 @@ class EngineOutbox:
     def _divergence(
         self, cause: Cause, flow: Requester | str, evidence: Evidence, asked: bool
     ) -> Divergence:
-        text, proto, port, rule = str(flow), "", 0, ""
+        text, proto, port, rule, deaf = str(flow), "", 0, "", False
         if not isinstance(flow, str):
-            text, rule = flow.text(), flow.verdict.rule
+            text, rule, deaf = flow.text(), flow.verdict.rule, flow.svm_deaf()
             proto, port = flow.service()
             self.rules[rule].differences += 1
-        d = Divergence(self._clock.now, cause, text, proto, port, rule, evidence, asked)
+        d = Divergence(
+            self._clock.now, cause, text, proto, port, rule, evidence, asked, svm_deaf=deaf
+        )
         self._on_divergence(d)
         return d
 

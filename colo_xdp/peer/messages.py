@@ -31,7 +31,7 @@ MESSAGES: dict[str, dict[str, type]] = {
     "hello": {"v": int, "min": int, "pair": str, "role": str, "boot": str},
     # Heartbeat. `echo` is the peer's `t` (CLOCK_BOOTTIME, ns) returned, for the round trip;
     # `promise`: see failover/lease.py; `over`: its guest has shut itself down, and neither is to
-    # continue.
+    # continue. S: `delivered` and `sent` are the frames at its guest's taps so far, 0 on P.
     "heartbeat": {
         "t": int,
         "echo": int,
@@ -44,6 +44,8 @@ MESSAGES: dict[str, dict[str, type]] = {
         "shadow": bool,
         "promise": bool,
         "role": str,
+        "delivered": int,
+        "sent": int,
     },
     # P, before `begin n`: addresses that its guest claims and MAC addresses that it sends from, in
     # the format of AddressTable.export(), hexadecimal; not sent if there are none.

@@ -30,6 +30,8 @@ ADVICE = {
     Cause.CROSSED: "threads or locks inside the guests were granted in another order (a database, "
     "several vCPUs): each costs about one checkpoint, and no setting avoids it",
     Cause.REPEATED: "the peer link loses frames, or the SVM does not answer what the PVM answers",
+    Cause.FRAME_LOST: "the peer link, or the SVM's tap, loses frames: see the devices' counters on "
+    "both hosts",
     Cause.SVM_AHEAD: "the PVM is slower than compare_timeout, or the SVM sends more",
     Cause.RETRANSMIT_UNVERIFIABLE: "a client that is far behind causes very late retransmissions",
     Cause.SIGNED_CONNECTION: "expect one per connection of BGP, LDP or MSDP with a password",

@@ -359,15 +359,41 @@ def merge_by_hand(image: Path, overlays: Path) -> str:
     return commands.replace("web1-", f"{PAIR}-")
 
 
+def test_the_merge_by_hand_brings_back_what_only_the_overlays_have(tmp_path: Path) -> None:
+    """An image of which a part is merged, and blocks of all kinds.
+
+    The hidden disk has what the image had at the last checkpoint, the active disk what the SVM has
+    written since. The image may have writes of a PVM that nobody was told of.
+    """
+    stem = f"{PAIR}-colo-d0"
+    image, active, hidden = (
+        tmp_path / x for x in ("image", f"{stem}-active.qcow2", f"{stem}-hidden.qcow2")
+    )
+    for path in (image, active, hidden):
+        sh("qemu-img", "create", "-q", "-f", "qcow2", str(path), "8M")
+    written = {image: "01234567", hidden: "  2345  ", active: "   34 6 "}  # a MiB each
+    merged = "3"
+    for n, (path, blocks) in enumerate(written.items(), 1):
+        for at, block in enumerate(blocks):
+            if block != " ":
+                value = 3 if path is image and block in merged else n
+                sh("qemu-io", "-f", "qcow2", "-c", f"write -q -P {value} {at}M 1M", str(path))
+    sh("sh", "-ec", merge_by_hand(image, tmp_path))
+    for at, want in enumerate((1, 1, 2, 3, 3, 2, 3, 1)):
+        said = sh("qemu-io", "-f", "qcow2", "-c", f"read -P {want} {at}M 1M", str(image))
+        assert "verification failed" not in said, f"block {at}"
+    assert not active.exists() and not hidden.exists()
+
+
 def test_a_survivor_that_dies_while_it_merges_is_mended_by_hand(make_lab: LabMaker) -> None:
-    """What docs/operator/disks.md says brings back every record, from an image half merged."""
+    """What docs/operator/disks.md says works on the files that it leaves."""
     lab = make_lab(disks=1)
     with own_file_system(lab, "secondary") as where:
         lab.protect()
         w = Writer(lab)
         w.moves()
         lab.ask("primary", "checkpoint")
-        w.moves(100)
+        w.moves(60)
         (s,) = w.streams.values()
         s.stop()
         lab.client.run("sync")  # with a write on its way the image could not be closed to the PVM
@@ -375,13 +401,10 @@ def test_a_survivor_that_dies_while_it_merges_is_mended_by_hand(make_lab: LabMak
         lab.vm["primary"].kill9()
         lab.wait_state("secondary", "promoted", 30)
         wait_for("a merge", lambda: lab.status("secondary")["disks"]["committing"], 10)
-        later = RecordStream(lab.net.client, 2001, s.last + 1)
-        wait_for("records of the survivor", lambda: later.dead or later.last > s.last + 100, 40)
         lab.vm["secondary"].signal(signal.SIGKILL)
         sh("fsfreeze", "-u", str(where))
         lab.vm["secondary"].stop()
-        later.stop()
-        image, confirmed = lab.image("secondary", "d0"), range(1, later.last + 1)
-        assert set(disk.check(image, confirmed).lost) & set(later.confirmed)
-        sh("sh", "-ec", merge_by_hand(image.resolve(), lab.work / "secondary.overlays"))
-        assert disk.check(image, confirmed).good
+        overlays, image = lab.work / "secondary.overlays", lab.image("secondary", "d0").resolve()
+        assert len(list(overlays.iterdir())) == 2
+        sh("sh", "-ec", merge_by_hand(image, overlays))
+        assert disk.check(image, s.confirmed).good and s.last > 80

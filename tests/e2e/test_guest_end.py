@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import pytest
 
@@ -83,3 +84,32 @@ def test_a_guest_that_somebody_stops_runs_on_with_a_checkpoint(
     for side in ("primary", "secondary"):
         lab.wait_state(side, "protected", 5)
     assert "stopped" in lab.status("primary")["checkpoints"]["last"]["detail"]
+
+
+@pytest.mark.parametrize("wait", ["adaptive", "fixed"])
+def test_a_copy_that_answers_nothing_is_given_up(make_lab: LabMaker, wait: str) -> None:
+    """Each checkpoint makes it a copy again, and it falls silent again: clients pay for each."""
+    lab = make_lab(overrides={"compare": {"wait": wait}})
+    lab.protect()
+    assert serves(lab)
+    # As seen from outside, like a kernel that panics whenever it runs. The card's own link would
+    # come back with the state of a checkpoint.
+    lab.vm["secondary"].ask("set_link", name="n0", up=False)
+    began = time.monotonic()
+
+    def alone() -> dict[str, Any]:
+        lab.client.http("index.html", timeout=5)
+        said = lab.status("primary")
+        return said if said["state"] == "solo" else {}
+
+    solo = wait_for("the PVM to go on alone", alone, 60)
+    print(f"{wait}: given up after {time.monotonic() - began:.1f} s")
+    assert "the SVM has sent nothing over 3 checkpoints" in solo["reason"]
+    lab.wait_state("secondary", "stopped", 10)
+    at = time.monotonic()
+    assert serves(lab) and time.monotonic() - at < 1  # nothing waits any more
+    lab.vm["secondary"].stop()
+    lab.start_vm("secondary")
+    for role in ("primary", "secondary"):
+        lab.wait_state(role, "protected", 60)
+    assert serves(lab)

@@ -1137,13 +1137,13 @@ def disks_are_vouched_for_unseen(mp: Any) -> None:
             self._c.peer.send("disks_whole", n=ck.n)
 
     mp.setattr(CheckpointCoordinator, "_prove_disks", prove)
-    real = Primary.mirror_lost
+    real = Primary.copy_lost
 
     def late(self: Primary, why: str) -> None:
         if self.checkpoints.running is None:
             real(self, why)
 
-    mp.setattr(Primary, "mirror_lost", late)
+    mp.setattr(Primary, "copy_lost", late)
     mp.setattr(MirrorWatch, "run", _nothing)  # its timers shift the few schedules that show this
 
 

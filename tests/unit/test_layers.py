@@ -53,7 +53,8 @@ PURE = (
     "failover.decision", "failover.facts", "failover.states", "peer.messages", "peer.heartbeat",
     "qemu.events", "qemu.disks", "qemu.migration", "qemu.nic", "datapath.btf",
     "status.document", "status.text",
-    "controller.command", "controller.pacing", "controller.pair_view", "tools.explain",
+    "controller.command", "controller.copy_health", "controller.pacing", "controller.pair_view",
+    "tools.explain",
     "tools.suggest", "tools.replay",
     "tools.corpus",
 )  # fmt: skip

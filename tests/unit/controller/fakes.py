@@ -53,7 +53,7 @@ class FakeDataPath:
             map=lambda name: SimpleNamespace(info=SimpleNamespace(max_entries=8), items=lambda: [])
         )
         self.waiting: list[CapturedFrame] = []
-        self.found, self.came = Look(), 0
+        self.found, self.came, self.traffic = Look(), 0, (0, 0)
         self.opened = self.changed = self.stepped_in = 0
         self.in_bridge: list[str] = []
         self.nics, self.fds = (self,), list[int]()
@@ -90,6 +90,9 @@ class FakeDataPath:
 
     def arrived(self) -> int:
         return self.came
+
+    def guest_traffic(self) -> tuple[int, int]:
+        return self.traffic
 
     def drain(self, sink: Callable[[CapturedFrame], None], limit: int = 0) -> int:
         events, self.waiting = self.waiting, []
@@ -173,7 +176,8 @@ def beat(state: str, **fields: Any) -> dict[str, Any]:
     return {
         "type": "heartbeat", "t": 1, "echo": 0, "state": state, "epoch": 5, "vm": True,
         "shut": False,
-        "standalone": False, "shadow": False, "promise": False, "role": "secondary", **fields,
+        "standalone": False, "shadow": False, "promise": False, "role": "secondary",
+        "delivered": 0, "sent": 0, **fields,
     }  # fmt: skip
 
 
@@ -215,6 +219,8 @@ BEAT = {
     "vm": True,
     "standalone": False,
     "shadow": False,
+    "delivered": 0,
+    "sent": 0,
     "type": "heartbeat",
     "role": "primary",
 }
@@ -263,6 +269,7 @@ RAN_STANDALONE = {
     "type": "heartbeat", "t": 1, "echo": 0, "epoch": 7, "vm": True, "promise": False,
     "shadow": False,
     "role": "primary", "state": "solo", "shut": False, "standalone": True,
+    "delivered": 0, "sent": 0,
 }  # fmt: skip
 
 

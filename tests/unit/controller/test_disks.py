@@ -336,7 +336,7 @@ def test_a_lost_mirror_is_a_lost_secondary() -> None:
         with pytest.raises(CheckpointFailed, match="d0"):
             await c.checkpoints._await(Checkpoint(8, "operator", 1), "x", time.monotonic() + 1)
         c.view.entering()
-        assert not c.view.guest.mirror_lost, "of the former secondary"
+        assert not c.view.guest.copy_lost, "of the former secondary"
 
     in_loop(body)
 
@@ -346,7 +346,7 @@ def test_a_mirror_that_nothing_depends_on_may_end(state: State) -> None:
     c, _, _, _ = a_primary()
     c.state = state
     c.on_qmp(QmpEvent("BLOCK_JOB_ERROR", {}, 1, 1))
-    assert c.state is state and not c.view.guest.mirror_lost
+    assert c.state is state and not c.view.guest.copy_lost
 
 
 def test_no_checkpoint_is_asked_of_qemu_without_its_mirrors() -> None:
@@ -586,7 +586,7 @@ def test_a_qemu_that_hangs_by_itself_is_no_fault_of_the_secondary() -> None:
         hear(c)
         disks.fails = [QmpTimeout("query-block-jobs"), QmpTimeout("query-yank: no answer")]
         await c.mirrors.look()
-        assert c.state is State.PROTECTED and not c.view.guest.mirror_lost and not sent
+        assert c.state is State.PROTECTED and not c.view.guest.copy_lost and not sent
 
     in_loop(body)
 
@@ -608,7 +608,7 @@ def test_a_disk_that_is_plugged_in_ends_the_protection(
         await asyncio.sleep(0.02)
         assert (c.state is State.PROTECTED) == covered
         if not covered:
-            assert "disk new" in c.view.guest.mirror_lost
+            assert "disk new" in c.view.guest.copy_lost
         for t in (task, *c._tasks):
             t.cancel()
 

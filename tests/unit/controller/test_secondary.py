@@ -185,6 +185,8 @@ def test_a_first_checkpoint_counts_when_the_primary_has_confirmed_it() -> None:
         "state": "checkpointing",
         "epoch": 0,
         "shadow": False,
+        "delivered": 0,
+        "sent": 0,
     }
     beat |= {"shut": False, "role": "primary", "standalone": True}
     c.on_message(beat)

@@ -54,7 +54,8 @@ def test_a_primary_never_transmits_against_a_secondary_that_took_over(kind: str)
         c, dp, _ = primary()
         c.state = State.PROTECTED
         beat = {"t": 1, "echo": 0, "state": "promoted", "epoch": 7, "vm": True,
-                "shut": False, "standalone": True, "role": "secondary"}  # fmt: skip
+                "shut": False, "standalone": True, "role": "secondary",
+                "delivered": 0, "sent": 0}  # fmt: skip
         c._peer_message({"type": kind, **({"why": "x"} if kind == "promoted" else beat)})
         assert c.state is State.STOPPED and dp.mode is Mode.DROP
 

@@ -263,6 +263,55 @@ def test_a_pvm_that_repeats_what_waits_has_noticed_itself() -> None:
     assert w.asked == ["repeated"]
 
 
+def test_a_hole_in_the_svms_stream_is_a_lost_frame() -> None:
+    w = Pair()
+    for _ in range(8):  # the SVM may be late by 100 ms at other times
+        w.patience.waited(100 * MS)
+        w.patience.end_window(w.now)
+    w.both(f.tcp(0, 1, b"aa"))
+    w.p(f.tcp(2, 1, b"bb"))
+    w.p(f.tcp(4, 1, b"cc"))
+    w.s(f.tcp(4, 1, b"cc"))  # its "bb" does not come
+    waited = w.until_asked()
+    assert w.asked == ["frame_lost"]
+    assert w.patience.quiet_ns / MS <= waited < w.patience.usual_ns / MS
+
+
+def test_a_hole_before_the_pvm_has_said_as_much_counts_from_then_on() -> None:
+    w = Pair()
+    w.both(f.tcp(0, 1, b"aa"))
+    w.s(f.tcp(4, 1, b"cc"))
+    w.now += 1000 * MS
+    w.e.tick(w.now)
+    assert not w.asked, "nothing waits for it"
+    w.p(f.tcp(2, 1, b"bb"))
+    assert w.until_asked() <= w.patience.quiet_ns / MS + 1
+    assert w.asked == ["frame_lost"]
+
+
+def test_a_hole_that_is_filled_in_time_is_reordering() -> None:
+    w = Pair()
+    w.both(f.tcp(0, 1, b"aa"))
+    w.p(f.tcp(2, 1, b"bb"))
+    w.s(f.tcp(4, 1, b"cc"))
+    w.now += 10 * MS
+    w.e.tick(w.now)
+    w.s(f.tcp(2, 1, b"bb"))
+    w.p(f.tcp(4, 1, b"cc"))
+    w.now += 200 * MS
+    w.e.tick(w.now)
+    assert not w.asked and len(w.out) == 3
+
+
+def test_an_ack_does_not_wait_for_a_hole() -> None:
+    w = Pair()
+    w.both(f.tcp(0, 1, b"aa"))
+    w.p(f.tcp(2, 9))
+    w.s(f.tcp(4, 1, b"cc"))
+    assert w.until_asked() > w.patience.quiet_ns / MS + 1
+    assert w.asked != ["frame_lost"]
+
+
 def test_a_reset_where_the_other_guest_has_data() -> None:
     w = Pair()
     w.both(f.tcp(0, 1, b"aa"))

@@ -86,6 +86,7 @@ def test_only_a_fresh_datagram_counts_and_only_without_the_channel(make: Any, wh
         elif why == "overtaken":  # by what the control channel brought before it was cut
             beat = {"t": said.t, "echo": 0, "state": "protected", "epoch": 7, "vm": True,
                     "shut": False, "standalone": False, "shadow": False, "promise": False,
+                    "delivered": 0, "sent": 0,
                     "role": OTHER[c.role.value]}  # fmt: skip
             c._peer_message({"type": "heartbeat", **beat})
         else:
