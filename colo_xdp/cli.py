@@ -439,7 +439,7 @@ def replay(
 
     from .tools.differences import from_replay
     from .tools.pcap import PcapError, read
-    from .tools.replay import MS, Options, ReplayError, text
+    from .tools.replay import MS, ReplayError, ReplayOptions, text
     from .tools.replay import replay as play
 
     try:
@@ -448,7 +448,7 @@ def replay(
         mac = b"?"
     if len(mac) not in (0, 6):
         raise _fail(f"--guest-mac {guest_mac}: an address such as 52:54:00:00:00:01", USAGE)
-    o = Options(checkpoint_ns=int(checkpoint_ms * MS), offset_ns=int(offset_ms * MS))
+    o = ReplayOptions(checkpoint_ns=int(checkpoint_ms * MS), offset_ns=int(offset_ms * MS))
     if config is not None:
         c = _load(config)
         o = replace(o, limits=c.limits(), policy=c.policy())

@@ -14,7 +14,7 @@ from ..net.frame import NO_EVIDENCE, Evidence, Frame
 from ..net.packet import Packet
 from .causes import Cause
 from .compared import ComparedFlow
-from .flow import LONG_AGO, Comparer, Flow, FlowContext, Partial, Reporter, Source
+from .flow import LONG_AGO, Comparer, Flow, FlowContext, Partial, Reporter, Requester
 from .held_queue import Held, HeldQueue
 from .ledger import Ledger
 from .policy import Verdict
@@ -150,7 +150,7 @@ class MonitorOutbox:
     def release(self, rec: Frame) -> None:
         """Do nothing: the frame left long ago."""
 
-    def request(self, cause: Cause, flow: Source, evidence: Evidence = NO_EVIDENCE) -> None:
+    def request(self, cause: Cause, flow: Requester, evidence: Evidence = NO_EVIDENCE) -> None:
         """Report a difference, or count that there was no room. The flow is lost for this epoch."""
         if cause is Cause.QUEUE_FULL:
             self._outbox.count("monitor_given_up")

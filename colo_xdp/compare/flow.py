@@ -23,7 +23,7 @@ BEFORE = 32  # bytes of evidence before it
 LONG_AGO = -1  # not a valid epoch
 
 
-class Source(Protocol):
+class Requester(Protocol):
     """Something that can differ between the guests, as a divergence report names it."""
 
     @property
@@ -71,7 +71,7 @@ class Outbox(Protocol):
         """Release the frame now."""
         ...
 
-    def request(self, cause: Cause, flow: Source, evidence: Evidence = NO_EVIDENCE) -> None:
+    def request(self, cause: Cause, flow: Requester, evidence: Evidence = NO_EVIDENCE) -> None:
         """Request a checkpoint, which alone can decide what may leave."""
         ...
 
@@ -91,7 +91,7 @@ class Reporter(Outbox, Protocol):
         """Note that a frame is about to leave without being held."""
         ...
 
-    def noticed(self, cause: Cause, flow: Source, evidence: Evidence) -> None:
+    def noticed(self, cause: Cause, flow: Requester, evidence: Evidence) -> None:
         """Report a difference that does not request a checkpoint."""
         ...
 

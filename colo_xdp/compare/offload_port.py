@@ -13,7 +13,7 @@ from ..net.flow_key import FlowKey
 from ..net.frame import NO_EVIDENCE, Evidence, Frame
 from ..net.packet import Packet
 from .causes import Cause
-from .flow import Outbox, Partial, Source
+from .flow import Outbox, Partial, Requester
 
 if TYPE_CHECKING:
     from ..offload.kernel_format import ConnState, OffloadRequest
@@ -79,7 +79,7 @@ class Backpressure:
         self.frames.append(rec)
         self.size += len(rec.frame)
 
-    def request(self, cause: Cause, flow: Source, evidence: Evidence = NO_EVIDENCE) -> None:
+    def request(self, cause: Cause, flow: Requester, evidence: Evidence = NO_EVIDENCE) -> None:
         """Pass the request on; see Outbox."""
         self._outbox.request(cause, flow, evidence)
 

@@ -21,7 +21,7 @@ MAX_RULES = 64
 IPNetwork = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 
-class Action(StrEnum):
+class RuleAction(StrEnum):
     """What is done with a flow. Clients' frames reach both guests unless it is DROP_SECONDARY."""
 
     COMPARE = "compare"  # held until the SVM has sent the same
@@ -80,7 +80,7 @@ class Rule:
         "name of the rule, and label of its counters",
     )
     action: str = validate.key(
-        validate.choice(*(str(a) for a in Action)),
+        validate.choice(*(str(a) for a in RuleAction)),
         "what is done with the flow",
     )
     protocol: str = validate.key(
@@ -196,7 +196,7 @@ class Verdict:
     """Decision of a rule."""
 
     rule: str
-    action: Action
+    action: RuleAction
 
 
 def _defaults(arp: str, ndp: str, other: str) -> tuple[Rule, ...]:
@@ -223,7 +223,7 @@ class Policy:
         order = (*self.rules, *_defaults(self.arp, self.ndp, self.other))
         object.__setattr__(self, "order", order)
         object.__setattr__(
-            self, "verdicts", tuple(Verdict(r.name, Action(r.action)) for r in order)
+            self, "verdicts", tuple(Verdict(r.name, RuleAction(r.action)) for r in order)
         )
 
     def judge(self, s: Subject) -> Verdict:

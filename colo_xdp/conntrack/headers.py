@@ -208,7 +208,7 @@ def parse_quote(frame: bytes, p: Segment) -> tuple[Segment, int] | None:
 
 
 @dataclass(slots=True)
-class TcpOptions:
+class OptionOffsets:
     """Offsets of options from the start of the TCP header; 0: not present."""
 
     ts: int = 0
@@ -216,11 +216,11 @@ class TcpOptions:
     sack_blocks: int = 0
 
 
-def parse_options(header: bytes) -> TcpOptions:
+def parse_options(header: bytes) -> OptionOffsets:
     """Parse TCP options as Linux does: the last of a kind counts, a malformed one ends the list."""
-    o, i, doff = TcpOptions(), 20, len(header)
+    o, i, doff = OptionOffsets(), 20, len(header)
     if doff == 32 and header[20:24] == b"\x01\x01\x08\x0a":
-        return TcpOptions(ts=22)
+        return OptionOffsets(ts=22)
     for _ in range(TCP_OPTIONS):
         if i + 1 > doff or header[i] == 0:
             break

@@ -17,8 +17,8 @@ from dataclasses import dataclass, field, replace
 from ..abi import EPOCH_BASE, Mode, Reason
 from .headers import (
     BadFrame,
+    OptionOffsets,
     Segment,
-    TcpOptions,
     connection_key,
     csum_apply,
     move,
@@ -28,7 +28,7 @@ from .headers import (
     timestamps,
     u16,
 )
-from .tcp_state import Event, State, next_state
+from .tcp_state import Event, TcpState, next_state
 
 FIN, SYN, RST, ACK = 0x01, 0x02, 0x04, 0x10
 _M32 = 0xFFFFFFFF
@@ -55,7 +55,7 @@ class TrackedConnection:
     ts_s: int = 0
     fin_guest: int = 0
     fin_client: int = 0
-    state: int = State.CLOSED
+    state: int = TcpState.CLOSED
     have: int = 0
     have_client: int = 0
     have_pvm: int = 0
@@ -68,7 +68,7 @@ class TrackedConnection:
         """Reset the entry for another connection with this key."""
         self.epoch = epoch
         self.have = self.have_client = 0
-        self.state = State.CLOSED
+        self.state = TcpState.CLOSED
 
     @property
     def isn_known(self) -> bool:
@@ -229,7 +229,7 @@ class Rewriter:
     def _heard(n: TrackedConnection, p: Segment, isn_p: int) -> bool:
         """Return whether the client acks what it can know only from the guest."""
         return bool(
-            n.state >= State.ESTABLISHED
+            n.state >= TcpState.ESTABLISHED
             and p.flags & (RST | ACK) == ACK
             and n.have & HAVE_ISN_S
             and n.known
@@ -352,7 +352,9 @@ class Rewriter:
         return Event.CLIENT_ACK_FIN if acks_fin else Event.CLIENT_ACK
 
     @staticmethod
-    def _moves(p: Segment, o: TcpOptions, off: int, tsoff: int, *, to_svm: bool) -> dict[int, int]:
+    def _moves(
+        p: Segment, o: OptionOffsets, off: int, tsoff: int, *, to_svm: bool
+    ) -> dict[int, int]:
         """Return {offset in the TCP header: what to add there}."""
         moves: dict[int, int] = {}
         if not to_svm:
@@ -384,7 +386,7 @@ class Rewriter:
         off, tsoff, _ = n.shift()
         lead = frame[q.l4_off + 20 : q.l4_off + 24]
         usual = q.doff == 32 and q.l4_off + 32 <= stop and lead == b"\x01\x01\x08\x0a"
-        o = TcpOptions(ts=22) if usual else TcpOptions()
+        o = OptionOffsets(ts=22) if usual else OptionOffsets()
         moves = {at: -by for at, by in self._moves(q, o, off, tsoff, to_svm=False).items()}
         if not moves:
             return frame, Reason.PASS_REDIRECTED

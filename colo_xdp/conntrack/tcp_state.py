@@ -23,7 +23,7 @@ from enum import IntEnum
 from types import MappingProxyType
 
 
-class State(IntEnum):
+class TcpState(IntEnum):
     """enum colo_tcp_state."""
 
     CLOSED = 0
@@ -56,7 +56,7 @@ class Event(IntEnum):
     GUEST_RST = 11
 
 
-_S, _E = State, Event
+_S, _E = TcpState, Event
 
 #: An entry begins in CLOSED with a SYN or SYN-ACK. A client's SYN alone shows nothing about the
 #: guest: any host may send it, to any port, so the guest is at most in LISTEN until it answers.
@@ -70,7 +70,7 @@ _FROM_CLOSED = {
 
 _RESET = {_E.CLIENT_RST: _S.CLOSED, _E.GUEST_RST: _S.CLOSED}
 
-TABLE: Mapping[State, Mapping[Event, State]] = MappingProxyType(
+TABLE: Mapping[TcpState, Mapping[Event, TcpState]] = MappingProxyType(
     {
         _S.CLOSED: _FROM_CLOSED,
         _S.LISTEN: {
@@ -135,7 +135,7 @@ TABLE: Mapping[State, Mapping[Event, State]] = MappingProxyType(
 
 #: Seconds without a segment after which a connection is forgotten. Too early breaks it after a
 #: failover, too late costs a slot: where the ends may rightly be silent, the numbers are large.
-TIMEOUTS: Mapping[State, int] = MappingProxyType(
+TIMEOUTS: Mapping[TcpState, int] = MappingProxyType(
     {
         _S.CLOSED: 10,  # segments still under way
         _S.LISTEN: 10,  # the guest has not answered: its SYN-ACK would begin the entry anew
@@ -154,17 +154,17 @@ TIMEOUTS: Mapping[State, int] = MappingProxyType(
 
 def next_state(state: int, event: int) -> int:
     """Return the state after `event`."""
-    return TABLE[State(state)].get(Event(event), State(state))
+    return TABLE[TcpState(state)].get(Event(event), TcpState(state))
 
 
 def transition_table() -> list[int]:
     """Return the table as the map `transitions` holds it."""
-    return [int(next_state(s, e)) for s in State for e in Event]
+    return [int(next_state(s, e)) for s in TcpState for e in Event]
 
 
 def timeout(state: int) -> int:
     """Return the seconds of silence after which a connection in `state` is forgotten."""
     try:
-        return TIMEOUTS[State(state)]
+        return TIMEOUTS[TcpState(state)]
     except ValueError:  # a torn value, or one of another version: not worth keeping
-        return TIMEOUTS[State.CLOSED]
+        return TIMEOUTS[TcpState.CLOSED]

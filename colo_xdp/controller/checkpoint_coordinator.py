@@ -21,7 +21,7 @@ from ..clock import TICK_S
 from ..compare.causes import Cause
 from ..config.file import Config
 from ..datapath.host import HostDataPath
-from ..engine.journal import Divergence, Entry, Journal
+from ..engine.journal import Divergence, Journal, JournalEntry
 from ..failover.arbiter import Arbiter
 from ..failover.states import State
 from ..peer.channel import Peer
@@ -516,7 +516,7 @@ class CheckpointCoordinator:
     ) -> None:
         d = want.why
         self._c.journal.checkpoint(
-            Entry(
+            JournalEntry(
                 time.time(), want.cause, want.detail,
                 d.proto if d else "", d.port if d else 0, d.rule if d else "",
                 max(0, ck.resume_ns - ck.stop_ns) / 1e6, (time.monotonic_ns() - ck.began_ns) / 1e6,

@@ -14,7 +14,7 @@ from ..compare.compared import ComparedFlow
 from ..compare.datagram import DatagramFlow
 from ..compare.flow import LONG_AGO, Comparer, FlowContext
 from ..compare.limits import Limits
-from ..compare.policy import Action, Policy, Verdict, subject
+from ..compare.policy import Policy, RuleAction, Verdict, subject
 from ..compare.tcp import TcpFlow
 from ..compare.timers import Clock
 from ..net.flow_key import FlowKey, unmirrored_key
@@ -142,12 +142,12 @@ class FlowTable:
         """Create the kind of flow that the policy demands for this frame."""
         what = subject(p, direction)
         verdict = self.policy.judge(what)
-        if verdict.action is Action.COMPARE:
+        if verdict.action is RuleAction.COMPARE:
             return self._compared(self._host, p, verdict, what.direction)
-        if verdict.action is Action.DROP_SECONDARY:
+        if verdict.action is RuleAction.DROP_SECONDARY:
             self._unmirror(p)
         args = self._outbox, p.key, self._clock.epoch, verdict, what.direction
-        if verdict.action is not Action.MIRROR_ONLY:
+        if verdict.action is not RuleAction.MIRROR_ONLY:
             return BypassedFlow(*args)
         watched = MonitoredFlow(*args, self._watched, self._host.timers)
         host = replace(self._watched_host, outbox=watched.monitor())
@@ -185,7 +185,7 @@ class FlowTable:
             if verdict.rule != flow.verdict.rule:
                 self._outbox.rules[verdict.rule].flows += 1
             flow.judged(verdict)
-            if verdict.action is Action.DROP_SECONDARY:
+            if verdict.action is RuleAction.DROP_SECONDARY:
                 self._unmirror(p)
         flow.new_epoch(self._clock.epoch)
         return flow

@@ -38,7 +38,7 @@ class Divergence:
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class JournalEntry:
     """One checkpoint; `failed` is the reason if it failed."""
 
     at: float
@@ -74,14 +74,14 @@ class Group:
 class Journal:
     """The latest events, as far as there is room; `groups` forgets only names."""
 
-    entries: deque[Entry] = field(default_factory=lambda: deque(maxlen=MAX_ENTRIES))
+    entries: deque[JournalEntry] = field(default_factory=lambda: deque(maxlen=MAX_ENTRIES))
     groups: dict[tuple[str, str, int, str], Group] = field(default_factory=dict)
     pairs: deque[tuple[int, float, Divergence]] = field(
         default_factory=lambda: deque(maxlen=MAX_PAIRS)
     )
     seen: int = 0  # divergences ever seen
 
-    def checkpoint(self, e: Entry) -> None:
+    def checkpoint(self, e: JournalEntry) -> None:
         """Note that a checkpoint is over."""
         self.entries.append(e)
         if e.failed:

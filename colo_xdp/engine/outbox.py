@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..compare.causes import Cause
-from ..compare.flow import Partial, Source
+from ..compare.flow import Partial, Requester
 from ..compare.patience import Patience
 from ..compare.policy import Verdict
 from ..compare.timers import Clock
@@ -49,7 +49,7 @@ class EngineOutbox:
         self.rules: dict[str, RuleCount] = {}
         self.asked = False  # for a checkpoint, in this epoch
         #: the flow that did, if it was because something had waited
-        self.asked_for: Source | str | None = None
+        self.asked_for: Requester | str | None = None
         self.may_ask = True  # no checkpoint is under way, and there are two guests
         self._parts: dict[Partial, None] = {}  # a verified part of their head may leave
 
@@ -71,7 +71,9 @@ class EngineOutbox:
                 self.released += 1
                 self._send(part)
 
-    def request(self, cause: Cause, flow: Source | str, evidence: Evidence = NO_EVIDENCE) -> None:
+    def request(
+        self, cause: Cause, flow: Requester | str, evidence: Evidence = NO_EVIDENCE
+    ) -> None:
         """Count a divergence; the first one of an epoch requests a checkpoint."""
         self.counters[f"cause_{cause}"] += 1
         d = self._divergence(cause, flow, evidence, True)
@@ -94,13 +96,13 @@ class EngineOutbox:
         self.counters["uncompared"] += 1
         self.rules[verdict.rule].uncompared += 1
 
-    def noticed(self, cause: Cause, flow: Source, evidence: Evidence) -> None:
+    def noticed(self, cause: Cause, flow: Requester, evidence: Evidence) -> None:
         """Report a difference in a monitored flow."""
         self.counters["differences_monitored"] += 1
         self._divergence(cause, flow, evidence, False)
 
     def _divergence(
-        self, cause: Cause, flow: Source | str, evidence: Evidence, asked: bool
+        self, cause: Cause, flow: Requester | str, evidence: Evidence, asked: bool
     ) -> Divergence:
         text, proto, port, rule, deaf = str(flow), "", 0, "", False
         if not isinstance(flow, str):

@@ -9,7 +9,7 @@ waited for, the checkpoint was needless, and the wait shows how long the SVM nee
 from __future__ import annotations
 
 from ..compare.compared import ComparedFlow
-from ..compare.flow import Source
+from ..compare.flow import Requester
 from ..compare.tcp_wait import FLAGS
 from ..net.packet import Kind, Packet, datagram_body
 from ..net.seqnum import HALF, MASK
@@ -47,7 +47,7 @@ class Suspect:
     def __bool__(self) -> bool:
         return self._head is not None
 
-    def begin(self, flow: Source | str) -> bool:
+    def begin(self, flow: Requester | str) -> bool:
         """Remember the flow's head as the checkpoint begins; False: it has left meanwhile."""
         if not isinstance(flow, ComparedFlow):
             return True  # fragments: nobody looks

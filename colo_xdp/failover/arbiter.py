@@ -250,7 +250,7 @@ def make_store(config: Config) -> Store:
 
 
 @dataclass(frozen=True, slots=True)
-class Kind:
+class ArbiterKind:
     """An arbiter that can be configured."""
 
     make: Callable[[Host], Arbiter]
@@ -259,7 +259,7 @@ class Kind:
 
 #: arbiters by the value of [failover] arbiter
 ARBITERS = {
-    "fence": Kind(FenceArbiter),
-    "lease": Kind(LeaseArbiter.of, needs_grant=LeaseArbiter.needs_grant),
-    "manual": Kind(ManualArbiter),
+    "fence": ArbiterKind(FenceArbiter),
+    "lease": ArbiterKind(LeaseArbiter.of, needs_grant=LeaseArbiter.needs_grant),
+    "manual": ArbiterKind(ManualArbiter),
 }

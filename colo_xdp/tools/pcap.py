@@ -32,14 +32,14 @@ class PcapError(ValueError):
 
 
 @dataclass(frozen=True, slots=True)
-class Frame:
+class CaptureRecord:
     """One captured frame. `ts_ns` is unix time, ns."""
 
     ts_ns: int
     data: bytes
 
 
-def read(path: str | Path) -> Iterator[Frame]:
+def read(path: str | Path) -> Iterator[CaptureRecord]:
     """Yield the frames of a pcap or pcapng file, also gzipped.
 
     Raises PcapError: no such file, not a capture, not Ethernet, or a truncated frame (take captures
@@ -69,7 +69,7 @@ def read(path: str | Path) -> Iterator[Frame]:
                     raise PcapError(f"{path}: packet {n}: link type {link}, not Ethernet (1)")
                 if meta.wirelen is not None and len(data) < meta.wirelen:
                     raise PcapError(f"{path}: packet {n} was cut to {len(data)} of {meta.wirelen}")
-                yield Frame(_time(meta, ng, getattr(reader, "nano", False)), bytes(data))
+                yield CaptureRecord(_time(meta, ng, getattr(reader, "nano", False)), bytes(data))
     except OSError as e:
         raise PcapError(f"{path}: {e.strerror or e}") from e
     except (Scapy_Exception, ValueError, TypeError, IndexError, KeyError, AttributeError) as e:

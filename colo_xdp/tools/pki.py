@@ -32,7 +32,7 @@ class PkiError(RuntimeError):
 
 
 @dataclass(frozen=True, slots=True)
-class Seen:
+class CertificateSummary:
     """Names and end of validity (UTC) of a certificate."""
 
     names: tuple[str, ...]
@@ -172,7 +172,7 @@ def issue(directory: Path, role: str, days: int = 3650, *, renew: bool = False) 
     return [crt, private]
 
 
-def look(path: Path) -> Seen:
+def look(path: Path) -> CertificateSummary:
     """Read a certificate's file (for `doctor`).
 
     Raises PkiError.
@@ -191,7 +191,7 @@ def look(path: Path) -> Seen:
     except x509.ExtensionNotFound:
         pass
     names += [str(a.value) for a in cert.subject.get_attributes_for_oid(NameOID.COMMON_NAME)]
-    return Seen(tuple(names), _end(cert))
+    return CertificateSummary(tuple(names), _end(cert))
 
 
 def _end(cert: x509.Certificate) -> datetime.datetime:
@@ -204,6 +204,6 @@ def _end(cert: x509.Certificate) -> datetime.datetime:
     return end if end is not None else cert.not_valid_after.replace(tzinfo=datetime.UTC)
 
 
-def ours(seen: Seen) -> str:
+def ours(seen: CertificateSummary) -> str:
     """Return the colo-xdp identity of a certificate; "" if it has none."""
     return next((n for n in seen.names if n.startswith(SCHEME)), "")

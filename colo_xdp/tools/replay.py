@@ -41,7 +41,7 @@ class ReplayError(ValueError):
 
 
 @dataclass(frozen=True, slots=True)
-class Options:
+class ReplayOptions:
     """Options of a replay."""
 
     limits: Limits = field(default_factory=Limits)
@@ -119,7 +119,7 @@ class _Numbers:
 class Replay:
     """One run. `report` returns the result, `pairs` has the differences with their frames."""
 
-    def __init__(self, pvm: Capture, svm: Capture, options: Options) -> None:
+    def __init__(self, pvm: Capture, svm: Capture, options: ReplayOptions) -> None:
         if not pvm or not svm:
             raise ReplayError(f"the guest sent nothing in the {'PVM' if not pvm else 'SVM'}'s file")
         self.o = options
@@ -254,13 +254,13 @@ class Replay:
 def replay(
     pvm: Iterable[tuple[int, bytes]],
     svm: Iterable[tuple[int, bytes]],
-    options: Options | None = None,
+    options: ReplayOptions | None = None,
     mac: bytes = b"",
 ) -> Replay:
     """Replay what the guest with this address sent (detected if empty). Raises ReplayError."""
     p, s = list(pvm), list(svm)
     mac = mac or guest_mac(p, s)
-    return Replay(output_of(mac, p), output_of(mac, s), options or Options()).run()
+    return Replay(output_of(mac, p), output_of(mac, s), options or ReplayOptions()).run()
 
 
 def text(r: dict[str, Any]) -> str:

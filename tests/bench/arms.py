@@ -35,7 +35,7 @@ from colo_xdp.status.document import WAIT_BUCKETS
 from .report import Part, Spread, cpu_seconds
 
 TAG = "cxbn"  # of the laboratory's namespaces
-ARMS = ("none", "QEMU", "ours", "ours, U only")
+ARMS = ("none", "QEMU", "ours", "ours, slow path")
 BULK, SMALL, PAGE = "big", "index.html", "f100k"
 
 
@@ -146,7 +146,7 @@ class Seen:
 @contextmanager
 def _lab(arm: str, directory: Path) -> Iterator[Lab]:
     kind: Callable[..., Lab] = QemuLab if arm == "QEMU" else Lab
-    fast = {"datapath": {"fast_path": "off"}} if arm == "ours, U only" else None
+    fast = {"datapath": {"fast_path": "off"}} if arm == "ours, slow path" else None
     lab = kind(directory, tag=TAG, overrides=fast)
     try:
         lab.up()

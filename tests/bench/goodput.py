@@ -181,7 +181,11 @@ def once(arm: str, offloads: bool, seconds: int, flows: int = 1, cpus: int = 1) 
         _steer(cpus)
         if arm == "mirror only":
             put(HOST, "peer0", "ingress", "sink")
-        with _proxy(arm == "K bridge") if arm.startswith("K") else nullcontext() as slow:
+        with (
+            _proxy(arm == "fast path, bridge")
+            if arm.startswith("fast path")
+            else nullcontext() as slow
+        ):
             server_cmd = ["ip", "netns", "exec", CLIENT, "iperf3", "-s", "-1"]
             client_cmd = [
                 "ip", "netns", "exec", GUEST, "iperf3", "-c", CLIENT_IP, "-J", "-t", str(seconds),
@@ -273,7 +277,7 @@ def _listening() -> None:
             raise RuntimeError("iperf3 does not listen")
 
 
-ALL = ("plain", "mirror only", "K", "K bridge")
+ALL = ("plain", "mirror only", "fast path", "fast path, bridge")
 
 
 def measure(
@@ -329,12 +333,14 @@ def run(part: Part, quick: bool, _build: Path) -> None:
         for on in (True, False)
     }
     everybody = (1 << (os.cpu_count() or 1)) - 1
-    pair = ("plain", "K", "K bridge")
+    pair = ("plain", "fast path", "fast path, bridge")
     one = measure(part, "4 flows, steered to one CPU", pair, n, t, flows=4, cpus=1)
     many = measure(part, "4 flows, spread over all CPUs", pair, n, t, flows=4, cpus=everybody)
-    part.goal("goodput to plain, offloads on", _per(got[True], "K", "plain"), 0.95)
-    part.goal("goodput to mirror only, offloads off", _per(got[False], "K", "mirror only"), 0.85)
-    spread, single = _per(many, "K", "plain"), _per(one, "K", "plain")
+    part.goal("goodput to plain, offloads on", _per(got[True], "fast path", "plain"), 0.95)
+    part.goal(
+        "goodput to mirror only, offloads off", _per(got[False], "fast path", "mirror only"), 0.85
+    )
+    spread, single = _per(many, "fast path", "plain"), _per(one, "fast path", "plain")
     value = spread / single if spread and single else None
     part.goal("goodput of 4 flows on all CPUs to 4 on one, each to plain", value, TOGETHER)
 

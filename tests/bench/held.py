@@ -46,7 +46,7 @@ PAIR = "bench"
 MASK = 0xFFFFFFFF
 BATCH = 32  # frames between two reads of the event ring by the slow path
 PORT = 10_000  # of the first connection
-ARMS = ("floor", "K", "K bridge", "U")
+ARMS = ("floor", "fast path", "fast path, bridge", "slow path")
 
 
 @dataclass(frozen=True)
@@ -419,7 +419,7 @@ class Arm:
 
     def begin(self, case: Case) -> SlowPath | None:
         """Start new connections, and the slow path if this is its arm."""
-        if self.name == "U":
+        if self.name == "slow path":
             assert self.dp is not None
             return SlowPath(self.dp)
         if self.dp is not None:
@@ -448,10 +448,10 @@ def arm(name: str) -> Iterator[Arm]:
             with inside(net.host):
                 attach.attach_tc("peer0", "ingress", sink(), PAIR, None)  # type: ignore[arg-type]
         else:
-            fast = "off" if name == "U" else "on"
-            uplink = "bridge" if name == "K bridge" else "auto"
+            fast = "off" if name == "slow path" else "on"
+            uplink = "bridge" if name == "fast path, bridge" else "auto"
             dp = stack.enter_context(data_path(net, fast, uplink=uplink, pair=f"{PAIR}{n}"))
-            if name != "U":
+            if name != "slow path":
                 hear_client(dp, net)
         with inside(net.client):
             client = stack.enter_context(socket.socket(socket.AF_PACKET, socket.SOCK_RAW))
@@ -509,7 +509,7 @@ def run(part: Part, quick: bool, _build: Path) -> None:
             row = part.add(case.name, "ns per frame", cpu, base="floor", wall=wall)
             # A nan stays: min() keeps its first argument then.
             key = case.kind, case.conns
-            reached[key] = min(reached.get(key, 9.9), row.ratio("K") or 0.0)
+            reached[key] = min(reached.get(key, 9.9), row.ratio("fast path") or 0.0)
     for (kind, conns), value in reached.items():
         if kind not in GOALS:
             continue

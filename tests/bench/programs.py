@@ -383,7 +383,7 @@ class Scene:
     name: str
     reason: str
     batches: tuple[Frames, ...]
-    arm: str = "K"  # of held.ARMS
+    arm: str = "fast path"  # of held.ARMS
     v6: bool = False
     udp: bool = False
 
@@ -402,8 +402,8 @@ def scenes() -> list[Scene]:
             Scene("svm_arrival", f"becomes the PVM's, {name}", "offload_released", (p, s), v6=v6),
             Scene("svm_arrival", f"held, {name}", "offload_held", (s,), v6=v6),
             Scene("pvm_out", f"passes, {name}", "offload_passed", (s, p), v6=v6),
-            Scene("pvm_out", f"captured, {name}", "punt", (p,), "U", v6),
-            Scene("svm_arrival", f"captured, {name}", "punt", (s,), "U", v6),
+            Scene("pvm_out", f"captured, {name}", "punt", (p,), "slow path", v6),
+            Scene("svm_arrival", f"captured, {name}", "punt", (s,), "slow path", v6),
         ]
     for size in (1400, 200):
         p, s = (_datagrams(i, size) for i in (0, 1))
@@ -479,7 +479,7 @@ def on_devices(part: Part, runs: int) -> None:
     """Measure everything that needs a device, or changes with each frame."""
     with ExitStack() as stack:
         stack.enter_context(run_stats())
-        arms = {n: stack.enter_context(held.arm(n)) for n in ("K", "U")}
+        arms = {n: stack.enter_context(held.arm(n)) for n in ("fast path", "slow path")}
         net, guest, peer = stack.enter_context(held.bench_net("cxbz"))
         with empties() as e, inside(net.host):
             attach.attach_tc("tap0", "ingress", e["empty_shot"], held.PAIR, None)  # type: ignore[arg-type]
@@ -502,7 +502,7 @@ def on_devices(part: Part, runs: int) -> None:
 
 def mirror(part: Part, runs: int) -> None:
     """Measure pvm_in, with the clone's path to the peer link, by frames that a client sends."""
-    with run_stats(), held.arm("K") as k:
+    with run_stats(), held.arm("fast path") as k:
         assert k.dp is not None
         fd = k.dp.objects.programs["pvm_in"].fd
         dp = k.dp

@@ -78,7 +78,7 @@ def _port(w: Write) -> int:
 
 @contextmanager
 def arm(name: str, tag: str, queues: int) -> Iterator[Arm]:
-    """Build one; `name` begins with `floor` (no program of ours) or K (the fast path)."""
+    """Build one; `name` begins with `floor` (no program of ours) or `fast path`."""
     with held.bench_net(tag, queues > 1) as (net, guest, peer), ExitStack() as stack:
         taps = [guest]
         with inside(net.host):
@@ -152,8 +152,8 @@ def run(part: Part, quick: bool, _build: Path) -> None:
             stack.enter_context(arm(name, f"cxb{i}", queues))
             for i, (name, queues) in enumerate((
                 ("floor, 1 queue", 1), (f"floor, {QUEUES} queues", QUEUES),
-                ("K, 1 queue", 1), (f"K, {QUEUES} queues", QUEUES),
-                (f"K, {QUEUES} queues, moving", QUEUES),
+                ("fast path, 1 queue", 1), (f"fast path, {QUEUES} queues", QUEUES),
+                (f"fast path, {QUEUES} queues, moving", QUEUES),
             ))
         ]  # fmt: skip
         for case in (
@@ -178,7 +178,7 @@ def run(part: Part, quick: bool, _build: Path) -> None:
 
 def _rows(part: Part, case: Case, runs: dict[str, list[tuple[float, float]]]) -> None:
     rate, cpu = ({a: Spread.of(x[i] for x in v) for a, v in runs.items()} for i in (0, 1))
-    base = "K, 1 queue"
+    base = "fast path, 1 queue"
     part.add(case.name, "Gbit/s", rate, base=base, higher_is_better=True)
     part.add(f"{case.name}: CPU of the guests", "ns per frame", cpu, base=base)
 
@@ -191,8 +191,11 @@ def _goals(part: Part, case: Case, runs: dict[str, list[tuple[float, float]]]) -
         return [x / y for x, y in zip(rate.get(a, []), rate.get(b, []), strict=True)]
 
     several = f"{QUEUES} queues"
-    ours, floor = per(f"K, {several}", "K, 1 queue"), per(f"floor, {several}", "floor, 1 queue")
-    moving = per(f"K, {several}, moving", "K, 1 queue")
+    ours, floor = (
+        per(f"fast path, {several}", "fast path, 1 queue"),
+        per(f"floor, {several}", "floor, 1 queue"),
+    )
+    moving = per(f"fast path, {several}, moving", "fast path, 1 queue")
     both = [x / y for x, y in zip(ours, floor, strict=True)]
     for text, found in (
         (f"{several} to one, fast path to floor, {case.name}", both),

@@ -120,7 +120,7 @@ def run(part: Part, quick: bool, _build: Path) -> None:
     """Measure 1 to 1,000,000 connections (quick: 10,000)."""
     steps = [1, 100, 10_000] if quick else [1, 100, 10_000, 100_000, 300_000, 1_000_000]
     rnd = random.Random(1)
-    with held.arm("K") as a:
+    with held.arm("fast path") as a:
         assert a.dp is not None
         conns = a.dp.objects.map("conns")
         empty, before = fdinfo(conns.fd)["memlock"], _slab_kib()

@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from colo_xdp.tools import corpus
-from colo_xdp.tools.corpus import Scenario, Step
+from colo_xdp.tools.corpus import Scenario, ScenarioStep
 from colo_xdp.tools.corpus.play import Labels, changed
 
 QEMU = "qemu-system-x86_64"
@@ -140,7 +140,7 @@ def _compare(s: Scenario) -> Iterator[str]:
             yield " ".join(words)
 
 
-def _say(step: Step, ch: dict[str, Channel], labels: Labels) -> None:
+def _say(step: ScenarioStep, ch: dict[str, Channel], labels: Labels) -> None:
     if step.who == "checkpoint":
         ch["x"].send(b"COLO_CHECKPOINT")
     elif step.who != "wait":

@@ -79,7 +79,7 @@ class Side:
         self.off = False  # powered off
         self.failed_start = False  # of its QEMU, the last time
         self.arrived = 0  # frames over the peer link
-        self.sent = 0  # frames of a secondary's guest
+        self.svm_frames = 0  # frames of a secondary's guest
         # the other guest has sent something to the network that this one does not know
         self.stale = False
         #: the numbers on this host's image; what the secondary's has at first is anything
@@ -282,7 +282,7 @@ class Side:
         return (r.to_svm if to_svm else r.from_svm)(frame)[0]
 
     def svm_out(self, frame: bytes, gso: int) -> None:
-        self.sent += 1
+        self.svm_frames += 1
         if self.stepped_out:
             self.world.to_network(self, frame)  # no program is attached that would check the mode
         elif self.mode is Mode.CHECKPOINT:
@@ -528,7 +528,7 @@ class SimDataPath:
         return self._side.arrived
 
     def guest_traffic(self) -> tuple[int, int]:
-        return self._side.arrived, self._side.sent
+        return self._side.arrived, self._side.svm_frames
 
     def watch_guest(self) -> None:
         pass

@@ -129,6 +129,11 @@ def test_every_room_has_its_floor() -> None:
             assert ast.get_docstring(ast.parse(path.read_text())), f"{name} has no charter"
 
 
+def test_unit_tests_mirror_the_packages() -> None:
+    tests = {p.parent.name for p in Path(__file__).parent.glob("*/__init__.py")}
+    assert tests == {p.parent.name for p in PACKAGE.glob("*/__init__.py")}
+
+
 @pytest.mark.parametrize("name", sorted(set(MODULES) - {"__init__"}))
 def test_arrows_run_downward(name: str) -> None:
     rooms = {room(m) for m in imports(name)[1]} - {room(name)}

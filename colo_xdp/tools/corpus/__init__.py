@@ -23,7 +23,7 @@ FILES = ("compare", "rewrite")
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class ScenarioStep:
     """One step and its expected result."""
 
     who: str  # P, S, C, G, wait, checkpoint
@@ -54,7 +54,7 @@ class Scenario:
 
     name: str
     about: str  # the case, and the rule that decides it
-    steps: tuple[Step, ...]
+    steps: tuple[ScenarioStep, ...]
     why: str  # why this result is right where QEMU's differs
     compare_timeout: int  # ms
     max_queue_size: int
@@ -65,12 +65,12 @@ class Scenario:
         return self.steps[0].who in ("C", "G")
 
 
-def _step(text: str, where: str) -> Step:
+def _step(text: str, where: str) -> ScenarioStep:
     left, _, then = text.partition("->")
     who, _, rest = left.strip().partition(" ")
     if who not in ("P", "S", "C", "G", "wait", "checkpoint"):
         raise craft.SpecError(f"{where}: {text!r}: unknown sender {who!r}")
-    step = Step(who, rest.strip(), " ".join(then.split()))
+    step = ScenarioStep(who, rest.strip(), " ".join(then.split()))
     if len(who) == 1:
         try:
             list(step.frames())

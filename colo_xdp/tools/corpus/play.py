@@ -13,7 +13,7 @@ from ...engine.engine import Engine
 from ...engine.journal import Divergence
 from ...net.frame import Frame
 from ...net.packet import parse
-from . import Scenario, Step
+from . import Scenario, ScenarioStep
 from .craft import checksum
 
 MS = 1_000_000
@@ -80,7 +80,7 @@ def _compare(s: Scenario) -> Iterator[str]:
         happened.clear()
 
 
-def _do(engine: Engine, step: Step, labels: Labels, now: int) -> None:
+def _do(engine: Engine, step: ScenarioStep, labels: Labels, now: int) -> None:
     if step.who == "checkpoint":
         engine.begin_checkpoint()
         engine.commit_checkpoint(now, engine.epoch + 1, now)

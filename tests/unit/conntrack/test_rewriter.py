@@ -10,7 +10,7 @@ import pytest
 
 from colo_xdp.abi import EPOCH_BASE, Mode, Reason
 from colo_xdp.conntrack.rewriter import FIN_CLIENT, FIN_GUEST, HAVE_ISN_C, HAVE_ISN_S, Rewriter
-from colo_xdp.conntrack.tcp_state import State
+from colo_xdp.conntrack.tcp_state import TcpState
 from colo_xdp.net.packet import parse
 from tests.netns.frames import csum, tcp
 from tests.sim.mutants import REWRITER_MUTANTS
@@ -62,9 +62,9 @@ class Link:
         return self
 
     @property
-    def state(self) -> State:
+    def state(self) -> TcpState:
         (flow,) = self.r.flows.values() or self.r.opening.values()
-        return State(flow.state)
+        return TcpState(flow.state)
 
 
 def seq(frame: bytes) -> int:
@@ -219,37 +219,37 @@ def test_takeover_keeps_old_offsets_and_learns_nothing_new() -> None:
 
 def test_closed_by_the_client() -> None:
     x = Link().passive()
-    assert x.state is State.ESTABLISHED
+    assert x.state is TcpState.ESTABLISHED
     x.c(FIN | ACK, C + 1, P + 1)
-    assert x.state is State.CLOSE_WAIT
+    assert x.state is TcpState.CLOSE_WAIT
     x.g(ACK, S + 1, C + 2)
     x.g(FIN | ACK, S + 1, C + 2)
-    assert x.state is State.LAST_ACK
+    assert x.state is TcpState.LAST_ACK
     x.c(ACK, C + 2, P + 1)  # does not cover the FIN
-    assert x.state is State.LAST_ACK
+    assert x.state is TcpState.LAST_ACK
     x.c(ACK, C + 2, P + 2)
-    assert x.state is State.CLOSED
+    assert x.state is TcpState.CLOSED
 
 
 def test_closed_by_the_guest() -> None:
     x = Link().passive()
     x.g(FIN | ACK, S + 1, C + 1, b"bye")
-    assert x.state is State.FIN_WAIT_1
+    assert x.state is TcpState.FIN_WAIT_1
     x.c(ACK, C + 1, P + 4)
-    assert x.state is State.FIN_WAIT_1
+    assert x.state is TcpState.FIN_WAIT_1
     x.c(ACK, C + 1, P + 5)
-    assert x.state is State.FIN_WAIT_2
+    assert x.state is TcpState.FIN_WAIT_2
     x.c(FIN | ACK, C + 1, P + 5)
-    assert x.state is State.TIME_WAIT
+    assert x.state is TcpState.TIME_WAIT
 
 
 def test_closed_by_both_at_once() -> None:
     x = Link().passive()
     x.g(FIN | ACK, S + 1, C + 1)
     x.c(FIN | ACK, C + 1, P + 1)
-    assert x.state is State.CLOSING
+    assert x.state is TcpState.CLOSING
     x.c(ACK, C + 2, P + 2)
-    assert x.state is State.TIME_WAIT
+    assert x.state is TcpState.TIME_WAIT
 
 
 def test_the_first_ack_may_cover_data_if_the_pvm_has_told_its_isn() -> None:
@@ -427,13 +427,13 @@ def test_a_full_table_is_a_named_reason() -> None:
 def test_a_syn_is_not_an_answer() -> None:
     x = Link()
     x.c(SYN, C)
-    assert x.state is State.LISTEN
+    assert x.state is TcpState.LISTEN
     x.c(ACK, C + 1, P + 1)
-    assert x.state is State.LISTEN and not x.r.flows
+    assert x.state is TcpState.LISTEN and not x.r.flows
     x.g(SYN | ACK, S, C + 1)
-    assert x.state is State.SYN_RECEIVED
+    assert x.state is TcpState.SYN_RECEIVED
     x.translates()
-    assert x.state is State.ESTABLISHED and len(x.r.flows) == 1
+    assert x.state is TcpState.ESTABLISHED and len(x.r.flows) == 1
 
 
 @pytest.mark.parametrize("cut", [0, 13, 20, 33, 34, 50, 53])

@@ -11,11 +11,11 @@ import pytest
 
 from colo_xdp import abi
 from colo_xdp.conntrack import rewriter
-from colo_xdp.conntrack.tcp_state import State
+from colo_xdp.conntrack.tcp_state import TcpState
 from colo_xdp.datapath.conntrack_map import ConntrackMap, decode
 from tests.netns.frames import tcp
 
-EST = int(State.ESTABLISHED)
+EST = int(TcpState.ESTABLISHED)
 
 
 class FakeMap(dict[bytes, bytes]):

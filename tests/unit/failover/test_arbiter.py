@@ -13,7 +13,7 @@ from colo_xdp.config import schema
 from colo_xdp.config.file import load
 from colo_xdp.controller.secondary import Secondary
 from colo_xdp.failover import arbiter
-from colo_xdp.failover.arbiter import ARBITERS, Arbiter, ArbiterError, Host, Kind
+from colo_xdp.failover.arbiter import ARBITERS, Arbiter, ArbiterError, ArbiterKind, Host
 from colo_xdp.failover.decision import Action
 from colo_xdp.failover.facts import ArbiterView
 from colo_xdp.failover.states import State
@@ -62,7 +62,7 @@ class Witness(Arbiter):
 
 @pytest.fixture
 def third(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(ARBITERS, "witness", Kind(Witness, needs_grant=True))
+    monkeypatch.setitem(ARBITERS, "witness", ArbiterKind(Witness, needs_grant=True))
 
 
 def with_a_third() -> tuple[Secondary, Witness, FakeDataPath, Sent]:

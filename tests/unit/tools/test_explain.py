@@ -10,7 +10,7 @@ import pytest
 
 from colo_xdp.compare.causes import Cause
 from colo_xdp.config.file import ConfigError, parse
-from colo_xdp.engine.journal import MAX_GROUPS, Divergence, Entry, Journal
+from colo_xdp.engine.journal import MAX_GROUPS, Divergence, Journal, JournalEntry
 from colo_xdp.engine.waits import WAIT_BUCKETS
 from colo_xdp.net import hexdump
 from colo_xdp.net.frame import Evidence, Frame
@@ -21,14 +21,16 @@ from tests.unit.controller.fakes import EXAMPLES
 
 CONFIG = (EXAMPLES / "primary.toml").read_text()
 KNOWN = {"compare_timeout": 3000, "max_queue_size": 1024, "ring_pages": 1024}
-WEB = Entry(1000.0, "payload_differs", "x", "tcp", 80, "default", 12.0, 30.0, 5, 7000)
+WEB = JournalEntry(1000.0, "payload_differs", "x", "tcp", 80, "default", 12.0, 30.0, 5, 7000)
 DIFFERENCE = Divergence(
     5, Cause.PAYLOAD_DIFFERS, "tcp 10.0.0.1:80 > 10.0.0.2:4000", "tcp", 80, "default",
     Evidence(107, 2, b"abcd", b"abXd", Frame(b"\1" * 60, 5), b"\2" * 60),
 )  # fmt: skip
 
 
-def doc(*entries: Entry, differences: int = 0, rules: list[Any] | None = None) -> dict[str, Any]:
+def doc(
+    *entries: JournalEntry, differences: int = 0, rules: list[Any] | None = None
+) -> dict[str, Any]:
     j = Journal()
     for e in entries:
         j.checkpoint(e)
@@ -45,7 +47,7 @@ def status(buckets: dict[int, int]) -> dict[str, Any]:
 
 
 def test_the_table_has_one_line_per_cause_service_and_rule() -> None:
-    late = Entry(1500.0, "compare_timeout", "x", "udp", 53, "dns", 20.0, 50.0, 1, 100)
+    late = JournalEntry(1500.0, "compare_timeout", "x", "udp", 53, "dns", 20.0, 50.0, 1, 100)
     lost = replace(late, at=1600.0, failed="QMP to the PVM is down")
     out = text(doc(WEB, WEB, WEB, late, lost, differences=2), last=1)
     rows = [" ".join(x.split()) for x in out.splitlines()]

@@ -13,13 +13,13 @@ from colo_xdp.cli import DIFFER, FAILED, USAGE, app
 from colo_xdp.tools import replay as module
 from colo_xdp.tools.corpus import craft
 from colo_xdp.tools.pcap import PcapError, Writer, read
-from colo_xdp.tools.replay import MS, Capture, Options, Replay, ReplayError, guest_mac, text
+from colo_xdp.tools.replay import MS, Capture, Replay, ReplayError, ReplayOptions, guest_mac, text
 
 MAC = craft.GUEST
 run = CliRunner().invoke
 
 
-def replay(pvm: Capture, svm: Capture, o: Options | None = None, mac: bytes = MAC) -> Replay:
+def replay(pvm: Capture, svm: Capture, o: ReplayOptions | None = None, mac: bytes = MAC) -> Replay:
     return module.replay(pvm, svm, o, mac)
 
 
@@ -104,7 +104,7 @@ def test_a_port_used_again_has_other_numbers() -> None:
 def test_clocks_that_differ() -> None:
     late = [(ts + 60_000 * MS, f) for ts, f in session(7000)]
     assert replay(session(1000), late).report()["by_cause"]["compare_timeout"] >= 1
-    fixed = replay(session(1000), late, Options(offset_ns=-60_000 * MS)).report()
+    fixed = replay(session(1000), late, ReplayOptions(offset_ns=-60_000 * MS)).report()
     assert fixed["checkpoints"] == 0
 
 
