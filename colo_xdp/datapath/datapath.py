@@ -209,6 +209,7 @@ class DataPath(PairSlots):
     def _attach(self) -> None:
         progs, pair, m = self.objects.programs, self.config.pair, self.manifest
         dev = {"tap": self.net.tap, "peer": self.net.peer_link}
+        attach.take_all_frames(dev["peer"], m)
 
         def hook(name: str, where: str, direction: str) -> None:
             attach.attach_tc(dev.get(where, where), direction, progs[name], pair, m)

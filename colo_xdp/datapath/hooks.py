@@ -98,6 +98,10 @@ class Hooks:
             if there is not None and place.dev not in bad:
                 self._place(place, there, found)
         tap, peer = seen[net.tap], seen[net.peer_link]
+        if peer is not None and not peer.info.promiscuous:
+            attach.take_all_frames(net.peer_link, dp.manifest)
+            found.missed = True
+            found.restored.append(f"promiscuous mode of {net.peer_link}")
         if tap is not None and net.tap not in bad:
             self._xdp(tap, found)
             self._bridge(tap, found)
