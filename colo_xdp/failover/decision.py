@@ -32,7 +32,7 @@ to a fence with them that would not without them (tests/property/test_paths.py).
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 
@@ -157,7 +157,7 @@ class Facts:
     checkpoint_overdue: bool = False
     dead_after_ms: float = float("inf")  # silence that counts as death with no other sign
     shadow: bool = False  # clients may have received data that the SVM never produced
-    arbiter: ArbiterView = ArbiterView()
+    arbiter: ArbiterView = field(default_factory=ArbiterView)
     own_vm_hangs: bool = False  # not gone but hung; own_vm_alive is False then
     own_vm_why: str = ""  # what QEMU reported before
     peer_why: str = ""  # the reason that came with peer_vm_gone
