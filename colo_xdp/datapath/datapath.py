@@ -97,6 +97,7 @@ class DataPath(PairSlots):
         #: CFG_GUEST_MAC without MAC_ALL
         self._guest_mac = self.slot(Cfg.GUEST_MAC) & ~abi.MAC_ALL
         self._macs_full = False
+        self.tap_up = tap.up  # as of the last look at the devices (hooks.py)
         #: state of the tap's bridge port (attach.PORT_STATES), if it is one
         self.port_state = ""
         self.reader = open_reader(self.objects)

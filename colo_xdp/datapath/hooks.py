@@ -117,6 +117,7 @@ class Hooks:
         """Check the devices themselves; return the names of those that must not get programs."""
         dp, net, bad = self._dp, self._dp.net, set()
         tap, peer = seen[net.tap], seen[net.peer_link]
+        dp.tap_up = tap is not None and tap.info.up
         if tap is None:
             found.trouble.append(
                 f"[network] tap: network device {net.tap} does not exist, the guest is cut off"

@@ -123,6 +123,9 @@ def test_a_peer_link_made_again(net: Net, path: DataPath) -> None:
     assert path.look().trouble == [
         "[network] peer_link: peer0 has no carrier, nothing of one guest reaches the other"
     ]
+    sh("ip", "-n", net.host, "link", "set", "peer0", "down")
+    down = path.look()
+    assert down.cut and "peer0 is down, nothing of one guest" in down.trouble[0]
 
 
 def hears_all(dev: str) -> bool:
