@@ -112,7 +112,8 @@ class Controller(RoleSteps):
         self.last_failover: dict[str, float] | None = None
         p = config.peer
         tls = Tls(p.cert, p.key, p.ca, p.peer_cert, p.identity) if p.cert else None
-        self.peer = Peer(
+        # Types are spelled out where mypy 2.0 cannot infer them, in an import cycle.
+        self.peer: Peer = Peer(
             pair=config.pair,
             role=config.role,
             local=p.local,
@@ -124,7 +125,7 @@ class Controller(RoleSteps):
             versions=(p.min_version, VERSION),
         )
         self.heartbeats = Heartbeats(self)
-        self.heartbeat_links = HeartbeatLinks(config, self.heartbeats.on_heartbeat)
+        self.heartbeat_links: HeartbeatLinks = HeartbeatLinks(config, self.heartbeats.on_heartbeat)
         self.devices = DeviceWatch(self)
         # The programs must not take a controller that idles for a dead one.
         idle_s = min(IDLE_S, config.datapath.controller_loss / 4000)

@@ -45,6 +45,7 @@ TUNSETOFFLOAD = 0x400454D0
 TUNSETVNETHDRSZ = 0x400454D8
 RTN_UNICAST = 1
 IFF_TAP, IFF_NO_PI, IFF_VNET_HDR = 0x0002, 0x1000, 0x4000
+IFF_PROMISC = 0x0100
 
 
 class NoSuchDevice(RuntimeError):
@@ -82,6 +83,7 @@ class LinkInfo:
     xdp_prog_id: int
     xdp_mode: str
     queues: int = 0
+    promiscuous: bool = False  # as somebody has set it (`ip link`), not for a bridge or a capture
 
 
 @contextlib.contextmanager
@@ -119,6 +121,7 @@ def _info(msg: Any) -> LinkInfo:
         xdp_prog_id=int(prog),
         xdp_mode=XDP_MODES.get(mode, str(mode)),
         queues=queues,
+        promiscuous=bool(msg["flags"] & IFF_PROMISC),
     )
 
 
@@ -179,6 +182,19 @@ def set_up(name: str, up: bool = True) -> None:
     index = link_info(name).index
     with _netlink() as ipr:
         ipr.link("set", index=index, state="up" if up else "down")
+
+
+def take_all_frames(name: str, manifest: Manifest) -> None:
+    """Make a device promiscuous, if it is not.
+
+    Frames on the peer link are for the guest or its clients. A NIC drops those that are neither for
+    its own address nor for a group, before any program sees them.
+    """
+    info = link_info(name)
+    if not info.promiscuous:
+        manifest.add("promiscuous", name)
+        with _netlink() as ipr:
+            ipr.link("set", index=info.index, flags=IFF_PROMISC, mask=IFF_PROMISC)
 
 
 def set_master(name: str, bridge: str | None) -> None:
@@ -420,6 +436,7 @@ class Manifest:
             "filters": [],
             "xdp": [],
             "links": [],
+            "promiscuous": [],
             "ports": [],
             "nics": [],  # their names
         }
@@ -755,6 +772,13 @@ def detach_all(manifest_path: Path) -> list[str]:
                 with contextlib.suppress(NetlinkError):
                     ipr.tc("del", "clsact", index)
                     gone.append(f"clsact {dev}")
+    for dev in manifest.data["promiscuous"]:
+        with contextlib.suppress(NoSuchDevice, NetlinkError):
+            info = link_info(dev)
+            if info.promiscuous:
+                with _netlink() as ipr:
+                    ipr.link("set", index=info.index, flags=0, mask=IFF_PROMISC)
+                gone.append(f"promiscuous mode of {dev}")
     for dev in manifest.data["links"]:
         with _netlink() as ipr, contextlib.suppress(NoSuchDevice, NetlinkError):
             ipr.link("del", index=link_info(dev).index)

@@ -97,6 +97,7 @@ class DataPath(PairSlots):
         #: CFG_GUEST_MAC without MAC_ALL
         self._guest_mac = self.slot(Cfg.GUEST_MAC) & ~abi.MAC_ALL
         self._macs_full = False
+        self.tap_up = tap.up  # as of the last look at the devices (hooks.py)
         #: state of the tap's bridge port (attach.PORT_STATES), if it is one
         self.port_state = ""
         self.reader = open_reader(self.objects)
@@ -209,6 +210,7 @@ class DataPath(PairSlots):
     def _attach(self) -> None:
         progs, pair, m = self.objects.programs, self.config.pair, self.manifest
         dev = {"tap": self.net.tap, "peer": self.net.peer_link}
+        attach.take_all_frames(dev["peer"], m)
 
         def hook(name: str, where: str, direction: str) -> None:
             attach.attach_tc(dev.get(where, where), direction, progs[name], pair, m)

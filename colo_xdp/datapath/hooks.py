@@ -97,6 +97,10 @@ class Hooks:
             if there is not None and place.dev not in bad:
                 self._place(place, there, found)
         tap, peer = seen[net.tap], seen[net.peer_link]
+        if peer is not None and not peer.info.promiscuous:
+            attach.take_all_frames(net.peer_link, dp.manifest)
+            found.missed = True
+            found.restored.append(f"promiscuous mode of {net.peer_link}")
         if tap is not None and net.tap not in bad:
             self._xdp(tap, found)
             self._bridge(tap, found)
@@ -112,6 +116,7 @@ class Hooks:
         """Check the devices themselves; return the names of those that must not get programs."""
         dp, net, bad = self._dp, self._dp.net, set()
         tap, peer = seen[net.tap], seen[net.peer_link]
+        dp.tap_up = tap is not None and tap.info.up
         if tap is None:
             found.trouble.append(
                 f"[network] tap: network device {net.tap} does not exist, the guest is cut off"

@@ -151,8 +151,8 @@ class HostDataPath(PairSlots):
 
     @property
     def port_forwarding(self) -> bool:
-        """Return whether a bridge forwards the guest's frames, as of the last look."""
-        return any(nic.port_forwarding for nic in self.nics)
+        """Return whether frames of the guest get past a tap and its port, as of the last look."""
+        return any(nic.tap_up and nic.port_forwarding for nic in self.nics)
 
     @property
     def in_bridge(self) -> list[str]:

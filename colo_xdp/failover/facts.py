@@ -7,7 +7,7 @@ changes nothing, so that tests and replays which do not know it still decide as 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 from .states import Role, State
@@ -97,7 +97,7 @@ class Facts:
     checkpoint_overdue: bool = False
     dead_after_ms: float = float("inf")  # silence that counts as death with no other sign
     shadow: bool = False  # clients may have received data that the SVM never produced
-    arbiter: ArbiterView = ArbiterView()
+    arbiter: ArbiterView = field(default_factory=ArbiterView)
     own_vm_hangs: bool = False  # not gone but hung; own_vm_alive is False then
     own_vm_why: str = ""  # what QEMU reported before
     peer_why: str = ""  # the reason that came with peer_vm_gone

@@ -25,13 +25,13 @@ class Stack:
     """The guest's namespace `ns`.
 
     `tap`: QEMU's end of the host's tap. `far`: the last parts of the addresses, 10.9.0.n or
-    fd09::n, that are at `mac`.
+    fd09::n, that are at `mac`. `tag`: tells several guests of one test apart.
     """
 
     def __init__(
-        self, tap: Tap, v6: bool, far: Iterable[int] = (1,), mac: bytes = CLIENT_MAC
+        self, tap: Tap, v6: bool, far: Iterable[int] = (1,), mac: bytes = CLIENT_MAC, tag: str = ""
     ) -> None:
-        self.ns, self.host_tap, self.v6 = f"cxg{os.getpid() % 100000}", tap, v6
+        self.ns, self.host_tap, self.v6 = f"cxg{tag}{os.getpid() % 100000}", tap, v6
         self.address = "fd09::2" if v6 else "10.9.0.2"
         self.net = "fd09::" if v6 else "10.9.0."
         self.stop = threading.Event()

@@ -309,6 +309,29 @@ def test_announced_again_when_the_bridge_forwards(host: Host) -> None:
     client.close()
 
 
+def test_a_guest_whose_tap_is_down_or_gone_is_not_active(host: Host) -> None:
+    """Where nothing of it leaves, status, metrics and /primary say so."""
+    h = host
+
+    def active() -> bool:
+        with inside(h.net.host):
+            h.dp.look()
+        return bool(active_json(c)["transmitting"])
+
+    h.dp.mode = Mode.TAKEOVER
+    with inside(h.net.host):
+        h.dp.open_network()
+        c = controller(h)
+        assert active()
+        sh("ip", "link", "set", "tap0", "down")
+        assert "tap0 is down, the guest is cut off" in h.dp.look().trouble[0]
+        assert not active()
+        sh("ip", "link", "set", "tap0", "up")
+        assert active()
+        sh("ip", "link", "del", "tap0")
+        assert not active()
+
+
 def examined(h: Host) -> list[doctor.Check]:
     with inside(h.net.host):
         return list(doctor._spanning_tree("br0", attach.link_info("tap0")))

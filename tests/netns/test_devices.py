@@ -115,13 +115,42 @@ def test_a_peer_link_made_again(net: Net, path: DataPath) -> None:
     assert gone.cut and "peer0 does not exist" in gone.trouble[0]
     make_link(net)
     back = path.look()
-    assert back.restored == ["svm_arrival on peer0"] and back.missed and not back.unseen
+    assert back.restored == ["svm_arrival on peer0", "promiscuous mode of peer0"]
+    assert back.missed and not back.unseen
     assert not back.cut and path.slot(Cfg.PEER) == attach.link_info("peer0").index
     assert whole(path.look()) and arrives(net, path)
     sh("ip", "-n", net.other, "link", "set", "peer0", "down")
     assert path.look().trouble == [
         "[network] peer_link: peer0 has no carrier, nothing of one guest reaches the other"
     ]
+    sh("ip", "-n", net.host, "link", "set", "peer0", "down")
+    down = path.look()
+    assert down.cut and "peer0 is down, nothing of one guest" in down.trouble[0]
+
+
+def hears_all(dev: str) -> bool:
+    return "PROMISC" in sh("ip", "link", "show", "dev", dev)
+
+
+def test_the_peer_link_takes_frames_that_are_not_for_its_own_address(
+    net: Net, path: DataPath
+) -> None:
+    """They are for the guest or its clients. A veth passes all frames on; a NIC does not."""
+    assert hears_all("peer0")
+    sh("ip", "link", "set", "peer0", "promisc", "off")
+    back = path.look()
+    assert back.restored == ["promiscuous mode of peer0"] and back.missed and not back.unseen
+    assert hears_all("peer0") and whole(path.look())
+
+
+@pytest.mark.parametrize("before", [False, True], ids=["ours", "somebody's"])
+def test_cleanup_leaves_the_peer_link_as_it_was(net: Net, tmp_path: Path, before: bool) -> None:
+    sh("ip", "link", "set", "peer0", "promisc", "on" if before else "off")
+    for _ in range(2):  # the next controller finds it set
+        DataPath(config(tmp_path, fast_path="off")).close()
+    gone = cleanup.cleanup(PAIR, "/sys/fs/bpf", str(tmp_path))
+    assert hears_all("peer0") is before
+    assert ("promiscuous mode of peer0" in gone) is not before
 
 
 @pytest.mark.parametrize("dev", ["tap0", "peer0", f"cxr-{PAIR}"])
@@ -225,7 +254,7 @@ def test_the_secondarys_devices_made_again(host: Host) -> None:
     for name in ("cxd", "cxf"):
         sh("ip", "link", "del", f"{name}-{host.dp.config.pair}")
     assert not host.dp.look().trouble
-    assert whole(host.dp.look())
+    assert whole(host.dp.look()) and hears_all("peer0")
     host.handshake()
     assert host.dp.injectors["forward"].send(tcp(b"held"))
     assert host.peer.wait(lambda f: b"held" in f) is not None
