@@ -29,7 +29,7 @@ from ..offload.kernel_format import (
     known,
 )
 from . import syscall
-from .loader import Objects, possible_cpus
+from .loader import Objects
 
 log = logging.getLogger("colo_xdp.datapath.offload_maps")
 
@@ -209,10 +209,9 @@ class BpfKernelPath:
 
     def waits(self) -> list[int]:
         """Return how often released bytes had waited less than 1, 2, 4, ... us (not cumulative)."""
-        size = 8 * possible_cpus()
         out = []
         for i in range(self._waits.info.max_entries):
-            raw = self._waits.get(_U32.pack(i), size) or b""
+            raw = self._waits.get(_U32.pack(i)) or b""
             out.append(sum(struct.unpack(f"={len(raw) // 8}Q", raw)))
         return out
 
