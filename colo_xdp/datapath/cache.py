@@ -59,8 +59,11 @@ class Cache:
         """Return the file of a source's image."""
         return self.where / f"{source.role}-{source.tag}{_SUFFIX}"
 
-    def find(self, source: Source) -> Image | None:
-        """Return the image of a source; None if there is none that can be used."""
+    def find(self, source: Source, level: int = logging.WARNING) -> Image | None:
+        """Return the image of a source; None if there is none that can be used.
+
+        level: of the log line that says why not.
+        """
         path = self.path(source)
         try:
             image = decode(self._read(path))
@@ -72,7 +75,7 @@ class Cache:
         except FileNotFoundError:
             return None
         except (OSError, ImageError) as e:
-            log.warning("compiled programs are not used, %s: %s", path, e)
+            log.log(level, "compiled programs are not used, %s: %s", path, e)
             return None
 
     def _read(self, path: Path) -> bytes:
@@ -158,7 +161,7 @@ class Cache:
         if image is not None:
             return image
         with self._alone():
-            image = self.find(source)  # made while this process waited
+            image = self.find(source, logging.DEBUG)  # made while this process waited
             if image is not None:
                 return image
             began = time.monotonic()

@@ -27,7 +27,7 @@ from typing import Any
 from .. import user_command
 from . import btf, kernel_headers, syscall
 from .image import Image, ImageError, MapSpec, ProgramSpec, decode, separate
-from .source import LoadError, NotCompiled, Refused, Source, compiler
+from .source import LoadError, NotCompiled, Refused, Source, Unfinished, compiler
 
 log = logging.getLogger("colo_xdp.datapath.compiler")
 
@@ -154,7 +154,7 @@ def compile_here(source: Source) -> Image:
 
 
 def run(source: Source, *, nice: int = 0) -> Image:
-    """Compile in a child process; blocks for seconds. Raises as compile_here()."""
+    """Compile in a child process; blocks for seconds. Raises as compile_here(), and Unfinished."""
     package = str(Path(__file__).resolve().parents[2])
     path = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))
     with subprocess.Popen(
@@ -168,20 +168,20 @@ def run(source: Source, *, nice: int = 0) -> Image:
         try:
             out, said = child.communicate(json.dumps(asdict(source)).encode(), DEADLINE_S)
         except subprocess.TimeoutExpired as e:
-            raise Refused(f"{source.name}: the compiler took more than {DEADLINE_S} s") from e
+            raise Unfinished(f"{source.name}: the compiler took more than {DEADLINE_S} s") from e
         finally:
             child.kill()
     if child.returncode == 0:
         try:
             return decode(out)
         except ImageError as e:
-            raise Refused(f"{source.name}: what the compiler has written: {e}") from e
+            raise Unfinished(f"{source.name}: what the compiler has written: {e}") from e
     try:
         answer = json.loads(out)
         error = _ERRORS[answer["error"]](answer["text"])
     except (ValueError, KeyError, TypeError):
         text = said.decode(errors="replace").strip()[-_TEXT:]
-        error = Refused(
+        error = Unfinished(
             f"{source.name}: the compiler ended with {child.returncode}\n{text}".strip()
         )
     raise error

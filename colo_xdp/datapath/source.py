@@ -41,7 +41,7 @@ OBJECTS: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
     "promoted": ("promoted.bpf.c", ("promoted_in", "promoted_out"), ()),
 }
 
-#: additional programs for the fast path
+#: additional programs for the fast path, of the roles that have one
 FAST: dict[str, tuple[str, ...]] = {"primary": ("offload_ctl",)}
 
 #: The maps whose contents must outlive the controller and its release, and so are pinned by their
@@ -73,7 +73,11 @@ class Refused(LoadError):
 
 
 class NotCompiled(Refused):
-    """The compiler does. Without one of the options that depend on the kernel it would, too."""
+    """It is the compiler, on grounds that have nothing to do with this kernel."""
+
+
+class Unfinished(LoadError):
+    """The compiler has not come to an end; a later attempt may. No reason to load anything less."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,9 +181,9 @@ def source(role: str, options: Options, events: str) -> Source:
     """Return what has to be compiled for a role; events: "ring" or "perf"."""
     src, tc, xdp = OBJECTS[role]
     flags = ["-Wno-macro-redefined", "-Wno-unused-value"]
-    if options.fast:
+    if options.fast and role in FAST:
         flags += ["-DCOLO_OFFLOAD", f"-DCOLO_BUFFERS={options.buffers}"]
-        tc += FAST.get(role, ())
+        tc += FAST[role]
     if events == "perf":
         flags.append("-DCOLO_EVENTS_PERF")
     if options.lease:

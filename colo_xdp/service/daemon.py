@@ -30,7 +30,7 @@ from ..datapath.attach import AttachError, NoSuchDevice, Taken
 from ..datapath.host import HostDataPath
 from ..datapath.prepare import DataPathError, DeviceMissing
 from ..datapath.programs import fill_quietly
-from ..datapath.source import LoadError, Refused
+from ..datapath.source import LoadError, Refused, Unfinished
 from ..peer.channel import PeerError
 from ..status import builder
 from ..status.metrics import start as start_metrics
@@ -185,7 +185,7 @@ def run(config: Config) -> int:
             if status == 0:
                 starts.forget()
             return status
-    except (Refused, NoSuchDevice, PeerError, OSError) as e:
+    except (Refused, Unfinished, NoSuchDevice, PeerError, OSError) as e:
         log.error("%s", e)
         return FAILED
     except AlreadyRuns as e:

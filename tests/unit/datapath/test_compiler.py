@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from colo_xdp.datapath import compiler, source
-from colo_xdp.datapath.source import LoadError, NotCompiled, Refused, Source
+from colo_xdp.datapath.source import LoadError, NotCompiled, Refused, Source, Unfinished
 from tests.unit.datapath.test_cache import image_of
 
 SOURCE = Source("promoted", "text", (), ("promoted_in",), (), "ring")
@@ -58,9 +58,9 @@ def test_its_errors_are_ours(child: Path, error: type[LoadError]) -> None:
     ],
 )
 def test_an_end_without_a_word_is_said(child: Path, text: str, says: str) -> None:
-    """And may be tried again: not LoadError itself, which a person has to resolve."""
+    """And may be tried again; nothing less is loaded for it."""
     script(child, f"cat > /dev/null; {text}")
-    with pytest.raises(Refused) as e:
+    with pytest.raises(Unfinished) as e:
         compiler.run(SOURCE)
     assert f"promoted.bpf.c: {says}" in str(e.value)
 
@@ -68,7 +68,7 @@ def test_an_end_without_a_word_is_said(child: Path, text: str, says: str) -> Non
 def test_it_has_a_deadline(child: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiler, "DEADLINE_S", 0.2)
     script(child, "exec sleep 60")
-    with pytest.raises(Refused, match="took more than"):
+    with pytest.raises(Unfinished, match="took more than"):
         compiler.run(SOURCE)
 
 
