@@ -28,6 +28,7 @@ from .offload_maps import BpfKernelPath
 from .pair_slots import OF_THE_PAIR, PairSlots
 from .prepare import DataPathError, Prepared, note_nics, prepare, record
 from .ring import CapturedFrame, open_reader
+from .rule_changes import RuleChanges
 from .source import Options, Refused
 
 log = logging.getLogger("colo_xdp.datapath.datapath")
@@ -133,6 +134,8 @@ class DataPath(PairSlots):
             )
             self.fast.enabled = True
         self._ports: frozenset[int] | None = None
+        self._plain: frozenset[int] = frozenset()  # as of the last look
+        self._rule_changes = RuleChanges()
         self._fixed: frozenset[int] = frozenset()  # where the bridge has entries made by hand
         self._fdb_set = 0.0
         self._bridge_unknown = False
@@ -377,17 +380,25 @@ class DataPath(PairSlots):
         """
         if self.fast is None or self.net.uplink != "auto":
             return
-        tap = self.net.tap
+        tap, now = self.net.tap, time.monotonic()
+        refresh = bool(self._plain) and now - self._fdb_set > FDB_EVERY_S
+        look = self._rule_changes.any()
+        if not (look or refresh):
+            return
         try:
-            ports = attach.plain_ports(tap)
-            if ports and (now := time.monotonic()) - self._fdb_set > FDB_EVERY_S:
+            if look:
+                self._plain = attach.plain_ports(tap)
+                refresh = bool(self._plain) and now - self._fdb_set > FDB_EVERY_S
+            if refresh:
                 self._fixed = attach.refresh_fdb(tap)
                 self._fdb_set = now
+            ports = self._plain
             for port in self._fixed:
                 ports &= {port}
             self._set_ports(ports)
             self._bridge_unknown = False
         except (attach.NoSuchDevice, attach.NetlinkError, OSError) as e:
+            self._rule_changes.again()
             self._set_ports(frozenset())
             if not self._bridge_unknown:
                 log.error("the bridge of %s is not known, nothing leaves past it: %s", tap, e)
@@ -513,6 +524,7 @@ class DataPath(PairSlots):
         for i in self.injectors.values():
             i.close()
         self.reader.close()
+        self._rule_changes.close()
         if detach:
             attach.detach_all(self.manifest.path)
         self.objects.close()
