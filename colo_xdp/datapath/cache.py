@@ -23,15 +23,18 @@ from pathlib import Path
 from . import compiler
 from .cache_dir import cache_dir
 from .image import Image, ImageError, decode
-from .source import Source
+from .source import Source, Unfinished
 
 log = logging.getLogger("colo_xdp.datapath.cache")
 
-#: Images that are kept, the latest used. Each has 0.1 to 0.5 MiB.
+#: Images that are kept, the latest used. Each has 30 to 100 KiB.
 KEPT = 64
 #: Longest wait, s, for another process that compiles. Then two compile, which costs memory only.
 WAIT_S = 45.0
 _LOOK_S = 0.05
+#: The same where nobody waits for the image. Then none compiles: there may be twenty of them.
+IDLE_WAIT_S = 1800.0
+_IDLE_LOOK_S = 1.0
 _SUFFIX = ".image"
 _MOST_BYTES = 16 << 20
 _LEFT_S = 3600  # a file that is still being written has not been for longer
@@ -46,6 +49,14 @@ def _trusted(path: Path, st: os.stat_result) -> None:
         raise Distrusted(f"{path} belongs to user {st.st_uid}")
     if st.st_mode & 0o022:
         raise Distrusted(f"{path} is writable for others ({stat.S_IMODE(st.st_mode):o})")
+
+
+def _locked(fd: int) -> bool:
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 class Cache:
@@ -128,25 +139,28 @@ class Cache:
                 os.unlink(path)
 
     @contextlib.contextmanager
-    def _alone(self) -> Iterator[None]:
+    def _alone(self, idle: bool) -> Iterator[None]:
         """Let one process of this host compile at a time, for a bounded time.
 
-        Twenty pairs that start at once need one image, not twenty compilers.
+        Twenty pairs that start at once need one image, not twenty compilers. Those for whose image
+        nobody waits (`idle`) have a lock of their own: their compilers may take long. Raises
+        Unfinished if it is not their turn for too long.
         """
         fd = -1
         try:
             self._make()
-            fd = os.open(self.where / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            name = "lock-idle" if idle else "lock"
+            fd = os.open(self.where / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as e:
             log.debug("no lock in %s: %s", self.where, e)
         try:
-            end = time.monotonic() + WAIT_S
-            while fd >= 0 and time.monotonic() < end:
-                try:
-                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            end = time.monotonic() + (IDLE_WAIT_S if idle else WAIT_S)
+            while fd >= 0 and not _locked(fd):
+                if time.monotonic() >= end:
+                    if idle:
+                        raise Unfinished("other pairs' compilers have not come to an end")
                     break
-                except BlockingIOError:
-                    time.sleep(_LOOK_S)
+                time.sleep(_IDLE_LOOK_S if idle else _LOOK_S)
             yield
         finally:
             if fd >= 0:
@@ -155,12 +169,12 @@ class Cache:
     def obtain(self, source: Source, *, nice: int = 0) -> Image:
         """Return the image of a source, compiled if necessary, which blocks for seconds.
 
-        nice: of the compiler. Raises what compiler.run() does.
+        nice: of the compiler; above 0 if nobody waits for it. Raises what compiler.run() does.
         """
         image = self.find(source)
         if image is not None:
             return image
-        with self._alone():
+        with self._alone(idle=nice > 0):
             image = self.find(source, logging.DEBUG)  # made while this process waited
             if image is not None:
                 return image

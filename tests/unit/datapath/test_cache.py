@@ -17,7 +17,7 @@ import pytest
 from colo_xdp.datapath import cache, cache_dir, compiler
 from colo_xdp.datapath.cache import Cache
 from colo_xdp.datapath.image import Image, MapSpec, ProgramSpec
-from colo_xdp.datapath.source import Source
+from colo_xdp.datapath.source import Source, Unfinished
 
 SOURCE = Source("promoted", "text", (), ("promoted_in",), (), "ring")
 
@@ -221,6 +221,21 @@ def test_a_compiler_that_hangs_is_not_waited_for(
     with open(kept.where / "lock", "w") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
         assert kept.obtain(SOURCE) == image_of(SOURCE)
+    assert made.made == [SOURCE]
+
+
+def test_who_waits_for_an_image_does_not_wait_for_those_who_do_not(
+    kept: Cache, made: Compiler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept.where.mkdir()
+    monkeypatch.setattr(cache, "IDLE_WAIT_S", 0.0)
+    with open(kept.where / "lock-idle", "w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(Unfinished, match="other pairs"):
+            kept.obtain(SOURCE, nice=19)
+        began = time.monotonic()
+        assert kept.obtain(SOURCE) and time.monotonic() - began < cache.WAIT_S / 2
+        assert kept.obtain(SOURCE, nice=19), "there is nothing to wait for"
     assert made.made == [SOURCE]
 
 
