@@ -46,8 +46,7 @@ static __always_inline int finish(u32 prog, u32 reason, u32 len, int verdict)
  * is full, the least recently used flow is mirrored again, and the controller discards the SVM's
  * answers.
  */
-BPF_TABLE_PINNED("lru_hash", struct colo_unmirrored_key, u64, unmirrored, COLO_MAX_UNMIRRORED,
-		 PIN_DIR "/unmirrored");
+BPF_TABLE("lru_hash", struct colo_unmirrored_key, u64, unmirrored, COLO_MAX_UNMIRRORED);
 
 static __always_inline int is_unmirrored(const struct pkt *p)
 {

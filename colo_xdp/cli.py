@@ -33,6 +33,7 @@ EXIT_CODES: dict[int, str] = {
 }
 RUN_DIR = "/run/colo-xdp"
 BPFFS = "/sys/fs/bpf"
+CONFIG_DIR = "/etc/colo-xdp"
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -502,6 +503,32 @@ def doctor(config: ConfigArg) -> None:
             typer.echo(f"      -> {check.remedy}")
         worst = max(worst, check.level)
     raise typer.Exit(FAILED if worst == 2 else OK)
+
+
+@app.command(name="compile")
+def compile_(
+    configs: Annotated[
+        list[Path] | None,
+        typer.Argument(help=f"TOML files of pairs; default: all in {CONFIG_DIR}."),
+    ] = None,
+) -> None:
+    """Compile the programs of pairs for every role, so that no controller has to wait for them.
+
+    A controller compiles what is missing itself. After an upgrade of colo-xdp, of the kernel or of
+    bcc, this takes the seconds that the compiler needs out of the restart.
+    """
+    from .tools.compile import Uncompiled, compile_for
+
+    paths = configs or sorted(Path(CONFIG_DIR).glob("*.toml"))
+    if not paths:
+        raise _fail(f"no TOML file in {CONFIG_DIR}: name one", USAGE)
+    for path in paths:
+        config = _load(path)
+        try:
+            for line in compile_for(config):
+                typer.echo(line)
+        except Uncompiled as e:
+            raise _fail(f"{path}: {e}") from e
 
 
 @app.command()

@@ -40,14 +40,13 @@
  * key: mac_key(). Writers: pvm_out, svm_out; pvm_in, svm_in and svm_net delete what has moved; the
  * controller deletes what is old. Readers: pvm_in, controller. Full: MAC_ALL.
  */
-BPF_TABLE_PINNED("hash", u64, struct colo_claim, macs, COLO_MAX_MACS, PIN_DIR "/macs");
+BPF_TABLE("hash", u64, struct colo_claim, macs, COLO_MAX_MACS);
 
 /*
  * As above; in addition, the secondary's controller writes what the primary reports. Reader: the
  * controller. Full: counted, and the address is not announced.
  */
-BPF_TABLE_PINNED("hash", struct colo_address, struct colo_claim, addresses, COLO_MAX_ADDRESSES,
-		 PIN_DIR "/addresses");
+BPF_TABLE("hash", struct colo_address, struct colo_claim, addresses, COLO_MAX_ADDRESSES);
 
 #define ETHERTYPE_ARP  0x0806
 #define ETHERTYPE_IPV6 0x86DD

@@ -95,18 +95,16 @@
  * which would silently evict a live connection. Full: R_PASS_FLOW_TABLE_FULL, and the frame passes
  * untranslated.
  */
-BPF_TABLE_PINNED("hash", struct colo_flow_key, struct colo_flow, flows, COLO_MAX_FLOWS,
-		 PIN_DIR "/flows");
+BPF_TABLE("hash", struct colo_flow_key, struct colo_flow, flows, COLO_AS_CONFIGURED);
 
 /* The same for connections whose client has not yet shown that it receives the guest's segments. */
-BPF_TABLE_PINNED("lru_hash", struct colo_flow_key, struct colo_flow, opening, COLO_MAX_FLOWS,
-		 PIN_DIR "/opening");
+BPF_TABLE("lru_hash", struct colo_flow_key, struct colo_flow, opening, COLO_AS_CONFIGURED);
 
 /*
  * key: state * EV_TCP_MAX + event, value: next state. Writer: controller, once, from the table in
  * colo_xdp/conntrack/tcp_state.py.
  */
-BPF_TABLE_PINNED("array", u32, u32, transitions, TCP_STATES *EV_TCP_MAX, PIN_DIR "/transitions");
+BPF_TABLE("array", u32, u32, transitions, TCP_STATES *EV_TCP_MAX);
 
 /* seen_ns is renewed only when older than this: two CPUs share the value's cache line. */
 #define SEEN_STEP_NS 1000000000ULL

@@ -21,14 +21,13 @@
 #define CLIENT_FRESH_NS 1000000000LL
 
 /* key: ifindex of a port. Writer: controller. Reader: pvm_in. */
-BPF_TABLE_PINNED("hash", u32, u64, ports, COLO_MAX_PORTS, PIN_DIR "/ports");
+BPF_TABLE("hash", u32, u64, ports, COLO_MAX_PORTS);
 
 /*
  * key: MAC address. Writer: pvm_in; the controller clears it when ports change. Reader: the fast
  * path. When it is full, frames to the least recently used client go through the bridge.
  */
-BPF_TABLE_PINNED("lru_hash", u64, struct colo_client, clients, COLO_MAX_CLIENTS,
-		 PIN_DIR "/clients");
+BPF_TABLE("lru_hash", u64, struct colo_client, clients, COLO_MAX_CLIENTS);
 
 /* Note the port at which a client's frame for the guest arrived. */
 static __always_inline void note_client(struct __sk_buff *skb)

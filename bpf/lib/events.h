@@ -15,7 +15,7 @@
 BPF_PERF_OUTPUT(events);
 #else
 #define COLO_MAX_EVENT_FRAME COLO_MAX_FRAME
-BPF_RINGBUF_OUTPUT(events, COLO_RING_PAGES);
+BPF_RINGBUF_OUTPUT(events, COLO_AS_CONFIGURED); /* pages */
 
 struct colo_scratch {
 	struct colo_event head;
@@ -23,7 +23,7 @@ struct colo_scratch {
 };
 
 /* One frame per CPU: programs run with bottom halves off, so none of ours interrupts another. */
-BPF_TABLE("array", u32, struct colo_scratch, scratch, COLO_MAX_CPUS);
+BPF_TABLE("array", u32, struct colo_scratch, scratch, COLO_AS_CONFIGURED);
 
 static __always_inline struct colo_scratch *my_scratch(void)
 {

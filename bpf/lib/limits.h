@@ -3,21 +3,24 @@
 #ifndef COLO_LIMITS_H
 #define COLO_LIMITS_H
 
-#ifndef COLO_MAX_FLOWS
-/* Tracked connections at S, and as many handshakes; 320 bytes for both. */
-#define COLO_MAX_FLOWS 65536
-#endif
+/*
+ * Size of a map that the configuration sets. The loader creates the map with it (Options.entries()
+ * in colo_xdp/datapath/source.py), so that what is compiled does not depend on it.
+ *
+ *   flows, opening  tracked connections at S, and as many handshakes; 320 bytes for both
+ *   conns           offloaded connections; 350 bytes each, allocated when used
+ *   buffers, owners offloaded connections with bytes outstanding; COLO_BUFFER bytes each
+ *   events          ring for captured frames, 4 KiB pages; never swapped
+ *   scratch, works  one for each CPU, 64 KiB each; a CPU without one fails its events, counted
+ */
+#define COLO_AS_CONFIGURED 1
 
 #ifndef COLO_MAX_UNMIRRORED
 #define COLO_MAX_UNMIRRORED 16384 /* flows under drop-secondary rules; about 130 bytes each */
 #endif
 
-#ifndef COLO_MAX_CONNS
-#define COLO_MAX_CONNS 1000000 /* offloaded connections; 350 bytes each, allocated when used */
-#endif
-
 #ifndef COLO_BUFFERS
-#define COLO_BUFFERS 512 /* offloaded connections with bytes outstanding; COLO_BUFFER bytes each */
+#define COLO_BUFFERS 512 /* entries of `buffers`: the code spreads connections over so many */
 #endif
 
 #ifndef COLO_MAX_CLIENTS
@@ -52,15 +55,6 @@
 
 /* Attempts to lock a connection that another CPU holds, 200 ns each: twice the longest hold. */
 #define COLO_SPINS 250
-
-#ifndef COLO_RING_PAGES
-#define COLO_RING_PAGES 8192 /* event ring, 4 KiB pages, power of two: 32 MiB; never swapped */
-#endif
-
-#ifndef COLO_MAX_CPUS
-/* Scratch frames of 64 KiB each; with more CPUs than this events fail and are counted. */
-#define COLO_MAX_CPUS 64
-#endif
 
 /* Largest frame that can be captured: a 64 KiB GSO frame with its headers. */
 #define COLO_MAX_FRAME 65600

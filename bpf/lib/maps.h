@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * The maps that all programs share, and the functions that access them. Maps that must outlive the
- * controller are pinned below PIN_DIR, which the loader defines.
+ * The maps that all programs share, and the functions that access them. Which maps are pinned, to
+ * outlive the controller, is the loader's to know (LASTING in colo_xdp/datapath/source.py): what is
+ * compiled is the same for each NIC and each pair.
  *
  * Access goes through inline functions, never macros: bcc rewrites map.lookup() in the syntax tree
  * and refuses to do so inside a macro expansion.
@@ -10,11 +11,10 @@
 #define COLO_MAPS_H
 
 /* key: enum colo_cfg. Writer: controller. Readers: all programs. */
-BPF_TABLE_PINNED("array", u32, u64, config, CFG_MAX, PIN_DIR "/config");
+BPF_TABLE("array", u32, u64, config, CFG_MAX);
 
 /* key: prog * R_MAX + reason. Writer: the program. Reader: the controller, on each scrape. */
-BPF_TABLE_PINNED("percpu_array", u32, struct colo_count, counters, PROG_MAX *R_MAX,
-		 PIN_DIR "/counters");
+BPF_TABLE("percpu_array", u32, struct colo_count, counters, PROG_MAX *R_MAX);
 
 static __always_inline u64 cfg(u32 slot)
 {

@@ -11,14 +11,12 @@ struct colo_buffer {
 	__u8 ring[COLO_BUFFER + 2 * COLO_STEP + 128];
 };
 
-BPF_F_TABLE("array:" PIN_DIR "/buffers", u32, struct colo_buffer, buffers, COLO_BUFFERS,
-	    BPF_F_MMAPABLE);
-BPF_F_TABLE("array:" PIN_DIR "/owners", u32, struct colo_owner, owners, COLO_BUFFERS,
-	    BPF_F_MMAPABLE);
+BPF_F_TABLE("array", u32, struct colo_buffer, buffers, COLO_AS_CONFIGURED, BPF_F_MMAPABLE);
+BPF_F_TABLE("array", u32, struct colo_owner, owners, COLO_AS_CONFIGURED, BPF_F_MMAPABLE);
 
 /* Histogram of the time that released bytes have waited: log2 of microseconds. */
 #define WAIT_BUCKETS 24
-BPF_TABLE_PINNED("percpu_array", u32, u64, offload_waits, WAIT_BUCKETS, PIN_DIR "/offload_waits");
+BPF_TABLE("percpu_array", u32, u64, offload_waits, WAIT_BUCKETS);
 
 /*
  * Claim a buffer for the connection: a free one, or one whose owner has nothing outstanding in it

@@ -7,7 +7,7 @@
  * key: the connection. Not preallocated. Writers: user space makes and deletes entries; the
  * programs of the fast path change them.
  */
-BPF_F_TABLE("hash:" PIN_DIR "/conns", struct colo_flow_key, struct colo_conn, conns, COLO_MAX_CONNS,
+BPF_F_TABLE("hash", struct colo_flow_key, struct colo_conn, conns, COLO_AS_CONFIGURED,
 	    BPF_F_NO_PREALLOC);
 
 static __always_inline int seq_later(u32 a, u32 b)

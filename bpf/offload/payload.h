@@ -37,7 +37,7 @@ struct colo_work {
 };
 
 /* One per CPU: programs run with bottom halves off. */
-BPF_TABLE("array", u32, struct colo_work, works, COLO_MAX_CPUS);
+BPF_TABLE("array", u32, struct colo_work, works, COLO_AS_CONFIGURED);
 
 /*
  * Tell the verifier that 1 <= x <= mask + 1, where mask + 1 is a power of two. Changes no value in

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The only code that touches the kernel: bcc, bpf(2), netlink, rings, taps."""
+"""The only code that touches the kernel: bcc in a child, bpf(2), netlink, rings, taps."""

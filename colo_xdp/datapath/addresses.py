@@ -28,7 +28,7 @@ _MAC = 6
 
 
 class Table(Protocol):
-    """A map like loader.Map."""
+    """A map like maps.Map."""
 
     @property
     def info(self) -> Any: ...

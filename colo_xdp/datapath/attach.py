@@ -258,6 +258,10 @@ _PORT_RULES = (
 _MIN_AGEING = 100
 #: Legacy ebtables: once a table's module is loaded, only its own ioctl shows whether it has rules.
 EBTABLES = tuple(Path(f"/sys/module/ebtable_{x}") for x in ("filter", "nat", "broute"))
+_CALL_FILES = tuple(f"/proc/sys/net/bridge/bridge-nf-call-{x}tables" for x in ("ip", "ip6", "arp"))
+_NAME_FILES = tuple(f"/proc/thread-self/net/{x}_tables_names" for x in ("ip", "ip6", "arp"))
+#: what _is_filtered() reads and no netlink message reports, besides EBTABLES
+RULE_FILES = (*_CALL_FILES, *_NAME_FILES)
 #: Answers of a kernel without nf_tables, to the socket or to the request (nfnetlink_rcv_msg()
 #: answers EINVAL for a subsystem that it does not have).
 _NO_NFTABLES = frozenset(
@@ -311,12 +315,12 @@ def _is_filtered(calls: bool) -> bool:
     if any(path.exists() for path in EBTABLES):
         return True
     try:
-        for name in ("iptables", "ip6tables", "arptables"):
+        for name in _CALL_FILES:
             with contextlib.suppress(FileNotFoundError):
-                calls |= Path(f"/proc/sys/net/bridge/bridge-nf-call-{name}").read_text() != "0\n"
-        for name in ("ip_tables_names", "ip6_tables_names", "arp_tables_names"):
+                calls |= Path(name).read_text() != "0\n"
+        for name in _NAME_FILES:
             with contextlib.suppress(FileNotFoundError):
-                if calls and Path(f"/proc/thread-self/net/{name}").read_text():
+                if calls and Path(name).read_text():
                     return True
         with NFTables(nfgen_family=0) as nft:
             return any(calls or m["nfgen_family"] == _NFPROTO_BRIDGE for m in nft.get_tables())

@@ -3,7 +3,7 @@
 
 BPF shows neither what kind of segmentation a frame waits for nor where its checksum begins (struct
 __sk_buff has only gso_size). But a program may read the kernel's struct sk_buff if it knows the
-offsets, and those are in /sys/kernel/btf/vmlinux. datapath/loader.py compiles them into the
+offsets, and those are in /sys/kernel/btf/vmlinux. datapath/compiler.py compiles them into the
 programs (bpf/lib/gso.h). Format: Documentation/bpf/btf.rst; integers are in the host's byte order.
 """
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from .. import abi
 from ..conntrack import rewriter, tcp_state
-from .loader import Map
+from .maps import Map
 
 _HALF = 0x80000000
 

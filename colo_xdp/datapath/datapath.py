@@ -18,16 +18,18 @@ from dataclasses import replace
 from .. import abi
 from ..abi import Cfg, Mode, Prog, Reason
 from ..config.file import Config
-from ..failover.arbiter import ARBITERS
 from ..net.address_claims import mac_key
-from . import attach, loader
+from . import attach, loader, programs
 from .addresses import AddressTable
 from .hooks import Hooks, Look, Place
 from .inject import Injector
+from .maps import Map
 from .offload_maps import BpfKernelPath
 from .pair_slots import OF_THE_PAIR, PairSlots
 from .prepare import DataPathError, Prepared, note_nics, prepare, record
 from .ring import CapturedFrame, open_reader
+from .rule_changes import RuleChanges
+from .source import Options, Refused
 
 log = logging.getLogger("colo_xdp.datapath.datapath")
 
@@ -70,16 +72,7 @@ class DataPath(PairSlots):
             config.networks[nic], ready.manifest, ready.role, ready.hook,
         )  # fmt: skip
         net, dp, tap, primary = self.net, config.datapath, ready.tap, self.role == "primary"
-        options = loader.Options(
-            flow_table=dp.flow_table,
-            ring_pages=dp.ring_pages,
-            events=dp.events,
-            rewrite_at_xdp=self.hook == "xdp",
-            fast=dp.fast_path == "on" and primary,
-            buffers=max(1, dp.fast_path_memory * (1 << 20) // abi.BUFFER // len(config.networks)),
-            conns=dp.fast_path_flows,
-            lease=ARBITERS[config.failover.arbiter].needs_grant,
-        )
+        options = programs.options(config, self.role, self.hook)
         note_nics(config, self.manifest)
         self.objects, options = self._load(options)
         self._cfg = self.objects.map("config")
@@ -142,6 +135,8 @@ class DataPath(PairSlots):
             )
             self.fast.enabled = True
         self._ports: frozenset[int] | None = None
+        self._plain: frozenset[int] = frozenset()  # as of the last look
+        self._rule_changes = RuleChanges()
         self._fixed: frozenset[int] = frozenset()  # where the bridge has entries made by hand
         self._fdb_set = 0.0
         self._bridge_unknown = False
@@ -177,11 +172,11 @@ class DataPath(PairSlots):
         elif not self.slot(Cfg.LEASE_EXPIRY_NS):
             self.lease_expiry(1)
 
-    def _load(self, options: loader.Options) -> tuple[loader.Objects, loader.Options]:
+    def _load(self, options: Options) -> tuple[loader.Objects, Options]:
         """Load the role's programs, without the fast path if this kernel refuses it."""
         c = self.config
 
-        def load(options: loader.Options) -> loader.Objects:
+        def load(options: Options) -> loader.Objects:
             return loader.load(self.role, c.pair, c.datapath.bpffs, options, c.role, self.nic)
 
         if not options.fast:
@@ -190,7 +185,7 @@ class DataPath(PairSlots):
             if loader.events(options) == "ring":
                 return load(options), options
             why = "it needs a BPF ring buffer"
-        except loader.Refused as e:
+        except Refused as e:
             why = str(e).splitlines()[0]
         log.error("no fast path, every frame is compared in user space: %s", why)
         options = replace(options, fast=False)
@@ -391,17 +386,25 @@ class DataPath(PairSlots):
         """
         if self.fast is None or self.net.uplink != "auto":
             return
-        tap = self.net.tap
+        tap, now = self.net.tap, time.monotonic()
+        refresh = bool(self._plain) and now - self._fdb_set > FDB_EVERY_S
+        look = self._rule_changes.any()
+        if not (look or refresh):
+            return
         try:
-            ports = attach.plain_ports(tap)
-            if ports and (now := time.monotonic()) - self._fdb_set > FDB_EVERY_S:
+            if look:
+                self._plain = attach.plain_ports(tap)
+                refresh = bool(self._plain) and now - self._fdb_set > FDB_EVERY_S
+            if refresh:
                 self._fixed = attach.refresh_fdb(tap)
                 self._fdb_set = now
+            ports = self._plain
             for port in self._fixed:
                 ports &= {port}
             self._set_ports(ports)
             self._bridge_unknown = False
         except (attach.NoSuchDevice, attach.NetlinkError, OSError) as e:
+            self._rule_changes.again()
             self._set_ports(frozenset())
             if not self._bridge_unknown:
                 log.error("the bridge of %s is not known, nothing leaves past it: %s", tap, e)
@@ -446,12 +449,9 @@ class DataPath(PairSlots):
 
     def _count(self, prog: Prog, reason: Reason) -> tuple[int, int]:
         """Return packets and bytes of one counter."""
-        cpus = loader.possible_cpus()
-        size = abi.COUNT.size * cpus
-        raw = self._counters.get(_U32.pack(prog * Reason.MAX + reason), size)
+        raw = self._counters.get(_U32.pack(prog * Reason.MAX + reason)) or b""
         p = b = 0
-        for i in range(cpus if raw else 0):
-            x, y = abi.COUNT.unpack_from(raw or b"", i * abi.COUNT.size)
+        for x, y in abi.COUNT.iter_unpack(raw):  # of each CPU
             p, b = p + x, b + y
         return p, b
 
@@ -465,14 +465,10 @@ class DataPath(PairSlots):
 
     def lost_events(self) -> int:
         """Return how many frames did not fit into the event ring, or could not be carried by it."""
-        cpus = loader.possible_cpus()
         total = self.reader.lost
         for prog in (Prog.PVM_OUT, Prog.SVM_ARRIVAL, Prog.SVM_IN, Prog.SVM_OUT):
             for reason in (Reason.DROP_RING_FULL, Reason.DROP_TOO_LARGE):
-                key = _U32.pack(prog * Reason.MAX + reason)
-                raw = self._counters.get(key, abi.COUNT.size * cpus) or b""
-                for i in range(0, len(raw), abi.COUNT.size):
-                    total += abi.COUNT.unpack_from(raw, i)[0]
+                total += self._count(prog, reason)[0]
         return total
 
     def tap_alive(self) -> bool:
@@ -524,7 +520,7 @@ class DataPath(PairSlots):
             self._detach_guest()
             self.set_slot(Cfg.PROMOTED_EPOCH, 0)
 
-    def flows(self) -> tuple[loader.Map, loader.Map] | None:
+    def flows(self) -> tuple[Map, Map] | None:
         """Return the maps of connections with offsets and of handshakes; None if there are none."""
         objects = self.guest if self.role == "primary" else self.objects
         return (objects.map("flows"), objects.map("opening")) if objects else None
@@ -534,6 +530,7 @@ class DataPath(PairSlots):
         for i in self.injectors.values():
             i.close()
         self.reader.close()
+        self._rule_changes.close()
         if detach:
             attach.detach_all(self.manifest.path)
         self.objects.close()

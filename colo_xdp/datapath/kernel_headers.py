@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Finds kernel headers for bcc; datapath/loader.py calls it before it compiles.
+"""Finds kernel headers for bcc; datapath/compiler.py calls it before it compiles.
 
 bcc expects the build tree of the running kernel. Our programs use user API headers only, so any
 recent tree works. The order is: the running kernel's own, then the newest installed one. Debian
@@ -13,6 +13,8 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
+
+from .cache_dir import cache_dir
 
 MODULES = Path("/lib/modules")
 SOURCES = Path("/usr/src")
@@ -106,5 +108,5 @@ def find(cache: Path | None = None) -> Headers:
     if flavour == common:
         return Headers(str(flavour), str(flavour))
     if cache is None:
-        cache = Path(os.environ.get("XDG_CACHE_HOME", "/var/cache")) / "colo-xdp/headers"
+        cache = cache_dir() / "headers"
     return Headers(str(_merge(flavour, common, cache)), f"{flavour} + {common}")

@@ -2,10 +2,11 @@
 """Reads the data path's events: frames with their capture time.
 
 The ring buffer is read through its own mapping (Documentation/bpf/ringbuf.rst), which is three
-times cheaper than one callback from C per record. Kernels without ring buffers get bcc's perf
-buffers. Producer and consumer positions are single aligned words, and the kernel publishes a record
-by clearing its busy bit, so on x86 plain reads suffice. Elsewhere the reader must be the only one,
-and the interpreter's own locking orders the accesses. DataPath.drain() is the caller.
+times cheaper than one callback from C per record. Kernels without ring buffers get perf buffers
+(datapath/perf.py). Producer and consumer positions are single aligned words, and the kernel
+publishes a record by clearing its busy bit, so on x86 plain reads suffice. Elsewhere the reader
+must be the only one, and the interpreter's own locking orders the accesses. DataPath.drain() is the
+caller.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from .. import abi
-from .loader import Objects, import_bcc
+from .loader import Objects
+from .perf import PerfBuffer, online_cpus
 
 _BUSY, _DISCARD, _LEN = 0x80000000, 0x40000000, 0x3FFFFFFF
 _HEAD = abi.EVENT.size
@@ -96,7 +98,11 @@ class Reader(Protocol):
 
     fds: list[int]
     capacity: int
-    lost: int
+
+    @property
+    def lost(self) -> int:
+        """Return how many events did not fit."""
+        ...
 
     def drain(self, sink: Callable[[CapturedFrame], None], limit: int) -> int:
         """Pass at most about `limit` events to `sink`; return how many."""
@@ -165,26 +171,21 @@ class RingReader:
 
 
 class PerfReader:
-    """bcc's perf buffers, one per CPU, for kernels without ring buffers."""
+    """Perf buffers, one per CPU, for kernels without ring buffers."""
 
     PAGES = 1024
 
     def __init__(self, objects: Objects) -> None:
-        self._bpf = objects.bpf
-        self._queue: list[bytes] = []
         self._early: list[CapturedFrame] = []  # captured after the last round had begun
-        self.lost = 0
-        table = self._bpf[b"events"]
-        table.open_perf_buffer(self._on_event, page_cnt=self.PAGES, lost_cb=self._on_lost)
-        lib = import_bcc().libbcc.lib
-        self.fds = [lib.perf_reader_fd(r) for r in self._bpf.perf_buffers.values()]
+        table = objects.map("events")
+        self._buffers = [PerfBuffer(cpu, table, self.PAGES) for cpu in online_cpus()]
+        self.fds = [b.fd for b in self._buffers]
         self.capacity = self.PAGES * mmap.PAGESIZE * max(len(self.fds), 1)
 
-    def _on_event(self, _cpu: int, data: int, size: int) -> None:
-        self._queue.append(ct.string_at(data, size))
-
-    def _on_lost(self, count: int) -> None:
-        self.lost += count
+    @property
+    def lost(self) -> int:
+        """Return how many events did not fit."""
+        return sum(b.lost for b in self._buffers)
 
     def drain(self, sink: Callable[[CapturedFrame], None], limit: int = 1 << 30) -> int:
         """Pass all waiting events to `sink`, in the order of their capture across CPUs.
@@ -198,8 +199,7 @@ class PerfReader:
         count = 0
         while True:
             began = time.monotonic_ns()
-            self._bpf.perf_buffer_consume()
-            raw, self._queue = self._queue, []
+            raw = [record for b in self._buffers for record in b.records()]
             events = sorted((*self._early, *map(decode, raw)), key=lambda e: e.ts_ns)
             n = bisect_right(events, began, key=lambda e: e.ts_ns)
             self._early, count = events[n:], count + n
@@ -209,7 +209,10 @@ class PerfReader:
                 return count
 
     def close(self) -> None:
-        """Do nothing: bcc closes the buffers with the module."""
+        """Release the buffers."""
+        for b in self._buffers:
+            b.close()
+        self._buffers.clear()
 
 
 def open_reader(objects: Objects) -> RingReader | PerfReader:

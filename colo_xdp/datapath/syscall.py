@@ -1,30 +1,84 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The few bpf(2) commands that bcc 0.26 does not wrap.
+"""bpf(2): maps and programs are created, pinned, described and run through it.
 
-These are object pins, information about maps and programs, ring buffer positions, and
-BPF_PROG_TEST_RUN for the fast path's control program and the tests. Source:
-include/uapi/linux/bpf.h. Every function raises OSError with the kernel's errno and the command's
-name.
+No library is needed for that, and libbcc, which could do a part of it, brings a compiler along (84
+MiB in each controller). Source: include/uapi/linux/bpf.h. Every function raises OSError with the
+kernel's errno and the command's name, except those on the entries of a map, which return the errno.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes as ct
 import errno
 import mmap
 import os
 import platform
+import resource
 import sys
 from dataclasses import dataclass
 
 _SYS_BPF = {"x86_64": 321, "aarch64": 280, "riscv64": 280, "ppc64le": 361, "s390x": 351}
+_NR = _SYS_BPF.get(platform.machine(), -1)
 _libc = ct.CDLL(None, use_errno=True)
+_syscall = _libc.syscall
+_syscall.argtypes = [ct.c_long, ct.c_long, ct.c_void_p, ct.c_long]
+_syscall.restype = ct.c_long
 
+_MAP_CREATE, _MAP_LOOKUP, _MAP_UPDATE, _MAP_DELETE, _MAP_NEXT, _PROG_LOAD = 0, 1, 2, 3, 4, 5
 _OBJ_PIN, _OBJ_GET, _PROG_TEST_RUN = 6, 7, 10
 _PROG_GET_FD_BY_ID, _OBJ_GET_INFO_BY_FD, _PROG_QUERY = 13, 15, 16
 _TCX = {"ingress": 46, "egress": 47}  # BPF_TCX_INGRESS, BPF_TCX_EGRESS
 
 BPFFS_MAGIC = 0xCAFE4A11
+RINGBUF = 27  # BPF_MAP_TYPE_RINGBUF
+NAME_MAX = 15  # of a map or program in the kernel
+#: What the verifier says: the largest size that every kernel takes. Before 6.4 it is the beginning
+#: that is kept of a longer text.
+_LOG_BYTES = (1 << 24) - 1
+
+
+class MapAttr(ct.Structure):
+    """Of the commands on a map's entries; `key` and `value` are addresses."""
+
+    _fields_ = [
+        ("fd", ct.c_uint32),
+        ("pad", ct.c_uint32),
+        ("key", ct.c_uint64),
+        ("value", ct.c_uint64),  # or the next key
+        ("flags", ct.c_uint64),
+    ]
+
+
+_MAP_ATTR_SIZE = ct.sizeof(MapAttr)
+
+
+class _CreateAttr(ct.Structure):
+    _fields_ = [
+        ("type", ct.c_uint32),
+        ("key_size", ct.c_uint32),
+        ("value_size", ct.c_uint32),
+        ("max_entries", ct.c_uint32),
+        ("map_flags", ct.c_uint32),
+        ("inner_map_fd", ct.c_uint32),
+        ("numa_node", ct.c_uint32),
+        ("name", ct.c_char * 16),
+    ]
+
+
+class _LoadAttr(ct.Structure):
+    _fields_ = [
+        ("type", ct.c_uint32),
+        ("insn_cnt", ct.c_uint32),
+        ("insns", ct.c_uint64),
+        ("license", ct.c_uint64),
+        ("log_level", ct.c_uint32),
+        ("log_size", ct.c_uint32),
+        ("log_buf", ct.c_uint64),
+        ("kern_version", ct.c_uint32),
+        ("prog_flags", ct.c_uint32),
+        ("name", ct.c_char * 16),
+    ]
 
 
 class _ObjAttr(ct.Structure):
@@ -112,6 +166,7 @@ class MapInfo:
     key_size: int
     value_size: int
     max_entries: int
+    flags: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,15 +189,92 @@ class TestRun:
     ctx: bytes
 
 
+def error(e: int, what: str) -> OSError:
+    """Return the exception for an errno of bpf(2)."""
+    if _NR < 0:
+        return OSError(errno.ENOSYS, f"bpf(2): number unknown on {platform.machine()}")
+    return OSError(e, f"bpf {what}: {os.strerror(e)}")
+
+
 def _bpf(cmd: int, attr: ct.Structure, what: str) -> int:
-    nr = _SYS_BPF.get(platform.machine())
-    if nr is None:
-        raise OSError(38, f"bpf(2): number unknown on {platform.machine()}")
-    r = _libc.syscall(ct.c_long(nr), ct.c_long(cmd), ct.byref(attr), ct.c_long(ct.sizeof(attr)))
+    r = _syscall(_NR, cmd, ct.byref(attr), ct.sizeof(attr))
     if r < 0:
-        e = ct.get_errno()
-        raise OSError(e, f"bpf {what}: {os.strerror(e)}")
+        raise error(ct.get_errno(), what)
     return int(r)
+
+
+def _charged(cmd: int, attr: ct.Structure, what: str) -> int:
+    """Do what kernels before 5.11 charge to RLIMIT_MEMLOCK, which is lifted if it is too low."""
+    try:
+        return _bpf(cmd, attr, what)
+    except PermissionError:
+        limit = resource.RLIM_INFINITY
+        if resource.getrlimit(resource.RLIMIT_MEMLOCK)[0] == limit:
+            raise
+        with contextlib.suppress(ValueError, OSError):  # else the refusal is what there is to say
+            resource.setrlimit(resource.RLIMIT_MEMLOCK, (limit, limit))
+        return _bpf(cmd, attr, what)
+
+
+def map_create(
+    type_: int, key_size: int, value_size: int, max_entries: int, flags: int = 0, name: str = ""
+) -> int:
+    """Create a map; the caller closes the file descriptor."""
+    a = _CreateAttr(type_, key_size, value_size, max_entries, flags)
+    a.name = name[:NAME_MAX].encode()
+    return _charged(_MAP_CREATE, a, f"map create {name}")
+
+
+def map_lookup(attr: MapAttr) -> int:
+    """Copy the value of the key to attr.value; return 0 or an errno."""
+    return ct.get_errno() if _syscall(_NR, _MAP_LOOKUP, ct.byref(attr), _MAP_ATTR_SIZE) else 0
+
+
+def map_update(attr: MapAttr, new: bool) -> int:
+    """Insert or, unless `new` is set, replace the entry; return 0 or an errno."""
+    attr.flags = new
+    r = _syscall(_NR, _MAP_UPDATE, ct.byref(attr), _MAP_ATTR_SIZE)
+    attr.flags = 0
+    return ct.get_errno() if r else 0
+
+
+def map_delete(attr: MapAttr) -> int:
+    """Remove the entry; return 0 or an errno."""
+    # The kernel demands zeros where a shorter command ends: its attr has no value and no flags.
+    return ct.get_errno() if _syscall(_NR, _MAP_DELETE, ct.byref(attr), 16) else 0
+
+
+def map_next(attr: MapAttr) -> int:
+    """Copy the key after attr.key (0: the first one) to attr.value; return 0 or an errno."""
+    return ct.get_errno() if _syscall(_NR, _MAP_NEXT, ct.byref(attr), 24) else 0
+
+
+class Verifier(OSError):
+    """The kernel refuses a program. `log`: what its verifier says."""
+
+    log = ""
+
+
+def prog_load(type_: int, code: bytes, license_: str, name: str) -> int:
+    """Load a program; the caller closes the file descriptor. Raises Verifier."""
+    insns, gpl = (
+        ct.create_string_buffer(code, len(code)),
+        ct.create_string_buffer(license_.encode()),
+    )
+    a = _LoadAttr(type_, len(code) // 8, ct.addressof(insns), ct.addressof(gpl))
+    a.name = name[:NAME_MAX].encode()
+    try:
+        return _charged(_PROG_LOAD, a, f"prog load {name}")
+    except OSError as first:
+        # The text costs time, and is wanted of a failure only.
+        log = ct.create_string_buffer(_LOG_BYTES)
+        a.log_level, a.log_size, a.log_buf = 1, _LOG_BYTES, ct.addressof(log)
+        try:
+            return _bpf(_PROG_LOAD, a, f"prog load {name}")
+        except OSError:
+            refused = Verifier(first.errno, first.strerror)
+            refused.log = log.value.decode(errors="replace")
+            raise refused from first
 
 
 def obj_pin(fd: int, path: str) -> None:
@@ -161,7 +293,9 @@ def map_info(fd: int) -> MapInfo:
     """Return the properties of the map behind `fd`."""
     info = _MapInfo()
     _bpf(_OBJ_GET_INFO_BY_FD, _InfoAttr(fd, ct.sizeof(info), ct.addressof(info)), "map info")
-    return MapInfo(info.id, info.type, info.key_size, info.value_size, info.max_entries)
+    return MapInfo(
+        info.id, info.type, info.key_size, info.value_size, info.max_entries, info.map_flags
+    )
 
 
 def ring_skip(fd: int) -> None:

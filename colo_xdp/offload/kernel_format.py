@@ -199,7 +199,14 @@ class OffloadRequest:
     since_ns: int = 0
 
 
-def conn_state(raw: bytes, ring: bytes | memoryview) -> ConnState:
+class Ring(Protocol):
+    """The bytes of struct colo_buffer."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, part: slice, /) -> bytes | memoryview: ...
+
+
+def conn_state(raw: bytes, ring: Ring) -> ConnState:
     """Decode struct colo_conn; `ring`: struct colo_buffer, empty if there is none."""
     (
         _,

@@ -14,6 +14,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,9 @@ from ..controller.secondary import Secondary
 from ..datapath import loader
 from ..datapath.attach import AttachError, NoSuchDevice, Taken
 from ..datapath.host import HostDataPath
-from ..datapath.loader import LoadError, Refused
 from ..datapath.prepare import DataPathError, DeviceMissing
+from ..datapath.programs import fill_quietly
+from ..datapath.source import LoadError, Refused, Unfinished
 from ..peer.channel import PeerError
 from ..status import builder
 from ..status.metrics import start as start_metrics
@@ -118,6 +120,8 @@ async def _serve(config: Config, datapath: HostDataPath) -> int:
         gc.freeze()
         notifier.patience(None)
         notifier.send(READY="1", STATUS=ctl.announced_state()[1])
+        # A thread that no exit waits for: what it compiles is for another day.
+        threading.Thread(target=fill_quietly, args=(config,), daemon=True).start()
         watcher = asyncio.create_task(ctl.finished())
         stopping = asyncio.create_task(stop.wait())
         beat = 0.0
@@ -181,7 +185,7 @@ def run(config: Config) -> int:
             if status == 0:
                 starts.forget()
             return status
-    except (Refused, NoSuchDevice, PeerError, OSError) as e:
+    except (Refused, Unfinished, NoSuchDevice, PeerError, OSError) as e:
         log.error("%s", e)
         return FAILED
     except AlreadyRuns as e:

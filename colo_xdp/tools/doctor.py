@@ -68,11 +68,11 @@ def _machine(config: Config) -> Iterator[Check]:
 
 
 def _compiler(config: Config) -> Iterator[Check]:
-    from ..datapath import kernel_headers, loader
+    from ..datapath import compiler, kernel_headers, loader, source
 
     try:
-        bcc = loader.import_bcc()
-    except loader.LoadError as e:
+        bcc = compiler.import_bcc()
+    except source.LoadError as e:
         yield Check("bcc", FAIL, str(e), "apt-get install python3-bpfcc")
         return
     yield Check("bcc", OK, f"{getattr(bcc, '__version__', '?')} ({bcc.__file__})")
@@ -82,11 +82,26 @@ def _compiler(config: Config) -> Iterator[Check]:
         yield Check("kernel headers", FAIL, str(e), "apt-get install linux-headers-$(uname -r)")
         return
     try:
-        loader.source_dir()
-    except loader.LoadError as e:
+        source.source_dir()
+    except source.LoadError as e:
         yield Check("BPF sources", FAIL, str(e))
-    if os.geteuid() == 0 and not loader.ring_supported():
-        yield Check("ring buffer", WARN, "not on this kernel: perf buffers will be used")
+    if os.geteuid() == 0:
+        if not loader.ring_supported():
+            yield Check("ring buffer", WARN, "not on this kernel: perf buffers will be used")
+        yield _compiled(config)
+
+
+def _compiled(config: Config) -> Check:
+    """Check whether a start or a change of roles would have to wait for the compiler."""
+    from ..datapath import programs
+    from ..datapath.cache import Cache
+
+    cache = Cache()
+    missing = sorted({s.role for s in programs.wanted(config) if cache.find(s) is None})
+    if missing:
+        return Check("programs", WARN, f"not compiled yet for: {', '.join(missing)}",
+                     "colo-xdp compile (else the controller does it when it starts)")  # fmt: skip
+    return Check("programs", OK, f"compiled for every role ({cache.where})")
 
 
 def _offloads(offers: frozenset[str]) -> Iterator[Check]:

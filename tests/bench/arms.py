@@ -12,7 +12,6 @@ to retransmit.
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import re
@@ -26,6 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from colo_xdp.datapath import loader, syscall
+from colo_xdp.datapath.maps import Map
 from colo_xdp.lab import vm as vms
 from colo_xdp.lab.guest import content
 from colo_xdp.lab.net import LabError, wait_for
@@ -312,17 +312,13 @@ def _fast_path_waits() -> list[int]:
     path = f"{loader.pin_dir('/sys/fs/bpf', PAIR, 'primary')}/offload_waits"
     if not Path(path).exists():
         return [0] * len(FAST_BUCKETS)
-    size = 8 * loader.possible_cpus()
-    value = ctypes.create_string_buffer(size)
     out = []
     fd = syscall.obj_get(path)
     try:
-        lib = loader.import_bcc().libbcc.lib
+        table = Map(fd)
         for i in range(len(FAST_BUCKETS)):
-            key = ctypes.create_string_buffer(struct.pack("=I", i), 4)
-            if lib.bpf_lookup_elem(fd, key, value):
-                raise OSError(ctypes.get_errno(), path)
-            out.append(sum(struct.unpack(f"={size // 8}Q", value.raw)))
+            raw = table.get(struct.pack("=I", i)) or b""
+            out.append(sum(struct.unpack(f"={len(raw) // 8}Q", raw)))
     finally:
         os.close(fd)
     return out

@@ -27,10 +27,11 @@ from typing import Any
 
 from colo_xdp import abi
 from colo_xdp.abi import Cfg, Mode, Prog, Reason
-from colo_xdp.datapath import attach, loader
+from colo_xdp.datapath import attach, compiler, loader
 from colo_xdp.datapath.inject import Injector
 from colo_xdp.datapath.offload_maps import BpfKernelPath
 from colo_xdp.datapath.ring import open_reader
+from colo_xdp.datapath.source import Options
 from colo_xdp.tools import cleanup
 from tests.netns.conftest import inside, sh
 
@@ -108,7 +109,7 @@ def _copies() -> Iterator[Any]:
     text = _COPY.replace("TPID", hex(abi.TPID))
     text = text.replace("TCI", str(abi.KIND_SVM << abi.KIND_SHIFT | 1))
     text = text.replace("D0", str(_index(GUEST, "d0"))).replace("S0", str(_index(GUEST, "s0")))
-    bpf = loader.compile_text(text)
+    bpf = compiler.compile_text(text)
 
     def put(ns: str, dev: str, way: str, name: str) -> None:
         with inside(ns):
@@ -130,7 +131,7 @@ def _proxy(bridge: bool) -> Iterator[SlowPath]:
     work = tempfile.mkdtemp(prefix="colo-bench.")
     with inside(HOST):
         cleanup.cleanup(PAIR, "/sys/fs/bpf", work, force=True)
-        objects = loader.load("primary", PAIR, "/sys/fs/bpf", loader.Options(fast=True, buffers=64))
+        objects = loader.load("primary", PAIR, "/sys/fs/bpf", Options(fast=True, buffers=64))
         config = objects.map("config")
 
         def write(slot: Cfg, value: int) -> None:
@@ -236,10 +237,9 @@ def _offsets_sent(slow: SlowPath | None) -> dict[str, float]:
         return {}
     out = {ASKED + cause: float(n) for cause, n in Counter(slow.asked).items()}
     counters = slow.dp.objects.map("counters")
-    size = abi.COUNT.size * loader.possible_cpus()
 
     def count(prog: Prog, reason: Reason) -> tuple[int, int]:
-        raw = counters.get((prog * Reason.MAX + reason).to_bytes(4, "little"), size) or b""
+        raw = counters.get((prog * Reason.MAX + reason).to_bytes(4, "little")) or b""
         both = list(abi.COUNT.iter_unpack(raw))
         return sum(n for n, _ in both), sum(b for _, b in both)
 

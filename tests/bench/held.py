@@ -31,7 +31,7 @@ from colo_xdp import abi
 from colo_xdp.abi import Mode
 from colo_xdp.config.file import load
 from colo_xdp.controller.controller import RING_BATCH
-from colo_xdp.datapath import attach, loader
+from colo_xdp.datapath import attach, compiler, loader
 from colo_xdp.datapath.datapath import DataPath
 from colo_xdp.engine.engine import Engine, Frame, Limits, Policy
 from colo_xdp.net.packet import parse
@@ -262,7 +262,7 @@ int sink(struct __sk_buff *skb) { return TC_ACT_SHOT; }
 
 def sink() -> SimpleNamespace:
     """A program that drops all."""
-    bpf = loader.compile_text(_SINK)
+    bpf = compiler.compile_text(_SINK)
     f = bpf.load_func(b"sink", 3)
     return SimpleNamespace(fd=f.fd, name="sink", bpf=bpf)
 

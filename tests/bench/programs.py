@@ -33,7 +33,8 @@ from typing import Any
 from colo_xdp import abi
 from colo_xdp.abi import Cfg, Mode
 from colo_xdp.conntrack.tcp_state import transition_table
-from colo_xdp.datapath import attach, loader, syscall
+from colo_xdp.datapath import attach, compiler, loader, syscall
+from colo_xdp.datapath.source import Options
 from colo_xdp.net.flow_key import FlowKey
 from colo_xdp.net.packet import parse
 from colo_xdp.offload.kernel_format import OffloadRequest, OffloadResult, conn_key
@@ -82,7 +83,7 @@ int relay_in(struct __sk_buff *skb)
 @contextmanager
 def empties(peer: int = 1) -> Iterator[dict[str, SimpleNamespace]]:
     """Return the programs of EMPTY, by name."""
-    bpf = loader.compile_text(EMPTY.replace("PEER", str(peer)))
+    bpf = compiler.compile_text(EMPTY.replace("PEER", str(peer)))
     out = {}
     for name in ("empty", "empty_shot", "empty_xdp", "relay_out", "relay_in"):
         f = bpf.load_func(name.encode(), 6 if name == "empty_xdp" else 3)
@@ -134,7 +135,7 @@ class Loaded:
     """One role's programs, not attached; everything goes to the loopback device."""
 
     def __init__(self, role: str, name: str, where: str, **options: Any) -> None:
-        o = loader.Options(flow_table=1024, ring_pages=64, **options)
+        o = Options(flow_table=1024, ring_pages=64, **options)
         self.objects = loader.load(role, name, where, o)
         self._config = self.objects.map("config")
         for slot, value in ((Cfg.TAP, 1), (Cfg.PEER, 1), (Cfg.EPOCH, 7), (Cfg.MODE, Mode.RUN)):

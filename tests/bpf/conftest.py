@@ -15,7 +15,8 @@ import pytest
 from colo_xdp import abi
 from colo_xdp.conntrack import rewriter
 from colo_xdp.conntrack.tcp_state import transition_table
-from colo_xdp.datapath import loader, syscall
+from colo_xdp.datapath import compiler, loader, source, syscall
+from colo_xdp.datapath.source import Options
 
 TC_OK, TC_SHOT, TC_REDIRECT, XDP_PASS, TC_UNSPEC = 0, 2, 7, 2, 0xFFFFFFFF
 
@@ -24,8 +25,8 @@ def _why_not() -> str:
     if os.geteuid():
         return "needs root to load BPF programs"
     try:
-        loader.import_bcc()
-    except loader.LoadError as e:
+        compiler.import_bcc()
+    except source.LoadError as e:
         return str(e)
     return ""
 
@@ -59,7 +60,6 @@ class Kernel:
         self.flow_map = objects.map("flows")
         self.opening_map = objects.map("opening")
         self.counters = objects.map("counters")
-        self._cpus = loader.possible_cpus()
         table = objects.map("transitions")
         for i, word in enumerate(transition_table()):
             table.set(struct.pack("=I", i), struct.pack("=I", word))
@@ -83,7 +83,7 @@ class Kernel:
             if reason is abi.Reason.MAX:
                 continue
             key = struct.pack("=I", prog * abi.Reason.MAX + reason)
-            raw = self.counters.get(key, abi.COUNT.size * self._cpus) or b""
+            raw = self.counters.get(key) or b""
             out[reason.name] = sum(p for p, _ in abi.COUNT.iter_unpack(raw))
         return out
 
@@ -137,7 +137,7 @@ def bpffs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 def _kernel(bpffs: Path, name: str, **options: object) -> Iterator[Kernel]:
-    o = loader.Options(flow_table=1024, ring_pages=64, **options)  # type: ignore[arg-type]
+    o = Options(flow_table=1024, ring_pages=64, **options)  # type: ignore[arg-type]
     objects = loader.load("secondary", name, str(bpffs), o)
     try:
         yield Kernel(objects)
@@ -158,7 +158,7 @@ def _xdp_kernel(bpffs: Path) -> Iterator[Kernel]:
 
 @pytest.fixture(scope="session")
 def _guest_kernel(bpffs: Path) -> Iterator[Kernel]:
-    o = loader.Options(flow_table=1024, ring_pages=64)
+    o = Options(flow_table=1024, ring_pages=64)
     objects = loader.load("promoted", "guest", str(bpffs), o)
     try:
         yield Kernel(objects)

@@ -13,6 +13,7 @@ import pytest
 from colo_xdp import abi
 from colo_xdp.abi import Cfg, Mode, Prog
 from colo_xdp.datapath import loader, syscall
+from colo_xdp.datapath.source import Options
 from colo_xdp.net.address_claims import MAPPED, Claims, mac_key
 
 from .conftest import TC_UNSPEC, Kernel
@@ -129,7 +130,7 @@ def test_what_the_guest_is_not_heard_to_say(tc: Kernel) -> None:
 
 @pytest.fixture(scope="module")
 def primary(bpffs: Path) -> Iterator[loader.Objects]:
-    objects = loader.load("primary", "addresses", str(bpffs), loader.Options(ring_pages=64))
+    objects = loader.load("primary", "addresses", str(bpffs), Options(ring_pages=64))
     try:
         set_slot(objects, Cfg.TAP, 1)
         set_slot(objects, Cfg.PEER, 1)
@@ -148,7 +149,7 @@ def counted(objects: loader.Objects, prog: Prog) -> dict[str, int]:
     for reason in abi.Reason:
         if reason is not abi.Reason.MAX:
             key = struct.pack("=I", prog * abi.Reason.MAX + reason)
-            raw = table.get(key, abi.COUNT.size * loader.possible_cpus()) or b""
+            raw = table.get(key) or b""
             if n := sum(p for p, _ in abi.COUNT.iter_unpack(raw)):
                 out[reason.name] = n
     return out

@@ -19,7 +19,8 @@ import pytest
 
 from colo_xdp import abi
 from colo_xdp.conntrack import headers
-from colo_xdp.datapath import loader, syscall
+from colo_xdp.datapath import compiler, source, syscall
+from colo_xdp.datapath.maps import Map
 from colo_xdp.net.flow_key import unmirrored_key
 from colo_xdp.net.packet import DEFECTS, Kind, Packet, parse
 
@@ -62,12 +63,12 @@ Look = Callable[[bytes], tuple[Any, ...] | None]
 
 @pytest.fixture(scope="module")
 def look() -> Iterator[Look]:
-    bpf_dir, seen = loader.source_dir(), set[str]()
-    parts = [loader.flatten(bpf_dir / n, seen) for n in ("lib/abi.h", "lib/limits.h")]
-    text = HEAD + "\n".join([*parts, loader.flatten(bpf_dir / "lib/parsing.h", seen)]) + TAIL
-    module = loader.compile_text(text)
-    fd = module.load_func(b"look", loader.import_bcc().BPF.SCHED_CLS).fd
-    table = loader.Map(module[b"seen"].map_fd)
+    bpf_dir, seen = source.source_dir(), set[str]()
+    parts = [source.flatten(bpf_dir / n, seen) for n in ("lib/abi.h", "lib/limits.h")]
+    text = HEAD + "\n".join([*parts, source.flatten(bpf_dir / "lib/parsing.h", seen)]) + TAIL
+    module = compiler.compile_text(text)
+    fd = module.load_func(b"look", compiler.import_bcc().BPF.SCHED_CLS).fd
+    table = Map(module[b"seen"].map_fd)
     assert table.info.value_size == PKT.size
 
     def run(frame: bytes) -> tuple[Any, ...] | None:

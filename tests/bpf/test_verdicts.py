@@ -14,6 +14,7 @@ import pytest
 from colo_xdp import abi
 from colo_xdp.abi import Cfg, LossPolicy, Mode, Prog, Reason
 from colo_xdp.datapath import loader, syscall
+from colo_xdp.datapath.source import Options
 from colo_xdp.failover.lease import boot_ns
 from tests.netns.frames import tcp
 
@@ -110,7 +111,6 @@ class Primary:
     def __init__(self, objects: loader.Objects) -> None:
         self.objects = objects
         self._config, self._counters = objects.map("config"), objects.map("counters")
-        self._cpus = loader.possible_cpus()
 
     def set(self, slot: Cfg, value: int) -> None:
         self._config.set(struct.pack("=I", slot), struct.pack("=Q", value))
@@ -121,7 +121,7 @@ class Primary:
             if r is Reason.MAX:
                 continue
             key = struct.pack("=I", prog * Reason.MAX + r)
-            raw = self._counters.get(key, abi.COUNT.size * self._cpus) or b""
+            raw = self._counters.get(key) or b""
             out[r.name] = sum(p for p, _ in abi.COUNT.iter_unpack(raw))
         return out
 
@@ -137,7 +137,7 @@ class Primary:
 
 @pytest.fixture(scope="module")
 def primary(bpffs: Path) -> Iterator[Primary]:
-    objects = loader.load("primary", "verdicts", str(bpffs), loader.Options(ring_pages=64))
+    objects = loader.load("primary", "verdicts", str(bpffs), Options(ring_pages=64))
     try:
         p = Primary(objects)
         p.set(Cfg.TAP, 1)
@@ -221,7 +221,7 @@ def test_a_released_frame_is_marked_and_sent_to_the_tap(primary: Primary) -> Non
 @pytest.fixture(scope="module")
 def leased(bpffs: Path) -> Iterator[tuple[Primary, Kernel]]:
     """Provide both hosts' programs, compiled with COLO_LEASE; the primary's with the fast path."""
-    o = loader.Options(ring_pages=64, flow_table=1024, lease=True)
+    o = Options(ring_pages=64, flow_table=1024, lease=True)
     p = loader.load("primary", "leasep", str(bpffs), replace(o, fast=True))
     s = loader.load("secondary", "leases", str(bpffs), o)
     try:

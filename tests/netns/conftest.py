@@ -177,12 +177,18 @@ class Net:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _reuse() -> Iterator[None]:
+def _reuse() -> Iterator[Reuse]:
     reuse = Reuse()
     with pytest.MonkeyPatch.context() as mp:
         reuse.patch(mp)
-        yield
+        yield reuse
     reuse.close()
+
+
+@pytest.fixture
+def no_reuse(_reuse: Reuse, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Load and unpin as a controller does."""
+    _reuse.unpatch(monkeypatch)
 
 
 @pytest.fixture

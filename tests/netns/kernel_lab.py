@@ -9,6 +9,7 @@ other port and the uplink.
 
 from __future__ import annotations
 
+import mmap
 import random
 import select
 import struct
@@ -21,6 +22,7 @@ from colo_xdp.abi import SIDE_SVM, Cfg, CtlResult, Mode, Prog, Reason
 from colo_xdp.datapath import attach, loader, syscall
 from colo_xdp.datapath.offload_maps import BpfKernelPath
 from colo_xdp.datapath.ring import open_reader
+from colo_xdp.datapath.source import Options
 from tests.netns.conftest import Net, Tap, sh
 from tests.netns.frames import checksum_fits
 from tests.sim.offload_model import BUFFER, BUFFER_SIZE
@@ -44,7 +46,7 @@ class Lab:
     """The kernel's side: taps, programs, maps."""
 
     def __init__(self, bpffs: str, net: Net) -> None:
-        options = loader.Options(fast=True, buffers=BUFFERS, conns=64, ring_pages=64)
+        options = Options(fast=True, buffers=BUFFERS, conns=64, ring_pages=64)
         self.objects = loader.load("primary", "fastdiff", bpffs, options)
         self.pvm, self.svm, self.up = Tap("pvm0"), Tap("svm0"), Tap("up0")
         for dev in ("pvm0", "svm0", "up0"):
@@ -58,8 +60,10 @@ class Lab:
         attach.attach_tc("svm0", "ingress", progs["svm_arrival"], "fastdiff", None)
         self.reader = open_reader(self.objects)
         self.conns, self.config = self.objects.map("conns"), self.objects.map("config")
-        self.counters, self.cpus = self.objects.map("counters"), loader.possible_cpus()
+        self.counters = self.objects.map("counters")
         self.maps = BpfKernelPath(self.objects, 1, 0, lambda on: None, lambda epoch: None)
+        size = -(-BUFFERS * BUFFER_SIZE // mmap.PAGESIZE) * mmap.PAGESIZE
+        self.rings = memoryview(mmap.mmap(self.objects.map("buffers").fd, size))
         self.set(Cfg.TAP, self.index["pvm0"])
         self.set(Cfg.PEER, self.index["svm0"])
         self.reset()
@@ -84,7 +88,7 @@ class Lab:
         for r in Reason:
             if r is Reason.MAX or (prog is Prog.OFFLOAD and r < Reason.PUNT_MODE):
                 continue
-            raw = self.counters.get(struct.pack("=I", prog * Reason.MAX + r), 16 * self.cpus) or b""
+            raw = self.counters.get(struct.pack("=I", prog * Reason.MAX + r)) or b""
             out[r.name] = sum(p for p, _ in abi.COUNT.iter_unpack(raw))
         return out
 
@@ -144,7 +148,7 @@ class Lab:
 
     def ring(self, buffer: int) -> memoryview:
         at = (buffer - 1) * BUFFER_SIZE + abi.BUFFER_BEFORE
-        return self.maps._rings[at : at + BUFFER]
+        return self.rings[at : at + BUFFER]
 
     def close(self) -> None:
         self.reader.close()

@@ -17,7 +17,7 @@ from pyroute2.nftables.main import NFTables
 
 from colo_xdp import abi
 from colo_xdp.abi import Mode
-from colo_xdp.datapath import attach
+from colo_xdp.datapath import attach, rule_changes
 from colo_xdp.datapath.datapath import DataPath
 from colo_xdp.net.packet import parse
 from colo_xdp.offload.kernel_format import OffloadRequest, OffloadResult
@@ -209,6 +209,65 @@ def test_ebtables_are_not_passed_by(
     assert not pair.direct()
 
 
+@pytest.fixture
+def looks(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Provide a list that grows with each look at the ports."""
+    found: list[str] = []
+    plain_ports = attach.plain_ports
+
+    def counted(tap: str) -> frozenset[int]:
+        found.append(tap)
+        return plain_ports(tap)
+
+    monkeypatch.setattr(attach, "plain_ports", counted)
+    return found
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "ip link add other0 type veth peer name other1",
+        "ip link set uplink nomaster",
+        "bridge link set dev uplink learning off",
+        "ip link set br0 type bridge ageing_time 50000",
+        "table bridge colo",
+        "table ip colo",
+        "the time",
+    ],
+)
+def test_the_ports_are_looked_at_when_something_changes_and_else_hardly_ever(
+    pair: Pair, looks: list[str], change: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for _ in range(5):
+        pair.dp.watch_bridge()
+        pair.client_speaks()
+    assert not looks
+    if change == "the time":
+        later = time.monotonic() + rule_changes.LOOK_S
+        monkeypatch.setattr(time, "monotonic", lambda: later)
+    elif change.startswith("table"):
+        _, family, name = change.split()
+        with NFTables(nfgen_family={"bridge": 7, "ip": 2}[family]) as nft:
+            nft.table("add", name=name)
+    else:
+        sh(*change.split())
+    for _ in range(5):
+        pair.dp.watch_bridge()
+    assert len(looks) == 1
+
+
+def test_what_cannot_be_watched_is_looked_at_each_time(
+    pair: Pair, looks: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_: rule_changes.RuleChanges) -> bool:
+        raise OSError(errno.EMFILE, "too many files")
+
+    monkeypatch.setattr(rule_changes.RuleChanges, "_events", full)
+    for _ in range(3):
+        pair.dp.watch_bridge()
+    assert len(looks) == 3
+
+
 class Tables:
     """A kernel that answers the query for nftables' tables with an error."""
 
@@ -268,6 +327,7 @@ def test_a_bridge_that_cannot_be_looked_at_is_not_passed_by(
         mp.setattr(attach, where, fails)
         for _ in range(3):
             pair.dp._fdb_set = 0.0
+            pair.dp._rule_changes.again()
             pair.dp.watch_bridge()
         pair.client_sends()
         assert not pair.direct()

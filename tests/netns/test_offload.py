@@ -13,6 +13,7 @@ import pytest
 from colo_xdp import abi
 from colo_xdp.datapath import loader
 from colo_xdp.datapath.datapath import DataPath
+from colo_xdp.datapath.source import Options, Refused
 from colo_xdp.offload.kernel_format import conn_key, flow_key
 from colo_xdp.tools import cleanup
 from tests.netns.conftest import Net
@@ -134,10 +135,10 @@ def test_a_kernel_that_refuses_the_fast_path_gets_the_slow_one(
     real = loader.load
 
     def load(
-        role: str, pair: str, bpffs: str, options: loader.Options, home: str = "", nic: int = 0
+        role: str, pair: str, bpffs: str, options: Options, home: str = "", nic: int = 0
     ) -> object:
         if options.fast:
-            raise loader.Refused("pvm_out: too large\nmore words of the verifier")
+            raise Refused("pvm_out: too large\nmore words of the verifier")
         return real(role, pair, bpffs, options, home, nic)
 
     monkeypatch.setattr(loader, "load", load)

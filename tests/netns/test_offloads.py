@@ -23,7 +23,7 @@ import pytest
 
 from colo_xdp.abi import GSO_ECN, Gso, Mode
 from colo_xdp.config.file import load
-from colo_xdp.datapath import loader
+from colo_xdp.datapath import btf
 from colo_xdp.datapath.datapath import DataPath
 from colo_xdp.datapath.ring import CapturedFrame
 from colo_xdp.engine.engine import Engine, Frame, Limits, Policy
@@ -232,7 +232,7 @@ class Lab:
 def lab(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
     with pytest.MonkeyPatch.context() as m:
         if request.param == "no-btf":
-            m.setattr(loader.btf, "why_not", lambda: "as if there were none")
+            m.setattr(btf, "why_not", lambda: "as if there were none")
         lab = Lab(tmp_path_factory.mktemp("offloads"))
     try:
         assert lab.dp.objects.btf == (request.param == "btf")

@@ -21,6 +21,7 @@ from colo_xdp.datapath.datapath import DataPath
 from colo_xdp.datapath.inject import vnet_header
 from colo_xdp.datapath.prepare import DataPathError
 from colo_xdp.datapath.ring import CapturedFrame, summed
+from colo_xdp.datapath.source import Options
 from colo_xdp.net.packet import parse
 from colo_xdp.tools import cleanup
 from tests.netns.conftest import Net, Sniffer, Tap, inside, own, sh
@@ -274,7 +275,7 @@ def test_refusals_name_the_device_and_the_reason(host: Host, tmp_path: Path) -> 
             with pytest.raises(DataPathError, match=r"hook = \"xdp\": tap tap0 has vnet_hdr"):
                 DataPath(config(tmp_path, "xdp"))
         else:
-            opts = loader.Options(rewrite_at_xdp=True)
+            opts = Options(rewrite_at_xdp=True)
             other = loader.load("secondary", "else", "/sys/fs/bpf", opts)
             prog = other.programs["svm_out_xdp"]
             foreign = loader.Program("foreign", prog.fd, prog.id, prog.tag)

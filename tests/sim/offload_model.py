@@ -761,7 +761,7 @@ class _Conns:
             raise OSError(errno.EEXIST, "map update")
         self._k.conns[key] = Conn.unpack(value)
 
-    def get(self, key: bytes, size: int | None = None) -> bytes | None:
+    def get(self, key: bytes) -> bytes | None:
         c = self._k.conns.get(key)
         return None if c is None else c.pack()
 
@@ -780,7 +780,7 @@ class _Waits:
     def __init__(self, k: KernelModel) -> None:
         self._k = k
 
-    def get(self, key: bytes, size: int | None = None) -> bytes | None:
+    def get(self, key: bytes) -> bytes | None:
         return struct.pack("=Q", self._k.waits[struct.unpack("=I", key)[0]])
 
 

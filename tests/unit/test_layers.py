@@ -30,7 +30,7 @@ LAYERS: dict[str, set[str]] = {
     "engine": {"compare", "net", "offload"},
     "config": {"compare", "peer", "validate"},
     "qemu": {"clock", "user_command"},
-    "datapath": {"abi", "config", "conntrack", "failover", "net", "offload"},
+    "datapath": {"abi", "config", "conntrack", "failover", "net", "offload", "user_command"},
     "controller": {
         "abi", "clock", "compare", "config", "datapath", "engine", "failover", "net", "peer",
         "qemu",
@@ -52,6 +52,7 @@ PURE = (
     "abi", "clock", "validate", "net", "conntrack", "compare", "offload", "engine", "config",
     "failover.decision", "failover.facts", "failover.states", "peer.messages", "peer.heartbeat",
     "qemu.events", "qemu.disks", "qemu.migration", "qemu.nic", "datapath.btf",
+    "datapath.image",
     "status.document", "status.text",
     "controller.command", "controller.copy_health", "controller.pacing", "controller.pair_view",
     "tools.explain",
@@ -61,7 +62,7 @@ PURE = (
 #: readers of a file that is theirs, which is all that they do outside
 FILES = {"config.file": {"os"}, "tools.corpus.play": set[str]()}
 EDGES = {
-    "bcc": "datapath.loader",
+    "bcc": "datapath.compiler",
     "pyroute2": "datapath.attach",
     "qemu": "qemu.qmp",
     "prometheus_client": "status.metrics",

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from colo_xdp.datapath import loader
+from colo_xdp.datapath import loader, source
+from colo_xdp.datapath.source import Options
 
-SECONDARY = loader.Source("secondary", "text", (), (), (), "ring")
+SECONDARY = loader.Plan(source.Source("secondary", "text", (), (), (), "ring"), Options())
 TAG = f"secondary_{SECONDARY.tag}_"
 
 
@@ -40,14 +41,50 @@ def test_marks_go_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.parametrize("role", ["primary", "secondary", "promoted"])
-def test_every_size_that_is_configured_reaches_the_programs(role: str) -> None:
+def test_every_option_reaches_the_programs(role: str) -> None:
     """A macro that no source mentions would leave its default in force without a word."""
-    options = loader.Options(fast=True, lease=True, rewrite_at_xdp=True)
-    sources = "".join(p.read_text() for p in loader.source_dir().rglob("*.[ch]"))
+    options = Options(fast=True, lease=True, rewrite_at_xdp=True)
+    sources = "".join(p.read_text() for p in source.source_dir().rglob("*.[ch]"))
     for events in ("ring", "perf"):
         for o in (options, replace(options, rewrite_at_xdp=False)):
-            flags = loader._source(role, "/nowhere", o, events).flags
+            flags = source.source(role, o, events).flags
             macros = [m[1] for f in flags if (m := re.match(r"-D(\w+)", f))]
-            assert "COLO_BUFFERS" in macros and "COLO_LEASE" in macros
+            assert ("COLO_BUFFERS" in macros) is (role == "primary") and "COLO_LEASE" in macros
             unused = [m for m in macros if not re.search(rf"\b{m}\b", sources)]
             assert not unused
+
+
+def maps_of_the_sources() -> dict[str, str]:
+    """Return the size of each map, as the sources have it."""
+    sources = "".join(p.read_text() for p in source.source_dir().rglob("*.[ch]"))
+    table = r'BPF_(?:F_)?TABLE\("\w+",\s*[^,]+,\s*[^,]+,\s*(\w+),\s*([^,)]+)'
+    ring = r"BPF_RINGBUF_OUTPUT\((\w+),\s*([^,)]+)"
+    return dict(re.findall(table, sources) + re.findall(ring, sources))
+
+
+def test_every_size_that_is_configured_is_of_a_map() -> None:
+    """A map whose size the sources leave open would have one entry without a word."""
+    names = {name for name, size in maps_of_the_sources().items() if size == "COLO_AS_CONFIGURED"}
+    assert names == set(Options().entries("ring"))
+
+
+def test_the_lasting_maps_are_those_of_the_sources() -> None:
+    of_one_controller = {"scratch", "works", "events"}
+    assert set(maps_of_the_sources()) - set(source.LASTING) == of_one_controller
+    assert set(source.LASTING) <= set(maps_of_the_sources())
+
+
+def test_the_programs_are_the_same_for_every_size_but_the_pins_are_not() -> None:
+    options = Options(fast=True)
+    one = loader.Plan(source.source("primary", options, "ring"), options)
+    tags = {one.tag}
+    for more in (
+        replace(options, flow_table=1), replace(options, ring_pages=1), replace(options, conns=1)
+    ):  # fmt: skip
+        other = loader.Plan(source.source("primary", more, "ring"), more)
+        assert other.source.tag == one.source.tag
+        tags.add(other.tag)
+    assert len(tags) == 4
+    # the fast path spreads connections over its buffers by a division
+    buffers = replace(options, buffers=7)
+    assert source.source("primary", buffers, "ring").tag != one.source.tag

@@ -57,9 +57,7 @@ def test_a_guest_that_moves_to_another_cpu_keeps_its_order(monkeypatch: pytest.M
         )
     )
     reader = PerfReader.__new__(PerfReader)
-    reader._queue, reader._early = [], []
-    consume = SimpleNamespace(perf_buffer_consume=lambda: reader._queue.extend(next(rounds)))
-    reader._bpf = consume
+    reader._early, reader._buffers = [], [SimpleNamespace(records=lambda: next(rounds))]
     got: list[bytes] = []
     assert reader.drain(lambda e: got.append(e.frame)) == 5
     assert got == [b"first", b"second", b"meanwhile", b"third", b"later"]
@@ -75,10 +73,8 @@ def test_events_never_keep_the_controller(monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setattr(time, "monotonic_ns", clock)
     reader = PerfReader.__new__(PerfReader)
-    reader._queue, reader._early = [], []
-    reader._bpf = SimpleNamespace(
-        perf_buffer_consume=lambda: reader._queue.append(perf_event(now + 5, b"more"))
-    )
+    more = SimpleNamespace(records=lambda: [perf_event(now + 5, b"more")])
+    reader._early, reader._buffers = [], [more]
     got: list[CapturedFrame] = []
     assert reader.drain(got.append, 20) == 20 == len(got)
     reader.drain(got.append, 20)

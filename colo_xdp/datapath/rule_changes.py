@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Whether it is worth looking again which bridge ports are plain (attach.plain_ports()).
+
+A look costs 8 ms of CPU time, and is due each second. What it reads changes once in a while, and
+the kernel reports nearly all of it: devices and ports, bridges and their attributes (rtnetlink),
+tables of nftables (nfnetlink). What it does not report is in a few files, which are cheap to read.
+A look all the same every LOOK_S is for what nobody thought of.
+
+The messages themselves are of no use, since a socket may overflow.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import socket
+import time
+from pathlib import Path
+
+from . import attach
+
+LOOK_S = 10.0
+_NETFILTER = 12  # NETLINK_NETFILTER
+_GROUP_NFTABLES = 1 << 6  # NFNLGRP_NFTABLES
+_NONE = frozenset((errno.EPROTONOSUPPORT, errno.EAFNOSUPPORT))
+
+
+def _nftables() -> socket.socket:
+    s = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK, _NETFILTER)
+    try:
+        s.bind((0, _GROUP_NFTABLES))
+    except OSError:
+        s.close()
+        raise
+    return s
+
+
+def _files() -> tuple[object, ...]:
+    """Return what has no events: modules of ebtables, sysctls, tables of iptables."""
+    out: list[object] = [path.exists() for path in attach.EBTABLES]
+    for path in attach.RULE_FILES:
+        try:
+            out.append(Path(path).read_text())
+        except FileNotFoundError:
+            out.append(None)
+    return tuple(out)
+
+
+def _said(sock: socket.socket) -> bool:
+    """Return whether there was anything to read; reads it all. An overflow is something, too."""
+    said = False
+    while True:
+        try:
+            sock.recv(65536)
+        except BlockingIOError:
+            return said
+        except OSError as e:
+            if e.errno != errno.ENOBUFS:
+                raise
+        said = True
+
+
+class RuleChanges:
+    """For one NIC. Made, and asked, in the network namespace of its tap."""
+
+    def __init__(self) -> None:
+        self._links: socket.socket | None = None
+        self._rules: socket.socket | None = None
+        self._seen: tuple[object, ...] = ()
+        self._due = 0.0  # when to look all the same (CLOCK_MONOTONIC)
+
+    def any(self) -> bool:
+        """Return whether to look now; the changes up to now count as seen."""
+        try:
+            changed = self._events()
+            files = _files()
+        except OSError:  # no memory, no descriptors: what is not known may have changed
+            self.again()
+            return True
+        now = time.monotonic()
+        if changed or files != self._seen or now >= self._due:
+            self._seen, self._due = files, now + LOOK_S
+            return True
+        return False
+
+    def _events(self) -> bool:
+        changed = False
+        if self._links is None:
+            self._links, changed = attach.changes(), True
+        if self._rules is None:
+            try:
+                self._rules, changed = _nftables(), True
+            except OSError as e:
+                if e.errno not in _NONE:
+                    raise
+                # A kernel without it has no such rules, and may get it later.
+        changed |= _said(self._links)
+        return (self._rules is not None and _said(self._rules)) or changed
+
+    def again(self) -> None:
+        """Have any() return True next time: the look has failed."""
+        self._due = 0.0
+
+    def close(self) -> None:
+        """Close the sockets."""
+        for sock in (self._links, self._rules):
+            if sock is not None:
+                with contextlib.suppress(OSError):
+                    sock.close()
+        self._links = self._rules = None
