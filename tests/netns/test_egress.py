@@ -240,7 +240,7 @@ def test_the_ports_are_looked_at_when_something_changes_and_else_hardly_ever(
 ) -> None:
     for _ in range(5):
         pair.dp.watch_bridge()
-        pair.client_answers()
+        pair.client_sends()
     assert not looks
     if change == "the time":
         later = time.monotonic() + rule_changes.LOOK_S
