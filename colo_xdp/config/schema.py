@@ -293,8 +293,8 @@ class DataPathKeys:
     )
     fast_path_memory: int = validate.key(
         validate.integer(1, 1 << 16, "MiB"),
-        "memory for the buffers of the fast path: 512 KiB for each connection in which one "
-        "guest is ahead, as long as it is ahead",
+        "memory for the buffers of the fast path, taken at the start: 512 KiB for each connection "
+        "in which one guest is ahead, as long as it is ahead",
         default=256,
         unit="MiB",
     )
