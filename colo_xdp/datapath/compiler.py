@@ -31,7 +31,7 @@ from .source import LoadError, NotCompiled, Refused, Source, Unfinished, compile
 
 log = logging.getLogger("colo_xdp.datapath.compiler")
 
-#: Longest time, s. It takes 2 to 4 s of CPU time; a host that boots has more to do.
+#: Longest time, s. It takes 3 to 6 s of CPU time; a host that boots has more to do.
 DEADLINE_S = 120
 _TEXT = 6000  # bytes of what clang writes, the last ones
 _SCHED_CLS, _XDP = 3, 6  # BPF_PROG_TYPE_*

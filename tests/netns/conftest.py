@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import fcntl
+import json
 import os
 import select
 import socket
@@ -169,6 +170,25 @@ class Net:
             sh("ip", "-n", self.host, "link", "set", "dev", dev, "up")
         sh("ip", "-n", self.client, "link", "set", "c0", "up")
         sh("ip", "-n", self.other, "link", "set", "peer0", "mtu", "1600", "up")
+        self._settle()
+
+    def _settle(self) -> None:
+        """Wait for the veths: until the kernel has noted their carrier, they drop all frames.
+
+        It does so at most once a second, and loading programs may take less.
+        """
+        end = time.monotonic() + 5
+        for ns in (self.host, self.client, self.other):
+            while any(d["operstate"] != "UP" for d in self._veths(ns)):
+                assert time.monotonic() < end, f"no carrier in {ns}"
+                time.sleep(0.02)
+
+    @staticmethod
+    def _veths(ns: str) -> list[dict[str, str]]:
+        found: list[dict[str, str]] = json.loads(
+            sh("ip", "-n", ns, "-j", "link", "show", "type", "veth")
+        )
+        return found
 
     def close(self) -> None:
         for ns in (self.host, self.client, self.other):
