@@ -115,8 +115,8 @@ def datagram(data: bytes) -> None:
         word = b.receive(who & 1, body + hmac.digest(key, body, "sha256"), n)
         assert word is None or word.after <= n
         assert len(b.make(who & 1, n, Flag.VM, n, n)) == SIZE
-        assert b.silent_ms(who & 1, n) >= 0 and b.paths[who & 1].rtt_ns >= 0
-    p = b.paths
+        assert b.silent_ms(who & 1, n) >= 0 and b.links[who & 1].rtt_ns >= 0
+    p = b.links
     assert sum(x.received + sum(x.refused.values()) for x in p) == 2 * len(frames(data))
 
 

@@ -343,7 +343,7 @@ def test_a_controller_started_anew_keeps_the_key(etcd: str) -> None:
                 while not again.transmits:
                     await asyncio.sleep(0.01)
             seen = again.leadership.seen  # type: ignore[union-attr]
-            assert (seen.holder, seen.alone, seen.last) == (f"{P}@{P} b2", "", f"{P}@{P} b2")
+            assert (seen.holder, seen.standalone, seen.last) == (f"{P}@{P} b2", "", f"{P}@{P} b2")
             await again.stop()
 
     asyncio.run(go())
