@@ -13,7 +13,7 @@ from .run import HERE
 from .targets import TARGETS
 
 #: about 5 s each
-RUNS = {"nonce": 50_000, "capture": 20_000, "config": 20_000, "engine": 40_000}
+RUNS = {"datagram": 50_000, "capture": 20_000, "config": 20_000, "engine": 40_000}
 ROOT = Path(__file__).parents[2]
 
 
