@@ -15,10 +15,11 @@ from dataclasses import dataclass
 
 from colo_xdp.lab.client import Client
 from colo_xdp.lab.guest import content
+from colo_xdp.lab.net import LabError
 
 from . import image
 from .names import lookup
-from .outputs import Outcome, of_times, read_ab, read_log, read_pgbench, read_redis
+from .outputs import Outcome, OutputError, of_times, read_ab, read_log, read_pgbench, read_redis
 from .tools import GUEST, PGBENCH, SSH_OPTIONS, UPLOAD, Tools
 
 DEADLINE_S = 60.0
@@ -188,8 +189,13 @@ def prime(at: Place) -> None:
     """Use each server once before the guest is copied.
 
     Secrets that are generated at first use are the same on both copies then, and no arm pays for
-    the first run of a program.
+    the first run of a program. Raises LabError for a server that does not answer.
     """
     short = Place(at.tools, at.client, 0.05)
     for workload in WORKLOADS:
-        workload.run(short)
+        try:
+            outcome = workload.run(short)
+        except (OutputError, OSError) as e:
+            raise LabError(f"{workload.title}, before anything is protected: {e}") from e
+        if outcome.hung or outcome.errors:
+            raise LabError(f"{workload.title}, before anything is protected: {outcome}")
