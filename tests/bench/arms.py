@@ -80,11 +80,32 @@ class _Qemu:
         return self.qmp
 
 
+#: the primary's objects, each with vnet_hdr_support, in their order
+PRIMARY = (
+    "filter-mirror,id=m0,netdev=n0,queue=tx,outdev=mirror0",
+    "filter-redirector,id=redire0,netdev=n0,queue=rx,indev=compare_out",
+    "filter-redirector,id=redire1,netdev=n0,queue=rx,outdev=compare0",
+    "colo-compare,id=comp0,primary_in=compare0-0,secondary_in=compare1,outdev=compare_out0,"
+    "iothread=iothread1",
+)
+
+
+def qom(option: str) -> dict[str, str | bool]:
+    """Return what object-add takes for an -object."""
+    kind, *properties = option.split(",")
+    pairs = dict(p.split("=", 1) for p in properties)
+    return {"qom-type": kind, "vnet_hdr_support": True, **pairs}
+
+
 class QemuLab(Lab):
     """The pair with QEMU's filter objects in place of our controllers.
 
     Disks are replicated by QEMU's block layer, set up by the same code as for our controllers.
     """
+
+    #: The primary's objects are added by protect() (COLO-FT.txt has that, for a primary that goes
+    #: on after a failover): colo-compare holds what the guest sends before there is an SVM, too.
+    late = False
 
     def start_vm(self, role: str) -> vms.Vm:
         sock = {n: f"path={self.work}/q-{n}.sock" for n in ("mirror", "sec", "cmp", "out")}
@@ -97,15 +118,10 @@ class QemuLab(Lab):
                 "-chardev", f"socket,id=compare0-0,{sock['cmp']}",
                 "-chardev", f"socket,id=compare_out,{sock['out']},server=on,wait=off",
                 "-chardev", f"socket,id=compare_out0,{sock['out']}",
-                "-object", f"filter-mirror,id=m0,netdev=n0,queue=tx,outdev=mirror0,{on}",
-                "-object",
-                f"filter-redirector,netdev=n0,id=redire0,queue=rx,indev=compare_out,{on}",
-                "-object",
-                f"filter-redirector,netdev=n0,id=redire1,queue=rx,outdev=compare0,{on}",
                 "-object", "iothread,id=iothread1",
-                "-object", "colo-compare,id=comp0,primary_in=compare0-0,secondary_in=compare1,"
-                f"outdev=compare_out0,iothread=iothread1,{on}",
             ]  # fmt: skip
+            if not self.late:
+                extra += [x for name in PRIMARY for x in ("-object", f"{name},{on}")]
         else:
             extra = [
                 "-chardev", f"socket,id=red0,{sock['mirror']},reconnect=1",
@@ -129,6 +145,8 @@ class QemuLab(Lab):
         p, s = self.vm["primary"], self.vm["secondary"]
         if self.disks:
             in_ns(self.net.primary, lambda: asyncio.run(self._replicate()))
+        for option in PRIMARY if self.late else ():
+            p.ask("object-add", **qom(option))
         caps = [{"capability": c, "state": True} for c in ("x-colo", "events")]
         for v in (s, p):
             v.ask("migrate-set-capabilities", capabilities=caps)

@@ -12,7 +12,6 @@ from colo_xdp.lab.pair import Lab
 
 from .outputs import aborted, read_log
 from .tools import Tools
-from .workloads import pgbench
 
 CLIENTS, SECONDS, DEADLINE_S = 2, 15, 90.0
 BEFORE = 150  # answers on another connection, 20 ms apart: pgbench is in its midst then
@@ -41,7 +40,7 @@ def fail_over(lab: Lab, tools: Tools) -> Failover:
     echo = EchoStream(lab.net.client)
     with ThreadPoolExecutor(1) as pool:
         options = ("-T", str(SECONDS), "-c", str(CLIENTS))
-        running = pool.submit(tools.run, *pgbench(*options), deadline=DEADLINE_S)
+        running = pool.submit(tools.run, *tools.pgbench(*options), deadline=DEADLINE_S)
         wait_for("echoes", lambda: len(echo.stats.answered_at) >= BEFORE, 60)
         killed = lab.vm["primary"].kill9()
         lab.wait_state("secondary", "promoted", PROMOTED_S)

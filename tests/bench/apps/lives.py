@@ -15,7 +15,7 @@ from colo_xdp.lab.pair import Lab
 
 from .. import waits
 from ..arms import TAG, Events, QemuLab, prove
-from . import image, names
+from . import image, names, twins
 from .failover import Failover, fail_over
 from .outputs import Outcome, OutputError
 from .tools import Tools
@@ -45,6 +45,8 @@ class Life:
     """What one life of one arm has shown."""
 
     workloads: dict[str, Seen] = field(default_factory=dict)
+    #: how late each of some released frames was, s (twins.py)
+    lateness: list[float] = field(default_factory=list)
     failover: Failover | None = None
     trouble: list[str] = field(default_factory=list)  # what could not be measured
 
@@ -82,9 +84,13 @@ class _Count:
         return seen
 
 
+class _Qemu(QemuLab):
+    late = True  # the guest is used before it is protected
+
+
 def laboratory(arm: str, build: Path) -> Lab:
     """Return the laboratory of an arm; nothing of it runs yet."""
-    kind: Callable[..., Lab] = QemuLab if arm == QEMU else Lab
+    kind: Callable[..., Lab] = _Qemu if arm == QEMU else Lab
     overrides = {"compare": {"wait": "fixed"}} if arm == FIXED else None
     lab = kind(
         build, tag=TAG, guest="debian", variant=image.variant(build / "guest"), disks=1,
@@ -153,16 +159,26 @@ def once(
                 prove(lab, events)
                 _settle(lab, arm)
             if arm == OURS:
-                try:
-                    life.failover = fail_over(lab, tools)
-                except LabError as e:
-                    life.trouble.append(f"failover: {e}")
-                say(f"{arm}: {life.failover}")
+                _ours(lab, at, life)
+                say(f"{arm}: {len(life.lateness)} frames captured, {life.failover}")
     finally:
         if events:
             events.close()
         lab.down()
     return life
+
+
+def _ours(lab: Lab, at: Place, life: Life) -> None:
+    """Measure what only our arm is asked for; at its end, as its PVM dies of it."""
+    try:
+        life.lateness = twins.measure(lab, at)
+        _settle(lab, OURS)
+    except (LabError, OutputError) as e:
+        life.trouble.append(f"time to the release: {e}")
+    try:
+        life.failover = fail_over(lab, at.tools)
+    except LabError as e:
+        life.trouble.append(f"failover: {e}")
 
 
 def _settle(lab: Lab, arm: str) -> None:

@@ -21,7 +21,7 @@ from . import image
 
 PGBENCH = "/usr/lib/postgresql/15/bin/pgbench"
 SSH_OPTIONS = (
-    "-i", f"/{image.CLIENT_FILES}/id", "-o", "StrictHostKeyChecking=no",
+    "-o", "StrictHostKeyChecking=no",
     "-o", "UserKnownHostsFile=/dev/null", "-o", "LogLevel=ERROR", "-o", "BatchMode=yes",
 )  # fmt: skip
 GUEST = guest_address()
@@ -49,8 +49,8 @@ class Tools:
         self.root = image.variant(build).base(build)
         debian.bootstrap(self.root, image.PACKAGES)
         self.namespace = namespace
-        self.files = self.root / image.CLIENT_FILES
-        self.files.mkdir(mode=0o700, exist_ok=True)
+        self.files = self.root / image.CLIENT_FILES / namespace
+        self.files.mkdir(mode=0o700, parents=True, exist_ok=True)
         shutil.copy(image.keys(build) / "id", self.files / "id")
         (self.files / "id").chmod(0o600)
         (self.files / UPLOAD).write_bytes(content(UPLOAD))
@@ -82,9 +82,18 @@ class Tools:
             raise LabError(f"{' '.join(argv)}: {ran.text[-500:]}")
         return ran
 
-    def file(self, name: str) -> Path:
-        """Return a file that a client has written to its /client."""
-        return self.files / name
+    def inside(self, name: str) -> str:
+        """Return where a client finds one of `files`."""
+        return f"/{image.CLIENT_FILES}/{self.namespace}/{name}"
+
+    def ssh(self, program: str) -> tuple[str, ...]:
+        """Return ssh or scp, with what every call of it has."""
+        return (program, "-i", self.inside("id"), *SSH_OPTIONS)
+
+    def pgbench(self, *options: str) -> tuple[str, ...]:
+        """Return the command of pgbench, with a log of each transaction in `files`."""
+        log = ("--log", f"--log-prefix={self.inside('pgbench')}")
+        return (PGBENCH, "-h", GUEST, "-U", "postgres", "-n", *log, *options, "postgres")
 
     def take(self, pattern: str) -> str:
         """Return what files of this pattern contain, and remove them."""

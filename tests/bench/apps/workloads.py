@@ -20,7 +20,7 @@ from colo_xdp.lab.net import LabError
 from . import image
 from .names import lookup
 from .outputs import Outcome, OutputError, of_times, read_ab, read_log, read_pgbench, read_redis
-from .tools import GUEST, PGBENCH, SSH_OPTIONS, UPLOAD, Tools
+from .tools import GUEST, UPLOAD, Tools
 
 DEADLINE_S = 60.0
 BIG = "big"
@@ -77,7 +77,7 @@ def _one_by_one(count: int, operation: Callable[[float], bool | None]) -> Outcom
 def _ab(url: str, requests: int, clients: int) -> Callable[[Place], Outcome]:
     def run(at: Place) -> Outcome:
         n = max(clients, at.times(requests))
-        argv = ("ab", "-q", "-e", "/client/ab.csv", "-n", str(n), "-c", str(clients), url)
+        argv = ("ab", "-q", "-e", at.tools.inside("ab.csv"), "-n", str(n), "-c", str(clients), url)
         ran = at.tools.run(*argv, deadline=DEADLINE_S)
         percentiles = at.tools.take("ab.csv")
         if ran.code != 0:  # it also gives up by itself, after 30 s without an answer
@@ -106,17 +106,11 @@ def _redis(what: str, requests: int, clients: int) -> Callable[[Place], Outcome]
     return run
 
 
-def pgbench(*options: str) -> tuple[str, ...]:
-    """Return the command of pgbench, with a log of each transaction."""
-    log = ("--log", "--log-prefix=/client/pgbench")
-    return (PGBENCH, "-h", GUEST, "-U", "postgres", "-n", *log, *options, "postgres")
-
-
 def _sql(seconds: int, clients: int, *options: str) -> Callable[[Place], Outcome]:
     def run(at: Place) -> Outcome:
         at.tools.take("pgbench.*")
         limits = ("-T", str(at.seconds(seconds)), "-c", str(clients))
-        ran = at.tools.run(*pgbench(*limits, *options), deadline=DEADLINE_S)
+        ran = at.tools.run(*at.tools.pgbench(*limits, *options), deadline=DEADLINE_S)
         log = at.tools.take("pgbench.*")
         if ran.hung:
             return Outcome.at_deadline(DEADLINE_S, len(read_log(log)))
@@ -127,20 +121,20 @@ def _sql(seconds: int, clients: int, *options: str) -> Callable[[Place], Outcome
 
 def _login(at: Place) -> Outcome:
     def login(left: float) -> bool | None:
-        ran = at.tools.run("ssh", *SSH_OPTIONS, f"root@{GUEST}", "true", deadline=left)
+        ran = at.tools.run(*at.tools.ssh("ssh"), f"root@{GUEST}", "true", deadline=left)
         return None if ran.hung else ran.code == 0
 
     return _one_by_one(at.times(3), login)
 
 
 def _download(at: Place) -> Outcome:
-    got = at.tools.file("got")
+    got = at.tools.files / "got"
 
     def copy(left: float) -> bool | None:
         with contextlib.suppress(FileNotFoundError):
             got.unlink()
         source = f"root@{GUEST}:/www/{BIG}"
-        ran = at.tools.run("scp", *SSH_OPTIONS, source, "/client/got", deadline=left)
+        ran = at.tools.run(*at.tools.ssh("scp"), source, at.tools.inside("got"), deadline=left)
         return None if ran.hung else got.exists() and got.read_bytes() == content(BIG)
 
     return _one_by_one(1, copy)
@@ -149,7 +143,7 @@ def _download(at: Place) -> Outcome:
 def _upload(at: Place) -> Outcome:
     def copy(left: float) -> bool | None:
         target = f"root@{GUEST}:/tmp/{UPLOAD}"
-        ran = at.tools.run("scp", *SSH_OPTIONS, f"/client/{UPLOAD}", target, deadline=left)
+        ran = at.tools.run(*at.tools.ssh("scp"), at.tools.inside(UPLOAD), target, deadline=left)
         return None if ran.hung else ran.code == 0
 
     outcome = _one_by_one(1, copy)
