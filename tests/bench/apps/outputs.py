@@ -105,7 +105,9 @@ def read_log(text: str) -> list[Transaction]:
 
 
 def read_pgbench(text: str, log: str) -> Outcome:
-    """Read pgbench: what it prints, and its log."""
+    """Read pgbench: what it prints, and its log. A run without a transaction counts as a hang."""
+    if re.search(r"^number of transactions actually processed: 0$", text, re.M):
+        return Outcome.at_deadline(_number(r"^duration: (\d+) s", text))
     times = [t.took for t in read_log(log)]
     rate = _number(r"^tps = ([\d.]+)", text)
     failed = re.search(r"^number of failed transactions: (\d+)", text, re.M)

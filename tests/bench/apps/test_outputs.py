@@ -63,6 +63,8 @@ def test_pgbench() -> None:
     ]  # fmt: skip
     gave_up = "pgbench: error: client 1 script 0 aborted in command 4 query 0: server closed\n"
     assert outputs.read_pgbench(gave_up + PGBENCH, LOG).errors == 1
+    none = "duration: 10 s\nnumber of transactions actually processed: 0\n"
+    assert outputs.read_pgbench(none, "") == Outcome.at_deadline(10.0)
     with pytest.raises(OutputError, match="no transaction"):
         outputs.read_pgbench(PGBENCH, "")
 
