@@ -270,6 +270,7 @@ class TcpFlow(ComparedFlow):
         for twice as long as the SVM usually takes.
         """
         patience, (_, first, since) = self.host.patience, self.held[0]
+        patience.repeated()
         if (
             patience.adaptive
             and (p.off != p.end or p.flags & FLAGS)
@@ -717,6 +718,7 @@ class TcpFlow(ComparedFlow):
                 self.ask(Cause.STREAM_FULL)
         elif what is Push.KNOWN:
             outbox.count("svm_retransmit")
+            self.host.patience.repeated()
             if sent.verified is not None and diff(sent.verified, p.seq) > sent.history.size:
                 self.theirs.keep_again(p)
         elif what is Push.FULL:
