@@ -56,7 +56,7 @@ DESCRIPTIONS: dict[Cause, str] = {
     Cause.COMPARE_TIMEOUT: "a frame of the primary guest had no counterpart for as long as it may "
     "wait (compare.wait)",
     Cause.CROSSED: "each guest had sent what the other had not, in different connections, and both "
-    "had fallen silent",
+    "had fallen silent, or had left these alone for longer",
     Cause.REPEATED: "the primary guest repeated what had no counterpart for longer than the "
     "secondary guest usually takes",
     Cause.FRAME_LOST: "a frame of the secondary guest was lost between the hosts: later ones "

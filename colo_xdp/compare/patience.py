@@ -68,6 +68,7 @@ class Patience:
         "_next_ns",
         "_windows",
         "adaptive",
+        "before_ns",
         "ceiling_ns",
         "heard_ns",
         "lag_ns",
@@ -98,8 +99,9 @@ class Patience:
         self.heard_ns = 0
         #: when the last checkpoint was complete: waits of older frames are not the SVM's doing
         self.since_ns = 0
-        #: when a frame of either guest last came to user space, at any NIC
-        self.moved_ns = 0
+        #: when a frame of either guest last came to user space, at any NIC, but for repetitions;
+        #: what that was before the frame that is processed now
+        self.moved_ns = self.before_ns = 0
         self.ns = self.usual_ns = self.stalled_ns = self.lag_ns = self.quiet_ns = 0
         self.repeat_ns = 0  # least age of output whose repetition by the PVM counts
         self.source = "fixed"
@@ -126,6 +128,14 @@ class Patience:
         lag = self.heard_ns - sent_ns
         if lag > self.longest_ns and sent_ns > self.since_ns and (lag <= self.ns or asked):
             self.longest_ns = lag
+
+    def repeated(self) -> None:
+        """Note that the frame that is processed now is an old one, sent again.
+
+        A guest that has nothing to say repeats what its client has not acked. So a silence that is
+        longer than a retransmission timeout (200 ms) would never be seen.
+        """
+        self.moved_ns = self.before_ns
 
     def kernel_waits(self, nic: int, waits: Sequence[int]) -> None:
         """Note the fast path's histogram of a NIC: counts of waits below 1, 2, 4, ... us.

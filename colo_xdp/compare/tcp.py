@@ -204,8 +204,10 @@ class TcpFlow(ComparedFlow):
             due = min(due, now_ns + host.patience.quiet_ns)
         if not self.when or due < self.when:  # wait_for(), without the call
             host.timers.arm(self, due)
-        if len(held.frames) > 1 and p.seq == held.frames[0][1].seq and repeats(self, p, now_ns):
-            self.ask(Cause.REPEATED, held.frames[0][1])
+        if len(held.frames) > 1 and p.seq == held.frames[0][1].seq:
+            host.patience.repeated()
+            if repeats(self, p, now_ns):
+                self.ask(Cause.REPEATED, held.frames[0][1])
 
     def svm_deaf(self) -> bool:
         return bool(self.held) and not self.acked(self.held[0][1])
@@ -639,6 +641,7 @@ class TcpFlow(ComparedFlow):
                 self.ask(Cause.STREAM_FULL)
         elif what is Push.KNOWN:
             outbox.count("svm_retransmit")
+            self.host.patience.repeated()
             if sent.verified is not None and diff(sent.verified, p.seq) > sent.history.size:
                 self.theirs.keep_again(p)
         elif what is Push.FULL:

@@ -34,9 +34,10 @@ from .source import Options, Refused
 log = logging.getLogger("colo_xdp.datapath.datapath")
 
 _U32 = struct.Struct("=I")
+#: not OFFLOAD_DUPLICATE: a guest that has nothing to say repeats what its client has not acked
 _DECIDED = (
     Reason.OFFLOAD_HELD, Reason.OFFLOAD_PASSED, Reason.OFFLOAD_RELEASED, Reason.OFFLOAD_REBUILT,
-    Reason.OFFLOAD_ACKED, Reason.OFFLOAD_DUPLICATE,
+    Reason.OFFLOAD_ACKED,
 )  # fmt: skip
 _U64 = struct.Struct("=Q")
 
@@ -456,7 +457,7 @@ class DataPath(PairSlots):
         return p, b
 
     def _decided(self) -> int:
-        """Return how many frames of both guests the fast path has decided."""
+        """Return how many frames of both guests the fast path has decided, without repetitions."""
         return sum(
             self._count(prog, reason)[0]
             for prog in (Prog.PVM_OUT, Prog.SVM_ARRIVAL)

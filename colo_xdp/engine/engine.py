@@ -134,7 +134,9 @@ class Engine:
     def from_pvm(self, rec: Frame, now_ns: int) -> None:
         """Process a frame of the PVM, in the order of capture."""
         clock = self._clock
-        clock.now = self.patience.moved_ns = now_ns
+        patience = self.patience
+        patience.before_ns = patience.moved_ns
+        clock.now = patience.moved_ns = now_ns
         self._n_pvm += 1
         if self.shadow and not self._solo:
             self._outbox.release_ahead(rec)
@@ -213,8 +215,10 @@ class Engine:
         epoch12: its epoch modulo 4096.
         """
         clock = self._clock
-        clock.now = self.patience.moved_ns = now_ns
-        self.patience.heard_ns = rec.ts_ns
+        patience = self.patience
+        patience.before_ns = patience.moved_ns
+        clock.now = patience.moved_ns = now_ns
+        patience.heard_ns = rec.ts_ns
         self._n_svm += 1
         ahead = (epoch12 - clock.epoch) & _TAG
         if ahead == 0 and not self._checkpointing and not self._solo:

@@ -71,9 +71,9 @@ class FastPathWatch:
         """
         if self._fast.enabled:
             self._silence.note(self._fast.decided(), now_ns)
-        if not self._silence.due(now_ns):
+        before = self._silence.crossed_before(now_ns)
+        if not before:
             return None
-        before = now_ns - self._patience.quiet_ns
         late: list[Overdue] = []
         if self._fast.enabled:
             late = [x for x in self._fast.overdue(before) if x.payload and is_stream(x.key)]

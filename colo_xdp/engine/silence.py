@@ -22,6 +22,9 @@ from ..compare.patience import Patience
 from ..compare.tcp import TcpFlow
 from ..compare.tcp_wait import in_vain
 
+#: where other clients are served, the waits are so many times as long as a silence
+SERVED = 2
+
 
 class Silence:
     """Says when no frame of either guest has come for long enough, once each time."""
@@ -30,6 +33,7 @@ class Silence:
         self._patience = patience
         self._decided = -1  # frames that the fast path had decided
         self._decided_ns = 0  # when more of them were seen
+        self._served_ns = 0  # when to look again although the guests are not silent
         self._looked_ns = -1  # the silence (by its beginning) that due() has reported
 
     @property
@@ -52,6 +56,16 @@ class Silence:
         if due:
             self._looked_ns = self._since_ns
         return due
+
+    def crossed_before(self, now_ns: int) -> int:
+        """Return since when output of both guests must have waited to be lost; 0: look later."""
+        quiet = self._patience.quiet_ns
+        if self.due(now_ns):
+            return now_ns - quiet
+        if now_ns < self._served_ns:
+            return 0
+        self._served_ns = now_ns + quiet
+        return now_ns - SERVED * quiet
 
     @staticmethod
     def waiting(flows: Sequence[Flow], epoch: int, before_ns: int) -> tuple[TcpFlow | None, bool]:

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Build Debian roots: a directory of packages, and from one the disk image of the Debian guest.
+"""Build Debian roots: a directory of packages, and from one the disk image of a Debian guest.
 
 The guest is Debian 12 with systemd, its root an ext4 file system on the first disk, with the
 services of the small guest as a unit. It boots the same kernel and initramfs. The image is the same
-one, byte for byte, for the same versions of the packages.
+one, byte for byte, for the same versions of the packages. A Variant has more packages, and files of
+its own.
 """
 
 from __future__ import annotations
@@ -75,6 +76,34 @@ GUEST = Packages(
 )
 
 
+def _nothing(root: Path) -> None:
+    pass
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """A Debian guest: what it consists of, and what it needs.
+
+    `add` puts files into its root; `sources` are what these come from, to tell whether an image is
+    up to date.
+    """
+
+    name: str
+    packages: Packages = GUEST
+    size_mib: int = SIZE_MIB
+    memory_mib: int = MEMORY_MIB
+    boot_s: float = 120.0
+    add: Callable[[Path], None] = _nothing
+    sources: bytes = b""
+
+    def base(self, directory: Path) -> Path:
+        """Return where its packages are unpacked."""
+        return directory / self.name
+
+
+PLAIN = Variant("debian")
+
+
 def _run(*cmd: str) -> None:
     r = subprocess.run(
         cmd, capture_output=True, text=True, check=False, timeout=BUILD_S,
@@ -143,32 +172,39 @@ def prepare(root: Path) -> None:
 
 
 def build(
-    directory: Path, small: guest.Guest, say: Callable[[str], None] = lambda text: None
+    directory: Path,
+    small: guest.Guest,
+    variant: Variant = PLAIN,
+    say: Callable[[str], None] = lambda text: None,
 ) -> guest.Guest:
-    """Return the Debian guest, building its image only when something in it has changed.
+    """Return a Debian guest, building its image only when something in it has changed.
 
     Raises LabError naming the failed step.
     """
-    image = directory / "debian.qcow2"
+    image = directory / f"{variant.name}.qcow2"
+    sizes = f"{variant.size_mib}".encode()
     digest = hashlib.sha256(
-        GUEST.digest.encode()
+        variant.packages.digest.encode()
         + guest.sources()
         + Path(__file__).read_bytes()
         + Path(ext4.__file__).read_bytes()
+        + sizes
+        + variant.sources
     ).hexdigest()
 
     def make(part: Path) -> None:
-        base = bootstrap(directory / "debian", GUEST)
+        base = bootstrap(variant.base(directory), variant.packages)
         with tempfile.TemporaryDirectory(dir=directory) as tmp:
             root = Path(tmp) / "root"
             sh("cp", "-a", str(base), str(root))
             prepare(root)
-            ext4.make_image(root, part, SIZE_MIB)
+            variant.add(root)
+            ext4.make_image(root, part, variant.size_mib)
 
     if not fresh(image, digest):
         say("a Debian root for the guest, from packages: once, about a minute")
         renew(image, digest, make)
-    return replace(small, root=image, append="root=/dev/vda rw", memory_mib=MEMORY_MIB)
+    return replace(small, root=image, append="root=/dev/vda rw", memory_mib=variant.memory_mib)
 
 
 def missing(programs: Sequence[str] = ("mmdebstrap", "mke2fs", "qemu-img")) -> str:

@@ -254,6 +254,10 @@ class Topology:
         """Add a guest's tap to its bridge by hand, where no controller does."""
         self._ip(ns, "link set dev tap0 master br0")
 
+    def part(self, ns: str) -> None:
+        """Take a guest's tap off its bridge again."""
+        self._ip(ns, "link set dev tap0 nomaster")
+
     def _ip(self, ns: str, args: str) -> None:
         sh("ip", "-n", ns, *args.split())
 

@@ -46,6 +46,7 @@ class Lab:
         overrides: dict[str, dict[str, Any]] | None = None,
         nics: int = 1,
         guest: Literal["small", "debian"] = "small",
+        variant: debian.Variant = debian.PLAIN,
         disks: int = 0,
         overlay_limit: int = 64,
         qemu: str = "",
@@ -60,6 +61,7 @@ class Lab:
         self.overrides = overrides or {}
         #: "debian": the first disk is the guest's root
         self.kind = guest
+        self.variant = variant  # of the Debian guest
         if guest == "debian" and not disks:
             raise LabError("the root of the Debian guest is a disk")
         self.disks = [f"d{i}" for i in range(disks)]
@@ -100,7 +102,7 @@ class Lab:
         self.guest = guest_files.build(self.build)
         self.accel = vms.choose_accel(self.procs, self.build, self.guest, self.qemu)
         if self.kind == "debian":
-            self.guest = debian.build(self.build, self.guest, self.say)
+            self.guest = debian.build(self.build, self.guest, self.variant, self.say)
         self._shim = vms.shim_for(self.accel, self.build, self.qemu)
         self.say("namespaces")
         self.net.up()
@@ -112,7 +114,7 @@ class Lab:
         self.say(f"booting both guests (QEMU {self.qemu_version}, {self.accel})")
         self.start_vm("primary")
         self.start_vm("secondary")
-        self.vm["primary"].wait_boot()
+        self.vm["primary"].wait_boot(self.variant.boot_s)
         self.say("the guest's services run")
 
     def down(self) -> None:
@@ -176,7 +178,7 @@ class Lab:
         here, there = self.image("primary", name), self.image("secondary", name)
         if self.guest.root and name == self.disks[0]:
             shutil.copyfile(self.guest.root, here)
-            disk_files.make_blank(there, debian.SIZE_MIB)
+            disk_files.make_blank(there, self.variant.size_mib)
         else:
             disk_files.make_filesystem(here)
             disk_files.make_blank(there)

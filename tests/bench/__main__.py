@@ -39,6 +39,7 @@ from . import (
     slow_path,
     waits,
 )  # fmt: skip
+from .apps import part as apps
 from .report import Part
 
 Run = Callable[[Part, bool, Path], None]
@@ -59,9 +60,12 @@ PARTS: dict[str, tuple[str, Run]] = {
     "peer": ("CPU per frame against QEMU's colo-compare and filter-rewriter", peer.run),
     "guests": ("Real guests: no proxy, QEMU's own, ours", arms.run),
     "waits": ("Real guests that disagree by waiting: a fixed and an adaptive wait", waits.run),
+    "apps": ("Real applications: no pair, shadow, QEMU's own proxy, ours", apps.run),
     "latency": ("Added latency of a released frame, one at a time", latency.run),
     "scale": ("Connections against time and memory", scale.run),
 }
+#: too long for --quick, unless they are named
+LONG = ("apps",)
 BUILD = Path(__file__).parents[2] / "build"
 
 
@@ -116,7 +120,10 @@ def main() -> int:
     """See the module's docstring."""
     p = argparse.ArgumentParser(prog="python -m tests.bench")
     p.add_argument("parts", nargs="*", metavar="PART", help=f"default all: {' '.join(PARTS)}")
-    p.add_argument("--quick", action="store_true", help="few runs; under 3 minutes")
+    p.add_argument(
+        "--quick", action="store_true",
+        help=f"few runs; under 3 minutes, without {', '.join(LONG)}",
+    )  # fmt: skip
     p.add_argument(
         "--publish", action="store_true", help="into docs/benchmarks.md and tests/bench/report"
     )
@@ -134,7 +141,8 @@ def main() -> int:
     leftovers()
     began = time.monotonic()
     try:
-        parts = measure(args.parts or list(PARTS), args.quick, args.out)
+        usual = [x for x in PARTS if not (args.quick and x in LONG)]
+        parts = measure(args.parts or usual, args.quick, args.out)
     finally:
         leftovers()
     about = report.machine(quick=args.quick, seconds=round(time.monotonic() - began))

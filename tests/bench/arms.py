@@ -12,6 +12,7 @@ to retransmit.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
@@ -28,14 +29,19 @@ from colo_xdp.datapath import loader, syscall
 from colo_xdp.datapath.maps import Map
 from colo_xdp.lab import vm as vms
 from colo_xdp.lab.guest import content
-from colo_xdp.lab.net import LabError, wait_for
-from colo_xdp.lab.pair import PAIR, Lab
+from colo_xdp.lab.net import PEER_P, PEER_S, LabError, in_ns, wait_for
+from colo_xdp.lab.pair import NBD_PORT, PAIR, Lab
+from colo_xdp.qemu.block_layer import ReplicationOptions
+from colo_xdp.qemu.overlays import ReplicatedDisk
+from colo_xdp.qemu.qmp import QemuInfo, Qmp
+from colo_xdp.qemu.replication import DiskReplication
 from colo_xdp.status.document import WAIT_BUCKETS
 
 from .report import Part, Spread, cpu_seconds
 
 TAG = "cxbn"  # of the laboratory's namespaces
 ARMS = ("none", "QEMU", "ours", "ours, slow path")
+COPY_S = 120.0  # of all disks to the secondary
 BULK, SMALL, PAGE = "big", "index.html", "f100k"
 
 
@@ -63,8 +69,44 @@ class Events:
         self._s.close()
 
 
+@dataclass
+class _Qemu:
+    """A QEMU whose disks are replicated (qemu/replication.py)."""
+
+    qmp: Qmp
+    info: QemuInfo | None = None
+
+    @property
+    def way_past(self) -> Qmp:
+        return self.qmp
+
+
+#: the primary's objects, each with vnet_hdr_support, in their order
+PRIMARY = (
+    "filter-mirror,id=m0,netdev=n0,queue=tx,outdev=mirror0",
+    "filter-redirector,id=redire0,netdev=n0,queue=rx,indev=compare_out",
+    "filter-redirector,id=redire1,netdev=n0,queue=rx,outdev=compare0",
+    "colo-compare,id=comp0,primary_in=compare0-0,secondary_in=compare1,outdev=compare_out0,"
+    "iothread=iothread1",
+)
+
+
+def qom(option: str) -> dict[str, str | bool]:
+    """Return what object-add takes for an -object."""
+    kind, *properties = option.split(",")
+    pairs = dict(p.split("=", 1) for p in properties)
+    return {"qom-type": kind, "vnet_hdr_support": True, **pairs}
+
+
 class QemuLab(Lab):
-    """The pair with QEMU's filter objects in place of our controllers."""
+    """The pair with QEMU's filter objects in place of our controllers.
+
+    Disks are replicated by QEMU's block layer, set up by the same code as for our controllers.
+    """
+
+    #: The primary's objects are added by protect() (COLO-FT.txt has that, for a primary that goes
+    #: on after a failover): colo-compare holds what the guest sends before there is an SVM, too.
+    late = False
 
     def start_vm(self, role: str) -> vms.Vm:
         sock = {n: f"path={self.work}/q-{n}.sock" for n in ("mirror", "sec", "cmp", "out")}
@@ -77,15 +119,10 @@ class QemuLab(Lab):
                 "-chardev", f"socket,id=compare0-0,{sock['cmp']}",
                 "-chardev", f"socket,id=compare_out,{sock['out']},server=on,wait=off",
                 "-chardev", f"socket,id=compare_out0,{sock['out']}",
-                "-object", f"filter-mirror,id=m0,netdev=n0,queue=tx,outdev=mirror0,{on}",
-                "-object",
-                f"filter-redirector,netdev=n0,id=redire0,queue=rx,indev=compare_out,{on}",
-                "-object",
-                f"filter-redirector,netdev=n0,id=redire1,queue=rx,outdev=compare0,{on}",
                 "-object", "iothread,id=iothread1",
-                "-object", "colo-compare,id=comp0,primary_in=compare0-0,secondary_in=compare1,"
-                f"outdev=compare_out0,iothread=iothread1,{on}",
             ]  # fmt: skip
+            if not self.late:
+                extra += [x for name in PRIMARY for x in ("-object", f"{name},{on}")]
         else:
             extra = [
                 "-chardev", f"socket,id=red0,{sock['mirror']},reconnect=1",
@@ -95,9 +132,10 @@ class QemuLab(Lab):
                 "-object", f"filter-rewriter,id=rew0,netdev=n0,queue=all,{on}",
             ]  # fmt: skip
         v = vms.Vm(
-            self.procs, role, self.work, self.guest, self.accel, ns=self.ns(role),
-            incoming=self._migrate_uri(role) if role == "secondary" else "", shim=self._shim,
-            extra=extra,
+            self.procs, role, self.work, self.guest, self.accel, qemu=self.qemu,
+            ns=self.ns(role), shim=self._shim,
+            incoming=self._migrate_uri(role) if role == "secondary" else "",
+            extra=[*extra, *(x for name in self.disks for x in self._drive(role, name))],
         )  # fmt: skip
         self.vm[role] = v
         return v
@@ -106,6 +144,10 @@ class QemuLab(Lab):
         """Enter COLO as the documentation describes, by QMP alone."""
         t = time.monotonic()
         p, s = self.vm["primary"], self.vm["secondary"]
+        if self.disks:
+            in_ns(self.net.primary, lambda: asyncio.run(self._replicate()))
+        for option in PRIMARY if self.late else ():
+            p.ask("object-add", **qom(option))
         caps = [{"capability": c, "state": True} for c in ("x-colo", "events")]
         for v in (s, p):
             v.ask("migrate-set-capabilities", capabilities=caps)
@@ -121,6 +163,36 @@ class QemuLab(Lab):
             )
         wait_for("a running PVM", lambda: p.ask("query-status")["running"], 20)
         return time.monotonic() - t
+
+    async def _replicate(self) -> None:
+        """Have QEMU keep the disks equal. Raises DiskError, or QmpError."""
+        ends = {}
+        for role, local, remote in (
+            ("primary", PEER_P, PEER_S),
+            ("secondary", PEER_S, PEER_P),
+        ):
+            overlays = self.work / f"{role}.overlays"
+            overlays.mkdir(exist_ok=True)
+            disks = tuple(
+                ReplicatedDisk(name, str(overlays), self.overlay_limit << 20) for name in self.disks
+            )
+            addresses = (f"{local}:{NBD_PORT}", f"{remote}:{NBD_PORT}")
+            options = ReplicationOptions(PAIR, disks, *addresses)
+            qmp = Qmp(str(self.vm[role].qmp), role, 10.0, lambda event: None, lambda why: None)
+            qemu = _Qemu(qmp)
+            qemu.info = await qmp.connect()
+            ends[role] = (qmp, DiskReplication(options, qemu))
+        try:
+            (_, mine), (_, theirs) = ends["primary"], ends["secondary"]
+            await mine.mirrors.start(await theirs.replica.serve())
+            end = time.monotonic() + COPY_S
+            while not await mine.mirrors.copied():
+                if time.monotonic() > end:
+                    raise LabError(f"disks not copied within {COPY_S:g} s")
+                await asyncio.sleep(0.1)
+        finally:
+            for qmp, _ in ends.values():
+                await qmp.close()
 
 
 @dataclass
@@ -178,7 +250,7 @@ def _resent(lab: Lab) -> int:
     return int(dict(zip(*rows, strict=True))["RetransSegs"]) if len(rows) == 2 else 0
 
 
-def _prove(lab: Lab, events: Events | None) -> None:
+def prove(lab: Lab, events: Events | None) -> None:
     """Prove that the proxy was in the path: a page that differs must cost a checkpoint."""
 
     def count() -> int:
@@ -213,7 +285,7 @@ def once(arm: str, directory: Path, bulk: int, small: int, seen: Seen) -> None:
             after = events.stops if events else lab.checkpoints() if arm != "none" else 0
             seen.checkpoints += after - before
             if arm != "none":
-                _prove(lab, events)
+                prove(lab, events)
             # Not before: the question itself is a page that two guests answer differently.
             seen.resent += _resent(lab) - (resent or 0)
             if arm == "QEMU":

@@ -72,6 +72,17 @@ def _guests(plt: Any, part: Part) -> Any:
     return fig
 
 
+def _apps(plt: Any, part: Part) -> Any:
+    rows = [r for r in part.rows if r.unit.endswith("/s")]
+    if not rows:
+        return None
+    fig, ax = plt.subplots(figsize=(8, 0.7 * len(rows) + 1.2))
+    _bars(ax, rows, lambda r, a: None if a == r.base else r.ratio(a))
+    ax.axvline(1, color="black", lw=0.8)
+    ax.set_xlabel("rate to that of shadow: both guests run, nothing is held")
+    return fig
+
+
 def _scale(plt: Any, part: Part) -> Any:
     rows = [r for r in part.rows if r.unit == "ns per frame"]
     if not rows:
@@ -119,7 +130,9 @@ def draw(parts: list[Part], build: Path) -> list[Path]:
 
     by_key = {p.key: p for p in parts}
     out = []
-    for key, one in (("held", _held), ("peer", _peer), ("guests", _guests), ("scale", _scale)):
+    for key, one in (
+        ("held", _held), ("peer", _peer), ("guests", _guests), ("apps", _apps), ("scale", _scale),
+    ):  # fmt: skip
         fig = one(plt, by_key[key]) if key in by_key else None
         if fig is not None:
             out.append(_save(fig, build / f"bench-{key}.png"))

@@ -259,7 +259,7 @@ def write(parts: list[Part], about: dict[str, Any], build: Path) -> None:
 
 
 #: parts that PAGE shows, and what the rows that it shows have in their name or unit
-_SHORT = {"held": "behind by 1", "goodput": "Gbit/s", "peer": "", "guests": ""}
+_SHORT = {"held": "behind by 1", "goodput": "Gbit/s", "peer": "", "guests": "", "apps": "/s"}
 
 
 def groups_of(rows: list[Row]) -> list[list[Row]]:

@@ -136,6 +136,14 @@ def _work(lab: Lab, n: int, seen: Seen) -> None:
     seen.wrong += wrong + n - answered
 
 
+def released(status: dict[str, Any]) -> int:
+    """Return how many frames both paths have released after a comparison."""
+    by_kernel = (("pvm_out", "offload_passed"), ("svm_arrival", "offload_released"))
+    return int(status["engine"]["released"]) + sum(
+        int(status["programs"][prog][reason][0]) for prog, reason in by_kernel
+    )
+
+
 def _counted(lab: Lab, seen: Seen, what: Callable[[], None]) -> None:
     def status() -> dict[str, Any]:
         return lab.status("primary")
@@ -150,9 +158,7 @@ def _counted(lab: Lab, seen: Seen, what: Callable[[], None]) -> None:
             seen.checkpoints[cause] = seen.checkpoints.get(cause, 0) + made
             seen.waited += made * (cause in WAITS)
     seen.needless += after["patience"]["needless"] - before["patience"]["needless"]
-    seen.released += after["engine"]["released"] - before["engine"]["released"]
-    for prog, reason in (("pvm_out", "offload_passed"), ("svm_arrival", "offload_released")):
-        seen.released += after["programs"][prog][reason][0] - before["programs"][prog][reason][0]
+    seen.released += released(after) - released(before)
 
 
 @contextmanager

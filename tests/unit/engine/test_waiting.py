@@ -185,16 +185,53 @@ def test_guests_that_wait_for_each_others_client() -> None:
     assert w.asked == ["crossed"]
 
 
+def serve_another(w: Pair, times: int) -> None:
+    for i in range(times):
+        w.now += 10 * MS
+        w.both(f.tcp(2 * i, 1, b"aa", dport=4002))
+        w.e.tick(w.now)
+
+
+def test_other_clients_that_are_served_meanwhile_do_not_hide_them_for_long() -> None:
+    w = Pair()
+    w.both(f.tcp(0, 1, b"aa"))
+    w.both(other(0, b"aa"))
+    w.p(f.tcp(2, 1, b"granted"))
+    serve_another(w, 2)
+    w.s(other(2, b"granted"))
+    serve_another(w, 2)
+    assert not w.asked, "one of them has waited for too short a time"
+    serve_another(w, 3)
+    assert w.asked == ["crossed"]
+
+
+@pytest.mark.parametrize("side", ["pvm", "svm"])
+def test_repetitions_break_no_silence(side: str) -> None:
+    w = Pair()
+    for _ in range(8):
+        w.patience.waited(300 * MS)
+        w.patience.end_window(w.now)
+    assert w.patience.quiet_ns > 200 * MS
+    w.both(f.tcp(0, 1, b"aa"))
+    w.both(other(0, b"aa"))
+    w.p(f.tcp(2, 1, b"granted"))
+    w.s(other(2, b"granted"))
+    w.now += 200 * MS
+    if side == "pvm":
+        w.p(f.tcp(2, 1, b"granted"))
+    else:
+        w.s(other(2, b"granted"))
+    assert 200 + w.until_asked() <= w.patience.quiet_ns / MS + 2
+    assert w.asked == ["crossed"]
+
+
 def test_they_may_not_be_silent_yet_or_one_has_only_an_ack() -> None:
     w = Pair()
     w.both(f.tcp(0, 1, b"aa"))
     w.both(other(0, b"aa"))
     w.p(f.tcp(2, 1, b"granted"))
     w.s(other(2, b"granted"))
-    for i in range(3):  # another connection is served
-        w.now += 10 * MS
-        w.both(f.tcp(2 * i, 1, b"aa", dport=4002))
-        w.e.tick(w.now)
+    serve_another(w, 2)
     assert not w.asked
     w = Pair()
     w.both(f.tcp(0, 1, b"aa"))
@@ -236,7 +273,7 @@ def test_guests_that_cross_in_the_fast_path_are_looked_at_in_the_slow_one() -> N
     w.patience.moved_ns = w.now
     a, b = parse(f.tcp(0, 1, b"a")).key, parse(other(0, b"a")).key
     kernel.late = [Overdue(w.now, a, True, True), Overdue(w.now, b, False, True)]
-    for _ in range(8):  # the kernel is busy with others
+    for _ in range(5):  # the kernel is busy with others
         w.now += 5 * MS
         kernel.frames += 1
         w.e.tick(w.now)
