@@ -15,7 +15,7 @@ from colo_xdp.lab.pair import Lab
 
 from .. import waits
 from ..arms import TAG, Events, QemuLab, prove
-from . import image, names, twins
+from . import image, lateness, names
 from .failover import Failover, fail_over
 from .outputs import Outcome, OutputError
 from .tools import Tools
@@ -45,7 +45,7 @@ class Life:
     """What one life of one arm has shown."""
 
     workloads: dict[str, Seen] = field(default_factory=dict)
-    #: how late each of some released frames was, s (twins.py)
+    #: how late each of some released frames was, s (lateness.py)
     lateness: list[float] = field(default_factory=list)
     failover: Failover | None = None
     trouble: list[str] = field(default_factory=list)  # what could not be measured
@@ -171,7 +171,7 @@ def once(
 def _ours(lab: Lab, at: Place, life: Life) -> None:
     """Measure what only our arm is asked for; at its end, as its PVM dies of it."""
     try:
-        life.lateness = twins.measure(lab, at)
+        life.lateness = lateness.measure(lab, at)
         _settle(lab, OURS)
     except (LabError, OutputError) as e:
         life.trouble.append(f"time to the release: {e}")

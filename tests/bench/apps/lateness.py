@@ -126,9 +126,9 @@ def measure(lab: Lab, at: Place) -> list[float]:
     """Return the lateness of each frame of two workloads (lateness()), s. Raises LabError."""
     host = lab.net.primary
     captures: list[Capture] = [
-        lab.capture(host, "tap0", "twins-pvm", "in"),
-        lab.capture(host, "peer0", "twins-svm", "in"),
-        lab.capture(host, "uplink", "twins-released", "out"),
+        lab.capture(host, "tap0", "frames-pvm", "in"),
+        lab.capture(host, "peer0", "frames-svm", "in"),
+        lab.capture(host, "uplink", "frames-released", "out"),
     ]
     short = Place(at.tools, at.client, at.scale * SHARE)
     for workload in WORKLOADS:

@@ -7,7 +7,7 @@ import struct
 
 import pytest
 
-from tests.bench.apps.twins import Data, data, lateness
+from tests.bench.apps.lateness import Data, data, lateness
 
 GUEST, CLIENT = bytes((10, 9, 0, 2)), bytes((10, 9, 0, 1))
 FLOW = (CLIENT, struct.pack(">HH", 80, 4000))
