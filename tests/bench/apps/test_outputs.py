@@ -43,6 +43,8 @@ LOG = """0 1 114460 0 1796000000 500000
 
 def test_ab() -> None:
     assert outputs.read_ab(AB, PERCENTILES) == Outcome(171.47, 47.375, 82.034, 3)
+    few = PERCENTILES.replace("99,82.034", "98,80.0\n99,0.257")
+    assert outputs.read_ab(AB, few).p99 == 80.0
     with pytest.raises(OutputError, match="percentiles"):
         outputs.read_ab(AB, "")
     with pytest.raises(OutputError, match="Requests per second"):
