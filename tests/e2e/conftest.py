@@ -81,5 +81,5 @@ def protected_pair(**options: Any) -> Iterator[Lab]:
 @pytest.fixture(scope="module")
 def pair() -> Iterator[Lab]:
     """Provide a protected pair for the tests of a module, which leave it protected."""
-    with protected_pair() as lab:
+    with protected_pair(overrides=fixed_wait({})) as lab:
         yield lab

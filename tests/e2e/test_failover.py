@@ -218,6 +218,8 @@ def test_a_guest_that_restarts_before_protection_keeps_its_network(make_lab: Lab
     assert from_guest(lab.stop_capture(wire)) == 0
     lab.start_controller("secondary")
     wait_for("its word", lambda: lab.status("primary")["active"]["transmitting"], 60)
+    # The client has asked for the address in vain, and its kernel may be about to give that up.
+    wait_for("an answer", lambda: lab.client.http("f100k", timeout=3).ok, 20)
     assert lab.client.download("f100k")[1] == 0
     lab.vm["primary"].kill9()
     wait_for("its end", lambda: not lab.status("primary")["active"]["transmitting"], 10)
