@@ -200,7 +200,7 @@ class TcpFlow(ComparedFlow):
                 self.head_ok = None
             return
         due = now_ns + (limit_ns(self, p) if p.flags & RST else host.patience.ns)
-        if self.theirs.out_of_order:
+        if self.theirs.out_of_order and host.patience.adaptive:
             due = min(due, now_ns + host.patience.quiet_ns)
         if not self.when or due < self.when:  # wait_for(), without the call
             host.timers.arm(self, due)
@@ -648,7 +648,7 @@ class TcpFlow(ComparedFlow):
             self._svm_full()
         elif what is Push.EARLY:
             outbox.count("svm_out_of_order")
-            if self.held.frames:
+            if self.held.frames and self.host.patience.adaptive:
                 self.wait_for(self.theirs.out_of_order[0][4] + self.host.patience.quiet_ns)
         else:
             outbox.count("svm_out_of_window")  # if it was needed, the PVM's frame will time out
