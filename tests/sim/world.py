@@ -1303,6 +1303,7 @@ class World:
         block, c = side.qemu.block, side.controller
         calm = (
             c is not None
+            and c.state is not State.STOPPED  # nobody waits for a guest that is silent for good
             and side.other.controller is not None
             and c.peer.connected
             and c.peer.silent_ms() < 150
