@@ -33,6 +33,11 @@ class DiskProof:
         return self._whole >= n
 
     @property
+    def runs(self) -> int:
+        """Return the last checkpoint that the SVM is known to run."""
+        return self._runs
+
+    @property
     def missing(self) -> bool:
         """Whether the disks may lack what was written before the state that the SVM runs."""
         return self._runs > self._whole

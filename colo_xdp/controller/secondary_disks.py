@@ -117,7 +117,9 @@ class SecondaryDisks:
         c = self._c
         if not c.qemu.disks.any or c.state is State.PROMOTED:
             return False
-        return self.proof.missing or c.takeover.epoch_uncertain == c.dp.epoch
+        # A checkpoint that this controller has seen since ends what its predecessor left open.
+        seen = self.proof.runs > c.dp.epoch
+        return self.proof.missing or (c.takeover.epoch_uncertain == c.dp.epoch and not seen)
 
     # ---- the overlays
 

@@ -14,7 +14,7 @@ import pytest
 from .guest import Guest
 from .mutants import ABOUT, KERNEL_MUTANTS, MUTANTS, scenes
 from .tcp import ACK, SYN, Seg, build, read
-from .torture import failure, report, shrink, trace
+from .torture import _scene, failure, report, shrink, trace
 from .world import Fault, Scene, World, adaptive, disk_scene, lease_scene, roles_scene, scene
 
 RUNS, BLOCKS = 1600, 8
@@ -116,6 +116,14 @@ def test_random_schedules_of_disks(block: int) -> None:
         confirmed += len(world.client.confirmed())
         pairs += world.pairs
     assert confirmed > 5000 and pairs > 50
+
+
+def test_a_checkpoint_ends_what_a_dead_controller_left_open() -> None:
+    """The secondary's controller dies in a checkpoint, and a switchover is what follows.
+
+    Its SVM waited for an operator, although that checkpoint was seen and its disks vouched for.
+    """
+    assert failure(_scene(2720329, "both")) == ""
 
 
 @pytest.mark.timeout(300)
