@@ -151,6 +151,8 @@ class Secondary(Controller):
         over = h is not None and msg["epoch"] >= h.n and not (h.planned and msg["shut"])
         if h is not None and h.resume is not None and over:
             self._finish(h, h.resume)
+        elif self.entry.was_missed(msg):
+            self._demote("a former controller died before it knew that this guest is a copy")
         else:
             self.entry.on_beat(msg)
         if msg["standalone"] and not msg["shut"] and self.view.pair.confirmed:

@@ -174,6 +174,22 @@ class SecondaryEntry:
             and beat["state"] in (State.STARTING.value, State.SOLO.value)
         )
 
+    def was_missed(self, beat: dict[str, Any]) -> bool:
+        """Return whether the primary has completed an entry whose end a dead controller of this
+        side has not recorded: the pair would count as protected by a guest that may not take over.
+
+        Without a restart the primary completes no entry before this side has reported its RESUME.
+        """
+        hold = self._c.held.hold
+        return (
+            self._c.state is State.STARTING
+            and not self._c.view.pair.confirmed
+            and hold is not None
+            and hold.resume is None
+            and beat["role"] == Role.PRIMARY.value
+            and beat["state"] in (State.PROTECTED.value, State.DEGRADED.value)
+        )
+
     def _given_up(self, why: str) -> None:
         """Stop holding: the primary has given up entering COLO.
 
