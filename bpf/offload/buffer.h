@@ -18,6 +18,9 @@ BPF_F_TABLE("array", u32, struct colo_owner, owners, COLO_AS_CONFIGURED, BPF_F_M
 #define WAIT_BUCKETS 24
 BPF_TABLE("percpu_array", u32, u64, offload_waits, WAIT_BUCKETS);
 
+/* When a guest last sent something new, more than an ack (CLOCK_MONOTONIC). */
+BPF_TABLE("percpu_array", u32, u64, offload_moved, 1);
+
 /*
  * Claim a buffer for the connection: a free one, or one whose owner has nothing outstanding in it
  * and keeps only released bytes in case the PVM sends them again. That one is taken under its
@@ -106,6 +109,15 @@ static __always_inline void note_wait(u64 ns)
 	n = offload_waits.lookup(&bucket);
 	if (n)
 		(*n)++;
+}
+
+static __always_inline void note_moved(u64 now)
+{
+	u32 slot = 0;
+	u64 *moved = offload_moved.lookup(&slot);
+
+	if (moved)
+		*moved = now;
 }
 
 /*

@@ -293,6 +293,8 @@ static __always_inline u32 finish_segment(struct __sk_buff *skb, struct colo_con
 		c->fin = end;
 		c->fin_known = 1;
 	}
+	if (len)
+		note_moved(w->now);
 	if (act && len && c->since_ns) /* a frame of the PVM that passes has not waited */
 		note_wait(act == ACT_PASS ? 0 : w->now - c->since_ns);
 	if (act)

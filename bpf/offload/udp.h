@@ -100,6 +100,7 @@ static __always_inline u32 finish_datagram(struct __sk_buff *skb, struct colo_co
 	u32 turn = w->act == ACT_REWRITE;
 	struct colo_dgram *d;
 
+	note_moved(w->now);
 	if (w->act == ACT_NOTHING) {
 		d = record_at(st, c, c->next);
 		d->ts_ns = w->now;

@@ -49,6 +49,8 @@ UNKNOWN_COST_NS, WEIGHT = 50_000_000, 0.25
 #: The guests are quiet when neither has sent anything for this long, and for twice as long as the
 #: longest wait of a usual window.
 QUIET_NS = 15_000_000
+#: Disagreement lasts if so many checkpoints for what waited were needed in so long.
+LASTING, LASTING_NS = 4, 3_000_000_000
 #: what patience can come from, as the status document names it
 SOURCES = ("fixed", "ceiling", "lag", "checkpoint", "floor")
 
@@ -65,6 +67,7 @@ class Patience:
         "_floor_ns",
         "_kernel",
         "_missed",
+        "_needed",
         "_next_ns",
         "_windows",
         "adaptive",
@@ -72,6 +75,7 @@ class Patience:
         "ceiling_ns",
         "heard_ns",
         "lag_ns",
+        "lasting",
         "longest_ns",
         "moved_ns",
         "ns",
@@ -93,14 +97,17 @@ class Patience:
         self._next_ns = 0
         self._missed = 0  # checkpoints for output that had waited
         self._exploring = False
+        self._needed: deque[int] = deque(maxlen=LASTING)  # when the latest of them were complete
+        #: the guests disagree again and again: silence means that, and is looked for more often
+        self.lasting = False
         #: the longest wait of this window that a counterpart has ended; 0: none
         self.longest_ns = 0
         #: when the last frame of the SVM was captured
         self.heard_ns = 0
         #: when the last checkpoint was complete: waits of older frames are not the SVM's doing
         self.since_ns = 0
-        #: when a frame of either guest last came to user space, at any NIC, but for repetitions;
-        #: what that was before the frame that is processed now
+        #: when a frame of either guest last came to user space, at any NIC, but for repetitions and
+        #: acks; what that was before the frame that is processed now
         self.moved_ns = self.before_ns = 0
         self.ns = self.usual_ns = self.stalled_ns = self.lag_ns = self.quiet_ns = 0
         self.repeat_ns = 0  # least age of output whose repetition by the PVM counts
@@ -168,10 +175,25 @@ class Patience:
             self._cost_ns = float(max(1, took_ns))
         self._update()
 
+    def needed(self, now_ns: int) -> None:
+        """Note that a checkpoint for what had waited is complete, and was right."""
+        self._needed.append(now_ns)
+        self._look_whether_it_lasts(now_ns)
+
+    def needless(self) -> None:
+        """Note that a checkpoint for what had waited was requested too soon."""
+        self._needed.clear()
+        self.lasting = False
+
+    def _look_whether_it_lasts(self, now_ns: int) -> None:
+        needed = self._needed
+        self.lasting = len(needed) == LASTING and now_ns - needed[0] <= LASTING_NS
+
     def new_copy(self) -> None:
         """Forget the lag: there is another SVM."""
         self._windows.clear()
         self._exploring = False
+        self.needless()
         self._update()
 
     def due(self, now_ns: int) -> bool:
@@ -181,12 +203,14 @@ class Patience:
     def end_window(self, now_ns: int) -> None:
         """End a window. One in which nothing was released does not count."""
         self._next_ns = now_ns + WINDOW_NS
+        was = self.lasting
+        self._look_whether_it_lasts(now_ns)
         known = len(self._windows)
         while len(self._windows) > FEW and self._windows[0][0] < now_ns - MEMORY_NS:
             self._windows.popleft()
         if self.longest_ns:
             self._windows.append((now_ns, self.longest_ns))
-        if self.longest_ns or len(self._windows) != known:
+        if self.longest_ns or len(self._windows) != known or self.lasting != was:
             self.longest_ns = 0
             self._update()
 
@@ -208,5 +232,6 @@ class Patience:
         self.stalled_ns = min(ceiling, max(self.ns, LONGER * wanted, STALLED_NS))
         waits = sorted(wait for _, wait in self._windows)
         usual = waits[len(waits) // 2] if len(waits) >= FEW else self.lag_ns
-        self.quiet_ns = min(wanted, max(QUIET_NS, min(self.lag_ns, 2 * usual)))
+        quiet = QUIET_NS if self.lasting else max(QUIET_NS, min(self.lag_ns, 2 * usual))
+        self.quiet_ns = min(wanted, quiet)
         self.repeat_ns = min(wanted, 2 * max(QUIET_NS, self.lag_ns))

@@ -35,10 +35,6 @@ log = logging.getLogger("colo_xdp.datapath.datapath")
 
 _U32 = struct.Struct("=I")
 #: not OFFLOAD_DUPLICATE: a guest that has nothing to say repeats what its client has not acked
-_DECIDED = (
-    Reason.OFFLOAD_HELD, Reason.OFFLOAD_PASSED, Reason.OFFLOAD_RELEASED, Reason.OFFLOAD_REBUILT,
-    Reason.OFFLOAD_ACKED,
-)  # fmt: skip
 _U64 = struct.Struct("=Q")
 
 FDB_EVERY_S = 5.0  # bridges forget after 300 s by default; costs 35 us per address
@@ -132,7 +128,6 @@ class DataPath(PairSlots):
                 self.slot(Cfg.OFFLOAD_SINCE),
                 lambda on: self.set_slot(Cfg.OFFLOAD, on),
                 lambda epoch: self.set_slot(Cfg.OFFLOAD_SINCE, epoch),
-                self._decided,
             )
             self.fast.enabled = True
         self._ports: frozenset[int] | None = None
@@ -455,14 +450,6 @@ class DataPath(PairSlots):
         for x, y in abi.COUNT.iter_unpack(raw):  # of each CPU
             p, b = p + x, b + y
         return p, b
-
-    def _decided(self) -> int:
-        """Return how many frames of both guests the fast path has decided, without repetitions."""
-        return sum(
-            self._count(prog, reason)[0]
-            for prog in (Prog.PVM_OUT, Prog.SVM_ARRIVAL)
-            for reason in _DECIDED
-        )
 
     def lost_events(self) -> int:
         """Return how many frames did not fit into the event ring, or could not be carried by it."""

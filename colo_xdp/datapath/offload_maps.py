@@ -95,9 +95,8 @@ class BpfKernelPath:
         since: int,
         switch: Callable[[bool], None],
         keep_since: Callable[[int], None],
-        decided: Callable[[], int] = lambda: 0,
     ) -> None:
-        self._decided = decided
+        self._moved = objects.map("offload_moved")
         self._conns, self._waits = objects.map("conns"), objects.map("offload_waits")
         buffers, owners = objects.map("buffers"), objects.map("owners")
         self.buffers = owners.info.max_entries
@@ -222,9 +221,10 @@ class BpfKernelPath:
         """Return since when (ns) the first of them has waited; 0: there is none."""
         return min((since for since, _ in self._waiting()), default=0)
 
-    def decided(self) -> int:
-        """Return how many frames of both guests the kernel has decided itself."""
-        return self._decided()
+    def moved_ns(self) -> int:
+        """Return when a guest last sent something new here, more than an ack; 0: never."""
+        raw = self._moved.get(_U32.pack(0)) or b""
+        return max(struct.unpack(f"={len(raw) // 8}Q", raw), default=0)  # of each CPU
 
     def void(self, epoch: int) -> None:
         """Invalidate everything that was learnt before `epoch`."""

@@ -55,6 +55,7 @@ LASTING = {
     "buffers": (4, abi.BUFFER_BEFORE + abi.BUFFER + abi.BUFFER_SLACK),
     "owners": (4, abi.OWNER.size),
     "offload_waits": (4, 8),
+    "offload_moved": (4, 8),
     "ports": (4, 8),
     "clients": (8, abi.CLIENT.size),
     "transitions": (4, 4),

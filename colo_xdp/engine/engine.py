@@ -25,6 +25,7 @@ from ..compare.limits import Limits
 from ..compare.patience import Patience
 from ..compare.policy import Policy
 from ..compare.tcp import PART_NS
+from ..compare.tcp_wait import FLAGS
 from ..compare.timers import SOON_NS, Clock, Timers
 from ..net.flow_key import FlowKey
 from ..net.frame import Evidence, Frame
@@ -135,12 +136,13 @@ class Engine:
         """Process a frame of the PVM, in the order of capture."""
         clock = self._clock
         patience = self.patience
-        patience.before_ns = patience.moved_ns
-        clock.now = patience.moved_ns = now_ns
+        clock.now = now_ns
         self._n_pvm += 1
         if self.shadow and not self._solo:
             self._outbox.release_ahead(rec)
         p = parse(rec.frame)
+        if p.off != p.end or p.flags & FLAGS:  # Patience.moved(), without the call
+            patience.before_ns, patience.moved_ns = patience.moved_ns, now_ns
         if p.kind is _TCP and not self._checkpointing and rec.ts_ns > self._queue.stop_ns:
             # Deliberately duplicates _feed() and FlowTable.of(): nearly all frames are TCP segments
             # of known flows, and each saved call counts (tests/bench/slow_path.py).
@@ -216,13 +218,14 @@ class Engine:
         """
         clock = self._clock
         patience = self.patience
-        patience.before_ns = patience.moved_ns
-        clock.now = patience.moved_ns = now_ns
+        clock.now = now_ns
         patience.heard_ns = rec.ts_ns
         self._n_svm += 1
         ahead = (epoch12 - clock.epoch) & _TAG
         if ahead == 0 and not self._checkpointing and not self._solo:
             p = parse(rec.frame)
+            if p.off != p.end or p.flags & FLAGS:
+                patience.before_ns, patience.moved_ns = patience.moved_ns, now_ns
             if p.kind is _TCP:
                 # duplicates _svm_datagram() and FlowTable.of(), as in from_pvm()
                 st = self._tcp.get(p.key)
@@ -290,7 +293,7 @@ class Engine:
         """
         self._scheduler.end_all_backpressure()
         if self._outbox.asked_for is not None and not self._suspect.begin(self._outbox.asked_for):
-            self._counters["checkpoints_needless"] += 1
+            self._needless()
         self._set_phase(checkpointing=True)
         self._collect()
 
@@ -298,8 +301,12 @@ class Engine:
         """Look whether the SVM's frame is what a checkpoint was requested for in vain."""
         waited = self._suspect.answered(parse(rec.frame), rec.ts_ns)
         if waited:
-            self._counters["checkpoints_needless"] += 1
+            self._needless()
             self.patience.waited(waited)
+
+    def _needless(self) -> None:
+        self._counters["checkpoints_needless"] += 1
+        self.patience.needless()
 
     def _set_phase(self, *, checkpointing: bool = False, solo: bool = False) -> None:
         self._checkpointing, self._solo = checkpointing, solo
@@ -361,6 +368,8 @@ class Engine:
         self._set_phase()
         self._outbox.asked = False
         self._outbox.asked_for = None
+        if self._suspect:
+            self.patience.needed(now_ns)
         self._suspect.clear()
         self._release_queued(stop_ts_ns, "released_by_checkpoint")
         behind = self._watched.commit(self._flows.of, stop_ts_ns)
@@ -503,8 +512,11 @@ class Engine:
         if not self.patience.adaptive:
             return self._timers.next_ns
         due = self._timers.next_waiting_ns(lambda flow: not flow.quiet())
-        if self.ledger.pvm_packets and self._outbox.may_ask and not self._outbox.asked:
-            due = min(due, self._watch.silent_ns())
+        if self._outbox.may_ask and not self._outbox.asked:
+            if self.ledger.pvm_packets or self._watch.waits:
+                due = min(due, self._watch.silent_ns())
+            if self.patience.lasting:
+                due = min(due, self._clock.now + self.patience.quiet_ns)
         return min(due, self._watch.due_ns)
 
     def _ask_if_crossed(self, now_ns: int) -> None:

@@ -70,7 +70,7 @@ class FastPathWatch:
         What waits for that in the fast path is reclaimed first.
         """
         if self._fast.enabled:
-            self._silence.note(self._fast.decided(), now_ns)
+            self._silence.note(self._fast.moved_ns())
         before = self._silence.crossed_before(now_ns)
         if not before:
             return None

@@ -6,7 +6,7 @@ and the SVM to the second client's. The PVM has answered the first client, the S
 both wait for their client, who has got no answer. So output of the PVM waits in one connection,
 output of the SVM in another, and neither guest sends anything any more. A slow guest looks the same
 for a moment, so the silence must be longer than the lag with which the SVM usually answers. What a
-guest repeats does not break it. Other clients may still be served, for as long as they want nothing
+guest repeats does not break it, nor does an ack. Other clients may still be served, for as long as they want nothing
 of what is locked: there need not be a silence if both have waited for SERVED times as long.
 
 Only TCP counts, and only what is more than an ack: datagrams of the SVM that the PVM never sends
@@ -33,19 +33,17 @@ class Silence:
 
     def __init__(self, patience: Patience) -> None:
         self._patience = patience
-        self._decided = -1  # frames that the fast path had decided
-        self._decided_ns = 0  # when more of them were seen
+        self._fast_ns = 0  # as of the last look: when a guest has sent something in the fast path
         self._served_ns = 0  # when to look again although the guests are not silent
         self._looked_ns = -1  # the silence (by its beginning) that due() has reported
 
     @property
     def _since_ns(self) -> int:
-        return max(self._patience.moved_ns, self._decided_ns)
+        return max(self._patience.moved_ns, self._fast_ns)
 
-    def note(self, decided: int, now_ns: int) -> None:
-        """Note how many frames the fast path has decided, which user space does not see."""
-        if decided != self._decided:
-            self._decided, self._decided_ns = decided, now_ns
+    def note(self, moved_ns: int) -> None:
+        """Note when a guest last sent something new that user space does not see."""
+        self._fast_ns = moved_ns
 
     def look_ns(self) -> int:
         """Return when due() will say so if no frame comes meanwhile; NEVER: it has."""

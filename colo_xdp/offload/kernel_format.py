@@ -100,8 +100,8 @@ class KernelPath(Protocol):
         """Return since when (ns) the first of them has waited; 0: there is none."""
         ...
 
-    def decided(self) -> int:
-        """Return how many frames of both guests the kernel has decided itself."""
+    def moved_ns(self) -> int:
+        """Return when a guest last sent something new here, more than an ack; 0: never."""
         ...
 
     def waits(self) -> list[int]:
@@ -136,7 +136,7 @@ class NoKernelPath:
     def oldest_ns(self) -> int:
         return 0
 
-    def decided(self) -> int:
+    def moved_ns(self) -> int:
         return 0
 
     def waits(self) -> list[int]:

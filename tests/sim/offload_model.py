@@ -177,6 +177,7 @@ class KernelModel:
         self.mode, self.epoch, self.on, self.since = Mode.BYPASS, 0, False, 0
         self.counts: Counter[Reason] = Counter()  # as PROG_FAST
         self.waits = [0] * WAIT_BUCKETS
+        self.moved_ns = 0
         self.fds = [os.memfd_create(n) for n in ("buffers", "owners")]
         sizes = (buffers * BUFFER_SIZE, buffers * abi.OWNER.size)
         whole = [-(-n // mmap.PAGESIZE) * mmap.PAGESIZE for n in sizes]
@@ -518,6 +519,8 @@ class KernelModel:
         side, act, size, rel, told_ack = w.side, w.act, w.moves, c.released, c.adv_ack
         reason = Reason.OFFLOAD_HELD if size or side == SIDE_PVM else Reason.OFFLOAD_DUPLICATE
         end = (w.seq + w.fin) & M32
+        if size:
+            self.moved_ns = w.now
         if size and seq_later(end, c.next):
             c.next, c.leader = end, side
         if w.fin:
@@ -580,6 +583,7 @@ class KernelModel:
 
     def finish_datagram(self, c: Conn, w: Work) -> int:
         p = w.p
+        self.moved_ns = w.now
         if w.act == NOTHING:
             head = abi.DGRAM.pack(w.now, p.payload_len, w.partial, w.frame[: p.l4_off + 8])
             at = self.record_at(c, c.next)
@@ -784,6 +788,16 @@ class _Waits:
         return struct.pack("=Q", self._k.waits[struct.unpack("=I", key)[0]])
 
 
+class _Moved:
+    """The map `offload_moved`."""
+
+    def __init__(self, k: KernelModel) -> None:
+        self._k = k
+
+    def get(self, key: bytes) -> bytes | None:
+        return struct.pack("=Q", self._k.moved_ns)
+
+
 class Objects:
     """Stand in for colo_xdp.datapath.loader.Objects, as far as BpfKernelPath needs it."""
 
@@ -792,6 +806,7 @@ class Objects:
         self.maps: dict[str, Any] = {
             "conns": _Conns(k),
             "offload_waits": _Waits(k),
+            "offload_moved": _Moved(k),
             "buffers": SimpleNamespace(fd=k.fds[0], info=buffers),
             "owners": SimpleNamespace(fd=k.fds[1], info=buffers),
         }
@@ -829,5 +844,5 @@ def user_space(
 
     objects: Any = Objects(k)
     return offload_maps.BpfKernelPath(
-        objects, 300_000_000_000, k.since, switch, keep_since, k.decided
+        objects, 300_000_000_000, k.since, switch, keep_since
     )

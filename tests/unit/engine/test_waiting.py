@@ -26,7 +26,7 @@ class Kernel(NoKernelPath):
 
     def __init__(self) -> None:
         self.late: list[Overdue] = []
-        self.frames = 0
+        self.moved = 0
         self.reclaimed: list[FlowKey] = []
 
     def overdue(self, before_ns: int) -> list[Overdue]:
@@ -35,8 +35,8 @@ class Kernel(NoKernelPath):
     def oldest_ns(self) -> int:
         return min((x.since_ns for x in self.late), default=0)
 
-    def decided(self) -> int:
-        return self.frames
+    def moved_ns(self) -> int:
+        return self.moved
 
     def reclaim(self, key: FlowKey) -> ConnState | None:
         self.reclaimed.append(key)
@@ -275,7 +275,7 @@ def test_guests_that_cross_in_the_fast_path_are_looked_at_in_the_slow_one() -> N
     kernel.late = [Overdue(w.now, a, True, True), Overdue(w.now, b, False, True)]
     for _ in range(5):  # the kernel is busy with others
         w.now += 5 * MS
-        kernel.frames += 1
+        kernel.moved = w.now
         w.e.tick(w.now)
     assert b not in kernel.reclaimed
     for _ in range(8):
