@@ -335,6 +335,7 @@ class Run:
             busy, m.conns[t.key].lock = True, 1
             lab.conns.set(t.key, struct.pack("=Q", 1) + (lab.conns.get(t.key) or b"")[8:])
         rel = m.conns[t.key].released
+        kernel_moved, model_moved = lab.maps.moved_ns(), m.moved_ns
         fate = m.fast(
             side, frame, self.now, gso_size=gso, partial=partial,
             epoch=epoch if epoch == m.epoch else -1, elsewhere=elsewhere,
@@ -367,6 +368,7 @@ class Run:
             marked = lab.counted(Prog.PVM_OUT)
             assert marked["PASS_RELEASED"] == (0 if self.uplink else len(out)), what
         assert got == expected, what
+        assert (lab.maps.moved_ns() != kernel_moved) == (m.moved_ns != model_moved), what
         why = Counter({r.name: k for r, k in said.items() if r >= Reason.PUNT_MODE})
         assert lab.counted(Prog.OFFLOAD) == why, what
         self.seen.update(why)

@@ -13,6 +13,8 @@ from colo_xdp.compare.patience import (
     EXPLORE,
     FEW,
     LAGS,
+    LASTING,
+    LASTING_NS,
     LONGER,
     MEMORY_NS,
     QUIET_NS,
@@ -134,6 +136,33 @@ def test_each_fourth_wait_that_a_checkpoint_ends_is_longer_and_is_learnt_from() 
     assert (p.usual_ns, p.source) == (LAGS * 90 * MS, "lag")
     p.checkpointed(20 * MS, missed=True)
     assert p.ns == p.usual_ns and p.stalled_ns == STALLED_NS
+
+
+def test_disagreement_lasts_while_checkpoints_are_needed_in_a_row() -> None:
+    p = Patience(CEILING, FLOOR, adaptive=True)
+    now = windows(p, *[40] * WINDOWS)
+    assert p.quiet_ns == 40 * MS
+    for i in range(LASTING):
+        assert not p.lasting
+        p.needed(now + i * 100 * MS)
+        p.checkpointed(20 * MS)
+    assert p.lasting and p.quiet_ns == QUIET_NS
+    p.needed(now + LASTING_NS)
+    p.needless()
+    p.checkpointed(20 * MS)
+    assert not p.lasting and p.quiet_ns == 40 * MS
+    for i in range(LASTING):
+        p.needed(now + i * LASTING_NS // 2)
+    assert not p.lasting, "they are too far apart"
+    for _ in range(LASTING):
+        p.needed(now)
+    assert p.lasting
+    p.end_window(now + LASTING_NS + 1)
+    assert not p.lasting and p.quiet_ns == 40 * MS, "it has ended by itself"
+    for _ in range(LASTING):
+        p.needed(now)
+    p.new_copy()
+    assert not p.lasting
 
 
 @given(

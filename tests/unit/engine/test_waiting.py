@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from colo_xdp.compare.limits import NEVER
-from colo_xdp.compare.patience import QUIET_NS, Patience
+from colo_xdp.compare.patience import LASTING, QUIET_NS, WINDOWS, Patience
 from colo_xdp.engine.engine import Engine, Frame, Limits, Policy
 from colo_xdp.net.flow_key import FlowKey
 from colo_xdp.net.packet import parse
@@ -223,6 +223,50 @@ def test_repetitions_break_no_silence(side: str) -> None:
         w.s(other(2, b"granted"))
     assert 200 + w.until_asked() <= w.patience.quiet_ns / MS + 2
     assert w.asked == ["crossed"]
+
+
+@pytest.mark.parametrize("side", ["pvm", "svm"])
+def test_acks_break_no_silence(side: str) -> None:
+    """A kernel acks by itself, 40 ms after the request whose answer is missing."""
+    w = Pair()
+    w.both(f.tcp(0, 1, b"aa"))
+    w.both(other(0, b"aa"))
+    w.p(f.tcp(2, 1, b"granted"))
+    w.s(other(2, b"granted"))
+    w.now += 10 * MS
+    (w.p if side == "pvm" else w.s)(f.tcp(9, 60, dport=4002))
+    assert w.until_asked() <= QUIET_NS / MS - 9
+    assert w.asked == ["crossed"]
+
+
+def cross(w: Pair, port: int) -> float:
+    """Have the guests wait for each other's clients; return after how many ms they are noticed."""
+    w.both(f.tcp(0, 1, b"aa", dport=port))
+    w.both(f.tcp(0, 1, b"aa", dport=port + 1))
+    w.p(f.tcp(2, 1, b"granted", dport=port))
+    w.s(f.tcp(2, 1, b"granted", dport=port + 1))
+    return w.until_asked()
+
+
+def test_disagreement_that_lasts_is_noticed_sooner_until_that_was_wrong() -> None:
+    w = Pair()
+    for _ in range(WINDOWS):
+        w.patience.waited(100 * MS)
+        w.patience.end_window(w.now)
+    for i in range(LASTING):
+        assert cross(w, 4100 + 2 * i) >= 100 and not w.patience.lasting
+        w.checkpoint()
+        w.patience.checkpointed(20 * MS)
+    assert w.patience.lasting and w.e.tick_ns() <= w.now + QUIET_NS
+    assert QUIET_NS / MS <= cross(w, 4200) <= QUIET_NS / MS + 1
+    w.e.begin_checkpoint()
+    w.s(f.tcp(2, 1, b"granted", dport=4200))  # it was on its way
+    assert not w.patience.lasting
+    w.now += MS
+    w.e.commit_checkpoint(w.now, w.e.epoch + 1, w.now)
+    w.patience.checkpointed(20 * MS)
+    w.asked.clear()
+    assert cross(w, 4300) >= 100
 
 
 def test_they_may_not_be_silent_yet_or_one_has_only_an_ack() -> None:
