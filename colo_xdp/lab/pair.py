@@ -42,6 +42,7 @@ class Lab:
         tag: str = "cxl",
         vnet_hdr: bool = True,
         queues: int = 1,
+        vcpus: int = 0,
         vhost: bool = False,
         overrides: dict[str, dict[str, Any]] | None = None,
         nics: int = 1,
@@ -71,6 +72,7 @@ class Lab:
         self.qemu_options = qemu_options
         self.say = say
         self.vhost = vhost
+        self.vcpus = vcpus or queues
         self.net = Topology(tag, vnet_hdr, nics, queues)
         self.patience_s = PROTECT_S * nics  # each NIC has programs of its own to compile
         self.procs = Processes(self.dir / f"{tag}.pids.json")
@@ -158,6 +160,7 @@ class Lab:
             vnet_hdr=self.net.vnet_hdr,
             nics=self.net.nics,
             queues=self.net.queues,
+            vcpus=self.vcpus,
             vhost=self.vhost,
             incoming=self._incoming(role) if waits else "",
             shim=self._shim,
