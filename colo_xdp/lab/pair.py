@@ -43,6 +43,7 @@ class Lab:
         vnet_hdr: bool = True,
         queues: int = 1,
         vcpus: int = 0,
+        thread: Literal["single", "multi"] = "single",
         vhost: bool = False,
         overrides: dict[str, dict[str, Any]] | None = None,
         nics: int = 1,
@@ -73,6 +74,7 @@ class Lab:
         self.say = say
         self.vhost = vhost
         self.vcpus = vcpus or queues
+        self.thread = thread  # TCG: one for all vCPUs, or one for each
         self.net = Topology(tag, vnet_hdr, nics, queues)
         self.patience_s = PROTECT_S * nics  # each NIC has programs of its own to compile
         self.procs = Processes(self.dir / f"{tag}.pids.json")
@@ -161,6 +163,7 @@ class Lab:
             nics=self.net.nics,
             queues=self.net.queues,
             vcpus=self.vcpus,
+            thread=self.thread,
             vhost=self.vhost,
             incoming=self._incoming(role) if waits else "",
             shim=self._shim,

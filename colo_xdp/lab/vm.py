@@ -60,6 +60,7 @@ class Vm:
         nics: int = 1,
         queues: int = 1,
         vcpus: int = 1,
+        thread: str = "single",
         vhost: bool = False,
         incoming: str = "",
         shim: Path | None = None,
@@ -74,10 +75,8 @@ class Vm:
         for p in (self.qmp, self.qmp_oob, self.lab_qmp, self.console):
             p.unlink(missing_ok=True)
         several = queues > 1
-        # With a thread for each vCPU, QEMU 7.2 under TCG loses writes of the guest when it copies
-        # (docs/operator/guests.md).
-        thread = ",thread=single" if vcpus > 1 and accel == "tcg" else ""
-        cmd = [qemu, "-accel", f"{accel}{thread}", "-smp", str(vcpus)]
+        threads = f",thread={thread}" if vcpus > 1 and accel == "tcg" else ""
+        cmd = [qemu, "-accel", f"{accel}{threads}", "-smp", str(vcpus)]
         cmd += ["-cpu", "max" if accel == "tcg" else "host", "-m", str(guest.memory_mib)]
         cmd += ["-nodefaults", "-nographic", "-no-user-config"]
         cmd += ["-kernel", str(guest.kernel), "-initrd", str(guest.initrd)]
