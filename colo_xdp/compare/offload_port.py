@@ -98,6 +98,7 @@ class OffloadState:
     __slots__ = (
         "backoff",
         "backpressure",
+        "in_vain",
         "offered",
         "offloaded_ns",
         "punt_seq",
@@ -113,6 +114,7 @@ class OffloadState:
         self.backoff = 1  # settled batches required before an offload
         # offloads refused because frames were on their way here, since the last success
         self.refused = 0
+        self.in_vain = 0  # backpressure that ended without one, since the last success
         self.reset()
 
     def reset(self) -> None:

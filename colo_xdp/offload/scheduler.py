@@ -36,8 +36,13 @@ SHORT_STAY_NS = 50_000_000
 RETRY = 4
 #: attempts that fail for this reason before backpressure is applied
 BACKPRESSURE_AFTER = 3
-#: Bounds of backpressure per stream: time, frames and bytes (what a guest sends without an ack).
-BACKPRESSURE_NS, BACKPRESSURE_FRAMES, BACKPRESSURE_BYTES = 20_000_000, 512, 8 << 20
+#: Bounds of backpressure per stream: time, and what a guest sends without an ack, in frames and
+#: bytes. A window of small frames takes the slow path longer, so after each attempt that ended too
+#: early the next one has twice the time.
+BACKPRESSURE_NS, BACKPRESSURE_MOST_NS = 20_000_000, 80_000_000
+BACKPRESSURE_FRAMES, BACKPRESSURE_BYTES = 8192, 8 << 20
+#: settled batches after backpressure that was in vain; twice as many each time, up to MAX_BACKOFF
+AGAIN = 16
 #: streams under backpressure at a time: 128 MiB at most
 BACKPRESSURE_STREAMS = 16
 
@@ -126,7 +131,8 @@ class OffloadScheduler:
                     state.refused >= BACKPRESSURE_AFTER
                     and len(self._backpressured) < BACKPRESSURE_STREAMS
                 ):
-                    st.outbox = state.backpressure = Backpressure(st.outbox, now + BACKPRESSURE_NS)
+                    time_ns = min(BACKPRESSURE_NS << state.in_vain, BACKPRESSURE_MOST_NS)
+                    st.outbox = state.backpressure = Backpressure(st.outbox, now + time_ns)
                     self._backpressured.append(st)
                     count("offload_backpressured")
 
@@ -149,6 +155,7 @@ class OffloadScheduler:
             self._settled.pop(st, None)
             self._put(OffloadedFlow(st, self.reclaim))
             state.offloaded_ns, state.settled_batches, state.refused = now, 0, 0
+            state.in_vain = 0
             self._outbox.count("offload_accepted")
         return answer
 
@@ -190,7 +197,9 @@ class OffloadScheduler:
             if self._ready(st) and self._gave(st) is OffloadResult.ACCEPTED:
                 self._end_backpressure(st)
             elif now >= pressure.until_ns or _full(pressure):
-                st.offload.refused, st.offload.settled_batches = 0, -MAX_BACKOFF
+                pause = min(AGAIN << st.offload.in_vain, MAX_BACKOFF)
+                st.offload.refused, st.offload.settled_batches = 0, -pause
+                st.offload.in_vain = min(st.offload.in_vain + 1, 8)
                 self._end_backpressure(st)
 
     def _end_backpressure(self, st: ComparedFlow) -> None:

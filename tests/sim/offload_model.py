@@ -843,6 +843,4 @@ def user_space(
             k.since = epoch
 
     objects: Any = Objects(k)
-    return offload_maps.BpfKernelPath(
-        objects, 300_000_000_000, k.since, switch, keep_since
-    )
+    return offload_maps.BpfKernelPath(objects, 300_000_000_000, k.since, switch, keep_since)

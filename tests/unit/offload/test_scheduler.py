@@ -28,10 +28,12 @@ from colo_xdp.offload.kernel_format import (
 )
 from colo_xdp.offload.offloaded import OffloadedFlow
 from colo_xdp.offload.scheduler import (
+    AGAIN,
     BACKPRESSURE_AFTER,
     BACKPRESSURE_FRAMES,
     BACKPRESSURE_NS,
     BACKPRESSURE_STREAMS,
+    MAX_BACKOFF,
     OFFER_AFTER,
     OFFER_BYTES,
     RETRY,
@@ -160,15 +162,38 @@ def test_but_not_for_long(pair: Pair) -> None:
     assert pair.out == sent and not pair.fast.taken
     assert pair.e.tick_ns() > pair.now
     tries = pair.fast.asked
-    for _ in range(50):
+    for _ in range(AGAIN):
         sent.append(pair.both())
         assert pair.out == sent
     assert pair.fast.asked == tries, "it is left alone for a while"
 
 
-def test_and_not_many_frames(pair: Pair) -> None:
+def test_each_time_in_vain_allows_the_next_one_longer_and_later(pair: Pair) -> None:
+    """A window of small frames takes the slow path longer than the first time allows."""
+    times, pauses = [], []
+    for _ in range(7):
+        count, sent = pair.e.counters["offload_backpressured"], 0
+        while pair.e.counters["offload_backpressured"] == count:
+            pair.both()
+            sent += 1
+            assert sent < 2 * MAX_BACKOFF, "it is never given up for good"
+        pauses.append(sent)
+        start = pair.now
+        pair.both()
+        while pair.e.held_packets:
+            pair.now += 1_000_000
+            pair.e.tick(pair.now)
+        times.append(pair.now - start)
+    assert [t // 10_000_000 for t in times[:2]] == [2, 4]
+    assert {t // 10_000_000 for t in times[2:]} == {8}
+    assert pauses[1:] == sorted(pauses[1:]) and AGAIN < pauses[1] < pauses[2]
+    assert MAX_BACKOFF <= pauses[-1] == pauses[-2]
+
+
+def test_and_not_many_frames(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     sent = pair.until_backpressure()
-    for _ in range(BACKPRESSURE_FRAMES):
+    monkeypatch.setattr(scheduler, "BACKPRESSURE_FRAMES", 20)
+    for _ in range(20):
         pair.now -= 10_000  # no time goes by
         sent.append(pair.both())
     assert pair.out == sent
