@@ -6,8 +6,9 @@ and the SVM to the second client's. The PVM has answered the first client, the S
 both wait for their client, who has got no answer. So output of the PVM waits in one connection,
 output of the SVM in another, and neither guest sends anything any more. A slow guest looks the same
 for a moment, so the silence must be longer than the lag with which the SVM usually answers. What a
-guest repeats does not break it, nor does an ack. Other clients may still be served, for as long as they want nothing
-of what is locked: there need not be a silence if both have waited for SERVED times as long.
+guest repeats does not break it, nor does an ack. Other clients may still be served, for as long as
+they want nothing of what is locked: there need not be a silence if both have waited for SERVED
+times as long.
 
 Only TCP counts, and only what is more than an ack: datagrams of the SVM that the PVM never sends
 are usual, and acks are sent late on purpose. The SVM's kernel must have acked what the PVM's has:
