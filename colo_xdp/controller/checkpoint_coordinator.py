@@ -117,6 +117,7 @@ class CheckpointCoordinator:
         self.delay_s = 0.0
         self.by_cause: Counter[str] = Counter()
         self.failures = 0
+        self.failed_why = ""  # of the last one; empty: it is complete
         self.last: dict[str, Any] = {}
 
     # ---- what is wanted
@@ -214,7 +215,8 @@ class CheckpointCoordinator:
             c.view.guest_gone(hung=True)
         # Silence is no second sign beside silence: that would fence over a cut link.
         c.view.checkpoint_due(not (isinstance(e, CheckpointFailed) and e.channel))
-        c.become(State.DEGRADED, f"checkpoint ({want.cause}) did not complete: {e}")
+        self.failed_why = f"checkpoint ({want.cause}) did not complete: {e}"
+        c.become(State.DEGRADED, self.failed_why)
         c.reconsider()
 
     def _next_periodic(self) -> float:
@@ -481,6 +483,7 @@ class CheckpointCoordinator:
             "at": time.time(),
         }
         c.view.checkpoint_due(False)
+        self.failed_why = ""
         self.ended_ns = time.monotonic_ns()
         if ck.initial:
             c.output.patience.new_copy()

@@ -506,7 +506,8 @@ class Primary(Controller):
             self._going_solo = False
 
     async def _leave_pair(self, why: str) -> None:
-        lost = self.view.guest.copy_lost
+        lost = self.view.guest.copy_lost or self.checkpoints.failed_why
+        self.checkpoints.failed_why = ""
         self.checkpoints.cancel()
         self.entry.peer_ready = False
         self.peer.send("demote", why=why)
