@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..compare.causes import Cause
-from ..datapath import attach
+from ..datapath import netlink
 from ..datapath.hooks import Look
 from ..failover.lease import boot_ns
 from ..failover.states import Role
@@ -175,7 +175,7 @@ class DeviceWatch:
                 sock.close()
 
     def _changes(self, sock: socket.socket) -> None:
-        attach.drain(sock)
+        netlink.drain(sock)
         self._changed.set()
 
     def _found(self, look: Look) -> None:

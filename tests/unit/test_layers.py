@@ -63,7 +63,7 @@ PURE = (
 FILES = {"config.file": {"os"}, "tools.corpus.play": set[str]()}
 EDGES = {
     "bcc": "datapath.compiler",
-    "pyroute2": "datapath.attach",
+    "pyroute2": "datapath.netlink",
     "qemu": "qemu.qmp",
     "prometheus_client": "status.metrics",
     "typer": "cli",
