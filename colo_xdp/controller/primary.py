@@ -21,7 +21,7 @@ from ..engine.journal import Journal
 from ..failover.decision import Action
 from ..failover.facts import OwnGuest
 from ..failover.states import Role, State
-from ..peer.heartbeat import Flag
+from ..peer.heartbeat_datagram import Flag
 from ..qemu.events import STANDS_STILL, News, QmpEvent
 from ..qemu.qmp import QmpError
 from ..qemu.supervisor import IN_COLO, INCOMING_S

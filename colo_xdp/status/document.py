@@ -21,7 +21,7 @@ from ..engine.waits import WAIT_BUCKETS
 from ..failover.facts import Ending
 from ..failover.states import Role, State
 from ..net.bridge import PORT_STATES
-from ..peer.heartbeat import REFUSALS
+from ..peer.heartbeat_datagram import REFUSALS
 
 SCHEMA = 1
 

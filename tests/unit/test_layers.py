@@ -50,7 +50,8 @@ LAYERS: dict[str, set[str]] = {
 #: standard library nothing that reaches out
 PURE = (
     "abi", "clock", "validate", "net", "conntrack", "compare", "offload", "engine", "config",
-    "failover.decision", "failover.facts", "failover.states", "peer.messages", "peer.heartbeat",
+    "failover.decision", "failover.facts", "failover.states", "peer.messages",
+    "peer.heartbeat_datagram",
     "qemu.events", "qemu.disks", "qemu.migration", "qemu.nic", "datapath.btf",
     "datapath.image",
     "status.document", "status.text",
