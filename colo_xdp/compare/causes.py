@@ -83,3 +83,25 @@ DESCRIPTIONS: dict[Cause, str] = {
     Cause.GUEST_EVENT: "a guest was reset, its power button was pressed, or it was stopped",
     Cause.OVERLAY_FULL: "an overlay of a disk on the secondary's host reached overlay_limit",
 }
+
+# Groups. To which of them a new cause belongs has to be decided: no test knows it.
+
+#: no difference yet: the counterpart may be on its way
+WAITS = frozenset({Cause.COMPARE_TIMEOUT, Cause.CROSSED, Cause.REPEATED, Cause.RST_ONE_SIDED})
+#: differences after which the guests' streams of a TCP connection are not the same ones any more
+FINAL = frozenset({
+    Cause.PAYLOAD_DIFFERS, Cause.FIN_DIFFERS, Cause.RST_ONE_SIDED, Cause.SYN_OPTIONS_DIFFER,
+    Cause.URGENT_DIFFERS,
+})  # fmt: skip
+#: output waited for a counterpart that did not come: many in a row are evidence against the SVM
+MISSED = frozenset({Cause.COMPARE_TIMEOUT, Cause.REPEATED})
+#: nothing that the SVM did or left out, so they say nothing about it
+NEUTRAL = frozenset({
+    Cause.OPERATOR, Cause.PERIODIC, Cause.POLICY, Cause.OVERLAY_FULL, Cause.CONTROLLER_RESTART,
+    Cause.SWITCHOVER, Cause.HOOKS_LOST, Cause.EVENT_LOST, Cause.PEER_LINK,
+})  # fmt: skip
+#: no client can trigger them, or somebody waits for their end: begun at once, whatever the price
+URGENT = frozenset({
+    Cause.SWITCHOVER, Cause.OPERATOR, Cause.INITIAL, Cause.PEER_GAP, Cause.CONTROLLER_RESTART,
+    Cause.POLICY, Cause.PERIODIC,
+})  # fmt: skip

@@ -331,7 +331,7 @@ def _failover_checks(r: _Reader, f: dict[str, Any]) -> None:
         r.error("failover", "automatic", True, "requires a fence command ([failover] fence)")
     if f.get("automatic") and arbiter == "manual":
         r.error("failover", "automatic", True, 'requires arbiter "fence" or "lease"')
-    if f.get("fence") and arbiter in ("lease", "manual"):
+    if f.get("fence") and arbiter not in (None, "fence"):
         r.error("failover", "fence", list(f["fence"]), 'expected only with arbiter = "fence"')
     if arbiter == "lease" and f.get("etcd") == ():
         r.error("failover", "etcd", [], 'required with arbiter = "lease"')

@@ -6,11 +6,11 @@ side, named by what it means to the connection (`EV_CLIENT_FIN_ACK`: the client'
 acks the guest's). `TABLE[s]` lists only the events that leave state `s`; any other event leaves it
 as it is.
 
-The table decides how long a connection is remembered (`timeout`) and nothing else: which segments
-teach an offset is in `conntrack/rewriter.py`. It is therefore lenient. A segment that was seen is
-no proof that the guest accepted it, so where the two could differ, the table follows what the guest
-sends next: after an RST that the guest ignored, its next segment makes the connection established
-again.
+The table decides how long a connection is remembered (`conntrack/timeouts.py`) and nothing else:
+which segments teach an offset is in `conntrack/rewriter.py`. It is therefore lenient. A segment
+that was seen is no proof that the guest accepted it, so where the two could differ, the table
+follows what the guest sends next: after an RST that the guest ignored, its next segment makes the
+connection established again.
 
 The kernel walks the same table: the controller writes `transition_table()` into the map
 `transitions`, at index `state * len(Event) + event`.
@@ -133,24 +133,6 @@ TABLE: Mapping[TcpState, Mapping[Event, TcpState]] = MappingProxyType(
     }
 )
 
-#: Seconds without a segment after which a connection is forgotten. Too early breaks it after a
-#: failover, too late costs a slot: where the ends may rightly be silent, the numbers are large.
-TIMEOUTS: Mapping[TcpState, int] = MappingProxyType(
-    {
-        _S.CLOSED: 10,  # segments still under way
-        _S.LISTEN: 10,  # the guest has not answered: its SYN-ACK would begin the entry anew
-        _S.SYN_SENT: 130,  # Linux: tcp_syn_retries 6, 127 s
-        _S.SYN_RECEIVED: 70,  # Linux: tcp_synack_retries 5, 63 s
-        _S.ESTABLISHED: 432_000,  # nf_conntrack's 5 days
-        _S.FIN_WAIT_1: 1_000,  # Linux: tcp_retries2 15, 924 s
-        _S.FIN_WAIT_2: 7_440,  # RFC 5382 REQ-5: the client's half may continue
-        _S.CLOSE_WAIT: 432_000,  # the guest's half may continue
-        _S.CLOSING: 1_000,
-        _S.LAST_ACK: 1_000,
-        _S.TIME_WAIT: 120,  # twice Linux's 60 s
-    }
-)
-
 
 def next_state(state: int, event: int) -> int:
     """Return the state after `event`."""
@@ -160,11 +142,3 @@ def next_state(state: int, event: int) -> int:
 def transition_table() -> list[int]:
     """Return the table as the map `transitions` holds it."""
     return [int(next_state(s, e)) for s in TcpState for e in Event]
-
-
-def timeout(state: int) -> int:
-    """Return the seconds of silence after which a connection in `state` is forgotten."""
-    try:
-        return TIMEOUTS[TcpState(state)]
-    except ValueError:  # a torn value, or one of another version: not worth keeping
-        return TIMEOUTS[TcpState.CLOSED]

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 from ..abi import Mode, SyncState
 from ..clock import TICK_S
-from ..compare.causes import Cause
+from ..compare.causes import URGENT, Cause
 from ..config.file import Config
 from ..datapath.host import HostDataPath
 from ..engine.journal import Divergence, Journal, JournalEntry
@@ -33,7 +33,7 @@ from .colo_entry import REARM_S, ColoEntry
 from .copy_health import CopyHealth
 from .device_watch import DeviceWatch
 from .guest_lifecycle import GuestLifecycle
-from .pacing import URGENT, Pacer
+from .pacing import Pacer
 from .pair_view import PairView
 from .permanent_offsets import PermanentOffsets
 from .pvm_output import PvmOutput

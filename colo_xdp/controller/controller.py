@@ -19,7 +19,7 @@ from typing import Any
 
 from ..abi import Mode
 from ..config.file import Config
-from ..datapath import attach
+from ..datapath import devices, netlink
 from ..datapath.host import HostDataPath
 from ..failover import states
 from ..failover.arbiter import ARBITERS, Arbiter
@@ -529,7 +529,7 @@ class Controller(RoleSteps):
                 await asyncio.to_thread(self.dp.open_network)
             finally:
                 await asyncio.to_thread(self.dp.look_at_port)
-        except (attach.NoSuchDevice, attach.NetlinkError, OSError) as e:
+        except (devices.NoSuchDevice, netlink.NetlinkError, OSError) as e:
             log.error("the guest's tap cannot join the bridge: %s", e)
             self.failures.append(f"open network: {e}")
 
@@ -557,6 +557,6 @@ class Controller(RoleSteps):
 
     def link_up(self, name: str) -> bool:
         """Return whether a device is up (for status)."""
-        with contextlib.suppress(attach.NoSuchDevice):
-            return attach.link_info(name).up
+        with contextlib.suppress(devices.NoSuchDevice):
+            return devices.link_info(name).up
         return False

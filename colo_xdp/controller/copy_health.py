@@ -19,19 +19,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from ..compare.causes import Cause
+from ..compare.causes import MISSED, NEUTRAL
 
 #: checkpoints in a row after each of which the SVM sent nothing, or was reset or had panicked
 SILENT, RESETS = 3, 3
 #: the same for an SVM whose frames arrive and never match
 DISAGREES = 8
-#: causes of checkpoints for output whose counterpart did not come
-MISSED = (Cause.COMPARE_TIMEOUT, Cause.REPEATED)
-#: checkpoints that say nothing about the SVM
-_NEUTRAL = (
-    Cause.OPERATOR, Cause.PERIODIC, Cause.POLICY, Cause.OVERLAY_FULL, Cause.CONTROLLER_RESTART,
-    Cause.SWITCHOVER, Cause.HOOKS_LOST, Cause.EVENT_LOST, Cause.PEER_LINK,
-)  # fmt: skip
 
 
 class Traffic(NamedTuple):
@@ -82,14 +75,14 @@ class CopyHealth:
         if self._reset:
             self._reset = False
             self._resets += 1
-        elif cause not in _NEUTRAL:
+        elif cause not in NEUTRAL:
             self._resets = 0
         if self._resets >= RESETS:
             return (
                 f"the SVM was reset, has panicked or was stopped before each of the last "
                 f"{self._resets} checkpoints: it is no copy"
             )
-        if matched or (cause not in MISSED and cause not in _NEUTRAL):
+        if matched or (cause not in MISSED and cause not in NEUTRAL):
             self._missed = 0
             return ""
         if cause not in MISSED or not deaf:

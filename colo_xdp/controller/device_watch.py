@@ -28,12 +28,11 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..compare.causes import Cause
-from ..datapath import attach
+from ..compare.causes import MISSED, Cause
+from ..datapath import netlink
 from ..datapath.hooks import Look
 from ..failover.lease import boot_ns
 from ..failover.states import Role
-from .copy_health import MISSED
 
 if TYPE_CHECKING:
     from .controller import Controller
@@ -175,7 +174,7 @@ class DeviceWatch:
                 sock.close()
 
     def _changes(self, sock: socket.socket) -> None:
-        attach.drain(sock)
+        netlink.drain(sock)
         self._changed.set()
 
     def _found(self, look: Look) -> None:

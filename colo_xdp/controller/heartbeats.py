@@ -16,7 +16,7 @@ from ..failover.arbiter import Arbiter
 from ..failover.lease import boot_ns
 from ..failover.states import Role, State
 from ..peer.channel import Peer
-from ..peer.heartbeat import Flag, Heartbeat
+from ..peer.heartbeat_datagram import Flag, Heartbeat
 from ..peer.heartbeat_links import HeartbeatLinks
 from .pair_view import PairView
 

@@ -10,15 +10,8 @@ Times in ns.
 
 from __future__ import annotations
 
-from ..compare.causes import Cause
-
 #: how much time checkpoints in a row may take beyond their share
 BURST_NS = 250_000_000
-#: causes that no client can trigger, or whose end somebody waits for: begun at once
-URGENT = frozenset({
-    Cause.SWITCHOVER, Cause.OPERATOR, Cause.INITIAL, Cause.PEER_GAP, Cause.CONTROLLER_RESTART,
-    Cause.POLICY, Cause.PERIODIC,
-})  # fmt: skip
 
 
 class Pacer:

@@ -14,14 +14,14 @@ from ..abi import Mode, SyncState
 from ..compare.causes import Cause
 from ..compare.limits import NEVER
 from ..config.file import Config
-from ..datapath import attach
+from ..datapath import devices, netlink
 from ..datapath.host import HostDataPath
 from ..datapath.ring import CapturedFrame
 from ..engine.journal import Journal
 from ..failover.decision import Action
 from ..failover.facts import OwnGuest
 from ..failover.states import Role, State
-from ..peer.heartbeat import Flag
+from ..peer.heartbeat_datagram import Flag
 from ..qemu.events import STANDS_STILL, News, QmpEvent
 from ..qemu.qmp import QmpError
 from ..qemu.supervisor import IN_COLO, INCOMING_S
@@ -364,7 +364,7 @@ class Primary(Controller):
         """Not sooner: until then clients' frames that come here are mirrored to the other one."""
         try:
             await asyncio.to_thread(self.dp.close_network)
-        except (attach.NoSuchDevice, attach.NetlinkError, OSError) as e:
+        except (devices.NoSuchDevice, netlink.NetlinkError, OSError) as e:
             log.debug("the tap is not taken out of the bridge: %s", e)  # it went with its guest
 
     def paired(self) -> bool:

@@ -14,7 +14,7 @@ from ..compare.limits import NEVER
 from ..datapath.ring import CapturedFrame
 from ..failover.decision import Action
 from ..failover.facts import OwnGuest
-from ..peer.heartbeat import Flag
+from ..peer.heartbeat_datagram import Flag
 from ..qemu.events import QmpEvent
 
 

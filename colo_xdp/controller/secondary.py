@@ -27,7 +27,7 @@ from ..datapath.ring import CapturedFrame
 from ..failover.arbiter import ArbiterError
 from ..failover.decision import Action
 from ..failover.states import Role, State
-from ..peer.heartbeat import Flag
+from ..peer.heartbeat_datagram import Flag
 from ..qemu.events import News, QmpEvent
 from ..qemu.qmp import QmpError
 from .controller import Controller

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from .. import abi
-from ..conntrack import rewriter, tcp_state
+from ..conntrack import rewriter
+from ..conntrack.timeouts import timeout
 from .maps import Map
 
 _HALF = 0x80000000
@@ -41,7 +42,7 @@ def decode(raw: bytes) -> ConntrackEntry:
 
 
 class ConntrackMap:
-    """Ages entries by the timeouts of tcp_state, and counts them for status and metrics.
+    """Ages entries by conntrack/timeouts.py, and counts them for status and metrics.
 
     `opening`: connections whose client has not yet shown that it receives the guest's segments
     (bpf/lib/conntrack.h).
@@ -132,7 +133,7 @@ class ConntrackMap:
             f = decode(raw)
             stale = f.epoch not in (epoch, abi.EPOCH_BASE)
             age = (now - f.seen_ns) / 1e9
-            if age > tcp_state.timeout(f.state) or (stale and age > 1):
+            if age > timeout(f.state) or (stale and age > 1):
                 m.delete(key)
                 self.aged += 1
                 continue

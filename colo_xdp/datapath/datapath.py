@@ -19,7 +19,7 @@ from .. import abi
 from ..abi import Cfg, Mode, Prog, Reason
 from ..config.file import Config
 from ..net.address_claims import mac_key
-from . import attach, loader, programs
+from . import attach, bridge, devices, loader, netlink, programs
 from .addresses import AddressTable
 from .hooks import Hooks, Look, Place
 from .inject import Injector
@@ -88,7 +88,7 @@ class DataPath(PairSlots):
         self._guest_mac = self.slot(Cfg.GUEST_MAC) & ~abi.MAC_ALL
         self._macs_full = False
         self.tap_up = tap.up  # as of the last look at the devices (hooks.py)
-        #: state of the tap's bridge port (attach.PORT_STATES), if it is one
+        #: state of the tap's bridge port (PORT_STATES in net/bridge.py), if it is one
         self.port_state = ""
         self.reader = open_reader(self.objects)
         self.injectors: dict[str, Injector] = {}
@@ -102,7 +102,7 @@ class DataPath(PairSlots):
         mode = (lead or self).mode
         if self.adopted and self.role == "secondary" and mode is Mode.DROP and tap.master:
             # it was there as a primary; open_network() puts it back
-            attach.set_master(net.tap, None)
+            bridge.set_master(net.tap, None)
         self.set_slot(Cfg.TAP, tap.index)
         self.set_slot(Cfg.PEER, ready.peer.index)
         uplinks = {"auto": abi.UPLINK_LEARNED, "bridge": abi.UPLINK_BRIDGE}
@@ -201,7 +201,7 @@ class DataPath(PairSlots):
     def _attach(self) -> None:
         progs, pair, m = self.objects.programs, self.config.pair, self.manifest
         dev = {"tap": self.net.tap, "peer": self.net.peer_link}
-        attach.take_all_frames(dev["peer"], m)
+        devices.take_all_frames(dev["peer"], m)
 
         def hook(name: str, where: str, direction: str) -> None:
             attach.attach_tc(dev.get(where, where), direction, progs[name], pair, m)
@@ -264,7 +264,7 @@ class DataPath(PairSlots):
 
     def changes(self) -> socket.socket | None:
         """Return a socket that is readable when it is time to look; None: there is none."""
-        return attach.changes()
+        return netlink.changes()
 
     def arrived(self) -> int:
         """Return the number of tagged frames that have come over the peer link."""
@@ -287,7 +287,7 @@ class DataPath(PairSlots):
         return f"cx{kind}{self.nic or '-'}{self.config.pair}"
 
     def _tap(self, role: str, name: str) -> None:
-        self.injectors[role] = Injector(attach.make_tap(name), name)
+        self.injectors[role] = Injector(devices.make_tap(name), name)
         prog = self.objects.programs[INJECTED[role]]
         attach.attach_tc(name, "ingress", prog, self.config.pair, None)
 
@@ -314,7 +314,7 @@ class DataPath(PairSlots):
     @property
     def in_bridge(self) -> bool:
         """Return whether the guest's tap is in a bridge."""
-        return bool(attach.link_info(self.net.tap).master)
+        return bool(devices.link_info(self.net.tap).master)
 
     def unmirror(self, key: bytes | None) -> None:
         """Stop mirroring a flow (struct colo_unmirrored_key) to the SVM; None: mirror all again."""
@@ -360,10 +360,10 @@ class DataPath(PairSlots):
     def look_at_port(self) -> None:
         """Update port_state; blocks (netlink)."""
         try:
-            self.port_state = attach.port_state(self.net.tap)
-        except attach.NoSuchDevice:
+            self.port_state = bridge.port_state(self.net.tap)
+        except devices.NoSuchDevice:
             self.port_state = ""
-        except (attach.NetlinkError, OSError) as e:  # vanished between two requests, or no memory
+        except (netlink.NetlinkError, OSError) as e:  # vanished between two requests, or no memory
             log.debug("the port of the guest's tap: %s", e)  # the next look will show
 
     @property
@@ -372,7 +372,7 @@ class DataPath(PairSlots):
 
         A port without carrier is disabled: then there is no guest to wait for.
         """
-        return self.port_state not in attach.PORT_WAITS
+        return self.port_state not in bridge.PORT_WAITS
 
     def watch_bridge(self) -> None:
         """Give the fast path the ports of the tap's bridge, and refresh the guest in that bridge.
@@ -389,17 +389,17 @@ class DataPath(PairSlots):
             return
         try:
             if look:
-                self._plain = attach.plain_ports(tap)
+                self._plain = bridge.plain_ports(tap)
                 refresh = bool(self._plain) and now - self._fdb_set > FDB_EVERY_S
             if refresh:
-                self._fixed = attach.refresh_fdb(tap)
+                self._fixed = bridge.refresh_fdb(tap)
                 self._fdb_set = now
             ports = self._plain
             for port in self._fixed:
                 ports &= {port}
             self._set_ports(ports)
             self._bridge_unknown = False
-        except (attach.NoSuchDevice, attach.NetlinkError, OSError) as e:
+        except (devices.NoSuchDevice, netlink.NetlinkError, OSError) as e:
             self._rule_changes.again()
             self._set_ports(frozenset())
             if not self._bridge_unknown:
@@ -462,22 +462,22 @@ class DataPath(PairSlots):
     def tap_alive(self) -> bool:
         """Return whether the tap is held open (by QEMU): its carrier."""
         try:
-            return attach.link_info(self.net.tap).carrier
-        except attach.NoSuchDevice:
+            return devices.link_info(self.net.tap).carrier
+        except devices.NoSuchDevice:
             return False
 
     def open_network(self) -> None:
         """Put the guest's tap into the configured bridge, if any: the guest may transmit."""
         net = self.net
-        if net.bridge and attach.link_info(net.tap).master != attach.link_info(net.bridge).index:
-            attach.set_master(net.tap, net.bridge)
+        if net.bridge and devices.link_info(net.tap).master != devices.link_info(net.bridge).index:
+            bridge.set_master(net.tap, net.bridge)
             self.manifest.add("ports", [net.tap, net.bridge])
 
     def close_network(self) -> None:
         """Remove the tap from the configured bridge: the other host's guest is active."""
         net = self.net
-        if net.bridge and attach.link_info(net.tap).master == attach.link_info(net.bridge).index:
-            attach.set_master(net.tap, None)
+        if net.bridge and devices.link_info(net.tap).master == devices.link_info(net.bridge).index:
+            bridge.set_master(net.tap, None)
 
     def step_out(self) -> None:
         """Detach the programs on the guest's tap, which a takeover makes needless (secondary).

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from ..abi import Cfg
 from ..failover.states import Role, sends_nothing
-from . import attach
+from . import attach, devices, netlink
 from .loader import Program
 from .prepare import make_peer_link
 
@@ -29,7 +29,7 @@ log = logging.getLogger("colo_xdp.datapath.hooks")
 TAG_BYTES = 4  # what a frame carries in addition on the peer link
 #: without one of these the guest's frames leave unchecked
 GATES = frozenset(("pvm_out", "promoted_out", "svm_out"))
-_FAILURES = (attach.AttachError, attach.NoSuchDevice, attach.NetlinkError, OSError)
+_FAILURES = (devices.DeviceError, devices.NoSuchDevice, netlink.NetlinkError, OSError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +88,7 @@ class Hooks:
             seen |= attach.look((net.peer_link,))
         for role, i in dp.injectors.items():
             if seen[i.name] is None:
-                i.reopen(attach.make_tap(i.name))
+                i.reopen(devices.make_tap(i.name))
                 found.restored.append(f"device {i.name} ({role})")
                 seen |= attach.look((i.name,))
         bad = self._devices(seen, found)
@@ -98,7 +98,7 @@ class Hooks:
                 self._place(place, there, found)
         tap, peer = seen[net.tap], seen[net.peer_link]
         if peer is not None and not peer.info.promiscuous:
-            attach.take_all_frames(net.peer_link, dp.manifest)
+            devices.take_all_frames(net.peer_link, dp.manifest)
             found.missed = True
             found.restored.append(f"promiscuous mode of {net.peer_link}")
         if tap is not None and net.tap not in bad:

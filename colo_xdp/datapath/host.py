@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 
 from ..abi import Cfg
 from ..config.file import Config
-from . import attach, loader
+from . import devices, loader, netlink
 from .datapath import DataPath
 from .hooks import Look
 from .pair_slots import PairSlots
@@ -128,7 +128,7 @@ class HostDataPath(PairSlots):
 
     def changes(self) -> socket.socket | None:
         """Return a socket that is readable when it is time to look; None: there is none."""
-        return attach.changes()
+        return netlink.changes()
 
     def tap_alive(self) -> bool:
         """Return whether a tap is held open (by QEMU)."""
@@ -181,7 +181,7 @@ class HostDataPath(PairSlots):
         for nic in self.nics:
             try:
                 act(nic)
-            except (attach.AttachError, attach.NoSuchDevice, attach.NetlinkError, OSError) as e:
+            except (devices.DeviceError, devices.NoSuchDevice, netlink.NetlinkError, OSError) as e:
                 failed = failed or e
         if failed is not None:
             raise failed

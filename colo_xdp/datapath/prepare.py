@@ -10,7 +10,8 @@ from .. import abi
 from ..abi import Cfg
 from ..config.file import Config
 from ..config.network import Network
-from . import attach, loader
+from . import attach, devices, loader
+from .manifest import Manifest, manifest_path
 
 
 class DataPathError(RuntimeError):
@@ -25,7 +26,7 @@ class DeviceMissing(DataPathError):
         self.device = device
 
 
-def choose_hook(wanted: str, tap: attach.LinkInfo) -> str:
+def choose_hook(wanted: str, tap: devices.LinkInfo) -> str:
     """Return `xdp` or `tc` for the SVM's output.
 
     XDP sees neither GSO nor partial checksums, so it is correct only on a tap without vnet_hdr.
@@ -41,33 +42,28 @@ def choose_hook(wanted: str, tap: attach.LinkInfo) -> str:
     return wanted
 
 
-def manifest_path(run_dir: str, pair: str, role: str) -> Path:
-    """Return the path of the list of what is attached."""
-    return Path(run_dir) / f"{pair}.{role}.attached"
-
-
 @dataclass(frozen=True, slots=True)
 class Prepared:
     """The devices of one NIC, which can be used; `role`: which guest this host runs now."""
 
-    manifest: attach.Manifest
+    manifest: Manifest
     role: str
-    tap: attach.LinkInfo
-    peer: attach.LinkInfo
+    tap: devices.LinkInfo
+    peer: devices.LinkInfo
     hook: str  # of the SVM's output: xdp or tc
 
 
-def device(key: str, name: str) -> attach.LinkInfo:
+def device(key: str, name: str) -> devices.LinkInfo:
     """Return the state of a device that [network] names. Raises DeviceMissing."""
     try:
-        return attach.link_info(name)
-    except attach.NoSuchDevice as e:
+        return devices.link_info(name)
+    except devices.NoSuchDevice as e:
         raise DeviceMissing(f"[network] {key}: {e}", name) from e
 
 
-def make_peer_link(net: Network, manifest: attach.Manifest) -> None:
-    """Create the peer link that is a VXLAN. Raises attach.AttachError."""
-    attach.make_vxlan(
+def make_peer_link(net: Network, manifest: Manifest) -> None:
+    """Create the peer link that is a VXLAN. Raises devices.DeviceError."""
+    devices.make_vxlan(
         net.peer_link,
         net.vxlan_vni,
         net.vxlan_local,
@@ -77,11 +73,11 @@ def make_peer_link(net: Network, manifest: attach.Manifest) -> None:
     )
 
 
-def prepare(config: Config, nic: int, manifest: attach.Manifest) -> Prepared:
+def prepare(config: Config, nic: int, manifest: Manifest) -> Prepared:
     """Check what the NIC of that number needs; create its VXLAN.
 
     Raises DataPathError, DeviceMissing while a device is missing, attach.Taken when another pair
-    has one, attach.AttachError when the VXLAN cannot be created.
+    has one, devices.DeviceError when the VXLAN cannot be created.
     """
     net, d = config.networks[nic], config.datapath
     first, pins = (loader.pin_dir(d.bpffs, config.pair, config.role, i) for i in (0, nic))
@@ -112,12 +108,12 @@ def prepare(config: Config, nic: int, manifest: attach.Manifest) -> Prepared:
     return Prepared(manifest, role, tap, peer, hook)
 
 
-def record(config: Config) -> attach.Manifest:
+def record(config: Config) -> Manifest:
     """Return the record of what is attached. Raises DataPathError if it has other NICs.
 
     The pins of a NIC are found by its number, and hold the offsets of its connections.
     """
-    manifest = attach.Manifest(manifest_path(config.datapath.run_dir, config.pair, config.role))
+    manifest = Manifest(manifest_path(config.datapath.run_dir, config.pair, config.role))
     was, now = manifest.data["nics"], _nics(config)
     pins = Path(loader.pin_dir(config.datapath.bpffs, config.pair, config.role))
     if was and was != now and (pins / "config").exists():
@@ -129,7 +125,7 @@ def record(config: Config) -> attach.Manifest:
     return manifest
 
 
-def note_nics(config: Config, manifest: attach.Manifest) -> None:
+def note_nics(config: Config, manifest: Manifest) -> None:
     """Record the NICs that are about to be loaded."""
     manifest.replace("nics", _nics(config))
 

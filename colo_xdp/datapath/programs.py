@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from .. import abi
 from ..config.file import Config
 from ..failover.arbiter import ARBITERS
-from . import attach, loader
+from . import devices, loader, netlink
 from .cache import Cache
 from .prepare import DataPathError, choose_hook
 from .source import OBJECTS, LoadError, NotCompiled, Options, Refused, Source
@@ -46,8 +46,8 @@ def _hooks(config: Config) -> set[str]:
     found = set()
     for net in config.networks:
         try:
-            found.add(choose_hook(net.hook, attach.link_info(net.tap)))
-        except (attach.NoSuchDevice, attach.NetlinkError, DataPathError, OSError):
+            found.add(choose_hook(net.hook, devices.link_info(net.tap)))
+        except (devices.NoSuchDevice, netlink.NetlinkError, DataPathError, OSError):
             found.add("tc" if net.hook == "auto" else net.hook)
     return found
 

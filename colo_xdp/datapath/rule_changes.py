@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Whether it is worth looking again which bridge ports are plain (attach.plain_ports()).
+"""Whether it is worth looking again which bridge ports are plain (bridge.plain_ports()).
 
 A look costs 8 ms of CPU time, and is due each second. What it reads changes once in a while, and
 the kernel reports nearly all of it: devices and ports, bridges and their attributes (rtnetlink),
@@ -17,7 +17,7 @@ import socket
 import time
 from pathlib import Path
 
-from . import attach
+from . import bridge, netlink
 
 LOOK_S = 10.0
 _NETFILTER = 12  # NETLINK_NETFILTER
@@ -37,8 +37,8 @@ def _nftables() -> socket.socket:
 
 def _files() -> tuple[object, ...]:
     """Return what has no events: modules of ebtables, sysctls, tables of iptables."""
-    out: list[object] = [path.exists() for path in attach.EBTABLES]
-    for path in attach.RULE_FILES:
+    out: list[object] = [path.exists() for path in bridge.EBTABLES]
+    for path in bridge.RULE_FILES:
         try:
             out.append(Path(path).read_text())
         except FileNotFoundError:
@@ -86,7 +86,7 @@ class RuleChanges:
     def _events(self) -> bool:
         changed = False
         if self._links is None:
-            self._links, changed = attach.changes(), True
+            self._links, changed = netlink.changes(), True
         if self._rules is None:
             try:
                 self._rules, changed = _nftables(), True

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ..compare.causes import Cause
+from ..compare.causes import WAITS, Cause
 from ..compare.flow import Partial, Requester
 from ..compare.patience import Patience
 from ..compare.policy import Verdict
@@ -15,9 +15,6 @@ from ..compare.timers import Clock
 from ..net.frame import NO_EVIDENCE, Evidence, Frame
 from .counters import COUNTERS
 from .journal import Divergence
-
-#: Causes that are no difference yet: the counterpart may be on its way.
-WAITS = frozenset({Cause.COMPARE_TIMEOUT, Cause.CROSSED, Cause.REPEATED, Cause.RST_ONE_SIDED})
 
 
 @dataclass(slots=True)

@@ -3,8 +3,9 @@
 
 The decision (failover/decision.py) reads an ArbiterView and does not know any arbiter by name. To
 add an arbiter, write a class here, list it in ARBITERS, and add its name to the choices of the key
-in config/schema.py. The controller creates the configured arbiter, runs it as a task and reports
-peer and decision events to it.
+in config/schema.py. Which keys it needs or excludes is checked in config/file.py, what can be tried
+beforehand in tools/doctor.py. The controller creates the configured arbiter, runs it as a task and
+reports peer and decision events to it.
 """
 
 from __future__ import annotations

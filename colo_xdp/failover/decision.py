@@ -12,7 +12,7 @@ certain. With a lease as the arbiter (failover/lease.py) certainty means holding
 an operator request: the kernel of a host without the lease lets nothing out.
 
 Suspicion is a state of its own (`degraded`). The controllers hear from each other on the control
-channel and through heartbeat datagrams on further links (peer/heartbeat.py). The decision
+channel and through heartbeat datagrams on further links (peer/heartbeat_datagram.py). The decision
 distinguishes these causes:
 
 - *cut link*: the control channel is silent, heartbeat datagrams arrive. The peer lives; nobody is

@@ -19,7 +19,7 @@ about checkpoints carry their epoch, which is used once. `shut` is final: the da
 reports on is opened again only after a `ready` of a new guest. `demote` and `promoted` shut a guest
 in, which is safe at any time. The rest of a heartbeat is overwritten by the next one. Each hello
 carries a nonce; both sides derive the key of the heartbeats on other links from the two
-(peer/heartbeat.py). An older release sends none. Two processes of one side cannot both be
+(peer/heartbeat_datagram.py). An older release sends none. Two processes of one side cannot both be
 connected: the newer connection wins, and the controller's lock (service/daemon.py) keeps two of
 them from running.
 """
@@ -40,7 +40,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ..failover.facts import Ending
-from . import heartbeat, messages
+from . import heartbeat_datagram, messages
 from .tls import Tls, TlsError
 
 log = logging.getLogger("colo_xdp.peer.channel")
@@ -247,7 +247,7 @@ class Peer:
         try:
             self._identify(writer)
             oldest, newest = self.versions
-            nonce = secrets.token_hex(heartbeat.NONCE)
+            nonce = secrets.token_hex(heartbeat_datagram.NONCE)
             writer.write(
                 messages.encode(
                     "hello", v=newest, min=oldest, pair=self.pair, role=self.role, boot=self.boot,
@@ -265,7 +265,7 @@ class Peer:
                 self._drop("replaced by a new connection")
             self._writer, mine, self.connected = writer, True, True
             nonces = {self.role: nonce, OTHER[self.role]: str(hello.get("nonce", ""))}
-            self.heartbeat_key = heartbeat.session_key(
+            self.heartbeat_key = heartbeat_datagram.session_key(
                 self.pair, nonces["primary"], nonces["secondary"]
             )
             self.ending = Ending.UNKNOWN

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Send and receive heartbeat datagrams on every heartbeat link (format: peer/heartbeat.py).
+"""Send and receive heartbeat datagrams (peer/heartbeat_datagram.py) on every heartbeat link.
 
 *The peer link*: Ethernet frames of type 0x88B5 (IEEE 802, local experimental) to a group address.
 They need no configured address, no IP firewall can block them, and a link that has lost its
@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import validate
 from ..failover.lease import boot_ns
-from .heartbeat import REFUSALS, SIZE, Flag, Heartbeat, HeartbeatSession
+from .heartbeat_datagram import REFUSALS, SIZE, Flag, Heartbeat, HeartbeatSession
 
 if TYPE_CHECKING:
     from ..config.file import Config

@@ -26,7 +26,7 @@ LONG = ("flows", "addresses", "hardware")
 #: type -> {field: type}. Every field is required; unknown ones are refused (but in hello).
 MESSAGES: dict[str, dict[str, type]] = {
     # Opens the connection, from both sides. `min` to `v`: the versions it supports; `boot`:
-    # identifies the process. It also carries `nonce`, for the key of peer/heartbeat.py,
+    # identifies the process. It also carries `nonce`, for the key of peer/heartbeat_datagram.py,
     # which is not listed because `v` alone does not need it.
     "hello": {"v": int, "min": int, "pair": str, "role": str, "boot": str},
     # Heartbeat. `echo` is the peer's `t` (CLOCK_BOOTTIME, ns) returned, for the round trip;

@@ -26,7 +26,8 @@ from ..controller.controller import Controller
 from ..controller.primary import Primary
 from ..controller.secondary import Secondary
 from ..datapath import loader
-from ..datapath.attach import AttachError, NoSuchDevice, Taken
+from ..datapath.attach import Taken
+from ..datapath.devices import DeviceError, NoSuchDevice
 from ..datapath.host import HostDataPath
 from ..datapath.prepare import DataPathError, DeviceMissing
 from ..datapath.programs import fill_quietly
@@ -195,7 +196,7 @@ def run(config: Config) -> int:
     except (Refusal, Taken, LoadError, DataPathError, ControlError) as e:
         log.error("refused: %s", e)
         return FAILED if needed else REFUSED
-    except AttachError as e:
+    except DeviceError as e:
         log.error("%s", e)
         return FAILED
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from ..config.file import Config
 from ..controller.command import Command
-from ..datapath import attach
+from ..datapath import devices, netlink
 from ..status.document import empty
 from ..status.metrics import start as start_metrics
 from .control_socket import ControlServer
@@ -32,8 +32,8 @@ LOOK_S = 1.0
 
 def _there(name: str) -> bool:
     try:
-        attach.link_info(name)
-    except (attach.NoSuchDevice, attach.NetlinkError, OSError):
+        devices.link_info(name)
+    except (devices.NoSuchDevice, netlink.NetlinkError, OSError):
         return False
     return True
 
@@ -55,7 +55,7 @@ async def _wait(config: Config, device: str, why: str) -> bool:
     changed = asyncio.Event()
 
     def news(sock: socket.socket) -> None:
-        attach.drain(sock)
+        netlink.drain(sock)
         changed.set()
 
     control = ControlServer(
@@ -68,7 +68,7 @@ async def _wait(config: Config, device: str, why: str) -> bool:
         if m.listen:
             tls = (m.cert, m.key, m.client_ca) if m.cert else None
             held.callback(start_metrics(m.listen, lambda: doc, tls).close)
-        sock = held.enter_context(attach.changes())
+        sock = held.enter_context(netlink.changes())
         loop.add_reader(sock.fileno(), news, sock)
         held.callback(loop.remove_reader, sock.fileno())
         notifier.send(READY="1", STATUS=f"starting: {reason}")

@@ -3,7 +3,8 @@
 Pure.
 
 SCHEMA grows when a key changes its meaning or is removed; new keys do not change it, and readers
-must ignore keys they do not know. status/builder.py fills the document from a live controller.
+must ignore keys they do not know. A key is described in FIELDS and begins with its value in
+empty(). status/builder.py fills the document from a live controller.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from ..engine.waits import WAIT_BUCKETS
 from ..failover.facts import Ending
 from ..failover.states import Role, State
 from ..net.bridge import PORT_STATES
-from ..peer.heartbeat import REFUSALS
+from ..peer.heartbeat_datagram import REFUSALS
 
 SCHEMA = 1
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..abi import Cfg, HostRole, Mode
-from ..datapath import attach, loader
-from ..datapath.prepare import manifest_path
+from ..datapath import attach, bridge, devices, loader
+from ..datapath.manifest import manifest_path
 from ..failover.lease import boot_ns
 from .preflight import is_running
 
@@ -80,7 +80,7 @@ def _pinned(pins: str, role: str) -> Pinned | None:
         role if now is HostRole.CONFIGURED else now.name.lower(),
         Mode(slot(Cfg.MODE)),
         slot(Cfg.LEASE_EXPIRY_NS),
-        any(attach.tap_in_use(loader.pinned_slot(nic, Cfg.TAP)) for nic in loader.nic_pins(pins)),
+        any(devices.tap_in_use(loader.pinned_slot(nic, Cfg.TAP)) for nic in loader.nic_pins(pins)),
     )
 
 
@@ -114,7 +114,7 @@ def cleanup(pair: str, bpffs: str, run_dir: str, *, force: bool = False) -> list
     for role in roles:
         p = found[role]
         if p is not None and (why[role] or not p.in_use):
-            gone += attach.take_out_ports(manifest_path(run_dir, pair, role))
+            gone += bridge.take_out_ports(manifest_path(run_dir, pair, role))
         gone += attach.detach_all(manifest_path(run_dir, pair, role))
         gone += loader.remove_pins(loader.pin_dir(bpffs, pair, role))
         sock = Path(run_dir) / f"{pair}.{role}.sock"

@@ -24,7 +24,7 @@ from ..qemu.migration import MigrationOptions
 from ..qemu.overlays import ReplicatedDisk, directory_trouble, overlay_paths, rooms
 
 if TYPE_CHECKING:
-    from ..datapath.attach import LinkInfo
+    from ..datapath.devices import LinkInfo
     from ..qemu.nic import Multiqueue
 
 OK, WARN, FAIL = 0, 1, 2
@@ -145,13 +145,13 @@ def _devices(config: Config) -> Iterator[Check]:
 
 def _nic(config: Config, net: Network) -> Iterator[Check]:
     """Check the devices of one NIC of the guest."""
-    from ..datapath import attach, syscall
+    from ..datapath import attach, devices, syscall
     from ..datapath.hooks import TAG_BYTES
     from ..datapath.prepare import DataPathError, choose_hook
 
     try:
-        tap = attach.link_info(net.tap)
-    except attach.NoSuchDevice as e:
+        tap = devices.link_info(net.tap)
+    except devices.NoSuchDevice as e:
         yield Check("tap", FAIL, str(e), f"ip tuntap add dev {net.tap} mode tap vnet_hdr")
         return
     if tap.kind != "tun":
@@ -182,8 +182,8 @@ def _nic(config: Config, net: Network) -> Iterator[Check]:
         name = syscall.prog_info_by_id(tap.xdp_prog_id).name
         yield Check("XDP", FAIL, f"{net.tap} has a program of another tool ({name})", "remove it")
     try:
-        peer = attach.link_info(net.peer_link)
-    except attach.NoSuchDevice as e:
+        peer = devices.link_info(net.peer_link)
+    except devices.NoSuchDevice as e:
         if net.vxlan_remote:
             yield Check("peer link", OK, f"{net.peer_link}: a VXLAN that `run` creates")
         else:
@@ -205,12 +205,13 @@ def _nic(config: Config, net: Network) -> Iterator[Check]:
 
 def _spanning_tree(bridge: str, tap: LinkInfo) -> Iterator[Check]:
     """Check STP: a port that has just joined a bridge listens and learns before it forwards."""
-    from ..datapath import attach
+    from ..datapath.bridge import PORT_WAITS, port_state, spanning_tree
+    from ..datapath.devices import NoSuchDevice
 
     if bridge:
         try:
-            stp, delay = attach.spanning_tree(bridge)
-        except attach.NoSuchDevice as e:
+            stp, delay = spanning_tree(bridge)
+        except NoSuchDevice as e:
             yield Check("bridge", FAIL, str(e), f"ip link add {bridge} type bridge")
             return
         if stp == 1 and delay:
@@ -226,8 +227,8 @@ def _spanning_tree(bridge: str, tap: LinkInfo) -> Iterator[Check]:
             )  # fmt: skip
         else:
             yield Check("bridge", OK, f"{bridge}, a port forwards as soon as it joins")
-    state = attach.port_state(tap.name)
-    if state in attach.PORT_WAITS:
+    state = port_state(tap.name)
+    if state in PORT_WAITS:
         yield Check("bridge", FAIL, f"{tap.name} is {state} in its bridge: the guest is cut off",
                     "let STP forward on this port, or turn STP off")  # fmt: skip
 
@@ -312,11 +313,11 @@ def _qemu(config: Config) -> Iterator[Check]:
 
 def _queues(card: Multiqueue, tap: str) -> Iterator[Check]:
     """Check the queues between the guest and its tap."""
-    from ..datapath import attach
+    from ..datapath import devices
 
     try:
-        opened = attach.link_info(tap).queues
-    except attach.NoSuchDevice:
+        opened = devices.link_info(tap).queues
+    except devices.NoSuchDevice:
         opened = 0
     found = card.obstacles()
     if opened > card.queues:
@@ -354,10 +355,10 @@ def _vhost(config: Config) -> Iterator[Check]:
 
 def _migration_route(config: Config) -> Iterator[Check]:
     """Check what a checkpoint waits for on the migration channel."""
-    from ..datapath import attach
+    from ..datapath.route import route_to
 
     address = migration_peer(config)
-    route = attach.route_to(address) if address else None
+    route = route_to(address) if address else None
     if route is None:
         return
     if route.quickack:

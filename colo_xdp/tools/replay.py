@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..compare.causes import Cause
+from ..compare.causes import FINAL
 from ..compare.limits import Limits
 from ..compare.policy import Policy
 from ..engine.engine import Engine
@@ -30,10 +30,6 @@ TICK_NS = 10 * MS
 MAX_LISTED = 1000
 # bytes; one connection in two captures that start further apart than this is renumbered
 _SAME_NUMBERS = 1 << 20
-_FINAL = (
-    Cause.PAYLOAD_DIFFERS, Cause.FIN_DIFFERS, Cause.RST_ONE_SIDED, Cause.SYN_OPTIONS_DIFFER,
-    Cause.URGENT_DIFFERS,
-)  # fmt: skip
 
 
 class ReplayError(ValueError):
@@ -158,7 +154,7 @@ class Replay:
     def _differs(self, d: Divergence) -> None:
         if len(self.pairs) < MAX_LISTED:
             self.pairs.append((d.ts_ns, d))
-        if d.proto == "tcp" and d.cause in _FINAL and d.flow not in self._lost_names:
+        if d.proto == "tcp" and d.cause in FINAL and d.flow not in self._lost_names:
             self._lost_names.append(d.flow)
             self._lost |= {k for k in self._flows if describe_tcp(k) == d.flow}
 

@@ -27,7 +27,7 @@ from typing import Any
 
 from colo_xdp import abi
 from colo_xdp.abi import Cfg, Mode, Prog, Reason
-from colo_xdp.datapath import attach, compiler, loader
+from colo_xdp.datapath import attach, compiler, devices, loader
 from colo_xdp.datapath.inject import Injector
 from colo_xdp.datapath.offload_maps import BpfKernelPath
 from colo_xdp.datapath.ring import open_reader
@@ -138,19 +138,19 @@ def _proxy(bridge: bool) -> Iterator[SlowPath]:
             config.set(slot.to_bytes(4, "little"), value.to_bytes(8, "little"))
 
         for slot, value in (
-            (Cfg.TAP, attach.link_info("gv").index), (Cfg.PEER, attach.link_info("peer0").index),
+            (Cfg.TAP, devices.link_info("gv").index), (Cfg.PEER, devices.link_info("peer0").index),
             (Cfg.EPOCH, 1), (Cfg.MODE, Mode.RUN),
             (Cfg.UPLINK, abi.UPLINK_BRIDGE if bridge else abi.UPLINK_LEARNED),
         ):  # fmt: skip
             write(slot, value)
         mac = bytes.fromhex(_sys(CLIENT, "c0", "address").replace(":", ""))
-        held.tell_port(objects, mac, attach.link_info("uplink").index)
+        held.tell_port(objects, mac, devices.link_info("uplink").index)
         fast = BpfKernelPath(
             objects, 10**12, 0, lambda on: write(Cfg.OFFLOAD, on), lambda epoch: None
         )
         fast.enabled = True
         name = f"cxr-{PAIR}"
-        fd = attach.make_tap(name)
+        fd = devices.make_tap(name)
         progs = objects.programs
         attach.attach_tc(name, "ingress", progs["pvm_release"], PAIR, None)
         attach.attach_tc("peer0", "ingress", progs["svm_arrival"], PAIR, None)

@@ -31,7 +31,7 @@ from colo_xdp import abi
 from colo_xdp.abi import Mode
 from colo_xdp.config.file import load
 from colo_xdp.controller.controller import RING_BATCH
-from colo_xdp.datapath import attach, compiler, loader
+from colo_xdp.datapath import attach, compiler, devices, loader
 from colo_xdp.datapath.datapath import DataPath
 from colo_xdp.engine.engine import Engine, Frame, Limits, Policy
 from colo_xdp.net.packet import parse
@@ -345,7 +345,7 @@ def hear_client(dp: DataPath, net: Net) -> None:
     """Note that the client is at the uplink, as its acks would report all the time."""
     with inside(net.host):
         dp.watch_bridge()
-        port = attach.link_info("uplink").index
+        port = devices.link_info("uplink").index
     tell_port(dp.objects, CLIENT_MAC, port)
     dp.set_slot(abi.Cfg.LOSS_NS, 0)  # there is no controller
 

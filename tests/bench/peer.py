@@ -31,7 +31,7 @@ from types import SimpleNamespace
 
 from colo_xdp import abi
 from colo_xdp.abi import Cfg
-from colo_xdp.datapath import attach, loader
+from colo_xdp.datapath import attach, devices, loader
 from tests.netns.conftest import inside
 
 from . import held, programs
@@ -284,7 +284,7 @@ def _out_path(tag: str, ours: bool) -> Iterator[tuple[int, int]]:
     try:
         with ExitStack() as stack, inside(net.host):
             tap = Tap("tap0")
-            peer = attach.link_info("peer0").index
+            peer = devices.link_info("peer0").index
             if ours:
                 where = stack.enter_context(programs.bpffs())
                 k = programs.Loaded("secondary", "out", where)

@@ -33,7 +33,7 @@ from colo_xdp import abi
 from colo_xdp.compare.limits import Limits
 from colo_xdp.compare.policy import Policy
 from colo_xdp.controller.pvm_output import PvmOutput
-from colo_xdp.datapath.attach import make_tap
+from colo_xdp.datapath.devices import make_tap
 from colo_xdp.datapath.inject import Injector
 from colo_xdp.datapath.ring import CapturedFrame, RingReader
 from colo_xdp.engine.engine import Engine

@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from colo_xdp.engine.outbox import WAITS
+from colo_xdp.compare.causes import WAITS
 from colo_xdp.lab.guest import content
 from colo_xdp.lab.net import LabError, in_ns, wait_for
 from colo_xdp.lab.pair import Lab

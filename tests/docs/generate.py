@@ -32,7 +32,7 @@ from colo_xdp.config.schema import SECTIONS, Config
 from colo_xdp.engine.counters import COUNTERS
 from colo_xdp.failover import states
 from colo_xdp.failover.states import Role, State
-from colo_xdp.peer import heartbeat, messages
+from colo_xdp.peer import heartbeat_datagram, messages
 from colo_xdp.status import document, metrics
 from colo_xdp.tools.explain import ADVICE
 
@@ -344,25 +344,28 @@ LAYOUT = re.compile(r"^    (\d+) +(\d+) +(\S.*)$", re.M)
 
 def datagram() -> str:
     """The layout of a heartbeat datagram."""
-    rows = [list(m) for m in LAYOUT.findall(heartbeat.__doc__ or "")]
+    rows = [list(m) for m in LAYOUT.findall(heartbeat_datagram.__doc__ or "")]
     at = 0
-    for (begin, size, _), want in zip(rows, [*_sizes(), heartbeat.MAC], strict=True):
+    for (begin, size, _), want in zip(rows, [*_sizes(), heartbeat_datagram.MAC], strict=True):
         assert (int(begin), int(size)) == (at, want), begin
         at += want
-    assert at == heartbeat.SIZE
+    assert at == heartbeat_datagram.SIZE
     parts = ([a, b, *text.partition(":")[::2]] for a, b, text in rows)
     return table(("offset", "size", "field", "content"), parts)
 
 
 def _sizes() -> list[int]:
-    return [struct.calcsize("!" + x) for x in re.findall(r"\d*[a-zA-Z]", heartbeat._HEAD.format)]
+    return [
+        struct.calcsize("!" + x)
+        for x in re.findall(r"\d*[a-zA-Z]", heartbeat_datagram._HEAD.format)
+    ]
 
 
 def flags() -> str:
     """The flags of a heartbeat datagram."""
-    text = inspect.getsource(heartbeat.Flag)
+    text = inspect.getsource(heartbeat_datagram.Flag)
     rows = []
-    for f in heartbeat.Flag:
+    for f in heartbeat_datagram.Flag:
         m = re.search(rf"^    {f.name} = {int(f)}(?: +# (.*))?$", text, re.M)
         assert m and f.name, f
         rows.append([f"`{f.name}`", str(int(f)), sentence(m[1] or "as in a heartbeat message")])

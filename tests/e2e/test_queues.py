@@ -6,7 +6,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
-from colo_xdp.datapath import attach
+from colo_xdp.datapath import devices
 from colo_xdp.lab.client import EchoStream
 from colo_xdp.lab.net import in_ns, wait_for
 from colo_xdp.lab.pair import Lab
@@ -24,7 +24,7 @@ def used(lab: Lab) -> int:
 def test_four_queues(make_lab: Callable[..., Lab]) -> None:
     lab = make_lab(queues=QUEUES)
     lab.protect()
-    tap = in_ns(lab.net.primary, lambda: attach.link_info("tap0"))
+    tap = in_ns(lab.net.primary, lambda: devices.link_info("tap0"))
     assert tap.multi_queue and tap.queues == QUEUES
     for i, name in enumerate(["index.html"] * 20 + ["f100k"] * 10 + ["f1m"] * 4 + ["big"]):
         size, wrong = lab.client.download(name, v6=bool(i % 2))

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from colo_xdp.engine.outbox import WAITS
+from colo_xdp.compare.causes import WAITS
 from colo_xdp.lab.capture import from_guest
 from colo_xdp.lab.client import EchoStream, LineStream
 from colo_xdp.lab.net import CLIENT_IP, in_ns, wait_for

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from colo_xdp.engine.outbox import WAITS
+from colo_xdp.compare.causes import WAITS
 from colo_xdp.lab.net import in_ns
 from tests.bench import waits
 

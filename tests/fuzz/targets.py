@@ -22,7 +22,7 @@ from colo_xdp.net.frame import Frame
 from colo_xdp.net.packet import parse as parse_packet
 from colo_xdp.net.packet import tcp_options
 from colo_xdp.peer import messages
-from colo_xdp.peer.heartbeat import MAC, NONCE, SIZE, Flag, HeartbeatSession, session_key
+from colo_xdp.peer.heartbeat_datagram import MAC, NONCE, SIZE, Flag, HeartbeatSession, session_key
 from colo_xdp.qemu import events
 from colo_xdp.tools.pcap import PcapError, read
 

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 
 from colo_xdp import abi
 from colo_xdp.abi import SIDE_SVM, Cfg, CtlResult, Mode, Prog, Reason
-from colo_xdp.datapath import attach, loader, syscall
+from colo_xdp.datapath import attach, devices, loader, syscall
 from colo_xdp.datapath.offload_maps import BpfKernelPath
 from colo_xdp.datapath.ring import open_reader
 from colo_xdp.datapath.source import Options
@@ -53,7 +53,7 @@ class Lab:
             sh("ip", "-n", net.host, "link", "set", "dev", dev, "mtu", "4000", "up")
         for dev in ("pvm0", "up0"):
             sh("ip", "-n", net.host, "link", "set", "dev", dev, "master", "br0")
-        self.index = {n: attach.link_info(n).index for n in ("pvm0", "svm0", "up0")}
+        self.index = {n: devices.link_info(n).index for n in ("pvm0", "svm0", "up0")}
         progs = self.objects.programs
         attach.attach_tc("pvm0", "ingress", progs["pvm_out"], "fastdiff", None)
         attach.attach_tc("pvm0", "egress", progs["pvm_in"], "fastdiff", None)

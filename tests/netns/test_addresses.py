@@ -18,7 +18,7 @@ import pytest
 from colo_xdp import abi
 from colo_xdp.abi import Mode
 from colo_xdp.controller.secondary import Secondary
-from colo_xdp.datapath import attach
+from colo_xdp.datapath import devices
 from colo_xdp.datapath.datapath import DataPath
 from colo_xdp.datapath.host import HostDataPath
 from colo_xdp.failover.states import State
@@ -334,4 +334,4 @@ def test_a_guest_whose_tap_is_down_or_gone_is_not_active(host: Host) -> None:
 
 def examined(h: Host) -> list[doctor.Check]:
     with inside(h.net.host):
-        return list(doctor._spanning_tree("br0", attach.link_info("tap0")))
+        return list(doctor._spanning_tree("br0", devices.link_info("tap0")))

@@ -14,7 +14,7 @@ from pyroute2 import IPRoute
 
 from colo_xdp import abi
 from colo_xdp.abi import Cfg, Mode
-from colo_xdp.datapath import attach, syscall
+from colo_xdp.datapath import attach, devices, netlink, syscall
 from colo_xdp.datapath.datapath import DataPath
 from colo_xdp.datapath.hooks import Look
 from colo_xdp.tools import cleanup
@@ -90,7 +90,7 @@ def test_a_tap_made_again_transmits_through_us(net: Net, path: DataPath) -> None
     back = path.look()
     assert back.trouble == [] and back.unseen and back.missed
     assert back.restored == ["pvm_out on tap0", "pvm_in on tap0"], "what shuts comes first"
-    assert path.slot(Cfg.TAP) == attach.link_info("tap0").index
+    assert path.slot(Cfg.TAP) == devices.link_info("tap0").index
     assert whole(path.look())
     guest = Tap("tap0")
     assert compared(net, path, guest)
@@ -117,7 +117,7 @@ def test_a_peer_link_made_again(net: Net, path: DataPath) -> None:
     back = path.look()
     assert back.restored == ["svm_arrival on peer0", "promiscuous mode of peer0"]
     assert back.missed and not back.unseen
-    assert not back.cut and path.slot(Cfg.PEER) == attach.link_info("peer0").index
+    assert not back.cut and path.slot(Cfg.PEER) == devices.link_info("peer0").index
     assert whole(path.look()) and arrives(net, path)
     sh("ip", "-n", net.other, "link", "set", "peer0", "down")
     assert path.look().trouble == [
@@ -175,7 +175,7 @@ def test_another_tools_filter_before_ours(net: Net, path: DataPath) -> None:
     prog = path.objects.programs["pvm_release"]
     with IPRoute() as ipr:
         ipr.tc(
-            "add-filter", "bpf", attach.link_info("tap0").index, handle=1, prio=attach.FIRST,
+            "add-filter", "bpf", devices.link_info("tap0").index, handle=1, prio=attach.FIRST,
             protocol=attach.ETH_P_ALL, fd=prog.fd, name="theirs", parent=attach.INGRESS,
             classid=1, direct_action=True,
         )  # fmt: skip
@@ -194,7 +194,7 @@ def test_a_tcx_program_of_somebody_else(path: DataPath) -> None:
         _fields_ = [(n, ct.c_uint32) for n in ("ifindex", "fd", "type", "flags", "a", "b")]
         _fields_ += [("revision", ct.c_uint64)]
 
-    prog, index = path.objects.programs["pvm_release"], attach.link_info("tap0").index
+    prog, index = path.objects.programs["pvm_release"], devices.link_info("tap0").index
     attr = Attr(ifindex=index, fd=prog.fd, type=46)  # BPF_TCX_INGRESS
     try:
         syscall._bpf(8, attr, "prog attach")
@@ -208,7 +208,7 @@ def test_a_tcx_program_of_somebody_else(path: DataPath) -> None:
 
 
 def test_netlink_tells_when_to_look(net: Net, path: DataPath) -> None:
-    with attach.changes() as s:
+    with netlink.changes() as s:
         with pytest.raises(BlockingIOError):
             s.recv(1)
         s.settimeout(5)

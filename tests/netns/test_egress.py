@@ -17,7 +17,7 @@ from pyroute2.nftables.main import NFTables
 
 from colo_xdp import abi
 from colo_xdp.abi import Mode
-from colo_xdp.datapath import attach, rule_changes
+from colo_xdp.datapath import bridge, devices, netlink, rule_changes
 from colo_xdp.datapath.datapath import DataPath
 from colo_xdp.net.packet import parse
 from colo_xdp.offload.kernel_format import OffloadRequest, OffloadResult
@@ -199,7 +199,7 @@ def test_ebtables_are_not_passed_by(
     pair.client_sends()
     assert pair.direct()
     module = tmp_path / "ebtable_filter"
-    monkeypatch.setattr(attach, "EBTABLES", (module,))
+    monkeypatch.setattr(bridge, "EBTABLES", (module,))
     pair.dp.watch_bridge()
     pair.client_sends()
     assert pair.direct()
@@ -213,13 +213,13 @@ def test_ebtables_are_not_passed_by(
 def looks(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Provide a list that grows with each look at the ports."""
     found: list[str] = []
-    plain_ports = attach.plain_ports
+    plain_ports = bridge.plain_ports
 
     def counted(tap: str) -> frozenset[int]:
         found.append(tap)
         return plain_ports(tap)
 
-    monkeypatch.setattr(attach, "plain_ports", counted)
+    monkeypatch.setattr(bridge, "plain_ports", counted)
     return found
 
 
@@ -290,10 +290,10 @@ class Tables:
 @pytest.mark.parametrize(
     ("error", "plain"),
     [
-        (attach.NetlinkError(errno.EINVAL), True),  # of nfnetlink: it has no such subsystem
+        (netlink.NetlinkError(errno.EINVAL), True),  # of nfnetlink: it has no such subsystem
         (OSError(errno.EPROTONOSUPPORT, "no nfnetlink"), True),
-        (attach.NetlinkError(errno.EPERM), False),
-        (attach.NetlinkError(errno.EINTR), False),
+        (netlink.NetlinkError(errno.EPERM), False),
+        (netlink.NetlinkError(errno.EINTR), False),
         (OSError(errno.ENOBUFS, "no memory"), False),
         (OSError(errno.EMFILE, "too many files"), False),
     ],
@@ -301,17 +301,17 @@ class Tables:
 def test_rules_that_cannot_be_read_are_taken_for_rules(
     net: Net, error: Exception, plain: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert attach.plain_ports("tap0")
-    monkeypatch.setattr(attach, "NFTables", Tables(error))
-    assert bool(attach.plain_ports("tap0")) == plain
+    assert bridge.plain_ports("tap0")
+    monkeypatch.setattr(netlink, "NFTables", Tables(error))
+    assert bool(bridge.plain_ports("tap0")) == plain
 
 
 @pytest.mark.parametrize(
     ("where", "error"),
     [
-        ("plain_ports", attach.NetlinkError(errno.EBUSY)),
+        ("plain_ports", netlink.NetlinkError(errno.EBUSY)),
         ("plain_ports", OSError(errno.ENOBUFS, "no memory")),
-        ("refresh_fdb", attach.NoSuchDevice("network device tap0 does not exist")),
+        ("refresh_fdb", devices.NoSuchDevice("network device tap0 does not exist")),
     ],
 )
 def test_a_bridge_that_cannot_be_looked_at_is_not_passed_by(
@@ -324,7 +324,7 @@ def test_a_bridge_that_cannot_be_looked_at_is_not_passed_by(
     pair.client_sends()
     assert pair.direct()
     with monkeypatch.context() as mp:
-        mp.setattr(attach, where, fails)
+        mp.setattr(bridge, where, fails)
         for _ in range(3):
             pair.dp._fdb_set = 0.0
             pair.dp._rule_changes.again()
@@ -364,5 +364,5 @@ def test_the_bridge_does_not_forget_the_guest(net: Net, pair: Pair) -> None:
     pair.dp.mode = Mode.BYPASS
     pair.tap.send(CLIENT_MAC + GUEST_MAC + b"\x88\xb5" + bytes(46))
     until(lambda: age() >= 1)
-    attach.refresh_fdb("tap0")
+    bridge.refresh_fdb("tap0")
     assert age() < 1

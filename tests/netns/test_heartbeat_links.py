@@ -12,7 +12,7 @@ from pathlib import Path
 from colo_xdp.config.file import load
 from colo_xdp.failover.facts import Ending
 from colo_xdp.peer.channel import Peer
-from colo_xdp.peer.heartbeat import NONCE, Flag, Heartbeat, session_key
+from colo_xdp.peer.heartbeat_datagram import NONCE, Flag, Heartbeat, session_key
 from colo_xdp.peer.heartbeat_links import ETHERTYPE, GROUP, HeartbeatLinks
 from tests.netns.conftest import Net, inside, sh
 

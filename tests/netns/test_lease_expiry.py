@@ -12,7 +12,7 @@ import pytest
 from colo_xdp import abi
 from colo_xdp.abi import Cfg, Mode, SyncState
 from colo_xdp.config.file import Config, load
-from colo_xdp.datapath import attach
+from colo_xdp.datapath import devices
 from colo_xdp.datapath.datapath import DataPath
 from colo_xdp.datapath.prepare import DeviceMissing
 from colo_xdp.failover.lease import boot_ns
@@ -87,7 +87,7 @@ class Host:
 
     @property
     def in_bridge(self) -> bool:
-        return attach.link_info("tap0").master != 0
+        return devices.link_info("tap0").master != 0
 
     def end_guest(self) -> None:
         if self.guest is not None:
@@ -239,8 +239,8 @@ def test_a_frame_of_another_host_is_not_ours(host: Host) -> None:
     """The pins name the device; a device with the same number elsewhere is not ours."""
     dp = host.start()
     dp.mode = Mode.RUN
-    index = attach.link_info("tap0").index
-    assert attach.tap_in_use(index)
+    index = devices.link_info("tap0").index
+    assert devices.tap_in_use(index)
     host.stop()
     with inside(host.net.client):
-        assert not attach.tap_in_use(index)
+        assert not devices.tap_in_use(index)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from colo_xdp.config.file import Config, load
-from colo_xdp.datapath import attach
+from colo_xdp.datapath import route
 from colo_xdp.tools import doctor
 from tests.netns.conftest import Net, inside, sh
 
@@ -46,7 +46,7 @@ def test_the_command_is_right(net: Net, address: str, net_of: str, shape: str) -
         assert command == f"ip route replace {address} dev peer0 src {own} quickack 1"
         sh(*command.split())
         assert found(c).level == doctor.OK
-        assert attach.route_to(own) is None, "this host itself"
+        assert route.route_to(own) is None, "this host itself"
 
 
 def test_a_gateway_is_part_of_it(net: Net) -> None:

@@ -16,7 +16,7 @@ import pytest
 from colo_xdp.abi import Cfg, Mode, SyncState
 from colo_xdp.config.file import Config, as_toml, load
 from colo_xdp.config.network import Network
-from colo_xdp.datapath import attach, loader
+from colo_xdp.datapath import devices, loader
 from colo_xdp.datapath.host import HostDataPath
 from colo_xdp.datapath.pair_slots import OF_THE_PAIR
 from colo_xdp.datapath.prepare import DataPathError, DeviceMissing
@@ -211,9 +211,9 @@ def test_what_fails_for_one_nic_is_done_for_the_other(two: Net, tmp_path: Path) 
     dp = HostDataPath.load(c)
     try:
         sh("ip", "-n", two.host, "link", "del", "br20")
-        with pytest.raises(attach.NoSuchDevice, match="br20"):
+        with pytest.raises(devices.NoSuchDevice, match="br20"):
             dp.open_network()
-        assert attach.link_info("tap1").master == attach.link_info("br21").index
+        assert devices.link_info("tap1").master == devices.link_info("br21").index
     finally:
         dp.close()
 

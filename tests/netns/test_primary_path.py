@@ -15,7 +15,7 @@ import pytest
 from colo_xdp import abi
 from colo_xdp.abi import Mode
 from colo_xdp.config.file import Config, load
-from colo_xdp.datapath import attach
+from colo_xdp.datapath import attach, devices
 from colo_xdp.datapath.datapath import DataPath
 from colo_xdp.datapath.inject import vnet_header
 from colo_xdp.datapath.ring import CapturedFrame
@@ -349,7 +349,7 @@ def test_a_filter_of_somebody_else_is_reported(
         attach.detach_tc("tap0", "ingress", attach.label(PAIR, "pvm_out"))
         foreign(monkeypatch, dp, "tap0", "ingress")
         dp.close()
-        with pytest.raises(attach.AttachError, match="somebody else.*somebody:else"):
+        with pytest.raises(devices.DeviceError, match="somebody else.*somebody:else"):
             DataPath(config(tmp_path))
         assert "somebody:else" in sh("tc", "filter", "show", "dev", "tap0", "ingress")
     finally:

@@ -23,7 +23,7 @@ import pytest
 
 from colo_xdp import abi
 from colo_xdp.abi import Mode
-from colo_xdp.datapath import attach
+from colo_xdp.datapath import devices
 from colo_xdp.datapath.datapath import DataPath
 from colo_xdp.datapath.ring import CapturedFrame
 from colo_xdp.tools import cleanup
@@ -105,9 +105,9 @@ def numbered(flow: int, number: int) -> bytes:
 
 
 def test_the_kernel_reports_the_queues(net: Net, guest: Guest) -> None:
-    assert attach.link_info("tap0").multi_queue
-    assert attach.link_info("tap0").queues == QUEUES
-    assert not attach.link_info("uplink").queues
+    assert devices.link_info("tap0").multi_queue
+    assert devices.link_info("tap0").queues == QUEUES
+    assert not devices.link_info("uplink").queues
 
 
 @pytest.mark.parametrize("events", ["ring", "perf"])

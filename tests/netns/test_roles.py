@@ -12,7 +12,7 @@ import pytest
 
 from colo_xdp import abi
 from colo_xdp.abi import Mode
-from colo_xdp.datapath import attach
+from colo_xdp.datapath import devices
 from colo_xdp.datapath.conntrack_map import ConntrackMap
 from colo_xdp.datapath.datapath import DataPath
 from colo_xdp.datapath.ring import CapturedFrame
@@ -203,7 +203,7 @@ def test_and_back_to_the_secondary(survivor: Host) -> None:
     assert programs(h) == first, "nothing was compiled"
     assert not events(h.dp, 1, 0.1), "of another time"
     with inside(h.net.host):
-        assert attach.link_info("tap0").master == 0
+        assert devices.link_info("tap0").master == 0
         h.dp.mode = Mode.RUN
         up = Sniffer(h.net.client, "c0")
         h.guest.send(tcp(b"shut in"))

@@ -16,9 +16,10 @@ import pytest
 from colo_xdp import abi
 from colo_xdp.abi import Mode
 from colo_xdp.config.file import Config, load
-from colo_xdp.datapath import attach, loader
+from colo_xdp.datapath import attach, bridge, devices, loader
 from colo_xdp.datapath.datapath import DataPath
 from colo_xdp.datapath.inject import vnet_header
+from colo_xdp.datapath.manifest import Manifest
 from colo_xdp.datapath.prepare import DataPathError
 from colo_xdp.datapath.ring import CapturedFrame, summed
 from colo_xdp.datapath.source import Options
@@ -279,17 +280,17 @@ def test_refusals_name_the_device_and_the_reason(host: Host, tmp_path: Path) -> 
             other = loader.load("secondary", "else", "/sys/fs/bpf", opts)
             prog = other.programs["svm_out_xdp"]
             foreign = loader.Program("foreign", prog.fd, prog.id, prog.tag)
-            manifest = attach.Manifest(tmp_path / "else")
+            manifest = Manifest(tmp_path / "else")
             attach.attach_xdp("tap0", prog, manifest)
-            with pytest.raises(attach.AttachError, match="is not ours"):
+            with pytest.raises(devices.DeviceError, match="is not ours"):
                 attach.attach_xdp("tap0", foreign, manifest)
-            assert attach.link_info("tap0").xdp_prog_id == prog.id
-            assert attach.link_info("tap0").xdp_mode == "drv"
+            assert devices.link_info("tap0").xdp_prog_id == prog.id
+            assert devices.link_info("tap0").xdp_mode == "drv"
             attach.detach_all(tmp_path / "else")
-            assert attach.link_info("tap0").xdp_prog_id == 0
+            assert devices.link_info("tap0").xdp_prog_id == 0
             other.close()
             loader.remove_pins(loader.pin_dir("/sys/fs/bpf", "else", "secondary"))
-        attach.set_master("tap0", "br0")
+        bridge.set_master("tap0", "br0")
         with pytest.raises(DataPathError, match="tap0 is in a bridge"):
             DataPath(config(tmp_path))
         sh("ip", "-n", host.net.host, "link", "del", "tap0")

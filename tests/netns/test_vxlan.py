@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from colo_xdp.datapath import attach
+from colo_xdp.datapath import attach, devices
+from colo_xdp.datapath.manifest import Manifest
 from tests.netns.conftest import Net, Sniffer, inside, sh
 from tests.netns.frames import tcp
 
@@ -24,15 +25,15 @@ def test_made_used_removed(net: Net, tmp_path: Path, here: str, there: str) -> N
     wanted = {net.host: (here, there), net.other: (there, here)}
     for ns, (local, remote) in wanted.items():
         with inside(ns):
-            m = attach.Manifest(tmp_path / f"{ns}.attached")
-            assert attach.make_vxlan("cxpeer", 77, local, remote, 4789, m)
+            m = Manifest(tmp_path / f"{ns}.attached")
+            assert devices.make_vxlan("cxpeer", 77, local, remote, 4789, m)
             # the next controller finds it
-            m = attach.Manifest(tmp_path / f"{ns}.attached")
-            assert not attach.make_vxlan("cxpeer", 77, local, remote, 4789, m)
-            assert attach.link_info("cxpeer").kind == "vxlan"
+            m = Manifest(tmp_path / f"{ns}.attached")
+            assert not devices.make_vxlan("cxpeer", 77, local, remote, 4789, m)
+            assert devices.link_info("cxpeer").kind == "vxlan"
             for other in ((78, remote, 4789), (77, "192.0.2.9", 4789), (77, remote, 4790)):
-                with pytest.raises(attach.AttachError, match="not the VXLAN"):
-                    attach.make_vxlan("cxpeer", other[0], local, other[1], other[2], m)
+                with pytest.raises(devices.DeviceError, match="not the VXLAN"):
+                    devices.make_vxlan("cxpeer", other[0], local, other[1], other[2], m)
     frame = tcp(b"over the hosts' network")
     sniffer = Sniffer(net.other, "cxpeer")
     with inside(net.host):
@@ -44,13 +45,13 @@ def test_made_used_removed(net: Net, tmp_path: Path, here: str, there: str) -> N
     for ns in wanted:
         with inside(ns):
             assert attach.detach_all(tmp_path / f"{ns}.attached") == ["device cxpeer"]
-            with pytest.raises(attach.NoSuchDevice):
-                attach.link_info("cxpeer")
+            with pytest.raises(devices.NoSuchDevice):
+                devices.link_info("cxpeer")
 
 
 def test_a_foreign_device_is_left_alone(net: Net, tmp_path: Path) -> None:
-    m = attach.Manifest(tmp_path / "attached")
-    with pytest.raises(attach.AttachError, match="peer0 exists"):
-        attach.make_vxlan("peer0", 77, "", THERE, 4789, m)
+    m = Manifest(tmp_path / "attached")
+    with pytest.raises(devices.DeviceError, match="peer0 exists"):
+        devices.make_vxlan("peer0", 77, "", THERE, 4789, m)
     assert attach.detach_all(tmp_path / "attached") == []
-    assert attach.link_info("peer0").kind == "veth"
+    assert devices.link_info("peer0").kind == "veth"

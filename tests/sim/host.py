@@ -26,7 +26,7 @@ from colo_xdp.datapath.ring import CapturedFrame
 from colo_xdp.failover.facts import Ending
 from colo_xdp.failover.lease import GIVEN_UP, StoreError, StoreView, ours_to_take
 from colo_xdp.peer import messages
-from colo_xdp.peer.heartbeat import Flag, Heartbeat, HeartbeatSession, session_key
+from colo_xdp.peer.heartbeat_datagram import Flag, Heartbeat, HeartbeatSession, session_key
 from colo_xdp.qemu.events import QmpEvent
 from colo_xdp.qemu.migration import MigrationOptions
 from colo_xdp.qemu.nic import Card

@@ -43,7 +43,7 @@ from colo_xdp.failover.lease import Leadership
 from colo_xdp.failover.states import State
 from colo_xdp.offload import udp as offload_udp
 from colo_xdp.offload.udp import UdpCodec
-from colo_xdp.peer.heartbeat import Flag
+from colo_xdp.peer.heartbeat_datagram import Flag
 from colo_xdp.qemu.mirrors import Mirrors
 from colo_xdp.qemu.replica import Replica
 

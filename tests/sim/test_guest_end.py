@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from colo_xdp.abi import Mode
-from colo_xdp.compare.causes import Cause
+from colo_xdp.compare.causes import URGENT, Cause
 from colo_xdp.controller import pacing
 from colo_xdp.controller.colo_entry import ColoEntry
 from colo_xdp.controller.guest_lifecycle import GuestLifecycle
@@ -126,7 +126,7 @@ def a_flood_gets_its_share(share: int = 5) -> None:
             w._finish = last_look  # type: ignore[method-assign]
             w.run()
             p = seen[0]
-            made = [e for e in p.journal.entries if e.cause not in pacing.URGENT]
+            made = [e for e in p.journal.entries if e.cause not in URGENT]
             used, span = sum(e.total_ms for e in made), w.ms()
             longest = max(e.total_ms for e in p.journal.entries)
             assert len(made) > 3, "nothing was tried"

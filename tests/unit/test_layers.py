@@ -50,7 +50,8 @@ LAYERS: dict[str, set[str]] = {
 #: standard library nothing that reaches out
 PURE = (
     "abi", "clock", "validate", "net", "conntrack", "compare", "offload", "engine", "config",
-    "failover.decision", "failover.facts", "failover.states", "peer.messages", "peer.heartbeat",
+    "failover.decision", "failover.facts", "failover.states", "peer.messages",
+    "peer.heartbeat_datagram",
     "qemu.events", "qemu.disks", "qemu.migration", "qemu.nic", "datapath.btf",
     "datapath.image",
     "status.document", "status.text",
@@ -63,7 +64,7 @@ PURE = (
 FILES = {"config.file": {"os"}, "tools.corpus.play": set[str]()}
 EDGES = {
     "bcc": "datapath.compiler",
-    "pyroute2": "datapath.attach",
+    "pyroute2": "datapath.netlink",
     "qemu": "qemu.qmp",
     "prometheus_client": "status.metrics",
     "typer": "cli",

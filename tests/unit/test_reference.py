@@ -14,7 +14,7 @@ from colo_xdp.cli import EXIT_CODES
 from colo_xdp.compare.causes import Cause
 from colo_xdp.failover import states
 from colo_xdp.failover.states import State
-from colo_xdp.peer.heartbeat import REFUSALS
+from colo_xdp.peer.heartbeat_datagram import REFUSALS
 from colo_xdp.peer.messages import MESSAGES
 from colo_xdp.status.document import FIELDS, Status, StatusError, empty
 from colo_xdp.status.metrics import METRICS

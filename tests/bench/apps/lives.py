@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from colo_xdp.engine.outbox import WAITS
+from colo_xdp.compare.causes import WAITS
 from colo_xdp.lab.net import LabError, wait_for
 from colo_xdp.lab.pair import Lab
 

@@ -19,7 +19,7 @@ from colo_xdp.failover.arbiter import LeaseArbiter
 from colo_xdp.failover.decision import Action, decide
 from colo_xdp.failover.lease import boot_ns
 from colo_xdp.failover.states import State
-from colo_xdp.peer.heartbeat import Flag, Heartbeat
+from colo_xdp.peer.heartbeat_datagram import Flag, Heartbeat
 from colo_xdp.status.builder import active_json
 from tests.netns.frames import tcp, udp
 from tests.unit.controller.fakes import (

@@ -18,7 +18,7 @@ from colo_xdp.datapath.ring import CapturedFrame
 from colo_xdp.failover import lease
 from colo_xdp.failover.decision import Action, decide
 from colo_xdp.failover.states import State
-from colo_xdp.peer.heartbeat import NONCE, session_key
+from colo_xdp.peer.heartbeat_datagram import NONCE, session_key
 from tests.netns.frames import tcp
 from tests.unit.controller.fakes import primary, secondary
 

@@ -18,7 +18,7 @@ from colo_xdp.controller.primary import Primary
 from colo_xdp.controller.secondary import Secondary
 from colo_xdp.datapath.ring import CapturedFrame
 from colo_xdp.failover.states import State
-from colo_xdp.peer.heartbeat import Flag
+from colo_xdp.peer.heartbeat_datagram import Flag
 from colo_xdp.qemu.events import QmpEvent
 from tests.netns.frames import udp
 from tests.unit.controller.fakes import BEAT, FakeQmp, in_loop, primary, secondary

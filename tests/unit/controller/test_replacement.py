@@ -11,7 +11,8 @@ from types import SimpleNamespace
 import pytest
 
 from colo_xdp.abi import Mode
-from colo_xdp.datapath.attach import NetlinkError, NoSuchDevice
+from colo_xdp.datapath.devices import NoSuchDevice
+from colo_xdp.datapath.netlink import NetlinkError
 from colo_xdp.failover.arbiter import LeaseArbiter
 from colo_xdp.failover.facts import other_guest
 from colo_xdp.failover.lease import Leadership

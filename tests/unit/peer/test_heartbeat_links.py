@@ -14,7 +14,14 @@ from pathlib import Path
 import pytest
 
 from colo_xdp.config.file import Config, ConfigError, load, parse
-from colo_xdp.peer.heartbeat import NONCE, SIZE, Flag, Heartbeat, HeartbeatSession, session_key
+from colo_xdp.peer.heartbeat_datagram import (
+    NONCE,
+    SIZE,
+    Flag,
+    Heartbeat,
+    HeartbeatSession,
+    session_key,
+)
 from colo_xdp.peer.heartbeat_links import BUDGET, HeartbeatLinks
 from colo_xdp.tools.doctor import FAIL, OK, WARN, _paths
 

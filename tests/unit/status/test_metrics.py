@@ -19,7 +19,7 @@ from colo_xdp import abi
 from colo_xdp.compare.causes import Cause
 from colo_xdp.engine.waits import WAIT_BUCKETS
 from colo_xdp.failover.states import Role, State
-from colo_xdp.peer.heartbeat import REFUSALS
+from colo_xdp.peer.heartbeat_datagram import REFUSALS
 from colo_xdp.status import metrics
 from colo_xdp.status.document import empty
 from colo_xdp.tools import pki

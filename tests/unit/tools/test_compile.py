@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from colo_xdp import cli
 from colo_xdp.config.file import Config, load
-from colo_xdp.datapath import attach, compiler, loader, programs
+from colo_xdp.datapath import compiler, devices, loader, programs
 from colo_xdp.datapath.image import Image
 from colo_xdp.datapath.source import LoadError, NotCompiled, Refused, Source
 from colo_xdp.tools import doctor
@@ -33,12 +33,12 @@ def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Source, 
         out.append((source, nice))
         return image_of(source)
 
-    def absent(name: str) -> attach.LinkInfo:
-        raise attach.NoSuchDevice(name)
+    def absent(name: str) -> devices.LinkInfo:
+        raise devices.NoSuchDevice(name)
 
     monkeypatch.setenv("COLO_XDP_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(compiler, "run", run)
-    monkeypatch.setattr(attach, "link_info", absent)
+    monkeypatch.setattr(devices, "link_info", absent)
     monkeypatch.setattr(loader, "ring_supported", lambda: True)
     return out
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from colo_xdp.datapath import attach
+from colo_xdp.datapath import devices
 from colo_xdp.qemu.hardware import parse_qtree
 from colo_xdp.qemu.nic import Card, Multiqueue, multiqueue
 from colo_xdp.tools import doctor, vhost
@@ -51,7 +51,7 @@ def test_what_keeps_a_guest_from_its_queues(card: Multiqueue, said: list[str]) -
 
 
 def queues(card: Multiqueue, opened: int, monkeypatch: pytest.MonkeyPatch) -> list[doctor.Check]:
-    monkeypatch.setattr(attach, "link_info", lambda name: SimpleNamespace(queues=opened))
+    monkeypatch.setattr(devices, "link_info", lambda name: SimpleNamespace(queues=opened))
     return list(doctor._queues(card, "tap0"))
 
 

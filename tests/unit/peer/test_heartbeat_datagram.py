@@ -8,7 +8,7 @@ import random
 
 import pytest
 
-from colo_xdp.peer.heartbeat import (
+from colo_xdp.peer.heartbeat_datagram import (
     MAC,
     NONCE,
     REFUSALS,

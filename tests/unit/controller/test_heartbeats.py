@@ -20,7 +20,7 @@ from colo_xdp.failover.facts import Ending
 from colo_xdp.failover.lease import boot_ns
 from colo_xdp.failover.states import State
 from colo_xdp.peer.channel import OTHER
-from colo_xdp.peer.heartbeat import NONCE, Flag, Heartbeat, HeartbeatSession, session_key
+from colo_xdp.peer.heartbeat_datagram import NONCE, Flag, Heartbeat, HeartbeatSession, session_key
 from tests.unit.controller.fakes import FakeDataPath, Sent, primary, secondary
 
 LINK = "peer link"

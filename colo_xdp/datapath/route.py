@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Routes: how the kernel reaches another host."""
+
+from __future__ import annotations
+
+import errno
+import socket
+from dataclasses import dataclass
+
+from .netlink import NetlinkError, rtnetlink
+
+RTN_UNICAST = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """How the kernel reaches another host."""
+
+    dev: str
+    gateway: str  # empty: it is on the same network
+    source: str  # empty: any
+    quickack: bool
+
+    def with_quickack(self, address: str) -> str:
+        """Return the command that makes this a route of its own, with quickack, to one host."""
+        via = f" via {self.gateway}" if self.gateway else ""
+        src = f" src {self.source}" if self.source else ""
+        return f"ip route replace {address}{via} dev {self.dev}{src} quickack 1"
+
+
+def route_to(address: str) -> Route | None:
+    """Return the route to an IP address; None if there is none, or if it is this host's own."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    with rtnetlink() as ipr:
+        try:
+            found = next(iter(ipr.route("get", dst=address, family=family)))
+        except NetlinkError as e:
+            if e.code in (errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EACCES, errno.EINVAL):
+                return None
+            raise
+        if found["type"] != RTN_UNICAST:
+            return None
+        dev = ipr.link("get", index=found.get_attr("RTA_OIF"))[0].get_attr("IFLA_IFNAME")
+    metrics = found.get_attr("RTA_METRICS")
+    return Route(
+        dev,
+        found.get_attr("RTA_GATEWAY") or "",
+        found.get_attr("RTA_PREFSRC") or "",
+        bool(metrics and metrics.get_attr("RTAX_QUICKACK")),
+    )
