@@ -76,6 +76,18 @@ class Tap:
         if vnet:
             fcntl.ioctl(self.fd, 0x400454D8, struct.pack("i", 10))
             fcntl.ioctl(self.fd, 0x400454D0, 1 | 2 | 4)  # TUN_F_CSUM, TSO4, TSO6
+        self._settle(name)
+
+    @staticmethod
+    def _settle(name: str) -> None:
+        """Wait until the kernel has noted the carrier of a tap that is up: until then it drops."""
+        end = time.monotonic() + 5
+        while True:
+            (link,) = json.loads(sh("ip", "-j", "link", "show", name))
+            if "UP" not in link["flags"] or link["operstate"] == "UP":
+                return
+            assert time.monotonic() < end, f"{name} has no carrier: {link}"
+            time.sleep(0.01)
 
     def send(self, frame: bytes, head: bytes = bytes(10)) -> None:
         os.write(self.fd, (head if self.vnet else b"") + frame)
