@@ -56,6 +56,7 @@ PARTS: dict[str, tuple[str, Run]] = {
         slow_path.run,
     ),
     "goodput": ("TCP goodput of a copied sender (iperf3)", goodput.run),
+    "steady": ("TCP goodput, the worst run to the median", goodput.run_steady),
     "queues": ("A tap with several queues against one", queues.run),
     "peer": ("CPU per frame against QEMU's colo-compare and filter-rewriter", peer.run),
     "guests": ("Real guests: no proxy, QEMU's own, ours", arms.run),

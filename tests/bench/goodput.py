@@ -345,5 +345,31 @@ def run(part: Part, quick: bool, _build: Path) -> None:
     part.goal("goodput of 4 flows on all CPUs to 4 on one, each to plain", value, TOGETHER)
 
 
+#: a run is as good as another: the worst of so many, to their median
+STEADY_RUNS, STEADY = 20, 0.8
+
+
+def run_steady(part: Part, quick: bool, _build: Path) -> None:
+    """Look for runs in which a connection stays in user space: the worst of many, to the median.
+
+    The arm `mirror only` shows by how much this machine's own runs differ.
+    """
+    for offloads in (True, False):
+        name = f"one flow, offloads {'on' if offloads else 'off'}"
+        gbit: dict[str, list[float]] = {"mirror only": [], "fast path": []}
+        try:
+            for _ in range(2 if quick else STEADY_RUNS):
+                for arm, values in gbit.items():
+                    values.append(once(arm, offloads, 2)["gbit"])
+        except (RuntimeError, OSError) as e:
+            part.error(name, str(e))
+            continue
+        part.add(name, "Gbit/s", {arm: Spread.of(x) for arm, x in gbit.items()}, base="mirror only")
+        worst = {arm: min(x) / Spread.of(x).median for arm, x in gbit.items()}
+        ratios = {arm: Spread.of([x]) for arm, x in worst.items()}
+        part.add(f"{name}: the worst run to the median", "", ratios)
+        part.goal(f"{name}: the worst of many runs to the median", worst["fast path"], STEADY)
+
+
 def _per(got: dict[str, float], a: str, b: str) -> float | None:
     return got[a] / got[b] if got.get(b) else None
