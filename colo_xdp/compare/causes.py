@@ -100,6 +100,11 @@ NEUTRAL = frozenset({
     Cause.OPERATOR, Cause.PERIODIC, Cause.POLICY, Cause.OVERLAY_FULL, Cause.CONTROLLER_RESTART,
     Cause.SWITCHOVER, Cause.HOOKS_LOST, Cause.EVENT_LOST, Cause.PEER_LINK,
 })  # fmt: skip
+#: the guests may agree all the same: something was lost, or did not fit
+LOSSES = frozenset({
+    Cause.QUEUE_FULL, Cause.STREAM_FULL, Cause.EVENT_LOST, Cause.PEER_GAP, Cause.PEER_LINK,
+    Cause.HOOKS_LOST, Cause.FRAME_LOST,
+})  # fmt: skip
 #: no client can trigger them, or somebody waits for their end: begun at once, whatever the price
 URGENT = frozenset({
     Cause.SWITCHOVER, Cause.OPERATOR, Cause.INITIAL, Cause.PEER_GAP, Cause.CONTROLLER_RESTART,

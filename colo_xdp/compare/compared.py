@@ -39,6 +39,10 @@ class ComparedFlow(ABC):
         """Return whether the head acks what the SVM has not acked; only TCP tells."""
         return False
 
+    def head_ns(self) -> int:
+        """Return the arrival (ns) of the oldest frame of the PVM that waits; 0: none does."""
+        return self.held[0][2] if self.held else 0
+
     def __init__(
         self,
         host: FlowContext,

@@ -34,6 +34,10 @@ class Requester(Protocol):
         """Return whether what waits shows that the SVM has not got what the PVM has got."""
         ...
 
+    def head_ns(self) -> int:
+        """Return the arrival (ns) of the oldest frame of the PVM that waits; 0: none does."""
+        ...
+
 
 class Flow(Protocol):
     """Something that can hold frames."""

@@ -180,6 +180,10 @@ class Fragments:
         """Return False: fragments show nothing of that kind."""
         return False
 
+    def head_ns(self) -> int:
+        """Return 0: it is not known which of them counts."""
+        return 0
+
     def service(self) -> tuple[str, int]:
         """Return the protocol and port 0: there is none."""
         return "fragment", 0

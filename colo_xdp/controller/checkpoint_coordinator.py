@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 from ..abi import Mode, SyncState
 from ..clock import TICK_S
-from ..compare.causes import URGENT, Cause
+from ..compare.causes import LOSSES, URGENT, Cause
 from ..config.file import Config
 from ..datapath.host import HostDataPath
 from ..engine.journal import Divergence, Journal, JournalEntry
@@ -518,12 +518,15 @@ class CheckpointCoordinator:
         self, want: CheckpointRequest, ck: Checkpoint, held: tuple[int, int], failed: str = ""
     ) -> None:
         d = want.why
+        differed = min(ck.began_ns, d.since_ns) if d else ck.began_ns
         self._c.journal.checkpoint(
             JournalEntry(
                 time.time(), want.cause, want.detail,
                 d.proto if d else "", d.port if d else 0, d.rule if d else "",
                 max(0, ck.resume_ns - ck.stop_ns) / 1e6, (time.monotonic_ns() - ck.began_ns) / 1e6,
-                *held, failed,
+                *held, failed, d is not None and d.cause not in LOSSES,
+                max(0, differed - self.ended_ns) / 1e6 if self.ended_ns else 0.0,
+                (ck.began_ns - differed) / 1e6,
             )
         )  # fmt: skip
 

@@ -35,6 +35,8 @@ class Divergence:
     nic: str = ""  # name of the guest's NIC
     #: the SVM's kernel has not even acked what the PVM acks: it does not run, or has not got it
     svm_deaf: bool = False
+    #: when the frame came that differs, or waits in vain
+    since_ns: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +54,9 @@ class JournalEntry:
     held_packets: int  # most of them arrive while the checkpoint runs
     held_bytes: int
     failed: str = ""
+    differed: bool = False  # it was requested because the guests did
+    agreed_ms: float = 0.0  # from the checkpoint before to the frame that differed, or to this one
+    waited_ms: float = 0.0  # from that frame to the beginning of this one
 
     def to_json(self) -> dict[str, Any]:
         """Return the entry as the control socket sends it."""

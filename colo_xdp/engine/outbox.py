@@ -102,12 +102,23 @@ class EngineOutbox:
         self, cause: Cause, flow: Requester | str, evidence: Evidence, asked: bool
     ) -> Divergence:
         text, proto, port, rule, deaf = str(flow), "", 0, "", False
+        since = self._clock.now
         if not isinstance(flow, str):
             text, rule, deaf = flow.text(), flow.verdict.rule, flow.svm_deaf()
             proto, port = flow.service()
+            since = flow.head_ns() or since
             self.rules[rule].differences += 1
         d = Divergence(
-            self._clock.now, cause, text, proto, port, rule, evidence, asked, svm_deaf=deaf
+            self._clock.now,
+            cause,
+            text,
+            proto,
+            port,
+            rule,
+            evidence,
+            asked,
+            svm_deaf=deaf,
+            since_ns=since,
         )
         self._on_divergence(d)
         return d

@@ -6,10 +6,12 @@ service/daemon.py registers them as commands of the control socket.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
 from ..compare.causes import Cause
+from ..compare.patience import QUIET_NS
 from ..controller.command import Command
 from ..controller.controller import Controller
 from ..controller.primary import Primary
@@ -44,7 +46,16 @@ def _who_compares(c: Controller, command: str) -> Primary:
 def explain(c: Controller) -> dict[str, Any]:
     """Return what differed, and what the policy's rules have done. Raises ValueError."""
     p = _who_compares(c, "explain")
-    return p.journal.to_json() | {"rules": rules_json(p)}
+    patience, cks = p.output.patience, p.checkpoints
+    now = {
+        "shadow": p.view.shadow,
+        "patience_ms": patience.ns / 1e6,
+        "quiet_ms": QUIET_NS / 1e6,
+        "share": p.config.checkpoint.share,
+        # since the last checkpoint, which nothing has ended yet
+        "agreed_ms": (time.monotonic_ns() - cks.ended_ns) / 1e6 if cks.ended_ns else 0.0,
+    }
+    return p.journal.to_json() | {"rules": rules_json(p), "now": now}
 
 
 def capture(c: Controller, args: dict[str, Any]) -> dict[str, Any]:

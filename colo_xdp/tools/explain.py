@@ -12,6 +12,7 @@ from typing import Any
 
 from ..compare.causes import DESCRIPTIONS, Cause
 from ..net import hexdump
+from . import price
 
 #: what an operator can do about each cause
 ADVICE = {
@@ -124,6 +125,7 @@ def text(doc: dict[str, Any], *, last: int = 3, since: float = 0.0) -> str:
     if not entries:
         return "no checkpoint in this time"
     lines = _groups(entries)
+    lines += price.lines(entries, doc["now"])
     failed = [e for e in entries if e["failed"]]
     if failed:
         lines += ["", f"{len(failed)} failed:"]

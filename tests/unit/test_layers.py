@@ -57,6 +57,7 @@ PURE = (
     "status.document", "status.text",
     "controller.command", "controller.copy_health", "controller.pacing", "controller.pair_view",
     "tools.explain",
+    "tools.price",
     "tools.suggest", "tools.replay",
     "tools.corpus",
 )  # fmt: skip

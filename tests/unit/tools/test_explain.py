@@ -18,6 +18,7 @@ from colo_xdp.status.document import empty
 from colo_xdp.tools.explain import ADVICE, comment, duration, rules_text, text
 from colo_xdp.tools.suggest import MIN_SEEN, Change, _set, apply, changes, diff
 from tests.unit.controller.fakes import EXAMPLES
+from tests.unit.tools.test_price import NOW
 
 CONFIG = (EXAMPLES / "primary.toml").read_text()
 KNOWN = {"compare_timeout": 3000, "max_queue_size": 1024, "ring_pages": 1024}
@@ -36,7 +37,7 @@ def doc(
         j.checkpoint(e)
     for _ in range(differences):
         j.divergence(DIFFERENCE, 1000.0)
-    return j.to_json() | {"rules": rules or []}
+    return j.to_json() | {"rules": rules or [], "now": NOW}
 
 
 def status(buckets: dict[int, int]) -> dict[str, Any]:
