@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
@@ -110,6 +111,8 @@ def write(a: Answers, where: Path, *, replace_old: bool = False) -> Iterator[str
                 f"{' and '.join(there)}: there already; --replace keeps them as FILE.~1~, ~2~ ..."
             )
         keys = where / f"{a.pair}-pki"
+        for left in where.glob(f".{keys.name}.*"):  # of one that was killed
+            shutil.rmtree(left, ignore_errors=True)
         certificates = _certificates(keys, a)
         made = [host_files(a, role, certificates) for role in ROLES]
         targets = [Target(paths[h.role], bundle.pack(h), 0o600) for h in made]

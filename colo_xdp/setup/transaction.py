@@ -56,8 +56,7 @@ class _Journal:
             {"files": self.files, "directories": self.directories, "renaming": self.renaming}
         )
         new = self.path.with_name(self.path.name + ".new")
-        with contextlib.suppress(FileNotFoundError):
-            new.unlink()
+        _remove(new)
         _write(new, text.encode(), 0o600)
         os.rename(new, self.path)
         _sync(self.path.parent)
@@ -102,25 +101,27 @@ def lock(directory: Path) -> Iterator[None]:
 
     It is made if it is not there. Raises InstallError.
     """
-    made = not directory.exists()
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except OSError as e:
-        raise InstallError(_why(e)) from e
+    made, held, fd = not directory.exists(), False, -1
     try:
         try:
+            directory.mkdir(parents=True, exist_ok=True)
+            fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as e:
-            raise InstallError(
-                f"{directory}: another `colo-xdp init` or `join` is at work here"
-            ) from e
+            # Who held it before may have removed the directory.
+            held = directory.is_dir() and os.path.samestat(os.fstat(fd), directory.stat())
+        except BlockingIOError:
+            pass
+        except OSError as e:
+            raise InstallError(_why(e)) from e
+        if not held:
+            raise InstallError(f"{directory}: another `colo-xdp init` or `join` is at work here")
         yield
     finally:
-        os.close(fd)
-        if made:
+        if made and (held or fd < 0):
             with contextlib.suppress(OSError):  # unless something is in it now
                 directory.rmdir()
+        if fd >= 0:
+            os.close(fd)
 
 
 def undo_interrupted(journal: Path) -> list[str]:
@@ -145,30 +146,31 @@ def undo_interrupted(journal: Path) -> list[str]:
         raise InstallError(f"{_why(e)}, while undoing what {journal} says") from e
 
 
+def _remove(path: Path | str) -> None:
+    """Remove a file if it is there: on a read-only disk, unlink(2) fails even if it is not."""
+    if os.path.lexists(path):
+        os.unlink(path)
+
+
 def _undo(j: _Journal) -> None:
     """Make it as it was; may be repeated."""
     for f in reversed(j.files):
-        path, new, kept = Path(f["path"]), Path(f["new"]), f["kept"]
+        path, new, kept = f["path"], f["new"], f["kept"]
         if not j.renaming:
             pass
         elif kept and os.path.lexists(kept):
             # As the old file was linked and not moved, both names may be the same file; rename(2)
             # does nothing then.
             os.rename(kept, path)
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(kept)
-        elif not kept and not new.exists():
-            with contextlib.suppress(FileNotFoundError):
-                path.unlink()  # it was made by the rename
-        with contextlib.suppress(FileNotFoundError):
-            new.unlink()
+            _remove(kept)
+        elif not kept and not os.path.lexists(new):
+            _remove(path)  # it was made by the rename
+        _remove(new)
     for d in reversed(j.directories):
         with contextlib.suppress(OSError):
             os.rmdir(d)
-    with contextlib.suppress(FileNotFoundError):
-        j.path.unlink()
-    with contextlib.suppress(FileNotFoundError):
-        j.path.with_name(j.path.name + ".new").unlink()
+    _remove(j.path)
+    _remove(j.path.with_name(j.path.name + ".new"))
 
 
 def _kept_name(path: Path) -> Path:
