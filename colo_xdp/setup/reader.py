@@ -8,6 +8,7 @@ is "the primary's/the secondary's".
 from __future__ import annotations
 
 import hashlib
+import ipaddress
 import re
 import shlex
 from collections.abc import Iterable, Sequence
@@ -63,7 +64,7 @@ def _ip(v: str) -> str | None:
     if want is None:
         address = (validate.split(f"[{v}]:1" if ":" in v else f"{v}:1") or (None,))[0]
         if (
-            address is None or address.is_unspecified or address.is_loopback
+            address is None or "%" in v or address.is_unspecified or address.is_loopback
             or address.is_multicast or address.is_link_local
         ):  # fmt: skip
             return "expected an address that the other host reaches, of no single link"
@@ -133,7 +134,12 @@ class _Reader:
         if not value and default is not None:
             return default
         found = self.both(name, value, _ip)
-        if found.primary and (":" in found.primary) != (":" in found.secondary):
+        if not all(validate.ip(v) is None for v in (found.primary, found.secondary)):
+            return found
+        found = Both(*(str(ipaddress.ip_address(v)) for v in (found.primary, found.secondary)))
+        if found.primary == found.secondary and value.partition("/")[0] != value.partition("/")[2]:
+            self.error(name, value, "expected two different ones")
+        if (":" in found.primary) != (":" in found.secondary):
             self.error(name, value, "expected two of one family, IPv4 or IPv6")
         return found
 

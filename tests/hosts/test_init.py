@@ -107,7 +107,7 @@ def test_networkd_makes_what_the_pair_needs(pair: Bare, joined: dict[str, list[s
                      "20-eth2.network"):  # fmt: skip
             assert name in state, state
         assert ",UP" in h.run("ip", "link", "show", "eth1")
-        assert doctor == "colo-xdp doctor /etc/colo-xdp/web1.toml"
+        assert doctor.startswith("colo-xdp doctor /etc/colo-xdp/web1.toml ")
         assert start.startswith("systemctl enable --now colo-xdp@web1 colo-qemu")
 
 
@@ -116,7 +116,7 @@ def test_systemd_and_doctor_accept_the_files(pair: Bare, joined: dict[str, list[
         units = [f"colo-qemu@{PAIR}.service", f"colo-qemu-incoming@{PAIR}.service", CONTROLLER]
         assert h.run("systemd-analyze", "verify", "--man=no", *units) == ""
         h.run("colo-xdp", "config", "check", "/etc/colo-xdp/web1.toml")
-        found = h.run("sh", "-c", f"{joined[h.name][1]} || true").splitlines()
+        found = h.run("sh", "-c", joined[h.name][1], check=False).splitlines()
         wrong = [x for x in found if x.startswith("FAIL")]
         # QEMU is not there yet; what else it has to say is about this machine
         assert all(x.startswith(("FAIL  QEMU", "FAIL  kernel headers")) for x in wrong), found

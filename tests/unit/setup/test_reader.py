@@ -43,6 +43,8 @@ def errors(given_flags: Flags, guest: Guest | None = None, taken: tuple[int, ...
         ({"addresses": "192.0.2.1/::2"}, "two of one family"),
         ({"addresses": "127.0.0.1/192.0.2.2"}, "that the other host reaches"),
         ({"addresses": "fe80::1/fe80::2"}, "that the other host reaches"),
+        ({"addresses": "fd00::1%eth0/fd00::2"}, "of no single link"),
+        ({"addresses": "fd00::1/FD00::1"}, "expected two different ones"),
         ({"addresses": "192.0.2.1/192.0.2.1"}, "expected two different ones"),
         ({"peer_link": "a device"}, "--peer-link a device: expected a network device"),
         ({"peer_link": "eth*"}, "--peer-link eth*: expected a network device"),
