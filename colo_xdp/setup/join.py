@@ -84,6 +84,8 @@ def join(
     Raises InstallError, and everything is as it was then.
     """
     h = _read(path)
+    if path.stat().st_mode & 0o077:
+        yield f"note: {path} can be read by others, and contains a private key: chmod 600"
     _check_host(root, h, called)
     etc = host.below(root, host.CONFIGS)
     journal = etc / f".{h.pair}.join"

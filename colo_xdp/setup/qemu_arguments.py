@@ -88,23 +88,24 @@ class _Found:
     chardevs: dict[str, str]  # id -> path of a unix socket that QEMU serves
     taps: dict[str, tuple[str, int]]  # id of a -netdev -> tap, queues
     nodes: dict[str, dict[str, str]]  # -blockdev by node-name
+    gone: set[str]  # ids of -chardev that cannot be made again
     memory: int = 128
     cpus: int = 1
     machine: str = "pc"
     cpu: str = ""
 
 
-def guest(origin: str, argv: Sequence[str], default_tap: str = "") -> Guest:
+def guest(origin: str, argv: Sequence[str], pair: str) -> Guest:
     """Return the guest that this command line makes.
 
-    `default_tap`: for a card whose tap has no name, as its descriptor was passed. Raises
+    `pair`: gives a name to a tap that has none, as its descriptor was passed. Raises
     ArgumentsError.
     """
     if not argv:
         raise ArgumentsError(f"{origin}: there is no command line")
-    f = _Found([], [], [], [argv[0]], [], {}, {}, {})
+    f = _Found([], [], [], [argv[0]], [], {}, {}, {}, set())
     for option in options(argv[1:]):
-        _take(f, option, default_tap)
+        _take(f, option, pair)
     return Guest(
         origin=origin, nics=tuple(f.nics), disks=tuple(f.disks), memory=f.memory, cpus=f.cpus,
         machine=f.machine, cpu=f.cpu, qmp=tuple(f.qmp), command=tuple(f.command),
@@ -122,7 +123,7 @@ def _missing(f: _Found) -> Iterator[str]:
         yield f"-machine {f.machine}: before QEMU 11 it has to be pc"
 
 
-def _take(f: _Found, option: Option, default_tap: str) -> None:
+def _take(f: _Found, option: Option, pair: str) -> None:
     name, value = option
     value_text = value or ""
     words = [f"-{name}", *([value] if value is not None else [])] if name else [value_text]
@@ -132,17 +133,39 @@ def _take(f: _Found, option: Option, default_tap: str) -> None:
     if name == "snapshot":
         f.left.append("-snapshot is left out: what the guest writes would be lost")
         return
-    kind = keys(value_text, "qom-type").get("qom-type", "") if name == "object" else ""
-    if _FILTERS.fullmatch(kind):
-        f.left.append(f"-object {kind} is left out: colo_xdp takes its place")
+    if why := _of_this_process(f, name, value_text):
+        f.left.append(why)
         return
     if name == "monitor" and value_text == "stdio":
         f.left.append("-monitor stdio is left out: a unit has no terminal")
         return
     if name == "netdev":
-        words[1] = _netdev(f, value_text, default_tap)
+        words[1] = _netdev(f, value_text, pair)
     _read(f, name, value_text)
     f.command += words
+
+
+def _of_this_process(f: _Found, name: str, value: str) -> str:
+    """Return why an option cannot be used again, or an empty string."""
+    if name == "object":
+        said = keys(value, "qom-type")
+        kind = said.get("qom-type", "")
+        if _FILTERS.fullmatch(kind):
+            return f"-object {kind} is left out: colo_xdp takes its place"
+        if kind == "secret" and "/libvirt/qemu/domain-" in said.get("file", ""):
+            return "libvirt runs it: the guest has to leave libvirt (--from-libvirt says more)"
+    elif name == "chardev":
+        said = keys(value, "backend")
+        if said.get("fd"):
+            f.gone.add(said.get("id", ""))
+            return f"-chardev {said.get('id', '')} is left out: it is a descriptor of this process"
+    elif name == "mon":
+        said = keys(value, "chardev")
+        if said.get("chardev") in f.gone:
+            return f"-mon {said['chardev']} is left out with it"
+    elif name == "add-fd":
+        return f"-add-fd {value} is left out: it is a descriptor of this process"
+    return ""
 
 
 def _read(f: _Found, name: str, value: str) -> None:
@@ -166,7 +189,7 @@ def _read(f: _Found, name: str, value: str) -> None:
         _monitor(f, name, value)
 
 
-def _netdev(f: _Found, value: str, default_tap: str) -> str:
+def _netdev(f: _Found, value: str, pair: str) -> str:
     """Note a backend; return it as it can be made again."""
     said = keys(value, "type")
     if said.get("type") != "tap":
@@ -174,7 +197,7 @@ def _netdev(f: _Found, value: str, default_tap: str) -> str:
         return value
     tap = said.get("ifname", "")
     if not tap:
-        tap = default_tap if not f.taps else f"{default_tap[:14]}{len(f.taps) + 1}"
+        tap = f"tap{len(f.taps) + 1 if f.taps else ''}-{pair}"
         kept = {k: v for k, v in said.items() if k in ("id", "queues", "vhost", "vnet_hdr")}
         fds = said.get("fds", "")
         if fds:

@@ -65,7 +65,7 @@ def from_qemu(pid: int, pair: str) -> Guest:
         if "/" in argv[0]:
             argv[0] = os.readlink(proc / "exe").removesuffix(" (deleted)")
     try:
-        g = qemu_arguments.guest(f"QEMU {pid}", _absolute(argv, cwd), f"tap-{pair}")
+        g = qemu_arguments.guest(f"QEMU {pid}", _absolute(argv, cwd), pair)
     except qemu_arguments.ArgumentsError as e:
         raise InstallError(f"--from-qemu {pid}: {e}") from e
     return _with_bridges(_with_monitor(g))

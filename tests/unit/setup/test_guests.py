@@ -39,7 +39,7 @@ LINE = """/usr/bin/qemu-system-x86_64 -S -daemonize -pidfile /run/vm.pid -enable
 
 
 def of(line: str) -> Guest:
-    return qemu_arguments.guest("QEMU 7", shlex.split(line), "tap-web1")
+    return qemu_arguments.guest("QEMU 7", shlex.split(line), "web1")
 
 
 def test_what_a_command_line_says() -> None:
@@ -144,7 +144,30 @@ def test_disks_that_were_plugged_in_are_known_from_qmp() -> None:
 
 def test_no_command_line() -> None:
     with pytest.raises(ArgumentsError, match="there is no command line"):
-        qemu_arguments.guest("QEMU 7", [])
+        qemu_arguments.guest("QEMU 7", [], "web1")
+
+
+DATA = Path(__file__).parent / "data"
+
+
+def test_a_qemu_that_libvirt_runs() -> None:
+    """As libvirt 9.0 has started it: JSON, descriptors, and files of this one run."""
+    words = (DATA / "libvirt-9.0.cmdline").read_text().splitlines()
+    g = qemu_arguments.guest("QEMU 7", words, "web1")
+    assert (g.memory, g.cpus, g.machine, g.cpu, g.qmp) == (256, 2, "pc-i440fx-7.2", "qemu64", ())
+    assert g.nics == (
+        GuestNic(mac="52:54:00:6b:3c:58", tap="tap-web1"),
+        GuestNic(mac="52:54:00:2c:49:6a", tap="tap2-web1"),
+    )
+    assert g.disks == (GuestDisk(
+        name="libvirt-2-format", file="/var/lib/libvirt/images/web1.qcow2", format="raw"),
+    )  # fmt: skip
+    left = "\n".join(g.left)
+    for said in ("libvirt runs it", "-chardev charmonitor is left out", "-mon charmonitor is left",
+                 "-S is left out", "it has 0 QMP sockets"):  # fmt: skip
+        assert said in left, left
+    assert not [w for w in g.command if "fd=" in w or '"fd"' in w or "master-key" in w]
+    assert g.command[-4:] == tuple(words[-4:])
 
 
 # ---- the process
@@ -240,6 +263,20 @@ def test_what_a_domain_says() -> None:
     line = " ".join(qemu_unit.command(a, "primary"))
     assert "ifname=tap-web1,script=no,downscript=no,vnet_hdr=on,queues=4" in line
     assert "mac=52:54:00:6b:3c:59" in line and "file=/dev/vg/web1,format=raw" in line
+
+
+@pytest.mark.parametrize("which", ["libvirt-9.0.xml", "libvirt-9.0-running.xml"])
+def test_what_libvirt_has_written_itself(which: str) -> None:
+    g = libvirt_domain.guest("web1", (DATA / which).read_text())
+    assert (g.memory, g.cpus, g.machine, g.cpu) == (256, 2, "pc-i440fx-7.2", "qemu64")
+    assert g.nics == (
+        GuestNic(mac="52:54:00:6b:3c:58", bridge="br0"),
+        GuestNic(mac="52:54:00:2c:49:6a", bridge="br1"),
+    )
+    assert g.disks == (
+        GuestDisk(name="vda", file="/var/lib/libvirt/images/web1.qcow2", format="raw"),
+    )
+    assert not [x for x in g.left if any(f"<{t}>" in x for t in ("controller", "input", "audio"))]
 
 
 @pytest.mark.parametrize(

@@ -211,6 +211,12 @@ def test_an_unknown_user_is_named(tmp_path: Path, here: Path) -> None:
     assert "--qemu-user nobody-here: there is no such user" in refusal(made_, here)
 
 
+def test_a_bundle_that_others_can_read(bundle: Path, here: Path) -> None:
+    assert "can be read by others" not in done(bundle, here)
+    bundle.chmod(0o644)
+    assert f"note: {bundle} can be read by others, and contains a private key" in done(bundle, here)
+
+
 def test_no_bundle(tmp_path: Path, here: Path) -> None:
     assert f"{tmp_path}/none: No such file" in refusal(tmp_path / "none", here)
     (tmp_path / "empty").touch()
