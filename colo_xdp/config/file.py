@@ -24,7 +24,7 @@ from .schema import SECTIONS, Config
 MAX_DISKS = 64
 MAX_NICS = 8
 
-__all__ = ["Config", "ConfigError", "as_toml", "load", "parse"]
+__all__ = ["Config", "ConfigError", "as_toml", "load", "parse", "toml_value"]
 
 
 class ConfigError(ValueError):
@@ -419,7 +419,8 @@ def _peer_checks(r: _Reader, peer: dict[str, Any], *, lease: bool) -> None:
 # ---- writing
 
 
-def _toml(value: Any) -> str:
+def toml_value(value: Any) -> str:
+    """Format a value as TOML writes it."""
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, int):
@@ -427,21 +428,21 @@ def _toml(value: Any) -> str:
     if isinstance(value, str):
         # A JSON string is a TOML basic string, except that TOML requires DEL to be escaped.
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-    return "[" + ", ".join(_toml(v) for v in value) + "]"
+    return "[" + ", ".join(toml_value(v) for v in value) + "]"
 
 
 def as_toml(config: Config) -> str:
     """Format the configuration as a file with every key; `parse` returns the same Config."""
-    lines = [f"{k} = {_toml(getattr(config, k))}" for k in validate.keys(Config)]
+    lines = [f"{k} = {toml_value(getattr(config, k))}" for k in validate.keys(Config)]
     for name, cls in SECTIONS.items():
         several = name == "network" and bool(config.further)
         for section in config.networks if several else (getattr(config, name),):
             lines += ["", f"[[{name}]]" if several else f"[{name}]"]
-            lines += [f"{k} = {_toml(getattr(section, k))}" for k in validate.keys(cls)]
+            lines += [f"{k} = {toml_value(getattr(section, k))}" for k in validate.keys(cls)]
     for rule in config.rules:
         lines += ["", "[[rule]]"]
-        lines += [f"{k} = {_toml(getattr(rule, k))}" for k in validate.keys(Rule)]
+        lines += [f"{k} = {toml_value(getattr(rule, k))}" for k in validate.keys(Rule)]
     for disk in config.disks:
         lines += ["", "[[disk]]"]
-        lines += [f"{k} = {_toml(getattr(disk, k))}" for k in validate.keys(Disk)]
+        lines += [f"{k} = {toml_value(getattr(disk, k))}" for k in validate.keys(Disk)]
     return "\n".join(lines) + "\n"

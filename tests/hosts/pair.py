@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import fcntl
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -77,9 +78,8 @@ class Pair:
         self._remove()  # leftovers of a crash
         base = roots.base(self.dir)
         roots.install(base)
-        self.exchange.mkdir(exist_ok=True)
-        for f in self.exchange.iterdir():
-            f.unlink()
+        shutil.rmtree(self.exchange, ignore_errors=True)
+        self.exchange.mkdir()
         guest = guest_files.build(self.guest_dir)
         procs = Processes(self.dir / "pids.json")
         self.accel = vms.choose_accel(procs, self.guest_dir, guest)
@@ -95,9 +95,16 @@ class Pair:
             h.boot()
         for h in self.hosts:
             h.booted()
+        self._first_start()
+
+    def _first_start(self) -> None:
         # The very first start: on the primary guest's host the tap reaches the network.
         self.a.run("ip", "link", "set", "tap-web1", "master", "br0")
-        console = Path(f"/proc/{self.a.pid1}/root/run/colo-vm/web1.console")
+        self.wait_guest("/run/colo-vm/web1.console")
+
+    def wait_guest(self, path: str) -> None:
+        """Wait until the guest of host a has booted, which its console says."""
+        console = Path(f"/proc/{self.a.pid1}/root{path}")
         wait_for(
             "boot of the guest",
             lambda: console.exists() and b"GUEST-READY" in console.read_bytes(), vms.BOOT_S * 2,

@@ -43,8 +43,9 @@ LAYERS: dict[str, set[str]] = {
     "service": {
         "config", "controller", "datapath", "peer", "status", "tools", "user_command",
     },
+    "setup": {"config", "qemu", "tools", "validate"},
     "lab": {"service", "tools"},
-    "cli": {"config", "controller", "lab", "service", "status", "tools", "validate"},
+    "cli": {"config", "controller", "lab", "service", "setup", "status", "tools", "validate"},
 }  # fmt: skip
 #: packages, or modules of others, that import the standard library and each other only, and of the
 #: standard library nothing that reaches out
@@ -60,6 +61,9 @@ PURE = (
     "tools.price",
     "tools.suggest", "tools.replay",
     "tools.corpus",
+    "setup.answers", "setup.bundle", "setup.config_text", "setup.files", "setup.flags",
+    "setup.guest", "setup.libvirt_domain", "setup.networkd", "setup.ports",
+    "setup.qemu_arguments", "setup.qemu_unit", "setup.reader",
 )  # fmt: skip
 #: readers of a file that is theirs, which is all that they do outside
 FILES = {"config.file": {"os"}, "tools.corpus.play": set[str]()}

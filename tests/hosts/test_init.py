@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Set pairs up with `colo-xdp init` and `join` on two hosts that have their own network only.
+
+Each test continues with what the previous one has left; the last one has a pair of guests.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from colo_xdp.lab import vm as vms
+from colo_xdp.lab.client import Client
+from colo_xdp.lab.net import LabError, wait_for
+
+from .conftest import BUILD
+from .host import CLIENT, Host
+from .pair import CONTROLLER, FENCE, NETWORK, PAIR, ROLES, Pair
+
+MADE = "/exchange/made"
+BUNDLES = {"a": f"{MADE}/web1-primary.bundle", "b": f"{MADE}/web1-secondary.bundle"}
+HOSTS = ("--hosts", "hosta/hostb", "--addresses", "192.0.2.1/192.0.2.2", "--bundle", MADE)
+CONSOLE = f"/run/colo-vm/{PAIR}/console"
+
+
+class Bare(Pair):
+    """Two hosts whose administrator has set their network up, and nothing of a pair."""
+
+    def _files(self, h: Host, other: str, keys: Path) -> None:
+        for name, text in NETWORK.items():
+            h.write(f"/etc/systemd/network/{name}", text)
+        h.write(
+            "/etc/systemd/network/20-eth2.network",
+            f"[Match]\nName=eth2\n[Network]\nLinkLocalAddressing=no\nAddress=192.0.2.{h.number}/24\n",
+        )
+        h.write("/usr/local/sbin/off", FENCE.format(other=other), 0o755)
+        h.enable("systemd-networkd")
+
+    def _first_start(self) -> None:
+        for h in self.hosts:
+            wait_for(f"the address of host{h.name}", lambda h=h: "192.0.2." in h.run(
+                "ip", "-brief", "addr", "show", "eth2"), 20)  # type: ignore[misc]  # fmt: skip
+
+    def init(self) -> str:
+        """Make the bundles of web1 on host a, for the lab's guest."""
+        cpu = "max" if self.accel == "tcg" else "host"
+        arguments = [
+            "-kernel", "/share/vmlinuz", "-initrd", "/share/initrd.gz",
+            "-append", "console=ttyS0 quiet panic=1",
+            "-chardev", f"file,id=s0,path={CONSOLE}", "-serial", "chardev:s0",
+        ]  # fmt: skip
+        return self.a.run(
+            "colo-xdp", "init", "--pair", PAIR, *HOSTS, "--peer-link", "eth1", "--bridge", "br0",
+            "--migration-network", "20-eth2.network", "--mac", vms.MACS[0],
+            "--memory", "128", "--accel", self.accel, "--cpu", cpu,
+            "--fence-primary", "/usr/local/sbin/off", "--fence-secondary", "/usr/local/sbin/off",
+            *(x for a in arguments for x in ("--qemu-arg", a)),
+        )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def pair() -> Iterator[Bare]:
+    p = Bare(BUILD)
+    try:
+        p.up()
+        yield p
+    finally:
+        p.down()
+
+
+def etc(h: Host) -> dict[str, str]:
+    """Return the sums of all files that a pair may have in /etc."""
+    where = ("/etc/colo-xdp", "/etc/systemd")
+    text = h.run("find", *where, "-type", "f", "-exec", "sha256sum", "{}", "+", check=False)
+    return {path: digest for digest, path in (x.split(None, 1) for x in text.splitlines())}
+
+
+def commands(said: str) -> list[str]:
+    """Return what `join` tells to run."""
+    return [line.strip() for line in said.partition("now run:\n")[2].splitlines()]
+
+
+@pytest.fixture(scope="module")
+def joined(pair: Bare) -> dict[str, list[str]]:
+    """Make bundles on host a and install them on both; return what is to be run then."""
+    pair.init()
+    return {h.name: commands(h.run("colo-xdp", "join", BUNDLES[h.name])) for h in pair.hosts}
+
+
+def test_networkd_makes_what_the_pair_needs(pair: Bare, joined: dict[str, list[str]]) -> None:
+    for h in pair.hosts:
+        first, doctor, start = joined[h.name]
+        h.run("sh", "-ec", first)
+        other = f"192.0.2.{3 - h.number}"
+        # systemd-networkd sets the device up anew: for a moment there is no route at all
+        wait_for("the route", lambda h=h, other=other: "quickack 1" in h.run(
+            "ip", "route", "get", other, check=False), 20)  # type: ignore[misc]  # fmt: skip
+        assert " dev eth2 src 192.0.2." in h.run("ip", "route", "get", other)
+        link = h.run("ip", "-details", "link", "show", "tap-web1")
+        assert "vnet_hdr on" in link and "persist on" in link and " master " not in link
+        assert ",UP" in link, "it is up although nobody has opened it"
+        state = h.run("networkctl", "status", "eth1", "tap-web1", "eth2", "--no-pager")
+        for name in ("30-colo-xdp.web1.eth1.network", "30-colo-xdp.web1.tap-web1.network",
+                     "20-eth2.network"):  # fmt: skip
+            assert name in state, state
+        assert ",UP" in h.run("ip", "link", "show", "eth1")
+        assert doctor.startswith("colo-xdp doctor /etc/colo-xdp/web1.toml ")
+        assert start.startswith("systemctl enable --now colo-xdp@web1 colo-qemu")
+
+
+def test_systemd_and_doctor_accept_the_files(pair: Bare, joined: dict[str, list[str]]) -> None:
+    for h in pair.hosts:
+        units = [f"colo-qemu@{PAIR}.service", f"colo-qemu-incoming@{PAIR}.service", CONTROLLER]
+        assert h.run("systemd-analyze", "verify", "--man=no", *units) == ""
+        h.run("colo-xdp", "config", "check", "/etc/colo-xdp/web1.toml")
+        found = h.run("sh", "-c", joined[h.name][1], check=False).splitlines()
+        wrong = [x for x in found if x.startswith("FAIL")]
+        # QEMU is not there yet; what else it has to say is about this machine
+        assert all(x.startswith(("FAIL  QEMU", "FAIL  kernel headers")) for x in wrong), found
+
+
+def test_what_is_there_stays(pair: Bare, joined: dict[str, list[str]]) -> None:
+    a = pair.a
+    before = etc(a)
+    assert "are the same" in a.run("colo-xdp", "join", BUNDLES["a"])
+    with pytest.raises(LabError, match="for hostb, the secondary host of web1"):
+        a.run("colo-xdp", "join", BUNDLES["b"])
+    with pytest.raises(LabError, match="there already; --replace keeps them"):
+        pair.init()
+    assert etc(a) == before
+
+
+def test_a_second_pair_touches_nothing_of_the_first(
+    pair: Bare, joined: dict[str, list[str]]
+) -> None:
+    init = ["colo-xdp", "init", "--pair", "web2", *HOSTS, "--bridge", "br0", "--memory", "64"]
+    for h in pair.hosts:
+        if h is pair.a:
+            h.run(*init, "--peer-link", "eth1", "--base-port", "9840", check=False)
+            assert "web2" not in h.run("ls", MADE), "its ports would have been those of web1"
+            h.run(*init, "--vxlan", "192.0.2.1/192.0.2.2", "--base-port", "9990")
+        before = etc(h)
+        h.run("colo-xdp", "join", f"{MADE}/web2-{ROLES[h.name]}.bundle")
+        after = etc(h)
+        assert {k: after[k] for k in before} == before
+        assert {k for k in after if k not in before} and all(
+            "web2" in k for k in after if k not in before
+        )
+        h.run("networkctl", "reload")
+        wait_for("its tap", lambda h=h: "tap-web2" in h.run("ip", "-brief", "link"), 20)  # type: ignore[misc]
+        assert "quickack 1" in h.run("ip", "route", "get", f"192.0.2.{3 - h.number}")
+        assert "ok  " in h.run("sh", "-c", "colo-xdp doctor /etc/colo-xdp/web2.toml || true")
+
+
+def test_the_commands_that_are_left_make_a_protected_pair(
+    pair: Bare, joined: dict[str, list[str]]
+) -> None:
+    """Of the shipped unit and of what init has made; nothing else is configured."""
+    for h in pair.hosts:
+        if pair.shim:
+            for which in ("", "-incoming"):
+                h.write(f"/etc/systemd/system/colo-qemu{which}@{PAIR}.service.d/lab.conf",
+                        f"[Service]\nEnvironment=LD_PRELOAD=/share/{pair.shim.name}\n")  # fmt: skip
+            h.run("systemctl", "daemon-reload")
+        h.run(*shlex.split(joined[h.name][2]), timeout=120)
+    pair.wait_guest(CONSOLE)
+    pair.wait_protected()
+    assert "master br0" in pair.a.run("ip", "link", "show", "tap-web1")
+    assert "master" not in pair.b.run("ip", "link", "show", "tap-web1")
+    got, wrong = Client(CLIENT).download("f100k")
+    assert got == 100 << 10 and not wrong
+    for h in pair.hosts:
+        assert h.run("systemctl", "is-system-running").strip() == "running"
+    assert not pair.fences
+
+
+def test_the_hosts_change_places_and_protect_each_other_again(
+    pair: Bare, joined: dict[str, list[str]]
+) -> None:
+    """`incoming` of init restarts the unit that waits, and ends the one that was the guest."""
+    a, b = pair.hosts
+    (before,) = a.pids("qemu-system-x86_64.*-qmp")
+    a.run("colo-xdp", "drill", PAIR, timeout=200)
+    pair.wait_protected()
+    assert pair.status(a)["role"] == "secondary" and pair.status(b)["role"] == "primary"
+    (after,) = a.pids("qemu-system-x86_64.*-qmp")
+    assert after != before and a.unit_of(after) == f"colo-qemu-incoming@{PAIR}.service"
+    assert a.show(f"colo-qemu@{PAIR}", "ActiveState") == {"ActiveState": "inactive"}
+    got, wrong = Client(CLIENT).download("f100k")
+    assert got == 100 << 10 and not wrong and not pair.fences
