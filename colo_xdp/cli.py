@@ -75,6 +75,24 @@ class ModeName(StrEnum):
     shadow = "shadow"
 
 
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit(OK)
+
+
+@app.callback()
+def _options(
+    _: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_version, is_eager=True, help="Print the version and exit."
+        ),
+    ] = False,
+) -> None:
+    pass
+
+
 def _fail(text: str, code: int = FAILED) -> typer.Exit:
     typer.echo(text, err=True)
     return typer.Exit(code)
