@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 from ..config.file import Config
 from ..datapath.programs import fill
@@ -15,9 +16,14 @@ class Uncompiled(RuntimeError):
 
 
 def compile_for(config: Config) -> Iterator[str]:
-    """Compile for every role that this host may have; yield a line for each. Raises Uncompiled."""
+    """Compile for every role that this host may have; yield a line for each. Raises Uncompiled.
+
+    A controller does without a cache that cannot be written; whoever compiles for it does not.
+    """
     try:
         for found in fill(config):
+            if not Path(found.path).exists():
+                raise Uncompiled(f"{found.role}: compiled, but not kept: {found.path}")
             what = f"compiled in {found.seconds:.1f} s" if found.seconds else "compiled before"
             yield f"{config.pair} {found.role}: {what} ({found.path})"
     except (LoadError, OSError) as e:

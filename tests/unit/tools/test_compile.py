@@ -63,6 +63,15 @@ def test_all_pairs_are_the_default(
     assert r.exit_code == 0 and "web1 primary: compiled in" in r.output
 
 
+def test_what_was_compiled_and_not_kept_is_no_success(
+    made: list[tuple[Source, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A full disk, for example: who compiles ahead of a restart must know that it was in vain."""
+    monkeypatch.setenv("COLO_XDP_CACHE", "/dev/null/cache")
+    r = CliRunner().invoke(cli.app, ["compile", str(PRIMARY)])
+    assert r.exit_code == cli.FAILED and "compiled, but not kept: /dev/null/cache" in r.output
+
+
 def test_what_cannot_be_compiled_is_said(
     made: list[tuple[Source, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
