@@ -533,7 +533,8 @@ def compile_(
     """Compile the programs of pairs for every role, so that no controller has to wait for them.
 
     A controller compiles what is missing itself. After an upgrade of colo-xdp, of the kernel or of
-    bcc, this takes the seconds that the compiler needs out of the restart.
+    bcc, this takes the seconds that the compiler needs out of the restart. It fails if a restarted
+    controller would have to compile all the same, or could not take over what is pinned.
     """
     from .tools.compile import Uncompiled, compile_for
 
