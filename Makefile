@@ -22,8 +22,8 @@ INSTALLED := $(PREFIX)/lib/colo-xdp
 
 export DEBIAN_FRONTEND := noninteractive
 
-.PHONY: all help setup demo check test test-lower-bounds test-qemu-11 torture stress chaos fuzz bench docs layers \
-	lint format hooks clean install uninstall deb
+.PHONY: all help setup demo check test test-lower-bounds test-qemu-11 test-deb-13 torture stress chaos fuzz bench \
+	docs layers lint format hooks clean install uninstall deb
 
 all: test
 
@@ -140,6 +140,10 @@ test-lower-bounds: setup
 test-qemu-11: setup
 	qemu=$$($(PY) -m colo_xdp.lab.newer_qemu build/qemu-sid) && \
 		COLO_QEMU=$$qemu $(PY) -m pytest $(or $(TESTS),tests/e2e)
+
+# Test the package in a root of Debian 13 (`make test`: in one of Debian 12)
+test-deb-13: setup build/.setup-deb
+	COLO_SUITE=trixie $(PY) -m pytest tests/hosts/test_package.py
 
 # Run N schedules of the simulator from SEED on; a failing one is minimized and printed
 torture: setup
