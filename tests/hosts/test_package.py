@@ -59,6 +59,17 @@ _colo-xdp
 """,
     "fish": "complete -C 'colo-xdp check'",
 }
+#: in place of systemd's: four controllers run, that of web1 does not come back
+SYSTEMD = {
+    "systemctl": """
+[ "$1" = list-units ] || { echo systemctl "$@" >> /stubs/said; exit; }
+for pair in alone wrong web1 web2; do echo "colo-xdp@$pair.service loaded active running"; done
+""",
+    "deb-systemd-invoke": """
+echo "$@" >> /stubs/said
+[ "$2" != colo-xdp@web1.service ]
+""",
+}
 
 
 @dataclass
@@ -201,7 +212,32 @@ def test_a_full_disk_and_a_wrong_file_fail_no_upgrade(root: Root) -> None:
     assert (said.count("compiled before"), said.count("compiled in")) == (2, 1)
 
 
-@pytest.mark.parametrize(("script", "state"), [("preinst", "half-installed"),
+def test_an_upgrade_restarts_one_controller_after_the_other(root: Root) -> None:
+    """Not one that could not be compiled for; and none behind one that does not start."""
+    wrong = root.file("/etc/colo-xdp/wrong.toml")
+    wrong.write_text('pair = "wrong"\nrole = "third"\n')
+    stubs = root.file("/stubs")
+    stubs.mkdir()
+    for name, text in SYSTEMD.items():
+        (stubs / name).write_text(f"#!/bin/sh\n{text}")
+        (stubs / name).chmod(0o755)
+    deb = root.version(4, lambda tree: None)
+    install = f"PATH=/stubs:$PATH dpkg --install {roots.PACKAGES_DIR}/{deb.name}"
+    said = root.run("sh", "-c", f"mkdir -p /run/systemd/system && {install}")
+    assert "colo-xdp@wrong.service goes on with the version before" in said
+    assert "colo-xdp@web1.service does not start (journalctl -u colo-xdp@web1.service)" in said
+    assert root.file("/stubs/said").read_text().splitlines() == [
+        "systemctl daemon-reload",
+        "restart colo-xdp@alone.service",
+        "restart colo-xdp@web1.service",
+    ]
+    assert root.status() == f"{__version__}-4 installed"
+    wrong.unlink()
+    sh("rm", "-r", str(stubs))
+
+
+@pytest.mark.parametrize(
+    ("script", "state"), [("preinst", "half-installed"),
                                                ("postinst", "half-configured")])  # fmt: skip
 def test_an_upgrade_that_was_killed_can_be_repeated(root: Root, script: str, state: str) -> None:
     """Before it, or behind what was unpacked: the command works in between."""
@@ -212,7 +248,7 @@ def test_an_upgrade_that_was_killed_can_be_repeated(root: Root, script: str, sta
         path.write_text(f"#!/bin/sh\n[ -e /survive ] || kill -9 $PPID\n{body}")
         path.chmod(0o755)
 
-    deb = root.version(4 if script == "preinst" else 5, killed)
+    deb = root.version(5 if script == "preinst" else 6, killed)
     with pytest.raises(LabError):
         root.dpkg(deb)
     assert root.status().endswith(state)

@@ -98,7 +98,7 @@ def test_an_upgrade_of_the_package(protected: Pair, echo: EchoStream) -> None:
     mine = p.a.journal(CONTROLLER)
     assert "compiled primary in" not in mine[mine.rindex("Deactivated successfully") :]
     seen = [t for t in echo.stats.answered_at if t > began - 1]
-    assert max(b - a for a, b in pairwise(seen)) < 3.0, "no more than a lost frame costs"
+    assert max(b - a for a, b in pairwise(seen)) < 2.0, "no more than a lost frame costs"
 
 
 def test_only_the_management_network_is_cut(protected: Pair, echo: EchoStream) -> None:
