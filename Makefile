@@ -7,8 +7,9 @@ PACKAGES := python3-bpfcc python3-venv linux-headers-amd64 clang-format-14 gcc l
 	qemu-system-x86 iproute2 busybox-static cpio tcpdump ethtool iperf3 openssl etcd-server procps make git \
 	systemd-container mmdebstrap qemu-utils e2fsprogs
 TESTS ?=
-# Tests that need the kernel, QEMU or real time. The others run beside them at a lower priority.
-KERNEL_TESTS := tests/bench tests/bpf tests/netns tests/e2e tests/lease tests/hosts
+# Tests that need the kernel, QEMU or real time. The others, and tests of two whole hosts, run
+# beside them at a lower priority.
+KERNEL_TESTS := tests/bench tests/bpf tests/netns tests/e2e tests/lease
 # Tests of the pure packages, for the loop while writing
 CHECK_TESTS := $(addprefix tests/unit/,compare conntrack engine net offload test_abi.py test_layers.py)
 N ?=
