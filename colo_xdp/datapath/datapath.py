@@ -40,8 +40,13 @@ _DECIDED = (
     Reason.OFFLOAD_ACKED,
 )  # fmt: skip
 _U64 = struct.Struct("=Q")
+#: the programs that hand frames to the controller, of the secondary and of the primary
+_CAPTURING = ((Prog.SVM_IN, Prog.SVM_OUT), (Prog.PVM_OUT, Prog.SVM_ARRIVAL))
 
-FDB_EVERY_S = 5.0  # bridges forget after 300 s by default; costs 35 us per address
+#: Between two refreshes of the guest in its bridge while addresses change, and the longest time
+#: while none does. Bridges forget after 300 s by default. A refresh costs 3 ms, and 35 us per
+#: address.
+FDB_EVERY_S, FDB_REST_S = 5.0, 30.0
 
 PRIMARY_HOOKS = (("pvm_in", "tap", "egress"), ("svm_arrival", "peer", "ingress"))
 SECONDARY_HOOKS = (("svm_net", "tap", "egress"), ("svm_in", "peer", "ingress"))
@@ -78,6 +83,10 @@ class DataPath(PairSlots):
         self.objects, options = self._load(options)
         self._cfg = self.objects.map("config")
         self._counters = self.objects.map("counters")
+        # No program writes to `config`, and one controller at a time does: what this process has
+        # written is what is there. A slot is asked for some hundred times a second.
+        self._slots_lock = threading.Lock()  # held while a slot is written
+        self._slots = {slot: self._read_slot(slot) for slot in Cfg}
         found = self.slot(Cfg.ABI)
         if found not in (0, abi.ABI):
             raise DataPathError(
@@ -139,7 +148,8 @@ class DataPath(PairSlots):
         self._plain: frozenset[int] = frozenset()  # as of the last look
         self._rule_changes = RuleChanges()
         self._fixed: frozenset[int] = frozenset()  # where the bridge has entries made by hand
-        self._fdb_set = 0.0
+        self._fdb_set, self._fdb_rest = 0.0, FDB_EVERY_S
+        self._fdb_changed = True
         self._bridge_unknown = False
         self.stepped_out = False  # taken over, and no program is needed any more
         self._lock = threading.RLock()  # guards what is attached
@@ -149,6 +159,8 @@ class DataPath(PairSlots):
             # what was loaded above may have taken seconds to compile.
             self.mode = lead.mode
         self._attach()
+        #: by programs of the other role, which this host may have had
+        self._lost_before = self._lost(_CAPTURING[self.role != "primary"])
         self.look_at_port()
         if self.guest:
             # A later epoch than any other host has seen: see Primary._older_than(). Set only when
@@ -310,11 +322,17 @@ class DataPath(PairSlots):
             table.set(_U32.pack(i), _U32.pack(nxt))
 
     def slot(self, slot: Cfg) -> int:
+        return self._slots[slot]
+
+    def _read_slot(self, slot: Cfg) -> int:
         raw = self._cfg.get(_U32.pack(slot))
-        return _U64.unpack(raw)[0] if raw else 0
+        value: int = _U64.unpack(raw)[0] if raw else 0
+        return value
 
     def set_slot(self, slot: Cfg, value: int) -> None:
-        self._cfg.set(_U32.pack(slot), _U64.pack(value))
+        with self._slots_lock:
+            self._cfg.set(_U32.pack(slot), _U64.pack(value))
+            self._slots[slot] = value
 
     @property
     def in_bridge(self) -> bool:
@@ -388,17 +406,19 @@ class DataPath(PairSlots):
         if self.fast is None or self.net.uplink != "auto":
             return
         tap, now = self.net.tap, time.monotonic()
-        refresh = bool(self._plain) and now - self._fdb_set > FDB_EVERY_S
+        refresh = self._must_refresh(now)
         look = self._rule_changes.any()
         if not (look or refresh):
             return
         try:
             if look:
                 self._plain = attach.plain_ports(tap)
-                refresh = bool(self._plain) and now - self._fdb_set > FDB_EVERY_S
+                refresh = self._must_refresh(now)
             if refresh:
-                self._fixed = attach.refresh_fdb(tap)
+                self._fdb_changed = False
+                self._fixed, ageing_s = attach.refresh_fdb(tap)
                 self._fdb_set = now
+                self._fdb_rest = max(FDB_EVERY_S, min(FDB_REST_S, ageing_s / 8))
             ports = self._plain
             for port in self._fixed:
                 ports &= {port}
@@ -406,10 +426,21 @@ class DataPath(PairSlots):
             self._bridge_unknown = False
         except (attach.NoSuchDevice, attach.NetlinkError, OSError) as e:
             self._rule_changes.again()
+            self._fdb_changed = True
             self._set_ports(frozenset())
             if not self._bridge_unknown:
                 log.error("the bridge of %s is not known, nothing leaves past it: %s", tap, e)
             self._bridge_unknown = True
+
+    def _must_refresh(self, now: float) -> bool:
+        """Return whether it is time to refresh the guest in its bridge."""
+        try:
+            self._fdb_changed |= self._rule_changes.addresses()
+        except OSError:  # no memory, no descriptors
+            self._fdb_changed = True
+        since = now - self._fdb_set
+        due = since > (FDB_EVERY_S if self._fdb_changed else self._fdb_rest)
+        return bool(self._plain) and due
 
     def _set_ports(self, ports: frozenset[int]) -> None:
         """Set the ports; forget where clients were seen if they have changed."""
@@ -466,11 +497,12 @@ class DataPath(PairSlots):
 
     def lost_events(self) -> int:
         """Return how many frames did not fit into the event ring, or could not be carried by it."""
-        total = self.reader.lost
-        for prog in (Prog.PVM_OUT, Prog.SVM_ARRIVAL, Prog.SVM_IN, Prog.SVM_OUT):
-            for reason in (Reason.DROP_RING_FULL, Reason.DROP_TOO_LARGE):
-                total += self._count(prog, reason)[0]
-        return total
+        primary = self.role == "primary"
+        return self.reader.lost + self._lost_before + self._lost(_CAPTURING[primary])
+
+    def _lost(self, progs: tuple[Prog, ...]) -> int:
+        reasons = (Reason.DROP_RING_FULL, Reason.DROP_TOO_LARGE)
+        return sum(self._count(prog, reason)[0] for prog in progs for reason in reasons)
 
     def tap_alive(self) -> bool:
         """Return whether the tap is held open (by QEMU): its carrier."""
@@ -532,6 +564,7 @@ class DataPath(PairSlots):
             i.close()
         self.reader.close()
         self._rule_changes.close()
+        self.hooks.close()
         if detach:
             attach.detach_all(self.manifest.path)
         self.objects.close()
