@@ -21,6 +21,7 @@ from ..config.file import Config
 from ..net.address_claims import mac_key
 from . import attach, loader, programs
 from .addresses import AddressTable
+from .fingerprint import Fingerprint
 from .hooks import Hooks, Look, Place
 from .inject import Injector
 from .maps import Map
@@ -103,6 +104,7 @@ class DataPath(PairSlots):
         self.tap_up = tap.up  # as of the last look at the devices (hooks.py)
         #: state of the tap's bridge port (attach.PORT_STATES), if it is one
         self.port_state = ""
+        self._port_print, self._port_seen = Fingerprint(), b""
         self.reader = open_reader(self.objects)
         self.injectors: dict[str, Injector] = {}
         if lead is None:
@@ -383,7 +385,13 @@ class DataPath(PairSlots):
     def look_at_port(self) -> None:
         """Update port_state; blocks (netlink)."""
         try:
-            self.port_state = attach.port_state(self.net.tap)
+            with self._lock:
+                now = self._port_print.take((self.net.tap,))
+                if now == self._port_seen:
+                    return
+                self._port_seen = b""
+                self.port_state = attach.port_state(self.net.tap)
+                self._port_seen = now
         except attach.NoSuchDevice:
             self.port_state = ""
         except (attach.NetlinkError, OSError) as e:  # vanished between two requests, or no memory
@@ -565,6 +573,7 @@ class DataPath(PairSlots):
         self.reader.close()
         self._rule_changes.close()
         self.hooks.close()
+        self._port_print.close()
         if detach:
             attach.detach_all(self.manifest.path)
         self.objects.close()

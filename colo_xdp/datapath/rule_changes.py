@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 import socket
 import time
-from pathlib import Path
 
 from . import attach
 
@@ -38,12 +38,17 @@ def _listen(family: int, group: int) -> socket.socket:
 
 def _files() -> tuple[object, ...]:
     """Return what has no events: modules of ebtables, sysctls, tables of iptables."""
-    out: list[object] = [path.exists() for path in attach.EBTABLES]
+    out: list[object] = [os.path.exists(path) for path in attach.EBTABLES]
     for path in attach.RULE_FILES:
         try:
-            out.append(Path(path).read_text())
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError:
             out.append(None)
+            continue
+        try:
+            out.append(os.read(fd, 1 << 16))
+        finally:
+            os.close(fd)
     return tuple(out)
 
 

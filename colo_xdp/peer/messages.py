@@ -129,9 +129,13 @@ def check(msg: dict[str, Any]) -> None:
         v = msg[name]
         if type(v) is not typ:
             raise WireError(f"{kind}.{name}: {type(v).__name__} where {typ.__name__} is needed")
-        if isinstance(v, int) and not 0 <= v < 1 << 64:
+        if typ is int and isinstance(v, int) and not 0 <= v < 1 << 64:
             raise WireError(f"{kind}.{name}: {v} out of range")
-        if isinstance(v, str) and len(v) > (MAX_FLOWS_TEXT if name in LONG else MAX_TEXT):
+        if (
+            typ is str
+            and isinstance(v, str)
+            and len(v) > (MAX_FLOWS_TEXT if name in LONG else MAX_TEXT)
+        ):
             raise WireError(f"{kind}.{name}: {len(v)} characters")
 
 
