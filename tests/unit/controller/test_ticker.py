@@ -78,7 +78,10 @@ def test_a_glance_at_rest_is_no_tick_and_news_ends_the_rest() -> None:
         t = Ticker(lambda late: None, lambda: NEVER, 0.02, at_rest=lambda: resting, rest_s=0.3)
         began = time.monotonic_ns()
         await t.rest(0.1)
-        assert time.monotonic_ns() >= began + 0.1 * 1e9, "the heartbeat is what it waited for"
+        now = time.monotonic_ns()
+        stood_still = now >= t.at_ns + TICK_S * 1e9  # on a busy machine
+        waited = now >= began + (0.1 - TICK_S) * 1e9  # a glance so late is the tick
+        assert waited or stood_still, "the heartbeat is what it waited for"
         resting = False
         rest = asyncio.ensure_future(t.rest(10.0))
         await asyncio.sleep(0)
