@@ -169,6 +169,14 @@ class Primary(Controller):
     def tick_ns(self) -> int:
         return min(self.output.tick_ns(), self._hurry_ns())
 
+    @property
+    def at_rest(self) -> bool:
+        return self.output.at_rest
+
+    @property
+    def asleep(self) -> bool:
+        return self.output.asleep
+
     # ---- a data path that is not whole (controller/device_watch.py)
 
     def _hurry_ns(self) -> int:

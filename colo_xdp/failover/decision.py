@@ -68,7 +68,10 @@ _Row = tuple[Callable[[Facts], bool], Action, str | Callable[[Facts], str]]
 
 def _last_heard_ms(f: Facts) -> float:
     """Return the time since the peer's controller was last heard on any link, ms."""
-    return min([f.peer_silent_ms, *(p.silent_ms for p in f.links)])
+    least = f.peer_silent_ms
+    for link in f.links:
+        least = min(least, link.silent_ms)
+    return least
 
 
 def _suspect(f: Facts) -> bool:
