@@ -254,6 +254,12 @@ def _undecided_why(f: Facts) -> str:
             f"{_NOTHING_KNOWN}the other host has a copy of the pair's guest, so neither transmits "
             "until an operator chooses one with `colo-xdp failover` there or here"
         )
+    if f.own_guest is OwnGuest.OUTDATED:
+        return (
+            f"{_NOTHING_KNOWN}the other host's guest ran standalone and is gone, and the disks "
+            "here lack what it has written: start that guest again there, or give that up with "
+            "`colo-xdp failover` here"
+        )
     if f.other_guest is OtherGuest.ENDED:
         return (
             f"{_NOTHING_KNOWN}the other host's guest ran standalone and is gone; silent until QEMU "
