@@ -145,6 +145,7 @@ class Controller(RoleSteps):
                 config=config,
                 boot=self.peer.boot,
                 transmitting=datapath.adopted and not self.silent(),
+                adopted=datapath.adopted,
                 allow=datapath.lease_expiry,
                 changed=self._arbiter_changed,
             )

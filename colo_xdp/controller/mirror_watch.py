@@ -10,12 +10,12 @@ connection is cut, which ends the mirror with an error, and the rest is what fol
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import time
 from typing import Protocol
 
 from ..config.file import Config
+from ..failover.states import State
 from ..peer.channel import Peer
 from ..qemu.qmp import QmpError
 from ..qemu.supervisor import QemuSupervisor
@@ -31,6 +31,7 @@ class Mirroring(Protocol):
     config: Config
     peer: Peer
     qemu: QemuSupervisor
+    state: State
 
 
 class MirrorWatch:
@@ -40,6 +41,7 @@ class MirrorWatch:
         self._c = controller
         self._quiet_since: float | None = None  # the control channel; None: the peer is heard
         self._until = 0.0  # nothing is given up before that, after a silence
+        self._stopping: float | None = None  # since when QEMU has not answered in a checkpoint
 
     async def run(self) -> None:
         """Look until cancelled."""
@@ -56,14 +58,36 @@ class MirrorWatch:
             return
         if not self._heard():
             return
-        with contextlib.suppress(QmpError):  # if it hangs, what was seen before counts
+        began = time.monotonic()
+        try:
             await mirrors.look()
-        if time.monotonic() < self._until or not (why := mirrors.silent()):
+            self._stopping = None
+        except QmpError:  # if it hangs, what was seen before counts
+            self._stopping = self._stopping or began
+        why = mirrors.silent() or self._never_stops()
+        if time.monotonic() < self._until or not why:
             return
         try:
             await mirrors.give_up(why)
         except QmpError as e:
             log.warning("%s; this QEMU may hang by itself: %s", why, e)
+
+    def _never_stops(self) -> str:
+        """Return that QEMU waits for writes while it stops the guest for a checkpoint, if so.
+
+        It answers nothing then (bdrv_drain_all() in vm_stop()), so a write that fell silent in the
+        last moment before has not been seen.
+        """
+        if self._c.state is not State.CHECKPOINTING or self._stopping is None:
+            self._stopping = None
+            return ""
+        waited_s = time.monotonic() - self._stopping
+        if waited_s < self._c.config.nbd.write_timeout / 1000:
+            return ""
+        return (
+            f"QEMU has not answered for {waited_s:.1f} s in a checkpoint: it waits for a write "
+            "that does not end on the secondary's disks"
+        )
 
     def _heard(self) -> bool:
         """Return whether the other host is heard; if nothing of it is, others decide about it.

@@ -187,7 +187,7 @@ class SecondaryEntry:
             and hold is not None
             and hold.resume is None
             and beat["role"] == Role.PRIMARY.value
-            and beat["state"] in (State.PROTECTED.value, State.DEGRADED.value)
+            and beat["state"] == State.PROTECTED.value
         )
 
     def _given_up(self, why: str) -> None:

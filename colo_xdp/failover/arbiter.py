@@ -38,6 +38,7 @@ class Host:
     config: Config
     boot: str  # identifies this process to the peer
     transmitting: bool  # the guest was already on the network when this process started
+    adopted: bool  # a former process's data path is still there, and with it what it has decided
     allow: Callable[[int], None]  # give the programs the permission's end, CLOCK_BOOTTIME in ns
     changed: Callable[[], None]  # call when view() has changed
 
@@ -169,6 +170,7 @@ class LeaseArbiter(Arbiter):
                 ttl_ms=f.lease_ttl,
                 margin_ms=f.lease_margin,
                 transmitting=host.transmitting,
+                knows=host.adopted,
                 allow=host.allow,
                 changed=host.changed,
             )

@@ -24,6 +24,9 @@ pauses a host together with its clock breaks this), and that a frame needs less 
 moment it handled the renewal, which is later than t, and a new leader starts counting anew
 (lessor.Promote() in etcd's server/lease).
 
+*A host that has booted* promises nothing until it has read in the store that its guest did not run
+standalone before: else the other one, outdated and cut off from the store, would transmit.
+
 *A key that has vanished* proves nothing: a lease can end early (somebody revokes it, or etcd's
 leader hung and resumes), while its holder relies on it for up to `ttl`. A third key, without a
 lease, therefore names the last holder of the first one; giving the key up is recorded there. A host
@@ -142,7 +145,9 @@ class Leadership:
         transmitting: bool,
         allow: Callable[[int], None],
         changed: Callable[[], None],
+        knows: bool = True,
     ) -> None:
+        """`knows`: a former process has left behind what this host's guest did before."""
         self._store, self.node, self.holder = store, node, f"{node}@{address} {boot}"
         self._ttl_ms, self._ttl = ttl_ms, ttl_ms * MS
         self._usable = self._ttl - margin_ms * MS
@@ -152,6 +157,8 @@ class Leadership:
         # guest was `transmitting`.
         self._silent_until = 0 if transmitting else boot_ns() + self._ttl + self._ttl // RATE
         self._want = self._asked = self._watch = False
+        #: it is certain that no guest of this host has run standalone since the pair was made
+        self._knows = knows
         self._gone_ns = 0  # when the key was first seen to be gone (boot_ns); 0: it is not
         self._record: str | None = None
         self.steal = ""  # boot id of a holder that is certain to be silent
@@ -229,6 +236,7 @@ class Leadership:
 
     def paired(self) -> None:
         """Clear this host's record: neither guest has state that the other one lacks."""
+        self._knows = True
         if self.recorded or self.committed:
             self._record = ""
             self._wake.set()
@@ -238,9 +246,11 @@ class Leadership:
     def promise(self) -> bool:
         """Return whether the heartbeat being sent promises silence.
 
-        The caller's guest is silent at this time.
+        The caller's guest is silent at this time. A host that knows nothing of what it did before
+        (a boot) promises nothing until the store has told: with the promise the other host's guest
+        would transmit, which is outdated if this host's has run standalone.
         """
-        if self._want:
+        if self._want or not self._knows:
             return False
         self._silent_until = max(self._silent_until, boot_ns() + self._ttl + self._ttl // RATE)
         return True
@@ -324,7 +334,8 @@ class Leadership:
             if self._asked:
                 await self._bounded(self._store.release())
                 self._asked = self._want
-            if self.peer_standalone or self._watch:  # until the record is cleared by a new pair
+            # until the record is cleared by a new pair
+            if self.peer_standalone or self._watch or not self._knows:
                 await self.look()
             return
         if boot_ns() < self._silent_until:
@@ -379,6 +390,7 @@ class Leadership:
                     "lease: the key of %s has vanished: waiting until it expires", seen.last
                 )
         self.seen = seen
+        self._knows = self._knows or not self.recorded
 
     async def _write_record(self) -> None:
         """Bring the store's record to the wanted value; another node's record is never changed."""

@@ -54,6 +54,7 @@ from colo_xdp.failover.states import State
 from colo_xdp.offload import scheduler
 from colo_xdp.qemu import mirrors, overlays, replica, supervisor
 from colo_xdp.qemu.disks import DiskError
+from colo_xdp.qemu.qmp import QmpTimeout
 
 from .clock import FakeTime, VirtualLoop
 from .guest import Client, Guest, Plan
@@ -870,6 +871,7 @@ class World:
         ).qemu  # fmt: skip
         if q.hung or (q.draining and q.block.flying):
             await asyncio.sleep(0.1)
+            raise QmpTimeout("query-block-jobs: no answer in time")
         else:
             disks._waits.saw(q.block.mirrors(), self.ns() / 1e9)
 

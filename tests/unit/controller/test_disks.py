@@ -591,6 +591,35 @@ def test_a_qemu_that_hangs_by_itself_is_no_fault_of_the_secondary() -> None:
     in_loop(body)
 
 
+@pytest.mark.parametrize("state", [State.CHECKPOINTING, State.PROTECTED])
+def test_a_write_that_fell_silent_just_before_a_checkpoint(
+    monkeypatch: pytest.MonkeyPatch, state: State
+) -> None:
+    """QEMU waits for it while it stops the guest, and answers nothing: it was never seen."""
+    clock = SimpleNamespace(now=100.0)
+    monkeypatch.setattr(mirror_watch, "time", SimpleNamespace(monotonic=lambda: clock.now))
+
+    async def body() -> None:
+        c, _, _, disks = a_primary()
+        c.state, disks.mirroring = state, True
+        hear(c)
+        for _ in range(3):
+            disks.fails = [QmpTimeout("query-block-jobs")]
+            await c.mirrors.look()
+            clock.now += 0.7
+        assert "give up" not in disks.said
+        disks.fails = [QmpTimeout("query-block-jobs")]
+        await c.mirrors.look()
+        assert ("give up" in disks.said) == (state is State.CHECKPOINTING)
+        disks.said.clear()
+        await c.mirrors.look()
+        disks.fails = [QmpTimeout("query-block-jobs")]
+        await c.mirrors.look()
+        assert "give up" not in disks.said, "it has answered meanwhile"
+
+    in_loop(body)
+
+
 @pytest.mark.parametrize("covered", [True, False])
 def test_a_disk_that_is_plugged_in_ends_the_protection(
     monkeypatch: pytest.MonkeyPatch, covered: bool
