@@ -10,7 +10,6 @@ import contextlib
 import selectors
 import shutil
 import socket
-import struct
 import subprocess
 import sys
 import tempfile
@@ -19,6 +18,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from colo_xdp.colo_proxy.packet_stream import PacketDecoder, StreamPacket, encode
 from colo_xdp.tools import corpus
 from colo_xdp.tools.corpus import Scenario, ScenarioStep
 from colo_xdp.tools.corpus.play import Labels, changed
@@ -36,10 +36,10 @@ class Gone(Exception):
 
 
 class Channel:
-    """A socket chardev that carries frames with a length in front (net/socket.c's framing)."""
+    """A socket chardev of a filter or of colo-compare, without virtio-net headers."""
 
     def __init__(self, path: Path, qemu: subprocess.Popen[bytes]) -> None:
-        self._data = b""
+        self._packets = PacketDecoder(vnet_hdr=False)
         end = time.monotonic() + PATIENCE_S
         while True:
             self.socket = socket.socket(socket.AF_UNIX)
@@ -56,7 +56,7 @@ class Channel:
 
     def send(self, frame: bytes) -> None:
         try:
-            self.socket.sendall(struct.pack("!I", len(frame)) + frame)
+            self.socket.sendall(encode(StreamPacket(frame), vnet_hdr=False))
         except (BrokenPipeError, ConnectionError) as e:
             raise Gone from e
 
@@ -68,19 +68,13 @@ class Channel:
             raise Gone from e
         if not got:
             raise Gone
-        self._data += got
-        out: list[bytes] = []
-        while len(self._data) >= 4:
-            n = int.from_bytes(self._data[:4], "big")
-            if len(self._data) < 4 + n:
-                break
-            out.append(self._data[4 : 4 + n])
-            self._data = self._data[4 + n :]
-        return out
+        self._packets.receive(got)
+        return [p.frame for p in iter(self._packets.next_packet, None)]
 
 
 @contextlib.contextmanager
-def _qemu(arguments: list[str], names: str) -> Iterator[dict[str, Channel]]:
+def running(arguments: list[str], names: str) -> Iterator[dict[str, Channel]]:
+    """Start QEMU with a socket chardev for each letter of `names`, and connect to all."""
     where = Path(tempfile.mkdtemp(prefix="colo-oracle."))
     chardevs = [
         x for n in names
@@ -125,7 +119,7 @@ def _compare(s: Scenario) -> Iterator[str]:
         + options,
     ]  # fmt: skip
     labels = Labels()
-    with _qemu(arguments, "psox") as ch:
+    with running(arguments, "psox") as ch:
         heard = {"o": ch["o"], "x": ch["x"]}
         list(_listen(heard, WINDOW_S))  # until its iothread serves the sockets
         for step in s.steps:
@@ -164,7 +158,7 @@ def _rewrite(s: Scenario) -> Iterator[str]:
         else:
             what = "filter-rewriter,id=rew,netdev=n,queue=all"
         arguments += ["-object", what]
-    with _qemu(arguments, "abcd") as ch:
+    with running(arguments, "abcd") as ch:
         list(_listen({"b": ch["b"], "d": ch["d"]}, WINDOW_S))
         for step in s.steps:
             if step.who == "checkpoint":  # only a COLO migration triggers it
