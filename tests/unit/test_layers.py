@@ -38,8 +38,8 @@ LAYERS: dict[str, set[str]] = {
     },
     "status": {"abi", "compare", "controller", "engine", "failover", "net", "peer"},
     "tools": {
-        "abi", "compare", "config", "conntrack", "datapath", "engine", "failover", "net", "peer",
-        "qemu", "validate",
+        "abi", "colo_proxy", "compare", "config", "conntrack", "datapath", "engine", "failover",
+        "net", "peer", "qemu", "validate",
     },
     "service": {
         "config", "controller", "datapath", "peer", "status", "tools", "user_command",
