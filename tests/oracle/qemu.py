@@ -7,6 +7,7 @@ python -m tests.oracle.qemu   writes qemu-decisions.toml (what QEMU did) and DEC
 from __future__ import annotations
 
 import contextlib
+import json
 import selectors
 import shutil
 import socket
@@ -14,9 +15,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from colo_xdp.colo_proxy.packet_stream import PacketDecoder, StreamPacket, encode
 from colo_xdp.tools import corpus
@@ -73,8 +75,13 @@ class Channel:
 
 
 @contextlib.contextmanager
-def running(arguments: list[str], names: str) -> Iterator[dict[str, Channel]]:
-    """Start QEMU with a socket chardev for each letter of `names`, and connect to all."""
+def running(
+    arguments: list[str], names: str, sockets: Sequence[str] = ()
+) -> Iterator[dict[str, Channel]]:
+    """Start QEMU with a socket chardev for each letter of `names`, and connect to all.
+
+    `sockets`: others that the arguments make; paths are relative to QEMU's directory.
+    """
     where = Path(tempfile.mkdtemp(prefix="colo-oracle."))
     chardevs = [
         x for n in names
@@ -87,7 +94,7 @@ def running(arguments: list[str], names: str) -> Iterator[dict[str, Channel]]:
         )  # fmt: skip
     channels: dict[str, Channel] = {}
     try:
-        channels |= {n: Channel(where / n, process) for n in names}
+        channels |= {n: Channel(where / n, process) for n in (*names, *sockets)}
         yield channels
     finally:
         for c in channels.values():
@@ -95,6 +102,24 @@ def running(arguments: list[str], names: str) -> Iterator[dict[str, Channel]]:
         process.kill()
         process.wait(PATIENCE_S)
         shutil.rmtree(where, ignore_errors=True)
+
+
+def ask(channel: Channel, command: str, **arguments: Any) -> Any:
+    """Execute one QMP command on a socket of QMP; the first one has to be qmp_capabilities.
+
+    Raises RuntimeError with QEMU's answer.
+    """
+    message = {"execute": command, "arguments": arguments}
+    with channel.socket.makefile("rwb") as f:
+        if command == "qmp_capabilities":
+            f.readline()
+        f.write(json.dumps(message).encode() + b"\n")
+        f.flush()
+        while "event" in (answer := json.loads(f.readline())):
+            pass
+    if "error" in answer:
+        raise RuntimeError(f"{command}: {answer['error']}")
+    return answer["return"]
 
 
 def _listen(channels: dict[str, Channel], seconds: float) -> Iterator[tuple[str, bytes]]:

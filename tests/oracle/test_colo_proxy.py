@@ -7,8 +7,11 @@ import os
 import random
 import shutil
 import socket
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
@@ -21,6 +24,8 @@ from colo_xdp.colo_proxy.packet_stream import (
     encode,
 )
 from colo_xdp.tools.corpus import craft
+from colo_xdp.tools.filter_capture import capture
+from colo_xdp.tools.pcap import read
 
 from . import qemu
 
@@ -198,7 +203,7 @@ def filters(vnet_hdr: bool) -> Iterator[tuple[Packets, Packets, Packets]]:
 
 
 @pytest.mark.parametrize("vnet_hdr", [False, True])
-def test_redirectors_and_a_mirror_speak_the_packet_stream(vnet_hdr: bool) -> None:
+def test_redirectors_and_a_mirror_have_the_packet_stream(vnet_hdr: bool) -> None:
     """In random pieces, up to the longest packet. This netdev has no virtio-net header."""
     rnd = random.Random(7)
     sizes = [14, 60, 1514, 9014, 65_535, MAX_PACKET, 1]
@@ -223,3 +228,66 @@ def test_a_packet_above_the_limit_ends_the_stream_in_qemu_too() -> None:
     decoder.receive(too_long)
     with pytest.raises(PacketStreamError):
         decoder.next_packet()
+
+
+# ---- what the page on moving over says of a running QEMU
+
+CHAIN = [
+    "-machine", "none", "-qmp", "unix:qmp,server=on,wait=off",
+    # what is sent to g arrives at n as a guest's output: through the hub, from the side of the card
+    "-netdev", "stream,id=n,server=on,addr.type=unix,addr.path=net",
+    "-netdev", "stream,id=g,server=on,addr.type=unix,addr.path=guest",
+    "-netdev", "hubport,id=hn,hubid=0,netdev=n", "-netdev", "hubport,id=hg,hubid=0,netdev=g",
+    "-object", "filter-mirror,id=m0,netdev=n,queue=tx,outdev=m",
+    "-object", "filter-redirector,id=redire0,netdev=n,queue=rx,indev=i",
+    "-object", "filter-redirector,id=redire1,netdev=n,queue=rx,outdev=o",
+]  # fmt: skip
+
+
+def test_a_mirror_that_is_added_later_has_the_guests_output(tmp_path: Path) -> None:
+    """chardev-add, object-add, filter-capture, object-del and chardev-remove, as on the page."""
+    frames = [udp(f"number {i}") for i in range(50)]
+    path, file = tmp_path / "cap.sock", tmp_path / "pvm.pcapng"
+    with qemu.running(CHAIN, "mio", ["qmp", "net", "guest"]) as ch:
+        qmp, guest = ch["qmp"], Packets(ch["guest"].socket, vnet_hdr=False)
+        out = Packets(ch["o"].socket, vnet_hdr=False)
+        qemu.ask(qmp, "qmp_capabilities")
+        ready(guest, out)
+        address = {"type": "unix", "data": {"path": str(path)}}
+        socket_ = {"addr": address, "server": True, "wait": False}
+        qemu.ask(qmp, "chardev-add", id="cap", backend={"type": "socket", "data": socket_})
+        qemu.ask(
+            qmp, "object-add", id="cap0", netdev="n", queue="rx", outdev="cap",
+            vnet_hdr_support=True, **{"qom-type": "filter-mirror"},
+        )  # fmt: skip
+        with ThreadPoolExecutor(1) as pool:
+            capturing = pool.submit(
+                capture, path, file, guest="pvm", vnet_hdr=True, seconds=3.0, max_bytes=1 << 20
+            )
+            time.sleep(1)  # it has connected, and QEMU has accepted
+            for frame in frames:
+                guest.send(StreamPacket(frame))
+                assert out.take() == StreamPacket(frame), "the redirector still gets it"
+            assert capturing.result(30).frames == len(frames)
+        qemu.ask(qmp, "object-del", id="cap0")
+        qemu.ask(qmp, "chardev-remove", id="cap")
+        guest.send(StreamPacket(frames[0]))
+        assert out.take() == StreamPacket(frames[0])
+    assert [r.data for r in read(file)] == frames
+
+
+def test_filters_can_be_removed_while_the_guest_runs() -> None:
+    """Its output then leaves by its netdev, without having been anywhere else."""
+    with qemu.running(CHAIN, "mio", ["qmp", "net", "guest"]) as ch:
+        qmp, guest = ch["qmp"], Packets(ch["guest"].socket, vnet_hdr=False)
+        net = Packets(ch["net"].socket, vnet_hdr=False)
+        qemu.ask(qmp, "qmp_capabilities")
+        ready(guest, Packets(ch["o"].socket, vnet_hdr=False))
+        guest.send(StreamPacket(udp("held")))
+        assert net.take(SHORT_S) is None
+        for name in ("m0", "redire0", "redire1"):
+            qemu.ask(qmp, "object-del", id=name)
+        for name in "mio":
+            qemu.ask(qmp, "chardev-remove", id=name)
+        guest.send(StreamPacket(udp("free")))
+        assert net.take() == StreamPacket(udp("free"))
