@@ -12,6 +12,7 @@ import pytest
 
 from colo_xdp import validate
 from colo_xdp.cli import app
+from colo_xdp.setup import libvirt_domain
 from tests.docs.generate import TABLES
 
 from . import qemu
@@ -84,6 +85,13 @@ def _properties() -> dict[str, set[str]]:
             - {"type"}
             for name in OBJECTS
         }
+
+
+def test_its_domain_is_one_for_init_and_needs_no_bridge() -> None:
+    (xml,) = re.findall(r"```xml\n(.*?)```", PAGE.read_text(), re.S)
+    g = libvirt_domain.guest("web1", xml)
+    assert [(n.tap, n.bridge, n.mac) for n in g.nics] == [("tap-web1", "", "52:54:00:12:34:56")]
+    assert (g.memory, g.cpus, g.machine) == (4096, 2, "pc")
 
 
 @pytest.mark.e2e

@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 
 from colo_xdp.colo_proxy.packet_stream import StreamPacket, encode
+from colo_xdp.tools.corpus import craft
 from colo_xdp.tools.filter_capture import FilterCaptured, FilterCaptureError, capture
 from colo_xdp.tools.pcap import read
+from colo_xdp.tools.replay import ReplayOptions, replay
 
 FRAMES = [bytes([n]) * (60 + n) for n in range(50)]
 
@@ -115,3 +117,19 @@ def test_nothing_to_read(qemu: Filter, tmp_path: Path) -> None:
         run(qemu)
     with pytest.raises(FilterCaptureError, match="No such file"):
         capture(tmp_path / "no", tmp_path / "f", guest="pvm", vnet_hdr=True, seconds=1, max_bytes=1)
+
+
+def test_two_captures_of_output_alone_can_be_replayed(tmp_path: Path) -> None:
+    """Nothing but what the guests sent, one of them with another answer at the end."""
+    both: list[list[tuple[int, bytes]]] = []
+    for guest, last in (("pvm", "one"), ("svm", "two")):
+        f = Filter(tmp_path / guest)
+        f.data = stream([craft.build(craft.spec(f"udp '{x}'")) for x in ("a", "b", "c", last)])
+        file = tmp_path / f"{guest}.pcapng"
+        try:
+            capture(f.path, file, guest=guest, vnet_hdr=True, seconds=5, max_bytes=1 << 20)
+        finally:
+            f.close()
+        both.append([(r.ts_ns, r.data) for r in read(file)])
+    report = replay(*both, ReplayOptions(), b"").report()
+    assert [d["cause"] for d in report["differences"]] == ["datagram_differs"]
