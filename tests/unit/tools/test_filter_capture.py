@@ -131,5 +131,5 @@ def test_two_captures_of_output_alone_can_be_replayed(tmp_path: Path) -> None:
         finally:
             f.close()
         both.append([(r.ts_ns, r.data) for r in read(file)])
-    report = replay(*both, ReplayOptions(), b"").report()
+    report = replay(both[0], both[1], ReplayOptions(), b"").report()
     assert [d["cause"] for d in report["differences"]] == ["datagram_differs"]
