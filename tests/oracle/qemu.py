@@ -58,7 +58,9 @@ class Channel:
 
     def send(self, frame: bytes) -> None:
         try:
-            self.socket.sendall(encode(StreamPacket(frame), vnet_hdr=False))
+            # no filter writes an empty packet, so encode() does not; QEMU takes one
+            data = encode(StreamPacket(frame), vnet_hdr=False) if frame else bytes(4)
+            self.socket.sendall(data)
         except (BrokenPipeError, ConnectionError) as e:
             raise Gone from e
 
