@@ -67,6 +67,13 @@ class RoleName(StrEnum):
     secondary = "secondary"
 
 
+class GuestName(StrEnum):
+    """Whose output."""
+
+    pvm = "pvm"
+    svm = "svm"
+
+
 class ModeName(StrEnum):
     """What `mode` can be set to."""
 
@@ -392,6 +399,37 @@ def capture(
     except PcapError as e:
         raise _fail(str(e)) from e
     typer.echo(f"{out}: {n} differences, {frames} frames")
+
+
+@app.command("filter-capture")
+def filter_capture(
+    socket: Annotated[Path, typer.Argument(help="Unix socket of the filter's chardev.")],
+    file: Annotated[Path, typer.Argument(help="The pcapng file to write.")],
+    guest: Annotated[
+        GuestName, typer.Option(help="Whose output it is: the interface's name in the file.")
+    ] = GuestName.pvm,
+    seconds: Annotated[float, typer.Option(min=0.1, help="Seconds after which to end.")] = 60,
+    max_mib: Annotated[int, typer.Option(min=1, help="MiB of frames after which to end.")] = 1024,
+    vnet_hdr: Annotated[
+        bool, typer.Option(help="Whether the filter has vnet_hdr_support=on.")
+    ] = True,
+) -> None:
+    """Write what a filter-mirror of a running QEMU sends to a file, for `replay`.
+
+    For a pair that runs QEMU's own proxy; docs/operator/moving.md has the steps.
+    """
+    from .tools.filter_capture import FilterCaptureError
+    from .tools.filter_capture import capture as read
+    from .tools.pcap import PcapError
+
+    try:
+        done = read(
+            socket, file, guest=guest.value, vnet_hdr=vnet_hdr, seconds=seconds,
+            max_bytes=max_mib << 20,
+        )  # fmt: skip
+    except (FilterCaptureError, PcapError) as e:
+        raise _fail(str(e)) from e
+    typer.echo(f"{file}: {done.frames} frames, {done.octets} bytes; {done.ended}")
 
 
 @app.command()

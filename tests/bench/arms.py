@@ -66,6 +66,7 @@ class Events:
             return
 
     def close(self) -> None:
+        self._s.shutdown(socket.SHUT_RDWR)  # the reader still has it open
         self._s.close()
 
 

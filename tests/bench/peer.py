@@ -31,6 +31,7 @@ from types import SimpleNamespace
 
 from colo_xdp import abi
 from colo_xdp.abi import Cfg
+from colo_xdp.colo_proxy.packet_stream import PacketDecoder, StreamPacket, encode
 from colo_xdp.datapath import attach, devices, loader
 from tests.netns.conftest import inside
 
@@ -64,7 +65,7 @@ def schedule(writes: list[held.Write]) -> bytes:
             frame = programs.untagged(frame)
             flags, kind, size, gso, start, at = struct.unpack("<BBHHHH", head)
             head = struct.pack("<BBHHHH", flags, kind, size - 4 if kind else 0, gso, start - 4, at)
-        out.append(_record(side, struct.pack("!II", VNET + len(frame), VNET) + head + frame))
+        out.append(_record(side, encode(StreamPacket(head + frame, VNET), vnet_hdr=True)))
     return b"".join(out)
 
 
@@ -89,26 +90,29 @@ class Wire:
         self.s = socket.socket(socket.AF_UNIX)
         self.s.settimeout(5)
         self.s.connect(str(path))
+        self._packets = PacketDecoder(vnet_hdr=False)
+
+    @property
+    def pending(self) -> int:
+        """Bytes that were read and not yet taken."""
+        return self._packets.pending
 
     def send(self, frame: bytes) -> None:
-        self.s.sendall(struct.pack("!I", len(frame)) + frame)
+        self.s.sendall(encode(StreamPacket(frame), vnet_hdr=False))
 
     def take(self) -> bytes:
-        return self._read(int.from_bytes(self._read(4), "big"))
-
-    def _read(self, n: int) -> bytes:
-        out = b""
-        while len(out) < n:
-            part = self.s.recv(n - len(out))
+        while (packet := self._packets.next_packet()) is None:
+            part = self.s.recv(1 << 16)
             if not part:
                 raise RuntimeError("QEMU has closed the channel")
-            out += part
-        return out
+            self._packets.receive(part)
+        return packet.data
 
 
 def _for_feed(*wires: Wire) -> tuple[int, int, int]:
     """Return their descriptors, blocking."""
     for w in wires:
+        assert not w.pending, "feed.c would begin within a packet"
         w.s.settimeout(None)
     a, b, c = (w.s.fileno() for w in wires)
     return a, b, c

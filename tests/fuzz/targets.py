@@ -13,6 +13,14 @@ import os
 import tempfile
 from collections.abc import Callable
 
+from colo_xdp.colo_proxy.notify import NotifyDecoder, NotifyError
+from colo_xdp.colo_proxy.packet_stream import (
+    MAX_PACKET,
+    PacketDecoder,
+    PacketStreamError,
+    StreamPacket,
+    encode,
+)
 from colo_xdp.compare.limits import Limits
 from colo_xdp.compare.policy import Policy
 from colo_xdp.config.file import ConfigError, as_toml, parse
@@ -158,3 +166,36 @@ def capture(data: bytes) -> None:
                     break
         except PcapError as e:
             assert f.name in str(e)
+
+
+@target
+def filters(data: bytes) -> None:
+    """A connection from QEMU's filters, and one of notify_dev: a byte of options, the stream."""
+    if not data:
+        return
+    options, data = data[0], data[1:]
+    cut = options >> 2
+    vnet_hdr, at_proxy = bool(options & 1), bool(options & 2)
+    packets, back = PacketDecoder(vnet_hdr=vnet_hdr), b""
+    try:
+        for part in (data[:cut], data[cut:]):
+            packets.receive(part)
+            while (packet := packets.next_packet()) is not None:
+                assert 0 < len(packet.data) <= MAX_PACKET
+                assert 0 <= packet.vnet_hdr_len <= len(packet.data)
+                back += encode(StreamPacket(packet.data, packet.vnet_hdr_len), vnet_hdr=vnet_hdr)
+        packets.end()
+        assert back == data
+    except PacketStreamError as e:
+        assert str(e) and data.startswith(back)
+    said = NotifyDecoder(at_proxy=at_proxy, vnet_hdr=vnet_hdr)
+    said.receive(data)
+    while True:
+        try:
+            if said.next_message() is None:
+                return
+        except NotifyError as e:
+            assert str(e)
+        except PacketStreamError as e:
+            assert str(e)
+            return

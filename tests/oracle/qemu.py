@@ -7,18 +7,20 @@ python -m tests.oracle.qemu   writes qemu-decisions.toml (what QEMU did) and DEC
 from __future__ import annotations
 
 import contextlib
+import json
 import selectors
 import shutil
 import socket
-import struct
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
+from colo_xdp.colo_proxy.packet_stream import PacketDecoder, StreamPacket, encode
 from colo_xdp.tools import corpus
 from colo_xdp.tools.corpus import Scenario, ScenarioStep
 from colo_xdp.tools.corpus.play import Labels, changed
@@ -36,10 +38,10 @@ class Gone(Exception):
 
 
 class Channel:
-    """A socket chardev that carries frames with a length in front (net/socket.c's framing)."""
+    """A socket chardev of a filter or of colo-compare, without virtio-net headers."""
 
     def __init__(self, path: Path, qemu: subprocess.Popen[bytes]) -> None:
-        self._data = b""
+        self._packets = PacketDecoder(vnet_hdr=False)
         end = time.monotonic() + PATIENCE_S
         while True:
             self.socket = socket.socket(socket.AF_UNIX)
@@ -56,7 +58,9 @@ class Channel:
 
     def send(self, frame: bytes) -> None:
         try:
-            self.socket.sendall(struct.pack("!I", len(frame)) + frame)
+            # no filter writes an empty packet, so encode() does not; QEMU takes one
+            data = encode(StreamPacket(frame), vnet_hdr=False) if frame else bytes(4)
+            self.socket.sendall(data)
         except (BrokenPipeError, ConnectionError) as e:
             raise Gone from e
 
@@ -68,19 +72,18 @@ class Channel:
             raise Gone from e
         if not got:
             raise Gone
-        self._data += got
-        out: list[bytes] = []
-        while len(self._data) >= 4:
-            n = int.from_bytes(self._data[:4], "big")
-            if len(self._data) < 4 + n:
-                break
-            out.append(self._data[4 : 4 + n])
-            self._data = self._data[4 + n :]
-        return out
+        self._packets.receive(got)
+        return [p.frame for p in iter(self._packets.next_packet, None)]
 
 
 @contextlib.contextmanager
-def _qemu(arguments: list[str], names: str) -> Iterator[dict[str, Channel]]:
+def running(
+    arguments: list[str], names: str, sockets: Sequence[str] = ()
+) -> Iterator[dict[str, Channel]]:
+    """Start QEMU with a socket chardev for each letter of `names`, and connect to all.
+
+    `sockets`: others that the arguments make; paths are relative to QEMU's directory.
+    """
     where = Path(tempfile.mkdtemp(prefix="colo-oracle."))
     chardevs = [
         x for n in names
@@ -93,7 +96,7 @@ def _qemu(arguments: list[str], names: str) -> Iterator[dict[str, Channel]]:
         )  # fmt: skip
     channels: dict[str, Channel] = {}
     try:
-        channels |= {n: Channel(where / n, process) for n in names}
+        channels |= {n: Channel(where / n, process) for n in (*names, *sockets)}
         yield channels
     finally:
         for c in channels.values():
@@ -101,6 +104,24 @@ def _qemu(arguments: list[str], names: str) -> Iterator[dict[str, Channel]]:
         process.kill()
         process.wait(PATIENCE_S)
         shutil.rmtree(where, ignore_errors=True)
+
+
+def ask(channel: Channel, command: str, **arguments: Any) -> Any:
+    """Execute one QMP command on a socket of QMP; the first one has to be qmp_capabilities.
+
+    Raises RuntimeError with QEMU's answer.
+    """
+    message = {"execute": command, "arguments": arguments}
+    with channel.socket.makefile("rwb") as f:
+        if command == "qmp_capabilities":
+            f.readline()
+        f.write(json.dumps(message).encode() + b"\n")
+        f.flush()
+        while "event" in (answer := json.loads(f.readline())):
+            pass
+    if "error" in answer:
+        raise RuntimeError(f"{command}: {answer['error']}")
+    return answer["return"]
 
 
 def _listen(channels: dict[str, Channel], seconds: float) -> Iterator[tuple[str, bytes]]:
@@ -125,7 +146,7 @@ def _compare(s: Scenario) -> Iterator[str]:
         + options,
     ]  # fmt: skip
     labels = Labels()
-    with _qemu(arguments, "psox") as ch:
+    with running(arguments, "psox") as ch:
         heard = {"o": ch["o"], "x": ch["x"]}
         list(_listen(heard, WINDOW_S))  # until its iothread serves the sockets
         for step in s.steps:
@@ -164,7 +185,7 @@ def _rewrite(s: Scenario) -> Iterator[str]:
         else:
             what = "filter-rewriter,id=rew,netdev=n,queue=all"
         arguments += ["-object", what]
-    with _qemu(arguments, "abcd") as ch:
+    with running(arguments, "abcd") as ch:
         list(_listen({"b": ch["b"], "d": ch["d"]}, WINDOW_S))
         for step in s.steps:
             if step.who == "checkpoint":  # only a COLO migration triggers it

@@ -21,6 +21,7 @@ LAYERS: dict[str, set[str]] = {
     "clock": set(),
     "user_command": set(),
     "validate": set(),
+    "colo_proxy": set(),
     "net": {"abi"},
     "conntrack": {"abi"},
     "failover": {"abi", "user_command"},
@@ -37,8 +38,8 @@ LAYERS: dict[str, set[str]] = {
     },
     "status": {"abi", "compare", "controller", "engine", "failover", "net", "peer"},
     "tools": {
-        "abi", "compare", "config", "conntrack", "datapath", "engine", "failover", "net", "peer",
-        "qemu", "validate",
+        "abi", "colo_proxy", "compare", "config", "conntrack", "datapath", "engine", "failover",
+        "net", "peer", "qemu", "validate",
     },
     "service": {
         "config", "controller", "datapath", "peer", "status", "tools", "user_command",
@@ -50,7 +51,8 @@ LAYERS: dict[str, set[str]] = {
 #: packages, or modules of others, that import the standard library and each other only, and of the
 #: standard library nothing that reaches out
 PURE = (
-    "abi", "clock", "validate", "net", "conntrack", "compare", "offload", "engine", "config",
+    "abi", "clock", "validate", "colo_proxy", "net", "conntrack", "compare", "offload", "engine",
+    "config",
     "failover.decision", "failover.facts", "failover.states", "peer.messages",
     "peer.heartbeat_datagram",
     "qemu.events", "qemu.disks", "qemu.migration", "qemu.nic", "datapath.btf",
