@@ -50,6 +50,11 @@ class Story:
         """Tell one event."""
         self.keep({"kind": kind.value, "role": self.role.value, "why": why, **more})
 
+    def began(self, pid: int, state: State, why: str) -> None:
+        """Tell that a controller has started, and in what state it found the data path."""
+        found = "" if state is State.STARTING else f", {state.value}: {why}"
+        self.tell(Kind.START, f"process {pid}{found}")
+
     def became(self, state: State, why: str) -> None:
         """Tell a state; checkpoints of a protected pair are left out."""
         if state in _FLIPS and self._state is State.PROTECTED:

@@ -67,8 +67,8 @@ def _bereaved(f: Facts) -> Facts:
         f,
         peer_connected=False,
         peer_silent_ms=inf,
-        links=tuple(replace(p, silent_ms=inf, echo_age_ms=inf) for p in f.links),
-        ending=Ending.LOST,
+        links=(),  # as silent as the control channel: nothing for the sentence to name
+        ending=Ending.UNKNOWN,
         other_guest=OtherGuest.UNKNOWN,
         peer_slow=False,
         operator=False,

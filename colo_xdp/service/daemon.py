@@ -100,7 +100,7 @@ async def _serve(config: Config, datapath: HostDataPath) -> int:
     sock = str(run_dir / f"{config.pair}.{config.role}.sock")
     control = ControlServer(sock, ctl.commands.run)
     await control.start()
-    ctl.story.tell(Kind.START, f"{ctl.state.value}, {ctl.reason} (process {os.getpid()})")
+    ctl.story.began(os.getpid(), ctl.state, ctl.reason)
     metrics: Any = None
     try:
 

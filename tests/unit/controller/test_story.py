@@ -38,6 +38,14 @@ def test_checkpoints_of_a_protected_pair_are_left_out() -> None:
     assert {e["role"] for e in events} == {"primary"} and {e["kind"] for e in events} == {"state"}
 
 
+def test_a_start_tells_what_was_found() -> None:
+    story = Story(Role.SECONDARY)
+    events = told(story)
+    story.began(17, State.STARTING, "starting")
+    story.began(18, State.DEGRADED, "taken over")
+    assert [e["why"] for e in events] == ["process 17", "process 18, degraded: taken over"]
+
+
 def test_a_failover_is_told_step_by_step() -> None:
     async def body() -> None:
         c, _, _ = secondary()
