@@ -569,6 +569,8 @@ def capture(
         ]
         return pairs
 
+    if seconds >= 1 and _shows(None):
+        typer.echo(f"waiting {seconds:g} s for differences", err=True)
     try:
         n, frames = from_controller(out, page, seconds, count)
     except PcapError as e:
@@ -656,7 +658,11 @@ def replay(
     if compare_timeout is not None:
         o = replace(o, limits=replace(o.limits, compare_timeout_ns=compare_timeout * MS))
     try:
+        if _shows(None):
+            typer.echo(f"reading {pvm} and {svm}", err=True)
         frames = [[(f.ts_ns, f.data) for f in read(path)] for path in (pvm, svm)]
+        if _shows(None):
+            typer.echo(f"playing {sum(map(len, frames))} frames", err=True)
         r = play(frames[0], frames[1], o, mac)
         if write is not None:
             from_replay(write, r)

@@ -93,14 +93,14 @@ def test_a_large_table_does_not_stop_the_loop(monkeypatch: pytest.MonkeyPatch) -
         nonlocal longest
         task = asyncio.ensure_future(answer(c, {"limit": 5}))
         while not task.done():
-            began = time.monotonic()
+            began = time.thread_time()  # of the CPU: others may have it meanwhile
             await asyncio.sleep(0)
-            longest = max(longest, time.monotonic() - began)
+            longest = max(longest, time.thread_time() - began)
         return task.result()
 
     doc = asyncio.run(body())
     assert doc["whole"] and doc["seen"] == 60_000 and len(doc["flows"]) == 5
-    assert longest < 0.1
+    assert longest < 0.05
     monkeypatch.setattr("colo_xdp.status.flows.DEADLINE_S", 0.01)
     assert not asyncio.run(body())["whole"]
 
