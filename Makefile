@@ -7,19 +7,24 @@ PACKAGES := python3-bpfcc python3-venv linux-headers-amd64 clang-format-14 gcc l
 	qemu-system-x86 iproute2 busybox-static cpio tcpdump ethtool iperf3 openssl etcd-server procps make git \
 	systemd-container mmdebstrap qemu-utils e2fsprogs
 TESTS ?=
-# Tests that need the kernel, QEMU or real time. The others run beside them at a lower priority.
-KERNEL_TESTS := tests/bench tests/bpf tests/netns tests/e2e tests/lease tests/hosts
+# Tests that need the kernel, QEMU or real time. The others, and tests of two whole hosts, run
+# beside them at a lower priority.
+KERNEL_TESTS := tests/bench tests/bpf tests/netns tests/e2e tests/lease
 # Tests of the pure packages, for the loop while writing
 CHECK_TESTS := $(addprefix tests/unit/,compare conntrack engine net offload test_abi.py test_layers.py)
 N ?=
+# What `make deb` needs besides, those of Build-Depends in deploy/debian/control and a checker
+DEB_PACKAGES := dpkg-dev debhelper lintian bash-completion python3-click python3-rich python3-shellingham \
+	python3-typing-extensions
+DEB := build/deb
 DESTDIR ?=
 PREFIX ?= /usr
 INSTALLED := $(PREFIX)/lib/colo-xdp
 
 export DEBIAN_FRONTEND := noninteractive
 
-.PHONY: all help setup demo check test test-lower-bounds test-qemu-11 torture stress chaos fuzz bench docs layers \
-	lint format hooks clean install uninstall
+.PHONY: all help setup demo check test test-lower-bounds test-qemu-11 test-deb-13 torture stress chaos fuzz bench \
+	docs layers lint format hooks clean install uninstall deb
 
 all: test
 
@@ -44,7 +49,38 @@ $(STAMP): pyproject.toml Makefile
 	$(PY) -m pip install --quiet --disable-pip-version-check -e '.[dev]'
 	@touch $@
 
-# Install the command in an environment of its own, the unit, examples and documents (as root)
+# Build the package for Debian 12 and 13 in build/deb (as root the first time)
+# Two builds of one commit are the same, byte for byte.
+deb: build/.setup-deb $(DEB)/vendored/.complete
+	rm -rf $(DEB)/src $(DEB)/*.deb
+	mkdir -p $(DEB)/src/tests
+	cp -r bpf colo_xdp deploy docs README.md ARCHITECTURE.md CONTRIBUTING.md CHANGELOG.md $(DEB)/src
+	cp -r tests/__init__.py tests/docs $(DEB)/src/tests
+	cp -r $(DEB)/vendored $(DEB)/src
+	mv $(DEB)/src/deploy/debian $(DEB)/src
+	export SOURCE_DATE_EPOCH=$${SOURCE_DATE_EPOCH:-$$(git log -1 --format=%ct || stat -c %Y CHANGELOG.md)} && \
+		cd $(DEB)/src && python3 debian/package.py changelog CHANGELOG.md > debian/changelog && \
+		dpkg-buildpackage --build=binary --no-sign
+	rm -rf $(DEB)/src
+	@ls $(DEB)/*.deb
+
+build/.setup-deb: $(STAMP)
+	@missing=$$(for p in $(DEB_PACKAGES); do dpkg-query -W -f '$${Status}\n' $$p 2>/dev/null | \
+		grep -q '^install ok installed' || echo $$p; done | tr '\n' ' '); \
+	if [ -n "$${missing% }" ]; then \
+		if [ "$$(id -u)" != 0 ]; then echo "as root: apt-get install $$missing"; exit 1; fi; \
+		apt-get update && apt-get install -y --no-install-recommends $$missing; \
+	fi
+	@touch $@
+
+# by their hashes, so a mirror cannot give something else
+$(DEB)/vendored/.complete: deploy/debian/vendored.txt | $(STAMP)
+	rm -rf $(@D)
+	$(PY) -m pip download --quiet --disable-pip-version-check --no-deps --require-hashes \
+		--only-binary=:all: --dest $(@D) --requirement $<
+	@touch $@
+
+# Install the command in an environment of its own, the unit, man pages and documents (as root)
 # DESTDIR: another root directory, with the same Python. PREFIX: /usr or /usr/local. The
 # environment must not be below /root or /home, which the unit cannot see.
 install:
@@ -61,14 +97,16 @@ install:
 		> '$(DESTDIR)$(PREFIX)/lib/systemd/system/colo-xdp@.service'
 	install -d $(DESTDIR)$(PREFIX)/share/doc/colo-xdp
 	cp -r README.md ARCHITECTURE.md CHANGELOG.md CONTRIBUTING.md LICENSE docs \
-		deploy/* $(DESTDIR)$(PREFIX)/share/doc/colo-xdp/
+		$(filter-out deploy/debian,$(wildcard deploy/*)) $(DESTDIR)$(PREFIX)/share/doc/colo-xdp/
+	$(DESTDIR)$(INSTALLED)/bin/python -B -m tests.docs.man $(DESTDIR)$(PREFIX)/share/man
 	install -d -m 0755 $(DESTDIR)/etc/colo-xdp
 	[ -n '$(DESTDIR)' ] || [ ! -d /run/systemd/system ] || systemctl daemon-reload
 
 # Remove what `make install` has installed
 uninstall:
 	rm -rf $(DESTDIR)$(INSTALLED) $(DESTDIR)$(PREFIX)/share/doc/colo-xdp
-	rm -f $(DESTDIR)$(PREFIX)/bin/colo-xdp $(DESTDIR)$(PREFIX)/lib/systemd/system/colo-xdp@.service
+	rm -f $(DESTDIR)$(PREFIX)/bin/colo-xdp $(DESTDIR)$(PREFIX)/lib/systemd/system/colo-xdp@.service \
+		$(DESTDIR)$(PREFIX)/share/man/man8/colo-xdp.8 $(DESTDIR)$(PREFIX)/share/man/man5/colo-xdp.toml.5
 	[ -n '$(DESTDIR)' ] || [ ! -d /run/systemd/system ] || systemctl daemon-reload
 
 # Protect a Debian guest on this machine, kill one QEMU after the other, show what lives
@@ -103,6 +141,10 @@ test-lower-bounds: setup
 test-qemu-11: setup
 	qemu=$$($(PY) -m colo_xdp.lab.newer_qemu build/qemu-sid) && \
 		COLO_QEMU=$$qemu $(PY) -m pytest $(or $(TESTS),tests/e2e)
+
+# Test the package in a root of Debian 13 (`make test`: in one of Debian 12)
+test-deb-13: setup build/.setup-deb
+	COLO_SUITE=trixie $(PY) -m pytest tests/hosts/test_package.py
 
 # Run N schedules of the simulator from SEED on; a failing one is minimized and printed
 torture: setup

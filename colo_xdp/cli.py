@@ -99,6 +99,24 @@ class ModeName(StrEnum):
     shadow = "shadow"
 
 
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit(OK)
+
+
+@app.callback()
+def _options(
+    _: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_version, is_eager=True, help="Print the version and exit."
+        ),
+    ] = False,
+) -> None:
+    pass
+
+
 def _fail(text: str, code: int = FAILED) -> typer.Exit:
     typer.echo(text, err=True)
     return typer.Exit(code)
@@ -721,7 +739,8 @@ def compile_(
     """Compile the programs of pairs for every role, so that no controller has to wait for them.
 
     A controller compiles what is missing itself. After an upgrade of colo-xdp, of the kernel or of
-    bcc, this takes the seconds that the compiler needs out of the restart.
+    bcc, this takes the seconds that the compiler needs out of the restart. It fails if a restarted
+    controller would have to compile all the same, or could not take over what is pinned.
     """
     from .tools.compile import Uncompiled, compile_for
 

@@ -71,6 +71,11 @@ class Timers(Generic[T]):
             self._soon_ns = heap[0][0] if near else NEVER
 
     @property
+    def armed(self) -> bool:
+        """Whether any flow may have a timer: False is certain."""
+        return bool(self._heap)
+
+    @property
     def next_ns(self) -> int:
         """Return the first of the timers set for less than SOON_NS; NEVER if there is none."""
         return self._soon_ns

@@ -46,12 +46,16 @@ from .pair_view import PairView, Surroundings
 from .replacement import Replacement
 from .role import RoleSteps
 from .story import Kind, Story
-from .ticker import IDLE_S, Ticker
+from .ticker import IDLE_S, REST_S, Ticker
 
 log = logging.getLogger("colo_xdp")
 
 
 RING_BATCH = 512
+#: At rest a decision is made with every so many heartbeats, and at once when there is any news.
+REDECIDE = 5
+#: part of heartbeat_interval by which a heartbeat may be early to answer the peer's
+ANSWER_SHARE = 0.25
 FOR_EVER_NS = (1 << 63) - 1
 GUEST_S = 5.0  # between two looks at what is known of the guest's addresses, and at its port
 
@@ -130,9 +134,14 @@ class Controller(RoleSteps):
         self.heartbeat_links: HeartbeatLinks = HeartbeatLinks(config, self.heartbeats.on_heartbeat)
         self.devices = DeviceWatch(self)
         # The programs must not take a controller that idles for a dead one.
-        idle_s = min(IDLE_S, config.datapath.controller_loss / 4000)
-        self.ticker = Ticker(self._tick, self.tick_ns, idle_s)
+        loss_s = config.datapath.controller_loss / 4000
+        self.ticker = Ticker(
+            self._tick, self.tick_ns, min(IDLE_S, loss_s),
+            at_rest=self._at_rest, asleep=lambda: self.asleep, rest_s=min(REST_S, loss_s),
+        )  # fmt: skip
         self._next_beat = 0.0
+        self._news = True  # something has happened since a decision had nothing to do
+        self._undecided_beats = 0  # heartbeats since the last decision
         self.arbiter: Arbiter = ARBITERS[config.failover.arbiter].make(
             ArbiterHost(
                 config=config,
@@ -172,7 +181,7 @@ class Controller(RoleSteps):
         flips = (State.PROTECTED, State.CHECKPOINTING)
         if state is not self.state and not (state in flips and self.state in flips):
             self.history.append({"at": self.since, "state": state.value, "reason": why})
-        self.state, self.reason = state, why
+        self.state, self.reason, self._news = state, why, True
         if state is State.STOPPED:
             self.replacement.begin()
         self.story.became(state, why)
@@ -198,6 +207,7 @@ class Controller(RoleSteps):
 
     def spawn(self, coro: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
         """Run a background task whose failure is logged and ends the controller."""
+        self._news = True
         task = asyncio.ensure_future(coro)
         self._tasks.add(task)
         task.add_done_callback(self._task_done)
@@ -205,6 +215,7 @@ class Controller(RoleSteps):
 
     def _task_done(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)
+        self._news = True
         if task.cancelled() or task.exception() is None:
             return
         e = task.exception()
@@ -225,6 +236,7 @@ class Controller(RoleSteps):
 
     def on_qmp_event(self, event: QmpEvent) -> None:
         """Handle an event from QEMU."""
+        self._news = True
         if event.name == "COLO_EXIT":
             self.view.colo_lost()
         self.on_qmp(event)
@@ -234,6 +246,7 @@ class Controller(RoleSteps):
 
     def on_qemu_found(self, *, there: bool) -> None:
         """Take note of whether a QEMU was found."""
+        self._news = True
         self.view.qemu_found(there=there)
         if there:
             self.view.guest_event("")
@@ -244,6 +257,7 @@ class Controller(RoleSteps):
 
     def on_guest_gone(self, *, hung: bool = False) -> None:
         """Note that the guest's QEMU is dead, or `hung` for good."""
+        self._news = True
         self.view.guest_gone(hung=hung)
 
     def own_state(self) -> State:
@@ -277,6 +291,7 @@ class Controller(RoleSteps):
     def _peer_up(self) -> None:
         log.info("peer connected")
         self.story.tell(Kind.PEER, "connected")
+        self._news = True
         self.asks = False
         self.dp.peer_stopped = 0
         same_peer = self.peer.peer_boot == self.view.peer.boot
@@ -297,11 +312,14 @@ class Controller(RoleSteps):
     def _peer_down(self, why: str) -> None:
         log.warning("peer connection lost: %s", why)
         self.story.tell(Kind.PEER, f"connection lost: {why}")
+        self._news = True
 
     def _peer_message(self, msg: dict[str, Any]) -> None:
         kind = msg["type"]
+        settled, unremarkable = False, False
         if kind == "heartbeat":
-            self.view.heartbeat(msg)
+            unremarkable = not self.view.heartbeat(msg)
+            settled = unremarkable and self.state is State.PROTECTED
             if self.role is Role.SECONDARY:
                 shadow = msg["shadow"] and msg["role"] == Role.PRIMARY.value
                 self._on_peer_shadow(shadow, msg["epoch"])
@@ -314,6 +332,7 @@ class Controller(RoleSteps):
                 if msg["promise"]:
                     self.arbiter.promised(msg["echo"])
             self.view.heartbeat_read(msg["t"])
+            settled = self._answer() or settled
         elif kind == "shut":
             self.view.peer_gave_reason(f'"{msg["why"][:200]}"')
             self.peer_shut(msg["standalone"])
@@ -327,8 +346,20 @@ class Controller(RoleSteps):
             until = boot_ns() + msg["back"] * 1_000_000 if msg["back"] else FOR_EVER_NS
             self.dp.peer_stopped = min(until, FOR_EVER_NS)
             log.info("the peer's controller stops on purpose: %s", msg["why"])
+        self._news |= not unremarkable
         self.on_message(msg)
-        self.reconsider()
+        if not settled:  # else the next tick decides, as it does every heartbeat_interval
+            self.reconsider()
+
+    def _answer(self) -> bool:
+        """Send the heartbeat that is due soon now: one wake-up of each host serves for both.
+
+        Returns whether a tick comes at once."""
+        soon = self.config.peer.heartbeat_interval / 1000 * ANSWER_SHARE
+        if self._next_beat - time.monotonic() >= soon or not self.ticker.now():
+            return False
+        self._next_beat = 0.0
+        return True
 
     @property
     def path_shut(self) -> bool:
@@ -420,8 +451,10 @@ class Controller(RoleSteps):
         """Decide anew, as after each event, and act on it."""
         if self.acting is not None:
             return
+        self._undecided_beats = 0
         d: Decision = decide(self.facts())
         self._update_arbiter(d.action)
+        self._news = d.action is not Action.NONE
         if d.action is Action.NONE:
             return
         if d.action is Action.WAIT:
@@ -435,6 +468,18 @@ class Controller(RoleSteps):
         if d.action not in (Action.REARM, Action.ASK_SHUT):  # each may be repeated many times
             self.story.tell(Kind.STEP, d.why, action=d.action.value)
         self._busy = self.spawn(self._act(d))
+
+    def _nothing_new(self) -> bool:
+        """Return whether a decision would be the last one, to do nothing: the peer is heard, and
+        nothing has happened."""
+        self._undecided_beats += 1
+        return (
+            not self._news
+            and self._undecided_beats < REDECIDE
+            and self.state is State.PROTECTED
+            and self.peer.connected
+            and self.peer.silent_ms() < self.config.peer.heartbeat_timeout / 2
+        )
 
     def _arbiter_changed(self) -> None:
         self.on_arbiter()
@@ -514,6 +559,13 @@ class Controller(RoleSteps):
             self.on_batch()
             self.ticker.look()
 
+    def _at_rest(self) -> bool:
+        """Return whether a tick would find nothing to do."""
+        if self._finished.is_set():
+            return False
+        self.drain()  # as each tick does
+        return self.at_rest
+
     def _tick(self, late: float) -> float | None:
         if self._finished.is_set():
             return None
@@ -526,7 +578,8 @@ class Controller(RoleSteps):
             limit = self.config.peer.heartbeat_timeout
             if self.peer.connected and self.peer.silent_ms() > limit:
                 self.peer.drop(f"silent for {limit} ms")
-            self.reconsider()
+            if not self._nothing_new():
+                self.reconsider()
         # A wake-up can be missed only at the cost of one tick.
         self.drain()
         self.on_tick(time.monotonic_ns())

@@ -23,6 +23,9 @@ from .copy_health import NO_TRAFFIC, Traffic
 
 log = logging.getLogger("colo_xdp")
 
+#: what of a heartbeat can change a decision, besides that the peer lives
+_SAID = ("state", "epoch", "role", "vm", "shut", "over", "standalone", "shadow", "promise")
+
 
 @dataclass
 class LocalGuest:
@@ -62,6 +65,7 @@ class PeerView:
     answer_boot_ns: int = 0  # its clock in the newest heartbeat, until that is answered
     heard_boot_ns: int = 0  # its clock in the newest heartbeat, whatever carried it
     traffic: Traffic = NO_TRAFFIC  # of its guest, while that is the SVM
+    said: tuple[object, ...] = ()  # what the last heartbeat on this connection said (_SAID)
 
 
 @dataclass
@@ -323,19 +327,25 @@ class PairView:
         """Record that the control channel is up, and drop what was reported on the former one."""
         peer = self.peer
         peer.state = peer.role = ""
-        peer.guest = OtherGuest.UNKNOWN
+        peer.guest, peer.said = OtherGuest.UNKNOWN, ()
         if boot != peer.boot:
             peer.boot, peer.heard_boot_ns = boot, 0
 
-    def heartbeat(self, msg: dict[str, Any]) -> None:
-        """Record a heartbeat on the control channel (peer/messages.py)."""
+    def heartbeat(self, msg: dict[str, Any]) -> bool:
+        """Record a heartbeat on the control channel (peer/messages.py).
+
+        Returns whether it says anything but what the last one said: it always says that the peer
+        lives."""
         peer = self.peer
+        said = tuple([msg.get(name) for name in _SAID])
+        news, peer.said = said != peer.said, said
         peer.state, peer.epoch, peer.role = msg["state"], msg["epoch"], msg["role"]
         peer.guest = other_guest(
             msg["role"], msg["state"], standalone=msg["standalone"], shut=msg["shut"]
         )
         if msg["role"] == Role.SECONDARY.value:
             peer.traffic = Traffic(msg["delivered"], msg["sent"])
+        return news
 
     def heartbeat_read(self, t: int) -> None:
         """Record that a heartbeat has been acted upon and has to be answered."""

@@ -19,7 +19,7 @@ from ..datapath.host import HostDataPath
 from ..datapath.ring import CapturedFrame
 from ..engine.journal import Journal
 from ..failover.decision import Action
-from ..failover.facts import OwnGuest
+from ..failover.facts import OtherGuest, OwnGuest
 from ..failover.states import Role, State
 from ..peer.heartbeat_datagram import Flag
 from ..qemu.events import STANDS_STILL, News, QmpEvent
@@ -70,6 +70,7 @@ class Primary(Controller):
         self._lost = datapath.lost_events()
         self._lost_checked = 0
         self._own_guest = OwnGuest.UNKNOWN
+        self._booted_again = False  # since it is known that the other guest has ended
         self._handlers: dict[str, Callable[[dict[str, Any]], None]] = {
             "ready": self._on_ready,
             "heartbeat": self._on_beat,
@@ -119,14 +120,38 @@ class Primary(Controller):
 
     @property
     def own_guest(self) -> OwnGuest:
-        return self._own_guest
+        """Return what the guest here is. One that has booted while the other host's guest still ran
+        standalone may lack what that one did until its end, so it counts as new after a reset."""
+        if self._own_guest is not OwnGuest.NEW or not self._other_has_ended():
+            return self._own_guest
+        if self.config.replicated_disks:
+            return OwnGuest.OUTDATED
+        return OwnGuest.NEW if self._booted_again else OwnGuest.UNKNOWN
+
+    def _other_has_ended(self) -> bool:
+        return self.view.peer.guest is OtherGuest.ENDED or self.view.peer.shut
+
+    async def _boot_again(self) -> None:
+        """Reset a guest that nobody has heard yet: the other host's guest has ended."""
+        try:
+            await self.qemu.qmp.execute("system_reset")
+        except QmpError as e:
+            log.warning("the guest is not reset: %s", e)
+            return
+        log.info("the guest is reset: it may have booted while the other host's guest was active")
+        self._booted_again = True
+        self.reconsider()
 
     async def _look_at_guest(self) -> None:
         """Find out whether QEMU's guest is a new one, for as long as it matters."""
         while self.undecided and self.state is State.STARTING:
+            if self._own_guest is OwnGuest.NEW and self.own_guest is OwnGuest.UNKNOWN:
+                await self._boot_again()
             migration = await self.entry.migration() if self.qemu.qmp.connected else None
             seen = OwnGuest.UNKNOWN
-            if migration is not None:
+            if migration is None:
+                self._booted_again = False  # whoever comes next has not been reset
+            else:
                 known = {"colo": OwnGuest.PAIRED, "none": OwnGuest.NEW}
                 seen = known.get(migration or "none", OwnGuest.OLD)
             if seen is not self._own_guest:
@@ -169,6 +194,14 @@ class Primary(Controller):
 
     def tick_ns(self) -> int:
         return min(self.output.tick_ns(), self._hurry_ns())
+
+    @property
+    def at_rest(self) -> bool:
+        return self.output.at_rest
+
+    @property
+    def asleep(self) -> bool:
+        return self.output.asleep
 
     # ---- a data path that is not whole (controller/device_watch.py)
 

@@ -175,7 +175,7 @@ class PvmOutput:
         """Look for what has waited too long."""
         if self.patience.due(now_ns):
             for i, nic in enumerate(self.nics):
-                if nic.fast is not None:
+                if nic.fast is not None and not nic.fast.unused:
                     self.patience.kernel_waits(i, nic.fast.waits())
             self.patience.end_window(now_ns)
         for nic in self.nics:
@@ -184,6 +184,16 @@ class PvmOutput:
     def tick_ns(self) -> int:
         """Return when tick() has something to do (monotonic)."""
         return min(nic.engine.tick_ns() for nic in self.nics)
+
+    @property
+    def at_rest(self) -> bool:
+        """Whether nothing waits, on the slow path or in the kernel, and nothing can time out."""
+        return all(nic.engine.at_rest for nic in self.nics)
+
+    @property
+    def asleep(self) -> bool:
+        """Whether that holds until a frame comes to this process."""
+        return all(nic.engine.asleep for nic in self.nics)
 
     def gather(self, now_ns: int, nics: Iterable[int]) -> bool:
         """Take over what waits in the kernel at these NICs; return whether anything waits."""

@@ -31,11 +31,23 @@ class RoleSteps(ABC):
         """End a batch: all frames that were waiting went to on_frame()."""
 
     def on_tick(self, now_ns: int) -> None:
-        """Do what is due: called every IDLE_S at least, and within TICK_S after tick_ns()."""
+        """Do what is due: called every IDLE_S at least, and within TICK_S after tick_ns().
+
+        At rest it is called every REST_S."""
 
     def tick_ns(self) -> int:
         """Return when on_tick() has something to do that cannot wait for IDLE_S (monotonic)."""
         return NEVER
+
+    @property
+    def at_rest(self) -> bool:
+        """Whether on_tick() would find nothing that has come up since it was last called."""
+        return False
+
+    @property
+    def asleep(self) -> bool:
+        """Whether nothing can come up that does not wake the event loop by itself."""
+        return False
 
     # ---- the decision
 

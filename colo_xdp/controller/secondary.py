@@ -418,6 +418,15 @@ class Secondary(Controller):
             self.peer.send("failed", n=h.n, why="the SVM did not stop within the deadline")
             self.become(State.DEGRADED, f"checkpoint to epoch {h.n} was asked for and never came")
 
+    @property
+    def at_rest(self) -> bool:
+        return self.held.hold is None
+
+    @property
+    def asleep(self) -> bool:
+        """A hold begins with a message or an event of QEMU, and its deadline is seconds away."""
+        return self.at_rest
+
     async def start(self) -> None:
         await super().start()
         self.spawn(self.disks.watch())

@@ -153,20 +153,25 @@ def _is_filtered(calls: bool) -> bool:
         return (e.code if isinstance(e, NetlinkError) else e.errno) not in _NO_NFTABLES
 
 
-def refresh_fdb(port: str) -> frozenset[int]:
+def refresh_fdb(port: str) -> tuple[frozenset[int], float]:
     """Refresh each address that the bridge has learnt at this port, as a frame from it would.
 
     Returns where the bridge has addresses that it has not learnt (static, sticky, local but no
     device's own, or set by another program): ifindexes of ports, or of the bridge. Such an address
-    must be reached there, wherever it was seen.
+    must be reached there, wherever it was seen. The second value is the time (s) after which the
+    bridge forgets an address that is not refreshed; 0: it is not known.
     """
     own = link_info(port)
     fixed: set[int] = set()
     if not own.master:
-        return frozenset()
+        return frozenset(), 0.0
     with rtnetlink() as ipr:
         local = {m.get_attr("IFLA_ADDRESS") for m in ipr.get_links(master=own.master)}
-        local |= {m.get_attr("IFLA_ADDRESS") for m in ipr.link("get", index=own.master)}
+        bridge = ipr.link("get", index=own.master)[0]
+        local.add(bridge.get_attr("IFLA_ADDRESS"))
+        data = bridge.get_attr("IFLA_LINKINFO")
+        data = data.get_attr("IFLA_INFO_DATA") if data else None
+        ageing = (data.get_attr("IFLA_BR_AGEING_TIME") if data else None) or 0
         for m in ipr.fdb("dump"):
             state, flags, mac = m["state"], m["flags"], m.get_attr("NDA_LLADDR")
             if m.get_attr("NDA_MASTER") != own.master:
@@ -184,4 +189,4 @@ def refresh_fdb(port: str) -> frozenset[int]:
                     state=_NUD_REACHABLE,
                     flags=_NTF_USE | _NTF_MASTER,
                 )
-    return frozenset(fixed)
+    return frozenset(fixed), ageing / 100  # USER_HZ

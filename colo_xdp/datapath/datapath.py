@@ -21,6 +21,7 @@ from ..config.file import Config
 from ..net.address_claims import mac_key
 from . import attach, bridge, devices, loader, netlink, programs
 from .addresses import AddressTable
+from .fingerprint import Fingerprint
 from .hooks import Hooks, Look, Place
 from .inject import Injector
 from .maps import Map
@@ -36,8 +37,13 @@ log = logging.getLogger("colo_xdp.datapath.datapath")
 _U32 = struct.Struct("=I")
 #: not OFFLOAD_DUPLICATE: a guest that has nothing to say repeats what its client has not acked
 _U64 = struct.Struct("=Q")
+#: the programs that hand frames to the controller, of the secondary and of the primary
+_CAPTURING = ((Prog.SVM_IN, Prog.SVM_OUT), (Prog.PVM_OUT, Prog.SVM_ARRIVAL))
 
-FDB_EVERY_S = 5.0  # bridges forget after 300 s by default; costs 35 us per address
+#: Between two refreshes of the guest in its bridge while addresses change, and the longest time
+#: while none does. Bridges forget after 300 s by default. A refresh costs 3 ms, and 35 us per
+#: address.
+FDB_EVERY_S, FDB_REST_S = 5.0, 30.0
 
 PRIMARY_HOOKS = (("pvm_in", "tap", "egress"), ("svm_arrival", "peer", "ingress"))
 SECONDARY_HOOKS = (("svm_net", "tap", "egress"), ("svm_in", "peer", "ingress"))
@@ -74,6 +80,10 @@ class DataPath(PairSlots):
         self.objects, options = self._load(options)
         self._cfg = self.objects.map("config")
         self._counters = self.objects.map("counters")
+        # No program writes to `config`, and one controller at a time does: what this process has
+        # written is what is there. A slot is asked for some hundred times a second.
+        self._slots_lock = threading.Lock()  # held while a slot is written
+        self._slots = {slot: self._read_slot(slot) for slot in Cfg}
         found = self.slot(Cfg.ABI)
         if found not in (0, abi.ABI):
             raise DataPathError(
@@ -90,6 +100,7 @@ class DataPath(PairSlots):
         self.tap_up = tap.up  # as of the last look at the devices (hooks.py)
         #: state of the tap's bridge port (PORT_STATES in net/bridge.py), if it is one
         self.port_state = ""
+        self._port_print, self._port_seen = Fingerprint(), b""
         self.reader = open_reader(self.objects)
         self.injectors: dict[str, Injector] = {}
         if lead is None:
@@ -134,7 +145,8 @@ class DataPath(PairSlots):
         self._plain: frozenset[int] = frozenset()  # as of the last look
         self._rule_changes = RuleChanges()
         self._fixed: frozenset[int] = frozenset()  # where the bridge has entries made by hand
-        self._fdb_set = 0.0
+        self._fdb_set, self._fdb_rest = 0.0, FDB_EVERY_S
+        self._fdb_changed = True
         self._bridge_unknown = False
         self.stepped_out = False  # taken over, and no program is needed any more
         self._lock = threading.RLock()  # guards what is attached
@@ -144,6 +156,8 @@ class DataPath(PairSlots):
             # what was loaded above may have taken seconds to compile.
             self.mode = lead.mode
         self._attach()
+        #: by programs of the other role, which this host may have had
+        self._lost_before = self._lost(_CAPTURING[self.role != "primary"])
         self.look_at_port()
         if self.guest:
             # A later epoch than any other host has seen: see Primary._older_than(). Set only when
@@ -305,11 +319,17 @@ class DataPath(PairSlots):
             table.set(_U32.pack(i), _U32.pack(nxt))
 
     def slot(self, slot: Cfg) -> int:
+        return self._slots[slot]
+
+    def _read_slot(self, slot: Cfg) -> int:
         raw = self._cfg.get(_U32.pack(slot))
-        return _U64.unpack(raw)[0] if raw else 0
+        value: int = _U64.unpack(raw)[0] if raw else 0
+        return value
 
     def set_slot(self, slot: Cfg, value: int) -> None:
-        self._cfg.set(_U32.pack(slot), _U64.pack(value))
+        with self._slots_lock:
+            self._cfg.set(_U32.pack(slot), _U64.pack(value))
+            self._slots[slot] = value
 
     @property
     def in_bridge(self) -> bool:
@@ -360,7 +380,13 @@ class DataPath(PairSlots):
     def look_at_port(self) -> None:
         """Update port_state; blocks (netlink)."""
         try:
-            self.port_state = bridge.port_state(self.net.tap)
+            with self._lock:
+                now = self._port_print.take((self.net.tap,))
+                if now == self._port_seen:
+                    return
+                self._port_seen = b""
+                self.port_state = bridge.port_state(self.net.tap)
+                self._port_seen = now
         except devices.NoSuchDevice:
             self.port_state = ""
         except (netlink.NetlinkError, OSError) as e:  # vanished between two requests, or no memory
@@ -383,17 +409,19 @@ class DataPath(PairSlots):
         if self.fast is None or self.net.uplink != "auto":
             return
         tap, now = self.net.tap, time.monotonic()
-        refresh = bool(self._plain) and now - self._fdb_set > FDB_EVERY_S
+        refresh = self._must_refresh(now)
         look = self._rule_changes.any()
         if not (look or refresh):
             return
         try:
             if look:
                 self._plain = bridge.plain_ports(tap)
-                refresh = bool(self._plain) and now - self._fdb_set > FDB_EVERY_S
+                refresh = self._must_refresh(now)
             if refresh:
-                self._fixed = bridge.refresh_fdb(tap)
+                self._fdb_changed = False
+                self._fixed, ageing_s = bridge.refresh_fdb(tap)
                 self._fdb_set = now
+                self._fdb_rest = max(FDB_EVERY_S, min(FDB_REST_S, ageing_s / 8))
             ports = self._plain
             for port in self._fixed:
                 ports &= {port}
@@ -401,10 +429,21 @@ class DataPath(PairSlots):
             self._bridge_unknown = False
         except (devices.NoSuchDevice, netlink.NetlinkError, OSError) as e:
             self._rule_changes.again()
+            self._fdb_changed = True
             self._set_ports(frozenset())
             if not self._bridge_unknown:
                 log.error("the bridge of %s is not known, nothing leaves past it: %s", tap, e)
             self._bridge_unknown = True
+
+    def _must_refresh(self, now: float) -> bool:
+        """Return whether it is time to refresh the guest in its bridge."""
+        try:
+            self._fdb_changed |= self._rule_changes.addresses()
+        except OSError:  # no memory, no descriptors
+            self._fdb_changed = True
+        since = now - self._fdb_set
+        due = since > (FDB_EVERY_S if self._fdb_changed else self._fdb_rest)
+        return bool(self._plain) and due
 
     def _set_ports(self, ports: frozenset[int]) -> None:
         """Set the ports; forget where clients were seen if they have changed."""
@@ -453,11 +492,12 @@ class DataPath(PairSlots):
 
     def lost_events(self) -> int:
         """Return how many frames did not fit into the event ring, or could not be carried by it."""
-        total = self.reader.lost
-        for prog in (Prog.PVM_OUT, Prog.SVM_ARRIVAL, Prog.SVM_IN, Prog.SVM_OUT):
-            for reason in (Reason.DROP_RING_FULL, Reason.DROP_TOO_LARGE):
-                total += self._count(prog, reason)[0]
-        return total
+        primary = self.role == "primary"
+        return self.reader.lost + self._lost_before + self._lost(_CAPTURING[primary])
+
+    def _lost(self, progs: tuple[Prog, ...]) -> int:
+        reasons = (Reason.DROP_RING_FULL, Reason.DROP_TOO_LARGE)
+        return sum(self._count(prog, reason)[0] for prog in progs for reason in reasons)
 
     def tap_alive(self) -> bool:
         """Return whether the tap is held open (by QEMU): its carrier."""
@@ -519,6 +559,8 @@ class DataPath(PairSlots):
             i.close()
         self.reader.close()
         self._rule_changes.close()
+        self.hooks.close()
+        self._port_print.close()
         if detach:
             attach.detach_all(self.manifest.path)
         self.objects.close()

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from ..abi import Cfg
 from ..failover.states import Role, sends_nothing
 from . import attach, devices, netlink
+from .fingerprint import Fingerprint
 from .loader import Program
 from .prepare import make_peer_link
 
@@ -64,19 +65,46 @@ class Hooks:
     def __init__(self, dp: DataPath) -> None:
         self._dp = dp
         self._blind = False
+        self._fingerprint = Fingerprint()
+        #: what the last look depended on, if all was well
+        self._whole: tuple[object, ...] | None = None
 
     def look(self) -> Look:
-        """Restore what can be restored; never raises."""
+        """Restore what can be restored; never raises.
+
+        Where nothing has changed since all was well, nothing more is looked at.
+        """
         found = Look()
+        now = self._inputs()
+        if now is not None and now == self._whole:
+            return found
+        self._whole = None
         try:
             self._look(found)
             self._blind = False
+            self._whole = now if found == Look() and now == self._inputs() else None
         except _FAILURES as e:
             if not self._blind:
                 log.error("the hooks cannot be looked at: %s", e)
             self._blind = True
             found.trouble.append(f"the hooks cannot be looked at: {e}")
         return found
+
+    def _inputs(self) -> tuple[object, ...] | None:
+        """Return everything that a look depends on; None: it is not known."""
+        dp, net = self._dp, self._dp.net
+        names = [net.tap, net.peer_link, *(i.name for i in dp.injectors.values())]
+        names += [net.uplink] if net.uplink not in ("auto", "bridge") else []
+        try:
+            kernel = self._fingerprint.take(names)
+        except OSError:
+            return None
+        slots = (Cfg.TAP, Cfg.PEER, Cfg.UPLINK, Cfg.MODE, Cfg.UNDECIDED, Cfg.PROMOTED_EPOCH)
+        return (kernel, dp.stepped_out, dp.guest is not None, *(dp.slot(x) for x in slots))
+
+    def close(self) -> None:
+        """Release what a look needs."""
+        self._fingerprint.close()
 
     def _look(self, found: Look) -> None:
         dp, net = self._dp, self._dp.net

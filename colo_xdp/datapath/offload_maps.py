@@ -104,6 +104,8 @@ class BpfKernelPath:
         self._rings = buffers.fd
         table = memoryview(mmap.mmap(owners.fd, _pages(self.buffers * abi.OWNER.size)))
         self._table = table[: self.buffers * abi.OWNER.size]
+        #: since_ns of each: reading only these takes a tenth of the time
+        self._since_ns = self._table.cast("Q")[1 :: abi.OWNER.size // 8]
         self._ctl = objects.programs["offload_ctl"].fd
         self._idle_ns, self._since = idle_ns, since
         self._switch, self._keep_since = switch, keep_since
@@ -113,6 +115,9 @@ class BpfKernelPath:
         self._sweep: Iterator[bytes] | None = None
         self._rest_until = 0
         self._reclaimed: list[bytes] = []
+        #: whether sweep() has met no connection, since it began anew and up to its end
+        self._met_none = False
+        self.unused = False  # a former controller may have left connections
 
     @property
     def enabled(self) -> bool:
@@ -141,6 +146,7 @@ class BpfKernelPath:
 
     def offer(self, key: FlowKey) -> bool:
         """Make the connection known; return False if there are too many."""
+        self.unused = self._met_none = False
         try:
             seen = struct.pack("=16xQ", time.monotonic_ns())
             self._conns.set(conn_key(key), seen + _EMPTY[len(seen) :], new=True)
@@ -230,6 +236,8 @@ class BpfKernelPath:
 
     def oldest_ns(self) -> int:
         """Return since when (ns) the first of them has waited; 0: there is none."""
+        if not any(self._since_ns):
+            return 0
         return min((since for since, _ in self._waiting()), default=0)
 
     def moved_ns(self) -> int:
@@ -272,12 +280,14 @@ class BpfKernelPath:
         if self._sweep is None:
             if now_ns < self._rest_until:
                 return
-            self._sweep = self._conns.keys()
+            self._sweep, self._met_none = self._conns.keys(), True
         for _ in range(most):
             key_ = next(self._sweep, None)
             if key_ is None:
                 self._sweep, self._rest_until = None, now_ns + min(REST_NS, self._idle_ns // 4)
+                self.unused = self._met_none
                 break
+            self._met_none = False
             raw = self._conns.get(key_)
             if raw is not None and self._unused(key_, raw, now_ns):
                 self.reclaim(flow_key(key_))  # from now on in the slow path, with its buffer free

@@ -66,6 +66,17 @@ def wanted(config: Config) -> list[Source]:
     return out
 
 
+def unfit_pins(config: Config) -> list[str]:
+    """Return which maps that a controller has pinned here this release cannot take over."""
+    o = options(config, config.role, "tc")
+    d = config.datapath.bpffs
+    return [
+        bad
+        for nic in range(len(config.networks))
+        for bad in loader.check_pins(loader.pin_dir(d, config.pair, config.role, nic), o)
+    ]
+
+
 @dataclass(frozen=True, slots=True)
 class Filled:
     """One image that the cache has; `seconds`: what it took, 0 if it was there."""

@@ -13,22 +13,23 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 import socket
 import time
-from pathlib import Path
 
 from . import bridge, netlink
 
-LOOK_S = 10.0
+LOOK_S = 30.0
 _NETFILTER = 12  # NETLINK_NETFILTER
 _GROUP_NFTABLES = 1 << 6  # NFNLGRP_NFTABLES
+_GROUP_NEIGHBOURS = 1 << 2  # RTMGRP_NEIGH: addresses of bridges, too
 _NONE = frozenset((errno.EPROTONOSUPPORT, errno.EAFNOSUPPORT))
 
 
-def _nftables() -> socket.socket:
-    s = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK, _NETFILTER)
+def _listen(family: int, group: int) -> socket.socket:
+    s = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK, family)
     try:
-        s.bind((0, _GROUP_NFTABLES))
+        s.bind((0, group))
     except OSError:
         s.close()
         raise
@@ -37,12 +38,17 @@ def _nftables() -> socket.socket:
 
 def _files() -> tuple[object, ...]:
     """Return what has no events: modules of ebtables, sysctls, tables of iptables."""
-    out: list[object] = [path.exists() for path in bridge.EBTABLES]
+    out: list[object] = [os.path.exists(path) for path in bridge.EBTABLES]
     for path in bridge.RULE_FILES:
         try:
-            out.append(Path(path).read_text())
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError:
             out.append(None)
+            continue
+        try:
+            out.append(os.read(fd, 1 << 16))
+        finally:
+            os.close(fd)
     return tuple(out)
 
 
@@ -66,6 +72,7 @@ class RuleChanges:
     def __init__(self) -> None:
         self._links: socket.socket | None = None
         self._rules: socket.socket | None = None
+        self._neighbours: socket.socket | None = None
         self._seen: tuple[object, ...] = ()
         self._due = 0.0  # when to look all the same (CLOCK_MONOTONIC)
 
@@ -89,7 +96,7 @@ class RuleChanges:
             self._links, changed = netlink.changes(), True
         if self._rules is None:
             try:
-                self._rules, changed = _nftables(), True
+                self._rules, changed = _listen(_NETFILTER, _GROUP_NFTABLES), True
             except OSError as e:
                 if e.errno not in _NONE:
                     raise
@@ -97,14 +104,24 @@ class RuleChanges:
         changed |= _said(self._links)
         return (self._rules is not None and _said(self._rules)) or changed
 
+    def addresses(self) -> bool:
+        """Return whether a bridge has learnt or got an address since the last call.
+
+        A neighbour of the host counts, too. Raises OSError.
+        """
+        if self._neighbours is None:
+            self._neighbours = _listen(socket.NETLINK_ROUTE, _GROUP_NEIGHBOURS)
+            return True
+        return _said(self._neighbours)
+
     def again(self) -> None:
         """Have any() return True next time: the look has failed."""
         self._due = 0.0
 
     def close(self) -> None:
         """Close the sockets."""
-        for sock in (self._links, self._rules):
+        for sock in (self._links, self._rules, self._neighbours):
             if sock is not None:
                 with contextlib.suppress(OSError):
                     sock.close()
-        self._links = self._rules = None
+        self._links = self._rules = self._neighbours = None

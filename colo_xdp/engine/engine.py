@@ -478,7 +478,7 @@ class Engine:
     def tick(self, now_ns: int) -> None:
         """Handle timeouts and ageing; cheap when nothing is due.
 
-        Called at tick_ns(), and otherwise every 50 ms or so.
+        Called at tick_ns(), and otherwise every 50 ms or so; every 100 ms while `at_rest`.
         """
         self._clock.now = now_ns
         self._scheduler.look()
@@ -518,6 +518,22 @@ class Engine:
             if self.patience.lasting:
                 due = min(due, self._clock.now + self.patience.quiet_ns)
         return min(due, self._watch.due_ns)
+
+    @property
+    def at_rest(self) -> bool:
+        """Whether neither guest's output waits, here or in the fast path, so that no time runs."""
+        return not (
+            self.ledger.pvm_packets
+            or self._timers.armed
+            or self._scheduler.under_backpressure
+            or self._flows.openings.any
+            or (self.fast.enabled and self.fast.oldest_ns())
+        )
+
+    @property
+    def asleep(self) -> bool:
+        """Whether it is at rest until a frame comes here: no connection is in the fast path."""
+        return (not self.fast.enabled or self.fast.unused) and self.at_rest
 
     def _ask_if_crossed(self, now_ns: int) -> None:
         """Request a checkpoint if the guests wait for each other's clients (engine/silence.py)."""

@@ -44,6 +44,11 @@ class GuestOpened:
             self._by.setdefault(service, {})[flow] = now_ns
             self._count += 1
 
+    @property
+    def any(self) -> bool:
+        """Whether there are young flows to examine."""
+        return bool(self._by)
+
     def clear(self) -> None:
         """Forget all flows: a checkpoint has made the guests equal."""
         self._by.clear()

@@ -68,7 +68,10 @@ _Row = tuple[Callable[[Facts], bool], Action, str | Callable[[Facts], str]]
 
 def _last_heard_ms(f: Facts) -> float:
     """Return the time since the peer's controller was last heard on any link, ms."""
-    return min([f.peer_silent_ms, *(p.silent_ms for p in f.links)])
+    least = f.peer_silent_ms
+    for link in f.links:
+        least = min(least, link.silent_ms)
+    return least
 
 
 def _suspect(f: Facts) -> bool:
@@ -250,6 +253,12 @@ def _undecided_why(f: Facts) -> str:
         return (
             f"{_NOTHING_KNOWN}the other host has a copy of the pair's guest, so neither transmits "
             "until an operator chooses one with `colo-xdp failover` there or here"
+        )
+    if f.own_guest is OwnGuest.OUTDATED:
+        return (
+            f"{_NOTHING_KNOWN}the other host's guest ran standalone and is gone, and the disks "
+            "here lack what it has written: start that guest again there, or give that up with "
+            "`colo-xdp failover` here"
         )
     if f.other_guest is OtherGuest.ENDED:
         return (

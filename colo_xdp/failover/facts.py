@@ -48,7 +48,8 @@ class OwnGuest(StrEnum):
     """What this host's QEMU reports about its guest."""
 
     UNKNOWN = ""  # QEMU does not answer, or is not there
-    NEW = "new"  # booted, and never migrated since
+    NEW = "new"  # booted, and never migrated since; if the other one ran standalone, after its end
+    OUTDATED = "outdated"  # booted from disks that lack what the other one has written alone
     PAIRED = "paired"  # in COLO: this is the pair's PVM
     OLD = "old"  # it was once the pair's PVM
 

@@ -15,7 +15,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from . import ext4, guest
@@ -58,16 +58,17 @@ WantedBy=multi-user.target
 
 @dataclass(frozen=True, slots=True)
 class Packages:
-    """What a root consists of: a variant of mmdebstrap, packages, and paths to leave out."""
+    """What a root consists of: a variant of mmdebstrap, packages, paths to leave out, a release."""
 
     names: tuple[str, ...]
     variant: str = "minbase"
     left_out: tuple[str, ...] = LEFT_OUT
+    suite: str = field(default=SUITE, repr=False)
 
     @property
     def digest(self) -> str:
         """Return what changes when anything here changes."""
-        return hashlib.sha256(repr((SUITE, self)).encode()).hexdigest()
+        return hashlib.sha256(repr((self.suite, self)).encode()).hexdigest()
 
 
 #: without usr-is-merged, systemd brings usrmerge and Perl
@@ -134,7 +135,7 @@ def renew(result: Path, digest: str, make: Callable[[Path], None]) -> None:
 
 
 def bootstrap(root: Path, packages: Packages) -> Path:
-    """Install packages of Debian 12 into a directory; once, and again when the list changes.
+    """Install packages of Debian into a directory; once, and again when the list changes.
 
     Raises LabError with mmdebstrap's output.
     """
@@ -146,7 +147,7 @@ def bootstrap(root: Path, packages: Packages) -> Path:
             f"--include={','.join(packages.names)}",
             '--aptopt=APT::Install-Recommends "false"', '--aptopt=Acquire::Languages "none"',
             *(f"--dpkgopt=path-exclude={p}" for p in packages.left_out),
-            SUITE, str(part),
+            packages.suite, str(part),
         )  # fmt: skip
 
     if not fresh(root, packages.digest):

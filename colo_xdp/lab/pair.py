@@ -286,7 +286,10 @@ class Lab:
     ) -> subprocess.Popen[bytes]:
         """Run `colo-xdp run` in the host's namespace."""
         cmd = [sys.executable, "-m", "colo_xdp.cli", "run", str(self.config_path(role))]
-        env = {"COLO_XDP_LOG": "INFO", "PYTHONUNBUFFERED": "1", **(env or {})}
+        package = str(Path(__file__).resolve().parents[2])
+        env = {
+            "COLO_XDP_LOG": "INFO", "PYTHONUNBUFFERED": "1", "PYTHONPATH": package, **(env or {}),
+        }  # fmt: skip
         p = self.procs.start(cmd, self.controller_log(role), self.ns(role), env)
         self.controllers[role] = p
         return p

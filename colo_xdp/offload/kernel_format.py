@@ -81,6 +81,11 @@ class KernelPath(Protocol):
 
     enabled: bool
 
+    @property
+    def unused(self) -> bool:
+        """Whether the kernel knows no connection, so that nothing can begin to wait there."""
+        ...
+
     def offer(self, key: FlowKey) -> bool:
         """Make the connection known to the kernel; return False if the table is full."""
         ...
@@ -125,6 +130,7 @@ class NoKernelPath:
     """Stands in where there is no fast path."""
 
     enabled = False
+    unused = True
 
     def offer(self, key: FlowKey) -> bool:
         return False

@@ -102,6 +102,9 @@ class WireError(ValueError):
     """A message that is not valid; the text describes the error."""
 
 
+_ENCODE = json.JSONEncoder(separators=(",", ":")).encode  # json.dumps() would make one each time
+
+
 def encode(kind: str, **fields: Any) -> bytes:
     """Encode one line. Raises WireError on a message that the table does not know.
 
@@ -110,7 +113,7 @@ def encode(kind: str, **fields: Any) -> bytes:
     if isinstance(fields.get("why"), str):
         fields["why"] = fields["why"][:MAX_TEXT]
     check({"type": kind, **fields})
-    return json.dumps({"type": kind, **fields}, separators=(",", ":")).encode() + b"\n"
+    return _ENCODE({"type": kind, **fields}).encode() + b"\n"
 
 
 def check(msg: dict[str, Any]) -> None:
@@ -126,9 +129,13 @@ def check(msg: dict[str, Any]) -> None:
         v = msg[name]
         if type(v) is not typ:
             raise WireError(f"{kind}.{name}: {type(v).__name__} where {typ.__name__} is needed")
-        if isinstance(v, int) and not 0 <= v < 1 << 64:
+        if typ is int and isinstance(v, int) and not 0 <= v < 1 << 64:
             raise WireError(f"{kind}.{name}: {v} out of range")
-        if isinstance(v, str) and len(v) > (MAX_FLOWS_TEXT if name in LONG else MAX_TEXT):
+        if (
+            typ is str
+            and isinstance(v, str)
+            and len(v) > (MAX_FLOWS_TEXT if name in LONG else MAX_TEXT)
+        ):
             raise WireError(f"{kind}.{name}: {len(v)} characters")
 
 

@@ -31,7 +31,9 @@ log = logging.getLogger("colo_xdp")
 QMP_RETRY_S = 0.2
 # how long after a lost QMP connection the tap's carrier may take to show whether QEMU is dead
 DEATH_S = 2.0
-WATCH_S = 0.5
+WATCH_S = 0.5  # a hang is found so long after the deadline of a command at the latest
+#: a question whether QEMU answers comes so much later, since its deadline is so much shorter
+WATCH_LESS_S = 0.5
 HUNG_S = 1.0  # QEMU answers x-colo-lost-heartbeat in 0.1 s; after this time its main loop hangs
 IN_COLO = ("colo", "active")  # migration states that x-colo-lost-heartbeat ends
 NO_DISKS = ReplicationOptions("")
@@ -354,12 +356,14 @@ class QemuSupervisor:
 
     async def watch(self) -> None:
         """Poll QEMU until cancelled, because a hanging QEMU gives no sign by itself."""
+        timeout_s = self.options.timeout_s
+        less_s = min(WATCH_LESS_S, timeout_s / 2)
         while True:
-            await asyncio.sleep(WATCH_S)
+            await asyncio.sleep(WATCH_S + less_s)
             if self._owner.stakes is not Stakes.WATCHED or not self.qmp.connected:
                 continue
             try:
-                await self.qmp.status()
+                await self.qmp.status(timeout_s - less_s)
             except QmpTimeout:
                 # It may well be busy during a checkpoint, which has a deadline of its own.
                 if self._owner.stakes is Stakes.WATCHED and await self.hangs():

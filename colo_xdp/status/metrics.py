@@ -11,6 +11,8 @@ from __future__ import annotations
 import json
 import logging
 import platform
+import selectors
+import socket
 import ssl
 import threading
 import time
@@ -446,16 +448,25 @@ class Server:
                 self._httpd.socket, server_side=True, do_handshake_on_connect=False
             )
         self.port = self._httpd.server_port
-        self._thread = threading.Thread(
-            target=self._httpd.serve_forever, kwargs={"poll_interval": 0.1}, daemon=True
-        )
+        self._httpd.timeout = 0  # handle_request() is called when there is one
+        self._end, self._ended = socket.socketpair()
+        self._thread = threading.Thread(target=self._serve, daemon=True)
         self._thread.start()
+
+    def _serve(self) -> None:
+        """Answer until close(). serve_forever() would wake up to see whether it is to end."""
+        with selectors.DefaultSelector() as ready:
+            for sock in (self._httpd, self._ended):
+                ready.register(sock, selectors.EVENT_READ)
+            while self._ended not in [key.fileobj for key, _ in ready.select()]:
+                self._httpd.handle_request()
 
     def close(self) -> None:
         """Stop answering."""
-        self._httpd.shutdown()
-        self._httpd.server_close()
+        self._end.close()
         self._thread.join(2)
+        self._httpd.server_close()
+        self._ended.close()
 
 
 def _client_tls(cert: str, key: str, client_ca: str) -> ssl.SSLContext:

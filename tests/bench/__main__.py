@@ -35,6 +35,7 @@ from . import (
     programs,
     queues,
     report,
+    rest,
     scale,
     slow_path,
     waits,
@@ -61,6 +62,7 @@ PARTS: dict[str, tuple[str, Run]] = {
     "peer": ("CPU per frame against QEMU's colo-compare and filter-rewriter", peer.run),
     "guests": ("Real guests: no proxy, QEMU's own, ours", arms.run),
     "waits": ("Real guests that disagree by waiting: a fixed and an adaptive wait", waits.run),
+    "rest": ("A protected pair at rest: CPU and memory of the controllers", rest.run),
     "apps": ("Real applications: no pair, shadow, QEMU's own proxy, ours", apps.run),
     "latency": ("Added latency of a released frame, one at a time", latency.run),
     "scale": ("Connections against time and memory", scale.run),
@@ -82,9 +84,9 @@ def leftovers() -> None:
         if (name.startswith(mine) and len(name) in (4, 5)) or name == slow_path.NAMESPACE:
             with contextlib.suppress(subprocess.CalledProcessError):
                 subprocess.run(["ip", "netns", "del", name], check=True)
-    pids = BUILD / f"{arms.TAG}.pids.json"
-    if pids.exists():
-        Lab(BUILD, tag=arms.TAG).down()
+    for tag in (arms.TAG, rest.TAG):
+        if (BUILD / f"{tag}.pids.json").exists():
+            Lab(BUILD, tag=tag).down()
     for pins in Path("/sys/fs/bpf/colo-xdp").glob(f"{held.PAIR}*"):
         loader.remove_pins(str(pins))
     mounts = Path("/proc/mounts").read_text().splitlines()

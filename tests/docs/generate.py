@@ -16,7 +16,7 @@ import re
 import struct
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import MISSING
+from dataclasses import MISSING, Field
 from enum import Enum, IntEnum
 from pathlib import Path
 from typing import Any
@@ -81,15 +81,19 @@ def allowed(check: validate.Check) -> str:
     return re.sub(r"^(a whole number.*?from|true or false$)", "", text).strip()
 
 
+def default_value(f: Field[Any]) -> str:
+    """The default of a key as TOML writes it; nothing if the key is required."""
+    if f.default is MISSING:
+        return ""
+    return json.dumps(list(f.default) if isinstance(f.default, tuple) else f.default)
+
+
 def config(cls: type[Any]) -> str:
     """The keys of one section."""
     rows = []
     for name, f in validate.keys(cls).items():
-        if f.default is MISSING:
-            default = "required"
-        else:
-            v = list(f.default) if isinstance(f.default, tuple) else f.default
-            default = f"`{json.dumps(v)}`"
+        default = default_value(f)
+        default = f"`{default}`" if default else "required"
         rows.append([
             f"`{name}`", key_type(str(f.type)), allowed(f.metadata["check"]), default,
             f.metadata["unit"], sentence(f.metadata["help"]),
@@ -110,18 +114,18 @@ def parameters(callback: Callable[..., Any]) -> Iterator[tuple[str, Any, Any, An
         yield name, kind, info, p.default
 
 
-def _value(kind: Any) -> str:
+def value_name(kind: Any) -> str:
     """The name of an option's value; nothing for a flag."""
     args = [a for a in typing.get_args(kind) if a is not type(None)]
     if args:
-        return _value(args[0])
+        return value_name(args[0])
     if isinstance(kind, type) and issubclass(kind, Enum):
         return "|".join(str(m.value) for m in kind)
     names = {bool: "", int: "INTEGER", float: "NUMBER", Path: "PATH"}
     return names.get(kind, "TEXT")
 
 
-def _names(name: str, kind: Any, info: OptionInfo) -> list[str]:
+def option_names(name: str, kind: Any, info: OptionInfo) -> list[str]:
     # In an annotation typer takes the first name for the default until it builds the command.
     names = [n for n in (info.default, *(info.param_decls or ())) if str(n).startswith("-")]
     if names:
@@ -130,15 +134,15 @@ def _names(name: str, kind: Any, info: OptionInfo) -> list[str]:
     return [f"--{plain}", f"--no-{plain}"] if kind is bool else [f"--{plain}"]
 
 
-def _usage(path: str, params: list[tuple[str, Any, Any, Any]]) -> str:
+def usage(path: str, params: list[tuple[str, Any, Any, Any]]) -> str:
     words, options = [path], False
     for name, kind, info, default in params:
         required = default is inspect.Parameter.empty
         if isinstance(info, ArgumentInfo):
-            shown = _value(kind) if issubclass(_inner(kind), Enum) else name.upper()
+            shown = value_name(kind) if issubclass(_inner(kind), Enum) else name.upper()
             words.append(shown if required else f"[{shown}]")
         elif required:
-            words.append(f"{_names(name, kind, info)[-1]} {_value(kind)}")
+            words.append(f"{option_names(name, kind, info)[-1]} {value_name(kind)}")
         else:
             options = True
     return " ".join(words + ["[OPTIONS]"] * options)
@@ -150,7 +154,7 @@ def _inner(kind: Any) -> type[Any]:
     return inner if isinstance(inner, type) else object
 
 
-def _shown_default(v: Any) -> str:
+def shown_default(v: Any) -> str:
     if v is inspect.Parameter.empty:
         return "required"
     if v is None or v is False or v == "":
@@ -179,16 +183,16 @@ def command_line() -> str:
     text = []
     for path, callback in commands():
         params = sorted(parameters(callback), key=lambda p: isinstance(p[2], OptionInfo))
-        text += [f"### {path.removeprefix('colo-xdp ')}\n", f"    {_usage(path, params)}\n"]
+        text += [f"### {path.removeprefix('colo-xdp ')}\n", f"    {usage(path, params)}\n"]
         text.append(inspect.cleandoc(callback.__doc__ or "") + "\n")
         rows = []
         for name, kind, info, default in params:
             what = f"`{name.upper()}`"
             if isinstance(info, OptionInfo):
-                value = f" {_value(kind)}".rstrip()
-                what = ", ".join(f"`{n}{value}`" for n in _names(name, kind, info))
+                value = f" {value_name(kind)}".rstrip()
+                what = ", ".join(f"`{n}{value}`" for n in option_names(name, kind, info))
             note = f" Environment: `{info.envvar}`." if info.envvar else ""
-            rows.append([what, _shown_default(default), sentence(info.help or "") + note])
+            rows.append([what, shown_default(default), sentence(info.help or "") + note])
         if rows:
             text.append(table(("argument or option", "default", "meaning"), rows))
     return "\n".join(text).rstrip() + "\n"

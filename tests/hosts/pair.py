@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Set the pair web1 up on two such hosts, from what `make install` has installed."""
+"""Set the pair web1 up on two such hosts: a has the Debian package, b what `make install` installs.
+
+Examples and units are taken from where these have put them.
+"""
 
 from __future__ import annotations
 
@@ -77,7 +80,6 @@ class Pair:
         fcntl.flock(self._lock, fcntl.LOCK_EX)
         self._remove()  # leftovers of a crash
         base = roots.base(self.dir)
-        roots.install(base)
         shutil.rmtree(self.exchange, ignore_errors=True)
         self.exchange.mkdir()
         guest = guest_files.build(self.guest_dir)
@@ -90,6 +92,10 @@ class Pair:
         client_up()
         for h, other in ((self.a, "b"), (self.b, "a")):
             h.make(base)
+            if h is self.a:
+                roots.install_package(h.root, roots.package())
+            else:
+                roots.install(h.root)
             pki.issue(keys, ROLES[h.name], renew=True)
             self._files(h, other, keys)
             h.boot()

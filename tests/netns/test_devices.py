@@ -6,7 +6,7 @@ from __future__ import annotations
 import ctypes as ct
 import socket
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -16,6 +16,7 @@ from colo_xdp import abi
 from colo_xdp.abi import Cfg, Mode
 from colo_xdp.datapath import attach, devices, netlink, syscall
 from colo_xdp.datapath.datapath import DataPath
+from colo_xdp.datapath.fingerprint import Fingerprint
 from colo_xdp.datapath.hooks import Look
 from colo_xdp.tools import cleanup
 from tests.netns.conftest import Net, Sniffer, Tap, inside, own, sh
@@ -79,6 +80,51 @@ def arrives(net: Net, dp: DataPath) -> bool:
 
 def test_all_is_there(path: DataPath) -> None:
     assert whole(path.look()) and whole(path.look())
+
+
+def test_what_has_not_changed_is_not_read_again(
+    path: DataPath, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A look costs 3 ms of CPU time, and is due every few seconds for as long as a pair lives."""
+    assert whole(path.look())
+    looks: list[tuple[str, ...]] = []
+    real = attach.look
+
+    def look(names: Iterable[str]) -> dict[str, attach.Seen | None]:
+        looks.append(tuple(names))
+        return real(looks[-1])
+
+    monkeypatch.setattr(attach, "look", look)
+    assert whole(path.look()) and not looks
+    for change in (
+        ("tc", "qdisc", "del", "dev", "tap0", "clsact"),
+        ("ip", "link", "set", "tap0", "mtu", "1400"),
+        ("ip", "link", "set", "tap0", "nomaster"),
+    ):
+        sh(*change)
+        looks.clear()
+        path.look()
+        assert looks, change
+        path.look()
+        path.look()
+        looks.clear()
+        assert whole(path.look()) and not looks, change
+    path.mode = Mode.DROP  # decides whether the tap belongs into a bridge
+    assert path.look() and looks
+
+
+def test_a_kernel_that_does_not_answer_is_looked_at_in_full(
+    path: DataPath, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert whole(path.look())
+
+    def broken(*_: object) -> bytes:
+        raise OSError("no memory")
+
+    monkeypatch.setattr(Fingerprint, "_ask", broken)
+    sh("tc", "qdisc", "del", "dev", "tap0", "clsact")
+    assert "pvm_out on tap0" in path.look().restored
+    assert whole(path.look())
 
 
 def test_a_tap_made_again_transmits_through_us(net: Net, path: DataPath) -> None:

@@ -140,11 +140,14 @@ class Side:
         """Start QEMU without -incoming: a guest that boots and knows of no pair."""
         self.qemu.die()
         self.tap.clear()
-        world = self.world
-        self.guest = Guest(random.Random(world.entropy_s.random()), world.ms())
+        self.qemu = Qemu(self, incoming=False)
+        self.booted()
+
+    def booted(self) -> None:
+        """Let the guest boot anew, from its disk: it knows of nothing that was before."""
+        self.guest = Guest(random.Random(self.world.entropy_s.random()), self.world.ms())
         self.stale = False
         self.guest.written = set(self.image)
-        self.qemu = Qemu(self, incoming=False)
         self._attach()
 
     def new_qemu(self) -> None:
@@ -972,6 +975,9 @@ class SimQmp:
             q.cancel()
         if command == "cont":
             q.cont()
+        if command == "system_reset":
+            q.reset()
+            q.side.booted()
         return [{"main-mac": "52:54:00:00:00:02"}]
 
     async def close(self) -> None:

@@ -82,7 +82,7 @@ FIRST = {
     "a_handed_over_guest_transmits_on": 4,
     "a_restarted_primary_goes_on_comparing": 62,
     "both_hosts_stay_primaries": 3,
-    "disks_are_vouched_for_unseen": 299,
+    "disks_are_vouched_for_unseen": 1105,
     "epoch_ignored": 95,
     "frames_after_stop_leave_with_the_checkpoint": 57,
     "network_opens_before_the_primary_is_silent": 69,

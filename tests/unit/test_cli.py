@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from colo_xdp import __version__
 from colo_xdp.cli import DEGRADED, EXIT_CODES, FAILED, NOT_RUNNING, USAGE, app
 
 ROOT = Path(__file__).parents[2]
@@ -26,6 +27,10 @@ def test_quick_commands_need_neither_bcc_nor_netlink() -> None:
     )
     r = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert r.stdout.strip() == "[]"
+
+
+def test_the_version_as_an_option_and_as_a_command() -> None:
+    assert run(app, ["--version"]).output == run(app, ["version"]).output == f"{__version__}\n"
 
 
 @pytest.mark.parametrize("command", ["status", "checkpoint", "failover", "mode"])

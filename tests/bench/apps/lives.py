@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -95,6 +96,7 @@ def laboratory(arm: str, build: Path) -> Lab:
     lab = kind(
         build, tag=TAG, guest="debian", variant=image.variant(build / "guest"), disks=1,
         overlay_limit=OVERLAY_LIMIT, overrides=overrides,
+        vcpus=int(os.environ.get("APPS_VCPUS") or 1), thread="multi",
     )  # fmt: skip
     lab.patience_s = PROTECT_S
     return lab

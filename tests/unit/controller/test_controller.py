@@ -11,6 +11,7 @@ import pytest
 
 from colo_xdp.abi import Mode, Source, SyncState
 from colo_xdp.config.file import load
+from colo_xdp.controller.controller import REDECIDE
 from colo_xdp.controller.primary import Primary
 from colo_xdp.controller.secondary import Secondary
 from colo_xdp.controller.ticker import TICK_S
@@ -20,6 +21,7 @@ from colo_xdp.failover.decision import Action, decide
 from colo_xdp.failover.lease import boot_ns
 from colo_xdp.failover.states import State
 from colo_xdp.peer.heartbeat_datagram import Flag, Heartbeat
+from colo_xdp.qemu.events import QmpEvent
 from colo_xdp.status.builder import active_json
 from tests.netns.frames import tcp, udp
 from tests.unit.controller.fakes import (
@@ -191,3 +193,82 @@ def test_an_operators_request_does_not_count_for_ever(
     c.commands.order("failover", -1)
     c.state = State.PROMOTED
     assert not c.facts().operator and not caplog.text, "it did come about"
+
+
+BEAT = {
+    "type": "heartbeat", "t": 1, "echo": 0, "state": "protected", "epoch": 7, "vm": True,
+    "shut": False, "over": False, "standalone": False, "shadow": False, "promise": False,
+    "role": "secondary", "delivered": 0, "sent": 0,
+}  # fmt: skip
+
+
+def at_rest() -> tuple[Primary, list[int]]:
+    """Return a protected primary that hears its peer, and where its decisions are counted."""
+    c, _, _ = primary()
+    decisions: list[int] = []
+    c.state = State.PROTECTED
+    c.peer.connected = True
+    c.peer.last_seen_ns = time.monotonic_ns()
+
+    def facts() -> object:
+        decisions.append(1)
+        return Primary.facts(c)
+
+    c.facts = facts  # type: ignore[assignment,method-assign]
+    return c, decisions
+
+
+def test_a_heartbeat_that_says_nothing_new_needs_no_decision() -> None:
+    async def body() -> None:
+        c, decisions = at_rest()
+        c._next_beat = time.monotonic() + 60
+        c._peer_message(BEAT)
+        assert len(decisions) == 1, "the first one of a connection"
+        c._peer_message(BEAT | {"t": 2, "delivered": 5})
+        assert len(decisions) == 1
+        for news in ({"epoch": 8}, {"state": "degraded"}, {"standalone": True}, {"vm": False}):
+            before = len(decisions)
+            c._peer_message(BEAT | news)
+            assert len(decisions) == before + 1, news
+
+    in_loop(body)
+
+
+def test_whatever_happens_has_the_next_tick_decide() -> None:
+    async def body() -> None:
+        c, _ = at_rest()
+        for happens in (
+            lambda: c.on_qmp_event(QmpEvent("COLO_EXIT", {}, 0, 0)),
+            lambda: c.on_qemu_found(there=True),
+            lambda: c._peer_down("closed"),
+            lambda: c.become(State.PROTECTED, "another reason"),
+        ):
+            c._news, c._undecided_beats = False, 0
+            assert c._nothing_new()
+            happens()
+            assert not c._nothing_new()
+        c._news, c._undecided_beats = False, 0
+        assert [c._nothing_new() for _ in range(REDECIDE)][-2:] == [True, False]
+        c._undecided_beats = 0
+        c.peer.last_seen_ns -= 700_000_000
+        assert not c._nothing_new(), "the peer may be about to count as silent"
+
+    in_loop(body)
+
+
+def test_a_heartbeat_that_is_due_soon_answers_the_peers() -> None:
+    async def body() -> None:
+        c, _ = at_rest()
+        interval = c.config.peer.heartbeat_interval / 1000
+        for early, answers in ((0.5, False), (0.1, True)):
+            c._next_beat = time.monotonic() + early * interval
+            rest = asyncio.ensure_future(c.ticker.rest(60.0))
+            await asyncio.sleep(0)
+            c._peer_message(BEAT)
+            assert rest.done() is False  # it ends in the next round of the loop
+            await asyncio.sleep(0)
+            assert rest.done() is answers and (c._next_beat == 0.0) is answers
+            rest.cancel()
+            await asyncio.wait({rest})
+
+    in_loop(body)

@@ -12,10 +12,13 @@ import pytest
 
 from colo_xdp.abi import Mode, SyncState
 from colo_xdp.config.file import load
+from colo_xdp.config.schema import Disk
 from colo_xdp.controller.primary import Primary
 from colo_xdp.failover.arbiter import FenceArbiter
 from colo_xdp.failover.decision import Action, decide
+from colo_xdp.failover.facts import OwnGuest
 from colo_xdp.failover.states import State
+from colo_xdp.qemu.qmp import QmpError
 from tests.unit.controller.fakes import (
     BEAT,
     EXAMPLES,
@@ -120,5 +123,66 @@ def test_a_request_that_opened_a_guest_does_not_break_the_pair_that_follows() ->
         )
         c.state = State.PROTECTED
         assert decide(c.facts()).action is Action.NONE
+
+    in_loop(body)
+
+
+class Machine:
+    """QMP of a guest that has booted and knows of no pair."""
+
+    connected = True
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+        self.failing = 0
+
+    async def migration_status(self) -> str:
+        return ""
+
+    async def execute(self, command: str, *args: Any, **k: Any) -> Any:
+        self.said.append(command)
+        if command == "system_reset" and self.failing:
+            self.failing -= 1
+            raise QmpError("busy")
+        return {}
+
+
+@pytest.mark.parametrize("failing", [0, 2])
+def test_a_guest_that_booted_beside_the_other_one_boots_again_after_its_end(
+    failing: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may have started with its host, while the other one was active and wrote."""
+    monkeypatch.setattr("colo_xdp.controller.primary.LOOK_S", 0.001)
+
+    async def body() -> None:
+        c, dp, _ = undecided()
+        machine = Machine()
+        machine.failing = failing
+        c.qemu.qmp = machine  # type: ignore[assignment]
+        look = asyncio.ensure_future(c._look_at_guest())
+        while c._own_guest is not OwnGuest.NEW:
+            await asyncio.sleep(0)
+        assert c.own_guest is OwnGuest.NEW and not machine.said
+        c._peer_message(beat("stopped", shut=True, standalone=True))
+        assert c.own_guest is OwnGuest.UNKNOWN and not c.transmits, "not before it is reset"
+        await asyncio.wait_for(look, 5)
+        assert machine.said == ["system_reset"] * (failing + 1)
+        assert c.transmits and dp.mode is Mode.BYPASS
+
+    in_loop(body)
+
+
+def test_disks_that_the_other_guest_has_outlived_are_not_served_by_themselves() -> None:
+    async def body() -> None:
+        c, dp, _ = undecided()
+        c.config = replace(c.config, disks=(Disk(name="d0"),))
+        machine = Machine()
+        c.qemu.qmp = machine  # type: ignore[assignment]
+        c._own_guest = OwnGuest.NEW
+        c._peer_message(beat("stopped", shut=True, standalone=True))
+        c.reconsider()
+        assert c.own_guest is OwnGuest.OUTDATED and not machine.said
+        assert not c.transmits and dp.mode is Mode.DROP
+        assert "the disks here lack what it has written" in c.reason
 
     in_loop(body)

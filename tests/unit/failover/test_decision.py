@@ -198,6 +198,11 @@ ROWS = [
     ),
     ({**NEW, "other_guest": OtherGuest.ENDED}, Action.WAIT, "guest here is a new one"),
     (
+        {**NEW, "other_guest": OtherGuest.ENDED, "own_guest": OwnGuest.OUTDATED},
+        Action.WAIT,
+        "the disks here lack what it has written",
+    ),
+    (
         {**NEW, "other_guest": OtherGuest.ENDED, "own_guest": OwnGuest.OLD},
         Action.WAIT,
         "ran standalone and is gone",

@@ -15,7 +15,7 @@ from colo_xdp import cli
 from colo_xdp.config.file import Config, load
 from colo_xdp.datapath import compiler, devices, loader, programs
 from colo_xdp.datapath.image import Image
-from colo_xdp.datapath.source import LoadError, NotCompiled, Refused, Source
+from colo_xdp.datapath.source import LoadError, NotCompiled, Options, Refused, Source
 from colo_xdp.tools import doctor
 from tests.unit.datapath.test_cache import image_of
 
@@ -61,6 +61,29 @@ def test_all_pairs_are_the_default(
     (tmp_path / "web1.toml").write_text(PRIMARY.read_text())
     r = CliRunner().invoke(cli.app, ["compile"])
     assert r.exit_code == 0 and "web1 primary: compiled in" in r.output
+
+
+def test_what_was_compiled_and_not_kept_is_no_success(
+    made: list[tuple[Source, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A full disk, for example: who compiles ahead of a restart must know that it was in vain."""
+    monkeypatch.setenv("COLO_XDP_CACHE", "/dev/null/cache")
+    r = CliRunner().invoke(cli.app, ["compile", str(PRIMARY)])
+    assert r.exit_code == cli.FAILED and "compiled, but not kept: /dev/null/cache" in r.output
+
+
+def test_pins_that_a_restarted_controller_could_not_take_over(
+    made: list[tuple[Source, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An upgrade must not stop a controller whose successor would refuse to start."""
+
+    def check(directory: str, options: Options) -> list[str]:
+        return [f"{directory}/flows: {options.flow_table} entries"]
+
+    monkeypatch.setattr(loader, "check_pins", check)
+    r = CliRunner().invoke(cli.app, ["compile", str(PRIMARY)])
+    assert r.exit_code == cli.FAILED and "could not take over" in r.output
+    assert "/sys/fs/bpf/colo-xdp/web1-primary/flows: 65536 entries" in r.output
 
 
 def test_what_cannot_be_compiled_is_said(
