@@ -10,9 +10,11 @@ tests/docs/generate.py writes.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterable
 from enum import StrEnum
 from pathlib import Path
@@ -34,6 +36,10 @@ EXIT_CODES: dict[int, str] = {
 RUN_DIR = "/run/colo-xdp"
 BPFFS = "/sys/fs/bpf"
 CONFIG_DIR = "/etc/colo-xdp"
+BETWEEN_S = 0.5  # between the two looks of `status`
+FOLLOW_S = 0.5  # between two looks at the events
+WINDOW = 10  # seconds of which `status --watch` tells
+ANSWER_S = 5.0  # for one view of `status --watch`
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -72,6 +78,24 @@ class GuestName(StrEnum):
 
     pvm = "pvm"
     svm = "svm"
+
+
+ProgressOpt = Annotated[
+    bool | None,
+    typer.Option(
+        "--progress/--no-progress",
+        help="Say on stderr what it waits for, after a second; default: if that is a terminal.",
+        show_default=False,
+    ),
+]
+
+
+class SortName(StrEnum):
+    """What `flows` shows first."""
+
+    bytes = "bytes"
+    wait = "wait"
+    idle = "idle"
 
 
 class ModeName(StrEnum):
@@ -125,27 +149,47 @@ def _socket(where: str | None, run_dir: str) -> str:
         if path.suffix == ".sock" or path.is_socket():
             return where
         if "/" in where or path.suffix == ".toml" or path.exists():
-            config = _load(path)
-            return f"{config.datapath.run_dir}/{config.pair}.{config.role}.sock"
+            return _socket_of(path)
     try:
         return find(run_dir, where or "")
     except NotRunning as e:
+        if where is not None and (path := _config_of(where)).exists():
+            return _socket_of(path)  # it may have another run_dir
         raise _fail(str(e), NOT_RUNNING) from e
     except SeveralRun as e:
         raise _fail(str(e), USAGE) from e
 
 
-def _ask(where: str | None, run_dir: str, command: str, **args: Any) -> dict[str, Any]:
+def _config_of(name: str) -> Path:
+    return Path(CONFIG_DIR) / f"{name}.toml"
+
+
+def _socket_of(path: Path) -> str:
+    from .service.pairs import socket_of
+
+    return socket_of(_load(path))
+
+
+def _ask(
+    where: str | None, run_dir: str, command: str, progress: bool = False, **args: Any
+) -> dict[str, Any]:
     from .controller.command import Command
     from .service.control_socket import ControlError, NotRunning, request
+    from .service.progress import watched
 
     path = _socket(where, run_dir)
     try:
+        if progress:
+            return watched(path, Command(command), args, lambda text: typer.echo(text, err=True))
         return request(path, Command(command), args)
     except NotRunning as e:
         raise _fail(str(e), NOT_RUNNING) from e
     except ControlError as e:
         raise _fail(str(e)) from e
+
+
+def _shows(progress: bool | None) -> bool:
+    return sys.stderr.isatty() if progress is None else progress
 
 
 @app.command()
@@ -166,26 +210,169 @@ def status(
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the status document as JSON.")
     ] = False,
-    watch: Annotated[bool, typer.Option(help="Print the status again every second.")] = False,
+    watch: Annotated[
+        bool, typer.Option(help="Show it again every second: on a terminal as a live view.")
+    ] = False,
     run_dir: RunDir = RUN_DIR,
 ) -> None:
-    """Show what the pair is doing, and why. Exit code 4 if it is not protected."""
+    """Show at a glance what the pair is doing, and why. Exit code 4 if it is not protected.
+
+    The text is of two looks half a second apart, for the throughput; `--json` is of one.
+    """
     from .status.text import text
 
-    while True:
-        s = _ask(where, run_dir, "status")
-        typer.echo(json.dumps(s, indent=2) if as_json else text(s, time.time()))
-        if not watch:
-            break
-        time.sleep(1)
+    s = _ask(where, run_dir, "status")
+    if watch:
+        with contextlib.suppress(KeyboardInterrupt):
+            _watch(where, run_dir, s, as_json=as_json)
+        return
+    if as_json:
+        typer.echo(json.dumps(s, indent=2))
+    else:
+        time.sleep(BETWEEN_S)
+        before, s = s, _ask(where, run_dir, "status")
+        typer.echo(text(s, time.time(), before))
     if s["state"] not in ("protected", "checkpointing", "paused", "shadow"):
         raise typer.Exit(DEGRADED)
 
 
+def _watch(where: str | None, run_dir: str, s: dict[str, Any], *, as_json: bool) -> None:
+    """Show the status every second until Ctrl-C. A controller that is away is waited for."""
+    from .service.control_socket import ControlError, request
+    from .status.glance import glance
+    from .status.live import view
+    from .status.text import plain
+
+    path, note = _socket(where, run_dir), ""
+    past = deque([s], WINDOW)  # what is seen, for the figures of the last seconds
+    live = sys.stdout.isatty() and not as_json
+    with view() if live else contextlib.nullcontext(None) as show:
+        while True:
+            if show is not None:
+                show(glance(s, time.time(), past[-1], past[0]), note)
+            elif note:
+                typer.echo(note, err=True)
+            elif as_json:
+                typer.echo(json.dumps(s, indent=2))
+            else:
+                typer.echo(plain(glance(s, time.time(), past[-1], past[0])) + "\n")
+            time.sleep(1)
+            try:
+                now = request(path, "status", timeout=ANSWER_S)
+            except ControlError as e:
+                note = str(e)
+                with contextlib.suppress(typer.Exit):  # the roles may have changed
+                    path = _socket(where, run_dir)
+            else:
+                past.append(s)
+                s, note = now, ""
+
+
+@app.command("list")
+def list_(
+    as_json: Annotated[bool, typer.Option("--json", help="Print the list as JSON.")] = False,
+    run_dir: RunDir = RUN_DIR,
+) -> None:
+    """List all pairs of this host, with state and health, whether or not a controller runs."""
+    from .service.pairs import only, pairs
+    from .status.text import pairs as table
+
+    rows = pairs(Path(CONFIG_DIR), Path(run_dir))
+    if as_json:
+        typer.echo(json.dumps(only(rows), indent=2))
+    else:
+        typer.echo(table(rows) if rows else f"no pair: no file in {CONFIG_DIR}, none in {run_dir}")
+
+
 @app.command()
-def checkpoint(where: Where = None, run_dir: RunDir = RUN_DIR) -> None:
+def events(
+    where: Where = None,
+    follow: Annotated[
+        bool, typer.Option("-f", "--follow", help="Print what comes, until Ctrl-C.")
+    ] = False,
+    since: Annotated[str, typer.Option(help="Only the last 90s, 15m, 2h, 1d ...")] = "",
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print each event as a line of JSON.")
+    ] = False,
+    run_dir: RunDir = RUN_DIR,
+) -> None:
+    """Tell what happened on this host, in sentences: states, failover steps, starts, commands.
+
+    The events are kept across restarts and changes of role. No controller needs to run.
+    """
+    from .service.event_log import Reader
+    from .service.event_log import follow as following
+    from .status.events import line
+    from .tools.explain import duration
+
+    try:
+        oldest = time.time() - duration(since) if since else 0.0
+    except ValueError as e:
+        raise _fail(f"--since {since}: a time such as 90s, 15m, 2h or 1d", USAGE) from e
+
+    def show(found: Iterable[dict[str, Any]]) -> None:
+        for e in found:
+            if e["t"] >= oldest:
+                typer.echo(json.dumps(e) if as_json else line(e))
+
+    readers = [Reader(path) for path in _event_files(where, run_dir)]
+    try:
+        if follow:
+            with contextlib.suppress(KeyboardInterrupt):
+                show(following(readers, FOLLOW_S))
+        else:
+            show(sorted((e for r in readers for e in r.poll()), key=lambda e: e["t"]))
+    except OSError as e:
+        raise _fail(f"{e.filename}: {e.strerror}") from e
+
+
+def _event_files(where: str | None, run_dir: str) -> list[Path]:
+    """The files with the events of the pair that is meant."""
+    from .service.event_log import paths
+
+    if where is None:
+        configs = sorted(Path(CONFIG_DIR).glob("*.toml"))
+        if len(configs) == 1:
+            where = str(configs[0])
+    elif "/" not in where and _config_of(where).exists():
+        where = str(_config_of(where))
+    if where is not None and where.endswith(".toml"):
+        return list(dict.fromkeys(paths(_load(Path(where)))))
+    return [Path(_ask(where, run_dir, "status")["event_log"]["path"])]
+
+
+@app.command()
+def flows(
+    where: Where = None,
+    sort: Annotated[
+        SortName, typer.Option(help="Show first what has sent most, waits or is idle longest.")
+    ] = SortName.bytes,
+    proto: Annotated[str, typer.Option(help="Only tcp, udp, icmp ...")] = "",
+    port: Annotated[int, typer.Option(min=0, help="Only of this service.")] = 0,
+    peer: Annotated[str, typer.Option(help="Only with this address at the other end.")] = "",
+    limit: Annotated[int, typer.Option(min=1, max=1000, help="Number of flows to show.")] = 20,
+    as_json: Annotated[bool, typer.Option("--json", help="Print them as JSON.")] = False,
+    run_dir: RunDir = RUN_DIR,
+) -> None:
+    """List the guest's connections: bytes sent (modulo 4 GiB), waits, and who decides about them.
+
+    On the primary host. `kernel`: the fast path; `controller`: the slow path; `watched` and
+    `uncompared`: by a rule.
+    """
+    from .status.text import flows as table
+
+    doc = _ask(
+        where, run_dir, "flows", sort=sort.value, proto=proto, port=port, peer=peer, limit=limit
+    )
+    typer.echo(json.dumps(doc, indent=2) if as_json else table(doc))
+
+
+@app.command()
+def checkpoint(
+    where: Where = None, progress: ProgressOpt = None, run_dir: RunDir = RUN_DIR
+) -> None:
     """Make a checkpoint now, so that both guests are equal (on the primary host)."""
-    r = _ask(where, run_dir, "checkpoint")
+    r = _ask(where, run_dir, "checkpoint", _shows(progress))
     typer.echo(f"epoch {r['epoch']}: pause {r['pause_ms']:.1f} ms, {r['total_ms']:.1f} ms in all")
 
 
@@ -195,13 +382,14 @@ def switchover(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the steps and do nothing.")
     ] = False,
+    progress: ProgressOpt = None,
     run_dir: RunDir = RUN_DIR,
 ) -> None:
     """Change the guest that clients hear while both live, without losing anything; on either host.
 
     A checkpoint, after which the PVM is silent and the SVM takes over.
     """
-    _change(where, run_dir, "switchover", dry_run=dry_run)
+    _change(where, run_dir, "switchover", dry_run=dry_run, progress=_shows(progress))
 
 
 @app.command()
@@ -215,6 +403,7 @@ def failover(
         bool, typer.Option("--dry-run", help="Print the steps and do nothing.")
     ] = False,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask for confirmation.")] = False,
+    progress: ProgressOpt = None,
     run_dir: RunDir = RUN_DIR,
 ) -> None:
     """Let this host's guest go on alone: the SVM takes over, or the PVM goes solo.
@@ -227,7 +416,15 @@ def failover(
         if not yes and sys.stdin.isatty():
             typer.confirm("Is the other host's guest certain to be silent?", abort=True)
 
-    _change(where, run_dir, "failover", dry_run=dry_run, confirm=confirm, force=force)
+    _change(
+        where,
+        run_dir,
+        "failover",
+        dry_run=dry_run,
+        progress=_shows(progress),
+        confirm=confirm,
+        force=force,
+    )
 
 
 def _change(
@@ -236,6 +433,7 @@ def _change(
     command: str,
     *,
     dry_run: bool,
+    progress: bool,
     confirm: Callable[[], None] = lambda: None,
     **args: Any,
 ) -> None:
@@ -246,7 +444,7 @@ def _change(
     if dry_run:
         return
     confirm()
-    r = _ask(where, run_dir, command, **args)
+    r = _ask(where, run_dir, command, progress, **args)
     typer.echo(f"{r['state']}: {r.get('reason', '')}")
     if not r["done"]:
         raise typer.Exit(FAILED)
@@ -257,6 +455,7 @@ def demote(
     where: Where = None,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask for confirmation.")] = False,
     why: Annotated[str, typer.Option(help="Reason, for the log.")] = "asked by the operator",
+    progress: ProgressOpt = None,
     run_dir: RunDir = RUN_DIR,
 ) -> None:
     """Silence this host's guest now, for certain. The other guest goes on alone if it can.
@@ -270,7 +469,7 @@ def demote(
         )
     if not yes and sys.stdin.isatty():
         typer.confirm(f"Silence the guest of {s['pair']} on this host?", abort=True)
-    r = _ask(where, run_dir, "demote", why=why)
+    r = _ask(where, run_dir, "demote", _shows(progress), why=why)
     typer.echo(f"{r['state']}: {r['reason']}")
 
 
@@ -321,6 +520,7 @@ def mode(
         ModeName | None, typer.Argument(help="Mode to set; default: print the current one.")
     ] = None,
     where: Annotated[str | None, typer.Option("--config", help="The pair, as for status.")] = None,
+    progress: ProgressOpt = None,
     run_dir: RunDir = RUN_DIR,
 ) -> None:
     """Print or set the mode of the pair.
@@ -329,7 +529,7 @@ def mode(
     the guests but hold nothing, so nothing is protected.
     """
     args = {"mode": name.value} if name else {}
-    typer.echo(_ask(where, run_dir, "mode", **args)["mode"])
+    typer.echo(_ask(where, run_dir, "mode", _shows(progress), **args)["mode"])
 
 
 @app.command()
@@ -394,6 +594,8 @@ def capture(
         ]
         return pairs
 
+    if seconds >= 1 and _shows(None):
+        typer.echo(f"waiting {seconds:g} s for differences", err=True)
     try:
         n, frames = from_controller(out, page, seconds, count)
     except PcapError as e:
@@ -512,7 +714,11 @@ def replay(
     if compare_timeout is not None:
         o = replace(o, limits=replace(o.limits, compare_timeout_ns=compare_timeout * MS))
     try:
+        if _shows(None):
+            typer.echo(f"reading {pvm} and {svm}", err=True)
         frames = [[(f.ts_ns, f.data) for f in read(path)] for path in (pvm, svm)]
+        if _shows(None):
+            typer.echo(f"playing {sum(map(len, frames))} frames", err=True)
         r = play(frames[0], frames[1], o, mac)
         if write is not None:
             from_replay(write, r)

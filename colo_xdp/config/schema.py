@@ -326,6 +326,12 @@ class DataPathKeys:
         "directory of the control socket and of the record of what is attached",
         default="/run/colo-xdp",
     )
+    state_dir: str = validate.key(
+        validate.directory,
+        "directory of the events (`colo-xdp events`), which survive a reboot there; where it "
+        "cannot be written they are in run_dir",
+        default="/var/lib/colo-xdp/events",
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -38,6 +38,7 @@ from .pair_view import PairView
 from .permanent_offsets import PermanentOffsets
 from .pvm_output import PvmOutput
 from .shadow import ShadowMode
+from .story import Kind, Story
 from .switchover import Switchover
 
 log = logging.getLogger("colo_xdp.controller.primary")
@@ -63,6 +64,7 @@ class Checkpointed(Protocol):
     output: PvmOutput
     life: GuestLifecycle
     shadow: ShadowMode
+    story: Story
 
     @property
     def undecided(self) -> bool:
@@ -216,6 +218,7 @@ class CheckpointCoordinator:
         # Silence is no second sign beside silence: that would fence over a cut link.
         c.view.checkpoint_due(not (isinstance(e, CheckpointFailed) and e.channel))
         self.failed_why = f"checkpoint ({want.cause}) did not complete: {e}"
+        c.story.tell(Kind.CHECKPOINT_FAILED, self.failed_why)
         c.become(State.DEGRADED, self.failed_why)
         c.reconsider()
 

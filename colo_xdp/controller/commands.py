@@ -22,11 +22,17 @@ from ..peer.channel import Peer
 from .command import Command
 from .pair_view import PairView
 from .replacement import Replacement
+from .story import Kind, Story
 
 log = logging.getLogger("colo_xdp")
 
 FAILOVER_S = 30.0  # for an operator request; the time of the fence command is added
 ORDER_S = 60.0  # for a request that was made to a former controller
+#: commands that are told in the story
+CHANGES = (
+    Command.MODE, Command.FAILOVER, Command.SWITCHOVER, Command.DEMOTE, Command.CHECKPOINT,
+    Command.REPROTECT, Command.RELOAD,
+)  # fmt: skip
 DEMOTE_S = 30.0  # for the action in progress to end
 
 Handler = Callable[[dict[str, Any]], Awaitable[dict[str, Any]]]
@@ -44,6 +50,7 @@ class Commandable(Protocol):
     state: State
     reason: str
     replacement: Replacement
+    story: Story
 
     @property
     def undecided(self) -> bool:
@@ -138,6 +145,10 @@ class OperatorCommands:
             # failover can be done twice, so this one carries it out again.
             self.order("force" if c.dp.order == "force" else "failover", ORDER_S)
 
+    def serve(self, command: Command, handler: Handler) -> None:
+        """Register a command whose answer takes several turns of the loop."""
+        self._table[command] = handler
+
     def answer(self, command: Command, document: Document) -> None:
         """Register a command whose answer is a document built elsewhere (status/builder.py)."""
 
@@ -154,6 +165,9 @@ class OperatorCommands:
         handler = self._table.get(Command(name)) if name in set(Command) else None
         if handler is None:
             raise ValueError(f"unknown command {name!r}")
+        if name in CHANGES and not args.get("dry_run") and (name != Command.MODE or args):
+            said = [str(v)[:200] if v is not True else k for k, v in args.items() if v]
+            self._c.story.tell(Kind.OPERATOR, " ".join([name, *said]))
         return await handler(args)
 
     async def _reload(self, args: dict[str, Any]) -> dict[str, Any]:

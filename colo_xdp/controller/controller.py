@@ -45,6 +45,7 @@ from .heartbeats import Heartbeats
 from .pair_view import PairView, Surroundings
 from .replacement import Replacement
 from .role import RoleSteps
+from .story import Kind, Story
 from .ticker import IDLE_S, REST_S, Ticker
 
 log = logging.getLogger("colo_xdp")
@@ -85,6 +86,7 @@ class Controller(RoleSteps):
         self.reason = "starting"
         self.since = time.time()
         self.history: deque[dict[str, Any]] = deque(maxlen=64)
+        self.story = Story(self.role)
         #: all that is known of the pair
         self.view = PairView(self.role, time.monotonic_ns(), boot_ns())
         self.role_changed = False  # the next controller of this host is the other guest's
@@ -183,6 +185,7 @@ class Controller(RoleSteps):
         self.state, self.reason, self._news = state, why, True
         if state is State.STOPPED:
             self.replacement.begin()
+        self.story.became(state, why)
         log.info("%s %s: %s: %s", self.config.pair, self.role.value, state.value, why)
 
     def _check_transition(self, state: State, why: str) -> None:
@@ -288,6 +291,7 @@ class Controller(RoleSteps):
 
     def _peer_up(self) -> None:
         log.info("peer connected")
+        self.story.tell(Kind.PEER, "connected")
         self._news = True
         self.asks = False
         self.dp.peer_stopped = 0
@@ -308,6 +312,7 @@ class Controller(RoleSteps):
 
     def _peer_down(self, why: str) -> None:
         log.warning("peer connection lost: %s", why)
+        self.story.tell(Kind.PEER, f"connection lost: {why}")
         self._news = True
 
     def _peer_message(self, msg: dict[str, Any]) -> None:
@@ -461,6 +466,8 @@ class Controller(RoleSteps):
                 self.become(State.DEGRADED, d.why)
             return
         log.info("decision: %s: %s", d.action.value, d.why)
+        if d.action not in (Action.REARM, Action.ASK_SHUT):  # each may be repeated many times
+            self.story.tell(Kind.STEP, d.why, action=d.action.value)
         self._busy = self.spawn(self._act(d))
 
     def _nothing_new(self) -> bool:
@@ -495,7 +502,9 @@ class Controller(RoleSteps):
             return  # decided in the meantime, by a message or the end of a checkpoint
         if d.action is Action.FENCE:
             self.become(self.state if self.undecided else State.DEGRADED, d.why)
-            self.view.fenced(await self.arbiter.fence(), time.monotonic_ns(), boot_ns())
+            success = await self.arbiter.fence()
+            self.story.tell(Kind.FENCED, d.why, ok=success)
+            self.view.fenced(success, time.monotonic_ns(), boot_ns())
         else:
             await self.perform(d.action, d.why)
 
@@ -521,6 +530,7 @@ class Controller(RoleSteps):
     def change_role(self, why: str) -> None:
         """End this controller; the next one on this host has the other role."""
         log.info("%s: %s: the roles change", self.config.pair, why)
+        self.story.tell(Kind.ROLE, why)
         self.dp.change_role()
         self.role_changed = True
         self._finished.set()

@@ -33,6 +33,7 @@ from ..datapath import netlink
 from ..datapath.hooks import Look
 from ..failover.lease import boot_ns
 from ..failover.states import Role
+from .story import Kind
 
 if TYPE_CHECKING:
     from .controller import Controller
@@ -267,5 +268,6 @@ class DeviceWatch:
         what = trouble or "the data path is whole again"
         (log.warning if trouble else log.info)("%s", what)
         c.history.append({"at": time.time(), "state": c.shown_state().value, "reason": what})
+        c.story.tell(Kind.DATA_PATH, what)
         if c.role is Role.PRIMARY and not trouble:
             c.data_path_back()

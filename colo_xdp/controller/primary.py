@@ -34,6 +34,7 @@ from .device_watch import PACE_S
 from .mirror_watch import MirrorWatch
 from .pvm_output import PvmOutput
 from .shadow import ShadowMode
+from .story import Kind
 
 log = logging.getLogger("colo_xdp.controller.primary")
 
@@ -358,6 +359,7 @@ class Primary(Controller):
     def _on_downtime(self, msg: dict[str, Any]) -> None:
         self.last_failover = {"gap_ms": msg["gap_us"] / 1e3, "took_ms": msg["took_us"] / 1e3}
         log.info("no frame of the guest reached the network for %.1f ms", msg["gap_us"] / 1e3)
+        self.story.tell(Kind.SWITCHED, "", gap_ms=msg["gap_us"] / 1e3)
 
     def _on_failed(self, msg: dict[str, Any]) -> None:
         if self.checkpoints.running is None and self.state in (State.STARTING, State.SOLO):

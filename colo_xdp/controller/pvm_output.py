@@ -21,15 +21,12 @@ from ..config.file import Config
 from ..datapath.datapath import DataPath
 from ..datapath.host import HostDataPath
 from ..datapath.ring import CapturedFrame
+from ..engine.counters import UNCOMPARED
 from ..engine.engine import Engine
 from ..engine.journal import Divergence
 from ..engine.waits import WAIT_BUCKETS
 from ..net.frame import Frame
 
-#: counters of frames that left for another reason than that they were equal
-_UNCOMPARED = (
-    "released_by_checkpoint", "released_late", "released_solo", "released_in_shadow", "uncompared",
-)  # fmt: skip
 #: request(cause, detail, divergence): ask for a checkpoint
 Request = Callable[[Cause, str, Divergence | None], None]
 
@@ -135,7 +132,7 @@ class PvmOutput:
         total = 0
         for nic in self.nics:
             c = nic.engine.counters
-            total += c["released"] - sum(c[name] for name in _UNCOMPARED)
+            total += c["released"] - sum(c[name] for name in UNCOMPARED)
             if nic.fast is not None:
                 total += sum(nic.fast.waits())
         return total

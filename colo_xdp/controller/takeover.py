@@ -29,6 +29,7 @@ from ..qemu.supervisor import HUNG_S, IN_COLO, QemuSupervisor
 from .disk_proof import DiskProof
 from .held_frames import HeldFrames, Hold
 from .pair_view import PairView
+from .story import Kind, Story
 
 log = logging.getLogger("colo_xdp.controller.secondary")
 
@@ -65,6 +66,7 @@ class Standby(Protocol):
     state: State
     reason: str
     last_failover: dict[str, float] | None
+    story: Story
 
     @property
     def disks(self) -> Vouched:
@@ -266,6 +268,7 @@ class Takeover:
             await asyncio.sleep(0.001)
         gap = max(0, time.monotonic_ns() - since)
         self._c.last_failover = {"gap_ms": gap / 1e6, "took_ms": took / 1e3}
+        self._c.story.tell(Kind.SWITCHED, "", gap_ms=gap / 1e6)
         log.info("no frame of the guest reached the network for %.1f ms", gap / 1e6)
         self._c.peer.send("downtime", gap_us=gap // 1000, took_us=took)
 

@@ -20,6 +20,7 @@ from ..abi import CtlOp, CtlResult
 from ..net.flow_key import FlowKey
 from ..offload.kernel_format import (
     ConnState,
+    KernelView,
     OffloadRequest,
     OffloadResult,
     Overdue,
@@ -40,8 +41,8 @@ REST_NS = 10_000_000_000
 _DONE = CtlResult.DONE
 _ANSWERS = {_DONE: OffloadResult.ACCEPTED, CtlResult.REFUSED: OffloadResult.IN_FLIGHT}
 #: indexes into abi.CONN
-_SEEN, _CLIENT_ACK, _RELEASED, _NEXT, _LEADER, _PENDING, _FIN_KNOWN, _FIN = (
-    2, 3, 6, 7, 18, 19, 23, 24,
+_SINCE, _SEEN, _CLIENT_ACK, _RELEASED, _NEXT, _LEADER, _PENDING, _FIN_KNOWN, _FIN = (
+    1, 2, 3, 6, 7, 18, 19, 23, 24,
 )  # fmt: skip
 _U32 = struct.Struct("=I")
 _EMPTY = bytes(abi.CONN.size)
@@ -222,6 +223,16 @@ class BpfKernelPath:
                 held = (pvm and payload) or bool(state[_PENDING])
                 found.append(Overdue(since, flow_key(key), held, payload))
         return found
+
+    def peek(self, key: FlowKey) -> KernelView | None:
+        """Return what a report shows of a connection, without taking it; None: not known."""
+        raw = self._conns.get(conn_key(key))
+        if raw is None:
+            return None
+        state = abi.CONN.unpack(raw)
+        pvm = state[_LEADER] == abi.SIDE_PVM and state[_RELEASED] != state[_NEXT]
+        since = state[_SINCE] if pvm or state[_PENDING] else 0
+        return KernelView(state[_RELEASED], since, state[_SEEN])
 
     def oldest_ns(self) -> int:
         """Return since when (ns) the first of them has waited; 0: there is none."""

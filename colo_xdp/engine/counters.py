@@ -6,6 +6,11 @@ from __future__ import annotations
 from ..compare.causes import DESCRIPTIONS
 from ..net.packet import DEFECTS
 
+#: counters of frames that left for another reason than that both guests sent the same
+UNCOMPARED = (
+    "released_by_checkpoint", "released_late", "released_solo", "released_in_shadow", "uncompared",
+)  # fmt: skip
+
 #: every counter of Engine.counters: name, meaning
 COUNTERS: tuple[tuple[str, str], ...] = (
     ("pvm_frames", "frames of the primary guest seen"),

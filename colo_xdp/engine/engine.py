@@ -17,7 +17,7 @@ from functools import partial
 from ..compare.bypass import MonitorBudget
 from ..compare.causes import Cause
 from ..compare.compared import ComparedFlow
-from ..compare.flow import Flow, FlowContext
+from ..compare.flow import Comparer, Flow, FlowContext
 from ..compare.fragments import Fragments
 from ..compare.history import HistoryBudget
 from ..compare.ledger import Ledger
@@ -614,6 +614,10 @@ class Engine:
     def held_bytes(self) -> int:
         """Return the bytes of those frames, including Ethernet headers."""
         return self.ledger.pvm_bytes + self._scheduler.kept()[1]
+
+    def tables(self) -> tuple[tuple[bool, list[Comparer]], ...]:
+        """Return all flows of this moment, for reports: (whether they are TCP, the flows)."""
+        return (True, list(self._tcp.values())), (False, list(self._flows.datagram.values()))
 
     @property
     def flows(self) -> int:

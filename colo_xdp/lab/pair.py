@@ -254,7 +254,11 @@ class Lab:
                 "key": str(self.work / f"{role}.key"),
                 "ca": str(self.work / "ca.crt"),
             },
-            "datapath": {"run_dir": str(self.work), "fast_path_memory": 32},
+            "datapath": {
+                "run_dir": str(self.work),
+                "state_dir": str(self.work),
+                "fast_path_memory": 32,
+            },
             "metrics": {"listen": f"127.0.0.1:{port}"},
         }
         if self.guest.root:

@@ -68,6 +68,14 @@ class Overdue(NamedTuple):
     payload: bool  # more than an ack waits
 
 
+class KernelView(NamedTuple):
+    """What the fast path knows of a connection; since_ns: output of the PVM waits; 0: none."""
+
+    released: int
+    since_ns: int
+    seen_ns: int
+
+
 class KernelPath(Protocol):
     """The fast path as the engine sees it. Keys are of known() flows, except for reclaim()."""
 

@@ -25,6 +25,7 @@ from ..controller.command import Command
 from ..controller.controller import Controller
 from ..controller.primary import Primary
 from ..controller.secondary import Secondary
+from ..controller.story import Kind
 from ..datapath import loader
 from ..datapath.attach import Taken
 from ..datapath.devices import DeviceError, NoSuchDevice
@@ -37,6 +38,7 @@ from ..status import builder
 from ..status.metrics import start as start_metrics
 from ..tools.preflight import AlreadyRuns, Refusal, claim
 from .control_socket import ControlError, ControlServer
+from .event_log import EventLog, place
 from .start_limit import Starts
 from .systemd import Notifier
 from .waiting import wait_for
@@ -92,11 +94,13 @@ async def _serve(config: Config, datapath: HostDataPath) -> int:
     loop.add_signal_handler(signal.SIGHUP, _reload, ctl)
     run_dir = Path(config.datapath.run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
-    for command, document in builder.answers(ctl).items():
-        ctl.commands.answer(command, document)
+    events = EventLog(place(config))
+    ctl.story.keep = events.add
+    builder.register(ctl, builder.Process(time.monotonic(), events))
     sock = str(run_dir / f"{config.pair}.{config.role}.sock")
     control = ControlServer(sock, ctl.commands.run)
     await control.start()
+    ctl.story.began(os.getpid(), ctl.state, ctl.reason)
     metrics: Any = None
     try:
 
@@ -144,6 +148,7 @@ async def _serve(config: Config, datapath: HostDataPath) -> int:
         else:
             notifier.send(STOPPING="1")
         why = "the roles change" if changed else "stopped by a signal"
+        ctl.story.tell(Kind.STOP, "internal error" if failed else why)
         back_ms = LOAD_S * len(config.networks) * 1000 if changed else 0
         await ctl.stop("internal error" if failed else why, planned=not failed, back_ms=back_ms)
         return ROLE_CHANGED if changed else int(failed)
@@ -152,6 +157,7 @@ async def _serve(config: Config, datapath: HostDataPath) -> int:
             metrics.close()
         with contextlib.suppress(OSError):
             await control.close()
+        await asyncio.to_thread(events.close)
 
 
 def _is_needed(config: Config) -> bool:

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
 
 from ..compare.causes import Cause
 from ..compare.patience import QUIET_NS
@@ -17,13 +20,48 @@ from ..controller.controller import Controller
 from ..controller.primary import Primary
 from ..controller.secondary import Secondary
 from ..engine.journal import divergence_json
+from ..failover.prospect import prospect
+from . import flows
 from .document import empty
 
 
-def answers(c: Controller) -> dict[Command, Callable[[dict[str, Any]], dict[str, Any]]]:
+class EventFile(Protocol):
+    """Where events are kept (service/event_log.py)."""
+
+    path: Path
+    lost: int
+    trouble: str
+
+
+@dataclass(frozen=True, slots=True)
+class Process:
+    """What the process around a controller adds to its status."""
+
+    began_s: float  # monotonic
+    events: EventFile
+
+    def to_json(self) -> dict[str, Any]:
+        """Return this part of the status document."""
+        e = self.events
+        return {
+            "uptime_s": time.monotonic() - self.began_s,
+            "event_log": {"path": str(e.path), "lost": e.lost, "trouble": e.trouble},
+        }
+
+
+def register(c: Controller, process: Process) -> None:
+    """Let the control socket answer with documents about this controller."""
+    for command, document in answers(c, process).items():
+        c.commands.answer(command, document)
+    c.commands.serve(Command.FLOWS, partial(flows.answer, c))
+
+
+def answers(
+    c: Controller, process: Process
+) -> dict[Command, Callable[[dict[str, Any]], dict[str, Any]]]:
     """Return the control socket commands that only return a document."""
     return {
-        Command.STATUS: lambda args: status(c),
+        Command.STATUS: lambda args: status(c) | process.to_json(),
         Command.EXPLAIN: lambda args: explain(c),
         Command.CAPTURE: lambda args: capture(c, args),
     }
@@ -79,6 +117,28 @@ def active_json(c: Controller) -> dict[str, Any]:
     }
 
 
+def failover_json(c: Controller) -> dict[str, Any]:
+    """Return what decides when the other host is lost."""
+    f = c.config.failover
+    return {
+        "arbiter": f.arbiter,
+        "automatic": f.automatic,
+        "fence": bool(f.fence),
+        "trouble": c.arbiter.trouble,
+    }
+
+
+def if_peer_died_json(c: Controller) -> dict[str, Any]:
+    """Return what would happen now if the other host died."""
+    p = prospect(c.facts(), transmits=c.transmits, trouble=c.arbiter.trouble)
+    return {
+        "outcome": p.outcome.value,
+        "needs": [n.value for n in p.needs],
+        "within_s": p.within_s,
+        "sentence": p.sentence,
+    }
+
+
 def _common(c: Controller) -> dict[str, Any]:
     doc = empty(c.config.pair, c.role.value).to_json()
     info = c.qemu.info
@@ -96,6 +156,8 @@ def _common(c: Controller) -> dict[str, Any]:
         events=lead.objects.events,
         paused=c.view.paused,
         active=active_json(c),
+        failover=failover_json(c),
+        if_peer_died=if_peer_died_json(c),
         port=lead.port_state,
         qemu={
             "connected": c.qemu.qmp.connected,
@@ -177,11 +239,22 @@ def primary_status(c: Primary) -> dict[str, Any]:
         "delay_s": cks.delay_s,
         "folded": cks.folded,
         "by_cause": {cause.value: cks.by_cause[cause.value] for cause in Cause},
+        "price": price_json(c),
         "last": cks.last or None,
     }
     doc["divergences"] = [divergence_json(d) for _, _, d in c.journal.pairs]
     doc["rules"] = rules_json(c)
     return doc
+
+
+def price_json(c: Primary) -> dict[str, dict[str, float]]:
+    """Return the sums of what checkpoints have taken, by cause."""
+    out: dict[str, dict[str, float]] = {}
+    for (cause, *_), g in c.journal.groups.items():
+        row = out.setdefault(cause, {"pause_ms": 0.0, "total_ms": 0.0})
+        row["pause_ms"] += g.pause_ms
+        row["total_ms"] += g.total_ms
+    return out
 
 
 def disks_json(c: Controller) -> dict[str, Any]:
@@ -277,10 +350,10 @@ def secondary_status(c: Secondary) -> dict[str, Any]:
     doc["held"]["packets"] = c.held.count
     doc["held"]["limit"] = c.held.limit
     doc["flows"] = {
-        key: sum(getattr(flows, key) for flows in c.flows)
+        key: sum(getattr(one, key) for one in c.flows)
         for key in ("tracked", "opening", "limit", "translated", "aged")
     }
-    for flows, row in zip(c.flows, doc["nics"], strict=True):
-        row["flows"] = flows.tracked
+    for one, row in zip(c.flows, doc["nics"], strict=True):
+        row["flows"] = one.tracked
     doc["checkpoints"]["total"] = c.checkpoints_loaded
     return doc

@@ -20,6 +20,7 @@ from ..compare.patience import SOURCES
 from ..engine.engine import COUNTERS
 from ..engine.waits import WAIT_BUCKETS
 from ..failover.facts import Ending
+from ..failover.prospect import Need, Outcome
 from ..failover.states import Role, State
 from ..net.bridge import PORT_STATES
 from ..peer.heartbeat_datagram import REFUSALS
@@ -188,6 +189,7 @@ FIELDS: dict[str, Field] = {
     "role": _one_of(Role, "which guest this host runs now"),
     "state": _one_of(State, "state of the pair as this host sees it"),
     "reason": _text("why the pair is in this state, in one sentence"),
+    "uptime_s": _number("time since the controller started, in seconds"),
     "since": _number("Unix time of the last change of state, in seconds"),
     "epoch": _count("number of the checkpoint from which both guests started"),
     "mode": _one_of((m.name.lower() for m in abi.Mode), "mode of the data path"),
@@ -222,6 +224,32 @@ FIELDS: dict[str, Field] = {
             "what the guest is to the other one: nothing is known (none), a checkpoint was "
             "confirmed and nobody has run alone since (in_sync), it has run alone (standalone)",
         ),
+    ),
+    "failover": _object(
+        "what decides when the other host is lost",
+        arbiter=_one_of(
+            ("", "fence", "lease", "manual"), 'as configured; "": nothing is loaded yet'
+        ),
+        automatic=_flag("whether no operator is needed"),
+        fence=_flag("whether a fence command is configured"),
+        trouble=_text('why the arbiter cannot be asked now; "": it can, or none is needed'),
+    ),
+    "if_peer_died": _object(
+        "what would happen if the other host died now, by the same rules that would decide then",
+        outcome=_one_of(
+            Outcome,
+            "the guest here serves alone already (unchanged), it would take over (takes_over) or "
+            "go on alone (goes_solo), nothing happens before an operator decides (operator) or "
+            "before the arbiter answers (waits), or no guest would serve (lost)",
+        ),
+        needs=_list("what has to succeed first", _one_of(Need, "")),
+        within_s=_or_null(
+            _number(
+                "longest time until the death is acted upon, in seconds; null: nothing is done by "
+                "itself"
+            )
+        ),
+        sentence=_text("the same for people"),
     ),
     "port": _one_of(
         ("", *PORT_STATES), 'state of the tap as a bridge port; "": the tap is in no bridge'
@@ -339,6 +367,14 @@ FIELDS: dict[str, Field] = {
         delay_s=_number("sum of these delays, in seconds"),
         folded=_count("requests that were served by a checkpoint already requested"),
         by_cause=_map("completed, by cause", _count()),
+        price=_map(
+            "sums over the completed ones, by cause; without a cause of which there was none",
+            _object(
+                "",
+                pause_ms=_number("how long the PVM was stopped, in ms"),
+                total_ms=_number("time from the beginning to the end, in ms"),
+            ),
+        ),
         last=_or_null(
             _object(
                 "the last one; null: there was none",
@@ -442,6 +478,12 @@ FIELDS: dict[str, Field] = {
             "disks were whole, in ms; meanwhile this guest could not take over"
         ),
     ),
+    "event_log": _object(
+        "the file that `colo-xdp events` reads",
+        path=_text("its path"),
+        lost=_count("events that are not in it: too many, or the disk did not take them"),
+        trouble=_text('why the last event was lost; "": it was not'),
+    ),
     "failures": _list("the last internal errors", _text()),
     "last_failover": _or_null(
         _object(
@@ -466,6 +508,7 @@ class Status:
     role: str
     state: str
     reason: str
+    uptime_s: float
     since: float
     epoch: int
     mode: str
@@ -473,6 +516,8 @@ class Status:
     events: str
     paused: bool
     active: dict[str, Any]
+    failover: dict[str, Any]
+    if_peer_died: dict[str, Any]
     port: str
     qemu: dict[str, Any]
     peer: dict[str, Any]
@@ -491,6 +536,7 @@ class Status:
     history: list[dict[str, Any]]
     divergences: list[dict[str, Any]]
     rules: list[dict[str, Any]]
+    event_log: dict[str, Any]
     failures: list[str]
     disks: dict[str, Any]
     nics: list[dict[str, Any]]
@@ -524,6 +570,7 @@ def empty(pair: str, role: str) -> Status:
         role=role,
         state=State.STARTING.value,
         reason="starting",
+        uptime_s=0.0,
         since=0.0,
         epoch=0,
         mode=abi.Mode.DROP.name.lower(),
@@ -537,6 +584,13 @@ def empty(pair: str, role: str) -> Status:
             "lease": "",
             "remaining_s": None,
             "sync": "none",
+        },
+        failover={"arbiter": "", "automatic": False, "fence": False, "trouble": ""},
+        if_peer_died={
+            "outcome": Outcome.LOST.value,
+            "needs": [],
+            "within_s": None,
+            "sentence": "no guest would serve: the controller here is still starting",
         },
         port="",
         qemu={"connected": False, "version": "", "accel": "", "gone": False},
@@ -569,6 +623,7 @@ def empty(pair: str, role: str) -> Status:
             "delay_s": 0.0,
             "folded": 0,
             "by_cause": {c.value: 0 for c in Cause},
+            "price": {},
             "last": None,
         },
         ring={"lost": 0, "capacity_bytes": 0},
@@ -576,6 +631,7 @@ def empty(pair: str, role: str) -> Status:
         history=[],
         divergences=[],
         rules=[],
+        event_log={"path": "", "lost": 0, "trouble": ""},
         failures=[],
         disks={
             "names": [],

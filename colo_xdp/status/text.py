@@ -1,69 +1,63 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The status document as text for people, as `colo-xdp status` prints it. Pure.
-
-It is made of the document's JSON, since the command line gets no more than that.
-"""
+"""The status, the flows and the list of pairs as plain text. Pure."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from .glance import Glance, glance, size
+from .health import Level, health
 
-def text(s: Mapping[str, Any], now: float) -> str:
-    """Return a few lines about one host of a pair, at the unix time `now`."""
-    q, p, ck, held = s["qemu"], s["peer"], s["checkpoints"], s["held"]
-    pa, age = s["patience"], now - s["since"]
+_MARK = {Level.OK: "  ", Level.WARNING: "! ", Level.CRITICAL: "!!"}
 
-    def no(x: dict[str, Any]) -> str:
-        return "" if x["connected"] else "NOT "
 
-    def ms(v: float | None) -> str:
-        return "never" if v is None else f"{v:.0f} ms ago"
+def text(s: Mapping[str, Any], now: float, before: Mapping[str, Any] | None = None) -> str:
+    """Return the lines about one host of a pair, at the unix time `now`."""
+    return plain(glance(s, now, before))
 
-    may = s["active"]
-    right = {"held": "the lease is held", "promised": "the other host stays silent"}
-    why = right.get(may["lease"], "no lease") if may["lease"] else ""
-    left = f", {may['remaining_s']:.1f} s left" if may["remaining_s"] else ""
-    causes = ", ".join(f"{k} {v}" for k, v in ck["by_cause"].items() if v) or "none"
+
+def plain(g: Glance) -> str:
+    """Return a view without colours. `!` marks what needs attention."""
+    width = max([12, *(len(line.name) for line in g.lines())])
+    out = [g.title, f"{g.health.level}: {g.health.sentence}"]
+    for lines in g.sections.values():
+        out.append("")
+        out += [f"{_MARK[x.level]}{x.name:<{width}} {x.text}".rstrip() for x in lines]
+    return "\n".join(out)
+
+
+def flows(doc: Mapping[str, Any]) -> str:
+    """Return the answer to `flows` as a table."""
+    rows = doc["flows"]
     lines = [
-        f"{s['pair']} {s['role']}: {s['state']} for {age:.0f} s (epoch {s['epoch']}, {s['mode']})",
-        f"  why          {s['reason']}",
-        f"  guest        {'transmits' if may['transmitting'] else 'is silent'}"
-        + (f" ({why}{left})" if why else ""),
-        f"  QEMU         {no(q)}connected {q['version']} {q['accel']}".rstrip(),
-        f"  peer         {no(p)}connected {p['state']}".rstrip(),
-        *(
-            f"  heartbeats   {w['name']}: received {ms(w['silent_ms'])}, round trip "
-            f"{w['rtt_us'] / 1000:.1f} ms, acknowledged {ms(w['echo_age_ms'])}"
-            + (f" ({w['trouble']})" if w["trouble"] else "")
-            for w in s["heartbeat_links"]
-        ),
-        *(
-            f"  NIC {n['name']:<8} {n['tap']}{' in ' + n['bridge'] if n['bridge'] else ''}, "
-            f"{n['mac'] or 'address not known yet'}, peer link {n['peer_link']}: {n['flows']} "
-            f"connections, {n['held']} packets held"
-            + (f" ({n['trouble']})" if n["trouble"] else "")
-            for n in s["nics"]
-            if len(s["nics"]) > 1
-        ),
-        f"  hook         {s['hook']}, events by {s['events']} buffer, {s['ring']['lost']} lost",
-        f"  held         {held['packets']} of {held['limit']} packets, {held['bytes']} bytes",
-        *(
-            [
-                f"  patience     {pa['ms']:.0f} ms ({pa['source']}); the SVM lags by "
-                f"{pa['lag_ms']:.0f} ms, a checkpoint takes {pa['checkpoint_ms']:.0f} ms, "
-                f"{pa['needless']} were needless"
-            ]
-            * bool(pa["source"])
-        ),
-        f"  checkpoints  {ck['total']} ({causes}), {ck['failed']} failed"
-        + (f", {ck['delayed']} delayed by {ck['delay_s']:.1f} s in all" * bool(ck["delayed"])),
+        f"{'bytes':>11} {'held':>5} {'waits ms':>9} {'idle s':>8}  {'path':<10} {'rule':<16} flow"
     ]
-    if ck["last"]:
-        last = ck["last"]
+    for r in rows:
+        sent = "-" if r["bytes"] is None else size(r["bytes"])
         lines.append(
-            f"  last         {last['cause']}: {last['detail']}; pause {last['pause_ms']:.1f} ms, "
-            f"{last['total_ms']:.1f} ms in all"
+            f"{sent:>11} {r['held']:>5} {r['wait_ms']:>9.1f} {r['idle_ms'] / 1000:>8.1f}  "
+            f"{r['path']:<10} {r['rule']:<16} {r['flow']}" + (f" at {r['nic']}" if r["nic"] else "")
+        )
+    more = doc["matched"] - len(rows)
+    if more:
+        lines.append(f"and {more} more of {doc['seen']}: see --limit")
+    if not doc["whole"]:
+        lines.append("there are too many connections to look at all of them in time")
+    return "\n".join(lines)
+
+
+def pairs(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return the list of a host's pairs; each row has the name, and a status or a trouble."""
+    lines = [f"{'pair':<11} {'role':<10} {'state':<14} {'other host':<14} health"]
+    for r in rows:
+        s = r["status"]
+        if s is None:
+            lines.append(f"{r['pair']:<11} {r['role']:<10} {'-':<14} {'-':<14} {r['trouble']}")
+            continue
+        p, h = s["peer"], health(s)
+        peer = (p["state"] or "connected") if p["connected"] else "not connected"
+        lines.append(
+            f"{s['pair']:<11} {s['role']:<10} {s['state']:<14} {peer:<14} {h.level}: {h.sentence}"
         )
     return "\n".join(lines)

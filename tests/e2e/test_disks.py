@@ -47,7 +47,7 @@ class Writer:
         for name, s in self.streams.items():
             verdict = disk.check(self.lab.image(role, name), s.confirmed)
             print(f"{name}: {s.last} records, longest {s.longest_s * 1e3:.0f} ms, {verdict}")
-            assert verdict.good and s.last > 50
+            assert verdict.good and s.last > 20
 
 
 def committed(lab: Lab, role: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import http.server
+import json
 import signal
 import subprocess
 import sys
@@ -161,7 +162,9 @@ def test_nothing_of_the_svm_reaches_the_network(pair: Lab) -> None:
 def test_status_and_metrics_tell_the_same(pair: Lab) -> None:
     cmd = [sys.executable, "-m", "colo_xdp.cli", "status", str(pair.config_path("primary"))]
     r = subprocess.run(cmd, capture_output=True, text=True, check=False)
-    assert r.returncode == 0 and "protected" in r.stdout
+    assert r.returncode == 0 and "OK: protected: either host may fail" in r.stdout, r.stdout
+    assert "if the other host died now" in r.stdout and "throughput" in r.stdout
+    print(r.stdout)
 
     def scrape(path: str) -> str:
         url = f"http://127.0.0.1:9847{path}"
@@ -175,6 +178,32 @@ def test_status_and_metrics_tell_the_same(pair: Lab) -> None:
     found = [x for x in text.splitlines() if x.startswith("colo_xdp_checkpoints_total")]
     assert sum(float(x.split()[-1]) for x in found) == total
     assert "protected" in scrape("/readyz")
+
+
+def test_flows_and_events_tell_of_the_pair_for_status(pair: Lab) -> None:
+    """The fast path's connections are shown with their bytes, and stay where they are."""
+    assert pair.client.download("big")[1] == 0
+    settled(pair)
+    before = pair.status("primary")["engine"]["offload_reclaimed"]
+
+    def cli(command: str, role: str, *args: str) -> str:
+        cmd = [sys.executable, "-m", "colo_xdp.cli", command, str(pair.config_path(role)), *args]
+        r = subprocess.run(cmd, capture_output=True, text=True, check=True)
+        print(r.stdout)
+        return r.stdout
+
+    rows = json.loads(cli("flows", "primary", "--proto", "tcp", "--json"))["flows"]
+    assert rows and rows[0]["bytes"] > 1_000_000, rows
+    assert rows[0]["bytes"] == max(r["bytes"] for r in rows)
+    assert pair.status("primary")["engine"]["offload_reclaimed"] == before
+    assert "default" in cli("flows", "primary", "--sort", "idle", "--limit", "3")
+    for role in ("primary", "secondary"):
+        story = cli("events", role)
+        assert "a controller has started: starting" in story
+        assert "the other host's controller: connected" in story
+        assert "protected: " in story
+        assert pair.status(role)["event_log"]["lost"] == 0
+        assert pair.status(role)["if_peer_died"]["outcome"] == "operator"  # no arbiter here
 
 
 @pytest.mark.parametrize("role", ["primary", "secondary"])

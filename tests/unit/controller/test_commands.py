@@ -6,6 +6,7 @@ from __future__ import annotations
 import ast
 import asyncio
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from colo_xdp.failover.states import State
 from colo_xdp.status import builder
 from tests.unit.controller.fakes import primary, secondary
 
+PROCESS = builder.Process(0.0, SimpleNamespace(path=Path("/x"), lost=0, trouble=""))
 BOTH = pytest.mark.parametrize("make", [primary, secondary])
 
 
@@ -36,8 +38,7 @@ def test_what_the_cli_asks_is_in_the_table() -> None:
 @BOTH
 def test_each_command_is_answered(make: Any) -> None:
     c, _, _ = make()
-    for command, document in builder.answers(c).items():
-        c.commands.answer(command, document)
+    builder.register(c, PROCESS)
     assert set(c.commands._table) == set(Command)
     with pytest.raises(ValueError, match="unknown command 'jump'"):
         asyncio.run(c.commands.run("jump", {}))
@@ -46,9 +47,8 @@ def test_each_command_is_answered(make: Any) -> None:
 @BOTH
 def test_what_only_one_side_knows_is_asked_there(make: Any) -> None:
     c, _, _ = make()
-    for command, document in builder.answers(c).items():
-        c.commands.answer(command, document)
-    for name in ("explain", "capture"):
+    builder.register(c, PROCESS)
+    for name in ("explain", "capture", "flows"):
         if isinstance(c, Primary):
             assert asyncio.run(c.commands.run(name, {}))
         else:
