@@ -3,6 +3,9 @@
 
 PY := .venv/bin/python
 STAMP := build/.setup
+# The tests of the alerts need promtool. Debian has it in `prometheus`, which would also install a
+# service and what its pages need: the package (19 MB) is unpacked here instead.
+PROMTOOL := build/prometheus/usr/bin/promtool
 PACKAGES := python3-bpfcc python3-venv linux-headers-amd64 clang-format-14 gcc libc6-dev \
 	qemu-system-x86 iproute2 busybox-static cpio tcpdump ethtool iperf3 openssl etcd-server procps make git \
 	systemd-container mmdebstrap qemu-utils e2fsprogs
@@ -23,8 +26,8 @@ INSTALLED := $(PREFIX)/lib/colo-xdp
 
 export DEBIAN_FRONTEND := noninteractive
 
-.PHONY: all help setup demo check test test-lower-bounds test-qemu-11 test-deb-13 torture stress chaos fuzz bench \
-	docs layers lint format hooks clean install uninstall deb
+.PHONY: all help setup demo check test test-lower-bounds test-qemu-11 test-deb-13 torture stress chaos incidents fuzz \
+	bench docs layers lint format hooks clean install uninstall deb
 
 all: test
 
@@ -36,6 +39,12 @@ help:
 
 # Install what the other targets need: Debian packages (as root), .venv
 setup: $(STAMP)
+
+$(PROMTOOL):
+	@mkdir -p build/prometheus
+	@if command -v promtool > /dev/null; then mkdir -p $(@D) && ln -sf "$$(command -v promtool)" $@; else \
+		apt-get update -q > /dev/null; cd build/prometheus && apt-get download -q prometheus && \
+		dpkg-deb -x prometheus_*.deb . && rm -f prometheus_*.deb usr/bin/prometheus; fi
 
 $(STAMP): pyproject.toml Makefile
 	@mkdir -p build
@@ -98,6 +107,7 @@ install:
 	install -d $(DESTDIR)$(PREFIX)/share/doc/colo-xdp
 	cp -r README.md ARCHITECTURE.md CHANGELOG.md CONTRIBUTING.md LICENSE docs \
 		$(filter-out deploy/debian,$(wildcard deploy/*)) $(DESTDIR)$(PREFIX)/share/doc/colo-xdp/
+	sed -i 's|/usr/share/|$(PREFIX)/share/|' $(DESTDIR)$(PREFIX)/share/doc/colo-xdp/prometheus/alerts.yml
 	$(DESTDIR)$(INSTALLED)/bin/python -B -m tests.docs.man $(DESTDIR)$(PREFIX)/share/man
 	install -d -m 0755 $(DESTDIR)/etc/colo-xdp
 	[ -n '$(DESTDIR)' ] || [ ! -d /run/systemd/system ] || systemctl daemon-reload
@@ -120,7 +130,7 @@ check: setup
 	$(PY) -m pytest -q $(CHECK_TESTS)
 
 # Run all tests, or only TESTS (as root)
-test: setup
+test: setup $(PROMTOOL)
 ifeq ($(TESTS),)
 	@nice -n 10 $(PY) -m pytest tests $(addprefix --ignore=,$(KERNEL_TESTS)) \
 		> build/test-pure.log 2>&1 & pure=$$!; \
@@ -154,6 +164,10 @@ torture: setup
 chaos: setup
 	$(PY) -m tests.e2e.chaos --rounds $(or $(ROUNDS),20) --seed $(or $(SEED),0) \
 		--seconds $(or $(TIME),1e9)
+
+# Record the metrics of real pairs during incidents, or only during NAMES, for the tests of the alerts (as root)
+incidents: setup
+	$(PY) -m tests.deploy.record $(NAMES)
 
 # Run two guests on all CPUs against the fast path, with checkpoints, for about STRESS times 7 seconds
 stress: setup

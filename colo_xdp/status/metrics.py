@@ -37,6 +37,9 @@ log = logging.getLogger("colo_xdp.status.metrics")
 
 Document = dict[str, Any]
 
+#: what entitles the guest to transmit (`active.lease`) -> colo_xdp_lease_held; anything else: 0
+LEASE_HELD = {"": -1.0, "held": 1.0}
+
 #: name -> (kind, help, labels beyond `pair` and `role`); the dashboard and the alerts use these.
 METRICS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "build_info": (
@@ -61,6 +64,12 @@ METRICS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "lease_remaining_seconds": (
         "gauge",
         "how long this host's guest may still transmit; -1: the arbiter is not a lease",
+        (),
+    ),
+    "lease_held": (
+        "gauge",
+        "1 while this host holds the lease, 0 while its guest transmits by the other host's "
+        "promise alone or not at all; -1: the arbiter is not a lease",
         (),
     ),
     "packets": ("counter", "frames, by program and by what became of them", ("program", "reason")),
@@ -310,6 +319,7 @@ class Collector:
             "paused": float(s["paused"]),
             "active": float(s["active"]["transmitting"]),
             "lease_remaining_seconds": -1.0 if left is None else left,
+            "lease_held": LEASE_HELD.get(s["active"]["lease"], 0.0),
             "checkpoints_failed": ck["failed"],
             "checkpoints_delayed": ck["delayed"],
             "checkpoint_delay_seconds": ck["delay_s"],

@@ -123,18 +123,6 @@ def test_the_page_has_the_figures_of_the_published_report() -> None:
 # ---- troubleshooting
 
 
-def test_every_alert_has_its_entry() -> None:
-    alerts = re.findall(r"^ *- alert: (\w+)$", (ROOT / "deploy/prometheus/alerts.yml").read_text(),
-                        flags=re.M)  # fmt: skip
-    text = (OPERATOR / "troubleshooting.md").read_text()
-    section = text.split("\n## Alerts\n")[1].split("\n## ")[0]
-    entries = dict(re.findall(r"^### (\w+)\n(.*?)(?=^### |\Z)", section, flags=re.M | re.S))
-    assert len(alerts) > 10 and list(entries) == alerts
-    for name, entry in entries.items():
-        for part in ("- **Causes**", "- **Look at**", "- **Do**"):
-            assert part in entry, f"{name}: {part}"
-
-
 #: quoted, and not found in the code as they are: of systemd, of the kernel, with a name put in
 ELSEWHERE = {
     "status=203/EXEC", "status=2", "Connection refused",
