@@ -55,7 +55,7 @@ PURE = (
     "peer.heartbeat_datagram",
     "qemu.events", "qemu.disks", "qemu.migration", "qemu.nic", "datapath.btf",
     "datapath.image",
-    "status.document", "status.text",
+    "status.document", "status.history", "status.text",
     "controller.command", "controller.copy_health", "controller.pacing", "controller.pair_view",
     "tools.explain",
     "tools.price",
