@@ -89,7 +89,6 @@ function summary(s) {
   const why = [right[a.lease], known(a.remaining_s) && a.remaining_s ? num(a.remaining_s) + " s left" : ""].filter(x => x).join(", ");
   const f = s.last_failover;
   return pairs([
-    ["why", s.reason],
     ["guest", (a.transmitting ? "transmits" : "is silent") + (why ? " (" + why + ")" : "") +
       (a.undecided ? "; not decided yet whether it may transmit" : "") +
       (a.disks_unproven ? "; its disks may lack what was written last" : "")],
@@ -200,6 +199,18 @@ function nice(v) {
   const e = 10 ** Math.floor(Math.log10(v));
   return [1, 2, 5, 10].map(m => m * e).find(x => x >= v * 0.999);
 }
+// As many points as can be told apart: of each few samples the highest, or their mean.
+function thin(view, series, most) {
+  const bin = Math.max(history.every_s, range / most), out = [];
+  for (const r of view.rows) {
+    const v = r[series.key], b = Math.floor(r.at / bin), last = out.at(-1);
+    if (!known(v)) out.push(null);
+    else if (last && last.bin === b) {
+      last.n++; last.at = r.at; last.sum += v; last.max = Math.max(last.max, v);
+    } else out.push({bin: b, n: 1, at: r.at, sum: v, max: v});
+  }
+  return out.map(p => p && {at: p.at, value: series.mean ? p.sum / p.n : p.max});
+}
 // A line for each series; a break where there is no number.
 function lines(view, series, unit, width, log) {
   const height = 96, {x, nodes} = frame(view, width, height), bottom = height - BOTTOM;
@@ -212,13 +223,13 @@ function lines(view, series, unit, width, log) {
       svg("text", {x: LEFT - 4, y: y(v) + 4, "text-anchor": "end"}, num(v)));
   series.forEach((s, i) => {
     let path = "", before = null;
-    for (const r of view.rows) {
-      if (known(r[s.key])) {
-        const joined = before !== null && r.at - before < 2.5 * history.every_s;
-        const at = `${x(r.at).toFixed(1)} ${y(r[s.key]).toFixed(1)}`;
-        path += joined ? "L" + at : `M${at}h.1`;
-        before = r.at;
-      } else before = null;
+    const most = (width - LEFT - RIGHT) / 2, far = 2.5 * Math.max(history.every_s, range / most);
+    for (const p of thin(view, s, most)) {
+      if (p) {
+        const at = `${x(p.at).toFixed(1)} ${y(p.value).toFixed(1)}`;
+        path += before !== null && p.at - before < far ? "L" + at : `M${at}h.1`;
+      }
+      before = p && p.at;
     }
     nodes.push(svg("path", {class: "p" + i, d: path}));
   });
@@ -289,10 +300,10 @@ function causes(view, width) {
 const PLOTS = [
   ["State", "wide", band],
   ["Checkpoints per minute, by cause", "wide", causes],
-  ["Frames of the guest per second", "", (v, w) => lines(v, [{key: "frames_per_s", name: "frames"}], "/s", w)],
+  ["Frames of the guest per second", "", (v, w) => lines(v, [{key: "frames_per_s", name: "frames", mean: true}], "/s", w)],
   ["Wait of a frame, ms (logarithmic)", "", (v, w) => lines(v, [{key: "wait_p50_ms", name: "median"}, {key: "wait_p99_ms", name: "99 % (dashed)"}], "ms", w, true)],
   ["Frames held", "", (v, w) => lines(v, [{key: "held", name: "frames"}], "", w)],
-  ["Share of the fast path, %", "", (v, w) => lines(v, [{key: "fast_percent", name: "share"}], "%", w)],
+  ["Share of the fast path, %", "", (v, w) => lines(v, [{key: "fast_percent", name: "share", mean: true}], "%", w)],
   ["Checkpoint and SVM lag, ms", "", (v, w) => lines(v, [{key: "checkpoint_ms", name: "a checkpoint takes"}, {key: "lag_ms", name: "lag (dashed)"}], "ms", w)],
   ["Silence of the peer, ms", "", (v, w) => lines(v, [{key: "silent_ms", name: "since its last message"}], "ms", w)],
 ];

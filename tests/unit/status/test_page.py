@@ -94,7 +94,7 @@ def test_it_can_be_used_without_seeing_it(outline: Outline) -> None:
 def test_it_reads_columns_that_there_are() -> None:
     script = page._source("js")
     used = {*re.findall(r'key: "(\w+)"', script), *re.findall(r"\br\.([a-z_0-9]+)\b", script)}
-    own = {"fast_percent", "headers", "ok", "status", "text", "json"}  # of a row made here, fetch's
+    own = {"fast_percent", "headers", "ok", "status", "text", "json", "map"}
     rules = {"name", "action", "flows", "uncompared", "differences"}
     assert used - own - rules <= set(COLUMNS), used
     named = set(re.findall(r"(\w+): \"(?:good|warn|bad)\"", script))
