@@ -80,7 +80,7 @@ function bytes(v) {
   return num(v) + " " + units[i];
 }
 const clock = t => new Date(t * 1000).toLocaleTimeString([], {hour: "2-digit", minute: "2-digit", hourCycle: "h23"});
-const moment = t => new Date(t * 1000).toLocaleString([], {dateStyle: "short", timeStyle: "medium", hourCycle: "h23"});
+const moment = t => new Date(t * 1000).toLocaleString("sv-SE");  // 2026-11-30 01:25:52
 
 // ---- the status document
 
@@ -92,7 +92,7 @@ function summary(s) {
     ["guest", (a.transmitting ? "transmits" : "is silent") + (why ? " (" + why + ")" : "") +
       (a.undecided ? "; not decided yet whether it may transmit" : "") +
       (a.disks_unproven ? "; its disks may lack what was written last" : "")],
-    typeof s.if_peer_died === "string" && s.if_peer_died && ["if the peer died now", s.if_peer_died],
+    s.if_peer_died && s.if_peer_died.sentence && ["if the peer died", s.if_peer_died.sentence],
     s.paused && ["paused", "failover decisions are left to an operator", "warn"],
     ["data path", s.data_path.trouble || "whole", s.data_path.trouble ? "bad" : ""],
     ["QEMU", (s.qemu.connected ? "connected" : "NOT connected") + ` ${s.qemu.version} ${s.qemu.accel}` +

@@ -73,6 +73,7 @@ def figure(b: Browser, i: int) -> dict[str, float]:
 
 def test_it_shows_what_the_status_says(page: tuple[Browser, Source, str]) -> None:
     b, source, url = page
+    source.doc["if_peer_died"] = {"sentence": "this guest would serve alone"}
     shown(b, url)
     text = body(b)
     for part in (
@@ -80,7 +81,8 @@ def test_it_shows_what_the_status_says(page: tuple[Browser, Source, str]) -> Non
         "connected 7.2.22 kvm", "3 of 1024 packets", "412 of 65536", "peer link", "management",
         "52:54:00:12:34:56", "each write goes to both hosts", "compare_timeout", "pause 18.4 ms",
         "1291 completed, 1 failed", "the secondary is fenced: this guest serves alone",
-        "patience", "35 ms (checkpoint)", "10.0.0.5:443 to 10.0.0.90:51812",
+        "patience", "35 ms (checkpoint)", "this guest would serve alone",
+        "10.0.0.5:443 to 10.0.0.90:51812",
     ):  # fmt: skip
         assert part in text, part
     assert b.eval("document.title") == "protected: web1 primary"
