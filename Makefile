@@ -26,8 +26,8 @@ INSTALLED := $(PREFIX)/lib/colo-xdp
 
 export DEBIAN_FRONTEND := noninteractive
 
-.PHONY: all help setup demo check test test-lower-bounds test-qemu-11 test-deb-13 torture stress chaos incidents fuzz \
-	bench docs layers lint format hooks clean install uninstall deb
+.PHONY: all help setup demo check test test-lower-bounds test-qemu-11 test-deb-13 test-page torture stress chaos \
+	incidents fuzz bench docs layers lint format hooks clean install uninstall deb
 
 all: test
 
@@ -132,7 +132,7 @@ check: setup
 # Run all tests, or only TESTS (as root)
 test: setup $(PROMTOOL)
 ifeq ($(TESTS),)
-	@nice -n 10 $(PY) -m pytest tests $(addprefix --ignore=,$(KERNEL_TESTS)) \
+	@nice -n 10 $(PY) -m pytest tests $(addprefix --ignore=,$(KERNEL_TESTS) tests/page) \
 		> build/test-pure.log 2>&1 & pure=$$!; \
 	$(PY) -m pytest $(KERNEL_TESTS); kernel=$$?; \
 	wait $$pure; pure=$$?; cat build/test-pure.log; \
@@ -155,6 +155,16 @@ test-qemu-11: setup
 # Test the package in a root of Debian 13 (`make test`: in one of Debian 12)
 test-deb-13: setup build/.setup-deb
 	COLO_SUITE=trixie $(PY) -m pytest tests/hosts/test_package.py
+
+# Test the status page in a headless Chromium, which it installs (as root the first time)
+# PUBLISH=1: also write the pictures in docs/images
+test-page: setup build/.setup-page
+	$(if $(PUBLISH),PUBLISH=1) $(PY) -m pytest tests/page
+
+build/.setup-page: | $(STAMP)
+	@command -v chromium > /dev/null || { apt-get update && \
+		apt-get install -y --no-install-recommends chromium; }
+	@touch $@
 
 # Run N schedules of the simulator from SEED on; a failing one is minimized and printed
 torture: setup

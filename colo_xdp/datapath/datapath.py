@@ -12,7 +12,7 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 from .. import abi
@@ -470,7 +470,7 @@ class DataPath(PairSlots):
 
         return self.reader.drain(mark, limit)
 
-    def counters(self) -> dict[str, dict[str, tuple[int, int]]]:
+    def counters(self, progs: Iterable[Prog] = Prog) -> dict[str, dict[str, tuple[int, int]]]:
         """Return {program: {reason: (packets, bytes)}}, summed over CPUs; zeros included."""
         return {
             prog.name.lower(): {
@@ -478,7 +478,7 @@ class DataPath(PairSlots):
                 for reason in Reason
                 if reason is not Reason.MAX
             }
-            for prog in Prog
+            for prog in progs
             if prog is not Prog.MAX
         }
 

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
-from ..abi import Cfg
+from ..abi import Cfg, Prog
 from ..config.file import Config
 from . import devices, loader, netlink
 from .datapath import DataPath
@@ -97,9 +97,9 @@ class HostDataPath(PairSlots):
             self._traffic_due = now + TRAFFIC_S
         return self._traffic
 
-    def counters(self) -> Counters:
+    def counters(self, progs: Iterable[Prog] = Prog) -> Counters:
         """Return {program: {reason: (packets, bytes)}}, summed over the NICs."""
-        total, *others = (nic.counters() for nic in self.nics)
+        total, *others = (nic.counters(progs) for nic in self.nics)
         for one in others:
             for prog, row in one.items():
                 for reason, (packets, size) in row.items():

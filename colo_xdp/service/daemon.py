@@ -34,8 +34,9 @@ from ..datapath.prepare import DataPathError, DeviceMissing
 from ..datapath.programs import fill_quietly
 from ..datapath.source import LoadError, Refused, Unfinished
 from ..peer.channel import PeerError
-from ..status import builder
-from ..status.metrics import start as start_metrics
+from ..status import builder, sampler
+from ..status.history import History
+from ..status.server import start as start_metrics
 from ..tools.preflight import AlreadyRuns, Refusal, claim
 from .control_socket import ControlError, ControlServer
 from .event_log import EventLog, place
@@ -84,7 +85,7 @@ def _reload(ctl: Controller) -> None:
         log.error("not reloaded: %s", e)
 
 
-async def _serve(config: Config, datapath: HostDataPath) -> int:
+async def _serve(config: Config, datapath: HostDataPath, history: History) -> int:
     ctl: Controller = (Primary if datapath.role == "primary" else Secondary)(config, datapath)
     notifier = Notifier(HUNG_SHARE * config.peer.dead_after / 1000)
     stop = asyncio.Event()
@@ -117,7 +118,7 @@ async def _serve(config: Config, datapath: HostDataPath) -> int:
             m = config.metrics
             tls = (m.cert, m.key, m.client_ca) if m.cert else None
             try:
-                metrics = start_metrics(m.listen, fresh_status, tls)
+                metrics = start_metrics(m.listen, fresh_status, tls, history)
             except OSError as e:
                 raise OSError(e.errno, f"[metrics] listen {m.listen}: {e.strerror or e}") from e
         await ctl.start()
@@ -139,6 +140,8 @@ async def _serve(config: Config, datapath: HostDataPath) -> int:
                 beat = now
                 state, reason = ctl.announced_state()
                 notifier.send(WATCHDOG="1", STATUS=f"{state.value}: {reason}")
+            if metrics is not None:
+                sampler.take(ctl, history)
         changed = ctl.role_changed and not stopping.done()
         failed = watcher.done() and not changed
         for t in (watcher, stopping):
@@ -208,6 +211,7 @@ def run(config: Config) -> int:
 
 
 def _run(config: Config) -> int:
+    history = History(time.time())  # of the host: it outlives a change of roles
     while True:
         # Before the event loop: pyroute2 runs its own and cannot work inside ours.
         try:
@@ -217,7 +221,7 @@ def _run(config: Config) -> int:
                 return 0
             continue
         try:
-            status = asyncio.run(_serve(config, datapath))
+            status = asyncio.run(_serve(config, datapath, history))
         finally:
             datapath.close()
         if status != ROLE_CHANGED:

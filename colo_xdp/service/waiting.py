@@ -20,7 +20,7 @@ from ..config.file import Config
 from ..controller.command import Command
 from ..datapath import devices, netlink
 from ..status.document import empty
-from ..status.metrics import start as start_metrics
+from ..status.server import start as start_metrics
 from .control_socket import ControlServer
 from .start_limit import LOAD_S
 from .systemd import Notifier

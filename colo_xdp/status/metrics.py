@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Prometheus metrics and health, read at scrape time: the only importer of prometheus_client.
+"""Prometheus metrics, read at scrape time: the only importer of prometheus_client.
 
 The source is the status document (status/document.py), so that `status --json` and the
 metrics cannot disagree. Every label value that can occur is there from the first
@@ -8,17 +8,11 @@ scrape, with zero, so that rate() works.
 
 from __future__ import annotations
 
-import json
 import logging
 import platform
-import selectors
-import socket
-import ssl
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
-from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 from prometheus_client import CollectorRegistry, make_wsgi_app
 from prometheus_client.core import (
@@ -389,112 +383,8 @@ class Collector:
         yield f
 
 
-def health(path: str, s: Document) -> tuple[int, str] | None:
-    """HTTP status and text of the health paths; None for any other path.
-
-    The status is the answer: load balancers and scripts need not read the text.
-    """
-    state, role = s["state"], s["role"]
-    standby = role == "secondary" and state in ("protected", "checkpointing", "paused", "degraded")
-    answers = {
-        "/healthz": True,
-        "/readyz": state in ("protected", "checkpointing", "paused"),
-        "/primary": s["active"]["transmitting"],
-        "/secondary": standby,
-    }
-    if path not in answers:
-        return None
-    return (200 if answers[path] else 503), f"{role} {state}: {s['reason']}\n"
-
-
-class _Quiet(WSGIRequestHandler):
-    timeout = 5  # a client that says nothing does not keep the server, nor one in its handshake
-
-    def handle(self) -> None:
-        try:
-            super().handle()
-        except OSError as e:  # no TLS, no certificate, gone
-            log.debug("%s: %s", self.client_address, e)
-
-    def log_message(self, format: str, *args: Any) -> None:
-        log.debug(format, *args)
-
-
-class Server:
-    """HTTP in a thread of its own."""
-
-    def __init__(
-        self, listen: str, get: Callable[[], Document], tls: tuple[str, str, str] | None = None
-    ) -> None:
-        host, _, port = listen.rpartition(":")
-        registry = CollectorRegistry()
-        registry.register(Collector(get))
-        metrics = make_wsgi_app(registry)
-
-        def app(environ: Any, start: Any) -> Iterable[bytes]:
-            path = environ["PATH_INFO"]
-            if path == "/metrics":
-                answer: Iterable[bytes] = metrics(environ, start)
-                return answer
-            try:
-                s = get()
-            except (RuntimeError, OSError, TimeoutError) as e:
-                start("503 Service Unavailable", [("Content-Type", "text/plain")])
-                return [f"{e}\n".encode()]
-            if path == "/status.json":
-                start("200 OK", [("Content-Type", "application/json")])
-                return [json.dumps(s).encode()]
-            found = health(path, s)
-            code, text = found if found else (404, "not found\n")
-            phrase = {200: "OK", 503: "Service Unavailable", 404: "Not Found"}[code]
-            start(f"{code} {phrase}", [("Content-Type", "text/plain; charset=utf-8")])
-            return [text.encode()]
-
-        self._httpd: WSGIServer = make_server(
-            host.strip("[]"), int(port), app, handler_class=_Quiet
-        )
-        if tls:
-            self._httpd.socket = _client_tls(*tls).wrap_socket(
-                self._httpd.socket, server_side=True, do_handshake_on_connect=False
-            )
-        self.port = self._httpd.server_port
-        self._httpd.timeout = 0  # handle_request() is called when there is one
-        self._end, self._ended = socket.socketpair()
-        self._thread = threading.Thread(target=self._serve, daemon=True)
-        self._thread.start()
-
-    def _serve(self) -> None:
-        """Answer until close(). serve_forever() would wake up to see whether it is to end."""
-        with selectors.DefaultSelector() as ready:
-            for sock in (self._httpd, self._ended):
-                ready.register(sock, selectors.EVENT_READ)
-            while self._ended not in [key.fileobj for key, _ in ready.select()]:
-                self._httpd.handle_request()
-
-    def close(self) -> None:
-        """Stop answering."""
-        self._end.close()
-        self._thread.join(2)
-        self._httpd.server_close()
-        self._ended.close()
-
-
-def _client_tls(cert: str, key: str, client_ca: str) -> ssl.SSLContext:
-    """For readers whose certificate the authority has signed, and nobody else."""
-    ctx = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    ctx.minimum_version = ssl.TLSVersion.TLSv1_2
-    ctx.verify_mode = ssl.CERT_REQUIRED
-    ctx.load_cert_chain(cert, key)
-    ctx.load_verify_locations(client_ca)
-    return ctx
-
-
-def start(
-    listen: str, get: Callable[[], Document], tls: tuple[str, str, str] | None = None
-) -> Server:
-    """Serve /metrics, /healthz, /readyz, /primary, /secondary and /status.json on "host:port".
-
-    `tls`: paths of certificate, key and the readers' authority. Raises OSError when the address
-    cannot be bound or a file is not what it should be.
-    """
-    return Server(listen, get, tls)
+def application(get: Callable[[], Document]) -> Any:
+    """Return a WSGI application that answers with the metrics of what `get` returns."""
+    registry = CollectorRegistry()
+    registry.register(Collector(get))
+    return make_wsgi_app(registry)

@@ -33,7 +33,7 @@ from colo_xdp.engine.counters import COUNTERS
 from colo_xdp.failover import states
 from colo_xdp.failover.states import Role, State
 from colo_xdp.peer import heartbeat_datagram, messages
-from colo_xdp.status import document, metrics
+from colo_xdp.status import document, history, metrics
 from colo_xdp.tools.explain import ADVICE
 
 ROOT = Path(__file__).parents[2]
@@ -245,6 +245,12 @@ def status() -> str:
     return table(("key", "type", "meaning"), rows)
 
 
+def history_columns() -> str:
+    """The columns of the history."""
+    rows = ([f"`{name}`", sentence(text)] for name, text in history.COLUMNS.items())
+    return table(("column", "meaning"), rows)
+
+
 # ---- reasons.md
 
 ABI_H = "bpf/lib/abi.h"
@@ -384,6 +390,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "metrics.all": metric_names,
     "metrics.engine": engine_events,
     "status.all": status,
+    "status.history": history_columns,
     "reasons.programs": programs,
     "reasons.all": reasons,
     "reasons.causes": causes,

@@ -141,6 +141,7 @@ def test_what_is_in_it() -> None:
         "/usr/share/man/man8/colo-xdp.8.gz", "/usr/share/man/man5/colo-xdp.toml.5.gz",
         "/usr/share/doc/colo-xdp/README.md", "/usr/share/doc/colo-xdp/docs/operator/install.md",
         "/usr/share/doc/colo-xdp/examples/primary.toml", f"{LIB}/colo_xdp/_bpf_src/lib/abi.h",
+        *(f"{LIB}/colo_xdp/status/page.{x}" for x in ("html", "css", "js")),
     ):  # fmt: skip
         assert f in files
 

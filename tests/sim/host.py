@@ -559,7 +559,7 @@ class SimDataPath:
         side = self._side
         return (_Flows(side, "flows"), _Flows(side, "opening")) if side.promoted_epoch else None
 
-    def counters(self) -> dict[str, dict[str, tuple[int, int]]]:
+    def counters(self, progs: object = None) -> dict[str, dict[str, tuple[int, int]]]:
         return {"svm_out": dict.fromkeys(("pass", "pass_rewritten", "pass_released"), (0, 0))}
 
     def open_network(self) -> None:

@@ -106,7 +106,7 @@ class FakeDataPath:
     def flows(self) -> None:
         return None
 
-    def counters(self) -> dict[str, dict[str, tuple[int, int]]]:
+    def counters(self, progs: object = None) -> dict[str, dict[str, tuple[int, int]]]:
         sent = len(self.injectors["forward"].frames)
         return {"svm_out": {"pass": (0, 0), "pass_rewritten": (0, 0), "pass_released": (sent, 0)}}
 

@@ -15,7 +15,7 @@ from colo_xdp.controller.pair_view import LocalGuest, PairLife, PairView
 from colo_xdp.failover.facts import OtherGuest
 from colo_xdp.failover.states import Role, sends_nothing
 from colo_xdp.status.builder import active_json
-from colo_xdp.status.metrics import health
+from colo_xdp.status.server import health
 from tests.unit.controller.fakes import (
     FakeDataPath,
     WaitingQmp,

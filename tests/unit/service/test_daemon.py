@@ -40,7 +40,7 @@ def test_a_change_of_roles_makes_a_new_controller(
         def close(self) -> None:
             story.append("close")
 
-    async def serve(config: Any, datapath: Any) -> int:
+    async def serve(config: Any, datapath: Any, history: Any) -> int:
         story.append("serve")
         return ends.pop(0)
 

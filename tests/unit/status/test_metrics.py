@@ -3,15 +3,9 @@
 
 from __future__ import annotations
 
-import json
 import re
-import socket
-import ssl
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -21,37 +15,15 @@ from colo_xdp.engine.waits import WAIT_BUCKETS
 from colo_xdp.failover.states import Role, State
 from colo_xdp.peer.heartbeat_datagram import REFUSALS
 from colo_xdp.status import metrics
-from colo_xdp.status.document import empty
-from colo_xdp.tools import pki
+from tests.unit.status.serving import Source, get, serving
 
 DEPLOY = Path(__file__).parents[3] / "deploy"
 
 
-class Source:
-    def __init__(self) -> None:
-        self.doc: dict[str, Any] = empty("web1", "primary").to_json()
-        self.broken = False
-
-    def __call__(self) -> dict[str, Any]:
-        if self.broken:
-            raise TimeoutError("the loop does not answer")
-        return self.doc
-
-
 @pytest.fixture
 def served() -> Iterator[tuple[Source, str]]:
-    source = Source()
-    server = metrics.start("127.0.0.1:0", source)
-    yield source, f"http://127.0.0.1:{server.port}"
-    server.close()
-
-
-def get(url: str) -> tuple[int, str]:
-    try:
-        with urllib.request.urlopen(url, timeout=5) as r:
-            return r.status, r.read().decode()
-    except urllib.error.HTTPError as e:
-        return e.code, e.read().decode()
+    with serving() as found:
+        yield found
 
 
 def value(text: str, line: str) -> float:
@@ -125,73 +97,6 @@ def test_a_controller_that_does_not_answer_is_counted(served: tuple[Source, str]
     assert code == 200 and "colo_xdp_scrape_errors_total" in text
     assert re.search(r"colo_xdp_scrape_errors_total\{.*\} 1.0", text)
     assert get(url + "/readyz")[0] == 503
-
-
-@pytest.mark.parametrize(
-    ("role", "state", "transmits", "ready", "secondary"),
-    [
-        ("primary", "protected", True, 200, 503),
-        ("primary", "solo", True, 503, 503),
-        ("primary", "starting", True, 503, 503),
-        ("primary", "starting", False, 503, 503),  # waits for the lease, or for the other host
-        ("primary", "protected", False, 200, 503),  # the lease could not be renewed
-        ("primary", "degraded", False, 503, 503),
-        ("primary", "stopped", False, 503, 503),
-        ("secondary", "protected", False, 200, 200),
-        ("secondary", "promoted", True, 503, 503),
-        ("secondary", "promoted", False, 503, 503),  # its QEMU has died since
-        ("secondary", "starting", False, 503, 503),
-    ],
-)
-def test_health(
-    served: tuple[Source, str], role: str, state: str, transmits: bool, ready: int, secondary: int
-) -> None:
-    """/primary is the fact that colo_xdp_active and the status give, whatever the state is."""
-    source, url = served
-    source.doc.update(role=role, state=state, reason="because")
-    source.doc["active"]["transmitting"] = transmits
-    assert get(url + "/healthz") == (200, f"{role} {state}: because\n")
-    got = tuple(get(url + p)[0] for p in ("/readyz", "/primary", "/secondary"))
-    assert got == (ready, 200 if transmits else 503, secondary)
-    assert (
-        value(get(url + "/metrics")[1], f'colo_xdp_active{{pair="web1",role="{role}"}}')
-        == transmits
-    )
-    assert json.loads(get(url + "/status.json")[1])["state"] == state
-    assert get(url + "/else")[0] == 404
-
-
-def test_strangers_cannot_read_over_tls(tmp_path: Path) -> None:
-    """Only whose certificate the readers' authority has signed; who stalls does not keep it."""
-    names = ("ours", "theirs")
-    for name in names:
-        pki.init(tmp_path / name, name)
-        pki.issue(tmp_path / name, "primary")
-    ours, theirs = (tmp_path / n for n in names)
-
-    def read(directory: Path | None) -> tuple[int, str]:
-        ctx = ssl.create_default_context(cafile=str(ours / "ca.crt"))
-        ctx.check_hostname = False
-        if directory is not None:
-            ctx.load_cert_chain(directory / "primary.crt", directory / "primary.key")
-        url = f"https://127.0.0.1:{server.port}/status.json"
-        with urllib.request.urlopen(url, timeout=20, context=ctx) as r:
-            return r.status, r.read().decode()
-
-    files = (str(ours / "primary.crt"), str(ours / "primary.key"), str(ours / "ca.crt"))
-    server = metrics.start("127.0.0.1:0", Source(), files)
-    try:
-        with socket.create_connection(("127.0.0.1", server.port)) as stalls:
-            assert read(ours)[0] == 200
-            stalls.sendall(b"GET /metrics HTTP/1.0\r\n\r\n")
-            stalls.settimeout(20)
-            assert b"colo_xdp" not in stalls.recv(4096)
-        for stranger in (None, theirs):
-            with pytest.raises(OSError):
-                read(stranger)
-        assert read(ours)[0] == 200
-    finally:
-        server.close()
 
 
 SHIPPED = ("deploy/grafana/colo-xdp.json", "deploy/prometheus/alerts.yml")
