@@ -19,3 +19,4 @@ class Command(StrEnum):
     RELOAD = "reload"
     EXPLAIN = "explain"
     CAPTURE = "capture"
+    DOCTOR = "doctor"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import gc
 import logging
 import os
@@ -37,6 +38,7 @@ from ..status import builder
 from ..status.metrics import start as start_metrics
 from ..tools.preflight import AlreadyRuns, Refusal, claim
 from .control_socket import ControlError, ControlServer
+from .examine import examine
 from .start_limit import Starts
 from .systemd import Notifier
 from .waiting import wait_for
@@ -94,6 +96,7 @@ async def _serve(config: Config, datapath: HostDataPath) -> int:
     run_dir.mkdir(parents=True, exist_ok=True)
     for command, document in builder.answers(ctl).items():
         ctl.commands.answer(command, document)
+    ctl.checkup.examine = functools.partial(examine, config)
     sock = str(run_dir / f"{config.pair}.{config.role}.sock")
     control = ControlServer(sock, ctl.commands.run)
     await control.start()

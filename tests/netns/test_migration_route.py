@@ -23,7 +23,7 @@ def configured(role: str, **uris: str) -> Config:
 
 
 def found(c: Config) -> doctor.Check:
-    (check,) = doctor._migration_route(c)
+    (check,) = doctor._migration_route(doctor.Patient(c))
     return check
 
 
@@ -35,7 +35,7 @@ def test_the_command_is_right(net: Net, address: str, net_of: str, shape: str) -
     c = configured("primary", migrate_uri=f"tcp:{shape.format(address)}:9998")
     with inside(net.host):
         Path("/proc/sys/net/ipv6/conf/peer0/disable_ipv6").write_text("0")
-        assert list(doctor._migration_route(c)) == [], "no route yet"
+        assert list(doctor._migration_route(doctor.Patient(c))) == [], "no route yet"
         nodad = ("nodad",) if ":" in address else ()
         sh("ip", "addr", "add", net_of, "dev", "peer0", *nodad)
         sh("ip", "link", "set", "peer0", "up")

@@ -38,10 +38,10 @@ LAYERS: dict[str, set[str]] = {
     "status": {"abi", "compare", "controller", "engine", "failover", "net", "peer"},
     "tools": {
         "abi", "compare", "config", "conntrack", "datapath", "engine", "failover", "net", "peer",
-        "qemu", "validate",
+        "qemu", "user_command", "validate",
     },
     "service": {
-        "config", "controller", "datapath", "peer", "status", "tools", "user_command",
+        "config", "controller", "datapath", "peer", "qemu", "status", "tools", "user_command",
     },
     "setup": {"config", "qemu", "tools", "validate"},
     "lab": {"service", "tools"},
@@ -57,7 +57,7 @@ PURE = (
     "datapath.image",
     "status.document", "status.text",
     "controller.command", "controller.copy_health", "controller.pacing", "controller.pair_view",
-    "tools.explain",
+    "tools.explain", "tools.findings", "tools.host_checks", "tools.unit_checks",
     "tools.price",
     "tools.suggest", "tools.replay",
     "tools.corpus",
