@@ -140,10 +140,6 @@ class Report:
     controller: bool
     checks: tuple[Check, ...]
 
-    @property
-    def title(self) -> str:
-        return f"{self.host} ({self.role})"
-
     def to_json(self) -> dict[str, Any]:
         return {
             "schema": SCHEMA,
@@ -211,8 +207,10 @@ def columns(ours: Report, theirs: Report) -> list[str]:
         return out
 
     here, there = by_title(ours.checks), by_title(theirs.checks)
-    width = max(len(ours.host), len(theirs.host), 4)
-    out = [f"{ours.host:<{width}}  {theirs.host:<{width}}"]
+    same = ours.host == theirs.host  # in a laboratory
+    names = (ours.role, theirs.role) if same else (ours.host, theirs.host)
+    width = max(4, *map(len, names))
+    out = ["  ".join(f"{name:<{width}}" for name in names).rstrip()]
     for title in dict.fromkeys([*here, *there]):
         for a, b in zip_longest(here.get(title, []), there.get(title, [])):
             marks = (c.level.mark if c else "-" for c in (a, b))
@@ -221,10 +219,10 @@ def columns(ours: Report, theirs: Report) -> list[str]:
             if a and b and _lines(a) == _lines(b):
                 out += [f"{pad}  {line}" for line in _lines(a)]
                 continue
-            for host, check in ((ours.host, a), (theirs.host, b)):
-                found = _lines(check)
-                out += [f"{pad}  {host}: {found[0]}"] * bool(found)
-                out += [f"{pad}    {line}" for line in found[1:]]
+            for host, check in zip(names, (a, b), strict=True):
+                lines = _lines(check)
+                out += [f"{pad}  {host}: {line}" for line in lines[:1]]
+                out += [f"{pad}    {line}" for line in lines[1:]]
     return out
 
 
