@@ -164,7 +164,7 @@ def _directories(p: Patient) -> Iterator[Check]:
 def _unit(p: Patient) -> Iterator[Check]:
     needed = unit_checks.families(link_heartbeats=p.config.peer.link_heartbeats)
     path = str(Path(p.config.path).absolute()) if p.config.path else ""
-    yield from unit_checks.judge(p.units, path, __version__, needed)
+    yield from unit_checks.judge(p.units, path, __version__, needed, before_start=p.before_start)
 
 
 def _controller(p: Patient) -> Iterator[Check]:

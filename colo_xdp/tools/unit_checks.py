@@ -27,8 +27,13 @@ def families(*, link_heartbeats: bool) -> list[str]:
     return needed + ["AF_PACKET"] * link_heartbeats
 
 
-def judge(u: UnitFacts, path: str, release: str, needed: list[str]) -> Iterator[Check]:
-    """Judge the unit. `path`: of this configuration file; `needed`: families()."""
+def judge(
+    u: UnitFacts, path: str, release: str, needed: list[str], *, before_start: bool = False
+) -> Iterator[Check]:
+    """Judge the unit. `path`: of this configuration file; `needed`: families().
+
+    `before_start`: it is not to be enabled yet.
+    """
     if not u.booted:
         yield Check("unit", OK, "no systemd here, so nothing to look at")
         return
@@ -43,7 +48,7 @@ def judge(u: UnitFacts, path: str, release: str, needed: list[str]) -> Iterator[
         remedy = "make install" if absent else f"systemctl cat {u.name}"
         yield Check("unit", WARN if absent else FAIL, f"{u.name} is {state}", remedy)
         return
-    found = [*_program(u, path, release), *_sandbox(u, needed), *_life(u)]
+    found = [*_program(u, path, release), *_sandbox(u, needed), *_life(u, before_start)]
     yield from found
     drop_ins = v.get("DropInPaths", "").split()
     also = f", with {' '.join(drop_ins)}" if drop_ins else ""
@@ -104,15 +109,15 @@ def _sandbox(u: UnitFacts, needed: list[str]) -> Iterator[Check]:
                     why)  # fmt: skip
 
 
-def _life(u: UnitFacts) -> Iterator[Check]:
-    values = u.values or {}
+def _life(u: UnitFacts, before_start: bool) -> Iterator[Check]:
+    values, starts = u.values or {}, ("enabled", "enabled-runtime", "static", "generated")
     if values.get("ActiveState") == "failed":
         yield Check("unit", FAIL, f"{u.name} has failed", f"journalctl -u {u.name}, then "
                     f"systemctl restart {u.name}")  # fmt: skip
     if values.get("NeedDaemonReload") == "yes":
         yield Check("unit", WARN, f"the files of {u.name} have changed since systemd read them",
                     f"{RELOAD} {u.name}")  # fmt: skip
-    if values.get("UnitFileState") not in ("enabled", "enabled-runtime", "static", "generated"):
+    if not before_start and values.get("UnitFileState") not in starts:
         yield Check("unit", WARN, f"{u.name} does not start at boot", f"systemctl enable {u.name}")
 
 

@@ -339,5 +339,5 @@ def examined(h: Host) -> list[findings.Check]:
         facts = host_facts.gather(test_secondary_path.config(h.tmp))[0]
         net = replace(test_secondary_path.config(h.tmp).network, bridge="br0")
         facts = replace(facts, bridge=host_facts.bridge_facts("br0"))
-        at = host_facts.Standing("secondary", allowed=True)
+        at = host_facts.Standing("secondary", allowed=bool(facts.master))
         return [c for c in host_checks.nic(net, facts, at) if c.key == "bridge"]

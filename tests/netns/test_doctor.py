@@ -14,8 +14,9 @@ import pytest
 
 from colo_xdp.abi import Mode
 from colo_xdp.config.file import load
-from colo_xdp.datapath import bridge
+from colo_xdp.datapath import attach, bridge, devices
 from colo_xdp.datapath.datapath import DataPath
+from colo_xdp.datapath.netlink import rtnetlink
 from colo_xdp.tools import cleanup
 from tests.netns.conftest import Net, Tap, inside, own, sh
 
@@ -170,13 +171,31 @@ def test_a_tap_that_qemu_has_made_itself(host: Host) -> None:
         made.close()
 
 
-def test_a_filter_of_somebody_else(host: Host) -> None:
-    tc = ("ip", "netns", "exec", host.net.host, "tc")
-    sh(*tc, "qdisc", "add", "dev", "tap0", "clsact")
-    sh(*tc, "filter", "add", "dev", "tap0", "ingress", "prio", "1", "matchall", "action", "ok")
-    (c,) = host.found("filters", "--fix")
-    assert c["level"] == "fail" and "comes first" in c["text"] and "matchall" in c["text"]
-    assert "matchall" in sh(*tc, "filter", "show", "dev", "tap0", "ingress")
+def test_filters_of_another_pair_and_of_another_tool(host: Host) -> None:
+    with inside(host.net.host):
+        dp = DataPath(load(host.config()))
+        prog = dp.objects.programs["pvm_release"]
+        cleanup.cleanup(PAIR, "/sys/fs/bpf", str(host.tmp / "run"), force=True)
+        try:
+            attach.attach_tc("peer0", "ingress", prog, "web9", None)
+            with rtnetlink() as ipr:
+                index = devices.link_info("tap0").index
+                ipr.tc("add", "clsact", index)
+                ipr.tc(
+                    "add-filter", "bpf", index, handle=1, prio=attach.FIRST, name="theirs",
+                    protocol=attach.ETH_P_ALL, fd=prog.fd, parent=attach.INGRESS, classid=1,
+                    direct_action=True,
+                )  # fmt: skip
+        finally:
+            dp.close()
+    doc = host.doctor("--fix")
+    said = {c["key"]: c for c in doc["checks"] if c["level"] == "fail"}
+    assert "comes first" in said["filters"]["text"] and "theirs" in said["filters"]["text"]
+    assert "tc filter show dev tap0" in said["filters"]["remedy"]
+    assert "peer0 ingress: pair web9 has its program" in said["other pairs"]["text"]
+    with inside(host.net.host):
+        assert "theirs" in sh("tc", "filter", "show", "dev", "tap0", "ingress")
+        assert "colo-xdp:web9:" in sh("tc", "filter", "show", "dev", "peer0", "ingress")
 
 
 def test_a_port_that_is_taken_and_by_whom(host: Host) -> None:
@@ -213,7 +232,10 @@ def test_the_way_to_the_other_host(host: Host) -> None:
     (c,) = host.found("other host")
     assert c["level"] == "warn" and "the host answers, no controller listens" in c["text"]
     assert host.found("other host", role="secondary") == [], "a primary does not listen"
-    listen = f"import socket; s = socket.create_server(('', {CONTROL})); print('ready', flush=True); input()"
+    listen = (
+        f"import socket; s = socket.create_server(('', {CONTROL})); print('ready', flush=True); "
+        "input()"
+    )
     cmd = ["nsenter", f"--net=/run/netns/{host.net.other}", sys.executable, "-c", listen]
     with subprocess.Popen(cmd, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as p:
         assert p.stdout is not None

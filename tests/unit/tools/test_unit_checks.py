@@ -113,6 +113,12 @@ def test_without_heartbeats_over_the_link_no_packet_socket_is_needed() -> None:
     assert c.level == OK
 
 
+def test_before_the_start_it_need_not_be_enabled() -> None:
+    u = replace(U, values=VALUES | {"UnitFileState": "disabled"})
+    (c,) = judge(u, PATH, "0.1.0", families(link_heartbeats=True), before_start=True)
+    assert c.level == OK
+
+
 def test_what_starts_the_guest() -> None:
     assert start_of_guest(U, "primary") == "systemctl enable --now colo-qemu@web1"
     assert start_of_guest(U, "secondary") == "systemctl enable --now colo-qemu-incoming@web1"
