@@ -515,16 +515,17 @@ def doctor(
     """
     from .service.doctor import run as examine
 
-    failed, doc = examine(
-        config, say=_quiet if as_json else typer.echo, peer=peer, fix=fix, before_start=before_start
-    )
+    def say(text: str) -> None:
+        if not as_json:
+            typer.echo(text)
+
+    def tell(text: str) -> None:
+        typer.echo(text, err=as_json)
+
+    failed, doc = examine(config, say=say, tell=tell, peer=peer, fix=fix, before_start=before_start)
     if as_json:
         typer.echo(json.dumps(doc, indent=2))
     raise typer.Exit(FAILED if failed else OK)
-
-
-def _quiet(text: str) -> None:
-    """Print nothing."""
 
 
 @app.command(name="compile")

@@ -51,6 +51,16 @@ def route_to(address: str) -> Route | None:
     )
 
 
+def has_own_route(address: str) -> bool:
+    """Return whether somebody has made a route for this one address already."""
+    v6 = ":" in address
+    with rtnetlink() as ipr:
+        return any(
+            m["dst_len"] == (128 if v6 else 32) and m.get_attr("RTA_DST") == address
+            for m in ipr.get_routes(family=socket.AF_INET6 if v6 else socket.AF_INET)
+        )
+
+
 def set_quickack(address: str) -> None:
     """Make the way to one host a route of its own, with quickack. Raises DeviceError."""
     way = route_to(address)

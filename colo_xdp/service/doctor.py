@@ -18,16 +18,19 @@ Say = Callable[[str], None]
 
 
 def run(
-    path: Path, *, say: Say, peer: bool, fix: bool, before_start: bool
+    path: Path, *, say: Say, tell: Say, peer: bool, fix: bool, before_start: bool
 ) -> tuple[bool, dict[str, Any]]:
-    """Examine this host; return whether something fails, and everything as JSON."""
+    """Examine this host; return whether something fails, and everything as JSON.
+
+    `say` prints the findings, `tell` what is about to be done.
+    """
     config = _config(path)
     beside = ask.beside(config) if config else None
     printed = say if not (peer or fix) else _nothing
     checks = _examine(path, beside, printed, before_start=before_start)
     fixed: list[dict[str, Any]] = []
     if fix:
-        fixed = mended(checks, say, runs=_runs(config, beside))
+        fixed = mended(checks, tell, runs=_runs(config, beside))
         if any(f["done"] for f in fixed):
             beside = ask.beside(config) if config else None
             checks = _examine(path, beside, _nothing, before_start=before_start)

@@ -333,7 +333,7 @@ def _other_host(p: Patient) -> Iterator[Check]:
 
 def _migration_route(p: Patient) -> Iterator[Check]:
     """Check what a checkpoint waits for on the migration channel."""
-    from ..datapath.route import route_to
+    from ..datapath.route import has_own_route, route_to
 
     address = migration_peer(p.config)
     route = route_to(address) if address else None
@@ -347,7 +347,8 @@ def _migration_route(p: Patient) -> Iterator[Check]:
             "migration", WARN, f"the route to {address} ({route.dev}) has no quickack: each "
             "checkpoint over TCP takes some 40 ms longer (Nagle, delayed acknowledgements)",
             f"{command}, on both hosts and at each boot (docs/operator/install.md)",
-            quickack(address, command),
+            # One that is there would be replaced, and --fix could not give it back.
+            None if has_own_route(address) else quickack(address, command),
         )  # fmt: skip
 
 

@@ -43,7 +43,7 @@ def nic(net: Network, f: NicFacts, at: Standing) -> Iterator[Check]:
         what = f.tap.kind or "physical device"
         yield Check("tap", FAIL, f"{net.tap} is a {what}, not a tap", "[network] tap names the tap")
     else:
-        yield from _tap(net, f.tap)
+        yield from _tap(net, f.tap, shut=_shut(net, f, at))
         yield from _membership(net, f, at)
         if at.role == "secondary":
             if f.hook_trouble:
@@ -51,7 +51,7 @@ def nic(net: Network, f: NicFacts, at: Standing) -> Iterator[Check]:
             else:
                 yield Check("hook", OK, f.hook)
     if net.bridge:
-        yield from bridge(net.bridge, f.bridge, net.tap)
+        yield from bridge(net.bridge, f.bridge, net.tap, shut=_shut(net, f, at))
     if f.waits:
         yield Check("bridge", FAIL, f"{net.tap} is {f.port} in its bridge: the guest is cut off",
                     "let STP forward on this port, or turn STP off")  # fmt: skip
@@ -63,7 +63,12 @@ def nic(net: Network, f: NicFacts, at: Standing) -> Iterator[Check]:
     yield from _peer_link(net, f)
 
 
-def _tap(net: Network, tap: LinkInfo) -> Iterator[Check]:
+def _shut(net: Network, f: NicFacts, at: Standing) -> bool:
+    """Return whether a device that is down may be what keeps the guest from transmitting."""
+    return not at.allowed and (bool(f.master) or not net.bridge)
+
+
+def _tap(net: Network, tap: LinkInfo, *, shut: bool) -> Iterator[Check]:
     wrong = False
     if not tap.persistent:
         wrong = True
@@ -77,7 +82,7 @@ def _tap(net: Network, tap: LinkInfo) -> Iterator[Check]:
         wrong = True
         fix = link_up(net.tap)
         text = f"{net.tap} is down: nothing reaches the guest, and nothing leaves it"
-        yield Check("tap", FAIL, text, fix.command, fix)
+        yield Check("tap", FAIL, text, fix.command, None if shut else fix)
     if not wrong:
         yield Check(
             "tap", OK, f"{net.tap}, vnet_hdr {'on' if tap.vnet_hdr else 'off'}, mtu {tap.mtu}"
@@ -121,8 +126,8 @@ def _membership(net: Network, f: NicFacts, at: Standing) -> Iterator[Check]:
         yield Check("isolation", OK, f"{tap} is in no bridge until its guest may transmit")
 
 
-def bridge(name: str, b: Bridge | None, tap: str) -> Iterator[Check]:
-    """Judge the bridge: a port that joins it has to forward at once."""
+def bridge(name: str, b: Bridge | None, tap: str, *, shut: bool = False) -> Iterator[Check]:
+    """Judge the bridge: a port that joins it has to forward at once. `shut`: see _shut()."""
     if b is None:
         yield Check("bridge", FAIL, f"network device {name} does not exist",
                     f"ip link add {name} type bridge, and give it the uplink")  # fmt: skip
@@ -133,7 +138,8 @@ def bridge(name: str, b: Bridge | None, tap: str) -> Iterator[Check]:
     bad = False
     if not b.up:
         bad, fix = True, link_up(name)
-        yield Check("bridge", FAIL, f"{name} is down: it forwards nothing", fix.command, fix)
+        text = f"{name} is down: it forwards nothing"
+        yield Check("bridge", FAIL, text, fix.command, None if shut else fix)
     if b.stp == 1 and b.delay:
         bad = True
         yield Check(

@@ -6,6 +6,7 @@ Each test continues with what the previous one has left; the last one has a pair
 
 from __future__ import annotations
 
+import json
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
@@ -179,6 +180,23 @@ def test_the_commands_that_are_left_make_a_protected_pair(
     assert got == 100 << 10 and not wrong
     for h in pair.hosts:
         assert h.run("systemctl", "is-system-running").strip() == "running"
+    assert not pair.fences
+
+
+def test_doctor_asks_both_hosts(pair: Bare, joined: dict[str, list[str]]) -> None:
+    """Each controller lets systemd run the doctor of its host, outside its own sandbox."""
+    for h in pair.hosts:
+        said = h.run("colo-xdp", "doctor", "--peer", "--json", f"/etc/colo-xdp/{PAIR}.toml",
+                     check=False, timeout=90)  # fmt: skip
+        doc = json.loads(said)
+        assert doc["peer"] is not None, doc["both"]
+        assert {doc["role"], doc["peer"]["role"]} == {"primary", "secondary"}
+        for report in (doc, doc["peer"]):
+            found = {c["key"]: c for c in report["checks"]}
+            wrong = [c for c in report["checks"] if c["level"] == "fail"]
+            assert all(c["key"] == "kernel headers" for c in wrong), wrong
+            for key in ("unit", "QEMU", "other host", "heartbeats", "data path", "migration"):
+                assert found[key]["level"] == "ok", found[key]
     assert not pair.fences
 
 

@@ -257,6 +257,9 @@ def test_the_route_of_the_migration_gets_quickack(host: Host) -> None:
     assert "quickack 1" in host.ip("route get 10.0.0.2") and (host.tmp / "run").is_dir()
     host.ip("route del 10.0.0.2")
     assert host.ip("route show 10.0.0.0/24"), "what was there before is there still"
+    host.ip("route add 10.0.0.2 dev peer0 mtu 1400")
+    (c,) = host.found("migration")
+    assert c["fix"] is None, "a route that somebody has made would be lost"
 
 
 def test_before_the_first_start_a_missing_qemu_is_no_failure(host: Host) -> None:

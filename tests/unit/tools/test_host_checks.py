@@ -123,6 +123,16 @@ def test_what_is_mended_and_what_only_told(
     assert [(f.kind, f.command) for f in fixes] == ([(kind, command)] if kind else [])
 
 
+@pytest.mark.parametrize("at", [SVM, UNDECIDED])
+def test_a_device_that_is_down_may_be_what_keeps_a_guest_silent(at: Standing) -> None:
+    """A tap that is in a bridge too early, or whose host routes: nothing is brought up."""
+    down = replace(tap(up=False), bridge=Bridge("br0", False))
+    for net, facts in ((NET, replace(down, master="br0")), (replace(NET, bridge=""), down)):
+        found = [c for c in host_checks.nic(net, facts, at) if "is down" in c.text]
+        assert found and not [c for c in found if c.fix]
+    assert [c.fix for c in host_checks.nic(NET, replace(down, master="br0"), LIVE) if c.fix]
+
+
 def test_without_a_bridge_the_host_routes() -> None:
     routed = replace(NET, bridge="")
     for at, words in ((SVM, "after a failover the host must route"), (LIVE, "none is configured")):
