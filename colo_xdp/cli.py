@@ -753,18 +753,41 @@ def _corpus() -> int:
 
 
 @app.command()
-def doctor(config: ConfigArg) -> None:
-    """Check this host for everything that would keep a pair from working, with remedies."""
-    from .tools.doctor import examine
+def doctor(
+    config: ConfigArg,
+    peer: Annotated[
+        bool, typer.Option("--peer", help="Ask the other host, too, and compare the two.")
+    ] = False,
+    fix: Annotated[
+        bool,
+        typer.Option("--fix", help="Do what is safe, print it before, and look again."),
+    ] = False,
+    before_start: Annotated[
+        bool, typer.Option("--before-start", help="QEMU is not to run yet: only warn of that.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
+) -> None:
+    """Check this host for everything that would keep a pair from working, with remedies.
 
-    worst = 0
-    for check in examine(config):
-        mark = {0: "ok  ", 1: "warn", 2: "FAIL"}[check.level]
-        typer.echo(f"{mark}  {check.name}: {check.text}")
-        if check.remedy:
-            typer.echo(f"      -> {check.remedy}")
-        worst = max(worst, check.level)
-    raise typer.Exit(FAILED if worst == 2 else OK)
+    Beside a running controller that one is asked for what it occupies. `--peer` needs a running
+    controller on both hosts. `--fix` brings devices up, puts the tap of a guest that transmits into
+    its bridge, gives the route of the migration quickack, makes the run_dir and hides a key from
+    others; what the guest's frames pass is left alone while a controller runs. Exit code 1 if
+    something fails, on either host; warnings count as done.
+    """
+    from .service.doctor import run as examine
+
+    def say(text: str) -> None:
+        if not as_json:
+            typer.echo(text)
+
+    def tell(text: str) -> None:
+        typer.echo(text, err=as_json)
+
+    failed, doc = examine(config, say=say, tell=tell, peer=peer, fix=fix, before_start=before_start)
+    if as_json:
+        typer.echo(json.dumps(doc, indent=2))
+    raise typer.Exit(FAILED if failed else OK)
 
 
 @app.command(name="compile")

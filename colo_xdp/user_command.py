@@ -7,7 +7,7 @@ neither /root nor a writable /var. A controller started by systemd therefore let
 commands, each in a transient unit of its own; any other controller starts them itself.
 The same holds for the commands that make and remove overlays of disks, whose directory the
 controller's unit may not write to. qemu/supervisor.py, qemu/overlays.py and failover/arbiter.py
-are the callers.
+are the callers; service/examine.py runs this host's doctor for the other host.
 """
 
 from __future__ import annotations
@@ -78,6 +78,18 @@ def fence(pair: str, argv: Sequence[str], timeout_ms: int) -> list[str]:
         return list(argv)
     deadline = (f"TimeoutStartSec={timeout_ms}ms", "TimeoutStopSec=2s")
     return _run(f"colo-xdp-{pair}-fence", argv, "Type=oneshot", *deadline)
+
+
+def examine(pair: str, argv: Sequence[str], timeout_ms: int) -> list[str]:
+    """Return the command that runs `argv` with little of the machine; its output is `argv`'s.
+
+    In the controller's sandbox doctor would judge the sandbox in place of the host.
+    """
+    if not is_service():
+        return ["nice", "-n", "19", *argv]
+    limits = ("Nice=10", f"RuntimeMaxSec={timeout_ms}ms")
+    name, *more = _run(f"colo-xdp-{pair}-doctor", argv, *limits)
+    return [name, "--pipe", "--wait", *more]
 
 
 def overlays(pair: str, argv: Sequence[str], timeout_ms: int, owner: tuple[int, int]) -> list[str]:

@@ -20,3 +20,4 @@ class Command(StrEnum):
     EXPLAIN = "explain"
     CAPTURE = "capture"
     FLOWS = "flows"
+    DOCTOR = "doctor"

@@ -19,6 +19,7 @@ from ..datapath.host import HostDataPath
 from ..failover.decision import Action
 from ..failover.states import Role, State
 from ..peer.channel import Peer
+from .checkup import Checkup
 from .command import Command
 from .pair_view import PairView
 from .replacement import Replacement
@@ -51,6 +52,7 @@ class Commandable(Protocol):
     reason: str
     replacement: Replacement
     story: Story
+    checkup: Checkup
 
     @property
     def undecided(self) -> bool:
@@ -139,6 +141,7 @@ class OperatorCommands:
             Command.CHECKPOINT: c.command_checkpoint,
             Command.REPROTECT: self.reprotect,
             Command.RELOAD: self._reload,
+            Command.DOCTOR: c.checkup.command,
         }
         if c.dp.adopted and c.dp.order:
             # The controller that got the request died while it carried it out. Every step of a

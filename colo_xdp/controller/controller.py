@@ -37,6 +37,7 @@ from ..qemu.events import QmpEvent, news
 from ..qemu.migration import MigrationOptions
 from ..qemu.overlays import ReplicatedDisk
 from ..qemu.supervisor import QemuOptions, QemuSupervisor, Stakes
+from .checkup import Checkup
 from .commands import OperatorCommands
 from .device_watch import DeviceWatch
 from .guest_lifecycle import ENDED, GuestLifecycle
@@ -152,6 +153,7 @@ class Controller(RoleSteps):
                 changed=self._arbiter_changed,
             )
         )
+        self.checkup = Checkup(self)
         self.commands = OperatorCommands(self)
 
     # ---- what is known
@@ -318,6 +320,9 @@ class Controller(RoleSteps):
     def _peer_message(self, msg: dict[str, Any]) -> None:
         kind = msg["type"]
         settled, unremarkable = False, False
+        if kind in ("doctor_ask", "doctor_answer"):
+            self.checkup.on_message(msg)
+            return
         if kind == "heartbeat":
             unremarkable = not self.view.heartbeat(msg)
             settled = unremarkable and self.state is State.PROTECTED

@@ -53,6 +53,7 @@ class LinkInfo:
     xdp_prog_id: int
     xdp_mode: str
     queues: int = 0
+    persistent: bool = True  # a tap that outlives the process which has opened it
     promiscuous: bool = False  # as somebody has set it (`ip link`), not for a bridge or a capture
 
     @classmethod
@@ -62,8 +63,9 @@ class LinkInfo:
         kind = (linkinfo.get_attr("IFLA_INFO_KIND") if linkinfo else None) or ""
         data = linkinfo.get_attr("IFLA_INFO_DATA") if linkinfo else None
         vnet = mq = False
-        queues = 0
+        queues, persistent = 0, True
         if kind == "tun" and data is not None:
+            persistent = bool(data.get_attr("IFTUN_PERSIST") or data.get_attr("IFLA_TUN_PERSIST"))
             vnet = bool(data.get_attr("IFTUN_VNET_HDR") or data.get_attr("IFLA_TUN_VNET_HDR"))
             mq = bool(data.get_attr("IFTUN_MULTI_QUEUE") or data.get_attr("IFLA_TUN_MULTI_QUEUE"))
             for name in ("NUM_QUEUES", "NUM_DISABLED_QUEUES"):
@@ -86,6 +88,7 @@ class LinkInfo:
             xdp_prog_id=int(prog),
             xdp_mode=XDP_MODES.get(mode, str(mode)),
             queues=queues,
+            persistent=persistent,
             promiscuous=bool(msg["flags"] & IFF_PROMISC),
         )
 

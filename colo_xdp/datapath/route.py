@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Routes: how the kernel reaches another host."""
+"""Routes and addresses: how the kernel reaches another host, and which it is itself."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import errno
 import socket
 from dataclasses import dataclass
 
+from .devices import DeviceError
 from .netlink import NetlinkError, rtnetlink
 
 RTN_UNICAST = 1
@@ -48,3 +49,40 @@ def route_to(address: str) -> Route | None:
         found.get_attr("RTA_PREFSRC") or "",
         bool(metrics and metrics.get_attr("RTAX_QUICKACK")),
     )
+
+
+def has_own_route(address: str) -> bool:
+    """Return whether somebody has made a route for this one address already."""
+    v6 = ":" in address
+    with rtnetlink() as ipr:
+        return any(
+            m["dst_len"] == (128 if v6 else 32) and m.get_attr("RTA_DST") == address
+            for m in ipr.get_routes(family=socket.AF_INET6 if v6 else socket.AF_INET)
+        )
+
+
+def set_quickack(address: str) -> None:
+    """Make the way to one host a route of its own, with quickack. Raises DeviceError."""
+    way = route_to(address)
+    if way is None:
+        raise DeviceError(f"there is no route to {address}")
+    v6 = ":" in address
+    more: dict[str, object] = {"gateway": way.gateway} if way.gateway else {}
+    if way.source:
+        more["prefsrc"] = way.source
+    with rtnetlink() as ipr:
+        ipr.route(
+            "replace",
+            dst=f"{address}/{128 if v6 else 32}",
+            family=socket.AF_INET6 if v6 else socket.AF_INET,
+            oif=ipr.link_lookup(ifname=way.dev)[0],
+            metrics={"quickack": 1},
+            **more,
+        )
+
+
+def own_addresses() -> frozenset[str]:
+    """Return the IP addresses of this host's devices."""
+    with rtnetlink() as ipr:
+        found = [m.get_attr("IFA_LOCAL") or m.get_attr("IFA_ADDRESS") for m in ipr.get_addr()]
+    return frozenset(str(a) for a in found if a)

@@ -16,12 +16,13 @@ from __future__ import annotations
 import json
 from typing import Any
 
-VERSION = 8
+VERSION = 9
+DOCTOR_SINCE = 9  # the version that has doctor_ask
 MIN_VERSION = 8  # oldest version that this release can still use
 MAX_LINE = 65536
 MAX_TEXT = 4096
 MAX_FLOWS_TEXT = 61440
-LONG = ("flows", "addresses", "hardware")
+LONG = ("flows", "addresses", "hardware", "report")
 
 #: type -> {field: type}. Every field is required; unknown ones are refused (but in hello).
 MESSAGES: dict[str, dict[str, type]] = {
@@ -92,6 +93,10 @@ MESSAGES: dict[str, dict[str, type]] = {
     "switchover": {"why": str},
     # S: its guest has taken over.
     "promoted": {"why": str},
+    # Run your host's `colo-xdp doctor`; `n` is returned with the answer.
+    "doctor_ask": {"n": int},
+    # Its report as JSON, or {"trouble": ...}; `at`: the sender's clock, ms since 1970.
+    "doctor_answer": {"n": int, "at": int, "report": str},
     # The controller exits and the guests keep running. `planned`: on purpose, not because of an
     # error; `back`: when it expects to be back, ms from now (0: unknown).
     "bye": {"why": str, "planned": bool, "back": int},

@@ -5,7 +5,7 @@ COLO needs no filter object and no patch: it takes capabilities, `migrate`, and 
 `x-checkpoint-delay` once more to request a checkpoint (while in COLO state its setter raises the
 checkpoint event at once: migration/colo.c). STOP and RESUME mark a checkpoint; packets are sorted
 by the timestamps of these events, not by the time at which they are read. qemu/supervisor.py and
-the controller use the Qmp object; the doctor calls probe().
+the controller use the Qmp object; qemu/survey.py asks for the doctor.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from qemu.qmp import QMPClient
@@ -37,6 +37,7 @@ DEFAULTS = MigrationOptions()
 #: properties of virtio-net devices: offloads that a guest may leave to the host and that not every
 #: network path carries (bpf/lib/gso.h)
 HOST_OFFLOADS = ("host_tunnel", "host_tunnel_csum", "host_ufo", "host_uso")
+GUEST_ANNOUNCE = "guest_announce"
 
 
 class QmpError(RuntimeError):
@@ -208,6 +209,14 @@ class Qmp:
     async def offers(self) -> frozenset[str]:
         """Return those of HOST_OFFLOADS that the guest's virtio-net devices offer. Raises
         QmpError."""
+        return frozenset(name for _, name in await self._switched_on(HOST_OFFLOADS))
+
+    async def announcing(self) -> frozenset[str]:
+        """Return the virtio-net devices that have the guest announce itself. Raises QmpError."""
+        return frozenset(card for card, _ in await self._switched_on((GUEST_ANNOUNCE,)))
+
+    async def _switched_on(self, names: Iterable[str]) -> set[tuple[str, str]]:
+        """Return (device, property) of those properties of virtio-net devices that are on."""
         found = set()
         for place in ("/machine/peripheral", "/machine/peripheral-anon"):
             for child in await self.execute("qom-list", {"path": place}):
@@ -215,10 +224,10 @@ class Qmp:
                     continue
                 path = f"{place}/{child['name']}"
                 known = {p["name"] for p in await self.execute("qom-list", {"path": path})}
-                for name in known.intersection(HOST_OFFLOADS):
+                for name in known.intersection(names):
                     if await self.execute("qom-get", {"path": path, "property": name}):
-                        found.add(name)
-        return frozenset(found)
+                        found.add((str(child["name"]), name))
+        return found
 
     async def hardware(self) -> Hardware:
         """Return what the guest sees of its machine (qemu/hardware.py). Raises QmpError."""
@@ -405,35 +414,3 @@ class Qmp:
                 log.debug("%s: disconnect: %s", self.name, e)
         if self._watch is not None:
             self._watch.cancel()
-
-
-def probe(
-    path: str,
-    timeout: float,
-    taps: Iterable[str] = (),
-    migration: MigrationOptions = DEFAULTS,
-    *,
-    primary: bool = True,
-) -> tuple[QemuInfo, Any, list[Card]]:
-    """Connect, query and disconnect (for `doctor`).
-
-
-    Returns QEMU's info, its `query-block` and the guest's network cards. `taps`: the guest's, to
-    ask for their queues. Raises QmpError.
-    """
-
-    async def ask() -> tuple[QemuInfo, Any, list[Card]]:
-        q = Qmp(path, "qemu", timeout, lambda e: None, lambda why: None)
-        try:
-            info = await q.connect()
-            info = replace(
-                info,
-                offers=await q.offers(),
-                queues={tap: found for tap in taps if (found := await q.queues(tap))},
-                trouble=await q.migration_trouble(migration, primary=primary),
-            )
-            return info, await q.execute("query-block"), await q.cards()
-        finally:
-            await q.close()
-
-    return asyncio.run(ask())

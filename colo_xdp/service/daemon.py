@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import gc
 import logging
 import os
@@ -40,6 +41,7 @@ from ..status.server import start as start_metrics
 from ..tools.preflight import AlreadyRuns, Refusal, claim
 from .control_socket import ControlError, ControlServer
 from .event_log import EventLog, place
+from .examine import examine
 from .start_limit import Starts
 from .systemd import Notifier
 from .waiting import wait_for
@@ -98,6 +100,7 @@ async def _serve(config: Config, datapath: HostDataPath, history: History) -> in
     events = EventLog(place(config))
     ctl.story.keep = events.add
     builder.register(ctl, builder.Process(time.monotonic(), events))
+    ctl.checkup.examine = functools.partial(examine, config)
     sock = str(run_dir / f"{config.pair}.{config.role}.sock")
     control = ControlServer(sock, ctl.commands.run)
     await control.start()

@@ -138,6 +138,6 @@ def commands(pair: str, role: str) -> tuple[str, ...]:
     guest = qemu_unit.unit(pair) if role == "primary" else incoming_unit(pair)
     return (
         "systemctl daemon-reload && systemctl enable --now systemd-networkd && networkctl reload",
-        f"colo-xdp doctor {config_path(pair)}   # QEMU is not there yet: FAIL for that is right",
+        f"colo-xdp doctor --before-start {config_path(pair)}",
         f"systemctl enable --now colo-xdp@{pair} {guest.removesuffix('.service')}",
     )

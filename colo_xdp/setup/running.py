@@ -73,13 +73,13 @@ def from_qemu(pid: int, pair: str) -> Guest:
 
 def _with_monitor(g: Guest) -> Guest:
     """Ask the running QEMU about its disks, if one of its monitors is free."""
-    from ..qemu.qmp import QmpError, probe
+    from ..qemu.qmp import QmpError
+    from ..qemu.survey import probe
 
     why = "it has no QMP socket"
     for path in g.qmp:
         try:
-            _, blocks, _ = probe(path, QMP_S)
-            return qemu_arguments.with_disks(g, blocks)
+            return qemu_arguments.with_disks(g, probe(path, QMP_S).blocks)
         except (QmpError, OSError) as e:
             why = f"{path}: {e}"
     text = f"{g.origin}: only its command line was read ({why}): disks plugged in later are unknown"

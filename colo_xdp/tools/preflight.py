@@ -25,6 +25,7 @@ from ..config.file import Config
 from ..datapath import loader
 from ..peer.channel import split_address
 from ..peer.tls import Tls, TlsError
+from . import sockets
 
 # how long somebody else may hold the lock, s, before the holder counts as a controller
 LOCK_S = 1.0
@@ -110,8 +111,11 @@ def _devices(config: Config) -> dict[str, str]:
     return {getattr(net, key): key for net in config.networks for key in ("tap", "peer_link")}
 
 
-def conflicts(config: Config) -> list[str]:
-    """Return a sentence for each thing in this configuration that somebody else uses."""
+def conflicts(config: Config, *, runs: bool = False) -> list[str]:
+    """Return a sentence for each thing in this configuration that somebody else uses.
+
+    `runs`: a controller of this pair does, so that the ports are its own.
+    """
     running, found = others(config), []
     for name, key in _devices(config).items():
         for o in running:
@@ -120,10 +124,11 @@ def conflicts(config: Config) -> list[str]:
                     f"[network] {key}: {name} is the {theirs} of pair {o['pair']}, whose "
                     f"controller runs here (process {o['pid']}): a device serves only one pair"
                 )
-    for key, address, kind in ports(config):
+    for key, address, kind in () if runs else ports(config):
         if is_taken(address, kind):
             by = [o for o in running if address in o.get("ports", [])]
-            who = f"by pair {by[0]['pair']} (process {by[0]['pid']})" if by else "by another socket"
+            unknown = sockets.user_of(*split_address(address), kind) or "another socket"
+            who = f"by pair {by[0]['pair']} (process {by[0]['pid']})" if by else f"by {unknown}"
             found.append(f"{key} {address}: in use {who}; each pair needs an address of its own")
     return found
 

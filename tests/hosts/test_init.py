@@ -6,6 +6,7 @@ Each test continues with what the previous one has left; the last one has a pair
 
 from __future__ import annotations
 
+import json
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
@@ -107,7 +108,7 @@ def test_networkd_makes_what_the_pair_needs(pair: Bare, joined: dict[str, list[s
                      "20-eth2.network"):  # fmt: skip
             assert name in state, state
         assert ",UP" in h.run("ip", "link", "show", "eth1")
-        assert doctor.startswith("colo-xdp doctor /etc/colo-xdp/web1.toml ")
+        assert doctor.startswith("colo-xdp doctor --before-start /etc/colo-xdp/web1.toml")
         assert start.startswith("systemctl enable --now colo-xdp@web1 colo-qemu")
 
 
@@ -118,8 +119,13 @@ def test_systemd_and_doctor_accept_the_files(pair: Bare, joined: dict[str, list[
         h.run("colo-xdp", "config", "check", "/etc/colo-xdp/web1.toml")
         found = h.run("sh", "-c", joined[h.name][1], check=False).splitlines()
         wrong = [x for x in found if x.startswith("FAIL")]
-        # QEMU is not there yet; what else it has to say is about this machine
-        assert all(x.startswith(("FAIL  QEMU", "FAIL  kernel headers")) for x in wrong), found
+        # what it has to say is about this machine
+        assert all(x.startswith("FAIL  kernel headers") for x in wrong), found
+        (qemu,) = (x for x in found if x.startswith("warn  QEMU: it does not run yet"))
+        start = "colo-qemu" if h is pair.a else "colo-qemu-incoming"
+        assert found[found.index(qemu) + 1].endswith(f"systemctl enable --now {start}@{PAIR}")
+        units = [x for x in found if "unit:" in x]
+        assert len(units) == 1 and units[0].startswith("ok    unit: /"), units
 
 
 def test_what_is_there_stays(pair: Bare, joined: dict[str, list[str]]) -> None:
@@ -174,6 +180,23 @@ def test_the_commands_that_are_left_make_a_protected_pair(
     assert got == 100 << 10 and not wrong
     for h in pair.hosts:
         assert h.run("systemctl", "is-system-running").strip() == "running"
+    assert not pair.fences
+
+
+def test_doctor_asks_both_hosts(pair: Bare, joined: dict[str, list[str]]) -> None:
+    """Each controller lets systemd run the doctor of its host, outside its own sandbox."""
+    for h in pair.hosts:
+        said = h.run("colo-xdp", "doctor", "--peer", "--json", f"/etc/colo-xdp/{PAIR}.toml",
+                     check=False, timeout=90)  # fmt: skip
+        doc = json.loads(said)
+        assert doc["peer"] is not None, doc["both"]
+        assert {doc["role"], doc["peer"]["role"]} == {"primary", "secondary"}
+        for report in (doc, doc["peer"]):
+            found = {c["key"]: c for c in report["checks"]}
+            wrong = [c for c in report["checks"] if c["level"] == "fail"]
+            assert all(c["key"] == "kernel headers" for c in wrong), wrong
+            for key in ("unit", "QEMU", "other host", "heartbeats", "data path", "migration"):
+                assert found[key]["level"] == "ok", found[key]
     assert not pair.fences
 
 

@@ -26,7 +26,8 @@ import requests
 from colo_xdp.config.file import load
 from colo_xdp.failover.etcd import Etcd, EtcdStore
 from colo_xdp.failover.lease import GIVEN_UP, Leadership, StoreError, boot_ns
-from colo_xdp.tools.doctor import OK, WARN, _failover
+from colo_xdp.tools.doctor import Patient, _failover
+from colo_xdp.tools.findings import OK, WARN
 
 P, S = "192.0.2.1:9846", "192.0.2.2:9846"
 TTL_MS, MARGIN_MS = 2000, 400
@@ -499,5 +500,5 @@ def test_doctor_asks_each_endpoint(etcd: str, tmp_path: Path) -> None:
     path = tmp_path / "c.toml"
     path.write_text(f'{head}arbiter = "lease"\netcd = ["{etcd}", "{dead}"]\n'
                     + rest.partition("\n")[2])  # fmt: skip
-    found = [(c.name, c.level) for c in _failover(load(path))]
+    found = [(c.key, c.level) for c in _failover(Patient(load(path)))]
     assert found == [("etcd", OK), ("etcd", WARN)]

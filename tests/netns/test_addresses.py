@@ -11,6 +11,7 @@ import socket
 import struct
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,13 +19,12 @@ import pytest
 from colo_xdp import abi
 from colo_xdp.abi import Mode
 from colo_xdp.controller.secondary import Secondary
-from colo_xdp.datapath import devices
 from colo_xdp.datapath.datapath import DataPath
 from colo_xdp.datapath.host import HostDataPath
 from colo_xdp.failover.states import State
 from colo_xdp.net.address_claims import MAPPED
 from colo_xdp.status.builder import active_json
-from colo_xdp.tools import cleanup, doctor
+from colo_xdp.tools import cleanup, findings, host_checks, host_facts
 from tests.netns import test_primary_path, test_secondary_path
 from tests.netns.conftest import Net, Sniffer, Tap, inside, sh
 from tests.netns.frames import GUEST_MAC, csum, tcp
@@ -280,7 +280,7 @@ def test_announced_again_when_the_bridge_forwards(host: Host) -> None:
     sh(*bridge, "stp_state", "1", "forward_delay", "200", "hello_time", "100", "max_age", "600")
     says(h, arp("10.9.0.2"))
     (found,) = examined(h)
-    assert found.level == doctor.FAIL
+    assert found.level == findings.FAIL
     assert "STP on: after a takeover the guest is cut off for 4 s" in found.text
     client = Sniffer(h.net.client, "c0")
     h.dp.mode = Mode.TAKEOVER
@@ -288,7 +288,9 @@ def test_announced_again_when_the_bridge_forwards(host: Host) -> None:
         h.dp.open_network()
         h.dp.look_at_port()
         c = controller(h)
-        assert [f.level for f in examined(h)] == [doctor.FAIL, doctor.FAIL], "and it listens now"
+        assert [f.level for f in examined(h)] == [findings.FAIL, findings.FAIL], (
+            "and it listens now"
+        )
         assert h.dp.port_state == "listening" and not h.dp.port_forwarding
         assert active_json(c)["transmitting"] is False
 
@@ -305,7 +307,7 @@ def test_announced_again_when_the_bridge_forwards(host: Host) -> None:
         assert c.reason == "the test says so" and active_json(c)["transmitting"] is True
     assert client.wait(lambda f: f[12:14] == b"\x08\x06" and f[22:32] == arp("10.9.0.2")[22:32])
     sh(*bridge, "stp_state", "0")
-    assert [f.level for f in examined(h)] == [doctor.OK]
+    assert [f.level for f in examined(h)] == [findings.OK]
     client.close()
 
 
@@ -332,6 +334,10 @@ def test_a_guest_whose_tap_is_down_or_gone_is_not_active(host: Host) -> None:
         assert not active()
 
 
-def examined(h: Host) -> list[doctor.Check]:
+def examined(h: Host) -> list[findings.Check]:
     with inside(h.net.host):
-        return list(doctor._spanning_tree("br0", devices.link_info("tap0")))
+        facts = host_facts.gather(test_secondary_path.config(h.tmp))[0]
+        net = replace(test_secondary_path.config(h.tmp).network, bridge="br0")
+        facts = replace(facts, bridge=host_facts.bridge_facts("br0"))
+        at = host_facts.Standing("secondary", allowed=bool(facts.master))
+        return [c for c in host_checks.nic(net, facts, at) if c.key == "bridge"]

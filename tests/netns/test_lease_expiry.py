@@ -17,7 +17,8 @@ from colo_xdp.datapath.datapath import DataPath
 from colo_xdp.datapath.prepare import DeviceMissing
 from colo_xdp.failover.lease import boot_ns
 from colo_xdp.tools import cleanup
-from colo_xdp.tools.doctor import WARN, _devices
+from colo_xdp.tools.doctor import Patient, _devices
+from colo_xdp.tools.findings import WARN
 from tests.netns.conftest import Net, Sniffer, Tap, inside, own, sh
 from tests.netns.frames import GUEST_MAC, tcp
 
@@ -224,7 +225,7 @@ def test_cleanup_after_the_guest_leaves_no_way_for_the_next_one(host: Host) -> N
 
 def test_doctor_warns_of_a_tap_that_is_in_a_bridge_too_early(host: Host) -> None:
     def found() -> list[str]:
-        return [c.text for c in _devices(config(host.tmp)) if c.level >= WARN]
+        return [c.text for c in _devices(Patient(config(host.tmp))) if c.level >= WARN]
 
     assert not [t for t in found() if "bridge" in t]
     sh("ip", "link", "set", "dev", "tap0", "master", "br0")

@@ -139,7 +139,7 @@ def test_another_pairs_devices_are_refused_and_stay_its_own(two: Net, tmp_path: 
             with pytest.raises(attach.Taken, match=f"pair {A} has its program .* here"):
                 DataPath(load(path))
             assert not Path(f"/sys/fs/bpf/colo-xdp/{B}-primary").exists()
-            said = [c for c in doctor.examine(path) if c.name == "other pairs"]
+            said = [c for c in doctor.examine(path) if c.key == "other pairs"]
             assert any(c.level == doctor.FAIL and f"pair {A}" in c.text for c in said)
         for dev, prog in (("tap0", "pvm_out"), ("peer0", "svm_arrival")):
             assert f"colo-xdp:{A}:{prog}" in filters(dev) and B not in filters(dev)
@@ -206,9 +206,9 @@ def test_who_runs_and_what_is_taken(two: Net, tmp_path: Path) -> None:
         refused(write(tmp_path, B, 1, tap="tap0"), f"[network] tap: tap0 is the tap of pair {A}")
         refused(write(tmp_path, B, 1, peer_link="peer0"), f"peer0 is the peer_link of pair {A}")
         assert B not in filters("peer0") + filters("peer1") + filters("tap1")
-        said = {c.name: c for c in doctor.examine(write(tmp_path, B, 1, metrics=taken))}
+        said = {c.key: c for c in doctor.examine(write(tmp_path, B, 1, metrics=taken))}
         assert taken in said["in use"].text and said["in use"].level == doctor.FAIL
-        own = {c.name: c for c in doctor.examine(first)}
+        own = {c.key: c for c in doctor.examine(first)}
         assert f"process {a.p.pid}" in own["other pairs"].text and "in use" not in own
         with pytest.raises(cleanup.StillRunning):
             cleanup.cleanup(A, "/sys/fs/bpf", str(tmp_path))

@@ -39,10 +39,10 @@ LAYERS: dict[str, set[str]] = {
     "status": {"abi", "compare", "controller", "engine", "failover", "net", "peer"},
     "tools": {
         "abi", "colo_proxy", "compare", "config", "conntrack", "datapath", "engine", "failover",
-        "net", "peer", "qemu", "validate",
+        "net", "peer", "qemu", "user_command", "validate",
     },
     "service": {
-        "config", "controller", "datapath", "peer", "status", "tools", "user_command",
+        "config", "controller", "datapath", "peer", "qemu", "status", "tools", "user_command",
     },
     "setup": {"config", "qemu", "tools", "validate"},
     "lab": {"service", "tools"},
@@ -61,7 +61,7 @@ PURE = (
     "status.text", "status.work",
     "controller.command", "controller.copy_health", "controller.pacing", "controller.pair_view",
     "controller.story",
-    "tools.explain",
+    "tools.explain", "tools.findings", "tools.host_checks", "tools.unit_checks",
     "tools.price",
     "tools.suggest", "tools.replay",
     "tools.corpus",

@@ -23,7 +23,8 @@ from colo_xdp.peer.heartbeat_datagram import (
     session_key,
 )
 from colo_xdp.peer.heartbeat_links import BUDGET, HeartbeatLinks
-from colo_xdp.tools.doctor import FAIL, OK, WARN, _paths
+from colo_xdp.tools.doctor import Patient, _paths
+from colo_xdp.tools.findings import FAIL, OK, WARN
 
 EXAMPLES = Path(__file__).parents[3] / "deploy/examples"
 KEY = session_key("web1", "11" * NONCE, "22" * NONCE)
@@ -152,7 +153,7 @@ def test_a_flood_costs_the_path_and_nothing_else() -> None:
 
 def test_doctor_looks_at_the_paths() -> None:
     def levels(c: Config) -> list[int]:
-        return [check.level for check in _paths(c)]
+        return [check.level for check in _paths(Patient(c))]
 
     a, b = (f"127.0.0.1:{free_port()}" for _ in range(2))
     assert levels(config("primary")) == [WARN], "none but the control channel"

@@ -15,7 +15,8 @@ import pytest
 from colo_xdp.config.file import ConfigError, as_toml, parse
 from colo_xdp.qemu import disks
 from colo_xdp.qemu.qmp import Qmp, QmpError, refusal
-from colo_xdp.tools.doctor import FAIL, OK, WARN, _disks
+from colo_xdp.tools.findings import FAIL, OK, WARN
+from colo_xdp.tools.guest_checks import replicated
 
 EXAMPLE = (Path(__file__).parents[3] / "deploy/examples/primary.toml").read_text()
 
@@ -112,10 +113,10 @@ def test_names_of_nodes_fit_into_qemu_and_do_not_depend_on_the_order() -> None:
 
 def test_doctor_says_which() -> None:
     c = parse(EXAMPLE + "".join(f'\n[[disk]]\nname = "{n}"\nexternal = true' for n in ("d0", "d7")))
-    found = [(f.name, f.level, f.text) for f in _disks(c, BLOCKS)]
+    found = [(f.key, f.level, f.text) for f in replicated(c, BLOCKS)]
     assert [f[:2] for f in found] == [("disk", FAIL), ("disk", WARN)]
     assert "n1" in found[0][2] and "d7" in found[1][2]
-    assert [f.level for f in _disks(parse(EXAMPLE), BLOCKS[2:])] == [OK]
+    assert [f.level for f in replicated(parse(EXAMPLE), BLOCKS[2:])] == [OK]
 
 
 QEMU = shutil.which("qemu-system-x86_64")

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from colo_xdp.qemu.events import QmpEvent
-from colo_xdp.qemu.qmp import QemuInfo, Qmp, QmpError, probe, refusal
+from colo_xdp.qemu.qmp import QemuInfo, Qmp, QmpError, refusal
+from colo_xdp.qemu.survey import probe
 
 MACHINE = "pc-i440fx-7.2-machine"
 VERSION = {"qemu": {"major": 7, "minor": 2, "micro": 22}, "package": ""}

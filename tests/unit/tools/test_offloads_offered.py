@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import shutil
 import subprocess
 import time
@@ -12,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from colo_xdp.datapath import btf
-from colo_xdp.qemu import qmp
-from colo_xdp.tools import doctor
+from colo_xdp.qemu import qmp, survey
+from colo_xdp.tools import findings, guest_checks
 
 QEMU = shutil.which("qemu-system-x86_64") or ""
 
@@ -37,7 +38,7 @@ def test_a_qemu_says_what_it_offers(tmp_path: Path, device: str, want: set[str])
             end = time.monotonic() + 20
             while True:  # the socket is there a moment before QEMU listens on it
                 try:
-                    info, *_ = qmp.probe(str(socket), 10)
+                    found = survey.probe(str(socket), 10)
                     break
                 except qmp.QmpError:
                     assert time.monotonic() < end and vm.poll() is None, "QEMU did not start"
@@ -46,20 +47,22 @@ def test_a_qemu_says_what_it_offers(tmp_path: Path, device: str, want: set[str])
         finally:
             vm.kill()
     later = {"host_uso", "host_tunnel", "host_tunnel_csum"}  # QEMU 8.2 and 10.2
-    assert info.offers - later == want
+    assert found.info.offers - later == want
+    assert found.announcing == ("device[0]", "n1"), "guest_announce is on unless it is turned off"
+    assert survey.Survey.from_json(json.loads(json.dumps(found.to_json()))) == found
 
 
-def said(offers: set[str]) -> doctor.Check:
-    (check,) = doctor._offloads(frozenset(offers))
+def said(offers: set[str]) -> findings.Check:
+    (check,) = guest_checks.offloads(frozenset(offers))
     return check
 
 
 def test_doctor_names_what_turns_it_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(btf, "why_not", lambda: "")
     monkeypatch.setattr(btf, "kernel_flags", lambda: ())
-    assert said({"host_ufo", "host_uso"}).level == doctor.OK
+    assert said({"host_ufo", "host_uso"}).level == findings.OK
     tunnel = said({"host_ufo", "host_tunnel", "host_tunnel_csum"})
-    assert tunnel.level == doctor.WARN
+    assert tunnel.level == findings.WARN
     assert tunnel.remedy.endswith("host_tunnel=off,host_tunnel_csum=off")
 
 
@@ -67,4 +70,4 @@ def test_without_btf_udp_is_named_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(btf, "why_not", lambda: "no BTF")
     assert said({"host_ufo", "host_uso"}).remedy.endswith("host_ufo=off,host_uso=off")
     nothing = said(set())
-    assert nothing.level == doctor.WARN and "no BTF" in nothing.text
+    assert nothing.level == findings.WARN and "no BTF" in nothing.text

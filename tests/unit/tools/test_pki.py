@@ -13,7 +13,8 @@ from typer.testing import CliRunner
 from colo_xdp.cli import FAILED, USAGE, app
 from colo_xdp.config.file import load
 from colo_xdp.tools import pki
-from colo_xdp.tools.doctor import FAIL, OK, WARN, _certificates
+from colo_xdp.tools.doctor import Patient, _certificates
+from colo_xdp.tools.findings import FAIL, OK, WARN
 
 ROOT = Path(__file__).parents[3]
 run = CliRunner().invoke
@@ -90,7 +91,7 @@ def test_doctor_looks_at_certificates(made: Path, tmp_path: Path) -> None:
         changed = text.replace("/etc/colo-xdp/web1/primary", f"/etc/colo-xdp/web1/{role}")
         path = tmp_path / "c.toml"
         path.write_text(changed.replace("/etc/colo-xdp/web1", str(directory)))
-        return [c.level for c in _certificates(load(path))]
+        return [c.level for c in _certificates(Patient(load(path)))]
 
     assert levels(made) == [OK, OK]
     assert levels(made, "secondary") == [OK, OK, FAIL]  # another host's

@@ -14,7 +14,7 @@ import pytest
 from colo_xdp.datapath import devices
 from colo_xdp.qemu.hardware import parse_qtree
 from colo_xdp.qemu.nic import Card, Multiqueue, multiqueue
-from colo_xdp.tools import doctor, vhost
+from colo_xdp.tools import findings, guest_checks, vhost
 from tests.unit.qemu.test_hardware import TREE
 
 CARD = Card("virtio-net-pci.0", "52:54:00:12:34:56", tap="tap0", queues=4)
@@ -50,21 +50,21 @@ def test_what_keeps_a_guest_from_its_queues(card: Multiqueue, said: list[str]) -
         assert want in text and remedy
 
 
-def queues(card: Multiqueue, opened: int, monkeypatch: pytest.MonkeyPatch) -> list[doctor.Check]:
+def queues(card: Multiqueue, opened: int, monkeypatch: pytest.MonkeyPatch) -> list[findings.Check]:
     monkeypatch.setattr(devices, "link_info", lambda name: SimpleNamespace(queues=opened))
-    return list(doctor._queues(card, "tap0"))
+    return list(guest_checks.queues(card, "tap0"))
 
 
 def test_doctor_counts_queues_on_both_sides(monkeypatch: pytest.MonkeyPatch) -> None:
     four = Multiqueue(4, True, 10, 4)
     (good,) = queues(four, 4, monkeypatch)
-    assert good.level == doctor.OK and good.text.startswith("4 ")
+    assert good.level == findings.OK and good.text.startswith("4 ")
     (foreign,) = queues(four, 5, monkeypatch)
-    assert foreign.level == doctor.FAIL and "another process" in foreign.text
+    assert foreign.level == findings.FAIL and "another process" in foreign.text
     (plain,) = queues(Multiqueue(1, False, 3, 1), 0, monkeypatch)
-    assert plain.level == doctor.OK
+    assert plain.level == findings.OK
     (unused,) = queues(Multiqueue(2, False, 3, 2), 2, monkeypatch)
-    assert unused.level == doctor.WARN and "vectors=6" in unused.remedy
+    assert unused.level == findings.WARN and "vectors=6" in unused.remedy
 
 
 def config(path: str) -> Any:
@@ -74,25 +74,25 @@ def config(path: str) -> Any:
 def test_doctor_sees_vhost_by_what_qemu_has_open(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (unknown,) = doctor._vhost(config(str(tmp_path / "none")))
-    assert unknown.level == doctor.WARN and "not known" in unknown.text
+    (unknown,) = guest_checks.vhost(config(str(tmp_path / "none")))
+    assert unknown.level == findings.WARN and "not known" in unknown.text
     path = str(tmp_path / "qmp")
     with socket.socket(socket.AF_UNIX) as s:
         s.bind(path)
         s.listen()
         assert vhost.listener(path) == os.getpid()
-        (off,) = doctor._vhost(config(path))
-        assert off.level == doctor.OK and off.text.startswith("off")
+        (off,) = guest_checks.vhost(config(path))
+        assert off.level == findings.OK and off.text.startswith("off")
         device = str(tmp_path / "vhost-net")
         monkeypatch.setattr(vhost.opened, "__defaults__", (device,))
         fds = [os.open(device, os.O_CREAT | os.O_RDWR) for _ in range(2)]
         try:
-            (on,) = doctor._vhost(config(path))
-            assert on.level == doctor.WARN and "(2 queues)" in on.text
+            (on,) = guest_checks.vhost(config(path))
+            assert on.level == findings.WARN and "(2 queues)" in on.text
             assert "vhost-drill" in on.remedy
             monkeypatch.setattr(vhost, "zero_copy", lambda: True)
-            first, _ = doctor._vhost(config(path))
-            assert first.level == doctor.FAIL and "zcopytx" in first.remedy
+            first, _ = guest_checks.vhost(config(path))
+            assert first.level == findings.FAIL and "zcopytx" in first.remedy
         finally:
             for fd in fds:
                 os.close(fd)
