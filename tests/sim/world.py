@@ -752,7 +752,8 @@ class World:
         if (
             known
             and c is not None
-            and not (c.view.operator or c.view.guest.colo_exit or c.view.pair.checkpoint_overdue)
+            and not (c.view.operator or c.view.guest.colo_exit or c.view.guest.copy_lost)
+            and not c.view.pair.checkpoint_overdue
         ):
             raise Violation(f"{side.name} fences a host whose controller was stopped on purpose")
 
