@@ -199,7 +199,7 @@ def test_flows_and_events_tell_of_the_pair_for_status(pair: Lab) -> None:
     assert "default" in cli("flows", "primary", "--sort", "idle", "--limit", "3")
     for role in ("primary", "secondary"):
         story = cli("events", role)
-        assert "a controller has started: starting" in story
+        assert "a controller has started: process " in story
         assert "the other host's controller: connected" in story
         assert "protected: " in story
         assert pair.status(role)["event_log"]["lost"] == 0
