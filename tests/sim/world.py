@@ -1313,6 +1313,8 @@ class World:
             and side.other.qemu.alive
             and side.qemu.alive
             and not side.qemu.hung
+            # a new controller learns of them from a QEMU that may stand still: _check_still()
+            and c.qemu.disks.mirrors.mirroring
         )
         ended, since = self._writes.get(side.name, (0, 0))
         if not calm or not block.flying or block.ended != ended:
