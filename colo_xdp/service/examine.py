@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import json
 import sys
+from pathlib import Path
 from typing import Any
 
 from .. import user_command
@@ -33,6 +34,13 @@ def compact(output: bytes) -> str:
     return json.dumps(small, separators=(",", ":"))
 
 
+#: where this package is: not where Python looks by itself if Debian's package has brought it, and
+#: systemd-run passes no PYTHONPATH
+PACKAGE = Path(__file__).resolve().parents[2]
+_RUN = (
+    "import runpy, sys; sys.path.insert(0, sys.argv.pop(1)); "
+    "runpy.run_module('colo_xdp.cli', run_name='__main__', alter_sys=True)"
+)
 REPORT = ("schema", "pair", "role", "host", "release", "controller", "level", "checks")
 
 
@@ -40,7 +48,7 @@ async def examine(config: Config) -> str:
     """Run doctor and return its report. The caller has the deadline. Raises ValueError, OSError."""
     if config.path is None:
         raise ValueError("this configuration came from no file")
-    argv = [sys.executable, "-m", "colo_xdp.cli", "doctor", "--json", str(config.path)]
+    argv = [sys.executable, "-c", _RUN, str(PACKAGE), "doctor", "--json", str(config.path)]
     child = await asyncio.create_subprocess_exec(
         *user_command.examine(config.pair, argv, round(EXAMINE_S * 1000)),
         stdin=asyncio.subprocess.DEVNULL,
