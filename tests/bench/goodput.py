@@ -364,7 +364,8 @@ def run_steady(part: Part, quick: bool, _build: Path) -> None:
         except (RuntimeError, OSError) as e:
             part.error(name, str(e))
             continue
-        part.add(name, "Gbit/s", {arm: Spread.of(x) for arm, x in gbit.items()}, base="mirror only")
+        rates = {arm: Spread.of(x) for arm, x in gbit.items()}
+        part.add(name, "Gbit/s", rates, base="mirror only", higher_is_better=True)
         worst = {arm: min(x) / Spread.of(x).median for arm, x in gbit.items()}
         ratios = {arm: Spread.of([x]) for arm, x in worst.items()}
         part.add(f"{name}: the worst run to the median", "", ratios)
