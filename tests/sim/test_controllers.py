@@ -22,7 +22,7 @@ import asyncio
 import logging
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -285,17 +285,23 @@ def story(s: Scene) -> str:
     return f"seed {s.seed}, {arbiter}: {steps}\n{small.to_json()}\n{trace(small, 70, Gates)}"
 
 
+def worlds(make: Callable[[int], Scene], seeds: Iterable[int]) -> Iterator[Gates]:
+    """Run a scene for each seed and yield it; one in which something is wrong fails the test."""
+    for seed in seeds:
+        world = Gates(make(seed))
+        try:
+            world.run()
+        except Exception:
+            pytest.fail(story(world.scene))
+        yield world
+
+
 @pytest.mark.parametrize("block", range(BLOCKS))
 def test_never_a_stale_guest(block: int) -> None:
     alone: Counter[str] = Counter()
     pairs = fresh = stops = 0
-    for seed in range(block * RUNS // BLOCKS, (block + 1) * RUNS // BLOCKS):
-        s = control_scene(seed)
-        world = Gates(s)
-        try:
-            world.run()
-        except Exception:
-            pytest.fail(story(s))
+    seeds = range(block * RUNS // BLOCKS, (block + 1) * RUNS // BLOCKS)
+    for world in worlds(control_scene, seeds):
         alone += world.alone
         pairs += world.pairs
         fresh += world.fresh
@@ -307,40 +313,22 @@ def test_never_a_stale_guest(block: int) -> None:
 
 def test_never_a_state_that_only_the_store_knows_to_be_old() -> None:
     alone: Counter[str] = Counter()
-    for seed in range(60):
-        s = lone_store_scene(seed)
-        world = Gates(s)
-        try:
-            world.run()
-        except Exception:
-            pytest.fail(story(s))
+    for world in worlds(lone_store_scene, range(60)):
         alone += world.alone
     assert alone["S"] > 20, alone
 
 
 def test_a_controller_that_is_stopped_gets_nobody_fenced() -> None:
     stops = 0
-    for seed in range(40):
-        s = stopped_scene(seed)
-        world = Gates(s)
-        try:
-            world.run()
-        except Exception:
-            pytest.fail(story(s))
+    for world in worlds(stopped_scene, range(40)):
         stops += world.stops
-        assert not world.p.off and not world.s.off and world.whole(), story(s)
+        assert not world.p.off and not world.s.off and world.whole(), story(world.scene)
     assert stops >= 40
 
 
 def test_never_a_state_that_was_old_when_the_other_one_died() -> None:
     alone: Counter[str] = Counter()
-    for seed in range(60):
-        s = old_state_scene(seed)
-        world = Gates(s)
-        try:
-            world.run()
-        except Exception:
-            pytest.fail(story(s))
+    for world in worlds(old_state_scene, range(60)):
         alone += world.alone
     assert alone["P"] > 100, alone
 
