@@ -102,8 +102,10 @@ install:
 		sed -i 's|$(DESTDIR)$(INSTALLED)|$(INSTALLED)|g' {} +
 	install -d $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(PREFIX)/lib/systemd/system
 	ln -sfn $(INSTALLED)/bin/colo-xdp $(DESTDIR)$(PREFIX)/bin/colo-xdp
-	sed 's|/usr/bin/|$(PREFIX)/bin/|; s|/usr/share/|$(PREFIX)/share/|' 'deploy/systemd/colo-xdp@.service' \
-		> '$(DESTDIR)$(PREFIX)/lib/systemd/system/colo-xdp@.service'
+	for unit in 'colo-xdp@.service' 'colo-xdp-handover@.service'; do \
+		sed 's|/usr/bin/|$(PREFIX)/bin/|; s|/usr/share/|$(PREFIX)/share/|' "deploy/systemd/$$unit" \
+			> "$(DESTDIR)$(PREFIX)/lib/systemd/system/$$unit" || exit 1; \
+	done
 	install -d $(DESTDIR)$(PREFIX)/share/doc/colo-xdp
 	cp -r README.md ARCHITECTURE.md CHANGELOG.md CONTRIBUTING.md LICENSE docs \
 		$(filter-out deploy/debian,$(wildcard deploy/*)) $(DESTDIR)$(PREFIX)/share/doc/colo-xdp/
@@ -116,6 +118,7 @@ install:
 uninstall:
 	rm -rf $(DESTDIR)$(INSTALLED) $(DESTDIR)$(PREFIX)/share/doc/colo-xdp
 	rm -f $(DESTDIR)$(PREFIX)/bin/colo-xdp $(DESTDIR)$(PREFIX)/lib/systemd/system/colo-xdp@.service \
+		$(DESTDIR)$(PREFIX)/lib/systemd/system/colo-xdp-handover@.service \
 		$(DESTDIR)$(PREFIX)/share/man/man8/colo-xdp.8 $(DESTDIR)$(PREFIX)/share/man/man5/colo-xdp.toml.5
 	[ -n '$(DESTDIR)' ] || [ ! -d /run/systemd/system ] || systemctl daemon-reload
 

@@ -393,6 +393,36 @@ def switchover(
 
 
 @app.command()
+def handover(
+    where: Where = None,
+    at_shutdown: Annotated[
+        bool,
+        typer.Option("--at-shutdown", help="Only if systemd is about to end all services here."),
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the steps and do nothing.")
+    ] = False,
+    progress: ProgressOpt = None,
+    run_dir: RunDir = RUN_DIR,
+) -> None:
+    """Free this host of the pair: the other one serves the clients, and no new copy comes here.
+
+    On the primary host a switchover; on the secondary host the copy is given up, and the guest goes
+    on alone. `colo-xdp-handover@PAIR.service` does this when the host shuts down. `reprotect`, or a
+    restart of this host's controller, allows a new copy again.
+    """
+    if at_shutdown:
+        from .service.shutdown import host_ends
+
+        if not host_ends():
+            typer.echo("this host does not shut down: nothing is handed over")
+            return
+    _change(
+        where, run_dir, "handover", dry_run=dry_run, progress=_shows(progress), shutdown=at_shutdown
+    )
+
+
+@app.command()
 def failover(
     where: Where = None,
     force: Annotated[

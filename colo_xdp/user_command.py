@@ -57,6 +57,11 @@ def _run(name: str, argv: Sequence[str], *properties: str) -> list[str]:
     ]  # fmt: skip
 
 
+def handover_unit(pair: str) -> str:
+    """Return the unit that hands the guest over when the host shuts down."""
+    return f"colo-xdp-handover@{pair}.service"
+
+
 def incoming(pair: str, argv: Sequence[str]) -> list[str]:
     """Return the command that starts a QEMU by `argv`; it ends with `argv` and has its exit status.
 
@@ -66,7 +71,11 @@ def incoming(pair: str, argv: Sequence[str]) -> list[str]:
     if not is_service():
         return list(argv)
     # With this type the start ends when the first process exits; what remains is the service.
-    return _run(f"colo-xdp-{pair}-incoming", argv, "Type=forking", "TimeoutStartSec=infinity")
+    # At shutdown systemd ends units in the reverse order: the guest is handed over first.
+    order = f"Before={handover_unit(pair)}"
+    return _run(
+        f"colo-xdp-{pair}-incoming", argv, "Type=forking", "TimeoutStartSec=infinity", order
+    )
 
 
 def fence(pair: str, argv: Sequence[str], timeout_ms: int) -> list[str]:

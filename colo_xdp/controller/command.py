@@ -13,6 +13,7 @@ class Command(StrEnum):
     MODE = "mode"
     FAILOVER = "failover"
     SWITCHOVER = "switchover"
+    HANDOVER = "handover"
     DEMOTE = "demote"
     CHECKPOINT = "checkpoint"
     REPROTECT = "reprotect"

@@ -21,6 +21,7 @@ from ..failover.states import Role, State
 from ..peer.channel import Peer
 from .checkup import Checkup
 from .command import Command
+from .handover import Handover
 from .pair_view import PairView
 from .replacement import Replacement
 from .story import Kind, Story
@@ -31,8 +32,8 @@ FAILOVER_S = 30.0  # for an operator request; the time of the fence command is a
 ORDER_S = 60.0  # for a request that was made to a former controller
 #: commands that are told in the story
 CHANGES = (
-    Command.MODE, Command.FAILOVER, Command.SWITCHOVER, Command.DEMOTE, Command.CHECKPOINT,
-    Command.REPROTECT, Command.RELOAD,
+    Command.MODE, Command.FAILOVER, Command.SWITCHOVER, Command.HANDOVER, Command.DEMOTE,
+    Command.CHECKPOINT, Command.REPROTECT, Command.RELOAD,
 )  # fmt: skip
 DEMOTE_S = 30.0  # for the action in progress to end
 
@@ -107,7 +108,7 @@ class Commandable(Protocol):
         """Return what a switchover would do now, step by step."""
         ...
 
-    async def switch_over(self, deadline: float) -> bool:
+    async def switch_over(self, deadline: float, why: str) -> bool:
         """Make the SVM the live guest by a checkpoint; whether it is, by `deadline` (monotonic, s).
 
         Raises ValueError when it cannot begin.
@@ -137,6 +138,7 @@ class OperatorCommands:
             Command.MODE: self.mode,
             Command.FAILOVER: self.failover,
             Command.SWITCHOVER: self.switchover,
+            Command.HANDOVER: Handover(c, self.demote).command,
             Command.DEMOTE: self.demote,
             Command.CHECKPOINT: c.command_checkpoint,
             Command.REPROTECT: self.reprotect,
@@ -223,7 +225,7 @@ class OperatorCommands:
             return {"steps": steps, "done": False, "state": c.state.value}
         ck, q = c.config.checkpoint, c.config.qemu
         end = time.monotonic() + (ck.deadline + 2 * q.qmp_timeout) / 1000
-        done = await c.switch_over(end)
+        done = await c.switch_over(end, "asked by the operator")
         return {"steps": steps, "done": done, "state": c.state.value, "reason": c.reason}
 
     async def failover(self, args: dict[str, Any]) -> dict[str, Any]:

@@ -567,8 +567,8 @@ class Primary(Controller):
         self.spawn(self._let_run())
         self._protect_again()
 
-    async def switch_over(self, deadline: float) -> bool:
-        return await self.checkpoints.switchover.run(deadline)
+    async def switch_over(self, deadline: float, why: str) -> bool:
+        return await self.checkpoints.switchover.run(deadline, why)
 
     def switchover_steps(self) -> list[str]:
         return [step.format(qmp=self.config.qemu.qmp) for step in switchover.STEPS]

@@ -44,6 +44,7 @@ class Replacement:
     def __init__(self, controller: Replaceable) -> None:
         self._c = controller
         self.wanted = False  # asked for by a person here or on the other host: start one at once
+        self.off = False  # this host is about to go: no new copy here, but for a person's request
         self._search: asyncio.Task[None] | None = None
 
     def begin(self) -> None:
@@ -55,7 +56,9 @@ class Replacement:
         c, started = self._c, 0.0
         while c.state is State.STOPPED and not c.role_changed:
             await asyncio.sleep(QMP_RETRY_S)
-            if not c.superseded():
+            if self.wanted:
+                self.off = False
+            if self.off or not c.superseded():
                 continue
             await c.leave_network()
             if not c.qemu.qmp.connected:

@@ -160,7 +160,7 @@ class RoleSteps(ABC):
         """Return what a switchover would do now, step by step."""
 
     @abstractmethod
-    async def switch_over(self, deadline: float) -> bool:
+    async def switch_over(self, deadline: float, why: str) -> bool:
         """Make the SVM the live guest by a checkpoint; whether it is, by `deadline` (monotonic, s).
 
         Raises ValueError when it cannot begin.

@@ -490,10 +490,10 @@ class Secondary(Controller):
             self.become(State.STOPPED, why)
             self.peer.send("shut", why=why, standalone=self.view.guest.standalone)
 
-    async def switch_over(self, deadline: float) -> bool:
+    async def switch_over(self, deadline: float, why: str) -> bool:
         if self.state not in (State.PROTECTED, State.CHECKPOINTING) or not self.peer.connected:
             raise ValueError(f"no switchover from state {self.state.value}: {self.reason}")
-        self.peer.send("switchover", why="asked by the operator on the secondary")
+        self.peer.send("switchover", why=f"{why} on the secondary")
         while time.monotonic() < deadline:
             if self.view.guest.standalone:
                 return True

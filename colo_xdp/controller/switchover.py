@@ -82,13 +82,13 @@ class Switchover:
         self._until = time.monotonic() + ms / 1000
         self._queue.order(CheckpointRequest(Cause.SWITCHOVER.value, why), instead=True)
 
-    async def run(self, deadline: float) -> bool:
+    async def run(self, deadline: float, why: str) -> bool:
         """Plan one and wait for its end, until `deadline` (monotonic, s). Whether it is done.
 
         Raises ValueError when it cannot begin, or was refused.
         """
         failures = self._queue.failures
-        self.plan("asked by the operator")
+        self.plan(why)
         while time.monotonic() < deadline and self._queue.failures == failures:
             if self._refused:
                 raise ValueError(f"no switchover: {self._refused}")
@@ -120,4 +120,4 @@ class Switchover:
         now = time.monotonic_ns()
         last = now if released else ck.stop_ns  # what was held left with the commit
         c.peer.send("downtime_start", us=max(0, now - last) // 1000)
-        c.peer.send("shut", why="switchover", standalone=c.view.guest.standalone)
+        c.peer.send("shut", why=f"switchover, {why}", standalone=c.view.guest.standalone)

@@ -30,6 +30,7 @@ from . import root as roots
 TAG = "cxh"
 CLIENT = f"{TAG}c"
 BOOT_S = 60.0
+SHUTDOWN_S = 120.0  # longer than systemd waits for any unit of ours
 PR_SET_PDEATHSIG = 1
 ENV = {
     "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
@@ -212,6 +213,21 @@ class Host:
                 os.kill(self.pid1, signal.SIGKILL)
         if self._nspawn is not None:
             self._nspawn.wait(30)
+        self.pid1, self._nspawn = 0, None
+        self._sweep()
+
+    def shut_down(self, how: str = "poweroff") -> None:
+        """Let systemd shut it down, and wait for the end. `how`: poweroff, reboot, halt ...
+
+        A reboot ends here, too: `boot` is the other half. Raises LabError with the console output.
+        """
+        assert self._nspawn is not None
+        self.run("systemctl", how)
+        try:
+            self._nspawn.wait(SHUTDOWN_S)
+        except subprocess.TimeoutExpired as e:
+            text = self._console.read_text(errors="replace")[-3000:]
+            raise LabError(f"host{self.name} does not shut down\n{text}") from e
         self.pid1, self._nspawn = 0, None
         self._sweep()
 

@@ -138,6 +138,7 @@ def test_what_is_in_it() -> None:
     assert not [f for f in files if "__pycache__" in f or f.endswith((".pyc", ".so"))]
     for f in (
         "/usr/bin/colo-xdp", "/usr/lib/systemd/system/colo-xdp@.service", "/etc/colo-xdp/",
+        "/usr/lib/systemd/system/colo-xdp-handover@.service",
         "/usr/share/man/man8/colo-xdp.8.gz", "/usr/share/man/man5/colo-xdp.toml.5.gz",
         "/usr/share/doc/colo-xdp/README.md", "/usr/share/doc/colo-xdp/docs/operator/install.md",
         "/usr/share/doc/colo-xdp/examples/primary.toml", f"{LIB}/colo_xdp/_bpf_src/lib/abi.h",
@@ -152,8 +153,9 @@ def test_apt_installs_it_with_what_it_depends_on(root: Root) -> None:
     assert root.status() == f"{__version__}-1 installed"
     assert root.run("colo-xdp", "--version").strip() == __version__
     assert root.run("python3", "-I", "-B", "-c", IMPORTS) == ""
-    unit = "/usr/lib/systemd/system/colo-xdp@.service"
-    assert root.run("systemd-analyze", "verify", "--man=no", unit.replace("@", "@web1")) == ""
+    for unit in ("colo-xdp@web1.service", "colo-xdp-handover@web1.service"):
+        path = f"/usr/lib/systemd/system/{unit}"
+        assert root.run("systemd-analyze", "verify", "--man=no", path) == ""
     assert root.run("dpkg", "--verify", "colo-xdp") == ""
 
 

@@ -114,7 +114,7 @@ def test_no_plan_while_the_lease_cannot_change_hands() -> None:
         c.state = State.PROTECTED
         c.arbiter = LeaseArbiter(Leased(False, "etcd is away"))  # type: ignore[arg-type]
         with pytest.raises(ValueError, match="etcd is away"):
-            await c.switch_over(time.monotonic() + 1)
+            await c.switch_over(time.monotonic() + 1, "asked")
         assert c.checkpoints.wanted is None
         s, dp, sent = secondary()
         s.state, s.qemu.qmp = State.PROTECTED, SimpleNamespace(connected=True)  # type: ignore[assignment]
@@ -152,7 +152,7 @@ def test_a_plan_that_the_secondary_refuses_ends_as_a_checkpoint() -> None:
         while not asked:
             await asyncio.sleep(0)
         with pytest.raises(ValueError, match="could not get it"):
-            await c.switch_over(time.monotonic() + 5)
+            await c.switch_over(time.monotonic() + 5, "asked")
         while len(asked) < 3:
             await asyncio.sleep(0)
         guard.cancel()
