@@ -73,7 +73,7 @@ def examine(
         return
     yield Check("config", OK, f"pair {config.pair}, {config.role}")
     pid = beside.pid if beside else preflight.running(config)
-    units = unit_facts.gather(config.pair)
+    units = unit_facts.gather(config.pair, config.qemu.qmp)
     patient = Patient(config, beside, pid, before_start, units)
     for check in CHECKS:
         yield from check(patient)

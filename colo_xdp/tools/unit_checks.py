@@ -48,7 +48,9 @@ def judge(
         remedy = "make install" if absent else f"systemctl cat {u.name}"
         yield Check("unit", WARN if absent else FAIL, f"{u.name} is {state}", remedy)
         return
-    found = [*_program(u, path, release), *_sandbox(u, needed), *_life(u, before_start)]
+    found = [
+        *_program(u, path, release), *_sandbox(u, needed), *_life(u, before_start), *_end(u)
+    ]  # fmt: skip
     yield from found
     drop_ins = v.get("DropInPaths", "").split()
     also = f", with {' '.join(drop_ins)}" if drop_ins else ""
@@ -119,6 +121,24 @@ def _life(u: UnitFacts, before_start: bool) -> Iterator[Check]:
                     f"{RELOAD} {u.name}")  # fmt: skip
     if not before_start and values.get("UnitFileState") not in starts:
         yield Check("unit", WARN, f"{u.name} does not start at boot", f"systemctl enable {u.name}")
+
+
+def _end(u: UnitFacts) -> Iterator[Check]:
+    """Judge what happens when the host shuts down."""
+    s = u.shutdown
+    if s is None or (u.values or {}).get("ActiveState") != "active":
+        return
+    if not s.active:
+        yield Check(
+            "unit", WARN, f"{s.handover} is not active: when this host shuts down its guest is "
+            "killed, and not handed over before", f"systemctl start {s.handover}",
+        )  # fmt: skip
+    elif not s.in_order:
+        yield Check(
+            "unit", WARN, f"QEMU runs in {s.qemu}, which systemd may stop before {s.handover}: "
+            "then the guest is killed when this host shuts down",
+            f"Before={s.handover} in that unit, or one of the units of docs/operator/install.md",
+        )  # fmt: skip
 
 
 def start_of_guest(u: UnitFacts, role: str) -> str:

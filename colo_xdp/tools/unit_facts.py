@@ -11,7 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..user_command import BOOTED
+from ..user_command import BOOTED, handover_unit
+from . import sockets
 
 ANSWER_S = 5.0
 PROPERTIES = (
@@ -32,6 +33,19 @@ class GuestUnit:
 
 
 @dataclass(frozen=True, slots=True)
+class ShutdownFacts:
+    """What happens here when the host shuts down. `active`: the unit waits that hands over then.
+
+    `qemu`: the unit in which QEMU runs now; "": none. `in_order`: systemd stops that one later.
+    """
+
+    handover: str
+    active: bool
+    qemu: str = ""
+    in_order: bool = True
+
+
+@dataclass(frozen=True, slots=True)
 class UnitFacts:
     """The controller's unit. `values`: PROPERTIES, as systemd prints them; empty: no answer.
 
@@ -47,6 +61,7 @@ class UnitFacts:
     target: str = ""
     release: str = ""
     guests: tuple[GuestUnit, ...] = ()
+    shutdown: ShutdownFacts | None = None
 
 
 def parse(text: str) -> list[dict[str, str]]:
@@ -98,8 +113,40 @@ def _release(target: str) -> str:
     return _run([target, "version"]).strip()
 
 
-def gather(pair: str) -> UnitFacts:
-    """Return what systemd knows of the units of a pair."""
+def _unit_of(pid: int) -> str:
+    """Return the unit of a process, which systemd names a control group after; "": none."""
+    try:
+        groups = Path(f"/proc/{pid}/cgroup").read_text()
+    except OSError:
+        return ""
+    parts = [p for line in groups.splitlines() for p in line.split("/")]
+    return next((p for p in reversed(parts) if p.endswith((".service", ".scope"))), "")
+
+
+def _shutdown(pair: str, qmp: str) -> ShutdownFacts | None:
+    """Return in which order systemd would stop what runs now; None: it does not answer."""
+    handover, pid = handover_unit(pair), sockets.listener(qmp) if qmp else 0
+    qemu = _unit_of(pid) if pid else ""
+    names = [handover, *([qemu] if qemu else [])]
+    shown = {
+        x["Id"]: x
+        for x in parse(
+            _run(["systemctl", "show", "--property=Id,ActiveState,Before,After", *names])
+        )
+        if "Id" in x
+    }
+    if handover not in shown:
+        return None
+    first = shown[handover]
+    # Who is to start before another is stopped after it; a target in between does as well.
+    later = {handover, *first.get("After", "").split()} & {handover, "multi-user.target"}
+    in_order = bool(later & set(shown.get(qemu, {}).get("Before", "").split()))
+    active = first.get("ActiveState") == "active"
+    return ShutdownFacts(handover, active, qemu, in_order or not qemu)
+
+
+def gather(pair: str, qmp: str = "") -> UnitFacts:
+    """Return what systemd knows of the units of a pair, whose QEMU has this socket."""
     if not BOOTED.is_dir():
         return UnitFacts(False)
     name = f"colo-xdp@{pair}.service"
@@ -109,5 +156,6 @@ def gather(pair: str) -> UnitFacts:
     program, argv = program_of(shown[0].get("ExecStart", ""))
     target = os.path.realpath(program) if program and os.access(program, os.X_OK) else ""
     return UnitFacts(
-        True, name, shown[0], program, argv, target, _release(target), _guests(pair)
+        True, name, shown[0], program, argv, target, _release(target), _guests(pair),
+        _shutdown(pair, qmp),
     )  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ast
 import configparser
+import inspect
 import json
 import re
 from pathlib import Path
@@ -13,8 +14,13 @@ import pytest
 
 from colo_xdp.cli import USAGE
 from colo_xdp.config.file import load
+from colo_xdp.controller.handover import PROTECT_S
+from colo_xdp.service.control_socket import request
 from colo_xdp.service.daemon import HUNG_SHARE
+from colo_xdp.setup import qemu_unit
+from colo_xdp.setup.config_text import incoming_unit
 from colo_xdp.tools.corpus import load as load_corpus
+from colo_xdp.user_command import handover_unit
 
 ROOT = Path(__file__).parents[2]
 
@@ -40,6 +46,7 @@ def unit_file(path: str) -> configparser.ConfigParser:
 
 
 UNIT = "deploy/systemd/colo-xdp@.service"
+HANDOVER = "deploy/systemd/colo-xdp-handover@.service"
 
 
 def test_unit_file() -> None:
@@ -62,6 +69,33 @@ def test_a_hung_controller_is_replaced_before_its_host_is_fenced() -> None:
     for key in ("WatchdogSec", "TimeoutStopSec"):
         assert float(s[key].removesuffix("s")) * 1000 < dead_after, key
     assert HUNG_SHARE < 1
+
+
+def test_the_handover_ends_before_whatever_the_guest_needs() -> None:
+    """systemd stops units in the reverse order of their start."""
+    unit = configparser.RawConfigParser(strict=False)  # After= is there more than once
+    lines = (ROOT / HANDOVER).read_text().splitlines()
+    after = {x for line in lines if line.startswith("After=") for x in line[6:].split()}
+    guests = {f"{qemu_unit.unit('%i')}", incoming_unit("%i")}
+    guests |= {f.name.replace("@", "@%i") for f in (ROOT / "deploy/examples").glob("vm*.service")}
+    assert len(guests) == 4 and guests <= after
+    assert {"colo-xdp@%i.service", "multi-user.target"} <= after
+    assert handover_unit("web1") == Path(HANDOVER).name.replace("@", "@web1")
+    unit.read_string("\n".join(x for x in lines if not x.startswith(("After=", "Documentation="))))
+    s = unit["Service"]
+    assert s["ExecStop"] == "/usr/bin/colo-xdp handover --at-shutdown /etc/colo-xdp/%i.toml"
+    assert "ExecStart" not in s and s["RemainAfterExit"] == "yes"
+    # it is there wherever the controller is, and ends with nothing but the host
+    assert unit_file(UNIT)["Unit"]["Wants"] == Path(HANDOVER).name.replace("@", "@%i")
+    assert not {"requires", "bindsto", "partof", "wants"} & set(unit["Unit"])
+
+
+def test_the_handover_has_the_time_that_it_may_take() -> None:
+    seconds = float(unit_file(HANDOVER)["Service"]["TimeoutStopSec"].removesuffix("s"))
+    waits = inspect.signature(request).parameters["timeout"].default
+    c = load(ROOT / "deploy/examples/primary.toml")
+    switchover_s = (c.checkpoint.deadline + 2 * c.qemu.qmp_timeout) / 1000
+    assert PROTECT_S + switchover_s < waits < seconds
 
 
 def socket_families(path: Path) -> set[str]:

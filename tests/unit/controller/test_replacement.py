@@ -112,6 +112,50 @@ def test_what_stands_in_the_way_of_a_new_pair_is_said() -> None:
         asyncio.run(c.commands.run("reprotect", {}))
 
 
+@pytest.mark.parametrize("asked", [False, True])
+def test_a_host_that_is_about_to_go_gets_no_copy(
+    asked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was handed over: the copy would die with it. A person who stays asks for one."""
+    monkeypatch.setattr("colo_xdp.controller.replacement.QMP_RETRY_S", 0.001)
+
+    async def body() -> None:
+        c, _, _ = secondary(Mode.DROP)
+        object.__setattr__(c.config.qemu, "incoming", ("/bin/true",))
+        c.peer.connected, c.view.peer.role, c.view.peer.state = True, "primary", "solo"
+        looks, started = 0, asyncio.Event()
+
+        def superseded() -> bool:
+            nonlocal looks
+            looks += 1
+            return True
+
+        async def nobody() -> None:
+            raise QmpError("nobody is there")
+
+        async def start() -> None:
+            started.set()
+            c.role_changed = True
+
+        c.superseded, c.qemu.reconnect = superseded, nobody  # type: ignore[method-assign]
+        c.qemu.start_incoming = start  # type: ignore[method-assign]
+        c.replacement.off = True
+        c.become(State.STOPPED, "demoted: its host shuts down")
+        if asked:
+            await c.commands.run("reprotect", {})
+        search = c.replacement._search
+        assert search is not None
+        if asked:
+            await asyncio.wait_for(started.wait(), 5)
+            assert not c.replacement.off
+        else:
+            await asyncio.sleep(0.1)  # a hundred looks
+            assert not started.is_set() and not looks
+        search.cancel()
+
+    in_loop(body)
+
+
 @pytest.mark.parametrize("wanted", [False, True])
 def test_a_qemu_that_is_coming_up_is_not_started_again(
     wanted: bool, monkeypatch: pytest.MonkeyPatch

@@ -12,7 +12,7 @@ import pytest
 from colo_xdp.tools import unit_facts
 from colo_xdp.tools.findings import FAIL, OK, WARN, Check
 from colo_xdp.tools.unit_checks import families, judge, start_of_guest
-from colo_xdp.tools.unit_facts import GuestUnit, UnitFacts, parse, program_of
+from colo_xdp.tools.unit_facts import GuestUnit, ShutdownFacts, UnitFacts, parse, program_of
 
 UNIT = (Path(__file__).parents[3] / "deploy/systemd/colo-xdp@.service").read_text()
 PATH = "/etc/colo-xdp/web1.toml"
@@ -38,6 +38,7 @@ U = UnitFacts(
     True, "colo-xdp@web1.service", VALUES, "/usr/bin/colo-xdp", program_of(EXEC)[1],
     "/usr/lib/colo-xdp/bin/colo-xdp", "0.1.0",
     (GuestUnit("colo-qemu@web1", True, False), GuestUnit("colo-qemu-incoming@web1", False, True)),
+    ShutdownFacts("colo-xdp-handover@web1.service", True, "colo-qemu@web1.service"),
 )  # fmt: skip
 
 
@@ -111,6 +112,49 @@ def test_without_heartbeats_over_the_link_no_packet_socket_is_needed() -> None:
     )
     (c,) = judge(u, PATH, "0.1.0", families(link_heartbeats=False))
     assert c.level == OK
+
+
+@pytest.mark.parametrize(
+    ("s", "text", "remedy"),
+    [
+        (ShutdownFacts("h@web1.service", False), "h@web1.service is not active",
+         "systemctl start h@web1.service"),
+        (ShutdownFacts("h@web1.service", True, "session-3.scope", False),
+         "QEMU runs in session-3.scope", "Before=h@web1.service"),
+    ],
+)  # fmt: skip
+def test_a_guest_that_would_be_killed_with_its_host(
+    s: ShutdownFacts, text: str, remedy: str
+) -> None:
+    (c,) = said(replace(U, shutdown=s))
+    assert c.level == WARN and text in c.text and remedy in c.remedy
+    (c,) = said(replace(U, shutdown=s, values=VALUES | {"ActiveState": "inactive"}))
+    assert c.level == OK, "nothing runs that could be handed over"
+
+
+@pytest.mark.parametrize(
+    ("qemu", "before", "in_order"),
+    [
+        ("colo-qemu@web1.service", "shutdown.target colo-xdp-handover@web1.service", True),
+        ("mine.service", "multi-user.target shutdown.target", True),
+        ("session-3.scope", "shutdown.target", False),
+        ("", "", True),
+    ],
+)  # fmt: skip
+def test_the_order_of_the_end_is_read(
+    qemu: str, before: str, in_order: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "colo-xdp-handover@web1.service"
+    shown = f"Id={name}\nActiveState=active\nBefore=shutdown.target\n"
+    shown += "After=colo-xdp@web1.service multi-user.target\n"
+    shown += f"\nId={qemu}\nBefore={before}\nAfter=x.target\n" if qemu else ""
+    monkeypatch.setattr(unit_facts, "_run", lambda argv: shown)
+    monkeypatch.setattr(unit_facts.sockets, "listener", lambda path: 7 if qemu else 0)
+    monkeypatch.setattr(unit_facts, "_unit_of", lambda pid: qemu)
+    s = unit_facts._shutdown("web1", "/run/colo-vm/web1.qmp")
+    assert s == ShutdownFacts(name, True, qemu, in_order)
+    monkeypatch.setattr(unit_facts, "_run", lambda argv: "")
+    assert unit_facts._shutdown("web1", "") is None
 
 
 def test_before_the_start_it_need_not_be_enabled() -> None:
