@@ -76,15 +76,15 @@ class Handover:
         # before this guest is over, which is when another one is looked for
         c.replacement.off, done = True, False
         try:
-            done = await self._hand_over(why or "asked by the operator")
+            done, reason = await self._hand_over(why or "asked by the operator")
         except ValueError as e:
             log.error("no handover: %s", e)
             raise
         finally:
             c.replacement.off = done
         if not done:
-            log.error("no handover: it did not end in time: %s: %s", c.state.value, c.reason)
-        return {"steps": steps, "done": done, "state": c.state.value, "reason": c.reason}
+            log.error("no handover: it did not end in time: %s: %s", c.state.value, reason)
+        return {"steps": steps, "done": done, "state": c.state.value, "reason": reason}
 
     def _steps(self) -> list[str]:
         if self._c.role is Role.PRIMARY:
@@ -94,24 +94,25 @@ class Handover:
             "the primary: release what is held, x-colo-lost-heartbeat, data path: bypass",
         ]
 
-    async def _hand_over(self, why: str) -> bool:
+    async def _hand_over(self, why: str) -> tuple[bool, str]:
+        """Return whether it is done, and the reason of the state that this has led to."""
         c = self._c
         if c.state is State.STOPPED:
-            return True
+            return True, c.reason
         if c.role is Role.PRIMARY:
             await self._until_whole()
             ms = c.config.checkpoint.deadline + 2 * c.config.qemu.qmp_timeout
-            return await c.switch_over(time.monotonic() + ms / 1000, why)
+            return await c.switch_over(time.monotonic() + ms / 1000, why), c.reason
         if c.state is State.PROMOTED:
             raise ValueError(f"the guest here serves alone, and has no copy: {c.reason}")
-        await self._demote({"why": why})
+        reason = (await self._demote({"why": why}))["reason"]
         end = time.monotonic() + CONFIRM_S
         while c.peer.connected and c.view.peer.state not in WITHOUT_COPY:
             if time.monotonic() > end:
                 log.warning("the primary is %s, and not alone yet", c.view.peer.state)
                 break
             await asyncio.sleep(TICK_S)
-        return True
+        return True, str(reason)
 
     async def _until_whole(self) -> None:
         """Wait for a pair that is about to be protected (again): a controller was restarted."""

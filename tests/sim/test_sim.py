@@ -15,7 +15,17 @@ from .guest import Guest
 from .mutants import ABOUT, KERNEL_MUTANTS, MUTANTS, scenes
 from .tcp import ACK, SYN, Seg, build, read
 from .torture import _scene, failure, report, shrink, trace
-from .world import Fault, Scene, World, adaptive, disk_scene, lease_scene, roles_scene, scene
+from .world import (
+    Fault,
+    Scene,
+    World,
+    adaptive,
+    disk_scene,
+    lease_scene,
+    roles_scene,
+    scene,
+    shutdown_scene,
+)
 
 RUNS, BLOCKS = 1600, 8
 #: more schedules than any of them needs
@@ -100,6 +110,25 @@ def test_random_schedules_of_pairs_made_anew() -> None:
         oldest = max(oldest, world.oldest())
     assert pairs > 100
     assert oldest >= 3, "no connection lived through three takeovers"
+
+
+def test_hosts_that_shut_down_in_order() -> None:
+    """Clients go on with the other host, and the pair is whole again when the host is back."""
+    troubled = 0
+    for seed in range(80):
+        s = adaptive(shutdown_scene(seed))
+        world = World(s)
+        try:
+            world.run()
+        except Exception as e:
+            pytest.fail(report(s, f"{type(e).__name__}: {e}"))
+        if seed % 2:
+            troubled += world.handovers
+        else:
+            rounds = max(f.round for f in s.faults) + 1
+            assert world.shutdowns == world.handovers == rounds, report(s, "not handed over")
+            assert not world.given_up and not world.lost
+    assert troubled > 40
 
 
 @pytest.mark.parametrize("block", range(2))

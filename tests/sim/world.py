@@ -33,6 +33,7 @@ from colo_xdp.controller import (
     commands,
     device_watch,
     guest_lifecycle,
+    handover,
     heartbeats,
     mirror_watch,
     primary,
@@ -298,6 +299,23 @@ def roles_scene(seed: int) -> Scene:
     return replace(s, faults=tuple(order), ring=max(s.ring, 1000), queue=max(s.queue, 64))
 
 
+def shutdown_scene(seed: int) -> Scene:
+    """Return a random scene in which hosts shut down in order and boot again, one after the other.
+
+    In every other one something goes wrong around that time.
+    """
+    rnd = random.Random(seed * 122_949_823 + 9)
+    s, faults = roles_scene(seed), []
+    for n in range(rnd.choice((1, 2, 3, 4))):
+        at = rnd.randrange(20, 900)
+        faults.append(Fault(at, rnd.choice(("shutdown_pvm", "shutdown_svm")), 0, n))
+        if seed % 2:
+            when = max(0, at + rnd.randrange(-300, 300))
+            faults.append(Fault(when, rnd.choice(HINDRANCES), rnd.choice((5, 60, 250, 700)), n))
+    order = sorted(faults, key=lambda f: (f.round, f.at))
+    return replace(s, faults=tuple(order))
+
+
 def disk_scene(seed: int) -> Scene:
     """Return a random scene of a guest with a disk, whose mirror is lost now and then."""
     rnd = random.Random(seed * 32_452_843 + 5)
@@ -370,6 +388,8 @@ class World:
         self.unproven = False  # a guest could not take over: its disks may not be whole
         self.sessions = 0
         self.stops = 0  # number of controllers stopped on purpose
+        self.shutdowns = self.handovers = 0  # of hosts in order; of which the other one served then
+        self.handed: set[str] = set()  # hosts that have handed over and are going down
         self.deaf: set[str] = set()  # sides that receive no heartbeats
         self.loop = VirtualLoop()
         self.start = self.loop.now_ns
@@ -745,9 +765,36 @@ class World:
             self.stops += 1
             self.later(span, lambda: None if side.name in self.deaths else self.boot(side))
 
-    def _discountable(self, side: Side) -> None:
-        """Check that a fence does not follow from stopping a controller on purpose."""
+    async def _shut_down(self, side: Side) -> None:
+        """Shut the host down as systemd does: it stops the handover's unit, QEMU's and the
+        controller's, in this order, and then everything else."""
         c = side.controller
+        self.shutdowns += 1
+        self.deaths.add(side.name)
+        if c is not None:
+            with contextlib.suppress(ValueError):
+                if (await c.commands.run("handover", {"shutdown": True}))["done"]:
+                    self.handovers += 1
+                    self.handed.add(side.name)
+                    self.note("%s has handed over", side.name)
+        if side.off:
+            return
+        if side.name not in self.handed:
+            self._doom(side)
+        side.kill_qemu()
+        await asyncio.sleep(self.rnd.choice((0, 0.001, 0.02)))
+        if (c := side.controller) is not None:
+            await c.stop("stopped by a signal")
+            await asyncio.sleep(0.003)  # the last message arrives before the end of the channel
+        self._power_off(side)
+        self.handed.discard(side.name)
+
+    def _discountable(self, side: Side) -> None:
+        """Check that a fence does not follow from stopping a controller on purpose, nor from a
+        shutdown in order."""
+        c = side.controller
+        if side.other.name in self.handed:
+            raise Violation(f"{side.name} fences a host that has handed over to it")
         known = side.peer_stopped > self.ns() and side.other.controller is None
         if (
             known
@@ -898,7 +945,7 @@ class World:
             conntrack_map,
             offload_maps, lease_module, takeover, device_watch, colo_entry, guest_lifecycle,
             supervisor, heartbeats, pvm_output, replacement, shadow, switchover, mirrors, replica,
-            secondary_disks, secondary_entry, mirror_watch,
+            secondary_disks, secondary_entry, mirror_watch, handover,
         )  # fmt: skip
         disks, copies, files = mirrors.Mirrors, replica.Replica, overlays.OverlayFiles
         stood_in = {disks: ("probe", "look"), copies: ("_need_room",),
@@ -960,6 +1007,10 @@ class World:
             self._restart(p if "_p_" in f.kind else s, f.span)
         elif f.kind in ("stop_p_controller", "stop_s_controller"):
             self.spawn(self._stop(p if "_p_" in f.kind else s, f.span))
+        elif f.kind in ("shutdown_p", "shutdown_s"):
+            side = p if f.kind == "shutdown_p" else s
+            if not side.off and side.name not in self.handed:
+                self.spawn(self._shut_down(side))
         elif f.kind == "revoke":
             self.witness.revoke()
         elif f.kind == "trap":
