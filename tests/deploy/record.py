@@ -214,7 +214,7 @@ def controller_restart(rec: Recorder, lab: Lab) -> None:
 
 
 def standby_reboot(rec: Recorder, lab: Lab) -> None:
-    """The standby's host reboots for two minutes, after `colo-xdp demote` there"""
+    """The standby's host reboots for two minutes, and hands over before"""
     rec.mark("demoted")
     lab.ask("secondary", "demote", why="reboot")
     lab.wait_state("primary", "solo", 20)
@@ -222,7 +222,7 @@ def standby_reboot(rec: Recorder, lab: Lab) -> None:
 
 
 def standby_stopped(rec: Recorder, lab: Lab) -> None:
-    """The standby's host reboots for two minutes, without `colo-xdp demote` before"""
+    """The standby's host reboots for two minutes, and its controller was stopped before"""
     _away(rec, lab)
 
 
