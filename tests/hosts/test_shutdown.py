@@ -138,3 +138,17 @@ def test_a_guest_is_moved_that_a_command_has_left_running(pair: Pair, clients: C
     shut_down(pair, pair.a, "reboot", clients, "promoted", "colo-xdp-web1-incoming-")
     back(pair, pair.a, clients)
     assert pair.status(pair.b)["role"] == "primary"
+
+
+def test_so_does_rescue_mode(pair: Pair, clients: Clients) -> None:
+    """systemd ends the services and not the kernel: the next controller finds what is pinned."""
+    b, began = pair.b, time.time()
+    b.run("systemctl", "--no-block", "rescue")
+    s = pair.wait(pair.a, "a guest that is promoted", lambda s: s["state"] == "promoted", 30)
+    assert "host shuts down" in s["reason"]
+    clients.answered(50)
+    assert clients.gap_s(began - 1) < GAP_S
+    wait_for("rescue mode", lambda: not pair.status(b), 60)
+    b.run("systemctl", "--no-block", "default")
+    pair.wait_protected()
+    assert pair.status(pair.a)["role"] == "primary" and not pair.fences
