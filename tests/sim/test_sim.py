@@ -6,10 +6,13 @@ from __future__ import annotations
 import logging
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import pytest
+
+from colo_xdp.controller.handover import Handover
+from colo_xdp.controller.primary import Primary
 
 from .guest import Guest
 from .mutants import ABOUT, KERNEL_MUTANTS, MUTANTS, scenes
@@ -18,6 +21,7 @@ from .torture import _scene, failure, report, shrink, trace
 from .world import (
     Fault,
     Scene,
+    Violation,
     World,
     adaptive,
     disk_scene,
@@ -129,6 +133,34 @@ def test_hosts_that_shut_down_in_order() -> None:
             assert world.shutdowns == world.handovers == rounds, report(s, "not handed over")
             assert not world.given_up and not world.lost
     assert troubled > 40
+
+
+def only_asked_for(mp: pytest.MonkeyPatch) -> None:
+    """systemd ends QEMU as soon as the switchover is ordered, and not when it is done."""
+
+    async def switch_over(c: Primary, deadline: float, why: str) -> bool:
+        c.checkpoints.switchover.plan(why)
+        return True
+
+    mp.setattr(Primary, "switch_over", switch_over)
+
+
+def not_said(mp: pytest.MonkeyPatch) -> None:
+    """The copy is gone, and the primary learns of it when it needs it."""
+
+    async def hand_over(self: Handover, why: str) -> tuple[bool, str]:
+        return True, why
+
+    mp.setattr(Handover, "_hand_over", hand_over)
+
+
+@pytest.mark.parametrize("fault", [only_asked_for, not_said])
+def test_a_handover_that_is_none_is_noticed(fault: Callable[[pytest.MonkeyPatch], None]) -> None:
+    with pytest.MonkeyPatch.context() as mp:
+        fault(mp)
+        with pytest.raises(Violation, match="fences a host that has handed over"):
+            for seed in range(0, 40, 2):
+                World(adaptive(shutdown_scene(seed))).run()
 
 
 @pytest.mark.parametrize("block", range(2))

@@ -389,7 +389,7 @@ class World:
         self.sessions = 0
         self.stops = 0  # number of controllers stopped on purpose
         self.shutdowns = self.handovers = 0  # of hosts in order; of which the other one served then
-        self.handed: set[str] = set()  # hosts that have handed over and are going down
+        self.handed: set[str] = set()  # hosts that have handed over, until they boot
         self.deaf: set[str] = set()  # sides that receive no heartbeats
         self.loop = VirtualLoop()
         self.start = self.loop.now_ns
@@ -787,7 +787,6 @@ class World:
             await c.stop("stopped by a signal")
             await asyncio.sleep(0.003)  # the last message arrives before the end of the channel
         self._power_off(side)
-        self.handed.discard(side.name)
 
     def _discountable(self, side: Side) -> None:
         """Check that a fence does not follow from stopping a controller on purpose, nor from a
@@ -830,6 +829,7 @@ class World:
             self.later(self.rnd.uniform(0.5, 60), lambda: self.boot(side, turned=True))
             return
         self.note("%s controller starts", side.name)
+        self.handed.discard(side.name)
         side.dp = SimDataPath(side)
         kind = primary.Primary if side.primary else secondary.Secondary
         c = kind(config("primary" if side.name == "P" else "secondary", self.scene), side.dp)  # type: ignore[arg-type]
