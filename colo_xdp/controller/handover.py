@@ -26,7 +26,8 @@ log = logging.getLogger("colo_xdp")
 
 #: for a pair that is about to be protected: a checkpoint after a restart of a controller
 PROTECT_S = 10.0
-#: for the primary to say that it serves alone; it does so in any case
+#: for the primary to say that it serves alone. Its controller may be restarting, or hear of it by
+#: heartbeat datagrams only
 CONFIRM_S = 3.0
 WHOLE = (State.PROTECTED, State.CHECKPOINTING)
 WITHOUT_COPY = (State.SOLO.value, State.STARTING.value, State.STOPPED.value)
@@ -74,16 +75,16 @@ class Handover:
             return {"steps": steps, "done": False, "state": c.state.value}
         why = f"the {c.role.value}'s host shuts down" if args.get("shutdown") else ""
         # before this guest is over, which is when another one is looked for
-        c.replacement.off, done = True, False
+        c.replacement.off = True
         try:
             done, reason = await self._hand_over(why or "asked by the operator")
         except ValueError as e:
             log.error("no handover: %s", e)
             raise
         finally:
-            c.replacement.off = done
+            c.replacement.off = c.state is State.STOPPED
         if not done:
-            log.error("no handover: it did not end in time: %s: %s", c.state.value, reason)
+            log.error("no handover: not in time: %s: %s", c.state.value, reason)
         return {"steps": steps, "done": done, "state": c.state.value, "reason": reason}
 
     def _steps(self) -> list[str]:
@@ -107,10 +108,10 @@ class Handover:
             raise ValueError(f"the guest here serves alone, and has no copy: {c.reason}")
         reason = (await self._demote({"why": why}))["reason"]
         end = time.monotonic() + CONFIRM_S
-        while c.peer.connected and c.view.peer.state not in WITHOUT_COPY:
+        while not (c.peer.connected and c.view.peer.state in WITHOUT_COPY):
             if time.monotonic() > end:
-                log.warning("the primary is %s, and not alone yet", c.view.peer.state)
-                break
+                said = c.view.peer.state if c.peer.connected else "not connected"
+                return False, f"{reason}; the primary is {said}, and may not know it"
             await asyncio.sleep(TICK_S)
         return True, str(reason)
 

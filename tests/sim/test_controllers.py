@@ -110,6 +110,16 @@ def stopped_scene(seed: int) -> Scene:
     return replace(control_scene(seed * 3), faults=tuple(faults))
 
 
+def shutdown_scene(seed: int) -> Scene:
+    """Shut a host down in order, in every fourth scene while something else happens."""
+    rnd = random.Random(seed * 141_650_939 + 11)
+    faults = [Fault(rnd.randrange(2500, 2800), rnd.choice(("shutdown_pvm", "shutdown_svm")))]
+    if seed % 4 == 3:
+        kind = rnd.choice(("shutdown_p", "shutdown_s", "cut", *KINDS))
+        faults.append(Fault(max(0, faults[0].at + rnd.randrange(-200, 200)), kind, 300))
+    return replace(control_scene(seed), faults=tuple(sorted(faults, key=lambda f: f.at)))
+
+
 class Gates(World):
     """A pair without any clients."""
 
@@ -324,6 +334,14 @@ def test_a_controller_that_is_stopped_gets_nobody_fenced() -> None:
         stops += world.stops
         assert not world.p.off and not world.s.off and world.whole(), story(world.scene)
     assert stops >= 40
+
+
+def test_a_host_that_shuts_down_is_not_fenced_whatever_the_arbiter() -> None:
+    shutdowns = handovers = 0
+    for world in worlds(shutdown_scene, range(90)):
+        shutdowns += world.shutdowns
+        handovers += world.handovers
+    assert handovers > 70 and shutdowns - handovers < 15, (shutdowns, handovers)
 
 
 def test_never_a_state_that_was_old_when_the_other_one_died() -> None:

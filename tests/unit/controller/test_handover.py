@@ -136,7 +136,8 @@ def test_a_primary_that_says_nothing_does_not_stop_the_shutdown(
         c, dp, _ = secondary()
         c.state, c.peer.connected, c.view.peer.state = State.PROTECTED, connected, "degraded"
         r = await asyncio.wait_for(c.commands.run("handover", SHUTDOWN), 5)
-        assert r["done"] and dp.mode is Mode.DROP
+        assert not r["done"] and "may not know it" in r["reason"]
+        assert dp.mode is Mode.DROP and c.replacement.off
 
     in_loop(body)
 
