@@ -171,8 +171,9 @@ class OperatorCommands:
         if handler is None:
             raise ValueError(f"unknown command {name!r}")
         if name in CHANGES and not args.get("dry_run") and (name != Command.MODE or args):
+            kind = Kind.SHUTDOWN if args.get("shutdown") else Kind.OPERATOR
             said = [str(v)[:200] if v is not True else k for k, v in args.items() if v]
-            self._c.story.tell(Kind.OPERATOR, " ".join([name, *said]))
+            self._c.story.tell(kind, " ".join([name, *said]))
         return await handler(args)
 
     async def _reload(self, args: dict[str, Any]) -> dict[str, Any]:

@@ -30,6 +30,7 @@ class Kind(StrEnum):
     PEER = "peer"  # the control channel is up or down
     DATA_PATH = "data_path"  # a device or program is missing, or is back
     OPERATOR = "operator"  # a command that changes something
+    SHUTDOWN = "shutdown"  # the host shuts down
     ROLE = "role"  # the next controller of this host has the other role
 
 

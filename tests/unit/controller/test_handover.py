@@ -12,6 +12,7 @@ import pytest
 from colo_xdp.abi import Mode
 from colo_xdp.controller import handover
 from colo_xdp.controller.primary import Primary
+from colo_xdp.controller.story import Kind
 from colo_xdp.failover.states import State
 from tests.unit.controller.fakes import in_loop, primary, secondary
 
@@ -111,6 +112,8 @@ def test_the_secondarys_copy_is_demoted_and_the_primary_is_heard() -> None:
     async def body() -> None:
         c, dp, sent = secondary()
         c.state, c.peer.connected, c.view.peer.state = State.PROTECTED, True, "protected"
+        events: list[str] = []
+        c.story.keep = lambda e: events.append(e["kind"])
         leaving = asyncio.ensure_future(c.commands.run("handover", SHUTDOWN))
         while c.state is not State.STOPPED:
             await asyncio.sleep(0)
@@ -122,6 +125,7 @@ def test_the_secondarys_copy_is_demoted_and_the_primary_is_heard() -> None:
         c.outdated("the PVM has run standalone")  # as its next heartbeat says
         r = await leaving
         assert r["done"] and "host shuts down" in r["reason"] and c.replacement.off
+        assert events[:2] == [Kind.SHUTDOWN, Kind.STATE]
 
     in_loop(body)
 
