@@ -7,6 +7,7 @@ previous one has left, a protected pair; so the guest runs in each of the units 
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -75,6 +76,9 @@ def shut_down(p: Pair, h: Host, how: str, clients: Clients, state: str, unit: st
     other = p.b if h is p.a else p.a
     (qemu,) = h.pids(QEMU)
     assert h.unit_of(qemu).startswith(unit)
+    said = h.run("colo-xdp", "doctor", "--json", "/etc/colo-xdp/web1.toml", check=False)
+    found = [c for c in json.loads(said)["checks"] if c["key"] == "unit"]
+    assert found and all(c["level"] == "ok" for c in found), found
     began = time.time()
     h.shut_down(how)
     s = p.wait(other, f"a guest that is {state}", lambda s: s["state"] == state, 5)
