@@ -26,9 +26,9 @@ log = logging.getLogger("colo_xdp")
 
 #: for a pair that is about to be protected: a checkpoint after a restart of a controller
 PROTECT_S = 10.0
-#: for the primary to say that it serves alone. Its controller may be restarting, or hear of it by
-#: heartbeat datagrams only
-CONFIRM_S = 3.0
+#: for the other controller, which may be restarting, or cut off: to connect, to say that it serves
+#: alone, or to hear of it by heartbeat datagrams
+ANSWER_S = 3.0
 WHOLE = (State.PROTECTED, State.CHECKPOINTING)
 WITHOUT_COPY = (State.SOLO.value, State.STARTING.value, State.STOPPED.value)
 
@@ -107,7 +107,7 @@ class Handover:
         if c.state is State.PROMOTED:
             raise ValueError(f"the guest here serves alone, and has no copy: {c.reason}")
         reason = (await self._demote({"why": why}))["reason"]
-        end = time.monotonic() + CONFIRM_S
+        end = time.monotonic() + ANSWER_S
         while not (c.peer.connected and c.view.peer.state in WITHOUT_COPY):
             if time.monotonic() > end:
                 said = c.view.peer.state if c.peer.connected else "not connected"
@@ -117,8 +117,8 @@ class Handover:
 
     async def _until_whole(self) -> None:
         """Wait for a pair that is about to be protected (again): a controller was restarted."""
-        c, end = self._c, time.monotonic() + PROTECT_S
-        while c.state in (State.STARTING, State.DEGRADED) and c.peer.connected:
-            if time.monotonic() > end:
+        c, began = self._c, time.monotonic()
+        while c.state in (State.STARTING, State.DEGRADED):
+            if time.monotonic() - began > (PROTECT_S if c.peer.connected else ANSWER_S):
                 return
             await asyncio.sleep(TICK_S)

@@ -72,14 +72,15 @@ def test_a_handover_that_fails_changes_nothing(
 
 
 @pytest.mark.parametrize("state", [State.SOLO, State.DEGRADED])
+@pytest.mark.parametrize("connected", [False, True])
 def test_a_guest_without_a_copy_is_not_silenced(
-    state: State, monkeypatch: pytest.MonkeyPatch
+    state: State, connected: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(handover, "PROTECT_S", 0.05)
+    monkeypatch.setattr(handover, "PROTECT_S" if connected else "ANSWER_S", 0.05)
 
     async def body() -> None:
         c, dp, sent = primary(Mode.BYPASS)
-        c.state, c.peer.connected = state, True
+        c.state, c.peer.connected = state, connected
         with pytest.raises(ValueError, match=f"no switchover from state {state.value}"):
             await c.commands.run("handover", SHUTDOWN)
         assert dp.mode is Mode.BYPASS and not sent
@@ -92,12 +93,13 @@ def test_a_guest_without_a_copy_is_not_silenced(
     assert sdp.mode is Mode.TAKEOVER and not ssent and not s.replacement.off
 
 
-def test_a_pair_that_is_about_to_be_protected_is_waited_for() -> None:
+@pytest.mark.parametrize("connected", [False, True])
+def test_a_pair_that_is_about_to_be_protected_is_waited_for(connected: bool) -> None:
     """Such as after an upgrade, which restarts the controller and is followed by a reboot."""
 
     async def body() -> None:
         c, _, _ = primary()
-        c.state, c.peer.connected = State.DEGRADED, True
+        c.state, c.peer.connected = State.DEGRADED, connected
         asked = switched(c, True)
         leaving = asyncio.ensure_future(c.commands.run("handover", SHUTDOWN))
         await asyncio.sleep(0.02)
@@ -134,7 +136,7 @@ def test_the_secondarys_copy_is_demoted_and_the_primary_is_heard() -> None:
 def test_a_primary_that_says_nothing_does_not_stop_the_shutdown(
     connected: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(handover, "CONFIRM_S", 0.05)
+    monkeypatch.setattr(handover, "ANSWER_S", 0.05)
 
     async def body() -> None:
         c, dp, _ = secondary()
