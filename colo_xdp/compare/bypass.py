@@ -39,7 +39,7 @@ class BypassedFlow:
     def pvm(self, rec: Frame, p: Packet, now_ns: int) -> None:
         """Release a frame of the PVM."""
         self.outbox.uncompared(self.verdict)
-        self.outbox.release(rec)
+        self.outbox.release(rec, False)
 
     def svm(self, p: Packet, now_ns: int) -> None:
         """Drop a frame of the SVM."""
@@ -147,7 +147,7 @@ class MonitorOutbox:
     def __init__(self, outbox: Reporter, flow: MonitoredFlow) -> None:
         self._outbox, self._flow = outbox, flow
 
-    def release(self, rec: Frame) -> None:
+    def release(self, rec: Frame, agreed: bool = True) -> None:
         """Do nothing: the frame left long ago."""
 
     def request(self, cause: Cause, flow: Requester, evidence: Evidence = NO_EVIDENCE) -> None:

@@ -71,8 +71,8 @@ class Partial(Flow, Protocol):
 class Outbox(Protocol):
     """Receives a flow's decisions. Nothing is returned to the flow."""
 
-    def release(self, rec: Frame) -> None:
-        """Release the frame now."""
+    def release(self, rec: Frame, agreed: bool = True) -> None:
+        """Release the frame now. agreed: because the SVM has sent the same."""
         ...
 
     def request(self, cause: Cause, flow: Requester, evidence: Evidence = NO_EVIDENCE) -> None:

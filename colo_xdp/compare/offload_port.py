@@ -74,7 +74,7 @@ class Backpressure:
         self.frames: list[Frame] = []
         self.size = 0  # bytes
 
-    def release(self, rec: Frame) -> None:
+    def release(self, rec: Frame, agreed: bool = True) -> None:
         """Keep one more frame, the last to leave."""
         self.frames.append(rec)
         self.size += len(rec.frame)

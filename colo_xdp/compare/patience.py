@@ -14,13 +14,13 @@ frame acks has not decided otherwise (its kernel acks, not an application): it d
 not got the client's frame. That is worth `stalled_ns`.
 
 The lag is the second longest of the longest waits of the last WINDOWS windows of WINDOW_NS in which
-anything was released: one outlier does not count, and many frames that hardly wait (a download) do
-not hide a few that do. A wait counts if its counterpart has ended it, also one that came while a
-checkpoint was already requested; a wait that a checkpoint ended says nothing about the SVM, nor
-does one that only `stalled_ns` allowed (a client's frame that was lost to the SVM comes again after
-a second). So
-patience could stay too short for ever where the SVM always needs a little longer: after EXPLORE - 1
-checkpoints for waiting output, the next wait may be LONGER times as long.
+anything left that the SVM has sent, too (not by a checkpoint, or a rule): one outlier does not
+count, and many frames that hardly wait (a download) do not hide a few that do. A wait counts if its
+counterpart has ended it, also one that came while a checkpoint was already requested; a wait that a
+checkpoint ended says nothing about the SVM, nor does one that only `stalled_ns` allowed (a client's
+frame that was lost to the SVM comes again after a second). So patience could stay too short for
+ever where the SVM always needs a little longer: after EXPLORE - 1 checkpoints for waiting output,
+the next wait may be LONGER times as long.
 
 A frame that waits costs a call of answered(), a window a sort of WINDOWS numbers.
 
@@ -201,7 +201,7 @@ class Patience:
         return now_ns >= self._next_ns
 
     def end_window(self, now_ns: int) -> None:
-        """End a window. One in which nothing was released does not count."""
+        """End a window. One in which nothing was released that both have sent does not count."""
         self._next_ns = now_ns + WINDOW_NS
         was = self.lasting
         self._look_whether_it_lasts(now_ns)

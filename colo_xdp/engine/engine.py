@@ -203,7 +203,7 @@ class Engine:
         """Handle a frame without a flow: the pair is lost, or the table is full."""
         if self._solo:
             self._counters["released_solo"] += 1
-            self._outbox.release(rec)
+            self._outbox.release(rec, False)
         # otherwise dropped and counted by _room(): like loss on the network
 
     def _enqueue(self, rec: Frame, p: Packet) -> None:
@@ -342,12 +342,12 @@ class Engine:
         # connection
         if p.kind is _TCP and (st := self._flows.of(p, must=False)) is not None:
             st.commit(p)
-            self._outbox.release(rec)
+            self._outbox.release(rec, False)
             st.release_ready(self._clock.now)  # it may have been what the next one waited for
             return
         if p.kind is _FRAGMENT:
             self._fragments.commit(p, self._clock.now)
-        self._outbox.release(rec)
+        self._outbox.release(rec, False)
 
     def commit_checkpoint(self, stop_ts_ns: int, epoch: int, now_ns: int) -> None:
         """Commit a checkpoint that is complete on the SVM, which continues under `epoch`.
@@ -445,7 +445,7 @@ class Engine:
         self._forget(self.epoch + 1)
         self._queue.forget_svm()
         for rec, _, _ in queue:
-            self._outbox.release(rec)
+            self._outbox.release(rec, False)
         return len(queue)
 
     def _forget(self, epoch: int) -> None:

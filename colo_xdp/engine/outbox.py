@@ -52,11 +52,14 @@ class EngineOutbox:
 
     # -- for the flows
 
-    def release(self, rec: Frame) -> None:
-        """Release a frame, unless it has left already."""
+    def release(self, rec: Frame, agreed: bool = True) -> None:
+        """Release a frame, unless it has left already.
+
+        agreed: the SVM has sent the same, which says something about its lag.
+        """
         self._on_wait(self._clock.now - rec.ts_ns)
-        if not self._patience.longest_ns:
-            self._patience.longest_ns = 1  # something was released in this window
+        if agreed and not self._patience.longest_ns:
+            self._patience.longest_ns = 1  # a counterpart that did not wait
         if rec.sent:
             return
         if not rec.parts:

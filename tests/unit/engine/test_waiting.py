@@ -9,6 +9,7 @@ import pytest
 
 from colo_xdp.compare.limits import NEVER
 from colo_xdp.compare.patience import LASTING, QUIET_NS, WINDOWS, Patience
+from colo_xdp.compare.policy import Rule
 from colo_xdp.engine.engine import Engine, Frame, Limits, Policy
 from colo_xdp.net.flow_key import FlowKey
 from colo_xdp.net.packet import parse
@@ -433,6 +434,31 @@ def test_only_waits_that_a_counterpart_has_ended_count() -> None:
     w.s(f.tcp(8, 50, b"ee"))
     assert len(w.out) == 6
     assert w.patience.longest_ns == 3 * MS + 1
+
+
+def test_what_checkpoints_release_says_nothing_about_the_svms_lag() -> None:
+    """A peer link that delivers nothing is bridged by checkpoints, all of which release output."""
+    w = Pair()
+    for _ in range(WINDOWS):
+        w.patience.waited(100 * MS)
+        w.patience.end_window(w.now)
+    before = w.patience.ns
+    for i in range(2 * WINDOWS):
+        w.p(f.tcp(2 * i, 1, b"aa"))
+        assert w.until_asked() > 200
+        w.now += 20 * MS
+        w.checkpoint()
+        w.patience.end_window(w.now)
+    assert len(w.out) == 2 * WINDOWS and w.patience.ns == before
+
+
+def test_what_a_rule_lets_pass_says_nothing_about_the_svms_lag() -> None:
+    w = Pair()
+    w.e.set_policy(Policy(rules=(Rule(name="dns", protocol="udp", action="pass"),)))
+    w.checkpoint()
+    w.patience.longest_ns = 0
+    w.p(f.udp(b"a"))
+    assert len(w.out) == 1 and not w.patience.longest_ns
 
 
 @pytest.mark.parametrize(
