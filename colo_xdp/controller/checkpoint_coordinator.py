@@ -524,14 +524,16 @@ class CheckpointCoordinator:
     ) -> None:
         d = want.why
         differed = min(ck.began_ns, d.since_ns) if d else ck.began_ns
+        before = self.ended_ns
+        followed = self._c.output.followed_ns(before, differed) if before else 0
         self._c.journal.checkpoint(
             JournalEntry(
                 time.time(), want.cause, want.detail,
                 d.proto if d else "", d.port if d else 0, d.rule if d else "",
                 max(0, ck.resume_ns - ck.stop_ns) / 1e6, (time.monotonic_ns() - ck.began_ns) / 1e6,
                 *held, failed, d is not None and d.cause not in LOSSES,
-                max(0, differed - self.ended_ns) / 1e6 if self.ended_ns else 0.0,
-                (ck.began_ns - differed) / 1e6,
+                max(0, differed - before) / 1e6 if before else 0.0,
+                (ck.began_ns - differed) / 1e6, max(0, followed - before) / 1e6,
             )
         )  # fmt: skip
 

@@ -222,6 +222,10 @@ class PvmOutput:
         for nic in self.nics:
             nic.engine.set_shadow(on, now_ns)
 
+    def followed_ns(self, after_ns: int, until_ns: int) -> int:
+        """Return when the SVM had sent what it has sent of the output of that time; 0: unknown."""
+        return max(nic.engine.followed_ns(after_ns, until_ns) for nic in self.nics)
+
     def set_policy(self, config: Config) -> None:
         """Take over changed rules."""
         for nic in self.nics:

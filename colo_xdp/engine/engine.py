@@ -10,7 +10,7 @@ All times are CLOCK_MONOTONIC ns.
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable
 from functools import partial
 
@@ -46,6 +46,8 @@ _TCP, _FRAGMENT = Kind.TCP, Kind.FRAGMENT
 _TAG = 0xFFF
 #: how many epochs ahead the next one may be (a failed checkpoint uses up a number)
 _NEXT_EPOCHS = 16
+#: frames of which shadow mode knows when the SVM had sent them; 64 bytes each
+MAX_MATCHES = 4096
 
 
 class Engine:
@@ -178,12 +180,23 @@ class Engine:
         """
         self._clock.now, self.shadow = now_ns, on
         self.fast.enabled = not on and self._offload_wanted
+        self._outbox.matches = deque(maxlen=MAX_MATCHES) if on else None
         if on:
             self._scheduler.end_all_backpressure()
             self._watch.reclaim_all()
             held = [h for flow in self._timers.flows() for h in flow.held]
             for rec, _, _ in sorted([*held, *self._queue.held], key=lambda h: h[2]):
                 self._outbox.release_ahead(rec)
+
+    def followed_ns(self, after_ns: int, until_ns: int) -> int:
+        """Return when the SVM had sent what both have sent of the PVM's output of that time.
+
+        0: nothing, or it is not known (only shadow mode keeps it, of the latest frames).
+        """
+        matches = self._outbox.matches
+        if not matches or (len(matches) == MAX_MATCHES and matches[0][0] > after_ns):
+            return 0
+        return max((came for sent, came in matches if after_ns < sent <= until_ns), default=0)
 
     def _feed(self, rec: Frame, p: Packet) -> None:
         if p.kind is _FRAGMENT:

@@ -57,6 +57,8 @@ class JournalEntry:
     differed: bool = False  # it was requested because the guests did
     agreed_ms: float = 0.0  # from the checkpoint before to the frame that differed, or to this one
     waited_ms: float = 0.0  # from that frame to the beginning of this one
+    #: in shadow mode: from the checkpoint before until the SVM, too, had sent what they agreed on
+    followed_ms: float = 0.0
 
     def to_json(self) -> dict[str, Any]:
         """Return the entry as the control socket sends it."""

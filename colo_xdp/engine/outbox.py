@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -48,6 +48,9 @@ class EngineOutbox:
         #: the flow that did, if it was because something had waited
         self.asked_for: Requester | str | None = None
         self.may_ask = True  # no checkpoint is under way, and there are two guests
+        #: in shadow mode, the latest frames that both guests have sent: when the PVM's was
+        #: captured, and when the SVM's had come
+        self.matches: deque[tuple[int, int]] | None = None
         self._parts: dict[Partial, None] = {}  # a verified part of their head may leave
 
     # -- for the flows
@@ -58,6 +61,8 @@ class EngineOutbox:
         agreed: the SVM has sent the same, which says something about its lag.
         """
         self._on_wait(self._clock.now - rec.ts_ns)
+        if agreed and self.matches is not None:
+            self.matches.append((rec.ts_ns, self._clock.now))
         if agreed and not self._patience.longest_ns:
             self._patience.longest_ns = 1  # a counterpart that did not wait
         if rec.sent:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from typing import Any
 from colo_xdp.compare.causes import WAITS
 from colo_xdp.lab.net import LabError, wait_for
 from colo_xdp.lab.pair import Lab
+from colo_xdp.tools import price
 
 from .. import waits
 from ..arms import TAG, Events, QemuLab, prove
@@ -39,6 +41,8 @@ class Seen:
     waited: int = 0  # checkpoints because something had waited
     needless: int = 0  # of these, whose counterpart was on its way
     released: int = 0
+    #: in shadow mode: the rate that `explain` predicts for a protected pair
+    predicted: float | None = None
 
 
 @dataclass
@@ -58,11 +62,12 @@ class _Count:
     def __init__(self, lab: Lab, arm: str, events: Events | None) -> None:
         self._lab, self._arm, self._events = lab, arm, events
         self._before: dict[str, Any] = {}
-        self._stops = 0
+        self._stops, self._at = 0, 0.0
         self.begin()
 
     def begin(self) -> None:
         """Count from here."""
+        self._at = time.time()
         if self._arm in (SHADOW, *COMPARING):
             self._before = self._lab.status("primary")
         self._stops = self._events.stops if self._events else 0
@@ -80,9 +85,16 @@ class _Count:
             if made:
                 seen.checkpoints[cause] = made
                 seen.waited += made * (cause in WAITS)
+        if self._arm == SHADOW:
+            seen.predicted = self._prediction(outcome)
         seen.needless = after["patience"]["needless"] - before["patience"]["needless"]
         seen.released = waits.released(after) - waits.released(before)
         return seen
+
+    def _prediction(self, outcome: Outcome) -> float | None:
+        doc = self._lab.ask("primary", "explain")
+        found = price.estimate([e for e in doc["entries"] if e["at"] >= self._at], doc["now"])
+        return outcome.rate * found.left if found else None
 
 
 class _Qemu(QemuLab):

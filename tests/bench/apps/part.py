@@ -28,7 +28,7 @@ LIVES = 5
 #: of a workload's usual length, with --quick
 QUICK = 0.5
 AGREE, CONTENDED, FAR_AHEAD, LOGIN = 0.7, 0.6, 20.0, 2.0
-CONTENDED_P99_MS, NEEDLESS = 1000.0, 1e-3
+CONTENDED_P99_MS, NEEDLESS, PREDICTED = 1000.0, 1e-3, 2.0
 LATENESS_US = ((0.5, 50.0), (0.99, 1000.0))
 FAILURES = (LabError, DiskError, QmpError, NotRunning, LoadError, OSError, ValueError)
 
@@ -117,6 +117,10 @@ def _add_workload(part: Part, found: Lives, w: Workload) -> None:
         values = _spreads(found, w.key, count)
         if any(v.high for v in values.values()):
             part.add(f"{w.title}: {name}", "count", values)
+    told = [s.predicted for s in of(found, SHADOW, w.key) if s.predicted]
+    if told:
+        part.add(f"{w.title}: what explain predicts for ours", w.unit,
+                 {SHADOW: Spread.of(x * w.per_operation for x in told)})  # fmt: skip
     causes = {c for arm in COMPARING for s in of(found, arm, w.key) for c in s.checkpoints}
     for cause in sorted(causes):
         values = _spreads(found, w.key, lambda s, c=cause: s.checkpoints[c], COMPARING)  # type: ignore[misc]
@@ -133,6 +137,16 @@ def to(found: Lives, workload: str, base: str, arm: str = OURS) -> float | None:
     """Return how fast an arm is to another one; None if one of them has no figure."""
     mine, other = rate(found, arm, workload), rate(found, base, workload)
     return mine / other if mine is not None and other else None
+
+
+def off_by(found: Lives, workload: str) -> float | None:
+    """Return the factor between what shadow mode predicts and what protection then costs."""
+    told = [s.predicted for s in of(found, SHADOW, workload) if s.predicted]
+    paid = rate(found, OURS, workload)
+    if not told or not paid:
+        return None
+    ratio = Spread.of(told).median / paid
+    return max(ratio, 1 / ratio)
 
 
 def needless(found: Lives, arm: str = OURS) -> float | None:
@@ -161,6 +175,10 @@ def add_goals(part: Part, found: Lives) -> None:
     part.goal(
         "applications, ours to QEMU's proxy: one hot row, 4 clients, far ahead",
         to(found, "tpcb-4", QEMU), FAR_AHEAD,
+    )  # fmt: skip
+    part.goal(
+        "applications, what explain predicts in shadow mode for one hot row, 4 clients: off by "
+        "a factor of", off_by(found, "tpcb-4"), PREDICTED, at_least=False,
     )  # fmt: skip
     login = to(found, "login", SHADOW)
     part.goal(

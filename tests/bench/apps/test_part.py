@@ -71,6 +71,24 @@ def test_goals() -> None:
     assert not goals(found)["ours: needless checkpoints per released frame"].met
 
 
+@pytest.mark.parametrize(
+    "predicted, factor, met",
+    [(8.0, 1, True), (15, 1.875, True), (20, 2.5, False), (3, 2.67, False)],
+)
+def test_what_shadow_mode_predicts_is_compared_with_the_price(
+    predicted: float, factor: float, met: bool
+) -> None:
+    found = lives()
+    for one in found[SHADOW]:
+        one.workloads["tpcb-4"].predicted = predicted
+    (goal,) = (g for name, g in goals(found).items() if name.startswith("what explain predicts"))
+    assert goal.value == pytest.approx(factor, rel=0.01) and goal.met == met
+    part = Part("apps", "title")
+    apps.add_rows(part, found)
+    (row,) = (r for r in part.rows if r.name.endswith("what explain predicts for ours"))
+    assert row.arms[SHADOW].median == predicted
+
+
 def test_what_was_not_measured_is_not_met() -> None:
     nothing: dict[str, list[Life]] = {arm: [] for arm in ARMS}
     part = Part("apps", "title")

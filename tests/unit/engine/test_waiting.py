@@ -10,7 +10,7 @@ import pytest
 from colo_xdp.compare.limits import NEVER
 from colo_xdp.compare.patience import LASTING, QUIET_NS, WINDOWS, Patience
 from colo_xdp.compare.policy import Rule
-from colo_xdp.engine.engine import Engine, Frame, Limits, Policy
+from colo_xdp.engine.engine import MAX_MATCHES, Engine, Frame, Limits, Policy
 from colo_xdp.net.flow_key import FlowKey
 from colo_xdp.net.packet import parse
 from colo_xdp.offload.kernel_format import ConnState, NoKernelPath, Overdue
@@ -500,3 +500,28 @@ def test_any_other_frame_proves_nothing(late: bytes) -> None:
     w.e.begin_checkpoint()
     w.s(late)
     assert not w.e.counters["checkpoints_needless"]
+
+
+def test_shadow_mode_keeps_when_the_svm_had_sent_what_both_have() -> None:
+    w = Pair()
+    w.both(f.tcp(0, 1, b"aa"))
+    assert w.e.followed_ns(0, w.now) == 0, "not in shadow mode"
+    w.e.set_shadow(True, w.now)
+    began = w.now
+    first, second = w.p(f.tcp(2, 1, b"bb")), w.p(f.tcp(4, 1, b"cc"))
+    w.p(f.tcp(6, 1, b"dd"))  # the SVM never sends it
+    assert len(w.out) == 4 and w.e.followed_ns(began, w.now) == 0
+    w.now += 50 * MS
+    w.s(f.tcp(2, 1, b"bb"))
+    then = w.now
+    assert w.e.followed_ns(began, w.now) == then
+    w.now += 50 * MS
+    w.s(f.tcp(4, 1, b"cc"))
+    assert w.e.followed_ns(began, first.ts_ns) == then
+    assert w.e.followed_ns(began, second.ts_ns) == w.now
+    assert w.e.followed_ns(second.ts_ns, w.now) == 0
+    for i in range(MAX_MATCHES):
+        w.both(other(2 * i, b"xx"))
+    assert w.e.followed_ns(began, first.ts_ns) == 0, "forgotten, and so not known"
+    w.e.set_shadow(False, w.now)
+    assert w.e.followed_ns(began, w.now) == 0

@@ -20,7 +20,7 @@ def entry(
 ) -> dict[str, Any]:
     return {
         "cause": cause.value, "agreed_ms": agreed, "waited_ms": waited, "total_ms": total,
-        "failed": "", "differed": True, **more,
+        "failed": "", "differed": True, "followed_ms": 0.0, **more,
     }  # fmt: skip
 
 
@@ -32,7 +32,7 @@ def test_guests_that_never_differed_have_no_price() -> None:
 
 def test_work_that_waits_gets_what_agreement_leaves() -> None:
     price = estimate([entry(100.0, 30.0, 70.0), entry(300.0, 10.0, 30.0)], NOW)
-    assert price == Price(2, 200.0, 20.0, 50.0, 25)
+    assert price == Price(2, 200.0, 200.0, 20.0, 50.0, 25)
     assert price.left == pytest.approx(200 / 270)
     text = "\n".join(lines([entry(100.0, 30.0, 70.0)], NOW))
     assert "costs 30 ms until it is noticed" in text and "36%" in text and "a guess" in text
@@ -49,9 +49,9 @@ def test_agreement_that_something_else_has_ended_counts() -> None:
 
 
 def test_the_governor_bounds_what_checkpoints_take() -> None:
-    price = Price(20, 10.0, 0.0, 50.0, 25)
+    price = Price(20, 10.0, 10.0, 0.0, 50.0, 25)
     assert price.left == pytest.approx(10 / 200)
-    assert Price(20, 10.0, 0.0, 50.0, 100).left == pytest.approx(10 / 60)
+    assert Price(20, 10.0, 10.0, 0.0, 50.0, 100).left == pytest.approx(10 / 60)
 
 
 def test_in_shadow_mode_waits_are_those_that_protection_would_have() -> None:
@@ -61,9 +61,25 @@ def test_in_shadow_mode_waits_are_those_that_protection_would_have() -> None:
     assert price is not None and price.noticed_ms == 15.0 + LOOK_MS
     rare = estimate([entry(5000.0, 700.0, 50.0, Cause.COMPARE_TIMEOUT)] * 12, now)
     assert rare is not None and rare.noticed_ms == 300.0 + LOOK_MS
+    varied = [entry(100.0, 700.0, 10.0 * i, Cause.COMPARE_TIMEOUT) for i in range(1, 13)]
+    cheap = estimate(varied, now)
+    assert cheap is not None and cheap.checkpoint_ms == 40.0
     certain = estimate([entry(100.0, 2.0, 50.0, Cause.PAYLOAD_DIFFERS)] * 12, now)
     assert certain is not None and certain.noticed_ms == 2.0
     assert "would cost" in "\n".join(lines(often, now))
+
+
+def test_a_slower_svm_would_be_waited_for() -> None:
+    now = NOW | {"shadow": True}
+    entries = [
+        entry(100.0, 700.0, 50.0, Cause.COMPARE_TIMEOUT, followed_ms=250.0),
+        entry(100.0, 700.0, 50.0, Cause.COMPARE_TIMEOUT, followed_ms=90.0),  # not even all of it
+    ]
+    price = estimate(entries * 6, now)
+    assert price is not None and (price.agreed_ms, price.followed_ms) == (100.0, 175.0)
+    assert price.left == pytest.approx(100 / (175 + 15 + LOOK_MS + 50))
+    assert "the SVM took 175 ms for what they agreed on" in "\n".join(lines(entries, now))
+    assert "the SVM took" not in "\n".join(lines([entry(100.0, 30.0, 70.0)], NOW))
 
 
 def test_shadow_mode_predicts_what_protection_costs_although_it_sees_fewer_differences() -> None:
