@@ -158,7 +158,8 @@ def run(source: Source, *, nice: int = 0) -> Image:
     package = str(Path(__file__).resolve().parents[2])
     path = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))
     with subprocess.Popen(
-        [sys.executable, "-m", __name__],
+        # -P: not what lies in the directory in which somebody runs `colo-xdp compile`
+        [sys.executable, "-P", "-m", __name__],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         env=user_command.environment() | {"PYTHONPATH": path},
     ) as child:  # fmt: skip

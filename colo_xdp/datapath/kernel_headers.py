@@ -9,12 +9,18 @@ a merged view made of links is built in a cache directory; nothing outside of it
 
 from __future__ import annotations
 
+import atexit
+import logging
 import os
 import re
+import shutil
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 from .cache_dir import cache_dir
+
+log = logging.getLogger("colo_xdp.datapath.kernel_headers")
 
 MODULES = Path("/lib/modules")
 SOURCES = Path("/usr/src")
@@ -85,6 +91,26 @@ def _merge(flavour: Path, common: Path, cache: Path) -> Path:
     return out
 
 
+def _view() -> Path:
+    """Return the directory for merged views: the cache's, or one of this process.
+
+    Who can write there decides from what the programs in the kernel are compiled, so a cache that
+    others may write is not used, as in datapath/cache.py.
+    """
+    where = cache_dir() / "headers"
+    try:
+        for path in (where.parent, where):
+            path.mkdir(mode=0o755, parents=True, exist_ok=True)
+            st = path.lstat()
+            if st.st_uid not in (0, os.geteuid()) or st.st_mode & 0o022 or not path.is_dir():
+                raise PermissionError(f"{path}: others may have written there")
+    except OSError as e:
+        log.warning("headers are merged elsewhere: %s", e)
+        where = Path(tempfile.mkdtemp(prefix="colo-xdp-headers-"))
+        atexit.register(shutil.rmtree, where, ignore_errors=True)
+    return where
+
+
 def find(cache: Path | None = None) -> Headers:
     """Return the headers to compile with.
 
@@ -107,6 +133,4 @@ def find(cache: Path | None = None) -> Headers:
     flavour, common = trees[0]
     if flavour == common:
         return Headers(str(flavour), str(flavour))
-    if cache is None:
-        cache = cache_dir() / "headers"
-    return Headers(str(_merge(flavour, common, cache)), f"{flavour} + {common}")
+    return Headers(str(_merge(flavour, common, cache or _view())), f"{flavour} + {common}")

@@ -262,16 +262,24 @@ def nic_pins(directory: str) -> list[str]:
 def make_pins(bpffs: str, pair: str, role: str, nic: int = 0) -> str:
     """Return the directory of a pair's pins, created if necessary.
 
-    Raises LoadError without a bpffs.
+    Raises LoadError without a bpffs, and where others may have pinned something: who can do that
+    may change what is compared, and where frames go.
     """
     if not syscall.is_bpffs(bpffs):
         try:
             syscall.mount_bpffs(bpffs)
         except OSError as e:
             raise LoadError(f"{bpffs} is not a BPF file system and cannot be mounted: {e}") from e
-    directory = pin_dir(bpffs, pair, role, nic)
-    os.makedirs(directory, exist_ok=True)
-    return directory
+    directory = Path(pin_dir(bpffs, pair, role, nic))
+    for path in (Path(bpffs) / "colo-xdp", Path(pin_dir(bpffs, pair, role)), directory):
+        path.mkdir(mode=0o700, exist_ok=True)
+        st = path.lstat()
+        if st.st_uid not in (0, os.geteuid()) or st.st_mode & 0o022 or not path.is_dir():
+            raise LoadError(
+                f"{path} belongs to user {st.st_uid} and has mode {st.st_mode & 0o7777:o}: others "
+                "may have pinned something there. Look at it, and remove it"
+            )
+    return str(directory)
 
 
 def check_pins(directory: str, options: Options) -> list[str]:

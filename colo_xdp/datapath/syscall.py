@@ -383,8 +383,11 @@ def is_bpffs(path: str) -> bool:
 
 
 def mount_bpffs(path: str) -> None:
-    """Mount a BPF file system on `path`."""
+    """Mount a BPF file system on `path`, for its owner only, as systemd does.
+
+    Without the mode anybody may make directories in it.
+    """
     os.makedirs(path, exist_ok=True)
-    if _libc.mount(b"bpf", path.encode(), b"bpf", 0, None):
+    if _libc.mount(b"bpf", path.encode(), b"bpf", 0, b"mode=0700"):
         e = ct.get_errno()
         raise OSError(e, f"mount bpf on {path}: {os.strerror(e)}")

@@ -190,7 +190,7 @@ def run(config: Config) -> int:
     run_dir = Path(config.datapath.run_dir)
     starts = Starts(run_dir / f"{config.pair}.starts")
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
+        run_dir.mkdir(mode=0o750, parents=True, exist_ok=True)  # as the unit makes it
         if service:
             starts.wait(Notifier())
         with claim(config):

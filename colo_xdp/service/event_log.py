@@ -112,6 +112,8 @@ class EventLog:
                 os.replace(self.path, old(self.path))
                 os.close(fd)
                 fd, size = os.open(self.path, flags, 0o640), 0
+            if not size:
+                os.fchmod(fd, 0o640)  # whatever the unit's UMask=: its group may read events
             if size and os.pread(fd, 1, size - 1) != b"\n":
                 line = b"\n" + line  # the writer died, or the disk was full, within a line
             done = os.write(fd, line)

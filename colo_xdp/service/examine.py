@@ -48,7 +48,7 @@ async def examine(config: Config) -> str:
     """Run doctor and return its report. The caller has the deadline. Raises ValueError, OSError."""
     if config.path is None:
         raise ValueError("this configuration came from no file")
-    argv = [sys.executable, "-c", _RUN, str(PACKAGE), "doctor", "--json", str(config.path)]
+    argv = [sys.executable, "-P", "-c", _RUN, str(PACKAGE), "doctor", "--json", str(config.path)]
     child = await asyncio.create_subprocess_exec(
         *user_command.examine(config.pair, argv, round(EXAMINE_S * 1000)),
         stdin=asyncio.subprocess.DEVNULL,

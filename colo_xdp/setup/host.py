@@ -99,6 +99,19 @@ def owned(path: Path, owner: str) -> Directory:
     return Directory(path, 0o700, (user.pw_uid, user.pw_gid))
 
 
+def others_write(path: Path) -> str:
+    """Return who besides this user (and root) may have put files there, or an empty string."""
+    try:
+        st = os.stat(path)
+    except FileNotFoundError:
+        return ""
+    except OSError as e:
+        raise InstallError(f"{path}: {e.strerror}") from e
+    if st.st_uid not in (0, os.geteuid()):
+        return f"user {st.st_uid}, to whom it belongs"
+    return f"others (mode {st.st_mode & 0o7777:o})" if st.st_mode & 0o022 else ""
+
+
 def program_trouble(root: Path, path: str) -> str:
     """Return why the program cannot be run, or an empty string."""
     there = below(root, path)

@@ -111,6 +111,11 @@ def write(a: Answers, where: Path, *, replace_old: bool = False) -> Iterator[str
                 f"{' and '.join(there)}: there already; --replace keeps them as FILE.~1~, ~2~ ..."
             )
         keys = where / f"{a.pair}-pki"
+        if who := host.others_write(keys):
+            raise InstallError(
+                f"{keys} may have been filled by {who}, who would know the keys of this pair: "
+                "use another directory (--bundle), or remove it"
+            )
         for left in where.glob(f".{keys.name}.*"):  # of one that was killed
             shutil.rmtree(left, ignore_errors=True)
         certificates = _certificates(keys, a)

@@ -239,15 +239,29 @@ def install(
     return done
 
 
+def _make(name: str, mode: int, owner: tuple[int, int] | None) -> None:
+    """Make a directory, whatever the umask is, and give it away.
+
+    Its parent may belong to that user already, who could put a link to something else in its
+    place: what is given away is what was made here.
+    """
+    os.mkdir(name, 0o700)
+    fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        if os.fstat(fd).st_uid != os.geteuid():
+            raise InstallError(f"{name}: somebody else has just made it; nothing was changed")
+        os.fchmod(fd, mode)
+        if owner:
+            os.fchown(fd, *owner)
+    finally:
+        os.close(fd)
+
+
 def _prepare(j: _Journal, targets: Iterable[Target], directories: Iterable[Directory]) -> None:
     """Make the directories, and write every file under its other name."""
     modes = {str(d.path): d for d in directories}
     for name in j.directories:
         special = modes.get(name)
-        mode = special.mode if special else 0o755
-        os.mkdir(name, mode)
-        os.chmod(name, mode)  # whatever the umask is
-        if special and special.owner:
-            os.chown(name, *special.owner)
+        _make(name, special.mode if special else 0o755, special.owner if special else None)
     for t, f in zip(targets, j.files, strict=True):
         _write(Path(f["new"]), t.data, t.mode)

@@ -175,9 +175,12 @@ def claim(config: Config) -> Iterator[None]:
     Raises Refusal, OSError when the directories cannot be created, LoadError without a bpffs.
     """
     path = lock_path(config.datapath.run_dir, config.pair, config.role)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(mode=0o750, parents=True, exist_ok=True)
     with contextlib.ExitStack() as held:
-        f = held.enter_context(path.open("a+"))
+        # Who may read it may lock it, and keep the next controller from starting.
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o640)
+        f = held.enter_context(os.fdopen(fd, "a+"))
+        os.fchmod(fd, 0o640)
         pid = running(config)
         _flock(f.fileno(), str(path), config, f" (process {pid})" if pid > 0 else "")
         pins = loader.make_pins(config.datapath.bpffs, config.pair, config.role)

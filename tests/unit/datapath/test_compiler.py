@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import stat
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -78,3 +79,15 @@ def test_its_version_is_known_without_it() -> None:
     source.compiler.cache_clear()
     assert isinstance(source.compiler(), str)
     assert ("bcc" in sys.modules) is before
+
+
+def test_nothing_in_the_current_directory_is_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`python -m` looks there first, and root may be in anybody's directory."""
+    for name in ("json", "ctypes", "colo_xdp"):
+        (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(LoadError):
+        compiler.run(replace(SOURCE, text="no program"))
+    assert not (tmp_path / "ran").exists()

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -79,3 +80,30 @@ def test_none_at_all_names_the_package(sources: Path) -> None:
     flavour(sources, "linux-headers-6.12.111+deb12-amd64")
     with pytest.raises(kernel_headers.NoHeaders, match="install linux-headers-"):
         kernel_headers.find()
+
+
+@pytest.mark.parametrize("harm", ["mode", "owner", "link"])
+def test_a_view_that_others_may_change_is_not_used(
+    sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, harm: str
+) -> None:
+    """The programs would be compiled from what somebody else has put there."""
+    flavour(sources, "linux-headers-6.1.0-13-amd64")
+    common(sources, "linux-headers-6.1.0-13-common")
+    cache = tmp_path / "cache"
+    monkeypatch.setenv("COLO_XDP_CACHE", str(cache))
+    usual = Path(kernel_headers.find().path or "")
+    assert cache in usual.parents
+    if harm == "mode":
+        cache.chmod(0o777)
+    elif harm == "owner":
+        if os.geteuid():
+            pytest.skip("gives a directory away")
+        os.chown(cache / "headers", 12345, 12345)
+    else:
+        (cache / "headers").rename(tmp_path / "theirs")
+        (cache / "headers").symlink_to(tmp_path / "theirs")
+        os.chown(cache / "headers", os.geteuid(), -1, follow_symlinks=False)
+    found = Path(kernel_headers.find().path or "")
+    assert not {cache, tmp_path / "theirs"} & {*found.parents}
+    assert (found / "include/linux/kconfig.h").exists()
+    assert found.parent.stat().st_mode & 0o777 == 0o700

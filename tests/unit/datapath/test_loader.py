@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -88,3 +89,31 @@ def test_the_programs_are_the_same_for_every_size_but_the_pins_are_not() -> None
     # the fast path spreads connections over its buffers by a division
     buffers = replace(options, buffers=7)
     assert source.source("primary", buffers, "ring").tag != one.source.tag
+
+
+@pytest.fixture
+def bpffs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(loader.syscall, "is_bpffs", lambda path: True)
+    return tmp_path
+
+
+def test_pins_are_nobody_elses(bpffs: Path) -> None:
+    pins = Path(loader.make_pins(str(bpffs), "web1", "primary", 1))
+    assert pins == bpffs / "colo-xdp/web1-primary/nic1"
+    for path in (pins, pins.parent, pins.parent.parent):
+        assert path.stat().st_mode & 0o777 == 0o700
+
+
+@pytest.mark.parametrize("where", ["colo-xdp", "colo-xdp/web1-primary"])
+@pytest.mark.parametrize("harm", ["mode", "owner"])
+def test_pins_in_a_directory_of_others_are_refused(bpffs: Path, where: str, harm: str) -> None:
+    """Whoever made it before the controller could give it maps that they go on writing to."""
+    (bpffs / where).mkdir(parents=True)
+    if harm == "mode":
+        (bpffs / where).chmod(0o777)
+    elif os.geteuid():
+        pytest.skip("gives a directory away")
+    else:
+        os.chown(bpffs / where, 12345, 12345)
+    with pytest.raises(source.LoadError, match="others may have pinned something there"):
+        loader.make_pins(str(bpffs), "web1", "primary")

@@ -211,6 +211,31 @@ def test_an_unknown_user_is_named(tmp_path: Path, here: Path) -> None:
     assert "--qemu-user nobody-here: there is no such user" in refusal(made_, here)
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="gives a directory away")
+def test_a_directory_is_given_away_and_nothing_in_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """QEMU's user owns its parent, and is quick."""
+    theirs, mkdir = tmp_path / "theirs", os.mkdir
+    theirs.mkdir(mode=0o755)
+
+    def raced(path: Any, mode: int = 0o777, **kwargs: Any) -> None:
+        mkdir(path, mode, **kwargs)
+        if Path(path).name == "overlays":
+            Path(path).rmdir()
+            Path(path).symlink_to(theirs)
+
+    wanted = transaction.Directory(tmp_path / "overlays", 0o700, (12345, 12345))
+    with monkeypatch.context() as m, pytest.raises(InstallError):
+        m.setattr(os, "mkdir", raced)
+        transaction.install(tmp_path / "journal", [], [wanted])
+    assert (theirs.stat().st_uid, theirs.stat().st_mode & 0o777) == (os.geteuid(), 0o755)
+    (tmp_path / "overlays").unlink()
+    transaction.install(tmp_path / "journal", [], [wanted])
+    st = (tmp_path / "overlays").stat()
+    assert (st.st_uid, st.st_gid, st.st_mode & 0o777) == (12345, 12345, 0o700)
+
+
 def test_a_bundle_that_others_can_read(bundle: Path, here: Path) -> None:
     assert "can be read by others" not in done(bundle, here)
     bundle.chmod(0o644)
@@ -475,6 +500,24 @@ def test_init_uses_no_authority_of_another_pair(tmp_path: Path) -> None:
     (where / "web1-pki").rename(where / "web2-pki")
     with pytest.raises(InstallError, match="web2-pki/primary.crt is that of .*/web1/primary"):
         list(init.write(made(pair="web2", peer_link="eth2"), where))
+
+
+@pytest.mark.parametrize("harm", ["mode", "owner"])
+def test_init_uses_no_keys_that_others_may_know(tmp_path: Path, harm: str) -> None:
+    """In a directory like /tmp, somebody may have put an authority of theirs there before."""
+    where = tmp_path / "made"
+    bundles(where)
+    for bundle_ in where.glob("*.bundle"):
+        bundle_.unlink()
+    if harm == "mode":
+        (where / "web1-pki").chmod(0o777)
+    elif os.geteuid():
+        pytest.skip("gives a directory away")
+    else:
+        os.chown(where / "web1-pki", 12345, 12345)
+    with pytest.raises(InstallError, match="may have been filled by"):
+        list(init.write(made(), where))
+    assert not list(where.glob("*.bundle"))
 
 
 def test_init_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
