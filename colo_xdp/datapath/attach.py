@@ -29,6 +29,7 @@ INGRESS, EGRESS = 0xFFFFFFF2, 0xFFFFFFF3  # TC_H_CLSACT | TC_H_MIN_INGRESS/EGRES
 FIRST, PRIO, LAST = 1, 2, 3
 LABEL = "colo-xdp"
 XDP_NAME = "svm_out_xdp"
+XDP_PIN = "prog_xdp"  # the one that is attached, among the pins of its NIC
 
 XDP_IF_NOEXIST, XDP_SKB, XDP_DRV, XDP_REPLACE = 1, 2, 4, 16
 
@@ -193,32 +194,63 @@ def attach_tc(
             raise DeviceError(f"{dev} {direction}: {e}") from e
 
 
-def attach_xdp(dev: str, prog: Program, manifest: Manifest, *, generic: bool = False) -> None:
+def _own_xdp(prog_id: int, pins: str) -> int:
+    """Open an attached XDP program if it is ours; -1: it is not. The caller closes it.
+
+    Each one that is attached is pinned meanwhile: to open it by its number needs CAP_SYS_ADMIN,
+    which a controller has not. Without `pins` it is opened by its number.
+    """
+    for name in (XDP_PIN, f"{XDP_PIN}_new") if pins else ():
+        with contextlib.suppress(FileNotFoundError):
+            fd = syscall.obj_get(f"{pins}/{name}")
+            if syscall.prog_info(fd).id == prog_id:
+                return fd
+            os.close(fd)
+    try:
+        fd = syscall.prog_fd_by_id(prog_id)
+    except OSError:  # not allowed, or it is gone
+        return -1
+    if syscall.prog_info(fd).name == XDP_NAME[:15]:
+        return fd
+    os.close(fd)
+    return -1
+
+
+def attach_xdp(
+    dev: str, prog: Program, manifest: Manifest, *, pins: str = "", generic: bool = False
+) -> None:
     """Attach an XDP program to a device, in native mode unless `generic` is set.
 
-    Raises Taken if a foreign program is there, DeviceError if the mode is refused.
+    pins: the directory of the NIC's pins. Raises Taken if a foreign program is there, DeviceError
+    if the mode is refused.
     """
     info = link_info(dev)
     attrs: list[tuple[str, int]] = [("IFLA_XDP_FD", prog.fd)]
     flags = XDP_SKB if generic else XDP_DRV
     old = -1
     if info.xdp_prog_id:
-        there = syscall.prog_info_by_id(info.xdp_prog_id)
-        if there.name != prog.name[:15]:
+        old = _own_xdp(info.xdp_prog_id, pins)
+        if old < 0:
             raise Taken(
-                f"{dev}: XDP program {there.name!r} (id {there.id}, {info.xdp_mode}) is not ours: "
+                f"{dev}: the XDP program with id {info.xdp_prog_id} ({info.xdp_mode}) is not ours: "
                 "take it off first, it is not replaced"
             )
-        old = syscall.prog_fd_by_id(info.xdp_prog_id)
         attrs.append(("IFLA_XDP_EXPECTED_FD", old))
         flags |= XDP_REPLACE
     else:
         flags |= XDP_IF_NOEXIST
     attrs.append(("IFLA_XDP_FLAGS", flags))
     try:
+        manifest.add("xdp", [dev, prog.name])
+        new = f"{pins}/{XDP_PIN}_new"
+        if pins:  # at each moment, what is attached is pinned
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(new)
+            syscall.obj_pin(prog.fd, new)
         with rtnetlink() as ipr:
-            manifest.add("xdp", [dev, prog.name])
             ipr.link("set", index=info.index, xdp={"attrs": attrs})
+        if pins:
+            os.rename(new, f"{pins}/{XDP_PIN}")
     except NetlinkError as e:
         mode = "generic" if generic else "native"
         raise DeviceError(f"{dev}: XDP in {mode} mode refused: {e}") from e
@@ -227,12 +259,12 @@ def attach_xdp(dev: str, prog: Program, manifest: Manifest, *, generic: bool = F
             os.close(old)
 
 
-def is_ours(prog_id: int) -> bool:
+def is_ours(prog_id: int, pins: str = "") -> bool:
     """Return whether an XDP program was attached by attach_xdp()."""
-    try:
-        return syscall.prog_info_by_id(prog_id).name == XDP_NAME[:15]
-    except OSError:
-        return False
+    fd = _own_xdp(prog_id, pins)
+    if fd >= 0:
+        os.close(fd)
+    return fd >= 0
 
 
 def detach_tc(dev: str, direction: str, name_of: str) -> bool:
@@ -258,15 +290,15 @@ def detach_tc(dev: str, direction: str, name_of: str) -> bool:
     return False
 
 
-def detach_xdp(dev: str, name: str) -> bool:
-    """Detach our XDP program; one of another name stays. Returns whether it was there."""
+def detach_xdp(dev: str, pins: str = "") -> bool:
+    """Detach our XDP program; one of somebody else stays. Returns whether it was there."""
     try:
         info = link_info(dev)
     except NoSuchDevice:
         return False
-    if not info.xdp_prog_id or syscall.prog_info_by_id(info.xdp_prog_id).name != name[:15]:
+    fd = _own_xdp(info.xdp_prog_id, pins) if info.xdp_prog_id else -1
+    if fd < 0:
         return False
-    fd = syscall.prog_fd_by_id(info.xdp_prog_id)
     flags = (XDP_SKB if info.xdp_mode == "skb" else XDP_DRV) | XDP_REPLACE
     try:
         with rtnetlink() as ipr:
@@ -283,6 +315,9 @@ def detach_xdp(dev: str, name: str) -> bool:
             )
     finally:
         os.close(fd)
+    for pin in (XDP_PIN, f"{XDP_PIN}_new") if pins else ():
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(f"{pins}/{pin}")
     return True
 
 
@@ -299,7 +334,7 @@ def detach_all(manifest_path: Path) -> list[str]:
         if detach_tc(dev, direction, name_of):
             gone.append(f"tc {direction} {dev} {name_of}")
     for dev, name in manifest.data["xdp"]:
-        if detach_xdp(dev, name):
+        if detach_xdp(dev):
             gone.append(f"xdp {dev} {name}")
     for dev in manifest.data["clsact"]:
         try:

@@ -236,7 +236,7 @@ class DataPath(PairSlots):
             for h in PRIMARY_HOOKS:
                 hook(*h)
             hook("pvm_out", "tap", "ingress")  # last: from here on output is under our control
-            attach.detach_xdp(dev["tap"], "svm_out_xdp")
+            attach.detach_xdp(dev["tap"], self.objects.pin_dir)
         else:
             hook("svm_out", "tap", "ingress")  # first: the SVM is isolated before anything opens
             self._detach_guest()
@@ -294,7 +294,7 @@ class DataPath(PairSlots):
     def _attach_xdp(self) -> None:
         if self.hook == "xdp":
             prog = self.objects.programs["svm_out_xdp"]
-            attach.attach_xdp(self.net.tap, prog, self.manifest)
+            attach.attach_xdp(self.net.tap, prog, self.manifest, pins=self.objects.pin_dir)
 
     def _tap_name(self, kind: str) -> str:
         """Return the name of an injector's tap, such as cxr-web, or cxr1web for the second NIC."""
@@ -530,7 +530,7 @@ class DataPath(PairSlots):
             attach.detach_tc(tap, "ingress", attach.label(pair, "svm_out"))
             attach.detach_tc(tap, "egress", attach.label(pair, "svm_net"))
             if self.hook == "xdp":
-                attach.detach_xdp(tap, "svm_out_xdp")
+                attach.detach_xdp(tap, self.objects.pin_dir)
         self.addresses.forget_all()
 
     def step_in(self) -> None:

@@ -204,7 +204,7 @@ class Hooks:
         dp, dev, there = self._dp, self._dp.net.tap, tap.info.xdp_prog_id
         wanted = dp.hook == "xdp" and not dp.stepped_out and not tap.info.vnet_hdr
         if not wanted:
-            if there and not attach.is_ours(there):
+            if there and not attach.is_ours(there, dp.objects.pin_dir):
                 found.exposed = True
                 found.trouble.append(
                     f"{dev}: an XDP program of somebody else sees the guest's frames first: "
@@ -216,7 +216,7 @@ class Hooks:
             return
         found.missed = True
         try:
-            attach.attach_xdp(dev, prog, dp.manifest)
+            attach.attach_xdp(dev, prog, dp.manifest, pins=dp.objects.pin_dir)
         except _FAILURES as e:
             found.trouble.append(str(e))
             return

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import select
 import socket
 import struct
@@ -16,7 +17,7 @@ import pytest
 from colo_xdp import abi
 from colo_xdp.abi import Mode
 from colo_xdp.config.file import Config, load
-from colo_xdp.datapath import attach, bridge, devices, loader
+from colo_xdp.datapath import attach, bridge, devices, loader, syscall
 from colo_xdp.datapath.datapath import DataPath
 from colo_xdp.datapath.inject import vnet_header
 from colo_xdp.datapath.manifest import Manifest
@@ -267,6 +268,52 @@ def test_what_has_stepped_out_steps_in_again(host: Host) -> None:
     client.close()
 
 
+def pass_all(name: str) -> Path:
+    """Pin an XDP program of somebody else that passes everything."""
+    path = Path(f"/sys/fs/bpf/{own(name)}")
+    path.unlink(missing_ok=True)
+    code = struct.pack("<BBhi", 0xB7, 0, 0, 2) + struct.pack("<BBhi", 0x95, 0, 0, 0)
+    fd = syscall.prog_load(6, code, "GPL", name)
+    try:
+        syscall.obj_pin(fd, str(path))
+    finally:
+        os.close(fd)
+    return path
+
+
+def test_xdp_is_replaced_and_taken_off_without_a_capability_to_open_it_by_number(
+    host: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The unit has no CAP_SYS_ADMIN: what is attached is found among the pins."""
+
+    def refused(prog_id: int) -> int:
+        raise PermissionError(f"bpf prog {prog_id}")
+
+    pins = Path(loader.pin_dir("/sys/fs/bpf", PAIR, "secondary"))
+    with inside(host.net.host), monkeypatch.context() as m:
+        m.setattr(syscall, "prog_fd_by_id", refused)
+        first = devices.link_info("tap0").xdp_prog_id
+        if host.vnet:
+            assert first == 0
+            return
+        assert attach.is_ours(first, str(pins)) and not attach.is_ours(first)
+        host.dp.close()
+        # another release: its pins are not those of the one before
+        for path in pins.glob("*_secondary_*"):
+            path.unlink()
+        host.dp = DataPath(config(tmp_path))
+        second = devices.link_info("tap0").xdp_prog_id
+        assert second not in (0, first) and not host.dp.look().trouble
+        assert not (pins / "prog_xdp_new").exists()
+        # a process that died between attaching and renaming
+        (pins / "prog_xdp").rename(pins / "prog_xdp_new")
+        assert attach.is_ours(second, str(pins))
+        host.dp.step_out()
+        assert devices.link_info("tap0").xdp_prog_id == 0
+        host.dp.step_in()
+        assert devices.link_info("tap0").xdp_prog_id == second
+
+
 def test_refusals_name_the_device_and_the_reason(host: Host, tmp_path: Path) -> None:
     host.dp.close()
     host.guest.close()
@@ -279,11 +326,17 @@ def test_refusals_name_the_device_and_the_reason(host: Host, tmp_path: Path) -> 
             opts = Options(rewrite_at_xdp=True)
             other = loader.load("secondary", "else", "/sys/fs/bpf", opts)
             prog = other.programs["svm_out_xdp"]
-            foreign = loader.Program("foreign", prog.fd, prog.id, prog.tag)
             manifest = Manifest(tmp_path / "else")
-            attach.attach_xdp("tap0", prog, manifest)
+            foreign = pass_all("foreign")
+            sh("ip", "link", "set", "dev", "tap0", "xdpdrv", "pinned", str(foreign))
+            there = devices.link_info("tap0").xdp_prog_id
             with pytest.raises(devices.DeviceError, match="is not ours"):
-                attach.attach_xdp("tap0", foreign, manifest)
+                attach.attach_xdp("tap0", prog, manifest)
+            assert devices.link_info("tap0").xdp_prog_id == there and not attach.is_ours(there)
+            assert not attach.detach_xdp("tap0")
+            sh("ip", "link", "set", "dev", "tap0", "xdpdrv", "off")
+            foreign.unlink()
+            attach.attach_xdp("tap0", prog, manifest)
             assert devices.link_info("tap0").xdp_prog_id == prog.id
             assert devices.link_info("tap0").xdp_mode == "drv"
             attach.detach_all(tmp_path / "else")
