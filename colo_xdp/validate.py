@@ -19,6 +19,16 @@ _IFNAMSIZ = 16
 _SUN_PATH = 108
 
 
+_CONTROL = {
+    n: "\N{REPLACEMENT CHARACTER}" for n in (*range(32), *range(127, 160)) if n not in (9, 10)
+}
+
+
+def printable(text: str) -> str:
+    """Return a text of somebody else's without what a terminal would obey."""
+    return text.translate(_CONTROL)
+
+
 def key(check: Check, text: str, *, default: Any = MISSING, unit: str = "") -> Any:
     """Declare a configuration key; `check` returns None, or what it expects of a wrong value."""
     meta = {"check": check, "help": text, "unit": unit}

@@ -16,6 +16,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from ..validate import printable
+
 VERSION = 9
 DOCTOR_SINCE = 9  # the version that has doctor_ask
 MIN_VERSION = 8  # oldest version that this release can still use
@@ -145,7 +147,7 @@ def check(msg: dict[str, Any]) -> None:
 
 
 def decode(line: bytes) -> dict[str, Any]:
-    """Decode one line.
+    """Decode one line; its texts end up in logs and on terminals, and cannot steer these.
 
     Raises WireError for anything that is not a known, complete message.
     """
@@ -158,7 +160,7 @@ def decode(line: bytes) -> dict[str, Any]:
     if not isinstance(msg, dict):
         raise WireError(f"{type(msg).__name__} where an object is needed")
     check(msg)
-    return msg
+    return {k: printable(v) if isinstance(v, str) else v for k, v in msg.items()}
 
 
 def agree(mine: tuple[int, int], theirs: tuple[int, int]) -> int:

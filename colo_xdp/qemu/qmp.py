@@ -23,6 +23,7 @@ from qemu.qmp.events import EventListener
 from qemu.qmp.protocol import Runstate
 from qemu.qmp.qmp_client import ExecuteError
 
+from ..validate import printable
 from .events import QmpEvent, read
 from .hardware import Hardware, parse_qtree, tap_queues
 from .migration import MULTIFD_SINCE, MigrationOptions, creds_refusal, is_deferred
@@ -42,6 +43,10 @@ GUEST_ANNOUNCE = "guest_announce"
 
 class QmpError(RuntimeError):
     """A QMP command failed, timed out or could not be sent; the text names command and QEMU."""
+
+    def __init__(self, text: str) -> None:
+        # What a QEMU says that the guest has taken over ends up in logs and on terminals.
+        super().__init__(printable(text))
 
 
 class QmpTimeout(QmpError):

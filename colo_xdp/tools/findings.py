@@ -12,6 +12,8 @@ from enum import IntEnum, StrEnum
 from itertools import zip_longest
 from typing import Any
 
+from ..validate import printable
+
 SCHEMA = 1
 CLOCKS_S = 2.0  # a difference between the hosts' clocks that a person will wonder about
 
@@ -118,7 +120,9 @@ class Check:
     def from_json(cls, doc: Any) -> Check:
         """Read a finding, without its fix: that is for its own host. Raises ValueError."""
         try:
-            key, nic, text, remedy = (str(doc[k])[:4000] for k in ("key", "nic", "text", "remedy"))
+            key, nic, text, remedy = (
+                printable(str(doc[k])[:4000]) for k in ("key", "nic", "text", "remedy")
+            )
             return cls(key, Level[str(doc["level"]).upper()], text, remedy, nic=nic)
         except (KeyError, TypeError) as e:
             raise ValueError(f"not a finding: {e!r}") from e
@@ -157,7 +161,7 @@ class Report:
         """Read a report; keys that are not known are ignored. Raises ValueError."""
         try:
             pair, role, host, release = (
-                str(doc[k])[:200] for k in ("pair", "role", "host", "release")
+                printable(str(doc[k])[:200]) for k in ("pair", "role", "host", "release")
             )
             checks = tuple(map(Check.from_json, doc["checks"]))
             return cls(pair, role, host, release, doc["controller"] is True, checks)

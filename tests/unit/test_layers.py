@@ -30,7 +30,7 @@ LAYERS: dict[str, set[str]] = {
     "offload": {"abi", "compare", "net"},
     "engine": {"compare", "net", "offload"},
     "config": {"compare", "peer", "validate"},
-    "qemu": {"clock", "user_command"},
+    "qemu": {"clock", "user_command", "validate"},
     "datapath": {"abi", "config", "conntrack", "failover", "net", "offload", "user_command"},
     "controller": {
         "abi", "clock", "compare", "config", "datapath", "engine", "failover", "net", "peer",

@@ -81,3 +81,11 @@ def test_a_reason_of_any_length_arrives() -> None:
     """It names files, of as many disks as the guest has: no reason to end a controller."""
     line = messages.encode("failed", n=1, why="/\u00e9" * messages.MAX_TEXT)
     assert messages.decode(line)["why"] == "/\u00e9" * (messages.MAX_TEXT // 2)
+
+
+def test_what_the_peer_writes_steers_no_terminal() -> None:
+    """Its texts are in the log, the status and the events, which people read."""
+    why = "two\nlines\tand \x1b]0;title\x07 \x9b2J \r é"
+    got = messages.decode(messages.encode("failed", n=1, why=why))["why"]
+    bad = "\N{REPLACEMENT CHARACTER}"
+    assert got == f"two\nlines\tand {bad}]0;title{bad} {bad}2J {bad} é"

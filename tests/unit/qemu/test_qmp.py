@@ -270,3 +270,9 @@ def test_yank_goes_past_the_main_loop(tmp_path: Path) -> None:
         assert fake.args["oob yank"] == {"instances": [{"type": "migration"}]}
 
     with_fake(tmp_path, body, {"oob yank": {}})
+
+
+def test_what_a_qemu_says_steers_no_terminal() -> None:
+    assert (
+        str(QmpError("qemu: cont: \x1b[2Jgone")) == "qemu: cont: \N{REPLACEMENT CHARACTER}[2Jgone"
+    )

@@ -117,3 +117,10 @@ def test_each_fix_names_its_command_and_how_to_take_it_back() -> None:
 
 def test_hosts_of_one_name_are_told_apart_by_their_roles() -> None:
     assert columns(HERE, replace(THERE, host="hosta"))[0].split() == ["primary", "secondary"]
+
+
+def test_a_report_of_the_other_host_steers_no_terminal() -> None:
+    bad = Check("tap\x1b[2J", FAIL, "\x1b]52;c;eA==\x07", "\r\x1b[A", nic="\x1b")
+    report = Report.from_json(replace(HERE, host="\x1bc", checks=(bad,)).to_json())
+    text = "".join([*report.checks[0].lines(), *columns(HERE, report)])
+    assert not [c for c in text if ord(c) < 32 and c != "\n"]
