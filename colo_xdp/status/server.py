@@ -73,6 +73,16 @@ def health(path: str, s: Document) -> tuple[int, str] | None:
     return (200 if answers[path] else 503), f"{role} {state}: {s['reason']}\n"
 
 
+def without_payload(s: Document) -> Document:
+    """Return the document without bytes of the guests' streams.
+
+    Every process of the host reads what is here, and what guests differ in is often a secret: a
+    session's number, a token. The control socket tells it to those who may know.
+    """
+    told = [{**d, "pvm": "", "svm": ""} for d in s["divergences"]]
+    return {**s, "divergences": told}
+
+
 def hosts_of(listen: str) -> frozenset[str] | None:
     """Return the names by which a request may call a loopback address; None: by any.
 
@@ -156,7 +166,7 @@ class Application:
         if not self._turn.acquire(timeout=TURN_S):
             raise TimeoutError("too many requests at the same time")
         try:
-            return self._get()
+            return without_payload(self._get())
         finally:
             self._turn.release()
 

@@ -109,6 +109,23 @@ def test_strangers_cannot_read_over_tls(tmp_path: Path) -> None:
         running.close()
 
 
+def test_no_byte_of_the_guests_is_told(served: tuple[Source, str]) -> None:
+    """Any process of the host may ask, and guests differ in what is secret: tokens, sessions."""
+    source, url = served
+    difference = {
+        "cause": "payload", "flow": "tcp 10.9.0.1:4711 -> 10.9.0.2:80", "proto": "tcp", "port": 80,
+        "rule": "default", "nic": "net0", "asked": True, "offset": 7, "at_index": 1,
+        "pvm": b"session=5ecret".hex(), "svm": b"session=0ther".hex(),
+    }  # fmt: skip
+    source.doc["divergences"] = [difference]
+    text = get(url + "/status.json")[1]
+    (told,) = json.loads(text)["divergences"]
+    assert told == {**difference, "pvm": "", "svm": ""}
+    for path in ("/metrics", "/history.json", "/"):
+        assert difference["pvm"] not in get(url + path)[1]
+    assert source.doc["divergences"] == [difference], "the control socket tells it"
+
+
 def test_every_answer_forbids_a_browser_everything_else(served: tuple[Source, str]) -> None:
     source, url = served
     for path in ("/", "/metrics", "/status.json", "/history.json", "/readyz", "/no"):
