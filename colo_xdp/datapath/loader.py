@@ -390,7 +390,10 @@ def load(
         blind = wanted.blind()
         # raises its own error if that was not the cause
         objects = Objects(blind, directory, cache.obtain(blind.source))
-        log.warning("offloads are not read from the kernel: %s", str(e).splitlines()[0])
+        first, *said = str(e).splitlines()
+        # the verifier's last words, without its statistics
+        why = [x for x in said if not x.startswith(("processed ", "verification time", "stack "))]
+        log.warning("offloads are not read from the kernel: %s: %s", first, "; ".join(why[-2:]))
         wanted = blind
     _set_aside(directory, wanted, beside, whole=False)
     objects.keep(wanted)
