@@ -18,6 +18,30 @@ UNITS = "/etc/systemd/system"
 RUN = "/run/colo-vm"
 
 
+#: of root, without a user of its own: images of others, locked memory, a tap, ports, -runas
+CAPABILITIES = (
+    "CAP_DAC_OVERRIDE CAP_IPC_LOCK CAP_NET_ADMIN CAP_NET_BIND_SERVICE CAP_SETGID CAP_SETUID "
+    "CAP_SYS_NICE"
+)
+#: deploy/examples/vm@.service has the same
+SANDBOX = """\
+NoNewPrivileges=yes
+ProtectSystem=full
+ProtectControlGroups=yes
+ProtectHostname=yes
+ProtectKernelLogs=yes
+ProtectKernelModules=yes
+ProtectKernelTunables=yes
+RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6 AF_NETLINK
+RestrictNamespaces=yes
+RestrictSUIDSGID=yes
+LockPersonality=yes
+SystemCallArchitectures=native
+# Not set: ProtectHome, PrivateTmp (images and sockets may be anywhere), PrivateDevices and
+# ProtectClock (KVM, vhost, disks that are devices), MemoryDenyWriteExecute (TCG), SystemCallFilter
+# (QEMU has one of its own: -sandbox on)."""
+
+
 def unit(pair: str) -> str:
     return f"colo-qemu@{pair}.service"
 
@@ -128,6 +152,9 @@ def _unit(a: Answers, role: str, *, incoming: bool) -> str:
         "LimitMEMLOCK=infinity",
         "# SIGTERM ends QEMU at once, so shut the guest down from inside first.",
         "TimeoutStopSec=10s",
+        "# What a guest finds that breaks out of QEMU.",
+        "CapabilityBoundingSet=" + ("" if a.qemu_user else CAPABILITIES),
+        SANDBOX,
         "",
         "[Install]",
         "WantedBy=multi-user.target",

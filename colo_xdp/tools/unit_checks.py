@@ -8,7 +8,7 @@ tools/unit_facts.py asks systemd.
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from .findings import FAIL, OK, WARN, Check
@@ -60,6 +60,13 @@ def judge(
         yield Check("unit", OK, f"drop-ins in force: {' '.join(drop_ins)}")
 
 
+def _may_run(values: Mapping[str, str], target: str) -> bool:
+    """Return whether a program is where the unit executes any."""
+    allowed = values.get("ExecPaths", "").replace("-/", "/").split()
+    forbidden = values.get("NoExecPaths", "").split()
+    return "/" not in forbidden or any(target.startswith(f"{path}/") for path in allowed)
+
+
 def _program(u: UnitFacts, path: str, release: str) -> Iterator[Check]:
     values = u.values or {}
     if not u.target:
@@ -72,6 +79,11 @@ def _program(u: UnitFacts, path: str, release: str) -> Iterator[Check]:
         yield Check(
             "unit", FAIL, f"{u.program} is {u.target}, which {u.name} cannot see (ProtectHome)",
             "make install, which puts it below /usr/lib/colo-xdp",
+        )  # fmt: skip
+    elif not _may_run(values, u.target):
+        yield Check(
+            "unit", FAIL, f"{u.program} is {u.target}, and {u.name} executes nothing there "
+            f"(ExecPaths={values['ExecPaths']})", "make install, or a drop-in with its ExecPaths=",
         )  # fmt: skip
     elif u.release not in ("", release):
         yield Check("unit", WARN, f"{u.name} starts release {u.release}, this is {release}",

@@ -18,7 +18,7 @@ ANSWER_S = 5.0
 PROPERTIES = (
     "LoadState", "ActiveState", "UnitFileState", "FragmentPath", "DropInPaths", "NeedDaemonReload",
     "ExecStart", "ProtectHome", "RestrictAddressFamilies", "CapabilityBoundingSet", "KillMode",
-    "Restart",
+    "Restart", "NoExecPaths", "ExecPaths",
 )  # fmt: skip
 _EXEC = re.compile(r"path=(\S+) ; argv\[\]=(.*?) ;")
 

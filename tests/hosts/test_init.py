@@ -16,6 +16,7 @@ import pytest
 from colo_xdp.lab import vm as vms
 from colo_xdp.lab.client import Client
 from colo_xdp.lab.net import LabError, wait_for
+from tests.deploy.test_sandbox import documented
 
 from .conftest import BUILD
 from .host import CLIENT, Host
@@ -142,7 +143,11 @@ def test_what_is_there_stays(pair: Bare, joined: dict[str, list[str]]) -> None:
 def test_a_second_pair_touches_nothing_of_the_first(
     pair: Bare, joined: dict[str, list[str]]
 ) -> None:
-    init = ["colo-xdp", "init", "--pair", "web2", *HOSTS, "--bridge", "br0", "--memory", "64"]
+    init = [
+        "colo-xdp", "init", "--pair", "web2", *HOSTS, "--bridge", "br0", "--memory", "64",
+        "--accel", pair.accel, "--cpu", "max" if pair.accel == "tcg" else "host",
+        "--qemu-user", "daemon",
+    ]  # fmt: skip
     for h in pair.hosts:
         if h is pair.a:
             h.run(*init, "--peer-link", "eth1", "--base-port", "9840", check=False)
@@ -181,6 +186,48 @@ def test_the_commands_that_are_left_make_a_protected_pair(
     for h in pair.hosts:
         assert h.run("systemctl", "is-system-running").strip() == "running"
     assert not pair.fences
+
+
+def test_the_sandboxes_are_no_wider_than_documented(
+    pair: Bare, joined: dict[str, list[str]]
+) -> None:
+    """As systemd has them in force, beside what a pair needs, which runs in them."""
+    guests = {"a": f"colo-qemu@{PAIR}.service", "b": f"colo-qemu-incoming@{PAIR}.service"}
+    for h in pair.hosts:
+        for unit, name in ((CONTROLLER, "colo-xdp"), (guests[h.name], "colo-qemu")):
+            most = documented(f"`{name}@.service`")
+            # fails if it is above
+            h.run("systemd-analyze", "security", "--no-pager", f"--threshold={most}", unit)
+        pid = h.show(CONTROLLER, "MainPID")["MainPID"]
+        seen = h.run("nsenter", "-t", pid, "-m", "--", "ls", "/dev", "/dev/net").split()
+        assert "tun" in seen and not {"kvm", "mem", "kmsg", "fuse"} & {*seen}
+        with pytest.raises(LabError, match="Read-only file system"):
+            h.run("nsenter", "-t", pid, "-m", "--", "touch", "/etc/colo-xdp/written")
+
+
+def test_a_pair_whose_qemu_is_no_root_and_whose_peer_link_is_a_vxlan(
+    pair: Bare, joined: dict[str, list[str]]
+) -> None:
+    """Its controller reaches the monitor of another user, and makes the device."""
+    a = pair.a
+    if pair.shim:
+        a.write("/etc/systemd/system/colo-qemu@web2.service.d/lab.conf",
+                f"[Service]\nEnvironment=LD_PRELOAD=/share/{pair.shim.name}\n")  # fmt: skip
+    a.run("systemctl", "daemon-reload")
+    a.run("systemctl", "start", "colo-xdp@web2", "colo-qemu@web2", timeout=120)
+    try:
+        link = a.run("ip", "-details", "link", "show", "cx-web2")
+        assert "vxlan id" in link and "remote 192.0.2.2" in link and ",UP" in link, link
+        wait_for("its monitor", lambda: a.status("web2", "primary")["qemu"]["connected"], 60)
+        pid = a.show("colo-qemu@web2", "MainPID")["MainPID"]
+        said = Path(f"/proc/{a.pid1}/root/proc/{pid}/status").read_text()
+        assert "CapBnd:\t0000000000000000\n" in said and "NoNewPrivs:\t1\n" in said
+        assert a.run("ps", "-o", "user=", "-p", pid).strip() == "daemon"
+        assert "LOWER_UP" in a.run("ip", "link", "show", "tap-web2"), "it has opened its tap"
+    finally:
+        a.run("systemctl", "stop", "colo-qemu@web2", "colo-xdp@web2")
+    a.run("colo-xdp", "cleanup", "/etc/colo-xdp/web2.toml")
+    assert "cx-web2" not in a.run("ip", "-brief", "link")
 
 
 def test_doctor_asks_both_hosts(pair: Bare, joined: dict[str, list[str]]) -> None:

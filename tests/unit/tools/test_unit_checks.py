@@ -32,7 +32,10 @@ VALUES = {
     "FragmentPath": "/lib/systemd/system/colo-xdp@.service", "DropInPaths": "",
     "NeedDaemonReload": "no", "ExecStart": EXEC,
     "CapabilityBoundingSet": shipped("CapabilityBoundingSet").lower(),
-    **{k: shipped(k) for k in ("ProtectHome", "RestrictAddressFamilies", "KillMode", "Restart")},
+    **{
+        k: shipped(k) for k in ("ProtectHome", "RestrictAddressFamilies", "KillMode", "Restart",
+                                "NoExecPaths", "ExecPaths")
+    },
 }  # fmt: skip
 U = UnitFacts(
     True, "colo-xdp@web1.service", VALUES, "/usr/bin/colo-xdp", program_of(EXEC)[1],
@@ -91,6 +94,9 @@ def test_each_change_to_the_unit(
         (replace(U, target=""), FAIL, "/usr/bin/colo-xdp, which is not there", "make install"),
         (replace(U, target="/root/colo/.venv/bin/colo-xdp"), FAIL, "cannot see (ProtectHome)",
          "make install"),
+        (replace(U, target="/srv/colo/bin/colo-xdp"), FAIL, "executes nothing there", "drop-in"),
+        (replace(U, target="/opt/colo/bin/colo-xdp", values=VALUES | {"ExecPaths": "/usr"}), FAIL,
+         "executes nothing there", "drop-in"),
         (replace(U, release="0.0.9"), WARN, "starts release 0.0.9, this is 0.1.0", "make install"),
         (replace(U, values=None), WARN, "does not answer", "systemctl status"),
         (UnitFacts(False), OK, "no systemd here", ""),
