@@ -19,6 +19,9 @@ N ?=
 # What `make deb` needs besides, those of Build-Depends in deploy/debian/control and a checker
 DEB_PACKAGES := dpkg-dev debhelper lintian bash-completion python3-click python3-rich python3-shellingham \
 	python3-typing-extensions
+# What `make test-tunnel` unpacks: tunnels, their tools, and libraries that only these need
+TUNNEL_PACKAGES := wireguard-go wireguard-tools strongswan-charon strongswan-libcharon strongswan-swanctl \
+	libstrongswan libstrongswan-standard-plugins libcharon-extra-plugins nftables libnftables1 libnftnl11
 DEB := build/deb
 DESTDIR ?=
 PREFIX ?= /usr
@@ -26,7 +29,7 @@ INSTALLED := $(PREFIX)/lib/colo-xdp
 
 export DEBIAN_FRONTEND := noninteractive
 
-.PHONY: all help setup demo check test test-lower-bounds test-qemu-11 test-deb-13 test-page torture stress chaos \
+.PHONY: all help setup demo check test test-lower-bounds test-qemu-11 test-deb-13 test-page test-tunnel torture stress chaos \
 	incidents fuzz bench docs layers lint format hooks clean install uninstall deb
 
 all: test
@@ -135,7 +138,7 @@ check: setup
 # Run all tests, or only TESTS (as root)
 test: setup $(PROMTOOL)
 ifeq ($(TESTS),)
-	@nice -n 10 $(PY) -m pytest tests $(addprefix --ignore=,$(KERNEL_TESTS) tests/page) \
+	@nice -n 10 $(PY) -m pytest tests $(addprefix --ignore=,$(KERNEL_TESTS) tests/page tests/tunnel) \
 		> build/test-pure.log 2>&1 & pure=$$!; \
 	$(PY) -m pytest $(KERNEL_TESTS); kernel=$$?; \
 	wait $$pure; pure=$$?; cat build/test-pure.log; \
@@ -167,6 +170,18 @@ test-page: setup build/.setup-page
 build/.setup-page: | $(STAMP)
 	@command -v chromium > /dev/null || { apt-get update && \
 		apt-get install -y --no-install-recommends chromium; }
+	@touch $@
+
+# Test a pair whose peer link is in a tunnel: WireGuard and ESP, in user space (as root)
+# It unpacks Debian's packages in build/tunnel and installs none of them.
+test-tunnel: setup build/tunnel/.complete
+	$(PY) -m pytest tests/tunnel
+
+build/tunnel/.complete: | $(STAMP)
+	@rm -rf $(@D) && mkdir -p $(@D)
+	@apt-get update -q > /dev/null
+	@cd $(@D) && apt-get download -q $(TUNNEL_PACKAGES) 2> /dev/null && \
+		for deb in *.deb; do dpkg-deb -x $$deb . || exit 1; done && rm -f *.deb
 	@touch $@
 
 # Run N schedules of the simulator from SEED on; a failing one is minimized and printed
