@@ -130,8 +130,8 @@ def take_all_frames(name: str, manifest: Manifest) -> None:
 def make_vxlan(name: str, vni: int, local: str, remote: str, port: int, manifest: Manifest) -> bool:
     """Create the peer link as a unicast VXLAN, up and without addresses; False if it exists.
 
-    No learning: everything goes to `remote`. MTU: what the path to `remote` leaves. Raises
-    DeviceError if another device has that name.
+    No learning: everything goes to `remote`. MTU: 1500; what is longer outside than the path is
+    sent in fragments. Raises DeviceError if another device has that name.
     """
     suffix = "6" if ":" in remote else ""
     want = {"IFLA_VXLAN_ID": vni, f"IFLA_VXLAN_GROUP{suffix}": remote, "IFLA_VXLAN_PORT": port}

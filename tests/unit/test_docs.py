@@ -143,3 +143,15 @@ def test_messages_to_look_up_are_those_of_the_program(page: str, section: str) -
     assert len(quoted) > 5
     pieces = [p.strip(" :") for q in quoted for p in q.split("...")]
     assert [p for p in pieces if p and p not in ELSEWHERE and p not in code] == []
+
+
+def test_the_tests_that_a_page_names_exist() -> None:
+    """What shows a claim is named in a comment of the page: <!-- tests: test_a test_b -->."""
+    code = "".join(p.read_text() for p in (ROOT / "tests").rglob("test_*.py"))
+    named = 0
+    for page in PAGES:
+        for comment in re.findall(r"<!-- tests: (.*?) -->", page.read_text(), flags=re.S):
+            for name in comment.split():
+                named += 1
+                assert f"def {name}(" in code, f"{page.name}: {name}"
+    assert named > 40
