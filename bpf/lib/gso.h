@@ -40,6 +40,14 @@
 #define COLO_GSO_ANY_ECN (COLO_GSO_TCP_ECN | COLO_GSO_TCP_ACCECN)
 
 /*
+ * bpf_probe_read_kernel() under a name of our own. bcc turns a call of that name into the older
+ * bpf_probe_read(), which these programs may not call, where it cannot read /proc/kallsyms: in a
+ * container, and in the unit's sandbox.
+ */
+static long (*const read_kernel)(void *to, u32 size,
+				 const void *from) = (void *)BPF_FUNC_probe_read_kernel;
+
+/*
  * Read an integer of kernel memory; 0 if it cannot be read. To the verifier the address is only a
  * number, so nothing can be written through it. All eight bytes of stack are set first: otherwise
  * the verifier counts their previous contents as needed, and treats paths that differ in them as
@@ -49,7 +57,7 @@ static __always_inline u64 kernel_word(u64 at, u32 size)
 {
 	u64 word = 0;
 
-	bpf_probe_read_kernel(&word, size, (void *)at);
+	read_kernel(&word, size, (void *)at);
 #if __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
 	word >>= 64 - 8 * size;
 #endif
