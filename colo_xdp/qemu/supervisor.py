@@ -149,7 +149,11 @@ class QemuSupervisor:
         log.warning("%s", why)
         if self._owner.stakes is Stakes.OVER:
             return
-        self._owner.spawn(self._after_loss()).add_done_callback(lambda _t: self._owner.reconsider())
+        self._owner.spawn(self._after_loss()).add_done_callback(self._lost)
+
+    def _lost(self, task: asyncio.Task[Any]) -> None:
+        if not task.cancelled():  # a controller that is being stopped begins nothing new
+            self._owner.reconsider()
 
     async def _after_loss(self) -> None:
         """Find out if QEMU is dead (its tap has no carrier) or only the socket was lost

@@ -36,6 +36,7 @@ from .disk import SimBlock
 from .guest import Guest, Out
 from .offload_model import OFFLOAD_NO, KernelModel, completed, user_space
 from .offload_model import Out as Leaving
+from .process import Process
 from .tcp import RST, SYN, read
 
 if TYPE_CHECKING:
@@ -89,14 +90,13 @@ class Side:
         self._attach()
         # of the controller that runs now
         self.controller: Any = None
+        self.process = Process()
         self.dp = SimDataPath(self)
         self.loaded = False  # no controller has loaded anything yet
         self.peer: SimPeer | None = None
         self.heartbeat_links: SimHeartbeatLinks | None = None
-        self.qmp: SimQmp | None = None
         self._drain_set = False
         self.boots = 0
-        self.store: SimStore | None = None
 
     def _forget(self) -> None:
         """Reset the kernel's state, which outlives controllers, to that after a boot."""
@@ -329,11 +329,7 @@ class Side:
             return
         if not self.primary and self.mode is Mode.CHECKPOINT:
             self.world.epoch_uncertain = True
-        for stand_in in (self.dp, self.peer, self.heartbeat_links, self.qmp, self.store):
-            if stand_in is not None:
-                stand_in.dead = True
-        for t in list(c._tasks):
-            t.cancel()
+        self.process.kill()
         if self.peer is not None and not silently:
             self.peer.cut("reset by peer")
         self.qemu.client = None
@@ -342,13 +338,23 @@ class Side:
         self.qemu.die()
 
 
-class SimDataPath:
+class OfProcess:
+    """What a controller has opened: dead with its process."""
+
+    _process: Process
+
+    @property
+    def dead(self) -> bool:
+        return not self._process.alive
+
+
+class SimDataPath(OfProcess):
     """The controller's view of its host's programs and maps."""
 
     hook = "tc"
 
     def __init__(self, side: Side) -> None:
-        self._side, self.dead = side, False
+        self._side, self._process = side, side.process
         self.adopted = side.loaded
         side.primary = self.wanted(side)
         if side.primary:
@@ -854,7 +860,7 @@ class Qemu:
             self.side.world.later(0.5, other.lose_channel)
 
 
-class SimQmp:
+class SimQmp(OfProcess):
     """Stand in for colo_xdp.qemu.qmp.Qmp."""
 
     def __init__(
@@ -866,13 +872,11 @@ class SimQmp:
         *,
         oob: bool = False,
     ) -> None:
-        self._oob = oob
-        self._side, self.name, self.dead, self.connected = side, name, False, False
+        self._oob, self._process = oob, side.process
+        self._side, self.name, self.connected = side, name, False
         self._on_event, self._on_close = on_event, on_close
         self._last = 0.0
         self._to = side.qemu
-        if not oob:
-            side.qmp = self
 
     def event(self, name: str, ts_ns: int, data: dict[str, Any]) -> None:
         world = self._side.world
@@ -984,7 +988,7 @@ class SimQmp:
         self.connected = False
 
 
-class SimPeer:
+class SimPeer(OfProcess):
     """Stand in for colo_xdp.peer.channel.Peer: an ordered channel that can be cut silently."""
 
     def __init__(
@@ -994,7 +998,8 @@ class SimPeer:
         on_down: Callable[[str], None],
         on_message: Callable[[dict[str, Any]], None],
     ) -> None:
-        self._side, self.dead, self.connected, self.started = side, False, False, False
+        self._side, self._process = side, side.process
+        self.connected = self.started = False
         self._on_up, self._on_down, self._on_message = on_up, on_down, on_message
         self.last_seen_ns = self.rtt_ns = self.refused = 0
         side.boots += 1
@@ -1095,7 +1100,7 @@ class SimPeer:
         self.connected = False
 
 
-class SimHeartbeatLinks:
+class SimHeartbeatLinks(OfProcess):
     """Stand in for HeartbeatLinks with one link, the peer link.
 
     It carries the product's own heartbeat datagrams, which may be lost, late and reordered. Its
@@ -1103,7 +1108,7 @@ class SimHeartbeatLinks:
     """
 
     def __init__(self, side: Side, pair: str, on_heartbeat: Callable[[Heartbeat], None]) -> None:
-        self._side, self.dead, self._on_heartbeat = side, False, on_heartbeat
+        self._side, self._process, self._on_heartbeat = side, side.process, on_heartbeat
         names = ["peer link"] if side.world.scene.datagrams else []
         self.core = HeartbeatSession(pair, "primary" if side.primary else "secondary", names)
         side.heartbeat_links = self
@@ -1194,19 +1199,18 @@ class Witness:
         return StoreView(self.holder, self.alone, self.last, self.since)
 
 
-class SimStore:
+class SimStore(OfProcess):
     """Stand in for EtcdStore, request for request: each may be lost, late, or executed without
     an answer."""
 
     def __init__(self, side: Side) -> None:
         self._side, self._world, self._lease = side, side.world, 0
-        self.dead = False
-        side.store = self
+        self._process, self._closed = side.process, False
 
     async def _ask(self, what: Callable[[], Any]) -> Any:
         """Send one request and its answer over a network that is cut in one or both directions."""
         world, side = self._world, self._side
-        if self.dead:
+        if self.dead or self._closed:
             raise StoreError("closed")
         answer: asyncio.Future[Any] = world.loop.create_future()
 
@@ -1285,4 +1289,4 @@ class SimStore:
             await self._ask(lambda: w.give_up(lease))
 
     async def close(self) -> None:
-        self.dead = True
+        self._closed = True

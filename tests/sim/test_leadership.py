@@ -22,6 +22,7 @@ from colo_xdp.failover.lease import MS, Leadership
 
 from .clock import FakeTime, VirtualLoop
 from .host import SimStore, Witness
+from .process import Process
 
 TTL_MS, MARGIN_MS, BEAT_MS = 1000, 200, 50
 RUN_MS = 12_000
@@ -38,7 +39,7 @@ class Host:
     def __init__(self, ring: Ring, name: str) -> None:
         self.ring, self.name, self.open, self.until, self.boots = ring, name, name == "P", 0, 0
         self.world = ring  # for SimStore
-        self.store: SimStore | None = None
+        self.process = Process()  # for SimStore
         self.leadership: Any = None
         self.task: asyncio.Task[None] | None = None
         self.heard = 0  # the other's `t`, not echoed yet
@@ -55,6 +56,7 @@ class Host:
 
     def start(self) -> None:
         self.boots += 1
+        self.process = Process()
         self.leadership = made = Leadership(
             SimStore(self), node=self.name, address=self.name, boot=str(self.boots), ttl_ms=TTL_MS,  # type: ignore[arg-type]
             margin_ms=MARGIN_MS, transmitting=self.open and not self.fresh,
@@ -69,6 +71,7 @@ class Host:
             self.until = ns
 
     def kill(self) -> None:
+        self.process.kill()
         if self.task is not None:
             self.task.cancel()
         self.leadership = self.task = None

@@ -8,13 +8,16 @@ import random
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
+from colo_xdp.controller.controller import Controller
 from colo_xdp.controller.handover import Handover
 from colo_xdp.controller.primary import Primary
 
 from .guest import Guest
+from .host import Side, SimQmp
 from .mutants import ABOUT, KERNEL_MUTANTS, MUTANTS, scenes
 from .tcp import ACK, SYN, Seg, build, read
 from .torture import _scene, failure, report, shrink, trace
@@ -185,6 +188,42 @@ def test_a_checkpoint_ends_what_a_dead_controller_left_open() -> None:
     Its SVM waited for an operator, although that checkpoint was seen and its disks vouched for.
     """
     assert failure(_scene(2720329, "both")) == ""
+
+
+@pytest.mark.parametrize("seed", [7000129, 7000208])
+def test_nothing_of_a_killed_controller_acts_any_more(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither of its two QMP connections, nor a command that it was carrying out.
+
+    One that was killed in a failover cut its successor's mirrors for ever after, through the
+    second connection.
+    """
+    killed: set[Any] = set()
+    late: list[str] = []
+    kill, call, reconsider = Side.kill_controller, SimQmp._call, Controller.reconsider
+
+    def killing(self: Side, *, silently: bool = False) -> None:
+        if self.controller is not None:
+            killed.add(self.controller)
+        kill(self, silently=silently)
+
+    async def calling(self: Any, what: str) -> Any:
+        qemu = await call(self, what)
+        if self._on_close.__self__._owner in killed:
+            late.append(f"{self.name}: {what}")
+        return qemu
+
+    def reconsidering(self: Controller) -> None:
+        if self in killed:
+            late.append("decides")
+        reconsider(self)
+
+    monkeypatch.setattr(Side, "kill_controller", killing)
+    monkeypatch.setattr(SimQmp, "_call", calling)
+    monkeypatch.setattr(Controller, "reconsider", reconsidering)
+    assert failure(_scene(seed, "both")) == ""
+    assert len(killed) > 2 and not late
 
 
 @pytest.mark.timeout(300)

@@ -61,6 +61,7 @@ from .clock import FakeTime, VirtualLoop
 from .guest import Client, Guest, Plan
 from .host import Side, SimDataPath, SimHeartbeatLinks, SimPeer, SimQmp, SimStore, Witness
 from .offload_model import Bpf
+from .process import Process
 from .tcp import FIN, RST, SYN, BadChecksum, Tcp, diff, read
 
 EXAMPLES = Path(__file__).parents[2] / "deploy/examples"
@@ -758,7 +759,7 @@ class World:
         c = side.controller
         if c is None or side.name in self.deaths:
             return
-        await c.stop("stopped by a signal")
+        await side.process.run(c.stop("stopped by a signal"))
         await asyncio.sleep(0.003)  # the last message arrives before the end of the channel
         if side.controller is c:
             side.kill_controller()
@@ -830,13 +831,15 @@ class World:
             return
         self.note("%s controller starts", side.name)
         self.handed.discard(side.name)
+        side.process = process = Process()
         side.dp = SimDataPath(side)
         kind = primary.Primary if side.primary else secondary.Secondary
         c = kind(config("primary" if side.name == "P" else "secondary", self.scene), side.dp)  # type: ignore[arg-type]
         c.arbiter.fence = lambda: self._fence(side)  # type: ignore[method-assign]
         c.qemu.start_incoming = lambda: self._start_qemu(side)  # type: ignore[method-assign]
+        c.spawn = process.spawning(c.spawn)  # type: ignore[method-assign,assignment]
         side.controller = c
-        self.spawn(c.start())
+        self.spawn(process.run(c.start()))
         self.spawn(self._watch(side, c))
 
     async def _watch(self, side: Side, c: Any) -> None:
@@ -1155,13 +1158,13 @@ class World:
         if c is not None:
             self.ordered |= name == "failover"
             with contextlib.suppress(ValueError):
-                await c.commands.run(name, args)
+                await side.process.run(c.commands.run(name, args))
 
     async def _demote(self, side: Side) -> None:
         c = side.controller
         assert c is not None
         try:
-            await c.commands.run("demote", {})
+            await side.process.run(c.commands.run("demote", {}))
         except ValueError:
             return
         if c is side.controller and not (side.mode is Mode.DROP and not side.stepped_out):

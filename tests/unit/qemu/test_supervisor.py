@@ -104,6 +104,33 @@ def test_what_a_lost_connection_means_is_a_matter_of_what_depends_on_it(
     in_loop(body)
 
 
+@pytest.mark.parametrize("stopped", [False, True])
+def test_a_controller_that_is_being_stopped_decides_nothing(
+    stopped: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its tasks are cancelled, also the one that looks after a lost connection."""
+    monkeypatch.setattr(supervisor, "Qmp", Nobody)
+    tasks: list[asyncio.Task[Any]] = []
+
+    async def body() -> None:
+        owner = Owner(Stakes.GUEST)
+        q = QemuSupervisor(OPTIONS, owner, tap_alive=lambda: False, is_at=lambda nic, *macs: None)
+
+        def spawn(coro: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+            tasks.append(asyncio.ensure_future(coro))
+            return tasks[-1]
+
+        owner.spawn = spawn  # type: ignore[method-assign]
+        q._on_closed("closed")
+        if stopped:
+            tasks[0].cancel()
+        await asyncio.wait(tasks)
+        await asyncio.sleep(0)
+        assert owner.said == ([] if stopped else ["dead", "reconsiders"])
+
+    in_loop(body)
+
+
 @pytest.mark.parametrize("held", [False, True])
 def test_a_copy_that_died_in_the_entry_is_started_again(
     held: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
