@@ -172,10 +172,11 @@ TEXTS = [
     *sorted((ROOT / "docs").rglob("*.md")),
     *(ROOT / "colo_xdp" / p for p in (
         "config/schema.py", "config/network.py", "config/qemu.py",
-        "status/metrics.py", "status/document.py", "status/text.py", "cli.py",
+        "status/metrics.py", "status/document.py", "status/text.py",
         "status/events.py", "status/glance.py", "status/health.py", "failover/prospect.py",
         "compare/causes.py", "compare/policy.py", "engine/counters.py", "tools/explain.py",
     )),
+    *sorted((ROOT / "colo_xdp/cli").glob("*.py")),
     *sorted(p for p in (ROOT / "deploy").rglob("*") if p.is_file()),
 ]  # fmt: skip
 

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from colo_xdp import __version__
 from colo_xdp.cli import DEGRADED, EXIT_CODES, FAILED, NOT_RUNNING, USAGE, app
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 EXAMPLE = str(ROOT / "deploy/examples/primary.toml")
 run = CliRunner().invoke
 

@@ -20,7 +20,7 @@ from colo_xdp import cli
 from colo_xdp.cli import DEGRADED, FAILED, NOT_RUNNING, OK, USAGE, app
 from colo_xdp.status.document import empty
 
-EXAMPLE = Path(__file__).parents[2] / "deploy/examples/primary.toml"
+EXAMPLE = Path(__file__).parents[3] / "deploy/examples/primary.toml"
 run = CliRunner().invoke
 
 

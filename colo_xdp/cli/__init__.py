@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The command line: the only module that imports typer.
+"""The command line: the only package that imports typer.
 
 Heavy modules are imported by the command that needs them, so that `status` and
 `--help` answer at once and without bcc.
@@ -22,7 +22,7 @@ from typing import Annotated, Any
 
 import typer
 
-from . import __version__
+from .. import __version__
 
 OK, FAILED, USAGE, NOT_RUNNING, DEGRADED, DIFFER = 0, 1, 2, 3, 4, 5
 EXIT_CODES: dict[int, str] = {
@@ -130,7 +130,7 @@ def _fail(text: str, code: int = FAILED) -> typer.Exit:
 
 
 def _load(path: Path) -> Any:
-    from .config.file import ConfigError, load
+    from ..config.file import ConfigError, load
 
     try:
         return load(path)
@@ -142,7 +142,7 @@ def _load(path: Path) -> Any:
 
 def _socket(where: str | None, run_dir: str) -> str:
     """The control socket meant: named, of a config, or the only one there is."""
-    from .service.control_socket import NotRunning, SeveralRun, find
+    from ..service.control_socket import NotRunning, SeveralRun, find
 
     if where is not None:
         path = Path(where)
@@ -165,7 +165,7 @@ def _config_of(name: str) -> Path:
 
 
 def _socket_of(path: Path) -> str:
-    from .service.pairs import socket_of
+    from ..service.pairs import socket_of
 
     return socket_of(_load(path))
 
@@ -173,9 +173,9 @@ def _socket_of(path: Path) -> str:
 def _ask(
     where: str | None, run_dir: str, command: str, progress: bool = False, **args: Any
 ) -> dict[str, Any]:
-    from .controller.command import Command
-    from .service.control_socket import ControlError, NotRunning, request
-    from .service.progress import watched
+    from ..controller.command import Command
+    from ..service.control_socket import ControlError, NotRunning, request
+    from ..service.progress import watched
 
     path = _socket(where, run_dir)
     try:
@@ -199,7 +199,7 @@ def run(config: ConfigArg) -> None:
     The data path stays in place when the controller ends; the next controller adopts it.
     """
     c = _load(config)
-    from .service.daemon import run as daemon
+    from ..service.daemon import run as daemon
 
     raise typer.Exit(daemon(c))
 
@@ -219,7 +219,7 @@ def status(
 
     The text is of two looks half a second apart, for the throughput; `--json` is of one.
     """
-    from .status.text import text
+    from ..status.text import text
 
     s = _ask(where, run_dir, "status")
     if watch:
@@ -238,10 +238,10 @@ def status(
 
 def _watch(where: str | None, run_dir: str, s: dict[str, Any], *, as_json: bool) -> None:
     """Show the status every second until Ctrl-C. A controller that is away is waited for."""
-    from .service.control_socket import ControlError, request
-    from .status.glance import glance
-    from .status.live import view
-    from .status.text import plain
+    from ..service.control_socket import ControlError, request
+    from ..status.glance import glance
+    from ..status.live import view
+    from ..status.text import plain
 
     path, note = _socket(where, run_dir), ""
     past = deque([s], WINDOW)  # what is seen, for the figures of the last seconds
@@ -274,8 +274,8 @@ def list_(
     run_dir: RunDir = RUN_DIR,
 ) -> None:
     """List all pairs of this host, with state and health, whether or not a controller runs."""
-    from .service.pairs import only, pairs
-    from .status.text import pairs as table
+    from ..service.pairs import only, pairs
+    from ..status.text import pairs as table
 
     rows = pairs(Path(CONFIG_DIR), Path(run_dir))
     if as_json:
@@ -300,10 +300,10 @@ def events(
 
     The events are kept across restarts and changes of role. No controller needs to run.
     """
-    from .service.event_log import Reader
-    from .service.event_log import follow as following
-    from .status.events import line
-    from .tools.explain import duration
+    from ..service.event_log import Reader
+    from ..service.event_log import follow as following
+    from ..status.events import line
+    from ..tools.explain import duration
 
     try:
         oldest = time.time() - duration(since) if since else 0.0
@@ -328,7 +328,7 @@ def events(
 
 def _event_files(where: str | None, run_dir: str) -> list[Path]:
     """The files with the events of the pair that is meant."""
-    from .service.event_log import paths
+    from ..service.event_log import paths
 
     if where is None:
         configs = sorted(Path(CONFIG_DIR).glob("*.toml"))
@@ -359,7 +359,7 @@ def flows(
     On the primary host. `kernel`: the fast path; `controller`: the slow path; `watched` and
     `uncompared`: by a rule.
     """
-    from .status.text import flows as table
+    from ..status.text import flows as table
 
     doc = _ask(
         where, run_dir, "flows", sort=sort.value, proto=proto, port=port, peer=peer, limit=limit
@@ -531,9 +531,9 @@ def drill(
     A switchover and a re-protection. This host's QEMU has to be started anew in between:
     by `[qemu] incoming`, or by you.
     """
-    from .service.control_socket import ControlError, NotRunning
-    from .service.drill import DrillError
-    from .service.drill import drill as steps
+    from ..service.control_socket import ControlError, NotRunning
+    from ..service.drill import DrillError
+    from ..service.drill import drill as steps
 
     try:
         for line in steps(_socket(where, run_dir), wait):
@@ -572,7 +572,7 @@ def reload(where: Where = None, run_dir: RunDir = RUN_DIR) -> None:
 @app.command()
 def policy(where: Where = None, run_dir: RunDir = RUN_DIR) -> None:
     """Show the rules in force and the counters of each (on the primary host)."""
-    from .tools.explain import rules_text
+    from ..tools.explain import rules_text
 
     typer.echo(rules_text(_ask(where, run_dir, "explain")["rules"]))
 
@@ -591,7 +591,7 @@ def explain(
 
     On the primary host, which compares.
     """
-    from .tools.explain import duration, text
+    from ..tools.explain import duration, text
 
     try:
         oldest = time.time() - duration(since) if since else 0.0
@@ -615,8 +615,8 @@ def capture(
 
     A comment on each frame gives the position of the difference.
     """
-    from .tools.differences import from_controller
-    from .tools.pcap import PcapError
+    from ..tools.differences import from_controller
+    from ..tools.pcap import PcapError
 
     def page(after: int, limit: int) -> list[dict[str, Any]]:
         pairs: list[dict[str, Any]] = _ask(where, run_dir, "capture", after=after, limit=limit)[
@@ -650,9 +650,9 @@ def filter_capture(
 
     For a pair that runs QEMU's own proxy; docs/operator/moving.md has the steps.
     """
-    from .tools.filter_capture import FilterCaptureError
-    from .tools.filter_capture import capture as read
-    from .tools.pcap import PcapError
+    from ..tools.filter_capture import FilterCaptureError
+    from ..tools.filter_capture import capture as read
+    from ..tools.pcap import PcapError
 
     try:
         done = read(
@@ -670,7 +670,7 @@ def suggest(config: ConfigArg, run_dir: RunDir = RUN_DIR) -> None:
 
     Nothing is applied.
     """
-    from .tools.suggest import changes, diff
+    from ..tools.suggest import changes, diff
 
     c = _load(config)
     known = {
@@ -726,10 +726,10 @@ def replay(
         raise _fail("two captures are needed: of the PVM's tap and of the SVM's", USAGE)
     from dataclasses import replace
 
-    from .tools.differences import from_replay
-    from .tools.pcap import PcapError, read
-    from .tools.replay import MS, ReplayError, ReplayOptions, text
-    from .tools.replay import replay as play
+    from ..tools.differences import from_replay
+    from ..tools.pcap import PcapError, read
+    from ..tools.replay import MS, ReplayError, ReplayOptions, text
+    from ..tools.replay import replay as play
 
     try:
         mac = bytes.fromhex(guest_mac.replace(":", ""))
@@ -758,7 +758,7 @@ def replay(
     if as_json:
         typer.echo(json.dumps(report, indent=2))
     else:
-        from .tools.explain import difference
+        from ..tools.explain import difference
 
         typer.echo(text(report))
         for n, d in enumerate(report["differences"][:3], 1):
@@ -768,8 +768,8 @@ def replay(
 
 
 def _corpus() -> int:
-    from .tools.corpus import load
-    from .tools.corpus.play import play
+    from ..tools.corpus import load
+    from ..tools.corpus.play import play
 
     wrong = 0
     for s in load():
@@ -805,7 +805,7 @@ def doctor(
     others; what the guest's frames pass is left alone while a controller runs. Exit code 1 if
     something fails, on either host; warnings count as done.
     """
-    from .service.doctor import run as examine
+    from ..service.doctor import run as examine
 
     def say(text: str) -> None:
         if not as_json:
@@ -833,7 +833,7 @@ def compile_(
     bcc, this takes the seconds that the compiler needs out of the restart. It fails if a restarted
     controller would have to compile all the same, or could not take over what is pinned.
     """
-    from .tools.compile import Uncompiled, compile_for
+    from ..tools.compile import Uncompiled, compile_for
 
     paths = configs or sorted(Path(CONFIG_DIR).glob("*.toml"))
     if not paths:
@@ -855,7 +855,7 @@ def demo(
     keep: Annotated[bool, typer.Option(help="Leave everything running afterwards.")] = False,
 ) -> None:
     """Protect a Debian guest on this machine, kill its QEMUs in turn, and show what lives."""
-    from .lab.demo import main as demo_main
+    from ..lab.demo import main as demo_main
 
     raise typer.Exit(demo_main(report, keep))
 
@@ -875,7 +875,7 @@ def vhost_drill(
     Nobody has tried this yet: it needs /dev/vhost-net, and exits with 2 where there is none. It
     builds its own pair in network namespaces, like `demo`, and touches nothing else.
     """
-    from .lab.vhost_drill import main as drill_main
+    from ..lab.vhost_drill import main as drill_main
 
     raise typer.Exit(drill_main(directory, queues, control=control))
 
@@ -895,8 +895,8 @@ def cleanup(
     Afterwards frames flow as if colo-xdp had never been installed, so use it when the pair is no
     longer needed. Refused while the programs keep a guest silent whose QEMU is alive.
     """
-    from .tools.cleanup import GuestWouldTransmit, StillRunning
-    from .tools.cleanup import cleanup as clean
+    from ..tools.cleanup import GuestWouldTransmit, StillRunning
+    from ..tools.cleanup import cleanup as clean
 
     if config is not None:
         c = _load(config)
@@ -925,7 +925,7 @@ def config_check(config: ConfigArg) -> None:
 @config_app.command("show")
 def config_show(config: ConfigArg) -> None:
     """Print the configuration with all defaults."""
-    from .config.file import as_toml
+    from ..config.file import as_toml
 
     typer.echo(as_toml(_load(config)))
 
@@ -944,9 +944,9 @@ def pki_init(
 
     Keep the key off the hosts.
     """
-    from . import validate
-    from .config import file as config
-    from .tools import pki
+    from .. import validate
+    from ..config import file as config
+    from ..tools import pki
 
     want = validate.keys(config.Config)["pair"].metadata["check"](pair)
     if want:
@@ -973,7 +973,7 @@ def pki_issue(
     Copy ca.crt and the role's .crt and .key to that host. Running controllers use renewed files
     from their next connection on.
     """
-    from .tools import pki
+    from ..tools import pki
 
     try:
         for one in role or list(RoleName):
@@ -1058,7 +1058,7 @@ def init(
     terminal it asks for what is missing. Nothing is installed: `join` does that, on each host.
     """
     given = {k: tuple(v or ()) if k in LISTS else v for k, v in locals().items()}
-    from .setup import command
+    from ..setup import command
 
     ask = typer.prompt if sys.stdin.isatty() else None
     _print(lambda: command.init(given, ask))
@@ -1076,13 +1076,13 @@ def join(
     dry_run: DryRun = False,
 ) -> None:
     """Put the files of a bundle in place, all or none, and print what to run then."""
-    from .setup import command
+    from ..setup import command
 
     _print(lambda: command.join(bundle, root, host, replace=replace, dry_run=dry_run))
 
 
 def _print(lines: Callable[[], Iterable[str]]) -> None:
-    from .setup.command import MISTAKES
+    from ..setup.command import MISTAKES
 
     try:
         for line in lines():
@@ -1100,7 +1100,3 @@ def version() -> None:
 def main() -> None:
     """Entry point."""
     app()
-
-
-if __name__ == "__main__":
-    main()
