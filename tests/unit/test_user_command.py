@@ -134,7 +134,6 @@ def test_every_child_of_the_controller_is_started_by_way_of_it() -> None:
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     users = {str(Path(x).relative_to(root)) for x in r.stdout.split()} - {
-        "cli/__init__.py",
         "tools/unit_facts.py",  # systemctl, for `doctor`
         "service/shutdown.py",  # systemctl, for `colo-xdp handover`: no controller
         "setup/running.py",  # virsh, for `colo-xdp init`: no controller
