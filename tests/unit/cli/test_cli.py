@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from colo_xdp import __version__
-from colo_xdp.cli import DEGRADED, EXIT_CODES, FAILED, NOT_RUNNING, USAGE, app
+from colo_xdp.cli import DEGRADED, EXIT_CODES, FAILED, NOT_RUNNING, ORDER, USAGE, app
 
 ROOT = Path(__file__).parents[3]
 EXAMPLE = str(ROOT / "deploy/examples/primary.toml")
@@ -27,6 +27,13 @@ def test_quick_commands_need_neither_bcc_nor_netlink() -> None:
     )
     r = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert r.stdout.strip() == "[]"
+
+
+def test_each_command_has_its_place_in_the_help() -> None:
+    """The modules register them in the order of their names."""
+    assert [c.name or getattr(c.callback, "__name__", "") for c in app.registered_commands] == [
+        *ORDER
+    ]
 
 
 def test_the_version_as_an_option_and_as_a_command() -> None:

@@ -16,8 +16,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from colo_xdp import cli
-from colo_xdp.cli import DEGRADED, FAILED, NOT_RUNNING, OK, USAGE, app
+from colo_xdp.cli import DEGRADED, FAILED, NOT_RUNNING, OK, USAGE, app, target, views
 from colo_xdp.status.document import empty
 
 EXAMPLE = Path(__file__).parents[3] / "deploy/examples/primary.toml"
@@ -77,9 +76,9 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         f'{EXAMPLE.read_text()}\n[datapath]\nrun_dir = "{tmp_path}/run"\n'
         f'state_dir = "{tmp_path}/state"\n'
     )
-    monkeypatch.setattr(cli, "CONFIG_DIR", str(etc))
-    monkeypatch.setattr(cli, "BETWEEN_S", 0.01)
-    monkeypatch.setattr(cli, "FOLLOW_S", 0.01)
+    monkeypatch.setattr(target, "CONFIG_DIR", str(etc))
+    monkeypatch.setattr(views, "BETWEEN_S", 0.01)
+    monkeypatch.setattr(views, "FOLLOW_S", 0.01)
     return tmp_path
 
 
@@ -115,7 +114,7 @@ def test_watch_goes_on_while_the_controller_is_away(
         if naps == 4:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli.time, "sleep", sleep)
+    monkeypatch.setattr(views.time, "sleep", sleep)
     r = run(app, ["status", "web1", "--watch"])
     assert r.exit_code == OK and r.output.count("web1 primary: protected") == 2, r.output
     assert r.output.count("no controller answers") == 2
@@ -132,7 +131,7 @@ def test_list(served: Served, here: Path) -> None:
 
 
 def test_nothing_to_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "CONFIG_DIR", str(tmp_path))
+    monkeypatch.setattr(target, "CONFIG_DIR", str(tmp_path))
     r = run(app, ["list", "--run-dir", str(tmp_path)])
     assert r.exit_code == OK and "no pair" in r.output
 

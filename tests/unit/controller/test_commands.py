@@ -27,7 +27,7 @@ def asked(package: Path) -> set[str]:
     """Commands that the CLI sends."""
     trees = [ast.parse(path.read_text()) for path in package.glob("*.py")]
     calls = [n for tree in trees for n in ast.walk(tree) if isinstance(n, ast.Call)]
-    names = [c.args[2] for c in calls if getattr(c.func, "id", "") in ("_ask", "_change")]
+    names = [c.args[2] for c in calls if getattr(c.func, "id", "") in ("ask", "_change")]
     return {n.value for n in names if isinstance(n, ast.Constant)}
 
 

@@ -57,9 +57,9 @@ def test_nobody_to_ask(tmp_path: Path) -> None:
 
 def test_a_person_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said = iter(["hosta/hostb", "192.0.2.1/192.0.2.2", "eth1", "2G", "br0", ""])
-    monkeypatch.setattr("colo_xdp.cli.sys.stdin.isatty", lambda: True, raising=False)
-    monkeypatch.setattr("colo_xdp.cli.typer.prompt", lambda *a, **k: next(said))
-    from colo_xdp.cli import init
+    monkeypatch.setattr("colo_xdp.cli.setup.sys.stdin.isatty", lambda: True, raising=False)
+    monkeypatch.setattr("colo_xdp.cli.setup.typer.prompt", lambda *a, **k: next(said))
+    from colo_xdp.cli.setup import init
 
     init(pair="web1", bundle=tmp_path / "made")
     assert (tmp_path / "made/web1-primary.bundle").exists() and next(said, None) is None

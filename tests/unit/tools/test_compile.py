@@ -56,7 +56,7 @@ def test_a_host_has_every_role_compiled_its_own_first(made: list[tuple[Source, i
 def test_all_pairs_are_the_default(
     made: list[tuple[Source, int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cli, "CONFIG_DIR", str(tmp_path))
+    monkeypatch.setattr(cli.target, "CONFIG_DIR", str(tmp_path))
     assert CliRunner().invoke(cli.app, ["compile"]).exit_code == cli.USAGE
     (tmp_path / "web1.toml").write_text(PRIMARY.read_text())
     r = CliRunner().invoke(cli.app, ["compile"])
