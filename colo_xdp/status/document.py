@@ -9,9 +9,8 @@ empty(). status/builder.py fills the document from a live controller.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from typing import Any
 
 from .. import abi
@@ -24,6 +23,21 @@ from ..failover.prospect import Need, Outcome
 from ..failover.states import Role, State
 from ..net.bridge import PORT_STATES
 from ..peer.heartbeat_datagram import REFUSALS
+from .fields import (
+    Field,
+    StatusError,
+    count,
+    flag,
+    hexadecimal,
+    list_of,
+    map_of,
+    number,
+    object_of,
+    one_of,
+    or_null,
+    text,
+    wrong,
+)
 
 SCHEMA = 1
 
@@ -38,138 +52,10 @@ SECONDARY_COUNTERS: tuple[tuple[str, str], ...] = (
 )
 
 
-class StatusError(ValueError):
-    """The document is malformed; the text names the key."""
-
-
-def _fail(key: str, want: str, value: Any) -> StatusError:
-    shown = repr(value)
-    return StatusError(f"{key}: expected {want}, got {shown[:60]}")
-
-
-@dataclass(frozen=True, slots=True)
-class Field:
-    """A value of the document: its type, its meaning and its check.
-
-    `keys` are the fields of an object, `items` describes the elements of a list and the values of
-    a map. tests/docs/generate.py makes docs/reference/status.md of these.
-    """
-
-    type: str
-    meaning: str
-    check: Callable[[str, Any], None]
-    keys: Mapping[str, Field] = field(default_factory=dict)
-    items: Field | None = None
-
-
-def _text(meaning: str = "") -> Field:
-    def check(key: str, v: Any) -> None:
-        if not isinstance(v, str):
-            raise _fail(key, "a string", v)
-
-    return Field("string", meaning, check)
-
-
-def _one_of(names: Iterable[str], meaning: str) -> Field:
-    values = tuple(names)
-
-    def check(key: str, v: Any) -> None:
-        if not isinstance(v, str) or v not in values:
-            raise _fail(key, "one of " + ", ".join(values), v)
-
-    return Field(", ".join(f'"{n}"' for n in values), meaning, check)
-
-
-def _count(meaning: str = "") -> Field:
-    def check(key: str, v: Any) -> None:
-        if type(v) is not int or v < 0:
-            raise _fail(key, "a count", v)
-
-    return Field("count", meaning, check)
-
-
-def _number(meaning: str) -> Field:
-    def check(key: str, v: Any) -> None:
-        if type(v) not in (int, float) or not math.isfinite(v):
-            raise _fail(key, "a finite number", v)
-
-    return Field("number", meaning, check)
-
-
-def _flag(meaning: str) -> Field:
-    def check(key: str, v: Any) -> None:
-        if not isinstance(v, bool):
-            raise _fail(key, "true or false", v)
-
-    return Field("boolean", meaning, check)
-
-
-def _hex(meaning: str) -> Field:
-    text = _text()
-
-    def check(key: str, v: Any) -> None:
-        text.check(key, v)
-        try:
-            bytes.fromhex(v)
-        except ValueError:
-            raise _fail(key, "bytes in hexadecimal", v) from None
-
-    return Field("bytes in hexadecimal", meaning, check)
-
-
-def _or_null(inner: Field) -> Field:
-    def check(key: str, v: Any) -> None:
-        if v is not None:
-            inner.check(key, v)
-
-    return Field(f"{inner.type} or null", inner.meaning, check, inner.keys)
-
-
-def _object(meaning: str, **keys: Field) -> Field:
-    """An object with at least these keys."""
-
-    def check(key: str, v: Any) -> None:
-        if not isinstance(v, dict):
-            raise _fail(key, "an object", v)
-        for k, inner in keys.items():
-            name = f"{key}.{k}" if key else k
-            if k not in v:
-                raise StatusError(f"{name}: missing")
-            inner.check(name, v[k])
-
-    return Field("object", meaning, check, keys)
-
-
-def _map(meaning: str, inner: Field) -> Field:
-    """An object with any keys, all values alike."""
-    text = _text()
-
-    def check(key: str, v: Any) -> None:
-        if not isinstance(v, dict):
-            raise _fail(key, "an object", v)
-        for k, item in v.items():
-            text.check(f"{key} (a key)", k)
-            inner.check(f"{key}.{k}", item)
-
-    return Field("map", meaning, check, items=inner)
-
-
-def _list(meaning: str, inner: Field, length: int | None = None) -> Field:
-    def check(key: str, v: Any) -> None:
-        if not isinstance(v, list):
-            raise _fail(key, "a list", v)
-        if length is not None and len(v) != length:
-            raise StatusError(f"{key}: expected {length} entries, got {len(v)}")
-        for i, item in enumerate(v):
-            inner.check(f"{key}[{i}]", item)
-
-    return Field("list" if length is None else f"list of {length}", meaning, check, items=inner)
-
-
 def _schema(meaning: str) -> Field:
     def check(key: str, v: Any) -> None:
         if type(v) is not int or v != SCHEMA:
-            raise _fail(key, f"{SCHEMA} (this release's schema)", v)
+            raise wrong(key, f"{SCHEMA} (this release's schema)", v)
 
     return Field("count", meaning, check)
 
@@ -185,311 +71,309 @@ _REFUSED = {
 
 FIELDS: dict[str, Field] = {
     "schema": _schema(f"version of this document; {SCHEMA} in this release"),
-    "pair": _text("name of the pair"),
-    "role": _one_of(Role, "which guest this host runs now"),
-    "state": _one_of(State, "state of the pair as this host sees it"),
-    "reason": _text("why the pair is in this state, in one sentence"),
-    "uptime_s": _number("time since the controller started, in seconds"),
-    "since": _number("Unix time of the last change of state, in seconds"),
-    "epoch": _count("number of the checkpoint from which both guests started"),
-    "mode": _one_of((m.name.lower() for m in abi.Mode), "mode of the data path"),
-    "hook": _one_of(
+    "pair": text("name of the pair"),
+    "role": one_of(Role, "which guest this host runs now"),
+    "state": one_of(State, "state of the pair as this host sees it"),
+    "reason": text("why the pair is in this state, in one sentence"),
+    "uptime_s": number("time since the controller started, in seconds"),
+    "since": number("Unix time of the last change of state, in seconds"),
+    "epoch": count("number of the checkpoint from which both guests started"),
+    "mode": one_of((m.name.lower() for m in abi.Mode), "mode of the data path"),
+    "hook": one_of(
         ("xdp", "tc", ""), 'where the SVM\'s output is intercepted; "": no program is loaded'
     ),
-    "events": _one_of(
+    "events": one_of(
         ("ring", "perf", ""), 'buffer that carries frames to the controller; "": none is loaded'
     ),
-    "paused": _flag("failover decisions are left to an operator"),
-    "active": _object(
+    "paused": flag("failover decisions are left to an operator"),
+    "active": object_of(
         "whether this host's guest reaches the network, and by which right",
-        transmitting=_flag("the guest reaches the network"),
-        undecided=_flag(
+        transmitting=flag("the guest reaches the network"),
+        undecided=flag(
             "nothing was pinned when the controller started, so it is not decided yet "
             "whether the guest may transmit"
         ),
-        disks_unproven=_flag(
+        disks_unproven=flag(
             "whether the disks here may lack what was written before the last checkpoint, so that "
             "only an operator may let this guest take over"
         ),
-        lease=_one_of(
+        lease=one_of(
             ("", "held", "promised", "none"),
             "with a lease as the arbiter: the lease is held, or the other host promises to stay "
             'silent, or neither; "": the arbiter is not a lease',
         ),
-        remaining_s=_or_null(
-            _number("seconds for which the right holds; null: the arbiter is not a lease")
+        remaining_s=or_null(
+            number("seconds for which the right holds; null: the arbiter is not a lease")
         ),
-        sync=_one_of(
+        sync=one_of(
             (b.name.lower() for b in abi.SyncState),
             "what the guest is to the other one: nothing is known (none), a checkpoint was "
             "confirmed and nobody has run alone since (in_sync), it has run alone (standalone)",
         ),
     ),
-    "failover": _object(
+    "failover": object_of(
         "what decides when the other host is lost",
-        arbiter=_one_of(
+        arbiter=one_of(
             ("", "fence", "lease", "manual"), 'as configured; "": nothing is loaded yet'
         ),
-        automatic=_flag("whether no operator is needed"),
-        fence=_flag("whether a fence command is configured"),
-        trouble=_text('why the arbiter cannot be asked now; "": it can, or none is needed'),
+        automatic=flag("whether no operator is needed"),
+        fence=flag("whether a fence command is configured"),
+        trouble=text('why the arbiter cannot be asked now; "": it can, or none is needed'),
     ),
-    "if_peer_died": _object(
+    "if_peer_died": object_of(
         "what would happen if the other host died now, by the same rules that would decide then",
-        outcome=_one_of(
+        outcome=one_of(
             Outcome,
             "the guest here serves alone already (unchanged), it would take over (takes_over) or "
             "go on alone (goes_solo), nothing happens before an operator decides (operator) or "
             "before the arbiter answers (waits), or no guest would serve (lost)",
         ),
-        needs=_list("what has to succeed first", _one_of(Need, "")),
-        within_s=_or_null(
-            _number(
+        needs=list_of("what has to succeed first", one_of(Need, "")),
+        within_s=or_null(
+            number(
                 "longest time until the death is acted upon, in seconds; null: nothing is done by "
                 "itself"
             )
         ),
-        sentence=_text("the same for people"),
+        sentence=text("the same for people"),
     ),
-    "port": _one_of(
+    "port": one_of(
         ("", *PORT_STATES), 'state of the tap as a bridge port; "": the tap is in no bridge'
     ),
-    "qemu": _object(
+    "qemu": object_of(
         "this host's QEMU",
-        connected=_flag("QMP is connected"),
-        version=_text("version of QEMU"),
-        accel=_text('"kvm" or "tcg"; "": not known'),
-        gone=_flag("this host's guest is lost"),
+        connected=flag("QMP is connected"),
+        version=text("version of QEMU"),
+        accel=text('"kvm" or "tcg"; "": not known'),
+        gone=flag("this host's guest is lost"),
     ),
-    "peer": _object(
+    "peer": object_of(
         "the other host's controller",
-        connected=_flag("the control channel is up"),
-        silent_ms=_or_null(_number("time since its last message, in ms; null: there was none")),
-        state=_text("the state that it reported last"),
-        rtt_us=_number("round-trip time of the last heartbeat on the control channel, in µs"),
-        gone=_flag("it reported that its data path is shut, so its guest is certainly silent"),
-        ending=_one_of(
+        connected=flag("the control channel is up"),
+        silent_ms=or_null(number("time since its last message, in ms; null: there was none")),
+        state=text("the state that it reported last"),
+        rtt_us=number("round-trip time of the last heartbeat on the control channel, in µs"),
+        gone=flag("it reported that its data path is shut, so its guest is certainly silent"),
+        ending=one_of(
             Ending,
             "how the silence on the control channel began: its host closed the connection, "
             "acknowledged data that nobody answered, acknowledged nothing any more, or the "
             'controller was stopped on purpose; "": not known',
         ),
     ),
-    "heartbeat_links": _list(
+    "heartbeat_links": list_of(
         "the links that carry heartbeats in addition to the control channel",
-        _object(
+        object_of(
             "",
-            name=_text("name of the link"),
-            silent_ms=_or_null(
-                _number("time since the last heartbeat, in ms; null: there was none")
-            ),
-            echo_age_ms=_or_null(
-                _number(
+            name=text("name of the link"),
+            silent_ms=or_null(number("time since the last heartbeat, in ms; null: there was none")),
+            echo_age_ms=or_null(
+                number(
                     "age of the newest of this host's heartbeats that the peer has "
                     "acknowledged on this link, in ms; null: none"
                 )
             ),
-            rtt_us=_number("round-trip time of the last heartbeat, in µs"),
-            sent=_count("heartbeats sent"),
-            received=_count("heartbeats accepted"),
-            refused=_object(
+            rtt_us=number("round-trip time of the last heartbeat, in µs"),
+            sent=count("heartbeats sent"),
+            received=count("heartbeats accepted"),
+            refused=object_of(
                 "datagrams that were not accepted, by reason",
-                **{name: _count(_REFUSED[name]) for name in REFUSALS},
+                **{name: count(_REFUSED[name]) for name in REFUSALS},
             ),
-            trouble=_text('why the link cannot be used; "": it can'),
+            trouble=text('why the link cannot be used; "": it can'),
         ),
     ),
-    "data_path": _object(
+    "data_path": object_of(
         "whether devices and programs are complete",
-        trouble=_text('what is missing or does not arrive; "": the data path is whole'),
-        restored=_count("programs and devices that were missing and have been restored"),
-        silent_checkpoints=_count(
+        trouble=text('what is missing or does not arrive; "": the data path is whole'),
+        restored=count("programs and devices that were missing and have been restored"),
+        silent_checkpoints=count(
             "consecutive checkpoints for waiting output during which no frame of the SVM arrived"
         ),
     ),
-    "programs": _map(
+    "programs": map_of(
         "for each program and reason, [packets, bytes]; see reasons.md",
-        _map("", _list("", _count(), 2)),
+        map_of("", list_of("", count(), 2)),
     ),
-    "engine": _map("counters of the compare engine, by name; see metrics.md", _count()),
-    "held": _object(
+    "engine": map_of("counters of the compare engine, by name; see metrics.md", count()),
+    "held": object_of(
         "frames that wait: on the primary host frames of the PVM, on the secondary host what a "
         "checkpoint holds",
-        packets=_count("number of frames"),
-        bytes=_count("their bytes"),
-        limit=_count("limit of `packets`"),
+        packets=count("number of frames"),
+        bytes=count("their bytes"),
+        limit=count("limit of `packets`"),
     ),
-    "wait": _object(
+    "wait": object_of(
         "how long frames of the PVM were held by the controller",
-        buckets=_list(
+        buckets=list_of(
             "frames per bucket of WAIT_BUCKETS, not cumulative; the last one counts what is above",
-            _count(),
+            count(),
             len(WAIT_BUCKETS) + 1,
         ),
-        sum=_number("sum of the waiting times, in seconds"),
+        sum=number("sum of the waiting times, in seconds"),
     ),
-    "patience": _object(
+    "patience": object_of(
         "how long a frame of the PVM waits for its counterpart before a checkpoint is requested",
-        ms=_number("the time, in ms"),
-        source=_one_of(
+        ms=number("the time, in ms"),
+        source=one_of(
             ("", *SOURCES),
             "what it comes from: compare.wait is fixed, compare_timeout is the ceiling, the lag of "
             'the SVM, the cost of a checkpoint, or min_wait; "": this host runs no PVM',
         ),
-        lag_ms=_number("lag with which the SVM has answered lately (a high quantile), in ms"),
-        checkpoint_ms=_number("what a checkpoint takes (smoothed), in ms"),
-        needless=_count("checkpoints for waiting output whose counterpart was on its way"),
+        lag_ms=number("lag with which the SVM has answered lately (a high quantile), in ms"),
+        checkpoint_ms=number("what a checkpoint takes (smoothed), in ms"),
+        needless=count("checkpoints for waiting output whose counterpart was on its way"),
     ),
-    "offload": _object(
+    "offload": object_of(
         "the fast path",
-        waits=_list(
+        waits=list_of(
             "as wait.buckets, with the bounds OFFLOAD_WAIT_BUCKETS",
-            _count(),
+            count(),
             len(OFFLOAD_WAIT_BUCKETS) + 1,
         ),
-        buffers=_count("number of buffers: connections that can wait at the same time"),
-        waiting=_count("buffers in use"),
-        forgotten=_count("connections removed after long disuse"),
+        buffers=count("number of buffers: connections that can wait at the same time"),
+        waiting=count("buffers in use"),
+        forgotten=count("connections removed after long disuse"),
     ),
-    "flows": _object(
+    "flows": object_of(
         "tracked connections",
-        tracked=_count("number of connections"),
-        opening=_count("handshakes of the SVM in progress, in addition"),
-        limit=_count("limit of `tracked`"),
-        translated=_count("connections of the SVM whose sequence numbers are translated"),
-        aged=_count("connections removed because of their age"),
+        tracked=count("number of connections"),
+        opening=count("handshakes of the SVM in progress, in addition"),
+        limit=count("limit of `tracked`"),
+        translated=count("connections of the SVM whose sequence numbers are translated"),
+        aged=count("connections removed because of their age"),
     ),
-    "checkpoints": _object(
+    "checkpoints": object_of(
         "checkpoints since the controller started",
-        total=_count("completed"),
-        failed=_count("not completed"),
-        delayed=_count("delayed to keep within checkpoint.share"),
-        delay_s=_number("sum of these delays, in seconds"),
-        folded=_count("requests that were served by a checkpoint already requested"),
-        by_cause=_map("completed, by cause", _count()),
-        price=_map(
+        total=count("completed"),
+        failed=count("not completed"),
+        delayed=count("delayed to keep within checkpoint.share"),
+        delay_s=number("sum of these delays, in seconds"),
+        folded=count("requests that were served by a checkpoint already requested"),
+        by_cause=map_of("completed, by cause", count()),
+        price=map_of(
             "sums over the completed ones, by cause; without a cause of which there was none",
-            _object(
+            object_of(
                 "",
-                pause_ms=_number("how long the PVM was stopped, in ms"),
-                total_ms=_number("time from the beginning to the end, in ms"),
+                pause_ms=number("how long the PVM was stopped, in ms"),
+                total_ms=number("time from the beginning to the end, in ms"),
             ),
         ),
-        last=_or_null(
-            _object(
+        last=or_null(
+            object_of(
                 "the last one; null: there was none",
-                cause=_text("its cause; see reasons.md"),
-                detail=_text("what exactly caused it"),
-                pause_ms=_number("how long the PVM was stopped, in ms"),
-                total_ms=_number("time from the request to the end, in ms"),
-                at=_number("Unix time, in seconds"),
+                cause=text("its cause; see reasons.md"),
+                detail=text("what exactly caused it"),
+                pause_ms=number("how long the PVM was stopped, in ms"),
+                total_ms=number("time from the request to the end, in ms"),
+                at=number("Unix time, in seconds"),
             )
         ),
     ),
-    "ring": _object(
+    "ring": object_of(
         "the event buffer",
-        lost=_count("frames that did not fit"),
-        capacity_bytes=_count("its size"),
+        lost=count("frames that did not fit"),
+        capacity_bytes=count("its size"),
     ),
-    "inject": _object(
+    "inject": object_of(
         "frames that the controller released to the kernel",
-        sent=_count("frames that the kernel accepted"),
-        failed=_count("frames that the kernel refused"),
+        sent=count("frames that the kernel accepted"),
+        failed=count("frames that the kernel refused"),
     ),
-    "history": _list(
+    "history": list_of(
         "changes of state, oldest first",
-        _object(
+        object_of(
             "",
-            at=_number("Unix time, in seconds"),
-            state=_one_of(State, "the new state"),
-            reason=_text("why"),
+            at=number("Unix time, in seconds"),
+            state=one_of(State, "the new state"),
+            reason=text("why"),
         ),
     ),
-    "divergences": _list(
+    "divergences": list_of(
         "the last differences between the guests, oldest first",
-        _object(
+        object_of(
             "",
-            cause=_text("kind of the difference; see reasons.md"),
-            flow=_text("the flow, as text"),
-            proto=_text("its protocol"),
-            port=_count("port of the service; 0: there is none"),
-            rule=_text("rule of the policy that judged the flow"),
-            nic=_text("name of the guest's NIC"),
-            asked=_flag("it counted as a reason for a checkpoint; false: the flow is only watched"),
-            offset=_count("position in the stream or datagram"),
-            at_index=_count("index of the first differing byte in `pvm` and `svm`"),
-            pvm=_hex("bytes of the PVM around the difference"),
-            svm=_hex("bytes of the SVM around the difference"),
+            cause=text("kind of the difference; see reasons.md"),
+            flow=text("the flow, as text"),
+            proto=text("its protocol"),
+            port=count("port of the service; 0: there is none"),
+            rule=text("rule of the policy that judged the flow"),
+            nic=text("name of the guest's NIC"),
+            asked=flag("it counted as a reason for a checkpoint; false: the flow is only watched"),
+            offset=count("position in the stream or datagram"),
+            at_index=count("index of the first differing byte in `pvm` and `svm`"),
+            pvm=hexadecimal("bytes of the PVM around the difference"),
+            svm=hexadecimal("bytes of the SVM around the difference"),
         ),
     ),
-    "rules": _list(
+    "rules": list_of(
         "the rules of the policy in their order, then former ones",
-        _object(
+        object_of(
             "",
-            name=_text("name of the rule"),
-            action=_text('its action; "": the rule is no longer in force'),
-            flows=_count("connections and datagram flows under it"),
-            uncompared=_count("frames that left uncompared"),
-            differences=_count("differences found"),
+            name=text("name of the rule"),
+            action=text('its action; "": the rule is no longer in force'),
+            flows=count("connections and datagram flows under it"),
+            uncompared=count("frames that left uncompared"),
+            differences=count("differences found"),
         ),
     ),
-    "nics": _list(
+    "nics": list_of(
         "the guest's NICs: what is of one of them alone; the keys above are sums over all, and "
         "`hook` and `port` the first one's",
-        _object(
+        object_of(
             "",
-            name=_text("name of the NIC"),
-            tap=_text("its tap"),
-            peer_link=_text("device that carries its frames to the other host"),
-            bridge=_text('bridge that its tap joins; "": none'),
-            mac=_text('MAC address; "": not known yet'),
-            hook=_one_of(("xdp", "tc"), "where the SVM's output is intercepted"),
-            port=_one_of(
+            name=text("name of the NIC"),
+            tap=text("its tap"),
+            peer_link=text("device that carries its frames to the other host"),
+            bridge=text('bridge that its tap joins; "": none'),
+            mac=text('MAC address; "": not known yet'),
+            hook=one_of(("xdp", "tc"), "where the SVM's output is intercepted"),
+            port=one_of(
                 ("", *PORT_STATES), 'state of the tap as a bridge port; "": it is in no bridge'
             ),
-            arrived=_count("tagged frames that have come over the peer link"),
-            lost=_count("frames that did not fit into its event buffer"),
-            sent=_count("frames that the controller released to the kernel"),
-            held=_count("frames of the PVM that wait (primary)"),
-            flows=_count("tracked connections"),
-            trouble=_text('why its peer link delivers nothing; "": it delivers'),
+            arrived=count("tagged frames that have come over the peer link"),
+            lost=count("frames that did not fit into its event buffer"),
+            sent=count("frames that the controller released to the kernel"),
+            held=count("frames of the PVM that wait (primary)"),
+            flows=count("tracked connections"),
+            trouble=text('why its peer link delivers nothing; "": it delivers'),
         ),
     ),
-    "disks": _object(
+    "disks": object_of(
         "the replicated disks of this host's guest",
-        names=_list("their names", _text()),
-        mirrored=_flag("whether each write goes to both hosts' images (primary)"),
-        lost=_text("why a disk is no longer mirrored (primary)"),
-        copying=_or_null(
-            _object(
+        names=list_of("their names", text()),
+        mirrored=flag("whether each write goes to both hosts' images (primary)"),
+        lost=text("why a disk is no longer mirrored (primary)"),
+        copying=or_null(
+            object_of(
                 "the first copy, as long as it takes (primary); null: none",
-                done=_count("bytes copied"),
-                total=_count("bytes to copy"),
-                rate=_number("bytes per second so far"),
-                left_s=_or_null(_number("seconds left at that rate; null: unknown")),
+                done=count("bytes copied"),
+                total=count("bytes to copy"),
+                rate=number("bytes per second so far"),
+                left_s=or_null(number("seconds left at that rate; null: unknown")),
             )
         ),
-        exported=_flag("whether the other host can write to the images (secondary)"),
-        committing=_flag("whether QEMU still merges the overlays after a takeover"),
-        overlays=_map("size of the larger overlay of each disk, in bytes", _count()),
-        room_trouble=_text("why there may be too little room for the overlays (secondary)"),
-        proof_ms=_number(
+        exported=flag("whether the other host can write to the images (secondary)"),
+        committing=flag("whether QEMU still merges the overlays after a takeover"),
+        overlays=map_of("size of the larger overlay of each disk, in bytes", count()),
+        room_trouble=text("why there may be too little room for the overlays (secondary)"),
+        proof_ms=number(
             "how long the last checkpoint waited here for the primary's confirmation that its "
             "disks were whole, in ms; meanwhile this guest could not take over"
         ),
     ),
-    "event_log": _object(
+    "event_log": object_of(
         "the file that `colo-xdp events` reads",
-        path=_text("its path"),
-        lost=_count("events that are not in it: too many, or the disk did not take them"),
-        trouble=_text('why the last event was lost; "": it was not'),
+        path=text("its path"),
+        lost=count("events that are not in it: too many, or the disk did not take them"),
+        trouble=text('why the last event was lost; "": it was not'),
     ),
-    "failures": _list("the last internal errors", _text()),
-    "last_failover": _or_null(
-        _object(
+    "failures": list_of("the last internal errors", text()),
+    "last_failover": or_null(
+        object_of(
             "the last switchover; null: there was none",
-            gap_ms=_number("how long the network received nothing from the guest, in ms"),
-            took_ms=_number("duration of the switchover, in ms"),
+            gap_ms=number("how long the network received nothing from the guest, in ms"),
+            took_ms=number("duration of the switchover, in ms"),
         )
     ),
 }
@@ -553,7 +437,7 @@ class Status:
         Raises StatusError, which names the key, if it is malformed.
         """
         if not isinstance(document, Mapping):
-            raise _fail("document", "an object", document)
+            raise wrong("document", "an object", document)
         for key, f in FIELDS.items():
             if key not in document:
                 raise StatusError(f"{key}: missing")

@@ -16,7 +16,8 @@ from colo_xdp.failover import states
 from colo_xdp.failover.states import State
 from colo_xdp.peer.heartbeat_datagram import REFUSALS
 from colo_xdp.peer.messages import MESSAGES
-from colo_xdp.status.document import FIELDS, Status, StatusError, empty
+from colo_xdp.status.document import FIELDS, Status, empty
+from colo_xdp.status.fields import StatusError
 from colo_xdp.status.metrics import METRICS
 from colo_xdp.tools.explain import ADVICE
 from tests.docs import generate
@@ -172,7 +173,7 @@ TEXTS = [
     *sorted((ROOT / "docs").rglob("*.md")),
     *(ROOT / "colo_xdp" / p for p in (
         "config/schema.py", "config/network.py", "config/qemu.py",
-        "status/metrics.py", "status/document.py", "status/text.py",
+        "status/metrics.py", "status/document.py", "status/fields.py", "status/text.py",
         "status/events.py", "status/glance.py", "status/health.py", "failover/prospect.py",
         "compare/causes.py", "compare/policy.py", "engine/counters.py", "tools/explain.py",
     )),
