@@ -14,6 +14,10 @@ from typing import Any
 Spawn = Callable[[Coroutine[Any, Any, Any]], asyncio.Future[Any]]
 
 
+class Killed(ValueError):
+    """The process has ended before its answer: whoever asked has lost the connection."""
+
+
 class Process:
     """One run of a controller."""
 
@@ -27,10 +31,15 @@ class Process:
         task.add_done_callback(lambda t: self._tasks.pop(t, None))
 
     async def run(self, coro: Coroutine[Any, Any, Any]) -> Any:
-        """Run something that the controller was asked from outside; a kill cancels it."""
+        """Run something that the controller was asked from outside. Raises Killed."""
         task = asyncio.ensure_future(coro)
         self._owns(task)
-        return await task
+        try:
+            return await task
+        except asyncio.CancelledError:
+            if self.alive:
+                raise
+            raise Killed("killed meanwhile") from None
 
     def spawning(self, spawn: Spawn) -> Spawn:
         """Return the controller's spawn(), whose tasks end with the process.

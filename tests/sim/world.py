@@ -61,7 +61,7 @@ from .clock import FakeTime, VirtualLoop
 from .guest import Client, Guest, Plan
 from .host import Side, SimDataPath, SimHeartbeatLinks, SimPeer, SimQmp, SimStore, Witness
 from .offload_model import Bpf
-from .process import Process
+from .process import Killed, Process
 from .tcp import FIN, RST, SYN, BadChecksum, Tcp, diff, read
 
 EXAMPLES = Path(__file__).parents[2] / "deploy/examples"
@@ -497,8 +497,9 @@ class World:
 
     def _over(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)
-        if not task.cancelled() and task.exception() is not None and self.broken is None:
-            self.broken = task.exception()
+        e = None if task.cancelled() else task.exception()
+        if e is not None and not isinstance(e, Killed) and self.broken is None:
+            self.broken = e
 
     def note(self, text: str, *args: Any) -> None:
         """Add a line to the trace."""
