@@ -25,7 +25,8 @@ ORDER = (
     "checkpoint", "switchover", "handover", "failover", "demote", "reprotect", "drill",
     "mode", "reload",
     "policy", "explain", "capture", "filter-capture", "suggest", "replay",
-    "doctor", "compile", "demo", "vhost-drill", "cleanup", "init", "join", "version",
+    "doctor", "compile", "demo", "vhost-drill", "cleanup",
+    "init", "join", "version",
 )  # fmt: skip
 app.registered_commands.sort(
     key=lambda c: ORDER.index(c.name or getattr(c.callback, "__name__", ""))
