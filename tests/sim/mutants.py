@@ -48,7 +48,8 @@ from colo_xdp.peer.heartbeat_datagram import Flag
 from colo_xdp.qemu.mirrors import Mirrors
 from colo_xdp.qemu.replica import Replica
 
-from .host import Side, SimDataPath
+from .datapath import SimDataPath
+from .host import Side
 from .offload_model import Conn, KernelModel, Out, Work
 from .world import Fault, Scene, disk_scene, lease_scene, roles_scene, scene
 

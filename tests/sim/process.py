@@ -64,3 +64,13 @@ class Process:
         self.alive = False
         for task in list(self._tasks):
             task.cancel()
+
+
+class OfProcess:
+    """What a controller has opened: dead with its process."""
+
+    _process: Process
+
+    @property
+    def dead(self) -> bool:
+        return not self._process.alive

@@ -37,7 +37,8 @@ from colo_xdp.failover.decision import Action, decide
 from colo_xdp.failover.lease import Leadership
 from colo_xdp.failover.states import State
 
-from .host import Side, SimDataPath
+from .datapath import SimDataPath
+from .host import Side
 from .torture import failure, shrink, trace
 from .world import Fault, Scene, Violation, World
 

@@ -21,8 +21,8 @@ from colo_xdp.failover import lease
 from colo_xdp.failover.lease import MS, Leadership
 
 from .clock import FakeTime, VirtualLoop
-from .host import SimStore, Witness
 from .process import Process
+from .store import SimStore, Witness
 
 TTL_MS, MARGIN_MS, BEAT_MS = 1000, 200, 50
 RUN_MS = 12_000

@@ -17,8 +17,9 @@ from colo_xdp.controller.handover import Handover
 from colo_xdp.controller.primary import Primary
 
 from .guest import Guest
-from .host import Side, SimQmp
+from .host import Side
 from .mutants import ABOUT, KERNEL_MUTANTS, MUTANTS, scenes
+from .qemu import SimQmp
 from .tcp import ACK, SYN, Seg, build, read
 from .torture import _scene, failure, report, shrink, trace
 from .world import (

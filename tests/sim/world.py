@@ -57,11 +57,15 @@ from colo_xdp.qemu import mirrors, overlays, replica, supervisor
 from colo_xdp.qemu.disks import DiskError
 from colo_xdp.qemu.qmp import QmpTimeout
 
+from .channel import SimHeartbeatLinks, SimPeer
 from .clock import FakeTime, VirtualLoop
+from .datapath import SimDataPath
 from .guest import Client, Guest, Plan
-from .host import Side, SimDataPath, SimHeartbeatLinks, SimPeer, SimQmp, SimStore, Witness
+from .host import Side
 from .offload_model import Bpf
 from .process import Killed, Process
+from .qemu import SimQmp
+from .store import SimStore, Witness
 from .tcp import FIN, RST, SYN, BadChecksum, Tcp, diff, read
 
 EXAMPLES = Path(__file__).parents[2] / "deploy/examples"

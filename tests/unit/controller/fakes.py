@@ -21,7 +21,7 @@ from colo_xdp.qemu.events import QmpEvent
 from colo_xdp.qemu.migration import MigrationOptions
 from colo_xdp.qemu.nic import Card
 from colo_xdp.qemu.qmp import QmpTimeout
-from tests.sim.host import MapDict
+from tests.sim.datapath import MapDict
 
 EXAMPLES = Path(__file__).parents[3] / "deploy/examples"
 

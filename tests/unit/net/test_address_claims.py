@@ -24,7 +24,7 @@ from colo_xdp import abi
 from colo_xdp.datapath.addresses import FORGET_S, SWITCHES_S, AddressTable
 from colo_xdp.net.address_claims import MAPPED, Claims, claimed, mac_bytes, mac_key
 from colo_xdp.net.announce import Own
-from tests.sim.host import MapDict
+from tests.sim.datapath import MapDict
 
 GUEST, OTHER, VRRP = "52:54:00:12:34:56", "02:00:00:00:00:77", "00:00:5e:00:01:07"
 ALL = "ff:ff:ff:ff:ff:ff"
