@@ -779,7 +779,8 @@ class World:
         self.deaths.add(side.name)
         if c is not None:
             with contextlib.suppress(ValueError):
-                if (await c.commands.run("handover", {"shutdown": True}))["done"]:
+                answer = await side.process.run(c.commands.run("handover", {"shutdown": True}))
+                if answer["done"]:
                     self.handovers += 1
                     self.handed.add(side.name)
                     self.note("%s has handed over", side.name)
@@ -790,7 +791,8 @@ class World:
         side.kill_qemu()
         await asyncio.sleep(self.rnd.choice((0, 0.001, 0.02)))
         if (c := side.controller) is not None:
-            await c.stop("stopped by a signal")
+            with contextlib.suppress(Killed):
+                await side.process.run(c.stop("stopped by a signal"))
             await asyncio.sleep(0.003)  # the last message arrives before the end of the channel
         self._power_off(side)
 
