@@ -57,7 +57,7 @@ def test_at_shutdown_means_at_shutdown_only(ends: bool, monkeypatch: pytest.Monk
         return {"steps": ["a step"], "done": True, "state": "stopped", "reason": "handed over"}
 
     monkeypatch.setattr(shutdown, "host_ends", lambda: ends)
-    monkeypatch.setattr(cli, "_ask", ask)
+    monkeypatch.setattr(cli.operations, "ask", ask)
     r = run(cli.app, ["handover", "--at-shutdown", "/etc/colo-xdp/web1.toml"])
     assert r.exit_code == 0
     if ends:
