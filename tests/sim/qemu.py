@@ -211,7 +211,7 @@ class Qemu:
 
     def lost_heartbeat(self) -> None:
         """Execute x-colo-lost-heartbeat."""
-        if self.migration not in ("colo", "failed", "active"):
+        if self.migration != "colo":  # get_colo_mode(): an entry that is under way goes on
             raise QmpError("not in COLO")
         if self.leaving:  # failover_request_active() in QEMU's migration/colo-failover.c
             raise QmpError("COLO failover is already activated")

@@ -332,6 +332,13 @@ def test_nobody_has_the_guest_fenced_that_serves_for_one_that_booted_anew(seed: 
     assert failure(control_scene(seed), Gates) == ""
 
 
+@pytest.mark.parametrize("seed", [50660, 52941])
+def test_a_failover_during_an_entry_leaves_no_guest_that_stands_still(seed: int) -> None:
+    """QEMU refuses x-colo-lost-heartbeat until the entry has led to COLO. A simulated one took it,
+    stopped the guest for the entry all the same, and left it so."""
+    assert failure(control_scene(seed), Gates) == ""
+
+
 def test_never_a_state_that_only_the_store_knows_to_be_old() -> None:
     alone: Counter[str] = Counter()
     for world in worlds(lone_store_scene, range(60)):
