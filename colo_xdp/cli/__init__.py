@@ -26,7 +26,7 @@ ORDER = (
     "mode", "reload",
     "policy", "explain", "capture", "filter-capture", "suggest", "replay",
     "doctor", "compile", "demo", "vhost-drill", "cleanup",
-    "init", "join", "version",
+    "init", "join", "leave", "version",
 )  # fmt: skip
 app.registered_commands.sort(
     key=lambda c: ORDER.index(c.name or getattr(c.callback, "__name__", ""))

@@ -195,6 +195,22 @@ def join(
     _print(lambda: command.join(bundle, root, host, replace=replace, dry_run=dry_run))
 
 
+@app.command("leave")
+def leave(
+    pair: Annotated[str, typer.Argument(help="Name of the pair.")],
+    root: Annotated[Path, typer.Option(help="Root directory of the host.")] = Path("/"),
+    dry_run: DryRun = False,
+) -> None:
+    """Remove what `join` has put in place, unless it was changed, and print what to run then.
+
+    Refused while the pair's controller runs or its programs are attached: stop the controllers of
+    both hosts first, and run `cleanup`.
+    """
+    from ..setup import command
+
+    _print(lambda: command.leave(pair, root, dry_run=dry_run))
+
+
 def _print(lines: Callable[[], Iterable[str]]) -> None:
     from ..setup.command import MISTAKES
 

@@ -365,12 +365,15 @@ class Metrics:
     )
 
 
+PAIR_NAME = validate.pattern(r"[a-z0-9-]{1,10}", "1 to 10 of a-z, 0-9 and -")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
     """All of one file. Times in ms; what was not written has its default."""
 
     pair: str = validate.key(
-        validate.pattern(r"[a-z0-9-]{1,10}", "1 to 10 of a-z, 0-9 and -"),
+        PAIR_NAME,
         "name of the pair, the same on both hosts",
     )
     role: Literal["primary", "secondary"] = validate.key(

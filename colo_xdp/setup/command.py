@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""`colo-xdp init` and `colo-xdp join`, as the command line calls them."""
+"""`colo-xdp init`, `join` and `leave`, as the command line calls them."""
 
 from __future__ import annotations
 
@@ -8,11 +8,15 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from ..config.file import ConfigError, load
+from ..config.schema import PAIR_NAME, DataPathKeys
 from . import init as making
 from . import running
+from .files import config_path
 from .flags import AnswersError, Flags, ask, missing
 from .guest import Guest
 from .join import join as put_in_place
+from .leave import leave as take_away
 from .transaction import InstallError
 
 #: what either command may raise; a ValueError is a wrong answer
@@ -64,3 +68,26 @@ def join(path: Path, root: Path, called: str, *, replace: bool, dry_run: bool) -
     Raises InstallError.
     """
     yield from put_in_place(path, root=root, called=called, replace=replace, dry_run=dry_run)
+
+
+def _in_use(pair: str) -> str:
+    """Return why the files of a pair of this host are still needed; "" if they are not."""
+    from ..tools.cleanup import in_use  # it knows the kernel's data path, which takes a while
+
+    try:
+        where = load(Path(config_path(pair))).datapath
+    except (ConfigError, OSError):
+        where = DataPathKeys()
+    return in_use(pair, where.bpffs, where.run_dir)
+
+
+def leave(pair: str, root: Path, *, dry_run: bool) -> Iterator[str]:
+    """Remove the files of a pair, unless something here still needs them.
+
+    Raises AnswersError and InstallError.
+    """
+    if wrong := PAIR_NAME(pair):
+        raise AnswersError([f"{pair!r}: {wrong}"])
+    if root == Path("/") and (why := _in_use(pair)):
+        raise InstallError(f"{why}; nothing was removed")
+    yield from take_away(pair, root=root, dry_run=dry_run)

@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
 from ..config.file import ConfigError, parse
-from . import bundle, host, ports
+from . import bundle, host, ports, record
 from .files import File, HostFiles, commands, config_of, config_path
+from .leave import read as read_record
 from .transaction import InstallError, Target, install, is_there, lock, undo_interrupted
 
 
@@ -71,6 +73,16 @@ def _kept(root: Path, f: File) -> Path | None:
     return host.configured_by(root, f.device, host.below(root, f.path)) if f.device else None
 
 
+def _record(root: Path, pair: str, *, replace: bool) -> record.Record | None:
+    """Return what earlier joins have noted; None if nothing, or if what is there is replaced."""
+    try:
+        return read_record(root, pair)
+    except InstallError:
+        if replace:
+            return None
+        raise
+
+
 def join(
     path: Path,
     *,
@@ -107,13 +119,16 @@ def _steps(
     if trouble:
         raise Refused("\n".join(trouble))
     wanted: list[Target] = []
+    ours: list[File] = []
     notes = [f"{text}: not compared with this pair" for text in unreadable]
     same = 0
     for f in h.files:
         target = Target(host.below(root, f.path), f.text.encode(), f.mode)
         if other := _kept(root, f):
             notes.append(f"{f.path} is not written: {other} configures {f.device} already")
-        elif is_there(target):
+            continue
+        ours.append(f)
+        if is_there(target):
             same += 1
         else:
             wanted.append(target)
@@ -122,12 +137,22 @@ def _steps(
         lines = [f"{t.path} is there already, and is different" for t in differ]
         raise Refused("\n".join([*lines, "--replace keeps what is there as FILE.~1~, ~2~ ..."]))
     directories = [host.owned(host.below(root, d), h.owner) for d in h.directories]
+    before = _record(root, h.pair, replace=replace)
+    note = record.of(h, ours, before)
+    noted = Target(host.below(root, record.path(h.pair)), note.text().encode(), 0o600)
+    if not is_there(noted):
+        wanted.append(noted)
     verb = "would write" if dry_run else "wrote"
     if dry_run:
         done: list[tuple[Path, Path | None]] = [(t.path, None) for t in wanted]
     else:
         done = install(journal, wanted, directories)
     for path, kept in done:
+        if path == noted.path:
+            if kept and before is not None:  # everything in it is in the new one
+                with contextlib.suppress(OSError):
+                    kept.unlink()
+            continue
         yield f"{verb} {path}" + (f" (before: {kept})" if kept else "")
     if same:
         yield f"{same} files are there already, and are the same"

@@ -114,7 +114,8 @@ def lock(directory: Path) -> Iterator[None]:
         except OSError as e:
             raise InstallError(_why(e)) from e
         if not held:
-            raise InstallError(f"{directory}: another `colo-xdp init` or `join` is at work here")
+            others = "another `colo-xdp init`, `join` or `leave`"
+            raise InstallError(f"{directory}: {others} is at work here")
         yield
     finally:
         if made and (held or fd < 0):
@@ -255,6 +256,27 @@ def _make(name: str, mode: int, owner: tuple[int, int] | None) -> None:
             os.fchown(fd, *owner)
     finally:
         os.close(fd)
+
+
+def remove(paths: Iterable[Path], last: Path, directories: Iterable[Path]) -> None:
+    """Remove files, then `last`, which lists them; and the directories in which nothing is left.
+
+    May be repeated after a failure: `last` goes when the others are gone from the disk. Raises
+    InstallError.
+    """
+    try:
+        parents = set()
+        for path in paths:
+            _remove(path)
+            parents.add(path.parent)
+        for parent in parents:
+            _sync(parent)
+        _remove(last)
+    except OSError as e:
+        raise InstallError(f"{_why(e)}; the rest is still there, so repeat it") from e
+    for d in sorted(directories, reverse=True):  # children first
+        with contextlib.suppress(OSError):  # something else is in it
+            d.rmdir()
 
 
 def _prepare(j: _Journal, targets: Iterable[Target], directories: Iterable[Directory]) -> None:

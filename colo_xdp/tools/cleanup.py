@@ -18,6 +18,8 @@ from ..datapath.manifest import manifest_path
 from ..failover.lease import boot_ns
 from .preflight import is_running
 
+ROLES = ("primary", "secondary")
+
 
 class StillRunning(RuntimeError):
     """A controller of the pair answers on its control socket."""
@@ -94,6 +96,21 @@ def _served(sock: Path) -> bool:
         return True
 
 
+def _runs(pair: str, bpffs: str, run_dir: str, role: str) -> bool:
+    return is_running(run_dir, bpffs, pair, role) or _served(Path(run_dir) / f"{pair}.{role}.sock")
+
+
+def in_use(pair: str, bpffs: str, run_dir: str) -> str:
+    """Return why a pair's files are still needed, as a sentence; "" if they are not."""
+    for role in ROLES:
+        if _runs(pair, bpffs, run_dir, role):
+            return f"the {role}'s controller of {pair} still runs: stop those of both hosts first"
+    for role in ROLES:
+        if Path(loader.pin_dir(bpffs, pair, role)).exists():
+            return f"the data path of {pair} is still in place: run `colo-xdp cleanup` first"
+    return ""
+
+
 def cleanup(pair: str, bpffs: str, run_dir: str, *, force: bool = False) -> list[str]:
     """Detach programs, remove pins and the control socket; return a line per removed item.
 
@@ -102,16 +119,15 @@ def cleanup(pair: str, bpffs: str, run_dir: str, *, force: bool = False) -> list
     GuestWouldTransmit unless `force`.
     """
     gone: list[str] = []
-    roles = ("primary", "secondary")
-    for role in roles:
-        if is_running(run_dir, bpffs, pair, role) or _served(Path(run_dir) / f"{pair}.{role}.sock"):
+    for role in ROLES:
+        if _runs(pair, bpffs, run_dir, role):
             raise StillRunning(f"the {role}'s controller of {pair} is still running: stop it first")
-    found = {role: _pinned(loader.pin_dir(bpffs, pair, role), role) for role in roles}
+    found = {role: _pinned(loader.pin_dir(bpffs, pair, role), role) for role in ROLES}
     why = {role: refusal(p, boot_ns()) for role, p in found.items() if p is not None}
     for text in why.values():
         if text and not force:
             raise GuestWouldTransmit(f"{pair}: {text}")
-    for role in roles:
+    for role in ROLES:
         p = found[role]
         if p is not None and (why[role] or not p.in_use):
             gone += bridge.take_out_ports(manifest_path(run_dir, pair, role))

@@ -124,9 +124,11 @@ class Host:
         sh("ip", "netns", "add", self.ns)
         _disable_ipv6(self.ns)
         for i, switch in enumerate(("lan", "sw1", "sw2")):
+            # the same card after each boot: the others' neighbour tables still have its address
             _ip(
                 CLIENT,
-                f"link add {self.wire(i)} mtu 1600 type veth peer name eth{i} netns {self.ns}",
+                f"link add {self.wire(i)} mtu 1600 type veth peer name eth{i} "
+                f"address 02:c0:10:00:{self.number:02x}:{i:02x} netns {self.ns}",
             )
             _ip(CLIENT, f"link set dev {self.wire(i)} master {switch} up")
             _ip(self.ns, f"link set dev eth{i} mtu {1500 if i == 0 else 1600}")
@@ -266,16 +268,28 @@ class Host:
 
     # ---- inside
 
-    def run(self, *cmd: str, check: bool = True, timeout: float = 60.0) -> str:
-        """Run a command inside and return its output. Raises LabError with it on failure."""
-        r = subprocess.run(
+    def _enter(self, *cmd: str, timeout: float) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
             ["nsenter", "-t", str(self.pid1), "-m", "-u", "-i", "-n", "-p", "-C", "--", *cmd],
             capture_output=True, text=True, check=False, timeout=timeout, env=ENV,
             stdin=subprocess.DEVNULL,
         )  # fmt: skip
+
+    def shell(self, command: str, timeout: float) -> tuple[int, str]:
+        """Run a line of bash as root in /root; return its exit status and all that it says."""
+        r = self._enter("bash", "-c", f"cd /root && exec 2>&1\n{command}", timeout=timeout)
+        return r.returncode, r.stdout
+
+    def run(self, *cmd: str, check: bool = True, timeout: float = 60.0) -> str:
+        """Run a command inside and return its output. Raises LabError with it on failure."""
+        r = self._enter(*cmd, timeout=timeout)
         if check and r.returncode:
             raise LabError(f"host{self.name}: {' '.join(cmd)}: {r.stdout}{r.stderr}".strip())
         return r.stdout
+
+    def inside(self, path: str) -> Path:
+        """Return a file as this host sees it now, on whatever is mounted there."""
+        return Path(f"/proc/{self.pid1}/root{path}")
 
     def show(self, unit: str, *properties: str) -> dict[str, str]:
         """Return properties of a unit, as `systemctl show` prints them."""

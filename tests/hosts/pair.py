@@ -92,16 +92,20 @@ class Pair:
         client_up()
         for h, other in ((self.a, "b"), (self.b, "a")):
             h.make(base)
-            if h is self.a:
-                roots.install_package(h.root, roots.package())
-            else:
-                roots.install(h.root)
+            self._install(h)
             pki.issue(keys, ROLES[h.name], renew=True)
             self._files(h, other, keys)
             h.boot()
         for h in self.hosts:
             h.booted()
         self._first_start()
+
+    def _install(self, h: Host) -> None:
+        """Install what is tested into a root that is not booted."""
+        if h is self.a:
+            roots.install_package(h.root, roots.package())
+        else:
+            roots.install(h.root)
 
     def _first_start(self) -> None:
         # The very first start: on the primary guest's host the tap reaches the network.
@@ -110,7 +114,7 @@ class Pair:
 
     def wait_guest(self, path: str) -> None:
         """Wait until the guest of host a has booted, which its console says."""
-        console = Path(f"/proc/{self.a.pid1}/root{path}")
+        console = self.a.inside(path)
         wait_for(
             "boot of the guest",
             lambda: console.exists() and b"GUEST-READY" in console.read_bytes(), vms.BOOT_S * 2,

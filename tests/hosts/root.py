@@ -16,10 +16,12 @@ from colo_xdp.lab import debian
 from colo_xdp.lab.net import LabError
 
 ROOT = Path(__file__).parents[2]
-#: what `make install` needs, a QEMU, what makes it a bootable host, and shells that complete
+#: what `make install` needs, a QEMU, what makes it a bootable host that others copy files to, and
+#: shells that complete
 PACKAGES = (
     "systemd", "systemd-sysv", "dbus", "iproute2", "procps",
     "python3-bpfcc", "python3-venv", "linux-headers-amd64", "qemu-system-x86",
+    "qemu-utils", "openssh-client", "openssh-server",
     "bash-completion", "fish", "zsh",
 )  # fmt: skip
 #: where `inside` puts the directory of the packages
@@ -86,17 +88,18 @@ def inside(root: Path, *cmd: str, packages: Path, options: tuple[str, ...] = ())
     )  # fmt: skip
 
 
-def install_package(root: Path, deb: Path) -> str:
+def install_package(root: Path, deb: Path, *options: str) -> str:
     """Install a package into that root with what it depends on, as docs/operator/install.md does.
 
-    Returns what apt says.
+    Returns what apt says. With the option --download-only a host without a way to the archive can
+    install it afterwards.
     """
     # the base leaves documents out, which would hold for this package, too
     for f in (root / "etc/dpkg/dpkg.cfg.d").glob("*mmdebstrap*"):
         f.unlink()
     inside(root, "apt-get", "--quiet", "update", packages=deb.parent)
     return inside(
-        root, "apt-get", "--quiet", "--yes", "--no-install-recommends", "install",
+        root, "apt-get", "--quiet", "--yes", "--no-install-recommends", *options, "install",
         f"{PACKAGES_DIR}/{deb.name}", packages=deb.parent,
     )  # fmt: skip
 

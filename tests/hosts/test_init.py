@@ -1,83 +1,52 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Set pairs up with `colo-xdp init` and `join` on two hosts that have their own network only.
 
-Each test continues with what the previous one has left; the last one has a pair of guests.
+Each test continues with what the previous one has left. One guest is started, and no pair:
+test_documents.py does that with what is made here.
 """
 
 from __future__ import annotations
 
-import json
-import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from colo_xdp.lab import vm as vms
-from colo_xdp.lab.client import Client
 from colo_xdp.lab.net import LabError, wait_for
-from tests.deploy.test_sandbox import documented
 
+from .bare import Bare, etc
 from .conftest import BUILD
-from .host import CLIENT, Host
-from .pair import CONTROLLER, FENCE, NETWORK, PAIR, ROLES, Pair
+from .pair import CONTROLLER, PAIR, ROLES
 
 MADE = "/exchange/made"
 BUNDLES = {"a": f"{MADE}/web1-primary.bundle", "b": f"{MADE}/web1-secondary.bundle"}
 HOSTS = ("--hosts", "hosta/hostb", "--addresses", "192.0.2.1/192.0.2.2", "--bundle", MADE)
-CONSOLE = f"/run/colo-vm/{PAIR}/console"
 
 
-class Bare(Pair):
-    """Two hosts whose administrator has set their network up, and nothing of a pair."""
-
-    def _files(self, h: Host, other: str, keys: Path) -> None:
-        for name, text in NETWORK.items():
-            h.write(f"/etc/systemd/network/{name}", text)
-        h.write(
-            "/etc/systemd/network/20-eth2.network",
-            f"[Match]\nName=eth2\n[Network]\nLinkLocalAddressing=no\nAddress=192.0.2.{h.number}/24\n",
-        )
-        h.write("/usr/local/sbin/off", FENCE.format(other=other), 0o755)
-        h.enable("systemd-networkd")
-
-    def _first_start(self) -> None:
-        for h in self.hosts:
-            wait_for(f"the address of host{h.name}", lambda h=h: "192.0.2." in h.run(
-                "ip", "-brief", "addr", "show", "eth2"), 20)  # type: ignore[misc]  # fmt: skip
+class Unjoined(Bare):
+    """Two hosts, and one command that makes the bundles of web1."""
 
     def init(self) -> str:
-        """Make the bundles of web1 on host a, for the lab's guest."""
+        """Make the bundles of web1 on host a."""
         cpu = "max" if self.accel == "tcg" else "host"
-        arguments = [
-            "-kernel", "/share/vmlinuz", "-initrd", "/share/initrd.gz",
-            "-append", "console=ttyS0 quiet panic=1",
-            "-chardev", f"file,id=s0,path={CONSOLE}", "-serial", "chardev:s0",
-        ]  # fmt: skip
         return self.a.run(
             "colo-xdp", "init", "--pair", PAIR, *HOSTS, "--peer-link", "eth1", "--bridge", "br0",
             "--migration-network", "20-eth2.network", "--mac", vms.MACS[0],
             "--memory", "128", "--accel", self.accel, "--cpu", cpu,
-            "--fence-primary", "/usr/local/sbin/off", "--fence-secondary", "/usr/local/sbin/off",
-            *(x for a in arguments for x in ("--qemu-arg", a)),
+            "--fence-primary", "/usr/local/sbin/off hosta",
+            "--fence-secondary", "/usr/local/sbin/off hostb",
         )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def pair() -> Iterator[Bare]:
-    p = Bare(BUILD)
+def pair() -> Iterator[Unjoined]:
+    p = Unjoined(BUILD)
     try:
         p.up()
         yield p
     finally:
         p.down()
-
-
-def etc(h: Host) -> dict[str, str]:
-    """Return the sums of all files that a pair may have in /etc."""
-    where = ("/etc/colo-xdp", "/etc/systemd")
-    text = h.run("find", *where, "-type", "f", "-exec", "sha256sum", "{}", "+", check=False)
-    return {path: digest for digest, path in (x.split(None, 1) for x in text.splitlines())}
 
 
 def commands(said: str) -> list[str]:
@@ -86,13 +55,13 @@ def commands(said: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def joined(pair: Bare) -> dict[str, list[str]]:
+def joined(pair: Unjoined) -> dict[str, list[str]]:
     """Make bundles on host a and install them on both; return what is to be run then."""
     pair.init()
     return {h.name: commands(h.run("colo-xdp", "join", BUNDLES[h.name])) for h in pair.hosts}
 
 
-def test_networkd_makes_what_the_pair_needs(pair: Bare, joined: dict[str, list[str]]) -> None:
+def test_networkd_makes_what_the_pair_needs(pair: Unjoined, joined: dict[str, list[str]]) -> None:
     for h in pair.hosts:
         first, doctor, start = joined[h.name]
         h.run("sh", "-ec", first)
@@ -113,7 +82,7 @@ def test_networkd_makes_what_the_pair_needs(pair: Bare, joined: dict[str, list[s
         assert start.startswith("systemctl enable --now colo-xdp@web1 colo-qemu")
 
 
-def test_systemd_and_doctor_accept_the_files(pair: Bare, joined: dict[str, list[str]]) -> None:
+def test_systemd_and_doctor_accept_the_files(pair: Unjoined, joined: dict[str, list[str]]) -> None:
     for h in pair.hosts:
         units = [f"colo-qemu@{PAIR}.service", f"colo-qemu-incoming@{PAIR}.service", CONTROLLER]
         assert h.run("systemd-analyze", "verify", "--man=no", *units) == ""
@@ -129,7 +98,7 @@ def test_systemd_and_doctor_accept_the_files(pair: Bare, joined: dict[str, list[
         assert len(units) == 1 and units[0].startswith("ok    unit: /"), units
 
 
-def test_what_is_there_stays(pair: Bare, joined: dict[str, list[str]]) -> None:
+def test_what_is_there_stays(pair: Unjoined, joined: dict[str, list[str]]) -> None:
     a = pair.a
     before = etc(a)
     assert "are the same" in a.run("colo-xdp", "join", BUNDLES["a"])
@@ -141,7 +110,7 @@ def test_what_is_there_stays(pair: Bare, joined: dict[str, list[str]]) -> None:
 
 
 def test_a_second_pair_touches_nothing_of_the_first(
-    pair: Bare, joined: dict[str, list[str]]
+    pair: Unjoined, joined: dict[str, list[str]]
 ) -> None:
     init = [
         "colo-xdp", "init", "--pair", "web2", *HOSTS, "--bridge", "br0", "--memory", "64",
@@ -166,53 +135,11 @@ def test_a_second_pair_touches_nothing_of_the_first(
         assert "ok  " in h.run("sh", "-c", "colo-xdp doctor /etc/colo-xdp/web2.toml || true")
 
 
-def test_the_commands_that_are_left_make_a_protected_pair(
-    pair: Bare, joined: dict[str, list[str]]
-) -> None:
-    """Of the shipped unit and of what init has made; nothing else is configured."""
-    for h in pair.hosts:
-        if pair.shim:
-            for which in ("", "-incoming"):
-                h.write(f"/etc/systemd/system/colo-qemu{which}@{PAIR}.service.d/lab.conf",
-                        f"[Service]\nEnvironment=LD_PRELOAD=/share/{pair.shim.name}\n")  # fmt: skip
-            h.run("systemctl", "daemon-reload")
-        h.run(*shlex.split(joined[h.name][2]), timeout=120)
-    pair.wait_guest(CONSOLE)
-    pair.wait_protected()
-    assert "master br0" in pair.a.run("ip", "link", "show", "tap-web1")
-    assert "master" not in pair.b.run("ip", "link", "show", "tap-web1")
-    got, wrong = Client(CLIENT).download("f100k")
-    assert got == 100 << 10 and not wrong
-    for h in pair.hosts:
-        assert h.run("systemctl", "is-system-running").strip() == "running"
-    assert not pair.fences
-
-
-def test_the_sandboxes_are_no_wider_than_documented(
-    pair: Bare, joined: dict[str, list[str]]
-) -> None:
-    """As systemd has them in force, beside what a pair needs, which runs in them."""
-    guests = {"a": f"colo-qemu@{PAIR}.service", "b": f"colo-qemu-incoming@{PAIR}.service"}
-    for h in pair.hosts:
-        for unit, name in ((CONTROLLER, "colo-xdp"), (guests[h.name], "colo-qemu")):
-            most = documented(f"`{name}@.service`")
-            # fails if it is above
-            h.run("systemd-analyze", "security", "--no-pager", f"--threshold={most}", unit)
-        pid = h.show(CONTROLLER, "MainPID")["MainPID"]
-        seen = h.run("nsenter", "-t", pid, "-m", "--", "ls", "/dev", "/dev/net").split()
-        assert "tun" in seen and not {"kvm", "mem", "kmsg", "fuse"} & {*seen}
-        with pytest.raises(LabError, match="Read-only file system"):
-            h.run("nsenter", "-t", pid, "-m", "--", "touch", "/etc/colo-xdp/written")
-
-
 def test_a_pair_whose_qemu_is_no_root_and_whose_peer_link_is_a_vxlan(
-    pair: Bare, joined: dict[str, list[str]]
+    pair: Unjoined, joined: dict[str, list[str]]
 ) -> None:
     """Its controller reaches the monitor of another user, and makes the device."""
     a = pair.a
-    if pair.shim:
-        a.write("/etc/systemd/system/colo-qemu@web2.service.d/lab.conf",
-                f"[Service]\nEnvironment=LD_PRELOAD=/share/{pair.shim.name}\n")  # fmt: skip
     a.run("systemctl", "daemon-reload")
     a.run("systemctl", "start", "colo-xdp@web2", "colo-qemu@web2", timeout=120)
     try:
@@ -228,36 +155,3 @@ def test_a_pair_whose_qemu_is_no_root_and_whose_peer_link_is_a_vxlan(
         a.run("systemctl", "stop", "colo-qemu@web2", "colo-xdp@web2")
     a.run("colo-xdp", "cleanup", "/etc/colo-xdp/web2.toml")
     assert "cx-web2" not in a.run("ip", "-brief", "link")
-
-
-def test_doctor_asks_both_hosts(pair: Bare, joined: dict[str, list[str]]) -> None:
-    """Each controller lets systemd run the doctor of its host, outside its own sandbox."""
-    for h in pair.hosts:
-        said = h.run("colo-xdp", "doctor", "--peer", "--json", f"/etc/colo-xdp/{PAIR}.toml",
-                     check=False, timeout=90)  # fmt: skip
-        doc = json.loads(said)
-        assert doc["peer"] is not None, doc["both"]
-        assert {doc["role"], doc["peer"]["role"]} == {"primary", "secondary"}
-        for report in (doc, doc["peer"]):
-            found = {c["key"]: c for c in report["checks"]}
-            wrong = [c for c in report["checks"] if c["level"] == "fail"]
-            assert all(c["key"] == "kernel headers" for c in wrong), wrong
-            for key in ("unit", "QEMU", "other host", "heartbeats", "data path", "migration"):
-                assert found[key]["level"] == "ok", found[key]
-    assert not pair.fences
-
-
-def test_the_hosts_change_places_and_protect_each_other_again(
-    pair: Bare, joined: dict[str, list[str]]
-) -> None:
-    """`incoming` of init restarts the unit that waits, and ends the one that was the guest."""
-    a, b = pair.hosts
-    (before,) = a.pids("qemu-system-x86_64.*-qmp")
-    a.run("colo-xdp", "drill", PAIR, timeout=200)
-    pair.wait_protected()
-    assert pair.status(a)["role"] == "secondary" and pair.status(b)["role"] == "primary"
-    (after,) = a.pids("qemu-system-x86_64.*-qmp")
-    assert after != before and a.unit_of(after) == f"colo-qemu-incoming@{PAIR}.service"
-    assert a.show(f"colo-qemu@{PAIR}", "ActiveState") == {"ActiveState": "inactive"}
-    got, wrong = Client(CLIENT).download("f100k")
-    assert got == 100 << 10 and not wrong and not pair.fences

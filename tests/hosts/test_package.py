@@ -3,7 +3,7 @@
 
 The release is that of COLO_SUITE, by default Debian 12 (`make test-deb-13`: Debian 13). Each test
 continues with what the one before it has left. What an upgrade does to a controller that runs is
-tested in test_systemd.py.
+tested in test_documents.py.
 """
 
 from __future__ import annotations

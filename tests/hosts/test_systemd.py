@@ -1,23 +1,19 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Test the shipped unit and examples on two hosts that boot systemd, with a real pair of guests.
 
-Each test continues with what the previous one has left, a protected pair.
+Each test continues with what the previous one has left, a protected pair. test_documents.py has
+the package's upgrade.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
-from itertools import pairwise
-from pathlib import Path
 
 import pytest
 
-from colo_xdp import __version__
 from colo_xdp.lab.client import Client, EchoStream
 from colo_xdp.lab.net import LabError, sh, wait_for
 
-from . import root as roots
 from .host import CLIENT, never, unplugged
 from .pair import CONTROLLER, Pair
 
@@ -69,36 +65,6 @@ def test_heartbeats_pass_the_peer_link(protected: Pair) -> None:
             for p in s["heartbeat_links"]
         ), 10)  # fmt: skip
         assert "Address family not supported" not in h.journal(CONTROLLER)
-
-
-def test_an_upgrade_of_the_package(protected: Pair, echo: EchoStream) -> None:
-    """The programs change. They are compiled before the controller stops, and nothing else does."""
-    p = protected
-    program = "usr/lib/colo-xdp/colo_xdp/_bpf_src/primary.bpf.c"
-
-    def change(tree: Path) -> None:
-        (tree / program).write_text((tree / program).read_text() + "\n/* the next version */\n")
-
-    deb = roots.repack(
-        roots.package(), p.exchange / "next.deb", f"{__version__}-2", change
-    )  # fmt: skip
-    (qemu,) = p.a.pids(QEMU)
-    old = p.a.show(CONTROLLER, "MainPID")
-    wait_for("answers", lambda: len(echo.stats.answered_at) > 50, 10)
-    began = time.time()
-    said = p.a.run("dpkg", "--install", f"/exchange/{deb.name}", timeout=240)
-    assert "web1 primary: compiled in" in said
-    assert p.a.show(CONTROLLER, "MainPID") != old and p.a.pids(QEMU) == [qemu]
-    assert p.a.show(CONTROLLER, "NRestarts", "ActiveState") == {
-        "NRestarts": "0", "ActiveState": "active"
-    }  # fmt: skip
-    p.wait_protected()
-    assert "the peer's controller stops on purpose" in p.b.journal(CONTROLLER)
-    assert not p.fences
-    mine = p.a.journal(CONTROLLER)
-    assert "compiled primary in" not in mine[mine.rindex("Deactivated successfully") :]
-    seen = [t for t in echo.stats.answered_at if t > began - 1]
-    assert max(b - a for a, b in pairwise(seen)) < 2.0, "no more than a lost frame costs"
 
 
 def test_only_the_management_network_is_cut(protected: Pair, echo: EchoStream) -> None:

@@ -68,7 +68,7 @@ PURE = (
     "tools.corpus",
     "setup.answers", "setup.bundle", "setup.config_text", "setup.files", "setup.flags",
     "setup.guest", "setup.libvirt_domain", "setup.networkd", "setup.ports",
-    "setup.qemu_arguments", "setup.qemu_unit", "setup.reader",
+    "setup.qemu_arguments", "setup.qemu_unit", "setup.reader", "setup.record",
 )  # fmt: skip
 #: readers of a file that is theirs, which is all that they do outside
 FILES = {"config.file": {"os"}, "tools.corpus.play": set[str]()}

@@ -416,7 +416,7 @@ def test_two_at_once(bundle: Path, here: Path) -> None:
     fd = os.open(etc, os.O_RDONLY)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX)
-        assert "another `colo-xdp init` or `join` is at work here" in refusal(bundle, here)
+        assert "another `colo-xdp init`, `join` or `leave` is at work here" in refusal(bundle, here)
         assert tree(here) == before
     finally:
         os.close(fd)
