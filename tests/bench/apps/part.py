@@ -43,10 +43,21 @@ def wanted_lives(quick: bool) -> int:
     return lives_of_each
 
 
+def wanted_workloads() -> tuple[str, ...]:
+    """Return the keys in APPS_ONLY; none: all workloads. Raises ValueError."""
+    only = tuple((os.environ.get("APPS_ONLY") or "").split())
+    known = {w.key for w in WORKLOADS}
+    if unknown := {*only} - known:
+        raise ValueError(
+            f"APPS_ONLY: no {', '.join(unknown)}; there are {', '.join(sorted(known))}"
+        )
+    return only
+
+
 def run(part: Part, quick: bool, build: Path) -> None:
     """Run all arms in turns."""
     found: dict[str, list[Life]] = {arm: [] for arm in ARMS}
-    build = build.absolute()
+    build, only = build.absolute(), wanted_workloads()
 
     def say(text: str) -> None:
         print(f"  {text}", flush=True)
@@ -54,7 +65,7 @@ def run(part: Part, quick: bool, build: Path) -> None:
     for turn in range(wanted_lives(quick)):
         for arm in ARMS if turn % 2 == 0 else ARMS[::-1]:
             try:
-                life = lives.once(arm, build, QUICK if quick else 1.0, say=say)
+                life = lives.once(arm, build, QUICK if quick else 1.0, only, say=say)
             except FAILURES as e:
                 part.error(f"applications, {arm}, life {turn + 1}", f"{type(e).__name__}: {e}")
                 continue

@@ -128,3 +128,13 @@ def test_the_gap_of_a_failover_is_the_longest_after_it() -> None:
     assert longest_gap([0.0, 5.0, 5.5, 7.5, 8.0], 5.2) == 2.0
     assert longest_gap([0.0, 1.0, 4.0], 1.5) == 3.0  # it spans the kill
     assert longest_gap([0.0, 1.0], 2.0) == float("inf")  # nothing came any more
+
+
+def test_some_workloads_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("APPS_ONLY", raising=False)
+    assert apps.wanted_workloads() == ()
+    monkeypatch.setenv("APPS_ONLY", "tpcb-4 http")
+    assert apps.wanted_workloads() == ("tpcb-4", "http")
+    monkeypatch.setenv("APPS_ONLY", "tpcb-5")
+    with pytest.raises(ValueError, match=r"no tpcb-5; there are .*tpcb-4"):
+        apps.wanted_workloads()
