@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 from ..abi import Mode, SyncState
 from ..clock import TICK_S
-from ..compare.causes import LOSSES, URGENT, Cause
+from ..compare.causes import LOSSES, URGENT, WAITS, Cause
 from ..config.file import Config
 from ..datapath.host import HostDataPath
 from ..engine.journal import Divergence, Journal, JournalEntry
@@ -525,6 +525,8 @@ class CheckpointCoordinator:
         d = want.why
         differed = min(ck.began_ns, d.since_ns) if d else ck.began_ns
         before = self.ended_ns
+        if d is not None and d.cause in WAITS and (crossed := self._c.output.crossed_ns(before)):
+            differed = min(differed, crossed)
         followed = self._c.output.followed_ns(before, differed) if before else 0
         self._c.journal.checkpoint(
             JournalEntry(

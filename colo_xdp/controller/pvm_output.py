@@ -226,6 +226,12 @@ class PvmOutput:
         """Return when the SVM had sent what it has sent of the output of that time; 0: unknown."""
         return max(nic.engine.followed_ns(after_ns, until_ns) for nic in self.nics)
 
+    def crossed_ns(self, after_ns: int) -> int:
+        """Return when guests in shadow mode first waited for each other's clients; 0: not since."""
+        return min(
+            (n.engine.crossed_ns for n in self.nics if n.engine.crossed_ns > after_ns), default=0
+        )
+
     def set_policy(self, config: Config) -> None:
         """Take over changed rules."""
         for nic in self.nics:

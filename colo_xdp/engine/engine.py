@@ -22,7 +22,7 @@ from ..compare.fragments import Fragments
 from ..compare.history import HistoryBudget
 from ..compare.ledger import Ledger
 from ..compare.limits import Limits
-from ..compare.patience import Patience
+from ..compare.patience import QUIET_NS, Patience
 from ..compare.policy import Policy
 from ..compare.tcp import PART_NS
 from ..compare.tcp_wait import FLAGS
@@ -38,6 +38,7 @@ from .fast_path_watch import FastPathWatch
 from .flow_table import FlowTable, RuleCount
 from .journal import Divergence
 from .outbox import EngineOutbox
+from .silence import SERVED
 from .suspect import Suspect
 
 __all__ = ["COUNTERS", "SOON_NS", "Divergence", "Engine", "Frame", "Limits", "Policy"]
@@ -123,6 +124,7 @@ class Engine:
         self._queue = CheckpointQueue(self.ledger, limits.max_queue_size)
         self._next_policy: Policy | None = None  # in force from the next epoch on
         self.shadow = False  # hold nothing: every frame leaves at once and is compared afterwards
+        self.crossed_ns = 0  # in shadow mode: see _note_crossing()
         self._checkpointing = False
         self._solo = False
         self._void_ns = 0
@@ -508,6 +510,8 @@ class Engine:
                     evidence = Evidence(pvm_frame=apart.held[0][0])
                     self._outbox.request(Cause.OPENED_APART, apart, evidence)
             self._watch.look(now_ns)
+            if self.shadow and self.ledger.pvm_packets:
+                self._note_crossing(now_ns)
             if self.patience.adaptive and self._outbox.may_ask and not self._outbox.asked:
                 self._ask_if_crossed(now_ns)
         if now_ns >= self._next_scan:
@@ -554,6 +558,19 @@ class Engine:
             pvm = self._watch.crossed(now_ns)
             if pvm is not None:
                 pvm.ask(Cause.CROSSED, pvm.held[0][1])
+
+    def _note_crossing(self, now_ns: int) -> None:
+        """Note the first time since a checkpoint at which protected guests would have crossed.
+
+        Without protection a client has its answer and goes on, so mostly the guests agree again by
+        themselves. The clients of output that is held would wait for good.
+        """
+        if self.crossed_ns > self.patience.since_ns:
+            return
+        before = now_ns - SERVED * QUIET_NS
+        pvm, svm = self._watch.waiting(before)
+        if pvm is not None and svm:
+            self.crossed_ns = before
 
     def end_backpressure(self, now_ns: int) -> None:
         """Release what is kept back for the fast path.

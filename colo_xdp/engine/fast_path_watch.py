@@ -77,14 +77,15 @@ class FastPathWatch:
         late: list[Overdue] = []
         if self._fast.enabled:
             late = [x for x in self._fast.overdue(before) if x.payload and is_stream(x.key)]
-        pvm, svm = self._waiting(before)
+        pvm, svm = self.waiting(before)
         if not (pvm or any(x.held for x in late)) or not (svm or any(not x.held for x in late)):
             return None
         self.reclaim([x.key for x in late])
-        pvm, svm = self._waiting(before)
+        pvm, svm = self.waiting(before)
         return pvm if svm else None
 
-    def _waiting(self, before_ns: int) -> tuple[TcpFlow | None, bool]:
+    def waiting(self, before_ns: int) -> tuple[TcpFlow | None, bool]:
+        """Return a flow in which the PVM waits in vain, and whether the SVM is ahead in another."""
         return self._silence.waiting(self._timers.flows(), self._clock.epoch, before_ns)
 
     def reclaim_all(self) -> None:

@@ -525,3 +525,30 @@ def test_shadow_mode_keeps_when_the_svm_had_sent_what_both_have() -> None:
     assert w.e.followed_ns(began, first.ts_ns) == 0, "forgotten, and so not known"
     w.e.set_shadow(False, w.now)
     assert w.e.followed_ns(began, w.now) == 0
+
+
+@pytest.mark.parametrize("shadow", [True, False])
+def test_shadow_mode_notes_when_held_output_would_have_crossed(shadow: bool) -> None:
+    """The PVM goes on, as its client has an answer, and the SVM finds the way back to it."""
+    w = Pair()
+    for port in (5000, 5001):
+        w.both(f.tcp(0, 1, b"aa", dport=port))
+    w.e.set_shadow(shadow, w.now)
+    w.p(f.tcp(2, 1, b"bb", dport=5000))
+    w.s(f.tcp(2, 1, b"bb", dport=5001))
+    began = w.now
+    for i in range(5):
+        w.now += 5 * MS
+        w.both(other(2 * i, b"zz"))  # others are served
+        w.e.tick(w.now)
+    assert w.e.crossed_ns == 0, "the SVM may be late"
+    w.now += 20 * MS
+    w.e.tick(w.now)
+    assert (began <= w.e.crossed_ns <= w.now) == shadow
+    if shadow:
+        first = w.e.crossed_ns
+        w.p(f.tcp(2, 1, b"bb", dport=5001))
+        w.s(f.tcp(2, 1, b"bb", dport=5000))
+        w.now += 100 * MS
+        w.e.tick(w.now)
+        assert w.e.crossed_ns == first
