@@ -23,6 +23,13 @@ from .qmp import QmpError, QmpTimeout
 log = logging.getLogger("colo_xdp.qemu.replica")
 
 CLOSE_S = 2.0
+#: what QEMU says of a device whose image is open already. It opens images at the end of a
+#: migration, or when it is told to go on while it waits for one: qmp_cont() activates all of them.
+OPEN_ALREADY = "Block node is read-only"
+START_ANEW = (
+    ": its image is open already, as after a `cont` while this QEMU waited; start it anew, without "
+    "one (libvirt: `virsh create --paused`)"
+)
 
 
 class Replica:
@@ -101,7 +108,8 @@ class Replica:
         except QmpTimeout:
             raise
         except QmpError as e:
-            raise DiskError(f"disk {disk.name} gets no overlays: {e}") from e
+            remedy = START_ANEW if OPEN_ALREADY in str(e) else ""
+            raise DiskError(f"disk {disk.name} gets no overlays: {e}{remedy}") from e
         log.info("disk %s: overlays in %s", disk.name, disk.overlays)
 
     async def _build(self, disk: ReplicatedDisk, entry: Mapping[str, Any], size: int) -> None:

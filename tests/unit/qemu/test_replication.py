@@ -297,6 +297,16 @@ def test_what_the_secondary_cannot_do_is_named(tmp_path: Path, what: str, says: 
     run(body())
 
 
+def test_a_waiting_qemu_that_was_told_to_go_on_is_to_be_started_anew(tmp_path: Path) -> None:
+    async def body() -> None:
+        d, block = make(tmp_path, "d0")
+        block.refuse["qom-set"] = "GenericError: Block node is read-only"  # QEMU 7.2
+        with pytest.raises(DiskError, match="read-only: .*`cont`.*start it anew.*--paused"):
+            await d.replica.serve()
+
+    run(body())
+
+
 def test_iothreads_are_fine_from_qemu_11_on(tmp_path: Path) -> None:
     async def body() -> None:
         d, block = make(tmp_path, "d0", version=(11, 0, 0))
