@@ -171,6 +171,12 @@ def test_a_pair_is_protected_and_nobody_reads_along(hosts: Tunnel) -> None:
     for role in ROLES:
         filter_strangers(tunnel, role)
     lab.protect()
+    for role in ROLES:  # WireGuard repeats a lost handshake after 5 s
+        wait_for("heartbeats through the tunnel", lambda r=role: any(
+            x["name"] == "peer link" and (x["silent_ms"] or 1e9) < 1000
+            for x in lab.status(r)["heartbeat_links"]
+        ), 20)  # type: ignore[misc]  # fmt: skip
+        lab.wait_state(role, "protected", 20)
     wire = lab.capture(lab.net.primary, "peer0", "wire", whole=True)
     link = lab.capture(lab.net.primary, PEER_LINK, "link", whole=True)
     assert lab.client.download("f100k") == (100 << 10, 0)
