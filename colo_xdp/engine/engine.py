@@ -124,7 +124,7 @@ class Engine:
         self._queue = CheckpointQueue(self.ledger, limits.max_queue_size)
         self._next_policy: Policy | None = None  # in force from the next epoch on
         self.shadow = False  # hold nothing: every frame leaves at once and is compared afterwards
-        self.crossed_ns = 0  # in shadow mode: see _note_crossing()
+        self.crossed_ns = self._next_crossing = 0  # in shadow mode: see _note_crossing()
         self._checkpointing = False
         self._solo = False
         self._void_ns = 0
@@ -565,8 +565,9 @@ class Engine:
         Without protection a client has its answer and goes on, so mostly the guests agree again by
         themselves. The clients of output that is held would wait for good.
         """
-        if self.crossed_ns > self.patience.since_ns:
+        if self.crossed_ns > self.patience.since_ns or now_ns < self._next_crossing:
             return
+        self._next_crossing = now_ns + QUIET_NS  # it looks at every flow that waits
         before = now_ns - SERVED * QUIET_NS
         pvm, svm = self._watch.waiting(before)
         if pvm is not None and svm:

@@ -552,3 +552,24 @@ def test_shadow_mode_notes_when_held_output_would_have_crossed(shadow: bool) -> 
         w.now += 100 * MS
         w.e.tick(w.now)
         assert w.e.crossed_ns == first
+
+
+def test_shadow_mode_does_not_look_for_crossings_with_each_tick(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each look goes through all flows that wait."""
+    w = Pair(adaptive=False)  # so that nothing else looks
+    looks: list[int] = []
+
+    def look(before_ns: int) -> tuple[None, bool]:
+        looks.append(before_ns)
+        return None, False
+
+    monkeypatch.setattr(w.e._watch, "waiting", look)
+    w.both(f.tcp(0, 1, b"aa"))
+    w.e.set_shadow(True, w.now)
+    w.p(f.tcp(2, 1, b"bb"))
+    for _ in range(40):
+        w.now += MS
+        w.e.tick(w.now)
+    assert 0 < len(looks) <= 40 * MS // QUIET_NS + 3
