@@ -210,8 +210,9 @@ fuzz: setup
 # Measure against the lower bound and against QEMU's proxy
 # Writes build/bench-report.{json,md} and build/bench-*.png. QUICK=1: few runs, without real
 # applications; PARTS="held peer": only these parts; APPS_LIVES: runs of real applications in each arm
-# (5); APPS_ONLY="tpcb-4 http": these workloads only; PUBLISH=1: also update docs/benchmarks.md and tests/bench/report. README's few figures are
-# updated by hand (tests/unit/test_docs.py compares them).
+# (5); APPS_ONLY="tpcb-4 http": these workloads only; PUBLISH=1: also update these parts in
+# docs/benchmarks.md and tests/bench/report. README's few figures are updated by hand
+# (tests/unit/test_docs.py compares them).
 bench: setup build/.setup-bench
 	$(PY) -m tests.bench $(if $(QUICK),--quick) $(if $(PUBLISH),--publish) $(PARTS)
 

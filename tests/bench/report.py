@@ -13,15 +13,13 @@ import os
 import platform
 import statistics
 import subprocess
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
-PAGE = ROOT / "docs" / "benchmarks.md"
-PUBLISHED = Path(__file__).parent / "report"
-BEGIN, END = "<!-- bench: by make bench PUBLISH=1 -->", "<!-- bench: end -->"
 
 
 @dataclass(frozen=True)
@@ -120,7 +118,10 @@ class Goal:
 
 @dataclass
 class Part:
-    """One part of the benchmark; `title` heads its table."""
+    """One part of the benchmark; `title` heads its table.
+
+    `about`: where and when it was measured, if that is not the same for all parts of a report.
+    """
 
     key: str
     title: str
@@ -128,6 +129,7 @@ class Part:
     errors: list[tuple[str, str]] = field(default_factory=list)
     goals: list[Goal] = field(default_factory=list)
     seconds: float = 0.0
+    about: str = ""
 
     def add(
         self, name: str, unit: str, arms: Mapping[str, Spread], *, base: str = "",
@@ -162,7 +164,7 @@ def machine(**more: Any) -> dict[str, Any]:
     ).stdout.strip()  # fmt: skip
     return {
         "cpu": model, "cpus": os.cpu_count(), "kernel": platform.release(),
-        "qemu": qemu[0] if qemu else "", "commit": head, **more,
+        "qemu": qemu[0] if qemu else "", "commit": head, "date": time.strftime("%Y-%m-%d"), **more,
     }  # fmt: skip
 
 
@@ -203,7 +205,7 @@ def _cell(row: Row, arm: str, short: bool) -> str:
     return text
 
 
-def _table(rows: list[Row], short: bool = False) -> list[str]:
+def table(rows: list[Row], short: bool = False) -> list[str]:
     arms = list(dict.fromkeys(a for r in rows for a in r.arms))
     out = ["| |" + "|".join(arms) + "|", "|---|" + "---|" * len(arms)]
     for r in rows:
@@ -225,26 +227,27 @@ def goal_table(parts: list[Part]) -> list[str]:
     return out
 
 
-def _about(about: dict[str, Any]) -> str:
+def describe(about: Mapping[str, Any]) -> str:
+    """Return what machine() has found as a line."""
     kind = ", quick: few runs" if about.get("quick") else ""
     return (
         f"{about['cpu']}, {about['cpus']} CPUs, Linux {about['kernel']}, {about['qemu']}, "
-        f"commit {about['commit']}{kind}."
+        f"commit {about['commit']}, {about['date']}{kind}."
     )
 
 
-def as_markdown(parts: list[Part], about: dict[str, Any]) -> str:
+def as_markdown(parts: list[Part], about: str) -> str:
     """Return build/bench-report.md."""
     out = [
-        "# Benchmark", "", _about(about), "",
+        "# Benchmark", "", about, "",
         "Each cell: median [lowest..highest run] **ratio to the row's base** (1: as good, more is "
         "better). CPU time of whoever did the work, unless the unit is one of time on the wall.",
         "", "## Goals", "", *goal_table(parts),
     ]  # fmt: skip
     for p in parts:
-        out += ["", f"## {p.title}", ""]
+        out += ["", f"## {p.title}", "", *([p.about, ""] if p.about else [])]
         for rows in groups_of(p.rows):
-            out += [*_table(rows), ""]
+            out += [*table(rows), ""]
         for name, why in p.errors:
             out += [f"**{name}: not measured.**", "", "```", why.strip()[:4000], "```", ""]
     return "\n".join(out).rstrip() + "\n"
@@ -255,11 +258,7 @@ def write(parts: list[Part], about: dict[str, Any], build: Path) -> None:
     build.mkdir(parents=True, exist_ok=True)
     text = json.dumps(as_json(parts, about), indent=1, allow_nan=False)
     (build / "bench-report.json").write_text(text + "\n")
-    (build / "bench-report.md").write_text(as_markdown(parts, about))
-
-
-#: parts that PAGE shows, and what the rows that it shows have in their name or unit
-_SHORT = {"held": "behind by 1", "goodput": "Gbit/s", "peer": "", "guests": "", "apps": "/s"}
+    (build / "bench-report.md").write_text(as_markdown(parts, describe(about)))
 
 
 def groups_of(rows: list[Row]) -> list[list[Row]]:
@@ -268,24 +267,3 @@ def groups_of(rows: list[Row]) -> list[list[Row]]:
     for r in rows:
         groups.setdefault(tuple(r.arms), []).append(r)
     return list(groups.values())
-
-
-def publish(parts: list[Part], about: dict[str, Any], build: Path, plots: list[Path]) -> None:
-    """The section of PAGE between the marks, and its copies in the tree."""
-    PUBLISHED.mkdir(exist_ok=True)
-    (PUBLISHED / "bench-report.md").write_text((build / "bench-report.md").read_text())
-    for p in plots:
-        (PUBLISHED / p.name).write_bytes(p.read_bytes())
-    lines = ["", _about(about), "", *goal_table(parts), ""]
-    for p in parts:
-        if p.key in _SHORT and p.rows:
-            lines += [f"**{p.title}**", ""]
-            for rows in groups_of(
-                [r for r in p.rows if r.base and _SHORT[p.key] in r.name + r.unit]
-            ):
-                lines += [*_table(rows, short=True), ""]
-    lines += [f"![{p.stem}](../tests/bench/report/{p.name})" for p in plots]
-    text = PAGE.read_text()
-    head, rest = text.split(BEGIN, 1)
-    tail = rest.split(END, 1)[1]
-    PAGE.write_text(head + BEGIN + "\n".join([*lines, ""]) + END + tail)

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from tests.bench import held, programs, queues, report
+from tests.bench import held, programs, published, queues, report
 from tests.bench.__main__ import PARTS, leftovers, measure
 from tests.bench.report import Part, Spread
 
@@ -125,26 +125,49 @@ def test_goals_and_ratios() -> None:
     assert Spread.of([3, 1, 2]) == Spread(2, 1, 3, 3)
 
 
-def test_published_text_replaces_what_was_there(tmp_path: Path, monkeypatch: Any) -> None:
-    page, copies = tmp_path / "benchmarks.md", tmp_path / "report"
-    page.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
-    monkeypatch.setattr(report, "PAGE", page)
-    monkeypatch.setattr(report, "PUBLISHED", copies)
+ABOUT = {"cpu": "c", "cpus": 2, "kernel": "k", "qemu": "q", "commit": "x", "date": "d"}
+
+
+def held_part(value: float) -> Part:
     part = Part("held", "title")
-    part.add(
-        "S behind by 1",
-        "ns",
-        {"floor": Spread.of([2.0]), "fast path": Spread.of([4.0])},
-        base="floor",
-    )
-    part.goal("reach", 0.5, 0.85)
-    about = {"cpu": "c", "cpus": 2, "kernel": "k", "qemu": "q", "commit": "x"}
-    report.write([part], about, tmp_path)
-    report.publish([part], about, tmp_path, [])
-    text = page.read_text()
-    assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
-    assert "| reach | ≥ 0.85 | 0.5 | **missed** |" in text and "**0.50**" in text
-    assert (copies / "bench-report.md").exists()
+    arms = {"floor": Spread.of([2.0]), "fast path": Spread.of([4.0])}
+    part.add("S behind by 1", "ns", arms, base="floor", wall={"floor": Spread.of([1.0, 3.0])})
+    part.error("another row", "it was not there")
+    part.goal("reach", value, 0.85)
+    return part
+
+
+def test_published_parts_replace_what_was_there(tmp_path: Path, monkeypatch: Any) -> None:
+    page, folder = tmp_path / "benchmarks.md", tmp_path / "report"
+    page.write_text(f"before\n{published.BEGIN}\nold\n{published.END}\nafter\n")
+    monkeypatch.setattr(published, "PAGE", page)
+    monkeypatch.setattr(published, "FOLDER", folder)
+
+    def publish(part: Part, commit: str) -> tuple[str, str]:
+        about = ABOUT | {"commit": commit}
+        published.publish([part], about, ["scale", "held"], lambda parts, where: [])
+        text = page.read_text()
+        assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
+        return text, (folder / "bench-report.md").read_text()
+
+    for text in publish(held_part(0.5), "one"):
+        assert "| reach | ≥ 0.85 | 0.5 | **missed** |" in text and "**0.50**" in text
+        assert text.count("commit one") == 1
+    scale = Part("scale", "another title")
+    scale.goal("far", 1.0, 1.0)
+    text, full = publish(scale, "two")
+    assert text.index("| far |") < text.index("| reach |"), "in the order of the parts"
+    assert "commit one" in text and "commit one" in full and "commit two" in full
+    assert "another row: not measured" in full and "wall 2.00" in full
+    text, _ = publish(held_part(0.9), "two")
+    assert "| reach | ≥ 0.85 | 0.9 | met |" in text and text.count("| reach |") == 1
+    assert text.count("commit two") == 1
+
+
+def test_a_published_part_that_is_no_part_is_named(tmp_path: Path) -> None:
+    (tmp_path / "held.json").write_text('{"about": {}, "part": {"rows": [{}]}}')
+    with pytest.raises(ValueError, match=r"held\.json"):
+        published.kept(tmp_path / "held.json")
 
 
 def test_plans_give_both_guests_the_same_bytes() -> None:
