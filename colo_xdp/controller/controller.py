@@ -316,6 +316,7 @@ class Controller(RoleSteps):
         log.warning("peer connection lost: %s", why)
         self.story.tell(Kind.PEER, f"connection lost: {why}")
         self._news = True
+        self.heartbeat_links.watch(True)
 
     def _peer_message(self, msg: dict[str, Any]) -> None:
         kind = msg["type"]
@@ -333,10 +334,10 @@ class Controller(RoleSteps):
                 self.life.pair_over(ENDED)
             elif msg["shut"]:
                 self.peer_shut(msg["standalone"])
-            if msg["echo"]:
-                self.peer.rtt_ns = max(0, boot_ns() - msg["echo"])
-                if msg["promise"]:
-                    self.arbiter.promised(msg["echo"])
+            if (rtt_ns := self.heartbeats.echoed(msg["echo"])) is not None:
+                self.peer.rtt_ns = rtt_ns
+            if msg["echo"] and msg["promise"]:
+                self.arbiter.promised(msg["echo"])
             self.view.heartbeat_read(msg["t"])
             settled = self._answer() or settled
         elif kind == "shut":
@@ -358,11 +359,13 @@ class Controller(RoleSteps):
             self.reconsider()
 
     def _answer(self) -> bool:
-        """Send the heartbeat that is due soon now: one wake-up of each host serves for both.
+        """Send a heartbeat now that is due soon, or that the peer waits for: one wake-up of each
+        host serves for both.
 
         Returns whether a tick comes at once."""
-        soon = self.config.peer.heartbeat_interval / 1000 * ANSWER_SHARE
-        if self._next_beat - time.monotonic() >= soon or not self.ticker.now():
+        share = self.config.peer.heartbeat_interval / 1000 * ANSWER_SHARE
+        soon = self._next_beat - time.monotonic() < share
+        if not (soon or self.heartbeats.to_answer(share)) or not self.ticker.now():
             return False
         self._next_beat = 0.0
         return True
@@ -483,9 +486,14 @@ class Controller(RoleSteps):
             not self._news
             and self._undecided_beats < REDECIDE
             and self.state is State.PROTECTED
-            and self.peer.connected
-            and self.peer.silent_ms() < self.config.peer.heartbeat_timeout / 2
+            and self._heard
         )
+
+    @property
+    def _heard(self) -> bool:
+        """Whether the control channel works, so that nothing else has to tell of the peer."""
+        limit = self.config.peer.heartbeat_timeout / 2
+        return self.peer.connected and self.peer.silent_ms() < limit
 
     def _arbiter_changed(self) -> None:
         self.on_arbiter()
@@ -580,7 +588,9 @@ class Controller(RoleSteps):
         self.dp.beat()
         if now >= self._next_beat:
             self._next_beat = now + interval
-            self.beat()
+            self.heartbeat_links.watch(not self._heard)
+            self.heartbeats.beat(due=True)
+            self.devices.listen()
             limit = self.config.peer.heartbeat_timeout
             if self.peer.connected and self.peer.silent_ms() > limit:
                 self.peer.drop(f"silent for {limit} ms")

@@ -1,14 +1,18 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Heartbeats: what this host reports of itself, and what the peer's heartbeat datagrams report.
 
-This host sends each heartbeat on the control channel, and as datagrams over the heartbeat links.
+This host sends heartbeats on the control channel, and as datagrams over the heartbeat links. The
+control channel costs most of it (JSON, TLS, a wake-up of the other host). While datagrams pass in
+both directions it carries a heartbeat in every ROUND intervals only: one host begins a round, the
+other answers at once, and then it is the other's turn to begin, so that each learns the round trip.
+Whatever is new to the peer is sent with the next interval in any case.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from typing import Protocol
+from typing import Any, Protocol
 
 from ..config.file import Config
 from ..datapath.host import HostDataPath
@@ -21,6 +25,18 @@ from ..peer.heartbeat_links import HeartbeatLinks
 from .pair_view import PairView
 
 log = logging.getLogger("colo_xdp")
+
+#: heartbeat intervals between two rounds on the control channel, unless heartbeat_timeout is short
+ROUND = 3
+
+
+def round_length(interval: int, timeout: int) -> int:
+    """Return the intervals between two rounds; 1: a heartbeat with each.
+
+    A round that the peer fails to begin is begun here one interval later. The silence until then
+    must stay below half of `timeout`, from where on somebody looks at it. Both in ms.
+    """
+    return max(1, min(ROUND, (timeout - 1) // (2 * interval) - 1))
 
 
 class Beating(Protocol):
@@ -72,31 +88,72 @@ class Heartbeats:
     def __init__(self, controller: Beating) -> None:
         self._c = controller
         self._lag_ns = 0  # how long this loop stood still since the last heartbeat
+        config = controller.config
+        interval = config.peer.heartbeat_interval
+        timeout = min(config.peer.heartbeat_timeout, config.nbd.write_timeout)  # mirror_watch.py
+        self._interval_ns = interval * 1_000_000
+        self._round = round_length(interval, timeout)
+        self._left = 0  # intervals until the next one on the control channel
+        self._said: dict[str, Any] = {}  # there, in the last one
+        self._sent_ns = 0  # its `t`
+        self._owes = False  # the peer has begun a round
 
-    def beat(self) -> None:
-        """Send a heartbeat that reports the current state."""
+    def beat(self, *, due: bool = False) -> None:
+        """Send a heartbeat that reports the current state.
+
+        `due`: the time for it has come, and nothing else; it may be one of datagrams alone.
+        """
         c = self._c
         promise = c.silent() and c.arbiter.promise()
         delivered, sent = c.dp.guest_traffic() if c.role is Role.SECONDARY else (0, 0)
-        c.peer.send(
-            "heartbeat",
-            t=boot_ns(),
-            echo=c.view.answered(),
-            state=c.own_state().value,
-            epoch=c.dp.epoch,
-            vm=not c.view.guest.gone,
-            shut=c.path_shut,
-            over=bool(c.view.guest.over),
-            standalone=c.view.guest.standalone,
-            shadow=c.uncompared,  # the secondary repeats what the primary reported
-            promise=promise,
-            role=c.role.value,
-            delivered=delivered,
-            sent=sent,
-        )
+        says = {
+            "state": c.own_state().value,
+            "epoch": c.dp.epoch,
+            "vm": not c.view.guest.gone,
+            "shut": c.path_shut,
+            "over": bool(c.view.guest.over),
+            "standalone": c.view.guest.standalone,
+            "shadow": c.uncompared,  # the secondary repeats what the primary reported
+            "promise": promise,
+            "role": c.role.value,
+            "delivered": delivered,
+            "sent": sent,
+        }
+        self._left -= 1
+        if not (due and self._left > 0 and not self._owes and says == self._said and self._passes):
+            # Who began this round leaves the next one to the peer.
+            self._left = self._round if self._owes else self._round + 1
+            self._owes, self._said, self._sent_ns = False, says, boot_ns()
+            c.peer.send("heartbeat", t=self._sent_ns, echo=c.view.answered(), **says)
         lag, self._lag_ns = self._lag_ns, 0
         flags = self.flags() | (Flag.PROMISE if promise else Flag(0))
         c.heartbeat_links.send(flags, lag // 1_000_000, c.dp.epoch)
+
+    @property
+    def _passes(self) -> bool:
+        """Whether datagrams have passed some link lately, in both directions."""
+        core, now, limit = self._c.heartbeat_links.core, boot_ns(), 4 * self._interval_ns / 1e6
+        return self._round > 1 and any(
+            core.silent_ms(i, now) < limit and core.echo_age_ms(i, now) < limit
+            for i in range(len(core.links))
+        )
+
+    def echoed(self, echo_ns: int) -> int | None:
+        """Note the `echo` of a heartbeat on the control channel; return the round trip in ns.
+
+        None: unknown, as the peer has not answered at once. An answer ends a round; anything else
+        begins one.
+        """
+        self._owes = not echo_ns or echo_ns != self._sent_ns
+        took = boot_ns() - echo_ns
+        return took if echo_ns and 0 <= took < self._interval_ns // 2 else None
+
+    def to_answer(self, pause: float) -> bool:
+        """Return whether the peer has begun a round, the last one being over for so long (s).
+
+        So a flood is not answered by a flood.
+        """
+        return self._owes and boot_ns() - self._sent_ns >= pause * 1e9
 
     def flags(self) -> Flag:
         """Return the flags of a heartbeat datagram, except for a promise."""

@@ -8,6 +8,10 @@ addresses still carries them. They have no 802.1ad tag, so the eBPF programs on 
 *Further links*: UDP between two addresses each ([peer] heartbeat_links). The sockets are connected,
 so the kernel accepts nothing from other addresses and reports a host that refuses.
 
+While heartbeats come over the control channel, a datagram says nothing new, so nobody wakes up for
+one: send() reads what has come since the last one. The kernel's timestamp tells when it came. Once
+the control channel is down or silent (watch()), each datagram is read as it comes.
+
 Nothing here blocks: a datagram that cannot be sent is counted and reported once, and a socket whose
 device or address is gone is reopened with the next datagram. At most BUDGET datagrams are read from
 a link between two sends, so that a flood costs that link and nothing else. The controller owns the
@@ -21,6 +25,7 @@ import errno
 import logging
 import socket
 import struct
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -39,11 +44,28 @@ ETHERTYPE = 0x88B5
 GROUP = bytes.fromhex("034358420000")  # locally administered, group
 BUDGET = 64
 _SOL_PACKET, _ADD_MEMBERSHIP, _MR_MULTICAST = 263, 1, 0  # linux/if_packet.h
+_SO_TIMESTAMPNS = 35  # asm-generic/socket.h; also the type of the control message
+_TIMESPEC = struct.Struct("=qq")
+_ANCILLARY = socket.CMSG_SPACE(_TIMESPEC.size)
 #: errors after which the socket may work again by itself
 _PASSING = {
     errno.EAGAIN, errno.ENOBUFS, errno.ECONNREFUSED, errno.EHOSTUNREACH, errno.ENETUNREACH,
     errno.ENETDOWN, errno.EPERM,
 }  # fmt: skip
+
+
+def waited_ns(ancillary: list[tuple[int, int, bytes]], real_ns: int, most_ns: int) -> int:
+    """Return how long a datagram has waited to be read, ns; 0 if the kernel does not say.
+
+    At most `most_ns`: the realtime clock may have been set meanwhile, and a host that stood still
+    must not take what it reads late for the peer's silence. `real_ns`: that clock now.
+    """
+    for level, kind, data in ancillary:
+        if (level, kind, len(data)) == (socket.SOL_SOCKET, _SO_TIMESTAMPNS, _TIMESPEC.size):
+            seconds, ns = _TIMESPEC.unpack(data)
+            came_ns: int = seconds * 1_000_000_000 + ns
+            return min(max(0, real_ns - came_ns), most_ns)
+    return 0
 
 
 class _Transport(ABC):
@@ -138,7 +160,9 @@ class HeartbeatLinks:
         self._on_heartbeat = on_heartbeat
         names, labels = ([w.name for w in self._transports], [w.label for w in self._transports])
         self.core = HeartbeatSession(config.pair, config.role, names, labels)
+        self._interval_ns = config.peer.heartbeat_interval * 1_000_000
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._watched = True
 
     def start(self) -> None:
         """Begin to receive."""
@@ -146,8 +170,19 @@ class HeartbeatLinks:
         for i in range(len(self._transports)):
             self._ready(i)
 
+    def watch(self, on: bool) -> None:
+        """Read each datagram as it comes, or with the next send()."""
+        if on == self._watched:
+            return
+        self._watched = on
+        for i, w in enumerate(self._transports):
+            if not on:
+                self._pause(w)
+            elif self._loop is not None:
+                self._ready(i)
+
     def send(self, flags: Flag, lag_ms: int, epoch: int) -> None:
-        """Send a datagram over each link."""
+        """Send a datagram over each link, after reading what has come."""
         if self._loop is None:
             return
         self.core.round()
@@ -155,6 +190,8 @@ class HeartbeatLinks:
             w.left = BUDGET
             if not self._ready(i):
                 continue
+            if not self._watched:
+                self._read(i)
             data = self.core.make(i, boot_ns(), flags, lag_ms, epoch)
             if not data or w.sock is None:
                 continue
@@ -167,7 +204,7 @@ class HeartbeatLinks:
                 self._failed(w, e)
 
     def _ready(self, i: int) -> bool:
-        """Return whether the link has a socket that is being read, opening it if necessary."""
+        """Return whether the link has a socket, opening it if necessary; read it if watched."""
         w, loop = self._transports[i], self._loop
         assert loop is not None
         if w.stale():
@@ -175,10 +212,11 @@ class HeartbeatLinks:
         if w.sock is None:
             try:
                 w.sock = w.open()
+                w.sock.setsockopt(socket.SOL_SOCKET, _SO_TIMESTAMPNS, 1)
             except OSError as e:
                 self._say(w, str(e))
                 return False
-        if not w.reading:
+        if self._watched and not w.reading:
             loop.add_reader(w.sock.fileno(), self._read, i)
             w.reading = True
         return True
@@ -191,12 +229,13 @@ class HeartbeatLinks:
                 return
             w.left -= 1
             try:
-                data = w.sock.recv(SIZE + 1)
+                data, ancillary, _, _ = w.sock.recvmsg(SIZE + 1, _ANCILLARY)
             except OSError as e:
                 if e.errno != errno.EAGAIN:
                     self._failed(w, e)
                 return
-            heartbeat = self.core.receive(i, data, boot_ns())
+            waited = waited_ns(ancillary, time.time_ns(), self._interval_ns)
+            heartbeat = self.core.receive(i, data, boot_ns() - waited)
             if heartbeat is not None:
                 w.refused = False
                 self._say(w, "")

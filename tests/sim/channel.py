@@ -140,14 +140,28 @@ class SimHeartbeatLinks(OfProcess):
         self._side, self._process, self._on_heartbeat = side, side.process, on_heartbeat
         names = ["peer link"] if side.world.scene.datagrams else []
         self.core = HeartbeatSession(pair, "primary" if side.primary else "secondary", names)
+        self._watched, self._inbox = True, list[tuple[int, bytes, int]]()
         side.heartbeat_links = self
 
     def start(self) -> None:
         pass
 
+    def watch(self, on: bool) -> None:
+        self._watched = on
+        if on:
+            self._read()
+
+    def _read(self) -> None:
+        inbox, self._inbox = self._inbox, []
+        for i, data, at in inbox:
+            word = self.core.receive(i, data, at)
+            if word is not None:
+                self._on_heartbeat(word)
+
     def send(self, flags: Flag, lag_ms: int, epoch: int) -> None:
         world, rnd = self._side.world, self._side.world.rnd_datagrams
         self.core.round()
+        self._read()
         for i in range(len(self.core.links)):
             data = self.core.make(i, world.ns(), flags, lag_ms, epoch)
             if data and not self.dead and rnd.random() >= world.scene.link_loss:
@@ -164,9 +178,10 @@ class SimHeartbeatLinks(OfProcess):
             or other.heartbeat_links.dead
         ):
             return
-        word = other.heartbeat_links.core.receive(i, data, world.ns())
-        if word is not None:
-            other.heartbeat_links._on_heartbeat(word)
+        there = other.heartbeat_links
+        there._inbox.append((i, data, world.ns()))
+        if there._watched:
+            there._read()
 
     def close(self) -> None:
         pass

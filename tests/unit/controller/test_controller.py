@@ -260,11 +260,19 @@ def test_a_heartbeat_that_is_due_soon_answers_the_peers() -> None:
     async def body() -> None:
         c, _ = at_rest()
         interval = c.config.peer.heartbeat_interval / 1000
-        for early, answers in ((0.5, False), (0.1, True)):
+        for early, begins, answers in (
+            (0.5, False, False),
+            (0.1, False, True),
+            (0.5, True, True),
+        ):
+            c.beat()
+            msg = BEAT | {"echo": 0 if begins else c.heartbeats._sent_ns}
+            if begins:
+                c.heartbeats._sent_ns -= int(interval * 1e9)
             c._next_beat = time.monotonic() + early * interval
             rest = asyncio.ensure_future(c.ticker.rest(60.0))
             await asyncio.sleep(0)
-            c._peer_message(BEAT)
+            c._peer_message(msg)
             assert rest.done() is False  # it ends in the next round of the loop
             await asyncio.sleep(0)
             assert rest.done() is answers and (c._next_beat == 0.0) is answers

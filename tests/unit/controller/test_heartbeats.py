@@ -14,6 +14,7 @@ import pytest
 from colo_xdp.abi import Mode
 from colo_xdp.controller.checkpoint_coordinator import CheckpointRequest
 from colo_xdp.controller.controller import Controller
+from colo_xdp.controller.heartbeats import round_length
 from colo_xdp.engine.engine import Engine
 from colo_xdp.failover.decision import Action
 from colo_xdp.failover.facts import Ending
@@ -207,6 +208,105 @@ def test_timeouts_go_on_over_a_cut_so_that_waiting_is_known(
     assert not c.facts().waiting
     c.checkpoints.wanted = CheckpointRequest("payload_differs", "here")
     assert c.facts().waiting
+
+
+@pytest.mark.parametrize(
+    ("interval", "timeout", "intervals"),
+    [(100, 1000, 3), (100, 900, 3), (100, 800, 2), (100, 600, 1), (100, 300, 1), (10, 30, 1)],
+)
+def test_a_round_ends_before_anybody_looks_at_the_silence(
+    interval: int, timeout: int, intervals: int
+) -> None:
+    assert round_length(interval, timeout) == intervals
+    if intervals > 1:
+        assert (intervals + 1) * interval < timeout / 2
+
+
+class Host:
+    """One end of a control channel whose messages arrive at once, and its heartbeat links."""
+
+    def __init__(self, make: Callable[[], tuple[Any, FakeDataPath, Sent]]) -> None:
+        self.c, _, _ = make()
+        self.peer: Host
+        self.texts: list[dict[str, Any]] = []
+        self.passes, self.early = True, False
+        self.c.peer.send = self._send  # type: ignore[method-assign]
+        self.c.heartbeat_links.send = lambda *_: None  # type: ignore[method-assign]
+
+    def _send(self, kind: str, **fields: Any) -> bool:
+        assert kind == "heartbeat"
+        self.texts.append(fields)
+        self.peer.c.heartbeats.echoed(fields["echo"])
+        self.peer.c.view.heartbeat_read(fields["t"])
+        return True
+
+    def interval(self) -> None:
+        """Send what is due. If that begins a round the peer answers, in place of its next one."""
+        early, self.early = self.early, False
+        if early:
+            return
+        link = self.c.heartbeat_links.core.links[0]
+        link.heard_ns = link.echo_ns = boot_ns() if self.passes else 1
+        self.c.heartbeats.beat(due=True)
+        if self.peer.c.heartbeats.to_answer(0.0):
+            self.peer.c.heartbeats.beat(due=True)
+            self.peer.early = True
+
+
+def hosts() -> tuple[Host, Host]:
+    p, s = Host(primary), Host(secondary)
+    p.peer, s.peer = s, p
+    return p, s
+
+
+def rounds(p: Host, s: Host, intervals: int) -> list[int]:
+    """Return how many messages both have sent."""
+    before = [len(h.texts) for h in (p, s)]
+    for _ in range(intervals):
+        for h in (p, s):
+            h.interval()
+    return [len(h.texts) - n for h, n in zip((p, s), before, strict=True)]
+
+
+def test_while_datagrams_pass_the_control_channel_carries_a_heartbeat_in_three_intervals() -> None:
+    p, s = hosts()
+    rounds(p, s, 3)
+    assert all(7 <= n <= 10 for n in rounds(p, s, 30))
+    # Both begin in turns, so each has its own clock returned at once now and then.
+    for h in (p, s):
+        returned = {text["t"] for text in h.texts} & {text["echo"] for text in h.peer.texts}
+        assert len(returned) > 4
+
+
+def test_each_interval_has_a_heartbeat_on_the_control_channel_without_datagrams() -> None:
+    p, s = hosts()
+    rounds(p, s, 3)
+    s.passes = False
+    assert rounds(p, s, 12)[1] >= 12
+    s.passes = True
+    rounds(p, s, 3)
+    assert all(7 <= n <= 10 for n in rounds(p, s, 30))
+
+
+def test_what_is_new_is_sent_with_the_next_interval() -> None:
+    p, s = hosts()
+    rounds(p, s, 9)
+    for change in (State.DEGRADED, State.PROTECTED, State.DEGRADED):
+        p.c.state = change
+        assert rounds(p, s, 1)[0] >= 1
+        assert p.texts[-1]["state"] == change
+
+
+def test_an_echo_that_was_kept_back_is_no_round_trip() -> None:
+    c, _, _ = primary()
+    c.beat()
+    sent = c.heartbeats._sent_ns
+    assert c.heartbeats.echoed(0) is None and c.heartbeats.to_answer(0.0)
+    assert not c.heartbeats.to_answer(60.0), "a flood is not answered by a flood"
+    took = c.heartbeats.echoed(sent)
+    assert took is not None and 0 <= took < 50e6 and not c.heartbeats.to_answer(0.0)
+    assert c.heartbeats.echoed(boot_ns() - 60_000_000) is None, "half an interval and more"
+    assert c.heartbeats.echoed(boot_ns() + 10**9) is None, "a clock of another boot"
 
 
 def test_a_loop_that_stood_still_says_so_and_blames_nobody() -> None:
