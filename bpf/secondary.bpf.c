@@ -104,12 +104,26 @@ static __always_inline int peer_kind(struct __sk_buff *skb)
 	return bpf_ntohs(tci) >> COLO_KIND_SHIFT;
 }
 
+/*
+ * Whether a guest that has taken over still takes mirrored frames. A primary that has handed over
+ * mirrors what clients send to it until switches have learnt where the guest is now, so the
+ * controller sets a deadline; it sets none where the primary is not known to live. Later, such
+ * frames are not the clients': whoever writes to the peer link would talk to the guest beside the
+ * firewalls of its network.
+ *
+ * The controller writes the deadline before MODE_TAKEOVER, and this reads it after the mode. If the
+ * processor swaps the reads, it sees the deadline of an earlier takeover, which is over: one frame
+ * is dropped that its client repeats. A program that has read an earlier mode delivers the one
+ * frame that it has, which came before the takeover was decided. Before the mode is written nothing
+ * is dropped here.
+ */
+static __always_inline int still_mirrored(void)
+{
+	return bpf_ktime_get_ns() < cfg(CFG_MIRRORED_UNTIL_NS);
+}
+
 int svm_in(struct __sk_buff *skb)
 {
-	/*
-	 * In MODE_TAKEOVER too: a primary that has stopped in a planned failover mirrors what
-	 * clients send to it until switches have learnt where the guest is now.
-	 */
 	u64 epoch = cfg(CFG_EPOCH), mode = cfg(CFG_MODE);
 	u32 len = skb->len, reason;
 	int kind = peer_kind(skb), verdict = TC_ACT_SHOT;
@@ -127,6 +141,8 @@ int svm_in(struct __sk_buff *skb)
 		reason = R_DROP_ISOLATED;
 	} else if (mode != MODE_RUN && mode != MODE_CHECKPOINT && mode != MODE_TAKEOVER) {
 		reason = R_DROP_MODE;
+	} else if (kind == COLO_KIND_MIRROR && mode == MODE_TAKEOVER && !still_mirrored()) {
+		reason = R_DROP_PROMOTED;
 	} else if (bpf_skb_vlan_pop(skb)) {
 		reason = R_DROP_HELPER_FAILED;
 	} else {

@@ -9,7 +9,7 @@ from __future__ import annotations
 import struct
 from enum import IntEnum
 
-ABI = 7
+ABI = 8
 MARK = 0xC0105EED
 TPID = 0x88A8
 EPOCH_MASK = 0x0FFF
@@ -59,6 +59,7 @@ class Cfg(IntEnum):
     UNDECIDED = 26
     PEER_STOPPED = 27
     DISKS_WHOLE = 28
+    MIRRORED_UNTIL_NS = 29
     MAX = 32
 
 
@@ -159,7 +160,8 @@ class Reason(IntEnum):
     DROP_PVM_SYN_UNKNOWN = 41
     PASS_OFFSET_UNKNOWN = 42
     NOTE_MPTCP_REMOVED = 43
-    MAX = 44
+    DROP_PROMOTED = 44
+    MAX = 45
 
 
 class Gso(IntEnum):

@@ -7,7 +7,7 @@
 #ifndef COLO_ABI_H
 #define COLO_ABI_H
 
-#define COLO_ABI 7
+#define COLO_ABI 8
 
 /*
  * skb->mark of a frame that has been decided elsewhere: the controller released it, or the mirror
@@ -60,6 +60,8 @@ enum colo_cfg {
 	CFG_UNDECIDED = 26,
 	CFG_PEER_STOPPED = 27, /* user space's: until when the peer is stopped on purpose, ns */
 	CFG_DISKS_WHOLE = 28,  /* user space's: last epoch whose disks are whole on this host */
+	/* secondary: CLOCK_MONOTONIC ns until which MODE_TAKEOVER still takes mirrored frames */
+	CFG_MIRRORED_UNTIL_NS = 29,
 	CFG_MAX = 32,
 };
 
@@ -154,7 +156,9 @@ enum colo_reason {
 	R_PASS_OFFSET_UNKNOWN = 42,
 	R_NOTE_MPTCP_REMOVED =
 		43, /* counted besides the verdict: MP_CAPABLE was removed from a SYN */
-	R_MAX = 44,
+	/* dropped: mirrored, but this guest has taken over and has its clients' frames itself */
+	R_DROP_PROMOTED = 44,
+	R_MAX = 45,
 };
 
 enum colo_source {

@@ -258,21 +258,34 @@ class Controller(RoleSteps):
         """Stop: this release cannot work with this QEMU."""
         self.become(State.STOPPED, why)
 
+    def on_qemu_trouble(self, trouble: str) -> None:
+        """Tell that QEMU answers with errors only; empty: that it does no more."""
+        what = trouble or "QEMU does not answer with errors any more"
+        (log.warning if trouble else log.info)("%s", what)
+        self._news = True
+        self.history.append({"at": time.time(), "state": self.shown_state().value, "reason": what})
+        self.story.tell(Kind.QEMU, what)
+
     def on_guest_gone(self, *, hung: bool = False) -> None:
         """Note that the guest's QEMU is dead, or `hung` for good."""
         self._news = True
         self.view.guest_gone(hung=hung)
 
+    @property
+    def trouble(self) -> str:
+        """Why this host cannot do its part in the pair, whatever the state; empty: it can."""
+        return "; ".join(filter(None, (self.devices.trouble, self.qemu.trouble)))
+
     def own_state(self) -> State:
         """Return the state as far as it depends on this host: never `protected` over a data path
-        that is not there."""
+        that is not there, or with a QEMU that carries out no command."""
         state = self.shown_state()
         good = (State.PROTECTED, State.CHECKPOINTING, State.PAUSED, State.SHADOW)
-        return State.DEGRADED if state in good and self.devices.trouble else state
+        return State.DEGRADED if state in good and self.trouble else state
 
     def announced_state(self) -> tuple[State, str]:
         """Return state and reason, for people."""
-        state, trouble = self.own_state(), self.devices.trouble
+        state, trouble = self.own_state(), self.trouble
         if trouble:
             whole = state is not self.shown_state()
             return state, trouble if whole else f"{self.reason}; {trouble}"

@@ -288,6 +288,8 @@ class Secondary(Controller):
             why = f"this side is {self.state.value}: {self.reason}"
         elif not self.qemu.qmp.connected:
             why = "QMP to the SVM is down"
+        elif planned and self.qemu.trouble:  # the PVM would fall silent, and nobody take over
+            why = self.qemu.trouble
         elif not initial and not self.view.pair.in_colo:
             why = "the SVM is not in COLO"
         if why:

@@ -28,6 +28,7 @@ class Kind(StrEnum):
     SWITCHED = "switched"  # a switchover is over: the gap that clients saw
     CHECKPOINT_FAILED = "checkpoint_failed"
     PEER = "peer"  # the control channel is up or down
+    QEMU = "qemu"  # QEMU answers with errors only, or no more
     DATA_PATH = "data_path"  # a device or program is missing, or is back
     OPERATOR = "operator"  # a command that changes something
     SHUTDOWN = "shutdown"  # the host shuts down

@@ -43,6 +43,9 @@ COMMIT_LATE = (
     "guest's disks depend on the overlays, and no new secondary can be made"
 )
 COMMIT_S = 0.2  # between two looks at overlays that QEMU merges into the image
+#: How long a guest that a live primary has handed over to still takes what is mirrored there:
+#: switches have learnt where it is with the last of ANNOUNCE_TIMES, if not with the first.
+MIRRORED_S = 1.5
 PORT_S = 0.1  # between two looks at a port that does not forward yet
 
 
@@ -138,6 +141,10 @@ class Takeover:
         for nic in c.dp.nics:  # claims that the primary sent for a checkpoint to come
             nic.addresses.undo(c.dp.epoch)
         said = self._frames_out()
+        # Before the mode: see still_mirrored() in bpf/secondary.bpf.c. Only a primary that has said
+        # that it is shut is known to live, and to mirror.
+        lives = c.view.peer.shut
+        c.dp.mirrored_until = time.monotonic_ns() + int(MIRRORED_S * 1e9) if lives else 0
         c.dp.mode = Mode.TAKEOVER
         c.become(State.PROMOTED, why)
         c.peer.send("promoted", why=why)

@@ -20,7 +20,7 @@ from . import syscall
 from .cache import Cache
 from .image import Image, ImageError, MapSpec
 from .maps import Map
-from .source import LASTING, LoadError, NotCompiled, Options, Refused, Source, source
+from .source import ENTRIES, LASTING, LoadError, NotCompiled, Options, Refused, Source, source
 
 log = logging.getLogger("colo_xdp.datapath.loader")
 
@@ -284,7 +284,7 @@ def make_pins(bpffs: str, pair: str, role: str, nic: int = 0) -> str:
 
 def check_pins(directory: str, options: Options) -> list[str]:
     """Return the names of pinned maps that cannot be reused, each with the reason."""
-    bad, entries = [], options.entries(events(options))
+    bad, entries = [], ENTRIES | options.entries(events(options))
     for name, (key, value) in LASTING.items():
         path = f"{directory}/{name}"
         if not os.path.exists(path):

@@ -30,6 +30,7 @@ OF_THE_PAIR = (
     Cfg.UNDECIDED,
     Cfg.PEER_STOPPED,
     Cfg.DISKS_WHOLE,
+    Cfg.MIRRORED_UNTIL_NS,
 )
 
 
@@ -114,6 +115,18 @@ class PairSlots(ABC):
     @disks_whole.setter
     def disks_whole(self, epoch: int) -> None:
         self.set_slot(Cfg.DISKS_WHOLE, epoch)
+
+    @property
+    def mirrored_until(self) -> int:
+        """Return until when (CLOCK_MONOTONIC, ns) a promoted guest still takes mirrored frames.
+
+        0: it takes none. To be set before MODE_TAKEOVER.
+        """
+        return self.slot(Cfg.MIRRORED_UNTIL_NS)
+
+    @mirrored_until.setter
+    def mirrored_until(self, ns: int) -> None:
+        self.set_slot(Cfg.MIRRORED_UNTIL_NS, ns)
 
     @property
     def promoted_epoch(self) -> int:

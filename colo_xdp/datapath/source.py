@@ -64,6 +64,9 @@ LASTING = {
     "unmirrored": (abi.UNMIRRORED_KEY.size, 8),
 }
 
+#: entries of those maps whose number no option sets: another release may have others
+ENTRIES = {"config": int(abi.Cfg.MAX), "counters": abi.Prog.MAX * abi.Reason.MAX}
+
 
 class LoadError(RuntimeError):
     """The programs cannot be compiled or loaded; the text names the remedy."""

@@ -24,7 +24,7 @@ class Outcome(StrEnum):
     TAKES_OVER = "takes_over"  # the SVM here takes over
     GOES_SOLO = "goes_solo"  # the PVM here goes on alone
     OPERATOR = "operator"  # nothing happens until an operator decides
-    WAITS = "waits"  # nothing happens until the arbiter can be asked
+    WAITS = "waits"  # nothing happens until the arbiter, or the QEMU here, can be asked
     LOST = "lost"  # no guest would serve
 
 
@@ -79,11 +79,11 @@ def _bereaved(f: Facts) -> Facts:
     )
 
 
-def prospect(f: Facts, *, transmits: bool, trouble: str = "") -> Prospect:
+def prospect(f: Facts, *, transmits: bool, trouble: str = "", qemu_trouble: str = "") -> Prospect:
     """Return what the other host's death would lead to now.
 
     transmits: whether the network receives this host's guest; trouble: why the arbiter cannot be
-    asked now.
+    asked now; qemu_trouble: why the QEMU here cannot.
     """
     facts, needs = _bereaved(f), list[Need]()
     d = decide(facts)
@@ -100,6 +100,9 @@ def prospect(f: Facts, *, transmits: bool, trouble: str = "") -> Prospect:
         outcome = _OVER[d.action]
         if needs and trouble:
             text = f"{_DOES[outcome]}, but the arbiter does not answer now ({trouble})"
+            return Prospect(Outcome.WAITS, tuple(needs), None, text)
+        if qemu_trouble and outcome is Outcome.TAKES_OVER:  # a PVM runs on without a command
+            text = f"{_DOES[outcome]} once its QEMU carries out commands again ({qemu_trouble})"
             return Prospect(Outcome.WAITS, tuple(needs), None, text)
         late = "" if within is None or f.peer_vm_gone else f" within {within:g} s"
         steps = "".join(f", {_NEEDS[n]}" for n in needs)

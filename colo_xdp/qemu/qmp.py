@@ -53,6 +53,10 @@ class QmpTimeout(QmpError):
     """No answer within the deadline: QEMU's main loop may hang."""
 
 
+class QmpRefused(QmpError):
+    """The answer is an error: of QEMU, or of what stands between it and this controller."""
+
+
 @dataclass(frozen=True, slots=True)
 class QemuInfo:
     """What a QEMU reports about itself."""
@@ -122,10 +126,15 @@ class Qmp:
     async def connect(self) -> QemuInfo:
         """Connect and query version, accelerator and run state.
 
-        Raises QmpError when nobody answers at the path within the deadline.
+        Raises QmpError, and is not connected, when nobody answers at the path within the deadline,
+        or with an error.
         """
         await self.open()
-        return await self.info()
+        try:
+            return await self.info()
+        except QmpError:
+            await self.close()  # the next attempt opens another connection
+            raise
 
     async def open(self) -> None:
         """Connect.
@@ -197,7 +206,7 @@ class Qmp:
             async with asyncio.timeout(timeout or self.timeout):
                 return await client.execute(command, args, oob=oob)
         except ExecuteError as e:
-            raise QmpError(f"{self.name}: {command}: {e.error_class}: {e}") from e
+            raise QmpRefused(f"{self.name}: {command}: {e.error_class}: {e}") from e
         except TimeoutError as e:
             raise QmpTimeout(f"{self.name}: {command}: no answer in time") from e
         except (OSError, QMPError, EOFError) as e:

@@ -23,7 +23,7 @@ from .events import QmpEvent
 from .hardware import Hardware
 from .migration import MigrationOptions
 from .nic import NicError
-from .qmp import DEFAULTS, QemuInfo, Qmp, QmpError, QmpTimeout, refusal
+from .qmp import DEFAULTS, QemuInfo, Qmp, QmpError, QmpRefused, QmpTimeout, refusal
 from .replication import DiskReplication
 
 log = logging.getLogger("colo_xdp")
@@ -35,6 +35,8 @@ WATCH_S = 0.5  # a hang is found so long after the deadline of a command at the 
 #: a question whether QEMU answers comes so much later, since its deadline is so much shorter
 WATCH_LESS_S = 0.5
 HUNG_S = 1.0  # QEMU answers x-colo-lost-heartbeat in 0.1 s; after this time its main loop hangs
+REFUSALS = 3  # errors in a row as answers to a mere question, after which nothing is expected of it
+REFUSAL_LENGTH = 200  # characters of such an error that are repeated
 IN_COLO = ("colo", "active")  # migration states that x-colo-lost-heartbeat ends
 NO_DISKS = ReplicationOptions("")
 INCOMING_S = 10.0  # deadline of the command that starts a QEMU, and the time between two attempts
@@ -89,6 +91,9 @@ class Owner(Protocol):
     def on_qemu_refused(self, why: str) -> None:
         """This release cannot work with this QEMU."""
 
+    def on_qemu_trouble(self, trouble: str) -> None:
+        """QEMU answers, but only with errors; empty: it does no more."""
+
     def on_qemu_gone(self) -> None:
         """The QEMU that nothing depended on yet is gone; the next one is waited for."""
 
@@ -128,6 +133,9 @@ class QemuSupervisor:
         self._launching = False
         self.last_start = float("-inf")  # of the command qemu.incoming (monotonic, s)
         self._starting: asyncio.subprocess.Process | None = None
+        #: why nothing can be asked of QEMU although it answers; empty: that is not so
+        self.trouble = ""
+        self._refusals = 0  # errors in a row
         self.qmp = self._new_qmp()
         self.oob: Qmp | None = None  # the second socket, if configured
         self.disks = DiskReplication(options.replication, self)
@@ -147,6 +155,7 @@ class QemuSupervisor:
 
     def _on_closed(self, why: str) -> None:
         log.warning("%s", why)
+        self._answered()  # whoever answered with errors is gone
         if self._owner.stakes is Stakes.OVER:
             return
         self._owner.spawn(self._after_loss()).add_done_callback(self._lost)
@@ -181,6 +190,7 @@ class QemuSupervisor:
         """Replace a lost connection. Raises QmpError."""
         self.qmp = self._new_qmp()
         self.info = await self.qmp.connect()
+        self._answered()
         await self._connect_oob()
         await self.learn_macs()
 
@@ -196,8 +206,10 @@ class QemuSupervisor:
         while True:
             try:
                 self.info = await self.qmp.connect()
+                self._answered()
                 self._owner.on_qemu_found(there=True)
             except QmpError as e:
+                self._answered(e if isinstance(e, QmpRefused) else None)
                 there = await asyncio.to_thread(self._tap_alive)
                 self._owner.on_qemu_found(there=there)
                 if self._owner.stakes is not Stakes.NOTHING_YET and not there:
@@ -358,16 +370,42 @@ class QemuSupervisor:
             pass
         return False
 
+    def _answered(self, error: QmpRefused | None = None) -> None:
+        """Note how a mere question was answered; None: not with an error.
+
+        One error means nothing. If there are only errors, no checkpoint and no takeover can be
+        asked for, as of a QEMU that hangs. But its guest may well run, so it is not given up for
+        that: whatever needs a command fails by itself.
+        """
+        trouble = self.trouble
+        if error is None:
+            self._refusals, trouble = 0, ""
+        else:
+            self._refusals += 1
+            if self._refusals >= REFUSALS and not trouble:  # the text may change each time
+                text = " ".join(str(error).split())[:REFUSAL_LENGTH]
+                trouble = f"QEMU answers with errors, so nothing can be asked of it: {text}"
+        if trouble != self.trouble:
+            self.trouble = trouble
+            self._owner.on_qemu_trouble(trouble)
+
     async def watch(self) -> None:
-        """Poll QEMU until cancelled, because a hanging QEMU gives no sign by itself."""
+        """Poll QEMU until cancelled, because a hanging QEMU gives no sign by itself.
+
+        Neither does one behind a socket that answers everything with an error.
+        """
         timeout_s = self.options.timeout_s
         less_s = min(WATCH_LESS_S, timeout_s / 2)
         while True:
             await asyncio.sleep(WATCH_S + less_s)
-            if self._owner.stakes is not Stakes.WATCHED or not self.qmp.connected:
+            watched = self._owner.stakes is Stakes.WATCHED
+            if not (watched or self.trouble) or not self.qmp.connected:
                 continue
             try:
                 await self.qmp.status(timeout_s - less_s)
+                self._answered()
+            except QmpRefused as e:
+                self._answered(e)
             except QmpTimeout:
                 # It may well be busy during a checkpoint, which has a deadline of its own.
                 if self._owner.stakes is Stakes.WATCHED and await self.hangs():

@@ -130,7 +130,9 @@ def failover_json(c: Controller) -> dict[str, Any]:
 
 def if_peer_died_json(c: Controller) -> dict[str, Any]:
     """Return what would happen now if the other host died."""
-    p = prospect(c.facts(), transmits=c.transmits, trouble=c.arbiter.trouble)
+    p = prospect(
+        c.facts(), transmits=c.transmits, trouble=c.arbiter.trouble, qemu_trouble=c.qemu.trouble
+    )
     return {
         "outcome": p.outcome.value,
         "needs": [n.value for n in p.needs],

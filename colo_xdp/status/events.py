@@ -43,6 +43,8 @@ def what(e: Mapping[str, Any]) -> str:
             return f"a checkpoint failed: {why}"
         case Kind.PEER:
             return f"the other host's controller: {why}"
+        case Kind.QEMU:
+            return f"QEMU of this host: {why}"
         case Kind.DATA_PATH:
             return f"data path: {why}"
         case Kind.OPERATOR:

@@ -9,12 +9,15 @@ import random
 import struct
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
-from colo_xdp.datapath import syscall
+from colo_xdp import abi
+from colo_xdp.datapath import loader, syscall
 from colo_xdp.datapath.image import INSTRUCTION
 from colo_xdp.datapath.maps import Map, possible_cpus
+from colo_xdp.datapath.source import Options
 
 HASH, ARRAY, PERCPU_HASH, PERCPU_ARRAY, LRU_HASH = 1, 2, 5, 6, 9
 Make = Callable[..., Map]
@@ -31,6 +34,22 @@ def make() -> Iterator[Make]:
     yield create
     for fd in fds:
         os.close(fd)
+
+
+def test_counters_of_another_release_are_not_taken_over(bpffs: Path) -> None:
+    """`colo-xdp compile` has to say so before a controller is restarted for nothing."""
+    reasons = abi.Prog.MAX * abi.Reason.MAX
+    for entries in (reasons, reasons - abi.Prog.MAX):
+        directory = bpffs / f"shape{entries}"
+        directory.mkdir()
+        fd = syscall.map_create(PERCPU_ARRAY, 4, abi.COUNT.size, entries, name="counters")
+        try:
+            syscall.obj_pin(fd, str(directory / "counters"))
+        finally:
+            os.close(fd)
+        bad = loader.check_pins(str(directory), Options())
+        loader.remove_pins(str(directory))
+        assert [f"{entries} entries where" in text for text in bad] == [True] * (entries != reasons)
 
 
 @pytest.mark.parametrize("kind", [HASH, LRU_HASH])

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import random
 import struct
 import time
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from colo_xdp.datapath import loader, syscall
 from colo_xdp.datapath.source import Options
 from colo_xdp.failover.lease import boot_ns
 from tests.netns.frames import tcp
+from tests.sim.host import mirror_fate
 
 from .conftest import TC_OK, TC_REDIRECT, TC_SHOT, TC_UNSPEC, XDP_PASS, Kernel
 
@@ -53,7 +55,7 @@ SECONDARY = [
     ("svm_in", Mode.DROP, 0, MIRRORED, TC_SHOT, "DROP_MODE", None),
     ("svm_in", Mode.RUN, 0, MIRRORED, TC_REDIRECT, "PASS_REDIRECTED", CLIENT),
     ("svm_in", Mode.CHECKPOINT, 0, MIRRORED, TC_SHOT, "PUNT", None),
-    ("svm_in", Mode.TAKEOVER, 0, MIRRORED, TC_REDIRECT, "PASS_REDIRECTED", CLIENT),
+    ("svm_in", Mode.TAKEOVER, 0, MIRRORED, TC_SHOT, "DROP_PROMOTED", None),
     ("svm_in", Mode.TAKEOVER, 0, SVMS, TC_SHOT, "DROP_ISOLATED", None),
     ("svm_in", Mode.BYPASS, 0, MIRRORED, TC_SHOT, "DROP_MODE", None),
     ("svm_deliver", Mode.DROP, 0, CLIENT, TC_SHOT, "DROP_MODE", None),
@@ -92,6 +94,31 @@ def test_the_svm_has_no_way_out_before_the_takeover(tc: Kernel, mode: Mode) -> N
     for frame in (GUEST, GARBAGE, arp, SVMS, b"\0" * 14):
         for mark in (0, 1, abi.MARK):
             assert tc.bare("svm_out", frame, mark)[0] != TC_OK
+
+
+def test_mirrored_frames_of_a_promoted_guest(tc: Kernel) -> None:
+    """They are the clients' until switches have learnt; the kernel ends that without a controller,
+    and it means nothing in any other mode."""
+    far = time.monotonic_ns() + 10**12
+    rows = [(mode, until) for mode in Mode for until in (0, 1, time.monotonic_ns(), far)]
+    random.Random(1).shuffle(rows)
+    for mode, until in rows:
+        tc.set(Cfg.MIRRORED_UNTIL_NS, until)
+        tc.set(Cfg.MODE, mode)
+        ran = tc.run("svm_in", MIRRORED)
+        want = mirror_fate(mode, time.monotonic_ns(), until)
+        name = "PASS_REDIRECTED" if want is Reason.PASS else want.name
+        assert ran.reasons == {name: 1}, (mode, until)
+        assert ran.verdict == (TC_REDIRECT if want is Reason.PASS else TC_SHOT)
+        assert tc.run("svm_in", SVMS).reasons == {"DROP_ISOLATED": 1}
+        assert tc.run("svm_in", CLIENT).reasons == {"PASS_FOREIGN": 1}
+    tc.set(Cfg.MODE, Mode.TAKEOVER)
+    tc.set(Cfg.MIRRORED_UNTIL_NS, time.monotonic_ns() + 30_000_000)
+    end = time.monotonic() + 5
+    while "DROP_PROMOTED" not in tc.run("svm_in", MIRRORED).reasons:
+        assert time.monotonic() < end
+    tc.set(Cfg.MODE, Mode.RUN)  # a copy again
+    assert tc.run("svm_in", MIRRORED).reasons == {"PASS_REDIRECTED": 1}
 
 
 def test_xdp_passes_always_and_svm_out_decides(xdp: Kernel) -> None:

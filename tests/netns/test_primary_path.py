@@ -222,6 +222,23 @@ def test_svm_output_is_captured_with_its_epoch_and_reaches_nobody(
     assert count(path, "svm_arrival", "pass_foreign") >= 1
 
 
+@pytest.mark.parametrize("mode", [Mode.BYPASS, Mode.DROP])
+def test_a_primary_without_a_copy_takes_nothing_from_the_peer_link(
+    net: Net, path: DataPath, guest: Tap, mode: Mode
+) -> None:
+    """Also one that was promoted: neither the guest nor its clients get what somebody injects."""
+    path.mode = mode
+    seen = Sniffer(net.client, "c0")
+    from_other(net, tag(abi.KIND_SVM, 0, tcp(b"not its own")))
+    from_other(net, tag(abi.KIND_MIRROR, 0, tcp(b"no client", reverse=True)))
+    from_other(net, tag(abi.KIND_SYN, 0, tcp(flags=2)))
+    assert guest.recv(lambda f: b"no client" in f, 0.3) is None
+    assert seen.wait(ours, timeout=0.1) is None
+    assert events(path, 1, timeout=0.1) == []
+    assert count(path, "svm_arrival", "drop_mode") == 1
+    assert count(path, "svm_arrival", "drop_isolated") == 2
+
+
 def test_drop_shuts_everything(net: Net, path: DataPath, guest: Tap) -> None:
     path.mode = Mode.DROP
     seen = Sniffer(net.client, "c0")

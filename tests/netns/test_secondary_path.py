@@ -243,6 +243,34 @@ def test_takeover_keeps_offsets_and_opens_the_network(host: Host) -> None:
     client.close()
 
 
+@pytest.mark.parametrize("stepped_out", [False, True])
+def test_a_promoted_guest_takes_no_clients_frame_from_the_peer_link(
+    host: Host, stepped_out: bool
+) -> None:
+    """But for a while from a primary that has handed over, and again as a copy."""
+    host.dp.mirrored_until = time.monotonic_ns() + 10**11
+    host.dp.mode = Mode.TAKEOVER
+    with inside(host.net.host):
+        host.dp.open_network()
+        if stepped_out:
+            host.dp.step_out()
+    frame = tcp(b"injected", reverse=True)
+    assert host.mirrored(frame) == frame
+    host.dp.mirrored_until = 0
+    tagged = frame[:12] + struct.pack("!HH", abi.TPID, abi.KIND_MIRROR << 13) + frame[12:]
+    with inside(host.net.other), socket.socket(socket.AF_PACKET, socket.SOCK_RAW) as s:
+        s.bind(("peer0", 0))
+        s.send(tagged)
+    assert host.guest.recv(lambda f: f[6:12] == CLIENT_MAC, 0.3) is None
+    assert host.dp.counters()["svm_in"]["drop_promoted"][0] == 1
+    with inside(host.net.client), socket.socket(socket.AF_PACKET, socket.SOCK_RAW) as s:
+        s.bind(("c0", 0))
+        s.send(tcp(b"a client", reverse=True))
+    assert host.guest.recv(lambda f: b"a client" in f) is not None, "from its own network"
+    host.dp.mode = Mode.RUN
+    assert host.mirrored(frame) == frame
+
+
 def test_what_has_stepped_out_steps_in_again(host: Host) -> None:
     """A guest that is demoted when no program is left at its tap."""
     host.dp.mode = Mode.TAKEOVER

@@ -180,6 +180,15 @@ class SimDataPath(OfProcess):
             self._side.disks_whole = epoch
 
     @property
+    def mirrored_until(self) -> int:
+        return self._side.mirrored_until
+
+    @mirrored_until.setter
+    def mirrored_until(self, ns: int) -> None:
+        if not self.dead:
+            self._side.mirrored_until = ns
+
+    @property
     def order(self) -> str:
         return self._side.order
 

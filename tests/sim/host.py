@@ -14,7 +14,7 @@ from collections import deque
 from typing import TYPE_CHECKING, Any
 
 from colo_xdp import abi
-from colo_xdp.abi import SIDE_PVM, SIDE_SVM, Mode, Source, SyncState
+from colo_xdp.abi import SIDE_PVM, SIDE_SVM, Mode, Reason, Source, SyncState
 from colo_xdp.conntrack.rewriter import Rewriter, TrackedConnection
 from colo_xdp.datapath.ring import CapturedFrame
 
@@ -33,6 +33,18 @@ if TYPE_CHECKING:
 MIRROR, SVM, PVM_SYN = 0, 1, 2
 LOSS_NS = 1_000_000_000
 BUSY = 0.003  # another CPU has the connection of a frame
+
+
+def mirror_fate(mode: Mode, now_ns: int, mirrored_until: int) -> Reason:
+    """Return what svm_in does with a client's frame; PASS: it goes to the guest, translated.
+
+    tests/bpf holds this equal to the program.
+    """
+    if mode is Mode.CHECKPOINT:
+        return Reason.PUNT
+    if mode is Mode.TAKEOVER and now_ns >= mirrored_until:
+        return Reason.DROP_PROMOTED
+    return Reason.PASS if mode in (Mode.RUN, Mode.TAKEOVER) else Reason.DROP_MODE
 
 
 class Tracker(Rewriter):
@@ -92,7 +104,7 @@ class Side:
         self.primary, self.role_word, self.promoted_epoch = primary, "", 0
         self.mode, self.epoch, self.beat_ns = Mode.DROP, 0, 0
         self.loaded = self.protected = False
-        self.shadowed = self.disks_whole = 0
+        self.shadowed = self.disks_whole = self.mirrored_until = 0
         self.sync_state = SyncState.NONE
         self.undecided, self.peer_stopped = False, 0
         self.order = ""
@@ -258,9 +270,10 @@ class Side:
                 if punt_seq is not None:
                     self.capture(Source.SVM, epoch, frame, gso, punt_seq)
         elif kind == MIRROR:
-            if self.mode is Mode.CHECKPOINT:
+            fate = mirror_fate(self.mode, self.world.ns(), self.mirrored_until)
+            if fate is Reason.PUNT:
                 self.capture(Source.CLIENT, self.epoch, frame, gso)
-            elif self.mode in (Mode.RUN, Mode.TAKEOVER):
+            elif fate is Reason.PASS:
                 self.deliver(self._translate(frame, True))
         elif kind == PVM_SYN and self.mode is Mode.RUN:
             r = self.rewriter

@@ -58,6 +58,7 @@ class FakeDataPath:
         self.in_bridge: list[str] = []
         self.nics, self.fds = (self,), list[int]()
         self.promoted_epoch = self.peer_stopped = self.closed = self.disks_whole = 0
+        self.mirrored_until = 0
         self.undecided = False
         self.unmirrored: set[bytes] = set()
         self.addresses = AddressTable(MapDict(), MapDict())

@@ -16,10 +16,19 @@ from colo_xdp import abi
 from colo_xdp.abi import Mode
 from colo_xdp.failover.states import State
 from colo_xdp.net.address_claims import mac_key
+from colo_xdp.net.announce import ANNOUNCE_TIMES
 from colo_xdp.qemu.nic import NicError
 from colo_xdp.status.builder import active_json
 from tests.netns.frames import GUEST_MAC
-from tests.unit.controller.fakes import BEAT, FakeQmp, event, in_loop, primary, secondary
+from tests.unit.controller.fakes import (
+    BEAT,
+    FakeDataPath,
+    FakeQmp,
+    event,
+    in_loop,
+    primary,
+    secondary,
+)
 
 
 def test_a_checkpoint_that_nobody_saw_is_in_doubt_until_the_next(
@@ -80,6 +89,39 @@ def test_a_checkpoint_that_comes_after_its_deadline_counts(demoted: bool) -> Non
         assert c._busy is not None
         await c._busy
         assert c.state is State.PROMOTED and dp.epoch == 8
+
+    in_loop(body)
+
+
+@pytest.mark.parametrize("lives", [False, True])
+def test_only_a_primary_that_lives_is_heard_after_the_takeover_and_not_for_long(
+    lives: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever else writes to the peer link is no client. The deadline is there before the mode."""
+    order: list[tuple[str, int]] = []
+
+    class Recorder(FakeDataPath):
+        def __setattr__(self, name: str, value: Any) -> None:
+            if name in ("mode", "mirrored_until"):
+                order.append((name, int(value)))
+            super().__setattr__(name, value)
+
+    async def body() -> None:
+        c, dp, _ = secondary()
+        dp.__class__ = Recorder
+        c.state, c.qemu.qmp = State.DEGRADED, FakeQmp()  # type: ignore[assignment]
+        dp.mirrored_until = 1  # of an earlier takeover
+        if lives:
+            c.view.peer_shut()
+        order.clear()
+        now = time.monotonic_ns()
+        await c.takeover.run("the test says so")
+        (slot, until), mode = order
+        assert (slot, mode) == ("mirrored_until", ("mode", Mode.TAKEOVER))
+        if lives:
+            assert now + ANNOUNCE_TIMES[-1] * 1e9 < until < time.monotonic_ns() + 3e9
+        else:
+            assert until == 0
 
     in_loop(body)
 

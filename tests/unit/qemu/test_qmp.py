@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from colo_xdp.qemu.events import QmpEvent
-from colo_xdp.qemu.qmp import QemuInfo, Qmp, QmpError, refusal
+from colo_xdp.qemu.qmp import QemuInfo, Qmp, QmpError, QmpRefused, refusal
 from colo_xdp.qemu.survey import probe
 
 MACHINE = "pc-i440fx-7.2-machine"
@@ -28,6 +28,7 @@ class FakeQemu:
         self.said: list[str] = []
         self.args: dict[str, Any] = {}
         self.writer: asyncio.StreamWriter | None = None
+        self.open = 0  # connections
         self.answers: dict[str, Any] = {
             "qmp_capabilities": {},
             "query-version": VERSION,
@@ -46,6 +47,7 @@ class FakeQemu:
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.writer = writer
+        self.open += 1
         writer.write(json.dumps({"QMP": {"version": VERSION, "capabilities": []}}).encode() + b"\n")
         text, decoder = "", json.JSONDecoder()
         while data := await reader.read(4096):
@@ -65,6 +67,7 @@ class FakeQemu:
             key = "error" if "class" in answer else "return"
             ident = {"id": msg["id"]} if "id" in msg else {}
             writer.write(json.dumps({key: answer, **ident}).encode() + b"\n")
+        self.open -= 1
         writer.close()
 
     def event(self, name: str, at: float) -> None:
@@ -127,6 +130,24 @@ def test_errors_name_command_and_qemu(tmp_path: Path) -> None:
 
     error = {"class": "GenericError", "desc": "not in COLO"}
     with_fake(tmp_path, body, {"x-colo-lost-heartbeat": error})
+
+
+def test_a_socket_that_refuses_everything_is_not_connected(tmp_path: Path) -> None:
+    """Each attempt opens one connection and leaves none behind."""
+    error = {"class": "GenericError", "desc": "no connection to libvirtd"}
+
+    async def go() -> None:
+        heard = Heard()
+        async with asyncio.timeout(20), FakeQemu(tmp_path / "q", {"query-version": error}) as fake:
+            for _ in range(3):
+                q = heard.qmp(tmp_path / "q")
+                with pytest.raises(QmpRefused, match="PVM: query-version: GenericError: no conn"):
+                    await q.connect()
+                assert not q.connected
+                await until(lambda: fake.open == 0)
+            assert fake.said.count("qmp_capabilities") == 3 and not heard.closed
+
+    asyncio.run(go())
 
 
 def test_silence_has_a_deadline(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import pytest
 from colo_xdp.failover.states import State
 from colo_xdp.qemu import supervisor
 from colo_xdp.qemu.events import QmpEvent
-from colo_xdp.qemu.qmp import QmpError
+from colo_xdp.qemu.qmp import QmpError, QmpRefused
 from colo_xdp.qemu.supervisor import QemuOptions, QemuSupervisor, Stakes
 from tests.unit.controller.fakes import in_loop, primary, secondary
 
@@ -46,6 +46,9 @@ class Owner:
 
     def on_qemu_refused(self, why: str) -> None:
         self.said.append("refused")
+
+    def on_qemu_trouble(self, trouble: str) -> None:
+        self.said.append(trouble or "no trouble")
 
     def on_qemu_gone(self) -> None:
         self.said.append("waits")
@@ -193,6 +196,105 @@ def test_where_the_next_one_is_looked_for_elsewhere_a_lost_connection_means_noth
         q._on_closed("closed")
         await asyncio.sleep(0)
         assert owner.said == []
+
+    in_loop(body)
+
+
+class Answers(Nobody):
+    """Is connected, and gives these answers to query-status; then the test ends."""
+
+    connected = True
+
+    def __init__(self, *answers: str | Exception) -> None:
+        self.answers = list(answers)
+
+    async def status(self, timeout: float | None = None) -> str:
+        if not self.answers:
+            raise asyncio.CancelledError
+        answer = self.answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+
+REFUSED = QmpRefused("PVM: query-status: GenericError: client\x1b[2J\nsocket is closed")
+TROUBLE = (
+    "QEMU answers with errors, so nothing can be asked of it: PVM: query-status: GenericError: "
+    "client\N{REPLACEMENT CHARACTER}[2J socket is closed"
+)
+
+
+@pytest.mark.parametrize(
+    ("answers", "said"),
+    [
+        ((REFUSED, REFUSED, "running", REFUSED, REFUSED), []),  # nothing that lasts
+        ((REFUSED,) * 9, [TROUBLE]),
+        ((*(REFUSED,) * 3, QmpRefused("another text each time")), [TROUBLE]),
+        ((*(REFUSED,) * 4, "running", *(REFUSED,) * 3), [TROUBLE, "no trouble", TROUBLE]),
+        # something else, with signs of its own
+        ((QmpError("PVM: query-status: not connected"),) * 9, []),
+    ],
+)
+def test_a_qemu_that_answers_with_errors_only_is_noticed(
+    answers: tuple[str | Exception, ...], said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A relay whose other end is gone: everything looks well, and nothing can be done."""
+    monkeypatch.setattr(supervisor, "WATCH_S", 0.0)
+    monkeypatch.setattr(supervisor, "WATCH_LESS_S", 0.0)
+
+    async def body() -> None:
+        owner = Owner(Stakes.WATCHED)
+        q = QemuSupervisor(OPTIONS, owner, tap_alive=lambda: True, is_at=lambda nic, *macs: None)
+        q.qmp = Answers(*answers)  # type: ignore[assignment]
+        await asyncio.wait({asyncio.ensure_future(q.watch())})
+        assert owner.said == said, "and nobody was given up"
+        assert q.trouble == (TROUBLE if said and said[-1] == TROUBLE else "")
+
+    in_loop(body)
+
+
+def test_it_is_asked_on_until_it_answers_well_again_or_is_gone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(supervisor, "WATCH_S", 0.0)
+    monkeypatch.setattr(supervisor, "WATCH_LESS_S", 0.0)
+
+    async def body() -> None:
+        owner = Owner(Stakes.WATCHED)
+        q = QemuSupervisor(OPTIONS, owner, tap_alive=lambda: True, is_at=lambda nic, *macs: None)
+
+        def trouble(text: str) -> None:
+            # as when a checkpoint fails because of it
+            owner.stakes = Stakes.GUEST if text else Stakes.WATCHED
+
+        owner.on_qemu_trouble = trouble  # type: ignore[method-assign]
+        for again in (True, False):
+            q.qmp = Answers(*(REFUSED,) * 3, *("running",) * again)  # type: ignore[assignment]
+            await asyncio.wait({asyncio.ensure_future(q.watch())})
+            assert bool(q.trouble) is not again
+        owner.stakes = Stakes.OVER
+        q._on_closed("closed")
+        assert not q.trouble
+
+    in_loop(body)
+
+
+def test_a_socket_that_refuses_everything_from_the_start_is_told(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(supervisor, "QMP_RETRY_S", 0.001)
+    answers: list[Exception] = [REFUSED] * 5 + [QmpError("nobody is there")]
+
+    async def body() -> None:
+        owner = Owner(Stakes.NOTHING_YET)
+        q = QemuSupervisor(OPTIONS, owner, tap_alive=lambda: True, is_at=lambda nic, *macs: None)
+
+        async def connect() -> None:
+            raise answers.pop(0) if answers else asyncio.CancelledError
+
+        q.qmp.connect = connect  # type: ignore[method-assign,assignment]
+        await asyncio.wait({asyncio.ensure_future(q.connect())})
+        assert [s for s in owner.said if s != "found"] == [TROUBLE, "no trouble"]
 
     in_loop(body)
 

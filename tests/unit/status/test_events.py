@@ -22,6 +22,7 @@ ROWS = (
     ({"kind": "fenced", "ok": False, "why": ""}, "the fence command has failed"),
     ({"kind": "switched", "gap_ms": 31.4, "why": ""}, "received nothing from the guest for 31 ms"),
     ({"kind": "checkpoint_failed", "why": "QMP"}, "a checkpoint failed: QMP"),
+    ({"kind": "qemu", "why": "it answers"}, "QEMU of this host: it answers"),
     ({"kind": "peer", "why": "connected"}, "the other host's controller: connected"),
     ({"kind": "data_path", "why": "tap is gone"}, "data path: tap is gone"),
     ({"kind": "operator", "why": "mode paused"}, "an operator asked for `mode paused`"),
