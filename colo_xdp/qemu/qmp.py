@@ -275,7 +275,10 @@ class Qmp:
 
     async def status(self, timeout: float | None = None) -> str:
         """Return the run state (`running`, `colo`, `inmigrate`, ...). Raises QmpError."""
-        return str((await self.execute("query-status", timeout=timeout))["status"])
+        answer = await self.execute("query-status", timeout=timeout)
+        if not isinstance(answer, dict) or not isinstance(answer.get("status"), str):
+            raise QmpRefused(f"{self.name}: query-status: no run state in {answer!r:.100}")
+        return str(answer["status"])
 
     async def migration_status(self, timeout: float | None = None) -> str:
         """Return the state of the migration (`colo` while in COLO); empty when there was none."""

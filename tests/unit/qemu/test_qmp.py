@@ -109,6 +109,18 @@ async def until(cond: Callable[[], object]) -> None:
             await asyncio.sleep(0.01)
 
 
+@pytest.mark.parametrize("answer", [{}, {"status": 7}, ["running"]])
+def test_an_answer_without_a_run_state_is_an_error_that_names_it(
+    tmp_path: Path, answer: Any
+) -> None:
+    async def body(fake: FakeQemu, q: Qmp, _: Heard) -> None:
+        fake.answers["query-status"] = answer
+        with pytest.raises(QmpRefused, match="PVM: query-status: no run state in"):
+            await q.status()
+
+    with_fake(tmp_path, body)
+
+
 def test_nobody_at_the_path(tmp_path: Path) -> None:
     with pytest.raises(QmpError, match="PVM: no QMP at"):
         asyncio.run(Heard().qmp(tmp_path / "none").connect())
