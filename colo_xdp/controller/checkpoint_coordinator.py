@@ -44,6 +44,7 @@ from .switchover import Switchover
 log = logging.getLogger("colo_xdp.controller.primary")
 
 MAX_CLAIMS = 256  # addresses that are sent to the secondary; they must fit into one message
+IDLE_S = 10.0  # the longest sleep while no checkpoint is wanted
 RECORD_S = 1.0  # frames of both guests are held meanwhile
 REFUSALS = 20  # tries before a secondary that keeps refusing counts as broken
 
@@ -199,7 +200,7 @@ class CheckpointCoordinator:
         """Wait for what is wanted, and for its time. None: look again."""
         c = self._c
         if self.wanted is None or not c.peer.connected:
-            await self.sleep_or_wake(self._next_periodic())
+            await self.sleep_or_wake(self._next_look())
             if self.wanted is None and self._periodic_due():
                 self.wanted = CheckpointRequest(Cause.PERIODIC.value, "period")
         if self.wanted is None or not c.peer.connected or await self._delayed(self.wanted):
@@ -222,9 +223,13 @@ class CheckpointCoordinator:
         c.become(State.DEGRADED, self.failed_why)
         c.reconsider()
 
-    def _next_periodic(self) -> float:
+    def _next_look(self) -> float:
+        """Return the longest time that may pass until the next look (s): what is wanted wakes it,
+        but not what makes it possible."""
         p = self._c.config.checkpoint.periodic / 1000
-        return min(p, REARM_S) if p else REARM_S
+        if p:
+            return min(p, REARM_S)
+        return IDLE_S if self.wanted is None else REARM_S
 
     def _periodic_due(self) -> bool:
         p = self._c.config.checkpoint.periodic / 1000

@@ -22,7 +22,10 @@ from ..qemu.supervisor import QemuSupervisor
 
 log = logging.getLogger("colo_xdp.controller.primary")
 
-LOOK_S = 0.05
+#: A look is a QMP command, which QEMU answers in its main loop: rare, and still several within the
+#: time after which a silent secondary is given up
+LOOK_S = 0.25
+LOOKS = 8
 
 
 class Mirroring(Protocol):
@@ -47,7 +50,7 @@ class MirrorWatch:
         """Look until cancelled."""
         c = self._c
         while c.qemu.disks.any:
-            await asyncio.sleep(min(LOOK_S, c.config.nbd.write_timeout / 4000))
+            await asyncio.sleep(min(LOOK_S, c.config.nbd.write_timeout / 1000 / LOOKS))
             await self.look()
 
     async def look(self) -> None:

@@ -42,6 +42,7 @@ LOOK_S = 0.2  # between two looks at a guest of which nothing is known
 BRIDGE_S = 1.0  # between two looks at the ports of the tap's bridge
 PLUGGED_S = 5.0  # between two looks at the guest's disks
 LOSS_CHECK_NS = 100_000_000
+LOSS_CHECK_REST = 5  # so many times as long at rest: whoever fills the ring wakes this loop
 SWEEP = 400  # connections of the fast path looked at in that time: a million in 4 minutes
 
 
@@ -182,7 +183,8 @@ class Primary(Controller):
                 self.checkpoints.request(Cause.PEER_LINK, self.devices.trouble)
         else:
             self.output.end_backpressure(now_ns)
-        if now_ns - self._lost_checked >= LOSS_CHECK_NS:
+        rest = LOSS_CHECK_REST if self.asleep else 1
+        if now_ns - self._lost_checked >= LOSS_CHECK_NS * rest:
             self._lost_checked = now_ns
             lost = self.dp.lost_events()
             self.output.sweep(now_ns, SWEEP)
