@@ -352,19 +352,25 @@ STEADY_RUNS, STEADY = 20, 0.8
 def run_steady(part: Part, quick: bool, _build: Path) -> None:
     """Look for runs in which a connection stays in user space: the worst of many, to the median.
 
-    The arm `mirror only` shows by how much this machine's own runs differ.
+    The arm `mirror only` shows by how much this machine's own runs differ, and the share of the
+    fast path whether user space has anything to do with it.
     """
     for offloads in (True, False):
         name = f"one flow, offloads {'on' if offloads else 'off'}"
         gbit: dict[str, list[float]] = {"mirror only": [], "fast path": []}
+        shares: list[float] = []
         try:
             for _ in range(2 if quick else STEADY_RUNS):
                 for arm, values in gbit.items():
-                    values.append(once(arm, offloads, 2)["gbit"])
+                    found = once(arm, offloads, 2)
+                    values.append(found["gbit"])
+                    if SHARE in found:
+                        shares.append(found[SHARE])
         except (RuntimeError, OSError) as e:
             part.error(name, str(e))
             continue
         rates = {arm: Spread.of(x) for arm, x in gbit.items()}
+        part.add(f"{name}: {SHARE}", "%", {"fast path": Spread.of(shares)})
         part.add(name, "Gbit/s", rates, base="mirror only", higher_is_better=True)
         worst = {arm: min(x) / Spread.of(x).median for arm, x in gbit.items()}
         ratios = {arm: Spread.of([x]) for arm, x in worst.items()}

@@ -169,7 +169,7 @@ def run(part: Part, quick: bool, build: Path) -> None:
     """Measure a pair of the laboratory."""
     seconds, wanted = (QUICK_S, QUICK_RUNS) if quick else (RUN_S, RUNS)
     runs: list[Run] = []
-    with Lab(build, tag=TAG) as lab, ExitStack() as stack:
+    with Lab(build, tag=TAG, disks=1) as lab, ExitStack() as stack:
         lab.protect()
         pids = {FLOOR: start_floor(stack)}
         pids |= {role: [lab.controllers[role].pid] for role in ROLES}
