@@ -19,6 +19,7 @@ from colo_xdp.datapath import loader
 from colo_xdp.datapath.attach import Taken
 from colo_xdp.datapath.prepare import DataPathError
 from colo_xdp.service import daemon
+from colo_xdp.service.mark_file import MarkFile
 from colo_xdp.tools import preflight
 from colo_xdp.tools.preflight import AlreadyRuns, Refusal
 
@@ -27,11 +28,12 @@ EXAMPLES = Path(__file__).parents[3] / "deploy/examples"
 
 @pytest.mark.parametrize("last", [0, 1])
 def test_a_change_of_roles_makes_a_new_controller(
-    monkeypatch: pytest.MonkeyPatch, last: int
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, last: int
 ) -> None:
     """What the one has left is closed before the next one looks at it."""
     story: list[str] = []
     ends = [daemon.ROLE_CHANGED, daemon.ROLE_CHANGED, last]
+    marks: set[MarkFile] = set()
 
     class FakeDataPath:
         def __init__(self, config: Any) -> None:
@@ -40,19 +42,26 @@ def test_a_change_of_roles_makes_a_new_controller(
         def close(self) -> None:
             story.append("close")
 
-    async def serve(config: Any, datapath: Any, history: Any) -> int:
+    async def serve(config: Any, datapath: Any, history: Any, mark: MarkFile) -> int:
         story.append("serve")
+        marks.add(mark)
         return ends.pop(0)
 
     monkeypatch.setattr(daemon.HostDataPath, "load", FakeDataPath)
     monkeypatch.setattr(daemon, "_serve", serve)
-    assert daemon._run(load(EXAMPLES / "secondary.toml")) == last
+    assert daemon._run(here(tmp_path)) == last
     assert story == ["load", "serve", "close"] * 3
+    assert len(marks) == 1, "two threads could write the file in the wrong order"
 
 
 def here(tmp_path: Path) -> Config:
     config = load(EXAMPLES / "primary.toml")
-    d = replace(config.datapath, run_dir=str(tmp_path), bpffs=str(tmp_path / "bpf"))
+    d = replace(
+        config.datapath,
+        run_dir=str(tmp_path),
+        bpffs=str(tmp_path / "bpf"),
+        state_dir=str(tmp_path / "state"),
+    )
     return replace(config, datapath=d)
 
 
