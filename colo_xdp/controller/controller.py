@@ -59,6 +59,7 @@ REDECIDE = 5
 #: part of heartbeat_interval by which a heartbeat may be early to answer the peer's
 ANSWER_SHARE = 0.25
 FOR_EVER_NS = (1 << 63) - 1
+LEFT = "a guest ran standalone here before, so the disks of this host may be the newest"
 GUEST_S = 5.0  # between two looks at what is known of the guest's addresses, and at its port
 
 
@@ -311,6 +312,8 @@ class Controller(RoleSteps):
             and self.view.peer.state == State.DEGRADED
         ):
             return State.DEGRADED, "the other host's controller says `degraded`: its status has why"
+        if self.left_standalone:
+            return state, f"{self.reason}; {LEFT}"
         return state, self.reason
 
     # ---- peer
@@ -361,9 +364,9 @@ class Controller(RoleSteps):
             if msg.get("over"):
                 self.life.pair_over(ENDED)
             elif msg["shut"] and msg["state"] != State.STARTING.value:
-                # A host that is starting speaks of a guest before its boot, by its mark. That may
-                # have been left there by mistake, so it ends no pair that lives: only a host that
-                # knows nothing itself needs it (PairView.heartbeat).
+                # What a host that is starting says is about a guest before its boot: it has a mark.
+                # That may be there by mistake, so it ends no pair that lives. It is for a host that
+                # knows nothing itself (PairView.heartbeat).
                 self.peer_shut(msg["standalone"])
             if msg["echo"]:
                 self.peer.rtt_ns = max(0, boot_ns() - msg["echo"])

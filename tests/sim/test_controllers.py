@@ -430,6 +430,12 @@ def test_never_a_state_that_only_the_survivors_disk_knows_to_be_old() -> None:
     assert alone["S"] > 60 and alone["P"] > 90 and waits > 20, (alone, waits)
 
 
+def test_a_mark_that_is_not_on_the_disk_yet_is_lost() -> None:
+    """The limit that docs/design/known.md has, and that the simulator's disk is one."""
+    late = (replace(lost_power_scene(seed), mark_ms=60_000) for seed in range(40))
+    assert any(failure(s, Gates) for s in late)
+
+
 @pytest.mark.parametrize("seed", [51554, 52445])
 def test_a_guest_that_booted_beside_a_survivor_that_lost_power_boots_again(seed: int) -> None:
     assert failure(control_scene(seed), Gates) == ""

@@ -70,6 +70,7 @@ def test_a_host_that_has_booted_says_what_its_mark_says(
 ) -> None:
     c, _, sent, kept = booted(mark)
     assert said(c, sent) is says and not kept
+    assert ("the newest" in c.announced_state()[1]) is (says is OtherGuest.ENDED)
     assert not c.heartbeats.flags() & (Flag.SHUT | Flag.STANDALONE), (
         "datagrams tell no boot from a guest that is gone now, and a pair that lives acts on them"
     )
@@ -105,7 +106,7 @@ def test_a_guest_that_transmits_ends_what_the_mark_says(
     """Somebody has decided that, so it is the newer one, also after the next loss of power."""
     c, _, sent, kept = booted()
     c._peer_message(words)
-    assert said(c, sent) is OtherGuest.IDLE
+    assert said(c, sent) is OtherGuest.IDLE and "newest" not in c.announced_state()[1]
     assert kept == ([SUPERSEDED] if standing is SUPERSEDED else [])
 
 
