@@ -183,6 +183,8 @@ class Controller(RoleSteps):
         `boot`: the kernel's id of this boot.
         """
         found = mark.standing if mark is not None else Standing.NONE
+        if mark is not None and mark.trouble and self.view.guest.standalone:
+            found = Standing.NONE  # so that the file is written anew
         equal = self.dp.adopted and self.dp.sync_state is SyncState.IN_SYNC
         self.view.mark_found(found, keep, equal=equal)
         if mark is not None and self.view.left_standalone and (why := found_why(mark, path, boot)):

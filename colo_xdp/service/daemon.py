@@ -88,6 +88,17 @@ def _reload(ctl: Controller) -> None:
         log.error("not reloaded: %s", e)
 
 
+async def _use_mark(ctl: Controller, mark: MarkFile) -> None:
+    loop = asyncio.get_running_loop()
+
+    def tell(why: str) -> None:
+        loop.call_soon_threadsafe(ctl.mark_trouble, why)
+
+    mark.tell = tell
+    found = await asyncio.to_thread(mark.found, hurry=ctl.dp.adopted)
+    ctl.use_mark(found, mark.want, str(mark.path), mark.boot)
+
+
 async def _serve(config: Config, datapath: HostDataPath, history: History, mark: MarkFile) -> int:
     ctl: Controller = (Primary if datapath.role == "primary" else Secondary)(config, datapath)
     notifier = Notifier(HUNG_SHARE * config.peer.dead_after / 1000)
@@ -100,12 +111,6 @@ async def _serve(config: Config, datapath: HostDataPath, history: History, mark:
     run_dir.mkdir(parents=True, exist_ok=True)
     events = EventLog(place(config))
     ctl.story.keep = events.add
-    ctl.use_mark(mark.found(), mark.want, str(mark.path), mark.boot)
-
-    def tell_of_mark(why: str) -> None:
-        loop.call_soon_threadsafe(ctl.mark_trouble, why)
-
-    mark.tell = tell_of_mark
     builder.register(ctl, builder.Process(time.monotonic(), events))
     ctl.checkup.examine = functools.partial(examine, config)
     sock = str(run_dir / f"{config.pair}.{config.role}.sock")
@@ -131,6 +136,7 @@ async def _serve(config: Config, datapath: HostDataPath, history: History, mark:
                 metrics = start_metrics(m.listen, fresh_status, tls, history)
             except OSError as e:
                 raise OSError(e.errno, f"[metrics] listen {m.listen}: {e.strerror or e}") from e
+        await _use_mark(ctl, mark)
         await ctl.start()
         # Long-lived objects are not scanned again: no pause while packets wait.
         gc.freeze()

@@ -2,8 +2,9 @@
 """The file of the mark (failover/mark.py): read at the start, written and removed durably.
 
 It is PAIR.ROLE.standalone.json (the role of the configuration file) in `datapath.state_dir`. A
-thread does all of it, the reading too, so that a disk that hangs delays no takeover and no start by
-more than READ_S. What cannot be written is told once and tried again every RETRY_S.
+thread does all of it, the reading too, so that a disk that hangs delays no takeover, and a start by
+READ_S at most (by BOOT_READ_S where nothing was pinned, so that the mark matters). What cannot be
+written is told once and tried again every RETRY_S.
 
 There is no other place for it: `run_dir` does not outlive the boot after which the mark is needed.
 """
@@ -25,6 +26,7 @@ log = logging.getLogger("colo_xdp")
 
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 READ_S = 1.0
+BOOT_READ_S = 10.0
 RETRY_S = 10.0
 CLOSE_S = 1.0
 ROLES = ("primary", "secondary")
@@ -107,9 +109,12 @@ class MarkFile:
         self._thread = threading.Thread(target=self._run, name="mark", daemon=True)
         self._thread.start()
 
-    def found(self) -> Mark | None:
-        """Return what the file says, or will say when what is wanted has been written."""
-        if not self._is_read.wait(READ_S):
+    def found(self, *, hurry: bool = False) -> Mark | None:
+        """Return what the file says, or will say when what is wanted has been written.
+
+        `hurry`: a pair waits for this controller, which has the pins to go by.
+        """
+        if not self._is_read.wait(READ_S if hurry else BOOT_READ_S):
             return unusable(self._pair, "the disk does not answer")
         with self._changed:
             return self._found

@@ -195,6 +195,11 @@ def test_what_is_pinned_counts_for_more(
     assert not c.view.left_standalone
 
 
+def test_a_damaged_file_is_written_anew_by_a_guest_that_is_standalone() -> None:
+    c, _, _ = secondary(Mode.TAKEOVER)
+    assert marked(c, unusable("web1", "it is truncated")) == [STANDALONE]
+
+
 @pytest.mark.parametrize("way", ["solo", "open"])
 def test_a_primary_that_goes_alone_is_marked(way: str) -> None:
     async def body() -> None:

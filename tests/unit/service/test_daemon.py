@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import fcntl
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -14,6 +16,7 @@ from typing import Any
 import pytest
 
 from colo_xdp import user_command
+from colo_xdp.abi import Mode
 from colo_xdp.config.file import Config, load
 from colo_xdp.datapath import loader
 from colo_xdp.datapath.attach import Taken
@@ -22,6 +25,7 @@ from colo_xdp.service import daemon
 from colo_xdp.service.mark_file import MarkFile
 from colo_xdp.tools import preflight
 from colo_xdp.tools.preflight import AlreadyRuns, Refusal
+from tests.unit.controller.fakes import primary
 
 EXAMPLES = Path(__file__).parents[3] / "deploy/examples"
 
@@ -113,3 +117,32 @@ def test_who_asks_whether_a_controller_runs_is_none(tmp_path: Path) -> None:
         timer.start()
         preflight._flock(mine.fileno(), str(path), here(tmp_path))
         timer.join()
+
+
+def test_a_controller_begins_with_its_hosts_mark_and_is_told_of_trouble(tmp_path: Path) -> None:
+    """The trouble comes from the thread that writes."""
+    c = here(tmp_path)
+    mark = MarkFile(c)
+    told: list[dict[str, Any]] = []
+    ctl, _, _ = primary(Mode.BYPASS)
+    ctl.story.keep = told.append
+
+    async def body() -> None:
+        await daemon._use_mark(ctl, mark)
+        ctl.view.went_standalone()
+        end = time.monotonic() + 5
+        while not mark.path.exists():
+            assert time.monotonic() < end
+            await asyncio.sleep(0.002)
+        assert not told
+        mark.path.parent.rename(tmp_path / "elsewhere")
+        mark.path.parent.write_text("no directory")
+        ctl.view.checkpointed()
+        ctl.view.went_standalone()
+        while not told:
+            assert time.monotonic() < end
+            await asyncio.sleep(0.002)
+        assert told[0]["kind"] == "mark" and str(mark.path) in told[0]["why"]
+
+    asyncio.run(body())
+    mark.close()

@@ -208,8 +208,12 @@ def test_a_disk_that_does_not_answer_at_the_start_counts_as_a_mark(
 ) -> None:
     hangs = threading.Event()
     monkeypatch.setattr(mark_file, "read", lambda path, pair: hangs.wait(10) and None)
+    monkeypatch.setattr(mark_file, "BOOT_READ_S", 0.5)
     monkeypatch.setattr(mark_file, "READ_S", 0.02)
-    f = make()
-    found = f.found()
-    assert found is not None and "does not answer" in found.trouble
+    f, began = make(), time.monotonic()
+    for hurry, least in ((True, 0.02), (False, 0.5)):
+        found = f.found(hurry=hurry)
+        assert found is not None and "does not answer" in found.trouble
+        assert time.monotonic() - began >= least
+        assert not hurry or time.monotonic() - began < 0.4, "a pair waits"
     hangs.set()
