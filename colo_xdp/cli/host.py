@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -10,7 +11,7 @@ import typer
 
 from . import target
 from .app import FAILED, OK, USAGE, app, fail, print_json
-from .target import BPFFS, CONFIG_DIR, RUN_DIR, ConfigArg, RunDir, load_config
+from .target import BPFFS, CONFIG_DIR, RUN_DIR, STATE_DIR, ConfigArg, RunDir, load_config
 
 
 @app.command()
@@ -104,13 +105,18 @@ def cleanup(
 
     Afterwards frames flow as if colo-xdp had never been installed, so use it when the pair is no
     longer needed. Refused while the programs keep a guest silent whose QEMU is alive.
+
+    The mark of a guest that ran standalone here is kept: the next start must know of it.
     """
+    from ..service.mark_file import paths
     from ..tools.cleanup import GuestWouldTransmit, StillRunning
     from ..tools.cleanup import cleanup as clean
 
+    state_dir = STATE_DIR
     if config is not None:
         c = load_config(config)
         pair, bpffs, run_dir = c.pair, c.datapath.bpffs, c.datapath.run_dir
+        state_dir = c.datapath.state_dir
     if pair is None:
         raise fail("name the pair: a config file, or --pair", USAGE)
     try:
@@ -123,3 +129,6 @@ def cleanup(
         typer.echo(f"removed {line}")
     if not gone:
         typer.echo("nothing to remove")
+    for path in paths(state_dir, pair).values():
+        if os.path.exists(path):  # False where that directory cannot be read
+            typer.echo(f"kept {path}: a guest ran standalone here, so its disks may be the newest")

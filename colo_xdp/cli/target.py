@@ -15,6 +15,7 @@ import typer
 from .app import NOT_RUNNING, USAGE, fail
 
 RUN_DIR = "/run/colo-xdp"
+STATE_DIR = "/var/lib/colo-xdp/events"
 BPFFS = "/sys/fs/bpf"
 CONFIG_DIR = "/etc/colo-xdp"
 ConfigArg = Annotated[Path, typer.Argument(help="TOML file of the pair on this host.")]

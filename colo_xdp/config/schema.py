@@ -328,8 +328,8 @@ class DataPathKeys:
     )
     state_dir: str = validate.key(
         validate.directory,
-        "directory of the events (`colo-xdp events`), which survive a reboot there; where it "
-        "cannot be written they are in run_dir",
+        "directory of the events (`colo-xdp events`), which survive a reboot there (where it "
+        "cannot be written they are in run_dir), and of the mark of a guest that ran standalone",
         default="/var/lib/colo-xdp/events",
     )
 

@@ -14,10 +14,10 @@ import contextlib
 import logging
 import time
 from collections import deque
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any
 
-from ..abi import Mode
+from ..abi import Mode, SyncState
 from ..config.file import Config
 from ..datapath import devices, netlink
 from ..datapath.host import HostDataPath
@@ -27,6 +27,7 @@ from ..failover.arbiter import Host as ArbiterHost
 from ..failover.decision import Action, Decision, decide
 from ..failover.facts import Ending, Facts, LinkView, OtherGuest
 from ..failover.lease import boot_ns
+from ..failover.mark import Mark, Standing, found_why
 from ..failover.states import Role, State, sends_nothing
 from ..peer.channel import Peer
 from ..peer.heartbeat_links import HeartbeatLinks
@@ -58,6 +59,7 @@ REDECIDE = 5
 #: part of heartbeat_interval by which a heartbeat may be early to answer the peer's
 ANSWER_SHARE = 0.25
 FOR_EVER_NS = (1 << 63) - 1
+LEFT = "a guest ran standalone here before, so the disks of this host may be the newest"
 GUEST_S = 5.0  # between two looks at what is known of the guest's addresses, and at its port
 
 
@@ -162,6 +164,36 @@ class Controller(RoleSteps):
     def uncompared(self) -> bool:
         """Whether clients may know what the SVM never sent: in shadow mode, or nobody knows."""
         return self.view.shadow or (self.undecided and self.view.peer.guest is OtherGuest.COPY)
+
+    @property
+    def left_standalone(self) -> bool:
+        """Whether to say that a guest ran standalone here before this host's boot, and is gone.
+
+        A host that starts as the primary has nobody to tell it to: it uses that itself. With a
+        lease the store knows more.
+        """
+        waits = self.role is Role.SECONDARY and self.state is State.STARTING
+        return waits and self.view.left_standalone and not self.arbiter.needs_grant
+
+    def use_mark(
+        self, mark: Mark | None, keep: Callable[[Standing], None], path: str, boot: str
+    ) -> None:
+        """Begin with what the mark says (failover/mark.py), and keep it up to date by `keep`.
+
+        `boot`: the kernel's id of this boot.
+        """
+        found = mark.standing if mark is not None else Standing.NONE
+        if mark is not None and mark.trouble and self.view.guest.standalone:
+            found = Standing.NONE  # so that the file is written anew
+        equal = self.dp.adopted and self.dp.sync_state is SyncState.IN_SYNC
+        self.view.mark_found(found, keep, equal=equal)
+        if mark is not None and self.view.left_standalone and (why := found_why(mark, path, boot)):
+            log.warning("%s", why)
+            self.story.tell(Kind.MARK, why)
+
+    def mark_trouble(self, why: str) -> None:
+        """Tell what keeps the mark from being kept."""
+        self.story.tell(Kind.MARK, why)
 
     def guest_halts(self, why: str) -> None:
         """Note that the guest is about to stand still, with its memory intact."""
@@ -295,6 +327,8 @@ class Controller(RoleSteps):
             and self.view.peer.state == State.DEGRADED
         ):
             return State.DEGRADED, "the other host's controller says `degraded`: its status has why"
+        if self.left_standalone:
+            return state, f"{self.reason}; {LEFT}"
         return state, self.reason
 
     # ---- peer
@@ -345,7 +379,10 @@ class Controller(RoleSteps):
                 self._on_peer_shadow(shadow, msg["epoch"])
             if msg.get("over"):
                 self.life.pair_over(ENDED)
-            elif msg["shut"]:
+            elif msg["shut"] and msg["state"] != State.STARTING.value:
+                # What a host that is starting says is about a guest before its boot: it has a mark.
+                # That may be there by mistake, so it ends no pair that lives. It is for a host that
+                # knows nothing itself (PairView.heartbeat).
                 self.peer_shut(msg["standalone"])
             if (rtt_ns := self.heartbeats.echoed(msg["echo"])) is not None:
                 self.peer.rtt_ns = rtt_ns
@@ -408,7 +445,7 @@ class Controller(RoleSteps):
         if was_standalone and not self.view.guest.standalone and self.paired():
             self.outdated("the other guest ran standalone and is gone: this one lacks what it sent")
             return
-        self.view.peer_shut()
+        self.view.peer_shut(ended=was_standalone)
         if self.view.guest.demoted and not was_standalone and not self.view.guest.gone:
             # It asked for this guest's demotion and then died, without having run standalone: what
             # this side had when it was asked is still all that any client knows.

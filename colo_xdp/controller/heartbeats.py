@@ -57,6 +57,11 @@ class Beating(Protocol):
         ...
 
     @property
+    def left_standalone(self) -> bool:
+        """Whether to say that a guest ran standalone here before this host's boot, and is gone."""
+        ...
+
+    @property
     def uncompared(self) -> bool:
         """Whether clients may know what the SVM never sent: in shadow mode, or nobody knows."""
         ...
@@ -105,14 +110,15 @@ class Heartbeats:
         """
         c = self._c
         promise = c.silent() and c.arbiter.promise()
+        left = c.left_standalone
         delivered, sent = c.dp.guest_traffic() if c.role is Role.SECONDARY else (0, 0)
         says = {
             "state": c.own_state().value,
             "epoch": c.dp.epoch,
             "vm": not c.view.guest.gone,
-            "shut": c.path_shut,
+            "shut": c.path_shut or left,
             "over": bool(c.view.guest.over),
-            "standalone": c.view.guest.standalone,
+            "standalone": c.view.guest.standalone or left,
             "shadow": c.uncompared,  # the secondary repeats what the primary reported
             "promise": promise,
             "role": c.role.value,

@@ -13,11 +13,13 @@ seconds.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..abi import Mode
 from ..failover.facts import ArbiterView, Ending, Facts, LinkView, OtherGuest, OwnGuest, other_guest
+from ..failover.mark import Standing
 from ..failover.states import Role, State, sends_nothing
 from .copy_health import NO_TRAFFIC, Traffic
 
@@ -61,6 +63,9 @@ class PeerView:
     guest: OtherGuest = OtherGuest.UNKNOWN
     shut: bool = False  # its data path drops everything: certain silence
     shut_why: str = ""  # the reason that it gave for that
+    #: its guest ran standalone and is gone. This outlives what it says later of another guest, and
+    #: ends when one transmits there
+    ended: bool = False
     slow_ns: int = 0  # when it last reported that its loop stood still
     answer_boot_ns: int = 0  # its clock in the newest heartbeat, until that is answered
     heard_boot_ns: int = 0  # its clock in the newest heartbeat, whatever carried it
@@ -120,6 +125,10 @@ class Surroundings:
     disk_unproven: bool
 
 
+def _forget(standing: Standing) -> None:
+    """Keep nothing."""
+
+
 class PairView:
     """One host's knowledge. Methods record events; callers read the fields."""
 
@@ -133,8 +142,18 @@ class PairView:
         #: clients may have seen what the SVM never sent. This outlives a pair: only a later
         #: checkpoint ends it
         self.shadow = False
+        self._standing = Standing.NONE  # what the mark is to say (failover/mark.py)
+        self._keep: Callable[[Standing], None] = _forget
+        #: a guest of this host ran standalone, and nobody else is known to have what it wrote, or
+        #: to have been allowed to go on without
+        self._outlived = False
 
     # ---- answers
+
+    @property
+    def left_standalone(self) -> bool:
+        """Whether a guest of this host ran standalone, is gone, and is not superseded."""
+        return self._outlived and not self.guest.standalone
 
     @property
     def operator(self) -> bool:
@@ -188,10 +207,18 @@ class PairView:
             ending=s.ending,
             waiting=s.waiting,
             undecided=s.undecided,
-            other_guest=peer.guest if s.peer_connected else OtherGuest.UNKNOWN,
+            other_guest=self._other_guest() if s.peer_connected else OtherGuest.UNKNOWN,
             own_guest=s.own_guest,
             disk_unproven=s.disk_unproven,
+            left_standalone=self.left_standalone,
         )
+
+    def _other_guest(self) -> OtherGuest:
+        """Return what the peer has there. A QEMU that waits is no successor of a guest that ran
+        standalone: it says nothing of what that one wrote."""
+        peer = self.peer
+        idle = peer.guest is OtherGuest.IDLE
+        return OtherGuest.ENDED if idle and peer.ended else peer.guest
 
     def _expire(self, s: Surroundings) -> None:
         fence, order = self.pair.fence, self.pair.order
@@ -235,6 +262,8 @@ class PairView:
 
     def went_standalone(self) -> None:
         """Record that clients may know from now on what the other guest does not."""
+        if not self.guest.standalone:
+            self._mark(Standing.STANDALONE)  # also over an older one: this is another guest
         self.guest.standalone = True
 
     def demoted(self) -> None:
@@ -247,6 +276,38 @@ class PairView:
     def promise_ends(self) -> None:
         """Lift the demotion: the primary that asked this guest to be silent is gone."""
         self.guest.demoted = False
+
+    # ---- the mark
+
+    def mark_found(self, found: Standing, keep: Callable[[Standing], None], *, equal: bool) -> None:
+        """Record what the mark says; `keep` gets each change from now on.
+
+        What is pinned counts for more: it says that the guest here is alone, or that the guests are
+        `equal`, and the controller that died may not have come to change the mark.
+        """
+        alone = self.guest.standalone
+        standing = Standing.STANDALONE if alone else Standing.NONE if equal else found
+        self._keep, self._standing = keep, standing
+        self._outlived = standing is Standing.STANDALONE
+        if standing is not found:
+            keep(standing)
+
+    def _mark(self, standing: Standing) -> None:
+        self._standing, self._outlived = standing, standing is Standing.STANDALONE
+        self._keep(standing)
+
+    def _mark_ends(self) -> None:
+        if self._standing is not Standing.NONE:
+            self._mark(Standing.NONE)
+
+    def _other_transmits(self, *, alone: bool) -> None:
+        """Note that the other host's guest transmits. If it does so `alone`, somebody has decided
+        that after the end of the one here, and the next boot must know it, too."""
+        if self.guest.standalone and not self.guest.gone:
+            return
+        self._outlived = False
+        if alone and self._standing is Standing.STANDALONE:
+            self._mark(Standing.SUPERSEDED)
 
     # ---- the pair
 
@@ -271,6 +332,7 @@ class PairView:
     def copy_confirmed(self) -> None:
         """Record that the primary counts this host's guest as a copy."""
         self.pair.confirmed = True
+        self._mark_ends()
 
     def no_copy(self) -> None:
         """Record that neither guest is the other's copy, which voids a promise made as a copy."""
@@ -283,6 +345,7 @@ class PairView:
     def checkpointed(self) -> None:
         """Record that the guests are equal."""
         self.guest.standalone = False
+        self._mark_ends()
 
     def checkpoint_due(self, overdue: bool) -> None:
         """Record whether the last checkpoint failed to complete, which makes the peer suspect."""
@@ -343,6 +406,11 @@ class PairView:
         peer.guest = other_guest(
             msg["role"], msg["state"], standalone=msg["standalone"], shut=msg["shut"]
         )
+        if peer.guest is OtherGuest.TRANSMITTING:
+            peer.ended = False
+            self._other_transmits(alone=msg["standalone"])
+        elif peer.guest is OtherGuest.ENDED:
+            peer.ended = True
         if msg["role"] == Role.SECONDARY.value:
             peer.traffic = Traffic(msg["delivered"], msg["sent"])
         return news
@@ -368,9 +436,10 @@ class PairView:
         """Record why the peer's data path is shut."""
         self.peer.shut_why = why
 
-    def peer_shut(self) -> None:
-        """Record that the peer's data path is shut."""
+    def peer_shut(self, *, ended: bool = False) -> None:
+        """Record that the peer's data path is shut. `ended`: its guest had run standalone."""
         self.peer.shut = True
+        self.peer.ended |= ended
 
     def peer_open(self) -> None:
         """Record that the peer may transmit, or that its silence is no longer certain."""

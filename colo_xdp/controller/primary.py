@@ -19,7 +19,7 @@ from ..datapath.host import HostDataPath
 from ..datapath.ring import CapturedFrame
 from ..engine.journal import Journal
 from ..failover.decision import Action
-from ..failover.facts import OtherGuest, OwnGuest
+from ..failover.facts import OwnGuest
 from ..failover.states import Role, State
 from ..peer.heartbeat_datagram import Flag
 from ..qemu.events import STANDS_STILL, News, QmpEvent
@@ -122,15 +122,14 @@ class Primary(Controller):
     @property
     def own_guest(self) -> OwnGuest:
         """Return what the guest here is. One that has booted while the other host's guest still ran
-        standalone may lack what that one did until its end, so it counts as new after a reset."""
-        if self._own_guest is not OwnGuest.NEW or not self._other_has_ended():
-            return self._own_guest
-        if self.config.replicated_disks:
+        standalone may lack what that one did until its end, so it counts as new after a reset. Its
+        own disks lack that after a reset, too, and whether or not there is a QEMU yet."""
+        peer = self.view.peer
+        if peer.ended and self.config.replicated_disks:
             return OwnGuest.OUTDATED
+        if self._own_guest is not OwnGuest.NEW or not (peer.ended or peer.shut):
+            return self._own_guest
         return OwnGuest.NEW if self._booted_again else OwnGuest.UNKNOWN
-
-    def _other_has_ended(self) -> bool:
-        return self.view.peer.guest is OtherGuest.ENDED or self.view.peer.shut
 
     async def _boot_again(self) -> None:
         """Reset a guest that nobody has heard yet: the other host's guest has ended."""

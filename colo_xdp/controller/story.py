@@ -32,6 +32,7 @@ class Kind(StrEnum):
     DATA_PATH = "data_path"  # a device or program is missing, or is back
     OPERATOR = "operator"  # a command that changes something
     SHUTDOWN = "shutdown"  # the host shuts down
+    MARK = "mark"  # what the mark of a guest that ran standalone says, or why it cannot be kept
     ROLE = "role"  # the next controller of this host has the other role
 
 

@@ -231,6 +231,8 @@ def _stopped_why(f: Facts) -> str:
 
 def _may_open(f: Facts) -> bool:
     """Return whether no other guest can transmit or have newer state than this one."""
+    if f.own_guest is OwnGuest.OUTDATED:
+        return False  # whatever is there now: what is missing here is on the other host's disks
     if f.other_guest is OtherGuest.ENDED or f.peer_vm_gone:
         # If this guest is as old as the pair, it lacks what the other one has sent since.
         return f.own_guest is OwnGuest.NEW or f.other_guest is OtherGuest.IDLE
@@ -254,10 +256,16 @@ def _undecided_why(f: Facts) -> str:
             f"{_NOTHING_KNOWN}the other host has a copy of the pair's guest, so neither transmits "
             "until an operator chooses one with `colo-xdp failover` there or here"
         )
+    if f.own_guest is OwnGuest.OUTDATED and f.left_standalone:
+        return (
+            f"{_NOTHING_KNOWN}the guests of both hosts ran standalone and are gone, and nothing "
+            "tells which one did last (`colo-xdp events` on both says when): bring its disks here, "
+            "or serve from those that are here with `colo-xdp failover`"
+        )
     if f.own_guest is OwnGuest.OUTDATED:
         return (
             f"{_NOTHING_KNOWN}the other host's guest ran standalone and is gone, and the disks "
-            "here lack what it has written: start that guest again there, or give that up with "
+            "here lack what it has written: bring its disks here, or give that up with "
             "`colo-xdp failover` here"
         )
     if f.other_guest is OtherGuest.ENDED:

@@ -114,3 +114,5 @@ class Facts:
     #: the SVM runs a checkpoint of which the primary has not said that its disks were whole, and
     #: no operator has accepted that
     disk_unproven: bool = False
+    #: a guest of this host ran standalone and is gone, as its mark says (failover/mark.py)
+    left_standalone: bool = False

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from ..service import control_socket
+from ..service import control_socket, mark_file
 from ..tools import cleanup, pki
 from . import debian
 from . import disk as disk_files
@@ -137,6 +137,8 @@ class Lab:
         # The devices are gone with their namespaces; the pins are not.
         for role in ("primary", "secondary"):
             (self.work / f"{PAIR}.{role}.attached").unlink(missing_ok=True)
+            # the next laboratory has other disks
+            mark_file.paths(str(self.work), PAIR)[role].unlink(missing_ok=True)
         cleanup.cleanup(PAIR, "/sys/fs/bpf", str(self.work), force=True)
 
     @property

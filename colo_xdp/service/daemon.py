@@ -42,6 +42,7 @@ from ..tools.preflight import AlreadyRuns, Refusal, claim
 from .control_socket import ControlError, ControlServer
 from .event_log import EventLog, place
 from .examine import examine
+from .mark_file import MarkFile
 from .start_limit import Starts
 from .systemd import Notifier
 from .waiting import wait_for
@@ -87,7 +88,18 @@ def _reload(ctl: Controller) -> None:
         log.error("not reloaded: %s", e)
 
 
-async def _serve(config: Config, datapath: HostDataPath, history: History) -> int:
+async def _use_mark(ctl: Controller, mark: MarkFile) -> None:
+    loop = asyncio.get_running_loop()
+
+    def tell(why: str) -> None:
+        loop.call_soon_threadsafe(ctl.mark_trouble, why)
+
+    mark.tell = tell
+    found = await asyncio.to_thread(mark.found, hurry=ctl.dp.adopted)
+    ctl.use_mark(found, mark.want, str(mark.path), mark.boot)
+
+
+async def _serve(config: Config, datapath: HostDataPath, history: History, mark: MarkFile) -> int:
     ctl: Controller = (Primary if datapath.role == "primary" else Secondary)(config, datapath)
     notifier = Notifier(HUNG_SHARE * config.peer.dead_after / 1000)
     stop = asyncio.Event()
@@ -124,6 +136,7 @@ async def _serve(config: Config, datapath: HostDataPath, history: History) -> in
                 metrics = start_metrics(m.listen, fresh_status, tls, history)
             except OSError as e:
                 raise OSError(e.errno, f"[metrics] listen {m.listen}: {e.strerror or e}") from e
+        await _use_mark(ctl, mark)
         await ctl.start()
         # Long-lived objects are not scanned again: no pause while packets wait.
         gc.freeze()
@@ -214,7 +227,15 @@ def run(config: Config) -> int:
 
 
 def _run(config: Config) -> int:
-    history = History(time.time())  # of the host: it outlives a change of roles
+    # of the host: they outlive a change of roles
+    history, mark = History(time.time()), MarkFile(config)
+    try:
+        return _run_roles(config, history, mark)
+    finally:
+        mark.close()
+
+
+def _run_roles(config: Config, history: History, mark: MarkFile) -> int:
     while True:
         # Before the event loop: pyroute2 runs its own and cannot work inside ours.
         try:
@@ -224,7 +245,7 @@ def _run(config: Config) -> int:
                 return 0
             continue
         try:
-            status = asyncio.run(_serve(config, datapath, history))
+            status = asyncio.run(_serve(config, datapath, history, mark))
         finally:
             datapath.close()
         if status != ROLE_CHANGED:

@@ -51,6 +51,8 @@ def what(e: Mapping[str, Any]) -> str:
             return f"an operator asked for `{why}`"
         case Kind.SHUTDOWN:
             return "this host shuts down: the other one is to serve the clients"
+        case Kind.MARK:
+            return why
         case Kind.ROLE:
             return f"this host changes its role: {why}"
         case kind:

@@ -97,6 +97,8 @@ class Side:
         self.heartbeat_links: SimHeartbeatLinks | None = None
         self._drain_set = False
         self.boots = 0
+        self.powered = 0  # how often it has booted
+        self.mark: bytes | None = None  # the file that outlives a loss of power (mark.py)
 
     def _forget(self) -> None:
         """Reset the kernel's state, which outlives controllers, to that after a boot."""
@@ -128,6 +130,7 @@ class Side:
         """Boot the host: nothing is pinned, and no QEMU runs."""
         self._forget()
         self.off = False
+        self.powered += 1
 
     # -- the guest
 

@@ -30,15 +30,19 @@ import pytest
 
 from colo_xdp.abi import Mode, SyncState
 from colo_xdp.controller import controller
+from colo_xdp.controller.pair_view import PairView
 from colo_xdp.controller.primary import Primary
 from colo_xdp.controller.secondary import Secondary
 from colo_xdp.failover import decision
 from colo_xdp.failover.decision import Action, decide
+from colo_xdp.failover.facts import OwnGuest
 from colo_xdp.failover.lease import Leadership
+from colo_xdp.failover.mark import Standing
 from colo_xdp.failover.states import State
 
 from .datapath import SimDataPath
 from .host import Side
+from .mark import SimMarkFile
 from .torture import failure, shrink, trace
 from .world import Fault, Scene, Violation, World
 
@@ -100,6 +104,35 @@ def lone_store_scene(seed: int) -> Scene:
     return replace(control_scene(seed * 3 + 1), faults=tuple(sorted(faults, key=lambda f: f.at)))
 
 
+def lost_power_scene(seed: int) -> Scene:
+    """Let the SVM's host lose power after a takeover, before the other one has heard of that.
+
+    That one has booted meanwhile: both know only what their disks say. In every other scene the
+    guest has a disk. The mark takes a while to be on the survivor's disk, whose controller may be
+    killed meanwhile; or a host loses power again.
+    """
+    rnd = random.Random(seed * 160_481_183 + 12)
+    cut = rnd.randrange(2500, 5000)
+    over = 600 + rnd.randrange(50, 600)
+    dies = over + rnd.randrange(300, 1500)
+    faults = [
+        Fault(600, "cut", cut),
+        Fault(601, "power_p"),
+        Fault(over, "force_s"),
+        Fault(dies, "power_s"),
+    ]
+    if rnd.random() < 0.4:
+        faults.append(Fault(over + rnd.randrange(5, 60), "kill_s_controller", 30))
+    if rnd.random() < 0.3:
+        faults.append(Fault(600 + cut + rnd.randrange(1500), rnd.choice(("power_p", "power_s"))))
+    return replace(
+        control_scene(seed * 3 + 2 * (seed % 4 > 1)),
+        disk=seed % 2 == 1,
+        mark_ms=rnd.choice((0, 30)),
+        faults=tuple(sorted(faults, key=lambda f: f.at)),
+    )
+
+
 def stopped_scene(seed: int) -> Scene:
     """Stop a controller, and perhaps restart the other one meanwhile."""
     rnd = random.Random(seed * 67_867_979 + 7)
@@ -133,6 +166,8 @@ class Gates(World):
         self.alone: Counter[str] = Counter()
         self._opened: tuple[str, ...] = ()
         self._heard_ms = 0  # how long each controller has heard the other one
+        self._wrote = 0
+        self.served: set[int] = set()  # what guests have written, each when the network heard it
 
     # -- what is checked
 
@@ -155,6 +190,8 @@ class Gates(World):
             self.note("the network hears %s", " and ".join(names) or "nobody")
             self._opened = names
             self.alone.update(names)
+            for side in transmit:
+                self._write(side)
         if len(transmit) > 1:
             raise Violation("both guests reach the network")
         for side in transmit:
@@ -163,6 +200,18 @@ class Gates(World):
                     f"{side.name}'s guest transmits, and lacks what the other one has said alone"
                 )
             side.other.stale = True
+
+    def _write(self, side: Side) -> None:
+        """Let the guest write as soon as it is heard; it must have all that was written before."""
+        block = side.qemu.block
+        lacks = self.served - block.view()
+        if not self.scene.disk:
+            return
+        if lacks:
+            raise Violation(f"I11: {side.name}'s guest transmits, and its disk lacks {lacks}")
+        self._wrote += 1
+        if block.write(self._wrote):
+            self.served.add(self._wrote)
 
     # -- what happens
 
@@ -241,6 +290,7 @@ class Gates(World):
             return
         if side.stale:  # the operator looks at both before silencing one
             return
+        self.served &= side.qemu.block.view()  # the operator gives up the rest
         off = self.rnd.random() < 0.4
         how = "switches off" if off else "takes off the network"
         self.note("FAULT a person %s %s and forces %s", how, side.other.name, side.name)
@@ -369,6 +419,28 @@ def test_never_a_state_that_was_old_when_the_other_one_died() -> None:
     assert alone["P"] > 100, alone
 
 
+def test_never_a_state_that_only_the_survivors_disk_knows_to_be_old() -> None:
+    """Both hosts have lost power after a takeover, and there is no third place."""
+    alone: Counter[str] = Counter()
+    waits = 0
+    for world in worlds(lost_power_scene, range(80)):
+        alone += world.alone
+        c = world.p.controller
+        waits += c is not None and c.own_guest is OwnGuest.OUTDATED and c.undecided
+    assert alone["S"] > 60 and alone["P"] > 90 and waits > 20, (alone, waits)
+
+
+def test_a_mark_that_is_not_on_the_disk_yet_is_lost() -> None:
+    """The limit that docs/design/known.md has, and that the simulator's disk is one."""
+    late = (replace(lost_power_scene(seed), mark_ms=60_000) for seed in range(40))
+    assert any(failure(s, Gates) for s in late)
+
+
+@pytest.mark.parametrize("seed", [51554, 52445])
+def test_a_guest_that_booted_beside_a_survivor_that_lost_power_boots_again(seed: int) -> None:
+    assert failure(control_scene(seed), Gates) == ""
+
+
 #: a switchover whose last message coincides with the decision to go solo: shrunk from a
 #: random one
 # ---- deliberate faults: each must be noticed
@@ -408,6 +480,24 @@ def a_failed_fence_is_a_fence(mp: Any) -> None:
             self.view.pair.fence.result = True
 
     mp.setattr(controller.Controller, "_act", act)
+
+
+def a_boot_forgets_that_its_guest_was_alone(mp: Any) -> None:
+    mp.setattr(SimMarkFile, "found", lambda self: None)
+
+
+def a_killed_controllers_mark_is_not_made_up_for(mp: Any) -> None:
+    real = PairView.mark_found
+
+    def found(self: PairView, found: Standing, keep: Any, *, equal: bool) -> None:
+        real(self, found, lambda standing: None, equal=equal)
+        self._keep = keep
+
+    mp.setattr(PairView, "mark_found", found)
+
+
+def disks_that_lack_what_was_written_are_served(mp: Any) -> None:
+    mp.setattr(Primary, "own_guest", property(lambda self: self._own_guest))
 
 
 def silence_is_death(mp: Any) -> None:
@@ -453,6 +543,9 @@ SCENES: dict[str, Callable[[int], Scene]] = {
     "a_new_controller_forgets_that_its_guest_was_alone": old_state_scene,
     "a_beat_does_not_say_alone": old_state_scene,
     "a_stale_guest_may_hold_the_lease": lone_store_scene,
+    "a_boot_forgets_that_its_guest_was_alone": lost_power_scene,
+    "a_killed_controllers_mark_is_not_made_up_for": lost_power_scene,
+    "disks_that_lack_what_was_written_are_served": lost_power_scene,
     "a_stopped_controller_is_a_dead_one": stopped_scene,
     "the_next_controller_forgets_who_was_stopped": stopped_scene,
 }
@@ -463,7 +556,8 @@ FAULTS: tuple[Callable[[Any], None], ...] = (
     the_next_controller_forgets_who_was_stopped,
     nobody_hears_that_the_other_was_alone, a_new_controller_forgets_that_its_guest_was_alone,
     a_beat_does_not_say_alone, a_failed_fence_is_a_fence, silence_is_death,
-    a_stale_guest_may_hold_the_lease,
+    a_stale_guest_may_hold_the_lease, a_boot_forgets_that_its_guest_was_alone,
+    a_killed_controllers_mark_is_not_made_up_for, disks_that_lack_what_was_written_are_served,
 )  # fmt: skip
 
 

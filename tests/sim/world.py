@@ -62,6 +62,7 @@ from .clock import FakeTime, VirtualLoop
 from .datapath import SimDataPath
 from .guest import Client, Guest, Plan
 from .host import Side
+from .mark import SimMarkFile
 from .offload_model import Bpf
 from .process import Killed, Process
 from .qemu import SimQmp
@@ -163,6 +164,7 @@ class Scene:
     roles: bool = False
     datagrams: bool = True  # heartbeats on the peer link, too
     disk: bool = False  # the guest has a disk, and confirms what it has written
+    mark_ms: int = 0  # how long the mark takes to be on the disk
     wait: int = 0  # the wait is adaptive, with this floor (ms); 0: it is fixed
 
     def calm(self) -> bool:
@@ -845,6 +847,8 @@ class World:
         c.arbiter.fence = lambda: self._fence(side)  # type: ignore[method-assign]
         c.qemu.start_incoming = lambda: self._start_qemu(side)  # type: ignore[method-assign]
         c.spawn = process.spawning(c.spawn)  # type: ignore[method-assign,assignment]
+        mark = SimMarkFile(side)
+        c.use_mark(mark.found(), mark.want, "the mark", mark.boot)
         side.controller = c
         self.spawn(process.run(c.start()))
         self.spawn(self._watch(side, c))

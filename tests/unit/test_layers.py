@@ -42,7 +42,8 @@ LAYERS: dict[str, set[str]] = {
         "net", "peer", "qemu", "user_command", "validate",
     },
     "service": {
-        "config", "controller", "datapath", "peer", "qemu", "status", "tools", "user_command",
+        "config", "controller", "datapath", "failover", "peer", "qemu", "status", "tools",
+        "user_command",
     },
     "setup": {"config", "qemu", "tools", "validate"},
     "lab": {"service", "tools"},
@@ -52,7 +53,8 @@ LAYERS: dict[str, set[str]] = {
 #: standard library nothing that reaches out
 PURE = (
     "abi", "clock", "validate", "colo_proxy", "net", "conntrack", "compare", "offload", "engine",
-    "config", "failover.decision", "failover.facts", "failover.prospect", "failover.states",
+    "config", "failover.decision", "failover.facts", "failover.mark", "failover.prospect",
+    "failover.states",
     "peer.messages",
     "peer.heartbeat_datagram",
     "qemu.events", "qemu.disks", "qemu.migration", "qemu.nic", "datapath.btf",

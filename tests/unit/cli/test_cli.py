@@ -75,6 +75,24 @@ def test_cleanup_needs_a_name_and_is_idempotent(tmp_path: Path) -> None:
     assert r.exit_code == 0 and "nothing to remove" in r.output
 
 
+def test_cleanup_keeps_the_mark_of_a_guest_that_ran_standalone(tmp_path: Path) -> None:
+    lines = {
+        "run_dir": tmp_path / "run",
+        "state_dir": tmp_path / "state",
+        "bpffs": tmp_path / "bpf",
+    }
+    text = Path(EXAMPLE).read_text()
+    there = "\n".join(f'{k} = "{v}"' for k, v in lines.items())
+    file = tmp_path / "web1.toml"
+    file.write_text(f"{text}\n[datapath]\n{there}\n")
+    assert "kept" not in run(app, ["cleanup", str(file)]).output
+    mark = tmp_path / "state/web1.primary.standalone.json"
+    mark.parent.mkdir()
+    mark.write_text("{}")
+    r = run(app, ["cleanup", str(file)])
+    assert r.exit_code == 0 and f"kept {mark}" in r.output.replace("\n", "") and mark.exists()
+
+
 def test_doctor_fails_on_a_host_without_the_devices() -> None:
     r = run(app, ["doctor", EXAMPLE])
     assert r.exit_code == FAILED

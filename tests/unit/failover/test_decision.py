@@ -198,6 +198,36 @@ ROWS = [
     ),
     ({**NEW, "other_guest": OtherGuest.ENDED}, Action.WAIT, "guest here is a new one"),
     (
+        {**NEW, "other_guest": OtherGuest.IDLE, "own_guest": OwnGuest.OUTDATED},
+        Action.WAIT,
+        "the disks here lack",
+    ),
+    (
+        {
+            **NEW,
+            "other_guest": OtherGuest.IDLE,
+            "own_guest": OwnGuest.OUTDATED,
+            "peer_vm_gone": True,
+        },
+        Action.WAIT,
+        "the disks here lack",
+    ),
+    (
+        {
+            **NEW,
+            "other_guest": OtherGuest.ENDED,
+            "own_guest": OwnGuest.OUTDATED,
+            "left_standalone": True,
+        },
+        Action.WAIT,
+        "the guests of both hosts ran standalone",
+    ),
+    (
+        {**NEW, "other_guest": OtherGuest.IDLE, "left_standalone": True},
+        Action.OPEN,
+        "does not transmit",
+    ),
+    (
         {**NEW, "other_guest": OtherGuest.ENDED, "own_guest": OwnGuest.OUTDATED},
         Action.WAIT,
         "the disks here lack what it has written",
@@ -315,6 +345,7 @@ def test_a_guest_of_which_nothing_is_known_transmits_only_when_allowed() -> None
             a = decide(f).action
             if a is Action.OPEN:
                 assert other is not OtherGuest.TRANSMITTING
+                assert own is not OwnGuest.OUTDATED, "whatever the other host says"
                 assert gone or other is not OtherGuest.UNKNOWN
                 assert other is not OtherGuest.COPY or own is OwnGuest.PAIRED or gone
             if a is Action.GO_SOLO:

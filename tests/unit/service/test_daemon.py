@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import fcntl
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -14,24 +16,28 @@ from typing import Any
 import pytest
 
 from colo_xdp import user_command
+from colo_xdp.abi import Mode
 from colo_xdp.config.file import Config, load
 from colo_xdp.datapath import loader
 from colo_xdp.datapath.attach import Taken
 from colo_xdp.datapath.prepare import DataPathError
 from colo_xdp.service import daemon
+from colo_xdp.service.mark_file import MarkFile
 from colo_xdp.tools import preflight
 from colo_xdp.tools.preflight import AlreadyRuns, Refusal
+from tests.unit.controller.fakes import primary
 
 EXAMPLES = Path(__file__).parents[3] / "deploy/examples"
 
 
 @pytest.mark.parametrize("last", [0, 1])
 def test_a_change_of_roles_makes_a_new_controller(
-    monkeypatch: pytest.MonkeyPatch, last: int
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, last: int
 ) -> None:
     """What the one has left is closed before the next one looks at it."""
     story: list[str] = []
     ends = [daemon.ROLE_CHANGED, daemon.ROLE_CHANGED, last]
+    marks: set[MarkFile] = set()
 
     class FakeDataPath:
         def __init__(self, config: Any) -> None:
@@ -40,19 +46,26 @@ def test_a_change_of_roles_makes_a_new_controller(
         def close(self) -> None:
             story.append("close")
 
-    async def serve(config: Any, datapath: Any, history: Any) -> int:
+    async def serve(config: Any, datapath: Any, history: Any, mark: MarkFile) -> int:
         story.append("serve")
+        marks.add(mark)
         return ends.pop(0)
 
     monkeypatch.setattr(daemon.HostDataPath, "load", FakeDataPath)
     monkeypatch.setattr(daemon, "_serve", serve)
-    assert daemon._run(load(EXAMPLES / "secondary.toml")) == last
+    assert daemon._run(here(tmp_path)) == last
     assert story == ["load", "serve", "close"] * 3
+    assert len(marks) == 1, "two threads could write the file in the wrong order"
 
 
 def here(tmp_path: Path) -> Config:
     config = load(EXAMPLES / "primary.toml")
-    d = replace(config.datapath, run_dir=str(tmp_path), bpffs=str(tmp_path / "bpf"))
+    d = replace(
+        config.datapath,
+        run_dir=str(tmp_path),
+        bpffs=str(tmp_path / "bpf"),
+        state_dir=str(tmp_path / "state"),
+    )
     return replace(config, datapath=d)
 
 
@@ -104,3 +117,32 @@ def test_who_asks_whether_a_controller_runs_is_none(tmp_path: Path) -> None:
         timer.start()
         preflight._flock(mine.fileno(), str(path), here(tmp_path))
         timer.join()
+
+
+def test_a_controller_begins_with_its_hosts_mark_and_is_told_of_trouble(tmp_path: Path) -> None:
+    """The trouble comes from the thread that writes."""
+    c = here(tmp_path)
+    mark = MarkFile(c)
+    told: list[dict[str, Any]] = []
+    ctl, _, _ = primary(Mode.BYPASS)
+    ctl.story.keep = told.append
+
+    async def body() -> None:
+        await daemon._use_mark(ctl, mark)
+        ctl.view.went_standalone()
+        end = time.monotonic() + 5
+        while not mark.path.exists():
+            assert time.monotonic() < end
+            await asyncio.sleep(0.002)
+        assert not told
+        mark.path.parent.rename(tmp_path / "elsewhere")
+        mark.path.parent.write_text("no directory")
+        ctl.view.checkpointed()
+        ctl.view.went_standalone()
+        while not told:
+            assert time.monotonic() < end
+            await asyncio.sleep(0.002)
+        assert told[0]["kind"] == "mark" and str(mark.path) in told[0]["why"]
+
+    asyncio.run(body())
+    mark.close()

@@ -27,6 +27,7 @@ ROWS = (
     ({"kind": "data_path", "why": "tap is gone"}, "data path: tap is gone"),
     ({"kind": "operator", "why": "mode paused"}, "an operator asked for `mode paused`"),
     ({"kind": "shutdown", "why": "handover shutdown"}, "this host shuts down: the other one is to"),
+    ({"kind": "mark", "why": "f cannot be written (x)"}, "f cannot be written (x)"),
     ({"kind": "role", "why": "the other one"}, "this host changes its role: the other one"),
     ({"kind": "of a later release", "why": "x"}, "of a later release: x"),
 )  # fmt: skip
