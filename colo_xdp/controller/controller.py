@@ -374,6 +374,7 @@ class Controller(RoleSteps):
         if kind == "heartbeat":
             unremarkable = not self.view.heartbeat(msg)
             settled = unremarkable and self.state is State.PROTECTED
+            self.heartbeat_links.read()
             if self.role is Role.SECONDARY:
                 shadow = msg["shadow"] and msg["role"] == Role.PRIMARY.value
                 self._on_peer_shadow(shadow, msg["epoch"])

@@ -125,15 +125,16 @@ class Heartbeats:
             "delivered": delivered,
             "sent": sent,
         }
+        # First the datagrams: the peer reads them when the heartbeat on the control channel comes.
+        lag, self._lag_ns = self._lag_ns, 0
+        flags = self.flags() | (Flag.PROMISE if promise else Flag(0))
+        c.heartbeat_links.send(flags, lag // 1_000_000, c.dp.epoch)
         self._left -= 1
         if not (due and self._left > 0 and not self._owes and says == self._said and self._passes):
             # Who began this round leaves the next one to the peer.
             self._left = self._round if self._owes else self._round + 1
             self._owes, self._said, self._sent_ns = False, says, boot_ns()
             c.peer.send("heartbeat", t=self._sent_ns, echo=c.view.answered(), **says)
-        lag, self._lag_ns = self._lag_ns, 0
-        flags = self.flags() | (Flag.PROMISE if promise else Flag(0))
-        c.heartbeat_links.send(flags, lag // 1_000_000, c.dp.epoch)
 
     @property
     def _passes(self) -> bool:

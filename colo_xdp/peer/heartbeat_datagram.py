@@ -48,6 +48,7 @@ from enum import IntFlag
 
 MAGIC = b"CXB\x01"
 WINDOW = 64
+DRIFT_NS = 1_000_000  # between two datagrams: far more than that of clocks
 NONCE = 32  # bytes
 MAC = 32
 _HEAD = struct.Struct("!4s8s4sBBHQQQIQ")
@@ -134,6 +135,18 @@ class HeartbeatLink:
     peer_t: int = 0  # its t
     echo_ns: int = 0  # send time of our newest datagram that the peer received on this link
     rtt_ns: int = 0
+    #: the least that this side's clock was ahead of `t` when a datagram was read: that of one which
+    #: was read as it came. It may grow with each datagram, as the clocks drift apart
+    lead_ns: int | None = None
+
+    def arrived(self, t: int, now_ns: int, lay_ns: int) -> int:
+        """Return when a datagram came that is read now; at most `lay_ns` before.
+
+        A host that stood still must not take what it reads late for the peer's silence.
+        """
+        lead = now_ns - t
+        self.lead_ns = lead if self.lead_ns is None else min(lead, self.lead_ns + DRIFT_NS)
+        return now_ns - min(lead - self.lead_ns, lay_ns)
 
 
 class HeartbeatSession:
@@ -161,6 +174,7 @@ class HeartbeatSession:
         if not same_peer:
             for p in self.links:  # its clock may be that of another boot
                 p.peer_t = p.echo_ns = 0
+                p.lead_ns = None
 
     def round(self) -> None:
         """Prepare for one round of datagrams, one for each link."""
@@ -183,17 +197,20 @@ class HeartbeatSession:
         p.sent += 1
         return head + hmac.digest(s.key, head + p.label, "sha256")
 
-    def receive(self, link: int, data: bytes, now_ns: int) -> Heartbeat | None:
-        """Check a received datagram; return its content, or None after counting the refusal."""
+    def receive(self, link: int, data: bytes, now_ns: int, lay_ns: int = 0) -> Heartbeat | None:
+        """Check a received datagram; return its content, or None after counting the refusal.
+
+        `lay_ns`: how long it may have lain unread, at most.
+        """
         p = self.links[link]
-        heartbeat = self._judge(p, data, now_ns)
+        heartbeat = self._judge(p, data, now_ns, lay_ns)
         if isinstance(heartbeat, str):
             p.refused[heartbeat] += 1
             return None
         p.received += 1
         return heartbeat
 
-    def _judge(self, p: HeartbeatLink, data: bytes, now_ns: int) -> Heartbeat | str:
+    def _judge(self, p: HeartbeatLink, data: bytes, now_ns: int, lay_ns: int) -> Heartbeat | str:
         if len(data) != SIZE or data[:4] != MAGIC:
             return "stranger"
         head = data[: _HEAD.size]
@@ -214,13 +231,15 @@ class HeartbeatSession:
         s.heard = True
         if s is self._now:
             self._former = None
+        at_ns = now_ns
         if t > p.peer_t:
-            p.heard_ns, p.peer_t = now_ns, t
+            at_ns = p.arrived(t, now_ns, lay_ns)
+            p.heard_ns, p.peer_t = at_ns, t
         if echo > now_ns:
             echo = 0  # from another boot
         if echo > p.echo_ns:
             p.echo_ns = echo
-            p.rtt_ns = max(0, now_ns - echo - held * 1000)
+            p.rtt_ns = max(0, at_ns - echo - held * 1000)
         return Heartbeat(Flag(flags), lag, epoch, t, echo)
 
     def discount(self, ns: int) -> None:

@@ -9,8 +9,10 @@ addresses still carries them. They have no 802.1ad tag, so the eBPF programs on 
 so the kernel accepts nothing from other addresses and reports a host that refuses.
 
 While heartbeats come over the control channel, a datagram says nothing new, so nobody wakes up for
-one: send() reads what has come since the last one. The kernel's timestamp tells when it came. Once
-the control channel is down or silent (watch()), each datagram is read as it comes.
+one: those that have come are read with each of these heartbeats, and with the next send(). Once the
+control channel is down or silent (watch()), each datagram is read as it comes. The kernel's
+timestamps would tell when one came, but a socket that wants them has every frame of the host
+stamped; the sender's clock tells it well enough (HeartbeatLink.lead_ns).
 
 Nothing here blocks: a datagram that cannot be sent is counted and reported once, and a socket whose
 device or address is gone is reopened with the next datagram. At most BUDGET datagrams are read from
@@ -25,7 +27,6 @@ import errno
 import logging
 import socket
 import struct
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -44,28 +45,11 @@ ETHERTYPE = 0x88B5
 GROUP = bytes.fromhex("034358420000")  # locally administered, group
 BUDGET = 64
 _SOL_PACKET, _ADD_MEMBERSHIP, _MR_MULTICAST = 263, 1, 0  # linux/if_packet.h
-_SO_TIMESTAMPNS = 35  # asm-generic/socket.h; also the type of the control message
-_TIMESPEC = struct.Struct("=qq")
-_ANCILLARY = socket.CMSG_SPACE(_TIMESPEC.size)
 #: errors after which the socket may work again by itself
 _PASSING = {
     errno.EAGAIN, errno.ENOBUFS, errno.ECONNREFUSED, errno.EHOSTUNREACH, errno.ENETUNREACH,
     errno.ENETDOWN, errno.EPERM,
 }  # fmt: skip
-
-
-def waited_ns(ancillary: list[tuple[int, int, bytes]], real_ns: int, most_ns: int) -> int:
-    """Return how long a datagram has waited to be read, ns; 0 if the kernel does not say.
-
-    At most `most_ns`: the realtime clock may have been set meanwhile, and a host that stood still
-    must not take what it reads late for the peer's silence. `real_ns`: that clock now.
-    """
-    for level, kind, data in ancillary:
-        if (level, kind, len(data)) == (socket.SOL_SOCKET, _SO_TIMESTAMPNS, _TIMESPEC.size):
-            seconds, ns = _TIMESPEC.unpack(data)
-            came_ns: int = seconds * 1_000_000_000 + ns
-            return min(max(0, real_ns - came_ns), most_ns)
-    return 0
 
 
 class _Transport(ABC):
@@ -181,6 +165,13 @@ class HeartbeatLinks:
             elif self._loop is not None:
                 self._ready(i)
 
+    def read(self, only: int | None = None) -> None:
+        """Read what has come over all links, or `only` one, if nobody watches them."""
+        if self._loop is None or self._watched:
+            return
+        for i in range(len(self._transports)) if only is None else (only,):
+            self._read(i)
+
     def send(self, flags: Flag, lag_ms: int, epoch: int) -> None:
         """Send a datagram over each link, after reading what has come."""
         if self._loop is None:
@@ -190,8 +181,7 @@ class HeartbeatLinks:
             w.left = BUDGET
             if not self._ready(i):
                 continue
-            if not self._watched:
-                self._read(i)
+            self.read(i)
             data = self.core.make(i, boot_ns(), flags, lag_ms, epoch)
             if not data or w.sock is None:
                 continue
@@ -212,7 +202,6 @@ class HeartbeatLinks:
         if w.sock is None:
             try:
                 w.sock = w.open()
-                w.sock.setsockopt(socket.SOL_SOCKET, _SO_TIMESTAMPNS, 1)
             except OSError as e:
                 self._say(w, str(e))
                 return False
@@ -229,13 +218,13 @@ class HeartbeatLinks:
                 return
             w.left -= 1
             try:
-                data, ancillary, _, _ = w.sock.recvmsg(SIZE + 1, _ANCILLARY)
+                data = w.sock.recv(SIZE + 1)
             except OSError as e:
                 if e.errno != errno.EAGAIN:
                     self._failed(w, e)
                 return
-            waited = waited_ns(ancillary, time.time_ns(), self._interval_ns)
-            heartbeat = self.core.receive(i, data, boot_ns() - waited)
+            lay_ns = 0 if self._watched else self._interval_ns
+            heartbeat = self.core.receive(i, data, boot_ns(), lay_ns)
             if heartbeat is not None:
                 w.refused = False
                 self._say(w, "")

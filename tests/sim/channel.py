@@ -140,7 +140,7 @@ class SimHeartbeatLinks(OfProcess):
         self._side, self._process, self._on_heartbeat = side, side.process, on_heartbeat
         names = ["peer link"] if side.world.scene.datagrams else []
         self.core = HeartbeatSession(pair, "primary" if side.primary else "secondary", names)
-        self._watched, self._inbox = True, list[tuple[int, bytes, int]]()
+        self._watched, self._inbox = True, list[tuple[int, bytes]]()
         side.heartbeat_links = self
 
     def start(self) -> None:
@@ -149,19 +149,20 @@ class SimHeartbeatLinks(OfProcess):
     def watch(self, on: bool) -> None:
         self._watched = on
         if on:
-            self._read()
+            self.read()
 
-    def _read(self) -> None:
+    def read(self) -> None:
         inbox, self._inbox = self._inbox, []
-        for i, data, at in inbox:
-            word = self.core.receive(i, data, at)
+        for i, data in inbox:
+            lay_ns = 0 if self._watched else 100_000_000
+            word = self.core.receive(i, data, self._side.world.ns(), lay_ns)
             if word is not None:
                 self._on_heartbeat(word)
 
     def send(self, flags: Flag, lag_ms: int, epoch: int) -> None:
         world, rnd = self._side.world, self._side.world.rnd_datagrams
         self.core.round()
-        self._read()
+        self.read()
         for i in range(len(self.core.links)):
             data = self.core.make(i, world.ns(), flags, lag_ms, epoch)
             if data and not self.dead and rnd.random() >= world.scene.link_loss:
@@ -179,9 +180,9 @@ class SimHeartbeatLinks(OfProcess):
         ):
             return
         there = other.heartbeat_links
-        there._inbox.append((i, data, world.ns()))
+        there._inbox.append((i, data))
         if there._watched:
-            there._read()
+            there.read()
 
     def close(self) -> None:
         pass

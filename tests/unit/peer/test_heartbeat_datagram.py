@@ -56,6 +56,28 @@ def test_a_datagram_and_its_echo() -> None:
     assert p.echo_age_ms(1, T0) == float("inf")
 
 
+def test_what_has_lain_unread_counts_from_when_it_came() -> None:
+    p, s = two(1)
+    ahead, way = 12345 * MS, MS  # the clocks of both hosts have nothing in common
+
+    def read(at: int, lay: int, most: int) -> float:
+        now = at + ahead + way + lay
+        assert s.receive(0, sent(p, at=at), now, most) is not None
+        return s.silent_ms(0, now)
+
+    assert read(T0, 0, 100 * MS) == 0, "nothing to compare it with"
+    assert read(T0 + 100 * MS, 60 * MS, 100 * MS) == pytest.approx(60, abs=2)
+    assert read(T0 + 200 * MS, 0, 100 * MS) == 0
+    assert read(T0 + 300 * MS, 900 * MS, 100 * MS) == 100, "this host stood still: no silence"
+    assert read(T0 + 400 * MS, 60 * MS, 0) == 0, "it was read as it came"
+    for i in range(200):  # a longer way is no wait for ever
+        late = read(T0 + (500 + 100 * i) * MS, 60 * MS, 100 * MS)
+    assert late == 0
+    s.rekey(KEY, same_peer=False)
+    ahead = -5 * MS
+    assert read(T0, 50 * MS, 100 * MS) == 0, "its clock may be that of another boot"
+
+
 def test_a_cut_in_one_direction_is_seen_by_both() -> None:
     p, s = two(1)
     for i in range(5):  # S hears P, P hears S

@@ -7,7 +7,6 @@ import asyncio
 import os
 import select
 import socket
-import struct
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -24,7 +23,7 @@ from colo_xdp.peer.heartbeat_datagram import (
     HeartbeatSession,
     session_key,
 )
-from colo_xdp.peer.heartbeat_links import BUDGET, HeartbeatLinks, waited_ns
+from colo_xdp.peer.heartbeat_links import BUDGET, HeartbeatLinks
 from colo_xdp.tools.doctor import Patient, _paths
 from colo_xdp.tools.findings import FAIL, OK, WARN
 
@@ -159,49 +158,39 @@ def test_a_link_that_nobody_watches_is_read_with_the_next_datagram() -> None:
         p, s = End("primary", f"{a}->{b}"), End("secondary", f"{b}->{a}")
         for e in (p, s):
             e.key()
-        s.paths.watch(False)
         p.say()
+        await until(lambda: len(s.words) == 1)
+        s.paths.watch(False)
         sock = s.paths._transports[0].sock
         assert sock is not None
-        await until(lambda: select.select([sock], [], [], 0)[0])
-        await asyncio.sleep(0.03)  # what is measured below
-        assert not s.words, "nobody woke up for it"
+
+        async def lies_there() -> None:
+            await until(lambda: select.select([sock], [], [], 0)[0])
+            await asyncio.sleep(0.03)  # what is measured below
+
+        p.say()
+        await lies_there()
+        assert len(s.words) == 1, "nobody woke up for it"
         s.say()
-        assert len(s.words) == 1
+        assert len(s.words) == 2
         (st,) = s.paths.status()
-        assert st["silent_ms"] >= 30, "it counts from when it came"
+        assert st["silent_ms"] >= 25, "it counts from when it came"
         await until(lambda: p.words)
         assert p.paths.status()[0]["rtt_us"] < 25_000, "and the peer knows how long it lay there"
         p.say()
+        await lies_there()
+        s.paths.read()
+        assert len(s.words) == 3, "as when a heartbeat comes over the control channel"
+        p.say()
         await until(lambda: select.select([sock], [], [], 0)[0])
         s.paths.watch(True)
-        await until(lambda: len(s.words) == 2)
+        await until(lambda: len(s.words) == 4)
         p.say()
-        await until(lambda: len(s.words) == 3)
+        await until(lambda: len(s.words) == 5)
         for e in (p, s):
             e.paths.close()
 
     asyncio.run(go())
-
-
-SECOND = 10**9
-CAME = (socket.SOL_SOCKET, 35, struct.pack("=qq", 100, 5))
-
-
-@pytest.mark.parametrize(
-    ("ancillary", "now", "waited"),
-    [
-        ([CAME], 100 * SECOND + 1005, 1000),
-        ([CAME], 100 * SECOND, 0),  # the clock was set back
-        ([CAME], 500 * SECOND, SECOND),  # set forward, or this host stood still
-        ([], 100 * SECOND + 1005, 0),
-        ([(socket.SOL_SOCKET, 35, b"short")], 100 * SECOND + 1005, 0),
-    ],
-)
-def test_how_long_a_datagram_has_waited(
-    ancillary: list[tuple[int, int, bytes]], now: int, waited: int
-) -> None:
-    assert waited_ns(ancillary, now, SECOND) == waited
 
 
 def test_doctor_looks_at_the_paths() -> None:
