@@ -146,7 +146,7 @@ class Secondary(Controller):
     def _on_beat(self, msg: dict[str, Any]) -> None:
         h = self.held.hold
         if msg["role"] == Role.PRIMARY.value:  # it commits no checkpoint whose disks are not whole
-            self.disks.are_whole(msg["epoch"])
+            self.disks.committed(msg["epoch"])
         # A switchover's hold ends with the takeover, unless the primary went on all the same.
         over = h is not None and msg["epoch"] >= h.n and not (h.planned and msg["shut"])
         if h is not None and h.resume is not None and over:

@@ -100,6 +100,14 @@ class SecondaryDisks:
             self.proof_ms = max(0.0, (time.monotonic_ns() - self._loaded_ns) / 1e6)
             self._say_resumed()
 
+    def committed(self, n: int) -> None:
+        """Note that the primary has committed checkpoint n: the SVM runs it, with whole disks.
+
+        The controller that has told the primary so may have been another one.
+        """
+        self.proof.loaded(n)
+        self.are_whole(n)
+
     def are_whole(self, n: int) -> None:
         """Note that the disks here are those of checkpoint n."""
         self.proof.whole(n)
@@ -117,7 +125,7 @@ class SecondaryDisks:
         c = self._c
         if not c.qemu.disks.any or c.state is State.PROMOTED:
             return False
-        # A checkpoint that this controller has seen since ends what its predecessor left open.
+        # A later checkpoint, seen here or committed there, ends what a dead controller left open.
         seen = self.proof.runs > c.dp.epoch
         return self.proof.missing or (c.takeover.epoch_uncertain == c.dp.epoch and not seen)
 

@@ -218,6 +218,17 @@ def test_the_next_controller_does_not_know_what_was_loaded() -> None:
     assert not c.disk_unproven
 
 
+def test_the_primary_tells_the_next_controller_what_was_loaded() -> None:
+    """Also one that has handed over: it committed that checkpoint, and fell silent with it."""
+    c, dp, _ = secondary(Mode.CHECKPOINT)
+    c.qemu.disks = Disks()  # type: ignore[assignment]
+    c.disks.proof.whole(dp.epoch)
+    c.on_message(beat("stopped", role="primary", epoch=dp.epoch, shut=True))
+    assert c.disk_unproven, "it may have died before the SVM loaded the next one"
+    c.on_message(beat("stopped", role="primary", epoch=dp.epoch + 1, shut=True))
+    assert not c.disk_unproven
+
+
 @pytest.mark.parametrize("forced", [False, True])
 def test_a_checkpoint_that_was_loaded_as_the_primary_died(forced: bool) -> None:
     """Its RESUME comes while QEMU leaves COLO."""
