@@ -174,12 +174,12 @@ class DatagramFlow(ComparedFlow):
         if not self.held:
             return next(iter(self.copies.values()))[0] + host.timeout_ns if self.copies else 0
         at = self.held[0][2]
-        due, cause = at + host.patience.ns, Cause.COMPARE_TIMEOUT
+        due, cause = host.patience.due_ns(at), Cause.COMPARE_TIMEOUT
         other = self._unpaired()
         if other is not None and max(at, other[1]) + host.grace_ns < due:
             due, cause = max(at, other[1]) + host.grace_ns, Cause.DATAGRAM_DIFFERS
         if due > now_ns:
-            return due
+            return host.patience.look_ns(due, now_ns)
         if not self.asked:
             self.asked = True
             self.outbox.request(cause, self, self._evidence(other[0] if other else b""))

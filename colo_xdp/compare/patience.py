@@ -71,6 +71,7 @@ class Patience:
         "_next_ns",
         "_windows",
         "adaptive",
+        "awake_ns",
         "before_ns",
         "ceiling_ns",
         "heard_ns",
@@ -106,6 +107,8 @@ class Patience:
         self.heard_ns = 0
         #: when the last checkpoint was complete: waits of older frames are not the SVM's doing
         self.since_ns = 0
+        #: when the SVM first sent anything since then; 0: not yet
+        self.awake_ns = 0
         #: when a frame of either guest last came to user space, at any NIC, but for repetitions and
         #: acks; what that was before the frame that is processed now
         self.moved_ns = self.before_ns = 0
@@ -132,9 +135,27 @@ class Patience:
         its client sent. The times of capture count: what this host's controller is late by is not
         the SVM's lag.
         """
-        lag = self.heard_ns - sent_ns
+        lag = self.heard_ns - max(sent_ns, self.awake_ns)
         if lag > self.longest_ns and sent_ns > self.since_ns and (lag <= self.ns or asked):
             self.longest_ns = lag
+
+    def due_ns(self, at_ns: int, limit_ns: int = 0) -> int:
+        """Return until when output may wait that has waited since at_ns.
+
+        limit_ns: how long once the SVM runs; 0: patience.
+        """
+        limit = limit_ns or self.ns
+        if not self.adaptive:
+            return at_ns + limit
+        if self.awake_ns:
+            due = max(at_ns, self.awake_ns) + limit
+        else:
+            due = max(at_ns + limit, self.since_ns + STALLED_NS)
+        return min(due, at_ns + self.ceiling_ns)
+
+    def look_ns(self, due_ns: int, now_ns: int) -> int:
+        """Return when to look again at what may wait until due_ns; earlier if that may change."""
+        return due_ns if self.awake_ns else min(due_ns, now_ns + self.ns)
 
     def repeated(self) -> None:
         """Note that the frame that is processed now is an old one, sent again.
@@ -159,6 +180,7 @@ class Patience:
         for i in range(len(waits) - 1, -1, -1):
             if waits[i] > before[i] and 1000 << i <= self.ns:
                 self.waited(750 << i)
+                self.awake_ns = self.awake_ns or self.since_ns
                 return
 
     def checkpointed(self, took_ns: int, *, missed: bool = False) -> None:

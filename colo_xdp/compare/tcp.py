@@ -39,7 +39,7 @@ from .policy import Verdict
 from .released import UNPROVEN, ReleasedStream
 from .tcp_headers import Marks, syns_differ
 from .tcp_secondary import Push, SvmStream, rst_id
-from .tcp_wait import FLAGS, limit_ns, overdue, repeats
+from .tcp_wait import FLAGS, due_ns, overdue, repeats
 from .window import WindowGate
 
 _STORED = Push.STORED
@@ -199,7 +199,7 @@ class TcpFlow(ComparedFlow):
             if not held.frames:
                 self.head_ok = None
             return
-        due = now_ns + (limit_ns(self, p) if p.flags & RST else host.patience.ns)
+        due = due_ns(self, p, now_ns) if p.flags & RST else now_ns + host.patience.ns
         if self.theirs.out_of_order and host.patience.adaptive:
             due = min(due, now_ns + host.patience.quiet_ns)
         if not self.when or due < self.when:  # wait_for(), without the call
@@ -240,7 +240,7 @@ class TcpFlow(ComparedFlow):
     def hold(self, rec: Frame, p: Packet, now_ns: int) -> None:
         """Hold a frame regardless of the limit."""
         self.held.push(rec, p, now_ns)
-        self.wait_for(now_ns + limit_ns(self, p))
+        self.wait_for(due_ns(self, p, now_ns))
 
     def release_ready(self, now_ns: int) -> None:
         """Release from the head whatever has become releasable."""

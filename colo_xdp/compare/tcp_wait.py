@@ -51,18 +51,19 @@ class Waiting(Protocol):
         """Request a checkpoint, once per epoch."""
 
 
-def limit_ns(flow: Waiting, p: Packet) -> int:
-    """Return how long a head may wait (ns).
+def due_ns(flow: Waiting, p: Packet, at_ns: int) -> int:
+    """Return until when a head may wait that has waited since at_ns.
 
     A RST needs no longer than the SVM usually takes if the SVM has output that the PVM, which has
     reset, will never produce.
     """
     patience = flow.host.patience
     if not patience.adaptive:
-        return patience.ns
+        return at_ns + patience.ns
     if p.flags & RST:
-        return patience.quiet_ns if flow.svm_since() else patience.ns
-    return patience.ns if flow.acked(p) else patience.stalled_ns
+        return patience.due_ns(at_ns, patience.quiet_ns if flow.svm_since() else 0)
+    due = patience.due_ns(at_ns)
+    return due if flow.acked(p) else max(due, at_ns + patience.stalled_ns)
 
 
 def overdue(flow: Waiting, now_ns: int) -> int:
@@ -75,14 +76,14 @@ def overdue(flow: Waiting, now_ns: int) -> int:
     ahead = flow.svm_since()
     if not frames and not ahead:
         return 0
-    head_due = frames[0][2] + limit_ns(flow, frames[0][1]) if frames else NEVER
+    head_due = due_ns(flow, frames[0][1], frames[0][2]) if frames else NEVER
     ahead_due = ahead + t if ahead else NEVER
     hole_due = _hole_due(flow)
     due = min(head_due, ahead_due, hole_due)
     if flow.marks.signed and frames and not flow.asked:
         due = min(due, _signed_due(flow, now_ns))
     if due > now_ns:
-        return due
+        return flow.host.patience.look_ns(due, now_ns)
     if not flow.asked:
         if hole_due == due:
             flow.ask(Cause.FRAME_LOST, frames[0][1])
@@ -142,6 +143,6 @@ def repeats(flow: Waiting, p: Packet, now_ns: int) -> bool:
         patience.adaptive
         and bool(p.off != p.end or p.flags & FLAGS)
         and not (p.flags ^ first.flags) & FLAGS
-        and now_ns - since >= patience.repeat_ns
+        and now_ns >= patience.due_ns(since, patience.repeat_ns)
         and flow.acked(first)
     )

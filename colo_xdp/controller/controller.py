@@ -251,12 +251,15 @@ class Controller(RoleSteps):
     def _task_done(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)
         self._news = True
-        if task.cancelled() or task.exception() is None:
-            return
-        e = task.exception()
-        log.error("internal error: %r", e, exc_info=e)
-        self.failures.append(repr(e))
-        self._finished.set()
+        if not task.cancelled() and (e := task.exception()) is not None:
+            self._fail(e)
+
+    def _fail(self, e: BaseException) -> None:
+        """End this controller because of an internal error; the next one starts from a checkpoint."""
+        if not self._finished.is_set():
+            log.error("internal error: %r", e, exc_info=e)
+            self.failures.append(repr(e))
+            self._finished.set()
 
     # ---- QEMU (qemu/supervisor.py)
 
@@ -607,7 +610,7 @@ class Controller(RoleSteps):
         self.heartbeat_links.start()
         loop = asyncio.get_running_loop()
         for fd in self.dp.fds:
-            loop.add_reader(fd, self.drain)
+            loop.add_reader(fd, self._readable)
         self.spawn(self.arbiter.run())
         if self.state is State.STOPPED:
             self.replacement.begin()
@@ -623,6 +626,15 @@ class Controller(RoleSteps):
         if self.dp.drain(self.on_frame, RING_BATCH):
             self.on_batch()
             self.ticker.look()
+
+    def _readable(self) -> None:
+        """Drain the ring; the event loop would log an error and go on without the frame it lost."""
+        try:
+            self.drain()
+        except Exception as e:
+            self._fail(e)
+            for fd in self.dp.fds:
+                asyncio.get_running_loop().remove_reader(fd)
 
     def _at_rest(self) -> bool:
         """Return whether a tick would find nothing to do."""

@@ -238,6 +238,8 @@ class Engine:
         self._n_svm += 1
         ahead = (epoch12 - clock.epoch) & _TAG
         if ahead == 0 and not self._checkpointing and not self._solo:
+            if not patience.awake_ns:
+                patience.awake_ns = rec.ts_ns
             p = parse(rec.frame)
             if p.off != p.end or p.flags & FLAGS:
                 patience.before_ns, patience.moved_ns = patience.moved_ns, now_ns
@@ -373,6 +375,7 @@ class Engine:
         """
         self._clock.now = now_ns
         self._counters["checkpoints"] += 1
+        self.patience.awake_ns = 0
         self._watch.reclaim_all()
         self._collect()
         self._clock.epoch, self._queue.stop_ns = epoch, stop_ts_ns

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from dataclasses import replace
 
@@ -278,5 +279,27 @@ def test_a_heartbeat_that_is_due_soon_answers_the_peers() -> None:
             assert rest.done() is answers and (c._next_beat == 0.0) is answers
             rest.cancel()
             await asyncio.wait({rest})
+
+    in_loop(body)
+
+
+def test_a_frame_that_an_internal_error_lost_ends_the_controller() -> None:
+    """An event loop only logs what a callback raises; the pair would call itself protected."""
+
+    async def body() -> None:
+        c, dp, _ = primary()
+
+        def broken(sink: object, limit: int = 0) -> int:
+            raise KeyError("flow")
+
+        reading, writing = os.pipe()
+        dp.fds, dp.drain = (reading,), broken  # type: ignore[assignment, method-assign]
+        asyncio.get_running_loop().add_reader(reading, c._readable)
+        os.write(writing, b"x")
+        await asyncio.wait_for(c.finished(), 5)
+        assert c.failures == ["KeyError('flow')"]
+        assert not asyncio.get_running_loop().remove_reader(reading), "it reads no more"
+        os.close(reading)
+        os.close(writing)
 
     in_loop(body)

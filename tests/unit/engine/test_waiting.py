@@ -166,6 +166,79 @@ def test_an_svm_that_has_not_even_acked_is_slow_and_not_different() -> None:
     assert 999 <= w.until_asked() <= 1050, "nor have they crossed"
 
 
+@pytest.mark.parametrize("ack_only", [False, True])
+def test_after_a_checkpoint_waits_begin_with_the_svms_first_frame(ack_only: bool) -> None:
+    """TCG translates everything anew then, so what was acked before proves nothing."""
+    w = Pair()
+    w.both(f.tcp(0, 1, b"aa"))
+    w.both(f.tcp(2, 9))
+    w.checkpoint()
+    w.p(f.tcp(2, 9, b"bb"))
+    w.p(other(0, b"x"))
+    assert w.until_asked(70) >= 70 and not w.asked
+    w.s(f.tcp(2, 9) if ack_only else other(0, b"x"))
+    assert 60 <= w.until_asked() <= 120
+    assert w.asked == ["compare_timeout"]
+
+
+@pytest.mark.parametrize("late_ms", [0, 500, 2000])
+def test_an_svm_that_sends_nothing_after_a_checkpoint_gets_a_second_once(late_ms: int) -> None:
+    w = Pair()
+    w.both(f.tcp(0, 1, b"aa"))
+    w.checkpoint()
+    w.now += late_ms * MS
+    w.p(f.tcp(2, 1, b"bb"))
+    most = max(60, 1000 - late_ms)
+    assert most - 1 <= w.until_asked() <= most + 50
+
+
+def test_a_fast_path_that_releases_shows_that_the_svm_runs() -> None:
+    w = Pair()
+    w.both(f.tcp(0, 1, b"aa"))
+    w.patience.kernel_waits(0, [1, 0])
+    w.checkpoint()
+    w.p(f.tcp(2, 1, b"bb"))
+    assert w.until_asked(70) >= 70 and not w.asked
+    w.patience.kernel_waits(0, [2, 0])
+    assert w.until_asked() <= 60
+
+
+def test_no_pair_is_caught_by_an_svm_that_needs_longer_than_patience_after_each_checkpoint() -> None:
+    """Its kernel answers after 70 ms, its server after 150, and there is always output to answer."""
+    w = Pair()
+    w.both(f.tcp(0, 1, b"aa"))
+    w.both(other(0, b"xx"))
+    seq, needed = 2, 0
+    for _ in range(20):
+        w.p(f.tcp(seq, 1, b"bb"))
+        before = w.now
+        if w.until_asked(70) >= 70:
+            w.s(other(2))
+            if w.until_asked(80) >= 80:
+                w.s(f.tcp(seq, 1, b"bb"))
+                assert not w.asked
+        needed += bool(w.asked)
+        seq += 2
+        w.now = max(w.now, before + 250 * MS)
+        w.patience.end_window(w.now)
+        w.checkpoint()  # whatever for
+        w.patience.checkpointed(20 * MS, missed=True)
+    assert needed <= 6 and w.patience.lag_ns >= 79 * MS
+
+
+def test_the_svms_slow_start_is_no_lag() -> None:
+    w = Pair()
+    w.both(f.tcp(0, 1, b"aa"))
+    w.patience.end_window(w.now)
+    w.checkpoint()
+    w.p(f.tcp(2, 1, b"bb"))
+    w.now += 100 * MS
+    w.s(other(0))
+    w.now += 5 * MS
+    w.s(f.tcp(2, 1, b"bb"))
+    assert 5 * MS <= w.patience.longest_ns <= 6 * MS
+
+
 def test_waits_of_a_moment_wake_nobody() -> None:
     w = Pair()
     for i in range(100):
