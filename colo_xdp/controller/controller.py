@@ -255,7 +255,7 @@ class Controller(RoleSteps):
             self._fail(e)
 
     def _fail(self, e: BaseException) -> None:
-        """End this controller because of an internal error; the next one starts from a checkpoint."""
+        """End this controller because of an internal error."""
         if not self._finished.is_set():
             log.error("internal error: %r", e, exc_info=e)
             self.failures.append(repr(e))
