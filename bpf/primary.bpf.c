@@ -24,6 +24,7 @@
 #include "lib/gso.h"
 #include "lib/events.h"
 #include "lib/csum.h"
+#include "lib/syn.h"
 #include "lib/mptcp.h"
 #ifdef COLO_OFFLOAD
 #include "lib/egress.h"
@@ -31,8 +32,9 @@
 #else
 #define OFFLOAD_NO 0
 #define note_client(skb)
-#define note_ack(p)
-#define offload(...) OFFLOAD_NO /* kernels before 5.12, or [datapath] fast_path = "off" */
+#define note_scale(p, shift)
+#define note_client_segment(skb, p) 0
+#define offload(...)		    OFFLOAD_NO /* kernels before 5.12, or [datapath] fast_path = "off" */
 #endif
 
 static __always_inline int finish(u32 prog, u32 reason, u32 len, int verdict)
@@ -72,6 +74,27 @@ static __always_inline int is_syn(const struct pkt *p)
 	return !other;
 }
 
+#define DID_REMOVE_MPTCP 1
+#define DID_LIMIT_WINDOW 2
+
+/*
+ * Note what a client's segment says, and change what must not reach the guests as it is. Returns
+ * DID_*, or < 0 if the frame must be dropped.
+ */
+static __always_inline int prepare_segment_to_guest(struct __sk_buff *skb, const struct pkt *p,
+						    u64 mode)
+{
+	struct syn_options o = {};
+
+	if (!is_syn(p))
+		return note_client_segment(skb, p) * DID_LIMIT_WINDOW;
+	if (mode == MODE_DROP)
+		return 0;
+	read_syn_options(skb, p, &o);
+	note_scale(p, o.wscale);
+	return mptcp_off(skb, p, o.mp_capable) * DID_REMOVE_MPTCP;
+}
+
 int pvm_in(struct __sk_buff *skb)
 {
 	u32 len = skb->len, reason = R_PASS;
@@ -80,7 +103,7 @@ int pvm_in(struct __sk_buff *skb)
 	u32 peer = cfg(CFG_PEER);
 	u16 tci = COLO_KIND_MIRROR << COLO_KIND_SHIFT | (epoch & COLO_EPOCH_MASK);
 	int verdict = TC_ACT_UNSPEC; /* passes, and promoted_in may follow (promoted.bpf.c) */
-	int parsed = 0, mptcp = 0;
+	int parsed = 0, did = 0;
 	struct pkt p = {};
 
 	note_network(skb, 0);
@@ -96,15 +119,15 @@ int pvm_in(struct __sk_buff *skb)
 		reason = R_PASS_OTHER_MAC;
 	} else if (parsed && cfg(CFG_UNMIRRORED) && is_unmirrored(&p)) {
 		reason = R_PASS_UNMIRRORED;
-	} else if (parsed && is_syn(&p) && mode != MODE_DROP && (mptcp = mptcp_off(skb, &p)) < 0) {
+	} else if (parsed && (did = prepare_segment_to_guest(skb, &p, mode)) < 0) {
 		reason = R_DROP_HELPER_FAILED;
 		verdict = TC_ACT_SHOT;
 	} else {
-		if (mptcp)
+		if (did & DID_REMOVE_MPTCP)
 			count(PROG_PVM_IN, R_NOTE_MPTCP_REMOVED, len);
+		if (did & DID_LIMIT_WINDOW)
+			count(PROG_PVM_IN, R_NOTE_WINDOW_LIMITED, len);
 		note_client(skb);
-		if (parsed)
-			note_ack(&p);
 		/*
 		 * The tag is pushed before the clone and popped after it, since a clone cannot be
 		 * changed once it has been sent. If the pop fails, the PVM must not see the tag:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import struct
 from enum import IntEnum
 
-ABI = 8
+ABI = 9
 MARK = 0xC0105EED
 TPID = 0x88A8
 EPOCH_MASK = 0x0FFF
@@ -161,7 +161,8 @@ class Reason(IntEnum):
     PASS_OFFSET_UNKNOWN = 42
     NOTE_MPTCP_REMOVED = 43
     DROP_PROMOTED = 44
-    MAX = 45
+    NOTE_WINDOW_LIMITED = 45
+    MAX = 46
 
 
 class Gso(IntEnum):
@@ -211,14 +212,14 @@ SIDE_PVM, SIDE_SVM = 0, 1
 
 #: struct colo_conn: lock, since_ns, seen_ns, client_ack, owner, epoch, released, next, base_seq,
 #: buffer, punt_seq, p_ack, s_ack, adv_ack, p_win, s_win, adv_win, mss, leader, ack_pending, l4,
-#: doff, punt_reason, fin_known, pad, fin, pad2, hdr, cookie
+#: doff, punt_reason, fin_known, shift, pad, fin, pad2, hdr, cookie
 CONN = struct.Struct("=QQQQIIIIIIIIIIHHHHBBBBBB2xI4x128s64s")
 #: struct colo_dgram: ts_ns, len, partial, pad, hdr; records start at multiples of DGRAM_ALIGN
 DGRAM, DGRAM_ALIGN = struct.Struct("=QIB3x112s"), 128
 #: struct colo_owner: taken, since_ns, key
 OWNER = struct.Struct("=QQ40s")
 #: struct colo_ctl: Ethernet header, op, punt_seq, key, what CTL_OFFLOAD sets (OFFLOAD), since_ns
-CTL = struct.Struct("=14xHI40s232sQ")
+CTL = struct.Struct("=14xHI40s233sQ")
 #: struct colo_client: seen_ns, ifindex, pad
 CLIENT = struct.Struct("=QII")
 #: in CFG_GUEST_MAC, above the 48 bits of the address
@@ -229,8 +230,8 @@ ADDRESS = struct.Struct("=16sI")
 CLAIM = struct.Struct("=QQII")
 CLAIM_SAYS_ROUTER, CLAIM_ROUTER = 1, 2
 #: part of struct colo_ctl: epoch, released, p_ack, s_ack, adv_ack, p_win, s_win, adv_win, mss,
-#: next, base_seq, leader, ack_pending, l4, doff, hdr, cookie
-OFFLOAD = struct.Struct("=IIIIIHHHHIIBBBB128s64s")
+#: next, base_seq, leader, ack_pending, l4, doff, scaled, hdr, cookie
+OFFLOAD = struct.Struct("=IIIIIHHHHIIBBBBB128s64s")
 #: bytes of a buffer's ring, and where it begins in struct colo_buffer
 BUFFER, BUFFER_BEFORE = 512 * 1024, 64
 BUFFER_SLACK = 2 * 4096 + 128

@@ -7,7 +7,7 @@
 #ifndef COLO_ABI_H
 #define COLO_ABI_H
 
-#define COLO_ABI 8
+#define COLO_ABI 9
 
 /*
  * skb->mark of a frame that has been decided elsewhere: the controller released it, or the mirror
@@ -158,7 +158,9 @@ enum colo_reason {
 		43, /* counted besides the verdict: MP_CAPABLE was removed from a SYN */
 	/* dropped: mirrored, but this guest has taken over and has its clients' frames itself */
 	R_DROP_PROMOTED = 44,
-	R_MAX = 45,
+	/* counted besides the verdict: the client's window was lowered (offload/ahead.h) */
+	R_NOTE_WINDOW_LIMITED = 45,
+	R_MAX = 46,
 };
 
 enum colo_source {
@@ -258,9 +260,14 @@ struct colo_flow {
 
 #define CLIENT_ACK_KNOWN (1ULL << 32)
 
+/* In place of a shift count: pvm_in has not looked yet; there is none. */
+#define SHIFT_UNKNOWN 254u
+#define SHIFT_NONE    255u
+
 /*
  * A connection that the kernel may decide on; key: struct colo_flow_key. Host byte order. All
- * fields except lock and client_ack are read and written only under `lock`; see offload/offload.h.
+ * fields except lock, client_ack and shift are read and written only under `lock`; see
+ * offload/offload.h.
  */
 struct colo_conn {
 	__u64 lock;	/* 1: taken */
@@ -289,7 +296,8 @@ struct colo_conn {
 	__u8 doff;	  /* of hdr: length of the TCP header */
 	__u8 punt_reason; /* R_PUNT_* of the last punt */
 	__u8 fin_known;
-	__u8 pad[2];
+	__u8 shift; /* of the client's windows, or SHIFT_*; pvm_in writes it without the lock */
+	__u8 pad;
 	__u32 fin; /* sequence number after the FIN of one guest (in released..next) or both */
 	__u32 pad2;
 	__u8 hdr[128];	 /* the PVM's newest header, Ethernet to TCP options */

@@ -40,6 +40,13 @@
 /* Bytes that one guest may be ahead in the fast path; a power of two. */
 #define COLO_BUFFER (512 * 1024)
 
+/* Bytes that clients' windows allow a guest to be ahead: one more 64 KiB frame fits. */
+#define COLO_AHEAD (COLO_BUFFER - 65536)
+
+#ifndef COLO_MAX_SCALES
+#define COLO_MAX_SCALES 16384 /* connections whose client's SYN was seen; about 110 bytes each */
+#endif
+
 /* Slots searched for a free buffer: at half load, one in 250 connections finds none. */
 #define COLO_BUFFER_PROBES 8
 

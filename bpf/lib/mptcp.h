@@ -18,53 +18,14 @@
 #ifndef COLO_MPTCP_H
 #define COLO_MPTCP_H
 
-#define TCPOPT_MPTCP 30
-#define MP_CAPABLE   0 /* subtype, the high half of the third byte */
-#define TCPOPTS_MAX  40
-
 /*
- * Bit mask of the bytes of TCP's options that belong to MP_CAPABLE. All MP_CAPABLE options are
- * included, since Linux uses the last one.
- */
-static __always_inline u64 mptcp_find(struct __sk_buff *skb, const struct pkt *p)
-{
-	void *data = (void *)(long)skb->data, *end = (void *)(long)skb->data_end;
-	u64 i = 20, doff = p->doff, l4 = p->l4_off, size, found = 0;
-	u8 *t;
-
-	VERIFIER_BOUND(l4, 0x3FFF);
-	t = data + l4;
-	/* At most one option is examined per byte, so none can hide behind NOPs. */
-#pragma clang loop unroll(disable)
-	for (int n = 0; n < TCPOPTS_MAX; n++) {
-		u8 *opt;
-
-		VERIFIER_BOUND(i, 0x3F);
-		opt = t + i;
-		if (i + 3 > doff || (void *)opt + 3 > end || opt[0] == 0)
-			break;
-		if (opt[0] == 1) {
-			i++;
-			continue;
-		}
-		size = opt[1];
-		if (size < 2 || i + size > doff)
-			break;
-		if (opt[0] == TCPOPT_MPTCP && size > 2 && opt[2] >> 4 == MP_CAPABLE)
-			found |= ((1ULL << size) - 1) << (i - 20);
-		i += size;
-	}
-	return found;
-}
-
-/*
- * Overwrite each MP_CAPABLE with NOPs. Returns 0 if there is none, 1 if all have been removed, < 0
+ * Overwrite each MP_CAPABLE with NOPs. gone: syn_options.mp_capable. Returns 0 if there is none, 1 if all have been removed, < 0
  * if the frame must be dropped. Reads in place and writes with a helper: in-place writes would make
  * the kernel copy the headers of each cloned frame, and hardly any frame is a SYN.
  */
-static __always_inline int mptcp_off(struct __sk_buff *skb, const struct pkt *p)
+static __always_inline int mptcp_off(struct __sk_buff *skb, const struct pkt *p, u64 gone)
 {
-	u64 gone = mptcp_find(skb, p), at = p->l4_off + 20, size = p->doff - 20;
+	u64 at = p->l4_off + 20, size = p->doff - 20;
 	__be32 opts[TCPOPTS_MAX / 4] = {};
 	s64 sum;
 

@@ -49,21 +49,11 @@ static __always_inline struct colo_conn *conn_find(struct colo_flow_key *key)
  * ack or the one before it. An older ack is just as true, only less recent. The worst that follows
  * is that more bytes are kept than needed, or that a retransmission of the PVM is punted.
  */
-static __always_inline void note_ack(const struct pkt *p)
+static __always_inline void note_ack(struct colo_conn *c, const struct pkt *p)
 {
-	struct colo_flow_key key = {};
-	struct colo_conn *c;
 	u64 ack = CLIENT_ACK_KNOWN | p->ack;
 
-	if (!p->is_tcp || (p->flags & (TCP_ACK | TCP_SYN | TCP_RST)) != TCP_ACK)
-		return;
-	__builtin_memcpy(key.guest, p->dst, 16);
-	__builtin_memcpy(key.client, p->src, 16);
-	key.guest_port = p->dport;
-	key.client_port = p->sport;
-	key.vlan = p->vlan;
-	c = conn_find(&key);
-	if (c && c->client_ack != ack)
+	if (c->client_ack != ack)
 		c->client_ack = ack;
 }
 

@@ -23,6 +23,7 @@ struct colo_ctl {
 	__u8 ack_pending;
 	__u8 l4;
 	__u8 doff;
+	__u8 scaled; /* the guest scales windows, so the client's SYN says how it does */
 	__u8 hdr[128];
 	__u8 cookie[64];
 	__u64 since_ns; /* since when bytes wait; 0: now */
@@ -81,6 +82,7 @@ static __always_inline int control(void *data, void *data_end)
 		c->mss = m->mss;
 		c->ack_pending = m->ack_pending;
 		c->fin_known = 0;
+		c->shift = m->scaled ? SHIFT_UNKNOWN : SHIFT_NONE;
 		c->l4 = m->l4;
 		c->doff = m->doff;
 		__builtin_memcpy(c->hdr, m->hdr, sizeof(c->hdr));

@@ -50,6 +50,7 @@
 #define COLO_OFFLOAD_H
 
 #include "conn.h"
+#include "ahead.h"
 #include "buffer.h"
 #include "payload.h"
 #include "transmit.h"

@@ -58,6 +58,7 @@ LASTING = {
     "offload_moved": (4, 8),
     "ports": (4, 8),
     "clients": (8, abi.CLIENT.size),
+    "scales": (abi.FLOW_KEY.size, 4),
     "transitions": (4, 4),
     "macs": (8, abi.CLAIM.size),
     "addresses": (abi.ADDRESS.size, abi.CLAIM.size),

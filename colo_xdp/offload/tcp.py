@@ -167,6 +167,7 @@ class TcpCodec:
                 pending,
                 l4,
                 size,
+                bool(w.scale),
                 header,
                 cookie,
             ),

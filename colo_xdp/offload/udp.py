@@ -97,7 +97,7 @@ class UdpCodec:
         ahead = abi.SIDE_PVM if flow.held else abi.SIDE_SVM
         cookie = _COOKIE.pack(direction_number(flow.direction))
         return OffloadRequest(
-            abi.OFFLOAD.pack(epoch, 0, *_NO_SEGMENT, len(queue), 0, ahead, 0, 0, 0, b"", cookie),
+            abi.OFFLOAD.pack(epoch, 0, *_NO_SEGMENT, len(queue), 0, ahead, 0, 0, 0, 0, b"", cookie),
             bytes(queue),
             since_ns=self.waits_since(flow),
         )

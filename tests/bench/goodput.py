@@ -155,6 +155,7 @@ def _proxy(bridge: bool) -> Iterator[SlowPath]:
         attach.attach_tc(name, "ingress", progs["pvm_release"], PAIR, None)
         attach.attach_tc("peer0", "ingress", progs["svm_arrival"], PAIR, None)
         attach.attach_tc("gv", "ingress", progs["pvm_out"], PAIR, None)
+        attach.attach_tc("gv", "egress", progs["pvm_in"], PAIR, None)
         reader = open_reader(objects)
         dp: Any = SimpleNamespace(
             injectors={"release": Injector(fd)}, drain=reader.drain, beat=lambda: None, fast=fast,

@@ -316,9 +316,9 @@ def data_path(
 def words(datagrams: bool = False) -> bytes:
     """Return a connection's state at the numbers where frame() begins; or that of a UDP flow."""
     if datagrams:
-        return abi.OFFLOAD.pack(1, *[0] * 14, b"", b"")
+        return abi.OFFLOAD.pack(1, *[0] * 15, b"", b"")
     return abi.OFFLOAD.pack(
-        1, 1000, 5000, 5000, 5000, 4096, 4096, 4096, 1448, 1000, 1000, 0, 0, 0, 0, b"", b""
+        1, 1000, 5000, 5000, 5000, 4096, 4096, 4096, 1448, 1000, 1000, *[0] * 5, b"", b""
     )
 
 

@@ -97,12 +97,13 @@ def tcp_segment(
     *,
     spoil: int = 0,
     partial: bool = False,
+    window: int = 4096,
 ) -> bytes:
     """Build a TCP segment; `spoil` is XORed into its checksum, `partial`: pseudo header only."""
     options = pad(options)
     m = 0xFFFFFFFF
     doff = 5 + len(options) // 4
-    head = struct.pack("!HHIIBBHHH", sport, dport, seq & m, ack & m, doff << 4, flags, 4096, 0, 0)
+    head = struct.pack("!HHIIBBHHH", sport, dport, seq & m, ack & m, doff << 4, flags, window, 0, 0)
     body = head + options + payload
     if partial:
         size = struct.pack("!IHH", len(body), 0, 6)

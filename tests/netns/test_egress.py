@@ -50,7 +50,7 @@ class Pair:
             self.client = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)
             self.client.bind(("c0", 0))
         words = abi.OFFLOAD.pack(
-            1, 1000, 5000, 5000, 5000, 4096, 4096, 4096, 1448, 1000, 1000, 0, 0, 0, 0, b"", b""
+            1, 1000, 5000, 5000, 5000, 4096, 4096, 4096, 1448, 1000, 1000, *[0] * 5, b"", b""
         )
         assert dp.fast is not None
         key = parse(tcp(b"")).key

@@ -160,7 +160,7 @@ class Run:
             *((t.client0 + a) & M32 for a in (*t.ack, told)),
             *t.win, rnd.choice((min(t.win), t.win[0] // 3)), rnd.choice((536, 1448, 100, 8948, 0)),
             self.at(t, rel + out), self.at(t, rel - past), ahead, pending, l4,
-            doff if header else 0, header[: l4 + doff], rnd.randbytes(64),
+            doff if header else 0, rnd.random() < 0.5, header[: l4 + doff], rnd.randbytes(64),
         )  # fmt: skip
         punt_seq = c.punt_seq + (rnd.random() < 0.1)
         self.control(CtlOp.OFFLOAD, t, punt_seq, words)
@@ -277,7 +277,7 @@ class Run:
                 ring[past : past + n], ring[: len(data) - n] = data[:n], data[n:]
         words = abi.OFFLOAD.pack(
             m.epoch - (rnd.random() < 0.02), start, *[0] * 7, (start + len(data)) & M32,
-            (start - past) & M32, ahead, 0, 0, 0, b"", rnd.randbytes(64),
+            (start - past) & M32, ahead, 0, 0, 0, 0, b"", rnd.randbytes(64),
         )  # fmt: skip
         self.control(CtlOp.OFFLOAD, t, m.conns[t.key].punt_seq + (rnd.random() < 0.1), words)
 

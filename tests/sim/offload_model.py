@@ -717,7 +717,7 @@ class KernelModel:
     def offload(self, c: Conn, punt_seq: int, state: bytes, since: int, now: int) -> CtlResult:
         (
             epoch, rel, p_ack, s_ack, adv_ack, p_win, s_win, adv_win, mss, nxt, org, ahead, pending,
-            l4, doff, hdr, cookie,
+            l4, doff, _scaled, hdr, cookie,
         ) = abi.OFFLOAD.unpack(state)  # fmt: skip
         if self.frames_on_their_way(c, punt_seq):
             return CtlResult.REFUSED
