@@ -298,9 +298,9 @@ struct colo_conn {
 	__u8 fin_known;
 	__u8 shift; /* of the client's windows, or SHIFT_*; pvm_in writes it without the lock */
 	__u8 pad;
-	__u32 fin; /* sequence number after the FIN of one guest (in released..next) or both */
-	__u32 pad2;
-	__u8 hdr[128];	 /* the PVM's newest header, Ethernet to TCP options */
+	__u32 fin;     /* sequence number after the FIN of one guest (in released..next) or both */
+	__u32 begun;   /* `released` when user space handed it over; older: nothing is doubted */
+	__u8 hdr[128]; /* the PVM's newest header, Ethernet to TCP options */
 	__u8 cookie[64]; /* for user space */
 };
 

@@ -186,7 +186,7 @@ static __always_inline u32 prepare_segment(struct __sk_buff *skb, const struct p
 	end = p->seq + span;
 	if (p->seq != have) {
 		/* A retransmission? The SVM's has already been accounted for. */
-		if (!len || w->fin || have - p->seq > COLO_BUFFER || seq_later(end, have))
+		if (!len || w->fin || have - p->seq > COLO_MAX_FLIGHT || seq_later(end, have))
 			return R_PUNT_OUT_OF_ORDER;
 		w->again = 1;
 		if (side == SIDE_PVM && seq_later(end, c->released)) {
@@ -198,13 +198,21 @@ static __always_inline u32 prepare_segment(struct __sk_buff *skb, const struct p
 		 * A retransmission by the PVM must still be in the buffer, or the client must have
 		 * acked all of it. In the second case the client only has to ack again, because an
 		 * ack is still on its way or was lost behind pvm_in, where the PVM would never get
-		 * it.
+		 * it. Just after an offload it is not believed the first time, and only asked: what
+		 * was kept back for the offload leaves through user space, and may be overtaken by
+		 * what leaves from here, which the PVM takes for a loss (RFC 8985). If the client
+		 * does miss it, the PVM sends it once more.
 		 */
 		w->kept = c->buffer && p->seq - oldest(c) <= COLO_BUFFER;
-		if (side == SIDE_PVM && !w->kept &&
-		    (!(acked & CLIENT_ACK_KNOWN) || seq_later(end, client_ack) ||
-		     seq_later(client_ack, c->released)))
-			return R_PUNT_OUT_OF_ORDER;
+		if (side == SIDE_PVM && !w->kept) {
+			int missed = seq_later(end, client_ack);
+
+			if (!(acked & CLIENT_ACK_KNOWN) || seq_later(client_ack, c->released) ||
+			    (missed && c->released - c->begun > COLO_BUFFER))
+				return R_PUNT_OUT_OF_ORDER;
+			if (missed)
+				c->begun = c->released - 2 * COLO_BUFFER;
+		}
 	}
 	/*
 	 * A FIN takes one sequence number. It leaves with the frame that carries it, provided the

@@ -248,6 +248,7 @@ def conn_state(raw: bytes, ring: Ring) -> ConnState:
         _,
         fin_known,
         fin,
+        _,
         hdr,
         cookie,
     ) = abi.CONN.unpack(raw)

@@ -125,8 +125,8 @@ def _copies() -> Iterator[Any]:
 def _proxy(bridge: bool) -> Iterator[SlowPath]:
     """Attach our programs to gv and peer0: a veth, so not through DataPath.
 
-    pvm_in is not attached (nothing is mirrored in the plain arm either), so the fast path is told
-    where the client is.
+    pvm_in mirrors the client's acks as in a pair; nobody receives them behind s0. The fast path is
+    told where the client is, as nothing looks at this bridge.
     """
     work = tempfile.mkdtemp(prefix="colo-bench.")
     with inside(HOST):

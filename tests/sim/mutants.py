@@ -50,7 +50,7 @@ from colo_xdp.qemu.replica import Replica
 
 from .datapath import SimDataPath
 from .host import Side
-from .offload_model import Conn, KernelModel, Out, Work
+from .offload_model import BUFFER, M32, Conn, KernelModel, Out, Work
 from .world import Fault, Scene, disk_scene, lease_scene, roles_scene, scene
 
 MUTANTS: dict[str, Callable[[Any], None]] = {}
@@ -719,7 +719,29 @@ def a_buffer_never_begins_anew(mp: Any) -> None:
 
 @_kernel_mutant
 def what_was_forgotten_counts_as_acked(mp: Any) -> None:
-    mp.setattr(KernelModel, "acked", staticmethod(lambda c, end: True))
+    mp.setattr(KernelModel, "believed", staticmethod(lambda c, end: True))
+
+
+@_kernel_mutant
+def a_loss_is_doubted_each_time(mp: Any) -> None:
+    real = KernelModel.believed
+
+    def believed(c: Conn, end: int) -> bool:
+        c.begun = c.released
+        return real(c, end)
+
+    mp.setattr(KernelModel, "believed", staticmethod(believed))
+
+
+@_kernel_mutant
+def a_loss_is_never_doubted(mp: Any) -> None:
+    real = KernelModel.believed
+
+    def believed(c: Conn, end: int) -> bool:
+        c.begun = (c.released - 2 * BUFFER) & M32
+        return real(c, end)
+
+    mp.setattr(KernelModel, "believed", staticmethod(believed))
 
 
 @_kernel_mutant

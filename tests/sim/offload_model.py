@@ -37,6 +37,7 @@ from colo_xdp.datapath import offload_maps
 M32 = 0xFFFFFFFF
 FIN, SYN, RST, PSH, ACK = 0x01, 0x02, 0x04, 0x08, 0x10
 BUFFER, PROBES, MAX_PIECES = abi.BUFFER, 8, 50  # COLO_BUFFER, COLO_BUFFER_PROBES, COLO_MAX_PIECES
+MAX_FLIGHT = 1 << 30  # COLO_MAX_FLIGHT
 STEP, STEPS = 4096, 20  # COLO_STEP, COLO_STEPS
 MAX_PIECE, SURE_MSS = 2047, 500  # COLO_MAX_PIECE, COLO_SURE_MSS
 SEEN_STEP_NS = 1_000_000_000
@@ -99,6 +100,7 @@ class Conn:
     punt_reason: int = 0
     fin_known: int = 0
     fin: int = 0
+    begun: int = 0
     hdr: bytes = bytes(128)
     cookie: bytes = bytes(64)
 
@@ -458,7 +460,7 @@ class KernelModel:
             return Reason.PUNT_EXCEPTION
         end = (p.seq + span) & M32
         if p.seq != have:
-            if not size or w.fin or (have - p.seq) & M32 > BUFFER or seq_later(end, have):
+            if not size or w.fin or (have - p.seq) & M32 > MAX_FLIGHT or seq_later(end, have):
                 return Reason.PUNT_OUT_OF_ORDER
             again = True
             if side == SIDE_PVM and seq_later(end, c.released):
@@ -468,7 +470,7 @@ class KernelModel:
                     else Reason.OFFLOAD_DUPLICATE
                 )
             kept = self.kept(c, p.seq)
-            if side == SIDE_PVM and not kept and not self.acked(c, end):
+            if side == SIDE_PVM and not kept and not self.believed(c, end):
                 return Reason.PUNT_OUT_OF_ORDER
         if c.fin_known and (seq_later(end, c.fin) or (size and not w.fin and end == c.fin)):
             return Reason.PUNT_EXCEPTION
@@ -614,10 +616,16 @@ class KernelModel:
         return bool(c.buffer) and (seq - self.oldest(c)) & M32 <= BUFFER
 
     @staticmethod
-    def acked(c: Conn, end: int) -> bool:
-        """Return whether the client has acknowledged all released bytes below end."""
+    def believed(c: Conn, end: int) -> bool:
+        """Return whether the client has all released bytes below end, or may have: once."""
         known, ack = c.client_ack & abi.CLIENT_ACK_KNOWN, c.client_ack & M32
-        return bool(known) and not seq_later(end, ack) and not seq_later(ack, c.released)
+        if not known or seq_later(ack, c.released):
+            return False
+        if seq_later(end, ack):
+            if (c.released - c.begun) & M32 > BUFFER:
+                return False
+            c.begun = (c.released - 2 * BUFFER) & M32
+        return True
 
     @staticmethod
     def all_acked(c: Conn) -> bool:
@@ -734,7 +742,7 @@ class KernelModel:
             cookie,
             now,
         )
-        c.fin_known = 0
+        c.fin_known, c.begun = 0, rel
         self.outstanding_since(c, since if nxt != rel or pending else 0)
         c.owner = OWNER_KERNEL
         return CtlResult.DONE
