@@ -212,8 +212,8 @@ SIDE_PVM, SIDE_SVM = 0, 1
 
 #: struct colo_conn: lock, since_ns, seen_ns, client_ack, owner, epoch, released, next, base_seq,
 #: buffer, punt_seq, p_ack, s_ack, adv_ack, p_win, s_win, adv_win, mss, leader, ack_pending, l4,
-#: doff, punt_reason, fin_known, shift, pad, fin, begun, hdr, cookie
-CONN = struct.Struct("=QQQQIIIIIIIIIIHHHHBBBBBB2xII128s64s")
+#: doff, punt_reason, fin_known, shift, doubted, fin, begun, hdr, cookie
+CONN = struct.Struct("=QQQQIIIIIIIIIIHHHHBBBBBBxBII128s64s")
 #: struct colo_dgram: ts_ns, len, partial, pad, hdr; records start at multiples of DGRAM_ALIGN
 DGRAM, DGRAM_ALIGN = struct.Struct("=QIB3x112s"), 128
 #: struct colo_owner: taken, since_ns, key

@@ -296,10 +296,10 @@ struct colo_conn {
 	__u8 doff;	  /* of hdr: length of the TCP header */
 	__u8 punt_reason; /* R_PUNT_* of the last punt */
 	__u8 fin_known;
-	__u8 shift; /* of the client's windows, or SHIFT_*; pvm_in writes it without the lock */
-	__u8 pad;
+	__u8 shift;    /* of the client's windows, or SHIFT_*; pvm_in writes it without the lock */
+	__u8 doubted;  /* a retransmission has been doubted since user space handed it over */
 	__u32 fin;     /* sequence number after the FIN of one guest (in released..next) or both */
-	__u32 begun;   /* `released` when user space handed it over; older: nothing is doubted */
+	__u32 begun;   /* `released` when user space handed it over */
 	__u8 hdr[128]; /* the PVM's newest header, Ethernet to TCP options */
 	__u8 cookie[64]; /* for user space */
 };

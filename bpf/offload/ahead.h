@@ -6,7 +6,7 @@
  * and the fast path can keep COLO_BUFFER bytes of that. A sender whose congestion window is larger
  * would fill the buffer again and again, and the connection would go to user space each time. So
  * the right edge that a client's ack offers (RFC 9293 section 3.8.6) is lowered to COLO_AHEAD bytes
- * beyond the last released one, for both guests alike. That is no limit for a connection with a
+ * beyond the last released one (less up to 64 KiB), for both guests alike. That is no limit for a connection with a
  * long round trip: what has been released and is on its way to the client does not count.
  *
  * The window field of a segment is in units of the client's window scale (RFC 7323 section 2.2),
@@ -18,6 +18,12 @@
  */
 #ifndef COLO_AHEAD_H
 #define COLO_AHEAD_H
+
+/*
+ * The edge moves in steps, so that acks which repeat one another mostly have the same window: a
+ * sender without SACK counts only such acks as duplicates (RFC 5681 section 2).
+ */
+#define EDGE_STEP 65536u
 
 /* key: connection; value: the shift count of the client's last SYN. Writer: pvm_in. */
 BPF_TABLE("lru_hash", struct colo_flow_key, u32, scales, COLO_MAX_SCALES);
@@ -31,12 +37,19 @@ static __always_inline void client_key(struct colo_flow_key *key, const struct p
 	key->vlan = p->vlan;
 }
 
-/* Note the window scale of a client's SYN; 0: it has none. */
+/*
+ * Note the window scale of a client's SYN; 0: it has none. Two SYNs that differ count as none, with
+ * which nothing is limited: a forged one could make the windows of a connection tiny.
+ */
 static __always_inline void note_scale(const struct pkt *p, u32 shift)
 {
 	struct colo_flow_key key = {};
+	u32 *known;
 
 	client_key(&key, p);
+	known = scales.lookup(&key);
+	if (known && *known != shift)
+		shift = 0;
 	scales.update(&key, &shift);
 }
 
@@ -52,12 +65,13 @@ static __always_inline int limit_ahead(struct __sk_buff *skb, const struct pkt *
 				       struct colo_conn *c, const struct colo_flow_key *key)
 {
 	u32 released = *(volatile u32 *)&c->released, shift = *(volatile u8 *)&c->shift, *known;
-	u32 room = released + COLO_AHEAD - p->ack;
+	u32 room = (released & -EDGE_STEP) + COLO_AHEAD - p->ack;
 	__be16 from, to;
 
-	if (*(volatile u32 *)&c->owner != OWNER_KERNEL || shift == SHIFT_NONE ||
-	    seq_later(p->ack, released))
+	if (*(volatile u32 *)&c->owner != OWNER_KERNEL || shift == SHIFT_NONE)
 		return 0;
+	if (seq_later(p->ack, released)) /* released meanwhile, or nonsense */
+		room = COLO_AHEAD;
 	if (shift == SHIFT_UNKNOWN) {
 		known = scales.lookup((struct colo_flow_key *)key);
 		shift = known ? *known : SHIFT_NONE;

@@ -21,8 +21,8 @@
  * does, and offloads the connection again when nothing is outstanding.
  *
  * Concurrency. Frames of the two guests arrive on any CPU at the same time, and user space reclaims
- * connections. Everything in colo_conn except client_ack is touched only by the CPU that changed
- * `lock` from 0 to 1. bpf_spin_lock() does not work here: no helper may be called while it is held.
+ * connections. Everything in colo_conn except client_ack and shift is changed only by the CPU that
+ * changed `lock` from 0 to 1, and pvm_in reads little of it (offload/ahead.h). bpf_spin_lock() does not work here: no helper may be called while it is held.
  * - No byte leaves uncompared. Comparing, moving `released` and deciding are one critical section,
  *   and a frame's verdict comes from it alone.
  * - No frame is lost. A CPU that does not get the lock in COLO_SPINS tries (because the owner's
@@ -170,6 +170,8 @@ static __always_inline u32 prepare_segment(struct __sk_buff *skb, const struct p
 	u64 acked = *(volatile __u64 *)&c->client_ack;
 	u32 client_ack = acked;
 	u32 have = out && c->leader == side ? c->next : c->released;
+	/* Just after an offload; see below. */
+	u32 back = c->released - c->begun <= COLO_BUFFER ? COLO_MAX_FLIGHT : COLO_BUFFER;
 	u32 size = skb->gso_size ? skb->gso_size : len;
 	u16 win;
 
@@ -186,7 +188,7 @@ static __always_inline u32 prepare_segment(struct __sk_buff *skb, const struct p
 	end = p->seq + span;
 	if (p->seq != have) {
 		/* A retransmission? The SVM's has already been accounted for. */
-		if (!len || w->fin || have - p->seq > COLO_MAX_FLIGHT || seq_later(end, have))
+		if (!len || w->fin || have - p->seq > back || seq_later(end, have))
 			return R_PUNT_OUT_OF_ORDER;
 		w->again = 1;
 		if (side == SIDE_PVM && seq_later(end, c->released)) {
@@ -198,20 +200,20 @@ static __always_inline u32 prepare_segment(struct __sk_buff *skb, const struct p
 		 * A retransmission by the PVM must still be in the buffer, or the client must have
 		 * acked all of it. In the second case the client only has to ack again, because an
 		 * ack is still on its way or was lost behind pvm_in, where the PVM would never get
-		 * it. Just after an offload it is not believed the first time, and only asked: what
-		 * was kept back for the offload leaves through user space, and may be overtaken by
-		 * what leaves from here, which the PVM takes for a loss (RFC 8985). If the client
-		 * does miss it, the PVM sends it once more.
+		 * it. Just after an offload the PVM is doubted once, and the client asked: what was
+		 * kept back for the offload leaves through user space, and may be overtaken by what
+		 * leaves from here, which the PVM takes for a loss (RFC 8985). If the client does
+		 * miss it, its answer says so, and the PVM sends it again.
 		 */
 		w->kept = c->buffer && p->seq - oldest(c) <= COLO_BUFFER;
 		if (side == SIDE_PVM && !w->kept) {
 			int missed = seq_later(end, client_ack);
 
 			if (!(acked & CLIENT_ACK_KNOWN) || seq_later(client_ack, c->released) ||
-			    (missed && c->released - c->begun > COLO_BUFFER))
+			    (missed && (c->doubted || back == COLO_BUFFER)))
 				return R_PUNT_OUT_OF_ORDER;
 			if (missed)
-				c->begun = c->released - 2 * COLO_BUFFER;
+				c->doubted = 1;
 		}
 	}
 	/*
@@ -258,9 +260,11 @@ static __always_inline u32 prepare_segment(struct __sk_buff *skb, const struct p
 	if (!w->again && w->equal && (len > out || (side == SIDE_SVM && size > c->mss)))
 		w->upto = c->released + (u32)w->equal;
 	w->left = w->again && (side == SIDE_SVM || !w->kept) ? 0 : len;
-	w->probe =
-		/* RFC 9293 section 3.8.4: one below the next */
-		w->again && side == SIDE_PVM && !w->kept;
+	/*
+	 * As a keep-alive (RFC 9293 section 3.8.4), but one below what the PVM sends again: a client
+	 * answers it, whether or not it has all that follows.
+	 */
+	w->probe = w->again && side == SIDE_PVM && !w->kept ? c->released - p->seq + 1 : 0;
 	w->moves = w->again ? 0 : span;
 	w->meets = w->meets && span && !w->again;
 	/* Pieces need the PVM's header, and this skb must have a header of the same size. */

@@ -30,7 +30,8 @@ struct colo_work {
 	volatile __u64 released, adv_ack, p_ack, p_win,
 		ack_pending;	   /* of the connection, as it was before this frame */
 	volatile __u64 fin, meets; /* carries a FIN; meets bytes that wait */
-	volatile __u64 probe;	   /* 1: send a bare ack that the client must answer */
+	/* >0: send a bare ack that the client must answer, so many bytes below `released` */
+	volatile __u64 probe;
 	/* a retransmission; and whether its released bytes are still in the buffer */
 	volatile __u64 again, kept;
 	volatile __u64 n, pos, err, upto, sum, addresses, act;

@@ -65,6 +65,7 @@ class Patience:
         "_cost_ns",
         "_exploring",
         "_floor_ns",
+        "_fresh",
         "_kernel",
         "_missed",
         "_needed",
@@ -94,6 +95,7 @@ class Patience:
         # the end and the longest wait of each, the oldest first
         self._windows: deque[tuple[int, int]] = deque(maxlen=WINDOWS)
         self._kernel: dict[int, list[int]] = {}  # the fast path's histograms, by NIC
+        self._fresh: set[int] = set()  # NICs whose histogram was read since the last checkpoint
         self._cost_ns = 0.0  # 0: not known
         self._next_ns = 0
         self._missed = 0  # checkpoints for output that had waited
@@ -173,15 +175,23 @@ class Patience:
         counts from when anything of the connection began to wait, so larger values also arise
         where a late ack is followed by data.
         """
-        before = self._kernel.get(nic)
+        before, fresh = self._kernel.get(nic), nic in self._fresh
         self._kernel[nic] = list(waits)
+        self._fresh.add(nic)
+        if fresh and not self.awake_ns and list(waits) != before:
+            self.awake_ns = self.since_ns
         if before is None or len(before) != len(waits):
             return
         for i in range(len(waits) - 1, -1, -1):
             if waits[i] > before[i] and 1000 << i <= self.ns:
                 self.waited(750 << i)
-                self.awake_ns = self.awake_ns or self.since_ns
                 return
+
+    def begin_epoch(self, now_ns: int) -> None:
+        """Note that a checkpoint is complete: called once for each NIC, with the same time."""
+        if self.since_ns != now_ns:
+            self.awake_ns = 0
+            self._fresh.clear()
 
     def checkpointed(self, took_ns: int, *, missed: bool = False) -> None:
         """Note a checkpoint, from its beginning to its end.

@@ -199,7 +199,9 @@ class TcpFlow(ComparedFlow):
             if not held.frames:
                 self.head_ok = None
             return
-        due = due_ns(self, p, now_ns) if p.flags & RST else now_ns + host.patience.ns
+        due = now_ns + host.patience.ns
+        if p.flags & RST:
+            due = min(due, due_ns(self, p, now_ns))
         if self.theirs.out_of_order and host.patience.adaptive:
             due = min(due, now_ns + host.patience.quiet_ns)
         if not self.when or due < self.when:  # wait_for(), without the call
@@ -240,7 +242,7 @@ class TcpFlow(ComparedFlow):
     def hold(self, rec: Frame, p: Packet, now_ns: int) -> None:
         """Hold a frame regardless of the limit."""
         self.held.push(rec, p, now_ns)
-        self.wait_for(due_ns(self, p, now_ns))
+        self.wait_for(self.host.patience.look_ns(due_ns(self, p, now_ns), now_ns))
 
     def release_ready(self, now_ns: int) -> None:
         """Release from the head whatever has become releasable."""

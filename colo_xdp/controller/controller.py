@@ -256,10 +256,10 @@ class Controller(RoleSteps):
 
     def _fail(self, e: BaseException) -> None:
         """End this controller because of an internal error."""
-        if not self._finished.is_set():
-            log.error("internal error: %r", e, exc_info=e)
+        log.error("internal error: %r", e, exc_info=e)
+        if repr(e) not in self.failures:
             self.failures.append(repr(e))
-            self._finished.set()
+        self._finished.set()
 
     # ---- QEMU (qemu/supervisor.py)
 
@@ -622,17 +622,23 @@ class Controller(RoleSteps):
         self.spawn(self._watch_guest())
 
     def drain(self) -> None:
-        """Hand on what is in the event ring."""
-        if self.dp.drain(self.on_frame, RING_BATCH):
-            self.on_batch()
-            self.ticker.look()
+        """Hand on what is in the event ring.
 
-    def _readable(self) -> None:
-        """Drain the ring; the event loop would log an error and go on without the frame it lost."""
+        An error ends the controller: the frame is gone, and an event loop would only log it.
+        """
         try:
-            self.drain()
+            if self.dp.drain(self.on_frame, RING_BATCH):
+                self.on_batch()
+                self.ticker.look()
         except Exception as e:
             self._fail(e)
+            raise
+
+    def _readable(self) -> None:
+        """Drain the ring, as it can be read."""
+        try:
+            self.drain()
+        except Exception:
             for fd in self.dp.fds:
                 asyncio.get_running_loop().remove_reader(fd)
 
@@ -640,8 +646,10 @@ class Controller(RoleSteps):
         """Return whether a tick would find nothing to do."""
         if self._finished.is_set():
             return False
-        self.drain()  # as each tick does
-        return self.at_rest
+        with contextlib.suppress(Exception):  # drain() has reported it
+            self.drain()  # as each tick does
+            return self.at_rest
+        return False
 
     def _tick(self, late: float) -> float | None:
         if self._finished.is_set():

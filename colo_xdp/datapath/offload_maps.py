@@ -42,7 +42,7 @@ _DONE = CtlResult.DONE
 _ANSWERS = {_DONE: OffloadResult.ACCEPTED, CtlResult.REFUSED: OffloadResult.IN_FLIGHT}
 #: indexes into abi.CONN
 _SINCE, _SEEN, _CLIENT_ACK, _RELEASED, _NEXT, _LEADER, _PENDING, _FIN_KNOWN, _FIN = (
-    1, 2, 3, 6, 7, 18, 19, 23, 24,
+    1, 2, 3, 6, 7, 18, 19, 23, 25,
 )  # fmt: skip
 _U32 = struct.Struct("=I")
 _EMPTY = bytes(abi.CONN.size)

@@ -375,7 +375,7 @@ class Engine:
         """
         self._clock.now = now_ns
         self._counters["checkpoints"] += 1
-        self.patience.awake_ns = 0
+        self.patience.begin_epoch(now_ns)
         self._watch.reclaim_all()
         self._collect()
         self._clock.epoch, self._queue.stop_ns = epoch, stop_ts_ns

@@ -247,6 +247,7 @@ def conn_state(raw: bytes, ring: Ring) -> ConnState:
         doff,
         _,
         fin_known,
+        _,
         fin,
         _,
         hdr,

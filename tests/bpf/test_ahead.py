@@ -48,9 +48,10 @@ def scale(options: bytes) -> int:
 
 def lowered(window: int, ack: int, released: int, shift: int) -> int:
     """Return the window field that the guests may see."""
+    room = ((released & -65536) + AHEAD - ack) & M32
     if (ack - released) & M32 and not (ack - released) & 1 << 31:
-        return window  # acks what has not left: leave it to the guests
-    return min(window, ((released + AHEAD - ack) & M32) >> shift)
+        room = AHEAD  # acks what has not left
+    return min(window, room >> shift)
 
 
 class Primary:
@@ -165,6 +166,18 @@ def test_any_segment(primary: Primary, seed: int) -> None:
     assert min(seen[k] for k in ("lowered", "unchanged", "unknown", "spoilt")) > 10, seen
     assert seen["by 4"] and seen["by 7"] and seen["by 14"], seen
     assert seen["by 0"] == 0, "an unscaled window is less than the limit"
+
+
+def test_syns_that_differ_limit_nothing(primary: Primary) -> None:
+    """A forged SYN of a connection that lives must not make its windows tiny."""
+    for port, shifts in enumerate(((7, 7), (7, 14), (7, 14, 14), (7, 0, 7)), 42000):
+        c = Client(False, port)
+        for shift in shifts:
+            primary.pvm_in(c.segment(0, 65535, SYN, b"", bytes((3, 3, shift, 1))))
+        primary.owns(c.key, OWNER_KERNEL, 1000, UNKNOWN)
+        got = primary.pvm_in(c.segment(1000, 60_000))
+        window = struct.unpack_from("!H", got, craft.l4_at(got)[0] + 14)[0]
+        assert window == (AHEAD - 1000 >> 7 if port == 42000 else 60_000), shifts
 
 
 def test_right_edges_only_move_forward(primary: Primary) -> None:

@@ -120,8 +120,8 @@ def test_connections_that_are_over_are_forgotten_sooner(net: Net, path: DataPath
     open_, over, flood = (ends + port.to_bytes(2, "big") for port in (40000, 40001, 40002))
     datagrams = bytes((ord("U"), 4, 0)) + ends + bytes((156, 64))
     for key, client_ack, fin in ((open_, 1, 0), (over, 1, 1), (flood, 0, 0), (datagrams, 0, 0)):
-        words = [0] * 26
-        words[2], words[3], words[23], words[24], words[6] = now, client_ack, fin, 7, 7
+        words = [0] * 27
+        words[2], words[3], words[23], words[25], words[6] = now, client_ack, fin, 7, 7
         fast._conns.set(conn_key(key), abi.CONN.pack(*words, b"", b""))
     for wait in (1, 2):
         fast.sweep(now + idle // 5 + wait, 100)

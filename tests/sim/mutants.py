@@ -50,7 +50,7 @@ from colo_xdp.qemu.replica import Replica
 
 from .datapath import SimDataPath
 from .host import Side
-from .offload_model import BUFFER, M32, Conn, KernelModel, Out, Work
+from .offload_model import Conn, KernelModel, Out, Work
 from .world import Fault, Scene, disk_scene, lease_scene, roles_scene, scene
 
 MUTANTS: dict[str, Callable[[Any], None]] = {}
@@ -727,7 +727,7 @@ def a_loss_is_doubted_each_time(mp: Any) -> None:
     real = KernelModel.believed
 
     def believed(c: Conn, end: int) -> bool:
-        c.begun = c.released
+        c.doubted = 0
         return real(c, end)
 
     mp.setattr(KernelModel, "believed", staticmethod(believed))
@@ -738,7 +738,7 @@ def a_loss_is_never_doubted(mp: Any) -> None:
     real = KernelModel.believed
 
     def believed(c: Conn, end: int) -> bool:
-        c.begun = (c.released - 2 * BUFFER) & M32
+        c.doubted = 1
         return real(c, end)
 
     mp.setattr(KernelModel, "believed", staticmethod(believed))

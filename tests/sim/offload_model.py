@@ -99,6 +99,7 @@ class Conn:
     doff: int = 0
     punt_reason: int = 0
     fin_known: int = 0
+    doubted: int = 0
     fin: int = 0
     begun: int = 0
     hdr: bytes = bytes(128)
@@ -453,6 +454,7 @@ class KernelModel:
         p, side = w.p, w.side
         size, out = p.payload_len, (c.next - c.released) & M32
         have = c.next if out and c.leader == side else c.released
+        back = MAX_FLIGHT if self.just_begun(c) else BUFFER
         again, kept = False, True
         w.fin, meets = p.flags & FIN, bool(out) and c.leader != side
         span = size + w.fin
@@ -460,7 +462,7 @@ class KernelModel:
             return Reason.PUNT_EXCEPTION
         end = (p.seq + span) & M32
         if p.seq != have:
-            if not size or w.fin or (have - p.seq) & M32 > MAX_FLIGHT or seq_later(end, have):
+            if not size or w.fin or (have - p.seq) & M32 > back or seq_later(end, have):
                 return Reason.PUNT_OUT_OF_ORDER
             again = True
             if side == SIDE_PVM and seq_later(end, c.released):
@@ -497,7 +499,7 @@ class KernelModel:
         if not again and w.equal and (size > out or self.larger(c, w)):
             w.upto = (c.released + w.equal) & M32
         w.left = 0 if again and (side == SIDE_SVM or not kept) else size
-        w.probe = int(again and side == SIDE_PVM and not kept)
+        w.probe = (c.released - p.seq + 1) & M32 if again and side == SIDE_PVM and not kept else 0
         w.moves = 0 if again else span
         meets = meets and bool(span) and not again
         same = c.l4 == p.l4_off and c.doff == p.doff
@@ -622,10 +624,15 @@ class KernelModel:
         if not known or seq_later(ack, c.released):
             return False
         if seq_later(end, ack):
-            if (c.released - c.begun) & M32 > BUFFER:
+            if c.doubted or not KernelModel.just_begun(c):
                 return False
-            c.begun = (c.released - 2 * BUFFER) & M32
+            c.doubted = 1
         return True
+
+    @staticmethod
+    def just_begun(c: Conn) -> bool:
+        """Return whether little has been released since user space handed it over."""
+        return (c.released - c.begun) & M32 <= BUFFER
 
     @staticmethod
     def all_acked(c: Conn) -> bool:
@@ -742,7 +749,7 @@ class KernelModel:
             cookie,
             now,
         )
-        c.fin_known, c.begun = 0, rel
+        c.fin_known, c.begun, c.doubted = 0, rel, 0
         self.outstanding_since(c, since if nxt != rel or pending else 0)
         c.owner = OWNER_KERNEL
         return CtlResult.DONE

@@ -138,6 +138,16 @@ def test_each_fourth_wait_that_a_checkpoint_ends_is_longer_and_is_learnt_from() 
     assert p.ns == p.usual_ns and p.stalled_ns == STALLED_NS
 
 
+def test_the_commits_of_several_nics_are_one_checkpoint() -> None:
+    p = Patience(CEILING, FLOOR, adaptive=True)
+    p.awake_ns = 5
+    p.begin_epoch(1000)
+    assert not p.awake_ns
+    p.since_ns, p.awake_ns = 1000, 990  # the first NIC had a frame of the SVM, of the new epoch
+    p.begin_epoch(1000)
+    assert p.awake_ns == 990
+
+
 def test_disagreement_lasts_while_checkpoints_are_needed_in_a_row() -> None:
     p = Patience(CEILING, FLOOR, adaptive=True)
     now = windows(p, *[40] * WINDOWS)

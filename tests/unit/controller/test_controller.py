@@ -303,3 +303,22 @@ def test_a_frame_that_an_internal_error_lost_ends_the_controller() -> None:
         os.close(writing)
 
     in_loop(body)
+
+
+def test_an_error_as_a_controller_comes_to_rest_ends_it_too() -> None:
+    """A callback of the event loop asks; nothing would wake the controller up again."""
+
+    async def body() -> None:
+        c, dp, _ = primary()
+
+        def broken(sink: object, limit: int = 0) -> int:
+            raise KeyError("flow")
+
+        dp.drain = broken  # type: ignore[method-assign, assignment]
+        assert not c._at_rest()
+        await asyncio.wait_for(c.finished(), 5)
+        with pytest.raises(KeyError):
+            c.drain()  # whoever goes on with what should be in it must not
+        assert c.failures == ["KeyError('flow')"]
+
+    in_loop(body)
