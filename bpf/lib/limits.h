@@ -40,7 +40,7 @@
 /* Bytes that one guest may be ahead in the fast path; a power of two. */
 #define COLO_BUFFER (512 * 1024)
 
-/* What is further back than this is no retransmission: the largest window (RFC 7323 section 2.3). */
+/* What is further back is no retransmission: the largest window (RFC 7323 section 2.3). */
 #define COLO_MAX_FLIGHT (1 << 30)
 
 /* Bytes that clients' windows allow a guest to be ahead: one more 64 KiB frame fits. */

@@ -19,9 +19,9 @@
 #define COLO_MPTCP_H
 
 /*
- * Overwrite each MP_CAPABLE with NOPs. gone: syn_options.mp_capable. Returns 0 if there is none, 1 if all have been removed, < 0
- * if the frame must be dropped. Reads in place and writes with a helper: in-place writes would make
- * the kernel copy the headers of each cloned frame, and hardly any frame is a SYN.
+ * Overwrite each MP_CAPABLE (gone: syn_options.mp_capable) with NOPs. Returns 0 if there is none, 1
+ * if all have been removed, < 0 if the frame must be dropped. Writes with a helper: in-place writes
+ * would make the kernel copy the headers of each cloned frame, and hardly any frame is a SYN.
  */
 static __always_inline int mptcp_off(struct __sk_buff *skb, const struct pkt *p, u64 gone)
 {

@@ -6,8 +6,9 @@
  * and the fast path can keep COLO_BUFFER bytes of that. A sender whose congestion window is larger
  * would fill the buffer again and again, and the connection would go to user space each time. So
  * the right edge that a client's ack offers (RFC 9293 section 3.8.6) is lowered to COLO_AHEAD bytes
- * beyond the last released one (less up to 64 KiB), for both guests alike. That is no limit for a connection with a
- * long round trip: what has been released and is on its way to the client does not count.
+ * beyond the last released one (less up to EDGE_STEP), for both guests alike. That does not limit
+ * a connection with a long round trip: what has been released and is on its way to the client does
+ * not count.
  *
  * The window field of a segment is in units of the client's window scale (RFC 7323 section 2.2),
  * which only its SYN tells. Where that was not seen, or the guest does not scale, nothing is
@@ -25,7 +26,7 @@
  */
 #define EDGE_STEP 65536u
 
-/* key: connection; value: the shift count of the client's last SYN. Writer: pvm_in. */
+/* key: connection; value: the shift count in the client's SYN (note_scale()). Writer: pvm_in. */
 BPF_TABLE("lru_hash", struct colo_flow_key, u32, scales, COLO_MAX_SCALES);
 
 static __always_inline void client_key(struct colo_flow_key *key, const struct pkt *p)
@@ -91,8 +92,8 @@ static __always_inline int limit_ahead(struct __sk_buff *skb, const struct pkt *
 }
 
 /*
- * Note what a client's frame says about its connection, and limit what it allows the guests. Returns
- * as limit_ahead().
+ * Note what a client's frame says about its connection, and limit what it allows the guests.
+ * Returns as limit_ahead().
  */
 static __always_inline int note_client_segment(struct __sk_buff *skb, const struct pkt *p)
 {

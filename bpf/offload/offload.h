@@ -22,7 +22,8 @@
  *
  * Concurrency. Frames of the two guests arrive on any CPU at the same time, and user space reclaims
  * connections. Everything in colo_conn except client_ack and shift is changed only by the CPU that
- * changed `lock` from 0 to 1, and pvm_in reads little of it (offload/ahead.h). bpf_spin_lock() does not work here: no helper may be called while it is held.
+ * changed `lock` from 0 to 1, and pvm_in reads little of it (offload/ahead.h). bpf_spin_lock() does
+ * not work here: no helper may be called while it is held.
  * - No byte leaves uncompared. Comparing, moving `released` and deciding are one critical section,
  *   and a frame's verdict comes from it alone.
  * - No frame is lost. A CPU that does not get the lock in COLO_SPINS tries (because the owner's

@@ -13,12 +13,11 @@ from pathlib import Path
 import pytest
 
 from colo_xdp import abi
-from colo_xdp.abi import OWNER_KERNEL, OWNER_USER, Cfg, Mode, Prog, Reason
-from colo_xdp.datapath import loader, syscall
+from colo_xdp.abi import OWNER_KERNEL, OWNER_USER, Reason
+from colo_xdp.datapath import loader
 from colo_xdp.datapath.source import Options
 
-from . import craft
-from .conftest import TC_UNSPEC
+from . import craft, test_mptcp
 from .craft import ACK, FIN, PSH, RST, SYN
 from .test_mptcp import some_options, without
 
@@ -54,22 +53,13 @@ def lowered(window: int, ack: int, released: int, shift: int) -> int:
     return min(window, room >> shift)
 
 
-class Primary:
+class Primary(test_mptcp.Primary):
     def __init__(self, objects: loader.Objects) -> None:
-        self.objects = objects
+        super().__init__(objects)
         self.conns, self.scales = objects.map("conns"), objects.map("scales")
-        for slot, value in ((Cfg.MODE, Mode.RUN), (Cfg.TAP, 1), (Cfg.PEER, 1)):
-            objects.map("config").set(struct.pack("=I", slot), struct.pack("=Q", value))
 
-    def count(self) -> int:
-        key = struct.pack("=I", Prog.PVM_IN * Reason.MAX + Reason.NOTE_WINDOW_LIMITED)
-        raw = self.objects.map("counters").get(key) or b""
-        return sum(int(n) for n, _ in abi.COUNT.iter_unpack(raw))
-
-    def pvm_in(self, frame: bytes) -> bytes:
-        ran = syscall.test_run(self.objects.programs["pvm_in"].fd, frame, data_out=4200)
-        assert ran.retval == TC_UNSPEC
-        return ran.data
+    def lowered(self) -> int:
+        return self.count(Reason.NOTE_WINDOW_LIMITED)
 
     def owns(self, key: bytes, owner: int, released: int, shift: int) -> None:
         raw = bytearray(abi.CONN.size)
@@ -142,7 +132,7 @@ def test_any_segment(primary: Primary, seed: int) -> None:
         flags = rng.choice((ACK, ACK, ACK | PSH, ACK | FIN, ACK | RST, 0))
         spoil = rng.getrandbits(16) if rng.random() < 0.1 else 0
         frame = c.segment(ack, window, flags, rng.choice((b"", b"x", b"question")), b"", spoil)
-        count = primary.count()
+        count = primary.lowered()
         got, (l4, end) = primary.pvm_in(frame), craft.l4_at(frame)
         plain = flags & (ACK | RST) == ACK
         limits = plain and owner == OWNER_KERNEL and before == UNKNOWN and known
@@ -151,7 +141,7 @@ def test_any_segment(primary: Primary, seed: int) -> None:
         assert got[: l4 + 14] + got[l4 + 18 :] == frame[: l4 + 14] + frame[l4 + 18 :], where
         assert craft.l4_residue(got) == craft.l4_residue(frame), where
         assert expected != window or got == frame, where
-        assert primary.count() == count + (expected != window), where
+        assert primary.lowered() == count + (expected != window), where
         raw = primary.conn(c.key)
         acked = struct.unpack_from("=Q", raw, CLIENT_ACK)[0]
         assert acked == (abi.CLIENT_ACK_KNOWN | ack if plain else 0), where

@@ -67,10 +67,13 @@ class Primary:
         for slot, value in ((Cfg.MODE, Mode.RUN), (Cfg.TAP, 1), (Cfg.PEER, 1)):
             objects.map("config").set(struct.pack("=I", slot), struct.pack("=Q", value))
 
-    def taken_out(self) -> int:
-        key = struct.pack("=I", Prog.PVM_IN * Reason.MAX + Reason.NOTE_MPTCP_REMOVED)
+    def count(self, reason: Reason) -> int:
+        key = struct.pack("=I", Prog.PVM_IN * Reason.MAX + reason)
         raw = self.objects.map("counters").get(key) or b""
         return sum(int(n) for n, _ in abi.COUNT.iter_unpack(raw))
+
+    def taken_out(self) -> int:
+        return self.count(Reason.NOTE_MPTCP_REMOVED)
 
     def pvm_in(self, frame: bytes) -> bytes:
         ran = syscall.test_run(self.objects.programs["pvm_in"].fd, frame, data_out=4200)
