@@ -52,7 +52,8 @@ class CopyHealth:
         self._agreed, self._proven = agreed, False
         self._missed = self._resets = 0
         self._reset = False  # since the last checkpoint
-        self._base = NO_TRAFFIC
+        self._base = NO_TRAFFIC  # when the SVM was last known to have sent something
+        self._silent = 0  # checkpoints since then
         self._arrived = 0
 
     def svm_changed(self) -> None:
@@ -89,16 +90,18 @@ class CopyHealth:
             return ""
         self._missed += 1
         if self._missed == 1:
-            self._base, self._arrived = traffic, arrived
-            return ""
+            self._arrived = arrived
+        if self._missed == 1 or traffic.sent != self._base.sent:
+            # A report may be older than the silence.
+            self._base, self._silent = traffic, 0
+        self._silent += 1
         return self._no_answer(arrived, traffic)
 
     def _no_answer(self, arrived: int, traffic: Traffic) -> str:
         delivered = traffic.delivered - self._base.delivered
-        silent = traffic.sent == self._base.sent and delivered > 0
-        if silent and self._missed >= SILENT:
+        if self._silent >= SILENT and delivered > 0:
             return (
-                f"the SVM has sent nothing over {self._missed} checkpoints, though {delivered} "
+                f"the SVM has sent nothing over {self._silent} checkpoints, though {delivered} "
                 "frames were delivered to it: it is no copy"
             )
         if arrived > self._arrived and self._missed >= DISAGREES:

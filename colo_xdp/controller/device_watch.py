@@ -10,7 +10,8 @@ A controller asks three questions as long as it lives:
 - Does the secondary's guest send anything? When several checkpoints in a row were made for output
   without a counterpart, and not one frame of that guest came in between, for compare_timeout at
   least (with a short patience such checkpoints follow each other quickly), its output does not
-  arrive, whatever the devices look like.
+  arrive, whatever the devices look like. Unless its own host says that clients' frames reach that
+  guest and that it sends none: then it is the guest (copy_health.py), and no link is to blame.
 
 The answer is a sentence (`trouble`) that turns `protected` into `degraded` in every report. It is
 no state of the decision: both guests live, both controllers report that, and neither guest may run
@@ -33,6 +34,7 @@ from ..datapath import netlink
 from ..datapath.hooks import Look
 from ..failover.lease import boot_ns
 from ..failover.states import Role
+from .copy_health import Traffic
 from .story import Kind
 
 if TYPE_CHECKING:
@@ -43,6 +45,7 @@ log = logging.getLogger("colo_xdp")
 LOOK_S = 5.0  # netlink reports changes; this is for those that it may have missed
 REST_S = 0.05  # between two looks, since changes come in bursts
 SILENT_CHECKPOINTS = 3
+FRESH_NS = 1_000_000_000  # reports of the secondary's traffic are not as old as this
 PACE_S = 0.02  # the least time between two checkpoints while nothing arrives
 
 
@@ -55,7 +58,10 @@ class PeerLink:
     name: str  # as a heartbeat link
     silent_checkpoints: int = 0  # made in a row for output of the NIC that was missed
     silent_ns: int = 0  # when the first of them was complete (boot_ns)
-    silent_for_long: bool = False
+    base: Traffic | None = None  # at the SVM's taps once it had been silent for FRESH_NS
+    #: the SVM's output was missed in SILENT_CHECKPOINTS checkpoints in a row, and it is not the SVM
+    #: that is silent
+    undelivered: bool = False
     trouble: str = ""  # why it delivers nothing; empty: it delivers
     first: int = -1  # frames of the data path that had come at the first look
     arrived: int = -1  # and at the last one
@@ -68,20 +74,30 @@ class PeerLink:
             self.arrived_ns = now
         if arrived == self.arrived:
             return False
-        self.arrived, self.arrived_ns, self.silent_checkpoints = arrived, now, 0
+        self.arrived, self.arrived_ns = arrived, now
+        self.heard()
         return True
 
-    @property
-    def svm_silent(self) -> bool:
-        """Whether the SVM's output was missed in SILENT_CHECKPOINTS checkpoints in a row."""
-        return self.silent_checkpoints >= SILENT_CHECKPOINTS and self.silent_for_long
+    def heard(self) -> None:
+        """End a silence."""
+        self.silent_checkpoints, self.base, self.undelivered = 0, None, False
 
-    def missed(self, now: int, least_ns: int) -> None:
+    def missed(self, now: int, least_ns: int, traffic: Traffic) -> None:
         """Count a checkpoint for output that was missed; they count after `least_ns`."""
         self.silent_checkpoints += 1
         if self.silent_checkpoints == 1:
             self.silent_ns = now
-        self.silent_for_long = now - self.silent_ns >= least_ns
+        self.reported(now, traffic)
+        long = now - self.silent_ns >= least_ns
+        if self.silent_checkpoints >= SILENT_CHECKPOINTS and long:
+            base = self.base or traffic
+            mute = traffic.sent == base.sent and traffic.delivered > base.delivered
+            self.undelivered |= not mute
+
+    def reported(self, now: int, traffic: Traffic) -> None:
+        """Take what the SVM's host reports while nothing of the SVM comes."""
+        if self.base is None and now - self.silent_ns >= FRESH_NS:
+            self.base = traffic
 
 
 class DeviceWatch:
@@ -110,8 +126,8 @@ class DeviceWatch:
         text = list(self.look.trouble)
         if not self.look.cut:
             text += [self.link] if self.link else []
-            if not self.link and self.svm_silent:
-                devices = " or ".join(link.device for link in self.links if link.svm_silent)
+            devices = " or ".join(link.device for link in self.links if link.undelivered)
+            if not self.link and devices:
                 text.append(
                     f"the secondary's output does not arrive over {devices}: {SILENT_CHECKPOINTS} "
                     "checkpoints in a row or more for output that waited, and not one frame of its "
@@ -137,13 +153,8 @@ class DeviceWatch:
         return {
             i
             for i, link in enumerate(self.links)
-            if every or i in gone or link.trouble or link.svm_silent
+            if every or i in gone or link.trouble or link.undelivered
         }
-
-    @property
-    def svm_silent(self) -> bool:
-        """Whether the SVM's output was missed at one of the NICs."""
-        return any(link.svm_silent for link in self.links)
 
     @property
     def silent_checkpoints(self) -> int:
@@ -201,7 +212,11 @@ class DeviceWatch:
         for i, link in enumerate(self.links):
             link.trouble = self._link(i, link)
         if self.silent_checkpoints:
-            self._count(boot_ns())
+            now = boot_ns()
+            self._count(now)
+            for link in self.links:
+                if link.silent_checkpoints:
+                    link.reported(now, self._c.view.peer.traffic)
         self.report()
 
     def _link(self, nic: int, peer_link: PeerLink) -> str:
@@ -251,9 +266,9 @@ class DeviceWatch:
             came = link.count(path.arrived(), now)
             late = cause in MISSED and nic in ("", link.nic)
             if not came and (late or (cause == Cause.PEER_LINK and i in cut)):
-                link.missed(now, least_ns)
+                link.missed(now, least_ns, self._c.view.peer.traffic)
             elif cause == Cause.INITIAL:  # there is another guest now
-                link.silent_checkpoints = 0
+                link.heard()
         self.report()
 
     # ---- the log and the history

@@ -33,7 +33,7 @@ int lose(struct __sk_buff *skb)
 #: s; a client's own retransmissions (0.2, 0.4, 0.8 ...) and compare_timeout come to less
 BOUND_S = 8.0
 #: of the time for checkpoints, in per cent: so small that this laboratory's clients exceed it
-SHARE = 2
+SHARE = 1
 
 
 @contextmanager
@@ -80,11 +80,11 @@ def test_clients_that_provoke_a_difference_with_each_request(make_lab: LabMaker)
     lab.protect()
     stream = EchoStream(lab.net.client)
     wait_for("answers", lambda: len(stream.stats.answered_at) > 20, 30)
-    before, until = lab.status("primary")["checkpoints"], time.monotonic() + 8
+    before, enough = lab.status("primary")["checkpoints"], threading.Event()
     said: list[str] = []
 
     def provoke() -> None:
-        while time.monotonic() < until:
+        while not enough.is_set():
             good, why = lab.client.uptime_page()
             if not good:
                 said.append(why)
@@ -92,13 +92,18 @@ def test_clients_that_provoke_a_difference_with_each_request(make_lab: LabMaker)
     threads = [threading.Thread(target=provoke) for _ in range(4)]
     for t in threads:
         t.start()
-    for t in threads:
-        t.join()
-    after = lab.status("primary")["checkpoints"]
-    made = after["total"] - before["total"]
+
+    def after() -> dict[str, Any]:
+        return dict(lab.status("primary")["checkpoints"])
+
+    try:  # a slow guest needs longer to use up what several in a row may take
+        wait_for("a delayed one", lambda: after()["delay_s"] > before["delay_s"], 60, poll=0.5)
+    finally:
+        enough.set()
+        for t in threads:
+            t.join()
     assert not said, said[:3]
-    assert made >= 4 and after["delayed"] > before["delayed"], after
-    assert after["delay_s"] > before["delay_s"]
+    assert after()["total"] >= before["total"] + 4 and after()["delayed"] > before["delayed"]
     lab.wait_state("primary", "protected", 20)
     stats = stream.stop()
     assert (stats.dead, stats.wrong) == ("", 0)

@@ -100,6 +100,15 @@ def test_a_silence_is_not_forgotten_over_checkpoints_that_say_nothing() -> None:
     assert "has sent nothing" in said
 
 
+def test_a_report_may_be_older_than_the_silence() -> None:
+    """What the SVM had sent before may be reported with the first checkpoints after it."""
+    copy = Copy()
+    said = [copy.checkpoint(sent=2), copy.checkpoint(sent=3)]
+    said += [copy.checkpoint() for _ in range(SILENT - 1)]
+    assert said[:-1] == [""] * SILENT
+    assert "has sent nothing over 3 checkpoints" in said[-1]
+
+
 def test_what_agrees_ends_a_silence_and_counts_once() -> None:
     copy = Copy()
     for _ in range(3):

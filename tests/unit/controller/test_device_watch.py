@@ -10,6 +10,7 @@ import pytest
 
 from colo_xdp.abi import Mode
 from colo_xdp.compare.causes import Cause
+from colo_xdp.controller.copy_health import Traffic
 from colo_xdp.controller.device_watch import SILENT_CHECKPOINTS
 from colo_xdp.controller.primary import Primary
 from colo_xdp.controller.secondary import Secondary
@@ -158,6 +159,47 @@ def test_a_secondary_that_says_nothing_is_none(clock: Clock) -> None:
     dp.came += 1
     c.devices.listen()
     assert shown(c)[0] is State.PROTECTED and not c.devices.cut
+
+
+def missing(c: Primary, clock: Clock, delivered: int, sent: int) -> None:
+    """Make checkpoints for output without a counterpart, while the SVM's host counts frames."""
+    c.devices.checkpointed(Cause.OPERATOR)
+    for n in range(1, 2 * SILENT_CHECKPOINTS):
+        c.view.peer.traffic = Traffic(10 + n * delivered, 7 + n * sent)
+        c.devices.checkpointed(Cause.COMPARE_TIMEOUT)
+        beats(c, clock, 11, heard=True)  # the base is taken with one of them
+
+
+@pytest.mark.parametrize(
+    ("delivered", "sent", "cut"),
+    [(4, 0, False), (4, 3, True), (0, 0, True)],
+    ids=["the guest is silent", "from the guest", "to the guest"],
+)
+def test_a_guest_that_sends_nothing_is_not_the_links_fault(
+    clock: Clock, delivered: int, sent: int, cut: bool
+) -> None:
+    """Otherwise what waits would leave at once for ever, and nobody give the guest up."""
+    c, dp, _ = primary()
+    protected(c)
+    dp.came = 5
+    missing(c, clock, delivered, sent)
+    assert c.devices.silent_checkpoints >= SILENT_CHECKPOINTS
+    assert c.devices.cut is cut and bool(c.devices.trouble) is cut
+
+
+def test_a_link_that_was_to_blame_stays_so_until_a_frame_comes(clock: Clock) -> None:
+    """Checkpoints that follow at once leave its guest no time to send."""
+    c, dp, _ = primary()
+    protected(c)
+    dp.came = 5
+    missing(c, clock, 4, 3)
+    c.view.peer.traffic = Traffic(900, c.view.peer.traffic.sent)
+    for _ in range(5):
+        c.devices.checkpointed(Cause.PEER_LINK)
+        assert c.devices.cut
+    dp.came += 1
+    c.devices.listen()
+    assert not c.devices.cut
 
 
 def wants(c: Primary) -> str:
