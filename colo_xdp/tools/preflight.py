@@ -44,8 +44,24 @@ def lock_path(run_dir: str, pair: str, role: str) -> Path:
     return Path(run_dir) / f"{pair}.{role}.lock"
 
 
-def _netns() -> int:
-    return os.stat("/proc/thread-self/ns/net").st_ino
+def _namespace(kind: str) -> int:
+    return os.stat(f"/proc/thread-self/ns/{kind}").st_ino
+
+
+def _is_stale(said: dict[str, Any]) -> bool:
+    """Return whether a former holder of the lock wrote this, and is gone.
+
+    Its namespaces' numbers may belong to others by now.
+    """
+    if said.get("pidns") != _namespace("pid") or not isinstance(said.get("pid"), int):
+        return False  # nothing is known of that process
+    try:  # not /proc, which may hide it
+        os.kill(said["pid"], 0)
+    except ProcessLookupError:
+        return True
+    except OSError:
+        pass
+    return False
 
 
 def _locked(path: Path) -> bool:
@@ -95,13 +111,14 @@ def is_taken(address: str, kind: int) -> bool:
 
 def others(config: Config) -> list[dict[str, Any]]:
     """Return what the other controllers running in this network namespace use."""
-    own, here, out = lock_path(config.datapath.run_dir, config.pair, config.role), _netns(), []
+    own = lock_path(config.datapath.run_dir, config.pair, config.role)
+    here, out = _namespace("net"), []
     for path in sorted(own.parent.glob("*.lock")):
         if path == own or not _locked(path):
             continue
         with contextlib.suppress(OSError, ValueError):
             said = json.loads(path.read_text())
-            if isinstance(said, dict) and said.get("netns") == here:
+            if isinstance(said, dict) and said.get("netns") == here and not _is_stale(said):
                 out.append(said)
     return out
 
@@ -183,6 +200,19 @@ def claim(config: Config) -> Iterator[None]:
         os.fchmod(fd, 0o640)
         pid = running(config)
         _flock(f.fileno(), str(path), config, f" (process {pid})" if pid > 0 else "")
+        # Before a look at what the others have: of two that begin at once one sees the other.
+        f.truncate(0)
+        f.write(
+            json.dumps(
+                {
+                    "pair": config.pair, "role": config.role, "pid": os.getpid(),
+                    "netns": _namespace("net"), "pidns": _namespace("pid"),
+                    "devices": _devices(config),
+                    "ports": [address for _, address, _ in ports(config)],
+                }
+            )
+        )  # fmt: skip
+        f.flush()
         pins = loader.make_pins(config.datapath.bpffs, config.pair, config.role)
         fd = os.open(pins, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         held.callback(os.close, fd)
@@ -197,15 +227,4 @@ def claim(config: Config) -> Iterator[None]:
                 tls.context(server=config.role == "secondary")
         except TlsError as e:
             raise Refusal(f"[peer] cert, key, ca: {e}") from e
-        f.truncate(0)
-        f.write(
-            json.dumps(
-                {
-                    "pair": config.pair, "role": config.role, "pid": os.getpid(),
-                    "netns": _netns(), "devices": _devices(config),
-                    "ports": [address for _, address, _ in ports(config)],
-                }
-            )
-        )  # fmt: skip
-        f.flush()
         yield
