@@ -536,7 +536,7 @@ class Engine:
             if self.ledger.pvm_packets or self._watch.waits:
                 due = min(due, self._watch.silent_ns())
             if self.patience.lasting:
-                due = min(due, self._clock.now + self.patience.quiet_ns)
+                due = min(due, self._clock.now + self._watch.step_ns)
         return min(due, self._watch.due_ns)
 
     @property
@@ -572,7 +572,7 @@ class Engine:
             return
         self._next_crossing = now_ns + QUIET_NS  # it looks at every flow that waits
         before = now_ns - SERVED * QUIET_NS
-        pvm, svm = self._watch.waiting(before)
+        pvm, svm = self._watch.waiting(before, before)
         if pvm is not None and svm:
             self.crossed_ns = before
 

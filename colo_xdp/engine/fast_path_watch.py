@@ -45,6 +45,11 @@ class FastPathWatch:
         """Return whether anything has been seen to wait in the fast path."""
         return self.due_ns != NEVER
 
+    @property
+    def step_ns(self) -> int:
+        """Return the time between two looks while disagreement lasts."""
+        return self._silence.step_ns
+
     def silent_ns(self) -> int:
         """Return when the guests will have been silent for long enough; NEVER: they have been."""
         return self._silence.look_ns()
@@ -71,22 +76,30 @@ class FastPathWatch:
         """
         if self._fast.enabled:
             self._silence.note(self._fast.moved_ns())
-        before = self._silence.crossed_before(now_ns)
-        if not before:
+        pvm_ns, svm_ns = self._silence.crossed_before(now_ns)
+        if not pvm_ns:
             return None
         late: list[Overdue] = []
         if self._fast.enabled:
-            late = [x for x in self._fast.overdue(before) if x.payload and is_stream(x.key)]
-        pvm, svm = self.waiting(before)
+            overdue = self._fast.overdue(max(pvm_ns, svm_ns))
+            late = [
+                x
+                for x in overdue
+                if x.payload and is_stream(x.key) and x.since_ns <= (pvm_ns if x.held else svm_ns)
+            ]
+        pvm, svm = self.waiting(pvm_ns, svm_ns)
         if not (pvm or any(x.held for x in late)) or not (svm or any(not x.held for x in late)):
             return None
         self.reclaim([x.key for x in late])
-        pvm, svm = self.waiting(before)
+        pvm, svm = self.waiting(pvm_ns, svm_ns)
         return pvm if svm else None
 
-    def waiting(self, before_ns: int) -> tuple[TcpFlow | None, bool]:
-        """Return a flow in which the PVM waits in vain, and whether the SVM is ahead in another."""
-        return self._silence.waiting(self._timers.flows(), self._clock.epoch, before_ns)
+    def waiting(self, pvm_ns: int, svm_ns: int) -> tuple[TcpFlow | None, bool]:
+        """Return a flow in which the PVM waits in vain, and whether the SVM is ahead in another.
+
+        Each since the time given for it, or longer.
+        """
+        return self._silence.waiting(self._timers.flows(), self._clock.epoch, pvm_ns, svm_ns)
 
     def reclaim_all(self) -> None:
         """Reclaim everything that waits in the fast path."""

@@ -13,6 +13,10 @@ times as long.
 Only TCP counts, and only what is more than an ack: datagrams of the SVM that the PVM never sends
 are usual, and acks are sent late on purpose. The SVM's kernel must have acked what the PVM's has:
 otherwise it does not run, or has not got what the client sent.
+
+While disagreement lasts (Patience.lasting) the SVM has only just got its state: it is the slower
+one, and hardly ever ahead unless it decided otherwise. So its output needs to have waited for no
+longer than a silence there, and that is looked for more often.
 """
 
 from __future__ import annotations
@@ -27,6 +31,8 @@ from ..compare.tcp_wait import in_vain
 
 #: where other clients are served, the waits are so many times as long as a silence
 SERVED = 2
+#: looks in the time of a silence while disagreement lasts; each goes through what waits
+LOOKS = 3
 
 
 class Silence:
@@ -58,27 +64,42 @@ class Silence:
             self._looked_ns = self._since_ns
         return due
 
-    def crossed_before(self, now_ns: int) -> int:
-        """Return since when output of both guests must have waited to be lost; 0: look later."""
-        quiet = self._patience.quiet_ns
+    @property
+    def step_ns(self) -> int:
+        """Return how long after a look the next one is due, though nothing has changed."""
+        patience = self._patience
+        return patience.quiet_ns // (LOOKS if patience.lasting else 1)
+
+    def crossed_before(self, now_ns: int) -> tuple[int, int]:
+        """Return since when output of the PVM, and of the SVM, must have waited to be lost.
+
+        (0, 0): look later.
+        """
+        quiet = now_ns - self._patience.quiet_ns
         if self.due(now_ns):
-            return now_ns - quiet
+            return quiet, quiet
         if now_ns < self._served_ns:
-            return 0
-        self._served_ns = now_ns + quiet
-        return now_ns - SERVED * quiet
+            return 0, 0
+        self._served_ns = now_ns + self.step_ns
+        served = now_ns - SERVED * self._patience.quiet_ns
+        return served, quiet if self._patience.lasting else served
 
     @staticmethod
-    def waiting(flows: Sequence[Flow], epoch: int, before_ns: int) -> tuple[TcpFlow | None, bool]:
-        """Return a flow in which the PVM waits, and whether the SVM is ahead in another one."""
+    def waiting(
+        flows: Sequence[Flow], epoch: int, pvm_ns: int, svm_ns: int
+    ) -> tuple[TcpFlow | None, bool]:
+        """Return a flow in which the PVM waits, and whether the SVM is ahead in another one.
+
+        Each since the time given for it, or longer.
+        """
         pvm: TcpFlow | None = None
         svm = False
         for flow in flows:
             if not isinstance(flow, TcpFlow) or flow.epoch != epoch:
                 continue
             if flow.held.frames:
-                if in_vain(flow, before_ns):
+                if in_vain(flow, pvm_ns):
                     pvm = flow
-            elif 0 < flow.svm_since() <= before_ns:
+            elif 0 < flow.svm_since() <= svm_ns:
                 svm = True
         return pvm, svm

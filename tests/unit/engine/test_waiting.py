@@ -11,6 +11,7 @@ from colo_xdp.compare.limits import NEVER
 from colo_xdp.compare.patience import LASTING, QUIET_NS, WINDOWS, Patience
 from colo_xdp.compare.policy import Rule
 from colo_xdp.engine.engine import MAX_MATCHES, Engine, Frame, Limits, Policy
+from colo_xdp.engine.silence import LOOKS
 from colo_xdp.net.flow_key import FlowKey
 from colo_xdp.net.packet import parse
 from colo_xdp.offload.kernel_format import ConnState, NoKernelPath, Overdue
@@ -279,6 +280,32 @@ def test_other_clients_that_are_served_meanwhile_do_not_hide_them_for_long() -> 
     assert not w.asked, "one of them has waited for too short a time"
     serve_another(w, 3)
     assert w.asked == ["crossed"]
+
+
+def test_while_disagreement_lasts_what_the_svm_is_ahead_with_counts_sooner() -> None:
+    """It has only just got its state, so it is the slower one: it has decided otherwise."""
+    w = Pair()
+    for i in range(LASTING):
+        cross(w, 4100 + 2 * i)
+        w.checkpoint()
+        w.patience.checkpointed(20 * MS)
+    assert w.patience.lasting
+    w.both(f.tcp(0, 1, b"aa"))
+    w.both(other(0, b"aa"))
+    w.p(f.tcp(2, 1, b"granted"))
+    serve_another(w, 2)
+    w.s(other(2, b"granted"))
+    began, due = w.now, w.e.tick_ns()
+    for i in range(2, 12):
+        w.now += 3 * MS
+        w.both(f.tcp(2 * i, 1, b"aa", dport=4002))
+        if due <= w.now:
+            w.e.tick(w.now)
+            due = w.e.tick_ns()
+        if w.asked:
+            break
+    assert w.asked == ["crossed"]
+    assert QUIET_NS <= w.now - began <= QUIET_NS + QUIET_NS // LOOKS + 3 * MS
 
 
 @pytest.mark.parametrize("side", ["pvm", "svm"])
@@ -636,8 +663,8 @@ def test_shadow_mode_does_not_look_for_crossings_with_each_tick(
     w = Pair(adaptive=False)  # so that nothing else looks
     looks: list[int] = []
 
-    def look(before_ns: int) -> tuple[None, bool]:
-        looks.append(before_ns)
+    def look(pvm_ns: int, svm_ns: int) -> tuple[None, bool]:
+        looks.append(pvm_ns)
         return None, False
 
     monkeypatch.setattr(w.e._watch, "waiting", look)
