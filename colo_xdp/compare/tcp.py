@@ -206,6 +206,8 @@ class TcpFlow(ComparedFlow):
             due = min(due, now_ns + host.patience.quiet_ns)
         if not self.when or due < self.when:  # wait_for(), without the call
             host.timers.arm(self, due)
+        if p.flags & RST and self.theirs.svm_rsts:
+            self.release_ready(now_ns)
         if len(held.frames) > 1 and p.seq == held.frames[0][1].seq:
             host.patience.repeated()
             if repeats(self, p, now_ns):
@@ -338,10 +340,27 @@ class TcpFlow(ComparedFlow):
 
     def _reset_by_svm(self, p: Packet) -> bool:
         # The head needs something that an SVM which has reset will never produce. (If only an ack
-        # is missing, the PVM's own reset may be next: wait.)
+        # is missing, or it is a FIN, the PVM's own reset may be next: wait.)
         if self.theirs.svm_rsts and not self.diverged:
-            self.ask(Cause.RST_ONE_SIDED, p)
+            if self.reset_ns(p):
+                self.wait_for(due_ns(self, p, self.theirs.svm_rst_at))
+            else:
+                self.ask(Cause.RST_ONE_SIDED, p)
         return False
+
+    def reset_ns(self, p: Packet) -> int:
+        """Return when (ns) the SVM has reset the connection where `p` is the PVM's FIN; 0: not so.
+
+        A guest that closes with unread data sends a RST in place of the FIN, and one that is sent
+        data after it has closed sends a RST after the FIN (RFC 2525 section 2.17). Which of the two
+        it is depends on when the client's last data came, and applications see no difference.
+        """
+        sent, theirs = self.sent, self.theirs
+        if not p.flags & FIN or theirs.svm_rst_place is None or theirs.svm_fin is not None:
+            return 0
+        f = (p.seq + p.end - p.off) & MASK
+        alike = f == theirs.svm_rst_place == sent.verified and not theirs.is_beyond(f)
+        return theirs.svm_rst_at if alike else 0
 
     def _superseded(self, p: Packet) -> bool:
         """Return whether `p` is a bare ACK that will not be matched before the PVM's reset.
@@ -426,7 +445,18 @@ class TcpFlow(ComparedFlow):
             return sent.verified == f
         if theirs.svm_nxt is None:
             return False  # the SVM is one incarnation ahead
-        return self._differ(Cause.FIN_DIFFERS, p, f) if theirs.is_beyond(f) else False
+        if theirs.is_beyond(f):
+            return self._differ(Cause.FIN_DIFFERS, p, f)
+        return bool(self.reset_ns(p)) and self._resets_next()
+
+    def _resets_next(self) -> bool:
+        """Return whether the PVM's own reset is held behind the head, with nothing new between."""
+        for i, (_, q, _) in enumerate(self.held.frames):
+            if i and q.flags & RST:
+                return True
+            if i and (q.off != q.end or q.flags & SYN):
+                break
+        return False
 
     def _ready_rst(self, p: Packet) -> bool:
         # The bytes that a RST carries (RFC 9293 section 3.10.7 allows text) are not part of the

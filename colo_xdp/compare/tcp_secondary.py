@@ -64,6 +64,7 @@ class SvmStream:
         "svm_nxt",
         "svm_retransmits",
         "svm_rst_at",
+        "svm_rst_place",
         "svm_rsts",
         "svm_syn",
         "svm_urgent",
@@ -81,6 +82,8 @@ class SvmStream:
         self.svm_fin: int | None = None
         self.svm_fin_at = self.svm_rst_at = 0
         self.svm_rsts: list[tuple[bool, int]] = []  # resets without a counterpart yet
+        # where the first of them ended its stream; None: it answers a segment and says nothing
+        self.svm_rst_place: int | None = None
         self.svm_syn: Syn | None = None
 
     def forget(self) -> None:
@@ -255,7 +258,8 @@ class SvmStream:
             ident = rst_id(p)
             if ident in resets or ident in self.svm_rsts:
                 return Push.KNOWN
-            return Push.STORED if self.reset(ident, now_ns) else Push.FULL
+            place = p.seq if p.flags & ACK else None
+            return Push.STORED if self.reset(ident, place, now_ns) else Push.FULL
         syn = self.svm_syn
         # the second case: a retransmission by an SVM that a checkpoint cloned during the handshake
         if syn.packet.seq == p.seq if syn is not None else isn == p.seq:
@@ -282,12 +286,12 @@ class SvmStream:
         """Note the SVM's FIN."""
         self.svm_fin, self.svm_fin_at = place, now_ns
 
-    def reset(self, ident: tuple[bool, int], now_ns: int) -> bool:
+    def reset(self, ident: tuple[bool, int], place: int | None, now_ns: int) -> bool:
         """Note a reset by the SVM; return False if there are too many to keep."""
         if len(self.svm_rsts) >= MAX_RSTS:
             return False
         if not self.svm_rsts:
-            self.svm_rst_at = now_ns
+            self.svm_rst_at, self.svm_rst_place = now_ns, place
         self.svm_rsts.append(ident)
         return True
 

@@ -47,6 +47,10 @@ class Waiting(Protocol):
         """Return whether the SVM, or a released frame, has acked as much."""
         ...
 
+    def reset_ns(self, p: Packet) -> int:
+        """Return when the SVM has reset the connection where `p` is the PVM's FIN; 0: not so."""
+        ...
+
     def ask(self, cause: Cause, p: Packet | None = None) -> None:
         """Request a checkpoint, once per epoch."""
 
@@ -55,9 +59,12 @@ def due_ns(flow: Waiting, p: Packet, at_ns: int) -> int:
     """Return until when a head may wait that has waited since at_ns.
 
     A RST needs no longer than the SVM usually takes if the SVM has output that the PVM, which has
-    reset, will never produce.
+    reset, will never produce; nor does a FIN where the SVM has reset, until the PVM does, too.
     """
     patience = flow.host.patience
+    reset = flow.reset_ns(p)
+    if reset:
+        return min(at_ns + patience.ns, max(at_ns, reset) + patience.quiet_ns)
     if not patience.adaptive:
         return at_ns + patience.ns
     if p.flags & RST:
@@ -92,7 +99,7 @@ def overdue(flow: Waiting, now_ns: int) -> int:
             cause = Cause.COMPARE_TIMEOUT
             if flow.unverifiable:
                 cause = Cause.RETRANSMIT_UNVERIFIABLE
-            elif p.flags & RST:
+            elif p.flags & RST or flow.reset_ns(p):
                 cause = Cause.RST_ONE_SIDED
             flow.ask(cause, p)
         else:

@@ -114,6 +114,9 @@ class Guest:
                 ack = s.seq + len(s.data) + 1
                 rst = Seg(s.v6, 80, s.sport, 0, ack, RST | ACK, 0, b"", ts, s.tsval)
             return self._frames([rst])
+        if c.app.get("shut") and c.is_new(s) and not s.flags & (SYN | RST):
+            c.state = "reset"  # nobody will read it (RFC 2525 2.17)
+            return self._frames([Seg(s.v6, 80, s.sport, s.ack, 0, RST, 0, b"", ts, s.tsval)])
         segs = c.receive(s, now_ms, ts, self.rnd)
         if self.rnd.random() < 0.8:
             segs += self._serve(c, now_ms)
@@ -142,6 +145,8 @@ class Guest:
                 if not self.write(number):
                     break  # its process waits for the disk
                 self.written.add(number)
+            if kind == b"C" and self.rnd.random() < 0.7:
+                break  # its process does not run yet
             c.app["pos"] = end
             if kind in (b"G", b"W"):
                 c.out += answer(number, size)
@@ -150,6 +155,14 @@ class Guest:
             elif kind == b"U":
                 c.out += struct.pack("!II", zlib.crc32(bytes(c.inn[pos:end])), number)
             elif kind == b"Q":
+                c.close_asked = True
+            elif (
+                kind == b"C"
+            ):  # as Linux closes a socket: at once, and with a RST if data is unread
+                c.out += answer(number, size)
+                c.app["shut"] = 1
+                if len(c.inn) > end and self.rnd.random() < 0.7:  # otherwise it reads that first
+                    return c.output(now_ms, ts, self.rnd, True) + c.abort(ts)
                 c.close_asked = True
             elif kind == b"A" or (kind == b"a" and self.rnd.random() < 0.5):
                 return c.abort(ts)
@@ -274,13 +287,17 @@ class Client:
 
     def _waits(self, c: Tcp) -> bool:
         """Return whether answers are outstanding (requests are sometimes sent ahead of them)."""
+        if self.expect[id(c)] and self.expect[id(c)][-1][0] == b"C":
+            return False  # it does not know yet that the server will close
         return len(c.inn) < self.wanted(c) and self.rnd.random() < 0.8
 
     def wanted(self, c: Tcp) -> int:
         """Return the number of answer bytes expected for the requests so far."""
         n = 0
         for kind, size, _ in self.expect[id(c)]:
-            n += {b"G": size, b"W": size, b"N": size + 2, b"U": 8, b"a": size}.get(kind, 0)
+            n += {b"G": size, b"W": size, b"N": size + 2, b"U": 8, b"a": size, b"C": size}.get(
+                kind, 0
+            )
         return n
 
     def receive(self, frame: bytes, now_ms: int) -> list[bytes]:
@@ -314,7 +331,9 @@ class Client:
         for c in [*self.done, *self.conns.values()]:
             at = 0
             for kind, size, number in self.expect[id(c)]:
-                at += {b"G": size, b"W": size, b"N": size + 2, b"U": 8, b"a": size}.get(kind, 0)
+                at += {b"G": size, b"W": size, b"N": size + 2, b"U": 8, b"a": size, b"C": size}.get(
+                    kind, 0
+                )
                 if at > len(c.inn):
                     break
                 if kind == b"W":
@@ -325,7 +344,7 @@ class Client:
         """Check that honest guests can have sent these answers, in order, as far as received."""
         want = bytearray()
         for kind, size, number in self.expect[id(c)]:
-            if kind in (b"G", b"W"):
+            if kind in (b"G", b"W", b"C"):
                 want += answer(number, size)
             elif kind == b"N":
                 want += bytes(c.inn[len(want) : len(want) + 2]) + answer(number, size)

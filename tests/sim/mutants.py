@@ -80,6 +80,7 @@ REWRITER_MUTANTS: dict[str, Callable[[Any], None]] = {}
 #: seeds that have shown them, tried first: a search from 0 on takes up to minutes
 FIRST = {
     "a_dead_host_is_taken_for_a_cut_link": 8,
+    "a_fin_leaves_where_the_svm_has_reset": 13,
     "a_takeover_needs_no_whole_disks": 194,
     "a_handed_over_guest_transmits_on": 4,
     "a_restarted_primary_goes_on_comparing": 62,
@@ -117,6 +118,7 @@ ABOUT = {
     "the_lease_is_not_waited_for": "two guests transmit",
 }
 SCENES: dict[str, dict[str, Any]] = {
+    "a_fin_leaves_where_the_svm_has_reset": {"rude": True},
     "patience_has_no_end": {"wait": 20},
     "timers_of_what_waits_are_cancelled": {"wait": 20, "odd": 0.4},
     "nobody_records_who_runs_standalone": _ALONE_THEN_DEAD,
@@ -263,6 +265,12 @@ def release_before_compare(mp: Any) -> None:
 @_mutant
 def rst_uncompared(mp: Any) -> None:
     mp.setattr(TcpFlow, "_ready_rst", lambda self, p: True)
+
+
+@_mutant
+def a_fin_leaves_where_the_svm_has_reset(mp: Any) -> None:
+    """Let it leave although the PVM does not reset: it may have read what the SVM has not."""
+    mp.setattr(TcpFlow, "_resets_next", lambda self: True)
 
 
 @_mutant

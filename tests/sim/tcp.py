@@ -123,6 +123,7 @@ class Tcp:
     """One end of one connection. `port` is the client's; `server` tells which end sends."""
 
     __slots__ = (
+        "abort_at",
         "aborted",
         "ack_due",
         "acked",
@@ -173,6 +174,7 @@ class Tcp:
         self.close_asked = self.fin_sent = self.fin_ok = self.aborted = self.killed = False
         self.peer_fin: int | None = None
         self.fin_at: int | None = None
+        self.abort_at: int | None = None  # where our stream has ended by a reset
         self.edge = 0  # of the peer's window, in our stream
         self.room = rnd.choice((600, 2000, 8000))
         self.adv = 0  # right edge we have offered, in the peer's stream
@@ -291,8 +293,12 @@ class Tcp:
         if self.state in ("closed", "reset"):
             return []
         s = self.seg(RST | ACK, self.nxt, tsval=ts)
-        self.state, self.aborted = "reset", True
+        self.state, self.aborted, self.abort_at = "reset", True, self.nxt
         return [s]
+
+    def is_new(self, s: Seg) -> bool:
+        """Return whether a segment brings data that has not come before."""
+        return bool(s.data) and diff(s.seq + len(s.data), self.irs + 1 + len(self.inn)) > 0
 
     # -- receiving
 

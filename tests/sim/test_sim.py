@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from colo_xdp.compare.tcp import TcpFlow
 from colo_xdp.controller.controller import Controller
 from colo_xdp.controller.handover import Handover
 from colo_xdp.controller.primary import Primary
@@ -82,6 +83,19 @@ def test_random_schedules_of_datagrams() -> None:
             pytest.fail(report(s, f"{type(e).__name__}: {e}"))
         decided += world.fast_udp
     assert decided > 1500
+
+
+def test_servers_that_close_while_their_clients_send(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A FIN and a reset of the one, and a reset of the other, are the same end."""
+    alike, real = [], TcpFlow._resets_next
+    monkeypatch.setattr(TcpFlow, "_resets_next", lambda self: real(self) and not alike.append(0))
+    for seed in range(160):
+        s = replace(adaptive((roles_scene if seed % 4 == 0 else scene)(seed)), rude=True)
+        try:
+            World(s).run()
+        except Exception as e:
+            pytest.fail(report(s, f"{type(e).__name__}: {e}"))
+    assert len(alike) > 8
 
 
 def test_the_fast_path_has_decided_without_a_controller() -> None:

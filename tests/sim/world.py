@@ -165,12 +165,14 @@ class Scene:
     datagrams: bool = True  # heartbeats on the peer link, too
     disk: bool = False  # the guest has a disk, and confirms what it has written
     mark_ms: int = 0  # how long the mark takes to be on the disk
+    rude: bool = False  # servers close while their clients still send
     wait: int = 0  # the wait is adaptive, with this floor (ms); 0: it is fixed
 
     def calm(self) -> bool:
         """Return whether nothing in the scene is a reason for an unrequested checkpoint."""
         kinds = {f.kind for f in self.faults}
-        lossless = not self.loss and not self.link_loss and not self.odd and not self.odd_udp
+        lossless = not self.loss and not self.link_loss
+        lossless &= not self.odd and not self.odd_udp and not self.rude
         roomy = self.ring > 1000 and self.queue > 1000 and self.compare_timeout >= 400
         roomy &= self.link_jitter < 10  # ms that a datagram without a match may wait
         return lossless and roomy and kinds <= {"checkpoint", "reload"}
@@ -459,6 +461,8 @@ class World:
         if rnd.random() < 0.25:
             moods = (b"Q", b"A", b"a") if self.scene.odd else (b"Q",)
             steps.append((rnd.choice(moods), 30))
+        if self.scene.rude:
+            steps += [(b"C", 30), (b"G", 30)]
         return Plan(steps, rnd.choice((0, 20, 100)), rnd.random() < 0.2)
 
     def _long_plan(self, opened: int) -> Plan:
@@ -663,7 +667,10 @@ class World:
             raise Violation(f"I1: {what} at {pos}: the SVM has not said that")
         if pos + len(s.data) > c.sent_max:
             raise Violation(f"I1: {what} at {pos}: the SVM has sent {c.sent_max} only")
-        if s.flags & FIN and c.fin_at != pos + len(s.data):
+        at = pos + len(s.data)
+        # docs/design/compare-rules.md: "FIN and RST of the PVM, RST of the SVM"
+        alike = mine.state == "reset" == c.state and c.abort_at == at and c.fin_at is None
+        if s.flags & FIN and c.fin_at != at and not alike:
             raise Violation(f"I3: {what}: the SVM's FIN is at {c.fin_at}")
 
     def _isn(self, c: Tcp) -> int:
@@ -1497,7 +1504,7 @@ class World:
                 raise Violation(
                     f"I8: {c.una} bytes were acked to {name}, {side.name} has {len(mine.inn)}"
                 )
-            if c.peer_fin is not None and mine.fin_at != c.peer_fin:
+            if c.peer_fin is not None and c.peer_fin not in (mine.fin_at, mine.abort_at):
                 raise Violation(f"I8: {name} saw a FIN at {c.peer_fin}, {side.name} {mine.fin_at}")
             if c.state == "reset" and not c.aborted and mine.state != "reset":
                 raise Violation(f"I8: {name} was reset, {side.name} says {mine.state}")

@@ -232,6 +232,58 @@ def test_rst_of_the_pvm_only(pair: Pair) -> None:
     opened(pair).p(0, flags=f.RST).s(0, b"abc").wait(3001).is_now([0], "rst_one_sided")
 
 
+@pytest.mark.parametrize("order", ["frs", "fsr", "sfr", "fars", "dsr", "ds.r"])
+def test_a_fin_and_a_reset_are_the_same_end_as_a_reset(pair: Pair, order: str) -> None:
+    """The client's last data came after the PVM's server had closed, and before the SVM's."""
+    opened(pair).p(0, b"bye").s(0, b"bye").is_now([0, 1])
+    end = 3 + ("d" in order)
+    for who in order:
+        if who == "f":
+            pair.p(end, flags=f.FIN | f.ACK)
+        elif who == "d":
+            pair.p(3, b"!", flags=f.FIN | f.ACK).s(3, b"!")
+        elif who == "a":
+            pair.p(end + 1)
+        elif who == "r":
+            pair.p(end + 1, flags=f.RST)
+        elif who == "s":
+            pair.s(end, flags=f.RST | f.ACK, ack=31)
+        else:
+            pair.wait(pair.e.patience.quiet_ns / MS - 2)
+    out = list(range(1 + len(order) - order.count(".")))
+    pair.is_now(out).wait(9000).is_now(out)
+    pair.s(end, flags=f.RST | f.ACK, ack=31).p(end + 1, flags=f.RST).wait(9000)
+    assert not pair.asked
+
+
+@pytest.mark.parametrize(
+    ("place", "flags", "then"),
+    [
+        (3, f.RST | f.ACK, "later"),  # the PVM's does not come
+        (2, f.RST | f.ACK, "at once"),  # it has not sent everything
+        (4, f.RST | f.ACK, "at once"),  # it has sent more, which was lost
+        (3, f.RST, "at once"),  # it answers something: where its stream has ended is not known
+    ],
+)
+def test_a_reset_that_is_another_end_than_a_fin(
+    pair: Pair, place: int, flags: int, then: str
+) -> None:
+    opened(pair).p(0, b"bye").s(0, b"bye").p(3, flags=f.FIN | f.ACK).s(place, flags=flags, ack=31)
+    if then == "later":
+        quiet = pair.e.patience.quiet_ns / MS
+        pair.wait(quiet - 1).is_now([0, 1]).wait(2)
+    pair.is_now([0, 1], "rst_one_sided")
+    pair.p(4, flags=f.RST)
+    assert pair.out == ([0, 1, 2, 3] if place == 3 and flags & f.ACK else [0, 1])
+
+
+def test_the_reset_of_another_connection_is_no_end_of_this_one(pair: Pair) -> None:
+    opened(pair).p(0, b"bye").s(0, b"bye").p(3, flags=f.FIN | f.ACK).p(99_999, flags=f.SYN)
+    pair.p(100_000, flags=f.RST).s(3, flags=f.RST | f.ACK, ack=31)
+    quiet = pair.e.patience.quiet_ns / MS
+    pair.is_now([0, 1]).wait(quiet + 1).is_now([0, 1], "rst_one_sided")
+
+
 @pytest.mark.parametrize("order", ["ps", "sp"])
 def test_rst_against_syn_ack(order: str) -> None:
     pair = Pair()

@@ -82,8 +82,8 @@ def test_the_oldest_thing_of_any_kind(svm: SvmStream) -> None:
     assert svm.since() == 0
     svm.finish(place(10), 9)
     assert svm.since() == 9
-    assert svm.reset((False, 1), 8) and svm.reset((False, 2), 3)
-    assert svm.since() == 8, "of the first reset"
+    assert svm.reset((False, 1), place(10), 8) and svm.reset((False, 2), None, 3)
+    assert svm.since() == 8 and svm.svm_rst_place == place(10), "of the first reset"
     svm.begin(parse(f.tcp(77, 5, b"", f.SYN | f.ACK)), 6)
     assert svm.since() == 6 and (svm.svm_nxt, svm.svm_ack, svm.svm_fin, svm.svm_rsts) == (
         None,
@@ -91,7 +91,9 @@ def test_the_oldest_thing_of_any_kind(svm: SvmStream) -> None:
         None,
         [],
     )
-    assert [svm.reset((True, i), 1) for i in range(MAX_RSTS + 1)] == [True] * MAX_RSTS + [False]
+    assert [svm.reset((True, i), None, 1) for i in range(MAX_RSTS + 1)] == [True] * MAX_RSTS + [
+        False
+    ]
 
 
 def test_bytes_are_compared_once_and_then_with_the_history(svm: SvmStream) -> None:
