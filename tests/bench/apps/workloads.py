@@ -162,11 +162,11 @@ def _names(at: Place) -> Outcome:
 
 PAGE = f"http://{GUEST}:{image.HTTP}/index.html"
 WORKLOADS = (
-    Workload("http", "nginx, ab with 8 clients", _ab(PAGE, 300, 8)),
+    Workload("http", "nginx, ab with 8 clients", _ab(PAGE, 3000, 8)),
     Workload("https", "nginx with TLS, a handshake each, ab with 4 clients",
-             _ab(f"https://{GUEST}/index.html", 60, 4), agree=False),
+             _ab(f"https://{GUEST}/index.html", 120, 4), agree=False),
     Workload("big", "nginx, 8 MiB", _big, "MiB/s", len(content(BIG)) / MIB),
-    Workload("redis-1", "Redis SET, 1 client", _redis("set", 1500, 1)),
+    Workload("redis-1", "Redis SET, 1 client", _redis("set", 5000, 1)),
     Workload("redis-20", "Redis GET, 20 clients", _redis("get", 5000, 20)),
     Workload("select", "PostgreSQL, pgbench -S, 4 clients", _sql(6, 4, "-S")),
     Workload("tpcb-1", "PostgreSQL, TPC-B, 1 client", _sql(8, 1)),
