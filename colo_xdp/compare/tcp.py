@@ -356,7 +356,7 @@ class TcpFlow(ComparedFlow):
         it is depends on when the client's last data came, and applications see no difference.
         """
         sent, theirs = self.sent, self.theirs
-        if not p.flags & FIN or theirs.svm_rst_place is None or theirs.svm_fin is not None:
+        if not p.flags & FIN or theirs.svm_rst_place is None or theirs.svm_nxt is None:
             return 0
         f = (p.seq + p.end - p.off) & MASK
         alike = f == theirs.svm_rst_place == sent.verified and not theirs.is_beyond(f)
@@ -533,9 +533,7 @@ class TcpFlow(ComparedFlow):
         sent, theirs = self.sent, self.theirs
         ident = rst_id(p)
         if theirs.svm_rsts:
-            counterpart = ident if ident in theirs.svm_rsts else theirs.svm_rsts[0]
-            theirs.svm_rsts.remove(counterpart)
-            sent.rst(counterpart)
+            sent.rst(theirs.take_rst(ident))
         sent.rst(ident)
         if not self.held.frames:
             # the connection has ended on both sides, whatever else the SVM had to send

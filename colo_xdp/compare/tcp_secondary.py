@@ -95,6 +95,7 @@ class SvmStream:
         self.svm_ack = self.svm_fin = self.svm_syn = None
         self.svm_urgent = ()
         self.svm_rsts.clear()
+        self.svm_rst_place = None
 
     def since(self) -> int:
         """Return the arrival (ns) of the oldest output without a counterpart; 0 if none."""
@@ -294,6 +295,13 @@ class SvmStream:
             self.svm_rst_at, self.svm_rst_place = now_ns, place
         self.svm_rsts.append(ident)
         return True
+
+    def take_rst(self, ident: tuple[bool, int]) -> tuple[bool, int]:
+        """Remove the counterpart of a reset of the PVM: the same one, or else the oldest."""
+        found = ident if ident in self.svm_rsts else self.svm_rsts[0]
+        self.svm_rsts.remove(found)
+        self.svm_rst_place = None
+        return found
 
     def begin(self, syn: Packet, now_ns: int) -> None:
         """Start a new incarnation; output of the old one is of no more use."""

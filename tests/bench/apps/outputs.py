@@ -46,8 +46,13 @@ def of_times(times: list[float], wrong: int = 0) -> Outcome:
     """Return the outcome of operations one after the other, from what each took (s)."""
     if not times:
         raise OutputError("no operation has ended")
-    rate = len(times) / sum(times)
-    return Outcome(rate, quantile(times, 0.5) * 1e3, quantile(times, 0.99) * 1e3, wrong)
+    return at_once(times, sum(times), wrong)
+
+
+def at_once(times: list[float], spent: float, wrong: int = 0) -> Outcome:
+    """Return the outcome of operations of several clients, which took `spent` s together."""
+    p50, p99 = (quantile(times, q) * 1e3 for q in (0.5, 0.99))
+    return Outcome(len(times) / spent, p50, p99, wrong)
 
 
 def _number(pattern: str, text: str) -> float:

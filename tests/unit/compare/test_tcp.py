@@ -277,6 +277,18 @@ def test_a_reset_that_is_another_end_than_a_fin(
     assert pair.out == ([0, 1, 2, 3] if place == 3 and flags & f.ACK else [0, 1])
 
 
+def test_a_reset_of_an_earlier_svm_is_no_end(pair: Pair) -> None:
+    opened(pair).p(0, b"bye").s(0, b"bye").s(3, flags=f.RST | f.ACK, ack=31).checkpoint()
+    pair.p(3, flags=f.FIN | f.ACK).p(4, flags=f.RST).s(3, ack=31).is_now([0, 1])
+    pair.s(3, flags=f.FIN | f.ACK).s(4, flags=f.RST).is_now([0, 1, 2, 3])
+
+
+def test_a_reset_that_was_matched_is_no_end(pair: Pair) -> None:
+    opened(pair).p(0, b"bye").s(0, b"bye").s(3, flags=f.RST | f.ACK, ack=31)
+    pair.p(3, flags=f.RST).is_now([0, 1, 2]).p(3, flags=f.FIN | f.ACK).p(4, flags=f.RST)
+    pair.s(3, ack=32).is_now([0, 1, 2])
+
+
 def test_the_reset_of_another_connection_is_no_end_of_this_one(pair: Pair) -> None:
     opened(pair).p(0, b"bye").s(0, b"bye").p(3, flags=f.FIN | f.ACK).p(99_999, flags=f.SYN)
     pair.p(100_000, flags=f.RST).s(3, flags=f.RST | f.ACK, ack=31)
