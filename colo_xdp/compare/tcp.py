@@ -207,7 +207,7 @@ class TcpFlow(ComparedFlow):
         if not self.when or due < self.when:  # wait_for(), without the call
             host.timers.arm(self, due)
         if p.flags & RST and self.theirs.svm_rsts:
-            self.release_ready(now_ns)
+            self.release_ready(now_ns, by_svm=False)
         if len(held.frames) > 1 and p.seq == held.frames[0][1].seq:
             host.patience.repeated()
             if repeats(self, p, now_ns):
@@ -246,8 +246,11 @@ class TcpFlow(ComparedFlow):
         self.held.push(rec, p, now_ns)
         self.wait_for(self.host.patience.look_ns(due_ns(self, p, now_ns), now_ns))
 
-    def release_ready(self, now_ns: int) -> None:
-        """Release from the head whatever has become releasable."""
+    def release_ready(self, now_ns: int, *, by_svm: bool = True) -> None:
+        """Release from the head whatever has become releasable.
+
+        by_svm: by a frame of the SVM, so that what has waited has waited for that.
+        """
         held, chunks = self.held, self.theirs.chunks
         frames = held.frames
         while frames and not self.diverged:
@@ -261,12 +264,12 @@ class TcpFlow(ComparedFlow):
                 self.outbox.count("acks_superseded")
                 continue
             held.pop()
-            if p.off != p.end or p.flags & FLAGS:  # kernels delay their acks by 200 ms
+            if by_svm and (p.off != p.end or p.flags & FLAGS):  # kernels delay their acks by 200 ms
                 self.host.patience.answered(rec.ts_ns, self.asked)
             self._settle(p)
-            self._emit(rec, p)
+            self._emit(rec, p, by_svm)
 
-    def _emit(self, rec: Frame, p: Packet) -> None:
+    def _emit(self, rec: Frame, p: Packet, agreed: bool = True) -> None:
         """Release a frame, with no more window than the SVM honours.
 
         A signed frame keeps its window. What the client sends beyond the SVM's window it has to
@@ -277,7 +280,7 @@ class TcpFlow(ComparedFlow):
             rec, cut = self.windows.limit(rec, p, self.spare_ids)
             if cut:
                 self.outbox.count("window_shrunk")
-        self.outbox.release(rec)
+        self.outbox.release(rec, agreed)
 
     def release_part(self, now_ns: int, whole_segments: bool) -> bool:
         """Release the verified part of a head that waits for its rest, as a frame of its own.
@@ -450,12 +453,12 @@ class TcpFlow(ComparedFlow):
         return bool(self.reset_ns(p)) and self._resets_next()
 
     def _resets_next(self) -> bool:
-        """Return whether the PVM's own reset is held behind the head, with nothing new between."""
+        """Return whether the PVM's own reset is held behind the head: nothing but acks between."""
         for i, (_, q, _) in enumerate(self.held.frames):
+            if i and (q.off != q.end or q.flags & (SYN | FIN | URG)):
+                break
             if i and q.flags & RST:
                 return True
-            if i and (q.off != q.end or q.flags & SYN):
-                break
         return False
 
     def _ready_rst(self, p: Packet) -> bool:

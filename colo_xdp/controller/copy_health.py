@@ -9,7 +9,8 @@ and a takeover would give them a guest that answers nothing.
 
 What does not count: guests that disagree (random output, a lock granted in another order), and
 output that only one of them has (a guest's own queries). There the SVM's kernel acks all the same
-what clients send: only output that acks what the SVM has not acked counts against it. Nor does a
+what clients send: it is not silent, and where nothing agrees, only output that acks what the SVM
+has not acked counts against it. Nor does a
 peer link count that brings nothing of a guest which does transmit on its host: each checkpoint
 makes that one a copy (device_watch.py).
 """
@@ -50,10 +51,9 @@ class CopyHealth:
     def new_copy(self, agreed: int) -> None:
         """Begin with another SVM. `agreed`: as for checkpointed()."""
         self._agreed, self._proven = agreed, False
-        self._missed = self._resets = 0
+        self._missed = self._silent = self._resets = 0
         self._reset = False  # since the last checkpoint
         self._base = NO_TRAFFIC  # when the SVM was last known to have sent something
-        self._silent = 0  # checkpoints since then
         self._arrived = 0
 
     def svm_changed(self) -> None:
@@ -84,29 +84,35 @@ class CopyHealth:
                 f"{self._resets} checkpoints: it is no copy"
             )
         if matched or (cause not in MISSED and cause not in NEUTRAL):
-            self._missed = 0
+            self._missed = self._silent = 0
             return ""
-        if cause not in MISSED or not deaf:
+        if cause not in MISSED:
             return ""
+        return self._silence(traffic) or (self._disagreement(arrived) if deaf else "")
+
+    def _silence(self, traffic: Traffic) -> str:
+        """Count a checkpoint for missed output if the SVM has sent nothing since the last one."""
+        base = self._base
+        if not self._silent or traffic.sent != base.sent or traffic.delivered < base.delivered:
+            # A report may be older than the silence; and the counters begin anew with its host.
+            self._base, self._silent = traffic, 0
+        self._silent += 1
+        delivered = traffic.delivered - self._base.delivered
+        if self._silent < SILENT or not delivered:
+            return ""
+        return (
+            f"the SVM has sent nothing over {self._silent} checkpoints, though {delivered} "
+            "frames were delivered to it: it is no copy"
+        )
+
+    def _disagreement(self, arrived: int) -> str:
+        """Count a checkpoint for output that acks what the SVM has not acked."""
         self._missed += 1
         if self._missed == 1:
             self._arrived = arrived
-        if self._missed == 1 or traffic.sent != self._base.sent:
-            # A report may be older than the silence.
-            self._base, self._silent = traffic, 0
-        self._silent += 1
-        return self._no_answer(arrived, traffic)
-
-    def _no_answer(self, arrived: int, traffic: Traffic) -> str:
-        delivered = traffic.delivered - self._base.delivered
-        if self._silent >= SILENT and delivered > 0:
-            return (
-                f"the SVM has sent nothing over {self._silent} checkpoints, though {delivered} "
-                "frames were delivered to it: it is no copy"
-            )
-        if arrived > self._arrived and self._missed >= DISAGREES:
-            return (
-                f"nothing that the SVM has sent over {self._missed} checkpoints agrees with the "
-                "PVM: it is no copy"
-            )
-        return ""
+        if self._missed < DISAGREES or arrived == self._arrived:
+            return ""
+        return (
+            f"nothing that the SVM has sent over {self._missed} checkpoints agrees with the "
+            "PVM: it is no copy"
+        )

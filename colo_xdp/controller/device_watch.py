@@ -46,6 +46,7 @@ LOOK_S = 5.0  # netlink reports changes; this is for those that it may have miss
 REST_S = 0.05  # between two looks, since changes come in bursts
 SILENT_CHECKPOINTS = 3
 FRESH_NS = 1_000_000_000  # reports of the secondary's traffic are not as old as this
+FRESH_BEATS = 4  # and not as many heartbeats
 PACE_S = 0.02  # the least time between two checkpoints while nothing arrives
 
 
@@ -58,10 +59,15 @@ class PeerLink:
     name: str  # as a heartbeat link
     silent_checkpoints: int = 0  # made in a row for output of the NIC that was missed
     silent_ns: int = 0  # when the first of them was complete (boot_ns)
-    base: Traffic | None = None  # at the SVM's taps once it had been silent for FRESH_NS
+    #: what the SVM's host had counted once nothing of the SVM had come for some time, and whether
+    #: it has counted more of the SVM's since
+    base: Traffic | None = None
+    base_ns: int = 0
+    sends: bool = False
     #: the SVM's output was missed in SILENT_CHECKPOINTS checkpoints in a row, and it is not the SVM
     #: that is silent
     undelivered: bool = False
+    _long: bool = False  # they have counted for long enough
     trouble: str = ""  # why it delivers nothing; empty: it delivers
     first: int = -1  # frames of the data path that had come at the first look
     arrived: int = -1  # and at the last one
@@ -80,24 +86,31 @@ class PeerLink:
 
     def heard(self) -> None:
         """End a silence."""
-        self.silent_checkpoints, self.base, self.undelivered = 0, None, False
+        self.silent_checkpoints, self.base = 0, None
+        self.sends = self.undelivered = False
 
-    def missed(self, now: int, least_ns: int, traffic: Traffic) -> None:
+    def missed(self, now: int, least_ns: int) -> None:
         """Count a checkpoint for output that was missed; they count after `least_ns`."""
         self.silent_checkpoints += 1
         if self.silent_checkpoints == 1:
             self.silent_ns = now
-        self.reported(now, traffic)
-        long = now - self.silent_ns >= least_ns
-        if self.silent_checkpoints >= SILENT_CHECKPOINTS and long:
-            base = self.base or traffic
-            mute = traffic.sent == base.sent and traffic.delivered > base.delivered
-            self.undelivered |= not mute
+        self._long = now - self.silent_ns >= least_ns
 
-    def reported(self, now: int, traffic: Traffic) -> None:
-        """Take what the SVM's host reports while nothing of the SVM comes."""
-        if self.base is None and now - self.silent_ns >= FRESH_NS:
-            self.base = traffic
+    def reported(self, now: int, traffic: Traffic, fresh_ns: int) -> None:
+        """Take what the SVM's host says while nothing of the SVM comes, and judge.
+
+        fresh_ns: a report is not as old as that.
+        """
+        if not self.silent_checkpoints or now - self.silent_ns < fresh_ns:
+            return
+        base = self.base
+        if base is None or traffic.sent < base.sent or traffic.delivered < base.delivered:
+            # its counters begin anew with its data path
+            self.base, self.base_ns = base, _ = traffic, now
+        self.sends |= traffic.sent > base.sent
+        if self.silent_checkpoints >= SILENT_CHECKPOINTS and self._long:
+            unheard = traffic.delivered == base.delivered  # it has nothing to answer
+            self.undelivered = self.sends or (unheard and now - self.base_ns >= fresh_ns)
 
 
 class DeviceWatch:
@@ -215,8 +228,7 @@ class DeviceWatch:
             now = boot_ns()
             self._count(now)
             for link in self.links:
-                if link.silent_checkpoints:
-                    link.reported(now, self._c.view.peer.traffic)
+                link.reported(now, self._c.view.peer.traffic, self._fresh_ns)
         self.report()
 
     def _link(self, nic: int, peer_link: PeerLink) -> str:
@@ -254,6 +266,10 @@ class DeviceWatch:
 
     # ---- the secondary's guest
 
+    @property
+    def _fresh_ns(self) -> int:
+        return max(FRESH_NS, FRESH_BEATS * self._c.config.peer.heartbeat_interval * 1_000_000)
+
     def checkpointed(self, cause: str, nic: str = "") -> None:
         """Note a complete checkpoint: count it if output was missed and no frame came.
 
@@ -266,7 +282,8 @@ class DeviceWatch:
             came = link.count(path.arrived(), now)
             late = cause in MISSED and nic in ("", link.nic)
             if not came and (late or (cause == Cause.PEER_LINK and i in cut)):
-                link.missed(now, least_ns, self._c.view.peer.traffic)
+                link.missed(now, least_ns)
+                link.reported(now, self._c.view.peer.traffic, self._fresh_ns)
             elif cause == Cause.INITIAL:  # there is another guest now
                 link.heard()
         self.report()

@@ -53,13 +53,14 @@ def _is_stale(said: dict[str, Any]) -> bool:
 
     Its namespaces' numbers may belong to others by now.
     """
-    if said.get("pidns") != _namespace("pid") or not isinstance(said.get("pid"), int):
+    pid = said.get("pid")
+    if said.get("pidns") != _namespace("pid") or not isinstance(pid, int) or pid <= 0:
         return False  # nothing is known of that process
     try:  # not /proc, which may hide it
-        os.kill(said["pid"], 0)
+        os.kill(pid, 0)
     except ProcessLookupError:
         return True
-    except OSError:
+    except (OSError, OverflowError):
         pass
     return False
 
@@ -200,7 +201,7 @@ def claim(config: Config) -> Iterator[None]:
         os.fchmod(fd, 0o640)
         pid = running(config)
         _flock(f.fileno(), str(path), config, f" (process {pid})" if pid > 0 else "")
-        # Before a look at what the others have: of two that begin at once one sees the other.
+        # Before a look at what the others have: of two that begin at once one or both are refused.
         f.truncate(0)
         f.write(
             json.dumps(

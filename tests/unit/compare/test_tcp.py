@@ -277,6 +277,28 @@ def test_a_reset_that_is_another_end_than_a_fin(
     assert pair.out == ([0, 1, 2, 3] if place == 3 and flags & f.ACK else [0, 1])
 
 
+@pytest.mark.parametrize("between", ["fin", "another fin", "text", "urgent"])
+def test_what_could_not_leave_behind_a_fin_keeps_it(pair: Pair, between: str) -> None:
+    """Both leave, or neither."""
+    opened(pair).p(0, b"bye").s(0, b"bye").p(3, flags=f.FIN | f.ACK)
+    if between == "fin":
+        pair.p(3, flags=f.FIN | f.ACK, ack=40)
+    elif between == "another fin":
+        pair.p(2, flags=f.FIN | f.ACK)
+    elif between == "urgent":
+        pair.p(4, flags=0x20 | f.ACK)
+    pair.p(4, b"no such process" if between == "text" else b"", flags=f.RST)
+    pair.s(3, flags=f.RST | f.ACK, ack=31).is_now([0, 1])
+    pair.wait(pair.e.patience.quiet_ns / MS + 1).is_now([0, 1], "rst_one_sided")
+
+
+def test_a_reset_that_came_late_says_nothing_about_the_svm(pair: Pair) -> None:
+    opened(pair).p(0, b"bye").s(0, b"bye").p(3, flags=f.FIN | f.ACK)
+    pair.s(3, flags=f.RST | f.ACK, ack=31).wait(14)
+    pair.s(3, ack=31).p(4, flags=f.RST).is_now([0, 1, 2, 3])
+    assert pair.e.patience.longest_ns < 5 * MS
+
+
 def test_a_reset_of_an_earlier_svm_is_no_end(pair: Pair) -> None:
     opened(pair).p(0, b"bye").s(0, b"bye").s(3, flags=f.RST | f.ACK, ack=31).checkpoint()
     pair.p(3, flags=f.FIN | f.ACK).p(4, flags=f.RST).s(3, ack=31).is_now([0, 1])

@@ -55,6 +55,22 @@ def test_a_silent_guest_is_given_up() -> None:
     )
 
 
+def test_a_guest_that_is_silent_is_given_up_whatever_waits() -> None:
+    """Datagrams ack nothing, so nothing tells there whether the SVM has got what came."""
+    copy = Copy()
+    said = [copy.checkpoint(deaf=False) for _ in range(SILENT)]
+    assert said[:-1] == [""] * (SILENT - 1) and "has sent nothing over 3" in said[-1]
+
+
+def test_counters_that_begin_anew_are_no_silence() -> None:
+    copy = Copy()
+    copy.delivered, copy.sent = 90, 70
+    assert copy.checkpoint() == ""
+    copy.delivered = copy.sent = 0
+    said = [copy.checkpoint() for _ in range(SILENT)]
+    assert said[:-1] == [""] * (SILENT - 1) and "though 8 frames" in said[-1]
+
+
 def test_a_guest_that_is_reset_after_each_checkpoint_is_given_up() -> None:
     copy, said = Copy(), ""
     for _ in range(RESETS):
@@ -75,7 +91,7 @@ def test_a_guest_whose_output_never_matches_is_given_up_late() -> None:
     "what",
     [
         {"agreed": 1},  # something else agrees
-        {"deaf": False},  # it acks what clients send: its own output, or the PVM's, is different
+        {"deaf": False, "sent": 1, "arrived": 1},  # its output, or the PVM's, is different
         {"cause": Cause.PAYLOAD_DIFFERS, "arrived": 1, "sent": 1},
         {"cause": Cause.CROSSED, "deaf": False, "arrived": 1, "sent": 1},
         {"delivered": 0},  # nothing comes over the peer link, in this direction

@@ -147,7 +147,7 @@ def test_a_secondary_that_says_nothing_is_none(clock: Clock) -> None:
         c.devices.checkpointed(Cause.COMPARE_TIMEOUT)
         clock.go(40)
     assert not c.devices.cut, "with a short patience the guest may just be slow"
-    clock.go(3000)
+    beats(c, clock, 30, heard=True)
     c.devices.checkpointed(Cause.COMPARE_TIMEOUT)
     state, reason = shown(c)
     assert state is State.DEGRADED
@@ -185,6 +185,40 @@ def test_a_guest_that_sends_nothing_is_not_the_links_fault(
     missing(c, clock, delivered, sent)
     assert c.devices.silent_checkpoints >= SILENT_CHECKPOINTS
     assert c.devices.cut is cut and bool(c.devices.trouble) is cut
+
+
+@pytest.mark.parametrize("timeout_ms", [20, 100, 300])
+def test_a_silent_guest_is_not_the_links_fault_however_short_the_waits(
+    clock: Clock, timeout_ms: int
+) -> None:
+    """Reports are older than many of such waits."""
+    c, dp, _ = primary()
+    protected(c)
+    dp.came = 5
+    c.devices.checkpointed(Cause.OPERATOR)
+    link = c.heartbeat_links.core.links[0]
+    for n in range(1, 4000 // timeout_ms):
+        clock.go(timeout_ms)
+        link.heard_ns = link.echo_ns = clock.ns
+        halves = n * timeout_ms // 500
+        # its last frame is reported late
+        c.view.peer.traffic = Traffic(10 + halves, 7 + (halves > 0))
+        c.devices.listen()
+        c.devices.checkpointed(Cause.COMPARE_TIMEOUT)
+        assert not c.devices.cut, n
+
+
+def test_counters_of_the_other_host_that_begin_anew_say_nothing(clock: Clock) -> None:
+    c, dp, _ = primary()
+    protected(c)
+    dp.came = 5
+    missing(c, clock, 4, 0)
+    c.view.peer.traffic = Traffic(0, 0)
+    for n in range(4):
+        c.devices.checkpointed(Cause.COMPARE_TIMEOUT)
+        c.view.peer.traffic = Traffic(n + 1, 0)
+        beats(c, clock, 11, heard=True)
+        assert not c.devices.cut
 
 
 def test_a_link_that_was_to_blame_stays_so_until_a_frame_comes(clock: Clock) -> None:

@@ -73,7 +73,9 @@ def test_what_is_no_conflict(tmp_path: Path, said: dict[str, Any]) -> None:
         assert preflight.conflicts(config(tmp_path), runs=True) == []
 
 
-@pytest.mark.parametrize("said", [{"pidns": 1}, {"pidns": None}, {"pid": "?"}], ids=str)
+@pytest.mark.parametrize(
+    "said", [{"pidns": 1}, {"pidns": None}, {"pid": "?"}, {"pid": -1}, {"pid": 1 << 70}], ids=str
+)
 def test_a_process_of_which_nothing_is_known_counts(tmp_path: Path, said: dict[str, Any]) -> None:
     with locked(tmp_path, **{"pid": dead(), **said}):
         assert len(preflight.conflicts(config(tmp_path), runs=True)) == 1
