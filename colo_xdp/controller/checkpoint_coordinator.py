@@ -530,7 +530,10 @@ class CheckpointCoordinator:
         d = want.why
         differed = min(ck.began_ns, d.since_ns) if d else ck.began_ns
         before = self.ended_ns
-        if d is not None and d.cause in WAITS and (crossed := self._c.output.crossed_ns(before)):
+        # In shadow mode a full queue is what one difference leads to: nothing behind it matches.
+        kind = WAITS | {Cause.QUEUE_FULL} if self._c.view.shadow else WAITS
+        waited = d is not None and d.cause in kind
+        if waited and (crossed := self._c.output.crossed_ns(before)):
             differed = min(differed, crossed)
         followed = self._c.output.followed_ns(before, differed) if before else 0
         self._c.journal.checkpoint(
@@ -538,7 +541,7 @@ class CheckpointCoordinator:
                 time.time(), want.cause, want.detail,
                 d.proto if d else "", d.port if d else 0, d.rule if d else "",
                 max(0, ck.resume_ns - ck.stop_ns) / 1e6, (time.monotonic_ns() - ck.began_ns) / 1e6,
-                *held, failed, d is not None and d.cause not in LOSSES,
+                *held, failed, d is not None and (waited or d.cause not in LOSSES),
                 max(0, differed - before) / 1e6 if before else 0.0,
                 (ck.began_ns - differed) / 1e6, max(0, followed - before) / 1e6,
             )

@@ -226,6 +226,10 @@ class PvmOutput:
         """Return when the SVM had sent what it has sent of the output of that time; 0: unknown."""
         return max(nic.engine.followed_ns(after_ns, until_ns) for nic in self.nics)
 
+    def waiting_ns(self) -> int:
+        """Return since when the oldest output of the PVM has waited to be compared; 0: none."""
+        return min((n for nic in self.nics if (n := nic.engine.waiting_ns())), default=0)
+
     def crossed_ns(self, after_ns: int) -> int:
         """Return when guests in shadow mode first waited for each other's clients; 0: not since."""
         return min(

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Callable
 from functools import partial
+from itertools import islice
 
 from ..compare.bypass import MonitorBudget
 from ..compare.causes import Cause
@@ -199,6 +200,11 @@ class Engine:
         if not matches or (len(matches) == MAX_MATCHES and matches[0][0] > after_ns):
             return 0
         return max((came for sent, came in matches if after_ns < sent <= until_ns), default=0)
+
+    def waiting_ns(self) -> int:
+        """Return since when the oldest frame that flows hold has waited; 0: they hold none."""
+        flows = self._timers.flows()
+        return min((since for flow in flows for _, _, since in islice(flow.held, 1)), default=0)
 
     def _feed(self, rec: Frame, p: Packet) -> None:
         if p.kind is _FRAGMENT:

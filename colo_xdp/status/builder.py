@@ -81,6 +81,13 @@ def _who_compares(c: Controller, command: str) -> Primary:
     return c
 
 
+def _agreed_ms(p: Primary, since_ns: int) -> float:
+    """Return for how long the guests have agreed since a checkpoint, as far as is known."""
+    differ = (p.output.crossed_ns(since_ns), p.output.waiting_ns())
+    until = min((at for at in differ if at), default=time.monotonic_ns())
+    return max(0, until - since_ns) / 1e6
+
+
 def explain(c: Controller) -> dict[str, Any]:
     """Return what differed, and what the policy's rules have done. Raises ValueError."""
     p = _who_compares(c, "explain")
@@ -90,8 +97,8 @@ def explain(c: Controller) -> dict[str, Any]:
         "patience_ms": patience.ns / 1e6,
         "quiet_ms": QUIET_NS / 1e6,
         "share": p.config.checkpoint.share,
-        # since the last checkpoint, which nothing has ended yet
-        "agreed_ms": (time.monotonic_ns() - cks.ended_ns) / 1e6 if cks.ended_ns else 0.0,
+        # since the last checkpoint, until something waits
+        "agreed_ms": _agreed_ms(p, cks.ended_ns) if cks.ended_ns else 0.0,
     }
     return p.journal.to_json() | {"rules": rules_json(p), "now": now}
 

@@ -20,12 +20,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..compare.causes import WAITS
+from ..compare.causes import WAITS, Cause
 
 #: fewer differences than these say little
 ENOUGH = 10
 #: ms until the engine looks whether the guests are silent, on average
 LOOK_MS = 10.0
+#: of checkpoints in shadow mode that would have come sooner if output were held
+_LATE = WAITS | {Cause.QUEUE_FULL}
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +74,7 @@ def estimate(entries: Sequence[dict[str, Any]], now: dict[str, Any]) -> Price | 
         checkpoint = costs[n // 4]
         often = agreed / n * 4 < 3000  # compare/patience.py: LASTING in LASTING_NS
         wait = now["quiet_ms"] if often else now["patience_ms"]
-        noticed = [wait + LOOK_MS if e["cause"] in WAITS else e["waited_ms"] for e in differed]
+        noticed = [wait + LOOK_MS if e["cause"] in _LATE else e["waited_ms"] for e in differed]
     return Price(n, agreed / n, followed / n, sum(noticed) / n, checkpoint, now["share"])
 
 

@@ -6,12 +6,19 @@ from __future__ import annotations
 import asyncio
 import time
 
-from colo_xdp.controller.checkpoint_coordinator import (
-    CheckpointRequest,
-)
+import pytest
+
+from colo_xdp.compare.causes import Cause
+from colo_xdp.controller.checkpoint import Checkpoint
+from colo_xdp.controller.checkpoint_coordinator import CheckpointRequest
 from colo_xdp.controller.secondary import Secondary
+from colo_xdp.engine.journal import Divergence, JournalEntry
 from colo_xdp.failover.states import State
+from colo_xdp.net.frame import NO_EVIDENCE
+from colo_xdp.status import builder
 from tests.unit.controller.fakes import BEAT, FakeQmp, event, in_loop, primary, secondary
+
+MS = 1_000_000
 
 
 def test_a_shadow_ends_with_a_later_checkpoint_only() -> None:
@@ -84,3 +91,40 @@ def test_a_shadow_that_is_left_behind_the_stop_goes_on_until_the_next_checkpoint
         assert not c.view.shadow and not c.shadow.leaving
 
     in_loop(body)
+
+
+def recorded(cause: Cause, *, shadow: bool, crossed_ms: int = 0) -> JournalEntry:
+    """Record a checkpoint that a frame of 900 ms ago asked for, 1 s after the last one."""
+    c, _, _ = primary()
+    c.view.shadow = shadow
+    now = time.monotonic_ns()
+    c.checkpoints.ended_ns = now - 1000 * MS
+    c.output.crossed_ns = lambda after_ns: crossed_ms and after_ns + crossed_ms * MS  # type: ignore[method-assign]
+    why = Divergence(now, cause, "tcp x", "tcp", 80, "default", NO_EVIDENCE, True,
+                     since_ns=now - 900 * MS)  # fmt: skip
+    made = Checkpoint(8, cause.value, now)
+    c.checkpoints._record(CheckpointRequest(cause.value, "", why), made, (0, 0))
+    return c.journal.entries[-1]
+
+
+@pytest.mark.parametrize("cause", [Cause.COMPARE_TIMEOUT, Cause.QUEUE_FULL, Cause.PEER_GAP])
+@pytest.mark.parametrize("shadow", [True, False])
+def test_a_full_queue_is_a_difference_in_shadow_mode(cause: Cause, shadow: bool) -> None:
+    """What one difference leads to fills it, as clients go on."""
+    entry = recorded(cause, shadow=shadow, crossed_ms=40)
+    waited = cause is Cause.COMPARE_TIMEOUT or (shadow and cause is Cause.QUEUE_FULL)
+    assert entry.differed is waited
+    assert round(entry.agreed_ms) == (40 if waited else 100)
+
+
+@pytest.mark.parametrize(
+    ("crossed", "waiting", "agreed"),
+    [(0, 0, 1000), (0, 300, 300), (200, 300, 200), (500, 300, 300)],
+)
+def test_the_guests_agree_until_something_waits(crossed: int, waiting: int, agreed: int) -> None:
+    c, _, _ = primary()
+    since = c.checkpoints.ended_ns = time.monotonic_ns() - 1000 * MS
+    c.output.crossed_ns = lambda after_ns: crossed and after_ns + crossed * MS  # type: ignore[method-assign]
+    c.output.waiting_ns = lambda: waiting and since + waiting * MS  # type: ignore[method-assign]
+    said = builder.explain(c)["now"]["agreed_ms"]
+    assert agreed <= said < agreed + 500

@@ -611,7 +611,8 @@ def test_shadow_mode_keeps_when_the_svm_had_sent_what_both_have() -> None:
     w.e.set_shadow(True, w.now)
     began = w.now
     first, second = w.p(f.tcp(2, 1, b"bb")), w.p(f.tcp(4, 1, b"cc"))
-    w.p(f.tcp(6, 1, b"dd"))  # the SVM never sends it
+    third = w.p(f.tcp(6, 1, b"dd"))  # the SVM never sends it
+    assert w.e.waiting_ns() == first.ts_ns
     assert len(w.out) == 4 and w.e.followed_ns(began, w.now) == 0
     w.now += 50 * MS
     w.s(f.tcp(2, 1, b"bb"))
@@ -622,6 +623,7 @@ def test_shadow_mode_keeps_when_the_svm_had_sent_what_both_have() -> None:
     assert w.e.followed_ns(began, first.ts_ns) == then
     assert w.e.followed_ns(began, second.ts_ns) == w.now
     assert w.e.followed_ns(second.ts_ns, w.now) == 0
+    assert w.e.waiting_ns() == third.ts_ns
     for i in range(MAX_MATCHES):
         w.both(other(2 * i, b"xx"))
     assert w.e.followed_ns(began, first.ts_ns) == 0, "forgotten, and so not known"

@@ -64,6 +64,8 @@ def test_in_shadow_mode_waits_are_those_that_protection_would_have() -> None:
     varied = [entry(100.0, 700.0, 10.0 * i, Cause.COMPARE_TIMEOUT) for i in range(1, 13)]
     cheap = estimate(varied, now)
     assert cheap is not None and cheap.checkpoint_ms == 40.0
+    full = estimate([entry(100.0, 1400.0, 50.0, Cause.QUEUE_FULL)] * 12, now)
+    assert full is not None and full.noticed_ms == 15.0 + LOOK_MS, "the head would have asked"
     certain = estimate([entry(100.0, 2.0, 50.0, Cause.PAYLOAD_DIFFERS)] * 12, now)
     assert certain is not None and certain.noticed_ms == 2.0
     assert "would cost" in "\n".join(lines(often, now))
