@@ -63,6 +63,8 @@ class View:
     sack: int = -1
     done: set[tuple[str, int]] = field(default_factory=set)  # flags the client has
     flags: set[tuple[str, int]] = field(default_factory=set)  # by the SVM in this epoch
+    ended: int = -1  # where the SVM has reset it in this epoch
+    reset: bool = False  # by the PVM, as far as the engine knows
 
 
 class Oracle:
@@ -88,6 +90,12 @@ class Oracle:
         v.sack = max(v.sack, m.ack)
         if m.kind != "data":
             v.flags.add((m.kind, 0 if m.kind in ("rst", "syn") else m.pos))
+        if m.kind == "rst":
+            v.ended = m.pos
+
+    def pvm(self, m: Meta) -> None:
+        """Note that a frame of the PVM is about to reach the engine."""
+        self.view(m).reset |= m.kind == "rst"
 
     def commit(self, stop: int) -> None:
         self.stop = stop
@@ -99,7 +107,7 @@ class Oracle:
                     v.seen.setdefault(pos, {b})
             v.said.clear()
             v.flags.clear()
-            v.sack = -1
+            v.sack = v.ended = -1
 
     def released(self, m: Meta, number: int) -> None:
         if self.order.get(m.conn, -1) >= number:
@@ -122,7 +130,9 @@ class Oracle:
                 raise Violation(f"I2: {m}, acked {v.ack} {v.sack}")
             if m.kind != "data":
                 flag = (m.kind, 0 if m.kind in ("rst", "syn") else m.pos)
-                if flag not in v.flags and flag not in v.done:
+                # a FIN with a reset behind it, and a reset in its place
+                alike = m.kind == "fin" and v.reset and v.ended == m.pos
+                if flag not in v.flags and flag not in v.done and not alike:
                     raise Violation(f"I3: {m}")
         for i, b in enumerate(m.data):
             v.seen.setdefault(m.pos + i, set()).add(b)
@@ -325,6 +335,7 @@ class World:
         self.meta[id(rec)] = (m, rec, self.numbers)
         self.waiting[id(rec)] = self.now
         before = self.dropped()
+        self.oracle.pvm(m)
         self.engine.from_pvm(rec, self.now)
         if self.dropped() > before:
             del self.meta[id(rec)], self.waiting[id(rec)]
