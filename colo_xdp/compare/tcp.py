@@ -534,6 +534,7 @@ class TcpFlow(ComparedFlow):
 
     def _settle_rst(self, p: Packet) -> None:
         sent, theirs = self.sent, self.theirs
+        self.windows.shrunk = None  # no room to announce any more
         ident = rst_id(p)
         if theirs.svm_rsts:
             sent.rst(theirs.take_rst(ident))
@@ -550,6 +551,7 @@ class TcpFlow(ComparedFlow):
         """Note a frame that a complete checkpoint contains; it leaves without comparison."""
         sent, theirs, flags = self.sent, self.theirs, p.flags
         if flags & RST:
+            self.windows.shrunk = None
             sent.rst(rst_id(p))
             return
         n = p.end - p.off

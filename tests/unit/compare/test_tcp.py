@@ -299,6 +299,21 @@ def test_a_reset_that_came_late_says_nothing_about_the_svm(pair: Pair) -> None:
     assert pair.e.patience.longest_ns < 5 * MS
 
 
+@pytest.mark.parametrize("how", ["matched", "checkpoint"])
+def test_no_room_is_announced_for_what_was_reset(pair: Pair, how: str) -> None:
+    pair.e._outbox._send = lambda rec: pair.out.append(parse(rec.frame).flags)
+    pair.p(-1, flags=SYNACK, opts=f.SYN_OPTS).s(-1, flags=SYNACK, opts=f.SYN_OPTS)
+    pair.s(0, ack=5, win=60).p(0, ack=5, win=600)
+    assert pair.e.counters["window_shrunk"] == 1, "the client was told of less"
+    pair.p(0, flags=f.RST | f.ACK, ack=5)
+    if how == "matched":
+        pair.s(0, flags=f.RST | f.ACK, ack=5)
+    pair.checkpoint()
+    assert pair.out == [SYNACK, f.ACK, f.RST | f.ACK]
+    pair.s(7777, flags=SYNACK, ack=5, opts=f.SYN_OPTS)
+    assert len(pair.out) == 3
+
+
 def test_a_reset_of_an_earlier_svm_is_no_end(pair: Pair) -> None:
     opened(pair).p(0, b"bye").s(0, b"bye").s(3, flags=f.RST | f.ACK, ack=31).checkpoint()
     pair.p(3, flags=f.FIN | f.ACK).p(4, flags=f.RST).s(3, ack=31).is_now([0, 1])
