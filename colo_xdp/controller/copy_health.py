@@ -10,9 +10,8 @@ and a takeover would give them a guest that answers nothing.
 What does not count: guests that disagree (random output, a lock granted in another order), and
 output that only one of them has (a guest's own queries). There the SVM's kernel acks all the same
 what clients send: it is not silent, and where nothing agrees, only output that acks what the SVM
-has not acked counts against it. Nor does a
-peer link count that brings nothing of a guest which does transmit on its host: each checkpoint
-makes that one a copy (device_watch.py).
+has not acked counts against it. Nor does a peer link count that brings nothing of a guest which
+does transmit on its host: each checkpoint makes that one a copy (device_watch.py).
 """
 
 from __future__ import annotations

@@ -105,8 +105,8 @@ class PeerLink:
             return
         base = self.base
         if base is None or traffic.sent < base.sent or traffic.delivered < base.delivered:
-            # its counters begin anew with its data path
-            self.base, self.base_ns = base, _ = traffic, now
+            self.base, self.base_ns = traffic, now  # its counters begin anew with its data path
+            base = traffic
         self.sends |= traffic.sent > base.sent
         if self.silent_checkpoints >= SILENT_CHECKPOINTS and self._long:
             unheard = traffic.delivered == base.delivered  # it has nothing to answer
