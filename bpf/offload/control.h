@@ -82,8 +82,10 @@ static __always_inline int control(void *data, void *data_end)
 		c->mss = m->mss;
 		c->ack_pending = m->ack_pending;
 		c->fin_known = 0;
+		/* If nothing has left since the last time, what was doubted may well be missing. */
+		if (c->begun != m->released)
+			c->doubted = 0;
 		c->begun = m->released;
-		c->doubted = 0;
 		c->shift = m->scaled ? SHIFT_UNKNOWN : SHIFT_NONE;
 		c->l4 = m->l4;
 		c->doff = m->doff;

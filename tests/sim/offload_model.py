@@ -749,7 +749,9 @@ class KernelModel:
             cookie,
             now,
         )
-        c.fin_known, c.begun, c.doubted = 0, rel, 0
+        if c.begun != rel:
+            c.doubted = 0
+        c.fin_known, c.begun = 0, rel
         self.outstanding_since(c, since if nxt != rel or pending else 0)
         c.owner = OWNER_KERNEL
         return CtlResult.DONE

@@ -98,6 +98,15 @@ def test_servers_that_close_while_their_clients_send(monkeypatch: pytest.MonkeyP
     assert len(alike) > 8
 
 
+@pytest.mark.parametrize(("seed", "kind"), [(6053, scene), (8712, roles_scene)])
+def test_what_was_doubted_is_sent_the_next_time(seed: int, kind: Callable[[int], Scene]) -> None:
+    """Also if user space has had the connection meanwhile, for what followed the retransmission.
+
+    The client got the rest of it again and again, and never its beginning.
+    """
+    World(replace(adaptive(kind(seed)), rude=True)).run()
+
+
 def test_the_fast_path_has_decided_without_a_controller() -> None:
     assert len(ALONE) < RUNS or sum(ALONE) > 5, "in all schedules above"
 
